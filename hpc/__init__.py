@@ -1,0 +1,1 @@
+"""Batch jobs, launchers and the provenance of a run's environment."""

@@ -1,0 +1,32 @@
+"""MoE Dispatch Observatory: what mixture-of-experts models do to the machines they run on.
+
+Importing this package loads nothing heavy; each public name is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from observatory.errors import ObservatoryError
+    from observatory.store import Run, RunWriter, open_run
+    from observatory.watching import watch
+
+__all__ = ["ObservatoryError", "Run", "RunWriter", "open_run", "watch"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ObservatoryError": "observatory.errors",
+    "Run": "observatory.store",
+    "RunWriter": "observatory.store",
+    "open_run": "observatory.store",
+    "watch": "observatory.watching",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name on first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'observatory' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,50 @@
+"""Errors a user can meet.
+
+Every message has three parts: what failed with its value, what was expected, what to do about it.
+The command line prints the message as one line and ends with ``exit_code``.
+"""
+
+__all__ = [
+    "CaptureError",
+    "DataError",
+    "LoadError",
+    "ModelError",
+    "ObservatoryError",
+    "PlacementError",
+    "RunError",
+    "RunFormatError",
+]
+
+
+class ObservatoryError(Exception):
+    """Root of all errors that this package raises on purpose."""
+
+    exit_code = 1
+
+
+class RunError(ObservatoryError):
+    """A run directory cannot be opened or written."""
+
+
+class RunFormatError(RunError):
+    """A file of a run is damaged, of another format, or of a newer schema."""
+
+
+class LoadError(ObservatoryError):
+    """Loads are not what they must be: negative, NaN, of the wrong shape."""
+
+
+class PlacementError(ObservatoryError):
+    """An expert placement or expert-parallel degree that does not fit the model."""
+
+
+class ModelError(ObservatoryError):
+    """A model cannot be loaded, or its MoE layers are not understood."""
+
+
+class DataError(ObservatoryError):
+    """Input text or token data cannot be used."""
+
+
+class CaptureError(ObservatoryError):
+    """A probe cannot be attached, or what it captured cannot be kept."""

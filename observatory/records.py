@@ -1,0 +1,205 @@
+"""What a run is: the manifest of a run directory, as validated records.
+
+The manifest (``run.json``) is written by rank 0 when the run starts and again when it ends; every rank
+writes its own status file, so that a rank which dies takes nothing with it. All times are labels
+(Unix seconds) unless the name says ``_ns`` (monotonic nanoseconds).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+__all__ = [
+    "PHASES",
+    "SCHEMA_VERSION",
+    "DataSpec",
+    "DeviceSpec",
+    "HostSpec",
+    "Manifest",
+    "ModelSpec",
+    "MoeLayerSpec",
+    "Phase",
+    "RankStatus",
+    "SchedulerJob",
+    "Topology",
+]
+
+SCHEMA_VERSION = "1.0"
+
+Phase = Literal["prefill", "decode", "train_forward", "train_backward", "unknown"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode", "train_forward", "train_backward", "unknown")
+
+Text = Annotated[str, Field(max_length=4096)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Record(BaseModel):
+    """Base of manifest records: frozen, unknown keys of a newer minor schema are carried along."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class MoeLayerSpec(Record):
+    """One MoE layer of the model.
+
+    Attributes:
+        layer: index of the decoder block the MoE layer sits in; several MoE layers of one block get
+            consecutive ``layer`` numbers only if the model numbers them so, see ``module``.
+        module: qualified name of the module that was hooked.
+        experts: routed experts, E. Shared and null experts are not among them.
+        top_k: assignments per token as configured; None when it varies (expert choice, dynamic K).
+        shared_experts: experts every token passes; they never appear in loads.
+        null_experts: router outputs that stand for "no expert"; assignments to them are not counted.
+    """
+
+    layer: Count
+    module: Text
+    experts: Annotated[int, Field(ge=1, le=65536)]
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    shared_experts: Count | None = None
+    null_experts: Count = 0
+
+
+class ModelSpec(Record):
+    """The model that ran.
+
+    Attributes:
+        name: what the user called it.
+        family: architecture name, None when unknown.
+        mixer: sequence mixer (MLA, MHA, GQA, Mamba-2, GDN, ...), None when not recognised.
+        hidden_size: H; None when unknown.
+        expert_bytes: bytes of one routed expert's weights; None when unknown or not the same everywhere.
+        parameters: number of parameters; None when unknown.
+        dtype: dtype of the weights as torch names it.
+        moe_layers: the MoE layers in model order.
+    """
+
+    name: Text
+    family: Text | None = None
+    mixer: Text | None = None
+    hidden_size: Count | None = None
+    expert_bytes: Count | None = None
+    parameters: Count | None = None
+    dtype: Text | None = None
+    moe_layers: tuple[MoeLayerSpec, ...] = ()
+
+
+class DataSpec(Record):
+    """What was fed to the model.
+
+    Attributes:
+        condition: prose, code, foreign, structured, shuffled, mock, or what the user named.
+        source: origin of the tokens.
+        real: False for mock and shuffled tokens.
+        batch_size: sequences per step.
+        sequence_length: tokens per sequence.
+        wrapped: how often the text had to be repeated to fill the run.
+    """
+
+    condition: Text
+    source: Text | None = None
+    real: bool | None = None
+    batch_size: Count | None = None
+    sequence_length: Count | None = None
+    wrapped: Count = 0
+
+
+class Topology(Record):
+    """Ranks of the run.
+
+    Attributes:
+        ranks: P, the number of source ranks (processes).
+        ep: expert-parallel degree; 1 when every rank holds all experts.
+        gpus_per_node: ranks per node; None when unknown.
+    """
+
+    ranks: Annotated[int, Field(ge=1)] = 1
+    ep: Annotated[int, Field(ge=1)] = 1
+    gpus_per_node: Annotated[int, Field(ge=1)] | None = None
+
+
+class DeviceSpec(Record):
+    """A device as the driver names it; limits and clocks None where it does not tell."""
+
+    kind: Text
+    name: Text | None = None
+    uuid: Text | None = None
+    driver: Text | None = None
+    enforced_limit_mw: Count | None = None
+    max_sm_clock_mhz: Count | None = None
+
+
+class HostSpec(Record):
+    """A machine that took part."""
+
+    name: Text
+    platform: Text | None = None
+    cpu: Text | None = None
+    cpus: Count | None = None
+    memory_bytes: Count | None = None
+
+
+class SchedulerJob(Record):
+    """The batch job the run was part of."""
+
+    kind: Text
+    job_id: Text | None = None
+    nodes: Text | None = None
+
+
+class RankStatus(Record):
+    """How one rank ended.
+
+    Attributes:
+        rank: the rank.
+        state: ``running`` until it closes its shard; a rank still ``running`` in a finished run died.
+        host: host name of the rank.
+        error: one line when ``failed``.
+        steps: steps the rank completed.
+        dropped_rows: rows that could not be written (full disk), 0 normally.
+    """
+
+    rank: Count
+    state: Literal["running", "complete", "failed"]
+    host: Text | None = None
+    error: Text | None = None
+    steps: Count = 0
+    dropped_rows: Count = 0
+
+
+class Manifest(Record):
+    """``run.json``.
+
+    Attributes:
+        schema_version: ``major.minor``; readers refuse a newer major.
+        run_id: unique id of the run.
+        state: ``running`` until rank 0 closes the run.
+        created_unix_s, ended_unix_s: wall-clock labels.
+        argv: command line of rank 0.
+        config: the options the run was made with.
+        git_sha: commit of the working directory, with ``-dirty``; None outside a checkout.
+        window_steps: steps folded into one routing row; 1 keeps every step.
+        software: package or library name -> version.
+        notes: stated limits of what was captured (layers not understood, dropped data).
+    """
+
+    schema_version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}$")] = SCHEMA_VERSION
+    run_id: Text
+    state: Literal["running", "complete", "failed"] = "running"
+    created_unix_s: float
+    ended_unix_s: float | None = None
+    argv: tuple[Text, ...] = ()
+    config: dict[str, JsonValue] = Field(default_factory=dict)
+    git_sha: Text | None = None
+    hosts: tuple[HostSpec, ...] = ()
+    scheduler: SchedulerJob | None = None
+    model: ModelSpec
+    data: DataSpec | None = None
+    topology: Topology = Topology()
+    devices: tuple[DeviceSpec, ...] = ()
+    software: dict[str, Text] = Field(default_factory=dict)
+    window_steps: Annotated[int, Field(ge=1)] = 1
+    notes: tuple[Text, ...] = ()
+    ranks: tuple[RankStatus, ...] = ()

@@ -1,0 +1,1 @@
+"""HTML reports, figures and trace exports made from run directories."""
