@@ -1,0 +1,45 @@
+# make demo   install into .venv and write a report from the bundled models and data
+# make test   install the test extras as well, then run the suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+
+.PHONY: demo test test-gpu lint system-packages clean
+
+demo: $(VENV)/.capture
+	$(BIN)/observatory quickstart --out demo
+
+test: $(VENV)/.test system-packages
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The browser tests need Chromium; without root they skip and say so.
+system-packages:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromedriver >/dev/null; then \
+		(apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
+			chromium chromium-driver fonts-dejavu) >&2 || echo "Chromium could not be installed; its tests skip" >&2; \
+	fi
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.capture: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -e ".[capture]"
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install -q -e ".[test]"
+	touch $@ $(VENV)/.capture
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

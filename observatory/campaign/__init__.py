@@ -1,0 +1,1 @@
+"""Jobs made of several parts: one profile, a grid of profiles, the quickstart."""

@@ -1,0 +1,307 @@
+"""Grids: every model on every data condition, then a scan over EP degrees; resumable.
+
+A grid directory holds ``grid.json`` (the configuration and the state of every cell), ``cells/<cell>`` (one
+run directory each) and ``scan.json``. A cell's name ends in a digest of everything that decides its
+content, so a changed option makes a new cell, and a finished cell is never run twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from observatory.campaign.profile import PhaseChoice, ProfileJob, run_profile
+from observatory.documents import frame_records, write_json
+from observatory.errors import DataError, ObservatoryError, PlacementError, RunError
+
+if TYPE_CHECKING:
+    from observatory.zoo.models import LoadedModel
+
+__all__ = ["Cell", "CellResult", "GridConfig", "expand_runs", "grid_cells", "load_grid", "run_grid"]
+
+_LARGEST_CONFIG_BYTES = 1 << 20
+Name = Annotated[str, Field(min_length=1, max_length=4096)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ProfileOptions(_Section):
+    """``[profile]``: the options of ``observatory profile`` that all cells share."""
+
+    batch_size: Positive = 8
+    sequence_length: Positive = 256
+    steps: Positive = 20
+    phase: PhaseChoice = "prefill"
+    seed: int = 0
+    device: Name = "cpu"
+    dtype: Name | None = None
+    gate_mass: bool = False
+    sample_tokens: Annotated[int, Field(ge=0)] = 0
+    window_steps: Positive = 1
+
+
+class GridConfig(_Section):
+    """A grid as its TOML file states it.
+
+    Attributes:
+        models: bundled names, checkpoint directories or hub ids.
+        data: data conditions, text files, or ``datasets:NAME``.
+        ep: EP degrees to scan every cell at; none skips the scan.
+        gpus_per_node: ranks per node of the scan.
+        placement: ``linear``, ``round-robin``, or a placement file.
+        profile: options all cells share.
+    """
+
+    models: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
+    data: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
+    ep: Annotated[tuple[Positive, ...], Field(max_length=100)] = (4, 8, 16, 32)
+    gpus_per_node: Positive = 4
+    placement: Name = "linear"
+    profile: ProfileOptions = ProfileOptions()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One profile of a grid: its job and the folder name of its run."""
+
+    name: str
+    job: ProfileJob
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellResult:
+    """How a cell ended.
+
+    Attributes:
+        cell: the cell.
+        run: its run directory.
+        state: ``done`` now, ``kept`` from an earlier start, or ``failed``.
+        error: one line when ``failed``.
+    """
+
+    cell: Cell
+    run: Path
+    state: Literal["done", "kept", "failed"]
+    error: str | None = None
+
+
+#: Called when a cell starts (result None) and when it ends.
+CellProgress = Callable[[Cell, CellResult | None], None]
+StepProgress = Callable[[int, int], None]
+
+
+def load_grid(path: Path) -> GridConfig:
+    """Read a grid's TOML file.
+
+    Raises:
+        DataError: missing, too large, not TOML, or a key or value that is not understood.
+    """
+    try:
+        with path.open("rb") as handle:
+            text = handle.read(_LARGEST_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"cannot read the grid file {path}: {error.strerror}") from error
+    if len(text) > _LARGEST_CONFIG_BYTES:
+        raise DataError(f"the grid file {path} is larger than {_LARGEST_CONFIG_BYTES} bytes; is it a grid?")
+    try:
+        return GridConfig.model_validate(tomllib.loads(text.decode("utf-8")))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"grid file {path}, key {place!r}: {first['msg']}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"the grid file {path} is not TOML: {error}") from error
+
+
+def grid_cells(config: GridConfig) -> tuple[Cell, ...]:
+    """All cells, model by model so that each model is loaded once."""
+    cells = []
+    for model in config.models:
+        for data in config.data:
+            job = ProfileJob(model=model, data=data, **config.profile.model_dump())
+            digest = hashlib.sha256(json.dumps(_identity(job), sort_keys=True).encode()).hexdigest()[:10]
+            cells.append(Cell(name=f"{_slug(model)}--{_slug(data)}--{digest}", job=job))
+    names = [cell.name for cell in cells]
+    if len(set(names)) != len(names):
+        raise DataError("the grid names a model or a data condition twice; name each once")
+    return tuple(cells)
+
+
+def run_grid(
+    config: GridConfig,
+    out: Path,
+    *,
+    cell_progress: CellProgress | None = None,
+    step_progress: StepProgress | None = None,
+) -> tuple[CellResult, ...]:
+    """Run the cells that are not finished yet, then scan all of them.
+
+    One cell's failure does not stop the others; it is stated in the result and in ``grid.json``.
+
+    Args:
+        config: the grid.
+        out: grid directory; made when missing, resumed when it is one.
+        cell_progress: told when a cell starts and ends.
+        step_progress: told about every step of the running cell.
+
+    Returns:
+        How each cell ended, in grid order.
+
+    Raises:
+        RunError: ``out`` exists and is no grid directory.
+    """
+    _open_grid(out)
+    cells = grid_cells(config)
+    results: list[CellResult] = []
+    loaded: LoadedModel | None = None
+    loaded_name: str | None = None
+    for cell in cells:
+        run = out / "cells" / cell.name
+        if _is_complete(run):
+            results.append(CellResult(cell=cell, run=run, state="kept"))
+        else:
+            if cell_progress is not None:
+                cell_progress(cell, None)
+            try:
+                if loaded_name != cell.job.model:
+                    from observatory.zoo.models import load_model
+
+                    loaded = load_model(cell.job.model, device=cell.job.device, dtype=cell.job.dtype)
+                    loaded_name = cell.job.model
+                run_profile(cell.job, run, loaded=loaded, overwrite=True, progress=step_progress)
+                results.append(CellResult(cell=cell, run=run, state="done"))
+            except ObservatoryError as error:
+                results.append(CellResult(cell=cell, run=run, state="failed", error=str(error)))
+        if cell_progress is not None:
+            cell_progress(cell, results[-1])
+        _write_index(out, config, results)
+    _write_scan(out, config, results)
+    return tuple(results)
+
+
+def expand_runs(paths: Sequence[Path]) -> list[Path]:
+    """Run directories behind the paths: a grid directory stands for its finished cells.
+
+    Raises:
+        RunError: a grid directory without a finished cell.
+    """
+    runs: list[Path] = []
+    for path in paths:
+        if (path / "grid.json").is_file():
+            cells = sorted(_complete_cells(path), key=lambda run: run.name)
+            if not cells:
+                raise RunError(f"the grid {path} has no finished cell yet; run `observatory grid` again")
+            runs.extend(cells)
+        else:
+            runs.append(path)
+    return runs
+
+
+def _complete_cells(grid: Path) -> Iterator[Path]:
+    """Finished cells in the order of ``grid.json``, which names them relative to the grid."""
+    try:
+        index = json.loads((grid / "grid.json").read_text(encoding="utf-8"))
+        names = [str(cell["name"]) for cell in index["cells"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(f"{grid / 'grid.json'} is not a grid's index ({error}); run the grid again") from error
+    for name in names:
+        run = grid / "cells" / Path(name).name
+        if _is_complete(run):
+            yield run
+
+
+def _open_grid(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file; name a directory for the grid")
+    if out.is_dir() and any(out.iterdir()) and not (out / "cells").is_dir():
+        raise RunError(f"{out} is not empty and holds no grid; name another directory")
+    (out / "cells").mkdir(parents=True, exist_ok=True)
+
+
+def _is_complete(run: Path) -> bool:
+    from observatory.store import open_run
+
+    if not (run / "run.json").is_file():
+        return False
+    try:
+        return open_run(run).manifest.state == "complete"
+    except RunError:
+        return False
+
+
+def _write_index(out: Path, config: GridConfig, results: Sequence[CellResult]) -> None:
+    write_json(
+        out / "grid.json",
+        {
+            "config": config.model_dump(mode="json"),
+            "cells": [
+                {
+                    "name": result.cell.name,
+                    "model": result.cell.job.model,
+                    "data": result.cell.job.data,
+                    "state": "failed" if result.state == "failed" else "complete",
+                    "error": result.error,
+                }
+                for result in results
+            ],
+        },
+    )
+
+
+def _write_scan(out: Path, config: GridConfig, results: Sequence[CellResult]) -> None:
+    """Scan every finished cell at every degree that fits its model; degrees that do not are listed."""
+    from observatory.parallel.scan import scan_run
+    from observatory.store import open_run
+
+    placement = (
+        Path(config.placement) if config.placement not in ("linear", "round-robin") else config.placement
+    )
+    rows: list[dict[str, object]] = []
+    skipped: list[dict[str, object]] = []
+    for result in results:
+        if result.state == "failed":
+            continue
+        for ep in config.ep:
+            try:
+                frame = scan_run(
+                    open_run(result.run),
+                    ep_degrees=(ep,),
+                    gpus_per_node=config.gpus_per_node,
+                    placement=placement,
+                )
+            except PlacementError as error:
+                skipped.append({"cell": result.cell.name, "ep": ep, "reason": str(error)})
+                continue
+            rows.extend({"cell": result.cell.name, **row} for row in frame_records(frame))
+    write_json(out / "scan.json", {"rows": rows, "skipped": skipped})
+
+
+def _identity(job: ProfileJob) -> dict[str, object]:
+    """What decides a cell's content: the options, and for local files their size and time of change."""
+    identity: dict[str, object] = asdict(job)
+    for name in ("model", "data"):
+        path = Path(getattr(job, name))
+        try:
+            if path.exists():
+                stat = path.stat()
+                identity[f"{name}_file"] = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+        except (OSError, ValueError):
+            continue  # not a path at all; the loader says what is wrong with the name
+    return identity
+
+
+def _slug(name: str) -> str:
+    """A short folder name: letters, digits, dots and dashes of the last part of a path or id."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", last).strip(".-")[:48] or "cell"

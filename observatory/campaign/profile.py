@@ -1,0 +1,227 @@
+"""Profile one model on given data: load, watch, run, keep.
+
+Shapes: B sequences per step, T tokens per sequence, S steps.
+
+Protocol, in this order, so that two profiles of one seed feed the same tokens:
+
+1. The data give B rows of contiguous tokens. Prefill step s reads columns s*T .. (s+1)*T of every row.
+2. Decode steps read the columns behind the last prefill, one a step, with the model's own cache: the
+   text itself is fed, not what the model would have said, so routing is that of real text.
+3. With ``decode`` alone the context is built before the probe is attached and is not part of the run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from observatory.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+    from observatory.watching import Watch
+    from observatory.zoo.data import TokenStream
+    from observatory.zoo.models import LoadedModel
+
+__all__ = ["PhaseChoice", "ProfileJob", "run_profile"]
+
+PhaseChoice = Literal["prefill", "decode", "both"]
+
+#: Called with (steps done, steps in all).
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileJob:
+    """What to profile.
+
+    Attributes:
+        model: bundled name, checkpoint directory or hub id.
+        data: data condition, text file, or ``datasets:NAME``.
+        batch_size: sequences per step, B.
+        sequence_length: tokens per sequence, T; also the context of decode steps.
+        steps: steps of each phase asked for.
+        phase: ``prefill``, ``decode`` or ``both`` one after the other.
+        seed: seeds shuffled and mock tokens.
+        device: torch device.
+        dtype: torch dtype name of the weights; None takes the loader's choice.
+        gate_mass: also sum gate weights per expert.
+        sample_tokens: token positions per layer and step whose expert ids are kept; 0 keeps none.
+        window_steps: steps folded into one row of the run.
+    """
+
+    model: str
+    data: str = "prose"
+    batch_size: int = 8
+    sequence_length: int = 256
+    steps: int = 20
+    phase: PhaseChoice = "prefill"
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str | None = None
+    gate_mass: bool = False
+    sample_tokens: int = 0
+    window_steps: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "sequence_length", "steps", "window_steps"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.sample_tokens < 0:
+            raise DataError(f"sample_tokens is {self.sample_tokens}; it must be 0 (none) or more")
+        if self.phase not in get_args(PhaseChoice):
+            raise DataError(f"phase is {self.phase!r}; choose one of {', '.join(get_args(PhaseChoice))}")
+
+    @property
+    def prefill_steps(self) -> int:
+        """Prefill steps that are recorded."""
+        return 0 if self.phase == "decode" else self.steps
+
+    @property
+    def decode_steps(self) -> int:
+        """Decode steps that are recorded."""
+        return 0 if self.phase == "prefill" else self.steps
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens each of the B rows must hold."""
+        return max(self.prefill_steps, 1) * self.sequence_length + self.decode_steps
+
+
+def run_profile(
+    job: ProfileJob,
+    out: Path,
+    *,
+    loaded: LoadedModel | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Run one profile and write its run directory.
+
+    Args:
+        job: what to profile.
+        out: run directory to make.
+        loaded: the model, when the caller has it already.
+        overwrite: replace an existing run.
+        progress: told about every finished step.
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ModelError: the model cannot be loaded, has no MoE layers, or is too short for the sequence.
+        DataError: the data cannot fill the run.
+        CaptureError: the probe or the run directory failed.
+    """
+    import torch
+
+    import observatory
+    from observatory.records import DataSpec
+    from observatory.zoo.data import load_token_ids
+    from observatory.zoo.models import load_model
+
+    loaded = loaded or load_model(job.model, device=job.device, dtype=job.dtype)
+    model = loaded.model.eval()
+    _check_length(model, job)
+    stream = load_token_ids(
+        job.data,
+        loaded.tokenizer,
+        vocabulary_size=loaded.vocabulary_size,
+        tokens=job.batch_size * job.row_tokens,
+        seed=job.seed,
+    )
+    ids = _rows(stream, job)
+    total = job.prefill_steps + job.decode_steps
+    done = 0
+
+    def step_done(watch: Watch) -> None:
+        nonlocal done
+        watch.step()
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    with torch.inference_mode():
+        cache = None if job.prefill_steps else _prefill(model, ids, job, column=0, keep_cache=True)
+        with observatory.watch(
+            model,
+            out,
+            gate_mass=job.gate_mass,
+            sample_tokens=job.sample_tokens,
+            window_steps=job.window_steps,
+            overwrite=overwrite,
+            model_name=loaded.name,
+            family=loaded.family,
+            mixer=loaded.mixer,
+            config=asdict(job),
+            data=DataSpec(
+                condition=stream.condition,
+                source=stream.source,
+                real=stream.real,
+                batch_size=job.batch_size,
+                sequence_length=job.sequence_length,
+                wrapped=stream.wrapped,
+            ),
+        ) as watch:
+            for step in range(job.prefill_steps):
+                last = step == job.prefill_steps - 1
+                with watch.phase("prefill"):
+                    cache = _prefill(
+                        model,
+                        ids,
+                        job,
+                        column=step * job.sequence_length,
+                        keep_cache=last and job.decode_steps > 0,
+                    )
+                step_done(watch)
+            context = max(job.prefill_steps, 1) * job.sequence_length
+            for step in range(job.decode_steps):
+                column = context + step
+                with watch.phase("decode"):
+                    cache = model(
+                        input_ids=ids[:, column : column + 1], past_key_values=cache, use_cache=True
+                    ).past_key_values
+                step_done(watch)
+    return out
+
+
+def _rows(stream: TokenStream, job: ProfileJob) -> torch.Tensor:
+    """Token ids as B contiguous rows, shape (B, row_tokens)."""
+    import torch
+
+    ids = torch.from_numpy(stream.ids.copy())
+    return ids.view(job.batch_size, job.row_tokens).to(job.device)
+
+
+def _prefill(model: Any, ids: torch.Tensor, job: ProfileJob, *, column: int, keep_cache: bool) -> Any:
+    """One prefill over T columns of every row; its cache when asked for, else None."""
+    window = ids[:, column : column + job.sequence_length]
+    options: dict[str, Any] = {"use_cache": keep_cache}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    output = model(input_ids=window, **options)
+    if not keep_cache:
+        return None
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise ModelError(
+            f"{type(model).__name__} returns no cache, so it cannot decode; profile it with --phase prefill"
+        )
+    return cache
+
+
+def _check_length(model: Any, job: ProfileJob) -> None:
+    """Refuse sequences longer than the model's position table."""
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text_config, "max_position_embeddings", None)
+    needed = job.sequence_length + job.decode_steps
+    if isinstance(limit, int) and needed > limit:
+        raise ModelError(
+            f"{needed} positions per sequence were asked for, the model has {limit}; "
+            f"lower --sequence-length or --steps"
+        )

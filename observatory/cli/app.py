@@ -1,0 +1,42 @@
+"""All subcommands under one name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from observatory import __version__
+from observatory.cli import doctor, grid, profile, quickstart, report, routing, scan
+
+__all__ = ["command"]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moe-observatory {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """See what mixture-of-experts models do to the machines they run on, then decide."""
+
+
+def command() -> Any:
+    """The command tree, ready to run."""
+    app = typer.Typer(
+        name="observatory", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+    )
+    app.callback()(_root)
+    app.command("quickstart")(quickstart.quickstart)
+    app.command("profile")(profile.profile)
+    app.command("grid")(grid.grid)
+    app.command("routing")(routing.routing)
+    app.command("scan")(scan.scan)
+    app.command("report")(report.report)
+    app.command("doctor")(doctor.doctor)
+    return typer.main.get_command(app)

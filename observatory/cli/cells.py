@@ -1,0 +1,31 @@
+"""A grid with its progress bar, for the commands that run one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from observatory.campaign.grid import Cell, CellResult, GridConfig, grid_cells, run_grid
+from observatory.cli.output import progress_bar
+
+__all__ = ["run_cells"]
+
+
+def run_cells(config: GridConfig, out: Path) -> Sequence[CellResult]:
+    """Run a grid; one bar counts cells, the one below it the steps of the running cell."""
+    with progress_bar() as bar:
+        cells = bar.add_task("cells", total=len(grid_cells(config)))
+        steps = bar.add_task("starting", total=None)
+
+        def on_cell(cell: Cell, result: CellResult | None) -> None:
+            if result is None:
+                bar.reset(steps, description=f"{cell.job.model} on {cell.job.data}")
+            else:
+                bar.advance(cells)
+
+        return run_grid(
+            config,
+            out,
+            cell_progress=on_cell,
+            step_progress=lambda done, total: bar.update(steps, completed=done, total=total),
+        )

@@ -1,0 +1,60 @@
+"""``observatory quickstart``: everything once, with no arguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["quickstart"]
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="Directory for runs and report.")] = Path(
+        "observatory-quickstart"
+    ),
+) -> None:
+    """Profile the bundled models on the bundled data, scan, and write the report. No network, no GPU."""
+    from observatory.campaign.quickstart import quickstart_grid
+    from observatory.cli.cells import run_cells
+    from observatory.cli.output import print_table, say
+    from observatory.errors import ObservatoryError
+    from observatory.routing.summary import run_summary
+    from observatory.store import open_run
+    from reports import write_report
+
+    config = quickstart_grid()
+    results = run_cells(config, out)
+    failed = [result for result in results if result.state == "failed"]
+    if failed:
+        raise ObservatoryError(
+            f"{failed[0].cell.job.model} on {failed[0].cell.job.data} failed: {failed[0].error}; "
+            f"{len(failed)} of {len(results)} cells failed, the others are kept in {out}"
+        )
+    report = write_report(
+        [result.run for result in results],
+        out / "report.html",
+        title="Quickstart: five trained MoE models, six data conditions",
+        ep_degrees=config.ep,
+        gpus_per_node=config.gpus_per_node,
+        overwrite=True,
+    )
+    say("writing the table")
+    summaries = {
+        (result.cell.job.model, result.cell.job.data): run_summary(open_run(result.run), phase="prefill")
+        for result in results
+    }
+    print_table(
+        ["Gini, mean over layers", *config.data, "floor"],
+        [
+            [
+                model,
+                *(summaries[model, data]["gini"] for data in config.data),
+                summaries[model, config.data[0]]["gini_floor"],
+            ]
+            for model in config.models
+        ],
+        title="Prefill, assignments over experts, whole run; the floor is what uniform routing would show",
+    )
+    typer.echo(f"report: {report.resolve()}")

@@ -1,0 +1,36 @@
+"""``observatory report``: one HTML file for one or several runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from observatory.cli.options import EpOption, ForceOption, GpusPerNodeOption, parse_ep
+
+__all__ = ["report"]
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; a grid stands for its cells.")],
+    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")],
+    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+    ep: EpOption = "4,8,16,32",
+    gpus_per_node: GpusPerNodeOption = 4,
+    force: ForceOption = False,
+) -> None:
+    """Write the report: one HTML file that needs no network."""
+    from observatory.campaign.grid import expand_runs
+    from observatory.cli.output import say
+    from reports import write_report
+
+    path = write_report(
+        expand_runs(runs),
+        out,
+        title=title,
+        ep_degrees=parse_ep(ep),
+        gpus_per_node=gpus_per_node,
+        overwrite=force,
+    )
+    say(f"report written to {path}")

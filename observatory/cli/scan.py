@@ -1,0 +1,72 @@
+"""``observatory scan``: what another EP degree or placement would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from observatory.cli.options import (
+    EpOption,
+    GpusPerNodeOption,
+    JsonOption,
+    PlacementOption,
+    parse_ep,
+    parse_placement,
+)
+
+__all__ = ["scan"]
+
+_COLUMNS = {
+    "ep": "EP",
+    "placement": "placement",
+    "layer": "layer",
+    "phase": "phase",
+    "expert_max_over_mean": "expert max/mean",
+    "rank_max_over_mean": "rank max/mean",
+    "rank_max_over_mean_step_p50": "per step: median",
+    "rank_max_over_mean_step_p90": "p90",
+    "cross_rank_fraction": "cross rank",
+    "cross_node_fraction": "cross node",
+}
+
+
+def scan(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    ep: EpOption = "4,8,16,32",
+    gpus_per_node: GpusPerNodeOption = 4,
+    placement: PlacementOption = "linear",
+    json: JsonOption = False,
+) -> None:
+    """Re-map the captured loads to other EP degrees and placements."""
+    from observatory.cli.output import print_json, print_table, say
+    from observatory.documents import frame_records
+    from observatory.parallel.scan import scan_run
+    from observatory.store import open_run
+
+    opened = open_run(run)
+    frame = scan_run(
+        opened, ep_degrees=parse_ep(ep), gpus_per_node=gpus_per_node, placement=parse_placement(placement)
+    )
+    rows = frame_records(frame)
+    for problem in opened.problems:
+        say(f"note: {problem}")
+    if json:
+        print_json(
+            {
+                "run_id": opened.manifest.run_id,
+                "model": opened.manifest.model.name,
+                "gpus_per_node": gpus_per_node,
+                "problems": list(opened.problems),
+                "rows": rows,
+            }
+        )
+        return
+    print_table(
+        list(_COLUMNS.values()),
+        [[row[name] for name in _COLUMNS] for row in rows],
+        title=f"{opened.manifest.model.name}: captured loads re-mapped, {gpus_per_node} ranks per node",
+    )
+    for sources in sorted({str(row["sources"]) for row in rows}):
+        say(f"source ranks: {sources}")
