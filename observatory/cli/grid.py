@@ -53,6 +53,6 @@ def grid(
         say(f"failed: {result.cell.job.model} on {result.cell.job.data}: {result.error}")
     if failed:
         raise ObservatoryError(
-            f"{len(failed)} of {len(results)} cells failed; mend what the lines above name, then run the grid again"
+            f"{len(failed)} of {len(results)} cells failed; mend what the lines above say, then run it again"
         )
     say(f"grid written to {out}; next: observatory report {out} --out report.html")
