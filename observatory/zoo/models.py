@@ -1,0 +1,284 @@
+"""Finding and loading models: bundled checkpoints, local directories, hub ids.
+
+Only safetensors weights and configurations of transformers' own classes are read. Nothing that a checkpoint brings
+along is executed: `trust_remote_code` is never on and pickled weights are refused.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from observatory.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["BundledModel", "LoadedModel", "bundled_models", "load_model", "mixer_of_config"]
+
+_CHECKPOINTS = Path(__file__).parent / "checkpoints"
+_NAMES = ("tiny-mla", "tiny-mha", "tiny-gqa", "tiny-mamba2", "tiny-gdn")
+_LONGEST_NAME = 1024
+_LARGEST_CONFIG_BYTES = 4 * 2**20
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundledModel:
+    """A checkpoint that comes with the package.
+
+    Attributes:
+        name: what `load_model` takes.
+        mixer: sequence mixer: MLA, MHA, GQA, Mamba-2 or GDN.
+        family: model family whose class and routing it has.
+        directory: folder with config.json, model.safetensors and training.json.
+        held_out_loss: nats per token on the held-out parts of the four real conditions.
+        unigram_cross_entropy: of unigram models fitted to each condition's training text, on the same tokens, in nats.
+        held_out_losses: the same loss by condition, nats per token.
+        parameters: number of weights.
+    """
+
+    name: str
+    mixer: str
+    family: str
+    directory: Path
+    held_out_loss: float
+    unigram_cross_entropy: float
+    held_out_losses: Mapping[str, float]
+    parameters: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to run.
+
+    Attributes:
+        name: what was asked for; for a directory its last component.
+        mixer: sequence mixer told from the configuration, None when it is not recognised.
+        family: of a bundled model its family, else `model_type` of the configuration.
+        model: in evaluation mode, on the device and in the type asked for.
+        tokenizer: None when the checkpoint has none.
+        vocabulary_size: entries of the embedding.
+        source: `bundled`, `directory` or `hub`.
+    """
+
+    name: str
+    mixer: str | None
+    family: str
+    model: "torch.nn.Module"
+    tokenizer: "PreTrainedTokenizerBase | None"
+    vocabulary_size: int
+    source: str
+
+
+def bundled_models() -> tuple[BundledModel, ...]:
+    """The five bundled checkpoints in fixed order: MLA, MHA, GQA, Mamba-2, GDN.
+
+    Raises:
+        ModelError: the installation lacks a file.
+    """
+    found = []
+    for name in _NAMES:
+        try:
+            facts = json.loads((_CHECKPOINTS / name / "training.json").read_text(encoding="utf-8"))
+            found.append(
+                BundledModel(
+                    name=name,
+                    mixer=facts["recipe"]["mixer"],
+                    family=facts["recipe"]["family"],
+                    directory=_CHECKPOINTS / name,
+                    held_out_loss=facts["held_out_loss_overall_nats"],
+                    unigram_cross_entropy=facts["unigram_cross_entropy_overall_nats"],
+                    held_out_losses=facts["held_out_loss_nats"],
+                    parameters=facts["parameters"],
+                )
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"bundled model {name} is incomplete ({error}); install the package again") from error
+    return tuple(found)
+
+
+def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> LoadedModel:
+    """Load a causal language model.
+
+    Args:
+        name: of a bundled model, or a checkpoint directory, or a hub id such as `org/model`.
+        device: torch device string.
+        dtype: `float32`, `bfloat16` or `float16`; by default float32 on the CPU, else the checkpoint's own.
+
+    Raises:
+        ModelError: one line: no such model, not a checkpoint, unsafe weights, unknown architecture, hub unreachable.
+    """
+    _check_name(name)
+    if dtype is not None and dtype not in _DTYPES:
+        raise ModelError(f"unknown dtype {ascii(dtype)[:40]}; expected one of {', '.join(_DTYPES)}")
+    if name in _NAMES:
+        bundled = next(model for model in bundled_models() if model.name == name)
+        from observatory.zoo.tokenizer import load_tokenizer
+
+        model = _load_weights(name, str(bundled.directory), device, dtype, local=True)
+        return LoadedModel(
+            name=name,
+            mixer=bundled.mixer,
+            family=bundled.family,
+            model=model,
+            tokenizer=load_tokenizer(),
+            vocabulary_size=_vocabulary_size(model),
+            source="bundled",
+        )
+    directory = Path(name).expanduser()
+    local = _is_directory(directory)
+    if local:
+        _check_directory(directory, name)
+    elif not _looks_like_hub_id(name):
+        raise ModelError(
+            f"no model {name!r}; expected a bundled one ({', '.join(_NAMES)}), a checkpoint directory, or a hub id org/model"
+        )
+    where = str(directory) if local else name
+    model = _load_weights(name, where, device, dtype, local=local)
+    config: Any = model.config
+    return LoadedModel(
+        name=(directory.resolve().name or name) if local else name,
+        mixer=mixer_of_config(config),
+        family=str(getattr(config, "model_type", "unknown")),
+        model=model,
+        tokenizer=_load_tokenizer(where, local=local),
+        vocabulary_size=_vocabulary_size(model),
+        source="directory" if local else "hub",
+    )
+
+
+def mixer_of_config(config: Any) -> str | None:
+    """The sequence mixer a configuration describes, None when it says nothing that is recognised.
+
+    A hybrid is named after its recurrent layers. Marks, in this order: `kv_lora_rank` (MLA); linear-attention heads
+    with delta-rule parameters (GDN); a Mamba state with heads (Mamba-2); fewer key-value heads than heads (GQA); as
+    many (MHA).
+    """
+    config = getattr(config, "text_config", None) or config
+    if getattr(config, "kv_lora_rank", None):
+        return "MLA"
+    if getattr(config, "linear_num_value_heads", None) and getattr(config, "linear_key_head_dim", None):
+        return "GDN"
+    if getattr(config, "mamba_num_heads", None) or getattr(config, "mamba_n_heads", None):
+        return "Mamba-2"
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1:
+        return None
+    key_value_heads = getattr(config, "num_key_value_heads", None)
+    if key_value_heads is None or key_value_heads == heads:
+        return "MHA"
+    return "GQA" if isinstance(key_value_heads, int) and key_value_heads < heads else None
+
+
+def _check_name(name: str) -> None:
+    if not name or len(name) > _LONGEST_NAME or not name.isprintable():
+        shown = ascii(name)[:60]
+        raise ModelError(
+            f"model name {shown} ({len(name)} characters) is refused; expected 1 to {_LONGEST_NAME} printable ones"
+        )
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a component longer than the file system allows
+        return False
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    allowed = all(part and part.strip(".") and all(c.isalnum() or c in "-_." for c in part) for part in parts)
+    return len(parts) == 2 and len(name) <= 96 and allowed and name.isascii()
+
+
+def _check_directory(directory: Path, name: str) -> None:
+    """Refuse what is not a safetensors checkpoint, before any library looks at it."""
+    config_path = directory / "config.json"
+    if not config_path.is_file():
+        raise ModelError(f"{name!r} has no config.json; expected a checkpoint saved with save_pretrained")
+    try:
+        if config_path.stat().st_size > _LARGEST_CONFIG_BYTES:
+            raise ModelError(f"config.json of {name!r} is larger than {_LARGEST_CONFIG_BYTES} bytes; not a configuration")
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"config.json of {name!r} cannot be read: {_first_line(error)}; expected JSON") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"config.json of {name!r} has no model_type; expected a transformers configuration")
+    if not any(directory.glob("*.safetensors")):
+        pickled = next((path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern)), None)
+        if pickled:
+            raise ModelError(
+                f"{name!r} has only pickled weights ({pickled!r}), which can run code when read; convert to safetensors"
+            )
+        raise ModelError(f"{name!r} has no .safetensors weights; expected a checkpoint saved with save_pretrained")
+
+
+def _load_weights(name: str, where: str, device: str, dtype: str | None, *, local: bool) -> "torch.nn.Module":
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ModelError(
+            f"loading {name!r} needs torch and transformers; run `pip install 'moe-observatory[capture]'`"
+        ) from error
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"unknown device {ascii(device)[:40]}; expected e.g. cpu or cuda:0") from error
+    wanted = dtype or ("float32" if target.type == "cpu" else "auto")
+    try:
+        with _quiet(transformers):
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                where, dtype=wanted, trust_remote_code=False, use_safetensors=True, local_files_only=local
+            )
+            return model.to(target).eval()  # type: ignore[no-any-return]
+    except Exception as error:  # transformers, safetensors and the hub client raise many kinds
+        hint = "check that the files belong together" if local else "check the id, the network and HF_HUB_OFFLINE"
+        raise ModelError(f"{name!r} cannot be loaded: {_first_line(error)}; {hint}") from error
+
+
+class _quiet:  # noqa: N801 - used like a function
+    """Keeps transformers' progress bars and notes about missing GPU kernels off the terminal while loading."""
+
+    def __init__(self, transformers: Any) -> None:
+        self._logging = transformers.utils.logging
+        self._verbosity = self._logging.get_verbosity()
+        self._bars = self._logging.is_progress_bar_enabled()
+
+    def __enter__(self) -> None:
+        self._logging.set_verbosity_error()
+        self._logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        self._logging.set_verbosity(self._verbosity)
+        if self._bars:
+            self._logging.enable_progress_bar()
+
+
+def _load_tokenizer(where: str, *, local: bool) -> "PreTrainedTokenizerBase | None":
+    import transformers
+
+    if local and not any((Path(where) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    try:
+        with _quiet(transformers):
+            tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+                where, trust_remote_code=False, local_files_only=local
+            )
+            return tokenizer
+    except Exception as error:  # as above
+        if not local and "tokenizer" in str(error).lower():
+            return None
+        raise ModelError(f"tokenizer of {where!r} cannot be loaded: {_first_line(error)}; remove or repair it") from error
+
+
+def _vocabulary_size(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:240]
