@@ -1,0 +1,183 @@
+"""What a module tells about itself: how many experts, how many per token, whether it looks like experts.
+
+Everything is read from attributes, parameter shapes and forward signatures. Attribute spellings are those
+found in transformers, Megatron-Core, DeepSpeed and model code published with checkpoints.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+__all__ = [
+    "MoeBlock",
+    "configured_experts",
+    "expert_count",
+    "forward_parameters",
+    "int_attribute",
+    "looks_like_experts",
+    "null_experts",
+    "shared_experts",
+    "top_k",
+]
+
+_EXPERTS = (
+    "num_routed_experts",
+    "n_routed_experts",
+    "num_experts",
+    "num_local_experts",
+    "moe_num_experts",
+    "num_moe_experts",
+)
+_TOP_K = (
+    "top_k",
+    "topk",
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "moe_router_topk",
+    "moe_k",
+    "top_k_experts",
+    "num_selected_experts",
+)
+_SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
+_SHARED_CHILD = re.compile(r"shared.*(experts?|mlp)$")
+_ROUTER_CLASSES = ("num_router_classes", "n_routed_experts")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoeBlock:
+    """The surroundings of an experts module (or of a router, where only a router is known).
+
+    Attributes:
+        path: qualified name of the module around the experts, the MoE block.
+        experts: the experts module.
+        parent: the MoE block; None when the experts module is the model itself.
+        grandparent: the module around the block, as a rule the decoder layer; None at the top.
+    """
+
+    path: str
+    experts: nn.Module
+    parent: nn.Module | None
+    grandparent: nn.Module | None
+
+    @classmethod
+    def around(cls, path: str, modules: Mapping[str, nn.Module]) -> MoeBlock:
+        """The block around the module at ``path``."""
+        parent_path, _, _ = path.rpartition(".")
+        grandparent_path, _, _ = parent_path.rpartition(".")
+        return cls(
+            path=parent_path,
+            experts=modules[path],
+            parent=modules.get(parent_path) if path else None,
+            grandparent=modules.get(grandparent_path) if parent_path else None,
+        )
+
+    def siblings(self) -> Iterator[tuple[str, nn.Module]]:
+        """The other children of the block, by name."""
+        if self.parent is not None:
+            yield from ((n, m) for n, m in self.parent.named_children() if m is not self.experts)
+
+    def routers(self) -> list[tuple[str, nn.Module]]:
+        """Siblings that look like a router by name or class."""
+        return [(n, m) for n, m in self.siblings() if _looks_like_router(n, m)]
+
+
+def int_attribute(holder: object, names: Sequence[str]) -> int | None:
+    """The first of these attributes that is a positive integer."""
+    for name in names:
+        value = getattr(holder, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def forward_parameters(module: nn.Module) -> list[str]:
+    """Parameter names of ``forward`` without ``self``, through decorators that keep ``__wrapped__``.
+
+    The class is asked, not the instance: expert-parallel wrappers replace ``module.forward`` by a closure
+    of ``*args`` while the module itself is still called with the original arguments.
+    """
+    try:
+        return list(inspect.signature(type(module).forward).parameters)[1:]
+    except (TypeError, ValueError):
+        return []
+
+
+def expert_count(module: nn.Module) -> int | None:
+    """Number of routed experts E that this module holds, None when it does not look like experts.
+
+    Stacked weights (E, ...) decide over attributes where the two disagree: under expert parallelism
+    ``num_experts`` is the local count while the sharded parameter keeps its global shape; with null experts
+    some stacks are longer than others, and the shortest holds the experts that compute.
+    """
+    stated = int_attribute(module, _EXPERTS)
+    stacked = {p.shape[0] for p in module.parameters(recurse=False) if p.ndim >= 3}
+    if stacked:
+        return stated if stated in stacked else min(stacked)
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1:
+        return len(module)
+    return stated
+
+
+def looks_like_experts(name: str, module: nn.Module) -> bool:
+    """Whether this is a container of routed experts, by name together with contents."""
+    attribute = name.rpartition(".")[2].lower()
+    label = f"{attribute} {type(module).__name__.lower()}"
+    if "expert" not in label or "shared" in label:
+        return False
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        kinds = {type(child) for child in module.children()}
+        return len(module) > 1 and len(kinds) == 1
+    return any(p.ndim >= 3 for p in module.parameters(recurse=False))
+
+
+def top_k(block: MoeBlock, configs: Sequence[object]) -> int | None:
+    """Assignments per token: stated by a router, the experts, the block, or the configuration."""
+    holders: list[Any] = [m for _, m in block.routers()]
+    holders += [block.experts, block.parent, getattr(block.experts, "config", None), *configs]
+    found = (int_attribute(h, _TOP_K) for h in holders if h is not None)
+    return next((k for k in found if k is not None), None)
+
+
+def shared_experts(block: MoeBlock, configs: Sequence[object]) -> int:
+    """Experts that every token passes: 0 without a shared_* module nearby, else the stated number or 1."""
+    nearby = [m for m in (block.parent, block.grandparent) if m is not None]
+    if not any(_SHARED_CHILD.search(name) for m in nearby for name, _ in m.named_children()):
+        return 0
+    stated = (int_attribute(h, _SHARED) for h in (block.parent, *configs) if h is not None)
+    return next((n for n in stated if n is not None), 1)
+
+
+def null_experts(block: MoeBlock, experts: int) -> int:
+    """Router outputs beyond the experts that stand for "no expert" (zero-computation, skip, identity)."""
+    stated = getattr(block.experts, "zero_expert_num", None)
+    if isinstance(stated, int):
+        return stated
+    for _, router in block.routers():
+        classes = int_attribute(router, _ROUTER_CLASSES)
+        if classes is not None and classes > experts:
+            return classes - experts
+    return 0
+
+
+def configured_experts(configs: Sequence[object]) -> str | None:
+    """``name=value`` of the first configuration field that promises more than one expert."""
+    for config in configs:
+        for name in _EXPERTS:
+            value = getattr(config, name, None)
+            if isinstance(value, int) and value > 1:
+                return f"{name}={value}"
+    return None
+
+
+def _looks_like_router(name: str, module: nn.Module) -> bool:
+    label = f"{name.lower()} {type(module).__name__.lower()}"
+    return "shared" not in label and re.search(r"router|gate\b|gating|\bwg\b|gate$", label) is not None

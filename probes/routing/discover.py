@@ -1,0 +1,151 @@
+"""Finding the MoE layers of a model and how to read their routing.
+
+Layers are recognised by the shape of their interface (``rules.py``), never by a list of class names, and a
+model that is only partly understood is refused: a load histogram with layers missing would look complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from torch import nn
+
+from observatory.errors import ModelError
+from observatory.records import MoeLayerSpec
+from probes.routing import anatomy
+from probes.routing.adapters import Adapter
+from probes.routing.numbering import layer_numbers
+from probes.routing.rules import RULES, Candidate, router_beside_experts
+from probes.routing.sites import RoutingSite
+
+__all__ = ["find_sites"]
+
+_LOOKED_FOR = (
+    "an experts module called with top_k_index (or router_indices, selected_experts, ...), a router "
+    "returning (probs, routing_map), a capacity gate, expert embedding tables, or a router beside a list of experts"
+)
+_HELP = (
+    "pass adapters=[Adapter(match=..., read=..., experts=...)] to say how (docs/supported-models.md#adapters)"
+)
+
+
+def find_sites(model: nn.Module, *, adapters: Sequence[Adapter] = ()) -> list[RoutingSite]:
+    """Every MoE layer of a model, in model order.
+
+    Args:
+        model: any module; wrappers (DDP, compiled modules) may be around the MoE layers.
+        adapters: how to read layers the built-in rules do not know; they come first.
+
+    Returns:
+        One site per MoE layer, with unique layer numbers (see ``numbering.py``).
+
+    Raises:
+        ModelError: no MoE layer was found, or some module looks like routed experts and is not understood;
+            the message names the modules and what was looked for.
+    """
+    modules = dict(model.named_modules())
+    configs = list(_configurations(model))
+    found = [c for path in modules for c in _adapted(path, modules, adapters)]
+    adapted = tuple(found)
+    for path in modules:
+        if not any(_inside(path, a.path) or _beside(path, a.block) for a in adapted):
+            found += next(([c] for rule in RULES if (c := rule(path, modules, configs)) is not None), [])
+    missed: list[str] = []
+    for path, module in modules.items():
+        if anatomy.looks_like_experts(path, module) and not _claimed(path, found):
+            answer = router_beside_experts(path, modules, configs)
+            if isinstance(answer, Candidate):
+                found.append(answer)
+            else:
+                missed.append(f"{path} ({type(module).__name__}): {answer}")
+    if missed or not found:
+        raise ModelError(_explain(model, found, missed, configs))
+    order = {path: i for i, path in enumerate(modules)}
+    found.sort(key=lambda c: order[c.path])
+    numbers = layer_numbers(model, [c.path for c in found])
+    return [_site(c, number, modules) for c, number in zip(found, numbers, strict=True)]
+
+
+def _site(candidate: Candidate, layer: int, modules: Mapping[str, nn.Module]) -> RoutingSite:
+    spec = MoeLayerSpec(
+        layer=layer,
+        module=candidate.path,
+        experts=candidate.experts,
+        top_k=candidate.top_k,
+        shared_experts=candidate.shared_experts,
+        null_experts=candidate.null_experts,
+    )
+    return RoutingSite(
+        spec=spec,
+        module=modules[candidate.path],
+        when=candidate.when,
+        how=candidate.how,
+        read=candidate.read,
+    )
+
+
+def _adapted(path: str, modules: Mapping[str, nn.Module], adapters: Sequence[Adapter]) -> Iterator[Candidate]:
+    """The candidate of the first adapter that matches, if any."""
+    module = modules[path]
+    for adapter in adapters:
+        if adapter.match(path, module):
+            yield Candidate(
+                path=path,
+                block=path.rpartition(".")[0],
+                experts=adapter.experts(module) if callable(adapter.experts) else adapter.experts,
+                top_k=adapter.top_k(module) if callable(adapter.top_k) else adapter.top_k,
+                shared_experts=adapter.shared_experts,
+                null_experts=adapter.null_experts,
+                when=adapter.when,
+                how=adapter.how,
+                read=adapter.read,
+            )
+            return
+
+
+def _inside(path: str, outer: str) -> bool:
+    return path == outer or path.startswith(f"{outer}.")
+
+
+def _beside(path: str, block: str) -> bool:
+    """Whether this module is a direct child of the block."""
+    return path.rpartition(".")[0] == block
+
+
+def _claimed(path: str, found: Sequence[Candidate]) -> bool:
+    """Whether these experts belong to a layer already found: inside its module, or in its block.
+
+    Experts are often wrapped (``experts.local_experts``): wrappers named after experts are stepped over.
+    """
+    outer = path
+    while "expert" in outer.rpartition(".")[0].rpartition(".")[2]:
+        outer = outer.rpartition(".")[0]
+    return any(_inside(path, c.path) or _beside(outer, c.block) for c in found)
+
+
+def _configurations(model: nn.Module) -> Iterator[object]:
+    """The model's configuration and the sub-configurations it holds (text first), when it has any."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return
+    text = getattr(config, "text_config", None)
+    if text is not None:
+        yield text
+    yield config
+    parts = vars(config).values() if hasattr(config, "__dict__") else ()
+    yield from (part for part in parts if hasattr(part, "to_dict") and part is not text)
+
+
+def _explain(
+    model: nn.Module, found: Sequence[Candidate], missed: Sequence[str], configs: Sequence[object]
+) -> str:
+    """Why the model was refused: what failed, what was looked for, what to do."""
+    name = type(model).__name__
+    if missed:
+        shown = "; ".join(missed[:4]) + (f"; and {len(missed) - 4} more" if len(missed) > 4 else "")
+        return (
+            f"{name}: {len(found)} MoE layers understood, but not {shown}. Looked for {_LOOKED_FOR}; {_HELP}"
+        )
+    promise = anatomy.configured_experts(configs)
+    claim = f", though its configuration says {promise}" if promise else ""
+    return f"{name} has no MoE layer that was recognised{claim}. Looked for {_LOOKED_FOR}; {_HELP}"

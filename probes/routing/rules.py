@@ -1,0 +1,237 @@
+"""Rules: the interfaces by which MoE layers are recognised, none of them a class name.
+
+Each rule looks at one module and its surroundings and answers with a ``Candidate`` or None. In order:
+
+1. experts call: ``forward`` takes the expert ids (``top_k_index`` and its spellings) or a gate matrix;
+2. router with a routing map: Megatron-Core's ``(probs, routing_map)``;
+3. capacity gate: DeepSpeed's ``(l_aux, combine_weights, dispatch_mask, exp_counts)``;
+4. expert lookup: embedding tables with one row per expert;
+5. router beside experts: the experts' call shows no ids, so the router's output is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from probes.routing import anatomy, readers
+from probes.routing.anatomy import MoeBlock
+from probes.routing.sites import ReadCall
+
+__all__ = ["RULES", "Candidate", "Rule", "router_beside_experts"]
+
+_IDS = re.compile(
+    r"^(top_?k_(index|indices|idx|ids)|router_(index|indices)|selected_experts?|experts?_(ids?|idx|index|indices))$"
+)
+_WEIGHTS = re.compile(
+    r"^(top_?k_(weights?|scores|probs)|routing_weights|router_(scores|weights)|expert_weights|gates)$"
+)
+_GATE_MATRIX = re.compile(r"^(router_probs|combine_weights|gate_matrix)$")
+#: attributes of routers whose selection is more than "the K largest logits"
+_BIASED = ("e_score_correction_bias", "expert_bias", "balancing_biases", "topk_group")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """An MoE layer before it has a number.
+
+    Attributes:
+        path: qualified name of the module whose call is read.
+        block: qualified name of the MoE block around it; experts in there are accounted for.
+        experts: E.
+        top_k: assignments per token; None when it varies.
+        shared_experts: experts that every token passes; None when unknown.
+        null_experts: router outputs that stand for "no expert".
+        when: side of the call that is read.
+        how: one phrase for people.
+        read: takes the call apart.
+    """
+
+    path: str
+    block: str
+    experts: int
+    top_k: int | None
+    shared_experts: int | None
+    null_experts: int
+    when: Literal["before", "after"]
+    how: str
+    read: ReadCall
+
+
+#: (path, all modules, configurations) -> candidate or None
+Rule = Callable[[str, Mapping[str, nn.Module], Sequence[object]], Candidate | None]
+
+
+def _experts_call(path: str, modules: Mapping[str, nn.Module], configs: Sequence[object]) -> Candidate | None:
+    """Rule 1: the experts are told which expert each token goes to."""
+    module = modules[path]
+    names = anatomy.forward_parameters(module)
+    ids, gates, matrix = (_named(names, pattern) for pattern in (_IDS, _WEIGHTS, _GATE_MATRIX))
+    experts = anatomy.expert_count(module)
+    if experts is None or (ids is None and matrix is None) or len(names) < 2:
+        return None
+    block = MoeBlock.around(path, modules)
+    nulls = anatomy.null_experts(block, experts)
+    if ids is None and matrix is not None:
+        read, shown = readers.read_gate_matrix(gates=matrix, experts=experts), matrix[0]
+    elif ids is not None:
+        hidden_nulls = nulls > 0 and not hasattr(module, "zero_expert_num")
+        read = readers.read_expert_ids(
+            ids=ids, weights=gates, experts=experts, zero_weight_is_null=hidden_nulls
+        )
+        shown = ids[0]
+    return Candidate(
+        path=path,
+        block=block.path,
+        experts=experts,
+        top_k=anatomy.top_k(block, configs),
+        shared_experts=anatomy.shared_experts(block, configs),
+        null_experts=nulls,
+        when="before",
+        how=f"experts call ({shown})",
+        read=read,
+    )
+
+
+def _routing_map_router(
+    path: str, modules: Mapping[str, nn.Module], _configs: Sequence[object]
+) -> Candidate | None:
+    """Rule 2: a router with a ``routing`` step and ``topk`` that returns (probs, routing_map)."""
+    module = modules[path]
+    top_k = anatomy.int_attribute(module, ("topk",))
+    experts = anatomy.int_attribute(module, ("num_experts",)) or anatomy.int_attribute(
+        getattr(module, "config", None), ("num_moe_experts",)
+    )
+    if top_k is None or experts is None or not callable(getattr(module, "routing", None)):
+        return None
+    block = MoeBlock.around(path, modules)
+    return Candidate(
+        path=path,
+        block=block.path,
+        experts=experts,
+        top_k=top_k,
+        shared_experts=anatomy.shared_experts(block, ()),
+        null_experts=0,
+        when="after",
+        how="router output (probs, routing_map)",
+        read=readers.read_routing_map(experts=experts),
+    )
+
+
+def _capacity_gate(
+    path: str, modules: Mapping[str, nn.Module], _configs: Sequence[object]
+) -> Candidate | None:
+    """Rule 3: a gate with capacity whose linear layer is called ``wg``."""
+    module = modules[path]
+    linear = getattr(module, "wg", None)
+    k = anatomy.int_attribute(module, ("k",))
+    if k is None or not isinstance(linear, nn.Linear) or not hasattr(module, "capacity_factor"):
+        return None
+    block = MoeBlock.around(path, modules)
+    return Candidate(
+        path=path,
+        block=block.path,
+        experts=linear.out_features,
+        top_k=k,
+        shared_experts=1 if getattr(block.grandparent, "use_residual", False) else 0,
+        null_experts=0,
+        when="after",
+        how="capacity gate output (dispatch mask, after dropping)",
+        read=readers.read_capacity_gate(experts=linear.out_features),
+    )
+
+
+def _expert_lookup(
+    path: str, modules: Mapping[str, nn.Module], _configs: Sequence[object]
+) -> Candidate | None:
+    """Rule 4: two equal embedding tables, one row per expert, in a block that states E and K."""
+    module = modules[path]
+    block = MoeBlock.around(path, modules)
+    if not isinstance(module, nn.Embedding) or block.parent is None:
+        return None
+    tables = [m for m in block.parent.children() if isinstance(m, nn.Embedding)]
+    experts = anatomy.int_attribute(block.parent, ("num_experts",))
+    top_k = anatomy.top_k(block, ())
+    if len(tables) != 2 or module is not tables[0] or top_k is None:
+        return None
+    if any(table.num_embeddings != experts for table in tables):
+        return None
+    return Candidate(
+        path=path,
+        block=block.path,
+        experts=module.num_embeddings,
+        top_k=top_k,
+        shared_experts=1 if any(isinstance(m, nn.Linear) and "up" in n for n, m in block.siblings()) else 0,
+        null_experts=0,
+        when="before",
+        how="expert lookup (embedding indices)",
+        read=readers.read_expert_lookup(ids=("input", 0)),
+    )
+
+
+RULES: tuple[Rule, ...] = (_experts_call, _routing_map_router, _capacity_gate, _expert_lookup)
+
+
+def router_beside_experts(
+    path: str, modules: Mapping[str, nn.Module], configs: Sequence[object]
+) -> Candidate | str:
+    """Rule 5, for a container of experts that no other rule explains.
+
+    Returns:
+        A candidate that reads the router beside the experts, or the reason why there is none.
+    """
+    block = MoeBlock.around(path, modules)
+    experts = anatomy.expert_count(block.experts)
+    if experts is None:
+        return "it does not tell its number of experts"
+    routers = [(n, m) for n, m in block.routers() if _can_choose(m, experts)]
+    if len(routers) != 1:
+        return (
+            f"{len(routers)} modules beside it can choose among {experts} experts, expected one router "
+            "(experts picked by the caller, for example by data set, are not routed)"
+        )
+    name, router = routers[0]
+    top_k = anatomy.top_k(block, configs)
+    if top_k is None:
+        return f"how many experts {name} picks per token is not stated (top_k and its spellings)"
+    if isinstance(router, nn.Linear) and any(_is_set(m, _BIASED) for m in (router, block.parent)):
+        return f"{name} returns plain logits, but a bias or group limit takes part in the choice"
+    dense = len(anatomy.forward_parameters(block.experts)) == 1 and not isinstance(
+        block.experts, (nn.ModuleList, nn.ModuleDict)
+    )
+    read = (
+        readers.read_dense_scores(experts=experts)
+        if dense
+        else readers.read_router_output(experts=experts, top_k=top_k)
+    )
+    return Candidate(
+        path=f"{block.path}.{name}" if block.path else name,
+        block=block.path,
+        experts=experts,
+        top_k=top_k,
+        shared_experts=anatomy.shared_experts(block, configs),
+        null_experts=0,
+        when="after",
+        how="router output (scores, zero where not chosen)"
+        if dense
+        else "router output (ids or top-k of logits)",
+        read=read,
+    )
+
+
+def _named(names: Sequence[str], pattern: re.Pattern[str]) -> tuple[str, int] | None:
+    """Name and position of the first parameter that matches."""
+    return next(((n, i) for i, n in enumerate(names) if pattern.match(n)), None)
+
+
+def _can_choose(module: nn.Module, experts: int) -> bool:
+    """Whether one of the module's weights has one row per expert."""
+    return any(p.ndim == 2 and p.shape[0] == experts for p in module.parameters())
+
+
+def _is_set(holder: object, names: Sequence[str]) -> bool:
+    return any(getattr(holder, name, None) is not None for name in names)
