@@ -1,0 +1,139 @@
+"""Checks that every table's rows pass before they are written and after they are read."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from observatory.errors import LoadError, RunFormatError
+from observatory.records import PHASES
+from observatory.store.files import one_line
+from observatory.store.rows import MAX_EXPERTS, experts_of, routing_columns
+from observatory.tables import (
+    EXCHANGE_SCHEMA,
+    POWER_SCHEMA,
+    SPAN_SCHEMA,
+    TOKENS_SCHEMA,
+    routing_schema,
+)
+
+__all__ = ["FIXED_SCHEMAS", "check_rows", "check_schema", "checked_rows"]
+
+#: Schemas of the tables whose columns do not depend on the model.
+FIXED_SCHEMAS: dict[str, pa.Schema] = {
+    "exchange": EXCHANGE_SCHEMA,
+    "spans": SPAN_SCHEMA,
+    "power": POWER_SCHEMA,
+    "tokens": TOKENS_SCHEMA,
+}
+
+
+def checked_rows(table: str, rows: pa.Table | pa.RecordBatch, *, rank: int) -> pa.Table:
+    """Rows cast to the table's schema and checked, ready to be written.
+
+    Columns that the schema does not know are kept behind the known ones.
+
+    Raises:
+        RunFormatError: columns are missing or of a type that does not fit.
+        LoadError: impossible loads or expert ids.
+    """
+    where = f"rows appended to {table} by rank {rank}"
+    given = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
+    schema = (
+        routing_schema(experts_of_list(given, where), gate_mass=True)
+        if table == "routing"
+        else FIXED_SCHEMAS[table]
+    )
+    fields: list[pa.Field] = []
+    columns: list[pa.ChunkedArray] = []
+    for field in schema:
+        found = given.schema.get_all_field_indices(field.name)
+        if not found and field.nullable:
+            continue
+        if len(found) != 1:
+            raise RunFormatError(f"{where}: column {field.name} is there {len(found)} times; expected once")
+        try:
+            column = given.column(found[0]).cast(field.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise RunFormatError(
+                f"{where}: column {field.name} is {given.column(found[0]).type}; expected {field.type}"
+            ) from error
+        if field.nullable and column.null_count == len(column):
+            continue  # a column of nulls says nothing and costs space: readers take a missing one as null
+        fields.append(field)
+        columns.append(column)
+    for field in given.schema:
+        if field.name not in schema.names:
+            fields.append(field)
+            columns.append(given.column(field.name))
+    table_rows = pa.Table.from_arrays(columns, schema=pa.schema(fields))
+    check_rows(table, table_rows, rank=rank, where=where)
+    return table_rows
+
+
+def experts_of_list(rows: pa.Table, where: str) -> int:
+    """E of rows that are about to be written."""
+    index = rows.schema.get_field_index("load")
+    if index < 0 or not pa.types.is_fixed_size_list(rows.schema.field(index).type):
+        raise RunFormatError(f"{where}: no fixed-size list column load; build the rows with routing_rows()")
+    return int(rows.schema.field(index).type.list_size)
+
+
+def check_schema(table: str, schema: pa.Schema, *, where: str) -> None:
+    """Check that a part has the columns of its table; more are allowed.
+
+    Raises:
+        RunFormatError: a column is missing, there twice, or of another type.
+    """
+    if table == "routing":
+        experts_of(schema, where)
+        return
+    for field in FIXED_SCHEMAS[table]:
+        found = schema.get_all_field_indices(field.name)
+        if not found and field.nullable:
+            continue
+        kind = schema.field(found[0]).type if len(found) == 1 else None
+        if kind is None or not _fits(kind, field.type):
+            raise RunFormatError(
+                f"{where}: column {field.name} is {one_line(kind, 60)}; expected {field.type}"
+            )
+
+
+def _fits(found: pa.DataType, expected: pa.DataType) -> bool:
+    if pa.types.is_list(expected):
+        return pa.types.is_list(found) and found.value_type == expected.value_type
+    return bool(found == expected)
+
+
+def check_rows(table: str, rows: pa.Table, *, rank: int, where: str) -> None:
+    """Check the values of rows whose schema fits.
+
+    Raises:
+        RunFormatError: nulls where there must be none, unknown phase, another rank's rows.
+        LoadError: impossible loads or expert ids.
+    """
+    if table == "routing":
+        routing_columns(rows, rank=rank, where=where)
+        return
+    for field in FIXED_SCHEMAS[table]:
+        if not field.nullable and rows.column(field.name).null_count:
+            raise RunFormatError(f"{where}: column {field.name} holds nulls; expected a value in every row")
+    names = rows.column_names
+    if "source_rank" in names and pc.any(pc.not_equal(rows.column("source_rank"), rank)).as_py():
+        raise RunFormatError(
+            f"{where}: holds rows of another source_rank; expected only those of rank {rank}"
+        )
+    if (
+        "phase" in names
+        and not pc.all(pc.is_in(rows.column("phase"), pa.array(PHASES))).as_py()
+        and rows.num_rows
+    ):
+        raise RunFormatError(f"{where}: holds an unknown phase; expected one of {', '.join(PHASES)}")
+    if table == "tokens" and rows.num_rows:
+        ids = pc.list_flatten(rows.column("expert_ids"))
+        lowest, highest = pc.min(ids).as_py(), pc.max(ids).as_py()
+        if ids.null_count or (lowest is not None and not 0 <= lowest <= highest < MAX_EXPERTS):
+            raise LoadError(
+                f"{where}: expert ids range from {lowest} to {highest}; expected 0 to {MAX_EXPERTS - 1}, "
+                "with padding and masked tokens left out"
+            )

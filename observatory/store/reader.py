@@ -1,0 +1,289 @@
+"""Reading a run directory: what it holds, what is missing, and its tables as frames or streams.
+
+Everything in a run directory is untrusted. Damaged parts are left out and stated in ``Run.problems``;
+rows that cannot be true (negative loads, another rank's rows) are errors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from observatory.errors import RunError, RunFormatError
+from observatory.records import PHASES, Manifest
+from observatory.store.blocks import LoadBlock, stream_blocks
+from observatory.store.checks import FIXED_SCHEMAS, check_rows
+from observatory.store.files import one_line
+from observatory.store.manifests import read_manifest, read_rank_statuses
+from observatory.store.parts import Part, list_parts, read_row_group
+from observatory.tables import TABLES
+
+__all__ = ["Run", "open_run"]
+
+#: Frames larger than this are refused in favour of the streaming iterators.
+_MAX_FRAME_ROWS = 50_000_000
+_MAX_FRAME_BYTES = 4 * 1024 * 1024 * 1024
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Open a run directory.
+
+    Only the manifest, the ranks' status files and the parts' footers are read.
+
+    Raises:
+        RunError: the directory does not exist or is no run directory.
+        RunFormatError: the manifest is damaged, the schema is newer, a part has wrong columns, or the run
+            has parts but not one of them can be read.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    statuses, problems = read_rank_statuses(folder)
+    manifest = manifest.model_copy(update={"ranks": tuple(statuses[rank] for rank in sorted(statuses))})
+    parts: dict[str, tuple[Part, ...]] = {}
+    unreadable = 0
+    for table in TABLES:
+        found, stated, damaged = list_parts(folder, table)
+        outside = sorted({part.rank for part in found if part.rank >= manifest.topology.ranks})
+        problems += [
+            f"{table}: rank {rank} is outside the run's {manifest.topology.ranks} ranks and was passed over"
+            for rank in outside
+        ]
+        parts[table] = tuple(part for part in found if part.rank < manifest.topology.ranks)
+        problems += stated
+        unreadable += damaged
+    if unreadable and not any(parts.values()):
+        raise RunFormatError(
+            f"none of the {unreadable} parts of run {folder} can be read (truncated or corrupt); capture it again"
+        )
+    return Run(folder, manifest, parts, _rank_problems(manifest, parts) + problems)
+
+
+def _rank_problems(manifest: Manifest, parts: dict[str, tuple[Part, ...]]) -> list[str]:
+    """What the ranks' states say about missing data."""
+    problems: list[str] = []
+    if manifest.state == "running":
+        problems.append("the run was never closed: it still runs, or rank 0 was killed")
+    elif manifest.state == "failed":
+        problems.append("the run failed; it ends where it failed")
+    states = {status.rank: status for status in manifest.ranks}
+    routed = {part.rank for part in parts["routing"]}
+    missing = [rank for rank in range(manifest.topology.ranks) if rank not in states and rank not in routed]
+    if missing:
+        problems.append(
+            f"{_ranks(missing)} of {manifest.topology.ranks} left nothing: they never joined or are missing"
+        )
+    for rank, status in sorted(states.items()):
+        if status.state == "running":
+            problems.append(
+                f"rank {rank} never closed: it still runs or was killed; its unflushed tail is missing"
+            )
+        elif status.state == "failed":
+            problems.append(f"rank {rank} failed: {one_line(status.error or 'no reason given', 200)}")
+        if status.dropped_rows:
+            problems.append(f"rank {rank} could not write {status.dropped_rows} rows")
+    silent = [rank for rank in sorted(states) if rank not in routed]
+    if silent and routed:
+        problems.append(f"{_ranks(silent)} left no routing rows")
+    lone = sorted(routed - states.keys())
+    if lone:
+        problems.append(f"{_ranks(lone)} left rows but no status file")
+    return problems
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"{len(ranks)} ranks ({shown})"
+
+
+class Run:
+    """A run directory that was opened by :func:`open_run`.
+
+    Attributes:
+        path: the directory.
+        manifest: its manifest, with the status of every rank that left one.
+    """
+
+    def __init__(
+        self, path: Path, manifest: Manifest, parts: dict[str, tuple[Part, ...]], problems: list[str]
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._parts = parts
+        self._problems = list(dict.fromkeys(problems))
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Stated gaps: missing or unclosed ranks, damaged parts. Reading may find more and add them."""
+        return tuple(self._problems)
+
+    def row_count(self, table: str) -> int:
+        """Rows of a table according to its footers."""
+        return sum(part.metadata.num_rows for part in self._parts_of(table))
+
+    def iter_loads(
+        self,
+        *,
+        phase: str | None = None,
+        layers: Collection[int] | None = None,
+        max_block_bytes: int = 64 * 1024 * 1024,
+    ) -> Iterator[LoadBlock]:
+        """Stream the loads of all ranks as dense blocks, a bounded number of steps at a time.
+
+        Blocks of one (phase, layer) come in step order; different ones interleave. Memory stays near
+        one row group per rank, whatever the length of the run.
+
+        Args:
+            phase: only this phase.
+            layers: only these layers.
+            max_block_bytes: bound on ``load_SPE`` of one block; a single window is never split.
+
+        Raises:
+            LoadError: negative or impossible loads.
+            RunFormatError: rows contradict the manifest, their folder or each other, or nothing at all
+                can be read.
+        """
+        if phase is not None and phase not in PHASES:
+            raise RunError(f"phase {one_line(phase, 40)!r} is unknown; expected one of {', '.join(PHASES)}")
+        parts = self._parts["routing"]
+        ranks = np.array(sorted({part.rank for part in parts}), dtype=np.int64)
+        layer_experts = {spec.layer: spec.experts for spec in self.manifest.model.moe_layers}
+
+        def check_layer(layer: int, experts: int, where: str) -> None:
+            if layer_experts.get(layer, experts) != experts:
+                raise RunFormatError(
+                    f"{where}: layer {layer} has {experts} experts but the manifest says {layer_experts[layer]}; "
+                    "the part belongs to another run"
+                )
+
+        left_out = 0
+
+        def report(problem: str) -> None:
+            nonlocal left_out
+            left_out += 1
+            self._state(problem)
+
+        groups_of_all = 0
+        for experts in sorted({part.experts for part in parts}):
+            groups = [group for part in parts if part.experts == experts for group in part.row_groups()]
+            groups_of_all += len(groups)
+            yield from stream_blocks(
+                groups,
+                ranks=ranks,
+                phase=phase,
+                layers=layers,
+                max_block_bytes=max_block_bytes,
+                report=report,
+                check_layer=check_layer,
+            )
+        if groups_of_all and left_out == groups_of_all:
+            raise RunFormatError(
+                f"no routing rows of run {self.path} can be read: {self._problems[-1]}; capture it again"
+            )
+
+    def expert_load(self, *, phase: str | None = None, layers: Collection[int] | None = None) -> pd.DataFrame:
+        """Loads as a tidy frame: step, phase, layer, source_rank, expert, load.
+
+        A column ``window_steps`` follows when rows span several steps.
+
+        Raises:
+            RunError: the frame would be too large; use :meth:`iter_loads` or choose layers.
+        """
+        columns: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("step", "phase", "layer", "source_rank", "expert", "load", "window_steps")
+        }
+        size = 0
+        for block in self.iter_loads(phase=phase, layers=layers):
+            s, p = np.nonzero(block.present_SP)
+            size += s.size * block.experts
+            if size > _MAX_FRAME_ROWS:
+                raise RunError(
+                    f"expert_load() of run {self.path} has over {_MAX_FRAME_ROWS} rows; choose phase and "
+                    "layers, or stream with iter_loads()"
+                )
+            for name, values in (
+                ("step", block.step_S[s]),
+                ("source_rank", block.source_rank_P[p]),
+                ("window_steps", block.window_steps_S[s]),
+                ("phase", np.full(s.size, PHASES.index(block.phase), np.int8)),  # type: ignore[arg-type]
+                ("layer", np.full(s.size, block.layer, np.int64)),
+            ):
+                columns[name].append(np.repeat(values, block.experts))
+            columns["expert"].append(np.tile(np.arange(block.experts), s.size))
+            columns["load"].append(block.load_SPE[s, p].reshape(-1))
+        joined = {
+            name: np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
+            for name, arrays in columns.items()
+        }
+        phases = pd.Categorical.from_codes(joined["phase"], categories=list(PHASES))
+        frame = pd.DataFrame({**joined, "phase": phases.astype(str)})
+        if not (joined["window_steps"] > 1).any():
+            frame = frame.drop(columns="window_steps")
+        return frame
+
+    def exchanges(self) -> pd.DataFrame:
+        """Collectives, one row per collective on one rank."""
+        return self._frame("exchange")
+
+    def spans(self) -> pd.DataFrame:
+        """Phases of the program and sub-layer spans."""
+        return self._frame("spans")
+
+    def power(self) -> pd.DataFrame:
+        """Telemetry samples, with the ``source_rank`` that took them."""
+        return self._frame("power")
+
+    def token_samples(self) -> pd.DataFrame:
+        """Sampled routing decisions: ``expert_ids`` of one token of one layer per row."""
+        return self._frame("tokens")
+
+    def iter_rows(self, table: str) -> Iterator[pa.Table]:
+        """Stream a table's checked rows with all columns, unknown ones included, a row group at a time.
+
+        Raises:
+            RunFormatError, LoadError: rows that cannot be true.
+        """
+        for part in self._parts_of(table):
+            for group in part.row_groups():
+                rows = read_row_group(group, None)
+                if isinstance(rows, str):
+                    self._state(rows)
+                    continue
+                if "phase" in rows.column_names:
+                    at = rows.column_names.index("phase")
+                    rows = rows.set_column(at, "phase", rows.column(at).cast(pa.string()))
+                check_rows(table, rows, rank=part.rank, where=part.name)
+                if "source_rank" not in rows.column_names:
+                    rows = rows.append_column(
+                        "source_rank", pa.array(np.full(len(rows), part.rank, np.int32))
+                    )
+                yield rows
+
+    def _frame(self, table: str) -> pd.DataFrame:
+        size = sum(
+            part.metadata.row_group(number).total_byte_size
+            for part in self._parts_of(table)
+            for number in range(part.metadata.num_row_groups)
+        )
+        if size > _MAX_FRAME_BYTES:
+            raise RunError(
+                f"table {table} of run {self.path} has {size >> 20} MiB; stream it with iter_rows({table!r})"
+            )
+        schema = FIXED_SCHEMAS[table]
+        if "source_rank" not in schema.names:
+            schema = schema.append(pa.field("source_rank", pa.int32()))
+        tables = [schema.empty_table(), *self.iter_rows(table)]
+        return pa.concat_tables(tables, promote_options="permissive").to_pandas()
+
+    def _parts_of(self, table: str) -> tuple[Part, ...]:
+        if table not in TABLES:
+            raise RunError(f"table {one_line(table, 40)!r} is unknown; expected one of {', '.join(TABLES)}")
+        return self._parts[table]
+
+    def _state(self, problem: str) -> None:
+        if problem not in self._problems:
+            self._problems.append(problem)

@@ -1,0 +1,374 @@
+"""Writer of a run directory, one per rank.
+
+Rows are buffered and written as Parquet parts of about 64 MiB. A part is written under a temporary name,
+synced and renamed, so a process killed at any moment loses at most the rows that were not yet flushed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pydantic
+
+from observatory.errors import ObservatoryError, RunError, RunFormatError
+from observatory.records import Manifest, RankStatus
+from observatory.store.checks import checked_rows
+from observatory.store.files import (
+    MANIFEST_NAME,
+    RANKS_FOLDER,
+    committed,
+    is_temporary,
+    one_line,
+    os_reason,
+    part_name,
+    rank_folder,
+    sync_folder,
+)
+from observatory.store.manifests import (
+    read_manifest,
+    read_rank_statuses,
+    write_manifest,
+    write_rank_status,
+)
+from observatory.tables import TABLES
+
+__all__ = ["PART_BYTES", "RunWriter"]
+
+#: Buffered Arrow bytes at which a part is written.
+PART_BYTES = 64 * 1024 * 1024
+
+#: A reader holds one row group of every rank at once; this keeps that near 128 MiB.
+_ROW_GROUP_BYTES_OF_ALL_RANKS = 128 * 1024 * 1024
+_ROW_GROUP_BYTES = (256 * 1024, 2 * 1024 * 1024)
+
+
+class RunWriter:
+    """Appends rows of one rank to a run directory; made by :meth:`create` (rank 0) or :meth:`join`.
+
+    Every method may be called from any thread. As a context manager it closes the run, as failed when an
+    exception passes through.
+
+    Attributes:
+        path: the run directory.
+        rank: rank of this writer.
+        dropped_rows: rows that could not be written, 0 normally.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, *, rank: int, host: str | None) -> None:
+        self.path = path
+        self.rank = rank
+        self.dropped_rows = 0
+        self._manifest = manifest
+        self._host = one_line(socket.gethostname() if host is None else host, 255)
+        self._lock = threading.RLock()
+        self._buffers: dict[tuple[str, pa.Schema], list[pa.RecordBatch]] = {}
+        self._buffered_bytes: dict[tuple[str, pa.Schema], int] = {}
+        self._next_part: dict[str, int] = {}
+        self._closed = False
+        least, most = _ROW_GROUP_BYTES
+        share = _ROW_GROUP_BYTES_OF_ALL_RANKS // manifest.topology.ranks
+        self._row_group_bytes = min(max(share, least), most)
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], manifest: Manifest, *, overwrite: bool = False) -> Self:
+        """Make the run directory as rank 0.
+
+        Args:
+            path: where; parents are made. An existing empty directory is used.
+            manifest: the run's manifest; its state is set to ``running``.
+            overwrite: empty an existing run directory first. Only files of the run format are removed.
+
+        Raises:
+            RunError: something else is in the way, or the directory cannot be made.
+        """
+        folder = Path(path)
+        running = manifest.model_copy(update={"state": "running", "ended_unix_s": None, "ranks": ()})
+        try:
+            _make_room(folder, overwrite=overwrite)
+            (folder / RANKS_FOLDER).mkdir(parents=True, exist_ok=True)
+            sync_folder(folder)
+            sync_folder(folder.absolute().parent)
+            writer = cls(folder, running, rank=0, host=None)
+            writer._write_status("running")
+            write_manifest(folder, running)
+        except OSError as error:
+            raise RunError(
+                f"run {folder} cannot be made: {os_reason(error)}; choose a writable place with free space"
+            ) from error
+        return writer
+
+    @classmethod
+    def join(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        rank: int,
+        host: str | None = None,
+        run_id: str | None = None,
+        timeout_s: float = 60.0,
+    ) -> Self:
+        """Write as another rank into the run that rank 0 makes.
+
+        Args:
+            path: the run directory.
+            rank: this rank, 1 to topology.ranks - 1.
+            host: host name to record; this machine's by default.
+            run_id: wait for the run of this id, where an older run may still lie at ``path``.
+            timeout_s: how long to wait for rank 0.
+
+        Raises:
+            RunError: no such run within the time, or the rank does not fit it.
+        """
+        folder = Path(path)
+        manifest = _await_run(folder, run_id, timeout_s)
+        if not 0 < rank < manifest.topology.ranks:
+            raise RunError(
+                f"rank {rank} does not fit run {folder} of {manifest.topology.ranks} ranks; "
+                "create the run with the real number of ranks (rank 0 creates, the others join)"
+            )
+        if (folder / RANKS_FOLDER / f"{rank_folder(rank)}.json").exists():
+            raise RunError(f"rank {rank} has already written to run {folder}; write a new run instead")
+        writer = cls(folder, manifest, rank=rank, host=host)
+        try:
+            writer._write_status("running")
+        except OSError as error:
+            raise RunError(f"run {folder} cannot be joined by rank {rank}: {os_reason(error)}") from error
+        return writer
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest as this writer knows it."""
+        return self._manifest
+
+    def append(self, table: str, rows: pa.Table | pa.RecordBatch) -> None:
+        """Buffer rows; a part is written when enough have gathered.
+
+        Args:
+            table: one of ``TABLES``.
+            rows: rows of that table's schema; nullable columns may be left out, further columns are kept.
+
+        Raises:
+            RunFormatError: rows of another schema, rank or phase. Nothing is kept of them.
+            LoadError: impossible loads or expert ids. Nothing is kept of them.
+            RunError: a part could not be written; its rows are dropped and counted.
+        """
+        if table not in TABLES:
+            raise RunFormatError(
+                f"table {one_line(table, 40)!r} is unknown; expected one of {', '.join(TABLES)}"
+            )
+        checked = checked_rows(table, rows, rank=self.rank)
+        if checked.num_rows == 0:
+            return
+        key = (table, checked.schema)
+        with self._lock:
+            if self._closed:
+                raise RunError(f"run {self.path} is closed; rows of {table} came too late")
+            self._buffers.setdefault(key, []).extend(checked.to_batches())
+            self._buffered_bytes[key] = self._buffered_bytes.get(key, 0) + checked.nbytes
+            if self._buffered_bytes[key] >= PART_BYTES:
+                self._write_part(key)
+
+    def flush(self) -> None:
+        """Write everything that is buffered.
+
+        Raises:
+            RunError: a part could not be written; its rows are dropped and counted, the others written.
+        """
+        with self._lock:
+            first: RunError | None = None
+            for key in list(self._buffers):
+                try:
+                    self._write_part(key)
+                except RunError as error:
+                    first = first or error
+            if first is not None:
+                raise first
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Change fields of the manifest and write it; rank 0 only.
+
+        Raises:
+            RunError: on another rank, with values that do not fit, or when it cannot be written.
+        """
+        with self._lock:
+            if self.rank != 0:
+                raise RunError(f"rank {self.rank} cannot change the manifest; only rank 0 writes it")
+            try:
+                changed = Manifest.model_validate({**self._manifest.model_dump(), **changes})
+            except pydantic.ValidationError as error:
+                raise RunError(f"manifest change is not valid: {one_line(error)}") from error
+            self._manifest = changed
+            self._guarded("run.json", lambda: write_manifest(self.path, changed))
+
+    def close(
+        self, *, state: Literal["complete", "failed"] = "complete", error: str | None = None, steps: int = 0
+    ) -> None:
+        """Flush and state how the rank ended; closing twice does nothing.
+
+        Args:
+            state: ``complete`` or ``failed``.
+            error: one line when failed.
+            steps: steps the rank completed.
+
+        Raises:
+            RunError: rows or the status could not be written. What was written before stays readable.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            failure: RunError | None = None
+            try:
+                self.flush()
+            except RunError as flush_error:
+                failure = flush_error
+                state, error = "failed", error or str(flush_error)
+            self._closed = True
+            reason = None if error is None else one_line(error, 1000)
+            try:
+                self._guarded("its status", lambda: self._write_status(state, error=reason, steps=steps))
+                if self.rank == 0:
+                    self._close_manifest(state)
+            except RunError as status_error:
+                failure = failure or status_error
+            if failure is not None:
+                raise failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close(state="failed", error=f"{type(error).__name__}: {error}")
+        except ObservatoryError as close_error:
+            error.add_note(f"and the run could not be closed: {close_error}")
+
+    def _close_manifest(self, state: Literal["complete", "failed"]) -> None:
+        statuses, _ = read_rank_statuses(self.path)
+        ended = self._manifest.model_copy(
+            update={
+                "state": state,
+                "ended_unix_s": time.time(),
+                "ranks": tuple(statuses[rank] for rank in sorted(statuses)),
+            }
+        )
+        self._manifest = ended
+        self._guarded(MANIFEST_NAME, lambda: write_manifest(self.path, ended))
+
+    def _write_status(
+        self, state: Literal["running", "complete", "failed"], *, error: str | None = None, steps: int = 0
+    ) -> None:
+        status = RankStatus(
+            rank=self.rank,
+            state=state,
+            host=self._host,
+            error=error,
+            steps=steps,
+            dropped_rows=self.dropped_rows,
+        )
+        write_rank_status(self.path, status)
+
+    def _guarded(self, what: str, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            raise RunError(
+                f"rank {self.rank} cannot write {what} of run {self.path}: {os_reason(error)}; "
+                "parts written before are intact"
+            ) from error
+
+    def _write_part(self, key: tuple[str, pa.Schema]) -> None:
+        batches = self._buffers.pop(key)
+        size = self._buffered_bytes.pop(key)
+        table, schema = key
+        rows = pa.Table.from_batches(batches, schema)
+        number = self._next_part.get(table, 0)
+        folder = self.path / table / rank_folder(self.rank)
+        bytes_per_row = max(1, size // rows.num_rows)
+        try:
+            if not folder.is_dir():
+                folder.mkdir(parents=True, exist_ok=True)
+                sync_folder(folder.parent)
+                sync_folder(self.path)
+            with committed(folder / part_name(number)) as temporary:
+                pq.write_table(
+                    rows,
+                    temporary,
+                    row_group_size=max(1, self._row_group_bytes // bytes_per_row),
+                    compression="zstd",
+                    compression_level=1,
+                    # Loads repeat few distinct counts: dictionaries are as small as delta coding, faster
+                    # to read, and understood by every Parquet reader.
+                    use_dictionary=True,
+                    write_statistics=[name for name in ("step", "time_ns") if name in schema.names],
+                    write_page_checksum=True,
+                )
+        except (OSError, pa.ArrowException) as error:
+            self.dropped_rows += rows.num_rows
+            reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
+            raise RunError(
+                f"rank {self.rank} cannot write {table} to run {self.path}: {reason}; {rows.num_rows} rows "
+                "are lost, parts written before are intact; free space or choose another place"
+            ) from error
+        self._next_part[table] = number + 1
+
+
+def _await_run(folder: Path, run_id: str | None, timeout_s: float) -> Manifest:
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            manifest = read_manifest(folder)
+        except RunFormatError:
+            raise
+        except RunError:
+            manifest = None
+        if manifest is not None and (
+            manifest.state == "running" if run_id is None else manifest.run_id == run_id
+        ):
+            return manifest
+        if time.monotonic() >= deadline:
+            wanted = "a running run" if run_id is None else f"run id {one_line(run_id, 60)}"
+            raise RunError(
+                f"{folder} holds not {wanted} after {timeout_s:g} s; rank 0 must create the run on a file "
+                "system that all ranks share"
+            )
+        time.sleep(0.05)
+
+
+def _make_room(folder: Path, *, overwrite: bool) -> None:
+    """Make sure that ``folder`` may be written: absent, empty, or an emptied run directory."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RunError(f"{folder} exists and is not a directory; choose another place for the run")
+    names = sorted(entry.name for entry in folder.iterdir())
+    if not names:
+        return
+    if not overwrite:
+        raise RunError(f"{folder} exists and is not empty; choose another place or ask to overwrite it")
+    own = {MANIFEST_NAME, RANKS_FOLDER, *TABLES}
+    foreign = [name for name in names if name not in own and not is_temporary(name)]
+    if MANIFEST_NAME not in names or foreign:
+        reason = f"it also holds {one_line(foreign[0], 80)}" if foreign else f"it has no {MANIFEST_NAME}"
+        raise RunError(f"{folder} is not overwritten: {reason}; remove it yourself or choose another place")
+    # The manifest goes last: a directory left half emptied is still recognised as a run.
+    for name in sorted(names, key=lambda name: name == MANIFEST_NAME):
+        entry = folder / name
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
