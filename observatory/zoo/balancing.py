@@ -64,16 +64,18 @@ def expert_loads(record: RoutingRecord) -> "torch.Tensor":
 def switch_loss(record: RoutingRecord) -> "torch.Tensor":
     """Load-balancing loss of arXiv 2101.03961, summed over MoE layers.
 
-    For one layer E * sum over experts of f_e * p_e, where f is the fraction of assignments and p the mean softmax
-    probability; 1.0 for equal loads, so L in all. It is taken per layer: pooled over layers, as the helper of the model classes
-    does it, opposite imbalances of two layers would cancel.
+    For one layer it is E * sum over experts of f_e * p_e, where f is the fraction of assignments and p the
+    mean softmax probability; 1.0 for equal loads, so L in all. It is taken per layer: pooled over layers, as
+    the helper of the model classes does it, opposite imbalances of two layers would cancel.
     """
     import torch
 
     loads_LE = expert_loads(record).float()
     fractions_LE = loads_LE / loads_LE.sum(dim=-1, keepdim=True)
-    probabilities_LE = torch.stack([logits_TE.float().softmax(dim=-1).mean(dim=0) for logits_TE in record.logits_TE])
-    return (loads_LE.shape[-1] * (fractions_LE * probabilities_LE).sum()
+    probabilities_LE = torch.stack(
+        [logits_TE.float().softmax(dim=-1).mean(dim=0) for logits_TE in record.logits_TE]
+    )
+    return loads_LE.shape[-1] * (fractions_LE * probabilities_LE).sum()
 
 
 def update_bias(model: "torch.nn.Module", record: RoutingRecord, *, rate: float) -> None:

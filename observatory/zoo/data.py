@@ -97,7 +97,9 @@ def load_token_ids(
     if tokenizer is None:
         raise DataError(f"{_shown(data)} is text and this model has no tokenizer; use the condition `mock`")
     if data == "shuffled":
-        mixed = [_bundled(name, tokenizer, vocabulary_size, _share(tokens, i), split) for i, name in _NUMBERED]
+        mixed = [
+            _bundled(name, tokenizer, vocabulary_size, _share(tokens, i), split) for i, name in _NUMBERED
+        ]
         ids = np.concatenate([stream.ids for stream in mixed])
         np.random.default_rng(seed).shuffle(ids)
         return TokenStream(
@@ -136,13 +138,17 @@ def batches(
         DataError: not even one sequence can be filled, or a size is below 1.
     """
     if min(batch_size, sequence_length) < 1 or steps < 0:
-        raise DataError(f"batch size {batch_size}, sequence length {sequence_length}, steps {steps}: too small")
+        raise DataError(
+            f"batch size {batch_size}, sequence length {sequence_length}, steps {steps}: too small"
+        )
     available = len(ids) // sequence_length
     if not available:
         raise DataError(
-            f"{len(ids)} tokens do not fill one sequence of {sequence_length}; give more text or shorter sequences"
+            f"{len(ids)} tokens do not fill a sequence of {sequence_length}; give more text or shorter ones"
         )
-    sequences = np.asarray(ids[: available * sequence_length], dtype=np.int64).reshape(available, sequence_length)
+    sequences = np.asarray(ids[: available * sequence_length], dtype=np.int64).reshape(
+        available, sequence_length
+    )
     return (
         sequences[np.arange(step * batch_size, (step + 1) * batch_size) % available] for step in range(steps)
     )
@@ -188,10 +194,12 @@ def _from_file(data: str, tokenizer: Any, vocabulary_size: int, tokens: int) -> 
         raise DataError(f"{_shown(data)} cannot be read: {error.strerror}; check its permissions") from error
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{_shown(data)} is not UTF-8 text (byte {error.start}); expected plain text, convert it with iconv"
+            f"{_shown(data)} is not UTF-8 text (byte {error.start}); convert it, e.g. with iconv"
         ) from error
     if "\x00" in text:
-        raise DataError(f"{_shown(data)} holds NUL characters, so it is a binary file; expected plain UTF-8 text")
+        raise DataError(
+            f"{_shown(data)} holds NUL characters, so it is a binary file; expected plain UTF-8 text"
+        )
     return _stream("file", text, f"file {path.name}", tokenizer, vocabulary_size, tokens)
 
 
@@ -233,7 +241,11 @@ def _encode(tokenizer: Any, text: str, *, wanted: int) -> NDArray[np.int64]:
     characters = wanted * _BYTES_PER_TOKEN
     while True:
         encoded = tokenizer(
-            text[:characters], add_special_tokens=False, truncation=False, verbose=False, return_attention_mask=False
+            text[:characters],
+            add_special_tokens=False,
+            truncation=False,
+            verbose=False,
+            return_attention_mask=False,
         )
         ids = np.asarray(encoded["input_ids"], dtype=np.int64).reshape(-1)
         if ids.size >= wanted or characters >= len(text):

@@ -1,7 +1,8 @@
 """Held-out loss, the unigram baseline it is compared with, and final expert loads.
 
-Shapes: L MoE layers, E experts, V vocabulary. All losses are in nats per predicted token. A sequence of n tokens has
-n - 1 predicted ones: its first token has no context and is left out, for the models and for the baseline.
+Shapes: L MoE layers, E experts, V vocabulary. All losses are in nats per predicted token. A sequence of n
+tokens has n - 1 predicted ones: its first token has no context and is left out, for the models and for the
+baseline.
 """
 
 from dataclasses import dataclass
@@ -27,8 +28,8 @@ class Evaluation:
     Attributes:
         losses_nats: cross-entropy per predicted token, by condition.
         overall_nats: over all predicted tokens.
-        load_facts: tokens counted, and per MoE layer max/mean of the experts' loads, the smallest load over the mean
-            and the number of experts that got less than a tenth of the mean.
+        load_facts: tokens counted, and per MoE layer max/mean and min/mean of the experts' loads and the
+            number of experts that got less than a tenth of the mean.
     """
 
     losses_nats: dict[str, float]
@@ -41,7 +42,7 @@ class UnigramBaseline:
     """Cross-entropy of unigram models fitted on training tokens (add-one smoothing), on held-out tokens.
 
     Attributes:
-        own_nats: by condition, each with a model fitted on that condition's training text alone (the harder baseline).
+        own_nats: by condition, from a model of that condition's training text alone (the harder baseline).
         overall_own_nats: over all predicted tokens, with those.
         overall_mix_nats: over all predicted tokens, with one model of the whole training mix.
     """
@@ -57,10 +58,12 @@ def evaluate(
     """Loss and expert loads of a model on token ids, each condition of shape (tokens,)."""
     import torch
 
-    losses, counts, total_LE = {}, {}, None
+    losses: dict[str, float] = {}
+    counts: dict[str, int] = {}
+    total_LE = None
     with torch.inference_mode(), record_routing(model) as record:
         for name, ids in texts.items():
-            sequences = torch.from_numpy(_sequences(ids, sequence_length))
+            sequences: Any = torch.from_numpy(_sequences(ids, sequence_length))
             total, predicted = 0.0, 0
             for batch in sequences.split(_BATCH_SIZE):
                 record.logits_TE.clear()
@@ -78,7 +81,9 @@ def evaluate(
     return Evaluation(
         losses_nats={name: round(loss, 4) for name, loss in losses.items()},
         overall_nats=round(overall, 4),
-        load_facts=_load_facts(np.asarray(total_LE), tokens=sum(_sequences(i, sequence_length).size for i in texts.values())),
+        load_facts=_load_facts(
+            np.asarray(total_LE), tokens=sum(_sequences(i, sequence_length).size for i in texts.values())
+        ),
     )
 
 

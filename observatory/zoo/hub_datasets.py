@@ -18,7 +18,9 @@ def read_dataset_text(name: str, *, limit_characters: int) -> str:
     """
     parts = name.split(":")[1:]
     if not 1 <= len(parts) <= 4 or not parts[0] or len(name) > 1000 or not name.isprintable():
-        raise DataError(f"{ascii(name)[:120]} is not datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]]; write it like that")
+        raise DataError(
+            f"{ascii(name)[:120]} is not datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]]; write it like that"
+        )
     dataset, config, split, column = (*parts, "", "", "")[:4]
     try:
         import datasets

@@ -1,7 +1,7 @@
 """Finding and loading models: bundled checkpoints, local directories, hub ids.
 
-Only safetensors weights and configurations of transformers' own classes are read. Nothing that a checkpoint brings
-along is executed: `trust_remote_code` is never on and pickled weights are refused.
+Only safetensors weights and configurations of transformers' own classes are read. Nothing that a checkpoint
+brings along is executed: `trust_remote_code` is never on and pickled weights are refused.
 """
 
 import json
@@ -35,7 +35,7 @@ class BundledModel:
         family: model family whose class and routing it has.
         directory: folder with config.json, model.safetensors and training.json.
         held_out_loss: nats per token on the held-out parts of the four real conditions.
-        unigram_cross_entropy: of unigram models fitted to each condition's training text, on the same tokens, in nats.
+        unigram_cross_entropy: of unigrams of each condition's training text, same tokens, nats per token.
         held_out_losses: the same loss by condition, nats per token.
         parameters: number of weights.
     """
@@ -96,7 +96,9 @@ def bundled_models() -> tuple[BundledModel, ...]:
                 )
             )
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"bundled model {name} is incomplete ({error}); install the package again") from error
+            raise ModelError(
+                f"bundled model {name} is incomplete ({error}); install the package again"
+            ) from error
     return tuple(found)
 
 
@@ -109,7 +111,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> L
         dtype: `float32`, `bfloat16` or `float16`; by default float32 on the CPU, else the checkpoint's own.
 
     Raises:
-        ModelError: one line: no such model, not a checkpoint, unsafe weights, unknown architecture, hub unreachable.
+        ModelError: no such model, not a checkpoint, unsafe weights, unknown architecture, hub unreachable.
     """
     _check_name(name)
     if dtype is not None and dtype not in _DTYPES:
@@ -134,7 +136,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> L
         _check_directory(directory, name)
     elif not _looks_like_hub_id(name):
         raise ModelError(
-            f"no model {name!r}; expected a bundled one ({', '.join(_NAMES)}), a checkpoint directory, or a hub id org/model"
+            f"no model {name!r}; expected {', '.join(_NAMES)}, a directory, or a hub id org/model"
         )
     where = str(directory) if local else name
     model = _load_weights(name, where, device, dtype, local=local)
@@ -153,8 +155,8 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> L
 def mixer_of_config(config: Any) -> str | None:
     """The sequence mixer a configuration describes, None when it says nothing that is recognised.
 
-    A hybrid is named after its recurrent layers. Marks, in this order: `kv_lora_rank` (MLA); linear-attention heads
-    with delta-rule parameters (GDN); a Mamba state with heads (Mamba-2); fewer key-value heads than heads (GQA); as
+    A hybrid is named after its recurrent layers. Marks, in this order: `kv_lora_rank` (MLA); linear-attention
+    heads with delta-rule parameters (GDN); Mamba heads (Mamba-2); fewer key-value heads than heads (GQA); as
     many (MHA).
     """
     config = getattr(config, "text_config", None) or config
@@ -177,7 +179,7 @@ def _check_name(name: str) -> None:
     if not name or len(name) > _LONGEST_NAME or not name.isprintable():
         shown = ascii(name)[:60]
         raise ModelError(
-            f"model name {shown} ({len(name)} characters) is refused; expected 1 to {_LONGEST_NAME} printable ones"
+            f"model name {shown} ({len(name)} characters) is refused; expected 1 to {_LONGEST_NAME} printable"
         )
 
 
@@ -201,29 +203,38 @@ def _check_directory(directory: Path, name: str) -> None:
         raise ModelError(f"{name!r} has no config.json; expected a checkpoint saved with save_pretrained")
     try:
         if config_path.stat().st_size > _LARGEST_CONFIG_BYTES:
-            raise ModelError(f"config.json of {name!r} is larger than {_LARGEST_CONFIG_BYTES} bytes; not a configuration")
+            raise ModelError(
+                f"config.json of {name!r} is larger than {_LARGEST_CONFIG_BYTES} bytes; not a configuration"
+            )
         config = json.loads(config_path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"config.json of {name!r} cannot be read: {_first_line(error)}; expected JSON") from error
+        raise ModelError(
+            f"config.json of {name!r} cannot be read: {_first_line(error)}; expected JSON"
+        ) from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise ModelError(f"config.json of {name!r} has no model_type; expected a transformers configuration")
     if not any(directory.glob("*.safetensors")):
-        pickled = next((path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern)), None)
+        pickled = next(
+            (path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern)), None
+        )
         if pickled:
             raise ModelError(
-                f"{name!r} has only pickled weights ({pickled!r}), which can run code when read; convert to safetensors"
+                f"{name!r} has only pickled weights ({pickled!r}), which can run code; convert to safetensors"
             )
-        raise ModelError(f"{name!r} has no .safetensors weights; expected a checkpoint saved with save_pretrained")
+        raise ModelError(
+            f"{name!r} has no .safetensors weights; expected a checkpoint saved with save_pretrained"
+        )
 
 
 def _load_weights(name: str, where: str, device: str, dtype: str | None, *, local: bool) -> "torch.nn.Module":
     try:
         import torch
-        import transformers
+        import transformers as library
     except ImportError as error:
         raise ModelError(
             f"loading {name!r} needs torch and transformers; run `pip install 'moe-observatory[capture]'`"
         ) from error
+    transformers: Any = library  # it is typed in parts only
     try:
         target = torch.device(device)
     except RuntimeError as error:
@@ -234,14 +245,19 @@ def _load_weights(name: str, where: str, device: str, dtype: str | None, *, loca
             model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 where, dtype=wanted, trust_remote_code=False, use_safetensors=True, local_files_only=local
             )
-            return model.to(target).eval()  # type: ignore[no-any-return]
+            ready: torch.nn.Module = model.to(target).eval()
+            return ready
     except Exception as error:  # transformers, safetensors and the hub client raise many kinds
-        hint = "check that the files belong together" if local else "check the id, the network and HF_HUB_OFFLINE"
+        hint = (
+            "check that the files belong together"
+            if local
+            else "check the id, the network and HF_HUB_OFFLINE"
+        )
         raise ModelError(f"{name!r} cannot be loaded: {_first_line(error)}; {hint}") from error
 
 
 class _quiet:  # noqa: N801 - used like a function
-    """Keeps transformers' progress bars and notes about missing GPU kernels off the terminal while loading."""
+    """Keeps transformers' progress bars and notes about missing GPU kernels off the terminal."""
 
     def __init__(self, transformers: Any) -> None:
         self._logging = transformers.utils.logging
@@ -259,8 +275,9 @@ class _quiet:  # noqa: N801 - used like a function
 
 
 def _load_tokenizer(where: str, *, local: bool) -> "PreTrainedTokenizerBase | None":
-    import transformers
+    import transformers as library
 
+    transformers: Any = library
     if local and not any((Path(where) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         return None
     try:
@@ -272,7 +289,9 @@ def _load_tokenizer(where: str, *, local: bool) -> "PreTrainedTokenizerBase | No
     except Exception as error:  # as above
         if not local and "tokenizer" in str(error).lower():
             return None
-        raise ModelError(f"tokenizer of {where!r} cannot be loaded: {_first_line(error)}; remove or repair it") from error
+        raise ModelError(
+            f"tokenizer of {where!r} cannot be loaded: {_first_line(error)}; remove or repair it"
+        ) from error
 
 
 def _vocabulary_size(model: Any) -> int:

@@ -1,8 +1,8 @@
 """Make the bundled texts from unpacked Debian packages: `python -m observatory.zoo.prepare_texts PACKAGES`.
 
 PACKAGES holds one folder per package, made with `apt-get download NAME` and `dpkg -x FILE PACKAGES/NAME`
-(the names are the keys of `PACKAGE_NAMES`). Each condition becomes two files, `<condition>.train.txt.xz` and
-`<condition>.held_out.txt.xz`: documents (a chapter, a page, a module, a run of table rows) are put in a seeded
+(the names are the keys of `PACKAGE_NAMES`). Each condition becomes two files, `NAME.train.txt.xz` and
+`NAME.held_out.txt.xz`: documents (a chapter, a page, a module, a run of table rows) are put in a seeded
 order, every fifth one goes to the held-out part, and each part stops at its limit. A document is never split
 between the two. Lines that hold an e-mail address are dropped.
 """
@@ -41,8 +41,55 @@ SEED = 20_250_101
 _EMAIL = re.compile(r"[\w.+-]+@[\w-]+\.[\w.-]+")
 _CHAPTER = re.compile(r"^(?:chapter|volume)\s+[ivxlc\d]+\.?$", re.IGNORECASE | re.MULTILINE)
 _SKIPPED_PAGES = re.compile(r"^index\.|acknowledg|contrib|changelog|gpl")
-_FRENCH_WORDS = frozenset("le la les l de des du d un une et est en que qui pour dans ce pas avec sur au par".split())
-_ENGLISH_WORDS = frozenset("the of to and is in that for with this you by or be it can not are".split())
+_FRENCH_WORDS = frozenset(
+    [
+        "le",
+        "la",
+        "les",
+        "l",
+        "de",
+        "des",
+        "du",
+        "d",
+        "un",
+        "une",
+        "et",
+        "est",
+        "en",
+        "que",
+        "qui",
+        "pour",
+        "dans",
+        "ce",
+        "pas",
+        "avec",
+        "sur",
+        "au",
+        "par",
+    ]
+)
+_ENGLISH_WORDS = frozenset(
+    [
+        "the",
+        "of",
+        "to",
+        "and",
+        "is",
+        "in",
+        "that",
+        "for",
+        "with",
+        "this",
+        "you",
+        "by",
+        "or",
+        "be",
+        "it",
+        "can",
+        "not",
+        "are",
+    ]
+)
 _BLOCK_TAGS = frozenset({"div", "p", "li", "dt", "dd", "h1", "h2", "h3", "h4", "td", "th", "title", "pre"})
 _SKIPPED_TAGS = frozenset({"pre", "script", "style", "head"})
 _SKIPPED_CLASSES = frozenset({"docnav", "toc", "producttitle"})
@@ -68,7 +115,8 @@ class _Paragraphs(HTMLParser):
             self._skipped.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        return
+        """An empty element has no text and opens nothing."""
+        del tag, attrs
 
     def handle_endtag(self, tag: str) -> None:
         if self._skipped:
@@ -215,7 +263,9 @@ def _structured(packages: Path) -> list[str]:
             rows.append(line)
             size_bytes += len(line)
         documents.append("\n".join(rows))
-        if package == "unicode-data":  # the largest table by far: every third piece, so that it is not most of it
+        if (
+            package == "unicode-data"
+        ):  # the largest table by far: every third piece, so that it is not most of it
             documents = documents[:first] + documents[first::3]
     return documents
 

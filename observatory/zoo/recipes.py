@@ -1,9 +1,9 @@
 """Architectures and hyperparameters of the five bundled checkpoints.
 
-All have the same size of everything that routing statistics depend on: 32 experts, top-4, four MoE layers, hidden
-size 96, the same texts, batches and number of steps. What differs is what the family differs in: the sequence
-mixer, shared experts, the first dense layer, the gate (softmax or sigmoid with a correction bias) and hence the
-way loads are balanced in training.
+All have the same size of everything that routing statistics depend on: 32 experts, top-4, four MoE layers,
+hidden size 96, the same texts, batches and number of steps. What differs is what the family differs in: the
+sequence mixer, shared experts, the first dense layer, the gate (softmax or sigmoid with a correction bias)
+and hence the way loads are balanced in training.
 """
 
 from collections.abc import Mapping
@@ -37,8 +37,9 @@ class Recipe:
         family: whose model class and routing it has.
         config_class: of transformers.
         architecture: arguments of the configuration.
-        balancing: `auxiliary_loss` adds coefficient * Switch loss per MoE layer (arXiv 2101.03961); `bias_update` moves
-            the score-correction bias by the sign of the load error after each step (arXiv 2408.15664).
+        balancing: `auxiliary_loss` adds coefficient * Switch loss per MoE layer (arXiv 2101.03961);
+            `bias_update` moves the score-correction bias by the sign of the load error after each step
+            (arXiv 2408.15664).
         auxiliary_loss_coefficient: weight of that loss; 0 with `bias_update`.
         bias_update_rate: step of that bias; 0 with `auxiliary_loss`.
         steps: optimizer steps.
@@ -58,11 +59,11 @@ class Recipe:
     balancing: Balancing
     auxiliary_loss_coefficient: float = 0.0
     bias_update_rate: float = 0.0
-    steps: int = 1500
-    batch_size: int = 8
+    steps: int = 3000
+    batch_size: int = 4
     sequence_length: int = 256
-    learning_rate: float = 4e-3
-    warmup_steps: int = 60
+    learning_rate: float = 7e-3
+    warmup_steps: int = 100
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
 
@@ -225,7 +226,9 @@ def recipe_named(name: str) -> Recipe:
 
 def build_model(recipe: Recipe) -> "PreTrainedModel":
     """The untrained model of a recipe, float32, initialised from torch's current random state."""
-    import transformers
+    import transformers as library
 
+    transformers: Any = library  # it is typed in parts only
     config = getattr(transformers, recipe.config_class)(**recipe.architecture)
-    return transformers.AutoModelForCausalLM.from_config(config, dtype="float32")
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config, dtype="float32")
+    return model

@@ -8,14 +8,21 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from observatory.zoo.data import REAL_CONDITIONS, read_bundled_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["END_OF_TEXT", "TOKENIZER_DIRECTORY", "VOCABULARY_SIZE", "load_tokenizer", "main", "train_tokenizer"]
+__all__ = [
+    "END_OF_TEXT",
+    "TOKENIZER_DIRECTORY",
+    "VOCABULARY_SIZE",
+    "load_tokenizer",
+    "main",
+    "train_tokenizer",
+]
 
 VOCABULARY_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
@@ -60,9 +67,10 @@ def train_tokenizer(texts: list[str], directory: Path, *, vocabulary_size: int =
 
 def load_tokenizer(directory: Path = TOKENIZER_DIRECTORY) -> "PreTrainedTokenizerBase":
     """The tokenizer saved in a directory, the bundled one by default."""
-    from transformers import PreTrainedTokenizerFast
+    import transformers as library
 
-    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
+    transformers: Any = library  # it is typed in parts only
+    tokenizer: PreTrainedTokenizerBase = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(directory / "tokenizer.json"),
         eos_token=END_OF_TEXT,
         pad_token=END_OF_TEXT,

@@ -1,8 +1,9 @@
 """Train one bundled checkpoint again: `python -m observatory.zoo.train tiny-gqa --out DIR`.
 
-The order of a step: forward, loss (cross-entropy plus, in families that have it, the balancing loss), backward,
-clip, AdamW, and in families with a score-correction bias the bias update from this step's loads. Progress goes to
-stderr. The weights are rounded to bfloat16 first and evaluated after, so `training.json` tells what is shipped.
+The order of a step: forward, loss (cross-entropy plus, in families that have it, the balancing loss),
+backward, clip, in families with a score-correction bias the bias update from this step's loads, AdamW.
+Progress goes to stderr. The weights are rounded to bfloat16 first and evaluated after: `training.json` tells
+what is shipped.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from observatory.errors import ObservatoryError
 from observatory.zoo.balancing import expert_loads, record_routing, switch_loss, update_bias
-from observatory.zoo.data import REAL_CONDITIONS, batches, load_token_ids, read_bundled_text
+from observatory.zoo.data import REAL_CONDITIONS, load_token_ids, read_bundled_text
 from observatory.zoo.evaluation import evaluate, unigram_cross_entropies
 from observatory.zoo.recipes import RECIPES, Recipe, build_model, recipe_named
 from observatory.zoo.tokenizer import VOCABULARY_SIZE, load_tokenizer
@@ -36,15 +37,16 @@ LOAD_TOKENS = 16_384  # of each condition, for the final loads on training text
 _CURVE_POINTS = 60
 
 
-def training_sequences(*, sequence_length: int, seed: int) -> dict[str, NDArray[np.int64]]:
-    """The four training texts as token ids, cut to the length of the shortest, so that each weighs the same."""
+def training_sequences(*, sequence_length: int) -> dict[str, NDArray[np.int64]]:
+    """The four training texts as token ids, each cut to the length of the shortest: all weigh the same."""
     tokenizer = load_tokenizer()
     encoded = {}
     for name in REAL_CONDITIONS:
-        ids = tokenizer(read_bundled_text(name, split="train"), verbose=False, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(read_bundled_text(name, split="train"), verbose=False, add_special_tokens=False)[
+            "input_ids"
+        ]
         encoded[name] = np.asarray(ids, dtype=np.int64)
     shortest = min(len(ids) for ids in encoded.values()) // sequence_length * sequence_length
-    del seed
     return {name: ids[:shortest] for name, ids in encoded.items()}
 
 
@@ -55,7 +57,10 @@ def _mixed_batches(texts: dict[str, NDArray[np.int64]], recipe: Recipe, seed: in
     wanted = recipe.steps * recipe.batch_size
     epochs = -(-wanted // len(sequences))
     order = np.concatenate([generator.permutation(len(sequences)) for _ in range(epochs)])[:wanted]
-    return sequences[order].reshape(recipe.steps, recipe.batch_size, recipe.sequence_length)
+    steps: NDArray[np.int64] = sequences[order].reshape(
+        recipe.steps, recipe.batch_size, recipe.sequence_length
+    )
+    return steps
 
 
 def train(recipe: Recipe, *, seed: int = SEED) -> "tuple[PreTrainedModel, dict[str, Any]]":
@@ -68,11 +73,11 @@ def train(recipe: Recipe, *, seed: int = SEED) -> "tuple[PreTrainedModel, dict[s
     import transformers
 
     torch.manual_seed(seed)
-    model = build_model(recipe)
+    model: Any = build_model(recipe)
     model.set_experts_implementation("grouped_mm")
     model.config.use_cache = False
     model.train()
-    texts = training_sequences(sequence_length=recipe.sequence_length, seed=seed)
+    texts = training_sequences(sequence_length=recipe.sequence_length)
     steps = _mixed_batches(texts, recipe, seed)
     optimizer = _optimizer(model, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_then_down(step, recipe))
@@ -89,7 +94,9 @@ def train(recipe: Recipe, *, seed: int = SEED) -> "tuple[PreTrainedModel, dict[s
                 loads_LE = expert_loads(record).float()
                 skew = (loads_LE.max(dim=-1).values / loads_LE.mean(dim=-1)).mean().item()
                 elapsed_s = (time.monotonic_ns() - start_ns) / 1e9
-                curve.append({"step": step, "loss_nats": round(loss, 4), "load_max_over_mean": round(skew, 3)})
+                curve.append(
+                    {"step": step, "loss_nats": round(loss, 4), "load_max_over_mean": round(skew, 3)}
+                )
                 print(
                     f"{recipe.name} step {step:5d} loss {loss:.3f} switch {balance:.3f} max/mean {skew:.2f} "
                     f"{elapsed_s:.0f} s",
@@ -122,12 +129,12 @@ def train(recipe: Recipe, *, seed: int = SEED) -> "tuple[PreTrainedModel, dict[s
 
 
 def _step(model: Any, record: Any, ids: "torch.Tensor", recipe: Recipe) -> tuple[float, float]:
-    """One forward and backward pass and the bias update; gives cross-entropy (nats) and Switch loss per layer."""
+    """One forward and backward pass and the bias update; gives cross-entropy (nats) and mean Switch loss."""
     import torch
 
     model.zero_grad(set_to_none=True)
     logits = model(input_ids=ids, use_cache=False).logits
-    loss = torch.nn.functional.cross_entropy(
+    loss: Any = torch.nn.functional.cross_entropy(
         logits[:, :-1].reshape(-1, logits.shape[-1]).float(), ids[:, 1:].reshape(-1)
     )
     balance = switch_loss(record)
@@ -143,7 +150,10 @@ def _optimizer(model: Any, recipe: Recipe) -> "torch.optim.Optimizer":
 
     matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() < 2 or "embed" in name]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), eps=1e-8)
 
 
@@ -170,8 +180,12 @@ def _held_out_facts(model: Any, texts: dict[str, NDArray[np.int64]], recipe: Rec
         for name in REAL_CONDITIONS
     }
     evaluated = evaluate(model, held_out, sequence_length=length)
-    on_train = evaluate(model, {name: ids[:LOAD_TOKENS] for name, ids in texts.items()}, sequence_length=length)
-    unigram = unigram_cross_entropies(texts, held_out, vocabulary_size=VOCABULARY_SIZE, sequence_length=length)
+    on_train = evaluate(
+        model, {name: ids[:LOAD_TOKENS] for name, ids in texts.items()}, sequence_length=length
+    )
+    unigram = unigram_cross_entropies(
+        texts, held_out, vocabulary_size=VOCABULARY_SIZE, sequence_length=length
+    )
     return {
         "held_out_tokens_per_condition": EVALUATED_TOKENS,
         "held_out_loss_nats": evaluated.losses_nats,
@@ -190,12 +204,16 @@ def save_checkpoint(model: Any, facts: dict[str, Any], directory: Path) -> None:
     import copy
 
     import torch
+    import transformers as library
+
+    transformers: Any = library
 
     stored = copy.deepcopy(model).to(torch.bfloat16)
     for (name, buffer), (_, original) in zip(stored.named_buffers(), model.named_buffers(), strict=True):
         if name.endswith("e_score_correction_bias"):
             buffer.data = original.data.clone()
     stored.config.dtype = "bfloat16"
+    transformers.utils.logging.disable_progress_bar()
     stored.save_pretrained(directory)
     text = json.dumps(facts, indent=1, sort_keys=False)
     (directory / "training.json").write_text(text + "\n", encoding="utf-8")
@@ -215,7 +233,9 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     recipe = recipe_named(arguments.name)
     if arguments.steps is not None:
-        recipe = replace(recipe, steps=arguments.steps, warmup_steps=min(recipe.warmup_steps, arguments.steps))
+        recipe = replace(
+            recipe, steps=arguments.steps, warmup_steps=min(recipe.warmup_steps, arguments.steps)
+        )
     try:
         model, facts = train(recipe, seed=arguments.seed)
         arguments.out.mkdir(parents=True, exist_ok=True)
