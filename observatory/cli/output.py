@@ -36,7 +36,7 @@ def print_table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str | None = None
 ) -> None:
     """A table on stdout; None shows as "n/a". Piped output is not cut at a terminal's width."""
-    table = Table(title=escape(title) if title else None, title_justify="left")
+    table = Table(title=escape(_one_line(title)) if title else None, title_justify="left")
     for position, name in enumerate(columns):
         table.add_column(escape(name), justify="left" if position == 0 else "right")
     for row in rows:

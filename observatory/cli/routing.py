@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,20 +14,16 @@ __all__ = ["routing"]
 _COLUMNS = {
     "layer": "layer",
     "phase": "phase",
-    "experts": "E",
-    "top_k": "K",
     "tokens": "tokens",
     "gini": "Gini",
-    "gini_low": "low",
-    "gini_high": "high",
+    "interval": "95 %",
     "gini_floor": "floor",
-    "expert_max_over_mean": "expert max/mean",
-    "expert_max_over_mean_floor": "its floor",
+    "expert_max_over_mean": "max/ mean",
+    "expert_max_over_mean_floor": "floor",
     "cv": "CV",
-    "entropy_bits": "entropy (bits)",
     "idle_experts": "idle",
-    "step_gini_p50": "median step Gini",
-    "step_gini_floor": "step floor",
+    "step_gini_p50": "step Gini",
+    "step_gini_floor": "floor",
 }
 
 
@@ -40,6 +36,7 @@ def routing(
     """Show the imbalance of expert loads per layer and phase, beside its sampling floor."""
     from observatory.cli.output import print_json, print_table, say
     from observatory.documents import frame_records
+    from observatory.errors import RunError
     from observatory.routing.summary import layer_metrics
     from observatory.store import open_run
 
@@ -48,6 +45,8 @@ def routing(
     rows = frame_records(metrics)
     for problem in opened.problems:
         say(f"note: {problem}")
+    if not rows:
+        raise RunError(f"{run} holds no routing rows: no step was recorded; profile again with at least one")
     if json:
         print_json(
             {
@@ -61,7 +60,16 @@ def routing(
         return
     print_table(
         list(_COLUMNS.values()),
-        [[row[name] for name in _COLUMNS] for row in rows],
-        title=f"{opened.manifest.model.name}: imbalance of assignments over experts, whole run "
-        f"(low/high: 95 % bootstrap interval over steps)",
+        [[{**row, "interval": _interval(row)}[name] for name in _COLUMNS] for row in rows],
+        title=f"{opened.manifest.model.name}: imbalance of assignments over {_experts(rows)} experts, whole run",
     )
+    say("95 %: bootstrap over steps; floor: what uniform routing of as many tokens shows; docs/metrics.md")
+
+
+def _interval(row: dict[str, Any]) -> str | None:
+    low, high = row["gini_low"], row["gini_high"]
+    return None if low is None or high is None else f"{low:.3f}-{high:.3f}"
+
+
+def _experts(rows: list[dict[str, Any]]) -> str:
+    return ", ".join(str(count) for count in sorted({row["experts"] for row in rows}))

@@ -1,0 +1,174 @@
+"""The commands as a user meets them: output, exit codes, one line per error."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from observatory.cli import main
+from tests.conftest import MakeRun
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, object]:
+    assert main([*argv, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert isinstance(document, dict)
+    return document
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a command that ends with exit code 1."""
+    assert main(list(argv)) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+def test_routing_gives_the_documented_keys_and_hand_computed_values(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = run_json(capsys, "routing", str(make_run()))
+    (layer,) = document["layers"]  # type: ignore[misc]
+    assert {"layer", "phase", "experts", "top_k", "steps", "tokens", "assignments"} <= layer.keys()
+    assert {
+        "gini",
+        "gini_floor",
+        "expert_max_over_mean",
+        "cv",
+        "entropy_bits",
+        "idle_experts",
+    } <= layer.keys()
+    assert (layer["layer"], layer["phase"], layer["experts"], layer["top_k"]) == (3, "prefill", 4, 2)
+    assert (layer["steps"], layer["tokens"], layer["assignments"]) == (6, 24, 48)
+    # loads 1, 1, 2, 4 in each step: pairwise differences 0+1+3+1+3+2 = 10, Gini = 10 / (4 * 8)
+    assert layer["gini"] == pytest.approx(10 / 32)
+    assert layer["expert_max_over_mean"] == pytest.approx(2.0)
+    assert layer["entropy_bits"] == pytest.approx(1.75)
+    assert layer["idle_experts"] == 0
+
+
+def test_scan_gives_the_documented_keys_and_keeps_experts_and_ranks_apart(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = run_json(capsys, "scan", str(make_run()), "--ep", "2,4", "--gpus-per-node", "2")
+    rows = {row["ep"]: row for row in document["rows"]}  # type: ignore[attr-defined]
+    assert set(rows) == {2, 4}
+    for row in rows.values():
+        assert {
+            "ep",
+            "placement",
+            "layer",
+            "phase",
+            "cross_rank_fraction",
+            "cross_node_fraction",
+        } <= row.keys()
+        assert row["expert_max_over_mean"] == pytest.approx(2.0)
+    # linear at EP 2: ranks hold {1, 1} and {2, 4}: loads 2 and 6, mean 4
+    assert rows[2]["rank_max_over_mean"] == pytest.approx(1.5)
+    assert rows[4]["rank_max_over_mean"] == pytest.approx(2.0)
+    assert rows[2]["cross_node_fraction"] == pytest.approx(0.0)
+
+
+def test_tables_for_people_go_to_stdout_and_nothing_else_does(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(make_run(model="[bold]not markup[/bold] \x1b[31m"))
+    assert main(["routing", run]) == 0
+    out = capsys.readouterr().out
+    assert "0.312" in out or "0.313" in out
+    assert "[bold]not markup[/bold]" in out
+    assert "\x1b" not in out
+    assert main(["scan", run, "--ep", "2"]) == 0
+    assert "rank max/mean" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["routing", "scan"])
+def test_a_missing_run_is_one_clear_line(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "nowhere" in complaint(capsys, command, str(tmp_path / "nowhere"))
+
+
+def test_a_foreign_directory_is_named_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "holiday.jpg").write_bytes(b"not a run")
+    assert "run.json" in complaint(capsys, "routing", str(tmp_path))
+
+
+def test_a_newer_schema_is_refused_with_both_versions(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    manifest = json.loads((run / "run.json").read_text())
+    manifest["schema_version"] = "7.3"
+    (run / "run.json").write_text(json.dumps(manifest))
+    message = complaint(capsys, "routing", str(run))
+    assert "7.3" in message
+    assert "1.0" in message
+
+
+def test_an_empty_run_says_so_instead_of_showing_nothing(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no routing" in complaint(capsys, "routing", str(make_run(steps=0)))
+
+
+def test_ep_that_does_not_divide_the_experts_names_what_fits(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = complaint(capsys, "scan", str(make_run()), "--ep", "3")
+    assert "1, 2, 4" in message or "2, 4" in message
+
+
+@pytest.mark.parametrize("ep", ["", "four", "4,,8", "0", "-4", "4;8", "9" * 5000])
+def test_nonsense_degrees_are_refused(ep: str, make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    complaint(capsys, "scan", str(make_run()), f"--ep={ep}")
+
+
+def test_wrong_usage_is_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["no-such-command"]) == 2
+    assert main(["routing"]) == 2
+    assert main(["profile", "tiny-gqa"]) == 2
+    capsys.readouterr()
+
+
+def test_version_and_help_are_exit_code_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert "0.1.0" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert "quickstart" in capsys.readouterr().out
+
+
+def test_report_writes_a_file_and_does_not_overwrite_it_unasked(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = str(make_run()), tmp_path / "report.html"
+    assert main(["report", run, "--out", str(out), "--ep", "2,4"]) == 0
+    first = out.read_bytes()
+    capsys.readouterr()
+    assert "report.html" in complaint(capsys, "report", run, "--out", str(out), "--ep", "2,4")
+    assert out.read_bytes() == first
+    assert main(["report", run, "--out", str(out), "--ep", "2,4", "--force"]) == 0
+
+
+def test_doctor_lists_what_works_and_how_to_get_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    document = run_json(capsys, "doctor")
+    capabilities = {item["name"]: item for item in document["capabilities"]}  # type: ignore[attr-defined]
+    assert capabilities["python"]["works"]
+    for item in capabilities.values():
+        assert item["detail"]
+    assert main(["doctor"]) == 0
+    assert "python" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_place_is_one_clear_line(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    complaint(capsys, "report", str(make_run()), "--out", str(closed / "report.html"))

@@ -1,0 +1,48 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from observatory.records import DataSpec, Manifest, ModelSpec, MoeLayerSpec
+from observatory.store import RunWriter, routing_rows
+
+MakeRun = Callable[..., Path]
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """Writes a small run: 4 experts, top-2; every step of layer 3 has loads 1, 1, 2, 4 (4 tokens)."""
+
+    def make(
+        name: str = "run", *, model: str = "hand-made", steps: int = 6, condition: str = "prose"
+    ) -> Path:
+        path = tmp_path / name
+        manifest = Manifest(
+            run_id=f"id-{name}",
+            created_unix_s=1.0,
+            model=ModelSpec(
+                name=model, moe_layers=(MoeLayerSpec(layer=3, module="m.3", experts=4, top_k=2),)
+            ),
+            data=DataSpec(condition=condition, real=condition != "mock"),
+        )
+        with RunWriter.create(path, manifest) as writer:
+            if steps:
+                writer.append(
+                    "routing",
+                    routing_rows(
+                        step_N=np.arange(steps),
+                        phase_N="prefill",
+                        layer_N=np.full(steps, 3),
+                        source_rank=0,
+                        tokens_N=np.full(steps, 4),
+                        load_NE=np.tile(np.array([1, 1, 2, 4]), (steps, 1)),
+                    ),
+                )
+        return path
+
+    return make

@@ -1,0 +1,68 @@
+"""The package as a whole: what it exports, and what importing it costs."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import observatory
+
+ROOMS = ("observatory", "probes", "collectives", "reports", "hpc")
+
+
+def modules() -> Iterator[str]:
+    for room in ROOMS:
+        package = importlib.import_module(room)
+        yield room
+        for found in pkgutil.walk_packages(package.__path__, prefix=f"{room}."):
+            if not found.name.rsplit(".", 1)[-1].startswith("_"):
+                yield found.name
+
+
+def test_the_public_surface_is_this_list() -> None:
+    assert sorted(observatory.__all__) == ["ObservatoryError", "Run", "RunWriter", "open_run", "watch"]
+    for name in observatory.__all__:
+        assert getattr(observatory, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = observatory.no_such_name
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_every_module_says_what_it_is_and_what_it_exports(name: str) -> None:
+    module = importlib.import_module(name)
+    assert module.__doc__, f"{name} has no docstring"
+    own = [
+        key
+        for key, value in vars(module).items()
+        if not key.startswith("_") and getattr(value, "__module__", None) == name
+    ]
+    if own:
+        assert hasattr(module, "__all__"), f"{name} defines {own} but no __all__"
+        missing = [key for key in module.__all__ if not hasattr(module, key)]
+        assert not missing, f"{name}.__all__ names {missing}, which it does not have"
+
+
+def test_importing_the_package_is_cheap_and_silent() -> None:
+    heavy = ("torch", "transformers", "plotly", "pynvml", "mpi4py", "pandas", "pyarrow", "scipy")
+    code = f"import sys, observatory; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+    assert done.stderr == ""
+
+
+def test_analysis_and_report_load_no_torch_and_no_mpi() -> None:
+    code = (
+        "import sys, observatory.cli.app, observatory.store, observatory.routing.summary, "
+        "observatory.parallel.scan, reports.html; "
+        "print([m for m in ('torch', 'transformers', 'mpi4py') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
