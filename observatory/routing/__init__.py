@@ -1,5 +1,7 @@
 """Imbalance of expert routing: metrics, sampling floors, intervals, bands, committees, locality."""
 
+from observatory.routing.bands import Band, ConditionGini, classify
+from observatory.routing.committee import committee_stability, jaccard, jaccard_by_chance, standing_committee
 from observatory.routing.floor import gini_floor, gini_uniform_limit, max_over_mean_floor
 from observatory.routing.imbalance import (
     balancedness,
@@ -13,24 +15,34 @@ from observatory.routing.imbalance import (
     max_over_mean_rows,
 )
 from observatory.routing.loads import LayerLoads, RunLoads, collect_layer_loads
-from observatory.routing.summary import layer_metrics, run_summary
+from observatory.routing.locality import local_consistency
+from observatory.routing.summary import layer_metrics, phase_summary, run_summary
 
 __all__ = [
+    "Band",
+    "ConditionGini",
     "LayerLoads",
     "RunLoads",
     "balancedness",
+    "classify",
     "coefficient_of_variation",
     "collect_layer_loads",
+    "committee_stability",
     "entropy_bits",
     "gini",
     "gini_floor",
     "gini_rows",
     "gini_uniform_limit",
     "idle_experts",
+    "jaccard",
+    "jaccard_by_chance",
     "layer_metrics",
+    "local_consistency",
     "lorenz_curve",
     "max_over_mean",
     "max_over_mean_floor",
     "max_over_mean_rows",
+    "phase_summary",
     "run_summary",
+    "standing_committee",
 ]

@@ -15,37 +15,47 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["FEWEST_GROUPS", "gini_interval"]
+__all__ = ["FEWEST_GROUPS", "centred_interval", "resampled_gini"]
 
 #: With fewer steps (or groups of steps) than this, no interval is given.
 FEWEST_GROUPS = 5
 
 
-def gini_interval(
-    load_GE: NDArray[np.int64], *, gini: float, resamples: int = 200, seed: int = 0, level: float = 0.95
-) -> tuple[float, float] | None:
-    """Interval of the Gini of the window that ``load_GE`` adds up to.
+def resampled_gini(load_GE: NDArray[np.int64], *, resamples: int, seed: int) -> NDArray[np.float64] | None:
+    """Gini of resampled windows, (B,).
+
+    The draws depend on ``G``, ``resamples`` and ``seed`` alone, so that layers of one run are resampled
+    with the same steps and their Ginis may be averaged resample by resample.
 
     Args:
         load_GE: loads per step (or group of steps), in time order.
-        gini: Gini of the window.
         resamples: B; 0 turns intervals off.
-        seed: of the drawn blocks, the same for every layer.
-        level: probability the interval is made for.
+        seed: of the drawn blocks.
 
     Returns:
-        (low, high) within [0, 1], or None with fewer than `FEWEST_GROUPS` groups or no resamples.
+        NaN where a resample holds no assignment; None with fewer than `FEWEST_GROUPS` groups or no resamples.
     """
     groups = load_GE.shape[0]
     if resamples < 1 or groups < FEWEST_GROUPS:
         return None
-    load_BE = _block_weights(groups, resamples, seed) @ load_GE.astype(np.float64)
-    gini_B = _gini_of_floats(load_BE)
-    gini_B = gini_B[~np.isnan(gini_B)]
-    if gini_B.size == 0:
+    return _gini_of_floats(_block_weights(groups, resamples, seed) @ load_GE.astype(np.float64))
+
+
+def centred_interval(
+    resampled_B: NDArray[np.float64] | None, value: float | None, *, level: float = 0.95
+) -> tuple[float, float] | None:
+    """Percentile interval of ``resampled_B``, shifted so that their mean falls on ``value``.
+
+    Returns:
+        (low, high) within [0, 1]; None when there is no value or nothing was resampled.
+    """
+    if resampled_B is None or value is None:
+        return None
+    some = resampled_B[~np.isnan(resampled_B)]
+    if some.size == 0:
         return None
     tail = (1 - level) / 2
-    low, high = np.quantile(gini_B, [tail, 1 - tail]) - gini_B.mean() + gini
+    low, high = np.quantile(some, [tail, 1 - tail]) - some.mean() + value
     return float(np.clip(low, 0.0, 1.0)), float(np.clip(high, 0.0, 1.0))
 
 

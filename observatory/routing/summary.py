@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from observatory.errors import LoadError
 from observatory.routing.floor import gini_floor, gini_uniform_limit, max_over_mean_floor
 from observatory.routing.imbalance import (
     balancedness,
@@ -21,13 +22,13 @@ from observatory.routing.imbalance import (
     idle_experts,
     max_over_mean,
 )
-from observatory.routing.intervals import FEWEST_GROUPS, gini_interval
+from observatory.routing.intervals import FEWEST_GROUPS, centred_interval, resampled_gini
 from observatory.routing.loads import LayerLoads, RunLoads, collect_layer_loads
 
 if TYPE_CHECKING:
     from observatory.store import Run
 
-__all__ = ["floor_top_k", "layer_metrics", "run_summary"]
+__all__ = ["floor_top_k", "layer_metrics", "phase_summary", "run_summary"]
 
 _LAYER_COLUMNS = (
     "layer", "phase", "experts", "top_k", "steps", "tokens", "assignments",
@@ -38,6 +39,32 @@ _LAYER_COLUMNS = (
     "step_expert_max_over_mean_p50", "step_expert_max_over_mean_max", "step_expert_max_over_mean_floor",
     "floor_basis", "notes",
 )  # fmt: skip
+
+
+_MEANS = (
+    "gini", "gini_floor", "gini_excess", "gini_uniform_limit", "expert_max_over_mean",
+    "expert_max_over_mean_floor", "cv", "entropy_bits", "step_gini_p50", "step_gini_floor",
+)  # fmt: skip
+
+_PHASE_COLUMNS = (
+    "phase", "layers", "experts", "top_k", "steps", "tokens", "gini_low", "gini_high", *_MEANS,
+    "gini_min", "gini_max", "expert_max_over_mean_max", "idle_experts",
+)  # fmt: skip
+
+_NOT_REAL = frozenset(
+    {
+        "layer",
+        "phase",
+        "experts",
+        "top_k",
+        "steps",
+        "tokens",
+        "assignments",
+        "idle_experts",
+        "floor_basis",
+        "notes",
+    }
+)
 
 
 def floor_top_k(
@@ -81,70 +108,85 @@ def layer_metrics(run: Run | RunLoads, *, bootstrap: int = 200, seed: int = 0) -
     return frame.astype(dict.fromkeys(real, "float64")).sort_values(["phase", "layer"], ignore_index=True)
 
 
-_NOT_REAL = frozenset(
-    {
-        "layer",
-        "phase",
-        "experts",
-        "top_k",
-        "steps",
-        "tokens",
-        "assignments",
-        "idle_experts",
-        "floor_basis",
-        "notes",
-    }
-)
-
-
-def run_summary(run: Run | RunLoads | pd.DataFrame) -> pd.DataFrame:
+def phase_summary(run: Run | RunLoads, *, bootstrap: int = 200, seed: int = 0) -> pd.DataFrame:
     """One row per phase: the unweighted mean over layers of whole-run per-layer values.
 
+    Every layer counts the same however many experts or tokens it has; layers in which nothing was assigned
+    are left out. The interval resamples steps for all layers together.
+
     Args:
-        run: an open run, collected loads, or a frame of `layer_metrics`.
+        run: an open run, or what `collect_layer_loads` gathered from one.
+        bootstrap: resamples of the interval, 0 for none.
+        seed: of the resamples.
 
     Returns:
-        phase, layers, experts, top_k (NaN where layers differ), steps (most of any layer), tokens (most of
-        any layer), gini, gini_min, gini_max, gini_floor, gini_excess, gini_uniform_limit,
-        expert_max_over_mean, expert_max_over_mean_floor, expert_max_over_mean_max, cv, entropy_bits,
-        idle_experts (sum), step_gini_p50, step_gini_floor. Layers in which nothing was assigned are left
-        out of means.
+        Columns in docs/metrics.md; ``experts`` and ``top_k`` are missing where layers differ, ``steps`` and
+        ``tokens`` are the most of any layer, ``idle_experts`` is a sum over layers.
     """
-    frame = run if isinstance(run, pd.DataFrame) else layer_metrics(run, bootstrap=0)
-    means = [
-        "gini", "gini_floor", "gini_excess", "gini_uniform_limit", "expert_max_over_mean",
-        "expert_max_over_mean_floor", "cv", "entropy_bits", "step_gini_p50", "step_gini_floor",
-    ]  # fmt: skip
-    rows: list[dict[str, object]] = []
-    for phase, part in frame.groupby("phase", sort=True):
-        row: dict[str, object] = {
-            "phase": phase,
-            "layers": len(part),
-            "experts": _one_value(part["experts"]),
-            "top_k": _one_value(part["top_k"]),
-            "steps": int(part["steps"].max()),
-            "tokens": int(part["tokens"].max()),
-            **{name: part[name].mean() for name in means},
-            "gini_min": part["gini"].min(),
-            "gini_max": part["gini"].max(),
-            "expert_max_over_mean_max": part["expert_max_over_mean"].max(),
-            "idle_experts": int(part["idle_experts"].sum()),
-        }
-        rows.append(row)
-    columns = [
-        "phase", "layers", "experts", "top_k", "steps", "tokens", *means,
-        "gini_min", "gini_max", "expert_max_over_mean_max", "idle_experts",
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=columns)
+    loads = _collected(run)
+    layers = layer_metrics(loads, bootstrap=0)
+    rows = [_phase_row(str(phase), part) for phase, part in layers.groupby("phase", sort=True)]
+    for row in rows:
+        own = [layer for (phase, _), layer in loads.items() if phase == row["phase"] and layer.assignments]
+        interval = _mean_interval(own, row["gini"], resamples=bootstrap, seed=seed)
+        row |= {"gini_low": interval[0], "gini_high": interval[1]} if interval else {}
+    frame = pd.DataFrame(rows, columns=list(_PHASE_COLUMNS))
+    frame[["experts", "top_k"]] = frame[["experts", "top_k"]].astype("Int64")
+    return frame.astype({"gini_low": "float64", "gini_high": "float64"})
+
+
+def run_summary(run: Run | RunLoads, *, phase: str | None = None) -> dict[str, object]:
+    """The row of `phase_summary` for one phase, without an interval.
+
+    Args:
+        run: an open run, or collected loads.
+        phase: which; None for the only one there is.
+
+    Raises:
+        LoadError: the run has no such phase, or several and none was named.
+    """
+    frame = phase_summary(run, bootstrap=0)
+    phases = ", ".join(frame["phase"]) or "none"
+    chosen = frame if phase is None else frame[frame["phase"] == phase]
+    if len(chosen) != 1:
+        raise LoadError(
+            f"no single summary for phase {phase}: the run has loads of phases: {phases}; name one"
+        )
+    return {str(name): chosen.iloc[0][name] for name in chosen.columns}
 
 
 def _collected(run: Run | RunLoads) -> RunLoads:
     return run if isinstance(run, Mapping) else collect_layer_loads(run)
 
 
-def _one_value(column: pd.Series) -> object:
-    values = column.dropna().unique()
-    return values[0] if len(values) == 1 and column.notna().all() else None
+def _phase_row(phase: str, layers: pd.DataFrame) -> dict[str, object]:
+    def only(name: str) -> object:
+        values = layers[name].unique()
+        return values[0] if len(values) == 1 else None
+
+    return {
+        "phase": phase,
+        "layers": len(layers),
+        "experts": only("experts"),
+        "top_k": only("top_k"),
+        "steps": int(layers["steps"].max()),
+        "tokens": int(layers["tokens"].max()),
+        **{name: float(layers[name].mean()) for name in _MEANS},
+        "gini_min": layers["gini"].min(),
+        "gini_max": layers["gini"].max(),
+        "expert_max_over_mean_max": layers["expert_max_over_mean"].max(),
+        "idle_experts": int(layers["idle_experts"].sum()),
+    }
+
+
+def _mean_interval(
+    layers: list[LayerLoads], value: object, *, resamples: int, seed: int
+) -> tuple[float, float] | None:
+    drawn = [resampled_gini(layer.load_GE, resamples=resamples, seed=seed) for layer in layers]
+    known = [gini_B for gini_B in drawn if gini_B is not None]
+    if not layers or len(known) < len(drawn) or not isinstance(value, float):
+        return None
+    return centred_interval(np.mean(known, axis=0), value)
 
 
 def _layer_row(loads: LayerLoads, *, bootstrap: int, seed: int) -> dict[str, object]:
@@ -153,11 +195,9 @@ def _layer_row(loads: LayerLoads, *, bootstrap: int, seed: int) -> dict[str, obj
         loads.top_k, tokens=loads.tokens, assignments=loads.assignments, experts=experts
     )
     value = gini(loads.load_E)
-    interval = None
-    if value is not None:
-        interval = gini_interval(loads.load_GE, gini=value, resamples=bootstrap, seed=seed)
-        if interval is None and bootstrap > 0:
-            notes.append(f"no interval: {len(loads.load_GE)} steps, at least {FEWEST_GROUPS} needed")
+    interval = centred_interval(resampled_gini(loads.load_GE, resamples=bootstrap, seed=seed), value)
+    if interval is None and value is not None and bootstrap > 0:
+        notes.append(f"no interval: {len(loads.load_GE)} steps, at least {FEWEST_GROUPS} needed")
     floors = _floors(loads.tokens, top_k, experts)
     ratio = max_over_mean(loads.load_E)
     return {
