@@ -141,68 +141,90 @@ def stream_blocks(
             starts.append((start, group))
     starts.sort(key=lambda entry: (entry[0], entry[1].part.rank, entry[1].part.name, entry[1].number))
     place = {int(rank): p for p, rank in enumerate(ranks)}
-    code = None if phase is None else PHASES.index(phase)  # type: ignore[arg-type]  # checked by the caller
-    wanted = None if layers is None else np.array(sorted(layers), dtype=np.int64)
+    choose = _chooser(phase, layers)
 
-    def load(entry: tuple[int, RowGroup]) -> _Piece | str:
-        start, group = entry
-        table = read_row_group(group, _COLUMNS)
-        if isinstance(table, str):
-            return table
-        rows = routing_columns(table, rank=group.part.rank, where=group.part.name)
-        if rows.step_N.min() < start:
-            raise RunFormatError(
-                f"{group.part.name}: row group {group.number} holds step {rows.step_N.min()} but its footer "
-                f"says at least {start}; the part is damaged or its writer wrong"
-            )
-        for layer in np.unique(rows.layer_N):
-            check_layer(int(layer), group.part.experts, group.part.name)
-        keep = np.ones(rows.step_N.size, dtype=bool)
-        if code is not None:
-            keep &= rows.phase_N == code
-        if wanted is not None:
-            keep &= np.isin(rows.layer_N, wanted)
-        return _Piece(place[group.part.rank], rows if keep.all() else rows.take(np.flatnonzero(keep)))
+    def decode(entry: tuple[int, RowGroup]) -> _Piece | str:
+        rows = _decode(*entry, check_layer)
+        return rows if isinstance(rows, str) else _Piece(place[entry[1].part.rank], choose(rows))
 
-    workers = min(4, os.cpu_count() or 1)
     waiting: list[_Piece] = []
     waiting_bytes = 0
+    for done, piece in enumerate(_in_order(decode, starts)):
+        if isinstance(piece, str):
+            report(piece)
+        else:
+            waiting.append(piece)
+            waiting_bytes += piece.rows.load_NE.nbytes
+        if waiting_bytes < _GATHER_BYTES or done + 1 == len(starts):
+            continue
+        horizon = starts[done + 1][0]
+        ready, waiting = _split(waiting, horizon)
+        waiting_bytes = sum(piece.rows.load_NE.nbytes for piece in waiting)
+        if waiting_bytes > _MAX_WAITING_BYTES:
+            raise RunFormatError(
+                f"rows from step {horizon} on are so far out of order that {waiting_bytes >> 20} MiB "
+                "wait for one step; rewrite the routing parts in step order"
+            )
+        yield from _cut(ready, ranks, max_block_bytes)
+    yield from _cut(waiting, ranks, max_block_bytes)
+
+
+def _in_order(
+    decode: Callable[[tuple[int, RowGroup]], _Piece | str], starts: list[tuple[int, RowGroup]]
+) -> Iterator[_Piece | str]:
+    """Decode on a few threads, a few row groups ahead, and give the results in the order of ``starts``."""
+    workers = min(4, os.cpu_count() or 1)
+    ahead: deque[Future[_Piece | str]] = deque()
+    submitted = 0
     with ThreadPoolExecutor(workers, thread_name_prefix="observatory-read") as pool:
-        ahead: deque[Future[_Piece | str]] = deque()
-        submitted = 0
         try:
             for done in range(len(starts)):
-                while submitted < len(starts) and submitted < done + 2 * workers:
-                    ahead.append(pool.submit(load, starts[submitted]))
+                while submitted < min(len(starts), done + 2 * workers):
+                    ahead.append(pool.submit(decode, starts[submitted]))
                     submitted += 1
-                piece = ahead.popleft().result()
-                if isinstance(piece, str):
-                    report(piece)
-                    continue
-                waiting.append(piece)
-                waiting_bytes += piece.rows.load_NE.nbytes
-                last = done + 1 == len(starts)
-                if waiting_bytes < _GATHER_BYTES and not last:
-                    continue
-                horizon = None if last else starts[done + 1][0]
-                ready, waiting = _split(waiting, horizon)
-                waiting_bytes = sum(piece.rows.load_NE.nbytes for piece in waiting)
-                if waiting_bytes > _MAX_WAITING_BYTES:
-                    raise RunFormatError(
-                        f"rows from step {horizon} on are so far out of order that {waiting_bytes >> 20} MiB "
-                        "wait for one step; rewrite the routing parts in step order"
-                    )
-                yield from _cut(ready, ranks, max_block_bytes)
-            yield from _cut(waiting, ranks, max_block_bytes)
+                yield ahead.popleft().result()
         finally:
             for future in ahead:
                 future.cancel()
 
 
-def _split(pieces: list[_Piece], horizon: int | None) -> tuple[list[_Piece], list[_Piece]]:
+def _decode(
+    start: int, group: RowGroup, check_layer: Callable[[int, int, str], None]
+) -> RoutingColumns | str:
+    """Checked rows of a row group, or in one line why it cannot be read."""
+    table = read_row_group(group, _COLUMNS)
+    if isinstance(table, str):
+        return table
+    part = group.part
+    rows = routing_columns(table, rank=part.rank, where=part.name)
+    if rows.step_N.min() < start:
+        raise RunFormatError(
+            f"{part.name}: row group {group.number} holds step {rows.step_N.min()} but its footer says at "
+            f"least {start}; the part is damaged or its writer wrong"
+        )
+    for layer in np.unique(rows.layer_N):
+        check_layer(int(layer), part.experts, part.name)
+    return rows
+
+
+def _chooser(phase: str | None, layers: Collection[int] | None) -> Callable[[RoutingColumns], RoutingColumns]:
+    """Filter of rows by phase and layers."""
+    code = None if phase is None else PHASES.index(phase)
+    wanted = None if layers is None else np.array(sorted(layers), dtype=np.int64)
+
+    def choose(rows: RoutingColumns) -> RoutingColumns:
+        keep = np.ones(rows.step_N.size, dtype=bool)
+        if code is not None:
+            keep &= rows.phase_N == code
+        if wanted is not None:
+            keep &= np.isin(rows.layer_N, wanted)
+        return rows if keep.all() else rows.take(np.flatnonzero(keep))
+
+    return choose
+
+
+def _split(pieces: list[_Piece], horizon: int) -> tuple[list[_Piece], list[_Piece]]:
     """Rows below the horizon, and the others."""
-    if horizon is None:
-        return pieces, []
     ready: list[_Piece] = []
     waiting: list[_Piece] = []
     for piece in pieces:

@@ -39,11 +39,10 @@ def checked_rows(table: str, rows: pa.Table | pa.RecordBatch, *, rank: int) -> p
     """
     where = f"rows appended to {table} by rank {rank}"
     given = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
-    schema = (
-        routing_schema(experts_of_list(given, where), gate_mass=True)
-        if table == "routing"
-        else FIXED_SCHEMAS[table]
-    )
+    if table == "routing":
+        schema = routing_schema(_experts_of_list(given, where), gate_mass=True)
+    else:
+        schema = FIXED_SCHEMAS[table]
     fields: list[pa.Field] = []
     columns: list[pa.ChunkedArray] = []
     for field in schema:
@@ -71,7 +70,7 @@ def checked_rows(table: str, rows: pa.Table | pa.RecordBatch, *, rank: int) -> p
     return table_rows
 
 
-def experts_of_list(rows: pa.Table, where: str) -> int:
+def _experts_of_list(rows: pa.Table, where: str) -> int:
     """E of rows that are about to be written."""
     index = rows.schema.get_field_index("load")
     if index < 0 or not pa.types.is_fixed_size_list(rows.schema.field(index).type):
@@ -101,7 +100,7 @@ def check_schema(table: str, schema: pa.Schema, *, where: str) -> None:
 
 def _fits(found: pa.DataType, expected: pa.DataType) -> bool:
     if pa.types.is_list(expected):
-        return pa.types.is_list(found) and found.value_type == expected.value_type
+        return bool(pa.types.is_list(found) and found.value_type == expected.value_type)
     return bool(found == expected)
 
 

@@ -50,16 +50,15 @@ def read_manifest(path: Path) -> Manifest:
         )
     document = read_json(file, f"{MANIFEST_NAME} of {path}")
     version = document.get("schema_version")
-    major, _, minor = version.partition(".") if isinstance(version, str) else ("", "", "")
-    if not (
-        major.isascii() and major.isdigit() and minor.isascii() and minor.isdigit() and len(version) < 16
-    ):
+    match = re.fullmatch(r"(\d{1,6})\.\d{1,6}", version, re.ASCII) if isinstance(version, str) else None
+    if match is None:
         raise RunFormatError(
-            f"{file}: schema_version is {one_line(repr(version), 60)}; expected major.minor as in {SCHEMA_VERSION}"
+            f"{file}: schema_version is {one_line(repr(version), 60)}; expected like {SCHEMA_VERSION}"
         )
-    if int(major) > int(SCHEMA_VERSION.partition(".")[0]):
+    if int(match[1]) > int(SCHEMA_VERSION.partition(".")[0]):
         raise RunFormatError(
-            f"{path} has schema {version} but this program reads up to {SCHEMA_VERSION}; install a newer moe-observatory"
+            f"{path} has schema {version} but this program reads up to {SCHEMA_VERSION}; "
+            "install a newer moe-observatory"
         )
     try:
         return Manifest.model_validate(document)

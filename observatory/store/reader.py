@@ -57,9 +57,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         problems += stated
         unreadable += damaged
     if unreadable and not any(parts.values()):
-        raise RunFormatError(
-            f"none of the {unreadable} parts of run {folder} can be read (truncated or corrupt); capture it again"
-        )
+        raise RunFormatError(f"none of the {unreadable} parts of run {folder} can be read; capture it again")
     return Run(folder, manifest, parts, _rank_problems(manifest, parts) + problems)
 
 
@@ -156,7 +154,7 @@ class Run:
         def check_layer(layer: int, experts: int, where: str) -> None:
             if layer_experts.get(layer, experts) != experts:
                 raise RunFormatError(
-                    f"{where}: layer {layer} has {experts} experts but the manifest says {layer_experts[layer]}; "
+                    f"{where}: layer {layer} has {experts} experts, {layer_experts[layer]} in the manifest; "
                     "the part belongs to another run"
                 )
 
@@ -209,7 +207,7 @@ class Run:
                 ("step", block.step_S[s]),
                 ("source_rank", block.source_rank_P[p]),
                 ("window_steps", block.window_steps_S[s]),
-                ("phase", np.full(s.size, PHASES.index(block.phase), np.int8)),  # type: ignore[arg-type]
+                ("phase", np.full(s.size, PHASES.index(block.phase))),
                 ("layer", np.full(s.size, block.layer, np.int64)),
             ):
                 columns[name].append(np.repeat(values, block.experts))
@@ -219,8 +217,8 @@ class Run:
             name: np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
             for name, arrays in columns.items()
         }
-        phases = pd.Categorical.from_codes(joined["phase"], categories=list(PHASES))
-        frame = pd.DataFrame({**joined, "phase": phases.astype(str)})
+        frame = pd.DataFrame(joined)
+        frame["phase"] = pd.Series(PHASES, dtype="str").take(joined["phase"]).array
         if not (joined["window_steps"] > 1).any():
             frame = frame.drop(columns="window_steps")
         return frame
@@ -277,7 +275,8 @@ class Run:
         if "source_rank" not in schema.names:
             schema = schema.append(pa.field("source_rank", pa.int32()))
         tables = [schema.empty_table(), *self.iter_rows(table)]
-        return pa.concat_tables(tables, promote_options="permissive").to_pandas()
+        frame: pd.DataFrame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+        return frame
 
     def _parts_of(self, table: str) -> tuple[Part, ...]:
         if table not in TABLES:

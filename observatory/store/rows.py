@@ -195,7 +195,7 @@ def experts_of(schema: pa.Schema, where: str) -> int:
 def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
     """Equal up to the name and nullability of list items, which other writers choose differently."""
     if pa.types.is_fixed_size_list(expected):
-        return (
+        return bool(
             pa.types.is_fixed_size_list(found)
             and found.list_size == expected.list_size
             and found.value_type == expected.value_type
@@ -230,7 +230,7 @@ def routing_columns(rows: pa.Table | pa.RecordBatch, *, rank: int, where: str) -
         array = column(name)
         if array.null_count:
             raise RunFormatError(f"{where}: column {name} holds nulls; expected a number in every row")
-        values = array.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
+        values: Int64 = array.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
         if values.size and values.min() < least:
             raise RunFormatError(f"{where}: column {name} holds {values.min()}; expected at least {least}")
         return values
@@ -240,7 +240,7 @@ def routing_columns(rows: pa.Table | pa.RecordBatch, *, rank: int, where: str) -
         items = array.flatten()
         if array.null_count or items.null_count or len(items) != len(array) * experts:
             raise LoadError(f"{where}: column {name} holds nulls; expected {experts} counts in every row")
-        values = items.to_numpy(zero_copy_only=True).reshape(-1, experts)
+        values: Int64 = items.to_numpy(zero_copy_only=True).reshape(-1, experts)
         # One pass finds both faults: seen as unsigned, a negative number is huge.
         if values.size and values.view(np.uint64).max() > _MAX_LOAD:
             worst = values.min() if values.min() < 0 else values.max()
@@ -306,7 +306,7 @@ def _phases(array: pa.Array, where: str) -> npt.NDArray[np.int8]:
 
 
 def _finite(array: pa.Array, name: str, where: str) -> Float64:
-    values = array.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
+    values: Float64 = array.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
     stated = ~pc.is_null(array).to_numpy(zero_copy_only=False)
     if not np.isfinite(values[stated]).all():
         raise LoadError(f"{where}: column {name} holds NaN or infinity; expected finite numbers or null")
