@@ -216,9 +216,7 @@ def _prefill(model: Any, ids: torch.Tensor, job: ProfileJob, *, column: int, kee
 
 def _check_length(model: Any, job: ProfileJob) -> None:
     """Refuse sequences longer than the model's position table."""
-    config = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(text_config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     needed = job.sequence_length + job.decode_steps
     if isinstance(limit, int) and needed > limit:
         raise ModelError(

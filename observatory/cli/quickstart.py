@@ -18,7 +18,7 @@ def quickstart(
     """Profile the bundled models on the bundled data, scan, and write the report. No network, no GPU."""
     from observatory.campaign.quickstart import quickstart_grid
     from observatory.cli.cells import run_cells
-    from observatory.cli.output import print_table, say
+    from observatory.cli.output import print_table
     from observatory.errors import ObservatoryError
     from observatory.routing.summary import run_summary
     from observatory.store import open_run
@@ -40,21 +40,16 @@ def quickstart(
         gpus_per_node=config.gpus_per_node,
         overwrite=True,
     )
-    say("writing the table")
-    summaries = {
-        (result.cell.job.model, result.cell.job.data): run_summary(open_run(result.run), phase="prefill")
-        for result in results
-    }
+    gini = {}
+    floor = {}
+    for result in results:
+        summary = run_summary(open_run(result.run)).set_index("phase").loc["prefill"]
+        gini[result.cell.job.model, result.cell.job.data] = float(summary["gini"])
+        floor[result.cell.job.model] = float(summary["gini_floor"])
     print_table(
-        ["Gini, mean over layers", *config.data, "floor"],
-        [
-            [
-                model,
-                *(summaries[model, data]["gini"] for data in config.data),
-                summaries[model, config.data[0]]["gini_floor"],
-            ]
-            for model in config.models
-        ],
-        title="Prefill, assignments over experts, whole run; the floor is what uniform routing would show",
+        ["model", *config.data, "floor"],
+        [[model, *(gini[model, data] for data in config.data), floor[model]] for model in config.models],
+        title="Gini of assignments over experts (prefill, whole run, mean over layers); "
+        "floor: what uniform routing shows",
     )
     typer.echo(f"report: {report.resolve()}")

@@ -61,7 +61,7 @@ def routing(
     print_table(
         list(_COLUMNS.values()),
         [[{**row, "interval": _interval(row)}[name] for name in _COLUMNS] for row in rows],
-        title=f"{opened.manifest.model.name}: imbalance of assignments over {_experts(rows)} experts, whole run",
+        title=f"{opened.manifest.model.name}: assignments over {_experts(rows)} experts, whole run",
     )
     say("95 %: bootstrap over steps; floor: what uniform routing of as many tokens shows; docs/metrics.md")
 
