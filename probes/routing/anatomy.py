@@ -122,7 +122,7 @@ def expert_count(module: nn.Module) -> int | None:
     stacked = {p.shape[0] for p in module.parameters(recurse=False) if p.ndim >= 3}
     if stacked:
         return stated if stated in stacked else min(stacked)
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1:
+    if stated is None and isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1:
         return len(module)
     return stated
 

@@ -22,7 +22,8 @@ __all__ = ["find_sites"]
 
 _LOOKED_FOR = (
     "an experts module called with top_k_index (or router_indices, selected_experts, ...), a router "
-    "returning (probs, routing_map), a capacity gate, expert embedding tables, or a router beside a list of experts"
+    "returning (probs, routing_map), a capacity gate, expert embedding tables, or a router beside a list of "
+    "experts"
 )
 _HELP = (
     "pass adapters=[Adapter(match=..., read=..., experts=...)] to say how (docs/supported-models.md#adapters)"
@@ -118,9 +119,13 @@ def _claimed(path: str, found: Sequence[Candidate]) -> bool:
     Experts are often wrapped (``experts.local_experts``): wrappers named after experts are stepped over.
     """
     outer = path
-    while "expert" in outer.rpartition(".")[0].rpartition(".")[2]:
+    while outer:
+        if any(_inside(outer, c.path) or _beside(outer, c.block) for c in found):
+            return True
         outer = outer.rpartition(".")[0]
-    return any(_inside(path, c.path) or _beside(outer, c.block) for c in found)
+        if "expert" not in outer.rpartition(".")[2]:
+            return False
+    return False
 
 
 def _configurations(model: nn.Module) -> Iterator[object]:
