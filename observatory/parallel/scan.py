@@ -29,6 +29,7 @@ from observatory.parallel.topology import ParallelTopology
 from observatory.parallel.traffic import Sources, load_by_rank, source_shares, traffic_matrices
 from observatory.routing.floor import max_over_mean_floor
 from observatory.routing.imbalance import checked_loads, max_over_mean, max_over_mean_rows
+from observatory.routing.loads import steps_covered
 from observatory.routing.summary import floor_top_k
 
 if TYPE_CHECKING:
@@ -206,8 +207,8 @@ class _LayerScan:
         self.load_E = np.zeros(block.experts, dtype=np.int64)
         self.tokens_S: list[NDArray[np.int64]] = []
         self.assigned_S: list[NDArray[np.int64]] = []
-        self.steps = 0
-        self.keeps_steps = True
+        self.step_S: list[NDArray[np.int64]] = []
+        self.window_steps_S: list[NDArray[np.int64]] = []
 
     def add(self, block: LoadBlock) -> None:
         """Add the steps of a block."""
@@ -220,8 +221,8 @@ class _LayerScan:
         self.load_E += load_SE.sum(axis=0)
         self.assigned_S.append(load_SE.sum(axis=1))
         self.tokens_S.append(np.asarray(block.tokens_S, dtype=np.int64))
-        self.steps += int(np.sum(block.window_steps_S))
-        self.keeps_steps &= bool(np.all(np.asarray(block.window_steps_S) == 1))
+        self.step_S.append(np.asarray(block.step_S, dtype=np.int64))
+        self.window_steps_S.append(np.asarray(block.window_steps_S, dtype=np.int64))
 
     def rows(self) -> list[dict[str, object]]:
         """One row per cell."""
@@ -229,6 +230,8 @@ class _LayerScan:
 
     def _row(self, cell: _Cell) -> dict[str, object]:
         tokens_S, assigned_S = np.concatenate(self.tokens_S), np.concatenate(self.assigned_S)
+        window_steps_S = np.concatenate(self.window_steps_S)
+        keeps_steps = bool(np.all(window_steps_S == 1))
         tokens, assignments = int(tokens_S.sum()), int(assigned_S.sum())
         held_R = cell.placement.experts_per_rank_R
         row: dict[str, object] = {
@@ -239,7 +242,7 @@ class _LayerScan:
             "experts": self.experts,
             "gpus_per_node": cell.topology.gpus_per_node,
             "nodes": cell.topology.nodes,
-            "steps": self.steps,
+            "steps": steps_covered(np.concatenate(self.step_S), window_steps_S),
             "tokens": tokens,
             "assignments": assignments,
             "experts_per_rank_min": int(held_R.min()),
@@ -248,10 +251,10 @@ class _LayerScan:
             "rank_max_over_mean": max_over_mean(cell.rank_load_R),
             "rank_max_over_mean_floor": self._floor(cell, tokens, assignments, tokens),
             "sources": cell.sources,
-            "notes": "; ".join(self._notes(cell, assignments)),
+            "notes": "; ".join(self._notes(cell, assignments, keeps_steps)),
         }
         ratio_S = np.concatenate(cell.ratio_S)
-        if self.keeps_steps:
+        if keeps_steps:
             typical = int(np.median(tokens_S[tokens_S > 0])) if tokens else 0
             row["rank_max_over_mean_step_floor"] = self._floor(cell, tokens, assignments, typical)
             row |= _step_values("rank_max_over_mean", ratio_S)
@@ -259,7 +262,7 @@ class _LayerScan:
             kept_S = np.concatenate(kept)
             if assignments:
                 row[name] = _share_leaving(kept_S.sum(), assignments)
-            if self.keeps_steps:
+            if keeps_steps:
                 some = assigned_S > 0
                 row |= _step_values(name, _share_leaving(kept_S[some], assigned_S[some]))
         return row
@@ -271,11 +274,11 @@ class _LayerScan:
             return None
         return max_over_mean_floor(tokens=sample, top_k=top_k, experts=self.experts, groups=cell.placement.ep)
 
-    def _notes(self, cell: _Cell, assignments: int) -> list[str]:
+    def _notes(self, cell: _Cell, assignments: int, keeps_steps: bool) -> list[str]:
         notes = []
         if assignments == 0:
             notes.append("nothing was assigned")
-        if not self.keeps_steps:
+        if not keeps_steps:
             notes.append("rows fold several steps: no per-step values")
         if not cell.placement.even:
             notes.append("ranks hold different numbers of experts: no floor")

@@ -88,7 +88,8 @@ def classify(texts: Mapping[str, ConditionGini]) -> Band:
     if all(value > CONCENTRATED_ABOVE for value in remaining.values()):
         return Band(
             name="persistently concentrated",
-            reason=f"{shown}; {_span(remaining.values())} without the sampling floor, all above {CONCENTRATED_ABOVE}",
+            reason=f"{shown}; {_span(remaining.values())} without the sampling floor, all above "
+            f"{CONCENTRATED_ABOVE}",
         )
     if max(gini.values()) <= RESILIENT_UP_TO:
         return Band(

@@ -105,6 +105,7 @@ def committee_stability(conditions: Mapping[str, RunLoads], *, mass: float = 0.5
                 }
             )
     columns = [
-        "phase", "layer", "experts", "condition_a", "condition_b", "size_a", "size_b", "jaccard", "jaccard_chance",
+        "phase", "layer", "experts", "condition_a", "condition_b", "size_a", "size_b",
+        "jaccard", "jaccard_chance",
     ]  # fmt: skip
     return pd.DataFrame(rows, columns=columns)

@@ -24,7 +24,7 @@ from observatory.routing.imbalance import checked_loads, gini_rows, max_over_mea
 if TYPE_CHECKING:
     from observatory.store import LoadBlock, Run
 
-__all__ = ["LayerLoads", "RunLoads", "collect_layer_loads"]
+__all__ = ["LayerLoads", "RunLoads", "collect_layer_loads", "steps_covered"]
 
 _MOST_GROUPS = 1024
 _GROUP_BYTES_PER_LAYER = 8 << 20
@@ -93,7 +93,18 @@ def collect_layer_loads(run: Run) -> dict[tuple[str, int], LayerLoads]:
         if key not in gathered:
             gathered[key] = _Gatherer(block, top_k.get(block.layer))
         gathered[key].add(block)
-    return {key: gathered[key].finish() for key in sorted(gathered)}
+    return {key: gathered.pop(key).finish() for key in sorted(gathered)}
+
+
+def steps_covered(step_S: NDArray[np.int64], window_steps_S: NDArray[np.int64]) -> int:
+    """Steps that rows in step order cover.
+
+    Rows that start at the same step (ranks whose last windows differ in length) cover the longest of them.
+    """
+    if step_S.size == 0:
+        return 0
+    first = np.flatnonzero(np.diff(step_S, prepend=-1))
+    return int(np.maximum.reduceat(window_steps_S, first).sum())
 
 
 class _Gatherer:
@@ -125,10 +136,10 @@ class _Gatherer:
         step_S = np.asarray(block.step_S, dtype=np.int64)
         if step_S.size == 0:
             return
-        if step_S[0] <= self.last_step or np.any(np.diff(step_S) <= 0):
+        if step_S[0] < self.last_step or np.any(np.diff(step_S) < 0):
             raise LoadError(
                 f"steps of layer {self.layer} ({self.phase}) are out of order near step {int(step_S[0])}; "
-                "expected each step once, ascending"
+                "expected ascending steps"
             )
         self.last_step = int(step_S[-1])
         if int(load_SE.max()) * step_S.size + int(self.total_E.max()) > np.iinfo(np.int64).max:
@@ -180,7 +191,7 @@ class _Gatherer:
             layer=self.layer,
             experts=self.experts,
             top_k=self.top_k,
-            steps=int(integer["window_steps"].sum()),
+            steps=steps_covered(integer["step"], integer["window_steps"]),
             tokens=int(integer["tokens"].sum()),
             assignments=sum(self.total_E.tolist()),
             load_E=self.total_E,
@@ -208,4 +219,5 @@ def _added(load: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
     """Sums of each ``rows`` consecutive rows; their number must be a multiple of it."""
     if rows == 1:
         return load
-    return load.reshape(-1, rows, load.shape[1]).sum(axis=1)
+    added_GE: NDArray[np.int64] = load.reshape(-1, rows, load.shape[1]).sum(axis=1)
+    return added_GE

@@ -43,8 +43,8 @@ def local_consistency(
 
     Returns:
         phase, layer, segment_tokens, cached_experts, segments, tokens, assignments, hit_share,
-        hit_share_shuffled (mean of 8 random orders of the same tokens), locality_gain (the difference). Layers
-        without a whole segment have zero segments and NaN shares.
+        hit_share_shuffled (mean of 8 random orders of the same tokens), locality_gain (the difference).
+        Layers without a whole segment have zero segments and NaN shares.
 
     Raises:
         LoadError: impossible expert ids, or sizes below one.

@@ -125,11 +125,12 @@ def phase_summary(run: Run | RunLoads, *, bootstrap: int = 200, seed: int = 0) -
     """
     loads = _collected(run)
     layers = layer_metrics(loads, bootstrap=0)
-    rows = [_phase_row(str(phase), part) for phase, part in layers.groupby("phase", sort=True)]
-    for row in rows:
-        own = [layer for (phase, _), layer in loads.items() if phase == row["phase"] and layer.assignments]
+    rows: list[dict[str, object]] = []
+    for phase, part in layers.groupby("phase", sort=True):
+        row = _phase_row(str(phase), part)
+        own = [layer for (name, _), layer in loads.items() if name == phase and layer.assignments]
         interval = _mean_interval(own, row["gini"], resamples=bootstrap, seed=seed)
-        row |= {"gini_low": interval[0], "gini_high": interval[1]} if interval else {}
+        rows.append(row | ({"gini_low": interval[0], "gini_high": interval[1]} if interval else {}))
     frame = pd.DataFrame(rows, columns=list(_PHASE_COLUMNS))
     frame[["experts", "top_k"]] = frame[["experts", "top_k"]].astype("Int64")
     return frame.astype({"gini_low": "float64", "gini_high": "float64"})
@@ -152,7 +153,7 @@ def run_summary(run: Run | RunLoads, *, phase: str | None = None) -> dict[str, o
         raise LoadError(
             f"no single summary for phase {phase}: the run has loads of phases: {phases}; name one"
         )
-    return {str(name): chosen.iloc[0][name] for name in chosen.columns}
+    return {str(name): value for name, value in chosen.to_dict("records")[0].items()}
 
 
 def _collected(run: Run | RunLoads) -> RunLoads:
