@@ -1,0 +1,311 @@
+"""``observatory.watch``: count the routing of a running model into a run directory.
+
+    with observatory.watch(model, "runs/a") as watch:
+        with watch.phase("prefill"):
+            model(**batch)
+        watch.step()
+
+Leaving the block writes what is left and takes every hook off, also after an exception or Ctrl-C; the run is
+then marked failed and keeps what was captured. No signal handlers are installed: SIGTERM ends the process as
+it does without us. A process that is killed loses at most the last ``flush_seconds``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from pydantic import JsonValue
+
+from observatory.errors import CaptureError, ObservatoryError
+from observatory.provenance import new_manifest
+from observatory.ranks import RankOf, find_rank
+from observatory.records import PHASES, DataSpec, Phase, Topology
+from observatory.store import RunWriter
+from probes.routing.describe import describe_model
+from probes.routing.discover import find_sites
+from probes.routing.session import CaptureSession
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from probes.routing.adapters import Adapter
+    from probes.routing.sites import RoutingSite
+
+__all__ = ["Watch", "watch"]
+
+
+def watch(
+    model: nn.Module,
+    out: str | os.PathLike[str],
+    *,
+    phase: Phase | None = None,
+    gate_mass: bool = False,
+    sample_tokens: int = 0,
+    window_steps: int = 1,
+    flush_seconds: float = 10.0,
+    overwrite: bool = False,
+    adapters: Sequence[Adapter] = (),
+    model_name: str | None = None,
+    family: str | None = None,
+    mixer: str | None = None,
+    data: DataSpec | None = None,
+    config: Mapping[str, JsonValue] | None = None,
+    rank: int | None = None,
+    world: int | None = None,
+) -> Watch:
+    """Watch a model: a context manager that counts assignments per expert, layer, step and phase.
+
+    Args:
+        model: module with MoE layers; may be compiled, wrapped, on several devices.
+        out: run directory to make.
+        phase: phase of everything outside ``watch.phase(...)``. None: known from the cache given to the
+            model and from training mode, else ``unknown``.
+        gate_mass: also sum the gate weights per expert.
+        sample_tokens: per step, phase and layer keep the expert ids of the first that many token positions
+            of the first call. Never token ids or text.
+        window_steps: steps folded into one row, with the per-step extremes.
+        flush_seconds: seconds after which captured rows are on disk.
+        overwrite: replace an existing run; not with several ranks.
+        adapters: how to read layers that are not understood by themselves.
+        model_name: name for the manifest.
+        family: architecture name, the configuration's ``model_type`` by default.
+        mixer: sequence mixer for the manifest.
+        data: what the model is fed, for the manifest.
+        config: further options for the manifest.
+        rank: this process's rank; found from torch.distributed or torchrun by default.
+        world: number of ranks, likewise.
+
+    Raises:
+        CaptureError: an option that does not fit.
+        ModelError: on entering; no MoE layers, or some only partly understood.
+        RunError: on entering; the run directory cannot be made.
+    """
+    if phase is not None:
+        _check_phase(phase)
+    for name, value, least in (("sample_tokens", sample_tokens, 0), ("window_steps", window_steps, 1)):
+        if value < least:
+            raise CaptureError(f"{name} is {value}; expected {least} or more")
+    if not flush_seconds > 0:
+        raise CaptureError(f"flush_seconds is {flush_seconds}; expected more than 0")
+    where = find_rank(rank, world)
+    if overwrite and where.world > 1:
+        raise CaptureError(
+            f"overwrite is asked for with {where.world} ranks, where a late rank cannot tell the old run "
+            "from the new one; choose a directory that does not exist"
+        )
+    return Watch(
+        model,
+        Path(out),
+        where=where,
+        told=phase,
+        gate_mass=gate_mass,
+        sample_tokens=sample_tokens,
+        window_steps=window_steps,
+        flush_seconds=flush_seconds,
+        overwrite=overwrite,
+        adapters=adapters,
+        origin=_Origin(name=model_name, family=family, mixer=mixer, data=data, config=dict(config or {})),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Origin:
+    """What the caller says about the run, for its manifest."""
+
+    name: str | None
+    family: str | None
+    mixer: str | None
+    data: DataSpec | None
+    config: dict[str, JsonValue]
+
+
+class Watch:
+    """A running watch; made by :func:`watch`.
+
+    ``phase`` and ``step`` are called from one thread, between calls of the model.
+
+    Attributes:
+        run_path: the run directory.
+        sites: the MoE layers that are watched, and how; empty before entering.
+        steps: steps that ``step()`` has ended.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        run_path: Path,
+        *,
+        where: RankOf,
+        told: Phase | None,
+        gate_mass: bool,
+        sample_tokens: int,
+        window_steps: int,
+        flush_seconds: float,
+        overwrite: bool,
+        adapters: Sequence[Adapter],
+        origin: _Origin,
+    ) -> None:
+        self.run_path = run_path
+        self.sites: tuple[RoutingSite, ...] = ()
+        self.steps = 0
+        self._model = model
+        self._where = where
+        self._told = told
+        self._gate_mass = gate_mass
+        self._sample_tokens = sample_tokens
+        self._window_steps = window_steps
+        self._flush_seconds = flush_seconds
+        self._overwrite = overwrite
+        self._adapters = adapters
+        self._origin = origin
+        self._session: CaptureSession | None = None
+        self._writer: RunWriter | None = None
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        if self._writer is not None:
+            raise CaptureError(f"the watch on {self.run_path} was entered before; make a new one")
+        self.sites = tuple(find_sites(self._model, adapters=self._adapters))
+        self._writer = self._open_run()
+        try:
+            self._session = CaptureSession(
+                self._model,
+                self.sites,
+                self._writer,
+                gate_mass=self._gate_mass,
+                sample_tokens=self._sample_tokens,
+                window_steps=self._window_steps,
+                flush_seconds=self._flush_seconds,
+            )
+        except BaseException as error:
+            self._writer.close(state="failed", error=_one_line(error))
+            raise
+        return self
+
+    @contextlib.contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Everything counted inside belongs to this phase, whatever is known from the cache.
+
+        Raises:
+            CaptureError: no such phase, the watch is not running, or it is called in a CUDA graph capture.
+        """
+        _check_phase(name)
+        outer = self._told
+        self._switch(name)
+        try:
+            yield
+        except BaseException:
+            # The body's own error goes first; ours is stated when the watch ends.
+            with contextlib.suppress(CaptureError):
+                self._switch(outer)
+            raise
+        self._switch(outer)
+
+    def step(self) -> None:
+        """End a step: one forward pass, one training step, or one decode step.
+
+        Raises:
+            CaptureError: the watch is not running, or the capture failed. The model's own run is unharmed,
+                and the error is raised once: a caller may catch it and go on without the capture.
+        """
+        session = self._running()
+        session.boundary(self.steps, told=self._told, ends_step=True)
+        self.steps += 1
+        session.check()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        session, writer = self._running(), self._writer
+        assert writer is not None
+        self._ended = True
+        problems: list[str] = []
+        with _collected(problems):
+            session.stop(self.steps, told=self._told)
+        with _collected(problems):
+            session.check()
+        notes = session.notes(steps=self.steps)
+        with _collected(problems):
+            if writer.rank == 0:
+                config = {**writer.manifest.config, "probe_cost": session.cost()}
+                writer.update_manifest(notes=(*writer.manifest.notes, *notes), config=config)
+        failure = _one_line(error) if error is not None else session.problem()
+        with _collected(problems):
+            writer.close(
+                state="complete" if failure is None else "failed",
+                error=failure,
+                steps=max(self.steps, session.last_step + 1),
+            )
+        if error is not None:
+            for problem in problems:
+                error.add_note(f"observatory: {problem}")
+        elif problems:
+            raise CaptureError(problems[0])
+        elif notes:
+            warnings.warn(f"run {self.run_path}: {'; '.join(notes)}", stacklevel=2)
+
+    def _switch(self, told: Phase | None) -> None:
+        if told != self._told:
+            self._running().boundary(self.steps, told=self._told, ends_step=False)
+            self._told = told
+
+    def _running(self) -> CaptureSession:
+        if self._session is None or self._ended:
+            raise CaptureError(
+                f"the watch on {self.run_path} is not running; use it inside `with observatory.watch(...)`"
+            )
+        return self._session
+
+    def _open_run(self) -> RunWriter:
+        if self._where.rank > 0:
+            return RunWriter.join(self.run_path, rank=self._where.rank)
+        origin = self._origin
+        name = origin.name or getattr(getattr(self._model, "config", None), "_name_or_path", None)
+        manifest = new_manifest(
+            model=describe_model(
+                self._model,
+                name=name or type(self._model).__name__,
+                sites=self.sites,
+                family=origin.family,
+                mixer=origin.mixer,
+            ),
+            data=origin.data,
+            topology=Topology(ranks=self._where.world),
+            config={
+                **origin.config,
+                "watch": {
+                    "phase": self._told,
+                    "gate_mass": self._gate_mass,
+                    "sample_tokens": self._sample_tokens,
+                    "flush_seconds": self._flush_seconds,
+                },
+            },
+            window_steps=self._window_steps,
+        )
+        return RunWriter.create(self.run_path, manifest, overwrite=self._overwrite)
+
+
+@contextlib.contextmanager
+def _collected(problems: list[str]) -> Iterator[None]:
+    """Keep an error for later, so that whatever has to follow is done."""
+    try:
+        yield
+    except ObservatoryError as error:
+        if str(error) not in problems:
+            problems.append(str(error))
+
+
+def _check_phase(name: str) -> None:
+    if name not in PHASES:
+        raise CaptureError(f"phase {name!r} does not exist; expected one of {', '.join(PHASES)}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

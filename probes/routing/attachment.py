@@ -1,0 +1,87 @@
+"""Hooks that compiled code notices.
+
+``torch.compile`` does not look whether hooks were added to a module after it was compiled. It does check
+the module's class. So a watched module gets, together with its hooks, a subclass of its class that adds
+nothing: code compiled earlier is compiled anew with the hooks in it, and when the class is put back, the code
+without hooks is valid again.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import threading
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Attachment", "PostHook", "PreHook"]
+
+PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+PostHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+
+_lock = threading.Lock()
+#: How many attachments each module has now; a mark is made anew whenever the number changes.
+_attached: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+class Attachment:
+    """The hooks of one watch on one module."""
+
+    def __init__(
+        self, module: nn.Module, *, before: PreHook | None = None, after: PostHook | None = None
+    ) -> None:
+        self._module = module
+        self._handles: list[RemovableHandle] = []
+        if before is not None:
+            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        if after is not None:
+            self._handles.append(
+                module.register_forward_hook(after, with_kwargs=True, always_call=before is not None)
+            )
+        _change(module, +1)
+
+    def remove(self) -> None:
+        """Take the hooks off and put the class back; doing it twice does nothing."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        _change(self._module, -1)
+
+
+def _change(module: nn.Module, by: int) -> None:
+    with _lock:
+        count = _attached.get(module, 0) + by
+        kind = type(module)
+        base = kind.__dict__.get("_observatory_base", kind)
+        if count:
+            _attached[module] = count
+        else:
+            _attached.pop(module, None)
+        # Some modules (OptimizedModule) hand attribute assignment on to another one.
+        object.__setattr__(module, "__class__", _marked(base) if count else base)
+
+
+def _marked(base: type[nn.Module]) -> type[nn.Module]:
+    """A new subclass that differs from its base in identity only."""
+
+    def reduce_unmarked(self: nn.Module, protocol: Any) -> Any:
+        """Copies and pickles are of the base class."""
+        made: Any = base.__reduce_ex__(self, protocol)
+        if isinstance(made, tuple) and made[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
+            return (made[0], (base, *made[1][1:]), *made[2:])
+        return made
+
+    names = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce_unmarked,
+        "_observatory_base": base,
+    }
+    return cast(type[nn.Module], types.new_class(base.__name__, (base,), {}, lambda body: body.update(names)))

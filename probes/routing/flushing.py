@@ -1,0 +1,88 @@
+"""The background thread that turns snapshots into rows and rows into files.
+
+The program that is watched only puts snapshots into a queue. When the thread cannot keep up, the queue is
+full and the program waits at its next step: nothing is dropped. When a row cannot be written the thread
+goes on emptying the queue, keeps the first error, and the program meets it at its next step.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+
+from observatory.errors import ObservatoryError
+from observatory.store import RunWriter
+from probes.routing.folding import Folder, Snapshot
+
+__all__ = ["Flusher"]
+
+_QUEUE_SIZE = 64
+_ROWS_PER_APPEND = 2048
+
+
+class Flusher:
+    """Owns the thread, from construction to ``close``."""
+
+    def __init__(self, writer: RunWriter, folder: Folder, *, flush_seconds: float) -> None:
+        self._writer = writer
+        self._folder = folder
+        self._flush_seconds = flush_seconds
+        self._error: BaseException | None = None
+        self._last_step = 0
+        self._queue: queue.Queue[Snapshot | None] = queue.Queue(_QUEUE_SIZE)
+        # A daemon: a program that is torn down without leaving its ``with`` block must still be able to end.
+        self._thread = threading.Thread(target=self._run, name="observatory-flush", daemon=True)
+        self._thread.start()
+
+    def submit(self, snapshot: Snapshot) -> None:
+        """Hand a snapshot over; waits when the queue is full."""
+        self._queue.put(snapshot)
+
+    def problem(self) -> str | None:
+        """One line about the first error of the thread; None when there was none."""
+        error = self._error
+        if error is None:
+            return None
+        reason = str(error) if isinstance(error, ObservatoryError) else f"{type(error).__name__}: {error}"
+        return f"captured routing could not be kept: {reason}"
+
+    def close(self) -> None:
+        """Write everything that was submitted and end the thread; doing it twice does nothing."""
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        due = time.monotonic() + self._flush_seconds
+        while True:
+            try:
+                item = self._queue.get(timeout=max(0.0, due - time.monotonic()))
+            except queue.Empty:
+                due = time.monotonic() + self._flush_seconds
+                self._guarded(None, flush=True)
+                continue
+            if item is None:
+                self._guarded(None, flush=True, last=True)
+                return
+            late = time.monotonic() >= due
+            if late:
+                due = time.monotonic() + self._flush_seconds
+            self._guarded(item, flush=late)
+
+    def _guarded(self, snapshot: Snapshot | None, *, flush: bool, last: bool = False) -> None:
+        try:
+            if snapshot is not None:
+                for copy in snapshot.copies:
+                    copy.wait()
+                self._last_step = snapshot.step
+                self._folder.add(snapshot)
+            if last:
+                self._folder.finish(self._last_step)
+            if flush or self._folder.finished_rows >= _ROWS_PER_APPEND:
+                for table, rows in self._folder.drain():
+                    self._writer.append(table, rows)
+            if flush:
+                self._writer.flush()
+        except Exception as error:  # whatever it is, the watched program must hear of it and go on
+            self._error = self._error or error

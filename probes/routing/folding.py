@@ -1,0 +1,287 @@
+"""From snapshots of the counters to rows of the routing and token tables.
+
+Shapes: E experts, N sites of one E, S steps. Runs in the background thread; nothing here touches a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from observatory.store.rows import routing_rows
+from observatory.tables import TOKENS_SCHEMA
+from probes.routing.counters import NO_SAMPLE, SLOTS, HostCopy, Layout
+
+__all__ = ["Folder", "Snapshot"]
+
+Int64 = NDArray[np.int64]
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What was counted between two boundaries.
+
+    Attributes:
+        step: the step it belongs to.
+        told: phase the caller told for it; None leaves what is known.
+        ends_step: no more snapshots of this step follow.
+        copies: one copy per device.
+        calls: (slots, sites) calls.
+        widths: (sites,) ids per token.
+    """
+
+    step: int
+    told: str | None
+    ends_step: bool
+    copies: Sequence[HostCopy]
+    calls: Int64
+    widths: Int64
+
+
+@dataclass(slots=True)
+class _Counts:
+    """Counts of one phase over the sites of one E."""
+
+    load: Int64
+    tokens: Int64
+    present: NDArray[np.bool_]
+    mass: Float64 | None
+
+    def include(self, other: _Counts) -> None:
+        """Add counts of the same sites and phase."""
+        self.load += other.load
+        self.tokens += other.tokens
+        self.present = self.present | other.present
+        if self.mass is not None and other.mass is not None:
+            self.mass += other.mass
+
+
+@dataclass(slots=True)
+class _Window:
+    """Steps of one phase, folded; the extremes are over the steps in which a site was called."""
+
+    total: _Counts
+    steps: Int64
+    load_min: Int64
+    load_max: Int64
+    max_over_mean: Float64
+
+    @classmethod
+    def of_step(cls, counts: _Counts) -> _Window:
+        """A window of one step."""
+        return cls(
+            total=counts,
+            steps=counts.present.astype(np.int64),
+            load_min=np.where(counts.present[:, None], counts.load, np.iinfo(np.int64).max),
+            load_max=counts.load.copy(),
+            max_over_mean=_max_over_mean(counts.load),
+        )
+
+    def include(self, counts: _Counts) -> None:
+        """Fold another step in."""
+        smaller = np.minimum(self.load_min, counts.load)
+        self.load_min = np.where(counts.present[:, None], smaller, self.load_min)
+        self.load_max = np.maximum(self.load_max, counts.load)
+        self.max_over_mean = np.fmax(self.max_over_mean, _max_over_mean(counts.load))
+        self.steps += counts.present
+        self.total.include(counts)
+
+
+def _max_over_mean(load_NE: Int64) -> Float64:
+    """Per site; NaN where nothing was assigned."""
+    mean_N = load_NE.mean(axis=1)
+    ratio_N: Float64 = np.full(len(load_NE), np.nan)
+    np.divide(load_NE.max(axis=1), mean_N, out=ratio_N, where=mean_N > 0)
+    return ratio_N
+
+
+@dataclass(slots=True, kw_only=True)
+class _Rows:
+    """Finished rows of one step or window and phase."""
+
+    step: int
+    phase: str
+    layers: Int64
+    counts: _Counts
+    window: _Window | None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Group:
+    """Sites with the same number of experts, and what is known of them so far."""
+
+    experts: int
+    sites: Int64
+    starts: Int64
+    layers: Int64
+    step: dict[str, _Counts] = field(default_factory=dict)
+    windows: dict[str, _Window] = field(default_factory=dict)
+    finished: list[_Rows] = field(default_factory=list)
+
+
+class Folder:
+    """Adds snapshots up to steps, steps to windows, and keeps finished rows until they are taken.
+
+    Attributes:
+        finished_rows: rows that ``drain`` would give.
+        last_counted_step: the last step that anything was counted in; -1 when nothing was.
+        counted_sites: sites that have rows.
+    """
+
+    def __init__(self, layout: Layout, layers: Sequence[int], *, rank: int, window_steps: int) -> None:
+        self.finished_rows = 0
+        self.last_counted_step = -1
+        self.counted_sites: set[int] = set()
+        self._layout = layout
+        self._rank = rank
+        self._window_steps = window_steps
+        self._layers = np.asarray(layers, dtype=np.int64)
+        self._groups: list[_Group] = []
+        self._samples: list[pa.RecordBatch] = []
+        self._sampled: set[tuple[str, int]] = set()
+        experts, starts = np.asarray(layout.experts), np.asarray(layout.starts)
+        for size in np.unique(experts).tolist():
+            sites = np.flatnonzero(experts == size)
+            self._groups.append(
+                _Group(experts=size, sites=sites, starts=starts[sites], layers=self._layers[sites])
+            )
+
+    def add(self, snapshot: Snapshot) -> None:
+        """Take a snapshot in."""
+        counts: Int64 = np.sum([copy.counts.numpy() for copy in snapshot.copies], axis=0)
+        masses = [copy.mass.numpy() for copy in snapshot.copies if copy.mass is not None]
+        mass: Float64 | None = np.sum(masses, axis=0) if masses else None
+        size = self._layout.slot_size
+        for slot, known in enumerate(SLOTS):
+            phase, part = snapshot.told or known, slice(slot * size, (slot + 1) * size)
+            for group in self._groups:
+                self._add_slot(
+                    group, phase, snapshot, slot, counts[part], None if mass is None else mass[part]
+                )
+            self._add_samples(snapshot, slot, phase)
+        if snapshot.ends_step:
+            self._sampled.clear()
+            for group in self._groups:
+                self._end_step(group, snapshot.step)
+
+    def finish(self, step: int) -> None:
+        """Close the window that was not complete when the run ended; ``step`` is the last one folded."""
+        for group in self._groups:
+            self._end_window(group, step)
+
+    def drain(self) -> Iterator[tuple[str, pa.RecordBatch]]:
+        """The finished rows as (table, rows), which are then forgotten."""
+        self.finished_rows = 0
+        for group in self._groups:
+            finished, group.finished = group.finished, []
+            if finished:
+                yield "routing", self._batch(finished)
+        samples, self._samples = self._samples, []
+        for batch in samples:
+            yield "tokens", batch
+
+    def _add_slot(
+        self, group: _Group, phase: str, snapshot: Snapshot, slot: int, counts: Int64, mass: Float64 | None
+    ) -> None:
+        bins = counts[group.starts[:, None] + np.arange(group.experts + 3)]
+        entries = bins[:, :-1].sum(axis=1)
+        tokens = (entries + bins[:, -1]) // np.maximum(snapshot.widths[group.sites], 1)
+        present = (snapshot.calls[slot, group.sites] > 0) | (entries > 0) | (tokens > 0)
+        if not present.any():
+            return
+        self.last_counted_step = max(self.last_counted_step, snapshot.step)
+        self.counted_sites.update(group.sites[present].tolist())
+        gates = None if mass is None else mass[group.starts[:, None] + np.arange(1, group.experts + 1)]
+        new = _Counts(bins[:, 1:-2].copy(), tokens, present, gates)
+        if phase in group.step:
+            group.step[phase].include(new)
+        else:
+            group.step[phase] = new
+
+    def _end_step(self, group: _Group, step: int) -> None:
+        finished, group.step = group.step, {}
+        if self._window_steps == 1:
+            for phase, counts in finished.items():
+                self._finish_rows(group, phase, step, counts, None)
+            return
+        for phase, counts in finished.items():
+            if phase in group.windows:
+                group.windows[phase].include(counts)
+            else:
+                group.windows[phase] = _Window.of_step(counts)
+        if (step + 1) % self._window_steps == 0:
+            self._end_window(group, step)
+
+    def _end_window(self, group: _Group, step: int) -> None:
+        first = step - step % self._window_steps
+        for phase, window in group.windows.items():
+            self._finish_rows(group, phase, first, window.total, window)
+        group.windows = {}
+
+    def _finish_rows(
+        self, group: _Group, phase: str, step: int, counts: _Counts, window: _Window | None
+    ) -> None:
+        self.finished_rows += int(counts.present.sum())
+        group.finished.append(
+            _Rows(step=step, phase=phase, layers=group.layers, counts=counts, window=window)
+        )
+
+    def _batch(self, finished: Sequence[_Rows]) -> pa.RecordBatch:
+        def stacked(values: Sequence[Any]) -> Any:
+            return np.concatenate(
+                [value[rows.counts.present] for value, rows in zip(values, finished, strict=True)]
+            )
+
+        sizes = [int(rows.counts.present.sum()) for rows in finished]
+        windows = [rows.window for rows in finished if rows.window is not None]
+        masses = [rows.counts.mass for rows in finished if rows.counts.mass is not None]
+        return routing_rows(
+            step_N=np.repeat([rows.step for rows in finished], sizes),
+            phase_N=[rows.phase for rows, size in zip(finished, sizes, strict=True) for _ in range(size)],
+            layer_N=stacked([rows.layers for rows in finished]),
+            source_rank=self._rank,
+            tokens_N=stacked([rows.counts.tokens for rows in finished]),
+            load_NE=stacked([rows.counts.load for rows in finished]),
+            gate_mass_NE=stacked(masses) if masses else None,
+            window_steps=stacked([window.steps for window in windows]) if windows else 1,
+            step_load_min_NE=stacked([window.load_min for window in windows]) if windows else None,
+            step_load_max_NE=stacked([window.load_max for window in windows]) if windows else None,
+            step_max_over_mean_N=stacked([window.max_over_mean for window in windows]) if windows else None,
+        )
+
+    def _add_samples(self, snapshot: Snapshot, slot: int, phase: str) -> None:
+        layout, size = self._layout, self._layout.sample_size
+        for copy in snapshot.copies:
+            if copy.sample is None:
+                continue
+            flat = copy.sample.numpy()[slot * size : (slot + 1) * size]
+            if (flat == NO_SAMPLE).all():
+                continue
+            for site, (start, columns) in enumerate(
+                zip(layout.sample_starts, layout.sample_columns, strict=True)
+            ):
+                ids_NK = flat[start : start + layout.sample_tokens * columns].reshape(-1, columns)
+                ids_NK = ids_NK[(ids_NK != NO_SAMPLE).any(axis=1)]
+                if ids_NK.size and (phase, site) not in self._sampled:
+                    self._sampled.add((phase, site))
+                    self._samples.append(self._sample_batch(snapshot.step, phase, site, ids_NK))
+                    self.finished_rows += len(ids_NK)
+
+    def _sample_batch(self, step: int, phase: str, site: int, ids_NK: NDArray[np.int32]) -> pa.RecordBatch:
+        rows, real_NK = len(ids_NK), (ids_NK >= 0) & (ids_NK < self._layout.experts[site])
+        ends = np.concatenate([[0], real_NK.sum(axis=1).cumsum()]).astype(np.int32)
+        columns = [
+            pa.array(np.full(rows, step)),
+            pa.array([phase] * rows, pa.string()),
+            pa.array(np.full(rows, self._layers[site], dtype=np.int32)),
+            pa.array(np.full(rows, self._rank, dtype=np.int32)),
+            pa.array(np.arange(rows)),
+            pa.ListArray.from_arrays(pa.array(ends), pa.array(ids_NK[real_NK].astype(np.int32))),
+        ]
+        return pa.record_batch(columns, schema=TOKENS_SCHEMA)

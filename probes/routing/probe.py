@@ -1,0 +1,203 @@
+"""The routing probe: attached to the MoE layers of one model, it counts until it is detached.
+
+On the hot path it reads the decision from the call's tensors and adds it to a buffer on the same device, two
+small kernels as a rule. At a boundary (a step ends, a told phase begins or ends) the buffers are copied to
+the host in stream order, zeroed, and handed to a background thread. Neither waits for the device.
+
+A failure of the probe never changes what the model does: the call goes on, the site stays uncounted for it,
+and the first error is raised at the next boundary.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from observatory.errors import CaptureError
+from probes.routing.attachment import Attachment, PostHook, PreHook
+from probes.routing.counters import DeviceCounters, Layout
+from probes.routing.counting import SiteCounter, count_in_graph
+from probes.routing.folding import Snapshot
+from probes.routing.phases import cache_carrier, known_slot
+from probes.routing.sites import RoutingDecision, RoutingSite
+
+__all__ = ["RoutingProbe"]
+
+
+class RoutingProbe:
+    """Counts the assignments of the given sites.
+
+    Attributes:
+        sites: what is watched.
+        counters: one counter per site.
+        model_calls: calls of the model seen so far.
+        hidden_cache_calls: those whose cache did not tell the host whether it was empty.
+        slot: what the current call of the model is, an index into ``SLOTS``.
+        layer_calls: eager calls of sites seen so far.
+        host_ns: host time spent in those, nanoseconds.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[RoutingSite],
+        *,
+        gate_mass: bool = False,
+        sample_tokens: int = 0,
+    ) -> None:
+        self.sites = tuple(sites)
+        self.layout = Layout.of_sites(self.sites, sample_tokens=sample_tokens, gate_mass=gate_mass)
+        self.counters = tuple(SiteCounter(index, self.layout) for index in range(len(self.sites)))
+        self.model_calls = 0
+        self.layer_calls = 0
+        self.host_ns = 0
+        self.hidden_cache_calls = 0
+        self.slot = 0
+        self._devices: dict[torch.device, DeviceCounters] = {}
+        self._error: tuple[str, Exception] | None = None
+        self._lock = threading.Lock()
+        self._attachments: list[Attachment] = []
+        tensors = [*model.parameters(), *model.buffers()]
+        for device in {tensor.device for tensor in tensors if not tensor.is_meta}:
+            self._device(device)
+        self._carrier, self._names = cache_carrier(model)
+
+    def attach(self) -> None:
+        """Put the hooks on; all of them or, when one cannot be put on, none."""
+        try:
+            before, after = self._phase_hooks()
+            self._attachments.append(Attachment(self._carrier, before=before, after=after))
+            for site, counter in zip(self.sites, self.counters, strict=True):
+                first, last = self._hooks(site, counter)
+                self._attachments.append(Attachment(site.module, before=first, after=last))
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Take all hooks off; doing it twice does nothing."""
+        while self._attachments:
+            self._attachments.pop().remove()
+
+    def take(self, *, step: int, told: str | None, ends_step: bool) -> Snapshot:
+        """Take what was counted since the last time.
+
+        Raises:
+            CaptureError: inside the capture of a CUDA graph, where no boundary can be.
+        """
+        if (
+            any(device.type == "cuda" for device in self._devices)
+            and torch.cuda.is_current_stream_capturing()
+        ):
+            raise CaptureError(
+                "a step or phase boundary falls inside the capture of a CUDA graph; expected it between "
+                "replays, move watch.step() and watch.phase() out of torch.cuda.graph(...)"
+            )
+        return Snapshot(
+            step=step,
+            told=told,
+            ends_step=ends_step,
+            copies=[counters.snapshot() for counters in list(self._devices.values())],
+            calls=np.stack([counter.take_calls() for counter in self.counters], axis=1),
+            widths=np.array([counter.width for counter in self.counters], dtype=np.int64),
+        )
+
+    def problem(self) -> str | None:
+        """The first failure of a hook, in one line; None when there was none."""
+        if self._error is None:
+            return None
+        module, error = self._error
+        return f"routing of {module} could not be read: {type(error).__name__}: {error}"
+
+    def _phase_hooks(self) -> tuple[PreHook, PostHook]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.model_calls += 1
+            known = known_slot(module, self._names, args, kwargs)
+            self.slot = known or 0
+            self.hidden_cache_calls += known is None
+            if not torch.compiler.is_compiling():
+                for counters in self._devices.values():
+                    counters.note_stream()
+
+        def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
+            self.slot = 0
+
+        return enter, leave
+
+    def _hooks(self, site: RoutingSite, counter: SiteCounter) -> tuple[PreHook | None, PostHook | None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._see(site, counter, module, args, kwargs, None)
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self._see(site, counter, module, args, kwargs, output)
+
+        return (before, None) if site.when == "before" else (None, after)
+
+    def _see(
+        self,
+        site: RoutingSite,
+        counter: SiteCounter,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+    ) -> None:
+        if torch.compiler.is_compiling():
+            self._see_in_graph(site, counter, module, args, kwargs, output)
+            return
+        if torch._C._current_graph_task_id() != -1 or torch._C._get_tracing_state() is not None:
+            return
+        start_ns = time.perf_counter_ns()
+        try:
+            with torch.no_grad():
+                decision = site.read(module, args, kwargs, output)
+                if decision is not None:
+                    self._count(counter, decision)
+        except Exception as error:  # the model's own run must not suffer from ours
+            self._error = self._error or (site.spec.module, error)
+        self.layer_calls += 1
+        self.host_ns += time.perf_counter_ns() - start_ns
+
+    def _count(self, counter: SiteCounter, decision: RoutingDecision) -> None:
+        shown = decision.expert_ids if decision.expert_ids is not None else decision.routing_map
+        if shown is None or shown.is_meta:
+            return
+        counters = self._devices.get(shown.device) or self._device(shown.device)
+        if torch._C._len_torch_dispatch_stack():
+            count_in_graph(counter, decision, self.slot, counters)
+        else:
+            counter.add(decision, self.slot, counters.parts[self.slot][counter.index], counters)
+
+    def _see_in_graph(
+        self,
+        site: RoutingSite,
+        counter: SiteCounter,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+    ) -> None:
+        """The same for a compiler that traces the call; an exported program stays free of us."""
+        if torch.compiler.is_exporting():
+            return
+        with torch.no_grad():
+            decision = site.read(module, args, kwargs, output)
+            if decision is None:
+                return
+            shown = decision.expert_ids if decision.expert_ids is not None else decision.routing_map
+            if shown is not None:
+                count_in_graph(counter, decision, self.slot, self._devices[shown.device])
+
+    def _device(self, device: torch.device) -> DeviceCounters:
+        with self._lock:
+            if device not in self._devices:
+                self._devices[device] = DeviceCounters(self.layout, device)
+                for counter in self.counters:
+                    counter.devices[device] = self._devices[device]
+            return self._devices[device]

@@ -1,0 +1,131 @@
+"""One capture: a probe, the thread that empties it, and the writer it ends up in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import JsonValue
+from torch import nn
+
+from observatory.errors import CaptureError
+from observatory.store import RunWriter
+from probes.routing.flushing import Flusher
+from probes.routing.folding import Folder
+from probes.routing.probe import RoutingProbe
+from probes.routing.sites import RoutingSite
+
+__all__ = ["CaptureSession"]
+
+_MAX_NAMED = 6
+
+
+class CaptureSession:
+    """Runs from construction, when the hooks are on, until ``stop``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[RoutingSite],
+        writer: RunWriter,
+        *,
+        gate_mass: bool = False,
+        sample_tokens: int = 0,
+        window_steps: int = 1,
+        flush_seconds: float = 10.0,
+    ) -> None:
+        self._writer = writer
+        self._probe = RoutingProbe(model, sites, gate_mass=gate_mass, sample_tokens=sample_tokens)
+        layers = [site.spec.layer for site in sites]
+        self._folder = Folder(self._probe.layout, layers, rank=writer.rank, window_steps=window_steps)
+        self._flusher = Flusher(writer, self._folder, flush_seconds=flush_seconds)
+        self._told_problem = False
+        try:
+            self._probe.attach()
+        except BaseException:
+            self._flusher.close()
+            raise
+
+    @property
+    def last_step(self) -> int:
+        """The last step that anything was counted in; -1 when nothing was. Final after ``stop``."""
+        return self._folder.last_counted_step
+
+    def boundary(self, step: int, *, told: str | None, ends_step: bool) -> None:
+        """Hand over what was counted since the last boundary; ``told`` is its phase if the caller said so.
+
+        Raises:
+            CaptureError: inside the capture of a CUDA graph.
+        """
+        self._flusher.submit(self._probe.take(step=step, told=told, ends_step=ends_step))
+
+    def check(self) -> None:
+        """Raise what has gone wrong, once; the watched model's own run is not affected by it.
+
+        Raises:
+            CaptureError: a call could not be read, or rows could not be kept.
+        """
+        problem = self.problem()
+        if problem is not None and not self._told_problem:
+            self._told_problem = True
+            raise CaptureError(problem)
+
+    def problem(self) -> str | None:
+        """One line about the first thing that went wrong; None when nothing did."""
+        return self._probe.problem() or self._flusher.problem()
+
+    def stop(self, step: int, *, told: str | None) -> None:
+        """Take the hooks off, write everything, end the thread.
+
+        Raises:
+            CaptureError: what was counted since the last boundary could not be taken.
+        """
+        self._probe.detach()
+        try:
+            self.boundary(step, told=told, ends_step=True)
+        finally:
+            self._flusher.close()
+
+    def notes(self, *, steps: int) -> tuple[str, ...]:
+        """Stated limits of what was captured; final after ``stop``.
+
+        Args:
+            steps: steps that the caller ended.
+        """
+        probe, notes = self._probe, list[str]()
+        seen = self._folder.counted_sites
+        states = [(site.spec.module, c) for site, c in zip(probe.sites, probe.counters, strict=True)]
+        silent = [name for name, c in states if not c.ever_called and c.index not in seen]
+        if len(silent) == len(probe.sites) and (probe.model_calls or steps):
+            notes.append(
+                "nothing was counted: no watched module was called; a CUDA graph captured or a model "
+                "exported before the watch began does not show its routing"
+            )
+        elif silent and (probe.model_calls or steps):
+            notes.append(f"never called, so without rows: {_named(silent)}")
+        vague = [name for name, c in states if c.tokens_unknown]
+        if vague:
+            notes.append(f"tokens is 0 where calls do not tell how many there were: {_named(vague)}")
+        weightless = [name for name, c in states if c.ever_called and not c.weights_seen]
+        if probe.layout.gate_mass and weightless:
+            notes.append(f"gate_mass is 0 where calls show no gate weights: {_named(weightless)}")
+        if probe.hidden_cache_calls:
+            notes.append(
+                f"{probe.hidden_cache_calls} model calls have phase unknown unless told: the length of their "
+                "cache is on the device and was not read"
+            )
+        if self.last_step >= 0 and steps == 0:
+            notes.append("watch.step() was never called: the whole run is one step")
+        return tuple(notes)
+
+    def cost(self) -> dict[str, JsonValue]:
+        """What the hooks cost on the host, measured while they ran; compiled calls are not timed."""
+        calls = self._probe.layer_calls
+        return {
+            "eager_layer_calls": calls,
+            "host_us_per_layer_call": round(self._probe.host_ns / calls / 1000, 3) if calls else None,
+        }
+
+
+def _named(modules: Sequence[str]) -> str:
+    shown = ", ".join(modules[:_MAX_NAMED])
+    return shown if len(modules) <= _MAX_NAMED else f"{shown} and {len(modules) - _MAX_NAMED} more"
