@@ -1,23 +1,27 @@
-"""Two independent ways to count assignments: with the readers, and from the arithmetic that experts do.
-
-``read_loads`` hooks the sites and counts what their readers say. ``ComputedLoads`` never looks at ids: it
-watches matrix products and counts the rows that meet each expert's slice of the weights.
-"""
+"""Counting what the readers of a model's sites say, with plain hooks and nothing of the probe."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from probes.routing.sites import RoutingDecision, RoutingSite
 
-PRODUCTS = {"linear", "matmul", "__matmul__", "mm", "bmm", "grouped_mm", "_grouped_mm"}
+HOST_READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "item", "_to_copy"}
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails on operations that make the host wait for the device or depend on values."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.rpartition(":")[2]
+        assert name not in HOST_READS, f"a reader called {name}"
+        return func(*args, **(kwargs or {}))
 
 
 def loads_of(decision: RoutingDecision, experts: int) -> torch.Tensor:
@@ -51,10 +55,14 @@ def read_loads(sites: Sequence[RoutingSite]) -> Iterator[dict[int, tuple[list[in
     for site in sites:
 
         def before(module: nn.Module, args: Any, kwargs: Any, site: RoutingSite = site) -> None:
-            note(site, site.read(module, args, kwargs, None))
+            with NoHostReads():
+                decision = site.read(module, args, kwargs, None)
+            note(site, decision)
 
         def after(module: nn.Module, args: Any, kwargs: Any, out: Any, site: RoutingSite = site) -> None:
-            note(site, site.read(module, args, kwargs, out))
+            with NoHostReads():
+                decision = site.read(module, args, kwargs, out)
+            note(site, decision)
 
         if site.when == "before":
             handles.append(site.module.register_forward_pre_hook(before, with_kwargs=True))
@@ -65,44 +73,3 @@ def read_loads(sites: Sequence[RoutingSite]) -> Iterator[dict[int, tuple[list[in
     finally:
         for handle in handles:
             handle.remove()
-
-
-class ComputedLoads(TorchFunctionMode):
-    """Counts rows multiplied with each expert's part of a stacked weight, (parameter name -> expert -> rows)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.rows: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-        self._model = model
-        self._owners = {
-            p.untyped_storage().data_ptr(): (n, p) for n, p in model.named_parameters() if p.ndim > 1
-        }
-        self._children: list[Any] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in PRODUCTS:
-            tensors = [a for a in args if isinstance(a, torch.Tensor)]
-            self._note(tensors[0], tensors[1], (kwargs or {}).get("offs"))
-        return func(*args, **(kwargs or {}))
-
-    def _note(self, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor | None) -> None:
-        owner = self._owners.get(weight.untyped_storage().data_ptr())
-        if owner is None:
-            return
-        name, stack = owner
-        if offsets is not None:  # grouped product: rows of expert e end at offsets[e]
-            for expert, count in enumerate(torch.diff(offsets, prepend=offsets.new_zeros(1)).tolist()):
-                self.rows[name][expert] += count
-        elif weight.numel() == stack.numel() and rows.ndim == 3 and weight.ndim == 3:  # all experts at once
-            for expert, count in enumerate((rows != 0).any(dim=-1).sum(dim=-1).tolist()):
-                self.rows[name][expert] += count
-        elif weight.numel() < stack.numel():
-            self.rows[name][weight.storage_offset() // weight.numel()] += rows.numel() // rows.shape[-1]
-
-    def of(self, site: RoutingSite) -> list[int] | None:
-        """Rows per expert of one site's layer, (E,); None when its experts are not stacked or did not run."""
-        block = site.spec.module.rpartition(".")[0]
-        for name, rows in self.rows.items():
-            if name.startswith(f"{block}.") or name.startswith("experts"):
-                return [rows.get(expert, 0) for expert in range(site.spec.experts)]
-        return None
