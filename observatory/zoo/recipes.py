@@ -62,7 +62,7 @@ class Recipe:
     steps: int = 3000
     batch_size: int = 4
     sequence_length: int = 256
-    learning_rate: float = 7e-3
+    learning_rate: float = 6e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
@@ -103,7 +103,7 @@ _MLA = Recipe(
         "q_lora_rank": None,
         "kv_lora_rank": 48,
         "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
+        "qk_rope_head_dim": 16,
         "v_head_dim": 24,
         "num_nextn_predict_layers": 0,
     },

@@ -51,13 +51,21 @@ def training_sequences(*, sequence_length: int) -> dict[str, NDArray[np.int64]]:
 
 
 def _mixed_batches(texts: dict[str, NDArray[np.int64]], recipe: Recipe, seed: int) -> NDArray[np.int64]:
-    """All sequences of all texts in a new order for each epoch, shape (steps, batch, sequence)."""
-    sequences = np.concatenate([ids.reshape(-1, recipe.sequence_length) for ids in texts.values()])
+    """Sequences of all texts in turn, each text in a new order every epoch, shape (steps, batch, sequence).
+
+    Taking turns keeps the mixture of a small batch constant: a batch of one text alone would look unbalanced
+    to the balancing, though its load is even over the mixture.
+    """
     generator = np.random.default_rng(seed)
-    wanted = recipe.steps * recipe.batch_size
-    epochs = -(-wanted // len(sequences))
-    order = np.concatenate([generator.permutation(len(sequences)) for _ in range(epochs)])[:wanted]
-    steps: NDArray[np.int64] = sequences[order].reshape(
+    wanted = -(-recipe.steps * recipe.batch_size // len(texts))
+    columns = []
+    for ids in texts.values():
+        sequences = ids.reshape(-1, recipe.sequence_length)
+        epochs = -(-wanted // len(sequences))
+        order = np.concatenate([generator.permutation(len(sequences)) for _ in range(epochs)])[:wanted]
+        columns.append(sequences[order])
+    in_turn = np.stack(columns, axis=1).reshape(-1, recipe.sequence_length)
+    steps: NDArray[np.int64] = in_turn[: recipe.steps * recipe.batch_size].reshape(
         recipe.steps, recipe.batch_size, recipe.sequence_length
     )
     return steps
