@@ -183,11 +183,13 @@ def _phase_row(phase: str, layers: pd.DataFrame) -> dict[str, object]:
 def _mean_interval(
     layers: list[LayerLoads], value: object, *, resamples: int, seed: int
 ) -> tuple[float, float] | None:
+    """Interval of a mean over layers; None unless all layers have one."""
     drawn = [resampled_gini(layer.load_GE, resamples=resamples, seed=seed) for layer in layers]
     known = [gini_B for gini_B in drawn if gini_B is not None]
     if not layers or len(known) < len(drawn) or not isinstance(value, float):
         return None
-    return centred_interval(np.mean(known, axis=0), value)
+    fewest = min(len(layer.load_GE) for layer in layers)
+    return centred_interval(np.mean(known, axis=0), value, groups=fewest)
 
 
 def _layer_row(loads: LayerLoads, *, bootstrap: int, seed: int) -> dict[str, object]:
@@ -196,7 +198,9 @@ def _layer_row(loads: LayerLoads, *, bootstrap: int, seed: int) -> dict[str, obj
         loads.top_k, tokens=loads.tokens, assignments=loads.assignments, experts=experts
     )
     value = gini(loads.load_E)
-    interval = centred_interval(resampled_gini(loads.load_GE, resamples=bootstrap, seed=seed), value)
+    interval = centred_interval(
+        resampled_gini(loads.load_GE, resamples=bootstrap, seed=seed), value, groups=len(loads.load_GE)
+    )
     if interval is None and value is not None and bootstrap > 0:
         notes.append(f"no interval: {len(loads.load_GE)} steps, at least {FEWEST_GROUPS} needed")
     floors = _floors(loads.tokens, top_k, experts)

@@ -1,0 +1,1 @@
+"""Expert-parallel what-ifs, against hand-computed examples."""

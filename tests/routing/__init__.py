@@ -1,0 +1,1 @@
+"""Imbalance metrics, against hand-computed tables, properties and simulation."""
