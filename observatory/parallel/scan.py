@@ -119,16 +119,18 @@ def traffic_matrix(
         source_rank, expert_rank, assignments, bytes (NaN without ``bytes_per_assignment``), sources.
 
     Raises:
-        PlacementError: the degree or the file does not fit the model.
+        PlacementError: the degree or the file does not fit, or there are no such loads.
     """
     rule = _rule(placement)
     traffic_RR: NDArray[np.int64] | NDArray[np.float64] = np.zeros((ep, ep), dtype=np.int64)
-    sources: Sources = "captured"
+    sources: Sources | None = None
     for block in run.iter_loads(phase=phase, layers=[layer]):
         own = place(rule, layer=layer, experts=block.experts, ep=ep)
         load_SPE = _all_ranks(block, run.manifest.topology.ranks)
         step_SRR, sources = traffic_matrices(load_SPE, own)
         traffic_RR = traffic_RR + step_SRR.sum(axis=0)
+    if sources is None:
+        raise PlacementError(f"the run has no loads of layer {layer} in {phase}; see `observatory routing`")
     source, expert = np.divmod(np.arange(ep * ep), ep)
     assignments = traffic_RR.ravel()
     return pd.DataFrame(
