@@ -1,1 +1,5 @@
 """HTML reports, figures and trace exports made from run directories."""
+
+from reports.html import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,223 @@
+"""One offline HTML file for one or several runs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import observatory
+from observatory.errors import RunError
+from observatory.store import Run, open_run
+from reports.collect import collect
+from reports.embed import content_security_policy, figure_json, script_json, script_text
+from reports.frames import ReportFrames
+from reports.page import FigureBlock, Section, Variant
+from reports.sections import (
+    FORMULAS,
+    findings,
+    grid_section,
+    heatmap_section,
+    layer_section,
+    lorenz_section,
+    mock_section,
+    overview,
+    problems,
+    provenance,
+    run_table,
+    scan_section,
+    step_section,
+)
+from reports.text import bytes_text, listing, plain, shorten
+from reports.theme import FONT, LIGHT_TO_DARK, css_variables
+
+__all__ = ["MOST_BYTES", "render", "write_report"]
+
+#: A report larger than this cannot be mailed around; it is refused rather than written.
+MOST_BYTES = 10_000_000
+
+
+def write_report(
+    runs: Sequence[str | os.PathLike[str] | Run],
+    out: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    ep_degrees: Sequence[int] = (4, 8, 16, 32),
+    gpus_per_node: int = 4,
+    overwrite: bool = False,
+) -> Path:
+    """Write the report of ``runs`` as one HTML file that needs no network.
+
+    Args:
+        runs: run directories or open runs; models and conditions keep this order.
+        out: file to write; it appears whole or not at all.
+        title: heading of the page; made from the models and conditions when None.
+        ep_degrees: expert-parallel degrees of the scan.
+        gpus_per_node: ranks per node of the scan.
+        overwrite: replace an existing file.
+
+    Raises:
+        RunError: no runs, a run cannot be opened, ``out`` exists or cannot be written, or the page would be
+            larger than 10 MB.
+    """
+    target = Path(out)
+    if not runs:
+        raise RunError("a report needs at least one run directory; none was given")
+    if target.is_dir():
+        raise RunError(f"{target} is a directory; give the name of a file, such as {target / 'report.html'}")
+    if target.exists() and not overwrite:
+        raise RunError(f"{target} exists; choose another name, or pass --force to replace it")
+    opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
+    frames = collect(opened, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node)
+    page = render(frames, title=title, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, out=target)
+    size = len(page.encode("utf-8", "replace"))
+    if size > MOST_BYTES:
+        raise RunError(
+            f"the report of {len(runs)} runs would have {bytes_text(size)}, more than "
+            f"{bytes_text(MOST_BYTES)}; "
+            "report fewer runs at once"
+        )
+    _write(target, page)
+    return target
+
+
+def render(
+    frames: ReportFrames, *, title: str | None, ep_degrees: Sequence[int], gpus_per_node: int, out: Path
+) -> str:
+    """The page as text."""
+    from plotly.offline import get_plotlyjs
+
+    sections = build_sections(frames, gpus_per_node=gpus_per_node)
+    environment = _environment()
+    page_js = _asset(environment, "page.js")
+    plotly_js = get_plotlyjs()
+    paths = [str(fact.path) for fact in frames.facts]
+    return environment.get_template("report.html.j2").render(
+        title=plain(title or _title(frames)),
+        version=observatory.__version__,
+        policy=content_security_policy(plotly_js, page_js),
+        font=Markup(FONT),
+        light_variables=Markup(css_variables(dark=False)),
+        dark_variables=Markup(css_variables(dark=True)),
+        stylesheet=Markup(_asset(environment, "page.css")),
+        overview=overview(frames),
+        problems=problems(frames),
+        findings=findings(frames),
+        sections=sections,
+        has_figures=any(isinstance(block, FigureBlock) for part in sections for block in part.blocks),
+        formulas=FORMULAS,
+        records=provenance(frames),
+        reproduce=plain(
+            shlex.join(
+                ["observatory", "report", *paths, "--out", str(out), "--ep", ",".join(map(str, ep_degrees)),
+                 "--gpus-per-node", str(gpus_per_node)]
+            )
+        ),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        dark_colours=script_json(LIGHT_TO_DARK),
+        plotly_js=script_text(plotly_js),
+        page_js=script_text(page_js),
+    )  # fmt: skip
+
+
+def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]:
+    """All sections in reading order."""
+    return [
+        grid_section(frames),
+        mock_section(frames),
+        heatmap_section(frames),
+        lorenz_section(frames),
+        scan_section(frames, gpus_per_node=gpus_per_node),
+        step_section(frames),
+        layer_section(frames),
+        run_table(frames),
+    ]
+
+
+def _title(frames: ReportFrames) -> str:
+    models = list(dict.fromkeys(shorten(fact.manifest.model.name, 60) for fact in frames.facts))
+    conditions = list(dict.fromkeys(shorten(fact.condition, 40) for fact in frames.facts))
+    left = models[0] if len(models) == 1 else f"{len(models)} models"
+    right = listing(conditions) if len(conditions) <= 2 else f"{len(conditions)} data conditions"
+    return f"Expert routing of {left} on {right}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Neighbouring variants of one group."""
+
+    name: str
+    members: list[Variant]
+
+
+def _grouped(variants: Iterable[Variant], attribute: str) -> list[_Group]:
+    """Variants by group, both in the order given, so that options count as the variants do."""
+    groups: list[_Group] = []
+    for variant in variants:
+        name = str(getattr(variant, attribute))
+        if not groups or groups[-1].name != name:
+            groups.append(_Group(name=name, members=[]))
+        groups[-1].members.append(variant)
+    return groups
+
+
+def _variant_json(variant: Variant) -> Markup:
+    return Markup('{{"alt":{},"note":{},"figure":{}}}').format(
+        script_json(variant.alt), script_json(variant.note), figure_json(variant.figure)
+    )
+
+
+def _environment() -> Environment:
+    """Templates with every value escaped, and an error for every name they do not get."""
+    environment = Environment(
+        loader=PackageLoader("reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["groupby_in_order"] = _grouped
+    environment.filters["variant_json"] = _variant_json
+    return environment
+
+
+def _asset(environment: Environment, name: str) -> str:
+    """A file beside the templates, as it is."""
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _write(target: Path, page: str) -> None:
+    """Write to a temporary name, sync, rename."""
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="replace", dir=target.parent, suffix=".part", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"the report cannot be written to {target}: {error.strerror or error}; choose a writable place"
+        ) from error
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,48 @@
+"""Wording and selections that several sections share."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from reports.text import count, number, shorten
+
+__all__ = ["NO_LOADS", "choice_label", "layer_window_text", "run_choice", "spread", "window_text"]
+
+NO_LOADS = "No run given here holds routing rows with assignments, so there is nothing to show."
+
+
+def spread(values: pd.Series, form: object = count) -> str:
+    """``20`` where all are equal, ``20 to 40`` otherwise."""
+    values = values.dropna()
+    if values.empty:
+        return "n/a"
+    low, high = form(values.min()), form(values.max())  # type: ignore[operator]
+    return low if low == high else f"{low} to {high}"
+
+
+def choice_label(condition: str, phase: str) -> str:
+    """How a cell is called in a control."""
+    return f"{condition}, {phase}"
+
+
+def run_choice(label: str, condition: str, phase: str) -> str:
+    """How a run's phase is called in a control."""
+    return f"{shorten(label, 44)} · {choice_label(shorten(condition, 24), phase)}"
+
+
+def window_text(cells: pd.DataFrame) -> str:
+    """Window, tokens and floor of the cells shown."""
+    return (
+        f"Window: the whole run of {spread(cells['steps'])} steps, {spread(cells['tokens'])} tokens per "
+        "layer; "
+        f"sampling floor {spread(cells['gini_floor'], number)}."
+    )
+
+
+def layer_window_text(layers: pd.DataFrame) -> str:
+    """Window, tokens, experts and floor of the layers shown."""
+    return (
+        f"{spread(layers['experts'])} experts per layer; whole window of {spread(layers['steps'])} steps, "
+        f"{spread(layers['tokens'])} tokens per layer, {spread(layers['assignments'])} assignments; "
+        f"sampling floor of Gini {spread(layers['gini_floor'], number)}."
+    )

@@ -1,0 +1,151 @@
+"""What the numbers say, one plain sentence each. Every sentence is computed; none is chosen by hand."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from reports.frames import ReportFrames, each_row, phases_of
+from reports.sections.layers import worst_layers
+from reports.sections.mock import mock_ratios
+from reports.sections.scan import mean_over_layers
+from reports.text import interval, listing, number, plain, shorten, times
+
+__all__ = ["findings"]
+
+
+def findings(frames: ReportFrames) -> list[str]:
+    """Sentences for the head of the page; empty when there is nothing to say."""
+    cells = frames.cells.dropna(subset=["gini"])
+    if cells.empty:
+        return []
+    sentences: list[str] = []
+    for phase in phases_of(cells):
+        own = cells[cells["phase"] == phase]
+        sentences += _concentration(own, phase)
+        sentences += _mock(mock_ratios(own), phase)
+    sentences += _at_floor(cells)
+    sentences += _worst_layer(frames)
+    sentences += _steps(frames)
+    sentences += _ranks(frames)
+    return sentences
+
+
+def _name(label: object) -> str:
+    return shorten(plain(label), 48)
+
+
+def _concentration(cells: pd.DataFrame, phase: str) -> list[str]:
+    """Most and least concentrated model, on real text where there is some."""
+    real = cells[cells["kind"] == "real"]
+    where = "real text" if len(real) else "the data given"
+    per_model = (
+        (real if len(real) else cells)
+        .groupby("label", sort=False)[["gini", "gini_low", "gini_high", "gini_floor"]]
+        .mean()
+        .sort_values("gini", ascending=False)
+    )
+    first = per_model.iloc[0]
+    values = f"Gini {number(first.gini)} ({interval(first.gini_low, first.gini_high)}), floor "
+    f"{number(first.gini_floor)}"
+    if len(per_model) == 1:
+        return [f"In {phase}, {_name(per_model.index[0])} has {values} on {where}."]
+    second, last = per_model.iloc[1], per_model.iloc[-1]
+    sentence = (
+        f"In {phase}, {_name(per_model.index[0])} is the most concentrated on {where}: {values}; "
+        f"{_name(per_model.index[-1])} is the least: {number(last.gini)} "
+        f"({interval(last.gini_low, last.gini_high)}), floor {number(last.gini_floor)}."
+    )
+    if not first.gini_low > second.gini_high:
+        known = pd.notna(first.gini_low) and pd.notna(second.gini_high)
+        sentence += (
+            f" {_name(per_model.index[0])} and {_name(per_model.index[1])} do not differ beyond the interval."
+            if known
+            else " There are too few steps for intervals, so the order is not certain."
+        )
+    return [sentence]
+
+
+def _mock(ratios: pd.DataFrame, phase: str) -> list[str]:
+    if ratios.empty:
+        return []
+    parts = []
+    for verdict, verb in (("over", "overstates"), ("under", "understates")):
+        own = ratios[ratios["verdict"] == verdict]
+        if len(own):
+            row = own.sort_values("ratio", ascending=verdict == "under").iloc[0]
+            parts.append(
+                f"{verb} Gini in {len(own)} of {len(ratios)} models (furthest: {_name(row['label'])}, "
+                f"{times(row['ratio'])} real text, interval "
+                f"{interval(row['ratio_low'], row['ratio_high'], 2)})"
+            )
+    for verdict, words in (
+        ("same", "shows no difference beyond the interval in"),
+        ("unknown", "cannot be judged (too few steps for intervals) in"),
+    ):
+        own = ratios[ratios["verdict"] == verdict]
+        if len(own):
+            parts.append(f"{words} {listing([_name(label) for label in own['label']])}")
+    return [f"In {phase}, mock data {listing(parts, most=9)}."]
+
+
+def _at_floor(cells: pd.DataFrame) -> list[str]:
+    """Cells that uniform routing could have produced."""
+    limit = cells["gini_uniform_limit"]
+    below = cells[cells["gini"] <= limit]
+    if below.empty:
+        return [
+            f"All {len(cells)} cells of the grid lie above what uniform routing of as many tokens would show "
+            "(one in a thousand chance limit)."
+        ]
+    names = [f"{_name(row.label)} on {shorten(row.condition)} ({row.phase})" for row in each_row(below)]
+    return [f"Not to be told from uniform routing at this sample size: {listing(names)}."]
+
+
+def _worst_layer(frames: ReportFrames) -> list[str]:
+    worst = worst_layers(frames, most=1)
+    if worst.empty:
+        return []
+    row = worst.iloc[0]
+    return [
+        f"The most concentrated layer is layer {row['layer']} of {_name(row['label'])} on "
+        f"{shorten(row['condition'])} "
+        f"({row['phase']}): Gini {number(row['gini'])} against a floor of {number(row['gini_floor'])}, "
+        "busiest expert "
+        f"{times(row['expert_max_over_mean'])} the mean."
+    ]
+
+
+def _steps(frames: ReportFrames) -> list[str]:
+    known = frames.layers.dropna(subset=["step_gini_p50", "gini"])
+    sentences = []
+    for phase in phases_of(known):
+        own = known[known["phase"] == phase]
+        sentences.append(
+            f"In {phase}, a single step has a median Gini of {number(own['step_gini_p50'].mean())} where "
+            "the whole "
+            f"window has {number(own['gini'].mean())} (means over all layers and runs); the floor of one "
+            "step is "
+            f"{number(own['step_gini_floor'].mean())}, of the window {number(own['gini_floor'].mean())}."
+        )
+    return sentences
+
+
+def _ranks(frames: ReportFrames) -> list[str]:
+    if frames.scan.empty:
+        return []
+    means = mean_over_layers(frames.scan).merge(frames.runs[["run", "label", "condition"]], on="run")
+    means = means.dropna(subset=["rank_max_over_mean"])
+    shared = means[means["ep"] < means["experts"]]  # one expert per rank says nothing new about ranks
+    means = shared if len(shared) else means
+    if means.empty:
+        return []
+    row = means.sort_values("rank_max_over_mean").iloc[-1]
+    step = row["rank_max_over_mean_step_p90"]
+    tail = f" and {times(step)} at the 90th percentile of its steps" if pd.notna(step) else ""
+    return [
+        f"Laid out over EP {row['ep']}, {_name(row['label'])} on {shorten(row['condition'])} "
+        f"({row['phase']}) loads its "
+        f"busiest rank {times(row['rank_max_over_mean'])} the mean over the window{tail} (mean over layers, "
+        f"{row['placement']} placement); its busiest expert has {times(row['expert_max_over_mean'])} at "
+        "any EP degree."
+    ]

@@ -1,0 +1,74 @@
+"""What was run, and what is missing from it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from reports.frames import ReportFrames, condition_order, phases_of
+from reports.sections.common import spread
+from reports.text import count, listing, plain, shorten
+
+__all__ = ["overview", "problems", "when"]
+
+
+def when(unix_s: float | None) -> str:
+    """A wall-clock label in UTC, or ``n/a`` when it is not a date."""
+    try:
+        return "n/a" if unix_s is None else datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (OverflowError, ValueError, OSError):
+        return "n/a"
+
+
+def overview(frames: ReportFrames) -> list[tuple[str, str]]:
+    """(name, value) pairs for the head of the page."""
+    runs, cells = frames.runs, frames.cells
+    models = list(dict.fromkeys(shorten(fact.manifest.model.name) for fact in frames.facts))
+    stamps = sorted(fact.manifest.created_unix_s for fact in frames.facts)
+    dates = list(dict.fromkeys(when(stamp) for stamp in (stamps[:1] + stamps[-1:])))
+    pairs = [
+        (_plural("Model", len(models)), listing(models, most=6)),
+        (
+            _plural("Data condition", runs["condition"].nunique()),
+            listing([shorten(condition) for condition in condition_order(runs)], most=8),
+        ),
+        ("Phases", listing(phases_of(cells)) if len(cells) else "none captured"),
+        (
+            "Runs",
+            f"{len(frames.facts)}, {spread(runs['ranks'])} {_plural('rank', int(runs['ranks'].max()))} each",
+        ),
+    ]
+    if len(cells):
+        tokens, top_k = spread(cells["tokens"]), frames.layers["top_k"]
+        pairs += [
+            ("Window", f"{spread(cells['steps'])} steps, {tokens} tokens per layer and phase"),
+            (
+                "MoE layers",
+                f"{spread(cells['layers'])} per model, {spread(frames.layers['experts'])} experts, "
+                f"top-{spread(top_k) if top_k.notna().any() else 'k not stated'}",
+            ),
+            ("Assignments", count(float(frames.layers["assignments"].sum()))),
+        ]
+    pairs.append(("Captured", " to ".join(dates)))
+    return pairs
+
+
+def problems(frames: ReportFrames) -> list[tuple[str, list[str]]]:
+    """(run, what is wrong with it) for every run that has a gap; the reader's words first."""
+    stated = []
+    for fact, label in zip(frames.facts, frames.runs["label"], strict=True):
+        lines = [plain(line) for line in (*fact.problems, *fact.manifest.notes, *fact.gaps)]
+        lines += _unfinished(fact.manifest.state, fact.problems)
+        if lines:
+            stated.append((plain(f"{label} on {fact.condition}"), list(dict.fromkeys(lines))))
+    return stated
+
+
+def _unfinished(state: str, told: tuple[str, ...]) -> list[str]:
+    """The run's own state, where the reader has not already said something."""
+    if state == "complete" or told:
+        return []
+    return ["the run failed before its end" if state == "failed" else "the run was never closed"]
+
+
+def _plural(word: str, number: int) -> str:
+    return word if number == 1 else f"{word}s"
