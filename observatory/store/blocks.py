@@ -229,10 +229,14 @@ def _split(pieces: list[_Piece], horizon: int) -> tuple[list[_Piece], list[_Piec
     waiting: list[_Piece] = []
     for piece in pieces:
         below = piece.rows.step_N < horizon
-        if below.all():
+        count = int(np.count_nonzero(below))
+        if count == below.size:
             ready.append(piece)
-        elif not below.any():
+        elif count == 0:
             waiting.append(piece)
+        elif below[:count].all():  # rows in step order: no copy
+            ready.append(_Piece(piece.p, piece.rows.take(slice(0, count))))
+            waiting.append(_Piece(piece.p, piece.rows.take(slice(count, None))))
         else:
             ready.append(_Piece(piece.p, piece.rows.take(np.flatnonzero(below))))
             waiting.append(_Piece(piece.p, piece.rows.take(np.flatnonzero(~below))))

@@ -41,6 +41,8 @@ class Part:
         schema: its columns.
         metadata: its footer.
         experts: E of a routing part, 0 for other tables.
+        groups: rows and smallest step of each row group; the step is None when the footer does not say.
+        decoded_bytes: size of all row groups when decoded, according to the footer.
     """
 
     table: str
@@ -50,18 +52,16 @@ class Part:
     schema: pa.Schema
     metadata: pq.FileMetaData
     experts: int
+    groups: tuple[tuple[int, int | None], ...]
+    decoded_bytes: int
 
     def row_groups(self) -> list[RowGroup]:
-        """Row groups that hold rows, with their smallest step where the footer tells it."""
-        index = self.schema.names.index("step") if "step" in self.schema.names else None
-        groups: list[RowGroup] = []
-        for number in range(self.metadata.num_row_groups):
-            group = self.metadata.row_group(number)
-            if group.num_rows:
-                statistics = None if index is None else _column(group, "step")
-                first = int(statistics.min) if statistics is not None and statistics.has_min_max else None
-                groups.append(RowGroup(part=self, number=number, rows=group.num_rows, first_step=first))
-        return groups
+        """Row groups that hold rows."""
+        return [
+            RowGroup(part=self, number=number, rows=rows, first_step=first)
+            for number, (rows, first) in enumerate(self.groups)
+            if rows
+        ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,11 +81,12 @@ class RowGroup:
     first_step: int | None
 
 
-def _column(group: Any, name: str) -> Any:
+def _first_step(group: Any) -> int | None:
     for i in range(group.num_columns):
         column = group.column(i)
-        if column.path_in_schema == name:
-            return column.statistics if column.is_stats_set else None
+        if column.path_in_schema == "step":
+            statistics = column.statistics
+            return int(statistics.min) if statistics is not None and statistics.has_min_max else None
     return None
 
 
@@ -116,7 +117,12 @@ def list_parts(root: Path, table: str) -> tuple[list[Part], list[str], int]:
                 problems.append(f"{name} {state}")
                 continue
             if number != expected:
-                problems.append(f"{table}/{rank_name}: parts {expected} to {number - 1} are missing")
+                gap = (
+                    f"part {expected} is"
+                    if number == expected + 1
+                    else f"parts {expected} to {number - 1} are"
+                )
+                problems.append(f"{table}/{rank_name}: {gap} missing")
             expected = number + 1
             try:
                 parts.append(_open_part(folder / rank_name / file_name, table, rank, name))
@@ -131,6 +137,8 @@ def _open_part(path: Path, table: str, rank: int, name: str) -> Part:
         metadata, schema = file.metadata, file.schema_arrow
     check_schema(table, schema, where=name)
     experts = experts_of(schema, name) if table == "routing" else 0
+    groups: list[tuple[int, int | None]] = []
+    total = 0
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         decoded = max(group.total_byte_size, group.num_rows * experts * 8)
@@ -139,8 +147,18 @@ def _open_part(path: Path, table: str, rank: int, name: str) -> Part:
                 f"{name}: row group {number} says {group.num_rows} rows of {decoded} bytes; expected at most "
                 f"{MAX_ROW_GROUP_BYTES >> 20} MiB, rewrite the part with smaller row groups"
             )
+        groups.append((group.num_rows, _first_step(group)))
+        total += decoded
     return Part(
-        table=table, rank=rank, path=path, name=name, schema=schema, metadata=metadata, experts=experts
+        table=table,
+        rank=rank,
+        path=path,
+        name=name,
+        schema=schema,
+        metadata=metadata,
+        experts=experts,
+        groups=tuple(groups),
+        decoded_bytes=total,
     )
 
 
@@ -153,9 +171,10 @@ def read_row_group(group: RowGroup, columns: list[str] | None) -> pa.Table | str
     """
     part = group.part
     wanted = None if columns is None else [name for name in columns if name in part.schema.names]
+    dictionary = ["phase"] if "phase" in part.schema.names else []
     try:
         with pq.ParquetFile(
-            part.path, metadata=part.metadata, page_checksum_verification=True, read_dictionary=["phase"]
+            part.path, metadata=part.metadata, page_checksum_verification=True, read_dictionary=dictionary
         ) as file:
             rows = file.read_row_group(group.number, columns=wanted, use_threads=False)
     except _READ_ERRORS as error:

@@ -262,11 +262,7 @@ class Run:
                 yield rows
 
     def _frame(self, table: str) -> pd.DataFrame:
-        size = sum(
-            part.metadata.row_group(number).total_byte_size
-            for part in self._parts_of(table)
-            for number in range(part.metadata.num_row_groups)
-        )
+        size = sum(part.decoded_bytes for part in self._parts_of(table))
         if size > _MAX_FRAME_BYTES:
             raise RunError(
                 f"table {table} of run {self.path} has {size >> 20} MiB; stream it with iter_rows({table!r})"
