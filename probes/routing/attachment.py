@@ -3,7 +3,8 @@
 ``torch.compile`` does not look whether hooks were added to a module after it was compiled. It does check
 the module's class. So a watched module gets, together with its hooks, a subclass of its class that adds
 nothing: code compiled earlier is compiled anew with the hooks in it, and when the class is put back, the code
-without hooks is valid again.
+without hooks is valid again. A class always gets the same subclass, so that code compiled during one watch
+serves the next as well.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 PostHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
 _lock = threading.Lock()
-#: How many attachments each module has now; a mark is made anew whenever the number changes.
+#: How many attachments each module has now.
 _attached: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+#: The marked subclass of each class, as long as something uses it.
+_marks: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
 
 
 class Attachment:
@@ -36,6 +39,7 @@ class Attachment:
     ) -> None:
         self._module = module
         self._handles: list[RemovableHandle] = []
+        _run_uncompiled(before, after)
         if before is not None:
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
@@ -54,6 +58,22 @@ class Attachment:
         _change(self._module, -1)
 
 
+def _run_uncompiled(*hooks: PreHook | PostHook | None) -> None:
+    """Keep compilers from compiling a hook by itself, when it is called between compiled code.
+
+    Hooks of a compiled module's inside are traced with it all the same. Without this everything works too, but
+    every watch adds to the hooks' recompilations, whose number is limited.
+    """
+    try:
+        from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+    except ImportError:  # another version of torch keeps this elsewhere
+        return
+    for hook in hooks:
+        if isinstance(hook, types.FunctionType):
+            strategy = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
+            set_code_exec_strategy(hook.__code__, strategy)
+
+
 def _change(module: nn.Module, by: int) -> None:
     with _lock:
         count = _attached.get(module, 0) + by
@@ -68,7 +88,16 @@ def _change(module: nn.Module, by: int) -> None:
 
 
 def _marked(base: type[nn.Module]) -> type[nn.Module]:
-    """A new subclass that differs from its base in identity only."""
+    """The subclass that differs from its base in identity only."""
+    known = _marks.get(base)
+    marked = None if known is None else known()
+    if marked is None:
+        marked = _new_mark(base)
+        _marks[base] = weakref.ref(marked)
+    return marked
+
+
+def _new_mark(base: type[nn.Module]) -> type[nn.Module]:
 
     def reduce_unmarked(self: nn.Module, protocol: Any) -> Any:
         """Copies and pickles are of the base class."""

@@ -10,6 +10,7 @@ runs a graph, and is told by ``torch._C._current_graph_task_id()``; it is not co
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from typing import Any
 
@@ -24,15 +25,16 @@ from probes.routing.sites import RoutingDecision
 __all__ = ["SiteCounter", "count_in_graph"]
 
 _NOBODY = -1
-_handles = itertools.count()
 _counters_of: weakref.WeakValueDictionary[int, SiteCounter] = weakref.WeakValueDictionary()
+_lock = threading.Lock()
 
 
 class SiteCounter:
     """Adds the decisions of one site to the buffers of the device they are on.
 
     Attributes:
-        handle: number by which the operator in a compiled graph finds this object.
+        handle: number by which the operator in a compiled graph finds this object; the least that is free,
+            so that a graph compiled during one watch serves the next on the same model.
         calls: calls per slot since the last ``take_calls``; on the host, so that calls without a single
             token are known as well.
         width: ids per token of this site's ordinary calls; 0 until the first call.
@@ -42,7 +44,6 @@ class SiteCounter:
     """
 
     def __init__(self, index: int, layout: Layout) -> None:
-        self.handle = next(_handles)
         self.index = index
         self.layout = layout
         self.calls: NDArray[np.int64] = np.zeros(len(SLOTS), dtype=np.int64)
@@ -53,7 +54,15 @@ class SiteCounter:
         self.devices: dict[torch.device, DeviceCounters] = {}
         self._experts = layout.experts[index]
         self._sampled = [False] * len(SLOTS)
-        _counters_of[self.handle] = self
+        with _lock:
+            self.handle = next(number for number in itertools.count() if number not in _counters_of)
+            _counters_of[self.handle] = self
+
+    def release(self) -> None:
+        """Give the handle back; doing it twice does nothing."""
+        with _lock:
+            if _counters_of.get(self.handle) is self:
+                del _counters_of[self.handle]
 
     def take_calls(self) -> NDArray[np.int64]:
         """The calls per slot since the last time."""

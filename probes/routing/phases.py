@@ -41,7 +41,7 @@ def cache_carrier(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
 def known_slot(
     module: nn.Module, names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> int | None:
-    """Slot (index into ``SLOTS``) of a call of the cache carrier; None when its cache keeps that on a device."""
+    """Slot (index into ``SLOTS``) of a call of the carrier; None when its cache keeps that on a device."""
     if module.training and torch.is_grad_enabled():
         return _TRAIN
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -65,7 +65,9 @@ def _is_filled(cache: Any) -> bool | None:
     if hasattr(cache, "get_seq_length"):
         try:
             length = cache.get_seq_length()
-        except ValueError:  # a cache of linear-attention layers only has no length
+        except (
+            Exception
+        ):  # one of linear-attention layers only has no length; a foreign one may raise anything
             length = None
         if isinstance(length, torch.Tensor):
             return bool(length.max() > 0) if length.device.type == "cpu" else None
@@ -75,6 +77,6 @@ def _is_filled(cache: Any) -> bool | None:
     if callable(state):
         try:
             state = state()
-        except (ValueError, TypeError):
+        except Exception:  # likewise
             return None
     return state if isinstance(state, bool) else None

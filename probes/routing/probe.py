@@ -36,7 +36,7 @@ class RoutingProbe:
     Attributes:
         sites: what is watched.
         counters: one counter per site.
-        model_calls: calls of the model seen so far.
+        model_called: the model was called.
         hidden_cache_calls: those whose cache did not tell the host whether it was empty.
         slot: what the current call of the model is, an index into ``SLOTS``.
         layer_calls: eager calls of sites seen so far.
@@ -54,7 +54,7 @@ class RoutingProbe:
         self.sites = tuple(sites)
         self.layout = Layout.of_sites(self.sites, sample_tokens=sample_tokens, gate_mass=gate_mass)
         self.counters = tuple(SiteCounter(index, self.layout) for index in range(len(self.sites)))
-        self.model_calls = 0
+        self.model_called = False
         self.layer_calls = 0
         self.host_ns = 0
         self.hidden_cache_calls = 0
@@ -84,6 +84,11 @@ class RoutingProbe:
         """Take all hooks off; doing it twice does nothing."""
         while self._attachments:
             self._attachments.pop().remove()
+
+    def release(self) -> None:
+        """Give the counters' handles back, after the last ``take``."""
+        for counter in self.counters:
+            counter.release()
 
     def take(self, *, step: int, told: str | None, ends_step: bool) -> Snapshot:
         """Take what was counted since the last time.
@@ -117,13 +122,14 @@ class RoutingProbe:
 
     def _phase_hooks(self) -> tuple[PreHook, PostHook]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.model_calls += 1
+            self.model_called = True
             known = known_slot(module, self._names, args, kwargs)
             self.slot = known or 0
+            if torch.compiler.is_compiling():
+                return
             self.hidden_cache_calls += known is None
-            if not torch.compiler.is_compiling():
-                for counters in self._devices.values():
-                    counters.note_stream()
+            for counters in self._devices.values():
+                counters.note_stream()
 
         def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
             self.slot = 0

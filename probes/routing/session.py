@@ -83,6 +83,7 @@ class CaptureSession:
         try:
             self.boundary(step, told=told, ends_step=True)
         finally:
+            self._probe.release()
             self._flusher.close()
 
     def notes(self, *, steps: int) -> tuple[str, ...]:
@@ -95,12 +96,12 @@ class CaptureSession:
         seen = self._folder.counted_sites
         states = [(site.spec.module, c) for site, c in zip(probe.sites, probe.counters, strict=True)]
         silent = [name for name, c in states if not c.ever_called and c.index not in seen]
-        if len(silent) == len(probe.sites) and (probe.model_calls or steps):
+        if len(silent) == len(probe.sites) and (probe.model_called or steps):
             notes.append(
                 "nothing was counted: no watched module was called; a CUDA graph captured or a model "
                 "exported before the watch began does not show its routing"
             )
-        elif silent and (probe.model_calls or steps):
+        elif silent and (probe.model_called or steps):
             notes.append(f"never called, so without rows: {_named(silent)}")
         vague = [name for name, c in states if c.tokens_unknown]
         if vague:
