@@ -178,8 +178,8 @@ def main() -> int:
         times = ", ".join(f"{run['metrics_s']:.1f}" for run in runs)
         print(
             f"{made['counts']:.3g} counts, {made['disk_bytes'] / 1e9:.2f} GB, generated in "
-            f"{made['generate_s']:.0f} s; layer metrics {times} s, "
-            f"reading alone {runs[0]['read_only_s']:.1f} s, peak {peak / 1e9:.2f} GB on {os.cpu_count()} cores: "
+            f"{made['generate_s']:.0f} s; layer metrics {times} s, reading alone "
+            f"{runs[0]['read_only_s']:.1f} s, peak {peak / 1e9:.2f} GB on {os.cpu_count()} cores: "
             f"{'within' if met else 'NOT within'} {MOST_SECONDS:g} s and {MOST_BYTES / 1e9:g} GB"
         )
     return 0 if met else 1
