@@ -73,7 +73,7 @@ def centred_interval(
 
 
 def _block_length(groups: int) -> int:
-    return max(1, round(groups ** (1 / 3)))
+    return max(1, round(math.cbrt(groups)))
 
 
 @lru_cache(maxsize=8)
