@@ -117,7 +117,7 @@ def read_router_output(*, experts: int, top_k: int | None) -> ReadCall:
     ) -> RoutingDecision:
         tensors = _tensors(output)
         integers = [t for t in tensors if not t.is_floating_point() and t.dtype != torch.bool and t.ndim > 1]
-        for chosen in (t for t in integers if t.shape[-1] == top_k and top_k != experts):
+        for chosen in (t for t in integers if t.shape[-1] == top_k):
             gates = next((t for t in tensors if t.is_floating_point() and t.shape == chosen.shape), None)
             return RoutingDecision(expert_ids=chosen, weights=gates, tokens=math.prod(chosen.shape[:-1]))
         for marks in (t for t in tensors if not t.is_floating_point() and t.shape[-1:] == (experts,)):
@@ -133,8 +133,8 @@ def read_router_output(*, experts: int, top_k: int | None) -> ReadCall:
 def read_routing_map(*, experts: int) -> ReadCall:
     """Reader of Megatron-Core's router output ``(probs, routing_map)``, both (T, E).
 
-    The map is taken after capacity dropping: it is what the dispatcher sends. Tokens that ``padding_mask``
-    marks as padding are left out (Megatron-Core's mask is true for padding where it is used).
+    The map is what the dispatcher sends: after capacity dropping, padding tokens included (Megatron-Core's
+    ``padding_mask`` keeps them out of its losses, not out of the exchange).
     """
 
     def read(
