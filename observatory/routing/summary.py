@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from observatory.errors import LoadError
 from observatory.routing.floor import gini_floor, gini_uniform_limit, max_over_mean_floor
 from observatory.routing.imbalance import (
     balancedness,
@@ -136,24 +135,9 @@ def phase_summary(run: Run | RunLoads, *, bootstrap: int = 200, seed: int = 0) -
     return frame.astype({"gini_low": "float64", "gini_high": "float64"})
 
 
-def run_summary(run: Run | RunLoads, *, phase: str | None = None) -> dict[str, object]:
-    """The row of `phase_summary` for one phase, without an interval.
-
-    Args:
-        run: an open run, or collected loads.
-        phase: which; None for the only one there is.
-
-    Raises:
-        LoadError: the run has no such phase, or several and none was named.
-    """
-    frame = phase_summary(run, bootstrap=0)
-    phases = ", ".join(frame["phase"]) or "none"
-    chosen = frame if phase is None else frame[frame["phase"] == phase]
-    if len(chosen) != 1:
-        raise LoadError(
-            f"no single summary for phase {phase}: the run has loads of phases: {phases}; name one"
-        )
-    return {str(name): value for name, value in chosen.to_dict("records")[0].items()}
+def run_summary(run: Run | RunLoads) -> pd.DataFrame:
+    """`phase_summary` without intervals: cheap enough to call for every cell of a grid."""
+    return phase_summary(run, bootstrap=0)
 
 
 def _collected(run: Run | RunLoads) -> RunLoads:

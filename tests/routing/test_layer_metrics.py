@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from observatory.errors import LoadError
 from observatory.routing.floor import gini_floor, gini_uniform_limit, max_over_mean_floor
 from observatory.routing.imbalance import gini
 from observatory.routing.loads import LayerLoads, collect_layer_loads
@@ -75,7 +74,7 @@ def test_a_layer_that_got_nothing_has_no_numbers_and_a_reason(tmp_path: Path) ->
     assert empty["idle_experts"] == 4
     assert "nothing was assigned" in empty["notes"]
     assert empty["floor_basis"].startswith("n/a")
-    assert run_summary(run)["gini"] == 0.0, "the mean over layers leaves the empty layer out"
+    assert run_summary(run)["gini"].tolist() == [0.0], "the mean over layers leaves the empty layer out"
 
 
 def test_a_run_without_rows_gives_an_empty_frame_with_all_columns(tmp_path: Path) -> None:
@@ -83,8 +82,6 @@ def test_a_run_without_rows_gives_an_empty_frame_with_all_columns(tmp_path: Path
     assert layer_metrics(run).empty
     assert "gini" in layer_metrics(run).columns
     assert phase_summary(run).empty
-    with pytest.raises(LoadError, match="phases: none"):
-        run_summary(run)
 
 
 def test_windows_of_steps_yield_the_stored_extreme_and_no_invented_steps(tmp_path: Path) -> None:
@@ -144,9 +141,10 @@ def test_the_model_value_is_the_plain_mean_over_layers_of_each_phase(tmp_path: P
     assert (frame.loc["prefill", "gini_min"], frame.loc["prefill", "gini_max"]) == (0.25, 0.5)
     assert frame.loc["prefill", "gini_low"] == pytest.approx(0.375), "equal steps leave nothing to vary"
     assert frame.loc["decode", "gini"] == 0.0
-    assert run_summary(run, phase="decode")["layers"] == 1
-    with pytest.raises(LoadError, match="decode, prefill; name one"):
-        run_summary(run)
+    assert frame.loc["decode", "layers"] == 1
+    cheap = run_summary(run).set_index("phase")
+    assert cheap["gini_low"].isna().all()
+    assert cheap.drop(columns=["gini_low", "gini_high"]).equals(frame.drop(columns=["gini_low", "gini_high"]))
 
 
 def test_uniform_routing_lies_on_its_floor_in_the_whole_run_and_in_single_steps(tmp_path: Path) -> None:
