@@ -53,6 +53,19 @@ def test_too_few_steps_give_no_interval_and_say_so(tmp_path: Path) -> None:
     assert layer_metrics(run, bootstrap=0).iloc[0]["notes"] == ""
 
 
+def test_one_step_of_one_expert_on_one_rank_is_a_run_too(tmp_path: Path) -> None:
+    row = layer_metrics(write_run(tmp_path / "run", {("decode", 0): [[[7]]]})).iloc[0]
+    assert (row["gini"], row["gini_floor"], row["gini_excess"], row["entropy_bits"], row["cv"]) == (
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
+    assert (row["expert_max_over_mean"], row["expert_max_over_mean_floor"], row["balancedness"]) == (1, 1, 1)
+    assert (row["step_gini_p10"], row["step_gini_p90"], row["steps"]) == (0, 0, 1)
+
+
 def test_a_layer_that_got_nothing_has_no_numbers_and_a_reason(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "run",
