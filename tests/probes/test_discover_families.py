@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -39,6 +40,15 @@ SCORERS: dict[str, tuple[str, Any]] = {
     "nllb_moe": ("router.classifier", two_best),
     "zaya": ("gate.router_mlp", best_with_skip),
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny matrices: threads that wait for each other on a busy machine cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def reference(family: str, model: nn.Module, sites: list[RoutingSite]) -> AbstractContextManager[Any]:
