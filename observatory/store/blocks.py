@@ -47,7 +47,7 @@ _COLUMNS = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LoadBlock:
     """Loads of one layer in one phase over consecutive windows of steps, from all source ranks.
 
@@ -103,7 +103,7 @@ class LoadBlock:
         return self.step_max_over_mean_SP[:, 0]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Piece:
     """Rows of one row group that wait for their steps to be complete; ``p`` indexes P."""
 

@@ -7,6 +7,7 @@ and renamed, then the folder is synced. Symbolic links inside a run are never fo
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -93,10 +94,14 @@ def os_reason(error: OSError) -> str:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a folder durable, where the file system can sync folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems sync files only.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -21,7 +21,7 @@ from observatory.store.files import (
 )
 from observatory.store.rows import experts_of
 
-__all__ = ["MAX_ROW_GROUP_BYTES", "Part", "RowGroup", "list_parts", "read_row_group"]
+__all__ = ["MAX_ROW_GROUP_BYTES", "Part", "RowGroup", "first_step", "list_parts", "read_row_group"]
 
 #: A row group larger than this when decoded is refused: readers hold one of every rank at once.
 MAX_ROW_GROUP_BYTES = 512 * 1024 * 1024

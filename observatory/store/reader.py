@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,10 @@ from observatory.tables import TABLES
 __all__ = ["Run", "open_run"]
 
 #: Frames larger than this are refused in favour of the streaming iterators.
-_MAX_FRAME_ROWS = 50_000_000
+_MAX_FRAME_ROWS = 20_000_000
 _MAX_FRAME_BYTES = 4 * 1024 * 1024 * 1024
+
+_SHOWN_RANKS = 8
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -70,10 +73,14 @@ def _rank_problems(manifest: Manifest, parts: dict[str, tuple[Part, ...]]) -> li
         problems.append("the run failed; it ends where it failed")
     states = {status.rank: status for status in manifest.ranks}
     routed = {part.rank for part in parts["routing"]}
-    missing = [rank for rank in range(manifest.topology.ranks) if rank not in states and rank not in routed]
+    # The number of ranks comes from a file: never build a list of that length.
+    known = states.keys() | routed
+    missing = manifest.topology.ranks - sum(rank < manifest.topology.ranks for rank in known)
     if missing:
+        first = islice((rank for rank in range(manifest.topology.ranks) if rank not in known), _SHOWN_RANKS)
         problems.append(
-            f"{_ranks(missing)} of {manifest.topology.ranks} left nothing: they never joined or are missing"
+            f"{_ranks(list(first), missing)} of {manifest.topology.ranks} left nothing: "
+            "they never joined or are missing"
         )
     for rank, status in sorted(states.items()):
         if status.state == "running":
@@ -93,9 +100,13 @@ def _rank_problems(manifest: Manifest, parts: dict[str, tuple[Part, ...]]) -> li
     return problems
 
 
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"{len(ranks)} ranks ({shown})"
+def _ranks(ranks: list[int], count: int | None = None) -> str:
+    """Ranks in words; ``count`` when ``ranks`` are only the first of more."""
+    count = len(ranks) if count is None else count
+    shown = ", ".join(str(rank) for rank in ranks[:_SHOWN_RANKS])
+    if count == 1:
+        return f"rank {shown}"
+    return f"{count} ranks ({shown}{', ...' if count > _SHOWN_RANKS else ''})"
 
 
 class Run:

@@ -32,7 +32,7 @@ MAX_EXPERTS = 65536
 _MAX_LOAD = 2**47
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class RoutingColumns:
     """Checked rows of one routing part.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -65,6 +66,18 @@ def test_a_flipped_bit_in_the_data_is_noticed_while_reading(tmp_path: Path) -> N
     assert problem.startswith("routing/rank-00000/part-000000.parquet: row group 0 (500 rows) is corrupt")
 
 
+def test_data_that_cannot_be_read_at_all_is_an_error(write_run: WriteRun) -> None:
+    path = write_run(steps=3)
+    part = path / "routing/rank-00000/part-000000.parquet"
+    content = bytearray(part.read_bytes())
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    content[4:-footer] = bytes(len(content) - footer - 4)
+    part.write_bytes(content)
+    run = open_run(path)
+    with pytest.raises(RunFormatError, match=r"no routing rows of run .* can be read: .* is corrupt"):
+        list(run.iter_loads())
+
+
 def test_random_damage_never_ends_in_a_foreign_exception(write_run: WriteRun) -> None:
     path = write_run(steps=4, steps_per_part=2)
     part = path / "routing/rank-00000/part-000000.parquet"
@@ -116,6 +129,16 @@ def test_a_missing_rank_folder_is_said_and_the_others_are_read(write_run: WriteR
     assert only_problem(path) == "rank 1 of 3 left nothing: they never joined or are missing"
 
 
+def test_an_absurd_number_of_ranks_is_counted_not_listed(write_run: WriteRun) -> None:
+    path = write_run(steps=3)
+    manifest = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps({**manifest, "topology": {"ranks": 10**15}}))
+    assert only_problem(path) == (
+        "999999999999999 ranks (1, 2, 3, 4, 5, 6, 7, 8, ...) of 1000000000000000 left nothing: "
+        "they never joined or are missing"
+    )
+
+
 def test_a_rank_that_never_closed_is_said(tmp_path: Path) -> None:
     first = RunWriter.create(tmp_path / "run", manifest_of(2))
     second = RunWriter.join(tmp_path / "run", rank=1)
@@ -161,11 +184,14 @@ def test_foreign_names_are_passed_over_by_name(write_run: WriteRun) -> None:
     assert steps_of(path) == [0, 1, 2]
 
 
-def test_a_part_with_an_enormous_row_group_is_refused(tmp_path: Path) -> None:
+def test_a_part_with_an_oversized_row_group_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("observatory.store.parts.MAX_ROW_GROUP_BYTES", 4 << 20)
     RunWriter.create(tmp_path / "run", manifest_of()).close()
     folder = tmp_path / "run/routing/rank-00000"
     folder.mkdir(parents=True)
-    rows = 1100
+    rows = 20
     zeros = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(rows * 65536, np.int64)), 65536)
     columns = {
         "step": pa.array(np.arange(rows)),
@@ -179,7 +205,5 @@ def test_a_part_with_an_enormous_row_group_is_refused(tmp_path: Path) -> None:
     }
     pq.write_table(pa.table(columns), folder / "part-000000.parquet")
     assert (folder / "part-000000.parquet").stat().st_size < 1e6
-    with pytest.raises(
-        RunFormatError, match=r"row group 0 says 1100 rows of .* bytes; expected at most 512 MiB"
-    ):
+    with pytest.raises(RunFormatError, match=r"row group 0 says 20 rows of .* bytes; expected at most 4 MiB"):
         open_run(tmp_path / "run")
