@@ -45,7 +45,9 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     """
     folder = Path(path)
     manifest = read_manifest(folder)
-    statuses, problems = read_rank_statuses(folder)
+    written, problems = read_rank_statuses(folder)
+    # A rank's own file is newer than what rank 0 knew when it closed.
+    statuses = {status.rank: status for status in manifest.ranks} | written
     manifest = manifest.model_copy(update={"ranks": tuple(statuses[rank] for rank in sorted(statuses))})
     parts: dict[str, tuple[Part, ...]] = {}
     unreadable = 0

@@ -91,6 +91,8 @@ def routing_rows(
 ) -> pa.RecordBatch:
     """Build routing rows for :meth:`RunWriter.append` from arrays; ``assignments`` is the sum of the loads.
 
+    The arrays are copied.
+
     Args:
         step_N: first step of each row's window; one number serves all rows, as for ``tokens_N``.
         phase_N: one of ``PHASES``, for all rows or one per row.
@@ -123,7 +125,7 @@ def routing_rows(
 
     def per_expert(values: npt.ArrayLike, name: str) -> pa.Array:
         is_mass = name == "gate_mass_NE"
-        array = np.asarray(values, dtype=np.float64) if is_mass else _integers(values, name)
+        array = np.array(values, dtype=np.float64) if is_mass else _integers(values, name)
         if array.shape != loads.shape:
             raise LoadError(f"{name} has shape {array.shape}; expected {loads.shape} like load_NE")
         return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(array).reshape(-1)), experts)
@@ -146,8 +148,12 @@ def routing_rows(
     if step_load_max_NE is not None:
         columns["step_load_max"] = per_expert(step_load_max_NE, "step_load_max_NE")
     if step_max_over_mean_N is not None:
-        extremes = np.broadcast_to(np.asarray(step_max_over_mean_N, dtype=np.float64), (rows,))
-        columns["step_max_over_mean"] = pa.array(np.ascontiguousarray(extremes), from_pandas=True)
+        extremes = np.asarray(step_max_over_mean_N, dtype=np.float64)
+        if extremes.shape not in ((), (rows,)):
+            raise LoadError(
+                f"step_max_over_mean_N has shape {extremes.shape}; expected ({rows},) like load_NE"
+            )
+        columns["step_max_over_mean"] = pa.array(np.full(rows, extremes), from_pandas=True)
     if gate_mass_NE is not None:
         columns["gate_mass"] = per_expert(gate_mass_NE, "gate_mass_NE")
     fields = [field for field in schema if field.name in columns]
@@ -164,7 +170,7 @@ def _integers(values: npt.ArrayLike, name: str) -> Int64:
         raise LoadError(f"{name} has dtype {array.dtype}; expected integers, as loads are counts")
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise LoadError(f"{name} holds {array.max()}, which does not fit int64")
-    return array.astype(np.int64, copy=False)
+    return array.astype(np.int64)  # a copy: Arrow shares memory, and callers reuse their buffers
 
 
 def experts_of(schema: pa.Schema, where: str) -> int:

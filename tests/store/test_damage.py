@@ -125,8 +125,15 @@ def test_a_missing_rank_folder_is_said_and_the_others_are_read(write_run: WriteR
     shutil.rmtree(path / "routing/rank-00001")
     assert only_problem(path) == "rank 1 left no routing rows"
     assert [block.source_rank_P.tolist() for block in open_run(path).iter_loads(layers=[0])] == [[0, 2]]
-    (path / "ranks/rank-00001.json").unlink()
-    assert only_problem(path) == "rank 1 of 3 left nothing: they never joined or are missing"
+
+
+def test_a_rank_that_never_joined_is_said(tmp_path: Path) -> None:
+    first = RunWriter.create(tmp_path / "run", manifest_of(3))
+    second = RunWriter.join(tmp_path / "run", rank=2)
+    for writer in (second, first):
+        writer.append("routing", one_step(0, writer.rank))
+        writer.close()
+    assert only_problem(tmp_path / "run") == "rank 1 of 3 left nothing: they never joined or are missing"
 
 
 def test_an_absurd_number_of_ranks_is_counted_not_listed(write_run: WriteRun) -> None:

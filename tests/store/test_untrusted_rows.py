@@ -152,6 +152,19 @@ def test_expert_ids_out_of_range_are_refused(tmp_path: Path, ids: list[int | Non
         open_run(tmp_path / "run").token_samples()
 
 
+def test_built_rows_do_not_share_memory_with_reused_buffers() -> None:
+    load_NE, mass_NE, most_N = np.array([[1, 2]]), np.array([[0.5, 1.5]]), np.array([1.5])
+    rows = routing_rows(
+        step_N=0, phase_N="decode", layer_N=0, source_rank=0, tokens_N=3, load_NE=load_NE,
+        gate_mass_NE=mass_NE, step_load_max_NE=load_NE, step_max_over_mean_N=most_N,
+    )  # fmt: skip
+    load_NE[:], mass_NE[:], most_N[:] = 9, 9, 9
+    assert rows.column("load").to_pylist() == [[1, 2]]
+    assert rows.column("step_load_max").to_pylist() == [[1, 2]]
+    assert rows.column("gate_mass").to_pylist() == [[0.5, 1.5]]
+    assert rows.column("step_max_over_mean").to_pylist() == [1.5]
+
+
 @pytest.mark.parametrize(
     ("loads", "message"),
     [
