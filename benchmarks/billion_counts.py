@@ -74,7 +74,9 @@ def draw(random: np.random.Generator, share_NE: np.ndarray) -> np.ndarray:
     """Loads of TOKENS x TOP_K assignments with the given shares; every row sums exactly."""
     mean_NE = share_NE * (TOKENS * TOP_K)
     noise_NE = random.standard_normal(mean_NE.shape, dtype=np.float32)
-    load_NE = np.maximum(np.rint(mean_NE + noise_NE * np.sqrt(mean_NE * (1 - share_NE))), 0).astype(np.int64)
+    load_NE: np.ndarray = np.maximum(
+        np.rint(mean_NE + noise_NE * np.sqrt(mean_NE * (1 - share_NE))), 0
+    ).astype(np.int64)
     # The total is off by about its square root: spread that evenly, and the rest on the largest expert.
     excess_N = load_NE.sum(axis=1) - TOKENS * TOP_K
     load_NE = np.maximum(load_NE - np.rint(excess_N / EXPERTS).astype(np.int64)[:, None], 0)

@@ -107,7 +107,8 @@ def routing_rows(
         step_max_over_mean_N: largest per-step max/mean of the window.
 
     Raises:
-        LoadError: loads are no integers, negative, or the shapes do not fit together.
+        LoadError: loads are no integers, or the shapes do not fit together. Whether the values can be true is
+            checked when the rows are appended.
     """
     loads = _integers(load_NE, "load_NE")
     if loads.ndim != 2 or not 1 <= loads.shape[1] <= MAX_EXPERTS:
@@ -157,9 +158,11 @@ def routing_rows(
     if gate_mass_NE is not None:
         columns["gate_mass"] = per_expert(gate_mass_NE, "gate_mass_NE")
     fields = [field for field in schema if field.name in columns]
-    return pa.record_batch(
-        [columns[field.name].cast(field.type) for field in fields], schema=pa.schema(fields)
-    )
+    try:
+        arrays = [columns[field.name].cast(field.type) for field in fields]
+    except pa.ArrowInvalid as error:
+        raise LoadError(f"numbers do not fit the routing schema: {one_line(error)}") from error
+    return pa.record_batch(arrays, schema=pa.schema(fields))
 
 
 def _integers(values: npt.ArrayLike, name: str) -> Int64:
