@@ -182,7 +182,7 @@ def test_arrays_that_are_no_loads_are_refused_by_the_builder(loads: np.ndarray, 
 
 
 def test_a_layer_number_beyond_the_schema_is_refused_by_the_builder() -> None:
-    with pytest.raises(LoadError, match="numbers do not fit the routing schema: .*2199023255552"):
+    with pytest.raises(LoadError, match=r"numbers do not fit the routing schema: .*2199023255552"):
         routing_rows(
             step_N=0, phase_N="decode", layer_N=2**41, source_rank=0, tokens_N=1, load_NE=np.ones((1, 2), int)
         )
