@@ -13,6 +13,7 @@ import copyreg
 import threading
 import types
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -24,6 +25,8 @@ __all__ = ["Attachment", "PostHook", "PreHook"]
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 PostHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
 
+#: Attribute that tells our hooks from those of others.
+_OURS = "_observatory_hook"
 _lock = threading.Lock()
 #: How many attachments each module has now.
 _attached: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -39,6 +42,9 @@ class Attachment:
     ) -> None:
         self._module = module
         self._handles: list[RemovableHandle] = []
+        for hook in (before, after):
+            if hook is not None:
+                setattr(hook, _OURS, True)
         _run_uncompiled(before, after)
         if before is not None:
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -100,11 +106,11 @@ def _marked(base: type[nn.Module]) -> type[nn.Module]:
 def _new_mark(base: type[nn.Module]) -> type[nn.Module]:
 
     def reduce_unmarked(self: nn.Module, protocol: Any) -> Any:
-        """Copies and pickles are of the base class."""
+        """Copies and pickles are of the base class and without our hooks."""
         made: Any = base.__reduce_ex__(self, protocol)
-        if isinstance(made, tuple) and made[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return (made[0], (base, *made[1][1:]), *made[2:])
-        return made
+        if not isinstance(made, tuple) or made[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return made
+        return (copyreg._reconstructor, (base, object, None), _without_our_hooks(made[2]))  # type: ignore[attr-defined]
 
     names = {
         "__module__": base.__module__,
@@ -114,3 +120,15 @@ def _new_mark(base: type[nn.Module]) -> type[nn.Module]:
         "_observatory_base": base,
     }
     return cast(type[nn.Module], types.new_class(base.__name__, (base,), {}, lambda body: body.update(names)))
+
+
+def _without_our_hooks(state: dict[str, Any]) -> dict[str, Any]:
+    """A module's state with only the hooks of others in it."""
+    clean = dict(state)
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        kept = {key: hook for key, hook in state[name].items() if not hasattr(hook, _OURS)}
+        clean[name] = OrderedDict(kept)
+        for flags in (f"{name}_with_kwargs", f"{name}_always_called"):
+            if flags in state:
+                clean[flags] = OrderedDict((key, flag) for key, flag in state[flags].items() if key in kept)
+    return clean

@@ -81,7 +81,7 @@ class SiteCounter:
                 self._add_ids(decision, ids, part, device)
             elif chosen is not None:
                 self._add_map(decision, chosen, part)
-            if part.sample is not None and not self._sampled[slot] and decision.tokens:
+            if part.sample is not None and decision.tokens and (not self._sampled[slot] or _in_capture(part)):
                 self._sampled[slot] = True
                 self._take_sample(decision, decision.tokens, part.sample)
 
@@ -150,6 +150,11 @@ class SiteCounter:
             ids_NK = ids_NK.masked_fill(hidden[:, None], _NOBODY)
         columns = min(ids_NK.shape[1], sample_NC.shape[1])
         sample_NC[:rows, :columns].copy_(ids_NK[:, :columns].clamp(_NOBODY, self._experts))
+
+
+def _in_capture(part: Buffers) -> bool:
+    """Whether a CUDA graph records what is launched; each of its replays then leaves a sample."""
+    return part.counts.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def count_in_graph(

@@ -14,6 +14,8 @@ import torch
 __all__ = ["Scales", "bin_ids", "count_bins", "count_map"]
 
 _GROW = 4096
+#: Up to so many ids one binary search per id is faster on the CPU than two loops.
+_FEW = 256
 
 
 class Scales:
@@ -21,12 +23,13 @@ class Scales:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._is_cpu = device.type == "cpu"
         self._ones = torch.ones(_GROW, dtype=torch.int64, device=device)
         self._edges: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     def ones(self, length: int) -> torch.Tensor:
         """``length`` ones: contiguous on the CPU, where that is faster, a broadcast elsewhere."""
-        if self._device.type != "cpu":
+        if not self._is_cpu:
             return self._ones[:1].expand(length)
         if length > self._ones.numel():
             with torch.inference_mode(False):
@@ -35,10 +38,8 @@ class Scales:
 
     def prepare(self, experts: int) -> None:
         """Make the bin edges 0..E ahead of the first call, so that graph capture finds them."""
-        if self._device.type != "cpu":
-            for dtype in (torch.int32, torch.int64):
-                edges = torch.arange(experts + 1, dtype=dtype, device=self._device)
-                self._edges[experts, dtype] = edges
+        for dtype in (torch.int32, torch.int64):
+            self._edges[experts, dtype] = torch.arange(experts + 1, dtype=dtype, device=self._device)
 
     def edges(self, experts: int, dtype: torch.dtype) -> torch.Tensor:
         """Bin edges 0..E in the dtype of the ids."""
@@ -46,18 +47,18 @@ class Scales:
 
 
 def bin_ids(ids: torch.Tensor, experts: int, scales: Scales) -> torch.Tensor:
-    """Bin of each id, flat: one kernel on a GPU, two vectorised loops on the CPU."""
+    """Bin of each id, flat: one kernel, or two vectorised loops for many ids on the CPU."""
     flat = ids.reshape(-1)
     if flat.dtype not in (torch.int32, torch.int64):
         flat = flat.to(torch.int64)
-    if flat.device.type == "cpu":
+    if flat.is_cpu and flat.numel() > _FEW:
         return flat.clamp(-1, experts).add_(1)
     return torch.bucketize(flat, scales.edges(experts, flat.dtype), right=True)
 
 
 def count_bins(bins: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
     """Add ``values`` to ``bins`` at ``index``: one kernel, in place."""
-    if bins.device.type == "cpu":
+    if bins.is_cpu:
         bins.index_add_(0, index, values)
     else:
         bins.scatter_add_(0, index, values)

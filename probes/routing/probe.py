@@ -122,6 +122,8 @@ class RoutingProbe:
 
     def _phase_hooks(self) -> tuple[PreHook, PostHook]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_exporting():
+                return
             self.model_called = True
             known = known_slot(module, self._names, args, kwargs)
             self.slot = known or 0
@@ -132,7 +134,8 @@ class RoutingProbe:
                 counters.note_stream()
 
         def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
-            self.slot = 0
+            if not torch.compiler.is_exporting():
+                self.slot = 0
 
         return enter, leave
 
@@ -172,7 +175,7 @@ class RoutingProbe:
 
     def _count(self, counter: SiteCounter, decision: RoutingDecision) -> None:
         shown = decision.expert_ids if decision.expert_ids is not None else decision.routing_map
-        if shown is None or shown.is_meta:
+        if shown is None or shown.is_meta or _is_fake(shown):
             return
         counters = self._devices.get(shown.device) or self._device(shown.device)
         if torch._C._len_torch_dispatch_stack():
@@ -203,7 +206,17 @@ class RoutingProbe:
     def _device(self, device: torch.device) -> DeviceCounters:
         with self._lock:
             if device not in self._devices:
+                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    raise CaptureError(
+                        f"a CUDA graph is captured on {device} before anything was counted there; call the "
+                        "model once before the capture"
+                    )
                 self._devices[device] = DeviceCounters(self.layout, device)
                 for counter in self.counters:
                     counter.devices[device] = self._devices[device]
             return self._devices[device]
+
+
+def _is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape but no values (``FakeTensorMode``)."""
+    return type(tensor) is not torch.Tensor and type(tensor).__name__ == "FakeTensor"

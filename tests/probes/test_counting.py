@@ -14,7 +14,7 @@ from torch import nn
 
 import observatory
 from probes.routing.sites import RoutingDecision
-from tests.probes.tiny import ToldModel, assert_untouched, ids, loads, told_adapter, tokens
+from tests.probes.tiny import ToldModel, assert_untouched, ids, loads, tokens, told_adapter
 
 
 def counted(path: Path, *decisions: RoutingDecision, experts: int = 4, **options: object) -> Path:

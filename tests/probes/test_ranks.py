@@ -1,0 +1,90 @@
+"""Several ranks write one run, through files alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import observatory
+from observatory.ranks import RankOf, find_rank
+
+_RANK = """
+    import os, sys
+    import torch.distributed as dist
+    import observatory
+    from tests.probes.tiny import ToldModel, ids, told_adapter
+    out, rank, dies = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "dies"
+    dist.init_process_group("gloo", init_method="file://" + out + ".rendezvous", rank=rank, world_size=2)
+    model = ToldModel()
+    with observatory.watch(model, out, adapters=[told_adapter(3)], flush_seconds=0.1) as watch:
+        dist.barrier()
+        for step in range(2):
+            model([ids([rank, 2])])
+            watch.step()
+        if dies and rank == 1:
+            os._exit(9)
+    if not dies:
+        dist.barrier()
+        dist.destroy_process_group()
+    else:
+        os._exit(0)
+"""
+
+
+def run_ranks(out: Path, ending: str) -> list[int]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(_RANK), str(out), str(rank), ending],
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    return [process.wait(timeout=60) for process in processes]
+
+
+def test_two_gloo_ranks_write_one_run(tmp_path: Path) -> None:
+    assert run_ranks(tmp_path / "r", "lives") == [0, 0]
+    run = observatory.open_run(tmp_path / "r")
+    assert run.manifest.topology.ranks == 2
+    assert [(status.rank, status.state, status.steps) for status in run.manifest.ranks] == [
+        (0, "complete", 2),
+        (1, "complete", 2),
+    ]
+    frame = run.expert_load()
+    merged = frame.groupby(["source_rank", "expert"]).load.sum().unstack(fill_value=0)
+    assert merged.to_numpy().tolist() == [[2, 0, 2], [0, 2, 2]]
+    assert run.problems == ()
+
+
+def test_a_rank_that_dies_leaves_the_data_of_the_other(tmp_path: Path) -> None:
+    assert run_ranks(tmp_path / "r", "dies") == [0, 9]
+    run = observatory.open_run(tmp_path / "r")
+    assert any("rank 1" in problem for problem in run.problems)
+    frame = run.expert_load()
+    assert frame[frame.source_rank == 0].groupby("expert").load.sum().to_dict() == {0: 2, 1: 0, 2: 2}
+
+
+def test_the_rank_is_told_or_found_in_torchrun_s_environment() -> None:
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "8"}
+    assert find_rank(environment=torchrun) == RankOf(rank=3, world=8)
+    assert find_rank(1, 2, environment=torchrun) == RankOf(rank=1, world=2)
+    assert find_rank(environment={"RANK": "3", "WORLD_SIZE": "8"}) == RankOf(rank=0, world=1)
+
+
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (0, 2)])
+def test_the_manifest_states_the_number_of_ranks(tmp_path: Path, rank: int, world: int) -> None:
+    from tests.probes.tiny import ToldModel, ids, told_adapter
+
+    model = ToldModel()
+    with observatory.watch(
+        model, tmp_path / "r", adapters=[told_adapter(3)], rank=rank, world=world
+    ) as watch:
+        model([ids([0])])
+        watch.step()
+    assert observatory.open_run(tmp_path / "r").manifest.topology.ranks == world
