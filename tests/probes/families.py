@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -102,6 +104,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "switch_transformers": {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 1},
     "zaya": {"num_experts_per_tok": 1},
 }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tiny matrices: threads that wait for each other on a busy machine cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @cache

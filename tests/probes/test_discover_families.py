@@ -14,7 +14,7 @@ from observatory.errors import ModelError
 from probes.routing.discover import find_sites
 from probes.routing.sites import RoutingSite
 from tests.probes.counting import read_loads
-from tests.probes.families import NOT_ROUTED, moe_families, tiny_inputs, tiny_model
+from tests.probes.families import NOT_ROUTED, moe_families, one_thread, tiny_inputs, tiny_model
 from tests.probes.references import (
     ComputedLoads,
     RecomputedLoads,
@@ -44,11 +44,8 @@ SCORERS: dict[str, tuple[str, Any]] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """Tiny matrices: threads that wait for each other on a busy machine cost more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with one_thread():
+        yield
 
 
 def reference(family: str, model: nn.Module, sites: list[RoutingSite]) -> AbstractContextManager[Any]:
