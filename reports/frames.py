@@ -13,7 +13,7 @@ condition; ``kind`` is real, altered, mock or unstated.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,10 +130,11 @@ def label_runs(facts: tuple[RunFacts, ...]) -> list[str]:
     The number of ranks is added where it differs, and the position in the report where nothing else does.
     """
     labels = [fact.manifest.model.name for fact in facts]
-    for suffix in (
+    suffixes: tuple[Callable[[RunFacts], str], ...] = (
         lambda fact: f" ({fact.manifest.topology.ranks} ranks)",
         lambda fact: f" (run {fact.run + 1})",
-    ):
+    )
+    for suffix in suffixes:
         seen: dict[tuple[str, str], list[int]] = {}
         for index, fact in enumerate(facts):
             seen.setdefault((labels[index], fact.condition), []).append(index)

@@ -17,7 +17,7 @@ import observatory
 from observatory.errors import RunError
 from observatory.store import Run, open_run
 from reports.collect import collect
-from reports.embed import content_security_policy, figure_json, script_json, script_text
+from reports.embed import content_security_policy, packed_figure, script_json, script_text
 from reports.frames import ReportFrames
 from reports.page import FigureBlock, Section, Variant
 from reports.sections import (
@@ -168,10 +168,8 @@ def _grouped(variants: Iterable[Variant], attribute: str) -> list[_Group]:
     return groups
 
 
-def _variant_json(variant: Variant) -> Markup:
-    return Markup('{{"alt":{},"note":{},"figure":{}}}').format(
-        script_json(variant.alt), script_json(variant.note), figure_json(variant.figure)
-    )
+def _packed(variant: Variant) -> Markup:
+    return packed_figure(variant.figure, alt=variant.alt, note=variant.note)
 
 
 def _environment() -> Environment:
@@ -184,7 +182,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["groupby_in_order"] = _grouped
-    environment.filters["variant_json"] = _variant_json
+    environment.filters["packed"] = _packed
     return environment
 
 

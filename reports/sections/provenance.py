@@ -96,7 +96,7 @@ def run_table(frames: ReportFrames) -> Section:
             count(fact.manifest.topology.ranks),
             _states(fact.manifest),
             when(fact.manifest.created_unix_s),
-            plain(fact.manifest.git_sha or "not recorded")[:20],
+            plain(fact.manifest.git_sha or "not recorded")[:12],
         ]
         for fact, label in zip(frames.facts, frames.runs["label"], strict=True)
     ]

@@ -1,11 +1,18 @@
-// Draws each figure when it comes near, in the reader's colour scheme, and swaps views.
+// Draws each figure when it comes near, in the reader's colour scheme, and swaps its variants.
 (() => {
   "use strict";
   const dark = JSON.parse(document.getElementById("dark-colours").textContent);
   const scheme = window.matchMedia("(prefers-color-scheme: dark)");
   const config = { displayModeBar: false, responsive: true };
-  let printing = false;
+  const current = new Map(); // figure element -> its chosen variant: { figure, alt, note }
   const drawn = new Set();
+  let printing = false;
+
+  const unpack = async (script) => {
+    const bytes = Uint8Array.from(atob(script.textContent), (character) => character.charCodeAt(0));
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return JSON.parse(await new Response(stream).text());
+  };
 
   // Figures are stored with light colours; texts are left alone, only keys that hold colours are changed.
   const recolour = (value, key = "") => {
@@ -15,51 +22,56 @@
     return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, recolour(item, name)]));
   };
 
-  const show = (figure) => {
-    const select = figure.querySelector("select");
-    const index = select ? select.selectedIndex : 0;
-    const variant = JSON.parse(figure.querySelectorAll("script[data-variant]")[index].textContent);
+  const draw = (figure) => {
     const plot = figure.querySelector(".plot");
-    const inDark = scheme.matches && !printing;
-    const { data, layout } = inDark ? recolour(variant.figure) : variant.figure;
+    const stored = structuredClone(current.get(figure).figure);
+    const { data, layout } = scheme.matches && !printing ? recolour(stored) : stored;
     // On a narrow page the legend has one entry a line: give it the height the plot would lose.
     if (layout.showlegend && plot.clientWidth < 560) {
       layout.height += 19 * data.filter((trace) => trace.showlegend !== false).length;
     }
-    plot.setAttribute("aria-label", variant.alt);
-    figure.querySelector(".shown").textContent = variant.note;
-    figure.querySelector(".numbers").replaceChildren(
-      figure.querySelectorAll("template")[index].content.cloneNode(true),
-    );
     plot.style.minHeight = `${layout.height}px`;
     drawn.add(figure);
     return Plotly.react(plot, data, layout, config);
   };
 
-  const figures = [...document.querySelectorAll("figure[id]")];
+  const choose = async (figure) => {
+    const index = figure.querySelector("select")?.selectedIndex ?? 0;
+    const variant = await unpack(figure.querySelectorAll("script[data-variant]")[index]);
+    if (index !== (figure.querySelector("select")?.selectedIndex ?? 0)) return; // chosen anew meanwhile
+    current.set(figure, variant);
+    figure.querySelector(".plot").setAttribute("aria-label", variant.alt);
+    figure.querySelector(".shown").textContent = variant.note;
+    const numbers = figure.querySelectorAll("template")[index].content.cloneNode(true);
+    figure.querySelector(".numbers").replaceChildren(numbers);
+  };
+
+  const save = async (figure) => {
+    const { width, height } = figure.querySelector(".plot").getBoundingClientRect();
+    await Plotly.downloadImage(await draw(figure), { format: "svg", filename: figure.id, width, height });
+  };
+
   const near = new IntersectionObserver(
-    (entries) => entries.filter((entry) => entry.isIntersecting).forEach((entry) => {
-      near.unobserve(entry.target);
-      show(entry.target);
-    }),
+    (entries) => {
+      for (const { isIntersecting, target } of entries) {
+        if (!isIntersecting) continue;
+        near.unobserve(target);
+        draw(target);
+      }
+    },
     { rootMargin: "800px" },
   );
-  for (const figure of figures) {
-    near.observe(figure);
-    figure.querySelector("select")?.addEventListener("change", () => show(figure));
-    figure.querySelector("button").addEventListener("click", async () => {
-      const plot = await show(figure);
-      const { width, height } = plot.getBoundingClientRect();
-      Plotly.downloadImage(plot, { format: "svg", filename: figure.id, width, height });
+
+  for (const figure of document.querySelectorAll("figure[id]")) {
+    choose(figure).then(() => near.observe(figure));
+    figure.querySelector("select")?.addEventListener("change", () => choose(figure).then(() => draw(figure)));
+    figure.querySelector("button").addEventListener("click", () => save(figure));
+  }
+  scheme.addEventListener("change", () => drawn.forEach(draw));
+  for (const [name, starts] of [["beforeprint", true], ["afterprint", false]]) {
+    window.addEventListener(name, () => {
+      printing = starts;
+      [...current.keys()].forEach(draw);
     });
   }
-  scheme.addEventListener("change", () => drawn.forEach(show));
-  window.addEventListener("beforeprint", () => {
-    printing = true;
-    figures.forEach(show);
-  });
-  window.addEventListener("afterprint", () => {
-    printing = false;
-    figures.forEach(show);
-  });
 })();

@@ -1,0 +1,163 @@
+"""The page in headless Chromium."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+
+from observatory.records import Manifest
+from reports import write_report
+from tests.reports.sample_runs import MODELS, manifest, write_grid, write_run
+from tests.reports.test_report import HOSTILE, hostile
+
+pytestmark = [
+    pytest.mark.browser,
+    # selenium 4.51 leaves its driver's log pipe to the garbage collector
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+FIGURES = ["mock-dots", "expert-map", "lorenz-curves", "ep-models", "ep-run", "ep-crossing", "step-gini"]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """A plain report and one whose every text is hostile."""
+    folder = tmp_path_factory.mktemp("pages")
+    shape = {"layers": 3, "experts": 16, "top_k": 2}
+    runs = write_grid(
+        folder / "runs",
+        models={name: MODELS[name] for name in ("gqa-tiny", "mla-tiny")},
+        conditions={"prose": (True, 1.0), "mock": (False, 0.4)},
+        **shape,
+    )
+    nasty = Manifest.model_validate(hostile(manifest(**shape).model_dump(mode="json")))
+    other = Manifest.model_validate(
+        nasty.model_dump() | {"model": nasty.model.model_dump() | {"name": "W" * 4000}}
+    )
+    nasty_runs = [write_run(folder / "nasty", nasty, steps=6), write_run(folder / "long", other, steps=6)]
+    return {
+        "plain": write_report(runs, folder / "plain.html"),
+        "hostile": write_report(nasty_runs, folder / "hostile.html", title=HOSTILE),
+    }
+
+
+def show(browser: webdriver.Chrome, page: Path, *, width: int = 1440, scheme: str = "light") -> None:
+    """Open a page and wait until every figure is drawn."""
+    browser.get_log("browser")
+    browser.get_log("performance")
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
+    )
+    emulate(browser, scheme)
+    browser.get(page.as_uri())
+    for figure in FIGURES:
+        browser.execute_script("document.getElementById(arguments[0]).scrollIntoView()", figure)
+        wait(browser, "return document.querySelector(`#${arguments[0]} svg.main-svg`) !== null", figure)
+
+
+def emulate(browser: webdriver.Chrome, scheme: str) -> None:
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+
+def wait(browser: webdriver.Chrome, script: str, *arguments: object) -> None:
+    """Until the script returns true, at most 10 s."""
+    end = time.monotonic() + 10
+    while not browser.execute_script(script, *arguments):
+        assert time.monotonic() < end, f"still not so after 10 s: {script} {arguments}"
+        time.sleep(0.05)
+
+
+def requests(browser: webdriver.Chrome) -> list[str]:
+    """Addresses that the page asked for."""
+    events: list[dict[str, Any]] = [
+        json.loads(entry["message"])["message"] for entry in browser.get_log("performance")
+    ]
+    return [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
+
+
+@pytest.mark.parametrize("which", ["plain", "hostile"])
+def test_every_figure_is_drawn_without_error_or_request(
+    browser: webdriver.Chrome, pages: dict[str, Path], which: str
+) -> None:
+    show(browser, pages[which])
+    marks = browser.execute_script(
+        "return arguments[0].map(id => document.querySelectorAll("
+        "`#${id} .point, #${id} .js-line, #${id} .hm image`).length)",
+        FIGURES,
+    )
+    assert all(count > 0 for count in marks), dict(zip(FIGURES, marks, strict=True))
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+    asked = requests(browser)
+    assert pages[which].as_uri() in asked
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def test_hostile_text_runs_nothing_and_makes_no_links(
+    browser: webdriver.Chrome, pages: dict[str, Path]
+) -> None:
+    show(browser, pages["hostile"])
+    assert browser.execute_script("return window.hit === undefined")
+    assert browser.execute_script("return document.querySelectorAll('img, iframe, figure a').length") == 0
+    assert browser.execute_script("return document.querySelector('h1').textContent") == HOSTILE
+    labels = browser.execute_script(
+        "return [...document.querySelectorAll('#mock-dots .ytick text')].map(t => t.textContent).join('')"
+    )
+    assert labels.startswith("</script>")
+
+
+@pytest.mark.parametrize("which", ["plain", "hostile"])
+def test_a_phone_needs_no_sideways_scrolling(
+    browser: webdriver.Chrome, pages: dict[str, Path], which: str
+) -> None:
+    show(browser, pages[which], width=390)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    wide = browser.execute_script(
+        "return [...document.querySelectorAll('.plot svg.main-svg')]"
+        ".filter(s => s.getBoundingClientRect().right > 391).length"
+    )
+    assert wide == 0
+
+
+def test_figures_follow_the_colour_scheme_while_the_page_is_open(
+    browser: webdriver.Chrome, pages: dict[str, Path]
+) -> None:
+    ink = "return getComputedStyle(document.querySelector('#ep-run .legendtext')).fill"
+    show(browser, pages["plain"], scheme="light")
+    assert browser.execute_script(ink) == "rgb(26, 30, 35)"
+    emulate(browser, "dark")
+    wait(browser, f"{ink} === 'rgb(231, 233, 236)'")
+    assert browser.execute_script("return getComputedStyle(document.documentElement).backgroundColor") == (
+        "rgb(20, 23, 27)"
+    )
+
+
+def test_a_choice_changes_figure_note_and_numbers(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
+    show(browser, pages["plain"])
+    chosen = browser.execute_script(
+        "const s = document.querySelector('#expert-map select'); s.selectedIndex = s.options.length - 1;"
+        "s.dispatchEvent(new Event('change')); return s.value"
+    )
+    assert chosen == "mla-tiny · mock, decode"
+    wait(
+        browser,
+        "return document.querySelector('#expert-map .shown').textContent.startsWith(arguments[0])",
+        "mla-tiny on mock, decode",
+    )
+    caption = browser.execute_script("return document.querySelector('#expert-map caption').textContent")
+    assert caption == "mla-tiny on mock, decode: experts by layer"
+    assert "mla-tiny on mock, decode" in browser.execute_script(
+        "return document.querySelector('#expert-map .plot').getAttribute('aria-label')"
+    )

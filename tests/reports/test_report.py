@@ -1,0 +1,277 @@
+"""The page as a whole: what it says, what it refuses, what it keeps out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from observatory.errors import RunError
+from observatory.records import Manifest
+from observatory.store import RunWriter, open_run, routing_rows
+from reports import write_report
+from reports.collect import collect
+from reports.frames import ReportFrames
+from reports.html import MOST_BYTES
+from reports.sections import findings, heatmap_section, problems, scan_section
+from reports.sections.mock import mock_ratios
+from tests.reports.sample_runs import MODELS, manifest, write_grid, write_run
+
+HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=hit()><a href=javascript:hit()>%{x}"
+
+
+def hostile(value: object) -> object:
+    """The same structure with every free text replaced."""
+    if isinstance(value, dict):
+        fixed = {"schema_version", "state", "kind_of"}
+        return {name: item if name in fixed else hostile(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [hostile(item) for item in value]
+    return HOSTILE if isinstance(value, str) else value
+
+
+class Tags(HTMLParser):
+    """Start tags with their attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def frames_of(*paths: Path, ep: tuple[int, ...] = (4, 8)) -> ReportFrames:
+    return collect([open_run(path) for path in paths], ep_degrees=ep, gpus_per_node=4)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One model on prose, code and mock."""
+    return write_grid(
+        tmp_path_factory.mktemp("pair"),
+        models={"gqa-tiny": MODELS["gqa-tiny"]},
+        conditions={"prose": (True, 1.0), "code": (True, 0.8), "mock": (False, 0.3)},
+        layers=2,
+        experts=8,
+        top_k=2,
+    )
+
+
+def test_thirty_runs_fit_and_every_section_is_there(tmp_path: Path) -> None:
+    page = write_report(write_grid(tmp_path / "runs"), tmp_path / "report.html")
+    text = page.read_text(encoding="utf-8")
+    assert page.stat().st_size < 7_000_000
+    for section in (
+        "findings",
+        "grid",
+        "mock",
+        "experts",
+        "lorenz",
+        "ep",
+        "steps",
+        "layers",
+        "provenance",
+        "methods",
+    ):
+        assert f'<section id="{section}"' in text
+    assert 'class="reason"' not in text
+    assert text.count("* plotly.js v") == 1
+
+
+def test_free_text_of_a_manifest_stays_text(tmp_path: Path) -> None:
+    described = Manifest.model_validate(
+        hostile(
+            manifest(layers=2, experts=8, top_k=2).model_dump(mode="json") | {"notes": ["a"], "extra": "b"}
+        )
+    )
+    run = write_run(tmp_path / "run", described, steps=6)
+    page = write_report([run], tmp_path / "report.html", title=HOSTILE)
+    parsed = Tags()
+    parsed.feed(page.read_text(encoding="utf-8"))
+    scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
+    assert [each for each in scripts if "type" not in each] == [{}, {}]  # plotly.js and our own
+    assert not [tag for tag, _ in parsed.tags if tag in ("img", "iframe", "object", "link")]
+    assert not [name for _, attributes in parsed.tags for name in attributes if name.startswith("on")]
+    links = [attributes["href"] for tag, attributes in parsed.tags if tag == "a"]
+    assert links
+    assert all(str(link).startswith("#") for link in links)
+
+
+def test_an_existing_report_is_kept_unless_told(pair: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    out.write_text("mine")
+    with pytest.raises(RunError, match="exists; choose another name"):
+        write_report(pair, out)
+    assert out.read_text() == "mine"
+    write_report(pair, out, overwrite=True)
+    assert out.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(pair: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        write_report(pair[:1], tmp_path / "file" / "report.html")
+    with pytest.raises(RunError, match="is a directory"):
+        write_report(pair[:1], tmp_path)
+    with pytest.raises(RunError, match="at least one run"):
+        write_report([], tmp_path / "report.html")
+    assert sorted(os.listdir(tmp_path)) == ["file"]
+
+
+def test_a_page_over_the_limit_is_refused(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reports.html.MOST_BYTES", 1_000_000)
+    with pytest.raises(RunError, match="report fewer runs"):
+        write_report(pair, tmp_path / "report.html")
+    assert MOST_BYTES == 10_000_000
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_empty_run_says_why_there_is_nothing(tmp_path: Path) -> None:
+    with RunWriter.create(tmp_path / "run", manifest()):
+        pass
+    text = write_report([tmp_path / "run"], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "no routing rows: the run is left out of every figure" in text
+    assert text.count('class="reason"') >= 7
+    assert "plotly.js v" not in text
+
+
+def test_gaps_that_the_reader_states_are_in_the_page(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", manifest(ranks=2, layers=1, experts=8, top_k=2), steps=6)
+    (path / "ranks" / "rank-00001.json").unlink()
+    frames = frames_of(path)
+    assert frames.facts[0].problems
+    ((name, lines),) = problems(frames)
+    assert name == "gqa-tiny on prose"
+    assert set(frames.facts[0].problems) <= set(lines)
+
+
+def test_degrees_that_do_not_divide_are_left_out_and_said(pair: list[Path]) -> None:
+    frames = frames_of(pair[0], ep=(3, 4, 16))
+    assert set(frames.scan["ep"]) == {4}
+    assert [gap for gap in frames.facts[0].gaps if "EP" in gap] == [
+        "EP 3 is left out of the scan: it does not divide 8 experts",
+        "EP 16 is left out of the scan: it does not divide 8 experts",
+    ]
+    section = scan_section(frames_of(pair[0], ep=(3,)), gpus_per_node=4)
+    assert section.blocks == ()
+    assert "EP 3 is left out" in section.reason
+
+
+def test_the_same_model_and_data_on_other_ranks_is_told_apart(tmp_path: Path) -> None:
+    shape = {"layers": 1, "experts": 8, "top_k": 2}
+    one = write_run(tmp_path / "one", manifest(**shape), steps=6)
+    two = write_run(tmp_path / "two", manifest(ranks=2, **shape), steps=6)
+    assert list(frames_of(one, two).runs["label"]) == ["gqa-tiny (1 ranks)", "gqa-tiny (2 ranks)"]
+    assert list(frames_of(one, one).runs["label"]) == ["gqa-tiny (run 1)", "gqa-tiny (run 2)"]
+
+
+def test_families_of_different_shape_share_a_report(tmp_path: Path) -> None:
+    small = write_run(tmp_path / "small", manifest("small", layers=1, experts=8, top_k=2), steps=6)
+    wide = write_run(tmp_path / "wide", manifest("wide", ranks=2, layers=3, experts=64, top_k=8), steps=6)
+    frames = frames_of(small, wide, ep=(8, 32))
+    assert frames.scan.groupby("run")["ep"].unique().map(list).tolist() == [[8], [8, 32]]
+    assert len(heatmap_section(frames).blocks[0].variants) == 4
+    write_report([small, wide], tmp_path / "report.html", ep_degrees=(8, 32))
+
+
+def _loads_run(path: Path, model: str, condition: str, load: list[int], *, steps: int = 8) -> Path:
+    """Every step has the same loads, so that every interval has no width."""
+    described = manifest(model, condition, real=condition != "mock", layers=1, experts=4, top_k=1)
+    with RunWriter.create(path, described) as writer:
+        writer.append(
+            "routing",
+            routing_rows(
+                step_N=np.arange(steps),
+                phase_N="prefill",
+                layer_N=0,
+                source_rank=0,
+                tokens_N=sum(load),
+                load_NE=np.tile(np.array(load), (steps, 1)),
+            ),
+        )
+    return path
+
+
+def test_the_ratio_of_mock_to_real_is_of_means_over_real_text(tmp_path: Path) -> None:
+    frames = frames_of(
+        _loads_run(tmp_path / "a", "m", "prose", [100, 100, 100, 300]),  # Gini 0.25
+        _loads_run(tmp_path / "b", "m", "code", [100, 100, 100, 100]),  # Gini 0
+        _loads_run(tmp_path / "c", "m", "mock", [0, 0, 0, 600]),  # Gini 0.75
+        ep=(2,),
+    )
+    ratio = mock_ratios(frames.cells).iloc[0]
+    assert (ratio["real"], ratio["mock"], ratio["ratio"]) == pytest.approx((0.125, 0.75, 6.0))
+    assert ratio["verdict"] == "over"
+
+
+def _sentence(sentences: list[str], part: str) -> str:
+    (found,) = [sentence for sentence in sentences if part in sentence]
+    return found
+
+
+def test_findings_name_the_most_and_least_concentrated_model(tmp_path: Path) -> None:
+    frames = frames_of(
+        _loads_run(tmp_path / "a", "even", "prose", [100, 100, 100, 100]),
+        _loads_run(tmp_path / "b", "skewed", "prose", [100, 100, 100, 300]),
+        ep=(2,),
+    )
+    sentences = findings(frames)
+    first = _sentence(sentences, "most concentrated on real text")
+    assert first.startswith(
+        "In prefill, skewed is the most concentrated on real text: Gini 0.250 (0.250 – 0.250)"
+    )
+    assert "even is the least: 0.000" in first
+    assert "do not differ" not in first
+    assert "even on prose (prefill)" in _sentence(sentences, "Not to be told from uniform routing")
+    assert "layer 0 of skewed on prose" in _sentence(sentences, "most concentrated layer")
+    # linear placement over 2 ranks: 200 and 400 of 600, so 400 / 300
+    assert "busiest rank 1.33× the mean" in _sentence(sentences, "Laid out over EP 2, skewed")
+
+
+def test_equal_models_are_said_not_to_differ(tmp_path: Path) -> None:
+    runs = [_loads_run(tmp_path / name, name, "prose", [100, 100, 100, 300]) for name in ("x", "y")]
+    assert "x and y do not differ beyond the interval." in _sentence(
+        findings(frames_of(*runs, ep=(2,))), "most concentrated on real text"
+    )
+
+
+def test_too_few_steps_give_no_verdict(tmp_path: Path) -> None:
+    frames = frames_of(
+        _loads_run(tmp_path / "a", "m", "prose", [100, 100, 100, 300], steps=2),
+        _loads_run(tmp_path / "b", "m", "mock", [0, 0, 0, 600], steps=2),
+        ep=(2,),
+    )
+    assert mock_ratios(frames.cells)["verdict"].tolist() == ["unknown"]
+    assert "cannot be judged (too few steps for intervals) in m" in _sentence(findings(frames), "mock data")
+
+
+def test_a_damaged_run_keeps_its_place_with_the_reason(pair: list[Path], tmp_path: Path) -> None:
+    described = manifest("broken", layers=1, experts=8, top_k=2)
+    path = write_run(tmp_path / "run", described, steps=6)
+    part = next((path / "routing" / "rank-00000").glob("*.parquet"))
+    data = bytearray(part.read_bytes())
+    data[200 : len(data) // 2] = b"\0" * (len(data) // 2 - 200)
+    part.write_bytes(bytes(data))
+    frames = frames_of(pair[0], path)
+    assert frames.runs["label"].tolist() == ["gqa-tiny", "broken"]
+    assert set(frames.summary["run"]) == {0}
+    ((name, _lines),) = [entry for entry in problems(frames) if entry[0].startswith("broken")]
+    assert name == "broken on prose"
+
+
+MakeRun = Callable[..., Path]
+
+
+def test_hand_made_loads_reach_the_page_unchanged(make_run: MakeRun, tmp_path: Path) -> None:
+    # loads 1, 1, 2, 4 in each of 6 steps: Gini = (2*(1*1+2*1+3*2+4*4))/(4*8) - 5/4 = 0.3125
+    text = write_report([make_run()], tmp_path / "report.html", ep_degrees=(2,)).read_text(encoding="utf-8")
+    assert ">0.312<small>" in text
+    assert "2.00× (" in text  # busiest expert 4 over mean 2
