@@ -48,8 +48,11 @@ def find_sites(model: nn.Module, *, adapters: Sequence[Adapter] = ()) -> list[Ro
     configs = list(_configurations(model))
     found = [c for path in modules for c in _adapted(path, modules, adapters)]
     adapted = tuple(found)
-    for path in modules:
-        if not any(_inside(path, a.path) or _beside(path, a.block) for a in adapted):
+    for (
+        path
+    ) in modules:  # outer modules come first: a wrapper with the same interface stands for what it wraps
+        covered = any(_inside(path, c.path) for c in found) or any(_beside(path, a.block) for a in adapted)
+        if not covered:
             found += next(([c] for rule in RULES if (c := rule(path, modules, configs)) is not None), [])
     missed: list[str] = []
     for path, module in modules.items():

@@ -47,7 +47,7 @@ def read_expert_ids(
     def read(
         _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], _output: Any
     ) -> RoutingDecision | None:
-        hidden, chosen = args[0] if args else None, _argument(args, kwargs, ids)
+        hidden, chosen = _argument(args, kwargs, ("hidden_states", 0)), _argument(args, kwargs, ids)
         gates = None if weights is None else _argument(args, kwargs, weights)
         if not isinstance(chosen, torch.Tensor):
             return None

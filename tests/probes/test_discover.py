@@ -223,6 +223,49 @@ def test_experts_sharded_over_ranks_keep_their_global_number() -> None:
     assert [site.spec.experts for site in find_sites(model)] == [EXPERTS, EXPERTS]
 
 
+class Wrapper(nn.Module):
+    """Hands calls on to experts under the experts' own interface, as quantisers and profilers do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.num_experts = inner, inner.num_experts
+
+    def forward(self, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+        return self.inner(hidden_states, top_k_index, top_k_weights)
+
+
+def test_wrapped_experts_are_counted_once() -> None:
+    model = tiny_model("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts = Wrapper(layer.mlp.experts)
+    assert [s.spec.module for s in find_sites(model)] == [f"model.layers.{i}.mlp.experts" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_batched_execution_is_read_like_eager_execution(family: str) -> None:
+    model = tiny_model(family)
+    loads = []
+    for implementation in ("eager", "batched_mm"):
+        model.set_experts_implementation(implementation)
+        with torch.no_grad(), read_loads(find_sites(model)) as read:
+            model(**tiny_inputs(model))
+        loads.append(read)
+    assert loads[0] == loads[1]
+    assert all(sum(counts) == 24 * TOP_K for counts, _ in loads[0].values())
+
+
+def test_the_language_model_inside_a_vision_language_model_is_found() -> None:
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    text = tiny_model("qwen3_vl_moe").config.to_dict()
+    model = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+    specs = [site.spec for site in find_sites(model)]
+    assert [s.module for s in specs] == [f"model.language_model.layers.{i}.mlp.experts" for i in (0, 1)]
+    assert [(s.layer, s.experts, s.top_k) for s in specs] == [(0, EXPERTS, TOP_K), (1, EXPERTS, TOP_K)]
+
+
 def test_wrapped_models_and_several_models_keep_their_own_sites() -> None:
     first, second = tiny_model("mixtral"), tiny_model("olmoe")
     together = nn.ModuleDict({"draft": first, "target": second})
