@@ -67,7 +67,7 @@ class Attachment:
 def _run_uncompiled(*hooks: PreHook | PostHook | None) -> None:
     """Keep compilers from compiling a hook by itself, when it is called between compiled code.
 
-    Hooks of a compiled module's inside are traced with it all the same. Without this everything works too, but
+    Hooks inside a compiled module are traced with it all the same. Without this everything works too, but
     every watch adds to the hooks' recompilations, whose number is limited.
     """
     try:

@@ -1,5 +1,7 @@
 """The model does not notice that it is watched."""
 
+# ruff: noqa: PT012, PT031  # what is raised or warned about is that the whole block ends so
+
 from __future__ import annotations
 
 import copy
@@ -73,11 +75,11 @@ def test_a_forward_inside_a_custom_autograd_function_counts(tmp_path: Path) -> N
 
     class Through(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: object, hidden: torch.Tensor) -> torch.Tensor:
+        def forward(_ctx: object, hidden: torch.Tensor) -> torch.Tensor:
             return model(hidden)
 
         @staticmethod
-        def backward(ctx: object, *gradients: torch.Tensor) -> torch.Tensor:
+        def backward(_ctx: object, *gradients: torch.Tensor) -> torch.Tensor:
             return gradients[0]
 
     with observatory.watch(model, tmp_path / "r", adapters=[routed_adapter()]) as watch:
