@@ -19,6 +19,7 @@ def quickstart(
     from observatory.campaign.quickstart import quickstart_grid
     from observatory.cli.cells import run_cells
     from observatory.cli.output import print_table
+    from observatory.documents import frame_records
     from observatory.errors import ObservatoryError
     from observatory.routing.summary import run_summary
     from observatory.store import open_run
@@ -43,9 +44,10 @@ def quickstart(
     gini = {}
     floor = {}
     for result in results:
-        summary = run_summary(open_run(result.run)).set_index("phase").loc["prefill"]
-        gini[result.cell.job.model, result.cell.job.data] = float(summary["gini"])
-        floor[result.cell.job.model] = float(summary["gini_floor"])
+        rows = frame_records(run_summary(open_run(result.run)))
+        prefill = next(row for row in rows if row["phase"] == "prefill")
+        gini[result.cell.job.model, result.cell.job.data] = prefill["gini"]
+        floor[result.cell.job.model] = prefill["gini_floor"]
     print_table(
         ["model", *config.data, "floor"],
         [[model, *(gini[model, data] for data in config.data), floor[model]] for model in config.models],
