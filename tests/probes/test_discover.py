@@ -75,6 +75,14 @@ def test_a_model_without_experts_is_refused_with_what_was_looked_for() -> None:
         find_sites(nn.Sequential(nn.Linear(4, 4)))
 
 
+@pytest.mark.parametrize("family", ["llama", "bamba", "t5", "clip"])
+def test_dense_architectures_have_no_sites(family: str) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"), pytest.raises(ModelError, match="has no MoE layer that was recognised"):
+        find_sites(AutoModel.from_config(AutoConfig.for_model(family)))
+
+
 def test_a_linear_layer_called_gate_is_not_a_router() -> None:
     gated = nn.ModuleDict(
         {"gate": nn.Linear(HIDDEN, 4), "up": nn.Linear(HIDDEN, 4), "down": nn.Linear(4, HIDDEN)}
