@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -104,9 +105,13 @@ def write_run(
 ) -> Path:
     """Write a run of every rank of the manifest's topology; ``phases`` gives tokens per step and rank."""
     generator = np.random.default_rng(seed)
-    for rank in range(described.topology.ranks):
-        writer = RunWriter.create(path, described) if rank == 0 else RunWriter.join(path, rank=rank)
-        with writer:
+    with ExitStack() as stack:
+        writers = [stack.enter_context(RunWriter.create(path, described))]
+        writers += [
+            stack.enter_context(RunWriter.join(path, rank=rank))
+            for rank in range(1, described.topology.ranks)
+        ]
+        for rank, writer in enumerate(writers):
             for spec in described.model.moe_layers:
                 for index, (phase, tokens) in enumerate(phases):
                     load_SE = loads(
@@ -128,7 +133,6 @@ def write_run(
                             load_NE=load_SE,
                         ),
                     )
-            writer.close(steps=steps)
     return path
 
 

@@ -63,7 +63,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_thirty_runs_fit_and_every_section_is_there(tmp_path: Path) -> None:
-    page = write_report(write_grid(tmp_path / "runs"), tmp_path / "report.html")
+    page = write_report(write_grid(tmp_path / "runs", layers=2), tmp_path / "report.html")
     text = page.read_text(encoding="utf-8")
     assert page.stat().st_size < 7_000_000
     for section in (
@@ -144,12 +144,12 @@ def test_an_empty_run_says_why_there_is_nothing(tmp_path: Path) -> None:
 
 
 def test_gaps_that_the_reader_states_are_in_the_page(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "run", manifest(ranks=2, layers=1, experts=8, top_k=2), steps=6)
-    (path / "ranks" / "rank-00001.json").unlink()
+    path = _loads_run(tmp_path / "run", "gqa-tiny", "prose", [100, 100, 100, 300], ranks=2)
     frames = frames_of(path)
     assert frames.facts[0].problems
     ((name, lines),) = problems(frames)
     assert name == "gqa-tiny on prose"
+    assert any("rank 1" in line for line in lines)
     assert set(frames.facts[0].problems) <= set(lines)
 
 
@@ -182,9 +182,13 @@ def test_families_of_different_shape_share_a_report(tmp_path: Path) -> None:
     write_report([small, wide], tmp_path / "report.html", ep_degrees=(8, 32))
 
 
-def _loads_run(path: Path, model: str, condition: str, load: list[int], *, steps: int = 8) -> Path:
+def _loads_run(
+    path: Path, model: str, condition: str, load: list[int], *, steps: int = 8, ranks: int = 1
+) -> Path:
     """Every step has the same loads, so that every interval has no width."""
-    described = manifest(model, condition, real=condition != "mock", layers=1, experts=4, top_k=1)
+    described = manifest(
+        model, condition, real=condition != "mock", layers=1, experts=4, top_k=1, ranks=ranks
+    )
     with RunWriter.create(path, described) as writer:
         writer.append(
             "routing",
@@ -254,17 +258,13 @@ def test_too_few_steps_give_no_verdict(tmp_path: Path) -> None:
 
 
 def test_a_damaged_run_keeps_its_place_with_the_reason(pair: list[Path], tmp_path: Path) -> None:
-    described = manifest("broken", layers=1, experts=8, top_k=2)
-    path = write_run(tmp_path / "run", described, steps=6)
-    part = next((path / "routing" / "rank-00000").glob("*.parquet"))
-    data = bytearray(part.read_bytes())
-    data[200 : len(data) // 2] = b"\0" * (len(data) // 2 - 200)
-    part.write_bytes(bytes(data))
+    path = _loads_run(tmp_path / "run", "broken", "prose", [100] * 5)  # its manifest says 4 experts
     frames = frames_of(pair[0], path)
     assert frames.runs["label"].tolist() == ["gqa-tiny", "broken"]
     assert set(frames.summary["run"]) == {0}
-    ((name, _lines),) = [entry for entry in problems(frames) if entry[0].startswith("broken")]
+    ((name, lines),) = [entry for entry in problems(frames) if entry[0].startswith("broken")]
     assert name == "broken on prose"
+    assert any("left out of figures" in line and "5 experts" in line for line in lines)
 
 
 MakeRun = Callable[..., Path]
