@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 __all__ = ["main", "run"]
 
+_INTERRUPTED = 130
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -29,13 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command().main(args=None if argv is None else list(argv), prog_name="observatory")
     except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # typer turns Ctrl-C into this
+            complain("interrupted; what was written so far is kept and can be read")
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except ObservatoryError as error:
         complain(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        complain("interrupted; what was written so far is kept and can be read")
-        return 130
     except BrokenPipeError:
         # The reader of our output went away (`| head`): leave quietly, as other tools do.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
