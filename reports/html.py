@@ -100,7 +100,7 @@ def render(
     plotly_js = get_plotlyjs()
     paths = [str(fact.path) for fact in frames.facts]
     return environment.get_template("report.html.j2").render(
-        title=plain(title or _title(frames)),
+        title=shorten(title or _title(frames), 200),
         version=observatory.__version__,
         policy=content_security_policy(plotly_js, page_js),
         font=Markup(FONT),

@@ -121,7 +121,7 @@ def _add_names(figure: go.Figure, points: pd.DataFrame) -> None:
         x=right,
         y=points["y"],
         mode="text",
-        text=[f"  {figure_text(condition, 18)}" for condition in points["condition"]],
+        text=[f"  {figure_text(condition, 13)}" for condition in points["condition"]],
         textposition="middle right",
         textfont={"size": 11, "color": light("muted")},
         hoverinfo="skip",

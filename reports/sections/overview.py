@@ -53,14 +53,15 @@ def overview(frames: ReportFrames) -> list[tuple[str, str]]:
 
 
 def problems(frames: ReportFrames) -> list[tuple[str, list[str]]]:
-    """(run, what is wrong with it) for every run that has a gap; the reader's words first."""
-    stated = []
+    """(runs, what is wrong with them), runs of equal gaps together; the reader's words first."""
+    stated: dict[tuple[str, ...], list[str]] = {}
     for fact, label in zip(frames.facts, frames.runs["label"], strict=True):
         lines = [plain(line) for line in (*fact.problems, *fact.manifest.notes, *fact.gaps)]
         lines += _unfinished(fact.manifest.state, fact.problems)
         if lines:
-            stated.append((plain(f"{label} on {fact.condition}"), list(dict.fromkeys(lines))))
-    return stated
+            name = f"{shorten(label)} on {shorten(fact.condition)}"
+            stated.setdefault(tuple(dict.fromkeys(lines)), []).append(name)
+    return [(listing(names), list(lines)) for lines, names in stated.items()]
 
 
 def _unfinished(state: str, told: tuple[str, ...]) -> list[str]:

@@ -13,7 +13,7 @@ from observatory.records import Manifest
 from reports.frames import ReportFrames, RunFacts
 from reports.page import Section, Table, table
 from reports.sections.overview import when
-from reports.text import bytes_text, count, plain
+from reports.text import bytes_text, count, plain, shorten
 
 __all__ = ["FORMULAS", "RunRecord", "provenance", "run_table"]
 
@@ -89,8 +89,8 @@ def run_table(frames: ReportFrames) -> Section:
     rows = [
         [
             str(fact.run + 1),
-            plain(label),
-            plain(fact.condition),
+            shorten(label),
+            shorten(fact.condition),
             fact.manifest.state,
             plain(fact.path),
             count(fact.manifest.topology.ranks),
@@ -159,7 +159,7 @@ def _record(fact: RunFacts, label: str) -> RunRecord:
     pairs += [(f"rank {rank.rank}", _line(rank)) for rank in manifest.ranks]
     pairs += [("note", note) for note in manifest.notes]
     return RunRecord(
-        title=plain(f"{label} on {fact.condition}"),
+        title=f"{shorten(label, 60)} on {shorten(fact.condition)}",
         pairs=tuple((plain(name), plain(_value(value))) for name, value in pairs),
         command=plain(shlex.join(manifest.argv)),
         modules=_modules(manifest),
