@@ -72,14 +72,16 @@ def test_the_held_out_loss_is_below_the_unigram_baseline_and_as_recorded(
 ) -> None:
     facts = json.loads((bundled.directory / "training.json").read_text(encoding="utf-8"))
     texts = {
-        name: load_token_ids(name, loaded.tokenizer, vocabulary_size=4096, tokens=2_048).ids
+        name: load_token_ids(name, loaded.tokenizer, vocabulary_size=4096, tokens=65_536)
+        .ids.reshape(-1, 256)[::16]  # every 16th sequence: from many documents
+        .reshape(-1)
         for name in REAL_CONDITIONS
     }
     measured = evaluate(loaded.model, texts, sequence_length=256)
     assert measured.overall_nats < bundled.unigram_cross_entropy - 1.0
     for name, loss_nats in measured.losses_nats.items():
         assert loss_nats < facts["unigram_cross_entropy_nats"][name] - 0.5
-        assert loss_nats == pytest.approx(facts["held_out_loss_nats"][name], abs=0.8)
+        assert loss_nats == pytest.approx(facts["held_out_loss_nats"][name], abs=0.35)
 
 
 def test_routing_has_not_collapsed(bundled: BundledModel) -> None:

@@ -1,5 +1,6 @@
 """The recipes of texts and tokenizer, and the size of what is bundled."""
 
+import json
 import zipfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from observatory.zoo.prepare_texts import html_paragraphs, is_french, main, spli
 from observatory.zoo.tokenizer import END_OF_TEXT, VOCABULARY_SIZE, load_tokenizer, train_tokenizer
 
 ZOO = Path(observatory.zoo.__file__).parent
+DOCUMENT = ZOO.parents[1] / "docs" / "zoo.md"
 
 
 def test_the_tokenizer_gives_back_every_text() -> None:
@@ -67,3 +69,13 @@ def test_everything_bundled_fits_the_budget(tmp_path: Path) -> None:
         for path in data:
             archive.write(path, path.relative_to(ZOO))
     assert (tmp_path / "zoo.zip").stat().st_size < 14_000_000
+
+
+@pytest.mark.skipif(not DOCUMENT.is_file(), reason="the documentation is not installed with the package")
+def test_the_documented_losses_are_the_recorded_ones() -> None:
+    lines = DOCUMENT.read_text(encoding="utf-8").splitlines()
+    rows = {line.split("|")[1].strip(" `"): line for line in lines if line.startswith("|") and "**" in line}
+    for path in (ZOO / "checkpoints").glob("*/training.json"):
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        assert f"**{facts['held_out_loss_overall_nats']:.3f}**" in rows[path.parent.name]
+        assert f"**{facts['unigram_cross_entropy_overall_nats']:.3f}**" in rows["unigram"]

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 import observatory.zoo.train as training
 from observatory.errors import ModelError
 from observatory.zoo.balancing import RoutingRecord, expert_loads, switch_loss, update_bias
+from observatory.zoo.data import REAL_CONDITIONS
 from observatory.zoo.evaluation import unigram_cross_entropies
 from observatory.zoo.models import load_model
 from observatory.zoo.recipes import RECIPES, Recipe, recipe_named
@@ -28,7 +30,7 @@ def small(name: str) -> Recipe:
 def little_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "EVALUATED_TOKENS", 64)
     monkeypatch.setattr(training, "LOAD_TOKENS", 64)
-    texts = {name: np.arange(640) % (50 + i) for i, name in enumerate(training.REAL_CONDITIONS)}
+    texts = {name: np.arange(640) % (50 + i) for i, name in enumerate(REAL_CONDITIONS)}
     monkeypatch.setattr(training, "training_sequences", lambda **_: texts)
 
 
@@ -46,7 +48,7 @@ def test_two_steps_make_a_checkpoint_that_loads_and_the_same_seed_makes_it_again
     written = json.loads((tmp_path / "a" / "training.json").read_text(encoding="utf-8"))
     assert written["tokens_seen"] == 2 * 4 * 32
     assert written["recipe"]["name"] == name
-    assert written["held_out_loss_nats"].keys() == set(training.REAL_CONDITIONS)
+    assert written["held_out_loss_nats"].keys() == set(REAL_CONDITIONS)
     loaded = load_model(str(tmp_path / "a"))
     for (_, trained), (_, read) in zip(
         model_parameters(training.train(small(name), seed=3)[0]), model_parameters(loaded.model), strict=True
@@ -98,7 +100,8 @@ def test_the_bias_goes_up_for_experts_below_the_mean_load_and_down_above_it() ->
         logits_TE=[torch.zeros(6, 3)], experts_TK=[torch.tensor([[0], [0], [0], [1], [1], [2]])]
     )
     update_bias(model, record, rate=0.25)
-    assert model[0].e_score_correction_bias.tolist() == [-0.25, 0.0, 0.25]
+    router: Any = model[0]
+    assert router.e_score_correction_bias.tolist() == [-0.25, 0.0, 0.25]
 
 
 def test_the_unigram_baseline_of_equal_counts_is_the_log_of_the_vocabulary() -> None:
