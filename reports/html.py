@@ -81,8 +81,7 @@ def write_report(
     if size > MOST_BYTES:
         raise RunError(
             f"the report of {len(runs)} runs would have {bytes_text(size)}, more than "
-            f"{bytes_text(MOST_BYTES)}; "
-            "report fewer runs at once"
+            f"{bytes_text(MOST_BYTES)}; report fewer runs at once"
         )
     _write(target, page)
     return target

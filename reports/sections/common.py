@@ -34,8 +34,7 @@ def window_text(cells: pd.DataFrame) -> str:
     """Window, tokens and floor of the cells shown."""
     return (
         f"Window: the whole run of {spread(cells['steps'])} steps, {spread(cells['tokens'])} tokens per "
-        "layer; "
-        f"sampling floor {spread(cells['gini_floor'], number)}."
+        f"layer; sampling floor {spread(cells['gini_floor'], number)}."
     )
 
 

@@ -110,8 +110,7 @@ def _worst_layer(frames: ReportFrames) -> list[str]:
         f"The most concentrated layer is layer {row['layer']} of {_name(row['label'])} on "
         f"{shorten(row['condition'])} "
         f"({row['phase']}): Gini {number(row['gini'])} against a floor of {number(row['gini_floor'])}, "
-        "busiest expert "
-        f"{times(row['expert_max_over_mean'])} the mean."
+        f"busiest expert {times(row['expert_max_over_mean'])} the mean."
     ]
 
 

@@ -34,8 +34,7 @@ def grid_section(frames: ReportFrames) -> Section:
             "Bands are decided by real text alone: data-resilient when no real text exceeds "
             f"{RESILIENT_UP_TO}; "
             f"persistently concentrated when every one exceeds {CONCENTRATED_ABOVE} with the floor taken "
-            "out as "
-            "√(G² − floor²); intermediate otherwise; none with fewer than two real texts. "
+            "out as √(G² − floor²); intermediate otherwise; none with fewer than two real texts. "
             f"{CONCENTRATED_ABOVE} is the boundary of DODOCO (arXiv 2605.20982); the rest of the rule is "
             "ours.",
         ),

@@ -53,8 +53,7 @@ def heatmap_section(frames: ReportFrames) -> Section:
                 id="expert-map",
                 title="Share of assignments by layer and expert",
                 caption="Experts, whole window, source ranks summed. The colour scale is even in the "
-                "logarithm and "
-                "saturates at ¼× and 4×. Values are rounded to 1 % of the uniform share.",
+                "logarithm and saturates at ¼× and 4×. Values are rounded to 1 % of the uniform share.",
                 choice="Run",
                 variants=tuple(variants),
             ),
@@ -68,8 +67,7 @@ def _variant(loads: pd.DataFrame, layers: pd.DataFrame, label: str, condition: s
         label=run_choice(label, condition, phase),
         figure=expert_shares(loads),
         alt=f"Heatmap of {layers['layer'].nunique()} layers by {int(layers['experts'].max())} experts for "
-        f"{shorten(label)} "
-        f"on {shorten(condition)}, {phase}: the busiest expert of any layer takes "
+        f"{shorten(label)} on {shorten(condition)}, {phase}: the busiest expert of any layer takes "
         f"{times(layers['expert_max_over_mean'].max())} the uniform share.",
         note=f"{shorten(label)} on {shorten(condition)}, {phase}. " + layer_window_text(layers),
         numbers=_numbers(loads, label, condition, phase),

@@ -55,8 +55,7 @@ def lorenz_section(frames: ReportFrames) -> Section:
             "diagonal all are equal; the further a curve hangs below it, the fewer experts do the work. "
             "Gini is twice "
             "the area between curve and diagonal, so the bold curve's Gini is the model's value in the "
-            "grid above. "
-            "The dotted curve is what sampling alone would show with perfectly uniform routing.",
+            "grid above. The dotted curve is what sampling alone would show with perfectly uniform routing.",
         ),
         blocks=(
             FigureBlock(
@@ -65,8 +64,7 @@ def lorenz_section(frames: ReportFrames) -> Section:
                 caption="Experts, whole window (lorenz, docs/metrics.md). Drawn at 41 points. The curve of "
                 "uniform "
                 "routing is an estimate: loads taken as normal, with the Gini of the sampling floor; it is "
-                "left out "
-                "where loads are too small for that.",
+                "left out where loads are too small for that.",
                 choice="Run",
                 narrow=True,
                 variants=tuple(variants),

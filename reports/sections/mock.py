@@ -75,8 +75,7 @@ def mock_section(frames: ReportFrames) -> Section:
         "Random token ids are a common stand-in for text when MoE systems are benchmarked. The dots show "
         "what "
         "each data condition does to the same model; the closer the orange square stands to the blue dots, "
-        "the "
-        "better mock tokens stand for text."
+        "the better mock tokens stand for text."
     )
     return Section(
         id="mock",
@@ -90,8 +89,7 @@ def mock_section(frames: ReportFrames) -> Section:
                 id="mock-dots",
                 title="Gini by data condition",
                 caption="Experts, whole window, unweighted mean over layers (gini, docs/metrics.md). Bars "
-                "are 95 % "
-                "bootstrap intervals over steps; ticks are the sampling floor (gini_floor).",
+                "are 95 % bootstrap intervals over steps; ticks are the sampling floor (gini_floor).",
                 choice="Phase",
                 variants=tuple(_variant(cells[cells["phase"] == phase], phase) for phase in phases_of(cells)),
             ),
@@ -166,6 +164,5 @@ def _ratio_table(ratios: pd.DataFrame) -> Table:
         note="Real text: unweighted mean over the real-text conditions of the model, shuffled text left "
         "out; its "
         "interval is the mean of their intervals. The ratio's interval divides the ends crosswise: at "
-        "least as wide "
-        "as a 95 % interval (an estimate on the safe side).",
+        "least as wide as a 95 % interval (an estimate on the safe side).",
     )

@@ -62,14 +62,11 @@ def scan_section(frames: ReportFrames, *, gpus_per_node: int) -> Section:
             "The captured loads, laid out again over other numbers of ranks (scan, docs/metrics.md): "
             "arithmetic on "
             "counts, no time was measured. Busiest expert over mean expert is a property of the routing "
-            "and is "
-            "flat by construction: the same tokens choose the same experts at any EP degree. What "
-            "placement can "
-            "change, and what the exchange waits for, is the busiest rank over the mean rank.",
+            "and is flat by construction: the same tokens choose the same experts at any EP degree. What "
+            "placement can change, and what the exchange waits for, is the busiest rank over the mean rank.",
             f"Placement {plain(placement)}, {gpus_per_node} ranks per node. Source ranks: "
             f"{plain(listing(list(dict.fromkeys(scan['sources']))))}; everything but “captured” is an "
-            "estimate. "
-            "All values are unweighted means over the model's MoE layers.",
+            "estimate. All values are unweighted means over the model's MoE layers.",
         ),
         blocks=(
             FigureBlock(
@@ -118,8 +115,7 @@ def _overview(scan: pd.DataFrame) -> list[Variant]:
                     figure=rank_imbalance(own),
                     alt=f"Line chart on {shorten(condition)}, {phase}: busiest rank over mean rank from "
                     f"{times(own['rank_max_over_mean'].min())} to {times(own['rank_max_over_mean'].max())} "
-                    "over EP "
-                    f"{own['ep'].min()} to {own['ep'].max()}.",
+                    f"over EP {own['ep'].min()} to {own['ep'].max()}.",
                     note=f"{shorten(condition)}, {phase}; {own['label'].nunique()} models.",
                     numbers=table(
                         f"Busiest rank ÷ mean rank on {shorten(condition)}, {phase}",

@@ -35,9 +35,8 @@ def step_section(frames: ReportFrames) -> Section:
         lead=(
             "The exchange of a step waits for that step's imbalance, not for the average of the run. A "
             "single step "
-            "always looks less balanced: it has fewer tokens, so its sampling floor is higher. Compare "
-            "each diamond "
-            "with the upper dotted line, each dot with the lower one.",
+            "looks less balanced as a rule: it has fewer tokens, so its sampling floor is higher. Compare "
+            "each diamond with the upper dotted line, each dot with the lower one.",
         ),
         blocks=(
             FigureBlock(
