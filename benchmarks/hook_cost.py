@@ -1,11 +1,12 @@
 """What watching costs per MoE layer call, beside the usual ways to look at routing.
 
 Protocol, per call size (decode-like: 8 tokens, prefill-like: 2048 tokens): warm-up of every variant; then
-rounds in which every variant runs once, in an order that rotates, on the same model and input; one
-forward pass is timed at a time. Setting a variant up and taking it down is not timed. On the CPU the clock is
-the thread's processor time and torch uses one thread, so that other programs disturb less; on a GPU it is the
-wall clock between synchronisations. ``hook alone`` is our hook called by itself on the arguments of a real
-call: the median of 300. The cost of a variant is the median over rounds of (its time - the plain time of the
+rounds in which every variant runs once, in an order drawn anew each round, on the same model and input. A
+variant runs two forward passes and the second is timed: the first one after a profiler is slower whatever
+follows it, which must not fall on one variant. Setting up and taking down is not timed. On the CPU the clock
+is the thread's processor time and torch uses one thread, so that other programs disturb less; on a GPU it is
+the wall clock between synchronisations. ``hook alone`` is our hook called by itself, over and over, on the
+arguments of a real call: the median of 300. Between the layers of a model its code is cold and costs more. The cost of a variant is the median over rounds of (its time - the plain time of the
 same round) / MoE layers; the interval is the distribution-free 95 % interval of that median. Variants:
 
     watch           our hooks, counts only; the copy at the end of a step is timed on its own
@@ -92,13 +93,14 @@ def measure(model: Any, shape: tuple[int, int], rounds: int, device: str) -> dic
         "profiler": (profiled, {}),
     }
     names = list(setups)
+    order = np.random.default_rng(0)
     times_us: dict[str, list[float]] = {name: [] for name in names}
     steps_us: list[float] = []
     for number in range(-3, rounds):
-        for offset in range(len(names)):
-            name = names[(number + offset) % len(names)]
+        for name in order.permutation(names):
             setup, options = setups[name]
             with setup():
+                model(ids, use_cache=False, logits_to_keep=1, **options)
                 synchronise(device)
                 start_ns = clock_ns()
                 model(ids, use_cache=False, logits_to_keep=1, **options)
