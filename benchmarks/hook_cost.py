@@ -6,8 +6,9 @@ variant runs two forward passes and the second is timed: the first one after a p
 follows it, which must not fall on one variant. Setting up and taking down is not timed. On the CPU the clock
 is the thread's processor time and torch uses one thread, so that other programs disturb less; on a GPU it is
 the wall clock between synchronisations. ``hook alone`` is our hook called by itself, over and over, on the
-arguments of a real call: the median of 300. Between the layers of a model its code is cold and costs more. The cost of a variant is the median over rounds of (its time - the plain time of the
-same round) / MoE layers; the interval is the distribution-free 95 % interval of that median. Variants:
+arguments of a real call: the median of 300. Between the layers of a model its code is cold and costs more.
+The cost of a variant is the median over rounds of (its time - the plain time of the same round) / MoE layers;
+the interval is the distribution-free 95 % interval of that median. Variants:
 
     watch           our hooks, counts only; the copy at the end of a step is timed on its own
     watch_all       our hooks with gate mass and samples of 64 tokens
