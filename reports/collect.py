@@ -16,6 +16,7 @@ from observatory.routing import (
     classify,
     collect_layer_loads,
     layer_metrics,
+    local_consistency,
     phase_summary,
 )
 from observatory.store import Run
@@ -24,6 +25,8 @@ from reports.frames import ReportFrames, RunFacts, each_row, in_reading_order, l
 __all__ = ["collect", "model_bands"]
 
 _BOOTSTRAP = 200
+_LOADS = ("phase", "layer", "expert", "load", "load_odd", "load_even", "run")
+_LOCALITY = ("phase", "layer", "segments", "hit_share", "hit_share_shuffled", "locality_gain", "run")
 
 
 def collect(runs: Sequence[Run], *, ep_degrees: Sequence[int], gpus_per_node: int) -> ReportFrames:
@@ -32,7 +35,7 @@ def collect(runs: Sequence[Run], *, ep_degrees: Sequence[int], gpus_per_node: in
     A run that cannot be analysed keeps its place, with the reason among its gaps.
     """
     facts: list[RunFacts] = []
-    layers, summaries, loads, scans = [], [], [], []
+    layers, summaries, loads, scans, localities = [], [], [], [], []
     for index, run in enumerate(runs):
         gaps: list[str] = []
         try:
@@ -45,6 +48,8 @@ def collect(runs: Sequence[Run], *, ep_degrees: Sequence[int], gpus_per_node: in
                 summaries.append(phase_summary(own, bootstrap=_BOOTSTRAP).assign(run=index))
                 loads.append(_loads_frame(own).assign(run=index))
                 scans += [] if scan is None else [scan.assign(run=index)]
+                samples = run.token_samples()
+                localities += [] if samples.empty else [local_consistency(samples).assign(run=index)]
             else:
                 gaps.append("no routing rows: the run is left out of every figure")
         except ObservatoryError as error:
@@ -65,9 +70,10 @@ def collect(runs: Sequence[Run], *, ep_degrees: Sequence[int], gpus_per_node: in
         runs=frame,
         layers=_joined(layers, (*layer_metrics({}, bootstrap=0).columns, "run")),
         summary=summary,
-        loads=_joined(loads, ("phase", "layer", "expert", "load", "run")),
+        loads=_joined(loads, _LOADS),
         scan=_joined(scans, ("ep", "placement", "layer", "phase", "run")),
         bands=model_bands(in_reading_order(summary.merge(frame, on="run"))),
+        locality=_joined(localities, _LOCALITY),
     )
 
 
@@ -103,7 +109,14 @@ def _loads_frame(loads: RunLoads) -> pd.DataFrame:
     return pd.concat(
         [
             pd.DataFrame(
-                {"phase": phase, "layer": layer, "expert": np.arange(own.experts), "load": own.load_E}
+                {
+                    "phase": phase,
+                    "layer": layer,
+                    "expert": np.arange(own.experts),
+                    "load": own.load_E,
+                    "load_odd": own.load_GE[0::2].sum(axis=0),
+                    "load_even": own.load_GE[1::2].sum(axis=0),
+                }
             )
             for (phase, layer), own in loads.items()
         ],

@@ -3,9 +3,11 @@
 ``runs``      run, label, condition, kind, mixer, ranks
 ``layers``    run, phase, and the columns of ``observatory.routing.layer_metrics``
 ``summary``   run, phase, and the columns of ``observatory.routing.phase_summary``
-``loads``     run, phase, layer, expert, load (whole window, summed over source ranks)
+``loads``     run, phase, layer, expert, load (whole window, summed over source ranks), and its parts load_odd
+              and load_even from every other step (of long runs: every other group of neighbouring steps)
 ``scan``      run, and the columns of ``observatory.parallel.scan_run``
 ``bands``     label, phase, band, reason
+``locality``  run, and the columns of ``observatory.routing.local_consistency``; empty without token samples
 
 ``run`` is the position of the run in the report; ``label`` names a model, uniquely among runs of the same
 condition; ``kind`` is real, altered, mock or unstated.
@@ -78,6 +80,7 @@ class ReportFrames:
     loads: pd.DataFrame
     scan: pd.DataFrame
     bands: pd.DataFrame
+    locality: pd.DataFrame
 
     @property
     def cells(self) -> pd.DataFrame:

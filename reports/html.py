@@ -22,6 +22,7 @@ from reports.frames import ReportFrames
 from reports.page import FigureBlock, Section, Variant
 from reports.sections import (
     FORMULAS,
+    committee_section,
     findings,
     grid_section,
     heatmap_section,
@@ -133,6 +134,7 @@ def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]
         mock_section(frames),
         heatmap_section(frames),
         lorenz_section(frames),
+        committee_section(frames),
         scan_section(frames, gpus_per_node=gpus_per_node),
         step_section(frames),
         layer_section(frames),

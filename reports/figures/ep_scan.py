@@ -32,11 +32,16 @@ def _degrees(frame: pd.DataFrame) -> list[int]:
 
 
 def rank_imbalance(scan: pd.DataFrame) -> go.Figure:
-    """Busiest rank over mean rank against the EP degree, one line per model.
+    """Busiest rank over mean rank against the EP degree, one line per model, and the sampling floor.
+
+    The floor is one line where all models have the same, else one in each model's colour.
 
     Args:
-        scan: one row per ``label`` and ``ep``: ``rank_max_over_mean`` (mean over layers, whole window).
+        scan: one row per ``label`` and ``ep``, whole window, means over layers: ``rank_max_over_mean``,
+            ``rank_max_over_mean_floor``.
     """
+    floors = scan.pivot(index="ep", columns="label", values="rank_max_over_mean_floor")
+    shared = bool((floors.max(axis=1) - floors.min(axis=1)).lt(5e-3).all())
     figure = empty_figure(
         380 + 12 * scan["label"].nunique(),
         x=_degree_axis(_degrees(scan)),
@@ -44,6 +49,16 @@ def rank_imbalance(scan: pd.DataFrame) -> go.Figure:
     )
     for index, (label, rows) in enumerate(scan.sort_values("ep").groupby("label", sort=False)):
         colour = SERIES[index % len(SERIES)]
+        if index == 0 or not shared:
+            figure.add_scatter(
+                x=rows["ep"],
+                y=rows["rank_max_over_mean_floor"],
+                mode="lines",
+                name="uniform routing of as many tokens",
+                showlegend=index == 0,
+                line={"color": light("muted") if shared else colour, "width": 1.5, "dash": "dot"},
+                hovertemplate="EP %{x}, uniform routing: %{y:.2f}×<extra></extra>",
+            )
         figure.add_scatter(
             x=rows["ep"],
             y=rows["rank_max_over_mean"],

@@ -20,6 +20,8 @@ _KINDS = {
     "unstated": ("origin not stated", "slate", "x"),
 }
 _LINE_PX = 17
+#: Share of the axis that a name may take on a phone.
+_NAME_SHARE = 0.25
 
 
 def condition_dots(points: pd.DataFrame) -> go.Figure:
@@ -115,14 +117,23 @@ def _add_spans(figure: go.Figure, points: pd.DataFrame) -> None:
 
 
 def _add_names(figure: go.Figure, points: pd.DataFrame) -> None:
-    """Name of each condition at the right end of its interval, and room for it."""
+    """Name of each condition at the right end of its interval, and room for it.
+
+    Where the rule to the mean over real text leaves mock to the right, its name stands on the left, or
+    beyond the rule when there is no room on the left.
+    """
     right = points[["gini", "gini_high", "gini_floor"]].max(axis=1)
+    left = points[["gini", "gini_low"]].min(axis=1)
+    real = points["gini"].where(points["kind"] == "real").groupby(points["label"]).transform("mean")
+    ruled = (points["kind"] == "mock") & (real > points["gini"])
+    flipped = ruled & (left > _NAME_SHARE * right.max())
+    place = right.where(~ruled, real).where(~flipped, left)
     figure.add_scatter(
-        x=right,
+        x=place,
         y=points["y"],
         mode="text",
-        text=[f"  {figure_text(condition, 13)}" for condition in points["condition"]],
-        textposition="middle right",
+        text=[f"  {figure_text(condition, 13)}  " for condition in points["condition"]],
+        textposition=np.where(flipped, "middle left", "middle right").tolist(),
         textfont={"size": 11, "color": light("muted")},
         hoverinfo="skip",
         showlegend=False,

@@ -13,6 +13,8 @@ __all__ = ["step_profile"]
 
 #: Up to this many layers each is labelled.
 _EVERY_LAYER = 16
+#: Steps and window stand beside each other, so that equal values do not hide one another.
+_ASIDE = 0.12
 
 
 def step_profile(layers: pd.DataFrame) -> go.Figure:
@@ -39,7 +41,7 @@ def step_profile(layers: pd.DataFrame) -> go.Figure:
     )
     median = layers["step_gini_p50"]
     figure.add_scatter(
-        x=position,
+        x=position + _ASIDE,
         y=median,
         mode="markers",
         name="single steps: median, p10 to p90",
@@ -71,7 +73,7 @@ def step_profile(layers: pd.DataFrame) -> go.Figure:
             hovertemplate=name + " %{y:.3f}<extra></extra>",
         )
     figure.add_scatter(
-        x=position,
+        x=position - _ASIDE,
         y=layers["gini"],
         mode="markers",
         name="whole window",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from reports.committees import committee_overlaps
 from reports.frames import ReportFrames, each_row, phases_of
 from reports.sections.layers import worst_layers
 from reports.sections.mock import mock_ratios
@@ -25,6 +26,7 @@ def findings(frames: ReportFrames) -> list[str]:
         sentences += _mock(mock_ratios(own), phase)
     sentences += _at_floor(cells)
     sentences += _worst_layer(frames)
+    sentences += _committees(frames)
     sentences += _steps(frames)
     sentences += _ranks(frames)
     return sentences
@@ -34,19 +36,25 @@ def _name(label: object) -> str:
     return shorten(plain(label), 48)
 
 
+def _real_first(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Rows of real text and what to call them; all rows where none is real."""
+    real = rows[rows["kind"] == "real"]
+    return (real, "real text") if len(real) else (rows, "the data given")
+
+
 def _concentration(cells: pd.DataFrame, phase: str) -> list[str]:
     """Most and least concentrated model, on real text where there is some."""
-    real = cells[cells["kind"] == "real"]
-    where = "real text" if len(real) else "the data given"
+    own, where = _real_first(cells)
     per_model = (
-        (real if len(real) else cells)
-        .groupby("label", sort=False)[["gini", "gini_low", "gini_high", "gini_floor"]]
+        own.groupby("label", sort=False)[["gini", "gini_low", "gini_high", "gini_floor"]]
         .mean()
         .sort_values("gini", ascending=False)
     )
     first = per_model.iloc[0]
-    values = f"Gini {number(first.gini)} ({interval(first.gini_low, first.gini_high)}), floor "
-    f"{number(first.gini_floor)}"
+    values = (
+        f"Gini {number(first.gini)} ({interval(first.gini_low, first.gini_high)}), "
+        f"floor {number(first.gini_floor)}"
+    )
     if len(per_model) == 1:
         return [f"In {phase}, {_name(per_model.index[0])} has {values} on {where}."]
     second, last = per_model.iloc[1], per_model.iloc[-1]
@@ -94,37 +102,56 @@ def _at_floor(cells: pd.DataFrame) -> list[str]:
     below = cells[cells["gini"] <= limit]
     if below.empty:
         return [
-            f"All {len(cells)} cells of the grid lie above what uniform routing of as many tokens would show "
-            "(one in a thousand chance limit)."
+            f"All {len(cells)} cells of the grid lie above what uniform routing of as many tokens exceeds "
+            "in about one window of a thousand."
         ]
     names = [f"{_name(row.label)} on {shorten(row.condition)} ({row.phase})" for row in each_row(below)]
     return [f"Not to be told from uniform routing at this sample size: {listing(names)}."]
 
 
 def _worst_layer(frames: ReportFrames) -> list[str]:
-    worst = worst_layers(frames, most=1)
-    if worst.empty:
+    layers, where = _real_first(worst_layers(frames, most=None))
+    if layers.empty:
         return []
-    row = worst.iloc[0]
+    row = layers.iloc[0]
     return [
-        f"The most concentrated layer is layer {row['layer']} of {_name(row['label'])} on "
+        f"The most concentrated layer on {where} is layer {row['layer']} of {_name(row['label'])} on "
         f"{shorten(row['condition'])} "
         f"({row['phase']}): Gini {number(row['gini'])} against a floor of {number(row['gini_floor'])}, "
         f"busiest expert {times(row['expert_max_over_mean'])} the mean."
     ]
 
 
+def _committees(frames: ReportFrames) -> list[str]:
+    """Whether the experts that hold half of the load are the same ones on another real text."""
+    overlaps = committee_overlaps(frames)
+    sentences = []
+    for phase in phases_of(overlaps)[:1]:
+        own = overlaps[overlaps["phase"] == phase]
+        per_model = own.groupby(["with_kind", "label"])[["jaccard", "jaccard_chance"]].mean()
+        means = {row.Index: row for row in each_row(per_model.groupby(level="with_kind").mean())}
+        if {"same", "real"} <= means.keys():
+            sentences.append(
+                f"In {phase}, the experts that hold half of a layer's load on one real text overlap by "
+                f"{number(means['real'].jaccard, 2)} with those on another (Jaccard index, mean over "
+                f"models; chance {number(means['real'].jaccard_chance, 2)}), and by "
+                f"{number(means['same'].jaccard, 2)} between even and odd steps of the same text."
+            )
+    return sentences
+
+
 def _steps(frames: ReportFrames) -> list[str]:
-    known = frames.layers.dropna(subset=["step_gini_p50", "gini"])
+    known = frames.layers.dropna(subset=["step_gini_p50", "gini"]).merge(frames.runs, on="run")
     sentences = []
     for phase in phases_of(known):
-        own = known[known["phase"] == phase]
+        own, where = _real_first(known[known["phase"] == phase])
+        step, window, step_floor, floor = (
+            number(own[name].mean()) for name in ("step_gini_p50", "gini", "step_gini_floor", "gini_floor")
+        )
         sentences.append(
-            f"In {phase}, a single step has a median Gini of {number(own['step_gini_p50'].mean())} where "
-            "the whole "
-            f"window has {number(own['gini'].mean())} (means over all layers and runs); the floor of one "
-            "step is "
-            f"{number(own['step_gini_floor'].mean())}, of the window {number(own['gini_floor'].mean())}."
+            f"In {phase}, a single step has a median Gini of {step} where the whole window has {window} "
+            f"(means over all layers of all runs on {where}); the floor of one step is {step_floor}, of the "
+            f"window {floor}."
         )
     return sentences
 
@@ -132,19 +159,20 @@ def _steps(frames: ReportFrames) -> list[str]:
 def _ranks(frames: ReportFrames) -> list[str]:
     if frames.scan.empty:
         return []
-    means = mean_over_layers(frames.scan).merge(frames.runs[["run", "label", "condition"]], on="run")
-    means = means.dropna(subset=["rank_max_over_mean"])
+    means = mean_over_layers(frames.scan).merge(frames.runs[["run", "label", "condition", "kind"]], on="run")
+    means, where = _real_first(means.dropna(subset=["rank_max_over_mean"]))
     shared = means[means["ep"] < means["experts"]]  # one expert per rank says nothing new about ranks
+    several = ", more than one expert per rank" if len(shared) else ""
     means = shared if len(shared) else means
     if means.empty:
         return []
+    means = means[means["phase"] == phases_of(means)[0]]
     row = means.sort_values("rank_max_over_mean").iloc[-1]
     step = row["rank_max_over_mean_step_p90"]
     tail = f" and {times(step)} at the 90th percentile of its steps" if pd.notna(step) else ""
     return [
-        f"Laid out over EP {row['ep']}, {_name(row['label'])} on {shorten(row['condition'])} "
-        f"({row['phase']}) loads its "
-        f"busiest rank {times(row['rank_max_over_mean'])} the mean over the window{tail} (mean over layers, "
-        f"{row['placement']} placement); its busiest expert has {times(row['expert_max_over_mean'])} at "
-        "any EP degree."
+        f"The busiest rank on {where} ({row['phase']}{several}) is that of {_name(row['label'])} on "
+        f"{shorten(row['condition'])} laid out over EP {row['ep']}: {times(row['rank_max_over_mean'])} the "
+        f"mean over the window{tail} (mean over layers, {row['placement']} placement). Its busiest expert "
+        f"has {times(row['expert_max_over_mean'])} at any EP degree."
     ]

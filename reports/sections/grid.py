@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from observatory.routing.bands import CONCENTRATED_ABOVE, RESILIENT_UP_TO
@@ -31,26 +33,37 @@ def grid_section(frames: ReportFrames) -> Section:
             "source ranks summed. Below it: the sampling floor, which perfectly uniform routing of the same "
             "number of tokens would show, and the excess over that floor. "
             "Formulas: gini, gini_floor in docs/metrics.md.",
-            "Bands are decided by real text alone: data-resilient when no real text exceeds "
-            f"{RESILIENT_UP_TO}; "
-            f"persistently concentrated when every one exceeds {CONCENTRATED_ABOVE} with the floor taken "
-            "out as √(G² − floor²); intermediate otherwise; none with fewer than two real texts. "
-            f"{CONCENTRATED_ABOVE} is the boundary of DODOCO (arXiv 2605.20982); the rest of the rule is "
-            "ours.",
         ),
         blocks=(
             *(_table(cells[cells["phase"] == phase], frames.bands, phase, top) for phase in phases_of(cells)),
-            table(
-                "Bands, and why",
-                ["Model", "Phase", "Band", "Reason"],
-                [
-                    [shorten(row.label), row.phase, row.band or "no band", plain(row.reason)]
-                    for row in each_row(frames.bands)
-                ],
-                text=4,
-            ),
+            _band_table(frames.bands),
         ),
     )
+
+
+def _band_table(bands: pd.DataFrame) -> Table:
+    """One row per model, its phases side by side."""
+    phases = phases_of(bands)
+    known = {(row.label, row.phase): row for row in each_row(bands)}
+    return table(
+        "Bands, and why",
+        ["Model", *(phase.capitalize() for phase in phases)],
+        [
+            [shorten(label), *(_band(known.get((label, phase))) for phase in phases)]
+            for label in dict.fromkeys(bands["label"])
+        ],
+        text=1 + len(phases),
+        note="Bands are decided by real text alone: data-resilient when no real text exceeds "
+        f"{RESILIENT_UP_TO}; persistently concentrated when every one exceeds {CONCENTRATED_ABOVE} with the "
+        "floor taken out as √(G² − floor²); intermediate otherwise; none with fewer than two real texts. "
+        f"{CONCENTRATED_ABOVE} is the boundary of DODOCO (arXiv 2605.20982); the rest of the rule is ours.",
+    )
+
+
+def _band(row: Any) -> Cell:
+    if row is None:
+        return Cell(text="–", detail="not run")
+    return Cell(text=row.band or "no band", detail=plain(row.reason))
 
 
 def _table(cells: pd.DataFrame, bands: pd.DataFrame, phase: str, top: float) -> Table:

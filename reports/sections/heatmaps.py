@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from reports.figures import expert_shares
 from reports.frames import ReportFrames
@@ -74,19 +76,22 @@ def _variant(loads: pd.DataFrame, layers: pd.DataFrame, label: str, condition: s
     )
 
 
+def _extremes(load_E: NDArray[np.int64]) -> tuple[float, float, float]:
+    return float(load_E.max()), float(np.median(load_E)), float(load_E.min())
+
+
 def _numbers(loads: pd.DataFrame, label: str, condition: str, phase: str) -> Table:
     rows = []
-    for layer, own in loads.groupby("layer"):
-        ranked = own.sort_values("load", ascending=False, kind="stable")
-        mean = float(own["load"].mean())
+    for layer, loads_of_layer in loads.groupby("layer")["load"]:
+        load_E = loads_of_layer.to_numpy()
+        busiest = np.argsort(-load_E, kind="stable")[:4]
+        mean = float(load_E.mean())
         rows.append(
             [
                 str(layer),
-                " ".join(str(expert) for expert in ranked["expert"].head(4)),
-                times(ranked["load"].iloc[0] / mean if mean else None),
-                times(ranked["load"].median() / mean if mean else None),
-                times(ranked["load"].iloc[-1] / mean if mean else None),
-                count(int((own["load"] == 0).sum())),
+                " ".join(map(str, busiest)),
+                *(times(load / mean if mean else None) for load in _extremes(load_E)),
+                count(int((load_E == 0).sum())),
             ]
         )
     return table(

@@ -5,20 +5,21 @@ from __future__ import annotations
 import pandas as pd
 
 from reports.frames import ReportFrames, each_row
-from reports.page import Section, table
+from reports.page import Cell, Column, Section, table
 from reports.sections.common import NO_LOADS
 from reports.text import count, interval, number, shorten, times
 
 __all__ = ["layer_section", "worst_layers"]
 
-_MOST_ROWS = 30
+_MOST_ROWS = 20
 
 
-def worst_layers(frames: ReportFrames, most: int = _MOST_ROWS) -> pd.DataFrame:
-    """Layers with the largest excess of Gini over the sampling floor, the largest first."""
+def worst_layers(frames: ReportFrames, most: int | None = _MOST_ROWS) -> pd.DataFrame:
+    """Layers with the largest excess of Gini over the sampling floor, the largest first; None for all."""
     known = frames.layers.dropna(subset=["gini_excess"])
-    ranked = known.sort_values("gini_excess", ascending=False, kind="stable").head(most)
-    return ranked.merge(frames.runs[["run", "label", "condition"]], on="run")
+    ranked = known.sort_values("gini_excess", ascending=False, kind="stable")
+    ranked = ranked if most is None else ranked.head(most)
+    return ranked.merge(frames.runs[["run", "label", "condition", "kind"]], on="run")
 
 
 def layer_section(frames: ReportFrames) -> Section:
@@ -42,16 +43,13 @@ def layer_section(frames: ReportFrames) -> Section:
                 "Layers by excess over the sampling floor",
                 [
                     "Model",
-                    "Condition",
-                    "Phase",
+                    "Data",
                     "Layer",
                     "Experts",
                     "Tokens",
-                    "Gini",
-                    "95 % interval",
-                    "Floor",
-                    "Excess",
-                    "Max/mean (floor)",
+                    Column(title="Gini", detail="95 % interval"),
+                    Column(title="Excess", detail="floor"),
+                    Column(title="Max/mean", detail="floor"),
                     "CV",
                     "Entropy, bits",
                     "Idle",
@@ -59,23 +57,26 @@ def layer_section(frames: ReportFrames) -> Section:
                 [
                     [
                         shorten(row.label),
-                        shorten(row.condition),
-                        row.phase,
+                        Cell(text=shorten(row.condition, 24), detail=row.phase),
                         str(row.layer),
-                        f"{row.experts}, top-{'k varies' if pd.isna(row.top_k) else row.top_k}",
+                        Cell(
+                            text=str(row.experts),
+                            detail=f"top-{'k varies' if pd.isna(row.top_k) else row.top_k}",
+                        ),
                         count(row.tokens),
-                        number(row.gini),
-                        interval(row.gini_low, row.gini_high),
-                        number(row.gini_floor),
-                        number(row.gini_excess),
-                        f"{times(row.expert_max_over_mean)} ({times(row.expert_max_over_mean_floor)})",
+                        Cell(text=number(row.gini), detail=interval(row.gini_low, row.gini_high)),
+                        Cell(text=number(row.gini_excess), detail=number(row.gini_floor)),
+                        Cell(
+                            text=times(row.expert_max_over_mean),
+                            detail=times(row.expert_max_over_mean_floor),
+                        ),
                         number(row.cv, 2),
                         number(row.entropy_bits, 2),
                         count(row.idle_experts),
                     ]
                     for row in each_row(rows)
                 ],
-                text=3,
+                text=2,
             ),
         ),
     )

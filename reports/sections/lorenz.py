@@ -22,14 +22,18 @@ def curves_of(loads: pd.DataFrame) -> pd.DataFrame:
 
     Layers without assignments have no curve.
     """
-    parts = []
-    for layer, own in loads.groupby("layer"):
-        curve = lorenz_curve(own["load"].to_numpy())
-        if curve is not None:
-            parts.append(
-                pd.DataFrame({"layer": layer, "x": LORENZ_GRID, "y": np.interp(LORENZ_GRID, *curve)})
-            )
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["layer", "x", "y"])
+    curves = {
+        layer: np.interp(LORENZ_GRID, *curve)
+        for layer, load_E in loads.groupby("layer")["load"]
+        if (curve := lorenz_curve(load_E.to_numpy())) is not None
+    }
+    return pd.DataFrame(
+        {
+            "layer": np.repeat(list(curves), len(LORENZ_GRID)),
+            "x": np.tile(LORENZ_GRID, len(curves)),
+            "y": np.concatenate([*curves.values(), []]),
+        }
+    )
 
 
 def lorenz_section(frames: ReportFrames) -> Section:
@@ -61,10 +65,9 @@ def lorenz_section(frames: ReportFrames) -> Section:
             FigureBlock(
                 id="lorenz-curves",
                 title="Lorenz curves of expert loads",
-                caption="Experts, whole window (lorenz, docs/metrics.md). Drawn at 41 points. The curve of "
-                "uniform "
-                "routing is an estimate: loads taken as normal, with the Gini of the sampling floor; it is "
-                "left out where loads are too small for that.",
+                caption="Experts, whole window (lorenz_curve, docs/metrics.md). Drawn at 41 points. The "
+                "curve of uniform routing is an estimate: loads taken as normal, with the Gini of the "
+                "sampling floor; it is left out where loads are too small for that.",
                 choice="Run",
                 narrow=True,
                 variants=tuple(variants),

@@ -8,7 +8,7 @@ import pandas as pd
 
 from reports.figures import condition_dots
 from reports.frames import ReportFrames, each_row, phases_of
-from reports.page import FigureBlock, Section, Table, Variant, table
+from reports.page import Cell, Column, FigureBlock, Section, Table, Variant, table
 from reports.sections.common import NO_LOADS, window_text
 from reports.text import interval, number, shorten, times
 
@@ -129,7 +129,7 @@ def _variant(cells: pd.DataFrame, phase: str) -> Variant:
 def _ratio_table(ratios: pd.DataFrame) -> Table:
     words = {
         "over": "mock overstates the imbalance",
-        "under": "mock understates it",
+        "under": "mock understates the imbalance",
         "same": "no difference beyond the interval",
         "unknown": "not decided: too few steps for an interval",
     }
@@ -139,24 +139,18 @@ def _ratio_table(ratios: pd.DataFrame) -> Table:
             "Model",
             "Phase",
             "What mock does",
-            "Real text",
-            "95 % interval",
-            "Mock",
-            "95 % interval",
-            "Ratio",
-            "Interval",
+            Column(title="Real text", detail="95 % interval"),
+            Column(title="Mock", detail="95 % interval"),
+            Column(title="Ratio", detail="interval"),
         ],
         [
             [
                 shorten(row.label),
                 row.phase,
                 words[row.verdict],
-                number(row.real),
-                interval(row.real_low, row.real_high),
-                number(row.mock),
-                interval(row.mock_low, row.mock_high),
-                times(row.ratio),
-                interval(row.ratio_low, row.ratio_high, 2),
+                Cell(text=number(row.real), detail=interval(row.real_low, row.real_high)),
+                Cell(text=number(row.mock), detail=interval(row.mock_low, row.mock_high)),
+                Cell(text=times(row.ratio), detail=interval(row.ratio_low, row.ratio_high, 2)),
             ]
             for row in each_row(ratios)
         ],

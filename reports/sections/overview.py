@@ -24,7 +24,6 @@ def overview(frames: ReportFrames) -> list[tuple[str, str]]:
     runs, cells = frames.runs, frames.cells
     models = list(dict.fromkeys(shorten(fact.manifest.model.name) for fact in frames.facts))
     stamps = sorted(fact.manifest.created_unix_s for fact in frames.facts)
-    dates = list(dict.fromkeys(when(stamp) for stamp in (stamps[:1] + stamps[-1:])))
     pairs = [
         (_plural("Model", len(models)), listing(models, most=6)),
         (
@@ -38,9 +37,12 @@ def overview(frames: ReportFrames) -> list[tuple[str, str]]:
         ),
     ]
     if len(cells):
-        tokens, top_k = spread(cells["tokens"]), frames.layers["top_k"]
+        top_k = frames.layers["top_k"]
+        tokens = [
+            f"{spread(cells.loc[cells['phase'] == phase, 'tokens'])} in {phase}" for phase in phases_of(cells)
+        ]
         pairs += [
-            ("Window", f"{spread(cells['steps'])} steps, {tokens} tokens per layer and phase"),
+            ("Window", f"{spread(cells['steps'])} steps; tokens per layer: {listing(tokens)}"),
             (
                 "MoE layers",
                 f"{spread(cells['layers'])} per model, {spread(frames.layers['experts'])} experts, "
@@ -48,8 +50,17 @@ def overview(frames: ReportFrames) -> list[tuple[str, str]]:
             ),
             ("Assignments", count(float(frames.layers["assignments"].sum()))),
         ]
-    pairs.append(("Captured", " to ".join(dates)))
+    pairs.append(("Captured", _period(stamps[0], stamps[-1])))
     return pairs
+
+
+def _period(first_unix_s: float, last_unix_s: float) -> str:
+    """Both ends, a common day or time once."""
+    first, last = when(first_unix_s), when(last_unix_s)
+    if first == last:
+        return first
+    same_day = first[:10] == last[:10]
+    return f"{first.removesuffix(' UTC')} to {last[11:] if same_day else last}"
 
 
 def problems(frames: ReportFrames) -> list[tuple[str, list[str]]]:

@@ -34,17 +34,34 @@ FORMULAS: tuple[tuple[str, str], ...] = (
         "expected G of uniform routing of the same T tokens, top-K of E experts; close to "
         "√((1 − K/E) / (π μ)) with μ = T K / E",
     ),
-    ("excess", "G minus its floor"),
+    ("gini_excess", "G minus its floor"),
     ("gini_uniform_limit", "G that uniform routing exceeds in about one window of a thousand"),
     (
-        "interval",
+        "gini_low, gini_high",
         "block bootstrap over steps, 95 %, all layers of a model resampled together, centred on the value",
     ),
-    ("max_over_mean", "largest load over mean load; of experts, or of ranks after placement, never mixed"),
-    ("lorenz", "share of assignments held by the least loaded share of experts"),
-    ("cv, entropy", "standard deviation over mean; −Σ p log₂ p of the shares, at most log₂ E"),
     (
-        "scan",
+        "expert_max_over_mean, rank_max_over_mean",
+        "largest load over mean load; of experts, or of ranks after placement, never mixed",
+    ),
+    (
+        "expert_max_over_mean_floor, rank_max_over_mean_floor",
+        "expected largest over mean of uniform routing of the same tokens, an approximation",
+    ),
+    ("lorenz_curve", "share of assignments held by the least loaded share of experts"),
+    ("cv, entropy_bits", "standard deviation over mean; −Σ p log₂ p of the shares, at most log₂ E"),
+    (
+        "Standing committee",
+        "smallest set of experts that holds half of a layer's assignments; overlap of two sets as |A ∩ B| / "
+        "|A ∪ B|, beside that of random sets of the same sizes",
+    ),
+    (
+        "Local routing consistency",
+        "share of a segment's assignments that its own busiest experts serve, in the order of the text and "
+        "in random order",
+    ),
+    (
+        "Expert-parallel scan",
         "loads summed over the experts a rank would hold; placement and sources as stated beside each figure",
     ),
 )

@@ -36,6 +36,7 @@ def mean_over_layers(scan: pd.DataFrame) -> pd.DataFrame:
     means["sources"] = groups["sources"].agg(lambda values: ", ".join(sorted(set(values))))
     means["experts"] = groups["experts"].max()
     means["placement"] = groups["placement"].first()
+    means["tokens"] = groups["tokens"].max()
     return means.reset_index()
 
 
@@ -59,11 +60,11 @@ def scan_section(frames: ReportFrames, *, gpus_per_node: int) -> Section:
         title=title,
         short="EP scan",
         lead=(
-            "The captured loads, laid out again over other numbers of ranks (scan, docs/metrics.md): "
-            "arithmetic on "
-            "counts, no time was measured. Busiest expert over mean expert is a property of the routing "
-            "and is flat by construction: the same tokens choose the same experts at any EP degree. What "
-            "placement can change, and what the exchange waits for, is the busiest rank over the mean rank.",
+            "The captured loads, laid out again over other numbers of ranks (“Expert-parallel scan” in "
+            "docs/metrics.md): arithmetic on counts, no time was measured. Busiest expert over mean expert "
+            "is a property of the routing and is flat by construction: the same tokens choose the same "
+            "experts at any EP degree. What placement can change, and what the exchange waits for, is the "
+            "busiest rank over the mean rank.",
             f"Placement {plain(placement)}, {gpus_per_node} ranks per node. Source ranks: "
             f"{plain(listing(list(dict.fromkeys(scan['sources']))))}; everything but “captured” is an "
             "estimate. All values are unweighted means over the model's MoE layers.",
@@ -73,7 +74,8 @@ def scan_section(frames: ReportFrames, *, gpus_per_node: int) -> Section:
                 id="ep-models",
                 title="Busiest rank ÷ mean rank, all models",
                 caption="Ranks, whole window, mean over layers. 1× is perfect balance; sampling alone "
-                "keeps it above 1.",
+                "keeps it above 1. Dotted: what uniform routing of as many tokens would show "
+                "(rank_max_over_mean_floor, an estimate).",
                 choice="Data and phase",
                 variants=tuple(_overview(scan)),
             ),
@@ -84,7 +86,7 @@ def scan_section(frames: ReportFrames, *, gpus_per_node: int) -> Section:
                 "window hides part "
                 "of the skew, so single steps (median, bar to p90, dash for the worst) stand above the "
                 "window's line. Dotted: "
-                "what uniform routing of as many tokens would show (max_over_mean_floor, an estimate).",
+                "what uniform routing of as many tokens would show (rank_max_over_mean_floor, an estimate).",
                 choice="Run",
                 variants=tuple(_detail(*cell) for cell in cells),
             ),
@@ -101,6 +103,10 @@ def scan_section(frames: ReportFrames, *, gpus_per_node: int) -> Section:
     )
 
 
+def _tokens_text(scan: pd.DataFrame) -> str:
+    return f"{spread(scan['tokens'])} tokens per layer"
+
+
 def _overview(scan: pd.DataFrame) -> list[Variant]:
     variants = []
     for phase in phases_of(scan):
@@ -108,6 +114,7 @@ def _overview(scan: pd.DataFrame) -> list[Variant]:
             own = scan[(scan["phase"] == phase) & (scan["condition"] == condition)]
             if own.empty:
                 continue
+            models = own["label"].nunique()
             variants.append(
                 Variant(
                     group=phase,
@@ -116,15 +123,24 @@ def _overview(scan: pd.DataFrame) -> list[Variant]:
                     alt=f"Line chart on {shorten(condition)}, {phase}: busiest rank over mean rank from "
                     f"{times(own['rank_max_over_mean'].min())} to {times(own['rank_max_over_mean'].max())} "
                     f"over EP {own['ep'].min()} to {own['ep'].max()}.",
-                    note=f"{shorten(condition)}, {phase}; {own['label'].nunique()} models.",
+                    note=f"{shorten(condition)}, {phase}; {models} {'model' if models == 1 else 'models'}; "
+                    f"{_tokens_text(own)}; floor {spread(own['rank_max_over_mean_floor'], times)}.",
                     numbers=table(
                         f"Busiest rank ÷ mean rank on {shorten(condition)}, {phase}",
-                        ["Model", "EP", "Mean over layers", "Worst layer", "Experts, for comparison"],
+                        [
+                            "Model",
+                            "EP",
+                            "Mean over layers",
+                            "Floor",
+                            "Worst layer",
+                            "Experts, for comparison",
+                        ],
                         [
                             [
                                 shorten(row.label),
                                 str(row.ep),
                                 times(row.rank_max_over_mean),
+                                times(row.rank_max_over_mean_floor),
                                 times(row.rank_max_over_mean_worst),
                                 times(row.expert_max_over_mean),
                             ]
@@ -144,7 +160,7 @@ def _detail(scan: pd.DataFrame, label: str, condition: str, phase: str) -> Varia
         alt=f"Line chart for {shorten(label)} on {shorten(condition)}, {phase}: per-rank imbalance "
         f"{spread(scan['rank_max_over_mean'], times)} over the window, per-expert "
         f"{spread(scan['expert_max_over_mean'], times)}.",
-        note=f"{shorten(label)} on {shorten(condition)}, {phase}. Source ranks: "
+        note=f"{shorten(label)} on {shorten(condition)}, {phase}; {_tokens_text(scan)}. Source ranks: "
         f"{plain(scan['sources'].iloc[0])}.",
         numbers=table(
             f"{shorten(label)} on {shorten(condition)}, {phase}: busiest ÷ mean",
@@ -185,13 +201,11 @@ def _crossings(cells: list[tuple[pd.DataFrame, str, str, str]], gpus_per_node: i
     if not by_construction or len(cells) == 1:
         return [_crossing(*cell, gpus_per_node) for cell in cells]
     only = _crossing(cells[0][0], "All models", "all data", "all phases", gpus_per_node)
-    reason = "No run here recorded more than one source rank, so tokens are spread evenly and the shares "
-    "follow from "
-    return [
-        replace(
-            only, note=f"{only.note} {reason}the number of ranks alone: 1 − 1/EP, the same for every run."
-        )
-    ]
+    reason = (
+        "No run here recorded more than one source rank, so tokens are spread evenly and the shares follow "
+        "from the number of ranks alone: 1 − 1/EP, the same for every run."
+    )
+    return [replace(only, note=f"{only.note} {reason}")]
 
 
 def _crossing(scan: pd.DataFrame, label: str, condition: str, phase: str, gpus_per_node: int) -> Variant:

@@ -67,6 +67,21 @@
     figure.querySelector("select")?.addEventListener("change", () => choose(figure).then(() => draw(figure)));
     figure.querySelector("button").addEventListener("click", () => save(figure));
   }
+
+  // The contents mark the section that crosses a line near the top of the window.
+  const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
+  const reading = new IntersectionObserver(
+    (entries) => {
+      for (const { isIntersecting, target } of entries) {
+        const link = links.get(target.id);
+        if (isIntersecting) link?.setAttribute("aria-current", "location");
+        else link?.removeAttribute("aria-current");
+      }
+    },
+    { rootMargin: "-25% 0px -74.5% 0px" },
+  );
+  document.querySelectorAll("main > section").forEach((section) => reading.observe(section));
+
   scheme.addEventListener("change", () => drawn.forEach(draw));
   for (const [name, starts] of [["beforeprint", true], ["afterprint", false]]) {
     window.addEventListener(name, () => {

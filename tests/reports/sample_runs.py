@@ -151,3 +151,25 @@ def write_grid(
             path = folder / f"run-{len(paths):02d}"
             paths.append(write_run(path, described, evenness=evenness * factor, seed=len(paths)))
     return paths
+
+
+def steady_run(
+    path: Path, model: str, condition: str, load: list[int], *, steps: int = 8, ranks: int = 1
+) -> Path:
+    """Every step has the same loads, so that every interval has no width."""
+    described = manifest(
+        model, condition, real=condition != "mock", layers=1, experts=4, top_k=1, ranks=ranks
+    )
+    with RunWriter.create(path, described) as writer:
+        writer.append(
+            "routing",
+            routing_rows(
+                step_N=np.arange(steps),
+                phase_N="prefill",
+                layer_N=0,
+                source_rank=0,
+                tokens_N=sum(load),
+                load_NE=np.tile(np.array(load), (steps, 1)),
+            ),
+        )
+    return path

@@ -55,6 +55,28 @@ def test_the_rule_to_mock_starts_at_the_mean_over_real_text_and_only_where_mock_
     assert span.x[1:] == (0.40, None)
 
 
+def _names(points: pd.DataFrame) -> dict[str, tuple[float, str]]:
+    (names,) = [trace for trace in condition_dots(points).data if trace.mode == "text"]
+    return dict(
+        zip([text.strip() for text in names.text], zip(names.x, names.textposition, strict=True), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("mock", "place"),
+    [
+        (0.40, (0.42, "middle right")),  # the rule comes from the left
+        (0.15, (0.14, "middle left")),  # the rule leaves to the right
+        (0.03, (0.20, "middle right")),  # it does, and there is no room on the left: beyond the rule
+    ],
+)
+def test_the_name_of_mock_does_not_stand_on_the_rule(mock: float, place: tuple[float, str]) -> None:
+    points = _points().iloc[:3].copy()
+    points.loc[2, ["gini", "gini_low", "gini_high"]] = [mock, mock - 0.01, mock + 0.02]
+    assert _names(points)["mock"] == (pytest.approx(place[0]), place[1])
+    assert _names(points)["code"] == (0.33, "middle right")
+
+
 def test_a_heatmap_shows_each_load_in_percent_of_its_own_layers_mean() -> None:
     loads = pd.DataFrame(
         {"layer": [2, 2, 2, 2, 5, 5, 5, 5], "expert": [0, 1, 2, 3] * 2, "load": [1, 1, 2, 4, 30, 10, 0, 0]}
@@ -167,8 +189,23 @@ def test_crossing_shares_tell_ranks_from_nodes() -> None:
 
 def test_many_models_differ_in_marker_or_dash_as_well_as_colour() -> None:
     many = pd.concat([_scan().assign(label=f"m{index}") for index in range(12)])
-    looks = {(trace.line.color, trace.line.dash, trace.marker.symbol) for trace in rank_imbalance(many).data}
-    assert len(looks) == 12
+    models = [trace for trace in rank_imbalance(many).data if trace.mode == "lines+markers"]
+    assert len(models) == 12
+    assert len({(trace.line.color, trace.line.dash, trace.marker.symbol) for trace in models}) == 12
+
+
+def test_the_floor_of_all_models_is_one_line_where_it_is_the_same() -> None:
+    floor = "uniform routing of as many tokens"
+    same = pd.concat([_scan().assign(label=name) for name in "abc"])
+    (line,) = [trace for trace in rank_imbalance(same).data if trace.name == floor]
+    assert (list(line.x), list(line.y)) == ([4, 8], [1.02, 1.05])
+    other = pd.concat([_scan().assign(label="a"), _scan().assign(label="b", rank_max_over_mean_floor=1.5)])
+    figure = rank_imbalance(other)
+    lines = [trace for trace in figure.data if trace.name == floor]
+    assert [list(trace.y) for trace in lines] == [[1.02, 1.05], [1.5, 1.5]]
+    assert [trace.line.color for trace in lines] == [
+        trace.line.color for trace in figure.data if trace.mode == "lines+markers"
+    ]
 
 
 def test_every_colour_of_a_figure_has_a_dark_partner() -> None:

@@ -10,17 +10,15 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.keys import Keys
 
 from observatory.records import Manifest
 from reports import write_report
 from tests.reports.sample_runs import MODELS, manifest, write_grid, write_run
 from tests.reports.test_report import HOSTILE, hostile
 
-pytestmark = [
-    pytest.mark.browser,
-    # selenium 4.51 leaves its driver's log pipe to the garbage collector
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-]
+pytestmark = pytest.mark.browser
 
 FIGURES = ["mock-dots", "expert-map", "lorenz-curves", "ep-models", "ep-run", "ep-crossing", "step-gini"]
 
@@ -161,3 +159,105 @@ def test_a_choice_changes_figure_note_and_numbers(browser: webdriver.Chrome, pag
     assert "mla-tiny on mock, decode" in browser.execute_script(
         "return document.querySelector('#expert-map .plot').getAttribute('aria-label')"
     )
+
+
+def test_the_keyboard_reaches_and_changes_a_choice(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
+    show(browser, pages["plain"])
+    browser.execute_script("document.querySelector('#lorenz-curves select').focus()")
+    note = "return document.querySelector('#lorenz-curves .shown').textContent"
+    before = browser.execute_script(note)
+    ActionChains(browser).send_keys(Keys.ARROW_DOWN).perform()
+    wait(browser, f"{note} !== arguments[0]", before)
+    assert before.startswith("gqa-tiny on prose, prefill.")
+    assert browser.execute_script(note).startswith("gqa-tiny on mock, prefill.")
+    ActionChains(browser).send_keys(Keys.TAB).perform()
+    assert browser.execute_script("return document.activeElement.tagName") == "SUMMARY"
+
+
+def test_the_contents_lead_to_every_section_and_mark_the_one_being_read(
+    browser: webdriver.Chrome, pages: dict[str, Path]
+) -> None:
+    show(browser, pages["plain"])
+    targets = browser.execute_script(
+        "return [...document.querySelectorAll('nav a')].map(a => a.getAttribute('href').slice(1))"
+    )
+    sections = "return [...document.querySelectorAll('main > section')].map(s => s.id)"
+    assert targets == browser.execute_script(sections)
+    browser.execute_script(
+        "document.documentElement.style.scrollBehavior = 'auto';"
+        "document.querySelector('nav a[href=\"#lorenz\"]').focus()"
+    )
+    ActionChains(browser).send_keys(Keys.ENTER).perform()
+    wait(
+        browser,
+        "const marked = [...document.querySelectorAll('nav a[aria-current]')];"
+        "return marked.length === 1 && marked[0].hash === '#lorenz' && location.hash === '#lorenz'",
+    )
+    place = "const box = document.querySelector('.contents').getBoundingClientRect(); return box.top"
+    assert 0 <= browser.execute_script(place) < 40
+
+
+def test_a_figure_is_saved_as_svg(browser: webdriver.Chrome, pages: dict[str, Path], tmp_path: Path) -> None:
+    show(browser, pages["plain"])
+    browser.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
+    browser.execute_script("document.querySelector('#expert-map button').click()")
+    saved = tmp_path / "expert-map.svg"
+    end = time.monotonic() + 10
+    while not saved.exists():
+        assert time.monotonic() < end, "no file within 10 s"
+        time.sleep(0.05)
+    assert saved.read_text(encoding="utf-8").startswith("<svg ")
+    assert "expert, in the model" in saved.read_text(encoding="utf-8")
+
+
+def test_without_javascript_tables_are_read_and_empty_figures_are_not_shown(
+    browser: webdriver.Chrome, pages: dict[str, Path]
+) -> None:
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    try:
+        browser.get(pages["plain"].as_uri())
+        shown = browser.find_element("css selector", "#main").text
+        assert "Figures need JavaScript" in shown
+        assert "Gini over experts, prefill" in shown
+        assert "Gini on mock tokens ÷ mean Gini on real text" in shown
+        for name in (".plot", ".choice", "figure button"):
+            assert not any(each.is_displayed() for each in browser.find_elements("css selector", name))
+        numbers = browser.find_element("css selector", "#expert-map details")
+        numbers.find_element("css selector", "summary").send_keys(Keys.ENTER)
+        assert "gqa-tiny on prose, prefill: experts by layer" in numbers.text
+    finally:
+        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_on_paper_figures_are_light_and_nothing_is_cut_off_or_to_be_clicked(
+    browser: webdriver.Chrome, pages: dict[str, Path]
+) -> None:
+    show(browser, pages["plain"], scheme="dark")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": []})
+    try:
+        browser.execute_script("window.dispatchEvent(new Event('beforeprint'))")
+        ink = "return getComputedStyle(document.querySelector('#ep-run .legendtext')).fill"
+        wait(browser, f"{ink} === 'rgb(26, 30, 35)'")
+        hidden = browser.execute_script(
+            "return ['nav', '.skip', '.choice', 'figure button'].filter("
+            "name => getComputedStyle(document.querySelector(name)).display !== 'none')"
+        )
+        assert hidden == []
+        overflow = "return getComputedStyle(document.querySelector('.scroll')).overflow"
+        assert browser.execute_script(overflow) == "visible"
+    finally:
+        browser.execute_script("window.dispatchEvent(new Event('afterprint'))")
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+
+
+def test_no_table_of_the_first_view_is_cut_off_at_desktop_width(
+    browser: webdriver.Chrome, pages: dict[str, Path]
+) -> None:
+    show(browser, pages["plain"])
+    cut = browser.execute_script(
+        "return [...document.querySelectorAll('main > section:not(#provenance) > .scroll')]"
+        ".filter(box => box.scrollWidth > box.clientWidth).map(box => box.getAttribute('aria-label'))"
+    )
+    assert cut == []

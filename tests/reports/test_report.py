@@ -7,19 +7,17 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from observatory.errors import RunError
 from observatory.records import Manifest
-from observatory.store import RunWriter, open_run, routing_rows
+from observatory.store import RunWriter, open_run
 from reports import write_report
 from reports.collect import collect
 from reports.frames import ReportFrames
 from reports.html import MOST_BYTES
-from reports.sections import findings, heatmap_section, problems, scan_section
-from reports.sections.mock import mock_ratios
-from tests.reports.sample_runs import MODELS, manifest, write_grid, write_run
+from reports.sections import heatmap_section, problems, scan_section
+from tests.reports.sample_runs import MODELS, manifest, steady_run, write_grid, write_run
 
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=hit()><a href=javascript:hit()>%{x}"
 
@@ -72,6 +70,7 @@ def test_thirty_runs_fit_and_every_section_is_there(tmp_path: Path) -> None:
         "mock",
         "experts",
         "lorenz",
+        "committee",
         "ep",
         "steps",
         "layers",
@@ -144,7 +143,7 @@ def test_an_empty_run_says_why_there_is_nothing(tmp_path: Path) -> None:
 
 
 def test_gaps_that_the_reader_states_are_in_the_page(tmp_path: Path) -> None:
-    path = _loads_run(tmp_path / "run", "gqa-tiny", "prose", [100, 100, 100, 300], ranks=2)
+    path = steady_run(tmp_path / "run", "gqa-tiny", "prose", [100, 100, 100, 300], ranks=2)
     frames = frames_of(path)
     assert frames.facts[0].problems
     ((name, lines),) = problems(frames)
@@ -182,83 +181,8 @@ def test_families_of_different_shape_share_a_report(tmp_path: Path) -> None:
     write_report([small, wide], tmp_path / "report.html", ep_degrees=(8, 32))
 
 
-def _loads_run(
-    path: Path, model: str, condition: str, load: list[int], *, steps: int = 8, ranks: int = 1
-) -> Path:
-    """Every step has the same loads, so that every interval has no width."""
-    described = manifest(
-        model, condition, real=condition != "mock", layers=1, experts=4, top_k=1, ranks=ranks
-    )
-    with RunWriter.create(path, described) as writer:
-        writer.append(
-            "routing",
-            routing_rows(
-                step_N=np.arange(steps),
-                phase_N="prefill",
-                layer_N=0,
-                source_rank=0,
-                tokens_N=sum(load),
-                load_NE=np.tile(np.array(load), (steps, 1)),
-            ),
-        )
-    return path
-
-
-def test_the_ratio_of_mock_to_real_is_of_means_over_real_text(tmp_path: Path) -> None:
-    frames = frames_of(
-        _loads_run(tmp_path / "a", "m", "prose", [100, 100, 100, 300]),  # Gini 0.25
-        _loads_run(tmp_path / "b", "m", "code", [100, 100, 100, 100]),  # Gini 0
-        _loads_run(tmp_path / "c", "m", "mock", [0, 0, 0, 600]),  # Gini 0.75
-        ep=(2,),
-    )
-    ratio = mock_ratios(frames.cells).iloc[0]
-    assert (ratio["real"], ratio["mock"], ratio["ratio"]) == pytest.approx((0.125, 0.75, 6.0))
-    assert ratio["verdict"] == "over"
-
-
-def _sentence(sentences: list[str], part: str) -> str:
-    (found,) = [sentence for sentence in sentences if part in sentence]
-    return found
-
-
-def test_findings_name_the_most_and_least_concentrated_model(tmp_path: Path) -> None:
-    frames = frames_of(
-        _loads_run(tmp_path / "a", "even", "prose", [100, 100, 100, 100]),
-        _loads_run(tmp_path / "b", "skewed", "prose", [100, 100, 100, 300]),
-        ep=(2,),
-    )
-    sentences = findings(frames)
-    first = _sentence(sentences, "most concentrated on real text")
-    assert first.startswith(
-        "In prefill, skewed is the most concentrated on real text: Gini 0.250 (0.250 – 0.250)"
-    )
-    assert "even is the least: 0.000" in first
-    assert "do not differ" not in first
-    assert "even on prose (prefill)" in _sentence(sentences, "Not to be told from uniform routing")
-    assert "layer 0 of skewed on prose" in _sentence(sentences, "most concentrated layer")
-    # linear placement over 2 ranks: 200 and 400 of 600, so 400 / 300
-    assert "busiest rank 1.33× the mean" in _sentence(sentences, "Laid out over EP 2, skewed")
-
-
-def test_equal_models_are_said_not_to_differ(tmp_path: Path) -> None:
-    runs = [_loads_run(tmp_path / name, name, "prose", [100, 100, 100, 300]) for name in ("x", "y")]
-    assert "x and y do not differ beyond the interval." in _sentence(
-        findings(frames_of(*runs, ep=(2,))), "most concentrated on real text"
-    )
-
-
-def test_too_few_steps_give_no_verdict(tmp_path: Path) -> None:
-    frames = frames_of(
-        _loads_run(tmp_path / "a", "m", "prose", [100, 100, 100, 300], steps=2),
-        _loads_run(tmp_path / "b", "m", "mock", [0, 0, 0, 600], steps=2),
-        ep=(2,),
-    )
-    assert mock_ratios(frames.cells)["verdict"].tolist() == ["unknown"]
-    assert "cannot be judged (too few steps for intervals) in m" in _sentence(findings(frames), "mock data")
-
-
 def test_a_damaged_run_keeps_its_place_with_the_reason(pair: list[Path], tmp_path: Path) -> None:
-    path = _loads_run(tmp_path / "run", "broken", "prose", [100] * 5)  # its manifest says 4 experts
+    path = steady_run(tmp_path / "run", "broken", "prose", [100] * 5)  # its manifest says 4 experts
     frames = frames_of(pair[0], path)
     assert frames.runs["label"].tolist() == ["gqa-tiny", "broken"]
     assert set(frames.summary["run"]) == {0}
@@ -274,4 +198,4 @@ def test_hand_made_loads_reach_the_page_unchanged(make_run: MakeRun, tmp_path: P
     # loads 1, 1, 2, 4 in each of 6 steps: Gini = (2*(1*1+2*1+3*2+4*4))/(4*8) - 5/4 = 0.3125
     text = write_report([make_run()], tmp_path / "report.html", ep_degrees=(2,)).read_text(encoding="utf-8")
     assert ">0.312<small>" in text
-    assert "2.00× (" in text  # busiest expert 4 over mean 2
+    assert ">2.00×<small>" in text  # busiest expert 4 over mean 2
