@@ -7,7 +7,8 @@
 
 Leaving the block writes what is left and takes every hook off, also after an exception or Ctrl-C; the run is
 then marked failed and keeps what was captured. No signal handlers are installed: SIGTERM ends the process as
-it does without us. A process that is killed loses at most the last ``flush_seconds``.
+it does without us. A process that is killed loses at most the last ``flush_seconds`` (and, on a GPU, the step
+whose copy had not arrived). A forked child captures nothing and leaves the run alone.
 """
 
 from __future__ import annotations
@@ -168,10 +169,12 @@ class Watch:
         self._session: CaptureSession | None = None
         self._writer: RunWriter | None = None
         self._ended = False
+        self._process = 0
 
     def __enter__(self) -> Self:
         if self._writer is not None:
             raise CaptureError(f"the watch on {self.run_path} was entered before; make a new one")
+        self._process = os.getpid()
         self.sites = tuple(find_sites(self._model, adapters=self._adapters))
         self._writer = self._open_run()
         try:
@@ -223,6 +226,9 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
+        if self._session is not None and os.getpid() != self._process:  # a forked child: not its run
+            self._session.abandon()
+            return
         session, writer = self._running(), self._writer
         assert writer is not None
         self._ended = True
@@ -236,7 +242,7 @@ class Watch:
             if writer.rank == 0:
                 config = {**writer.manifest.config, "probe_cost": session.cost()}
                 writer.update_manifest(notes=(*writer.manifest.notes, *notes), config=config)
-        failure = _one_line(error) if error is not None else session.problem()
+        failure = _one_line(error) if error is not None else session.problem() or next(iter(problems), None)
         with _collected(problems):
             writer.close(
                 state="complete" if failure is None else "failed",
@@ -260,6 +266,11 @@ class Watch:
         if self._session is None or self._ended:
             raise CaptureError(
                 f"the watch on {self.run_path} is not running; use it inside `with observatory.watch(...)`"
+            )
+        if os.getpid() != self._process:
+            raise CaptureError(
+                f"the watch on {self.run_path} belongs to process {self._process}, of which this is a forked "
+                "child; nothing is captured here, start another watch in the child"
             )
         return self._session
 

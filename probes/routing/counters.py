@@ -121,8 +121,12 @@ class HostCopy:
     sample: torch.Tensor | None
     ready: torch.cuda.Event | None
 
+    def has_arrived(self) -> bool:
+        """Whether the tensors may be read; does not block."""
+        return self.ready is None or bool(self.ready.query())  # type: ignore[no-untyped-call]  # likewise
+
     def wait(self) -> None:
-        """Block until the copy has arrived; called by the background thread only."""
+        """Block until the tensors may be read."""
         if self.ready is not None:
             self.ready.synchronize()
 

@@ -46,7 +46,7 @@ class SiteCounter:
     def __init__(self, index: int, layout: Layout) -> None:
         self.index = index
         self.layout = layout
-        self.calls: NDArray[np.int64] = np.zeros(len(SLOTS), dtype=np.int64)
+        self.calls = [0] * len(SLOTS)
         self.width = 0
         self.ever_called = False
         self.tokens_unknown = False
@@ -66,8 +66,8 @@ class SiteCounter:
 
     def take_calls(self) -> NDArray[np.int64]:
         """The calls per slot since the last time."""
-        calls = self.calls.copy()
-        self.calls[:] = 0
+        calls: NDArray[np.int64] = np.array(self.calls, dtype=np.int64)
+        self.calls = [0] * len(SLOTS)
         self._sampled = [False] * len(SLOTS)
         return calls
 
@@ -99,7 +99,8 @@ class SiteCounter:
             if part.mass is not None and decision.weights is not None:
                 self.weights_seen = True
                 count_bins(part.mass, index, decision.weights.detach().reshape(-1).to(torch.float64))
-        self._correct_tokens(part, tokens, mask, entries)
+        if mask is not None or tokens is None or tokens * self.width != entries:
+            self._correct_tokens(part, tokens, mask, entries)
 
     def _add_map(self, decision: RoutingDecision, chosen: torch.Tensor, part: Buffers) -> None:
         self.width = self.width or 1

@@ -3,6 +3,10 @@
 The program that is watched only puts snapshots into a queue. When the thread cannot keep up, the queue is
 full and the program waits at its next step: nothing is dropped. When a row cannot be written the thread
 goes on emptying the queue, keeps the first error, and the program meets it at its next step.
+
+The thread never touches a device: asking for an event while another thread captures a CUDA graph would break
+that capture. A snapshot on its way from a device waits on the program's own thread, which asks at its next
+boundary, where no capture can be.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import deque
 
 from observatory.errors import ObservatoryError
 from observatory.store import RunWriter
@@ -18,6 +23,7 @@ from probes.routing.folding import Folder, Snapshot
 __all__ = ["Flusher"]
 
 _QUEUE_SIZE = 64
+_MOST_ON_THE_WAY = 8
 _ROWS_PER_APPEND = 2048
 
 
@@ -30,14 +36,16 @@ class Flusher:
         self._flush_seconds = flush_seconds
         self._error: BaseException | None = None
         self._last_step = 0
+        self._on_the_way: deque[Snapshot] = deque()
         self._queue: queue.Queue[Snapshot | None] = queue.Queue(_QUEUE_SIZE)
         # A daemon: a program that is torn down without leaving its ``with`` block must still be able to end.
         self._thread = threading.Thread(target=self._run, name="observatory-flush", daemon=True)
         self._thread.start()
 
     def submit(self, snapshot: Snapshot) -> None:
-        """Hand a snapshot over; waits when the queue is full."""
-        self._queue.put(snapshot)
+        """Hand a snapshot over; waits when the queue is full or the device far behind."""
+        self._on_the_way.append(snapshot)
+        self._pass_on(_MOST_ON_THE_WAY)
 
     def problem(self) -> str | None:
         """One line about the first error of the thread; None when there was none."""
@@ -50,8 +58,20 @@ class Flusher:
     def close(self) -> None:
         """Write everything that was submitted and end the thread; doing it twice does nothing."""
         if self._thread.is_alive():
+            try:
+                self._pass_on(0)
+            except Exception as error:  # of a device that has failed
+                self._error = self._error or error
             self._queue.put(None)
             self._thread.join()
+
+    def _pass_on(self, most: int) -> None:
+        """Give the thread what has arrived, in order, and wait until no more than ``most`` are on the way."""
+        waiting = self._on_the_way
+        while waiting and (len(waiting) > most or all(copy.has_arrived() for copy in waiting[0].copies)):
+            for copy in waiting[0].copies:
+                copy.wait()
+            self._queue.put(waiting.popleft())
 
     def _run(self) -> None:
         due = time.monotonic() + self._flush_seconds
@@ -73,8 +93,6 @@ class Flusher:
     def _guarded(self, snapshot: Snapshot | None, *, flush: bool, last: bool = False) -> None:
         try:
             if snapshot is not None:
-                for copy in snapshot.copies:
-                    copy.wait()
                 self._last_step = snapshot.step
                 self._folder.add(snapshot)
             if last:

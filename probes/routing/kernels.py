@@ -25,16 +25,20 @@ class Scales:
         self._device = device
         self._is_cpu = device.type == "cpu"
         self._ones = torch.ones(_GROW, dtype=torch.int64, device=device)
+        self._latest = self._ones[:0]
         self._edges: dict[tuple[int, torch.dtype], torch.Tensor] = {}
 
     def ones(self, length: int) -> torch.Tensor:
         """``length`` ones: contiguous on the CPU, where that is faster, a broadcast elsewhere."""
         if not self._is_cpu:
             return self._ones[:1].expand(length)
-        if length > self._ones.numel():
+        latest = self._latest
+        if latest.numel() != length:  # the layers of a step ask for the same length one after the other
             with torch.inference_mode(False):
-                self._ones = torch.ones(2 * length, dtype=torch.int64)
-        return self._ones[:length]
+                if length > self._ones.numel():
+                    self._ones = torch.ones(2 * length, dtype=torch.int64)
+                self._latest = latest = self._ones[:length]
+        return latest
 
     def prepare(self, experts: int) -> None:
         """Make the bin edges 0..E ahead of the first call, so that graph capture finds them."""
@@ -48,12 +52,12 @@ class Scales:
 
 def bin_ids(ids: torch.Tensor, experts: int, scales: Scales) -> torch.Tensor:
     """Bin of each id, flat: one kernel, or two vectorised loops for many ids on the CPU."""
-    flat = ids.reshape(-1)
-    if flat.dtype not in (torch.int32, torch.int64):
-        flat = flat.to(torch.int64)
+    flat, dtype = ids.reshape(-1), ids.dtype
+    if dtype is not torch.int64 and dtype is not torch.int32:
+        flat, dtype = flat.to(torch.int64), torch.int64
     if flat.is_cpu and flat.numel() > _FEW:
         return flat.clamp(-1, experts).add_(1)
-    return torch.bucketize(flat, scales.edges(experts, flat.dtype), right=True)
+    return torch.bucketize(flat, scales.edges(experts, dtype), right=True)
 
 
 def count_bins(bins: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:

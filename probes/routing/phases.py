@@ -44,7 +44,7 @@ def known_slot(
     """Slot (index into ``SLOTS``) of a call of the carrier; None when its cache keeps that on a device."""
     if module.training and torch.is_grad_enabled():
         return _TRAIN
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
     cache = next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
     if cache is not None:
         filled = _is_filled(cache)

@@ -47,19 +47,17 @@ def read_expert_ids(
     def read(
         _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], _output: Any
     ) -> RoutingDecision | None:
-        hidden, chosen = _argument(args, kwargs, ("hidden_states", 0)), _argument(args, kwargs, ids)
+        chosen = _argument(args, kwargs, ids)
         gates = None if weights is None else _argument(args, kwargs, weights)
         if not isinstance(chosen, torch.Tensor):
             return None
-        if (
-            isinstance(hidden, torch.Tensor)
-            and chosen.ndim > max(hidden.ndim, 2)
-            and chosen.shape[-1] == experts
-        ):
-            map_TE = chosen.reshape(-1, experts)
-            return RoutingDecision(
-                routing_map=map_TE, weights=_expand_gate(gates, map_TE), tokens=map_TE.shape[0]
-            )
+        if chosen.ndim > 2 and chosen.shape[-1] == experts:
+            hidden = _argument(args, kwargs, ("hidden_states", 0))
+            if isinstance(hidden, torch.Tensor) and chosen.ndim > hidden.ndim:
+                map_TE = chosen.reshape(-1, experts)
+                return RoutingDecision(
+                    routing_map=map_TE, weights=_expand_gate(gates, map_TE), tokens=map_TE.shape[0]
+                )
         gates = gates if isinstance(gates, torch.Tensor) and gates.shape == chosen.shape else None
         if zero_weight_is_null and gates is not None:
             chosen = torch.where(gates == 0, _NOBODY, chosen)

@@ -54,9 +54,15 @@ class CaptureSession:
         """Hand over what was counted since the last boundary; ``told`` is its phase if the caller said so.
 
         Raises:
-            CaptureError: inside the capture of a CUDA graph.
+            CaptureError: inside the capture of a CUDA graph, or the device has failed.
         """
-        self._flusher.submit(self._probe.take(step=step, told=told, ends_step=ends_step))
+        try:
+            self._flusher.submit(self._probe.take(step=step, told=told, ends_step=ends_step))
+        except CaptureError:
+            raise
+        except Exception as error:  # after a device-side assertion every call of the device fails
+            reason = f"{type(error).__name__}: {error}"
+            raise CaptureError(f"what was counted since the last boundary is lost: {reason}") from error
 
     def check(self) -> None:
         """Raise what has gone wrong, once; the watched model's own run is not affected by it.
@@ -85,6 +91,11 @@ class CaptureSession:
         finally:
             self._probe.release()
             self._flusher.close()
+
+    def abandon(self) -> None:
+        """Take the hooks off and write nothing: what a forked child does with its parent's capture."""
+        self._probe.detach()
+        self._probe.release()
 
     def notes(self, *, steps: int) -> tuple[str, ...]:
         """Stated limits of what was captured; final after ``stop``.

@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from torch import nn
 import observatory
 from observatory.errors import CaptureError, ModelError, RunError
 from observatory.store import RunWriter
+from probes.routing.counters import DeviceCounters, HostCopy
+from probes.routing.probe import RoutingProbe
 from tests.probes.tiny import ToldModel, assert_untouched, ids, loads, told_adapter
 
 ADAPTERS = [told_adapter(2)]
@@ -236,3 +241,108 @@ def test_an_error_in_the_model_itself_does_not_disturb_the_next_call(tmp_path: P
         assert isinstance(model([ids([0])]), torch.Tensor)
         watch.step()
     assert loads(tmp_path / "r", experts=2) == {(0, "unknown", 0): [1, 0]}
+
+
+def test_a_device_that_fails_never_hides_the_body_s_error_and_the_run_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ToldModel()
+    watch = observatory.watch(model, tmp_path / "r", adapters=ADAPTERS)
+
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(ZeroDivisionError, match="body") as caught, watch:
+        model([ids([0])])
+        watch.step()
+        monkeypatch.setattr(RoutingProbe, "take", fail)
+        raise ZeroDivisionError("body")
+    assert "device-side assert" in caught.value.__notes__[0]
+    assert_untouched(model)
+    assert observatory.open_run(tmp_path / "r").manifest.state == "failed"
+    assert loads(tmp_path / "r", experts=2) == {(0, "unknown", 0): [1, 0]}
+
+
+def test_a_device_that_fails_at_the_very_end_is_an_error_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    model = ToldModel()
+    watch = observatory.watch(model, tmp_path / "r", adapters=ADAPTERS)
+    with pytest.raises(CaptureError, match=r"is lost: RuntimeError: CUDA error: out of memory"), watch:
+        model([ids([0])])
+        monkeypatch.setattr(RoutingProbe, "take", fail)
+    rank = observatory.open_run(tmp_path / "r").manifest.ranks[0]
+    assert (rank.state, rank.error) == (
+        "failed",
+        "what was counted since the last boundary is lost: RuntimeError: CUDA error: out of memory",
+    )
+
+
+class Arrival:
+    """An event of a device that tells who asks; it has happened after ``after`` questions."""
+
+    def __init__(self, after: int) -> None:
+        self.left, self.threads = after, set[threading.Thread]()
+
+    def query(self) -> bool:
+        self.threads.add(threading.current_thread())
+        self.left -= 1
+        return self.left < 0
+
+    def synchronize(self) -> None:
+        self.threads.add(threading.current_thread())
+        self.left = 0
+
+
+@pytest.mark.parametrize("questions", [0, 1, 3, 10**6])
+def test_only_the_program_s_own_thread_asks_the_device_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, questions: int
+) -> None:
+    events: list[Arrival] = []
+
+    def on_its_way(counters: DeviceCounters) -> HostCopy:
+        events.append(Arrival(questions))
+        return replace(snapshot(counters), ready=events[-1])  # type: ignore[arg-type]
+
+    snapshot = DeviceCounters.snapshot
+    monkeypatch.setattr(DeviceCounters, "snapshot", on_its_way)
+    model = ToldModel()
+    with observatory.watch(model, tmp_path / "r", adapters=ADAPTERS, flush_seconds=0.01) as watch:
+        for step in range(20):
+            model([ids([step % 2])])
+            watch.step()
+    assert set().union(*(event.threads for event in events)) == {threading.main_thread()}
+    assert loads(tmp_path / "r", experts=2) == {
+        (step, "unknown", 0): [1 - step % 2, step % 2] for step in range(20)
+    }
+
+
+@pytest.mark.parametrize("leaves", [True, False], ids=["leaves the block", "steps"])
+def test_a_forked_child_leaves_the_run_of_its_parent_alone(tmp_path: Path, leaves: bool) -> None:
+    model = ToldModel()
+    watch = observatory.watch(model, tmp_path / "r", adapters=ADAPTERS)
+    with watch:
+        model([ids([0])])
+        watch.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # this process has threads
+            child = os.fork()
+        if child == 0:
+            try:
+                if leaves:
+                    watch.__exit__(None, None, None)
+                    assert_untouched(model)
+                else:
+                    with pytest.raises(CaptureError, match="forked child"):
+                        watch.step()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert observatory.open_run(tmp_path / "r").manifest.ranks[0].state == "running"
+        model([ids([1])])
+        watch.step()
+    assert loads(tmp_path / "r", experts=2) == {(0, "unknown", 0): [1, 0], (1, "unknown", 0): [0, 1]}
