@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 
 from pydantic import JsonValue
 from torch import nn
@@ -35,6 +37,7 @@ class CaptureSession:
     ) -> None:
         self._writer = writer
         self._probe = RoutingProbe(model, sites, gate_mass=gate_mass, sample_tokens=sample_tokens)
+        self._repeated = _repeated(model, sites)
         layers = [site.spec.layer for site in sites]
         self._folder = Folder(self._probe.layout, layers, rank=writer.rank, window_steps=window_steps)
         self._flusher = Flusher(writer, self._folder, flush_seconds=flush_seconds)
@@ -114,6 +117,11 @@ class CaptureSession:
             )
         elif silent and (probe.model_called or steps):
             notes.append(f"never called, so without rows: {_named(silent)}")
+        if self._repeated:
+            notes.append(
+                "part of the model in several places, whose calls add up in one layer: "
+                f"{_named(self._repeated)}"
+            )
         vague = [name for name, c in states if c.tokens_unknown]
         if vague:
             notes.append(f"tokens is 0 where calls do not tell how many there were: {_named(vague)}")
@@ -136,6 +144,19 @@ class CaptureSession:
             "eager_layer_calls": calls,
             "host_us_per_layer_call": round(self._probe.host_ns / calls / 1000, 3) if calls else None,
         }
+
+
+def _repeated(model: nn.Module, sites: Sequence[RoutingSite]) -> list[str]:
+    """Names of the watched modules that are, or are inside of, a module with more than one parent."""
+    parents = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    modules = dict(model.named_modules())
+    return [
+        site.spec.module
+        for site in sites
+        if any(
+            parents[id(modules[path])] > 1 for path in accumulate(site.spec.module.split("."), "{}.{}".format)
+        )
+    ]
 
 
 def _named(modules: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 
 import observatory
 from probes.routing.sites import RoutingDecision
+from tests.probes.families import tiny_model
 from tests.probes.tiny import ToldModel, assert_untouched, ids, loads, tokens, told_adapter
 
 
@@ -258,3 +259,25 @@ def test_watches_that_end_in_the_wrong_order_still_leave_nothing(tmp_path: Path)
     assert_untouched(model)
     assert loads(tmp_path / "outer", experts=2) == {(0, "unknown", 0): [1, 0]}
     assert loads(tmp_path / "inner", experts=2) == {(0, "unknown", 0): [1, 1]}
+
+
+def test_a_layer_in_two_places_is_one_layer_whose_calls_add_up_and_the_run_says_so(tmp_path: Path) -> None:
+    model = ToldModel(3)
+    model.layers[2] = model.layers[0]
+    with (  # noqa: PT031  # the warning comes when the watch ends
+        pytest.warns(UserWarning, match=r"several places.*: layers\.0$"),
+        observatory.watch(model, tmp_path / "r", adapters=[told_adapter(2)]) as watch,
+    ):
+        model([ids([0]), ids([1]), ids([1])])
+        watch.step()
+    assert loads(tmp_path / "r", experts=2) == {(0, "unknown", 0): [1, 1], (0, "unknown", 1): [0, 1]}
+    assert "layers.0" in observatory.open_run(tmp_path / "r").manifest.notes[0]
+
+
+def test_padding_tokens_are_dispatched_by_transformers_and_so_they_count(tmp_path: Path) -> None:
+    model = tiny_model("qwen3_moe").eval()
+    ids_BS = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+    with torch.no_grad(), observatory.watch(model, tmp_path / "r") as watch:
+        model(ids_BS, attention_mask=(ids_BS != 0).long())
+        watch.step()
+    assert set(tokens(tmp_path / "r").values()) == {ids_BS.numel()}
