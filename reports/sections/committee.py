@@ -39,6 +39,12 @@ def committee_section(frames: ReportFrames) -> Section:
     ]
     if overlaps.empty:
         lead.append("No model here has a real text to compare committees on.")
+    elif set(overlaps["with_kind"]) == {"same"}:
+        lead.append(
+            "Whether it stands on other data cannot be told from one data condition per model. The second "
+            "table compares even and odd steps of the same text (Jaccard index: 1 for the same experts, 0 "
+            "for none in common), beside chance."
+        )
     else:
         lead.append(
             "Whether it stands is another question: the second table compares its members between data "
@@ -55,27 +61,29 @@ def committee_section(frames: ReportFrames) -> Section:
         short=short,
         lead=tuple(lead),
         blocks=(
-            *(_sizes(sizes[sizes["phase"] == phase], phase) for phase in phases_of(sizes)),
+            _sizes(sizes),
             *(() if overlaps.empty else (_overlaps(overlaps),)),
             *(() if frames.locality.empty else (_locality(frames),)),
         ),
     )
 
 
-def _sizes(sizes: pd.DataFrame, phase: str) -> Table:
+def _sizes(sizes: pd.DataFrame) -> Table:
     conditions = condition_order(sizes)
-    means = sizes.groupby(["label", "condition"], sort=False)[["size", "experts"]].mean()
+    means = sizes.groupby(["phase", "label", "condition"], sort=False)[["size", "experts"]].mean()
     cells: dict[Hashable, Cell] = {
         row.Index: Cell(text=number(row.size, 1), detail=percent(row.size / row.experts, 0))
         for row in each_row(means)
     }
     return table(
-        f"Experts that hold half of the assignments, {phase}",
-        ["Model", *(shorten(condition, 24) for condition in conditions)],
+        "Experts that hold half of the assignments",
+        ["Model", "Phase", *(shorten(condition, 24) for condition in conditions)],
         [
-            [shorten(label), *(cells.get((label, condition), _NOT_RUN) for condition in conditions)]
+            [shorten(label), phase, *(cells.get((phase, label, name), _NOT_RUN) for name in conditions)]
+            for phase in phases_of(sizes)
             for label in dict.fromkeys(sizes["label"])
         ],
+        text=2,
         note="Mean over layers, whole window; below it the share of all experts.",
     )
 
