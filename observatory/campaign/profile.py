@@ -12,13 +12,14 @@ Protocol, in this order, so that two profiles of one seed feed the same tokens:
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from observatory.errors import DataError, ModelError
+from observatory.errors import DataError, ModelError, ObservatoryError, RunError
 
 if TYPE_CHECKING:
     import torch
@@ -71,8 +72,9 @@ class ProfileJob:
         for name in ("batch_size", "sequence_length", "steps", "window_steps"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.sample_tokens < 0:
-            raise DataError(f"sample_tokens is {self.sample_tokens}; it must be 0 (none) or more")
+        for name in ("sample_tokens", "seed"):
+            if getattr(self, name) < 0:
+                raise DataError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.phase not in get_args(PhaseChoice):
             raise DataError(f"phase is {self.phase!r}; choose one of {', '.join(get_args(PhaseChoice))}")
 
@@ -113,9 +115,10 @@ def run_profile(
         The run directory.
 
     Raises:
-        ModelError: the model cannot be loaded, has no MoE layers, or is too short for the sequence.
+        ModelError: the model cannot be loaded, has no MoE layers, is too short for the sequence, or fails.
         DataError: the data cannot fill the run.
         CaptureError: the probe or the run directory failed.
+        RunError: something else is in the place of the run.
     """
     import torch
 
@@ -124,6 +127,7 @@ def run_profile(
     from observatory.zoo.data import load_token_ids
     from observatory.zoo.models import load_model
 
+    _check_place(out, overwrite=overwrite)
     loaded = loaded or load_model(job.model, device=job.device, dtype=job.dtype)
     model = loaded.model.eval()
     _check_length(model, job)
@@ -145,7 +149,7 @@ def run_profile(
         if progress is not None:
             progress(done, total)
 
-    with torch.inference_mode():
+    with torch.inference_mode(), _model_failures(loaded.name):
         cache = None if job.prefill_steps else _prefill(model, ids, job, column=0, keep_cache=True)
         with observatory.watch(
             model,
@@ -187,6 +191,27 @@ def run_profile(
                     ).past_key_values
                 step_done(watch)
     return out
+
+
+def _check_place(out: Path, *, overwrite: bool) -> None:
+    """Refuse a place that is taken before minutes go into loading a model; the writer checks again."""
+    if out.is_file() or (not overwrite and out.is_dir() and any(out.iterdir())):
+        raise RunError(f"{out} exists already; choose another place, or --force to replace a run")
+
+
+@contextlib.contextmanager
+def _model_failures(name: str) -> Iterator[None]:
+    """Say that it was the model which failed: out of device memory, an operator its device lacks, ..."""
+    try:
+        yield
+    except (ObservatoryError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{name} failed while it ran: {type(error).__name__}: {reason}; what was captured is kept, "
+            "try a smaller batch, another --dtype or --device"
+        ) from error
 
 
 def _rows(stream: TokenStream, job: ProfileJob) -> torch.Tensor:

@@ -23,7 +23,7 @@ def profile(
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence; decode's context.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each phase.")] = 20,
     phase: Annotated[str, typer.Option(help="prefill, decode or both.")] = "prefill",
-    seed: Annotated[int, typer.Option(help="Seeds shuffled and mock tokens.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds shuffled and mock tokens.")] = 0,
     device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Torch dtype of the weights, e.g. bfloat16.")] = None,
     gate_mass: Annotated[bool, typer.Option(help="Also keep summed gate weights per expert.")] = False,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONDITIONS",
     "LARGEST_TEXT_BYTES",
+    "MOST_TOKENS",
     "REAL_CONDITIONS",
     "SPLITS",
     "TokenStream",
@@ -34,6 +35,7 @@ REAL_CONDITIONS: tuple[str, ...] = ("prose", "code", "foreign", "structured")
 CONDITIONS: tuple[str, ...] = (*REAL_CONDITIONS, "shuffled", "mock")
 SPLITS: tuple[str, ...] = ("train", "held_out")
 LARGEST_TEXT_BYTES = 64 * 2**20
+MOST_TOKENS = 2**30
 _LONGEST_NAME = 4096
 _BYTES_PER_TOKEN = 16  # more than tokenizers reach on real text
 _TEXTS = Path(__file__).parent / "texts"
@@ -83,6 +85,12 @@ def load_token_ids(
     """
     if tokens < 1 or vocabulary_size < 1:
         raise DataError(f"tokens={tokens} and vocabulary_size={vocabulary_size}: both must be at least 1")
+    if tokens > MOST_TOKENS:
+        raise DataError(
+            f"{tokens} tokens were asked for, at most {MOST_TOKENS} are held; ask for fewer or shorter steps"
+        )
+    if seed < 0:
+        raise DataError(f"seed is {seed}; it must be 0 or more")
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
     if data == "mock":

@@ -103,7 +103,7 @@ def bundled_models() -> tuple[BundledModel, ...]:
 
 
 def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> LoadedModel:
-    """Load a causal language model.
+    """Load a causal language model, or the language side of a vision-language model.
 
     Args:
         name: of a bundled model, or a checkpoint directory, or a hub id such as `org/model`.
@@ -111,7 +111,8 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> L
         dtype: `float32`, `bfloat16` or `float16`; by default float32 on the CPU, else the checkpoint's own.
 
     Raises:
-        ModelError: no such model, not a checkpoint, unsafe weights, unknown architecture, hub unreachable.
+        ModelError: no such model, not a checkpoint, unsafe or missing weights, an architecture that is
+            unknown or an encoder-decoder, hub unreachable.
     """
     _check_name(name)
     if dtype is not None and dtype not in _DTYPES:
@@ -130,11 +131,11 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> L
             vocabulary_size=_vocabulary_size(model),
             source="bundled",
         )
-    directory = Path(name).expanduser()
+    directory = _expanded(name)
     local = _is_directory(directory)
     if local:
         _check_directory(directory, name)
-    elif not _looks_like_hub_id(name):
+    elif _exists(directory) or not _looks_like_hub_id(name):
         raise ModelError(
             f"no model {name!r}; expected {', '.join(_NAMES)}, a directory, or a hub id org/model"
         )
@@ -181,6 +182,21 @@ def _check_name(name: str) -> None:
         raise ModelError(
             f"model name {shown} ({len(name)} characters) is refused; expected 1 to {_LONGEST_NAME} printable"
         )
+
+
+def _expanded(name: str) -> Path:
+    """The path a name stands for, `~` and `~user` expanded where there is such a home."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # no such user, or no home at all
+        return Path(name)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # as below
+        return False
 
 
 def _is_directory(path: Path) -> bool:
@@ -235,6 +251,8 @@ def _load_weights(name: str, where: str, device: str, dtype: str | None, *, loca
             f"loading {name!r} needs torch and transformers; run `pip install 'moe-observatory[capture]'`"
         ) from error
     transformers: Any = library  # it is typed in parts only
+    if device == "meta":
+        raise ModelError("device meta holds no values, so nothing can be routed; expected e.g. cpu or cuda:0")
     try:
         target = torch.device(device)
     except RuntimeError as error:
@@ -242,11 +260,22 @@ def _load_weights(name: str, where: str, device: str, dtype: str | None, *, loca
     wanted = dtype or ("float32" if target.type == "cpu" else "auto")
     try:
         with _quiet(transformers):
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                where, dtype=wanted, trust_remote_code=False, use_safetensors=True, local_files_only=local
+            config = transformers.AutoConfig.from_pretrained(
+                where, trust_remote_code=False, local_files_only=local
             )
+            model, found = _model_class(transformers, config, name).from_pretrained(
+                where,
+                dtype=wanted,
+                trust_remote_code=False,
+                use_safetensors=True,
+                local_files_only=local,
+                output_loading_info=True,
+            )
+            _check_whole(found, name)
             ready: torch.nn.Module = model.to(target).eval()
             return ready
+    except ModelError:
+        raise
     except Exception as error:  # transformers, safetensors and the hub client raise many kinds
         hint = (
             "check that the files belong together"
@@ -254,6 +283,31 @@ def _load_weights(name: str, where: str, device: str, dtype: str | None, *, loca
             else "check the id, the network and HF_HUB_OFFLINE"
         )
         raise ModelError(f"{name!r} cannot be loaded: {_first_line(error)}; {hint}") from error
+
+
+def _model_class(transformers: Any, config: Any, name: str) -> Any:
+    """The auto class that makes a model of this configuration which is fed token ids alone."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name!r} is an encoder-decoder ({config.model_type}), which needs inputs for both sides; "
+            "run it in your own program inside `with observatory.watch(model, OUT)`"
+        )
+    # A vision-language model is fed text only, and its MoE layers are those of its language model.
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and (
+        type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    ):
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
+
+
+def _check_whole(found: Mapping[str, Any], name: str) -> None:
+    """Refuse weights that transformers would have made up: routing of random weights looks like a result."""
+    made_up = sorted(str(key) for key in (*found["missing_keys"], *found["mismatched_keys"]))
+    if made_up:
+        raise ModelError(
+            f"{name!r} lacks {len(made_up)} weights or has them in another shape, first {made_up[0]!r}; "
+            "they would be random: get the whole checkpoint"
+        )
 
 
 class _quiet:  # noqa: N801 - used like a function

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 
 import observatory
 from observatory.campaign.profile import ProfileJob, run_profile
-from observatory.errors import DataError, ModelError, ObservatoryError
+from observatory.errors import DataError, ModelError, ObservatoryError, RunError
+from observatory.zoo.models import load_model
 
 
 def job(model: Path, **changes: object) -> ProfileJob:
@@ -83,7 +85,14 @@ def test_one_seed_gives_one_result_and_another_seed_another(foreign_checkpoint: 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"steps": 0}, {"batch_size": -1}, {"sequence_length": 0}, {"phase": "warp"}, {"sample_tokens": -1}],
+    [
+        {"steps": 0},
+        {"seed": -1},
+        {"batch_size": -1},
+        {"sequence_length": 0},
+        {"phase": "warp"},
+        {"sample_tokens": -1},
+    ],
 )
 def test_impossible_jobs_are_refused_before_anything_is_loaded(changes: dict[str, object]) -> None:
     with pytest.raises(ObservatoryError, match=str(next(iter(changes)))):
@@ -143,3 +152,90 @@ def test_a_profile_stopped_in_the_middle_keeps_what_it_wrote(
         assert "Traceback" not in err
     else:
         assert opened.problems
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_as_its_routing_would_be_random(
+    foreign_checkpoint: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(foreign_checkpoint, broken)
+    weights = load_file(broken / "model.safetensors")
+    gate = next(name for name in weights if name.endswith("gate.weight"))
+    del weights[gate]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights.*gate"):
+        run_profile(job(broken), tmp_path / "run")
+
+
+def test_a_vision_language_model_is_profiled_on_text(tmp_path: Path) -> None:
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    text = {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "moe_intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3VLMoeConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]})
+    Qwen3VLMoeForConditionalGeneration(config).save_pretrained(tmp_path / "vlm")
+    run_profile(job(tmp_path / "vlm", phase="both"), tmp_path / "run")
+    loads = observatory.open_run(tmp_path / "run").expert_load()
+    assert set(loads.groupby(["phase", "step", "layer"])["load"].sum()) == {2 * 16 * 2, 2 * 1 * 2}
+
+
+def test_an_encoder_decoder_is_refused_with_the_way_to_watch_it(tmp_path: Path) -> None:
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    config = SwitchTransformersConfig(
+        vocab_size=64,
+        d_model=16,
+        d_ff=16,
+        d_kv=8,
+        num_heads=2,
+        num_layers=2,
+        num_decoder_layers=2,
+        num_experts=4,
+    )
+    SwitchTransformersForConditionalGeneration(config).save_pretrained(tmp_path / "switch")
+    with pytest.raises(ModelError, match=r"encoder-decoder.*observatory\.watch"):
+        run_profile(job(tmp_path / "switch"), tmp_path / "run")
+
+
+def test_a_taken_place_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(RunError, match="exists"):
+        run_profile(job(tmp_path / "no model here"), tmp_path)
+
+
+def test_a_model_that_fails_while_it_runs_is_one_sentence_and_the_run_is_kept(
+    foreign_checkpoint: Path, tmp_path: Path
+) -> None:
+    loaded = load_model(str(foreign_checkpoint))
+    calls = []
+
+    def fail_in_the_third(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    loaded.model.register_forward_pre_hook(fail_in_the_third)
+    with pytest.raises(ModelError, match=r"failed while it ran: RuntimeError: CUDA out of memory\. Tried"):
+        run_profile(job(foreign_checkpoint), tmp_path / "run", loaded=loaded)
+    run = observatory.open_run(tmp_path / "run")
+    assert run.manifest.state == "failed"
+    assert sorted(run.expert_load()["step"].unique()) == [0, 1]
+
+
+def test_more_tokens_than_memory_holds_are_refused(foreign_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="at most"):
+        run_profile(job(foreign_checkpoint, steps=10**12), tmp_path / "run")
