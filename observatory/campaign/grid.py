@@ -1,14 +1,18 @@
 """Grids: every model on every data condition, then a scan over EP degrees; resumable.
 
 A grid directory holds ``grid.json`` (the configuration and the state of every cell), ``cells/<cell>`` (one
-run directory each) and ``scan.json``. A cell's name ends in a digest of everything that decides its
-content, so a changed option makes a new cell, and a finished cell is never run twice.
+run directory each), ``scan.json``, and ``.lock``, which one process at a time holds while it runs the
+grid. A cell's name ends in a digest of everything that decides its content, so a changed option makes a new
+cell, and a finished cell is never run twice.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from observatory.bounded import read_at_most
 from observatory.campaign.profile import PhaseChoice, ProfileJob, run_profile
 from observatory.documents import frame_records, write_json
 from observatory.errors import DataError, ObservatoryError, PlacementError, RunError
@@ -28,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "CellResult", "GridConfig", "expand_runs", "grid_cells", "load_grid", "run_grid"]
 
 _LARGEST_CONFIG_BYTES = 1 << 20
+_LARGEST_INDEX_BYTES = 1 << 28
+_PLACEMENT_RULES = ("linear", "round-robin")
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -43,7 +50,7 @@ class ProfileOptions(_Section):
     sequence_length: Positive = 256
     steps: Positive = 20
     phase: PhaseChoice = "prefill"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     device: Name = "cpu"
     dtype: Name | None = None
     gate_mass: bool = False
@@ -66,7 +73,7 @@ class GridConfig(_Section):
     models: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
     data: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
     ep: Annotated[tuple[Positive, ...], Field(max_length=100)] = (4, 8, 16, 32)
-    gpus_per_node: Positive = 4
+    gpus_per_node: Annotated[int, Field(ge=1, le=65536)] = 4
     placement: Name = "linear"
     profile: ProfileOptions = ProfileOptions()
 
@@ -108,11 +115,12 @@ def load_grid(path: Path) -> GridConfig:
         DataError: missing, too large, not TOML, or a key or value that is not understood.
     """
     try:
-        with path.open("rb") as handle:
-            text = handle.read(_LARGEST_CONFIG_BYTES + 1)
+        text = read_at_most(path, _LARGEST_CONFIG_BYTES)
     except OSError as error:
-        raise DataError(f"cannot read the grid file {path}: {error.strerror}") from error
-    if len(text) > _LARGEST_CONFIG_BYTES:
+        raise DataError(
+            f"cannot read the grid file {path}: {error.strerror}; expected a TOML file"
+        ) from error
+    if text is None:
         raise DataError(f"the grid file {path} is larger than {_LARGEST_CONFIG_BYTES} bytes; is it a grid?")
     try:
         return GridConfig.model_validate(tomllib.loads(text.decode("utf-8")))
@@ -159,11 +167,31 @@ def run_grid(
         How each cell ended, in grid order.
 
     Raises:
-        RunError: ``out`` exists and is no grid directory.
+        RunError: ``out`` exists and is no grid directory, or another process runs a grid in it.
+        PlacementError: the placement file cannot be used; known before any cell runs.
     """
-    _open_grid(out)
+    from observatory.parallel.placement import load_placement
+
     cells = grid_cells(config)
+    if config.ep and config.placement not in _PLACEMENT_RULES:
+        load_placement(config.placement)
+    _open_grid(out)
+    with _locked(out):
+        results = _run_cells(config, cells, out, cell_progress, step_progress)
+        _write_scan(out, config, results)
+    return tuple(results)
+
+
+def _run_cells(
+    config: GridConfig,
+    cells: Sequence[Cell],
+    out: Path,
+    cell_progress: CellProgress | None,
+    step_progress: StepProgress | None,
+) -> list[CellResult]:
+    """Run or keep each cell; the index names all of them from the start, for early reports."""
     results: list[CellResult] = []
+    _write_index(out, config, cells, results)
     loaded: LoadedModel | None = None
     loaded_name: str | None = None
     for cell in cells:
@@ -185,9 +213,8 @@ def run_grid(
                 results.append(CellResult(cell=cell, run=run, state="failed", error=str(error)))
         if cell_progress is not None:
             cell_progress(cell, results[-1])
-        _write_index(out, config, results)
-    _write_scan(out, config, results)
-    return tuple(results)
+        _write_index(out, config, cells, results)
+    return results
 
 
 def expand_runs(paths: Sequence[Path]) -> list[Path]:
@@ -211,7 +238,7 @@ def expand_runs(paths: Sequence[Path]) -> list[Path]:
 def _complete_cells(grid: Path) -> Iterator[Path]:
     """Finished cells in the order of ``grid.json``, which names them relative to the grid."""
     try:
-        index = json.loads((grid / "grid.json").read_text(encoding="utf-8"))
+        index = json.loads(read_at_most(grid / "grid.json", _LARGEST_INDEX_BYTES) or b"")
         names = [str(cell["name"]) for cell in index["cells"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{grid / 'grid.json'} is not a grid's index ({error}); run the grid again") from error
@@ -229,6 +256,24 @@ def _open_grid(out: Path) -> None:
     (out / "cells").mkdir(parents=True, exist_ok=True)
 
 
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep a second process from running the same cells; the lock goes with the process, however it ends."""
+    descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"another process runs the grid in {out}; wait for it, or name another directory"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _is_complete(run: Path) -> bool:
     from observatory.store import open_run
 
@@ -240,23 +285,22 @@ def _is_complete(run: Path) -> bool:
         return False
 
 
-def _write_index(out: Path, config: GridConfig, results: Sequence[CellResult]) -> None:
-    write_json(
-        out / "grid.json",
-        {
-            "config": config.model_dump(mode="json"),
-            "cells": [
-                {
-                    "name": result.cell.name,
-                    "model": result.cell.job.model,
-                    "data": result.cell.job.data,
-                    "state": "failed" if result.state == "failed" else "complete",
-                    "error": result.error,
-                }
-                for result in results
-            ],
-        },
-    )
+def _write_index(out: Path, config: GridConfig, cells: Sequence[Cell], results: Sequence[CellResult]) -> None:
+    ended = {result.cell.name: result for result in results}
+    states = {"done": "complete", "kept": "complete", "failed": "failed"}
+    index = []
+    for cell in cells:
+        result = ended.get(cell.name)
+        index.append(
+            {
+                "name": cell.name,
+                "model": cell.job.model,
+                "data": cell.job.data,
+                "state": "pending" if result is None else states[result.state],
+                "error": None if result is None else result.error,
+            }
+        )
+    write_json(out / "grid.json", {"config": config.model_dump(mode="json"), "cells": index})
 
 
 def _write_scan(out: Path, config: GridConfig, results: Sequence[CellResult]) -> None:
@@ -264,9 +308,7 @@ def _write_scan(out: Path, config: GridConfig, results: Sequence[CellResult]) ->
     from observatory.parallel.scan import scan_run
     from observatory.store import open_run
 
-    placement = (
-        Path(config.placement) if config.placement not in ("linear", "round-robin") else config.placement
-    )
+    placement = config.placement if config.placement in _PLACEMENT_RULES else Path(config.placement)
     rows: list[dict[str, object]] = []
     skipped: list[dict[str, object]] = []
     for result in results:
@@ -288,16 +330,23 @@ def _write_scan(out: Path, config: GridConfig, results: Sequence[CellResult]) ->
 
 
 def _identity(job: ProfileJob) -> dict[str, object]:
-    """What decides a cell's content: the options, and for local files their size and time of change."""
+    """What decides a cell's content: the options, and size and time of change of local files.
+
+    Of a checkpoint directory its files count: new weights over old ones leave the directory as it was.
+    """
     identity: dict[str, object] = asdict(job)
     for name in ("model", "data"):
         path = Path(getattr(job, name))
-        try:
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # not a path: the loader says what is wrong with the name
             if path.exists():
-                stat = path.stat()
-                identity[f"{name}_file"] = [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
-        except (OSError, ValueError):
-            continue  # not a path at all; the loader says what is wrong with the name
+                files = sorted(path.glob("*")) if path.is_dir() else [path]
+                stats = [(file.name, file.stat()) for file in files if file.is_file()]
+                identity[f"{name}_file"] = [
+                    str(path.resolve()),
+                    *([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats),
+                ]
     return identity
 
 

@@ -17,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from observatory.bounded import read_at_most
 from observatory.errors import PlacementError
+from observatory.parallel.topology import MAX_RANKS
 
 __all__ = ["Placement", "PlacementChoice", "PlacementFile", "linear", "load_placement", "round_robin"]
 
@@ -73,7 +75,7 @@ def round_robin(experts: int, ep: int) -> Placement:
     return Placement(name="round-robin", ep=ep, rank_of_E=np.arange(experts, dtype=np.int64) % ep)
 
 
-_Rank = Annotated[int, Field(ge=0, lt=1 << 20)]
+_Rank = Annotated[int, Field(ge=0, lt=MAX_RANKS)]
 _Ranks = Annotated[list[_Rank], Field(min_length=1, max_length=65536)]
 
 
@@ -92,7 +94,7 @@ class PlacementFile(BaseModel):
     name: str = "file"
     expert_to_rank: _Ranks | None = None
     layers: dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], _Ranks] | None = None
-    ranks: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    ranks: Annotated[int, Field(ge=1, le=MAX_RANKS)] | None = None
 
     @model_validator(mode="after")
     def _one_form(self) -> PlacementFile:
@@ -144,13 +146,16 @@ def load_placement(path: Path | str) -> PlacementFile:
     """
     path = Path(path)
     try:
-        with path.open("rb") as handle:
-            content = handle.read(MAX_FILE_BYTES + 1)
+        content = read_at_most(path, MAX_FILE_BYTES)
     except OSError as error:
         raise PlacementError(
             f"placement {path} cannot be read ({error.strerror}); give linear, round-robin or a file"
         ) from error
-    if len(content) > MAX_FILE_BYTES:
+    except ValueError as error:  # a name no file can have
+        raise PlacementError(
+            f"placement {str(path)!r} is no file name; give linear, round-robin or a file"
+        ) from error
+    if content is None:
         raise PlacementError(
             f"placement {path} is over {MAX_FILE_BYTES >> 20} MiB; expected one rank per expert"
         )

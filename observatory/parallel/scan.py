@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 __all__ = ["place", "scan_run", "traffic_matrix"]
 
+_BLOCK_BYTES = 64 * 1024 * 1024
+
 _COLUMNS = (
     "ep", "placement", "layer", "phase", "experts", "gpus_per_node", "nodes",
     "steps", "tokens", "assignments",
@@ -80,7 +82,7 @@ def scan_run(
     captured = run.manifest.topology.ranks
     top_k = {spec.layer: spec.top_k for spec in run.manifest.model.moe_layers}
     layers: dict[tuple[str, int], _LayerScan] = {}
-    for block in run.iter_loads():
+    for block in run.iter_loads(max_block_bytes=_block_bytes(run, topologies)):
         key = (block.phase, block.layer)
         if key not in layers:
             cells = [
@@ -94,6 +96,13 @@ def scan_run(
     real = [name for name in _COLUMNS if "fraction" in name or "over_mean" in name]
     frame = frame.astype(dict.fromkeys(real, "float64"))
     return frame.sort_values(["ep", "phase", "layer"], kind="stable", ignore_index=True)
+
+
+def _block_bytes(run: Run, topologies: Sequence[ParallelTopology]) -> int:
+    """Size of blocks that keeps loads by rank bounded as well, where there are more ranks than experts."""
+    ranks = max((topology.ep for topology in topologies), default=1)
+    fewest = min((spec.experts for spec in run.manifest.model.moe_layers), default=1)
+    return max(1, _BLOCK_BYTES * min(fewest, ranks) // ranks)
 
 
 def traffic_matrix(
@@ -189,8 +198,9 @@ class _Cell:
         """Add the steps of a block."""
         share_RP, self.sources = source_shares(captured, self.placement.ep)
         node_R = self.topology.node_of_rank_R
-        same_node_RR = (node_R[:, None] == node_R[None, :]).astype(np.float64)
-        local_RPX = np.stack([share_RP[:, rank_P], (same_node_RR @ share_RP)[:, rank_P]], axis=-1)
+        node_share_NP = np.zeros((self.topology.nodes, share_RP.shape[1]))
+        np.add.at(node_share_NP, node_R, share_RP)
+        local_RPX = np.stack([share_RP[:, rank_P], node_share_NP[node_R][:, rank_P]], axis=-1)
         load_SPR = load_by_rank(load_SPE, self.placement)
         load_SR = load_SPR.sum(axis=1)
         kept_SX = load_SPR.reshape(len(load_SPR), -1) @ local_RPX.transpose(1, 0, 2).reshape(-1, 2)

@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 from observatory.errors import PlacementError
 
-__all__ = ["ParallelTopology"]
+__all__ = ["MAX_RANKS", "ParallelTopology"]
+
+#: A model has at most that many experts (``observatory.records``), and more ranks than experts are no use.
+MAX_RANKS = 65536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,10 +31,10 @@ class ParallelTopology:
     gpus_per_node: int
 
     def __post_init__(self) -> None:
-        """Refuse sizes below one."""
+        """Refuse sizes below one, and sizes that no machine has."""
         for name, value in (("EP degree", self.ep), ("GPUs per node", self.gpus_per_node)):
-            if value < 1:
-                raise PlacementError(f"{name} is {value}; expected at least 1")
+            if not 1 <= value <= MAX_RANKS:
+                raise PlacementError(f"{name} is {value}; expected 1 to {MAX_RANKS}")
 
     @property
     def nodes(self) -> int:

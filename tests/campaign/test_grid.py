@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from observatory.campaign.grid import GridConfig, ProfileOptions, expand_runs, grid_cells, load_grid, run_grid
 from observatory.cli import main
-from observatory.errors import DataError, RunError
+from observatory.errors import DataError, PlacementError, RunError
 
 SMALL = ProfileOptions(batch_size=2, sequence_length=16, steps=2)
 
@@ -100,3 +101,48 @@ def test_an_index_that_names_runs_elsewhere_is_not_followed(tmp_path: Path) -> N
     (tmp_path / "grid.json").write_text(json.dumps({"cells": [{"name": "../../etc"}]}))
     with pytest.raises(RunError, match="no finished cell"):
         expand_runs([tmp_path])
+
+
+def test_the_index_names_every_cell_from_the_start(foreign_checkpoint: Path, tmp_path: Path) -> None:
+    config = GridConfig(models=(str(foreign_checkpoint),), data=("mock", "prose"), ep=(), profile=SMALL)
+    seen: list[list[str]] = []
+
+    def look(_cell: object, result: object) -> None:
+        if result is None:
+            index = json.loads((tmp_path / "grid" / "grid.json").read_text())
+            seen.append([cell["state"] for cell in index["cells"]])
+
+    run_grid(config, tmp_path / "grid", cell_progress=look)
+    assert seen == [["pending", "pending"], ["complete", "pending"]]
+
+
+def test_a_grid_is_run_by_one_process_at_a_time(foreign_checkpoint: Path, tmp_path: Path) -> None:
+    config = GridConfig(models=(str(foreign_checkpoint),), data=("mock",), ep=(), profile=SMALL)
+
+    def start_it_again(_cell: object, result: object) -> None:
+        if result is None:
+            with pytest.raises(RunError, match="another process"):
+                run_grid(config, tmp_path / "grid")
+
+    (result,) = run_grid(config, tmp_path / "grid", cell_progress=start_it_again)
+    assert result.state == "done"
+    assert [result.state for result in run_grid(config, tmp_path / "grid")] == ["kept"]
+
+
+def test_new_weights_in_the_same_directory_make_new_cells(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "model"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"old weights")
+    config = GridConfig(models=(str(checkpoint),), data=("mock",))
+    folder = checkpoint.stat()
+    (before,) = grid_cells(config)
+    (checkpoint / "model.safetensors").write_bytes(b"weights trained longer")
+    os.utime(checkpoint, ns=(folder.st_atime_ns, folder.st_mtime_ns))
+    (after,) = grid_cells(config)
+    assert before.name != after.name
+
+
+def test_a_wrong_placement_file_is_told_before_any_cell_runs(tmp_path: Path) -> None:
+    config = GridConfig(models=("tiny-gqa",), data=("mock",), placement=str(tmp_path / "missing.json"))
+    with pytest.raises(PlacementError, match=r"missing\.json"):
+        run_grid(config, tmp_path / "grid", cell_progress=lambda *_: pytest.fail("a cell was started"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -207,3 +208,20 @@ def test_shares_stay_between_nothing_and_everything(
         known = frame[name].dropna()
         assert ((known >= 0) & (known <= 1)).all()
     assert (frame["cross_node_fraction"].fillna(0) <= frame["cross_rank_fraction"].fillna(0) + 1e-9).all()
+
+
+def test_many_more_ranks_than_experts_stay_cheap(tmp_path: Path) -> None:
+    """65,536 ranks of which one holds everything: no table of ranks by ranks (34 GB) is made."""
+    run = write_run(tmp_path / "run", {("prefill", 0): np.full((2, 1, 4), 3)}, top_k=2)
+    placement = tmp_path / "wide.json"
+    placement.write_text('{"expert_to_rank": [0, 0, 0, 0], "ranks": 65536}')
+    limit = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 30), limit[1]))
+    try:
+        (row,) = scan_run(run, ep_degrees=[65536], gpus_per_node=8, placement=placement).to_dict("records")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limit)
+    assert row["rank_max_over_mean"] == 65536
+    assert row["cross_rank_fraction"] == pytest.approx(1 - 1 / 65536)
+    assert row["cross_node_fraction"] == pytest.approx(1 - 8 / 65536)
