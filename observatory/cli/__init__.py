@@ -1,7 +1,8 @@
 """The ``observatory`` command.
 
 Exit codes: 0 done, 1 something the user can fix (one line says how), 2 wrong usage, 130 interrupted.
-Results go to stdout, progress and messages to stderr.
+Results go to stdout, progress and messages to stderr. No command shows a traceback, unless
+``OBSERVATORY_DEBUG`` is set: then errors that nobody foresaw are raised as they are.
 """
 
 from __future__ import annotations
@@ -24,12 +25,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    _open_missing_streams()
+    try:
+        return _guarded(argv)
+    except KeyboardInterrupt:  # outside typer's own handling: while modules are imported
+        sys.stderr.write("observatory: interrupted; nothing was left half written\n")
+        return _INTERRUPTED
+
+
+def _guarded(argv: Sequence[str] | None) -> int:
     from observatory.cli.app import command
     from observatory.cli.output import complain
     from observatory.errors import ObservatoryError
 
     try:
         command().main(args=None if argv is None else list(argv), prog_name="observatory")
+        sys.stdout.flush()
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:  # typer turns Ctrl-C into this
             complain("interrupted; what was written so far is kept and can be read")
@@ -49,7 +60,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ImportError as error:
         complain(f"{error}; install what is missing, for example: pip install 'moe-observatory[capture]'")
         return 1
+    except MemoryError as error:
+        complain(f"not enough memory: {error or 'no details'}; ask for less at once, or use a larger machine")
+        return 1
+    except Exception as error:
+        if os.environ.get("OBSERVATORY_DEBUG"):
+            raise
+        complain(
+            f"unexpected {type(error).__name__}: {error}; a fault of the program: please report it with "
+            "what OBSERVATORY_DEBUG=1 shows"
+        )
+        return 1
     return 0
+
+
+def _open_missing_streams() -> None:
+    """Give a process that was started with closed streams (`>&-`) somewhere to write."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def run() -> None:

@@ -22,7 +22,7 @@ __all__ = [
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 EpOption = Annotated[str, typer.Option("--ep", help="EP degrees, separated by commas.")]
-GpusPerNodeOption = Annotated[int, typer.Option("--gpus-per-node", min=1, help="Ranks per node.")]
+GpusPerNodeOption = Annotated[int, typer.Option("--gpus-per-node", min=1, max=65536, help="Ranks per node.")]
 PlacementOption = Annotated[
     str, typer.Option("--placement", help="linear, round-robin, or a placement file (JSON).")
 ]

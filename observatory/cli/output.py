@@ -14,6 +14,8 @@ from rich.table import Table
 
 __all__ = ["complain", "print_json", "print_table", "progress_bar", "say"]
 
+_LONGEST_COMPLAINT = 1200
+
 
 def say(message: str) -> None:
     """One line for people, on stderr."""
@@ -22,7 +24,7 @@ def say(message: str) -> None:
 
 def complain(message: str) -> None:
     """The one line an error gets."""
-    say(f"observatory: {message}")
+    say(f"observatory: {_short(message)}")
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -64,6 +66,14 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
     return _one_line(str(value))
+
+
+def _short(message: str) -> str:
+    """A message whose middle is left out when names in it are absurdly long; its ends say what and how."""
+    if len(message) <= _LONGEST_COMPLAINT:
+        return message
+    half = _LONGEST_COMPLAINT // 2
+    return f"{message[:half]} ... {message[-half:]}"
 
 
 def _one_line(text: str) -> str:

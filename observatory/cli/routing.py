@@ -29,8 +29,10 @@ _COLUMNS = {
 
 def routing(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    bootstrap: Annotated[int, typer.Option(min=0, help="Bootstrap samples over steps; 0 for none.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    bootstrap: Annotated[
+        int, typer.Option(min=0, max=100_000, help="Bootstrap samples over steps; 0 for none.")
+    ] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     json: JsonOption = False,
 ) -> None:
     """Show the imbalance of expert loads per layer and phase, beside its sampling floor."""

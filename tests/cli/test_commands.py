@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -172,3 +174,51 @@ def test_an_unwritable_place_is_one_clear_line(
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
     complaint(capsys, "report", str(make_run()), "--out", str(closed / "report.html"))
+
+
+@pytest.mark.parametrize("seed", ["-1"])
+def test_a_negative_seed_is_wrong_usage(
+    seed: str, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["routing", str(make_run()), "--seed", seed]) == 2
+    assert main(["scan", str(make_run("other")), "--gpus-per-node", "9" * 30]) == 2
+    capsys.readouterr()
+
+
+def test_an_absurdly_long_name_does_not_flood_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    message = complaint(capsys, "routing", "x" * 10_000)
+    assert len(message) < 1500
+    assert "too long" in message
+    assert message.endswith("check space and permissions")
+
+
+def test_a_pipe_instead_of_a_file_is_refused_and_not_waited_for(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    scan = ["scan", str(make_run()), "--ep", "2", "--placement", str(tmp_path / "pipe")]
+    assert "plain file" in complaint(capsys, *scan)
+    assert "plain file" in complaint(capsys, "grid", str(tmp_path / "pipe"), "--out", str(tmp_path / "grid"))
+
+
+def test_an_error_nobody_foresaw_is_one_line_too(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("nobody thought of this")
+
+    monkeypatch.setattr("observatory.store.open_run", broken)
+    message = complaint(capsys, "routing", str(make_run()))
+    assert "ZeroDivisionError" in message
+    assert "report it" in message
+    monkeypatch.setenv("OBSERVATORY_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["routing", "anything"])
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", "<&-", ">&- 2>&-"])
+def test_closed_streams_are_no_fault(closing: str, make_run: MakeRun) -> None:
+    command = f'"{sys.executable}" -m observatory routing "{make_run()}" --json {closing}'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
