@@ -1,4 +1,4 @@
-"""Several ranks write one run, through files alone."""
+"""Several ranks write one run, through files alone; their model is wrapped as it is in training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from observatory.ranks import RankOf, find_rank
 
 _RANK = """
     import os, sys
+    import torch
     import torch.distributed as dist
     import observatory
     from tests.probes.tiny import ToldModel, ids, told_adapter
     out, rank, dies = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "dies"
     dist.init_process_group("gloo", init_method="file://" + out + ".rendezvous", rank=rank, world_size=2)
-    model = ToldModel()
+    model = torch.nn.parallel.DistributedDataParallel(ToldModel())
     with observatory.watch(model, out, adapters=[told_adapter(3)], flush_seconds=0.1) as watch:
         dist.barrier()
         for step in range(2):
