@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from observatory.cli.options import (
-    EpOption,
     GpusPerNodeOption,
     JsonOption,
     PlacementOption,
@@ -16,7 +15,19 @@ from observatory.cli.options import (
     parse_placement,
 )
 
+if TYPE_CHECKING:
+    from observatory.store import Run
+
 __all__ = ["scan"]
+
+_USUAL_DEGREES = (4, 8, 16, 32)
+ScanEpOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ep",
+        help="EP degrees, separated by commas; without it those of 4, 8, 16, 32 that divide the experts.",
+    ),
+]
 
 _COLUMNS = {
     "ep": "EP",
@@ -34,7 +45,7 @@ _COLUMNS = {
 
 def scan(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    ep: EpOption = "4,8,16,32",
+    ep: ScanEpOption = None,
     gpus_per_node: GpusPerNodeOption = 4,
     placement: PlacementOption = "linear",
     json: JsonOption = False,
@@ -47,7 +58,10 @@ def scan(
 
     opened = open_run(run)
     frame = scan_run(
-        opened, ep_degrees=parse_ep(ep), gpus_per_node=gpus_per_node, placement=parse_placement(placement)
+        opened,
+        ep_degrees=_fitting(opened, placement) if ep is None else parse_ep(ep),
+        gpus_per_node=gpus_per_node,
+        placement=parse_placement(placement),
     )
     rows = frame_records(frame)
     for problem in opened.problems:
@@ -70,3 +84,16 @@ def scan(
     )
     for sources in sorted({str(row["sources"]) for row in rows}):
         say(f"source ranks: {sources}")
+
+
+def _fitting(run: Run, placement: str) -> tuple[int, ...]:
+    """The degrees to scan when none are given: a file's own, else the usual ones that fit every layer."""
+    from observatory.parallel.placement import load_placement
+
+    rule = parse_placement(placement)
+    if isinstance(rule, Path):
+        file = load_placement(rule)
+        return (file.ranks or file.highest_rank + 1,)
+    experts = {layer.experts for layer in run.manifest.model.moe_layers}
+    fitting = tuple(ep for ep in _USUAL_DEGREES if all(count % ep == 0 for count in experts))
+    return fitting or (max(experts, default=1),)

@@ -76,6 +76,16 @@ def test_scan_gives_the_documented_keys_and_keeps_experts_and_ranks_apart(
     assert rows[2]["cross_node_fraction"] == pytest.approx(0.0)
 
 
+def test_a_scan_without_degrees_takes_those_that_fit(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(make_run())  # 4 experts: of the usual 4, 8, 16, 32 only the first fits
+    assert {row["ep"] for row in run_json(capsys, "scan", run)["rows"]} == {4}  # type: ignore[attr-defined]
+    (tmp_path / "two.json").write_text('{"expert_to_rank": [0, 1, 1, 0]}')
+    rows = run_json(capsys, "scan", run, "--placement", str(tmp_path / "two.json"))["rows"]
+    assert {row["ep"] for row in rows} == {2}  # type: ignore[attr-defined]
+
+
 def test_tables_for_people_go_to_stdout_and_nothing_else_does(
     make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
