@@ -133,6 +133,7 @@ def traffic_matrix(
     rule = _rule(placement)
     traffic_RR: NDArray[np.int64] | NDArray[np.float64] = np.zeros((ep, ep), dtype=np.int64)
     sources: Sources | None = None
+    source_shares(run.manifest.topology.ranks, ep)  # refuses impossible numbers of ranks
     for block in run.iter_loads(phase=phase, layers=[layer]):
         own = place(rule, layer=layer, experts=block.experts, ep=ep)
         load_SPE = _all_ranks(block, run.manifest.topology.ranks)

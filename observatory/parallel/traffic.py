@@ -27,6 +27,9 @@ __all__ = [
     "traffic_matrices",
 ]
 
+#: Pairs of a captured and an expert-parallel rank: half a GiB of shares. The number of ranks is from a file.
+_MOST_SHARES = 1 << 26
+
 #: How captured source ranks became expert-parallel ranks; the last is an estimate.
 Sources = Literal["captured", "folded", "spread evenly (estimate)"]
 
@@ -44,6 +47,11 @@ def source_shares(captured: int, ep: int) -> tuple[NDArray[np.float64], Sources]
     if captured < 1 or ep < 1:
         raise PlacementError(
             f"cannot fold {captured} captured ranks onto EP {ep}; expected at least 1 of each"
+        )
+    if captured * ep > _MOST_SHARES:
+        raise PlacementError(
+            f"{captured} captured ranks on EP {ep} are more pairs than are computed ({_MOST_SHARES}); "
+            "check topology.ranks in run.json, or choose a smaller degree"
         )
     rank_R1, captured_1P = np.arange(ep)[:, None], np.arange(captured)[None, :]
     if captured % ep == 0:

@@ -107,3 +107,8 @@ def test_traffic_keeps_every_assignment_and_every_ranks_load(load_SPE, ep: int, 
 def test_folding_onto_nothing_is_refused() -> None:
     with pytest.raises(PlacementError, match="onto EP 0"):
         source_shares(4, 0)
+
+
+def test_a_manifest_that_names_a_billion_ranks_is_refused_and_not_allocated() -> None:
+    with pytest.raises(PlacementError, match="1000000000 captured ranks"):
+        source_shares(10**9, 4)
