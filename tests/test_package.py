@@ -66,3 +66,10 @@ def test_analysis_and_report_load_no_torch_and_no_mpi() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_watching_without_torch_says_what_to_install() -> None:
+    code = "import sys; sys.modules['torch'] = None; import observatory; observatory.watch"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'moe-observatory[capture]'" in done.stderr.splitlines()[-1]

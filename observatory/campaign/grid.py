@@ -226,7 +226,7 @@ def expand_runs(paths: Sequence[Path]) -> list[Path]:
     runs: list[Path] = []
     for path in paths:
         if (path / "grid.json").is_file():
-            cells = sorted(_complete_cells(path), key=lambda run: run.name)
+            cells = list(_complete_cells(path))
             if not cells:
                 raise RunError(f"the grid {path} has no finished cell yet; run `observatory grid` again")
             runs.extend(cells)

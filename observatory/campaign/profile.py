@@ -125,7 +125,7 @@ def run_profile(
     import observatory
     from observatory.records import DataSpec
     from observatory.zoo.data import load_token_ids
-    from observatory.zoo.models import load_model
+    from observatory.zoo.models import load_model, quiet_transformers
 
     _check_place(out, overwrite=overwrite)
     loaded = loaded or load_model(job.model, device=job.device, dtype=job.dtype)
@@ -149,7 +149,7 @@ def run_profile(
         if progress is not None:
             progress(done, total)
 
-    with torch.inference_mode(), _model_failures(loaded.name):
+    with torch.inference_mode(), quiet_transformers(), _model_failures(loaded.name):
         cache = None if job.prefill_steps else _prefill(model, ids, job, column=0, keep_cache=True)
         with observatory.watch(
             model,

@@ -21,6 +21,7 @@ _COLUMNS = {
     "expert_max_over_mean": "max/ mean",
     "expert_max_over_mean_floor": "floor",
     "cv": "CV",
+    "half": "half in",
     "idle_experts": "idle",
     "step_gini_p50": "step Gini",
     "step_gini_floor": "floor",
@@ -39,12 +40,20 @@ def routing(
     from observatory.cli.output import print_json, print_table, say
     from observatory.documents import frame_records
     from observatory.errors import RunError
-    from observatory.routing.summary import layer_metrics
+    from observatory.routing import (
+        collect_layer_loads,
+        layer_metrics,
+        local_consistency,
+        standing_committee,
+    )
     from observatory.store import open_run
 
     opened = open_run(run)
-    metrics = layer_metrics(opened, bootstrap=bootstrap, seed=seed)
-    rows = frame_records(metrics)
+    loads = collect_layer_loads(opened)
+    rows = [
+        {**row, "committee": standing_committee(loads[row["phase"], row["layer"]].load_E)}
+        for row in frame_records(layer_metrics(loads, bootstrap=bootstrap, seed=seed))
+    ]
     for problem in opened.problems:
         say(f"note: {problem}")
     if not rows:
@@ -57,20 +66,29 @@ def routing(
                 "data": opened.manifest.data.condition if opened.manifest.data else None,
                 "problems": list(opened.problems),
                 "layers": rows,
+                "local_consistency": frame_records(local_consistency(opened.token_samples())),
             }
         )
         return
     print_table(
         list(_COLUMNS.values()),
-        [[{**row, "interval": _interval(row)}[name] for name in _COLUMNS] for row in rows],
+        [
+            [{**row, "interval": _interval(row), "half": _size(row)}[name] for name in _COLUMNS]
+            for row in rows
+        ],
         title=f"{opened.manifest.model.name}: assignments over {_experts(rows)} experts, whole run",
     )
-    say("95 %: bootstrap over steps; floor: what uniform routing of as many tokens shows; docs/metrics.md")
+    say("95 %: bootstrap over steps; floor: what uniform routing of as many tokens shows; half in: fewest")
+    say("experts that take half of the assignments; definitions in docs/metrics.md")
 
 
 def _interval(row: dict[str, Any]) -> str | None:
     low, high = row["gini_low"], row["gini_high"]
     return None if low is None or high is None else f"{low:.3f}-{high:.3f}"
+
+
+def _size(row: dict[str, Any]) -> int | None:
+    return None if row["committee"] is None else len(row["committee"])
 
 
 def _experts(rows: list[dict[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -48,6 +48,9 @@ def scan(
     ep: ScanEpOption = None,
     gpus_per_node: GpusPerNodeOption = 4,
     placement: PlacementOption = "linear",
+    traffic: Annotated[
+        bool, typer.Option("--traffic", help="With --json: add each row's traffic matrix in assignments.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Re-map the captured loads to other EP degrees and placements."""
@@ -67,6 +70,9 @@ def scan(
     for problem in opened.problems:
         say(f"note: {problem}")
     if json:
+        if traffic:
+            for row in rows:
+                row["traffic_assignments"] = _matrix(opened, row, parse_placement(placement))
         print_json(
             {
                 "run_id": opened.manifest.run_id,
@@ -84,6 +90,16 @@ def scan(
     )
     for sources in sorted({str(row["sources"]) for row in rows}):
         say(f"source ranks: {sources}")
+
+
+def _matrix(run: Run, row: dict[str, Any], placement: str | Path) -> list[list[float]]:
+    """Assignments from source rank i to expert rank j, summed over the run."""
+    from observatory.parallel.scan import traffic_matrix
+
+    ep = int(row["ep"])
+    pairs = traffic_matrix(run, ep=ep, layer=row["layer"], phase=row["phase"], placement=placement)
+    matrix: list[list[float]] = pairs["assignments"].to_numpy().reshape(ep, ep).tolist()
+    return matrix
 
 
 def _fitting(run: Run, placement: str) -> tuple[int, ...]:

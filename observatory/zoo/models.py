@@ -4,8 +4,9 @@ Only safetensors weights and configurations of transformers' own classes are rea
 brings along is executed: `trust_remote_code` is never on and pickled weights are refused.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["BundledModel", "LoadedModel", "bundled_models", "load_model", "mixer_of_config"]
+__all__ = [
+    "BundledModel",
+    "LoadedModel",
+    "bundled_models",
+    "load_model",
+    "mixer_of_config",
+    "quiet_transformers",
+]
 
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
 _NAMES = ("tiny-mla", "tiny-mha", "tiny-gqa", "tiny-mamba2", "tiny-gdn")
@@ -259,7 +267,7 @@ def _load_weights(name: str, where: str, device: str, dtype: str | None, *, loca
         raise ModelError(f"unknown device {ascii(device)[:40]}; expected e.g. cpu or cuda:0") from error
     wanted = dtype or ("float32" if target.type == "cpu" else "auto")
     try:
-        with _quiet(transformers):
+        with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(
                 where, trust_remote_code=False, local_files_only=local
             )
@@ -310,22 +318,21 @@ def _check_whole(found: Mapping[str, Any], name: str) -> None:
         )
 
 
-class _quiet:  # noqa: N801 - used like a function
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
     """Keeps transformers' progress bars and notes about missing GPU kernels off the terminal."""
+    from transformers.utils import logging as library
 
-    def __init__(self, transformers: Any) -> None:
-        self._logging = transformers.utils.logging
-        self._verbosity = self._logging.get_verbosity()
-        self._bars = self._logging.is_progress_bar_enabled()
-
-    def __enter__(self) -> None:
-        self._logging.set_verbosity_error()
-        self._logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        self._logging.set_verbosity(self._verbosity)
-        if self._bars:
-            self._logging.enable_progress_bar()
+    logging: Any = library  # it is typed in parts only
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _load_tokenizer(where: str, *, local: bool) -> "PreTrainedTokenizerBase | None":
@@ -335,7 +342,7 @@ def _load_tokenizer(where: str, *, local: bool) -> "PreTrainedTokenizerBase | No
     if local and not any((Path(where) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         return None
     try:
-        with _quiet(transformers):
+        with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
                 where, trust_remote_code=False, local_files_only=local
             )

@@ -52,6 +52,8 @@ def test_routing_gives_the_documented_keys_and_hand_computed_values(
     assert layer["expert_max_over_mean"] == pytest.approx(2.0)
     assert layer["entropy_bits"] == pytest.approx(1.75)
     assert layer["idle_experts"] == 0
+    assert layer["committee"] == [3]  # 4 of 8 assignments
+    assert document["local_consistency"] == []  # the run holds no token samples
 
 
 def test_scan_gives_the_documented_keys_and_keeps_experts_and_ranks_apart(
@@ -84,6 +86,13 @@ def test_a_scan_without_degrees_takes_those_that_fit(
     (tmp_path / "two.json").write_text('{"expert_to_rank": [0, 1, 1, 0]}')
     rows = run_json(capsys, "scan", run, "--placement", str(tmp_path / "two.json"))["rows"]
     assert {row["ep"] for row in rows} == {2}  # type: ignore[attr-defined]
+
+
+def test_scan_adds_traffic_matrices_when_asked(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    document = run_json(capsys, "scan", str(make_run()), "--ep", "2", "--traffic")
+    (row,) = document["rows"]  # type: ignore[misc]
+    # 6 steps; one captured rank is spread evenly over both; ranks hold loads 2 and 6 of each step
+    assert row["traffic_assignments"] == [[6.0, 18.0], [6.0, 18.0]]
 
 
 def test_tables_for_people_go_to_stdout_and_nothing_else_does(
