@@ -7,6 +7,7 @@ The command line prints the message as one line and ends with ``exit_code``.
 __all__ = [
     "CaptureError",
     "DataError",
+    "ExchangeError",
     "LoadError",
     "ModelError",
     "ObservatoryError",
@@ -48,3 +49,7 @@ class DataError(ObservatoryError):
 
 class CaptureError(ObservatoryError):
     """A probe cannot be attached, or what it captured cannot be kept."""
+
+
+class ExchangeError(ObservatoryError):
+    """Ranks cannot exchange what they should: one is missing, or they do not agree on what is sent."""
