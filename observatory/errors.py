@@ -5,6 +5,7 @@ The command line prints the message as one line and ends with ``exit_code``.
 """
 
 __all__ = [
+    "BenchmarkError",
     "CaptureError",
     "DataError",
     "ExchangeError",
@@ -53,3 +54,7 @@ class CaptureError(ObservatoryError):
 
 class ExchangeError(ObservatoryError):
     """Ranks cannot exchange what they should: one is missing, or they do not agree on what is sent."""
+
+
+class BenchmarkError(ObservatoryError):
+    """A benchmark result or a network model cannot be read, or does not fit what it is asked."""
