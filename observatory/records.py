@@ -166,6 +166,7 @@ class ClockSpec(Record):
         offset_ns: reference clock minus this rank's clock; None when the clocks were not aligned.
         uncertainty_ns: half-width of the interval that holds the true offset; None like ``offset_ns``.
         drift_ppm: change of the offset, in microseconds per second; None when it was not measured.
+        measured_ns: this rank's time at which ``offset_ns`` holds; None when no drift is to be applied.
         method: ``shared clock`` (one host), ``ping-pong``, or ``none``.
     """
 
@@ -173,6 +174,7 @@ class ClockSpec(Record):
     offset_ns: int | None = None
     uncertainty_ns: Count | None = None
     drift_ppm: float | None = None
+    measured_ns: int | None = None
     method: Literal["shared clock", "ping-pong", "none"]
 
 
