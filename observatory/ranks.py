@@ -47,7 +47,7 @@ class RankOf:
 def find_rank(
     rank: int | None = None, world: int | None = None, environment: Mapping[str, str] = os.environ
 ) -> RankOf:
-    """What the caller says; else the initialised process group; else what a launcher put into the environment.
+    """What the caller says; else the initialised process group; else what launchers put into the environment.
 
     Understood are torchrun (and whoever speaks its language: ``RANK``, ``WORLD_SIZE`` with
     ``TORCHELASTIC_RUN_ID`` or ``MASTER_ADDR``), Open MPI, MPICH and other PMI launchers, and ``srun``.
