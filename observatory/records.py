@@ -168,6 +168,8 @@ class ClockSpec(Record):
         drift_ppm: change of the offset, in microseconds per second; None when it was not measured.
         measured_ns: this rank's time at which ``offset_ns`` holds; None when no drift is to be applied.
         method: ``shared clock`` (one host), ``ping-pong``, or ``none``.
+        identity: what names the clock itself; ranks with equal identities read the same clock, also where
+            they never talked to each other. None where the system does not tell.
     """
 
     reference_rank: Count = 0
@@ -175,6 +177,7 @@ class ClockSpec(Record):
     uncertainty_ns: Count | None = None
     drift_ppm: float | None = None
     measured_ns: int | None = None
+    identity: Text | None = None
     method: Literal["shared clock", "ping-pong", "none"]
 
 
