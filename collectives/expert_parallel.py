@@ -114,7 +114,7 @@ def shard_experts(
             deduplicate=deduplicate,
         )
         layers.append(ShardedLayer(site, experts, local, _forward(site, dispatcher)))
-    return ShardedModel(model, layers, keep_full=keep_full)
+    return ShardedModel(model, layers, exchanger, keep_full=keep_full)
 
 
 class ShardedLayer:
@@ -160,9 +160,12 @@ class ShardedModel:
         layers: its MoE layers in order.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[ShardedLayer], *, keep_full: bool) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Sequence[ShardedLayer], exchanger: Exchanger, *, keep_full: bool
+    ) -> None:
         self.model = model
         self.layers = tuple(layers)
+        self._exchanger = exchanger
         self._keep_full = keep_full
 
     def __enter__(self) -> Self:
@@ -180,6 +183,10 @@ class ShardedModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
         return self.model(*args, **kwargs)
+
+    def record(self, recorder: Recorder) -> None:
+        """Tell this recorder about phases and exchanges from now on."""
+        self._exchanger.recorder = recorder
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
         """This rank's experts: what an optimiser of this rank trains, with gradients complete."""

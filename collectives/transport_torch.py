@@ -98,7 +98,7 @@ class TorchTransport(BaseTransport):
         if rows.shape[0] < longest:
             padded = torch.cat([padded, padded.new_zeros((longest - rows.shape[0], *rows.shape[1:]))])
         gathered = padded.new_empty((self.size * longest, *rows.shape[1:]))
-        self._guarded("an all-gather", lambda: distributed.all_gather_into_tensor(gathered, padded))
+        self._guarded("an all-gather", lambda: _all_gather_single(gathered, padded))
         if min(rows_P) < longest:
             parts = [gathered[p * longest : p * longest + n] for p, n in enumerate(rows_P)]
             gathered = torch.cat(parts)
@@ -113,7 +113,7 @@ class TorchTransport(BaseTransport):
                 part[: given.shape[0]] = given
             padded = parts.flatten(0, 1)
         summed = padded.new_empty((longest, *rows.shape[1:]))
-        self._guarded("a reduce-scatter", lambda: distributed.reduce_scatter_tensor(summed, padded))
+        self._guarded("a reduce-scatter", lambda: _reduce_scatter_single(summed, padded))
         return summed[:own].to(rows.device)
 
     def _handle(self, group: Group) -> Any:
@@ -140,3 +140,15 @@ class TorchTransport(BaseTransport):
                 ) from error
             grace_s = min(_GRACE_S, self.timeout_s)
             raise self._attendance.explain(what, error, grace_s=grace_s) from error
+
+
+def _all_gather_single(gathered: torch.Tensor, rows: torch.Tensor) -> None:
+    """``all_gather_single``, under the name that torch has for it (the older one is deprecated from 2.13)."""
+    call = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+    call(gathered, rows)
+
+
+def _reduce_scatter_single(summed: torch.Tensor, rows: torch.Tensor) -> None:
+    """``reduce_scatter_single``, likewise."""
+    call = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+    call(summed, rows)
