@@ -16,16 +16,18 @@ Protocol, the same for synthetic patterns and for captured traffic:
           compare every received byte with what its sender must have sent          not timed
           keep (end - start) / iterations of this rank, unless it is a warm-up
 
-Splits are known beforehand: the count exchange of a dispatcher is not in these times. Raw times of all ranks and
-repeats are kept. The time of an exchange is that of its slowest rank, which for uneven splits is the only one that
-tells when the layer can go on. algbw = mean bytes per rank / time, own bytes included (the convention of
-nccl-tests); busbw = algbw x share of bytes that leaves its rank, which for equal splits is the factor (n - 1) / n.
+Splits are known beforehand: the count exchange of a dispatcher is not in these times. Raw times of all ranks
+and repeats are kept. The time of an exchange is that of its slowest rank, which for uneven splits is the
+only one that tells when the layer can go on. algbw = mean bytes per rank / time, own bytes included (the
+convention of nccl-tests); busbw = algbw x share of bytes that leaves its rank, which for equal splits is the
+factor (n - 1) / n.
 A rank that leaves the barrier early waits for the last one inside its timed interval: iterations make
 this share small, and on oversubscribed machines it is never zero.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -68,7 +70,9 @@ def alltoall_plan(
         patterns: names of `collectives.patterns`.
         algorithms: ``flat``, ``hierarchical``, ``gather``.
         seeds: one matrix per seed of patterns that are drawn; the others appear once.
-        warmup, repeats, iterations: see the protocol.
+        warmup: rounds that are not kept.
+        repeats: rounds that are kept.
+        iterations: exchanges in one timed interval.
 
     Raises:
         BenchmarkError: an unknown pattern, or a size below one row.
@@ -107,7 +111,6 @@ def run_plan(
     *,
     clock_ns: Callable[[], int] = time.monotonic_ns,
     barrier_timeout_s: float = 60.0,
-    argv: Sequence[str] = (),
 ) -> BenchResult | None:
     """Run a plan on all ranks together.
 
@@ -116,19 +119,20 @@ def run_plan(
         plan: the same on every rank.
         clock_ns: monotonic clock.
         barrier_timeout_s: how long ranks wait for each other.
-        argv: command line, for the result.
 
     Returns:
         The result on rank 0, None on the others.
 
     Raises:
-        ExchangeError: the plan is for another number of ranks, or an exchange failed.
+        ExchangeError: the plan is for another number of ranks, the ranks have different plans, or an exchange
+            failed.
     """
     for traffic in plan.traffic:
         if traffic.ranks != transport.size:
             raise ExchangeError(
                 f"a traffic matrix of {traffic.ranks} ranks on {transport.size}; start as many as it has"
             )
+    _same_plan(transport, plan)
     cases = [
         _Case(transport, traffic, algorithm) for traffic in plan.traffic for algorithm in plan.algorithms
     ]
@@ -138,7 +142,19 @@ def run_plan(
     everyone = transport.gather_json([[case.us_R, case.correct] for case in cases])
     if everyone is None:
         return None
-    return _result(transport, plan, cases, everyone, argv)
+    return _result(transport, plan, cases, everyone)
+
+
+def _same_plan(transport: Transport, plan: BenchPlan) -> None:
+    """Refuse to start when ranks would wait for exchanges that the others never make."""
+    text = plan.model_dump_json(exclude={"argv"})
+    digests = transport.all_gather_json(hashlib.sha256(text.encode()).hexdigest())
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise ExchangeError(
+            f"rank {different[0]} was given other traffic than rank 0; start all ranks with the same options "
+            "and, for a replay, the same run directory"
+        )
 
 
 class _Case:
@@ -199,7 +215,6 @@ def _result(
     plan: BenchPlan,
     cases: Sequence[_Case],
     everyone: list[list[tuple[list[float], bool]]],
-    argv: Sequence[str],
 ) -> BenchResult:
     from observatory.provenance import collect_provenance
 
@@ -207,7 +222,7 @@ def _result(
     return BenchResult(
         kind=plan.kind,
         created_unix_s=time.time(),
-        argv=tuple(argv),
+        argv=plan.argv,
         backend=transport.backend,
         node_of_P=transport.node_of_P,
         warmup=plan.warmup,

@@ -2,9 +2,9 @@
 
 Shapes: P ranks, N rows, B bytes of a row. ``rows_PP[i, j]`` rows go from rank i to rank j, known to all.
 
-A mover takes this rank's rows sorted by destination and returns what it received sorted by source, so that all
-algorithms can be checked against the same bytes. Between the stages of the hierarchical algorithm rows are
-regrouped, which is part of its time as it is in a dispatcher.
+A mover takes this rank's rows sorted by destination and returns what it received sorted by source, so that
+all algorithms can be checked against the same bytes. Between the stages of the hierarchical algorithm rows
+are regrouped, which is part of its time as it is in a dispatcher.
 """
 
 from __future__ import annotations

@@ -2,11 +2,12 @@
 
 Shapes: P ranks. ``rows_PP[i, j]`` is the number of rows from rank i to rank j.
 
-All patterns but ``empty`` move the same volume, P buffers of a given size in whole, so that their times can be
-compared; they differ in who sends how much to whom:
+All patterns but ``empty`` move the same volume, P buffers of a given size in whole, so that their times can
+be compared; they differ in who sends how much to whom:
 
 * ``uniform``: equal splits, what mock tokens and nccl-tests do.
-* ``skewed``: receivers get 1, 1/2, 1/3, ... (Zipf), in an order drawn by seed: a standing committee of experts.
+* ``skewed``: receivers get 1, 1/2, 1/3, ... (Zipf), in an order drawn by seed: a standing committee of
+experts.
 * ``hot``: one receiver, drawn by seed, gets half of everything.
 * ``random``: every entry drawn on its own (exponential), all pairs different.
 * ``sparse``: every rank sends to about half of the ranks, drawn by seed; the other splits are empty.
@@ -40,10 +41,10 @@ def pattern_rows(pattern: str, *, ranks: int, rows_per_rank: int, seed: int = 0)
         raise BenchmarkError(f"pattern {pattern!r} is unknown; expected one of {', '.join(PATTERNS)}")
     weight_PP = PATTERNS[pattern](ranks, np.random.default_rng(seed))
     total = ranks * rows_per_rank
-    if not weight_PP.any():
+    if not np.any(weight_PP):
         return np.zeros((ranks, ranks), dtype=np.int64)
     share_PP = weight_PP / weight_PP.sum() * total
-    rows_PP = np.floor(share_PP).astype(np.int64)
+    rows_PP: NDArray[np.int64] = np.floor(share_PP).astype(np.int64)
     remainder = np.where(weight_PP > 0, share_PP - rows_PP, -1.0).ravel()
     rows_PP.flat[np.argsort(-remainder, kind="stable")[: total - int(rows_PP.sum())]] += 1
     return rows_PP

@@ -82,6 +82,7 @@ class BenchPlan(Record):
         repeats: R, rounds that are kept.
         iterations: exchanges one after another within one timed interval.
         traffic: the matrices, in the order in which a round takes them.
+        argv: command line that asked for it.
         run_id: the run the matrices were captured in.
         notes: what a reader of the result must know.
     """
@@ -92,6 +93,7 @@ class BenchPlan(Record):
     repeats: Annotated[int, Field(ge=1, le=100_000)]
     iterations: Annotated[int, Field(ge=1, le=100_000)]
     traffic: Annotated[tuple[Traffic, ...], Field(min_length=1)]
+    argv: tuple[Text, ...] = ()
     run_id: Text | None = None
     notes: tuple[Text, ...] = ()
 
@@ -118,12 +120,18 @@ class BenchCase(Traffic):
     @property
     def slowest_us_R(self) -> NDArray[np.float64]:
         """Time of each exchange: that of its slowest rank, (R,)."""
-        return np.array(self.rank_us_RP, dtype=np.float64).max(axis=1)
+        slowest: NDArray[np.float64] = np.array(self.rank_us_RP, dtype=np.float64).max(axis=1)
+        return slowest
 
     @property
     def median_us(self) -> float:
         """Median over repeats of the slowest rank's time."""
         return float(np.median(self.slowest_us_R))
+
+    @property
+    def p90_us(self) -> float:
+        """90th percentile over repeats of the slowest rank's time."""
+        return float(np.quantile(self.slowest_us_R, 0.9))
 
     @property
     def algbw_gb_per_s(self) -> float:

@@ -5,8 +5,8 @@ Shapes: P ranks; ``bytes_PP[i, j]`` is what rank i has for rank j.
 Known here because both those who move bytes and those who predict how long it takes must agree on it:
 
 * ``flat``: one exchange, every pair directly.
-* ``hierarchical``: inside the node first, so that local rank l' collects what its node sends to the l'-th rank
-  of every node; then between the ranks of equal local index. Each byte is sent twice, but a rank sends
+* ``hierarchical``: inside the node first, so that local rank l' collects what its node sends to the l'-th
+  rank of every node; then between the ranks of equal local index. Each byte is sent twice, but a rank sends
   to one peer per node only.
 * ``gather``: every rank gives its whole buffer to every other, which keeps what is its own.
 """

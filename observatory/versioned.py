@@ -21,7 +21,9 @@ class _Version(Record):
     schema_version: str
 
 
-def load_document(kind: type[Document], path: Path | str, *, version: str, what: str, remedy: str) -> Document:
+def load_document(
+    kind: type[Document], path: Path | str, *, version: str, what: str, remedy: str
+) -> Document:
     """Read and check a document of at most 512 MiB.
 
     Args:

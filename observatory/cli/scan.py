@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,12 +31,28 @@ _COLUMNS = {
     "cross_node_fraction": "cross node",
 }
 
+_TIME_COLUMNS = {
+    "dispatch_us": "dispatch us",
+    "dispatch_interval": "90 %",
+    "combine_us": "combine us",
+    "combine_interval": "90 %",
+}
+
 
 def scan(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     ep: EpOption = "4,8,16,32",
     gpus_per_node: GpusPerNodeOption = 4,
     placement: PlacementOption = "linear",
+    network: Annotated[
+        Path | None, typer.Option(help="Network model of `fit`: also predict dispatch and combine times.")
+    ] = None,
+    algorithm: Annotated[
+        str, typer.Option(help="Exchange to predict: flat, hierarchical or gather.")
+    ] = "flat",
+    row_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes of one row, when the run does not say its hidden size.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Re-map the captured loads to other EP degrees and placements."""
@@ -49,6 +65,22 @@ def scan(
     frame = scan_run(
         opened, ep_degrees=parse_ep(ep), gpus_per_node=gpus_per_node, placement=parse_placement(placement)
     )
+    columns = dict(_COLUMNS)
+    if network is not None:
+        from observatory.cost.network import load_network
+        from observatory.cost.scan import scan_times
+
+        times = scan_times(
+            opened,
+            load_network(network),
+            ep_degrees=parse_ep(ep),
+            gpus_per_node=gpus_per_node,
+            placement=parse_placement(placement),
+            algorithm=algorithm,
+            bytes_per_row=row_bytes,
+        )
+        frame = frame.merge(times, on=["ep", "layer", "phase"], how="left", validate="one_to_one")
+        columns |= _TIME_COLUMNS
     rows = frame_records(frame)
     for problem in opened.problems:
         say(f"note: {problem}")
@@ -64,9 +96,23 @@ def scan(
         )
         return
     print_table(
-        list(_COLUMNS.values()),
-        [[row[name] for name in _COLUMNS] for row in rows],
+        list(columns.values()),
+        [[_cell(row, name) for name in columns] for row in rows],
         title=f"{opened.manifest.model.name}: captured loads re-mapped, {gpus_per_node} ranks per node",
     )
     for sources in sorted({str(row["sources"]) for row in rows}):
         say(f"source ranks: {sources}")
+    for name, what in (("extrapolated", "extrapolated at"), ("no_prediction", "no times at")):
+        for row in {str(row[name]): row for row in rows if row.get(name)}.values():
+            say(f"{what} EP {row['ep']}: {row[name]}")
+
+
+def _cell(row: dict[str, Any], name: str) -> object:
+    """A value of the row, an interval from its two ends; a time outside the measurements is marked."""
+    role, _, kind = name.partition("_")
+    if kind == "interval":
+        low, high = row[f"{role}_low_us"], row[f"{role}_high_us"]
+        return None if low is None else f"{low:.0f}-{high:.0f}"
+    if kind == "us" and row[name] is not None:
+        return f"{row[name]:.0f}{' *' if row['extrapolated'] else ''}"
+    return row[name]

@@ -1,14 +1,15 @@
 """What of a traffic matrix a network model looks at, and the forms a model may take.
 
-Shapes: P ranks, N rows (ranks of all stages), F terms. A row of terms belongs to one rank in one stage of an exchange.
+Shapes: P ranks, N rows (ranks of all stages), F terms. A row of terms belongs to one rank in one stage of an
+    exchange.
 
-An algorithm makes one or two exchanges of a matrix (`observatory.stages`). A stage lasts as long as its slowest
-rank, stages follow one another:
+An algorithm makes one or two exchanges of a matrix (`observatory.stages`). A stage lasts as long as its
+slowest rank, stages follow one another:
 
     t = sum over stages of max over rows of  sum over terms of coefficient_F * term_NF
 
-Link classes: ``self`` (a rank to itself: a copy), ``node`` (another rank of its node), ``other`` (another node).
-Terms are non-negative and so are coefficients: more traffic never makes an exchange faster.
+Link classes: ``self`` (a rank to itself: a copy), ``node`` (another rank of its node), ``other`` (another
+node). Terms are non-negative and so are coefficients: more traffic never makes an exchange faster.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ FORMS: dict[str, Form] = {
         ),
         Form(
             name="shared-node",
-            meaning="the ranks of a node share its cores and memory: only the node's sums count, and other nodes",
+            meaning="the ranks of a node share its cores and memory: its sums count, and other nodes",
             terms=(
                 "exchange", "shared_bytes", "bytes_other", "shared_messages", "messages_other",
                 "shared_self", "ranks_on_node",
@@ -162,8 +163,7 @@ def _terms_of(bytes_PP: NDArray[np.int64], node_P: NDArray[np.int64]) -> NDArray
         return summed
 
     def over_node(value_P: NDArray[np.int64]) -> NDArray[np.float64]:
-        totals: NDArray[np.float64] = np.bincount(node_P, weights=value_P)[node_P]
-        return totals
+        return np.bincount(node_P, weights=value_P).astype(np.float64)[node_P]
 
     leaving_PP = node_PP + other_PP
     filled_PP = (leaving_PP > 0).astype(np.int64)

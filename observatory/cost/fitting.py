@@ -2,13 +2,14 @@
 
 Shapes: C cases (a matrix under one algorithm), F terms, B bootstrap samples, K folds.
 
-1. The time of a case is the median over its repeats of the slowest rank's time: one scheduling accident does not
-   move it.
-2. Each form is fitted with whole groups of matrices left out, and judged by |predicted - measured| / measured on
-   those. A group is one pattern and seed at all its sizes, or, where there are fewer than five of these,
+1. The time of a case is the median over its repeats of the slowest rank's time: one scheduling accident does
+   not move it.
+2. Each form is fitted with whole groups of matrices left out, and judged by |predicted - measured| /
+   measured on those. A group is one pattern and seed at all its sizes, or, where there are fewer than five
+   of these,
    one matrix: so no held-out matrix has a scaled copy of itself in the fit where this can be avoided.
-3. The form with the smallest mean error is the best; of those within one standard error of it the one with the
-   fewest parameters is chosen.
+3. The form with the smallest mean error is the best; of those within one standard error of it the one with
+   the fewest parameters is chosen.
 4. Intervals: matrices are drawn again with replacement and the chosen form is fitted to each draw.
 """
 
@@ -66,8 +67,8 @@ def fit_network(
         for case in result.cases:
             if not case.correct:
                 raise BenchmarkError(
-                    f"{case.algorithm} over {result.backend} delivered wrong bytes for pattern {case.pattern} on "
-                    f"{result.ranks} ranks; its times mean nothing: mend the fabric and measure again"
+                    f"{case.algorithm} over {result.backend} delivered wrong bytes of {case.pattern} "
+                    f"on {result.ranks} ranks; its times mean nothing: mend the fabric and measure again"
                 )
             by_algorithm.setdefault(case.algorithm, []).append(
                 _Case(
@@ -182,7 +183,10 @@ def _folds(groups: Sequence[tuple[object, ...]], seed: int) -> tuple[NDArray[np.
         index_of = {group: index for index, group in enumerate(distinct)}
         fold_C = np.array([fold_of[index_of[group]] for group in groups])
         return fold_C, f"{min(_FOLDS, count)} folds of whole patterns, all sizes of one together"
-    return fold_of, f"{min(_FOLDS, count)} folds of matrices; other sizes of a held-out pattern are in the fit"
+    return (
+        fold_of,
+        f"{min(_FOLDS, count)} folds of matrices; other sizes of a held-out pattern are in the fit",
+    )
 
 
 def _determined(problem: Problem) -> NDArray[np.bool_]:
@@ -258,7 +262,9 @@ def _coefficients(
 
 
 def _domain(cases: Sequence[_Case]) -> Domain:
-    busiest_C = np.array([int(max(case.bytes_PP.sum(axis=1).max(), case.bytes_PP.sum(axis=0).max())) for case in cases])
+    busiest_C = np.array(
+        [int(max(case.bytes_PP.sum(axis=1).max(), case.bytes_PP.sum(axis=0).max())) for case in cases]
+    )
     some = busiest_C[busiest_C > 0]
     on_node = {max(case.node_of_P.count(node) for node in set(case.node_of_P)) for case in cases}
     return Domain(

@@ -36,7 +36,8 @@ class Coefficient(Record):
 
     Attributes:
         term: name of the term, see ``features.TERMS``.
-        us_per_unit: microseconds per exchange, message, rank or byte; None when the measurements cannot tell it.
+        us_per_unit: microseconds per exchange, message, rank or byte; None when the measurements cannot tell
+            it.
         reason: why ``us_per_unit`` is None.
         low_us, high_us: 90 % bootstrap interval over matrices; None like ``us_per_unit``.
         gb_per_s: the bandwidth that a coefficient per byte means; None for other terms, and when the
@@ -163,8 +164,8 @@ class NetworkModel(Record):
                 return fit
         known = ", ".join(fit.algorithm for fit in self.fits)
         raise BenchmarkError(
-            f"the network model knows {known}, not {algorithm!r}; benchmark it with --algorithm {algorithm} and "
-            "fit again"
+            f"the network model knows {known}, not {algorithm!r}; benchmark it with --algorithm {algorithm} "
+            "and fit again"
         )
 
 

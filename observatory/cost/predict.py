@@ -61,8 +61,8 @@ def predict_us(
     for term in fit.never_measured:
         if problem.terms_NF[:, form.terms.index(term)].any():
             raise BenchmarkError(
-                f"the network model never measured {term}, which this exchange over {len(set(node_of_P))} nodes "
-                "has; benchmark across nodes (ranks on several hosts, or --ranks-per-node) and fit again"
+                f"the network model never measured {term}, which this exchange over {len(set(node_of_P))} "
+                "nodes has; benchmark across nodes (ranks on several hosts, --ranks-per-node) and fit again"
             )
     value_F = np.array([item.us_per_unit or 0.0 for item in fit.coefficients])
     us = float(predict_all(problem, value_F)[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -16,9 +15,9 @@ __all__ = ["realism"]
 def realism(result: BenchResult, *, bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Ratio of captured to uniform time per algorithm, phase, layer and role, and over all of each algorithm.
 
-    The ratio is of sums over steps (what a program waits in all), each exchange with the median over repeats of
-    its slowest rank. The interval is a 90 % bootstrap over pairs (captured, uniform) of the same step; None with
-    a single pair.
+    The ratio is of sums over steps (what a program waits in all), each exchange with the median over repeats
+    of its slowest rank. The interval is a 90 % bootstrap over pairs (captured, uniform) of the same step;
+    None with a single pair.
 
     Returns:
         algorithm, phase, layer, role (None: all), exchanges, captured_us, uniform_us (means of one exchange),
@@ -34,15 +33,12 @@ def realism(result: BenchResult, *, bootstrap: int = 1000, seed: int = 0) -> pd.
         groups.setdefault((algorithm, None, None, None), []).append(times)
         groups.setdefault((algorithm, phase, layer, role), []).append(times)
     rows = []
-    for (algorithm, phase, layer, role), found in groups.items():
+    for group, found in groups.items():
         captured_S, uniform_S = np.array(found).T
         low, high = _interval(captured_S, uniform_S, generator, bootstrap)
         rows.append(
             {
-                "algorithm": algorithm,
-                "phase": phase,
-                "layer": layer,
-                "role": role,
+                **dict(zip(("algorithm", "phase", "layer", "role"), group, strict=True)),
                 "exchanges": len(found),
                 "captured_us": float(captured_S.mean()),
                 "uniform_us": float(uniform_S.mean()),
@@ -68,20 +64,25 @@ def _pairs(result: BenchResult) -> dict[_Key, tuple[float, float]]:
     captured, uniform = times["captured"], times["uniform"]
     if not captured or captured.keys() != uniform.keys():
         raise BenchmarkError(
-            f"the replay has {len(captured)} captured and {len(uniform)} uniform exchanges that do not pair up; "
-            "replay the run again"
+            f"the replay has {len(captured)} captured and {len(uniform)} uniform exchanges "
+            "that do not pair up; replay the run again"
         )
     return {key: (captured[key], uniform[key]) for key in captured}
 
 
 def _key(case: BenchCase) -> _Key:
     if case.phase is None or case.layer is None or case.role is None or case.step is None:
-        raise BenchmarkError("a replayed exchange does not say its step, phase, layer and role; replay it again")
+        raise BenchmarkError(
+            "a replayed exchange does not say its step, phase, layer and role; replay it again"
+        )
     return case.algorithm, case.phase, case.layer, case.role, case.step
 
 
 def _interval(
-    captured_S: NDArray[np.float64], uniform_S: NDArray[np.float64], generator: np.random.Generator, samples: int
+    captured_S: NDArray[np.float64],
+    uniform_S: NDArray[np.float64],
+    generator: np.random.Generator,
+    samples: int,
 ) -> tuple[float | None, float | None]:
     if len(captured_S) < 2 or samples < 1:
         return None, None

@@ -1,9 +1,11 @@
 """Least squares for one form of the network model.
 
-Shapes: C cases (exchanges), N rows of terms (ranks of all stages of all cases), F terms of the form, G stages.
+Shapes: C cases (exchanges), N rows of terms (ranks of all stages of all cases), F terms of the form, G
+    stages.
 
-The form is a sum of maxima, so the fit alternates: with the slowest row of each stage known, coefficients are a
-non-negative linear least-squares problem in relative error; with coefficients known, the slowest rows follow.
+The form is a sum of maxima, so the fit alternates: with the slowest row of each stage known, coefficients
+are a non-negative linear least-squares problem in relative error; with coefficients known, the slowest rows
+follow.
 """
 
 from __future__ import annotations
@@ -74,11 +76,12 @@ class Problem:
         stages_of: list[list[int]] = [[] for _ in range(self.cases)]
         for stage, case in enumerate(self.case_G):
             stages_of[case].append(stage)
-        rows, starts, cases, at = [], [], [], 0
+        rows: list[NDArray[np.int64]] = []
+        starts, cases, at = [], [], 0
         for new, case in enumerate(case_K):
             for stage in stages_of[case]:
                 length = int(end_G[stage] - self.start_G[stage])
-                rows.append(np.arange(self.start_G[stage], end_G[stage]))
+                rows.append(np.arange(int(self.start_G[stage]), int(end_G[stage]), dtype=np.int64))
                 starts.append(at)
                 cases.append(new)
                 at += length

@@ -19,12 +19,13 @@ from observatory.errors import PlacementError, RunError
 from observatory.parallel.placement import PlacementChoice
 from observatory.parallel.scan import all_ranks, place, placement_rule
 from observatory.parallel.traffic import Sources, traffic_matrices
+from observatory.records_bench import Traffic
 
 if TYPE_CHECKING:
     from observatory.records import ModelSpec
     from observatory.store import Run
 
-__all__ = ["CapturedTraffic", "captured_traffic", "row_bytes", "uniform_like", "whole_rows"]
+__all__ = ["CapturedTraffic", "captured_traffic", "row_bytes", "whole_rows"]
 
 _ELEMENT_BYTES = {
     "float64": 8,
@@ -57,6 +58,18 @@ class CapturedTraffic:
     rows_RR: NDArray[np.int64]
     row_bytes: int
     sources: Sources
+
+    def traffic(self) -> Traffic:
+        """The dispatch as a record that can be replayed."""
+        return Traffic(
+            pattern="captured",
+            send_bytes_PP=tuple(map(tuple, self.bytes_RR.tolist())),
+            row_bytes=self.row_bytes,
+            step=self.step,
+            phase=self.phase,
+            layer=self.layer,
+            role="dispatch",
+        )
 
     @property
     def bytes_RR(self) -> NDArray[np.int64]:
@@ -143,14 +156,7 @@ def whole_rows(traffic_RR: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[n
     return down_RR
 
 
-def uniform_like(rows_RR: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The mock traffic of equal volume: as many rows in all, equally many between every two ranks."""
-    return whole_rows(np.full(rows_RR.shape, rows_RR.sum() / rows_RR.size))
-
-
-def _evenly(
-    run: Run, phase: str | None, layers: Collection[int] | None, steps: int
-) -> dict[str, set[int]]:
+def _evenly(run: Run, phase: str | None, layers: Collection[int] | None, steps: int) -> dict[str, set[int]]:
     """At most ``steps`` steps of each phase, from its first to its last."""
     if steps < 1:
         raise PlacementError(f"{steps} steps were asked for; expected at least 1")
