@@ -15,14 +15,12 @@ give the drift.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, Protocol
 
+from observatory.clock_identity import clock_identity, clock_name
 from observatory.records import ClockSpec
 
 __all__ = [
@@ -30,7 +28,6 @@ __all__ = [
     "PairLink",
     "align",
     "bound_offset",
-    "clock_identity",
     "unaligned",
     "with_drift",
 ]
@@ -73,7 +70,7 @@ class ClockAlignment:
         drift_ppm: change of the offset per own time; None when measured once only.
         measured_ns: own time at which the offset holds.
         reason: why there is no alignment; None when there is one.
-        identity: names this rank's clock, see :func:`clock_identity`.
+        identity: names this rank's clock, see ``observatory.clock_identity``.
     """
 
     reference_rank: int
@@ -101,30 +98,8 @@ class ClockAlignment:
             drift_ppm=self.drift_ppm,
             measured_ns=self.measured_ns,
             method=self.method,
-            identity=None if self.identity is None else f"{self.identity:016x}",
+            identity=clock_name(self.identity),
         )
-
-
-def clock_identity() -> int | None:
-    """Number that two processes share exactly when they read the same CLOCK_MONOTONIC.
-
-    Containers of one host may live in time namespaces of their own, with a monotonic clock of their own.
-
-    Returns:
-        63 bits of a hash over boot id and time namespace; None where the system does not tell.
-    """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    try:
-        namespace = str(os.stat("/proc/self/ns/time").st_ino)
-    except FileNotFoundError:
-        namespace = "none"  # kernels before 5.6 have one clock for all
-    except OSError:
-        return None
-    digest = hashlib.sha256(f"{boot} {namespace}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1 or 1
 
 
 def align(

@@ -16,6 +16,9 @@ SPAN_ORDER = ("route", "count_exchange", "pack", "dispatch", "experts", "combine
 #: Those in which ranks meet: their duration includes waiting.
 EXCHANGE_SPANS = ("count_exchange", "dispatch", "combine")
 
+#: A span around the whole layer: it stands for the layer only where nothing inside was recorded.
+_WHOLE = "moe_layer"
+
 _LAYER = ["phase", "layer"]
 
 
@@ -80,7 +83,10 @@ def _timed(spans: pd.DataFrame) -> pd.DataFrame:
     """Spans of layers that have a duration."""
     duration = (spans["end_ns"] - spans["start_ns"]).astype(float) * 1e-9
     fits = spans["layer"].notna() & duration.notna() & (duration >= 0)
-    return spans[fits].assign(duration_s=duration[fits]).astype({"layer": "int64"})
+    timed = spans[fits].assign(duration_s=duration[fits]).astype({"layer": "int64"})
+    whole = timed["name"] == _WHOLE
+    divided = (~whole).groupby([timed["phase"], timed["layer"]]).transform("any").astype(bool)
+    return timed[~(whole & divided)]
 
 
 def _in_order(frame: pd.DataFrame, first: list[str]) -> pd.DataFrame:

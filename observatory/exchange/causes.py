@@ -1,8 +1,10 @@
 """Why a rank arrived last.
 
 Before a collective a rank computes: since the end of its exchange before. The last rank's lateness against
-the median of the others is put beside how much longer it computed in that time (spans), and how its SM
-clock stood (telemetry). All these are times of one rank's own clock, so no alignment is needed.
+the median of those that waited is put beside how much longer it computed in that time (spans), and how its
+SM clock stood (telemetry). All these are times of one rank's own clock, so no alignment is needed. Where a
+program records no spans, the time between a dispatch and its combine stands for computing, but only of a
+rank that got more bytes to compute on than the others.
 
 ``compute load``: its computing was longer by at least half of its lateness.
 ``clock``: likewise, but its lower clock alone explains the longer computing; or no spans explain the
@@ -29,7 +31,8 @@ CAUSES = ("compute load", "clock", "unknown")
 COMPUTE_SPANS = ("route", "pack", "experts", "unpack")
 
 _KEY = ("group", "sequence", "role")
-_EVIDENCE = ("compute_before_s", "sm_clock_mhz")
+_EVIDENCE = ("compute_before_s", "sm_clock_mhz", "gap_s", "work_bytes")
+_MORE_WORK = 1.05
 _EXPLAINED_SHARE = 0.5
 _LOWER_CLOCK = 0.95
 _SAME_WORK = 1.05
@@ -56,6 +59,7 @@ def explain_last(
         compute_before_s=compute_before_s(exchanges, spans),
         sm_clock_mhz=sm_clock_before_mhz(exchanges, power),
     )
+    frame["gap_s"], frame["work_bytes"] = _work_before(exchanges)
     frame["last_rank"] = frame["last_rank"].astype("Int64")
     waiting = frame[(frame["wait_s"] > 0) & (frame["last_rank"] != frame["source_rank"])]
     medians = waiting.groupby([*_KEY, "last_rank"], sort=False)[["wait_s", *_EVIDENCE]].median()
@@ -65,16 +69,18 @@ def explain_last(
     causes = pd.Series(_cause(both), index=both.index, name="cause", dtype=object)
     frame = frame.join(causes, on=[*_KEY, "last_rank"])
     frame["cause"] = frame["cause"].astype(object).where(frame["cause"].notna(), None)
-    return frame
+    return frame.drop(columns=["gap_s", "work_bytes"])
 
 
 def _cause(both: pd.DataFrame) -> npt.NDArray[np.object_]:
     """One cause per collective and last rank, from the medians of those that waited and its own values."""
-    longer_s = both["compute_before_s_last"] - both["compute_before_s"]
-    explained = longer_s >= _EXPLAINED_SHARE * both["wait_s"]
+    more_work = both["work_bytes_last"] >= _MORE_WORK * both["work_bytes"]
+    own_s, others_s = (
+        both[f"compute_before_s{end}"].fillna(both[f"gap_s{end}"].where(more_work)) for end in ("_last", "")
+    )
+    explained = own_s - others_s >= _EXPLAINED_SHARE * both["wait_s"]
     slower = both["sm_clock_mhz_last"] <= _LOWER_CLOCK * both["sm_clock_mhz"]
-    at_equal_clock_s = both["compute_before_s_last"] * both["sm_clock_mhz_last"] / both["sm_clock_mhz"]
-    same_work = at_equal_clock_s <= _SAME_WORK * both["compute_before_s"]
+    same_work = own_s * both["sm_clock_mhz_last"] / both["sm_clock_mhz"] <= _SAME_WORK * others_s
     by_clock = slower & (same_work | ~explained)
     return np.select([by_clock, explained], ["clock", "compute load"], "unknown").astype(object)
 
@@ -100,6 +106,23 @@ def compute_before_s(exchanges: pd.DataFrame, spans: pd.DataFrame) -> Float64:
         )
         result[rows] = (until - since) * 1e-9
     return result
+
+
+def _work_before(exchanges: pd.DataFrame) -> tuple[Float64, Float64]:
+    """Time since the exchange before, and the bytes that it brought; NaN unless that was a dispatch."""
+    start_N, before_N = _window_before(exchanges)
+    gap_N, work_N = np.full(len(exchanges), np.nan), np.full(len(exchanges), np.nan)
+    role_N = exchanges["role"].to_numpy(object)
+    received_N = exchanges["receive_bytes"].to_numpy(object)
+    rank_N = exchanges["source_rank"].to_numpy(np.int64)
+    for rank in np.unique(rank_N):
+        rows = np.flatnonzero(rank_N == rank)
+        rows = rows[np.argsort(start_N[rows], kind="stable")]
+        for row, previous in zip(rows[1:], rows[:-1], strict=True):
+            if role_N[previous] == "dispatch" and received_N[previous] is not None:
+                gap_N[row] = (start_N[row] - before_N[row]) * 1e-9
+                work_N[row] = float(np.sum(received_N[previous]))
+    return gap_N, work_N
 
 
 def _busy_until(start_M: Int64, end_M: Int64) -> tuple[Int64, Float64]:

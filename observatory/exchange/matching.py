@@ -6,6 +6,7 @@ Shapes: P ranks of the collective's group. ``send_PP[i, j]`` is what rank i says
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import pandas as pd
 from observatory.exchange.clocks import to_reference_ns
 from observatory.records import ClockSpec
 
-__all__ = ["Collective", "Unmatched", "match_collectives", "own_times"]
+__all__ = ["Collective", "Unmatched", "match_collectives", "own_times", "ranks_of_group"]
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
@@ -24,6 +25,8 @@ Bool = npt.NDArray[np.bool_]
 
 #: Times beyond this many nanoseconds (73 years) are no times; below it differences cannot overflow.
 _LATEST_NS = 2**61
+_LABEL = re.compile(r"\d{1,7}(-\d{1,7})?(,\d{1,7}(-\d{1,7})?)*(#\d{1,7})?")
+_LONGEST_LABEL, _MOST_RANKS = 65536, 65536
 #: Groups of which there are several of one name.
 _PARTED = ("node", "across")
 #: What every rank must say alike.
@@ -36,7 +39,7 @@ class Collective:
 
     Attributes:
         rows: positions in the frame of the rows that belong to it.
-        group: as recorded.
+        part: the group is a part of the run's ranks, or a stage called so (``node``, ``across``).
         rank_P: members of the group, ascending.
         row_P: position of each member's row; -1 for a member that left none.
         start_P, end_P: on the reference clock where that is known, else the rank's own; 0 without a row.
@@ -48,7 +51,7 @@ class Collective:
     """
 
     rows: Int64
-    group: str
+    part: bool
     rank_P: Int64
     row_P: Int64
     start_P: Int64
@@ -73,6 +76,20 @@ class Unmatched:
 
     rows: Int64
     reason: str
+
+
+def ranks_of_group(label: str) -> tuple[int, ...] | None:
+    """Ranks that a group's name lists, ascending: 0, 1, 2 and 5 for ``0-2,5``. None for any other name."""
+    if len(label) > _LONGEST_LABEL or not _LABEL.fullmatch(label):
+        return None
+    ranks: set[int] = set()
+    for run in label.partition("#")[0].split(","):
+        low, _, high = run.partition("-")
+        first, last = int(low), int(high or low)
+        if last - first > _MOST_RANKS:
+            return None
+        ranks.update(range(first, last + 1))
+    return tuple(sorted(ranks)) or None
 
 
 def own_times(frame: pd.DataFrame) -> tuple[Int64, Int64, Bool, Bool]:
@@ -124,8 +141,9 @@ def match_collectives(
     """Put together the rows of each collective: equal group, sequence and role.
 
     Args:
-        exchanges: columns of ``tables.EXCHANGE_SCHEMA``. Groups called ``node`` (the ranks of a node) and
-            ``across`` (one rank of each node, those at the same place) are many groups of one name.
+        exchanges: columns of ``tables.EXCHANGE_SCHEMA``. A group may be named by its ranks (``0-3``,
+            ``0,4,8``, ``0-3#1`` for the second of the same ranks); groups called ``node`` (the ranks of a
+            node) and ``across`` (one rank of each node, those at the same place) are many groups of one name.
         ranks: number of ranks of the run.
         clocks: how each rank's clock relates to the reference.
         node_of_rank: node of each rank; needed for those two groups.
@@ -162,7 +180,8 @@ def _match(rows: Int64, columns: _Columns, layout: _Layout) -> Collective | str:
             )
     lists = [[_bytes(column[row]) for column in (columns.send_N, columns.receive_N)] for row in rows]
     sizes = {len(values) for pair in lists for values in pair if values is not None}
-    members = layout.members(str(columns.group_N[rows[0]]), present, sizes)
+    group = str(columns.group_N[rows[0]])
+    members = layout.members(group, present, sizes)
     if isinstance(members, str):
         return members
     size = len(members)
@@ -193,7 +212,7 @@ def _match(rows: Int64, columns: _Columns, layout: _Layout) -> Collective | str:
     here_P = row_P >= 0
     return Collective(
         rows=rows,
-        group=str(columns.group_N[rows[0]]),
+        part=group in _PARTED or size < layout.ranks,
         rank_P=members,
         row_P=row_P,
         start_P=np.where(here_P, columns.start_N[row_P], 0),
@@ -246,6 +265,9 @@ class _Layout:
                 return members
         elif group in _PARTED:
             return f"the run does not say which ranks are on which node, so not who is in group {group}"
+        named = ranks_of_group(group)
+        if named is not None and size == len(named) and set(present.tolist()) <= set(named):
+            return np.array(named, dtype=np.int64)
         if size == len(present):
             return present
         if size == self.ranks and present[-1] < self.ranks:

@@ -41,18 +41,21 @@ _NS = 1e-9
 #: Algorithms in which data goes straight from sender to receiver. A call that was only watched from
 #: outside has none recorded and is an all-to-all of pairs.
 _STRAIGHT = ("flat", "pairwise", "all_to_all", "alltoall")
-_STAGES = ("node", "across")
 #: Backends whose all-to-all sends every rank a message, an empty one too [tried: gloo of torch 2.13].
 _MEETS_ALL = ("gloo",)
 
 
-def depends_on(algorithm: str | None, group: str) -> str:
+def depends_on(algorithm: str | None, *, part: bool) -> str:
     """``peers`` (those with bytes) or ``group`` (everybody).
 
-    The two stages of a hierarchical exchange, inside a node and across nodes, are straight each.
+    A hierarchical exchange that was recorded by its stages, in nodes and across them, is straight in each.
+
+    Args:
+        algorithm: as recorded.
+        part: the group is not all of the run's ranks.
     """
     straight = algorithm is None or algorithm.startswith(_STRAIGHT)
-    return "peers" if straight or (algorithm == "hierarchical" and group in _STAGES) else "group"
+    return "peers" if straight or (algorithm == "hierarchical" and part) else "group"
 
 
 def wait_and_transfer(
@@ -115,7 +118,7 @@ def _own_duration_s(exchanges: pd.DataFrame) -> Float64:
 def split_collective(collective: Collective) -> dict[str, npt.NDArray[Any]]:
     """Split one collective: column -> values per member, in the order of ``rank_P``."""
     c = collective
-    whole = depends_on(c.algorithm, c.group)
+    whole = depends_on(c.algorithm, part=c.part)
     needed_PP = _needed(c, whole)
     traffic_P: Bool = np.asarray(needed_PP.any(axis=1))
     duration_P = np.where(c.ended_P, c.end_P - c.start_P, np.nan)

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collectives.clock import ClockAlignment, align, bound_offset, clock_identity, unaligned, with_drift
+from collectives.clock import ClockAlignment, align, bound_offset, unaligned, with_drift
+from observatory.clock_identity import clock_identity
 
 
 @dataclass
@@ -172,7 +173,7 @@ def test_a_failed_alignment_says_so_in_the_record() -> None:
 
 
 def test_processes_of_one_host_name_the_same_clock() -> None:
-    code = "from collectives.clock import clock_identity; print(clock_identity())"
+    code = "from observatory.clock_identity import clock_identity; print(clock_identity())"
     other = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
