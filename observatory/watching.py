@@ -85,7 +85,7 @@ def watch(
         mixer: sequence mixer for the manifest.
         data: what the model is fed, for the manifest.
         config: further options for the manifest.
-        topology: how the ranks are arranged, for the manifest; by default so many ranks without experts spread.
+        topology: how the ranks are arranged, for the manifest; by default all of them hold all experts.
         rank: this process's rank; found from torch.distributed or torchrun by default.
         world: number of ranks, likewise.
 

@@ -100,7 +100,7 @@ class Places:
 
     def _remember(self, layer: int, role: Role) -> None:
         """Under the number of the autograd node that is being made: it was taken last on this thread."""
-        number = torch.autograd._get_sequence_nr() - 1
+        number = torch._C._autograd._get_sequence_nr() - 1
         with self._lock:
             link: tuple[int, Role] | None = (layer, role)
             if self._links.get(number, link) != link:
@@ -118,8 +118,12 @@ class Places:
         device = next((p.device for p in block.parameters()), torch.device("cpu"))
 
         def enter(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-            if not torch.compiler.is_compiling():
-                self._stack.calls.append((block, LayerCall(layer), self._mark(device)))
+            if torch.compiler.is_compiling():
+                return
+            calls = self._stack.calls
+            if any(owner is block for owner, _, _ in calls):
+                leave(block, (), {}, None)  # its end was in compiled code, where this hook is not
+            calls.append((block, LayerCall(layer), self._mark(device)))
 
         def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
             if torch.compiler.is_compiling():

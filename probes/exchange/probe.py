@@ -104,7 +104,7 @@ class ExchangeProbe:
         notes = []
         if self.captured_calls:
             notes.append(
-                f"{self.captured_calls} exchanges were recorded into CUDA graphs; replays of them are not timed"
+                f"{self.captured_calls} exchanges were recorded into CUDA graphs, whose replays are not timed"
             )
         if self._log.unended:
             notes.append(f"{self._log.unended} exchanges have no end: they failed or were still in flight")

@@ -27,7 +27,7 @@ def is_capturing(device: torch.device) -> bool:
 
 def mark_now(device: torch.device) -> torch.cuda.Event:
     """A timing event on the device's current stream."""
-    event = torch.cuda.Event(enable_timing=True)
+    event = _timing_event()
     event.record(torch.cuda.current_stream(device))
     return event
 
@@ -44,9 +44,9 @@ class Anchors:
         """Record an anchor; not during the capture of a CUDA graph."""
         with self._lock, torch.cuda.device(device):
             if device not in self._streams:
-                self._streams[device] = torch.cuda.Stream(device)
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
                 self._anchors[device] = deque(maxlen=_KEPT)
-            event = torch.cuda.Event(enable_timing=True)
+            event = _timing_event()
             before_ns = time.monotonic_ns()
             event.record(self._streams[device])
             self._anchors[device].append((event, (before_ns + time.monotonic_ns()) // 2))
@@ -63,15 +63,24 @@ class Anchors:
 
     def host_ns(self, event: torch.cuda.Event, device: torch.device) -> int | None:
         """Host time of an event; None as long as the device has not reached it."""
-        if not event.query():
+        if not _reached(event):
             return None
         with self._lock:
-            anchors = [pair for pair in self._anchors.get(device, ()) if pair[0].query()]
+            anchors = [pair for pair in self._anchors.get(device, ()) if _reached(pair[0])]
         if not anchors:
             return None
         for anchor, anchor_ns in reversed(anchors):
-            after_ms = anchor.elapsed_time(event)
+            after_ms: float = anchor.elapsed_time(event)
             if after_ms >= 0:
                 return anchor_ns + round(after_ms * 1e6)
         anchor, anchor_ns = anchors[0]
-        return anchor_ns - round(event.elapsed_time(anchor) * 1e6)
+        before_ms: float = event.elapsed_time(anchor)
+        return anchor_ns - round(before_ms * 1e6)
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch does not annotate it
+
+
+def _reached(event: torch.cuda.Event) -> bool:
+    return bool(event.query())  # type: ignore[no-untyped-call]  # likewise
