@@ -18,7 +18,7 @@ RowFormat = tuple[tuple[int, torch.dtype], ...]
 
 def pack_rows(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Bytes (N, bytes of a row) of tensors of shape (N, width) each."""
-    parts = [tensor.detach().contiguous().view(torch.uint8) for tensor in tensors]
+    parts = [_plain(tensor.detach()).view(torch.uint8) for tensor in tensors]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
@@ -36,3 +36,10 @@ def unpack_rows(rows: torch.Tensor, layout: RowFormat) -> list[torch.Tensor]:
         part.clone(memory_format=torch.contiguous_format).view(dtype)
         for part, (_, dtype) in zip(parts, layout, strict=True)
     ]
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its values side by side; an expanded one without rows is contiguous in name only."""
+    if tensor.is_contiguous() and tensor.stride(-1) == 1:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -117,7 +117,10 @@ class Attendance:
             if not absent:
                 absent = [0]
                 left = {0: f"it kept the list of ranks at {self._place}, which is gone"}
-        told = [f"rank {rank} had left ({text})" for rank, text in left.items()]
+        reasons: dict[str, list[int]] = {}
+        for rank, text in left.items():
+            reasons.setdefault(text, []).append(rank)
+        told = [f"{_ranks(ranks)} had left ({text})" for text, ranks in reasons.items()]
         silent = [rank for rank in absent if rank not in left]
         if silent:
             told.append(f"no answer from {_ranks(silent)}")
@@ -148,6 +151,6 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _first(error: BaseException) -> str:
-    """The first line of a message of torch, without the place in its source."""
+    """The first sentence of a message of torch, without the place in its source and its advice."""
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return re.sub(r"^\[[^\]]*\]\s*", "", line)[:200]
+    return re.sub(r"^\[[^\]]*\]\s*", "", line).partition(". ")[0][:200]

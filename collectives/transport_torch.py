@@ -42,13 +42,7 @@ class TorchTransport(BaseTransport):
             self._attendance = Attendance(where, environment, timeout_s=timeout_s)
             if backend == "nccl":
                 torch.cuda.set_device(where.local_rank or 0)
-            distributed.init_process_group(
-                backend,
-                store=self._attendance.store,
-                rank=where.rank,
-                world_size=where.world,
-                timeout=timedelta(seconds=timeout_s),
-            )
+            self._initialise(backend, where, self._attendance, timeout_s)
         self.backend = distributed.get_backend()
         device = torch.device("cuda" if self.backend == "nccl" else "cpu")
         alone = Layout(rank=where.rank, node_of_P=(0,) * where.world)
@@ -60,6 +54,19 @@ class TorchTransport(BaseTransport):
         else:
             nodes = split_into_nodes(where.world, ranks_per_node)
         self.layout = Layout(rank=where.rank, node_of_P=nodes)
+
+    @staticmethod
+    def _initialise(backend: str, where: RankOf, attendance: Attendance, timeout_s: float) -> None:
+        try:
+            distributed.init_process_group(
+                backend,
+                store=attendance.store,
+                rank=where.rank,
+                world_size=where.world,
+                timeout=timedelta(seconds=timeout_s),
+            )
+        except RuntimeError as error:
+            raise attendance.explain("joining the others", error, grace_s=min(_GRACE_S, timeout_s)) from error
 
     def barrier(self, timeout_s: float | None = None) -> None:
         """Wait for all ranks."""
