@@ -22,6 +22,7 @@ from reports.frames import ReportFrames
 from reports.page import FigureBlock, Section, Variant
 from reports.sections import (
     FORMULAS,
+    exchange_sections,
     findings,
     grid_section,
     heatmap_section,
@@ -135,6 +136,7 @@ def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]
         lorenz_section(frames),
         scan_section(frames, gpus_per_node=gpus_per_node),
         step_section(frames),
+        *exchange_sections(frames),
         layer_section(frames),
         run_table(frames),
     ]

@@ -19,6 +19,7 @@ from observatory.cli import (
     report,
     routing,
     scan,
+    waiting,
 )
 
 __all__ = ["command"]
@@ -53,6 +54,7 @@ def command() -> Any:
     app.command("replay")(replay.replay)
     app.command("fit")(fit.fit)
     app.command("export")(export.export)
+    app.command("exchanges")(waiting.exchanges)
     app.command("report")(report.report)
     app.command("doctor")(doctor.doctor)
     return typer.main.get_command(app)

@@ -9,6 +9,8 @@ rank that got more bytes to compute on than the others.
 ``compute load``: its computing was longer by at least half of its lateness.
 ``clock``: likewise, but its lower clock alone explains the longer computing; or no spans explain the
 lateness, and its clock was at least 5 % lower.
+``exchange before``: that exchange ended later on this rank by at least half of its lateness, for instance
+because more bytes came in.
 ``unknown``: everything else, and always when nothing was recorded that could tell. The thresholds are ours.
 """
 
@@ -25,7 +27,7 @@ __all__ = ["CAUSES", "COMPUTE_SPANS", "compute_before_s", "explain_last", "sm_cl
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
-CAUSES = ("compute load", "clock", "unknown")
+CAUSES = ("compute load", "clock", "exchange before", "unknown")
 
 #: Spans of a dispatcher in which a rank computes; the others are exchanges.
 COMPUTE_SPANS = ("route", "pack", "experts", "unpack")
@@ -82,7 +84,12 @@ def _cause(both: pd.DataFrame) -> npt.NDArray[np.object_]:
     slower = both["sm_clock_mhz_last"] <= _LOWER_CLOCK * both["sm_clock_mhz"]
     same_work = own_s * both["sm_clock_mhz_last"] / both["sm_clock_mhz"] <= _SAME_WORK * others_s
     by_clock = slower & (same_work | ~explained)
-    return np.select([by_clock, explained], ["clock", "compute load"], "unknown").astype(object)
+    ended_later_s = both["wait_s"] - (both["gap_s_last"] - both["gap_s"])
+    by_exchange = ended_later_s >= _EXPLAINED_SHARE * both["wait_s"]
+    chosen = np.select(
+        [by_clock, explained, by_exchange], ["clock", "compute load", "exchange before"], "unknown"
+    )
+    return chosen.astype(object)
 
 
 def compute_before_s(exchanges: pd.DataFrame, spans: pd.DataFrame) -> Float64:
@@ -109,7 +116,10 @@ def compute_before_s(exchanges: pd.DataFrame, spans: pd.DataFrame) -> Float64:
 
 
 def _work_before(exchanges: pd.DataFrame) -> tuple[Float64, Float64]:
-    """Time since the exchange before, and the bytes that it brought; NaN unless that was a dispatch."""
+    """Time since the exchange before, and the bytes to compute on that it brought.
+
+    NaN where there was none before; the bytes also where it was no dispatch.
+    """
     start_N, before_N = _window_before(exchanges)
     gap_N, work_N = np.full(len(exchanges), np.nan), np.full(len(exchanges), np.nan)
     role_N = exchanges["role"].to_numpy(object)
@@ -119,8 +129,8 @@ def _work_before(exchanges: pd.DataFrame) -> tuple[Float64, Float64]:
         rows = np.flatnonzero(rank_N == rank)
         rows = rows[np.argsort(start_N[rows], kind="stable")]
         for row, previous in zip(rows[1:], rows[:-1], strict=True):
+            gap_N[row] = (start_N[row] - before_N[row]) * 1e-9
             if role_N[previous] == "dispatch" and received_N[previous] is not None:
-                gap_N[row] = (start_N[row] - before_N[row]) * 1e-9
                 work_N[row] = float(np.sum(received_N[previous]))
     return gap_N, work_N
 

@@ -27,6 +27,8 @@ Bool = npt.NDArray[np.bool_]
 _LATEST_NS = 2**61
 _LABEL = re.compile(r"\d{1,7}(-\d{1,7})?(,\d{1,7}(-\d{1,7})?)*(#\d{1,7})?")
 _LONGEST_LABEL, _MOST_RANKS = 65536, 65536
+#: Larger groups would need gigabytes for their pairs.
+_LARGEST_GROUP = 4096
 #: Groups of which there are several of one name.
 _PARTED = ("node", "across")
 #: What every rank must say alike.
@@ -258,6 +260,8 @@ class _Layout:
             lengths = ", ".join(str(size) for size in sorted(sizes)[:4])
             return f"ranks disagree on the size of the group: {lengths}"
         size = next(iter(sizes), len(present))
+        if size > _LARGEST_GROUP:
+            return f"a group of {size} ranks is larger than can be analysed ({_LARGEST_GROUP})"
         if group in self.parts and present[-1] < self.ranks:
             part_P = self.parts[group]
             members = np.flatnonzero(part_P == part_P[present[0]]).astype(np.int64)
@@ -266,7 +270,8 @@ class _Layout:
         elif group in _PARTED:
             return f"the run does not say which ranks are on which node, so not who is in group {group}"
         named = ranks_of_group(group)
-        if named is not None and size == len(named) and set(present.tolist()) <= set(named):
+        fits = named is not None and size == len(named) and named[-1] < self.ranks
+        if named is not None and fits and set(present.tolist()) <= set(named):
             return np.array(named, dtype=np.int64)
         if size == len(present):
             return present

@@ -80,8 +80,8 @@ def wait_and_transfer(
         ``held_s`` (further time until the last of all had arrived, on backends that meet everybody),
         ``transfer_s`` (the rest), each with the bounds that the clocks' uncertainty and missing rows leave,
         ``last_rank`` (whom it waited for; itself when nobody came later), ``arrived_last`` and ``problem``
-        (why a number is missing; None when none is). A rank that exchanges nothing waits for nobody and has
-        no transfer.
+        (why a number is missing; missing when none is). A rank that exchanges nothing waits for nobody, is
+        not held for anybody and has no transfer.
     """
     size = len(exchanges)
     found: dict[str, npt.NDArray[Any]] = {
@@ -153,7 +153,7 @@ def split_collective(collective: Collective) -> dict[str, npt.NDArray[Any]]:
         "wait_s": np.where(sure_P, wait_P, np.nan) * _NS,
         "wait_low_s": low_P * _NS,
         "wait_high_s": high_P * _NS,
-        "held_s": np.where(c.ended_P, held_P, np.nan) * _NS,
+        "held_s": np.where(moved_P, held_P, np.nan) * _NS,
         "transfer_s": np.where(sure_P & moved_P, duration_P - wait_P - held_P, np.nan) * _NS,
         "transfer_low_s": np.where(moved_P, np.fmax(duration_P - high_P - held_P, 0.0), np.nan) * _NS,
         "transfer_high_s": np.where(moved_P, duration_P - low_P, np.nan) * _NS,

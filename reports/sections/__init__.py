@@ -1,5 +1,6 @@
 """Sections of a report: frames in, titles, tables and figures out."""
 
+from reports.sections.exchanges import exchange_sections
 from reports.sections.findings import findings
 from reports.sections.grid import grid_section
 from reports.sections.heatmaps import heatmap_section
@@ -14,6 +15,7 @@ from reports.sections.steps import step_section
 __all__ = [
     "FORMULAS",
     "RunRecord",
+    "exchange_sections",
     "findings",
     "grid_section",
     "heatmap_section",

@@ -57,6 +57,14 @@ def test_lateness_that_no_span_explains_is_unknown() -> None:
     assert found["cause"].tolist()[2] == "unknown"
 
 
+def test_a_rank_whose_exchange_before_ended_later_is_late_for_that() -> None:
+    rows = layer([300, 900])
+    rows.loc[1, "end_ns"] = 650_000  # 550 us after rank 0: of 600 us of lateness, computing adds 50
+    assert explained(rows)["cause"].tolist()[2] == "exchange before"
+    rows.loc[1, "end_ns"] = 350_000
+    assert explained(rows)["cause"].tolist()[2] == "unknown"
+
+
 def test_time_before_the_exchange_before_does_not_count() -> None:
     found = explained(layer([300, 900]), spans([(0, "experts", 0, 1), (1, "experts", 0, 99)]))
     assert found["compute_before_s"].tolist()[2:] == [0, 0]
