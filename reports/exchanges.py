@@ -70,15 +70,13 @@ def collect_exchanges(runs: Sequence[Run]) -> ExchangeFrames | None:
 
 def _frames_of(run: Run) -> dict[str, pd.DataFrame]:
     spans = run.spans()
-    frames = {}
-    if run.row_count("exchange") or spans["name"].isin(SPAN_ORDER).any():
-        frames["phases"] = critical_path(spans)
     if not run.row_count("exchange"):
-        return frames
+        return {"phases": critical_path(spans[spans["name"].isin(SPAN_ORDER)])}
     waits = run_waits(run)
     phases = dict(iter(waits.groupby("phase", sort=False)))
     topology = run.manifest.topology
-    return frames | {
+    return {
+        "phases": critical_path(spans, waits),
         "layers": layer_waits(waits),
         "ranks": pd.concat([rank_waits(own).assign(phase=phase) for phase, own in phases.items()]),
         "traffic": exchange_traffic(

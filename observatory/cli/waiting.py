@@ -29,7 +29,7 @@ def exchanges(
         raise RunError(f"{run} holds no exchanges; profile with several ranks, for example --ep 4")
     layers, ranks = frame_records(layer_waits(waits)), frame_records(rank_waits(waits))
     unknown = problems_of(waits)
-    phases = frame_records(critical_path(opened.spans()))
+    phases = frame_records(critical_path(opened.spans(), waits))
     for problem in opened.problems:
         say(f"note: {problem}")
     if json:

@@ -57,6 +57,10 @@ def layer_waits(waits: pd.DataFrame) -> pd.DataFrame:
         "slowest_cause",
     ]  # fmt: skip
     frame = pd.DataFrame(rows, columns=columns)
+    frame["_role"] = frame["role"].map({"dispatch": 0, "combine": 1}).fillna(2)
+    frame = (
+        frame.sort_values(["phase", "layer", "_role", "role"]).drop(columns="_role").reset_index(drop=True)
+    )
     return frame.astype({"layer": "Int64", "slowest_rank": "Int64"})
 
 

@@ -45,11 +45,11 @@ def _bar(colour: str, hatch: str) -> dict[str, Any]:
 
 
 def layer_anatomy(phases: pd.DataFrame) -> go.Figure:
-    """Stacked bars: mean time of each phase per layer, and what remains when nobody waits.
+    """Stacked bars: mean time of each phase per layer; all but waiting, and the slowest ranks' time.
 
     Args:
         phases: one row per ``layer`` and ``name`` of one run and phase, in the order in which they are
-            stacked: ``mean_s``, ``critical_s``.
+            stacked: ``mean_s``, ``wait_s``, ``critical_s``.
     """
     layers = sorted(phases["layer"].unique())
     figure = empty_figure(
@@ -66,24 +66,33 @@ def layer_anatomy(phases: pd.DataFrame) -> go.Figure:
             y=values["mean_s"] * 1e3,
             name=figure_text(name, 24),
             marker=_bar(colour, hatch),
-            customdata=(values[["critical_s"]] * 1e3).to_numpy(),
-            hovertemplate=f"layer %{{x}}, {figure_text(name, 24)}: mean over ranks %{{y:.3f}} ms, "
-            "%{customdata[0]:.3f} ms if nobody waited<extra></extra>",
+            customdata=(values[["wait_s", "critical_s"]] * 1e3).to_numpy(),
+            hovertemplate=f"layer %{{x}}, {figure_text(name, 24)}: mean over ranks %{{y:.3f}} ms, of it "
+            "waiting %{customdata[0]:.3f} ms; slowest rank %{customdata[1]:.3f} ms<extra></extra>",
         )
-    critical = phases.groupby("layer")["critical_s"].sum().reindex(layers)
-    figure.add_scatter(
-        x=[str(layer) for layer in layers],
-        y=critical * 1e3,
-        mode="markers",
-        name="slowest rank's computing plus exchanges without waiting",
-        marker={
-            "symbol": "diamond",
-            "size": 9,
-            "color": light("ink"),
-            "line": {"width": 1.5, "color": light("paper")},
-        },
-        hovertemplate="layer %{x}, without waiting: %{y:.3f} ms<extra></extra>",
+    spent = phases.groupby("layer")[["mean_s", "wait_s"]].sum(min_count=1).reindex(layers)
+    known = phases["wait_s"].notna().groupby(phases["layer"]).all().reindex(layers)
+    marks = (
+        ("all but waiting", "diamond", (spent["mean_s"] - spent["wait_s"]).where(known)),
+        ("slowest rank of each phase, added up", "line-ew", phases.groupby("layer")["critical_s"].sum()),
     )
+    for name, symbol, value in marks:
+        if value.isna().all():
+            continue
+        edge = light("ink" if symbol == "line-ew" else "paper")
+        figure.add_scatter(
+            x=[str(layer) for layer in layers],
+            y=value * 1e3,
+            mode="markers",
+            name=name,
+            marker={
+                "symbol": symbol,
+                "size": 24 if symbol == "line-ew" else 10,
+                "color": light("ink"),
+                "line": {"width": 2, "color": edge},
+            },
+            hovertemplate="layer %{x}, " + name + ": %{y:.3f} ms<extra></extra>",
+        )
     return figure
 
 
@@ -111,6 +120,7 @@ def traffic_map(traffic: pd.DataFrame, *, ranks: int) -> go.Figure:
         x=names,
         y=names,
         zmin=0,
+        zmax=max(float(np.nanmax(sent_PP, initial=0.0)) / 1e6, 1e-9),
         colorscale=[[index / (len(stops) - 1), colour] for index, colour in enumerate(stops)],
         texttemplate="%{z:.3g}" if ranks <= _NUMBERED_UP_TO else "",
         textfont={"size": 12},

@@ -12,8 +12,6 @@ from reports.text import listing, number, percent, plain, shorten
 
 __all__ = ["anatomy_section"]
 
-_MEETINGS = ("count_exchange", "dispatch", "combine")
-
 Cell = tuple[int, str, str, str, pd.DataFrame]
 
 
@@ -32,16 +30,17 @@ def anatomy_section(cells: list[Cell]) -> Section:
         short="Dispatch anatomy",
         lead=(
             "Each rank times the phases of a layer on its own clock. Hatched phases are those in which ranks "
-            "meet: their time includes waiting. A diamond adds up the slowest rank's time of each computing "
-            "phase and the shortest rank's time of each exchange, because who arrives last does not wait "
-            "(critical path, docs/waiting.md). The diamond is what the layer takes where the slowest rank "
-            "decides everything; bars above it are waiting, bars below it ranks that were done early.",
+            "meet: their time includes waiting. The diamond stands where the layer would end without any "
+            "waiting, as a mean over ranks. The dash adds up what the slowest rank takes in each phase "
+            "(waiting taken off): it shows how much of the layer is decided by slow ranks (critical_path, "
+            "docs/waiting.md).",
         ),
         blocks=(
             FigureBlock(
                 id="layer-anatomy",
                 title="Time in each phase, per layer and step",
-                caption="Bars: mean over ranks and steps. Diamonds: mean over steps of the critical path.",
+                caption="Milliseconds per step: bars and diamonds are means over ranks and steps, dashes "
+                "means over steps of the slowest rank.",
                 choice="Run",
                 variants=variants,
             ),
@@ -75,27 +74,24 @@ def _variant(label: str, condition: str, phase: str, rows: pd.DataFrame) -> Vari
 
 
 def _decider(rank: float, share: float) -> str:
-    return "–" if pd.isna(rank) else f"{rank} ({percent(share, 0)})"
+    return "not known" if pd.isna(rank) else f"{rank} ({percent(share, 0)})"
 
 
 def _numbers(rows: pd.DataFrame, where: str) -> Table:
-    layers = rows.groupby("layer")
-    meeting = rows[rows["name"].isin(_MEETINGS)].groupby("layer")["mean_s"].sum()
     return table(
         f"{where}: milliseconds per step",
-        ["Layer", "Phase", "Mean over ranks", "On the critical path", "Share of the path",
-         "Slowest rank (of steps)",         "Exchanges' share of the layer"],
+        ["Layer", "Phase", "Mean over ranks", "Of it waiting", "Slowest rank's", "Slowest rank (of steps)"],
         [
             [
                 str(row.layer),
                 plain(row.name),
                 number(row.mean_s * 1e3),
+                number(row.wait_s * 1e3),
                 number(row.critical_s * 1e3),
-                percent(row.share),
                 _decider(row.critical_rank, row.critical_rank_share),
-                percent(float(meeting.get(row.layer, 0.0)) / float(layers["mean_s"].sum()[row.layer])),
             ]
             for row in each_row(rows)
         ],
+        note="Where waiting is not known, the shortest rank's time stands for the slowest's: a lower bound.",
         text=2,
-    )  # fmt: skip
+    )

@@ -8,7 +8,7 @@ from reports.figures.exchanges import traffic_map
 from reports.frames import each_row
 from reports.page import FigureBlock, Section, Variant, table
 from reports.sections.common import run_choice
-from reports.text import bytes_text, count, percent, shorten, times
+from reports.text import count, number, percent, shorten, times
 
 __all__ = ["traffic_section"]
 
@@ -83,9 +83,9 @@ def _variant(rows: pd.DataFrame, ranks: int, label: str, condition: str, phase: 
         group=shorten(label),
         label=f"{run_choice(label, condition, phase)} · {what}",
         figure=traffic_map(pairs, ranks=ranks),
-        alt=f"Heatmap of {ranks} by {ranks} ranks for {where}: {bytes_text(travelling)} travel "
+        alt=f"Heatmap of {ranks} by {ranks} ranks for {where}: {_megabytes(travelling)} travel "
         f"between ranks, the busiest pair {times(skew)} the mean pair.",
-        note=f"{where}. {bytes_text(total)} in all, {percent(travelling / total if total else None)} of it "
+        note=f"{where}. {_megabytes(total)} in all, {percent(travelling / total if total else None)} of it "
         f"between different ranks; busiest pair {times(skew)} the mean of pairs.",
         numbers=table(
             f"{where}: bytes by rank" + (f", the first {_MOST_ROWS} ranks" if ranks > _MOST_ROWS else ""),
@@ -93,6 +93,10 @@ def _variant(rows: pd.DataFrame, ranks: int, label: str, condition: str, phase: 
             _by_rank(pairs, min(ranks, _MOST_ROWS)),
         ),
     )
+
+
+def _megabytes(value: float) -> str:
+    return f"{number(value / 1e6, 1)} MB"
 
 
 def _by_rank(pairs: pd.DataFrame, ranks: int) -> list[list[str]]:

@@ -6,11 +6,13 @@ import pandas as pd
 
 from reports.figures.exchanges import rank_time
 from reports.frames import each_row
-from reports.page import Block, FigureBlock, Section, Table, Variant, table
+from reports.page import Block, Column, FigureBlock, Section, Table, Variant, table
 from reports.sections.common import run_choice
 from reports.text import MISSING, count, listing, number, percent, plain, shorten
 
 __all__ = ["waiting_section"]
+
+_MOST_ROWS = 30
 
 Cell = tuple[int, str, str, str, pd.DataFrame]
 
@@ -34,7 +36,7 @@ def waiting_section(cells: list[Cell], *, layers: pd.DataFrame, unknown: pd.Data
         id="rank-waiting",
         title="Waiting and transfer per rank",
         caption="Bars: each rank's own time inside exchanges. Diamond: what all others together waited for "
-        "that rank. The slowest rank, the one waited for longest, is named; its own bar is short.",
+        "that rank. The slowest rank is the one waited for longest.",
         choice="Run",
         variants=tuple(variants),
     )
@@ -113,10 +115,20 @@ def _reasons(unknown: pd.DataFrame) -> str:
 
 
 def _layer_table(layers: pd.DataFrame, label: str, condition: str, phase: str) -> Table:
+    most = layers.sort_values("wait_s", ascending=False, kind="stable").head(_MOST_ROWS).sort_index()
+    left_out = len(layers) - len(most)
     return table(
-        f"{shorten(label)} on {shorten(condition)}, {phase}: exchanges by layer",
-        ["Layer", "Role", "Exchanges", "Longest rank, ms", "Longest transfer, ms", "Waiting",
-         "Not known, rows", "Slowest rank", "Its share of waiting", "Cause"],
+        f"{shorten(label)} on {shorten(condition)}, {phase}: exchanges by layer, times in ms",
+        [
+            "Layer",
+            "Role",
+            "Exchanges",
+            "Longest rank",
+            "Longest transfer",
+            "Waiting",
+            "Slowest rank (of waiting)",
+            Column(title="Why it is late", numeric=False),
+        ],
         [
             [
                 MISSING if pd.isna(row.layer) else str(row.layer),
@@ -125,13 +137,14 @@ def _layer_table(layers: pd.DataFrame, label: str, condition: str, phase: str) -
                 number(row.longest_p50_s * 1e3),
                 number(row.transfer_longest_p50_s * 1e3),
                 percent(row.wait_share),
-                count(row.rows_unknown),
-                "–" if pd.isna(row.slowest_rank) else str(row.slowest_rank),
-                percent(row.slowest_share) if pd.notna(row.slowest_rank) else "–",
+                "–" if pd.isna(row.slowest_rank) else f"{row.slowest_rank} ({percent(row.slowest_share, 0)})",
                 plain(row.slowest_cause or "–"),
             ]
-            for row in each_row(layers)
+            for row in each_row(most)
         ],
-        note="Longest: the rank that took longest, median over exchanges; waiting: share of the ranks' time.",
+        note="Longest: the rank that took longest, median over exchanges. Waiting: share of the ranks' time."
+        + (
+            f" {left_out} rows with less waiting are left out: observatory exchanges RUN." if left_out else ""
+        ),
         text=2,
-    )  # fmt: skip
+    )

@@ -100,21 +100,31 @@ def test_a_span_around_the_layer_is_not_added_to_the_phases_inside() -> None:
     assert phase_times(pd.concat([whole, spans([(0, "route", 0, 10)])]))["name"].tolist() == ["route"]
 
 
-def test_the_critical_path_takes_the_slowest_computer_and_the_exchange_without_waiting() -> None:
+def test_the_critical_path_takes_the_slowest_rank_with_its_waiting_taken_off() -> None:
     step = [
         (0, "experts", 0, 100),
         (1, "experts", 0, 300),
-        (0, "combine", 100, 350),
+        (0, "combine", 100, 360),
         (1, "combine", 300, 350),
     ]
     rows = pd.concat([spans(step), spans(step, step=1)])
-    path = critical_path(rows).set_index("name")
-    assert path.loc["experts", "critical_s"] == pytest.approx(300e-6)
-    assert path.loc["combine", "critical_s"] == pytest.approx(50e-6)
-    assert path.loc["combine", "mean_s"] == pytest.approx(150e-6)
-    assert path.loc["experts", "critical_rank"] == 1
+    exchanges = collective([100, 300], [360, 350], [[1, 1], [1, 1]], role="combine")
+    both = pd.concat([exchanges, exchanges.assign(step=1, sequence=1)], ignore_index=True)
+    path = critical_path(rows, wait_and_transfer(both, ranks=2, clocks=shared(2))).set_index("name")
+    assert path["critical_s"].to_dict() == pytest.approx({"experts": 300e-6, "combine": 60e-6})
+    assert path["mean_s"].to_dict() == pytest.approx({"experts": 200e-6, "combine": 155e-6})
+    assert path["wait_s"].to_dict() == pytest.approx({"experts": 0, "combine": 100e-6})
+    assert path["critical_rank"].to_dict() == {"experts": 1, "combine": 0}
+    assert path["critical_rank_share"].tolist() == [1, 1]
     assert path["share"].sum() == pytest.approx(1)
-    assert path.loc["experts", "critical_s"] + path.loc["combine", "critical_s"] == pytest.approx(350e-6)
+
+
+def test_without_waits_the_shortest_exchange_bounds_the_path_from_below() -> None:
+    rows = spans([(0, "combine", 100, 360), (1, "combine", 300, 350)])
+    path = critical_path(rows).iloc[0]
+    assert path["critical_s"] == pytest.approx(50e-6)
+    assert pd.isna(path["critical_rank"])
+    assert pd.isna(path["wait_s"])
 
 
 @pytest.mark.parametrize(
