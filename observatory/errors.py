@@ -5,8 +5,10 @@ The command line prints the message as one line and ends with ``exit_code``.
 """
 
 __all__ = [
+    "BenchmarkError",
     "CaptureError",
     "DataError",
+    "ExchangeError",
     "LoadError",
     "ModelError",
     "ObservatoryError",
@@ -48,3 +50,11 @@ class DataError(ObservatoryError):
 
 class CaptureError(ObservatoryError):
     """A probe cannot be attached, or what it captured cannot be kept."""
+
+
+class ExchangeError(ObservatoryError):
+    """Ranks cannot exchange what they should: one is missing, or they do not agree on what is sent."""
+
+
+class BenchmarkError(ObservatoryError):
+    """A benchmark result or a network model cannot be read, or does not fit what it is asked."""

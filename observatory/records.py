@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 __all__ = [
     "PHASES",
     "SCHEMA_VERSION",
+    "ClockSpec",
     "DataSpec",
     "DeviceSpec",
     "HostSpec",
@@ -113,11 +114,16 @@ class Topology(Record):
         ranks: P, the number of source ranks (processes).
         ep: expert-parallel degree; 1 when every rank holds all experts.
         gpus_per_node: ranks per node; None when unknown.
+        node_of_rank: node of each rank, counted from 0 in order of appearance; None when unknown.
+        placement: ranks that hold each expert, the first its home; None when the run's experts were not
+            spread, or differently from layer to layer.
     """
 
     ranks: Annotated[int, Field(ge=1)] = 1
     ep: Annotated[int, Field(ge=1)] = 1
     gpus_per_node: Annotated[int, Field(ge=1)] | None = None
+    node_of_rank: tuple[Count, ...] | None = None
+    placement: tuple[tuple[Count, ...], ...] | None = None
 
 
 class DeviceSpec(Record):
@@ -149,6 +155,32 @@ class SchedulerJob(Record):
     nodes: Text | None = None
 
 
+class ClockSpec(Record):
+    """How one rank's monotonic clock relates to that of the reference rank.
+
+    A time of this rank becomes one of the reference rank by adding ``offset_ns``; with a drift, the offset
+    holds at the moment of alignment.
+
+    Attributes:
+        reference_rank: the rank whose clock counts.
+        offset_ns: reference clock minus this rank's clock; None when the clocks were not aligned.
+        uncertainty_ns: half-width of the interval that holds the true offset; None like ``offset_ns``.
+        drift_ppm: change of the offset, in microseconds per second; None when it was not measured.
+        measured_ns: this rank's time at which ``offset_ns`` holds; None when no drift is to be applied.
+        method: ``shared clock`` (one host), ``ping-pong``, or ``none``.
+        identity: what names the clock itself; ranks with equal identities read the same clock, also where
+            they never talked to each other. None where the system does not tell.
+    """
+
+    reference_rank: Count = 0
+    offset_ns: int | None = None
+    uncertainty_ns: Count | None = None
+    drift_ppm: float | None = None
+    measured_ns: int | None = None
+    identity: Text | None = None
+    method: Literal["shared clock", "ping-pong", "none"]
+
+
 class RankStatus(Record):
     """How one rank ended.
 
@@ -159,6 +191,7 @@ class RankStatus(Record):
         error: one line when ``failed``.
         steps: steps the rank completed.
         dropped_rows: rows that could not be written (full disk), 0 normally.
+        clock: how this rank's times relate to the other ranks'; None when nobody asked.
     """
 
     rank: Count
@@ -167,6 +200,7 @@ class RankStatus(Record):
     error: Text | None = None
     steps: Count = 0
     dropped_rows: Count = 0
+    clock: ClockSpec | None = None
 
 
 class Manifest(Record):

@@ -29,6 +29,7 @@ from observatory.provenance import new_manifest
 from observatory.ranks import RankOf, find_rank
 from observatory.records import PHASES, DataSpec, Phase, Topology
 from observatory.store import RunWriter
+from probes.exchange.tap import unsupported
 from probes.routing.describe import describe_model
 from probes.routing.discover import find_sites
 from probes.routing.session import CaptureSession
@@ -36,6 +37,7 @@ from probes.routing.session import CaptureSession
 if TYPE_CHECKING:
     from torch import nn
 
+    from collectives.recorder import Recorder
     from probes.routing.adapters import Adapter
     from probes.routing.sites import RoutingSite
 
@@ -51,6 +53,7 @@ def watch(
     sample_tokens: int = 0,
     window_steps: int = 1,
     flush_seconds: float = 10.0,
+    exchanges: bool | None = None,
     overwrite: bool = False,
     adapters: Sequence[Adapter] = (),
     model_name: str | None = None,
@@ -58,6 +61,7 @@ def watch(
     mixer: str | None = None,
     data: DataSpec | None = None,
     config: Mapping[str, JsonValue] | None = None,
+    topology: Topology | None = None,
     rank: int | None = None,
     world: int | None = None,
 ) -> Watch:
@@ -73,6 +77,8 @@ def watch(
             of the first call. Never token ids or text.
         window_steps: steps folded into one row, with the per-step extremes.
         flush_seconds: seconds after which captured rows are on disk.
+        exchanges: also time every all-to-all of ``torch.distributed`` (docs/exchange.md). None: when it is
+            initialised with more than one rank.
         overwrite: replace an existing run; not with several ranks.
         adapters: how to read layers that are not understood by themselves.
         model_name: name for the manifest.
@@ -80,6 +86,7 @@ def watch(
         mixer: sequence mixer for the manifest.
         data: what the model is fed, for the manifest.
         config: further options for the manifest.
+        topology: how the ranks are arranged, for the manifest; by default all of them hold all experts.
         rank: this process's rank; found from torch.distributed or torchrun by default.
         world: number of ranks, likewise.
 
@@ -110,9 +117,17 @@ def watch(
         sample_tokens=sample_tokens,
         window_steps=window_steps,
         flush_seconds=flush_seconds,
+        exchanges=exchanges,
         overwrite=overwrite,
         adapters=adapters,
-        origin=_Origin(name=model_name, family=family, mixer=mixer, data=data, config=dict(config or {})),
+        origin=_Origin(
+            name=model_name,
+            family=family,
+            mixer=mixer,
+            data=data,
+            config=dict(config or {}),
+            topology=topology or Topology(ranks=where.world),
+        ),
     )
 
 
@@ -125,6 +140,7 @@ class _Origin:
     mixer: str | None
     data: DataSpec | None
     config: dict[str, JsonValue]
+    topology: Topology
 
 
 class Watch:
@@ -149,6 +165,7 @@ class Watch:
         sample_tokens: int,
         window_steps: int,
         flush_seconds: float,
+        exchanges: bool | None,
         overwrite: bool,
         adapters: Sequence[Adapter],
         origin: _Origin,
@@ -164,10 +181,12 @@ class Watch:
         self._window_steps = window_steps
         self._flush_seconds = flush_seconds
         self._overwrite = overwrite
+        self._wanted = exchanges
         self._adapters = adapters
         self._origin = origin
         self._session: CaptureSession | None = None
         self._writer: RunWriter | None = None
+        self._notes: list[str] = []
         self._ended = False
         self._process = 0
 
@@ -186,11 +205,21 @@ class Watch:
                 sample_tokens=self._sample_tokens,
                 window_steps=self._window_steps,
                 flush_seconds=self._flush_seconds,
+                exchanges=self._has_exchanges(),
+                situation=lambda: (self.steps, self._told),
             )
         except BaseException as error:
             self._writer.close(state="failed", error=_one_line(error))
             raise
         return self
+
+    @property
+    def recorder(self) -> Recorder:
+        """Where transports that do not use ``torch.distributed`` tell their exchanges, and anybody spans.
+
+        Takes nothing when exchanges are not watched.
+        """
+        return self._running().recorder
 
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -237,7 +266,7 @@ class Watch:
             session.stop(self.steps, told=self._told)
         with _collected(problems):
             session.check()
-        notes = session.notes(steps=self.steps)
+        notes = (*self._notes, *session.notes(steps=self.steps))
         with _collected(problems):
             if writer.rank == 0:
                 config = {**writer.manifest.config, "probe_cost": session.cost()}
@@ -274,6 +303,19 @@ class Watch:
             )
         return self._session
 
+    def _has_exchanges(self) -> bool:
+        if self._wanted is not None:
+            return self._wanted
+        from torch import distributed
+
+        several = (
+            distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+        )
+        reason = unsupported() if several else None
+        if reason is not None:
+            self._notes.append(f"exchanges were not watched: {reason}")
+        return several and reason is None
+
     def _open_run(self) -> RunWriter:
         if self._where.rank > 0:
             return RunWriter.join(self.run_path, rank=self._where.rank)
@@ -288,7 +330,7 @@ class Watch:
                 mixer=origin.mixer,
             ),
             data=origin.data,
-            topology=Topology(ranks=self._where.world),
+            topology=origin.topology,
             config={
                 **origin.config,
                 "watch": {

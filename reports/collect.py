@@ -20,6 +20,7 @@ from observatory.routing import (
     phase_summary,
 )
 from observatory.store import Run
+from reports.exchanges import collect_exchanges
 from reports.frames import ReportFrames, RunFacts, each_row, in_reading_order, label_runs
 
 __all__ = ["collect", "model_bands"]
@@ -74,6 +75,7 @@ def collect(runs: Sequence[Run], *, ep_degrees: Sequence[int], gpus_per_node: in
         scan=_joined(scans, ("ep", "placement", "layer", "phase", "run")),
         bands=model_bands(in_reading_order(summary.merge(frame, on="run"))),
         locality=_joined(localities, _LOCALITY),
+        exchanges=collect_exchanges(runs),
     )
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import pandas as pd
 
 from observatory.records import PHASES, Manifest
+from reports.exchanges import ExchangeFrames
 
 __all__ = [
     "ReportFrames",
@@ -71,7 +72,10 @@ class RunFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportFrames:
-    """All frames of a report (columns in the module's docstring) and the runs' facts."""
+    """All frames of a report (columns in the module's docstring) and the runs' facts.
+
+    ``exchanges`` is None when no run holds any.
+    """
 
     facts: tuple[RunFacts, ...]
     runs: pd.DataFrame
@@ -81,6 +85,7 @@ class ReportFrames:
     scan: pd.DataFrame
     bands: pd.DataFrame
     locality: pd.DataFrame
+    exchanges: ExchangeFrames | None = None
 
     @property
     def cells(self) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from reports.page import FigureBlock, Section, Variant
 from reports.sections import (
     FORMULAS,
     committee_section,
+    exchange_sections,
     findings,
     grid_section,
     heatmap_section,
@@ -137,6 +138,7 @@ def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]
         committee_section(frames),
         scan_section(frames, gpus_per_node=gpus_per_node),
         step_section(frames),
+        *exchange_sections(frames),
         layer_section(frames),
         run_table(frames),
     ]

@@ -1,10 +1,11 @@
 """Profile one model on given data: load, watch, run, keep.
 
-Shapes: B sequences per step, T tokens per sequence, S steps.
+Shapes: B sequences per step and rank, T tokens per sequence, S steps, P ranks.
 
 Protocol, in this order, so that two profiles of one seed feed the same tokens:
 
-1. The data give B rows of contiguous tokens. Prefill step s reads columns s*T .. (s+1)*T of every row.
+1. The data give P * B rows of contiguous tokens, of which rank p takes rows p*B .. (p+1)*B. Prefill step s
+   reads columns s*T .. (s+1)*T of every row.
 2. Decode steps read the columns behind the last prefill, one a step, with the model's own cache: the
    text itself is fed, not what the model would have said, so routing is that of real text.
 3. With ``decode`` alone the context is built before the probe is attached and is not part of the run.
@@ -24,6 +25,7 @@ from observatory.errors import DataError, ModelError, ObservatoryError, RunError
 if TYPE_CHECKING:
     import torch
 
+    from observatory.campaign.ranks import Ranks
     from observatory.watching import Watch
     from observatory.zoo.data import TokenStream
     from observatory.zoo.models import LoadedModel
@@ -43,7 +45,7 @@ class ProfileJob:
     Attributes:
         model: bundled name, checkpoint directory or hub id.
         data: data condition, text file, or ``datasets:NAME``.
-        batch_size: sequences per step, B.
+        batch_size: sequences per step and rank, B.
         sequence_length: tokens per sequence, T; also the context of decode steps.
         steps: steps of each phase asked for.
         phase: ``prefill``, ``decode`` or ``both`` one after the other.
@@ -53,6 +55,12 @@ class ProfileJob:
         gate_mass: also sum gate weights per expert.
         sample_tokens: token positions per layer and step whose expert ids are kept; 0 keeps none.
         window_steps: steps folded into one row of the run.
+        ep: ranks over which the experts are spread; 1 keeps them together.
+        algorithm: ``flat``, ``hierarchical`` or ``gather``.
+        deduplicate: send a token once per destination rank.
+        ranks_per_node: pretend that nodes are so many consecutive ranks; None takes the hosts as they are.
+        backend: ``auto``, ``gloo``, ``nccl`` or ``mpi``.
+        exchange_timeout_s: how long to wait for a rank before it is named as missing.
     """
 
     model: str
@@ -67,9 +75,15 @@ class ProfileJob:
     gate_mass: bool = False
     sample_tokens: int = 0
     window_steps: int = 1
+    ep: int = 1
+    algorithm: str = "flat"
+    deduplicate: bool = False
+    ranks_per_node: int | None = None
+    backend: str = "auto"
+    exchange_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "sequence_length", "steps", "window_steps"):
+        for name in ("batch_size", "sequence_length", "steps", "window_steps", "ep"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("sample_tokens", "seed"):
@@ -102,7 +116,7 @@ def run_profile(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Path:
-    """Run one profile and write its run directory.
+    """Run one profile and write its run directory; with several ranks, this rank's part of it.
 
     Args:
         job: what to profile.
@@ -119,7 +133,23 @@ def run_profile(
         DataError: the data cannot fill the run.
         CaptureError: the probe or the run directory failed.
         RunError: something else is in the place of the run.
+        ExchangeError: the ranks do not find each other, or one is lost.
     """
+    from observatory.campaign.ranks import join_ranks
+
+    with join_ranks(job) as ranks:
+        return _run_rank(job, out, ranks, loaded=loaded, overwrite=overwrite, progress=progress)
+
+
+def _run_rank(
+    job: ProfileJob,
+    out: Path,
+    ranks: Ranks,
+    *,
+    loaded: LoadedModel | None,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Path:
     import torch
 
     import observatory
@@ -127,7 +157,9 @@ def run_profile(
     from observatory.zoo.data import load_token_ids
     from observatory.zoo.models import load_model, quiet_transformers
 
-    _check_place(out, overwrite=overwrite)
+    world = ranks.where.world
+    if ranks.where.rank == 0:
+        _check_place(out, overwrite=overwrite)
     loaded = loaded or load_model(job.model, device=job.device, dtype=job.dtype)
     model = loaded.model.eval()
     _check_length(model, job)
@@ -135,10 +167,10 @@ def run_profile(
         job.data,
         loaded.tokenizer,
         vocabulary_size=loaded.vocabulary_size,
-        tokens=job.batch_size * job.row_tokens,
+        tokens=world * job.batch_size * job.row_tokens,
         seed=job.seed,
     )
-    ids = _rows(stream, job)
+    ids = _rows(stream, job, rank=ranks.where.rank, world=world)
     total = job.prefill_steps + job.decode_steps
     done = 0
 
@@ -149,7 +181,12 @@ def run_profile(
         if progress is not None:
             progress(done, total)
 
-    with torch.inference_mode(), quiet_transformers(), _model_failures(loaded.name):
+    with (
+        torch.inference_mode(),
+        quiet_transformers(),
+        _model_failures(loaded.name),
+        ranks.spread(model, job) as sharded,
+    ):
         cache = None if job.prefill_steps else _prefill(model, ids, job, column=0, keep_cache=True)
         with observatory.watch(
             model,
@@ -162,15 +199,18 @@ def run_profile(
             family=loaded.family,
             mixer=loaded.mixer,
             config=asdict(job),
+            topology=ranks.topology(sharded),
+            exchanges=True if ranks.transport is not None and world > 1 else None,
             data=DataSpec(
                 condition=stream.condition,
                 source=stream.source,
                 real=stream.real,
-                batch_size=job.batch_size,
+                batch_size=world * job.batch_size,
                 sequence_length=job.sequence_length,
                 wrapped=stream.wrapped,
             ),
         ) as watch:
+            ranks.record(sharded, watch)
             for step in range(job.prefill_steps):
                 last = step == job.prefill_steps - 1
                 with watch.phase("prefill"):
@@ -214,12 +254,12 @@ def _model_failures(name: str) -> Iterator[None]:
         ) from error
 
 
-def _rows(stream: TokenStream, job: ProfileJob) -> torch.Tensor:
-    """Token ids as B contiguous rows, shape (B, row_tokens)."""
+def _rows(stream: TokenStream, job: ProfileJob, *, rank: int, world: int) -> torch.Tensor:
+    """Token ids of this rank as B contiguous rows, shape (B, row_tokens)."""
     import torch
 
     ids = torch.from_numpy(stream.ids.copy())
-    return ids.view(job.batch_size, job.row_tokens).to(job.device)
+    return ids.view(world, job.batch_size, job.row_tokens)[rank].to(job.device)
 
 
 def _prefill(model: Any, ids: torch.Tensor, job: ProfileJob, *, column: int, keep_cache: bool) -> Any:

@@ -7,7 +7,20 @@ from typing import Annotated, Any
 import typer
 
 from observatory import __version__
-from observatory.cli import doctor, grid, profile, quickstart, report, routing, scan
+from observatory.cli import (
+    bench,
+    doctor,
+    export,
+    fit,
+    grid,
+    profile,
+    quickstart,
+    replay,
+    report,
+    routing,
+    scan,
+    waiting,
+)
 
 __all__ = ["command"]
 
@@ -37,6 +50,11 @@ def command() -> Any:
     app.command("grid")(grid.grid)
     app.command("routing")(routing.routing)
     app.command("scan")(scan.scan)
+    app.add_typer(bench.bench_group(), name="bench")
+    app.command("replay")(replay.replay)
+    app.command("fit")(fit.fit)
+    app.command("export")(export.export)
+    app.command("exchanges")(waiting.exchanges)
     app.command("report")(report.report)
     app.command("doctor")(doctor.doctor)
     return typer.main.get_command(app)

@@ -19,7 +19,7 @@ def profile(
         str,
         typer.Option(help="prose, code, foreign, structured, shuffled, mock, a text file, or datasets:NAME."),
     ] = "prose",
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step, on each rank.")] = 8,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence; decode's context.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each phase.")] = 20,
     phase: Annotated[str, typer.Option(help="prefill, decode or both.")] = "prefill",
@@ -31,11 +31,28 @@ def profile(
         int, typer.Option(min=0, help="Token positions per layer and step whose expert ids are kept.")
     ] = 0,
     window_steps: Annotated[int, typer.Option(min=1, help="Steps folded into one row.")] = 1,
+    ep: Annotated[int, typer.Option(min=1, help="Ranks to spread the experts over; started here.")] = 1,
+    algorithm: Annotated[str, typer.Option(help="Dispatch: flat, hierarchical or gather.")] = "flat",
+    deduplicate: Annotated[
+        bool, typer.Option("--deduplicate", help="Send a token once per destination rank.")
+    ] = False,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Pretend that nodes are so many consecutive ranks.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Exchanges over auto, gloo, nccl or mpi.")] = "auto",
+    exchange_timeout_s: Annotated[
+        float, typer.Option(min=1, help="Seconds until a rank that does not answer is given up.")
+    ] = 60.0,
     force: ForceOption = False,
 ) -> None:
-    """Profile one model on given data and write a run directory."""
+    """Profile one model on given data and write a run directory.
+
+    Under torchrun, mpiexec or srun the ranks are those of the launcher; else --ep starts them here.
+    """
     from observatory.campaign.profile import ProfileJob, run_profile
+    from observatory.campaign.ranks import needs_ranks, start_ranks
     from observatory.cli.output import progress_bar, say
+    from observatory.ranks import find_rank
 
     job = ProfileJob(
         model=model,
@@ -50,7 +67,19 @@ def profile(
         gate_mass=gate_mass,
         sample_tokens=sample_tokens,
         window_steps=window_steps,
+        ep=ep,
+        algorithm=algorithm,
+        deduplicate=deduplicate,
+        ranks_per_node=ranks_per_node,
+        backend=backend,
+        exchange_timeout_s=exchange_timeout_s,
     )
+    if needs_ranks(job):
+        start_ranks(job, out)
+        return
+    if find_rank().rank > 0:
+        run_profile(job, out, overwrite=force)
+        return
     with progress_bar() as bar:
         task = bar.add_task("profile", total=job.prefill_steps + job.decode_steps)
         run_profile(job, out, overwrite=force, progress=lambda done, _: bar.update(task, completed=done))

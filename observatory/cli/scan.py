@@ -42,6 +42,13 @@ _COLUMNS = {
     "cross_node_fraction": "cross node",
 }
 
+_TIME_COLUMNS = {
+    "dispatch_us": "dispatch us",
+    "dispatch_interval": "90 %",
+    "combine_us": "combine us",
+    "combine_interval": "90 %",
+}
+
 
 def scan(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
@@ -51,6 +58,15 @@ def scan(
     traffic: Annotated[
         bool, typer.Option("--traffic", help="With --json: add each row's traffic matrix in assignments.")
     ] = False,
+    network: Annotated[
+        Path | None, typer.Option(help="Network model of `fit`: also predict dispatch and combine times.")
+    ] = None,
+    algorithm: Annotated[
+        str, typer.Option(help="Exchange to predict: flat, hierarchical or gather.")
+    ] = "flat",
+    row_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes of one row, when the run does not say its hidden size.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Re-map the captured loads to other EP degrees and placements."""
@@ -60,12 +76,29 @@ def scan(
     from observatory.store import open_run
 
     opened = open_run(run)
+    degrees = _fitting(opened, placement) if ep is None else parse_ep(ep)
     frame = scan_run(
         opened,
-        ep_degrees=_fitting(opened, placement) if ep is None else parse_ep(ep),
+        ep_degrees=degrees,
         gpus_per_node=gpus_per_node,
         placement=parse_placement(placement),
     )
+    columns = dict(_COLUMNS)
+    if network is not None:
+        from observatory.cost.network import load_network
+        from observatory.cost.scan import scan_times
+
+        times = scan_times(
+            opened,
+            load_network(network),
+            ep_degrees=degrees,
+            gpus_per_node=gpus_per_node,
+            placement=parse_placement(placement),
+            algorithm=algorithm,
+            bytes_per_row=row_bytes,
+        )
+        frame = frame.merge(times, on=["ep", "layer", "phase"], how="left", validate="one_to_one")
+        columns |= _TIME_COLUMNS
     rows = frame_records(frame)
     for problem in opened.problems:
         say(f"note: {problem}")
@@ -84,12 +117,26 @@ def scan(
         )
         return
     print_table(
-        list(_COLUMNS.values()),
-        [[row[name] for name in _COLUMNS] for row in rows],
+        list(columns.values()),
+        [[_cell(row, name) for name in columns] for row in rows],
         title=f"{opened.manifest.model.name}: captured loads re-mapped, {gpus_per_node} ranks per node",
     )
     for sources in sorted({str(row["sources"]) for row in rows}):
         say(f"source ranks: {sources}")
+    for name, what in (("extrapolated", "extrapolated at"), ("no_prediction", "no times at")):
+        for row in {str(row[name]): row for row in rows if row.get(name)}.values():
+            say(f"{what} EP {row['ep']}: {row[name]}")
+
+
+def _cell(row: dict[str, Any], name: str) -> object:
+    """A value of the row, an interval from its two ends; a time outside the measurements is marked."""
+    role, _, kind = name.partition("_")
+    if kind == "interval":
+        low, high = row[f"{role}_low_us"], row[f"{role}_high_us"]
+        return None if low is None else f"{low:.0f}-{high:.0f}"
+    if kind == "us" and row[name] is not None:
+        return f"{row[name]:.0f}{' *' if row['extrapolated'] else ''}"
+    return row[name]
 
 
 def _matrix(run: Run, row: dict[str, Any], placement: str | Path) -> list[list[float]]:

@@ -35,7 +35,7 @@ from observatory.routing.summary import floor_top_k
 if TYPE_CHECKING:
     from observatory.store import LoadBlock, Run
 
-__all__ = ["place", "scan_run", "traffic_matrix"]
+__all__ = ["all_ranks", "place", "placement_rule", "scan_run", "traffic_matrix"]
 
 _BLOCK_BYTES = 64 * 1024 * 1024
 
@@ -78,7 +78,7 @@ def scan_run(
         LoadError: loads are negative or inconsistent.
     """
     topologies = [ParallelTopology(ep=ep, gpus_per_node=gpus_per_node) for ep in dict.fromkeys(ep_degrees)]
-    rule = _rule(placement)
+    rule = placement_rule(placement)
     captured = run.manifest.topology.ranks
     top_k = {spec.layer: spec.top_k for spec in run.manifest.model.moe_layers}
     layers: dict[tuple[str, int], _LayerScan] = {}
@@ -130,13 +130,13 @@ def traffic_matrix(
     Raises:
         PlacementError: the degree or the file does not fit, or there are no such loads.
     """
-    rule = _rule(placement)
+    rule = placement_rule(placement)
     traffic_RR: NDArray[np.int64] | NDArray[np.float64] = np.zeros((ep, ep), dtype=np.int64)
     sources: Sources | None = None
     source_shares(run.manifest.topology.ranks, ep)  # refuses impossible numbers of ranks
     for block in run.iter_loads(phase=phase, layers=[layer]):
         own = place(rule, layer=layer, experts=block.experts, ep=ep)
-        load_SPE = _all_ranks(block, run.manifest.topology.ranks)
+        load_SPE = all_ranks(block, run.manifest.topology.ranks)
         step_SRR, sources = traffic_matrices(load_SPE, own)
         traffic_RR = traffic_RR + step_SRR.sum(axis=0)
     if sources is None:
@@ -168,11 +168,12 @@ def place(rule: str | PlacementFile, *, layer: int, experts: int, ep: int) -> Pl
     return rules[rule](experts, ep)
 
 
-def _rule(placement: PlacementChoice) -> str | PlacementFile:
+def placement_rule(placement: PlacementChoice) -> str | PlacementFile:
+    """The rule's name, or the file it is in."""
     return placement if placement in ("linear", "round-robin") else load_placement(placement)
 
 
-def _all_ranks(block: LoadBlock, captured: int) -> NDArray[np.int64]:
+def all_ranks(block: LoadBlock, captured: int) -> NDArray[np.int64]:
     """Loads with one row per captured rank, zeros for ranks that the block lacks."""
     rank_P = np.asarray(block.source_rank_P)
     if rank_P.size == captured:

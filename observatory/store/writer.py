@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pydantic
 
+from observatory.clock_identity import clock_identity, clock_name
 from observatory.errors import ObservatoryError, RunError, RunFormatError
-from observatory.records import Manifest, RankStatus
+from observatory.records import ClockSpec, Manifest, RankStatus
 from observatory.store.checks import checked_rows
 from observatory.store.files import (
     MANIFEST_NAME,
@@ -75,6 +76,7 @@ class RunWriter:
         self._buffered_bytes: dict[tuple[str, pa.Schema], int] = {}
         self._next_part: dict[str, int] = {}
         self._closed = False
+        self._clock = ClockSpec(method="none", identity=clock_name(clock_identity()))
         least, most = _ROW_GROUP_BYTES
         share = _ROW_GROUP_BYTES_OF_ALL_RANKS // manifest.topology.ranks
         self._row_group_bytes = min(max(share, least), most)
@@ -194,6 +196,14 @@ class RunWriter:
             if first is not None:
                 raise first
 
+    def set_clock(self, clock: ClockSpec) -> None:
+        """State how this rank's clock relates to the others'; kept when the writer closes.
+
+        Without it the rank's status says only which clock it reads, which is enough for ranks of one host.
+        """
+        with self._lock:
+            self._clock = clock
+
     def update_manifest(self, **changes: Any) -> None:
         """Change fields of the manifest and write it; rank 0 only.
 
@@ -279,6 +289,7 @@ class RunWriter:
             error=error,
             steps=steps,
             dropped_rows=self.dropped_rows,
+            clock=self._clock,
         )
         write_rank_status(self.path, status)
 

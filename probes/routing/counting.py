@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ class SiteCounter:
         ever_called: the site was called at least once.
         tokens_unknown: a call did not tell how many tokens it had.
         weights_seen: a call showed gate weights.
+        on_call: called after each call, from inside compiled code as well; None when nobody asked.
     """
 
     def __init__(self, index: int, layout: Layout) -> None:
@@ -51,6 +53,7 @@ class SiteCounter:
         self.ever_called = False
         self.tokens_unknown = False
         self.weights_seen = False
+        self.on_call: Callable[[], None] | None = None
         self.devices: dict[torch.device, DeviceCounters] = {}
         self._experts = layout.experts[index]
         self._sampled = [False] * len(SLOTS)
@@ -84,6 +87,8 @@ class SiteCounter:
             if part.sample is not None and decision.tokens and (not self._sampled[slot] or _in_capture(part)):
                 self._sampled[slot] = True
                 self._take_sample(decision, decision.tokens, part.sample)
+        if self.on_call is not None:
+            self.on_call()
 
     def _add_ids(
         self, decision: RoutingDecision, ids: torch.Tensor, part: Buffers, device: DeviceCounters

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 
 from pydantic import JsonValue
 from torch import nn
 
+from collectives.recorder import NoRecorder, Recorder
 from observatory.errors import CaptureError
 from observatory.store import RunWriter
+from probes.exchange.probe import ExchangeProbe
+from probes.routing.counters import SLOTS
 from probes.routing.flushing import Flusher
 from probes.routing.folding import Folder
 from probes.routing.probe import RoutingProbe
@@ -34,6 +38,8 @@ class CaptureSession:
         sample_tokens: int = 0,
         window_steps: int = 1,
         flush_seconds: float = 10.0,
+        exchanges: bool = False,
+        situation: Callable[[], tuple[int, str | None]] = lambda: (0, None),
     ) -> None:
         self._writer = writer
         self._probe = RoutingProbe(model, sites, gate_mass=gate_mass, sample_tokens=sample_tokens)
@@ -42,9 +48,14 @@ class CaptureSession:
         self._folder = Folder(self._probe.layout, layers, rank=writer.rank, window_steps=window_steps)
         self._flusher = Flusher(writer, self._folder, flush_seconds=flush_seconds)
         self._told_problem = False
+        self._exchange: ExchangeProbe | None = None
         try:
             self._probe.attach()
+            if exchanges:
+                self._exchange = self._watch_exchanges(model, situation, flush_seconds)
         except BaseException:
+            self._probe.detach()
+            self._probe.release()
             self._flusher.close()
             raise
 
@@ -52,6 +63,11 @@ class CaptureSession:
     def last_step(self) -> int:
         """The last step that anything was counted in; -1 when nothing was. Final after ``stop``."""
         return self._folder.last_counted_step
+
+    @property
+    def recorder(self) -> Recorder:
+        """Where dispatchers tell what they do; takes nothing when exchanges are not watched."""
+        return NoRecorder() if self._exchange is None else self._exchange.recorder
 
     def boundary(self, step: int, *, told: str | None, ends_step: bool) -> None:
         """Hand over what was counted since the last boundary; ``told`` is its phase if the caller said so.
@@ -66,6 +82,8 @@ class CaptureSession:
         except Exception as error:  # after a device-side assertion every call of the device fails
             reason = f"{type(error).__name__}: {error}"
             raise CaptureError(f"what was counted since the last boundary is lost: {reason}") from error
+        if self._exchange is not None:
+            self._exchange.boundary()
 
     def check(self) -> None:
         """Raise what has gone wrong, once; the watched model's own run is not affected by it.
@@ -80,7 +98,8 @@ class CaptureSession:
 
     def problem(self) -> str | None:
         """One line about the first thing that went wrong; None when nothing did."""
-        return self._probe.problem() or self._flusher.problem()
+        problem = self._probe.problem() or self._flusher.problem()
+        return problem if problem or self._exchange is None else self._exchange.problem()
 
     def stop(self, step: int, *, told: str | None) -> None:
         """Take the hooks off, write everything, end the thread.
@@ -88,6 +107,8 @@ class CaptureSession:
         Raises:
             CaptureError: what was counted since the last boundary could not be taken.
         """
+        if self._exchange is not None:
+            self._exchange.stop()
         self._probe.detach()
         try:
             self.boundary(step, told=told, ends_step=True)
@@ -135,7 +156,7 @@ class CaptureSession:
             )
         if self.last_step >= 0 and steps == 0:
             notes.append("watch.step() was never called: the whole run is one step")
-        return tuple(notes)
+        return tuple(notes) if self._exchange is None else (*notes, *self._exchange.notes())
 
     def cost(self) -> dict[str, JsonValue]:
         """What the hooks cost on the host, measured while they ran; compiled calls are not timed."""
@@ -143,7 +164,23 @@ class CaptureSession:
         return {
             "eager_layer_calls": calls,
             "host_us_per_layer_call": round(self._probe.host_ns / calls / 1000, 3) if calls else None,
+            **({} if self._exchange is None else self._exchange.cost()),
         }
+
+    def _watch_exchanges(
+        self, model: nn.Module, situation: Callable[[], tuple[int, str | None]], flush_seconds: float
+    ) -> ExchangeProbe:
+        probe = self._probe
+        exchange = ExchangeProbe(
+            self._writer,
+            situation=situation,
+            known_phase=lambda: SLOTS[probe.slot],
+            flush_seconds=flush_seconds,
+        )
+        for site, counter in zip(probe.sites, probe.counters, strict=True):
+            counter.on_call = partial(exchange.routed, site.spec.layer)
+        exchange.attach(model, probe.sites)
+        return exchange
 
 
 def _repeated(model: nn.Module, sites: Sequence[RoutingSite]) -> list[str]:

@@ -1,6 +1,7 @@
 """Sections of a report: frames in, titles, tables and figures out."""
 
 from reports.sections.committee import committee_section
+from reports.sections.exchanges import exchange_sections
 from reports.sections.findings import findings
 from reports.sections.grid import grid_section
 from reports.sections.heatmaps import heatmap_section
@@ -16,6 +17,7 @@ __all__ = [
     "FORMULAS",
     "RunRecord",
     "committee_section",
+    "exchange_sections",
     "findings",
     "grid_section",
     "heatmap_section",

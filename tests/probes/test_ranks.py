@@ -73,8 +73,8 @@ def test_a_rank_that_dies_leaves_the_data_of_the_other(tmp_path: Path) -> None:
 
 def test_the_rank_is_told_or_found_in_torchrun_s_environment() -> None:
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "8"}
-    assert find_rank(environment=torchrun) == RankOf(rank=3, world=8)
-    assert find_rank(1, 2, environment=torchrun) == RankOf(rank=1, world=2)
+    assert find_rank(environment=torchrun) == RankOf(rank=3, world=8, launcher="torchrun")
+    assert find_rank(1, 2, environment=torchrun) == RankOf(rank=1, world=2, launcher="caller")
     assert find_rank(environment={"RANK": "3", "WORLD_SIZE": "8"}) == RankOf(rank=0, world=1)
 
 

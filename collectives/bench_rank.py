@@ -1,0 +1,54 @@
+"""One rank of a benchmark that `observatory` started: ``python -m collectives.bench_rank JOB.json``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from collectives.bench import run_plan
+from collectives.transport import open_transport
+from observatory.errors import ObservatoryError
+from observatory.records import Record
+from observatory.records_bench import BenchPlan
+
+__all__ = ["RankJob", "main"]
+
+
+class RankJob(Record):
+    """What every rank is told.
+
+    Attributes:
+        plan: what to exchange.
+        backend: gloo, nccl or auto.
+        ranks_per_node: nodes to emulate; None takes the hosts as they are.
+        timeout_s: how long an exchange or a barrier may take.
+        out: where rank 0 writes the result.
+    """
+
+    plan: BenchPlan
+    backend: str
+    ranks_per_node: int | None
+    timeout_s: float
+    out: str
+
+
+def main(argv: list[str]) -> int:
+    """Run the job in a file; the last line on stderr says why it failed."""
+    job = RankJob.model_validate_json(Path(argv[0]).read_bytes())
+    try:
+        with open_transport(
+            job.backend,  # type: ignore[arg-type]  # checked there, naming the choices
+            ranks_per_node=job.ranks_per_node,
+            timeout_s=job.timeout_s,
+        ) as transport:
+            result = run_plan(transport, job.plan, barrier_timeout_s=job.timeout_s)
+        if result is not None:
+            Path(job.out).write_text(result.model_dump_json(), encoding="utf-8")
+    except ObservatoryError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,98 @@
+"""Exchange of rows under one traffic matrix, by each algorithm.
+
+Shapes: P ranks, N rows, B bytes of a row. ``rows_PP[i, j]`` rows go from rank i to rank j, known to all.
+
+A mover takes this rank's rows sorted by destination and returns what it received sorted by source, so that
+all algorithms can be checked against the same bytes. Between the stages of the hierarchical algorithm rows
+are regrouped, which is part of its time as it is in a dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from observatory.errors import ExchangeError
+from observatory.stages import ALGORITHMS, node_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from collectives.transport import Transport
+
+__all__ = ["Mover", "mover"]
+
+#: Sends this rank's rows (N, B) and returns those it received.
+Mover = Callable[["Tensor"], "Tensor"]
+
+
+def mover(transport: Transport, rows_PP: NDArray[np.int64], algorithm: str) -> Mover:
+    """The exchange of one matrix by one algorithm, all splits prepared.
+
+    Raises:
+        ExchangeError: an unknown algorithm, or nodes it cannot work on.
+    """
+    makers = {"flat": _flat, "hierarchical": _hierarchical, "gather": _gather}
+    if algorithm not in makers:
+        raise ExchangeError(f"algorithm {algorithm!r} is unknown; expected one of {', '.join(ALGORITHMS)}")
+    return makers[algorithm](transport, rows_PP)
+
+
+def _flat(transport: Transport, rows_PP: NDArray[np.int64]) -> Mover:
+    send_P, receive_P = rows_PP[transport.rank].tolist(), rows_PP[:, transport.rank].tolist()
+
+    def exchange(rows_NB: Tensor) -> Tensor:
+        return transport.all_to_all_v(rows_NB, send_P, receive_P)
+
+    return exchange
+
+
+def _gather(transport: Transport, rows_PP: NDArray[np.int64]) -> Mover:
+    held_P = rows_PP.sum(axis=1).tolist()
+    starts_PP = np.cumsum(rows_PP, axis=1) - rows_PP
+    offset_P = np.cumsum(held_P) - held_P
+    own = [
+        (int(offset_P[source] + starts_PP[source, transport.rank]), int(rows_PP[source, transport.rank]))
+        for source in range(transport.size)
+    ]
+
+    def exchange(rows_NB: Tensor) -> Tensor:
+        everything = transport.all_gather_v(rows_NB, held_P)
+        return torch.cat([everything[start : start + count] for start, count in own])
+
+    return exchange
+
+
+def _hierarchical(transport: Transport, rows_PP: NDArray[np.int64]) -> Mover:
+    local = node_size(transport.node_of_P)
+    nodes = transport.size // local
+    n, k = divmod(transport.rank, local)
+    flow_nlmk = rows_PP.reshape(nodes, local, nodes, local)
+    # Inside the node: what local rank l holds for local index k of every node m.
+    sent_mk, received_lm = flow_nlmk[n, k], flow_nlmk[n, :, :, k]
+    # Between nodes, among ranks of local index k: what node m collected for me, from its local ranks l.
+    collected_ml = flow_nlmk[:, :, n, k]
+
+    def exchange(rows_NB: Tensor) -> Tensor:
+        by_index = _regroup(rows_NB, sent_mk)
+        held = transport.all_to_all_v(
+            by_index, sent_mk.sum(axis=0).tolist(), received_lm.sum(axis=1).tolist(), group="node"
+        )
+        by_node = _regroup(held, received_lm)
+        return transport.all_to_all_v(
+            by_node, received_lm.sum(axis=0).tolist(), collected_ml.sum(axis=1).tolist(), group="across"
+        )
+
+    return exchange
+
+
+def _regroup(rows_NB: Tensor, counts_ab: NDArray[np.int64]) -> Tensor:
+    """Rows in blocks ordered (a, b), reordered to (b, a)."""
+    sizes: Sequence[int] = counts_ab.ravel().tolist()
+    blocks = torch.split(rows_NB, list(sizes))
+    across = counts_ab.shape[1]
+    return torch.cat([block for b in range(across) for block in blocks[b::across]])

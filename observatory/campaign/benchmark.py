@@ -1,0 +1,97 @@
+"""Runs a benchmark plan: on local ranks started here, or as one rank of those a launcher started."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from observatory.errors import ExchangeError
+from observatory.ranks import find_rank
+from observatory.records_bench import BenchPlan, BenchResult, load_bench
+
+__all__ = ["check_out", "ranks_of_benchmark", "run_benchmark", "write_result"]
+
+
+def ranks_of_benchmark(requested: int | None, *, default: int = 4) -> int:
+    """The launcher's number of ranks, else the requested one.
+
+    Raises:
+        ExchangeError: both are there and differ.
+    """
+    where = find_rank()
+    if where.launcher == "alone":
+        return default if requested is None else requested
+    if requested not in (None, where.world):
+        raise ExchangeError(
+            f"{requested} ranks were asked for, but {where.launcher} started {where.world}; leave the number "
+            "out or start as many"
+        )
+    return where.world
+
+
+def run_benchmark(
+    plan: BenchPlan, *, ranks: int, backend: str, ranks_per_node: int | None, timeout_s: float = 60.0
+) -> BenchResult | None:
+    """Run a plan and return the result; None on the other ranks of a launcher.
+
+    Args:
+        plan: what to exchange.
+        ranks: P.
+        backend: auto, gloo, nccl or mpi.
+        ranks_per_node: nodes to emulate; None takes the hosts as they are.
+        timeout_s: how long one exchange or barrier may take.
+
+    Raises:
+        ExchangeError: a rank failed or is missing, or the backend does not fit.
+    """
+    from collectives.bench import run_plan
+    from collectives.bench_rank import RankJob
+    from collectives.transport import open_transport
+
+    if find_rank().launcher != "alone" or ranks == 1:
+        with open_transport(
+            backend,  # type: ignore[arg-type]  # checked there, naming the choices
+            ranks_per_node=ranks_per_node,
+            timeout_s=timeout_s,
+        ) as transport:
+            return run_plan(transport, plan, barrier_timeout_s=timeout_s)
+    if backend == "mpi":
+        raise ExchangeError(
+            f"MPI starts its own ranks; run the same command under it: mpiexec -n {ranks} observatory ..."
+        )
+    from hpc.launch import start_local_ranks
+
+    with tempfile.TemporaryDirectory(prefix="observatory-bench-") as folder:
+        job, out = Path(folder) / "job.json", Path(folder) / "result.json"
+        told = RankJob(
+            plan=plan, backend=backend, ranks_per_node=ranks_per_node, timeout_s=timeout_s, out=str(out)
+        )
+        job.write_text(told.model_dump_json(), encoding="utf-8")
+        start_local_ranks([sys.executable, "-m", "collectives.bench_rank", str(job)], ranks)
+        return load_bench(out)
+
+
+def check_out(path: Path, *, force: bool) -> None:
+    """Refuse to replace a result, before hours are spent on a new one.
+
+    Raises:
+        ExchangeError: the file is there already, or its folder is not.
+    """
+    if path.exists() and not force:
+        raise ExchangeError(f"{path} is there already; give another --out, or --force to replace it")
+    if not path.parent.is_dir():
+        raise ExchangeError(f"{path} cannot be written: {path.parent} is no directory; make it first")
+
+
+def write_result(result: BenchResult, path: Path) -> None:
+    """Write a result; raises ExchangeError, after writing, when bytes arrived wrong."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(result.model_dump_json(indent=1), encoding="utf-8")
+    temporary.replace(path)
+    wrong = [case for case in result.cases if not case.correct]
+    if wrong:
+        raise ExchangeError(
+            f"{len(wrong)} of {len(result.cases)} exchanges went wrong, first {wrong[0].algorithm} "
+            f"with {wrong[0].pattern}; {path} names them all: mend the fabric before trusting any run on it"
+        )

@@ -1,0 +1,146 @@
+"""Profiles on several ranks: starting them here, or joining those that a launcher started.
+
+Shapes: P ranks, B sequences per step and rank.
+
+Each rank reads its own B of the P * B sequences, routes them, and sends them to the ranks that hold their
+experts. One run directory takes the rows of all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from observatory.errors import ExchangeError, RunError
+from observatory.ranks import RankOf, find_rank
+from observatory.records import Topology
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from collectives.expert_parallel import ShardedModel
+    from collectives.transport import Transport
+    from observatory.campaign.profile import ProfileJob
+    from observatory.watching import Watch
+
+__all__ = ["Ranks", "join_ranks", "needs_ranks", "profile_argv", "start_ranks"]
+
+
+def needs_ranks(job: ProfileJob) -> bool:
+    """Whether this process has to start the ranks: several are asked for, and no launcher has been here.
+
+    Raises:
+        ExchangeError: a launcher started another number of ranks than the job asks for.
+    """
+    where = find_rank()
+    if job.ep > 1 and where.world not in (1, job.ep):
+        raise ExchangeError(
+            f"--ep {job.ep} was asked for on {where.world} ranks of {where.launcher}; expected --ep "
+            f"{where.world}, or as many ranks as --ep says"
+        )
+    return job.ep > 1 and where.world == 1
+
+
+def start_ranks(job: ProfileJob, out: Path) -> None:
+    """Run the profile on ``job.ep`` processes of this machine.
+
+    Raises:
+        ExchangeError: a rank failed, died or hung; names it.
+        RunError: the run directory is there already.
+    """
+    from hpc.launch import start_local_ranks
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists; runs of several ranks are not overwritten, choose another place")
+    start_local_ranks([sys.executable, "-m", "observatory", *profile_argv(job, out)], job.ep)
+
+
+def profile_argv(job: ProfileJob, out: Path) -> list[str]:
+    """The command line of a job, for its ranks and for the manifest."""
+    argv = ["profile", job.model, "--out", str(out)]
+    for field in fields(job):
+        value = getattr(job, field.name)
+        option = f"--{field.name.replace('_', '-')}"
+        if field.name == "model" or value is None or value is False:
+            continue
+        argv += [option] if value is True else [option, str(value)]
+    return argv
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """The ranks of a profile, as one of them sees them.
+
+    Attributes:
+        where: this rank.
+        transport: joins the ranks; None when experts are not spread.
+    """
+
+    where: RankOf
+    transport: Transport | None
+
+    @contextlib.contextmanager
+    def spread(self, model: nn.Module, job: ProfileJob) -> Iterator[ShardedModel | None]:
+        """Spread the experts of the model over the ranks, inside the block.
+
+        Raises:
+            ModelError: a layer cannot be spread.
+            PlacementError: the number of ranks does not fit the experts.
+        """
+        if self.transport is None:
+            yield None
+            return
+        from collectives.expert_parallel import shard_experts
+
+        with shard_experts(
+            model,
+            self.transport,
+            algorithm=job.algorithm,  # type: ignore[arg-type]  # shard_experts names the choices
+            deduplicate=job.deduplicate,
+        ) as sharded:
+            yield sharded
+
+    def topology(self, sharded: ShardedModel | None) -> Topology:
+        """The ranks as the manifest states them."""
+        if self.transport is None or sharded is None:
+            return Topology(ranks=self.where.world)
+        layout = self.transport.layout
+        per_node = {len(layout.ranks_of_node(node)) for node in range(layout.nodes)}
+        return Topology(
+            ranks=self.where.world,
+            ep=self.where.world,
+            gpus_per_node=per_node.pop() if len(per_node) == 1 else None,
+            node_of_rank=self.transport.node_of_P,
+            placement=sharded.placement(),
+        )
+
+    def record(self, sharded: ShardedModel | None, watch: Watch) -> None:
+        """Let the watch hear of phases and exchanges."""
+        if sharded is not None:
+            sharded.record(watch.recorder)
+
+
+@contextlib.contextmanager
+def join_ranks(job: ProfileJob) -> Iterator[Ranks]:
+    """Join the other ranks, if there are any.
+
+    Raises:
+        ExchangeError: a rank does not join; names it.
+        CaptureError: launchers disagree.
+    """
+    where = find_rank()
+    if job.ep == 1:
+        yield Ranks(where=where, transport=None)
+        return
+    from collectives.transport import open_transport
+
+    with open_transport(
+        job.backend,  # type: ignore[arg-type]  # open_transport names the choices
+        ranks_per_node=job.ranks_per_node,
+        timeout_s=job.exchange_timeout_s,
+    ) as transport:
+        yield Ranks(where=where, transport=transport)

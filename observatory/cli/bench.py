@@ -1,0 +1,126 @@
+"""``observatory bench``: micro-benchmarks of exchanges."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from observatory.cli.options import ForceOption, JsonOption
+from observatory.cli.parsing import parse_algorithms, parse_names, parse_sizes
+
+__all__ = ["alltoall", "bench_group"]
+
+_COLUMNS = (
+    "algorithm",
+    "pattern",
+    "seed",
+    "size",
+    "time us",
+    "p90 us",
+    "algbw GB/s",
+    "busbw GB/s",
+    "correct",
+)
+
+
+def alltoall(
+    out: Annotated[Path, typer.Option("--out", help="Result file (JSON) to write.")],
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to start here; under a launcher, those it started.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="auto, gloo, nccl or mpi (under mpiexec).")] = "auto",
+    algorithm: Annotated[
+        str, typer.Option(help="flat, hierarchical, gather, several by commas, or all.")
+    ] = "flat",
+    sizes: Annotated[
+        str, typer.Option(help="Mean bytes each rank sends, e.g. 1KiB,64KiB,1MiB.")
+    ] = "1KiB,8KiB,64KiB,512KiB,4MiB",
+    patterns: Annotated[
+        str,
+        typer.Option(
+            help="uniform, skewed, hot, random, sparse, one-sided, neighbour, local, empty; or all."
+        ),
+    ] = "uniform,skewed,random,empty",
+    seeds: Annotated[int, typer.Option(min=1, help="Matrices of each pattern that is drawn.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds over all matrices.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before them.")] = 2,
+    iterations: Annotated[int, typer.Option(min=1, help="Exchanges in one timed interval.")] = 4,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Treat so many consecutive ranks as a node.")
+    ] = None,
+    timeout_s: Annotated[float, typer.Option(min=1.0, help="Longest wait for a rank.")] = 60.0,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Time all-to-all exchanges of several sizes, splits and algorithms, and check every byte."""
+    import sys
+
+    from collectives.bench import alltoall_plan
+    from collectives.patterns import PATTERNS
+    from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
+    from observatory.cli.output import print_json, print_table, say
+
+    check_out(out, force=force)
+    world = ranks_of_benchmark(ranks)
+    plan = alltoall_plan(
+        ranks=world,
+        sizes_bytes=parse_sizes(sizes),
+        patterns=parse_names(patterns, every=tuple(PATTERNS)),
+        algorithms=parse_algorithms(algorithm),
+        seeds=range(seeds),
+        warmup=warmup,
+        repeats=repeats,
+        iterations=iterations,
+    ).model_copy(update={"argv": tuple(sys.argv)})
+    result = run_benchmark(
+        plan, ranks=world, backend=backend, ranks_per_node=ranks_per_node, timeout_s=timeout_s
+    )
+    if result is None:
+        return
+    rows = [
+        (
+            case.algorithm,
+            case.pattern,
+            case.seed,
+            int(case.bytes_PP.sum()) // case.ranks,
+            case.median_us,
+            case.p90_us,
+            case.algbw_gb_per_s,
+            case.busbw_gb_per_s,
+            case.correct,
+        )
+        for case in result.cases
+    ]
+    if json:
+        names = (
+            "algorithm", "pattern", "seed", "mean_send_bytes", "median_us", "p90_us",
+            "algbw_gb_per_s", "busbw_gb_per_s", "correct",
+        )  # fmt: skip
+        print_json(
+            {
+                "backend": result.backend,
+                "ranks": result.ranks,
+                "node_of_rank": list(result.node_of_P),
+                "timing": result.timing,
+                "rows": [dict(zip(names, row, strict=True)) for row in rows],
+            }
+        )
+    else:
+        print_table(
+            list(_COLUMNS),
+            rows,
+            title=f"all-to-all of {result.ranks} ranks over {result.backend}: slowest rank, "
+            f"median of {repeats}",
+        )
+    write_result(result, out)
+    say(f"result written to {out}; next: observatory fit {out} --out fit.json")
+
+
+def bench_group() -> typer.Typer:
+    """The ``bench`` command and its benchmarks."""
+    group = typer.Typer(help="Micro-benchmarks of exchanges.", no_args_is_help=True)
+    group.callback()(lambda: None)
+    group.command("alltoall")(alltoall)
+    return group

@@ -1,0 +1,62 @@
+"""``observatory export``: captured traffic in other tools' formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from observatory.cli.options import JsonOption, PlacementOption, parse_placement
+from observatory.cli.parsing import parse_roles
+
+__all__ = ["export"]
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    form: Annotated[str, typer.Argument(metavar="FORMAT", help="nccl-tests or ucc.")],
+    ep: Annotated[int, typer.Option("--ep", min=1, help="EP degree of the matrices.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    placement: PlacementOption = "linear",
+    phase: Annotated[str | None, typer.Option(help="Only this phase, e.g. prefill.")] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Only this layer; may be given again.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="At most so many steps of each phase, evenly spread.")
+    ] = None,
+    role: Annotated[str, typer.Option(help="dispatch, combine or both.")] = "both",
+    row_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes of one row, when the run does not say its hidden size.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Write a run's traffic matrices for nccl-tests or UCC's perftest."""
+    from observatory.cli.output import print_json, say
+    from observatory.interchange.export import export_traffic
+    from observatory.parallel.captured import captured_traffic
+    from observatory.store import open_run
+
+    opened = open_run(run)
+    captured = captured_traffic(
+        opened,
+        ep=ep,
+        placement=parse_placement(placement),
+        bytes_per_row=row_bytes,
+        phase=phase,
+        layers=layer,
+        steps=steps,
+    )
+    written = export_traffic(
+        (item.traffic() for item in captured),
+        out,
+        form=form,  # type: ignore[arg-type]  # checked there, naming the choices
+        roles=parse_roles(role),  # type: ignore[arg-type]  # the two names, checked there
+        run_id=opened.manifest.run_id,
+    )
+    for problem in opened.problems:
+        say(f"note: {problem}")
+    if json:
+        print_json(
+            {"run_id": opened.manifest.run_id, "format": form, "files": [str(path) for path in written]}
+        )
+    say(f"{len(written) - 1} files written to {out}; {written[-1].name} says what each holds")

@@ -1,0 +1,95 @@
+"""``observatory fit``: a network model from benchmark results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from observatory.cli.options import ForceOption, JsonOption
+
+__all__ = ["fit"]
+
+
+def fit(
+    results: Annotated[list[Path], typer.Argument(help="Results of bench or replay.")],
+    out: Annotated[Path, typer.Option("--out", help="Network model (JSON) to write.")],
+    check: Annotated[
+        list[Path] | None, typer.Option(help="Also predict these results, which the fit does not see.")
+    ] = None,
+    bootstrap: Annotated[int, typer.Option(min=0, help="Bootstrap samples over matrices.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Fit latency, bandwidth, per-message cost and contention; the form is chosen on held-out matrices."""
+    import sys
+
+    from observatory.campaign.benchmark import check_out
+    from observatory.cli.output import print_json, print_table, say
+    from observatory.cost.checking import check_predictions, error_summary
+    from observatory.cost.fitting import fit_network
+    from observatory.documents import frame_records
+    from observatory.records_bench import load_bench
+
+    check_out(out, force=force)
+    model = fit_network(
+        [load_bench(path) for path in results],
+        sources=[path.name for path in results],
+        argv=sys.argv,
+        bootstrap=bootstrap,
+        seed=seed,
+    )
+    checked = [
+        (path, row)
+        for path in check or []
+        for row in frame_records(error_summary(check_predictions(model, load_bench(path))))
+    ]
+    temporary = out.with_name(f".{out.name}.tmp")
+    temporary.write_text(model.model_dump_json(indent=1), encoding="utf-8")
+    temporary.replace(out)
+    if json:
+        print_json(
+            {
+                "backend": model.backend,
+                "fits": [
+                    item.model_dump(mode="json", exclude={"samples_BF", "ratio_Q"}) for item in model.fits
+                ],
+                "checked": [{"result": path.name, **row} for path, row in checked],
+            }
+        )
+        return
+    for item in model.fits:
+        print_table(
+            ["form", "parameters", "median error", "p90", "chosen"],
+            [
+                [score.form, score.parameters, score.median_error, score.p90_error, score.form == item.form]
+                for score in item.scores
+            ],
+            title=f"{item.algorithm} over {model.backend}: {item.cases} matrices, {item.sharing}",
+        )
+        print_table(
+            ["term", "us per unit", "90 %", "GB/s", "why not"],
+            [
+                [
+                    part.term,
+                    None if part.us_per_unit is None else f"{part.us_per_unit:.4g}",
+                    None if part.low_us is None else f"{part.low_us:.4g}-{part.high_us:.4g}",
+                    part.gb_per_s,
+                    part.reason or "",
+                ]
+                for part in item.coefficients
+            ],
+        )
+    if checked:
+        print_table(
+            ["result", "algorithm", "pattern", "exchanges", "median error", "p90", "bias", "in interval"],
+            [
+                [path.name, *(row[name] for name in ("algorithm", "pattern", "exchanges", "median_error",
+                                                     "p90_error", "median_ratio", "inside_interval"))]
+                for path, row in checked
+            ],
+            title="predicted against measured, not in the fit",
+        )  # fmt: skip
+    say(f"network model written to {out}; next: observatory scan RUN --network {out}")

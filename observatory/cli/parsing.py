@@ -1,0 +1,74 @@
+"""Lists and sizes on the command line."""
+
+from __future__ import annotations
+
+import re
+
+from observatory.errors import BenchmarkError
+from observatory.stages import ALGORITHMS
+
+__all__ = ["parse_algorithms", "parse_names", "parse_roles", "parse_sizes"]
+
+_UNITS = {
+    "B": 1,
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+}
+_MOST_BYTES = 1 << 40
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Bytes from ``1KiB,64KiB,1MB``; KiB is 1024 bytes, KB 1000.
+
+    Raises:
+        BenchmarkError: not such a list.
+    """
+    sizes = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d{1,13})\s*([kKmMgG]?[iI]?[bB]?)", part.strip())
+        if found is None or found.group(2).upper() not in _UNITS:
+            raise BenchmarkError(f"size {part.strip()!r} is not a size; expected such as 1KiB,64KiB,1MiB")
+        size = int(found.group(1)) * _UNITS[found.group(2).upper()]
+        if not 0 < size <= _MOST_BYTES:
+            raise BenchmarkError(f"size {part.strip()!r} is out of range; expected 16 B to 1024 GiB")
+        sizes.append(size)
+    return tuple(dict.fromkeys(sizes))
+
+
+def parse_names(text: str, *, every: tuple[str, ...]) -> tuple[str, ...]:
+    """Names from a list with commas; ``all`` stands for every one."""
+    if text.strip() == "all":
+        return every
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def parse_algorithms(text: str) -> tuple[str, ...]:
+    """Algorithms from a list with commas, or ``all``; unknown ones are refused.
+
+    Raises:
+        BenchmarkError: an unknown one, or none.
+    """
+    names = parse_names(text, every=ALGORITHMS)
+    for name in names:
+        if name not in ALGORITHMS:
+            raise BenchmarkError(f"algorithm {name!r} is unknown; expected {', '.join(ALGORITHMS)} or all")
+    if not names:
+        raise BenchmarkError(f"no algorithm was named; expected {', '.join(ALGORITHMS)} or all")
+    return names
+
+
+def parse_roles(text: str) -> tuple[str, ...]:
+    """``dispatch``, ``combine`` or ``both``.
+
+    Raises:
+        BenchmarkError: anything else.
+    """
+    roles = {"dispatch": ("dispatch",), "combine": ("combine",), "both": ("dispatch", "combine")}
+    if text not in roles:
+        raise BenchmarkError(f"role {text!r} is unknown; expected dispatch, combine or both")
+    return roles[text]

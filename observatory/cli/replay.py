@@ -1,0 +1,119 @@
+"""``observatory replay``: captured traffic on this fabric, beside mock traffic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from observatory.cli.options import ForceOption, JsonOption, PlacementOption, parse_placement
+from observatory.cli.parsing import parse_algorithms, parse_roles
+
+__all__ = ["replay"]
+
+_COLUMNS = ("algorithm", "phase", "layer", "role", "exchanges", "captured us", "uniform us", "ratio", "90 %")
+
+
+def replay(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Path, typer.Option("--out", help="Result file (JSON) to write.")],
+    ep: Annotated[
+        int | None, typer.Option("--ep", min=1, help="EP degree: ranks to start, or those of the launcher.")
+    ] = None,
+    placement: PlacementOption = "linear",
+    backend: Annotated[str, typer.Option(help="auto, gloo, nccl or mpi (under mpiexec).")] = "auto",
+    algorithm: Annotated[
+        str, typer.Option(help="flat, hierarchical, gather, several by commas, or all.")
+    ] = "flat",
+    phase: Annotated[str | None, typer.Option(help="Only this phase, e.g. prefill.")] = None,
+    layer: Annotated[list[int] | None, typer.Option(help="Only this layer; may be given again.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="At most so many steps of each phase, evenly spread.")
+    ] = None,
+    role: Annotated[str, typer.Option(help="dispatch, combine or both.")] = "both",
+    row_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes of one row, when the run does not say its hidden size.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds over all matrices.")] = 5,
+    warmup: Annotated[int, typer.Option(min=0, help="Rounds before them.")] = 1,
+    iterations: Annotated[int, typer.Option(min=1, help="Exchanges in one timed interval.")] = 4,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Treat so many consecutive ranks as a node.")
+    ] = None,
+    timeout_s: Annotated[float, typer.Option(min=1.0, help="Longest wait for a rank.")] = 60.0,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Replay a run's traffic step by step and layer by layer: what does realism cost here?"""
+    import sys
+
+    from collectives.replay import replay_plan
+    from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
+    from observatory.cli.output import print_json, print_table, say
+    from observatory.cost.realism import realism
+    from observatory.documents import frame_records
+    from observatory.parallel.captured import captured_traffic
+    from observatory.store import open_run
+
+    check_out(out, force=force)
+    world = ranks_of_benchmark(ep)
+    opened = open_run(run)
+    captured = list(
+        captured_traffic(
+            opened,
+            ep=world,
+            placement=parse_placement(placement),
+            bytes_per_row=row_bytes,
+            phase=phase,
+            layers=layer,
+            steps=steps,
+        )
+    )
+    sources = sorted({str(item.sources) for item in captured})
+    plan = replay_plan(
+        (item.traffic() for item in captured),
+        algorithms=parse_algorithms(algorithm),
+        roles=parse_roles(role),  # type: ignore[arg-type]  # the two names, checked there
+        warmup=warmup,
+        repeats=repeats,
+        iterations=iterations,
+        run_id=opened.manifest.run_id,
+        notes=(*(f"source ranks: {text}" for text in sources), *opened.problems),
+    ).model_copy(update={"argv": tuple(sys.argv)})
+    result = run_benchmark(
+        plan, ranks=world, backend=backend, ranks_per_node=ranks_per_node, timeout_s=timeout_s
+    )
+    if result is None:
+        return
+    rows = frame_records(realism(result))
+    for note in result.notes:
+        say(f"note: {note}")
+    if json:
+        print_json(
+            {
+                "run_id": result.run_id,
+                "backend": result.backend,
+                "ranks": result.ranks,
+                "timing": result.timing,
+                "notes": list(result.notes),
+                "rows": rows,
+            }
+        )
+    else:
+        print_table(
+            list(_COLUMNS),
+            [_cells(row) for row in rows],
+            title=f"{opened.manifest.model.name} on {result.ranks} ranks over {result.backend}: "
+            "captured beside uniform traffic of equal volume",
+        )
+    write_result(result, out)
+    say(f"result written to {out}; ratio: time of captured over uniform traffic, 90 % bootstrap over steps")
+
+
+def _cells(row: dict[str, Any]) -> list[object]:
+    low, high = row["ratio_low"], row["ratio_high"]
+    whole = {"phase": "all", "layer": "all", "role": "all"} if row["phase"] is None else {}
+    row = {**row, **whole}
+    names = ("algorithm", "phase", "layer", "role", "exchanges", "captured_us", "uniform_us", "ratio")
+    return [*(row[name] for name in names), None if low is None else f"{low:.3f}-{high:.3f}"]

@@ -1,0 +1,84 @@
+"""``observatory exchanges``: waiting and transfer of every layer's exchanges, and whom they wait for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from observatory.cli.options import JsonOption
+
+__all__ = ["exchanges"]
+
+
+def exchanges(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    json: JsonOption = False,
+) -> None:
+    """Show the time of every layer's exchanges, split into waiting and transfer."""
+    from observatory.cli.output import print_json, print_table, say
+    from observatory.documents import frame_records
+    from observatory.errors import RunError
+    from observatory.exchange import critical_path, layer_waits, problems_of, rank_waits, run_waits
+    from observatory.store import open_run
+
+    opened = open_run(run)
+    waits = run_waits(opened)
+    if waits.empty:
+        raise RunError(f"{run} holds no exchanges; profile with several ranks, for example --ep 4")
+    layers, ranks = frame_records(layer_waits(waits)), frame_records(rank_waits(waits))
+    unknown = problems_of(waits)
+    phases = frame_records(critical_path(opened.spans(), waits))
+    for problem in opened.problems:
+        say(f"note: {problem}")
+    if json:
+        print_json(
+            {
+                "run_id": opened.manifest.run_id,
+                "model": opened.manifest.model.name,
+                "problems": list(opened.problems),
+                "layers": layers,
+                "ranks": ranks,
+                "phases": phases,
+                "unknown": [{"reason": reason, "rows": rows} for reason, rows in unknown.items()],
+            }
+        )
+        return
+    print_table(
+        ["layer", "role", "phase", "collectives", "longest us", "longest transfer us", "wait", "slowest rank",
+         "waited for it", "cause"],
+        [_layer_cells(row) for row in layers],
+        title=f"{opened.manifest.model.name}: exchanges of {len(ranks)} ranks; medians over collectives",
+    )  # fmt: skip
+    print_table(
+        ["rank", "in exchanges ms", "waiting", "held", "transfer", "no traffic", "not known",
+         "others waited for it", "last", "cause"],
+        [_rank_cells(row) for row in ranks],
+        title="per rank, sums over the run in ms",
+    )  # fmt: skip
+    for reason, rows in unknown.items():
+        say(f"no split for {rows} of {len(waits)} rows: {reason}")
+    say("wait: share of the time in exchanges; last: how often it arrived last of all; docs/waiting.md")
+
+
+def _layer_cells(row: dict[str, Any]) -> list[object]:
+    return [
+        row["layer"], row["role"], row["phase"], row["collectives"], _scaled(row["longest_p50_s"], 1e6),
+        _scaled(row["transfer_longest_p50_s"], 1e6), _percent(row["wait_share"]), row["slowest_rank"],
+        _percent(row["slowest_share"]), row["slowest_cause"],
+    ]  # fmt: skip
+
+
+def _rank_cells(row: dict[str, Any]) -> list[object]:
+    names = ("duration_s", "wait_s", "held_s", "transfer_s", "idle_s", "unknown_s", "caused_wait_s")
+    times = [_scaled(row[name], 1e3) for name in names]
+    return [row["source_rank"], *times, row["times_last"], row["cause"]]
+
+
+def _scaled(seconds: float | None, factor: float) -> str | None:
+    return None if seconds is None else f"{seconds * factor:.1f}"
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.0f} %"

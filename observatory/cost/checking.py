@@ -1,0 +1,68 @@
+"""Predicted against measured, on results that were not in the fit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from observatory.cost.network import NetworkModel
+from observatory.cost.predict import predict_us
+from observatory.errors import BenchmarkError
+from observatory.records_bench import BenchResult
+
+__all__ = ["check_predictions", "error_summary"]
+
+
+def check_predictions(model: NetworkModel, result: BenchResult) -> pd.DataFrame:
+    """One row per case: algorithm, pattern, phase, layer, step, role, measured_us, predicted_us, low_us,
+    high_us, error (|predicted - measured| / measured), extrapolated (None: nothing).
+
+    Raises:
+        BenchmarkError: another backend, or kinds of exchanges the model never measured.
+    """  # noqa: D205 - the list is one sentence
+    if result.backend != model.backend:
+        raise BenchmarkError(
+            f"a model of {model.backend} cannot be checked on a result of {result.backend}; fit one for it"
+        )
+    rows = []
+    for case in result.cases:
+        found = predict_us(model, case.bytes_PP, result.node_of_P, algorithm=case.algorithm)
+        measured = case.median_us
+        rows.append(
+            {
+                "algorithm": case.algorithm,
+                "pattern": case.pattern,
+                "phase": case.phase,
+                "layer": case.layer,
+                "step": case.step,
+                "role": case.role,
+                "measured_us": measured,
+                "predicted_us": found.us,
+                "low_us": found.low_us,
+                "high_us": found.high_us,
+                "error": abs(found.us - measured) / measured,
+                "extrapolated": "; ".join(found.extrapolated) or None,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def error_summary(checked: pd.DataFrame) -> pd.DataFrame:
+    """Per algorithm and pattern: exchanges, median_error, p90_error, median_ratio (predicted over measured),
+    and the share of measurements inside the 90 % interval.
+    """  # noqa: D205 - the list is one sentence
+    rows = []
+    for (algorithm, pattern), group in checked.groupby(["algorithm", "pattern"], sort=True):
+        inside = (group["measured_us"] >= group["low_us"]) & (group["measured_us"] <= group["high_us"])
+        rows.append(
+            {
+                "algorithm": algorithm,
+                "pattern": pattern,
+                "exchanges": len(group),
+                "median_error": float(group["error"].median()),
+                "p90_error": float(np.quantile(group["error"], 0.9)),
+                "median_ratio": float((group["predicted_us"] / group["measured_us"]).median()),
+                "inside_interval": float(inside.mean()),
+            }
+        )
+    return pd.DataFrame(rows)

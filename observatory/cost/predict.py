@@ -1,0 +1,103 @@
+"""Predicted times of traffic matrices, with intervals and with what is an extrapolation.
+
+Shapes: P ranks, B bootstrap samples, Q quantiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from observatory.cost.features import FORMS, stage_terms
+from observatory.cost.network import Domain, NetworkModel
+from observatory.cost.solving import Problem, predict_all
+from observatory.errors import BenchmarkError
+
+__all__ = ["Prediction", "predict_us"]
+
+_MANY_SAMPLES = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Predicted time of one exchange.
+
+    Attributes:
+        us: microseconds of the slowest rank.
+        low_us, high_us: 90 % interval: bootstrap of the coefficients times what the fit got wrong on matrices
+            it had not seen. It does not cover what is named in ``extrapolated``.
+        extrapolated: why this is outside what was measured; empty when it is inside.
+    """
+
+    us: float
+    low_us: float
+    high_us: float
+    extrapolated: tuple[str, ...] = ()
+
+
+def predict_us(
+    model: NetworkModel, bytes_PP: ArrayLike, node_of_P: Sequence[int], *, algorithm: str = "flat"
+) -> Prediction:
+    """Predict the time of one exchange.
+
+    Args:
+        model: a fitted model.
+        bytes_PP: bytes from rank i to rank j.
+        node_of_P: node of each rank.
+        algorithm: as in the benchmark.
+
+    Raises:
+        BenchmarkError: the model lacks the algorithm, or measured nothing of a kind that this exchange has.
+        ExchangeError: the matrix does not fit the ranks, or the algorithm the nodes.
+    """
+    fit = model.of(algorithm)
+    form = FORMS[fit.form]
+    matrix_PP = np.asarray(bytes_PP, dtype=np.int64)
+    terms = stage_terms(matrix_PP, node_of_P, algorithm)
+    problem = Problem.build([terms], form)
+    for term in fit.never_measured:
+        if problem.terms_NF[:, form.terms.index(term)].any():
+            raise BenchmarkError(
+                f"the network model never measured {term}, which this exchange over {len(set(node_of_P))} "
+                "nodes has; benchmark across nodes (ranks on several hosts, --ranks-per-node) and fit again"
+            )
+    value_F = np.array([item.us_per_unit or 0.0 for item in fit.coefficients])
+    us = float(predict_all(problem, value_F)[0])
+    samples = fit.samples_BF[:_MANY_SAMPLES]
+    spread_B = np.array([predict_all(problem, np.array(sample))[0] for sample in samples] or [us])
+    low, high = np.quantile(np.outer(spread_B, fit.ratio_Q), [0.05, 0.95])
+    return Prediction(
+        us=us,
+        low_us=float(max(low, 0.0)),
+        high_us=float(max(high, 0.0)),
+        extrapolated=tuple(_outside(fit.domain, matrix_PP, node_of_P)),
+    )
+
+
+def _outside(domain: Domain, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> list[str]:
+    """What of an exchange lies outside the measurements."""
+    reasons = []
+    on_node = max(list(node_of_P).count(node) for node in set(node_of_P))
+    for name, value, known in (
+        ("ranks", len(node_of_P), domain.ranks),
+        ("nodes", len(set(node_of_P)), domain.nodes),
+        ("ranks on a node", on_node, domain.ranks_on_node),
+    ):
+        if not min(known) <= value <= max(known):
+            reasons.append(f"{value} {name} (measured {_span(min(known), max(known))})")
+    busiest = int(max(bytes_PP.sum(axis=1).max(), bytes_PP.sum(axis=0).max()))
+    low, high = domain.rank_bytes
+    if busiest > high:
+        reasons.append(f"{busiest} bytes on one rank (measured up to {high})")
+    elif 0 < busiest < low and not domain.empty:
+        reasons.append(f"{busiest} bytes on one rank (measured from {low})")
+    elif busiest == 0 and not domain.empty:
+        reasons.append("an empty exchange (none was measured)")
+    return reasons
+
+
+def _span(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"

@@ -1,0 +1,135 @@
+"""Least squares for one form of the network model.
+
+Shapes: C cases (exchanges), N rows of terms (ranks of all stages of all cases), F terms of the form, G
+    stages.
+
+The form is a sum of maxima, so the fit alternates: with the slowest row of each stage known, coefficients
+are a non-negative linear least-squares problem in relative error; with coefficients known, the slowest rows
+follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+from observatory.cost.features import Form, StageTerms
+
+__all__ = ["Problem", "predict_all", "solve"]
+
+_ROUNDS = 40
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Problem:
+    """Terms of all cases under one form, rows of one stage together.
+
+    Attributes:
+        terms_NF: terms of every row.
+        start_G: first row of every stage.
+        case_G: case of every stage.
+        cases: C.
+    """
+
+    terms_NF: NDArray[np.float64]
+    start_G: NDArray[np.int64]
+    case_G: NDArray[np.int64]
+    cases: int
+
+    @classmethod
+    def build(cls, exchanges: Sequence[StageTerms], form: Form) -> Problem:
+        """Stack the terms of exchanges.
+
+        A form with a floor gets one more row per stage that has the probe latency alone, and the other rows
+        lose it: the maximum then is the floor.
+        """
+        rows: list[NDArray[np.float64]] = []
+        starts, cases, at = [], [], 0
+        for case, exchange in enumerate(exchanges):
+            terms_NF = exchange.of(form)
+            for stage in range(int(exchange.stage_N[-1]) + 1):
+                stage_PF = terms_NF[exchange.stage_N == stage]
+                if form.floor:
+                    probe_1F = np.zeros((1, len(form.terms)))
+                    probe_1F[0, form.terms.index("exchange")] = 1.0
+                    stage_PF = stage_PF.copy()
+                    stage_PF[:, form.terms.index("exchange")] = 0.0
+                    stage_PF = np.concatenate([stage_PF, probe_1F])
+                rows.append(stage_PF)
+                starts.append(at)
+                cases.append(case)
+                at += len(stage_PF)
+        return cls(
+            terms_NF=np.concatenate(rows),
+            start_G=np.array(starts, dtype=np.int64),
+            case_G=np.array(cases, dtype=np.int64),
+            cases=len(exchanges),
+        )
+
+    def take(self, case_K: NDArray[np.int64]) -> Problem:
+        """The problem of chosen cases, repeated ones included."""
+        end_G = np.append(self.start_G[1:], len(self.terms_NF))
+        stages_of: list[list[int]] = [[] for _ in range(self.cases)]
+        for stage, case in enumerate(self.case_G):
+            stages_of[case].append(stage)
+        rows: list[NDArray[np.int64]] = []
+        starts, cases, at = [], [], 0
+        for new, case in enumerate(case_K):
+            for stage in stages_of[case]:
+                length = int(end_G[stage] - self.start_G[stage])
+                rows.append(np.arange(int(self.start_G[stage]), int(end_G[stage]), dtype=np.int64))
+                starts.append(at)
+                cases.append(new)
+                at += length
+        return Problem(
+            terms_NF=self.terms_NF[np.concatenate(rows)],
+            start_G=np.array(starts, dtype=np.int64),
+            case_G=np.array(cases, dtype=np.int64),
+            cases=len(case_K),
+        )
+
+    def slowest(self, coefficient_F: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Terms of the slowest row of each stage, added up by case: (C, F)."""
+        us_N = self.terms_NF @ coefficient_F
+        stage_N = np.repeat(np.arange(len(self.start_G)), np.diff(np.append(self.start_G, len(us_N))))
+        # Sorted by stage, then by time: the last row of each stage is its slowest.
+        order_N = np.lexsort((us_N, stage_N))
+        last_G = np.append(self.start_G[1:], len(us_N)) - 1
+        design_CF = np.zeros((self.cases, self.terms_NF.shape[1]))
+        np.add.at(design_CF, self.case_G, self.terms_NF[order_N[last_G]])
+        return design_CF
+
+
+def predict_all(problem: Problem, coefficient_F: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Predicted microseconds of every case, (C,)."""
+    us_C: NDArray[np.float64] = problem.slowest(coefficient_F) @ coefficient_F
+    return us_C
+
+
+def solve(
+    problem: Problem, us_C: NDArray[np.float64], start_F: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """Non-negative coefficients of the smallest squared relative error found, (F,).
+
+    Args:
+        problem: the terms.
+        us_C: measured microseconds, positive.
+        start_F: coefficients to start from; None starts from the busiest rows.
+    """
+    scale_F = problem.terms_NF.max(axis=0)
+    scale_F[scale_F == 0] = 1.0
+    current_F = 1.0 / scale_F if start_F is None else start_F
+    best_F, best_error = current_F, np.inf
+    for _ in range(_ROUNDS):
+        design_CF = problem.slowest(current_F) / us_C[:, None]
+        scaled_F, _ = nnls(design_CF * (1.0 / scale_F), np.ones(len(us_C)))
+        current_F = scaled_F / scale_F
+        error = float(np.sum((predict_all(problem, current_F) / us_C - 1.0) ** 2))
+        if error >= best_error * (1.0 - 1e-9):
+            break
+        best_F, best_error = current_F, error
+    return best_F

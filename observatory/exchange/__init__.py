@@ -1,0 +1,27 @@
+"""What the exchanges of a run show: waiting apart from transfer, traffic, time per dispatch phase."""
+
+from observatory.exchange.anatomy import EXCHANGE_SPANS, SPAN_ORDER, critical_path, phase_times
+from observatory.exchange.causes import CAUSES, COMPUTE_SPANS, explain_last
+from observatory.exchange.clocks import clock_problem, rank_clocks, to_reference_ns
+from observatory.exchange.summary import layer_waits, problems_of, rank_waits, run_waits
+from observatory.exchange.traffic import exchange_traffic
+from observatory.exchange.waiting import wait_and_transfer
+
+__all__ = [
+    "CAUSES",
+    "COMPUTE_SPANS",
+    "EXCHANGE_SPANS",
+    "SPAN_ORDER",
+    "clock_problem",
+    "critical_path",
+    "exchange_traffic",
+    "explain_last",
+    "layer_waits",
+    "phase_times",
+    "problems_of",
+    "rank_clocks",
+    "rank_waits",
+    "run_waits",
+    "to_reference_ns",
+    "wait_and_transfer",
+]

@@ -1,0 +1,74 @@
+"""What each all-to-all algorithm sends between which ranks, as arithmetic.
+
+Shapes: P ranks; ``bytes_PP[i, j]`` is what rank i has for rank j.
+
+Known here because both those who move bytes and those who predict how long it takes must agree on it:
+
+* ``flat``: one exchange, every pair directly.
+* ``hierarchical``: inside the node first, so that local rank l' collects what its node sends to the l'-th
+  rank of every node; then between the ranks of equal local index. Each byte is sent twice, but a rank sends
+  to one peer per node only.
+* ``gather``: every rank gives its whole buffer to every other, which keeps what is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from observatory.errors import ExchangeError
+
+__all__ = ["ALGORITHMS", "Algorithm", "node_size", "stages"]
+
+Algorithm = Literal["flat", "hierarchical", "gather"]
+
+#: All algorithms by name.
+ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
+
+
+def node_size(node_of_P: Sequence[int]) -> int:
+    """Ranks per node, for algorithms that need every node alike.
+
+    Raises:
+        ExchangeError: ranks are not numbered node by node, or nodes hold different numbers of ranks.
+    """
+    ranks, nodes = len(node_of_P), len(set(node_of_P))
+    each = ranks // nodes
+    if list(node_of_P) != [node for node in dict.fromkeys(node_of_P) for _ in range(each)]:
+        raise ExchangeError(
+            f"ranks on nodes {list(node_of_P)[:16]} do not form equal blocks; "
+            "the hierarchical algorithm needs as many ranks on each node, numbered node by node"
+        )
+    return each
+
+
+def stages(bytes_PP: ArrayLike, node_of_P: Sequence[int], algorithm: str) -> list[NDArray[np.int64]]:
+    """The exchanges an algorithm makes of one traffic matrix, each again as a (P, P) matrix of bytes.
+
+    Raises:
+        ExchangeError: the matrix is not (P, P), an unknown algorithm, or nodes it cannot work on.
+    """
+    matrix_PP = np.asarray(bytes_PP, dtype=np.int64)
+    ranks = len(node_of_P)
+    if matrix_PP.shape != (ranks, ranks):
+        raise ExchangeError(f"a matrix of shape {matrix_PP.shape} with {ranks} ranks; expected one row each")
+    if algorithm == "flat":
+        return [matrix_PP]
+    if algorithm == "gather":
+        return [np.repeat(matrix_PP.sum(axis=1)[:, None], ranks, axis=1)]
+    if algorithm != "hierarchical":
+        raise ExchangeError(f"algorithm {algorithm!r} is unknown; expected one of {', '.join(ALGORITHMS)}")
+    local = node_size(node_of_P)
+    nodes = ranks // local
+    # From (node n, local l) to (node m, local k).
+    flow_nlmk = matrix_PP.reshape(nodes, local, nodes, local)
+    inside_PP, across_PP = np.zeros_like(matrix_PP), np.zeros_like(matrix_PP)
+    first_nlnk = inside_PP.reshape(nodes, local, nodes, local)
+    second_nkmk = across_PP.reshape(nodes, local, nodes, local)
+    node_n, index_k = np.arange(nodes), np.arange(local)
+    first_nlnk[node_n, :, node_n, :] = flow_nlmk.sum(axis=2)
+    second_nkmk[:, index_k, :, index_k] = flow_nlmk.sum(axis=1).transpose(2, 0, 1)
+    return [inside_PP, across_PP]

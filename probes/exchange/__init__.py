@@ -1,0 +1,1 @@
+"""Exchanges of a running program: every all-to-all timed, with the bytes of each peer."""

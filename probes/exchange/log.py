@@ -1,0 +1,206 @@
+"""From what was seen to rows of the run, on a thread of its own.
+
+The program only appends to a queue. The thread takes what is complete, turns it into rows and writes them;
+what is still in flight waits for the next round. When the queue is full, further exchanges are dropped and
+counted: the program never waits for us.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+
+from observatory.errors import ObservatoryError
+from observatory.store import RunWriter
+from observatory.tables import EXCHANGE_SCHEMA, SPAN_SCHEMA
+from probes.exchange.issue import Issue, Mark, per_peer_bytes
+from probes.exchange.streams import Anchors
+
+__all__ = ["ExchangeLog", "SeenExchange", "SeenSpan"]
+
+#: Entries that may wait; about 100 MB at the very most.
+_MOST_WAITING = 1 << 18
+_WAKE_AT = 1 << 13
+#: Rows built at a stretch, under half a millisecond, so that the program's threads get their turn.
+_STRETCH = 256
+#: How long the end of a watch waits for a device that has not come to our events yet.
+_GRACE_S = 5.0
+
+
+@dataclass(slots=True)
+class SeenExchange:
+    """An exchange together with where in the run it belongs; fields as in ``EXCHANGE_SCHEMA``."""
+
+    issue: Issue
+    step: int
+    phase: str
+    layer: int | None
+    role: str
+    group: str
+    peers: int
+    sequence: int
+    algorithm: str
+    backend: str
+
+
+@dataclass(slots=True)
+class SeenSpan:
+    """A stretch of the program; fields as in ``SPAN_SCHEMA``."""
+
+    name: str
+    step: int
+    phase: str
+    layer: int | None
+    device: torch.device
+    start: Mark
+    end: Mark
+
+
+class ExchangeLog:
+    """Owns the thread, from construction to ``close``.
+
+    Attributes:
+        dropped: entries lost because the queue was full or their time never became known.
+        unended: exchanges written without an end.
+    """
+
+    def __init__(self, writer: RunWriter, anchors: Anchors, *, flush_seconds: float) -> None:
+        self.dropped = 0
+        self.unended = 0
+        self._writer = writer
+        self._anchors = anchors
+        self._flush_seconds = flush_seconds
+        self._queue: deque[SeenExchange | SeenSpan] = deque()
+        self._waiting: list[SeenExchange | SeenSpan] = []
+        self._error: Exception | None = None
+        self._wake = threading.Event()
+        self._closing = False
+        # A daemon: a program that is torn down without leaving its ``with`` block must still be able to end.
+        self._thread = threading.Thread(target=self._run, name="observatory-exchange", daemon=True)
+        self._thread.start()
+
+    def add(self, seen: SeenExchange | SeenSpan) -> None:
+        """Keep an entry; called on the program's threads."""
+        waiting = len(self._queue)
+        if waiting >= _MOST_WAITING:
+            self.dropped += 1
+            return
+        self._queue.append(seen)
+        if waiting == _WAKE_AT:
+            self._wake.set()
+
+    def problem(self) -> str | None:
+        """One line about the first error of the thread; None when there was none."""
+        if self._error is None:
+            return None
+        error = self._error
+        reason = str(error) if isinstance(error, ObservatoryError) else f"{type(error).__name__}: {error}"
+        return f"captured exchanges could not be kept: {reason}"
+
+    def close(self) -> None:
+        """Write everything and end the thread; doing it twice does nothing."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._wake.wait(self._flush_seconds)
+            self._wake.clear()
+            self._guarded(last=False)
+        deadline = time.monotonic() + _GRACE_S
+        while self._devices_are_late() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self._guarded(last=True)
+
+    def _devices_are_late(self) -> bool:
+        entries = (*self._waiting, *self._queue)
+        return any(
+            self._host_ns(mark, entry) is None
+            for entry in entries
+            for mark in (_marks(entry))
+            if isinstance(mark, torch.cuda.Event)
+        )
+
+    def _guarded(self, *, last: bool) -> None:
+        try:
+            self._drain(last=last)
+        except Exception as error:  # whatever it is, the watched program must hear of it and go on
+            self._error = self._error or error
+
+    def _drain(self, *, last: bool) -> None:
+        entries, self._waiting = self._waiting, []
+        while self._queue:
+            entries.append(self._queue.popleft())
+        for first in range(0, len(entries), _STRETCH):
+            stretch = entries[first : first + _STRETCH]
+            rows = [self._exchange_row(seen, last=last) for seen in stretch if isinstance(seen, SeenExchange)]
+            spans = [self._span_row(seen, last=last) for seen in stretch if isinstance(seen, SeenSpan)]
+            self._append("exchange", [row for row in rows if row is not None], EXCHANGE_SCHEMA)
+            self._append("spans", [row for row in spans if row is not None], SPAN_SCHEMA)
+            time.sleep(0)
+        if entries:
+            self._writer.flush()
+
+    def _append(self, table: str, rows: Sequence[tuple[object, ...]], schema: pa.Schema) -> None:
+        if rows:
+            columns = [
+                pa.array(column, field.type)
+                for column, field in zip(zip(*rows, strict=True), schema, strict=True)
+            ]
+            self._writer.append(table, pa.Table.from_arrays(columns, schema=schema))
+
+    def _exchange_row(self, seen: SeenExchange, *, last: bool) -> tuple[object, ...] | None:
+        issue = seen.issue
+        start_ns = self._host_ns(issue.start, seen)
+        end_ns = None if issue.end is None else self._host_ns(issue.end, seen)
+        over = issue.state in ("failed", "unknown") or end_ns is not None
+        if start_ns is None or not over:
+            if not last:
+                self._waiting.append(seen)
+                return None
+            if start_ns is None:
+                self.dropped += 1
+                return None
+        self.unended += end_ns is None
+        return (
+            seen.step,
+            seen.phase,
+            seen.layer,
+            self._writer.rank,
+            seen.role,
+            seen.group,
+            seen.sequence,
+            seen.algorithm,
+            seen.backend,
+            start_ns,
+            end_ns,
+            per_peer_bytes(issue.send, seen.peers),
+            per_peer_bytes(issue.receive, seen.peers),
+        )
+
+    def _span_row(self, seen: SeenSpan, *, last: bool) -> tuple[object, ...] | None:
+        start_ns, end_ns = self._host_ns(seen.start, seen), self._host_ns(seen.end, seen)
+        if start_ns is None or end_ns is None:
+            if last:
+                self.dropped += 1
+            else:
+                self._waiting.append(seen)
+            return None
+        return (seen.step, seen.phase, seen.layer, self._writer.rank, seen.name, start_ns, end_ns)
+
+    def _host_ns(self, mark: Mark, seen: SeenExchange | SeenSpan) -> int | None:
+        if isinstance(mark, int):
+            return mark
+        device = seen.device if isinstance(seen, SeenSpan) else seen.issue.device
+        return self._anchors.host_ns(mark, device)
+
+
+def _marks(seen: SeenExchange | SeenSpan) -> tuple[Mark | None, Mark | None]:
+    return (seen.start, seen.end) if isinstance(seen, SeenSpan) else (seen.issue.start, seen.issue.end)

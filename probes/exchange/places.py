@@ -1,0 +1,157 @@
+"""Where in the model an exchange happens: hooks on the MoE blocks, and links from backward to forward.
+
+A block is the module around a routing site (around the router or the experts). Its hooks say on which thread
+which layer is being computed. Gradients travel without hooks: an exchange that is started while autograd runs
+a node is linked to the exchange of that node's forward by autograd's own sequence number, which the node
+carries; nothing is put into the graph. Where there is no such node (a ``backward`` written by hand around a
+group of operations, an exchange of many nodes) the layer stays None.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from probes.exchange.issue import Issue, Mark
+from probes.exchange.roles import LayerCall, Role
+from probes.routing.attachment import Attachment
+from probes.routing.sites import RoutingSite
+
+__all__ = ["Places", "in_backward"]
+
+#: Forward exchanges whose gradient may still come; older ones are forgotten.
+_MOST_LINKS = 1 << 16
+_REVERSED: dict[Role, Role] = {"dispatch": "combine", "combine": "dispatch", "other": "other"}
+
+#: (layer, device, start of the block's call) -> None
+NoteSpan = Callable[[int, torch.device, Mark], None]
+MarkNow = Callable[[torch.device], Mark | None]
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a graph on this thread, recomputation of checkpointed layers included."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class _Stack(threading.local):
+    """What this thread is computing."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[nn.Module, LayerCall, Mark | None]] = []
+        self.loose: LayerCall | None = None
+
+
+class Places:
+    """Knows the layer and the role of an exchange that is started now."""
+
+    def __init__(self, *, mark: MarkNow, note_span: NoteSpan) -> None:
+        self._mark = mark
+        self._note_span = note_span
+        self._stack = _Stack()
+        self._links: dict[int, tuple[int, Role] | None] = {}
+        self._lock = threading.Lock()
+        self._attachments: list[Attachment] = []
+
+    def attach(self, model: nn.Module, sites: Sequence[RoutingSite]) -> None:
+        """Put the hooks on; all of them or, when one cannot be put on, none."""
+        modules = dict(model.named_modules())
+        blocks: dict[nn.Module, int] = {}
+        try:
+            for site in sites:
+                blocks.setdefault(_block(site, modules), site.spec.layer)
+            for block, layer in blocks.items():
+                self._attach_block(block, layer)
+            for site in sites:
+                self._attach_site(site)
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Take all hooks off; doing it twice does nothing."""
+        while self._attachments:
+            self._attachments.pop().remove()
+
+    def routed(self, layer: int) -> None:
+        """A layer has routed on this thread; needed where its hooks were compiled away."""
+        if not self._stack.calls:
+            self._stack.loose = LayerCall(layer, routed=True)
+
+    def find(self, issue: Issue, group: str) -> tuple[Role, int | None]:
+        """Role and layer of an exchange."""
+        stack = self._stack
+        if stack.calls:
+            call = stack.calls[-1][1]
+            role, layer = call.role(issue, group), call.layer
+        elif in_backward():
+            return self._linked()
+        elif stack.loose is not None:
+            role, layer = stack.loose.role(issue, group), stack.loose.layer
+            if stack.loose.combined and not stack.loose.open:
+                stack.loose = None
+        else:
+            return "other", None
+        self._remember(layer, role)
+        return role, layer
+
+    def _remember(self, layer: int, role: Role) -> None:
+        """Under the number of the autograd node that is being made: it was taken last on this thread."""
+        number = torch._C._autograd._get_sequence_nr() - 1
+        with self._lock:
+            link: tuple[int, Role] | None = (layer, role)
+            if self._links.get(number, link) != link:
+                link = None  # two exchanges in one node: which gradient is whose is not known
+            self._links[number] = link
+            if len(self._links) > _MOST_LINKS:
+                del self._links[next(iter(self._links))]
+
+    def _linked(self) -> tuple[Role, int | None]:
+        node: Any = torch._C._current_autograd_node()
+        link = None if node is None else self._links.get(node._sequence_nr())
+        return ("other", None) if link is None else (_REVERSED[link[1]], link[0])
+
+    def _attach_block(self, block: nn.Module, layer: int) -> None:
+        device = next((p.device for p in block.parameters()), torch.device("cpu"))
+
+        def enter(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling():
+                return
+            calls = self._stack.calls
+            if any(owner is block for owner, _, _ in calls):
+                leave(block, (), {}, None)  # its end was in compiled code, where this hook is not
+            calls.append((block, LayerCall(layer), self._mark(device)))
+
+        def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
+            calls = self._stack.calls
+            while calls:
+                owner, call, start = calls.pop()
+                if owner is block:
+                    if start is not None:
+                        self._note_span(call.layer, device, start)
+                    return
+
+        self._attachments.append(Attachment(block, before=enter, after=leave))
+
+    def _attach_site(self, site: RoutingSite) -> None:
+        layer = site.spec.layer
+
+        def enter(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling() or not self._stack.calls:
+                return
+            call = self._stack.calls[-1][1]
+            call.layer, call.routed = layer, True
+
+        self._attachments.append(Attachment(site.module, before=enter))
+
+
+def _block(site: RoutingSite, modules: dict[str, nn.Module]) -> nn.Module:
+    """The module around the site; the site's own where that is the model or a list of layers."""
+    path = next((name for name, module in modules.items() if module is site.module), "")
+    parent = modules.get(path.rpartition(".")[0]) if path else None
+    return site.module if parent is None or isinstance(parent, nn.ModuleList | nn.ModuleDict) else parent

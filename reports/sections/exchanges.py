@@ -1,0 +1,48 @@
+"""The sections about exchanges; a report of runs without any has none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from reports.frames import ReportFrames, each_row, phases_of
+from reports.page import Section
+from reports.sections.anatomy import anatomy_section
+from reports.sections.traffic import traffic_section
+from reports.sections.waiting import waiting_section
+
+__all__ = ["exchange_sections"]
+
+
+def exchange_sections(frames: ReportFrames) -> list[Section]:
+    """Anatomy, traffic and waiting of the runs that hold exchanges."""
+    found = frames.exchanges
+    if found is None:
+        return []
+    sections = [
+        anatomy_section(_cells(frames, found.phases)),
+        traffic_section(_cells(frames, found.traffic)),
+        waiting_section(_cells(frames, found.ranks), layers=found.layers, unknown=found.unknown),
+    ]
+    gaps = [f"The exchanges of run {run + 1} are left out: {text}." for run, text in found.gaps]
+    shown = [section for section in sections if section.blocks]
+    if gaps:
+        shown.append(
+            Section(id="exchange-gaps", title="Exchanges that could not be read", reason=" ".join(gaps))
+        )
+    return shown
+
+
+def _cells(frames: ReportFrames, found: pd.DataFrame) -> list[tuple[int, str, str, str, pd.DataFrame]]:
+    """(run, label, condition, phase, rows) of every run and phase that has rows."""
+    return list(_each_cell(frames, found))
+
+
+def _each_cell(
+    frames: ReportFrames, found: pd.DataFrame
+) -> Iterator[tuple[int, str, str, str, pd.DataFrame]]:
+    for row in each_row(frames.runs):
+        own = found[found["run"] == row.run]
+        for phase in phases_of(own):
+            yield row.run, row.label, row.condition, phase, own[own["phase"] == phase]

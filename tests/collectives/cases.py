@@ -1,0 +1,297 @@
+"""What ranks do in the tests of expert parallelism; ``python -m tests.collectives.cases OUT.json`` runs it all.
+
+Every case compares with the unsharded model of the same weights, on inputs that differ from rank to rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from collectives.dispatch import Algorithm
+from collectives.expert_parallel import shard_experts
+from collectives.recorder import MemoryRecorder
+from collectives.transport import open_transport
+from collectives.transport_base import BaseTransport, agree
+from observatory.errors import ObservatoryError
+from observatory.zoo.models import bundled_models, load_model
+from tests.collectives.forked import Forked
+from tests.probes.families import VOCABULARY, tiny_inputs, tiny_model
+
+WORLDS = (1, 2, 4, 8)
+#: stacked experts with gates, without, with biases, with a norm behind, with top-1 and skipped tokens, ...
+FAMILIES = (
+    "mixtral",
+    "gpt_oss",
+    "qwen3_moe",
+    "qwen2_moe",
+    "deepseek_v3",
+    "olmoe",
+    "granitemoe",
+    "nemotron_h",
+    "muse_spark",
+    "zaya",
+    "ernie4_5_moe",
+    "step3p7",
+)
+VARIANTS: tuple[tuple[Algorithm, bool], ...] = (
+    ("flat", False),
+    ("flat", True),
+    ("hierarchical", False),
+    ("hierarchical", True),
+    ("gather", False),
+)
+Difference = dict[str, float]
+
+
+def models(families: tuple[str, ...] = FAMILIES) -> dict[str, nn.Module]:
+    """The bundled models and tiny ones of other families."""
+    made = {m.name: load_model(m.name).model.eval() for m in bundled_models()}
+    return made | {family: tiny_model(family) for family in families}
+
+
+def inputs_of(model: nn.Module, rank: int) -> dict[str, Any]:
+    """Inputs that only this rank has; ranks have different numbers of tokens."""
+    inputs = tiny_inputs(model, batch=1 + rank % 2, length=10 + rank)
+    limit = min(VOCABULARY, model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    generator = torch.Generator().manual_seed(100 + rank)
+    ids = torch.randint(3, limit, inputs["input_ids"].shape, generator=generator)
+    inputs["input_ids"] = ids
+    if "decoder_input_ids" in inputs:
+        inputs["decoder_input_ids"] = ids[:, :5]
+    return inputs
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> Difference:
+    """Largest absolute difference, and that relative to the largest expected value."""
+    if not expected.numel():
+        return {"absolute": 0.0, "relative": 0.0}
+    absolute = (found - expected).abs().max().item()
+    scale = expected.abs().max().item()
+    return {"absolute": absolute, "relative": absolute / scale if scale else absolute}
+
+
+def forward(
+    model: nn.Module, transport: BaseTransport, algorithm: Algorithm, deduplicate: bool
+) -> Difference:
+    inputs = inputs_of(model, transport.rank)
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        with shard_experts(model, transport, algorithm=algorithm, deduplicate=deduplicate) as sharded:
+            return difference(sharded(**inputs)[0], expected)
+
+
+def backward(
+    model: nn.Module, transport: BaseTransport, algorithm: Algorithm, deduplicate: bool
+) -> Difference:
+    """Gradients: of this rank's experts by all ranks' tokens, of everything else by its own tokens."""
+    model.requires_grad_(True)
+    own: dict[str, torch.Tensor] = {}
+    everybody: dict[str, torch.Tensor] = {}
+    for rank in range(transport.size):
+        model.zero_grad()
+        loss(model, model, rank).backward()  # type: ignore[no-untyped-call]
+        for name, parameter in model.named_parameters():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+            everybody[name] = everybody.get(name, torch.zeros_like(gradient)) + gradient
+            if rank == transport.rank:
+                own[name] = gradient
+    model.zero_grad()
+    worst = 0.0
+    with shard_experts(model, transport, algorithm=algorithm, deduplicate=deduplicate) as sharded:
+        loss(sharded, model, transport.rank).backward()  # type: ignore[no-untyped-call]
+        for layer in sharded.layers:
+            here = list(layer.experts.experts_here)
+            for name, parameter in layer.local.named_parameters(recurse=False):
+                assert parameter.grad is not None
+                full = everybody[f"{layer.site.spec.module}.{name}"][here]
+                worst = max(worst, difference(parameter.grad, full)["relative"])
+        replicated = {id(p) for p in sharded.replicated_parameters()}
+        for name, parameter in model.named_parameters():
+            if id(parameter) in replicated and parameter.grad is not None:
+                worst = max(worst, difference(parameter.grad, own[name])["relative"])
+    model.zero_grad()
+    return {"absolute": worst, "relative": worst}
+
+
+def loss(call: Any, model: nn.Module, rank: int) -> torch.Tensor:
+    logits = call(**inputs_of(model, rank))[0]
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(rank))
+    return (logits * weights).sum()
+
+
+def patterns(experts: int, top_k: int, rank: int, world: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and expert ids (T, K) of this rank."""
+    generator = torch.Generator().manual_seed(rank)
+    some = torch.rand(17 + 5 * rank, experts, generator=generator).topk(top_k).indices
+    yield "uneven", some
+    yield "all to one expert", torch.zeros(6, 1, dtype=torch.int64)
+    yield "one rank sends", some if rank == world - 1 else some[:0]
+    yield "only to the last rank", (some * 0 + experts - 1)[:, :1]
+    yield "nobody has tokens", some[:0]
+    yield "padding only", torch.full((4, top_k), -1)
+    yield "some padding", torch.where(torch.rand(some.shape, generator=generator) < 0.5, some, experts + 3)
+
+
+def traffic(model: nn.Module, transport: BaseTransport) -> dict[str, float]:
+    """Worst relative difference per pattern of traffic, forward and backward, over all algorithms."""
+    worst: dict[str, float] = {}
+    for algorithm, deduplicate in VARIANTS:
+        with shard_experts(model, transport, algorithm=algorithm, deduplicate=deduplicate) as sharded:
+            layer = sharded.layers[0]
+            experts = layer.site.spec.experts
+            for name, ids_TK in patterns(experts, 2, transport.rank, transport.size):
+                torch.manual_seed(transport.rank)
+                hidden = torch.randn(ids_TK.shape[0], 32, requires_grad=True)
+                weights = torch.rand(ids_TK.shape, requires_grad=True)
+                found = layer.site.module(hidden, ids_TK, weights)
+                found.square().sum().backward()
+                gradients = hidden.grad, weights.grad
+                hidden.grad = weights.grad = None
+                expected = by_hand(layer.site.module, hidden, ids_TK, weights)
+                expected.square().sum().backward()  # type: ignore[no-untyped-call]
+                pairs = [(found, expected), (gradients[0], hidden.grad), (gradients[1], weights.grad)]
+                for mine, theirs in pairs:
+                    assert mine is not None
+                    assert theirs is not None
+                    worst[name] = max(worst.get(name, 0.0), difference(mine, theirs)["relative"])
+    return worst
+
+
+def by_hand(
+    module: nn.Module, hidden: torch.Tensor, ids_TK: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """A gated expert layer, written out one assignment after the other."""
+    up, down = module.gate_up_proj.detach(), module.down_proj.detach()  # type: ignore[operator, union-attr]
+    out = hidden.sum() * 0 + weights.sum() * 0 + torch.zeros_like(hidden)
+    for token, ids in enumerate(ids_TK.tolist()):
+        for place, expert in enumerate(ids):
+            if 0 <= expert < up.shape[0]:
+                gate, value = (up[expert] @ hidden[token]).chunk(2)
+                one = down[expert] @ (nn.functional.silu(gate) * value)
+                row = torch.zeros(hidden.shape[0], 1)
+                row[token] = 1
+                out = out + row * one * weights[token, place]
+    return out
+
+
+def placements(model: nn.Module, transport: BaseTransport) -> dict[str, Any]:
+    """Differences with experts placed anyhow, and where the rows of a replicated expert went."""
+    world = transport.size
+    named: dict[str, list[Any]] = {
+        "round robin": [expert % world for expert in range(8)],
+        "all on the last rank": [world - 1] * 8,
+        "expert 0 everywhere": [list(range(world)), *[expert % world for expert in range(1, 8)]],
+    }
+    told: dict[str, Any] = {}
+    for name, placement in named.items():
+        recorder = MemoryRecorder()
+        inputs = inputs_of(model, transport.rank)
+        with torch.no_grad():
+            expected = model(**inputs)[0]
+            with shard_experts(model, transport, placement=placement, recorder=recorder) as sharded:
+                told[name] = difference(sharded(**inputs)[0], expected)
+                if name == "expert 0 everywhere":
+                    ids = torch.zeros(5, 1, dtype=torch.int64)
+                    sharded.layers[0].site.module(torch.ones(5, 32), ids, torch.ones(5, 1))
+                    sent = [e for e in recorder.exchanges if e.role == "dispatch"][-1].send_bytes
+                    told["replica bytes"] = list(sent)
+    return told
+
+
+def disagreements(model: nn.Module, transport: BaseTransport) -> dict[str, str]:
+    """What this rank is told when the ranks do not do the same."""
+    told: dict[str, str] = {}
+    try:
+        agree(transport, {"the number of MoE layers": 2 + (transport.rank == 1)})
+    except ObservatoryError as error:
+        told["layers"] = str(error)
+    try:
+        shard_experts(model, transport, deduplicate=transport.rank == 1)
+    except ObservatoryError as error:
+        told["options"] = str(error)
+    for algorithm in ("flat", "gather"):
+        with shard_experts(model, transport, algorithm=algorithm) as sharded:
+            layer = sharded.layers[transport.rank % 2]
+            try:
+                layer.site.module(torch.ones(1, 32), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))
+            except ObservatoryError as error:
+                told[algorithm] = str(error)
+    return told
+
+
+def rank_work(made: dict[str, nn.Module], rank: int, world: int, *, every_variant: bool) -> dict[str, Any]:
+    """All cases of one rank; the same sequence of exchanges on all of them."""
+    nodes = 2 if world > 1 else None
+    told: dict[str, Any] = {"rank": rank, "forward": {}, "backward": {}}
+    with open_transport(timeout_s=60, ranks_per_node=nodes) as transport:
+        for name, model in made.items():
+            full = every_variant or name in ("mixtral", "tiny-mla")
+            for algorithm, deduplicate in VARIANTS if full else VARIANTS[:1]:
+                key = f"{name} {algorithm}{' deduplicated' if deduplicate else ''}"
+                told["forward"][key] = forward(model, transport, algorithm, deduplicate)
+        for name in ("mixtral", "gpt_oss", "deepseek_v3") if not every_variant else made:
+            for algorithm, deduplicate in VARIANTS if name == "mixtral" or every_variant else VARIANTS[:1]:
+                key = f"{name} {algorithm}{' deduplicated' if deduplicate else ''}"
+                told["backward"][key] = backward(made[name], transport, algorithm, deduplicate)
+        told["traffic"] = traffic(made["mixtral"], transport)
+        told["placements"] = placements(made["mixtral"], transport)
+        if world == 2:
+            told["disagreements"] = disagreements(made["mixtral"], transport)
+        recorder = MemoryRecorder()
+        with torch.no_grad(), shard_experts(made["mixtral"], transport, recorder=recorder) as sharded:
+            sharded(**inputs_of(made["mixtral"], rank))
+        told["spans"] = [[span.name, span.layer] for span in recorder.spans]
+        told["bytes"] = [[e.role, e.layer, e.send_bytes, e.receive_bytes] for e in recorder.exchanges]
+    return told
+
+
+def lost_work(how: str, rank: int) -> str:
+    """Rank 2 of 3 is lost in some way; the others say what they are told."""
+    if how == "never joins" and rank == 2:
+        time.sleep(8)
+    with open_transport(timeout_s=2.0) as transport:
+        transport.barrier()
+        if rank == 2:
+            if how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "hangs":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if how == "ends early":
+                return "left"
+            if how == "fails":
+                raise ObservatoryError("disk full on rank 2")
+        for _ in range(3):
+            transport.exchange_counts(torch.ones(3, dtype=torch.int64))
+    return "done"
+
+
+LOSSES = ("dies", "hangs", "never joins", "ends early", "fails")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    made = models()
+    losses = {how: Forked(3, partial(lost_work, how)) for how in LOSSES}
+    told: dict[str, Any] = {
+        str(world): Forked(world, partial(rank_work, made, world=world, every_variant=False)).collect(
+            timeout_s=120
+        )
+        for world in WORLDS
+    }
+    told["lost"] = {how: forked.collect(timeout_s=5) for how, forked in losses.items()}
+    Path(sys.argv[1]).write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""One set of forked ranks runs all cases; the tests look at what they told."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Told = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """What the ranks of every world told, from one run of ``tests.collectives.cases``."""
+    out = tmp_path_factory.mktemp("ranks") / "told.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.collectives.cases", str(out)],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    document: Told = json.loads(out.read_text())
+    return document
+
+
+@pytest.fixture(scope="session")
+def ranks(told: Told) -> dict[int, list[dict[str, Any]]]:
+    """World -> what each of its ranks told; every rank ended well."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for world in (1, 2, 4, 8):
+        ended = told[str(world)]
+        assert [rank["ended"] for rank in ended] == ["0"] * world, ended
+        found[world] = [rank["value"] for rank in ended]
+    return found

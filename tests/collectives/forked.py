@@ -1,0 +1,84 @@
+"""Ranks as forks of one process that has imported everything: imports cost more than the tests.
+
+``Forked(world, work)`` runs ``work(rank)`` on P forks and collects what each returns, or its error. A fork that
+does not end in time is killed by its id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hpc.launch import _meeting_point, rank_environment
+from observatory.errors import ObservatoryError
+
+
+class Forked:
+    """Running forks; ``collect`` waits for them."""
+
+    def __init__(self, world: int, work: Callable[[int], Any]) -> None:
+        self._stack = contextlib.ExitStack()
+        self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        port = self._stack.enter_context(_meeting_point())
+        self._pids: list[int] = []
+        sys.stdout.flush()
+        for rank in range(world):
+            pid = os.fork()
+            if pid == 0:
+                os.environ.update(rank_environment(rank, world, port=port, run_id="forked"))
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                _work(rank, work, self._folder)
+            self._pids.append(pid)
+
+    def collect(self, *, timeout_s: float) -> list[dict[str, Any]]:
+        """Per rank ``value`` or ``error`` (one of ours) if it said either, and how it ``ended``."""
+        with self._stack:
+            ended = _await(self._pids, timeout_s)
+            return [_told(self._folder / str(rank), how) for rank, how in enumerate(ended)]
+
+
+def _work(rank: int, work: Callable[[int], Any], folder: Path) -> None:
+    try:
+        told: dict[str, Any] = {"value": work(rank)}
+    except ObservatoryError as error:
+        told = {"error": str(error)}
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(70)
+    (folder / f"{rank}.part").write_text(json.dumps(told))
+    (folder / f"{rank}.part").rename(folder / str(rank))
+    os._exit(0)
+
+
+def _await(pids: list[int], timeout_s: float) -> list[str]:
+    deadline = time.monotonic() + timeout_s
+    ended: dict[int, str] = {}
+    while len(ended) < len(pids) and time.monotonic() < deadline:
+        for pid in pids:
+            if pid not in ended:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    ended[pid] = str(os.waitstatus_to_exitcode(status))
+        time.sleep(0.01)
+    for pid in pids:
+        if pid not in ended:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            ended[pid] = "hung"
+    return [ended[pid] for pid in pids]
+
+
+def _told(path: Path, ended: str) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return {**told, "ended": ended}

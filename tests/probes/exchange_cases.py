@@ -1,0 +1,365 @@
+"""What three gloo ranks do, case by case, for test_exchange_ranks.py; run as a program of its own.
+
+Every case writes one run named after it. What only the program itself can see (its own results, its own
+errors) is put into ``facts-<rank>.json`` and checked by the tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch.distributed import all_to_all_single as imported_before_the_watch
+from torch.distributed.nn.functional import all_to_all_single as old_autograd_wrapper
+
+import observatory
+from collectives.recorder import Label, labelled
+from observatory.watching import Watch
+from probes.exchange.tap import is_tapped
+from tests.probes.expert_parallel import (
+    ParallelModel,
+    functional_collective,
+    parallel_adapter,
+    plain,
+    tokens,
+)
+from tests.probes.tiny import ToldModel, told_adapter
+
+WORLD = 3
+#: Rows from rank i to rank j.
+UNEVEN = [[1, 2, 3], [0, 4, 1], [5, 0, 2]]
+ONE_SIDED = [[0, 0, 7], [0, 0, 0], [0, 0, 0]]
+EMPTY = [[0, 0, 0]] * 3
+
+Case = Callable[["Rank"], None]
+CASES: dict[str, Case] = {}
+
+
+class Rank:
+    """This rank, its place on disk and its findings."""
+
+    def __init__(self, out: Path, rank: int) -> None:
+        self.out, self.rank = out, rank
+        self.facts: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def watch(self, name: str, model: torch.nn.Module | None = None, **options: Any) -> Iterator[Watch]:
+        """Watch a model; by default one that has nothing to do with the exchanges."""
+        adapter = told_adapter(3) if model is None else parallel_adapter(WORLD)
+        with observatory.watch(
+            ToldModel() if model is None else model, self.out / name, adapters=[adapter], **options
+        ) as watch:
+            dist.barrier()
+            yield watch
+
+    def rows(self, columns: int = 2, dtype: torch.dtype = torch.float32, count: int = 6) -> torch.Tensor:
+        values = torch.arange(count * columns).reshape(count, columns) + 100 * self.rank
+        return values.to(dtype)
+
+
+def case(function: Case) -> Case:
+    CASES[function.__name__] = function
+    return function
+
+
+def exchange(rank: int, matrix: list[list[int]], given: torch.Tensor, **options: Any) -> torch.Tensor:
+    sends, receives = matrix[rank], [row[rank] for row in matrix]
+    out = given.new_zeros((sum(receives), *given.shape[1:]))
+    work = dist.all_to_all_single(out, given[: sum(sends)].contiguous(), receives, sends, **options)
+    if work is not None:
+        work.wait()
+    return out
+
+
+@case
+def splits(me: Rank) -> None:
+    """Uneven, one-sided, empty, equal shares; bfloat16, complex, one-dimensional."""
+    with me.watch("splits") as watch:
+        exchange(me.rank, UNEVEN, me.rows(2, count=10))
+        watch.step()
+        exchange(me.rank, ONE_SIDED, me.rows(5, torch.bfloat16, count=10))
+        watch.step()
+        exchange(me.rank, EMPTY, me.rows())
+        watch.step()
+        dist.all_to_all_single(torch.empty(6, 2), me.rows())
+        watch.step()
+        exchange(me.rank, UNEVEN, me.rows(1, torch.complex64, count=10))
+        watch.step()
+        dist.all_to_all_single(torch.empty(3, dtype=torch.int64), torch.arange(3))
+
+
+@case
+def ways(me: Rank) -> None:
+    """Every way to start an all-to-all, one a step."""
+    given, out = me.rows(), torch.empty(6, 2)
+    wrapped = me.rows().requires_grad_()
+    shares = [2, 2, 2]
+    world = dist.group.WORLD
+    with me.watch("ways") as watch, torch.no_grad():
+        for start in (
+            lambda: dist.all_to_all_single(out, given),
+            lambda: dist.distributed_c10d.all_to_all_single(out, given),
+            lambda: imported_before_the_watch(out, given),
+            lambda: old_autograd_wrapper(out, given),
+            lambda: functional.wait_tensor(functional.all_to_all_single(given, shares, shares, world)),
+            lambda: functional.wait_tensor(
+                functional.all_to_all_single_autograd(wrapped, shares, shares, world)
+            ),
+            lambda: torch.ops._c10d_functional.wait_tensor(
+                torch.ops._c10d_functional.all_to_all_single(given, shares, shares, "0")
+            ),
+            lambda: dist.all_gather_into_tensor(torch.empty(18, 2), given),
+            lambda: dist.reduce_scatter_tensor(torch.empty(2, 2), given),
+        ):
+            start()
+            watch.step()
+
+
+@case
+def asynchronous(me: Rank) -> None:
+    """A handle is waited for long after its exchange was complete."""
+    given, out = me.rows(), torch.empty(6, 2)
+    unwatched = dist.all_to_all_single(out, given, async_op=True)
+    unwatched.wait()
+    with me.watch("asynchronous"):
+        before_ns = time.monotonic_ns()
+        work = dist.all_to_all_single(out, given, async_op=True)
+        time.sleep(0.3)
+        completed = work.is_completed()
+        work.wait()
+        me.facts["asynchronous"] = {
+            "same type": type(work) is type(unwatched),
+            "completed": completed,
+            "before_ns": before_ns,
+            "waited_ns": time.monotonic_ns(),
+        }
+
+
+@case
+def results(me: Rank) -> None:
+    """The same training steps without a watch, with one, and without again."""
+    found = []
+    for number in range(3):
+        model = ParallelModel(plain if me.rank >= 0 else functional_collective)
+        hidden = tokens(0, 5, 2, 2, me.rank)
+        optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
+        watching = me.watch("results", model) if number == 1 else contextlib.nullcontext()
+        with watching:
+            for _ in range(2):
+                out = model(hidden)
+                out.square().sum().backward()
+                optimiser.step()
+        found.append((out.detach(), hidden.grad, model.layers[0][0].experts.scale.detach()))
+    same = [all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True)) for other in found[1:]]
+    me.facts["results"] = {"same": same, "tapped": is_tapped()}
+
+
+@case
+def roles(me: Rank) -> None:
+    """Two training steps of a model whose exchanges are autograd functions."""
+    model = ParallelModel(plain)
+    with me.watch("roles", model) as watch:
+        for experts in ((0, 1, 2, 4), (5, 5, 5, me.rank)):
+            model(tokens(*experts)).sum().backward()
+            watch.step()
+
+
+@case
+def roles_functional(me: Rank) -> None:
+    """The same with functional collectives."""
+    model = ParallelModel(functional_collective)
+    with me.watch("roles_functional", model) as watch:
+        model(tokens(0, 1, 2, 4)).sum().backward()
+        watch.step()
+
+
+@case
+def recomputed(me: Rank) -> None:
+    """Checkpointed layers exchange again during backward."""
+    model = ParallelModel(plain, reentrant=False)
+    with me.watch("recomputed", model) as watch:
+        model(tokens(0, 1, 2, 4)).sum().backward()
+        watch.step()
+
+
+@case
+def compiled(me: Rank) -> None:
+    """Compiled before the watch, run in it."""
+    shares = [2, 2, 2]
+
+    @torch.compile(backend="aot_eager")
+    def doubled(given: torch.Tensor) -> torch.Tensor:
+        return functional.all_to_all_single(given, shares, shares, dist.group.WORLD) * 2
+
+    plain_result = doubled(me.rows())
+    with me.watch("compiled"):
+        watched = doubled(me.rows())
+    me.facts["compiled"] = torch.equal(plain_result, watched)
+
+
+@case
+def compiled_model(me: Rank) -> None:
+    """A model that is compiled with the hooks in it."""
+    model = ParallelModel(functional_collective)
+    with me.watch("compiled_model", model) as watch:
+        torch.compile(model, backend="aot_eager")(tokens(0, 1, 2, 4)).sum().backward()
+        watch.step()
+
+
+@case
+def told(me: Rank) -> None:
+    """Phases that the caller says, and roles that the program says."""
+    with me.watch("told") as watch:
+        with watch.phase("decode"):
+            dist.all_to_all_single(torch.empty(6, 2), me.rows())
+        with labelled(Label(role="combine", layer=7, algorithm="flat", backward=True)):
+            dist.all_to_all_single(torch.empty(6, 2), me.rows())
+        with watch.recorder.span("pack", 7):
+            pass
+        watch.recorder.exchange(
+            role="dispatch",
+            layer=7,
+            group="world",
+            sequence=0,
+            algorithm="flat",
+            backend="mpi",
+            send_bytes=[1, 2, 3],
+            receive_bytes=[3, 2, 1],
+            start_ns=1,
+            end_ns=5,
+        )
+
+
+@case
+def groups(me: Rank) -> None:
+    """A group of some ranks, and two groups of the same ranks."""
+    outer = dist.new_group([0, 2])
+    again = dist.new_group([0, 2])
+    with me.watch("groups"):
+        if me.rank != 1:
+            for group in (outer, again, outer):
+                dist.all_to_all_single(torch.empty(4, 2), me.rows(count=4), group=group)
+        dist.all_to_all_single(torch.empty(6, 2), me.rows())
+    for group in (outer, again):
+        dist.destroy_process_group(group)
+
+
+@case
+def threads(me: Rank) -> None:
+    """Two threads, each on its own group."""
+    pair = [dist.new_group([0, 1, 2]) for _ in range(2)]
+
+    def work(group: dist.ProcessGroup) -> None:
+        for _ in range(30):
+            dist.all_to_all_single(torch.empty(6, 2), me.rows(), group=group)
+
+    with me.watch("threads"):
+        started = [threading.Thread(target=work, args=(group,)) for group in pair]
+        for thread in started:
+            thread.start()
+        for thread in started:
+            thread.join()
+
+
+@case
+def nested(me: Rank) -> None:
+    """A watch inside a watch."""
+    with me.watch("nested_outer"):
+        dist.all_to_all_single(torch.empty(6, 2), me.rows())
+        with me.watch("nested_inner"):
+            dist.all_to_all_single(torch.empty(6, 2), me.rows())
+        still = is_tapped()
+        dist.all_to_all_single(torch.empty(6, 2), me.rows())
+    me.facts["nested"] = {"inside": still, "after": is_tapped()}
+
+
+@case
+def refused(me: Rank) -> None:
+    """Calls that torch refuses are refused in the same words, and leave no row."""
+    wrong: list[Callable[[], Any]] = [
+        lambda: dist.all_to_all_single(torch.empty(6, 2), me.rows(), [1, 2, 3], [9, 9, 9]),
+        lambda: dist.all_to_all([torch.empty(1)] * 2, [torch.empty(1)] * 3),
+    ]
+
+    def said() -> list[str]:
+        found = []
+        for call in wrong:
+            try:
+                call()
+            except Exception as error:
+                found.append(f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        return found
+
+    unwatched = said()
+    with me.watch("refused"):
+        watched = said()
+    me.facts["refused"] = [unwatched, watched]
+
+
+@case
+def raised(me: Rank) -> None:
+    """The program's own exception ends the watch."""
+    model = ParallelModel(plain)
+    with contextlib.suppress(ZeroDivisionError), me.watch("raised", model):
+        model(tokens(0, 1, 2, 4))
+        raise ZeroDivisionError
+    hooks = [m for m in model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    me.facts["raised"] = {"tapped": is_tapped(), "hooks": len(hooks)}
+
+
+@case
+def switched_off(me: Rank) -> None:
+    """Without the probe there is nothing of it."""
+    with me.watch("switched_off", exchanges=False):
+        me.facts["switched_off"] = is_tapped()
+        dist.all_to_all_single(torch.empty(6, 2), me.rows())
+
+
+@case
+def killed(me: Rank) -> None:
+    """The last case: rank 2 dies while the others are in an exchange with it."""
+    error = "none"
+    with me.watch("killed", flush_seconds=0.1):
+        dist.all_to_all_single(torch.empty(6, 2), me.rows())
+        if me.rank == 2:
+            time.sleep(0.5)
+            os._exit(9)
+        try:
+            dist.all_to_all_single(torch.empty(6, 2), me.rows())
+        except RuntimeError as caught:
+            error = type(caught).__name__
+    me.facts["killed"] = error
+
+
+def main() -> None:
+    out, number = Path(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{out / 'rendezvous'}",
+        rank=number,
+        world_size=WORLD,
+        timeout=timedelta(seconds=30),
+    )
+    me = Rank(out, number)
+    for name, run in CASES.items():
+        if name != "killed":
+            dist.barrier()
+        run(me)
+        (out / f"facts-{number}.json").write_text(json.dumps(me.facts), encoding="utf-8")
+    os._exit(0)  # the group is broken by now; nothing is left to be taken down in order
+
+
+if __name__ == "__main__":
+    main()
