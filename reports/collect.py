@@ -91,7 +91,8 @@ def model_bands(cells: pd.DataFrame) -> pd.DataFrame:
         }
         band = classify(texts)
         rows.append({"label": label, "phase": phase, "band": band.name, "reason": band.reason})
-    return pd.DataFrame(rows, columns=["label", "phase", "band", "reason"])
+    # object: beside strings, pandas would turn the None of "no band" into NaN
+    return pd.DataFrame(rows, columns=["label", "phase", "band", "reason"], dtype=object)
 
 
 def _runs_frame(facts: tuple[RunFacts, ...]) -> pd.DataFrame:

@@ -199,3 +199,17 @@ def test_hand_made_loads_reach_the_page_unchanged(make_run: MakeRun, tmp_path: P
     text = write_report([make_run()], tmp_path / "report.html", ep_degrees=(2,)).read_text(encoding="utf-8")
     assert ">0.312<small>" in text
     assert ">2.00×<small>" in text  # busiest expert 4 over mean 2
+
+
+def test_models_with_and_without_a_band_stand_in_one_report(tmp_path: Path) -> None:
+    """Two real texts give a band, one does not; the model without one says so."""
+    runs = [
+        steady_run(tmp_path / "a", "banded", "prose", [1, 1, 2, 4]),
+        steady_run(tmp_path / "b", "banded", "code", [1, 1, 2, 4]),
+        steady_run(tmp_path / "c", "single", "prose", [1, 1, 2, 4]),
+    ]
+    bands = frames_of(*runs, ep=(2,)).bands.set_index("label")["band"]
+    assert bands["banded"] is not None
+    assert bands["single"] is None
+    page = write_report(runs, tmp_path / "report.html", ep_degrees=(2,)).read_text(encoding="utf-8")
+    assert "no band" in page
