@@ -239,18 +239,18 @@ def disagreements(model: nn.Module, transport: BaseTransport) -> dict[str, str]:
     return told
 
 
-def rank_work(made: dict[str, nn.Module], rank: int, world: int, *, every_variant: bool) -> dict[str, Any]:
+def rank_work(made: dict[str, nn.Module], rank: int, world: int) -> dict[str, Any]:
     """All cases of one rank; the same sequence of exchanges on all of them."""
     nodes = 2 if world > 1 else None
     told: dict[str, Any] = {"rank": rank, "forward": {}, "backward": {}}
     with open_transport(timeout_s=60, ranks_per_node=nodes) as transport:
         for name, model in made.items():
-            full = every_variant or name in ("mixtral", "tiny-mla")
+            full = name in ("mixtral", "tiny-mla")
             for algorithm, deduplicate in VARIANTS if full else VARIANTS[:1]:
                 key = f"{name} {algorithm}{' deduplicated' if deduplicate else ''}"
                 told["forward"][key] = forward(model, transport, algorithm, deduplicate)
-        for name in ("mixtral", "gpt_oss", "deepseek_v3") if not every_variant else made:
-            for algorithm, deduplicate in VARIANTS if name == "mixtral" or every_variant else VARIANTS[:1]:
+        for name in ("mixtral", "gpt_oss", "deepseek_v3"):
+            for algorithm, deduplicate in VARIANTS if name == "mixtral" else VARIANTS[:1]:
                 key = f"{name} {algorithm}{' deduplicated' if deduplicate else ''}"
                 told["backward"][key] = backward(made[name], transport, algorithm, deduplicate)
         told["traffic"] = traffic(made["mixtral"], transport)
@@ -293,9 +293,7 @@ def main() -> None:
     made = models()
     losses = {how: Forked(3, partial(lost_work, how)) for how in LOSSES}
     told: dict[str, Any] = {
-        str(world): Forked(world, partial(rank_work, made, world=world, every_variant=False)).collect(
-            timeout_s=120
-        )
+        str(world): Forked(world, partial(rank_work, made, world=world)).collect(timeout_s=120)
         for world in WORLDS
     }
     told["lost"] = {how: forked.collect(timeout_s=5) for how, forked in losses.items()}
