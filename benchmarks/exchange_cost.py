@@ -49,10 +49,11 @@ def variants(rows: int, world: int) -> dict[str, Callable[[], Any]]:
     given, out = torch.randn(rows, COLUMNS), torch.empty(rows, COLUMNS)
     shares = [rows // world] * world
     group = dist.group.WORLD
+    assert group is not None
     return {
         "blocking": lambda: dist.all_to_all_single(out, given, shares, shares),
         "async": lambda: dist.all_to_all_single(out, given, shares, shares, async_op=True).wait(),
-        "functional": lambda: functional.wait_tensor(
+        "functional": lambda: functional.wait_tensor(  # type: ignore[no-untyped-call]
             functional.all_to_all_single(given, shares, shares, group)
         ),
     }

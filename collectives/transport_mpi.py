@@ -124,7 +124,8 @@ class MpiTransport(BaseTransport):
         if _poll(request.Test, limit_s):
             return
         missing = self._missing(min(_GRACE_S, limit_s))
-        who = f"no answer from rank(s) {', '.join(map(str, missing))}" if missing else "all ranks answer"
+        named = f"rank{'s' if len(missing) > 1 else ''} {', '.join(str(rank) for rank in missing)}"
+        who = f"no answer from {named}" if missing else "all ranks answer, so the network is at fault"
         raise ExchangeError(
             f"rank {self.rank} of {self.size} waited in vain in {what} for {limit_s:g} s: {who}; see the "
             "output of the ranks named"

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from observatory.errors import ExchangeError
 
-__all__ = ["rank_environment", "start_local_ranks"]
+__all__ = ["meeting_point", "rank_environment", "start_local_ranks"]
 
 _POLL_S = 0.05
 _END_S = 5.0
@@ -93,7 +93,7 @@ def start_local_ranks(
     """
     if world < 1:
         raise ExchangeError(f"{world} ranks cannot be started; expected 1 or more")
-    with tempfile.TemporaryDirectory(prefix="observatory-ranks-") as folder, _meeting_point() as port:
+    with tempfile.TemporaryDirectory(prefix="observatory-ranks-") as folder, meeting_point() as port:
         ranks: list[_Rank] = []
         try:
             run_id = f"observatory-{uuid.uuid4().hex[:8]}"
@@ -117,8 +117,8 @@ def start_local_ranks(
 
 
 @contextlib.contextmanager
-def _meeting_point() -> Iterator[int]:
-    """Keep the store where ranks sign in; its port."""
+def meeting_point() -> Iterator[int]:
+    """Keep the store where ranks sign in, on the loopback interface; its port."""
     from torch._C._distributed_c10d import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -27,7 +27,7 @@ from pydantic import JsonValue
 from observatory.errors import CaptureError, ObservatoryError
 from observatory.provenance import new_manifest
 from observatory.ranks import RankOf, find_rank
-from observatory.records import PHASES, DataSpec, Phase, Topology
+from observatory.records import PHASES, ClockSpec, DataSpec, Phase, Topology
 from observatory.store import RunWriter
 from probes.exchange.tap import unsupported
 from probes.routing.describe import describe_model
@@ -220,6 +220,15 @@ class Watch:
         Takes nothing when exchanges are not watched.
         """
         return self._running().recorder
+
+    def set_clock(self, clock: ClockSpec) -> None:
+        """State how this rank's clock relates to those of other hosts (``collectives.clock.align``).
+
+        Ranks of one host need not: their common clock is recognised.
+        """
+        self._running()
+        assert self._writer is not None
+        self._writer.set_clock(clock)
 
     @contextlib.contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

@@ -188,28 +188,31 @@ def _run_rank(
         ranks.spread(model, job) as sharded,
     ):
         cache = None if job.prefill_steps else _prefill(model, ids, job, column=0, keep_cache=True)
-        with observatory.watch(
-            model,
-            out,
-            gate_mass=job.gate_mass,
-            sample_tokens=job.sample_tokens,
-            window_steps=job.window_steps,
-            overwrite=overwrite,
-            model_name=loaded.name,
-            family=loaded.family,
-            mixer=loaded.mixer,
-            config=asdict(job),
-            topology=ranks.topology(sharded),
-            exchanges=True if ranks.transport is not None and world > 1 else None,
-            data=DataSpec(
-                condition=stream.condition,
-                source=stream.source,
-                real=stream.real,
-                batch_size=world * job.batch_size,
-                sequence_length=job.sequence_length,
-                wrapped=stream.wrapped,
-            ),
-        ) as watch:
+        with (
+            observatory.watch(
+                model,
+                out,
+                gate_mass=job.gate_mass,
+                sample_tokens=job.sample_tokens,
+                window_steps=job.window_steps,
+                overwrite=overwrite,
+                model_name=loaded.name,
+                family=loaded.family,
+                mixer=loaded.mixer,
+                config=asdict(job),
+                topology=ranks.topology(sharded),
+                exchanges=True if ranks.transport is not None and world > 1 else None,
+                data=DataSpec(
+                    condition=stream.condition,
+                    source=stream.source,
+                    real=stream.real,
+                    batch_size=world * job.batch_size,
+                    sequence_length=job.sequence_length,
+                    wrapped=stream.wrapped,
+                ),
+            ) as watch,
+            ranks.aligned(watch),
+        ):
             ranks.record(sharded, watch)
             for step in range(job.prefill_steps):
                 last = step == job.prefill_steps - 1

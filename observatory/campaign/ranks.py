@@ -118,6 +118,20 @@ class Ranks:
             placement=sharded.placement(),
         )
 
+    @contextlib.contextmanager
+    def aligned(self, watch: Watch) -> Iterator[None]:
+        """Align the ranks' clocks before and after the block; only ranks of several hosts exchange much."""
+        if self.transport is None:
+            yield
+            return
+        from collectives.clock import with_drift
+        from collectives.pairs import align_transport
+
+        begin = align_transport(self.transport)
+        watch.set_clock(begin.record())
+        yield
+        watch.set_clock(with_drift(begin, align_transport(self.transport)).record())
+
     def record(self, sharded: ShardedModel | None, watch: Watch) -> None:
         """Let the watch hear of phases and exchanges."""
         if sharded is not None:

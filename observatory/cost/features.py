@@ -39,6 +39,7 @@ TERMS: dict[str, str] = {
     "shared_self": "bytes that all ranks of the node keep",
     "shared_bytes": "bytes of all ranks of the node that leave a rank, in plus out",
     "link_bytes": "bytes of the whole node with other nodes, the larger of in and out",
+    "link_both": "bytes of the whole node with other nodes, in plus out",
 }
 
 
@@ -92,6 +93,11 @@ FORMS: dict[str, Form] = {
             name="shared-link",
             meaning="messages, but the ranks of a node share its link to the others",
             terms=("exchange", *_MESSAGES, "bytes_node", "link_bytes", "bytes_self"),
+        ),
+        Form(
+            name="part-duplex",
+            meaning="shared-link, but what comes the other way slows a node's link down by a part",
+            terms=("exchange", *_MESSAGES, "bytes_node", "link_bytes", "link_both", "bytes_self"),
         ),
         Form(
             name="shared-node",
@@ -181,5 +187,6 @@ def _terms_of(bytes_PP: NDArray[np.int64], node_P: NDArray[np.int64]) -> NDArray
         "shared_self": over_node(self_P),
         "shared_bytes": over_node(both(leaving_PP)),
         "link_bytes": np.maximum(over_node(other_PP.sum(axis=1)), over_node(other_PP.sum(axis=0))),
+        "link_both": over_node(both(other_PP)),
     }
     return np.stack([np.asarray(columns[name], dtype=np.float64) for name in _NAMES], axis=1)

@@ -6,10 +6,11 @@ Shapes: C cases (a matrix under one algorithm), F terms, B bootstrap samples, K 
    not move it.
 2. Each form is fitted with whole groups of matrices left out, and judged by |predicted - measured| /
    measured on those. A group is one pattern and seed at all its sizes, or, where there are fewer than five
-   of these,
-   one matrix: so no held-out matrix has a scaled copy of itself in the fit where this can be avoided.
-3. The form with the smallest mean error is the best; of those within one standard error of it the one with
-   the fewest parameters is chosen.
+   of these, one matrix: so no held-out matrix has a scaled copy of itself in the fit where this can be
+   avoided.
+3. The form with the smallest mean error is the best. Another form is as good when it errs more, case by case,
+   by no more than one standard error of that difference. Of these the one with the fewest parameters is
+   chosen.
 4. Intervals: matrices are drawn again with replacement and the chosen form is fitted to each draw.
 """
 
@@ -115,8 +116,19 @@ class _Trial:
     known_F: NDArray[np.bool_]
     ratio_C: NDArray[np.float64]
 
+    @property
+    def error_C(self) -> NDArray[np.float64]:
+        """|predicted - measured| / measured, (C,)."""
+        return np.abs(1.0 / self.ratio_C - 1.0)
+
+    def as_good_as(self, best: _Trial) -> bool:
+        """Whether it errs more than the best by no more than one standard error of the difference."""
+        more_C = self.error_C - best.error_C
+        return float(more_C.mean()) <= float(more_C.std()) / np.sqrt(more_C.size)
+
     def score(self) -> FormScore:
-        error_C = np.abs(1.0 / self.ratio_C - 1.0)
+        """The errors in numbers."""
+        error_C = self.error_C
         return FormScore(
             form=self.form.name,
             parameters=int(self.known_F.sum()),
@@ -148,14 +160,11 @@ def _fit_algorithm(algorithm: str, cases: Sequence[_Case], bootstrap: int, seed:
             f"{len(cases)} matrices of algorithm {algorithm} are too few to fit; "
             "benchmark more sizes and patterns (observatory bench alltoall)"
         )
-    scores = [trial.score() for trial in trials]
-    best = min(scores, key=lambda score: score.mean_error)
-    allowed = best.mean_error + best.standard_error
-    chosen_at = min(
-        (index for index, score in enumerate(scores) if score.mean_error <= allowed),
-        key=lambda index: (scores[index].parameters, scores[index].mean_error),
+    best = min(trials, key=lambda trial: trial.error_C.mean())
+    chosen = min(
+        (trial for trial in trials if trial.as_good_as(best)),
+        key=lambda trial: (int(trial.known_F.sum()), float(trial.error_C.mean())),
     )
-    chosen = trials[chosen_at]
     value_F = _fit(chosen.problem, us_C, chosen.known_F)
     samples_BF = _bootstrap(chosen, us_C, value_F, bootstrap, seed)
     return AlgorithmFit(
@@ -164,7 +173,7 @@ def _fit_algorithm(algorithm: str, cases: Sequence[_Case], bootstrap: int, seed:
         coefficients=tuple(_coefficients(chosen, value_F, samples_BF)),
         samples_BF=tuple(map(tuple, samples_BF.tolist())),
         ratio_Q=tuple(np.quantile(chosen.ratio_C, _RATIO_QUANTILES).tolist()),
-        scores=tuple(scores),
+        scores=tuple(trial.score() for trial in trials),
         domain=_domain(cases),
         cases=len(cases),
         sharing=sharing,

@@ -22,6 +22,11 @@ from observatory.cost.features import Form, StageTerms
 __all__ = ["Problem", "predict_all", "solve"]
 
 _ROUNDS = 40
+_REWEIGHTINGS = 4
+_HUBER = 1.345
+#: Median of |x| of a standard normal: makes the median absolute error a standard deviation.
+_MEDIAN_OF_NORMAL = 0.6745
+_SMALLEST_ERROR = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -113,7 +118,10 @@ def predict_all(problem: Problem, coefficient_F: NDArray[np.float64]) -> NDArray
 def solve(
     problem: Problem, us_C: NDArray[np.float64], start_F: NDArray[np.float64] | None = None
 ) -> NDArray[np.float64]:
-    """Non-negative coefficients of the smallest squared relative error found, (F,).
+    """Non-negative coefficients of the smallest relative error found, (F,).
+
+    Least squares in relative error, then again with cases that lie far off weighted down (Huber, from 1.345
+    robust standard deviations on), so that a few disturbed matrices do not bend the model.
 
     Args:
         problem: the terms.
@@ -122,13 +130,30 @@ def solve(
     """
     scale_F = problem.terms_NF.max(axis=0)
     scale_F[scale_F == 0] = 1.0
+    weight_C = np.ones(len(us_C))
     current_F = 1.0 / scale_F if start_F is None else start_F
-    best_F, best_error = current_F, np.inf
+    for _ in range(_REWEIGHTINGS):
+        current_F = _least_squares(problem, us_C, weight_C, current_F, scale_F)
+        error_C = np.abs(predict_all(problem, current_F) / us_C - 1.0)
+        usual = _HUBER * max(float(np.median(error_C)) / _MEDIAN_OF_NORMAL, _SMALLEST_ERROR)
+        weight_C = np.minimum(1.0, usual / np.maximum(error_C, _SMALLEST_ERROR))
+    return current_F
+
+
+def _least_squares(
+    problem: Problem,
+    us_C: NDArray[np.float64],
+    weight_C: NDArray[np.float64],
+    start_F: NDArray[np.float64],
+    scale_F: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Alternate between slowest rows and coefficients until the error no longer falls."""
+    root_C = np.sqrt(weight_C)
+    current_F, best_F, best_error = start_F, start_F, np.inf
     for _ in range(_ROUNDS):
-        design_CF = problem.slowest(current_F) / us_C[:, None]
-        scaled_F, _ = nnls(design_CF * (1.0 / scale_F), np.ones(len(us_C)))
-        current_F = scaled_F / scale_F
-        error = float(np.sum((predict_all(problem, current_F) / us_C - 1.0) ** 2))
+        design_CF = problem.slowest(current_F) * (root_C / us_C)[:, None] / scale_F
+        current_F = nnls(design_CF, root_C)[0] / scale_F
+        error = float(np.sum(weight_C * (predict_all(problem, current_F) / us_C - 1.0) ** 2))
         if error >= best_error * (1.0 - 1e-9):
             break
         best_F, best_error = current_F, error

@@ -64,6 +64,10 @@ def explain_last(
     frame["gap_s"], frame["work_bytes"] = _work_before(exchanges)
     frame["last_rank"] = frame["last_rank"].astype("Int64")
     waiting = frame[(frame["wait_s"] > 0) & (frame["last_rank"] != frame["source_rank"])]
+    if waiting.empty:
+        return frame.drop(columns=["gap_s", "work_bytes"]).assign(
+            cause=pd.Series(None, index=frame.index, dtype=object)
+        )
     medians = waiting.groupby([*_KEY, "last_rank"], sort=False)[["wait_s", *_EVIDENCE]].median()
     own = frame.drop_duplicates([*_KEY, "source_rank"]).set_index([*_KEY, "source_rank"])[list(_EVIDENCE)]
     own.index = own.index.set_names("last_rank", level="source_rank")

@@ -164,7 +164,7 @@ def rank_time(ranks: pd.DataFrame) -> go.Figure:
     ]
     figure = empty_figure(
         150 + min(max(24 * len(ranks), 60), 900),
-        x=axis("milliseconds in exchanges, sum over the run", rangemode="tozero"),
+        x=axis("ms in exchanges, whole run", rangemode="tozero"),
         y=axis("", showgrid=False, autorange="reversed", ticks=""),
     )
     figure.update_layout(barmode="stack", bargap=0.3)

@@ -1,12 +1,13 @@
 """Ranks as forks of one process that has imported everything: imports cost more than the tests.
 
-``Forked(world, work)`` runs ``work(rank)`` on P forks and collects what each returns, or its error. A fork that
-does not end in time is killed by its id.
+``Forked(world, work)`` runs ``work(rank)`` on P forks and collects what each returns, or its error. A fork
+that does not end in time is killed by its id.
 """
 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -14,11 +15,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hpc.launch import _meeting_point, rank_environment
+from hpc.launch import meeting_point, rank_environment
 from observatory.errors import ObservatoryError
 
 
@@ -28,7 +29,7 @@ class Forked:
     def __init__(self, world: int, work: Callable[[int], Any]) -> None:
         self._stack = contextlib.ExitStack()
         self._folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
-        port = self._stack.enter_context(_meeting_point())
+        port = self._stack.enter_context(_meeting_point_elsewhere())
         self._pids: list[int] = []
         sys.stdout.flush()
         for rank in range(world):
@@ -46,7 +47,26 @@ class Forked:
             return [_told(self._folder / str(rank), how) for rank, how in enumerate(ended)]
 
 
+@contextlib.contextmanager
+def _meeting_point_elsewhere() -> Iterator[int]:
+    """Keep the store in a process of its own: forks of one with the store's threads inherit their locks."""
+    told, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with meeting_point() as port:
+            os.write(tell, str(port).encode())
+            signal.pause()
+    os.close(tell)
+    try:
+        yield int(os.read(told, 16))
+    finally:
+        os.close(told)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 def _work(rank: int, work: Callable[[int], Any], folder: Path) -> None:
+    faulthandler.enable()
     try:
         told: dict[str, Any] = {"value": work(rank)}
     except ObservatoryError as error:
@@ -73,6 +93,8 @@ def _await(pids: list[int], timeout_s: float) -> list[str]:
     for pid in pids:
         if pid not in ended:
             with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)  # shows where it hangs, unless it is stopped
+                time.sleep(0.5)
                 os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             ended[pid] = "hung"

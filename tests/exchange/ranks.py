@@ -94,6 +94,7 @@ def main() -> None:
         timeout=timedelta(seconds=40),
     )
     link = TorchPairs()
+    own = align(link)
     begin = align(link, identity=lambda: None)
     for name in CASES:
         manifest = Manifest(
@@ -101,6 +102,7 @@ def main() -> None:
         )
         path = folder / name
         writer = RunWriter.create(path, manifest) if rank == 0 else RunWriter.join(path, rank=rank)
+        writer.set_clock(own.record())
         case = Case(name, rank, ranks)
         for number in range(rounds):
             case.exchange(number, delay_ms / 1000 if rank == delayed and number % 2 else 0.0)

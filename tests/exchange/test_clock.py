@@ -118,7 +118,7 @@ def test_unequal_ways_shift_the_offset_but_never_beyond_the_stated_uncertainty()
     assert 14_000 < error <= other.uncertainty_ns
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     offset=st.integers(-(10**15), 10**15),
     drift=st.floats(-100, 100),

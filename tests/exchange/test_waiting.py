@@ -250,7 +250,7 @@ def drawn(table: tuple[list[int], list[int], list[list[int]], str]) -> pd.DataFr
     return collective(starts, ends, send, backend=backend)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(table=TABLE)
 def test_waiting_holding_and_transfer_are_never_negative_and_add_up(table: Any) -> None:
     waits = split(drawn(table))
@@ -263,7 +263,7 @@ def test_waiting_holding_and_transfer_are_never_negative_and_add_up(table: Any) 
     assert (waits.loc[waits["peers"] == 0, "wait_s"] == 0).all()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(table=TABLE, shift=st.integers(-(10**9), 10**9))
 def test_a_common_shift_of_all_clocks_changes_nothing(table: Any, shift: int) -> None:
     rows = drawn(table)
@@ -273,7 +273,7 @@ def test_a_common_shift_of_all_clocks_changes_nothing(table: Any, shift: int) ->
     assert before["last_rank"].equals(after["last_rank"])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(table=TABLE, data=st.data())
 def test_ranks_can_be_numbered_in_any_order(table: Any, data: st.DataObject) -> None:
     starts, extra, send, backend = table

@@ -151,7 +151,7 @@ def results(me: Rank) -> None:
     """The same training steps without a watch, with one, and without again."""
     found = []
     for number in range(3):
-        model = ParallelModel(plain if me.rank >= 0 else functional_collective)
+        model = ParallelModel(plain)
         hidden = tokens(0, 5, 2, 2, me.rank)
         optimiser = torch.optim.SGD(model.parameters(), lr=1e-3)
         watching = me.watch("results", model) if number == 1 else contextlib.nullcontext()

@@ -1,0 +1,28 @@
+"""What ranks under ``mpiexec`` do in the tests: every algorithm, forward and backward; rank 0 prints JSON."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+
+from collectives.transport import open_transport
+from tests.collectives.cases import VARIANTS, backward, forward
+from tests.probes.families import tiny_model
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    model = tiny_model("gpt_oss")
+    with open_transport(ranks_per_node=1, timeout_s=60) as transport:
+        told = [
+            [call(model, transport, *variant)["relative"] for variant in VARIANTS]
+            for call in (forward, backward)
+        ]
+        everybody = transport.gather_json({"backend": transport.backend, "differences": told})
+    if everybody is not None:
+        print(json.dumps(everybody))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Hosts on one machine: network namespaces joined by links of a known rate.
+
+Every name carries this process's number, and what was made is removed by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from collectives.bench_rank import RankJob
+from hpc.launch import rank_environment
+from observatory.records_bench import BenchPlan, BenchResult, load_bench
+
+__all__ = ["run_on_nodes", "shaped_nodes", "why_not"]
+
+#: Large frames, so that headers are under 1 % of what passes.
+MTU_BYTES = 9000
+#: Windows that are open from the start and no probing for bandwidth (BBR): else TCP's learning is measured.
+_TCP = (
+    "net.ipv4.tcp_congestion_control=reno",
+    "net.ipv4.tcp_slow_start_after_idle=0",
+    "net.ipv4.tcp_rmem=4096 4194304 33554432",
+    "net.ipv4.tcp_wmem=4096 4194304 4194304",
+)
+_SUBNET = "10.213.77"
+_PORT = 29555
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
+
+
+def why_not() -> str | None:
+    """Why namespaces with shaped links cannot be made here; None when they can."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return "network namespaces need root on Linux"
+    if shutil.which("ip") is None or shutil.which("tc") is None:
+        return "ip and tc (iproute2) are not installed"
+    try:
+        with shaped_nodes(1, rate_mbit=100):
+            return None
+    except (subprocess.SubprocessError, OSError) as error:
+        words = getattr(error, "stderr", b"") or str(error).encode()
+        return f"a namespace with a tbf link cannot be made: {words.decode(errors='replace').strip()[:100]}"
+
+
+@contextlib.contextmanager
+def shaped_nodes(nodes: int, *, rate_mbit: float) -> Iterator[list[str]]:
+    """Namespaces whose only way to each other is a bridge, each link limited to a rate in both directions."""
+    tag = f"obs{os.getpid()}"
+    bridge, names = f"{tag}-bridge", [f"{tag}-n{node}" for node in range(nodes)]
+    shape = ("root", "tbf", "rate", f"{rate_mbit}mbit", "burst", "32kb", "latency", "200ms")
+    made: list[str] = []
+    try:
+        for name in (bridge, *names):
+            _ip("netns", "add", name)
+            made.append(name)
+            _ip("-n", name, "link", "set", "lo", "up")
+        _ip("-n", bridge, "link", "add", "br0", "mtu", str(MTU_BYTES), "type", "bridge")
+        _ip("-n", bridge, "link", "set", "br0", "up")
+        for node, name in enumerate(names):
+            port = f"p{node}"
+            _ip("link", "add", port, "netns", bridge, "type", "veth", "peer", "name", "eth0", "netns", name)
+            for own, link in ((bridge, port), (name, "eth0")):
+                _ip("-n", own, "link", "set", link, "mtu", str(MTU_BYTES), "up")
+            _ip("-n", bridge, "link", "set", port, "master", "br0")
+            for setting in _TCP:
+                _ip("netns", "exec", name, "sysctl", "-q", "-w", setting)
+            _ip("-n", name, "addr", "add", f"{_SUBNET}.{node + 1}/24", "dev", "eth0")
+            for own, link in ((bridge, port), (name, "eth0")):
+                _ip("netns", "exec", own, "tc", "qdisc", "add", "dev", link, *shape)
+        yield names
+    finally:
+        for name in made:
+            _ip("netns", "del", name)
+
+
+def run_on_nodes(
+    plan: BenchPlan, names: Sequence[str], *, ranks_on_node: int, folder: Path, timeout_s: float = 60.0
+) -> BenchResult:
+    """Run a plan with so many ranks in each namespace."""
+    world = len(names) * ranks_on_node
+    out = folder / "result.json"
+    out.unlink(missing_ok=True)
+    job = folder / "job.json"
+    job.write_text(
+        RankJob(
+            plan=plan, backend="gloo", ranks_per_node=ranks_on_node, timeout_s=timeout_s, out=str(out)
+        ).model_dump_json()
+    )
+    processes: list[subprocess.Popen[bytes]] = []
+    deadline = time.monotonic() + timeout_s
+    try:
+        for rank in range(world):
+            own = rank_environment(rank, world, port=_PORT, run_id="shaped") | {
+                "MASTER_ADDR": f"{_SUBNET}.1",
+                "GLOO_SOCKET_IFNAME": "eth0",
+                "TORCHELASTIC_USE_AGENT_STORE": "False",
+                "OMP_NUM_THREADS": "1",
+            }
+            command = ["ip", "netns", "exec", names[rank // ranks_on_node], sys.executable]
+            processes.append(
+                subprocess.Popen(
+                    [*command, "-m", "collectives.bench_rank", str(job)],
+                    env={**os.environ, **own},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                )
+            )
+        for process in processes:
+            _, told = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            assert process.returncode == 0, told.decode(errors="replace")[-2000:]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+    return load_bench(out)
