@@ -30,7 +30,16 @@ from observatory.errors import DataError, ObservatoryError, PlacementError, RunE
 if TYPE_CHECKING:
     from observatory.zoo.models import LoadedModel
 
-__all__ = ["Cell", "CellResult", "GridConfig", "expand_runs", "grid_cells", "load_grid", "run_grid"]
+__all__ = [
+    "Cell",
+    "CellResult",
+    "GridConfig",
+    "expand_runs",
+    "grid_cells",
+    "is_complete",
+    "load_grid",
+    "run_grid",
+]
 
 _LARGEST_CONFIG_BYTES = 1 << 20
 _LARGEST_INDEX_BYTES = 1 << 28
@@ -196,7 +205,7 @@ def _run_cells(
     loaded_name: str | None = None
     for cell in cells:
         run = out / "cells" / cell.name
-        if _is_complete(run):
+        if is_complete(run):
             results.append(CellResult(cell=cell, run=run, state="kept"))
         else:
             if cell_progress is not None:
@@ -244,7 +253,7 @@ def _complete_cells(grid: Path) -> Iterator[Path]:
         raise RunError(f"{grid / 'grid.json'} is not a grid's index ({error}); run the grid again") from error
     for name in names:
         run = grid / "cells" / Path(name).name
-        if _is_complete(run):
+        if is_complete(run):
             yield run
 
 
@@ -274,7 +283,8 @@ def _locked(out: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _is_complete(run: Path) -> bool:
+def is_complete(run: Path) -> bool:
+    """Whether a directory holds a run that was closed in order."""
     from observatory.store import open_run
 
     if not (run / "run.json").is_file():

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from observatory.campaign.grid import GridConfig, ProfileOptions
+import shutil
+from pathlib import Path
 
-__all__ = ["quickstart_grid"]
+from observatory.campaign.grid import GridConfig, ProfileOptions, is_complete
+from observatory.campaign.profile import ProfileJob
+from observatory.campaign.ranks import start_ranks
+
+__all__ = ["EXCHANGE_DEGREES", "quickstart_exchanges", "quickstart_grid"]
+
+#: EP degrees of the runs with real exchanges.
+EXCHANGE_DEGREES = (2, 4)
 
 
 def quickstart_grid() -> GridConfig:
@@ -23,3 +31,35 @@ def quickstart_grid() -> GridConfig:
         gpus_per_node=4,
         profile=ProfileOptions(batch_size=8, sequence_length=256, steps=16, phase="both"),
     )
+
+
+def quickstart_exchanges(out: Path) -> list[Path]:
+    """One model spread over 2 and over 4 ranks of this machine, with real exchanges; finished runs are kept.
+
+    Args:
+        out: directory of the runs, the quickstart's own: an unfinished run in it is made again.
+
+    Returns:
+        One run directory per degree.
+
+    Raises:
+        ExchangeError: a rank failed or was lost.
+    """
+    runs = []
+    for ep in EXCHANGE_DEGREES:
+        run = out / f"ep-{ep}"
+        if not is_complete(run):
+            if (run / "run.json").is_file():
+                shutil.rmtree(run)
+            job = ProfileJob(
+                model="tiny-gqa",
+                batch_size=4,
+                sequence_length=128,
+                steps=8,
+                phase="both",
+                ep=ep,
+                ranks_per_node=2,
+            )
+            start_ranks(job, run)
+        runs.append(run)
+    return runs

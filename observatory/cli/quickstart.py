@@ -16,9 +16,9 @@ def quickstart(
     ),
 ) -> None:
     """Profile the bundled models on the bundled data, scan, and write the report. No network, no GPU."""
-    from observatory.campaign.quickstart import quickstart_grid
+    from observatory.campaign.quickstart import quickstart_exchanges, quickstart_grid
     from observatory.cli.cells import run_cells
-    from observatory.cli.output import print_table
+    from observatory.cli.output import print_table, say
     from observatory.documents import frame_records
     from observatory.errors import ObservatoryError
     from observatory.routing.summary import run_summary
@@ -41,6 +41,14 @@ def quickstart(
         gpus_per_node=config.gpus_per_node,
         overwrite=True,
     )
+    say("one model spread over 2 and 4 ranks of this machine")
+    exchanges = write_report(
+        quickstart_exchanges(out / "exchanges"),
+        out / "exchanges.html",
+        title="Quickstart: one model on 2 and 4 ranks, with real exchanges",
+        ep_degrees=config.ep,
+        overwrite=True,
+    )
     gini = {}
     floor = {}
     for result in results:
@@ -55,3 +63,4 @@ def quickstart(
         "floor: what uniform routing shows",
     )
     typer.echo(f"report: {report.resolve()}")
+    typer.echo(f"exchanges between ranks: {exchanges.resolve()}")
