@@ -90,6 +90,7 @@ class Attendance:
         self.store.set(f"joined/{where.rank}", socket.gethostname())
         missing = self._wait_for("joined", timeout_s)
         if missing:
+            self.leave(f"{_ranks(missing)} did not join in time")
             raise ExchangeError(
                 f"{_ranks(missing)} of {where.world} did not join at {self._place} within {timeout_s:g} s; "
                 "see what became of them, and whether all were started with the same number of ranks"

@@ -50,7 +50,7 @@ def routing_schema(experts: int, *, gate_mass: bool = False) -> pa.Schema:
     return pa.schema(fields)
 
 
-#: One row per collective on one rank; times on the aligned clock.
+#: One row per collective on one rank; times of its own clock, which its status relates to the others'.
 EXCHANGE_SCHEMA = pa.schema(
     [
         pa.field("step", pa.int64(), nullable=False),

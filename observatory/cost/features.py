@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from observatory.stages import stages
 
-__all__ = ["FORMS", "TERMS", "Form", "StageTerms", "stage_terms"]
+__all__ = ["BYTE_TERMS", "FORMS", "TERMS", "Form", "StageTerms", "stage_terms"]
 
 #: Every term, its unit, and what it counts in one stage. ``in`` and ``out`` are those of one rank.
 TERMS: dict[str, str] = {
@@ -42,6 +42,11 @@ TERMS: dict[str, str] = {
     "link_both": "bytes of the whole node with other nodes, in plus out",
 }
 
+#: Terms whose coefficients are microseconds per byte.
+BYTE_TERMS = frozenset(
+    name for name in TERMS if name not in ("exchange", "ranks_on_node") and "messages" not in name
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
@@ -51,13 +56,19 @@ class Form:
         name: its name in files.
         meaning: one sentence.
         terms: terms that add up for every rank.
-        floor: whether an exchange lasts at least a fixed time instead of paying it on top.
+        overlap: whether a rank's latencies and its bytes pass at the same time, so that the longer counts
+            instead of their sum: short exchanges then last the probe latency and long ones do not pay it.
     """
 
     name: str
     meaning: str
     terms: tuple[str, ...]
-    floor: bool = False
+    overlap: bool = False
+
+    @property
+    def per_byte(self) -> tuple[bool, ...]:
+        """Which of the terms count bytes."""
+        return tuple(term in BYTE_TERMS for term in self.terms)
 
 
 _MESSAGES = ("messages_node", "messages_other")
@@ -80,9 +91,9 @@ FORMS: dict[str, Form] = {
         ),
         Form(
             name="probe-floor",
-            meaning="messages, but short exchanges last the probe latency instead of adding it",
+            meaning="messages, but latencies and bytes overlap: short exchanges last the probe latency",
             terms=("exchange", *_MESSAGES, *_BYTES),
-            floor=True,
+            overlap=True,
         ),
         Form(
             name="half-duplex",
@@ -98,6 +109,12 @@ FORMS: dict[str, Form] = {
             name="part-duplex",
             meaning="shared-link, but what comes the other way slows a node's link down by a part",
             terms=("exchange", *_MESSAGES, "bytes_node", "link_bytes", "link_both", "bytes_self"),
+        ),
+        Form(
+            name="part-duplex-floor",
+            meaning="part-duplex, but latencies and bytes overlap",
+            terms=("exchange", *_MESSAGES, "bytes_node", "link_bytes", "link_both", "bytes_self"),
+            overlap=True,
         ),
         Form(
             name="shared-node",

@@ -3,14 +3,14 @@
 Shapes: C cases (a matrix under one algorithm), F terms, B bootstrap samples, K folds.
 
 1. The time of a case is the median over its repeats of the slowest rank's time: one scheduling accident does
-   not move it.
+   not move it. How far repeats scatter says how much that median is worth.
 2. Each form is fitted with whole groups of matrices left out, and judged by |predicted - measured| /
    measured on those. A group is one pattern and seed at all its sizes, or, where there are fewer than five
    of these, one matrix: so no held-out matrix has a scaled copy of itself in the fit where this can be
    avoided.
-3. The form with the smallest mean error is the best. Another form is as good when it errs more, case by case,
-   by no more than one standard error of that difference. Of these the one with the fewest parameters is
-   chosen.
+3. The form with the smallest error, cases weighted by what they are worth, is the best. Another form is as
+   good when it errs more, case by case, by no more than one standard error of that difference. Of these the
+   one with the fewest parameters is chosen.
 4. Intervals: matrices are drawn again with replacement and the chosen form is fitted to each draw.
 """
 
@@ -18,12 +18,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from observatory.cost.features import FORMS, Form, StageTerms, stage_terms
+from observatory.cost.features import BYTE_TERMS, FORMS, Form, StageTerms, stage_terms
 from observatory.cost.network import AlgorithmFit, Coefficient, Domain, FormScore, NetworkModel
 from observatory.cost.solving import Problem, predict_all, solve
 from observatory.errors import BenchmarkError
@@ -36,6 +36,8 @@ _RATIO_QUANTILES = np.arange(1, 40, 2) / 40
 #: A form needs this many cases per coefficient.
 _CASES_PER_TERM = 2
 _MAX_CONDITION = 1e8
+#: Relative error that even a quiet measurement and a good form leave.
+_LEAST_NOISE = 0.03
 
 
 def fit_network(
@@ -78,6 +80,7 @@ def fit_network(
                     node_of_P=result.node_of_P,
                     terms=stage_terms(case.bytes_PP, result.node_of_P, case.algorithm),
                     us=case.median_us,
+                    noise=_noise(case.slowest_us_R),
                 )
             )
     from observatory.provenance import find_git_sha
@@ -98,33 +101,44 @@ def fit_network(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Case:
-    """One measured matrix; ``group`` is what is held out together."""
+    """One measured matrix; ``group`` is what is held out together, ``noise`` the expected relative error."""
 
     group: tuple[object, ...]
     bytes_PP: NDArray[np.int64]
     node_of_P: tuple[int, ...]
     terms: StageTerms
     us: float
+    noise: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Trial:
-    """One form with what it got wrong on held-out matrices."""
+    """One form with what it got wrong on held-out matrices; ``added`` has latencies and bytes in one sum."""
 
     form: Form
     problem: Problem
+    added: Problem
     known_F: NDArray[np.bool_]
     ratio_C: NDArray[np.float64]
+    noise_C: NDArray[np.float64]
 
     @property
     def error_C(self) -> NDArray[np.float64]:
         """|predicted - measured| / measured, (C,)."""
         return np.abs(1.0 / self.ratio_C - 1.0)
 
+    @property
+    def weighted_error(self) -> float:
+        """Mean error, a case counting the less the more its repeats scatter."""
+        return float(np.average(self.error_C, weights=1.0 / self.noise_C))
+
     def as_good_as(self, best: _Trial) -> bool:
         """Whether it errs more than the best by no more than one standard error of the difference."""
+        weight_C = 1.0 / self.noise_C
         more_C = self.error_C - best.error_C
-        return float(more_C.mean()) <= float(more_C.std()) / np.sqrt(more_C.size)
+        more = float(np.average(more_C, weights=weight_C))
+        spread = float(np.sqrt(np.sum((weight_C * (more_C - more)) ** 2)) / weight_C.sum())
+        return more <= spread
 
     def score(self) -> FormScore:
         """The errors in numbers."""
@@ -134,38 +148,42 @@ class _Trial:
             parameters=int(self.known_F.sum()),
             median_error=float(np.median(error_C)),
             p90_error=float(np.quantile(error_C, 0.9)),
-            mean_error=float(error_C.mean()),
-            standard_error=float(error_C.std() / np.sqrt(error_C.size)),
+            weighted_error=self.weighted_error,
         )
 
 
 def _fit_algorithm(algorithm: str, cases: Sequence[_Case], bootstrap: int, seed: int) -> AlgorithmFit:
     us_C = np.array([case.us for case in cases])
+    noise_C = np.array([case.noise for case in cases])
     fold_C, sharing = _folds([case.group for case in cases], seed)
     trials = []
     for form in FORMS.values():
         problem = Problem.build([case.terms for case in cases], form)
-        known_F = _determined(problem)
+        added = Problem.build([case.terms for case in cases], replace(form, overlap=False))
+        known_F = _determined(added)
         if len(cases) < _CASES_PER_TERM * int(known_F.sum()):
             continue
         ratio_C = np.empty(len(cases))
         for fold in np.unique(fold_C):
             out = np.flatnonzero(fold_C == fold)
-            fitted_F = _fit(problem.take(np.flatnonzero(fold_C != fold)), us_C[fold_C != fold], known_F)
+            kept = np.flatnonzero(fold_C != fold)
+            fitted_F = _fit(problem.take(kept), added.take(kept), us_C[kept], noise_C[kept], known_F)
             predicted = np.maximum(predict_all(problem.take(out), fitted_F), 1e-9)
             ratio_C[out] = us_C[out] / predicted
-        trials.append(_Trial(form=form, problem=problem, known_F=known_F, ratio_C=ratio_C))
+        trials.append(
+            _Trial(form=form, problem=problem, added=added, known_F=known_F, ratio_C=ratio_C, noise_C=noise_C)
+        )
     if not trials:
         raise BenchmarkError(
             f"{len(cases)} matrices of algorithm {algorithm} are too few to fit; "
             "benchmark more sizes and patterns (observatory bench alltoall)"
         )
-    best = min(trials, key=lambda trial: trial.error_C.mean())
+    best = min(trials, key=lambda trial: trial.weighted_error)
     chosen = min(
         (trial for trial in trials if trial.as_good_as(best)),
-        key=lambda trial: (int(trial.known_F.sum()), float(trial.error_C.mean())),
+        key=lambda trial: (int(trial.known_F.sum()), trial.weighted_error),
     )
-    value_F = _fit(chosen.problem, us_C, chosen.known_F)
+    value_F = _fit(chosen.problem, chosen.added, us_C, noise_C, chosen.known_F)
     samples_BF = _bootstrap(chosen, us_C, value_F, bootstrap, seed)
     return AlgorithmFit(
         algorithm=algorithm,
@@ -178,6 +196,13 @@ def _fit_algorithm(algorithm: str, cases: Sequence[_Case], bootstrap: int, seed:
         cases=len(cases),
         sharing=sharing,
     )
+
+
+def _noise(us_R: NDArray[np.float64]) -> float:
+    """Relative standard error of a median, from the quartiles of the repeats, and what is always left."""
+    low, middle, high = np.quantile(us_R, [0.25, 0.5, 0.75])
+    scatter = 1.2533 * (high - low) / 1.349 / middle / np.sqrt(us_R.size)
+    return float(np.hypot(_LEAST_NOISE, scatter))
 
 
 def _folds(groups: Sequence[tuple[object, ...]], seed: int) -> tuple[NDArray[np.int64], str]:
@@ -215,20 +240,30 @@ def _determined(problem: Problem) -> NDArray[np.bool_]:
 
 def _fit(
     problem: Problem,
+    added: Problem,
     us_C: NDArray[np.float64],
+    noise_C: NDArray[np.float64],
     known_F: NDArray[np.bool_],
     start_F: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
-    """Coefficients of all terms, 0 where not determined."""
-    narrow = Problem(
-        terms_NF=problem.terms_NF[:, known_F],
-        start_G=problem.start_G,
-        case_G=problem.case_G,
-        cases=problem.cases,
-    )
+    """Coefficients of all terms, 0 where not determined.
+
+    Without a start, from the fit of the plain sum: which of its halves counts where must be guessed first.
+    """
+    narrow, narrow_added = _only(problem, known_F), _only(added, known_F)
+    if start_F is None:
+        most_F = np.maximum(narrow_added.terms_NF.max(axis=0), 1.0)
+        start = np.maximum(solve(narrow_added, us_C, noise_C), 0.5 * us_C.min() / most_F)
+    else:
+        start = start_F[known_F]
     value_F = np.zeros(len(known_F))
-    value_F[known_F] = solve(narrow, us_C, None if start_F is None else start_F[known_F])
+    value_F[known_F] = solve(narrow, us_C, noise_C, start)
     return value_F
+
+
+def _only(problem: Problem, known_F: NDArray[np.bool_]) -> Problem:
+    """The problem with some of its terms."""
+    return replace(problem, terms_NF=problem.terms_NF[:, known_F])
 
 
 def _bootstrap(
@@ -239,7 +274,14 @@ def _bootstrap(
     drawn_BF = np.empty((samples, len(value_F)))
     for sample in range(samples):
         case_C = generator.integers(len(us_C), size=len(us_C))
-        drawn_BF[sample] = _fit(trial.problem.take(case_C), us_C[case_C], trial.known_F, value_F)
+        drawn_BF[sample] = _fit(
+            trial.problem.take(case_C),
+            trial.added.take(case_C),
+            us_C[case_C],
+            trial.noise_C[case_C],
+            trial.known_F,
+            value_F,
+        )
     return drawn_BF
 
 
@@ -257,14 +299,13 @@ def _coefficients(
         low, high = (
             np.quantile(samples_BF[:, index], [0.05, 0.95]).tolist() if len(samples_BF) else (None, None)
         )
-        per_byte = "bytes" in term or term.startswith("both") or term == "shared_self"
         found.append(
             Coefficient(
                 term=term,
                 us_per_unit=value,
                 low_us=low,
                 high_us=high,
-                gb_per_s=1e-3 / value if per_byte and value > 0 else None,
+                gb_per_s=1e-3 / value if term in BYTE_TERMS and value > 0 else None,
             )
         )
     return found

@@ -59,15 +59,15 @@ class FormScore(Record):
         form: its name.
         parameters: coefficients the measurements determine.
         median_error, p90_error: of |predicted - measured| / measured over held-out matrices.
-        mean_error, standard_error: mean of the same and its standard error, by which forms are chosen.
+        weighted_error: mean of the same, a matrix counting the less the more its repeats scatter; forms are
+            chosen by it.
     """
 
     form: str
     parameters: Count
     median_error: _NotNegative
     p90_error: _NotNegative
-    mean_error: _NotNegative
-    standard_error: _NotNegative
+    weighted_error: _NotNegative
 
 
 class Domain(Record):

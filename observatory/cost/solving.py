@@ -49,21 +49,17 @@ class Problem:
     def build(cls, exchanges: Sequence[StageTerms], form: Form) -> Problem:
         """Stack the terms of exchanges.
 
-        A form with a floor gets one more row per stage that has the probe latency alone, and the other rows
-        lose it: the maximum then is the floor.
+        A form whose latencies and bytes overlap gets two rows per rank, one with each: the larger counts.
         """
         rows: list[NDArray[np.float64]] = []
+        per_byte_F = np.array(form.per_byte)
         starts, cases, at = [], [], 0
         for case, exchange in enumerate(exchanges):
             terms_NF = exchange.of(form)
             for stage in range(int(exchange.stage_N[-1]) + 1):
                 stage_PF = terms_NF[exchange.stage_N == stage]
-                if form.floor:
-                    probe_1F = np.zeros((1, len(form.terms)))
-                    probe_1F[0, form.terms.index("exchange")] = 1.0
-                    stage_PF = stage_PF.copy()
-                    stage_PF[:, form.terms.index("exchange")] = 0.0
-                    stage_PF = np.concatenate([stage_PF, probe_1F])
+                if form.overlap:
+                    stage_PF = np.concatenate([stage_PF * per_byte_F, stage_PF * ~per_byte_F])
                 rows.append(stage_PF)
                 starts.append(at)
                 cases.append(case)
@@ -116,27 +112,32 @@ def predict_all(problem: Problem, coefficient_F: NDArray[np.float64]) -> NDArray
 
 
 def solve(
-    problem: Problem, us_C: NDArray[np.float64], start_F: NDArray[np.float64] | None = None
+    problem: Problem,
+    us_C: NDArray[np.float64],
+    noise_C: NDArray[np.float64],
+    start_F: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     """Non-negative coefficients of the smallest relative error found, (F,).
 
-    Least squares in relative error, then again with cases that lie far off weighted down (Huber, from 1.345
-    robust standard deviations on), so that a few disturbed matrices do not bend the model.
+    Least squares of the relative error over its expected size, then again with cases that lie far off
+    weighted down (Huber, from 1.345 robust standard deviations on), so that a few disturbed matrices do not
+    bend the model.
 
     Args:
         problem: the terms.
         us_C: measured microseconds, positive.
+        noise_C: expected relative error of each case, positive.
         start_F: coefficients to start from; None starts from the busiest rows.
     """
     scale_F = problem.terms_NF.max(axis=0)
     scale_F[scale_F == 0] = 1.0
-    weight_C = np.ones(len(us_C))
+    weight_C = 1.0 / noise_C**2
     current_F = 1.0 / scale_F if start_F is None else start_F
     for _ in range(_REWEIGHTINGS):
         current_F = _least_squares(problem, us_C, weight_C, current_F, scale_F)
-        error_C = np.abs(predict_all(problem, current_F) / us_C - 1.0)
+        error_C = np.abs(predict_all(problem, current_F) / us_C - 1.0) / noise_C
         usual = _HUBER * max(float(np.median(error_C)) / _MEDIAN_OF_NORMAL, _SMALLEST_ERROR)
-        weight_C = np.minimum(1.0, usual / np.maximum(error_C, _SMALLEST_ERROR))
+        weight_C = np.minimum(1.0, usual / np.maximum(error_C, _SMALLEST_ERROR)) / noise_C**2
     return current_F
 
 

@@ -4,7 +4,7 @@ Before a collective a rank computes: since the end of its exchange before. The l
 the median of those that waited is put beside how much longer it computed in that time (spans), and how its
 SM clock stood (telemetry). All these are times of one rank's own clock, so no alignment is needed. Where a
 program records no spans, the time between a dispatch and its combine stands for computing, but only of a
-rank that got more bytes to compute on than the others.
+rank that got more bytes to compute on than the others, and took at most twice as long as these explain.
 
 ``compute load``: its computing was longer by at least half of its lateness.
 ``clock``: likewise, but its lower clock alone explains the longer computing; or no spans explain the
@@ -34,7 +34,7 @@ COMPUTE_SPANS = ("route", "pack", "experts", "unpack")
 
 _KEY = ("group", "sequence", "role")
 _EVIDENCE = ("compute_before_s", "sm_clock_mhz", "gap_s", "work_bytes")
-_MORE_WORK = 1.05
+_MORE_WORK, _PER_BYTE = 1.05, 2.0
 _EXPLAINED_SHARE = 0.5
 _LOWER_CLOCK = 0.95
 _SAME_WORK = 1.05
@@ -80,7 +80,8 @@ def explain_last(
 
 def _cause(both: pd.DataFrame) -> npt.NDArray[np.object_]:
     """One cause per collective and last rank, from the medians of those that waited and its own values."""
-    more_work = both["work_bytes_last"] >= _MORE_WORK * both["work_bytes"]
+    ratio = both["work_bytes_last"] / both["work_bytes"].where(both["work_bytes"] > 0)
+    more_work = (ratio >= _MORE_WORK) & (both["gap_s_last"] <= _PER_BYTE * ratio * both["gap_s"])
     own_s, others_s = (
         both[f"compute_before_s{end}"].fillna(both[f"gap_s{end}"].where(more_work)) for end in ("_last", "")
     )
@@ -122,7 +123,7 @@ def compute_before_s(exchanges: pd.DataFrame, spans: pd.DataFrame) -> Float64:
 def _work_before(exchanges: pd.DataFrame) -> tuple[Float64, Float64]:
     """Time since the exchange before, and the bytes to compute on that it brought.
 
-    NaN where there was none before; the bytes also where it was no dispatch.
+    NaN where there was none before; the bytes also where the two are no dispatch and combine.
     """
     start_N, before_N = _window_before(exchanges)
     gap_N, work_N = np.full(len(exchanges), np.nan), np.full(len(exchanges), np.nan)
@@ -134,7 +135,8 @@ def _work_before(exchanges: pd.DataFrame) -> tuple[Float64, Float64]:
         rows = rows[np.argsort(start_N[rows], kind="stable")]
         for row, previous in zip(rows[1:], rows[:-1], strict=True):
             gap_N[row] = (start_N[row] - before_N[row]) * 1e-9
-            if role_N[previous] == "dispatch" and received_N[previous] is not None:
+            pair = role_N[previous] == "dispatch" and role_N[row] == "combine"
+            if pair and received_N[previous] is not None:
                 work_N[row] = float(np.sum(received_N[previous]))
     return gap_N, work_N
 

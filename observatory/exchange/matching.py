@@ -27,6 +27,7 @@ Bool = npt.NDArray[np.bool_]
 _LATEST_NS = 2**61
 _LABEL = re.compile(r"\d{1,7}(-\d{1,7})?(,\d{1,7}(-\d{1,7})?)*(#\d{1,7})?")
 _LONGEST_LABEL, _MOST_RANKS = 65536, 65536
+_MOST_BYTES = 2**50
 #: Larger groups would need gigabytes for their pairs.
 _LARGEST_GROUP = 4096
 #: Groups of which there are several of one name.
@@ -194,8 +195,8 @@ def _match(rows: Int64, columns: _Columns, layout: _Layout) -> Collective | str:
     for position, pair in zip(at, lists, strict=True):
         for values, matrix_PP in zip(pair, (send_PP, receive_PP), strict=True):
             if values is not None:
-                if (values < 0).any():
-                    return f"rank {members[position]} says a negative number of bytes"
+                if ((values < 0) | (values > _MOST_BYTES)).any():
+                    return f"rank {members[position]} says an impossible number of bytes"
                 if len(values) != size:  # one entry per rank of the run, of which the group is a part
                     others = np.delete(values, members)
                     if others.any():

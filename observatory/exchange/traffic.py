@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from observatory.exchange.matching import Unmatched, match_collectives
@@ -24,19 +26,48 @@ def exchange_traffic(
         phase, layer, role, source_rank (sender), peer_rank (receiver), collectives, bytes; pairs that met and
         exchanged nothing have 0 bytes.
     """
-    sums: dict[tuple[object, ...], list[int]] = {}
-    phase, layer, role = (exchanges[name].to_numpy(object) for name in ("phase", "layer", "role"))
+    totals: dict[tuple[str, int | None, str, bytes], _Total] = {}
+    phase_N, layer_N, role_N = (exchanges[name].to_numpy(object) for name in ("phase", "layer", "role"))
     for matched in match_collectives(exchanges, ranks=ranks, clocks={}, node_of_rank=node_of_rank):
         if isinstance(matched, Unmatched):
             continue
         at = matched.rows[0]
+        layer = None if pd.isna(layer_N[at]) else int(layer_N[at])
+        key = (str(phase_N[at]), layer, str(role_N[at]), matched.rank_P.tobytes())
+        if key not in totals:
+            size = len(matched.rank_P)
+            totals[key] = _Total(
+                matched.rank_P, np.zeros((size, size), np.int64), np.zeros((size, size), np.int64)
+            )
         sent_PP = np.where(matched.send_PP >= 0, matched.send_PP, matched.receive_PP.T)
-        own_layer = None if pd.isna(layer[at]) else int(layer[at])
-        for i, j in np.argwhere(sent_PP >= 0):
-            key = (phase[at], own_layer, role[at], int(matched.rank_P[i]), int(matched.rank_P[j]))
-            entry = sums.setdefault(key, [0, 0])
-            entry[0] += 1
-            entry[1] += int(sent_PP[i, j])
-    columns = ["phase", "layer", "role", "source_rank", "peer_rank", "collectives", "bytes"]
-    frame = pd.DataFrame([[*key, *entry] for key, entry in sums.items()], columns=columns)
-    return frame.astype({"layer": "Int64"}).sort_values(columns[:5]).reset_index(drop=True)
+        totals[key].bytes_PP += np.maximum(sent_PP, 0)
+        totals[key].count_PP += sent_PP >= 0
+    pairs = ["phase", "layer", "role", "source_rank", "peer_rank"]
+    frames = [
+        total.frame().assign(phase=phase, layer=layer, role=role)
+        for (phase, layer, role, _), total in totals.items()
+    ]
+    columns = [*pairs, "collectives", "bytes"]
+    frame = pd.concat(frames) if frames else pd.DataFrame(columns=columns)
+    frame = frame[columns].astype({"layer": "Int64"})
+    return frame.groupby(pairs, dropna=False, as_index=False, sort=True).sum()
+
+
+@dataclass(slots=True)
+class _Total:
+    """Sums over the collectives of one group; [i, j] is from its i-th to its j-th rank."""
+
+    rank_P: npt.NDArray[np.int64]
+    bytes_PP: npt.NDArray[np.int64]
+    count_PP: npt.NDArray[np.int64]
+
+    def frame(self) -> pd.DataFrame:
+        i, j = np.nonzero(self.count_PP)
+        return pd.DataFrame(
+            {
+                "source_rank": self.rank_P[i],
+                "peer_rank": self.rank_P[j],
+                "collectives": self.count_PP[i, j],
+                "bytes": self.bytes_PP[i, j],
+            }
+        )

@@ -29,7 +29,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    document: Told = json.loads(out.read_text())
+    document: Told = {**json.loads(out.read_text()), "folder": out.parent}
     return document
 
 

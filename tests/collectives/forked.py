@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import json
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -66,18 +67,22 @@ def _meeting_point_elsewhere() -> Iterator[int]:
 
 
 def _work(rank: int, work: Callable[[int], Any], folder: Path) -> None:
+    """All that a fork does; whatever happens, it never gets back into the code that forked it."""
     faulthandler.enable()
     try:
-        told: dict[str, Any] = {"value": work(rank)}
-    except ObservatoryError as error:
-        told = {"error": str(error)}
+        try:
+            told: dict[str, Any] = {"value": work(rank)}
+        except ObservatoryError as error:
+            told = {"error": str(error)}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        (folder / f"{rank}.part").write_text(json.dumps(told))
+        (folder / f"{rank}.part").rename(folder / str(rank))
+        os._exit(0)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
+    finally:
         os._exit(70)
-    (folder / f"{rank}.part").write_text(json.dumps(told))
-    (folder / f"{rank}.part").rename(folder / str(rank))
-    os._exit(0)
 
 
 def _await(pids: list[int], timeout_s: float) -> list[str]:

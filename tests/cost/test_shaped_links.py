@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +16,12 @@ US_PER_BYTE = 8.0 / RATE_MBIT
 
 
 def one_way_plan(seed: int = 0) -> BenchPlan:
-    """Matrices of 2 + 2 ranks: node 0 sends to node 1, from one rank or both, and all send inside their nodes.
+    """Matrices of 2 + 2 ranks: node 0 sends to node 1, from one rank or both, and all send inside their
+    nodes.
 
     What crosses and what stays is drawn separately, so that the two can be told apart. Nothing goes back:
-    gloo announces receive buffers against the stream, which a plain token bucket puts at the end of the queue.
+    gloo announces receive buffers against the stream, which a plain token bucket puts at the end of the
+    queue.
     """
     generator = np.random.default_rng(seed)
     traffic = []

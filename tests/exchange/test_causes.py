@@ -95,3 +95,10 @@ def test_a_rank_that_sampled_several_devices_has_no_clock_of_its_own() -> None:
 def test_without_spans_more_bytes_to_compute_on_explain_a_longer_gap() -> None:
     assert explained(layer([300, 900], bytes_to_1=64))["cause"].tolist()[2] == "compute load"
     assert explained(layer([300, 900], bytes_to_1=1))["cause"].tolist()[2] == "unknown"
+    # 20 % more bytes do not make it four times slower, and a dispatch is not computed for.
+    rows = layer([300, 900])
+    rows.at[0, "send_bytes"], rows.at[0, "receive_bytes"] = [5, 6], [5, 5]
+    rows.at[1, "send_bytes"], rows.at[1, "receive_bytes"] = [5, 6], [6, 6]
+    assert explained(rows)["cause"].tolist()[2] == "unknown"
+    twice = layer([300, 900], bytes_to_1=64).assign(role="dispatch")
+    assert explained(twice)["cause"].tolist()[2] == "unknown"

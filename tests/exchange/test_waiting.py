@@ -209,6 +209,13 @@ def test_rows_that_contradict_each_other_are_not_one_collective() -> None:
     assert split(rows)["problem"].iloc[0] == "ranks disagree on the layer: rank 0 says 3, rank 1 4"
 
 
+@pytest.mark.parametrize("impossible", [-1, 2**62])
+def test_impossible_bytes_are_refused(impossible: int) -> None:
+    waits = split(collective([0, 10], [20, 21], [[1, impossible], [1, 1]]))
+    assert waits["problem"].iloc[0] == "rank 0 says an impossible number of bytes"
+    assert waits["wait_s"].isna().all()
+
+
 def test_without_bytes_per_peer_there_is_a_bound_only() -> None:
     rows = collective([0, 40], [60, 61], [[1, 1], [1, 1]]).assign(send_bytes=None, receive_bytes=None)
     waits = split(rows)

@@ -1,0 +1,220 @@
+"""Benchmarks and replays on real local ranks over gloo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from collectives.bench import alltoall_plan, run_plan
+from collectives.transport_base import AloneTransport
+from observatory.campaign.benchmark import run_benchmark
+from observatory.cli import main
+from observatory.errors import ExchangeError
+from observatory.records import DataSpec, Manifest, ModelSpec, MoeLayerSpec, Topology
+from observatory.records_bench import load_bench
+from observatory.store import RunWriter, routing_rows
+
+LOAD_SPE = np.array([[[8, 0, 0, 0], [0, 4, 1, 3]], [[1, 1, 1, 1], [5, 0, 0, 3]]])
+
+
+@pytest.fixture
+def captured_run(tmp_path: Path) -> Path:
+    """Two ranks, two steps of decode in layer 5; rows of 8 float32."""
+    path = tmp_path / "run"
+    spec = MoeLayerSpec(layer=5, module="m", experts=4, top_k=1)
+    manifest = Manifest(
+        run_id="run-1",
+        created_unix_s=0.0,
+        topology=Topology(ranks=2),
+        model=ModelSpec(name="made", hidden_size=8, dtype="float32", moe_layers=(spec,)),
+        data=DataSpec(condition="prose"),
+    )
+    writers = [RunWriter.create(path, manifest), RunWriter.join(path, rank=1)]
+    for rank, writer in enumerate(writers):
+        rows = routing_rows(
+            step_N=np.arange(2),
+            phase_N="decode",
+            layer_N=5,
+            source_rank=rank,
+            tokens_N=LOAD_SPE[:, rank].sum(axis=1),
+            load_NE=LOAD_SPE[:, rank],
+        )
+        writer.append("routing", rows)
+    for writer in reversed(writers):
+        writer.close()
+    return path
+
+
+def test_every_algorithm_delivers_every_byte_of_every_pattern() -> None:
+    plan = alltoall_plan(
+        ranks=4,
+        sizes_bytes=[16, 4096],
+        patterns=["random", "sparse", "one-sided", "empty"],
+        algorithms=["flat", "hierarchical", "gather"],
+        warmup=0,
+        repeats=2,
+        iterations=1,
+    )
+    result = run_benchmark(plan, ranks=4, backend="gloo", ranks_per_node=2)
+    assert result is not None
+    assert result.node_of_P == (0, 0, 1, 1)
+    assert (result.backend, result.ranks) == ("gloo", 4)
+    assert len(result.cases) == 3 * len(plan.traffic)
+    assert all(case.correct for case in result.cases)
+    assert all(np.shape(case.rank_us_RP) == (2, 4) for case in result.cases)
+
+
+def test_the_command_starts_its_own_ranks_and_keeps_raw_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bench.json"
+    argv = ["bench", "alltoall", "--ranks", "2", "--sizes", "1KiB,2KiB", "--patterns", "uniform"]
+    argv += ["--repeats", "3", "--iterations", "1", "--out", str(out)]
+    assert main([*argv, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["mean_send_bytes"] for row in document["rows"]] == [1024, 2048]
+    result = load_bench(out)
+    assert np.shape(result.cases[0].rank_us_RP) == (3, 2)
+    row = document["rows"][0]
+    assert row["busbw_gb_per_s"] == pytest.approx(row["algbw_gb_per_s"] / 2)
+    assert main(argv) == 1, "a result is not replaced without --force"
+    assert "--force" in capsys.readouterr().err
+
+
+def test_a_replay_compares_captured_with_uniform_traffic_of_equal_volume(
+    captured_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "replay.json"
+    argv = [
+        "replay",
+        str(captured_run),
+        "--ep",
+        "2",
+        "--repeats",
+        "2",
+        "--iterations",
+        "1",
+        "--out",
+        str(out),
+    ]
+    assert main([*argv, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    whole = rows[0]
+    assert (whole["phase"], whole["exchanges"]) == (None, 4)
+    assert whole["ratio"] == pytest.approx(whole["captured_us"] / whole["uniform_us"])
+    assert whole["ratio_low"] <= whole["ratio"] <= whole["ratio_high"]
+    assert {(row["phase"], row["layer"], row["role"]) for row in rows[1:]} == {
+        ("decode", 5, "dispatch"),
+        ("decode", 5, "combine"),
+    }
+    result = load_bench(out)
+    assert result.run_id == "run-1"
+    sent = {(case.step, case.role): case.send_bytes_PP for case in result.cases if case.pattern == "captured"}
+    # Rows of 32 bytes; experts 0 and 1 on rank 0. Step 0: rank 0 keeps 8, rank 1 sends 4 and keeps 4.
+    assert sent[0, "dispatch"] == ((256, 0), (128, 128))
+    assert sent[0, "combine"] == ((256, 128), (0, 128))
+    assert sent[1, "dispatch"] == ((64, 64), (160, 96))
+    volumes = {(case.step, case.pattern): sum(map(sum, case.send_bytes_PP)) for case in result.cases}
+    assert volumes[0, "captured"] == volumes[0, "uniform"] == 512
+    assert all(case.correct for case in result.cases)
+
+
+@pytest.mark.parametrize(
+    ("change", "argv", "said"),
+    [
+        ({}, ["--ep", "3"], "EP 3 does not divide 4 experts; degrees that fit: 1, 2, 4"),
+        ({"hidden_size": None}, ["--ep", "2"], "does not say its hidden size"),
+        ({"dtype": "int3"}, ["--ep", "2"], "dtype 'int3', whose size is not known"),
+        ({}, ["--ep", "2", "--phase", "prefill"], "nothing to replay"),
+        ({}, ["--ep", "2", "--algorithm", "ring"], "algorithm 'ring' is unknown"),
+        ({}, ["--ep", "2", "--backend", "pigeon"], "pigeon"),
+        ({}, ["--ep", "2", "--backend", "mpi"], "mpiexec -n 2"),
+    ],
+)
+def test_a_replay_that_cannot_be_says_why_in_one_line(
+    change: dict[str, object],
+    argv: list[str],
+    said: str,
+    captured_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    manifest = json.loads((captured_run / "run.json").read_text())
+    manifest["model"] |= change
+    (captured_run / "run.json").write_text(json.dumps(manifest))
+    out = tmp_path / "replay.json"
+    assert main(["replay", str(captured_run), *argv, "--out", str(out)]) == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert not out.exists()
+
+
+def test_bytes_that_arrive_wrong_are_found_and_reported(tmp_path: Path) -> None:
+    class Flipping(AloneTransport):
+        """A fabric that flips one bit of one byte."""
+
+        def _all_to_all(self, rows, send_G, receive_G, group):  # type: ignore[no-untyped-def]
+            received = super()._all_to_all(rows, send_G, receive_G, group)
+            if received.numel() > 100:
+                received.view(-1)[77] ^= 1
+            return received
+
+    plan = alltoall_plan(
+        ranks=1, sizes_bytes=[64, 256], patterns=["uniform"], algorithms=["flat"], repeats=1, iterations=1
+    )
+    result = run_plan(Flipping(), plan)
+    assert result is not None
+    assert [case.correct for case in result.cases] == [True, False]
+    from observatory.campaign.benchmark import write_result
+
+    with pytest.raises(ExchangeError, match="1 of 2 exchanges went wrong, first flat with uniform"):
+        write_result(result, tmp_path / "bench.json")
+    assert load_bench(tmp_path / "bench.json") == result, "the raw result is kept as evidence"
+
+
+def test_results_of_an_earlier_round_are_not_taken_for_new_ones() -> None:
+    class Stale(AloneTransport):
+        """A fabric that delivers the first round's bytes for ever."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first: torch.Tensor | None = None
+
+        def _all_to_all(self, rows, send_G, receive_G, group):  # type: ignore[no-untyped-def]
+            del send_G, receive_G, group
+            if rows.shape[1] == 1:
+                return rows.clone()  # what ranks tell each other is not what is tested here
+            self.first = rows.clone() if self.first is None else self.first
+            return self.first
+
+    plan = alltoall_plan(ranks=1, sizes_bytes=[256], patterns=["uniform"], algorithms=["flat"], repeats=2)
+    result = run_plan(Stale(), plan)
+    assert result is not None
+    assert not result.cases[0].correct
+
+
+def test_the_clock_is_read_around_the_exchanges_only() -> None:
+    ticks = iter(range(0, 10**9, 5000))
+    plan = alltoall_plan(
+        ranks=1,
+        sizes_bytes=[64],
+        patterns=["uniform"],
+        algorithms=["flat"],
+        warmup=1,
+        repeats=3,
+        iterations=5,
+    )
+    result = run_plan(AloneTransport(), plan, clock_ns=lambda: next(ticks))
+    assert result is not None
+    assert result.cases[0].rank_us_RP == ((1.0,), (1.0,), (1.0,)), "5 us for 5 exchanges, warm-up left out"
+    assert next(ticks) == 5000 * 2 * 4
+
+
+def test_a_plan_of_another_size_is_refused() -> None:
+    plan = alltoall_plan(ranks=2, sizes_bytes=[64], patterns=["uniform"], algorithms=["flat"])
+    with pytest.raises(ExchangeError, match="matrix of 2 ranks on 1"):
+        run_plan(AloneTransport(), plan)

@@ -1,0 +1,150 @@
+"""Predicted times beside the ratios of a scan, and what realism costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from collectives.replay import replay_plan
+from observatory.cli import main
+from observatory.cost import fit_network, realism
+from observatory.cost.scan import scan_times
+from observatory.errors import BenchmarkError
+from observatory.parallel.captured import captured_traffic, row_bytes, whole_rows
+from observatory.records import ModelSpec
+from observatory.records_bench import BenchCase, BenchResult, Traffic
+from observatory.store import open_run
+from tests.conftest import MakeRun
+from tests.cost.synthetic import made_result
+
+
+def a_bus(bytes_PP, _node_of_P) -> float:  # type: ignore[no-untyped-def]
+    """10 us and 1 us per kB of the busiest rank, received or sent, own bytes free."""
+    moved = bytes_PP - np.diag(np.diagonal(bytes_PP))
+    return 10.0 + float(max(moved.sum(axis=0).max(), moved.sum(axis=1).max())) / 1e3
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Path:
+    model = fit_network([made_result(a_bus, (0,) * ranks) for ranks in (2, 4)], bootstrap=20)
+    path = tmp_path / "fit.json"
+    path.write_text(model.model_dump_json())
+    return path
+
+
+def test_a_scan_shows_times_for_degrees_that_were_never_run(
+    make_run: MakeRun, network: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(make_run())
+    argv = ["scan", run, "--ep", "1,2,4", "--gpus-per-node", "4", "--network", str(network)]
+    assert main([*argv, "--row-bytes", "16000", "--json"]) == 0
+    rows = {row["ep"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    # EP 2: loads 1, 1, 2, 4 from two half ranks: 1 and 3 rows from each; 3 rows of 16 kB arrive at rank 1.
+    assert rows[2]["dispatch_us"] == pytest.approx(10 + 48, rel=0.05)
+    assert rows[2]["combine_us"] == pytest.approx(10 + 48, rel=0.05)
+    assert rows[2]["dispatch_low_us"] <= rows[2]["dispatch_us"] <= rows[2]["dispatch_high_us"]
+    assert rows[2]["extrapolated"] is None
+    assert "1 ranks (measured 2 to 4)" in rows[1]["extrapolated"]
+    assert main([*argv, "--row-bytes", "16000"]) == 0
+    captured = capsys.readouterr()
+    assert "dispatch us" in captured.out
+    assert "extrapolated at EP 1" in captured.err
+
+
+def test_links_the_model_never_saw_leave_a_reason_and_no_number(
+    make_run: MakeRun, network: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["scan", str(make_run()), "--ep", "4", "--gpus-per-node", "2", "--network", str(network)]
+    assert main([*argv, "--row-bytes", "16", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["dispatch_us"] is None
+    assert "never measured" in row["no_prediction"]
+
+
+def test_a_scan_without_bytes_per_row_asks_for_them(
+    make_run: MakeRun, network: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["scan", str(make_run()), "--ep", "2", "--network", str(network)]) == 1
+    assert "give --row-bytes" in capsys.readouterr().err
+
+
+def test_an_algorithm_that_was_not_measured_is_refused(make_run: MakeRun, network: Path) -> None:
+    from observatory.cost import load_network
+
+    with pytest.raises(BenchmarkError, match="knows flat"):
+        scan_times(
+            open_run(make_run()), load_network(network), ep_degrees=[2], gpus_per_node=2, algorithm="gather"
+        )
+
+
+def test_rows_have_the_bytes_of_the_model() -> None:
+    assert row_bytes(ModelSpec(name="m", hidden_size=96, dtype="bfloat16")) == 192
+    assert row_bytes(ModelSpec(name="m", hidden_size=96, dtype="torch.float32")) == 384
+
+
+def test_whole_rows_keep_the_total_and_round_the_largest_remainders_up() -> None:
+    assert whole_rows(np.array([[0.5, 0.2], [1.9, 1.4]])).tolist() == [[1, 0], [2, 1]]
+    assert whole_rows(np.array([[3, 1], [0, 2]])).tolist() == [[3, 1], [0, 2]]
+
+
+def test_chosen_steps_are_spread_over_the_run(make_run: MakeRun) -> None:
+    run = open_run(make_run(steps=9))
+    found = captured_traffic(run, ep=2, bytes_per_row=1, steps=3)
+    assert [item.step for item in found] == [0, 4, 8]
+
+
+def replayed(captured_us: list[float], uniform_us: list[float]) -> BenchResult:
+    traffic = [
+        Traffic(
+            pattern="captured",
+            send_bytes_PP=((0, 8), (0, 0)),
+            step=step,
+            phase="decode",
+            layer=1,
+            role="dispatch",
+        )
+        for step in range(len(captured_us))
+    ]
+    plan = replay_plan(traffic, algorithms=["flat"], roles=["dispatch"])
+    times = {"captured": captured_us, "uniform": uniform_us}
+    return BenchResult(
+        kind="replay",
+        created_unix_s=0.0,
+        backend="made-up",
+        node_of_P=(0, 0),
+        warmup=0,
+        repeats=1,
+        iterations=1,
+        cases=tuple(
+            BenchCase(
+                **item.model_dump(),
+                algorithm="flat",
+                rank_us_RP=((times[item.pattern][item.step or 0], 1.0),),
+                correct=True,
+            )
+            for item in plan.traffic
+        ),
+    )
+
+
+def test_what_realism_costs_is_a_ratio_of_sums_over_steps() -> None:
+    frame = realism(replayed([30.0, 10.0], [10.0, 10.0]))
+    assert frame["ratio"].tolist() == [2.0, 2.0]
+    assert frame["captured_us"].tolist() == [20.0, 20.0]
+    assert frame["phase"].isna().tolist() == [True, False]
+    assert frame["ratio_low"].tolist() == [1.0, 1.0]
+    assert frame["ratio_high"].tolist() == [3.0, 3.0]
+    single = realism(replayed([30.0], [10.0]))
+    assert single["ratio_low"].isna().all(), "one pair has no interval"
+
+
+def test_a_replay_without_its_uniform_half_is_refused() -> None:
+    whole = replayed([30.0, 10.0], [10.0, 10.0])
+    half = whole.model_copy(update={"cases": tuple(c for c in whole.cases if c.pattern == "captured")})
+    with pytest.raises(BenchmarkError, match="do not pair up"):
+        realism(half)
+    with pytest.raises(BenchmarkError, match="no replay but a benchmark"):
+        realism(whole.model_copy(update={"kind": "alltoall"}))
