@@ -21,8 +21,7 @@ def realism(result: BenchResult, *, bootstrap: int = 1000, seed: int = 0) -> pd.
 
     Returns:
         algorithm, phase, layer, role (missing: all), exchanges, captured_us, uniform_us (means of one
-        exchange),
-        ratio, ratio_low, ratio_high.
+        exchange), ratio, ratio_low, ratio_high.
 
     Raises:
         BenchmarkError: the result is no replay, or a captured matrix lacks its uniform companion.
