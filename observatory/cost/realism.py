@@ -20,8 +20,8 @@ def realism(result: BenchResult, *, bootstrap: int = 1000, seed: int = 0) -> pd.
     None with a single pair.
 
     Returns:
-        algorithm, phase, layer, role (missing: all), exchanges, captured_us, uniform_us (means of one exchange),
-        ratio, ratio_low, ratio_high.
+        algorithm, phase, layer, role (missing: all), exchanges, captured_us, uniform_us (means of one
+        exchange), ratio, ratio_low, ratio_high.
 
     Raises:
         BenchmarkError: the result is no replay, or a captured matrix lacks its uniform companion.
