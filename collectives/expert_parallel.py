@@ -7,8 +7,9 @@ experts modules stay where they are and are called as before, so hooks on them s
 what a call does is exchanged for a dispatcher around a second module that holds the local experts. That
 module is of the model's own class, so that activations, biases and scales are the family's own.
 
-Replicated parameters (router, attention, shared experts) get gradients of this rank's tokens only, as in data
-parallelism: sum them over ranks. Local experts get the gradients of all ranks' tokens.
+Replicated parameters (router, attention, shared experts) get a share of their gradients, as in data
+parallelism: sum them over ranks. Local experts get the gradients of all ranks' tokens; with replicas, each
+copy those of the tokens that it was given.
 """
 
 from __future__ import annotations
@@ -194,7 +195,7 @@ class ShardedModel:
             yield from layer.local.parameters()
 
     def replicated_parameters(self) -> Iterator[nn.Parameter]:
-        """Everything else: gradients are of this rank's tokens, to be summed over ranks."""
+        """Everything else: gradients are this rank's share, to be summed over ranks."""
         own = {id(p) for layer in self.layers for p in layer.site.module.parameters(recurse=False)}
         yield from (p for p in self.model.parameters() if id(p) not in own)
 

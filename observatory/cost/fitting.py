@@ -8,9 +8,8 @@ Shapes: C cases (a matrix under one algorithm), F terms, B bootstrap samples, K 
    measured on those. A group is one pattern and seed at all its sizes, or, where there are fewer than five
    of these, one matrix: so no held-out matrix has a scaled copy of itself in the fit where this can be
    avoided.
-3. The form with the smallest error, cases weighted by what they are worth, is the best. Another form is as
-   good when it errs more, case by case, by no more than one standard error of that difference. Of these the
-   one with the fewest parameters is chosen.
+3. The form with the smallest error, cases weighted by what they are worth, is the best. Of the forms that err
+   at most a tenth more than it, the one with the fewest parameters is chosen.
 4. Intervals: matrices are drawn again with replacement and the chosen form is fitted to each draw.
 """
 
@@ -36,8 +35,11 @@ _RATIO_QUANTILES = np.arange(1, 40, 2) / 40
 #: A form needs this many cases per coefficient.
 _CASES_PER_TERM = 2
 _MAX_CONDITION = 1e8
-#: Relative error that even a quiet measurement and a good form leave.
-_LEAST_NOISE = 0.03
+#: Relative error that a good form leaves where the measurement is quiet. It bounds how much more a quiet
+#: long exchange counts than a noisy short one, from which alone latencies can be told.
+_LEAST_NOISE = 0.1
+#: A simpler form may err by this factor more.
+_AS_GOOD = 1.1
 
 
 def fit_network(
@@ -132,14 +134,6 @@ class _Trial:
         """Mean error, a case counting the less the more its repeats scatter."""
         return float(np.average(self.error_C, weights=1.0 / self.noise_C))
 
-    def as_good_as(self, best: _Trial) -> bool:
-        """Whether it errs more than the best by no more than one standard error of the difference."""
-        weight_C = 1.0 / self.noise_C
-        more_C = self.error_C - best.error_C
-        more = float(np.average(more_C, weights=weight_C))
-        spread = float(np.sqrt(np.sum((weight_C * (more_C - more)) ** 2)) / weight_C.sum())
-        return more <= spread
-
     def score(self) -> FormScore:
         """The errors in numbers."""
         error_C = self.error_C
@@ -178,9 +172,9 @@ def _fit_algorithm(algorithm: str, cases: Sequence[_Case], bootstrap: int, seed:
             f"{len(cases)} matrices of algorithm {algorithm} are too few to fit; "
             "benchmark more sizes and patterns (observatory bench alltoall)"
         )
-    best = min(trials, key=lambda trial: trial.weighted_error)
+    allowed = _AS_GOOD * min(trial.weighted_error for trial in trials)
     chosen = min(
-        (trial for trial in trials if trial.as_good_as(best)),
+        (trial for trial in trials if trial.weighted_error <= allowed),
         key=lambda trial: (int(trial.known_F.sum()), trial.weighted_error),
     )
     value_F = _fit(chosen.problem, chosen.added, us_C, noise_C, chosen.known_F)

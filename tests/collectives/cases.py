@@ -98,8 +98,8 @@ def forward(
 def backward(
     model: nn.Module, transport: BaseTransport, algorithm: Algorithm, deduplicate: bool
 ) -> Difference:
-    """Gradients: of this rank's experts by all ranks' tokens, of everything else by its own tokens."""
-    own, everybody = gradients(model, transport.rank, transport.size)
+    """Gradients by the tokens of all ranks: complete for this rank's experts, a share of everything else."""
+    everybody = gradients(model, transport.size)
     worst = 0.0
     with shard_experts(model, transport, algorithm=algorithm, deduplicate=deduplicate) as sharded:
         loss(sharded, model, transport.rank).backward()  # type: ignore[no-untyped-call]
@@ -110,20 +110,26 @@ def backward(
                 full = everybody[f"{layer.site.spec.module}.{name}"][here]
                 worst = max(worst, difference(mine, full)["relative"])
         replicated = {id(p) for p in sharded.replicated_parameters()}
-        for name, parameter in model.named_parameters():
-            if id(parameter) in replicated and parameter.grad is not None:
-                worst = max(worst, difference(parameter.grad, own[name])["relative"])
+        names = [name for name, parameter in model.named_parameters() if id(parameter) in replicated]
+        parameters = dict(model.named_parameters())
+        summed = sum_over_ranks([parameters[name] for name in names], transport)
+        for name, gradient in zip(names, summed, strict=True):
+            worst = max(worst, difference(gradient.reshape(-1), everybody[name].reshape(-1))["relative"])
     model.zero_grad()
     return {"absolute": worst, "relative": worst}
 
 
+def sum_over_ranks(parameters: list[nn.Parameter], transport: BaseTransport) -> list[torch.Tensor]:
+    """Gradients of parameters that all ranks hold, flat, summed over the ranks."""
+    here = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in parameters])
+    everybody = transport.all_gather_v(here.unsqueeze(0), [1] * transport.size).sum(dim=0)
+    return list(torch.split(everybody, [p.numel() for p in parameters]))
+
+
 @cache
-def gradients(
-    model: nn.Module, rank: int, world: int
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Gradients of the whole model: by this rank's tokens, and by those of all ranks."""
+def gradients(model: nn.Module, world: int) -> dict[str, torch.Tensor]:
+    """Gradients of the whole model by the tokens of all ranks."""
     model.requires_grad_(True)
-    own: dict[str, torch.Tensor] = {}
     everybody: dict[str, torch.Tensor] = {}
     for source in range(world):
         model.zero_grad()
@@ -131,10 +137,8 @@ def gradients(
         for name, parameter in model.named_parameters():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
             everybody[name] = everybody.get(name, torch.zeros_like(gradient)) + gradient
-            if source == rank:
-                own[name] = gradient
     model.zero_grad()
-    return own, everybody
+    return everybody
 
 
 def loss(call: Any, model: nn.Module, rank: int) -> torch.Tensor:
@@ -253,7 +257,7 @@ def rank_work(made: dict[str, nn.Module], rank: int, world: int) -> dict[str, An
             for algorithm, deduplicate in VARIANTS if full else VARIANTS[:1]:
                 key = f"{name} {algorithm}{' deduplicated' if deduplicate else ''}"
                 told["forward"][key] = forward(model, transport, algorithm, deduplicate)
-        for name in ("mixtral", "gpt_oss", "deepseek_v3"):
+        for name in ("mixtral", "gpt_oss", "deepseek_v3", "muse_spark"):
             for algorithm, deduplicate in VARIANTS if name == "mixtral" else VARIANTS[:1]:
                 key = f"{name} {algorithm}{' deduplicated' if deduplicate else ''}"
                 told["backward"][key] = backward(made[name], transport, algorithm, deduplicate)
