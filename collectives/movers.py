@@ -70,22 +70,23 @@ def _gather(transport: Transport, rows_PP: NDArray[np.int64]) -> Mover:
 def _hierarchical(transport: Transport, rows_PP: NDArray[np.int64]) -> Mover:
     local = node_size(transport.node_of_P)
     nodes = transport.size // local
-    n, k = divmod(transport.rank, local)
+    m, index = divmod(transport.rank, local)
     flow_nlmk = rows_PP.reshape(nodes, local, nodes, local)
-    # Inside the node: what local rank l holds for local index k of every node m.
-    sent_mk, received_lm = flow_nlmk[n, k], flow_nlmk[n, :, :, k]
-    # Between nodes, among ranks of local index k: what node m collected for me, from its local ranks l.
-    collected_ml = flow_nlmk[:, :, n, k]
+    # Across: what this rank has for every node, and what the ranks of its index have for its own node.
+    sent_n = flow_nlmk[m, index].sum(axis=1)
+    held_nk = flow_nlmk[:, index, m, :]
+    # Inside the node: what local rank l now holds for this rank, from every node n.
+    handed_ln = flow_nlmk[:, :, m, index].T
 
     def exchange(rows_NB: Tensor) -> Tensor:
-        by_index = _regroup(rows_NB, sent_mk)
-        held = transport.all_to_all_v(
-            by_index, sent_mk.sum(axis=0).tolist(), received_lm.sum(axis=1).tolist(), group="node"
+        held = transport.all_to_all_v(rows_NB, sent_n.tolist(), held_nk.sum(axis=1).tolist(), group="across")
+        handed = transport.all_to_all_v(
+            _regroup(held, held_nk),
+            held_nk.sum(axis=0).tolist(),
+            handed_ln.sum(axis=1).tolist(),
+            group="node",
         )
-        by_node = _regroup(held, received_lm)
-        return transport.all_to_all_v(
-            by_node, received_lm.sum(axis=0).tolist(), collected_ml.sum(axis=1).tolist(), group="across"
-        )
+        return _regroup(handed, handed_ln)
 
     return exchange
 

@@ -5,9 +5,9 @@ Shapes: P ranks; ``bytes_PP[i, j]`` is what rank i has for rank j.
 Known here because both those who move bytes and those who predict how long it takes must agree on it:
 
 * ``flat``: one exchange, every pair directly.
-* ``hierarchical``: inside the node first, so that local rank l' collects what its node sends to the l'-th
-  rank of every node; then between the ranks of equal local index. Each byte is sent twice, but a rank sends
-  to one peer per node only.
+* ``hierarchical``: between nodes first, to the rank of the same local index on the destination's node; then
+  inside the node. Each byte is sent twice, but a rank sends to one peer per node only. The combine, its
+  reverse, is the same exchange of the transposed matrix in the other order, and taken to last as long.
 * ``gather``: every rank gives its whole buffer to every other, which keeps what is its own.
 """
 
@@ -65,10 +65,10 @@ def stages(bytes_PP: ArrayLike, node_of_P: Sequence[int], algorithm: str) -> lis
     nodes = ranks // local
     # From (node n, local l) to (node m, local k).
     flow_nlmk = matrix_PP.reshape(nodes, local, nodes, local)
-    inside_PP, across_PP = np.zeros_like(matrix_PP), np.zeros_like(matrix_PP)
-    first_nlnk = inside_PP.reshape(nodes, local, nodes, local)
-    second_nkmk = across_PP.reshape(nodes, local, nodes, local)
-    node_n, index_k = np.arange(nodes), np.arange(local)
-    first_nlnk[node_n, :, node_n, :] = flow_nlmk.sum(axis=2)
-    second_nkmk[:, index_k, :, index_k] = flow_nlmk.sum(axis=1).transpose(2, 0, 1)
-    return [inside_PP, across_PP]
+    across_PP, inside_PP = np.zeros_like(matrix_PP), np.zeros_like(matrix_PP)
+    first_nlml = across_PP.reshape(nodes, local, nodes, local)
+    second_mlmk = inside_PP.reshape(nodes, local, nodes, local)
+    node_m, index_l = np.arange(nodes), np.arange(local)
+    first_nlml[:, index_l, :, index_l] = flow_nlmk.sum(axis=3).transpose(1, 0, 2)
+    second_mlmk[node_m, :, node_m, :] = flow_nlmk.sum(axis=0).transpose(1, 0, 2)
+    return [across_PP, inside_PP]

@@ -93,11 +93,11 @@ def test_stages_deliver_every_byte(nodes: int, local: int, seed: int) -> None:
     ranks = nodes * local
     bytes_PP = np.random.default_rng(seed).integers(0, 100, size=(ranks, ranks))
     node_of_P = [rank // local for rank in range(ranks)]
-    inside, across = stages(bytes_PP, node_of_P, "hierarchical")
+    across, inside = stages(bytes_PP, node_of_P, "hierarchical")
     # What a rank holds between the stages is what it got in the first and what it sends in the second.
-    assert np.array_equal(inside.sum(axis=0), across.sum(axis=1))
-    assert np.array_equal(inside.sum(axis=1), bytes_PP.sum(axis=1))
-    assert np.array_equal(across.sum(axis=0), bytes_PP.sum(axis=0))
+    assert np.array_equal(across.sum(axis=0), inside.sum(axis=1))
+    assert np.array_equal(across.sum(axis=1), bytes_PP.sum(axis=1))
+    assert np.array_equal(inside.sum(axis=0), bytes_PP.sum(axis=0))
     node = np.array(node_of_P)
     assert not inside[node[:, None] != node[None, :]].any()
     assert not across[(np.arange(ranks)[:, None] - np.arange(ranks)[None, :]) % local != 0].any()

@@ -61,11 +61,13 @@ def test_the_hierarchical_algorithm_has_two_stages_that_add_up() -> None:
     terms = stage_terms(bytes_PP, TWO_NODES, "hierarchical")
     rows = dict(zip(TERMS, terms.terms_NF.T.tolist(), strict=True))
     assert terms.stage_N.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
-    # Inside: rank 0 keeps 5 + 0 for index 0 and hands 10 + 20 to rank 1, which keeps 40; rank 3 hands 2 over.
-    assert rows["bytes_self"][:4] == [5, 40, 1, 7]
-    assert rows["bytes_node"][:4] == [30, 30, 2, 2]
-    # Across: rank 1 sends the 60 bytes for rank 3.
-    assert rows["bytes_other"][4:] == [1, 60, 1, 60]
+    # Across: rank 0 hands 0 + 20 to rank 2, rank 1 hands 40 to rank 3, rank 2 hands 1 + 0 to rank 0.
+    assert rows["bytes_other"][:4] == [20, 40, 20, 40]
+    assert rows["bytes_self"][:4] == [15, 0, 0, 9]
+    # Inside: rank 0 holds 5 + 1 for itself and 10 for rank 1; rank 2 got 20 for rank 3; rank 3 holds 40 + 7.
+    assert rows["bytes_self"][4:] == [6, 0, 0, 47]
+    assert rows["bytes_node"][4:] == [10, 10, 20, 20]
+    assert rows["bytes_other"][4:] == [0, 0, 0, 0]
 
 
 def test_known_latency_and_bandwidths_come_back_and_the_simplest_true_form_is_chosen() -> None:
