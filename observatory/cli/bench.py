@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import ForceOption, JsonOption
+from observatory.cli.options import (
+    AlgorithmsOption,
+    BackendOption,
+    ForceOption,
+    IterationsOption,
+    JsonOption,
+    RanksPerNodeOption,
+    RankTimeoutOption,
+    RepeatsOption,
+    WarmupOption,
+)
 from observatory.cli.parsing import parse_algorithms, parse_names, parse_sizes
 
 __all__ = ["alltoall", "bench_group"]
@@ -30,10 +40,8 @@ def alltoall(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Ranks to start here; under a launcher, those it started.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="auto, gloo, nccl or mpi (under mpiexec).")] = "auto",
-    algorithm: Annotated[
-        str, typer.Option(help="flat, hierarchical, gather, several by commas, or all.")
-    ] = "flat",
+    backend: BackendOption = "auto",
+    algorithm: AlgorithmsOption = "flat",
     sizes: Annotated[
         str, typer.Option(help="Mean bytes each rank sends, e.g. 1KiB,64KiB,1MiB.")
     ] = "1KiB,8KiB,64KiB,512KiB,4MiB",
@@ -44,13 +52,11 @@ def alltoall(
         ),
     ] = "uniform,skewed,random,empty",
     seeds: Annotated[int, typer.Option(min=1, help="Matrices of each pattern that is drawn.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds over all matrices.")] = 10,
-    warmup: Annotated[int, typer.Option(min=0, help="Rounds before them.")] = 2,
-    iterations: Annotated[int, typer.Option(min=1, help="Exchanges in one timed interval.")] = 4,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Treat so many consecutive ranks as a node.")
-    ] = None,
-    timeout_s: Annotated[float, typer.Option(min=1.0, help="Longest wait for a rank.")] = 60.0,
+    repeats: RepeatsOption = 10,
+    warmup: WarmupOption = 2,
+    iterations: IterationsOption = 4,
+    ranks_per_node: RanksPerNodeOption = None,
+    timeout_s: RankTimeoutOption = 60.0,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import JsonOption, PlacementOption, parse_placement
+from observatory.cli.options import (
+    JsonOption,
+    MostStepsOption,
+    OnlyLayersOption,
+    OnlyPhaseOption,
+    PlacementOption,
+    RoleOption,
+    RowBytesOption,
+    parse_placement,
+)
 from observatory.cli.parsing import parse_roles
 
 __all__ = ["export"]
@@ -19,15 +28,11 @@ def export(
     ep: Annotated[int, typer.Option("--ep", min=1, help="EP degree of the matrices.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
     placement: PlacementOption = "linear",
-    phase: Annotated[str | None, typer.Option(help="Only this phase, e.g. prefill.")] = None,
-    layer: Annotated[list[int] | None, typer.Option(help="Only this layer; may be given again.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="At most so many steps of each phase, evenly spread.")
-    ] = None,
-    role: Annotated[str, typer.Option(help="dispatch, combine or both.")] = "both",
-    row_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Bytes of one row, when the run does not say its hidden size.")
-    ] = None,
+    phase: OnlyPhaseOption = None,
+    layer: OnlyLayersOption = None,
+    steps: MostStepsOption = None,
+    role: RoleOption = "both",
+    row_bytes: RowBytesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Write a run's traffic matrices for nccl-tests or UCC's perftest."""

@@ -10,11 +10,23 @@ import typer
 from observatory.errors import PlacementError
 
 __all__ = [
+    "AlgorithmsOption",
+    "BackendOption",
     "EpOption",
     "ForceOption",
     "GpusPerNodeOption",
+    "IterationsOption",
     "JsonOption",
+    "MostStepsOption",
+    "OnlyLayersOption",
+    "OnlyPhaseOption",
     "PlacementOption",
+    "RankTimeoutOption",
+    "RanksPerNodeOption",
+    "RepeatsOption",
+    "RoleOption",
+    "RowBytesOption",
+    "WarmupOption",
     "parse_ep",
     "parse_placement",
 ]
@@ -25,6 +37,25 @@ EpOption = Annotated[str, typer.Option("--ep", help="EP degrees, separated by co
 GpusPerNodeOption = Annotated[int, typer.Option("--gpus-per-node", min=1, max=65536, help="Ranks per node.")]
 PlacementOption = Annotated[
     str, typer.Option("--placement", help="linear, round-robin, or a placement file (JSON).")
+]
+
+BackendOption = Annotated[str, typer.Option(help="auto, gloo, nccl or mpi (under mpiexec).")]
+AlgorithmsOption = Annotated[str, typer.Option(help="flat, hierarchical, gather, several by commas, or all.")]
+WarmupOption = Annotated[int, typer.Option(min=0, help="Rounds before them.")]
+RepeatsOption = Annotated[int, typer.Option(min=1, help="Timed rounds over all matrices.")]
+IterationsOption = Annotated[int, typer.Option(min=1, help="Exchanges in one timed interval.")]
+RanksPerNodeOption = Annotated[
+    int | None, typer.Option(min=1, help="Treat so many consecutive ranks as a node.")
+]
+RankTimeoutOption = Annotated[float, typer.Option(min=1.0, help="Longest wait for a rank.")]
+OnlyPhaseOption = Annotated[str | None, typer.Option(help="Only this phase, e.g. prefill.")]
+OnlyLayersOption = Annotated[list[int] | None, typer.Option(help="Only this layer; may be given again.")]
+MostStepsOption = Annotated[
+    int | None, typer.Option(min=1, help="At most so many steps of each phase, evenly spread.")
+]
+RoleOption = Annotated[str, typer.Option(help="dispatch, combine or both.")]
+RowBytesOption = Annotated[
+    int | None, typer.Option(min=1, help="Bytes of one row, when the run does not say its hidden size.")
 ]
 
 

@@ -7,7 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from observatory.cli.options import ForceOption, JsonOption, PlacementOption, parse_placement
+from observatory.cli.options import (
+    AlgorithmsOption,
+    BackendOption,
+    ForceOption,
+    IterationsOption,
+    JsonOption,
+    MostStepsOption,
+    OnlyLayersOption,
+    OnlyPhaseOption,
+    PlacementOption,
+    RanksPerNodeOption,
+    RankTimeoutOption,
+    RepeatsOption,
+    RoleOption,
+    RowBytesOption,
+    WarmupOption,
+    parse_placement,
+)
 from observatory.cli.parsing import parse_algorithms, parse_roles
 
 __all__ = ["replay"]
@@ -22,26 +39,18 @@ def replay(
         int | None, typer.Option("--ep", min=1, help="EP degree: ranks to start, or those of the launcher.")
     ] = None,
     placement: PlacementOption = "linear",
-    backend: Annotated[str, typer.Option(help="auto, gloo, nccl or mpi (under mpiexec).")] = "auto",
-    algorithm: Annotated[
-        str, typer.Option(help="flat, hierarchical, gather, several by commas, or all.")
-    ] = "flat",
-    phase: Annotated[str | None, typer.Option(help="Only this phase, e.g. prefill.")] = None,
-    layer: Annotated[list[int] | None, typer.Option(help="Only this layer; may be given again.")] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="At most so many steps of each phase, evenly spread.")
-    ] = None,
-    role: Annotated[str, typer.Option(help="dispatch, combine or both.")] = "both",
-    row_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Bytes of one row, when the run does not say its hidden size.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds over all matrices.")] = 5,
-    warmup: Annotated[int, typer.Option(min=0, help="Rounds before them.")] = 1,
-    iterations: Annotated[int, typer.Option(min=1, help="Exchanges in one timed interval.")] = 4,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Treat so many consecutive ranks as a node.")
-    ] = None,
-    timeout_s: Annotated[float, typer.Option(min=1.0, help="Longest wait for a rank.")] = 60.0,
+    backend: BackendOption = "auto",
+    algorithm: AlgorithmsOption = "flat",
+    phase: OnlyPhaseOption = None,
+    layer: OnlyLayersOption = None,
+    steps: MostStepsOption = None,
+    role: RoleOption = "both",
+    row_bytes: RowBytesOption = None,
+    repeats: RepeatsOption = 5,
+    warmup: WarmupOption = 1,
+    iterations: IterationsOption = 4,
+    ranks_per_node: RanksPerNodeOption = None,
+    timeout_s: RankTimeoutOption = 60.0,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:

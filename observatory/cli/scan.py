@@ -11,6 +11,7 @@ from observatory.cli.options import (
     GpusPerNodeOption,
     JsonOption,
     PlacementOption,
+    RowBytesOption,
     parse_ep,
     parse_placement,
 )
@@ -64,9 +65,7 @@ def scan(
     algorithm: Annotated[
         str, typer.Option(help="Exchange to predict: flat, hierarchical or gather.")
     ] = "flat",
-    row_bytes: Annotated[
-        int | None, typer.Option(min=1, help="Bytes of one row, when the run does not say its hidden size.")
-    ] = None,
+    row_bytes: RowBytesOption = None,
     json: JsonOption = False,
 ) -> None:
     """Re-map the captured loads to other EP degrees and placements."""
