@@ -7,9 +7,14 @@ The command line prints the message as one line and ends with ``exit_code``.
 __all__ = [
     "BenchmarkError",
     "CaptureError",
+    "ClockError",
     "DataError",
+    "DeviceError",
+    "DeviceLostError",
+    "EnergyError",
     "ExchangeError",
     "LoadError",
+    "LockRefusedError",
     "ModelError",
     "ObservatoryError",
     "PlacementError",
@@ -58,3 +63,23 @@ class ExchangeError(ObservatoryError):
 
 class BenchmarkError(ObservatoryError):
     """A benchmark result or a network model cannot be read, or does not fit what it is asked."""
+
+
+class DeviceError(ObservatoryError):
+    """A power device cannot be found, opened or read."""
+
+
+class DeviceLostError(DeviceError):
+    """A device stopped answering and will not again."""
+
+
+class EnergyError(ObservatoryError):
+    """Samples do not tell the energy that is asked for."""
+
+
+class ClockError(ObservatoryError):
+    """A clock sweep, or a model of one, cannot be made, read or trusted."""
+
+
+class LockRefusedError(ClockError):
+    """The driver, the site or our own rules do not let this process lock clocks or set limits."""

@@ -94,6 +94,12 @@ POWER_SCHEMA = pa.schema(
         pa.field("temperature_c", pa.int32()),
         pa.field("event_reasons", pa.int64()),
         pa.field("enforced_limit_mw", pa.int64()),
+        pa.field("average_power_mw", pa.int64()),
+        pa.field("memory_temperature_c", pa.int32()),
+        pa.field("power_cap_ns", pa.int64()),
+        pa.field("thermal_ns", pa.int64()),
+        pa.field("read_ns", pa.int64()),
+        pa.field("late_ns", pa.int64()),
     ]
 )
 

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from observatory.errors import BenchmarkError
+from observatory.errors import BenchmarkError, ObservatoryError
 from observatory.records import Record
 
 __all__ = ["load_document"]
@@ -22,7 +22,13 @@ class _Version(Record):
 
 
 def load_document(
-    kind: type[Document], path: Path | str, *, version: str, what: str, remedy: str
+    kind: type[Document],
+    path: Path | str,
+    *,
+    version: str,
+    what: str,
+    remedy: str,
+    failure: type[ObservatoryError] = BenchmarkError,
 ) -> Document:
     """Read and check a document of at most 512 MiB.
 
@@ -32,30 +38,32 @@ def load_document(
         version: the schema version this program writes; a newer major is refused.
         what: name of such files in messages.
         remedy: how to get a good one, for messages.
+        failure: the error to raise.
 
     Raises:
-        BenchmarkError: not readable, too large, of a newer schema, or not what the schema says.
+        ObservatoryError: of the kind ``failure``: not readable, too large, of a newer schema, or not what the
+            schema says.
     """
     path = Path(path)
     try:
         with path.open("rb") as handle:
             content = handle.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
-        raise BenchmarkError(f"{what} {path} cannot be read ({error.strerror}); {remedy}") from error
+        raise failure(f"{what} {path} cannot be read ({error.strerror}); {remedy}") from error
     if len(content) > _MAX_FILE_BYTES:
-        raise BenchmarkError(f"{what} {path} is over {_MAX_FILE_BYTES >> 20} MiB; {remedy}")
-    _refuse_newer(content, version, f"{what} {path}")
+        raise failure(f"{what} {path} is over {_MAX_FILE_BYTES >> 20} MiB; {remedy}")
+    _refuse_newer(content, version, f"{what} {path}", failure)
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in problem["loc"][:4])
-        raise BenchmarkError(
+        raise failure(
             f"{what} {path} is not valid ({where + ': ' if where else ''}{problem['msg']}); {remedy}"
         ) from error
 
 
-def _refuse_newer(content: bytes, version: str, name: str) -> None:
+def _refuse_newer(content: bytes, version: str, name: str, failure: type[ObservatoryError]) -> None:
     """Tell a newer schema apart from damage, which the document's own check reports."""
     try:
         found = _Version.model_validate_json(content).schema_version
@@ -63,6 +71,6 @@ def _refuse_newer(content: bytes, version: str, name: str) -> None:
     except (ValidationError, ValueError):
         return
     if newer:
-        raise BenchmarkError(
+        raise failure(
             f"{name} has schema {found[:20]}, this program reads up to {version}; update moe-observatory"
         )

@@ -1,0 +1,1 @@
+"""Power, clocks and energy of devices, sampled while a program runs."""
