@@ -1,8 +1,4 @@
-"""Writer of a run directory, one per rank.
-
-Rows are buffered and written as Parquet parts of about 64 MiB. A part is written under a temporary name,
-synced and renamed, so a process killed at any moment loses at most the rows that were not yet flushed.
-"""
+"""Writer of a run directory, one per rank: its rows, its status and, from rank 0, the manifest."""
 
 from __future__ import annotations
 
@@ -17,21 +13,18 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pydantic
 
 from observatory.clock_identity import clock_identity, clock_name
 from observatory.errors import ObservatoryError, RunError, RunFormatError
 from observatory.records import ClockSpec, Manifest, RankStatus
-from observatory.store.checks import checked_rows
+from observatory.store.appending import TableAppender
 from observatory.store.files import (
     MANIFEST_NAME,
     RANKS_FOLDER,
-    committed,
     is_temporary,
     one_line,
     os_reason,
-    part_name,
     rank_folder,
     sync_folder,
 )
@@ -43,14 +36,7 @@ from observatory.store.manifests import (
 )
 from observatory.tables import TABLES
 
-__all__ = ["PART_BYTES", "RunWriter"]
-
-#: Buffered Arrow bytes at which a part is written.
-PART_BYTES = 64 * 1024 * 1024
-
-#: A reader holds one row group of every rank at once; this keeps that near 128 MiB.
-_ROW_GROUP_BYTES_OF_ALL_RANKS = 128 * 1024 * 1024
-_ROW_GROUP_BYTES = (256 * 1024, 2 * 1024 * 1024)
+__all__ = ["RunWriter"]
 
 
 class RunWriter:
@@ -62,24 +48,17 @@ class RunWriter:
     Attributes:
         path: the run directory.
         rank: rank of this writer.
-        dropped_rows: rows that could not be written, 0 normally.
     """
 
     def __init__(self, path: Path, manifest: Manifest, *, rank: int, host: str | None) -> None:
         self.path = path
         self.rank = rank
-        self.dropped_rows = 0
+        self._appender = TableAppender(path, rank=rank, ranks=manifest.topology.ranks)
         self._manifest = manifest
         self._host = one_line(socket.gethostname() if host is None else host, 255)
         self._lock = threading.RLock()
-        self._buffers: dict[tuple[str, pa.Schema], list[pa.RecordBatch]] = {}
-        self._buffered_bytes: dict[tuple[str, pa.Schema], int] = {}
-        self._next_part: dict[str, int] = {}
         self._closed = False
         self._clock = ClockSpec(method="none", identity=clock_name(clock_identity()))
-        least, most = _ROW_GROUP_BYTES
-        share = _ROW_GROUP_BYTES_OF_ALL_RANKS // manifest.topology.ranks
-        self._row_group_bytes = min(max(share, least), most)
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Manifest, *, overwrite: bool = False) -> Self:
@@ -148,6 +127,11 @@ class RunWriter:
         return writer
 
     @property
+    def dropped_rows(self) -> int:
+        """Rows that could not be written, 0 normally."""
+        return self._appender.dropped_rows
+
+    @property
     def manifest(self) -> Manifest:
         """The manifest as this writer knows it."""
         return self._manifest
@@ -164,21 +148,7 @@ class RunWriter:
             LoadError: impossible loads or expert ids. Nothing is kept of them.
             RunError: a part could not be written; its rows are dropped and counted.
         """
-        if table not in TABLES:
-            raise RunFormatError(
-                f"table {one_line(table, 40)!r} is unknown; expected one of {', '.join(TABLES)}"
-            )
-        checked = checked_rows(table, rows, rank=self.rank)
-        if checked.num_rows == 0:
-            return
-        key = (table, checked.schema)
-        with self._lock:
-            if self._closed:
-                raise RunError(f"run {self.path} is closed; rows of {table} came too late")
-            self._buffers.setdefault(key, []).extend(checked.to_batches())
-            self._buffered_bytes[key] = self._buffered_bytes.get(key, 0) + checked.nbytes
-            if self._buffered_bytes[key] >= PART_BYTES:
-                self._write_part(key)
+        self._appender.append(table, rows)
 
     def flush(self) -> None:
         """Write everything that is buffered.
@@ -186,15 +156,7 @@ class RunWriter:
         Raises:
             RunError: a part could not be written; its rows are dropped and counted, the others written.
         """
-        with self._lock:
-            first: RunError | None = None
-            for key in list(self._buffers):
-                try:
-                    self._write_part(key)
-                except RunError as error:
-                    first = first or error
-            if first is not None:
-                raise first
+        self._appender.flush()
 
     def set_clock(self, clock: ClockSpec) -> None:
         """State how this rank's clock relates to the others'; kept when the writer closes.
@@ -238,7 +200,7 @@ class RunWriter:
                 return
             failure: RunError | None = None
             try:
-                self.flush()
+                self._appender.close()
             except RunError as flush_error:
                 failure = flush_error
                 state, error = "failed", error or str(flush_error)
@@ -301,41 +263,6 @@ class RunWriter:
                 f"rank {self.rank} cannot write {what} of run {self.path}: {os_reason(error)}; "
                 "parts written before are intact"
             ) from error
-
-    def _write_part(self, key: tuple[str, pa.Schema]) -> None:
-        batches = self._buffers.pop(key)
-        size = self._buffered_bytes.pop(key)
-        table, schema = key
-        rows = pa.Table.from_batches(batches, schema)
-        number = self._next_part.get(table, 0)
-        folder = self.path / table / rank_folder(self.rank)
-        bytes_per_row = max(1, size // rows.num_rows)
-        try:
-            if not folder.is_dir():
-                folder.mkdir(parents=True, exist_ok=True)
-                sync_folder(folder.parent)
-                sync_folder(self.path)
-            with committed(folder / part_name(number)) as temporary:
-                pq.write_table(
-                    rows,
-                    temporary,
-                    row_group_size=max(1, self._row_group_bytes // bytes_per_row),
-                    compression="zstd",
-                    compression_level=1,
-                    # Loads repeat few distinct counts: dictionaries are as small as delta coding, faster
-                    # to read, and understood by every Parquet reader.
-                    use_dictionary=True,
-                    write_statistics=[name for name in ("step", "time_ns") if name in schema.names],
-                    write_page_checksum=True,
-                )
-        except (OSError, pa.ArrowException) as error:
-            self.dropped_rows += rows.num_rows
-            reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
-            raise RunError(
-                f"rank {self.rank} cannot write {table} to run {self.path}: {reason}; {rows.num_rows} rows "
-                "are lost, parts written before are intact; free space or choose another place"
-            ) from error
-        self._next_part[table] = number + 1
 
 
 def _await_run(folder: Path, run_id: str | None, timeout_s: float) -> Manifest:

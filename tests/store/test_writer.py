@@ -135,7 +135,7 @@ def test_threads_may_append_and_flush_at_once(tmp_path: Path) -> None:
 
 
 def test_a_part_is_written_when_enough_has_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("observatory.store.writer.PART_BYTES", 3 * one_step(0).nbytes)
+    monkeypatch.setattr("observatory.store.appending.PART_BYTES", 3 * one_step(0).nbytes)
     writer = RunWriter.create(tmp_path / "run", manifest_of())
     for step in range(7):
         writer.append("routing", one_step(step))
