@@ -16,13 +16,17 @@ __all__ = [
     "SCHEMA_VERSION",
     "ClockSpec",
     "DataSpec",
+    "DeviceCalibration",
     "DeviceSpec",
+    "FieldCalibration",
     "HostSpec",
     "Manifest",
     "ModelSpec",
     "MoeLayerSpec",
     "Phase",
+    "RankPower",
     "RankStatus",
+    "SamplerCost",
     "SchedulerJob",
     "Topology",
 ]
@@ -181,6 +185,86 @@ class ClockSpec(Record):
     method: Literal["shared clock", "ping-pong", "none"]
 
 
+class FieldCalibration(Record):
+    """How one quantity of a device behaved while it was calibrated.
+
+    Attributes:
+        update_period_ms: median time between changes of the reading; None when it changed too rarely to tell.
+        update_period_low_ms, update_period_high_ms: 5th and 95th percentile of it; None likewise.
+        changes: changes seen.
+        reason: why there is no period; None when there is one.
+    """
+
+    update_period_ms: float | None = None
+    update_period_low_ms: float | None = None
+    update_period_high_ms: float | None = None
+    changes: Count = 0
+    reason: Text | None = None
+
+
+class DeviceCalibration(Record):
+    """What the sampler found out about a device before the program began.
+
+    Attributes:
+        fields: per quantity (``power_mw``, ``energy_mj``, ...).
+        duration_s: how long it was watched.
+        idle_power_mw: mean power when the device said that it was idle all the time; None with ``idle_reason``.
+        idle_reason: why idle power is not known.
+        counter_over_integral: energy of the counter over the integral of power in the same time; None when
+            either is missing or the time was too short.
+        counter_reason: why that is not known.
+    """
+
+    fields: dict[str, FieldCalibration] = Field(default_factory=dict)
+    duration_s: float
+    idle_power_mw: Count | None = None
+    idle_reason: Text | None = None
+    counter_over_integral: float | None = None
+    counter_reason: Text | None = None
+
+
+class SamplerCost(Record):
+    """What sampling cost, and how punctual it was.
+
+    Attributes:
+        samples: sampling instants.
+        missed: instants that were left out because the one before was late by a period or more.
+        cpu_share: processor time of the sampling process over its lifetime after start-up; 0.02 is 2 % of a core.
+        read_us_p50, read_us_p99: time that one device took to answer; None without samples.
+        late_us_p50, late_us_p99: how late an instant was against its schedule; None without samples.
+    """
+
+    samples: Count
+    missed: Count
+    cpu_share: float | None
+    read_us_p50: float | None = None
+    read_us_p99: float | None = None
+    late_us_p50: float | None = None
+    late_us_p99: float | None = None
+
+
+class RankPower(Record):
+    """Power sampling as far as one rank is concerned.
+
+    Attributes:
+        own_devices: UUIDs of the devices this rank computes on; empty on CPUs, or when not known.
+        sampled: devices whose samples lie in this rank's folder: those of its node, in one rank per node.
+        period_s: time between samples; None when this rank samples nothing.
+        unavailable: per device UUID and quantity, why it cannot be told.
+        calibration: per device UUID.
+        cost: of the sampling process; None when it did not end in order.
+        notes: devices that were lost, and other limits.
+    """
+
+    own_devices: tuple[Text, ...] = ()
+    sampled: tuple[DeviceSpec, ...] = ()
+    period_s: float | None = None
+    unavailable: dict[str, dict[str, Text]] = Field(default_factory=dict)
+    calibration: dict[str, DeviceCalibration] = Field(default_factory=dict)
+    cost: SamplerCost | None = None
+    notes: tuple[Text, ...] = ()
+
+
 class RankStatus(Record):
     """How one rank ended.
 
@@ -192,6 +276,7 @@ class RankStatus(Record):
         steps: steps the rank completed.
         dropped_rows: rows that could not be written (full disk), 0 normally.
         clock: how this rank's times relate to the other ranks'; None when nobody asked.
+        power: what was sampled of the devices of its node; None when nobody asked.
     """
 
     rank: Count
@@ -201,6 +286,7 @@ class RankStatus(Record):
     steps: Count = 0
     dropped_rows: Count = 0
     clock: ClockSpec | None = None
+    power: RankPower | None = None
 
 
 class Manifest(Record):

@@ -13,6 +13,7 @@ from observatory.cli import (
     export,
     fit,
     grid,
+    power,
     profile,
     quickstart,
     replay,
@@ -55,6 +56,7 @@ def command() -> Any:
     app.command("fit")(fit.fit)
     app.command("export")(export.export)
     app.command("exchanges")(waiting.exchanges)
+    app.command("power")(power.power)
     app.command("report")(report.report)
     app.command("doctor")(doctor.doctor)
     return typer.main.get_command(app)

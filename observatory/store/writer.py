@@ -17,7 +17,7 @@ import pydantic
 
 from observatory.clock_identity import clock_identity, clock_name
 from observatory.errors import ObservatoryError, RunError, RunFormatError
-from observatory.records import ClockSpec, Manifest, RankStatus
+from observatory.records import ClockSpec, Manifest, RankPower, RankStatus
 from observatory.store.appending import TableAppender
 from observatory.store.files import (
     MANIFEST_NAME,
@@ -59,6 +59,7 @@ class RunWriter:
         self._lock = threading.RLock()
         self._closed = False
         self._clock = ClockSpec(method="none", identity=clock_name(clock_identity()))
+        self._power: RankPower | None = None
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Manifest, *, overwrite: bool = False) -> Self:
@@ -166,6 +167,11 @@ class RunWriter:
         with self._lock:
             self._clock = clock
 
+    def set_power(self, power: RankPower) -> None:
+        """State what was sampled of this rank's devices; kept when the writer closes."""
+        with self._lock:
+            self._power = power
+
     def update_manifest(self, **changes: Any) -> None:
         """Change fields of the manifest and write it; rank 0 only.
 
@@ -252,6 +258,7 @@ class RunWriter:
             steps=steps,
             dropped_rows=self.dropped_rows,
             clock=self._clock,
+            power=self._power,
         )
         write_rank_status(self.path, status)
 

@@ -1,0 +1,79 @@
+"""``observatory power``: telemetry of power, clocks and temperature into a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from observatory.cli.options import ForceOption, JsonOption
+
+__all__ = ["power"]
+
+
+def power(
+    out: Annotated[Path, typer.Option("--out", help="Run directory to write.")],
+    command: Annotated[
+        list[str] | None, typer.Argument(help="Program to run meanwhile, after `--`; its exit code is ours.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.1, help="How long; without it until the program or Ctrl-C ends it.")
+    ] = None,
+    device: Annotated[
+        list[str] | None,
+        typer.Option(help="GPU UUID, PCI bus id, rapl:DOMAIN or replay:FILE; may be given again."),
+    ] = None,
+    period_ms: Annotated[float, typer.Option(min=1.0, max=60_000.0, help="Time between samples.")] = 50.0,
+    calibrate_s: Annotated[
+        float, typer.Option(min=0.0, max=60.0, help="Calibration before, 0 for none.")
+    ] = 1.2,
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Sample power, clocks and temperature of devices into a run directory, beside a program or alone.
+
+    Reads only: no clock, limit or other setting is touched.
+    """
+    from observatory.campaign.telemetry import TelemetryJob, run_telemetry
+    from observatory.cli.output import print_json, print_table, say
+
+    told, code = run_telemetry(
+        TelemetryJob(
+            selectors=tuple(device or ()),
+            command=tuple(command or ()),
+            seconds=seconds,
+            period_s=period_ms / 1e3,
+            calibrate_s=calibrate_s,
+        ),
+        out,
+        overwrite=force,
+        started=lambda: say("sampling"),
+    )
+    for note in told.notes:
+        say(f"note: {note}")
+    if json:
+        print_json({"run": str(out), "exit_code": code, "power": told.model_dump(mode="json")})
+    else:
+        print_table(
+            ["device", "name", "idle W", "power renewed every ms", "counter every ms", "counter / integral"],
+            [
+                [
+                    spec.uuid,
+                    spec.name,
+                    _watts(found.idle_power_mw if (found := told.calibration.get(spec.uuid or "")) else None),
+                    found and found.fields["power_mw"].update_period_ms,
+                    found and found.fields["energy_mj"].update_period_ms,
+                    found and found.counter_over_integral,
+                ]
+                for spec in told.sampled
+            ],
+            title="devices sampled; n/a: run.json says why",
+        )
+    say(f"run written to {out}; next: observatory report {out}")
+    if code:
+        raise typer.Exit(code)
+
+
+def _watts(milliwatts: int | None) -> float | None:
+    return None if milliwatts is None else milliwatts / 1e3
