@@ -9,6 +9,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from observatory.errors import DeviceError
+from observatory.nvidia import close_nvml, list_gpus, load_nvml
+
 __all__ = ["Capability", "capabilities"]
 
 #: distribution, module, what it is for, how to get it
@@ -89,25 +92,17 @@ def _torch() -> Iterator[Capability]:
 
 
 def _nvml() -> Capability:
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
-        return Capability(
-            name="NVML",
-            works=False,
-            detail=str(error),
-            remedy="on a machine with an NVIDIA GPU, install its driver; power and clocks are then captured",
-        )
+        nvml = load_nvml()
+    except DeviceError as error:
+        detail, _, remedy = str(error).partition("; ")
+        return Capability(name="NVML", works=False, detail=detail, remedy=remedy or None)
     try:
-        count = pynvml.nvmlDeviceGetCount()
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        return Capability(name="NVML", works=count > 0, detail=f"{count} devices, driver {driver}")
-    except pynvml.NVMLError as error:
-        return Capability(name="NVML", works=False, detail=str(error))
+        gpus = list_gpus(nvml)
     finally:
-        pynvml.nvmlShutdown()
+        close_nvml(nvml)
+    driver = gpus[0].spec.driver if gpus else None
+    return Capability(name="NVML", works=bool(gpus), detail=f"{len(gpus)} devices, driver {driver or 'n/a'}")
 
 
 def _program(name: str, purpose: str) -> Capability:

@@ -22,6 +22,8 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from observatory.errors import DeviceError
+from observatory.nvidia import close_nvml, list_gpus, load_nvml
 from observatory.records import (
     DataSpec,
     DeviceSpec,
@@ -54,7 +56,6 @@ _PACKAGES = (
     "nvidia-ml-py",
 )
 _MAX_ARGUMENTS = 256
-_MAX_DEVICES = 64
 _GIT_TIMEOUT_S = 5.0
 
 #: Scheduler, variable of the job id, variable of the node list.
@@ -188,53 +189,10 @@ def find_devices() -> tuple[DeviceSpec, ...]:
     Every reading is None where the driver refuses it.
     """
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-    except Exception:  # no library, no driver, a broken driver: there is nothing to record
+        nvml = load_nvml()
+    except DeviceError:  # no library, no driver, a broken driver: there is nothing to record
         return ()
     try:
-        return _nvidia_devices(pynvml)
+        return tuple(gpu.spec for gpu in list_gpus(nvml))
     finally:
-        with contextlib.suppress(Exception):
-            pynvml.nvmlShutdown()
-
-
-def _nvidia_devices(nvml: Any) -> tuple[DeviceSpec, ...]:
-    driver = _text(_reading(nvml, "nvmlSystemGetDriverVersion"))
-    devices: list[DeviceSpec] = []
-    for index in range(min(_whole(_reading(nvml, "nvmlDeviceGetCount")) or 0, _MAX_DEVICES)):
-        handle = _reading(nvml, "nvmlDeviceGetHandleByIndex", index)
-        if handle is None:
-            devices.append(DeviceSpec(kind="nvidia", driver=driver))
-            continue
-        clock = getattr(nvml, "NVML_CLOCK_SM", 1)
-        devices.append(
-            DeviceSpec(
-                kind="nvidia",
-                name=_text(_reading(nvml, "nvmlDeviceGetName", handle)),
-                uuid=_text(_reading(nvml, "nvmlDeviceGetUUID", handle)),
-                driver=driver,
-                enforced_limit_mw=_whole(_reading(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)),
-                max_sm_clock_mhz=_whole(_reading(nvml, "nvmlDeviceGetMaxClockInfo", handle, clock)),
-            )
-        )
-    return tuple(devices)
-
-
-def _reading(nvml: Any, function: str, *arguments: Any) -> Any:
-    """What the driver answers; None when the call's return code is an error or the driver lacks it."""
-    try:
-        return getattr(nvml, function)(*arguments)
-    except Exception:  # NVMLError of any code, or a function this pynvml or driver does not have
-        return None
-
-
-def _text(value: Any) -> str | None:
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    return (one_line(value, 255) or None) if isinstance(value, str) else None
-
-
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
+        close_nvml(nvml)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from observatory.cli.options import JsonOption
+
+if TYPE_CHECKING:
+    from probes.power.status import DeviceStatus
 
 __all__ = ["doctor"]
 
@@ -22,11 +25,19 @@ def doctor(
 
     from observatory.cli.output import print_json, print_table
     from observatory.diagnosis import capabilities
+    from probes.power.status import device_report
 
     found = [] if model else capabilities()
+    devices = [] if model else device_report()
     layers = _layers(model) if model else []
     if json:
-        print_json({"capabilities": [asdict(item) for item in found], "layers": layers})
+        print_json(
+            {
+                "capabilities": [asdict(item) for item in found],
+                "devices": [asdict(device) for device in devices],
+                "layers": layers,
+            }
+        )
         return
     if model:
         print_table(
@@ -38,6 +49,42 @@ def doctor(
     print_table(
         ["what", "works", "detail", "how to get it"],
         [[item.name, "yes" if item.works else "no", item.detail, item.remedy or ""] for item in found],
+    )
+    _print_devices(devices)
+
+
+def _print_devices(devices: list[DeviceStatus]) -> None:
+    """Two tables: the devices that tell something, and what is not told and why."""
+    from observatory.cli.output import print_table
+
+    works = [device for device in devices if device.state == "works"]
+    if works:
+        print_table(
+            ["device", "name", "tells", "clocks"],
+            [
+                [
+                    device.selector,
+                    f"{device.name or device.kind}{f' ({device.detail})' if device.detail else ''}",
+                    ", ".join(field.name for field in device.fields if field.state == "works"),
+                    device.clocks or "never locked",
+                ]
+                for device in works
+            ],
+            title="Power devices",
+        )
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    for device in devices:
+        name = device.selector or device.name or f"any {device.kind} device"
+        if not device.fields:
+            rows[name, device.state, device.detail or "", device.remedy or ""] = ["anything"]
+        for field in device.fields:
+            if field.state != "works":
+                key = (name, field.state, field.detail or "", field.remedy or "")
+                rows.setdefault(key, []).append(field.name)
+    print_table(
+        ["device", "does not tell", "state", "why", "how to get it"],
+        [[name, ", ".join(names), *rest] for (name, *rest), names in rows.items()],
+        title="What power devices do not tell",
     )
 
 

@@ -40,7 +40,8 @@ def print_table(
     """A table on stdout; None shows as "n/a". Piped output is not cut at a terminal's width."""
     table = Table(title=escape(_one_line(title)) if title else None, title_justify="left")
     for position, name in enumerate(columns):
-        table.add_column(escape(name), justify="left" if position == 0 else "right")
+        # Folded, for the cut-off half of a UUID is the half that tells devices apart.
+        table.add_column(escape(name), justify="left" if position == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(escape(_cell(value)) for value in row))
     console = Console(file=sys.stdout)

@@ -10,11 +10,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from observatory.records import DeviceSpec
 
-__all__ = ["FIELDS", "PowerDevice", "Sample"]
+__all__ = ["FIELDS", "Gap", "GapKind", "PowerDevice", "Sample"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,28 @@ class Sample:
     thermal_ns: int | None = None
 
 
+#: The device or its driver has it not, this user may not read it, or asking failed.
+GapKind = Literal["not supported", "not permitted", "failed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gap:
+    """Why a device does not tell a quantity.
+
+    Attributes:
+        kind: see :data:`GapKind`.
+        detail: what was asked and what came back.
+        remedy: how to get it; None when it cannot be had here.
+    """
+
+    kind: GapKind
+    detail: str
+    remedy: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.detail}; {self.remedy}" if self.remedy else self.detail
+
+
 #: Quantities a device may tell.
 FIELDS: tuple[str, ...] = tuple(
     field.name
@@ -79,12 +101,18 @@ class PowerDevice(ABC):
     def unavailable(self) -> Mapping[str, str]:
         """Why, for each of ``FIELDS`` that this device cannot tell: one sentence for people."""
 
+    @property
+    def gaps(self) -> Mapping[str, Gap]:
+        """``unavailable`` with what kind of reason each is, and the remedy apart."""
+        return {name: Gap(kind="not supported", detail=why) for name, why in self.unavailable.items()}
+
     @abstractmethod
     def read(self) -> Sample:
         """Ask the device now.
 
         Raises:
             DeviceLostError: it does not answer any more, and will not again.
+            DeviceError: it was closed.
         """
 
     @abstractmethod
