@@ -208,7 +208,7 @@ class DeviceCalibration(Record):
     Attributes:
         fields: per quantity (``power_mw``, ``energy_mj``, ...).
         duration_s: how long it was watched.
-        idle_power_mw: mean power when the device said that it was idle all the time; None with ``idle_reason``.
+        idle_power_mw: mean power, if the device said that it was idle all the time; else None.
         idle_reason: why idle power is not known.
         counter_over_integral: energy of the counter over the integral of power in the same time; None when
             either is missing or the time was too short.
@@ -229,7 +229,7 @@ class SamplerCost(Record):
     Attributes:
         samples: sampling instants.
         missed: instants that were left out because the one before was late by a period or more.
-        cpu_share: processor time of the sampling process over its lifetime after start-up; 0.02 is 2 % of a core.
+        cpu_share: processor time of the sampling process, start-up left out; 0.02 is 2 % of a core.
         read_us_p50, read_us_p99: time that one device took to answer; None without samples.
         late_us_p50, late_us_p99: how late an instant was against its schedule; None without samples.
     """

@@ -128,4 +128,6 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(list(command))
     except OSError as error:
-        raise DeviceError(f"{command[0]} cannot be started: {error.strerror}; give a program on PATH") from error
+        raise DeviceError(
+            f"{command[0]} cannot be started: {error.strerror}; give a program on PATH"
+        ) from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -86,9 +87,7 @@ def _updates(samples: Sequence[Sample], name: str, unavailable: str | None) -> F
         return FieldCalibration(reason=unavailable)
     read = [(sample.time_ns, getattr(sample, name)) for sample in samples]
     told = [(time_ns, value) for time_ns, value in read if value is not None]
-    changed_ns = [
-        after[0] for before, after in zip(told, told[1:], strict=False) if before[1] != after[1]
-    ]
+    changed_ns = [after[0] for before, after in pairwise(told) if before[1] != after[1]]
     if len(changed_ns) < _LEAST_CHANGES:
         return FieldCalibration(
             changes=len(changed_ns),
@@ -104,9 +103,7 @@ def _updates(samples: Sequence[Sample], name: str, unavailable: str | None) -> F
     )
 
 
-def _idle_power(
-    samples: Sequence[Sample], unavailable: Mapping[str, str]
-) -> tuple[int | None, str | None]:
+def _idle_power(samples: Sequence[Sample], unavailable: Mapping[str, str]) -> tuple[int | None, str | None]:
     """Mean power, if the device was idle all the time and says so."""
     for name in ("power_mw", "event_reasons"):
         if name in unavailable:
@@ -128,11 +125,7 @@ def _counter_over_integral(
         if name in unavailable:
             return None, f"{name} is not told: {unavailable[name]}"
     told = [s for s in samples if s.power_mw is not None and s.energy_mj is not None]
-    edges = [
-        index
-        for index in range(1, len(told))
-        if told[index].energy_mj != told[index - 1].energy_mj
-    ]
+    edges = [index for index in range(1, len(told)) if told[index].energy_mj != told[index - 1].energy_mj]
     if len(edges) < _LEAST_CHANGES:
         return None, f"the counter changed {len(edges)} times, at least {_LEAST_CHANGES} are needed"
     inside = told[edges[0] : edges[-1] + 1]

@@ -162,8 +162,8 @@ class PowerSampler:
             left_s = deadline - time.monotonic()
             if left_s <= 0.0 or len(self._unread) > _MOST_ANSWER_BYTES:
                 raise DeviceError(
-                    f"the sampling process did not answer within {timeout_s:g} s; a driver that hangs does this: "
-                    "try `observatory doctor`, or run without power"
+                    f"the sampling process did not answer within {timeout_s:g} s; a driver that hangs does "
+                    "this: try `observatory doctor`, or run without power"
                 )
             readable, _, _ = select.select([descriptor], [], [], left_s)
             if readable:

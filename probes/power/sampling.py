@@ -4,8 +4,8 @@ It reads every device once a period and writes the rows into the run. It ends wh
 input is closed, at SIGTERM, or when the process that started it is gone; then it writes what it has. Ctrl-C
 goes to the whole terminal: the program that is watched decides what becomes of it, so it is ignored here.
 
-Schedule: instant k is due at start + k x period on the monotonic clock. An instant that comes late by a period
-or more is left out rather than made up for, so that a slow driver is not asked more often than asked for.
+Schedule: instant k is due at start + k x period on the monotonic clock. An instant that comes late by a
+period or more is left out rather than made up for, so that a slow driver is not asked more often.
 """
 
 from __future__ import annotations
@@ -141,10 +141,13 @@ def main() -> int:
     job = SamplerJob.model_validate_json(sys.stdin.readline())
     devices: list[PowerDevice] = []
     try:
+        # One by one, so that those opened before one that fails are known and closed.
         for selector in job.selectors:
-            devices.append(open_device(selector))
+            devices.append(open_device(selector))  # noqa: PERF401
         calibration = calibrate(devices, duration_s=job.calibrate_s) if job.calibrate_s > 0 else {}
     except ObservatoryError as error:
+        for device in devices:
+            device.close()
         _answer(SamplerReady(error=str(error)))
         return 1
     sampling = Sampling(job, devices)
