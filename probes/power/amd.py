@@ -200,6 +200,9 @@ class AmdDevice(PowerDevice):
             return getattr(self._amdsmi, function)(*arguments), None
         except AttributeError:
             return None, Gap(kind="not supported", detail=f"this amdsmi has no {function}")
+        except TypeError as error:
+            words = one_line(error, 120)
+            return None, Gap(kind="not supported", detail=f"{function} of this amdsmi is another ({words})")
         except self._amdsmi.AmdSmiException as error:
             code = getattr(error, "err_code", None)
             if code in _GONE:
