@@ -229,8 +229,8 @@ class AmdDevice(PowerDevice):
             {
                 "kind": "amd",
                 "uuid": uuid,
-                "name": one_line((asic or {}).get("market_name") or "", 255) or None,
-                "driver": one_line((driver or {}).get("driver_version") or "", 255) or None,
+                "name": _text(asic, "market_name"),
+                "driver": _text(driver, "driver_version"),
                 "enforced_limit_mw": None if limit_mw is None else round(limit_mw),
                 "max_sm_clock_mhz": None if max_mhz is None else round(max_mhz),
                 **({"bus_id": one_line(bus_id, 40)} if isinstance(bus_id, str) else {}),
@@ -244,6 +244,11 @@ def _entry(answer: Any, key: str, factor: float) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return None if value in _MISSING or value < 0 else value * factor
+
+
+def _text(answer: Any, key: str) -> str | None:
+    value = one_line((answer or {}).get(key) or "", 255)
+    return None if value in ("", "N/A") else value
 
 
 def _words(error: Exception) -> str:
