@@ -200,6 +200,9 @@ class AmdDevice(PowerDevice):
             return getattr(self._amdsmi, function)(*arguments), None
         except AttributeError:
             return None, Gap(kind="not supported", detail=f"this amdsmi has no {function}")
+        except TypeError as error:
+            words = one_line(error, 120)
+            return None, Gap(kind="not supported", detail=f"{function} of this amdsmi is another ({words})")
         except self._amdsmi.AmdSmiException as error:
             code = getattr(error, "err_code", None)
             if code in _GONE:
@@ -226,8 +229,8 @@ class AmdDevice(PowerDevice):
             {
                 "kind": "amd",
                 "uuid": uuid,
-                "name": one_line((asic or {}).get("market_name") or "", 255) or None,
-                "driver": one_line((driver or {}).get("driver_version") or "", 255) or None,
+                "name": _text(asic, "market_name"),
+                "driver": _text(driver, "driver_version"),
                 "enforced_limit_mw": None if limit_mw is None else round(limit_mw),
                 "max_sm_clock_mhz": None if max_mhz is None else round(max_mhz),
                 **({"bus_id": one_line(bus_id, 40)} if isinstance(bus_id, str) else {}),
@@ -241,6 +244,11 @@ def _entry(answer: Any, key: str, factor: float) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return None if value in _MISSING or value < 0 else value * factor
+
+
+def _text(answer: Any, key: str) -> str | None:
+    value = one_line((answer or {}).get(key) or "", 255)
+    return None if value in ("", "N/A") else value
 
 
 def _words(error: Exception) -> str:

@@ -68,7 +68,7 @@ def open_device(selector: str) -> PowerDevice:
     if kind == "replay":
         return _open_recording(rest)
     if kind == "rapl":
-        return RaplDevice(_domain_of(rest))
+        return RaplDevice(_domain_of(rest), root=POWERCAP)
     if kind == "amd":
         return AmdDevice(selector)
     if parse_bus_id(selector) is not None:

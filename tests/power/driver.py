@@ -108,7 +108,11 @@ class FakeDriver:
         self.load().fake_name(index, uuid.encode(), bus_id.encode(), name.encode())
 
     def fail(self, what: str, code: int, index: int = 0) -> None:
-        """Let a function, or a field (``field:186``), return this code; 0 takes it back."""
+        """Let a function, or a field (``field:186``), return this code; 0 takes it back.
+
+        The functions are those of the driver: ``nvmlDeviceGetHandleByIndex_v2``, and ``find`` for the two
+        that look a device up by name.
+        """
         self.load().fake_fault(index, what.encode(), code)
 
     def processes(self, pids: Sequence[int], index: int = 0) -> None:

@@ -11,6 +11,9 @@
  * The sensors show them as hardware does: instant power is the mean of the last 25 ms and average power that
  * of the last 1 s, both renewed every update_ms, and so is the energy counter.
  *
+ * A setting "type:NUMBER" makes that field answer with another nvmlValueType_t, "value:NUMBER" with another
+ * value (NaN too).
+ *
  * Calls that change the device are appended, with their result, to FAKE_NVML_STATE.log.
  */
 #define _GNU_SOURCE
@@ -285,13 +288,13 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **handle) {
   if (!enter()) return NO_LIBRARY;
   *handle = (void *)(intptr_t)(index + 1);
   int known = (int)index < state->devices;
-  END(known ? OK : INVALID);
+  END(known ? fault(&state->device[index], __func__) : INVALID);
 }
 static int find(const char *wanted, int by_uuid, void **handle) {
   if (!enter()) return NO_LIBRARY;
   for (int i = 0; i < state->devices; i++) {
     device_t *d = &state->device[i];
-    if (!strcasecmp(by_uuid ? d->uuid : d->bus_id, wanted)) { *handle = (void *)(intptr_t)(i + 1); END(OK); }
+    if (!strcasecmp(by_uuid ? d->uuid : d->bus_id, wanted)) { *handle = (void *)(intptr_t)(i + 1); END(fault(d, "find")); }
   }
   END(NOT_FOUND);
 }
@@ -375,7 +378,7 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *h, unsigned *count, process_t 
   END(enough ? OK : TOO_SMALL);
 }
 
-typedef union { double d; unsigned ui; unsigned long ul; unsigned long long ull; long long sll; int si; } value_t;
+typedef union { double d; unsigned ui; unsigned long ul; unsigned long long ull; long long sll; int si; unsigned short us; } value_t;
 typedef struct { uint32_t id, scope; int64_t timestamp, latency; int type, code; value_t value; } field_t;
 static int field_value(const device_t *d, unsigned id, value_t *v, int *type) {
   double limit = 1000 * get(d, "limit_w");
@@ -394,6 +397,30 @@ static int field_value(const device_t *d, unsigned id, value_t *v, int *type) {
     default: return UNSUPPORTED;
   }
 }
+static int has(const device_t *d, const char *name) {
+  for (int i = 0; i < SETTINGS && d->settings[i].name[0]; i++)
+    if (!strcmp(d->settings[i].name, name)) return 1;
+  return 0;
+}
+/* The same number as another type, or another number. */
+static void disguise(const device_t *d, field_t *f) {
+  char type[32], value[32];
+  snprintf(type, sizeof type, "type:%u", f->id);
+  snprintf(value, sizeof value, "value:%u", f->id);
+  if (!has(d, type) && !has(d, value)) return;
+  double x = has(d, value) ? get(d, value) : f->type == 3 ? (double)f->value.ull : f->value.ui;
+  if (has(d, type)) f->type = (int)get(d, type);
+  memset(&f->value, 0xA5, sizeof f->value); /* what a type does not cover is rubbish */
+  switch (f->type) {
+    case 0: f->value.d = x; break;
+    case 1: f->value.ui = (unsigned)x; break;
+    case 2: f->value.ul = (unsigned long)x; break;
+    case 3: f->value.ull = x < 18446744073709549568.0 ? (unsigned long long)x : ~0ull; break;
+    case 4: f->value.sll = (long long)x; break;
+    case 5: f->value.si = (int)x; break;
+    case 6: f->value.us = (unsigned short)x; break;
+  }
+}
 int nvmlDeviceGetFieldValues(void *h, int count, field_t *fields) {
   DEVICE(h);
   for (int i = 0; i < count; i++) {
@@ -403,6 +430,7 @@ int nvmlDeviceGetFieldValues(void *h, int count, field_t *fields) {
     fields[i].timestamp = d->ticked_ns / 1000;
     int faulty = fault(d, name);
     fields[i].code = faulty ? faulty : field_value(d, fields[i].id, &fields[i].value, &fields[i].type);
+    if (!fields[i].code) disguise(d, &fields[i]);
   }
   END(OK);
 }
