@@ -27,7 +27,7 @@ __all__ = [
     "Topology",
 ]
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 Phase = Literal["prefill", "decode", "train_forward", "train_backward", "unknown"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "train_forward", "train_backward", "unknown")

@@ -38,7 +38,8 @@ def write(path: Path, exchanges: pd.DataFrame, timed: pd.DataFrame | None = None
         for table, frame, schema in (("exchange", exchanges, EXCHANGE_SCHEMA), ("spans", timed, SPAN_SCHEMA)):
             if frame is not None and len(frame):
                 own = frame[frame["source_rank"] == writer.rank]
-                writer.append(table, pa.Table.from_pandas(own, schema=schema, preserve_index=False))
+                known = pa.schema([field for field in schema if field.name in own.columns])
+                writer.append(table, pa.Table.from_pandas(own, schema=known, preserve_index=False))
     for writer in reversed(writers):
         writer.close()
     return path
