@@ -66,7 +66,11 @@ class TorchTransport(BaseTransport):
                 timeout=timedelta(seconds=timeout_s),
             )
         except RuntimeError as error:
-            raise attendance.explain("joining the others", error, grace_s=min(_GRACE_S, timeout_s)) from error
+            everybody = range(where.world)
+            grace_s = min(_GRACE_S, timeout_s)
+            raise attendance.explain(
+                "joining the others", error, members=everybody, grace_s=grace_s
+            ) from error
 
     def barrier(self, timeout_s: float | None = None) -> None:
         """Wait for all ranks."""
@@ -96,6 +100,7 @@ class TorchTransport(BaseTransport):
         self._guarded(
             f"an all-to-all of group {group}",
             lambda: distributed.all_to_all_single(received, sent, receive_G, send_G, group=handle),
+            group,
         )
         return received.to(rows.device)
 
@@ -136,7 +141,7 @@ class TorchTransport(BaseTransport):
         """The rows where this backend takes them from; autograd ends at the transport."""
         return rows.detach().to(self.device)
 
-    def _guarded(self, what: str, call: Callable[[], object]) -> None:
+    def _guarded(self, what: str, call: Callable[[], object], group: Group = "world") -> None:
         try:
             call()
         except RuntimeError as error:
@@ -146,7 +151,8 @@ class TorchTransport(BaseTransport):
                     "was made by the caller, so who is missing is not known"
                 ) from error
             grace_s = min(_GRACE_S, self.timeout_s)
-            raise self._attendance.explain(what, error, grace_s=grace_s) from error
+            members = self.layout.members(group)
+            raise self._attendance.explain(what, error, members=members, grace_s=grace_s) from error
 
 
 def _all_gather_single(gathered: torch.Tensor, rows: torch.Tensor) -> None:

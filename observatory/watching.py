@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch", "watch"]
 
+_LONGEST_RUN_ID = 200
+
 
 def watch(
     model: nn.Module,
@@ -55,6 +57,7 @@ def watch(
     flush_seconds: float = 10.0,
     exchanges: bool | None = None,
     overwrite: bool = False,
+    run_id: str | None = None,
     adapters: Sequence[Adapter] = (),
     model_name: str | None = None,
     family: str | None = None,
@@ -79,7 +82,9 @@ def watch(
         flush_seconds: seconds after which captured rows are on disk.
         exchanges: also time every all-to-all of ``torch.distributed`` (docs/exchange.md). None: when it is
             initialised with more than one rank.
-        overwrite: replace an existing run; not with several ranks.
+        overwrite: replace an existing run; with several ranks only where a ``run_id`` is given.
+        run_id: id of the run, new and the same on all ranks: a rank then never joins an older run at the
+            same place. None: made by rank 0, and the others join what they find running.
         adapters: how to read layers that are not understood by themselves.
         model_name: name for the manifest.
         family: architecture name, the configuration's ``model_type`` by default.
@@ -102,11 +107,13 @@ def watch(
             raise CaptureError(f"{name} is {value}; expected {least} or more")
     if not flush_seconds > 0:
         raise CaptureError(f"flush_seconds is {flush_seconds}; expected more than 0")
+    if run_id is not None and not 0 < len(run_id) <= _LONGEST_RUN_ID:
+        raise CaptureError(f"run_id has {len(run_id)} characters; expected 1 to {_LONGEST_RUN_ID}")
     where = find_rank(rank, world)
-    if overwrite and where.world > 1:
+    if overwrite and where.world > 1 and run_id is None:
         raise CaptureError(
             f"overwrite is asked for with {where.world} ranks, where a late rank cannot tell the old run "
-            "from the new one; choose a directory that does not exist"
+            "from the new one; choose a directory that does not exist, or give all ranks one new run_id"
         )
     return Watch(
         model,
@@ -127,6 +134,7 @@ def watch(
             data=data,
             config=dict(config or {}),
             topology=topology or Topology(ranks=where.world),
+            run_id=run_id,
         ),
     )
 
@@ -141,6 +149,7 @@ class _Origin:
     data: DataSpec | None
     config: dict[str, JsonValue]
     topology: Topology
+    run_id: str | None
 
 
 class Watch:
@@ -327,7 +336,7 @@ class Watch:
 
     def _open_run(self) -> RunWriter:
         if self._where.rank > 0:
-            return RunWriter.join(self.run_path, rank=self._where.rank)
+            return RunWriter.join(self.run_path, rank=self._where.rank, run_id=self._origin.run_id)
         origin = self._origin
         name = origin.name or getattr(getattr(self._model, "config", None), "_name_or_path", None)
         manifest = new_manifest(
@@ -351,6 +360,8 @@ class Watch:
             },
             window_steps=self._window_steps,
         )
+        if origin.run_id is not None:
+            manifest = manifest.model_copy(update={"run_id": origin.run_id})
         return RunWriter.create(self.run_path, manifest, overwrite=self._overwrite)
 
 
