@@ -92,6 +92,8 @@ class Attendance:
 
     Attributes:
         store: the store, for the process group.
+        meeting_host: name or address of the host where the store is.
+        hosts: names of the hosts that ranks have signed in from.
     """
 
     def __init__(self, where: RankOf, environment: Mapping[str, str], *, timeout_s: float) -> None:
@@ -102,7 +104,7 @@ class Attendance:
         """
         self._where = where
         host, port = meeting_point(where, environment)
-        host = _address(host, environment)
+        self.meeting_host = host = _address(host, environment)
         self._place = f"{host}:{port}"
         kept_elsewhere = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         keeps = where.rank == 0 and not kept_elsewhere
@@ -133,11 +135,26 @@ class Attendance:
                 f"{_ranks(missing)} of {where.world} did not join at {self._place} within {timeout_s:g} s; "
                 "see what became of them, and whether all were started with the same number of ranks"
             )
+        named = (self.store.get(f"joined/{rank}") for rank in range(where.world))
+        self.hosts = frozenset(name.decode(errors="replace") for name in named)
 
     def leave(self, error: str | None) -> None:
         """Sign off; the store may be gone by now."""
         with contextlib.suppress(RuntimeError):
             self.store.set(f"left/{self._where.rank}", error or "it had finished")
+
+    def explain_joining(self, reason: BaseException) -> ExchangeError:
+        """The error of ranks that have all signed in and then cannot connect to each other."""
+        left = [rank for rank in range(self._where.world) if self._has("left", rank)]
+        told = [f"{_ranks([rank])} had left ({self._last_words(rank)})" for rank in left]
+        who = "; ".join(told[:4]) or (
+            "all have signed in, so one has died since, or the network interface is the wrong one: export "
+            "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to name the one that joins the hosts"
+        )
+        return ExchangeError(
+            f"rank {self._where.rank} of {self._where.world} on host {socket.gethostname()} cannot connect "
+            f"to the others ({_first(reason)}); {who}"
+        )
 
     def explain(
         self, what: str, reason: BaseException, *, members: Sequence[int], grace_s: float

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import JsonValue
 
+from collectives.store_clock import StoreClock, default_store
 from observatory.errors import CaptureError, ObservatoryError
 from observatory.provenance import new_manifest
 from observatory.ranks import RankOf, find_rank
@@ -56,6 +57,8 @@ def watch(
     window_steps: int = 1,
     flush_seconds: float = 10.0,
     exchanges: bool | None = None,
+    align_clocks: bool = True,
+    clock_timeout_s: float = 30.0,
     overwrite: bool = False,
     run_id: str | None = None,
     adapters: Sequence[Adapter] = (),
@@ -82,6 +85,10 @@ def watch(
         flush_seconds: seconds after which captured rows are on disk.
         exchanges: also time every all-to-all of ``torch.distributed`` (docs/exchange.md). None: when it is
             initialised with more than one rank.
+        align_clocks: where exchanges are watched, relate the clocks of all hosts to each other at enter and
+            at exit (docs/waiting.md#one-clock). False: wait for no other rank there; waiting is then known
+            between ranks of one host only, unless the program calls ``set_clock``.
+        clock_timeout_s: how long to wait for the other ranks then, seconds; never longer, and never an error.
         overwrite: replace an existing run; with several ranks only where a ``run_id`` is given.
         run_id: id of the run, new and the same on all ranks: a rank then never joins an older run at the
             same place. None: made by rank 0, and the others join what they find running.
@@ -105,8 +112,9 @@ def watch(
     for name, value, least in (("sample_tokens", sample_tokens, 0), ("window_steps", window_steps, 1)):
         if value < least:
             raise CaptureError(f"{name} is {value}; expected {least} or more")
-    if not flush_seconds > 0:
-        raise CaptureError(f"flush_seconds is {flush_seconds}; expected more than 0")
+    for name, seconds in (("flush_seconds", flush_seconds), ("clock_timeout_s", clock_timeout_s)):
+        if not seconds > 0:
+            raise CaptureError(f"{name} is {seconds}; expected more than 0")
     if run_id is not None and not 0 < len(run_id) <= _LONGEST_RUN_ID:
         raise CaptureError(f"run_id has {len(run_id)} characters; expected 1 to {_LONGEST_RUN_ID}")
     where = find_rank(rank, world)
@@ -125,6 +133,7 @@ def watch(
         window_steps=window_steps,
         flush_seconds=flush_seconds,
         exchanges=exchanges,
+        clock_timeout_s=clock_timeout_s if align_clocks else None,
         overwrite=overwrite,
         adapters=adapters,
         origin=_Origin(
@@ -175,6 +184,7 @@ class Watch:
         window_steps: int,
         flush_seconds: float,
         exchanges: bool | None,
+        clock_timeout_s: float | None,
         overwrite: bool,
         adapters: Sequence[Adapter],
         origin: _Origin,
@@ -191,6 +201,9 @@ class Watch:
         self._flush_seconds = flush_seconds
         self._overwrite = overwrite
         self._wanted = exchanges
+        self._clock_timeout_s = clock_timeout_s
+        self._clock: StoreClock | None = None
+        self._clock_told = False
         self._adapters = adapters
         self._origin = origin
         self._session: CaptureSession | None = None
@@ -206,6 +219,9 @@ class Watch:
         self.sites = tuple(find_sites(self._model, adapters=self._adapters))
         self._writer = self._open_run()
         try:
+            exchanges = self._has_exchanges()
+            if exchanges:
+                self._align_at_enter(self._writer)
             self._session = CaptureSession(
                 self._model,
                 self.sites,
@@ -214,10 +230,11 @@ class Watch:
                 sample_tokens=self._sample_tokens,
                 window_steps=self._window_steps,
                 flush_seconds=self._flush_seconds,
-                exchanges=self._has_exchanges(),
+                exchanges=exchanges,
                 situation=lambda: (self.steps, self._told),
             )
         except BaseException as error:
+            self._align_at_exit(self._writer, failed=True)
             self._writer.close(state="failed", error=_one_line(error))
             raise
         return self
@@ -233,10 +250,12 @@ class Watch:
     def set_clock(self, clock: ClockSpec) -> None:
         """State how this rank's clock relates to those of other hosts (``collectives.clock.align``).
 
-        Ranks of one host need not: their common clock is recognised.
+        Ranks that share a process group of ``torch.distributed`` need not: their clocks are aligned at enter
+        and exit. Nor need ranks of one host: their common clock is recognised.
         """
         self._running()
         assert self._writer is not None
+        self._clock_told = True
         self._writer.set_clock(clock)
 
     @contextlib.contextmanager
@@ -280,11 +299,12 @@ class Watch:
         assert writer is not None
         self._ended = True
         problems: list[str] = []
+        clock_notes = self._align_at_exit(writer, failed=error is not None)
         with _collected(problems):
             session.stop(self.steps, told=self._told)
         with _collected(problems):
             session.check()
-        notes = (*self._notes, *session.notes(steps=self.steps))
+        notes = (*self._notes, *clock_notes, *session.notes(steps=self.steps))
         with _collected(problems):
             if writer.rank == 0:
                 config = {**writer.manifest.config, "probe_cost": session.cost()}
@@ -333,6 +353,28 @@ class Watch:
         if reason is not None:
             self._notes.append(f"exchanges were not watched: {reason}")
         return several and reason is None
+
+    def _align_at_enter(self, writer: RunWriter) -> None:
+        """Relate this rank's clock to rank 0's, if the ranks have a store to talk through."""
+        store = None if self._where.world == 1 or self._clock_timeout_s is None else default_store()
+        if store is not None and self._clock_timeout_s is not None:
+            self._clock = StoreClock(
+                store,
+                rank=self._where.rank,
+                size=self._where.world,
+                name=writer.manifest.run_id,
+                timeout_s=self._clock_timeout_s,
+            )
+            writer.set_clock(self._clock.begin().record())
+
+    def _align_at_exit(self, writer: RunWriter, *, failed: bool) -> tuple[str, ...]:
+        """Measure how the clock has drifted; what has to be noted about it."""
+        if self._clock is None:
+            return ()
+        clock = self._clock.end(failed=failed)
+        if not self._clock_told:
+            writer.set_clock(clock.record())
+        return tuple(self._clock.notes)
 
     def _open_run(self) -> RunWriter:
         if self._where.rank > 0:

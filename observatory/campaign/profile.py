@@ -205,6 +205,7 @@ def _run_rank(
                 config=asdict(job),
                 topology=ranks.topology(sharded),
                 exchanges=True if ranks.transport is not None and world > 1 else None,
+                align_clocks=ranks.transport is None,  # else over the transport, whatever it is
                 data=DataSpec(
                     condition=stream.condition,
                     source=stream.source,

@@ -22,6 +22,7 @@ _PYTHON = f"{sys.executable} -W ignore"
 _OBSERVATORY = f"{_PYTHON} -m observatory"
 _LIGHT = "--data mock --batch-size 1 --sequence-length 16"
 _LIMIT_S = 240
+_TABLES = ("routing", "exchange", "spans")
 _MPIEXEC = Path(sys.executable).parent / "mpiexec"
 
 
@@ -119,7 +120,7 @@ def killed(slurm: SlurmHost, tmp_path_factory: pytest.TempPathFactory) -> Job:
     ]
     job = slurm.submit(lines, tmp_path_factory.mktemp("killed"))
     deadline = time.monotonic() + _LIMIT_S
-    while len(list(job.folder.glob("run/exchange/*/part-000001.parquet"))) < 4:
+    while any(len(list(job.folder.glob(f"run/{table}/*/part-*0.parquet"))) < 4 for table in _TABLES):
         assert time.monotonic() < deadline, job.output
         assert not (job.folder / "code").exists(), job.output
         time.sleep(0.1)
@@ -147,5 +148,5 @@ def test_the_run_of_a_killed_task_stays_readable_and_states_the_gap(killed: Job)
     assert run.manifest.topology.node_of_rank == (0, 0, 1, 1)
     loads = run.expert_load()
     common = set.intersection(*(set(loads[loads.source_rank == rank].step) for rank in range(4)))
-    assert {0, 1} <= common
+    assert 0 in common
     assert {"0-1", "2-3", "0,2", "1,3"} <= set(run.exchanges().group)  # inside the nodes, and between
