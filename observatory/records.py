@@ -170,6 +170,7 @@ class ClockSpec(Record):
         method: ``shared clock`` (one host), ``ping-pong``, or ``none``.
         identity: what names the clock itself; ranks with equal identities read the same clock, also where
             they never talked to each other. None where the system does not tell.
+        reason: why there is no alignment; None when there is one, or nobody asked.
     """
 
     reference_rank: Count = 0
@@ -179,6 +180,7 @@ class ClockSpec(Record):
     measured_ns: int | None = None
     identity: Text | None = None
     method: Literal["shared clock", "ping-pong", "none"]
+    reason: Text | None = None
 
 
 class RankStatus(Record):
