@@ -120,6 +120,7 @@ def render(
         light_variables=Markup(css_variables(dark=False)),
         dark_variables=Markup(css_variables(dark=True)),
         stylesheet=Markup(_asset(environment, "page.css")),
+        kind="Routing and exchange report" if frames.exchanges or frames.benchmarks else "Routing report",
         overview=overview(frames),
         problems=problems(frames),
         findings=findings(frames),
@@ -142,8 +143,12 @@ def render(
 
 
 def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]:
-    """All sections in reading order."""
+    """All sections in reading order; what is about exchanges comes first where every run has them."""
+    about_exchanges = exchange_sections(frames)
+    found = frames.exchanges
+    first = found is not None and set(found.traffic["run"]) == set(frames.runs["run"])
     return [
+        *(about_exchanges if first else ()),
         grid_section(frames),
         mock_section(frames),
         heatmap_section(frames),
@@ -151,7 +156,7 @@ def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]
         committee_section(frames),
         scan_section(frames, gpus_per_node=gpus_per_node),
         step_section(frames),
-        *exchange_sections(frames),
+        *(() if first else about_exchanges),
         layer_section(frames),
         run_table(frames),
     ]

@@ -15,7 +15,8 @@ __all__ = ["axis", "empty_figure", "line", "size_axis", "time_axis"]
 
 #: Logarithmic axes with fewer decades than this also label 2 and 5 of each.
 _FEW_DECADES = 2.2
-_MOST_SIZES = 6
+#: Labels of sizes stand at least so far apart, as a share of the axis: what one takes on a phone.
+_LABEL_SHARE = 0.19
 
 
 def axis(title: str, **options: Any) -> dict[str, Any]:
@@ -60,10 +61,12 @@ def time_axis(title: str, values_us: Iterable[float], **options: Any) -> dict[st
 
 
 def size_axis(title: str, sizes_bytes: Iterable[float], **options: Any) -> dict[str, Any]:
-    """Logarithmic axis of sizes in bytes; labels stand at measured sizes, not at all where there are many."""
-    sizes = sorted({size for size in sizes_bytes if size > 0})
-    every = max(1, math.ceil(len(sizes) / _MOST_SIZES))
-    ticks = sizes[::-1][::every][::-1]
+    """Logarithmic axis of sizes in bytes; labels stand at measured sizes, as many as there is room for."""
+    sizes = sorted({size for size in sizes_bytes if size > 0}, reverse=True)
+    ticks = sizes[:1]
+    for size in sizes[1:]:
+        if math.log(ticks[-1] / size) >= _LABEL_SHARE * math.log(sizes[0] / sizes[-1]):
+            ticks.append(size)
     return axis(
         title,
         type="log",

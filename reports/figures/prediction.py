@@ -24,7 +24,7 @@ _PHASES: dict[str, tuple[str, str]] = {
 }
 _OTHER = ("slate", "cross")
 #: How far beyond the points intervals are shown.
-_REACH = 4
+_REACH = 2.5
 
 
 def predicted_and_measured(checked: pd.DataFrame) -> go.Figure:

@@ -8,6 +8,7 @@ import pandas as pd
 
 from observatory.cost.features import BYTE_TERMS, FORMS, TERMS
 from observatory.cost.network import AlgorithmFit, Coefficient
+from observatory.records_bench import BenchResult
 from reports.benchmarks import BenchmarkFrames
 from reports.figures.bandwidth import bandwidth_curves
 from reports.frames import each_group, each_row
@@ -97,11 +98,16 @@ def _variant(
         figure=bandwidth_curves(points, curves),
         alt=f"Curves for {where}: from {microseconds(points['us'].min())} to "
         f"{microseconds(points['us'].max())}, bus bandwidth up to {number(best.busbw)} GB/s.",
-        note=f"{where}. {result.repeats} repeats of {result.iterations} exchanges after {result.warmup} "
-        f"warm-up rounds. Highest bus bandwidth {_gb(best.busbw)} at {bytes_text(best.size_bytes)} a "
-        f"rank ({shorten(best.algorithm, 24)}).{_empty(found, bench)}{_about_model(found, points, curves)}",
+        note=f"{where}. {_protocol(result)} Highest bus bandwidth {_gb(best.busbw)} at "
+        f"{bytes_text(best.size_bytes)} a rank ({shorten(best.algorithm, 24)}).{_empty(found, bench)}"
+        + _about_model(found, bench, points, curves),
         numbers=_numbers(points, where),
     )
+
+
+def _protocol(result: BenchResult) -> str:
+    rounds = f"{result.warmup} warm-up {'round' if result.warmup == 1 else 'rounds'}"
+    return f"{result.repeats} repeats of {result.iterations} exchanges after {rounds}."
 
 
 def _empty(found: BenchmarkFrames, bench: int) -> str:
@@ -111,7 +117,7 @@ def _empty(found: BenchmarkFrames, bench: int) -> str:
     return f" An empty exchange takes {listing(told)}." if told else ""
 
 
-def _about_model(found: BenchmarkFrames, points: pd.DataFrame, curves: pd.DataFrame) -> str:
+def _about_model(found: BenchmarkFrames, bench: int, points: pd.DataFrame, curves: pd.DataFrame) -> str:
     if not found.files.networks:
         return ""
     missing = [name for name in dict.fromkeys(points["algorithm"]) if name not in set(curves["algorithm"])]
@@ -120,9 +126,12 @@ def _about_model(found: BenchmarkFrames, points: pd.DataFrame, curves: pd.DataFr
     if known.empty:
         return told
     error = ((known["predicted_us"] - known["us"]).abs() / known["us"]).median()
+    network = found.files.networks[int(known["network"].iloc[0])]
+    seen = found.files.bench[bench].path.name in network.document.sources
     return (
-        f"{told} Fitted model: {shorten(found.files.networks[int(known['network'].iloc[0])].name, 32)}, "
-        f"median distance from these points {percent(error)} (it may have been fitted to them)."
+        f"{told} Fitted model: {shorten(network.name, 32)}, median distance from these points "
+        f"{percent(error)}; "
+        + ("it was fitted to a file of this name." if seen else "it was not fitted to a file of this name.")
     )
 
 
@@ -172,7 +181,11 @@ def _coefficient_table(name: str, backend: str, fit: AlgorithmFit) -> Table:
         ],
         [
             [
-                Cell(text=plain(item.term), detail=plain(TERMS.get(item.term, "")), heading=True),
+                Cell(
+                    text=plain(item.term).replace("_", " "),
+                    detail=plain(TERMS.get(item.term, "")),
+                    heading=True,
+                ),
                 *_value_cells(item),
             ]
             for item in fit.coefficients
@@ -219,11 +232,7 @@ def _form_table(name: str, fit: AlgorithmFit) -> Table:
         ],
         [
             [
-                Cell(
-                    text=plain(score.form),
-                    detail=FORMS[score.form].meaning if score.form in FORMS else "unknown to this program",
-                    heading=True,
-                ),
+                plain(score.form),
                 percent(score.weighted_error),
                 percent(score.median_error),
                 percent(score.p90_error),
@@ -233,7 +242,8 @@ def _form_table(name: str, fit: AlgorithmFit) -> Table:
             for score in sorted(fit.scores, key=lambda score: score.weighted_error)
         ],
         note=f"{_basis(fit)} Errors are on matrices left out of the fit. Of the forms within a tenth of the "
-        "smallest weighted error, the one with fewest coefficients is chosen.",
+        "smallest weighted error, the one with fewest coefficients is chosen. What each form says: "
+        "docs/network-model.md.",
     )
 
 

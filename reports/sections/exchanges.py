@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pandas as pd
 
@@ -16,6 +17,11 @@ from reports.sections.traffic import traffic_section
 from reports.sections.waiting import waiting_section
 
 __all__ = ["exchange_sections"]
+
+_MORE = (
+    "To see these exchanges beside mock traffic and beside what a fitted network model predicts: observatory "
+    "bench, replay and fit, then their files with --bench, --replay and --network (docs/network-model.md)."
+)
 
 
 def exchange_sections(frames: ReportFrames) -> list[Section]:
@@ -48,6 +54,8 @@ def _of_runs(frames: ReportFrames) -> list[Section]:
     ]
     gaps = [f"The exchanges of run {run + 1} are left out: {text}." for run, text in found.gaps]
     shown = [section for section in sections if section.blocks]
+    if shown and frames.benchmarks is None:
+        shown[-1] = replace(shown[-1], lead=(*shown[-1].lead, _MORE))
     if gaps:
         shown.append(
             Section(id="exchange-gaps", title="Exchanges that could not be read", reason=" ".join(gaps))

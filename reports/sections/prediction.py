@@ -42,7 +42,8 @@ def prediction_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
                 title="Predicted against measured time of single exchanges",
                 caption="One mark per exchange, both axes logarithmic and equal: on the line, the model is "
                 "right; below it, the exchange took longer than predicted. Open marks lie outside what the "
-                "model was fitted to. Upright lines: 90 % intervals of the predictions.",
+                "model was fitted to. Upright lines: 90 % intervals of the predictions, cut off at the "
+                "edge of the picture.",
                 choice="Measured in",
                 narrow=True,
                 variants=variants,

@@ -38,9 +38,9 @@ def realism_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
         short="Mock against real",
         lead=(
             "The traffic matrices that the run's routing made were sent again, each beside uniform traffic "
-            "of the same volume: what random tokens, and most benchmarks, would have sent. Nothing else runs "
-            "meanwhile, so the difference is what the unevenness of real traffic costs on this fabric. "
-            "(“What realism costs” in docs/network-model.md.)",
+            "of the same volume: what random tokens, and most benchmarks, would have sent. The model does "
+            "not run meanwhile, so the difference is what the unevenness of real traffic costs on this "
+            "fabric (“What realism costs” in docs/network-model.md).",
         ),
         blocks=(
             FigureBlock(
@@ -102,7 +102,7 @@ def _variant(
         note=f"{where}: {_sentence(whole)} {count(whole.exchanges)} pairs of exchanges from {steps} steps, "
         f"{result.repeats} repeats of {result.iterations} exchanges each."
         + (f" An interval from {steps} steps is itself rough." if 1 < steps < _FEW_STEPS else "")
-        + (f" Of the replay: {'; '.join(notes)}." if notes else ""),
+        + (f" The replay notes: {'; '.join(notes)}." if notes else ""),
         numbers=_numbers(rows, where),
     )
 

@@ -108,6 +108,9 @@ def test_a_replay_compares_captured_with_uniform_traffic_of_equal_volume(
     assert whole["ratio"] == pytest.approx(whole["captured_us"] / whole["uniform_us"])
     assert whole["ratio_low"] <= whole["ratio"] <= whole["ratio_high"]
     assert {(row["phase"], row["layer"], row["role"]) for row in rows[1:]} == {
+        ("decode", None, None),
+        ("decode", None, "dispatch"),
+        ("decode", None, "combine"),
         ("decode", 5, "dispatch"),
         ("decode", 5, "combine"),
     }
