@@ -138,9 +138,9 @@ def _transfer_us(matched: Collective) -> float | str:
     if depends_on(matched.algorithm, part=part) != "peers" or (matched.algorithm == "hierarchical"):
         return f"recorded as {matched.algorithm}: only all-to-alls that go straight are compared"
     split = split_collective(matched)
-    for problem in split["problem"]:
+    for rank, row, problem in zip(matched.rank_P, matched.row_P, split["problem"], strict=True):
         if problem is not None:
-            return f"not split: {problem}"
+            return "not split: " + (problem if row >= 0 else f"rank {rank} left no row")
     transfer_P = split["transfer_s"][split["peers"] > 0]
     if not len(transfer_P):
         return "nothing went to another rank"
