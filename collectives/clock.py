@@ -10,7 +10,8 @@ The reference read t after t1 and before t4, so offset = reference - own lies in
 round trip around its middle (Cristian 1989). Every round trip gives such an interval however unequal the
 two ways are, and the true offset lies in all of them; their intersection is at least as narrow as the
 interval of the fastest round trip (the minimum-delay filter of NTP). Bursts at the begin and at the end
-give the drift.
+give the drift. Of the ranks that share a clock the first one measures, and the others are told its result:
+a time that two of them read is then the same time on the reference, too.
 """
 
 from __future__ import annotations
@@ -24,10 +25,14 @@ from observatory.clock_identity import clock_identity, clock_name
 from observatory.records import ClockSpec
 
 __all__ = [
+    "Clock",
     "ClockAlignment",
+    "ClockServer",
     "PairLink",
     "align",
+    "ask",
     "bound_offset",
+    "decline",
     "unaligned",
     "with_drift",
 ]
@@ -37,7 +42,10 @@ Clock = Callable[[], int]
 #: Clocks of two hosts do not drift apart faster than this while a burst lasts (quartz plus NTP's slewing).
 _BURST_DRIFT_PPM = 600
 
-_SHARED, _APART = 1, 0
+#: What the reference answers: measure, same clock, take what follows, or nobody is served.
+_APART, _SHARED, _KNOWN, _DECLINED = 0, 1, 2, -1
+#: Before what follows: there is a result, or there is none.
+_RESULT, _NO_RESULT = 1, 0
 
 
 class PairLink(Protocol):
@@ -99,6 +107,7 @@ class ClockAlignment:
             measured_ns=self.measured_ns,
             method=self.method,
             identity=clock_name(self.identity),
+            reason=self.reason,
         )
 
 
@@ -121,15 +130,107 @@ def align(
         clock: monotonic nanoseconds.
         identity: what tells whether two ranks share a clock.
     """
+    if link.rank != reference_rank:
+        return ask(link, rounds=rounds, reference_rank=reference_rank, clock=clock, identity=identity)
+    server = ClockServer(link, rounds=rounds, clock=clock, identity=identity)
+    for peer in range(link.size):
+        if peer != reference_rank:
+            server.serve(peer)
+    return server.alignment()
+
+
+class ClockServer:
+    """The reference's side: serves one rank after the other."""
+
+    def __init__(
+        self,
+        link: PairLink,
+        *,
+        rounds: int = 64,
+        clock: Clock = time.monotonic_ns,
+        identity: Callable[[], int | None] = clock_identity,
+    ) -> None:
+        self._link = link
+        self._rounds = rounds
+        self._clock = clock
+        self._own = identity() or 0
+        self._known: dict[int, tuple[int, ...]] = {}
+
+    def serve(self, peer: int) -> bool:
+        """Serve a rank that asks; whether its clock is another one."""
+        link = self._link
+        theirs = link.receive(peer)
+        if theirs == _DECLINED:
+            return False
+        if self._own != 0 and theirs == self._own:
+            link.send(peer, _SHARED)
+            return False
+        if theirs in self._known:
+            link.send(peer, _KNOWN)
+            for number in self._known[theirs]:
+                link.send(peer, number)
+            return True
+        link.send(peer, _APART)
+        for _ in range(self._rounds):
+            link.receive(peer)
+            link.send(peer, self._clock())
+        told: tuple[int, ...] = (link.receive(peer),)
+        if told == (_RESULT,):
+            told = (_RESULT, *(link.receive(peer) for _ in range(3)))
+        if theirs != 0:
+            self._known[theirs] = told
+        return True
+
+    def alignment(self) -> ClockAlignment:
+        """The reference's own."""
+        return _shared(self._link.rank, self._clock(), self._own)
+
+
+def ask(
+    link: PairLink,
+    *,
+    rounds: int = 64,
+    reference_rank: int = 0,
+    clock: Clock = time.monotonic_ns,
+    identity: Callable[[], int | None] = clock_identity,
+) -> ClockAlignment:
+    """Another rank's side: what :func:`align` does there."""
     own = identity() or 0
-    if link.rank == reference_rank:
-        for peer in range(link.size):
-            if peer != reference_rank:
-                _serve(link, peer, own, rounds, clock)
-        return _shared(reference_rank, clock(), own)
     link.send(reference_rank, own)
-    if link.receive(reference_rank) == _SHARED:
+    answer = link.receive(reference_rank)
+    if answer == _SHARED:
         return _shared(reference_rank, clock(), own)
+    if answer == _KNOWN:
+        told = link.receive(reference_rank) == _RESULT
+        result = tuple(link.receive(reference_rank) for _ in range(3)) if told else None
+        reason = "the first rank of this host could not align"
+    elif answer == _APART:
+        result = _measure(link, rounds, reference_rank, clock)
+        for number in (_NO_RESULT,) if result is None else (_RESULT, *result):
+            link.send(reference_rank, number)
+        reason = f"{rounds} round trips to rank {reference_rank} contradict each other: a clock was set"
+    else:
+        result, reason = None, f"rank {reference_rank} does not serve"
+    offset_ns, uncertainty_ns, measured_ns = (None, None, clock()) if result is None else result
+    return ClockAlignment(
+        reference_rank=reference_rank,
+        method="none" if result is None else "ping-pong",
+        offset_ns=offset_ns,
+        uncertainty_ns=uncertainty_ns,
+        measured_ns=measured_ns,
+        reason=reason if result is None else None,
+        identity=own or None,
+    )
+
+
+def decline(link: PairLink, *, reference_rank: int = 0, peers: Sequence[int] = ()) -> None:
+    """Take no part, and let nobody wait for this rank: the reference tells ``peers``, the others tell it."""
+    for peer in peers if link.rank == reference_rank else (reference_rank,):
+        link.send(peer, _DECLINED)
+
+
+def _measure(link: PairLink, rounds: int, reference_rank: int, clock: Clock) -> tuple[int, int, int] | None:
+    """Offset, uncertainty, and own time at which they hold; None when no offset fits."""
     trips: list[tuple[int, int, int]] = []
     for _ in range(rounds):
         sent = clock()
@@ -137,29 +238,14 @@ def align(
         there = link.receive(reference_rank)
         trips.append((sent, there, clock()))
     bound = bound_offset(trips)
-    if bound is None:
-        return ClockAlignment(
-            reference_rank=reference_rank,
-            method="none",
-            offset_ns=None,
-            uncertainty_ns=None,
-            measured_ns=clock(),
-            identity=own or None,
-            reason=f"{rounds} round trips to rank {reference_rank} contradict each other: a clock was set",
-        )
-    offset_ns, uncertainty_ns = bound
-    return ClockAlignment(
-        reference_rank=reference_rank,
-        method="ping-pong",
-        offset_ns=offset_ns,
-        uncertainty_ns=uncertainty_ns,
-        measured_ns=(trips[0][0] + trips[-1][2]) // 2,
-        identity=own or None,
-    )
+    return None if bound is None else (*bound, (trips[0][0] + trips[-1][2]) // 2)
 
 
 def unaligned(
-    *, clock: Clock = time.monotonic_ns, identity: Callable[[], int | None] = clock_identity
+    reason: str = "the ranks did not align their clocks",
+    *,
+    clock: Clock = time.monotonic_ns,
+    identity: Callable[[], int | None] = clock_identity,
 ) -> ClockAlignment:
     """What a rank can say of its clock without talking to anybody.
 
@@ -172,7 +258,7 @@ def unaligned(
         uncertainty_ns=None,
         measured_ns=clock(),
         identity=identity(),
-        reason="the ranks did not align their clocks",
+        reason=reason,
     )
 
 
@@ -219,17 +305,6 @@ def with_drift(begin: ClockAlignment, end: ClockAlignment) -> ClockAlignment:
         measured_ns=begin.measured_ns,
         identity=begin.identity,
     )
-
-
-def _serve(link: PairLink, peer: int, own: int, rounds: int, clock: Clock) -> None:
-    theirs = link.receive(peer)
-    shared = own != 0 and theirs == own
-    link.send(peer, _SHARED if shared else _APART)
-    if shared:
-        return
-    for _ in range(rounds):
-        link.receive(peer)
-        link.send(peer, clock())
 
 
 def _shared(reference_rank: int, now_ns: int, identity: int) -> ClockAlignment:

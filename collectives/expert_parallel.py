@@ -28,7 +28,7 @@ from collectives.dispatch import Algorithm, ExpertMap, LocalExperts, make_dispat
 from collectives.recorder import Recorder
 from collectives.transport import Transport
 from collectives.transport_base import agree
-from observatory.errors import ModelError, PlacementError
+from observatory.errors import ModelError, PlacementError, alike
 from probes.routing.discover import find_sites
 from probes.routing.sites import RoutingSite
 
@@ -48,9 +48,11 @@ def linear_placement(experts: int, size: int) -> tuple[int, ...]:
     """
     if experts % size:
         fitting = ", ".join(str(ranks) for ranks in range(1, experts + 1) if experts % ranks == 0)
-        raise PlacementError(
-            f"{size} ranks do not divide {experts} experts; numbers of ranks that fit: {fitting}, or give "
-            "a placement"
+        raise alike(
+            PlacementError(
+                f"{size} ranks do not divide {experts} experts; numbers of ranks that fit: {fitting}, or "
+                "give a placement"
+            )
         )
     return tuple(expert // (experts // size) for expert in range(experts))
 

@@ -4,7 +4,8 @@ Shapes: P ranks.
 
 For every captured matrix, both ways (the combine is the transpose of the dispatch), the same volume is also
 sent evenly, as random tokens would. Both stand next to each other in every round of the protocol in
-`collectives.bench`, each first in half of the pairs, so that a machine that slows down slows both.
+`collectives.bench`, each first in every second step, of dispatches and of combines alike: whatever it costs
+to be the first of a pair then falls on both.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ def replay_plan(
         BenchmarkError: there is nothing to replay.
     """
     pairs = [
-        (both, _uniform(both))
-        for dispatch in captured
-        for both in (_turned(dispatch, role) for role in roles)
+        # Counted over dispatches and roles: over the list alone, two roles would make every dispatch go
+        # first and every combine second.
+        (both, _uniform(both)) if (index + turn) % 2 == 0 else (_uniform(both), both)
+        for index, dispatch in enumerate(captured)
+        for turn, both in enumerate(_turned(dispatch, role) for role in roles)
     ]
     if not pairs:
         raise BenchmarkError(
@@ -52,21 +55,23 @@ def replay_plan(
         warmup=warmup,
         repeats=repeats,
         iterations=iterations,
-        traffic=tuple(
-            traffic
-            for index, pair in enumerate(pairs)
-            for traffic in (pair if index % 2 == 0 else reversed(pair))
-        ),
+        traffic=tuple(traffic for pair in pairs for traffic in pair),
         run_id=run_id,
         notes=tuple(notes),
     )
 
 
 def uniform_like(rows_PP: NDArray[np.int64]) -> NDArray[np.int64]:
-    """As many rows in all, equally many between every two ranks; the remainder goes to the first pairs."""
+    """As many rows in all, equally many between every two ranks.
+
+    The remainder goes to the pairs (i, i + 1), then (i, i + 2), ..., at last (i, i): ranks then differ by at
+    most one row in what they send and in what they receive, also where there are fewer rows than pairs.
+    """
+    ranks = len(rows_PP)
     each, rest = divmod(int(rows_PP.sum()), rows_PP.size)
     even_PP = np.full(rows_PP.shape, each, dtype=np.int64)
-    even_PP.flat[:rest] += 1
+    step_N, source_N = np.divmod(np.arange(rest), ranks)
+    even_PP[source_N, (source_N + step_N + 1) % ranks] += 1
     return even_PP
 
 

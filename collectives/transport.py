@@ -144,7 +144,7 @@ def open_transport(
             raise ExchangeError("backend mpi needs mpi4py; pip install 'moe-observatory[mpi]'")
         from collectives.transport_mpi import MpiTransport
 
-        return MpiTransport(ranks_per_node=ranks_per_node, timeout_s=timeout_s)
+        return MpiTransport(where, ranks_per_node=ranks_per_node, timeout_s=timeout_s)
     from collectives.transport_torch import TorchTransport
 
     return TorchTransport(

@@ -15,7 +15,7 @@ import torch
 
 from collectives.layout import Group, Layout
 from collectives.transport import Transport
-from observatory.errors import ExchangeError
+from observatory.errors import ExchangeError, alike
 
 __all__ = ["AloneTransport", "BaseTransport", "agree"]
 
@@ -195,7 +195,9 @@ def agree(transport: Transport, what: dict[str, Any]) -> None:
         values = [json.dumps(values.get(name), sort_keys=True) for values in told]
         different = [rank for rank, value in enumerate(values) if value != values[0]]
         if different:
-            raise ExchangeError(
-                f"the ranks disagree on {name}: rank 0 has {values[0][:120]}, rank {different[0]} has "
-                f"{values[different[0]][:120]}; start all ranks with the same model and options"
+            raise alike(
+                ExchangeError(
+                    f"the ranks disagree on {name}: rank 0 has {values[0][:120]}, rank {different[0]} has "
+                    f"{values[different[0]][:120]}; start all ranks with the same model and options"
+                )
             )

@@ -20,6 +20,7 @@ import torch
 from collectives.layout import Group, Layout, nodes_in_order, split_into_nodes
 from collectives.transport_base import BaseTransport
 from observatory.errors import ExchangeError
+from observatory.ranks import RankOf
 
 __all__ = ["MAX_MPI_COUNT", "MpiTransport", "check_mpi_counts"]
 
@@ -49,7 +50,7 @@ class MpiTransport(BaseTransport):
 
     backend = "mpi"
 
-    def __init__(self, *, ranks_per_node: int | None, timeout_s: float) -> None:
+    def __init__(self, where: RankOf, *, ranks_per_node: int | None, timeout_s: float) -> None:
         self._own = "mpi4py.MPI" not in sys.modules
         import mpi4py
 
@@ -61,11 +62,17 @@ class MpiTransport(BaseTransport):
         self._mpi: Any = MPI
         self._world: Any = MPI.COMM_WORLD.Dup()
         rank, size = self._world.Get_rank(), self._world.Get_size()
+        if (rank, size) != (where.rank, where.world):
+            raise ExchangeError(
+                f"MPI says rank {rank} of {size}, {where.launcher} says rank {where.rank} of {where.world}; "
+                "expected ranks that mpiexec of the same MPI library started: use it, or --backend gloo"
+            )
         layout = Layout(rank=rank, node_of_P=(0,) * size)
         super().__init__(layout, device=torch.device("cpu"), timeout_s=timeout_s)
         self._groups: dict[Group, Any] = {"world": self._world}
         if ranks_per_node is None:
-            nodes = nodes_in_order(self.all_gather_json(os.uname().nodename))
+            labels = self.all_gather_json([os.uname().nodename, where.node])
+            nodes = nodes_in_order([tuple(label) for label in labels])
         else:
             nodes = split_into_nodes(size, ranks_per_node)
         self.layout = Layout(rank=rank, node_of_P=nodes)
@@ -93,7 +100,7 @@ class MpiTransport(BaseTransport):
             [_memory(sent), send_bytes, _starts(send_bytes), self._mpi.BYTE],
             [_memory(received), receive_bytes, _starts(receive_bytes), self._mpi.BYTE],
         )
-        self._finish(f"an all-to-all of group {group}", request)
+        self._finish(f"an all-to-all of group {group}", request, members=self.layout.members(group))
         return received.to(rows.device)
 
     def _all_gather(self, rows: torch.Tensor, rows_P: list[int]) -> torch.Tensor:
@@ -119,11 +126,14 @@ class MpiTransport(BaseTransport):
             self._groups[group] = self._world.Split(color=members[0], key=self.rank)
         return self._groups[group]
 
-    def _finish(self, what: str, request: Any, timeout_s: float | None = None) -> None:
+    def _finish(
+        self, what: str, request: Any, timeout_s: float | None = None, members: Sequence[int] | None = None
+    ) -> None:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         if _poll(request.Test, limit_s):
             return
-        missing = self._missing(min(_GRACE_S, limit_s))
+        members = range(self.size) if members is None else members
+        missing = self._missing(members, min(_GRACE_S, limit_s))
         named = f"rank{'s' if len(missing) > 1 else ''} {', '.join(str(rank) for rank in missing)}"
         who = f"no answer from {named}" if missing else "all ranks answer, so the network is at fault"
         raise ExchangeError(
@@ -131,11 +141,15 @@ class MpiTransport(BaseTransport):
             "output of the ranks named"
         )
 
-    def _missing(self, grace_s: float) -> list[int]:
-        """Ranks that do not say within the time that they wait too."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
+    def _missing(self, members: Sequence[int], grace_s: float) -> list[int]:
+        """Members that do not say within the time that they wait too; all ranks hear that this one does."""
         note = bytearray(1)
-        sent = [self._world.Isend([note, self._mpi.BYTE], dest=rank, tag=_HERE_TAG) for rank in others]
+        sent = [
+            self._world.Isend([note, self._mpi.BYTE], dest=rank, tag=_HERE_TAG)
+            for rank in range(self.size)
+            if rank != self.rank
+        ]
+        others = [rank for rank in members if rank != self.rank]
         inbox = {rank: bytearray(1) for rank in others}
         requests = {
             rank: self._world.Irecv([inbox[rank], self._mpi.BYTE], source=rank, tag=_HERE_TAG)

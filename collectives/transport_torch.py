@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from collectives.interface import has_reachable_name, interface_toward
 from collectives.layout import Group, Layout, nodes_in_order, split_into_nodes
 from collectives.rendezvous import Attendance
 from collectives.transport_base import BaseTransport
@@ -22,6 +23,7 @@ from observatory.ranks import RankOf
 __all__ = ["TorchTransport"]
 
 _GRACE_S = 5.0
+_INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class TorchTransport(BaseTransport):
@@ -37,9 +39,12 @@ class TorchTransport(BaseTransport):
         environment: Mapping[str, str] = os.environ,
     ) -> None:
         self._attendance: Attendance | None = None
+        self._chose_interface = False
         self._own = not distributed.is_initialized()
         if self._own:
             self._attendance = Attendance(where, environment, timeout_s=timeout_s)
+            if backend == "gloo" and len(self._attendance.hosts) > 1:
+                self._choose_interface(self._attendance.meeting_host)
             if backend == "nccl":
                 torch.cuda.set_device(where.local_rank or 0)
             self._initialise(backend, where, self._attendance, timeout_s)
@@ -55,6 +60,14 @@ class TorchTransport(BaseTransport):
             nodes = split_into_nodes(where.world, ranks_per_node)
         self.layout = Layout(rank=where.rank, node_of_P=nodes)
 
+    def _choose_interface(self, meeting_host: str) -> None:
+        """Keep gloo from listening on loopback; it looks at the environment whenever a group is made."""
+        if _INTERFACE not in os.environ and not has_reachable_name():
+            interface = interface_toward(meeting_host)
+            if interface is not None:
+                os.environ[_INTERFACE] = interface
+                self._chose_interface = True
+
     @staticmethod
     def _initialise(backend: str, where: RankOf, attendance: Attendance, timeout_s: float) -> None:
         try:
@@ -66,7 +79,7 @@ class TorchTransport(BaseTransport):
                 timeout=timedelta(seconds=timeout_s),
             )
         except RuntimeError as error:
-            raise attendance.explain("joining the others", error, grace_s=min(_GRACE_S, timeout_s)) from error
+            raise attendance.explain_joining(error) from error
 
     def barrier(self, timeout_s: float | None = None) -> None:
         """Wait for all ranks."""
@@ -85,6 +98,9 @@ class TorchTransport(BaseTransport):
             if self._attendance is not None:
                 self._attendance.leave(error)
             distributed.destroy_process_group()
+        if self._chose_interface:
+            os.environ.pop(_INTERFACE, None)
+            self._chose_interface = False
         self._own = False
 
     def _all_to_all(
@@ -96,6 +112,7 @@ class TorchTransport(BaseTransport):
         self._guarded(
             f"an all-to-all of group {group}",
             lambda: distributed.all_to_all_single(received, sent, receive_G, send_G, group=handle),
+            group,
         )
         return received.to(rows.device)
 
@@ -136,7 +153,7 @@ class TorchTransport(BaseTransport):
         """The rows where this backend takes them from; autograd ends at the transport."""
         return rows.detach().to(self.device)
 
-    def _guarded(self, what: str, call: Callable[[], object]) -> None:
+    def _guarded(self, what: str, call: Callable[[], object], group: Group = "world") -> None:
         try:
             call()
         except RuntimeError as error:
@@ -146,7 +163,8 @@ class TorchTransport(BaseTransport):
                     "was made by the caller, so who is missing is not known"
                 ) from error
             grace_s = min(_GRACE_S, self.timeout_s)
-            raise self._attendance.explain(what, error, grace_s=grace_s) from error
+            members = self.layout.members(group)
+            raise self._attendance.explain(what, error, members=members, grace_s=grace_s) from error
 
 
 def _all_gather_single(gathered: torch.Tensor, rows: torch.Tensor) -> None:

@@ -40,14 +40,14 @@ class _Rank:
     log: Path | None
 
     def last_words(self) -> str:
-        """The last line that the rank wrote, when its output was kept."""
+        """The last line that the rank wrote; empty when it wrote nothing."""
         if self.log is None:
             return "its message is above"
         with self.log.open("rb") as handle:
             handle.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
             lines = [line.strip() for line in handle.read().decode(errors="replace").splitlines()]
         written = [line for line in lines if line]
-        return written[-1][:500] if written else "it wrote nothing"
+        return written[-1][:500] if written else ""
 
 
 def rank_environment(rank: int, world: int, *, port: int, run_id: str) -> dict[str, str]:
@@ -185,11 +185,16 @@ def _end(ranks: Sequence[_Rank]) -> None:
 
 
 def _told(failed: _Rank, ranks: Sequence[_Rank], world: int) -> str:
+    if failed.process.returncode > 0 and not failed.last_words():
+        # What all ranks know alike is said by one of them.
+        failed = next(
+            (rank for rank in ranks if (rank.process.poll() or 0) > 0 and rank.last_words()), failed
+        )
     code = failed.process.returncode
     if code < 0:
         what = f"was killed by signal {-code} ({signal.Signals(-code).name})"
     else:
-        what = f"failed with exit code {code}: {failed.last_words()}"
+        what = f"failed with exit code {code}: {failed.last_words() or 'it wrote nothing'}"
     running = [rank.rank for rank in ranks if rank.process.poll() is None]
     others = [rank.rank for rank in ranks if rank is not failed and rank.process.poll()]
     rest = [f"{_ranks(others)} ended with errors after it"] if others else []

@@ -4,6 +4,8 @@ Every message has three parts: what failed with its value, what was expected, wh
 The command line prints the message as one line and ends with ``exit_code``.
 """
 
+from typing import TypeVar
+
 __all__ = [
     "BenchmarkError",
     "CaptureError",
@@ -20,13 +22,28 @@ __all__ = [
     "PlacementError",
     "RunError",
     "RunFormatError",
+    "alike",
 ]
+
+E = TypeVar("E", bound="ObservatoryError")
+
+
+def alike(error: E) -> E:
+    """Mark an error that every rank meets with the same words."""
+    error.of_all_ranks = True
+    return error
 
 
 class ObservatoryError(Exception):
-    """Root of all errors that this package raises on purpose."""
+    """Root of all errors that this package raises on purpose.
+
+    Attributes:
+        exit_code: of a command that ends with it.
+        of_all_ranks: every rank meets it with the same words, so rank 0 alone has to say them.
+    """
 
     exit_code = 1
+    of_all_ranks = False
 
 
 class RunError(ObservatoryError):

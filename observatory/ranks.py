@@ -1,13 +1,15 @@
 """Which rank of how many this process is, and where it sits.
 
 Several launchers may have left their mark on one environment. They may nest (``torchrun`` started once per
-node by ``srun``): the inner one then counts the processes, the outer one the nodes. Any other difference is
-an error, because ranks that number themselves differently would write each other's part of a run.
+node by ``srun``): the inner one then counts the processes, the outer one the nodes. ``mpiexec`` in a
+Slurm job nests too: it starts its daemons with ``srun``. Any other difference is an error, because ranks that
+number themselves differently would write each other's part of a run.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +23,8 @@ Launcher = Literal["caller", "torch.distributed", "torchrun", "mpiexec", "srun",
 
 #: Slurm numbers the steps that are no ``srun`` (batch script, external, interactive) from here on.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
+#: ``4``, or ``4(x3)`` for three nodes that have four tasks each.
+_TASKS_OF_NODES = re.compile(r"(\d{1,7})(?:\(x(\d{1,7})\))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +94,9 @@ def find_rank(
 
 def _counts_nodes(outer: RankOf, inner: RankOf) -> bool:
     """Whether the outer launcher started one process per node, which started the inner ranks."""
+    if outer.launcher == "srun" and inner.launcher == "mpiexec" and outer.local_world == 1:
+        # Daemons of mpiexec: one on every node of the job, except on that where mpiexec runs, used or not.
+        return True
     if not outer.world < inner.world:
         return False
     if inner.local_world is not None:
@@ -137,7 +144,24 @@ def _srun(environment: Mapping[str, str]) -> RankOf | None:
     if step is None or step >= _FIRST_SPECIAL_STEP or "SLURM_PROCID" not in environment:
         return None
     world = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
-    return _read(environment, "srun", "SLURM_PROCID", world, "SLURM_LOCALID", None, "SLURM_NODEID")
+    found = _read(environment, "srun", "SLURM_PROCID", world, "SLURM_LOCALID", None, "SLURM_NODEID")
+    return replace(
+        found, local_world=_tasks_of_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""), found.node)
+    )
+
+
+def _tasks_of_node(text: str, node: int | None) -> int | None:
+    """Tasks of one node from Slurm's list of all nodes, such as ``2(x3),1``; None when it does not tell."""
+    if node is None:
+        return None
+    for part in text.split(","):
+        match = _TASKS_OF_NODES.fullmatch(part)
+        if match is None:
+            return None
+        node -= int(match[2] or 1)
+        if node < 0:
+            return int(match[1]) or None
+    return None
 
 
 def _read(

@@ -31,7 +31,7 @@ __all__ = [
     "Topology",
 ]
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"
 
 Phase = Literal["prefill", "decode", "train_forward", "train_backward", "unknown"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "train_forward", "train_backward", "unknown")
@@ -174,6 +174,7 @@ class ClockSpec(Record):
         method: ``shared clock`` (one host), ``ping-pong``, or ``none``.
         identity: what names the clock itself; ranks with equal identities read the same clock, also where
             they never talked to each other. None where the system does not tell.
+        reason: why there is no alignment; None when there is one, or nobody asked.
     """
 
     reference_rank: Count = 0
@@ -183,6 +184,7 @@ class ClockSpec(Record):
     measured_ns: int | None = None
     identity: Text | None = None
     method: Literal["shared clock", "ping-pong", "none"]
+    reason: Text | None = None
 
 
 class FieldCalibration(Record):

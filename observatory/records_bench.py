@@ -129,6 +129,11 @@ class BenchCase(Traffic):
         return float(np.median(self.slowest_us_R))
 
     @property
+    def p10_us(self) -> float:
+        """10th percentile over repeats of the slowest rank's time."""
+        return float(np.quantile(self.slowest_us_R, 0.1))
+
+    @property
     def p90_us(self) -> float:
         """90th percentile over repeats of the slowest rank's time."""
         return float(np.quantile(self.slowest_us_R, 0.9))

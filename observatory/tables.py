@@ -51,6 +51,9 @@ def routing_schema(experts: int, *, gate_mass: bool = False) -> pa.Schema:
 
 
 #: One row per collective on one rank; times of its own clock, which its status relates to the others'.
+#: ``blocking``: the program went on when it was over. ``backend_group`` and ``backend_sequence``: torch's
+#: name of the group, and the backend's own number of the collective in it. ``recorder_...``: what torch's
+#: flight recorder says of it, and why it does not say more.
 EXCHANGE_SCHEMA = pa.schema(
     [
         pa.field("step", pa.int64(), nullable=False),
@@ -66,6 +69,12 @@ EXCHANGE_SCHEMA = pa.schema(
         pa.field("end_ns", pa.int64()),
         pa.field("send_bytes", pa.list_(pa.int64())),
         pa.field("receive_bytes", pa.list_(pa.int64())),
+        pa.field("blocking", pa.bool_()),
+        pa.field("backend_group", pa.string()),
+        pa.field("backend_sequence", pa.int64()),
+        pa.field("recorder_start_ns", pa.int64()),
+        pa.field("recorder_duration_ns", pa.int64()),
+        pa.field("recorder_problem", pa.string()),
     ]
 )
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Self
 
 from pydantic import JsonValue
 
+from collectives.store_clock import StoreClock, default_store
 from observatory.errors import CaptureError, ObservatoryError
 from observatory.provenance import new_manifest
 from observatory.ranks import RankOf, find_rank
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Watch", "watch"]
 
+_LONGEST_RUN_ID = 200
+
 
 def watch(
     model: nn.Module,
@@ -54,7 +57,10 @@ def watch(
     window_steps: int = 1,
     flush_seconds: float = 10.0,
     exchanges: bool | None = None,
+    align_clocks: bool = True,
+    clock_timeout_s: float = 30.0,
     overwrite: bool = False,
+    run_id: str | None = None,
     adapters: Sequence[Adapter] = (),
     model_name: str | None = None,
     family: str | None = None,
@@ -79,7 +85,13 @@ def watch(
         flush_seconds: seconds after which captured rows are on disk.
         exchanges: also time every all-to-all of ``torch.distributed`` (docs/exchange.md). None: when it is
             initialised with more than one rank.
-        overwrite: replace an existing run; not with several ranks.
+        align_clocks: where exchanges are watched, relate the clocks of all hosts to each other at enter and
+            at exit (docs/waiting.md#one-clock). False: wait for no other rank there; waiting is then known
+            between ranks of one host only, unless the program calls ``set_clock``.
+        clock_timeout_s: how long to wait for the other ranks then, seconds; never longer, and never an error.
+        overwrite: replace an existing run; with several ranks only where a ``run_id`` is given.
+        run_id: id of the run, new and the same on all ranks: a rank then never joins an older run at the
+            same place. None: made by rank 0, and the others join what they find running.
         adapters: how to read layers that are not understood by themselves.
         model_name: name for the manifest.
         family: architecture name, the configuration's ``model_type`` by default.
@@ -100,13 +112,16 @@ def watch(
     for name, value, least in (("sample_tokens", sample_tokens, 0), ("window_steps", window_steps, 1)):
         if value < least:
             raise CaptureError(f"{name} is {value}; expected {least} or more")
-    if not flush_seconds > 0:
-        raise CaptureError(f"flush_seconds is {flush_seconds}; expected more than 0")
+    for name, seconds in (("flush_seconds", flush_seconds), ("clock_timeout_s", clock_timeout_s)):
+        if not seconds > 0:
+            raise CaptureError(f"{name} is {seconds}; expected more than 0")
+    if run_id is not None and not 0 < len(run_id) <= _LONGEST_RUN_ID:
+        raise CaptureError(f"run_id has {len(run_id)} characters; expected 1 to {_LONGEST_RUN_ID}")
     where = find_rank(rank, world)
-    if overwrite and where.world > 1:
+    if overwrite and where.world > 1 and run_id is None:
         raise CaptureError(
             f"overwrite is asked for with {where.world} ranks, where a late rank cannot tell the old run "
-            "from the new one; choose a directory that does not exist"
+            "from the new one; choose a directory that does not exist, or give all ranks one new run_id"
         )
     return Watch(
         model,
@@ -118,6 +133,7 @@ def watch(
         window_steps=window_steps,
         flush_seconds=flush_seconds,
         exchanges=exchanges,
+        clock_timeout_s=clock_timeout_s if align_clocks else None,
         overwrite=overwrite,
         adapters=adapters,
         origin=_Origin(
@@ -127,6 +143,7 @@ def watch(
             data=data,
             config=dict(config or {}),
             topology=topology or Topology(ranks=where.world),
+            run_id=run_id,
         ),
     )
 
@@ -141,6 +158,7 @@ class _Origin:
     data: DataSpec | None
     config: dict[str, JsonValue]
     topology: Topology
+    run_id: str | None
 
 
 class Watch:
@@ -166,6 +184,7 @@ class Watch:
         window_steps: int,
         flush_seconds: float,
         exchanges: bool | None,
+        clock_timeout_s: float | None,
         overwrite: bool,
         adapters: Sequence[Adapter],
         origin: _Origin,
@@ -182,6 +201,9 @@ class Watch:
         self._flush_seconds = flush_seconds
         self._overwrite = overwrite
         self._wanted = exchanges
+        self._clock_timeout_s = clock_timeout_s
+        self._clock: StoreClock | None = None
+        self._clock_told = False
         self._adapters = adapters
         self._origin = origin
         self._session: CaptureSession | None = None
@@ -197,6 +219,9 @@ class Watch:
         self.sites = tuple(find_sites(self._model, adapters=self._adapters))
         self._writer = self._open_run()
         try:
+            exchanges = self._has_exchanges()
+            if exchanges:
+                self._align_at_enter(self._writer)
             self._session = CaptureSession(
                 self._model,
                 self.sites,
@@ -205,10 +230,11 @@ class Watch:
                 sample_tokens=self._sample_tokens,
                 window_steps=self._window_steps,
                 flush_seconds=self._flush_seconds,
-                exchanges=self._has_exchanges(),
+                exchanges=exchanges,
                 situation=lambda: (self.steps, self._told),
             )
         except BaseException as error:
+            self._align_at_exit(self._writer, failed=True)
             self._writer.close(state="failed", error=_one_line(error))
             raise
         return self
@@ -224,10 +250,12 @@ class Watch:
     def set_clock(self, clock: ClockSpec) -> None:
         """State how this rank's clock relates to those of other hosts (``collectives.clock.align``).
 
-        Ranks of one host need not: their common clock is recognised.
+        Ranks that share a process group of ``torch.distributed`` need not: their clocks are aligned at enter
+        and exit. Nor need ranks of one host: their common clock is recognised.
         """
         self._running()
         assert self._writer is not None
+        self._clock_told = True
         self._writer.set_clock(clock)
 
     @contextlib.contextmanager
@@ -271,11 +299,12 @@ class Watch:
         assert writer is not None
         self._ended = True
         problems: list[str] = []
+        clock_notes = self._align_at_exit(writer, failed=error is not None)
         with _collected(problems):
             session.stop(self.steps, told=self._told)
         with _collected(problems):
             session.check()
-        notes = (*self._notes, *session.notes(steps=self.steps))
+        notes = (*self._notes, *clock_notes, *session.notes(steps=self.steps))
         with _collected(problems):
             if writer.rank == 0:
                 config = {**writer.manifest.config, "probe_cost": session.cost()}
@@ -325,9 +354,31 @@ class Watch:
             self._notes.append(f"exchanges were not watched: {reason}")
         return several and reason is None
 
+    def _align_at_enter(self, writer: RunWriter) -> None:
+        """Relate this rank's clock to rank 0's, if the ranks have a store to talk through."""
+        store = None if self._where.world == 1 or self._clock_timeout_s is None else default_store()
+        if store is not None and self._clock_timeout_s is not None:
+            self._clock = StoreClock(
+                store,
+                rank=self._where.rank,
+                size=self._where.world,
+                name=writer.manifest.run_id,
+                timeout_s=self._clock_timeout_s,
+            )
+            writer.set_clock(self._clock.begin().record())
+
+    def _align_at_exit(self, writer: RunWriter, *, failed: bool) -> tuple[str, ...]:
+        """Measure how the clock has drifted; what has to be noted about it."""
+        if self._clock is None:
+            return ()
+        clock = self._clock.end(failed=failed)
+        if not self._clock_told:
+            writer.set_clock(clock.record())
+        return tuple(self._clock.notes)
+
     def _open_run(self) -> RunWriter:
         if self._where.rank > 0:
-            return RunWriter.join(self.run_path, rank=self._where.rank)
+            return RunWriter.join(self.run_path, rank=self._where.rank, run_id=self._origin.run_id)
         origin = self._origin
         name = origin.name or getattr(getattr(self._model, "config", None), "_name_or_path", None)
         manifest = new_manifest(
@@ -351,6 +402,8 @@ class Watch:
             },
             window_steps=self._window_steps,
         )
+        if origin.run_id is not None:
+            manifest = manifest.model_copy(update={"run_id": origin.run_id})
         return RunWriter.create(self.run_path, manifest, overwrite=self._overwrite)
 
 

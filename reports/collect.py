@@ -20,6 +20,8 @@ from observatory.routing import (
     phase_summary,
 )
 from observatory.store import Run
+from reports.benchmark_files import BenchmarkFiles
+from reports.benchmarks import collect_benchmarks
 from reports.exchanges import collect_exchanges
 from reports.frames import ReportFrames, RunFacts, each_row, in_reading_order, label_runs
 
@@ -30,10 +32,22 @@ _LOADS = ("phase", "layer", "expert", "load", "load_odd", "load_even", "run")
 _LOCALITY = ("phase", "layer", "segments", "hit_share", "hit_share_shuffled", "locality_gain", "run")
 
 
-def collect(runs: Sequence[Run], *, ep_degrees: Sequence[int], gpus_per_node: int) -> ReportFrames:
+def collect(
+    runs: Sequence[Run],
+    *,
+    ep_degrees: Sequence[int],
+    gpus_per_node: int,
+    files: BenchmarkFiles | None = None,
+) -> ReportFrames:
     """Read every run once for its loads and once for its scan; one run is held at a time.
 
     A run that cannot be analysed keeps its place, with the reason among its gaps.
+
+    Args:
+        runs: open runs.
+        ep_degrees: expert-parallel degrees of the scan.
+        gpus_per_node: ranks per node of the scan.
+        files: benchmarks, replays and network models that were given beside the runs.
     """
     facts: list[RunFacts] = []
     layers, summaries, loads, scans, localities = [], [], [], [], []
@@ -76,6 +90,7 @@ def collect(runs: Sequence[Run], *, ep_degrees: Sequence[int], gpus_per_node: in
         bands=model_bands(in_reading_order(summary.merge(frame, on="run"))),
         locality=_joined(localities, _LOCALITY),
         exchanges=collect_exchanges(runs),
+        benchmarks=collect_benchmarks(runs, files or BenchmarkFiles()),
     )
 
 

@@ -23,12 +23,14 @@ from typing import Any
 import pandas as pd
 
 from observatory.records import PHASES, Manifest
+from reports.benchmarks import BenchmarkFrames
 from reports.exchanges import ExchangeFrames
 
 __all__ = [
     "ReportFrames",
     "RunFacts",
     "condition_order",
+    "each_group",
     "each_row",
     "in_reading_order",
     "label_runs",
@@ -74,7 +76,7 @@ class RunFacts:
 class ReportFrames:
     """All frames of a report (columns in the module's docstring) and the runs' facts.
 
-    ``exchanges`` is None when no run holds any.
+    ``exchanges`` is None when no run holds any, ``benchmarks`` when no files were given.
     """
 
     facts: tuple[RunFacts, ...]
@@ -86,6 +88,7 @@ class ReportFrames:
     bands: pd.DataFrame
     locality: pd.DataFrame
     exchanges: ExchangeFrames | None = None
+    benchmarks: BenchmarkFrames | None = None
 
     @property
     def cells(self) -> pd.DataFrame:
@@ -101,6 +104,11 @@ class ReportFrames:
 def each_row(frame: pd.DataFrame) -> Iterator[Any]:
     """Rows as named tuples; what a column holds is said by the frame, not by the type checker."""
     yield from frame.itertuples()
+
+
+def each_group(frame: pd.DataFrame, keys: list[str]) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """Rows by several keys in order of appearance; a missing key is a key like any other."""
+    yield from frame.groupby(keys, sort=False, dropna=False)
 
 
 def in_reading_order(frame: pd.DataFrame) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 import observatory
 from observatory.errors import RunError
 from observatory.store import Run, open_run
+from reports.benchmark_files import read_benchmark_files
 from reports.collect import collect
 from reports.embed import content_security_policy, packed_figure, script_json, script_text
 from reports.frames import ReportFrames
@@ -24,6 +25,7 @@ from reports.sections import (
     FORMULAS,
     committee_section,
     exchange_sections,
+    file_records,
     findings,
     grid_section,
     heatmap_section,
@@ -53,6 +55,9 @@ def write_report(
     title: str | None = None,
     ep_degrees: Sequence[int] = (4, 8, 16, 32),
     gpus_per_node: int = 4,
+    bench: Sequence[str | os.PathLike[str]] = (),
+    replays: Sequence[str | os.PathLike[str]] = (),
+    networks: Sequence[str | os.PathLike[str]] = (),
     overwrite: bool = False,
 ) -> Path:
     """Write the report of ``runs`` as one HTML file that needs no network.
@@ -63,11 +68,16 @@ def write_report(
         title: heading of the page; made from the models and conditions when None.
         ep_degrees: expert-parallel degrees of the scan.
         gpus_per_node: ranks per node of the scan.
+        bench: results of ``observatory bench``.
+        replays: results of ``observatory replay``; one of a run that is not in ``runs`` is left out and
+            named.
+        networks: network models of ``observatory fit``.
         overwrite: replace an existing file.
 
     Raises:
         RunError: no runs, a run cannot be opened, ``out`` exists or cannot be written, or the page would be
             larger than 10 MB.
+        BenchmarkError: a benchmark file cannot be read or is of another kind.
     """
     target = Path(out)
     if not runs:
@@ -77,7 +87,8 @@ def write_report(
     if target.exists() and not overwrite:
         raise RunError(f"{target} exists; choose another name, or pass --force to replace it")
     opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
-    frames = collect(opened, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node)
+    files = read_benchmark_files(bench=bench, replays=replays, networks=networks)
+    frames = collect(opened, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, files=files)
     page = render(frames, title=title, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, out=target)
     size = len(page.encode("utf-8", "replace"))
     if size > MOST_BYTES:
@@ -100,6 +111,7 @@ def render(
     page_js = _asset(environment, "page.js")
     plotly_js = get_plotlyjs()
     paths = [str(fact.path) for fact in frames.facts]
+    given = frames.benchmarks.files.options() if frames.benchmarks else []
     return environment.get_template("report.html.j2").render(
         title=shorten(title or _title(frames), 200),
         version=observatory.__version__,
@@ -108,6 +120,7 @@ def render(
         light_variables=Markup(css_variables(dark=False)),
         dark_variables=Markup(css_variables(dark=True)),
         stylesheet=Markup(_asset(environment, "page.css")),
+        kind="Routing and exchange report" if frames.exchanges or frames.benchmarks else "Routing report",
         overview=overview(frames),
         problems=problems(frames),
         findings=findings(frames),
@@ -115,10 +128,11 @@ def render(
         has_figures=any(isinstance(block, FigureBlock) for part in sections for block in part.blocks),
         formulas=FORMULAS,
         records=provenance(frames),
+        file_records=file_records(frames),
         reproduce=plain(
             shlex.join(
-                ["observatory", "report", *paths, "--out", str(out), "--ep", ",".join(map(str, ep_degrees)),
-                 "--gpus-per-node", str(gpus_per_node)]
+                ["observatory", "report", *paths, *given, "--out", str(out), "--ep",
+                 ",".join(map(str, ep_degrees)), "--gpus-per-node", str(gpus_per_node)]
             )
         ),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -129,8 +143,12 @@ def render(
 
 
 def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]:
-    """All sections in reading order."""
+    """All sections in reading order; what is about exchanges comes first where every run has them."""
+    about_exchanges = exchange_sections(frames)
+    found = frames.exchanges
+    first = found is not None and set(found.traffic["run"]) == set(frames.runs["run"])
     return [
+        *(about_exchanges if first else ()),
         grid_section(frames),
         mock_section(frames),
         heatmap_section(frames),
@@ -138,7 +156,7 @@ def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]
         committee_section(frames),
         scan_section(frames, gpus_per_node=gpus_per_node),
         step_section(frames),
-        *exchange_sections(frames),
+        *(() if first else about_exchanges),
         layer_section(frames),
         run_table(frames),
     ]

@@ -19,6 +19,7 @@ __all__ = [
     "figure_text",
     "interval",
     "listing",
+    "microseconds",
     "number",
     "percent",
     "plain",
@@ -114,6 +115,19 @@ def bytes_text(value: float | None) -> str:
             break
         value /= 1024
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def microseconds(value: float | None, *, signed: bool = False) -> str:
+    """A time in the unit that reads best, three digits or so; ``signed`` puts + before what is more."""
+    if value is None or _absent(value):
+        return MISSING
+    for unit, factor in (("µs", 1.0), ("ms", 1e3), ("s", 1e6)):
+        scaled = value / factor
+        if abs(scaled) < 1000 or unit == "s":
+            break
+    digits = 0 if abs(scaled) >= 100 else 1 if abs(scaled) >= 10 else 2
+    text = f"{scaled:+.{digits}f}" if signed else f"{scaled:.{digits}f}"
+    return f"{text} {unit}".replace("-", "−")
 
 
 def listing(items: Sequence[str], *, most: int = 4) -> str:

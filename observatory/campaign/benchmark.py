@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import get_args
 
-from observatory.errors import ExchangeError
+from observatory.errors import ExchangeError, alike
 from observatory.ranks import find_rank
 from observatory.records_bench import BenchPlan, BenchResult, load_bench
 
@@ -24,9 +24,11 @@ def ranks_of_benchmark(requested: int | None, *, default: int = 4) -> int:
     if where.launcher == "alone":
         return default if requested is None else requested
     if requested not in (None, where.world):
-        raise ExchangeError(
-            f"{requested} ranks were asked for, but {where.launcher} started {where.world}; leave the number "
-            "out or start as many"
+        raise alike(
+            ExchangeError(
+                f"{requested} ranks were asked for, but {where.launcher} started {where.world}; leave the "
+                "number out or start as many"
+            )
         )
     return where.world
 

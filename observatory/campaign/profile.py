@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from observatory.errors import DataError, ModelError, ObservatoryError, RunError
+from observatory.errors import DataError, ModelError, ObservatoryError
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,7 @@ class ProfileJob:
         gate_mass: also sum gate weights per expert.
         sample_tokens: token positions per layer and step whose expert ids are kept; 0 keeps none.
         window_steps: steps folded into one row of the run.
+        flush_seconds: seconds after which captured rows are on disk.
         ep: ranks over which the experts are spread; 1 keeps them together.
         algorithm: ``flat``, ``hierarchical`` or ``gather``.
         deduplicate: send a token once per destination rank.
@@ -75,6 +76,7 @@ class ProfileJob:
     gate_mass: bool = False
     sample_tokens: int = 0
     window_steps: int = 1
+    flush_seconds: float = 10.0
     ep: int = 1
     algorithm: str = "flat"
     deduplicate: bool = False
@@ -158,8 +160,7 @@ def _run_rank(
     from observatory.zoo.models import load_model, quiet_transformers
 
     world = ranks.where.world
-    if ranks.where.rank == 0:
-        _check_place(out, overwrite=overwrite)
+    run_id = ranks.agree_on_place(out, overwrite=overwrite)
     loaded = loaded or load_model(job.model, device=job.device, dtype=job.dtype)
     model = loaded.model.eval()
     _check_length(model, job)
@@ -195,13 +196,16 @@ def _run_rank(
                 gate_mass=job.gate_mass,
                 sample_tokens=job.sample_tokens,
                 window_steps=job.window_steps,
+                flush_seconds=job.flush_seconds,
                 overwrite=overwrite,
+                run_id=run_id,
                 model_name=loaded.name,
                 family=loaded.family,
                 mixer=loaded.mixer,
                 config=asdict(job),
                 topology=ranks.topology(sharded),
                 exchanges=True if ranks.transport is not None and world > 1 else None,
+                align_clocks=ranks.transport is None,  # else over the transport, whatever it is
                 data=DataSpec(
                     condition=stream.condition,
                     source=stream.source,
@@ -234,12 +238,6 @@ def _run_rank(
                     ).past_key_values
                 step_done(watch)
     return out
-
-
-def _check_place(out: Path, *, overwrite: bool) -> None:
-    """Refuse a place that is taken before minutes go into loading a model; the writer checks again."""
-    if out.is_file() or (not overwrite and out.is_dir() and any(out.iterdir())):
-        raise RunError(f"{out} exists already; choose another place, or --force to replace a run")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from observatory.campaign.grid import GridConfig, ProfileOptions, is_complete
@@ -33,11 +34,12 @@ def quickstart_grid() -> GridConfig:
     )
 
 
-def quickstart_exchanges(out: Path) -> list[Path]:
+def quickstart_exchanges(out: Path, *, told: Callable[[str], None]) -> list[Path]:
     """One model spread over 2 and over 4 ranks of this machine, with real exchanges; finished runs are kept.
 
     Args:
         out: directory of the runs, the quickstart's own: an unfinished run in it is made again.
+        told: told what is kept and what is made.
 
     Returns:
         One run directory per degree.
@@ -48,7 +50,9 @@ def quickstart_exchanges(out: Path) -> list[Path]:
     runs = []
     for ep in EXCHANGE_DEGREES:
         run = out / f"ep-{ep}"
-        if not is_complete(run):
+        kept = is_complete(run)
+        told(f"one model on {ep} ranks of this machine: {'kept' if kept else 'running'}")
+        if not kept:
             if (run / "run.json").is_file():
                 shutil.rmtree(run)
             job = ProfileJob(

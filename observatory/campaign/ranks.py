@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from observatory.errors import ExchangeError, RunError
+from observatory.errors import ExchangeError, RunError, alike
 from observatory.ranks import RankOf, find_rank
 from observatory.records import Topology
+from observatory.store.replacing import check_free
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,25 +40,32 @@ def needs_ranks(job: ProfileJob) -> bool:
     """
     where = find_rank()
     if job.ep > 1 and where.world not in (1, job.ep):
-        raise ExchangeError(
-            f"--ep {job.ep} was asked for on {where.world} ranks of {where.launcher}; expected --ep "
-            f"{where.world}, or as many ranks as --ep says"
+        raise alike(
+            ExchangeError(
+                f"--ep {job.ep} was asked for on {where.world} ranks of {where.launcher}; expected --ep "
+                f"{where.world}, or as many ranks as --ep says"
+            )
         )
     return job.ep > 1 and where.world == 1
 
 
-def start_ranks(job: ProfileJob, out: Path) -> None:
+def start_ranks(job: ProfileJob, out: Path, *, overwrite: bool = False) -> None:
     """Run the profile on ``job.ep`` processes of this machine.
+
+    Args:
+        job: what to profile.
+        out: run directory to make.
+        overwrite: replace an existing run, once the model is loaded on all ranks.
 
     Raises:
         ExchangeError: a rank failed, died or hung; names it.
-        RunError: the run directory is there already.
+        RunError: something is in the place of the run.
     """
     from hpc.launch import start_local_ranks
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists; runs of several ranks are not overwritten, choose another place")
-    start_local_ranks([sys.executable, "-m", "observatory", *profile_argv(job, out)], job.ep)
+    check_free(out, overwrite=overwrite)
+    argv = [*profile_argv(job, out), *(["--force"] if overwrite else [])]
+    start_local_ranks([sys.executable, "-m", "observatory", *argv], job.ep)
 
 
 def profile_argv(job: ProfileJob, out: Path) -> list[str]:
@@ -82,6 +91,39 @@ class Ranks:
 
     where: RankOf
     transport: Transport | None
+
+    def agree_on_place(self, out: Path, *, overwrite: bool) -> str | None:
+        """Make sure that the place of the run is free: rank 0 looks, and all hear what it found.
+
+        Returns:
+            The id of the run to be made, by which ranks tell it from an old one; None where they cannot agree
+            on one because they do not talk to each other.
+
+        Raises:
+            RunError: it is not free, on every rank.
+        """
+        if self.transport is None:
+            if overwrite and self.where.world > 1:
+                raise alike(
+                    RunError(
+                        f"--force was asked for on {self.where.world} ranks that do not talk to each other, "
+                        f"so none could tell the old run from the new one; remove {out} yourself, or choose "
+                        "another place"
+                    )
+                )
+            if self.where.rank == 0:
+                check_free(out, overwrite=overwrite)
+            return None
+        problem: str | None = None
+        if self.where.rank == 0:
+            try:
+                check_free(out, overwrite=overwrite)
+            except RunError as error:
+                problem = str(error)
+        (told, *_) = self.transport.all_gather_json({"problem": problem, "run_id": uuid.uuid4().hex})
+        if told["problem"] is not None:
+            raise alike(RunError(told["problem"]))
+        return str(told["run_id"])
 
     @contextlib.contextmanager
     def spread(self, model: nn.Module, job: ProfileJob) -> Iterator[ShardedModel | None]:
@@ -143,7 +185,7 @@ def join_ranks(job: ProfileJob) -> Iterator[Ranks]:
     """Join the other ranks, if there are any.
 
     Raises:
-        ExchangeError: a rank does not join; names it.
+        ExchangeError: a rank does not join, named; or the ranks were given different jobs.
         CaptureError: launchers disagree.
     """
     where = find_rank()
@@ -157,4 +199,8 @@ def join_ranks(job: ProfileJob) -> Iterator[Ranks]:
         ranks_per_node=job.ranks_per_node,
         timeout_s=job.exchange_timeout_s,
     ) as transport:
+        from collectives.transport_base import agree
+
+        # Each rank may have a device of its own; the launcher has seen to their number.
+        agree(transport, {name: value for name, value in asdict(job).items() if name not in ("device", "ep")})
         yield Ranks(where=where, transport=transport)

@@ -46,7 +46,8 @@ def _guarded(argv: Sequence[str] | None) -> int:
             complain("interrupted; what was written so far is kept and can be read")
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except ObservatoryError as error:
-        complain(str(error))
+        if not error.of_all_ranks or _is_first_rank():
+            complain(str(error))
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output went away (`| head`): leave quietly, as other tools do.
@@ -72,6 +73,17 @@ def _guarded(argv: Sequence[str] | None) -> int:
         )
         return 1
     return 0
+
+
+def _is_first_rank() -> bool:
+    """Whether this process has to say what all ranks know."""
+    from observatory.errors import CaptureError
+    from observatory.ranks import find_rank
+
+    try:
+        return find_rank().rank == 0
+    except CaptureError:
+        return True
 
 
 def _open_missing_streams() -> None:

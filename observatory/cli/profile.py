@@ -31,6 +31,9 @@ def profile(
         int, typer.Option(min=0, help="Token positions per layer and step whose expert ids are kept.")
     ] = 0,
     window_steps: Annotated[int, typer.Option(min=1, help="Steps folded into one row.")] = 1,
+    flush_seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds after which captured rows are on disk.")
+    ] = 10.0,
     ep: Annotated[int, typer.Option(min=1, help="Ranks to spread the experts over; started here.")] = 1,
     algorithm: Annotated[str, typer.Option(help="Dispatch: flat, hierarchical or gather.")] = "flat",
     deduplicate: Annotated[
@@ -67,6 +70,7 @@ def profile(
         gate_mass=gate_mass,
         sample_tokens=sample_tokens,
         window_steps=window_steps,
+        flush_seconds=flush_seconds,
         ep=ep,
         algorithm=algorithm,
         deduplicate=deduplicate,
@@ -75,7 +79,7 @@ def profile(
         exchange_timeout_s=exchange_timeout_s,
     )
     if needs_ranks(job):
-        start_ranks(job, out)
+        start_ranks(job, out, overwrite=force)
         return
     if find_rank().rank > 0:
         run_profile(job, out, overwrite=force)

@@ -17,6 +17,7 @@ def quickstart(
 ) -> None:
     """Profile the bundled models on the bundled data, scan, and write the report. No network, no GPU."""
     from observatory.campaign.quickstart import quickstart_exchanges, quickstart_grid
+    from observatory.campaign.quickstart_network import quickstart_network
     from observatory.cli.cells import run_cells
     from observatory.cli.output import print_table, say
     from observatory.documents import frame_records
@@ -41,12 +42,16 @@ def quickstart(
         gpus_per_node=config.gpus_per_node,
         overwrite=True,
     )
-    say("one model spread over 2 and 4 ranks of this machine")
+    runs = quickstart_exchanges(out / "exchanges", told=say)
+    network = quickstart_network(runs, out / "exchanges", told=say)
     exchanges = write_report(
-        quickstart_exchanges(out / "exchanges"),
+        runs,
         out / "exchanges.html",
         title="Quickstart: one model on 2 and 4 ranks, with real exchanges",
         ep_degrees=config.ep,
+        bench=network.bench,
+        replays=(network.replay,),
+        networks=(network.model,),
         overwrite=True,
     )
     gini = {}

@@ -122,7 +122,6 @@ def replay(
 
 def _cells(row: dict[str, Any]) -> list[object]:
     low, high = row["ratio_low"], row["ratio_high"]
-    whole = {"phase": "all", "layer": "all", "role": "all"} if row["phase"] is None else {}
-    row = {**row, **whole}
+    row = {**row, **{name: "all" for name in ("phase", "layer", "role") if row[name] is None}}
     names = ("algorithm", "phase", "layer", "role", "exchanges", "captured_us", "uniform_us", "ratio")
     return [*(row[name] for name in names), None if low is None else f"{low:.3f}-{high:.3f}"]

@@ -18,6 +18,17 @@ def report(
     title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
     ep: EpOption = "4,8,16,32",
     gpus_per_node: GpusPerNodeOption = 4,
+    bench: Annotated[
+        list[Path] | None, typer.Option(help="Result of bench: bandwidth curves; may be given again.")
+    ] = None,
+    replay: Annotated[
+        list[Path] | None,
+        typer.Option(help="Replay of one of the runs: what realism costs; may be given again."),
+    ] = None,
+    network: Annotated[
+        list[Path] | None,
+        typer.Option(help="Network model of fit: measured against predicted; may be given again."),
+    ] = None,
     force: ForceOption = False,
 ) -> None:
     """Write the report: one HTML file that needs no network."""
@@ -31,6 +42,9 @@ def report(
         title=title,
         ep_degrees=parse_ep(ep),
         gpus_per_node=gpus_per_node,
+        bench=bench or (),
+        replays=replay or (),
+        networks=network or (),
         overwrite=force,
     )
     say(f"report written to {path}")

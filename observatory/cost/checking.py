@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from observatory.cost.network import NetworkModel
 from observatory.cost.predict import predict_us
 from observatory.errors import BenchmarkError
 from observatory.records_bench import BenchResult
 
-__all__ = ["check_predictions", "error_summary"]
+__all__ = ["CHECK_COLUMNS", "check_predictions", "checked_row", "error_summary"]
+
+
+#: Columns of `check_predictions`.
+CHECK_COLUMNS: tuple[str, ...] = (
+    "algorithm", "pattern", "phase", "layer", "step", "role", "measured_us", "predicted_us", "low_us",
+    "high_us", "error", "extrapolated",
+)  # fmt: skip
 
 
 def check_predictions(model: NetworkModel, result: BenchResult) -> pd.DataFrame:
@@ -24,27 +35,37 @@ def check_predictions(model: NetworkModel, result: BenchResult) -> pd.DataFrame:
         raise BenchmarkError(
             f"a model of {model.backend} cannot be checked on a result of {result.backend}; fit one for it"
         )
-    rows = []
-    for case in result.cases:
-        found = predict_us(model, case.bytes_PP, result.node_of_P, algorithm=case.algorithm)
-        measured = case.median_us
-        rows.append(
-            {
-                "algorithm": case.algorithm,
-                "pattern": case.pattern,
-                "phase": case.phase,
-                "layer": case.layer,
-                "step": case.step,
-                "role": case.role,
-                "measured_us": measured,
-                "predicted_us": found.us,
-                "low_us": found.low_us,
-                "high_us": found.high_us,
-                "error": abs(found.us - measured) / measured,
-                "extrapolated": "; ".join(found.extrapolated) or None,
-            }
+    rows = [
+        checked_row(
+            model, case.bytes_PP, result.node_of_P, algorithm=case.algorithm, measured_us=case.median_us,
+            pattern=case.pattern, phase=case.phase, layer=case.layer, step=case.step, role=case.role,
         )
-    return pd.DataFrame(rows)
+        for case in result.cases
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=list(CHECK_COLUMNS))
+
+
+def checked_row(
+    model: NetworkModel,
+    bytes_PP: ArrayLike,
+    node_of_P: Sequence[int],
+    *,
+    algorithm: str,
+    measured_us: float,
+    **where: object,
+) -> dict[str, Any]:
+    """One row of `check_predictions`; ``where`` is kept as it is."""
+    found = predict_us(model, bytes_PP, node_of_P, algorithm=algorithm)
+    return {
+        "algorithm": algorithm,
+        **where,
+        "measured_us": measured_us,
+        "predicted_us": found.us,
+        "low_us": found.low_us,
+        "high_us": found.high_us,
+        "error": abs(found.us - measured_us) / measured_us,
+        "extrapolated": "; ".join(found.extrapolated) or None,
+    }
 
 
 def error_summary(checked: pd.DataFrame) -> pd.DataFrame:

@@ -27,8 +27,11 @@ __all__ = [
 
 NETWORK_VERSION = "1.0"
 
-_Real = Annotated[float, Field(allow_inf_nan=False)]
-_NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+#: More than any coefficient, error or ratio can be; below it predictions do not overflow.
+_MOST = 1e30
+_Real = Annotated[float, Field(ge=-_MOST, le=_MOST, allow_inf_nan=False)]
+_NotNegative = Annotated[float, Field(ge=0.0, le=_MOST, allow_inf_nan=False)]
+_Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
 class Coefficient(Record):
@@ -81,9 +84,9 @@ class Domain(Record):
         empty: whether exchanges of nothing were among them.
     """
 
-    ranks: tuple[Count, ...]
-    nodes: tuple[Count, ...]
-    ranks_on_node: tuple[Count, ...]
+    ranks: _Counts
+    nodes: _Counts
+    ranks_on_node: _Counts
     rank_bytes: tuple[Count, Count]
     empty: bool = False
 

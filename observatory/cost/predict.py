@@ -66,8 +66,8 @@ def predict_us(
             )
     value_F = np.array([item.us_per_unit or 0.0 for item in fit.coefficients])
     us = float(predict_all(problem, value_F)[0])
-    samples = fit.samples_BF[:_MANY_SAMPLES]
-    spread_B = np.array([predict_all(problem, np.array(sample))[0] for sample in samples] or [us])
+    samples_BF = np.array(fit.samples_BF[:_MANY_SAMPLES])
+    spread_B = _of_samples(problem, samples_BF) if samples_BF.size else np.array([us])
     low, high = np.quantile(np.outer(spread_B, fit.ratio_Q), [0.05, 0.95])
     return Prediction(
         us=us,
@@ -75,6 +75,13 @@ def predict_us(
         high_us=float(max(high, 0.0)),
         extrapolated=tuple(_outside(fit.domain, matrix_PP, node_of_P)),
     )
+
+
+def _of_samples(problem: Problem, samples_BF: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Time of the one case of a problem under each sample of the coefficients, (B,)."""
+    slowest_GB = np.maximum.reduceat(problem.terms_NF @ samples_BF.T, problem.start_G, axis=0)
+    us_B: NDArray[np.float64] = slowest_GB.sum(axis=0)
+    return us_B
 
 
 def _outside(domain: Domain, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> list[str]:

@@ -1,6 +1,11 @@
-"""What realism costs: captured traffic beside mock traffic of equal volume, as replayed."""
+"""What realism costs: captured traffic beside mock traffic of equal volume, as replayed.
+
+Shapes: S steps, B bootstrap samples.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
@@ -11,47 +16,64 @@ from observatory.records_bench import BenchCase, BenchResult
 
 __all__ = ["realism"]
 
+_Key = tuple[str, str, int, str, int]
+_Group = tuple[str, str | None, int | None, str | None]
+
 
 def realism(result: BenchResult, *, bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Ratio of captured to uniform time per algorithm, phase, layer and role, and over all of each algorithm.
+    """What captured traffic costs beside uniform traffic, as a ratio of times and in microseconds.
 
-    The ratio is of sums over steps (what a program waits in all), each exchange with the median over repeats
-    of its slowest rank. The interval is a 90 % bootstrap over pairs (captured, uniform) of the same step;
-    None with a single pair.
+    One row per algorithm, phase, layer and role, and before them pooled ones: of everything under one
+    algorithm, of a phase, of a phase and role over its layers. The ratio is of sums over steps (what a
+    program waits in all), each exchange with the median over repeats of its slowest rank. Intervals are a
+    90 % bootstrap over steps: all exchanges of a step, captured and uniform, are drawn together. None with a
+    single step.
 
     Returns:
-        algorithm, phase, layer, role (missing: all), exchanges, captured_us, uniform_us (means of one
-        exchange), ratio, ratio_low, ratio_high.
+        algorithm, phase, layer, role (missing: pooled over all), exchanges, steps, captured_us, uniform_us
+        (means of one exchange), ratio, ratio_low, ratio_high, extra_us (captured - uniform), extra_low_us,
+        extra_high_us.
 
     Raises:
         BenchmarkError: the result is no replay, or a captured matrix lacks its uniform companion.
     """
-    pairs = _pairs(result)
     generator = np.random.default_rng(seed)
-    groups: dict[tuple[str, str | None, int | None, str | None], list[tuple[float, float]]] = {}
-    for (algorithm, phase, layer, role, _), times in pairs.items():
-        groups.setdefault((algorithm, None, None, None), []).append(times)
-        groups.setdefault((algorithm, phase, layer, role), []).append(times)
+    groups: dict[_Group, dict[int, list[tuple[float, float]]]] = {}
+    for key, times in _pairs(result).items():
+        for group in _groups_of(key):
+            groups.setdefault(group, {}).setdefault(key[-1], []).append(times)
     rows = []
-    for group, found in groups.items():
-        captured_S, uniform_S = np.array(found).T
-        low, high = _interval(captured_S, uniform_S, generator, bootstrap)
+    for group, by_step in sorted(groups.items(), key=lambda item: -item[0].count(None)):
+        # Sums of one step: captured, uniform, number of exchanges.
+        sums_S3 = np.array([(*np.sum(pairs, axis=0), len(pairs)) for pairs in by_step.values()])
+        captured, uniform, exchanges = sums_S3.sum(axis=0).tolist()
+        ratio, extra_us = _intervals(sums_S3, generator, bootstrap)
         rows.append(
             {
                 **dict(zip(("algorithm", "phase", "layer", "role"), group, strict=True)),
-                "exchanges": len(found),
-                "captured_us": float(captured_S.mean()),
-                "uniform_us": float(uniform_S.mean()),
-                "ratio": float(captured_S.sum() / uniform_S.sum()),
-                "ratio_low": low,
-                "ratio_high": high,
+                "exchanges": int(exchanges),
+                "steps": len(by_step),
+                "captured_us": captured / exchanges,
+                "uniform_us": uniform / exchanges,
+                "ratio": captured / uniform,
+                "ratio_low": ratio[0],
+                "ratio_high": ratio[1],
+                "extra_us": (captured - uniform) / exchanges,
+                "extra_low_us": extra_us[0],
+                "extra_high_us": extra_us[1],
             }
         )
-    frame = pd.DataFrame(rows)
-    return frame.astype({"layer": "Int64", "ratio_low": "float64", "ratio_high": "float64"})
+    ends = ("ratio_low", "ratio_high", "extra_low_us", "extra_high_us")
+    return pd.DataFrame(rows).astype({"layer": "Int64", **dict.fromkeys(ends, "float64")})
 
 
-_Key = tuple[str, str, int, str, int]
+def _groups_of(key: _Key) -> Iterator[_Group]:
+    """The rows an exchange counts in, the widest first."""
+    algorithm, phase, layer, role, _ = key
+    yield algorithm, None, None, None
+    yield algorithm, phase, None, None
+    yield algorithm, phase, None, role
+    yield algorithm, phase, layer, role
 
 
 def _pairs(result: BenchResult) -> dict[_Key, tuple[float, float]]:
@@ -78,15 +100,18 @@ def _key(case: BenchCase) -> _Key:
     return case.algorithm, case.phase, case.layer, case.role, case.step
 
 
-def _interval(
-    captured_S: NDArray[np.float64],
-    uniform_S: NDArray[np.float64],
-    generator: np.random.Generator,
-    samples: int,
-) -> tuple[float | None, float | None]:
-    if len(captured_S) < 2 or samples < 1:
-        return None, None
-    drawn_BS = generator.integers(len(captured_S), size=(samples, len(captured_S)))
-    ratio_B = captured_S[drawn_BS].sum(axis=1) / uniform_S[drawn_BS].sum(axis=1)
-    low, high = np.quantile(ratio_B, [0.05, 0.95])
-    return float(low), float(high)
+_Interval = tuple[float | None, float | None]
+
+
+def _intervals(
+    sums_S3: NDArray[np.float64], generator: np.random.Generator, samples: int
+) -> tuple[_Interval, _Interval]:
+    """90 % intervals of the ratio, and of the difference of one exchange in microseconds."""
+    steps = len(sums_S3)
+    if steps < 2 or samples < 1:
+        return (None, None), (None, None)
+    drawn_BS = generator.integers(steps, size=(samples, steps))
+    captured_B, uniform_B, exchanges_B = sums_S3[drawn_BS].sum(axis=1).T
+    ratio = np.quantile(captured_B / uniform_B, [0.05, 0.95])
+    extra_us = np.quantile((captured_B - uniform_B) / exchanges_B, [0.05, 0.95])
+    return (float(ratio[0]), float(ratio[1])), (float(extra_us[0]), float(extra_us[1]))

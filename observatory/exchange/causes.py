@@ -61,7 +61,7 @@ def explain_last(
         compute_before_s=compute_before_s(exchanges, spans),
         sm_clock_mhz=sm_clock_before_mhz(exchanges, power),
     )
-    frame["gap_s"], frame["work_bytes"] = _work_before(exchanges)
+    frame["gap_s"], frame["work_bytes"] = _work_before(exchanges.assign(role=waits["role"].to_numpy()))
     frame["last_rank"] = frame["last_rank"].astype("Int64")
     waiting = frame[(frame["wait_s"] > 0) & (frame["last_rank"] != frame["source_rank"])]
     if waiting.empty:

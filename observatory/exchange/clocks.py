@@ -21,6 +21,7 @@ Float64 = npt.NDArray[np.float64]
 
 #: Where a clock was aligned once, its offset may since have moved by this much: two quartzes of 50 ppm each.
 UNMEASURED_DRIFT_PPM = 100.0
+_LONGEST_REASON = 200
 
 
 def rank_clocks(manifest: Manifest) -> dict[int, ClockSpec | None]:
@@ -79,4 +80,7 @@ def clock_problem(clocks: Mapping[int, ClockSpec | None], rank: int) -> str | No
     clock = clocks.get(rank)
     if clock is None:
         return f"no alignment of the clock of rank {rank} was recorded"
-    return f"the clock of rank {rank} could not be aligned" if clock.offset_ns is None else None
+    if clock.offset_ns is not None:
+        return None
+    reason = "" if clock.reason is None else f": {clock.reason[:_LONGEST_REASON]}"
+    return f"the clock of rank {rank} could not be aligned{reason}"

@@ -32,6 +32,8 @@ _MOST_BYTES = 2**50
 _LARGEST_GROUP = 4096
 #: Groups of which there are several of one name.
 _PARTED = ("node", "across")
+#: Backends whose own numbers of a group's collectives are the same on all ranks; gloo counts sends as well.
+_NUMBER_ALIKE = ("nccl",)
 #: What every rank must say alike.
 _COMMON = ("step", "phase", "layer", "algorithm", "backend")
 
@@ -42,6 +44,7 @@ class Collective:
 
     Attributes:
         rows: positions in the frame of the rows that belong to it.
+        role: what it is for, as those say who moved anything.
         part: the group is a part of the run's ranks, or a stage called so (``node``, ``across``).
         rank_P: members of the group, ascending.
         row_P: position of each member's row; -1 for a member that left none.
@@ -54,6 +57,7 @@ class Collective:
     """
 
     rows: Int64
+    role: str
     part: bool
     rank_P: Int64
     row_P: Int64
@@ -123,7 +127,10 @@ class _Columns:
             own = self.rank_N == rank
             self.start_N[own], _ = to_reference_ns(self.start_N[own], clocks.get(int(rank)))
             self.end_N[own], self.uncertainty_N[own] = to_reference_ns(self.end_N[own], clocks.get(int(rank)))
+        numbers = frame.get("backend_sequence", pd.Series(-1, index=frame.index))
+        self.number_N: Int64 = pd.to_numeric(numbers).fillna(-1).to_numpy(np.int64)
         self.group_N = frame["group"].to_numpy(object)
+        self.role_N = frame["role"].to_numpy(object)
         self.send_N = frame["send_bytes"].to_numpy(object)
         self.receive_N = frame["receive_bytes"].to_numpy(object)
         self.said = {name: frame[name].astype(object).to_numpy(object) for name in _COMMON}
@@ -141,7 +148,7 @@ def match_collectives(
     clocks: Mapping[int, ClockSpec | None],
     node_of_rank: Sequence[int] | None = None,
 ) -> Iterator[Collective | Unmatched]:
-    """Put together the rows of each collective: equal group, sequence and role.
+    """Put together the rows of each collective: equal group and sequence.
 
     Args:
         exchanges: columns of ``tables.EXCHANGE_SCHEMA``. A group may be named by its ranks (``0-3``,
@@ -155,7 +162,7 @@ def match_collectives(
         return
     columns = _Columns(exchanges, clocks)
     layout = _Layout(ranks, node_of_rank)
-    keys = [pd.factorize(exchanges[name])[0] for name in ("role", "sequence", "group")]
+    keys = [pd.factorize(exchanges[name])[0] for name in ("sequence", "group")]
     keys.insert(0, layout.part_N(exchanges["group"], columns.rank_N))
     order = np.lexsort((columns.rank_N, *keys))
     changes = np.zeros(len(order), dtype=bool)
@@ -173,14 +180,9 @@ def _match(rows: Int64, columns: _Columns, layout: _Layout) -> Collective | str:
         return (
             f"rank {twice[0]} left several rows with this sequence number: which belong together is not known"
         )
-    for name, code_N in columns.code.items():
-        other = np.flatnonzero(code_N[rows] != code_N[rows[0]])
-        if other.size:
-            return (
-                f"ranks disagree on the {name}: rank {present[0]} says "
-                f"{columns.said[name][rows[0]]!s:.40}, rank {present[other[0]]} "
-                f"{columns.said[name][rows[other[0]]]!s:.40}"
-            )
+    disagreement = _disagreement(rows, present, columns)
+    if disagreement is not None:
+        return disagreement
     lists = [[_bytes(column[row]) for column in (columns.send_N, columns.receive_N)] for row in rows]
     sizes = {len(values) for pair in lists for values in pair if values is not None}
     group = str(columns.group_N[rows[0]])
@@ -191,30 +193,18 @@ def _match(rows: Int64, columns: _Columns, layout: _Layout) -> Collective | str:
     at = np.searchsorted(members, present)
     row_P = np.full(size, -1, np.int64)
     row_P[at] = rows
-    send_PP, receive_PP = np.full((size, size), -1, np.int64), np.full((size, size), -1, np.int64)
-    for position, pair in zip(at, lists, strict=True):
-        for values, matrix_PP in zip(pair, (send_PP, receive_PP), strict=True):
-            if values is not None:
-                if ((values < 0) | (values > _MOST_BYTES)).any():
-                    return f"rank {members[position]} says an impossible number of bytes"
-                if len(values) != size:  # one entry per rank of the run, of which the group is a part
-                    others = np.delete(values, members)
-                    if others.any():
-                        return f"rank {members[position]} says bytes for ranks outside its group"
-                    matrix_PP[position] = values[members]
-                else:
-                    matrix_PP[position] = values
-    known_PP = (send_PP >= 0) & (receive_PP.T >= 0)
-    wrong = np.argwhere(known_PP & (send_PP != receive_PP.T))
-    if wrong.size:
-        i, j = wrong[0]
-        return (
-            f"rank {members[i]} says it sent {send_PP[i, j]} bytes to rank {members[j]}, which says it got "
-            f"{receive_PP[j, i]}: the rows do not belong together"
-        )
+    matrices = _byte_matrices(members, at, lists)
+    if isinstance(matrices, str):
+        return matrices
+    send_PP, receive_PP = matrices
+    role = _role(rows, [_moved(pair) for pair in lists], columns)
+    if role is None:
+        said = " and ".join(sorted(set(columns.role_N[rows].tolist())))
+        return f"ranks that exchange something disagree on the role: {said:.80}"
     here_P = row_P >= 0
     return Collective(
         rows=rows,
+        role=role,
         part=group in _PARTED or size < layout.ranks,
         rank_P=members,
         row_P=row_P,
@@ -228,6 +218,82 @@ def _match(rows: Int64, columns: _Columns, layout: _Layout) -> Collective | str:
         algorithm=columns.text("algorithm", rows[0]),
         backend=columns.text("backend", rows[0]),
     )
+
+
+def _disagreement(rows: Int64, present: Int64, columns: _Columns) -> str | None:
+    """What the ranks of a collective say differently though they must say it alike."""
+    for name, code_N in columns.code.items():
+        other = np.flatnonzero(code_N[rows] != code_N[rows[0]])
+        if other.size:
+            return (
+                f"ranks disagree on the {name}: rank {present[0]} says "
+                f"{columns.said[name][rows[0]]!s:.40}, rank {present[other[0]]} "
+                f"{columns.said[name][rows[other[0]]]!s:.40}"
+            )
+    if columns.text("backend", int(rows[0])) not in _NUMBER_ALIKE:
+        return None
+    own = columns.number_N[rows]
+    other = np.flatnonzero((own >= 0) & (own != own[0]))
+    if own[0] >= 0 and other.size:
+        return (
+            f"the backend's own numbers differ ({own[0]} on rank {present[0]}, {own[other[0]]} on rank "
+            f"{present[other[0]]}): the ranks entered the watch at different points of the program"
+        )
+    return None
+
+
+def _byte_matrices(
+    members: Int64, at: Int64, lists: Sequence[Sequence[Int64 | None]]
+) -> tuple[Int64, Int64] | str:
+    """What was sent and received, (P, P) each; a reason when it cannot be true.
+
+    Args:
+        members: ranks of the group.
+        at: place among them of each rank that left a row.
+        lists: what each of those says that it sent and got.
+    """
+    size = len(members)
+    send_PP, receive_PP = np.full((size, size), -1, np.int64), np.full((size, size), -1, np.int64)
+    for position, pair in zip(at, lists, strict=True):
+        for values, matrix_PP in zip(pair, (send_PP, receive_PP), strict=True):
+            if values is None:
+                continue
+            if ((values < 0) | (values > _MOST_BYTES)).any():
+                return f"rank {members[position]} says an impossible number of bytes"
+            if len(values) == size:
+                matrix_PP[position] = values
+            elif np.delete(values, members).any():
+                return f"rank {members[position]} says bytes for ranks outside its group"
+            else:  # one entry per rank of the run, of which the group is a part
+                matrix_PP[position] = values[members]
+    wrong = np.argwhere((send_PP >= 0) & (receive_PP.T >= 0) & (send_PP != receive_PP.T))
+    if wrong.size:
+        i, j = wrong[0]
+        return (
+            f"rank {members[i]} says it sent {send_PP[i, j]} bytes to rank {members[j]}, which says it got "
+            f"{receive_PP[j, i]}: the rows do not belong together"
+        )
+    return send_PP, receive_PP
+
+
+def _role(rows: Int64, moved: Sequence[bool], columns: _Columns) -> str | None:
+    """Role of a collective whose ranks may see it differently; None when they contradict each other.
+
+    Who sends and gets nothing cannot tell a dispatch from a combine, and who skipped its router because it
+    had no tokens says ``other`` of both. Where nobody moves anything, what most ranks say counts.
+    """
+    said = columns.role_N[rows].tolist()
+    if len(set(said)) == 1:
+        return str(said[0])
+    sure = {role for role, moves in zip(said, moved, strict=True) if moves and role != "other"}
+    if len(sure) > 1:
+        return None
+    return str(sure.pop()) if sure else str(max(sorted(set(said)), key=said.count))
+
+
+def _moved(pair: Sequence[Int64 | None]) -> bool:
+    """Whether a rank says that it sends or gets anything, its own part included."""
+    return any(values is not None and bool(values.any()) for values in pair)
 
 
 class _Layout:

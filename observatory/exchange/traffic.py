@@ -27,13 +27,13 @@ def exchange_traffic(
         exchanged nothing have 0 bytes.
     """
     totals: dict[tuple[str, int | None, str, bytes], _Total] = {}
-    phase_N, layer_N, role_N = (exchanges[name].to_numpy(object) for name in ("phase", "layer", "role"))
+    phase_N, layer_N = (exchanges[name].to_numpy(object) for name in ("phase", "layer"))
     for matched in match_collectives(exchanges, ranks=ranks, clocks={}, node_of_rank=node_of_rank):
         if isinstance(matched, Unmatched):
             continue
         at = matched.rows[0]
         layer = None if pd.isna(layer_N[at]) else int(layer_N[at])
-        key = (str(phase_N[at]), layer, str(role_N[at]), matched.rank_P.tobytes())
+        key = (str(phase_N[at]), layer, matched.role, matched.rank_P.tobytes())
         if key not in totals:
             size = len(matched.rank_P)
             totals[key] = _Total(

@@ -74,9 +74,10 @@ def wait_and_transfer(
         node_of_rank: node of each rank, where groups are called ``node`` and ``across``.
 
     Returns:
-        One row per row of ``exchanges``, in its order: step, phase, layer, role, group, sequence, algorithm,
-        backend, source_rank, then ``peers`` (ranks depended on), ``depends_on``, ``duration_s`` (own end
-        minus own arrival), ``wait_s`` (last arrival of those depended on minus own arrival, at least 0),
+        One row per row of ``exchanges``, in its order: step, phase, layer, role (that of the whole
+        collective), group, sequence, algorithm, backend, source_rank, then ``peers`` (ranks depended on),
+        ``depends_on``, ``duration_s`` (own end minus own arrival), ``wait_s`` (last arrival of those
+        depended on minus own arrival, at least 0),
         ``held_s`` (further time until the last of all had arrived, on backends that meet everybody),
         ``transfer_s`` (the rest), each with the bounds that the clocks' uncertainty and missing rows leave,
         ``last_rank`` (whom it waited for; itself when nobody came later), ``arrived_last`` and ``problem``
@@ -90,15 +91,17 @@ def wait_and_transfer(
     found |= {name: np.full(size, -1, np.int64) for name in ("peers", "last_rank")}
     found |= {name: np.full(size, None, object) for name in ("depends_on", "problem")}
     found["arrived_last"] = np.zeros(size, bool)
+    role_N = exchanges["role"].to_numpy(object).copy()
     for matched in match_collectives(exchanges, ranks=ranks, clocks=clocks, node_of_rank=node_of_rank):
         if isinstance(matched, Unmatched):
             found["problem"][matched.rows] = matched.reason
             continue
         present_P = matched.row_P >= 0
         rows = matched.row_P[present_P]
+        role_N[rows] = matched.role
         for name, values_P in split_collective(matched).items():
             found[name][rows] = values_P[present_P]
-    frame = exchanges[list(_KEPT)].reset_index(drop=True)
+    frame = exchanges[list(_KEPT)].reset_index(drop=True).assign(role=role_N)
     for name in WAIT_COLUMNS:
         values = found[name]
         if values.dtype == np.int64:

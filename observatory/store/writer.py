@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import threading
 import time
@@ -22,7 +21,6 @@ from observatory.store.appending import TableAppender
 from observatory.store.files import (
     MANIFEST_NAME,
     RANKS_FOLDER,
-    is_temporary,
     one_line,
     os_reason,
     rank_folder,
@@ -34,6 +32,7 @@ from observatory.store.manifests import (
     write_manifest,
     write_rank_status,
 )
+from observatory.store.replacing import check_free, empty_run
 from observatory.tables import TABLES
 
 __all__ = ["RunWriter"]
@@ -76,7 +75,9 @@ class RunWriter:
         folder = Path(path)
         running = manifest.model_copy(update={"state": "running", "ended_unix_s": None, "ranks": ()})
         try:
-            _make_room(folder, overwrite=overwrite)
+            check_free(folder, overwrite=overwrite)
+            if folder.exists():
+                empty_run(folder)
             (folder / RANKS_FOLDER).mkdir(parents=True, exist_ok=True)
             sync_folder(folder)
             sync_folder(folder.absolute().parent)
@@ -292,28 +293,3 @@ def _await_run(folder: Path, run_id: str | None, timeout_s: float) -> Manifest:
                 "system that all ranks share"
             )
         time.sleep(0.05)
-
-
-def _make_room(folder: Path, *, overwrite: bool) -> None:
-    """Make sure that ``folder`` may be written: absent, empty, or an emptied run directory."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise RunError(f"{folder} exists and is not a directory; choose another place for the run")
-    names = sorted(entry.name for entry in folder.iterdir())
-    if not names:
-        return
-    if not overwrite:
-        raise RunError(f"{folder} exists and is not empty; choose another place or ask to overwrite it")
-    own = {MANIFEST_NAME, RANKS_FOLDER, *TABLES}
-    foreign = [name for name in names if name not in own and not is_temporary(name)]
-    if MANIFEST_NAME not in names or foreign:
-        reason = f"it also holds {one_line(foreign[0], 80)}" if foreign else f"it has no {MANIFEST_NAME}"
-        raise RunError(f"{folder} is not overwritten: {reason}; remove it yourself or choose another place")
-    # The manifest goes last: a directory left half emptied is still recognised as a run.
-    for name in sorted(names, key=lambda name: name == MANIFEST_NAME):
-        entry = folder / name
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from operator import methodcaller
 from typing import Any
 
 import torch
 from torch import distributed
 
-__all__ = ["GroupFacts", "Groups", "group_label"]
+__all__ = ["Backend", "GroupFacts", "Groups", "group_label"]
 
 
 def group_label(ranks: Sequence[int], *, copy: int = 0) -> str:
@@ -34,21 +37,40 @@ def group_label(ranks: Sequence[int], *, copy: int = 0) -> str:
     return f"{text}#{copy}" if copy else text
 
 
+#: Number of the latest collective of a group.
+Numbering = Callable[[Any], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What serves the tensors of one device in one group.
+
+    Attributes:
+        name: gloo, nccl, ...
+        number: how it numbers what it did, counted from the beginning of the group; None where it does not.
+    """
+
+    name: str
+    number: Numbering | None
+
+
 @dataclass(slots=True)
 class GroupFacts:
     """One process group as rows name it.
 
     Attributes:
         label: see ``group_label``.
+        name: torch's own name of it, by which its flight recorder knows it; None for another library's.
         size: P, its members.
-        backends: backend by device type, as far as they were needed.
-        next_sequence: number of its next collective, counted from the beginning of the watch.
+        numbers: the number of its next collective, counted from the beginning of the watch.
+        backends: by device, as far as they were needed.
     """
 
     label: str
+    name: str | None
     size: int
-    backends: dict[str, str]
-    next_sequence: int = 0
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+    backends: dict[torch.device, Backend] = field(default_factory=dict)
 
 
 class Groups:
@@ -56,26 +78,53 @@ class Groups:
 
     def __init__(self) -> None:
         self._facts: weakref.WeakKeyDictionary[Any, GroupFacts] = weakref.WeakKeyDictionary()
+        self._labels: set[str] = set()
+        self._lock = threading.Lock()
 
     def facts(self, group: Any) -> GroupFacts:
         """Facts about a process group."""
         known = self._facts.get(group)
+        return self._learn(group) if known is None else known
+
+    def backend(self, group: Any, facts: GroupFacts, device: torch.device) -> Backend:
+        """The backend of a group that serves a device."""
+        known = facts.backends.get(device)
         if known is None:
-            known = self._facts[group] = GroupFacts(_label(group), group.size(), {})
+            known = facts.backends[device] = _backend(group, device)
         return known
 
-    def backend(self, group: Any, device: torch.device) -> str:
-        """Name of the backend that serves this device: gloo, nccl, ..."""
-        backends = self.facts(group).backends
-        if device.type not in backends:
-            backends[device.type] = str(group._get_backend(device).name())
-        return backends[device.type]
+    def _learn(self, group: Any) -> GroupFacts:
+        with self._lock:
+            if group not in self._facts:
+                self._facts[group] = GroupFacts(self._label(group), str(group.group_name), group.size())
+            return self._facts[group]
+
+    def _label(self, group: Any) -> str:
+        members = distributed.distributed_c10d._world.pg_group_ranks
+        if group not in members:
+            return f"unregistered {group.group_name}"
+        ranks = sorted(members[group])
+        alike = [other for other, of_other in members.items() if sorted(of_other) == ranks]
+        # One that was taken down made room among those alike, but its label stays its own.
+        labels = (group_label(ranks, copy=copy) for copy in itertools.count(alike.index(group)))
+        label = next(label for label in labels if label not in self._labels)
+        self._labels.add(label)
+        return label
 
 
-def _label(group: Any) -> str:
-    members = distributed.distributed_c10d._world.pg_group_ranks
-    if group not in members:
-        return f"unregistered {group.group_name}"
-    ranks = set(members[group])
-    alike = [other for other, of_other in members.items() if set(of_other) == ranks]
-    return group_label(sorted(ranks), copy=alike.index(group))
+def _backend(group: Any, device: torch.device) -> Backend:
+    backend = group._get_backend(device)
+    name = str(backend.name())
+
+    def number_of_backend(asked: Any) -> int:
+        return int(asked._get_backend(device)._get_sequence_number_for_group())
+
+    # A group answers for its default backend, which is cheaper to ask.
+    ways: list[Numbering] = [methodcaller("_get_sequence_number_for_group")] if group.name() == name else []
+    for way in (*ways, number_of_backend):
+        try:
+            way(group)
+        except Exception:  # not every backend numbers its collectives
+            continue
+        return Backend(name, way)
+    return Backend(name, None)

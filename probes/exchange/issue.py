@@ -1,7 +1,8 @@
 """One collective as it was seen: what it moves, and when it began and ended.
 
 Shapes: P members of the collective's group. Everything here is read from shapes and split lists on the host;
-no tensor is kept, and none is looked into.
+no tensor is kept, and none is looked into. What is kept is as raw as it comes: it is made on the program's
+threads, and everything that can be worked out later is worked out on ours.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -19,36 +20,42 @@ __all__ = ["Issue", "Side", "per_peer_bytes", "side_of", "side_of_list"]
 Mark = int | torch.cuda.Event
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Side:
-    """What one side of an exchange holds.
+    """What one side of an exchange holds; not frozen, which would double what it costs to make one.
 
     Attributes:
-        splits: rows per peer, (P,); empty when they are equal shares. With ``row_bytes`` None these are
-            bytes per peer.
-        rows: rows in total, the length of the first dimension.
-        row_bytes: bytes of one row; None for a list of tensors.
-        width: elements of one row, the largest in a list of tensors.
+        shape: of the tensor; for a list of tensors its length and the width of the widest.
+        item_bytes: bytes of one element.
+        splits: rows per peer, (P,); empty when they are equal shares.
+        in_bytes: ``splits`` are bytes per peer, not rows.
     """
 
-    splits: tuple[int, ...]
-    rows: int
-    row_bytes: int | None
-    width: int
+    shape: Sequence[int]
+    item_bytes: int
+    splits: Sequence[int]
+    in_bytes: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Rows in total, the length of the first dimension."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def width(self) -> int:
+        """Elements of one row."""
+        return math.prod(self.shape[1:])
 
 
 def side_of(tensor: torch.Tensor, splits: Sequence[int]) -> Side:
     """Side of a tensor that is split along its first dimension."""
-    shape = tensor.shape
-    width = math.prod(shape[1:])
-    return Side(tuple(splits), shape[0] if shape else 1, width * tensor.itemsize, width)
+    return Side(tensor.shape, tensor.itemsize, splits)
 
 
 def side_of_list(tensors: Sequence[torch.Tensor]) -> Side:
     """Side of a list with one tensor per peer."""
-    sizes = tuple(tensor.numel() * tensor.itemsize for tensor in tensors)
-    width = max((math.prod(tensor.shape[1:]) for tensor in tensors), default=0)
-    return Side(sizes, len(sizes), None, width)
+    widest = max((math.prod(tensor.shape[1:]) for tensor in tensors), default=0)
+    return Side((len(tensors), widest), 1, [tensor.nbytes for tensor in tensors], True)
 
 
 def per_peer_bytes(side: Side, peers: int) -> list[int] | None:
@@ -57,11 +64,12 @@ def per_peer_bytes(side: Side, peers: int) -> list[int] | None:
     Returns:
         (P,) bytes, or None when the splits do not fit the group.
     """
-    if side.row_bytes is None:
+    if side.in_bytes:
         return list(side.splits) if len(side.splits) == peers else None
+    row_bytes = side.width * side.item_bytes
     if not side.splits:
-        return [side.rows * side.row_bytes // peers] * peers if peers else None
-    return [rows * side.row_bytes for rows in side.splits] if len(side.splits) == peers else None
+        return [side.rows * row_bytes // peers] * peers if peers else None
+    return [rows * row_bytes for rows in side.splits] if len(side.splits) == peers else None
 
 
 @dataclass(slots=True)
@@ -70,26 +78,36 @@ class Issue:
 
     Attributes:
         algorithm: name of the collective in ``torch.distributed``.
-        group: the process group it runs on.
         device: where its tensors are.
-        all_to_all: whether it is one, of any form.
-        payload: whether its elements can be hidden states: floating point, or single bytes in wide rows.
+        dtype: of their elements.
         send, receive: what goes out and what comes in.
         start: before the call.
         end: when it was complete; None as long as it is not known.
+        blocking: the program goes on when it is over; None where that is not known.
         state: ``failed`` when it raised; ``unknown`` when its backend does not tell.
     """
 
     algorithm: str
-    group: Any
     device: torch.device
-    all_to_all: bool
-    payload: bool
+    dtype: torch.dtype
     send: Side
     receive: Side
     start: Mark = 0
     end: Mark | None = None
+    blocking: bool | None = None
     state: Literal["running", "done", "failed", "unknown"] = "running"
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether a gradient of it can exist."""
+        return self.dtype.is_floating_point or self.dtype.is_complex
+
+    @property
+    def carries_rows(self) -> bool:
+        """Whether it is an all-to-all of what can be hidden states: floats, or wide rows of single bytes."""
+        if not self.algorithm.startswith("all_to_all"):
+            return False
+        return self.differentiable or (self.dtype.itemsize == 1 and self.send.width > 1)
 
     def finish(self, end: Mark) -> None:
         """It is complete."""

@@ -19,6 +19,7 @@ import torch
 from observatory.errors import ObservatoryError
 from observatory.store import RunWriter
 from observatory.tables import EXCHANGE_SCHEMA, SPAN_SCHEMA
+from probes.exchange.groups import GroupFacts
 from probes.exchange.issue import Issue, Mark, per_peer_bytes
 from probes.exchange.streams import Anchors
 
@@ -42,11 +43,11 @@ class SeenExchange:
     phase: str
     layer: int | None
     role: str
-    group: str
-    peers: int
-    sequence: int
     algorithm: str
+    group: GroupFacts
+    sequence: int
     backend: str
+    backend_sequence: int | None = None
 
 
 @dataclass(slots=True)
@@ -175,14 +176,20 @@ class ExchangeLog:
             seen.layer,
             self._writer.rank,
             seen.role,
-            seen.group,
+            seen.group.label,
             seen.sequence,
             seen.algorithm,
             seen.backend,
             start_ns,
             end_ns,
-            per_peer_bytes(issue.send, seen.peers),
-            per_peer_bytes(issue.receive, seen.peers),
+            per_peer_bytes(issue.send, seen.group.size),
+            per_peer_bytes(issue.receive, seen.group.size),
+            issue.blocking,
+            seen.group.name,
+            seen.backend_sequence,
+            None,
+            None,
+            None,
         )
 
     def _span_row(self, seen: SeenSpan, *, last: bool) -> tuple[object, ...] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,16 +33,36 @@ NoteSpan = Callable[[int, torch.device, Mark], None]
 MarkNow = Callable[[torch.device], Mark | None]
 
 
+_NO_GRAPH = -1
+
+
 def in_backward() -> bool:
     """Whether autograd runs a graph on this thread, recomputation of checkpointed layers included."""
-    return torch._C._current_graph_task_id() != -1
+    return torch._C._current_graph_task_id() != _NO_GRAPH
+
+
+@dataclass(slots=True)
+class _Open:
+    """A block that is being computed.
+
+    Attributes:
+        block: the module.
+        call: its exchanges so far.
+        start: when it was entered; None inside the capture of a CUDA graph.
+        graph: run of autograd that it was entered in, as a recomputed block is.
+    """
+
+    block: nn.Module
+    call: LayerCall
+    start: Mark | None
+    graph: int
 
 
 class _Stack(threading.local):
     """What this thread is computing."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[nn.Module, LayerCall, Mark | None]] = []
+        self.calls: list[_Open] = []
         self.loose: LayerCall | None = None
 
 
@@ -81,13 +102,18 @@ class Places:
         if not self._stack.calls:
             self._stack.loose = LayerCall(layer, routed=True)
 
+    def boundary(self) -> None:
+        """A step ends on this thread: what comes next belongs to no layer that routed before."""
+        self._stack.loose = None
+
     def find(self, issue: Issue, group: str) -> tuple[Role, int | None]:
         """Role and layer of an exchange."""
         stack = self._stack
-        if stack.calls:
-            call = stack.calls[-1][1]
+        graph = torch._C._current_graph_task_id()
+        if stack.calls and stack.calls[-1].graph == graph:
+            call = stack.calls[-1].call
             role, layer = call.role(issue, group), call.layer
-        elif in_backward():
+        elif graph != _NO_GRAPH:  # also where a block runs the backward pass of something else inside
             return self._linked()
         elif stack.loose is not None:
             role, layer = stack.loose.role(issue, group), stack.loose.layer
@@ -95,7 +121,8 @@ class Places:
                 stack.loose = None
         else:
             return "other", None
-        self._remember(layer, role)
+        if issue.differentiable:
+            self._remember(layer, role)
         return role, layer
 
     def _remember(self, layer: int, role: Role) -> None:
@@ -121,19 +148,20 @@ class Places:
             if torch.compiler.is_compiling():
                 return
             calls = self._stack.calls
-            if any(owner is block for owner, _, _ in calls):
+            if any(other.block is block for other in calls):
                 leave(block, (), {}, None)  # its end was in compiled code, where this hook is not
-            calls.append((block, LayerCall(layer), self._mark(device)))
+            graph = torch._C._current_graph_task_id()
+            calls.append(_Open(block, LayerCall(layer), self._mark(device), graph))
 
         def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
             if torch.compiler.is_compiling():
                 return
             calls = self._stack.calls
             while calls:
-                owner, call, start = calls.pop()
-                if owner is block:
-                    if start is not None:
-                        self._note_span(call.layer, device, start)
+                ended = calls.pop()
+                if ended.block is block:
+                    if ended.start is not None:
+                        self._note_span(ended.call.layer, device, ended.start)
                     return
 
         self._attachments.append(Attachment(block, before=enter, after=leave))
@@ -144,7 +172,7 @@ class Places:
         def enter(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_compiling() or not self._stack.calls:
                 return
-            call = self._stack.calls[-1][1]
+            call = self._stack.calls[-1].call
             call.layer, call.routed = layer, True
 
         self._attachments.append(Attachment(site.module, before=enter))

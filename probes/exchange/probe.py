@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from pydantic import JsonValue
@@ -85,8 +86,14 @@ class ExchangeProbe:
         self._places.detach()
         self._log.close()
 
+    def abandon(self) -> None:
+        """End in a forked child, where the thread that writes is missing: nothing is written."""
+        unlisten(self)
+        self._places.detach()
+
     def boundary(self) -> None:
         """A step or a told phase ends here."""
+        self._places.boundary()
         self._anchors.renew()
 
     def routed(self, layer: int) -> None:
@@ -117,11 +124,10 @@ class ExchangeProbe:
         mean_us = round(self.host_ns / self.calls / 1000, 3) if self.calls else None
         return {"exchanges": self.calls, "host_us_per_exchange": mean_us}
 
-    def issued(self, issue: Issue) -> None:
+    def issued(self, issue: Issue, group: Any) -> None:
         """Called for every exchange."""
-        facts = self._groups.facts(issue.group)
-        backend = self._groups.backend(issue.group, issue.device)
-        sequence, facts.next_sequence = facts.next_sequence, facts.next_sequence + 1
+        facts = self._groups.facts(group)
+        backend = self._groups.backend(group, facts, issue.device)
         label = current_label()
         if label is None:
             (role, layer), algorithm = self._places.find(issue, facts.label), issue.algorithm
@@ -129,9 +135,19 @@ class ExchangeProbe:
         else:
             role, layer, algorithm = label.role, label.layer, label.algorithm or issue.algorithm
             step, phase = self._situation(label.backward)
+        own_number = None if backend.number is None else backend.number(group)
         self._log.add(
             SeenExchange(
-                issue, step, phase, layer, role, facts.label, facts.size, sequence, algorithm, backend
+                issue,
+                step,
+                phase,
+                layer,
+                role,
+                algorithm,
+                facts,
+                next(facts.numbers),
+                backend.name,
+                own_number,
             )
         )
         if not isinstance(issue.start, int) and not self._anchors.known(issue.device):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from probes.exchange.groups import GroupFacts
 from probes.exchange.issue import Issue, Side
 from probes.exchange.log import SeenExchange, SeenSpan
 
@@ -60,17 +61,23 @@ class RunRecorder:
         step, phase = self._situation(False)
         issue = Issue(
             algorithm=algorithm or "all_to_all",
-            group=None,
             device=_CPU,
-            all_to_all=True,
-            payload=True,
-            send=Side(tuple(send_bytes), len(send_bytes), None, 0),
-            receive=Side(tuple(receive_bytes), len(receive_bytes), None, 0),
+            dtype=torch.uint8,
+            send=Side((len(send_bytes),), 1, tuple(send_bytes), True),
+            receive=Side((len(receive_bytes),), 1, tuple(receive_bytes), True),
             start=start_ns,
         )
         issue.finish(end_ns)
         self._add(
             SeenExchange(
-                issue, step, phase, layer, role, group, len(send_bytes), sequence, issue.algorithm, backend
+                issue,
+                step,
+                phase,
+                layer,
+                role,
+                issue.algorithm,
+                GroupFacts(group, None, len(send_bytes)),
+                sequence,
+                backend,
             )
         )

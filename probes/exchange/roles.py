@@ -46,7 +46,7 @@ class LayerCall:
 
     def role(self, issue: Issue, group: str) -> Role:
         """Role of an exchange that is started now."""
-        if not (self.routed and issue.all_to_all and issue.payload):
+        if not (self.routed and issue.carries_rows):
             return "other"
         width = max(issue.send.width, issue.receive.width)
         if 2 * width < self.width:
@@ -63,4 +63,4 @@ class LayerCall:
 
 def _rows(side: Side) -> tuple[int, ...]:
     """Rows per peer; for equal shares their total, for a list of tensors the bytes."""
-    return side.splits or (side.rows,)
+    return tuple(side.splits) or (side.rows,)

@@ -9,6 +9,7 @@ has to be replaced in any module, and taking the kernel away restores everything
 End of an exchange, without making anybody wait who would not wait anyhow:
 
 * host backends (gloo), blocking call: the caller waits next thing; we wait in its place and take the time.
+  What we have to note is noted before, while the exchange is on its way.
 * host backends, ``async_op=True`` and the functional collectives: a callback of the work's future.
 * NCCL: timing events on the stream that the result is ready on, read much later by another thread.
 """
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 import torch
 
 from observatory.errors import CaptureError
-from probes.exchange.issue import Issue, Side, side_of, side_of_list
+from probes.exchange.issue import Issue, Mark, Side, side_of, side_of_list
 from probes.exchange.streams import is_capturing, mark_now
 
 __all__ = ["Listener", "is_tapped", "listen", "unlisten", "unsupported"]
@@ -32,8 +33,8 @@ __all__ = ["Listener", "is_tapped", "listen", "unlisten", "unsupported"]
 class Listener(Protocol):
     """Is told about every exchange, on the thread that starts it; must not raise and must be quick."""
 
-    def issued(self, issue: Issue) -> None:
-        """The exchange was started; it may or may not be over."""
+    def issued(self, issue: Issue, group: Any) -> None:
+        """The exchange was started on this process group; it may or may not be over."""
         ...
 
     def untimed(self) -> None:
@@ -57,66 +58,35 @@ Reader = Callable[[Sequence[Any]], Issue]
 
 
 def _all_to_all_single(arguments: Sequence[Any]) -> Issue:
-    output, given, group, receives, sends = arguments[:5]
-    send = side_of(given, sends)
-    kind = given.dtype
+    output, given, _group, receives, sends = arguments[:5]
     return Issue(
-        algorithm="all_to_all_single",
-        group=group,
-        device=given.device,
-        all_to_all=True,
-        payload=kind.is_floating_point or kind.is_complex or (kind.itemsize == 1 and send.width > 1),
-        send=send,
-        receive=side_of(output, receives),
+        "all_to_all_single", given.device, given.dtype, side_of(given, sends), side_of(output, receives)
     )
 
 
 def _all_to_all(arguments: Sequence[Any]) -> Issue:
-    outputs, given, group = arguments[:3]
-    send = side_of_list(given)
-    kind = given[0].dtype
-    return Issue(
-        algorithm="all_to_all",
-        group=group,
-        device=given[0].device,
-        all_to_all=True,
-        payload=kind.is_floating_point or kind.is_complex or (kind.itemsize == 1 and send.width > 1),
-        send=send,
-        receive=side_of_list(outputs),
-    )
+    outputs, given = arguments[:2]
+    first = given[0]
+    return Issue("all_to_all", first.device, first.dtype, side_of_list(given), side_of_list(outputs))
 
 
 def _all_gather(arguments: Sequence[Any]) -> Issue:
-    output, given, group = arguments[:3]
-    return Issue(
-        algorithm="all_gather_into_tensor",
-        group=group,
-        device=given.device,
-        all_to_all=False,
-        payload=False,
-        send=_equal_shares(output),
-        receive=_equal_shares(output),
-    )
+    output, given = arguments[:2]
+    shares = _equal_shares(output)
+    return Issue("all_gather_into_tensor", given.device, given.dtype, shares, shares)
 
 
 def _reduce_scatter(arguments: Sequence[Any]) -> Issue:
-    _output, given, group = arguments[:3]
-    return Issue(
-        algorithm="reduce_scatter_tensor",
-        group=group,
-        device=given.device,
-        all_to_all=False,
-        payload=False,
-        send=_equal_shares(given),
-        receive=_equal_shares(given),
-    )
+    given = arguments[1]
+    shares = _equal_shares(given)
+    return Issue("reduce_scatter_tensor", given.device, given.dtype, shares, shares)
 
 
 def _equal_shares(whole: torch.Tensor) -> Side:
-    return Side((), whole.numel(), whole.itemsize, 1)
+    return Side((whole.numel(),), whole.itemsize, ())
 
 
-#: Operator of the c10d library -> how to read its arguments.
+#: Operator of the c10d library -> how to read its arguments; the third is the process group in all of them.
 _READERS: dict[str, Reader] = {
     "alltoall_base_": _all_to_all_single,
     "alltoall_": _all_to_all,
@@ -189,26 +159,25 @@ def _kernel(name: str, read: Reader) -> Callable[..., Any]:
     def kernel(keyset: Any, *arguments: Any) -> Any:
         listeners = _listeners
         entered_ns = time.monotonic_ns()
-        issue = _read(read, arguments, listeners) if listeners else None
+        start = _start(arguments, listeners) if listeners else None
         started_ns = time.monotonic_ns()
-        if issue is not None and type(issue.start) is int:
-            issue.start = started_ns
         result = handle.redispatch_boxed(keyset & below, *arguments)
-        returned_ns = time.monotonic_ns()
-        if issue is None:
+        if start is None:
             return result
+        returned_ns = time.monotonic_ns()
         work = result[-1] if isinstance(result, tuple | list) else result
-        waited_ns = 0
+        # A trailing argument that has its default value is not passed on: async_op is True by default.
+        blocking = flag < len(arguments) and not arguments[flag]
+        hidden_ns = 0
         try:
-            # A trailing argument that has its default value is not passed on: async_op is True by default.
-            waited_ns = _watch_end(issue, work, blocking=flag < len(arguments) and not arguments[flag])
-            for listener in listeners:
-                listener.issued(issue)
-        except Exception as error:
+            issue = read(arguments)
+            issue.start, issue.blocking = started_ns if type(start) is int else start, blocking
+            group = torch._C._distributed_c10d.ProcessGroup.unbox(arguments[2])
+            hidden_ns = _tell_and_watch_end(issue, group, work, listeners, returned_ns)
+        except Exception as error:  # the program's own exchange must not suffer from ours
             for listener in listeners:
                 listener.broken(error)
-        issue.group = None  # rows wait to be written: groups must not live on for their sake
-        own_ns = (started_ns - entered_ns) + (time.monotonic_ns() - returned_ns) - waited_ns
+        own_ns = (started_ns - entered_ns) + (time.monotonic_ns() - returned_ns) - hidden_ns
         for listener in listeners:
             listener.spent(own_ns)
         return result
@@ -216,56 +185,94 @@ def _kernel(name: str, read: Reader) -> Callable[..., Any]:
     return kernel
 
 
-def _read(read: Reader, arguments: Sequence[Any], listeners: Sequence[Listener]) -> Issue | None:
-    try:
-        issue = read(arguments)
-        issue.group = torch._C._distributed_c10d.ProcessGroup.unbox(issue.group)
-        if issue.device.type == "cuda":
-            if is_capturing(issue.device):
-                for listener in listeners:
-                    listener.untimed()
-                return None
-            if _on_stream(issue):
-                issue.start = mark_now(issue.device)
-    except Exception as error:  # the program's own exchange must not suffer from ours
-        for listener in listeners:
-            listener.broken(error)
-        return None
-    return issue
-
-
-def _on_stream(issue: Issue) -> bool:
-    """Whether the backend works in the order of the device's streams, and the host does not wait for it."""
-    return issue.device.type == "cuda" and issue.group._get_backend(issue.device).name() == "nccl"
-
-
-def _watch_end(issue: Issue, boxed: Any, *, blocking: bool) -> int:
-    """Arrange that the end of the exchange becomes known.
+def _start(arguments: Sequence[Any], listeners: Sequence[Listener]) -> Mark | None:
+    """Mark the start where that takes more than a look at the host's clock.
 
     Returns:
-        Host time spent waiting in place of the caller, nanoseconds.
+        0 where the host's clock serves, an event on the stream otherwise, None when it is not to be timed.
+    """
+    try:
+        given = arguments[1]
+        tensor = given[0] if type(given) is list else given
+        if not tensor.is_cuda:
+            return 0
+        if is_capturing(tensor.device):
+            for listener in listeners:
+                listener.untimed()
+            return None
+        group = torch._C._distributed_c10d.ProcessGroup.unbox(arguments[2])
+        # Only NCCL works in the order of the device's streams, and is not waited for by the host.
+        return mark_now(tensor.device) if group._get_backend(tensor.device).name() == "nccl" else 0
+    except Exception:  # malformed calls are refused by torch itself, next thing
+        return 0
+
+
+def _tell_and_watch_end(
+    issue: Issue, group: Any, boxed: Any, listeners: Sequence[Listener], returned_ns: int
+) -> int:
+    """Tell the listeners and arrange that the end of the exchange becomes known.
+
+    They are told while the exchange is on its way: whoever waits for it anyhow does not wait for us as well.
+
+    Returns:
+        Host time since ``returned_ns`` that the caller would have waited without us, nanoseconds.
     """
     if boxed is None:
-        issue.state = "unknown"
+        work, issue.state = None, "unknown"
+    else:
+        work = torch._C._distributed_c10d.Work.unbox(boxed)
+    waits = bool(issue.blocking) and type(issue.start) is int
+    was_over = waits and work is not None and _is_over(work)
+    for listener in listeners:
+        listener.issued(issue, group)
+    if work is None:
         return 0
-    work = torch._C._distributed_c10d.Work.unbox(boxed)
-    if not isinstance(issue.start, int):
-        if blocking:
-            issue.finish(mark_now(issue.device))
-        else:
-            # Called at once, on a stream that waits for the exchange.
-            work.get_future().add_done_callback(lambda _future: issue.finish(mark_now(issue.device)))
-        return 0
-    if blocking:
-        before_ns = time.monotonic_ns()
-        try:
-            work.wait()
-        except Exception:  # the caller waits as well and gets the same error
-            issue.state = "failed"
-            return time.monotonic_ns() - before_ns
-        after_ns = time.monotonic_ns()
-        issue.finish(after_ns)
-        return after_ns - before_ns
+    if waits:
+        return _wait(issue, work, returned_ns, was_over=was_over)
+    if type(issue.start) is int:
+        _note_end(issue, work)
+    else:
+        _mark_end(issue, work)
+    return 0
+
+
+def _is_over(work: Any) -> bool:
+    try:
+        return bool(work.is_completed())
+    except Exception:  # not every backend can tell
+        return False
+
+
+def _wait(issue: Issue, work: Any, returned_ns: int, *, was_over: bool) -> int:
+    """Wait in place of the caller, who waits next thing.
+
+    Returns:
+        Host time that this hid, nanoseconds: all of it where the exchange was still on its way.
+    """
+    before_ns = time.monotonic_ns()
+    since_ns = before_ns if was_over or _is_over(work) else returned_ns
+    try:
+        work.wait()
+    except Exception:  # the caller waits as well and gets the same error
+        issue.state = "failed"
+        return time.monotonic_ns() - since_ns
+    after_ns = time.monotonic_ns()
+    issue.finish(returned_ns if was_over else after_ns)
+    return after_ns - since_ns
+
+
+def _mark_end(issue: Issue, work: Any) -> None:
+    """Record an event where the result is ready on the device."""
+    if issue.blocking:
+        work.wait()  # as the caller does next: it makes the stream wait, where the exchange is on another
+        issue.finish(mark_now(issue.device))
+    else:
+        # Called at once, on a stream that waits for the exchange.
+        work.get_future().add_done_callback(lambda _future: issue.finish(mark_now(issue.device)))
+
+
+def _note_end(issue: Issue, work: Any) -> None:
+    """Take the time on the thread that completes the exchange."""
 
     def done(future: torch.futures.Future[Any]) -> None:
         now_ns = time.monotonic_ns()
@@ -280,4 +287,3 @@ def _watch_end(issue: Issue, boxed: Any, *, blocking: bool) -> int:
         work.get_future().add_done_callback(done)
     except RuntimeError:  # a backend without futures
         issue.state = "unknown"
-    return 0

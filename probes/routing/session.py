@@ -118,6 +118,8 @@ class CaptureSession:
 
     def abandon(self) -> None:
         """Take the hooks off and write nothing: what a forked child does with its parent's capture."""
+        if self._exchange is not None:
+            self._exchange.abandon()
         self._probe.detach()
         self._probe.release()
 

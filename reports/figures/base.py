@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import plotly.graph_objects as go
 
+from reports.text import bytes_text, microseconds
 from reports.theme import FONT, light
 
-__all__ = ["axis", "empty_figure", "line"]
+__all__ = ["axis", "empty_figure", "line", "size_axis", "time_axis"]
+
+#: Logarithmic axes with fewer decades than this also label 2 and 5 of each.
+_FEW_DECADES = 2.2
+#: Labels of sizes stand at least so far apart, as a share of the axis: what one takes on a phone.
+_LABEL_SHARE = 0.19
 
 
 def axis(title: str, **options: Any) -> dict[str, Any]:
@@ -27,6 +35,54 @@ def axis(title: str, **options: Any) -> dict[str, Any]:
         "fixedrange": True,
     }
     return settings | options
+
+
+def time_axis(title: str, values_us: Iterable[float], **options: Any) -> dict[str, Any]:
+    """Logarithmic axis of times in microseconds that holds all positive ``values_us``."""
+    known = [math.log10(value) for value in values_us if value > 0 and math.isfinite(value)] or [0.0]
+    low, high = min(known) - 0.06, max(known) + 0.06
+    steps = (1, 2, 5) if high - low < _FEW_DECADES else (1,)
+    ticks = [
+        step * 10.0**decade
+        for decade in range(math.floor(low), math.ceil(high) + 1)
+        for step in steps
+        if low <= math.log10(step * 10.0**decade) <= high
+    ]
+    return axis(
+        title,
+        type="log",
+        range=[low, high],
+        tickmode="array",
+        tickvals=ticks,
+        ticktext=[_short(microseconds(tick)) for tick in ticks],
+        minor={"ticks": ""},
+        **options,
+    )
+
+
+def size_axis(title: str, sizes_bytes: Iterable[float], **options: Any) -> dict[str, Any]:
+    """Logarithmic axis of sizes in bytes; labels stand at measured sizes, as many as there is room for."""
+    sizes = sorted({size for size in sizes_bytes if size > 0}, reverse=True)
+    ticks = sizes[:1]
+    for size in sizes[1:]:
+        if math.log(ticks[-1] / size) >= _LABEL_SHARE * math.log(sizes[0] / sizes[-1]):
+            ticks.append(size)
+    return axis(
+        title,
+        type="log",
+        tickmode="array",
+        tickvals=ticks,
+        ticktext=[_short(bytes_text(tick)) for tick in ticks],
+        tickangle=0,
+        minor={"ticks": ""},
+        **options,
+    )
+
+
+def _short(text: str) -> str:
+    """A label without zeros behind the point: ``1 ms`` for ``1.00 ms``."""
+    value, _, unit = text.partition(" ")
+    return f"{value.rstrip('0').rstrip('.') if '.' in value else value} {unit}"
 
 
 def line(colour: str, width: float = 2.0, dash: str = "solid") -> dict[str, Any]:

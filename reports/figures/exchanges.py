@@ -13,7 +13,7 @@ from reports.frames import each_row
 from reports.text import figure_text
 from reports.theme import DIVERGING, light
 
-__all__ = ["layer_anatomy", "rank_time", "traffic_map"]
+__all__ = ["layer_anatomy", "rank_time", "traffic_map", "waiting_map"]
 
 #: Colour and hatching of each phase: hatched are those in which ranks meet.
 _PHASES: dict[str, tuple[str, str]] = {
@@ -34,6 +34,21 @@ _SHARES: dict[str, tuple[str, str, str]] = {
     "held_s": ("kept by the backend for others", "purple", "x"),
     "idle_s": ("exchanges nothing itself", "thin", ""),
     "unknown_s": ("not known", "slate", "."),
+}
+#: A colour bar above the plot.
+_COLOURBAR: dict[str, Any] = {
+    "orientation": "h",
+    "x": 0,
+    "xanchor": "left",
+    "y": 1.0,
+    "yref": "container",
+    "yanchor": "top",
+    "xpad": 0,
+    "ypad": 0,
+    "len": 0.72,
+    "thickness": 9,
+    "outlinewidth": 0,
+    "tickfont": {"size": 11, "color": light("muted")},
 }
 _NUMBERED_UP_TO = 8
 _EVERY_LABEL = 24
@@ -57,7 +72,8 @@ def layer_anatomy(phases: pd.DataFrame) -> go.Figure:
         x=axis("layer", type="category", showgrid=False, nticks=_EVERY_LABEL),
         y=axis("milliseconds per step", rangemode="tozero"),
     )
-    figure.update_layout(barmode="stack", bargap=0.25)
+    # In the order of time, which stacked bars would turn round.
+    figure.update_layout(barmode="stack", bargap=0.25, legend_traceorder="normal")
     for name, own in phases.groupby("name", sort=False):
         colour, hatch = _PHASES.get(str(name), _OTHER)
         values = own.set_index("layer").reindex(layers)
@@ -73,8 +89,8 @@ def layer_anatomy(phases: pd.DataFrame) -> go.Figure:
     spent = phases.groupby("layer")[["mean_s", "wait_s"]].sum(min_count=1).reindex(layers)
     known = phases["wait_s"].notna().groupby(phases["layer"]).all().reindex(layers)
     marks = (
-        ("all but waiting", "diamond", (spent["mean_s"] - spent["wait_s"]).where(known)),
-        ("slowest rank of each phase, added up", "line-ew", phases.groupby("layer")["critical_s"].sum()),
+        ("mean without waiting", "diamond", (spent["mean_s"] - spent["wait_s"]).where(known)),
+        ("slowest ranks without waiting", "line-ew", phases.groupby("layer")["critical_s"].sum()),
     )
     for name, symbol, value in marks:
         if value.isna().all():
@@ -97,7 +113,9 @@ def layer_anatomy(phases: pd.DataFrame) -> go.Figure:
 
 
 def traffic_map(traffic: pd.DataFrame, *, ranks: int) -> go.Figure:
-    """Bytes from each rank to each other, senders as rows.
+    """Bytes from each rank to each other, senders as rows, in square cells.
+
+    What a rank keeps is written on the diagonal without a colour: it loads no link.
 
     Args:
         traffic: ``source_rank``, ``peer_rank``, ``bytes`` (summed over the layers shown).
@@ -105,14 +123,22 @@ def traffic_map(traffic: pd.DataFrame, *, ranks: int) -> go.Figure:
     """
     sent_PP = np.full((ranks, ranks), np.nan)
     sent_PP[traffic["source_rank"].to_numpy(int), traffic["peer_rank"].to_numpy(int)] = traffic["bytes"]
-    size = min(max(ranks * 26, 150), 520)
+    size = min(max(ranks * 26, 250), 520)
+    square: dict[str, Any] = {
+        "type": "category",
+        "showgrid": False,
+        "constrain": "domain",
+        "nticks": _EVERY_LABEL,
+    }
     figure = empty_figure(
         size + 120,
-        x=axis("to rank", type="category", showgrid=False, nticks=_EVERY_LABEL),
-        y=axis("from rank", type="category", showgrid=False, autorange="reversed", nticks=_EVERY_LABEL),
+        x=axis("to rank", constraintoward="left", **square),
+        y=axis("from rank", constraintoward="top", autorange="reversed", scaleanchor="x", ticks="", **square),
         legend=False,
     )
     figure.update_layout(margin_t=46)
+    kept_PP = np.where(np.eye(ranks, dtype=bool), sent_PP, np.nan)
+    sent_PP[np.eye(ranks, dtype=bool)] = np.nan
     names = [str(rank) for rank in range(ranks)]
     stops = DIVERGING[5:]
     figure.add_heatmap(
@@ -125,26 +151,79 @@ def traffic_map(traffic: pd.DataFrame, *, ranks: int) -> go.Figure:
         texttemplate="%{z:.3g}" if ranks <= _NUMBERED_UP_TO else "",
         textfont={"size": 12},
         hovertemplate="rank %{y} to rank %{x}: %{z:.4g} MB<extra></extra>",
+        hoverongaps=False,
         xgap=1,
         ygap=1,
-        colorbar={
-            "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 1.0,
-            "yref": "container",
-            "yanchor": "top",
-            "xpad": 0,
-            "ypad": 0,
-            "len": 0.72,
-            "thickness": 9,
-            "outlinewidth": 0,
-            "nticks": 5,
-            "ticksuffix": " MB",
-            "tickfont": {"size": 11, "color": light("muted")},
-        },
+        colorbar={**_COLOURBAR, "nticks": 5, "ticksuffix": " MB"},
+    )
+    figure.add_heatmap(
+        z=(kept_PP / 1e6).astype(np.float32),
+        x=names,
+        y=names,
+        colorscale=[[0, light("grid")], [1, light("grid")]],
+        showscale=False,
+        texttemplate="%{z:.3g}" if ranks <= _NUMBERED_UP_TO else "",
+        textfont={"size": 12, "color": light("muted")},
+        hovertemplate="rank %{y} keeps %{z:.4g} MB<extra></extra>",
+        hoverongaps=False,
+        xgap=1,
+        ygap=1,
     )
     return figure
+
+
+def waiting_map(layers: pd.DataFrame) -> go.Figure:
+    """Share of the ranks' time in exchanges that is waiting, layers as columns, kinds of exchange as rows.
+
+    Args:
+        layers: rows of one run and phase: ``layer`` (missing: none known), ``role``, ``wait_share`` (missing:
+            not known), ``longest_p50_s``, ``transfer_longest_p50_s``, ``slowest_rank``, ``slowest_cause``.
+    """
+    names = [_layer_name(layer) for layer in layers["layer"]]
+    columns, roles = list(dict.fromkeys(names)), list(dict.fromkeys(layers["role"]))
+    share_RL = np.full((len(roles), len(columns)), np.nan)
+    told_RL = np.full((len(roles), len(columns)), "", dtype=object)
+    for name, row in zip(names, each_row(layers), strict=True):
+        place = roles.index(row.role), columns.index(name)
+        share_RL[place], told_RL[place] = row.wait_share, _waiting_told(row)
+    figure = empty_figure(
+        118 + 34 * len(roles),
+        x=axis("layer", type="category", showgrid=False, nticks=_EVERY_LABEL),
+        y=axis("", type="category", showgrid=False, autorange="reversed", ticks=""),
+        legend=False,
+    )
+    figure.update_layout(margin_t=46)
+    stops = DIVERGING[5:]
+    figure.add_heatmap(
+        z=(share_RL * 100).astype(np.float32),
+        x=columns,
+        y=[figure_text(role, 16) for role in roles],
+        customdata=told_RL,
+        zmin=0,
+        zmax=100,
+        colorscale=[[index / (len(stops) - 1), colour] for index, colour in enumerate(stops)],
+        texttemplate="%{z:.0f} %" if len(columns) <= _NUMBERED_UP_TO else "",
+        textfont={"size": 12},
+        hovertemplate="layer %{x}, %{y}: %{z:.0f} % waiting<br>%{customdata}<extra></extra>",
+        hoverongaps=False,
+        xgap=1,
+        ygap=1,
+        colorbar={**_COLOURBAR, "tickvals": [0, 25, 50, 75], "ticktext": ["0", "25 %", "50 %", "75 %"]},
+    )
+    return figure
+
+
+def _layer_name(layer: Any) -> str:
+    return "not known" if pd.isna(layer) else str(layer)
+
+
+def _waiting_told(row: Any) -> str:
+    """What hovering over one cell says beside the share."""
+    times_ms = (row.longest_p50_s * 1e3, row.transfer_longest_p50_s * 1e3)
+    longest = "longest rank {:.3f} ms, of it transfer {:.3f} ms".format(*times_ms)
+    if pd.isna(row.slowest_rank):
+        return longest
+    return f"{longest}<br>slowest: rank {row.slowest_rank} ({figure_text(row.slowest_cause or 'unknown')})"
 
 
 def rank_time(ranks: pd.DataFrame) -> go.Figure:
@@ -167,7 +246,7 @@ def rank_time(ranks: pd.DataFrame) -> go.Figure:
         x=axis("ms in exchanges, whole run", rangemode="tozero"),
         y=axis("", showgrid=False, autorange="reversed", ticks=""),
     )
-    figure.update_layout(barmode="stack", bargap=0.3)
+    figure.update_layout(barmode="stack", bargap=0.3, legend_traceorder="normal")
     for column, (name, colour, hatch) in _SHARES.items():
         values = ranks[column].fillna(0) * 1e3
         if not (values > 0).any():

@@ -1,5 +1,6 @@
 """Sections of a report: frames in, titles, tables and figures out."""
 
+from reports.sections.benchmark_records import file_records
 from reports.sections.committee import committee_section
 from reports.sections.exchanges import exchange_sections
 from reports.sections.findings import findings
@@ -18,6 +19,7 @@ __all__ = [
     "RunRecord",
     "committee_section",
     "exchange_sections",
+    "file_records",
     "findings",
     "grid_section",
     "heatmap_section",

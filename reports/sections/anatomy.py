@@ -30,9 +30,10 @@ def anatomy_section(cells: list[Cell]) -> Section:
         short="Dispatch anatomy",
         lead=(
             "Each rank times the phases of a layer on its own clock. Hatched phases are those in which ranks "
-            "meet: their time includes waiting. The diamond stands where the layer would end without any "
-            "waiting, as a mean over ranks. The dash adds up what the slowest rank takes in each phase "
-            "(waiting taken off): it shows how much of the layer is decided by slow ranks (critical_path, "
+            "meet: their time includes waiting.",
+            "Two marks say what could be won. The diamond: where the layer would end if nobody waited, as a "
+            "mean over ranks. The dash: the time of the slowest rank in each phase, waiting taken off, added "
+            "up; far above the diamond, slow ranks decide how long the layer takes (critical_path in "
             "docs/waiting.md).",
         ),
         blocks=(
@@ -55,12 +56,13 @@ def _variant(label: str, condition: str, phase: str, rows: pd.DataFrame) -> Vari
     total = float(rows["mean_s"].sum())
     largest = rows.groupby("name")["mean_s"].sum().sort_values(ascending=False)
     where = f"{shorten(label)} on {shorten(condition)}, {phase}"
+    waiting = float(rows["wait_s"].sum()) / total if total and rows["wait_s"].notna().all() else None
     return Variant(
         group=shorten(label),
         label=run_choice(label, condition, phase),
         figure=layer_anatomy(rows),
-        alt=f"Stacked bars of {rows['layer'].nunique()} layers for {where}: {largest.index[0]} takes most, "
-        f"{percent(float(largest.iloc[0]) / total if total else None)} of the layers' time.",
+        alt=f"Stacked bars of {rows['layer'].nunique()} layers for {where}: {plain(largest.index[0])} takes "
+        f"most, {percent(float(largest.iloc[0]) / total if total else None)} of the layers' time.",
         note=f"{where}. {spread(rows['steps'])} steps. Most time: "
         + listing(
             [
@@ -68,7 +70,7 @@ def _variant(label: str, condition: str, phase: str, rows: pd.DataFrame) -> Vari
                 for name, value in largest.head(3).items()
             ]
         )
-        + ".",
+        + f". Of the whole, waiting: {percent(waiting) if waiting is not None else 'not known'}.",
         numbers=_numbers(rows, where),
     )
 

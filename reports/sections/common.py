@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import pandas as pd
 
+from reports.benchmarks import BenchmarkFrames
+from reports.frames import ReportFrames, phases_of
 from reports.text import count, number, shorten
 
-__all__ = ["NO_LOADS", "choice_label", "layer_window_text", "run_choice", "spread", "window_text"]
+__all__ = [
+    "NO_LOADS",
+    "choice_label",
+    "layer_window_text",
+    "phases_in",
+    "replay_name",
+    "run_choice",
+    "spread",
+    "window_text",
+]
 
 NO_LOADS = "No run given here holds routing rows with assignments, so there is nothing to show."
 
@@ -44,4 +55,22 @@ def layer_window_text(layers: pd.DataFrame) -> str:
         f"{spread(layers['experts'])} experts per layer; whole window of {spread(layers['steps'])} steps, "
         f"{spread(layers['tokens'])} tokens per layer, {spread(layers['assignments'])} assignments; "
         f"sampling floor of Gini {spread(layers['gini_floor'], number)}."
+    )
+
+
+def phases_in(rows: pd.DataFrame) -> list[str]:
+    """Phases present: those of runs in their order, then whatever else a file says."""
+    known = phases_of(rows)
+    return [*known, *(phase for phase in rows["phase"].dropna().unique() if phase not in known)]
+
+
+def replay_name(frames: ReportFrames, found: BenchmarkFrames, replay: int) -> str:
+    """Whose traffic a replay sent, over how many ranks of which fabric."""
+    given = found.files.replays[replay]
+    ids = [fact.manifest.run_id for fact in frames.facts]
+    run = ids.index(given.document.run_id or "") if given.document.run_id in ids else 0
+    label, condition = frames.runs.loc[run, ["label", "condition"]]
+    return (
+        f"{shorten(label)} on {shorten(condition, 24)} over {given.document.ranks} ranks, "
+        f"{shorten(given.document.backend, 16)} ({shorten(given.name, 32)})"
     )

@@ -1,21 +1,48 @@
-"""The sections about exchanges; a report of runs without any has none of them."""
+"""The sections about exchanges; a report of runs and files without any has none of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pandas as pd
 
 from reports.frames import ReportFrames, each_row, phases_of
 from reports.page import Section
 from reports.sections.anatomy import anatomy_section
+from reports.sections.bandwidth import bandwidth_section
+from reports.sections.prediction import prediction_section
+from reports.sections.realism import realism_section
 from reports.sections.traffic import traffic_section
 from reports.sections.waiting import waiting_section
 
 __all__ = ["exchange_sections"]
 
+_MORE = (
+    "To see these exchanges beside mock traffic and beside what a fitted network model predicts: observatory "
+    "bench, replay and fit, then their files with --bench, --replay and --network (docs/network-model.md)."
+)
+
 
 def exchange_sections(frames: ReportFrames) -> list[Section]:
+    """What runs hold of exchanges, then what benchmark files say about them."""
+    return [*_of_runs(frames), *_of_files(frames)]
+
+
+def _of_files(frames: ReportFrames) -> list[Section]:
+    """Realism, prediction, bandwidth; those that the files say something about."""
+    found = frames.benchmarks
+    if found is None:
+        return []
+    sections = [
+        realism_section(frames, found),
+        prediction_section(frames, found),
+        bandwidth_section(found),
+    ]
+    return [section for section in sections if section.blocks]
+
+
+def _of_runs(frames: ReportFrames) -> list[Section]:
     """Anatomy, traffic and waiting of the runs that hold exchanges."""
     found = frames.exchanges
     if found is None:
@@ -27,6 +54,8 @@ def exchange_sections(frames: ReportFrames) -> list[Section]:
     ]
     gaps = [f"The exchanges of run {run + 1} are left out: {text}." for run, text in found.gaps]
     shown = [section for section in sections if section.blocks]
+    if shown and frames.benchmarks is None:
+        shown[-1] = replace(shown[-1], lead=(*shown[-1].lead, _MORE))
     if gaps:
         shown.append(
             Section(id="exchange-gaps", title="Exchanges that could not be read", reason=" ".join(gaps))

@@ -6,6 +6,8 @@ import pandas as pd
 
 from reports.committees import committee_overlaps
 from reports.frames import ReportFrames, each_row, phases_of
+from reports.sections.common import spread
+from reports.sections.exchange_findings import exchange_findings
 from reports.sections.layers import worst_layers
 from reports.sections.mock import mock_ratios
 from reports.sections.scan import mean_over_layers
@@ -16,13 +18,14 @@ __all__ = ["findings"]
 
 def findings(frames: ReportFrames) -> list[str]:
     """Sentences for the head of the page; empty when there is nothing to say."""
+    sentences = exchange_findings(frames)
     cells = frames.cells.dropna(subset=["gini"])
     if cells.empty:
-        return []
-    sentences: list[str] = []
+        return sentences
+    one_model = len({fact.manifest.model.name for fact in frames.facts}) == 1
     for phase in phases_of(cells):
         own = cells[cells["phase"] == phase]
-        sentences += _concentration(own, phase)
+        sentences += _one_model(frames, own, phase) if one_model else _concentration(own, phase)
         sentences += _mock(mock_ratios(own), phase)
     sentences += _at_floor(cells)
     sentences += _worst_layer(frames)
@@ -71,6 +74,17 @@ def _concentration(cells: pd.DataFrame, phase: str) -> list[str]:
             else " There are too few steps for intervals, so the order is not certain."
         )
     return [sentence]
+
+
+def _one_model(frames: ReportFrames, cells: pd.DataFrame, phase: str) -> list[str]:
+    """Concentration of a model that is there alone, but under several names, as with several ranks."""
+    own, where = _real_first(cells)
+    if own["label"].nunique() == 1:
+        return _concentration(cells, phase)
+    return [
+        f"In {phase}, {_name(frames.facts[0].manifest.model.name)} has Gini {spread(own['gini'], number)} in "
+        f"its {len(own)} runs on {where}, floor {spread(own['gini_floor'], number)}."
+    ]
 
 
 def _mock(ratios: pd.DataFrame, phase: str) -> list[str]:

@@ -64,7 +64,7 @@ def _period(first_unix_s: float, last_unix_s: float) -> str:
 
 
 def problems(frames: ReportFrames) -> list[tuple[str, list[str]]]:
-    """(runs, what is wrong with them), runs of equal gaps together; the reader's words first."""
+    """(runs, what is wrong with them), runs of equal gaps together, then files; the reader's words first."""
     stated: dict[tuple[str, ...], list[str]] = {}
     for fact, label in zip(frames.facts, frames.runs["label"], strict=True):
         lines = [plain(line) for line in (*fact.problems, *fact.manifest.notes, *fact.gaps)]
@@ -72,7 +72,10 @@ def problems(frames: ReportFrames) -> list[tuple[str, list[str]]]:
         if lines:
             name = f"{shorten(label)} on {shorten(fact.condition)}"
             stated.setdefault(tuple(dict.fromkeys(lines)), []).append(name)
-    return [(listing(names), list(lines)) for lines, names in stated.items()]
+    of_files: dict[str, list[str]] = {}
+    for name, line in frames.benchmarks.gaps if frames.benchmarks else ():
+        of_files.setdefault(shorten(name), []).append(plain(line))
+    return [(listing(names), list(lines)) for lines, names in stated.items()] + list(of_files.items())
 
 
 def _unfinished(state: str, told: tuple[str, ...]) -> list[str]:

@@ -46,7 +46,7 @@ def traffic_section(cells: list[Cell]) -> Section:
         return Section(id="traffic", title=_TITLE)
     lead: tuple[str, ...] = (
         "Bytes that rank i (row) sent to rank j (column), as recorded by the ranks themselves, summed "
-        "over the run. The diagonal stays on its rank and travels over no link.",
+        "over the run. What a rank keeps is on the diagonal, without a colour: it travels over no link.",
     )
     if left_out:
         lead += (f"{left_out} maps of single layers are left out to keep this file small.",)

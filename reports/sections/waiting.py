@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from reports.figures.exchanges import rank_time
+from reports.figures.exchanges import rank_time, waiting_map
 from reports.frames import each_row
 from reports.page import Block, Column, FigureBlock, Section, Table, Variant, table
 from reports.sections.common import run_choice
@@ -18,7 +18,7 @@ Cell = tuple[int, str, str, str, pd.DataFrame]
 
 
 def waiting_section(cells: list[Cell], *, layers: pd.DataFrame, unknown: pd.DataFrame) -> Section:
-    """A figure per run and phase, and a table of its layers.
+    """Ranks, then layers: a figure of each per run and phase.
 
     Args:
         cells: (run, label, condition, phase, rows of ``rank_waits``).
@@ -27,20 +27,29 @@ def waiting_section(cells: list[Cell], *, layers: pd.DataFrame, unknown: pd.Data
     """
     if not cells:
         return Section(id="waiting", title=_TITLE)
-    variants, tables = [], []
+    of_ranks, of_layers = [], []
     for run, label, condition, phase, ranks in cells:
         of_cell = [frame[(frame["run"] == run) & (frame["phase"] == phase)] for frame in (layers, unknown)]
-        variants.append(_variant(ranks, of_cell[1], label, condition, phase))
-        tables.append(_layer_table(of_cell[0], label, condition, phase))
-    figure = FigureBlock(
-        id="rank-waiting",
-        title="Waiting and transfer per rank",
-        caption="Bars: each rank's own time inside exchanges. Diamond: what all others together waited for "
-        "that rank. The slowest rank is the one waited for longest.",
-        choice="Run",
-        variants=tuple(variants),
+        of_ranks.append(_variant(ranks, of_cell[1], label, condition, phase))
+        of_layers.append(_layer_variant(of_cell[0], label, condition, phase))
+    blocks: tuple[Block, ...] = (
+        FigureBlock(
+            id="rank-waiting",
+            title="Waiting and transfer per rank",
+            caption="Bars: each rank's own time inside exchanges. Diamond: what all others together waited "
+            "for that rank. The slowest rank is the one waited for longest.",
+            choice="Run",
+            variants=tuple(of_ranks),
+        ),
+        FigureBlock(
+            id="layer-waiting",
+            title="Waiting per layer and exchange",
+            caption="Share of the ranks' time in exchanges that is waiting. “other” are the small exchanges "
+            "around them, counts above all. Open cells: not known.",
+            choice="Run",
+            variants=tuple(of_layers),
+        ),
     )
-    blocks: tuple[Block, ...] = (figure, *tables)
     return Section(
         id="waiting",
         title=_TITLE,
@@ -51,9 +60,10 @@ def waiting_section(cells: list[Cell], *, layers: pd.DataFrame, unknown: pd.Data
             "does not make a rank wait. Transfer: from then to its own end. Some backends let nobody go "
             "before everybody has come; that time is shown apart. Definitions and what is refused: "
             "docs/waiting.md.",
-            "Why a rank comes last is told from its own times since the exchange before: compute load, a "
-            "lower clock, or that exchange itself, which ended later on it; unknown where none of these "
-            "explains at least half of its lateness.",
+            "Why a rank comes last is told from its own times since the exchange before: it computed longer "
+            "(“compute load”), its clock was lower (“clock”), or that exchange ended later on it than on "
+            "others (“exchange before”); “unknown” where none of these explains at least half of its "
+            "lateness.",
         ),
         blocks=blocks,
     )
@@ -99,11 +109,17 @@ def _slowest(ranks: pd.DataFrame) -> str:
     known = float(ranks["duration_s"].sum() - ranks["unknown_s"].sum())
     if not whole > 0:
         return "No rank waited for another." if known > 0 else "How long ranks waited is not known."
-    slowest = next(each_row(ranks.sort_values("caused_wait_s", ascending=False)))
+    slowest, *others = each_row(ranks.sort_values("caused_wait_s", ascending=False))
+    waited = [row for row in others if row.caused_wait_s > 0]
+    after = (
+        f"; next is rank {waited[0].source_rank} with {percent(waited[0].caused_wait_s / whole)}"
+        if waited
+        else ""
+    )
     return (
         f"Waiting is {percent(float(ranks['wait_s'].sum()) / known)} of the time in exchanges. Slowest is "
         f"rank {slowest.source_rank}: {percent(slowest.caused_wait_s / whole)} of all waiting was for it "
-        f"({number(slowest.caused_wait_s * 1e3)} ms; cause: {plain(slowest.cause or 'unknown')})."
+        f"({number(slowest.caused_wait_s * 1e3)} ms; cause: {plain(slowest.cause or 'unknown')}){after}."
     )
 
 
@@ -112,6 +128,25 @@ def _reasons(unknown: pd.DataFrame) -> str:
         return ""
     told = [f"{plain(row.reason)} ({count(row.rows)} rows)" for row in each_row(unknown)]
     return f" Not split: {listing(told)}."
+
+
+def _layer_variant(layers: pd.DataFrame, label: str, condition: str, phase: str) -> Variant:
+    where = f"{shorten(label)} on {shorten(condition)}, {phase}"
+    known = layers.dropna(subset=["wait_share"]).sort_values("wait_share", ascending=False)
+    most = f"Waiting is not known in any layer of {where}."
+    if len(known):
+        row = next(each_row(known))
+        layer = "no known layer" if pd.isna(row.layer) else f"layer {row.layer}"
+        slowest = "" if pd.isna(row.slowest_rank) else f", mostly for rank {row.slowest_rank}"
+        most = f"{where}. Most waiting: {plain(row.role)} of {layer}, {percent(row.wait_share)}{slowest}."
+    return Variant(
+        group=shorten(label),
+        label=run_choice(label, condition, phase),
+        figure=waiting_map(layers),
+        alt=f"Heatmap of {layers['layer'].nunique()} layers. {most}",
+        note=most,
+        numbers=_layer_table(layers, label, condition, phase),
+    )
 
 
 def _layer_table(layers: pd.DataFrame, label: str, condition: str, phase: str) -> Table:

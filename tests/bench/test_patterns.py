@@ -79,12 +79,27 @@ def test_a_replay_sends_every_matrix_both_ways_beside_its_even_twin() -> None:
         replay_plan([], algorithms=["flat"])
 
 
-@given(st.lists(st.integers(0, 50), min_size=9, max_size=9))
-def test_the_even_twin_keeps_the_volume(entries: list[int]) -> None:
-    rows_PP = np.array(entries).reshape(3, 3)
+@pytest.mark.parametrize("roles", [("dispatch", "combine"), ("dispatch",), ("combine", "dispatch")])
+def test_captured_and_even_traffic_take_turns_in_every_role(roles: tuple[str, ...]) -> None:
+    steps = [
+        Traffic(pattern="captured", send_bytes_PP=((0, 8), (4, 0)), step=step, phase="decode", layer=0)
+        for step in range(6)
+    ]
+    plan = replay_plan(steps, algorithms=["flat"], roles=roles)  # type: ignore[arg-type]
+    firsts = [(item.role, item.pattern) for item in plan.traffic[::2]]
+    for role in roles:
+        assert [pattern for own, pattern in firsts if own == role].count("captured") == 3
+    assert [item.step for item in plan.traffic[::2]] == [item.step for item in plan.traffic[1::2]]
+
+
+@given(st.lists(st.integers(0, 50), min_size=16, max_size=16))
+def test_the_even_twin_keeps_the_volume_and_favours_no_rank(entries: list[int]) -> None:
+    rows_PP = np.array(entries).reshape(4, 4)
     even = uniform_like(rows_PP)
     assert even.sum() == rows_PP.sum()
     assert even.max() - even.min() <= 1
+    assert np.ptp(even.sum(axis=1)) <= 1, "what ranks send"
+    assert np.ptp(even.sum(axis=0)) <= 1, "what ranks receive"
 
 
 @settings(deadline=None)

@@ -14,39 +14,13 @@ from collectives.transport_base import AloneTransport
 from observatory.campaign.benchmark import run_benchmark
 from observatory.cli import main
 from observatory.errors import ExchangeError
-from observatory.records import DataSpec, Manifest, ModelSpec, MoeLayerSpec, Topology
 from observatory.records_bench import load_bench
-from observatory.store import RunWriter, routing_rows
-
-LOAD_SPE = np.array([[[8, 0, 0, 0], [0, 4, 1, 3]], [[1, 1, 1, 1], [5, 0, 0, 3]]])
+from tests.bench.runs import write_captured_run
 
 
 @pytest.fixture
 def captured_run(tmp_path: Path) -> Path:
-    """Two ranks, two steps of decode in layer 5; rows of 8 float32."""
-    path = tmp_path / "run"
-    spec = MoeLayerSpec(layer=5, module="m", experts=4, top_k=1)
-    manifest = Manifest(
-        run_id="run-1",
-        created_unix_s=0.0,
-        topology=Topology(ranks=2),
-        model=ModelSpec(name="made", hidden_size=8, dtype="float32", moe_layers=(spec,)),
-        data=DataSpec(condition="prose"),
-    )
-    writers = [RunWriter.create(path, manifest), RunWriter.join(path, rank=1)]
-    for rank, writer in enumerate(writers):
-        rows = routing_rows(
-            step_N=np.arange(2),
-            phase_N="decode",
-            layer_N=5,
-            source_rank=rank,
-            tokens_N=LOAD_SPE[:, rank].sum(axis=1),
-            load_NE=LOAD_SPE[:, rank],
-        )
-        writer.append("routing", rows)
-    for writer in reversed(writers):
-        writer.close()
-    return path
+    return write_captured_run(tmp_path / "run")
 
 
 def test_every_algorithm_delivers_every_byte_of_every_pattern() -> None:
@@ -108,6 +82,9 @@ def test_a_replay_compares_captured_with_uniform_traffic_of_equal_volume(
     assert whole["ratio"] == pytest.approx(whole["captured_us"] / whole["uniform_us"])
     assert whole["ratio_low"] <= whole["ratio"] <= whole["ratio_high"]
     assert {(row["phase"], row["layer"], row["role"]) for row in rows[1:]} == {
+        ("decode", None, None),
+        ("decode", None, "dispatch"),
+        ("decode", None, "combine"),
         ("decode", 5, "dispatch"),
         ("decode", 5, "combine"),
     }

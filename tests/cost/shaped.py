@@ -18,7 +18,7 @@ from collectives.bench_rank import RankJob
 from hpc.launch import rank_environment
 from observatory.records_bench import BenchPlan, BenchResult, load_bench
 
-__all__ = ["run_on_nodes", "shaped_nodes", "why_not"]
+__all__ = ["address_of", "run_on_nodes", "shaped_nodes", "why_not"]
 
 #: Large frames, so that headers are under 1 % of what passes.
 MTU_BYTES = 9000
@@ -35,6 +35,11 @@ _PORT = 29555
 
 def _ip(*arguments: str) -> None:
     subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
+
+
+def address_of(node: int) -> str:
+    """Address of a node's link."""
+    return f"{_SUBNET}.{node + 1}"
 
 
 def why_not() -> str | None:
@@ -73,7 +78,7 @@ def shaped_nodes(nodes: int, *, rate_mbit: float) -> Iterator[list[str]]:
             _ip("-n", bridge, "link", "set", port, "master", "br0")
             for setting in _TCP:
                 _ip("netns", "exec", name, "sysctl", "-q", "-w", setting)
-            _ip("-n", name, "addr", "add", f"{_SUBNET}.{node + 1}/24", "dev", "eth0")
+            _ip("-n", name, "addr", "add", f"{address_of(node)}/24", "dev", "eth0")
             for own, link in ((bridge, port), (name, "eth0")):
                 _ip("netns", "exec", own, "tc", "qdisc", "add", "dev", link, *shape)
         yield names
@@ -100,7 +105,7 @@ def run_on_nodes(
     try:
         for rank in range(world):
             own = rank_environment(rank, world, port=_PORT, run_id="shaped") | {
-                "MASTER_ADDR": f"{_SUBNET}.1",
+                "MASTER_ADDR": address_of(0),
                 "GLOO_SOCKET_IFNAME": "eth0",
                 "TORCHELASTIC_USE_AGENT_STORE": "False",
                 "OMP_NUM_THREADS": "1",

@@ -132,13 +132,26 @@ def replayed(captured_us: list[float], uniform_us: list[float]) -> BenchResult:
 
 def test_what_realism_costs_is_a_ratio_of_sums_over_steps() -> None:
     frame = realism(replayed([30.0, 10.0], [10.0, 10.0]))
-    assert frame["ratio"].tolist() == [2.0, 2.0]
-    assert frame["captured_us"].tolist() == [20.0, 20.0]
-    assert frame["phase"].isna().tolist() == [True, False]
-    assert frame["ratio_low"].tolist() == [1.0, 1.0]
-    assert frame["ratio_high"].tolist() == [3.0, 3.0]
+    pooled = frame[["phase", "layer", "role"]].isna().to_numpy().tolist()
+    assert pooled == [[True] * 3, [False, True, True], [False, True, False], [False] * 3]
+    for name, value in (
+        ("ratio", 2.0), ("ratio_low", 1.0), ("ratio_high", 3.0), ("captured_us", 20.0), ("extra_us", 10.0),
+        ("extra_low_us", 0.0), ("extra_high_us", 20.0), ("exchanges", 2), ("steps", 2),
+    ):  # fmt: skip
+        assert frame[name].tolist() == [value] * 4, name
     single = realism(replayed([30.0], [10.0]))
     assert single["ratio_low"].isna().all(), "one pair has no interval"
+
+
+def test_what_is_pooled_is_drawn_step_by_step_because_its_exchanges_share_a_step() -> None:
+    """Two layers that are slow in the same step tell no more than one of them."""
+    one = replayed([30.0, 10.0, 10.0, 10.0], [10.0] * 4)
+    cases = [*one.cases, *(case.model_copy(update={"layer": 2}) for case in one.cases)]
+    both = realism(one.model_copy(update={"cases": tuple(cases)}))
+    whole, alone = both.iloc[0], realism(one).iloc[0]
+    assert (whole["exchanges"], whole["steps"]) == (8, 4)
+    ends = ["ratio_low", "ratio_high", "extra_low_us", "extra_high_us"]
+    assert whole[ends].tolist() == pytest.approx(alone[ends].tolist())
 
 
 def test_a_replay_without_its_uniform_half_is_refused() -> None:

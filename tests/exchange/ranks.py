@@ -75,11 +75,12 @@ class Case:
             ("spans", self.spans, SPAN_SCHEMA),
         ):
             if rows:
+                known = pa.schema(list(schema)[: len(rows[0])])
                 columns = [
                     pa.array(values, field.type)
-                    for values, field in zip(zip(*rows, strict=True), schema, strict=True)
+                    for values, field in zip(zip(*rows, strict=True), known, strict=True)
                 ]
-                writer.append(table, pa.Table.from_arrays(columns, schema=schema))
+                writer.append(table, pa.Table.from_arrays(columns, schema=known))
 
 
 def main() -> None:

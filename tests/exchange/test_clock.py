@@ -154,6 +154,20 @@ def test_only_ranks_of_equal_identity_share_a_clock() -> None:
     assert other.offset_ns == pytest.approx(-900, abs=1_100)
 
 
+def test_ranks_that_share_another_clock_are_told_one_result() -> None:
+    """Two of them then put one moment at one time, however uncertain that is."""
+    network = Network([0, 900, 900, 77], [0, 0, 0, 0], lambda *_: 1_000)
+    _, first, second, third = network.run([11, 12, 12, 13])
+    assert first.method == second.method == "ping-pong"
+    assert (first.offset_ns, first.uncertainty_ns, first.measured_ns) == (
+        second.offset_ns,
+        second.uncertainty_ns,
+        second.measured_ns,
+    )
+    assert network.sent[1, 0] > network.sent[2, 0] == 1, "the second measures nothing"
+    assert third.offset_ns == pytest.approx(-77, abs=1_100)
+
+
 def test_ranks_that_do_not_know_their_clock_are_not_taken_to_share_it() -> None:
     _, other = Network([0, 0], [0, 0], lambda *_: 1_000).run([None, None])
     assert other.method == "ping-pong"

@@ -18,9 +18,10 @@ from observatory.tables import EXCHANGE_SCHEMA, SPAN_SCHEMA
 from reports import write_report
 from reports.collect import collect
 from reports.exchanges import collect_exchanges
-from reports.figures.exchanges import layer_anatomy, rank_time, traffic_map
+from reports.figures.exchanges import layer_anatomy, rank_time, traffic_map, waiting_map
 from reports.frames import ReportFrames
-from reports.sections import exchange_sections
+from reports.html import build_sections
+from reports.sections import exchange_sections, findings
 from reports.theme import LIGHT_TO_DARK
 from tests.exchange.tables import collective, spans
 
@@ -38,7 +39,8 @@ def write(path: Path, exchanges: pd.DataFrame, timed: pd.DataFrame | None = None
         for table, frame, schema in (("exchange", exchanges, EXCHANGE_SCHEMA), ("spans", timed, SPAN_SCHEMA)):
             if frame is not None and len(frame):
                 own = frame[frame["source_rank"] == writer.rank]
-                writer.append(table, pa.Table.from_pandas(own, schema=schema, preserve_index=False))
+                known = pa.schema([field for field in schema if field.name in own.columns])
+                writer.append(table, pa.Table.from_pandas(own, schema=known, preserve_index=False))
     for writer in reversed(writers):
         writer.close()
     return path
@@ -75,8 +77,13 @@ def test_the_report_shows_anatomy_traffic_and_waiting_with_the_slowest_named(
     note = figure.variants[0].note  # type: ignore[union-attr]
     assert "Slowest is rank 1: 100.0 % of all waiting was for it (0.060 ms; cause: compute load)." in note
     assert "Waiting is 27.3 % of the time in exchanges" in note  # 60 of 40 + 40 + 100 + 40
-    rows = [[cell.text for cell in row] for row in waiting.blocks[1].rows]  # type: ignore[union-attr]
+    layers = waiting.blocks[1].variants[0]  # type: ignore[union-attr]
+    rows = [[cell.text for cell in row] for row in layers.numbers.rows]
     assert rows[1] == ["0", "combine", "1", "0.100", "0.040", "42.9 %", "1 (100 %)", "compute load"]
+    assert (
+        layers.note
+        == "m on not stated, prefill. Most waiting: combine of layer 0, 42.9 %, mostly for rank 1."
+    )
     page = write_report([run], tmp_path / "report.html", ep_degrees=(2,)).read_text(encoding="utf-8")
     assert '<section id="waiting"' in page
     assert '<section id="anatomy"' in page
@@ -92,7 +99,7 @@ def test_a_report_of_runs_without_exchanges_says_nothing_about_them(
         encoding="utf-8"
     )
     body = page[page.index("<body>") : page.index("/**\n* plotly.js") if "/**\n* plotly.js" in page else None]
-    for word in ("anatomy", "traffic-map", "rank-waiting", "Who waits"):
+    for word in ("anatomy", "traffic-map", "rank-waiting", "Who waits", "--replay", "network model"):
         assert word not in body
 
 
@@ -112,15 +119,34 @@ def test_bars_stack_what_the_phases_took_and_marks_show_it_without_waiting(run: 
     assert heights["dispatch"] == pytest.approx([0.040])
     assert heights["experts"] == pytest.approx([0.090])
     assert heights["combine"] == pytest.approx([0.070])
-    assert heights["all but waiting"] == pytest.approx([0.040 + 0.090 + 0.040])
-    assert heights["slowest rank of each phase, added up"] == pytest.approx([0.040 + 0.120 + 0.040])
+    assert heights["mean without waiting"] == pytest.approx([0.040 + 0.090 + 0.040])
+    assert heights["slowest ranks without waiting"] == pytest.approx([0.040 + 0.120 + 0.040])
 
 
 def test_the_traffic_map_has_senders_as_rows_and_leaves_unknown_pairs_open() -> None:
-    traffic = pd.DataFrame({"source_rank": [0, 1], "peer_rank": [1, 0], "bytes": [2_000_000, 0]})
-    heat = traffic_map(traffic, ranks=2).data[0]
-    assert np.array_equal(heat.z, [[np.nan, 2.0], [0.0, np.nan]], equal_nan=True)
-    assert (heat.zmin, heat.zmax) == (0, 2.0)
+    traffic = pd.DataFrame(
+        {"source_rank": [0, 1, 1], "peer_rank": [1, 0, 1], "bytes": [2_000_000, 0, 9_000_000]}
+    )
+    travels, kept = traffic_map(traffic, ranks=2).data
+    assert np.array_equal(travels.z, [[np.nan, 2.0], [0.0, np.nan]], equal_nan=True)
+    assert (travels.zmin, travels.zmax) == (0, 2.0), "what a rank keeps does not darken the links"
+    assert np.array_equal(kept.z, [[np.nan, np.nan], [np.nan, 9.0]], equal_nan=True)
+
+
+def test_the_waiting_map_has_exchanges_as_rows_and_leaves_what_is_not_known_open() -> None:
+    layers = pd.DataFrame(
+        {
+            "layer": pd.array([0, 0, 1], "Int64"), "role": ["dispatch", "combine", "dispatch"],
+            "wait_share": [0.25, np.nan, 0.5], "longest_p50_s": 0.002, "transfer_longest_p50_s": 0.001,
+            "slowest_rank": pd.array([3, None, 1], "Int64"), "slowest_cause": ["clock", None, None],
+        }
+    )  # fmt: skip
+    (heat,) = waiting_map(layers).data
+    assert np.array_equal(heat.z, [[25.0, 50.0], [np.nan, np.nan]], equal_nan=True)
+    assert list(heat.y) == ["dispatch", "combine"]
+    assert heat.customdata[0][0] == (
+        "longest rank 2.000 ms, of it transfer 1.000 ms<br>slowest: rank 3 (clock)"
+    )
 
 
 def test_every_rank_has_a_bar_of_its_shares_and_the_slowest_is_named() -> None:
@@ -142,7 +168,12 @@ def test_every_rank_has_a_bar_of_its_shares_and_the_slowest_is_named() -> None:
 def test_every_colour_has_a_dark_partner(run: Path) -> None:
     found = collect_exchanges([open_run(run)])
     assert found is not None
-    figures = (layer_anatomy(found.phases), rank_time(found.ranks), traffic_map(found.traffic, ranks=2))
+    figures = (
+        layer_anatomy(found.phases),
+        rank_time(found.ranks),
+        traffic_map(found.traffic, ranks=2),
+        waiting_map(found.layers),
+    )
 
     def colours(value: object, key: str = "") -> set[str]:
         if isinstance(value, dict):
@@ -200,3 +231,26 @@ def test_a_run_without_exchanges_is_told_how_to_get_some(
 ) -> None:
     assert main(["exchanges", str(make_run())]) == 1
     assert "holds no exchanges; profile with several ranks" in capsys.readouterr().err
+
+
+def test_a_report_without_benchmark_files_says_in_one_line_how_to_get_them(run: Path) -> None:
+    sections = exchange_sections(frames_of(run))
+    assert [section.id for section in sections] == ["anatomy", "traffic", "waiting"]
+    told = [text for section in sections for text in section.lead if "--replay" in text]
+    assert len(told) == 1
+    assert "docs/network-model.md" in told[0]
+
+
+def test_exchanges_come_first_where_every_run_has_them(run: Path, make_run: Callable[..., Path]) -> None:
+    ids = [section.id for section in build_sections(frames_of(run), gpus_per_node=4)]
+    assert ids[:3] == ["anatomy", "traffic", "waiting"]
+    mixed = [section.id for section in build_sections(frames_of(run, make_run("other")), gpus_per_node=4)]
+    assert mixed.index("grid") < mixed.index("anatomy")
+
+
+def test_the_findings_say_where_the_time_goes_and_who_is_waited_for(run: Path) -> None:
+    # dispatch 40, experts 90, combine 70 us as means over ranks, of them 30 waiting
+    assert findings(frames_of(run)) == [
+        "In prefill, m spends 55.0 % of its MoE layers' time in phases in which ranks meet, 15.0 % waiting "
+        "for each other. They wait longest for rank 1: 100.0 % of all waiting (cause: compute load)."
+    ]

@@ -209,6 +209,40 @@ def test_rows_that_contradict_each_other_are_not_one_collective() -> None:
     assert split(rows)["problem"].iloc[0] == "ranks disagree on the layer: rank 0 says 3, rank 1 4"
 
 
+def test_who_moves_something_says_what_a_collective_is_for() -> None:
+    idle = [[0, 0, 5], [0, 0, 0], [5, 0, 0]]
+    rows = collective([0, 10, 20], [30, 31, 32], idle).assign(role=["dispatch", "combine", "dispatch"])
+    waits = split(rows, ranks=3)
+    assert waits["role"].tolist() == ["dispatch"] * 3
+    assert waits["problem"].isna().all()
+    # a rank that had no tokens and so skipped its router
+    skipped = collective([0, 10], [20, 21], [[1, 1], [1, 1]]).assign(role=["combine", "other"])
+    assert split(skipped)["role"].tolist() == ["combine"] * 2
+    nothing = [[0] * 3] * 3
+    rows = collective([0, 1, 2], [3, 4, 5], nothing).assign(role=["combine", "dispatch", "combine"])
+    assert split(rows, ranks=3)["role"].tolist() == ["combine"] * 3
+
+
+def test_ranks_that_move_something_and_contradict_each_other_on_the_role_are_not_matched() -> None:
+    rows = collective([0, 10], [20, 21], [[1, 1], [1, 1]]).assign(role=["dispatch", "combine"])
+    waits = split(rows)
+    assert waits["role"].tolist() == ["dispatch", "combine"]
+    expected = "ranks that exchange something disagree on the role: combine and dispatch"
+    assert waits["problem"].tolist() == [expected] * 2
+
+
+def test_numbers_of_the_backend_show_ranks_that_entered_the_watch_at_different_points() -> None:
+    rows = collective([0, 10], [20, 21], [[1, 1], [1, 1]])
+    shifted = rows.assign(backend_sequence=[17, 16])
+    assert "different points of the program" in split(shifted)["problem"].iloc[0]
+    for fits in (
+        rows.assign(backend_sequence=[17, 17]),
+        rows.assign(backend_sequence=pd.array([17, None], "Int64")),
+        rows.assign(backend_sequence=[17, 16], backend="gloo"),  # which counts sends between two ranks too
+    ):
+        assert split(fits)["problem"].isna().all()
+
+
 @pytest.mark.parametrize("impossible", [-1, 2**62])
 def test_impossible_bytes_are_refused(impossible: int) -> None:
     waits = split(collective([0, 10], [20, 21], [[1, impossible], [1, 1]]))

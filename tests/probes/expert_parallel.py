@@ -18,72 +18,81 @@ from probes.routing.adapters import Adapter
 from probes.routing.sites import RoutingDecision
 from tests.probes.tiny import HIDDEN
 
-Exchange = Callable[[torch.Tensor, list[int], list[int]], torch.Tensor]
+#: A process group; None for all ranks.
+Group = dist.ProcessGroup | None
+Exchange = Callable[[torch.Tensor, list[int], list[int], Group], torch.Tensor]
 
 
 class PlainAutograd(torch.autograd.Function):
     """An all-to-all as training stacks write it."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, receives: list[int], sends: list[int]) -> torch.Tensor:
-        ctx.splits = (sends, receives)
+    def forward(
+        ctx: Any, rows: torch.Tensor, receives: list[int], sends: list[int], group: Group
+    ) -> torch.Tensor:
+        ctx.rest = (sends, receives, group)
         out = rows.new_empty((sum(receives), *rows.shape[1:]))
-        dist.all_to_all_single(out, rows.contiguous(), receives, sends)
+        dist.all_to_all_single(out, rows.contiguous(), receives, sends, group=group)
         return out
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return (PlainAutograd.apply(gradient, *ctx.splits), None, None)
+        return (PlainAutograd.apply(gradient, *ctx.rest), None, None, None)
 
 
-def plain(rows: torch.Tensor, receives: list[int], sends: list[int]) -> torch.Tensor:
-    out: torch.Tensor = PlainAutograd.apply(rows, receives, sends)  # type: ignore[no-untyped-call]
+def plain(rows: torch.Tensor, receives: list[int], sends: list[int], group: Group = None) -> torch.Tensor:
+    out: torch.Tensor = PlainAutograd.apply(rows, receives, sends, group)  # type: ignore[no-untyped-call]
     return out
 
 
-def functional_collective(rows: torch.Tensor, receives: list[int], sends: list[int]) -> torch.Tensor:
-    out = functional.all_to_all_single_autograd(rows, receives, sends, dist.group.WORLD)
+def functional_collective(
+    rows: torch.Tensor, receives: list[int], sends: list[int], group: Group = None
+) -> torch.Tensor:
+    out = functional.all_to_all_single_autograd(rows, receives, sends, group or dist.group.WORLD)
     return functional.wait_tensor(out) if isinstance(out, functional.AsyncCollectiveTensor) else out
 
 
 class ParallelExperts(nn.Module):
     """Sends every token to the rank of its expert, doubles it there, and sends it back."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, group: Group = None) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.full((), 2.0))
         self.exchange = exchange
+        self.group = group
 
     def forward(self, hidden: torch.Tensor, expert_T: torch.Tensor, gate_T: torch.Tensor) -> torch.Tensor:
         order = expert_T.argsort(stable=True)
-        sends = torch.bincount(expert_T // 2, minlength=dist.get_world_size())
+        sends = torch.bincount(expert_T // 2, minlength=dist.get_world_size(self.group))
         receives = torch.empty_like(sends)
-        dist.all_to_all_single(receives, sends)
+        dist.all_to_all_single(receives, sends, group=self.group)
         to, back = sends.tolist(), receives.tolist()
-        there = self.exchange(hidden[order], back, to)
-        self.exchange(gate_T[order], back, to)  # goes along, as gate weights do
-        home = self.exchange(there * self.scale, to, back)
+        there = self.exchange(hidden[order], back, to, self.group)
+        self.exchange(gate_T[order], back, to, self.group)  # goes along, as gate weights do
+        home = self.exchange(there * self.scale, to, back, self.group)
         return home[order.argsort()]
 
 
 class ParallelLayer(nn.Module):
     """Routes a token to the expert that its first element names."""
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: Exchange, group: Group = None) -> None:
         super().__init__()
-        self.experts = ParallelExperts(exchange)
+        self.experts = ParallelExperts(exchange, group)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        expert_T = hidden.detach()[:, 0].abs().long() % (2 * dist.get_world_size())
+        expert_T = hidden.detach()[:, 0].abs().long() % (2 * dist.get_world_size(self.experts.group))
         return hidden + self.experts(hidden, expert_T, hidden.detach()[:, 1])
 
 
 class ParallelModel(nn.Module):
     """Two such layers."""
 
-    def __init__(self, exchange: Exchange = plain, *, reentrant: bool | None = None) -> None:
+    def __init__(
+        self, exchange: Exchange = plain, *, reentrant: bool | None = None, group: Group = None
+    ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(ParallelLayer(exchange)) for _ in range(2))
+        self.layers = nn.ModuleList(nn.Sequential(ParallelLayer(exchange, group)) for _ in range(2))
         self.reentrant = reentrant
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

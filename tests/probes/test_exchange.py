@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import threading
+import time
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -17,10 +20,14 @@ from hypothesis import strategies as st
 
 import observatory
 from observatory.errors import CaptureError, RunError
+from observatory.exchange import exchange_traffic
+from observatory.provenance import new_manifest
+from observatory.records import ModelSpec, Topology
 from observatory.store import RunWriter
 from probes.exchange import log, tap
-from probes.exchange.groups import group_label
+from probes.exchange.groups import GroupFacts, group_label
 from probes.exchange.issue import Issue, Side, per_peer_bytes, side_of, side_of_list
+from probes.exchange.log import ExchangeLog, SeenExchange
 from probes.exchange.roles import LayerCall
 from probes.exchange.streams import Anchors
 from tests.probes.tiny import ToldModel, ids, told_adapter
@@ -78,17 +85,34 @@ def test_splits_that_do_not_fit_the_group_have_no_bytes() -> None:
     assert per_peer_bytes(side_of(torch.empty(6, 2), []), 3) == [16, 16, 16]
 
 
+def test_bytes_beyond_32_bits_stay_what_they_are_up_to_the_traffic_of_a_run(tmp_path: Path) -> None:
+    rows, width = 3 << 21, 7168  # 45 G elements, 90 GB in bfloat16; nothing is allocated
+    given = torch.empty(rows, width, dtype=torch.bfloat16, device="meta")
+    issue = tap._READERS["alltoall_base_"]((given, given, None, [1, rows - 1], [1, rows - 1]))
+    issue.start = 1
+    issue.finish(5)
+    manifest = new_manifest(model=ModelSpec(name="none"), topology=Topology(ranks=2))
+    with RunWriter.create(tmp_path / "r", manifest) as writer:
+        log = ExchangeLog(writer, Anchors(), flush_seconds=3600)
+        log.add(
+            SeenExchange(issue, 0, "unknown", 0, "dispatch", "flat", GroupFacts("0-1", "0", 2), 0, "gloo")
+        )
+        log.close()
+    frame = observatory.open_run(tmp_path / "r").exchanges()
+    assert [list(sent) for sent in frame.send_bytes] == [[14336, (rows - 1) * 14336]]
+    traffic = exchange_traffic(frame, ranks=2)
+    assert traffic[traffic.peer_rank == 1].bytes.max() == (rows - 1) * 14336 > 2**36
+
+
 def exchange(
     sends: tuple[int, ...], receives: tuple[int, ...], *, width: int = 8, payload: bool = True
 ) -> Issue:
     return Issue(
         algorithm="all_to_all_single",
-        group=None,
         device=CPU,
-        all_to_all=True,
-        payload=payload,
-        send=Side(sends, sum(sends), 4 * width, width),
-        receive=Side(receives, sum(receives), 4 * width, width),
+        dtype=torch.float32 if payload else torch.int32,
+        send=Side((sum(sends), width), 4, sends),
+        receive=Side((sum(receives), width), 4, receives),
     )
 
 
@@ -260,6 +284,54 @@ def test_a_group_does_not_live_on_because_it_was_watched(tmp_path: Path, alone: 
         gc.collect()
         assert gone() is None
     assert observatory.open_run(tmp_path / "r").exchanges().group.tolist() == ["0#1"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_forked_child_is_not_listened_to(tmp_path: Path) -> None:
+    with watched(tmp_path / "r") as watch:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # this process has threads
+            child = os.fork()
+        if child == 0:
+            try:
+                watch.__exit__(None, None, None)
+                os._exit(3 if tap.is_tapped() else 0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert tap.is_tapped()
+        send_something()
+    assert len(observatory.open_run(tmp_path / "r").exchanges()) == 1
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.filterwarnings("ignore:.*have no end")  # of the other thread, when a watch ends
+def test_watches_may_begin_and_end_while_another_thread_exchanges(tmp_path: Path) -> None:
+    errors: list[Exception] = []
+    ended = threading.Event()
+
+    def exchange_on() -> None:
+        out, given = torch.empty(64), torch.arange(64.0)
+        try:
+            while not ended.is_set():
+                dist.all_to_all_single(out.zero_(), given)
+                assert torch.equal(out, given)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=exchange_on)
+    thread.start()
+    try:
+        for number in range(15):
+            with watched(tmp_path / str(number)):
+                time.sleep(0.02)
+            assert not tap.is_tapped()
+    finally:
+        ended.set()
+        thread.join()
+    assert errors == []
+    frame = observatory.open_run(tmp_path / "7").exchanges()
+    assert frame.sequence.tolist() == list(range(len(frame)))
 
 
 @pytest.mark.usefixtures("alone")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
     }
 
 
-def show(browser: webdriver.Chrome, page: Path, *, width: int = 1440, scheme: str = "light") -> None:
+def show(
+    browser: webdriver.Chrome,
+    page: Path,
+    *,
+    width: int = 1440,
+    scheme: str = "light",
+    figures: Sequence[str] = FIGURES,
+) -> None:
     """Open a page and wait until every figure is drawn."""
     browser.get_log("browser")
     browser.get_log("performance")
@@ -55,7 +62,7 @@ def show(browser: webdriver.Chrome, page: Path, *, width: int = 1440, scheme: st
     )
     emulate(browser, scheme)
     browser.get(page.as_uri())
-    for figure in FIGURES:
+    for figure in figures:
         browser.execute_script("document.getElementById(arguments[0]).scrollIntoView()", figure)
         wait(browser, "return document.querySelector(`#${arguments[0]} svg.main-svg`) !== null", figure)
 

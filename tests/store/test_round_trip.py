@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from observatory.errors import RunError
+from observatory.records import SCHEMA_VERSION
 from observatory.store import RunWriter, open_run, routing_rows
 from tests.store.conftest import WriteRun, expected_load, manifest_of, one_step
 
@@ -171,7 +172,7 @@ def test_columns_of_a_newer_minor_schema_are_carried_along(write_run: WriteRun) 
     part = path / "routing/rank-00000/part-000000.parquet"
     rows = pq.read_table(part)
     pq.write_table(rows.append_column("spilled", pa.array([1.5] * rows.num_rows)), part)
-    manifest = (path / "run.json").read_text().replace('"1.0"', '"1.7"')
+    manifest = (path / "run.json").read_text().replace(f'"{SCHEMA_VERSION}"', '"1.7"')
     (path / "run.json").write_text(manifest.replace('"argv"', '"moon_phase": "full", "argv"'))
     run = open_run(path)
     assert run.problems == ()

@@ -1,0 +1,64 @@
+"""The quickstart's benchmarks: made once, kept when good, made again when not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from observatory.campaign import quickstart_network as quickstart
+from observatory.cost import load_network
+from observatory.records_bench import load_bench
+from tests.bench.runs import write_captured_run
+
+
+def test_benchmark_replay_and_model_are_made_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quickstart, "_SIZES_BYTES", (64, 4096))
+    monkeypatch.setattr(quickstart, "_REPEATS", 2)
+    run = write_captured_run(tmp_path / "run")
+    told: list[str] = []
+    files = quickstart.quickstart_network([run], tmp_path, told=told.append)
+    assert told == [
+        "benchmark of 2 ranks and replay of the run's traffic: measuring",
+        "network model: fitting",
+    ]
+    (bench,) = (load_bench(path) for path in files.bench)
+    replay = load_bench(files.replay)
+    assert (bench.kind, bench.run_id, bench.node_of_P) == ("alltoall", None, (0, 0))
+    assert {"uniform", "skewed", "random", "local", "empty"} <= {case.pattern for case in bench.cases}
+    assert all(case.role is None for case in bench.cases)
+    assert (replay.kind, replay.run_id, replay.notes) == ("replay", "run-1", ("source ranks: captured",))
+    assert {(case.step, case.role, case.pattern) for case in replay.cases} == {
+        (step, role, pattern)
+        for step in (0, 1)
+        for role in ("dispatch", "combine")
+        for pattern in ("captured", "uniform")
+    }
+    assert load_network(files.model).sources[0] == files.bench[0].name
+
+    before = {path: path.read_bytes() for path in (*files.bench, files.replay, files.model)}
+    told.clear()
+    assert quickstart.quickstart_network([run], tmp_path, told=told.append) == files
+    assert [line.rpartition(": ")[2] for line in told] == ["kept", "kept"]
+    assert {path: path.read_bytes() for path in before} == before
+
+    files.model.write_text("{")
+    told.clear()
+    quickstart.quickstart_network([run], tmp_path, told=told.append)
+    assert [line.rpartition(": ")[2] for line in told] == ["kept", "fitting"]
+    load_network(files.model)
+
+    whole = json.loads(files.replay.read_text())
+    assert quickstart._usable(files.replay, ranks=2, run_id="run-1")
+    assert not quickstart._usable(files.replay, ranks=2, run_id="run-2"), "of another run"
+    assert not quickstart._usable(files.replay, ranks=4, run_id="run-1"), "of other ranks"
+    whole["cases"][0]["correct"] = False
+    files.replay.write_text(json.dumps(whole))
+    assert not quickstart._usable(files.replay, ranks=2, run_id="run-1"), "with wrong bytes"
+    files.replay.write_bytes(before[files.replay][:-10])
+    assert not quickstart._usable(files.replay, ranks=2, run_id="run-1"), "cut off"
+    files.replay.unlink()
+    assert not quickstart._usable(files.replay, ranks=2, run_id="run-1"), "not there"

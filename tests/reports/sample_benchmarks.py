@@ -1,0 +1,107 @@
+"""Benchmarks, replays and network models made by a known formula, and a run they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+
+from collectives.replay import replay_plan
+from observatory.cost import NetworkModel, fit_network
+from observatory.records import HostSpec
+from observatory.records_bench import BenchCase, BenchResult, Traffic
+from tests.cost.synthetic import made_result
+from tests.exchange.runs import exchange_run
+from tests.exchange.tables import collective
+
+__all__ = ["BACKEND", "NODES", "a_bench", "a_model", "a_replay", "a_run", "saved", "truth_us"]
+
+BACKEND = "made-up"
+NODES = (0, 0, 1, 1)
+SEND = ((5, 100, 0, 300), (100, 5, 0, 0), (0, 0, 5, 700), (300, 0, 0, 5))
+
+
+def truth_us(bytes_PP: NDArray[np.int64], node_of_P: tuple[int, ...]) -> float:
+    """100 us and 1 us per 1000 bytes of the busiest rank, inside its node and to others."""
+    same_PP = np.array(node_of_P)[:, None] == np.array(node_of_P)[None, :]
+    moved = bytes_PP - np.diag(np.diagonal(bytes_PP))
+    inside, across = np.where(same_PP, moved, 0), np.where(same_PP, 0, moved)
+    per_rank = sum(np.maximum(part.sum(axis=0), part.sum(axis=1)) for part in (inside, across))
+    return 100.0 + float(np.max(per_rank)) / 1e3
+
+
+def a_bench(**options: Any) -> BenchResult:
+    """Four ranks on two nodes, sizes of 1 KiB to 1 MiB."""
+    given = {
+        "patterns": ("uniform", "skewed", "empty"),
+        "sizes_bytes": (1 << 10, 1 << 15, 1 << 20),
+        "noise": 0.05,
+    }
+    made = made_result(truth_us, NODES, **{**given, "seeds": 1, **options})
+    return made.model_copy(update={"hosts": (HostSpec(name="node-a"),), "argv": ("observatory", "bench")})
+
+
+def a_model(*, sources: Sequence[str] = ("bench.json",)) -> NetworkModel:
+    """Fitted to many more matrices than `a_bench` holds."""
+    return _fitted().model_copy(update={"sources": tuple(sources)})
+
+
+@cache
+def _fitted() -> NetworkModel:
+    return fit_network([made_result(truth_us, NODES, noise=0.01)], bootstrap=20)
+
+
+def a_run(path: Path, **options: Any) -> Path:
+    """Three dispatches whose longest transfer is 101 us, as the formula says of their bytes."""
+    rows = [
+        collective([0, 40, 60, 50], [151, 141, 155, 160], SEND, backend=BACKEND, sequence=step, step=step)
+        for step in range(3)
+    ]
+    return exchange_run(path, *rows, **options)
+
+
+def a_replay(
+    *,
+    run_id: str | None = "run-1",
+    captured_us: Sequence[float] = (300.0, 100.0),
+    uniform_us: Sequence[float] = (100.0, 100.0),
+    phases: Sequence[str] = ("prefill",),
+    layers: Sequence[int] = (0, 1),
+    algorithms: Sequence[str] = ("flat",),
+    correct: bool = True,
+) -> BenchResult:
+    """Both ways of every layer and phase; ``captured_us`` and ``uniform_us`` by step, three repeats."""
+    traffic = [
+        Traffic(pattern="captured", send_bytes_PP=SEND, step=step, phase=phase, layer=layer, role="dispatch")
+        for phase in phases
+        for layer in layers
+        for step in range(len(captured_us))
+    ]
+    times = {"captured": captured_us, "uniform": uniform_us}
+    plan = replay_plan(traffic, algorithms=algorithms)
+    cases = [
+        BenchCase(
+            **item.model_dump(),
+            algorithm=algorithm,
+            rank_us_RP=tuple((times[item.pattern][item.step or 0] * scale,) * 4 for scale in (0.9, 1.0, 1.2)),
+            correct=correct,
+        )
+        for item in plan.traffic
+        for algorithm in algorithms
+    ]
+    return BenchResult(
+        kind="replay", created_unix_s=1.0, argv=("observatory", "replay"), backend=BACKEND, node_of_P=NODES,
+        warmup=1, repeats=3, iterations=4, cases=tuple(cases), run_id=run_id,
+        hosts=(HostSpec(name="node-a"),), notes=("source ranks: captured",),
+    )  # fmt: skip
+
+
+def saved(path: Path, document: BaseModel) -> Path:
+    """The document as a file."""
+    path.write_text(document.model_dump_json(), encoding="utf-8")
+    return path

@@ -1,0 +1,96 @@
+"""The figures about benchmark files in headless Chromium."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from selenium import webdriver
+
+from reports import write_report
+from tests.reports.sample_benchmarks import a_bench, a_model, a_replay, a_run, saved
+from tests.reports.test_benchmarks import hostile_files
+from tests.reports.test_in_browser import show
+
+pytestmark = pytest.mark.browser
+
+FIGURES = [
+    "traffic-map",
+    "rank-waiting",
+    "layer-waiting",
+    "realism-layers",
+    "prediction-scatter",
+    "bandwidth-curves",
+]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A plain report and one whose every text is hostile."""
+    folder = tmp_path_factory.mktemp("pages")
+    plain = write_report(
+        [a_run(folder / "plain")],
+        folder / "plain.html",
+        ep_degrees=(2,),
+        bench=[saved(folder / "bench.json", a_bench())],
+        replays=[saved(folder / "replay.json", a_replay(phases=("prefill", "decode")))],
+        networks=[saved(folder / "fit.json", a_model())],
+    )
+    (folder / "nasty").mkdir()
+    run, files = hostile_files(folder / "nasty")
+    hostile = write_report([run], folder / "hostile.html", ep_degrees=(2,), **files)
+    return {"plain": plain, "hostile": hostile}
+
+
+@pytest.mark.parametrize("which", ["plain", "hostile"])
+def test_every_figure_is_drawn_and_hostile_text_runs_nothing(
+    browser: webdriver.Chrome, pages: dict[str, Path], which: str
+) -> None:
+    show(browser, pages[which], figures=FIGURES)
+    marks = browser.execute_script(
+        "return arguments[0].map(id => document.querySelectorAll("
+        "`#${id} .point, #${id} .js-line, #${id} .hm image`).length)",
+        FIGURES,
+    )
+    assert all(count > 0 for count in marks), dict(zip(FIGURES, marks, strict=True))
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+    assert browser.execute_script("return window.hit === undefined")
+    assert browser.execute_script("return document.querySelectorAll('img, iframe, figure a').length") == 0
+
+
+@pytest.mark.parametrize("which", ["plain", "hostile"])
+def test_a_phone_needs_no_sideways_scrolling(
+    browser: webdriver.Chrome, pages: dict[str, Path], which: str
+) -> None:
+    show(browser, pages[which], width=390, scheme="dark", figures=FIGURES)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    wide = browser.execute_script(
+        "return [...document.querySelectorAll('.plot svg.main-svg')]"
+        ".filter(s => s.getBoundingClientRect().right > 391).length"
+    )
+    assert wide == 0
+
+
+def test_every_choice_can_be_drawn(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
+    show(browser, pages["plain"], figures=FIGURES)
+    drawn = browser.execute_async_script(
+        """
+        const done = arguments[arguments.length - 1];
+        (async () => {
+          const empty = [];
+          for (const select of document.querySelectorAll("figure select")) {
+            const figure = select.closest("figure");
+            for (let index = 0; index < select.options.length; index++) {
+              select.selectedIndex = index;
+              select.dispatchEvent(new Event("change"));
+              await new Promise((resume) => setTimeout(resume, 400));
+              if (!figure.querySelector(".point, .hm image")) empty.push(select.options[index].text);
+            }
+          }
+          done(empty);
+        })();
+        """
+    )
+    assert drawn == []
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
