@@ -30,6 +30,7 @@ from observatory.provenance import new_manifest
 from observatory.ranks import RankOf, find_rank
 from observatory.records import PHASES, ClockSpec, DataSpec, Phase, Topology
 from observatory.store import RunWriter
+from observatory.watching_power import WatchedPower
 from probes.exchange.tap import unsupported
 from probes.routing.describe import describe_model
 from probes.routing.discover import find_sites
@@ -57,6 +58,8 @@ def watch(
     window_steps: int = 1,
     flush_seconds: float = 10.0,
     exchanges: bool | None = None,
+    power: bool | Sequence[str] | None = None,
+    power_period_s: float = 0.05,
     align_clocks: bool = True,
     clock_timeout_s: float = 30.0,
     overwrite: bool = False,
@@ -85,6 +88,10 @@ def watch(
         flush_seconds: seconds after which captured rows are on disk.
         exchanges: also time every all-to-all of ``torch.distributed`` (docs/exchange.md). None: when it is
             initialised with more than one rank.
+        power: also sample power, clocks and temperature, in a process of its own, and note when each phase
+            was computed (docs/power.md). Devices by name; True for the GPUs of this process or else its
+            processors; None for its GPUs if the model is on one; False for none. It takes about 2 s to begin.
+        power_period_s: time between samples, seconds.
         align_clocks: where exchanges are watched, relate the clocks of all hosts to each other at enter and
             at exit (docs/waiting.md#one-clock). False: wait for no other rank there; waiting is then known
             between ranks of one host only, unless the program calls ``set_clock``.
@@ -112,7 +119,11 @@ def watch(
     for name, value, least in (("sample_tokens", sample_tokens, 0), ("window_steps", window_steps, 1)):
         if value < least:
             raise CaptureError(f"{name} is {value}; expected {least} or more")
-    for name, seconds in (("flush_seconds", flush_seconds), ("clock_timeout_s", clock_timeout_s)):
+    for name, seconds in (
+        ("flush_seconds", flush_seconds),
+        ("clock_timeout_s", clock_timeout_s),
+        ("power_period_s", power_period_s),
+    ):
         if not seconds > 0:
             raise CaptureError(f"{name} is {seconds}; expected more than 0")
     if run_id is not None and not 0 < len(run_id) <= _LONGEST_RUN_ID:
@@ -133,6 +144,8 @@ def watch(
         window_steps=window_steps,
         flush_seconds=flush_seconds,
         exchanges=exchanges,
+        wanted_power=power,
+        power_period_s=power_period_s,
         clock_timeout_s=clock_timeout_s if align_clocks else None,
         overwrite=overwrite,
         adapters=adapters,
@@ -184,6 +197,8 @@ class Watch:
         window_steps: int,
         flush_seconds: float,
         exchanges: bool | None,
+        wanted_power: bool | Sequence[str] | None,
+        power_period_s: float,
         clock_timeout_s: float | None,
         overwrite: bool,
         adapters: Sequence[Adapter],
@@ -201,6 +216,9 @@ class Watch:
         self._flush_seconds = flush_seconds
         self._overwrite = overwrite
         self._wanted = exchanges
+        self._wanted_power = wanted_power
+        self._power_period_s = power_period_s
+        self._power = WatchedPower()
         self._clock_timeout_s = clock_timeout_s
         self._clock: StoreClock | None = None
         self._clock_told = False
@@ -220,6 +238,8 @@ class Watch:
         self._writer = self._open_run()
         try:
             exchanges = self._has_exchanges()
+            # Power first: its calibration wants a device that is still idle.
+            self._power = self._start_power()
             if exchanges:
                 self._align_at_enter(self._writer)
             self._session = CaptureSession(
@@ -231,10 +251,12 @@ class Watch:
                 window_steps=self._window_steps,
                 flush_seconds=self._flush_seconds,
                 exchanges=exchanges,
+                phase_spans=self._power.active,
                 situation=lambda: (self.steps, self._told),
             )
         except BaseException as error:
             self._align_at_exit(self._writer, failed=True)
+            self._power.stop()
             self._writer.close(state="failed", error=_one_line(error))
             raise
         return self
@@ -294,6 +316,7 @@ class Watch:
     ) -> None:
         if self._session is not None and os.getpid() != self._process:  # a forked child: not its run
             self._session.abandon()
+            self._power.abandon()
             return
         session, writer = self._running(), self._writer
         assert writer is not None
@@ -304,7 +327,9 @@ class Watch:
             session.stop(self.steps, told=self._told)
         with _collected(problems):
             session.check()
-        notes = (*self._notes, *clock_notes, *session.notes(steps=self.steps))
+        power = self._power.stop()
+        writer.set_power(power)
+        notes = (*self._notes, *clock_notes, *power.notes, *session.notes(steps=self.steps))
         with _collected(problems):
             if writer.rank == 0:
                 config = {**writer.manifest.config, "probe_cost": session.cost()}
@@ -353,6 +378,16 @@ class Watch:
         if reason is not None:
             self._notes.append(f"exchanges were not watched: {reason}")
         return several and reason is None
+
+    def _start_power(self) -> WatchedPower:
+        return WatchedPower.start(
+            self._model,
+            self.run_path,
+            where=self._where,
+            wanted=self._wanted_power,
+            period_s=self._power_period_s,
+            flush_s=self._flush_seconds,
+        )
 
     def _align_at_enter(self, writer: RunWriter) -> None:
         """Relate this rank's clock to rank 0's, if the ranks have a store to talk through."""

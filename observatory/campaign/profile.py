@@ -62,6 +62,8 @@ class ProfileJob:
         ranks_per_node: pretend that nodes are so many consecutive ranks; None takes the hosts as they are.
         backend: ``auto``, ``gloo``, ``nccl`` or ``mpi``.
         exchange_timeout_s: how long to wait for a rank before it is named as missing.
+        power: ``auto`` samples the GPUs the model is on, ``on`` else processors as well, ``off`` nothing; or
+            devices by name, separated by commas.
     """
 
     model: str
@@ -83,6 +85,7 @@ class ProfileJob:
     ranks_per_node: int | None = None
     backend: str = "auto"
     exchange_timeout_s: float = 60.0
+    power: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "steps", "window_steps", "ep"):
@@ -93,6 +96,12 @@ class ProfileJob:
                 raise DataError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.phase not in get_args(PhaseChoice):
             raise DataError(f"phase is {self.phase!r}; choose one of {', '.join(get_args(PhaseChoice))}")
+
+    @property
+    def watched_power(self) -> bool | tuple[str, ...] | None:
+        """What ``observatory.watch`` is told of ``power``."""
+        known: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
+        return known[self.power] if self.power in known else tuple(self.power.split(","))
 
     @property
     def prefill_steps(self) -> int:
@@ -204,6 +213,7 @@ def _run_rank(
                 mixer=loaded.mixer,
                 config=asdict(job),
                 topology=ranks.topology(sharded),
+                power=job.watched_power,
                 exchanges=True if ranks.transport is not None and world > 1 else None,
                 align_clocks=ranks.transport is None,  # else over the transport, whatever it is
                 data=DataSpec(

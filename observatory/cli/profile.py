@@ -46,6 +46,9 @@ def profile(
     exchange_timeout_s: Annotated[
         float, typer.Option(min=1, help="Seconds until a rank that does not answer is given up.")
     ] = 60.0,
+    power: Annotated[
+        str, typer.Option(help="auto, on, off, or devices by name, separated by commas (see doctor).")
+    ] = "auto",
     force: ForceOption = False,
 ) -> None:
     """Profile one model on given data and write a run directory.
@@ -77,6 +80,7 @@ def profile(
         ranks_per_node=ranks_per_node,
         backend=backend,
         exchange_timeout_s=exchange_timeout_s,
+        power=power,
     )
     if needs_ranks(job):
         start_ranks(job, out, overwrite=force)

@@ -33,7 +33,6 @@ from observatory.store.manifests import (
     write_rank_status,
 )
 from observatory.store.replacing import check_free, empty_run
-from observatory.tables import TABLES
 
 __all__ = ["RunWriter"]
 

@@ -104,6 +104,15 @@ class ExchangeLog:
         reason = str(error) if isinstance(error, ObservatoryError) else f"{type(error).__name__}: {error}"
         return f"captured exchanges could not be kept: {reason}"
 
+    def notes(self) -> tuple[str, ...]:
+        """Stated limits of what was kept; final after ``close``."""
+        notes = []
+        if self.unended:
+            notes.append(f"{self.unended} exchanges have no end: they failed or were still in flight")
+        if self.dropped:
+            notes.append(f"{self.dropped} exchanges or spans were lost: they came faster than the disk")
+        return tuple(notes)
+
     def close(self) -> None:
         """Write everything and end the thread; doing it twice does nothing."""
         self._closing = True

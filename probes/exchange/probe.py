@@ -15,7 +15,6 @@ from pydantic import JsonValue
 from torch import nn
 
 from collectives.recorder import Recorder, current_label
-from observatory.store import RunWriter
 from probes.exchange.groups import Groups
 from probes.exchange.issue import Issue, Mark
 from probes.exchange.log import ExchangeLog, SeenExchange, SeenSpan
@@ -35,10 +34,10 @@ class ExchangeProbe:
     """Runs from ``attach`` to ``stop``.
 
     Args:
-        writer: run that rows go to.
+        log: takes what is seen; its owner closes it.
+        anchors: of the host's clock, of the same owner.
         situation: step and told phase (None when none was told) of what happens now.
         known_phase: phase of the model's call in progress as far as it is known.
-        flush_seconds: seconds after which rows are on disk.
 
     Attributes:
         recorder: way in for transports that do not use ``torch.distributed``.
@@ -49,11 +48,11 @@ class ExchangeProbe:
 
     def __init__(
         self,
-        writer: RunWriter,
+        log: ExchangeLog,
+        anchors: Anchors,
         *,
         situation: Callable[[], tuple[int, str | None]],
         known_phase: Callable[[], str],
-        flush_seconds: float = 10.0,
     ) -> None:
         self.calls = 0
         self.captured_calls = 0
@@ -61,9 +60,9 @@ class ExchangeProbe:
         self._told = situation
         self._known_phase = known_phase
         self._groups = Groups()
-        self._anchors = Anchors()
+        self._anchors = anchors
         self._error: Exception | None = None
-        self._log = ExchangeLog(writer, self._anchors, flush_seconds=flush_seconds)
+        self._log = log
         self._places = Places(mark=self._mark, note_span=self._note_span)
         self.recorder: Recorder = RunRecorder(self._log.add, self._situation)
 
@@ -81,20 +80,13 @@ class ExchangeProbe:
             raise
 
     def stop(self) -> None:
-        """End: everything is as before and written; doing it twice does nothing."""
-        unlisten(self)
-        self._places.detach()
-        self._log.close()
-
-    def abandon(self) -> None:
-        """End in a forked child, where the thread that writes is missing: nothing is written."""
+        """End: everything is as before; doing it twice does nothing, and so it is in a forked child."""
         unlisten(self)
         self._places.detach()
 
     def boundary(self) -> None:
         """A step or a told phase ends here."""
         self._places.boundary()
-        self._anchors.renew()
 
     def routed(self, layer: int) -> None:
         """A layer has routed, on this thread."""
@@ -104,7 +96,7 @@ class ExchangeProbe:
         """One line about the first thing that went wrong; None when nothing did."""
         if self._error is not None:
             return f"an exchange could not be understood: {type(self._error).__name__}: {self._error}"
-        return self._log.problem()
+        return None
 
     def notes(self) -> tuple[str, ...]:
         """Stated limits of what was captured; final after ``stop``."""
@@ -113,10 +105,6 @@ class ExchangeProbe:
             notes.append(
                 f"{self.captured_calls} exchanges were recorded into CUDA graphs, whose replays are not timed"
             )
-        if self._log.unended:
-            notes.append(f"{self._log.unended} exchanges have no end: they failed or were still in flight")
-        if self._log.dropped:
-            notes.append(f"{self._log.dropped} exchanges or spans were lost: they came faster than the disk")
         return tuple(notes)
 
     def cost(self) -> dict[str, JsonValue]:

@@ -41,6 +41,7 @@ class RoutingProbe:
         slot: what the current call of the model is, an index into ``SLOTS``.
         layer_calls: eager calls of sites seen so far.
         host_ns: host time spent in those, nanoseconds.
+        main_device: the first of the model's accelerators, else the CPU.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class RoutingProbe:
         tensors = [*model.parameters(), *model.buffers()]
         for device in {tensor.device for tensor in tensors if not tensor.is_meta}:
             self._device(device)
+        self.main_device = next((d for d in self._devices if d.type != "cpu"), torch.device("cpu"))
         self._carrier, self._names = cache_carrier(model)
 
     def attach(self) -> None:

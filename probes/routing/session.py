@@ -13,10 +13,13 @@ from torch import nn
 from collectives.recorder import NoRecorder, Recorder
 from observatory.errors import CaptureError
 from observatory.store import RunWriter
+from probes.exchange.log import ExchangeLog
 from probes.exchange.probe import ExchangeProbe
+from probes.exchange.streams import Anchors
+from probes.phase_spans import PhaseSpans
 from probes.routing.counters import SLOTS
 from probes.routing.flushing import Flusher
-from probes.routing.folding import Folder
+from probes.routing.folding import Folder, Snapshot
 from probes.routing.probe import RoutingProbe
 from probes.routing.sites import RoutingSite
 
@@ -39,6 +42,7 @@ class CaptureSession:
         window_steps: int = 1,
         flush_seconds: float = 10.0,
         exchanges: bool = False,
+        phase_spans: bool = False,
         situation: Callable[[], tuple[int, str | None]] = lambda: (0, None),
     ) -> None:
         self._writer = writer
@@ -49,14 +53,22 @@ class CaptureSession:
         self._flusher = Flusher(writer, self._folder, flush_seconds=flush_seconds)
         self._told_problem = False
         self._exchange: ExchangeProbe | None = None
+        self._phases: PhaseSpans | None = None
+        self._log: ExchangeLog | None = None
+        self._anchors = Anchors()
         try:
             self._probe.attach()
-            if exchanges:
-                self._exchange = self._watch_exchanges(model, situation, flush_seconds)
+            if exchanges or phase_spans:
+                self._log = ExchangeLog(writer, self._anchors, flush_seconds=flush_seconds)
+                self._phases = PhaseSpans(self._log.add, self._anchors, self._probe.main_device)
+            if exchanges and self._log is not None:
+                self._exchange = self._watch_exchanges(model, self._log, situation)
         except BaseException:
             self._probe.detach()
             self._probe.release()
             self._flusher.close()
+            if self._log is not None:
+                self._log.close()
             raise
 
     @property
@@ -76,7 +88,11 @@ class CaptureSession:
             CaptureError: inside the capture of a CUDA graph, or the device has failed.
         """
         try:
-            self._flusher.submit(self._probe.take(step=step, told=told, ends_step=ends_step))
+            counted = self._probe.take(step=step, told=told, ends_step=ends_step)
+            if self._phases is not None:
+                self._phases.boundary(step, told or _only_phase(counted))
+                self._anchors.renew()
+            self._flusher.submit(counted)
         except CaptureError:
             raise
         except Exception as error:  # after a device-side assertion every call of the device fails
@@ -98,8 +114,8 @@ class CaptureSession:
 
     def problem(self) -> str | None:
         """One line about the first thing that went wrong; None when nothing did."""
-        problem = self._probe.problem() or self._flusher.problem()
-        return problem if problem or self._exchange is None else self._exchange.problem()
+        parts = (self._probe, self._flusher, self._exchange, self._log)
+        return next((problem for part in parts if part is not None and (problem := part.problem())), None)
 
     def stop(self, step: int, *, told: str | None) -> None:
         """Take the hooks off, write everything, end the thread.
@@ -115,11 +131,13 @@ class CaptureSession:
         finally:
             self._probe.release()
             self._flusher.close()
+            if self._log is not None:
+                self._log.close()
 
     def abandon(self) -> None:
         """Take the hooks off and write nothing: what a forked child does with its parent's capture."""
         if self._exchange is not None:
-            self._exchange.abandon()
+            self._exchange.stop()
         self._probe.detach()
         self._probe.release()
 
@@ -158,7 +176,9 @@ class CaptureSession:
             )
         if self.last_step >= 0 and steps == 0:
             notes.append("watch.step() was never called: the whole run is one step")
-        return tuple(notes) if self._exchange is None else (*notes, *self._exchange.notes())
+        for part in (self._exchange, self._log):
+            notes += () if part is None else part.notes()
+        return tuple(notes)
 
     def cost(self) -> dict[str, JsonValue]:
         """What the hooks cost on the host, measured while they ran; compiled calls are not timed."""
@@ -170,19 +190,22 @@ class CaptureSession:
         }
 
     def _watch_exchanges(
-        self, model: nn.Module, situation: Callable[[], tuple[int, str | None]], flush_seconds: float
+        self, model: nn.Module, log: ExchangeLog, situation: Callable[[], tuple[int, str | None]]
     ) -> ExchangeProbe:
         probe = self._probe
         exchange = ExchangeProbe(
-            self._writer,
-            situation=situation,
-            known_phase=lambda: SLOTS[probe.slot],
-            flush_seconds=flush_seconds,
+            log, self._anchors, situation=situation, known_phase=lambda: SLOTS[probe.slot]
         )
         for site, counter in zip(probe.sites, probe.counters, strict=True):
             counter.on_call = partial(exchange.routed, site.spec.layer)
         exchange.attach(model, probe.sites)
         return exchange
+
+
+def _only_phase(counted: Snapshot) -> str | None:
+    """The phase of everything that was called, if it is one and known."""
+    slots = counted.calls.any(axis=1).nonzero()[0].tolist()
+    return SLOTS[slots[0]] if len(slots) == 1 else None
 
 
 def _repeated(model: nn.Module, sites: Sequence[RoutingSite]) -> list[str]:

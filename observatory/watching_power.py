@@ -1,0 +1,139 @@
+"""Which devices a watch samples, and on which of the ranks of a node.
+
+A node has one sampling process, that of its first rank, where all its ranks see the same devices. Where each
+rank sees only its own (a scheduler that binds them), each samples those. The ranks need not talk about it:
+a rank that sees at least as many devices as its node has ranks leaves them to the first one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from observatory.errors import CaptureError, DeviceError
+from observatory.ranks import RankOf
+from observatory.records import RankPower
+from probes.power.find import find_devices, local_devices
+from probes.power.sampler import PowerSampler
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["WatchedPower"]
+
+
+@dataclass(slots=True)
+class WatchedPower:
+    """Power sampling of one rank's watch.
+
+    Attributes:
+        active: devices of the node are sampled, by this rank or by its first one.
+        own_devices: UUIDs of the GPUs that hold the model's weights on this rank.
+        sampler: runs; None when this rank samples nothing.
+        reason: why nothing is sampled though it was asked for; None otherwise.
+    """
+
+    active: bool = False
+    own_devices: tuple[str, ...] = ()
+    sampler: PowerSampler | None = None
+    reason: str | None = None
+
+    @classmethod
+    def start(
+        cls,
+        model: nn.Module,
+        run: Path,
+        *,
+        where: RankOf,
+        wanted: bool | Sequence[str] | None,
+        period_s: float,
+        flush_s: float,
+    ) -> WatchedPower:
+        """Start sampling, if this rank is to.
+
+        Args:
+            model: whose devices are the rank's own.
+            run: run directory, which exists.
+            where: this rank.
+            wanted: devices by name; True for the GPUs of this process, or, without any, its processors; None
+                for its GPUs if the model is on one; False for none.
+            period_s: time between samples.
+            flush_s: seconds after which samples are on disk.
+
+        Raises:
+            CaptureError: power was asked for by name, and cannot be sampled.
+        """
+        own = _gpus_of(model)
+        if wanted is False or (wanted is None and not own):
+            return cls(own_devices=own)
+        try:
+            selectors = _selectors(wanted, where)
+            if not selectors:
+                return cls(active=True, own_devices=own)
+            sampler = PowerSampler(
+                run,
+                rank=where.rank,
+                ranks=where.world,
+                selectors=selectors,
+                own_devices=own,
+                period_s=period_s,
+                flush_s=flush_s,
+            )
+            sampler.start()
+        except DeviceError as error:
+            if wanted is None or wanted is True:
+                return cls(own_devices=own, reason=str(error))
+            raise CaptureError(f"power cannot be sampled: {error}") from error
+        return cls(active=True, own_devices=own, sampler=sampler)
+
+    def stop(self) -> RankPower:
+        """End sampling; what was sampled, and why not."""
+        if self.sampler is not None:
+            return self.sampler.stop()
+        notes = () if self.reason is None else (f"power was not sampled: {self.reason}",)
+        return RankPower(own_devices=self.own_devices, notes=notes)
+
+    def abandon(self) -> None:
+        """Leave the sampling to the parent: in a forked child."""
+        if self.sampler is not None:
+            self.sampler.abandon()
+
+
+def _selectors(wanted: bool | Sequence[str] | None, where: RankOf) -> tuple[str, ...]:
+    """Devices that this rank samples; empty when it leaves them to another rank.
+
+    Raises:
+        DeviceError: there are none to sample.
+    """
+    first = where.rank == 0 if where.local_rank is None else where.local_rank == 0
+    if isinstance(wanted, str):
+        wanted = (wanted,)
+    if wanted is not None and not isinstance(wanted, bool):
+        return tuple(wanted) if first else ()
+    local = local_devices()
+    if local.selectors:
+        shared = where.local_world is None or len(local.selectors) >= where.local_world
+        return () if shared and not first else local.selectors
+    if wanted is None:
+        raise DeviceError(str(local.reason))
+    if not first:
+        return ()
+    processors = []
+    for device in find_devices():
+        processors.append(device.uuid)
+        device.close()
+    if not processors:
+        raise DeviceError(f"no device tells its power here ({local.reason}); `observatory doctor` says why")
+    return tuple(processors)
+
+
+def _gpus_of(model: nn.Module) -> tuple[str, ...]:
+    """UUIDs of the NVIDIA GPUs that hold parameters of the model."""
+    import torch
+
+    indices = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
+    if not indices or torch.version.hip is not None:
+        return ()
+    return tuple(f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in sorted(indices))
