@@ -212,6 +212,21 @@ class ClockControl:
             )
         return held_mw
 
+    def restore_power_limit_mw(self, limit_mw: int) -> None:
+        """Put back a limit that was in force before; not refused where others use the GPU by now.
+
+        Raises:
+            LockRefusedError: the driver does not permit or support it.
+            ClockError: the driver failed otherwise.
+            DeviceLostError: the GPU does not answer.
+        """
+        self._set(
+            f"limiting {self.name} to {limit_mw} mW",
+            limit_commands(self.uuid, limit_mw),
+            "nvmlDeviceSetPowerManagementLimit",
+            limit_mw,
+        )
+
     def close(self) -> None:
         """Give the library back; locks and limits stay as they are."""
         if self._open:

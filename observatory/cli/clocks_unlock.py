@@ -1,0 +1,76 @@
+"""``observatory clocks unlock`` and ``status``: leases of locked clocks on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from observatory.cli.options import JsonOption
+
+__all__ = ["status", "unlock"]
+
+
+def unlock(
+    device: Annotated[str | None, typer.Option(help="Only this GPU, by its UUID.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also leases whose owner still runs.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Undo locks and limits that the observatory set and whose owner is gone; nothing else is touched.
+
+    Made for the epilogue of a batch system, where every process of a job is killed at once.
+    """
+    from observatory.cli.output import print_json, print_table, say
+    from probes.power.lease import lease_folder
+    from probes.power.locking import undo_leases
+
+    folder = lease_folder()
+    found = undo_leases(folder, uuid=device, force=force)
+    rows = [
+        {
+            "lease": item.path.name,
+            "device": None if item.lease is None else item.lease.device_uuid,
+            "undone": item.undone,
+            "reason": item.reason,
+        }
+        for item in found
+    ]
+    if json:
+        print_json({"folder": str(folder), "leases": rows})
+    elif rows:
+        print_table(list(rows[0]), [list(row.values()) for row in rows], title=f"leases in {folder}")
+    else:
+        say(f"no lease in {folder}: nothing of ours is locked")
+    if any(not item.undone and item.lease is None for item in found):
+        raise typer.Exit(1)
+
+
+def status(json: JsonOption = False) -> None:
+    """Show which GPUs the observatory has locked, for whom and until when."""
+    from observatory.cli.output import print_json, print_table, say
+    from observatory.errors import ClockError
+    from probes.power.lease import find_leases, lease_folder, read_lease
+
+    folder = lease_folder()
+    rows: list[dict[str, Any]] = []
+    for path in find_leases(folder):
+        try:
+            lease = read_lease(path)
+        except ClockError as error:
+            rows.append({"device": path.name, "owner_pid": None, "state": str(error), "touched": None})
+            continue
+        if lease is not None:
+            rows.append(
+                {
+                    "device": lease.device_uuid,
+                    "owner_pid": lease.owner.pid,
+                    "state": lease.problem or "held",
+                    "touched": lease.touched,
+                }
+            )
+    if json:
+        print_json({"folder": str(folder), "leases": rows})
+    elif rows:
+        print_table(list(rows[0]), [list(row.values()) for row in rows], title=f"leases in {folder}")
+    else:
+        say(f"no lease in {folder}: nothing of ours is locked")
