@@ -111,6 +111,7 @@ class ClockSweep(Record):
         argv: command line.
         device: the device.
         max_sm_clock_mhz: highest supported clock; None when not told.
+        supported_sm_clocks_mhz: all clocks the device can be locked to; None when not told.
         default_limit_mw: default power limit; None when not told.
         idle_power_mw: power without load before the sweep; None when not told.
         series: the measurements.
@@ -124,6 +125,7 @@ class ClockSweep(Record):
     argv: tuple[Text, ...] = ()
     device: DeviceSpec
     max_sm_clock_mhz: _Mhz | None = None
+    supported_sm_clocks_mhz: Annotated[tuple[_Mhz, ...], Field(max_length=4096)] | None = None
     default_limit_mw: _Milliwatts | None = None
     idle_power_mw: _Milliwatts | None = None
     series: Annotated[tuple[ClockSeries, ...], Field(min_length=1, max_length=1000)]

@@ -1,0 +1,177 @@
+"""What makes a sweep say less than it seems to: caps that never bind, and clocks that are not the requested ones.
+
+The two confounds of arXiv 2605.11999. A cap that no phase ever reaches changes nothing, and a comparison of
+such caps compares noise. A clock request above what the chip allows is accepted without a word, and so are
+requests under a power limit: rows that look like several clocks are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from observatory.cost.clocks.points import CLOCK_STEP_MHZ
+from observatory.cost.clocks.records import Confound, Reference, Setting
+
+__all__ = ["BINDING_SHARE", "find_confounds"]
+
+#: A limit that holds the clock for less than this share of the time does not bind.
+BINDING_SHARE = 0.01
+#: A device that draws more than this part of its limit may be held by it although nobody said so.
+_NEAR_LIMIT = 0.95
+_LIMIT_STEP = 0.01
+
+
+def find_confounds(
+    settings: Sequence[Setting],
+    reference: Reference,
+    default_limit_mw: float | None,
+    time_scatter: float | None,
+) -> list[Confound]:
+    """Everything found, worst first.
+
+    Args:
+        settings: the repeats of each setting.
+        reference: the unlocked operation.
+        default_limit_mw: the device's own limit.
+        time_scatter: standard deviation of ln(time) over repeats; None without.
+    """
+    found = []
+    if reference.how == "unlocked" and (reference.power_cap_share or 0.0) >= BINDING_SHARE:
+        found.append(_capped_reference(reference, default_limit_mw))
+    found += _caps(settings, reference, time_scatter)
+    found += _clamps(settings)
+    found += _limits(settings)
+    return found
+
+
+def _capped_reference(reference: Reference, default_limit_mw: float | None) -> Confound:
+    share = reference.power_cap_share or 0.0
+    limit = "" if default_limit_mw is None else f" of {default_limit_mw / 1e3:.0f} W"
+    return Confound(
+        kind="unlocked is capped",
+        text=f"without any lock the power limit{limit} holds the clock down for {share:.0%} of the time, to "
+        f"{reference.sm_clock_mhz:.0f} MHz: slowdown and saving are relative to that, not to the highest clock",
+        numbers={"power_cap_share": share, "sm_clock_mhz": reference.sm_clock_mhz},
+    )
+
+
+def _caps(
+    settings: Sequence[Setting],
+    reference: Reference,
+    time_scatter: float | None,
+) -> list[Confound]:
+    caps = [item for item in settings if item.kind == "cap" and item.iteration_s_R]
+    if not caps:
+        return []
+    limits = [item.limit_mw for item in caps if item.limit_mw]
+    verdicts = {item.limit_mw: _binds(item) for item in caps}
+    if None in verdicts.values() or not limits:
+        return []
+    ratio = max((_power_mw(item) or 0.0) / item.limit_mw for item in caps if item.limit_mw)
+    rates = [1.0 / float(np.median(item.iteration_s_R)) for item in caps]
+    rates.append(1.0 / reference.iteration_s)
+    spread = max(rates) / min(rates) - 1.0
+    numbers: dict[str, float | None] = {
+        "caps": float(len(caps)),
+        "lowest_cap_mw": min(limits),
+        "highest_cap_mw": max(limits),
+        "highest_power_over_limit": ratio,
+        "throughput_spread": spread,
+        "time_scatter": time_scatter,
+    }
+    noise = "" if time_scatter is None else f", where repeats of one setting scatter by {time_scatter:.1%}"
+    if not any(verdicts.values()):
+        drawn = [power for item in caps if (power := _power_mw(item)) is not None]
+        power = f" (it draws {min(drawn) / 1e3:.0f} to {max(drawn) / 1e3:.0f} W)" if drawn else ""
+        return [
+            Confound(
+                kind="cap never binds",
+                text=f"none of the {len(caps)} power caps from {min(limits) / 1e3:.0f} to {max(limits) / 1e3:.0f} W "
+                f"ever holds the clock{power}; at most {ratio:.0%} of a cap is drawn and throughput differs by "
+                f"{spread:.1%} between caps{noise}: these caps do nothing, whatever they seem to save",
+                numbers=numbers,
+            )
+        ]
+    loose = [limit for limit, binds in verdicts.items() if not binds and limit is not None]
+    if not loose:
+        return []
+    binding = max(limit for limit, binds in verdicts.items() if binds and limit is not None)
+    return [
+        Confound(
+            kind="some caps do not bind",
+            text=f"caps of {min(loose) / 1e3:.0f} W and more do not hold the clock, the highest one that does is "
+            f"{binding / 1e3:.0f} W: differences between the others are noise",
+            numbers={**numbers, "lowest_loose_cap_mw": min(loose), "highest_binding_cap_mw": binding},
+        )
+    ]
+
+
+def _binds(setting: Setting) -> bool | None:
+    """Whether the limit holds the clock; None when neither the driver nor the power tells."""
+    if setting.label == "power-capped":
+        return True
+    if setting.power_cap_share is not None:
+        return setting.power_cap_share >= BINDING_SHARE
+    power = _power_mw(setting)
+    if power is None or not setting.limit_mw or power >= _NEAR_LIMIT * setting.limit_mw:
+        return None
+    return False
+
+
+def _power_mw(setting: Setting) -> float | None:
+    if not setting.energy_mj_R:
+        return None
+    return float(np.median(np.array(setting.energy_mj_R) / np.array(setting.iteration_s_R)))
+
+
+def _clamps(settings: Sequence[Setting]) -> list[Confound]:
+    """Locks that ran at another clock than the requested one, put together by where they ended up."""
+    missed: dict[float, list[Setting]] = {}
+    for item in settings:
+        wanted, seen = item.requested_sm_clock_mhz, item.sm_clock_mhz
+        if (
+            item.kind == "lock"
+            and wanted is not None
+            and seen is not None
+            and abs(seen - wanted) > CLOCK_STEP_MHZ
+        ):
+            missed.setdefault(seen, []).append(item)
+    found = []
+    for seen, members in sorted(missed.items()):
+        wanted_all = sorted(item.requested_sm_clock_mhz or 0.0 for item in members)
+        requests = f"{wanted_all[0]:.0f} MHz"
+        if len(members) > 1:
+            requests = f"{wanted_all[0]:.0f} to {wanted_all[-1]:.0f} MHz ({len(members)} locks)"
+        capped = any(item.label == "power-capped" for item in members)
+        why = "the power limit holds it there" if capped else "accepted and clamped without a word"
+        found.append(
+            Confound(
+                kind="clock not as requested",
+                text=f"requests for {requests} ran at {seen:.0f} MHz, {why}: one clock, not several",
+                numbers={
+                    "requested_low_mhz": wanted_all[0],
+                    "requested_high_mhz": wanted_all[-1],
+                    "sm_clock_mhz": seen,
+                    "locks": float(len(members)),
+                },
+            )
+        )
+    return found
+
+
+def _limits(settings: Sequence[Setting]) -> list[Confound]:
+    found = []
+    for item in settings:
+        wanted = item.requested_limit_mw
+        if wanted and item.limit_mw and abs(item.limit_mw - wanted) > _LIMIT_STEP * wanted:
+            found.append(
+                Confound(
+                    kind="limit not as requested",
+                    text=f"a power limit of {wanted / 1e3:.0f} W was asked for and {item.limit_mw / 1e3:.0f} W "
+                    "was in force",
+                    numbers={"requested_limit_mw": wanted, "limit_mw": item.limit_mw},
+                )
+            )
+    return found

@@ -1,0 +1,315 @@
+"""Which clock to lock each phase to, and one for all of them.
+
+Shapes: B bootstrap samples, F candidate clocks.
+
+A candidate is a clock that the device supports (or, where the sweep does not say, one that a lock was seen to
+reach), within what was measured and not above what the phase runs at unlocked: no extrapolation. The budget is a
+promise, so that the upper end of the slowdown's 90 % interval must keep it. Of the candidates inside, energies
+within half a percent of the least are ties, and the highest clock among them is taken. When the saving's
+interval reaches zero, the advice is to leave the clock alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from observatory.cost.clocks.classes import Behaviour, behaviour_of
+from observatory.cost.clocks.comparing import LockAgainstCap, PlanePoint, against_caps, measured_change, plane
+from observatory.cost.clocks.intervals import Interval, sample_interval
+from observatory.cost.clocks.points import CLOCK_STEP_MHZ
+from observatory.cost.clocks.records import ClockEstimate, ClockModel, Confound
+from observatory.cost.clocks.views import ClockChoice, SeriesView
+from observatory.errors import ClockError
+from observatory.records import DeviceSpec, Record, Text
+
+__all__ = ["ClockAdvice", "ClockChoice", "CommonClock", "MeasuredNearby", "SeriesAdvice", "recommend_clocks"]
+
+Float64 = NDArray[np.float64]
+
+#: Energies this close, relative, are the same: sensors are calibrated to a few percent, repeats to about this.
+_TIE = 0.005
+#: A measured lock this close to a recommended clock is evidence for it.
+_NEARBY_MHZ = 60.0
+#: The advice says that more repeats would help when the interval costs this much of the saving.
+_WORTH_MORE_REPEATS = 0.02
+
+
+class MeasuredNearby(Record):
+    """The measured lock closest to a recommended clock, which the model must agree with.
+
+    Attributes:
+        sm_clock_mhz: the clock it ran at.
+        slowdown, saving: as measured.
+        agrees: whether its intervals and the model's at that clock overlap.
+    """
+
+    sm_clock_mhz: float
+    slowdown: Interval
+    saving: Interval
+    agrees: bool
+
+
+class SeriesAdvice(Record):
+    """Advice for one phase, batch and context.
+
+    Attributes:
+        title: what ran.
+        index: of the series in the model.
+        verdict: ``lock``, ``leave unlocked`` or ``no energy``.
+        text: the advice with its evidence, one sentence.
+        reference_mhz: clock without a lock, which all is relative to.
+        reference_mj_per_token: energy per token there; None when not known.
+        choice: the recommended clock; None unless the verdict is ``lock``.
+        unsure_mhz: the clock that would be recommended if the estimate alone had to keep the budget, where it
+            saves more: what more repeats may win. None otherwise.
+        measured: the measured lock nearby; None without one.
+        edp, ed2p: clocks of least energy x time and energy x time^2, whatever the budget; None without energy.
+        critical, compute_optimum, optimum: f_crit, f_energy and the clock of least energy.
+        behaviour: the class.
+        points: what was measured, with the Pareto front.
+        lock_against_cap: which saves more.
+        confounds: found by the fit.
+        toggle: why not to lock and unlock around this phase.
+    """
+
+    title: Text
+    index: int
+    verdict: Literal["lock", "leave unlocked", "no energy"]
+    text: Text
+    reference_mhz: float
+    reference_mj_per_token: float | None = None
+    choice: ClockChoice | None = None
+    unsure_mhz: float | None = None
+    measured: MeasuredNearby | None = None
+    edp: ClockChoice | None = None
+    ed2p: ClockChoice | None = None
+    critical: ClockEstimate
+    compute_optimum: ClockEstimate
+    optimum: ClockEstimate
+    behaviour: Behaviour
+    points: tuple[PlanePoint, ...] = ()
+    lock_against_cap: LockAgainstCap
+    confounds: tuple[Confound, ...] = ()
+
+
+class CommonClock(Record):
+    """One clock for all series.
+
+    Attributes:
+        sm_clock_mhz: the clock; None when none keeps every budget and saves anything.
+        saving: mean saving over series, each weighing the same; None likewise.
+        choices: what it does to each series, in their order.
+        lost: saving that each series gives up against its own clock.
+        text: the advice in words.
+    """
+
+    sm_clock_mhz: float | None = None
+    saving: Interval | None = None
+    choices: tuple[ClockChoice, ...] = ()
+    lost: tuple[float, ...] = ()
+    text: Text
+
+
+class ClockAdvice(Record):
+    """What ``observatory clocks recommend`` prints.
+
+    Attributes:
+        device: the device.
+        max_slowdown: the budget.
+        candidates: where the candidate clocks come from.
+        series: advice for each series.
+        common: advice for all of them together; None for a single one.
+        notes: of the model.
+    """
+
+    device: DeviceSpec
+    max_slowdown: float
+    candidates: Text
+    series: tuple[SeriesAdvice, ...]
+    common: CommonClock | None = None
+    notes: tuple[Text, ...] = ()
+
+
+def recommend_clocks(model: ClockModel, *, max_slowdown: float = 0.02) -> ClockAdvice:
+    """Choose clocks.
+
+    Args:
+        model: fitted by :func:`observatory.cost.clocks.fit_clocks`.
+        max_slowdown: how much longer an iteration may take than unlocked, as a share.
+
+    Raises:
+        ClockError: a budget that is none.
+    """
+    if not 0.0 <= max_slowdown <= 10.0:
+        raise ClockError(f"a slowdown of {max_slowdown} is no budget; expected a share such as 0.02 for 2 %")
+    views = [SeriesView(fit, model.supported_sm_clocks_mhz) for fit in model.series]
+    series = [_advise(view, index, model, max_slowdown) for index, view in enumerate(views)]
+    return ClockAdvice(
+        device=model.device,
+        max_slowdown=max_slowdown,
+        candidates="clocks that the device supports"
+        if model.supported_sm_clocks_mhz
+        else "clocks that a lock was seen to reach, as the sweep does not list the supported ones",
+        series=tuple(series),
+        common=_common(views, series, max_slowdown) if len(views) > 1 else None,
+        notes=model.notes,
+    )
+
+
+def _least(clock_F: Float64, cost_F: Float64) -> float:
+    """The highest clock whose cost ties with the least."""
+    return float(clock_F[cost_F <= cost_F.min() * (1.0 + _TIE)].max())
+
+
+def _advise(view: SeriesView, index: int, model: ClockModel, max_slowdown: float) -> SeriesAdvice:
+    fit, clock_F = view.fit, view.candidate_F
+    behaviour = behaviour_of(fit, model.idle_power_mw, model.default_limit_mw)
+    common = {
+        "title": fit.title,
+        "index": index,
+        "reference_mhz": view.reference_mhz,
+        "reference_mj_per_token": view.reference_mj_per_token,
+        "critical": fit.critical,
+        "compute_optimum": fit.compute_optimum,
+        "optimum": fit.optimum,
+        "behaviour": behaviour,
+        "points": tuple(plane(fit)),
+        "lock_against_cap": against_caps(view, max_slowdown),
+        "confounds": fit.confounds,
+    }
+    inside_F = view.inside(clock_F, max_slowdown)
+    if not view.has_energy:
+        lowest = float(clock_F[inside_F].min())
+        return SeriesAdvice.model_validate(
+            {
+                **common,
+                "verdict": "no energy",
+                "text": f"{fit.title}: {fit.no_power}, so that no saving can be stated; down to {lowest:.0f} MHz "
+                f"the time stays within the budget of {max_slowdown:.1%}",
+            }
+        )
+    time_BF, energy_BF = view.ratios(clock_F)
+    best = _least(clock_F[inside_F], energy_BF[0, inside_F])
+    bold_F = time_BF[0] <= 1.0 + max_slowdown + 1e-12
+    bold = _least(clock_F[bold_F], energy_BF[0, bold_F])
+    choice = view.choice(best)
+    worth = best < view.reference_mhz and choice.saving.low is not None and choice.saving.low > 0.0
+    more = view.choice(bold).saving.value - choice.saving.value
+    measured = _nearby(view, best)
+    return SeriesAdvice.model_validate(
+        {
+            **common,
+            "verdict": "lock" if worth else "leave unlocked",
+            "text": _sentence(view, choice, measured, worth, max_slowdown),
+            "choice": choice if worth else None,
+            "unsure_mhz": bold if bold < best and more > _WORTH_MORE_REPEATS else None,
+            "measured": measured if worth else None,
+            "edp": view.choice(_least(clock_F, energy_BF[0] * time_BF[0])),
+            "ed2p": view.choice(_least(clock_F, energy_BF[0] * time_BF[0] ** 2)),
+        }
+    )
+
+
+def _nearby(view: SeriesView, mhz: float) -> MeasuredNearby | None:
+    fit = view.fit
+    locks = [
+        item
+        for item in fit.settings
+        if item.kind == "lock" and item.energy_mj_R and item.sm_clock_mhz is not None
+        if abs(item.sm_clock_mhz - mhz) <= _NEARBY_MHZ
+    ]
+    if not locks or fit.reference.energy_mj is None:
+        return None
+    nearest = min(locks, key=lambda item: abs((item.sm_clock_mhz or 0.0) - mhz))
+    clock = nearest.sm_clock_mhz or 0.0
+    slowdown, saving = measured_change(fit, nearest)
+    model = view.choice(clock)
+    agrees = all(_overlap(*pair) for pair in ((slowdown, model.slowdown), (saving, model.saving)))
+    return MeasuredNearby(sm_clock_mhz=clock, slowdown=slowdown, saving=saving, agrees=agrees)
+
+
+def _overlap(first: Interval, second: Interval) -> bool:
+    if first.low is None or first.high is None or second.low is None or second.high is None:
+        return True  # nothing says that they differ
+    return first.low <= second.high and second.low <= first.high
+
+
+def _sentence(
+    view: SeriesView, choice: ClockChoice, measured: MeasuredNearby | None, worth: bool, max_slowdown: float
+) -> str:
+    title, reference = view.fit.title, view.reference_mhz
+    if not worth:
+        if choice.sm_clock_mhz >= reference:
+            return (
+                f"{title}: leave the clock unlocked ({reference:.0f} MHz): no lower clock surely keeps the budget "
+                f"of {max_slowdown:.1%} and saves energy"
+            )
+        return (
+            f"{title}: leave the clock unlocked ({reference:.0f} MHz): what {choice.sm_clock_mhz:.0f} MHz would "
+            f"save, {choice.saving.percent()}, is not surely more than nothing"
+        )
+    sentence = (
+        f"{title}: lock to {choice.sm_clock_mhz:.0f} MHz, which saves {choice.saving.percent()} of the energy for "
+        f"a slowdown of {choice.slowdown.percent()} against {reference:.0f} MHz"
+    )
+    if measured is None:
+        return f"{sentence}; no lock within {_NEARBY_MHZ:.0f} MHz of it was measured: measure it before relying on it"
+    if abs(measured.sm_clock_mhz - choice.sm_clock_mhz) <= CLOCK_STEP_MHZ / 2.0:
+        seen = "measured there"
+    else:
+        seen = f"measured at {measured.sm_clock_mhz:.0f} MHz"
+    sentence += f" ({seen}: saves {measured.saving.percent()}, slower by {measured.slowdown.percent()}"
+    return sentence + (")" if measured.agrees else "; the model does not agree with this: distrust it)")
+
+
+def _common(views: Sequence[SeriesView], advice: Sequence[SeriesAdvice], max_slowdown: float) -> CommonClock:
+    """One clock for everything the device does, since locking is too slow and too coarse to follow phases."""
+    toggling = (
+        "do not lock and unlock around phases or steps: a lock takes effect after the step it was meant for, "
+        "concerns every process on the device, and stays when the program dies"
+    )
+    if not all(view.has_energy for view in views):
+        return CommonClock(text=f"no common clock is advised, as energies are missing; {toggling}")
+    low = max(view.fit.low_mhz for view in views)
+    clock_F = np.array(sorted({mhz for view in views for mhz in view.candidate_F.tolist() if mhz >= low}))
+    top = max(view.reference_mhz for view in views)
+    kept_F = clock_F == top
+    if len(clock_F):
+        kept_F |= np.all([view.inside(clock_F, max_slowdown) for view in views], axis=0)
+    clock_F = clock_F[kept_F] if kept_F.any() else np.array([top])
+    energy_SBF = [view.ratios(clock_F)[1] for view in views]
+    rows = min(len(energy_BF) for energy_BF in energy_SBF)
+    mean_BF = np.mean([energy_BF[:rows] for energy_BF in energy_SBF], axis=0)
+    best = _least(clock_F, mean_BF[0])
+    saving_B = 1.0 - mean_BF[:, clock_F == best][:, 0]
+    saving = sample_interval(float(saving_B[0]), saving_B[1:])
+    own = [item.choice.sm_clock_mhz if item.choice else item.reference_mhz for item in advice]
+    if best >= top or saving.low is None or saving.low <= 0.0:
+        locked = [item.title for item in advice if item.choice]
+        alone = (
+            f"; {', '.join(locked)[:400]} alone would gain from a lock: give it devices of its own and lock those"
+            if locked
+            else ""
+        )
+        return CommonClock(
+            text=f"no single clock keeps a budget of {max_slowdown:.1%} for all {len(views)} series and saves "
+            f"energy: leave the device unlocked{alone}; {toggling}"
+        )
+    choices = [view.choice(best) for view in views]
+    lost = [
+        view.choice(mhz).saving.value - choice.saving.value
+        for view, mhz, choice in zip(views, own, choices, strict=True)
+    ]
+    return CommonClock(
+        sm_clock_mhz=best,
+        saving=saving,
+        choices=tuple(choices),
+        lost=tuple(lost),
+        text=f"one clock serves all {len(views)} series: {best:.0f} MHz keeps every budget and saves "
+        f"{saving.percent()} on average, at most {100 * max(0.0, max(lost)):.1f} points less than a clock of its own "
+        f"would for any of them; {toggling}",
+    )

@@ -1,0 +1,322 @@
+"""The clock model as a document: what was fitted, from which points, how sure it is, and what confounds it.
+
+Shapes: B bootstrap samples, R repeats. Intervals are of 90 %.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from observatory.cost.clocks.model import POWER_FORMS, POWER_TERMS, TIME_FORMS, TIME_TERMS
+from observatory.errors import ClockError
+from observatory.records import Count, DeviceSpec, Phase, Record, Text
+from observatory.versioned import load_document
+
+__all__ = [
+    "CLOCK_MODEL_VERSION",
+    "ClockEstimate",
+    "ClockModel",
+    "Coefficient",
+    "Confound",
+    "CurveFit",
+    "FormScore",
+    "LeftOut",
+    "Reference",
+    "SeriesFit",
+    "Setting",
+    "load_clock_model",
+]
+
+CLOCK_MODEL_VERSION = "1.0"
+
+_MOST_SAMPLES = 2000
+
+_Positive = Annotated[float, Field(gt=0.0, lt=1e18, allow_inf_nan=False)]
+_NotNegative = Annotated[float, Field(ge=0.0, lt=1e18, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0.0, le=1.0)]
+_Mhz = Annotated[float, Field(ge=1.0, le=100_000.0, allow_inf_nan=False)]
+_Milliwatts = Annotated[float, Field(ge=0.0, le=1e10, allow_inf_nan=False)]
+_Repeats = Annotated[tuple[_Positive, ...], Field(max_length=100_000)]
+
+
+class Coefficient(Record):
+    """One parameter of the chosen form.
+
+    Attributes:
+        term: one of ``TIME_TERMS`` or ``POWER_TERMS``, unit in its name.
+        value: None when the points cannot tell it.
+        low, high: interval from bootstrap samples of the same form; None like ``value``, or without samples.
+        reason: why ``value`` is None.
+    """
+
+    term: str
+    value: _NotNegative | None
+    low: _NotNegative | None = None
+    high: _NotNegative | None = None
+    reason: Text = ""
+
+
+class FormScore(Record):
+    """How one form did on clocks that were left out of its fit.
+
+    Attributes:
+        form: its name.
+        parameters: numbers it takes from the data.
+        rms_error, p90_error: of ln(measured / predicted).
+        as_good: whether it errs no more than the best, one standard error allowed.
+    """
+
+    form: str
+    parameters: Count
+    rms_error: _NotNegative
+    p90_error: _NotNegative
+    as_good: bool
+
+
+class CurveFit(Record):
+    """t(f) or P(f) as fitted.
+
+    Attributes:
+        form: the simplest of the forms that are as good as the best.
+        parameters: all parameters in the order of ``TIME_TERMS`` or ``POWER_TERMS``, 0 where the form has none.
+        coefficients: the same, with intervals and reasons.
+        scores: all forms that were tried.
+    """
+
+    form: str
+    parameters: Annotated[tuple[_NotNegative, ...], Field(max_length=16)]
+    coefficients: Annotated[tuple[Coefficient, ...], Field(max_length=16)] = ()
+    scores: Annotated[tuple[FormScore, ...], Field(max_length=64)] = ()
+
+
+class ClockEstimate(Record):
+    """A clock that follows from the model.
+
+    Attributes:
+        mhz: the clock, never outside what was measured; None when it cannot be told.
+        low_mhz, high_mhz: its interval; None like ``mhz``, or without samples.
+        relation: ``at most``: it lies at or below the lowest clock measured; ``at least``: at or above the
+            highest.
+        reason: why ``mhz`` is None.
+    """
+
+    mhz: _Mhz | None
+    low_mhz: _Mhz | None = None
+    high_mhz: _Mhz | None = None
+    relation: Literal["at", "at most", "at least"] = "at"
+    reason: Text = ""
+
+
+class Setting(Record):
+    """The repeats of one lock, limit or both.
+
+    Attributes:
+        kind: what was set.
+        requested_sm_clock_mhz, requested_limit_mw: what was asked for; None where nothing was set.
+        limit_mw: the limit in force as the device told it, else the requested one; None without a request.
+        sm_clock_mhz: median of the sampled clocks; None when not sampled.
+        label: the label of most of its repeats, corrected by the clocks that were sampled.
+        iteration_s_R: seconds per iteration of each repeat that can be compared.
+        energy_mj_R: energy per iteration of the same repeats; empty when any is unknown.
+        power_cap_share: mean share of time in which the limit held the clock; None when not told.
+        idle: whether the device said that it idled, in most repeats; None when not told.
+        fitted: repeats that entered the fit.
+    """
+
+    kind: Literal["unlocked", "lock", "cap", "both"]
+    requested_sm_clock_mhz: _Mhz | None = None
+    requested_limit_mw: _Milliwatts | None = None
+    limit_mw: _Milliwatts | None = None
+    sm_clock_mhz: _Mhz | None = None
+    label: Text
+    iteration_s_R: _Repeats = ()
+    energy_mj_R: _Repeats = ()
+    power_cap_share: _Share | None = None
+    idle: bool | None = None
+    fitted: Count = 0
+
+    @model_validator(mode="after")
+    def _same_repeats(self) -> Setting:
+        if self.energy_mj_R and len(self.energy_mj_R) != len(self.iteration_s_R):
+            raise ValueError("energies and times are of different numbers of repeats")
+        return self
+
+
+class LeftOut(Record):
+    """Points that did not enter the fit, and why."""
+
+    reason: Text
+    points: Count
+
+
+class Confound(Record):
+    """Something that makes a sweep say less than it seems to.
+
+    Attributes:
+        kind: which.
+        text: the finding with its evidence, one sentence.
+        numbers: the evidence; None where it could not be measured.
+    """
+
+    kind: Literal[
+        "cap never binds",
+        "some caps do not bind",
+        "clock not as requested",
+        "limit not as requested",
+        "unlocked is capped",
+    ]
+    text: Text
+    numbers: dict[str, float | None] = Field(default_factory=dict)
+
+
+class Reference(Record):
+    """What slowdown and saving are relative to.
+
+    Attributes:
+        how: ``unlocked``: no lock and the device's own limit; ``highest clock``: no such point was measured.
+        sm_clock_mhz: median sampled clock.
+        iteration_s, energy_mj, power_mw: as measured, medians; None where not told.
+        power_cap_share: share of time in which the limit held the clock; None when not told.
+    """
+
+    how: Literal["unlocked", "highest clock"]
+    sm_clock_mhz: _Mhz
+    iteration_s: _Positive
+    energy_mj: _Positive | None = None
+    power_mw: _Positive | None = None
+    power_cap_share: _Share | None = None
+
+
+class SeriesFit(Record):
+    """The model of one phase at one batch and context.
+
+    Attributes:
+        name, phase, batch_size, context_tokens, tokens_per_iteration: as in the sweep.
+        low_mhz, high_mhz: range of the sampled clocks; the model holds between them. f0 is ``high_mhz``.
+        clocks: different clocks that entered the fit.
+        points: points that did.
+        reference: see :class:`Reference`.
+        time: t(f).
+        power: P(f); None when energies are missing, see ``no_power``.
+        no_power: why.
+        samples_B: parameters of t(f), then of P(f) (zeros without), of bootstrap samples. Samples are spread
+            over all forms that are as good as the best.
+        critical: f_crit, where memory and compute take equally long.
+        compute_optimum: f_energy, the clock of least energy if compute were always the longer.
+        optimum: the clock of least energy; min(f_crit, f_energy) where the knee is sharp.
+        settings: what was measured.
+        time_scatter, energy_scatter: standard deviation of the logarithm over repeats of one setting; None
+            without repeats.
+        scatter_dof: degrees of freedom of these.
+        left_out: points that did not enter the fit.
+        confounds: what to know before believing any of it.
+        highest_power_mw: of all points compared; None without energies.
+    """
+
+    name: Text
+    phase: Phase = "unknown"
+    batch_size: Count | None = None
+    context_tokens: Count | None = None
+    tokens_per_iteration: Count | None = None
+    low_mhz: _Mhz
+    high_mhz: _Mhz
+    clocks: Count
+    points: Count
+    reference: Reference
+    time: CurveFit
+    power: CurveFit | None = None
+    no_power: Text = ""
+    samples_B: Annotated[
+        tuple[Annotated[tuple[_NotNegative, ...], Field(max_length=16)], ...], Field(max_length=_MOST_SAMPLES)
+    ] = ()
+    critical: ClockEstimate
+    compute_optimum: ClockEstimate
+    optimum: ClockEstimate
+    settings: Annotated[tuple[Setting, ...], Field(max_length=10_000)]
+    time_scatter: _NotNegative | None = None
+    energy_scatter: _NotNegative | None = None
+    scatter_dof: Count = 0
+    left_out: Annotated[tuple[LeftOut, ...], Field(max_length=1000)] = ()
+    confounds: Annotated[tuple[Confound, ...], Field(max_length=1000)] = ()
+    highest_power_mw: _NotNegative | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_forms(self) -> SeriesFit:
+        if self.low_mhz > self.high_mhz:
+            raise ValueError("low_mhz is above high_mhz")
+        if self.time.form not in TIME_FORMS or len(self.time.parameters) != len(TIME_TERMS):
+            raise ValueError(f"time form {self.time.form[:40]!r} is unknown or has other parameters")
+        if self.time.parameters[0] + self.time.parameters[1] + self.time.parameters[3] <= 0.0:
+            raise ValueError("an iteration takes no time")
+        if self.power is not None and (
+            self.power.form not in POWER_FORMS or len(self.power.parameters) != len(POWER_TERMS)
+        ):
+            raise ValueError(f"power form {self.power.form[:40]!r} is unknown or has other parameters")
+        if any(len(sample) != len(TIME_TERMS) + len(POWER_TERMS) for sample in self.samples_B):
+            raise ValueError("a bootstrap sample has another number of parameters than the model")
+        if any(sample[0] + sample[1] + sample[3] <= 0.0 for sample in self.samples_B):
+            raise ValueError("an iteration of a bootstrap sample takes no time")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What ran, for people."""
+        parts = [self.name]
+        if self.phase not in ("unknown", self.name):
+            parts.append(self.phase)
+        if self.batch_size is not None:
+            parts.append(f"batch {self.batch_size}")
+        if self.context_tokens is not None:
+            parts.append(f"context {self.context_tokens}")
+        return ", ".join(parts)
+
+
+class ClockModel(Record):
+    """What ``observatory clocks fit`` writes.
+
+    Attributes:
+        schema_version: ``major.minor``; readers refuse a newer major.
+        created_unix_s: wall-clock label.
+        argv: command line.
+        device: the device of the sweeps.
+        default_limit_mw: its default power limit; None when not told.
+        idle_power_mw: power without load; None when not told.
+        supported_sm_clocks_mhz: clocks it can be locked to; None when the sweeps do not say.
+        series: one model per phase, batch and context.
+        seed: of folds and bootstrap.
+        sources: names of the sweep files.
+        git_sha: commit of the working directory.
+        notes: what a reader must know.
+    """
+
+    schema_version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}$")] = CLOCK_MODEL_VERSION
+    created_unix_s: float
+    argv: tuple[Text, ...] = ()
+    device: DeviceSpec
+    default_limit_mw: _Milliwatts | None = None
+    idle_power_mw: _Milliwatts | None = None
+    supported_sm_clocks_mhz: Annotated[tuple[_Mhz, ...], Field(max_length=4096)] | None = None
+    series: Annotated[tuple[SeriesFit, ...], Field(min_length=1, max_length=1000)]
+    seed: int = 0
+    sources: tuple[Text, ...] = ()
+    git_sha: Text | None = None
+    notes: tuple[Text, ...] = ()
+
+
+def load_clock_model(path: Path | str) -> ClockModel:
+    """Read and check a clock model.
+
+    Raises:
+        ClockError: not readable, too large, of a newer schema, or not what the schema says.
+    """
+    return load_document(
+        ClockModel,
+        path,
+        version=CLOCK_MODEL_VERSION,
+        what="clock model",
+        remedy="make one with `observatory clocks fit`",
+        failure=ClockError,
+    )

@@ -1,0 +1,266 @@
+"""What a run's power samples alone say about caps and clocks, where nobody swept anything.
+
+They tell whether the power limit binds, which clock was seen and how near the device is to idle. They do not
+tell which clock is best: that takes the time of an iteration at several clocks.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from observatory.cost.clocks.confounds import BINDING_SHARE
+from observatory.errors import ClockError
+from observatory.records import DeviceSpec, Record, Text
+from observatory.store import Run
+
+__all__ = ["DeviceTelemetry", "TelemetryAdvice", "telemetry_advice"]
+
+_IDLE, _POWER_CAP, _THERMAL = 0x1, 0x4, 0x20 | 0x40
+_BRAKE = 0x8 | 0x80
+_LEAST_SAMPLES = 10
+_STEADY_MHZ = 30.0
+_IDLE_SHARE = 0.1
+_LOW_DRAW = 0.15
+_MOST_DEVICES = 256
+
+_Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class DeviceTelemetry(Record):
+    """One device, or one phase on it.
+
+    Attributes:
+        device_uuid: the device.
+        phase: the phase; None for the whole run.
+        samples: samples in it.
+        duration_s: from the first to the last.
+        power_median_mw, power_p95_mw: of the instant power; None when not told, like all below.
+        limit_mw: power limit in force, the lowest seen.
+        power_over_limit: p95 of power over the limit.
+        power_cap_share: share of time in which the limit held the clock down.
+        thermal_share: likewise heat.
+        brake_share: likewise hardware slowdown and power brake.
+        idle_share: share of samples that the driver calls idle.
+        sm_clock_low_mhz, sm_clock_mhz, sm_clock_high_mhz: 5 %, median and 95 % of the clock.
+        max_sm_clock_mhz: highest clock of the device.
+        cap: whether the limit binds; None when nothing tells.
+        findings: sentences.
+    """
+
+    device_uuid: Text
+    phase: Text | None = None
+    samples: int
+    duration_s: float
+    power_median_mw: float | None = None
+    power_p95_mw: float | None = None
+    limit_mw: float | None = None
+    power_over_limit: float | None = None
+    power_cap_share: _Share | None = None
+    thermal_share: _Share | None = None
+    brake_share: _Share | None = None
+    idle_share: _Share | None = None
+    sm_clock_low_mhz: float | None = None
+    sm_clock_mhz: float | None = None
+    sm_clock_high_mhz: float | None = None
+    max_sm_clock_mhz: float | None = None
+    cap: Literal["binds", "does not bind"] | None = None
+    findings: tuple[Text, ...] = ()
+
+
+class TelemetryAdvice(Record):
+    """What ``observatory clocks recommend --telemetry RUN`` prints.
+
+    Attributes:
+        run: its directory.
+        devices: every device, then its phases.
+        cannot: what a sweep alone could tell.
+        next_steps: commands.
+    """
+
+    run: Text
+    devices: tuple[DeviceTelemetry, ...]
+    cannot: Text
+    next_steps: tuple[Text, ...]
+
+
+def telemetry_advice(run: Run) -> TelemetryAdvice:
+    """Read a run's power table.
+
+    Raises:
+        ClockError: the run has no power samples.
+    """
+    frame = run.power()
+    if frame.empty:
+        raise ClockError(
+            f"run {run.path} holds no power samples; capture some with `observatory power --out RUN -- COMMAND`"
+        )
+    specs = {spec.uuid: spec for spec in run.manifest.devices if spec.uuid}
+    spans = run.spans() if run.row_count("spans") else pd.DataFrame()
+    found: list[DeviceTelemetry] = []
+    groups = list(frame.sort_values("time_ns").groupby("device_uuid", sort=True))
+    for uuid, rows in groups[:_MOST_DEVICES]:
+        spec = specs.get(str(uuid))
+        idle_mw = _idle_power_mw(run, str(uuid))
+        found.append(_device(str(uuid), None, rows, spec, idle_mw))
+        for phase, part in _by_phase(rows, spans):
+            if len(part) >= _LEAST_SAMPLES:
+                found.append(_device(str(uuid), phase, part, spec, idle_mw))
+    return TelemetryAdvice(
+        run=str(run.path),
+        devices=tuple(found),
+        cannot="which clock saves energy cannot be told from one clock: it takes the time and energy of an iteration "
+        "at several",
+        next_steps=(
+            "observatory clocks sweep --help",
+            "observatory clocks fit SWEEP.json --out fit.json",
+            "observatory clocks recommend fit.json --max-slowdown 0.02",
+        ),
+    )
+
+
+def _idle_power_mw(run: Run, uuid: str) -> float | None:
+    """Idle power as the sampler found it at the start; None where the run does not say."""
+    value: object = run.manifest.config.get("power")
+    for key in ("calibration", uuid, "idle_power_mw"):
+        value = value.get(key) if isinstance(value, dict) else None
+    return float(value) if isinstance(value, int | float) and 0 < value < 1e9 else None
+
+
+def _by_phase(rows: pd.DataFrame, spans: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Samples of each phase: those inside a ``phase`` span of the rank that sampled."""
+    if spans.empty:
+        return []
+    bands = spans[(spans["name"] == "phase") & spans["end_ns"].notna()]
+    bands = bands[bands["source_rank"].isin(rows["source_rank"].unique())].sort_values("start_ns")
+    if bands.empty:
+        return []
+    start_ns, end_ns = bands["start_ns"].to_numpy(), bands["end_ns"].to_numpy(dtype=np.int64)
+    time_ns = rows["time_ns"].to_numpy()
+    index = np.searchsorted(start_ns, time_ns, side="right") - 1
+    inside = (index >= 0) & (time_ns < end_ns[np.maximum(index, 0)])
+    phase = bands["phase"].to_numpy()[np.maximum(index, 0)]
+    return [(str(name), rows[inside & (phase == name)]) for name in sorted(set(phase[inside].tolist()))]
+
+
+def _device(
+    uuid: str, phase: str | None, rows: pd.DataFrame, spec: DeviceSpec | None, idle_mw: float | None
+) -> DeviceTelemetry:
+    power = _known(rows, "power_mw")
+    clock = _known(rows, "sm_clock_mhz")
+    limit = _known(rows, "enforced_limit_mw")
+    limit_mw = float(limit.min()) if limit.size and limit.min() > 0 else None
+    p95 = float(np.quantile(power, 0.95)) if power.size else None
+    # Counters count over gaps too, so that they are read over the whole run only.
+    counted = _counter_share(rows, "power_cap_ns") if phase is None else None
+    capped = counted if counted is not None else _bit_share(rows, _POWER_CAP)
+    hot = _counter_share(rows, "thermal_ns") if phase is None else None
+    ratio = p95 / limit_mw if p95 is not None and limit_mw else None
+    device = DeviceTelemetry(
+        device_uuid=uuid[:128],
+        phase=phase,
+        samples=len(rows),
+        duration_s=float(rows["time_ns"].iloc[-1] - rows["time_ns"].iloc[0]) / 1e9,
+        power_median_mw=float(np.median(power)) if power.size else None,
+        power_p95_mw=p95,
+        limit_mw=limit_mw,
+        power_over_limit=ratio,
+        power_cap_share=capped,
+        thermal_share=hot if hot is not None else _bit_share(rows, _THERMAL),
+        brake_share=_bit_share(rows, _BRAKE),
+        idle_share=_bit_share(rows, _IDLE),
+        sm_clock_low_mhz=float(np.quantile(clock, 0.05)) if clock.size else None,
+        sm_clock_mhz=float(np.median(clock)) if clock.size else None,
+        sm_clock_high_mhz=float(np.quantile(clock, 0.95)) if clock.size else None,
+        max_sm_clock_mhz=float(spec.max_sm_clock_mhz) if spec and spec.max_sm_clock_mhz else None,
+        cap=_cap(capped, ratio),
+    )
+    return device.model_copy(update={"findings": tuple(_findings(device, idle_mw))})
+
+
+def _known(rows: pd.DataFrame, column: str) -> np.ndarray:
+    values = pd.to_numeric(rows[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    return values[np.isfinite(values) & (values >= 0.0)]
+
+
+def _bit_share(rows: pd.DataFrame, bits: int) -> float | None:
+    reasons = rows["event_reasons"].dropna().to_numpy(dtype=np.int64)
+    return float(np.mean((reasons & bits) != 0)) if reasons.size else None
+
+
+def _counter_share(rows: pd.DataFrame, column: str) -> float | None:
+    """Part of the time that a counter of nanoseconds advanced; None when it is not told or ran backwards."""
+    known = rows[["time_ns", column]].dropna()
+    if len(known) < 2:
+        return None
+    counted = known[column].to_numpy(dtype=np.float64)
+    elapsed = float(known["time_ns"].iloc[-1] - known["time_ns"].iloc[0])
+    if elapsed <= 0.0 or (np.diff(counted) < 0.0).any():
+        return None
+    return float(min(1.0, (counted[-1] - counted[0]) / elapsed))
+
+
+def _cap(share: float | None, ratio: float | None) -> Literal["binds", "does not bind"] | None:
+    if share is not None:
+        return "binds" if share >= BINDING_SHARE else "does not bind"
+    return "does not bind" if ratio is not None and ratio < 0.9 else None
+
+
+def _findings(device: DeviceTelemetry, idle_mw: float | None) -> list[str]:
+    found = []
+    limit = "its power limit" if device.limit_mw is None else f"the power limit of {device.limit_mw / 1e3:.0f} W"
+    drawn = ""
+    if device.power_p95_mw is not None and device.power_over_limit is not None:
+        drawn = f" (95 % of the samples stay below {device.power_p95_mw / 1e3:.0f} W, "
+        drawn += f"{device.power_over_limit:.0%} of it)"
+    if device.cap == "binds":
+        found.append(
+            f"{limit} binds: it holds the clock down for {device.power_cap_share or 0.0:.0%} of the time{drawn}; a "
+            "lock above the clock seen would do nothing"
+        )
+    elif device.cap == "does not bind":
+        found.append(
+            f"{limit} does not bind{drawn}: a cap above that power changes nothing, locking the clock would"
+        )
+    else:
+        found.append(f"whether {limit} binds cannot be told: neither event reasons nor power were sampled")
+    found += _clock_findings(device)
+    if (device.thermal_share or 0.0) >= BINDING_SHARE:
+        found.append(f"heat slowed the chip for {device.thermal_share:.0%} of the time: mend that first")
+    if (device.brake_share or 0.0) >= BINDING_SHARE:
+        found.append(
+            f"hardware slowdown or the power brake acted in {device.brake_share:.0%} of the samples: mend that first"
+        )
+    idle = device.idle_share or 0.0
+    if idle >= _IDLE_SHARE:
+        found.append(
+            f"the device idled in {idle:.0%} of the samples: it waits for the host or for other ranks, which a "
+            "clock does not change"
+        )
+    elif idle_mw is not None and device.limit_mw and device.power_median_mw is not None:
+        way = (device.power_median_mw - idle_mw) / max(device.limit_mw - idle_mw, 1.0)
+        if way < _LOW_DRAW:
+            found.append(
+                f"at {device.power_median_mw / 1e3:.0f} W it draws little more than the {idle_mw / 1e3:.0f} W of an "
+                "idle device: it may be waiting for the host"
+            )
+    return found
+
+
+def _clock_findings(device: DeviceTelemetry) -> list[str]:
+    low, middle, high = device.sm_clock_low_mhz, device.sm_clock_mhz, device.sm_clock_high_mhz
+    if low is None or middle is None or high is None:
+        return ["the SM clock was not sampled: no lock can be verified on such telemetry"]
+    if high - low > _STEADY_MHZ:
+        return [f"the SM clock moved between {low:.0f} and {high:.0f} MHz (median {middle:.0f})"]
+    text = f"the SM clock stood at {middle:.0f} MHz"
+    most = device.max_sm_clock_mhz
+    if most is not None and middle < most - _STEADY_MHZ and device.cap != "binds":
+        text += (
+            f", below the highest of {most:.0f}: it is locked, clamped or held by heat; no event reason says "
+            "\"locked\""
+        )
+    return [text]
