@@ -32,7 +32,12 @@ class Host:
 
     def run(self, *argv: str, code: int | None = 0) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [sys.executable, *argv], env=self.environment, capture_output=True, text=True, timeout=120
+            [sys.executable, *argv],
+            check=False,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert code is None or done.returncode == code, done.stderr
         return done
