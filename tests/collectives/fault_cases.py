@@ -41,7 +41,7 @@ def profile(
     os.dup2(writing, 2)
     os.close(writing)
     if act is not None:
-        threading.Thread(target=_once_written, args=(out, ep, act), daemon=True).start()
+        threading.Thread(target=once_written, args=(out, ep, act), daemon=True).start()
     code = run_command(["profile", model, "--ep", str(ep), "--out", str(out), *_LIGHT, *options])
     sys.stderr.flush()
     os.dup2(kept, 2)
@@ -49,7 +49,7 @@ def profile(
         return {"code": code, "said": said.read()}
 
 
-def _once_written(out: Path, ranks: int, act: Act) -> None:
+def once_written(out: Path, ranks: int, act: Act) -> None:
     while any(
         len(list(out.glob(f"{table}/*/part-000000.parquet"))) < ranks for table in ("routing", "exchange")
     ):
@@ -57,7 +57,7 @@ def _once_written(out: Path, ranks: int, act: Act) -> None:
     act()
 
 
-def _fill_disk() -> None:
+def fill_disk() -> None:
     """Writing beyond this many bytes of a file fails, like a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 
@@ -111,7 +111,7 @@ CASES: dict[str, tuple[int, Callable[[Path, int], dict[str, Any]]]] = {
     "never joins": (3, never_joins),
     "dies": (2, lambda folder, rank: happens(folder, "dies", partial(_signal, signal.SIGKILL), rank)),
     "hangs": (2, lambda folder, rank: happens(folder, "hangs", partial(_signal, signal.SIGSTOP), rank)),
-    "full disk": (2, lambda folder, rank: happens(folder, "full disk", _fill_disk, rank)),
+    "full disk": (2, lambda folder, rank: happens(folder, "full disk", fill_disk, rank)),
     "steps": (2, lambda folder, rank: differ(folder, "steps", [("--steps", "2"), ("--steps", "3")], rank)),
     "model": (2, another_model),
     "does not divide": (3, does_not_divide),
