@@ -135,7 +135,11 @@ class MpiTransport(BaseTransport):
         members = range(self.size) if members is None else members
         missing = self._missing(members, min(_GRACE_S, limit_s))
         named = f"rank{'s' if len(missing) > 1 else ''} {', '.join(str(rank) for rank in missing)}"
-        who = f"no answer from {named}" if missing else "all ranks answer, so the network is at fault"
+        who = (
+            f"no answer from {named}"
+            if missing
+            else "all ranks answer, so the network is at fault or too slow"
+        )
         raise ExchangeError(
             f"rank {self.rank} of {self.size} waited in vain in {what} for {limit_s:g} s: {who}; see the "
             "output of the ranks named"
