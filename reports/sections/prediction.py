@@ -208,6 +208,8 @@ def _error_table(frames: ReportFrames, found: BenchmarkFrames) -> Table:
 
 
 def _left_out_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
+    keys = ["network", "replay", "run", "reason"]
+    told = found.left_out.groupby(keys, sort=False, dropna=False)["exchanges"].sum().reset_index()
     rows = [
         [
             _source(frames, found, row.replay, int(row.run)),
@@ -215,7 +217,7 @@ def _left_out_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | Non
             plain(row.reason),
             count(row.exchanges),
         ]
-        for row in each_row(found.left_out)
+        for row in each_row(told)
     ]
     if not rows:
         return None

@@ -206,6 +206,17 @@ def test_bandwidths_follow_the_conventions_and_the_model_lies_between_the_points
     assert "An empty exchange takes 100 µs (flat)." in figure(section).variants[0].note
 
 
+def test_a_band_without_end_does_not_flatten_the_curves(tmp_path: Path, model_file: Path) -> None:
+    bench = saved(tmp_path / "bench.json", a_bench(noise=0.0))
+    found = frames_of(a_run(tmp_path / "run"), bench=(bench,), networks=(model_file,)).benchmarks
+    assert found is not None
+    uniform = found.points[found.points["pattern"] == "uniform"]
+    curve = found.curves[found.curves["pattern"] == "uniform"].assign(low_us=0.0, high_us=1e18)
+    low, high = bandwidth_curves(uniform, curve).layout.yaxis.range
+    assert low < np.log10(uniform["us"].min())
+    assert np.log10(uniform["us"].max()) < high < np.log10(uniform["us"].max()) + 1
+
+
 def test_coefficients_have_intervals_and_the_choice_its_rivals(tmp_path: Path, model_file: Path) -> None:
     frames = frames_of(a_run(tmp_path / "run"), networks=(model_file,))
     coefficients, forms = (table(sections_of(frames)["bandwidth"], index) for index in (0, 1))
@@ -283,9 +294,9 @@ def test_an_algorithm_that_the_model_does_not_know_is_counted(tmp_path: Path, mo
     frames = frames_of(a_run(tmp_path / "run"), replays=(replay,), networks=(model_file,))
     section = sections_of(frames)["prediction"]
     assert {row[0].detail for row in table(section, 1).rows} == {"m, flat"}
-    reasons = [row[2].text for row in table(section, 2).rows]
-    assert len(reasons) == 2, "captured and uniform"
-    assert all("knows flat, not 'gather'" in reason for reason in reasons)
+    ((_, _, reason, exchanges),) = table(section, 2).rows
+    assert "knows flat, not 'gather'" in reason.text
+    assert exchanges.text == "16", "captured and uniform, told once"
 
 
 @pytest.mark.parametrize(
