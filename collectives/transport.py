@@ -144,7 +144,12 @@ def open_transport(
             raise ExchangeError("backend mpi needs mpi4py; pip install 'moe-observatory[mpi]'")
         from collectives.transport_mpi import MpiTransport
 
-        return MpiTransport(ranks_per_node=ranks_per_node, timeout_s=timeout_s)
+        return MpiTransport(where, ranks_per_node=ranks_per_node, timeout_s=timeout_s)
+    if chosen == "nccl" and not torch.cuda.is_available():
+        raise ExchangeError(
+            "backend nccl was asked for, but torch finds no GPU here; expected one for each rank: take gloo, "
+            "or a build of torch for this machine's GPUs"
+        )
     from collectives.transport_torch import TorchTransport
 
     return TorchTransport(

