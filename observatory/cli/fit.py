@@ -18,8 +18,8 @@ def fit(
     check: Annotated[
         list[Path] | None, typer.Option(help="Also predict these results, which the fit does not see.")
     ] = None,
-    bootstrap: Annotated[int, typer.Option(min=0, help="Bootstrap samples over matrices.")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
+    bootstrap: Annotated[int, typer.Option(min=0, max=10_000, help="Bootstrap samples over matrices.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of folds and bootstrap.")] = 0,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
