@@ -76,7 +76,7 @@ def fit(
                     part.term,
                     None if part.us_per_unit is None else f"{part.us_per_unit:.4g}",
                     None if part.low_us is None else f"{part.low_us:.4g}-{part.high_us:.4g}",
-                    part.gb_per_s,
+                    None if part.gb_per_s is None else f"{part.gb_per_s:.4g}",
                     part.reason or "",
                 ]
                 for part in item.coefficients
