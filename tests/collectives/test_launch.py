@@ -43,7 +43,7 @@ def run_ranks(launcher: list[str], program: list[str]) -> Any:
     """What rank 0 printed last, as JSON."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [*launcher, *program], env=environment, capture_output=True, text=True, timeout=90, check=False
+        [*launcher, *program], env=environment, capture_output=True, text=True, timeout=180, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
