@@ -23,11 +23,15 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The browser tests need Chromium; without root they skip and say so.
+# The browser tests need Chromium, those of srun a Slurm; without root they skip and say so.
 system-packages:
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v chromedriver >/dev/null; then \
-		(apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
-			chromium chromium-driver fonts-dejavu) >&2 || echo "Chromium could not be installed; its tests skip" >&2; \
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		wanted=""; \
+		command -v chromedriver >/dev/null || wanted="chromium chromium-driver fonts-dejavu"; \
+		{ command -v slurmctld && command -v munged; } >/dev/null || wanted="$$wanted slurm-wlm munge"; \
+		test -z "$$wanted" || (apt-get update -q && \
+			DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$wanted) >&2 || \
+			echo "could not be installed, so their tests skip: $$wanted" >&2; \
 	fi
 
 $(VENV)/bin/python:

@@ -102,6 +102,11 @@ def alltoall_plan(
         repeats=repeats,
         iterations=iterations,
         traffic=tuple(traffic.values()),
+        notes=tuple(
+            f"{pattern} is the same traffic as another pattern on {ranks} ranks and was not measured again"
+            for pattern in dict.fromkeys(patterns)
+            if pattern not in {item.pattern for item in traffic.values()}
+        ),
     )
 
 

@@ -9,6 +9,7 @@ torch's own client takes twice the time it is given and prints pages.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import socket
 import subprocess
@@ -29,6 +30,8 @@ _SCONTROL_S = 10.0
 #: Below the ports that systems hand out by themselves.
 _FIRST_PORT = 20000
 _PORTS = 12000
+#: All ranks open their transports in the same order.
+_numbers = itertools.count()
 _NODE_ADDRESS = re.compile(r"\bNodeAddr=(\S+)")
 
 
@@ -126,7 +129,8 @@ class Attendance:
                 "another program has this port, and export MASTER_ADDR and MASTER_PORT to choose the place"
             ) from error
         attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = PrefixStore(f"observatory-{attempt}", kept)
+        # What an earlier transport of these processes has left in the store is not for this one.
+        self.store = PrefixStore(f"observatory-{attempt}-{next(_numbers)}", kept)
         self.store.set(f"joined/{where.rank}", socket.gethostname())
         missing = self._missing(max(deadline - time.monotonic(), _RETRY_S))
         if missing:
@@ -175,7 +179,9 @@ class Attendance:
         told = [f"{_ranks(ranks)} had left ({text})" for text, ranks in reasons.items()]
         if silent:
             told.append(f"no answer from {_ranks(silent)}")
-        who = "; ".join(told) or "all ranks answer, so the network between them is at fault"
+        who = "; ".join(told) or (
+            "all ranks answer, so the network between them is at fault, or slower than the time it is given"
+        )
         return ExchangeError(
             f"rank {self._where.rank} of {self._where.world} waited in vain in {what}: {who}; see the output "
             f"of the ranks named ({_first(reason)})"

@@ -145,6 +145,11 @@ def open_transport(
         from collectives.transport_mpi import MpiTransport
 
         return MpiTransport(where, ranks_per_node=ranks_per_node, timeout_s=timeout_s)
+    if chosen == "nccl" and not torch.cuda.is_available():
+        raise ExchangeError(
+            "backend nccl was asked for, but torch finds no GPU here; expected one for each rank: take gloo, "
+            "or a build of torch for this machine's GPUs"
+        )
     from collectives.transport_torch import TorchTransport
 
     return TorchTransport(

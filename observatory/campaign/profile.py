@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from observatory.errors import DataError, ModelError, ObservatoryError
+from observatory.errors import DataError, ExchangeError, ModelError, ObservatoryError
+from observatory.stages import ALGORITHMS
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +97,10 @@ class ProfileJob:
                 raise DataError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.phase not in get_args(PhaseChoice):
             raise DataError(f"phase is {self.phase!r}; choose one of {', '.join(get_args(PhaseChoice))}")
+        if self.algorithm not in ALGORITHMS:
+            raise ExchangeError(
+                f"algorithm {self.algorithm!r} does not exist; expected one of {', '.join(ALGORITHMS)}"
+            )
 
     @property
     def watched_power(self) -> bool | tuple[str, ...] | None:

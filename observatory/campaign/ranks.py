@@ -14,12 +14,11 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from observatory.errors import ExchangeError, RunError, alike
 from observatory.ranks import RankOf, find_rank
 from observatory.records import Topology
-from observatory.store.replacing import check_free
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,15 +28,16 @@ if TYPE_CHECKING:
     from observatory.campaign.profile import ProfileJob
     from observatory.watching import Watch
 
-__all__ = ["Ranks", "join_ranks", "needs_ranks", "profile_argv", "start_ranks"]
+__all__ = ["Ranks", "check_backend", "join_ranks", "needs_ranks", "profile_argv", "start_ranks"]
 
 
 def needs_ranks(job: ProfileJob) -> bool:
     """Whether this process has to start the ranks: several are asked for, and no launcher has been here.
 
     Raises:
-        ExchangeError: a launcher started another number of ranks than the job asks for.
+        ExchangeError: no such backend, or a launcher started another number of ranks than the job asks for.
     """
+    check_backend(job.backend)
     where = find_rank()
     if job.ep > 1 and where.world not in (1, job.ep):
         raise alike(
@@ -58,14 +58,36 @@ def start_ranks(job: ProfileJob, out: Path, *, overwrite: bool = False) -> None:
         overwrite: replace an existing run, once the model is loaded on all ranks.
 
     Raises:
-        ExchangeError: a rank failed, died or hung; names it.
+        ExchangeError: backend or nodes do not fit local ranks, or a rank failed, died or hung; names it.
         RunError: something is in the place of the run.
     """
+    from collectives.layout import split_into_nodes
     from hpc.launch import start_local_ranks
+    from observatory.store.replacing import check_free
 
+    if job.backend == "mpi":
+        raise ExchangeError(
+            f"MPI starts its own ranks; run the same command under it: mpiexec -n {job.ep} observatory ..."
+        )
+    if job.ranks_per_node is not None:
+        split_into_nodes(job.ep, job.ranks_per_node)
     check_free(out, overwrite=overwrite)
     argv = [*profile_argv(job, out), *(["--force"] if overwrite else [])]
     start_local_ranks([sys.executable, "-m", "observatory", *argv], job.ep)
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a backend that does not exist, also where one rank needs none.
+
+    Raises:
+        ExchangeError: no such backend.
+    """
+    from collectives.transport import BackendChoice
+
+    if backend not in get_args(BackendChoice):
+        raise ExchangeError(
+            f"backend {backend!r} does not exist; expected one of {', '.join(get_args(BackendChoice))}"
+        )
 
 
 def profile_argv(job: ProfileJob, out: Path) -> list[str]:
@@ -102,6 +124,8 @@ class Ranks:
         Raises:
             RunError: it is not free, on every rank.
         """
+        from observatory.store.replacing import check_free
+
         if self.transport is None:
             if overwrite and self.where.world > 1:
                 raise alike(
@@ -185,10 +209,11 @@ def join_ranks(job: ProfileJob) -> Iterator[Ranks]:
     """Join the other ranks, if there are any.
 
     Raises:
-        ExchangeError: a rank does not join, named; or the ranks were given different jobs.
+        ExchangeError: no such backend; a rank does not join, named; or the ranks were given different jobs.
         CaptureError: launchers disagree.
     """
     where = find_rank()
+    check_backend(job.backend)
     if job.ep == 1:
         yield Ranks(where=where, transport=None)
         return

@@ -38,18 +38,26 @@ def export(
     """Write a run's traffic matrices for nccl-tests or UCC's perftest."""
     from observatory.cli.output import print_json, say
     from observatory.interchange.export import export_traffic
-    from observatory.parallel.captured import captured_traffic
+    from observatory.parallel.captured import captured_traffic, departures
     from observatory.store import open_run
 
     opened = open_run(run)
-    captured = captured_traffic(
-        opened,
-        ep=ep,
-        placement=parse_placement(placement),
-        bytes_per_row=row_bytes,
-        phase=phase,
-        layers=layer,
-        steps=steps,
+    captured = list(
+        captured_traffic(
+            opened,
+            ep=ep,
+            placement=parse_placement(placement),
+            bytes_per_row=row_bytes,
+            phase=phase,
+            layers=layer,
+            steps=steps,
+        )
+    )
+    sources = sorted({str(item.sources) for item in captured})
+    notes = (
+        *(f"source ranks: {text}" for text in sources),
+        *departures(opened, ep=ep, placement=parse_placement(placement)),
+        *opened.problems,
     )
     written = export_traffic(
         (item.traffic() for item in captured),
@@ -57,11 +65,18 @@ def export(
         form=form,  # type: ignore[arg-type]  # checked there, naming the choices
         roles=parse_roles(role),  # type: ignore[arg-type]  # the two names, checked there
         run_id=opened.manifest.run_id,
+        placement=placement,
+        notes=notes,
     )
-    for problem in opened.problems:
-        say(f"note: {problem}")
+    for note in notes:
+        say(f"note: {note}")
     if json:
         print_json(
-            {"run_id": opened.manifest.run_id, "format": form, "files": [str(path) for path in written]}
+            {
+                "run_id": opened.manifest.run_id,
+                "format": form,
+                "notes": list(notes),
+                "files": [str(path) for path in written],
+            }
         )
     say(f"{len(written) - 1} files written to {out}; {written[-1].name} says what each holds")

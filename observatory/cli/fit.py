@@ -18,8 +18,8 @@ def fit(
     check: Annotated[
         list[Path] | None, typer.Option(help="Also predict these results, which the fit does not see.")
     ] = None,
-    bootstrap: Annotated[int, typer.Option(min=0, help="Bootstrap samples over matrices.")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
+    bootstrap: Annotated[int, typer.Option(min=0, max=10_000, help="Bootstrap samples over matrices.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of folds and bootstrap.")] = 0,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -76,7 +76,7 @@ def fit(
                     part.term,
                     None if part.us_per_unit is None else f"{part.us_per_unit:.4g}",
                     None if part.low_us is None else f"{part.low_us:.4g}-{part.high_us:.4g}",
-                    part.gb_per_s,
+                    None if part.gb_per_s is None else f"{part.gb_per_s:.4g}",
                     part.reason or "",
                 ]
                 for part in item.coefficients

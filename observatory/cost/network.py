@@ -27,11 +27,12 @@ __all__ = [
 
 NETWORK_VERSION = "1.0"
 
-#: More than any coefficient, error or ratio can be; below it predictions do not overflow.
-_MOST = 1e30
-_Real = Annotated[float, Field(ge=-_MOST, le=_MOST, allow_inf_nan=False)]
-_NotNegative = Annotated[float, Field(ge=0.0, le=_MOST, allow_inf_nan=False)]
-_Counts = Annotated[tuple[Count, ...], Field(min_length=1)]
+#: Beyond any error of a fit.
+_NotNegative = Annotated[float, Field(ge=0.0, le=1e30)]
+#: Microseconds per unit and ratios: beyond what any fabric is, so that predictions stay finite.
+_Cost = Annotated[float, Field(ge=0.0, le=1e12)]
+_Ratio = Annotated[float, Field(gt=0.0, le=1e24)]
+_Known = Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
 class Coefficient(Record):
@@ -48,11 +49,17 @@ class Coefficient(Record):
     """
 
     term: str
-    us_per_unit: _NotNegative | None
+    us_per_unit: _Cost | None
     reason: Literal["never measured", "not told apart from the terms before it"] | None = None
-    low_us: _NotNegative | None = None
-    high_us: _NotNegative | None = None
+    low_us: _Cost | None = None
+    high_us: _Cost | None = None
     gb_per_s: _NotNegative | None = None
+
+    @model_validator(mode="after")
+    def _missing_with_a_reason(self) -> Coefficient:
+        if (self.us_per_unit is None) != (self.reason is not None):
+            raise ValueError("a coefficient is either a number or has a reason for being none")
+        return self
 
 
 class FormScore(Record):
@@ -84,9 +91,9 @@ class Domain(Record):
         empty: whether exchanges of nothing were among them.
     """
 
-    ranks: _Counts
-    nodes: _Counts
-    ranks_on_node: _Counts
+    ranks: _Known
+    nodes: _Known
+    ranks_on_node: _Known
     rank_bytes: tuple[Count, Count]
     empty: bool = False
 
@@ -109,8 +116,8 @@ class AlgorithmFit(Record):
     algorithm: str
     form: str
     coefficients: tuple[Coefficient, ...]
-    samples_BF: Annotated[tuple[tuple[_NotNegative, ...], ...], Field(max_length=10_000)]
-    ratio_Q: Annotated[tuple[_Real, ...], Field(min_length=1, max_length=1000)]
+    samples_BF: Annotated[tuple[tuple[_Cost, ...], ...], Field(max_length=10_000)]
+    ratio_Q: Annotated[tuple[_Ratio, ...], Field(min_length=1, max_length=1000)]
     scores: tuple[FormScore, ...]
     domain: Domain
     cases: Count

@@ -29,6 +29,8 @@ def export_traffic(
     form: ExportFormat,
     roles: Sequence[Literal["dispatch", "combine"]] = ("dispatch", "combine"),
     run_id: str | None = None,
+    placement: str | None = None,
+    notes: Sequence[str] = (),
 ) -> list[Path]:
     """Write matrices and an ``index.json`` that says what each file holds.
 
@@ -41,6 +43,8 @@ def export_traffic(
         form: ``nccl-tests`` or ``ucc``.
         roles: the combine is the transpose of the dispatch.
         run_id: the run they come from.
+        placement: which rank has which expert in them, for the index.
+        notes: what a reader of the matrices must know, for the index: that they are an estimate, for one.
 
     Returns:
         The files written, the index last.
@@ -70,6 +74,9 @@ def export_traffic(
             "format": form,
             "run_id": run_id,
             "ranks": items[0][0].ranks,
+            "placement": placement,
+            "row_bytes": items[0][0].row_bytes,
+            "notes": list(notes),
             "unit": "bytes from rank i (rows) to rank j (columns)",
             "files": [{"file": name, **about} for name, (_, about) in texts.items()],
         },

@@ -4,7 +4,8 @@ Shapes: P ranks, M matrices.
 
 A ``[format]`` block with the version, then one ``[collective]`` block per matrix. Counts are elements from
 rank i (rows) to rank j; they are written in bytes with datatype UINT8, so nothing is rounded. Run it with
-``-d uint8``. Counts above 32 bits are refused, as perftest reads no more.
+``-d uint8``. Counts above 32 bits are refused, as perftest reads no more; so is what a rank sends or
+receives in all, from which perftest makes displacements of 32 bits.
 """
 
 from __future__ import annotations
@@ -31,17 +32,18 @@ def pattern_lines(matrices: Iterable[ArrayLike], *, description: str = "") -> li
     """Lines of a pattern file; nothing is written here.
 
     Raises:
-        BenchmarkError: a count does not fit 32 bits.
+        BenchmarkError: a count, or all counts of a rank together, do not fit 32 bits.
     """
     lines = ["[format]", f"version = {_VERSION}"]
     if description:
         lines.append(f"description = {_one_line(description)}")
     for bytes_PP in matrices:
         matrix_PP = np.asarray(bytes_PP, dtype=np.int64)
-        if matrix_PP.size and int(matrix_PP.max()) > _MAX_COUNT:
+        busiest = int(max(matrix_PP.sum(axis=axis).max(initial=0) for axis in (0, 1)))
+        if busiest > _MAX_COUNT:
             raise BenchmarkError(
-                f"{int(matrix_PP.max())} bytes from one rank to another do not fit UCC's 32-bit counts; "
-                "export single steps or fewer tokens"
+                f"{busiest} bytes of one rank do not fit UCC's 32-bit counts and displacements; "
+                "expected at most 4 GiB: export a larger --ep, or capture fewer tokens per step"
             )
         lines += ["", "[collective]", "type = ALLTOALLV", f"team_size = {len(matrix_PP)}"]
         lines += ["datatype = UINT8", "flags = COUNT_32BIT", "counts = {"]

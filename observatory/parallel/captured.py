@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from observatory.errors import PlacementError, RunError
-from observatory.parallel.placement import PlacementChoice
+from observatory.parallel.placement import PlacementChoice, PlacementFile
 from observatory.parallel.scan import all_ranks, place, placement_rule
 from observatory.parallel.traffic import Sources, traffic_matrices
 from observatory.records_bench import Traffic
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from observatory.records import ModelSpec
     from observatory.store import Run
 
-__all__ = ["CapturedTraffic", "captured_traffic", "row_bytes", "whole_rows"]
+__all__ = ["CapturedTraffic", "captured_traffic", "departures", "row_bytes", "whole_rows"]
 
 _ELEMENT_BYTES = {
     "float64": 8,
@@ -144,6 +144,38 @@ def captured_traffic(
                 row_bytes=each,
                 sources=sources,
             )
+
+
+def departures(run: Run, *, ep: int, placement: PlacementChoice = "linear") -> list[str]:
+    """In what the matrices of `captured_traffic` depart from what the run exchanged, one sentence each.
+
+    Matrices come from routing rows: a degree that the run did not have is a what-if, but at the run's own
+    degree they read as what was exchanged, which they are not under another placement or for a dispatcher
+    that does not send one copy per assignment.
+
+    Raises:
+        PlacementError: the degree or the file does not fit the model.
+    """
+    topology, config = run.manifest.topology, run.manifest.config
+    if topology.ranks != ep or ep == 1:
+        return []
+    rule = placement_rule(placement)
+    name = rule.name if isinstance(rule, PlacementFile) else rule
+    held = topology.placement
+    found = []
+    if held is None:
+        found.append(f"the run does not say which rank held which expert; placement {name} is assumed")
+    elif any(
+        [(int(rank),) for rank in place(rule, layer=item.layer, experts=item.experts, ep=ep).rank_of_E]
+        != [tuple(ranks) for ranks in held]
+        for item in run.manifest.model.moe_layers
+    ):
+        found.append(f"the run had its experts on other ranks than placement {name}, which is shown here")
+    if config.get("deduplicate") is True:
+        found.append("the run sent a token once per destination rank; here every assignment is sent")
+    if config.get("algorithm") == "gather":
+        found.append("the run gathered all tokens on all ranks; here every assignment is sent to its expert")
+    return found
 
 
 def whole_rows(traffic_RR: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.int64]:

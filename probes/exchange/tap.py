@@ -153,6 +153,7 @@ def _kernel(name: str, read: Reader) -> Callable[..., Any]:
     operator = getattr(torch.ops.c10d, name).default
     handle = operator._handle
     names = [argument.name for argument in operator._schema.arguments]
+    alone = len(operator._schema.returns) == 1
     flag = names.index("async_op") if "async_op" in names else len(names)
     below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
 
@@ -165,7 +166,7 @@ def _kernel(name: str, read: Reader) -> Callable[..., Any]:
         if start is None:
             return result
         returned_ns = time.monotonic_ns()
-        work = result[-1] if isinstance(result, tuple | list) else result
+        work = result if alone else result[-1]
         # A trailing argument that has its default value is not passed on: async_op is True by default.
         blocking = flag < len(arguments) and not arguments[flag]
         hidden_ns = 0
@@ -222,13 +223,14 @@ def _tell_and_watch_end(
     else:
         work = torch._C._distributed_c10d.Work.unbox(boxed)
     waits = bool(issue.blocking) and type(issue.start) is int
-    was_over = waits and work is not None and _is_over(work)
+    # The time is taken after the look: an end must never seem to lie before a peer's arrival.
+    over_ns = time.monotonic_ns() if waits and work is not None and _is_over(work) else None
     for listener in listeners:
         listener.issued(issue, group)
     if work is None:
         return 0
     if waits:
-        return _wait(issue, work, returned_ns, was_over=was_over)
+        return _wait(issue, work, returned_ns, over_ns=over_ns)
     if type(issue.start) is int:
         _note_end(issue, work)
     else:
@@ -243,21 +245,27 @@ def _is_over(work: Any) -> bool:
         return False
 
 
-def _wait(issue: Issue, work: Any, returned_ns: int, *, was_over: bool) -> int:
+def _wait(issue: Issue, work: Any, returned_ns: int, *, over_ns: int | None) -> int:
     """Wait in place of the caller, who waits next thing.
+
+    Args:
+        issue: the exchange.
+        work: its handle.
+        returned_ns: when it was on its way.
+        over_ns: when it was seen to be over already; None when it was not.
 
     Returns:
         Host time that this hid, nanoseconds: all of it where the exchange was still on its way.
     """
     before_ns = time.monotonic_ns()
-    since_ns = before_ns if was_over or _is_over(work) else returned_ns
+    since_ns = returned_ns if over_ns is None and not _is_over(work) else before_ns
     try:
         work.wait()
     except Exception:  # the caller waits as well and gets the same error
         issue.state = "failed"
         return time.monotonic_ns() - since_ns
     after_ns = time.monotonic_ns()
-    issue.finish(returned_ns if was_over else after_ns)
+    issue.finish(after_ns if over_ns is None else over_ns)
     return after_ns - since_ns
 
 

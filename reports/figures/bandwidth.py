@@ -20,6 +20,8 @@ _ALGORITHMS = {
     "gather": ("green", "diamond", "dashdot"),
 }
 _OTHER = ("purple", "triangle-up", "dot")
+#: How far beyond points and lines a band is shown.
+_REACH = 4
 
 
 def bandwidth_curves(points: pd.DataFrame, curves: pd.DataFrame) -> go.Figure:
@@ -31,8 +33,10 @@ def bandwidth_curves(points: pd.DataFrame, curves: pd.DataFrame) -> go.Figure:
         curves: the model's: ``algorithm``, ``leaving``, ``size_bytes``, ``us``, ``low_us``, ``high_us``;
             empty without a model.
     """
-    sizes, ends = points["size_bytes"], [*points["p10_us"], *points["p90_us"]]
-    ends += [*curves["low_us"], *curves["high_us"]]
+    sizes, ends = points["size_bytes"], [*points["p10_us"], *points["p90_us"], *curves["us"]]
+    # A band far beyond all points would leave nothing of them; it is cut off at the edge.
+    low, high = min(ends) / _REACH, max(ends) * _REACH
+    ends += [*curves["low_us"].clip(lower=low), *curves["high_us"].clip(upper=high)]
     figure = empty_figure(
         640,
         x=size_axis("", sizes, showticklabels=False, ticks="", anchor="y"),

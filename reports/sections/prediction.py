@@ -20,10 +20,12 @@ __all__ = ["PATTERN_NAMES", "errors_of", "prediction_section"]
 
 _TITLE = "Measured against predicted"
 #: What a row of ``checked`` is called.
-PATTERN_NAMES = {"captured": "captured, replayed", "uniform": "uniform, replayed", "own": "own exchanges"}
+PATTERN_NAMES = {"captured": "captured, replayed", "uniform": "uniform, replayed", "own": "own"}
 #: Points of one picture; the numbers are of all.
 _MOST_POINTS = 1500
 _MOST_ROWS = 120
+#: A model fitted longer before or after than this is said to be so.
+_LONG_S = 2 * 3600.0
 _PLACE = ["phase", "layer", "role"]
 _KEYS = ["network", "replay", "run", "algorithm"]
 
@@ -135,18 +137,32 @@ def _reservations(found: BenchmarkFrames, network: int, replay: Any, frames: Rep
     told = ""
     if pd.isna(replay):
         hosts = {host.name for host in frames.facts[run].manifest.hosts}
+        measured_unix_s = frames.facts[run].manifest.created_unix_s
     else:
         given = found.files.replays[int(replay)]
         hosts = _hosts(given.document)
+        measured_unix_s = given.document.created_unix_s
         if given.path.name in model.sources:
             told += (
                 f" The model was fitted to a file of this name ({shorten(given.path.name, 32)}): these are "
                 "not errors on traffic that it had not seen."
             )
+    apart_s = abs(model.created_unix_s - measured_unix_s)
+    if _LONG_S < apart_s < np.inf:
+        when = "after" if model.created_unix_s > measured_unix_s else "before"
+        told += (
+            f" The model was fitted {_duration(apart_s)} {when} this was measured, perhaps in another state "
+            "of the machine."
+        )
     fitted = {source.removeprefix("host ") for source in model.sources if source.startswith("host ")}
     if hosts and fitted and not hosts & fitted:
         told += f" Measured on {_names(hosts)}, the model was fitted on {_names(fitted)}."
     return told
+
+
+def _duration(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.0f} days"
 
 
 def _hosts(result: BenchResult) -> set[str]:
@@ -186,10 +202,14 @@ def _error_table(frames: ReportFrames, found: BenchmarkFrames) -> Table:
         ["Traffic and phase", "Median error", "90th percentile", "Bias", "Inside 90 % interval",
          "Extrapolated", "Exchanges"],
         rows,
+        note="Own: the run's own exchanges, waiting taken off. A 90 % interval that is right holds nine of "
+        "ten measurements.",
     )  # fmt: skip
 
 
 def _left_out_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
+    keys = ["network", "replay", "run", "reason"]
+    told = found.left_out.groupby(keys, sort=False, dropna=False)["exchanges"].sum().reset_index()
     rows = [
         [
             _source(frames, found, row.replay, int(row.run)),
@@ -197,7 +217,7 @@ def _left_out_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | Non
             plain(row.reason),
             count(row.exchanges),
         ]
-        for row in each_row(found.left_out)
+        for row in each_row(told)
     ]
     if not rows:
         return None

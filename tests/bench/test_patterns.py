@@ -50,6 +50,12 @@ def test_a_plan_has_each_matrix_once_and_refuses_what_it_does_not_know() -> None
     )
     volumes = [sum(map(sum, traffic.send_bytes_PP)) for traffic in plan.traffic]
     assert volumes == [128, 0, 2 * 992], "sizes are whole rows of 16 bytes"
+    assert plan.notes == ()
+    twice = alltoall_plan(ranks=2, sizes_bytes=[64], patterns=["uniform", "hot"], algorithms=["flat"])
+    assert [item.pattern for item in twice.traffic] == ["uniform"]
+    assert twice.notes == (
+        "hot is the same traffic as another pattern on 2 ranks and was not measured again",
+    )
     with pytest.raises(ExchangeError, match="algorithm 'ring' is unknown"):
         alltoall_plan(ranks=2, sizes_bytes=[64], patterns=["uniform"], algorithms=["ring"])
     with pytest.raises(BenchmarkError, match="below one row"):

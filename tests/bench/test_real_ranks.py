@@ -59,6 +59,18 @@ def test_the_command_starts_its_own_ranks_and_keeps_raw_times(
     assert "--force" in capsys.readouterr().err
 
 
+def test_the_bandwidth_of_a_small_exchange_is_not_shown_as_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["bench", "alltoall", "--ranks", "1", "--sizes", "16", "--patterns", "uniform,skewed"]
+    assert main([*argv, "--repeats", "2", "--out", str(tmp_path / "bench.json")]) == 0
+    shown = capsys.readouterr()
+    algbw = next(line for line in shown.out.splitlines() if " flat " in line).split("│")[7].strip()
+    case = load_bench(tmp_path / "bench.json").cases[0]
+    assert float(algbw) == pytest.approx(case.algbw_gb_per_s, rel=0.01)
+    assert "note: skewed is the same traffic" in shown.err
+
+
 def test_a_replay_compares_captured_with_uniform_traffic_of_equal_volume(
     captured_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

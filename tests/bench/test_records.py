@@ -65,6 +65,8 @@ HOSTILE = {
     "bytes beyond any machine": (("cases", 0, "send_bytes_PP", 0, 0), 1 << 60),
     "half a byte": (("cases", 0, "send_bytes_PP", 0, 0), 0.5),
     "a time of zero": (("cases", 0, "rank_us_RP", 0, 0), 0.0),
+    "a time that squares to infinity": (("cases", 0, "rank_us_RP", 0, 0), 1e200),
+    "a time that squares to nothing": (("cases", 0, "rank_us_RP", 0, 0), 1e-200),
     "a time that is no number": (("cases", 0, "rank_us_RP", 0, 0), "soon"),
     "a rank without a time": (("cases", 0, "rank_us_RP", 0), [1.0, 2.0, 3.0]),
     "no repeats": (("cases", 0, "rank_us_RP"), []),

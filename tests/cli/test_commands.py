@@ -201,8 +201,35 @@ def test_a_negative_seed_is_wrong_usage(
     seed: str, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["routing", str(make_run()), "--seed", seed]) == 2
-    assert main(["scan", str(make_run("other")), "--gpus-per-node", "9" * 30]) == 2
+    assert main(["fit", "bench.json", "--out", "fit.json", "--seed", seed]) == 2
     capsys.readouterr()
+
+
+def test_numbers_beyond_what_a_file_may_hold_are_wrong_usage(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(make_run())
+    assert main(["scan", run, "--gpus-per-node", "9" * 30]) == 2
+    assert main(["fit", "bench.json", "--out", "fit.json", "--bootstrap", "20000"]) == 2
+    assert main(["export", run, "ucc", "--ep", "2", "--out", "out", "--row-bytes", "9" * 30]) == 2
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--algorithm", "ring"], "algorithm 'ring' does not exist; expected one of flat"),
+        (["--backend", "pigeon"], "backend 'pigeon' does not exist; expected one of auto"),
+        (["--ep", "2", "--backend", "pigeon"], "backend 'pigeon' does not exist"),
+        (["--ep", "2", "--backend", "mpi"], "under it: mpiexec -n 2"),
+        (["--ep", "4", "--ranks-per-node", "3"], "expected a divisor of 4"),
+    ],
+)
+def test_a_profile_that_cannot_be_is_refused_before_ranks_are_started(
+    argv: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in complaint(capsys, "profile", "nowhere", "--out", str(tmp_path / "run"), *argv)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_absurdly_long_name_does_not_flood_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,6 +246,10 @@ def test_a_pipe_instead_of_a_file_is_refused_and_not_waited_for(
     scan = ["scan", str(make_run()), "--ep", "2", "--placement", str(tmp_path / "pipe")]
     assert "plain file" in complaint(capsys, *scan)
     assert "plain file" in complaint(capsys, "grid", str(tmp_path / "pipe"), "--out", str(tmp_path / "grid"))
+    assert "plain file" in complaint(
+        capsys, "fit", str(tmp_path / "pipe"), "--out", str(tmp_path / "fit.json")
+    )
+    assert "plain file" in complaint(capsys, *scan[:4], "--network", str(tmp_path / "pipe"))
 
 
 def test_an_error_nobody_foresaw_is_one_line_too(

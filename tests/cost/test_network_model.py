@@ -210,7 +210,33 @@ def test_a_damaged_or_newer_model_is_one_clear_line(
         load_network(path)
 
 
-@pytest.mark.parametrize("value", ["NaN", "-1", "1e999"])
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("domain", "ranks"), []),
+        (("domain", "nodes"), []),
+        (("ratio_Q", 0), -5.0),
+        (("ratio_Q", 0), 1e300),
+        (("samples_BF",), [[1e300] * 4]),
+        (("coefficients", 0, "us_per_unit"), None),
+        (("coefficients", 0, "reason"), "never measured"),
+    ],
+)
+def test_a_model_that_no_fit_writes_is_refused(
+    where: tuple[str | int, ...], value: object, tmp_path: Path
+) -> None:
+    document = json.loads(fit_network([made_result(hockney, TWO_NODES)], bootstrap=0).model_dump_json())
+    (*parents, last), inner = where, document["fits"][0]
+    for key in parents:
+        inner = inner[key]
+    inner[last] = value
+    path = tmp_path / "fit.json"
+    path.write_text(json.dumps(document))
+    with pytest.raises(BenchmarkError, match="not valid"):
+        load_network(path)
+
+
+@pytest.mark.parametrize("value", ["NaN", "-1", "1e999", "1e308"])
 def test_coefficients_that_cannot_be_are_refused(value: str, tmp_path: Path) -> None:
     text = fit_network([made_result(hockney, TWO_NODES)], bootstrap=0).model_dump_json()
     at = text.index('"us_per_unit":') + len('"us_per_unit":')

@@ -13,7 +13,7 @@ from observatory.cli import main
 from observatory.cost import fit_network, realism
 from observatory.cost.scan import scan_times
 from observatory.errors import BenchmarkError
-from observatory.parallel.captured import captured_traffic, row_bytes, whole_rows
+from observatory.parallel.captured import captured_traffic, departures, row_bytes, whole_rows
 from observatory.records import ModelSpec
 from observatory.records_bench import BenchCase, BenchResult, Traffic
 from observatory.store import open_run
@@ -88,6 +88,31 @@ def test_rows_have_the_bytes_of_the_model() -> None:
 def test_whole_rows_keep_the_total_and_round_the_largest_remainders_up() -> None:
     assert whole_rows(np.array([[0.5, 0.2], [1.9, 1.4]])).tolist() == [[1, 0], [2, 1]]
     assert whole_rows(np.array([[3, 1], [0, 2]])).tolist() == [[3, 1], [0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("placement", "config", "said"),
+    [
+        ([[0], [0], [1], [1]], {}, []),
+        ([[0], [1], [0], [1]], {}, ["on other ranks than placement linear"]),
+        ([[0, 1], [0], [1], [1]], {}, ["on other ranks"]),
+        (None, {}, ["does not say which rank held which expert; placement linear is assumed"]),
+        ([[0], [0], [1], [1]], {"deduplicate": True}, ["once per destination rank"]),
+        ([[0], [0], [1], [1]], {"algorithm": "gather"}, ["gathered all tokens"]),
+    ],
+)
+def test_matrices_that_are_not_what_the_run_exchanged_say_so(
+    placement: object, config: dict[str, object], said: list[str], make_run: MakeRun
+) -> None:
+    path = make_run()
+    manifest = json.loads((path / "run.json").read_text())
+    manifest["topology"] = {"ranks": 2, "ep": 2, "placement": placement}
+    (path / "run.json").write_text(json.dumps(manifest | {"config": config}))
+    run = open_run(path)
+    found = departures(run, ep=2)
+    assert len(found) == len(said)
+    assert all(part in note for part, note in zip(said, found, strict=True))
+    assert departures(run, ep=4) == [], "another degree is a what-if, and reads as one"
 
 
 def test_chosen_steps_are_spread_over_the_run(make_run: MakeRun) -> None:

@@ -20,7 +20,7 @@ from observatory.records_bench import Traffic
 from tests.conftest import MakeRun
 
 SQUARE = st.integers(1, 12).flatmap(
-    lambda ranks: arrays.arrays(np.int64, (ranks, ranks), elements=st.integers(0, (1 << 32) - 1))
+    lambda ranks: arrays.arrays(np.int64, (ranks, ranks), elements=st.integers(0, ((1 << 32) - 1) // ranks))
 )
 
 
@@ -88,6 +88,11 @@ def test_ucc_counts_of_other_types_are_elements() -> None:
 def test_counts_over_32_bits_are_refused() -> None:
     with pytest.raises(BenchmarkError, match="32-bit counts"):
         pattern_lines([[[1 << 32]]])
+    whole = 1 << 31
+    with pytest.raises(BenchmarkError, match="displacements"):
+        pattern_lines([[[whole, whole], [0, 0]]])  # each fits, what the rank sends does not
+    with pytest.raises(BenchmarkError, match="displacements"):
+        pattern_lines([[[whole, 0], [whole, 0]]])
 
 
 @pytest.mark.parametrize(
@@ -148,5 +153,8 @@ def test_the_command_refuses_what_does_not_fit(
     assert main(["export", run, "ucc", "--ep", "2", "--out", out, "--row-bytes", "4", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     first = parse_patterns(Path(document["files"][0]).read_text())
+    index = json.loads(Path(document["files"][-1]).read_text())
+    assert index["notes"] == document["notes"] == ["source ranks: spread evenly (estimate)"]
+    assert (index["placement"], index["row_bytes"]) == ("linear", 4)
     # Loads 1, 1, 2, 4 of one rank, spread evenly over two: each sends 1 and 3 rows of 4 bytes.
     assert first[0].tolist() == [[4, 12], [4, 12]]

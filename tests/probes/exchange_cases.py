@@ -273,6 +273,15 @@ def threads(me: Rank) -> None:
 
 
 @case
+def many(me: Rank) -> None:
+    """Small exchanges one after the other, all to all."""
+    with me.watch("many"):
+        for number in range(400):
+            dist.all_to_all_single(torch.empty(6, 2), me.rows(), async_op=number % 4 == 3)
+            dist.all_reduce(torch.zeros(1))
+
+
+@case
 def nested(me: Rank) -> None:
     """A watch inside a watch."""
     with me.watch("nested_outer"):

@@ -190,6 +190,8 @@ def test_a_watch_is_used_once_and_only_inside_its_block(tmp_path: Path) -> None:
         ({"rank": 1}, "rank=1 and world=None do not fit"),
         ({"rank": 2, "world": 2}, "rank=2 and world=2 do not fit"),
         ({"rank": 1, "world": 2, "overwrite": True}, "overwrite is asked for with 2 ranks"),
+        ({"clock_timeout_s": 0}, "clock_timeout_s is 0; expected more than 0"),
+        ({"run_id": ""}, "run_id has 0 characters; expected 1 to 200"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

@@ -287,6 +287,23 @@ def test_a_group_does_not_live_on_because_it_was_watched(tmp_path: Path, alone: 
 
 
 @pytest.mark.usefixtures("alone")
+def test_an_end_is_never_put_before_the_moment_at_which_it_was_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(work: Any) -> bool:
+        """What a busy machine does: the exchange becomes complete while this thread is not running."""
+        time.sleep(0.05)
+        return bool(work.is_completed())
+
+    monkeypatch.setattr(tap, "_is_over", interrupted)
+    with watched(tmp_path / "r"):
+        send_something()
+    (row,) = observatory.open_run(tmp_path / "r").exchanges().itertuples()
+    assert row.end_ns - row.start_ns > 50e6
+    assert row.blocking
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_forked_child_is_not_listened_to(tmp_path: Path) -> None:
     with watched(tmp_path / "r") as watch:
         with warnings.catch_warnings():

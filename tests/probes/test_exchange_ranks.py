@@ -177,6 +177,13 @@ def test_threads_do_not_disturb_each_other(rows: Rows) -> None:
     assert len(frame) == 3 * 2 * 30
 
 
+def test_no_exchange_ends_before_those_it_got_data_from_arrived(rows: Rows) -> None:
+    frame = rows("many")
+    assert len(frame) == 3 * 400
+    for _, own in frame.groupby("sequence"):
+        assert own.start_ns.max() <= own.end_ns.min()
+
+
 def test_watches_nest(rows: Rows, facts: Callable[[str], list[Any]]) -> None:
     assert facts("nested") == [{"inside": True, "after": False}] * 2
     assert len(rows("nested_outer")) == 9

@@ -6,12 +6,18 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import observatory
 from observatory.ranks import RankOf, find_rank
+from observatory.records import Manifest, ModelSpec, Topology
+from observatory.store import RunWriter
+from observatory.watching import Watch
+from tests.probes.tiny import ToldModel, ids, told_adapter
 
 _RANK = """
     import os, sys
@@ -71,6 +77,32 @@ def test_a_rank_that_dies_leaves_the_data_of_the_other(tmp_path: Path) -> None:
     assert frame[frame.source_rank == 0].groupby("expert").load.sum().to_dict() == {0: 2, 1: 0, 2: 2}
 
 
+def test_several_ranks_replace_a_run_by_the_id_that_all_were_given(tmp_path: Path) -> None:
+    """A rank that is early waits for the new run, although the old one still says that it is running."""
+    model, out = ToldModel(), tmp_path / "r"
+
+    def watching(rank: int, run_id: str, *, overwrite: bool) -> Watch:
+        return observatory.watch(
+            model, out, adapters=[told_adapter(3)], rank=rank, world=2, run_id=run_id, overwrite=overwrite
+        )
+
+    RunWriter.create(
+        out,
+        Manifest(run_id="old", created_unix_s=0.0, model=ModelSpec(name="m"), topology=Topology(ranks=2)),
+    )
+    with ThreadPoolExecutor() as pool:
+        early = pool.submit(RunWriter.join, out, rank=1, run_id="new", timeout_s=20)
+        time.sleep(0.3)
+        assert not early.done()
+        with watching(0, "new", overwrite=True) as watch:
+            model([ids([0])])
+            watch.step()
+            early.result().close(steps=1)
+    run = observatory.open_run(out)
+    assert run.manifest.run_id == "new"
+    assert [status.steps for status in run.manifest.ranks] == [1, 1]
+
+
 def test_the_rank_is_told_or_found_in_torchrun_s_environment() -> None:
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "RANK": "3", "WORLD_SIZE": "8"}
     assert find_rank(environment=torchrun) == RankOf(rank=3, world=8, launcher="torchrun")
@@ -80,8 +112,6 @@ def test_the_rank_is_told_or_found_in_torchrun_s_environment() -> None:
 
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (0, 2)])
 def test_the_manifest_states_the_number_of_ranks(tmp_path: Path, rank: int, world: int) -> None:
-    from tests.probes.tiny import ToldModel, ids, told_adapter
-
     model = ToldModel()
     with observatory.watch(
         model, tmp_path / "r", adapters=[told_adapter(3)], rank=rank, world=world

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from reports.sections import exchange_sections, file_records, findings, problems
 from reports.theme import LIGHT_TO_DARK
 from tests.reports.sample_benchmarks import BACKEND, a_bench, a_model, a_replay, a_run, saved
 from tests.reports.test_report import HOSTILE, Tags
+from tests.reports.test_wording import texts
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +118,15 @@ def test_predictions_stand_beside_replayed_and_own_exchanges(tmp_path: Path, mod
     assert rows.keys() == {
         "captured, replayed, prefill",
         "uniform, replayed, prefill",
-        "own exchanges, prefill",
+        "own, prefill",
     }
-    assert rows["own exchanges, prefill"][-1] == "3"
+    assert rows["own, prefill"][-1] == "3"
     assert rows["captured, replayed, prefill"][-1] == "8"
     assert frames.benchmarks is not None
     checked = frames.benchmarks.checked
     errors = checked[checked["pattern"] == "own"]["error"]
     assert float(errors.median()) < 0.05
-    assert rows["own exchanges, prefill"][1] == f"{100 * errors.median():.1f} %"
+    assert rows["own, prefill"][1] == f"{100 * errors.median():.1f} %"
     assert f"median error {100 * errors.median():.1f} %, 90th percentile" in own.note
     assert any(
         "Median error of the network model fit.json on the replayed" in text for text in findings(frames)
@@ -156,6 +158,21 @@ def test_a_model_that_was_fitted_to_the_replay_is_told_apart(tmp_path: Path) -> 
     assert "not errors on traffic that it had not seen" in replayed.note
     assert "Measured on node-a, the model was fitted on node-b." in replayed.note
     assert "had not seen" not in own.note
+    assert "days after this was measured" in own.note, "the sample's run was made in 1970"
+
+
+def test_every_sentence_has_its_end_and_no_number_is_missing(tmp_path: Path, model_file: Path) -> None:
+    frames = frames_of(
+        a_run(tmp_path / "run"),
+        bench=(saved(tmp_path / "bench.json", a_bench()),),
+        replays=(saved(tmp_path / "replay.json", a_replay(phases=("prefill", "decode"))),),
+        networks=(model_file,),
+    )
+    said = [text for section in exchange_sections(frames) for text in texts(section)] + findings(frames)
+    assert len(said) > 20
+    for text in filter(None, said):
+        assert text.endswith((".", ":")), text
+        assert not re.search(r" [;,.)]|  |\bnan\b|\bNone\b|<NA>", text), text
 
 
 def test_bandwidths_follow_the_conventions_and_the_model_lies_between_the_points(
@@ -187,6 +204,17 @@ def test_bandwidths_follow_the_conventions_and_the_model_lies_between_the_points
     labels = [variant.label for variant in figure(section).variants]
     assert labels == ["uniform, 4 ranks", "skewed, 4 ranks"]
     assert "An empty exchange takes 100 µs (flat)." in figure(section).variants[0].note
+
+
+def test_a_band_without_end_does_not_flatten_the_curves(tmp_path: Path, model_file: Path) -> None:
+    bench = saved(tmp_path / "bench.json", a_bench(noise=0.0))
+    found = frames_of(a_run(tmp_path / "run"), bench=(bench,), networks=(model_file,)).benchmarks
+    assert found is not None
+    uniform = found.points[found.points["pattern"] == "uniform"]
+    curve = found.curves[found.curves["pattern"] == "uniform"].assign(low_us=0.0, high_us=1e18)
+    low, high = bandwidth_curves(uniform, curve).layout.yaxis.range
+    assert low < np.log10(uniform["us"].min())
+    assert np.log10(uniform["us"].max()) < high < np.log10(uniform["us"].max()) + 1
 
 
 def test_coefficients_have_intervals_and_the_choice_its_rivals(tmp_path: Path, model_file: Path) -> None:
@@ -266,9 +294,9 @@ def test_an_algorithm_that_the_model_does_not_know_is_counted(tmp_path: Path, mo
     frames = frames_of(a_run(tmp_path / "run"), replays=(replay,), networks=(model_file,))
     section = sections_of(frames)["prediction"]
     assert {row[0].detail for row in table(section, 1).rows} == {"m, flat"}
-    reasons = [row[2].text for row in table(section, 2).rows]
-    assert len(reasons) == 2, "captured and uniform"
-    assert all("knows flat, not 'gather'" in reason for reason in reasons)
+    ((_, _, reason, exchanges),) = table(section, 2).rows
+    assert "knows flat, not 'gather'" in reason.text
+    assert exchanges.text == "16", "captured and uniform, told once"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from reports.text import (
     figure_text,
     interval,
     listing,
+    microseconds,
     number,
     plain,
     shorten,
@@ -96,3 +97,19 @@ def test_the_policy_allows_the_given_script_and_no_other_source() -> None:
 )
 def test_numbers_read_well_and_missing_ones_are_never_zero(made: str, expected: str) -> None:
     assert made == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0.0, "0.00 µs"), (7.25, "7.25 µs"), (183.4, "183 µs"), (4123.0, "4.12 ms"), (45_000.0, "45.0 ms"),
+        (2.5e6, "2.50 s"), (1.2e14, "1.2e+08 s"), (None, "n/a"), (float("inf"), "n/a"), (-83.4, "−83.4 µs"),
+    ],
+)  # fmt: skip
+def test_times_are_told_in_the_unit_that_reads_best(value: float | None, said: str) -> None:
+    assert microseconds(value) == said
+
+
+def test_differences_carry_their_sign() -> None:
+    assert microseconds(143.0, signed=True) == "+143 µs"
+    assert microseconds(-1280.0, signed=True) == "−1.28 ms"
