@@ -29,6 +29,7 @@ from observatory.provenance import new_manifest
 from observatory.ranks import RankOf, find_rank
 from observatory.records import PHASES, ClockSpec, DataSpec, Phase, Topology
 from observatory.store import RunWriter
+from probes.exchange.flight import recorder_unsupported
 from probes.exchange.tap import unsupported
 from probes.routing.describe import describe_model
 from probes.routing.discover import find_sites
@@ -54,6 +55,7 @@ def watch(
     window_steps: int = 1,
     flush_seconds: float = 10.0,
     exchanges: bool | None = None,
+    flight_recorder: bool = False,
     overwrite: bool = False,
     adapters: Sequence[Adapter] = (),
     model_name: str | None = None,
@@ -79,6 +81,8 @@ def watch(
         flush_seconds: seconds after which captured rows are on disk.
         exchanges: also time every all-to-all of ``torch.distributed`` (docs/exchange.md). None: when it is
             initialised with more than one rank.
+        flight_recorder: with exchanges, also keep what torch's flight recorder says of each, as a second
+            source (docs/exchange.md#the-flight-recorder-as-a-second-source).
         overwrite: replace an existing run; not with several ranks.
         adapters: how to read layers that are not understood by themselves.
         model_name: name for the manifest.
@@ -118,6 +122,7 @@ def watch(
         window_steps=window_steps,
         flush_seconds=flush_seconds,
         exchanges=exchanges,
+        flight_recorder=flight_recorder,
         overwrite=overwrite,
         adapters=adapters,
         origin=_Origin(
@@ -166,6 +171,7 @@ class Watch:
         window_steps: int,
         flush_seconds: float,
         exchanges: bool | None,
+        flight_recorder: bool,
         overwrite: bool,
         adapters: Sequence[Adapter],
         origin: _Origin,
@@ -182,6 +188,7 @@ class Watch:
         self._flush_seconds = flush_seconds
         self._overwrite = overwrite
         self._wanted = exchanges
+        self._flight_recorder = flight_recorder
         self._adapters = adapters
         self._origin = origin
         self._session: CaptureSession | None = None
@@ -193,6 +200,9 @@ class Watch:
     def __enter__(self) -> Self:
         if self._writer is not None:
             raise CaptureError(f"the watch on {self.run_path} was entered before; make a new one")
+        exchanges = self._has_exchanges()
+        if self._flight_recorder:
+            _check_recorder(exchanges)
         self._process = os.getpid()
         self.sites = tuple(find_sites(self._model, adapters=self._adapters))
         self._writer = self._open_run()
@@ -205,7 +215,8 @@ class Watch:
                 sample_tokens=self._sample_tokens,
                 window_steps=self._window_steps,
                 flush_seconds=self._flush_seconds,
-                exchanges=self._has_exchanges(),
+                exchanges=exchanges,
+                flight_recorder=self._flight_recorder,
                 situation=lambda: (self.steps, self._told),
             )
         except BaseException as error:
@@ -347,6 +358,7 @@ class Watch:
                     "gate_mass": self._gate_mass,
                     "sample_tokens": self._sample_tokens,
                     "flush_seconds": self._flush_seconds,
+                    "flight_recorder": self._flight_recorder,
                 },
             },
             window_steps=self._window_steps,
@@ -362,6 +374,19 @@ def _collected(problems: list[str]) -> Iterator[None]:
     except ObservatoryError as error:
         if str(error) not in problems:
             problems.append(str(error))
+
+
+def _check_recorder(exchanges: bool) -> None:
+    if not exchanges:
+        raise CaptureError(
+            "flight_recorder is asked for, but exchanges are not watched; start several ranks of "
+            "torch.distributed, or pass exchanges=True"
+        )
+    reason = recorder_unsupported()
+    if reason is not None:
+        raise CaptureError(
+            f"the flight recorder cannot be a second source: {reason}; leave flight_recorder out"
+        )
 
 
 def _check_phase(name: str) -> None:
