@@ -16,6 +16,7 @@ from torch import nn
 
 from collectives.recorder import Recorder, current_label
 from observatory.store import RunWriter
+from probes.exchange.flight import FlightRecorder
 from probes.exchange.groups import Groups
 from probes.exchange.issue import Issue, Mark
 from probes.exchange.log import ExchangeLog, SeenExchange, SeenSpan
@@ -29,6 +30,7 @@ __all__ = ["ExchangeProbe"]
 
 #: Name of the span around one call of an MoE block.
 BLOCK_SPAN = "moe_layer"
+_NAMED_GAPS = 3
 
 
 class ExchangeProbe:
@@ -39,6 +41,7 @@ class ExchangeProbe:
         situation: step and told phase (None when none was told) of what happens now.
         known_phase: phase of the model's call in progress as far as it is known.
         flush_seconds: seconds after which rows are on disk.
+        flight_recorder: take torch's flight recorder as a second source.
 
     Attributes:
         recorder: way in for transports that do not use ``torch.distributed``.
@@ -54,6 +57,7 @@ class ExchangeProbe:
         situation: Callable[[], tuple[int, str | None]],
         known_phase: Callable[[], str],
         flush_seconds: float = 10.0,
+        flight_recorder: bool = False,
     ) -> None:
         self.calls = 0
         self.captured_calls = 0
@@ -63,7 +67,8 @@ class ExchangeProbe:
         self._groups = Groups()
         self._anchors = Anchors()
         self._error: Exception | None = None
-        self._log = ExchangeLog(writer, self._anchors, flush_seconds=flush_seconds)
+        self._recorder = FlightRecorder() if flight_recorder else None
+        self._log = ExchangeLog(writer, self._anchors, flush_seconds=flush_seconds, recorder=self._recorder)
         self._places = Places(mark=self._mark, note_span=self._note_span)
         self.recorder: Recorder = RunRecorder(self._log.add, self._situation)
 
@@ -117,12 +122,21 @@ class ExchangeProbe:
             notes.append(f"{self._log.unended} exchanges have no end: they failed or were still in flight")
         if self._log.dropped:
             notes.append(f"{self._log.dropped} exchanges or spans were lost: they came faster than the disk")
+        for reason, gaps in self._log.recorder_gaps.most_common(_NAMED_GAPS):
+            notes.append(f"flight recorder, {gaps} of {self._log.written} exchanges: {reason}")
+        if self._log.recorder_error is not None:
+            notes.append(f"the flight recorder was given up: {self._log.recorder_error}")
         return tuple(notes)
 
     def cost(self) -> dict[str, JsonValue]:
         """What watching cost on the host, measured while it ran."""
         mean_us = round(self.host_ns / self.calls / 1000, 3) if self.calls else None
-        return {"exchanges": self.calls, "host_us_per_exchange": mean_us}
+        cost: dict[str, JsonValue] = {"exchanges": self.calls, "host_us_per_exchange": mean_us}
+        if self._recorder is not None:
+            reads = self._recorder.reads
+            cost["recorder_reads"] = reads
+            cost["recorder_ms_per_read"] = round(self._recorder.read_ns / reads / 1e6, 3) if reads else None
+        return cost
 
     def issued(self, issue: Issue, group: Any) -> None:
         """Called for every exchange."""

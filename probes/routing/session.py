@@ -39,6 +39,7 @@ class CaptureSession:
         window_steps: int = 1,
         flush_seconds: float = 10.0,
         exchanges: bool = False,
+        flight_recorder: bool = False,
         situation: Callable[[], tuple[int, str | None]] = lambda: (0, None),
     ) -> None:
         self._writer = writer
@@ -52,7 +53,9 @@ class CaptureSession:
         try:
             self._probe.attach()
             if exchanges:
-                self._exchange = self._watch_exchanges(model, situation, flush_seconds)
+                self._exchange = self._watch_exchanges(
+                    model, situation, flush_seconds, flight_recorder=flight_recorder
+                )
         except BaseException:
             self._probe.detach()
             self._probe.release()
@@ -170,7 +173,12 @@ class CaptureSession:
         }
 
     def _watch_exchanges(
-        self, model: nn.Module, situation: Callable[[], tuple[int, str | None]], flush_seconds: float
+        self,
+        model: nn.Module,
+        situation: Callable[[], tuple[int, str | None]],
+        flush_seconds: float,
+        *,
+        flight_recorder: bool,
     ) -> ExchangeProbe:
         probe = self._probe
         exchange = ExchangeProbe(
@@ -178,6 +186,7 @@ class CaptureSession:
             situation=situation,
             known_phase=lambda: SLOTS[probe.slot],
             flush_seconds=flush_seconds,
+            flight_recorder=flight_recorder,
         )
         for site, counter in zip(probe.sites, probe.counters, strict=True):
             counter.on_call = partial(exchange.routed, site.spec.layer)
