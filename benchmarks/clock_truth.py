@@ -3,7 +3,7 @@
     python -m benchmarks.clock_truth [--seeds 20] [--devices knee,soft] [--cases usual,noisy]
 
 Every row is of one device and one kind of sweep, over many seeds of noise and order. Truth is the device's own formula (tests/power/synthetic_device.py), which the fit does not see; no hardware was measured.
-"""  # noqa: D415 - a command line, then prose
+"""
 
 from __future__ import annotations
 

@@ -175,6 +175,8 @@ class ClockSpec(Record):
         identity: what names the clock itself; ranks with equal identities read the same clock, also where
             they never talked to each other. None where the system does not tell.
         reason: why there is no alignment; None when there is one, or nobody asked.
+        unix_minus_monotonic_ns: what this rank's wall clock was ahead of its monotonic clock when the status
+            was written, for other tools' times; None in runs of schema 1.0.
     """
 
     reference_rank: Count = 0
@@ -183,6 +185,7 @@ class ClockSpec(Record):
     drift_ppm: float | None = None
     measured_ns: int | None = None
     identity: Text | None = None
+    unix_minus_monotonic_ns: int | None = None
     method: Literal["shared clock", "ping-pong", "none"]
     reason: Text | None = None
 

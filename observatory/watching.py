@@ -31,6 +31,7 @@ from observatory.ranks import RankOf, find_rank
 from observatory.records import PHASES, ClockSpec, DataSpec, Phase, Topology
 from observatory.store import RunWriter
 from observatory.watching_power import WatchedPower
+from probes.exchange.flight import recorder_unsupported
 from probes.exchange.tap import unsupported
 from probes.routing.describe import describe_model
 from probes.routing.discover import find_sites
@@ -62,6 +63,7 @@ def watch(
     power_period_s: float = 0.05,
     align_clocks: bool = True,
     clock_timeout_s: float = 30.0,
+    flight_recorder: bool = False,
     overwrite: bool = False,
     run_id: str | None = None,
     adapters: Sequence[Adapter] = (),
@@ -92,6 +94,8 @@ def watch(
             was computed (docs/power.md). Devices by name; True for the GPUs of this process or else its
             processors; None for its GPUs if the model is on one; False for none. It takes about 2 s to begin.
         power_period_s: time between samples, seconds.
+        flight_recorder: with exchanges, also keep what torch's flight recorder says of each, as a second
+            source (docs/exchange.md#the-flight-recorder-as-a-second-source).
         align_clocks: where exchanges are watched, relate the clocks of all hosts to each other at enter and
             at exit (docs/waiting.md#one-clock). False: wait for no other rank there; waiting is then known
             between ranks of one host only, unless the program calls ``set_clock``.
@@ -147,6 +151,7 @@ def watch(
         wanted_power=power,
         power_period_s=power_period_s,
         clock_timeout_s=clock_timeout_s if align_clocks else None,
+        flight_recorder=flight_recorder,
         overwrite=overwrite,
         adapters=adapters,
         origin=_Origin(
@@ -200,6 +205,7 @@ class Watch:
         wanted_power: bool | Sequence[str] | None,
         power_period_s: float,
         clock_timeout_s: float | None,
+        flight_recorder: bool,
         overwrite: bool,
         adapters: Sequence[Adapter],
         origin: _Origin,
@@ -222,6 +228,7 @@ class Watch:
         self._clock_timeout_s = clock_timeout_s
         self._clock: StoreClock | None = None
         self._clock_told = False
+        self._flight_recorder = flight_recorder
         self._adapters = adapters
         self._origin = origin
         self._session: CaptureSession | None = None
@@ -233,6 +240,9 @@ class Watch:
     def __enter__(self) -> Self:
         if self._writer is not None:
             raise CaptureError(f"the watch on {self.run_path} was entered before; make a new one")
+        exchanges = self._has_exchanges()
+        if self._flight_recorder:
+            _check_recorder(exchanges)
         self._process = os.getpid()
         self.sites = tuple(find_sites(self._model, adapters=self._adapters))
         self._writer = self._open_run()
@@ -252,6 +262,7 @@ class Watch:
                 flush_seconds=self._flush_seconds,
                 exchanges=exchanges,
                 phase_spans=self._power.active,
+                flight_recorder=self._flight_recorder,
                 situation=lambda: (self.steps, self._told),
             )
         except BaseException as error:
@@ -433,6 +444,7 @@ class Watch:
                     "gate_mass": self._gate_mass,
                     "sample_tokens": self._sample_tokens,
                     "flush_seconds": self._flush_seconds,
+                    "flight_recorder": self._flight_recorder,
                 },
             },
             window_steps=self._window_steps,
@@ -450,6 +462,19 @@ def _collected(problems: list[str]) -> Iterator[None]:
     except ObservatoryError as error:
         if str(error) not in problems:
             problems.append(str(error))
+
+
+def _check_recorder(exchanges: bool) -> None:
+    if not exchanges:
+        raise CaptureError(
+            "flight_recorder is asked for, but exchanges are not watched; start several ranks of "
+            "torch.distributed, or pass exchanges=True"
+        )
+    reason = recorder_unsupported()
+    if reason is not None:
+        raise CaptureError(
+            f"the flight recorder cannot be a second source: {reason}; leave flight_recorder out"
+        )
 
 
 def _check_phase(name: str) -> None:

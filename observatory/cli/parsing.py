@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 from observatory.errors import BenchmarkError
 from observatory.stages import ALGORITHMS
 
-__all__ = ["parse_algorithms", "parse_names", "parse_roles", "parse_sizes"]
+__all__ = ["parse_algorithms", "parse_files_of_ranks", "parse_names", "parse_roles", "parse_sizes"]
 
 _UNITS = {
     "B": 1,
@@ -60,6 +62,29 @@ def parse_algorithms(text: str) -> tuple[str, ...]:
     if not names:
         raise BenchmarkError(f"no algorithm was named; expected {', '.join(ALGORITHMS)} or all")
     return names
+
+
+def parse_files_of_ranks(texts: Sequence[str], *, ranks: int) -> dict[int, Path]:
+    """Files by rank from ``RANK=FILE`` texts.
+
+    Args:
+        texts: as given.
+        ranks: ranks of the run.
+
+    Raises:
+        BenchmarkError: not such texts, a rank that the run does not have, or one named twice.
+    """
+    files: dict[int, Path] = {}
+    for text in texts:
+        found = re.fullmatch(r"(\d{1,7})=(.+)", text)
+        if found is None or not int(found.group(1)) < ranks:
+            raise BenchmarkError(
+                f"{text!r} does not name a rank's file; expected RANK=FILE with a rank from 0 to {ranks - 1}"
+            )
+        if int(found.group(1)) in files:
+            raise BenchmarkError(f"rank {found.group(1)} is named twice; give one file for each rank")
+        files[int(found.group(1))] = Path(found.group(2))
+    return files
 
 
 def parse_roles(text: str) -> tuple[str, ...]:

@@ -14,13 +14,25 @@ __all__ = ["exchanges"]
 
 def exchanges(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
+    flight_recorder: Annotated[
+        list[str] | None,
+        typer.Option(help="RANK=FILE: a flight recorder dump (JSON) to set beside that rank's rows."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Show the time of every layer's exchanges, split into waiting and transfer."""
     from observatory.cli.output import print_json, print_table, say
+    from observatory.cli.parsing import parse_files_of_ranks
     from observatory.documents import frame_records
     from observatory.errors import RunError
-    from observatory.exchange import critical_path, layer_waits, problems_of, rank_waits, run_waits
+    from observatory.exchange import (
+        critical_path,
+        layer_waits,
+        problems_of,
+        rank_waits,
+        recorder_of_run,
+        run_waits,
+    )
     from observatory.store import open_run
 
     opened = open_run(run)
@@ -30,6 +42,8 @@ def exchanges(
     layers, ranks = frame_records(layer_waits(waits)), frame_records(rank_waits(waits))
     unknown = problems_of(waits)
     phases = frame_records(critical_path(opened.spans(), waits))
+    dumps = parse_files_of_ranks(flight_recorder or (), ranks=opened.manifest.topology.ranks)
+    recorder = recorder_of_run(opened, dumps=dumps)
     for problem in opened.problems:
         say(f"note: {problem}")
     if json:
@@ -42,6 +56,7 @@ def exchanges(
                 "ranks": ranks,
                 "phases": phases,
                 "unknown": [{"reason": reason, "rows": rows} for reason, rows in unknown.items()],
+                "flight_recorder": None if recorder is None else recorder.document(),
             }
         )
         return
@@ -57,6 +72,15 @@ def exchanges(
         [_rank_cells(row) for row in ranks],
         title="per rank, sums over the run in ms",
     )  # fmt: skip
+    if recorder is not None:
+        print_table(
+            ["rank", "algorithm", "exchanges", "found", "recorder starts us later", "at worst", "outside",
+             "timed by both", "probe us", "recorder us", "at worst us apart", "differ"],
+            [_recorder_cells(row) for row in frame_records(recorder.agreement)],
+            title="flight recorder beside the probe, medians",
+        )  # fmt: skip
+        for reason, rows in recorder.gaps.items():
+            say(f"flight recorder, {rows} of {len(waits)} rows: {reason}")
     for reason, rows in unknown.items():
         say(f"no split for {rows} of {len(waits)} rows: {reason}")
     say("wait: share of the time in exchanges; last: how often it arrived last of all; docs/waiting.md")
@@ -74,6 +98,17 @@ def _rank_cells(row: dict[str, Any]) -> list[object]:
     names = ("duration_s", "wait_s", "held_s", "transfer_s", "idle_s", "unknown_s", "caused_wait_s")
     times = [_scaled(row[name], 1e3) for name in names]
     return [row["source_rank"], *times, row["times_last"], row["cause"]]
+
+
+def _recorder_cells(row: dict[str, Any]) -> list[object]:
+    counts = [row[name] for name in ("exchanges", "found")]
+    starts = [_scaled(row[name], 1e6) for name in ("start_p50_s", "start_worst_s")]
+    names = ("duration_p50_s", "recorder_duration_p50_s", "difference_worst_s")
+    times = [_scaled(row[name], 1e6) for name in names]
+    return [
+        row["source_rank"], row["algorithm"], *counts, *starts, row["outside"], row["timed"], *times,
+        row["differ"],
+    ]  # fmt: skip
 
 
 def _scaled(seconds: float | None, factor: float) -> str | None:

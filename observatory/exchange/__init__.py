@@ -3,6 +3,13 @@
 from observatory.exchange.anatomy import EXCHANGE_SPANS, SPAN_ORDER, critical_path, phase_times
 from observatory.exchange.causes import CAUSES, COMPUTE_SPANS, explain_last
 from observatory.exchange.clocks import clock_problem, rank_clocks, to_reference_ns
+from observatory.exchange.recorder import (
+    RecorderFindings,
+    recorder_agreement,
+    recorder_gaps,
+    recorder_of_run,
+    with_recorder_dumps,
+)
 from observatory.exchange.summary import layer_waits, problems_of, rank_waits, run_waits
 from observatory.exchange.traffic import exchange_traffic
 from observatory.exchange.waiting import wait_and_transfer
@@ -12,6 +19,7 @@ __all__ = [
     "COMPUTE_SPANS",
     "EXCHANGE_SPANS",
     "SPAN_ORDER",
+    "RecorderFindings",
     "clock_problem",
     "critical_path",
     "exchange_traffic",
@@ -21,7 +29,11 @@ __all__ = [
     "problems_of",
     "rank_clocks",
     "rank_waits",
+    "recorder_agreement",
+    "recorder_gaps",
+    "recorder_of_run",
     "run_waits",
     "to_reference_ns",
     "wait_and_transfer",
+    "with_recorder_dumps",
 ]

@@ -257,7 +257,9 @@ class RunWriter:
             error=error,
             steps=steps,
             dropped_rows=self.dropped_rows,
-            clock=self._clock,
+            clock=self._clock.model_copy(
+                update={"unix_minus_monotonic_ns": time.time_ns() - time.monotonic_ns()}
+            ),
             power=self._power,
         )
         write_rank_status(self.path, status)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,8 +17,10 @@ import pyarrow as pa
 import torch
 
 from observatory.errors import ObservatoryError
+from observatory.flight_recorder import Told
 from observatory.store import RunWriter
 from observatory.tables import EXCHANGE_SCHEMA, SPAN_SCHEMA
+from probes.exchange.flight import FlightRecorder
 from probes.exchange.groups import GroupFacts
 from probes.exchange.issue import Issue, Mark, per_peer_bytes
 from probes.exchange.streams import Anchors
@@ -32,6 +34,10 @@ _WAKE_AT = 1 << 13
 _STRETCH = 256
 #: How long the end of a watch waits for a device that has not come to our events yet.
 _GRACE_S = 5.0
+_NAMED_GAPS = 3
+_RECORDER_ROUNDS = 10
+#: Different reasons that are counted apart.
+_MOST_GAPS = 32
 
 
 @dataclass(slots=True)
@@ -66,17 +72,38 @@ class SeenSpan:
 class ExchangeLog:
     """Owns the thread, from construction to ``close``.
 
+    Args:
+        writer: run that rows go to.
+        anchors: what places events of devices on the host's clock.
+        flush_seconds: seconds after which rows are on disk.
+        recorder: torch's flight recorder as a second source; None to do without.
+
     Attributes:
         dropped: entries lost because the queue was full or their time never became known.
         unended: exchanges written without an end.
+        written: exchanges written.
+        recorder_gaps: what the flight recorder did not say of them, and how often.
+        recorder_error: why it could not be read any more; None as long as it can.
     """
 
-    def __init__(self, writer: RunWriter, anchors: Anchors, *, flush_seconds: float) -> None:
+    def __init__(
+        self,
+        writer: RunWriter,
+        anchors: Anchors,
+        *,
+        flush_seconds: float,
+        recorder: FlightRecorder | None = None,
+    ) -> None:
         self.dropped = 0
         self.unended = 0
+        self.written = 0
+        self.recorder_gaps: Counter[str] = Counter()
+        self.recorder_error: str | None = None
         self._writer = writer
         self._anchors = anchors
         self._flush_seconds = flush_seconds
+        self._recorder = recorder
+        self._wake_at = _WAKE_AT if recorder is None else min(_WAKE_AT, recorder.due_after)
         self._queue: deque[SeenExchange | SeenSpan] = deque()
         self._waiting: list[SeenExchange | SeenSpan] = []
         self._error: Exception | None = None
@@ -93,7 +120,7 @@ class ExchangeLog:
             self.dropped += 1
             return
         self._queue.append(seen)
-        if waiting == _WAKE_AT:
+        if waiting == self._wake_at:
             self._wake.set()
 
     def problem(self) -> str | None:
@@ -111,6 +138,10 @@ class ExchangeLog:
             notes.append(f"{self.unended} exchanges have no end: they failed or were still in flight")
         if self.dropped:
             notes.append(f"{self.dropped} exchanges or spans were lost: they came faster than the disk")
+        for reason, gaps in self.recorder_gaps.most_common(_NAMED_GAPS):
+            notes.append(f"flight recorder, {gaps} of {self.written} exchanges: {reason}")
+        if self.recorder_error is not None:
+            notes.append(f"the flight recorder was given up: {self.recorder_error}")
         return tuple(notes)
 
     def close(self) -> None:
@@ -127,7 +158,19 @@ class ExchangeLog:
         deadline = time.monotonic() + _GRACE_S
         while self._devices_are_late() and time.monotonic() < deadline:
             time.sleep(0.01)
+        if self._recorder is not None:
+            self._wait_for_recorder()
         self._guarded(last=True)
+
+    def _wait_for_recorder(self) -> None:
+        """NCCL's entries are completed by a thread of its own that looks every 100 ms."""
+        for _ in range(_RECORDER_ROUNDS):
+            self._guarded(last=False)
+            if not any(
+                isinstance(seen, SeenExchange) and seen.issue.end is not None for seen in self._waiting
+            ):
+                return
+            time.sleep(0.1)
 
     def _devices_are_late(self) -> bool:
         entries = (*self._waiting, *self._queue)
@@ -148,6 +191,8 @@ class ExchangeLog:
         entries, self._waiting = self._waiting, []
         while self._queue:
             entries.append(self._queue.popleft())
+        if self._recorder is not None and any(isinstance(seen, SeenExchange) for seen in entries):
+            self._read(self._recorder)
         for first in range(0, len(entries), _STRETCH):
             stretch = entries[first : first + _STRETCH]
             rows = [self._exchange_row(seen, last=last) for seen in stretch if isinstance(seen, SeenExchange)]
@@ -157,6 +202,13 @@ class ExchangeLog:
             time.sleep(0)
         if entries:
             self._writer.flush()
+
+    def _read(self, recorder: FlightRecorder) -> None:
+        try:
+            recorder.read()
+        except Exception as error:  # the first source goes on without the second
+            self._recorder = None
+            self.recorder_error = " ".join(f"{error}".split())[:500]
 
     def _append(self, table: str, rows: Sequence[tuple[object, ...]], schema: pa.Schema) -> None:
         if rows:
@@ -178,7 +230,15 @@ class ExchangeLog:
             if start_ns is None:
                 self.dropped += 1
                 return None
+        sends, receives = (per_peer_bytes(side, seen.group.size) for side in (issue.send, issue.receive))
+        told = self._told(seen, sends, receives)
+        if not (told.final or last):
+            self._waiting.append(seen)
+            return None
+        self.written += 1
         self.unended += end_ns is None
+        if told.problem is not None:
+            self.recorder_gaps[told.problem if len(self.recorder_gaps) < _MOST_GAPS else "other reasons"] += 1
         return (
             seen.step,
             seen.phase,
@@ -191,14 +251,26 @@ class ExchangeLog:
             seen.backend,
             start_ns,
             end_ns,
-            per_peer_bytes(issue.send, seen.group.size),
-            per_peer_bytes(issue.receive, seen.group.size),
+            sends,
+            receives,
             issue.blocking,
             seen.group.name,
             seen.backend_sequence,
-            None,
-            None,
-            None,
+            told.start_ns,
+            told.duration_ns,
+            told.problem,
+        )
+
+    def _told(self, seen: SeenExchange, sends: list[int] | None, receives: list[int] | None) -> Told:
+        """What the second source says."""
+        if self._recorder is None:
+            return Told()
+        return self._recorder.index.tell(
+            backend=seen.backend,
+            group=seen.group.name,
+            number=seen.backend_sequence,
+            send_bytes=sends,
+            receive_bytes=receives,
         )
 
     def _span_row(self, seen: SeenSpan, *, last: bool) -> tuple[object, ...] | None:

@@ -15,6 +15,7 @@ from pydantic import JsonValue
 from torch import nn
 
 from collectives.recorder import Recorder, current_label
+from probes.exchange.flight import FlightRecorder
 from probes.exchange.groups import Groups
 from probes.exchange.issue import Issue, Mark
 from probes.exchange.log import ExchangeLog, SeenExchange, SeenSpan
@@ -38,6 +39,7 @@ class ExchangeProbe:
         anchors: of the host's clock, of the same owner.
         situation: step and told phase (None when none was told) of what happens now.
         known_phase: phase of the model's call in progress as far as it is known.
+        flight_recorder: the second source that the log reads, for what it costs; None without.
 
     Attributes:
         recorder: way in for transports that do not use ``torch.distributed``.
@@ -53,6 +55,7 @@ class ExchangeProbe:
         *,
         situation: Callable[[], tuple[int, str | None]],
         known_phase: Callable[[], str],
+        flight_recorder: FlightRecorder | None = None,
     ) -> None:
         self.calls = 0
         self.captured_calls = 0
@@ -62,6 +65,7 @@ class ExchangeProbe:
         self._groups = Groups()
         self._anchors = anchors
         self._error: Exception | None = None
+        self._recorder = flight_recorder
         self._log = log
         self._places = Places(mark=self._mark, note_span=self._note_span)
         self.recorder: Recorder = RunRecorder(self._log.add, self._situation)
@@ -110,7 +114,12 @@ class ExchangeProbe:
     def cost(self) -> dict[str, JsonValue]:
         """What watching cost on the host, measured while it ran."""
         mean_us = round(self.host_ns / self.calls / 1000, 3) if self.calls else None
-        return {"exchanges": self.calls, "host_us_per_exchange": mean_us}
+        cost: dict[str, JsonValue] = {"exchanges": self.calls, "host_us_per_exchange": mean_us}
+        if self._recorder is not None:
+            reads = self._recorder.reads
+            cost["recorder_reads"] = reads
+            cost["recorder_ms_per_read"] = round(self._recorder.read_ns / reads / 1e6, 3) if reads else None
+        return cost
 
     def issued(self, issue: Issue, group: Any) -> None:
         """Called for every exchange."""

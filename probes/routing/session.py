@@ -13,6 +13,7 @@ from torch import nn
 from collectives.recorder import NoRecorder, Recorder
 from observatory.errors import CaptureError
 from observatory.store import RunWriter
+from probes.exchange.flight import FlightRecorder
 from probes.exchange.log import ExchangeLog
 from probes.exchange.probe import ExchangeProbe
 from probes.exchange.streams import Anchors
@@ -43,6 +44,7 @@ class CaptureSession:
         flush_seconds: float = 10.0,
         exchanges: bool = False,
         phase_spans: bool = False,
+        flight_recorder: bool = False,
         situation: Callable[[], tuple[int, str | None]] = lambda: (0, None),
     ) -> None:
         self._writer = writer
@@ -58,11 +60,12 @@ class CaptureSession:
         self._anchors = Anchors()
         try:
             self._probe.attach()
+            recorder = FlightRecorder() if exchanges and flight_recorder else None
             if exchanges or phase_spans:
-                self._log = ExchangeLog(writer, self._anchors, flush_seconds=flush_seconds)
+                self._log = ExchangeLog(writer, self._anchors, flush_seconds=flush_seconds, recorder=recorder)
                 self._phases = PhaseSpans(self._log.add, self._anchors, self._probe.main_device)
             if exchanges and self._log is not None:
-                self._exchange = self._watch_exchanges(model, self._log, situation)
+                self._exchange = self._watch_exchanges(model, self._log, recorder, situation)
         except BaseException:
             self._probe.detach()
             self._probe.release()
@@ -190,11 +193,19 @@ class CaptureSession:
         }
 
     def _watch_exchanges(
-        self, model: nn.Module, log: ExchangeLog, situation: Callable[[], tuple[int, str | None]]
+        self,
+        model: nn.Module,
+        log: ExchangeLog,
+        recorder: FlightRecorder | None,
+        situation: Callable[[], tuple[int, str | None]],
     ) -> ExchangeProbe:
         probe = self._probe
         exchange = ExchangeProbe(
-            log, self._anchors, situation=situation, known_phase=lambda: SLOTS[probe.slot]
+            log,
+            self._anchors,
+            situation=situation,
+            known_phase=lambda: SLOTS[probe.slot],
+            flight_recorder=recorder,
         )
         for site, counter in zip(probe.sites, probe.counters, strict=True):
             counter.on_call = partial(exchange.routed, site.spec.layer)

@@ -282,6 +282,26 @@ def many(me: Rank) -> None:
 
 
 @case
+def recorder(me: Rank) -> None:
+    """With torch's flight recorder beside the probe; ranks whose groups count differently."""
+    pair = dist.new_group([0, 2])
+    with me.watch("recorder", flight_recorder=True):
+        for number in range(5):
+            if me.rank == number % 2:
+                dist.send(torch.ones(3), 2)
+            if me.rank == 2:
+                dist.recv(torch.ones(3), number % 2)
+            exchange(me.rank, UNEVEN, me.rows(2, count=10))
+            dist.all_reduce(torch.ones(2))
+            if me.rank != 1:
+                dist.all_to_all_single(torch.empty(4, 2), me.rows(count=4), group=pair, async_op=True).wait()
+        functional.wait_tensor(functional.all_to_all_single(me.rows(), [2] * 3, [2] * 3, dist.group.WORLD))
+        dist.all_gather_into_tensor(torch.empty(18, 2), me.rows())
+        dist.reduce_scatter_tensor(torch.empty(2, 2), me.rows())
+        dist.all_to_all([torch.empty(2)] * 3, [torch.empty(2)] * 3)
+
+
+@case
 def nested(me: Rank) -> None:
     """A watch inside a watch."""
     with me.watch("nested_outer"):

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 import observatory
+from observatory.exchange import recorder_agreement
 from observatory.store import Run
 from tests.probes.spawned import run_ranks
 
@@ -182,6 +183,21 @@ def test_no_exchange_ends_before_those_it_got_data_from_arrived(rows: Rows) -> N
     assert len(frame) == 3 * 400
     for _, own in frame.groupby("sequence"):
         assert own.start_ns.max() <= own.end_ns.min()
+
+
+def test_torch_s_flight_recorder_knows_the_same_exchanges_and_their_starts(
+    rows: Rows, opened: Callable[[str], Run]
+) -> None:
+    frame = rows("recorder")
+    assert len(frame) == 3 * (5 + 4) + 2 * 5
+    assert set(frame.recorder_problem) == {"no duration: gloo did not time it"}
+    assert (frame.recorder_start_ns > frame.start_ns).all()
+    assert (frame.recorder_start_ns < frame.end_ns).all()
+    # sends between two ranks count there, so that the ranks' numbers of one collective differ
+    assert frame[(frame.group == "0-2") & (frame.sequence == 0)].backend_sequence.nunique() > 1
+    agreement = recorder_agreement(opened("recorder").exchanges())
+    assert agreement.found.sum() == agreement.exchanges.sum() == len(frame)
+    assert agreement.outside.sum() == agreement.timed.sum() == 0
 
 
 def test_watches_nest(rows: Rows, facts: Callable[[str], list[Any]]) -> None:

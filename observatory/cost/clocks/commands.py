@@ -55,7 +55,7 @@ def zeusd_commands(uuid: str | None, sm_clock_mhz: int) -> list[str]:
     """
     base = f'curl --fail-with-body --unix-socket "{_ZEUSD_SOCKET}" -X POST'
     url = "http://localhost/gpu"
-    index = 'gpu_ids=${index}&block=true'
+    index = "gpu_ids=${index}&block=true"
     return [
         "# where the site runs zeusd, no privileges:",
         f'index="$(nvidia-smi -i {_quoted(uuid)} --query-gpu=index --format=csv,noheader)"',

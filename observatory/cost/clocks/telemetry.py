@@ -211,7 +211,9 @@ def _cap(share: float | None, ratio: float | None) -> Literal["binds", "does not
 
 def _findings(device: DeviceTelemetry, idle_mw: float | None) -> list[str]:
     found = []
-    limit = "its power limit" if device.limit_mw is None else f"the power limit of {device.limit_mw / 1e3:.0f} W"
+    limit = (
+        "its power limit" if device.limit_mw is None else f"the power limit of {device.limit_mw / 1e3:.0f} W"
+    )
     drawn = ""
     if device.power_p95_mw is not None and device.power_over_limit is not None:
         drawn = f" (95 % of the samples stay below {device.power_p95_mw / 1e3:.0f} W, "
@@ -261,6 +263,6 @@ def _clock_findings(device: DeviceTelemetry) -> list[str]:
     if most is not None and middle < most - _STEADY_MHZ and device.cap != "binds":
         text += (
             f", below the highest of {most:.0f}: it is locked, clamped or held by heat; no event reason says "
-            "\"locked\""
+            '"locked"'
         )
     return [text]
