@@ -222,7 +222,8 @@ class NvmlDevice(PowerDevice):
             gap = gaps["power_mw"]
             gaps["power_mw"] = Gap(
                 kind=gap.kind,
-                detail=f"only a 1 s mean, kept as average_power_mw: {gap.detail}",
+                detail="only a 1 s mean (shorter before Ampere and on GA100), kept as average_power_mw: "
+                f"{gap.detail}",
                 remedy=gap.remedy,
             )
         return sources, gaps

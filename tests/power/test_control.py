@@ -157,8 +157,8 @@ def refusing_scene(driver: FakeDriver) -> dict[str, Any]:
 
     try:
         told["ours"] = [refusal(), refusal(os.getpid()), refusal(os.getpid(), child.pid)]
-        told["others"] = [refusal(os.getppid()), refusal(child.pid, 1), refusal(4_000_000)]
-        told["many"] = refusal(*range(4_000_000, 4_000_008))
+        told["others"] = [refusal(os.getppid()), refusal(child.pid, 1), refusal(4_200_000)]
+        told["many"] = refusal(*range(4_200_000, 4_200_008))
         told["owner"] = [refusal(os.getpid(), owner=os.getppid()), refusal(os.getpid(), owner=child.pid)]
     finally:
         child.communicate()
@@ -187,8 +187,8 @@ def test_a_partitioned_or_shared_gpu_is_refused_without_asking_for_anything(tmp_
     parent, init, nobody = told["others"]
     assert str(told["parent"]) in parent
     assert ": 1 (" in init
-    assert "4000000" in nobody
-    assert told["many"].count("40000") == 6
+    assert "4200000" in nobody
+    assert told["many"].count("420000") == 6
     assert ", ... (" in told["many"]
     assert told["owner"][0] is None
     assert told["owner"][1] is not None
@@ -281,5 +281,5 @@ def test_descent_is_told_from_proc() -> None:
     assert descends_from(os.getpid(), os.getpid())
     assert descends_from(os.getpid(), os.getppid())
     assert not descends_from(os.getppid(), os.getpid())
-    assert not descends_from(4_000_000, 4_000_000)
+    assert not descends_from(4_200_000, 4_200_000)
     assert not descends_from(0, os.getpid())
