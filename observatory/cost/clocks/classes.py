@@ -11,8 +11,8 @@ Let f_free be the lowest clock whose slowdown against the reference is at most 2
 | knee | f_free lies between 0.6 and 0.9 of it |
 | compute-proportional | f_free is above 0.9 of it |
 
-The first two come first, since they say what to mend before any clock is worth choosing; the curve's own class
-is named beside them.
+The first two come first, since they say what to mend before any clock is worth choosing; the curve's own
+class is named beside them.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def free_clock_mhz(time_BT: Float64, fit: SeriesFit) -> Float64:
     grid_F = np.linspace(low, reference, max(2, round((reference - low) / _STEP_MHZ) + 1))
     seconds_BF = iteration_s(time_BT, fit.high_mhz, grid_F)
     free_BF = seconds_BF <= seconds_BF[:, -1:] * (1.0 + _FREE_SLOWDOWN)
-    return grid_F[np.argmax(free_BF, axis=1)]
+    free_B: Float64 = grid_F[np.argmax(free_BF, axis=1)]
+    return free_B
 
 
 def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | None) -> Behaviour:
@@ -104,8 +105,9 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
             agreement=agreement,
             free_mhz=free_mhz,
             text=f"the power limit holds the unlocked clock for {capped:.0%} of the time; {shape}",
-            fix_first="the power limit sets the speed here: where it can be raised, raise it and sweep again; "
-            "where it cannot, a lock just below the clock it allows takes away its hunting, not its cost",
+            fix_first="the power limit sets the speed here: where it can be raised, raise it and sweep "
+            "again; where it cannot, a lock just below the clock it allows takes away its hunting, not "
+            "its cost",
         )
     host = _host_evidence(fit, value_1T, sample_BT)
     if host:
@@ -115,8 +117,9 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
             agreement=agreement,
             free_mhz=free_mhz,
             text=f"{host}; {shape}",
-            fix_first="the device waits for the host: launch less (CUDA graphs, fused kernels, larger batches) "
-            "before choosing a clock, and sweep again, since the knee moves up when the waiting goes",
+            fix_first="the device waits for the host: launch less (CUDA graphs, fused kernels, larger "
+            "batches) before choosing a clock, and sweep again, since the knee moves up when the waiting "
+            "goes",
         )
     hint = _low_power_hint(fit, idle_power_mw, limit_mw) if curve == "memory-bound flat" else ""
     return Behaviour(name=curve, curve=curve, agreement=agreement, free_mhz=free_mhz, text=shape + hint)
@@ -156,6 +159,6 @@ def _low_power_hint(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float
     if (power - idle_power_mw) / (limit_mw - idle_power_mw) >= _HARDLY_WORKS:
         return ""
     return (
-        f"; at {power / 1e3:.0f} W it draws little more than the {idle_power_mw / 1e3:.0f} W of an idle device: "
-        "it may be waiting for the host rather than for memory"
+        f"; at {power / 1e3:.0f} W it draws little more than the {idle_power_mw / 1e3:.0f} W of an idle "
+        "device: it may be waiting for the host rather than for memory"
     )

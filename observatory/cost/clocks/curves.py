@@ -68,10 +68,10 @@ class Points:
 def time_axes(form: TimeForm, points: Points) -> list[Axis]:
     """Where the nonlinear parameters of a form are sought.
 
-    The knee lies where at least two clocks show its compute side, unless there is no host part and one clock is
-    enough, and, where the memory's slope is to be found, two its memory side. A knee between the two lowest
-    clocks is thus put at the second lowest: a chord lies above a convex curve, so that the time is rather over-
-    than understated. See :func:`spread_last_knees`.
+    The knee lies where at least two clocks show its compute side, unless there is no host part and one clock
+    is enough, and, where the memory's slope is to be found, two its memory side. A knee between the two
+    lowest clocks is thus put at the second lowest: a chord lies above a convex curve, so that the time is
+    rather over- than understated. See :func:`spread_last_knees`.
     """
     if not form.has_knee:
         return []
@@ -128,9 +128,9 @@ def spread_last_knees(
 ) -> Float64:
     """Bootstrap samples whose knee came to lie at the second lowest clock, with knees anywhere below it.
 
-    The points do not tell where between the two lowest clocks such a knee is: with a steeper compute side and a
-    smaller host part it may lie lower and the curve still passes through all points. Each sample gets one of the
-    knees that need no negative host part, so that intervals in between say what is not known.
+    The points do not tell where between the two lowest clocks such a knee is: with a steeper compute side
+    and a smaller host part it may lie lower and the curve still passes through all points. Each sample gets
+    one of the knees that need no negative host part, so that intervals in between say what is not known.
     """
     if not form.has_knee or "host_s" not in form.terms or "sharpness" in form.terms:
         return time_BT

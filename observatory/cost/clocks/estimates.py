@@ -5,8 +5,8 @@ Shapes: B bootstrap samples, F clocks of a grid.
 f_crit is where memory and compute take equally long; above it a memory-bound phase only burns power. f_energy
 is where the energy of an iteration would be least if compute were always the longer: below it static power
 costs more over the longer time than the lower clock and voltage save. Where the longer of memory and compute
-alone counts, time is flat above f_crit and energy rises with the clock, below it t(f) is the compute branch: so
-energy is least at min(f_crit, f_energy). With a smooth knee the least lies a little higher; the optimum is
+alone counts, time is flat above f_crit and energy rises with the clock, below it t(f) is the compute branch:
+so energy is least at min(f_crit, f_energy). With a smooth knee the least lies a little higher; the optimum is
 therefore taken from E(f) itself. Nothing is said outside the measured range; a value at its edge says ``at
 most`` or ``at least``.
 """
@@ -41,7 +41,8 @@ def clock_estimates(
     Args:
         time_1T: fitted parameters of t(f).
         power_1T: of P(f); None without energies.
-        time_BT, power_BT: bootstrap samples of the same.
+        time_BT: bootstrap samples of the same.
+        power_BT: likewise.
         low_mhz: lowest clock measured.
         f0_mhz: highest one.
     """

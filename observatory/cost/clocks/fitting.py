@@ -114,8 +114,8 @@ def _limit_notes(merged: dict[tuple[object, ...], list[ClockSeries]], limits: Se
     if not lowered:
         return []
     return [
-        f"the power limit stood at {min(lowered) / 1e3:.0f} W where the sweep set none, below the default of "
-        f"{max(limits) / 1e3:.0f} W: the reference is of this site's setting"
+        f"the power limit stood at {min(lowered) / 1e3:.0f} W where the sweep set none, below the default "
+        f"of {max(limits) / 1e3:.0f} W: the reference is of this site's setting"
     ]
 
 
@@ -129,8 +129,8 @@ def _fit_series(
     if found is None or found.blocks < _LEAST_CLOCKS:
         usable = 0 if found is None else found.blocks
         return (
-            f"points at {usable} different clocks can be used, {_LEAST_CLOCKS} at least are needed; measure "
-            f"more clocks{' (' + why + ')' if why else ''}"
+            f"points at {usable} different clocks can be used, {_LEAST_CLOCKS} at least are needed; "
+            f"measure more clocks{' (' + why + ')' if why else ''}"
         )
     if len(found.mhz_N) > _MOST_POINTS:
         return f"{len(found.mhz_N)} points are more than the {_MOST_POINTS} one fit takes; give fewer repeats"

@@ -7,8 +7,8 @@ What a label means for a point, and why:
 * ``power-capped`` with a steady clock is one too: time and power follow from the clock, whatever holds it.
   Where the limit makes the clock wander, the mean time belongs to no one clock: left out of the fit, kept in
   the comparison of locks with caps, since that is how the cap behaves.
-* ``thermal`` is left out of everything: hot silicon leaks more, hardware slowdown skips pulses that the sampled
-  clock does not show, and no setting can be credited with it.
+* ``thermal`` is left out of everything: hot silicon leaks more, hardware slowdown skips pulses that the
+  sampled clock does not show, and no setting can be credited with it.
 * ``unverified`` is left out of the fit, as there is no clock. Under a power limit alone it is still compared:
   the limit needs no clock to be verified.
 * Labels are checked: one that says ``ok`` while the event reasons or the clock say otherwise is corrected.
@@ -202,7 +202,7 @@ def fit_points(judged: Sequence[Judged]) -> tuple[Points | None, list[LeftOut]]:
 
 
 def _blocks(used: Sequence[Judged]) -> NDArray[np.int64]:
-    """Number of the clock that each point ran at: settings whose median clocks are one step apart share it."""
+    """Number of the clock that each point ran at; settings with median clocks in one step share it."""
     clocks: dict[tuple[int | None, int | None], list[int]] = {}
     for item in used:
         clocks.setdefault(item.setting, []).append(item.point.sm_clock_mhz or 0)

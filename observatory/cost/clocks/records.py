@@ -81,7 +81,8 @@ class CurveFit(Record):
 
     Attributes:
         form: the simplest of the forms that are as good as the best.
-        parameters: all parameters in the order of ``TIME_TERMS`` or ``POWER_TERMS``, 0 where the form has none.
+        parameters: all parameters in the order of ``TIME_TERMS`` or ``POWER_TERMS``, 0 where the
+            form has none.
         coefficients: the same, with intervals and reasons.
         scores: all forms that were tried.
     """
