@@ -108,11 +108,16 @@ class SyntheticDevice:
     def lock_over_cap(self, max_slowdown: float, caps_w: Sequence[float], lowest_mhz: float) -> float:
         """By how much of the unlocked energy the best lock beats the best cap, caps in steps of 1 W.
 
-        Caps between the lowest and the highest given, locks from the lowest given clock on.
+        Caps from the lowest given to the device's own, locks from the lowest given clock on.
         """
-        clocks = {self.clock(limit_w=watts)[0] for watts in np.arange(min(caps_w), max(caps_w) + 0.5, 1.0)}
-        clocks.add(self.clock()[0])
-        caps = max(self.saving(mhz) for mhz in clocks if self.slowdown(mhz) <= max_slowdown)
+        reached = {self.clock(limit_w=watts) for watts in np.arange(min(caps_w), self.limit_w + 0.5, 1.0)}
+        reached.add(self.clock())
+        unlocked_j = self.energy_j(self.clock()[0])
+        caps = max(
+            1 - self.energy_j(mhz) * (1 + self.hunting * (capped and mhz < self.clock()[0])) / unlocked_j
+            for mhz, capped in reached
+            if self.slowdown(mhz) <= max_slowdown
+        )
         return self.saving(self.best_mhz(max_slowdown, lowest_mhz)) - caps
 
 
@@ -233,6 +238,10 @@ DEVICES: dict[str, SyntheticDevice] = {
         SyntheticDevice(
             "capped", host_s=0.001, memory_s=0.004, compute_s=0.020, clock_w=330.0, op_j=4.0, memory_j=0.5,
             limit_w=450.0, phase="prefill",
+        ),
+        SyntheticDevice(
+            "hunting", host_s=0.001, memory_s=0.004, compute_s=0.020, clock_w=260.0, op_j=3.0, memory_j=0.5,
+            hunting=0.08, phase="prefill",
         ),
         SyntheticDevice(
             "soft", memory_s=0.0095, memory_slope_s=0.0003, compute_s=0.0045, sharpness=8.0, clock_w=150.0,

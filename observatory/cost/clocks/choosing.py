@@ -52,10 +52,10 @@ _MOST_FOLDS = 12
 _NO_ERROR = 3e-4
 #: Twice the logarithm of how much less likely a form may be than the best.
 _AS_GOOD = 4.0
-_MOST_VARIANCE = 4.0
+_MOST_VARIANCE = 3.0
 #: The form was chosen on the same points, which no reweighting of them shows. Without this factor, intervals
 #: on synthetic devices hold the truth in about 85 instead of 90 of 100 (docs/evidence/power.md).
-_CHOSEN_VARIANCE = 1.5
+_CHOSEN_VARIANCE = 1.25
 _INTERVAL = (0.05, 0.95)
 
 

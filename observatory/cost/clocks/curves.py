@@ -179,9 +179,9 @@ def fit_power(form: PowerForm, terms: tuple[str, ...], points: Points, weight_BN
     phi_B = points.block_mhz() / points.f0_mhz
     axes = []
     if "ridge" in form.terms:
-        axes.append(Axis(low=float(phi_B[0]), high=float(phi_B[-2]), count=14))
+        axes.append(Axis(low=float(phi_B[0]), high=float(phi_B[-2]), count=16))
     if "voltage_slope" in form.terms:
-        axes.append(Axis(low=_VOLTAGE_SLOPE[0], high=_VOLTAGE_SLOPE[1], count=6))
+        axes.append(Axis(low=_VOLTAGE_SLOPE[0], high=_VOLTAGE_SLOPE[1], count=10))
 
     def columns(shape: Float64) -> Float64:
         ridge, slope = _voltage(form, shape)

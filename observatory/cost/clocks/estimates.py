@@ -24,6 +24,7 @@ __all__ = ["clock_estimates"]
 Float64 = NDArray[np.float64]
 
 _GRID_STEP_MHZ = 5.0
+_MOST_STEPS = 1000
 _INTERVAL = (0.05, 0.95)
 
 
@@ -89,7 +90,8 @@ def _optimum(time_BT: Float64, power_BT: Float64, low_mhz: float, f0_mhz: float)
 
 
 def _grid(low_mhz: float, f0_mhz: float) -> Float64:
-    return np.linspace(low_mhz, f0_mhz, max(2, round((f0_mhz - low_mhz) / _GRID_STEP_MHZ) + 1))
+    steps = min(_MOST_STEPS, round((f0_mhz - low_mhz) / _GRID_STEP_MHZ) + 1)
+    return np.linspace(low_mhz, f0_mhz, max(2, steps))
 
 
 def _estimate(

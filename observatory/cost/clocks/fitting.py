@@ -150,7 +150,7 @@ def _fit_series(
     time_fit = curve_fit(time_trials, TIME_TERMS, time_BT, time_form_B)
     power_fit = curve_fit(power_trials, POWER_TERMS, power_BT, power_form_B) if power_trials else None
     time_scatter, energy_scatter, freedom = scatter_of(settings)
-    reference = _reference(settings)
+    reference = _reference(settings, float(found.mhz_N.min()))
     if reference is None:
         return f"no setting has both a time and a clock{': ' + why if why else ''}; measure again"
     estimates = clock_estimates(
@@ -194,9 +194,9 @@ def _pairs(setting: Setting) -> list[tuple[float, float]]:
     return list(zip(setting.energy_mj_R, setting.iteration_s_R, strict=False))
 
 
-def _reference(settings: Sequence[Setting]) -> Reference | None:
-    """The unlocked setting, else the one with the highest clock."""
-    known = [item for item in settings if item.sm_clock_mhz is not None and item.iteration_s_R]
+def _reference(settings: Sequence[Setting], low_mhz: float) -> Reference | None:
+    """The unlocked setting, else the one with the highest clock; never one below the fitted range."""
+    known = [item for item in settings if (item.sm_clock_mhz or 0.0) >= low_mhz and item.iteration_s_R]
     unlocked = [item for item in known if item.kind == "unlocked"]
     if not known:
         return None
