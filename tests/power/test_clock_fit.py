@@ -333,6 +333,57 @@ def test_what_cannot_be_fitted_is_refused_with_the_reason() -> None:
     assert any("short" in note for note in model.notes)
 
 
+def test_times_and_powers_that_no_device_has_are_left_out() -> None:
+    sweep = made_sweep([DEVICES["knee"]], repeats=2)
+    for update in (
+        {"iterations": 10**400},
+        {"duration_s": 1e300},
+        {"duration_s": 1e-300},
+        {"energy_mj": 1e300},
+        {"energy_mj": 1e-300},
+    ):
+        fit = fitted(map_points(sweep, 990, **update))
+        assert [(item.points, item.reason) for item in fit.left_out] == [
+            (2, "no device has such a time or power")
+        ]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_sweep_is_fitted_or_refused_and_never_anything_else(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+
+    def point(order: int) -> ClockPoint:
+        lock = int(generator.choice([1, 300, 780, 1830, 100_000]))
+        seen = int(np.clip(lock + generator.integers(-50, 50), 1, 100_000))
+        return ClockPoint(
+            order=order,
+            requested_sm_clock_mhz=lock if generator.random() < 0.8 else None,
+            requested_limit_mw=int(generator.choice([0, 1, 300_000])) if generator.random() < 0.3 else None,
+            iterations=int(10 ** generator.uniform(0, 6)),
+            duration_s=float(10 ** generator.uniform(-9, 9)),
+            energy_mj=float(10 ** generator.uniform(-9, 12)) if generator.random() < 0.9 else None,
+            energy_error=float(10 ** generator.uniform(-3, 300)),
+            sm_clock_mhz=seen if generator.random() < 0.9 else None,
+            power_cap_share=float(generator.random()) if generator.random() < 0.5 else None,
+            event_reasons=int(generator.integers(0, 0x800)) if generator.random() < 0.3 else None,
+            label="ok",
+        )
+
+    sweep = with_points(
+        made_sweep([DEVICES["knee"]], repeats=1),
+        *(point(order) for order in range(int(generator.integers(1, 40)))),
+    )
+    try:
+        model = fit_clocks([sweep], bootstrap=10)
+    except ClockError:
+        return
+    from observatory.cost.clocks import recommend_clocks
+
+    again = ClockModel.model_validate_json(model.model_dump_json())
+    assert again == model
+    assert recommend_clocks(again).series
+
+
 def test_three_clocks_are_fitted_with_the_forms_they_can_pay_for() -> None:
     fit = fitted(made_sweep([DEVICES["compute-bound"]], locks_mhz=(780, 1290), repeats=2), bootstrap=20)
     assert {score.form for score in fit.time.scores} == {"flat", "linear"}

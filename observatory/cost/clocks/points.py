@@ -44,6 +44,9 @@ _LEAST_DISTURBED = 0.03
 #: Relative error of a power that its energy's own error bar does not cover.
 _POWER_NOISE = 0.01
 _NORMAL_95 = 1.645
+#: What an iteration and its power can be: from a nanosecond to twelve days, from a milliwatt to a megawatt.
+_SECONDS = (1e-9, 1e6)
+_MILLIWATTS = (1.0, 1e9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +103,8 @@ def _judge(point: ClockPoint, default_limit_mw: int | None) -> Judged:
     label = corrected_label(point)
     fitted, reason = _fit_worthy(point, label)
     compared = label != "thermal" and (label != "unverified" or kind == "cap")
+    if not _possible(point):
+        fitted, compared, reason = False, False, "no device has such a time or power"
     return Judged(
         point=point,
         kind=kind,
@@ -126,6 +131,14 @@ def corrected_label(point: ClockPoint) -> PointLabel:
     if capped and (missed or request is None):
         return "power-capped"
     return "clamped" if missed else "ok"
+
+
+def _possible(point: ClockPoint) -> bool:
+    """Whether time and power are any device's; sweeps come from files."""
+    if point.iterations > point.duration_s / _SECONDS[0] or point.iteration_s > _SECONDS[1]:
+        return False
+    power_mw = None if point.energy_mj is None else point.energy_mj / point.duration_s
+    return power_mw is None or _MILLIWATTS[0] <= power_mw <= _MILLIWATTS[1]
 
 
 def _fit_worthy(point: ClockPoint, label: PointLabel) -> tuple[bool, str]:
@@ -187,7 +200,7 @@ def fit_points(judged: Sequence[Judged]) -> tuple[Points | None, list[LeftOut]]:
         return None, left
     block_of = _blocks(used)
     energy_N = np.array([_millijoules(item.point) for item in used])
-    error_N = np.array([item.point.energy_error or 0.0 for item in used])
+    error_N = np.array([min(item.point.energy_error or 0.0, 1.0) for item in used])
     seconds_N = np.array([item.point.iteration_s for item in used])
     return (
         Points(
