@@ -2,7 +2,8 @@
 
     python -m benchmarks.clock_truth [--seeds 20] [--devices knee,soft] [--cases usual,noisy]
 
-Every row is of one device and one kind of sweep, over many seeds of noise and order. Truth is the device's own formula (tests/power/synthetic_device.py), which the fit does not see; no hardware was measured.
+Every row is of one device and one kind of sweep, over many seeds of noise and order. Truth is the device's
+own formula (tests/power/synthetic_device.py), which the fit does not see; no hardware was measured.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def add(score: Score, device: SyntheticDevice, case: Case, seed: int) -> None:
 
 
 def _right(advice: SeriesAdvice, device: SyntheticDevice, case: Case) -> bool:
-    """Whether the verdict on locks and caps is right: a false claim is wrong, and so is none where it is plain."""
+    """Whether the verdict on locks and caps is right; silence where the difference is plain is wrong too."""
     truth = device.lock_over_cap(BUDGET, CAPS_W, min(case.locks_mhz))
     verdict = advice.lock_against_cap.verdict
     if verdict == "capping beats locking":
@@ -162,7 +163,8 @@ def main() -> int:
     parser.add_argument("--cases", default=",".join(CASES))
     options = parser.parse_args()
     print(
-        "| device | sweep | true best MHz | advised MHz (median) | budget kept | saving missed (median / worst) "
+        "| device | sweep | true best MHz | advised MHz (median) | budget kept | saving missed (median / "
+        "worst) "
         "| error of savings (rms) | savings inside 90 % | slowdowns inside 90 % | error of f_crit (median) "
         "| lock or cap right | class right |"
     )

@@ -9,6 +9,7 @@ import typer
 from observatory import __version__
 from observatory.cli import (
     bench,
+    clocks,
     doctor,
     export,
     fit,
@@ -52,6 +53,7 @@ def command() -> Any:
     app.command("routing")(routing.routing)
     app.command("scan")(scan.scan)
     app.add_typer(bench.bench_group(), name="bench")
+    app.add_typer(clocks.clocks_group(), name="clocks")
     app.command("replay")(replay.replay)
     app.command("fit")(fit.fit)
     app.command("export")(export.export)

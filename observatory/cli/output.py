@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-__all__ = ["complain", "print_json", "print_table", "progress_bar", "say"]
+__all__ = ["complain", "print_json", "print_lines", "print_table", "progress_bar", "say"]
 
 _LONGEST_COMPLAINT = 1200
 
@@ -32,6 +32,12 @@ def print_json(document: dict[str, Any]) -> None:
     from observatory.documents import dump_json
 
     sys.stdout.write(dump_json(document) + "\n")
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Lines on stdout that another program may read, such as commands."""
+    for line in lines:
+        sys.stdout.write(_one_line(line) + "\n")
 
 
 def print_table(

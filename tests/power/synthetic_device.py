@@ -1,7 +1,7 @@
 """Devices that do not exist, with known time and energy at every clock, and the sweeps they would give.
 
-The formulas are written out here a second time, in scalars, as they stand at the top of ``fake_nvml.c``, so that
-a fault in the package's own model cannot cancel out. Nothing here was measured on any hardware.
+The formulas are written out here a second time, in scalars, as they stand at the top of ``fake_nvml.c``, so
+that a fault in the package's own model cannot cancel out. Nothing here was measured on any hardware.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class SyntheticDevice:
     """One device running one phase.
 
     t(f) = host + softmax(memory + memory_slope * f0/f, compute * f0/f), a plain maximum for sharpness 0;
-    V(f) = 1 - voltage_slope * (1 - max(f/f0, ridge)), P(f) = static + clock * f/f0 * V^2 + (memory_j + op_j V^2)/t.
+    V(f) = 1 - voltage_slope * (1 - max(f/f0, ridge)),
+    P(f) = static + clock * f/f0 * V^2 + (memory_j + op_j V^2)/t. Where a limit holds the clock, energy is
+    more by the part ``hunting`` and, unless that is 0, the clock moves by 60 MHz to either side.
     """
 
     name: str
@@ -50,6 +52,7 @@ class SyntheticDevice:
     min_limit_w: float = 200.0
     idle_w: float = 75.0
     idles: bool = False
+    hunting: float = 0.0
     phase: Phase = "decode"
 
     def iteration_s(self, mhz: float) -> float:
@@ -105,11 +108,16 @@ class SyntheticDevice:
     def lock_over_cap(self, max_slowdown: float, caps_w: Sequence[float], lowest_mhz: float) -> float:
         """By how much of the unlocked energy the best lock beats the best cap, caps in steps of 1 W.
 
-        Caps between the lowest and the highest given, locks from the lowest given clock on.
+        Caps from the lowest given to the device's own, locks from the lowest given clock on.
         """
-        clocks = {self.clock(limit_w=watts)[0] for watts in np.arange(min(caps_w), max(caps_w) + 0.5, 1.0)}
-        clocks.add(self.clock()[0])
-        caps = max(self.saving(mhz) for mhz in clocks if self.slowdown(mhz) <= max_slowdown)
+        reached = {self.clock(limit_w=watts) for watts in np.arange(min(caps_w), self.limit_w + 0.5, 1.0)}
+        reached.add(self.clock())
+        unlocked_j = self.energy_j(self.clock()[0])
+        caps = max(
+            1 - self.energy_j(mhz) * (1 + self.hunting * (capped and mhz < self.clock()[0])) / unlocked_j
+            for mhz, capped in reached
+            if self.slowdown(mhz) <= max_slowdown
+        )
         return self.saving(self.best_mhz(max_slowdown, lowest_mhz)) - caps
 
 
@@ -186,6 +194,8 @@ def _point(
     mhz, capped = device.clock(lock_mhz=lock, limit_w=cap)
     seconds = device.iteration_s(mhz)
     iterations = max(1, round(window_s / seconds))
+    excess = 1 + device.hunting if capped else 1.0
+    swing = 60 if capped and device.hunting else 0
     label: PointLabel = "ok"
     if capped:
         label = "power-capped"
@@ -199,12 +209,12 @@ def _point(
         enforced_limit_mw=round((cap or device.limit_w) * 1e3),
         iterations=iterations,
         duration_s=iterations * seconds,
-        energy_mj=1e3 * iterations * device.energy_j(mhz),
+        energy_mj=1e3 * iterations * device.energy_j(mhz) * excess,
         energy_error=0.01,
         energy_source="counter",
         sm_clock_mhz=mhz,
-        sm_clock_low_mhz=mhz,
-        sm_clock_high_mhz=mhz + STEP_MHZ if capped else mhz,
+        sm_clock_low_mhz=mhz - swing,
+        sm_clock_high_mhz=mhz + max(swing, STEP_MHZ) if capped else mhz,
         event_reasons=(0x4 if capped else 0) | (0x1 if device.idles else 0),
         power_cap_share=1.0 if capped else 0.0,
         label=label,
@@ -222,12 +232,16 @@ DEVICES: dict[str, SyntheticDevice] = {
             memory_j=0.5, phase="prefill",
         ),
         SyntheticDevice(
-            "host-bound", host_s=0.012, memory_s=0.002, compute_s=0.0012, clock_w=90.0, op_j=0.05, memory_j=0.2,
-            idles=True,
+            "host-bound", host_s=0.012, memory_s=0.002, compute_s=0.0012, clock_w=90.0, op_j=0.05,
+            memory_j=0.2, idles=True,
         ),
         SyntheticDevice(
             "capped", host_s=0.001, memory_s=0.004, compute_s=0.020, clock_w=330.0, op_j=4.0, memory_j=0.5,
             limit_w=450.0, phase="prefill",
+        ),
+        SyntheticDevice(
+            "hunting", host_s=0.001, memory_s=0.004, compute_s=0.020, clock_w=260.0, op_j=3.0, memory_j=0.5,
+            hunting=0.08, phase="prefill",
         ),
         SyntheticDevice(
             "soft", memory_s=0.0095, memory_slope_s=0.0003, compute_s=0.0045, sharpness=8.0, clock_w=150.0,

@@ -7,10 +7,10 @@ Shapes: N points, B bootstrap samples, K folds.
    them and a knee needs two clocks below it: of their repeats some are held out while others stay.
 2. Of the forms that are as good as the best (a likelihood at most e^2 times smaller), the one with the fewest
    parameters is chosen.
-3. Intervals: every clock, with all its repeats, gets a random weight of mean 1 (a smooth bootstrap over blocks,
-   which never loses the end of the range) and is fitted again. The weights' variance n/(n - p) (t/z)^2 makes up
-   for n clocks being few beside p parameters. The samples are spread over all forms that are as good as the
-   best, so that not knowing the form widens an interval too.
+3. Intervals: every clock, with all its repeats, gets a random weight of mean 1 (a smooth bootstrap over
+   blocks, which never loses the end of the range) and is fitted again. The weights' variance n/(n - p)
+   (t/z)^2 makes up for n clocks being few beside p parameters. The samples are spread over all forms that
+   are as good as the best, so that not knowing the form widens an interval too.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ _MOST_FOLDS = 12
 _NO_ERROR = 3e-4
 #: Twice the logarithm of how much less likely a form may be than the best.
 _AS_GOOD = 4.0
-_MOST_VARIANCE = 4.0
-#: The form was chosen on the same points, which no reweighting of them shows. Without this factor, intervals on
-#: synthetic devices hold the truth in about 85 instead of 90 of 100 (docs/evidence/power.md).
-_CHOSEN_VARIANCE = 1.5
+_MOST_VARIANCE = 3.0
+#: The form was chosen on the same points, which no reweighting of them shows. Without this factor, intervals
+#: on synthetic devices hold the truth in about 85 instead of 90 of 100 (docs/evidence/power.md).
+_CHOSEN_VARIANCE = 1.25
 _INTERVAL = (0.05, 0.95)
 
 
@@ -71,6 +71,7 @@ class Trial:
 
     @property
     def parameters(self) -> int:
+        """How many numbers it takes from the data."""
         return len(self.terms)
 
     def score(self) -> FormScore:
@@ -228,6 +229,14 @@ def _block_weights(uniform_BK: Float64, parameters: int) -> Float64:
 def curve_fit(
     trials: Sequence[Trial], names: tuple[str, ...], sample_BT: Float64, form_B: NDArray[np.int64]
 ) -> CurveFit:
+    """The chosen trial as a record.
+
+    Args:
+        trials: all forms, the chosen one first.
+        names: all parameters of the curve.
+        sample_BT: bootstrap samples, of several forms.
+        form_B: which trial each sample is of.
+    """
     chosen = trials[0]
     own_BT = sample_BT[form_B == 0]
     coefficients = []

@@ -11,8 +11,8 @@ Let f_free be the lowest clock whose slowdown against the reference is at most 2
 | knee | f_free lies between 0.6 and 0.9 of it |
 | compute-proportional | f_free is above 0.9 of it |
 
-The first two come first, since they say what to mend before any clock is worth choosing; the curve's own class
-is named beside them.
+The first two come first, since they say what to mend before any clock is worth choosing; the curve's own
+class is named beside them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from observatory.cost.clocks.model import TIME_FORMS, iteration_s
+from observatory.cost.clocks.model import TIME_FORMS, TIME_TERMS, iteration_s
 from observatory.cost.clocks.records import SeriesFit
 from observatory.records import Record, Text
 
@@ -39,6 +39,7 @@ _PROPORTIONAL = 0.9
 _CAPPED_SHARE = 0.1
 _HOST_SHARE = 0.5
 _STEP_MHZ = 5.0
+_MOST_STEPS = 1000
 #: Below this part of the way from idle power to the limit, a device hardly works.
 _HARDLY_WORKS = 0.15
 
@@ -65,12 +66,13 @@ class Behaviour(Record):
 
 def free_clock_mhz(time_BT: Float64, fit: SeriesFit) -> Float64:
     """f_free within the measured range, (B,)."""
-    reference = min(fit.reference.sm_clock_mhz, fit.high_mhz)
-    low = min(fit.low_mhz, reference)
-    grid_F = np.linspace(low, reference, max(2, round((reference - low) / _STEP_MHZ) + 1))
+    reference = _reference_mhz(fit)
+    steps = min(_MOST_STEPS, round((reference - fit.low_mhz) / _STEP_MHZ) + 1)
+    grid_F = np.linspace(fit.low_mhz, reference, max(2, steps))
     seconds_BF = iteration_s(time_BT, fit.high_mhz, grid_F)
     free_BF = seconds_BF <= seconds_BF[:, -1:] * (1.0 + _FREE_SLOWDOWN)
-    return grid_F[np.argmax(free_BF, axis=1)]
+    free_B: Float64 = grid_F[np.argmax(free_BF, axis=1)]
+    return free_B
 
 
 def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | None) -> Behaviour:
@@ -81,11 +83,11 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
         idle_power_mw: power of the device without load; None when not known.
         limit_mw: its power limit; None likewise.
     """
-    reference = fit.reference.sm_clock_mhz
+    reference = _reference_mhz(fit)
     value_1T = np.array([fit.time.parameters])
     free_mhz = float(free_clock_mhz(value_1T, fit)[0])
     curve = _curve_class(free_mhz, fit)
-    sample_BT = np.array(fit.samples_B).reshape(len(fit.samples_B), -1)[:, : value_1T.shape[1]]
+    sample_BT = np.array([sample[: len(TIME_TERMS)] for sample in fit.samples_B]).reshape(-1, len(TIME_TERMS))
     agreement = None
     if curve is not None and len(sample_BT):
         same = [_curve_class(float(mhz), fit) == curve for mhz in free_clock_mhz(sample_BT, fit)]
@@ -104,8 +106,9 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
             agreement=agreement,
             free_mhz=free_mhz,
             text=f"the power limit holds the unlocked clock for {capped:.0%} of the time; {shape}",
-            fix_first="the power limit sets the speed here: where it can be raised, raise it and sweep again; "
-            "where it cannot, a lock just below the clock it allows takes away its hunting, not its cost",
+            fix_first="the power limit sets the speed here: where it can be raised, raise it and sweep "
+            "again; where it cannot, a lock just below the clock it allows takes away its hunting, not "
+            "its cost",
         )
     host = _host_evidence(fit, value_1T, sample_BT)
     if host:
@@ -115,15 +118,20 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
             agreement=agreement,
             free_mhz=free_mhz,
             text=f"{host}; {shape}",
-            fix_first="the device waits for the host: launch less (CUDA graphs, fused kernels, larger batches) "
-            "before choosing a clock, and sweep again, since the knee moves up when the waiting goes",
+            fix_first="the device waits for the host: launch less (CUDA graphs, fused kernels, larger "
+            "batches) before choosing a clock, and sweep again, since the knee moves up when the waiting "
+            "goes",
         )
     hint = _low_power_hint(fit, idle_power_mw, limit_mw) if curve == "memory-bound flat" else ""
     return Behaviour(name=curve, curve=curve, agreement=agreement, free_mhz=free_mhz, text=shape + hint)
 
 
+def _reference_mhz(fit: SeriesFit) -> float:
+    return min(fit.reference.sm_clock_mhz, fit.high_mhz)
+
+
 def _curve_class(free_mhz: float, fit: SeriesFit) -> CurveClass | None:
-    ratio = free_mhz / fit.reference.sm_clock_mhz
+    ratio = free_mhz / _reference_mhz(fit)
     if ratio <= _FLAT:
         return "memory-bound flat"
     if free_mhz <= fit.low_mhz + _STEP_MHZ / 2.0:
@@ -139,7 +147,7 @@ def _host_evidence(fit: SeriesFit, value_1T: Float64, sample_BT: Float64) -> str
     # Without a knee, time that does not follow the clock may as well be memory's.
     if not TIME_FORMS[fit.time.form].has_knee or "host_s" not in TIME_FORMS[fit.time.form].terms:
         return ""
-    reference = [min(fit.reference.sm_clock_mhz, fit.high_mhz)]
+    reference = [_reference_mhz(fit)]
     share = float((value_1T[:, 0] / iteration_s(value_1T, fit.high_mhz, reference)[:, 0])[0])
     if share < _HOST_SHARE or not len(sample_BT):
         return ""
@@ -156,6 +164,6 @@ def _low_power_hint(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float
     if (power - idle_power_mw) / (limit_mw - idle_power_mw) >= _HARDLY_WORKS:
         return ""
     return (
-        f"; at {power / 1e3:.0f} W it draws little more than the {idle_power_mw / 1e3:.0f} W of an idle device: "
-        "it may be waiting for the host rather than for memory"
+        f"; at {power / 1e3:.0f} W it draws little more than the {idle_power_mw / 1e3:.0f} W of an idle "
+        "device: it may be waiting for the host rather than for memory"
     )

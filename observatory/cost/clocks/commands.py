@@ -43,7 +43,8 @@ def nvidia_smi_commands(uuid: str | None, sm_clock_mhz: int) -> list[str]:
 def srun_commands(sm_clock_mhz: int) -> list[str]:
     """A Slurm step at that clock; Slurm takes the nearest clock there is and resets it afterwards."""
     return [
-        "# for one job step, no privileges; Slurm up to 25.11 sets application clocks, from 26.05 on locked ones:",
+        "# for one job step, no privileges; Slurm up to 25.11 sets application clocks, from 26.05 on "
+        "locked ones:",
         f"srun --gpu-freq={sm_clock_mhz},verbose COMMAND",
     ]
 
@@ -56,10 +57,11 @@ def zeusd_commands(uuid: str | None, sm_clock_mhz: int) -> list[str]:
     base = f'curl --fail-with-body --unix-socket "{_ZEUSD_SOCKET}" -X POST'
     url = "http://localhost/gpu"
     index = "gpu_ids=${index}&block=true"
+    clocks = f"min_clock_mhz={sm_clock_mhz}&max_clock_mhz={sm_clock_mhz}"
     return [
         "# where the site runs zeusd, no privileges:",
         f'index="$(nvidia-smi -i {_quoted(uuid)} --query-gpu=index --format=csv,noheader)"',
-        f'{base} "{url}/set_gpu_locked_clocks?{index}&min_clock_mhz={sm_clock_mhz}&max_clock_mhz={sm_clock_mhz}"',
+        f'{base} "{url}/set_gpu_locked_clocks?{index}&{clocks}"',
         "# undo:",
         f'{base} "{url}/reset_gpu_locked_clocks?{index}"',
     ]
@@ -82,12 +84,15 @@ def wrapper_commands(template: str | None, uuid: str | None, sm_clock_mhz: int) 
             f"#   nvidia-smi -i UUID --lock-gpu-clocks={sm_clock_mhz},{sm_clock_mhz}",
             "#   nvidia-smi -i UUID --reset-gpu-clocks",
         ]
-    line = template.replace("{uuid}", _quoted(uuid)).replace("{clock_mhz}", str(sm_clock_mhz))
-    if "{clock_mhz}" not in template or "{" in line.replace("${", "") or not template.isprintable():
+    others = template.replace("{uuid}", "").replace("{clock_mhz}", "")
+    if "{clock_mhz}" not in template or set(others) & set("{}") or not template.isprintable():
         raise ClockError(
-            f"wrapper {template[:80]!r} is not a command with {{clock_mhz}} and, where it names a device, {{uuid}}; "
+            f"wrapper {template[:80]!r} is not a command with {{clock_mhz}} and, where it names a device, "
+            f"{{uuid}}; "
             "give one such as 'sudo site-lock {uuid} {clock_mhz}'"
         )
+    parts = template.split("{uuid}")
+    line = _quoted(uuid).join(part.replace("{clock_mhz}", str(sm_clock_mhz)) for part in parts)
     return ["# with the site's wrapper:", line]
 
 

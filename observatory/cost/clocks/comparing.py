@@ -2,15 +2,15 @@
 
 Shapes: B bootstrap samples, F clocks, R repeats.
 
-Each setting is a point in the plane of time and energy per iteration, as measured. The Pareto front holds those
-that no other beats in both.
+Each setting is a point in the plane of time and energy per iteration, as measured. The Pareto front holds
+those that no other beats in both.
 
-Whether locking beats capping is a question about all locks and all caps, not about the few that were tried: the
-best of twelve locks beats the best of five caps by the luck of its steps alone. A cap of W holds the clock at
-which P(f) = W. So caps reach the clocks whose power is at least that of the lowest cap tried, and, where a cap
-never binds, none but the unlocked one; locks reach all. Both are asked for the least energy within the budget. What
-a binding cap costs beside a lock at the same clock (a limit makes the clock hunt) is measured on the cap points
-and added to the caps' side.
+Whether locking beats capping is a question about all locks and all caps, not about the few that were tried:
+the best of twelve locks beats the best of five caps by the luck of its steps alone. A cap of W holds the
+clock at which P(f) = W. So caps reach the clocks whose power is at least that of the lowest cap tried, and,
+where a cap never binds, none but the unlocked one; locks reach all. Both are asked for the least energy
+within the budget. What a binding cap costs beside a lock at the same clock (a limit makes the clock hunt) is
+measured on the cap points and added to the caps' side.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class LockAgainstCap(Record):
     """Which of locking and capping saves more within the budget.
 
     Attributes:
-        verdict: ``locking beats capping`` and its reverse need an interval wholly beyond 1 % of the reference's
-            energy.
-        advantage: energy that the best cap costs more than the best lock, relative to the reference; None when
-            it cannot be measured.
+        verdict: ``locking beats capping`` and its reverse need an interval wholly beyond 1 % of the
+            reference's energy.
+        advantage: energy that the best cap costs more than the best lock, relative to the reference; None
+            when it cannot be measured.
         cap_excess: ln(energy of a binding cap / energy of a lock at its clock); None when no cap binds.
         text: one sentence.
     """

@@ -1,4 +1,4 @@
-"""What makes a sweep say less than it seems to: caps that never bind, and clocks that are not the requested ones.
+"""What makes a sweep say less than it seems to: caps that never bind, clocks that nobody asked for.
 
 The two confounds of arXiv 2605.11999. A cap that no phase ever reaches changes nothing, and a comparison of
 such caps compares noise. A clock request above what the chip allows is accepted without a word, and so are
@@ -51,30 +51,33 @@ def _capped_reference(reference: Reference, default_limit_mw: float | None) -> C
     limit = "" if default_limit_mw is None else f" of {default_limit_mw / 1e3:.0f} W"
     return Confound(
         kind="unlocked is capped",
-        text=f"without any lock the power limit{limit} holds the clock down for {share:.0%} of the time, to "
-        f"{reference.sm_clock_mhz:.0f} MHz: slowdown and saving are relative to that, not to the highest clock",
+        text=f"without any lock the power limit{limit} holds the clock down for {share:.0%} of the time, "
+        f"to {reference.sm_clock_mhz:.0f} MHz: slowdown and saving are relative to that, not to the "
+        "highest clock",
         numbers={"power_cap_share": share, "sm_clock_mhz": reference.sm_clock_mhz},
     )
 
 
-def _caps(
-    settings: Sequence[Setting],
-    reference: Reference,
-    time_scatter: float | None,
-) -> list[Confound]:
-    caps = [item for item in settings if item.kind == "cap" and item.iteration_s_R]
-    if not caps:
+def _caps(settings: Sequence[Setting], reference: Reference, time_scatter: float | None) -> list[Confound]:
+    """Caps that hold nothing; caps of which neither driver nor power tells are passed over."""
+    told = {
+        item.limit_mw: (item, binds)
+        for item in settings
+        if item.kind == "cap" and item.iteration_s_R and item.limit_mw
+        if (binds := _binds(item)) is not None
+    }
+    if not told:
         return []
-    limits = [item.limit_mw for item in caps if item.limit_mw]
-    verdicts = {item.limit_mw: _binds(item) for item in caps}
-    if None in verdicts.values() or not limits:
-        return []
-    ratio = max((_power_mw(item) or 0.0) / item.limit_mw for item in caps if item.limit_mw)
-    rates = [1.0 / float(np.median(item.iteration_s_R)) for item in caps]
+    limits = [limit for limit in told if limit is not None]
+    drawn = [
+        (power, power / limit) for limit, (item, _) in told.items() if limit and (power := _power_mw(item))
+    ]
+    rates = [1.0 / float(np.median(item.iteration_s_R)) for item, _ in told.values()]
     rates.append(1.0 / reference.iteration_s)
     spread = max(rates) / min(rates) - 1.0
+    ratio = max((part for _, part in drawn), default=None)
     numbers: dict[str, float | None] = {
-        "caps": float(len(caps)),
+        "caps": float(len(told)),
         "lowest_cap_mw": min(limits),
         "highest_cap_mw": max(limits),
         "highest_power_over_limit": ratio,
@@ -82,27 +85,29 @@ def _caps(
         "time_scatter": time_scatter,
     }
     noise = "" if time_scatter is None else f", where repeats of one setting scatter by {time_scatter:.1%}"
-    if not any(verdicts.values()):
-        drawn = [power for item in caps if (power := _power_mw(item)) is not None]
-        power = f" (it draws {min(drawn) / 1e3:.0f} to {max(drawn) / 1e3:.0f} W)" if drawn else ""
+    loose = [limit for limit in limits if not told[limit][1]]
+    if len(loose) == len(limits):
+        draws = "its power is not known"
+        if ratio is not None:
+            low, high = min(power for power, _ in drawn), max(power for power, _ in drawn)
+            draws = f"it draws {low / 1e3:.0f} to {high / 1e3:.0f} W, at most {ratio:.0%} of a cap"
         return [
             Confound(
                 kind="cap never binds",
-                text=f"none of the {len(caps)} power caps from {min(limits) / 1e3:.0f} to {max(limits) / 1e3:.0f} W "
-                f"ever holds the clock{power}; at most {ratio:.0%} of a cap is drawn and throughput differs by "
+                text=f"none of the {len(limits)} power caps from {min(limits) / 1e3:.0f} to "
+                f"{max(limits) / 1e3:.0f} W ever holds the clock ({draws}) and throughput differs by "
                 f"{spread:.1%} between caps{noise}: these caps do nothing, whatever they seem to save",
                 numbers=numbers,
             )
         ]
-    loose = [limit for limit, binds in verdicts.items() if not binds and limit is not None]
     if not loose:
         return []
-    binding = max(limit for limit, binds in verdicts.items() if binds and limit is not None)
+    binding = max(limit for limit in limits if told[limit][1])
     return [
         Confound(
             kind="some caps do not bind",
-            text=f"caps of {min(loose) / 1e3:.0f} W and more do not hold the clock, the highest one that does is "
-            f"{binding / 1e3:.0f} W: differences between the others are noise",
+            text=f"caps of {min(loose) / 1e3:.0f} W and more do not hold the clock, the highest one that "
+            f"does is {binding / 1e3:.0f} W: differences between the others are noise",
             numbers={**numbers, "lowest_loose_cap_mw": min(loose), "highest_binding_cap_mw": binding},
         )
     ]
@@ -169,8 +174,8 @@ def _limits(settings: Sequence[Setting]) -> list[Confound]:
             found.append(
                 Confound(
                     kind="limit not as requested",
-                    text=f"a power limit of {wanted / 1e3:.0f} W was asked for and {item.limit_mw / 1e3:.0f} W "
-                    "was in force",
+                    text=f"a power limit of {wanted / 1e3:.0f} W was asked for and "
+                    f"{item.limit_mw / 1e3:.0f} W was in force",
                     numbers={"requested_limit_mw": wanted, "limit_mw": item.limit_mw},
                 )
             )

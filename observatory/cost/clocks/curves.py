@@ -68,10 +68,10 @@ class Points:
 def time_axes(form: TimeForm, points: Points) -> list[Axis]:
     """Where the nonlinear parameters of a form are sought.
 
-    The knee lies where at least two clocks show its compute side, unless there is no host part and one clock is
-    enough, and, where the memory's slope is to be found, two its memory side. A knee between the two lowest
-    clocks is thus put at the second lowest: a chord lies above a convex curve, so that the time is rather over-
-    than understated. See :func:`spread_last_knees`.
+    The knee lies where at least two clocks show its compute side, unless there is no host part and one clock
+    is enough, and, where the memory's slope is to be found, two its memory side. A knee between the two
+    lowest clocks is thus put at the second lowest: a chord lies above a convex curve, so that the time is
+    rather over- than understated. See :func:`spread_last_knees`.
     """
     if not form.has_knee:
         return []
@@ -128,9 +128,9 @@ def spread_last_knees(
 ) -> Float64:
     """Bootstrap samples whose knee came to lie at the second lowest clock, with knees anywhere below it.
 
-    The points do not tell where between the two lowest clocks such a knee is: with a steeper compute side and a
-    smaller host part it may lie lower and the curve still passes through all points. Each sample gets one of the
-    knees that need no negative host part, so that intervals in between say what is not known.
+    The points do not tell where between the two lowest clocks such a knee is: with a steeper compute side
+    and a smaller host part it may lie lower and the curve still passes through all points. Each sample gets
+    one of the knees that need no negative host part, so that intervals in between say what is not known.
     """
     if not form.has_knee or "host_s" not in form.terms or "sharpness" in form.terms:
         return time_BT
@@ -179,9 +179,9 @@ def fit_power(form: PowerForm, terms: tuple[str, ...], points: Points, weight_BN
     phi_B = points.block_mhz() / points.f0_mhz
     axes = []
     if "ridge" in form.terms:
-        axes.append(Axis(low=float(phi_B[0]), high=float(phi_B[-2]), count=14))
+        axes.append(Axis(low=float(phi_B[0]), high=float(phi_B[-2]), count=16))
     if "voltage_slope" in form.terms:
-        axes.append(Axis(low=_VOLTAGE_SLOPE[0], high=_VOLTAGE_SLOPE[1], count=6))
+        axes.append(Axis(low=_VOLTAGE_SLOPE[0], high=_VOLTAGE_SLOPE[1], count=10))
 
     def columns(shape: Float64) -> Float64:
         ridge, slope = _voltage(form, shape)

@@ -5,8 +5,8 @@ Shapes: B bootstrap samples, F clocks of a grid.
 f_crit is where memory and compute take equally long; above it a memory-bound phase only burns power. f_energy
 is where the energy of an iteration would be least if compute were always the longer: below it static power
 costs more over the longer time than the lower clock and voltage save. Where the longer of memory and compute
-alone counts, time is flat above f_crit and energy rises with the clock, below it t(f) is the compute branch: so
-energy is least at min(f_crit, f_energy). With a smooth knee the least lies a little higher; the optimum is
+alone counts, time is flat above f_crit and energy rises with the clock, below it t(f) is the compute branch:
+so energy is least at min(f_crit, f_energy). With a smooth knee the least lies a little higher; the optimum is
 therefore taken from E(f) itself. Nothing is said outside the measured range; a value at its edge says ``at
 most`` or ``at least``.
 """
@@ -24,6 +24,7 @@ __all__ = ["clock_estimates"]
 Float64 = NDArray[np.float64]
 
 _GRID_STEP_MHZ = 5.0
+_MOST_STEPS = 1000
 _INTERVAL = (0.05, 0.95)
 
 
@@ -41,7 +42,8 @@ def clock_estimates(
     Args:
         time_1T: fitted parameters of t(f).
         power_1T: of P(f); None without energies.
-        time_BT, power_BT: bootstrap samples of the same.
+        time_BT: bootstrap samples of the same.
+        power_BT: likewise.
         low_mhz: lowest clock measured.
         f0_mhz: highest one.
     """
@@ -88,7 +90,8 @@ def _optimum(time_BT: Float64, power_BT: Float64, low_mhz: float, f0_mhz: float)
 
 
 def _grid(low_mhz: float, f0_mhz: float) -> Float64:
-    return np.linspace(low_mhz, f0_mhz, max(2, round((f0_mhz - low_mhz) / _GRID_STEP_MHZ) + 1))
+    steps = min(_MOST_STEPS, round((f0_mhz - low_mhz) / _GRID_STEP_MHZ) + 1)
+    return np.linspace(low_mhz, f0_mhz, max(2, steps))
 
 
 def _estimate(

@@ -114,8 +114,8 @@ def _limit_notes(merged: dict[tuple[object, ...], list[ClockSeries]], limits: Se
     if not lowered:
         return []
     return [
-        f"the power limit stood at {min(lowered) / 1e3:.0f} W where the sweep set none, below the default of "
-        f"{max(limits) / 1e3:.0f} W: the reference is of this site's setting"
+        f"the power limit stood at {min(lowered) / 1e3:.0f} W where the sweep set none, below the default "
+        f"of {max(limits) / 1e3:.0f} W: the reference is of this site's setting"
     ]
 
 
@@ -129,8 +129,8 @@ def _fit_series(
     if found is None or found.blocks < _LEAST_CLOCKS:
         usable = 0 if found is None else found.blocks
         return (
-            f"points at {usable} different clocks can be used, {_LEAST_CLOCKS} at least are needed; measure "
-            f"more clocks{' (' + why + ')' if why else ''}"
+            f"points at {usable} different clocks can be used, {_LEAST_CLOCKS} at least are needed; "
+            f"measure more clocks{' (' + why + ')' if why else ''}"
         )
     if len(found.mhz_N) > _MOST_POINTS:
         return f"{len(found.mhz_N)} points are more than the {_MOST_POINTS} one fit takes; give fewer repeats"
@@ -150,7 +150,7 @@ def _fit_series(
     time_fit = curve_fit(time_trials, TIME_TERMS, time_BT, time_form_B)
     power_fit = curve_fit(power_trials, POWER_TERMS, power_BT, power_form_B) if power_trials else None
     time_scatter, energy_scatter, freedom = scatter_of(settings)
-    reference = _reference(settings)
+    reference = _reference(settings, float(found.mhz_N.min()))
     if reference is None:
         return f"no setting has both a time and a clock{': ' + why if why else ''}; measure again"
     estimates = clock_estimates(
@@ -194,9 +194,9 @@ def _pairs(setting: Setting) -> list[tuple[float, float]]:
     return list(zip(setting.energy_mj_R, setting.iteration_s_R, strict=False))
 
 
-def _reference(settings: Sequence[Setting]) -> Reference | None:
-    """The unlocked setting, else the one with the highest clock."""
-    known = [item for item in settings if item.sm_clock_mhz is not None and item.iteration_s_R]
+def _reference(settings: Sequence[Setting], low_mhz: float) -> Reference | None:
+    """The unlocked setting, else the one with the highest clock; never one below the fitted range."""
+    known = [item for item in settings if (item.sm_clock_mhz or 0.0) >= low_mhz and item.iteration_s_R]
     unlocked = [item for item in known if item.kind == "unlocked"]
     if not known:
         return None

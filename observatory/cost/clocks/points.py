@@ -7,8 +7,8 @@ What a label means for a point, and why:
 * ``power-capped`` with a steady clock is one too: time and power follow from the clock, whatever holds it.
   Where the limit makes the clock wander, the mean time belongs to no one clock: left out of the fit, kept in
   the comparison of locks with caps, since that is how the cap behaves.
-* ``thermal`` is left out of everything: hot silicon leaks more, hardware slowdown skips pulses that the sampled
-  clock does not show, and no setting can be credited with it.
+* ``thermal`` is left out of everything: hot silicon leaks more, hardware slowdown skips pulses that the
+  sampled clock does not show, and no setting can be credited with it.
 * ``unverified`` is left out of the fit, as there is no clock. Under a power limit alone it is still compared:
   the limit needs no clock to be verified.
 * Labels are checked: one that says ``ok`` while the event reasons or the clock say otherwise is corrected.
@@ -44,6 +44,9 @@ _LEAST_DISTURBED = 0.03
 #: Relative error of a power that its energy's own error bar does not cover.
 _POWER_NOISE = 0.01
 _NORMAL_95 = 1.645
+#: What an iteration and its power can be: from a nanosecond to twelve days, from a milliwatt to a megawatt.
+_SECONDS = (1e-9, 1e6)
+_MILLIWATTS = (1.0, 1e9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +103,8 @@ def _judge(point: ClockPoint, default_limit_mw: int | None) -> Judged:
     label = corrected_label(point)
     fitted, reason = _fit_worthy(point, label)
     compared = label != "thermal" and (label != "unverified" or kind == "cap")
+    if not _possible(point):
+        fitted, compared, reason = False, False, "no device has such a time or power"
     return Judged(
         point=point,
         kind=kind,
@@ -126,6 +131,14 @@ def corrected_label(point: ClockPoint) -> PointLabel:
     if capped and (missed or request is None):
         return "power-capped"
     return "clamped" if missed else "ok"
+
+
+def _possible(point: ClockPoint) -> bool:
+    """Whether time and power are any device's; sweeps come from files."""
+    if point.iterations > point.duration_s / _SECONDS[0] or point.iteration_s > _SECONDS[1]:
+        return False
+    power_mw = None if point.energy_mj is None else point.energy_mj / point.duration_s
+    return power_mw is None or _MILLIWATTS[0] <= power_mw <= _MILLIWATTS[1]
 
 
 def _fit_worthy(point: ClockPoint, label: PointLabel) -> tuple[bool, str]:
@@ -187,7 +200,7 @@ def fit_points(judged: Sequence[Judged]) -> tuple[Points | None, list[LeftOut]]:
         return None, left
     block_of = _blocks(used)
     energy_N = np.array([_millijoules(item.point) for item in used])
-    error_N = np.array([item.point.energy_error or 0.0 for item in used])
+    error_N = np.array([min(item.point.energy_error or 0.0, 1.0) for item in used])
     seconds_N = np.array([item.point.iteration_s for item in used])
     return (
         Points(
@@ -202,7 +215,7 @@ def fit_points(judged: Sequence[Judged]) -> tuple[Points | None, list[LeftOut]]:
 
 
 def _blocks(used: Sequence[Judged]) -> NDArray[np.int64]:
-    """Number of the clock that each point ran at: settings whose median clocks are one step apart share it."""
+    """Number of the clock that each point ran at; settings with median clocks in one step share it."""
     clocks: dict[tuple[int | None, int | None], list[int]] = {}
     for item in used:
         clocks.setdefault(item.setting, []).append(item.point.sm_clock_mhz or 0)

@@ -3,10 +3,10 @@
 Shapes: B bootstrap samples, F candidate clocks.
 
 A candidate is a clock that the device supports (or, where the sweep does not say, one that a lock was seen to
-reach), within what was measured and not above what the phase runs at unlocked: no extrapolation. The budget is a
-promise, so that the upper end of the slowdown's 90 % interval must keep it. Of the candidates inside, energies
-within half a percent of the least are ties, and the highest clock among them is taken. When the saving's
-interval reaches zero, the advice is to leave the clock alone.
+reach), within what was measured and not above what the phase runs at unlocked: no extrapolation. The budget
+is a promise, so that the upper end of the slowdown's 90 % interval must keep it. Of the candidates inside,
+energies within half a percent of the least are ties, and the highest clock among them is taken. When the
+saving's interval reaches zero, the advice is to leave the clock alone.
 """
 
 from __future__ import annotations
@@ -30,10 +30,17 @@ __all__ = ["ClockAdvice", "ClockChoice", "CommonClock", "MeasuredNearby", "Serie
 
 Float64 = NDArray[np.float64]
 
-#: Energies this close, relative, are the same: sensors are calibrated to a few percent, repeats to about this.
+#: Energies this close, relative, are the same: sensors are calibrated to a few percent, repeats to about
+#: this.
 _TIE = 0.005
 #: A measured lock this close to a recommended clock is evidence for it.
 _NEARBY_MHZ = 60.0
+#: A series that gives up more than this at the common clock is named.
+_WORTH_A_DEVICE = 0.02
+_NO_TOGGLING = (
+    "do not lock and unlock around phases or steps: a lock takes effect after the step it was meant for, "
+    "concerns every process on the device, and stays when the program dies"
+)
 #: The advice says that more repeats would help when the interval costs this much of the saving.
 _WORTH_MORE_REPEATS = 0.02
 
@@ -67,13 +74,13 @@ class SeriesAdvice(Record):
         unsure_mhz: the clock that would be recommended if the estimate alone had to keep the budget, where it
             saves more: what more repeats may win. None otherwise.
         measured: the measured lock nearby; None without one.
-        edp, ed2p: clocks of least energy x time and energy x time^2, whatever the budget; None without energy.
+        edp, ed2p: clocks of least energy x time and energy x time^2, whatever the budget; None without
+            energy.
         critical, compute_optimum, optimum: f_crit, f_energy and the clock of least energy.
         behaviour: the class.
         points: what was measured, with the Pareto front.
         lock_against_cap: which saves more.
         confounds: found by the fit.
-        toggle: why not to lock and unlock around this phase.
     """
 
     title: Text
@@ -188,8 +195,8 @@ def _advise(view: SeriesView, index: int, model: ClockModel, max_slowdown: float
             {
                 **common,
                 "verdict": "no energy",
-                "text": f"{fit.title}: {fit.no_power}, so that no saving can be stated; down to {lowest:.0f} MHz "
-                f"the time stays within the budget of {max_slowdown:.1%}",
+                "text": f"{fit.title}: {fit.no_power}, so that no saving can be stated; down to "
+                f"{lowest:.0f} MHz the time stays within the budget of {max_slowdown:.1%}",
             }
         )
     time_BF, energy_BF = view.ratios(clock_F)
@@ -245,19 +252,20 @@ def _sentence(
     if not worth:
         if choice.sm_clock_mhz >= reference:
             return (
-                f"{title}: leave the clock unlocked ({reference:.0f} MHz): no lower clock surely keeps the budget "
-                f"of {max_slowdown:.1%} and saves energy"
+                f"{title}: leave the clock unlocked ({reference:.0f} MHz): no lower clock surely keeps the "
+                f"budget of {max_slowdown:.1%} and saves energy"
             )
         return (
-            f"{title}: leave the clock unlocked ({reference:.0f} MHz): what {choice.sm_clock_mhz:.0f} MHz would "
-            f"save, {choice.saving.percent()}, is not surely more than nothing"
+            f"{title}: leave the clock unlocked ({reference:.0f} MHz): what {choice.sm_clock_mhz:.0f} MHz "
+            f"would save, {choice.saving.percent()}, is not surely more than nothing"
         )
     sentence = (
-        f"{title}: lock to {choice.sm_clock_mhz:.0f} MHz, which saves {choice.saving.percent()} of the energy for "
-        f"a slowdown of {choice.slowdown.percent()} against {reference:.0f} MHz"
+        f"{title}: lock to {choice.sm_clock_mhz:.0f} MHz, which saves {choice.saving.percent()} of the "
+        f"energy for a slowdown of {choice.slowdown.percent()} against {reference:.0f} MHz"
     )
     if measured is None:
-        return f"{sentence}; no lock within {_NEARBY_MHZ:.0f} MHz of it was measured: measure it before relying on it"
+        near = f"no lock within {_NEARBY_MHZ:.0f} MHz of it was measured"
+        return f"{sentence}; {near}: measure it before relying on it"
     if abs(measured.sm_clock_mhz - choice.sm_clock_mhz) <= CLOCK_STEP_MHZ / 2.0:
         seen = "measured there"
     else:
@@ -268,48 +276,43 @@ def _sentence(
 
 def _common(views: Sequence[SeriesView], advice: Sequence[SeriesAdvice], max_slowdown: float) -> CommonClock:
     """One clock for everything the device does, since locking is too slow and too coarse to follow phases."""
-    toggling = (
-        "do not lock and unlock around phases or steps: a lock takes effect after the step it was meant for, "
-        "concerns every process on the device, and stays when the program dies"
-    )
     if not all(view.has_energy for view in views):
-        return CommonClock(text=f"no common clock is advised, as energies are missing; {toggling}")
+        return CommonClock(text=f"no common clock is advised, as energies are missing; {_NO_TOGGLING}")
     low = max(view.fit.low_mhz for view in views)
-    clock_F = np.array(sorted({mhz for view in views for mhz in view.candidate_F.tolist() if mhz >= low}))
     top = max(view.reference_mhz for view in views)
-    kept_F = clock_F == top
-    if len(clock_F):
-        kept_F |= np.all([view.inside(clock_F, max_slowdown) for view in views], axis=0)
-    clock_F = clock_F[kept_F] if kept_F.any() else np.array([top])
+    clock_F = np.array(
+        sorted({mhz for view in views for mhz in view.candidate_F.tolist() if mhz >= low} | {top})
+    )
+    kept_F = np.all([view.inside(clock_F, max_slowdown) for view in views], axis=0) | (clock_F == top)
+    clock_F = clock_F[kept_F]
     energy_SBF = [view.ratios(clock_F)[1] for view in views]
     rows = min(len(energy_BF) for energy_BF in energy_SBF)
     mean_BF = np.mean([energy_BF[:rows] for energy_BF in energy_SBF], axis=0)
     best = _least(clock_F, mean_BF[0])
     saving_B = 1.0 - mean_BF[:, clock_F == best][:, 0]
     saving = sample_interval(float(saving_B[0]), saving_B[1:])
-    own = [item.choice.sm_clock_mhz if item.choice else item.reference_mhz for item in advice]
-    if best >= top or saving.low is None or saving.low <= 0.0:
-        locked = [item.title for item in advice if item.choice]
-        alone = (
-            f"; {', '.join(locked)[:400]} alone would gain from a lock: give it devices of its own and lock those"
-            if locked
-            else ""
+    none = best >= top or saving.low is None or saving.low <= 0.0
+    choices = [view.choice(top if none else best) for view in views]
+    own = [item.choice.saving.value if item.choice else 0.0 for item in advice]
+    lost = [max(0.0, alone - choice.saving.value) for alone, choice in zip(own, choices, strict=True)]
+    gaining = [f"{item.title} (by {100 * more:.0f} points)" for item, more in zip(advice, lost, strict=True)
+               if more > _WORTH_A_DEVICE]  # fmt: skip
+    apart = ""
+    if gaining:
+        apart = (
+            f"; with a clock of its own more would be saved by {', '.join(gaining)[:600]}: give it devices "
+            "of its own (prefill and decode on separate devices, for example) and lock those"
         )
+    if none:
         return CommonClock(
-            text=f"no single clock keeps a budget of {max_slowdown:.1%} for all {len(views)} series and saves "
-            f"energy: leave the device unlocked{alone}; {toggling}"
+            text=f"no single clock keeps a budget of {max_slowdown:.1%} for all {len(views)} series and "
+            f"surely saves energy: leave a device that runs them all unlocked{apart}; {_NO_TOGGLING}"
         )
-    choices = [view.choice(best) for view in views]
-    lost = [
-        view.choice(mhz).saving.value - choice.saving.value
-        for view, mhz, choice in zip(views, own, choices, strict=True)
-    ]
     return CommonClock(
         sm_clock_mhz=best,
         saving=saving,
         choices=tuple(choices),
         lost=tuple(lost),
-        text=f"one clock serves all {len(views)} series: {best:.0f} MHz keeps every budget and saves "
-        f"{saving.percent()} on average, at most {100 * max(0.0, max(lost)):.1f} points less than a clock of its own "
-        f"would for any of them; {toggling}",
+        text=f"for a device that runs all {len(views)} series, {best:.0f} MHz keeps every budget and "
+        f"saves {saving.percent()} on average{apart}; {_NO_TOGGLING}",
     )

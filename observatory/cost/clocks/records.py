@@ -81,7 +81,8 @@ class CurveFit(Record):
 
     Attributes:
         form: the simplest of the forms that are as good as the best.
-        parameters: all parameters in the order of ``TIME_TERMS`` or ``POWER_TERMS``, 0 where the form has none.
+        parameters: all parameters in the order of ``TIME_TERMS`` or ``POWER_TERMS``, 0 where the
+            form has none.
         coefficients: the same, with intervals and reasons.
         scores: all forms that were tried.
     """
@@ -249,16 +250,17 @@ class SeriesFit(Record):
             raise ValueError("low_mhz is above high_mhz")
         if self.time.form not in TIME_FORMS or len(self.time.parameters) != len(TIME_TERMS):
             raise ValueError(f"time form {self.time.form[:40]!r} is unknown or has other parameters")
-        if self.time.parameters[0] + self.time.parameters[1] + self.time.parameters[3] <= 0.0:
-            raise ValueError("an iteration takes no time")
+        if self.reference.sm_clock_mhz < self.low_mhz:
+            raise ValueError("the reference's clock is below low_mhz")
         if self.power is not None and (
             self.power.form not in POWER_FORMS or len(self.power.parameters) != len(POWER_TERMS)
         ):
             raise ValueError(f"power form {self.power.form[:40]!r} is unknown or has other parameters")
         if any(len(sample) != len(TIME_TERMS) + len(POWER_TERMS) for sample in self.samples_B):
             raise ValueError("a bootstrap sample has another number of parameters than the model")
-        if any(sample[0] + sample[1] + sample[3] <= 0.0 for sample in self.samples_B):
-            raise ValueError("an iteration of a bootstrap sample takes no time")
+        _check_parameters(self.time.parameters, self.power.parameters if self.power else None)
+        for sample in self.samples_B:
+            _check_parameters(sample[: len(TIME_TERMS)], sample[len(TIME_TERMS) :] if self.power else None)
         return self
 
     @property
@@ -272,6 +274,20 @@ class SeriesFit(Record):
         if self.context_tokens is not None:
             parts.append(f"context {self.context_tokens}")
         return ", ".join(parts)
+
+
+def _check_parameters(time: tuple[float, ...], power: tuple[float, ...] | None) -> None:
+    """Refuse curves that no device has and that no arithmetic survives."""
+    host, memory, _, compute, sharpness = time
+    if host + memory + compute <= 0.0:
+        raise ValueError("an iteration takes no time")
+    if sharpness != 0.0 and not 1.0 <= sharpness <= 1000.0:
+        raise ValueError("sharpness is neither 0 nor between 1 and 1000")
+    if power is not None:
+        if sum(power[:4]) <= 0.0:
+            raise ValueError("the device draws no power")
+        if max(power[4:]) > 1.0:
+            raise ValueError("ridge or voltage slope is above 1")
 
 
 class ClockModel(Record):

@@ -1,7 +1,7 @@
 """Least squares with few linear and few nonlinear parameters, for many weightings at once.
 
-Shapes: B weightings (folds or bootstrap samples), N points, G trial positions, D nonlinear parameters, K linear
-    ones.
+Shapes: B weightings (folds or bootstrap samples), N points, G trial positions, D nonlinear parameters,
+    K linear ones.
 
 A form is linear in K <= 4 non-negative coefficients once its D <= 3 nonlinear parameters are given. Those are
 searched on a grid that covers their whole range and is then narrowed around the best position of each

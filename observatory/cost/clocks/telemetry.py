@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pydantic import Field
 
 from observatory.cost.clocks.confounds import BINDING_SHARE
@@ -96,7 +97,8 @@ def telemetry_advice(run: Run) -> TelemetryAdvice:
     frame = run.power()
     if frame.empty:
         raise ClockError(
-            f"run {run.path} holds no power samples; capture some with `observatory power --out RUN -- COMMAND`"
+            f"run {run.path} holds no power samples; capture some with `observatory power --out RUN -- "
+            "COMMAND`"
         )
     specs = {spec.uuid: spec for spec in run.manifest.devices if spec.uuid}
     spans = run.spans() if run.row_count("spans") else pd.DataFrame()
@@ -112,8 +114,8 @@ def telemetry_advice(run: Run) -> TelemetryAdvice:
     return TelemetryAdvice(
         run=str(run.path),
         devices=tuple(found),
-        cannot="which clock saves energy cannot be told from one clock: it takes the time and energy of an iteration "
-        "at several",
+        cannot="which clock saves energy cannot be told from one clock: it takes the time and energy of "
+        "an iteration at several",
         next_steps=(
             "observatory clocks sweep --help",
             "observatory clocks fit SWEEP.json --out fit.json",
@@ -181,9 +183,10 @@ def _device(
     return device.model_copy(update={"findings": tuple(_findings(device, idle_mw))})
 
 
-def _known(rows: pd.DataFrame, column: str) -> np.ndarray:
+def _known(rows: pd.DataFrame, column: str) -> NDArray[np.float64]:
     values = pd.to_numeric(rows[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    return values[np.isfinite(values) & (values >= 0.0)]
+    known: NDArray[np.float64] = values[np.isfinite(values) & (values >= 0.0)]
+    return known
 
 
 def _bit_share(rows: pd.DataFrame, bits: int) -> float | None:
@@ -220,8 +223,8 @@ def _findings(device: DeviceTelemetry, idle_mw: float | None) -> list[str]:
         drawn += f"{device.power_over_limit:.0%} of it)"
     if device.cap == "binds":
         found.append(
-            f"{limit} binds: it holds the clock down for {device.power_cap_share or 0.0:.0%} of the time{drawn}; a "
-            "lock above the clock seen would do nothing"
+            f"{limit} binds: it holds the clock down for {device.power_cap_share or 0.0:.0%} of the "
+            f"time{drawn}; a lock above the clock seen would do nothing"
         )
     elif device.cap == "does not bind":
         found.append(
@@ -234,20 +237,21 @@ def _findings(device: DeviceTelemetry, idle_mw: float | None) -> list[str]:
         found.append(f"heat slowed the chip for {device.thermal_share:.0%} of the time: mend that first")
     if (device.brake_share or 0.0) >= BINDING_SHARE:
         found.append(
-            f"hardware slowdown or the power brake acted in {device.brake_share:.0%} of the samples: mend that first"
+            f"hardware slowdown or the power brake acted in {device.brake_share:.0%} of the samples: mend "
+            "that first"
         )
     idle = device.idle_share or 0.0
     if idle >= _IDLE_SHARE:
         found.append(
-            f"the device idled in {idle:.0%} of the samples: it waits for the host or for other ranks, which a "
-            "clock does not change"
+            f"the device idled in {idle:.0%} of the samples: it waits for the host or for other ranks, "
+            "which a clock does not change"
         )
     elif idle_mw is not None and device.limit_mw and device.power_median_mw is not None:
         way = (device.power_median_mw - idle_mw) / max(device.limit_mw - idle_mw, 1.0)
         if way < _LOW_DRAW:
             found.append(
-                f"at {device.power_median_mw / 1e3:.0f} W it draws little more than the {idle_mw / 1e3:.0f} W of an "
-                "idle device: it may be waiting for the host"
+                f"at {device.power_median_mw / 1e3:.0f} W it draws little more than the "
+                f"{idle_mw / 1e3:.0f} W of an idle device: it may be waiting for the host"
             )
     return found
 

@@ -74,7 +74,7 @@ class SeriesView:
         return np.array(sorted(inside | {self.reference_mhz}))
 
     def ratios(self, mhz_F: Float64) -> tuple[Float64, Float64]:
-        """Time and energy over those of the reference, (1 + B, F). Above the reference a lock does nothing."""
+        """Time and energy over those of the reference, (1 + B, F); above it a lock does nothing."""
         time_BT, power_BT = np.split(self._row_BT, [len(TIME_TERMS)], axis=1)
         held_F = np.append(np.minimum(mhz_F, self.reference_mhz), self.reference_mhz)
         seconds_BF = iteration_s(time_BT, self.fit.high_mhz, held_F)
@@ -96,7 +96,8 @@ class SeriesView:
     def curve(self, clocks: int = 100) -> pd.DataFrame:
         """The fitted curves for a figure, clocks evenly spread over the measured range.
 
-        Columns: sm_clock_mhz; iteration_s, energy_mj (NaN without), slowdown, saving, each with _low and _high.
+        Columns: sm_clock_mhz; iteration_s, energy_mj (NaN without), slowdown, saving,
+        each with _low and _high.
         """
         mhz_F = np.linspace(self.fit.low_mhz, self.fit.high_mhz, clocks)
         seconds_BF = self.seconds(mhz_F)

@@ -1,0 +1,19 @@
+"""``observatory clocks``: which clock, and what it costs. Each command stands in a file of its own."""
+
+from __future__ import annotations
+
+import typer
+
+from observatory.cli.clocks_fit import fit
+from observatory.cli.clocks_recommend import recommend
+
+__all__ = ["clocks_group"]
+
+
+def clocks_group() -> typer.Typer:
+    """The ``clocks`` command and what it can do."""
+    group = typer.Typer(help="SM clocks: fit a sweep and choose a clock.", no_args_is_help=True)
+    group.callback()(lambda: None)
+    group.command("fit")(fit)
+    group.command("recommend")(recommend)
+    return group
