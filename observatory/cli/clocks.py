@@ -6,6 +6,7 @@ import typer
 
 from observatory.cli.clocks_fit import fit
 from observatory.cli.clocks_recommend import recommend
+from observatory.cli.clocks_unlock import status, unlock
 
 __all__ = ["clocks_group"]
 
@@ -16,4 +17,6 @@ def clocks_group() -> typer.Typer:
     group.callback()(lambda: None)
     group.command("fit")(fit)
     group.command("recommend")(recommend)
+    group.command("status")(status)
+    group.command("unlock")(unlock)
     return group

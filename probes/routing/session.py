@@ -215,7 +215,7 @@ class CaptureSession:
 
 def _only_phase(counted: Snapshot) -> str | None:
     """The phase of everything that was called, if it is one and known."""
-    slots = counted.calls.any(axis=1).nonzero()[0].tolist()
+    slots = [slot for slot, calls in enumerate(counted.calls) if calls.any()]
     return SLOTS[slots[0]] if len(slots) == 1 else None
 
 
