@@ -12,7 +12,7 @@ Order, so that a kill at any point leaves nothing locked for longer than the wat
 
 A kill before "touched" has changed nothing; after it the watchdog undoes. Where a batch system kills every
 process of a job at once, the watchdog goes too: the lease file stays, and ``observatory clocks unlock`` in
-the site's epilogue, or the next lease of that GPU, undoes it (docs/clocks.md#locking).
+the site's epilogue, or the next lease of that GPU, undoes it (docs/power.md#locking).
 """
 
 from __future__ import annotations
