@@ -103,11 +103,17 @@ class Issue:
         return self.dtype.is_floating_point or self.dtype.is_complex
 
     @property
+    def is_all_to_all(self) -> bool:
+        """Whether every rank sends something of its own to every other."""
+        return self.algorithm.startswith("all_to_all")
+
+    @property
     def carries_rows(self) -> bool:
-        """Whether it is an all-to-all of what can be hidden states: floats, or wide rows of single bytes."""
-        if not self.algorithm.startswith("all_to_all"):
-            return False
-        return self.differentiable or (self.dtype.itemsize == 1 and self.send.width > 1)
+        """Whether they can be hidden states: floats, or single bytes in wide rows of an all-to-all."""
+        if self.differentiable:
+            return True
+        packed = self.dtype.itemsize == 1 and self.dtype is not torch.bool
+        return packed and self.is_all_to_all and self.send.width > 1
 
     def finish(self, end: Mark) -> None:
         """It is complete."""

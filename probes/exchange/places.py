@@ -3,13 +3,16 @@
 A block is the module around a routing site (around the router or the experts). Its hooks say on which thread
 which layer is being computed. Gradients travel without hooks: an exchange that is started while autograd runs
 a node is linked to the exchange of that node's forward by autograd's own sequence number, which the node
-carries; nothing is put into the graph. Where there is no such node (a ``backward`` written by hand around a
-group of operations, an exchange of many nodes) the layer stays None.
+carries; nothing is put into the graph. A program may number its nodes anew to have them run earlier; such an
+exchange belongs to the latest of those that sent what it receives, and received what it sends. Where there
+is no such node (a ``backward`` written by hand around a group of operations, an exchange of many nodes) the
+layer stays None.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +21,7 @@ import torch
 from torch import nn
 
 from probes.exchange.issue import Issue, Mark
-from probes.exchange.roles import LayerCall, Role
+from probes.exchange.roles import LayerCall, Role, Way, way_of
 from probes.routing.attachment import Attachment
 from probes.routing.sites import RoutingSite
 
@@ -26,6 +29,8 @@ __all__ = ["Places", "in_backward"]
 
 #: Forward exchanges whose gradient may still come; older ones are forgotten.
 _MOST_LINKS = 1 << 16
+#: Those among which a gradient is looked for whose node was numbered anew.
+_MOST_RECENT = 1 << 12
 _REVERSED: dict[Role, Role] = {"dispatch": "combine", "combine": "dispatch", "other": "other"}
 
 #: (layer, device, start of the block's call) -> None
@@ -39,6 +44,23 @@ _NO_GRAPH = -1
 def in_backward() -> bool:
     """Whether autograd runs a graph on this thread, recomputation of checkpointed layers included."""
     return torch._C._current_graph_task_id() != _NO_GRAPH
+
+
+@dataclass(slots=True, eq=False)
+class _Link:
+    """An exchange of a forward pass, whose gradient may come.
+
+    Attributes:
+        layer: MoE layer.
+        role: its role.
+        way: who sent what to whom.
+        used: its gradient has come.
+    """
+
+    layer: int
+    role: Role
+    way: Way
+    used: bool = False
 
 
 @dataclass(slots=True)
@@ -73,7 +95,10 @@ class Places:
         self._mark = mark
         self._note_span = note_span
         self._stack = _Stack()
-        self._links: dict[int, tuple[int, Role] | None] = {}
+        self._links: dict[int, _Link | None] = {}
+        self._recent: deque[_Link] = deque()
+        self._ways: dict[Way, deque[_Link]] = {}
+        self._latest_number = -1
         self._lock = threading.Lock()
         self._attachments: list[Attachment] = []
 
@@ -114,7 +139,7 @@ class Places:
             call = stack.calls[-1].call
             role, layer = call.role(issue, group), call.layer
         elif graph != _NO_GRAPH:  # also where a block runs the backward pass of something else inside
-            return self._linked()
+            return self._linked(issue, group)
         elif stack.loose is not None:
             role, layer = stack.loose.role(issue, group), stack.loose.layer
             if stack.loose.combined and not stack.loose.open:
@@ -122,36 +147,56 @@ class Places:
         else:
             return "other", None
         if issue.differentiable:
-            self._remember(layer, role)
+            self._remember(_Link(layer, role, way_of(issue, group)))
         return role, layer
 
-    def _remember(self, layer: int, role: Role) -> None:
+    def _remember(self, link: _Link) -> None:
         """Under the number of the autograd node that is being made: it was taken last on this thread."""
         number = torch._C._autograd._get_sequence_nr() - 1
         with self._lock:
-            link: tuple[int, Role] | None = (layer, role)
-            if self._links.get(number, link) != link:
-                link = None  # two exchanges in one node: which gradient is whose is not known
-            self._links[number] = link
+            known = self._links.get(number, link)
+            # two exchanges in one node: which gradient is whose is not known
+            alike = known is not None and (known.layer, known.role) == (link.layer, link.role)
+            self._links[number] = link if alike else None
+            self._latest_number = max(self._latest_number, number)
             if len(self._links) > _MOST_LINKS:
                 del self._links[next(iter(self._links))]
+            self._recent.append(link)
+            self._ways.setdefault(link.way, deque()).append(link)
+            if len(self._recent) > _MOST_RECENT:
+                oldest = self._recent.popleft()
+                self._ways[oldest.way].popleft()
+                if not self._ways[oldest.way]:
+                    del self._ways[oldest.way]
 
-    def _linked(self) -> tuple[Role, int | None]:
+    def _linked(self, issue: Issue, group: str) -> tuple[Role, int | None]:
         node: Any = torch._C._current_autograd_node()
-        link = None if node is None else self._links.get(node._sequence_nr())
-        return ("other", None) if link is None else (_REVERSED[link[1]], link[0])
+        if node is None:
+            return "other", None
+        number = node._sequence_nr()
+        with self._lock:
+            if number > self._latest_number:
+                alike = self._ways.get(way_of(issue, group, back=True), ())
+                link = next((link for link in reversed(alike) if not link.used), None)
+            else:
+                link = self._links.get(number)
+            if link is None:
+                return "other", None
+            link.used = True
+        return _REVERSED[link.role], link.layer
 
     def _attach_block(self, block: nn.Module, layer: int) -> None:
         device = next((p.device for p in block.parameters()), torch.device("cpu"))
 
-        def enter(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_compiling():
                 return
             calls = self._stack.calls
             if any(other.block is block for other in calls):
                 leave(block, (), {}, None)  # its end was in compiled code, where this hook is not
             graph = torch._C._current_graph_task_id()
-            calls.append(_Open(block, LayerCall(layer), self._mark(device), graph))
+            call = LayerCall(layer, _width((*args, *kwargs.values())))
+            calls.append(_Open(block, call, self._mark(device), graph))
 
         def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
             if torch.compiler.is_compiling():
@@ -176,6 +221,13 @@ class Places:
             call.layer, call.routed = layer, True
 
         self._attachments.append(Attachment(site.module, before=enter))
+
+
+def _width(given: Sequence[Any]) -> int:
+    """Elements per row of the first argument that holds rows; 0 where there is none."""
+    tensors = (value for value in given if isinstance(value, torch.Tensor))
+    rows = (tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim() > 1)
+    return next((int(tensor.shape[-1]) for tensor in rows), 0)
 
 
 def _block(site: RoutingSite, modules: dict[str, nn.Module]) -> nn.Module:

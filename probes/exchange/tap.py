@@ -83,7 +83,7 @@ def _reduce_scatter(arguments: Sequence[Any]) -> Issue:
 
 
 def _equal_shares(whole: torch.Tensor) -> Side:
-    return Side((whole.numel(),), whole.itemsize, ())
+    return Side(whole.shape, whole.itemsize, ())
 
 
 #: Operator of the c10d library -> how to read its arguments; the third is the process group in all of them.
