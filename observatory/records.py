@@ -159,6 +159,11 @@ class SchedulerJob(Record):
     nodes: Text | None = None
 
 
+#: 73 years: sums of two such times fit 64 bits.
+_MOST_NS = 1 << 61
+_Nanoseconds = Annotated[int, Field(ge=-_MOST_NS, le=_MOST_NS)]
+
+
 class ClockSpec(Record):
     """How one rank's monotonic clock relates to that of the reference rank.
 
@@ -180,10 +185,10 @@ class ClockSpec(Record):
     """
 
     reference_rank: Count = 0
-    offset_ns: int | None = None
-    uncertainty_ns: Count | None = None
-    drift_ppm: float | None = None
-    measured_ns: int | None = None
+    offset_ns: _Nanoseconds | None = None
+    uncertainty_ns: Annotated[int, Field(ge=0, le=_MOST_NS)] | None = None
+    drift_ppm: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
+    measured_ns: _Nanoseconds | None = None
     identity: Text | None = None
     unix_minus_monotonic_ns: int | None = None
     method: Literal["shared clock", "ping-pong", "none"]

@@ -18,12 +18,21 @@ from pydantic import Field, model_validator
 from observatory.records import Count, HostSpec, Record, Text
 from observatory.versioned import load_document
 
-__all__ = ["BENCH_VERSION", "BenchCase", "BenchPlan", "BenchResult", "Traffic", "load_bench"]
+__all__ = [
+    "BENCH_VERSION",
+    "MAX_ROW_BYTES",
+    "BenchCase",
+    "BenchPlan",
+    "BenchResult",
+    "Traffic",
+    "load_bench",
+]
 
 BENCH_VERSION = "1.0"
 
 _MAX_RANKS = 4096
 _MAX_BYTES = 1 << 50
+MAX_ROW_BYTES = 1 << 30
 
 _Bytes = Annotated[int, Field(ge=0, le=_MAX_BYTES)]
 _Matrix = Annotated[tuple[tuple[_Bytes, ...], ...], Field(min_length=1, max_length=_MAX_RANKS)]
@@ -47,7 +56,7 @@ class Traffic(Record):
     pattern: _Name
     seed: int = 0
     send_bytes_PP: _Matrix
-    row_bytes: Annotated[int, Field(ge=1, le=1 << 30)] = 1
+    row_bytes: Annotated[int, Field(ge=1, le=MAX_ROW_BYTES)] = 1
     step: Count | None = None
     phase: _Name | None = None
     layer: Count | None = None

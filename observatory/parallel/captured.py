@@ -19,7 +19,7 @@ from observatory.errors import PlacementError, RunError
 from observatory.parallel.placement import PlacementChoice, PlacementFile
 from observatory.parallel.scan import all_ranks, place, placement_rule
 from observatory.parallel.traffic import Sources, traffic_matrices
-from observatory.records_bench import Traffic
+from observatory.records_bench import MAX_ROW_BYTES, Traffic
 
 if TYPE_CHECKING:
     from observatory.records import ModelSpec
@@ -81,7 +81,7 @@ def row_bytes(model: ModelSpec) -> int:
     """Bytes of one dispatched row: hidden size times bytes per element of the model's dtype.
 
     Raises:
-        RunError: the manifest does not say one of the two.
+        RunError: the manifest does not say one of the two, or no real one.
     """
     if not model.hidden_size:
         raise RunError(
@@ -93,6 +93,11 @@ def row_bytes(model: ModelSpec) -> int:
         raise RunError(
             f"the run of {model.name} has dtype {model.dtype!r}, whose size is not known here; "
             f"expected one of {', '.join(_ELEMENT_BYTES)}: give --row-bytes"
+        )
+    if model.hidden_size * element > MAX_ROW_BYTES:
+        raise RunError(
+            f"the run of {model.name} says a hidden size of {model.hidden_size}; rows of at most "
+            f"{MAX_ROW_BYTES >> 20} MiB are expected: give --row-bytes"
         )
     return model.hidden_size * element
 

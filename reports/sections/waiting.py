@@ -116,9 +116,15 @@ def _slowest(ranks: pd.DataFrame) -> str:
         if waited
         else ""
     )
+    # Whom a rank waited for can be known where its time cannot be split: it was also kept for others.
+    share = (
+        f"Waiting is {percent(float(ranks['wait_s'].sum()) / known)} of the time in exchanges."
+        if known > 0
+        else "No rank's time could be split in full."
+    )
     return (
-        f"Waiting is {percent(float(ranks['wait_s'].sum()) / known)} of the time in exchanges. Slowest is "
-        f"rank {slowest.source_rank}: {percent(slowest.caused_wait_s / whole)} of all waiting was for it "
+        f"{share} Slowest is rank {slowest.source_rank}: "
+        f"{percent(slowest.caused_wait_s / whole)} of all waiting was for it "
         f"({number(slowest.caused_wait_s * 1e3)} ms; cause: {plain(slowest.cause or 'unknown')}){after}."
     )
 

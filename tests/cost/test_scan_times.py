@@ -12,7 +12,7 @@ from collectives.replay import replay_plan
 from observatory.cli import main
 from observatory.cost import fit_network, realism
 from observatory.cost.scan import scan_times
-from observatory.errors import BenchmarkError
+from observatory.errors import BenchmarkError, RunError
 from observatory.parallel.captured import captured_traffic, departures, row_bytes, whole_rows
 from observatory.records import ModelSpec
 from observatory.records_bench import BenchCase, BenchResult, Traffic
@@ -83,6 +83,8 @@ def test_an_algorithm_that_was_not_measured_is_refused(make_run: MakeRun, networ
 def test_rows_have_the_bytes_of_the_model() -> None:
     assert row_bytes(ModelSpec(name="m", hidden_size=96, dtype="bfloat16")) == 192
     assert row_bytes(ModelSpec(name="m", hidden_size=96, dtype="torch.float32")) == 384
+    with pytest.raises(RunError, match="hidden size of 1000000000000; rows of at most 1024 MiB"):
+        row_bytes(ModelSpec(name="m", hidden_size=10**12, dtype="float32"))
 
 
 def test_whole_rows_keep_the_total_and_round_the_largest_remainders_up() -> None:

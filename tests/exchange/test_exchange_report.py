@@ -29,12 +29,19 @@ SEND = [[10, 20], [30, 40]]
 HOSTILE = "</script><script>hit()</script><img src=x onerror=hit()>%{x}"
 
 
-def write(path: Path, exchanges: pd.DataFrame, timed: pd.DataFrame | None = None, *, name: str = "m") -> Path:
-    """A run of two ranks with these rows."""
+def write(
+    path: Path,
+    exchanges: pd.DataFrame,
+    timed: pd.DataFrame | None = None,
+    *,
+    name: str = "m",
+    ranks: int = 2,
+) -> Path:
+    """A run of so many ranks with these rows."""
     manifest = Manifest(
-        run_id="x", created_unix_s=1.0, model=ModelSpec(name=name), topology=Topology(ranks=2)
+        run_id="x", created_unix_s=1.0, model=ModelSpec(name=name), topology=Topology(ranks=ranks)
     )
-    writers = [RunWriter.create(path, manifest), RunWriter.join(path, rank=1)]
+    writers = [RunWriter.create(path, manifest), *(RunWriter.join(path, rank=r) for r in range(1, ranks))]
     for writer in writers:
         for table, frame, schema in (("exchange", exchanges, EXCHANGE_SCHEMA), ("spans", timed, SPAN_SCHEMA)):
             if frame is not None and len(frame):
@@ -204,6 +211,15 @@ def test_splits_that_are_not_known_are_shown_as_such_with_the_reason(tmp_path: P
     note = waiting.blocks[0].variants[0].note  # type: ignore[union-attr]
     assert "How long ranks waited is not known." in note
     assert "Not split: rank 1, on which it depends, left no row (1 rows)." in note
+
+
+def test_a_late_rank_is_named_where_no_time_could_be_split_in_full(tmp_path: Path) -> None:
+    # 0 and 1 exchange, and gloo also keeps them for rank 2, whose row is missing.
+    apart = [[0, 20, 0], [30, 0, 0], [0, 0, 5]]
+    rows = collective([0, 60, 0], [100, 100, 100], apart, backend="gloo").drop(index=2)
+    (_, waiting) = exchange_sections(frames_of(write(tmp_path / "run", rows, ranks=3)))
+    note = waiting.blocks[0].variants[0].note  # type: ignore[union-attr]
+    assert "No rank's time could be split in full. Slowest is rank 1: 100.0 % of all waiting" in note
 
 
 def test_the_command_prints_one_document(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,7 +85,16 @@ def test_a_gigantic_manifest_is_not_loaded(write_run: WriteRun) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", '{"rank": 1, "state": "complete"}', '{"rank": 0, "state": "asleep"}', "[[["]
+    "text",
+    [
+        "",
+        "{}",
+        '{"rank": 1, "state": "complete"}',
+        '{"rank": 0, "state": "asleep"}',
+        "[[[",
+        '{"rank": 0, "state": "complete", "clock": {"method": "ping-pong", "offset_ns": 1%s}}' % ("0" * 30),
+        '{"rank": 0, "state": "complete", "clock": {"method": "ping-pong", "drift_ppm": 1e300}}',
+    ],
 )
 def test_a_rank_status_that_cannot_be_used_is_a_stated_problem(write_run: WriteRun, text: str) -> None:
     path = write_run()
