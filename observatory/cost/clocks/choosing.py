@@ -1,4 +1,4 @@
-"""Chooses the form of a curve by points that it did not see, and draws bootstrap samples of it.
+"""Chooses the form of a curve by points that it did not see.
 
 Shapes: N points, B bootstrap samples, K folds.
 
@@ -7,10 +7,6 @@ Shapes: N points, B bootstrap samples, K folds.
    them and a knee needs two clocks below it: of their repeats some are held out while others stay.
 2. Of the forms that are as good as the best (a likelihood at most e^2 times smaller), the one with the fewest
    parameters is chosen.
-3. Intervals: every clock, with all its repeats, gets a random weight of mean 1 (a smooth bootstrap over
-   blocks, which never loses the end of the range) and is fitted again. The weights' variance n/(n - p)
-   (t/z)^2 makes up for n clocks being few beside p parameters. The samples are spread over all forms that
-   are as good as the best, so that not knowing the form widens an interval too.
 """
 
 from __future__ import annotations
@@ -20,20 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
-from observatory.cost.clocks.curves import (
-    Points,
-    determined_terms,
-    fit_power,
-    fit_time,
-    spread_last_knees,
-)
+from observatory.cost.clocks.curves import Points, determined_terms, fit_power, fit_time
 from observatory.cost.clocks.model import (
     POWER_FORMS,
     POWER_TERMS,
     TIME_FORMS,
-    TIME_TERMS,
     PowerForm,
     TimeForm,
     iteration_s,
@@ -41,7 +29,7 @@ from observatory.cost.clocks.model import (
 )
 from observatory.cost.clocks.records import Coefficient, CurveFit, FormScore
 
-__all__ = ["Trial", "bootstrap_curves", "choose_power", "choose_time", "curve_fit", "fold_of"]
+__all__ = ["Trial", "choose_power", "choose_time", "curve_fit", "fold_of"]
 
 Float64 = NDArray[np.float64]
 
@@ -52,10 +40,6 @@ _MOST_FOLDS = 12
 _NO_ERROR = 3e-4
 #: Twice the logarithm of how much less likely a form may be than the best.
 _AS_GOOD = 4.0
-_MOST_VARIANCE = 3.0
-#: The form was chosen on the same points, which no reweighting of them shows. Without this factor, intervals
-#: on synthetic devices hold the truth in about 85 instead of 90 of 100 (docs/evidence/power.md).
-_CHOSEN_VARIANCE = 1.25
 _INTERVAL = (0.05, 0.95)
 
 
@@ -177,53 +161,6 @@ def _choose(trials: Sequence[Trial]) -> list[Trial]:
         key=lambda trial: (trial.parameters, _rms(trial.error_N)),
     )
     return [chosen, *(trial for trial in judged if trial is not chosen)]
-
-
-def bootstrap_curves(
-    times: Sequence[Trial], powers: Sequence[Trial], points: Points, samples: int, seed: int
-) -> tuple[Float64, Float64, NDArray[np.int64], NDArray[np.int64]]:
-    """Parameters of t(f) and P(f), (B, 5) and (B, 6), and which trial each sample is of."""
-    time_good = [index for index, trial in enumerate(times) if trial.as_good]
-    power_good = [index for index, trial in enumerate(powers) if trial.as_good]
-    row_B = np.arange(samples)
-    time_form_B = np.array(time_good)[row_B % len(time_good)]
-    power_form_B = (
-        np.array(power_good)[row_B // len(time_good) % len(power_good)]
-        if power_good
-        else np.zeros(samples, int)
-    )
-    # One draw serves both curves, so that a clock which counts much does so for time and power alike.
-    generator = np.random.default_rng(seed)
-    uniform_BN = generator.uniform(size=(samples, points.blocks))
-    time_BT = np.zeros((samples, len(TIME_TERMS)))
-    power_BT = np.zeros((samples, len(POWER_TERMS)))
-    for index in time_good:
-        chosen = np.flatnonzero(time_form_B == index)
-        weight = _block_weights(uniform_BN[chosen], times[index].parameters)[:, points.block_N]
-        form = times[index].form
-        assert isinstance(form, TimeForm)
-        if len(chosen):
-            sample_BT = fit_time(form, points, weight)
-            time_BT[chosen] = spread_last_knees(form, sample_BT, points, generator)
-    for index in power_good:
-        chosen = np.flatnonzero(power_form_B == index)
-        weight = _block_weights(uniform_BN[chosen], powers[index].parameters)[:, points.block_N]
-        power_form = powers[index].form
-        assert isinstance(power_form, PowerForm)
-        linear = tuple(term for term in powers[index].terms if term in POWER_TERMS[:4])
-        if len(chosen):
-            power_BT[chosen] = fit_power(power_form, linear, points, weight)
-    return time_BT, power_BT, time_form_B, power_form_B
-
-
-def _block_weights(uniform_BK: Float64, parameters: int) -> Float64:
-    """Random weights of mean 1 for each clock, (B, clocks)."""
-    blocks = uniform_BK.shape[1]
-    freedom = max(blocks - parameters, 1)
-    quantile = float(stats.t.ppf(_INTERVAL[1], freedom) / stats.norm.ppf(_INTERVAL[1]))
-    variance = min(_CHOSEN_VARIANCE * blocks / freedom * quantile**2, _MOST_VARIANCE)
-    weights: Float64 = stats.gamma.ppf(uniform_BK, 1.0 / variance, scale=variance)
-    return np.maximum(weights, 1e-6)
 
 
 def curve_fit(

@@ -1,6 +1,6 @@
-"""Fits one form of t(f) or P(f) to points, under many weightings at once.
+"""Fits one form of t(f) or P(f) to points, under many weightings and with many targets at once.
 
-Shapes: B weightings, N points, G trial positions, K linear coefficients.
+Shapes: B problems, N points, G trial positions, K linear coefficients.
 """
 
 from __future__ import annotations
@@ -86,8 +86,15 @@ def time_axes(form: TimeForm, points: Points) -> list[Axis]:
     return axes
 
 
-def fit_time(form: TimeForm, points: Points, weight_BN: Float64) -> Float64:
-    """Parameters of t(f) for each weighting, (B, 5) in the order of ``TIME_TERMS``."""
+def fit_time(form: TimeForm, points: Points, weight_BN: Float64, target_BN: Float64 | None = None) -> Float64:
+    """Parameters of t(f) for each problem, (B, 5) in the order of ``TIME_TERMS``.
+
+    Args:
+        form: the form.
+        points: the points.
+        weight_BN: weights of points.
+        target_BN: times to fit over those measured; None fits those measured.
+    """
     x_N = points.f0_mhz / points.mhz_N
     relative_N = 1.0 / points.iteration_s_N
     host = "host_s" in form.terms
@@ -107,7 +114,7 @@ def fit_time(form: TimeForm, points: Points, weight_BN: Float64) -> Float64:
             found.append(np.ones((*shape.shape[:-1], len(x_N))))
         return np.stack(found, axis=-1) * relative_N[:, None]
 
-    linear_BK, shape_BD = solve(columns, axes, weight_BN)
+    linear_BK, shape_BD = solve(columns, axes, weight_BN, target_BN)
     time_BT = np.zeros((len(weight_BN), len(TIME_TERMS)))
     if host:
         time_BT[:, 0] = linear_BK[:, 0]
@@ -164,14 +171,21 @@ def _shape(form: TimeForm, shape: Float64) -> tuple[Float64, Float64, Float64]:
     )
 
 
-def fit_power(form: PowerForm, terms: tuple[str, ...], points: Points, weight_BN: Float64) -> Float64:
-    """Parameters of P(f) for each weighting, (B, 6) in the order of ``POWER_TERMS``.
+def fit_power(
+    form: PowerForm,
+    terms: tuple[str, ...],
+    points: Points,
+    weight_BN: Float64,
+    target_BN: Float64 | None = None,
+) -> Float64:
+    """Parameters of P(f) for each problem, (B, 6) in the order of ``POWER_TERMS``.
 
     Args:
         form: the form.
         terms: those of its linear terms that the points can tell apart.
         points: the points; those without power have weight 0.
         weight_BN: weights of points, before their own worth.
+        target_BN: powers to fit over those measured; None fits those measured.
     """
     phi_N = points.mhz_N / points.f0_mhz
     known_N = np.isfinite(points.power_mw_N)
@@ -190,7 +204,7 @@ def fit_power(form: PowerForm, terms: tuple[str, ...], points: Points, weight_BN
         return np.stack([all_terms[term] for term in terms], axis=-1) * relative_N[:, None]
 
     weight_BN = weight_BN * np.where(known_N, points.power_weight_N, 0.0)
-    linear_BK, shape_BD = solve(columns, axes, weight_BN)
+    linear_BK, shape_BD = solve(columns, axes, weight_BN, target_BN)
     power_BT = np.zeros((len(weight_BN), len(POWER_TERMS)))
     for index, term in enumerate(terms):
         power_BT[:, POWER_TERMS.index(term)] = linear_BK[:, index]

@@ -2,8 +2,9 @@
 
 Shapes: N points, B bootstrap samples.
 
-Points are judged (:mod:`observatory.cost.clocks.points`), forms chosen and intervals drawn
-(:mod:`observatory.cost.clocks.choosing`); the clock that was sampled counts, never the request.
+Points are judged (:mod:`observatory.cost.clocks.points`), forms chosen
+(:mod:`observatory.cost.clocks.choosing`) and intervals drawn (:mod:`observatory.cost.clocks.resampling`); the
+clock that was sampled counts, never the request.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from observatory.cost.clocks.choosing import bootstrap_curves, choose_power, choose_time, curve_fit, fold_of
+from observatory.cost.clocks.choosing import choose_power, choose_time, curve_fit, fold_of
 from observatory.cost.clocks.confounds import find_confounds
 from observatory.cost.clocks.estimates import clock_estimates
 from observatory.cost.clocks.model import POWER_TERMS, TIME_TERMS
 from observatory.cost.clocks.points import fit_points, judge, scatter_of, settings_of
 from observatory.cost.clocks.records import ClockModel, Reference, SeriesFit, Setting
+from observatory.cost.clocks.resampling import bootstrap_curves
 from observatory.errors import ClockError
 from observatory.records_clocks import ClockPoint, ClockSeries, ClockSweep
 

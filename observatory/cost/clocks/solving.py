@@ -1,12 +1,12 @@
-"""Least squares with few linear and few nonlinear parameters, for many weightings at once.
+"""Least squares with few linear and few nonlinear parameters, for many weightings and targets at once.
 
-Shapes: B weightings (folds or bootstrap samples), N points, G trial positions, D nonlinear parameters,
+Shapes: B problems (folds or bootstrap samples), N points, G trial positions, D nonlinear parameters,
     K linear ones.
 
 A form is linear in K <= 4 non-negative coefficients once its D <= 3 nonlinear parameters are given. Those are
 searched on a grid that covers their whole range and is then narrowed around the best position of each
-weighting: nothing depends on a starting point, and kinks do no harm. Points enter as columns divided by what
-was measured, so that all targets are 1 and errors are relative.
+problem: nothing depends on a starting point, and kinks do no harm. Points enter as columns divided by what
+was measured, so that targets are about 1 and errors are relative.
 """
 
 from __future__ import annotations
@@ -58,16 +58,20 @@ class Axis:
 
 
 def solve(
-    columns: Callable[[Float64], Float64], axes: Sequence[Axis], weight_BN: Float64
+    columns: Callable[[Float64], Float64],
+    axes: Sequence[Axis],
+    weight_BN: Float64,
+    target_BN: Float64 | None = None,
 ) -> tuple[Float64, Float64]:
-    """Best parameters for each weighting: non-negative linear ones (B, K), nonlinear ones (B, D).
+    """Best parameters for each problem: non-negative linear ones (B, K), nonlinear ones (B, D).
 
-    Minimises sum_N weight * (1 - columns @ linear)^2.
+    Minimises sum_N weight * (target - columns @ linear)^2.
 
     Args:
         columns: of nonlinear parameters (..., D), the relative columns (..., N, K).
         axes: ranges of the nonlinear parameters; none for a plain linear fit.
         weight_BN: weights, none negative.
+        target_BN: relative targets; None is 1 for all.
     """
     grids = np.meshgrid(*(axis.points() for axis in axes), indexing="ij")
     trial_GD = np.stack([grid.ravel() for grid in grids], axis=-1) if axes else np.zeros((1, 0))
@@ -75,8 +79,9 @@ def solve(
     points, terms = column_GNK.shape[1:]
     pairs_GNKK = column_GNK[..., :, None] * column_GNK[..., None, :]
     gram = np.moveaxis(np.tensordot(weight_BN, pairs_GNKK, axes=(1, 1)), 1, 1)
-    right = np.tensordot(weight_BN, column_GNK, axes=(1, 1))
-    total_B = weight_BN.sum(axis=1)
+    wanted_BN = weight_BN if target_BN is None else weight_BN * target_BN
+    right = np.tensordot(wanted_BN, column_GNK, axes=(1, 1))
+    total_B = (wanted_BN if target_BN is None else wanted_BN * target_BN).sum(axis=1)
     linear_BGK, loss_BG = _non_negative(gram, right, total_B[:, None])
     best_B = np.argmin(loss_BG, axis=1)
     row_B = np.arange(len(weight_BN))
@@ -95,7 +100,9 @@ def solve(
             column = columns(_values(trial_BGD, axes))
             weighted = column * weight_BN[part, None, :, None]
             linear, loss = _non_negative(
-                np.swapaxes(weighted, -1, -2) @ column, weighted.sum(axis=-2), total_B[part, None]
+                np.swapaxes(weighted, -1, -2) @ column,
+                np.einsum("bn,bgnk->bgk", wanted_BN[part], column),
+                total_B[part, None],
             )
             best = np.argmin(loss, axis=1)
             row = np.arange(len(best))
