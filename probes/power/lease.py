@@ -9,12 +9,13 @@ changes nothing.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import stat
 import time
 import uuid as uuids
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,7 @@ __all__ = [
     "ProcessId",
     "create_lease",
     "find_leases",
+    "guarded",
     "lease_folder",
     "lease_path",
     "new_lease",
@@ -192,6 +194,17 @@ def read_lease(path: Path) -> Lease | None:
             f"lease {path} cannot be read, so what was changed is not known; look at the GPU's clocks, run "
             f"`nvidia-smi -rgc -i UUID` if they are locked, and remove the file"
         ) from error
+
+
+@contextlib.contextmanager
+def guarded(path: Path) -> Iterator[None]:
+    """Alone with a lease: between looking at it and acting on it nobody else does either.
+
+    The kernel gives the right back when its holder dies.
+    """
+    with path.with_suffix(".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def create_lease(path: Path, lease: Lease) -> None:

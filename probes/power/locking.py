@@ -33,6 +33,7 @@ from probes.power.lease import (
     Lease,
     create_lease,
     find_leases,
+    guarded,
     lease_folder,
     lease_path,
     new_lease,
@@ -83,9 +84,10 @@ class ClockLease:
             reason = control.refusal()
             if reason is not None:
                 raise LockRefusedError(f"clocks are not touched: {reason}")
-            _clear_stale(path)
-            lease = new_lease(device_uuid, duration_s=duration_s)
-            create_lease(path, lease)
+            with guarded(path):
+                _clear_stale(path)
+                lease = new_lease(device_uuid, duration_s=duration_s)
+                create_lease(path, lease)
             watchdog = _start_watchdog(path, lease)
             lease = read_lease(path) or lease  # the watchdog has put itself in
         except BaseException:
@@ -109,13 +111,14 @@ class ClockLease:
             ClockError: no such clock, or the driver failed.
         """
         wanted_mhz = self._control.snap(sm_clock_mhz)
-        before = self._lease
-        self._about_to_change()
-        try:
-            return self._control.lock_sm_clock(wanted_mhz)
-        except LockRefusedError:
-            self._nothing_changed(before)
-            raise
+        with guarded(self._path):
+            before = self._lease
+            self._about_to_change()
+            try:
+                return self._control.lock_sm_clock(wanted_mhz)
+            except LockRefusedError:
+                self._rewrite(before)
+                raise
 
     def unlock(self) -> None:
         """Let the driver choose the clock again, under this lease."""
@@ -128,22 +131,20 @@ class ClockLease:
         Raises:
             LockRefusedError, ClockError: as for :meth:`lock`; or the limit before cannot be read.
         """
-        before = self._lease
-        if before.limit_before_mw is None:
-            before_mw = self._control.power_limit_mw
+        with guarded(self._path):
+            before = self._lease
+            before_mw = before.limit_before_mw or self._control.power_limit_mw
             if before_mw is None:
                 raise LockRefusedError(
                     "the driver does not tell the power limit in force, so it could not be restored: nothing "
                     "was changed"
                 )
             self._about_to_change(limit_before_mw=before_mw)
-        else:
-            self._about_to_change()
-        try:
-            return self._control.set_power_limit_mw(limit_mw)
-        except LockRefusedError:
-            self._nothing_changed(before)
-            raise
+            try:
+                return self._control.set_power_limit_mw(limit_mw)
+            except LockRefusedError:
+                self._rewrite(before)
+                raise
 
     def restore_limit(self) -> None:
         """Put the power limit back to what it was, under this lease."""
@@ -156,9 +157,10 @@ class ClockLease:
         Raises:
             ClockError: the driver did not undo it; the watchdog goes on trying.
         """
-        if _held(self._path, self._lease):
-            undo(self._control, self._lease)
-            self._path.unlink(missing_ok=True)
+        with guarded(self._path):
+            if _held(self._path, self._lease):
+                undo(self._control, self._lease)
+                self._path.unlink(missing_ok=True)
         self._control.close()
         if self._watchdog.stdin is not None and not self._watchdog.stdin.closed:
             with contextlib.suppress(OSError):
@@ -181,7 +183,7 @@ class ClockLease:
 
     def _about_to_change(self, *, limit_before_mw: int | None = None) -> None:
         """Say in the lease what is about to happen; refuse when nobody would undo it."""
-        if not _held(self._path, self._lease):
+        if not _held(self._path, self._lease) or self._lease.problem is not None:
             raise LockRefusedError(
                 f"the lease of {self._lease.device_uuid} is over, and what it changed is undone; take a "
                 "longer one"
@@ -192,11 +194,6 @@ class ClockLease:
             )
         before = self._lease.limit_before_mw if limit_before_mw is None else limit_before_mw
         self._rewrite(self._lease.model_copy(update={"touched": True, "limit_before_mw": before}))
-
-    def _nothing_changed(self, before: Lease) -> None:
-        """The driver refused: the lease is what it was, so that undoing it does not meet the same refusal."""
-        if _held(self._path, self._lease):
-            self._rewrite(before)
 
     def _rewrite(self, lease: Lease) -> None:
         if lease != self._lease:
@@ -229,11 +226,12 @@ def undo_leases(folder: Path, *, uuid: str | None = None, force: bool = False) -
         uuid: only this GPU's.
         force: also those whose owner lives.
     """
-    return [
-        _undo_file(path, force=force)
-        for path in find_leases(folder)
-        if uuid is None or path == lease_path(folder, uuid)
-    ]
+    found = []
+    for path in find_leases(folder):
+        if uuid is None or path == lease_path(folder, uuid):
+            with guarded(path):
+                found.append(_undo_file(path, force=force))
+    return found
 
 
 def _undo_file(path: Path, *, force: bool) -> UndoneLease:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from observatory.errors import ObservatoryError
 from probes.power.control import ClockControl
-from probes.power.lease import Lease, ProcessId, read_lease, replace_lease
+from probes.power.lease import Lease, ProcessId, guarded, read_lease, replace_lease
 from probes.power.locking import undo
 
 __all__ = ["main"]
@@ -70,15 +70,18 @@ def _undo(path: Path, lease: Lease) -> int:
     deadline = time.monotonic() + _TRY_S
     while True:
         try:
-            with ClockControl(lease.device_uuid) as control:
-                undo(control, lease)
+            with guarded(path):
+                now = _lease_of(path, lease.lease_id)
+                if now is not None:
+                    with ClockControl(now.device_uuid) as control:
+                        undo(control, now)
+                    path.unlink(missing_ok=True)
         except ObservatoryError as error:
             if time.monotonic() > deadline:
                 sys.stderr.write(f"observatory: {lease.device_uuid} may still be locked: {error}\n")
                 return 1
             time.sleep(_LOOK_S)
         else:
-            path.unlink(missing_ok=True)
             return 0
 
 
