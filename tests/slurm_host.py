@@ -7,16 +7,18 @@ temporary folder and listens on free ports; what was started is ended, by its pr
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import random
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,7 @@ __all__ = ["NODES", "Job", "SlurmHost", "slurm_host", "why_not"]
 
 NODES = 4
 _CPUS = 4
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _START_S, _END_S, _POLL_S = 30.0, 10.0, 0.05
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "squeue", "sinfo", "scontrol")
 #: Marks of launchers and of jobs that the tests themselves may run in.
@@ -130,12 +133,30 @@ class SlurmHost:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        for pid in self._left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _left(self) -> list[int]:
+        """Processes that only this cluster can have started: its configuration is in their environment."""
+        mark = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdecimal() and mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+        return found
 
     def _start(self, *command: str) -> None:
         with (self.folder / f"{command[0]}-{len(self._daemons)}.out").open("wb") as log:
             self._daemons.append(
                 subprocess.Popen(
-                    command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    command,
+                    env=self.environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    preexec_fn=_die_with_parent,  # noqa: PLW1509 - no Python thread runs at this point
                 )
             )
 
@@ -145,7 +166,7 @@ class SlurmHost:
             return self.call(*command)
         return None
 
-    def _until(self, what: str, holds) -> None:  # type: ignore[no-untyped-def]
+    def _until(self, what: str, holds: Callable[[], bool]) -> None:
         deadline = time.monotonic() + _START_S
         while not holds():
             if time.monotonic() > deadline:
@@ -202,6 +223,11 @@ def _configuration(folder: Path, munge_socket: Path) -> str:
             "",
         )
     )
+
+
+def _die_with_parent() -> None:
+    """A test run that is killed leaves no daemon behind."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _free_ports(count: int) -> list[int]:

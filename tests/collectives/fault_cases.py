@@ -28,7 +28,7 @@ from tests.collectives.forked import Forked
 LOST_S = 20.0
 NEVER_S = 5.0
 _LIGHT = ("--data", "mock", "--batch-size", "1", "--sequence-length", "16", "--flush-seconds", "0.3")
-_LONG = ("--steps", "20000", "--exchange-timeout-s", str(LOST_S))
+_LONG = ("--steps", "2000", "--exchange-timeout-s", str(LOST_S))
 
 Act = Callable[[], None]
 

@@ -161,7 +161,7 @@ def test_ranks_that_the_command_starts_itself_end_with_the_one_that_is_killed(tm
         str(out),
     ]
     process = subprocess.Popen(
-        [*command, "tiny-gqa", *options, "--steps", "20000", "--flush-seconds", "0.3"],
+        [*command, "tiny-gqa", *options, "--steps", "2000", "--flush-seconds", "0.3"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,

@@ -153,7 +153,7 @@ def _ticks(pid: str) -> int:
 
 def test_a_full_disk_on_one_rank_is_told_and_what_was_captured_stays_readable(tmp_path: Path) -> None:
     script = (
-        f"{_PYTHON} tests.collectives.full_disk run profile tiny-gqa {_LIGHT} --steps 20000 --backend mpi "
+        f"{_PYTHON} tests.collectives.full_disk run profile tiny-gqa {_LIGHT} --steps 2000 --backend mpi "
         "--exchange-timeout-s 30 --out run"
     )
     with ranks(script, tmp_path) as process:

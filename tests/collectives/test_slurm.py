@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 _PYTHON = f"{sys.executable} -W ignore"
 _OBSERVATORY = f"{_PYTHON} -m observatory"
 _LIGHT = "--data mock --batch-size 1 --sequence-length 16"
-_LIMIT_S = 240
+_LIMIT_S = 400
 _TABLES = ("routing", "exchange", "spans")
 _MPIEXEC = Path(sys.executable).parent / "mpiexec"
 
@@ -111,7 +111,7 @@ def test_another_number_of_tasks_than_ep_is_one_sentence_of_one_rank(steps: Job)
 def killed(slurm: SlurmHost, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Two nodes with two tasks each; rank 2 is killed once rows of all ranks are on disk."""
     profile = (
-        f"{_OBSERVATORY} profile tiny-gqa --ep 4 {_LIGHT} --steps 20000 --algorithm hierarchical "
+        f"{_OBSERVATORY} profile tiny-gqa --ep 4 {_LIGHT} --steps 1000 --algorithm hierarchical "
         "--flush-seconds 0.5 --exchange-timeout-s 30 --out run"
     )
     lines = [
