@@ -37,6 +37,8 @@ LockVerdict = Literal["locking beats capping", "capping beats locking", "not tol
 _MARGIN = 0.01
 #: A cap that slows an iteration by less is compared at the clock it ran at, as time tells no clock there.
 _SLOWED = 0.01
+#: ln of the largest ratio believed: files may say anything.
+_MOST_EXCESS = 3.0
 
 
 class PlanePoint(Record):
@@ -182,7 +184,8 @@ def _cap_excess(view: SeriesView, caps: Sequence[Setting], rows: int) -> tuple[I
             clock = item.sm_clock_mhz
         else:
             continue
-        found.append(float(np.log(np.median(item.energy_mj_R) / np.interp(clock, grid_F, energy_F))))
+        ratio = np.median(item.energy_mj_R) / np.interp(clock, grid_F, energy_F)
+        found.append(float(np.clip(np.log(ratio), -_MOST_EXCESS, _MOST_EXCESS)))
         repeats += len(item.energy_mj_R)
     if not found or fit.energy_scatter is None:
         return None, np.zeros(rows)

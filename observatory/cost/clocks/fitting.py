@@ -125,6 +125,8 @@ def _fit_series(
     series: ClockSeries, points: Sequence[ClockPoint], default_limit_mw: int | None, samples: int, seed: int
 ) -> SeriesFit | str:
     """The fit of one series, or why there is none."""
+    if len(points) > _MOST_POINTS:
+        return f"{len(points)} points are more than the {_MOST_POINTS} one fit takes; give fewer repeats"
     judged = judge(points, default_limit_mw)
     found, left_out = fit_points(judged)
     why = "; ".join(f"{item.points} left out: {item.reason}" for item in left_out)
@@ -134,8 +136,6 @@ def _fit_series(
             f"points at {usable} different clocks can be used, {_LEAST_CLOCKS} at least are needed; "
             f"measure more clocks{' (' + why + ')' if why else ''}"
         )
-    if len(found.mhz_N) > _MOST_POINTS:
-        return f"{len(found.mhz_N)} points are more than the {_MOST_POINTS} one fit takes; give fewer repeats"
     settings = settings_of(judged)
     fold_N = fold_of(found.block_N, seed)
     time_trials = choose_time(found, fold_N)

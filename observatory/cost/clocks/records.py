@@ -236,12 +236,12 @@ class SeriesFit(Record):
     critical: ClockEstimate
     compute_optimum: ClockEstimate
     optimum: ClockEstimate
-    settings: Annotated[tuple[Setting, ...], Field(max_length=10_000)]
+    settings: Annotated[tuple[Setting, ...], Field(max_length=2000)]
     time_scatter: _NotNegative | None = None
     energy_scatter: _NotNegative | None = None
     scatter_dof: Count = 0
     left_out: Annotated[tuple[LeftOut, ...], Field(max_length=1000)] = ()
-    confounds: Annotated[tuple[Confound, ...], Field(max_length=1000)] = ()
+    confounds: Annotated[tuple[Confound, ...], Field(max_length=10_000)] = ()
     highest_power_mw: _NotNegative | None = None
 
     @model_validator(mode="after")

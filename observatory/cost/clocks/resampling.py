@@ -40,6 +40,8 @@ _LEVEL = 0.95
 #: hold the truth of synthetic devices about as often as they say (docs/evidence/power.md).
 _CHOSEN = 1.15
 _MOST_SCALE = 3.0
+#: Largest error, in ln, that a sample moves a clock by; points that far from any curve tell nothing anyway.
+_MOST_ERROR = 2.0
 
 
 def bootstrap_curves(
@@ -80,7 +82,8 @@ def bootstrap_curves(
                 sign_BK[rows],
             )
             sample_BT = fit_time(trial.form, points, np.ones_like(target_BN), target_BN)
-            time_BT[rows] = spread_last_knees(trial.form, sample_BT, points, generator)
+            sample_BT = spread_last_knees(trial.form, sample_BT, points, generator)
+            time_BT[rows] = _or_fit(sample_BT, sample_BT[:, [0, 1, 3]], trial)
     for index in power_good:
         rows, trial = np.flatnonzero(power_form_B == index), powers[index]
         assert isinstance(trial.form, PowerForm)
@@ -90,8 +93,14 @@ def bootstrap_curves(
             target_BN = _targets(
                 points.power_mw_N, fitted_N, trial.parameters, points.block_N, drawn_BK[rows], sign_BK[rows]
             )
-            power_BT[rows] = fit_power(trial.form, linear, points, np.ones_like(target_BN), target_BN)
+            sample_BT = fit_power(trial.form, linear, points, np.ones_like(target_BN), target_BN)
+            power_BT[rows] = _or_fit(sample_BT, sample_BT[:, :4], trial)
     return time_BT, power_BT, time_form_B, power_form_B
+
+
+def _or_fit(sample_BT: Float64, amount_BK: Float64, trial: Trial) -> Float64:
+    """Samples, with the fit itself in place of those that came out as nothing at all."""
+    return np.where((amount_BK.sum(axis=1) > 0.0)[:, None], sample_BT, trial.value_T)
 
 
 def _targets(
@@ -106,7 +115,7 @@ def _targets(
     # The mean of more repeats errs less: put all clocks on one scale, and back on that of where the error
     # goes.
     standard_K = mean_K * np.sqrt(count_K) * _scale(len(count_K), parameters)
-    moved_BK = sign_BK * standard_K[drawn_BK] / np.sqrt(count_K)
+    moved_BK = np.clip(sign_BK * standard_K[drawn_BK] / np.sqrt(count_K), -_MOST_ERROR, _MOST_ERROR)
     return np.exp(moved_BK[:, block_N] - error_N)
 
 
