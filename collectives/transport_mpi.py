@@ -72,8 +72,8 @@ class MpiTransport(BaseTransport):
         if (rank, size) != (where.rank, where.world):
             # Each would take itself for the only one, and all for rank 0 of the same run.
             raise ExchangeError(
-                f"this is rank {where.rank} of {where.world} of {where.launcher}, but rank {rank} of {size} "
-                f"for MPI; MPI starts its own ranks: run the same command under mpiexec -n {where.world}"
+                f"MPI says rank {rank} of {size}, {where.launcher} says rank {where.rank} of {where.world}; "
+                "expected ranks that mpiexec of the same MPI library started: use it, or --backend gloo"
             )
         layout = Layout(rank=rank, node_of_P=(0,) * size)
         super().__init__(layout, device=torch.device("cpu"), timeout_s=timeout_s)

@@ -63,6 +63,7 @@ class CaptureSession:
             recorder = FlightRecorder() if exchanges and flight_recorder else None
             if exchanges or phase_spans:
                 self._log = ExchangeLog(writer, self._anchors, flush_seconds=flush_seconds, recorder=recorder)
+            if phase_spans and self._log is not None:
                 self._phases = PhaseSpans(self._log.add, self._anchors, self._probe.main_device)
             if exchanges and self._log is not None:
                 self._exchange = self._watch_exchanges(model, self._log, recorder, situation)
@@ -94,7 +95,7 @@ class CaptureSession:
             counted = self._probe.take(step=step, told=told, ends_step=ends_step)
             if self._phases is not None:
                 self._phases.boundary(step, told or _only_phase(counted))
-                self._anchors.renew()
+            self._anchors.renew()
             self._flusher.submit(counted)
         except CaptureError:
             raise
