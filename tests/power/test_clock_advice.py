@@ -10,6 +10,7 @@ import pytest
 
 from observatory.cost.clocks import ClockModel, fit_clocks, recommend_clocks
 from observatory.cost.clocks.recommending import ClockAdvice, SeriesAdvice
+from observatory.cost.clocks.views import SeriesView
 from observatory.errors import ClockError
 from observatory.records_clocks import ClockSweep
 from tests.power.synthetic_device import (
@@ -383,6 +384,27 @@ def test_a_phase_that_the_limit_holds_lower_is_not_slowed_by_a_lock_above() -> N
     assert advice.series[1].reference_mhz == 1575
     if common.sm_clock_mhz is not None:
         assert DEVICES["capped"].slowdown(min(common.sm_clock_mhz, 1575)) <= 0.0205
+
+
+def test_a_lock_above_the_clock_that_a_phase_reaches_changes_nothing() -> None:
+    view = SeriesView(model_of("capped").series[0], None)
+    time_BF, energy_BF = view.ratios(np.array([1575.0, 1700.0, 1830.0]))
+    assert (time_BF == 1.0).all()
+    assert (energy_BF == 1.0).all()
+
+
+def test_a_saving_that_may_be_nothing_is_no_reason_to_lock() -> None:
+    device = SyntheticDevice("level", memory_s=0.02, compute_s=0.0001, clock_w=15.0, op_j=0.0)
+    locks = (480, 780, 1110, 1470)
+    sweep = made_sweep([device], locks_mhz=locks, repeats=2, time_noise=0.001, energy_noise=0.04, seed=3)
+    model = fit(sweep)
+    advice = only(recommend_clocks(model))
+    # Without samples nothing says how sure a saving is.
+    bare = model.model_copy(update={"series": (model.series[0].model_copy(update={"samples_B": ()}),)})
+    for found in (advice, only(recommend_clocks(bare))):
+        assert found.verdict == "leave unlocked"
+        assert found.choice is None
+        assert "is not surely more than nothing" in found.text
 
 
 def test_energy_per_token_is_that_of_an_iteration_over_its_tokens() -> None:

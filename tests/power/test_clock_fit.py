@@ -193,6 +193,35 @@ def test_more_repeats_make_intervals_narrower() -> None:
     assert width(12) < 0.6 * width(2)
 
 
+def test_small_non_negative_problems_are_solved_like_scipy_does() -> None:
+    from scipy.optimize import nnls
+
+    from observatory.cost.clocks.solving import solve
+
+    generator = np.random.default_rng(0)
+    for terms in (1, 2, 3, 4):
+        column_NK = generator.normal(size=(9, terms))
+        weight_BN = generator.uniform(0.1, 3.0, size=(5, 9))
+        target_BN = generator.normal(1.0, 1.0, size=(5, 9))
+        found_BK, _ = solve(lambda _: column_NK[None], [], weight_BN, target_BN)  # noqa: B023 - called at once
+        for found, weight, target in zip(found_BK, weight_BN, target_BN, strict=True):
+            root = np.sqrt(weight)
+            wanted = nnls(column_NK * root[:, None], target * root)[0]
+            assert found == pytest.approx(wanted, abs=1e-6)
+
+
+def test_a_curve_for_a_figure_spans_the_measured_range_and_holds_its_own_line() -> None:
+    fit = fitted(made_sweep([DEVICES["knee"]], time_noise=0.003, energy_noise=0.01), bootstrap=30)
+    curve = SeriesView(fit, None).curve(50)
+    assert len(curve) == 50
+    assert (curve["sm_clock_mhz"].iloc[0], curve["sm_clock_mhz"].iloc[-1]) == (480, 1830)
+    for name in ("iteration_s", "energy_mj", "slowdown", "saving"):
+        assert (curve[f"{name}_low"] <= curve[name]).all()
+        assert (curve[name] <= curve[f"{name}_high"]).all()
+    assert curve["saving"].iloc[-1] == pytest.approx(0.0)
+    assert curve["iteration_s"].is_monotonic_decreasing
+
+
 def test_the_sampled_clock_counts_and_not_the_request() -> None:
     device = DEVICES["knee"]
     honest = made_sweep([device], repeats=1)
