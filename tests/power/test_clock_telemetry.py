@@ -10,7 +10,7 @@ import pytest
 
 from observatory.cost.clocks.telemetry import DeviceTelemetry, telemetry_advice
 from observatory.errors import ClockError
-from observatory.records import DeviceSpec, Manifest, ModelSpec
+from observatory.records import DeviceCalibration, DeviceSpec, Manifest, ModelSpec, RankPower
 from observatory.store import RunWriter, open_run
 from observatory.tables import POWER_SCHEMA, SPAN_SCHEMA
 
@@ -27,9 +27,10 @@ def write_run(
         created_unix_s=1.0,
         model=ModelSpec(name="none"),
         devices=(DeviceSpec(kind="gpu", name="Fake", uuid=UUID, max_sm_clock_mhz=1980),),
-        config={"power": {"period_s": 0.05, "calibration": {UUID: {"idle_power_mw": 75_000}}}},
     )
+    idle = DeviceCalibration(duration_s=1.2, idle_power_mw=75_000)
     with RunWriter.create(path, manifest) as writer:
+        writer.set_power(RankPower(period_s=0.05, calibration={UUID: idle}))
         if power is not None:
             rows = {
                 "time_ns": np.arange(samples) * PERIOD_NS,

@@ -126,10 +126,11 @@ def telemetry_advice(run: Run) -> TelemetryAdvice:
 
 def _idle_power_mw(run: Run, uuid: str) -> float | None:
     """Idle power as the sampler found it at the start; None where the run does not say."""
-    value: object = run.manifest.config.get("power")
-    for key in ("calibration", uuid, "idle_power_mw"):
-        value = value.get(key) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, int | float) and 0 < value < 1e9 else None
+    for status in run.manifest.ranks:
+        found = None if status.power is None else status.power.calibration.get(uuid)
+        if found is not None and found.idle_power_mw:
+            return float(found.idle_power_mw)
+    return None
 
 
 def _by_phase(rows: pd.DataFrame, spans: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
