@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -10,7 +12,7 @@ from observatory.cost.predict import predict_us
 from observatory.errors import BenchmarkError
 from observatory.records_bench import BenchResult
 
-__all__ = ["check_predictions", "error_summary"]
+__all__ = ["check_predictions", "error_summary", "not_fitted"]
 
 
 def check_predictions(model: NetworkModel, result: BenchResult) -> pd.DataFrame:
@@ -45,6 +47,20 @@ def check_predictions(model: NetworkModel, result: BenchResult) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def not_fitted(result: BenchResult, fitted: Sequence[BenchResult], *, name: str) -> BenchResult:
+    """The result, if the fit has not seen it.
+
+    Raises:
+        BenchmarkError: it is one of those that were fitted.
+    """
+    if result in fitted:
+        raise BenchmarkError(
+            f"{name} is among the results that the model is fitted to, so its errors would say nothing; "
+            "check against another one"
+        )
+    return result
 
 
 def error_summary(checked: pd.DataFrame) -> pd.DataFrame:

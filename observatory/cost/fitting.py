@@ -67,6 +67,8 @@ def fit_network(
     backends = sorted({result.backend for result in results})
     if len(backends) > 1:
         raise BenchmarkError(f"the results are of backends {', '.join(backends)}; fit each on its own")
+    if any(result in results[:index] for index, result in enumerate(results)):
+        raise BenchmarkError("a result was given twice, which would halve the intervals; give each once")
     by_algorithm: dict[str, list[_Case]] = {}
     for result in results:
         for case in result.cases:
