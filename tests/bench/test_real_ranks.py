@@ -153,9 +153,7 @@ def test_a_replay_compares_captured_with_uniform_traffic_of_equal_volume(
     out = tmp_path / "replay.json"
     argv = [
         "replay",
-        str(captured_run),
-        "--ep",
-        "2",
+        str(captured_run),  # of two ranks, which are the degree where none is given
         "--repeats",
         "2",
         "--iterations",
