@@ -10,7 +10,7 @@ from observatory.campaign.ranks import check_backend
 from observatory.documents import write_text
 from observatory.errors import ExchangeError
 from observatory.ranks import find_rank
-from observatory.records_bench import BenchPlan, BenchResult, load_bench
+from observatory.records_bench import NODES_AS_TOLD, BenchPlan, BenchResult, load_bench
 
 __all__ = ["check_out", "ranks_of_benchmark", "run_benchmark", "write_result"]
 
@@ -53,6 +53,8 @@ def run_benchmark(
     from collectives.transport import open_transport
 
     check_backend(backend)
+    if ranks_per_node is not None:
+        plan = plan.model_copy(update={"notes": (*plan.notes, NODES_AS_TOLD)})
     if find_rank().launcher != "alone" or ranks == 1:
         with open_transport(
             backend,  # type: ignore[arg-type]  # checked there, naming the choices

@@ -48,11 +48,14 @@ def fit(
         for path, result in unseen
         for row in frame_records(error_summary(check_predictions(model, result)))
     ]
+    for note in model.notes:
+        say(f"note: {note}")
     write_text(out, model.model_dump_json(indent=1))
     if json:
         print_json(
             {
                 "backend": model.backend,
+                "notes": list(model.notes),
                 "fits": [
                     item.model_dump(mode="json", exclude={"samples_BF", "ratio_Q"}) for item in model.fits
                 ],

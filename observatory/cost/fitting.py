@@ -26,7 +26,7 @@ from observatory.cost.features import BYTE_TERMS, FORMS, Form, StageTerms, stage
 from observatory.cost.network import AlgorithmFit, Coefficient, Domain, FormScore, NetworkModel
 from observatory.cost.solving import Problem, predict_all, solve
 from observatory.errors import BenchmarkError
-from observatory.records_bench import BenchResult
+from observatory.records_bench import NODES_AS_TOLD, BenchResult
 
 __all__ = ["fit_network"]
 
@@ -100,6 +100,7 @@ def fit_network(
         ),
         sources=(*sources, *(f"host {host}" for host in hosts)),
         git_sha=find_git_sha(),
+        notes=(NODES_AS_TOLD,) if any(NODES_AS_TOLD in result.notes for result in results) else (),
     )
 
 

@@ -17,7 +17,7 @@ from observatory.campaign.benchmark import run_benchmark
 from observatory.cli import main
 from observatory.errors import ExchangeError
 from observatory.records import DataSpec, Manifest, ModelSpec, MoeLayerSpec, Topology
-from observatory.records_bench import BenchPlan, Traffic, load_bench
+from observatory.records_bench import NODES_AS_TOLD, BenchPlan, Traffic, load_bench
 from observatory.store import RunWriter, routing_rows
 
 LOAD_SPE = np.array([[[8, 0, 0, 0], [0, 4, 1, 3]], [[1, 1, 1, 1], [5, 0, 0, 3]]])
@@ -64,6 +64,7 @@ def test_every_algorithm_delivers_every_byte_of_every_pattern() -> None:
     result = run_benchmark(plan, ranks=4, backend="gloo", ranks_per_node=2)
     assert result is not None
     assert result.node_of_P == (0, 0, 1, 1)
+    assert result.notes == (NODES_AS_TOLD,)
     assert (result.backend, result.ranks) == ("gloo", 4)
     assert len(result.cases) == 3 * len(plan.traffic)
     assert all(case.correct for case in result.cases)
