@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from collectives.movers import Mover, mover
-from collectives.patterns import pattern_rows
+from collectives.patterns import PATTERNS, pattern_rows
 from observatory.errors import BenchmarkError, ExchangeError
 from observatory.records_bench import BenchCase, BenchPlan, BenchResult, Traffic
 from observatory.stages import ALGORITHMS
@@ -75,7 +75,7 @@ def alltoall_plan(
         iterations: exchanges in one timed interval.
 
     Raises:
-        BenchmarkError: an unknown pattern, or a size below one row.
+        BenchmarkError: an unknown pattern, none at all, or a size below one row.
         ExchangeError: an unknown algorithm.
     """
     for algorithm in algorithms:
@@ -83,6 +83,8 @@ def alltoall_plan(
             raise ExchangeError(
                 f"algorithm {algorithm!r} is unknown; expected one of {', '.join(ALGORITHMS)}"
             )
+    if not patterns:
+        raise BenchmarkError(f"no pattern was named; expected some of {', '.join(PATTERNS)}, or all")
     traffic: dict[tuple[tuple[int, ...], ...], Traffic] = {}
     for size in sizes_bytes:
         if size < _ROW_BYTES:

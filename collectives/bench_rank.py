@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def main(argv: list[str]) -> int:
             Path(job.out).write_text(result.model_dump_json(), encoding="utf-8")
     except ObservatoryError as error:
         sys.stderr.write(f"{error}\n")
+        return 1
+    except (MemoryError, RuntimeError) as error:  # torch's allocator raises the latter
+        if os.environ.get("OBSERVATORY_DEBUG"):
+            raise
+        sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}\n")
         return 1
     return 0
 

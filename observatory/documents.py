@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-__all__ = ["dump_json", "frame_records", "write_json"]
+__all__ = ["dump_json", "frame_records", "write_json", "write_text"]
 
 
 def frame_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -29,12 +29,16 @@ def dump_json(document: dict[str, Any]) -> str:
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write a document through a temporary name, so that a reader never sees half of it."""
+    """Write a document; see `write_text`."""
+    write_text(path, dump_json(document) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file through a temporary name: a reader never sees half of it, and no half is left behind."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(dump_json(document))
-            handle.write("\n")
+            handle.write(text)
             handle.flush()
             os.fsync(handle.fileno())
         temporary.replace(path)

@@ -21,6 +21,7 @@ from observatory.versioned import load_document
 __all__ = [
     "BENCH_VERSION",
     "MAX_ROW_BYTES",
+    "NODES_AS_TOLD",
     "BenchCase",
     "BenchPlan",
     "BenchResult",
@@ -33,6 +34,9 @@ BENCH_VERSION = "1.0"
 _MAX_RANKS = 4096
 _MAX_BYTES = 1 << 50
 MAX_ROW_BYTES = 1 << 30
+
+#: Note of a result whose nodes are not hosts: its links to "other nodes" may be the memory of one machine.
+NODES_AS_TOLD = "nodes are consecutive ranks as --ranks-per-node says, whatever hosts they are on"
 
 _Bytes = Annotated[int, Field(ge=0, le=_MAX_BYTES)]
 _Matrix = Annotated[tuple[tuple[_Bytes, ...], ...], Field(min_length=1, max_length=_MAX_RANKS)]

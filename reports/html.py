@@ -84,6 +84,8 @@ def write_report(
         raise RunError("a report needs at least one run directory; none was given")
     if target.is_dir():
         raise RunError(f"{target} is a directory; give the name of a file, such as {target / 'report.html'}")
+    if target.exists() and not target.is_file():
+        raise RunError(f"{target} is a pipe or device and is not replaced; give the name of a file")
     if target.exists() and not overwrite:
         raise RunError(f"{target} exists; choose another name, or pass --force to replace it")
     opened = [run if isinstance(run, Run) else open_run(run) for run in runs]

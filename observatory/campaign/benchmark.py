@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 
 from observatory.campaign.ranks import check_backend
+from observatory.documents import write_text
 from observatory.errors import ExchangeError, alike
 from observatory.ranks import find_rank
-from observatory.records_bench import BenchPlan, BenchResult, load_bench
+from observatory.records_bench import NODES_AS_TOLD, BenchPlan, BenchResult, load_bench
 
 __all__ = ["check_out", "ranks_of_benchmark", "run_benchmark", "write_result"]
 
@@ -46,13 +47,16 @@ def run_benchmark(
         timeout_s: how long one exchange or barrier may take.
 
     Raises:
-        ExchangeError: a rank failed or is missing, or the backend does not fit.
+        ExchangeError: a rank failed or is missing, or backend or nodes do not fit.
     """
     from collectives.bench import run_plan
     from collectives.bench_rank import RankJob
+    from collectives.layout import split_into_nodes
     from collectives.transport import open_transport
 
     check_backend(backend)
+    if ranks_per_node is not None:
+        plan = plan.model_copy(update={"notes": (*plan.notes, NODES_AS_TOLD)})
     if find_rank().launcher != "alone" or ranks == 1:
         with open_transport(
             backend,  # type: ignore[arg-type]  # checked there, naming the choices
@@ -64,6 +68,8 @@ def run_benchmark(
         raise ExchangeError(
             f"MPI starts its own ranks; run the same command under it: mpiexec -n {ranks} observatory ..."
         )
+    if ranks_per_node is not None:
+        split_into_nodes(ranks, ranks_per_node)
     from hpc.launch import start_local_ranks
 
     with tempfile.TemporaryDirectory(prefix="observatory-bench-") as folder:
@@ -80,8 +86,11 @@ def check_out(path: Path, *, force: bool) -> None:
     """Refuse to replace a result, before hours are spent on a new one.
 
     Raises:
-        ExchangeError: the file is there already, or its folder is not.
+        ExchangeError: the file is there already, is no plain file, or its folder is not there.
     """
+    if path.exists() and not path.is_file():
+        # Renaming over a device would replace it, for everybody on the machine when root does it.
+        raise ExchangeError(f"{path} is there and no plain file; give the name of a result file")
     if path.exists() and not force:
         raise ExchangeError(f"{path} is there already; give another --out, or --force to replace it")
     if not path.parent.is_dir():
@@ -90,9 +99,7 @@ def check_out(path: Path, *, force: bool) -> None:
 
 def write_result(result: BenchResult, path: Path) -> None:
     """Write a result; raises ExchangeError, after writing, when bytes arrived wrong."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(result.model_dump_json(indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, result.model_dump_json(indent=1))
     wrong = [case for case in result.cases if not case.correct]
     if wrong:
         raise ExchangeError(

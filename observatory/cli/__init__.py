@@ -43,7 +43,7 @@ def _guarded(argv: Sequence[str] | None) -> int:
         sys.stdout.flush()
     except SystemExit as stop:
         if stop.code == _INTERRUPTED:  # typer turns Ctrl-C into this
-            complain("interrupted; what was written so far is kept and can be read")
+            complain("interrupted; of a run, what was written so far is kept and can be read")
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except ObservatoryError as error:
         if not error.of_all_ranks or _is_first_rank():

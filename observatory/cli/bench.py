@@ -38,7 +38,8 @@ _COLUMNS = (
 def alltoall(
     out: Annotated[Path, typer.Option("--out", help="Result file (JSON) to write.")],
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Ranks to start here; under a launcher, those it started.")
+        int | None,
+        typer.Option(min=1, max=4096, help="Ranks to start here; under a launcher, those it started."),
     ] = None,
     backend: BackendOption = "auto",
     algorithm: AlgorithmsOption = "flat",

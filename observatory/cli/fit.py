@@ -28,14 +28,16 @@ def fit(
 
     from observatory.campaign.benchmark import check_out
     from observatory.cli.output import print_json, print_table, say
-    from observatory.cost.checking import check_predictions, error_summary
+    from observatory.cost.checking import check_predictions, error_summary, not_fitted
     from observatory.cost.fitting import fit_network
-    from observatory.documents import frame_records
+    from observatory.documents import frame_records, write_text
     from observatory.records_bench import load_bench
 
     check_out(out, force=force)
+    fitted = [load_bench(path) for path in results]
+    unseen = [(path, not_fitted(load_bench(path), fitted, name=path.name)) for path in check or []]
     model = fit_network(
-        [load_bench(path) for path in results],
+        fitted,
         sources=[path.name for path in results],
         argv=sys.argv,
         bootstrap=bootstrap,
@@ -43,16 +45,17 @@ def fit(
     )
     checked = [
         (path, row)
-        for path in check or []
-        for row in frame_records(error_summary(check_predictions(model, load_bench(path))))
+        for path, result in unseen
+        for row in frame_records(error_summary(check_predictions(model, result)))
     ]
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(model.model_dump_json(indent=1), encoding="utf-8")
-    temporary.replace(out)
+    for note in model.notes:
+        say(f"note: {note}")
+    write_text(out, model.model_dump_json(indent=1))
     if json:
         print_json(
             {
                 "backend": model.backend,
+                "notes": list(model.notes),
                 "fits": [
                     item.model_dump(mode="json", exclude={"samples_BF", "ratio_Q"}) for item in model.fits
                 ],

@@ -36,7 +36,13 @@ def replay(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     out: Annotated[Path, typer.Option("--out", help="Result file (JSON) to write.")],
     ep: Annotated[
-        int | None, typer.Option("--ep", min=1, help="EP degree: ranks to start, or those of the launcher.")
+        int | None,
+        typer.Option(
+            "--ep",
+            min=1,
+            max=4096,
+            help="EP degree: ranks to start, or those of the launcher; without it the run's own, or 4.",
+        ),
     ] = None,
     placement: PlacementOption = "linear",
     backend: BackendOption = "auto",
@@ -66,8 +72,9 @@ def replay(
     from observatory.store import open_run
 
     check_out(out, force=force)
-    world = ranks_of_benchmark(ep)
     opened = open_run(run)
+    captured_ranks = opened.manifest.topology.ranks
+    world = ranks_of_benchmark(ep, default=captured_ranks if captured_ranks > 1 else 4)
     captured = list(
         captured_traffic(
             opened,

@@ -82,14 +82,16 @@ def scan(
         gpus_per_node=gpus_per_node,
         placement=parse_placement(placement),
     )
-    columns = dict(_COLUMNS)
+    columns, notes = dict(_COLUMNS), list(opened.problems)
     if network is not None:
         from observatory.cost.network import load_network
         from observatory.cost.scan import scan_times
 
+        model = load_network(network)
+        notes += [f"the network model: {note}" for note in model.notes]
         times = scan_times(
             opened,
-            load_network(network),
+            model,
             ep_degrees=degrees,
             gpus_per_node=gpus_per_node,
             placement=parse_placement(placement),
@@ -99,8 +101,8 @@ def scan(
         frame = frame.merge(times, on=["ep", "layer", "phase"], how="left", validate="one_to_one")
         columns |= _TIME_COLUMNS
     rows = frame_records(frame)
-    for problem in opened.problems:
-        say(f"note: {problem}")
+    for note in notes:
+        say(f"note: {note}")
     if json:
         if traffic:
             for row in rows:
@@ -110,7 +112,7 @@ def scan(
                 "run_id": opened.manifest.run_id,
                 "model": opened.manifest.model.name,
                 "gpus_per_node": gpus_per_node,
-                "problems": list(opened.problems),
+                "problems": notes,
                 "rows": rows,
             }
         )

@@ -14,7 +14,7 @@ from observatory.cost.predict import predict_us
 from observatory.errors import BenchmarkError
 from observatory.records_bench import BenchResult
 
-__all__ = ["CHECK_COLUMNS", "check_predictions", "checked_row", "error_summary"]
+__all__ = ["CHECK_COLUMNS", "check_predictions", "checked_row", "error_summary", "not_fitted"]
 
 
 #: Columns of `check_predictions`.
@@ -66,6 +66,20 @@ def checked_row(
         "error": abs(found.us - measured_us) / measured_us,
         "extrapolated": "; ".join(found.extrapolated) or None,
     }
+
+
+def not_fitted(result: BenchResult, fitted: Sequence[BenchResult], *, name: str) -> BenchResult:
+    """The result, if the fit has not seen it.
+
+    Raises:
+        BenchmarkError: it is one of those that were fitted.
+    """
+    if result in fitted:
+        raise BenchmarkError(
+            f"{name} is among the results that the model is fitted to, so its errors would say nothing; "
+            "check against another one"
+        )
+    return result
 
 
 def error_summary(checked: pd.DataFrame) -> pd.DataFrame:

@@ -26,7 +26,7 @@ from observatory.cost.features import BYTE_TERMS, FORMS, Form, StageTerms, stage
 from observatory.cost.network import AlgorithmFit, Coefficient, Domain, FormScore, NetworkModel
 from observatory.cost.solving import Problem, predict_all, solve
 from observatory.errors import BenchmarkError
-from observatory.records_bench import BenchResult
+from observatory.records_bench import NODES_AS_TOLD, BenchResult
 
 __all__ = ["fit_network"]
 
@@ -67,6 +67,8 @@ def fit_network(
     backends = sorted({result.backend for result in results})
     if len(backends) > 1:
         raise BenchmarkError(f"the results are of backends {', '.join(backends)}; fit each on its own")
+    if any(result in results[:index] for index, result in enumerate(results)):
+        raise BenchmarkError("a result was given twice, which would halve the intervals; give each once")
     by_algorithm: dict[str, list[_Case]] = {}
     for result in results:
         for case in result.cases:
@@ -98,6 +100,7 @@ def fit_network(
         ),
         sources=(*sources, *(f"host {host}" for host in hosts)),
         git_sha=find_git_sha(),
+        notes=(NODES_AS_TOLD,) if any(NODES_AS_TOLD in result.notes for result in results) else (),
     )
 
 

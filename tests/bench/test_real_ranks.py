@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from collectives import bench_rank
 from collectives.bench import alltoall_plan, run_plan
 from collectives.transport_base import AloneTransport
 from observatory.campaign.benchmark import run_benchmark
 from observatory.cli import main
 from observatory.errors import ExchangeError
-from observatory.records_bench import load_bench
+from observatory.records_bench import NODES_AS_TOLD, BenchPlan, Traffic, load_bench
 from tests.bench.runs import write_captured_run
 
 
@@ -36,6 +38,7 @@ def test_every_algorithm_delivers_every_byte_of_every_pattern() -> None:
     result = run_benchmark(plan, ranks=4, backend="gloo", ranks_per_node=2)
     assert result is not None
     assert result.node_of_P == (0, 0, 1, 1)
+    assert result.notes == (NODES_AS_TOLD,)
     assert (result.backend, result.ranks) == ("gloo", 4)
     assert len(result.cases) == 3 * len(plan.traffic)
     assert all(case.correct for case in result.cases)
@@ -59,6 +62,54 @@ def test_the_command_starts_its_own_ranks_and_keeps_raw_times(
     assert "--force" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["--patterns", ""], 1, "no pattern was named"),
+        (["--ranks", "4", "--ranks-per-node", "3"], 1, "expected a divisor of 4"),
+        (["--ranks", "5000"], 2, "--ranks"),
+        (["--repeats", "1000000"], 2, "--repeats"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_is_refused_before_ranks_are_started(
+    argv: list[str], code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bench.json"
+    assert main(["bench", "alltoall", *argv, "--out", str(out)]) == code
+    err = capsys.readouterr().err
+    assert said in err
+    assert code == 2 or len(err.strip().splitlines()) == 1
+
+
+def test_only_a_plain_file_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        argv = ["bench", "alltoall", "--ranks", "1", "--force", "--out", str(tmp_path / name)]
+        assert main(argv) == 1
+        assert "no plain file" in capsys.readouterr().err
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"], "nothing is left behind"
+
+
+def test_a_rank_without_memory_says_so_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = BenchPlan(
+        kind="alltoall",
+        algorithms=("flat",),
+        warmup=0,
+        repeats=1,
+        iterations=1,
+        traffic=(Traffic(pattern="local", send_bytes_PP=((1 << 50,),)),),  # beyond any address space
+    )
+    job = bench_rank.RankJob(plan=plan, backend="alone", ranks_per_node=None, timeout_s=5, out="nowhere")
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    assert bench_rank.main([str(tmp_path / "job.json")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "allocate memory" in line
+
+
 def test_the_bandwidth_of_a_small_exchange_is_not_shown_as_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,9 +128,7 @@ def test_a_replay_compares_captured_with_uniform_traffic_of_equal_volume(
     out = tmp_path / "replay.json"
     argv = [
         "replay",
-        str(captured_run),
-        "--ep",
-        "2",
+        str(captured_run),  # of two ranks, which are the degree where none is given
         "--repeats",
         "2",
         "--iterations",

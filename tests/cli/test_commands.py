@@ -175,6 +175,10 @@ def test_report_writes_a_file_and_does_not_overwrite_it_unasked(
     assert "report.html" in complaint(capsys, "report", run, "--out", str(out), "--ep", "2,4")
     assert out.read_bytes() == first
     assert main(["report", run, "--out", str(out), "--ep", "2,4", "--force"]) == 0
+    capsys.readouterr()
+    os.mkfifo(tmp_path / "pipe")
+    assert "is not replaced" in complaint(capsys, "report", run, "--out", str(tmp_path / "pipe"), "--force")
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_doctor_lists_what_works_and_how_to_get_the_rest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from observatory.cli import main
 from observatory.cost import NetworkModel, fit_network, load_network, predict_us
 from observatory.cost.checking import check_predictions, error_summary
 from observatory.cost.features import FORMS, TERMS, stage_terms
@@ -183,6 +184,20 @@ def test_data_that_cannot_be_fitted_is_refused_with_the_reason() -> None:
         predict_us(model, np.zeros((4, 4)), TWO_NODES, algorithm="gather")
     with pytest.raises(BenchmarkError, match="cannot be checked"):
         check_predictions(model, other)
+
+
+def test_what_was_fitted_is_neither_fitted_twice_nor_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = made_result(hockney, TWO_NODES)
+    with pytest.raises(BenchmarkError, match="given twice"):
+        fit_network([made, made_result(hockney, TWO_NODES)], bootstrap=0)
+    first, copied = tmp_path / "first.json", tmp_path / "copied.json"
+    for path in (first, copied):
+        path.write_text(made.model_dump_json())
+    argv = ["fit", str(first), "--check", str(copied), "--out", str(tmp_path / "fit.json")]
+    assert main([*argv, "--bootstrap", "0"]) == 1
+    assert "copied.json is among the results that the model is fitted to" in capsys.readouterr().err
 
 
 def test_a_model_survives_its_file(tmp_path: Path) -> None:

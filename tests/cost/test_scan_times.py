@@ -15,7 +15,7 @@ from observatory.cost.scan import scan_times
 from observatory.errors import BenchmarkError, RunError
 from observatory.parallel.captured import captured_traffic, departures, row_bytes, whole_rows
 from observatory.records import ModelSpec
-from observatory.records_bench import BenchCase, BenchResult, Traffic
+from observatory.records_bench import NODES_AS_TOLD, BenchCase, BenchResult, Traffic
 from observatory.store import open_run
 from tests.conftest import MakeRun
 from tests.cost.synthetic import made_result
@@ -52,6 +52,21 @@ def test_a_scan_shows_times_for_degrees_that_were_never_run(
     captured = capsys.readouterr()
     assert "dispatch us" in captured.out
     assert "extrapolated at EP 1" in captured.err
+
+
+def test_times_over_links_between_pretended_nodes_say_so(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = made_result(a_bus, (0, 0, 1, 1)).model_copy(update={"notes": (NODES_AS_TOLD,)})
+    bench, model = tmp_path / "bench.json", tmp_path / "fit.json"
+    bench.write_text(told.model_dump_json())
+    assert main(["fit", str(bench), "--out", str(model), "--bootstrap", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == [NODES_AS_TOLD]
+    scan = ["scan", str(make_run()), "--ep", "4", "--gpus-per-node", "2", "--network", str(model)]
+    assert main([*scan, "--row-bytes", "16", "--json"]) == 0
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem == f"the network model: {NODES_AS_TOLD}"
+    assert fit_network([made_result(a_bus, (0, 0, 1, 1))], bootstrap=0).notes == ()
 
 
 def test_links_the_model_never_saw_leave_a_reason_and_no_number(
