@@ -189,9 +189,13 @@ class CaptureSession:
             flight_recorder=flight_recorder,
         )
         for site, counter in zip(probe.sites, probe.counters, strict=True):
-            counter.on_call = partial(exchange.routed, site.spec.layer)
+            counter.on_call = partial(_routed, exchange, site.spec.layer)
         exchange.attach(model, probe.sites)
         return exchange
+
+
+def _routed(exchange: ExchangeProbe, layer: int, slot: int) -> None:
+    exchange.routed(layer, SLOTS[slot])
 
 
 def _repeated(model: nn.Module, sites: Sequence[RoutingSite]) -> list[str]:
