@@ -23,7 +23,7 @@ Rows = Callable[[str], pd.DataFrame]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exchange")
-    codes = run_ranks("tests.probes.exchange_cases", out, world=3, timeout_s=150)
+    codes = run_ranks("tests.probes.exchange_cases", out, world=3, timeout_s=300)
     said = "\n".join((out / f"rank-{rank}.log").read_text(encoding="utf-8")[-1500:] for rank in range(2))
     assert codes == [0, 0, 9], said
     return out
