@@ -3,10 +3,10 @@
 A block is the module around a routing site (around the router or the experts). Its hooks say on which thread
 which layer is being computed. Gradients travel without hooks: an exchange that is started while autograd runs
 a node is linked to the exchange of that node's forward by autograd's own sequence number, which the node
-carries; nothing is put into the graph. A program may number its nodes anew to have them run earlier; such an
-exchange belongs to the latest of those that sent what it receives, and received what it sends. Where there
-is no such node (a ``backward`` written by hand around a group of operations, an exchange of many nodes) the
-layer stays None.
+carries; nothing is put into the graph. Where that says too little, an exchange belongs to one that sent what
+it receives, and received what it sends: to the only such one where a node stands for several exchanges
+(compiled code), to the latest where a program numbers its nodes anew to have them run earlier. Else the layer
+stays None.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class _Stack(threading.local):
     def __init__(self) -> None:
         self.calls: list[_Open] = []
         self.loose: LayerCall | None = None
+        self.loose_phase = ""
 
 
 class Places:
@@ -122,10 +123,15 @@ class Places:
         while self._attachments:
             self._attachments.pop().remove()
 
-    def routed(self, layer: int) -> None:
+    def routed(self, layer: int, phase: str) -> None:
         """A layer has routed on this thread; needed where its hooks were compiled away."""
-        if not self._stack.calls:
-            self._stack.loose = LayerCall(layer, routed=True)
+        stack = self._stack
+        if not stack.calls:
+            stack.loose, stack.loose_phase = LayerCall(layer, routed=True), phase
+
+    def compiled_phase(self) -> str | None:
+        """Phase of the compiled layer call on this thread; None outside any."""
+        return None if self._stack.loose is None else self._stack.loose_phase
 
     def boundary(self) -> None:
         """A step ends on this thread: what comes next belongs to no layer that routed before."""
@@ -175,11 +181,13 @@ class Places:
             return "other", None
         number = node._sequence_nr()
         with self._lock:
-            if number > self._latest_number:
+            link = self._links.get(number)
+            renumbered = number > self._latest_number
+            if renumbered or (link is None and number in self._links):
                 alike = self._ways.get(way_of(issue, group, back=True), ())
-                link = next((link for link in reversed(alike) if not link.used), None)
-            else:
-                link = self._links.get(number)
+                open_ones = [other for other in alike if not other.used]
+                if renumbered or len({(other.layer, other.role) for other in open_ones}) == 1:
+                    link = open_ones[-1] if open_ones else None
             if link is None:
                 return "other", None
             link.used = True

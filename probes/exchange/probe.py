@@ -92,9 +92,9 @@ class ExchangeProbe:
         """A step or a told phase ends here."""
         self._places.boundary()
 
-    def routed(self, layer: int) -> None:
-        """A layer has routed, on this thread."""
-        self._places.routed(layer)
+    def routed(self, layer: int, phase: str) -> None:
+        """A layer has routed in this phase, on this thread."""
+        self._places.routed(layer, phase)
 
     def problem(self) -> str | None:
         """One line about the first thing that went wrong; None when nothing did."""
@@ -127,8 +127,8 @@ class ExchangeProbe:
         backend = self._groups.backend(group, facts, issue.device)
         label = current_label()
         if label is None:
-            (role, layer), algorithm = self._places.find(issue, facts.label), issue.algorithm
             step, phase = self._situation(False)
+            (role, layer), algorithm = self._places.find(issue, facts.label), issue.algorithm
         else:
             role, layer, algorithm = label.role, label.layer, label.algorithm or issue.algorithm
             step, phase = self._situation(label.backward)
@@ -168,7 +168,7 @@ class ExchangeProbe:
         step, told = self._told()
         if told in (None, "train_forward") and (backward or in_backward()):
             return step, "train_backward"
-        return step, told or self._known_phase()
+        return step, told or self._places.compiled_phase() or self._known_phase()
 
     def _mark(self, device: torch.device) -> Mark | None:
         if device.type != "cuda":

@@ -42,7 +42,8 @@ class SiteCounter:
         ever_called: the site was called at least once.
         tokens_unknown: a call did not tell how many tokens it had.
         weights_seen: a call showed gate weights.
-        on_call: called after each call, from inside compiled code as well; None when nobody asked.
+        on_call: called with the slot after each call, from inside compiled code as well; None when nobody
+            asked.
     """
 
     def __init__(self, index: int, layout: Layout) -> None:
@@ -53,7 +54,7 @@ class SiteCounter:
         self.ever_called = False
         self.tokens_unknown = False
         self.weights_seen = False
-        self.on_call: Callable[[], None] | None = None
+        self.on_call: Callable[[int], None] | None = None
         self.devices: dict[torch.device, DeviceCounters] = {}
         self._experts = layout.experts[index]
         self._sampled = [False] * len(SLOTS)
@@ -88,7 +89,7 @@ class SiteCounter:
                 self._sampled[slot] = True
                 self._take_sample(decision, decision.tokens, part.sample)
         if self.on_call is not None:
-            self.on_call()
+            self.on_call(slot)
 
     def _add_ids(
         self, decision: RoutingDecision, ids: torch.Tensor, part: Buffers, device: DeviceCounters

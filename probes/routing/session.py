@@ -209,7 +209,7 @@ class CaptureSession:
             flight_recorder=recorder,
         )
         for site, counter in zip(probe.sites, probe.counters, strict=True):
-            counter.on_call = partial(exchange.routed, site.spec.layer)
+            counter.on_call = partial(_routed, exchange, site.spec.layer)
         exchange.attach(model, probe.sites)
         return exchange
 
@@ -218,6 +218,10 @@ def _only_phase(counted: Snapshot) -> str | None:
     """The phase of everything that was called, if it is one and known."""
     slots = [slot for slot, calls in enumerate(counted.calls) if calls.any()]
     return SLOTS[slots[0]] if len(slots) == 1 else None
+
+
+def _routed(exchange: ExchangeProbe, layer: int, slot: int) -> None:
+    exchange.routed(layer, SLOTS[slot])
 
 
 def _repeated(model: nn.Module, sites: Sequence[RoutingSite]) -> list[str]:

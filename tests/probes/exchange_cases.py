@@ -27,6 +27,8 @@ import observatory
 from collectives.recorder import Label, labelled
 from observatory.watching import Watch
 from probes.exchange.tap import is_tapped
+from probes.routing.adapters import Adapter
+from probes.routing.sites import RoutingDecision
 from tests.probes.expert_parallel import (
     ParallelModel,
     functional_collective,
@@ -54,9 +56,16 @@ class Rank:
         self.facts: dict[str, Any] = {}
 
     @contextlib.contextmanager
-    def watch(self, name: str, model: torch.nn.Module | None = None, **options: Any) -> Iterator[Watch]:
+    def watch(
+        self,
+        name: str,
+        model: torch.nn.Module | None = None,
+        *,
+        adapter: Adapter | None = None,
+        **options: Any,
+    ) -> Iterator[Watch]:
         """Watch a model; by default one that has nothing to do with the exchanges."""
-        adapter = told_adapter(3) if model is None else parallel_adapter(WORLD)
+        adapter = adapter or (told_adapter(3) if model is None else parallel_adapter(WORLD))
         with observatory.watch(
             ToldModel() if model is None else model, self.out / name, adapters=[adapter], **options
         ) as watch:
@@ -215,6 +224,81 @@ def compiled_model(me: Rank) -> None:
     with me.watch("compiled_model", model) as watch:
         torch.compile(model, backend="aot_eager")(tokens(0, 1, 2, 4)).sum().backward()
         watch.step()
+
+
+class Overlapping(torch.nn.Module):
+    """Experts that work on one half of the tokens while the other half travels."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.full((), 2.0))
+        self.ways = [(of[rank], [row[rank] for row in of]) for of in (UNEVEN, UNEVEN[::-1])]
+
+    def forward(self, hidden: torch.Tensor, _expert_T: torch.Tensor) -> torch.Tensor:
+        world, halves = dist.group.WORLD, []
+        begin = 0
+        for sends, receives in self.ways:
+            half = hidden[begin : begin + sum(sends)]
+            begin += sum(sends)
+            halves.append(functional.all_to_all_single_autograd(half, receives, sends, world))
+        home = []
+        for there, (sends, receives) in zip(halves, self.ways, strict=True):
+            worked = functional.wait_tensor(there) * self.scale
+            home.append(functional.all_to_all_single_autograd(worked, sends, receives, world))
+        return torch.cat([functional.wait_tensor(half) for half in home])
+
+
+class OverlappingLayer(torch.nn.Module):
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.experts = Overlapping(rank)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.experts(hidden, hidden.detach()[:, 0].abs().long() % 3)
+        return out
+
+
+def overlapping_adapter() -> Adapter:
+    return Adapter(
+        match=lambda _name, module: isinstance(module, Overlapping),
+        read=lambda _module, args, _kwargs, _output: RoutingDecision(
+            expert_ids=args[1], tokens=args[1].shape[0]
+        ),
+        experts=3,
+        top_k=1,
+        when="before",
+    )
+
+
+def overlap(me: Rank, name: str, **compile_options: Any) -> None:
+    """Two training steps; the same without a watch must come out the same."""
+    rows = 2 * sum(map(sum, UNEVEN)) // 3 + 6
+    results = []
+    for watching in (False, True):
+        model: torch.nn.Module = torch.nn.Sequential(torch.nn.Sequential(OverlappingLayer(me.rank)))
+        hidden = tokens(*range(rows))
+        watch: Any = contextlib.nullcontext()
+        if watching:
+            watch = me.watch(name, model, adapter=overlapping_adapter())
+        with watch:
+            run = torch.compile(model, **compile_options) if compile_options else model
+            for _ in range(2):
+                out = run(hidden)
+                out.sum().backward()
+        results.append((out.detach(), hidden.grad))
+    me.facts[name] = [torch.equal(a, b) for a, b in zip(*results, strict=True)]
+
+
+@case
+def overlapped(me: Rank) -> None:
+    """Functional collectives, computing while the next one is on its way."""
+    overlap(me, "overlapped")
+
+
+@case
+def overlapped_compiled(me: Rank) -> None:
+    """The same in one compiled graph."""
+    overlap(me, "overlapped_compiled", backend="aot_eager", fullgraph=True)
 
 
 @case

@@ -24,10 +24,11 @@ from observatory.exchange import exchange_traffic
 from observatory.provenance import new_manifest
 from observatory.records import ModelSpec, Topology
 from observatory.store import RunWriter
-from probes.exchange import log, tap
+from probes.exchange import log, places, tap
 from probes.exchange.groups import GroupFacts, group_label
 from probes.exchange.issue import Issue, Side, per_peer_bytes, side_of, side_of_list
 from probes.exchange.log import ExchangeLog, SeenExchange
+from probes.exchange.places import Places
 from probes.exchange.roles import LayerCall
 from probes.exchange.streams import Anchors
 from tests.probes.tiny import ToldModel, ids, told_adapter
@@ -147,6 +148,68 @@ def test_a_hierarchical_exchange_has_two_dispatches_and_two_combines() -> None:
         "combine",
         "combine",
     ]
+
+
+def gather(*shape: int, scatter: bool = False, dtype: torch.dtype = torch.float32) -> Issue:
+    whole = Side(shape, dtype.itemsize, ())
+    name = "reduce_scatter_tensor" if scatter else "all_gather_into_tensor"
+    return Issue(algorithm=name, device=CPU, dtype=dtype, send=whole, receive=whole)
+
+
+def test_a_gather_of_hidden_states_dispatches_and_the_scatter_of_as_much_combines() -> None:
+    call = LayerCall(3, hidden=16, routed=True)
+    seen = [
+        call.role(issue, "0-1")
+        for issue in (
+            gather(20, 8, dtype=torch.bool),  # the routing map
+            gather(20, 4),  # gate weights
+            gather(20, 16),
+            gather(20, 16, scatter=True),
+            gather(20, 16, scatter=True),
+            gather(2, 10, 16),  # stacked
+            gather(20, 16, scatter=True),
+        )
+    ]
+    assert seen == ["other", "other", "dispatch", "combine", "other", "dispatch", "combine"]
+
+
+@pytest.mark.parametrize(
+    ("call", "issue"),
+    [
+        (LayerCall(3, hidden=16, routed=True), gather(4096)),  # flat weights of sharded data parallelism
+        (LayerCall(3, hidden=16), gather(20, 16)),  # nothing was routed yet
+        (LayerCall(3, routed=True), gather(20, 16)),  # how wide hidden states are is not known
+        (
+            LayerCall(3, hidden=16, routed=True, width=16),
+            gather(20, 16),
+        ),  # tensor parallelism beside all-to-alls
+    ],
+)
+def test_other_gathers_are_no_dispatch(call: LayerCall, issue: Issue) -> None:
+    assert call.role(issue, "0-1") == "other"
+
+
+def test_a_mask_in_an_all_to_all_is_no_dispatch() -> None:
+    side = Side((4, 8), 1, (2, 2))
+    masks, packed = (
+        Issue(algorithm="all_to_all_single", device=CPU, dtype=kind, send=side, receive=side)
+        for kind in (torch.bool, torch.uint8)
+    )
+    assert roles(("0-1", masks), ("0-1", packed)) == ["other", "dispatch"]
+
+
+def test_what_is_remembered_for_gradients_that_never_come_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_MOST_RECENT", 5)
+    monkeypatch.setattr(places, "_MOST_LINKS", 5)
+    here = Places(mark=lambda _device: None, note_span=lambda *_told: None)
+    for number in range(40):
+        here.routed(0, "prefill")
+        here.find(exchange((number, 2), (4, 0)), "0-1")
+        torch.ones(1, requires_grad=True) * 2
+    assert (len(here._links), len(here._recent), len(here._ways)) == (5, 5, 5)
+    for _ in range(40):
+        here.find(exchange((3, 2), (4, 0)), "0-1")
+    assert sum(map(len, here._ways.values())) == len(here._recent) == 5
 
 
 def test_before_the_layer_has_routed_nothing_is_dispatched() -> None:

@@ -24,7 +24,7 @@ Rows = Callable[[str], pd.DataFrame]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("adverse")
-    codes = run_ranks("tests.probes.adverse_cases", out, world=WORLD, timeout_s=240)
+    codes = run_ranks("tests.probes.adverse_cases", out, world=WORLD, timeout_s=300)
     said = "\n".join((out / f"rank-{rank}.log").read_text(encoding="utf-8")[-1500:] for rank in range(WORLD))
     assert codes == [0] * WORLD, said
     return out

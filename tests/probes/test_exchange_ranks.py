@@ -23,7 +23,7 @@ Rows = Callable[[str], pd.DataFrame]
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exchange")
-    codes = run_ranks("tests.probes.exchange_cases", out, world=3, timeout_s=150)
+    codes = run_ranks("tests.probes.exchange_cases", out, world=3, timeout_s=300)
     said = "\n".join((out / f"rank-{rank}.log").read_text(encoding="utf-8")[-1500:] for rank in range(2))
     assert codes == [0, 0, 9], said
     return out
@@ -148,6 +148,24 @@ def test_a_compiled_model_s_exchanges_find_their_layer(rows: Rows) -> None:
     forward = frame[(frame.phase == "train_forward") & (frame.source_rank == 0)]
     assert forward.role.tolist() == [*FORWARD, *FORWARD]
     assert forward.layer.tolist() == [0] * 4 + [1] * 4
+    backward = frame[(frame.phase == "train_backward") & (frame.source_rank == 0)]
+    assert backward.role.tolist() == ["dispatch", "combine"] * 2
+    assert backward.layer.tolist() == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["overlapped", "overlapped_compiled"])
+def test_a_layer_that_computes_while_its_halves_travel_is_understood(
+    rows: Rows, facts: Callable[[str], list[Any]], name: str
+) -> None:
+    assert facts(name) == [[True, True]] * 2
+    frame = rows(name)
+    for _, own in frame.groupby("source_rank"):
+        assert own.role.tolist() == ["dispatch", "dispatch", "combine", "combine"] * 4
+        assert set(own.layer) == {0}
+        assert own.phase.tolist() == [*["train_forward"] * 4, *["train_backward"] * 4] * 2
+        assert not own.blocking.any()
+    first = frame[(frame.source_rank == 0) & (frame.sequence < 2)]
+    assert lists(first, "send_bytes") == [[32, 64, 96], [160, 0, 64]]
 
 
 def test_what_the_program_says_is_believed(opened: Callable[[str], Run]) -> None:
