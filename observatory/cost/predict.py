@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from observatory.cost.features import FORMS, stage_terms
-from observatory.cost.network import Domain, NetworkModel
+from observatory.cost.network import AlgorithmFit, NetworkModel
 from observatory.cost.solving import Problem, predict_all
 from observatory.errors import BenchmarkError
 
@@ -28,7 +28,8 @@ class Prediction:
     Attributes:
         us: microseconds of the slowest rank.
         low_us, high_us: 90 % interval: bootstrap of the coefficients times what the fit got wrong on matrices
-            it had not seen. It does not cover what is named in ``extrapolated``.
+            it had not seen; for another number of ranks than was measured, on numbers of ranks it had not
+            seen. It does not cover what is named in ``extrapolated``.
         extrapolated: why this is outside what was measured; empty when it is inside.
     """
 
@@ -68,18 +69,20 @@ def predict_us(
     us = float(predict_all(problem, value_F)[0])
     samples = fit.samples_BF[:_MANY_SAMPLES]
     spread_B = np.array([predict_all(problem, np.array(sample))[0] for sample in samples] or [us])
-    low, high = np.quantile(np.outer(spread_B, fit.ratio_Q), [0.05, 0.95])
+    other_ranks = len(node_of_P) not in fit.domain.ranks
+    ratio_Q = fit.other_ranks_ratio_Q if other_ranks and fit.other_ranks_ratio_Q else fit.ratio_Q
+    low, high = np.quantile(np.outer(spread_B, ratio_Q), [0.05, 0.95])
     return Prediction(
         us=us,
         low_us=float(max(low, 0.0)),
         high_us=float(max(high, 0.0)),
-        extrapolated=tuple(_outside(fit.domain, matrix_PP, node_of_P)),
+        extrapolated=tuple(_outside(fit, matrix_PP, node_of_P)),
     )
 
 
-def _outside(domain: Domain, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> list[str]:
+def _outside(fit: AlgorithmFit, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> list[str]:
     """What of an exchange lies outside the measurements."""
-    reasons = []
+    reasons, domain = [], fit.domain
     on_node = max(list(node_of_P).count(node) for node in set(node_of_P))
     for name, value, known in (
         ("ranks", len(node_of_P), domain.ranks),
@@ -88,6 +91,10 @@ def _outside(domain: Domain, bytes_PP: NDArray[np.int64], node_of_P: Sequence[in
     ):
         if not min(known) <= value <= max(known):
             reasons.append(f"{value} {name} (measured {_span(min(known), max(known))})")
+    ranks = len(node_of_P)
+    if min(domain.ranks) < ranks < max(domain.ranks) and ranks not in domain.ranks:
+        if fit.other_ranks_ratio_Q is None:
+            reasons.append(f"{ranks} ranks (measured {_listed(domain.ranks)}; three tell how far others fit)")
     busiest = int(max(bytes_PP.sum(axis=1).max(), bytes_PP.sum(axis=0).max()))
     low, high = domain.rank_bytes
     if busiest > high:
@@ -97,6 +104,10 @@ def _outside(domain: Domain, bytes_PP: NDArray[np.int64], node_of_P: Sequence[in
     elif busiest == 0 and not domain.empty:
         reasons.append("an empty exchange (none was measured)")
     return reasons
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return " and ".join(map(str, numbers))
 
 
 def _span(low: int, high: int) -> str:
