@@ -4,6 +4,7 @@ Shapes: P ranks, N rows, B bytes of a row, R repeats.
 
 Protocol, the same for synthetic patterns and for captured traffic:
 
+    align the ranks' clocks
     for round in warm-up + repeats:                  # slow drift of the machine hits all cases alike
       for matrix in plan:
         for algorithm in plan:
@@ -14,15 +15,21 @@ Protocol, the same for synthetic patterns and for captured traffic:
           synchronise the device                                           |
           end = monotonic clock -------------------------------------------+
           compare every received byte with what its sender must have sent          not timed
-          keep (end - start) / iterations of this rank, unless it is a warm-up
+          keep start and end of this rank, unless it is a warm-up
+    align the clocks again: drift
+
+**The time of an exchange** is (last end - last start) / iterations: from when everybody takes part to when
+the layer can go on, which is what `observatory.exchange` calls transfer in a running program. Ranks leave the
+barrier one after another; what the early ones wait is in their own times and not in the exchange's. Over
+repeats the time is the median; how far repeats scatter is kept with it. Without aligned clocks it is the
+longest time of one rank, which counts its waiting: more iterations make that share small.
+
+With one iteration the exchange is alone on the fabric, as a dispatch between two computations is. With more
+they follow each other and overlap at their ends: a sustained rate.
 
 Splits are known beforehand: the count exchange of a dispatcher is not in these times. Raw times of all ranks
-and repeats are kept. The time of an exchange is that of its slowest rank, which for uneven splits is the
-only one that tells when the layer can go on. algbw = mean bytes per rank / time, own bytes included (the
-convention of nccl-tests); busbw = algbw x share of bytes that leaves its rank, which for equal splits is the
-factor (n - 1) / n.
-A rank that leaves the barrier early waits for the last one inside its timed interval: iterations make
-this share small, and on oversubscribed machines it is never zero.
+and repeats are kept. algbw = mean bytes per rank / time, own bytes included (the convention of nccl-tests);
+busbw = algbw x share of bytes that leaves its rank, which for equal splits is the factor (n - 1) / n.
 """
 
 from __future__ import annotations
@@ -61,8 +68,8 @@ def alltoall_plan(
     algorithms: Sequence[str],
     seeds: Sequence[int] = (0,),
     warmup: int = 2,
-    repeats: int = 10,
-    iterations: int = 4,
+    repeats: int = 20,
+    iterations: int = 1,
 ) -> BenchPlan:
     """Every pattern at every size under every algorithm.
 

@@ -176,8 +176,8 @@ class BenchResult(Record):
         node_of_P: node of each rank.
         warmup, repeats, iterations: as in the plan.
         timing: the clock and the statistic, in words.
-        clock_uncertainty_us: how far the ranks' clocks may be apart after alignment, 0 on one host; None where
-            they were not aligned, so that no waiting is known.
+        clock_uncertainty_us: how far the ranks' clocks may be apart after alignment, 0 on one host; None
+            where they were not aligned, so that no waiting is known.
         cases: the measurements.
         run_id: the run whose traffic was replayed.
         git_sha, hosts, software: where it was measured.

@@ -27,7 +27,7 @@ __all__ = ["BYTE_TERMS", "FORMS", "TERMS", "Form", "StageTerms", "stage_terms"]
 #: Every term, its unit, and what it counts in one stage. ``in`` and ``out`` are those of one rank.
 TERMS: dict[str, str] = {
     "exchange": "1 per exchange: probe latency",
-    "peers": "other ranks of the exchange: a collective meets all of them, whether it has bytes for them or not",
+    "peers": "other ranks of the exchange: a collective meets all, bytes for them or not",
     "pairs_on_node": "ordered pairs of ranks that share the node: what its cores handle for them in turns",
     "messages_node": "non-empty messages with other ranks of the node, the larger of in and out",
     "messages_other": "non-empty messages with other nodes, the larger of in and out",

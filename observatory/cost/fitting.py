@@ -7,8 +7,8 @@ Shapes: C cases (a matrix under one algorithm), F terms, B bootstrap samples.
 2. Each form is fitted with whole patterns left out and, where three or more numbers of ranks were measured,
    with each of these left out, and judged by |predicted - measured| / measured on those
    (`observatory.cost.trials`).
-3. The form with the smallest error, cases weighted by what they are worth, is the best. Of the forms that err
-   at most a tenth more than it, the one with the fewest parameters is chosen.
+3. Of the forms whose error, cases weighted by what they are worth, is not told apart from the smallest, the
+   one with the fewest parameters is chosen.
 4. Intervals: matrices are drawn again with replacement and the chosen form is fitted to each draw.
 """
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from observatory.cost.features import BYTE_TERMS, StageTerms, stage_terms
 from observatory.cost.network import AlgorithmFit, Coefficient, Domain, NetworkModel, RanksScore
-from observatory.cost.trials import Cases, Trial, try_forms
+from observatory.cost.trials import Cases, Trial, choose, try_forms
 from observatory.errors import BenchmarkError
 from observatory.records_bench import BenchResult
 
@@ -33,8 +33,6 @@ _RATIO_QUANTILES = np.arange(1, 40, 2) / 40
 #: Relative error that a good form leaves where the measurement is quiet. It bounds how much more a quiet
 #: long exchange counts than a noisy short one, from which alone latencies can be told.
 _LEAST_NOISE = 0.1
-#: A simpler form may err by this factor more.
-_AS_GOOD = 1.1
 
 
 def fit_network(
@@ -122,11 +120,7 @@ def _fit_algorithm(algorithm: str, measured: Sequence[_Case], bootstrap: int, se
             f"{len(measured)} matrices of algorithm {algorithm} are too few to fit; "
             "benchmark more sizes and patterns (observatory bench alltoall)"
         )
-    allowed = _AS_GOOD * min(trial.weighted_error for trial in trials)
-    chosen = min(
-        (trial for trial in trials if trial.weighted_error <= allowed),
-        key=lambda trial: (trial.parameters, trial.weighted_error),
-    )
+    chosen = choose(trials)
     value_F = chosen.fit(np.arange(len(measured)))
     samples_BF = _bootstrap(chosen, value_F, bootstrap, seed)
     other = chosen.ranks_ratio_C

@@ -60,10 +60,10 @@ class FormScore(Record):
         form: its name.
         parameters: coefficients the measurements determine.
         median_error, p90_error: of |predicted - measured| / measured over held-out matrices.
-        other_ranks_error: median of the same over all matrices, each with its number of ranks left out of the
-            fit; None where fewer than three numbers of ranks were measured.
-        weighted_error: mean of both errors, a matrix counting the less the more its repeats scatter; forms are
-            chosen by it.
+        other_ranks_error: median of the same over all matrices, each with its number of ranks left out of
+            the fit; None where fewer than three numbers of ranks were measured.
+        weighted_error: mean of both errors, a matrix counting the less the more its repeats scatter; forms
+            are chosen by it.
     """
 
     form: str
@@ -116,8 +116,8 @@ class AlgorithmFit(Record):
         coefficients: in the order of the form's terms.
         samples_BF: the same refitted to resampled matrices, 0 where not determined.
         ratio_Q: quantiles (1/40, 3/40, ... 39/40) of measured / predicted on held-out matrices.
-        other_ranks_ratio_Q: the same with each number of ranks left out in turn: the spread of predictions for
-            numbers of ranks that were not measured; None where fewer than three were.
+        other_ranks_ratio_Q: the same with each number of ranks left out in turn: the spread of predictions
+            for numbers of ranks that were not measured; None where fewer than three were.
         held_out_ranks: the same for each number of ranks.
         scores: all forms that were tried.
         domain: where it was measured.

@@ -26,7 +26,7 @@ class Prediction:
     """Predicted time of one exchange.
 
     Attributes:
-        us: microseconds of the slowest rank.
+        us: microseconds from the last start to the last end.
         low_us, high_us: 90 % interval: bootstrap of the coefficients times what the fit got wrong on matrices
             it had not seen; for another number of ranks than was measured, on numbers of ranks it had not
             seen. It does not cover what is named in ``extrapolated``.
@@ -92,9 +92,10 @@ def _outside(fit: AlgorithmFit, bytes_PP: NDArray[np.int64], node_of_P: Sequence
         if not min(known) <= value <= max(known):
             reasons.append(f"{value} {name} (measured {_span(min(known), max(known))})")
     ranks = len(node_of_P)
-    if min(domain.ranks) < ranks < max(domain.ranks) and ranks not in domain.ranks:
-        if fit.other_ranks_ratio_Q is None:
-            reasons.append(f"{ranks} ranks (measured {_listed(domain.ranks)}; three tell how far others fit)")
+    between = min(domain.ranks) < ranks < max(domain.ranks) and ranks not in domain.ranks
+    if between and fit.other_ranks_ratio_Q is None:
+        measured = " and ".join(map(str, domain.ranks))
+        reasons.append(f"{ranks} ranks (measured {measured}; a third number would show how well others fit)")
     busiest = int(max(bytes_PP.sum(axis=1).max(), bytes_PP.sum(axis=0).max()))
     low, high = domain.rank_bytes
     if busiest > high:
@@ -104,10 +105,6 @@ def _outside(fit: AlgorithmFit, bytes_PP: NDArray[np.int64], node_of_P: Sequence
     elif busiest == 0 and not domain.empty:
         reasons.append("an empty exchange (none was measured)")
     return reasons
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return " and ".join(map(str, numbers))
 
 
 def _span(low: int, high: int) -> str:

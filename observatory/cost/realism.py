@@ -15,8 +15,8 @@ __all__ = ["realism"]
 def realism(result: BenchResult, *, bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
     """Ratio of captured to uniform time per algorithm, phase, layer and role, and over all of each algorithm.
 
-    The ratio is of sums over steps (what a program waits in all), each exchange with the median over repeats
-    of its slowest rank. The interval is a 90 % bootstrap over pairs (captured, uniform) of the same step;
+    The ratio is of sums over steps (what a program waits in all), each exchange with the median of its time
+    over repeats. The interval is a 90 % bootstrap over pairs (captured, uniform) of the same step;
     None with a single pair.
 
     Returns:

@@ -22,7 +22,7 @@ from observatory.cost.features import FORMS, Form, StageTerms
 from observatory.cost.network import FormScore
 from observatory.cost.solving import Problem, predict_all, solve
 
-__all__ = ["Cases", "Trial", "try_forms"]
+__all__ = ["Cases", "Trial", "choose", "try_forms"]
 
 _FOLDS = 5
 #: Fewer numbers of ranks leave less than two in the fit when one is held out.
@@ -31,6 +31,8 @@ _RANKS_TO_HOLD_OUT = 3
 _CASES_PER_TERM = 2
 _MAX_CONDITION = 1e8
 _SMALLEST_US = 1e-9
+#: Forms whose errors differ by less than this are equally good for any purpose.
+_SAME_ERROR = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -106,14 +108,21 @@ class Trial:
         return int(self.known_F.sum())
 
     @property
-    def weighted_error(self) -> float:
-        """Mean held-out error, a case counting the less the more its repeats scatter.
+    def weighted_error_C(self) -> NDArray[np.float64]:
+        """Held-out error of every case, counting the less the more its repeats scatter, (C,).
 
         Where numbers of ranks were held out as well, the mean of both kinds.
         """
         kinds = [self.ratio_C] if self.ranks_ratio_C is None else [self.ratio_C, self.ranks_ratio_C]
         weight_C = 1.0 / self.cases.noise_C
-        return float(np.mean([np.average(_error(ratio_C), weights=weight_C) for ratio_C in kinds]))
+        error_C = np.mean([_error(ratio_C) for ratio_C in kinds], axis=0)
+        weighted_C: NDArray[np.float64] = error_C * weight_C / weight_C.mean()
+        return weighted_C
+
+    @property
+    def weighted_error(self) -> float:
+        """Mean of ``weighted_error_C``."""
+        return float(self.weighted_error_C.mean())
 
     def score(self) -> FormScore:
         """The errors in numbers."""
@@ -163,6 +172,28 @@ def try_forms(cases: Cases, seed: int) -> tuple[list[Trial], str]:
             )
         )
     return trials, sharing
+
+
+def choose(trials: Sequence[Trial]) -> Trial:
+    """The form with the fewest parameters whose error is not told apart from the smallest.
+
+    Not told apart: by less than one standard error of the difference (Breiman et al. 1984), which is taken
+    over groups, because the sizes of one pattern err together.
+    """
+    best = min(trials, key=lambda trial: trial.weighted_error)
+    group_of = {group: index for index, group in enumerate(dict.fromkeys(best.cases.group_C))}
+    group_C = np.array([group_of[group] for group in best.cases.group_C])
+
+    def as_good(trial: Trial) -> bool:
+        excess_C = trial.weighted_error_C - best.weighted_error_C
+        excess_G = np.bincount(group_C, weights=excess_C)
+        standard_error = np.sqrt(len(excess_G) * excess_G.var()) / len(excess_C)
+        return bool(excess_C.mean() <= max(standard_error, _SAME_ERROR))
+
+    return min(
+        (trial for trial in trials if as_good(trial)),
+        key=lambda trial: (trial.parameters, trial.weighted_error),
+    )
 
 
 def _error(ratio_C: NDArray[np.float64]) -> NDArray[np.float64]:
