@@ -4,6 +4,7 @@ Shapes: P ranks, N rows, B bytes of a row, R repeats.
 
 Protocol, the same for synthetic patterns and for captured traffic:
 
+    align the ranks' clocks
     for round in warm-up + repeats:                  # slow drift of the machine hits all cases alike
       for matrix in plan:
         for algorithm in plan:
@@ -14,15 +15,21 @@ Protocol, the same for synthetic patterns and for captured traffic:
           synchronise the device                                           |
           end = monotonic clock -------------------------------------------+
           compare every received byte with what its sender must have sent          not timed
-          keep (end - start) / iterations of this rank, unless it is a warm-up
+          keep start and end of this rank, unless it is a warm-up
+    align the clocks again: drift
+
+**The time of an exchange** is (last end - last start) / iterations: from when everybody takes part to when
+the layer can go on, which is what `observatory.exchange` calls transfer in a running program. Ranks leave the
+barrier one after another; what the early ones wait is in their own times and not in the exchange's. Over
+repeats the time is the median; how far repeats scatter is kept with it. Without aligned clocks it is the
+longest time of one rank, which counts its waiting: more iterations make that share small.
+
+With one iteration the exchange is alone on the fabric, as a dispatch between two computations is. With more
+they follow each other and overlap at their ends: a sustained rate.
 
 Splits are known beforehand: the count exchange of a dispatcher is not in these times. Raw times of all ranks
-and repeats are kept. The time of an exchange is that of its slowest rank, which for uneven splits is the
-only one that tells when the layer can go on. algbw = mean bytes per rank / time, own bytes included (the
-convention of nccl-tests); busbw = algbw x share of bytes that leaves its rank, which for equal splits is the
-factor (n - 1) / n.
-A rank that leaves the barrier early waits for the last one inside its timed interval: iterations make
-this share small, and on oversubscribed machines it is never zero.
+and repeats are kept. algbw = mean bytes per rank / time, own bytes included (the convention of nccl-tests);
+busbw = algbw x share of bytes that leaves its rank, which for equal splits is the factor (n - 1) / n.
 """
 
 from __future__ import annotations
@@ -30,12 +37,14 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
+from collectives.bench_times import RankTimes, case_times, rank_times
+from collectives.clock import with_drift
 from collectives.movers import Mover, mover
+from collectives.pairs import align_transport
 from collectives.patterns import PATTERNS, pattern_rows
 from observatory.errors import BenchmarkError, ExchangeError
 from observatory.records_bench import BenchCase, BenchPlan, BenchResult, Traffic
@@ -59,8 +68,8 @@ def alltoall_plan(
     algorithms: Sequence[str],
     seeds: Sequence[int] = (0,),
     warmup: int = 2,
-    repeats: int = 10,
-    iterations: int = 4,
+    repeats: int = 20,
+    iterations: int = 1,
 ) -> BenchPlan:
     """Every pattern at every size under every algorithm.
 
@@ -143,10 +152,13 @@ def run_plan(
     cases = [
         _Case(transport, traffic, algorithm) for traffic in plan.traffic for algorithm in plan.algorithms
     ]
+    begin = align_transport(transport)
     for repeat in range(-plan.warmup, plan.repeats):
         for case in cases:
             case.run(repeat, plan.iterations, clock_ns, barrier_timeout_s)
-    everyone = transport.gather_json([[case.us_R, case.correct] for case in cases])
+    clock = with_drift(begin, align_transport(transport))
+    own = rank_times([case.interval_ns_R2 for case in cases], clock)
+    everyone = transport.gather_json([own.model_dump(), [case.correct for case in cases]])
     if everyone is None:
         return None
     return _result(transport, plan, cases, everyone)
@@ -169,7 +181,7 @@ class _Case:
 
     def __init__(self, transport: Transport, traffic: Traffic, algorithm: str) -> None:
         self.traffic, self.algorithm = traffic, algorithm
-        self.us_R: list[float] = []
+        self.interval_ns_R2: list[tuple[int, int]] = []
         self.correct = True
         self._transport = transport
         rows_PP = traffic.bytes_PP // traffic.row_bytes
@@ -198,8 +210,7 @@ class _Case:
         end_ns = clock_ns()
         self.correct &= bool(torch.equal(received_NB, expected_NB))
         if repeat >= 0:
-            # The clock's own step bounds what a time of 0 can mean.
-            self.us_R.append(max(end_ns - start_ns, 1) / iterations / 1e3)
+            self.interval_ns_R2.append((start_ns, end_ns))
 
 
 def _payload(pairs: Sequence[tuple[int, int]], bytes_P: Sequence[int], repeat: int, row_bytes: int) -> Tensor:
@@ -221,11 +232,14 @@ def _result(
     transport: Transport,
     plan: BenchPlan,
     cases: Sequence[_Case],
-    everyone: list[list[tuple[list[float], bool]]],
+    everyone: list[tuple[dict[str, Any], list[bool]]],
 ) -> BenchResult:
     from observatory.provenance import collect_provenance
 
     origin = collect_provenance()
+    told_P = [RankTimes.model_validate(told) for told, _ in everyone]
+    uncertainties = [told.uncertainty_ns for told in told_P if told.uncertainty_ns is not None]
+    times = [case_times(told_P, index, plan.iterations) for index in range(len(cases))]
     return BenchResult(
         kind=plan.kind,
         created_unix_s=time.time(),
@@ -235,12 +249,14 @@ def _result(
         warmup=plan.warmup,
         repeats=plan.repeats,
         iterations=plan.iterations,
+        clock_uncertainty_us=max(uncertainties) / 1e3 if len(uncertainties) == len(told_P) else None,
         cases=tuple(
             BenchCase(
                 **case.traffic.model_dump(),
                 algorithm=case.algorithm,
-                rank_us_RP=tuple(map(tuple, np.array([rank[index][0] for rank in everyone]).T.tolist())),
-                correct=all(rank[index][1] for rank in everyone),
+                rank_us_RP=times[index].rank_us_RP,
+                wait_us_RP=times[index].wait_us_RP,
+                correct=all(correct[index] for _, correct in everyone),
             )
             for index, case in enumerate(cases)
         ),

@@ -8,6 +8,8 @@ be compared; they differ in who sends how much to whom:
 * ``uniform``: equal splits, what mock tokens and nccl-tests do.
 * ``skewed``: receivers get 1, 1/2, 1/3, ... (Zipf), in an order drawn by seed: a standing committee of
 experts.
+* ``routed``: what a gate makes of text: receivers by popularity (gamma, 35 % scatter), every split around it
+(gamma, 25 %), both drawn by seed.
 * ``hot``: one receiver, drawn by seed, gets half of everything.
 * ``random``: every entry drawn on its own (exponential), all pairs different.
 * ``sparse``: every rank sends to about half of the ranks, drawn by seed; the other splits are empty.
@@ -58,6 +60,11 @@ def _skewed(ranks: int, generator: np.random.Generator) -> Weights:
     return np.tile(generator.permutation(1.0 / np.arange(1, ranks + 1)), (ranks, 1))
 
 
+def _routed(ranks: int, generator: np.random.Generator) -> Weights:
+    popularity_P = generator.gamma(8.0, size=ranks)
+    return popularity_P * generator.gamma(16.0, size=(ranks, ranks))
+
+
 def _hot(ranks: int, generator: np.random.Generator) -> Weights:
     weight_PP = np.ones((ranks, ranks))
     weight_PP[:, generator.integers(ranks)] = max(1, ranks - 1)
@@ -96,6 +103,7 @@ def _empty(ranks: int, _: np.random.Generator) -> Weights:
 PATTERNS: dict[str, Callable[[int, np.random.Generator], Weights]] = {
     "uniform": _uniform,
     "skewed": _skewed,
+    "routed": _routed,
     "hot": _hot,
     "random": _random,
     "sparse": _sparse,

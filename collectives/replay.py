@@ -28,8 +28,8 @@ def replay_plan(
     algorithms: Sequence[str],
     roles: Sequence[Literal["dispatch", "combine"]] = ("dispatch", "combine"),
     warmup: int = 1,
-    repeats: int = 5,
-    iterations: int = 4,
+    repeats: int = 9,
+    iterations: int = 1,
     run_id: str | None = None,
     notes: Sequence[str] = (),
 ) -> BenchPlan:

@@ -29,7 +29,7 @@ __all__ = [
     "load_bench",
 ]
 
-BENCH_VERSION = "1.0"
+BENCH_VERSION = "1.1"
 
 _MAX_RANKS = 4096
 _MAX_BYTES = 1 << 50
@@ -43,6 +43,7 @@ _Matrix = Annotated[tuple[tuple[_Bytes, ...], ...], Field(min_length=1, max_leng
 _Name = Annotated[str, Field(min_length=1, max_length=64)]
 #: A nanosecond over a million exchanges, to eleven days: beyond, squares of relative errors overflow.
 _Microseconds = Annotated[float, Field(ge=1e-9, le=1e12)]
+_Waiting = Annotated[float, Field(ge=0.0, le=1e12)]
 
 
 class Traffic(Record):
@@ -117,40 +118,54 @@ class BenchCase(Traffic):
 
     Attributes:
         algorithm: how it was exchanged.
-        rank_us_RP: raw time of every repeat on every rank, microseconds per exchange.
+        rank_us_RP: raw time of every repeat on every rank from its own start to its own completion,
+            microseconds per exchange.
+        wait_us_RP: how much of it had passed when the last rank started, on one clock, per exchange like
+            ``rank_us_RP``; None where the ranks' clocks were not aligned, and in results of schema 1.0.
         correct: whether every byte of every repeat arrived where it belongs.
     """
 
     algorithm: _Name
     rank_us_RP: Annotated[tuple[tuple[_Microseconds, ...], ...], Field(min_length=1)]
+    wait_us_RP: tuple[tuple[_Waiting, ...], ...] | None = None
     correct: bool
 
     @model_validator(mode="after")
     def _times_of_every_rank(self) -> BenchCase:
         if any(len(repeat) != self.ranks for repeat in self.rank_us_RP):
             raise ValueError("a repeat does not have one time per rank")
+        if self.wait_us_RP is not None:
+            if [len(repeat) for repeat in self.wait_us_RP] != [self.ranks] * len(self.rank_us_RP):
+                raise ValueError("waiting is not given for every rank and repeat")
+            if any(min(repeat) > 0 for repeat in self.wait_us_RP):
+                raise ValueError("in a repeat every rank waits for the last, and none is the last")
         return self
 
     @property
-    def slowest_us_R(self) -> NDArray[np.float64]:
-        """Time of each exchange: that of its slowest rank, (R,)."""
-        slowest: NDArray[np.float64] = np.array(self.rank_us_RP, dtype=np.float64).max(axis=1)
+    def exchange_us_R(self) -> NDArray[np.float64]:
+        """Time of each exchange, (R,): from the last rank's start to the last rank's completion.
+
+        Without a common clock the longest time of one rank, which counts what a rank waited as well.
+        """
+        rank_us_RP = np.array(self.rank_us_RP, dtype=np.float64)
+        waited_us_RP = 0.0 if self.wait_us_RP is None else np.array(self.wait_us_RP)
+        slowest: NDArray[np.float64] = (rank_us_RP - waited_us_RP).max(axis=1)
         return slowest
 
     @property
     def median_us(self) -> float:
-        """Median over repeats of the slowest rank's time."""
-        return float(np.median(self.slowest_us_R))
+        """Median over repeats of the exchange's time."""
+        return float(np.median(self.exchange_us_R))
 
     @property
     def p10_us(self) -> float:
-        """10th percentile over repeats of the slowest rank's time."""
-        return float(np.quantile(self.slowest_us_R, 0.1))
+        """10th percentile over repeats of the exchange's time."""
+        return float(np.quantile(self.exchange_us_R, 0.1))
 
     @property
     def p90_us(self) -> float:
-        """90th percentile over repeats of the slowest rank's time."""
-        return float(np.quantile(self.slowest_us_R, 0.9))
+        """90th percentile over repeats of the exchange's time."""
+        return float(np.quantile(self.exchange_us_R, 0.9))
 
     @property
     def algbw_gb_per_s(self) -> float:
@@ -180,6 +195,8 @@ class BenchResult(Record):
         node_of_P: node of each rank.
         warmup, repeats, iterations: as in the plan.
         timing: the clock and the statistic, in words.
+        clock_uncertainty_us: how far the ranks' clocks may be apart after alignment, 0 on one host; None
+            where they were not aligned, so that no waiting is known.
         cases: the measurements.
         run_id: the run whose traffic was replayed.
         git_sha, hosts, software: where it was measured.
@@ -195,7 +212,8 @@ class BenchResult(Record):
     warmup: Count
     repeats: Annotated[int, Field(ge=1)]
     iterations: Annotated[int, Field(ge=1)]
-    timing: Text = "per rank from a barrier to its own completion, monotonic clock, divided by iterations"
+    timing: Text = "last rank's start to last rank's completion, monotonic clock, divided by iterations"
+    clock_uncertainty_us: _Waiting | None = None
     cases: Annotated[tuple[BenchCase, ...], Field(min_length=1)]
     run_id: Text | None = None
     git_sha: Text | None = None

@@ -49,13 +49,13 @@ def alltoall(
     patterns: Annotated[
         str,
         typer.Option(
-            help="uniform, skewed, hot, random, sparse, one-sided, neighbour, local, empty; or all."
+            help="uniform, routed, skewed, hot, random, sparse, one-sided, neighbour, local, empty; or all."
         ),
-    ] = "uniform,skewed,random,empty",
+    ] = "uniform,routed,skewed,random,sparse,empty",
     seeds: Annotated[int, typer.Option(min=1, help="Matrices of each pattern that is drawn.")] = 1,
-    repeats: RepeatsOption = 10,
+    repeats: RepeatsOption = 20,
     warmup: WarmupOption = 2,
-    iterations: IterationsOption = 4,
+    iterations: IterationsOption = 1,
     ranks_per_node: RanksPerNodeOption = None,
     timeout_s: RankTimeoutOption = 60.0,
     force: ForceOption = False,
@@ -121,8 +121,8 @@ def alltoall(
         print_table(
             list(_COLUMNS),
             [(*row[:6], _significant(row[6]), _significant(row[7]), row[8]) for row in rows],
-            title=f"all-to-all of {result.ranks} ranks over {result.backend}: slowest rank, "
-            f"median of {repeats}",
+            title=f"all-to-all of {result.ranks} ranks over {result.backend}: last start "
+            f"to last end, median of {repeats}",
         )
     write_result(result, out)
     say(f"result written to {out}; next: observatory fit {out} --out fit.json")

@@ -65,13 +65,29 @@ def fit(
         return
     for item in model.fits:
         print_table(
-            ["form", "parameters", "median error", "p90", "chosen"],
+            ["form", "parameters", "median error", "p90", "other ranks", "chosen"],
             [
-                [score.form, score.parameters, score.median_error, score.p90_error, score.form == item.form]
+                [score.form, score.parameters, score.median_error, score.p90_error, score.other_ranks_error,
+                 score.form == item.form]
                 for score in item.scores
             ],
             title=f"{item.algorithm} over {model.backend}: {item.cases} matrices, {item.sharing}",
-        )
+        )  # fmt: skip
+        if item.held_out_ranks:
+            print_table(
+                ["ranks left out", "median error", "p90", "predicted / measured"],
+                [
+                    [own.ranks, own.median_error, own.p90_error, own.median_ratio]
+                    for own in item.held_out_ranks
+                ],
+                title=f"{item.form}: what it gets wrong on a number of ranks that its fit did not see",
+            )
+        else:
+            numbers = ", ".join(map(str, item.domain.ranks))
+            say(
+                f"{item.algorithm} was measured on {numbers} ranks; three numbers of ranks would tell how "
+                "well others are predicted"
+            )
         print_table(
             ["term", "us per unit", "90 %", "GB/s", "why not"],
             [

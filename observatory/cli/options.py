@@ -43,7 +43,9 @@ BackendOption = Annotated[str, typer.Option(help="auto, gloo, nccl or mpi (under
 AlgorithmsOption = Annotated[str, typer.Option(help="flat, hierarchical, gather, several by commas, or all.")]
 WarmupOption = Annotated[int, typer.Option(min=0, max=10_000, help="Rounds before them.")]
 RepeatsOption = Annotated[int, typer.Option(min=1, max=100_000, help="Timed rounds over all matrices.")]
-IterationsOption = Annotated[int, typer.Option(min=1, max=100_000, help="Exchanges in one timed interval.")]
+IterationsOption = Annotated[
+    int, typer.Option(min=1, max=100_000, help="Exchanges one after another in one timed interval.")
+]
 RanksPerNodeOption = Annotated[
     int | None, typer.Option(min=1, help="Treat so many consecutive ranks as a node.")
 ]

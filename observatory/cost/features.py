@@ -27,7 +27,8 @@ __all__ = ["BYTE_TERMS", "FORMS", "TERMS", "Form", "StageTerms", "stage_terms"]
 #: Every term, its unit, and what it counts in one stage. ``in`` and ``out`` are those of one rank.
 TERMS: dict[str, str] = {
     "exchange": "1 per exchange: probe latency",
-    "ranks_on_node": "ranks that share the rank's node",
+    "peers": "other ranks of the exchange: a collective meets all, bytes for them or not",
+    "pairs_on_node": "ordered pairs of ranks that share the node: what its cores handle for them in turns",
     "messages_node": "non-empty messages with other ranks of the node, the larger of in and out",
     "messages_other": "non-empty messages with other nodes, the larger of in and out",
     "bytes_self": "bytes a rank keeps",
@@ -35,16 +36,17 @@ TERMS: dict[str, str] = {
     "bytes_other": "bytes with other nodes, the larger of in and out (full duplex)",
     "both_node": "bytes with other ranks of the node, in plus out (half duplex)",
     "both_other": "bytes with other nodes, in plus out (half duplex)",
+    "two_way_node": "bytes that also pass the other way between the same two ranks of the node",
     "shared_messages": "non-empty messages of all ranks of the node, in plus out",
     "shared_self": "bytes that all ranks of the node keep",
     "shared_bytes": "bytes of all ranks of the node that leave a rank, in plus out",
     "link_bytes": "bytes of the whole node with other nodes, the larger of in and out",
-    "link_both": "bytes of the whole node with other nodes, in plus out",
+    "link_two_way": "bytes of the whole node that also pass the other way between the same two ranks",
 }
 
 #: Terms whose coefficients are microseconds per byte.
 BYTE_TERMS = frozenset(
-    name for name in TERMS if name not in ("exchange", "ranks_on_node") and "messages" not in name
+    name for name in TERMS if name not in ("exchange", "peers", "pairs_on_node") and "messages" not in name
 )
 
 
@@ -56,24 +58,27 @@ class Form:
         name: its name in files.
         meaning: one sentence.
         terms: terms that add up for every rank.
-        overlap: whether a rank's latencies and its bytes pass at the same time, so that the longer counts
-            instead of their sum: short exchanges then last the probe latency and long ones do not pay it.
+        floor: those of the terms that pass while the others do, so that the larger of the two sums counts
+            instead of all: short exchanges last the probe latency and long ones do not pay it on top. Empty:
+            all terms add up.
     """
 
     name: str
     meaning: str
     terms: tuple[str, ...]
-    overlap: bool = False
+    floor: tuple[str, ...] = ()
 
     @property
-    def per_byte(self) -> tuple[bool, ...]:
-        """Which of the terms count bytes."""
-        return tuple(term in BYTE_TERMS for term in self.terms)
+    def in_floor(self) -> tuple[bool, ...]:
+        """Which of the terms belong to the floor."""
+        return tuple(term in self.floor for term in self.terms)
 
 
+_LATENCY = ("exchange", "peers")
 _MESSAGES = ("messages_node", "messages_other")
 # A term that measurements cannot tell apart from those before it is left out: own bytes stand last.
 _BYTES = ("bytes_node", "bytes_other", "bytes_self")
+_TWO_WAY = ("bytes_node", "link_bytes", "two_way_node", "link_two_way", "bytes_self")
 
 #: Forms by name, simplest first (docs/network-model.md).
 FORMS: dict[str, Form] = {
@@ -90,46 +95,50 @@ FORMS: dict[str, Form] = {
             terms=("exchange", *_MESSAGES, *_BYTES),
         ),
         Form(
-            name="probe-floor",
-            meaning="messages, but latencies and bytes overlap: short exchanges last the probe latency",
-            terms=("exchange", *_MESSAGES, *_BYTES),
-            overlap=True,
+            name="peers",
+            meaning="latency-bandwidth plus a cost per other rank, empty or not",
+            terms=(*_LATENCY, *_BYTES),
+        ),
+        Form(
+            name="peers-floor",
+            meaning="latency per rank on one side, messages and bytes on the other: the longer counts",
+            terms=(*_LATENCY, *_MESSAGES, *_BYTES),
+            floor=_LATENCY,
         ),
         Form(
             name="half-duplex",
-            meaning="messages, but what a rank sends and what it receives share its bandwidth",
-            terms=("exchange", *_MESSAGES, "both_node", "both_other", "bytes_self"),
+            meaning="peers, but what a rank sends and what it receives share its bandwidth",
+            terms=(*_LATENCY, "both_node", "both_other", "bytes_self"),
         ),
         Form(
             name="shared-link",
-            meaning="messages, but the ranks of a node share its link to the others",
-            terms=("exchange", *_MESSAGES, "bytes_node", "link_bytes", "bytes_self"),
+            meaning="peers, but the ranks of a node share its link to the others",
+            terms=(*_LATENCY, "bytes_node", "link_bytes", "bytes_self"),
         ),
         Form(
-            name="part-duplex",
-            meaning="shared-link, but what comes the other way slows a node's link down by a part",
-            terms=("exchange", *_MESSAGES, "bytes_node", "link_bytes", "link_both", "bytes_self"),
+            name="two-way",
+            meaning="shared-link, but bytes that pass both ways between two ranks partly wait for each other",
+            terms=(*_LATENCY, *_TWO_WAY),
         ),
         Form(
-            name="part-duplex-floor",
-            meaning="part-duplex, but latencies and bytes overlap",
-            terms=("exchange", *_MESSAGES, "bytes_node", "link_bytes", "link_both", "bytes_self"),
-            overlap=True,
+            name="two-way-floor",
+            meaning="two-way, but the latency of ranks passes while messages and bytes do: the longer counts",
+            terms=(*_LATENCY, *_MESSAGES, *_TWO_WAY),
+            floor=_LATENCY,
         ),
         Form(
             name="shared-node",
             meaning="the ranks of a node share its cores and memory: its sums count, and other nodes",
             terms=(
-                "exchange", "shared_bytes", "bytes_other", "shared_messages", "messages_other",
-                "shared_self", "ranks_on_node",
+                "exchange", "shared_bytes", "bytes_other", "pairs_on_node", "messages_other", "shared_self",
             ),
         ),
         Form(
             name="contention",
-            meaning="messages plus what all ranks of the node move together",
+            meaning="peers and messages plus what all ranks of the node move together",
             terms=(
-                "exchange", *_MESSAGES, *_BYTES,
-                "shared_bytes", "shared_messages", "shared_self", "ranks_on_node",
+                *_LATENCY, *_MESSAGES, *_BYTES,
+                "shared_bytes", "pairs_on_node", "shared_messages", "shared_self",
             ),
         ),
     )
@@ -188,11 +197,13 @@ def _terms_of(bytes_PP: NDArray[np.int64], node_P: NDArray[np.int64]) -> NDArray
     def over_node(value_P: NDArray[np.int64]) -> NDArray[np.float64]:
         return np.bincount(node_P, weights=value_P).astype(np.float64)[node_P]
 
+    on_node_P = over_node(np.ones(ranks, dtype=np.int64))
     leaving_PP = node_PP + other_PP
     filled_PP = (leaving_PP > 0).astype(np.int64)
     columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = {
         "exchange": np.ones(ranks),
-        "ranks_on_node": over_node(np.ones(ranks, dtype=np.int64)),
+        "peers": np.full(ranks, ranks - 1),
+        "pairs_on_node": on_node_P * (on_node_P - 1),
         "messages_node": larger((node_PP > 0).astype(np.int64)),
         "messages_other": larger((other_PP > 0).astype(np.int64)),
         "bytes_self": self_P,
@@ -200,10 +211,11 @@ def _terms_of(bytes_PP: NDArray[np.int64], node_P: NDArray[np.int64]) -> NDArray
         "bytes_other": larger(other_PP),
         "both_node": both(node_PP),
         "both_other": both(other_PP),
+        "two_way_node": np.minimum(node_PP, node_PP.T).sum(axis=1),
         "shared_messages": over_node(both(filled_PP)),
         "shared_self": over_node(self_P),
         "shared_bytes": over_node(both(leaving_PP)),
         "link_bytes": np.maximum(over_node(other_PP.sum(axis=1)), over_node(other_PP.sum(axis=0))),
-        "link_both": over_node(both(other_PP)),
+        "link_two_way": over_node(np.minimum(other_PP, other_PP.T).sum(axis=1)),
     }
     return np.stack([np.asarray(columns[name], dtype=np.float64) for name in _NAMES], axis=1)

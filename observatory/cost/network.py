@@ -22,10 +22,11 @@ __all__ = [
     "Domain",
     "FormScore",
     "NetworkModel",
+    "RanksScore",
     "load_network",
 ]
 
-NETWORK_VERSION = "1.0"
+NETWORK_VERSION = "2.0"
 
 #: Beyond any error of a fit.
 _NotNegative = Annotated[float, Field(ge=0.0, le=1e30)]
@@ -69,15 +70,33 @@ class FormScore(Record):
         form: its name.
         parameters: coefficients the measurements determine.
         median_error, p90_error: of |predicted - measured| / measured over held-out matrices.
-        weighted_error: mean of the same, a matrix counting the less the more its repeats scatter; forms are
-            chosen by it.
+        other_ranks_error: median of the same over all matrices, each with its number of ranks left out of
+            the fit; None where fewer than three numbers of ranks were measured.
+        weighted_error: mean of both errors, a matrix counting the less the more its repeats scatter; forms
+            are chosen by it.
     """
 
     form: str
     parameters: Count
     median_error: _NotNegative
     p90_error: _NotNegative
+    other_ranks_error: _NotNegative | None = None
     weighted_error: _NotNegative
+
+
+class RanksScore(Record):
+    """How the chosen form did on one number of ranks that was left out of its fit.
+
+    Attributes:
+        ranks: the number of ranks.
+        median_error, p90_error: of |predicted - measured| / measured.
+        median_ratio: median of predicted / measured.
+    """
+
+    ranks: Count
+    median_error: _NotNegative
+    p90_error: _NotNegative
+    median_ratio: _NotNegative
 
 
 class Domain(Record):
@@ -107,6 +126,9 @@ class AlgorithmFit(Record):
         coefficients: in the order of the form's terms.
         samples_BF: the same refitted to resampled matrices, 0 where not determined.
         ratio_Q: quantiles (1/40, 3/40, ... 39/40) of measured / predicted on held-out matrices.
+        other_ranks_ratio_Q: the same with each number of ranks left out in turn: the spread of predictions
+            for numbers of ranks that were not measured; None where fewer than three were.
+        held_out_ranks: the same for each number of ranks.
         scores: all forms that were tried.
         domain: where it was measured.
         cases: matrices it was fitted to.
@@ -118,6 +140,8 @@ class AlgorithmFit(Record):
     coefficients: tuple[Coefficient, ...]
     samples_BF: Annotated[tuple[tuple[_Cost, ...], ...], Field(max_length=10_000)]
     ratio_Q: Annotated[tuple[_Ratio, ...], Field(min_length=1, max_length=1000)]
+    other_ranks_ratio_Q: Annotated[tuple[_Ratio, ...], Field(min_length=1, max_length=1000)] | None = None
+    held_out_ranks: tuple[RanksScore, ...] = ()
     scores: tuple[FormScore, ...]
     domain: Domain
     cases: Count

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from observatory.cost.features import FORMS, stage_terms
-from observatory.cost.network import Domain, NetworkModel
+from observatory.cost.network import AlgorithmFit, NetworkModel
 from observatory.cost.solving import Problem, predict_all
 from observatory.errors import BenchmarkError
 
@@ -26,9 +26,10 @@ class Prediction:
     """Predicted time of one exchange.
 
     Attributes:
-        us: microseconds of the slowest rank.
+        us: microseconds from the last start to the last end.
         low_us, high_us: 90 % interval: bootstrap of the coefficients times what the fit got wrong on matrices
-            it had not seen. It does not cover what is named in ``extrapolated``.
+            it had not seen; for another number of ranks than was measured, on numbers of ranks it had not
+            seen. It does not cover what is named in ``extrapolated``.
         extrapolated: why this is outside what was measured; empty when it is inside.
     """
 
@@ -68,12 +69,14 @@ def predict_us(
     us = float(predict_all(problem, value_F)[0])
     samples_BF = np.array(fit.samples_BF[:_MANY_SAMPLES])
     spread_B = _of_samples(problem, samples_BF) if samples_BF.size else np.array([us])
-    low, high = np.quantile(np.outer(spread_B, fit.ratio_Q), [0.05, 0.95])
+    other_ranks = len(node_of_P) not in fit.domain.ranks
+    ratio_Q = fit.other_ranks_ratio_Q if other_ranks and fit.other_ranks_ratio_Q else fit.ratio_Q
+    low, high = np.quantile(np.outer(spread_B, ratio_Q), [0.05, 0.95])
     return Prediction(
         us=us,
         low_us=float(max(low, 0.0)),
         high_us=float(max(high, 0.0)),
-        extrapolated=tuple(_outside(fit.domain, matrix_PP, node_of_P)),
+        extrapolated=tuple(_outside(fit, matrix_PP, node_of_P)),
     )
 
 
@@ -84,9 +87,9 @@ def _of_samples(problem: Problem, samples_BF: NDArray[np.float64]) -> NDArray[np
     return us_B
 
 
-def _outside(domain: Domain, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> list[str]:
+def _outside(fit: AlgorithmFit, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> list[str]:
     """What of an exchange lies outside the measurements."""
-    reasons = []
+    reasons, domain = [], fit.domain
     on_node = max(list(node_of_P).count(node) for node in set(node_of_P))
     for name, value, known in (
         ("ranks", len(node_of_P), domain.ranks),
@@ -95,6 +98,11 @@ def _outside(domain: Domain, bytes_PP: NDArray[np.int64], node_of_P: Sequence[in
     ):
         if not min(known) <= value <= max(known):
             reasons.append(f"{value} {name} (measured {_span(min(known), max(known))})")
+    ranks = len(node_of_P)
+    between = min(domain.ranks) < ranks < max(domain.ranks) and ranks not in domain.ranks
+    if between and fit.other_ranks_ratio_Q is None:
+        measured = " and ".join(map(str, domain.ranks))
+        reasons.append(f"{ranks} ranks (measured {measured}; a third number would show how well others fit)")
     busiest = int(max(bytes_PP.sum(axis=1).max(), bytes_PP.sum(axis=0).max()))
     low, high = domain.rank_bytes
     if busiest > high:

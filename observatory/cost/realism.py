@@ -25,8 +25,8 @@ def realism(result: BenchResult, *, bootstrap: int = 1000, seed: int = 0) -> pd.
 
     One row per algorithm, phase, layer and role, and before them pooled ones: of everything under one
     algorithm, of a phase, of a phase and role over its layers. The ratio is of sums over steps (what a
-    program waits in all), each exchange with the median over repeats of its slowest rank. Intervals are a
-    90 % bootstrap over steps: all exchanges of a step, captured and uniform, are drawn together. None with a
+    program waits in all), each exchange with the median of its time over repeats. Intervals are a 90 %
+    bootstrap over steps: all exchanges of a step, captured and uniform, are drawn together. None with a
     single step.
 
     Returns:

@@ -51,17 +51,18 @@ class Problem:
     def build(cls, exchanges: Sequence[StageTerms], form: Form) -> Problem:
         """Stack the terms of exchanges.
 
-        A form whose latencies and bytes overlap gets two rows per rank, one with each: the larger counts.
+        A form with a floor gets two rows per rank, one with the floor and one with the rest: the larger
+        counts.
         """
         rows: list[NDArray[np.float64]] = []
-        per_byte_F = np.array(form.per_byte)
+        floor_F = np.array(form.in_floor)
         starts, cases, at = [], [], 0
         for case, exchange in enumerate(exchanges):
             terms_NF = exchange.of(form)
             for stage in range(int(exchange.stage_N[-1]) + 1):
                 stage_PF = terms_NF[exchange.stage_N == stage]
-                if form.overlap:
-                    stage_PF = np.concatenate([stage_PF * per_byte_F, stage_PF * ~per_byte_F])
+                if form.floor:
+                    stage_PF = np.concatenate([stage_PF * ~floor_F, stage_PF * floor_F])
                 rows.append(stage_PF)
                 starts.append(at)
                 cases.append(case)

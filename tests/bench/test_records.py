@@ -37,10 +37,28 @@ def result(*cases: BenchCase) -> BenchResult:
 
 def test_bandwidths_follow_the_stated_conventions() -> None:
     case = uniform_case()
-    assert case.slowest_us_R.tolist() == [2.0, 4.0, 10.0]
+    assert case.exchange_us_R.tolist() == [2.0, 4.0, 10.0]
     assert case.median_us == 4.0
     assert case.algbw_gb_per_s == pytest.approx(1000 / 4e-6 / 1e9)
     assert case.busbw_gb_per_s == pytest.approx(case.algbw_gb_per_s * 3 / 4), "(n - 1) / n for equal splits"
+
+
+def test_an_exchange_lasts_from_the_last_start_to_the_last_end() -> None:
+    waited = ((0.0, 0.5, 0.5, 0.5), (3.5, 0.0, 0.0, 0.0), (0.0, 0.0, 2.0, 0.0))
+    case = uniform_case().model_copy(update={"wait_us_RP": waited})
+    # Repeat 1: rank 0 took 4 us, 3.5 of them before the others started.
+    assert case.exchange_us_R.tolist() == [1.5, 1.0, 9.0]
+    assert case.median_us == 1.5
+
+
+def test_a_result_of_schema_1_0_is_read_without_waiting(tmp_path: Path) -> None:
+    document = json.loads(result().model_dump_json()) | {"schema_version": "1.0"}
+    del document["cases"][0]["wait_us_RP"], document["clock_uncertainty_us"]
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(document))
+    old = load_bench(path)
+    assert old.clock_uncertainty_us is None
+    assert old.cases[0].exchange_us_R.tolist() == [2.0, 4.0, 10.0]
 
 
 def test_what_stays_on_its_rank_is_no_bus_bandwidth() -> None:
@@ -69,6 +87,10 @@ HOSTILE = {
     "a time that squares to nothing": (("cases", 0, "rank_us_RP", 0, 0), 1e-200),
     "a time that is no number": (("cases", 0, "rank_us_RP", 0, 0), "soon"),
     "a rank without a time": (("cases", 0, "rank_us_RP", 0), [1.0, 2.0, 3.0]),
+    "waiting of too few ranks": (("cases", 0, "wait_us_RP"), [[0.0] * 4, [0.0] * 4, [0.0] * 3]),
+    "waiting of too few repeats": (("cases", 0, "wait_us_RP"), [[0.0] * 4]),
+    "negative waiting": (("cases", 0, "wait_us_RP"), [[0.0, -1.0, 0.0, 0.0]] * 3),
+    "all waiting for nobody": (("cases", 0, "wait_us_RP"), [[0.5] * 4] * 3),
     "no repeats": (("cases", 0, "rank_us_RP"), []),
     "another number of ranks": (("node_of_P",), [0, 0]),
     "no cases": (("cases",), []),

@@ -22,6 +22,9 @@ __all__ = ["address_of", "run_on_nodes", "shaped_nodes", "why_not"]
 
 #: Large frames, so that headers are under 1 % of what passes.
 MTU_BYTES = 9000
+_FRAME_HEADER_BYTES = 14
+#: A bucket that holds less loses rate whenever a busy machine's timer is later than this.
+BURST_S = 1e-3
 #: Windows that are open from the start and no probing for bandwidth (BBR): else TCP's learning is measured.
 _TCP = (
     "net.ipv4.tcp_congestion_control=reno",
@@ -57,24 +60,36 @@ def why_not() -> str | None:
 
 
 @contextlib.contextmanager
-def shaped_nodes(nodes: int, *, rate_mbit: float) -> Iterator[list[str]]:
-    """Namespaces whose only way to each other is a bridge, each link limited to a rate in both directions."""
+def shaped_nodes(
+    nodes: int, *, rate_mbit: float, mtu_bytes: int = MTU_BYTES, burst_s: float = BURST_S
+) -> Iterator[list[str]]:
+    """Namespaces whose only way to each other is a bridge, each link limited to a rate in both directions.
+
+    Args:
+        nodes: how many.
+        rate_mbit: rate of every link, 10^6 bits per second, headers included.
+        mtu_bytes: largest packet; smaller ones have more headers.
+        burst_s: what passes at once after a pause, as time at the rate; at least one frame. Exchanges must be
+            much longer than this, and than a frame, to see the rate.
+    """
     tag = f"obs{os.getpid()}"
     bridge, names = f"{tag}-bridge", [f"{tag}-n{node}" for node in range(nodes)]
-    shape = ("root", "tbf", "rate", f"{rate_mbit}mbit", "burst", "32kb", "latency", "200ms")
+    burst_bytes = max(mtu_bytes + _FRAME_HEADER_BYTES, round(rate_mbit * 1e6 / 8 * burst_s))
+    # The queue is longer than anything that is sent: nothing is dropped, so TCP never slows down.
+    shape = ("root", "tbf", "rate", f"{rate_mbit}mbit", "burst", f"{burst_bytes}b", "limit", "256mb")
     made: list[str] = []
     try:
         for name in (bridge, *names):
             _ip("netns", "add", name)
             made.append(name)
             _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", bridge, "link", "add", "br0", "mtu", str(MTU_BYTES), "type", "bridge")
+        _ip("-n", bridge, "link", "add", "br0", "mtu", str(mtu_bytes), "type", "bridge")
         _ip("-n", bridge, "link", "set", "br0", "up")
         for node, name in enumerate(names):
             port = f"p{node}"
             _ip("link", "add", port, "netns", bridge, "type", "veth", "peer", "name", "eth0", "netns", name)
             for own, link in ((bridge, port), (name, "eth0")):
-                _ip("-n", own, "link", "set", link, "mtu", str(MTU_BYTES), "up")
+                _ip("-n", own, "link", "set", link, "mtu", str(mtu_bytes), "up")
             _ip("-n", bridge, "link", "set", port, "master", "br0")
             for setting in _TCP:
                 _ip("netns", "exec", name, "sysctl", "-q", "-w", setting)
@@ -87,10 +102,23 @@ def shaped_nodes(nodes: int, *, rate_mbit: float) -> Iterator[list[str]]:
             _ip("netns", "del", name)
 
 
+def _real_time() -> list[str]:
+    command = ["chrt", "--fifo", "1"]
+    if shutil.which("chrt") is None:
+        return []
+    tried = subprocess.run([*command, "true"], check=False, capture_output=True, timeout=20)
+    return command if tried.returncode == 0 else []
+
+
 def run_on_nodes(
     plan: BenchPlan, names: Sequence[str], *, ranks_on_node: int, folder: Path, timeout_s: float = 60.0
 ) -> BenchResult:
-    """Run a plan with so many ranks in each namespace."""
+    """Run a plan with so many ranks in each namespace.
+
+    Ranks run at real-time priority where this is allowed: each stands for a host of its own, where no other
+    program takes the core from it.
+    """
+    first = _real_time()
     world = len(names) * ranks_on_node
     out = folder / "result.json"
     out.unlink(missing_ok=True)
@@ -110,7 +138,7 @@ def run_on_nodes(
                 "TORCHELASTIC_USE_AGENT_STORE": "False",
                 "OMP_NUM_THREADS": "1",
             }
-            command = ["ip", "netns", "exec", names[rank // ranks_on_node], sys.executable]
+            command = [*first, "ip", "netns", "exec", names[rank // ranks_on_node], sys.executable]
             processes.append(
                 subprocess.Popen(
                     [*command, "-m", "collectives.bench_rank", str(job)],

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from observatory.cli import main
 from observatory.cost import NetworkModel, fit_network, load_network, predict_us
 from observatory.cost.checking import check_predictions, error_summary
-from observatory.cost.features import FORMS, TERMS, stage_terms
+from observatory.cost.features import BYTE_TERMS, FORMS, TERMS, stage_terms
 from observatory.errors import BenchmarkError
 from tests.cost.synthetic import made_result
 
@@ -41,7 +41,8 @@ def test_the_terms_of_a_matrix_computed_by_hand() -> None:
     terms = stage_terms(bytes_PP, TWO_NODES, "flat")
     rows = dict(zip(TERMS, terms.terms_NF.T.tolist(), strict=True))
     assert rows["exchange"] == [1, 1, 1, 1]
-    assert rows["ranks_on_node"] == [2, 2, 2, 2]
+    assert rows["peers"] == [3, 3, 3, 3]
+    assert rows["pairs_on_node"] == [2, 2, 2, 2]
     assert rows["messages_node"] == [1, 1, 1, 1]
     assert rows["messages_other"] == [1, 1, 1, 2]
     assert rows["bytes_self"] == [5, 0, 0, 7]
@@ -54,7 +55,17 @@ def test_the_terms_of_a_matrix_computed_by_hand() -> None:
     assert rows["shared_bytes"] == [81, 81, 65, 65]
     assert rows["shared_messages"] == [5, 5, 5, 5]
     assert rows["link_bytes"] == [60, 60, 60, 60]
-    assert rows["link_both"] == [61, 61, 61, 61]
+    # Rank 0 sends rank 2 nothing, rank 2 sends it 1; ranks 0 and 1, 2 and 3 send one way only.
+    assert rows["link_two_way"] == [0, 0, 0, 0]
+    assert rows["two_way_node"] == [0, 0, 0, 0]
+
+
+def test_bytes_that_pass_both_ways_are_counted_pair_by_pair_at_both_ends() -> None:
+    bytes_PP = np.array([[0, 10, 7, 0], [4, 0, 0, 9], [2, 0, 0, 0], [0, 30, 0, 0]])
+    rows = dict(zip(TERMS, stage_terms(bytes_PP, TWO_NODES, "flat").terms_NF.T.tolist(), strict=True))
+    assert rows["two_way_node"] == [4, 4, 0, 0]
+    # Pairs 0-2 and 1-3: the smaller ways are 2 and 9 bytes.
+    assert rows["link_two_way"] == [11, 11, 11, 11]
 
 
 def test_the_hierarchical_algorithm_has_two_stages_that_add_up() -> None:
@@ -91,21 +102,14 @@ def test_known_latency_and_bandwidths_come_back_and_the_simplest_true_form_is_ch
 def test_every_form_recovers_what_it_made_itself(name: str) -> None:
     form = FORMS[name]
     generator = np.random.default_rng(3)
-    true = {
-        term: (
-            generator.uniform(2e-4, 9e-4)
-            if "bytes" in term or "both" in term or term == "shared_self"
-            else 15.0
-        )
-        for term in form.terms
-    }
+    true = {term: (generator.uniform(2e-4, 9e-4) if term in BYTE_TERMS else 15.0) for term in form.terms}
     value_F = np.array([true[term] for term in form.terms])
 
     def truth_us(bytes_PP: NDArray[np.int64], node_of_P: tuple[int, ...]) -> float:
         rows = stage_terms(bytes_PP, node_of_P, "flat").of(form)
-        if form.overlap:
-            per_byte = np.array(form.per_byte)
-            return float(max((rows * per_byte @ value_F).max(), (rows * ~per_byte @ value_F).max()))
+        if form.floor:
+            floor = np.array(form.in_floor)
+            return float(max((rows * ~floor @ value_F).max(), (rows * floor @ value_F).max()))
         return float((rows @ value_F).max())
 
     results = [made_result(truth_us, nodes) for nodes in ((0, 0), TWO_NODES, (0, 0, 0, 0, 1, 1, 1, 1))]
@@ -210,7 +214,7 @@ def test_a_model_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schema_version": "9.0"}, "has schema 9.0, this program reads up to 1.0"),
+        ({"schema_version": "9.0"}, "has schema 9.0, this program reads up to 2.0"),
         ({"fits": []}, "not valid"),
         ({"backend": None}, "not valid"),
     ],
