@@ -25,7 +25,7 @@ from collectives.expert_parallel import shard_experts
 from collectives.recorder import MemoryRecorder
 from collectives.transport import open_transport
 from collectives.transport_base import BaseTransport, agree
-from observatory.errors import ObservatoryError
+from observatory.errors import ObservatoryError, RunError
 from observatory.zoo.models import bundled_models, load_model
 from tests.collectives.forked import Forked
 from tests.probes.families import VOCABULARY, tiny_inputs, tiny_model
@@ -300,6 +300,19 @@ def lost_work(how: str, rank: int) -> str:
     return "done"
 
 
+def await_rows(out: str, rank: int, *, steps: set[int]) -> None:
+    """Wait until the routing rows of these steps of this rank are on disk."""
+    deadline = time.monotonic() + 30.0
+    while time.monotonic() < deadline:
+        time.sleep(0.1)
+        try:
+            loads = observatory.open_run(out).expert_load()
+        except RunError:  # no part is there yet
+            continue
+        if steps <= set(loads[loads.source_rank == rank].step):
+            return
+
+
 def lost_run(how: str, out: str, rank: int) -> str:
     """Both of 2 ranks watch a sharded model; after three steps rank 1 dies, or finds its disk full."""
     model = tiny_model("mixtral")
@@ -314,8 +327,8 @@ def lost_run(how: str, out: str, rank: int) -> str:
             sharded(**inputs_of(model, rank))
             watch.step()
             if step == 2:
-                time.sleep(0.5)  # rows of these steps are on disk by now
-                transport.barrier()
+                await_rows(out, rank, steps={0, 1, 2})
+                transport.barrier(40.0)
                 if rank == 1 and how == "dies":
                     os.kill(os.getpid(), signal.SIGKILL)
                 if rank == 1:  # writing beyond this many bytes of a file fails, like a full disk

@@ -67,7 +67,7 @@ def test_mpiexec_starts_ranks_that_are_expert_parallel_over_mpi() -> None:
 
 @pytest.mark.parametrize(
     ("library", "said"),
-    [(None, "rank 1 of 2 of torchrun, but rank 0 of 1 for MPI"), ("/nowhere/libmpi.so", "no MPI library")],
+    [(None, "MPI says rank 0 of 1, torchrun says rank 1 of 2"), ("/nowhere/libmpi.so", "no MPI library")],
 )
 def test_mpi_that_does_not_join_the_launchers_ranks_is_refused(library: str | None, said: str) -> None:
     pytest.importorskip("mpi4py", reason="the mpi extra is not installed")
