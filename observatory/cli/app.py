@@ -10,6 +10,7 @@ from observatory import __version__
 from observatory.cli import (
     bench,
     doctor,
+    energy,
     export,
     fit,
     grid,
@@ -55,6 +56,7 @@ def command() -> Any:
     app.command("fit")(fit.fit)
     app.command("export")(export.export)
     app.command("exchanges")(waiting.exchanges)
+    app.command("energy")(energy.energy)
     app.command("report")(report.report)
     app.command("doctor")(doctor.doctor)
     return typer.main.get_command(app)
