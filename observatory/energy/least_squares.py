@@ -45,6 +45,9 @@ FEWEST_OBSERVATIONS, FEWEST_PER_PHASE = 20, 5
 WIDEST_INTERVAL = 0.25
 MOST_MOVED = 0.1
 LEVEL = 0.9
+#: A board's capacitors smear the edges of phases by milliseconds, which the model leaves out: no interval is
+#: narrower than this share of the largest power to either side.
+LEFT_OUT = 0.002
 
 #: Shares of a window below this are no presence of a phase.
 _PRESENT = 0.01
@@ -205,8 +208,9 @@ def _intervals(
         quantiles = np.quantile(drawn_RJ, [tail, 1 - tail], axis=0)
         lows.append(middle_J + widening * (quantiles[0] - middle_J))
         highs.append(middle_J + widening * (quantiles[1] - middle_J))
-    low_J = np.maximum(np.min(lows, axis=0) - moved_J, 0.0)
-    return low_J, np.max(highs, axis=0) + moved_J
+    wider_J = moved_J + LEFT_OUT * np.nanmax(power_J)
+    low_J = np.maximum(np.min(lows, axis=0) - wider_J, 0.0)
+    return low_J, np.max(highs, axis=0) + wider_J
 
 
 def _reasons(

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from observatory.energy.timeline import Timeline, make_timeline
+from observatory.errors import EnergyError
 
 __all__ = ["PHASE_GAP_NS", "REST", "RankPhases", "rank_phases"]
 
@@ -24,7 +25,7 @@ _PHASE = "phase"
 #: Spans around a whole layer, which say nothing beside those inside.
 _WHOLE = "moe_layer"
 #: Name of the time of a phase that is in no span inside it.
-REST = "rest"
+REST = "(rest)"
 #: Gaps up to this between spans of one phase belong to the phase.
 PHASE_GAP_NS = 10_000_000
 #: Times beyond this are no times of a monotonic clock.
@@ -40,14 +41,14 @@ class RankPhases:
         inside: per phase, the spans inside it and :data:`REST`; phases without any are not there.
         steps: per phase, the steps that have a span.
         step_starts_ns: per phase, when its steps began, ascending.
-        unusable: spans left out because they have no end, no length or impossible times.
+        problems: what could not be used.
     """
 
     phases: Timeline
     inside: dict[str, Timeline]
     steps: dict[str, frozenset[int]]
     step_starts_ns: dict[str, Int64]
-    unusable: int
+    problems: tuple[str, ...]
 
 
 def rank_phases(spans: pd.DataFrame, *, gap_ns: int = PHASE_GAP_NS) -> RankPhases | str:
@@ -62,12 +63,15 @@ def rank_phases(spans: pd.DataFrame, *, gap_ns: int = PHASE_GAP_NS) -> RankPhase
     if bands.empty:
         return "it left no spans of phases; capture the run with observatory.watch"
     phases = _bands(bands, gap_ns)
-    inner = timed[(timed["name"] != _PHASE) & (timed["name"] != _WHOLE)]
-    inside = {
-        str(phase): _inside(own, phases, str(phase))
-        for phase, own in inner.groupby("phase", sort=True)
-        if str(phase) in phases.names
-    }
+    inside: dict[str, Timeline] = {}
+    problems = [f"{unusable} spans have no end, no length or impossible times"] if unusable else []
+    inner = timed[~timed["name"].isin([_PHASE, _WHOLE, REST])]
+    for phase, own in inner.groupby("phase", sort=True):
+        if str(phase) in phases.names:
+            try:
+                inside[str(phase)] = _inside(own, phases, str(phase))
+            except EnergyError as error:
+                problems.append(f"spans inside {phase}: {error}")
     by_phase = bands.groupby("phase", sort=True)
     return RankPhases(
         phases=phases,
@@ -77,7 +81,7 @@ def rank_phases(spans: pd.DataFrame, *, gap_ns: int = PHASE_GAP_NS) -> RankPhase
             str(phase): own.groupby("step")["start_ns"].min().sort_values().to_numpy(np.int64)
             for phase, own in by_phase
         },
-        unusable=unusable,
+        problems=tuple(problems),
     )
 
 

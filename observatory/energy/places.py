@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import JsonValue
 
+from observatory.energy.sensors import PROCESSOR_KINDS
 from observatory.exchange.clocks import rank_clocks, to_reference_ns
 from observatory.records import Manifest, RankStatus
 
-__all__ = ["Clocks", "device_ranks", "power_config", "same_node"]
+__all__ = ["Clocks", "device_ranks", "power_config", "ranks_of_node"]
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
@@ -26,23 +27,28 @@ def power_config(manifest: Manifest) -> dict[str, JsonValue]:
     return found if isinstance(found, dict) else {}
 
 
-def same_node(manifest: Manifest, one: int, other: int) -> bool:
-    """Whether two ranks are known to be on one node."""
-    if one == other or manifest.topology.ranks == 1:
-        return True
-    nodes = manifest.topology.node_of_rank
-    if nodes is not None and max(one, other) < len(nodes):
-        return nodes[one] == nodes[other]
-    first, second = _status(manifest, one), _status(manifest, other)
-    if first is None or second is None:
-        return False
-    if first.clock and second.clock and first.clock.identity and second.clock.identity:
-        return first.clock.identity == second.clock.identity
-    return first.host is not None and first.host == second.host
+def ranks_of_node(manifest: Manifest, rank: int) -> list[int] | None:
+    """The ranks on the node of one rank, itself among them; None where that is not known."""
+    topology = manifest.topology
+    if topology.ranks == 1:
+        return [rank]
+    nodes = topology.node_of_rank
+    if nodes is not None and len(nodes) == topology.ranks and rank < topology.ranks:
+        return [other for other, node in enumerate(nodes) if node == nodes[rank]]
+    statuses = {status.rank: status for status in manifest.ranks}
+    if rank not in statuses or len(statuses) < topology.ranks:
+        return None
+    places = {other: _places(status) for other, status in statuses.items()}
+    # By the clock they read where all tell it, by the host's name else.
+    for kind in (0, 1):
+        if all(place[kind] is not None for place in places.values()):
+            return sorted(other for other, place in places.items() if place[kind] == places[rank][kind])
+    return None
 
 
-def _status(manifest: Manifest, rank: int) -> RankStatus | None:
-    return next((status for status in manifest.ranks if status.rank == rank), None)
+def _places(status: RankStatus) -> tuple[str | None, str | None]:
+    """What may name the node of a rank: its clock and its host."""
+    return (None if status.clock is None else status.clock.identity), status.host
 
 
 def device_ranks(manifest: Manifest, sampled: list[tuple[int, str]]) -> dict[tuple[int, str], int | str]:
@@ -58,26 +64,26 @@ def device_ranks(manifest: Manifest, sampled: list[tuple[int, str]]) -> dict[tup
     told = _told(manifest)
     kinds = {device.uuid: device.kind for device in manifest.devices}
     result: dict[tuple[int, str], int | str] = {}
+    nodes: dict[int, list[int] | None] = {}
     for sampler, uuid in sampled:
+        if sampler not in nodes:
+            nodes[sampler] = ranks_of_node(manifest, sampler)
+        node = nodes[sampler]
         if uuid in told:
             rank = told[uuid]
-            if rank >= manifest.topology.ranks or not same_node(manifest, sampler, rank):
-                result[sampler, uuid] = f"the run says it is of rank {rank}, which is not on its node"
-            else:
-                result[sampler, uuid] = rank
-            continue
-        if kinds.get(uuid, "").lower() in ("rapl", "cpu") or uuid.startswith("rapl:"):
+            fits = rank == sampler or (node is not None and rank in node)
+            result[sampler, uuid] = (
+                rank if fits else f"the run says that it works for rank {rank}, not known to be on its node"
+            )
+        elif kinds.get(uuid, "").lower() in PROCESSOR_KINDS or uuid.startswith("rapl:"):
             result[sampler, uuid] = "a processor's package works for all ranks of its node"
-            continue
-        here = [
-            rank
-            for rank in range(min(manifest.topology.ranks, 1 << 16))
-            if same_node(manifest, sampler, rank)
-        ]
-        result[sampler, uuid] = (
-            here[0] if len(here) == 1
-            else f"{len(here)} ranks share its node and the run does not say which of them it works for"
-        )  # fmt: skip
+        elif node is None:
+            result[sampler, uuid] = "which ranks are on its node is not known"
+        else:
+            result[sampler, uuid] = (
+                node[0] if len(node) == 1
+                else f"{len(node)} ranks share its node and the run does not say which of them it works for"
+            )  # fmt: skip
     return result
 
 

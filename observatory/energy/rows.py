@@ -16,12 +16,12 @@ from observatory.energy.sensors import SensorModel
 from observatory.energy.timeline import Timeline
 from observatory.energy.tokens import count_tokens
 from observatory.energy.traces import PowerTrace
-from observatory.energy.windows import WindowEnergy
+from observatory.energy.windows import MOST_DISAGREEMENT, WindowEnergy
 from observatory.store import Run
 
 __all__ = [
     "ALIASING_COLUMNS", "DEVICE_COLUMNS", "PHASE_COLUMNS", "TOKEN_COLUMNS", "Device", "aliasing_rows",
-    "device_row", "phase_rows", "token_frame",
+    "device_row", "flag_aliased", "phase_rows", "token_frame",
 ]  # fmt: skip
 
 DEVICE_COLUMNS = (
@@ -103,14 +103,13 @@ def phase_rows(
             "observations": item.observations, "measured_s": item.measured_s, "condition": item.condition,
             "flag": "; ".join(item.flags) or None, "reason": item.reason,
         }  # fmt: skip
-        rows.append(row | _energies(item, idle))
+        rows.append(row | _energies(item, idle, is_idle=phase is None and item.name == IDLE))
     return rows
 
 
-def _energies(item: PhasePower, idle: IdlePower) -> dict[str, object]:
+def _energies(item: PhasePower, idle: IdlePower, *, is_idle: bool) -> dict[str, object]:
     """Energy of a phase, and what of it is above idle."""
-    seconds = item.seconds
-    idle_mw, is_idle = idle.power_mw, item.name == IDLE
+    seconds, idle_mw = item.seconds, idle.power_mw
     if item.power_mw is None or item.low_mw is None or item.high_mw is None:
         return {} if idle_mw is None else {"idle_mj": idle_mw * seconds}
     result: dict[str, object] = {
@@ -161,6 +160,17 @@ def aliasing_rows(device: Device, ran: RankPhases, phases: Timeline) -> list[dic
                 "shift_ms": found.shifts_ms[0] if found.shifts_ms else None, "error_after": found.error_after,
             }
         )  # fmt: skip
+    return rows
+
+
+def flag_aliased(rows: list[dict[str, object]], aliased: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Phase rows, with a flag where power was integrated over steps that move in time with the sensor."""
+    errors = {str(row["phase"]): float(str(row["error"])) for row in aliased}
+    for row in rows:
+        error = errors.get(str(row["phase"]), 0.0)
+        if row["method"] == "repetition" and row["source"] != "counter" and error > MOST_DISAGREEMENT:
+            text = f"its steps move in time with the sensor: integrated power may be off by {error:.0%}"
+            row["flag"] = text if not row["flag"] else f"{row['flag']}; {text}"
     return rows
 
 

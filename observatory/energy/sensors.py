@@ -13,7 +13,10 @@ from dataclasses import dataclass, replace
 
 from pydantic import JsonValue
 
-__all__ = ["CALIBRATION_ERROR", "SensorModel", "sensor_of"]
+__all__ = ["CALIBRATION_ERROR", "PROCESSOR_KINDS", "SensorModel", "sensor_of"]
+
+#: Kinds of devices that are a processor's package and work for all ranks of their node.
+PROCESSOR_KINDS = ("rapl", "cpu")
 
 #: Sensors of different boards are off by about +-5 % (arXiv 2312.02741). It is the same for all phases of one
 #: device and in no interval of this package.
@@ -58,15 +61,20 @@ class SensorModel:
         return max(0.0, 1.0 - self.window_ms / self.update_ms)
 
 
-def sensor_of(name: str | None, calibration: Mapping[str, JsonValue] | None = None) -> SensorModel:
+def sensor_of(
+    name: str | None, calibration: Mapping[str, JsonValue] | None = None, *, kind: str | None = None
+) -> SensorModel:
     """What is known of a device by its name and a run's calibration of it.
 
     Args:
         name: as the driver names it.
         calibration: what ``config.power.calibration`` of a run says of the device. Foreign or impossible
             entries are passed over.
+        kind: of the device, as the manifest has it.
     """
     model = SensorModel()
+    if kind is not None and kind.lower() in PROCESSOR_KINDS:
+        model = SensorModel(counter_ms=1.0, source="RAPL counters are renewed about every millisecond")
     for pattern, update_ms, window_ms in _KNOWN:
         if name is not None and pattern.search(name):
             model = SensorModel(

@@ -21,6 +21,7 @@ from observatory.energy.rows import (
     Device,
     aliasing_rows,
     device_row,
+    flag_aliased,
     phase_rows,
     token_frame,
 )
@@ -84,8 +85,7 @@ def energy_summary(run: Run, *, seed: int = 0) -> EnergySummary:
             problems.append(f"rank {rank}: {found}")
             continue
         phases_of[rank] = found
-        if found.unusable:
-            problems.append(f"rank {rank}: {found.unusable} spans have no end or impossible times")
+        problems += [f"rank {rank}: {problem}" for problem in found.problems]
     rows = _Rows()
     for device in devices:
         _add_device(rows, device, phases_of, run, problems, seed)
@@ -126,7 +126,9 @@ def _devices(run: Run, power: pd.DataFrame, problems: list[str]) -> list[Device]
         found.append(
             Device(
                 sampler=sampler, uuid=uuid, trace=trace,
-                sensor=sensor_of(None if spec is None else spec.name, entry),
+                sensor=sensor_of(
+                    None if spec is None else spec.name, entry, kind=None if spec is None else spec.kind
+                ),
                 name=None if spec is None else spec.name, kind=None if spec is None else spec.kind,
                 calibrated_idle_mw=float(idle) if isinstance(idle, int | float) and 0 < idle < 1e9 else None,
                 rank=None if isinstance(place, str) else place,
@@ -162,14 +164,15 @@ def _add_device(
             start, end = phases.start_ns, phases.end_ns
             whole = attribute(device.trace, phases, device.sensor, clock_error_ns=clocks.error_ns, seed=seed)
             idle = idle_power(device.trace, phases, device.sensor, whole, device.calibrated_idle_mw)
-            rows.phases += phase_rows(device, whole, None, idle)
             attributed_mj = whole.energy_mj
+            aliased = aliasing_rows(device, ran, phases)
+            rows.aliasing += aliased
+            rows.phases += flag_aliased(phase_rows(device, whole, None, idle), aliased)
             for phase, inside in ran.inside.items():
                 inner = attribute(
                     device.trace, inside.moved(clocks.shift_ns), device.sensor, fillers=(REST,),
                     inside_only=True, clock_error_ns=clocks.error_ns, seed=seed,
                 )  # fmt: skip
                 rows.phases += phase_rows(device, inner, phase, idle)
-            rows.aliasing += aliasing_rows(device, ran, phases)
     energy = energy_of_window(device.trace, start, end, sensor=device.sensor) if end > start else None
     rows.devices.append(device_row(device, energy, idle, attributed_mj, reason))
