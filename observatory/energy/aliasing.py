@@ -227,8 +227,8 @@ def phase_shifts_ms(
             error = predicted_error(step_period_ms, **common, parts=parts, shift_ms=pause_ms)
             if error < best[0]:
                 best = (error, (pause_ms,) * (parts - 1))
-        if best[0] <= tolerated:
-            break
+            if best[0] <= tolerated:
+                return best[1]
     return best[1]
 
 

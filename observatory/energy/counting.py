@@ -55,13 +55,25 @@ def energy_by_counter(trace: PowerTrace, start_ns: int, end_ns: int, sensor: Sen
     if counted_mj / counted_ns * 1e9 > _MOST_MW:
         return f"the counter says {counted_mj / counted_ns * 1e6:.0f} kW: it is broken"
     energy_mj = counted_mj * duration_ns / counted_ns
-    most = period_ns / duration_ns
+    usual, peak = _unsteadiness(near, start_ns, end_ns)
+    share = period_ns / duration_ns
     return Estimate(
         energy_mj=energy_mj,
-        std_mj=energy_mj * most / math.sqrt(6),
-        most_mj=energy_mj * most,
+        std_mj=energy_mj * share / math.sqrt(6) * usual,
+        most_mj=energy_mj * share * peak,
         updates=len(inside),
     )
+
+
+def _unsteadiness(near: PowerTrace, start_ns: int, end_ns: int) -> tuple[float, float]:
+    """Root mean square and peak of instant power over its mean, 1 where the device told none."""
+    inside = (near.time_ns_N >= start_ns) & (near.time_ns_N <= end_ns)
+    power = near.power_mw_N[inside]
+    power = power[~np.isnan(power)]
+    mean = float(power.mean()) if len(power) else 0.0
+    if mean <= 0:
+        return 1.0, 1.0
+    return math.sqrt(float((power**2).mean())) / mean, float(power.max()) / mean
 
 
 def _why_no_updates(near: PowerTrace, start_ns: int, end_ns: int, inside: int, period_ns: float) -> str:

@@ -22,7 +22,7 @@ class Estimate:
     Attributes:
         energy_mj: the energy.
         std_mj: standard deviation of its error.
-        most_mj: largest error under steady power.
+        most_mj: its largest error.
         updates: updates of the sensor that it rests on.
     """
 

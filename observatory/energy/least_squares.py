@@ -31,8 +31,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from observatory.energy.design import Design, Shift, nnls, plausible_shifts
+from observatory.energy.design import Design, Shift, nnls
 from observatory.energy.observations import Observations
+from observatory.energy.shifts import plausible_shifts
 from observatory.energy.timeline import Timeline
 
 __all__ = ["LeastSquares", "solve_phases"]
@@ -68,6 +69,7 @@ class LeastSquares:
         observations: how many were used.
         condition: condition number of the scaled columns; None when it was not come to.
         lag_ms: (best, lowest, highest) lag that explains the data; likewise.
+        smear_ms: time constant with which power reaches the sensor, as it explains the data best; likewise.
         residual: root mean square of the residuals over the mean energy of an observation; likewise.
     """
 
@@ -81,6 +83,7 @@ class LeastSquares:
     observations: int = 0
     condition: float | None = None
     lag_ms: tuple[float, float, float] | None = None
+    smear_ms: float | None = None
     residual: float | None = None
 
     def of(self, name: str) -> tuple[float, float, float] | None:
@@ -115,11 +118,12 @@ def solve_phases(seen: Observations, timeline: Timeline, *, seed: int = 0) -> Le
     shifts = plausible_shifts(design)
     best_NJ = design.at(shifts[0])
     condition = max(_condition(design.at(shift)) for shift in shifts)
-    lags_ms = [shift * 1e-6 for shift, _ in shifts]
+    lags_ms = [shift.lag_ns * 1e-6 for shift in shifts]
     about: dict[str, Any] = {
         "observations": len(seen),
         "condition": condition,
         "lag_ms": (lags_ms[0], min(lags_ms), max(lags_ms)),
+        "smear_ms": shifts[0].smear_ns * 1e-6,
     }
     if len(design.names) > 1 and condition > WORST_CONDITION:
         return _refused(

@@ -94,7 +94,7 @@ def _told(manifest: Manifest) -> dict[str, int]:
     if isinstance(mapping, dict):
         for text, devices in mapping.items():
             for uuid in devices if isinstance(devices, list) else [devices]:
-                if text.isdecimal() and len(text) < 9 and isinstance(uuid, str):
+                if text.isascii() and text.isdecimal() and len(text) < 9 and isinstance(uuid, str):
                     told[uuid] = int(text)
     for device in manifest.devices:
         rank = (device.model_extra or {}).get("rank")

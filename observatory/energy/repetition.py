@@ -69,6 +69,8 @@ def repeated_stretches(
         return []
     allowed = [timeline.names.index(other) for other in (name, *fillers) if other in timeline.names]
     own = np.flatnonzero(timeline.name_M == timeline.names.index(name))
+    if not len(own):
+        return []
     foreign = np.cumsum(~np.isin(timeline.name_M, allowed))
     start, end = timeline.start_ns_M[own], timeline.end_ns_M[own]
     breaks = (np.diff(foreign[own]) > 0) | (start[1:] - end[:-1] > _LONGEST_PAUSE_NS)

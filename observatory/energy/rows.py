@@ -21,7 +21,7 @@ from observatory.store import Run
 
 __all__ = [
     "ALIASING_COLUMNS", "DEVICE_COLUMNS", "PHASE_COLUMNS", "TOKEN_COLUMNS", "Device", "aliasing_rows",
-    "device_row", "flag_aliased", "phase_rows", "token_frame",
+    "device_row", "flag_aliased", "phase_rows", "tidy_frame", "token_frame",
 ]  # fmt: skip
 
 DEVICE_COLUMNS = (
@@ -58,6 +58,24 @@ class Device:
     calibrated_idle_mw: float | None
     rank: int | None
     rank_reason: str | None
+
+
+#: Columns that are words or whole numbers; all others are numbers, NaN where they are missing.
+_WORDS = (
+    "device_uuid", "device", "kind", "source", "flag", "idle_source", "sensor_source", "reason", "phase",
+    "span", "method", "tokens_source",
+)  # fmt: skip
+_COUNTS = (
+    "sampled_by", "source_rank", "samples", "observations", "tokens", "devices", "positions", "shifts",
+)  # fmt: skip
+
+
+def tidy_frame(rows: list[dict[str, object]], columns: tuple[str, ...]) -> pd.DataFrame:
+    """A frame whose columns have one type each, whatever is missing."""
+    frame = pd.DataFrame(rows, columns=columns, dtype=object)
+    words = {name: frame[name].where(frame[name].notna(), None) for name in columns if name in _WORDS}
+    kinds = {name: "Int64" if name in _COUNTS else "float64" for name in columns if name not in _WORDS}
+    return frame.astype(kinds).assign(**words)
 
 
 def device_row(
@@ -176,7 +194,7 @@ def flag_aliased(rows: list[dict[str, object]], aliased: list[dict[str, object]]
 
 def token_frame(run: Run, rows: list[dict[str, object]], phases_of: dict[int, RankPhases]) -> pd.DataFrame:
     """Energy per token of each rank and phase."""
-    phases = pd.DataFrame(rows, columns=PHASE_COLUMNS)
+    phases = tidy_frame(rows, PHASE_COLUMNS)
     phases = phases[phases["span"].isna() & (phases["phase"] != IDLE)]
     routed = run.routed_tokens() if len(phases) else pd.DataFrame()
     result: list[dict[str, object]] = []
@@ -199,7 +217,7 @@ def token_frame(run: Run, rows: list[dict[str, object]], phases_of: dict[int, Ra
             result.append(row | {"reason": f"{which}: {reason}"})
         else:
             result.append(row | _per_token(own, counted.tokens))
-    return pd.DataFrame(result, columns=TOKEN_COLUMNS).astype({"tokens": "Int64"})
+    return tidy_frame(result, TOKEN_COLUMNS)
 
 
 def _per_token(own: pd.DataFrame, tokens: int) -> dict[str, object]:

@@ -23,6 +23,7 @@ from observatory.energy.rows import (
     device_row,
     flag_aliased,
     phase_rows,
+    tidy_frame,
     token_frame,
 )
 from observatory.energy.sensors import sensor_of
@@ -90,10 +91,10 @@ def energy_summary(run: Run, *, seed: int = 0) -> EnergySummary:
     for device in devices:
         _add_device(rows, device, phases_of, run, problems, seed)
     return EnergySummary(
-        devices=pd.DataFrame(rows.devices, columns=DEVICE_COLUMNS).astype({"source_rank": "Int64"}),
-        phases=pd.DataFrame(rows.phases, columns=PHASE_COLUMNS),
+        devices=tidy_frame(rows.devices, DEVICE_COLUMNS),
+        phases=tidy_frame(rows.phases, PHASE_COLUMNS),
         tokens=token_frame(run, rows.phases, phases_of),
-        aliasing=pd.DataFrame(rows.aliasing, columns=ALIASING_COLUMNS).astype({"positions": "Int64"}),
+        aliasing=tidy_frame(rows.aliasing, ALIASING_COLUMNS),
         problems=tuple(dict.fromkeys(problems)),
     )
 

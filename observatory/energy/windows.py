@@ -6,9 +6,10 @@
     power       ##       ##       ##       ##       ##       ##   sees the last W of every U (25 of 100 ms)
 
 **Counter.** The first and last update inside the window bound what is counted; the margins left and right of
-them, together less than 2 D, are filled at the mean power between. A window of length T is then off by
-D / (sqrt(6) T) (standard deviation) and at most by D / T if its power is steady: both ends are each uniform
-over D. Power that differs in the margins adds to it: let windows begin and end where the load does.
+them, together less than 2 D, are filled at the mean power between. Under steady power a window of length T is
+then off by D / (sqrt(6) T) (standard deviation) and at most by D / T: its two ends are each uniform over D.
+Power that varies may differ in the margins: the first is multiplied by the root mean square of instant power
+over its mean, the second by its peak over its mean. Let windows begin and end where the load does.
 
 **Power.** The trapezoid over the updates' own windows. Power is seen part-time only (arXiv 2312.02741);
 what lies between is as uncertain as the updates scatter: std = T s sqrt(1 - W/U) / sqrt(n) with s^2 half the
@@ -46,7 +47,7 @@ class WindowEnergy:
         start_ns, end_ns: the window.
         counter_mj: by the counter.
         counter_std_mj: standard deviation of its error.
-        counter_most_mj: its largest error under steady power.
+        counter_most_mj: its largest error.
         counter_updates: updates of the counter inside the window.
         counter_reason: why ``counter_mj`` is None.
         integral_mj, integral_std_mj, integral_most_mj, integral_updates, integral_reason: by instant power.
