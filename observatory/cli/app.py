@@ -11,6 +11,7 @@ from observatory.cli import (
     bench,
     clocks,
     doctor,
+    energy,
     export,
     fit,
     grid,
@@ -59,6 +60,7 @@ def command() -> Any:
     app.command("export")(export.export)
     app.command("exchanges")(waiting.exchanges)
     app.command("power")(power.power)
+    app.command("energy")(energy.energy)
     app.command("report")(report.report)
     app.command("doctor")(doctor.doctor)
     return typer.main.get_command(app)

@@ -236,6 +236,35 @@ class Run:
             frame = frame.drop(columns="window_steps")
         return frame
 
+    def routed_tokens(self) -> pd.DataFrame:
+        """Tokens of each step: step, window_steps, phase, source_rank, tokens.
+
+        All MoE layers see the same tokens; where they do not (some were not captured in every step), the
+        largest number counts. Loads are not read.
+
+        Raises:
+            RunFormatError: rows of another rank, or a negative number of tokens.
+        """
+        keys = ["step", "window_steps", "phase", "source_rank"]
+        found: list[pd.DataFrame] = []
+        for part in self._parts["routing"]:
+            for group in part.row_groups():
+                rows = read_row_group(group, [*keys, "tokens"])
+                if isinstance(rows, str):
+                    self._state(rows)
+                    continue
+                frame = rows.to_pandas().astype({"phase": "str"})
+                if frame.isna().any(axis=None) or (frame["tokens"] < 0).any():
+                    raise RunFormatError(f"{part.name}: holds impossible numbers of tokens; capture it again")
+                if (frame["source_rank"] != part.rank).any():
+                    raise RunFormatError(f"{part.name}: holds rows of another rank than {part.rank}")
+                found.append(frame.groupby(keys, sort=False)["tokens"].max().reset_index())
+        if not found:
+            return pd.DataFrame({name: [] for name in [*keys, "tokens"]})
+        joined = pd.concat(found, ignore_index=True)
+        result: pd.DataFrame = joined.groupby(keys, sort=True)["tokens"].max().reset_index()
+        return result
+
     def exchanges(self) -> pd.DataFrame:
         """Collectives, one row per collective on one rank."""
         return self._frame("exchange")

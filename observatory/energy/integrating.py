@@ -1,0 +1,54 @@
+"""Energy of a window by the device's instant power, which sees part of the time only."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from observatory.energy.edges import find_updates
+from observatory.energy.estimates import FALLBACK_PERIOD_NS, MARGIN_NS, Estimate, why_not_sampled
+from observatory.energy.sensors import SensorModel
+from observatory.energy.traces import PowerTrace
+
+__all__ = ["energy_by_integral"]
+
+#: Longest pause between updates of the power, in periods, that an integral bridges.
+_LONGEST_PAUSE = 4.0
+
+
+def energy_by_integral(trace: PowerTrace, start_ns: int, end_ns: int, sensor: SensorModel) -> Estimate | str:
+    """Energy of a window by integrated power, or why there is none."""
+    near = trace.between(start_ns, end_ns, margin_ns=MARGIN_NS)
+    told = ~np.isnan(near.power_mw_N)
+    if not told.any():
+        return "the device told no instant power"
+    missing = why_not_sampled(near.time_ns_N[told], start_ns, end_ns, sensor.update_ms)
+    if missing is not None:
+        return missing
+    updates = find_updates(
+        near.time_ns_N, near.read_ns_N, near.power_mw_N,
+        period_ns=None if sensor.update_ms is None else sensor.update_ms * 1e6, equal_values=True,
+    )  # fmt: skip
+    poll_ns = trace.poll_ns or 0.0
+    period_ns = max(updates.period_ns or FALLBACK_PERIOD_NS, poll_ns)
+    # An update belongs to the window when all it averaged surely does.
+    lag_ns, width_ns = sensor.lag_low_ms * 1e6, (sensor.window_ms or 0.0) * 1e6
+    measured = updates.time_ns_K - lag_ns
+    inside = (measured - width_ns - updates.error_ns_K >= start_ns) & (measured <= end_ns)
+    count, duration_ns = int(inside.sum()), end_ns - start_ns
+    if count < 3:
+        return (
+            f"{count} updates of the power lie wholly inside a window of {duration_ns * 1e-6:.0f} ms, three "
+            f"are needed; it is renewed every {period_ns * 1e-6:.0f} ms: repeat what is measured"
+        )
+    moment, value = measured[inside] - width_ns / 2, updates.value_K[inside]
+    pause_ns = float(np.diff(np.concatenate([[start_ns], moment, [end_ns]])).max())
+    if pause_ns > _LONGEST_PAUSE * period_ns:
+        return f"the power was not sampled for {pause_ns * 1e-9:.2f} s inside the window"
+    at = np.concatenate([[start_ns], moment, [end_ns]])
+    energy_mj = float(np.trapezoid(np.concatenate([value[:1], value, value[-1:]]), at)) * 1e-9
+    scatter_mw = math.sqrt(float(np.mean(np.diff(value) ** 2)) / 2)
+    std_mj = scatter_mw * math.sqrt(sensor.unseen_share / count) * duration_ns * 1e-9
+    most_mj = abs(energy_mj) * period_ns / duration_ns + 3 * std_mj
+    return Estimate(energy_mj=energy_mj, std_mj=std_mj, most_mj=most_mj, updates=count)

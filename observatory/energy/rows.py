@@ -1,0 +1,232 @@
+"""Rows of the frames of an energy summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from observatory.energy.aliasing import find_aliasing, rhythm_of
+from observatory.energy.attribution import Attribution, IdlePower, PhasePower
+from observatory.energy.design import IDLE
+from observatory.energy.edges import find_updates
+from observatory.energy.phases import RankPhases
+from observatory.energy.sensors import SensorModel
+from observatory.energy.timeline import Timeline
+from observatory.energy.tokens import count_tokens
+from observatory.energy.traces import PowerTrace
+from observatory.energy.windows import MOST_DISAGREEMENT, WindowEnergy
+from observatory.store import Run
+
+__all__ = [
+    "ALIASING_COLUMNS", "DEVICE_COLUMNS", "PHASE_COLUMNS", "TOKEN_COLUMNS", "Device", "aliasing_rows",
+    "device_row", "flag_aliased", "phase_rows", "tidy_frame", "token_frame",
+]  # fmt: skip
+
+DEVICE_COLUMNS = (
+    "device_uuid", "device", "kind", "sampled_by", "source_rank", "samples", "duration_s", "energy_mj",
+    "error", "source", "power_mw", "counter_mj", "integral_mj", "disagreement", "flag", "attributed_share",
+    "idle_power_mw",
+    "idle_source", "sensor_update_ms", "sensor_window_ms", "counter_ms", "sensor_source", "reason",
+)  # fmt: skip
+PHASE_COLUMNS = (
+    "source_rank", "device_uuid", "phase", "span", "seconds", "power_mw", "power_low_mw", "power_high_mw",
+    "energy_mj", "energy_low_mj", "energy_high_mj", "idle_mj", "above_idle_mj", "above_idle_low_mj",
+    "above_idle_high_mj", "method", "source", "observations", "measured_s", "condition", "flag", "reason",
+)  # fmt: skip
+TOKEN_COLUMNS = (
+    "source_rank", "phase", "kind", "tokens", "tokens_source", "devices", "mj_per_token", "mj_per_token_low",
+    "mj_per_token_high", "above_idle_mj_per_token", "idle_mj_per_token", "reason",
+)  # fmt: skip
+ALIASING_COLUMNS = (
+    "source_rank", "device_uuid", "phase", "step_period_ms", "step_jitter_ms", "update_ms", "window_ms",
+    "positions", "error", "shifts", "shift_ms", "error_after",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Device:
+    """One sampled device and what is known of it."""
+
+    sampler: int
+    uuid: str
+    trace: PowerTrace
+    sensor: SensorModel
+    name: str | None
+    kind: str | None
+    calibrated_idle_mw: float | None
+    rank: int | None
+    rank_reason: str | None
+
+
+#: Columns that are words or whole numbers; all others are numbers, NaN where they are missing.
+_WORDS = (
+    "device_uuid", "device", "kind", "source", "flag", "idle_source", "sensor_source", "reason", "phase",
+    "span", "method", "tokens_source",
+)  # fmt: skip
+_COUNTS = (
+    "sampled_by", "source_rank", "samples", "observations", "tokens", "devices", "positions", "shifts",
+)  # fmt: skip
+
+
+def tidy_frame(rows: list[dict[str, object]], columns: tuple[str, ...]) -> pd.DataFrame:
+    """A frame whose columns have one type each, whatever is missing."""
+    frame = pd.DataFrame(rows, columns=columns, dtype=object)
+    words = {name: frame[name].where(frame[name].notna(), None) for name in columns if name in _WORDS}
+    kinds = {name: "Int64" if name in _COUNTS else "float64" for name in columns if name not in _WORDS}
+    return frame.astype(kinds).assign(**words)
+
+
+def device_row(
+    device: Device,
+    energy: WindowEnergy | None,
+    idle: IdlePower | None,
+    attributed_mj: float | None,
+    reason: str | None,
+) -> dict[str, object]:
+    """Row of one device."""
+    sensor = device.sensor
+    row: dict[str, object] = {
+        "device_uuid": device.uuid, "device": device.name, "kind": device.kind, "sampled_by": device.sampler,
+        "source_rank": device.rank, "samples": len(device.trace.time_ns_N),
+        "idle_power_mw": device.calibrated_idle_mw if idle is None else idle.power_mw,
+        "idle_source": "calibration when the sampler started" if idle is None and device.calibrated_idle_mw
+        else None if idle is None else idle.source,
+        "sensor_update_ms": sensor.update_ms, "sensor_window_ms": sensor.window_ms,
+        "counter_ms": sensor.counter_ms, "sensor_source": sensor.source, "reason": reason,
+    }  # fmt: skip
+    if energy is None:
+        return row | {"duration_s": 0.0, "reason": "it has one sample only"}
+    reasons = [text for text in (reason, energy.reason) if text]
+    return row | {
+        "duration_s": energy.duration_s, "energy_mj": energy.energy_mj, "error": energy.relative_error,
+        "source": energy.source, "power_mw": energy.power_mw, "counter_mj": energy.counter_mj,
+        "integral_mj": energy.integral_mj, "disagreement": energy.disagreement, "flag": energy.flag,
+        "attributed_share": attributed_mj / energy.energy_mj if attributed_mj and energy.energy_mj else None,
+        "reason": "; ".join(reasons) or None,
+    }  # fmt: skip
+
+
+def phase_rows(
+    device: Device, attribution: Attribution, phase: str | None, idle: IdlePower
+) -> list[dict[str, object]]:
+    """Rows of the phases (``phase`` None) or of the spans inside one."""
+    rows = []
+    for item in attribution.phases:
+        row: dict[str, object] = {
+            "source_rank": device.rank, "device_uuid": device.uuid,
+            "phase": item.name if phase is None else phase, "span": None if phase is None else item.name,
+            "seconds": item.seconds, "method": item.method, "source": item.source,
+            "observations": item.observations, "measured_s": item.measured_s, "condition": item.condition,
+            "flag": "; ".join(item.flags) or None, "reason": item.reason,
+        }  # fmt: skip
+        rows.append(row | _energies(item, idle, is_idle=phase is None and item.name == IDLE))
+    return rows
+
+
+def _energies(item: PhasePower, idle: IdlePower, *, is_idle: bool) -> dict[str, object]:
+    """Energy of a phase, and what of it is above idle."""
+    seconds, idle_mw = item.seconds, idle.power_mw
+    if item.power_mw is None or item.low_mw is None or item.high_mw is None:
+        return {} if idle_mw is None else {"idle_mj": idle_mw * seconds}
+    result: dict[str, object] = {
+        "power_mw": item.power_mw, "power_low_mw": item.low_mw, "power_high_mw": item.high_mw,
+        "energy_mj": item.power_mw * seconds, "energy_low_mj": item.low_mw * seconds,
+        "energy_high_mj": item.high_mw * seconds,
+    }  # fmt: skip
+    if idle_mw is None:
+        return result
+    if is_idle:
+        return result | {"idle_mj": item.power_mw * seconds, "above_idle_mj": 0.0}
+    low = idle_mw if idle.low_mw is None else idle.low_mw
+    high = idle_mw if idle.high_mw is None else idle.high_mw
+    return result | {
+        "idle_mj": idle_mw * seconds,
+        "above_idle_mj": (item.power_mw - idle_mw) * seconds,
+        "above_idle_low_mj": (item.low_mw - high) * seconds,
+        "above_idle_high_mj": (item.high_mw - low) * seconds,
+    }
+
+
+def aliasing_rows(device: Device, ran: RankPhases, phases: Timeline) -> list[dict[str, object]]:
+    """What the sensor makes of steps that are regular; rows for those only."""
+    sensor, trace = device.sensor, device.trace
+    if sensor.window_ms is None or np.isnan(trace.power_mw_N).all():
+        return []
+    update_ms = sensor.update_ms
+    if update_ms is None:
+        updates = find_updates(trace.time_ns_N, trace.read_ns_N, trace.power_mw_N, equal_values=True)
+        if updates.period_ns is None:
+            return []
+        update_ms = updates.period_ns * 1e-6
+    rows: list[dict[str, object]] = []
+    seconds = phases.seconds()
+    for phase, starts in ran.step_starts_ns.items():
+        rhythm = rhythm_of(starts)
+        if rhythm is None or not seconds.get(phase):
+            continue
+        found = find_aliasing(
+            rhythm, update_ms=update_ms, window_ms=sensor.window_ms, duration_s=seconds[phase]
+        )
+        rows.append(
+            {
+                "source_rank": device.rank, "device_uuid": device.uuid, "phase": phase,
+                "step_period_ms": rhythm.period_ms, "step_jitter_ms": rhythm.jitter_ms,
+                "update_ms": update_ms, "window_ms": sensor.window_ms, "positions": found.positions,
+                "error": found.error, "shifts": len(found.shifts_ms),
+                "shift_ms": found.shifts_ms[0] if found.shifts_ms else None, "error_after": found.error_after,
+            }
+        )  # fmt: skip
+    return rows
+
+
+def flag_aliased(rows: list[dict[str, object]], aliased: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Phase rows, with a flag where power was integrated over steps that move in time with the sensor."""
+    errors = {str(row["phase"]): float(str(row["error"])) for row in aliased}
+    for row in rows:
+        error = errors.get(str(row["phase"]), 0.0)
+        if row["method"] == "repetition" and row["source"] != "counter" and error > MOST_DISAGREEMENT:
+            text = f"its steps move in time with the sensor: integrated power may be off by {error:.0%}"
+            row["flag"] = text if not row["flag"] else f"{row['flag']}; {text}"
+    return rows
+
+
+def token_frame(run: Run, rows: list[dict[str, object]], phases_of: dict[int, RankPhases]) -> pd.DataFrame:
+    """Energy per token of each rank and phase."""
+    phases = tidy_frame(rows, PHASE_COLUMNS)
+    phases = phases[phases["span"].isna() & (phases["phase"] != IDLE)]
+    routed = run.routed_tokens() if len(phases) else pd.DataFrame()
+    result: list[dict[str, object]] = []
+    for (_, phase), own in phases.groupby(["source_rank", "phase"], sort=True):
+        rank = int(own["source_rank"].iloc[0])
+        counted = count_tokens(
+            str(phase), rank, phases_of[rank].steps.get(str(phase), frozenset()), routed,
+            run.manifest.data,
+        )  # fmt: skip
+        row: dict[str, object] = {
+            "source_rank": rank, "phase": phase, "kind": counted.kind, "tokens": counted.tokens,
+            "tokens_source": counted.source, "devices": len(own),
+        }  # fmt: skip
+        unknown = own["energy_mj"].isna()
+        if counted.tokens is None:
+            result.append(row | {"reason": counted.reason})
+        elif unknown.any():
+            reason = str(own.loc[unknown, "reason"].iloc[0])
+            which = "its energy is not known" if len(own) == 1 else f"{unknown.sum()} of {len(own)} devices"
+            result.append(row | {"reason": f"{which}: {reason}"})
+        else:
+            result.append(row | _per_token(own, counted.tokens))
+    return tidy_frame(result, TOKEN_COLUMNS)
+
+
+def _per_token(own: pd.DataFrame, tokens: int) -> dict[str, object]:
+    idle_known = bool(own["above_idle_mj"].notna().all())
+    return {
+        "mj_per_token": float(own["energy_mj"].sum()) / tokens,
+        "mj_per_token_low": float(own["energy_low_mj"].sum()) / tokens,
+        "mj_per_token_high": float(own["energy_high_mj"].sum()) / tokens,
+        "above_idle_mj_per_token": float(own["above_idle_mj"].sum()) / tokens if idle_known else None,
+        "idle_mj_per_token": float(own["idle_mj"].sum()) / tokens if idle_known else None,
+        "reason": None if idle_known else "its idle part is not known: no idle power",
+    }

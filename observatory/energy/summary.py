@@ -1,0 +1,179 @@
+"""What a run says of energy: per device, per phase and span, per token, and what its sensors could not see.
+
+Every frame has one row per thing and device; a value that cannot be given is NaN and the row's ``reason``
+says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+from pydantic import JsonValue
+
+from observatory.energy.attribution import IdlePower, attribute, idle_power
+from observatory.energy.phases import REST, RankPhases, rank_phases
+from observatory.energy.places import Clocks, device_ranks, power_config
+from observatory.energy.rows import (
+    ALIASING_COLUMNS,
+    DEVICE_COLUMNS,
+    PHASE_COLUMNS,
+    Device,
+    aliasing_rows,
+    device_row,
+    flag_aliased,
+    phase_rows,
+    tidy_frame,
+    token_frame,
+)
+from observatory.energy.sensors import sensor_of
+from observatory.energy.traces import traces_of
+from observatory.energy.windows import energy_of_window
+from observatory.errors import EnergyError
+from observatory.store import Run
+
+__all__ = ["EnergySummary", "energy_summary"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EnergySummary:
+    """Energy of a run.
+
+    Attributes:
+        devices: one row per sampled device; ``DEVICE_COLUMNS``. Energy of the whole run (from its first phase
+            to its last; from the first sample to the last where no phases are known), by the counter or else
+            by integrated power; ``error`` is the half-width of its 90 % interval, relative.
+            ``attributed_share`` is what all phases and idle add up to, over this energy.
+        phases: per device and phase (``span`` None) or span inside a phase, and ``idle``; ``PHASE_COLUMNS``.
+            ``idle_mj`` is the device's idle power over the same time, ``above_idle_mj`` the rest.
+        tokens: per rank and phase, over all devices of the rank; ``TOKEN_COLUMNS``.
+        aliasing: per device and phase with regular steps, what the sensor of instant power makes of them;
+            ``ALIASING_COLUMNS``.
+        problems: what could not be used, or must be known.
+    """
+
+    devices: pd.DataFrame
+    phases: pd.DataFrame
+    tokens: pd.DataFrame
+    aliasing: pd.DataFrame
+    problems: tuple[str, ...]
+
+
+def energy_summary(run: Run, *, seed: int = 0) -> EnergySummary:
+    """Energy of a run, attributed as far as its samples allow.
+
+    Args:
+        run: with power samples.
+        seed: of the bootstraps.
+
+    Raises:
+        EnergyError: the run holds no power samples.
+    """
+    power = run.power()
+    if power.empty:
+        raise EnergyError(
+            f"run {run.path} holds no power samples; capture it where a device can be read "
+            "(`observatory doctor` lists them)"
+        )
+    problems: list[str] = []
+    devices = _devices(run, power, problems)
+    spans = run.spans()
+    ranks = {device.rank for device in devices if device.rank is not None}
+    phases_of: dict[int, RankPhases] = {}
+    for rank in sorted(ranks):
+        found = rank_phases(spans[spans["source_rank"] == rank])
+        if isinstance(found, str):
+            problems.append(f"rank {rank}: {found}")
+            continue
+        phases_of[rank] = found
+        problems += [f"rank {rank}: {problem}" for problem in found.problems]
+    rows = _Rows()
+    for device in devices:
+        _add_device(rows, device, phases_of, run, problems, seed)
+    return EnergySummary(
+        devices=tidy_frame(rows.devices, DEVICE_COLUMNS),
+        phases=tidy_frame(rows.phases, PHASE_COLUMNS),
+        tokens=token_frame(run, rows.phases, phases_of),
+        aliasing=tidy_frame(rows.aliasing, ALIASING_COLUMNS),
+        problems=tuple(dict.fromkeys(problems)),
+    )
+
+
+class _Rows:
+    def __init__(self) -> None:
+        self.devices: list[dict[str, object]] = []
+        self.phases: list[dict[str, object]] = []
+        self.aliasing: list[dict[str, object]] = []
+
+
+def _devices(run: Run, power: pd.DataFrame, problems: list[str]) -> list[Device]:
+    traces = traces_of(power)
+    specs = {spec.uuid: spec for spec in run.manifest.devices}
+    calibration = power_config(run.manifest).get("calibration")
+    places = device_ranks(run.manifest, list(traces))
+    found = []
+    for (sampler, uuid), trace in traces.items():
+        spec = specs.get(uuid)
+        told: JsonValue = calibration.get(uuid) if isinstance(calibration, dict) else None
+        entry = told if isinstance(told, dict) else {}
+        idle = entry.get("idle_power_mw")
+        place = places[sampler, uuid]
+        if trace.repeated:
+            problems.append(f"device {uuid}: {trace.repeated} samples have the time of another; left out")
+        if trace.impossible:
+            problems.append(f"device {uuid}: {trace.impossible} readings are impossible; left out")
+        if isinstance(place, str):
+            problems.append(f"device {uuid}: {place}; its energy is given for the whole run only")
+        found.append(
+            Device(
+                sampler=sampler, uuid=uuid, trace=trace,
+                sensor=sensor_of(
+                    None if spec is None else spec.name, entry, kind=None if spec is None else spec.kind
+                ),
+                name=None if spec is None else spec.name, kind=None if spec is None else spec.kind,
+                calibrated_idle_mw=float(idle) if isinstance(idle, int | float) and 0 < idle < 1e9 else None,
+                rank=None if isinstance(place, str) else place,
+                rank_reason=place if isinstance(place, str) else None,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _add_device(
+    rows: _Rows,
+    device: Device,
+    phases_of: dict[int, RankPhases],
+    run: Run,
+    problems: list[str],
+    seed: int,
+) -> None:
+    """Rows of one device."""
+    time = device.trace.time_ns_N
+    start, end = int(time[0]), int(time[-1])
+    ran = None if device.rank is None else phases_of.get(device.rank)
+    reason = device.rank_reason or (None if ran else "no phases of its rank are known")
+    idle: IdlePower | None = None
+    attributed_mj: float | None = None
+    if ran is not None and device.rank is not None:
+        middle = (ran.phases.start_ns + ran.phases.end_ns) // 2
+        clocks = Clocks.between(run.manifest, device.rank, device.sampler, middle)
+        reason = clocks.reason
+        if clocks.reason is not None:
+            problems.append(f"device {device.uuid}: {clocks.reason}")
+        else:
+            phases = ran.phases.moved(clocks.shift_ns)
+            start, end = phases.start_ns, phases.end_ns
+            whole = attribute(device.trace, phases, device.sensor, clock_error_ns=clocks.error_ns, seed=seed)
+            idle = idle_power(device.trace, phases, device.sensor, whole, device.calibrated_idle_mw)
+            attributed_mj = whole.energy_mj
+            aliased = aliasing_rows(device, ran, phases)
+            rows.aliasing += aliased
+            rows.phases += flag_aliased(phase_rows(device, whole, None, idle), aliased)
+            for phase, inside in ran.inside.items():
+                inner = attribute(
+                    device.trace, inside.moved(clocks.shift_ns), device.sensor, fillers=(REST,),
+                    inside_only=True, clock_error_ns=clocks.error_ns, seed=seed,
+                )  # fmt: skip
+                rows.phases += phase_rows(device, inner, phase, idle)
+    energy = energy_of_window(device.trace, start, end, sensor=device.sensor) if end > start else None
+    rows.devices.append(device_row(device, energy, idle, attributed_mj, reason))

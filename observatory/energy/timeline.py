@@ -1,0 +1,134 @@
+"""What ran when: stretches of time with names, none overlapping, and the time of each name in any window.
+
+Shapes: M segments, J names, N windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from observatory.errors import EnergyError
+
+__all__ = ["MOST_NAMES", "Timeline", "make_timeline"]
+
+Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+
+#: More names than this in one timeline are no phases any more.
+MOST_NAMES = 32
+#: More combinations than this of names that overlap are refused.
+_MOST_LABELS = 64
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Timeline:
+    """Segments in time order. Time outside them is nobody's.
+
+    Attributes:
+        names: of what ran; names of spans that overlapped are joined by ``+``, as their power cannot be told
+            apart.
+        start_ns_M, end_ns_M: the segments.
+        name_M: index into ``names``.
+    """
+
+    names: tuple[str, ...]
+    start_ns_M: Int64
+    end_ns_M: Int64
+    name_M: Int64
+    _until_MJ: Float64 = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        until = np.zeros((len(self.start_ns_M) + 1, len(self.names)))
+        until[np.arange(1, len(until)), self.name_M] = self.end_ns_M - self.start_ns_M
+        object.__setattr__(self, "_until_MJ", np.cumsum(until, axis=0))
+
+    @property
+    def start_ns(self) -> int:
+        """Start of the first segment."""
+        return int(self.start_ns_M[0])
+
+    @property
+    def end_ns(self) -> int:
+        """End of the last."""
+        return int(self.end_ns_M[-1])
+
+    def seconds(self) -> dict[str, float]:
+        """Time of each name."""
+        return {name: float(self._until_MJ[-1, j]) * 1e-9 for j, name in enumerate(self.names)}
+
+    def seconds_in(self, start_ns_N: npt.NDArray[np.float64], end_ns_N: npt.NDArray[np.float64]) -> Float64:
+        """Time of each name in windows, shape (N, J)."""
+        return (self._until(end_ns_N) - self._until(start_ns_N)) * 1e-9
+
+    def _until(self, time_ns_N: npt.NDArray[np.float64]) -> Float64:
+        at = np.searchsorted(self.start_ns_M, time_ns_N, side="right") - 1
+        within = np.maximum(at, 0)
+        gone = np.clip(
+            time_ns_N - self.start_ns_M[within], 0, self.end_ns_M[within] - self.start_ns_M[within]
+        )
+        result: Float64 = self._until_MJ[within]
+        result[np.arange(len(within)), self.name_M[within]] += gone
+        return result
+
+    def moved(self, shift_ns: int) -> Timeline:
+        """The same on another clock."""
+        if shift_ns == 0:
+            return self
+        return Timeline(
+            names=self.names,
+            start_ns_M=self.start_ns_M + shift_ns,
+            end_ns_M=self.end_ns_M + shift_ns,
+            name_M=self.name_M,
+        )
+
+
+def make_timeline(names: Sequence[str], start_ns: Int64, end_ns: Int64) -> Timeline:
+    """A timeline of spans that may overlap, one name each; spans without length are left out.
+
+    Raises:
+        EnergyError: nothing has a length, or there are too many names.
+    """
+    start, end = np.asarray(start_ns, np.int64), np.asarray(end_ns, np.int64)
+    kept = np.flatnonzero(end > start)
+    if not len(kept):
+        raise EnergyError("no span has a length; expected phases that last, capture the run again")
+    kept_names = [names[i] for i in kept.tolist()]
+    own = sorted(set(kept_names))
+    if len(own) > MOST_NAMES:
+        raise EnergyError(
+            f"{len(own)} different names of spans; expected at most {MOST_NAMES}, choose fewer names"
+        )
+    number = {name: position for position, name in enumerate(own)}
+    code = np.array([number[name] for name in kept_names], dtype=np.int64)
+    edge_ns = np.concatenate([start[kept], end[kept]])
+    order = np.argsort(edge_ns, kind="stable")
+    change = np.zeros((len(order), len(own)), dtype=np.int32)
+    change[np.arange(len(order)), np.tile(code, 2)[order]] = np.repeat([1, -1], len(kept))[order]
+    running = (np.cumsum(change, axis=0) > 0) @ (1 << np.arange(len(own), dtype=np.int64))
+    begin, finish, mask = edge_ns[order][:-1], edge_ns[order][1:], running[:-1]
+    real = (finish > begin) & (mask > 0)
+    begin, finish, mask = begin[real], finish[real], mask[real]
+    masks, label = np.unique(mask, return_inverse=True)
+    if len(masks) > _MOST_LABELS:
+        raise EnergyError(
+            f"spans of {len(own)} names overlap in {len(masks)} different ways; expected at most "
+            f"{_MOST_LABELS}, choose fewer names"
+        )
+    labels = tuple(
+        "+".join(name for position, name in enumerate(own) if value >> position & 1)
+        for value in masks.tolist()
+    )
+    # Neighbours of the same label are one segment.
+    fresh = np.ones(len(begin), dtype=bool)
+    fresh[1:] = (label[1:] != label[:-1]) | (begin[1:] != finish[:-1])
+    first = np.flatnonzero(fresh)
+    return Timeline(
+        names=labels,
+        start_ns_M=begin[first],
+        end_ns_M=finish[np.append(first[1:], len(begin)) - 1],
+        name_M=label[first].astype(np.int64),
+    )
