@@ -22,9 +22,27 @@ Float64 = npt.NDArray[np.float64]
 
 
 def power_config(manifest: Manifest) -> dict[str, JsonValue]:
-    """``config.power`` of a run; empty where there is none."""
+    """What a run says of its power sampling: ``calibration`` by UUID and ``device_of_rank``.
+
+    Our sampler says it in the ranks' status (``RankPower``); other writers may in ``config.power``.
+    """
     found = manifest.config.get("power")
-    return found if isinstance(found, dict) else {}
+    told = dict(found) if isinstance(found, dict) else {}
+    calibration: dict[str, JsonValue] = {}
+    owners: dict[str, JsonValue] = {}
+    for status in manifest.ranks:
+        if status.power is None:
+            continue
+        for uuid, measured in status.power.calibration.items():
+            known = measured.model_dump(mode="json", exclude={"fields"}, exclude_none=True)
+            calibration[uuid] = {**measured.model_dump(mode="json")["fields"], **known}
+        if status.power.own_devices:
+            owners[str(status.rank)] = list(status.power.own_devices)
+    return {
+        **told,
+        **({"calibration": calibration} if calibration else {}),
+        **({"device_of_rank": owners} if owners else {}),
+    }
 
 
 def ranks_of_node(manifest: Manifest, rank: int) -> list[int] | None:

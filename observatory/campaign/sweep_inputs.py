@@ -1,0 +1,106 @@
+"""What a user asks of a clock sweep, in a form that can be run."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import get_args
+
+import numpy as np
+
+from observatory.campaign.workloads import CommandWorkload, Workload, WorkloadFacts, model_workload
+from observatory.errors import ClockError
+from observatory.records import Phase
+
+__all__ = ["make_workloads", "parse_clocks", "parse_limits"]
+
+_MOST_CLOCKS = 200
+
+
+def parse_clocks(text: str) -> tuple[int, ...]:
+    """MHz from ``780,1200`` or ``LOW:HIGH:COUNT``; empty text gives none.
+
+    Raises:
+        ClockError: anything else.
+    """
+    if not text.strip():
+        return ()
+    if re.fullmatch(r"\d{1,5}(,\d{1,5})*", text):
+        return tuple(int(part) for part in text.split(","))
+    spread = re.fullmatch(r"(\d{1,5}):(\d{1,5}):(\d{1,3})", text)
+    if spread is None or not 2 <= int(spread[3]) <= _MOST_CLOCKS or int(spread[1]) >= int(spread[2]):
+        raise ClockError(
+            f"--clocks {text[:60]!r} is no list of clocks; expected MHz such as 780,1200 or "
+            "LOW:HIGH:COUNT such as 600:1980:8"
+        )
+    return tuple(
+        round(clock) for clock in np.linspace(int(spread[1]), int(spread[2]), int(spread[3])).tolist()
+    )
+
+
+def parse_limits(text: str) -> tuple[int, ...]:
+    """Milliwatts from watts such as ``300,400``; empty text gives none.
+
+    Raises:
+        ClockError: anything else.
+    """
+    if not text.strip():
+        return ()
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?(,\d{1,4}(\.\d{1,3})?)*", text):
+        raise ClockError(f"--limits {text[:60]!r} is no list of watts; expected one such as 300,400,500")
+    return tuple(round(1000 * float(part)) for part in text.split(","))
+
+
+@contextlib.contextmanager
+def make_workloads(
+    *,
+    model: str | None,
+    command: Sequence[str],
+    phase: str,
+    batches: Sequence[str],
+    context_tokens: int,
+    tokens_per_iteration: int | None,
+    torch_device: str,
+    dtype: str | None,
+) -> Iterator[list[Workload]]:
+    """The workloads of a sweep, ended with the block.
+
+    Raises:
+        ClockError: neither or both of model and command, or options that do not fit.
+    """
+    if (model is None) == (not command):
+        raise ClockError("what is to be swept? give --model, or your own program after `--`, and not both")
+    if phase not in get_args(Phase) or (model is not None and phase not in ("prefill", "decode")):
+        raise ClockError(f"--phase {phase[:40]!r} is unknown; expected prefill or decode")
+    sizes = [int(part) for part in batches if re.fullmatch(r"[1-9]\d{0,6}", part)]
+    if len(sizes) != len(batches):
+        raise ClockError(
+            f"--batch {','.join(batches)[:60]!r} is no list of sizes; expected one such as 1,8,32"
+        )
+    with contextlib.ExitStack() as stack:
+        if model is not None:
+            yield [
+                stack.enter_context(
+                    model_workload(
+                        model,
+                        phase=phase,  # type: ignore[arg-type]  # one of the two, checked above
+                        batch_size=size,
+                        context_tokens=context_tokens,
+                        device=torch_device,
+                        dtype=dtype,
+                    )
+                )
+                for size in sizes
+            ]
+            return
+        facts = WorkloadFacts(
+            name=" ".join(command)[:200],
+            phase=phase,  # type: ignore[arg-type]  # checked above
+            batch_size=sizes[0],
+            context_tokens=context_tokens,
+            tokens_per_iteration=tokens_per_iteration,
+        )
+        workload = CommandWorkload(command, facts)
+        stack.callback(workload.close)
+        yield [workload]
