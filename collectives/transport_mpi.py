@@ -134,7 +134,7 @@ class MpiTransport(BaseTransport):
         # MPI has no sum of 16-bit floats: parts are exchanged and summed here, in the order of ranks.
         own = rows_P[self.rank]
         parts = self._all_to_all(rows, rows_P, [own] * self.size, "world")
-        return parts.reshape(self.size, own, *rows.shape[1:]).sum(dim=0)
+        return parts.reshape(self.size, own, *rows.shape[1:]).sum(dim=0, dtype=rows.dtype)
 
     def _communicator(self, group: Group) -> Any:
         if group not in self._groups:
