@@ -185,7 +185,7 @@ class _Case:
         self.correct = True
         self._transport = transport
         rows_PP = traffic.bytes_PP // traffic.row_bytes
-        self._move: Mover = mover(transport, rows_PP, algorithm)
+        self._move: Mover = mover(transport, rows_PP, algorithm, role=traffic.role)
         self._send_P = traffic.bytes_PP[transport.rank].tolist()
         self._receive_P = traffic.bytes_PP[:, transport.rank].tolist()
 

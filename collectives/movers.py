@@ -4,7 +4,8 @@ Shapes: P ranks, N rows, B bytes of a row. ``rows_PP[i, j]`` rows go from rank i
 
 A mover takes this rank's rows sorted by destination and returns what it received sorted by source, so that
 all algorithms can be checked against the same bytes. Between the stages of the hierarchical algorithm rows
-are regrouped, which is part of its time as it is in a dispatcher.
+are regrouped, which is part of its time as it is in a dispatcher. A combine goes back the way its dispatch
+came, as `observatory.stages` says.
 """
 
 from __future__ import annotations
@@ -30,13 +31,22 @@ __all__ = ["Mover", "mover"]
 Mover = Callable[["Tensor"], "Tensor"]
 
 
-def mover(transport: Transport, rows_PP: NDArray[np.int64], algorithm: str) -> Mover:
+def mover(
+    transport: Transport, rows_PP: NDArray[np.int64], algorithm: str, *, role: str | None = None
+) -> Mover:
     """The exchange of one matrix by one algorithm, all splits prepared.
+
+    ``role`` ``combine`` says that the matrix is the way back of a dispatch.
 
     Raises:
         ExchangeError: an unknown algorithm, or nodes it cannot work on.
     """
-    makers = {"flat": _flat, "hierarchical": _hierarchical, "gather": _gather}
+    back = role == "combine"
+    makers = {
+        "flat": _flat,
+        "hierarchical": _hierarchical_back if back else _hierarchical,
+        "gather": _reduce_scatter if back else _gather,
+    }
     if algorithm not in makers:
         raise ExchangeError(f"algorithm {algorithm!r} is unknown; expected one of {', '.join(ALGORITHMS)}")
     return makers[algorithm](transport, rows_PP)
@@ -67,6 +77,23 @@ def _gather(transport: Transport, rows_PP: NDArray[np.int64]) -> Mover:
     return exchange
 
 
+def _reduce_scatter(transport: Transport, rows_PP: NDArray[np.int64]) -> Mover:
+    # Every rank fills its own rows of the others' buffers, and their sum is what all have sent.
+    held_P = rows_PP.sum(axis=0).tolist()
+    starts_PP = np.cumsum(rows_PP, axis=0) - rows_PP
+    offset_P = np.cumsum(held_P) - held_P
+    send_P: list[int] = rows_PP[transport.rank].tolist()
+    own = [int(offset_P[peer] + starts_PP[transport.rank, peer]) for peer in range(transport.size)]
+
+    def exchange(rows_NB: Tensor) -> Tensor:
+        buffer = rows_NB.new_zeros((sum(held_P), *rows_NB.shape[1:]))
+        for start, part in zip(own, torch.split(rows_NB, send_P), strict=True):
+            buffer[start : start + len(part)] = part
+        return transport.reduce_scatter_v(buffer, held_P)
+
+    return exchange
+
+
 def _hierarchical(transport: Transport, rows_PP: NDArray[np.int64]) -> Mover:
     local = node_size(transport.node_of_P)
     nodes = transport.size // local
@@ -87,6 +114,35 @@ def _hierarchical(transport: Transport, rows_PP: NDArray[np.int64]) -> Mover:
             group="node",
         )
         return _regroup(handed, handed_ln)
+
+    return exchange
+
+
+def _hierarchical_back(transport: Transport, rows_PP: NDArray[np.int64]) -> Mover:
+    local = node_size(transport.node_of_P)
+    nodes = transport.size // local
+    m, index = divmod(transport.rank, local)
+    flow_nlmk = rows_PP.reshape(nodes, local, nodes, local)
+    # Inside: what this rank has for the local ranks of every node, and what the local ranks of its own node
+    # hand to it for every node's rank of its index.
+    own_nk = flow_nlmk[m, index]
+    handed_ln = flow_nlmk[m, :, :, index]
+    # Across: what comes from the local ranks of every node for this rank.
+    arrived_nl = flow_nlmk[:, :, m, index]
+
+    def exchange(rows_NB: Tensor) -> Tensor:
+        handed = transport.all_to_all_v(
+            _regroup(rows_NB, own_nk),
+            own_nk.sum(axis=0).tolist(),
+            handed_ln.sum(axis=1).tolist(),
+            group="node",
+        )
+        return transport.all_to_all_v(
+            _regroup(handed, handed_ln),
+            handed_ln.sum(axis=0).tolist(),
+            arrived_nl.sum(axis=1).tolist(),
+            group="across",
+        )
 
     return exchange
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from collectives.layout import Group, Layout, nodes_in_order, split_into_nodes
+from collectives.mpi_start import limited_start
 from collectives.transport_base import BaseTransport
 from observatory.errors import ExchangeError
 from observatory.ranks import RankOf
@@ -58,7 +59,8 @@ class MpiTransport(BaseTransport):
             # A rank that fails must not wait in MPI_Finalize for the others; close() finalises.
             mpi4py.rc.finalize = False
         try:
-            from mpi4py import MPI
+            with limited_start(where, timeout_s):
+                from mpi4py import MPI
         except (ImportError, RuntimeError) as error:  # mpi4py looks for the library when it is used
             reason = " ".join(str(error).split())[:120]
             raise ExchangeError(
@@ -67,7 +69,8 @@ class MpiTransport(BaseTransport):
             ) from error
 
         self._mpi: Any = MPI
-        self._world: Any = MPI.COMM_WORLD.Dup()
+        world, duplicated = MPI.COMM_WORLD.Idup()
+        self._world: Any = world
         rank, size = self._world.Get_rank(), self._world.Get_size()
         if (rank, size) != (where.rank, where.world):
             # Each would take itself for the only one, and all for rank 0 of the same run.
@@ -77,6 +80,11 @@ class MpiTransport(BaseTransport):
             )
         layout = Layout(rank=rank, node_of_P=(0,) * size)
         super().__init__(layout, device=torch.device("cpu"), timeout_s=timeout_s)
+        if not _poll(duplicated.Test, timeout_s):
+            raise ExchangeError(
+                f"rank {rank} of {size} waited in vain for the other ranks to join for {timeout_s:g} s; see "
+                "the output of those that do not say this"
+            )
         self._groups: dict[Group, Any] = {"world": self._world}
         if ranks_per_node is None:
             labels = self.all_gather_json([os.uname().nodename, where.node])
@@ -126,11 +134,12 @@ class MpiTransport(BaseTransport):
         # MPI has no sum of 16-bit floats: parts are exchanged and summed here, in the order of ranks.
         own = rows_P[self.rank]
         parts = self._all_to_all(rows, rows_P, [own] * self.size, "world")
-        return parts.reshape(self.size, own, *rows.shape[1:]).sum(dim=0)
+        return parts.reshape(self.size, own, *rows.shape[1:]).sum(dim=0, dtype=rows.dtype)
 
     def _communicator(self, group: Group) -> Any:
         if group not in self._groups:
             members = self.layout.members(group)
+            self.barrier()  # within the time limit; a split has none
             self._groups[group] = self._world.Split(color=members[0], key=self.rank)
         return self._groups[group]
 

@@ -6,9 +6,12 @@ Known here because both those who move bytes and those who predict how long it t
 
 * ``flat``: one exchange, every pair directly.
 * ``hierarchical``: between nodes first, to the rank of the same local index on the destination's node; then
-  inside the node. Each byte is sent twice, but a rank sends to one peer per node only. The combine, its
-  reverse, is the same exchange of the transposed matrix in the other order, and taken to last as long.
+  inside the node. Each byte is sent twice, but a rank sends to one peer per node only.
 * ``gather``: every rank gives its whole buffer to every other, which keeps what is its own.
+
+A combine goes back the way its dispatch came, in reverse order: inside the node and then between nodes; a
+reduce-scatter where there was an all-gather, in which every rank sends to every other a buffer as long as the
+other's own.
 """
 
 from __future__ import annotations
@@ -45,8 +48,12 @@ def node_size(node_of_P: Sequence[int]) -> int:
     return each
 
 
-def stages(bytes_PP: ArrayLike, node_of_P: Sequence[int], algorithm: str) -> list[NDArray[np.int64]]:
+def stages(
+    bytes_PP: ArrayLike, node_of_P: Sequence[int], algorithm: str, *, role: str | None = None
+) -> list[NDArray[np.int64]]:
     """The exchanges an algorithm makes of one traffic matrix, each again as a (P, P) matrix of bytes.
+
+    ``role`` ``combine`` says that the matrix is the way back of a dispatch; anything else, that it is not.
 
     Raises:
         ExchangeError: the matrix is not (P, P), an unknown algorithm, or nodes it cannot work on.
@@ -55,6 +62,8 @@ def stages(bytes_PP: ArrayLike, node_of_P: Sequence[int], algorithm: str) -> lis
     ranks = len(node_of_P)
     if matrix_PP.shape != (ranks, ranks):
         raise ExchangeError(f"a matrix of shape {matrix_PP.shape} with {ranks} ranks; expected one row each")
+    if role == "combine":
+        return [stage_PP.T for stage_PP in reversed(stages(matrix_PP.T, node_of_P, algorithm))]
     if algorithm == "flat":
         return [matrix_PP]
     if algorithm == "gather":

@@ -156,7 +156,10 @@ def _add_bench(found: _Found, files: BenchmarkFiles, index: int, name: str, resu
             point = {**common, "seed": seed, **_point(case)}
             if models:
                 network, model = models[0]
-                point |= {"network": network, **_predicted(model, case.bytes_PP, result, algorithm)}
+                point |= {
+                    "network": network,
+                    **_predicted(model, case.bytes_PP, result, algorithm, case.role),
+                }
             found.points.append(point)
         # Splits of other seeds are other matrices: one curve would not be theirs.
         if models and (algorithm, pattern) not in drawn:
@@ -253,10 +256,12 @@ def _leaving(case: BenchCase) -> float:
     return 1 - int(np.trace(case.bytes_PP)) / total if total else 0.0
 
 
-def _predicted(model: NetworkModel, bytes_PP: Any, result: BenchResult, algorithm: str) -> dict[str, Any]:
+def _predicted(
+    model: NetworkModel, bytes_PP: Any, result: BenchResult, algorithm: str, role: str | None
+) -> dict[str, Any]:
     """Prediction of one exchange; missing where the model does not know such."""
     try:
-        found = predict_us(model, bytes_PP, result.node_of_P, algorithm=algorithm)
+        found = predict_us(model, bytes_PP, result.node_of_P, algorithm=algorithm, role=role)
     except (BenchmarkError, ExchangeError):
         return {}
     return {
@@ -279,7 +284,7 @@ def _curve(model: NetworkModel, cases: Sequence[BenchCase], result: BenchResult)
         between = [] if before is None else np.geomspace(before, size, _BETWEEN + 2)[1:-1].tolist()
         for place in (*between, size):
             scaled_PP = np.rint(case.bytes_PP * (place / size)).astype(np.int64)
-            found = _predicted(model, scaled_PP, result, case.algorithm)
+            found = _predicted(model, scaled_PP, result, case.algorithm, case.role)
             if found:
                 ends = {name: found[name] for name in ("low_us", "high_us")}
                 common = {"size_bytes": place, "leaving": _leaving(case)}

@@ -58,6 +58,7 @@ class ProfileJob:
         window_steps: steps folded into one row of the run.
         flush_seconds: seconds after which captured rows are on disk.
         ep: ranks over which the experts are spread; 1 keeps them together.
+        placement: rank of every expert: ``linear``, ``round-robin`` or the path of a placement file.
         algorithm: ``flat``, ``hierarchical`` or ``gather``.
         deduplicate: send a token once per destination rank.
         ranks_per_node: pretend that nodes are so many consecutive ranks; None takes the hosts as they are.
@@ -81,6 +82,7 @@ class ProfileJob:
     window_steps: int = 1
     flush_seconds: float = 10.0
     ep: int = 1
+    placement: str = "linear"
     algorithm: str = "flat"
     deduplicate: bool = False
     ranks_per_node: int | None = None

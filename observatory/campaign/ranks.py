@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from observatory.errors import ExchangeError, RunError, alike
+from observatory.errors import ExchangeError, PlacementError, RunError, alike
 from observatory.ranks import RankOf, find_rank
 from observatory.records import Topology
 
@@ -165,6 +165,7 @@ class Ranks:
         with shard_experts(
             model,
             self.transport,
+            placement=_placement(model, job.placement, self.transport.size),
             algorithm=job.algorithm,  # type: ignore[arg-type]  # shard_experts names the choices
             deduplicate=job.deduplicate,
         ) as sharded:
@@ -202,6 +203,26 @@ class Ranks:
         """Let the watch hear of phases and exchanges."""
         if sharded is not None:
             sharded.record(watch.recorder)
+
+
+def _placement(model: nn.Module, placement: str, ranks: int) -> dict[int, list[tuple[int, ...]]] | None:
+    """Ranks that hold each expert, by layer; None for contiguous blocks."""
+    from observatory.parallel.placement import load_placement, round_robin
+    from probes.routing.discover import find_sites
+
+    if placement == "linear":
+        return None
+    specs = [site.spec for site in find_sites(model)]
+    try:
+        if placement == "round-robin":
+            return {
+                spec.layer: [(int(rank),) for rank in round_robin(spec.experts, ranks).rank_of_E]
+                for spec in specs
+            }
+        file = load_placement(placement)
+        return {spec.layer: file.holders(spec.layer, experts=spec.experts, ep=ranks) for spec in specs}
+    except PlacementError as error:
+        raise alike(error) from None
 
 
 @contextlib.contextmanager

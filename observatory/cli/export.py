@@ -27,7 +27,7 @@ def export(
     form: Annotated[str, typer.Argument(metavar="FORMAT", help="nccl-tests or ucc.")],
     ep: Annotated[int, typer.Option("--ep", min=1, help="EP degree of the matrices.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
-    placement: PlacementOption = "linear",
+    placement: PlacementOption = "auto",
     phase: OnlyPhaseOption = None,
     layer: OnlyLayersOption = None,
     steps: MostStepsOption = None,

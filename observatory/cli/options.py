@@ -36,7 +36,12 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is ther
 EpOption = Annotated[str, typer.Option("--ep", help="EP degrees, separated by commas.")]
 GpusPerNodeOption = Annotated[int, typer.Option("--gpus-per-node", min=1, max=65536, help="Ranks per node.")]
 PlacementOption = Annotated[
-    str, typer.Option("--placement", help="linear, round-robin, or a placement file (JSON).")
+    str,
+    typer.Option(
+        "--placement",
+        help="linear, round-robin, recorded (where the run had its experts), or a placement file (JSON); "
+        "auto: recorded at the degree that the run had, linear at others.",
+    ),
 ]
 
 BackendOption = Annotated[str, typer.Option(help="auto, gloo, nccl or mpi (under mpiexec).")]
@@ -75,4 +80,6 @@ def parse_ep(text: str) -> tuple[int, ...]:
 
 def parse_placement(text: str) -> str | Path:
     """A placement by name, or the path of its file."""
-    return text if text in ("linear", "round-robin") else Path(text)
+    from observatory.parallel.placement import PLACEMENT_NAMES
+
+    return text if text in PLACEMENT_NAMES else Path(text)

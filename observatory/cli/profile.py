@@ -35,6 +35,10 @@ def profile(
         float, typer.Option(min=0.1, help="Seconds after which captured rows are on disk.")
     ] = 10.0,
     ep: Annotated[int, typer.Option(min=1, help="Ranks to spread the experts over; started here.")] = 1,
+    placement: Annotated[
+        str,
+        typer.Option(help="With --ep: linear, round-robin, or a placement file (JSON), replicas allowed."),
+    ] = "linear",
     algorithm: Annotated[str, typer.Option(help="Dispatch: flat, hierarchical or gather.")] = "flat",
     deduplicate: Annotated[
         bool, typer.Option("--deduplicate", help="Send a token once per destination rank.")
@@ -75,6 +79,7 @@ def profile(
         window_steps=window_steps,
         flush_seconds=flush_seconds,
         ep=ep,
+        placement=placement,
         algorithm=algorithm,
         deduplicate=deduplicate,
         ranks_per_node=ranks_per_node,

@@ -44,7 +44,7 @@ def replay(
             help="EP degree: ranks to start, or those of the launcher; without it the run's own, or 4.",
         ),
     ] = None,
-    placement: PlacementOption = "linear",
+    placement: PlacementOption = "auto",
     backend: BackendOption = "auto",
     algorithm: AlgorithmsOption = "flat",
     phase: OnlyPhaseOption = None,

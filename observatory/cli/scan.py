@@ -55,7 +55,7 @@ def scan(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     ep: ScanEpOption = None,
     gpus_per_node: GpusPerNodeOption = 4,
-    placement: PlacementOption = "linear",
+    placement: PlacementOption = "auto",
     traffic: Annotated[
         bool, typer.Option("--traffic", help="With --json: add each row's traffic matrix in assignments.")
     ] = False,
@@ -71,9 +71,15 @@ def scan(
     """Re-map the captured loads to other EP degrees and placements."""
     from observatory.cli.output import print_json, print_table, say
     from observatory.documents import frame_records
+    from observatory.errors import BenchmarkError
+    from observatory.parallel.captured import departures
     from observatory.parallel.scan import scan_run
     from observatory.store import open_run
 
+    if traffic and not json:
+        raise BenchmarkError("--traffic adds matrices to the document of --json; give both")
+    if network is None and (algorithm != "flat" or row_bytes is not None):
+        raise BenchmarkError("--algorithm and --row-bytes are about predicted times; give --network as well")
     opened = open_run(run)
     degrees = _fitting(opened, placement) if ep is None else parse_ep(ep)
     frame = scan_run(
@@ -83,6 +89,8 @@ def scan(
         placement=parse_placement(placement),
     )
     columns, notes = dict(_COLUMNS), list(opened.problems)
+    for degree in degrees:
+        notes += departures(opened, ep=degree, placement=parse_placement(placement))
     if network is not None:
         from observatory.cost.network import load_network
         from observatory.cost.scan import scan_times
@@ -98,6 +106,7 @@ def scan(
             algorithm=algorithm,
             bytes_per_row=row_bytes,
         )
+        notes.append("times are medians over at most 32 steps of each phase, evenly spread")
         frame = frame.merge(times, on=["ep", "layer", "phase"], how="left", validate="one_to_one")
         columns |= _TIME_COLUMNS
     rows = frame_records(frame)
@@ -155,6 +164,8 @@ def _fitting(run: Run, placement: str) -> tuple[int, ...]:
     from observatory.parallel.placement import load_placement
 
     rule = parse_placement(placement)
+    if rule == "recorded":
+        return (run.manifest.topology.ranks,)
     if isinstance(rule, Path):
         file = load_placement(rule)
         return (file.ranks or file.highest_rank + 1,)

@@ -51,13 +51,15 @@ def checked_row(
     node_of_P: Sequence[int],
     *,
     algorithm: str,
+    role: str | None,
     measured_us: float,
     **where: object,
 ) -> dict[str, Any]:
     """One row of `check_predictions`; ``where`` is kept as it is."""
-    found = predict_us(model, bytes_PP, node_of_P, algorithm=algorithm)
+    found = predict_us(model, bytes_PP, node_of_P, algorithm=algorithm, role=role)
     return {
         "algorithm": algorithm,
+        "role": role,
         **where,
         "measured_us": measured_us,
         "predicted_us": found.us,

@@ -164,13 +164,15 @@ class StageTerms:
         return self.terms_NF[:, [_NAMES.index(name) for name in form.terms]]
 
 
-def stage_terms(bytes_PP: ArrayLike, node_of_P: Sequence[int], algorithm: str) -> StageTerms:
-    """Terms of one traffic matrix.
+def stage_terms(
+    bytes_PP: ArrayLike, node_of_P: Sequence[int], algorithm: str, *, role: str | None = None
+) -> StageTerms:
+    """Terms of one traffic matrix; ``role`` as in `observatory.stages`.
 
     Raises:
         ExchangeError: the matrix does not fit the ranks, or the algorithm does not fit the nodes.
     """
-    exchanges = stages(bytes_PP, node_of_P, algorithm)
+    exchanges = stages(bytes_PP, node_of_P, algorithm, role=role)
     node_P = np.unique(np.asarray(node_of_P, dtype=np.int64), return_inverse=True)[1]
     return StageTerms(
         terms_NF=np.concatenate([_terms_of(matrix_PP, node_P) for matrix_PP in exchanges]),

@@ -75,7 +75,7 @@ def fit_network(
                     group=(case.pattern, case.seed, case.step, case.layer, case.role, result.ranks),
                     bytes_PP=case.bytes_PP,
                     node_of_P=result.node_of_P,
-                    terms=stage_terms(case.bytes_PP, result.node_of_P, case.algorithm),
+                    terms=stage_terms(case.bytes_PP, result.node_of_P, case.algorithm, role=case.role),
                     us=case.median_us,
                     noise=_noise(case.exchange_us_R),
                 )

@@ -40,7 +40,12 @@ class Prediction:
 
 
 def predict_us(
-    model: NetworkModel, bytes_PP: ArrayLike, node_of_P: Sequence[int], *, algorithm: str = "flat"
+    model: NetworkModel,
+    bytes_PP: ArrayLike,
+    node_of_P: Sequence[int],
+    *,
+    algorithm: str = "flat",
+    role: str | None = None,
 ) -> Prediction:
     """Predict the time of one exchange.
 
@@ -49,6 +54,8 @@ def predict_us(
         bytes_PP: bytes from rank i to rank j.
         node_of_P: node of each rank.
         algorithm: as in the benchmark.
+        role: ``combine`` when the matrix is the way back of a dispatch, which some algorithms take in another
+            order.
 
     Raises:
         BenchmarkError: the model lacks the algorithm, or measured nothing of a kind that this exchange has.
@@ -57,7 +64,7 @@ def predict_us(
     fit = model.of(algorithm)
     form = FORMS[fit.form]
     matrix_PP = np.asarray(bytes_PP, dtype=np.int64)
-    terms = stage_terms(matrix_PP, node_of_P, algorithm)
+    terms = stage_terms(matrix_PP, node_of_P, algorithm, role=role)
     problem = Problem.build([terms], form)
     for term in fit.never_measured:
         if problem.terms_NF[:, form.terms.index(term)].any():

@@ -34,7 +34,7 @@ def scan_times(
     *,
     ep_degrees: Sequence[int],
     gpus_per_node: int,
-    placement: PlacementChoice = "linear",
+    placement: PlacementChoice = "auto",
     algorithm: str = "flat",
     bytes_per_row: int | None = None,
     steps: int = 32,
@@ -46,7 +46,7 @@ def scan_times(
         model: a fitted network model.
         ep_degrees: degrees to predict.
         gpus_per_node: ranks per node.
-        placement: ``linear``, ``round-robin`` or a placement file.
+        placement: a name of ``PLACEMENT_NAMES``, or a placement file.
         algorithm: the exchange to predict.
         bytes_per_row: bytes of one row; None takes them from the manifest.
         steps: at most so many steps of each phase, evenly spread.
@@ -72,8 +72,8 @@ def scan_times(
             key = (traffic.layer, traffic.phase)
             try:
                 pair = tuple(
-                    predict_us(model, bytes_RR, node_of_R, algorithm=algorithm)
-                    for bytes_RR in (traffic.bytes_RR, traffic.bytes_RR.T)
+                    predict_us(model, bytes_RR, node_of_R, algorithm=algorithm, role=role)
+                    for role, bytes_RR in (("dispatch", traffic.bytes_RR), ("combine", traffic.bytes_RR.T))
                 )
             except (BenchmarkError, ExchangeError) as error:
                 refused[key] = str(error)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from observatory.errors import PlacementError, RunError
-from observatory.parallel.placement import PlacementChoice, PlacementFile
+from observatory.parallel.placement import PlacementChoice
 from observatory.parallel.scan import all_ranks, place, placement_rule
 from observatory.parallel.traffic import Sources, traffic_matrices
 from observatory.records_bench import MAX_ROW_BYTES, Traffic
@@ -106,7 +106,7 @@ def captured_traffic(
     run: Run,
     *,
     ep: int,
-    placement: PlacementChoice = "linear",
+    placement: PlacementChoice = "auto",
     bytes_per_row: int | None = None,
     phase: str | None = None,
     layers: Collection[int] | None = None,
@@ -117,7 +117,7 @@ def captured_traffic(
     Args:
         run: an open run.
         ep: R.
-        placement: ``linear``, ``round-robin`` or a placement file.
+        placement: a name of ``PLACEMENT_NAMES``, or a placement file.
         bytes_per_row: bytes of one row; None takes them from the manifest.
         phase: only this phase.
         layers: only these layers.
@@ -128,7 +128,7 @@ def captured_traffic(
         RunError: the bytes of a row are unknown, or rows fold several steps.
     """
     each = bytes_per_row or row_bytes(run.manifest.model)
-    rule = placement_rule(placement)
+    rule = placement_rule(placement, run.manifest.topology)
     wanted = None if steps is None else _evenly(run, phase, layers, steps)
     for block in run.iter_loads(phase=phase, layers=layers):
         if np.any(block.window_steps_S != 1):
@@ -151,7 +151,7 @@ def captured_traffic(
             )
 
 
-def departures(run: Run, *, ep: int, placement: PlacementChoice = "linear") -> list[str]:
+def departures(run: Run, *, ep: int, placement: PlacementChoice = "auto") -> list[str]:
     """In what the matrices of `captured_traffic` depart from what the run exchanged, one sentence each.
 
     Matrices come from routing rows: a degree that the run did not have is a what-if, but at the run's own
@@ -164,18 +164,19 @@ def departures(run: Run, *, ep: int, placement: PlacementChoice = "linear") -> l
     topology, config = run.manifest.topology, run.manifest.config
     if topology.ranks != ep or ep == 1:
         return []
-    rule = placement_rule(placement)
-    name = rule.name if isinstance(rule, PlacementFile) else rule
+    rule = placement_rule(placement, run.manifest.topology)
+    shown = [
+        place(rule, layer=item.layer, experts=item.experts, ep=ep) for item in run.manifest.model.moe_layers
+    ]
+    name = shown[0].name if shown else "linear"
     held = topology.placement
     found = []
     if held is None:
         found.append(f"the run does not say which rank held which expert; placement {name} is assumed")
-    elif any(
-        [(int(rank),) for rank in place(rule, layer=item.layer, experts=item.experts, ep=ep).rank_of_E]
-        != [tuple(ranks) for ranks in held]
-        for item in run.manifest.model.moe_layers
-    ):
+    elif any(own.rank_of_E.tolist() != [ranks[0] for ranks in held] for own in shown):
         found.append(f"the run had its experts on other ranks than placement {name}, which is shown here")
+    elif any(len(ranks) > 1 for ranks in held):
+        found.append("experts of the run had replicas; here all tokens of an expert go to its home")
     if config.get("deduplicate") is True:
         found.append("the run sent a token once per destination rank; here every assignment is sent")
     if config.get("algorithm") == "gather":

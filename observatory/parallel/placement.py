@@ -4,7 +4,8 @@ Shapes: E experts, R expert-parallel ranks.
 
 A placement file is JSON: ``{"expert_to_rank": [0, 0, 1, ...]}`` for all layers, or
 ``{"layers": {"0": [...], "1": [...]}}`` for each layer its own; ``"ranks"`` states R when the last ranks
-hold no expert. Ranks may hold different numbers of experts; results then say so.
+hold no expert. Ranks may hold different numbers of experts; results then say so. Instead of a rank there may
+be a list of ranks, the holders of an expert that is replicated, its home first.
 """
 
 from __future__ import annotations
@@ -21,12 +22,23 @@ from observatory.bounded import read_at_most
 from observatory.errors import PlacementError
 from observatory.parallel.topology import MAX_RANKS
 
-__all__ = ["Placement", "PlacementChoice", "PlacementFile", "linear", "load_placement", "round_robin"]
+__all__ = [
+    "PLACEMENT_NAMES",
+    "Placement",
+    "PlacementChoice",
+    "PlacementFile",
+    "linear",
+    "load_placement",
+    "round_robin",
+]
 
 MAX_FILE_BYTES = 16 << 20
 
-#: What a user may ask for: a rule by name, or the path of a placement file.
-PlacementChoice = Literal["linear", "round-robin"] | str | Path
+#: Placements by name; ``recorded`` is the run's own, ``auto`` that at its own degree and linear at others.
+PLACEMENT_NAMES = ("auto", "linear", "round-robin", "recorded")
+
+#: What a user may ask for: a placement by name, or the path of a placement file.
+PlacementChoice = Literal["auto", "linear", "round-robin", "recorded"] | str | Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -76,7 +88,8 @@ def round_robin(experts: int, ep: int) -> Placement:
 
 
 _Rank = Annotated[int, Field(ge=0, lt=MAX_RANKS)]
-_Ranks = Annotated[list[_Rank], Field(min_length=1, max_length=65536)]
+_Holders = Annotated[list[_Rank], Field(min_length=1, max_length=MAX_RANKS)]
+_Ranks = Annotated[list[_Rank | _Holders], Field(min_length=1, max_length=65536)]
 
 
 class PlacementFile(BaseModel):
@@ -84,7 +97,7 @@ class PlacementFile(BaseModel):
 
     Attributes:
         name: name of the file, without its folder.
-        expert_to_rank: rank of each expert in every layer; None when layers differ.
+        expert_to_rank: rank of each expert in every layer, or a list of ranks; None when layers differ.
         layers: the same per layer index; None when all layers agree.
         ranks: R; None for the highest rank plus one.
     """
@@ -108,10 +121,26 @@ class PlacementFile(BaseModel):
     def highest_rank(self) -> int:
         """Largest rank that holds an expert anywhere."""
         lists = [self.expert_to_rank] if self.expert_to_rank else list((self.layers or {}).values())
-        return max(max(ranks) for ranks in lists)
+        return max(max(_holders(entry)) for ranks in lists for entry in ranks)
 
     def for_layer(self, layer: int, *, experts: int, ep: int) -> Placement:
         """The placement of one layer.
+
+        Raises:
+            PlacementError: the file has no such layer, another number of experts, replicas, or another R.
+        """
+        holders_E = self.holders(layer, experts=experts, ep=ep)
+        if any(len(ranks) > 1 for ranks in holders_E):
+            raise PlacementError(
+                f"placement {self.name} has experts on several ranks; loads do not say which replica "
+                "computed a token: list one rank per expert (profile --placement takes replicas)"
+            )
+        return Placement(
+            name=self.name, ep=ep, rank_of_E=np.array([rank for (rank,) in holders_E], dtype=np.int64)
+        )
+
+    def holders(self, layer: int, *, experts: int, ep: int) -> list[tuple[int, ...]]:
+        """Ranks that hold each expert of one layer, its home first.
 
         Raises:
             PlacementError: the file has no such layer, another number of experts, or another R.
@@ -119,7 +148,7 @@ class PlacementFile(BaseModel):
         ranks = self.ranks or self.highest_rank + 1
         if ranks != ep:
             raise PlacementError(
-                f"placement {self.name} is for {ranks} ranks, not EP {ep}; scan it with --ep {ranks}"
+                f"placement {self.name} is for {ranks} ranks, not EP {ep}; give --ep {ranks}"
             )
         found = self.expert_to_rank
         if self.layers is not None:
@@ -135,7 +164,11 @@ class PlacementFile(BaseModel):
                 f"placement {self.name} places {len(found)} experts, but layer {layer} has {experts}; "
                 "list one rank per routed expert"
             )
-        return Placement(name=self.name, ep=ep, rank_of_E=np.asarray(found, dtype=np.int64))
+        return [_holders(entry) for entry in found]
+
+
+def _holders(entry: int | list[int]) -> tuple[int, ...]:
+    return (entry,) if isinstance(entry, int) else tuple(entry)
 
 
 def load_placement(path: Path | str) -> PlacementFile:

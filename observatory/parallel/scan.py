@@ -10,6 +10,7 @@ The captured tokens are routed again as they were: the same routing, another map
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,9 +34,10 @@ from observatory.routing.loads import steps_covered
 from observatory.routing.summary import floor_top_k
 
 if TYPE_CHECKING:
+    from observatory.records import Topology
     from observatory.store import LoadBlock, Run
 
-__all__ = ["all_ranks", "place", "placement_rule", "scan_run", "traffic_matrix"]
+__all__ = ["PlacementRule", "all_ranks", "place", "placement_rule", "scan_run", "traffic_matrix"]
 
 _BLOCK_BYTES = 64 * 1024 * 1024
 
@@ -59,7 +61,7 @@ def scan_run(
     *,
     ep_degrees: Sequence[int],
     gpus_per_node: int,
-    placement: PlacementChoice = "linear",
+    placement: PlacementChoice = "auto",
 ) -> pd.DataFrame:
     """Re-map the captured loads of a run, in one streaming pass.
 
@@ -67,7 +69,7 @@ def scan_run(
         run: an open run.
         ep_degrees: degrees to try; each must divide the experts unless a file places them.
         gpus_per_node: ranks per node.
-        placement: ``linear``, ``round-robin`` or a placement file.
+        placement: a name of ``PLACEMENT_NAMES``, or a placement file.
 
     Returns:
         One row per (ep, placement, layer, phase), columns in docs/metrics.md. Whole-run values come from
@@ -78,7 +80,7 @@ def scan_run(
         LoadError: loads are negative or inconsistent.
     """
     topologies = [ParallelTopology(ep=ep, gpus_per_node=gpus_per_node) for ep in dict.fromkeys(ep_degrees)]
-    rule = placement_rule(placement)
+    rule = placement_rule(placement, run.manifest.topology)
     captured = run.manifest.topology.ranks
     top_k = {spec.layer: spec.top_k for spec in run.manifest.model.moe_layers}
     layers: dict[tuple[str, int], _LayerScan] = {}
@@ -111,7 +113,7 @@ def traffic_matrix(
     ep: int,
     layer: int,
     phase: str,
-    placement: PlacementChoice = "linear",
+    placement: PlacementChoice = "auto",
     bytes_per_assignment: int | None = None,
 ) -> pd.DataFrame:
     """Traffic of one layer summed over the run, one row per pair of ranks.
@@ -121,7 +123,7 @@ def traffic_matrix(
         ep: R.
         layer: MoE layer.
         phase: phase of the run.
-        placement: ``linear``, ``round-robin`` or a placement file.
+        placement: a name of ``PLACEMENT_NAMES``, or a placement file.
         bytes_per_assignment: bytes of one dispatched row, hidden size times bytes per element.
 
     Returns:
@@ -130,7 +132,7 @@ def traffic_matrix(
     Raises:
         PlacementError: the degree or the file does not fit, or there are no such loads.
     """
-    rule = placement_rule(placement)
+    rule = placement_rule(placement, run.manifest.topology)
     traffic_RR: NDArray[np.int64] | NDArray[np.float64] = np.zeros((ep, ep), dtype=np.int64)
     sources: Sources | None = None
     source_shares(run.manifest.topology.ranks, ep)  # refuses impossible numbers of ranks
@@ -154,12 +156,25 @@ def traffic_matrix(
     )
 
 
-def place(rule: str | PlacementFile, *, layer: int, experts: int, ep: int) -> Placement:
+@dataclass(frozen=True, slots=True)
+class OwnElseLinear:
+    """Where the run had its experts, at the degree that it had; linear at others."""
+
+    own: PlacementFile
+
+
+#: A checked `PlacementChoice`.
+PlacementRule = str | PlacementFile | OwnElseLinear
+
+
+def place(rule: PlacementRule, *, layer: int, experts: int, ep: int) -> Placement:
     """Placement of one layer by rule (``linear``, ``round-robin``) or file.
 
     Raises:
         PlacementError: it does not fit; the message names the degrees that do.
     """
+    if isinstance(rule, OwnElseLinear):
+        rule = rule.own if rule.own.ranks == ep else "linear"
     if isinstance(rule, PlacementFile):
         return rule.for_layer(layer, experts=experts, ep=ep)
     rules = {"linear": linear, "round-robin": round_robin}
@@ -168,9 +183,31 @@ def place(rule: str | PlacementFile, *, layer: int, experts: int, ep: int) -> Pl
     return rules[rule](experts, ep)
 
 
-def placement_rule(placement: PlacementChoice) -> str | PlacementFile:
-    """The rule's name, or the file it is in."""
-    return placement if placement in ("linear", "round-robin") else load_placement(placement)
+def placement_rule(placement: PlacementChoice, topology: Topology) -> PlacementRule:
+    """The rule of a placement, its file read, or made of what the run's topology says.
+
+    An expert that had replicas is taken to be at its home.
+
+    Raises:
+        PlacementError: the file cannot be used, or the run does not say where its experts were.
+    """
+    if placement in ("linear", "round-robin"):
+        return str(placement)
+    if placement not in ("auto", "recorded"):
+        return load_placement(placement)
+    if topology.placement is None:
+        if placement == "auto":
+            return "linear"
+        raise PlacementError(
+            "the run does not say which rank held which expert; give linear, round-robin or a placement file"
+        )
+    homes: list[int | list[int]] = [ranks[0] for ranks in topology.placement]
+    own = PlacementFile(name="recorded", expert_to_rank=homes, ranks=topology.ranks)
+    if placement == "recorded":
+        return own
+    even = len(homes) % topology.ranks == 0
+    is_linear = even and homes == linear(len(homes), topology.ranks).rank_of_E.tolist()
+    return "linear" if is_linear else OwnElseLinear(own)
 
 
 def all_ranks(block: LoadBlock, captured: int) -> NDArray[np.int64]:

@@ -126,6 +126,24 @@ def test_stages_deliver_every_byte(nodes: int, local: int, seed: int) -> None:
     assert np.array_equal(everything[:, 0], bytes_PP.sum(axis=1))
 
 
+@settings(deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_a_combine_goes_back_the_way_its_dispatch_came(nodes: int, local: int, seed: int) -> None:
+    ranks = nodes * local
+    bytes_PP = np.random.default_rng(seed).integers(0, 100, size=(ranks, ranks))
+    node_of_P = [rank // local for rank in range(ranks)]
+    across, inside = stages(bytes_PP.T, node_of_P, "hierarchical")
+    inside_back, across_back = stages(bytes_PP, node_of_P, "hierarchical", role="combine")
+    assert np.array_equal(inside_back, inside.T)
+    assert np.array_equal(across_back, across.T)
+    assert np.array_equal(inside_back.sum(axis=0), across_back.sum(axis=1))
+    # A reduce-scatter: every rank sends to rank j as much as rank j had to begin with.
+    (summed,) = stages(bytes_PP, node_of_P, "gather", role="combine")
+    assert np.array_equal(summed, np.tile(bytes_PP.sum(axis=0), (ranks, 1)))
+    (direct,) = stages(bytes_PP, node_of_P, "flat", role="combine")
+    assert np.array_equal(direct, bytes_PP)
+
+
 def test_stages_refuse_nodes_and_shapes_they_cannot_serve() -> None:
     with pytest.raises(ExchangeError, match="as many ranks on each node"):
         stages(np.ones((3, 3)), (0, 0, 1), "hierarchical")

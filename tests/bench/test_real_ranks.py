@@ -35,6 +35,8 @@ def test_every_algorithm_delivers_every_byte_of_every_pattern() -> None:
         repeats=2,
         iterations=1,
     )
+    back = [item.model_copy(update={"role": "combine"}) for item in plan.traffic]
+    plan = plan.model_copy(update={"traffic": (*plan.traffic, *back)})
     result = run_benchmark(plan, ranks=4, backend="gloo", ranks_per_node=2)
     assert result is not None
     assert result.node_of_P == (0, 0, 1, 1)

@@ -83,7 +83,9 @@ def test_a_rank_that_leaves_the_barrier_late_does_not_lengthen_the_exchange(tmp_
     (case,) = result.cases
     assert result.clock_uncertainty_us == 0.0
     assert waits_us(case) == pytest.approx([LATE_S * 1e6, LATE_S * 1e6, 0.0], rel=0.2)
-    assert min(min(repeat[:2]) for repeat in case.rank_us_RP) > LATE_S * 1e6, "raw times hold the waiting"
+    assert min(min(repeat[:2]) for repeat in case.rank_us_RP) > 0.8 * LATE_S * 1e6, (
+        "raw times hold the waiting"
+    )
     assert case.median_us < 0.3 * LATE_S * 1e6
 
 

