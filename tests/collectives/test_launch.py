@@ -186,7 +186,7 @@ def test_profile_starts_its_ranks_and_writes_one_run(tmp_path: Path) -> None:
 
 
 def test_the_command_places_experts_as_a_file_says_replicas_too(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     experts = [[0, 1] if expert < 4 else expert % 2 for expert in range(32)]
     (tmp_path / "placement.json").write_text(json.dumps({"expert_to_rank": experts}))
@@ -200,4 +200,4 @@ def test_the_command_places_experts_as_a_file_says_replicas_too(
     ]
     argv[argv.index("2")] = "4"
     assert main([*argv, "--out", str(tmp_path / "four")]) == 1
-    assert "placement placement.json is for 2 ranks, not EP 4; give --ep 2" in capsys.readouterr().err
+    assert "placement placement.json is for 2 ranks, not EP 4; give --ep 2" in capfd.readouterr().err
