@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from observatory.errors import ExchangeError
+from observatory.ranks import LOCAL_RUN
 
 __all__ = ["meeting_point", "rank_environment", "start_local_ranks"]
 
@@ -90,19 +91,27 @@ def start_local_ranks(
 
     Raises:
         ExchangeError: a rank failed, was killed, or the time was up; names the rank.
+        KeyboardInterrupt: as it came; the ranks were told too, and had ``grace_s`` to end.
     """
     if world < 1:
         raise ExchangeError(f"{world} ranks cannot be started; expected 1 or more")
     with tempfile.TemporaryDirectory(prefix="observatory-ranks-") as folder, meeting_point() as port:
         ranks: list[_Rank] = []
         try:
-            run_id = f"observatory-{uuid.uuid4().hex[:8]}"
+            run_id = f"{LOCAL_RUN}{uuid.uuid4().hex[:8]}"
             for rank in range(world):
                 own = {**environment, **rank_environment(rank, world, port=port, run_id=run_id)}
                 ranks += [_start(argv, rank, own, Path(folder))]
             if started is not None:
                 started([rank.process.pid for rank in ranks])
-            failed = _await(ranks, timeout_s)
+            try:
+                failed = _await(ranks, timeout_s)
+            except KeyboardInterrupt:
+                # They are told once, by us: a second signal would interrupt what they still write.
+                for running in ranks:
+                    running.process.send_signal(signal.SIGINT)
+                _await_all(ranks, grace_s)
+                raise
             if failed is not None:
                 _await_all(ranks, grace_s)
                 raise ExchangeError(_told(failed, ranks, world))
@@ -147,6 +156,7 @@ def _start(argv: Sequence[str], rank: int, own: dict[str, str], folder: Path) ->
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            process_group=0,  # Ctrl-C reaches them through this process
             preexec_fn=die_with_parent,  # noqa: PLW1509 - no Python thread runs at this point
         )
     return _Rank(rank, process, log)

@@ -17,9 +17,12 @@ from typing import Literal
 
 from observatory.errors import CaptureError
 
-__all__ = ["Launcher", "RankOf", "find_rank"]
+__all__ = ["LOCAL_RUN", "Launcher", "RankOf", "find_rank"]
 
 Launcher = Literal["caller", "torch.distributed", "torchrun", "mpiexec", "srun", "alone"]
+
+#: How TORCHELASTIC_RUN_ID of ranks begins that `hpc.launch` has started.
+LOCAL_RUN = "observatory-"
 
 #: Slurm numbers the steps that are no ``srun`` (batch script, external, interactive) from here on.
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0

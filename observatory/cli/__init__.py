@@ -1,6 +1,7 @@
 """The ``observatory`` command.
 
-Exit codes: 0 done, 1 something the user can fix (one line says how), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 something the user can fix (one line says how), 2 wrong usage, 130 interrupted by Ctrl-C
+or SIGTERM, which schedulers send before they kill.
 Results go to stdout, progress and messages to stderr. No command shows a traceback, unless
 ``OBSERVATORY_DEBUG`` is set: then errors that nobody foresaw are raised as they are.
 """
@@ -8,6 +9,7 @@ Results go to stdout, progress and messages to stderr. No command shows a traceb
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -42,7 +44,7 @@ def _guarded(argv: Sequence[str] | None) -> int:
         command().main(args=None if argv is None else list(argv), prog_name="observatory")
         sys.stdout.flush()
     except SystemExit as stop:
-        if stop.code == _INTERRUPTED:  # typer turns Ctrl-C into this
+        if stop.code == _INTERRUPTED and not _is_local_rank():  # typer turns Ctrl-C into this
             complain("interrupted; of a run, what was written so far is kept and can be read")
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except ObservatoryError as error:
@@ -86,6 +88,13 @@ def _is_first_rank() -> bool:
         return True
 
 
+def _is_local_rank() -> bool:
+    """Whether another ``observatory`` started this process as a rank, and says what there is to say."""
+    from observatory.ranks import LOCAL_RUN
+
+    return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(LOCAL_RUN)
+
+
 def _open_missing_streams() -> None:
     """Give a process that was started with closed streams (`>&-`) somewhere to write."""
     for name in ("stdin", "stdout", "stderr"):
@@ -95,4 +104,11 @@ def _open_missing_streams() -> None:
 
 def run() -> None:
     """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())
+
+
+def _interrupt(*_: object) -> None:
+    """End as after Ctrl-C; a second signal does not disturb what is still written."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -65,7 +65,7 @@ def export(
         form=form,  # type: ignore[arg-type]  # checked there, naming the choices
         roles=parse_roles(role),  # type: ignore[arg-type]  # the two names, checked there
         run_id=opened.manifest.run_id,
-        placement=placement,
+        placement=captured[0].placement if captured else None,
         notes=notes,
     )
     for note in notes:

@@ -125,7 +125,7 @@ def replay(
             "captured beside uniform traffic of equal volume",
         )
     write_result(result, out)
-    say(f"result written to {out}; ratio: time of captured over uniform traffic, 90 % bootstrap over steps")
+    say(f"result written to {out}; ratio: time of captured over uniform traffic, 90 % interval over steps")
 
 
 def _cells(row: dict[str, Any]) -> list[object]:

@@ -106,8 +106,10 @@ def scan(
             algorithm=algorithm,
             bytes_per_row=row_bytes,
         )
-        notes.append("times are medians over at most 32 steps of each phase, evenly spread")
         frame = frame.merge(times, on=["ep", "layer", "phase"], how="left", validate="one_to_one")
+        predicted = int(frame["predicted_steps"].max()) if len(frame) else 0
+        if predicted < (frame["steps"].max() if len(frame) else 0):
+            notes.append(f"times are medians over {predicted} steps of each phase, evenly spread")
         columns |= _TIME_COLUMNS
     rows = frame_records(frame)
     for note in notes:

@@ -1,6 +1,6 @@
 """What realism costs: captured traffic beside mock traffic of equal volume, as replayed.
 
-Shapes: S steps, B bootstrap samples.
+Shapes: S steps.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy import stats
 
 from observatory.errors import BenchmarkError
 from observatory.records_bench import BenchCase, BenchResult
@@ -20,14 +21,14 @@ _Key = tuple[str, str, int, str, int]
 _Group = tuple[str, str | None, int | None, str | None]
 
 
-def realism(result: BenchResult, *, bootstrap: int = 1000, seed: int = 0) -> pd.DataFrame:
+def realism(result: BenchResult) -> pd.DataFrame:
     """What captured traffic costs beside uniform traffic, as a ratio of times and in microseconds.
 
     One row per algorithm, phase, layer and role, and before them pooled ones: of everything under one
     algorithm, of a phase, of a phase and role over its layers. The ratio is of sums over steps (what a
-    program waits in all), each exchange with the median of its time over repeats. Intervals are a 90 %
-    bootstrap over steps: all exchanges of a step, captured and uniform, are drawn together. None with a
-    single step.
+    program waits in all), each exchange with the median of its time over repeats. Intervals of 90 % are those
+    of a ratio estimator over steps with Student's t (Cochran, Sampling Techniques, 1977, chapter 6): all
+    exchanges of a step, captured and uniform, are one observation. None with a single step.
 
     Returns:
         algorithm, phase, layer, role (missing: pooled over all), exchanges, steps, captured_us, uniform_us
@@ -37,7 +38,6 @@ def realism(result: BenchResult, *, bootstrap: int = 1000, seed: int = 0) -> pd.
     Raises:
         BenchmarkError: the result is no replay, or a captured matrix lacks its uniform companion.
     """
-    generator = np.random.default_rng(seed)
     groups: dict[_Group, dict[int, list[tuple[float, float]]]] = {}
     for key, times in _pairs(result).items():
         for group in _groups_of(key):
@@ -47,7 +47,13 @@ def realism(result: BenchResult, *, bootstrap: int = 1000, seed: int = 0) -> pd.
         # Sums of one step: captured, uniform, number of exchanges.
         sums_S3 = np.array([(*np.sum(pairs, axis=0), len(pairs)) for pairs in by_step.values()])
         captured, uniform, exchanges = sums_S3.sum(axis=0).tolist()
-        ratio, extra_us = _intervals(sums_S3, generator, bootstrap)
+        ratio_half, extra_half_us = (
+            _half_width(numerator_S, of_S)
+            for numerator_S, of_S in (
+                (sums_S3[:, 0], sums_S3[:, 1]),
+                (sums_S3[:, 0] - sums_S3[:, 1], sums_S3[:, 2]),
+            )
+        )
         rows.append(
             {
                 **dict(zip(("algorithm", "phase", "layer", "role"), group, strict=True)),
@@ -56,11 +62,11 @@ def realism(result: BenchResult, *, bootstrap: int = 1000, seed: int = 0) -> pd.
                 "captured_us": captured / exchanges,
                 "uniform_us": uniform / exchanges,
                 "ratio": captured / uniform,
-                "ratio_low": ratio[0],
-                "ratio_high": ratio[1],
+                "ratio_low": max(captured / uniform - ratio_half, 0.0),
+                "ratio_high": captured / uniform + ratio_half,
                 "extra_us": (captured - uniform) / exchanges,
-                "extra_low_us": extra_us[0],
-                "extra_high_us": extra_us[1],
+                "extra_low_us": (captured - uniform) / exchanges - extra_half_us,
+                "extra_high_us": (captured - uniform) / exchanges + extra_half_us,
             }
         )
     ends = ("ratio_low", "ratio_high", "extra_low_us", "extra_high_us")
@@ -100,18 +106,11 @@ def _key(case: BenchCase) -> _Key:
     return case.algorithm, case.phase, case.layer, case.role, case.step
 
 
-_Interval = tuple[float | None, float | None]
-
-
-def _intervals(
-    sums_S3: NDArray[np.float64], generator: np.random.Generator, samples: int
-) -> tuple[_Interval, _Interval]:
-    """90 % intervals of the ratio, and of the difference of one exchange in microseconds."""
-    steps = len(sums_S3)
-    if steps < 2 or samples < 1:
-        return (None, None), (None, None)
-    drawn_BS = generator.integers(steps, size=(samples, steps))
-    captured_B, uniform_B, exchanges_B = sums_S3[drawn_BS].sum(axis=1).T
-    ratio = np.quantile(captured_B / uniform_B, [0.05, 0.95])
-    extra_us = np.quantile((captured_B - uniform_B) / exchanges_B, [0.05, 0.95])
-    return (float(ratio[0]), float(ratio[1])), (float(extra_us[0]), float(extra_us[1]))
+def _half_width(above_S: NDArray[np.float64], below_S: NDArray[np.float64]) -> float:
+    """Half of the 90 % interval of sum(above) / sum(below); NaN with a single step."""
+    steps = len(above_S)
+    if steps < 2:
+        return float("nan")
+    residual_S = above_S - below_S * (above_S.sum() / below_S.sum())
+    error = np.sqrt((residual_S**2).sum() / (steps - 1) / steps) / below_S.mean()
+    return float(stats.t.ppf(0.95, steps - 1) * error)

@@ -47,6 +47,7 @@ class CapturedTraffic:
         step: step of the run.
         phase: phase of the step.
         layer: MoE layer.
+        placement: name of the placement of experts on ranks.
         rows_RR: rows (assignments) from source rank i to expert rank j.
         row_bytes: bytes of one row.
         sources: how captured ranks became these source ranks; the last kind is an estimate.
@@ -55,6 +56,7 @@ class CapturedTraffic:
     step: int
     phase: str
     layer: int
+    placement: str
     rows_RR: NDArray[np.int64]
     row_bytes: int
     sources: Sources
@@ -145,6 +147,7 @@ def captured_traffic(
                 step=int(step),
                 phase=block.phase,
                 layer=block.layer,
+                placement=own.name,
                 rows_RR=whole_rows(traffic_RR),
                 row_bytes=each,
                 sources=sources,

@@ -5,7 +5,7 @@ Shapes: E experts, R expert-parallel ranks.
 A placement file is JSON: ``{"expert_to_rank": [0, 0, 1, ...]}`` for all layers, or
 ``{"layers": {"0": [...], "1": [...]}}`` for each layer its own; ``"ranks"`` states R when the last ranks
 hold no expert. Ranks may hold different numbers of experts; results then say so. Instead of a rank there may
-be a list of ranks, the holders of an expert that is replicated, its home first.
+be a list of ranks, the holders of an expert that is replicated; the lowest is its home.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class PlacementFile(BaseModel):
         )
 
     def holders(self, layer: int, *, experts: int, ep: int) -> list[tuple[int, ...]]:
-        """Ranks that hold each expert of one layer, its home first.
+        """Ranks that hold each expert of one layer.
 
         Raises:
             PlacementError: the file has no such layer, another number of experts, or another R.

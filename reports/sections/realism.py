@@ -48,7 +48,7 @@ def realism_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
                 title="Captured beside uniform traffic, per layer",
                 caption="Above: time of captured over uniform traffic, 1 is no difference. Below: what one "
                 "exchange takes more. Time is that of the slowest rank, median of repeats; bars are 90 % "
-                "bootstrap intervals over steps.",
+                "intervals over steps.",
                 choice="Replay",
                 variants=tuple(variants),
             ),
@@ -140,7 +140,7 @@ def _numbers(rows: pd.DataFrame, where: str) -> Table:
         ["Layer", "Role", *_NUMBERS],
         [[str(row.layer), plain(row.role), *_cells(row)] for row in each_row(shown)],
         text=2,
-        note="Small: 90 % bootstrap interval over steps."
+        note="Small: 90 % interval over steps."
         + (f" {left_out} more rows: observatory replay RUN --json." if left_out else ""),
     )
 
@@ -161,6 +161,5 @@ def _pooled_table(frames: ReportFrames, found: BenchmarkFrames) -> Table:
         "Over all layers",
         ["Phase and role", *_NUMBERS, Column(title="Reading", numeric=False)],
         rows,
-        note="Means of one exchange; the ratio is of sums over steps. Small: 90 % bootstrap interval, whole "
-        "steps drawn.",
+        note="Means of one exchange; the ratio is of sums over steps. Small: 90 % interval over steps.",
     )

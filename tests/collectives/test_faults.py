@@ -186,3 +186,40 @@ def test_ranks_that_the_command_starts_itself_end_with_the_one_that_is_killed(tm
         f"{_SAYS}rank 1 of 2 was killed by signal 9 (SIGKILL); rank 0 ended with errors after it"
     )
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ranks_that_are_interrupted_write_what_they_have_and_leave_nothing_behind(
+    sent: signal.Signals, tmp_path: Path
+) -> None:
+    """The signal comes to the command alone, as a scheduler sends it; no rank has flushed by then."""
+    out, scratch = tmp_path / "run", tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "-W", "ignore", "-m", "observatory", "profile", "tiny-gqa", "--ep", "2"]
+    command += ["--data", "mock", "--batch-size", "1", "--sequence-length", "16", "--steps", "100000"]
+    process = subprocess.Popen(
+        [*command, "--flush-seconds", "1000", "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + _LIMIT_S
+        while len(list(out.glob("ranks/*"))) < 2:
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(2.0)  # some steps
+        process.send_signal(sent)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    said = [line for line in err.splitlines() if line.startswith(_SAYS)]
+    assert said == [f"{_SAYS}interrupted; of a run, what was written so far is kept and can be read"]
+    run = observatory.open_run(out)
+    assert run.manifest.state == "failed"
+    assert set(run.expert_load().source_rank) == {0, 1}
+    assert "the unflushed tail is missing" not in " ".join(run.problems)
+    assert not list(scratch.glob("observatory-ranks-*"))

@@ -183,3 +183,21 @@ def test_profile_starts_its_ranks_and_writes_one_run(tmp_path: Path) -> None:
     assert {"dispatch", "combine"} <= set(exchanges.role)
     assert set(exchanges.source_rank) == {0, 1}
     assert main(["profile", "tiny-mha", "--ep", "2", "--out", str(out), *options]) == 1
+
+
+def test_the_command_places_experts_as_a_file_says_replicas_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    experts = [[0, 1] if expert < 4 else expert % 2 for expert in range(32)]
+    (tmp_path / "placement.json").write_text(json.dumps({"expert_to_rank": experts}))
+    argv = ["profile", "tiny-gqa", "--ep", "2", "--data", "mock", "--batch-size", "1", "--steps", "1"]
+    argv += ["--sequence-length", "16", "--placement", str(tmp_path / "placement.json")]
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 0
+    placement = observatory.open_run(tmp_path / "run").manifest.topology.placement
+    assert placement is not None
+    assert [list(ranks) for ranks in placement] == [
+        [entry] if isinstance(entry, int) else entry for entry in experts
+    ]
+    argv[argv.index("2")] = "4"
+    assert main([*argv, "--out", str(tmp_path / "four")]) == 1
+    assert "placement placement.json is for 2 ranks, not EP 4; give --ep 2" in capfd.readouterr().err

@@ -12,8 +12,9 @@ from collectives.replay import replay_plan
 from observatory.cli import main
 from observatory.cost import fit_network, realism
 from observatory.cost.scan import scan_times
-from observatory.errors import BenchmarkError, RunError
+from observatory.errors import BenchmarkError, PlacementError, RunError
 from observatory.parallel.captured import captured_traffic, departures, row_bytes, whole_rows
+from observatory.parallel.scan import scan_run
 from observatory.records import ModelSpec
 from observatory.records_bench import NODES_AS_TOLD, BenchCase, BenchResult, Traffic
 from observatory.store import open_run
@@ -111,15 +112,15 @@ def test_whole_rows_keep_the_total_and_round_the_largest_remainders_up() -> None
     ("placement", "config", "said"),
     [
         ([[0], [0], [1], [1]], {}, []),
-        ([[0], [1], [0], [1]], {}, ["on other ranks than placement linear"]),
-        ([[0, 1], [0], [1], [1]], {}, ["on other ranks"]),
+        ([[0], [1], [0], [1]], {}, []),
+        ([[0, 1], [0], [1], [1]], {}, ["had replicas; here all tokens of an expert go to its home"]),
         (None, {}, ["does not say which rank held which expert; placement linear is assumed"]),
         ([[0], [0], [1], [1]], {"deduplicate": True}, ["once per destination rank"]),
         ([[0], [0], [1], [1]], {"algorithm": "gather"}, ["gathered all tokens"]),
     ],
 )
 def test_matrices_that_are_not_what_the_run_exchanged_say_so(
-    placement: object, config: dict[str, object], said: list[str], make_run: MakeRun
+    placement: list[list[int]] | None, config: dict[str, object], said: list[str], make_run: MakeRun
 ) -> None:
     path = make_run()
     manifest = json.loads((path / "run.json").read_text())
@@ -130,6 +131,29 @@ def test_matrices_that_are_not_what_the_run_exchanged_say_so(
     assert len(found) == len(said)
     assert all(part in note for part, note in zip(said, found, strict=True))
     assert departures(run, ep=4) == [], "another degree is a what-if, and reads as one"
+    elsewhere = placement is not None and [ranks[0] for ranks in placement] != [0, 1, 0, 1]
+    told = departures(run, ep=2, placement="round-robin")
+    assert any("on other ranks than placement round-robin" in note for note in told) == elsewhere
+
+
+def test_experts_are_where_the_run_had_them_at_its_own_degree(make_run: MakeRun) -> None:
+    path = make_run()
+    manifest = json.loads((path / "run.json").read_text())
+    manifest["topology"] = {"ranks": 2, "ep": 2, "placement": [[0], [1], [1], [0]]}
+    (path / "run.json").write_text(json.dumps(manifest))
+    run = open_run(path)
+    (first, *_) = captured_traffic(run, ep=2, bytes_per_row=1)
+    (linear, *_) = captured_traffic(run, ep=2, bytes_per_row=1, placement="linear")
+    load_E = next(iter(run.iter_loads())).load_SPE[0].sum(axis=0)
+    assert (first.placement, linear.placement) == ("recorded", "linear")
+    assert first.rows_RR.sum(axis=0).tolist() == [load_E[0] + load_E[3], load_E[1] + load_E[2]]
+    assert linear.rows_RR.sum(axis=0).tolist() == [load_E[0] + load_E[1], load_E[2] + load_E[3]]
+    assert next(captured_traffic(run, ep=4, bytes_per_row=1)).placement == "linear"
+    assert set(scan_run(run, ep_degrees=[2, 4], gpus_per_node=4)["placement"]) == {"recorded", "linear"}
+    manifest["topology"]["placement"] = None
+    (path / "run.json").write_text(json.dumps(manifest))
+    with pytest.raises(PlacementError, match="does not say which rank held which expert; give linear"):
+        scan_run(open_run(path), ep_degrees=[2], gpus_per_node=4, placement="recorded")
 
 
 def test_chosen_steps_are_spread_over_the_run(make_run: MakeRun) -> None:
@@ -177,12 +201,28 @@ def test_what_realism_costs_is_a_ratio_of_sums_over_steps() -> None:
     pooled = frame[["phase", "layer", "role"]].isna().to_numpy().tolist()
     assert pooled == [[True] * 3, [False, True, True], [False, True, False], [False] * 3]
     for name, value in (
-        ("ratio", 2.0), ("ratio_low", 1.0), ("ratio_high", 3.0), ("captured_us", 20.0), ("extra_us", 10.0),
-        ("extra_low_us", 0.0), ("extra_high_us", 20.0), ("exchanges", 2), ("steps", 2),
+        ("ratio", 2.0), ("captured_us", 20.0), ("extra_us", 10.0), ("exchanges", 2), ("steps", 2),
+        # Student's t of one degree of freedom at 95 %, times a standard error of 1 and of 10 us.
+        ("ratio_low", 0.0), ("ratio_high", 2 + 6.3138),
+        ("extra_low_us", 10 - 63.138), ("extra_high_us", 10 + 63.138),
     ):  # fmt: skip
-        assert frame[name].tolist() == [value] * 4, name
+        assert frame[name].tolist() == pytest.approx([value] * 4, rel=1e-4), name
     single = realism(replayed([30.0], [10.0]))
     assert single["ratio_low"].isna().all(), "one pair has no interval"
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8, 32])
+def test_intervals_of_the_ratio_cover_it_also_with_few_steps(steps: int) -> None:
+    generator = np.random.default_rng(steps)
+    covered = 0
+    for _ in range(400):
+        uniform = generator.lognormal(3.0, 0.3, steps)
+        frame = realism(
+            replayed((1.3 * uniform * generator.lognormal(0.0, 0.2, steps)).tolist(), uniform.tolist())
+        )
+        truth = 1.3 * np.exp(0.2**2 / 2)
+        covered += int(frame["ratio_low"][0] <= truth <= frame["ratio_high"][0])
+    assert covered / 400 == pytest.approx(0.9, abs=0.05)
 
 
 def test_what_is_pooled_is_drawn_step_by_step_because_its_exchanges_share_a_step() -> None:
