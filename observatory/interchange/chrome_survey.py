@@ -76,5 +76,6 @@ def survey_run(run: Run, chosen: Chosen) -> Survey:
 
 
 def column_ns(rows: pa.Table, column: str) -> Int64:
+    """A column of times, none missing."""
     found: Int64 = rows.column(column).to_numpy().astype(np.int64)
     return found

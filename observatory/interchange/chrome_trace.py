@@ -69,7 +69,7 @@ def write_chrome_trace(
         run: the run.
         out: a file (``.json``, or ``.json.gz`` to compress it) for all ranks, or a new folder for one file
             per rank.
-        phase: only this phase; of the samples, those within a second of what is left.
+        phase: only this phase; of the samples, those from the first event left to a second after the last.
         layers: only these layers, and what belongs to none.
         steps: at most so many steps of each phase, evenly spread.
 
@@ -249,7 +249,7 @@ class _Tracing:
         for key, track in tracks.items():
             yield metadata("process_name", track.pid, name=self._device_name(key))
             yield metadata("process_sort_index", track.pid, sort_index=track.pid)
-        low, high = -_NEAR_NS, self.end_ns - self.base_ns + _NEAR_NS
+        until_ns = self.end_ns - self.base_ns + _NEAR_NS
         for rows in rows_of(self.run, "power"):
             rank = rows.column("source_rank")[0].as_py()
             if rank not in ranks:
@@ -257,7 +257,7 @@ class _Tracing:
             own = rows.sort_by("time_ns").select(["time_ns", "device_uuid", *COUNTERS, "event_reasons"])
             time_ns = self.trace_ns(rank, column_ns(own, "time_ns"))
             for at, row in zip(time_ns.tolist(), own.to_pylist(), strict=True):
-                if not self.chosen.narrows or low <= at <= high:
+                if not self.chosen.narrows or 0 <= at <= until_ns:
                     yield from tracks[rank, row["device_uuid"]].sample(at, row)
         for track in tracks.values():
             yield from track.end()

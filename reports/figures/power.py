@@ -72,6 +72,8 @@ def power_timeline(
     lanes = [str(phase) for phase in dict.fromkeys(bands["phase"])]
     lanes += [reason_name(int(bit)) for bit in sorted(set(reasons["bit"]))]
     heights = [height for _, _, height in shown] + ([_LANE_PX * len(lanes)] if lanes else [])
+    if not heights:
+        return empty_figure(_FRAME_PX, x=axis("seconds since the first sample"), y=axis(""))
     whole = sum(heights) + _BETWEEN_PX * (len(heights) - 1)
     figure = empty_figure(whole + _FRAME_PX, x={}, y={})
     domains, top = [], float(whole)

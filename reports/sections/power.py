@@ -160,7 +160,11 @@ def _ended_s(samples: pd.DataFrame, bands: pd.DataFrame) -> float | None:
 
 
 def _drawn(samples: pd.DataFrame) -> list[str]:
-    return [str(name).replace("_", " ").replace("sm ", "SM ") for name in dict.fromkeys(samples["quantity"])]
+    return [_quantity(name) for name in dict.fromkeys(samples["quantity"])]
+
+
+def _quantity(name: object) -> str:
+    return str(name).replace("_", " ").replace("sm ", "SM ")
 
 
 def _held(reasons: pd.DataFrame) -> str:
@@ -180,7 +184,7 @@ def _missing(rows: pd.DataFrame) -> str:
     """Quantities that are not told, with the reasons; those of one reason together."""
     by_reason: dict[str, list[str]] = {}
     for row in each_row(rows):
-        by_reason.setdefault(plain(row.reason), []).append(str(row.quantity).replace("_", " "))
+        by_reason.setdefault(plain(row.reason), []).append(_quantity(row.quantity))
     return "; ".join(f"{listing(names)}: {shorten(reason, 240)}" for reason, names in by_reason.items())
 
 
