@@ -22,12 +22,15 @@ from observatory.routing import (
 from observatory.store import Run
 from reports.benchmark_files import BenchmarkFiles
 from reports.benchmarks import collect_benchmarks
+from reports.clocks import ClockFrames
 from reports.exchanges import collect_exchanges
 from reports.frames import ReportFrames, RunFacts, each_row, in_reading_order, label_runs
+from reports.power import collect_power
 
 __all__ = ["collect", "model_bands"]
 
 _BOOTSTRAP = 200
+_NOTHING = "no routing rows: the run is left out of every figure"
 _LOADS = ("phase", "layer", "expert", "load", "load_odd", "load_even", "run")
 _LOCALITY = ("phase", "layer", "segments", "hit_share", "hit_share_shuffled", "locality_gain", "run")
 
@@ -38,6 +41,7 @@ def collect(
     ep_degrees: Sequence[int],
     gpus_per_node: int,
     files: BenchmarkFiles | None = None,
+    clocks: ClockFrames | None = None,
 ) -> ReportFrames:
     """Read every run once for its loads and once for its scan; one run is held at a time.
 
@@ -48,6 +52,7 @@ def collect(
         ep_degrees: expert-parallel degrees of the scan.
         gpus_per_node: ranks per node of the scan.
         files: benchmarks, replays and network models that were given beside the runs.
+        clocks: what was made of the sweeps and clock models given.
     """
     facts: list[RunFacts] = []
     layers, summaries, loads, scans, localities = [], [], [], [], []
@@ -66,7 +71,8 @@ def collect(
                 samples = run.token_samples()
                 localities += [] if samples.empty else [local_consistency(samples).assign(run=index)]
             else:
-                gaps.append("no routing rows: the run is left out of every figure")
+                power = run.row_count("power") > 0
+                gaps.append(_NOTHING + (", but for its power" if power else ""))
         except ObservatoryError as error:
             gaps.append(f"the run is left out of figures: {error}")
         facts.append(
@@ -91,6 +97,8 @@ def collect(
         locality=_joined(localities, _LOCALITY),
         exchanges=collect_exchanges(runs),
         benchmarks=collect_benchmarks(runs, files or BenchmarkFiles()),
+        power=collect_power(runs),
+        clocks=clocks,
     )
 
 

@@ -24,7 +24,9 @@ import pandas as pd
 
 from observatory.records import PHASES, Manifest
 from reports.benchmarks import BenchmarkFrames
+from reports.clocks import ClockFrames
 from reports.exchanges import ExchangeFrames
+from reports.power import PowerFrames
 
 __all__ = [
     "ReportFrames",
@@ -76,7 +78,8 @@ class RunFacts:
 class ReportFrames:
     """All frames of a report (columns in the module's docstring) and the runs' facts.
 
-    ``exchanges`` is None when no run holds any, ``benchmarks`` when no files were given.
+    ``exchanges`` is None when no run holds any, ``benchmarks`` and ``clocks`` when no files were given,
+    ``power`` when nobody looked for it.
     """
 
     facts: tuple[RunFacts, ...]
@@ -89,6 +92,8 @@ class ReportFrames:
     locality: pd.DataFrame
     exchanges: ExchangeFrames | None = None
     benchmarks: BenchmarkFrames | None = None
+    power: PowerFrames | None = None
+    clocks: ClockFrames | None = None
 
     @property
     def cells(self) -> pd.DataFrame:

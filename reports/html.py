@@ -17,13 +17,16 @@ import observatory
 from observatory.errors import RunError
 from observatory.store import Run, open_run
 from reports.benchmark_files import read_benchmark_files
+from reports.clocks import collect_clocks
 from reports.collect import collect
 from reports.embed import content_security_policy, packed_figure, script_json, script_text
 from reports.frames import ReportFrames
 from reports.page import FigureBlock, Section, Variant
 from reports.sections import (
     FORMULAS,
+    clocks_section,
     committee_section,
+    energy_section,
     exchange_sections,
     file_records,
     findings,
@@ -33,6 +36,7 @@ from reports.sections import (
     lorenz_section,
     mock_section,
     overview,
+    power_section,
     problems,
     provenance,
     run_table,
@@ -58,6 +62,8 @@ def write_report(
     bench: Sequence[str | os.PathLike[str]] = (),
     replays: Sequence[str | os.PathLike[str]] = (),
     networks: Sequence[str | os.PathLike[str]] = (),
+    clocks: Sequence[str | os.PathLike[str]] = (),
+    max_slowdown: float = 0.02,
     overwrite: bool = False,
 ) -> Path:
     """Write the report of ``runs`` as one HTML file that needs no network.
@@ -72,12 +78,15 @@ def write_report(
         replays: results of ``observatory replay``; one of a run that is not in ``runs`` is left out and
             named.
         networks: network models of ``observatory fit``.
+        clocks: clock sweeps, or clock models of ``observatory clocks fit``.
+        max_slowdown: how much longer an iteration may take at a recommended clock, as a share.
         overwrite: replace an existing file.
 
     Raises:
         RunError: no runs, a run cannot be opened, ``out`` exists or cannot be written, or the page would be
             larger than 10 MB.
         BenchmarkError: a benchmark file cannot be read or is of another kind.
+        ClockError: likewise a clock file, or the budget is none.
     """
     target = Path(out)
     if not runs:
@@ -90,7 +99,8 @@ def write_report(
         raise RunError(f"{target} exists; choose another name, or pass --force to replace it")
     opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
     files = read_benchmark_files(bench=bench, replays=replays, networks=networks)
-    frames = collect(opened, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, files=files)
+    given = collect_clocks(clocks, max_slowdown=max_slowdown)
+    frames = collect(opened, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, files=files, clocks=given)
     page = render(frames, title=title, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, out=target)
     size = len(page.encode("utf-8", "replace"))
     if size > MOST_BYTES:
@@ -114,6 +124,7 @@ def render(
     plotly_js = get_plotlyjs()
     paths = [str(fact.path) for fact in frames.facts]
     given = frames.benchmarks.files.options() if frames.benchmarks else []
+    given += frames.clocks.options() if frames.clocks else []
     return environment.get_template("report.html.j2").render(
         title=shorten(title or _title(frames), 200),
         version=observatory.__version__,
@@ -122,7 +133,7 @@ def render(
         light_variables=Markup(css_variables(dark=False)),
         dark_variables=Markup(css_variables(dark=True)),
         stylesheet=Markup(_asset(environment, "page.css")),
-        kind="Routing and exchange report" if frames.exchanges or frames.benchmarks else "Routing report",
+        kind=_kind(frames),
         overview=overview(frames),
         problems=problems(frames),
         findings=findings(frames),
@@ -149,8 +160,17 @@ def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]
     about_exchanges = exchange_sections(frames)
     found = frames.exchanges
     first = found is not None and set(found.traffic["run"]) == set(frames.runs["run"])
+    about_power = [
+        section
+        for section in (power_section(frames), energy_section(frames), clocks_section(frames))
+        if section.blocks or section.reason
+    ]
+    if frames.layers.empty and frames.power is not None and frames.power.runs:
+        return [*about_exchanges, *about_power, run_table(frames)]  # telemetry alone
+    sampled = frames.power is not None and bool(frames.power.runs)
     return [
         *(about_exchanges if first else ()),
+        *(about_power if sampled else ()),
         grid_section(frames),
         mock_section(frames),
         heatmap_section(frames),
@@ -159,9 +179,19 @@ def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]
         scan_section(frames, gpus_per_node=gpus_per_node),
         step_section(frames),
         *(() if first else about_exchanges),
+        *(() if sampled else about_power),
         layer_section(frames),
         run_table(frames),
     ]
+
+
+def _kind(frames: ReportFrames) -> str:
+    """What the page is about, in three words or so."""
+    about = [] if frames.layers.empty else ["routing"]
+    about += ["exchange"] if frames.exchanges or frames.benchmarks else []
+    about += ["power"] if (frames.power and frames.power.runs) or frames.clocks else []
+    text = listing(about or ["routing"])
+    return f"{text[0].upper()}{text[1:]} report"
 
 
 def _title(frames: ReportFrames) -> str:
@@ -169,6 +199,8 @@ def _title(frames: ReportFrames) -> str:
     conditions = list(dict.fromkeys(shorten(fact.condition, 40) for fact in frames.facts))
     left = models[0] if len(models) == 1 else f"{len(models)} models"
     right = listing(conditions) if len(conditions) <= 2 else f"{len(conditions)} data conditions"
+    if frames.layers.empty and frames.power is not None and frames.power.runs:
+        return f"Power of {left}"
     return f"Expert routing of {left} on {right}"
 
 

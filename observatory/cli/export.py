@@ -1,9 +1,9 @@
-"""``observatory export``: captured traffic in other tools' formats."""
+"""``observatory export``: a run in other tools' formats."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,14 +19,21 @@ from observatory.cli.options import (
 )
 from observatory.cli.parsing import parse_roles
 
+if TYPE_CHECKING:
+    from observatory.store import Run
+
 __all__ = ["export"]
 
 
 def export(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    form: Annotated[str, typer.Argument(metavar="FORMAT", help="nccl-tests or ucc.")],
-    ep: Annotated[int, typer.Option("--ep", min=1, help="EP degree of the matrices.")],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    form: Annotated[str, typer.Argument(metavar="FORMAT", help="nccl-tests, ucc or chrome-trace.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder to write; for chrome-trace also a .json or .json.gz file.")
+    ],
+    ep: Annotated[
+        int | None, typer.Option("--ep", min=1, help="EP degree of the matrices; needed for them.")
+    ] = None,
     placement: PlacementOption = "auto",
     phase: OnlyPhaseOption = None,
     layer: OnlyLayersOption = None,
@@ -35,13 +42,19 @@ def export(
     row_bytes: RowBytesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Write a run's traffic matrices for nccl-tests or UCC's perftest."""
+    """Write traffic matrices for nccl-tests or UCC's perftest, or a trace for Perfetto and chrome://tracing."""
     from observatory.cli.output import print_json, say
+    from observatory.errors import BenchmarkError
     from observatory.interchange.export import export_traffic
     from observatory.parallel.captured import captured_traffic, departures
     from observatory.store import open_run
 
     opened = open_run(run)
+    if form == "chrome-trace":
+        _trace(opened, out, phase=phase, layers=layer, steps=steps, json=json)
+        return
+    if ep is None:
+        raise BenchmarkError(f"format {form!r} is of matrices of one EP degree; give it with --ep")
     captured = list(
         captured_traffic(
             opened,
@@ -80,3 +93,26 @@ def export(
             }
         )
     say(f"{len(written) - 1} files written to {out}; {written[-1].name} says what each holds")
+
+
+def _trace(
+    run: Run, out: Path, *, phase: str | None, layers: list[int] | None, steps: int | None, json: bool
+) -> None:
+    """Write a trace, and say what was written."""
+    from observatory.cli.output import print_json, say
+    from observatory.interchange.chrome_trace import write_chrome_trace
+
+    trace = write_chrome_trace(run, out, phase=phase, layers=layers, steps=steps)
+    for note in trace.notes:
+        say(f"note: {note}")
+    if json:
+        print_json(
+            {
+                "run_id": run.manifest.run_id,
+                "format": "chrome-trace",
+                "events": trace.events,
+                "notes": list(trace.notes),
+                "files": [str(path) for path in trace.files],
+            }
+        )
+    say(f"{trace.events} events written to {out}; open it at ui.perfetto.dev or chrome://tracing")

@@ -29,6 +29,13 @@ def report(
         list[Path] | None,
         typer.Option(help="Network model of fit: measured against predicted; may be given again."),
     ] = None,
+    clocks: Annotated[
+        list[Path] | None,
+        typer.Option(help="Clock sweep, or model of clocks fit: which clock; may be given again."),
+    ] = None,
+    max_slowdown: Annotated[
+        float, typer.Option(min=0.0, max=10.0, help="Longest an iteration may get at a clock, as a share.")
+    ] = 0.02,
     force: ForceOption = False,
 ) -> None:
     """Write the report: one HTML file that needs no network."""
@@ -45,6 +52,8 @@ def report(
         bench=bench or (),
         replays=replay or (),
         networks=network or (),
+        clocks=clocks or (),
+        max_slowdown=max_slowdown,
         overwrite=force,
     )
     say(f"report written to {path}")

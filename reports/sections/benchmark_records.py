@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from observatory.cost import NetworkModel
 from observatory.records_bench import BenchResult
 from reports.benchmark_files import Given
+from reports.clocks import ClockFile
 from reports.frames import ReportFrames
 from reports.sections.overview import when
 from reports.text import bytes_text, count, plain, shorten
@@ -32,13 +33,15 @@ class FileRecord:
 
 def file_records(frames: ReportFrames) -> list[FileRecord]:
     """Everything each benchmark file says about itself."""
+    of_clocks = [_clocks(file) for file in frames.clocks.files] if frames.clocks else []
     if frames.benchmarks is None:
-        return []
+        return of_clocks
     files = frames.benchmarks.files
     return [
         *(_result(given, "benchmark") for given in files.bench),
         *(_result(given, "replay") for given in files.replays),
         *(_network(given) for given in files.networks),
+        *of_clocks,
     ]
 
 
@@ -85,6 +88,22 @@ def _network(given: Given[NetworkModel]) -> FileRecord:
         pairs += [(f"{shorten(fit.algorithm, 24)} held out", fit.sharing)]
     pairs += [("note", note) for note in model.notes]
     return _record(given.name, "network model", pairs, model.argv)
+
+
+def _clocks(file: ClockFile) -> FileRecord:
+    model = file.model
+    pairs: list[tuple[str, object]] = [
+        ("file", file.path),
+        ("fitted", when(model.created_unix_s)),
+        ("device", ", ".join(f"{name} {value}" for name, value in model.device if value is not None)),
+        ("schema", model.schema_version),
+        ("fitted to", ", ".join(model.sources)),
+        ("seed", model.seed),
+        ("commit", model.git_sha),
+    ]
+    pairs += [("note", note) for note in model.notes]
+    what = "clock sweep, fitted for this page" if file.what == "sweep" else "clock model"
+    return _record(file.path.name, what, pairs, model.argv)
 
 
 def _numbers(values: tuple[int, ...]) -> str:

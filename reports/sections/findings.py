@@ -10,6 +10,7 @@ from reports.sections.common import spread
 from reports.sections.exchange_findings import exchange_findings
 from reports.sections.layers import worst_layers
 from reports.sections.mock import mock_ratios
+from reports.sections.power_findings import power_findings
 from reports.sections.scan import mean_over_layers
 from reports.text import interval, listing, number, plain, shorten, times
 
@@ -18,7 +19,7 @@ __all__ = ["findings"]
 
 def findings(frames: ReportFrames) -> list[str]:
     """Sentences for the head of the page; empty when there is nothing to say."""
-    sentences = exchange_findings(frames)
+    sentences = exchange_findings(frames) + power_findings(frames)
     cells = frames.cells.dropna(subset=["gini"])
     if cells.empty:
         return sentences

@@ -72,8 +72,12 @@ def problems(frames: ReportFrames) -> list[tuple[str, list[str]]]:
         if lines:
             name = f"{shorten(label)} on {shorten(fact.condition)}"
             stated.setdefault(tuple(dict.fromkeys(lines)), []).append(name)
+    for run, line in frames.power.gaps if frames.power else ():
+        whose = f"Power of {shorten(frames.runs.loc[run, 'label'])} on {shorten(frames.facts[run].condition)}"
+        stated.setdefault((plain(line),), []).append(whose)
     of_files: dict[str, list[str]] = {}
-    for name, line in frames.benchmarks.gaps if frames.benchmarks else ():
+    of_benchmarks = frames.benchmarks.gaps if frames.benchmarks else ()
+    for name, line in (*of_benchmarks, *(frames.clocks.gaps if frames.clocks else ())):
         of_files.setdefault(shorten(name), []).append(plain(line))
     return [(listing(names), list(lines)) for lines, names in stated.items()] + list(of_files.items())
 

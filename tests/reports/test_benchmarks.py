@@ -419,7 +419,7 @@ def test_the_records_say_how_each_file_was_made_and_the_page_how_to_make_it_agai
     assert main(argv) == 0
     page = out.read_text(encoding="utf-8")
     assert f"--replay {replay} --network {model_file}" in page
-    assert "Full records of 2 benchmark files" in page
+    assert "Full records of 2 files" in page
 
 
 def test_every_colour_of_the_figures_has_a_dark_partner(tmp_path: Path, model_file: Path) -> None:

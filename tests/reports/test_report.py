@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -73,12 +74,14 @@ def test_thirty_runs_fit_and_every_section_is_there(tmp_path: Path) -> None:
         "committee",
         "ep",
         "steps",
+        "power",
         "layers",
         "provenance",
         "methods",
     ):
         assert f'<section id="{section}"' in text
-    assert 'class="reason"' not in text
+    (reason,) = re.findall(r'<p class="reason">([^<]*)', text)
+    assert reason.startswith("No run here shows power: it holds no power samples: none were asked for")
     assert text.count("* plotly.js v") == 1
 
 

@@ -1,0 +1,316 @@
+"""Energy per token and phase, idle apart, and how far the numbers can be trusted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from observatory.records import PHASES
+from reports.figures.energy import device_energy, token_energy
+from reports.frames import ReportFrames, each_row, phases_of
+from reports.page import Block, Cell, Column, FigureBlock, Section, Table, Variant, table
+from reports.power import PowerFrames
+from reports.text import count, interval, listing, number, percent, plain, shorten
+
+__all__ = ["TOLERATED_ALIASING", "energy_section", "energy_text"]
+
+_TITLE = "Energy per phase and token"
+_MOST_BARS = 24
+_MOST_ROWS = 40
+#: Errors of integrated power below this are no aliasing worth a warning (observatory.energy.aliasing).
+TOLERATED_ALIASING = 0.02
+_NOT_ATTRIBUTED = 0.005
+
+
+def energy_section(frames: ReportFrames) -> Section:
+    """Per token, per device, and the tables behind both; empty without power samples."""
+    found = frames.power
+    assert found is not None
+    if not found.runs:
+        return Section(id="energy", title=_TITLE)
+    tokens = [variant for run in found.runs if (variant := _token_variant(frames, found, run))]
+    devices = [variant for run in found.runs if (variant := _device_variant(frames, found, run))]
+    blocks: list[Block] = []
+    if tokens:
+        blocks.append(
+            FigureBlock(
+                id="energy-tokens",
+                title="Energy per token",
+                caption="All devices of a rank over all its tokens of the phase: input tokens for prefill, "
+                "output "
+                "tokens for decode. Every phase has a scale of its own. Hatched: what the idle device draws "
+                "in the same time. Bars with ends: 90 % interval, without the calibration of the sensor (5 "
+                "%).",
+                choice="Run",
+                variants=tuple(tokens),
+            )
+        )
+    if devices:
+        blocks.append(
+            FigureBlock(
+                id="energy-devices",
+                title="Where the energy of each device went",
+                caption="Energy from the first phase to the last (of all samples where no phases are "
+                "known): by "
+                "the counter where there is one, else by integrated power. Time in no phase stands apart.",
+                choice="Run",
+                variants=tuple(devices),
+            )
+        )
+    blocks.append(_phase_table(frames, found))
+    lead = (
+        "A phase is measured alone where it fills windows of five seconds or more (repetition), else by "
+        "least "
+        "squares over the shares of time, and not at all where neither can tell: then the reason stands "
+        "there. "
+        "Counter and integrated power are computed apart and compared.",
+        *_why_no_tokens(frames, found, tokens),
+        *_aliasing_sentences(frames, found),
+    )
+    return Section(id="energy", title=_TITLE, short="Energy per token", lead=lead, blocks=tuple(blocks))
+
+
+def energy_text(millijoules: float | None) -> str:
+    """An energy in the unit that reads best, three digits or so."""
+    if millijoules is None or pd.isna(millijoules):
+        return "n/a"
+    for unit, factor in (("µJ", 1e-3), ("mJ", 1.0), ("J", 1e3), ("kJ", 1e6)):
+        scaled = millijoules / factor
+        if abs(scaled) < 1000 or unit == "kJ":
+            break
+    digits = 0 if abs(scaled) >= 100 else 1 if abs(scaled) >= 10 else 2
+    return f"{scaled:.{digits}f} {unit}".replace("-", "−")
+
+
+def _where(frames: ReportFrames, run: int) -> str:
+    label, condition = frames.runs.loc[run, ["label", "condition"]]
+    return f"{shorten(label)} on {shorten(condition, 24)}"
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or pd.isna(value) else plain(value)
+
+
+def _token_variant(frames: ReportFrames, found: PowerFrames, run: int) -> Variant | None:
+    own = found.tokens[found.tokens["run"] == run]
+    known = own[own["mj_per_token"].notna()]
+    if known.empty:
+        return None
+    ordered = pd.concat([known[known["phase"] == phase] for phase in phases_of(known)])
+    most = known.groupby("source_rank")["mj_per_token"].max().sort_values(ascending=False)
+    shown = ordered[ordered["source_rank"].isin(most.head(_MOST_BARS).index)]
+    where = _where(frames, run)
+    sentences = [
+        f"{row.phase}, rank {row.source_rank}: {number(row.mj_per_token, 2)} mJ per {row.kind} token "
+        f"({interval(row.mj_per_token_low, row.mj_per_token_high, 2)}), {count(row.tokens)} tokens from "
+        f"{_text(row.tokens_source)}"
+        for row in each_row(shown.head(4))
+    ]
+    left_out = len(most) - shown["source_rank"].nunique()
+    return Variant(
+        group=shorten(frames.runs.loc[run, "label"]),
+        label=where,
+        figure=token_energy(shown),
+        alt=f"Bars of energy per token for {where}. {'; '.join(sentences)}.",
+        note=f"{where}: {'; '.join(sentences)}."
+        + (f" {left_out} ranks with less energy per token are not drawn." if left_out else "")
+        + "".join(f" Flagged: {flag}." for flag in dict.fromkeys(map(_text, shown["flag"].dropna()))),
+        numbers=_token_table(own, where),
+    )
+
+
+def _token_table(own: pd.DataFrame, where: str) -> Table:
+    rows: list[list[str | Cell]] = [
+        [
+            Cell(text=plain(row.phase), detail=f"rank {row.source_rank}", heading=True),
+            "n/a" if pd.isna(row.tokens) else f"{count(row.tokens)} {row.kind}",
+            Cell(
+                text=number(row.mj_per_token, 3),
+                detail=interval(row.mj_per_token_low, row.mj_per_token_high),
+            ),
+            number(row.above_idle_mj_per_token, 3),
+            number(row.idle_mj_per_token, 3),
+            "; ".join(filter(None, (_text(row.flag), _text(row.reason)))) or "–",
+        ]
+        for row in each_row(own.head(_MOST_ROWS))
+    ]
+    return table(
+        f"{where}: mJ per token",
+        ["Phase", "Tokens", "All of it", "Above idle", "Idle", Column(title="To know", numeric=False)],
+        rows,
+        note="Small: 90 % interval." + _more(len(own)),
+    )
+
+
+def _device_variant(frames: ReportFrames, found: PowerFrames, run: int) -> Variant | None:
+    devices = found.devices[(found.devices["run"] == run)]
+    known = devices[devices["energy_mj"].notna()].sort_values("energy_mj", ascending=False).head(_MOST_BARS)
+    if known.empty:
+        return None
+    where = _where(frames, run)
+    parts = _parts(known, found.phases[(found.phases["run"] == run) & found.phases["span"].isna()])
+    whole = float(known["energy_mj"].sum())
+    shares = parts.groupby("part", sort=False)["mj"].sum() / whole
+    return Variant(
+        group=shorten(frames.runs.loc[run, "label"]),
+        label=where,
+        figure=device_energy(known, parts),
+        alt=f"Stacked bars of {len(known)} devices for {where}: {energy_text(whole)} in all.",
+        note=f"{where}: {energy_text(whole)} on {len(known)} of {len(devices)} devices. Of it "
+        + listing([f"{plain(name)}: {percent(share)}" for name, share in shares.items()], most=9)
+        + ".",
+        numbers=_device_table(devices, where),
+    )
+
+
+def _parts(devices: pd.DataFrame, phases: pd.DataFrame) -> pd.DataFrame:
+    """What each device's energy consists of, in the order in which it is stacked.
+
+    A phase whose power is not above idle, within its error, is all idle power.
+    """
+    rows: list[dict[str, object]] = []
+    for device in each_row(devices):
+        own = phases[(phases["device_uuid"] == device.device_uuid) & phases["energy_mj"].notna()]
+        ran = own[own["phase"] != "idle"]
+        pieces = [_piece(row) for phase in phases_of(ran) for row in each_row(ran[ran["phase"] == phase])]
+        idle = sum(float(row.energy_mj) for row in each_row(ran)) - sum(mj for _, _, mj in pieces)
+        pieces.append(("idle power during phases", "", idle))
+        pieces.append(("idle time", "", float(own.loc[own["phase"] == "idle", "energy_mj"].sum())))
+        rest = float(device.energy_mj) - sum(mj for _, _, mj in pieces)
+        if rest > _NOT_ATTRIBUTED * device.energy_mj:
+            pieces.append(("not attributed", "", rest))
+        rows += [
+            {"device_uuid": device.device_uuid, "part": part, "phase": phase, "mj": mj}
+            for part, phase, mj in pieces
+            if mj > 0
+        ]
+    return pd.DataFrame(rows, columns=["device_uuid", "part", "phase", "mj"])
+
+
+def _piece(row: Any) -> tuple[str, str, float]:
+    """Name, phase and energy of a phase above idle; of all of it where its idle part is not known."""
+    if pd.isna(row.above_idle_mj):
+        return f"{row.phase}, idle part not known", str(row.phase), float(row.energy_mj)
+    return f"{row.phase}, above idle", str(row.phase), max(float(row.above_idle_mj), 0.0)
+
+
+def _device_table(devices: pd.DataFrame, where: str) -> Table:
+    rows: list[list[str | Cell]] = [
+        [
+            Cell(text=shorten(row.device_uuid, 44), detail=_text(row.device), heading=True),
+            number(row.duration_s, 1),
+            Cell(
+                text=energy_text(row.energy_mj),
+                detail=f"± {percent(row.error)}" if pd.notna(row.error) else "",
+            ),
+            energy_text(row.counter_mj),
+            energy_text(row.integral_mj),
+            percent(row.disagreement),
+            f"{number(row.power_mw / 1e3, 1)} W" if pd.notna(row.power_mw) else "n/a",
+            Cell(
+                text=f"{number(row.idle_power_mw / 1e3, 1)} W" if pd.notna(row.idle_power_mw) else "n/a",
+                detail=_text(row.idle_source),
+            ),
+            "; ".join(filter(None, (_text(row.flag), _text(row.reason)))) or "–",
+        ]
+        for row in each_row(devices.head(_MOST_ROWS))
+    ]
+    return table(
+        f"{where}: energy of each device",
+        [
+            "Device", "Seconds", "Energy", "By counter", "By power", "Counter over power, minus 1",
+            "Mean power",
+            Column(title="Idle power", detail="and where it is from"), Column(title="To know", numeric=False),
+        ],
+        rows,
+        note="± is half of the 90 % interval, the sensor's calibration left out." + _more(len(devices)),
+    )  # fmt: skip
+
+
+def _phase_table(frames: ReportFrames, found: PowerFrames) -> Table:
+    several = len(found.runs) > 1
+    one_device = not several and found.phases["device_uuid"].nunique() == 1
+    rows: list[list[str | Cell]] = []
+    for row in each_row(_in_order(found.phases).head(_MOST_ROWS)):
+        what = plain(row.phase) if _text(row.span) == "" else f"{plain(row.phase)} / {plain(row.span)}"
+        whose = "" if one_device else shorten(row.device_uuid, 20)
+        method = f"{row.method} ({_text(row.source)})" if _text(row.method) else ""
+        rows.append(
+            [
+                Cell(
+                    text=what,
+                    detail=f"{_where(frames, row.run)}, {whose}" if several else whose,
+                    heading=True,
+                ),
+                number(row.seconds, 2),
+                Cell(
+                    text=number(row.power_mw / 1e3, 1),
+                    detail=interval(row.power_low_mw / 1e3, row.power_high_mw / 1e3, 1),
+                ),
+                energy_text(row.energy_mj),
+                energy_text(row.above_idle_mj),
+                energy_text(row.idle_mj),
+                method or "–",
+                "; ".join(filter(None, (_text(row.flag), _text(row.reason)))) or "–",
+            ]
+        )
+    return table(
+        "Power and energy of each phase, and of the spans inside",
+        [
+            "Phase", "Seconds", Column(title="Mean power, W", detail="90 % interval"), "Energy", "Above idle",
+            "Idle power meanwhile", Column(title="Method", numeric=False), Column(title="To know",
+            numeric=False),
+        ],
+        rows,
+        note="Idle is time in no phase." + _more(len(found.phases)),
+    )  # fmt: skip
+
+
+def _in_order(phases: pd.DataFrame) -> pd.DataFrame:
+    """Rows by run, rank and device, phases in their usual order, idle last, spans below their phase."""
+    order = {phase: place for place, phase in enumerate(PHASES)}
+    return (
+        phases.assign(place=phases["phase"].map(order).fillna(len(order)))
+        .sort_values(["run", "source_rank", "device_uuid", "place"], kind="stable")
+        .drop(columns="place")
+    )
+
+
+def _more(rows: int) -> str:
+    return f" {rows - _MOST_ROWS} more rows: observatory energy RUN." if rows > _MOST_ROWS else ""
+
+
+def _why_no_tokens(frames: ReportFrames, found: PowerFrames, shown: list[Variant]) -> list[str]:
+    """Runs without any energy per token, and why."""
+    labels = {variant.label for variant in shown}
+    told = []
+    for run in found.runs:
+        if _where(frames, run) in labels:
+            continue
+        own = found.tokens[found.tokens["run"] == run]
+        of_devices = found.devices.loc[found.devices["run"] == run, "reason"]
+        reasons = [*map(_text, own["reason"].dropna()), *map(_text, of_devices.dropna())]
+        why = "; ".join(dict.fromkeys(reasons)) or "no phases of it are known"
+        told.append(f"{_where(frames, run)} has no energy per token: {shorten(why, 600)}.")
+    return told
+
+
+def _aliasing_sentences(frames: ReportFrames, found: PowerFrames) -> list[str]:
+    """Phases whose steps move in time with the sensor, where that changes a number."""
+    sentences = []
+    aliased = found.aliasing
+    for row in each_row(aliased[aliased["error"] > TOLERATED_ALIASING] if len(aliased) else aliased):
+        cure = (
+            f"{row.shifts} pauses of {number(row.shift_ms, 1)} ms would leave {percent(row.error_after)}"
+            if row.error_after < row.error
+            else "a longer run is the cure, no pause helps"
+        )
+        sentences.append(
+            f"Warning: in {_where(frames, row.run)}, steps of {plain(row.phase)} take "
+            f"{number(row.step_period_ms, 1)} ms and move in time with the power sensor (renewed every "
+            f"{number(row.update_ms, 0)} ms): its integrated power may be off by up to "
+            f"{percent(row.error, 0)}; "
+            f"{cure}. Energy by the counter is not concerned."
+        )
+    return sentences[:_MOST_BARS]
