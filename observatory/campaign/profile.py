@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from observatory.errors import DataError, ExchangeError, ModelError, ObservatoryError
+from observatory.errors import CaptureError, DataError, ExchangeError, ModelError, ObservatoryError
 from observatory.stages import ALGORITHMS
 
 if TYPE_CHECKING:
@@ -65,6 +65,8 @@ class ProfileJob:
         exchange_timeout_s: how long to wait for a rank before it is named as missing.
         power: ``auto`` samples the GPUs the model is on, ``on`` else processors as well, ``off`` nothing; or
             devices by name, separated by commas.
+        power_shifts: pauses between steps where these move in time with the power sensor: ``auto`` with one
+            rank, ``on`` (refused with several), ``off``.
     """
 
     model: str
@@ -87,6 +89,7 @@ class ProfileJob:
     backend: str = "auto"
     exchange_timeout_s: float = 60.0
     power: str = "auto"
+    power_shifts: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "steps", "window_steps", "ep"):
@@ -97,6 +100,12 @@ class ProfileJob:
                 raise DataError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.phase not in get_args(PhaseChoice):
             raise DataError(f"phase is {self.phase!r}; choose one of {', '.join(get_args(PhaseChoice))}")
+        if self.power_shifts not in ("auto", "on", "off"):
+            raise CaptureError(f"power_shifts is {self.power_shifts!r}; choose one of auto, on, off")
+        if self.power_shifts == "on" and self.power == "off":
+            raise CaptureError(
+                "power_shifts is on, but power is off; sample power, or leave power_shifts out"
+            )
         if self.algorithm not in ALGORITHMS:
             raise ExchangeError(
                 f"algorithm {self.algorithm!r} does not exist; expected one of {', '.join(ALGORITHMS)}"
@@ -107,6 +116,10 @@ class ProfileJob:
         """What ``observatory.watch`` is told of ``power``."""
         known: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
         return known[self.power] if self.power in known else tuple(self.power.split(","))
+
+    def shifts_power(self, *, ranks: int) -> bool:
+        """Whether there may be pauses between steps."""
+        return self.power_shifts == "on" or (self.power_shifts == "auto" and ranks == 1)
 
     @property
     def prefill_steps(self) -> int:
@@ -219,6 +232,7 @@ def _run_rank(
                 config=asdict(job),
                 topology=ranks.topology(sharded),
                 power=job.watched_power,
+                power_shifts=job.steps if job.shifts_power(ranks=world) else False,
                 exchanges=True if ranks.transport is not None and world > 1 else None,
                 align_clocks=ranks.transport is None,  # else over the transport, whatever it is
                 data=DataSpec(
