@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from observatory.zoo.data import TokenStream
     from observatory.zoo.models import LoadedModel
 
-__all__ = ["PhaseChoice", "ProfileJob", "run_profile"]
+__all__ = ["PhaseChoice", "ProfileJob", "last_logits_only", "run_profile"]
 
 PhaseChoice = Literal["prefill", "decode", "both"]
 
@@ -295,10 +295,7 @@ def _rows(stream: TokenStream, job: ProfileJob, *, rank: int, world: int) -> tor
 def _prefill(model: Any, ids: torch.Tensor, job: ProfileJob, *, column: int, keep_cache: bool) -> Any:
     """One prefill over T columns of every row; its cache when asked for, else None."""
     window = ids[:, column : column + job.sequence_length]
-    options: dict[str, Any] = {"use_cache": keep_cache}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = 1
-    output = model(input_ids=window, **options)
+    output = model(input_ids=window, use_cache=keep_cache, **last_logits_only(model))
     if not keep_cache:
         return None
     cache = getattr(output, "past_key_values", None)
@@ -307,6 +304,11 @@ def _prefill(model: Any, ids: torch.Tensor, job: ProfileJob, *, column: int, kee
             f"{type(model).__name__} returns no cache, so it cannot decode; profile it with --phase prefill"
         )
     return cache
+
+
+def last_logits_only(model: Any) -> dict[str, Any]:
+    """Options of a call that let a model compute the logits of the last token only, if it can."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _check_length(model: Any, job: ProfileJob) -> None:
