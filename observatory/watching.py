@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from collectives.recorder import Recorder
+    from observatory.watching_shifts import PhaseShifts
     from probes.routing.adapters import Adapter
     from probes.routing.sites import RoutingSite
 
@@ -61,6 +62,7 @@ def watch(
     exchanges: bool | None = None,
     power: bool | Sequence[str] | None = None,
     power_period_s: float = 0.05,
+    power_shifts: bool | int = False,
     align_clocks: bool = True,
     clock_timeout_s: float = 30.0,
     flight_recorder: bool = False,
@@ -94,6 +96,12 @@ def watch(
             was computed (docs/power.md). Devices by name; True for the GPUs of this process or else its
             processors; None for its GPUs if the model is on one; False for none. It takes about 2 s to begin.
         power_period_s: time between samples, seconds.
+        power_shifts: pause for some milliseconds between steps, outside all spans, where steps move in time
+            with a power sensor that sees only part of the time, as those of A100 and H100 do (docs/power.md).
+            At most a hundredth of the time, and none where it would not help. Waits for the device first.
+            A number: so many steps have one rhythm (all prefills, say), then the next begins; pauses are
+            then put at equal parts of them, which cures short runs too.
+            Not with several ranks: a pause of one is waiting of all others.
         flight_recorder: with exchanges, also keep what torch's flight recorder says of each, as a second
             source (docs/exchange.md#the-flight-recorder-as-a-second-source).
         align_clocks: where exchanges are watched, relate the clocks of all hosts to each other at enter and
@@ -132,7 +140,14 @@ def watch(
             raise CaptureError(f"{name} is {seconds}; expected more than 0")
     if run_id is not None and not 0 < len(run_id) <= _LONGEST_RUN_ID:
         raise CaptureError(f"run_id has {len(run_id)} characters; expected 1 to {_LONGEST_RUN_ID}")
+    if power_shifts < 0:
+        raise CaptureError(f"power_shifts is {power_shifts}; expected True, False or a number of steps")
     where = find_rank(rank, world)
+    if power_shifts and (where.world > 1 or exchanges):
+        raise CaptureError(
+            f"power_shifts is asked for with {where.world} ranks or timed exchanges, where a pause of one "
+            "rank is waiting of all others; leave it out, or watch one rank alone"
+        )
     if overwrite and where.world > 1 and run_id is None:
         raise CaptureError(
             f"overwrite is asked for with {where.world} ranks, where a late rank cannot tell the old run "
@@ -150,6 +165,7 @@ def watch(
         exchanges=exchanges,
         wanted_power=power,
         power_period_s=power_period_s,
+        power_shifts=power_shifts,
         clock_timeout_s=clock_timeout_s if align_clocks else None,
         flight_recorder=flight_recorder,
         overwrite=overwrite,
@@ -204,6 +220,7 @@ class Watch:
         exchanges: bool | None,
         wanted_power: bool | Sequence[str] | None,
         power_period_s: float,
+        power_shifts: bool | int,
         clock_timeout_s: float | None,
         flight_recorder: bool,
         overwrite: bool,
@@ -225,6 +242,8 @@ class Watch:
         self._wanted_power = wanted_power
         self._power_period_s = power_period_s
         self._power = WatchedPower()
+        self._shift_power = power_shifts
+        self._shifts: PhaseShifts | None = None
         self._clock_timeout_s = clock_timeout_s
         self._clock: StoreClock | None = None
         self._clock_told = False
@@ -265,6 +284,8 @@ class Watch:
                 flight_recorder=self._flight_recorder,
                 situation=lambda: (self.steps, self._told),
             )
+            if self._shift_power:
+                self._shifts = self._power.shifts(self._model, self._shift_power)
         except BaseException as error:
             self._align_at_exit(self._writer, failed=True)
             self._power.stop()
@@ -321,6 +342,9 @@ class Watch:
         session.boundary(self.steps, told=self._told, ends_step=True)
         self.steps += 1
         session.check()
+        if self._shifts is not None and self._shifts.after_step():
+            # The pause belongs to no phase, also where one is told for the whole run.
+            session.boundary(self.steps, told=None, ends_step=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
@@ -344,6 +368,8 @@ class Watch:
         with _collected(problems):
             if writer.rank == 0:
                 config = {**writer.manifest.config, "probe_cost": session.cost()}
+                if self._shifts is not None:
+                    config["power_shifts"] = self._shifts.told()
                 writer.update_manifest(notes=(*writer.manifest.notes, *notes), config=config)
         failure = _one_line(error) if error is not None else session.problem() or next(iter(problems), None)
         with _collected(problems):

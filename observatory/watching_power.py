@@ -21,6 +21,8 @@ from probes.power.sampler import PowerSampler
 if TYPE_CHECKING:
     from torch import nn
 
+    from observatory.watching_shifts import PhaseShifts
+
 __all__ = ["WatchedPower"]
 
 
@@ -88,6 +90,28 @@ class WatchedPower:
             raise CaptureError(f"power cannot be sampled: {error}") from error
         return cls(active=True, own_devices=own, sampler=sampler)
 
+    def shifts(self, model: nn.Module, steps: bool | int) -> PhaseShifts:
+        """Pauses between steps for the sensors of the devices that this rank samples.
+
+        Args:
+            model: whose devices are waited for before a pause.
+            steps: of one rhythm; True where that is not known.
+        """
+        # Analysis is loaded for those who ask for it only.
+        from observatory.energy.places import calibration_entry
+        from observatory.energy.sensors import sensor_of
+        from observatory.watching_shifts import PhaseShifts
+
+        sensors = []
+        if self.sampler is not None:
+            for spec in self.sampler.devices:
+                measured = self.sampler.calibration.get(spec.uuid or "")
+                entry = None if measured is None else calibration_entry(measured)
+                sensors.append(sensor_of(spec.name, entry, kind=spec.kind))
+        return PhaseShifts(
+            sensors, synchronise=lambda: _synchronise(model), steps=None if steps is True else int(steps)
+        )
+
     def stop(self) -> RankPower:
         """End sampling; what was sampled, and why not."""
         if self.sampler is not None:
@@ -127,6 +151,14 @@ def _selectors(wanted: bool | Sequence[str] | None, where: RankOf) -> tuple[str,
     if not processors:
         raise DeviceError(f"no device tells its power here ({local.reason}); `observatory doctor` says why")
     return tuple(processors)
+
+
+def _synchronise(model: nn.Module) -> None:
+    """Wait for the devices of the model."""
+    import torch
+
+    for device in {parameter.device for parameter in model.parameters() if parameter.is_cuda}:
+        torch.cuda.synchronize(device)
 
 
 def _gpus_of(model: nn.Module) -> tuple[str, ...]:

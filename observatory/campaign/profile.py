@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from observatory.errors import DataError, ExchangeError, ModelError, ObservatoryError
+from observatory.errors import CaptureError, DataError, ExchangeError, ModelError, ObservatoryError
 from observatory.stages import ALGORITHMS
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from observatory.zoo.data import TokenStream
     from observatory.zoo.models import LoadedModel
 
-__all__ = ["PhaseChoice", "ProfileJob", "run_profile"]
+__all__ = ["PhaseChoice", "ProfileJob", "last_logits_only", "run_profile"]
 
 PhaseChoice = Literal["prefill", "decode", "both"]
 
@@ -66,6 +66,8 @@ class ProfileJob:
         exchange_timeout_s: how long to wait for a rank before it is named as missing.
         power: ``auto`` samples the GPUs the model is on, ``on`` else processors as well, ``off`` nothing; or
             devices by name, separated by commas.
+        power_shifts: pauses between steps where these move in time with the power sensor: ``auto`` with one
+            rank, ``on`` (refused with several), ``off``.
     """
 
     model: str
@@ -89,6 +91,7 @@ class ProfileJob:
     backend: str = "auto"
     exchange_timeout_s: float = 60.0
     power: str = "auto"
+    power_shifts: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "sequence_length", "steps", "window_steps", "ep"):
@@ -99,6 +102,12 @@ class ProfileJob:
                 raise DataError(f"{name} is {getattr(self, name)}; it must be 0 or more")
         if self.phase not in get_args(PhaseChoice):
             raise DataError(f"phase is {self.phase!r}; choose one of {', '.join(get_args(PhaseChoice))}")
+        if self.power_shifts not in ("auto", "on", "off"):
+            raise CaptureError(f"power_shifts is {self.power_shifts!r}; choose one of auto, on, off")
+        if self.power_shifts == "on" and self.power == "off":
+            raise CaptureError(
+                "power_shifts is on, but power is off; sample power, or leave power_shifts out"
+            )
         if self.algorithm not in ALGORITHMS:
             raise ExchangeError(
                 f"algorithm {self.algorithm!r} does not exist; expected one of {', '.join(ALGORITHMS)}"
@@ -109,6 +118,10 @@ class ProfileJob:
         """What ``observatory.watch`` is told of ``power``."""
         known: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
         return known[self.power] if self.power in known else tuple(self.power.split(","))
+
+    def shifts_power(self, *, ranks: int) -> bool:
+        """Whether there may be pauses between steps."""
+        return self.power_shifts == "on" or (self.power_shifts == "auto" and ranks == 1)
 
     @property
     def prefill_steps(self) -> int:
@@ -221,6 +234,7 @@ def _run_rank(
                 config=asdict(job),
                 topology=ranks.topology(sharded),
                 power=job.watched_power,
+                power_shifts=job.steps if job.shifts_power(ranks=world) else False,
                 exchanges=True if ranks.transport is not None and world > 1 else None,
                 align_clocks=ranks.transport is None,  # else over the transport, whatever it is
                 data=DataSpec(
@@ -283,10 +297,7 @@ def _rows(stream: TokenStream, job: ProfileJob, *, rank: int, world: int) -> tor
 def _prefill(model: Any, ids: torch.Tensor, job: ProfileJob, *, column: int, keep_cache: bool) -> Any:
     """One prefill over T columns of every row; its cache when asked for, else None."""
     window = ids[:, column : column + job.sequence_length]
-    options: dict[str, Any] = {"use_cache": keep_cache}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = 1
-    output = model(input_ids=window, **options)
+    output = model(input_ids=window, use_cache=keep_cache, **last_logits_only(model))
     if not keep_cache:
         return None
     cache = getattr(output, "past_key_values", None)
@@ -295,6 +306,11 @@ def _prefill(model: Any, ids: torch.Tensor, job: ProfileJob, *, column: int, kee
             f"{type(model).__name__} returns no cache, so it cannot decode; profile it with --phase prefill"
         )
     return cache
+
+
+def last_logits_only(model: Any) -> dict[str, Any]:
+    """Options of a call that let a model compute the logits of the last token only, if it can."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _check_length(model: Any, job: ProfileJob) -> None:

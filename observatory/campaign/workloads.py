@@ -18,7 +18,15 @@ from observatory.records import Phase
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CommandWorkload", "ModelWorkload", "Window", "Workload", "WorkloadFacts", "model_workload"]
+__all__ = [
+    "CommandWorkload",
+    "ModelWorkload",
+    "Window",
+    "Workload",
+    "WorkloadFacts",
+    "cut_back",
+    "model_workload",
+]
 
 _START_S = 600.0
 _MOST_LINE_BYTES = 1 << 16
@@ -155,18 +163,30 @@ def _prefill(network: Any, ids: torch.Tensor) -> Any:
 
 def _decode(network: Any, ids: torch.Tensor) -> Any:
     cache = network(input_ids=ids[:, :-1], use_cache=True).past_key_values
-    if not hasattr(cache, "crop"):
-        raise ModelError(
-            f"the cache of {type(network).__name__} cannot be cut back to its context, so decode cannot be "
-            "repeated; sweep --phase prefill, or your own program after `--`"
-        )
-    context = ids.shape[1] - 1
 
     def iterate() -> None:
         network(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-        cache.crop(context)
+        cut_back(cache, 1, network)
 
+    iterate()  # a cache that cannot be cut back says so here rather than in the middle of a sweep
     return iterate
+
+
+def cut_back(cache: Any, tokens: int, network: Any) -> None:
+    """Take the last tokens off a cache.
+
+    Raises:
+        ModelError: this kind of cache does not let go of tokens.
+    """
+    try:
+        cache.crop(-tokens)
+    except (AttributeError, RuntimeError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"the cache of {type(network).__name__} cannot be cut back to its context ({reason}), so a step "
+            "behind it cannot be repeated; take a model with keys and values of all tokens in every layer, "
+            "or sweep --phase prefill or a program of your own"
+        ) from error
 
 
 def _nothing() -> None:

@@ -20,6 +20,7 @@ from observatory.cli import (
     quickstart,
     replay,
     report,
+    reuse,
     routing,
     scan,
     waiting,
@@ -61,6 +62,7 @@ def command() -> Any:
     app.command("exchanges")(waiting.exchanges)
     app.command("power")(power.power)
     app.command("energy")(energy.energy)
+    app.add_typer(reuse.reuse_group(), name="reuse")
     app.command("report")(report.report)
     app.command("doctor")(doctor.doctor)
     return typer.main.get_command(app)

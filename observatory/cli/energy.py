@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from observatory.cli.numbers import interval_cell, percent_cell, scaled_cell
 from observatory.cli.options import JsonOption
 
 __all__ = ["energy"]
@@ -15,20 +16,22 @@ __all__ = ["energy"]
 def energy(
     run: Annotated[Path, typer.Argument(help="Run directory with power samples.")],
     reuse: Annotated[
-        Path | None, typer.Option(help="Measurements of prefill energy at cached fractions (JSON).")
+        Path | None, typer.Option(help="Result of `observatory reuse measure`, to show beside the run.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     json: JsonOption = False,
 ) -> None:
     """Show the energy of a run: per device, phase and token, with intervals, or why it is not known."""
     from observatory.cli.output import print_json, say
+    from observatory.cli.reuse import print_reuse, reuse_document
     from observatory.documents import frame_records
     from observatory.energy import energy_summary, fit_reuse
     from observatory.records_reuse import load_reuse
     from observatory.store import open_run
 
     opened = open_run(run)
-    curve = None if reuse is None else fit_reuse(load_reuse(reuse), seed=seed)
+    measured = None if reuse is None else load_reuse(reuse)
+    curve = None if measured is None else fit_reuse(measured, seed=seed)
     summary = energy_summary(opened, seed=seed)
     frames = {
         name: frame_records(getattr(summary, name)) for name in ("devices", "phases", "tokens", "aliasing")
@@ -43,11 +46,11 @@ def energy(
             "problems": problems,
             **frames,
         }
-        print_json(document if curve is None else document | {"reuse": _reuse(curve)})
+        print_json(document if curve is None else document | {"reuse": reuse_document(curve)})
         return
     _print(frames, opened.manifest.model.name)
-    if curve is not None:
-        _print_reuse(curve)
+    if curve is not None and measured is not None:
+        print_reuse(curve, measured.model, measured.prompt_tokens)
 
 
 def _print(frames: dict[str, list[dict[str, Any]]], model: str) -> None:
@@ -56,10 +59,10 @@ def _print(frames: dict[str, list[dict[str, Any]]], model: str) -> None:
     print_table(
         ["device", "rank", "seconds", "energy J", "+-", "from", "mean W", "idle W", "counter against power"],
         [
-            [row["device"] or row["device_uuid"], row["source_rank"], _scaled(row["duration_s"], 1, 1),
-             _scaled(row["energy_mj"], 1e-3, 1), _percent(row["error"]), row["source"],
-             _scaled(row["power_mw"], 1e-3, 1), _scaled(row["idle_power_mw"], 1e-3, 1),
-             _percent(row["disagreement"])]
+            [row["device"] or row["device_uuid"], row["source_rank"], scaled_cell(row["duration_s"], 1, 1),
+             scaled_cell(row["energy_mj"], 1e-3, 1), percent_cell(row["error"]), row["source"],
+             scaled_cell(row["power_mw"], 1e-3, 1), scaled_cell(row["idle_power_mw"], 1e-3, 1),
+             percent_cell(row["disagreement"])]
             for row in frames["devices"]
         ],
         title=f"{model}: energy of the run per device; calibration of the sensor (about 5 %) left out",
@@ -83,9 +86,10 @@ def _print(frames: dict[str, list[dict[str, Any]]], model: str) -> None:
             ["phase", "rank", "tokens", "kind", "mJ per token", "90 % interval", "above idle", "idle"],
             [
                 [row["phase"], row["source_rank"], row["tokens"], row["kind"],
-                 _scaled(row["mj_per_token"], 1, 2),
-                 _interval(row["mj_per_token_low"], row["mj_per_token_high"], 1, 2),
-                 _scaled(row["above_idle_mj_per_token"], 1, 2), _scaled(row["idle_mj_per_token"], 1, 2)]
+                 scaled_cell(row["mj_per_token"], 1, 2),
+                 interval_cell(row["mj_per_token_low"], row["mj_per_token_high"], 1, 2),
+                 scaled_cell(row["above_idle_mj_per_token"], 1, 2),
+                 scaled_cell(row["idle_mj_per_token"], 1, 2)]
                 for row in frames["tokens"]
             ],
             title="energy per token",
@@ -105,63 +109,14 @@ def _print(frames: dict[str, list[dict[str, Any]]], model: str) -> None:
 
 def _phase_cells(row: dict[str, Any]) -> list[object]:
     return [
-        _place(row), row["source_rank"], _scaled(row["seconds"], 1, 2), _scaled(row["power_mw"], 1e-3, 1),
-        _interval(row["power_low_mw"], row["power_high_mw"], 1e-3, 1), _scaled(row["energy_mj"], 1e-3, 1),
-        _scaled(row["above_idle_mj"], 1e-3, 1), _scaled(row["idle_mj"], 1e-3, 1),
+        _place(row), row["source_rank"], scaled_cell(row["seconds"], 1, 2),
+        scaled_cell(row["power_mw"], 1e-3, 1),
+        interval_cell(row["power_low_mw"], row["power_high_mw"], 1e-3, 1),
+        scaled_cell(row["energy_mj"], 1e-3, 1),
+        scaled_cell(row["above_idle_mj"], 1e-3, 1), scaled_cell(row["idle_mj"], 1e-3, 1),
         None if row["method"] is None else f"{row['method']} ({row['source']})",
     ]  # fmt: skip
 
 
 def _place(row: dict[str, Any]) -> str:
     return str(row["phase"]) if row["span"] is None else f"{row['phase']} / {row['span']}"
-
-
-def _reuse(curve: Any) -> dict[str, Any]:
-    from observatory.documents import frame_records
-    from observatory.energy.reuse import PUBLISHED_SAVING, PUBLISHED_SOURCE
-
-    names = ("fixed_mj", "linear_mj", "square_mj", "saved", "saved_low", "saved_high", "saved_reason")
-    return {
-        **{name: getattr(curve, name) for name in names},
-        "cells": frame_records(curve.cells),
-        "published": {"saved": PUBLISHED_SAVING, "source": PUBLISHED_SOURCE},
-    }
-
-
-def _print_reuse(curve: Any) -> None:
-    from observatory.cli.output import print_table, say
-
-    found = _reuse(curve)
-    print_table(
-        ["cell", "cached", "windows", "mJ per prefill", "90 % interval", "fitted", "saved"],
-        [
-            [row["cell"], _percent(row["cached_fraction"]), row["windows"], _scaled(row["prefill_mj"], 1, 1),
-             _interval(row["low_mj"], row["high_mj"], 1, 1), _scaled(row["fitted_mj"], 1, 1),
-             _percent(row["saved"])]
-            for row in found["cells"]
-        ],
-        title="energy of one prefill against the cached fraction of its prompt",
-    )  # fmt: skip
-    if found["saved"] is not None:
-        interval = _interval(found["saved_low"], found["saved_high"], 100, 1)
-        say(
-            f"an exact hit saves {found['saved']:.1%} of a miss's prefill energy here"
-            f"{f' ({interval} %)' if interval else ''}; {found['published']['source']} states "
-            f"{found['published']['saved']:.0%} for its models"
-        )
-    if found["saved_reason"]:
-        say(f"saving: {found['saved_reason']}")
-
-
-def _scaled(value: float | None, factor: float, digits: int) -> str | None:
-    return None if value is None else f"{value * factor:.{digits}f}"
-
-
-def _interval(low: float | None, high: float | None, factor: float, digits: int) -> str | None:
-    if low is None or high is None:
-        return None
-    return f"{low * factor:.{digits}f} to {high * factor:.{digits}f}"
-
-
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{100 * share:.1f} %"

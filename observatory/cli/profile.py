@@ -53,6 +53,12 @@ def profile(
     power: Annotated[
         str, typer.Option(help="auto, on, off, or devices by name, separated by commas (see doctor).")
     ] = "auto",
+    power_shifts: Annotated[
+        str,
+        typer.Option(
+            help="Pause between steps that move in time with the power sensor: auto (one rank only), on, off."
+        ),
+    ] = "auto",
     force: ForceOption = False,
 ) -> None:
     """Profile one model on given data and write a run directory.
@@ -86,6 +92,7 @@ def profile(
         backend=backend,
         exchange_timeout_s=exchange_timeout_s,
         power=power,
+        power_shifts=power_shifts,
     )
     if needs_ranks(job):
         start_ranks(job, out, overwrite=force)

@@ -42,6 +42,7 @@ __all__ = [
     "phase_shifts_ms",
     "predicted_error",
     "rhythm_of",
+    "visited_error",
 ]
 
 Float64 = npt.NDArray[np.float64]
@@ -62,7 +63,7 @@ class StepRhythm:
     """How regularly steps follow each other.
 
     Attributes:
-        period_ms: median time from step to step.
+        period_ms: mean time from step to step; times more than a fifth off the median are pauses.
         jitter_ms: robust standard deviation of it.
         steps: how many were looked at.
     """
@@ -106,10 +107,12 @@ def rhythm_of(step_starts_ns: npt.NDArray[np.int64]) -> StepRhythm | None:
     gaps_ms = gaps_ms[gaps_ms > 0]
     if len(gaps_ms) < 2:
         return None
-    period = float(np.median(gaps_ms))
-    off = np.abs(gaps_ms - period)
-    if np.median(off) > 0.2 * period:
+    middle = float(np.median(gaps_ms))
+    off = np.abs(gaps_ms - middle)
+    if np.median(off) > 0.2 * middle:
         return None
+    # A step that is late shortens the next: over many the mean knows the period better than the median does.
+    period = float(gaps_ms[off <= 0.2 * middle].mean())
     return StepRhythm(period_ms=period, jitter_ms=1.4826 * float(np.median(off)), steps=len(gaps_ms) + 1)
 
 
@@ -163,25 +166,18 @@ def predicted_error(
         EnergyError: a time is not positive, or there is no sample.
     """
     _check(step_period_ms, update_ms, window_ms, samples)
-    if duty is None:
-        return max(
-            predicted_error(
-                step_period_ms, update_ms=update_ms, window_ms=window_ms, samples=samples,
-                jitter_ms=jitter_ms, parts=parts, shift_ms=shift_ms, swing=swing * min(1.0, (1 - d) / d),
-                duty=d,
-            )
-            for d in _DUTIES
-        )  # fmt: skip
     m = np.arange(1, _HARMONICS + 1)
-    own = swing * np.abs(np.sin(np.pi * m * duty)) / (np.pi * m * (1 - duty))
     window = np.abs(np.sinc(m * window_ms / step_period_ms))
-    kept = own * window * np.exp(-((2 * np.pi * m * jitter_ms / step_period_ms) ** 2) / 2)
+    wandering = np.exp(-((2 * np.pi * m * jitter_ms / step_period_ms) ** 2) / 2)
     n = np.arange(min(samples, _MOST_SAMPLES))
     place_ms = n * update_ms - (n * parts // len(n)) * shift_ms
-    coherent = kept * np.abs(np.exp(2j * np.pi * np.outer(m, place_ms / step_period_ms)).mean(axis=1))
+    coherent = wandering * _coherence(place_ms / step_period_ms)
     # What jitter scatters does not add up, but averages out like noise.
-    scattered = np.sqrt(np.maximum((own * window) ** 2 - kept**2, 0.0) / samples)
-    return math.sqrt(2 * float((coherent**2 + scattered**2).sum()))
+    squares = window**2 * (coherent**2 + (1 - wandering**2) / samples)
+    waves = [_square_wave(d, swing * min(1.0, (1 - d) / d)) for d in _DUTIES]
+    if duty is not None:
+        waves = [_square_wave(duty, swing)]
+    return max(math.sqrt(2 * float((wave**2 * squares).sum())) for wave in waves)
 
 
 def phase_shifts_ms(
@@ -192,6 +188,8 @@ def phase_shifts_ms(
     samples: int = 50,
     jitter_ms: float = 0.0,
     tolerated: float = TOLERATED,
+    longest_ms: float = math.inf,
+    most_ms: float = math.inf,
 ) -> tuple[float, ...]:
     """Pauses that a run should insert between its equal parts, so that samples fall everywhere in its steps.
 
@@ -202,6 +200,8 @@ def phase_shifts_ms(
         samples: updates of the sensor during the run; few samples cannot be cured by many parts.
         jitter_ms: how far the place of a sample in its step varies by itself.
         tolerated: relative error that needs no cure.
+        longest_ms: longer pauses are not considered.
+        most_ms: nor those that are longer all together.
 
     Returns:
         n - 1 equal pauses, one after each of the first n - 1 of n equal parts; empty where none are needed or
@@ -224,6 +224,8 @@ def phase_shifts_ms(
         # it.
         for pause in (spacing_ms / parts, spacing_ms - spacing_ms / parts):
             pause_ms = round(pause, 3)
+            if pause_ms > longest_ms or pause_ms * (parts - 1) > most_ms:
+                continue
             error = predicted_error(step_period_ms, **common, parts=parts, shift_ms=pause_ms)
             if error < best[0]:
                 best = (error, (pause_ms,) * (parts - 1))
@@ -253,6 +255,54 @@ def find_aliasing(rhythm: StepRhythm, *, update_ms: float, window_ms: float, dur
         shifts_ms=shifts,
         error_after=predicted_error(period_ms, **common, jitter_ms=wander_ms, parts=parts, shift_ms=shift_ms),
     )
+
+
+def visited_error(
+    step_starts_ns: npt.NDArray[np.int64],
+    period_ms: float,
+    *,
+    update_ms: float,
+    window_ms: float,
+) -> float:
+    """The predicted error again, from the places in their steps at which a sensor did look.
+
+    Steps are taken as they were: with their jitter, their drift against the sensor and any pauses. When the
+    sensor looked is known but for a shift of all moments, which changes nothing.
+
+    Args:
+        step_starts_ns: starts of the steps, ascending.
+        period_ms: of the steps; what is later than that in a step is a pause and belongs to none.
+        update_ms: period of the sensor.
+        window_ms: what it averages.
+
+    Raises:
+        EnergyError: a time is not positive, or there is no step.
+    """
+    _check(period_ms, update_ms, window_ms, len(step_starts_ns))
+    starts_ms = (step_starts_ns - step_starts_ns[0]) * 1e-6
+    looked_ms = np.arange(0.0, starts_ms[-1] + period_ms, update_ms)
+    place = (looked_ms - starts_ms[np.searchsorted(starts_ms, looked_ms, side="right") - 1]) / period_ms
+    inside = place[place < 1.0]
+    window = np.abs(np.sinc(np.arange(1, _HARMONICS + 1) * window_ms / period_ms))
+    seen = window * _coherence(inside) if len(inside) else window
+    waves = (_square_wave(d, min(1.0, (1 - d) / d)) for d in _DUTIES)
+    return max(math.sqrt(2 * float(((wave * seen) ** 2).sum())) for wave in waves)
+
+
+def _coherence(place_N: Float64) -> Float64:
+    """|mean over samples of exp(2 pi i m place)| for each harmonic; 1 where all see the same place."""
+    turn = np.exp(2j * np.pi * place_N)
+    power, result = np.ones_like(turn), np.empty(_HARMONICS)
+    for m in range(_HARMONICS):
+        power = power * turn
+        result[m] = abs(power.mean())
+    return result
+
+
+def _square_wave(duty: float, swing: float) -> Float64:
+    """|c_m| / P of a square wave."""
+    m = np.arange(1, _HARMONICS + 1)
+    return np.asarray(swing * np.abs(np.sin(np.pi * m * duty)) / (np.pi * m * (1 - duty)))
 
 
 def _check(step_period_ms: float, update_ms: float, window_ms: float, samples: int) -> None:

@@ -13,9 +13,9 @@ from pydantic import JsonValue
 
 from observatory.energy.sensors import PROCESSOR_KINDS
 from observatory.exchange.clocks import rank_clocks, to_reference_ns
-from observatory.records import Manifest, RankStatus
+from observatory.records import DeviceCalibration, Manifest, RankStatus
 
-__all__ = ["Clocks", "device_ranks", "power_config", "ranks_of_node"]
+__all__ = ["Clocks", "calibration_entry", "device_ranks", "power_config", "ranks_of_node"]
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
@@ -34,8 +34,7 @@ def power_config(manifest: Manifest) -> dict[str, JsonValue]:
         if status.power is None:
             continue
         for uuid, measured in status.power.calibration.items():
-            known = measured.model_dump(mode="json", exclude={"fields"}, exclude_none=True)
-            calibration[uuid] = {**measured.model_dump(mode="json")["fields"], **known}
+            calibration[uuid] = calibration_entry(measured)
         if status.power.own_devices:
             owners[str(status.rank)] = list(status.power.own_devices)
     return {
@@ -43,6 +42,12 @@ def power_config(manifest: Manifest) -> dict[str, JsonValue]:
         **({"calibration": calibration} if calibration else {}),
         **({"device_of_rank": owners} if owners else {}),
     }
+
+
+def calibration_entry(measured: DeviceCalibration) -> dict[str, JsonValue]:
+    """What the sampler measured of a device, in the form that :func:`sensors.sensor_of` reads."""
+    known = measured.model_dump(mode="json", exclude={"fields"}, exclude_none=True)
+    return {**measured.model_dump(mode="json")["fields"], **known}
 
 
 def ranks_of_node(manifest: Manifest, rank: int) -> list[int] | None:

@@ -173,7 +173,7 @@ def _cells(
                 "windows": len(own),
                 "prefills": sum(measured.measurements[i].prefills for i in own),
                 "prefill_mj": mean,
-                "low_mj": mean - half,
+                "low_mj": np.maximum(mean - half, 0.0),
                 "high_mj": mean + half,
                 "saved": 1 - mean / miss,
             }
@@ -198,4 +198,4 @@ def _saving(
         return saved, None, None, "no interval: miss or exact hit was measured once only"
     drawn = 1 - energy[drawn_RN[:, hit_N]].mean(axis=1) / energy[drawn_RN[:, miss_N]].mean(axis=1)
     low, high = saved + widening * (np.quantile(drawn, [0.05, 0.95]) - saved)
-    return saved, float(low), float(high), None
+    return saved, float(low), min(float(high), 1.0), None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from observatory.energy.aliasing import find_aliasing, rhythm_of
+from observatory.energy.aliasing import TOLERATED, find_aliasing, rhythm_of, visited_error
 from observatory.energy.attribution import Attribution, IdlePower, PhasePower
 from observatory.energy.design import IDLE
 from observatory.energy.edges import find_updates
@@ -155,11 +155,19 @@ def aliasing_rows(device: Device, ran: RankPhases, phases: Timeline) -> list[dic
     if sensor.window_ms is None or np.isnan(trace.power_mw_N).all():
         return []
     update_ms = sensor.update_ms
+    updates = find_updates(
+        trace.time_ns_N, trace.read_ns_N, trace.power_mw_N, equal_values=True,
+        period_ns=None if update_ms is None else update_ms * 1e6,
+    )  # fmt: skip
+    found_ms = None if updates.period_ns is None else updates.period_ns * 1e-6
+    # The device's clock is not ours: its own period is known better from its updates, where these show one.
+    # A locked sensor that reads the same value again and again shows none, or a wrong one.
+    if update_ms is None or (
+        found_ms is not None and updates.regular and abs(found_ms - update_ms) < 0.01 * update_ms
+    ):
+        update_ms = found_ms
     if update_ms is None:
-        updates = find_updates(trace.time_ns_N, trace.read_ns_N, trace.power_mw_N, equal_values=True)
-        if updates.period_ns is None:
-            return []
-        update_ms = updates.period_ns * 1e-6
+        return []
     rows: list[dict[str, object]] = []
     seconds = phases.seconds()
     for phase, starts in ran.step_starts_ns.items():
@@ -169,13 +177,16 @@ def aliasing_rows(device: Device, ran: RankPhases, phases: Timeline) -> list[dic
         found = find_aliasing(
             rhythm, update_ms=update_ms, window_ms=sensor.window_ms, duration_s=seconds[phase]
         )
+        error = visited_error(starts, rhythm.period_ms, update_ms=update_ms, window_ms=sensor.window_ms)
+        # Pauses that were made, or the steps' own wandering, may have cured it already.
+        pauses = found.shifts_ms if error > max(TOLERATED, found.error_after) else ()
         rows.append(
             {
                 "source_rank": device.rank, "device_uuid": device.uuid, "phase": phase,
                 "step_period_ms": rhythm.period_ms, "step_jitter_ms": rhythm.jitter_ms,
                 "update_ms": update_ms, "window_ms": sensor.window_ms, "positions": found.positions,
-                "error": found.error, "shifts": len(found.shifts_ms),
-                "shift_ms": found.shifts_ms[0] if found.shifts_ms else None, "error_after": found.error_after,
+                "error": error, "shifts": len(pauses), "shift_ms": pauses[0] if pauses else None,
+                "error_after": found.error_after if pauses else error,
             }
         )  # fmt: skip
     return rows

@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 from pydantic import ValidationError
 
 from observatory.errors import DeviceError
-from observatory.records import RankPower, Record
+from observatory.records import DeviceCalibration, DeviceSpec, RankPower, Record
 from probes.power.job import SamplerJob, SamplerReady, SamplerReport
 
 __all__ = ["PowerSampler"]
@@ -105,6 +105,16 @@ class PowerSampler:
         if self._ready.error is not None:
             self._end_process()
             raise DeviceError(self._ready.error)
+
+    @property
+    def devices(self) -> tuple[DeviceSpec, ...]:
+        """What is sampled; empty before ``start``."""
+        return self._ready.devices
+
+    @property
+    def calibration(self) -> dict[str, DeviceCalibration]:
+        """What the calibration found, per device UUID."""
+        return self._ready.calibration
 
     def stop(self) -> RankPower:
         """End sampling, and say what was sampled; what was written before is kept whatever happens here."""
