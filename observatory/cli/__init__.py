@@ -104,6 +104,8 @@ def _open_missing_streams() -> None:
 
 def run() -> None:
     """Entry point of the console script."""
+    # What torch's C++ would warn of when ranks do not meet, pages of it, is one sentence of ours.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main())
 
