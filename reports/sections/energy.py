@@ -60,7 +60,8 @@ def energy_section(frames: ReportFrames) -> Section:
                 variants=tuple(devices),
             )
         )
-    blocks.append(_phase_table(frames, found))
+    if len(found.phases):
+        blocks.append(_phase_table(frames, found))
     aliased = _aliased(found)
     if len(aliased) > _MOST_WARNINGS:
         blocks.append(_aliasing_table(frames, aliased))
