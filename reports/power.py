@@ -230,6 +230,9 @@ def _add_device(
         found.gaps.append(
             (int(own["run"]), f"device {own['device_uuid']}: no phases are drawn: {bands.reason}")
         )
+    elif not bands.of_device:
+        text = f"the phases are those of rank {bands.rank}, which sampled it; it may work for others too"
+        found.notes.append((int(own["run"]), str(own["device_uuid"])[:128], text))
     closer_ns = max(span_ns // _PARTS, 1)
     for phase in dict.fromkeys(bands.phase):
         chosen = np.array([name == phase for name in bands.phase])

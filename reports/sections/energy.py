@@ -17,6 +17,8 @@ __all__ = ["TOLERATED_ALIASING", "energy_section", "energy_text"]
 
 _TITLE = "Energy per phase and token"
 _MOST_BARS = 24
+#: Warnings that are sentences of their own; more are a table.
+_MOST_WARNINGS = 2
 _MOST_ROWS = 40
 #: Errors of integrated power below this are no aliasing worth a warning (observatory.energy.aliasing).
 TOLERATED_ALIASING = 0.02
@@ -58,7 +60,11 @@ def energy_section(frames: ReportFrames) -> Section:
                 variants=tuple(devices),
             )
         )
-    blocks.append(_phase_table(frames, found))
+    if len(found.phases):
+        blocks.append(_phase_table(frames, found))
+    aliased = _aliased(found)
+    if len(aliased) > _MOST_WARNINGS:
+        blocks.append(_aliasing_table(frames, aliased))
     lead = (
         "A phase is measured alone where it fills windows of five seconds or more (repetition), else by "
         "least "
@@ -75,6 +81,8 @@ def energy_text(millijoules: float | None) -> str:
     """An energy in the unit that reads best, three digits or so."""
     if millijoules is None or pd.isna(millijoules):
         return "n/a"
+    if millijoules == 0:
+        return "0 J"
     for unit, factor in (("µJ", 1e-3), ("mJ", 1.0), ("J", 1e3), ("kJ", 1e6)):
         scaled = millijoules / factor
         if abs(scaled) < 1000 or unit == "kJ":
@@ -296,21 +304,52 @@ def _why_no_tokens(frames: ReportFrames, found: PowerFrames, shown: list[Variant
     return told
 
 
+def _aliased(found: PowerFrames) -> pd.DataFrame:
+    """Phases whose steps move in time with the sensor, the worst first."""
+    rows = found.aliasing
+    if rows.empty:
+        return rows
+    return rows[rows["error"] > TOLERATED_ALIASING].sort_values("error", ascending=False, kind="stable")
+
+
 def _aliasing_sentences(frames: ReportFrames, found: PowerFrames) -> list[str]:
-    """Phases whose steps move in time with the sensor, where that changes a number."""
-    sentences = []
-    aliased = found.aliasing
-    for row in each_row(aliased[aliased["error"] > TOLERATED_ALIASING] if len(aliased) else aliased):
-        cure = (
-            f"{row.shifts} pauses of {number(row.shift_ms, 1)} ms would leave {percent(row.error_after)}"
-            if row.error_after < row.error
-            else "a longer run is the cure, no pause helps"
-        )
-        sentences.append(
-            f"Warning: in {_where(frames, row.run)}, steps of {plain(row.phase)} take "
-            f"{number(row.step_period_ms, 1)} ms and move in time with the power sensor (renewed every "
-            f"{number(row.update_ms, 0)} ms): its integrated power may be off by up to "
-            f"{percent(row.error, 0)}; "
-            f"{cure}. Energy by the counter is not concerned."
-        )
-    return sentences[:_MOST_BARS]
+    """Warnings of what the sensor could not see."""
+    rows = _aliased(found)
+    sentences = [
+        f"Warning: in {_where(frames, row.run)}, steps of {plain(row.phase)} take "
+        f"{number(row.step_period_ms, 1)} ms and move in time with the power sensor (renewed every "
+        f"{number(row.update_ms, 0)} ms): its integrated power may be off by up to "
+        f"{percent(row.error, 0)}; {_cure(row)}. Energy by the counter is not concerned."
+        for row in each_row(rows.head(_MOST_WARNINGS))
+    ]
+    more = len(rows) - len(sentences)
+    return [*sentences, *([f"{more} more such phases are in the last table below."] if more > 0 else [])]
+
+
+def _cure(row: Any) -> str:
+    if not row.error_after < row.error:
+        return "no pause helps, a longer run does"
+    pauses = "a pause" if row.shifts == 1 else f"{row.shifts} pauses"
+    return f"{pauses} of {number(row.shift_ms, 1)} ms would leave {percent(row.error_after)}"
+
+
+def _aliasing_table(frames: ReportFrames, rows: pd.DataFrame) -> Table:
+    return table(
+        "Steps that move in time with the power sensor",
+        ["Phase", "Step, ms", "Sensor renewed every, ms", "Integrated power off by up to",
+         Column(title="Cure", numeric=False)],
+        [
+            [
+                Cell(text=plain(row.phase), detail=f"{_where(frames, row.run)}, rank {row.source_rank}",
+                     heading=True),
+                number(row.step_period_ms, 1),
+                number(row.update_ms, 0),
+                percent(row.error),
+                _cure(row),
+            ]
+            for row in each_row(rows.head(_MOST_ROWS))
+        ],
+        note="Predicted for a load that is on for part of each step, the worst part; the counter sees all "
+        "of it."
+        + _more(len(rows)),
+    )  # fmt: skip

@@ -121,6 +121,20 @@ def test_the_recommended_point_is_that_of_the_advice_and_the_sentence_gives_its_
     assert advice.choice.saving.value == pytest.approx(truth.saving(advice.choice.sm_clock_mhz), abs=0.02)
 
 
+def test_the_ring_stands_where_a_lock_costs_time(run: Path, tmp_path: Path) -> None:
+    path = saved(tmp_path / "sweep.json", a_sweep("compute-bound"))
+    shown = collect([open_run(run)], ep_degrees=(2,), gpus_per_node=4, clocks=found(path, max_slowdown=0.2))
+    (advice,) = recommend_clocks(
+        fit_clocks([a_sweep("compute-bound")], sources=["sweep.json"], bootstrap=200), max_slowdown=0.2
+    ).series
+    assert advice.choice is not None
+    assert advice.choice.slowdown.value > 0.05
+    ring = named(figure(clocks_section(shown), "clock-plane"), "recommended")
+    assert ring.x[0] == pytest.approx(100 * advice.choice.slowdown.value)
+    budget = figure(clocks_section(shown), "clock-plane").layout.shapes[0]
+    assert (budget.x0, budget.x1) == (20.0, 20.0)
+
+
 def test_the_curves_pass_through_what_the_device_does(frames: ReportFrames) -> None:
     shown = figure(clocks_section(frames), "clock-curves")
     device = DEVICES["memory-bound"]

@@ -219,6 +219,7 @@ def test_steps_in_time_with_the_sensor_are_warned_of(tmp_path: Path) -> None:
     assert (shown.power.aliasing["error"] > 0.02).any()
     warned = [text for text in energy_section(shown).lead if text.startswith("Warning:")]
     assert "steps of decode take 100.0 ms and move in time with the power sensor" in warned[0]
+    assert "3 pauses of 25.0 ms would leave 0.0 %" in warned[0]
 
 
 def test_a_device_without_a_counter_has_energy_by_power_and_says_so(tmp_path: Path) -> None:
@@ -249,6 +250,7 @@ def test_a_device_that_tells_energy_alone_is_drawn_by_its_counter(tmp_path: Path
     assert middle == pytest.approx(650, rel=0.25)
     assert middle.mean() == pytest.approx(650, rel=0.03)
     assert "The device tells energy only" in variant.note
+    assert "The phases are those of rank 0, which sampled it" in variant.note
     assert "SM clock" in variant.note
     assert {trace.name for trace in variant.figure.data} == {"power by the counter", "prefill", "decode"}
 

@@ -1,0 +1,89 @@
+"""The figures about power, energy and clocks in headless Chromium."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from selenium import webdriver
+
+from observatory.records import DataSpec, DeviceSpec
+from reports import write_report
+from tests.reports.sample_power import a_load, a_power_run, a_sweep, samples_of
+from tests.reports.test_clocks import saved
+from tests.reports.test_in_browser import show
+from tests.reports.test_report import HOSTILE
+
+pytestmark = pytest.mark.browser
+
+FIGURES = ["power-timeline", "energy-tokens", "energy-devices", "clock-plane", "clock-curves"]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A plain report and one whose every name of a device or series is hostile."""
+    folder = tmp_path_factory.mktemp("pages")
+    sweep = saved(folder / "sweep.json", a_sweep("memory-bound", "knee"))
+    plain = write_report([a_power_run(folder / "plain")], folder / "plain.html", clocks=[sweep])
+    uuid = HOSTILE[:100]
+    nasty = a_sweep()
+    series = tuple(item.model_copy(update={"name": HOSTILE}) for item in nasty.series)
+    device = nasty.device.model_copy(update={"name": HOSTILE, "uuid": uuid})
+    nasty = nasty.model_copy(update={"series": series, "device": device})
+    run = a_power_run(
+        folder / "nasty",
+        power=samples_of(a_load(), counter_gain=1.3).assign(device_uuid=uuid),
+        devices=(DeviceSpec(kind=HOSTILE, name=HOSTILE, uuid=uuid),),
+        data=DataSpec(condition=HOSTILE),
+    )
+    hostile = write_report([run], folder / "hostile.html", clocks=[saved(folder / "nasty-sweep.json", nasty)])
+    return {"plain": plain, "hostile": hostile}
+
+
+@pytest.mark.parametrize("which", ["plain", "hostile"])
+def test_every_figure_is_drawn_and_hostile_text_runs_nothing(
+    browser: webdriver.Chrome, pages: dict[str, Path], which: str
+) -> None:
+    show(browser, pages[which], figures=FIGURES)
+    marks = browser.execute_script(
+        "return arguments[0].map(id => document.querySelectorAll(`#${id} .point, #${id} .js-line`).length)",
+        FIGURES,
+    )
+    assert all(count > 0 for count in marks), dict(zip(FIGURES, marks, strict=True))
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+    assert browser.execute_script("return window.hit === undefined")
+    assert browser.execute_script("return document.querySelectorAll('img, iframe, figure a').length") == 0
+
+
+@pytest.mark.parametrize("which", ["plain", "hostile"])
+def test_a_phone_needs_no_sideways_scrolling(
+    browser: webdriver.Chrome, pages: dict[str, Path], which: str
+) -> None:
+    show(browser, pages[which], width=390, scheme="dark", figures=FIGURES)
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    wide = browser.execute_script(
+        "return [...document.querySelectorAll('.plot svg.main-svg')]"
+        ".filter(s => s.getBoundingClientRect().right > 391).length"
+    )
+    assert wide == 0
+
+
+def test_no_table_of_the_first_view_is_cut_off_at_desktop_width(
+    browser: webdriver.Chrome, pages: dict[str, Path]
+) -> None:
+    show(browser, pages["plain"], figures=FIGURES)
+    cut = browser.execute_script(
+        "return [...document.querySelectorAll('#power > .scroll, #energy > .scroll, #clocks > .scroll')]"
+        ".filter(box => box.scrollWidth > box.clientWidth).map(box => box.getAttribute('aria-label'))"
+    )
+    assert cut == []
+
+
+def test_lanes_and_shading_take_dark_colours(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
+    show(browser, pages["plain"], scheme="dark", figures=FIGURES)
+    fills = browser.execute_script(
+        "return [...document.querySelectorAll('#power-timeline .shapelayer path')].map(p => p.style.fill)"
+    )
+    assert "rgb(108, 178, 240)" in fills
+    assert "rgb(11, 98, 165)" not in fills
