@@ -15,7 +15,7 @@ test: $(VENV)/.test system-packages
 	$(BIN)/python -m pytest -m "not gpu"
 
 test-gpu: $(VENV)/.test
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu --junit-xml=gpu-figures.xml
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

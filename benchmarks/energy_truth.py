@@ -2,7 +2,8 @@
 
 Every scenario is run with several seeds (the sensor's phase, its noise, the polls' jitter, the load's own
 randomness). Relative errors are those of each phase's mean power; *held* is the share of 90 % intervals that
-hold the truth; *answered* how many of the runs gave a number instead of a reason.
+hold the truth; *answered* how many of the runs gave a number instead of a reason, with polls every 50 ms and
+every 53 ms.
 
     python -m benchmarks.energy_truth [--seeds 20] [--only TEXT] [--section phases|windows|aliasing]
 """
@@ -10,9 +11,11 @@ hold the truth; *answered* how many of the runs gave a number instead of a reaso
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -131,28 +134,54 @@ SCENARIOS = (
 )
 
 
+@dataclass(kw_only=True)
+class Recovered:
+    """What became of one phase of a scenario, over all seeds and polls.
+
+    Attributes:
+        true_w: its power.
+        found_w: powers that were given.
+        held: whether the 90 % interval of each held the truth.
+        answered: per poll period, how many gave one.
+        methods: by which method.
+    """
+
+    true_w: float
+    found_w: list[float] = field(default_factory=list)
+    held: list[bool] = field(default_factory=list)
+    answered: Counter[float] = field(default_factory=Counter)
+    methods: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def errors(self) -> list[float]:
+        """Relative errors of the powers."""
+        return [abs(watts / self.true_w - 1) for watts in self.found_w]
+
+
 def phases(seeds: int, only: str) -> None:
     """Table of recovered powers."""
-    print("| load | polls | phase | true W | median error | largest | held | answered | method |")
-    print("|---|---:|---|---:|---:|---:|---:|---:|---|")
+    print("| load | phase | true W | recovered W (median) | error: median | largest | held | answered | by |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---|")
     reasons: Counter[str] = Counter()
+    rows: list[Recovered] = []
     for scenario in SCENARIOS:
         if only not in scenario.name:
             continue
-        for poll_ms in scenario.polls_ms:
-            for line in _scenario_lines(scenario, poll_ms, seeds, reasons):
-                print(line, flush=True)
+        found = _recovered(scenario, seeds, reasons)
+        for name, row in sorted(found.items()):
+            print(_line(scenario, name, row, seeds), flush=True)
+        if scenario.sensor.gain == 1.0:
+            rows += found.values()
+    _print_total(rows)
     print("\nReasons given instead of numbers:\n")
     for reason, count in reasons.most_common(12):
         print(f"* {count} x {reason}")
 
 
-def _scenario_lines(scenario: Scenario, poll_ms: float, seeds: int, reasons: Counter[str]) -> list[str]:
-    errors: dict[str, list[float]] = {}
-    held: dict[str, list[bool]] = {}
-    methods: dict[str, Counter[str]] = {}
-    truths: dict[str, float] = {}
-    for seed in range(seeds):
+def _recovered(scenario: Scenario, seeds: int, reasons: Counter[str]) -> dict[str, Recovered]:
+    """Every phase of a scenario with every seed and poll."""
+    result: dict[str, Recovered] = {}
+    for poll_ms, seed in itertools.product(scenario.polls_ms, range(seeds)):
         load = scenario.load(seed)
         spans = spans_of(load)
         timeline = make_timeline(
@@ -161,30 +190,43 @@ def _scenario_lines(scenario: Scenario, poll_ms: float, seeds: int, reasons: Cou
         trace = trace_of_frame(scenario.sensor.sample(load, poll_ms=poll_ms, seed=seed))
         truth = {name or IDLE: watts for name, (watts, _) in load.truth().items()}
         for found in attribute(trace, timeline, scenario.model, seed=seed).phases:
-            true_mw = truth[found.name] * 1e3
-            truths[found.name] = truth[found.name]
-            errors.setdefault(found.name, [])
+            true_w = truth[found.name]
+            row = result.setdefault(found.name, Recovered(true_w=true_w))
             if found.power_mw is None or found.low_mw is None or found.high_mw is None:
-                reasons.update([_anonymous(part) for part in (found.reason or "").split("; ")])
+                parts = re.split("; (?=least squares)", found.reason or "")
+                reasons.update(re.sub(r"[0-9.]*[0-9]", "#", part) for part in parts)
                 continue
-            errors[found.name].append(abs(found.power_mw / true_mw - 1))
-            held.setdefault(found.name, []).append(found.low_mw <= true_mw <= found.high_mw)
-            methods.setdefault(found.name, Counter()).update([f"{found.method} ({found.source})"])
-    lines = []
-    for name in sorted(errors):
-        own = errors[name]
-        numbers = f"{np.median(own):.2%} | {max(own):.2%} | {np.mean(held[name]):.0%}" if own else "- | - | -"
-        method = methods[name].most_common(1)[0][0] if own else "refused"
-        lines.append(
-            f"| {scenario.name} | {poll_ms:g} ms | {name} | {truths[name]:.0f} | {numbers} "
-            f"| {len(own)} of {seeds} | {method} |"
+            # Powers of a load may differ from seed to seed; the table shows them at the first one's.
+            row.found_w.append(found.power_mw * 1e-3 / true_w * row.true_w)
+            row.held.append(found.low_mw <= true_w * 1e3 <= found.high_mw)
+            row.answered[poll_ms] += 1
+            row.methods[f"{found.method} ({found.source})"] += 1
+    return result
+
+
+def _line(scenario: Scenario, name: str, row: Recovered, seeds: int) -> str:
+    numbers = "- | - | - | -"
+    if row.found_w:
+        numbers = (
+            f"{np.median(row.found_w):.1f} | {np.median(row.errors):.2%} | {max(row.errors):.2%} "
+            f"| {np.mean(row.held):.0%}"
         )
-    return lines
+    answered = " + ".join(str(row.answered[poll_ms]) for poll_ms in scenario.polls_ms)
+    method = row.methods.most_common(1)[0][0] if row.methods else "refused"
+    return (
+        f"| {scenario.name} | {name} | {row.true_w:.0f} | {numbers} | {answered} of {seeds} each | {method} |"
+    )
 
 
-def _anonymous(reason: str) -> str:
-    """A reason without its numbers, to be counted."""
-    return "".join("#" if char.isdigit() else char for char in reason).replace("##", "#").replace("##", "#")
+def _print_total(rows: list[Recovered]) -> None:
+    errors = [error for row in rows for error in row.errors]
+    held = [one for row in rows for one in row.held]
+    if errors:
+        print(
+            f"\nAll but the miscalibrated: {len(errors)} powers given, error median {np.median(errors):.2%}, "
+            f"95th percentile {np.quantile(errors, 0.95):.2%}, largest {max(errors):.2%}; "
+            f"{np.mean(held):.0%} of the 90 % intervals hold the truth."
+        )
 
 
 def windows(seeds: int) -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,8 +42,9 @@ from observatory.nvidia import (
 from observatory.records import DeviceSpec
 from observatory.tables import POWER_SCHEMA
 from probes.power.device import Gap, PowerDevice, Sample
+from probes.power.nvml_calls import FieldBatch, PreparedCall
 
-__all__ = ["NvmlDevice", "decode_value", "explain"]
+__all__ = ["NvmlDevice", "explain"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,19 +97,12 @@ _HINTS = {
 #: Asking once more does not change these answers.
 _FINAL = GONE | {SUCCESS, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NO_LIBRARY, NO_FUNCTION}
 
-#: By nvmlValueType_t: member of the union, and the value that stands for "not available".
-_MEMBERS: dict[int, tuple[str, int | None]] = {
-    0: ("dVal", None),
-    1: ("uiVal", (1 << 32) - 1),
-    2: ("ulVal", (1 << 64) - 1),
-    3: ("ullVal", (1 << 64) - 1),
-    4: ("sllVal", None),
-    5: ("siVal", None),
-    6: ("usVal", None),
-}
-
-_LIMITS = {
-    field.name: 1 << (31 if pa.types.is_int32(field.type) else 63)
+#: Least value that a quantity may have, and the first that its column cannot hold.
+_RANGES = {
+    field.name: (
+        -273 if field.name.endswith("temperature_c") else 0,
+        1 << (31 if pa.types.is_int32(field.type) else 63),
+    )
     for field in POWER_SCHEMA
     if field.name in _SOURCES
 }
@@ -147,7 +141,9 @@ class NvmlDevice(PowerDevice):
         except BaseException:
             self.close()
             raise
-        self._numbers = [number for source in self._sources.values() for number in source.fields]
+        self._plan = [(name, source, self._call(source)) for name, source in self._sources.items()]
+        numbers = [number for source in self._sources.values() for number in source.fields]
+        self._fields = FieldBatch(self._nvml, self._handle, numbers)
 
     @property
     def spec(self) -> DeviceSpec:
@@ -168,8 +164,8 @@ class NvmlDevice(PowerDevice):
         """Ask the driver for everything it tells."""
         self._check()
         start_ns = self._clock_ns()
-        answers = self._ask_fields(self._numbers)
-        told = {name: self._told(name, source, answers)[0] for name, source in self._sources.items()}
+        answers = self._ask_fields(self._fields)
+        told = {name: self._told(name, source, call, answers)[0] for name, source, call in self._plan}
         return Sample(
             time_ns=start_ns, read_ns=self._clock_ns() - start_ns, device_uuid=self.uuid, **told
         )  # fmt: skip
@@ -197,20 +193,21 @@ class NvmlDevice(PowerDevice):
     def _find_sources(self) -> tuple[dict[str, _Source], dict[str, Gap]]:
         """The first way to each quantity that works, and why there is none."""
         numbers = sorted({n for ways in _SOURCES.values() for way in ways for n in way.fields})
-        answers = self._ask_fields(numbers)
+        answers = self._ask_fields(FieldBatch(self._nvml, self._handle, numbers))
         refused = all(code for _, code in answers.values())
         for number, (_, code) in list(answers.items()):
             # One field that an old driver does not know can make it refuse the whole batch.
             if refused or code not in _FINAL:
-                answers |= self._ask_fields([number])
+                answers |= self._ask_fields(FieldBatch(self._nvml, self._handle, [number]))
         sources: dict[str, _Source] = {}
         gaps: dict[str, Gap] = {}
         for name, ways in _SOURCES.items():
             failed: list[Gap] = []
             for way in ways:
-                value, code = self._told(name, way, answers)
+                call = self._call(way)
+                value, code = self._told(name, way, call, answers)
                 if code not in _FINAL:
-                    value, code = self._told(name, way, answers)
+                    value, code = self._told(name, way, call, answers)
                 if value is not None:
                     sources[name] = way
                     break
@@ -228,25 +225,24 @@ class NvmlDevice(PowerDevice):
             )
         return sources, gaps
 
-    def _ask_fields(self, numbers: Sequence[int]) -> dict[int, tuple[Any, int]]:
+    def _ask_fields(self, fields: FieldBatch) -> dict[int, tuple[int | float | None, int]]:
         """Value and return code of each field, from one call."""
-        if not numbers:
-            return {}
-        values, code = ask(self._nvml, "nvmlDeviceGetFieldValues", self._handle, list(numbers))
+        answers, code = fields.ask()
         self._raise_if_gone(code)
-        if code:
-            return dict.fromkeys(numbers, (None, code))
-        return {
-            number: (decode_value(value), SUCCESS) if not value.nvmlReturn else (None, int(value.nvmlReturn))
-            for number, value in zip(numbers, values, strict=True)
-        }
+        return answers
+
+    def _call(self, source: _Source) -> PreparedCall | None:
+        """The call of a way that has one."""
+        if not source.function:
+            return None
+        return PreparedCall(self._nvml, self._handle, source.function, source.arguments)
 
     def _told(
-        self, name: str, source: _Source, answers: Mapping[int, tuple[Any, int]]
+        self, name: str, source: _Source, call: PreparedCall | None, answers: Mapping[int, tuple[Any, int]]
     ) -> tuple[int | None, int]:
         """Value of a quantity and the first return code that is not 0; None also for an impossible value."""
-        if source.function:
-            value, code = ask(self._nvml, source.function, self._handle, *source.arguments)
+        if call is not None:
+            value, code = call.ask()
             self._raise_if_gone(code)
             return _whole(name, value), code
         total = 0
@@ -260,22 +256,12 @@ class NvmlDevice(PowerDevice):
         return total, SUCCESS
 
 
-def decode_value(field: Any) -> int | float | None:
-    """The value of a ``nvmlFieldValue_t``, read as the type that it says it has.
-
-    None for a type that is not known here, and for the values that stand for "not available".
-    """
-    member, missing = _MEMBERS.get(int(field.valueType), ("", None))
-    value: int | float | None = getattr(field.value, member, None) if member else None
-    return None if value == missing else value
-
-
 def _whole(name: str, value: int | float | None) -> int | None:
     """A reading as the table keeps it; None when it cannot be one."""
     if value is None or not math.isfinite(value):
         return None
-    least = -273 if name.endswith("temperature_c") else 0
-    return round(value) if least <= value < _LIMITS[name] else None
+    least, end = _RANGES[name]
+    return round(value) if least <= value < end else None
 
 
 def explain(nvml: Any, what: str, code: int, hint: str | None = None) -> Gap:

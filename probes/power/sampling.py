@@ -151,6 +151,7 @@ def main() -> int:
         _answer(SamplerReady(error=str(error)))
         return 1
     sampling = Sampling(job, devices)
+    sample_rows((), ())  # the first table loads what pyarrow puts off, pandas too: now, not while it samples
     signal.signal(signal.SIGTERM, lambda *_: sampling.end())
     _answer(
         SamplerReady(

@@ -25,6 +25,8 @@ from pathlib import Path
 __all__ = ["Change", "FakeDriver", "library_folder", "why_not"]
 
 _SOURCE = Path(__file__).with_name("fake_nvml.c")
+#: Names the folder of the library to processes that use the driver of their parent.
+_BUILT = "FAKE_NVML_FOLDER"
 
 
 def why_not() -> str | None:
@@ -34,7 +36,10 @@ def why_not() -> str | None:
 
 @functools.cache
 def library_folder() -> Path:
-    """Folder that holds ``libnvidia-ml.so.1``, built at the first call."""
+    """Folder that holds ``libnvidia-ml.so.1``, built at the first call unless a parent has built it."""
+    built = os.environ.get(_BUILT)
+    if built:
+        return Path(built)
     folder = Path(tempfile.mkdtemp(prefix="observatory-fake-nvml-"))
     subprocess.run(
         ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1",
@@ -75,7 +80,10 @@ class FakeDriver:
     def environment(self, inherited: Mapping[str, str] = os.environ) -> dict[str, str]:
         """Environment of a process that is to find this driver."""
         paths = [str(library_folder()), *filter(None, [inherited.get("LD_LIBRARY_PATH")])]
-        return {**inherited, "LD_LIBRARY_PATH": ":".join(paths), "FAKE_NVML_STATE": str(self.state)}
+        return {
+            **inherited, "LD_LIBRARY_PATH": ":".join(paths), "FAKE_NVML_STATE": str(self.state),
+            _BUILT: str(library_folder()),
+        }  # fmt: skip
 
     def load(self) -> ctypes.CDLL:
         """The library in this process, where pynvml then finds it too. One state file per process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,27 @@ from observatory.errors import DeviceError, DeviceLostError
 from probes.power.device import PowerDevice
 from probes.power.find import find_devices, open_device
 from probes.power.nvml import NvmlDevice
+from probes.power.nvml_calls import FieldBatch, PreparedCall
 from tests.power.driver import FakeDriver
 from tests.power.scenes import needs_driver, play
 
 pytestmark = needs_driver
 
 FIRST, SECOND = (f"GPU-fa4e0000-0000-4000-8000-00000000000{number}" for number in (0, 1))
+
+
+class Library:
+    """The C library as pynvml holds it, with some functions in the place of its own."""
+
+    def __init__(self, **instead: Any) -> None:
+        import pynvml
+
+        pynvml.nvmlInit()
+        self._real, self._instead = pynvml.nvmlLib, instead
+        pynvml.nvmlLib = self
+
+    def __getattr__(self, name: str) -> Any:
+        return self._instead.get(name) or getattr(self._real, name)
 
 
 def gap_of(device: PowerDevice, name: str) -> list[str | None]:
@@ -113,18 +129,15 @@ def test_half_a_sum_is_no_sum(tmp_path: Path) -> None:
 
 def whole_batch_scene(driver: FakeDriver) -> list[Any]:
     """A driver that refuses a batch with a field it does not know, but answers single ones."""
-    import pynvml
-
-    real = pynvml.nvmlDeviceGetFieldValues
     batches: list[int] = []
 
-    def picky(handle: Any, numbers: list[int]) -> Any:
-        batches.append(len(numbers))
-        if 271 in numbers or (186 in numbers and len(numbers) > 1):
-            raise pynvml.NVMLError(2)
-        return real(handle, numbers)
+    def picky(handle: Any, count: Any, values: Any) -> int:
+        batches.append(count.value)
+        if count.value > 1 and any(value.fieldId == 186 for value in values._obj):
+            return 2
+        return int(real(handle, count, values))
 
-    pynvml.nvmlDeviceGetFieldValues = picky
+    real = Library(nvmlDeviceGetFieldValues=picky)._real.nvmlDeviceGetFieldValues
     driver.fail("field:186", 2)
     with NvmlDevice(FIRST) as device:
         before = len(batches)
@@ -200,27 +213,66 @@ def test_a_field_that_fails_once_is_missing_from_that_sample_only(tmp_path: Path
 
 def retry_scene(driver: FakeDriver) -> list[Any]:
     """The driver times out once for each question, just when the device is opened."""
-    import pynvml
-
-    real = pynvml.nvmlDeviceGetFieldValues
     asked: list[int] = []
 
-    def late(handle: Any, numbers: list[int]) -> Any:
-        values = real(handle, numbers)
-        for value in values:
+    def late(handle: Any, count: Any, values: Any) -> int:
+        code = int(real(handle, count, values))
+        for value in values._obj:
             if value.fieldId not in asked:
                 value.nvmlReturn = 10
             asked.append(value.fieldId)
-        return values
+        return code
 
-    pynvml.nvmlDeviceGetFieldValues = late
+    real = Library(nvmlDeviceGetFieldValues=late)._real.nvmlDeviceGetFieldValues
     del driver
     with NvmlDevice(FIRST) as device:
-        return sorted(device.unavailable)
+        return [sorted(device.unavailable), asked.count(186)]
 
 
 def test_one_timeout_at_the_start_does_not_cost_a_field_for_good(tmp_path: Path) -> None:
-    assert play(retry_scene, tmp_path) == []
+    unavailable, asked = play(retry_scene, tmp_path)
+    assert unavailable == []
+    assert asked == 2
+
+
+def prepared_scene(driver: FakeDriver) -> list[Any]:
+    """The same readings with the C library in sight, without it, and by nvidia-ml-py's own functions."""
+    import pynvml
+
+    driver.fail("nvmlDeviceGetPowerUsage", 10)
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(FIRST)
+    hidden = types.SimpleNamespace(**{k: v for k, v in vars(pynvml).items() if k != "nvmlLib"})
+    calls = (
+        ("nvmlDeviceGetClockInfo", (1,)),
+        ("nvmlDeviceGetTemperatureV", (0,)),
+        ("nvmlDeviceGetTemperature", (0,)),
+        ("nvmlDeviceGetEnforcedPowerLimit", ()),
+        ("nvmlDeviceGetPowerUsage", ()),
+        ("nvmlDeviceGetNothing", ()),
+    )
+    told: list[Any] = []
+    for nvml in (pynvml, hidden):
+        fields, code = FieldBatch(nvml, handle, [190, 82, 9999, 74]).ask()
+        told.append(
+            [code, sorted(fields.items()), *[PreparedCall(nvml, handle, *call).ask() for call in calls]]
+        )
+    return told
+
+
+def test_prepared_calls_tell_what_the_bindings_own_functions_tell(tmp_path: Path) -> None:
+    fast, slow = play(prepared_scene, tmp_path)
+    assert fast == slow
+    code, fields, clock, temperature, older, limit, wrong, unknown = fast
+    assert code == 0
+    assert [[number, told[1]] for number, told in fields] == [[74, 0], [82, 0], [190, 0], [9999, 3]]
+    assert dict(fields)[190][0] == 700_000
+    assert clock[1] == 0
+    assert clock[0] > 300
+    assert temperature == older
+    assert limit == [700_000, 0]
+    assert wrong == [None, 10]
+    assert unknown == [None, 13]
 
 
 def lost_scene(driver: FakeDriver) -> dict[str, Any]:
@@ -279,17 +331,17 @@ def test_a_stuck_counter_is_told_as_it_stands(tmp_path: Path) -> None:
 
 def slow_scene(driver: FakeDriver) -> list[Any]:
     """Each call takes 20 ms; how many there are is counted."""
-    import pynvml
-
     calls: list[str] = []
+
+    class Counting(Library):
+        def __getattr__(self, name: str) -> Any:
+            real = super().__getattr__(name)
+            return lambda *arguments: (calls.append(name), real(*arguments))[1]
+
+    Counting()
     with NvmlDevice(FIRST) as device:
-        for name in dir(pynvml):
-            real = getattr(pynvml, name)
-            if name.startswith("nvmlDeviceGet") and callable(real):
-                setattr(
-                    pynvml, name, lambda *args, real=real, name=name: (calls.append(name), real(*args))[1]
-                )
         driver.set(call_us=20_000)
+        calls.clear()
         sample = device.read()
         return [sample.read_ns, sorted(calls)]
 
@@ -298,7 +350,7 @@ def test_a_sample_takes_five_calls_and_tells_how_long_they_took(tmp_path: Path) 
     read_ns, calls = play(slow_scene, tmp_path)
     assert calls == [
         "nvmlDeviceGetClockInfo", "nvmlDeviceGetClockInfo", "nvmlDeviceGetCurrentClocksEventReasons",
-        "nvmlDeviceGetFieldValues", "nvmlDeviceGetTemperatureV", "nvmlDeviceGetTemperatureV1",
+        "nvmlDeviceGetFieldValues", "nvmlDeviceGetTemperatureV",
     ]  # fmt: skip
     assert read_ns >= 5 * 20_000_000
 

@@ -1,0 +1,267 @@
+"""SIGKILL at every point of the code that locks clocks, and who undoes it; on the driver that plays GPUs.
+
+    python -m benchmarks.kill_points [--jobs 2] [--every 1] [--only TEXT]
+
+A point is a line of ``probes/power/{locking,lease,control,watchdog}.py`` as a process runs it, each line up
+to three times (tests/power/killing.py). The owner locks, limits, locks, restores, unlocks, locks and releases
+(tests/power/lock_owner.py). Every point is a run of its own:
+
+    owner starts -> ... -> killed at the point -> its orphans end -> [clocks unlock] -> what the driver holds
+
+The worker is the reaper of orphans, so that it knows when each watchdog ended and leaves no process. Time to
+reset: from the owner's death, as its reaper sees it, to the last change that the driver logged. Owners and
+``clocks unlock`` are forked from a worker that has imported everything; watchdogs are started as always.
+
+The exit code is 1 when something stayed locked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from tests.power.driver import Change
+from tests.power.killing import KILL, POINTS, hook_folder, kill_at_point
+from tests.power.test_locking import UUID, Host
+
+CLEAN = {"lock": 0.0, "limit": 700.0}
+_SUBREAPER = 36
+_ORPHANS_S = 60.0
+
+#: What is killed -> what happens then.
+SCENARIOS = {
+    "owner": "the watchdog undoes",
+    "owner and watchdog at once": "`clocks unlock` undoes, as in a batch system's epilogue",
+    "watchdog, owner lives": "the owner refuses further changes, and undoes",
+    "owner in the middle, then watchdog": "`clocks unlock` undoes",
+    "owner and watchdog, then `clocks unlock`": "the next `clocks unlock` undoes",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one point.
+
+    Attributes:
+        scenario: key of ``SCENARIOS``.
+        point: the point.
+        killed: whether the process came to it.
+        changed: at the death of the owner the driver held a lock or a limit of ours.
+        undone_by: who made the last change of the driver; None where there was none at all.
+        reset_ms: from the death of the owner to that change; None where nothing was changed at it.
+        left: what the driver held in the end, where that is not what it held at first.
+        files: lease files in the end.
+    """
+
+    scenario: str
+    point: int
+    killed: bool
+    changed: bool
+    undone_by: str | None
+    reset_ms: float | None
+    left: dict[str, float] | None
+    files: int
+
+
+class Bench:
+    """One driver, and processes that are killed on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.host = Host(folder)
+        self._output = (folder / "output.txt").open("ab")
+        self._told = folder / "told.txt"
+        os.environ[POINTS] = str(self._told)
+        ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
+
+    def points_of(self, scenario: str) -> int:
+        """How many points a scenario has."""
+        self._play(scenario, 0)
+        return int(self._told.read_text())
+
+    def run(self, scenario: str, point: int) -> Outcome:
+        """One point."""
+        self._told.unlink(missing_ok=True)
+        before = len(self.host.driver.changes())
+        owner, death_ns, unlockers = self._play(scenario, point)
+        changes, state = self.host.driver.changes()[before:], self.host.state()
+        held = _held_after([change for change in changes if change.time_ns <= death_ns])
+        last = changes[-1] if changes else None
+        return Outcome(
+            scenario=scenario,
+            point=point,
+            killed=self._told.exists(),
+            changed=held != CLEAN,
+            undone_by=None if last is None
+            else "owner" if last.pid == owner
+            else "`clocks unlock`" if last.pid in unlockers else "watchdog",
+            reset_ms=(last.time_ns - death_ns) / 1e6 if last is not None and held != CLEAN else None,
+            left=None if state == CLEAN else state,
+            files=len(self.host.files()),
+        )  # fmt: skip
+
+    def _play(self, scenario: str, point: int) -> tuple[int, int, list[int]]:
+        """Owner, its time of death, and processes that ran ``clocks unlock``."""
+        if scenario == "owner":
+            return *self._owner(str(point)), []
+        if scenario == "owner and watchdog at once":
+            return *self._owner(str(point), "everybody"), [self._unlock(None)]
+        if scenario == "watchdog, owner lives":
+            return *self._owner("-1", watchdog=point), []
+        if scenario == "owner in the middle, then watchdog":
+            return *self._owner("middle", watchdog=point), [self._unlock(None)]
+        return *self._owner("middle", "everybody"), [self._unlock(point), self._unlock(None)]
+
+    def _owner(self, *arguments: str, watchdog: int | None = None) -> tuple[int, int]:
+        """Run an owner to its end, and wait for the watchdog that it leaves; its id and time of death."""
+        from tests.power import lock_owner
+
+        if watchdog is not None:
+            os.environ[KILL] = f"watchdog {watchdog}"
+        result = self._forked(lambda: lock_owner.main([UUID, *arguments]))
+        os.environ.pop(KILL, None)
+        deadline = time.monotonic() + _ORPHANS_S
+        with contextlib.suppress(ChildProcessError):
+            while not os.waitpid(-1, os.WNOHANG)[0]:
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"a watchdog did not end within {_ORPHANS_S:g} s of its owner's death")
+                time.sleep(0.005)
+        return result
+
+    def _unlock(self, point: int | None) -> int:
+        """``observatory clocks unlock``, killed at a point, counted (0), or left alone; its id."""
+        from observatory.cli import main as observatory
+
+        def unlock() -> int:
+            end = None if point is None else kill_at_point(point)
+            code = observatory(["clocks", "unlock"])
+            if end is not None:
+                end()
+            return code
+
+        return self._forked(unlock)[0]
+
+    def _forked(self, function: Callable[[], int]) -> tuple[int, int]:
+        """Id and time of death of a process that calls a function."""
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                for stream in (1, 2):
+                    os.dup2(self._output.fileno(), stream)
+                code = function()
+                sys.stdout.flush()
+            except Exception as error:
+                os.write(2, f"{type(error).__name__}: {error}\n".encode())
+            finally:
+                os._exit(code)
+        os.waitpid(pid, 0)
+        return pid, time.monotonic_ns()
+
+
+def _held_after(changes: Sequence[Change]) -> dict[str, float]:
+    """Lock and limit after these changes of a driver that held none."""
+    held = dict(CLEAN)
+    for change in changes:
+        if change.code == 0:
+            name = "limit" if change.what == "limit" else "lock"
+            held[name] = {"lock": change.values[1], "unlock": 0.0, "limit": change.values[0] / 1000}[
+                change.what
+            ]
+    return held
+
+
+def work(folder: Path, job: int, jobs: int, every: int, only: str) -> None:
+    """One worker's share of all points, an outcome a line."""
+    bench = Bench(folder)
+    for scenario in SCENARIOS:
+        if only in scenario:
+            points = bench.points_of(scenario)
+            for point in range(1 + job * every, points + 1, jobs * every):
+                sys.stdout.write(json.dumps(asdict(bench.run(scenario, point))) + "\n")
+                sys.stdout.flush()
+
+
+def show(outcomes: Sequence[Outcome]) -> None:
+    """Print the table."""
+    print(
+        "| killed | points | nothing held then | undone by the owner | by the watchdog | by `clocks unlock` "
+        "| time to reset, median / max | left locked |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for scenario in SCENARIOS:
+        own = [outcome for outcome in outcomes if outcome.scenario == scenario and outcome.killed]
+        if not own:
+            continue
+        living = scenario == "watchdog, owner lives"
+        held = [outcome for outcome in own if outcome.changed or (living and outcome.undone_by)]
+        by = [
+            sum(outcome.undone_by == who for outcome in held)
+            for who in ("owner", "watchdog", "`clocks unlock`")
+        ]
+        times = [outcome.reset_ms for outcome in held if outcome.reset_ms is not None and not living]
+        reset = f"{statistics.median(times):.0f} / {max(times):.0f} ms" if times else "-"
+        left = sum(outcome.left is not None for outcome in own)
+        print(
+            f"| {scenario} | {len(own)} | {len(own) - len(held)} | {by[0]} | {by[1]} | {by[2]} "
+            f"| {reset} | {left} |"
+        )
+    missed = sum(not outcome.killed for outcome in outcomes)
+    print(f"\n{missed} points were not come to (the process ended by another way before).")
+    for outcome in outcomes:
+        if outcome.left is not None:
+            print(f"* left: {outcome}")
+
+
+def main() -> int:
+    """Start the workers, gather and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=2, help="points at a time")
+    parser.add_argument("--every", type=int, default=1, help="take every so manieth point")
+    parser.add_argument("--only", default="", help="scenarios whose name holds this")
+    parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "JOB"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        folder, job = options.worker
+        work(Path(folder), int(job), options.jobs, options.every, options.only)
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        outcomes = _run_workers(Path(name), options.jobs, sys.argv[1:])
+    show(outcomes)
+    return int(any(outcome.left is not None for outcome in outcomes))
+
+
+def _run_workers(folder: Path, jobs: int, argv: Sequence[str]) -> list[Outcome]:
+    hooks = hook_folder(folder / "hooks")
+    workers = []
+    for job in range(jobs):
+        own = folder / f"worker-{job}"
+        own.mkdir()
+        path = os.pathsep.join([str(hooks), os.getcwd(), os.environ.get("PYTHONPATH", "")])
+        workers.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.kill_points", *argv, "--worker", str(own), str(job)],
+                env={**Host(own).environment, "PYTHONPATH": path},
+                stdout=(own / "outcomes.jsonl").open("w"),
+            )
+        )
+    codes = [worker.wait() for worker in workers]
+    if any(codes):
+        raise SystemExit(f"a worker ended with exit code {max(codes, key=abs)}; its message is above")
+    lines = [line for path in folder.glob("*/outcomes.jsonl") for line in path.read_text().splitlines()]
+    return [Outcome(**json.loads(line)) for line in lines]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

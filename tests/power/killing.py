@@ -1,0 +1,100 @@
+"""Kills a process at a chosen line of the code that locks clocks.
+
+    OBSERVATORY_KILL="watchdog 37" PYTHONPATH=FOLDER:...      # FOLDER as hook_folder() makes it
+
+Points are the lines of ``probes/power/{locking,lease,control,watchdog}.py`` in functions, in the order in
+which a process runs them, each line at most three times. Point 0 kills nowhere. The file that
+``OBSERVATORY_POINTS`` names then takes the count, and else "killed" just before the end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+__all__ = ["KILL", "POINTS", "from_environment", "hook_folder", "kill_at_point", "kill_now"]
+
+#: Names in the environment: role and point; file that takes what became of it.
+KILL, POINTS = "OBSERVATORY_KILL", "OBSERVATORY_POINTS"
+
+_TIMES = 3
+_OURS = tuple(f"/probes/power/{name}.py" for name in ("locking", "lease", "control", "watchdog"))
+_IN_FUNCTION = 0x1  # CO_OPTIMIZED: no module, no class body
+#: What tells a role's process by its command line.
+_ROLES = {"watchdog": "probes.power.watchdog"}
+
+
+def kill_at_point(point: int, *, children: bool = False) -> Callable[[], int]:
+    """Trace this process from here on, and kill it at a point.
+
+    Args:
+        point: from 1; 0 kills nowhere.
+        children: kill the processes that it started too, first: what a batch system does to a whole job.
+
+    Returns:
+        Ends the tracing and tells how many points there were.
+    """
+    points = 0
+    seen: Counter[tuple[str, int]] = Counter()
+
+    def traced(frame: FrameType, event: str, _argument: Any) -> Any:
+        nonlocal points
+        code = frame.f_code
+        if not (code.co_flags & _IN_FUNCTION and code.co_filename.endswith(_OURS)):
+            return None
+        if event == "line":
+            place = (code.co_filename, frame.f_lineno)
+            seen[place] += 1
+            if seen[place] <= _TIMES:
+                points += 1
+                if points == point:
+                    _tell("killed")
+                    kill_now(children=children)
+        return traced
+
+    def end() -> int:
+        sys.settrace(None)
+        if point == 0:
+            _tell(str(points))
+        return points
+
+    sys.settrace(traced)
+    return end
+
+
+def kill_now(*, children: bool) -> None:
+    """Kill this process, and first, if wanted, those that it started."""
+    if children:
+        for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _tell(what: str) -> None:
+    told = os.environ.get(POINTS)
+    if told:
+        Path(told).write_text(what)
+
+
+def hook_folder(folder: Path) -> Path:
+    """A folder that, first on the path of Python processes, calls :func:`from_environment` in each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sitecustomize.py").write_text(
+        "from tests.power.killing import from_environment\nfrom_environment()\n"
+    )
+    return folder
+
+
+def from_environment() -> None:
+    """Kill this process at a point if its command line and the environment say so."""
+    role, point = os.environ.get(KILL, " 0").rsplit(" ", 1)
+    if role not in _ROLES or _ROLES[role] not in sys.orig_argv:
+        return
+    atexit.register(kill_at_point(int(point)))
