@@ -18,23 +18,27 @@ Requests are kept apart from what was sampled. Nothing is locked without ``apply
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import pandas as pd
-
-from observatory.campaign.workloads import Window, Workload
-from observatory.energy.traces import trace_of_frame
-from observatory.energy.windows import energy_of_window
+from observatory.campaign.sweep_document import sweep_document, write_sweep
+from observatory.campaign.sweep_journal import (
+    JournalHead,
+    JournalPoint,
+    JournalSeries,
+    append_line,
+    holds_points,
+    journal_path,
+)
+from observatory.campaign.workloads import Workload
 from observatory.errors import ClockError, ObservatoryError
-from observatory.provenance import collect_provenance, new_manifest
-from observatory.records import DeviceSpec, ModelSpec, RankPower
-from observatory.records_clocks import ClockPoint, ClockSeries, ClockSweep, PointLabel
-from observatory.store import RunWriter, open_run
+from observatory.provenance import new_manifest
+from observatory.records import ModelSpec, RankPower
+from observatory.records_clocks import ClockSweep
+from observatory.store import RunWriter
 from probes.power.device import PowerDevice
 from probes.power.find import open_device
 from probes.power.locking import ClockLease
@@ -42,12 +46,8 @@ from probes.power.sampler import PowerSampler
 
 __all__ = ["Setting", "SweepJob", "plan_settings", "run_sweep"]
 
-_CAP_BIT = 0x4
-_THERMAL_BITS = 0x8 | 0x20 | 0x40
-#: One step of the SM clock.
-_STEP_MHZ = 15
-#: A bit or a cap counts from this share of the window on.
-_OFTEN = 0.1
+#: Samples are on disk after so long: a kill loses no more of them.
+_FLUSH_S = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,16 +93,6 @@ class SweepJob:
         return 60.0 + 1.5 * settings * self.repeats * (self.settle_s + self.window_s + self.cool_s)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Measured:
-    setting: Setting
-    series: int
-    repeat: int
-    order: int
-    window: Window
-    note: str | None
-
-
 def plan_settings(job: SweepJob, series: int) -> list[tuple[int, int, Setting]]:
     """Repeat, series and setting of every point, in the order in which they run; the reference among them."""
     settings = [
@@ -140,54 +130,73 @@ def run_sweep(
         DeviceError: the GPU cannot be read.
         RunError: the telemetry cannot be kept.
     """
-    telemetry, journal = out.with_suffix(".run"), out.with_suffix(".points.jsonl")
-    manifest = new_manifest(model=ModelSpec(name=f"clock sweep into {out.name}"))
-    measured: list[_Measured] = []
-    problem: BaseException | None = None
-    with (
-        RunWriter.create(telemetry, manifest, overwrite=overwrite) as writer,
-        open_device(job.device_uuid) as device,
-        ClockLease.acquire(job.device_uuid, duration_s=job.longest_s) as lease,
-    ):
-        job = _snapped(job, lease)
-        sampler = PowerSampler(
-            telemetry, rank=0, ranks=1, selectors=[job.device_uuid], period_s=job.period_s, flush_s=5.0
+    telemetry, journal = out.with_suffix(".run"), journal_path(out)
+    if not overwrite and holds_points(journal):
+        raise ClockError(
+            f"{journal} is what a sweep that was killed has left: `observatory clocks recover {journal} "
+            "--out FILE` makes a result of it; give another --out, or --force to discard it"
         )
-        sampler.start()
-        try:
-            _measure_all(job, workloads, lease, device, journal, measured, progress)
-        except (ObservatoryError, KeyboardInterrupt) as error:
-            problem = error
-        finally:
-            power = sampler.stop()
-            writer.set_power(power)
-            writer.update_manifest(devices=power.sampled)
-        supported = lease.control.supported_sm_clocks_mhz
-        limit_mw = lease.control.default_limit_mw
-    if not measured:
+    measured: list[JournalPoint] = []
+    power: RankPower | None = None
+    head: JournalHead | None = None
+    problem: BaseException | None = None
+    try:
+        with (
+            open_device(job.device_uuid) as device,
+            ClockLease.acquire(job.device_uuid, duration_s=job.longest_s) as lease,
+        ):
+            job = _checked(job, lease)
+            head = JournalHead(
+                device=device.spec,
+                series=tuple(JournalSeries(**asdict(workload.facts)) for workload in workloads),
+                supported_sm_clocks_mhz=lease.control.supported_sm_clocks_mhz,
+                default_limit_mw=lease.control.default_limit_mw,
+                seed=job.seed,
+                argv=tuple(argv),
+            )
+            # Only now, when nothing speaks against it, may an older result be replaced.
+            manifest = new_manifest(model=ModelSpec(name=f"clock sweep into {out.name}"))
+            with RunWriter.create(telemetry, manifest, overwrite=overwrite) as writer:
+                append_line(journal, head, fresh=True)
+                sampler = PowerSampler(
+                    telemetry, rank=0, ranks=1, selectors=[job.device_uuid], period_s=job.period_s,
+                    flush_s=_FLUSH_S,
+                )  # fmt: skip
+                sampler.start()
+                try:
+                    _measure_all(job, workloads, lease, device, journal, measured, progress)
+                finally:
+                    power = sampler.stop()
+                    writer.set_power(power)
+                    writer.update_manifest(devices=power.sampled)
+    except (ObservatoryError, KeyboardInterrupt) as error:
+        problem = error
+    if head is None or power is None or not measured:
+        if head is not None:
+            journal.unlink(missing_ok=True)
         raise problem or ClockError("nothing was measured; see the messages above")
-    sweep = _document(
-        job,
-        workloads,
-        measured,
-        power,
-        open_run(telemetry).power(),
-        argv=argv,
-        supported=supported,
-        default_limit_mw=limit_mw,
-        problem=problem,
-    )
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(sweep.model_dump_json(indent=1), encoding="utf-8")
-    temporary.replace(out)
+    ended = None if problem is None else f"{type(problem).__name__}: {problem}".rstrip(": ")
+    sweep = sweep_document(head, measured, power, telemetry, ended=ended)
+    write_sweep(sweep, out)
     journal.unlink(missing_ok=True)
     if problem is not None:
         raise problem
     return sweep
 
 
-def _snapped(job: SweepJob, lease: ClockLease) -> SweepJob:
-    """The job with clocks that the device supports."""
+def _checked(job: SweepJob, lease: ClockLease) -> SweepJob:
+    """The job with clocks that the device supports.
+
+    Raises:
+        ClockError: a clock or a limit is out of its range: better now than in the middle.
+    """
+    limits = lease.control.limit_range_mw
+    for limit_mw in job.limits_mw:
+        if limits is not None and not limits[0] <= limit_mw <= limits[1]:
+            raise ClockError(
+                f"{limit_mw / 1e3:g} W is no power limit of {lease.control.name}; expected "
+                f"{limits[0] / 1e3:g} to {limits[1] / 1e3:g} W"
+            )
     return replace(job, clocks_mhz=tuple(lease.control.snap(clock) for clock in job.clocks_mhz))
 
 
@@ -197,7 +206,7 @@ def _measure_all(
     lease: ClockLease,
     device: PowerDevice,
     journal: Path,
-    measured: list[_Measured],
+    measured: list[JournalPoint],
     progress: Callable[[int, int], None] | None,
 ) -> None:
     points = plan_settings(job, len(workloads))
@@ -206,12 +215,13 @@ def _measure_all(
         note = _cool_down(device, cool_c, job)
         _apply(lease, setting)
         window = workloads[series].measure(settle_s=job.settle_s, window_s=job.window_s)
-        point = _Measured(
-            setting=setting, series=series, repeat=repeat, order=order, window=window, note=note
-        )
+        point = JournalPoint(
+            order=order, repeat=repeat, series=series, sm_clock_mhz=setting.sm_clock_mhz,
+            limit_mw=setting.limit_mw, start_ns=window.start_ns, end_ns=window.end_ns,
+            iterations=window.iterations, note=note,
+        )  # fmt: skip
         measured.append(point)
-        with journal.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(asdict(point)) + "\n")
+        append_line(journal, point)
         if progress is not None:
             progress(len(measured), len(points))
 
@@ -239,110 +249,3 @@ def _cool_down(device: PowerDevice, cool_c: int | None, job: SweepJob) -> str | 
         if time.monotonic() >= deadline:
             return f"began at {now_c} C, {now_c - cool_c} above the beginning, after {job.cool_s:g} s of rest"
         time.sleep(0.2)
-
-
-def _document(
-    job: SweepJob,
-    workloads: Sequence[Workload],
-    measured: Sequence[_Measured],
-    power: RankPower,
-    samples: pd.DataFrame,
-    *,
-    argv: Sequence[str],
-    supported: Sequence[int],
-    default_limit_mw: int | None,
-    problem: BaseException | None,
-) -> ClockSweep:
-    origin = collect_provenance()
-    notes = [*power.notes, *dict.fromkeys(point.note for point in measured if point.note)]
-    if problem is not None:
-        notes.append(f"ended early, after {len(measured)} points: {type(problem).__name__}: {problem}"[:4000])
-    calibration = power.calibration.get(job.device_uuid)
-    spec = next((spec for spec in power.sampled if spec.uuid == job.device_uuid), None)
-    series = []
-    for index, workload in enumerate(workloads):
-        points = tuple(_point(item, samples) for item in measured if item.series == index)
-        if points:
-            series.append(ClockSeries(**asdict(workload.facts), points=points))
-    return ClockSweep(
-        created_unix_s=time.time(),
-        argv=tuple(argv),
-        device=spec or DeviceSpec(kind="nvidia", uuid=job.device_uuid),
-        max_sm_clock_mhz=supported[-1],
-        supported_sm_clocks_mhz=tuple(supported),
-        default_limit_mw=default_limit_mw,
-        idle_power_mw=None if calibration is None else calibration.idle_power_mw,
-        series=tuple(series),
-        seed=job.seed,
-        git_sha=origin["git_sha"],
-        hosts=origin["hosts"],
-        software=origin["software"],
-        notes=tuple(notes),
-    )
-
-
-def _point(measured: _Measured, samples: pd.DataFrame) -> ClockPoint:
-    """What the telemetry says of one window."""
-    window = measured.window
-    inside = samples[(samples["time_ns"] >= window.start_ns) & (samples["time_ns"] <= window.end_ns)]
-    clock = inside["sm_clock_mhz"].dropna()
-    reasons = inside["event_reasons"].dropna().astype("int64")
-    often = 0
-    for bit in (1 << position for position in range(16)):
-        if len(reasons) and ((reasons & bit) > 0).mean() >= _OFTEN:
-            often |= bit
-    energy = energy_of_window(trace_of_frame(samples), window.start_ns, window.end_ns)
-    label, reason = _label(measured.setting, clock, often if len(reasons) else None)
-    temperature = inside["temperature_c"].dropna()
-    return ClockPoint(
-        order=measured.order,
-        repeat=measured.repeat,
-        requested_sm_clock_mhz=measured.setting.sm_clock_mhz,
-        requested_limit_mw=measured.setting.limit_mw,
-        enforced_limit_mw=_last(inside["enforced_limit_mw"]),
-        iterations=max(window.iterations, 1),
-        duration_s=(window.end_ns - window.start_ns) / 1e9,
-        energy_mj=energy.energy_mj,
-        energy_error=energy.relative_error,
-        energy_source=energy.source,
-        integral_energy_mj=energy.integral_mj,
-        sm_clock_mhz=None if clock.empty else round(clock.median()),
-        sm_clock_low_mhz=None if clock.empty else round(clock.quantile(0.05)),
-        sm_clock_high_mhz=None if clock.empty else round(clock.quantile(0.95)),
-        event_reasons=often if len(reasons) else None,
-        power_cap_share=_cap_share(inside),
-        start_temperature_c=None if temperature.empty else int(temperature.iloc[0]),
-        end_temperature_c=None if temperature.empty else int(temperature.iloc[-1]),
-        label=label,
-        reason=reason if energy.flag is None else f"{reason}; {energy.flag}",
-    )
-
-
-def _label(setting: Setting, clock: pd.Series[float], reasons: int | None) -> tuple[PointLabel, str]:
-    """What became of the request, and the evidence."""
-    if clock.empty:
-        return "unverified", "the clock was not sampled in the window"
-    seen = round(float(clock.median()))
-    wanted = setting.sm_clock_mhz
-    met = wanted is None or abs(seen - wanted) <= _STEP_MHZ
-    what = f"{seen} MHz sampled" + ("" if wanted is None else f", {wanted} asked for")
-    if reasons is not None and reasons & _THERMAL_BITS:
-        return "thermal", f"{what}; the driver names heat or a hardware slowdown"
-    if reasons is not None and reasons & _CAP_BIT:
-        return "power-capped", f"{what}; the driver names the power limit"
-    return ("ok", what) if met else ("clamped", f"{what}; the driver names no reason")
-
-
-def _cap_share(inside: pd.DataFrame) -> float | None:
-    """Share of the window in which the limit held the clock: by the driver's counter, else by samples."""
-    counter = inside["power_cap_ns"].dropna()
-    lasted_ns = float(inside["time_ns"].max() - inside["time_ns"].min()) if len(inside) > 1 else 0.0
-    if len(counter) > 1 and lasted_ns > 0:
-        return min(1.0, max(0.0, float(counter.iloc[-1] - counter.iloc[0]) / lasted_ns))
-    reasons = inside["event_reasons"].dropna().astype("int64")
-    return float(((reasons & _CAP_BIT) > 0).mean()) if len(reasons) else None
-
-
-def _last(values: pd.Series[float]) -> int | None:
-    told = values.dropna()
-    return None if told.empty else int(told.iloc[-1])

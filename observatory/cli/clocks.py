@@ -6,6 +6,7 @@ import typer
 
 from observatory.cli.clocks_fit import fit
 from observatory.cli.clocks_recommend import recommend
+from observatory.cli.clocks_recover import recover
 from observatory.cli.clocks_sweep import sweep
 from observatory.cli.clocks_unlock import status, unlock
 
@@ -17,6 +18,7 @@ def clocks_group() -> typer.Typer:
     group = typer.Typer(help="SM clocks: fit a sweep and choose a clock.", no_args_is_help=True)
     group.callback()(lambda: None)
     group.command("sweep")(sweep)
+    group.command("recover")(recover)
     group.command("fit")(fit)
     group.command("recommend")(recommend)
     group.command("status")(status)

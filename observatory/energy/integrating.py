@@ -26,10 +26,12 @@ def energy_by_integral(trace: PowerTrace, start_ns: int, end_ns: int, sensor: Se
     missing = why_not_sampled(near.time_ns_N[told], start_ns, end_ns, sensor.update_ms)
     if missing is not None:
         return missing
-    updates = find_updates(
-        near.time_ns_N, near.read_ns_N, near.power_mw_N,
-        period_ns=None if sensor.update_ms is None else sensor.update_ms * 1e6, equal_values=True,
-    )  # fmt: skip
+    nominal_ns = None if sensor.update_ms is None else sensor.update_ms * 1e6
+    seen = (near.time_ns_N, near.read_ns_N, near.power_mw_N)
+    updates = find_updates(*seen, period_ns=nominal_ns, equal_values=True)
+    if updates.period_ns is None and (near.power_mw_N[told] == near.power_mw_N[told][0]).all():
+        # Power that never changed is known all the same, and shows no period of its own.
+        updates = find_updates(*seen, period_ns=FALLBACK_PERIOD_NS, equal_values=True)
     poll_ns = trace.poll_ns or 0.0
     period_ns = max(updates.period_ns or FALLBACK_PERIOD_NS, poll_ns)
     # An update belongs to the window when all it averaged surely does.

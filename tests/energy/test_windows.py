@@ -230,3 +230,12 @@ def test_no_samples_at_all_give_no_energy() -> None:
     found = energy_of_window(empty, EPOCH_NS, EPOCH_NS + 10**9)
     assert found.energy_mj is None
     assert found.reason
+
+
+def test_power_that_never_changes_is_no_missing_power() -> None:
+    """An idle GPU may show the same milliwatts for minutes, which tells no period."""
+    time_ns = np.arange(0, 4_000_000_000, 50_000_000) + 10**12
+    trace = trace_of_frame(pd.DataFrame({"time_ns": time_ns, "read_ns": 300_000, "power_mw": 75_000}))
+    found = energy_of_window(trace, int(time_ns[10]), int(time_ns[70]))
+    assert found.counter_mj is None
+    assert found.integral_mj == pytest.approx(75_000 * 3.0, rel=1e-6)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from observatory.campaign.clock_sweep import SweepJob, plan_settings
+from observatory.campaign.sweep_document import recover_sweep
 from observatory.campaign.sweep_inputs import parse_clocks, parse_limits
 from observatory.errors import ClockError
+from observatory.records_clocks import load_sweep
 from tests.power.driver import FakeDriver, why_not
 
 UUID = "GPU-fa4e0000-0000-4000-8000-000000000000"
@@ -77,6 +83,127 @@ def test_a_sweep_finds_time_energy_clamp_and_cap_and_leaves_nothing_locked(tmp_p
     assert [change.what for change in changes][-1] in ("unlock", "limit")
     assert [change for change in changes if change.what == "limit"][-1].values[0] == 700_000
     assert list((tmp_path / "leases").glob("*.json")) == []
+
+
+SHORT = ("--clocks", "600,900,1200", "--repeats", "60", "--window-s", "0.5", "--settle-s", "0.1", "--apply")
+
+
+@contextlib.contextmanager
+def _begun(folder: Path, points: int) -> Iterator[subprocess.Popen[str]]:
+    """A sweep that has measured so many points; ended with the block, if it has not ended itself."""
+    driver = FakeDriver(folder / "driver")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "observatory", "clocks", "sweep", "--device", UUID, "--out",
+         str(folder / "sweep.json"), "--cool-s", "0", *SHORT, "--", sys.executable, "-m",
+         "tests.power.iterating"],
+        env={**driver.environment(), "OBSERVATORY_LEASES": str(folder / "leases")},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    journal, deadline = folder / "sweep.points.jsonl", time.monotonic() + 120
+    try:
+        while not journal.exists() or len(journal.read_text().splitlines()) <= points:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate(timeout=60)
+
+
+def _unlocked(folder: Path, within_s: float = 20.0) -> bool:
+    """Whether the last lock was undone, sooner or later."""
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        changes = [item.what for item in FakeDriver(folder / "driver").changes() if item.code == 0]
+        if "lock" not in changes or "unlock" in changes[len(changes) - 1 - changes[::-1].index("lock") :]:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@needs_driver
+@pytest.mark.slow
+def test_a_killed_sweep_is_unlocked_and_can_be_recovered_and_no_other_runs_beside_it(tmp_path: Path) -> None:
+    with _begun(tmp_path, 6):
+        beside = _run(
+            tmp_path, "clocks", "sweep", "--device", UUID, "--out",
+            str(tmp_path / "other.json"), *SHORT, "--",
+            sys.executable, "-m", "tests.power.iterating",
+        )  # fmt: skip
+        assert beside.returncode == 1, beside.stderr
+        assert "is leased by process" in beside.stderr
+        assert not (tmp_path / "other.run").exists()  # nothing is made, nor replaced, before the lease is had
+    assert _unlocked(tmp_path)
+    again = _sweep(tmp_path, *SHORT)
+    assert again.returncode == 1
+    assert "observatory clocks recover" in again.stderr
+    journal = tmp_path / "sweep.points.jsonl"
+    with journal.open("a") as handle:
+        handle.write('{"order": 99, "cut o')
+    told = _run(tmp_path, "clocks", "recover", str(journal), "--out", str(tmp_path / "kept.json"))
+    assert told.returncode == 0, told.stderr
+    sweep = load_sweep(tmp_path / "kept.json")
+    assert len(sweep.series[0].points) >= 6
+    assert any("was killed" in note for note in sweep.notes)
+    # The last samples went with the process; windows before are as good as ever.
+    early = [point for point in sweep.series[0].points if point.order < 3]
+    assert all(point.label == "ok" and point.energy_mj for point in early)
+
+
+@needs_driver
+@pytest.mark.slow
+def test_ctrl_c_and_a_lost_gpu_keep_what_was_measured(tmp_path: Path) -> None:
+    def lost(folder: Path, value: int) -> None:
+        code = (
+            "import os; from pathlib import Path; from tests.power.driver import FakeDriver;"
+            f"FakeDriver(Path(os.environ['FAKE_NVML_STATE'])).set(lost={value})"
+        )
+        environment = FakeDriver(folder / "driver").environment()
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+
+    for name in ("interrupted", "lost"):
+        folder = tmp_path / name
+        folder.mkdir()
+        with _begun(folder, 3) as process:
+            if name == "lost":
+                lost(folder, 1)
+            else:
+                process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=120) == (1 if name == "lost" else 130)
+            # Where the GPU did not answer, the watchdog goes on trying for a while.
+            if name == "lost":
+                lost(folder, 0)
+            process.communicate(timeout=60)
+        sweep = load_sweep(folder / "sweep.json")
+        assert len(sweep.series[0].points) >= 3
+        assert any("ended early" in note for note in sweep.notes)
+        assert not (folder / "sweep.points.jsonl").exists()
+        assert _unlocked(folder)
+
+
+@needs_driver
+@pytest.mark.slow
+def test_what_cannot_be_set_is_refused_before_anything_is_measured_or_replaced(tmp_path: Path) -> None:
+    for options, said in (
+        (("--clocks", "600", "--limits", "5000"), "5000 W is no power limit"),
+        (("--clocks", "90000"), "is no SM clock"),
+    ):
+        told = _sweep(tmp_path, *options, "--apply")
+        assert told.returncode == 1
+        assert said in told.stderr
+        assert not (tmp_path / "sweep.run").exists()
+    assert FakeDriver(tmp_path / "driver").changes() == []
+
+
+@pytest.mark.parametrize("content", ["", "\n", "{}\n", "\xff\n", '{"device": {"kind": "x"}}\n{"order": 1}\n'])
+def test_what_is_no_journal_is_one_clear_sentence(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.points.jsonl"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ClockError, match=r"is no journal|no finished window"):
+        recover_sweep(path, tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_the_order_is_random_but_the_same_for_a_seed_and_holds_every_setting() -> None:
