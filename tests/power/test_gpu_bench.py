@@ -71,7 +71,7 @@ def square_scene(driver: FakeDriver) -> list[Any]:
 @needs_driver
 @pytest.mark.slow
 def test_the_square_wave_shows_both_powers_of_the_fake_device(tmp_path: Path) -> None:
-    busy_mw, power_mw, method = play(square_scene, tmp_path)
+    busy_mw, power_mw, method = play(square_scene, tmp_path, timeout_s=300)
     assert [method["prefill"], method["decode"]] == ["least squares"] * 2
     assert power_mw["prefill"] == pytest.approx(busy_mw, rel=0.04)
     assert power_mw["decode"] == pytest.approx(75_000, rel=0.04)
@@ -106,7 +106,7 @@ def deepseek_scene(driver: FakeDriver) -> dict[str, Any]:
 @needs_driver
 @pytest.mark.slow
 def test_a_stack_is_profiled_by_phase_with_its_tokens_and_power(tmp_path: Path) -> None:
-    told = play(deepseek_scene, tmp_path)
+    told = play(deepseek_scene, tmp_path, timeout_s=300)
     assert told["tokens"] == [32, 2]
     assert told["known"] == [True, True]
     for phase in ("prefill", "decode"):
