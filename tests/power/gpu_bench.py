@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def alternate(
         phase = str(generator.choice(list(work)))
         with watch.phase(phase):  # type: ignore[arg-type]
             work[phase](mean_s * float(np.exp(0.5 * generator.standard_normal())))
-            watch.step()
+        watch.step()
 
 
 def decode_step(model: Any, batch: int, context: int, vocabulary: int) -> Callable[[], Any]:
@@ -114,8 +115,13 @@ def profile_stack(
     with torch.no_grad():
         step = decode_step(model, batch, context, vocabulary)
         with observatory.watch(model, run, power=[device_uuid]) as watch:
-            for phase, work in (("prefill", lambda: model(ids)), ("decode", step)):
+
+            def one(phase: str, work: Callable[[], Any]) -> None:
                 with watch.phase(phase):  # type: ignore[arg-type]
-                    repeat_for(seconds, lambda work=work: (work(), watch.step()))  # type: ignore[misc]
+                    work()
+                watch.step()
+
+            for phase, work in (("prefill", lambda: model(ids)), ("decode", step)):
+                repeat_for(seconds, partial(one, phase, work))
                 time.sleep(1.5)
     return energy_summary(observatory.open_run(run))

@@ -150,7 +150,7 @@ def test_a_square_wave_is_attributed_what_each_half_draws_alone(
             for phase in work if mean_s is None else ():
                 with watching.phase(phase):  # type: ignore[arg-type]
                     work[phase](8.0)
-                    watching.step()
+                watching.step()
         phases = energy_summary(observatory.open_run(run)).phases.set_index("phase")
         record_property(f"square_wave_{'alone' if mean_s is None else 'mixed'}", phases.to_json())
         found.append(phases["power_mw"].to_dict())

@@ -1,4 +1,7 @@
-"""Locks leave nothing behind: owners killed at every point, refused, late, or without their watchdog."""
+"""Locks leave nothing behind: owners killed at many points, refused, late, or without their watchdog.
+
+``python -m benchmarks.kill_points`` kills owner, watchdog and ``clocks unlock`` at every point.
+"""
 
 from __future__ import annotations
 
@@ -89,6 +92,11 @@ def test_an_owner_killed_at_any_point_leaves_nothing_locked(host: Host) -> None:
         assert host.settles() == {"lock": 0.0, "limit": 700.0}, f"killed at line {kill_at} of {lines}"
     host.run("-m", "observatory", "clocks", "unlock")
     assert host.files() == []
+
+
+def test_the_watchdog_loads_no_tables_and_so_watches_soon(host: Host) -> None:
+    told = host.run("-c", "import probes.power.watchdog, sys; print('pandas' in sys.modules)")
+    assert told.stdout.strip() == "False"
 
 
 def test_a_lease_that_expires_is_undone_under_a_living_owner(host: Host) -> None:
