@@ -56,6 +56,7 @@ class CaptureSession:
         self._told_problem = False
         self._exchange: ExchangeProbe | None = None
         self._phases: PhaseSpans | None = None
+        self._ended: str | None = None  # the phase told at the last end of a step, until another boundary
         self._log: ExchangeLog | None = None
         self._anchors = Anchors()
         try:
@@ -94,7 +95,10 @@ class CaptureSession:
         try:
             counted = self._probe.take(step=step, told=told, ends_step=ends_step)
             if self._phases is not None:
-                self._phases.boundary(step, told or _only_phase(counted))
+                # `with watch.phase(p): ...; watch.step()` leaves the end of the block after its last step.
+                tail = not ends_step and told == self._ended and not any(c.any() for c in counted.calls)
+                self._phases.boundary(step, None if tail else told or _only_phase(counted))
+                self._ended = told if ends_step else None
             self._anchors.renew()
             self._flusher.submit(counted)
         except CaptureError:
