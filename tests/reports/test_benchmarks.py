@@ -69,8 +69,8 @@ def test_what_realism_costs_is_told_as_a_ratio_and_in_microseconds(tmp_path: Pat
     frames = frames_of(run, replays=(replay,))
     section = sections_of(frames)["realism"]
     (shown,) = figure(section).variants
-    # Per step: captured 300 and 100, uniform 100 and 100; steps are drawn whole, so from 1 to 3.
-    assert "2.00× (1.00 – 3.00) the time of uniform traffic, +100 µs per exchange" in shown.note
+    # Per step: captured 300 and 100, uniform 100 and 100: a standard error of 1, a t of 6.31 for two steps.
+    assert "2.00× (0.00 – 8.31) the time of uniform traffic, +100 µs per exchange" in shown.note
     assert "no difference beyond the interval" in shown.note, "the interval reaches 1"
     assert "8 pairs of exchanges from 2 steps, 3 repeats of 4 exchanges each" in shown.note
     assert "An interval from 2 steps is itself rough." in shown.note
@@ -82,10 +82,10 @@ def test_what_realism_costs_is_told_as_a_ratio_and_in_microseconds(tmp_path: Pat
         "prefill, combine",
     ]
     assert cells(pooled)[0][1:] == [
-        "2.00× [1.00 – 3.00]", "+100 µs [+0.00 µs to +200 µs]", "200 µs", "100 µs", "8",
+        "2.00× [0.00 – 8.31]", "+100 µs [−531 µs to +731 µs]", "200 µs", "100 µs", "8",
         "no difference beyond the interval",
     ]  # fmt: skip
-    assert "takes 2.00× (1.00 – 3.00) the time of uniform traffic" in findings(frames)[0]
+    assert "takes 2.00× (0.00 – 8.31) the time of uniform traffic" in findings(frames)[0]
 
 
 @pytest.mark.parametrize(
