@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpc.launch import meeting_point, rank_environment
 from observatory.errors import ObservatoryError
 
@@ -69,6 +71,8 @@ def _meeting_point_elsewhere() -> Iterator[int]:
 def _work(rank: int, work: Callable[[int], Any], folder: Path) -> None:
     """All that a fork does; whatever happens, it never gets back into the code that forked it."""
     faulthandler.enable()
+    # torch makes its pool of threads anew after a fork; threads that load a model would race to do it.
+    torch.set_num_threads(torch.get_num_threads())
     try:
         try:
             told: dict[str, Any] = {"value": work(rank)}
