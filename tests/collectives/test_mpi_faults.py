@@ -126,8 +126,9 @@ def test_a_rank_that_dies_or_hangs_is_named_and_mpiexec_ends_the_others(
         assert "process rank 1 with PID" in output
         assert "signal 9 (Killed)" in output
     else:
-        sentence = next(told for told in sentences(output) if told.startswith("rank 0 "))
-        assert sentence.startswith("rank 0 of 2 waited in vain in ")
+        # mpiexec ends all at the first that gives up; while MPI starts, that may be the stopped one's watcher.
+        (sentence, *_) = sorted(sentences(output))
+        assert "of 2 waited in vain in " in sentence
         # Where the machine is slow, MPI may still be starting after the time given.
         starting = "in MPI_Init for 4 s: a rank did not start, or hangs;" in sentence
         assert starting or "for 4 s: no answer from rank 1;" in sentence
