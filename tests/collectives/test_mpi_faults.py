@@ -126,7 +126,7 @@ def test_a_rank_that_dies_or_hangs_is_named_and_mpiexec_ends_the_others(
         assert "process rank 1 with PID" in output
         assert "signal 9 (Killed)" in output
     else:
-        # mpiexec ends all at the first that gives up; while MPI starts, that may be the stopped one's watcher.
+        # mpiexec ends all at the first that gives up: while MPI starts, maybe the stopped one's watcher.
         (sentence, *_) = sorted(sentences(output))
         assert "of 2 waited in vain in " in sentence
         # Where the machine is slow, MPI may still be starting after the time given.
