@@ -1,6 +1,6 @@
 """What sampling power costs: processor time of its process, punctuality, effect on a program beside it.
 
-    python -m benchmarks.sampler_cost [--seconds 30] [--groups 12]
+    python -m benchmarks.sampler_cost [--seconds 30] [--groups 150]
 
 **Cost.** The sampling process of a node samples 1 and 8 devices of the driver that plays GPUs, every field,
 every 50 ms. Its processor time is read from /proc before and after, so that nothing is left out but its
@@ -8,7 +8,7 @@ start; what it says itself stands beside. The driver's part is measured by askin
 library alone, all devices after a rest of 50 ms each time, as the sampler does. It takes a file lock and
 steps its simulation in every call; a real driver goes into the kernel and to the device, which costs more.
 
-**Perturbation.** Forward passes of a small MoE model on one thread, blocks of about a second in the order
+**Perturbation.** Forward passes of a small MoE model on one thread, blocks of a quarter of a second in the order
 off, on, on, off; off means that the sampling process is stopped by a signal. Given: geometric mean over
 groups of the ratio on over off, its 90 % bootstrap interval, by the wall clock and by the thread's own time.
 """
@@ -35,7 +35,7 @@ from probes.power.sampler import PowerSampler
 from tests.power.driver import FakeDriver
 
 UUIDS = tuple(f"GPU-fa4e0000-0000-4000-8000-00000000000{number}" for number in range(8))
-BLOCK_S = 1.0
+BLOCK_S = 0.25
 
 
 def busy_driver(devices: int) -> FakeDriver:
@@ -150,7 +150,7 @@ def main() -> int:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=30.0, help="of sampling, for its cost")
-    parser.add_argument("--groups", type=int, default=12, help="of four blocks, for the perturbation")
+    parser.add_argument("--groups", type=int, default=150, help="of four blocks, for the perturbation")
     parser.add_argument("--part", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.part:
