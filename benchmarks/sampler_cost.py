@@ -8,8 +8,8 @@ start; what it says itself stands beside. The driver's part is measured by askin
 library alone, all devices after a rest of 50 ms each time, as the sampler does. It takes a file lock and
 steps its simulation in every call; a real driver goes into the kernel and to the device, which costs more.
 
-**Perturbation.** Forward passes of a small MoE model on one thread, blocks of a quarter of a second in the order
-off, on, on, off; off means that the sampling process is stopped by a signal. Given: geometric mean over
+**Perturbation.** Forward passes of a small MoE model on one thread, blocks of a quarter of a second in the
+order off, on, on, off; off means that the sampling process is stopped by a signal. Given: geometric mean over
 groups of the ratio on over off, its 90 % bootstrap interval, by the wall clock and by the thread's own time.
 """
 

@@ -134,13 +134,8 @@ class AmdDevice(PowerDevice):
         return self._spec
 
     @property
-    def unavailable(self) -> Mapping[str, str]:
-        """Why amdsmi does not tell a quantity."""
-        return {name: str(gap) for name, gap in self._gaps.items()}
-
-    @property
     def gaps(self) -> Mapping[str, Gap]:
-        """Likewise, in parts."""
+        """Why amdsmi does not tell a quantity."""
         return dict(self._gaps)
 
     def read(self) -> Sample:

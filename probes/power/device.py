@@ -98,13 +98,13 @@ class PowerDevice(ABC):
 
     @property
     @abstractmethod
-    def unavailable(self) -> Mapping[str, str]:
-        """Why, for each of ``FIELDS`` that this device cannot tell: one sentence for people."""
+    def gaps(self) -> Mapping[str, Gap]:
+        """Why, for each of ``FIELDS`` that this device cannot tell."""
 
     @property
-    def gaps(self) -> Mapping[str, Gap]:
-        """``unavailable`` with what kind of reason each is, and the remedy apart."""
-        return {name: Gap(kind="not supported", detail=why) for name, why in self.unavailable.items()}
+    def unavailable(self) -> Mapping[str, str]:
+        """``gaps``, each as one sentence for people."""
+        return {name: str(gap) for name, gap in self.gaps.items()}
 
     @abstractmethod
     def read(self) -> Sample:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from observatory.errors import DeviceError
 from observatory.records import DeviceSpec
-from probes.power.device import FIELDS, PowerDevice, Sample
+from probes.power.device import FIELDS, Gap, PowerDevice, Sample
 
 __all__ = ["NullDevice"]
 
@@ -31,9 +31,9 @@ class NullDevice(PowerDevice):
         return DeviceSpec(kind="none", uuid="none")
 
     @property
-    def unavailable(self) -> Mapping[str, str]:
+    def gaps(self) -> Mapping[str, Gap]:
         """The reason, for every quantity."""
-        return dict.fromkeys(FIELDS, self._reason)
+        return dict.fromkeys(FIELDS, Gap(kind="not supported", detail=self._reason))
 
     def read(self) -> Sample:
         """A sample without readings."""

@@ -151,13 +151,8 @@ class NvmlDevice(PowerDevice):
         return self._spec
 
     @property
-    def unavailable(self) -> Mapping[str, str]:
-        """Why the driver does not tell a quantity, with its return code."""
-        return {name: str(gap) for name, gap in self._gaps.items()}
-
-    @property
     def gaps(self) -> Mapping[str, Gap]:
-        """Likewise, in parts."""
+        """Why the driver does not tell a quantity, with its return code."""
         return dict(self._gaps)
 
     def read(self) -> Sample:

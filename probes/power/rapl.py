@@ -145,13 +145,8 @@ class RaplDevice(PowerDevice):
         return self._spec
 
     @property
-    def unavailable(self) -> Mapping[str, str]:
-        """Why all but energy and limit are not told, and they where their files cannot be read."""
-        return {name: str(gap) for name, gap in self._gaps.items()}
-
-    @property
     def gaps(self) -> Mapping[str, Gap]:
-        """Likewise, in parts."""
+        """Why all but energy and limit are not told, and they where their files cannot be read."""
         return dict(self._gaps)
 
     def read(self) -> Sample:

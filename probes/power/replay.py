@@ -29,7 +29,7 @@ from observatory.records import DeviceSpec, Manifest
 from observatory.store import open_run
 from observatory.store.checks import check_rows, check_schema
 from observatory.store.files import one_line
-from probes.power.device import FIELDS, PowerDevice, Sample
+from probes.power.device import FIELDS, Gap, PowerDevice, Sample
 
 __all__ = ["Pace", "ReplayDevice"]
 
@@ -90,8 +90,13 @@ class ReplayDevice(PowerDevice):
         self._period_ns = int(np.median(gaps_ns)) if len(gaps_ns) else 0
         self._spec = _spec_of(manifest, self._uuid)
         reasons = _reasons_of(manifest, self._uuid)
-        self._unavailable = {
-            name: f"{reasons[name]} (as recorded)" if name in reasons else f"the recording holds no {name}"
+        self._gaps = {
+            name: Gap(
+                kind="not supported",
+                detail=f"{reasons[name]} (as recorded)"
+                if name in reasons
+                else f"the recording holds no {name}",
+            )
             for name in FIELDS
             if name not in self._columns or not self._columns[name][1].any()
         }
@@ -102,9 +107,9 @@ class ReplayDevice(PowerDevice):
         return self._spec
 
     @property
-    def unavailable(self) -> Mapping[str, str]:
+    def gaps(self) -> Mapping[str, Gap]:
         """What the recording lacks."""
-        return dict(self._unavailable)
+        return dict(self._gaps)
 
     @property
     def samples(self) -> int:

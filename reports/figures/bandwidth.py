@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from reports.figures.base import axis, empty_figure, line, size_axis, time_axis
+from reports.figures.base import axis, bars, empty_figure, line, size_axis, time_axis
 from reports.frames import each_row
 from reports.text import bytes_text, figure_text, microseconds
 from reports.theme import light
@@ -108,15 +108,7 @@ def _add_points(figure: go.Figure, own: pd.DataFrame, name: str, colour: str, ma
             legendgroup=name,
             showlegend=axes[0] == "x",
             marker={"color": light(colour), "symbol": marker, "size": 9},
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": (high - middle).clip(lower=0),
-                "arrayminus": (middle - low).clip(lower=0),
-                "color": light(colour),
-                "thickness": 1.5,
-                "width": 3,
-            },
+            error_y=bars(middle, low, high, colour),
             customdata=[
                 [
                     bytes_text(row.size_bytes),

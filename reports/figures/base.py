@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from reports.text import bytes_text, microseconds
 from reports.theme import FONT, light
 
-__all__ = ["axis", "empty_figure", "line", "size_axis", "time_axis"]
+__all__ = ["axis", "bars", "colour_bar", "empty_figure", "line", "size_axis", "time_axis"]
 
 #: Logarithmic axes with fewer decades than this also label 2 and 5 of each.
 _FEW_DECADES = 2.2
@@ -88,6 +90,45 @@ def _short(text: str) -> str:
 def line(colour: str, width: float = 2.0, dash: str = "solid") -> dict[str, Any]:
     """Line settings with a theme colour's name."""
     return {"color": light(colour), "width": width, "dash": dash}
+
+
+def bars(
+    middle: pd.Series[float],
+    low: pd.Series[float],
+    high: pd.Series[float],
+    colour: str,
+    *,
+    width: float = 3,
+) -> dict[str, Any]:
+    """Error bars from ``low`` to ``high`` around ``middle``; none where an end is missing."""
+    ends = {"array": high - middle, "arrayminus": middle - low}
+    return {
+        "type": "data",
+        "symmetric": False,
+        **{name: np.nan_to_num(end.clip(lower=0).to_numpy(np.float64)) for name, end in ends.items()},
+        "color": light(colour),
+        "thickness": 1.5,
+        "width": width,
+    }
+
+
+def colour_bar(**options: Any) -> dict[str, Any]:
+    """Settings of a colour bar that lies above the plot."""
+    settings: dict[str, Any] = {
+        "orientation": "h",
+        "x": 0,
+        "xanchor": "left",
+        "y": 1.0,
+        "yref": "container",
+        "yanchor": "top",
+        "xpad": 0,
+        "ypad": 0,
+        "len": 0.72,
+        "thickness": 9,
+        "outlinewidth": 0,
+        "tickfont": {"size": 11, "color": light("muted")},
+    }
+    return settings | options
 
 
 def empty_figure(height: int, *, x: dict[str, Any], y: dict[str, Any], legend: bool = True) -> go.Figure:

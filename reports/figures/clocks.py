@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from reports.figures.base import axis, empty_figure, line
+from reports.figures.base import axis, bars, empty_figure, line
 from reports.frames import each_row
 from reports.text import figure_text
 from reports.theme import light
@@ -206,15 +205,7 @@ def _add_measured(
             "size": 12 if kind == "unlocked" else 8,
             "line": {"width": 1.5, "color": light(colour)},
         },
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": (own[f"{column}_high"] - own[column]) * factor,
-            "arrayminus": (own[column] - own[f"{column}_low"]) * factor,
-            "color": light(colour),
-            "thickness": 1.5,
-            "width": 3,
-        },
+        error_y=_bars(own, column, colour, factor),
         customdata=[_setting(row) for row in each_row(own)],
         hovertemplate="%{customdata}: %{y:.4g}<extra></extra>",
         **axes,
@@ -222,19 +213,11 @@ def _add_measured(
 
 
 def _bars(own: pd.DataFrame, column: str, colour: str, factor: float) -> dict[str, Any]:
-    """Bars from ``_low`` to ``_high``; none where an end is missing."""
+    """Bars from ``_low`` to ``_high``; with a negative factor the ends change places."""
     middle, low, high = (own[f"{column}{end}"].astype(float) * factor for end in ("", "_low", "_high"))
     if factor < 0:
         low, high = high, low
-    return {
-        "type": "data",
-        "symmetric": False,
-        "array": np.nan_to_num((high - middle).clip(lower=0).to_numpy(np.float64)),
-        "arrayminus": np.nan_to_num((middle - low).clip(lower=0).to_numpy(np.float64)),
-        "color": light(colour),
-        "thickness": 1.2,
-        "width": 3,
-    }
+    return bars(middle, low, high, colour)
 
 
 def _setting(row: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from reports.figures.base import axis, empty_figure, line
+from reports.figures.base import axis, bars, empty_figure, line
 from reports.figures.power import PHASE_COLOURS
 from reports.frames import each_group, each_row
 from reports.text import figure_text
@@ -115,15 +115,13 @@ def _add_tokens(figure: go.Figure, own: pd.DataFrame, phase: str, number: str, *
                 "color": light("warn" if flagged else "ink"),
                 "line": {"width": 1.5, "color": light("paper")},
             },
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": (chosen["mj_per_token_high"] - chosen["mj_per_token"]).clip(lower=0),
-                "arrayminus": (chosen["mj_per_token"] - chosen["mj_per_token_low"]).clip(lower=0),
-                "color": light("warn" if flagged else "ink"),
-                "thickness": 1.5,
-                "width": 5,
-            },
+            error_x=bars(
+                chosen["mj_per_token"],
+                chosen["mj_per_token_low"],
+                chosen["mj_per_token_high"],
+                "warn" if flagged else "ink",
+                width=5,
+            ),
             customdata=[[row.mj_per_token_low, row.mj_per_token_high] for row in each_row(chosen)],
             hovertemplate="%{y}: %{x:.4g} mJ per token (%{customdata[0]:.4g} – %{customdata[1]:.4g})"
             "<extra></extra>",

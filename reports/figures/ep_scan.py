@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from reports.figures.base import axis, empty_figure, line
+from reports.figures.base import axis, bars, empty_figure, line
 from reports.text import figure_text
 from reports.theme import MARKERS, SERIES, light
 
@@ -108,15 +108,7 @@ def ep_profile(scan: pd.DataFrame) -> go.Figure:
         mode="markers",
         name="ranks, single steps: median to p90",
         marker={"color": light("purple"), "symbol": "diamond", "size": 9},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": (scan["rank_max_over_mean_step_p90"] - median).clip(lower=0),
-            "arrayminus": [0.0] * len(scan),
-            "color": light("purple"),
-            "thickness": 1.5,
-            "width": 5,
-        },
+        error_y=bars(median, median, scan["rank_max_over_mean_step_p90"], "purple", width=5),
         customdata=scan[["rank_max_over_mean_step_p90"]].to_numpy(),
         hovertemplate="EP %{x}, ranks, steps: median %{y:.2f}×, p90 %{customdata[0]:.2f}×<extra></extra>",
     )

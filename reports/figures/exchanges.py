@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from reports.figures.base import axis, empty_figure
+from reports.figures.base import axis, colour_bar, empty_figure
 from reports.frames import each_row
 from reports.text import figure_text
 from reports.theme import DIVERGING, light
@@ -34,21 +34,6 @@ _SHARES: dict[str, tuple[str, str, str]] = {
     "held_s": ("kept by the backend for others", "purple", "x"),
     "idle_s": ("exchanges nothing itself", "thin", ""),
     "unknown_s": ("not known", "slate", "."),
-}
-#: A colour bar above the plot.
-_COLOURBAR: dict[str, Any] = {
-    "orientation": "h",
-    "x": 0,
-    "xanchor": "left",
-    "y": 1.0,
-    "yref": "container",
-    "yanchor": "top",
-    "xpad": 0,
-    "ypad": 0,
-    "len": 0.72,
-    "thickness": 9,
-    "outlinewidth": 0,
-    "tickfont": {"size": 11, "color": light("muted")},
 }
 _NUMBERED_UP_TO = 8
 _EVERY_LABEL = 24
@@ -154,7 +139,7 @@ def traffic_map(traffic: pd.DataFrame, *, ranks: int) -> go.Figure:
         hoverongaps=False,
         xgap=1,
         ygap=1,
-        colorbar={**_COLOURBAR, "nticks": 5, "ticksuffix": " MB"},
+        colorbar=colour_bar(nticks=5, ticksuffix=" MB"),
     )
     figure.add_heatmap(
         z=(kept_PP / 1e6).astype(np.float32),
@@ -208,7 +193,7 @@ def waiting_map(layers: pd.DataFrame) -> go.Figure:
         hoverongaps=False,
         xgap=1,
         ygap=1,
-        colorbar={**_COLOURBAR, "tickvals": [0, 25, 50, 75], "ticktext": ["0", "25 %", "50 %", "75 %"]},
+        colorbar=colour_bar(tickvals=[0, 25, 50, 75], ticktext=["0", "25 %", "50 %", "75 %"]),
     )
     return figure
 

@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from reports.figures.base import axis, empty_figure
-from reports.theme import DIVERGING, light
+from reports.figures.base import axis, colour_bar, empty_figure
+from reports.theme import DIVERGING
 
 __all__ = ["expert_shares"]
 
@@ -54,21 +54,8 @@ def expert_shares(loads: pd.DataFrame) -> go.Figure:
         zmax=_TOP_PERCENT,
         colorscale=_colourscale(),
         hovertemplate="layer %{y}, expert %{x}<br>%{z} % of the uniform share<extra></extra>",
-        colorbar={
-            "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 1.0,
-            "yref": "container",
-            "yanchor": "top",
-            "xpad": 0,
-            "ypad": 0,
-            "len": 0.72,
-            "thickness": 9,
-            "outlinewidth": 0,
-            "tickvals": [0, 50, 100, 200, 300, 400],
-            "ticktext": ["0", "½×", "1×", "2×", "3×", "≥ 4×"],
-            "tickfont": {"size": 11, "color": light("muted")},
-        },
+        colorbar=colour_bar(
+            tickvals=[0, 50, 100, 200, 300, 400], ticktext=["0", "½×", "1×", "2×", "3×", "≥ 4×"]
+        ),
     )
     return figure

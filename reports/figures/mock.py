@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from reports.figures.base import axis, empty_figure, line
+from reports.figures.base import axis, bars, empty_figure, line
 from reports.frames import each_row
 from reports.text import figure_label, figure_text
 from reports.theme import light
@@ -61,15 +61,7 @@ def condition_dots(points: pd.DataFrame) -> go.Figure:
             mode="markers",
             name=name,
             marker={"color": light(colour), "symbol": marker, "size": 9},
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": (rows["gini_high"] - rows["gini"]).clip(lower=0),
-                "arrayminus": (rows["gini"] - rows["gini_low"]).clip(lower=0),
-                "color": light(colour),
-                "thickness": 1.5,
-                "width": 3,
-            },
+            error_x=bars(rows["gini"], rows["gini_low"], rows["gini_high"], colour),
             customdata=[
                 [
                     figure_text(row.label),

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from reports.figures.base import axis, empty_figure, line
+from reports.figures.base import axis, bars, empty_figure, line
 from reports.frames import each_row
 from reports.text import figure_text, microseconds, times
 from reports.theme import light
@@ -68,15 +68,7 @@ def realism_by_layer(rows: pd.DataFrame) -> go.Figure:
                 name=figure_text(role, 24),
                 showlegend=column == "ratio",
                 marker={"color": light(colour), "symbol": marker, "size": 9},
-                error_y={
-                    "type": "data",
-                    "symmetric": False,
-                    "array": (high - middle).clip(lower=0),
-                    "arrayminus": (middle - low).clip(lower=0),
-                    "color": light(colour),
-                    "thickness": 1.5,
-                    "width": 3,
-                },
+                error_y=bars(middle, low, high, colour),
                 customdata=told,
                 hovertemplate="%{customdata[0]}<br>%{customdata[1]}<br>%{customdata[2]}<extra></extra>",
             )

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from reports.figures.base import axis, empty_figure, line
+from reports.figures.base import axis, bars, empty_figure, line
 from reports.theme import light
 
 __all__ = ["step_profile"]
@@ -46,15 +46,7 @@ def step_profile(layers: pd.DataFrame) -> go.Figure:
         mode="markers",
         name="single steps: median, p10 to p90",
         marker={"color": light("purple"), "symbol": "diamond", "size": 8},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": (layers["step_gini_p90"] - median).clip(lower=0),
-            "arrayminus": (median - layers["step_gini_p10"]).clip(lower=0),
-            "color": light("purple"),
-            "thickness": 1.5,
-            "width": 4,
-        },
+        error_y=bars(median, layers["step_gini_p10"], layers["step_gini_p90"], "purple", width=4),
         customdata=layers[["layer", "step_gini_p10", "step_gini_p90"]].to_numpy(),
         hovertemplate="layer %{customdata[0]}<br>steps: median %{y:.3f}, p10 %{customdata[1]:.3f}, "
         "p90 %{customdata[2]:.3f}<extra></extra>",

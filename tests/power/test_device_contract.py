@@ -17,7 +17,7 @@ import pytest
 from observatory.errors import DeviceError, DeviceLostError
 from observatory.records import DeviceSpec
 from probes.power.amd import AmdDevice
-from probes.power.device import FIELDS, PowerDevice, Sample
+from probes.power.device import FIELDS, Gap, PowerDevice, Sample
 from probes.power.null import NullDevice
 from probes.power.nvml import NvmlDevice
 from probes.power.rapl import RaplDevice
@@ -158,10 +158,9 @@ class Honest(PowerDevice):
         return DeviceSpec(kind="test", uuid="GPU-1")
 
     @property
-    def unavailable(self) -> Mapping[str, str]:
-        return {
-            name: "this device has no such sensor" for name in FIELDS if name not in ("power_mw", "energy_mj")
-        }
+    def gaps(self) -> Mapping[str, Gap]:
+        gap = Gap(kind="not supported", detail="this device has no such sensor")
+        return {name: gap for name in FIELDS if name not in ("power_mw", "energy_mj")}
 
     def read(self) -> Sample:
         if type(self).lost:
@@ -190,7 +189,7 @@ class TellsZeroForMissing(Honest):
 
 class KeepsQuiet(Honest):
     @property
-    def unavailable(self) -> Mapping[str, str]:
+    def gaps(self) -> Mapping[str, Gap]:
         return {}
 
 
@@ -202,8 +201,8 @@ class HasNoName(Honest):
 
 class GivesABareCode(Honest):
     @property
-    def unavailable(self) -> Mapping[str, str]:
-        return dict.fromkeys(super().unavailable, "3")
+    def gaps(self) -> Mapping[str, Gap]:
+        return dict.fromkeys(super().gaps, Gap(kind="failed", detail="3"))
 
 
 class TellsFractions(Honest):
@@ -229,8 +228,8 @@ class WrapsItsCounter(Honest):
 
 class LearnsWhileReading(Honest):
     @property
-    def unavailable(self) -> Mapping[str, str]:
-        found = dict(super().unavailable)
+    def gaps(self) -> Mapping[str, Gap]:
+        found = dict(super().gaps)
         if self.reads:
             found.pop("temperature_c")
         return found

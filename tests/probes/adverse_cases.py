@@ -6,49 +6,22 @@ Every case writes one run named after it; what only the program can see is put i
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator
-from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-import observatory
-from observatory.watching import Watch
 from probes.exchange.tap import is_tapped
 from probes.routing.adapters import Adapter
 from probes.routing.sites import RoutingDecision
 from tests.probes.expert_parallel import ParallelModel, parallel_adapter, plain, tokens
-from tests.probes.tiny import HIDDEN, ToldModel, told_adapter
+from tests.probes.rank_cases import Case, Rank, run_cases
+from tests.probes.tiny import HIDDEN
 
 WORLD = 4
 
-Case = Callable[["Rank"], None]
 CASES: dict[str, Case] = {}
-
-
-class Rank:
-    """This rank, its place on disk and its findings."""
-
-    def __init__(self, out: Path, rank: int) -> None:
-        self.out, self.rank = out, rank
-        self.facts: dict[str, Any] = {}
-
-    @contextlib.contextmanager
-    def watch(
-        self, name: str, model: nn.Module | None = None, *, adapter: Adapter | None = None, **options: Any
-    ) -> Iterator[Watch]:
-        """Watch a model; by default one that has nothing to do with the exchanges."""
-        adapter = adapter or (told_adapter(3) if model is None else parallel_adapter(WORLD))
-        with observatory.watch(model or ToldModel(), self.out / name, adapters=[adapter], **options) as watch:
-            dist.barrier()
-            yield watch
 
 
 def case(function: Case) -> Case:
@@ -297,24 +270,5 @@ def counts_after_rows(me: Rank) -> None:
         watch.step()
 
 
-def main() -> None:
-    out, number = Path(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{out / 'rendezvous'}",
-        rank=number,
-        world_size=WORLD,
-        timeout=timedelta(seconds=60),
-    )
-    me = Rank(out, number)
-    for run in CASES.values():
-        dist.barrier()
-        run(me)
-        (out / f"facts-{number}.json").write_text(json.dumps(me.facts), encoding="utf-8")
-    dist.barrier()
-    os._exit(0)  # many groups, not worth taking down one by one
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(CASES, world=WORLD, timeout_s=60)

@@ -7,14 +7,10 @@ errors) is put into ``facts-<rank>.json`` and checked by the tests.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from datetime import timedelta
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,20 +19,17 @@ import torch.distributed._functional_collectives as functional
 from torch.distributed import all_to_all_single as imported_before_the_watch
 from torch.distributed.nn.functional import all_to_all_single as old_autograd_wrapper
 
-import observatory
 from collectives.recorder import Label, labelled
-from observatory.watching import Watch
 from probes.exchange.tap import is_tapped
 from probes.routing.adapters import Adapter
 from probes.routing.sites import RoutingDecision
 from tests.probes.expert_parallel import (
     ParallelModel,
     functional_collective,
-    parallel_adapter,
     plain,
     tokens,
 )
-from tests.probes.tiny import ToldModel, told_adapter
+from tests.probes.rank_cases import Case, Rank, run_cases
 
 WORLD = 3
 #: Rows from rank i to rank j.
@@ -44,42 +37,18 @@ UNEVEN = [[1, 2, 3], [0, 4, 1], [5, 0, 2]]
 ONE_SIDED = [[0, 0, 7], [0, 0, 0], [0, 0, 0]]
 EMPTY = [[0, 0, 0]] * 3
 
-Case = Callable[["Rank"], None]
 CASES: dict[str, Case] = {}
-
-
-class Rank:
-    """This rank, its place on disk and its findings."""
-
-    def __init__(self, out: Path, rank: int) -> None:
-        self.out, self.rank = out, rank
-        self.facts: dict[str, Any] = {}
-
-    @contextlib.contextmanager
-    def watch(
-        self,
-        name: str,
-        model: torch.nn.Module | None = None,
-        *,
-        adapter: Adapter | None = None,
-        **options: Any,
-    ) -> Iterator[Watch]:
-        """Watch a model; by default one that has nothing to do with the exchanges."""
-        adapter = adapter or (told_adapter(3) if model is None else parallel_adapter(WORLD))
-        with observatory.watch(
-            ToldModel() if model is None else model, self.out / name, adapters=[adapter], **options
-        ) as watch:
-            dist.barrier()
-            yield watch
-
-    def rows(self, columns: int = 2, dtype: torch.dtype = torch.float32, count: int = 6) -> torch.Tensor:
-        values = torch.arange(count * columns).reshape(count, columns) + 100 * self.rank
-        return values.to(dtype)
 
 
 def case(function: Case) -> Case:
     CASES[function.__name__] = function
     return function
+
+
+def rows(me: Rank, columns: int = 2, dtype: torch.dtype = torch.float32, count: int = 6) -> torch.Tensor:
+    """This rank's own rows."""
+    values = torch.arange(count * columns).reshape(count, columns) + 100 * me.rank
+    return values.to(dtype)
 
 
 def exchange(rank: int, matrix: list[list[int]], given: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -95,15 +64,15 @@ def exchange(rank: int, matrix: list[list[int]], given: torch.Tensor, **options:
 def splits(me: Rank) -> None:
     """Uneven, one-sided, empty, equal shares; bfloat16, complex, one-dimensional."""
     with me.watch("splits") as watch:
-        exchange(me.rank, UNEVEN, me.rows(2, count=10))
+        exchange(me.rank, UNEVEN, rows(me, 2, count=10))
         watch.step()
-        exchange(me.rank, ONE_SIDED, me.rows(5, torch.bfloat16, count=10))
+        exchange(me.rank, ONE_SIDED, rows(me, 5, torch.bfloat16, count=10))
         watch.step()
-        exchange(me.rank, EMPTY, me.rows())
+        exchange(me.rank, EMPTY, rows(me))
         watch.step()
-        dist.all_to_all_single(torch.empty(6, 2), me.rows())
+        dist.all_to_all_single(torch.empty(6, 2), rows(me))
         watch.step()
-        exchange(me.rank, UNEVEN, me.rows(1, torch.complex64, count=10))
+        exchange(me.rank, UNEVEN, rows(me, 1, torch.complex64, count=10))
         watch.step()
         dist.all_to_all_single(torch.empty(3, dtype=torch.int64), torch.arange(3))
 
@@ -111,8 +80,8 @@ def splits(me: Rank) -> None:
 @case
 def ways(me: Rank) -> None:
     """Every way to start an all-to-all, one a step."""
-    given, out = me.rows(), torch.empty(6, 2)
-    wrapped = me.rows().requires_grad_()
+    given, out = rows(me), torch.empty(6, 2)
+    wrapped = rows(me).requires_grad_()
     shares = [2, 2, 2]
     world = dist.group.WORLD
     with me.watch("ways") as watch, torch.no_grad():
@@ -138,7 +107,7 @@ def ways(me: Rank) -> None:
 @case
 def asynchronous(me: Rank) -> None:
     """A handle is waited for long after its exchange was complete."""
-    given, out = me.rows(), torch.empty(6, 2)
+    given, out = rows(me), torch.empty(6, 2)
     unwatched = dist.all_to_all_single(out, given, async_op=True)
     unwatched.wait()
     with me.watch("asynchronous"):
@@ -211,9 +180,9 @@ def compiled(me: Rank) -> None:
     def doubled(given: torch.Tensor) -> torch.Tensor:
         return functional.all_to_all_single(given, shares, shares, dist.group.WORLD) * 2
 
-    plain_result = doubled(me.rows())
+    plain_result = doubled(rows(me))
     with me.watch("compiled"):
-        watched = doubled(me.rows())
+        watched = doubled(rows(me))
     me.facts["compiled"] = torch.equal(plain_result, watched)
 
 
@@ -306,9 +275,9 @@ def told(me: Rank) -> None:
     """Phases that the caller says, and roles that the program says."""
     with me.watch("told") as watch:
         with watch.phase("decode"):
-            dist.all_to_all_single(torch.empty(6, 2), me.rows())
+            dist.all_to_all_single(torch.empty(6, 2), rows(me))
         with labelled(Label(role="combine", layer=7, algorithm="flat", backward=True)):
-            dist.all_to_all_single(torch.empty(6, 2), me.rows())
+            dist.all_to_all_single(torch.empty(6, 2), rows(me))
         with watch.recorder.span("pack", 7):
             pass
         watch.recorder.exchange(
@@ -333,8 +302,8 @@ def groups(me: Rank) -> None:
     with me.watch("groups"):
         if me.rank != 1:
             for group in (outer, again, outer):
-                dist.all_to_all_single(torch.empty(4, 2), me.rows(count=4), group=group)
-        dist.all_to_all_single(torch.empty(6, 2), me.rows())
+                dist.all_to_all_single(torch.empty(4, 2), rows(me, count=4), group=group)
+        dist.all_to_all_single(torch.empty(6, 2), rows(me))
     for group in (outer, again):
         dist.destroy_process_group(group)
 
@@ -346,7 +315,7 @@ def threads(me: Rank) -> None:
 
     def work(group: dist.ProcessGroup) -> None:
         for _ in range(30):
-            dist.all_to_all_single(torch.empty(6, 2), me.rows(), group=group)
+            dist.all_to_all_single(torch.empty(6, 2), rows(me), group=group)
 
     with me.watch("threads"):
         started = [threading.Thread(target=work, args=(group,)) for group in pair]
@@ -361,7 +330,7 @@ def many(me: Rank) -> None:
     """Small exchanges one after the other, all to all."""
     with me.watch("many"):
         for number in range(400):
-            dist.all_to_all_single(torch.empty(6, 2), me.rows(), async_op=number % 4 == 3)
+            dist.all_to_all_single(torch.empty(6, 2), rows(me), async_op=number % 4 == 3)
             dist.all_reduce(torch.zeros(1))
 
 
@@ -375,13 +344,13 @@ def recorder(me: Rank) -> None:
                 dist.send(torch.ones(3), 2)
             if me.rank == 2:
                 dist.recv(torch.ones(3), number % 2)
-            exchange(me.rank, UNEVEN, me.rows(2, count=10))
+            exchange(me.rank, UNEVEN, rows(me, 2, count=10))
             dist.all_reduce(torch.ones(2))
             if me.rank != 1:
-                dist.all_to_all_single(torch.empty(4, 2), me.rows(count=4), group=pair, async_op=True).wait()
-        functional.wait_tensor(functional.all_to_all_single(me.rows(), [2] * 3, [2] * 3, dist.group.WORLD))
-        dist.all_gather_into_tensor(torch.empty(18, 2), me.rows())
-        dist.reduce_scatter_tensor(torch.empty(2, 2), me.rows())
+                dist.all_to_all_single(torch.empty(4, 2), rows(me, count=4), group=pair, async_op=True).wait()
+        functional.wait_tensor(functional.all_to_all_single(rows(me), [2] * 3, [2] * 3, dist.group.WORLD))
+        dist.all_gather_into_tensor(torch.empty(18, 2), rows(me))
+        dist.reduce_scatter_tensor(torch.empty(2, 2), rows(me))
         dist.all_to_all([torch.empty(2)] * 3, [torch.empty(2)] * 3)
 
 
@@ -389,11 +358,11 @@ def recorder(me: Rank) -> None:
 def nested(me: Rank) -> None:
     """A watch inside a watch."""
     with me.watch("nested_outer"):
-        dist.all_to_all_single(torch.empty(6, 2), me.rows())
+        dist.all_to_all_single(torch.empty(6, 2), rows(me))
         with me.watch("nested_inner"):
-            dist.all_to_all_single(torch.empty(6, 2), me.rows())
+            dist.all_to_all_single(torch.empty(6, 2), rows(me))
         still = is_tapped()
-        dist.all_to_all_single(torch.empty(6, 2), me.rows())
+        dist.all_to_all_single(torch.empty(6, 2), rows(me))
     me.facts["nested"] = {"inside": still, "after": is_tapped()}
 
 
@@ -401,7 +370,7 @@ def nested(me: Rank) -> None:
 def refused(me: Rank) -> None:
     """Calls that torch refuses are refused in the same words, and leave no row."""
     wrong: list[Callable[[], Any]] = [
-        lambda: dist.all_to_all_single(torch.empty(6, 2), me.rows(), [1, 2, 3], [9, 9, 9]),
+        lambda: dist.all_to_all_single(torch.empty(6, 2), rows(me), [1, 2, 3], [9, 9, 9]),
         lambda: dist.all_to_all([torch.empty(1)] * 2, [torch.empty(1)] * 3),
     ]
 
@@ -436,7 +405,7 @@ def switched_off(me: Rank) -> None:
     """Without the probe there is nothing of it."""
     with me.watch("switched_off", exchanges=False):
         me.facts["switched_off"] = is_tapped()
-        dist.all_to_all_single(torch.empty(6, 2), me.rows())
+        dist.all_to_all_single(torch.empty(6, 2), rows(me))
 
 
 @case
@@ -444,35 +413,16 @@ def killed(me: Rank) -> None:
     """The last case: rank 2 dies while the others are in an exchange with it."""
     error = "none"
     with me.watch("killed", flush_seconds=0.1):
-        dist.all_to_all_single(torch.empty(6, 2), me.rows())
+        dist.all_to_all_single(torch.empty(6, 2), rows(me))
         if me.rank == 2:
             time.sleep(0.5)
             os._exit(9)
         try:
-            dist.all_to_all_single(torch.empty(6, 2), me.rows())
+            dist.all_to_all_single(torch.empty(6, 2), rows(me))
         except RuntimeError as caught:
             error = type(caught).__name__
     me.facts["killed"] = error
 
 
-def main() -> None:
-    out, number = Path(sys.argv[1]), int(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{out / 'rendezvous'}",
-        rank=number,
-        world_size=WORLD,
-        timeout=timedelta(seconds=30),
-    )
-    me = Rank(out, number)
-    for name, run in CASES.items():
-        if name != "killed":
-            dist.barrier()
-        run(me)
-        (out / f"facts-{number}.json").write_text(json.dumps(me.facts), encoding="utf-8")
-    os._exit(0)  # the group is broken by now; nothing is left to be taken down in order
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(CASES, world=WORLD, timeout_s=30, last="killed")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from selenium import webdriver
@@ -15,6 +13,15 @@ from selenium.webdriver.common.keys import Keys
 
 from observatory.records import Manifest
 from reports import write_report
+from tests.reports.browsing import (
+    check_drawn,
+    check_fits_phone,
+    check_harmless,
+    emulate,
+    requests,
+    show,
+    wait,
+)
 from tests.reports.sample_runs import MODELS, manifest, write_grid, write_run
 from tests.reports.test_report import HOSTILE, hostile
 
@@ -45,65 +52,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
     }
 
 
-def show(
-    browser: webdriver.Chrome,
-    page: Path,
-    *,
-    width: int = 1440,
-    scheme: str = "light",
-    figures: Sequence[str] = FIGURES,
-) -> None:
-    """Open a page and wait until every figure is drawn."""
-    browser.get_log("browser")
-    browser.get_log("performance")
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
-    )
-    emulate(browser, scheme)
-    browser.get(page.as_uri())
-    for figure in figures:
-        browser.execute_script("document.getElementById(arguments[0]).scrollIntoView()", figure)
-        wait(browser, "return document.querySelector(`#${arguments[0]} svg.main-svg`) !== null", figure)
-
-
-def emulate(browser: webdriver.Chrome, scheme: str) -> None:
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-
-
-def wait(browser: webdriver.Chrome, script: str, *arguments: object) -> None:
-    """Until the script returns true, at most 10 s."""
-    end = time.monotonic() + 10
-    while not browser.execute_script(script, *arguments):
-        assert time.monotonic() < end, f"still not so after 10 s: {script} {arguments}"
-        time.sleep(0.05)
-
-
-def requests(browser: webdriver.Chrome) -> list[str]:
-    """Addresses that the page asked for."""
-    events: list[dict[str, Any]] = [
-        json.loads(entry["message"])["message"] for entry in browser.get_log("performance")
-    ]
-    return [
-        event["params"]["request"]["url"]
-        for event in events
-        if event["method"] == "Network.requestWillBeSent"
-    ]
-
-
 @pytest.mark.parametrize("which", ["plain", "hostile"])
 def test_every_figure_is_drawn_without_error_or_request(
     browser: webdriver.Chrome, pages: dict[str, Path], which: str
 ) -> None:
-    show(browser, pages[which])
-    marks = browser.execute_script(
-        "return arguments[0].map(id => document.querySelectorAll("
-        "`#${id} .point, #${id} .js-line, #${id} .hm image`).length)",
-        FIGURES,
-    )
-    assert all(count > 0 for count in marks), dict(zip(FIGURES, marks, strict=True))
-    assert [entry["message"] for entry in browser.get_log("browser")] == []
+    show(browser, pages[which], figures=FIGURES)
+    check_drawn(browser, FIGURES)
     asked = requests(browser)
     assert pages[which].as_uri() in asked
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
@@ -112,9 +66,8 @@ def test_every_figure_is_drawn_without_error_or_request(
 def test_hostile_text_runs_nothing_and_makes_no_links(
     browser: webdriver.Chrome, pages: dict[str, Path]
 ) -> None:
-    show(browser, pages["hostile"])
-    assert browser.execute_script("return window.hit === undefined")
-    assert browser.execute_script("return document.querySelectorAll('img, iframe, figure a').length") == 0
+    show(browser, pages["hostile"], figures=FIGURES)
+    check_harmless(browser)
     assert browser.execute_script("return document.querySelector('h1').textContent") == HOSTILE
     labels = browser.execute_script(
         "return [...document.querySelectorAll('#mock-dots .ytick text')].map(t => t.textContent).join('')"
@@ -126,21 +79,15 @@ def test_hostile_text_runs_nothing_and_makes_no_links(
 def test_a_phone_needs_no_sideways_scrolling(
     browser: webdriver.Chrome, pages: dict[str, Path], which: str
 ) -> None:
-    show(browser, pages[which], width=390)
-    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-    wide = browser.execute_script(
-        "return [...document.querySelectorAll('.plot svg.main-svg')]"
-        ".filter(s => s.getBoundingClientRect().right > 391).length"
-    )
-    assert wide == 0
+    show(browser, pages[which], width=390, figures=FIGURES)
+    check_fits_phone(browser)
 
 
 def test_figures_follow_the_colour_scheme_while_the_page_is_open(
     browser: webdriver.Chrome, pages: dict[str, Path]
 ) -> None:
     ink = "return getComputedStyle(document.querySelector('#ep-run .legendtext')).fill"
-    show(browser, pages["plain"], scheme="light")
+    show(browser, pages["plain"], scheme="light", figures=FIGURES)
     assert browser.execute_script(ink) == "rgb(26, 30, 35)"
     emulate(browser, "dark")
     wait(browser, f"{ink} === 'rgb(231, 233, 236)'")
@@ -150,7 +97,7 @@ def test_figures_follow_the_colour_scheme_while_the_page_is_open(
 
 
 def test_a_choice_changes_figure_note_and_numbers(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
-    show(browser, pages["plain"])
+    show(browser, pages["plain"], figures=FIGURES)
     chosen = browser.execute_script(
         "const s = document.querySelector('#expert-map select'); s.selectedIndex = s.options.length - 1;"
         "s.dispatchEvent(new Event('change')); return s.value"
@@ -169,7 +116,7 @@ def test_a_choice_changes_figure_note_and_numbers(browser: webdriver.Chrome, pag
 
 
 def test_the_keyboard_reaches_and_changes_a_choice(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
-    show(browser, pages["plain"])
+    show(browser, pages["plain"], figures=FIGURES)
     browser.execute_script("document.querySelector('#lorenz-curves select').focus()")
     note = "return document.querySelector('#lorenz-curves .shown').textContent"
     before = browser.execute_script(note)
@@ -184,7 +131,7 @@ def test_the_keyboard_reaches_and_changes_a_choice(browser: webdriver.Chrome, pa
 def test_the_contents_lead_to_every_section_and_mark_the_one_being_read(
     browser: webdriver.Chrome, pages: dict[str, Path]
 ) -> None:
-    show(browser, pages["plain"])
+    show(browser, pages["plain"], figures=FIGURES)
     targets = browser.execute_script(
         "return [...document.querySelectorAll('nav a')].map(a => a.getAttribute('href').slice(1))"
     )
@@ -202,7 +149,7 @@ def test_the_contents_lead_to_every_section_and_mark_the_one_being_read(
 
 
 def test_a_figure_is_saved_as_svg(browser: webdriver.Chrome, pages: dict[str, Path], tmp_path: Path) -> None:
-    show(browser, pages["plain"])
+    show(browser, pages["plain"], figures=FIGURES)
     browser.execute_cdp_cmd(
         "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
     )
@@ -238,7 +185,7 @@ def test_without_javascript_tables_are_read_and_empty_figures_are_not_shown(
 def test_on_paper_figures_are_light_and_nothing_is_cut_off_or_to_be_clicked(
     browser: webdriver.Chrome, pages: dict[str, Path]
 ) -> None:
-    show(browser, pages["plain"], scheme="dark")
+    show(browser, pages["plain"], scheme="dark", figures=FIGURES)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": []})
     try:
         browser.execute_script("window.dispatchEvent(new Event('beforeprint'))")
@@ -259,7 +206,7 @@ def test_on_paper_figures_are_light_and_nothing_is_cut_off_or_to_be_clicked(
 def test_no_table_of_the_first_view_is_cut_off_at_desktop_width(
     browser: webdriver.Chrome, pages: dict[str, Path]
 ) -> None:
-    show(browser, pages["plain"])
+    show(browser, pages["plain"], figures=FIGURES)
     cut = browser.execute_script(
         "return [...document.querySelectorAll('main > section:not(#provenance) > .scroll')]"
         ".filter(box => box.scrollWidth > box.clientWidth).map(box => box.getAttribute('aria-label'))"

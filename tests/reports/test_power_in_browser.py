@@ -9,9 +9,9 @@ from selenium import webdriver
 
 from observatory.records import DataSpec, DeviceSpec
 from reports import write_report
+from tests.reports.browsing import check_drawn, check_fits_phone, check_harmless, show
 from tests.reports.sample_power import a_load, a_power_run, a_sweep, samples_of
 from tests.reports.test_clocks import saved
-from tests.reports.test_in_browser import show
 from tests.reports.test_report import HOSTILE
 
 pytestmark = pytest.mark.browser
@@ -45,14 +45,8 @@ def test_every_figure_is_drawn_and_hostile_text_runs_nothing(
     browser: webdriver.Chrome, pages: dict[str, Path], which: str
 ) -> None:
     show(browser, pages[which], figures=FIGURES)
-    marks = browser.execute_script(
-        "return arguments[0].map(id => document.querySelectorAll(`#${id} .point, #${id} .js-line`).length)",
-        FIGURES,
-    )
-    assert all(count > 0 for count in marks), dict(zip(FIGURES, marks, strict=True))
-    assert [entry["message"] for entry in browser.get_log("browser")] == []
-    assert browser.execute_script("return window.hit === undefined")
-    assert browser.execute_script("return document.querySelectorAll('img, iframe, figure a').length") == 0
+    check_drawn(browser, FIGURES)
+    check_harmless(browser)
 
 
 @pytest.mark.parametrize("which", ["plain", "hostile"])
@@ -60,13 +54,7 @@ def test_a_phone_needs_no_sideways_scrolling(
     browser: webdriver.Chrome, pages: dict[str, Path], which: str
 ) -> None:
     show(browser, pages[which], width=390, scheme="dark", figures=FIGURES)
-    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
-    wide = browser.execute_script(
-        "return [...document.querySelectorAll('.plot svg.main-svg')]"
-        ".filter(s => s.getBoundingClientRect().right > 391).length"
-    )
-    assert wide == 0
+    check_fits_phone(browser)
 
 
 def test_no_table_of_the_first_view_is_cut_off_at_desktop_width(

@@ -1,0 +1,86 @@
+"""Opening a report in headless Chromium, and what holds for every one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from selenium import webdriver
+
+
+def show(
+    browser: webdriver.Chrome,
+    page: Path,
+    *,
+    width: int = 1440,
+    scheme: str = "light",
+    figures: Sequence[str],
+) -> None:
+    """Open a page and wait until every figure is drawn."""
+    browser.get_log("browser")
+    browser.get_log("performance")
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
+    )
+    emulate(browser, scheme)
+    browser.get(page.as_uri())
+    for figure in figures:
+        browser.execute_script("document.getElementById(arguments[0]).scrollIntoView()", figure)
+        wait(browser, "return document.querySelector(`#${arguments[0]} svg.main-svg`) !== null", figure)
+
+
+def emulate(browser: webdriver.Chrome, scheme: str) -> None:
+    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+
+def wait(browser: webdriver.Chrome, script: str, *arguments: object) -> None:
+    """Until the script returns true, at most 10 s."""
+    end = time.monotonic() + 10
+    while not browser.execute_script(script, *arguments):
+        assert time.monotonic() < end, f"still not so after 10 s: {script} {arguments}"
+        time.sleep(0.05)
+
+
+def requests(browser: webdriver.Chrome) -> list[str]:
+    """Addresses that the page asked for."""
+    events: list[dict[str, Any]] = [
+        json.loads(entry["message"])["message"] for entry in browser.get_log("performance")
+    ]
+    return [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
+
+
+def check_drawn(browser: webdriver.Chrome, figures: Sequence[str]) -> None:
+    """Every figure has marks, and the console is empty."""
+    marks = browser.execute_script(
+        "return arguments[0].map(id => document.querySelectorAll("
+        "`#${id} .point, #${id} .js-line, #${id} .hm image`).length)",
+        figures,
+    )
+    assert all(count > 0 for count in marks), dict(zip(figures, marks, strict=True))
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+
+
+def check_harmless(browser: webdriver.Chrome) -> None:
+    """Text from outside has run nothing and made no elements."""
+    assert browser.execute_script("return window.hit === undefined")
+    assert browser.execute_script("return document.querySelectorAll('img, iframe, figure a').length") == 0
+
+
+def check_fits_phone(browser: webdriver.Chrome) -> None:
+    """A page that is shown 390 pixels wide needs no sideways scrolling, with everything unfolded."""
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    wide = browser.execute_script(
+        "return [...document.querySelectorAll('.plot svg.main-svg')]"
+        ".filter(s => s.getBoundingClientRect().right > 391).length"
+    )
+    assert wide == 0
