@@ -46,7 +46,7 @@ def export(
     from observatory.cli.output import print_json, say
     from observatory.errors import BenchmarkError
     from observatory.interchange.export import export_traffic
-    from observatory.parallel.captured import captured_traffic, departures
+    from observatory.parallel.captured import captured_traffic, traffic_notes
     from observatory.store import open_run
 
     opened = open_run(run)
@@ -66,12 +66,7 @@ def export(
             steps=steps,
         )
     )
-    sources = sorted({str(item.sources) for item in captured})
-    notes = (
-        *(f"source ranks: {text}" for text in sources),
-        *departures(opened, ep=ep, placement=parse_placement(placement)),
-        *opened.problems,
-    )
+    notes = traffic_notes(opened, captured, ep=ep, placement=parse_placement(placement))
     written = export_traffic(
         (item.traffic() for item in captured),
         out,

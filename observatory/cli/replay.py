@@ -68,7 +68,7 @@ def replay(
     from observatory.cli.output import print_json, print_table, say
     from observatory.cost.realism import realism
     from observatory.documents import frame_records
-    from observatory.parallel.captured import captured_traffic, departures
+    from observatory.parallel.captured import captured_traffic, traffic_notes
     from observatory.store import open_run
 
     check_out(out, force=force)
@@ -86,8 +86,6 @@ def replay(
             steps=steps,
         )
     )
-    sources = sorted({str(item.sources) for item in captured})
-    differs = departures(opened, ep=world, placement=parse_placement(placement))
     plan = replay_plan(
         (item.traffic() for item in captured),
         algorithms=parse_algorithms(algorithm),
@@ -96,7 +94,7 @@ def replay(
         repeats=repeats,
         iterations=iterations,
         run_id=opened.manifest.run_id,
-        notes=(*(f"source ranks: {text}" for text in sources), *differs, *opened.problems),
+        notes=traffic_notes(opened, captured, ep=world, placement=parse_placement(placement)),
     ).model_copy(update={"argv": tuple(sys.argv)})
     result = run_benchmark(
         plan, ranks=world, backend=backend, ranks_per_node=ranks_per_node, timeout_s=timeout_s

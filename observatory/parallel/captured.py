@@ -8,7 +8,7 @@ dispatchers that send one copy per assignment and an upper bound for those that 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from observatory.records import ModelSpec
     from observatory.store import Run
 
-__all__ = ["CapturedTraffic", "captured_traffic", "departures", "row_bytes", "whole_rows"]
+__all__ = ["CapturedTraffic", "captured_traffic", "departures", "row_bytes", "traffic_notes", "whole_rows"]
 
 _ELEMENT_BYTES = {
     "float64": 8,
@@ -185,6 +185,18 @@ def departures(run: Run, *, ep: int, placement: PlacementChoice = "auto") -> lis
     if config.get("algorithm") == "gather":
         found.append("the run gathered all tokens on all ranks; here every assignment is sent to its expert")
     return found
+
+
+def traffic_notes(
+    run: Run, captured: Iterable[CapturedTraffic], *, ep: int, placement: PlacementChoice = "auto"
+) -> tuple[str, ...]:
+    """What to say beside a run's traffic: whence its source ranks, departures, the run's problems."""
+    sources = sorted({str(item.sources) for item in captured})
+    return (
+        *(f"source ranks: {text}" for text in sources),
+        *departures(run, ep=ep, placement=placement),
+        *run.problems,
+    )
 
 
 def whole_rows(traffic_RR: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.int64]:
