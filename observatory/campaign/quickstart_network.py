@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from observatory.documents import write_text
 from observatory.errors import BenchmarkError
 from observatory.records_bench import BenchPlan, BenchResult, load_bench
 
@@ -144,9 +145,7 @@ def _fit(files: NetworkFiles) -> None:
         sources=[path.name for path in files.bench],
         argv=sys.argv,
     )
-    temporary = files.model.with_name(f".{files.model.name}.tmp")
-    temporary.write_text(model.model_dump_json(indent=1), encoding="utf-8")
-    temporary.replace(files.model)
+    write_text(files.model, model.model_dump_json(indent=1))
 
 
 def _usable(path: Path, *, ranks: int, run_id: str | None = None) -> bool:

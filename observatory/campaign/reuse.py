@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from observatory.campaign.workloads import ModelWorkload, Window, Workload, WorkloadFacts, cut_back
+from observatory.documents import write_text
 from observatory.energy.places import calibration_entry
 from observatory.energy.sensors import SensorModel, sensor_of
 from observatory.energy.traces import trace_of_frame
@@ -238,9 +239,7 @@ def run_reuse(
         result = _document(job, uuid, measured, power, open_run(telemetry).power(), argv, problem)
     except EnergyError as error:
         raise problem or error from None
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(result.model_dump_json(indent=1), encoding="utf-8")
-    temporary.replace(out)
+    write_text(out, result.model_dump_json(indent=1))
     if problem is not None:
         raise problem
     return result

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from observatory.campaign.sweep_journal import JournalHead, JournalPoint, read_journal
+from observatory.documents import write_text
 from observatory.energy.sensors import sensor_of
 from observatory.energy.traces import trace_of_frame
 from observatory.energy.windows import energy_of_window
@@ -77,9 +78,7 @@ def sweep_document(
 
 def write_sweep(sweep: ClockSweep, out: Path) -> None:
     """Write the document, whole or not at all."""
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(sweep.model_dump_json(indent=1), encoding="utf-8")
-    temporary.replace(out)
+    write_text(out, sweep.model_dump_json(indent=1))
 
 
 def recover_sweep(journal: Path, out: Path) -> ClockSweep:

@@ -29,6 +29,7 @@ def fit(
     from observatory.campaign.benchmark import check_out
     from observatory.cli.output import print_json, print_lines, print_table, say
     from observatory.cost.clocks import fit_clocks
+    from observatory.documents import write_text
     from observatory.records_clocks import load_sweep
 
     check_out(out, force=force)
@@ -39,9 +40,7 @@ def fit(
         bootstrap=bootstrap,
         seed=seed,
     )
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(model.model_dump_json(indent=1), encoding="utf-8")
-    temporary.replace(out)
+    write_text(out, model.model_dump_json(indent=1))
     if json:
         print_json(model.model_dump(mode="json", exclude={"series": {"__all__": {"samples_B", "settings"}}}))
         return

@@ -27,6 +27,7 @@ from observatory.interchange.chrome_lanes import Lanes, metadata
 from observatory.interchange.chrome_rows import Chosen, choose_steps, exchange_events, rows_of, span_events
 from observatory.interchange.chrome_survey import Survey, column_ns, survey_run
 from observatory.store import Run
+from observatory.store.files import committed
 
 __all__ = ["ChromeTrace", "write_chrome_trace"]
 
@@ -104,9 +105,8 @@ def write_chrome_trace(
 
 
 def _write(path: Path, tracing: _Tracing, ranks: list[int]) -> None:
-    """One file under a temporary name, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
+    """One file, whole or not at all."""
+    with committed(path) as temporary:
         opened: TextIO
         if path.name.endswith(".gz"):
             opened = gzip.open(temporary, "wt", encoding="ascii", compresslevel=6)  # noqa: SIM115
@@ -120,9 +120,6 @@ def _write(path: Path, tracing: _Tracing, ranks: list[int]) -> None:
                 handle.write(separator + json.dumps(event, allow_nan=False, separators=(",", ":")))
                 separator = ",\n"
             handle.write("\n]}\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _at(time_ns: int, pid: int, tid: int) -> Event:
