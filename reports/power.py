@@ -141,8 +141,7 @@ def _why_absent(run: Run) -> str:
         return "its devices were opened, but no sample of them was kept"
     return (
         "it holds no power samples: none were asked for, or the model was on no GPU. Ask with profile "
-        "--power "
-        "on, watch(power=True) or a device by name; observatory doctor lists what can be read here"
+        "--power on, watch(power=True) or a device by name; observatory doctor lists what can be read here"
     )
 
 

@@ -226,9 +226,8 @@ def _disagreement(rows: Int64, present: Int64, columns: _Columns) -> str | None:
         other = np.flatnonzero(code_N[rows] != code_N[rows[0]])
         if other.size:
             return (
-                f"ranks disagree on the {name}: rank {present[0]} says "
-                f"{columns.said[name][rows[0]]!s:.40}, rank {present[other[0]]} "
-                f"{columns.said[name][rows[other[0]]]!s:.40}"
+                f"ranks disagree on the {name}: rank {present[0]} says {columns.said[name][rows[0]]!s:.40}, "
+                f"rank {present[other[0]]} {columns.said[name][rows[other[0]]]!s:.40}"
             )
     if columns.text("backend", int(rows[0])) not in _NUMBER_ALIKE:
         return None

@@ -251,8 +251,7 @@ def _basis(fit: AlgorithmFit) -> str:
     domain = fit.domain
     low, high = domain.rank_bytes
     return (
-        f"Fitted to {count(fit.cases)} matrices of "
-        f"{listing([str(ranks) for ranks in domain.ranks])} ranks on "
-        f"{listing([str(nodes) for nodes in domain.nodes])} nodes, busiest rank {bytes_text(low)} to "
+        f"Fitted to {count(fit.cases)} matrices of {listing([str(ranks) for ranks in domain.ranks])} ranks "
+        f"on {listing([str(nodes) for nodes in domain.nodes])} nodes, busiest rank {bytes_text(low)} to "
         f"{bytes_text(high)}; held out: {shorten(fit.sharing, 120)}."
     )

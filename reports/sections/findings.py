@@ -131,9 +131,8 @@ def _worst_layer(frames: ReportFrames) -> list[str]:
     row = layers.iloc[0]
     return [
         f"The most concentrated layer on {where} is layer {row['layer']} of {_name(row['label'])} on "
-        f"{shorten(row['condition'])} "
-        f"({row['phase']}): Gini {number(row['gini'])} against a floor of {number(row['gini_floor'])}, "
-        f"busiest expert {times(row['expert_max_over_mean'])} the mean."
+        f"{shorten(row['condition'])} ({row['phase']}): Gini {number(row['gini'])} against a floor of "
+        f"{number(row['gini_floor'])}, busiest expert {times(row['expert_max_over_mean'])} the mean."
     ]
 
 

@@ -28,11 +28,10 @@ def grid_section(frames: ReportFrames) -> Section:
         short="Model × data grid",
         lead=(
             "Gini of assignments over experts: 0 when every expert gets the same, (E − 1)/E when one takes "
-            "all. "
-            "Each value is the unweighted mean over the model's MoE layers of the Gini of the whole window, "
-            "source ranks summed. Below it: the sampling floor, which perfectly uniform routing of the same "
-            "number of tokens would show, and the excess over that floor. "
-            "Formulas: gini, gini_floor in docs/metrics.md.",
+            "all. Each value is the unweighted mean over the model's MoE layers of the Gini of the whole "
+            "window, source ranks summed. Below it: the sampling floor, which perfectly uniform routing of "
+            "the same number of tokens would show, and the excess over that floor. Formulas: gini, "
+            "gini_floor in docs/metrics.md.",
         ),
         blocks=(
             *(_table(cells[cells["phase"] == phase], frames.bands, phase, top) for phase in phases_of(cells)),

@@ -38,8 +38,8 @@ def heatmap_section(frames: ReportFrames) -> Section:
         return Section(id="experts", title=title, short="Experts by layer", reason=NO_LOADS)
     lead: tuple[str, ...] = (
         "Load of each expert divided by its layer's mean load: 1× is the uniform share. Vertical stripes "
-        "would mean "
-        "that the same position is busy in every layer; scattered cells are each layer's own favourites.",
+        "would mean that the same position is busy in every layer; scattered cells are each layer's own "
+        "favourites.",
     )
     if left_out:
         lead += (

@@ -55,11 +55,10 @@ def lorenz_section(frames: ReportFrames) -> Section:
         short="Lorenz curves",
         lead=(
             "Lorenz curves: sort the experts of a layer from least to most loaded and add up their shares. "
-            "On the "
-            "diagonal all are equal; the further a curve hangs below it, the fewer experts do the work. "
-            "Gini is twice "
-            "the area between curve and diagonal, so the bold curve's Gini is the model's value in the "
-            "grid above. The dotted curve is what sampling alone would show with perfectly uniform routing.",
+            "On the diagonal all are equal; the further a curve hangs below it, the fewer experts do the "
+            "work. Gini is twice the area between curve and diagonal, so the bold curve's Gini is the "
+            "model's value in the grid above. The dotted curve is what sampling alone would show with "
+            "perfectly uniform routing.",
         ),
         blocks=(
             FigureBlock(

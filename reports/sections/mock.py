@@ -73,9 +73,8 @@ def mock_section(frames: ReportFrames) -> Section:
     ratios = mock_ratios(cells)
     lead = (
         "Random token ids are a common stand-in for text when MoE systems are benchmarked. The dots show "
-        "what "
-        "each data condition does to the same model; the closer the orange square stands to the blue dots, "
-        "the better mock tokens stand for text."
+        "what each data condition does to the same model; the closer the orange square stands to the blue "
+        "dots, the better mock tokens stand for text."
     )
     return Section(
         id="mock",
@@ -156,7 +155,6 @@ def _ratio_table(ratios: pd.DataFrame) -> Table:
         ],
         text=3,
         note="Real text: unweighted mean over the real-text conditions of the model, shuffled text left "
-        "out; its "
-        "interval is the mean of their intervals. The ratio's interval divides the ends crosswise: at "
-        "least as wide as a 95 % interval (an estimate on the safe side).",
+        "out; its interval is the mean of their intervals. The ratio's interval divides the ends "
+        "crosswise: at least as wide as a 95 % interval (an estimate on the safe side).",
     )

@@ -83,10 +83,9 @@ def scan_section(frames: ReportFrames, *, gpus_per_node: int) -> Section:
                 id="ep-run",
                 title="Experts and ranks, single steps and whole window",
                 caption="Mean over layers. A step waits for its own busiest rank: averaging over the "
-                "window hides part "
-                "of the skew, so single steps (median, bar to p90, dash for the worst) stand above the "
-                "window's line. Dotted: "
-                "what uniform routing of as many tokens would show (rank_max_over_mean_floor, an estimate).",
+                "window hides part of the skew, so single steps (median, bar to p90, dash for the worst) "
+                "stand above the window's line. Dotted: what uniform routing of as many tokens would show "
+                "(rank_max_over_mean_floor, an estimate).",
                 choice="Run",
                 variants=tuple(_detail(*cell) for cell in cells),
             ),

@@ -34,9 +34,8 @@ def step_section(frames: ReportFrames) -> Section:
         short="Steps and window",
         lead=(
             "The exchange of a step waits for that step's imbalance, not for the average of the run. A "
-            "single step "
-            "looks less balanced as a rule: it has fewer tokens, so its sampling floor is higher. Compare "
-            "each diamond with the upper dotted line, each dot with the lower one.",
+            "single step looks less balanced as a rule: it has fewer tokens, so its sampling floor is "
+            "higher. Compare each diamond with the upper dotted line, each dot with the lower one.",
         ),
         blocks=(
             FigureBlock(
@@ -59,9 +58,8 @@ def _variant(layers: pd.DataFrame, label: str, condition: str, phase: str) -> Va
         label=run_choice(label, condition, phase),
         figure=step_profile(layers),
         alt=f"Gini per layer for {shorten(label)} on {shorten(condition)}, {phase}: single steps have a "
-        "median of "
-        f"{layers['step_gini_p50'].mean():.3f}, the whole window {layers['gini'].mean():.3f}, means over "
-        "layers.",
+        f"median of {layers['step_gini_p50'].mean():.3f}, the whole window {layers['gini'].mean():.3f}, "
+        "means over layers.",
         note=f"{shorten(label)} on {shorten(condition)}, {phase}. {layer_window_text(layers)} One step: "
         f"{per_step:,.0f} tokens per layer, floor {number(float(layers['step_gini_floor'].mean()))}.",
         numbers=table(

@@ -123,9 +123,9 @@ def _slowest(ranks: pd.DataFrame) -> str:
         else "No rank's time could be split in full."
     )
     return (
-        f"{share} Slowest is rank {slowest.source_rank}: "
-        f"{percent(slowest.caused_wait_s / whole)} of all waiting was for it "
-        f"({number(slowest.caused_wait_s * 1e3)} ms; cause: {plain(slowest.cause or 'unknown')}){after}."
+        f"{share} Slowest is rank {slowest.source_rank}: {percent(slowest.caused_wait_s / whole)} of all "
+        f"waiting was for it ({number(slowest.caused_wait_s * 1e3)} ms; cause: "
+        f"{plain(slowest.cause or 'unknown')}){after}."
     )
 
 
