@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from observatory.energy.counting import energy_by_counter
-from observatory.energy.estimates import Estimate
+from observatory.energy.estimates import NORMAL_90, Estimate
 from observatory.energy.integrating import energy_by_integral
 from observatory.energy.sensors import SensorModel
 from observatory.energy.traces import PowerTrace, Reading, trace_of_readings
@@ -36,7 +36,6 @@ __all__ = ["MOST_DISAGREEMENT", "WindowEnergy", "energy_of_window"]
 
 #: Counter and integral that differ by more are flagged.
 MOST_DISAGREEMENT = 0.05
-_NORMAL_90 = 1.645
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +102,7 @@ class WindowEnergy:
         """Half-width of the 90 % interval of ``energy_mj``, relative; calibration left out."""
         if self.energy_mj is None or self.std_mj is None or self.energy_mj <= 0:
             return None
-        return _NORMAL_90 * self.std_mj / self.energy_mj
+        return NORMAL_90 * self.std_mj / self.energy_mj
 
     @property
     def reason(self) -> str | None:
