@@ -103,8 +103,9 @@ def _print(frames: dict[str, list[dict[str, Any]]], model: str) -> None:
         if row["error"] > row["error_after"]:
             say(
                 f"steps of {row['phase']} ({row['step_period_ms']:.1f} ms) move in time with the power "
-                f"sensor ({row['update_ms']:.0f} ms): up to {row['error']:.0%} error of integrated power; "
-                f"{row['shifts']} pauses of {row['shift_ms']:.1f} ms leave {row['error_after']:.1%}"
+                f"sensor ({row['update_ms']:.0f} ms): up to {100 * row['error']:.0f} % error of integrated "
+                f"power; {row['shifts']} pauses of {row['shift_ms']:.1f} ms leave "
+                f"{percent_cell(row['error_after'])}"
             )
     say("how each number is made: docs/energy.md")
 

@@ -140,9 +140,9 @@ def print_reuse(curve: Any, model: str, prompt_tokens: int) -> None:
     if found["saved"] is not None:
         interval = interval_cell(found["saved_low"], found["saved_high"], 100, 1)
         say(
-            f"an exact hit saves {found['saved']:.1%} of a miss's prefill energy here"
+            f"an exact hit saves {100 * found['saved']:.1f} % of a miss's prefill energy here"
             f"{f' ({interval} %)' if interval else ''}; {found['published']['source']} states "
-            f"{found['published']['saved']:.0%} for its models"
+            f"{100 * found['published']['saved']:.0f} % for its models"
         )
     if found["saved_reason"]:
         say(f"saving: {found['saved_reason']}")

@@ -242,7 +242,7 @@ def _reasons(
         if not moved_J[j] <= MOST_MOVED * power_J[j]:
             return (
                 f"updates are known to {seen.own_ns * 1e-6:.1f} ms only, which moves the answer by "
-                f"{moved_J[j] / power_J[j]:.0%}: the phase is too short for that"
+                f"{100 * moved_J[j] / power_J[j]:.0f} %: the phase is too short for that"
             )
         if not high - low <= 2 * WIDEST_INTERVAL * power_J[j]:
             return (

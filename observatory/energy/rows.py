@@ -203,7 +203,9 @@ def flag_aliased(rows: list[dict[str, object]], aliased: list[dict[str, object]]
     for row in rows:
         error = errors.get(str(row["phase"]), 0.0)
         if row["method"] == "repetition" and row["source"] != "counter" and error > MOST_DISAGREEMENT:
-            text = f"its steps move in time with the sensor: integrated power may be off by {error:.0%}"
+            text = (
+                f"its steps move in time with the sensor: integrated power may be off by {100 * error:.0f} %"
+            )
             row["flag"] = text if not row["flag"] else f"{row['flag']}; {text}"
     return rows
 

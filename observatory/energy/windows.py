@@ -163,7 +163,10 @@ def _compare(
     if abs(difference) <= min(MOST_DISAGREEMENT, allowed):
         return difference, None
     beyond = [f"more than {limit}" for limit, over in (
-        (f"{MOST_DISAGREEMENT:.0%}", abs(difference) > MOST_DISAGREEMENT),
-        (f"the {allowed:.1%} that their errors allow", abs(difference) > allowed),
+        (f"{100 * MOST_DISAGREEMENT:.0f} %", abs(difference) > MOST_DISAGREEMENT),
+        (f"the {100 * allowed:.1f} % that their errors allow", abs(difference) > allowed),
     ) if over]  # fmt: skip
-    return difference, f"counter and integrated power differ by {difference:+.1%}, {' and '.join(beyond)}"
+    return (
+        difference,
+        f"counter and integrated power differ by {100 * difference:+.1f} %, {' and '.join(beyond)}",
+    )

@@ -306,7 +306,7 @@ def test_what_was_calibrated_is_used_and_nonsense_in_it_is_not(tmp_path: Path) -
         ([], {UUID: 5}, {UUID: {"counter_over_integral": "x", "energy_mj": [1], "idle_power_mw": -3}})
     ):
         odd = summary(nonsense, f"odd-{number}")
-        assert "more than 5%" in odd.devices["flag"][0]
+        assert "more than 5 %" in odd.devices["flag"][0]
         assert odd.devices["idle_power_mw"].isna().all()
 
 
@@ -318,7 +318,7 @@ def test_reuse_measurements_are_printed_beside_the_published_number(
     assert main(["energy", str(served_run), "--reuse", str(path)]) == 0
     captured = capsys.readouterr()
     assert "EXACT_HIT" in captured.out
-    assert "arXiv 2605.05696 states 63%" in captured.err
+    assert "arXiv 2605.05696 states 63 %" in captured.err
     assert main(["energy", str(served_run), "--reuse", str(path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["reuse"]["saved"] == pytest.approx(0.63, abs=0.01)

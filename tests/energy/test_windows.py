@@ -185,7 +185,7 @@ def test_counter_and_power_that_differ_by_more_than_five_percent_are_flagged() -
     assert measured(SimulatedSensor().sample(BUSY)).flag is None
     found = measured(SimulatedSensor(counter_gain=1.09).sample(BUSY))
     assert found.disagreement == pytest.approx(0.09, abs=0.02)
-    assert "more than 5%" in (found.flag or "")
+    assert "more than 5 %" in (found.flag or "")
     known = dataclasses.replace(H100, counter_over_integral=1.09)
     assert measured(SimulatedSensor(counter_gain=1.09).sample(BUSY), sensor=known).flag is None
 
