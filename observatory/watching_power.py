@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from observatory.errors import CaptureError, DeviceError
+from observatory.errors import CaptureError, DeviceError, ModelError
 from observatory.ranks import RankOf
 from observatory.records import RankPower
 from probes.power.find import find_devices, local_devices, open_device
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from observatory.watching_shifts import PhaseShifts
 
-__all__ = ["WatchedPower"]
+__all__ = ["WatchedPower", "gpu_uuid"]
 
 
 @dataclass(slots=True)
@@ -196,11 +196,28 @@ def _own_devices(model: nn.Module, told: Sequence[str] | None) -> tuple[str, ...
     return tuple(dict.fromkeys(named))
 
 
-def _gpus_of(model: nn.Module) -> tuple[str, ...]:
-    """UUIDs of the NVIDIA GPUs that hold parameters of the model."""
+def gpu_uuid(device: str) -> str | None:
+    """UUID of the NVIDIA GPU that torch calls so; None where torch does not tell one (CPU, AMD).
+
+    Raises:
+        ModelError: torch has no such device.
+    """
     import torch
 
+    try:
+        found = torch.device(device)
+        if found.type != "cuda" or torch.version.hip is not None:
+            return None
+        index = torch.cuda.current_device() if found.index is None else found.index
+        return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"torch has no device {device[:40]!r} here ({reason}); expected cpu, cuda or cuda:N"
+        ) from error
+
+
+def _gpus_of(model: nn.Module) -> tuple[str, ...]:
+    """UUIDs of the NVIDIA GPUs that hold parameters of the model."""
     indices = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
-    if not indices or torch.version.hip is not None:
-        return ()
-    return tuple(f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in sorted(indices))
+    return tuple(filter(None, [gpu_uuid(f"cuda:{index}") for index in sorted(indices)]))

@@ -41,7 +41,9 @@ def energy(
         name: frame_records(getattr(summary, name))
         for name in ("devices", "phases", "tokens", "totals", "aliasing")
     }
-    problems = [*opened.problems, *summary.problems]
+    powers = [status.power for status in opened.manifest.ranks if status.power is not None]
+    sampling = [note for power in powers for note in power.notes]
+    problems = list(dict.fromkeys([*opened.problems, *sampling, *summary.problems]))
     for problem in problems:
         say(f"note: {problem}")
     if json:
