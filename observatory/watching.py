@@ -61,6 +61,7 @@ def watch(
     flush_seconds: float = 10.0,
     exchanges: bool | None = None,
     power: bool | Sequence[str] | None = None,
+    own_devices: Sequence[str] | None = None,
     power_period_s: float = 0.05,
     power_shifts: bool | int = False,
     align_clocks: bool = True,
@@ -95,13 +96,17 @@ def watch(
         power: also sample power, clocks and temperature, in a process of its own, and note when each phase
             was computed (docs/power.md). Devices by name; True for the GPUs of this process or else its
             processors; None for its GPUs if the model is on one; False for none. It takes about 2 s to begin.
+        own_devices: power devices by name that this rank computes on, for energy per rank where several share
+            a node. None: the GPUs that hold the model, as torch tells; name them where it does not (CPU,
+            AMD). Naming them asks for power, too.
         power_period_s: time between samples, seconds.
         power_shifts: pause for some milliseconds between steps, outside all spans, where steps move in time
             with a power sensor that sees only part of the time, as those of A100 and H100 do (docs/power.md).
             At most a hundredth of the time, and none where it would not help. Waits for the device first.
             A number: so many steps have one rhythm (all prefills, say), then the next begins; pauses are
             then put at equal parts of them, which cures short runs too.
-            Not with several ranks: a pause of one is waiting of all others.
+            Not with several ranks: a pause must begin at one step on all of them, and where one wakes late
+            the others wait, which is what such a run measures. Energy by the counter needs no pauses.
         flight_recorder: with exchanges, also keep what torch's flight recorder says of each, as a second
             source (docs/exchange.md#the-flight-recorder-as-a-second-source).
         align_clocks: where exchanges are watched, relate the clocks of all hosts to each other at enter and
@@ -146,7 +151,8 @@ def watch(
     if power_shifts and (where.world > 1 or exchanges):
         raise CaptureError(
             f"power_shifts is asked for with {where.world} ranks or timed exchanges, where a pause of one "
-            "rank is waiting of all others; leave it out, or watch one rank alone"
+            "rank is waiting of all others; leave it out (energy by the counter needs no pauses), or watch "
+            "one rank alone"
         )
     if overwrite and where.world > 1 and run_id is None:
         raise CaptureError(
@@ -164,6 +170,7 @@ def watch(
         flush_seconds=flush_seconds,
         exchanges=exchanges,
         wanted_power=power,
+        own_devices=own_devices,
         power_period_s=power_period_s,
         power_shifts=power_shifts,
         clock_timeout_s=clock_timeout_s if align_clocks else None,
@@ -219,6 +226,7 @@ class Watch:
         flush_seconds: float,
         exchanges: bool | None,
         wanted_power: bool | Sequence[str] | None,
+        own_devices: Sequence[str] | None,
         power_period_s: float,
         power_shifts: bool | int,
         clock_timeout_s: float | None,
@@ -240,6 +248,7 @@ class Watch:
         self._overwrite = overwrite
         self._wanted = exchanges
         self._wanted_power = wanted_power
+        self._own_devices = own_devices
         self._power_period_s = power_period_s
         self._power = WatchedPower()
         self._shift_power = power_shifts
@@ -269,6 +278,7 @@ class Watch:
             exchanges = self._has_exchanges()
             # Power first: its calibration wants a device that is still idle.
             self._power = self._start_power()
+            self._writer.set_power(self._power.begun())
             if exchanges:
                 self._align_at_enter(self._writer)
             self._session = CaptureSession(
@@ -422,6 +432,7 @@ class Watch:
             self.run_path,
             where=self._where,
             wanted=self._wanted_power,
+            own_devices=self._own_devices,
             period_s=self._power_period_s,
             flush_s=self._flush_seconds,
         )

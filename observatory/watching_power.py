@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from observatory.errors import CaptureError, DeviceError
+from observatory.errors import CaptureError, DeviceError, ModelError
 from observatory.ranks import RankOf
 from observatory.records import RankPower
-from probes.power.find import find_devices, local_devices
+from probes.power.find import find_devices, local_devices, open_device
 from probes.power.sampler import PowerSampler
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from observatory.watching_shifts import PhaseShifts
 
-__all__ = ["WatchedPower"]
+__all__ = ["WatchedPower", "gpu_uuid"]
 
 
 @dataclass(slots=True)
@@ -32,7 +32,7 @@ class WatchedPower:
 
     Attributes:
         active: devices of the node are sampled, by this rank or by its first one.
-        own_devices: UUIDs of the GPUs that hold the model's weights on this rank.
+        own_devices: UUIDs of the devices that this rank computes on, as far as torch or the caller tells.
         sampler: runs; None when this rank samples nothing.
         reason: why nothing is sampled though it was asked for; None otherwise.
     """
@@ -50,6 +50,7 @@ class WatchedPower:
         *,
         where: RankOf,
         wanted: bool | Sequence[str] | None,
+        own_devices: Sequence[str] | None,
         period_s: float,
         flush_s: float,
     ) -> WatchedPower:
@@ -61,13 +62,17 @@ class WatchedPower:
             where: this rank.
             wanted: devices by name; True for the GPUs of this process, or, without any, its processors; None
                 for its GPUs if the model is on one; False for none.
+            own_devices: devices that this rank computes on, by name; None: the GPUs that torch tells.
             period_s: time between samples.
             flush_s: seconds after which samples are on disk.
 
         Raises:
-            CaptureError: power was asked for by name, and cannot be sampled.
+            CaptureError: power was asked for by name, and cannot be sampled; or ``own_devices`` are not
+                devices of this machine, or not those that torch tells.
         """
-        own = _gpus_of(model)
+        own = _own_devices(model, own_devices)
+        if wanted is None and own_devices:
+            wanted = True
         if wanted is False or (wanted is None and not own):
             return cls(own_devices=own)
         try:
@@ -111,6 +116,12 @@ class WatchedPower:
         return PhaseShifts(
             sensors, synchronise=lambda: _synchronise(model), steps=None if steps is True else int(steps)
         )
+
+    def begun(self) -> RankPower:
+        """What is known before the first step: devices and their calibration."""
+        if self.sampler is not None:
+            return self.sampler.begun()
+        return RankPower(own_devices=self.own_devices)
 
     def stop(self) -> RankPower:
         """End sampling; what was sampled, and why not."""
@@ -161,11 +172,52 @@ def _synchronise(model: nn.Module) -> None:
         torch.cuda.synchronize(device)
 
 
-def _gpus_of(model: nn.Module) -> tuple[str, ...]:
-    """UUIDs of the NVIDIA GPUs that hold parameters of the model."""
+def _own_devices(model: nn.Module, told: Sequence[str] | None) -> tuple[str, ...]:
+    """UUIDs of the devices that a rank computes on: those that torch tells, else those that were named.
+
+    Raises:
+        CaptureError: a name names no device, or another than torch does.
+    """
+    known = _gpus_of(model)
+    if told is None:
+        return known
+    named: list[str] = []
+    for selector in (told,) if isinstance(told, str) else told:
+        try:
+            with open_device(selector) as device:
+                named.append(device.uuid)
+        except DeviceError as error:
+            raise CaptureError(f"own_devices: {error}") from error
+    if known and set(named) != set(known):
+        raise CaptureError(
+            f"own_devices names {', '.join(named) or 'none'}, but the model of this rank is on "
+            f"{', '.join(known)}; leave it out where the model is on a GPU that torch knows"
+        )
+    return tuple(dict.fromkeys(named))
+
+
+def gpu_uuid(device: str) -> str | None:
+    """UUID of the NVIDIA GPU that torch calls so; None where torch does not tell one (CPU, AMD).
+
+    Raises:
+        ModelError: torch has no such device.
+    """
     import torch
 
+    try:
+        found = torch.device(device)
+        if found.type != "cuda" or torch.version.hip is not None:
+            return None
+        index = torch.cuda.current_device() if found.index is None else found.index
+        return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"torch has no device {device[:40]!r} here ({reason}); expected cpu, cuda or cuda:N"
+        ) from error
+
+
+def _gpus_of(model: nn.Module) -> tuple[str, ...]:
+    """UUIDs of the NVIDIA GPUs that hold parameters of the model."""
     indices = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
-    if not indices or torch.version.hip is not None:
-        return ()
-    return tuple(f"GPU-{torch.cuda.get_device_properties(index).uuid}" for index in sorted(indices))
+    return tuple(filter(None, [gpu_uuid(f"cuda:{index}") for index in sorted(indices)]))

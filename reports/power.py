@@ -8,7 +8,7 @@
 ``reasons``    run, device_uuid, sampled_by, bit, start_s, end_s, stretches
 ``seen``       run, and the fields of ``observatory.cost.clocks.telemetry.DeviceTelemetry``
 ``devices``    run, and the columns of ``observatory.energy``'s summary of devices; likewise ``phases``,
-               ``tokens`` (with ``flag``) and ``aliasing``
+               ``tokens`` (with ``flag``), ``totals`` and ``aliasing``
 
 Quantities: ``power`` (W), ``limit`` (W), ``sm_clock`` and ``memory_clock`` (MHz), ``temperature`` (degrees).
 Times are seconds after the first sample of the rank that sampled. Bands and reasons that lie closer together
@@ -63,6 +63,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "devices": ("run", "device_uuid"),
     "phases": ("run", "device_uuid", "source_rank", "phase", "span"),
     "tokens": ("run", "source_rank", "phase", "mj_per_token", "flag"),
+    "totals": ("run", "phase", "ranks", "mj_per_token"),
     "aliasing": ("run", "device_uuid", "phase"),
 }
 
@@ -85,6 +86,7 @@ class PowerFrames:
     devices: pd.DataFrame
     phases: pd.DataFrame
     tokens: pd.DataFrame
+    totals: pd.DataFrame
     aliasing: pd.DataFrame
     absent: tuple[tuple[int, str], ...] = ()
     gaps: tuple[tuple[int, str], ...] = ()
@@ -157,7 +159,7 @@ def _add_run(found: _Found, index: int, run: Run) -> None:
         (index, f"device {uuid}: {flag}")
         for uuid, flag in zip(flagged["device_uuid"], flagged["flag"], strict=True)
     ]
-    for name in ("devices", "phases", "aliasing"):
+    for name in ("devices", "phases", "totals", "aliasing"):
         found.frames[name].append(getattr(summary, name).assign(run=index))
     found.frames["tokens"].append(_flagged(summary.tokens, summary.phases, summary.devices).assign(run=index))
     seen = telemetry_advice(run)

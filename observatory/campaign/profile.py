@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from observatory.errors import CaptureError, DataError, ExchangeError, ModelError, ObservatoryError
+from observatory.errors import CaptureError, DataError, ExchangeError, ModelError, ObservatoryError, alike
 from observatory.stages import ALGORITHMS
+from observatory.store.files import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,8 @@ class ProfileJob:
         exchange_timeout_s: how long to wait for a rank before it is named as missing.
         power: ``auto`` samples the GPUs the model is on, ``on`` else processors as well, ``off`` nothing; or
             devices by name, separated by commas.
+        rank_devices: the power device that each rank computes on, by name, in the order of ranks, separated
+            by commas; None: as torch tells.
         power_shifts: pauses between steps where these move in time with the power sensor: ``auto`` with one
             rank, ``on`` (refused with several), ``off``.
     """
@@ -91,6 +94,7 @@ class ProfileJob:
     backend: str = "auto"
     exchange_timeout_s: float = 60.0
     power: str = "auto"
+    rank_devices: str | None = None
     power_shifts: str = "auto"
 
     def __post_init__(self) -> None:
@@ -108,6 +112,8 @@ class ProfileJob:
             raise CaptureError(
                 "power_shifts is on, but power is off; sample power, or leave power_shifts out"
             )
+        if self.rank_devices is not None and self.power == "off":
+            raise CaptureError("rank_devices is given, but power is off; sample power, or leave it out")
         if self.algorithm not in ALGORITHMS:
             raise ExchangeError(
                 f"algorithm {self.algorithm!r} does not exist; expected one of {', '.join(ALGORITHMS)}"
@@ -118,6 +124,24 @@ class ProfileJob:
         """What ``observatory.watch`` is told of ``power``."""
         known: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
         return known[self.power] if self.power in known else tuple(self.power.split(","))
+
+    def own_devices(self, *, rank: int, ranks: int) -> tuple[str, ...] | None:
+        """Names of the power devices that a rank computes on; None where torch is to tell.
+
+        Raises:
+            CaptureError: ``rank_devices`` does not name one device for each rank.
+        """
+        if self.rank_devices is None:
+            return None
+        named = self.rank_devices.split(",")
+        if len(named) != ranks or not all(named):
+            raise alike(
+                CaptureError(
+                    f"rank_devices is {one_line(self.rank_devices, 120)!r} for {ranks} ranks; expected one "
+                    "name for each rank, in their order, separated by commas"
+                )
+            )
+        return (named[rank],)
 
     def shifts_power(self, *, ranks: int) -> bool:
         """Whether there may be pauses between steps."""
@@ -189,6 +213,7 @@ def _run_rank(
     from observatory.zoo.models import load_model, quiet_transformers
 
     world = ranks.where.world
+    own_devices = job.own_devices(rank=ranks.where.rank, ranks=world)
     run_id = ranks.agree_on_place(out, overwrite=overwrite)
     loaded = loaded or load_model(job.model, device=job.device, dtype=job.dtype)
     model = loaded.model.eval()
@@ -234,6 +259,7 @@ def _run_rank(
                 config=asdict(job),
                 topology=ranks.topology(sharded),
                 power=job.watched_power,
+                own_devices=own_devices,
                 power_shifts=job.steps if job.shifts_power(ranks=world) else False,
                 exchanges=True if ranks.transport is not None and world > 1 else None,
                 align_clocks=ranks.transport is None,  # else over the transport, whatever it is

@@ -58,6 +58,7 @@ def start_ranks(job: ProfileJob, out: Path, *, overwrite: bool = False) -> None:
         overwrite: replace an existing run, once the model is loaded on all ranks.
 
     Raises:
+        CaptureError: ``rank_devices`` does not fit the ranks.
         ExchangeError: backend or nodes do not fit local ranks, or a rank failed, died or hung; names it.
         RunError: something is in the place of the run.
     """
@@ -71,6 +72,7 @@ def start_ranks(job: ProfileJob, out: Path, *, overwrite: bool = False) -> None:
         )
     if job.ranks_per_node is not None:
         split_into_nodes(job.ep, job.ranks_per_node)
+    job.own_devices(rank=0, ranks=job.ep)
     check_free(out, overwrite=overwrite)
     argv = [*profile_argv(job, out), *(["--force"] if overwrite else [])]
     start_local_ranks([sys.executable, "-m", "observatory", *argv], job.ep)

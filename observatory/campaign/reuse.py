@@ -32,11 +32,13 @@ from observatory.energy.places import calibration_entry
 from observatory.energy.sensors import SensorModel, sensor_of
 from observatory.energy.traces import trace_of_frame
 from observatory.energy.windows import energy_of_window
-from observatory.errors import EnergyError, ModelError, ObservatoryError
+from observatory.errors import DeviceError, EnergyError, ModelError, ObservatoryError
 from observatory.provenance import collect_provenance, new_manifest
 from observatory.records import DeviceSpec, ModelSpec, RankPower
 from observatory.records_reuse import ReuseCell, ReuseMeasurement, ReuseMeasurements
 from observatory.store import RunWriter, open_run
+from observatory.store.files import one_line
+from observatory.watching_power import gpu_uuid
 from probes.power.find import open_device
 from probes.power.sampler import PowerSampler
 
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-__all__ = ["ReuseJob", "cached_prefills", "parse_fractions", "run_reuse"]
+__all__ = ["ReuseJob", "cached_prefills", "check_same_device", "parse_fractions", "run_reuse"]
 
 #: Outputs of one prefill and its repetition may differ by this, relative: kernels that add in any order do.
 _SAME = 0.05
@@ -64,6 +66,7 @@ class ReuseJob:
         window_s: length of each window.
         period_s: time between samples.
         seed: of the order.
+        note: of the devices, for the document.
     """
 
     model: str
@@ -75,6 +78,7 @@ class ReuseJob:
     window_s: float = 5.0
     period_s: float = 0.05
     seed: int = 0
+    note: str | None = None
 
 
 def parse_fractions(text: str) -> tuple[float, ...]:
@@ -94,6 +98,33 @@ def parse_fractions(text: str) -> tuple[float, ...]:
             f"--fractions {text[:60]!r}: expected two or more different numbers from 0 to 1, such as 0,0.5,1"
         )
     return tuple(fractions)
+
+
+def check_same_device(power_device: str, torch_device: str) -> str | None:
+    """Make sure that the power that is read is that of the device the model computes on.
+
+    Args:
+        power_device: as ``observatory power`` names it.
+        torch_device: where the model is.
+
+    Returns:
+        What has to be noted where torch does not tell which device that is; None where it is the same.
+
+    Raises:
+        DeviceError: there is no such power device, or it is another one.
+        ModelError: torch has no such device.
+    """
+    with open_device(power_device) as opened:
+        uuid = opened.uuid
+    known = gpu_uuid(torch_device)
+    if known is None:
+        return f"the model computed on {torch_device}; that {uuid} is its device was not checked"
+    if known.lower() != uuid.lower():
+        raise DeviceError(
+            f"--device {one_line(power_device, 80)} is {uuid}, and the model on {torch_device} computes on "
+            f"{known}; give --device {known}, or another --torch-device"
+        )
+    return None
 
 
 @contextlib.contextmanager
@@ -166,7 +197,14 @@ def _prefill_rest(network: Any, ids: torch.Tensor, cached: int) -> Callable[[], 
 
     def iterate() -> torch.Tensor:
         output: torch.Tensor = network(input_ids=ids[:, prefix:], past_key_values=cache, **options).logits
-        cut_back(cache, ids.shape[1] - prefix, network)
+        try:
+            cut_back(cache, ids.shape[1] - prefix, network)
+        except ModelError as error:
+            raise ModelError(
+                f"reuse of {name} cannot be measured: its cache holds a state of the whole text (a "
+                "recurrence) that cannot be cut back to a prefix to repeat a prefill; take a model whose "
+                "cache holds keys and values of all tokens in every layer"
+            ) from error
         return output[:, -1]
 
     first, again = iterate().float(), iterate().float()
@@ -219,6 +257,7 @@ def run_reuse(
         )
         sampler.start()
         try:
+            writer.set_power(sampler.begun())
             for fraction in order:
                 measured.append(
                     (fraction, workloads[fraction].measure(settle_s=job.settle_s, window_s=job.window_s))
@@ -262,7 +301,8 @@ def _document(
         None if calibration is None else calibration_entry(calibration),
         kind=None if spec is None else spec.kind,
     )
-    notes = [*power.notes, "an exact hit still runs the last token of the prompt, for its output"]
+    about = () if job.note is None else (job.note,)
+    notes = [*power.notes, *about, "an exact hit still runs the last token of the prompt, for its output"]
     if problem is not None:
         notes.append(
             f"ended early, after {len(measured)} windows: {type(problem).__name__}: {problem}"[:4000]

@@ -74,6 +74,7 @@ def run_telemetry(
         sampler.start()
         code = 0
         try:
+            writer.set_power(sampler.begun())
             if started is not None:
                 started()
             code = _wait(job)

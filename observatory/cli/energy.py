@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,9 @@ from observatory.cli.numbers import interval_cell, percent_cell, scaled_cell
 from observatory.cli.options import JsonOption
 
 __all__ = ["energy"]
+
+#: Rows named before one sentence that is about all of them.
+_MOST_PLACES = 4
 
 
 def energy(
@@ -34,9 +38,12 @@ def energy(
     curve = None if measured is None else fit_reuse(measured, seed=seed)
     summary = energy_summary(opened, seed=seed)
     frames = {
-        name: frame_records(getattr(summary, name)) for name in ("devices", "phases", "tokens", "aliasing")
+        name: frame_records(getattr(summary, name))
+        for name in ("devices", "phases", "tokens", "totals", "aliasing")
     }
-    problems = [*opened.problems, *summary.problems]
+    powers = [status.power for status in opened.manifest.ranks if status.power is not None]
+    sampling = [note for power in powers for note in power.notes]
+    problems = list(dict.fromkeys([*opened.problems, *sampling, *summary.problems]))
     for problem in problems:
         say(f"note: {problem}")
     if json:
@@ -77,34 +84,45 @@ def _print(frames: dict[str, list[dict[str, Any]]], model: str) -> None:
             [_phase_cells(row) for row in frames["phases"]],
             title="per phase, and per span inside a phase",
         )
-    for row in frames["phases"]:
-        for text in (row["flag"], row["reason"]):
-            if text:
-                say(f"{_place(row)} on rank {row['source_rank']}: {text}")
+    for line in _together(frames["phases"], ("flag", "reason"), _place):
+        say(line)
     if frames["tokens"]:
         print_table(
             ["phase", "rank", "tokens", "kind", "mJ per token", "90 % interval", "above idle", "idle"],
             [
-                [row["phase"], row["source_rank"], row["tokens"], row["kind"],
+                [row["phase"], row.get("source_rank", f"all {row.get('ranks')}"), row["tokens"], row["kind"],
                  scaled_cell(row["mj_per_token"], 1, 2),
                  interval_cell(row["mj_per_token_low"], row["mj_per_token_high"], 1, 2),
                  scaled_cell(row["above_idle_mj_per_token"], 1, 2),
                  scaled_cell(row["idle_mj_per_token"], 1, 2)]
-                for row in frames["tokens"]
+                for row in (*frames["tokens"], *frames["totals"])
             ],
-            title="energy per token",
+            title="energy per token: of a rank's devices over its own tokens",
         )  # fmt: skip
-    for row in frames["tokens"]:
-        if row["reason"]:
-            say(f"tokens of {row['phase']} on rank {row['source_rank']}: {row['reason']}")
+    for line in _together(frames["tokens"], ("reason",), lambda row: f"tokens of {row['phase']}"):
+        say(line)
     for row in frames["aliasing"]:
         if row["error"] > row["error_after"]:
             say(
                 f"steps of {row['phase']} ({row['step_period_ms']:.1f} ms) move in time with the power "
-                f"sensor ({row['update_ms']:.0f} ms): up to {row['error']:.0%} error of integrated power; "
-                f"{row['shifts']} pauses of {row['shift_ms']:.1f} ms leave {row['error_after']:.1%}"
+                f"sensor ({row['update_ms']:.0f} ms): up to {100 * row['error']:.0f} % error of integrated "
+                f"power; {row['shifts']} pauses of {row['shift_ms']:.1f} ms leave "
+                f"{percent_cell(row['error_after'])}"
             )
     say("how each number is made: docs/energy.md")
+
+
+def _together(
+    rows: list[dict[str, Any]], columns: tuple[str, ...], name: Callable[[dict[str, Any]], str]
+) -> Iterator[str]:
+    """What must be known of rows, each sentence once, behind the names of all rows that it is about."""
+    concerned: dict[str, list[str]] = {}
+    for row in rows:
+        for text in filter(None, (row[column] for column in columns)):
+            concerned.setdefault(text, []).append(f"{name(row)} on rank {row['source_rank']}")
+    for text, places in concerned.items():
+        more = f" and {len(places) - _MOST_PLACES} more" if len(places) > _MOST_PLACES else ""
+        yield f"{', '.join(places[:_MOST_PLACES])}{more}: {text}"
 
 
 def _phase_cells(row: dict[str, Any]) -> list[object]:

@@ -53,6 +53,13 @@ def profile(
     power: Annotated[
         str, typer.Option(help="auto, on, off, or devices by name, separated by commas (see doctor).")
     ] = "auto",
+    rank_devices: Annotated[
+        str | None,
+        typer.Option(
+            help="Power device that each rank computes on, by name, in the order of ranks, separated by "
+            "commas; as torch tells by default."
+        ),
+    ] = None,
     power_shifts: Annotated[
         str,
         typer.Option(
@@ -92,6 +99,7 @@ def profile(
         backend=backend,
         exchange_timeout_s=exchange_timeout_s,
         power=power,
+        rank_devices=rank_devices,
         power_shifts=power_shifts,
     )
     if needs_ranks(job):

@@ -44,15 +44,24 @@ def measure(
 ) -> None:
     """Prefill the rest of a prompt behind a cached part of it, over and over, and measure the energy.
 
-    The device is the one the model computes on; that is not checked for you. It is only read.
+    The device must be the one the model computes on, which is checked where torch tells which GPU that is.
+    It is only read.
     """
     import sys
 
     from observatory.campaign.benchmark import check_out
-    from observatory.campaign.reuse import ReuseJob, cached_prefills, parse_fractions, run_reuse
+    from observatory.campaign.reuse import (
+        ReuseJob,
+        cached_prefills,
+        check_same_device,
+        parse_fractions,
+        run_reuse,
+    )
     from observatory.cli.output import progress_bar, say
 
     check_out(out, force=force)
+    parsed = parse_fractions(fractions)
+    note = check_same_device(device, torch_device)
     job = ReuseJob(
         model=model,
         device=device,
@@ -62,11 +71,12 @@ def measure(
         window_s=window_s,
         settle_s=settle_s,
         seed=seed,
+        note=note,
     )
     with (
         cached_prefills(
             model,
-            fractions=parse_fractions(fractions),
+            fractions=parsed,
             prompt_tokens=prompt_tokens,
             batch_size=batch_size,
             device=torch_device,
@@ -140,9 +150,9 @@ def print_reuse(curve: Any, model: str, prompt_tokens: int) -> None:
     if found["saved"] is not None:
         interval = interval_cell(found["saved_low"], found["saved_high"], 100, 1)
         say(
-            f"an exact hit saves {found['saved']:.1%} of a miss's prefill energy here"
+            f"an exact hit saves {100 * found['saved']:.1f} % of a miss's prefill energy here"
             f"{f' ({interval} %)' if interval else ''}; {found['published']['source']} states "
-            f"{found['published']['saved']:.0%} for its models"
+            f"{100 * found['published']['saved']:.0f} % for its models"
         )
     if found["saved_reason"]:
         say(f"saving: {found['saved_reason']}")

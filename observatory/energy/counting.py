@@ -8,7 +8,14 @@ import numpy as np
 import numpy.typing as npt
 
 from observatory.energy.edges import Updates, find_updates
-from observatory.energy.estimates import FALLBACK_PERIOD_NS, MARGIN_NS, Estimate, why_not_sampled
+from observatory.energy.estimates import (
+    FALLBACK_PERIOD_NS,
+    LEFT_OUT,
+    MARGIN_NS,
+    NORMAL_90,
+    Estimate,
+    why_not_sampled,
+)
 from observatory.energy.sensors import SensorModel
 from observatory.energy.traces import PowerTrace
 
@@ -59,8 +66,8 @@ def energy_by_counter(trace: PowerTrace, start_ns: int, end_ns: int, sensor: Sen
     share = period_ns / duration_ns
     return Estimate(
         energy_mj=energy_mj,
-        std_mj=energy_mj * share / math.sqrt(6) * usual,
-        most_mj=energy_mj * share * peak,
+        std_mj=energy_mj * max(share / math.sqrt(6) * usual, LEFT_OUT / NORMAL_90),
+        most_mj=energy_mj * max(share * peak, LEFT_OUT),
         updates=len(inside),
     )
 

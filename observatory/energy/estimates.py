@@ -7,12 +7,22 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FALLBACK_PERIOD_NS", "MARGIN_NS", "Estimate", "why_not_sampled"]
+__all__ = [
+    "FALLBACK_PERIOD_NS", "LEFT_OUT", "MARGIN_NS", "NORMAL_90", "Estimate", "least_half_mw",
+    "why_not_sampled",
+]  # fmt: skip
 
 #: Period of a sensor that showed none of its own.
 FALLBACK_PERIOD_NS = 100e6
 #: Samples beside the window that are looked at too, for the sensor's rhythm.
 MARGIN_NS = 2_000_000_000
+#: Relative half-width that no interval goes below, for what the models of a sensor leave out: a board's
+#: capacitors smear the edges of phases by milliseconds, say.
+LEFT_OUT = 0.002
+#: Half-width of a 90 % interval in standard deviations.
+NORMAL_90 = 1.645
+#: Steps in which sensors count, in mW.
+_STEPS_MW = (1000.0, 100.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +40,21 @@ class Estimate:
     std_mj: float
     most_mj: float
     updates: int
+
+
+def least_half_mw(power_mw: float, read_mw: npt.NDArray[np.float64]) -> float:
+    """Half-width that a 90 % interval of mean power has at least, however little the readings scatter.
+
+    A sensor that reads the same again and again has not told its power to the last digit: it is as fine as
+    the steps that its readings are multiples of.
+
+    Args:
+        power_mw: the mean.
+        read_mw: readings of instant power that it rests on; empty for a counter's.
+    """
+    known = read_mw[~np.isnan(read_mw)]
+    step_mw = next((step for step in _STEPS_MW if len(known) and not (known % step).any()), 1.0)
+    return max(LEFT_OUT * abs(power_mw), 0.45 * step_mw if len(known) else 0.0)
 
 
 def why_not_sampled(

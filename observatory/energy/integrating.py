@@ -5,9 +5,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy import stats
 
 from observatory.energy.edges import find_updates
-from observatory.energy.estimates import FALLBACK_PERIOD_NS, MARGIN_NS, Estimate, why_not_sampled
+from observatory.energy.estimates import (
+    FALLBACK_PERIOD_NS,
+    MARGIN_NS,
+    NORMAL_90,
+    Estimate,
+    least_half_mw,
+    why_not_sampled,
+)
 from observatory.energy.sensors import SensorModel
 from observatory.energy.traces import PowerTrace
 
@@ -15,6 +23,8 @@ __all__ = ["energy_by_integral"]
 
 #: Longest pause between updates of the power, in periods, that an integral bridges.
 _LONGEST_PAUSE = 4.0
+#: Scatter of readings up to this, relative, may be the sensor's own.
+_OWN_NOISE = 0.01
 
 
 def energy_by_integral(trace: PowerTrace, start_ns: int, end_ns: int, sensor: SensorModel) -> Estimate | str:
@@ -37,7 +47,9 @@ def energy_by_integral(trace: PowerTrace, start_ns: int, end_ns: int, sensor: Se
     # An update belongs to the window when all it averaged surely does.
     lag_ns, width_ns = sensor.lag_low_ms * 1e6, (sensor.window_ms or 0.0) * 1e6
     measured = updates.time_ns_K - lag_ns
-    inside = (measured - width_ns - updates.error_ns_K >= start_ns) & (measured <= end_ns)
+    inside = (measured - width_ns - updates.error_ns_K >= start_ns) & (
+        measured + updates.error_ns_K <= end_ns
+    )
     count, duration_ns = int(inside.sum()), end_ns - start_ns
     if count < 3:
         return (
@@ -51,6 +63,17 @@ def energy_by_integral(trace: PowerTrace, start_ns: int, end_ns: int, sensor: Se
     at = np.concatenate([[start_ns], moment, [end_ns]])
     energy_mj = float(np.trapezoid(np.concatenate([value[:1], value, value[-1:]]), at)) * 1e-9
     scatter_mw = math.sqrt(float(np.mean(np.diff(value) ** 2)) / 2)
-    std_mj = scatter_mw * math.sqrt(sensor.unseen_share / count) * duration_ns * 1e-9
+    noise_mw = min(scatter_mw, _OWN_NOISE * energy_mj / (duration_ns * 1e-9))
+    # Looking all the time helps against a load that varies, not against a sensor that does.
+    unsure_mw = math.sqrt((scatter_mw**2 - noise_mw**2) * sensor.unseen_share + noise_mw**2)
+    # What each reading stands for: the first and the last for the margins, too.
+    until_ns = np.concatenate([[start_ns], (moment[1:] + moment[:-1]) / 2, [end_ns]])
+    weight_s = np.diff(until_ns) * 1e-9
+    # The scatter of few readings is itself uncertain; differences of neighbours tell two thirds of what
+    # differences to the mean do.
+    few = float(stats.t.ppf(0.95, max(1.0, (count - 1) * 2 / 3))) / NORMAL_90
+    std_mj = unsure_mw * few * math.sqrt(float((weight_s**2).sum()))
+    least_mw = least_half_mw(energy_mj / (duration_ns * 1e-9), value)
+    std_mj = max(std_mj, least_mw / NORMAL_90 * duration_ns * 1e-9)
     most_mj = abs(energy_mj) * period_ns / duration_ns + 3 * std_mj
     return Estimate(energy_mj=energy_mj, std_mj=std_mj, most_mj=most_mj, updates=count)

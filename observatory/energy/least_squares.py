@@ -32,6 +32,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from observatory.energy.design import Design, Shift, nnls
+from observatory.energy.estimates import LEFT_OUT
 from observatory.energy.observations import Observations
 from observatory.energy.shifts import plausible_shifts
 from observatory.energy.timeline import Timeline
@@ -46,9 +47,6 @@ FEWEST_OBSERVATIONS, FEWEST_PER_PHASE = 20, 5
 WIDEST_INTERVAL = 0.25
 MOST_MOVED = 0.1
 LEVEL = 0.9
-#: A board's capacitors smear the edges of phases by milliseconds, which the model leaves out: no interval is
-#: narrower than this share of the largest power to either side.
-LEFT_OUT = 0.002
 
 #: Shares of a window below this are no presence of a phase.
 _PRESENT = 0.01
@@ -244,7 +242,7 @@ def _reasons(
         if not moved_J[j] <= MOST_MOVED * power_J[j]:
             return (
                 f"updates are known to {seen.own_ns * 1e-6:.1f} ms only, which moves the answer by "
-                f"{moved_J[j] / power_J[j]:.0%}: the phase is too short for that"
+                f"{100 * moved_J[j] / power_J[j]:.0f} %: the phase is too short for that"
             )
         if not high - low <= 2 * WIDEST_INTERVAL * power_J[j]:
             return (

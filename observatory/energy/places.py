@@ -13,9 +13,12 @@ from pydantic import JsonValue
 
 from observatory.energy.sensors import PROCESSOR_KINDS
 from observatory.exchange.clocks import rank_clocks, to_reference_ns
-from observatory.records import DeviceCalibration, Manifest, RankStatus
+from observatory.records import DeviceCalibration, DeviceSpec, Manifest, RankStatus
 
-__all__ = ["Clocks", "calibration_entry", "device_ranks", "power_config", "ranks_of_node"]
+__all__ = [
+    "Clocks", "calibration_entry", "device_ranks", "device_specs", "devices_of_rank", "power_config",
+    "ranks_of_node",
+]  # fmt: skip
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
@@ -42,6 +45,12 @@ def power_config(manifest: Manifest) -> dict[str, JsonValue]:
         **({"calibration": calibration} if calibration else {}),
         **({"device_of_rank": owners} if owners else {}),
     }
+
+
+def device_specs(manifest: Manifest) -> dict[str, DeviceSpec]:
+    """What a run knows of its devices, by UUID: those of its host, and those that were sampled."""
+    sampled = [spec for status in manifest.ranks if status.power for spec in status.power.sampled]
+    return {spec.uuid: spec for spec in (*manifest.devices, *sampled) if spec.uuid is not None}
 
 
 def calibration_entry(measured: DeviceCalibration) -> dict[str, JsonValue]:
@@ -77,53 +86,82 @@ def _places(status: RankStatus) -> tuple[str | None, str | None]:
 def device_ranks(manifest: Manifest, sampled: list[tuple[int, str]]) -> dict[tuple[int, str], int | str]:
     """The rank that each sampled device works for, or why that is not known.
 
-    A manifest may say so: ``config.power.device_of_rank`` maps ranks to a UUID or a list of them, or a device
-    has a ``rank``. Otherwise the only rank of a node has all devices of the node that are no processor.
+    Each rank says so itself (``RankPower.own_devices``), or the manifest does: ``config.power``'s
+    ``device_of_rank`` maps ranks to a UUID or a list of them, or a device has a ``rank``. Where nobody says
+    anything, the only rank of a node has all devices of the node that are no processor.
 
     Args:
         manifest: of the run.
         sampled: (rank that sampled, UUID) of each device.
     """
     told = _told(manifest)
-    kinds = {device.uuid: device.kind for device in manifest.devices}
-    result: dict[tuple[int, str], int | str] = {}
+    specs = device_specs(manifest)
     nodes: dict[int, list[int] | None] = {}
+    result: dict[tuple[int, str], int | str] = {}
     for sampler, uuid in sampled:
         if sampler not in nodes:
             nodes[sampler] = ranks_of_node(manifest, sampler)
-        node = nodes[sampler]
-        if uuid in told:
-            rank = told[uuid]
-            fits = rank == sampler or (node is not None and rank in node)
-            result[sampler, uuid] = (
-                rank if fits else f"the run says that it works for rank {rank}, not known to be on its node"
-            )
-        elif kinds.get(uuid, "").lower() in PROCESSOR_KINDS or uuid.startswith("rapl:"):
-            result[sampler, uuid] = "a processor's package works for all ranks of its node"
-        elif node is None:
-            result[sampler, uuid] = "which ranks are on its node is not known"
-        else:
-            result[sampler, uuid] = (
-                node[0] if len(node) == 1
-                else f"{len(node)} ranks share its node and the run does not say which of them it works for"
-            )  # fmt: skip
+        kind = specs[uuid].kind if uuid in specs else ""
+        result[sampler, uuid] = _place(uuid, kind, sampler, nodes[sampler], told)
     return result
 
 
-def _told(manifest: Manifest) -> dict[str, int]:
-    """UUID -> rank as the manifest says."""
-    told: dict[str, int] = {}
+def _place(
+    uuid: str, kind: str, sampler: int, node: list[int] | None, told: dict[str, list[int]]
+) -> int | str:
+    """The rank that a device works for, or why that is not known."""
+    here = [rank for rank in told.get(uuid, []) if rank == sampler or (node is not None and rank in node)]
+    if len(here) == 1:
+        return here[0]
+    if here:
+        return f"ranks {_listed(here)} compute on it, and its power does not tell them apart"
+    if uuid in told:
+        return f"the run says that it works for rank {_listed(told[uuid])}, not known to be on its node"
+    if kind.lower() in PROCESSOR_KINDS or uuid.startswith("rapl:"):
+        return "a processor's package works for all ranks of its node"
+    if node is None:
+        return "which ranks are on its node is not known"
+    owners = {rank for ranks in told.values() for rank in ranks}
+    if owners.issuperset(node):
+        return "no rank of the run says that it computes on it"
+    if len(node) == 1:
+        return node[0]
+    return (
+        f"{len(node)} ranks share its node and the run does not say which of them it works for (capture with "
+        "profile --rank-devices or watch(own_devices=...))"
+    )
+
+
+def _listed(ranks: list[int]) -> str:
+    """``0``, ``0 and 1``, ``0, 1 and 2``, ``0, 1, 2, 3 and 60 more``."""
+    if len(ranks) > 5:
+        return f"{', '.join(map(str, ranks[:4]))} and {len(ranks) - 4} more"
+    return " and ".join(filter(None, [", ".join(map(str, ranks[:-1])), str(ranks[-1])]))
+
+
+def devices_of_rank(manifest: Manifest) -> dict[int, list[str]]:
+    """UUIDs of the devices that each rank computes on, of the ranks of which the run says so."""
+    owned: dict[int, list[str]] = {}
+    for uuid, ranks in _told(manifest).items():
+        for rank in ranks:
+            owned.setdefault(rank, []).append(uuid)
+    return owned
+
+
+def _told(manifest: Manifest) -> dict[str, list[int]]:
+    """UUID -> ranks that compute on it, ascending, as the run says."""
+    told: dict[str, set[int]] = {}
     mapping = power_config(manifest).get("device_of_rank")
     if isinstance(mapping, dict):
         for text, devices in mapping.items():
             for uuid in devices if isinstance(devices, list) else [devices]:
                 if text.isascii() and text.isdecimal() and len(text) < 9 and isinstance(uuid, str):
-                    told[uuid] = int(text)
+                    told.setdefault(uuid, set()).add(int(text))
     for device in manifest.devices:
         rank = (device.model_extra or {}).get("rank")
         if device.uuid is not None and isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0:
-            told.setdefault(device.uuid, rank)
-    return told
+            told.setdefault(device.uuid, {rank})
+    return {uuid: sorted(ranks) for uuid, ranks in told.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
+from observatory.energy.estimates import NORMAL_90, least_half_mw
 from observatory.energy.sensors import SensorModel
 from observatory.energy.timeline import Timeline
 from observatory.energy.traces import PowerTrace
-from observatory.energy.windows import energy_of_window
+from observatory.energy.windows import WindowEnergy, energy_of_window
 
 __all__ = ["SHORTEST_REPEAT_S", "Repeated", "measure_repeated", "repeated_stretches"]
 
@@ -26,7 +28,6 @@ SHORTEST_REPEAT_S = 5.0
 _ALONE = 0.99
 #: A longer pause than this ends a stretch, whatever the shares.
 _LONGEST_PAUSE_NS = 50_000_000
-_NORMAL_90 = 1.645
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +95,7 @@ def measure_repeated(
     energy = np.array([window.energy_mj for window in known], dtype=np.float64)
     std = math.sqrt(sum((window.std_mj or 0.0) ** 2 for window in known))
     power = float(energy.sum() / seconds.sum())
-    half = _NORMAL_90 * std / float(seconds.sum())
+    half = NORMAL_90 * std / float(seconds.sum())
     if len(known) > 2:
         # Windows may differ by more than each one's own error: then that counts.
         between = (energy / seconds - power) * seconds / seconds.sum()
@@ -102,6 +103,9 @@ def measure_repeated(
         scatter = math.sqrt(float((between**2).sum()) * count / (count - 1))
         half = max(half, float(stats.t.ppf(0.95, count - 1)) * scatter)
     sources = {window.source for window in known}
+    # Many windows do not make a sensor finer.
+    read = [] if sources == {"counter"} else [trace.power_mw_N[_within(trace, window)] for window in known]
+    half = max(half, least_half_mw(power, np.concatenate([np.zeros(0), *read])))
     return Repeated(
         power_mw=power,
         low_mw=max(0.0, power - half),
@@ -111,3 +115,8 @@ def measure_repeated(
         source="mixed" if len(sources) > 1 else "counter" if "counter" in sources else "integral",
         flags=tuple(dict.fromkeys(window.flag for window in known if window.flag is not None)),
     )
+
+
+def _within(trace: PowerTrace, window: WindowEnergy) -> npt.NDArray[np.bool_]:
+    inside: npt.NDArray[np.bool_] = (trace.time_ns_N >= window.start_ns) & (trace.time_ns_N <= window.end_ns)
+    return inside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,8 +21,8 @@ from observatory.energy.windows import MOST_DISAGREEMENT, WindowEnergy
 from observatory.store import Run
 
 __all__ = [
-    "ALIASING_COLUMNS", "DEVICE_COLUMNS", "PHASE_COLUMNS", "TOKEN_COLUMNS", "Device", "aliasing_rows",
-    "device_row", "flag_aliased", "phase_rows", "tidy_frame", "token_frame",
+    "ALIASING_COLUMNS", "DEVICE_COLUMNS", "PHASE_COLUMNS", "TOKEN_COLUMNS", "TOTAL_COLUMNS", "Device",
+    "aliasing_rows", "device_row", "flag_aliased", "phase_rows", "tidy_frame", "token_frame", "total_frame",
 ]  # fmt: skip
 
 DEVICE_COLUMNS = (
@@ -35,10 +36,13 @@ PHASE_COLUMNS = (
     "energy_mj", "energy_low_mj", "energy_high_mj", "idle_mj", "above_idle_mj", "above_idle_low_mj",
     "above_idle_high_mj", "method", "source", "observations", "measured_s", "condition", "flag", "reason",
 )  # fmt: skip
-TOKEN_COLUMNS = (
-    "source_rank", "phase", "kind", "tokens", "tokens_source", "devices", "mj_per_token", "mj_per_token_low",
-    "mj_per_token_high", "above_idle_mj_per_token", "idle_mj_per_token", "reason",
+_PER_TOKEN = (
+    "mj_per_token", "mj_per_token_low", "mj_per_token_high", "above_idle_mj_per_token", "idle_mj_per_token",
 )  # fmt: skip
+TOKEN_COLUMNS = (
+    "source_rank", "phase", "kind", "tokens", "tokens_source", "devices", *_PER_TOKEN, "reason",
+)  # fmt: skip
+TOTAL_COLUMNS = ("phase", "ranks", "devices", "kind", "tokens", "energy_mj", *_PER_TOKEN, "reason")
 ALIASING_COLUMNS = (
     "source_rank", "device_uuid", "phase", "step_period_ms", "step_jitter_ms", "update_ms", "window_ms",
     "positions", "error", "shifts", "shift_ms", "error_after",
@@ -66,7 +70,8 @@ _WORDS = (
     "span", "method", "tokens_source",
 )  # fmt: skip
 _COUNTS = (
-    "sampled_by", "source_rank", "samples", "observations", "tokens", "devices", "positions", "shifts",
+    "sampled_by", "source_rank", "samples", "observations", "tokens", "devices", "ranks", "positions",
+    "shifts",
 )  # fmt: skip
 
 
@@ -198,37 +203,83 @@ def flag_aliased(rows: list[dict[str, object]], aliased: list[dict[str, object]]
     for row in rows:
         error = errors.get(str(row["phase"]), 0.0)
         if row["method"] == "repetition" and row["source"] != "counter" and error > MOST_DISAGREEMENT:
-            text = f"its steps move in time with the sensor: integrated power may be off by {error:.0%}"
+            text = (
+                f"its steps move in time with the sensor: integrated power may be off by {100 * error:.0f} %"
+            )
             row["flag"] = text if not row["flag"] else f"{row['flag']}; {text}"
     return rows
 
 
-def token_frame(run: Run, rows: list[dict[str, object]], phases_of: dict[int, RankPhases]) -> pd.DataFrame:
-    """Energy per token of each rank and phase."""
+def token_frame(
+    run: Run, rows: list[dict[str, object]], phases_of: Mapping[int, RankPhases], missing: Mapping[int, str]
+) -> pd.DataFrame:
+    """Energy per token of each rank and phase.
+
+    Args:
+        run: the run.
+        rows: of the phases of all devices.
+        phases_of: phases of each rank.
+        missing: of the ranks whose energy is not known, or not that of all their devices, why.
+    """
     phases = tidy_frame(rows, PHASE_COLUMNS)
     phases = phases[phases["span"].isna() & (phases["phase"] != IDLE)]
-    routed = run.routed_tokens() if len(phases) else pd.DataFrame()
+    of_rank = dict(list(phases.groupby(["source_rank", "phase"], sort=False)))
+    routed = run.routed_tokens() if phases_of else pd.DataFrame()
     result: list[dict[str, object]] = []
-    for (_, phase), own in phases.groupby(["source_rank", "phase"], sort=True):
-        rank = int(own["source_rank"].iloc[0])
+    for rank, phase in [(one, name) for one in sorted(phases_of) for name in phases_of[one].steps]:
+        own = of_rank.get((rank, phase), phases.iloc[:0])
         counted = count_tokens(
-            str(phase), rank, phases_of[rank].steps.get(str(phase), frozenset()), routed,
-            run.manifest.data,
+            phase, rank, phases_of[rank].steps[phase], routed, run.manifest.data,
+            ranks=run.manifest.topology.ranks,
         )  # fmt: skip
         row: dict[str, object] = {
             "source_rank": rank, "phase": phase, "kind": counted.kind, "tokens": counted.tokens,
             "tokens_source": counted.source, "devices": len(own),
         }  # fmt: skip
         unknown = own["energy_mj"].isna()
-        if counted.tokens is None:
-            result.append(row | {"reason": counted.reason})
+        if rank in missing:
+            result.append(row | {"reason": missing[rank]})
         elif unknown.any():
             reason = str(own.loc[unknown, "reason"].iloc[0])
             which = "its energy is not known" if len(own) == 1 else f"{unknown.sum()} of {len(own)} devices"
             result.append(row | {"reason": f"{which}: {reason}"})
+        elif counted.tokens is None:
+            result.append(row | {"reason": counted.reason})
         else:
             result.append(row | _per_token(own, counted.tokens))
     return tidy_frame(result, TOKEN_COLUMNS)
+
+
+def total_frame(tokens: pd.DataFrame) -> pd.DataFrame:
+    """Energy of each phase over all ranks that ran it, where these are several; ``TOTAL_COLUMNS``.
+
+    Args:
+        tokens: energy per token of each rank and phase.
+    """
+    result: list[dict[str, object]] = []
+    for phase, own in tokens.groupby("phase", sort=False):
+        if len(own) < 2:
+            continue
+        row: dict[str, object] = {
+            "phase": phase, "ranks": len(own), "devices": int(own["devices"].sum()),
+            "kind": own["kind"].iloc[0],
+        }  # fmt: skip
+        unknown = own[own["mj_per_token"].isna()]
+        if len(unknown):
+            first = unknown.iloc[0]
+            which = f"{len(unknown)} of {len(own)} ranks are not known, rank {first['source_rank']}"
+            result.append(row | {"reason": f"{which}: {first['reason']}"})
+            continue
+        count = own["tokens"].astype("float64")
+        whole = {name: float((own[name] * count).sum()) for name in _PER_TOKEN}
+        total = int(own["tokens"].sum())
+        idle_known = bool(own["idle_mj_per_token"].notna().all())
+        row |= {"tokens": total, "energy_mj": whole["mj_per_token"]}
+        for name in _PER_TOKEN:
+            if idle_known or "idle" not in name:
+                row[name] = whole[name] / total
+        result.append(row | {"reason": None if idle_known else "its idle part is not known: no idle power"})
+    return tidy_frame(result, TOTAL_COLUMNS)
 
 
 def _per_token(own: pd.DataFrame, tokens: int) -> dict[str, object]:

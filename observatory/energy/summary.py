@@ -13,7 +13,14 @@ from pydantic import JsonValue
 
 from observatory.energy.attribution import IdlePower, attribute, idle_power
 from observatory.energy.phases import REST, RankPhases, rank_phases
-from observatory.energy.places import Clocks, device_ranks, power_config
+from observatory.energy.places import (
+    Clocks,
+    device_ranks,
+    device_specs,
+    devices_of_rank,
+    power_config,
+    ranks_of_node,
+)
 from observatory.energy.rows import (
     ALIASING_COLUMNS,
     DEVICE_COLUMNS,
@@ -25,6 +32,7 @@ from observatory.energy.rows import (
     phase_rows,
     tidy_frame,
     token_frame,
+    total_frame,
 )
 from observatory.energy.sensors import sensor_of
 from observatory.energy.traces import traces_of
@@ -47,6 +55,7 @@ class EnergySummary:
         phases: per device and phase (``span`` None) or span inside a phase, and ``idle``; ``PHASE_COLUMNS``.
             ``idle_mj`` is the device's idle power over the same time, ``above_idle_mj`` the rest.
         tokens: per rank and phase, over all devices of the rank; ``TOKEN_COLUMNS``.
+        totals: per phase that several ranks ran, over all of them; ``TOTAL_COLUMNS``.
         aliasing: per device and phase with regular steps, what the sensor of instant power makes of them;
             ``ALIASING_COLUMNS``.
         problems: what could not be used, or must be known.
@@ -55,6 +64,7 @@ class EnergySummary:
     devices: pd.DataFrame
     phases: pd.DataFrame
     tokens: pd.DataFrame
+    totals: pd.DataFrame
     aliasing: pd.DataFrame
     problems: tuple[str, ...]
 
@@ -78,22 +88,24 @@ def energy_summary(run: Run, *, seed: int = 0) -> EnergySummary:
     problems: list[str] = []
     devices = _devices(run, power, problems)
     spans = run.spans()
-    ranks = {device.rank for device in devices if device.rank is not None}
+    placed = {device.rank for device in devices if device.rank is not None}
     phases_of: dict[int, RankPhases] = {}
-    for rank in sorted(ranks):
+    for rank in sorted(placed.union(spans["source_rank"].unique().tolist())):
         found = rank_phases(spans[spans["source_rank"] == rank])
-        if isinstance(found, str):
-            problems.append(f"rank {rank}: {found}")
-            continue
-        phases_of[rank] = found
-        problems += [f"rank {rank}: {problem}" for problem in found.problems]
+        if not isinstance(found, str):
+            phases_of[rank] = found
+        if rank in placed:
+            told = (found,) if isinstance(found, str) else found.problems
+            problems += [f"rank {rank}: {problem}" for problem in told]
     rows = _Rows()
     for device in devices:
         _add_device(rows, device, phases_of, run, problems, seed)
+    tokens = token_frame(run, rows.phases, phases_of, _missing(run, devices, rows, list(phases_of)))
     return EnergySummary(
         devices=tidy_frame(rows.devices, DEVICE_COLUMNS),
         phases=tidy_frame(rows.phases, PHASE_COLUMNS),
-        tokens=token_frame(run, rows.phases, phases_of),
+        tokens=tokens,
+        totals=total_frame(tokens),
         aliasing=tidy_frame(rows.aliasing, ALIASING_COLUMNS),
         problems=tuple(dict.fromkeys(problems)),
     )
@@ -106,9 +118,35 @@ class _Rows:
         self.aliasing: list[dict[str, object]] = []
 
 
+def _missing(run: Run, devices: list[Device], rows: _Rows, ranks: list[int]) -> dict[int, str]:
+    """Of the ranks whose energy is not known, or not that of all their devices, why."""
+    owned = devices_of_rank(run.manifest)
+    attributed = {row["device_uuid"] for row in rows.phases}
+    reasons = {row["device_uuid"]: row["reason"] for row in rows.devices}
+    result: dict[int, str] = {}
+    for rank in ranks:
+        node = ranks_of_node(run.manifest, rank)
+        near = [device for device in devices if node is None or device.sampler in node]
+        sampled = {device.uuid for device in near}
+        absent = [uuid for uuid in owned.get(rank, []) if uuid not in sampled]
+        own = [device for device in near if device.rank == rank]
+        unusable = [device.uuid for device in own if device.uuid not in attributed]
+        if absent:
+            result[rank] = f"{absent[0]}, on which it computes, was not sampled"
+        elif unusable:
+            result[rank] = f"{unusable[0]}: {reasons[unusable[0]]}"
+        elif not own:
+            # The device that it names, if there is one, says best why.
+            near.sort(key=lambda device: device.uuid not in owned.get(rank, []))
+            result[rank] = (
+                f"{near[0].uuid}: {near[0].rank_reason}" if near else "no device of its node was sampled"
+            )
+    return result
+
+
 def _devices(run: Run, power: pd.DataFrame, problems: list[str]) -> list[Device]:
     traces = traces_of(power)
-    specs = {spec.uuid: spec for spec in run.manifest.devices}
+    specs = device_specs(run.manifest)
     calibration = power_config(run.manifest).get("calibration")
     places = device_ranks(run.manifest, list(traces))
     found = []

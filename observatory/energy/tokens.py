@@ -43,6 +43,8 @@ def count_tokens(
     steps: frozenset[int],
     routed: pd.DataFrame,
     data: DataSpec | None,
+    *,
+    ranks: int = 1,
 ) -> PhaseTokens:
     """Tokens that a rank handled in the steps of a phase that have spans.
 
@@ -51,11 +53,16 @@ def count_tokens(
         rank: the rank.
         steps: steps of this phase that have a span of this rank.
         routed: result of ``Run.routed_tokens``.
-        data: what the manifest says was fed to the model.
+        data: what the manifest says was fed to the model, by all ranks together.
+        ranks: how many the run has.
     """
     kind = TOKEN_KINDS.get(phase, "processed")
     own = routed[(routed["phase"] == phase) & (routed["source_rank"] == rank)]
     if own.empty:
+        if ranks > 1:
+            return PhaseTokens(
+                kind=kind, reason="the run has no routing rows of it, and its batch size is that of all ranks"
+            )
         return _from_manifest(phase, kind, steps, data)
     counted, covered = 0, 0
     for first, width, tokens in zip(own["step"], own["window_steps"], own["tokens"], strict=True):

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from observatory.energy.counting import energy_by_counter
-from observatory.energy.estimates import Estimate
+from observatory.energy.estimates import NORMAL_90, Estimate
 from observatory.energy.integrating import energy_by_integral
 from observatory.energy.sensors import SensorModel
 from observatory.energy.traces import PowerTrace, Reading, trace_of_readings
@@ -36,7 +36,6 @@ __all__ = ["MOST_DISAGREEMENT", "WindowEnergy", "energy_of_window"]
 
 #: Counter and integral that differ by more are flagged.
 MOST_DISAGREEMENT = 0.05
-_NORMAL_90 = 1.645
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +102,7 @@ class WindowEnergy:
         """Half-width of the 90 % interval of ``energy_mj``, relative; calibration left out."""
         if self.energy_mj is None or self.std_mj is None or self.energy_mj <= 0:
             return None
-        return _NORMAL_90 * self.std_mj / self.energy_mj
+        return NORMAL_90 * self.std_mj / self.energy_mj
 
     @property
     def reason(self) -> str | None:
@@ -164,7 +163,10 @@ def _compare(
     if abs(difference) <= min(MOST_DISAGREEMENT, allowed):
         return difference, None
     beyond = [f"more than {limit}" for limit, over in (
-        (f"{MOST_DISAGREEMENT:.0%}", abs(difference) > MOST_DISAGREEMENT),
-        (f"the {allowed:.1%} that their errors allow", abs(difference) > allowed),
+        (f"{100 * MOST_DISAGREEMENT:.0f} %", abs(difference) > MOST_DISAGREEMENT),
+        (f"the {100 * allowed:.1f} % that their errors allow", abs(difference) > allowed),
     ) if over]  # fmt: skip
-    return difference, f"counter and integrated power differ by {difference:+.1%}, {' and '.join(beyond)}"
+    return (
+        difference,
+        f"counter and integrated power differ by {100 * difference:+.1f} %, {' and '.join(beyond)}",
+    )

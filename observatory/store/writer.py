@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
@@ -160,17 +161,19 @@ class RunWriter:
         self._appender.flush()
 
     def set_clock(self, clock: ClockSpec) -> None:
-        """State how this rank's clock relates to the others'; kept when the writer closes.
+        """State how this rank's clock relates to the others'; written at once, and when the writer closes.
 
         Without it the rank's status says only which clock it reads, which is enough for ranks of one host.
         """
         with self._lock:
             self._clock = clock
+            self._note_status()
 
     def set_power(self, power: RankPower) -> None:
-        """State what was sampled of this rank's devices; kept when the writer closes."""
+        """State what is sampled of this rank's devices; written at once, and when the writer closes."""
         with self._lock:
             self._power = power
+            self._note_status()
 
     def update_manifest(self, **changes: Any) -> None:
         """Change fields of the manifest and write it; rank 0 only.
@@ -246,6 +249,12 @@ class RunWriter:
         )
         self._manifest = ended
         self._guarded(MANIFEST_NAME, lambda: write_manifest(self.path, ended))
+
+    def _note_status(self) -> None:
+        """Write what is known so far, for a reader of a run that is killed; closing says what fails."""
+        if not self._closed:
+            with contextlib.suppress(OSError):
+                self._write_status("running")
 
     def _write_status(
         self, state: Literal["running", "complete", "failed"], *, error: str | None = None, steps: int = 0

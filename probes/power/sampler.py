@@ -116,6 +116,16 @@ class PowerSampler:
         """What the calibration found, per device UUID."""
         return self._ready.calibration
 
+    def begun(self) -> RankPower:
+        """What is sampled and how, before anything of it is known to have ended."""
+        return RankPower(
+            own_devices=self._own,
+            sampled=self._ready.devices,
+            period_s=self._job.period_s,
+            unavailable=self._ready.unavailable,
+            calibration=self._ready.calibration,
+        )
+
     def stop(self) -> RankPower:
         """End sampling, and say what was sampled; what was written before is kept whatever happens here."""
         notes: tuple[str, ...] = ()
@@ -130,15 +140,8 @@ class PowerSampler:
                 notes = (f"power sampling did not end in order: {error}",)
             finally:
                 self._end_process()
-        return RankPower(
-            own_devices=self._own,
-            sampled=self._ready.devices,
-            period_s=self._job.period_s,
-            unavailable=self._ready.unavailable,
-            calibration=self._ready.calibration,
-            cost=None if report is None else report.cost,
-            notes=notes,
-        )
+        cost = None if report is None else report.cost
+        return self.begun().model_copy(update={"cost": cost, "notes": notes})
 
     def abandon(self) -> None:
         """Forget the process without ending it: what a forked child does with its parent's."""

@@ -124,14 +124,16 @@ def _token_variant(frames: ReportFrames, found: PowerFrames, run: int) -> Varian
         note=f"{where}: {'; '.join(sentences)}."
         + (f" {left_out} ranks with less energy per token are not drawn." if left_out else "")
         + "".join(f" Flagged: {flag}." for flag in dict.fromkeys(map(_text, shown["flag"].dropna()))),
-        numbers=_token_table(own, where),
+        numbers=_token_table(own, found.totals[found.totals["run"] == run], where),
     )
 
 
-def _token_table(own: pd.DataFrame, where: str) -> Table:
+def _token_table(own: pd.DataFrame, totals: pd.DataFrame, where: str) -> Table:
+    whole = totals.assign(of=[f"all ranks ({ranks})" for ranks in totals["ranks"]], flag=None)
+    shown = own.head(_MOST_ROWS).assign(of=[f"rank {rank}" for rank in own.head(_MOST_ROWS)["source_rank"]])
     rows: list[list[str | Cell]] = [
         [
-            Cell(text=plain(row.phase), detail=f"rank {row.source_rank}", heading=True),
+            Cell(text=plain(row.phase), detail=row.of, heading=True),
             "n/a" if pd.isna(row.tokens) else f"{count(row.tokens)} {row.kind}",
             Cell(
                 text=number(row.mj_per_token, 3),
@@ -141,7 +143,8 @@ def _token_table(own: pd.DataFrame, where: str) -> Table:
             number(row.idle_mj_per_token, 3),
             "; ".join(filter(None, (_text(row.flag), _text(row.reason)))) or "–",
         ]
-        for row in each_row(own.head(_MOST_ROWS))
+        for frame in (whole, shown)
+        for row in each_row(frame)
     ]
     return table(
         f"{where}: mJ per token",
@@ -240,7 +243,8 @@ def _phase_table(frames: ReportFrames, found: PowerFrames) -> Table:
     several = len(found.runs) > 1
     one_device = not several and found.phases["device_uuid"].nunique() == 1
     rows: list[list[str | Cell]] = []
-    for row in each_row(_in_order(found.phases).head(_MOST_ROWS)):
+    shown = _alike_as_one(_in_order(found.phases))
+    for row in each_row(shown.head(_MOST_ROWS)):
         what = plain(row.phase) if _text(row.span) == "" else f"{plain(row.phase)} / {plain(row.span)}"
         whose = "" if one_device else shorten(row.device_uuid, 20)
         method = f"{row.method} ({_text(row.source)})" if _text(row.method) else ""
@@ -271,7 +275,8 @@ def _phase_table(frames: ReportFrames, found: PowerFrames) -> Table:
             numeric=False),
         ],
         rows,
-        note="Idle is time in no phase." + _more(len(found.phases)),
+        note="Idle is time in no phase. Spans that are not known for one reason share a row."
+        + _more(len(shown)),
     )  # fmt: skip
 
 
@@ -283,6 +288,22 @@ def _in_order(phases: pd.DataFrame) -> pd.DataFrame:
         .sort_values(["run", "source_rank", "device_uuid", "place"], kind="stable")
         .drop(columns="place")
     )
+
+
+def _alike_as_one(phases: pd.DataFrame) -> pd.DataFrame:
+    """Spans of one phase whose power is not known for the same reason, in one row that names them all."""
+    keys = ["run", "source_rank", "device_uuid", "phase", "reason"]
+    unknown = phases["span"].notna() & phases["power_mw"].isna() & phases["reason"].notna()
+    alike = unknown & phases.where(unknown).duplicated(keys, keep=False)
+    if not alike.any():
+        return phases
+    groups = phases[alike].groupby(keys, sort=False)
+    names = groups["span"].transform(lambda own: listing(own.tolist(), most=12))
+    return phases.assign(
+        span=phases["span"].where(~alike, groups["span"].transform("size").astype(str) + " spans"),
+        seconds=phases["seconds"].where(~alike, groups["seconds"].transform("sum")),
+        reason=phases["reason"].where(~alike, names + ": " + phases["reason"]),
+    )[~alike | ~phases.where(alike).duplicated(keys)]
 
 
 def _more(rows: int) -> str:

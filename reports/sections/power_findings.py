@@ -38,7 +38,8 @@ def _tokens(frames: ReportFrames) -> Iterator[str]:
         for phase in phases_of(own):
             rows = own[own["phase"] == phase].sort_values("mj_per_token", ascending=False)
             row = next(each_row(rows))
-            which = f" (rank {row.source_rank}, the most of {len(rows)})" if len(rows) > 1 else ""
+            which = f" (rank {row.source_rank}, the most of {len(rows)}{_overall(found.totals, run, phase)})"
+            which = which if len(rows) > 1 else ""
             idle = row.idle_mj_per_token
             share = (
                 f", {percent(idle / row.mj_per_token)} of it what the idle device draws"
@@ -52,6 +53,14 @@ def _tokens(frames: ReportFrames) -> Iterator[str]:
                 f"({interval(row.mj_per_token_low, row.mj_per_token_high, 2)}) per {row.kind} token{which}"
                 f"{share}.{flag}"
             )
+
+
+def _overall(totals: pd.DataFrame, run: int, phase: str) -> str:
+    """What all ranks together take per token, where that is known."""
+    known = totals[(totals["run"] == run) & (totals["phase"] == phase) & totals["mj_per_token"].notna()]
+    if known.empty:
+        return ""
+    return f"; over all ranks: {number(known['mj_per_token'].iloc[0], 2)} mJ"
 
 
 def _caps(frames: ReportFrames) -> Iterator[str]:

@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from observatory.energy import Timeline, make_timeline
-from observatory.records import ClockSpec, Manifest, ModelSpec, MoeLayerSpec
+from observatory.records import ClockSpec, Manifest, ModelSpec, MoeLayerSpec, RankPower
 from observatory.store import RunWriter, routing_rows
 from tests.power.sensor import Load, spans_of
 
@@ -31,6 +31,7 @@ def write_energy_run(
     spans: Sequence[pd.DataFrame],
     tokens: Mapping[str, int] | None = None,
     clocks: Sequence[ClockSpec | None] = (None,),
+    own_devices: Sequence[tuple[str, ...]] = (),
     **manifest: Any,
 ) -> Path:
     """Write a run directory.
@@ -41,6 +42,7 @@ def write_energy_run(
         spans: spans of each rank.
         tokens: tokens that each rank routes per step, by phase; None: no routing rows.
         clocks: of each rank.
+        own_devices: UUIDs of the devices that each rank says it computes on.
         **manifest: further fields.
     """
     ranks = len(spans)
@@ -70,6 +72,8 @@ def write_energy_run(
         clock = clocks[rank] if rank < len(clocks) else None
         if clock is not None:
             writer.set_clock(clock)
+    for writer, uuids in zip(writers, own_devices, strict=False):
+        writer.set_power(RankPower(own_devices=uuids))
     for writer in reversed(writers):
         writer.close(steps=int(max(frame["step"].max() for frame in spans if len(frame)) + 1))
     return path

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from observatory.energy.places import Clocks, device_ranks
-from observatory.records import ClockSpec, DeviceSpec, Manifest, ModelSpec, RankStatus, Topology
+from observatory.records import ClockSpec, DeviceSpec, Manifest, ModelSpec, RankPower, RankStatus, Topology
 
 
 def manifest(ranks: int = 1, **more: Any) -> Manifest:
@@ -47,6 +47,28 @@ def test_ranks_that_share_a_node_have_none_unless_the_run_says_so() -> None:
     assert device_ranks(told, [(0, "GPU-a"), (0, "GPU-b")]) == {(0, "GPU-a"): 1, (0, "GPU-b"): 0}
     extra = DeviceSpec.model_validate({"kind": "gpu", "uuid": "GPU-a", "rank": 1})
     assert device_ranks(manifest(2, nodes=(0, 0), devices=(extra,)), [(0, "GPU-a")]) == {(0, "GPU-a"): 1}
+
+
+def test_a_device_of_two_ranks_and_one_of_none_have_no_rank_and_say_why() -> None:
+    def told(*uuids: str) -> Manifest:
+        statuses = [
+            status(rank, "n0").model_copy(update={"power": RankPower(own_devices=(uuid,) if uuid else ())})
+            for rank, uuid in enumerate(uuids)
+        ]
+        base = manifest(len(uuids), nodes=(0,) * len(uuids)).model_dump()
+        return Manifest.model_validate(base | {"ranks": [one.model_dump() for one in statuses]})
+
+    sampled = [(0, "GPU-a"), (0, "GPU-b")]
+    assert device_ranks(told("GPU-b", "GPU-a"), sampled) == {(0, "GPU-a"): 1, (0, "GPU-b"): 0}
+    same = device_ranks(told("GPU-a", "GPU-a", "GPU-a"), sampled)
+    assert "ranks 0, 1 and 2 compute on it" in str(same[0, "GPU-a"])
+    assert "no rank of the run says" in str(same[0, "GPU-b"])
+    assert device_ranks(told("GPU-a"), sampled)[0, "GPU-b"] == same[0, "GPU-b"]  # an idle neighbour
+    assert "2 ranks share" in str(device_ranks(told("GPU-a", ""), sampled)[0, "GPU-b"])
+    # Processors may be told as well: a rank on each socket.
+    sockets = [(0, "rapl:package-0@n0"), (0, "rapl:package-1@n0")]
+    found = device_ranks(told("rapl:package-0@n0", "rapl:package-1@n0"), sockets)
+    assert list(found.values()) == [0, 1]
 
 
 def test_nodes_are_known_by_clock_or_by_host_and_else_not_at_all() -> None:

@@ -90,7 +90,7 @@ def test_the_command_prints_the_summary_and_one_json_document(
     document = json.loads(capsys.readouterr().out)
     summary = energy_summary(open_run(served_run))
     assert document["problems"] == []
-    for name in ("devices", "phases", "tokens", "aliasing"):
+    for name in ("devices", "phases", "tokens", "totals", "aliasing"):
         assert len(document[name]) == len(getattr(summary, name))
     assert document["phases"][0]["power_mw"] == pytest.approx(summary.phases["power_mw"][0])
 
@@ -123,7 +123,9 @@ def test_telemetry_without_phases_gives_the_devices_energy_and_says_why_no_more(
     assert any("capture the run with observatory.watch" in problem for problem in summary.problems)
 
 
-def two_ranks(tmp_path: Path, **manifest: Any) -> tuple[Path, list[Load]]:
+def two_ranks(
+    tmp_path: Path, *, own_devices: tuple[tuple[str, ...], ...] = (), sampled: int = 2, **manifest: Any
+) -> tuple[Path, list[Load]]:
     """Two ranks on one node, a device each, sampled by rank 0; the second device is 5 % off."""
     loads = [served(0), served(1)]
     uuids = [UUID, UUID.replace("GPU-0", "GPU-1")]
@@ -132,7 +134,7 @@ def two_ranks(tmp_path: Path, **manifest: Any) -> tuple[Path, list[Load]]:
         for uuid, gain in zip(uuids, (1.0, 1.05), strict=True)
     ]
     power = pd.concat(
-        [sensor.sample(load, poll_ms=53.0) for sensor, load in zip(sensors, loads, strict=True)]
+        [sensor.sample(load, poll_ms=53.0) for sensor, load in zip(sensors, loads, strict=True)][:sampled]
     ).sort_values("time_ns", kind="stable")
     clock = ClockSpec(offset_ns=0, uncertainty_ns=0, method="shared clock", identity="host")
     run = write_energy_run(
@@ -141,9 +143,12 @@ def two_ranks(tmp_path: Path, **manifest: Any) -> tuple[Path, list[Load]]:
         spans=[numbered(load) for load in loads],
         tokens={"prefill": 2048, "decode": 16},
         clocks=[clock, clock],
+        own_devices=own_devices,
         devices=tuple(DeviceSpec(kind="gpu", name=H100, uuid=uuid) for uuid in uuids),
         topology={"ranks": 2, "node_of_rank": (0, 0)},
-        config={"power": {"device_of_rank": {"0": uuids[0], "1": uuids[1]}}} if manifest.pop("told") else {},
+        config={"power": {"device_of_rank": {"0": uuids[0], "1": uuids[1]}}}
+        if manifest.pop("told", False)
+        else {},
         **manifest,
     )
     return run, loads
@@ -160,6 +165,51 @@ def test_two_devices_of_one_node_go_to_their_own_ranks(tmp_path: Path) -> None:
                 gain * watts * 1e3, rel=0.01
             )
     assert len(summary.tokens) == 4
+
+
+SECOND = UUID.replace("GPU-0", "GPU-1")
+
+
+def test_energy_of_all_ranks_is_that_of_their_own_devices_over_all_their_tokens(tmp_path: Path) -> None:
+    run, loads = two_ranks(tmp_path, own_devices=((UUID,), (SECOND,)))
+    summary = energy_summary(open_run(run))
+    assert summary.problems == ()
+    totals, tokens = summary.totals.set_index("phase"), summary.tokens.set_index(["phase", "source_rank"])
+    for name, per_step in (("prefill", 2048), ("decode", 16)):
+        row = totals.loc[name]
+        truth_mj = sum(
+            gain * watts * seconds * 1e3
+            for gain, load in zip((1.0, 1.05), loads, strict=True)
+            for watts, seconds in [load.truth()[name]]
+        )
+        assert (row["ranks"], row["devices"]) == (2, 2)
+        assert row["energy_mj"] == pytest.approx(truth_mj, rel=0.01)
+        assert row["tokens"] == tokens.loc[name, "tokens"].sum()
+        assert row["tokens"] % per_step == 0
+        assert row["mj_per_token"] == pytest.approx(truth_mj / row["tokens"], rel=0.01)
+        assert row["mj_per_token_low"] < row["mj_per_token"] < row["mj_per_token_high"]
+        assert row["idle_mj_per_token"] + row["above_idle_mj_per_token"] == pytest.approx(row["mj_per_token"])
+
+
+def test_a_rank_whose_device_is_shared_or_was_not_sampled_has_no_energy_and_says_why(tmp_path: Path) -> None:
+    run, _ = two_ranks(tmp_path / "shared", own_devices=((UUID,), (UUID,)))
+    shared = energy_summary(open_run(run))
+    assert shared.phases.empty
+    assert shared.tokens["mj_per_token"].isna().all()
+    assert shared.tokens["tokens"].notna().all()
+    assert all("ranks 0 and 1 compute on it" in reason for reason in shared.tokens["reason"])
+    run, _ = two_ranks(tmp_path / "unsampled", own_devices=((UUID,), (SECOND,)), sampled=1)
+    partly = energy_summary(open_run(run)).tokens.set_index(["source_rank", "phase"])
+    assert partly.loc[(0, "decode"), "mj_per_token"] > 0
+    assert f"{SECOND}, on which it computes, was not sampled" in partly.loc[(1, "decode"), "reason"]
+    totals = energy_summary(open_run(run)).totals
+    assert totals["energy_mj"].isna().all()
+    assert all("1 of 2 ranks" in reason for reason in totals["reason"])
+    # Of a rank with two devices, the energy of one of them is not its energy.
+    run, _ = two_ranks(tmp_path / "half", own_devices=((UUID, SECOND), ()), sampled=1)
+    half = energy_summary(open_run(run)).tokens.set_index(["source_rank", "phase"])
+    assert "was not sampled" in half.loc[(0, "prefill"), "reason"]
+    assert np.isnan(half.loc[(0, "prefill"), "mj_per_token"])
 
 
 def test_devices_nobody_can_place_give_node_level_energy_only(tmp_path: Path) -> None:
@@ -256,7 +306,7 @@ def test_what_was_calibrated_is_used_and_nonsense_in_it_is_not(tmp_path: Path) -
         ([], {UUID: 5}, {UUID: {"counter_over_integral": "x", "energy_mj": [1], "idle_power_mw": -3}})
     ):
         odd = summary(nonsense, f"odd-{number}")
-        assert "more than 5%" in odd.devices["flag"][0]
+        assert "more than 5 %" in odd.devices["flag"][0]
         assert odd.devices["idle_power_mw"].isna().all()
 
 
@@ -268,7 +318,7 @@ def test_reuse_measurements_are_printed_beside_the_published_number(
     assert main(["energy", str(served_run), "--reuse", str(path)]) == 0
     captured = capsys.readouterr()
     assert "EXACT_HIT" in captured.out
-    assert "arXiv 2605.05696 states 63%" in captured.err
+    assert "arXiv 2605.05696 states 63 %" in captured.err
     assert main(["energy", str(served_run), "--reuse", str(path), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["reuse"]["saved"] == pytest.approx(0.63, abs=0.01)

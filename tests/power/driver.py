@@ -12,6 +12,7 @@ workload, whose exact number and energy ``get("iterations")`` and ``get("energy_
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import os
@@ -41,12 +42,19 @@ def library_folder() -> Path:
     if built:
         return Path(built)
     folder = Path(tempfile.mkdtemp(prefix="observatory-fake-nvml-"))
+    atexit.register(_remove, folder, os.getpid())
     subprocess.run(
         ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1",
          "-o", str(folder / "libnvidia-ml.so.1"), str(_SOURCE), "-lm", "-lpthread"],
         check=True, capture_output=True, timeout=120,
     )  # fmt: skip
     return folder
+
+
+def _remove(folder: Path, builder: int) -> None:
+    """Not by a fork of the process that built it."""
+    if os.getpid() == builder:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

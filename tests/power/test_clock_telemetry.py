@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pytest
 
@@ -13,6 +14,7 @@ from observatory.errors import ClockError
 from observatory.records import DeviceCalibration, DeviceSpec, Manifest, ModelSpec, RankPower
 from observatory.store import RunWriter, open_run
 from observatory.tables import POWER_SCHEMA, SPAN_SCHEMA
+from tests.energy.runs import write_energy_run
 
 UUID = "GPU-5ea1ed00-0000-4000-8000-000000000000"
 PERIOD_NS = 50_000_000
@@ -82,7 +84,7 @@ def test_a_cap_that_does_not_bind_is_told_from_power_and_reasons(tmp_path: Path)
     assert found.duration_s == pytest.approx(199 * 0.05)
     text = " ".join(found.findings)
     assert "the power limit of 700 W does not bind" in text
-    assert "30% of it" in text
+    assert "30 % of it" in text
     assert "stood at 1830 MHz, below the highest of 1980" in text
 
 
@@ -98,7 +100,7 @@ def test_a_cap_that_binds_is_told_from_the_counter_rather_than_the_samples(tmp_p
     assert found.cap == "binds"
     assert found.power_cap_share == pytest.approx(0.25)
     text = " ".join(found.findings)
-    assert "holds the clock down for 25% of the time" in text
+    assert "holds the clock down for 25 % of the time" in text
     assert "moved between 1500 and 1620 MHz" in text
     del columns["power_cap_ns"]
     columns["event_reasons"] = np.where(np.arange(200) % 2, 0x4, 0)
@@ -109,7 +111,7 @@ def test_waiting_for_the_host_shows_in_the_idle_bit_or_in_the_power(tmp_path: Pa
     usual: dict[str, object] = {"power_mw": 200_000, "enforced_limit_mw": 700_000, "sm_clock_mhz": 1830}
     idle = first(write_run(tmp_path / "a", {**usual, "event_reasons": np.where(np.arange(200) % 4, 0, 0x1)}))
     assert idle.idle_share == pytest.approx(0.25)
-    assert any("idled in 25% of the samples" in item for item in idle.findings)
+    assert any("idled in 25 % of the samples" in item for item in idle.findings)
     little = first(write_run(tmp_path / "b", {**usual, "power_mw": 120_000, "event_reasons": 0}))
     assert any("little more than the 75 W of an idle device" in item for item in little.findings)
     busy = first(write_run(tmp_path / "c", {**usual, "event_reasons": 0}))
@@ -192,3 +194,31 @@ def test_the_advice_names_what_only_a_sweep_can_tell(tmp_path: Path) -> None:
     advice = telemetry_advice(open_run(write_run(tmp_path / "run", {"power_mw": 200_000})))
     assert "which clock saves energy cannot be told" in advice.cannot
     assert any("clocks sweep" in step for step in advice.next_steps)
+
+
+def test_one_name_on_two_nodes_is_two_devices(tmp_path: Path) -> None:
+    """Every node has a package-0, and each node's clock counts from its own boot."""
+    frames = []
+    for rank, (watts, start_ns) in enumerate(((100, 10**12), (300, 10**12 + 25_000_000))):
+        frames.append(
+            pd.DataFrame(
+                {
+                    "time_ns": start_ns + np.arange(40) * 50_000_000, "device_uuid": "shared name",
+                    "power_mw": watts * 1000, "source_rank": rank,
+                }
+            )
+        )  # fmt: skip
+    spans = pd.DataFrame(
+        {
+            "step": [0], "phase": ["decode"], "layer": [None], "source_rank": np.int32(0), "name": ["phase"],
+            "start_ns": [10**12], "end_ns": [10**12 + 2 * 10**9],
+        }
+    ).astype({"layer": "Int32"})  # fmt: skip
+    run = write_energy_run(
+        tmp_path / "run",
+        power=pd.concat(frames),
+        spans=[spans, spans],
+        topology={"ranks": 2, "node_of_rank": (0, 1)},
+    )
+    whole = [item for item in telemetry_advice(open_run(run)).devices if item.phase is None]
+    assert [(item.samples, item.power_median_mw) for item in whole] == [(40, 100e3), (40, 300e3)]

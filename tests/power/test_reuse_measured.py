@@ -14,13 +14,22 @@ from typing import Any
 import pytest
 import torch
 
-from observatory.campaign.reuse import ReuseJob, cached_prefills, parse_fractions, run_reuse
+from observatory.campaign.reuse import (
+    ReuseJob,
+    cached_prefills,
+    check_same_device,
+    parse_fractions,
+    run_reuse,
+)
 from observatory.campaign.workloads import Window, WorkloadFacts, model_workload
 from observatory.cli import main
 from observatory.energy import fit_reuse
-from observatory.errors import EnergyError, ModelError
+from observatory.errors import DeviceError, EnergyError, ModelError
 from observatory.records_reuse import load_reuse
+from observatory.watching_power import gpu_uuid
 from tests.power.driver import FakeDriver
+from tests.power.recordings import UUID as RECORDED
+from tests.power.recordings import write_recording
 from tests.power.scenes import needs_driver, play
 
 UUID = "GPU-fa4e0000-0000-4000-8000-000000000000"
@@ -133,7 +142,7 @@ def test_a_prefill_behind_a_cached_prefix_gives_what_the_whole_prompt_gives() ->
 
 def test_a_model_whose_state_cannot_be_cut_back_is_refused() -> None:
     with (
-        pytest.raises(ModelError, match="cannot be cut back"),
+        pytest.raises(ModelError, match=r"reuse of .* cannot be measured: .* cannot be cut back"),
         cached_prefills(
             "tiny-gdn", fractions=(0.0, 0.5), prompt_tokens=16, batch_size=1, device="cpu", dtype=None
         ),
@@ -159,3 +168,24 @@ def test_fractions_that_are_none_are_refused(text: str) -> None:
 
 def test_fractions_are_read_in_order() -> None:
     assert parse_fractions("1,0,.5,0.25") == (0.0, 0.25, 0.5, 1.0)
+
+
+def test_a_power_device_that_is_not_the_models_is_refused_where_torch_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = f"replay:{write_recording(tmp_path / 'power.parquet')}"
+    note = check_same_device(recorded, "cpu")
+    assert note is not None
+    assert "was not checked" in note
+    monkeypatch.setattr("observatory.campaign.reuse.gpu_uuid", lambda _device: RECORDED.upper())
+    assert check_same_device(recorded, "cuda") is None
+    monkeypatch.setattr("observatory.campaign.reuse.gpu_uuid", lambda _device: UUID)
+    with pytest.raises(DeviceError, match=f"is {RECORDED}, and the model on cuda computes on {UUID}"):
+        check_same_device(recorded, "cuda")
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "nonsense", "cuda:x"])
+def test_a_torch_device_that_is_not_there_is_one_sentence(name: str) -> None:
+    with pytest.raises(ModelError, match=r"torch has no device .* expected cpu, cuda or cuda:N"):
+        gpu_uuid(name)
+    assert gpu_uuid("cpu") is None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from observatory.energy import energy_summary
-from observatory.records import DeviceSpec, RankPower
+from observatory.records import ClockSpec, DeviceSpec, RankPower
 from observatory.store import RunWriter, open_run
 from reports import write_report
 from reports.collect import collect
@@ -22,12 +22,13 @@ from reports.figures.energy import device_energy, token_energy
 from reports.figures.power import power_timeline
 from reports.frames import ReportFrames
 from reports.html import build_sections
-from reports.page import FigureBlock, Section
+from reports.page import Cell, FigureBlock, Section, Table
 from reports.power import BINS
 from reports.sections import energy_section, findings, power_section, problems
 from reports.thinning import joined_stretches, kept_samples
+from tests.energy.runs import write_energy_run
 from tests.power.recordings import recorded_rows
-from tests.power.sensor import SimulatedSensor, steps
+from tests.power.sensor import SimulatedSensor, spans_of, steps
 from tests.reports.sample_power import DEVICE, UUID, a_load, a_power_run, samples_of
 from tests.reports.sample_runs import manifest, write_run
 from tests.reports.test_report import HOSTILE, Tags
@@ -365,3 +366,57 @@ def test_the_course_of_a_load_without_spans_says_that_no_phase_is_known(tmp_path
     ]  # fmt: skip
     page = write_report([path], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<h1><bdi>Power of gqa-tiny</bdi></h1>" in page
+
+
+def two_ranks(path: Path) -> Path:
+    """Two ranks of one node, a device each; the second draws half. Spans inside are too short to tell."""
+    loads = [steps([("decode", 40.0, watts)], seconds=6, jitter=0.1) for watts in (600.0, 300.0)]
+    uuids = [UUID, UUID.replace("GPU-", "GPU-f")]
+    sensors = [SimulatedSensor(device_uuid=uuid) for uuid in uuids]
+    spans = []
+    for load in loads:
+        own = spans_of(load)
+        own = own.assign(step=np.arange(len(own)))
+        inside = [own.assign(name=name, end_ns=own["start_ns"] + 2_000_000) for name in ("pack", "route")]
+        inside[1] = inside[1].assign(start_ns=own["start_ns"] + 3_000_000, end_ns=own["start_ns"] + 4_000_000)
+        spans.append(pd.concat([own, *inside]))
+    clock = ClockSpec(offset_ns=0, uncertainty_ns=0, method="shared clock", identity="host")
+    power = pd.concat([sensor.sample(load) for sensor, load in zip(sensors, loads, strict=True)])
+    return write_energy_run(
+        path,
+        power=power.sort_values("time_ns", kind="stable"),
+        spans=spans,
+        tokens={"decode": 16},
+        clocks=[clock, clock],
+        own_devices=[(uuid,) for uuid in uuids],
+        devices=tuple(DeviceSpec(kind="gpu", name="NVIDIA H100 80GB HBM3", uuid=uuid) for uuid in uuids),
+        topology={"ranks": 2, "node_of_rank": (0, 0)},
+    )
+
+
+def test_all_ranks_together_stand_beside_the_rank_that_takes_most(tmp_path: Path) -> None:
+    run = two_ranks(tmp_path / "run")
+    (total,) = energy_summary(open_run(run)).totals.to_dict("records")
+    assert total["mj_per_token"] == pytest.approx((600 + 300) * 40 / 32, rel=0.02)
+    frames = frames_of(run)
+    (sentence,) = [text for text in findings(frames) if "per output token" in text]
+    assert f"(rank 0, the most of 2; over all ranks: {total['mj_per_token']:.2f} mJ)" in sentence
+    section = energy_section(frames)
+    numbers = figures(section)["energy-tokens"].variants[0].numbers
+    assert numbers is not None
+    heads = [row[0] for row in numbers.rows]
+    assert [head.detail for head in heads if isinstance(head, Cell)] == ["all ranks (2)", "rank 0", "rank 1"]
+
+
+def test_spans_that_are_not_known_for_one_reason_share_a_row(tmp_path: Path) -> None:
+    frames = frames_of(two_ranks(tmp_path / "run"))
+    assert frames.power is not None
+    inside = frames.power.phases[frames.power.phases["span"].notna()]
+    assert inside["power_mw"].isna().sum() >= 4
+    table = next(block for block in energy_section(frames).blocks if isinstance(block, Table))
+    joined = [row for row in table.rows if isinstance(row[0], Cell) and "spans" in row[0].text]
+    assert joined
+    for row in joined:
+        words = [cell.text if isinstance(cell, Cell) else cell for cell in row]
+        assert "pack" in words[-1]
+        assert len(table.rows) < len(frames.power.phases)

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from observatory.cost.clocks.confounds import BINDING_SHARE
+from observatory.energy.bands import DeviceBands, device_bands
+from observatory.energy.places import device_specs
 from observatory.errors import ClockError
 from observatory.records import DeviceSpec, Record, Text
 from observatory.store import Run
@@ -100,15 +102,21 @@ def telemetry_advice(run: Run) -> TelemetryAdvice:
             f"run {run.path} holds no power samples; capture some with `observatory power --out RUN -- "
             "COMMAND`"
         )
-    specs = {spec.uuid: spec for spec in run.manifest.devices if spec.uuid}
-    spans = run.spans() if run.row_count("spans") else pd.DataFrame()
+    specs = device_specs(run.manifest)
     found: list[DeviceTelemetry] = []
-    groups = list(frame.sort_values("time_ns").groupby("device_uuid", sort=True))
-    for uuid, rows in groups[:_MOST_DEVICES]:
-        spec = specs.get(str(uuid))
-        idle_mw = _idle_power_mw(run, str(uuid))
-        found.append(_device(str(uuid), None, rows, spec, idle_mw))
-        for phase, part in _by_phase(rows, spans):
+    # The same name may stand for a device of each of several nodes, on each node's own clock.
+    ordered = frame.sort_values("time_ns", kind="stable")
+    groups = [
+        ((int(own["source_rank"].iloc[0]), str(own["device_uuid"].iloc[0])), own)
+        for _, own in ordered.groupby(["source_rank", "device_uuid"], sort=True)
+    ][:_MOST_DEVICES]
+    bands = device_bands(run, [key for key, _ in groups])
+    for key, rows in groups:
+        uuid = key[1]
+        spec = specs.get(uuid)
+        idle_mw = _idle_power_mw(run, uuid)
+        found.append(_device(uuid, None, rows, spec, idle_mw))
+        for phase, part in _by_phase(rows, bands[key]):
             if len(part) >= _LEAST_SAMPLES:
                 found.append(_device(str(uuid), phase, part, spec, idle_mw))
     return TelemetryAdvice(
@@ -133,19 +141,14 @@ def _idle_power_mw(run: Run, uuid: str) -> float | None:
     return None
 
 
-def _by_phase(rows: pd.DataFrame, spans: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Samples of each phase: those inside a ``phase`` span of the rank that sampled."""
-    if spans.empty:
+def _by_phase(rows: pd.DataFrame, bands: DeviceBands) -> list[tuple[str, pd.DataFrame]]:
+    """Samples of each phase of the rank that the device works for, else of the one that sampled it."""
+    if not bands.phase:
         return []
-    bands = spans[(spans["name"] == "phase") & spans["end_ns"].notna()]
-    bands = bands[bands["source_rank"].isin(rows["source_rank"].unique())].sort_values("start_ns")
-    if bands.empty:
-        return []
-    start_ns, end_ns = bands["start_ns"].to_numpy(), bands["end_ns"].to_numpy(dtype=np.int64)
     time_ns = rows["time_ns"].to_numpy()
-    index = np.searchsorted(start_ns, time_ns, side="right") - 1
-    inside = (index >= 0) & (time_ns < end_ns[np.maximum(index, 0)])
-    phase = bands["phase"].to_numpy()[np.maximum(index, 0)]
+    index = np.searchsorted(bands.start_ns, time_ns, side="right") - 1
+    inside = (index >= 0) & (time_ns < bands.end_ns[np.maximum(index, 0)])
+    phase = np.array(bands.phase, dtype=object)[np.maximum(index, 0)]
     return [(str(name), rows[inside & (phase == name)]) for name in sorted(set(phase[inside].tolist()))]
 
 
@@ -213,6 +216,10 @@ def _cap(share: float | None, ratio: float | None) -> Literal["binds", "does not
     return "does not bind" if ratio is not None and ratio < 0.9 else None
 
 
+def _percent(share: float | None) -> str:
+    return f"{100 * (share or 0.0):.0f} %"
+
+
 def _findings(device: DeviceTelemetry, idle_mw: float | None) -> list[str]:
     found = []
     limit = (
@@ -221,10 +228,10 @@ def _findings(device: DeviceTelemetry, idle_mw: float | None) -> list[str]:
     drawn = ""
     if device.power_p95_mw is not None and device.power_over_limit is not None:
         drawn = f" (95 % of the samples stay below {device.power_p95_mw / 1e3:.0f} W, "
-        drawn += f"{device.power_over_limit:.0%} of it)"
+        drawn += f"{_percent(device.power_over_limit)} of it)"
     if device.cap == "binds":
         found.append(
-            f"{limit} binds: it holds the clock down for {device.power_cap_share or 0.0:.0%} of the "
+            f"{limit} binds: it holds the clock down for {_percent(device.power_cap_share)} of the "
             f"time{drawn}; a lock above the clock seen would do nothing"
         )
     elif device.cap == "does not bind":
@@ -235,16 +242,18 @@ def _findings(device: DeviceTelemetry, idle_mw: float | None) -> list[str]:
         found.append(f"whether {limit} binds cannot be told: neither event reasons nor power were sampled")
     found += _clock_findings(device)
     if (device.thermal_share or 0.0) >= BINDING_SHARE:
-        found.append(f"heat slowed the chip for {device.thermal_share:.0%} of the time: mend that first")
+        found.append(
+            f"heat slowed the chip for {_percent(device.thermal_share)} of the time: mend that first"
+        )
     if (device.brake_share or 0.0) >= BINDING_SHARE:
         found.append(
-            f"hardware slowdown or the power brake acted in {device.brake_share:.0%} of the samples: mend "
-            "that first"
+            f"hardware slowdown or the power brake acted in {_percent(device.brake_share)} of the samples: "
+            "mend that first"
         )
     idle = device.idle_share or 0.0
     if idle >= _IDLE_SHARE:
         found.append(
-            f"the device idled in {idle:.0%} of the samples: it waits for the host or for other ranks, "
+            f"the device idled in {_percent(idle)} of the samples: it waits for the host or for other ranks, "
             "which a clock does not change"
         )
     elif idle_mw is not None and device.limit_mw and device.power_median_mw is not None:
