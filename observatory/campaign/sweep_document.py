@@ -49,10 +49,13 @@ def sweep_document(
     samples = run.power()
     samples = samples[samples["device_uuid"] == head.device.uuid]
     origin = collect_provenance()
-    notes = [*power.notes, *dict.fromkeys(point.note for point in measured if point.note)]
+    notes = [
+        *filter(None, [head.note]),
+        *power.notes,
+        *dict.fromkeys(point.note for point in measured if point.note),
+    ]
     if ended is not None:
         notes.append(f"ended early, after {len(measured)} points: {ended}"[:4000])
-    calibration = power.calibration.get(head.device.uuid or "")
     series = []
     for index, what in enumerate(head.series):
         points = tuple(_point(item, samples, head.device.name) for item in measured if item.series == index)
@@ -65,7 +68,8 @@ def sweep_document(
         max_sm_clock_mhz=head.supported_sm_clocks_mhz[-1],
         supported_sm_clocks_mhz=head.supported_sm_clocks_mhz,
         default_limit_mw=head.default_limit_mw,
-        idle_power_mw=None if calibration is None else calibration.idle_power_mw,
+        idle_power_mw=head.idle_power_mw,
+        set_outside=head.set_outside,
         series=tuple(series),
         seed=head.seed,
         git_sha=origin["git_sha"],

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from observatory.campaign.clock_sweep import SweepJob, plan_settings
 from observatory.campaign.sweep_document import recover_sweep
 from observatory.campaign.sweep_inputs import parse_clocks, parse_limits
+from observatory.campaign.sweep_settings import SweepJob, plan_settings
 from observatory.errors import ClockError
 from observatory.records_clocks import load_sweep
 from tests.power.driver import FakeDriver, why_not
