@@ -135,7 +135,7 @@ def _fit_series(
         usable = 0 if found is None else found.blocks
         return (
             f"points at {usable} different clocks can be used, {_LEAST_CLOCKS} at least are needed; "
-            f"measure more clocks{' (' + why + ')' if why else ''}"
+            f"measure more clocks, or fit it together with sweeps of others{' (' + why + ')' if why else ''}"
         )
     settings = settings_of(judged)
     fold_N = fold_of(found.block_N, seed)

@@ -25,7 +25,7 @@ def idle_power_mw(sweeps: Sequence[ClockSweep]) -> float | None:
 
 
 def join_notes(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> list[str]:
-    """What a reader of the model must know of the sweeps: doubts about how they fit together, their own notes.
+    """What a reader of the model must know: doubts about how the sweeps fit together, and their own notes.
 
     Args:
         sweeps: the sweeps.
@@ -64,8 +64,8 @@ def _unlike_unlocked(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list
         return []
     low, high = min(seen, key=lambda name: seen[name]), max(seen, key=lambda name: seen[name])
     return [
-        f"said to be unlocked, {low[:100]} ran at {seen[low]:.0f} MHz and {high[:100]} at {seen[high]:.0f} MHz, "
-        "and they are taken for repeats of one setting: where somebody had set the clock, sweep with "
+        f"said to be unlocked, {low[:100]} ran at {seen[low]:.0f} MHz and {high[:100]} at {seen[high]:.0f} "
+        "MHz, and they are taken for repeats of one setting: where somebody had set the clock, sweep with "
         "--set-outside --clocks MHZ"
     ]
 

@@ -68,7 +68,8 @@ class SeriesAdvice(Record):
         index: of the series in the model.
         verdict: ``lock``, ``leave unlocked`` or ``no energy``.
         text: the advice with its evidence, one sentence.
-        reference_mhz: clock without a lock, which all is relative to.
+        reference_mhz: clock that all is relative to.
+        reference_how: whether that is the unlocked clock, as in ``Reference``.
         reference_mj_per_token: energy per token there; None when not known.
         choice: the recommended clock; None unless the verdict is ``lock``.
         unsure_mhz: the clock that would be recommended if the estimate alone had to keep the budget, where it
@@ -88,6 +89,7 @@ class SeriesAdvice(Record):
     verdict: Literal["lock", "leave unlocked", "no energy"]
     text: Text
     reference_mhz: float
+    reference_how: Literal["unlocked", "highest clock"] = "unlocked"
     reference_mj_per_token: float | None = None
     choice: ClockChoice | None = None
     unsure_mhz: float | None = None
@@ -179,6 +181,7 @@ def _advise(view: SeriesView, index: int, model: ClockModel, max_slowdown: float
         "title": fit.title,
         "index": index,
         "reference_mhz": view.reference_mhz,
+        "reference_how": fit.reference.how,
         "reference_mj_per_token": view.reference_mj_per_token,
         "critical": fit.critical,
         "compute_optimum": fit.compute_optimum,
@@ -248,20 +251,20 @@ def _overlap(first: Interval, second: Interval) -> bool:
 def _sentence(
     view: SeriesView, choice: ClockChoice, measured: MeasuredNearby | None, worth: bool, max_slowdown: float
 ) -> str:
-    title, reference = view.fit.title, view.reference_mhz
+    title, reference, words = view.fit.title, view.reference_mhz, view.fit.reference.words
     if not worth:
         if choice.sm_clock_mhz >= reference:
             return (
-                f"{title}: leave the clock unlocked ({reference:.0f} MHz): no lower clock surely keeps the "
+                f"{title}: leave the clock unlocked: against the {words} no lower clock surely keeps the "
                 f"budget of {max_slowdown:.1%} and saves energy"
             )
         return (
-            f"{title}: leave the clock unlocked ({reference:.0f} MHz): what {choice.sm_clock_mhz:.0f} MHz "
+            f"{title}: leave the clock unlocked: against the {words}, what {choice.sm_clock_mhz:.0f} MHz "
             f"would save, {choice.saving.percent()}, is not surely more than nothing"
         )
     sentence = (
         f"{title}: lock to {choice.sm_clock_mhz:.0f} MHz, which saves {choice.saving.percent()} of the "
-        f"energy for a slowdown of {choice.slowdown.percent()} against {reference:.0f} MHz"
+        f"energy for a slowdown of {choice.slowdown.percent()} against the {words}"
     )
     if measured is None:
         near = f"no lock within {_NEARBY_MHZ:.0f} MHz of it was measured"

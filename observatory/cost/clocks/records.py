@@ -125,6 +125,7 @@ class Setting(Record):
         power_cap_share: mean share of time in which the limit held the clock; None when not told.
         idle: whether the device said that it idled, in most repeats; None when not told.
         fitted: repeats that entered the fit.
+        heated: repeats that heat, a hardware slowdown or the power brake slowed down.
     """
 
     kind: Literal["unlocked", "lock", "cap", "both"]
@@ -138,6 +139,7 @@ class Setting(Record):
     power_cap_share: _Share | None = None
     idle: bool | None = None
     fitted: Count = 0
+    heated: Count = 0
 
     @model_validator(mode="after")
     def _same_repeats(self) -> Setting:
@@ -168,6 +170,7 @@ class Confound(Record):
         "clock not as requested",
         "limit not as requested",
         "unlocked is capped",
+        "slowed by heat",
     ]
     text: Text
     numbers: dict[str, float | None] = Field(default_factory=dict)
@@ -189,6 +192,13 @@ class Reference(Record):
     energy_mj: _Positive | None = None
     power_mw: _Positive | None = None
     power_cap_share: _Share | None = None
+
+    @property
+    def words(self) -> str:
+        """The clock, and what makes it the reference."""
+        if self.how == "unlocked":
+            return f"{self.sm_clock_mhz:.0f} MHz it runs at unlocked"
+        return f"{self.sm_clock_mhz:.0f} MHz of the highest clock measured, as no unlocked point counts"
 
 
 class SeriesFit(Record):
