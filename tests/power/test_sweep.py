@@ -19,6 +19,7 @@ from observatory.campaign.sweep_inputs import parse_clocks, parse_limits
 from observatory.campaign.sweep_settings import Setting, SweepJob, plan_settings
 from observatory.errors import ClockError
 from observatory.records_clocks import load_sweep
+from probes.power.lease import ProcessId
 from probes.power.processes import has_admin_capability
 from tests.power.driver import FakeDriver, why_not
 
@@ -317,6 +318,32 @@ def test_a_killed_sweep_is_unlocked_and_can_be_recovered_and_no_other_runs_besid
     # The last samples went with the process; windows before are as good as ever.
     early = [point for point in sweep.series[0].points if point.order < 3]
     assert all(point.label == "ok" and point.energy_mj for point in early)
+
+
+@needs_driver
+def test_a_program_that_rests_ends_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    # A script and what it has started: both are stopped, and neither is told of the end by a signal.
+    program = f"echo $$ > {pids}; while :; do sleep 0.05; echo; done & echo $! >> {pids}; echo; wait"
+    driver = FakeDriver(tmp_path / "driver")
+    process = subprocess.Popen(
+        [sys.executable, "-c",
+         "import sys, time\n"
+         "from observatory.campaign.workloads import CommandWorkload, WorkloadFacts\n"
+         "CommandWorkload(['sh', '-c', sys.argv[1]], WorkloadFacts(name='x'))\n"
+         "print('rests', flush=True); time.sleep(60)", program],
+        env=driver.environment(), stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"rests\n"
+    started = [int(pid) for pid in pids.read_text().split()]
+    assert len(started) == 2
+    process.kill()
+    process.communicate(timeout=10)
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and any(ProcessId.of(pid) for pid in started):
+        time.sleep(0.1)
+    assert not any(ProcessId.of(pid) for pid in started)
 
 
 @needs_driver
