@@ -20,6 +20,7 @@ outside there is no lease, and nothing is set.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -86,9 +87,12 @@ def run_sweep(
             f"{journal} is what a sweep that was killed has left: `observatory clocks recover {journal} "
             "--out FILE` makes a result of it; give another --out, or --force to discard it"
         )
+    if not overwrite and telemetry.exists():
+        raise ClockError(f"{telemetry} is there already; give another --out, or --force to replace it")
     measured: list[JournalPoint] = []
     power: RankPower | None = None
     head: JournalHead | None = None
+    begun = False
     problem: BaseException | None = None
     try:
         with contextlib.ExitStack() as stack:
@@ -111,6 +115,7 @@ def run_sweep(
             # Only now, when nothing speaks against it, may an older result be replaced.
             manifest = new_manifest(model=ModelSpec(name=f"clock sweep into {out.name}"))
             with RunWriter.create(telemetry, manifest, overwrite=overwrite) as writer:
+                begun = True
                 append_line(journal, head, fresh=True)
                 sampler = PowerSampler(
                     telemetry, rank=0, ranks=1, selectors=[job.device_uuid], period_s=job.period_s,
@@ -126,8 +131,10 @@ def run_sweep(
     except (ObservatoryError, KeyboardInterrupt) as error:
         problem = error
     if head is None or power is None or not measured:
-        if head is not None:
+        if begun:
+            # Telemetry of no window is worth nothing, and would be in the way of the next try.
             journal.unlink(missing_ok=True)
+            shutil.rmtree(telemetry, ignore_errors=True)
         raise problem or ClockError("nothing was measured; see the messages above")
     ended = None if problem is None else f"{type(problem).__name__}: {problem}".rstrip(": ")
     sweep = sweep_document(head, measured, power, telemetry, ended=ended)

@@ -35,7 +35,7 @@ def parse_clocks(text: str) -> tuple[int, ...]:
     if spread is None or not 2 <= int(spread[3]) <= _MOST_CLOCKS or int(spread[1]) >= int(spread[2]):
         raise ClockError(
             f"--clocks {text[:60]!r} is no list of clocks; expected MHz such as 780,1200 or "
-            "LOW:HIGH:COUNT such as 600:1980:8"
+            f"LOW:HIGH:COUNT such as 600:1980:8, at most {_MOST_CLOCKS}"
         )
     return tuple(
         round(clock) for clock in np.linspace(int(spread[1]), int(spread[2]), int(spread[3])).tolist()

@@ -282,7 +282,7 @@ class CommandWorkload:
             if not piece:
                 code = self._process.wait()
                 raise ClockError(
-                    f"{self._command[0]} ended with exit code {code} in the middle of the sweep; it must "
+                    f"{self._command[0]} ended with exit code {code} before the sweep was over; it must "
                     "run, and print a line per iteration, until it is ended"
                 )
             if lines := piece.count(b"\n"):

@@ -185,8 +185,8 @@ def _print_result(result: ClockSweep) -> None:
     rows = [
         [series.name, series.batch_size, point.requested_sm_clock_mhz,
          None if point.requested_limit_mw is None else f"{point.requested_limit_mw / 1e3:g}",
-         point.sm_clock_mhz, 1e3 * point.iteration_s,
-         None if point.energy_mj is None else point.energy_mj / point.iterations, point.label]
+         point.sm_clock_mhz, f"{1e3 * point.iteration_s:.4g}",
+         None if point.energy_mj is None else f"{point.energy_mj / point.iterations:.4g}", point.label]
         for series in result.series
         for point in sorted(
             series.points,

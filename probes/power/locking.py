@@ -227,10 +227,14 @@ def undo_leases(folder: Path, *, uuid: str | None = None, force: bool = False) -
         folder: where leases are kept.
         uuid: only this GPU's.
         force: also those whose owner lives.
+
+    Raises:
+        LockRefusedError: the name is no UUID of an NVIDIA GPU.
     """
+    only = None if uuid is None else lease_path(folder, uuid)
     found = []
     for path in find_leases(folder):
-        if uuid is None or path == lease_path(folder, uuid):
+        if only in (None, path):
             with guarded(path):
                 found.append(_undo_file(path, force=force))
     return found

@@ -347,6 +347,18 @@ def test_a_program_that_rests_ends_with_a_sweep_that_is_killed(tmp_path: Path) -
 
 
 @needs_driver
+def test_a_program_that_ends_at_once_leaves_nothing_in_the_way_of_the_next_try(tmp_path: Path) -> None:
+    told = _run(
+        tmp_path, "clocks", "sweep", "--device", UUID, "--out", str(tmp_path / "sweep.json"), "--clocks",
+        "600", "--window-s", "0.5", "--settle-s", "0.1", "--apply", "--", "sh", "-c", "echo; exit 3",
+    )  # fmt: skip
+    assert told.returncode == 1
+    assert "ended with exit code 3 before the sweep was over" in told.stderr
+    assert [path.name for path in tmp_path.glob("sweep*")] == []
+    assert _unlocked(tmp_path)
+
+
+@needs_driver
 @pytest.mark.slow
 def test_ctrl_c_and_a_lost_gpu_keep_what_was_measured(tmp_path: Path) -> None:
     for name in ("interrupted", "lost"):

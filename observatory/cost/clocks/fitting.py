@@ -17,7 +17,7 @@ import numpy as np
 from observatory.cost.clocks.choosing import choose_power, choose_time, curve_fit, fold_of
 from observatory.cost.clocks.confounds import find_confounds
 from observatory.cost.clocks.estimates import clock_estimates
-from observatory.cost.clocks.joining import idle_power_mw, join_notes
+from observatory.cost.clocks.joining import idle_power_mw, join_notes, refuse_repeated
 from observatory.cost.clocks.model import POWER_TERMS, TIME_TERMS
 from observatory.cost.clocks.points import fit_points, judge, scatter_of, settings_of
 from observatory.cost.clocks.records import ClockModel, Reference, SeriesFit, Setting
@@ -49,7 +49,7 @@ def fit_clocks(
         seed: of folds and bootstrap.
 
     Raises:
-        ClockError: no sweeps, several devices, or no series with clocks enough to fit.
+        ClockError: no sweeps, several devices, measurements given twice, or no series with enough clocks.
     """
     if not sweeps:
         raise ClockError("no clock sweep was given; make one with `observatory clocks sweep`")
@@ -59,6 +59,7 @@ def fit_clocks(
             f"{name or 'unnamed'} {uuid or ''}".strip() for name, uuid in sorted(map(_names, devices))
         )
         raise ClockError(f"the sweeps are of {len(devices)} devices ({named[:200]}); fit each on its own")
+    refuse_repeated(sweeps, sources)
     limits = [sweep.default_limit_mw for sweep in sweeps if sweep.default_limit_mw is not None]
     merged: dict[tuple[object, ...], list[ClockSeries]] = {}
     for sweep in sweeps:

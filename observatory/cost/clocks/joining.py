@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from statistics import median
 
 from observatory.cost.clocks.points import CLOCK_STEP_MHZ
+from observatory.errors import ClockError
 from observatory.records_clocks import ClockPoint, ClockSweep
 
-__all__ = ["idle_power_mw", "join_notes"]
+__all__ = ["idle_power_mw", "join_notes", "refuse_repeated"]
 
 _MOST_NOTES = 20
 _LONGEST_NOTE = 500
@@ -24,6 +25,30 @@ def idle_power_mw(sweeps: Sequence[ClockSweep]) -> float | None:
     return float(median(powers)) if powers else None
 
 
+def refuse_repeated(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> None:
+    """Refuse measurements that are given twice: they would count as repeats that agree.
+
+    Raises:
+        ClockError: a series of two sweeps has the same points.
+    """
+    known: dict[tuple[ClockPoint, ...], str] = {}
+    for name, sweep in zip(_names(sweeps, sources), sweeps, strict=True):
+        for series in sweep.series:
+            if series.points in known:
+                raise ClockError(
+                    f"{name} and {known[series.points]} hold the same measurements, which would count twice; "
+                    "give each result once"
+                )
+            known[series.points] = name
+
+
+def _names(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> list[str]:
+    return [
+        sources[number][:100] if number < len(sources) else f"sweep {number + 1}"
+        for number in range(len(sweeps))
+    ]
+
+
 def join_notes(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> list[str]:
     """What a reader of the model must know: doubts about how the sweeps fit together, and their own notes.
 
@@ -31,9 +56,9 @@ def join_notes(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> list[str
         sweeps: the sweeps.
         sources: names of their files, of as many as have one.
     """
-    names = [*sources, *(f"sweep {number + 1}" for number in range(len(sources), len(sweeps)))]
+    names = _names(sweeps, sources)
     own = [
-        f"{name[:100]}: {note[:_LONGEST_NOTE]}"
+        f"{name}: {note[:_LONGEST_NOTE]}"
         for name, sweep in zip(names, sweeps, strict=False)
         for note in sweep.notes
     ]
@@ -64,7 +89,7 @@ def _unlike_unlocked(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list
         return []
     low, high = min(seen, key=lambda name: seen[name]), max(seen, key=lambda name: seen[name])
     return [
-        f"said to be unlocked, {low[:100]} ran at {seen[low]:.0f} MHz and {high[:100]} at {seen[high]:.0f} "
+        f"said to be unlocked, {low} ran at {seen[low]:.0f} MHz and {high} at {seen[high]:.0f} "
         "MHz, and they are taken for repeats of one setting: where somebody had set the clock, sweep with "
         "--set-outside --clocks MHZ"
     ]
@@ -81,6 +106,6 @@ def _unlike_warm(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list[str
         return []
     cold, warm = min(began, key=lambda name: began[name]), max(began, key=lambda name: began[name])
     return [
-        f"the chip had {began[cold]:.0f} C at the points of {cold[:100]} and {began[warm]:.0f} C at those of "
-        f"{warm[:100]}: warm silicon draws more, a part of the difference between their clocks may be that"
+        f"the chip had {began[cold]:.0f} C at the points of {cold} and {began[warm]:.0f} C at those of "
+        f"{warm}: warm silicon draws more, a part of the difference between their clocks may be that"
     ]

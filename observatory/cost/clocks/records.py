@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from observatory.cost.clocks.model import POWER_FORMS, POWER_TERMS, TIME_FORMS, TIME_TERMS
 from observatory.errors import ClockError
 from observatory.records import Count, DeviceSpec, Phase, Record, Text
+from observatory.records_clocks import load_sweep
 from observatory.versioned import load_document
 
 __all__ = [
@@ -338,11 +339,27 @@ def load_clock_model(path: Path | str) -> ClockModel:
     Raises:
         ClockError: not readable, too large, of a newer schema, or not what the schema says.
     """
-    return load_document(
-        ClockModel,
-        path,
-        version=CLOCK_MODEL_VERSION,
-        what="clock model",
-        remedy="make one with `observatory clocks fit`",
-        failure=ClockError,
-    )
+    try:
+        return load_document(
+            ClockModel,
+            path,
+            version=CLOCK_MODEL_VERSION,
+            what="clock model",
+            remedy="make one with `observatory clocks fit`",
+            failure=ClockError,
+        )
+    except ClockError:
+        if _is_sweep(path):
+            raise ClockError(
+                f"{path} is a sweep that was not fitted; `observatory clocks fit {path} --out FILE` makes a "
+                "clock model of it"
+            ) from None
+        raise
+
+
+def _is_sweep(path: Path | str) -> bool:
+    try:
+        load_sweep(path)
+    except ClockError:
+        return False
+    return True
