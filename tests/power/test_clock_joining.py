@@ -88,7 +88,7 @@ def test_files_that_began_at_other_temperatures_and_notes_of_sweeps_are_told(who
         parts[number] = part.model_copy(update={"series": (series.model_copy(update={"points": points}),)})
     notes = fitted(parts).notes
     assert any("40 C" in note and "55 C at those of 2.json" in note for note in notes)
-    assert "0.json: shared with a stranger" in notes
+    assert "of 0.json: shared with a stranger" in notes
     assert len(notes) < 25  # however many files there are
 
 

@@ -58,7 +58,7 @@ def join_notes(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> list[str
     """
     names = _names(sweeps, sources)
     own = [
-        f"{name}: {note[:_LONGEST_NOTE]}"
+        f"of {name}: {note[:_LONGEST_NOTE]}"
         for name, sweep in zip(names, sweeps, strict=False)
         for note in sweep.notes
     ]

@@ -51,7 +51,8 @@ class MeasuredNearby(Record):
     Attributes:
         sm_clock_mhz: the clock it ran at.
         slowdown, saving: as measured.
-        agrees: whether its intervals and the model's at that clock overlap.
+        agrees: whether its intervals and the model's at that clock meet, or miss each other by no more than
+            energies that count as the same.
     """
 
     sm_clock_mhz: float
@@ -231,6 +232,8 @@ def _nearby(view: SeriesView, mhz: float) -> MeasuredNearby | None:
         for item in fit.settings
         if item.kind == "lock" and item.energy_mj_R and item.sm_clock_mhz is not None
         if abs(item.sm_clock_mhz - mhz) <= _NEARBY_MHZ
+        # A lock that runs at the reference's clock is the reference once more.
+        if abs(item.sm_clock_mhz - fit.reference.sm_clock_mhz) > CLOCK_STEP_MHZ / 2.0
     ]
     if not locks or fit.reference.energy_mj is None:
         return None
@@ -238,20 +241,23 @@ def _nearby(view: SeriesView, mhz: float) -> MeasuredNearby | None:
     clock = nearest.sm_clock_mhz or 0.0
     slowdown, saving = measured_change(fit, nearest)
     model = view.choice(clock)
-    agrees = all(_overlap(*pair) for pair in ((slowdown, model.slowdown), (saving, model.saving)))
+    agrees = all(_meet(*pair) for pair in ((slowdown, model.slowdown), (saving, model.saving)))
     return MeasuredNearby(sm_clock_mhz=clock, slowdown=slowdown, saving=saving, agrees=agrees)
 
 
-def _overlap(first: Interval, second: Interval) -> bool:
+def _meet(first: Interval, second: Interval) -> bool:
     if first.low is None or first.high is None or second.low is None or second.high is None:
         return True  # nothing says that they differ
-    return first.low <= second.high and second.low <= first.high
+    return first.low <= second.high + _TIE and second.low <= first.high + _TIE
 
 
 def _sentence(
     view: SeriesView, choice: ClockChoice, measured: MeasuredNearby | None, worth: bool, max_slowdown: float
 ) -> str:
     title, reference, words = view.fit.title, view.reference_mhz, view.fit.reference.words
+    heated = sum(item.heated for item in view.fit.settings)
+    if heated:
+        words += f" ({heated} points that heat slowed down do not count)"
     if not worth:
         if choice.sm_clock_mhz >= reference:
             return (
