@@ -16,6 +16,7 @@ __all__ = [
     "EnergyError",
     "ExchangeError",
     "LoadError",
+    "LockNotPermittedError",
     "LockRefusedError",
     "ModelError",
     "ObservatoryError",
@@ -100,3 +101,15 @@ class ClockError(ObservatoryError):
 
 class LockRefusedError(ClockError):
     """The driver, the site or our own rules do not let this process lock clocks or set limits."""
+
+
+class LockNotPermittedError(LockRefusedError):
+    """The driver wants a privilege that this process lacks.
+
+    Attributes:
+        refusal: what was refused, without the other ways to get it done.
+    """
+
+    def __init__(self, refusal: str, ways: str) -> None:
+        super().__init__(f"{refusal}; {ways}")
+        self.refusal = refusal

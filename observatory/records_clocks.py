@@ -114,6 +114,7 @@ class ClockSweep(Record):
         supported_sm_clocks_mhz: all clocks the device can be locked to; None when not told.
         default_limit_mw: default power limit; None when not told.
         idle_power_mw: power without load before the sweep; None when not told.
+        set_outside: locks and limits were set by somebody else, requests are what was said of them.
         series: the measurements.
         seed: of the random order.
         git_sha, hosts, software: where it was measured.
@@ -128,6 +129,7 @@ class ClockSweep(Record):
     supported_sm_clocks_mhz: Annotated[tuple[_Mhz, ...], Field(max_length=4096)] | None = None
     default_limit_mw: _Milliwatts | None = None
     idle_power_mw: _Milliwatts | None = None
+    set_outside: bool = False
     series: Annotated[tuple[ClockSeries, ...], Field(min_length=1, max_length=1000)]
     seed: int = 0
     git_sha: Text | None = None

@@ -59,7 +59,7 @@ def load_document(
         return kind.model_validate_json(content)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in problem["loc"][:4])
+        where = ".".join(str(part) for part in problem["loc"][:6])
         raise failure(
             f"{what} {path} is not valid ({where + ': ' if where else ''}{problem['msg']}); {remedy}"
         ) from error

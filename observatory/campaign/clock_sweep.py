@@ -2,8 +2,9 @@
 
 Protocol:
 
-    lease taken, watchdog ready                                  nothing is changed yet
-    sampler started, idle power calibrated
+    idle power watched, lease taken, watchdog ready              nothing is changed yet
+    first lock or limit set                                      a driver that refuses says so now
+    program started or model loaded, sampler started
     for setting in all settings x repeats, in random order:      drift and order cannot look like clocks
         rest until the chip is as cool as at the beginning       equal temperature, or a note why not
         limit set, clock locked                                  or neither, for the reference
@@ -12,16 +13,17 @@ Protocol:
     lease released: everything undone
     energy, sampled clock and event reasons of every window from the telemetry; labels
 
-Requests are kept apart from what was sampled. Nothing is locked without ``apply``.
+Requests are kept apart from what was sampled. Nothing is locked without ``apply``. Where the setting was made
+outside there is no lease, and nothing is set.
 """
 
 from __future__ import annotations
 
-import itertools
-import random
+import contextlib
+import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from observatory.campaign.sweep_document import sweep_document, write_sweep
@@ -33,83 +35,30 @@ from observatory.campaign.sweep_journal import (
     holds_points,
     journal_path,
 )
+from observatory.campaign.sweep_settings import HeldDevice, SweepJob, hold_device, plan_settings
 from observatory.campaign.workloads import Workload
 from observatory.errors import ClockError, ObservatoryError
 from observatory.provenance import new_manifest
 from observatory.records import ModelSpec, RankPower
 from observatory.records_clocks import ClockSweep
 from observatory.store import RunWriter
+from probes.power.calibration import calibrate
 from probes.power.device import PowerDevice
 from probes.power.find import open_device
-from probes.power.locking import ClockLease
 from probes.power.sampler import PowerSampler
 
-__all__ = ["Setting", "SweepJob", "plan_settings", "run_sweep"]
+__all__ = ["run_sweep"]
 
 #: Samples are on disk after so long: a kill loses no more of them.
 _FLUSH_S = 2.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """What is asked of the device; None leaves it to the driver."""
-
-    sm_clock_mhz: int | None = None
-    limit_mw: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SweepJob:
-    """How to sweep.
-
-    Attributes:
-        device_uuid: the GPU.
-        clocks_mhz: locks to try; snapped to supported clocks.
-        limits_mw: power limits to try, without a lock.
-        repeats: measurements of each setting.
-        settle_s: run before each window.
-        window_s: length of each window; the counter's error is D / (sqrt(6) T): 1 % at 4 s and 100 ms.
-        cool_c: how far above its temperature at the beginning the chip may be when a point begins.
-        cool_s: longest rest for that.
-        period_s: time between samples.
-        seed: of the order.
-    """
-
-    device_uuid: str
-    clocks_mhz: tuple[int, ...] = ()
-    limits_mw: tuple[int, ...] = ()
-    repeats: int = 3
-    settle_s: float = 1.0
-    window_s: float = 5.0
-    cool_c: int = 5
-    cool_s: float = 60.0
-    period_s: float = 0.05
-    seed: int = 0
-
-    @property
-    def longest_s(self) -> float:
-        """An upper bound of how long it takes, with half as much again: when the lease expires."""
-        settings = len(self.clocks_mhz) + len(self.limits_mw) + 1
-        return 60.0 + 1.5 * settings * self.repeats * (self.settle_s + self.window_s + self.cool_s)
-
-
-def plan_settings(job: SweepJob, series: int) -> list[tuple[int, int, Setting]]:
-    """Repeat, series and setting of every point, in the order in which they run; the reference among them."""
-    settings = [
-        Setting(),
-        *(Setting(sm_clock_mhz=clock) for clock in dict.fromkeys(job.clocks_mhz)),
-        *(Setting(limit_mw=limit) for limit in dict.fromkeys(job.limits_mw)),
-    ]
-    points = list(itertools.product(range(job.repeats), range(series), settings))
-    random.Random(job.seed).shuffle(points)
-    return points
-
-
 def run_sweep(
     job: SweepJob,
-    workloads: Sequence[Workload],
+    workloads: contextlib.AbstractContextManager[Sequence[Workload]],
     out: Path,
     *,
+    series: int,
     overwrite: bool = False,
     argv: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
@@ -118,8 +67,10 @@ def run_sweep(
 
     Args:
         job: how.
-        workloads: one series each; all are measured in one random order.
+        workloads: one series each, all measured in one random order; entered, that is loaded and started,
+            only when the device is ours and the first setting is made.
         out: result file.
+        series: how many workloads there will be.
         overwrite: replace both.
         argv: command line, for the document.
         progress: told about every finished point: how many, of how many.
@@ -136,27 +87,35 @@ def run_sweep(
             f"{journal} is what a sweep that was killed has left: `observatory clocks recover {journal} "
             "--out FILE` makes a result of it; give another --out, or --force to discard it"
         )
+    if not overwrite and telemetry.exists():
+        raise ClockError(f"{telemetry} is there already; give another --out, or --force to replace it")
     measured: list[JournalPoint] = []
     power: RankPower | None = None
     head: JournalHead | None = None
+    begun = False
     problem: BaseException | None = None
     try:
-        with (
-            open_device(job.device_uuid) as device,
-            ClockLease.acquire(job.device_uuid, duration_s=job.longest_s) as lease,
-        ):
-            job = _checked(job, lease)
+        with contextlib.ExitStack() as stack:
+            device = stack.enter_context(open_device(job.device_uuid))
+            watched = calibrate([device]).get(device.uuid)
+            held = stack.enter_context(hold_device(job, series))
+            held.ask(plan_settings(held.job, series)[0][2])
+            started = stack.enter_context(workloads)
             head = JournalHead(
                 device=device.spec,
-                series=tuple(JournalSeries(**asdict(workload.facts)) for workload in workloads),
-                supported_sm_clocks_mhz=lease.control.supported_sm_clocks_mhz,
-                default_limit_mw=lease.control.default_limit_mw,
+                series=tuple(JournalSeries(**asdict(workload.facts)) for workload in started),
+                supported_sm_clocks_mhz=held.control.supported_sm_clocks_mhz,
+                default_limit_mw=held.control.default_limit_mw,
+                idle_power_mw=None if watched is None else watched.idle_power_mw,
+                set_outside=job.set_outside,
+                note=held.note,
                 seed=job.seed,
                 argv=tuple(argv),
             )
             # Only now, when nothing speaks against it, may an older result be replaced.
             manifest = new_manifest(model=ModelSpec(name=f"clock sweep into {out.name}"))
             with RunWriter.create(telemetry, manifest, overwrite=overwrite) as writer:
+                begun = True
                 append_line(journal, head, fresh=True)
                 sampler = PowerSampler(
                     telemetry, rank=0, ranks=1, selectors=[job.device_uuid], period_s=job.period_s,
@@ -164,7 +123,7 @@ def run_sweep(
                 )  # fmt: skip
                 sampler.start()
                 try:
-                    _measure_all(job, workloads, lease, device, journal, measured, progress)
+                    _measure_all(held, started, device, journal, measured, progress)
                 finally:
                     power = sampler.stop()
                     writer.set_power(power)
@@ -172,8 +131,10 @@ def run_sweep(
     except (ObservatoryError, KeyboardInterrupt) as error:
         problem = error
     if head is None or power is None or not measured:
-        if head is not None:
+        if begun:
+            # Telemetry of no window is worth nothing, and would be in the way of the next try.
             journal.unlink(missing_ok=True)
+            shutil.rmtree(telemetry, ignore_errors=True)
         raise problem or ClockError("nothing was measured; see the messages above")
     ended = None if problem is None else f"{type(problem).__name__}: {problem}".rstrip(": ")
     sweep = sweep_document(head, measured, power, telemetry, ended=ended)
@@ -184,36 +145,20 @@ def run_sweep(
     return sweep
 
 
-def _checked(job: SweepJob, lease: ClockLease) -> SweepJob:
-    """The job with clocks that the device supports.
-
-    Raises:
-        ClockError: a clock or a limit is out of its range: better now than in the middle.
-    """
-    limits = lease.control.limit_range_mw
-    for limit_mw in job.limits_mw:
-        if limits is not None and not limits[0] <= limit_mw <= limits[1]:
-            raise ClockError(
-                f"{limit_mw / 1e3:g} W is no power limit of {lease.control.name}; expected "
-                f"{limits[0] / 1e3:g} to {limits[1] / 1e3:g} W"
-            )
-    return replace(job, clocks_mhz=tuple(lease.control.snap(clock) for clock in job.clocks_mhz))
-
-
 def _measure_all(
-    job: SweepJob,
+    held: HeldDevice,
     workloads: Sequence[Workload],
-    lease: ClockLease,
     device: PowerDevice,
     journal: Path,
     measured: list[JournalPoint],
     progress: Callable[[int, int], None] | None,
 ) -> None:
+    job = held.job
     points = plan_settings(job, len(workloads))
     cool_c = device.read().temperature_c
     for order, (repeat, series, setting) in enumerate(points):
         note = _cool_down(device, cool_c, job)
-        _apply(lease, setting)
+        held.ask(setting)
         window = workloads[series].measure(settle_s=job.settle_s, window_s=job.window_s)
         point = JournalPoint(
             order=order, repeat=repeat, series=series, sm_clock_mhz=setting.sm_clock_mhz,
@@ -224,17 +169,6 @@ def _measure_all(
         append_line(journal, point)
         if progress is not None:
             progress(len(measured), len(points))
-
-
-def _apply(lease: ClockLease, setting: Setting) -> None:
-    """Ask for a setting, from whatever was asked for before."""
-    lease.restore_limit()
-    if setting.sm_clock_mhz is None:
-        lease.unlock()
-    else:
-        lease.lock(setting.sm_clock_mhz)
-    if setting.limit_mw is not None:
-        lease.limit(setting.limit_mw)
 
 
 def _cool_down(device: PowerDevice, cool_c: int | None, job: SweepJob) -> str | None:

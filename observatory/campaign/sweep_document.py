@@ -50,13 +50,16 @@ def sweep_document(
     samples = run.power()
     samples = samples[samples["device_uuid"] == head.device.uuid]
     origin = collect_provenance()
-    notes = [*power.notes, *dict.fromkeys(point.note for point in measured if point.note)]
+    notes = [
+        *filter(None, [head.note]),
+        *power.notes,
+        *_point_notes(measured),
+    ]
     if ended is not None:
         notes.append(f"ended early, after {len(measured)} points: {ended}"[:4000])
-    calibration = power.calibration.get(head.device.uuid or "")
     series = []
     for index, what in enumerate(head.series):
-        points = tuple(_point(item, samples, head.device.name) for item in measured if item.series == index)
+        points = tuple(_point(item, samples, head) for item in measured if item.series == index)
         if points:
             series.append(ClockSeries(**what.model_dump(), points=points))
     return ClockSweep(
@@ -66,7 +69,8 @@ def sweep_document(
         max_sm_clock_mhz=head.supported_sm_clocks_mhz[-1],
         supported_sm_clocks_mhz=head.supported_sm_clocks_mhz,
         default_limit_mw=head.default_limit_mw,
-        idle_power_mw=None if calibration is None else calibration.idle_power_mw,
+        idle_power_mw=head.idle_power_mw,
+        set_outside=head.set_outside,
         series=tuple(series),
         seed=head.seed,
         git_sha=origin["git_sha"],
@@ -99,7 +103,13 @@ def recover_sweep(journal: Path, out: Path) -> ClockSweep:
     return sweep
 
 
-def _point(measured: JournalPoint, samples: pd.DataFrame, name: str | None) -> ClockPoint:
+def _point_notes(measured: Sequence[JournalPoint]) -> list[str]:
+    """Notes on single points, put together."""
+    noted = [point.note for point in measured if point.note]
+    return [f"{len(noted)} of {len(measured)} points, the first of them: {noted[0]}"] if noted else []
+
+
+def _point(measured: JournalPoint, samples: pd.DataFrame, head: JournalHead) -> ClockPoint:
     """What the telemetry says of one window."""
     inside = samples[(samples["time_ns"] >= measured.start_ns) & (samples["time_ns"] <= measured.end_ns)]
     clock = inside["sm_clock_mhz"].dropna()
@@ -112,9 +122,11 @@ def _point(measured: JournalPoint, samples: pd.DataFrame, name: str | None) -> C
     energy = None
     if len(samples):
         energy = energy_of_window(
-            trace_of_frame(samples), measured.start_ns, measured.end_ns, sensor=sensor_of(name)
+            trace_of_frame(samples), measured.start_ns, measured.end_ns, sensor=sensor_of(head.device.name)
         )
-    label, reason = _label(measured.sm_clock_mhz, clock, often if len(reasons) else None)
+    label, reason = _label(
+        measured.sm_clock_mhz, clock, often if len(reasons) else None, set_outside=head.set_outside
+    )
     said = None if energy is None else energy.flag or energy.reason
     temperature = inside["temperature_c"].dropna()
     return ClockPoint(
@@ -141,18 +153,24 @@ def _point(measured: JournalPoint, samples: pd.DataFrame, name: str | None) -> C
     )
 
 
-def _label(wanted: int | None, clock: pd.Series[float], reasons: int | None) -> tuple[PointLabel, str]:
+def _label(
+    wanted: int | None, clock: pd.Series[float], reasons: int | None, *, set_outside: bool
+) -> tuple[PointLabel, str]:
     """What became of the request, and the evidence."""
     if clock.empty:
         return "unverified", "the clock was not sampled in the window"
     seen = round(float(clock.median()))
     met = wanted is None or abs(seen - wanted) <= _STEP_MHZ
-    what = f"{seen} MHz sampled" + ("" if wanted is None else f", {wanted} asked for")
+    said = "said to be set outside" if set_outside else "asked for"
+    what = f"{seen} MHz sampled" + ("" if wanted is None else f", {wanted} {said}")
     if reasons is not None and reasons & _THERMAL_BITS:
         return "thermal", f"{what}; the driver names heat or a hardware slowdown"
     if reasons is not None and reasons & _CAP_BIT:
         return "power-capped", f"{what}; the driver names the power limit"
-    return ("ok", what) if met else ("clamped", f"{what}; the driver names no reason")
+    if met:
+        return "ok", what
+    why = ": it was not set, or not on this GPU" if set_outside else ""
+    return "clamped", f"{what}; the driver names no reason{why}"
 
 
 def _cap_share(inside: pd.DataFrame) -> float | None:

@@ -43,6 +43,9 @@ class JournalHead(Record):
         series: what is swept.
         supported_sm_clocks_mhz: clocks it can be locked to.
         default_limit_mw: default power limit; None when not told.
+        idle_power_mw: power without load, before anything was set or started; None when not told.
+        set_outside: somebody else had set clock and limit.
+        note: what must be known of the whole sweep; None for nothing.
         seed: of the order.
         argv: command line.
     """
@@ -51,6 +54,9 @@ class JournalHead(Record):
     series: Annotated[tuple[JournalSeries, ...], Field(min_length=1, max_length=1000)]
     supported_sm_clocks_mhz: Annotated[tuple[_Mhz, ...], Field(min_length=1, max_length=4096)]
     default_limit_mw: Count | None = None
+    idle_power_mw: Count | None = None
+    set_outside: bool = False
+    note: Text | None = None
     seed: int = 0
     argv: tuple[Text, ...] = ()
 

@@ -30,6 +30,9 @@ __all__ = [
 
 _START_S = 600.0
 _MOST_LINE_BYTES = 1 << 16
+#: Ends a process group when its own input ends: when whoever holds the other end is gone, SIGKILL included. A
+#: program that rests is stopped, and would hold the device's memory for ever.
+_KEEPER = 'read -r _; kill -TERM "-$1"; kill -CONT "-$1"; sleep 5; kill -KILL "-$1"'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +218,13 @@ class CommandWorkload:
             raise ClockError(
                 f"{command[0]} cannot be started: {error.strerror}; give a program on PATH"
             ) from error
+        self._keeper = subprocess.Popen(
+            ["/bin/sh", "-c", _KEEPER, "keeper", str(self._process.pid)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         assert self._process.stdout is not None
         self._output = self._process.stdout.fileno()
         os.set_blocking(self._output, False)
@@ -252,6 +262,10 @@ class CommandWorkload:
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
+        self._keeper.kill()
+        self._keeper.wait()
+        if self._keeper.stdin is not None:
+            self._keeper.stdin.close()
 
     def _signal(self, sign: signal.Signals) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -268,7 +282,7 @@ class CommandWorkload:
             if not piece:
                 code = self._process.wait()
                 raise ClockError(
-                    f"{self._command[0]} ended with exit code {code} in the middle of the sweep; it must "
+                    f"{self._command[0]} ended with exit code {code} before the sweep was over; it must "
                     "run, and print a line per iteration, until it is ended"
                 )
             if lines := piece.count(b"\n"):

@@ -94,5 +94,9 @@ def _clock(estimate: ClockEstimate) -> str | None:
     if estimate.mhz is None:
         return None
     words = "" if estimate.relation == "at" else f"{estimate.relation} "
-    spread = "" if estimate.low_mhz is None else f" ({estimate.low_mhz:.0f}-{estimate.high_mhz:.0f})"
+    spread = (
+        ""
+        if estimate.low_mhz in (None, estimate.high_mhz)
+        else f" ({estimate.low_mhz:.0f}-{estimate.high_mhz:.0f})"
+    )
     return f"{words}{estimate.mhz:.0f}{spread}"

@@ -78,14 +78,14 @@ def _print_advice(advice: ClockAdvice, commands: dict[str, list[str]]) -> None:
     from observatory.cli.output import print_lines, print_table, say
 
     print_table(
-        ["series", "class", "unlocked MHz", "lock MHz", "saving", "slowdown", "mJ/token", "EDP MHz", "ED2P "
+        ["series", "class", "reference MHz", "lock MHz", "saving", "slowdown", "mJ/token", "EDP MHz", "ED2P "
                                                                                                      "MHz",
          "locks against caps"],
         [
             [
                 item.title,
                 item.behaviour.name,
-                f"{item.reference_mhz:.0f}",
+                f"{item.reference_mhz:.0f} {'unlocked' if item.reference_how == 'unlocked' else 'highest'}",
                 f"{item.choice.sm_clock_mhz:.0f}" if item.choice else item.verdict,
                 item.choice.saving.percent() if item.choice else None,
                 item.choice.slowdown.percent() if item.choice else None,

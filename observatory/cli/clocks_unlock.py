@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +10,8 @@ import typer
 from observatory.cli.options import JsonOption
 
 __all__ = ["status", "unlock"]
+
+_STATUS = ("device", "owner_pid", "state", "touched", "expires_in_s", "watchdog")
 
 
 def unlock(
@@ -46,10 +49,10 @@ def unlock(
 
 
 def status(json: JsonOption = False) -> None:
-    """Show which GPUs the observatory has locked, for whom and until when."""
+    """Show which GPUs the observatory has locked, for whom and until when, and what watchdogs did last."""
     from observatory.cli.output import print_json, print_table, say
     from observatory.errors import ClockError
-    from probes.power.lease import find_leases, lease_folder, read_lease
+    from probes.power.lease import find_diaries, find_leases, last_words, lease_folder, read_lease
 
     folder = lease_folder()
     rows: list[dict[str, Any]] = []
@@ -57,20 +60,27 @@ def status(json: JsonOption = False) -> None:
         try:
             lease = read_lease(path)
         except ClockError as error:
-            rows.append({"device": path.name, "owner_pid": None, "state": str(error), "touched": None})
+            rows.append(dict.fromkeys(_STATUS) | {"device": path.name, "state": str(error)})
             continue
         if lease is not None:
+            left_s = (lease.expires_ns - time.monotonic_ns()) / 1e9
             rows.append(
                 {
                     "device": lease.device_uuid,
                     "owner_pid": lease.owner.pid,
                     "state": lease.problem or "held",
                     "touched": lease.touched,
+                    "expires_in_s": None if lease.problem else round(left_s),
+                    "watchdog": "watches" if lease.watchdog and lease.watchdog.alive else "gone",
                 }
             )
+    diaries = {path.stem: last_words(path) for path in find_diaries(folder)}
     if json:
-        print_json({"folder": str(folder), "leases": rows})
-    elif rows:
-        print_table(list(rows[0]), [list(row.values()) for row in rows], title=f"leases in {folder}")
+        print_json({"folder": str(folder), "leases": rows, "watchdogs": diaries})
+        return
+    if rows:
+        print_table(_STATUS, [list(row.values()) for row in rows], title=f"leases in {folder}")
     else:
         say(f"no lease in {folder}: nothing of ours is locked")
+    for device, words in diaries.items():
+        say(f"{device}: {words or 'its watchdog wrote nothing'}")

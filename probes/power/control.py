@@ -14,7 +14,13 @@ import os
 from types import TracebackType
 from typing import Any, Self
 
-from observatory.errors import ClockError, DeviceError, DeviceLostError, LockRefusedError
+from observatory.errors import (
+    ClockError,
+    DeviceError,
+    DeviceLostError,
+    LockNotPermittedError,
+    LockRefusedError,
+)
 from observatory.nvidia import (
     GONE,
     NO_FUNCTION,
@@ -140,7 +146,8 @@ class ClockControl:
             The clock that was locked. The driver may hold another: sample it under load.
 
         Raises:
-            LockRefusedError: see :meth:`refusal`; or the driver does not permit or support it.
+            LockNotPermittedError: the driver wants a privilege.
+            LockRefusedError: see :meth:`refusal`; or the driver does not support it.
             ClockError: no such clock, or the driver failed otherwise.
             DeviceLostError: the GPU does not answer.
         """
@@ -293,9 +300,9 @@ class ClockControl:
         _, code = self._ask(function, self._handle, *arguments)
         if code == NO_PERMISSION:
             ways = "  ".join(f"{number}) {command}" for number, command in enumerate(commands, start=1))
-            raise LockRefusedError(
-                f"{what} is not permitted ({self._code(code)}): it needs root or CAP_SYS_ADMIN; have it done "
-                f"in another way ({_PERMISSIONS}): {ways}"
+            raise LockNotPermittedError(
+                f"{what} is not permitted ({self._code(code)}): it needs root or CAP_SYS_ADMIN",
+                f"have it done in another way ({_PERMISSIONS}): {ways}",
             )
         if code in (NOT_SUPPORTED, NO_FUNCTION):
             raise LockRefusedError(

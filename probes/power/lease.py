@@ -24,13 +24,17 @@ from pydantic import Field, ValidationError
 from observatory.bounded import read_at_most
 from observatory.errors import ClockError, LockRefusedError
 from observatory.records import Count, Record, Text
+from observatory.store.files import one_line
 
 __all__ = [
     "Lease",
     "ProcessId",
     "create_lease",
+    "diary_path",
+    "find_diaries",
     "find_leases",
     "guarded",
+    "last_words",
     "lease_folder",
     "lease_path",
     "new_lease",
@@ -41,6 +45,7 @@ __all__ = [
 
 _FOLDER_VARIABLE = "OBSERVATORY_LEASES"
 _MOST_BYTES = 64 << 10
+_TAIL_BYTES = 4096
 _UUID = re.compile(r"GPU-[0-9A-Fa-f-]{1,60}", re.ASCII)
 
 
@@ -194,6 +199,27 @@ def read_lease(path: Path) -> Lease | None:
             f"lease {path} cannot be read, so what was changed is not known; look at the GPU's clocks, run "
             f"`nvidia-smi -rgc -i UUID` if they are locked, and remove the file"
         ) from error
+
+
+def diary_path(path: Path) -> Path:
+    """What the watchdog of a lease writes of its doings: one file per GPU, begun anew with each lease."""
+    return path.with_suffix(".log")
+
+
+def find_diaries(folder: Path) -> list[Path]:
+    """Diaries of all watchdogs, in the order of their GPUs."""
+    return sorted(path for path in folder.glob("gpu-*.log") if not path.is_symlink())
+
+
+def last_words(path: Path) -> str | None:
+    """The last line in the diary of a lease's watchdog; None when it has written nothing."""
+    try:
+        with diary_path(path).open("rb") as handle:
+            handle.seek(max(0, handle.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = handle.read(_TAIL_BYTES).decode("utf-8", "replace").split("\n")
+    except OSError:
+        return None
+    return next((one_line(line, 1000) for line in reversed(lines) if line.strip()), None)
 
 
 @contextlib.contextmanager

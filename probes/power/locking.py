@@ -32,8 +32,10 @@ from probes.power.control import ClockControl
 from probes.power.lease import (
     Lease,
     create_lease,
+    diary_path,
     find_leases,
     guarded,
+    last_words,
     lease_folder,
     lease_path,
     new_lease,
@@ -42,7 +44,7 @@ from probes.power.lease import (
     this_boot,
 )
 
-__all__ = ["ClockLease", "UndoneLease", "undo", "undo_leases"]
+__all__ = ["ClockLease", "UndoneLease", "refuse_leased", "undo", "undo_leases"]
 
 _WATCHDOG_S = 20.0
 _END_S = 5.0
@@ -225,10 +227,14 @@ def undo_leases(folder: Path, *, uuid: str | None = None, force: bool = False) -
         folder: where leases are kept.
         uuid: only this GPU's.
         force: also those whose owner lives.
+
+    Raises:
+        LockRefusedError: the name is no UUID of an NVIDIA GPU.
     """
+    only = None if uuid is None else lease_path(folder, uuid)
     found = []
     for path in find_leases(folder):
-        if uuid is None or path == lease_path(folder, uuid):
+        if only in (None, path):
             with guarded(path):
                 found.append(_undo_file(path, force=force))
     return found
@@ -281,13 +287,34 @@ def _clear_stale(path: Path) -> None:
     found = read_lease(path)
     if found is None:
         return
-    if found.problem is None:
-        raise LockRefusedError(
-            f"{found.device_uuid} is leased by process {found.owner.pid}; wait for it, or end it"
-        )
+    _refuse_held(found)
     with ClockControl(found.device_uuid) as control:
         undo(control, found)
     path.unlink(missing_ok=True)
+
+
+def refuse_leased(device_uuid: str, *, folder: Path | None = None) -> None:
+    """Refuse a GPU whose clock a process of ours may change at any moment, or has left changed.
+
+    Raises:
+        LockRefusedError: it is leased, or a lease of it was not undone yet.
+    """
+    found = read_lease(lease_path(folder or lease_folder(), device_uuid))
+    if found is None:
+        return
+    _refuse_held(found)
+    if found.touched:
+        raise LockRefusedError(
+            f"what a lease of {device_uuid} has changed is not undone ({found.problem}); run `observatory "
+            "clocks unlock` first"
+        )
+
+
+def _refuse_held(lease: Lease) -> None:
+    if lease.problem is None:
+        raise LockRefusedError(
+            f"{lease.device_uuid} is leased by process {lease.owner.pid}; wait for it, or end it"
+        )
 
 
 def _start_watchdog(path: Path, lease: Lease) -> subprocess.Popen[bytes]:
@@ -296,18 +323,32 @@ def _start_watchdog(path: Path, lease: Lease) -> subprocess.Popen[bytes]:
     Raises:
         ClockError: it does not start; the lease is given back, nothing was changed.
     """
-    process = subprocess.Popen(
-        [sys.executable, "-m", "probes.power.watchdog", str(path), lease.lease_id],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        start_new_session=True,  # Ctrl-C and hang-ups of the terminal are the owner's
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)},
-    )
+    try:
+        diary_path(path).unlink(missing_ok=True)
+        # Not the owner's standard error: a pipe that waits for its end would wait for the watchdog.
+        with diary_path(path).open("ab") as diary:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "probes.power.watchdog", str(path), lease.lease_id],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=diary,
+                start_new_session=True,  # Ctrl-C and hang-ups of the terminal are the owner's
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)},
+            )
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise ClockError(
+            f"the watchdog that would undo the lock does not start ({error.strerror}), so nothing is changed"
+        ) from error
     assert process.stdout is not None
     readable, _, _ = select.select([process.stdout], [], [], _WATCHDOG_S)
     if not readable or process.stdout.readline() != b"ready\n":
         process.kill()
         process.wait()
         path.unlink(missing_ok=True)
-        raise ClockError("the watchdog that would undo the lock does not start, so nothing is changed")
+        said = last_words(path)
+        raise ClockError(
+            "the watchdog that would undo the lock does not start, so nothing is changed"
+            + ("" if said is None else f" ({said})")
+        )
     return process

@@ -15,7 +15,7 @@ from probes.power.find import all_selectors, open_device
 from probes.power.processes import has_admin_capability
 from probes.power.rapl import POWERCAP, find_domains
 
-__all__ = ["DeviceStatus", "FieldStatus", "State", "device_report"]
+__all__ = ["DeviceStatus", "FieldStatus", "State", "device_report", "lock_outlook"]
 
 State = Literal["works", "not supported", "not permitted", "failed"]
 
@@ -99,12 +99,15 @@ def _status(selector: str, device: PowerDevice) -> DeviceStatus:
         detail=covers if isinstance(covers, str) else None,
         remedy=denied.remedy if denied and not works else None,
         fields=fields,
-        clocks=_clocks(device.uuid) if device.spec.kind == "nvidia" else None,
+        clocks=lock_outlook(device.uuid) if device.spec.kind == "nvidia" else None,
     )
 
 
-def _clocks(uuid: str) -> str:
-    """Whether clocks may be locked, without trying."""
+def lock_outlook(uuid: str) -> str:
+    """Whether clocks may be locked, as far as it is told without trying.
+
+    Begins with ``may be locked``, ``not permitted`` or ``refused``; the driver alone decides, when told to.
+    """
     try:
         with ClockControl(uuid) as control:
             refusal = control.refusal()

@@ -2,10 +2,14 @@
 
 It undoes the lease when its owner is gone, SIGKILL included, when the lease expires, and when it is told to
 end (SIGTERM). It ends when the file is gone or holds another lease: then the owner has undone it.
+
+Its standard error is a diary (:func:`probes.power.lease.diary_path`), of which ``observatory clocks status``
+shows the last line.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -43,12 +47,14 @@ def main(argv: list[str]) -> int:
     replace_lease(path, lease.model_copy(update={"watchdog": ProcessId.of(os.getpid())}))
     sys.stdout.write("ready\n")
     sys.stdout.flush()
+    _note(f"watches over {lease.device_uuid} for process {lease.owner.pid}")
     while True:
         lease = _lease_of(path, lease_id)
         if lease is None:
+            _note("the lease was given back")
             return 0
         if told_to_end or lease.problem is not None:
-            return _undo(path, lease)
+            return _undo(path, lease, lease.problem or "told to end")
         _wait(lease)
 
 
@@ -65,9 +71,10 @@ def _wait(lease: Lease) -> None:
         time.sleep(0.01)  # an input that is closed is readable for ever
 
 
-def _undo(path: Path, lease: Lease) -> int:
+def _undo(path: Path, lease: Lease, why: str) -> int:
     """Undo, again and again for a while when the driver does not let us."""
     deadline = time.monotonic() + _TRY_S
+    problem = ""
     while True:
         try:
             with guarded(path):
@@ -77,12 +84,24 @@ def _undo(path: Path, lease: Lease) -> int:
                         undo(control, now)
                     path.unlink(missing_ok=True)
         except ObservatoryError as error:
+            if str(error) != problem:
+                problem = str(error)
+                _note(f"{why}, and undoing fails, tried again for {_TRY_S:g} s: {problem}")
             if time.monotonic() > deadline:
-                sys.stderr.write(f"observatory: {lease.device_uuid} may still be locked: {error}\n")
+                _note(f"gave up, {lease.device_uuid} may still be locked: {problem}")
                 return 1
             time.sleep(_LOOK_S)
         else:
+            changed = now is not None and now.touched
+            _note(f"{why}: {'undid its changes' if changed else 'it had changed nothing'}")
             return 0
+
+
+def _note(what: str) -> None:
+    """A line in the diary; a full disk must not keep anything from being undone."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} watchdog {os.getpid()}: {what}\n")
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":

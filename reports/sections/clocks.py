@@ -43,10 +43,10 @@ def clocks_section(frames: ReportFrames) -> Section:
             FigureBlock(
                 id="clock-plane",
                 title="Time against energy, and the Pareto front",
-                caption="Every setting as measured, relative to running unlocked; down is less energy. "
-                "Filled: "
-                "on the front, no other setting is at least as good in both and better in one. Bars are 90 % "
-                "intervals. The ring is the recommended clock by the model.",
+                caption="Every setting as measured, relative to running unlocked (where no unlocked point "
+                "counts, to the highest clock); down is less energy. Filled: on the front, no other setting "
+                "is at least as good in both and better in one. Bars are 90 % intervals. The ring is the "
+                "recommended clock by the model.",
                 choice="Series",
                 variants=tuple(planes),
             )
@@ -179,7 +179,7 @@ def _settings_table(points: pd.DataFrame, advice: SeriesAdvice) -> Table:
         [
             "Asked for", Column(title="Became", numeric=False), "Clock seen, MHz", "Repeats",
             "ms per iteration",
-            "Energy per iteration", "Longer than unlocked", "Energy saved",
+            "Energy per iteration", "Longer than the reference", "Energy saved",
             Column(title="On the front", numeric=False),
         ],
         rows,
@@ -205,7 +205,7 @@ def _advice_table(found: ClockFrames) -> Table:
                 [
                     Cell(text=shorten(advice.title, 60), detail=shorten(file.path.name, 40), heading=True),
                     Cell(text=behaviour.name or "not told", detail=_agreement(behaviour.agreement)),
-                    number(advice.reference_mhz, 0),
+                    Cell(text=number(advice.reference_mhz, 0), detail=advice.reference_how),
                     number(choice.sm_clock_mhz, 0) if choice else plain(advice.verdict),
                     _of_choice(choice.saving if choice else None),
                     _of_choice(choice.slowdown if choice else None),
@@ -220,7 +220,7 @@ def _advice_table(found: ClockFrames) -> Table:
     return table(
         f"The clock of least energy for at most {100 * found.max_slowdown:.3g} % more time",
         [
-            "Series", Column(title="Class", numeric=False), "Unlocked, MHz", "Lock to, MHz", "Saves",
+            "Series", Column(title="Class", numeric=False), "Reference, MHz", "Lock to, MHz", "Saves",
             "Longer by",
             "mJ per token", Column(title="Least E t, E t²", detail="MHz"), Column(title="Locks and caps",
             numeric=False),

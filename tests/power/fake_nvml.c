@@ -43,7 +43,7 @@ typedef struct {
   uint32_t processes[PROCESSES];
   unsigned lock_min, lock_max;
   int64_t last_ns, ticked_ns;
-  double energy_j, iterations, temperature_c, cap_ns;
+  double energy_j, iterations, temperature_c, cap_ns, thermal_ns;
   double history_w[HISTORY];
   int64_t steps;
   unsigned instant_mw, average_mw;
@@ -160,6 +160,7 @@ static void advance(device_t *d) {
     d->energy_j += watts * dt;
     if (get(d, "busy")) d->iterations += dt / iteration_s(d, mhz);
     if (reasons & 0x4) d->cap_ns += STEP_NS;
+    if (reasons & 0x40) d->thermal_ns += STEP_NS;
     double target = get(d, "ambient_c") + get(d, "c_per_w") * watts;
     d->temperature_c += (target - d->temperature_c) * (1 - exp(-dt / get(d, "tau_s")));
     d->history_w[d->steps++ % HISTORY] = watts;
@@ -393,7 +394,8 @@ static int field_value(const device_t *d, unsigned id, value_t *v, int *type) {
     case 82: v->ui = (unsigned)d->temperature_c + 8; return OK;
     case 83: *type = 3; v->ull = d->counter_mj; return OK; /* unsigned long long */
     case 74: *type = 3; v->ull = (unsigned long long)d->cap_ns; return OK;
-    case 76: case 269: case 270: case 271: *type = 3; v->ull = 0; return OK;
+    case 270: *type = 3; v->ull = (unsigned long long)d->thermal_ns; return OK;
+    case 76: case 269: case 271: *type = 3; v->ull = 0; return OK;
     default: return UNSUPPORTED;
   }
 }

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -241,3 +242,35 @@ def test_the_driver_of_a_lost_gpu_is_left_alone(host: Host) -> None:
     assert "Error" in told.stderr
     assert os.path.exists(host.driver.state)
     assert host.driver.changes() == []
+
+
+def test_a_watchdog_that_cannot_undo_holds_nobodys_terminal_and_keeps_a_diary(host: Host) -> None:
+    owner = subprocess.Popen(
+        [sys.executable, "-m", "tests.power.lock_owner", UUID, "middle"],
+        env=host.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    owner.communicate(timeout=60)  # the pipe ends with its owner, who is killed while the clock is locked
+    assert owner.returncode == -signal.SIGKILL
+    play = "from pathlib import Path; from tests.power.driver import FakeDriver; import os;"
+    play += "FakeDriver(Path(os.environ['FAKE_NVML_STATE']))."
+    host.settles()
+    assert "is gone: undid its changes" in host.run("-m", "observatory", "clocks", "status").stderr
+
+    host.run("-c", play + "fail('nvmlDeviceResetGpuLockedClocks', 4)")
+    begun = time.monotonic()
+    owner = subprocess.Popen(
+        [sys.executable, "-m", "tests.power.lock_owner", UUID, "middle"],
+        env=host.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    owner.communicate(timeout=60)
+    assert time.monotonic() - begun < 30
+    deadline = time.monotonic() + 20
+    status: dict[str, Any] = {}
+    while time.monotonic() < deadline and "undoing fails" not in str(status):
+        time.sleep(0.2)
+        status = json.loads(host.run("-m", "observatory", "clocks", "status", "--json").stdout)
+    assert "undoing fails, tried again" in next(iter(status["watchdogs"].values()))
+    assert "NVML 4" in str(status["watchdogs"])
+    assert status["leases"][0]["watchdog"] == "watches"
+    host.run("-c", play + "fail('nvmlDeviceResetGpuLockedClocks', 0)")
+    assert host.settles() == {"lock": 0.0, "limit": 700.0}

@@ -92,14 +92,16 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
     if curve is not None and len(sample_BT):
         same = [_curve_class(float(mhz), fit) == curve for mhz in free_clock_mhz(sample_BT, fit)]
         agreement = float(np.mean(same))
+    unlocked = fit.reference.how == "unlocked"
+    clock = f"the {fit.reference.words}" if unlocked else f"its {reference:.0f} MHz"
     shape = (
         f"the time stays within 2 % of the reference's down to {free_mhz:.0f} MHz, "
-        f"{free_mhz / reference:.0%} of the {reference:.0f} MHz it runs at unlocked"
+        f"{free_mhz / reference:.0%} of {clock}"
     )
     if curve is None:
         shape += "; no lower clock was measured, so that flat and knee cannot be told apart"
     capped = fit.reference.power_cap_share
-    if fit.reference.how == "unlocked" and capped is not None and capped >= _CAPPED_SHARE:
+    if unlocked and capped is not None and capped >= _CAPPED_SHARE:
         return Behaviour(
             name="capped",
             curve=curve,

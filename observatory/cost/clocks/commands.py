@@ -7,18 +7,23 @@ counts differently; it comes from a file and is quoted.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 
 from observatory.errors import ClockError
 
 __all__ = [
     "all_commands",
     "nvidia_smi_commands",
+    "plan_commands",
     "srun_commands",
     "wrapper_commands",
     "zeusd_commands",
 ]
 
-_ZEUSD_SOCKET = "${ZEUSD_SOCK_PATH:-/var/run/zeusd.sock}"
+_ZEUSD = 'curl --fail-with-body --unix-socket "${ZEUSD_SOCK_PATH:-/var/run/zeusd.sock}" -X POST'
+_ZEUSD_GPU = "http://localhost/gpu"
+_ZEUSD_INDEX = "gpu_ids=${index}&block=true"
+_ZEUSD_UNDO = f'{_ZEUSD} "{_ZEUSD_GPU}/reset_gpu_locked_clocks?{_ZEUSD_INDEX}"'
 _LONGEST_UUID = 128
 
 
@@ -32,11 +37,11 @@ def nvidia_smi_commands(uuid: str | None, sm_clock_mhz: int) -> list[str]:
     device = _quoted(uuid)
     return [
         "# as root (CAP_SYS_ADMIN); stays until it is reset or the driver reloads, also when the job dies:",
-        f"nvidia-smi -i {device} --lock-gpu-clocks={sm_clock_mhz},{sm_clock_mhz}",
+        _nvidia_smi_lock(device, sm_clock_mhz),
         "# the clock seen under load is the only proof that a lock holds:",
         f"nvidia-smi -i {device} --query-gpu=clocks.sm,clocks_event_reasons.active --format=csv -l 1",
         "# undo:",
-        f"nvidia-smi -i {device} --reset-gpu-clocks",
+        _nvidia_smi_unlock(device),
     ]
 
 
@@ -45,7 +50,7 @@ def srun_commands(sm_clock_mhz: int) -> list[str]:
     return [
         "# for one job step, no privileges; Slurm up to 25.11 sets application clocks, from 26.05 on "
         "locked ones:",
-        f"srun --gpu-freq={sm_clock_mhz},verbose COMMAND",
+        _srun(sm_clock_mhz, "COMMAND"),
     ]
 
 
@@ -54,16 +59,12 @@ def zeusd_commands(uuid: str | None, sm_clock_mhz: int) -> list[str]:
 
     zeusd counts devices as nvidia-smi does, so that the index is asked for by UUID.
     """
-    base = f'curl --fail-with-body --unix-socket "{_ZEUSD_SOCKET}" -X POST'
-    url = "http://localhost/gpu"
-    index = "gpu_ids=${index}&block=true"
-    clocks = f"min_clock_mhz={sm_clock_mhz}&max_clock_mhz={sm_clock_mhz}"
     return [
         "# where the site runs zeusd, no privileges:",
-        f'index="$(nvidia-smi -i {_quoted(uuid)} --query-gpu=index --format=csv,noheader)"',
-        f'{base} "{url}/set_gpu_locked_clocks?{index}&{clocks}"',
+        _zeusd_index(uuid),
+        _zeusd_lock(sm_clock_mhz),
         "# undo:",
-        f'{base} "{url}/reset_gpu_locked_clocks?{index}"',
+        _ZEUSD_UNDO,
     ]
 
 
@@ -105,6 +106,109 @@ def all_commands(uuid: str | None, sm_clock_mhz: float, *, wrapper: str | None =
         *wrapper_commands(wrapper, uuid, clock),
         *nvidia_smi_commands(uuid, clock),
     ]
+
+
+def plan_commands(
+    uuid: str | None,
+    clocks_mhz: Sequence[int],
+    limits_mw: Sequence[int],
+    *,
+    sweep: Sequence[str],
+    program: Sequence[str] = (),
+    stem: str,
+    default_limit_mw: int | None = None,
+    wrapper: str | None = None,
+) -> dict[str, list[str]]:
+    """A sweep by somebody else's locks: every way to set each clock and limit, and what to run meanwhile.
+
+    Args:
+        uuid: of the device.
+        clocks_mhz: the plan's clocks.
+        limits_mw: its power limits.
+        sweep: ``observatory clocks sweep`` with its options, without clocks, limits and result.
+        program: the user's own, behind ``--``.
+        stem: result file without its ending; each setting gets one of its own.
+        default_limit_mw: to go back to; None leaves a place to fill in.
+        wrapper: the site's own command (:func:`wrapper_commands`).
+
+    Returns:
+        Lines by what they do.
+    """
+    files: list[str] = []
+
+    def step(clock: str, limit: str = "none") -> str:
+        files.append(f"{stem}-{clock if limit == 'none' else limit + 'W'}.json")
+        limits = [] if limit == "none" else ["--limits", limit]
+        options = ["--set-outside", "--clocks", clock, *limits, "--out", files[-1]]
+        return shlex.join([*sweep, *options, *(["--", *program] if program else [])])
+
+    device = _quoted(uuid)
+    clocks = list(dict.fromkeys(clocks_mhz))
+    limits = list(dict.fromkeys(limits_mw))
+    reference = step("none")
+    at_clock = {clock: step(str(clock)) for clock in clocks}
+    at_limit = {limit: step("none", f"{limit / 1e3:g}") for limit in limits}
+    found = {
+        "with Slurm, no privileges: a step per clock, all in one allocation and so on one GPU": [
+            f"srun {reference}",
+            *(_srun(clock, command) for clock, command in at_clock.items()),
+        ],
+        "set in another way: one of the ways below before each of these, the first with nothing set": [
+            reference,
+            *at_clock.values(),
+            *at_limit.values(),
+        ],
+        "clocks where the site runs zeusd, no privileges; the last line undoes it": [
+            _zeusd_index(uuid),
+            *map(_zeusd_lock, clocks),
+            _ZEUSD_UNDO,
+        ],
+        "clocks with the site's wrapper": [
+            line for clock in clocks for line in wrapper_commands(wrapper, uuid, clock)[1:2]
+        ]
+        if wrapper
+        else ["# ask the site for one; its sudo rule needs the commands for root below only"],
+        "clocks as root; the last line undoes it": [
+            *(_nvidia_smi_lock(device, clock) for clock in clocks),
+            _nvidia_smi_unlock(device),
+        ],
+        "power limits as root; the last line undoes it": [
+            *(f"nvidia-smi -i {device} --power-limit={limit / 1e3:g}" for limit in limits),
+            f"nvidia-smi -i {device} --power-limit="
+            + ("DEFAULT_WATTS" if default_limit_mw is None else f"{default_limit_mw / 1e3:g}"),
+        ],
+        "then, with all results": [
+            shlex.join(["observatory", "clocks", "fit", *files, "--out", f"{stem}-model.json"]),
+            shlex.join(["observatory", "clocks", "recommend", f"{stem}-model.json"]),
+        ],
+    }
+    return {
+        way: lines
+        for way, lines in found.items()
+        if (clocks or not way.startswith(("clocks", "with Slurm")))
+        and (limits or not way.startswith("power"))
+    }
+
+
+def _srun(sm_clock_mhz: int, command: str) -> str:
+    return f"srun --gpu-freq={sm_clock_mhz},verbose {command}"
+
+
+def _zeusd_index(uuid: str | None) -> str:
+    return f'index="$(nvidia-smi -i {_quoted(uuid)} --query-gpu=index --format=csv,noheader)"'
+
+
+def _zeusd_lock(sm_clock_mhz: int) -> str:
+    clocks = f"min_clock_mhz={sm_clock_mhz}&max_clock_mhz={sm_clock_mhz}"
+    return f'{_ZEUSD} "{_ZEUSD_GPU}/set_gpu_locked_clocks?{_ZEUSD_INDEX}&{clocks}"'
+
+
+def _nvidia_smi_lock(device: str, sm_clock_mhz: int) -> str:
+    return f"nvidia-smi -i {device} --lock-gpu-clocks={sm_clock_mhz},{sm_clock_mhz}"
+
+
+def _nvidia_smi_unlock(device: str) -> str:
+    return f"nvidia-smi -i {device} --reset-gpu-clocks"
 
 
 def _quoted(uuid: str | None) -> str:

@@ -206,11 +206,13 @@ def _verdict(
     equal_mw: float,
     clock_mhz: float,
 ) -> LockAgainstCap:
-    budget = f"within {max_slowdown:.1%} of the time"
+    budget = f"with at most {100 * max_slowdown:.3g} % more time"
     caps = f"caps down to {lowest_mw / 1e3:.0f} W, the lowest tried"
     costs = ""
     if excess is not None:
         costs = f"; where a cap binds, it costs {excess.percent()} more energy than a lock at its clock"
+        if excess.low is not None and excess.high is not None and excess.low <= 0.0 <= excess.high:
+            costs = f"; where a cap binds, it costs no more than a lock at its clock, {excess.percent()}"
     verdict: LockVerdict = "not told apart"
     text = (
         f"{budget}, locks and {caps}, save the same as far as these points tell ({advantage.percent()} apart)"
@@ -219,11 +221,11 @@ def _verdict(
         verdict, text = "not measured", "without bootstrap samples locks and caps cannot be told apart"
     elif advantage.low > _MARGIN:
         verdict = "locking beats capping"
-        text = f"{budget}, locking saves {advantage.percent()} of the energy more than {caps}"
+        text = f"{budget}, locking saves {advantage.percent()} of the unlocked energy more than {caps}"
     elif advantage.high < -_MARGIN:
         verdict = "capping beats locking"
         more = Interval(value=-advantage.value, low=-advantage.high, high=-advantage.low)
-        text = f"{budget}, capping saves {more.percent()} of the energy more than locking"
+        text = f"{budget}, capping saves {more.percent()} of the unlocked energy more than locking"
     elif equal_mw >= lowest_mw:
         text += f": a cap near {equal_mw / 1e3:.0f} W would hold the same {clock_mhz:.0f} MHz"
     return LockAgainstCap(verdict=verdict, advantage=advantage, cap_excess=excess, text=text + costs)

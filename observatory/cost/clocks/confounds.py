@@ -40,6 +40,7 @@ def find_confounds(
     found = []
     if reference.how == "unlocked" and (reference.power_cap_share or 0.0) >= BINDING_SHARE:
         found.append(_capped_reference(reference, default_limit_mw))
+    found += _heated(settings)
     found += _caps(settings, reference, time_scatter)
     found += _clamps(settings)
     found += _limits(settings)
@@ -56,6 +57,37 @@ def _capped_reference(reference: Reference, default_limit_mw: float | None) -> C
         "highest clock",
         numbers={"power_cap_share": share, "sm_clock_mhz": reference.sm_clock_mhz},
     )
+
+
+def _heated(settings: Sequence[Setting]) -> list[Confound]:
+    """Settings that heat has slowed down, with what is missing for that."""
+    hot = [item for item in settings if item.heated]
+    if not hot:
+        return []
+    repeats = sum(item.heated for item in hot)
+    asked = sorted(item.requested_sm_clock_mhz for item in hot if item.requested_sm_clock_mhz is not None)
+    where = [
+        *(["unlocked"] if any(item.kind == "unlocked" for item in hot) else []),
+        *([f"at locks from {asked[0]:.0f} to {asked[-1]:.0f} MHz"] if len(asked) > 1 else []),
+        *([f"at the lock of {asked[0]:.0f} MHz"] if len(asked) == 1 else []),
+        *(["under power caps"] if any(item.kind == "cap" for item in hot) else []),
+    ]
+    lost = [item for item in hot if not item.iteration_s_R]
+    missing = (
+        f"; nothing is left of {len(lost)} of {len(hot)} settings, so that the advice holds for the cooler "
+        "clocks only"
+        if lost
+        else ""
+    )
+    return [
+        Confound(
+            kind="slowed by heat",
+            text=f"heat, a hardware slowdown or the power brake held the clock at {repeats} points "
+            f"({', '.join(where)}), which count for nothing{missing}: cool the device better, rest longer "
+            "between points, and sweep again",
+            numbers={"points": float(repeats), "settings": float(len(hot)), "lost": float(len(lost))},
+        )
+    ]
 
 
 def _caps(settings: Sequence[Setting], reference: Reference, time_scatter: float | None) -> list[Confound]:
@@ -138,6 +170,7 @@ def _clamps(settings: Sequence[Setting]) -> list[Confound]:
         wanted, seen = item.requested_sm_clock_mhz, item.sm_clock_mhz
         if (
             item.kind == "lock"
+            and item.label != "thermal"
             and wanted is not None
             and seen is not None
             and abs(seen - wanted) > CLOCK_STEP_MHZ

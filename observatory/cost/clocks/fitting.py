@@ -17,6 +17,7 @@ import numpy as np
 from observatory.cost.clocks.choosing import choose_power, choose_time, curve_fit, fold_of
 from observatory.cost.clocks.confounds import find_confounds
 from observatory.cost.clocks.estimates import clock_estimates
+from observatory.cost.clocks.joining import idle_power_mw, join_notes, refuse_repeated
 from observatory.cost.clocks.model import POWER_TERMS, TIME_TERMS
 from observatory.cost.clocks.points import fit_points, judge, scatter_of, settings_of
 from observatory.cost.clocks.records import ClockModel, Reference, SeriesFit, Setting
@@ -48,7 +49,7 @@ def fit_clocks(
         seed: of folds and bootstrap.
 
     Raises:
-        ClockError: no sweeps, several devices, or no series with clocks enough to fit.
+        ClockError: no sweeps, several devices, measurements given twice, or no series with enough clocks.
     """
     if not sweeps:
         raise ClockError("no clock sweep was given; make one with `observatory clocks sweep`")
@@ -58,24 +59,25 @@ def fit_clocks(
             f"{name or 'unnamed'} {uuid or ''}".strip() for name, uuid in sorted(map(_names, devices))
         )
         raise ClockError(f"the sweeps are of {len(devices)} devices ({named[:200]}); fit each on its own")
+    refuse_repeated(sweeps, sources)
     limits = [sweep.default_limit_mw for sweep in sweeps if sweep.default_limit_mw is not None]
-    idle = [sweep.idle_power_mw for sweep in sweeps if sweep.idle_power_mw is not None]
     merged: dict[tuple[object, ...], list[ClockSeries]] = {}
     for sweep in sweeps:
         for series in sweep.series:
             key = (series.name, series.phase, series.batch_size, series.context_tokens)
             merged.setdefault((*key, series.tokens_per_iteration), []).append(series)
     fitted: list[SeriesFit] = []
-    notes: list[str] = []
+    missing: list[str] = []
+    notes = join_notes(sweeps, sources)
     for alike in merged.values():
         points = [point for series in alike for point in series.points]
         outcome = _fit_series(alike[0], points, max(limits, default=None), bootstrap, seed)
         if isinstance(outcome, str):
-            notes.append(f"{alike[0].name[:200]} ({alike[0].phase}): {outcome}")
+            missing.append(f"{alike[0].name[:200]} ({alike[0].phase}): {outcome}")
         else:
             fitted.append(outcome)
     if not fitted:
-        raise ClockError(f"nothing can be fitted: {'; '.join(notes)[:800]}")
+        raise ClockError(f"nothing can be fitted: {'; '.join([*missing, *notes])[:800]}")
     from observatory.provenance import find_git_sha
 
     return ClockModel(
@@ -83,13 +85,13 @@ def fit_clocks(
         argv=tuple(argv),
         device=sweeps[0].device,
         default_limit_mw=max(limits, default=None),
-        idle_power_mw=float(np.median(idle)) if idle else None,
+        idle_power_mw=idle_power_mw(sweeps),
         supported_sm_clocks_mhz=_supported(sweeps),
         series=tuple(fitted),
         seed=seed,
         sources=tuple(sources),
         git_sha=find_git_sha(),
-        notes=tuple(notes + _limit_notes(merged, limits)),
+        notes=tuple(missing + notes + _limit_notes(merged, limits)),
     )
 
 
@@ -134,7 +136,7 @@ def _fit_series(
         usable = 0 if found is None else found.blocks
         return (
             f"points at {usable} different clocks can be used, {_LEAST_CLOCKS} at least are needed; "
-            f"measure more clocks{' (' + why + ')' if why else ''}"
+            f"measure more clocks, or fit it together with sweeps of others{' (' + why + ')' if why else ''}"
         )
     settings = settings_of(judged)
     fold_N = fold_of(found.block_N, seed)

@@ -257,6 +257,7 @@ def _setting(members: Sequence[Judged]) -> Setting:
         power_cap_share=float(np.mean(shares)) if shares else None,
         idle=sum(bool(bits & _IDLE) for bits in told) > len(told) / 2 if told else None,
         fitted=sum(item.fitted for item in members),
+        heated=sum(item.label == "thermal" for item in members),
     )
 
 

@@ -51,7 +51,8 @@ class MeasuredNearby(Record):
     Attributes:
         sm_clock_mhz: the clock it ran at.
         slowdown, saving: as measured.
-        agrees: whether its intervals and the model's at that clock overlap.
+        agrees: whether its intervals and the model's at that clock meet, or miss each other by no more than
+            energies that count as the same.
     """
 
     sm_clock_mhz: float
@@ -68,7 +69,8 @@ class SeriesAdvice(Record):
         index: of the series in the model.
         verdict: ``lock``, ``leave unlocked`` or ``no energy``.
         text: the advice with its evidence, one sentence.
-        reference_mhz: clock without a lock, which all is relative to.
+        reference_mhz: clock that all is relative to.
+        reference_how: whether that is the unlocked clock, as in ``Reference``.
         reference_mj_per_token: energy per token there; None when not known.
         choice: the recommended clock; None unless the verdict is ``lock``.
         unsure_mhz: the clock that would be recommended if the estimate alone had to keep the budget, where it
@@ -88,6 +90,7 @@ class SeriesAdvice(Record):
     verdict: Literal["lock", "leave unlocked", "no energy"]
     text: Text
     reference_mhz: float
+    reference_how: Literal["unlocked", "highest clock"] = "unlocked"
     reference_mj_per_token: float | None = None
     choice: ClockChoice | None = None
     unsure_mhz: float | None = None
@@ -179,6 +182,7 @@ def _advise(view: SeriesView, index: int, model: ClockModel, max_slowdown: float
         "title": fit.title,
         "index": index,
         "reference_mhz": view.reference_mhz,
+        "reference_how": fit.reference.how,
         "reference_mj_per_token": view.reference_mj_per_token,
         "critical": fit.critical,
         "compute_optimum": fit.compute_optimum,
@@ -228,6 +232,8 @@ def _nearby(view: SeriesView, mhz: float) -> MeasuredNearby | None:
         for item in fit.settings
         if item.kind == "lock" and item.energy_mj_R and item.sm_clock_mhz is not None
         if abs(item.sm_clock_mhz - mhz) <= _NEARBY_MHZ
+        # A lock that runs at the reference's clock is the reference once more.
+        if abs(item.sm_clock_mhz - fit.reference.sm_clock_mhz) > CLOCK_STEP_MHZ / 2.0
     ]
     if not locks or fit.reference.energy_mj is None:
         return None
@@ -235,33 +241,36 @@ def _nearby(view: SeriesView, mhz: float) -> MeasuredNearby | None:
     clock = nearest.sm_clock_mhz or 0.0
     slowdown, saving = measured_change(fit, nearest)
     model = view.choice(clock)
-    agrees = all(_overlap(*pair) for pair in ((slowdown, model.slowdown), (saving, model.saving)))
+    agrees = all(_meet(*pair) for pair in ((slowdown, model.slowdown), (saving, model.saving)))
     return MeasuredNearby(sm_clock_mhz=clock, slowdown=slowdown, saving=saving, agrees=agrees)
 
 
-def _overlap(first: Interval, second: Interval) -> bool:
+def _meet(first: Interval, second: Interval) -> bool:
     if first.low is None or first.high is None or second.low is None or second.high is None:
         return True  # nothing says that they differ
-    return first.low <= second.high and second.low <= first.high
+    return first.low <= second.high + _TIE and second.low <= first.high + _TIE
 
 
 def _sentence(
     view: SeriesView, choice: ClockChoice, measured: MeasuredNearby | None, worth: bool, max_slowdown: float
 ) -> str:
-    title, reference = view.fit.title, view.reference_mhz
+    title, reference, words = view.fit.title, view.reference_mhz, view.fit.reference.words
+    heated = sum(item.heated for item in view.fit.settings)
+    if heated:
+        words += f" ({heated} points that heat slowed down do not count)"
     if not worth:
         if choice.sm_clock_mhz >= reference:
             return (
-                f"{title}: leave the clock unlocked ({reference:.0f} MHz): no lower clock surely keeps the "
+                f"{title}: leave the clock unlocked: against the {words} no lower clock surely keeps the "
                 f"budget of {max_slowdown:.1%} and saves energy"
             )
         return (
-            f"{title}: leave the clock unlocked ({reference:.0f} MHz): what {choice.sm_clock_mhz:.0f} MHz "
+            f"{title}: leave the clock unlocked: against the {words}, what {choice.sm_clock_mhz:.0f} MHz "
             f"would save, {choice.saving.percent()}, is not surely more than nothing"
         )
     sentence = (
         f"{title}: lock to {choice.sm_clock_mhz:.0f} MHz, which saves {choice.saving.percent()} of the "
-        f"energy for a slowdown of {choice.slowdown.percent()} against {reference:.0f} MHz"
+        f"energy for a slowdown of {choice.slowdown.percent()} against the {words}"
     )
     if measured is None:
         near = f"no lock within {_NEARBY_MHZ:.0f} MHz of it was measured"

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from observatory.cost.clocks.model import POWER_FORMS, POWER_TERMS, TIME_FORMS, TIME_TERMS
 from observatory.errors import ClockError
 from observatory.records import Count, DeviceSpec, Phase, Record, Text
+from observatory.records_clocks import load_sweep
 from observatory.versioned import load_document
 
 __all__ = [
@@ -125,6 +126,7 @@ class Setting(Record):
         power_cap_share: mean share of time in which the limit held the clock; None when not told.
         idle: whether the device said that it idled, in most repeats; None when not told.
         fitted: repeats that entered the fit.
+        heated: repeats that heat, a hardware slowdown or the power brake slowed down.
     """
 
     kind: Literal["unlocked", "lock", "cap", "both"]
@@ -138,6 +140,7 @@ class Setting(Record):
     power_cap_share: _Share | None = None
     idle: bool | None = None
     fitted: Count = 0
+    heated: Count = 0
 
     @model_validator(mode="after")
     def _same_repeats(self) -> Setting:
@@ -168,6 +171,7 @@ class Confound(Record):
         "clock not as requested",
         "limit not as requested",
         "unlocked is capped",
+        "slowed by heat",
     ]
     text: Text
     numbers: dict[str, float | None] = Field(default_factory=dict)
@@ -189,6 +193,13 @@ class Reference(Record):
     energy_mj: _Positive | None = None
     power_mw: _Positive | None = None
     power_cap_share: _Share | None = None
+
+    @property
+    def words(self) -> str:
+        """The clock, and what makes it the reference."""
+        if self.how == "unlocked":
+            return f"{self.sm_clock_mhz:.0f} MHz it runs at unlocked"
+        return f"{self.sm_clock_mhz:.0f} MHz of the highest clock measured, as no unlocked point counts"
 
 
 class SeriesFit(Record):
@@ -328,11 +339,27 @@ def load_clock_model(path: Path | str) -> ClockModel:
     Raises:
         ClockError: not readable, too large, of a newer schema, or not what the schema says.
     """
-    return load_document(
-        ClockModel,
-        path,
-        version=CLOCK_MODEL_VERSION,
-        what="clock model",
-        remedy="make one with `observatory clocks fit`",
-        failure=ClockError,
-    )
+    try:
+        return load_document(
+            ClockModel,
+            path,
+            version=CLOCK_MODEL_VERSION,
+            what="clock model",
+            remedy="make one with `observatory clocks fit`",
+            failure=ClockError,
+        )
+    except ClockError:
+        if _is_sweep(path):
+            raise ClockError(
+                f"{path} is a sweep that was not fitted; `observatory clocks fit {path} --out FILE` makes a "
+                "clock model of it"
+            ) from None
+        raise
+
+
+def _is_sweep(path: Path | str) -> bool:
+    try:
+        load_sweep(path)
+    except ClockError:
+        return False
+    return True
