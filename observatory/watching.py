@@ -17,7 +17,6 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -27,9 +26,10 @@ from pydantic import JsonValue
 from collectives.store_clock import StoreClock, default_store
 from observatory.errors import CaptureError, ObservatoryError
 from observatory.provenance import new_manifest
-from observatory.ranks import RankOf, find_rank
-from observatory.records import PHASES, ClockSpec, DataSpec, Phase, Topology
+from observatory.ranks import find_rank
+from observatory.records import ClockSpec, DataSpec, Phase, Topology
 from observatory.store import RunWriter
+from observatory.watching_options import WatchOptions, check_phase
 from observatory.watching_power import WatchedPower
 from probes.exchange.flight import recorder_unsupported
 from probes.exchange.tap import unsupported
@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     from probes.routing.sites import RoutingSite
 
 __all__ = ["Watch", "watch"]
-
-_LONGEST_RUN_ID = 200
 
 
 def watch(
@@ -131,75 +129,35 @@ def watch(
         ModelError: on entering; no MoE layers, or some only partly understood.
         RunError: on entering; the run directory cannot be made.
     """
-    if phase is not None:
-        _check_phase(phase)
-    for name, value, least in (("sample_tokens", sample_tokens, 0), ("window_steps", window_steps, 1)):
-        if value < least:
-            raise CaptureError(f"{name} is {value}; expected {least} or more")
-    for name, seconds in (
-        ("flush_seconds", flush_seconds),
-        ("clock_timeout_s", clock_timeout_s),
-        ("power_period_s", power_period_s),
-    ):
-        if not seconds > 0:
-            raise CaptureError(f"{name} is {seconds}; expected more than 0")
-    if run_id is not None and not 0 < len(run_id) <= _LONGEST_RUN_ID:
-        raise CaptureError(f"run_id has {len(run_id)} characters; expected 1 to {_LONGEST_RUN_ID}")
-    if power_shifts < 0:
-        raise CaptureError(f"power_shifts is {power_shifts}; expected True, False or a number of steps")
-    where = find_rank(rank, world)
-    if power_shifts and (where.world > 1 or exchanges):
-        raise CaptureError(
-            f"power_shifts is asked for with {where.world} ranks or timed exchanges, where a pause of one "
-            "rank is waiting of all others; leave it out (energy by the counter needs no pauses), or watch "
-            "one rank alone"
-        )
-    if overwrite and where.world > 1 and run_id is None:
-        raise CaptureError(
-            f"overwrite is asked for with {where.world} ranks, where a late rank cannot tell the old run "
-            "from the new one; choose a directory that does not exist, or give all ranks one new run_id"
-        )
     return Watch(
         model,
         Path(out),
-        where=where,
-        told=phase,
-        gate_mass=gate_mass,
-        sample_tokens=sample_tokens,
-        window_steps=window_steps,
-        flush_seconds=flush_seconds,
-        exchanges=exchanges,
-        wanted_power=power,
-        own_devices=own_devices,
-        power_period_s=power_period_s,
-        power_shifts=power_shifts,
-        clock_timeout_s=clock_timeout_s if align_clocks else None,
-        flight_recorder=flight_recorder,
-        overwrite=overwrite,
-        adapters=adapters,
-        origin=_Origin(
-            name=model_name,
+        WatchOptions(
+            where=find_rank(rank, world),
+            phase=phase,
+            gate_mass=gate_mass,
+            sample_tokens=sample_tokens,
+            window_steps=window_steps,
+            flush_seconds=flush_seconds,
+            exchanges=exchanges,
+            power=power,
+            own_devices=own_devices,
+            power_period_s=power_period_s,
+            power_shifts=power_shifts,
+            align_clocks=align_clocks,
+            clock_timeout_s=clock_timeout_s,
+            flight_recorder=flight_recorder,
+            overwrite=overwrite,
+            run_id=run_id,
+            adapters=tuple(adapters),
+            model_name=model_name,
             family=family,
             mixer=mixer,
             data=data,
             config=dict(config or {}),
-            topology=topology or Topology(ranks=where.world),
-            run_id=run_id,
+            topology=topology,
         ),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Origin:
-    """What the caller says about the run, for its manifest."""
-
-    name: str | None
-    family: str | None
-    mixer: str | None
-    data: DataSpec | None
-    config: dict[str, JsonValue]
-    topology: Topology
-    run_id: str | None
 
 
 class Watch:
@@ -213,52 +171,17 @@ class Watch:
         steps: steps that ``step()`` has ended.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        run_path: Path,
-        *,
-        where: RankOf,
-        told: Phase | None,
-        gate_mass: bool,
-        sample_tokens: int,
-        window_steps: int,
-        flush_seconds: float,
-        exchanges: bool | None,
-        wanted_power: bool | Sequence[str] | None,
-        own_devices: Sequence[str] | None,
-        power_period_s: float,
-        power_shifts: bool | int,
-        clock_timeout_s: float | None,
-        flight_recorder: bool,
-        overwrite: bool,
-        adapters: Sequence[Adapter],
-        origin: _Origin,
-    ) -> None:
+    def __init__(self, model: nn.Module, run_path: Path, options: WatchOptions) -> None:
         self.run_path = run_path
         self.sites: tuple[RoutingSite, ...] = ()
         self.steps = 0
         self._model = model
-        self._where = where
-        self._told = told
-        self._gate_mass = gate_mass
-        self._sample_tokens = sample_tokens
-        self._window_steps = window_steps
-        self._flush_seconds = flush_seconds
-        self._overwrite = overwrite
-        self._wanted = exchanges
-        self._wanted_power = wanted_power
-        self._own_devices = own_devices
-        self._power_period_s = power_period_s
+        self._options = options
+        self._told = options.phase
         self._power = WatchedPower()
-        self._shift_power = power_shifts
         self._shifts: PhaseShifts | None = None
-        self._clock_timeout_s = clock_timeout_s
         self._clock: StoreClock | None = None
         self._clock_told = False
-        self._flight_recorder = flight_recorder
-        self._adapters = adapters
-        self._origin = origin
         self._session: CaptureSession | None = None
         self._writer: RunWriter | None = None
         self._notes: list[str] = []
@@ -269,13 +192,12 @@ class Watch:
         if self._writer is not None:
             raise CaptureError(f"the watch on {self.run_path} was entered before; make a new one")
         exchanges = self._has_exchanges()
-        if self._flight_recorder:
+        if self._options.flight_recorder:
             _check_recorder(exchanges)
         self._process = os.getpid()
-        self.sites = tuple(find_sites(self._model, adapters=self._adapters))
+        self.sites = tuple(find_sites(self._model, adapters=self._options.adapters))
         self._writer = self._open_run()
         try:
-            exchanges = self._has_exchanges()
             # Power first: its calibration wants a device that is still idle.
             self._power = self._start_power()
             self._writer.set_power(self._power.begun())
@@ -285,17 +207,17 @@ class Watch:
                 self._model,
                 self.sites,
                 self._writer,
-                gate_mass=self._gate_mass,
-                sample_tokens=self._sample_tokens,
-                window_steps=self._window_steps,
-                flush_seconds=self._flush_seconds,
+                gate_mass=self._options.gate_mass,
+                sample_tokens=self._options.sample_tokens,
+                window_steps=self._options.window_steps,
+                flush_seconds=self._options.flush_seconds,
                 exchanges=exchanges,
                 phase_spans=self._power.active,
-                flight_recorder=self._flight_recorder,
+                flight_recorder=self._options.flight_recorder,
                 situation=lambda: (self.steps, self._told),
             )
-            if self._shift_power:
-                self._shifts = self._power.shifts(self._model, self._shift_power)
+            if self._options.power_shifts:
+                self._shifts = self._power.shifts(self._model, self._options.power_shifts)
         except BaseException as error:
             self._align_at_exit(self._writer, failed=True)
             self._power.stop()
@@ -329,7 +251,7 @@ class Watch:
         Raises:
             CaptureError: no such phase, the watch is not running, or it is called in a CUDA graph capture.
         """
-        _check_phase(name)
+        check_phase(name)
         outer = self._told
         self._switch(name)
         try:
@@ -414,8 +336,8 @@ class Watch:
         return self._session
 
     def _has_exchanges(self) -> bool:
-        if self._wanted is not None:
-            return self._wanted
+        if self._options.exchanges is not None:
+            return self._options.exchanges
         from torch import distributed
 
         several = (
@@ -427,26 +349,28 @@ class Watch:
         return several and reason is None
 
     def _start_power(self) -> WatchedPower:
+        options = self._options
         return WatchedPower.start(
             self._model,
             self.run_path,
-            where=self._where,
-            wanted=self._wanted_power,
-            own_devices=self._own_devices,
-            period_s=self._power_period_s,
-            flush_s=self._flush_seconds,
+            where=options.where,
+            wanted=options.power,
+            own_devices=options.own_devices,
+            period_s=options.power_period_s,
+            flush_s=options.flush_seconds,
         )
 
     def _align_at_enter(self, writer: RunWriter) -> None:
         """Relate this rank's clock to rank 0's, if the ranks have a store to talk through."""
-        store = None if self._where.world == 1 or self._clock_timeout_s is None else default_store()
-        if store is not None and self._clock_timeout_s is not None:
+        options = self._options
+        store = default_store() if options.align_clocks and options.where.world > 1 else None
+        if store is not None:
             self._clock = StoreClock(
                 store,
-                rank=self._where.rank,
-                size=self._where.world,
+                rank=options.where.rank,
+                size=options.where.world,
                 name=writer.manifest.run_id,
-                timeout_s=self._clock_timeout_s,
+                timeout_s=options.clock_timeout_s,
             )
             writer.set_clock(self._clock.begin().record())
 
@@ -460,35 +384,35 @@ class Watch:
         return tuple(self._clock.notes)
 
     def _open_run(self) -> RunWriter:
-        if self._where.rank > 0:
-            return RunWriter.join(self.run_path, rank=self._where.rank, run_id=self._origin.run_id)
-        origin = self._origin
-        name = origin.name or getattr(getattr(self._model, "config", None), "_name_or_path", None)
+        options = self._options
+        if options.where.rank > 0:
+            return RunWriter.join(self.run_path, rank=options.where.rank, run_id=options.run_id)
+        name = options.model_name or getattr(getattr(self._model, "config", None), "_name_or_path", None)
         manifest = new_manifest(
             model=describe_model(
                 self._model,
                 name=name or type(self._model).__name__,
                 sites=self.sites,
-                family=origin.family,
-                mixer=origin.mixer,
+                family=options.family,
+                mixer=options.mixer,
             ),
-            data=origin.data,
-            topology=origin.topology,
+            data=options.data,
+            topology=options.topology or Topology(ranks=options.where.world),
             config={
-                **origin.config,
+                **options.config,
                 "watch": {
                     "phase": self._told,
-                    "gate_mass": self._gate_mass,
-                    "sample_tokens": self._sample_tokens,
-                    "flush_seconds": self._flush_seconds,
-                    "flight_recorder": self._flight_recorder,
+                    "gate_mass": options.gate_mass,
+                    "sample_tokens": options.sample_tokens,
+                    "flush_seconds": options.flush_seconds,
+                    "flight_recorder": options.flight_recorder,
                 },
             },
-            window_steps=self._window_steps,
+            window_steps=options.window_steps,
         )
-        if origin.run_id is not None:
-            manifest = manifest.model_copy(update={"run_id": origin.run_id})
-        return RunWriter.create(self.run_path, manifest, overwrite=self._overwrite)
+        if options.run_id is not None:
+            manifest = manifest.model_copy(update={"run_id": options.run_id})
+        return RunWriter.create(self.run_path, manifest, overwrite=options.overwrite)
 
 
 @contextlib.contextmanager
@@ -512,11 +436,6 @@ def _check_recorder(exchanges: bool) -> None:
         raise CaptureError(
             f"the flight recorder cannot be a second source: {reason}; leave flight_recorder out"
         )
-
-
-def _check_phase(name: str) -> None:
-    if name not in PHASES:
-        raise CaptureError(f"phase {name!r} does not exist; expected one of {', '.join(PHASES)}")
 
 
 def _one_line(error: BaseException) -> str:
