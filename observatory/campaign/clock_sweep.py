@@ -32,6 +32,7 @@ from observatory.campaign.sweep_journal import (
     JournalPoint,
     JournalSeries,
     append_line,
+    claimed,
     holds_points,
     journal_path,
 )
@@ -77,10 +78,23 @@ def run_sweep(
 
     Raises:
         LockRefusedError: the driver, the site or our own rules do not allow it.
-        ClockError: a workload ended, or nothing was measured.
+        ClockError: a workload ended, nothing was measured, or another sweep writes the same result.
         DeviceError: the GPU cannot be read.
         RunError: the telemetry cannot be kept.
     """
+    with claimed(journal_path(out)):
+        return _run(job, workloads, out, series, overwrite, argv, progress)
+
+
+def _run(
+    job: SweepJob,
+    workloads: contextlib.AbstractContextManager[Sequence[Workload]],
+    out: Path,
+    series: int,
+    overwrite: bool,
+    argv: Sequence[str],
+    progress: Callable[[int, int], None] | None,
+) -> ClockSweep:
     telemetry, journal = out.with_suffix(".run"), journal_path(out)
     if not overwrite and holds_points(journal):
         raise ClockError(

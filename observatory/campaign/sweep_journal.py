@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +19,7 @@ __all__ = [
     "JournalPoint",
     "JournalSeries",
     "append_line",
+    "claimed",
     "holds_points",
     "journal_path",
     "read_journal",
@@ -94,6 +98,31 @@ def append_line(path: Path, record: Record, *, fresh: bool = False) -> None:
     """Write one line; ``fresh`` begins the file anew."""
     with path.open("w" if fresh else "a", encoding="utf-8") as handle:
         handle.write(record.model_dump_json() + "\n")
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Alone with a journal, and so with the result and the telemetry beside it; gone after a kill.
+
+    Raises:
+        ClockError: another sweep writes it at this moment, or it cannot be written.
+    """
+    try:
+        handle = path.open("ab")
+    except OSError as error:
+        raise ClockError(f"{path} cannot be written ({error.strerror}); give another --out") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ClockError(
+                f"{path} is being written by a sweep that runs; wait for it, or give another --out"
+            ) from error
+        try:
+            yield
+        finally:
+            if not holds_points(path):
+                path.unlink(missing_ok=True)
 
 
 def holds_points(path: Path) -> bool:

@@ -29,8 +29,9 @@ def clock_plane(
     *,
     chosen: tuple[float, float, float] | None,
     max_slowdown: float,
+    reference: str = "unlocked",
 ) -> go.Figure:
-    """Energy against time, both relative to running unlocked: the Pareto front and the recommended point.
+    """Energy against time, both relative to the reference: the Pareto front and the recommended point.
 
     Args:
         points: of one series, those with an energy: ``kind``, ``label``, ``requested_mhz``, ``limit_w``,
@@ -38,11 +39,15 @@ def clock_plane(
         curve: the fitted curve: ``sm_clock_mhz``, ``slowdown``, ``saving``; below the unlocked clock.
         chosen: the recommended clock, its slowdown and saving; None without one.
         max_slowdown: the budget.
+        reference: what the reference is, ``unlocked`` or ``highest clock``.
     """
+    than, against = (
+        ("unlocked",) * 2 if reference == "unlocked" else (f"at the {reference}", f"the {reference}")
+    )
     figure = empty_figure(
         470,
-        x=axis("longer than unlocked, %", zeroline=True, zerolinecolor=light("rule")),
-        y=axis("energy against unlocked, %", zeroline=True, zerolinecolor=light("rule")),
+        x=axis(f"longer than {than}, %", zeroline=True, zerolinecolor=light("rule")),
+        y=axis(f"energy against {against}, %", zeroline=True, zerolinecolor=light("rule")),
     )
     figure.add_scatter(
         x=curve["slowdown"] * 100,
@@ -111,7 +116,12 @@ def clock_plane(
 
 
 def clock_curves(
-    points: pd.DataFrame, curve: pd.DataFrame, *, chosen_mhz: float | None, reference_mhz: float
+    points: pd.DataFrame,
+    curve: pd.DataFrame,
+    *,
+    chosen_mhz: float | None,
+    reference_mhz: float,
+    reference: str = "unlocked",
 ) -> go.Figure:
     """Time above, energy below, of one iteration against the sampled SM clock, with the fit and its band.
 
@@ -120,7 +130,8 @@ def clock_curves(
             ``energy_mj`` (missing: not known) with ``_low`` and ``_high`` over repeats.
         curve: columns of ``SeriesView.curve``.
         chosen_mhz: the recommended clock; None without one.
-        reference_mhz: the clock that it runs at unlocked.
+        reference_mhz: the clock that all is relative to.
+        reference: what it is, ``unlocked`` or ``highest clock``.
     """
     energy = points["energy_mj"].notna().any()
     figure = empty_figure(
@@ -153,7 +164,7 @@ def clock_curves(
             _add_measured(
                 figure, own[own[measured].notna()], str(kind), measured, of_point, axes, legend=first
             )
-        for mhz, name, colour in ((reference_mhz, "unlocked", "muted"), (chosen_mhz, "recommended", "warn")):
+        for mhz, name, colour in ((reference_mhz, reference, "muted"), (chosen_mhz, "recommended", "warn")):
             if mhz is not None:
                 figure.add_shape(
                     type="line", xref=xaxis, x0=mhz, x1=mhz, yref=f"{yaxis} domain", y0=0, y1=1,
@@ -163,7 +174,7 @@ def clock_curves(
                     figure.add_annotation(
                         xref=xaxis, x=mhz, yref="paper", y=0.5 if energy else 1.0, showarrow=False,
                         xanchor="left" if mhz < sum(reach) / 2 else "right", text=f" {name} {mhz:.0f} MHz ",
-                        yshift=-8 if name == "unlocked" else 8, font={"size": 12, "color": light(colour)},
+                        yshift=-8 if name == reference else 8, font={"size": 12, "color": light(colour)},
                     )  # fmt: skip
     return figure
 

@@ -117,7 +117,9 @@ def _plane_variant(found: ClockFrames, index: int, file: ClockFile, advice: Seri
     return Variant(
         group=group,
         label=label,
-        figure=clock_plane(points, curve, chosen=chosen, max_slowdown=found.max_slowdown),
+        figure=clock_plane(
+            points, curve, chosen=chosen, max_slowdown=found.max_slowdown, reference=advice.reference_how
+        ),
         alt=f"{len(points)} settings in the plane of time and energy, {int(points['on_front'].sum())} of "
         "them on the "
         f"Pareto front. {sentence}",
@@ -142,6 +144,7 @@ def _curve_variant(found: ClockFrames, index: int, file: ClockFile, advice: Seri
             _own(found.curves, index, advice.index),
             chosen_mhz=chosen_mhz,
             reference_mhz=advice.reference_mhz,
+            reference=advice.reference_how,
         ),
         alt=f"Time and energy of an iteration of {shorten(advice.title, 60)} from {fit.low_mhz:.0f} to "
         f"{fit.high_mhz:.0f} MHz.",

@@ -17,6 +17,7 @@ import pytest
 
 from observatory.campaign.sweep_document import recover_sweep
 from observatory.campaign.sweep_inputs import parse_clocks, parse_limits
+from observatory.campaign.sweep_journal import claimed
 from observatory.campaign.sweep_settings import Setting, SweepJob, plan_settings
 from observatory.errors import ClockError
 from observatory.records_clocks import load_sweep
@@ -394,6 +395,20 @@ def test_what_cannot_be_set_is_refused_before_anything_is_measured_or_replaced(t
         assert said in told.stderr
         assert not (tmp_path / "sweep.run").exists()
     assert FakeDriver(tmp_path / "driver").changes() == []
+
+
+def test_two_sweeps_do_not_write_one_result(tmp_path: Path) -> None:
+    path = tmp_path / "a.points.jsonl"
+    with claimed(path):
+        with pytest.raises(ClockError, match="is being written by a sweep that runs"), claimed(path):
+            pass
+        assert path.exists()
+    assert not path.exists()  # nothing was measured
+    with claimed(path):
+        path.write_text("head\npoint\n")
+    assert path.exists()
+    with pytest.raises(ClockError, match="cannot be written"), claimed(tmp_path / "nowhere" / "b"):
+        pass
 
 
 @pytest.mark.parametrize("content", ["", "\n", "{}\n", "\xff\n", '{"device": {"kind": "x"}}\n{"order": 1}\n'])
