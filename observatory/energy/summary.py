@@ -77,10 +77,15 @@ def energy_summary(run: Run, *, seed: int = 0) -> EnergySummary:
         seed: of the bootstraps.
 
     Raises:
-        EnergyError: the run holds no power samples.
+        EnergyError: the run holds no power samples, or none that can be read.
     """
     power = run.power()
     if power.empty:
+        damaged = [problem for problem in run.problems if problem.startswith("power/")]
+        if damaged:
+            raise EnergyError(
+                f"run {run.path} has no power samples that can be read: {'; '.join(damaged[:3])}"
+            )
         raise EnergyError(
             f"run {run.path} holds no power samples; capture it where a device can be read "
             "(`observatory doctor` lists them)"

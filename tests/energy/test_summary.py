@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +344,16 @@ def test_names_of_a_run_are_escaped_and_damage_is_stated(
     assert "\x1b[31m" not in captured.out + captured.err
     assert "[red]" in captured.out
     assert "truncated or corrupt" in captured.err
+
+
+def test_samples_that_cannot_be_read_are_not_called_missing(
+    served_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "run"
+    shutil.copytree(served_run, damaged)
+    part = next((damaged / "power").rglob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:-40])
+    assert main(["energy", str(damaged)]) == 1
+    said = capsys.readouterr().err
+    assert "no power samples that can be read" in said
+    assert "truncated or corrupt" in said
