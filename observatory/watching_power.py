@@ -34,7 +34,7 @@ class WatchedPower:
         active: devices of the node are sampled, by this rank or by its first one.
         own_devices: UUIDs of the devices that this rank computes on, as far as torch or the caller tells.
         sampler: runs; None when this rank samples nothing.
-        reason: why nothing is sampled though it was asked for; None otherwise.
+        reason: why nothing is sampled though it was asked for, or not every GPU; None otherwise.
     """
 
     active: bool = False
@@ -76,7 +76,7 @@ class WatchedPower:
         if wanted is False or (wanted is None and not own):
             return cls(own_devices=own)
         try:
-            selectors = _selectors(wanted, where)
+            selectors, reason = _selectors(wanted, where)
             if not selectors:
                 return cls(active=True, own_devices=own)
             sampler = PowerSampler(
@@ -93,7 +93,7 @@ class WatchedPower:
             if wanted is None or wanted is True:
                 return cls(own_devices=own, reason=str(error))
             raise CaptureError(f"power cannot be sampled: {error}") from error
-        return cls(active=True, own_devices=own, sampler=sampler)
+        return cls(active=True, own_devices=own, sampler=sampler, reason=reason)
 
     def shifts(self, model: nn.Module, steps: bool | int) -> PhaseShifts:
         """Pauses between steps for the sensors of the devices that this rank samples.
@@ -126,7 +126,11 @@ class WatchedPower:
     def stop(self) -> RankPower:
         """End sampling; what was sampled, and why not."""
         if self.sampler is not None:
-            return self.sampler.stop()
+            power = self.sampler.stop()
+            if self.reason is None:
+                return power
+            note = f"not every GPU was sampled: {self.reason}"
+            return power.model_copy(update={"notes": (note, *power.notes)})
         notes = () if self.reason is None else (f"power was not sampled: {self.reason}",)
         return RankPower(own_devices=self.own_devices, notes=notes)
 
@@ -136,8 +140,8 @@ class WatchedPower:
             self.sampler.abandon()
 
 
-def _selectors(wanted: bool | Sequence[str] | None, where: RankOf) -> tuple[str, ...]:
-    """Devices that this rank samples; empty when it leaves them to another rank.
+def _selectors(wanted: bool | Sequence[str] | None, where: RankOf) -> tuple[tuple[str, ...], str | None]:
+    """Devices that this rank samples, none when it leaves them to another rank; and why not every GPU.
 
     Raises:
         DeviceError: there are none to sample.
@@ -146,22 +150,22 @@ def _selectors(wanted: bool | Sequence[str] | None, where: RankOf) -> tuple[str,
     if isinstance(wanted, str):
         wanted = (wanted,)
     if wanted is not None and not isinstance(wanted, bool):
-        return tuple(wanted) if first else ()
+        return (tuple(wanted) if first else ()), None
     local = local_devices()
     if local.selectors:
         shared = where.local_world is None or len(local.selectors) >= where.local_world
-        return () if shared and not first else local.selectors
+        return ((), None) if shared and not first else (local.selectors, local.reason)
     if wanted is None:
         raise DeviceError(str(local.reason))
     if not first:
-        return ()
+        return (), None
     processors = []
     for device in find_devices():
         processors.append(device.uuid)
         device.close()
     if not processors:
         raise DeviceError(f"no device tells its power here ({local.reason}); `observatory doctor` says why")
-    return tuple(processors)
+    return tuple(processors), None
 
 
 def _synchronise(model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from reports.exchanges import ExchangeFrames
 from reports.power import PowerFrames
 
 __all__ = [
+    "NOT_STATED",
     "ReportFrames",
     "RunFacts",
     "condition_order",
@@ -39,6 +40,8 @@ __all__ = [
     "phases_of",
 ]
 
+#: Condition of a run that does not say what it was fed.
+NOT_STATED = "not stated"
 _KNOWN_CONDITIONS = ("prose", "code", "foreign", "structured", "shuffled", "mock")
 
 
@@ -63,7 +66,7 @@ class RunFacts:
     @property
     def condition(self) -> str:
         """Name of the data condition."""
-        return self.manifest.data.condition if self.manifest.data else "not stated"
+        return self.manifest.data.condition if self.manifest.data else NOT_STATED
 
     @property
     def kind(self) -> str:

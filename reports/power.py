@@ -137,6 +137,9 @@ def _why_absent(run: Run) -> str:
     """Why a run has no samples, in its own words where it has some."""
     powers = _powers(run)
     notes = list(dict.fromkeys(note for power in powers for note in power.notes))
+    damaged = [problem for problem in run.problems if problem.startswith("power/")]
+    if damaged:
+        return f"its power samples cannot be read: {'; '.join(damaged[:3])}"
     if notes:
         return f"it holds no power samples: {'; '.join(notes)[:600]}"
     if any(power.sampled for power in powers):

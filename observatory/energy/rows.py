@@ -62,6 +62,7 @@ class Device:
     calibrated_idle_mw: float | None
     rank: int | None
     rank_reason: str | None
+    disorder: str | None = None
 
 
 #: Columns that are words or whole numbers; all others are numbers, NaN where they are missing.
@@ -102,7 +103,7 @@ def device_row(
         "counter_ms": sensor.counter_ms, "sensor_source": sensor.source, "reason": reason,
     }  # fmt: skip
     if energy is None:
-        return row | {"duration_s": 0.0, "reason": "it has one sample only"}
+        return row | {"duration_s": 0.0, "reason": device.disorder or "it has one sample only"}
     reasons = [text for text in (reason, energy.reason) if text]
     return row | {
         "duration_s": energy.duration_s, "energy_mj": energy.energy_mj, "error": energy.relative_error,

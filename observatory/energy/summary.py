@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from pydantic import JsonValue
 
@@ -35,12 +36,15 @@ from observatory.energy.rows import (
     total_frame,
 )
 from observatory.energy.sensors import sensor_of
-from observatory.energy.traces import traces_of
+from observatory.energy.traces import PowerTrace, traces_of
 from observatory.energy.windows import energy_of_window
 from observatory.errors import EnergyError
 from observatory.store import Run
 
 __all__ = ["EnergySummary", "energy_summary"]
+
+#: A counter may be reset so often in a run.
+_MOST_RESETS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -77,10 +81,15 @@ def energy_summary(run: Run, *, seed: int = 0) -> EnergySummary:
         seed: of the bootstraps.
 
     Raises:
-        EnergyError: the run holds no power samples.
+        EnergyError: the run holds no power samples, or none that can be read.
     """
     power = run.power()
     if power.empty:
+        damaged = [problem for problem in run.problems if problem.startswith("power/")]
+        if damaged:
+            raise EnergyError(
+                f"run {run.path} has no power samples that can be read: {'; '.join(damaged[:3])}"
+            )
         raise EnergyError(
             f"run {run.path} holds no power samples; capture it where a device can be read "
             "(`observatory doctor` lists them)"
@@ -160,7 +169,11 @@ def _devices(run: Run, power: pd.DataFrame, problems: list[str]) -> list[Device]
             problems.append(f"device {uuid}: {trace.repeated} samples have the time of another; left out")
         if trace.impossible:
             problems.append(f"device {uuid}: {trace.impossible} readings are impossible; left out")
-        if isinstance(place, str):
+        disorder = _disorder(trace)
+        if disorder is not None:
+            problems.append(f"device {uuid}: {disorder}; no energy of it is given")
+            place = disorder
+        elif isinstance(place, str):
             problems.append(f"device {uuid}: {place}; its energy is given for the whole run only")
         found.append(
             Device(
@@ -172,9 +185,23 @@ def _devices(run: Run, power: pd.DataFrame, problems: list[str]) -> list[Device]
                 calibrated_idle_mw=float(idle) if isinstance(idle, int | float) and 0 < idle < 1e9 else None,
                 rank=None if isinstance(place, str) else place,
                 rank_reason=place if isinstance(place, str) else None,
+                disorder=disorder,
             )
         )  # fmt: skip
     return found
+
+
+def _disorder(trace: PowerTrace) -> str | None:
+    """Why the samples are in no order that can be believed; None when they are.
+
+    A counter goes back when it is reset. One that goes back and forth was read at other times than its
+    samples say, or is two counters.
+    """
+    known = trace.energy_mj_N[~np.isnan(trace.energy_mj_N)]
+    back = int((np.diff(known) < 0).sum())
+    if back <= max(_MOST_RESETS, 0.005 * len(known)):
+        return None
+    return f"its counter goes back {back} times: the samples' clock jumped, or two devices have one name"
 
 
 def _add_device(
@@ -213,5 +240,7 @@ def _add_device(
                     inside_only=True, clock_error_ns=clocks.error_ns, seed=seed,
                 )  # fmt: skip
                 rows.phases += phase_rows(device, inner, phase, idle)
-    energy = energy_of_window(device.trace, start, end, sensor=device.sensor) if end > start else None
+    energy = None
+    if end > start and device.disorder is None:
+        energy = energy_of_window(device.trace, start, end, sensor=device.sensor)
     rows.devices.append(device_row(device, energy, idle, attributed_mj, reason))

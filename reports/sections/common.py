@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from reports.benchmarks import BenchmarkFrames
-from reports.frames import ReportFrames, phases_of
+from reports.frames import NOT_STATED, ReportFrames, phases_of
 from reports.text import count, number, shorten
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "phases_in",
     "replay_name",
     "run_choice",
+    "run_text",
     "spread",
     "window_text",
 ]
@@ -74,3 +75,9 @@ def replay_name(frames: ReportFrames, found: BenchmarkFrames, replay: int) -> st
         f"{shorten(label)} on {shorten(condition, 24)} over {given.document.ranks} ranks, "
         f"{shorten(given.document.backend, 16)} ({shorten(given.name, 32)})"
     )
+
+
+def run_text(frames: ReportFrames, run: int) -> str:
+    """A run by its model and what it was fed; telemetry alone was fed nothing."""
+    label, condition = frames.runs.loc[run, ["label", "condition"]]
+    return shorten(label) if condition == NOT_STATED else f"{shorten(label)} on {shorten(condition, 24)}"

@@ -11,6 +11,7 @@ from reports.figures.energy import device_energy, token_energy
 from reports.frames import ReportFrames, each_row, phases_of
 from reports.page import Block, Cell, Column, FigureBlock, Section, Table, Variant, table
 from reports.power import PowerFrames
+from reports.sections.common import run_text
 from reports.text import count, interval, listing, number, percent, plain, shorten
 
 __all__ = ["TOLERATED_ALIASING", "energy_section", "energy_text"]
@@ -91,11 +92,6 @@ def energy_text(millijoules: float | None) -> str:
     return f"{scaled:.{digits}f} {unit}".replace("-", "−")
 
 
-def _where(frames: ReportFrames, run: int) -> str:
-    label, condition = frames.runs.loc[run, ["label", "condition"]]
-    return f"{shorten(label)} on {shorten(condition, 24)}"
-
-
 def _text(value: Any) -> str:
     return "" if value is None or pd.isna(value) else plain(value)
 
@@ -108,7 +104,7 @@ def _token_variant(frames: ReportFrames, found: PowerFrames, run: int) -> Varian
     ordered = pd.concat([known[known["phase"] == phase] for phase in phases_of(known)])
     most = known.groupby("source_rank")["mj_per_token"].max().sort_values(ascending=False)
     shown = ordered[ordered["source_rank"].isin(most.head(_MOST_BARS).index)]
-    where = _where(frames, run)
+    where = run_text(frames, run)
     sentences = [
         f"{row.phase}, rank {row.source_rank}: {number(row.mj_per_token, 2)} mJ per {row.kind} token "
         f"({interval(row.mj_per_token_low, row.mj_per_token_high, 2)}), {count(row.tokens)} tokens from "
@@ -159,7 +155,7 @@ def _device_variant(frames: ReportFrames, found: PowerFrames, run: int) -> Varia
     known = devices[devices["energy_mj"].notna()].sort_values("energy_mj", ascending=False).head(_MOST_BARS)
     if known.empty:
         return None
-    where = _where(frames, run)
+    where = run_text(frames, run)
     parts = _parts(known, found.phases[(found.phases["run"] == run) & found.phases["span"].isna()])
     whole = float(known["energy_mj"].sum())
     shares = parts.groupby("part", sort=False)["mj"].sum() / whole
@@ -252,7 +248,7 @@ def _phase_table(frames: ReportFrames, found: PowerFrames) -> Table:
             [
                 Cell(
                     text=what,
-                    detail=f"{_where(frames, row.run)}, {whose}" if several else whose,
+                    detail=f"{run_text(frames, row.run)}, {whose}" if several else whose,
                     heading=True,
                 ),
                 number(row.seconds, 2),
@@ -315,13 +311,13 @@ def _why_no_tokens(frames: ReportFrames, found: PowerFrames, shown: list[Variant
     labels = {variant.label for variant in shown}
     told = []
     for run in found.runs:
-        if _where(frames, run) in labels:
+        if run_text(frames, run) in labels:
             continue
         own = found.tokens[found.tokens["run"] == run]
         of_devices = found.devices.loc[found.devices["run"] == run, "reason"]
         reasons = [*map(_text, own["reason"].dropna()), *map(_text, of_devices.dropna())]
         why = "; ".join(dict.fromkeys(reasons)) or "no phases of it are known"
-        told.append(f"{_where(frames, run)} has no energy per token: {shorten(why, 600)}.")
+        told.append(f"{run_text(frames, run)} has no energy per token: {shorten(why, 600)}.")
     return told
 
 
@@ -337,7 +333,7 @@ def _aliasing_sentences(frames: ReportFrames, found: PowerFrames) -> list[str]:
     """Warnings of what the sensor could not see."""
     rows = _aliased(found)
     sentences = [
-        f"Warning: in {_where(frames, row.run)}, steps of {plain(row.phase)} take "
+        f"Warning: in {run_text(frames, row.run)}, steps of {plain(row.phase)} take "
         f"{number(row.step_period_ms, 1)} ms and move in time with the power sensor (renewed every "
         f"{number(row.update_ms, 0)} ms): its integrated power may be off by up to "
         f"{percent(row.error, 0)}; {_cure(row)}. Energy by the counter is not concerned."
@@ -361,7 +357,7 @@ def _aliasing_table(frames: ReportFrames, rows: pd.DataFrame) -> Table:
          Column(title="Cure", numeric=False)],
         [
             [
-                Cell(text=plain(row.phase), detail=f"{_where(frames, row.run)}, rank {row.source_rank}",
+                Cell(text=plain(row.phase), detail=f"{run_text(frames, row.run)}, rank {row.source_rank}",
                      heading=True),
                 number(row.step_period_ms, 1),
                 number(row.update_ms, 0),

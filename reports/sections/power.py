@@ -12,6 +12,7 @@ from reports.figures.power import power_timeline
 from reports.frames import ReportFrames, each_group, each_row
 from reports.page import FigureBlock, Section, Table, Variant, table
 from reports.power import BINS, PowerFrames
+from reports.sections.common import run_text
 from reports.text import count, listing, number, percent, plain, shorten
 
 __all__ = ["device_name", "no_power", "power_section"]
@@ -98,9 +99,9 @@ def _variant(
     frames: ReportFrames, found: PowerFrames, run: int, sampler: int, uuid: str, traces: pd.DataFrame
 ) -> Variant | str:
     """Figure of one device, or a sentence when it told nothing."""
-    label, condition = frames.runs.loc[run, ["label", "condition"]]
+    label = frames.runs.loc[run, "label"]
     name = device_name(uuid, _text(traces["device"].iloc[0]))
-    where = f"{shorten(label)} on {shorten(condition, 24)}, {name}"
+    where = f"{run_text(frames, run)}, {name}"
     samples, bands, reasons = (
         _of_device(frame, run, sampler, uuid) for frame in (found.samples, found.bands, found.reasons)
     )

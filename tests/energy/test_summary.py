@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +344,31 @@ def test_names_of_a_run_are_escaped_and_damage_is_stated(
     assert "\x1b[31m" not in captured.out + captured.err
     assert "[red]" in captured.out
     assert "truncated or corrupt" in captured.err
+
+
+def test_samples_that_cannot_be_read_are_not_called_missing(
+    served_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "run"
+    shutil.copytree(served_run, damaged)
+    part = next((damaged / "power").rglob("*.parquet"))
+    part.write_bytes(part.read_bytes()[:-40])
+    assert main(["energy", str(damaged)]) == 1
+    said = capsys.readouterr().err
+    assert "no power samples that can be read" in said
+    assert "truncated or corrupt" in said
+
+
+def test_a_clock_that_jumped_back_gives_no_energy_and_a_reset_counter_is_no_jump(tmp_path: Path) -> None:
+    load = served()
+    rows = SimulatedSensor().sample(load, poll_ms=53.0)
+    jumped = rows.assign(time_ns=rows["time_ns"].where(rows.index < 200, rows["time_ns"] - 3_000_000_000))
+    run = write_energy_run(tmp_path / "jump", power=jumped, spans=[numbered(load)], devices=(DEVICE,))
+    summary = energy_summary(open_run(run))
+    assert summary.devices["energy_mj"].isna().all()
+    assert "the samples' clock jumped" in summary.devices["reason"][0]
+    assert summary.phases.empty
+    assert any("no energy of it is given" in problem for problem in summary.problems)
+    reset = rows.assign(energy_mj=rows["energy_mj"] - 6_000_000 * (rows.index >= 200))
+    run = write_energy_run(tmp_path / "reset", power=reset, spans=[numbered(load)], devices=(DEVICE,))
+    assert energy_summary(open_run(run)).devices["energy_mj"].notna().all()

@@ -116,3 +116,22 @@ def test_a_name_that_is_not_the_device_which_torch_tells_is_refused(tmp_path: Pa
     told = play(another_device, tmp_path)
     assert f"names {UUIDS[0]}, but the model of this rank is on {UUIDS[1]}" in told["error"]
     assert told["state"] == "failed"
+
+
+def a_partitioned_neighbour(driver: FakeDriver) -> dict[str, Any]:
+    driver.devices(2)
+    driver.set(0, mig=1)
+    out = Path(os.environ["FAKE_NVML_STATE"]).with_name("run")
+    done = subprocess.run(profile(out, "--steps", "2"), check=False, capture_output=True, timeout=120)
+    return {"code": done.returncode, "run": str(out)}
+
+
+@needs_driver
+def test_gpus_that_are_left_out_are_named_in_the_run(tmp_path: Path) -> None:
+    told = play(a_partitioned_neighbour, tmp_path)
+    assert told["code"] == 0
+    run = open_run(told["run"])
+    power = run.manifest.ranks[0].power
+    assert power is not None
+    assert [device.uuid for device in power.sampled] == [UUIDS[1]]
+    assert f"not every GPU was sampled: {UUIDS[0]} is partitioned (MIG)" in power.notes[0]
