@@ -80,7 +80,6 @@ class SiteCounter:
         ids, chosen = decision.expert_ids, decision.routing_map
         with device.lock:
             self.ever_called = True
-            self.calls[slot] += 1
             if ids is not None:
                 self._add_ids(decision, ids, part, device)
             elif chosen is not None:
@@ -88,6 +87,8 @@ class SiteCounter:
             if part.sample is not None and decision.tokens and (not self._sampled[slot] or _in_capture(part)):
                 self._sampled[slot] = True
                 self._take_sample(decision, decision.tokens, part.sample)
+            # Last, so that an interrupt (Ctrl-C) in between leaves no call without its counts.
+            self.calls[slot] += 1
         if self.on_call is not None:
             self.on_call(slot)
 

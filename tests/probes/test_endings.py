@@ -24,6 +24,7 @@ from torch import nn
 import observatory
 from observatory.errors import CaptureError, ModelError, RunError
 from observatory.store import RunWriter
+from probes.routing import counting
 from probes.routing.counters import DeviceCounters, HostCopy
 from probes.routing.probe import RoutingProbe
 from tests.probes.tiny import ToldModel, assert_untouched, ids, loads, told_adapter
@@ -54,6 +55,32 @@ def test_ctrl_c_keeps_what_was_captured(tmp_path: Path) -> None:
         time.sleep(5)
     assert observatory.open_run(tmp_path / "r").manifest.state == "failed"
     assert loads(tmp_path / "r", experts=2) == {(0, "unknown", 0): [0, 1]}
+
+
+def test_ctrl_c_inside_our_hook_leaves_no_layer_that_was_called_without_a_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, watched = ToldModel(layers=2), 0
+    count = counting.count_bins
+
+    def interrupted_in_the_second_step(*arguments: Any) -> None:
+        nonlocal watched
+        watched += 1
+        if watched == 4:
+            raise KeyboardInterrupt
+        count(*arguments)
+
+    monkeypatch.setattr(counting, "count_bins", interrupted_in_the_second_step)
+    watch = observatory.watch(model, tmp_path / "run", adapters=[told_adapter(3)])
+    with pytest.raises(KeyboardInterrupt), watch:
+        for _ in range(3):
+            model([ids([0], [1]), ids([2], [2])])
+            watch.step()
+    assert loads(tmp_path / "run", experts=3) == {
+        (0, "unknown", 0): [1, 1, 0],
+        (0, "unknown", 1): [0, 0, 2],
+        (1, "unknown", 0): [1, 1, 0],
+    }
 
 
 def test_a_killed_process_loses_only_what_was_not_flushed(tmp_path: Path) -> None:
