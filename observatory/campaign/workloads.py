@@ -127,7 +127,8 @@ def model_workload(
     """Load a model and run one of its phases on real text.
 
     Prefill: the whole context at once. Decode: one further token per sequence on a context that is computed
-    before; the cache is cut back to it at every iteration, so that all iterations do the same work.
+    before; the cache is cut back to it at every iteration, so that all iterations do the same work. A
+    recurrent state, of one size at any context, runs on.
 
     Raises:
         ModelError: the model cannot be loaded, or its cache cannot be cut back.
@@ -169,20 +170,31 @@ def _decode(network: Any, ids: torch.Tensor) -> Any:
 
     def iterate() -> None:
         network(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-        cut_back(cache, 1, network)
+        cut_back(cache, 1, network, recurrent=False)
 
     iterate()  # a cache that cannot be cut back says so here rather than in the middle of a sweep
     return iterate
 
 
-def cut_back(cache: Any, tokens: int, network: Any) -> None:
+def cut_back(cache: Any, tokens: int, network: Any, *, recurrent: bool = True) -> None:
     """Take the last tokens off a cache.
+
+    Args:
+        cache: what the model returned.
+        tokens: how many.
+        network: the model, for the message.
+        recurrent: layers that hold a recurrent state only, too; they cannot, and without it they run on.
 
     Raises:
         ModelError: this kind of cache does not let go of tokens.
     """
     try:
-        cache.crop(-tokens)
+        if recurrent:
+            cache.crop(-tokens)
+        else:
+            for layer in cache.layers:
+                if not hasattr(layer, "recurrent_states") or hasattr(layer, "keys"):
+                    layer.crop(-tokens)
     except (AttributeError, RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(

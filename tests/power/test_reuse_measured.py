@@ -21,12 +21,13 @@ from observatory.campaign.reuse import (
     parse_fractions,
     run_reuse,
 )
-from observatory.campaign.workloads import Window, WorkloadFacts, model_workload
+from observatory.campaign.workloads import Window, WorkloadFacts, _decode
 from observatory.cli import main
 from observatory.energy import fit_reuse
 from observatory.errors import DeviceError, EnergyError, ModelError
 from observatory.records_reuse import load_reuse
 from observatory.watching_power import gpu_uuid
+from observatory.zoo.models import load_model
 from tests.power.driver import FakeDriver
 from tests.power.recordings import UUID as RECORDED
 from tests.power.recordings import write_recording
@@ -152,14 +153,20 @@ def test_a_model_whose_state_cannot_be_cut_back_is_refused() -> None:
         pass
 
 
-@pytest.mark.parametrize("model", ["tiny-gqa", "tiny-mla", "tiny-mha"])
-def test_a_decode_step_of_a_clock_sweep_can_be_repeated(model: str) -> None:
-    with model_workload(
-        model, phase="decode", batch_size=2, context_tokens=16, device="cpu", dtype=None
-    ) as workload:
-        window = workload.measure(settle_s=0.0, window_s=0.05)
-    assert window.iterations >= 1
-    assert window.end_ns > window.start_ns
+@pytest.mark.parametrize("model", ["tiny-gqa", "tiny-mla", "tiny-mha", "tiny-mamba2", "tiny-gdn"])
+def test_every_decode_step_of_a_clock_sweep_has_the_same_context(model: str) -> None:
+    lengths: list[int] = []
+
+    def note(_module: object, _args: object, options: dict[str, Any]) -> None:
+        lengths.append(options["past_key_values"].get_seq_length())
+
+    network = load_model(model, device="cpu").model.eval()
+    with torch.inference_mode():
+        iterate = _decode(network, torch.arange(34).view(2, 17))
+        network.register_forward_pre_hook(note, with_kwargs=True)
+        for _ in range(3):
+            iterate()
+    assert lengths == [16, 16, 16]
 
 
 @pytest.mark.parametrize("text", ["", "0", "0,2", "-1,1", "0,nan", "0;1", "1,1", "0,1e-3", "x" * 1000])
