@@ -87,7 +87,7 @@ def _row(series: SeriesFit) -> list[object]:
 
 def _error(form: str, series: SeriesFit) -> str | None:
     scores = (*series.time.scores, *(series.power.scores if series.power else ()))
-    return next((f"{score.rms_error:.2%}" for score in scores if score.form == form), None)
+    return next((f"{100 * score.rms_error:.2f} %" for score in scores if score.form == form), None)
 
 
 def _clock(estimate: ClockEstimate) -> str | None:

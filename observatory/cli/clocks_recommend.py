@@ -96,8 +96,8 @@ def _print_advice(advice: ClockAdvice, commands: dict[str, list[str]]) -> None:
             ]
             for item in advice.series
         ],
-        title=f"{advice.device.name or 'device'}: least energy for at most {advice.max_slowdown:.1%} more "
-        "time, 90 % intervals",
+        title=f"{advice.device.name or 'device'}: least energy for at most {100 * advice.max_slowdown:.1f} % "
+        "more time, 90 % intervals",
     )  # fmt: skip
     for item in advice.series:
         print_lines(["", item.text])
@@ -134,9 +134,9 @@ def _print_telemetry(seen: TelemetryAdvice) -> None:
                 item.phase or "all",
                 item.samples,
                 None if item.power_median_mw is None else f"{item.power_median_mw / 1e3:.0f}",
-                None if item.power_over_limit is None else f"{item.power_over_limit:.0%}",
-                None if item.power_cap_share is None else f"{item.power_cap_share:.0%}",
-                None if item.idle_share is None else f"{item.idle_share:.0%}",
+                None if item.power_over_limit is None else f"{100 * item.power_over_limit:.0f} %",
+                None if item.power_cap_share is None else f"{100 * item.power_cap_share:.0f} %",
+                None if item.idle_share is None else f"{100 * item.idle_share:.0f} %",
                 None if item.sm_clock_mhz is None else f"{item.sm_clock_mhz:.0f}",
             ]
             for item in seen.devices

@@ -96,7 +96,7 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
     clock = f"the {fit.reference.words}" if unlocked else f"its {reference:.0f} MHz"
     shape = (
         f"the time stays within 2 % of the reference's down to {free_mhz:.0f} MHz, "
-        f"{free_mhz / reference:.0%} of {clock}"
+        f"{100 * free_mhz / reference:.0f} % of {clock}"
     )
     if curve is None:
         shape += "; no lower clock was measured, so that flat and knee cannot be told apart"
@@ -107,7 +107,7 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
             curve=curve,
             agreement=agreement,
             free_mhz=free_mhz,
-            text=f"the power limit holds the unlocked clock for {capped:.0%} of the time; {shape}",
+            text=f"the power limit holds the unlocked clock for {100 * capped:.0f} % of the time; {shape}",
             fix_first="the power limit sets the speed here: where it can be raised, raise it and sweep "
             "again; where it cannot, a lock just below the clock it allows takes away its hunting, not "
             "its cost",
@@ -156,7 +156,7 @@ def _host_evidence(fit: SeriesFit, value_1T: Float64, sample_BT: Float64) -> str
     share_B = sample_BT[:, 0] / iteration_s(sample_BT, fit.high_mhz, reference)[:, 0]
     if float(np.quantile(share_B, 0.05)) < _HOST_SHARE:
         return ""
-    return f"{share:.0%} of an iteration overlaps with no work of the device"
+    return f"{100 * share:.0f} % of an iteration overlaps with no work of the device"
 
 
 def _low_power_hint(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | None) -> str:

@@ -52,8 +52,8 @@ def _capped_reference(reference: Reference, default_limit_mw: float | None) -> C
     limit = "" if default_limit_mw is None else f" of {default_limit_mw / 1e3:.0f} W"
     return Confound(
         kind="unlocked is capped",
-        text=f"without any lock the power limit{limit} holds the clock down for {share:.0%} of the time, "
-        f"to {reference.sm_clock_mhz:.0f} MHz: slowdown and saving are relative to that, not to the "
+        text=f"without any lock the power limit{limit} holds the clock down for {100 * share:.0f} % of the "
+        f"time, to {reference.sm_clock_mhz:.0f} MHz: slowdown and saving are relative to that, not to the "
         "highest clock",
         numbers={"power_cap_share": share, "sm_clock_mhz": reference.sm_clock_mhz},
     )
@@ -116,19 +116,24 @@ def _caps(settings: Sequence[Setting], reference: Reference, time_scatter: float
         "throughput_spread": spread,
         "time_scatter": time_scatter,
     }
-    noise = "" if time_scatter is None else f", where repeats of one setting scatter by {time_scatter:.1%}"
+    noise = (
+        ""
+        if time_scatter is None
+        else f", where repeats of one setting scatter by {100 * time_scatter:.1f} %"
+    )
     loose = [limit for limit in limits if not told[limit][1]]
     if len(loose) == len(limits):
         draws = "its power is not known"
         if ratio is not None:
             low, high = min(power for power, _ in drawn), max(power for power, _ in drawn)
-            draws = f"it draws {low / 1e3:.0f} to {high / 1e3:.0f} W, at most {ratio:.0%} of a cap"
+            draws = f"it draws {low / 1e3:.0f} to {high / 1e3:.0f} W, at most {100 * ratio:.0f} % of a cap"
         return [
             Confound(
                 kind="cap never binds",
                 text=f"none of the {len(limits)} power caps from {min(limits) / 1e3:.0f} to "
                 f"{max(limits) / 1e3:.0f} W ever holds the clock ({draws}) and throughput differs by "
-                f"{spread:.1%} between caps{noise}: these caps do nothing, whatever they seem to save",
+                f"{100 * spread:.1f} % between caps{noise}: these caps do nothing, whatever they seem to "
+                "save",
                 numbers=numbers,
             )
         ]

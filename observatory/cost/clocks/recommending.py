@@ -200,7 +200,7 @@ def _advise(view: SeriesView, index: int, model: ClockModel, max_slowdown: float
                 **common,
                 "verdict": "no energy",
                 "text": f"{fit.title}: {fit.no_power}, so that no saving can be stated; down to "
-                f"{lowest:.0f} MHz the time stays within the budget of {max_slowdown:.1%}",
+                f"{lowest:.0f} MHz the time stays within the budget of {100 * max_slowdown:.1f} %",
             }
         )
     time_BF, energy_BF = view.ratios(clock_F)
@@ -262,7 +262,7 @@ def _sentence(
         if choice.sm_clock_mhz >= reference:
             return (
                 f"{title}: leave the clock unlocked: against the {words} no lower clock surely keeps the "
-                f"budget of {max_slowdown:.1%} and saves energy"
+                f"budget of {100 * max_slowdown:.1f} % and saves energy"
             )
         return (
             f"{title}: leave the clock unlocked: against the {words}, what {choice.sm_clock_mhz:.0f} MHz "
@@ -314,8 +314,8 @@ def _common(views: Sequence[SeriesView], advice: Sequence[SeriesAdvice], max_slo
         )
     if none:
         return CommonClock(
-            text=f"no single clock keeps a budget of {max_slowdown:.1%} for all {len(views)} series and "
-            f"surely saves energy: leave a device that runs them all unlocked{apart}; {_NO_TOGGLING}"
+            text=f"no single clock keeps a budget of {100 * max_slowdown:.1f} % for all {len(views)} series "
+            f"and surely saves energy: leave a device that runs them all unlocked{apart}; {_NO_TOGGLING}"
         )
     return CommonClock(
         sm_clock_mhz=best,
