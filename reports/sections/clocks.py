@@ -225,7 +225,7 @@ def _advice_table(found: ClockFrames) -> Table:
         [
             "Series", Column(title="Class", numeric=False), "Reference, MHz", "Lock to, MHz", "Saves",
             "Longer by",
-            "mJ per token", Column(title="Least E t, E t²", detail="MHz"), Column(title="Locks and caps",
+            "mJ per token", Column(title="Least EDP, ED²P", detail="MHz"), Column(title="Locks and caps",
             numeric=False),
         ],
         rows,
