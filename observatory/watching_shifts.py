@@ -69,7 +69,9 @@ class PhaseShifts:
         self._synchronise, self._now_ns, self._sleep = synchronise, now_ns, sleep
         self._steps = steps
         self._gaps_ns: deque[int] = deque(maxlen=_REMEMBERED)
-        self._last_ns = self._since_ns = now_ns()
+        #: End of the last step; None before the first of a rhythm, whose begin is not known.
+        self._last_ns: int | None = None
+        self._since_ns = now_ns()
         self._done = 0
         self._wanted: tuple[float, ...] | None = None
         self._parts = 1
@@ -83,11 +85,12 @@ class PhaseShifts:
         if not self._sensors:
             return False
         now_ns = self._now_ns()
-        self._gaps_ns.append(now_ns - self._last_ns)
+        if self._last_ns is not None:
+            self._gaps_ns.append(now_ns - self._last_ns)
         self._last_ns = now_ns
         self._done += 1
         if self._steps is not None and self._done >= self._steps:
-            self._done, self._wanted, self._since_ns = 0, None, now_ns
+            self._done, self._wanted, self._since_ns, self._last_ns = 0, None, now_ns, None
             self._gaps_ns.clear()
             return False
         if self._wanted is None:

@@ -111,8 +111,11 @@ def rhythm_of(step_starts_ns: npt.NDArray[np.int64]) -> StepRhythm | None:
     off = np.abs(gaps_ms - middle)
     if np.median(off) > 0.2 * middle:
         return None
-    # A step that is late shortens the next: over many the mean knows the period better than the median does.
-    period = float(gaps_ms[off <= 0.2 * middle].mean())
+    # A step that is late shortens the next: means over a third of the steps know the period better than
+    # single gaps do, and their median is not misled by one late step.
+    starts_ms = np.concatenate([[0.0], np.cumsum(gaps_ms[off <= 0.2 * middle])])
+    lag = max(1, len(starts_ms) // 3)
+    period = float(np.median(starts_ms[lag:] - starts_ms[:-lag])) / lag
     return StepRhythm(period_ms=period, jitter_ms=1.4826 * float(np.median(off)), steps=len(gaps_ms) + 1)
 
 
