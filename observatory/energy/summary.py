@@ -153,8 +153,26 @@ def _missing(run: Run, devices: list[Device], rows: _Rows, ranks: list[int]) -> 
     return result
 
 
+def _each_once(
+    traces: dict[tuple[int, str], PowerTrace], problems: list[str]
+) -> dict[tuple[int, str], PowerTrace]:
+    """One trace of each device, the longest: ranks that share a GPU may each have sampled it."""
+    longest: dict[str, int] = {}
+    for (sampler, uuid), trace in traces.items():
+        best = longest.get(uuid)
+        if best is None or np.ptp(trace.time_ns_N) > np.ptp(traces[best, uuid].time_ns_N):
+            longest[uuid] = sampler
+    for uuid, sampler in longest.items():
+        others = sum(name == uuid for _, name in traces) - 1
+        if others:
+            problems.append(
+                f"device {uuid}: {others + 1} ranks sampled it; its energy counts once, by rank {sampler}"
+            )
+    return {key: trace for key, trace in traces.items() if longest[key[1]] == key[0]}
+
+
 def _devices(run: Run, power: pd.DataFrame, problems: list[str]) -> list[Device]:
-    traces = traces_of(power)
+    traces = _each_once(traces_of(power), problems)
     specs = device_specs(run.manifest)
     calibration = power_config(run.manifest).get("calibration")
     places = device_ranks(run.manifest, list(traces))

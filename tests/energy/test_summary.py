@@ -372,3 +372,17 @@ def test_a_clock_that_jumped_back_gives_no_energy_and_a_reset_counter_is_no_jump
     reset = rows.assign(energy_mj=rows["energy_mj"] - 6_000_000 * (rows.index >= 200))
     run = write_energy_run(tmp_path / "reset", power=reset, spans=[numbered(load)], devices=(DEVICE,))
     assert energy_summary(open_run(run)).devices["energy_mj"].notna().all()
+
+
+def test_a_gpu_that_several_ranks_sampled_counts_once(tmp_path: Path) -> None:
+    load = served()
+    power = SimulatedSensor().sample(load, poll_ms=53.0)
+    again = power.iloc[5:-5].assign(source_rank=1)
+    path = write_energy_run(
+        tmp_path / "run", power=pd.concat([power, again]), spans=[numbered(load)] * 2, devices=(DEVICE,)
+    )
+    summary = energy_summary(open_run(path))
+    (device,) = summary.devices.to_dict("records")
+    assert device["sampled_by"] == 0
+    assert device["samples"] == len(power)
+    assert any("2 ranks sampled it" in problem for problem in summary.problems)
