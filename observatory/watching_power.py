@@ -2,11 +2,15 @@
 
 A node has one sampling process, that of its first rank, where all its ranks see the same devices. Where each
 rank sees only its own (a scheduler that binds them), each samples those. The ranks need not talk about it:
-a rank that sees at least as many devices as its node has ranks leaves them to the first one.
+a rank that sees at least as many devices as its node has ranks leaves them to the first one. Where there are
+fewer, ranks may see the same one: whoever claims it first samples it.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,12 +39,14 @@ class WatchedPower:
         own_devices: UUIDs of the devices that this rank computes on, as far as torch or the caller tells.
         sampler: runs; None when this rank samples nothing.
         reason: why nothing is sampled though it was asked for, or not every GPU; None otherwise.
+        claims: keep other ranks of the node from sampling the same devices, while this one does.
     """
 
     active: bool = False
     own_devices: tuple[str, ...] = ()
     sampler: PowerSampler | None = None
     reason: str | None = None
+    claims: tuple[socket.socket, ...] = ()
 
     @classmethod
     def start(
@@ -75,8 +81,10 @@ class WatchedPower:
             wanted = True
         if wanted is False or (wanted is None and not own):
             return cls(own_devices=own)
+        claims: tuple[socket.socket, ...] = ()
         try:
             selectors, reason = _selectors(wanted, where)
+            claims, selectors = _claimed(run, selectors)
             if not selectors:
                 return cls(active=True, own_devices=own)
             sampler = PowerSampler(
@@ -90,10 +98,11 @@ class WatchedPower:
             )
             sampler.start()
         except DeviceError as error:
+            _close(claims)
             if wanted is None or wanted is True:
                 return cls(own_devices=own, reason=str(error))
             raise CaptureError(f"power cannot be sampled: {error}") from error
-        return cls(active=True, own_devices=own, sampler=sampler, reason=reason)
+        return cls(active=True, own_devices=own, sampler=sampler, reason=reason, claims=claims)
 
     def shifts(self, model: nn.Module, steps: bool | int) -> PhaseShifts:
         """Pauses between steps for the sensors of the devices that this rank samples.
@@ -127,6 +136,7 @@ class WatchedPower:
         """End sampling; what was sampled, and why not."""
         if self.sampler is not None:
             power = self.sampler.stop()
+            _close(self.claims)
             if self.reason is None:
                 return power
             note = f"not every GPU was sampled: {self.reason}"
@@ -138,6 +148,7 @@ class WatchedPower:
         """Leave the sampling to the parent: in a forked child."""
         if self.sampler is not None:
             self.sampler.abandon()
+            _close(self.claims)
 
 
 def _selectors(wanted: bool | Sequence[str] | None, where: RankOf) -> tuple[tuple[str, ...], str | None]:
@@ -166,6 +177,32 @@ def _selectors(wanted: bool | Sequence[str] | None, where: RankOf) -> tuple[tupl
     if not processors:
         raise DeviceError(f"no device tells its power here ({local.reason}); `observatory doctor` says why")
     return tuple(processors), None
+
+
+def _claimed(run: Path, selectors: tuple[str, ...]) -> tuple[tuple[socket.socket, ...], tuple[str, ...]]:
+    """Those devices that no other rank of this node samples into this run, and what claims them.
+
+    A claim is a socket with a name of Linux's abstract kind: known on one node, and gone with its process.
+    """
+    claims, ours = [], []
+    for selector in selectors:
+        name = hashlib.sha256(f"{run.resolve()}\0{selector}".encode()).hexdigest()
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0moe-observatory/{name}")
+        except OSError as error:
+            claim.close()
+            if error.errno == errno.EADDRINUSE:
+                continue
+        else:
+            claims.append(claim)
+        ours.append(selector)
+    return tuple(claims), tuple(ours)
+
+
+def _close(claims: Sequence[socket.socket]) -> None:
+    for claim in claims:
+        claim.close()
 
 
 def _synchronise(model: nn.Module) -> None:

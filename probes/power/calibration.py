@@ -24,6 +24,8 @@ _LEAST_CHANGES = 3
 _IDLE_BIT = 0x1
 #: A counter that steps every 100 ms tells the energy of a shorter time to worse than 20 %.
 _LEAST_COUNTER_S = 1.0
+#: Range over mean up to which power is steady: an idle device's noise, and no program that begins or ends.
+_STEADY = 0.2
 
 
 def calibrate(
@@ -132,7 +134,14 @@ def _counter_over_integral(
     time_s = np.array([sample.time_ns for sample in inside]) / 1e9
     if time_s[-1] - time_s[0] < _LEAST_COUNTER_S * 0.8:
         return None, f"only {time_s[-1] - time_s[0]:.2f} s lie between the counter's changes"
-    integral_mj = float(np.trapezoid([float(sample.power_mw or 0) for sample in inside], time_s))
+    power_mw = np.array([float(sample.power_mw or 0) for sample in inside])
+    if np.ptp(power_mw) > _STEADY * power_mw.mean():
+        low, high = power_mw.min() / 1e3, power_mw.max() / 1e3
+        return (
+            None,
+            f"power moved between {low:.0f} and {high:.0f} W, which the counter tells at other moments",
+        )
+    integral_mj = float(np.trapezoid(power_mw, time_s))
     counter_mj = float((inside[-1].energy_mj or 0) - (inside[0].energy_mj or 0))
     if integral_mj <= 0.0:
         return None, "the integral of power is 0"

@@ -34,7 +34,7 @@ def two_devices(driver: FakeDriver) -> dict[str, Any]:
     driver.set(0, busy=1)
     driver.set(1, busy=1, mem_j=0)
     out = Path(os.environ["FAKE_NVML_STATE"]).with_name("run")
-    options = ("--ep", "2", "--phase", "prefill", "--steps", "90", "--rank-devices", f"{UUIDS[1]},{UUIDS[0]}")
+    options = ("--ep", "2", "--phase", "prefill", "--steps", "300", "--rank-devices", f"{UUIDS[1]},{UUIDS[0]}")
     done = subprocess.run(profile(out, *options), check=False, capture_output=True, text=True, timeout=120)
     watts = [driver.get("watts", index) for index in range(2)]
     return {"code": done.returncode, "errors": done.stderr, "run": str(out), "watts": watts}
@@ -55,9 +55,29 @@ def test_two_ranks_of_a_profile_have_the_energy_of_the_devices_that_they_name(tm
     for rank, (uuid, watts) in enumerate(zip(reversed(UUIDS), reversed(told["watts"]), strict=True)):
         assert devices.loc[uuid, "source_rank"] == rank
         assert devices.loc[uuid, "power_mw"] == pytest.approx(watts * 1e3, rel=0.05)
+    assert summary.tokens["mj_per_token"].notna().all(), summary.tokens["reason"].tolist()
     assert told["watts"][1] < 0.8 * told["watts"][0]
-    assert summary.tokens["tokens"].tolist() == [90 * 2 * 32] * 2
-    assert summary.totals["tokens"].tolist() == [2 * 90 * 2 * 32]
+    assert summary.tokens["tokens"].tolist() == [300 * 2 * 32] * 2
+    assert summary.totals["tokens"].tolist() == [2 * 300 * 2 * 32]
+
+
+def one_device(driver: FakeDriver) -> dict[str, Any]:
+    driver.set(0, busy=1)
+    out = Path(os.environ["FAKE_NVML_STATE"]).with_name("run")
+    options = ("--ep", "2", "--phase", "prefill", "--steps", "20")
+    done = subprocess.run(profile(out, *options), check=False, capture_output=True, text=True, timeout=120)
+    return {"code": done.returncode, "errors": done.stderr, "run": str(out)}
+
+
+@needs_driver
+def test_a_gpu_that_several_ranks_see_is_sampled_by_one_of_them(tmp_path: Path) -> None:
+    told = play(one_device, tmp_path)
+    assert told["code"] == 0, told["errors"]
+    run = open_run(told["run"])
+    assert run.power()["source_rank"].nunique() == 1
+    samplers = [len(status.power.sampled) for status in run.manifest.ranks if status.power is not None]
+    assert sorted(samplers) == [0, 1]
+    assert len(energy_summary(run).devices) == 1
 
 
 def killed(_driver: FakeDriver) -> dict[str, Any]:

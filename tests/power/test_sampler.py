@@ -14,6 +14,8 @@ import pandas as pd
 import pytest
 
 from observatory.store import open_run
+from probes.power.calibration import calibration_of
+from probes.power.device import Sample
 from tests.conftest import MakeRun
 from tests.power.driver import FakeDriver, why_not
 
@@ -198,3 +200,20 @@ def test_calibration_finds_the_update_period_of_counter_and_sensor(run: Path, dr
     )
     _, errors = owner.communicate(timeout=60)
     assert owner.returncode == 0, errors
+
+
+def test_counter_and_power_are_not_compared_while_the_load_changes() -> None:
+    def readings(*watts: float) -> list[Sample]:
+        return [
+            Sample(
+                time_ns=index * 100_000_000, read_ns=0, device_uuid=UUID, power_mw=round(power * 1e3),
+                energy_mj=round(1e2 * sum(watts[: index + 1])), event_reasons=0,
+            )
+            for index, power in enumerate(watts)
+        ]  # fmt: skip
+
+    steady = calibration_of(readings(*[300.0, 310.0] * 10), {})
+    assert steady.counter_over_integral == pytest.approx(1.0, abs=0.01)
+    moving = calibration_of(readings(*[100.0] * 10, *[400.0] * 10), {})
+    assert moving.counter_over_integral is None
+    assert "power moved between 100 and 400 W" in (moving.counter_reason or "")

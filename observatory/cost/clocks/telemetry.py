@@ -16,6 +16,7 @@ from pydantic import Field
 from observatory.cost.clocks.confounds import BINDING_SHARE
 from observatory.energy.bands import DeviceBands, device_bands
 from observatory.energy.places import device_specs
+from observatory.energy.sensors import SensorModel, sensor_of
 from observatory.errors import ClockError
 from observatory.records import DeviceSpec, Record, Text
 from observatory.store import Run
@@ -29,6 +30,8 @@ _STEADY_MHZ = 30.0
 _IDLE_SHARE = 0.1
 _LOW_DRAW = 0.15
 _MOST_DEVICES = 256
+#: Renewal of power where the device's own is not known: that of all NVIDIA GPUs since Ampere.
+_UPDATE_MS = 100.0
 
 _Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -116,7 +119,8 @@ def telemetry_advice(run: Run) -> TelemetryAdvice:
         spec = specs.get(uuid)
         idle_mw = _idle_power_mw(run, uuid)
         found.append(_device(uuid, None, rows, spec, idle_mw))
-        for phase, part in _by_phase(rows, bands[key]):
+        sensor = sensor_of(None if spec is None else spec.name)
+        for phase, part in _by_phase(rows, bands[key], sensor):
             if len(part) >= _LEAST_SAMPLES:
                 found.append(_device(str(uuid), phase, part, spec, idle_mw))
     return TelemetryAdvice(
@@ -141,14 +145,24 @@ def _idle_power_mw(run: Run, uuid: str) -> float | None:
     return None
 
 
-def _by_phase(rows: pd.DataFrame, bands: DeviceBands) -> list[tuple[str, pd.DataFrame]]:
-    """Samples of each phase of the rank that the device works for, else of the one that sampled it."""
+def _by_phase(rows: pd.DataFrame, bands: DeviceBands, sensor: SensorModel) -> list[tuple[str, pd.DataFrame]]:
+    """Samples of each phase of the rank that the device works for, else of the one that sampled it.
+
+    Power is left out of samples that may still tell of what ran before the phase: a reading is as old as the
+    last renewal and, before that, what the sensor averages.
+    """
     if not bands.phase:
         return []
     time_ns = rows["time_ns"].to_numpy()
     index = np.searchsorted(bands.start_ns, time_ns, side="right") - 1
     inside = (index >= 0) & (time_ns < bands.end_ns[np.maximum(index, 0)])
-    phase = np.array(bands.phase, dtype=object)[np.maximum(index, 0)]
+    names = np.array(bands.phase, dtype=object)
+    phase = names[np.maximum(index, 0)]
+    oldest_ns = 1e6 * ((sensor.update_ms or _UPDATE_MS) + (sensor.window_ms or 0.0))
+    begun = np.ones(len(names), dtype=bool)
+    begun[1:] = (names[1:] != names[:-1]) | (bands.start_ns[1:] - bands.end_ns[:-1] > oldest_ns)
+    since_ns = bands.start_ns[begun][np.cumsum(begun) - 1][np.maximum(index, 0)]
+    rows = rows.assign(power_mw=rows["power_mw"].where(time_ns - since_ns >= oldest_ns))
     return [(str(name), rows[inside & (phase == name)]) for name in sorted(set(phase[inside].tolist()))]
 
 
