@@ -85,8 +85,7 @@ def write_chrome_trace(
     if not survey.first_ns:
         raise RunError(
             f"run {run.path} holds no spans, exchanges or power samples of what was asked for; capture it "
-            "with "
-            "exchanges or power, or leave out --phase, --layer and --steps"
+            "with exchanges or power, or leave out --phase, --layer and --steps"
         )
     tracing = _Tracing(run, chosen, survey)
     ranks = sorted(survey.first_ns)

@@ -41,10 +41,9 @@ def energy_section(frames: ReportFrames) -> Section:
                 id="energy-tokens",
                 title="Energy per token",
                 caption="All devices of a rank over all its tokens of the phase: input tokens for prefill, "
-                "output "
-                "tokens for decode. Every phase has a scale of its own. Hatched: what the idle device draws "
-                "in the same time. Bars with ends: 90 % interval, without the calibration of the sensor (5 "
-                "%).",
+                "output tokens for decode. Every phase has a scale of its own. Hatched: what the idle "
+                "device draws in the same time. Bars with ends: 90 % interval, without the calibration of "
+                "the sensor (5 %).",
                 choice="Run",
                 variants=tuple(tokens),
             )
@@ -68,10 +67,8 @@ def energy_section(frames: ReportFrames) -> Section:
         blocks.append(_aliasing_table(frames, aliased))
     lead = (
         "A phase is measured alone where it fills windows of five seconds or more (repetition), else by "
-        "least "
-        "squares over the shares of time, and not at all where neither can tell: then the reason stands "
-        "there. "
-        "Counter and integrated power are computed apart and compared.",
+        "least squares over the shares of time, and not at all where neither can tell: then the reason "
+        "stands there. Counter and integrated power are computed apart and compared.",
         *_why_no_tokens(frames, found, tokens),
         *_aliasing_sentences(frames, found),
     )

@@ -43,9 +43,8 @@ def power_section(frames: ReportFrames) -> Section:
             variants.append(variant)
     lead = [
         "One process a node reads every device once a period, beside the program. Shaded and in the lanes: "
-        "what "
-        "ran when, on the samples' clock. A lane in the warning colour is a reason, told by the driver, for "
-        "which the clock was held down; no reason ever says that a clock is locked.",
+        "what ran when, on the samples' clock. A lane in the warning colour is a reason, told by the "
+        "driver, for which the clock was held down; no reason ever says that a clock is locked.",
         *unseen,
     ]
     if found.absent:
@@ -55,9 +54,8 @@ def power_section(frames: ReportFrames) -> Section:
             id="power-timeline",
             title="Power, clocks, phases and event reasons",
             caption="Seconds since the first sample. A line is interrupted where the device did not tell. "
-            "Every "
-            f"point is a sample of the run: with more than {2 * BINS} of them, the least and the greatest of "
-            f"each of {BINS} equal stretches of time.",
+            f"Every point is a sample of the run: with more than {2 * BINS} of them, the least and the "
+            f"greatest of each of {BINS} equal stretches of time.",
             choice="Device",
             variants=tuple(variants),
         ),

@@ -50,8 +50,8 @@ def _tokens(frames: ReportFrames) -> Iterator[str]:
             yield (
                 f"In {phase}, {shorten(frames.runs.loc[run, 'label'], 48)} takes "
                 f"{number(row.mj_per_token, 2)} mJ "
-                f"({interval(row.mj_per_token_low, row.mj_per_token_high, 2)}) per {row.kind} token{which}"
-                f"{share}.{flag}"
+                f"({interval(row.mj_per_token_low, row.mj_per_token_high, 2)}) per {row.kind} "
+                f"token{which}{share}.{flag}"
             )
 
 

@@ -34,7 +34,8 @@ def two_devices(driver: FakeDriver) -> dict[str, Any]:
     driver.set(0, busy=1)
     driver.set(1, busy=1, mem_j=0)
     out = Path(os.environ["FAKE_NVML_STATE"]).with_name("run")
-    options = ("--ep", "2", "--phase", "prefill", "--steps", "300", "--rank-devices", f"{UUIDS[1]},{UUIDS[0]}")
+    named = f"{UUIDS[1]},{UUIDS[0]}"
+    options = ("--ep", "2", "--phase", "prefill", "--steps", "300", "--rank-devices", named)
     done = subprocess.run(profile(out, *options), check=False, capture_output=True, text=True, timeout=120)
     watts = [driver.get("watts", index) for index in range(2)]
     return {"code": done.returncode, "errors": done.stderr, "run": str(out), "watts": watts}
