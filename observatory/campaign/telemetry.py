@@ -9,11 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from observatory.errors import DeviceError
 from observatory.provenance import new_manifest
 from observatory.records import ModelSpec, RankPower
 from observatory.store import RunWriter
+
+if TYPE_CHECKING:
+    from probes.power.sampler import PowerSampler
 
 __all__ = ["TelemetryJob", "run_telemetry"]
 
@@ -28,7 +32,8 @@ class TelemetryJob:
         selectors: devices (docs/power.md#selection); empty takes the GPUs this process may use, else all
             processors that can be read.
         command: program to run meanwhile; empty waits instead.
-        seconds: how long to wait; None with a command lasts until it ends, without one until Ctrl-C.
+        seconds: how long to wait; None with a command lasts until it ends, without one until Ctrl-C or until
+            all devices are lost.
         period_s: time between samples.
         calibrate_s: how long to calibrate before; 0 leaves it out.
     """
@@ -48,6 +53,8 @@ def run_telemetry(
     started: Callable[[], None] | None = None,
 ) -> tuple[RankPower, int]:
     """Sample until the program ends, the time is up, or Ctrl-C; what was sampled is kept in any case.
+
+    Without a program it also ends when no device is left: all were lost, or their recordings are over.
 
     Args:
         job: what to sample.
@@ -77,7 +84,7 @@ def run_telemetry(
             writer.set_power(sampler.begun())
             if started is not None:
                 started()
-            code = _wait(job)
+            code = _wait(job, sampler)
         except KeyboardInterrupt:
             if job.command or job.seconds is not None:
                 raise
@@ -106,10 +113,10 @@ def _default_selectors() -> tuple[str, ...]:
     return tuple(found)
 
 
-def _wait(job: TelemetryJob) -> int:
+def _wait(job: TelemetryJob, sampler: PowerSampler) -> int:
     deadline = None if job.seconds is None else time.monotonic() + job.seconds
     if not job.command:
-        while deadline is None or time.monotonic() < deadline:
+        while sampler.sampling and (deadline is None or time.monotonic() < deadline):
             left_s = _POLL_S if deadline is None else max(0.0, deadline - time.monotonic())
             time.sleep(min(_POLL_S, left_s))
         return 0

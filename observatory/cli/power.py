@@ -18,7 +18,8 @@ def power(
         list[str] | None, typer.Argument(help="Program to run meanwhile, after `--`; its exit code is ours.")
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(min=0.1, help="How long; without it until the program or Ctrl-C ends it.")
+        float | None,
+        typer.Option(min=0.1, help="How long; without it until the program, Ctrl-C or a recording ends it."),
     ] = None,
     device: Annotated[
         list[str] | None,

@@ -12,8 +12,10 @@ from observatory.energy.estimates import (
     FALLBACK_PERIOD_NS,
     LEFT_OUT,
     MARGIN_NS,
+    MOST_COUNTED_MW,
     NORMAL_90,
     Estimate,
+    counted_mw,
     why_not_sampled,
 )
 from observatory.energy.sensors import SensorModel
@@ -23,8 +25,6 @@ __all__ = ["energy_by_counter"]
 
 #: Without an update for so many periods, while samples go on, a counter stands still.
 _STALE_PERIODS = 5.0
-#: More than any device of today draws; a counter that runs faster is broken.
-_MOST_MW = 1e8
 
 
 def energy_by_counter(trace: PowerTrace, start_ns: int, end_ns: int, sensor: SensorModel) -> Estimate | str:
@@ -59,8 +59,13 @@ def energy_by_counter(trace: PowerTrace, start_ns: int, end_ns: int, sensor: Sen
         return f"the counter stood still for {still_ns * 1e-9:.2f} s while the device drew power: it is stale"
     counted_mj = float(updates.value_K[b] - updates.value_K[a])
     counted_ns = float(updates.time_ns_K[b] - updates.time_ns_K[a])
-    if counted_mj / counted_ns * 1e9 > _MOST_MW:
-        return f"the counter says {counted_mj / counted_ns * 1e6:.0f} kW: it is broken"
+    # One leap spoils the whole window and may be lost in its mean.
+    between = slice(a, b + 1)
+    fastest_mw = float(
+        counted_mw(np.diff(updates.value_K[between]), np.diff(updates.time_ns_K[between])).max()
+    )
+    if fastest_mw > MOST_COUNTED_MW:
+        return f"the counter says {fastest_mw * 1e-6:.0f} kW: it is broken"
     energy_mj = counted_mj * duration_ns / counted_ns
     usual, peak = _unsteadiness(near, start_ns, end_ns)
     share = period_ns / duration_ns

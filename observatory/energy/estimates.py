@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
-    "FALLBACK_PERIOD_NS", "LEFT_OUT", "MARGIN_NS", "NORMAL_90", "Estimate", "least_half_mw",
+    "FALLBACK_PERIOD_NS", "LEFT_OUT", "MARGIN_NS", "MOST_COUNTED_MW", "NORMAL_90", "Estimate", "counted_mw",
+    "least_half_mw",
     "why_not_sampled",
 ]  # fmt: skip
 
@@ -19,6 +20,8 @@ MARGIN_NS = 2_000_000_000
 #: Relative half-width that no interval goes below, for what the models of a sensor leave out: a board's
 #: capacitors smear the edges of phases by milliseconds, say.
 LEFT_OUT = 0.002
+#: More than any device of today draws; a counter that runs faster, or leaps, is broken.
+MOST_COUNTED_MW = 1e8
 #: Half-width of a 90 % interval in standard deviations.
 NORMAL_90 = 1.645
 #: Steps in which sensors count, in mW.
@@ -40,6 +43,13 @@ class Estimate:
     std_mj: float
     most_mj: float
     updates: int
+
+
+def counted_mw(
+    energy_mj: npt.NDArray[np.float64], length_ns: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Mean power between updates of a counter; lengths count as 10 ms at least, as moments are known to."""
+    return 1e9 * energy_mj / np.maximum(length_ns, 1e7)
 
 
 def least_half_mw(power_mw: float, read_mw: npt.NDArray[np.float64]) -> float:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from observatory.energy.edges import find_updates
+from observatory.energy.estimates import MOST_COUNTED_MW, counted_mw
 from observatory.energy.sensors import SensorModel
 from observatory.energy.traces import PowerTrace
 
@@ -76,6 +77,8 @@ def counter_observations(trace: PowerTrace, sensor: SensorModel) -> Observations
         return "the energy counter did not move"
     energy, length = np.diff(updates.value_K), np.diff(updates.time_ns_K)
     fits = (energy > 0) & (length > 0) & (length <= _LONGEST_PERIODS * updates.period_ns)
+    # A leap is no energy of any phase.
+    fits &= counted_mw(energy, length) <= MOST_COUNTED_MW
     return Observations(
         source="counter",
         start_ns_N=updates.time_ns_K[:-1][fits],

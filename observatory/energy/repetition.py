@@ -113,8 +113,19 @@ def measure_repeated(
         windows=len(known),
         measured_s=float(seconds.sum()),
         source="mixed" if len(sources) > 1 else "counter" if "counter" in sources else "integral",
-        flags=tuple(dict.fromkeys(window.flag for window in known if window.flag is not None)),
+        flags=_flags(known),
     )
+
+
+def _flags(windows: list[WindowEnergy]) -> tuple[str, ...]:
+    """How counter and integral disagree, in one sentence: of many windows that of the largest difference."""
+    flagged = [window for window in windows if window.flag is not None]
+    if not flagged:
+        return ()
+    worst = max(flagged, key=lambda window: abs(window.disagreement or 0.0))
+    if len(flagged) == 1:
+        return (str(worst.flag),)
+    return (f"{worst.flag} (the largest of {len(flagged)} of {len(windows)} windows that differ too far)",)
 
 
 def _within(trace: PowerTrace, window: WindowEnergy) -> npt.NDArray[np.bool_]:

@@ -187,6 +187,11 @@ def _devices(run: Run, power: pd.DataFrame, problems: list[str]) -> list[Device]
             problems.append(f"device {uuid}: {trace.repeated} samples have the time of another; left out")
         if trace.impossible:
             problems.append(f"device {uuid}: {trace.impossible} readings are impossible; left out")
+        if spec is not None and spec.kind == "replay":
+            problems.append(
+                f"device {uuid}: its power was played from a recording, not measured while this run ran: its "
+                "energy, per phase and token too, says nothing of this model"
+            )
         disorder = _disorder(trace)
         if disorder is not None:
             problems.append(f"device {uuid}: {disorder}; no energy of it is given")

@@ -263,10 +263,14 @@ def _spec_of(manifest: Manifest | None, uuid: str) -> DeviceSpec:
 
 
 def _reasons_of(manifest: Manifest | None, uuid: str) -> dict[str, str]:
-    """Reasons that the run itself keeps, ``config.power.calibration.UUID.unavailable``."""
-    place: Any = manifest.config if manifest else {}
+    """Reasons that the run itself keeps: of the rank that sampled the device, else of ``config.power``."""
+    if manifest is None:
+        return {}
+    place: Any = manifest.config
     for key in ("power", "calibration", uuid, "unavailable"):
         place = place.get(key) if isinstance(place, dict) else None
-    if not isinstance(place, dict):
-        return {}
-    return {name: one_line(place[name], 400) for name in FIELDS if isinstance(place.get(name), str)}
+    reasons: dict[str, Any] = dict(place) if isinstance(place, dict) else {}
+    for status in manifest.ranks:
+        if status.power is not None:
+            reasons |= status.power.unavailable.get(uuid, {})
+    return {name: one_line(reasons[name], 400) for name in FIELDS if isinstance(reasons.get(name), str)}

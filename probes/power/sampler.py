@@ -126,6 +126,11 @@ class PowerSampler:
             calibration=self._ready.calibration,
         )
 
+    @property
+    def sampling(self) -> bool:
+        """Whether the process still samples: it ends by itself when all its devices are lost."""
+        return self._process is not None and self._process.poll() is None
+
     def stop(self) -> RankPower:
         """End sampling, and say what was sampled; what was written before is kept whatever happens here."""
         notes: tuple[str, ...] = ()

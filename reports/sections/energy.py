@@ -116,8 +116,17 @@ def _token_variant(frames: ReportFrames, found: PowerFrames, run: int) -> Varian
         alt=f"Bars of energy per token for {where}. {'; '.join(sentences)}.",
         note=f"{where}: {'; '.join(sentences)}."
         + (f" {left_out} ranks with less energy per token are not drawn." if left_out else "")
-        + "".join(f" Flagged: {flag}." for flag in dict.fromkeys(map(_text, shown["flag"].dropna()))),
+        + _flagged(shown),
         numbers=_token_table(own, found.totals[found.totals["run"] == run], where),
+    )
+
+
+def _flagged(shown: pd.DataFrame) -> str:
+    """Sentences on the numbers that are flagged, each with whose it is."""
+    return "".join(
+        f" Flagged, {listing([f'{row.phase} on rank {row.source_rank}' for row in each_row(own)])}: "
+        f"{_text(flag)}."
+        for flag, own in shown[shown["flag"].notna()].groupby("flag", sort=False)
     )
 
 

@@ -106,6 +106,30 @@ def test_a_run_without_power_is_one_clear_line(make_run: MakeRun, capsys: pytest
     assert captured.out == ""
 
 
+def test_energy_of_a_played_recording_is_not_passed_off_as_the_runs(tmp_path: Path) -> None:
+    load = served()
+    power = SimulatedSensor().sample(load, poll_ms=53.0)
+    played = DeviceSpec(**{**DEVICE.model_dump(), "kind": "replay"})
+    for device, told in ((DEVICE, False), (played, True)):
+        run = write_energy_run(tmp_path / device.kind, power=power, spans=[numbered(load)], devices=(device,))
+        problems = energy_summary(open_run(run)).problems
+        assert any("played from a recording" in problem for problem in problems) is told
+
+
+def test_a_leap_of_the_counter_is_in_no_phase(tmp_path: Path) -> None:
+    load = served()
+    rows = SimulatedSensor().sample(load, poll_ms=53.0)
+    leapt = rows.assign(energy_mj=rows["energy_mj"] + 20_000_000 * (rows.index >= 200))
+    power = []
+    for name, table in (("whole", rows), ("leapt", leapt)):
+        run = write_energy_run(tmp_path / name, power=table, spans=[numbered(load)], devices=(DEVICE,))
+        phases = energy_summary(open_run(run)).phases
+        power.append(phases[phases["span"].isna()].set_index("phase")["power_mw"].dropna())
+    common = power[0].index.intersection(power[1].index)
+    assert len(common)
+    assert power[1][common].to_numpy() == pytest.approx(power[0][common].to_numpy(), rel=0.03)
+
+
 def test_telemetry_without_phases_gives_the_devices_energy_and_says_why_no_more(tmp_path: Path) -> None:
     load = steps([("prefill", 100.0, 500.0)], seconds=4)
     run = write_energy_run(

@@ -133,6 +133,30 @@ def test_a_counter_faster_than_any_device_is_broken() -> None:
     assert "broken" in (measured(rows).counter_reason or "")
 
 
+def test_one_leap_of_a_counter_is_broken_though_its_mean_could_be_a_devices() -> None:
+    rows = SimulatedSensor().sample(BUSY)
+    steady = measured(rows)
+    rows.loc[rows["time_ns"] > BUSY.start_ns + 2e9, "energy_mj"] += 2e7
+    found = measured(rows)
+    assert steady.counter_reason is None
+    assert "broken" in (found.counter_reason or "")
+    assert found.source == "integral"
+    assert found.power_mw == pytest.approx(steady.power_mw, rel=0.05)
+
+
+def test_many_windows_that_disagree_are_one_sentence_with_the_largest_difference() -> None:
+    load = flat(500.0, 40.0)
+    rows = SimulatedSensor().sample(load)
+    late = rows["time_ns"] > load.start_ns + 20e9
+    rows["power_mw"] = rows["power_mw"] * np.where(late, 0.8, 0.9)
+    windows = [(load.start_ns + int(k * 5e9), load.start_ns + int((k + 1) * 5e9)) for k in range(8)]
+    found = measure_repeated(trace_of_frame(rows), windows, H100)
+    assert not isinstance(found, str)
+    (flag,) = found.flags
+    assert "differ by +25" in flag
+    assert "the largest of 8 of 8 windows" in flag
+
+
 def test_a_device_lost_before_the_window_ends_has_no_energy() -> None:
     rows = SimulatedSensor().sample(BUSY)
     found = measured(rows[rows["time_ns"] < BUSY.start_ns + 3e9])

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from observatory.errors import DeviceError, DeviceLostError
-from observatory.records import DeviceSpec, Manifest, ModelSpec
-from observatory.store import RunWriter
+from observatory.records import DeviceSpec, Manifest, ModelSpec, RankPower
+from observatory.store import RunWriter, open_run
 from probes.power import replay
 from probes.power.replay import ReplayDevice
 from tests.power.recordings import UUID, recorded_rows, write_recording
@@ -115,6 +115,17 @@ def test_a_run_is_played_with_the_name_and_the_reasons_that_it_keeps(tmp_path: P
         assert (device.spec.model_extra or {})["recorded_kind"] == "nvidia"
         assert device.unavailable["thermal_ns"] == "field 269 returned 3 (as recorded)"
         assert device.unavailable["power_cap_ns"] == "the recording holds no power_cap_ns"
+
+
+def test_the_reasons_that_our_own_sampler_kept_are_played_too(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", recorded_rows())
+    with RunWriter.create(tmp_path / "own", open_run(run).manifest) as writer:
+        writer.append("power", recorded_rows())
+        told = {UUID: {"thermal_ns": "field 270 returned 3", "power_cap_ns": "field 74 returned 3"}}
+        writer.set_power(RankPower(unavailable=told))
+    with ReplayDevice(tmp_path / "own") as device:
+        assert device.unavailable["thermal_ns"] == "field 270 returned 3 (as recorded)"
+        assert device.unavailable["power_cap_ns"] == "field 74 returned 3 (as recorded)"
 
 
 def test_several_devices_need_a_name(tmp_path: Path) -> None:
