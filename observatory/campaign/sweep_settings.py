@@ -85,6 +85,7 @@ def plan_settings(job: SweepJob, series: int) -> list[tuple[int, int, Setting]]:
     """Repeat, series and setting of every point, in the order in which they run; the reference among them.
 
     A lock or a limit comes first, so that a driver that does not permit it says so before anything has run.
+    A lock rather than a limit: it replaces one that somebody had left, so that all unlocked points are alike.
     """
     if job.set_outside:
         settings = [
@@ -98,7 +99,10 @@ def plan_settings(job: SweepJob, series: int) -> list[tuple[int, int, Setting]]:
         ]
     points = list(itertools.product(range(job.repeats), range(series), settings))
     random.Random(job.seed).shuffle(points)
-    first = next((index for index, point in enumerate(points) if point[2] != Setting()), 0)
+    first = min(
+        range(len(points)),
+        key=lambda index: (points[index][2].sm_clock_mhz is None, points[index][2].limit_mw is None),
+    )
     return [points[first], *points[:first], *points[first + 1 :]]
 
 

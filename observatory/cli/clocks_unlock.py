@@ -21,7 +21,8 @@ def unlock(
 ) -> None:
     """Undo locks and limits that the observatory set and whose owner is gone; nothing else is touched.
 
-    Made for the epilogue of a batch system, where every process of a job is killed at once.
+    Made for the epilogue of a batch system, where every process of a job is killed at once. Fails when a
+    lease that does not hold any more could not be undone.
     """
     from observatory.cli.output import print_json, print_table, say
     from probes.power.lease import lease_folder
@@ -43,8 +44,9 @@ def unlock(
     elif rows:
         print_table(list(rows[0]), [list(row.values()) for row in rows], title=f"leases in {folder}")
     else:
-        say(f"no lease in {folder}: nothing of ours is locked")
-    if any(not item.undone and item.lease is None for item in found):
+        of = "" if device is None else f" of {device}"
+        say(f"no lease{of} in {folder}: nothing of ours is locked{'' if device is None else ' there'}")
+    if any(not item.undone and (item.lease is None or item.lease.problem or force) for item in found):
         raise typer.Exit(1)
 
 

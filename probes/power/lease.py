@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from observatory.bounded import read_at_most
 from observatory.errors import ClockError, LockRefusedError
@@ -88,6 +88,7 @@ class Lease(Record):
         created_unix_s: wall-clock label.
         expires_ns: monotonic time at which it is undone, whether the owner lives or not.
         touched: a change was about to be made, or was made.
+        locked: one of them was a lock of the clock; somebody else's is none of ours to undo.
         limit_before_mw: power limit to restore; None when it was not changed.
     """
 
@@ -99,6 +100,7 @@ class Lease(Record):
     created_unix_s: float
     expires_ns: Count
     touched: bool = False
+    locked: bool = False
     limit_before_mw: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
 
     @property
@@ -191,14 +193,17 @@ def read_lease(path: Path) -> Lease | None:
     """
     try:
         content = read_at_most(path, _MOST_BYTES)
-        return None if content is None else Lease.model_validate_json(content)
+        lease = Lease.model_validate_json(b"" if content is None else content)  # too large: no lease of ours
+        if path.name != lease_path(path.parent, lease.device_uuid).name:
+            raise ValueError("a lease under the name of another GPU")
     except FileNotFoundError:
         return None
-    except (OSError, ValidationError) as error:
+    except (OSError, ValueError) as error:
         raise ClockError(
             f"lease {path} cannot be read, so what was changed is not known; look at the GPU's clocks, run "
             f"`nvidia-smi -rgc -i UUID` if they are locked, and remove the file"
         ) from error
+    return lease
 
 
 def diary_path(path: Path) -> Path:

@@ -115,7 +115,7 @@ class ClockLease:
         wanted_mhz = self._control.snap(sm_clock_mhz)
         with guarded(self._path):
             before = self._lease
-            self._about_to_change()
+            self._about_to_change(locked=True)
             try:
                 return self._control.lock_sm_clock(wanted_mhz)
             except LockRefusedError:
@@ -123,8 +123,8 @@ class ClockLease:
                 raise
 
     def unlock(self) -> None:
-        """Let the driver choose the clock again, under this lease."""
-        if self._lease.touched:
+        """Take our lock of the clock away, under this lease; where we have set none, nothing."""
+        if self._lease.locked:
             self._control.unlock()
 
     def limit(self, limit_mw: int) -> int:
@@ -183,7 +183,7 @@ class ClockLease:
     ) -> None:
         self.release()
 
-    def _about_to_change(self, *, limit_before_mw: int | None = None) -> None:
+    def _about_to_change(self, *, locked: bool = False, limit_before_mw: int | None = None) -> None:
         """Say in the lease what is about to happen; refuse when nobody would undo it."""
         if not _held(self._path, self._lease) or self._lease.problem is not None:
             raise LockRefusedError(
@@ -195,7 +195,10 @@ class ClockLease:
                 "the watchdog that would undo the lock has died, so nothing is changed; begin again"
             )
         before = self._lease.limit_before_mw if limit_before_mw is None else limit_before_mw
-        self._rewrite(self._lease.model_copy(update={"touched": True, "limit_before_mw": before}))
+        locked = locked or self._lease.locked
+        self._rewrite(
+            self._lease.model_copy(update={"touched": True, "locked": locked, "limit_before_mw": before})
+        )
 
     def _rewrite(self, lease: Lease) -> None:
         if lease != self._lease:
@@ -267,7 +270,8 @@ def undo(control: ClockControl, lease: Lease) -> None:
     """
     if not lease.touched or lease.boot_id != this_boot():
         return
-    control.unlock()
+    if lease.locked:
+        control.unlock()
     if lease.limit_before_mw is not None and control.power_limit_mw != lease.limit_before_mw:
         control.restore_power_limit_mw(lease.limit_before_mw)
 

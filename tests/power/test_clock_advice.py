@@ -303,6 +303,15 @@ def test_a_clock_that_is_not_the_requested_one_is_named() -> None:
     assert held["unlocked is capped"].numbers["sm_clock_mhz"] == 1575
 
 
+def test_the_limit_that_holds_the_unlocked_clock_is_the_one_in_force_not_the_default() -> None:
+    sweep = made_sweep([DEVICES["capped"]], repeats=2)
+    in_force_mw = sweep.series[0].points[0].enforced_limit_mw or 0
+    found = fit(sweep.model_copy(update={"default_limit_mw": 2 * in_force_mw})).series[0]
+    assert found.reference.limit_mw == in_force_mw
+    held = {item.kind: item for item in found.confounds}["unlocked is capped"]
+    assert f"the power limit of {in_force_mw / 1e3:.0f} W holds" in held.text
+
+
 def test_a_limit_that_is_not_the_requested_one_is_named() -> None:
     sweep = made_sweep([DEVICES["knee"]], caps_w=(300.0, 400.0), repeats=2)
     points = [

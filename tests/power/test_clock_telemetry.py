@@ -88,6 +88,24 @@ def test_a_cap_that_does_not_bind_is_told_from_power_and_reasons(tmp_path: Path)
     assert "stood at 1830 MHz, below the highest of 1980" in text
 
 
+def test_a_limit_that_was_changed_is_named_so_and_power_is_held_against_the_one_in_force(
+    tmp_path: Path,
+) -> None:
+    half = np.arange(200) < 100
+    columns: dict[str, object] = {
+        "power_mw": np.where(half, 210_000, 350_000),
+        "enforced_limit_mw": np.where(half, 220_000, 700_000),
+        "event_reasons": np.where(half, 0x4, 0),
+        "sm_clock_mhz": 1500,
+    }
+    found = first(write_run(tmp_path / "run", columns))
+    assert (found.limit_mw, found.highest_limit_mw) == (220_000, 700_000)
+    assert found.power_over_limit == pytest.approx(210 / 220)
+    text = " ".join(found.findings)
+    assert "the power limit, which was changed between 220 and 700 W, binds" in text
+    assert "stay below 350 W, 95 % of the limit in force" in text
+
+
 def test_a_cap_that_binds_is_told_from_the_counter_rather_than_the_samples(tmp_path: Path) -> None:
     columns: dict[str, object] = {
         "power_mw": 400_000,

@@ -214,6 +214,71 @@ def test_unlock_touches_no_lock_that_is_not_ours(host: Host) -> None:
     assert host.state()["lock"] == 900.0
 
 
+def test_a_lease_of_limits_alone_takes_no_lock_away(host: Host) -> None:
+    host.script("""
+        import pynvml
+        pynvml.nvmlInit()
+        pynvml.nvmlDeviceSetGpuLockedClocks(pynvml.nvmlDeviceGetHandleByIndex(0), 900, 900)
+        with ClockLease.acquire(UUID, duration_s=60) as held:
+            held.limit(400_000)
+            held.unlock()
+            held.restore_limit()
+            held.limit(500_000)
+    """)
+    assert host.state() == {"lock": 900.0, "limit": 700.0}
+    host.script(
+        """
+        held = ClockLease.acquire(UUID, duration_s=60)
+        held.limit(400_000)
+        held._watchdog.kill()
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        code=None,
+    )
+    host.run("-m", "observatory", "clocks", "unlock")
+    assert host.state() == {"lock": 900.0, "limit": 700.0}
+
+
+def test_unlock_fails_when_it_cannot_undo_and_not_for_an_owner_that_lives(host: Host) -> None:
+    host.run("-m", "tests.power.lock_owner", UUID, "middle", "everybody", code=None)
+    play = "from pathlib import Path; from tests.power.driver import FakeDriver; import os;"
+    play += "FakeDriver(Path(os.environ['FAKE_NVML_STATE']))."
+    host.run("-c", play + "set(privileged=0)")
+    told = host.run("-m", "observatory", "clocks", "unlock", code=1)
+    assert "not permitted" in " ".join(told.stdout.split())
+    assert host.state()["lock"] == 1200.0
+    other = "GPU-fa4e0000-0000-4000-8000-000000000001"
+    told = host.run("-m", "observatory", "clocks", "unlock", "--device", other)
+    assert f"no lease of {other}" in " ".join(told.stderr.split())
+    host.run("-c", play + "set(privileged=1)")
+    told = host.script("""
+        import subprocess
+        with ClockLease.acquire(UUID, duration_s=60) as held:
+            held.lock(780)
+            code = [sys.executable, "-m", "observatory", "clocks", "unlock"]
+            print(subprocess.run(code, capture_output=True).returncode)
+    """)
+    assert told.stdout.strip() == "0"
+    assert host.state() == {"lock": 0.0, "limit": 700.0}
+
+
+@pytest.mark.parametrize("content", [b"x" * 70_000, None])
+def test_a_lease_that_is_too_large_or_of_another_gpu_is_damaged_and_stays(
+    host: Host, content: bytes | None
+) -> None:
+    host.run("-m", "tests.power.lock_owner", UUID, "middle", "everybody", code=None)
+    path = host.leases / f"{UUID.lower()}.json"
+    damaged = path if content else path.with_name("gpu-bb.json")
+    damaged.write_bytes(content or path.read_bytes())
+    if content is None:
+        path.unlink()
+    told = json.loads(host.run("-m", "observatory", "clocks", "unlock", "--json", code=1).stdout)
+    assert [lease["undone"] for lease in told["leases"]] == [False]
+    assert "cannot be read" in told["leases"][0]["reason"]
+    assert damaged.exists()
+    assert host.state()["lock"] == 1200.0
+
+
 def test_a_damaged_lease_is_one_sentence_and_exit_code_1(host: Host) -> None:
     host.leases.mkdir(mode=0o700)
     (host.leases / f"{UUID.lower()}.json").write_text('{"lease_id": "')

@@ -427,6 +427,8 @@ def test_the_order_is_random_but_the_same_for_a_seed_and_holds_every_setting() -
     assert len(order) == len(set(order)) == 4 * 3 * 2
     # A driver that refuses does so before anything has run.
     assert all(plan_settings(replace(job, seed=seed), 2)[0][2] != Setting() for seed in range(20))
+    # A lock replaces one that somebody had left; no unlocked point runs at it.
+    assert all(plan_settings(replace(job, seed=seed), 2)[0][2].sm_clock_mhz for seed in range(20))
     assert order != sorted(order, key=lambda item: (item[0], item[1], str(item[2])))
 
 

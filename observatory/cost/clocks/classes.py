@@ -81,7 +81,7 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
     Args:
         fit: its model.
         idle_power_mw: power of the device without load; None when not known.
-        limit_mw: its power limit; None likewise.
+        limit_mw: its default power limit, for a fit that does not know the one in force; None likewise.
     """
     reference = _reference_mhz(fit)
     value_1T = np.array([fit.time.parameters])
@@ -124,7 +124,11 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
             "batches) before choosing a clock, and sweep again, since the knee moves up when the waiting "
             "goes",
         )
-    hint = _low_power_hint(fit, idle_power_mw, limit_mw) if curve == "memory-bound flat" else ""
+    hint = (
+        _low_power_hint(fit, idle_power_mw, fit.reference.limit_mw or limit_mw)
+        if curve == "memory-bound flat"
+        else ""
+    )
     return Behaviour(name=curve, curve=curve, agreement=agreement, free_mhz=free_mhz, text=shape + hint)
 
 

@@ -26,7 +26,6 @@ _LIMIT_STEP = 0.01
 def find_confounds(
     settings: Sequence[Setting],
     reference: Reference,
-    default_limit_mw: float | None,
     time_scatter: float | None,
 ) -> list[Confound]:
     """Everything found, worst first.
@@ -34,12 +33,11 @@ def find_confounds(
     Args:
         settings: the repeats of each setting.
         reference: the unlocked operation.
-        default_limit_mw: the device's own limit.
         time_scatter: standard deviation of ln(time) over repeats; None without.
     """
     found = []
     if reference.how == "unlocked" and (reference.power_cap_share or 0.0) >= BINDING_SHARE:
-        found.append(_capped_reference(reference, default_limit_mw))
+        found.append(_capped_reference(reference))
     found += _heated(settings)
     found += _caps(settings, reference, time_scatter)
     found += _clamps(settings)
@@ -47,9 +45,9 @@ def find_confounds(
     return found
 
 
-def _capped_reference(reference: Reference, default_limit_mw: float | None) -> Confound:
+def _capped_reference(reference: Reference) -> Confound:
     share = reference.power_cap_share or 0.0
-    limit = "" if default_limit_mw is None else f" of {default_limit_mw / 1e3:.0f} W"
+    limit = "" if reference.limit_mw is None else f" of {reference.limit_mw / 1e3:.0f} W"
     return Confound(
         kind="unlocked is capped",
         text=f"without any lock the power limit{limit} holds the clock down for {100 * share:.0f} % of the "

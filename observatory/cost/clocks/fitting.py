@@ -154,7 +154,7 @@ def _fit_series(
     time_fit = curve_fit(time_trials, TIME_TERMS, time_BT, time_form_B)
     power_fit = curve_fit(power_trials, POWER_TERMS, power_BT, power_form_B) if power_trials else None
     time_scatter, energy_scatter, freedom = scatter_of(settings)
-    reference = _reference(settings, float(found.mhz_N.min()))
+    reference = _reference(settings, points, float(found.mhz_N.min()))
     if reference is None:
         return f"no setting has both a time and a clock{': ' + why if why else ''}; measure again"
     estimates = clock_estimates(
@@ -189,7 +189,7 @@ def _fit_series(
         energy_scatter=energy_scatter,
         scatter_dof=freedom,
         left_out=tuple(left_out),
-        confounds=tuple(find_confounds(settings, reference, default_limit_mw, time_scatter)),
+        confounds=tuple(find_confounds(settings, reference, time_scatter)),
         highest_power_mw=max(powers_mw, default=None),
     )
 
@@ -198,7 +198,7 @@ def _pairs(setting: Setting) -> list[tuple[float, float]]:
     return list(zip(setting.energy_mj_R, setting.iteration_s_R, strict=False))
 
 
-def _reference(settings: Sequence[Setting], low_mhz: float) -> Reference | None:
+def _reference(settings: Sequence[Setting], points: Sequence[ClockPoint], low_mhz: float) -> Reference | None:
     """The unlocked setting, else the one with the highest clock; never one below the fitted range."""
     known = [item for item in settings if (item.sm_clock_mhz or 0.0) >= low_mhz and item.iteration_s_R]
     unlocked = [item for item in known if item.kind == "unlocked"]
@@ -206,6 +206,11 @@ def _reference(settings: Sequence[Setting], low_mhz: float) -> Reference | None:
         return None
     chosen = unlocked[0] if unlocked else max(known, key=lambda item: item.sm_clock_mhz or 0.0)
     powers = [energy / seconds for energy, seconds in _pairs(chosen)]
+    limits = [
+        point.enforced_limit_mw
+        for point in points
+        if point.requested_limit_mw is None and point.enforced_limit_mw is not None
+    ]
     return Reference(
         how="unlocked" if unlocked else "highest clock",
         sm_clock_mhz=chosen.sm_clock_mhz or 0.0,
@@ -213,4 +218,5 @@ def _reference(settings: Sequence[Setting], low_mhz: float) -> Reference | None:
         energy_mj=float(np.median(chosen.energy_mj_R)) if chosen.energy_mj_R else None,
         power_mw=float(np.median(powers)) if powers else None,
         power_cap_share=chosen.power_cap_share,
+        limit_mw=float(np.median(limits)) if limits else None,
     )

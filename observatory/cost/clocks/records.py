@@ -185,6 +185,7 @@ class Reference(Record):
         sm_clock_mhz: median sampled clock.
         iteration_s, energy_mj, power_mw: as measured, medians; None where not told.
         power_cap_share: share of time in which the limit held the clock; None when not told.
+        limit_mw: the device's own limit as it stood, which a site may have lowered; None when not told.
     """
 
     how: Literal["unlocked", "highest clock"]
@@ -193,6 +194,7 @@ class Reference(Record):
     energy_mj: _Positive | None = None
     power_mw: _Positive | None = None
     power_cap_share: _Share | None = None
+    limit_mw: _Milliwatts | None = None
 
     @property
     def words(self) -> str:

@@ -46,7 +46,8 @@ class DeviceTelemetry(Record):
         duration_s: from the first to the last.
         power_median_mw, power_p95_mw: of the instant power; None when not told, like all below.
         limit_mw: power limit in force, the lowest seen.
-        power_over_limit: p95 of power over the limit.
+        highest_limit_mw: the highest seen.
+        power_over_limit: p95 of power over the limit in force at the time.
         power_cap_share: share of time in which the limit held the clock down.
         thermal_share: likewise heat.
         brake_share: likewise hardware slowdown and power brake.
@@ -64,6 +65,7 @@ class DeviceTelemetry(Record):
     power_median_mw: float | None = None
     power_p95_mw: float | None = None
     limit_mw: float | None = None
+    highest_limit_mw: float | None = None
     power_over_limit: float | None = None
     power_cap_share: _Share | None = None
     thermal_share: _Share | None = None
@@ -178,7 +180,7 @@ def _device(
     counted = _counter_share(rows, "power_cap_ns") if phase is None else None
     capped = counted if counted is not None else _bit_share(rows, _POWER_CAP)
     hot = _counter_share(rows, "thermal_ns") if phase is None else None
-    ratio = p95 / limit_mw if p95 is not None and limit_mw else None
+    ratio = _over_limit(rows) if limit_mw else None
     device = DeviceTelemetry(
         device_uuid=uuid[:128],
         phase=phase,
@@ -187,6 +189,7 @@ def _device(
         power_median_mw=float(np.median(power)) if power.size else None,
         power_p95_mw=p95,
         limit_mw=limit_mw,
+        highest_limit_mw=float(limit.max()) if limit_mw else None,
         power_over_limit=ratio,
         power_cap_share=capped,
         thermal_share=hot if hot is not None else _bit_share(rows, _THERMAL),
@@ -205,6 +208,17 @@ def _known(rows: pd.DataFrame, column: str) -> NDArray[np.float64]:
     values = pd.to_numeric(rows[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     known: NDArray[np.float64] = values[np.isfinite(values) & (values >= 0.0)]
     return known
+
+
+def _over_limit(rows: pd.DataFrame) -> float | None:
+    """95th percentile of power over the limit in force; None where no sample tells both."""
+    power, limit = (
+        pd.to_numeric(rows[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+        for name in ("power_mw", "enforced_limit_mw")
+    )
+    limit = pd.Series(limit).ffill().to_numpy()
+    told = np.isfinite(power) & (power >= 0.0) & (limit > 0.0)
+    return float(np.quantile(power[told] / limit[told], 0.95)) if told.any() else None
 
 
 def _bit_share(rows: pd.DataFrame, bits: int) -> float | None:
@@ -236,13 +250,16 @@ def _percent(share: float | None) -> str:
 
 def _findings(device: DeviceTelemetry, idle_mw: float | None) -> list[str]:
     found = []
-    limit = (
-        "its power limit" if device.limit_mw is None else f"the power limit of {device.limit_mw / 1e3:.0f} W"
-    )
+    low, high = device.limit_mw, device.highest_limit_mw
+    limit = "its power limit" if low is None else f"the power limit of {low / 1e3:.0f} W"
+    whole = "it"
+    if low is not None and high is not None and high > 1.01 * low:
+        whole = "the limit in force"
+        limit = f"the power limit, which was changed between {low / 1e3:.0f} and {high / 1e3:.0f} W,"
     drawn = ""
     if device.power_p95_mw is not None and device.power_over_limit is not None:
         drawn = f" (95 % of the samples stay below {device.power_p95_mw / 1e3:.0f} W, "
-        drawn += f"{_percent(device.power_over_limit)} of it)"
+        drawn += f"{_percent(device.power_over_limit)} of {whole})"
     if device.cap == "binds":
         found.append(
             f"{limit} binds: it holds the clock down for {_percent(device.power_cap_share)} of the "
