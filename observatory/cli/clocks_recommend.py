@@ -84,7 +84,7 @@ def _print_advice(advice: ClockAdvice, commands: dict[str, list[str]]) -> None:
         [
             [
                 item.title,
-                item.behaviour.name,
+                item.behaviour.words,
                 f"{item.reference_mhz:.0f} {'unlocked' if item.reference_how == 'unlocked' else 'highest'}",
                 f"{item.choice.sm_clock_mhz:.0f}" if item.choice else item.verdict,
                 item.choice.saving.percent() if item.choice else None,

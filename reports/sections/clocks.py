@@ -205,7 +205,7 @@ def _advice_table(found: ClockFrames) -> Table:
             rows.append(
                 [
                     Cell(text=shorten(advice.title, 60), detail=shorten(file.path.name, 40), heading=True),
-                    Cell(text=behaviour.name or "not told", detail=_agreement(behaviour.agreement)),
+                    Cell(text=behaviour.words, detail=_agreement(behaviour.agreement)),
                     Cell(text=number(advice.reference_mhz, 0), detail=advice.reference_how),
                     number(choice.sm_clock_mhz, 0) if choice else plain(advice.verdict),
                     _of_choice(choice.saving if choice else None),
@@ -239,4 +239,4 @@ def _of_choice(value: Interval | None) -> str | Cell:
 
 
 def _agreement(share: float | None) -> str:
-    return "" if share is None else f"{percent(share, 0)} of bootstrap samples agree"
+    return "" if share is None else f"{percent(share, 0)} of bootstrap samples agree on the curve"

@@ -303,6 +303,14 @@ def test_a_clock_that_is_not_the_requested_one_is_named() -> None:
     assert held["unlocked is capped"].numbers["sm_clock_mhz"] == 1575
 
 
+def test_the_class_of_the_curve_stands_beside_a_cause_that_comes_first() -> None:
+    for name in ("capped", "host-bound"):
+        behaviour = advice_of(name).behaviour
+        assert behaviour.name == name
+        assert behaviour.words == f"{name} (curve: {behaviour.curve})"
+    assert advice_of("memory-bound").behaviour.words == "memory-bound flat"
+
+
 def test_the_limit_that_holds_the_unlocked_clock_is_the_one_in_force_not_the_default() -> None:
     sweep = made_sweep([DEVICES["capped"]], repeats=2)
     in_force_mw = sweep.series[0].points[0].enforced_limit_mw or 0

@@ -63,6 +63,12 @@ class Behaviour(Record):
     text: Text
     fix_first: Text = ""
 
+    @property
+    def words(self) -> str:
+        """The class; beside a cause that comes first, that of the curve."""
+        name = self.name or "not told"
+        return name if self.curve in (None, self.name) else f"{name} (curve: {self.curve})"
+
 
 def free_clock_mhz(time_BT: Float64, fit: SeriesFit) -> Float64:
     """f_free within the measured range, (B,)."""
