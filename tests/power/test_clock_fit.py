@@ -462,3 +462,9 @@ def test_a_model_survives_its_file(tmp_path: Path) -> None:
 def test_locks_of_a_usual_sweep_reach_above_the_clamp() -> None:
     # Several tests count on it.
     assert max(LOCKS_MHZ) > DEVICES["knee"].f0_mhz
+
+
+def test_times_that_follow_no_curve_get_no_model() -> None:
+    sweep = made_sweep([DEVICES["knee"]], repeats=1, time_noise=1.0)
+    with pytest.raises(ClockError, match=r"follows no curve of the clock.*misses clocks that it did not see"):
+        fit_clocks([sweep], bootstrap=0)

@@ -29,6 +29,8 @@ __all__ = ["fit_clocks"]
 
 _LEAST_CLOCKS = 3
 _MOST_POINTS = 1000
+#: A curve that misses clocks which it did not see by more than this, rms of ln, describes nothing.
+_MOST_MISSED = 0.25
 
 
 def fit_clocks(
@@ -141,6 +143,14 @@ def _fit_series(
     settings = settings_of(judged)
     fold_N = fold_of(found.block_N, seed)
     time_trials = choose_time(found, fold_N)
+    missed = time_trials[0].score().rms_error
+    if missed > _MOST_MISSED:
+        return (
+            "the time of an iteration follows no curve of the clock: the best form, "
+            f"{time_trials[0].form.name}, misses clocks that it did not see by {100 * missed:.0f} % (rms of ln); "
+            "something else changed the time, such as other work on the machine: measure again without it, "
+            "longer and with more repeats"
+        )
     known_N = np.isfinite(found.power_mw_N)
     no_power, power_trials = "", []
     if len(set(found.block_N[known_N])) < found.blocks:
