@@ -148,8 +148,8 @@ def _fit_series(
         return (
             "the time of an iteration follows no curve of the clock: the best form, "
             f"{time_trials[0].form.name}, misses clocks that it did not see by {100 * missed:.0f} % (rms of "
-            "ln); something else changed the time, such as other work on the machine: measure again without it, "
-            "longer and with more repeats"
+            "ln); something else changed the time, such as other work on the machine: measure again without "
+            "it, longer and with more repeats"
         )
     known_N = np.isfinite(found.power_mw_N)
     no_power, power_trials = "", []
