@@ -28,6 +28,7 @@ import pandas as pd
 from observatory.cost.clocks.telemetry import telemetry_advice
 from observatory.energy import energy_summary
 from observatory.energy.bands import DeviceBands, device_bands
+from observatory.energy.summary import damaged_samples
 from observatory.errors import ObservatoryError
 from observatory.event_reasons import reason_stretches
 from observatory.records import RankPower
@@ -137,9 +138,9 @@ def _why_absent(run: Run) -> str:
     """Why a run has no samples, in its own words where it has some."""
     powers = _powers(run)
     notes = list(dict.fromkeys(note for power in powers for note in power.notes))
-    damaged = [problem for problem in run.problems if problem.startswith("power/")]
+    damaged = damaged_samples(run)
     if damaged:
-        return f"its power samples cannot be read: {'; '.join(damaged[:3])}"
+        return f"its power samples cannot be read: {damaged}"
     if notes:
         return f"it holds no power samples: {'; '.join(notes)[:600]}"
     if any(power.sampled for power in powers):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+
+from observatory.wording import listing
 
 __all__ = [
     "MISSING",
@@ -129,10 +130,3 @@ def microseconds(value: float | None, *, signed: bool = False) -> str:
     form = ".1e" if abs(scaled) >= 1e5 else f".{digits}f"
     text = f"{scaled:{'+' if signed else ''}{form}}"
     return f"{text} {unit}".replace("-", "−")
-
-
-def listing(items: Sequence[str], *, most: int = 4) -> str:
-    """``a, b and c``; past ``most`` items, ``a, b, c and 5 more``."""
-    if len(items) > most:
-        return f"{', '.join(items[: most - 1])} and {len(items) - most + 1} more"
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else "none"

@@ -170,31 +170,31 @@ def _decode(network: Any, ids: torch.Tensor) -> Any:
 
     def iterate() -> None:
         network(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-        cut_back(cache, 1, network, recurrent=False)
+        cut_back(cache, 1, network, recurrent_runs_on=True)
 
     iterate()  # a cache that cannot be cut back says so here rather than in the middle of a sweep
     return iterate
 
 
-def cut_back(cache: Any, tokens: int, network: Any, *, recurrent: bool = True) -> None:
+def cut_back(cache: Any, tokens: int, network: Any, *, recurrent_runs_on: bool = False) -> None:
     """Take the last tokens off a cache.
 
     Args:
         cache: what the model returned.
         tokens: how many.
         network: the model, for the message.
-        recurrent: layers that hold a recurrent state only, too; they cannot, and without it they run on.
+        recurrent_runs_on: leave layers alone that hold nothing but a recurrent state, which lets go of none.
 
     Raises:
         ModelError: this kind of cache does not let go of tokens.
     """
     try:
-        if recurrent:
+        if not recurrent_runs_on:
             cache.crop(-tokens)
-        else:
-            for layer in cache.layers:
-                if not hasattr(layer, "recurrent_states") or hasattr(layer, "keys"):
-                    layer.crop(-tokens)
+            return
+        for layer in cache.layers:
+            if not hasattr(layer, "recurrent_states") or hasattr(layer, "keys"):
+                layer.crop(-tokens)
     except (AttributeError, RuntimeError, ValueError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(

@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from observatory.energy.sensors import PROCESSOR_KINDS
 from observatory.exchange.clocks import rank_clocks, to_reference_ns
 from observatory.records import DeviceCalibration, DeviceSpec, Manifest, RankStatus
+from observatory.wording import listing
 
 __all__ = [
     "Clocks", "calibration_entry", "device_ranks", "device_specs", "devices_of_rank", "power_config",
@@ -133,10 +134,7 @@ def _place(
 
 
 def _listed(ranks: list[int]) -> str:
-    """``0``, ``0 and 1``, ``0, 1 and 2``, ``0, 1, 2, 3 and 60 more``."""
-    if len(ranks) > 5:
-        return f"{', '.join(map(str, ranks[:4]))} and {len(ranks) - 4} more"
-    return " and ".join(filter(None, [", ".join(map(str, ranks[:-1])), str(ranks[-1])]))
+    return listing([str(rank) for rank in ranks], most=5)
 
 
 def devices_of_rank(manifest: Manifest) -> dict[int, list[str]]:

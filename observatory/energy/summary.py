@@ -41,7 +41,7 @@ from observatory.energy.windows import energy_of_window
 from observatory.errors import EnergyError
 from observatory.store import Run
 
-__all__ = ["EnergySummary", "energy_summary"]
+__all__ = ["EnergySummary", "damaged_samples", "energy_summary"]
 
 #: A counter may be reset so often in a run.
 _MOST_RESETS = 3
@@ -85,11 +85,9 @@ def energy_summary(run: Run, *, seed: int = 0) -> EnergySummary:
     """
     power = run.power()
     if power.empty:
-        damaged = [problem for problem in run.problems if problem.startswith("power/")]
+        damaged = damaged_samples(run)
         if damaged:
-            raise EnergyError(
-                f"run {run.path} has no power samples that can be read: {'; '.join(damaged[:3])}"
-            )
+            raise EnergyError(f"run {run.path} has no power samples that can be read: {damaged}")
         raise EnergyError(
             f"run {run.path} holds no power samples; capture it where a device can be read "
             "(`observatory doctor` lists them)"
@@ -118,6 +116,11 @@ def energy_summary(run: Run, *, seed: int = 0) -> EnergySummary:
         aliasing=tidy_frame(rows.aliasing, ALIASING_COLUMNS),
         problems=tuple(dict.fromkeys(problems)),
     )
+
+
+def damaged_samples(run: Run) -> str:
+    """What is wrong with the files of a run's power table, the first few; empty when nothing is."""
+    return "; ".join([problem for problem in run.problems if problem.startswith("power/")][:3])
 
 
 class _Rows:

@@ -148,46 +148,43 @@ def plan_commands(
     reference = step("none")
     at_clock = {clock: step(str(clock)) for clock in clocks}
     at_limit = {limit: step("none", f"{limit / 1e3:g}") for limit in limits}
-    found = {
-        "with Slurm, no privileges: a step per clock, all in one allocation and so on one GPU": [
+    found: dict[str, list[str]] = {}
+    if clocks:
+        found["with Slurm, no privileges: a step per clock, all in one allocation and so on one GPU"] = [
             f"srun {reference}",
             *(_srun(clock, command) for clock, command in at_clock.items()),
-        ],
-        "set in another way: one of the ways below before each of these, the first with nothing set": [
-            reference,
-            *at_clock.values(),
-            *at_limit.values(),
-        ],
-        "clocks where the site runs zeusd, no privileges; the last line undoes it": [
+        ]
+    found["set in another way: one of the ways below before each of these, the first with nothing set"] = [
+        reference,
+        *at_clock.values(),
+        *at_limit.values(),
+    ]
+    if clocks:
+        found["clocks where the site runs zeusd, no privileges; the last line undoes it"] = [
             _zeusd_index(uuid),
             *map(_zeusd_lock, clocks),
             _ZEUSD_UNDO,
-        ],
-        "clocks with the site's wrapper": [
-            line for clock in clocks for line in wrapper_commands(wrapper, uuid, clock)[1:2]
         ]
-        if wrapper
-        else ["# ask the site for one; its sudo rule needs the commands for root below only"],
-        "clocks as root; the last line undoes it": [
+        found["clocks with the site's wrapper"] = (
+            [line for clock in clocks for line in wrapper_commands(wrapper, uuid, clock)[1:2]]
+            if wrapper
+            else ["# ask the site for one; its sudo rule needs the commands for root below only"]
+        )
+        found["clocks as root; the last line undoes it"] = [
             *(_nvidia_smi_lock(device, clock) for clock in clocks),
             _nvidia_smi_unlock(device),
-        ],
-        "power limits as root; the last line undoes it": [
-            *(f"nvidia-smi -i {device} --power-limit={limit / 1e3:g}" for limit in limits),
-            f"nvidia-smi -i {device} --power-limit="
-            + ("DEFAULT_WATTS" if default_limit_mw is None else f"{default_limit_mw / 1e3:g}"),
-        ],
-        "then, with all results": [
-            shlex.join(["observatory", "clocks", "fit", *files, "--out", f"{stem}-model.json"]),
-            shlex.join(["observatory", "clocks", "recommend", f"{stem}-model.json"]),
-        ],
-    }
-    return {
-        way: lines
-        for way, lines in found.items()
-        if (clocks or not way.startswith(("clocks", "with Slurm")))
-        and (limits or not way.startswith("power"))
-    }
+        ]
+    if limits:
+        default = "DEFAULT_WATTS" if default_limit_mw is None else f"{default_limit_mw / 1e3:g}"
+        found["power limits as root; the last line undoes it"] = [
+            f"nvidia-smi -i {device} --power-limit={watts}"
+            for watts in (*(f"{limit / 1e3:g}" for limit in limits), default)
+        ]
+    found["then, with all results"] = [
+        shlex.join(["observatory", "clocks", "fit", *files, "--out", f"{stem}-model.json"]),
+        shlex.join(["observatory", "clocks", "recommend", f"{stem}-model.json"]),
+    ]
+    return found
 
 
 def _srun(sm_clock_mhz: int, command: str) -> str:

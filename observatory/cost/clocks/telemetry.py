@@ -124,7 +124,7 @@ def telemetry_advice(run: Run) -> TelemetryAdvice:
         sensor = sensor_of(None if spec is None else spec.name)
         for phase, part in _by_phase(rows, bands[key], sensor):
             if len(part) >= _LEAST_SAMPLES:
-                found.append(_device(str(uuid), phase, part, spec, idle_mw))
+                found.append(_device(uuid, phase, part, spec, idle_mw))
     return TelemetryAdvice(
         run=str(run.path),
         devices=tuple(found),
