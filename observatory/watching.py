@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Self
 from pydantic import JsonValue
 
 from collectives.store_clock import StoreClock, default_store
-from observatory.errors import CaptureError, ObservatoryError
+from observatory.errors import CaptureError, ModelError, ObservatoryError
 from observatory.provenance import new_manifest
 from observatory.ranks import find_rank
 from observatory.records import ClockSpec, DataSpec, Phase, Topology
@@ -288,7 +288,7 @@ class Watch:
         session, writer = self._running(), self._writer
         assert writer is not None
         self._ended = True
-        problems: list[str] = []
+        problems: list[ObservatoryError] = []
         clock_notes = self._align_at_exit(writer, failed=error is not None)
         with _collected(problems):
             session.stop(self.steps, told=self._told)
@@ -303,7 +303,9 @@ class Watch:
                 if self._shifts is not None:
                     config["power_shifts"] = self._shifts.told()
                 writer.update_manifest(notes=(*writer.manifest.notes, *notes), config=config)
-        failure = _one_line(error) if error is not None else session.problem() or next(iter(problems), None)
+        failure = (
+            _one_line(error) if error is not None else session.problem() or next(map(str, problems), None)
+        )
         with _collected(problems):
             writer.close(
                 state="complete" if failure is None else "failed",
@@ -314,7 +316,7 @@ class Watch:
             for problem in problems:
                 error.add_note(f"observatory: {problem}")
         elif problems:
-            raise CaptureError(problems[0])
+            raise problems[0] if isinstance(problems[0], ModelError) else CaptureError(str(problems[0]))
         elif notes:
             warnings.warn(f"run {self.run_path}: {'; '.join(notes)}", stacklevel=2)
 
@@ -416,13 +418,13 @@ class Watch:
 
 
 @contextlib.contextmanager
-def _collected(problems: list[str]) -> Iterator[None]:
+def _collected(problems: list[ObservatoryError]) -> Iterator[None]:
     """Keep an error for later, so that whatever has to follow is done."""
     try:
         yield
     except ObservatoryError as error:
-        if str(error) not in problems:
-            problems.append(str(error))
+        if str(error) not in map(str, problems):
+            problems.append(error)
 
 
 def _check_recorder(exchanges: bool) -> None:

@@ -10,12 +10,14 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 __all__ = [
     "MoeBlock",
+    "can_choose",
     "configured_experts",
     "expert_count",
     "forward_parameters",
@@ -24,6 +26,7 @@ __all__ = [
     "null_experts",
     "shared_experts",
     "top_k",
+    "unwrapped",
 ]
 
 _EXPERTS = (
@@ -34,6 +37,8 @@ _EXPERTS = (
     "moe_num_experts",
     "num_moe_experts",
 )
+#: Children that stand for the module around them: adapters (PEFT), sharding and compiling wrappers.
+_WRAPPED = ("base_layer", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 _TOP_K = (
     "top_k",
     "topk",
@@ -58,23 +63,27 @@ class MoeBlock:
 
     Attributes:
         path: qualified name of the module around the experts, the MoE block.
+        name: qualified name of the experts, or of the outermost wrapper around them.
         experts: the experts module.
         parent: the MoE block; None when the experts module is the model itself.
         grandparent: the module around the block, as a rule the decoder layer; None at the top.
     """
 
     path: str
+    name: str
     experts: nn.Module
     parent: nn.Module | None
     grandparent: nn.Module | None
 
     @classmethod
     def around(cls, path: str, modules: Mapping[str, nn.Module]) -> MoeBlock:
-        """The block around the module at ``path``."""
-        parent_path, _, _ = path.rpartition(".")
-        grandparent_path, _, _ = parent_path.rpartition(".")
+        """The block around the module at ``path``; wrappers around the module are stepped over."""
+        outermost = _outermost(path)
+        parent_path = _outermost(path).rpartition(".")[0]
+        grandparent_path = _outermost(parent_path).rpartition(".")[0]
         return cls(
             path=parent_path,
+            name=outermost,
             experts=modules[path],
             parent=modules.get(parent_path) if path else None,
             grandparent=modules.get(grandparent_path) if parent_path else None,
@@ -83,11 +92,28 @@ class MoeBlock:
     def siblings(self) -> Iterator[tuple[str, nn.Module]]:
         """The other children of the block, by name."""
         if self.parent is not None:
-            yield from ((n, m) for n, m in self.parent.named_children() if m is not self.experts)
+            own = self.name.rpartition(".")[2]
+            yield from ((n, m) for n, m in self.parent.named_children() if n != own)
 
     def routers(self) -> list[tuple[str, nn.Module]]:
         """Siblings that look like a router by name or class."""
         return [(n, m) for n, m in self.siblings() if _looks_like_router(n, m)]
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module that adapters and sharding wrappers stand for; the module itself without any."""
+    while True:
+        inner = next((m for n in _WRAPPED if (m := module._modules.get(n)) is not None), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def _outermost(path: str) -> str:
+    """The path of the outermost wrapper around the module at ``path``."""
+    while path.rpartition(".")[2] in _WRAPPED:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def int_attribute(holder: object, names: Sequence[str]) -> int | None:
@@ -119,12 +145,33 @@ def expert_count(module: nn.Module) -> int | None:
     some stacks are longer than others, and the shortest holds the experts that compute.
     """
     stated = int_attribute(module, _EXPERTS)
-    stacked = {p.shape[0] for p in module.parameters(recurse=False) if p.ndim >= 3}
+    stacked = {shape[0] for shape in _weight_shapes(module) if len(shape) >= 3}
     if stacked:
         return stated if stated in stacked else min(stacked)
     if stated is None and isinstance(module, (nn.ModuleList, nn.ModuleDict)) and len(module) > 1:
         return len(module)
     return stated
+
+
+def _weight_shapes(module: nn.Module) -> list[tuple[int, ...]]:
+    """Shapes of the module's own weights, whole where they are sharded (ZeRO-3) or parametrized."""
+    named = [getattr(p, "ds_shape", p.shape) for p in module.parameters(recurse=False)]
+    if parametrize.is_parametrized(module):
+        named += [getattr(module, name).shape for name in cast(nn.ModuleDict, module.parametrizations)]
+    return [tuple(shape) for shape in named]
+
+
+def can_choose(module: nn.Module, experts: int) -> bool:
+    """Whether a linear layer or weight of the module gives one output per expert.
+
+    ``out_features`` is asked as well as the weights: those of a quantised layer are packed bytes, those
+    of a sharded model lie in flat pieces.
+    """
+    return any(
+        getattr(m, "out_features", None) == experts
+        or any(len(shape) == 2 and shape[0] == experts for shape in _weight_shapes(m))
+        for m in module.modules()
+    )
 
 
 def looks_like_experts(name: str, module: nn.Module) -> bool:
@@ -134,15 +181,22 @@ def looks_like_experts(name: str, module: nn.Module) -> bool:
     if "expert" not in label or "shared" in label:
         return False
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        kinds = {type(child) for child in module.children()}
-        return len(module) > 1 and len(kinds) == 1
-    return any(p.ndim >= 3 for p in module.parameters(recurse=False))
+        # Their kinds may differ: zero, copy and constant experts stand beside MLPs. A list of whole experts
+        # modules, one per layer, is no list of experts.
+        return len(module) > 1 and not any(_is_stack(child) for child in module.children())
+    return _is_stack(module)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether the module's own weights are stacked over experts."""
+    return any(len(shape) >= 3 for shape in _weight_shapes(module))
 
 
 def top_k(block: MoeBlock, configs: Sequence[object]) -> int | None:
     """Assignments per token: stated by a router, the experts, the block, or the configuration."""
     holders: list[Any] = [m for _, m in block.routers()]
     holders += [block.experts, block.parent, getattr(block.experts, "config", None), *configs]
+    holders = [unwrapped(h) if isinstance(h, nn.Module) else h for h in holders]
     found = (int_attribute(h, _TOP_K) for h in holders if h is not None)
     return next((k for k in found if k is not None), None)
 

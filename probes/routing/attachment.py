@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 __all__ = ["Attachment", "PostHook", "PreHook"]
 
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
-PostHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+PostHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 #: Attribute that tells our hooks from those of others.
 _OURS = "_observatory_hook"

@@ -6,6 +6,7 @@ model that is only partly understood is refused: a load histogram with layers mi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
@@ -44,7 +45,7 @@ def find_sites(model: nn.Module, *, adapters: Sequence[Adapter] = ()) -> list[Ro
         ModelError: no MoE layer was found, or some module looks like routed experts and is not understood;
             the message names the modules and what was looked for.
     """
-    modules = dict(model.named_modules())
+    modules = dict(_all_places(model))
     configs = list(_configurations(model))
     found = [c for path in modules for c in _adapted(path, modules, adapters)]
     adapted = tuple(found)
@@ -62,12 +63,56 @@ def find_sites(model: nn.Module, *, adapters: Sequence[Adapter] = ()) -> list[Ro
                 found.append(answer)
             else:
                 missed.append(f"{path} ({type(module).__name__}): {answer}")
+    found, shared = _told_apart(found, modules, configs)
+    missed += shared
     if missed or not found:
         raise ModelError(_explain(model, found, missed, configs))
     order = {path: i for i, path in enumerate(modules)}
     found.sort(key=lambda c: order[c.path])
     numbers = layer_numbers(model, [c.path for c in found])
     return [_site(c, number, modules) for c, number in zip(found, numbers, strict=True)]
+
+
+def _all_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under every name it has, outer ones first; a module inside itself is not entered again."""
+
+    def walk(path: str, module: nn.Module, around: tuple[int, ...]) -> Iterator[tuple[str, nn.Module]]:
+        yield path, module
+        for name, child in ((n, m) for n, m in module._modules.items() if m is not None):
+            if id(child) not in around:
+                yield from walk(f"{path}.{name}" if path else name, child, (*around, id(child)))
+
+    yield from walk("", model, (id(model),))
+
+
+def _told_apart(
+    found: Sequence[Candidate], modules: Mapping[str, nn.Module], configs: Sequence[object]
+) -> tuple[list[Candidate], list[str]]:
+    """One candidate per MoE block, and the places whose calls are not told apart.
+
+    A whole block in several places is one layer. Experts that several blocks share are read from each block's
+    own router, if there is one that can be read.
+    """
+    kept: list[Candidate] = []
+    missed: list[str] = []
+    blocks: dict[tuple[int, int], Candidate] = {}
+    for candidate in found:
+        block = modules.get(candidate.block)
+        blocks.setdefault((id(block), id(modules[candidate.path])), candidate)
+    readers = Counter(module for _, module in blocks)
+    for (_, module), candidate in blocks.items():
+        if readers[module] == 1:
+            kept.append(candidate)
+            continue
+        own = router_beside_experts(candidate.path, modules, configs)
+        if isinstance(own, Candidate) and readers[id(modules[own.path])] == 0:
+            kept.append(own)
+        else:
+            missed.append(
+                f"{candidate.path} ({type(modules[candidate.path]).__name__}): shared by {readers[module]} "
+                "blocks, whose calls of it are not told apart"
+            )
+    return kept, missed
 
 
 def _site(candidate: Candidate, layer: int, modules: Mapping[str, nn.Module]) -> RoutingSite:
@@ -85,6 +130,8 @@ def _site(candidate: Candidate, layer: int, modules: Mapping[str, nn.Module]) ->
         when=candidate.when,
         how=candidate.how,
         read=candidate.read,
+        block=None if candidate.is_adapted else modules[candidate.block],
+        experts=candidate.experts_called,
     )
 
 
@@ -103,6 +150,7 @@ def _adapted(path: str, modules: Mapping[str, nn.Module], adapters: Sequence[Ada
                 when=adapter.when,
                 how=adapter.how,
                 read=adapter.read,
+                is_adapted=True,
             )
             return
 

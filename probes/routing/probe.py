@@ -13,17 +13,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from observatory.errors import CaptureError
+from observatory.errors import CaptureError, ModelError
 from probes.routing.attachment import Attachment, PostHook, PreHook
 from probes.routing.counters import DeviceCounters, Layout
 from probes.routing.counting import SiteCounter, count_in_graph
 from probes.routing.folding import Snapshot
+from probes.routing.inspection import BlockInspection, Suspension
 from probes.routing.phases import cache_carrier, known_slot
 from probes.routing.sites import RoutingDecision, RoutingSite
 
@@ -38,7 +40,8 @@ class RoutingProbe:
         counters: one counter per site.
         model_called: the model was called.
         hidden_cache_calls: those whose cache did not tell the host whether it was empty.
-        slot: what the current call of the model is, an index into ``SLOTS``.
+        slot: what the latest call of the model is, an index into ``SLOTS``; for code that is being compiled,
+            and for exchanges.
         layer_calls: eager calls of sites seen so far.
         host_ns: host time spent in those, nanoseconds.
         main_device: the first of the model's accelerators, else the CPU.
@@ -60,10 +63,19 @@ class RoutingProbe:
         self.host_ns = 0
         self.hidden_cache_calls = 0
         self.slot = 0
+        self._calls = _ModelCalls()
         self._devices: dict[torch.device, DeviceCounters] = {}
         self._error: tuple[str, Exception] | None = None
         self._lock = threading.Lock()
         self._attachments: list[Attachment] = []
+        suspension = self._suspension = Suspension()
+        self._inspections = {
+            counter.index: BlockInspection(
+                site, suspension, count=partial(self._count, counter), fail=partial(self._fail, site)
+            )
+            for site, counter in zip(self.sites, self.counters, strict=True)
+            if site.block is not None and site.block is not site.module
+        }
         tensors = [*model.parameters(), *model.buffers()]
         for device in {tensor.device for tensor in tensors if not tensor.is_meta}:
             self._device(device)
@@ -78,6 +90,8 @@ class RoutingProbe:
             for site, counter in zip(self.sites, self.counters, strict=True):
                 first, last = self._hooks(site, counter)
                 self._attachments.append(Attachment(site.module, before=first, after=last))
+            for inspection in self._inspections.values():
+                self._attachments.extend(inspection.attach())
         except BaseException:
             self.detach()
             raise
@@ -117,10 +131,27 @@ class RoutingProbe:
 
     def problem(self) -> str | None:
         """The first failure of a hook, in one line; None when there was none."""
+        refusal = self.refusal()
+        if refusal is not None:
+            return refusal
         if self._error is None:
             return None
         module, error = self._error
         return f"routing of {module} could not be read: {type(error).__name__}: {error}"
+
+    def refusal(self) -> str | None:
+        """Why nothing of the model may be counted, in one line; None when nothing speaks against it."""
+        if self._error is not None and isinstance(self._error[1], ModelError):
+            return str(self._error[1])
+        for index, inspection in self._inspections.items():
+            if inspection.was_bypassed and not (inspection.was_reached or self.counters[index].ever_called):
+                site = self.sites[index]
+                return (
+                    f"the block of {site.spec.module} was called and ended without calling it: it reaches "
+                    "its experts in another way (their forward or a kernel), which hooks do not see; "
+                    "pass an Adapter that reads a call it makes (docs/supported-models.md#adapters)"
+                )
+        return None
 
     def _phase_hooks(self) -> tuple[PreHook, PostHook]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -131,13 +162,21 @@ class RoutingProbe:
             self.slot = known or 0
             if torch.compiler.is_compiling():
                 return
+            self._calls.slots.append(self.slot)
             self.hidden_cache_calls += known is None
             for counters in self._devices.values():
                 counters.note_stream()
 
         def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
-            if not torch.compiler.is_exporting():
+            if torch.compiler.is_exporting():
+                return
+            if torch.compiler.is_compiling():
                 self.slot = 0
+                return
+            slots = self._calls.slots
+            if slots:
+                slots.pop()
+            self.slot = slots[-1] if slots else 0
 
         return enter, leave
 
@@ -170,25 +209,40 @@ class RoutingProbe:
             torch._C._set_grad_enabled(False)
         try:
             decision = site.read(module, args, kwargs, output)
-            if decision is not None:
+            if decision is not None and not self._is_judged_later(counter, decision):
                 self._count(counter, decision)
         except Exception as error:  # the model's own run must not suffer from ours
-            self._error = self._error or (site.spec.module, error)
+            self._fail(site, error)
         finally:
             if with_gradients:
                 torch._C._set_grad_enabled(True)
         self.layer_calls += 1
         self.host_ns += time.perf_counter_ns() - start_ns
 
+    def _fail(self, site: RoutingSite, error: Exception) -> None:
+        self._error = self._error or (site.spec.module, error)
+
+    def _is_judged_later(self, counter: SiteCounter, decision: RoutingDecision) -> bool:
+        """Whether the reading is for the inspection of its block, or of no call of the model's own."""
+        inspection, by = self._inspections.get(counter.index), self._suspension.by
+        if by is not None and by is not inspection:
+            return True
+        if inspection is None:
+            return False
+        inspection.was_reached = True
+        return _has_values(decision) and inspection.take(decision)
+
     def _count(self, counter: SiteCounter, decision: RoutingDecision) -> None:
-        shown = decision.expert_ids if decision.expert_ids is not None else decision.routing_map
-        if shown is None or shown.is_meta or _is_fake(shown):
+        shown = _shown(decision)
+        if shown is None or not _has_values(decision):
             return
         counters = self._devices.get(shown.device) or self._device(shown.device)
+        slots = self._calls.slots
+        slot = slots[-1] if slots else 0
         if torch._C._len_torch_dispatch_stack():
-            count_in_graph(counter, decision, self.slot, counters)
+            count_in_graph(counter, decision, slot, counters)
         else:
-            counter.add(decision, self.slot, counters.parts[self.slot][counter.index], counters)
+            counter.add(decision, slot, counters.parts[slot][counter.index], counters)
 
     def _see_in_graph(
         self,
@@ -206,7 +260,7 @@ class RoutingProbe:
             decision = site.read(module, args, kwargs, output)
             if decision is None:
                 return
-            shown = decision.expert_ids if decision.expert_ids is not None else decision.routing_map
+            shown = _shown(decision)
             if shown is not None:
                 count_in_graph(counter, decision, self.slot, self._devices[shown.device])
 
@@ -222,6 +276,25 @@ class RoutingProbe:
                 for counter in self.counters:
                     counter.devices[device] = self._devices[device]
             return self._devices[device]
+
+
+class _ModelCalls(threading.local):
+    """Slots of the calls of the model that this thread is in, the innermost last.
+
+    Threads share a model (a server's requests, replicas of DataParallel), and each has a phase of its own.
+    """
+
+    def __init__(self) -> None:
+        self.slots: list[int] = []
+
+
+def _shown(decision: RoutingDecision) -> torch.Tensor | None:
+    return decision.expert_ids if decision.expert_ids is not None else decision.routing_map
+
+
+def _has_values(decision: RoutingDecision) -> bool:
+    shown = _shown(decision)
+    return shown is not None and not shown.is_meta and not _is_fake(shown)
 
 
 def _is_fake(tensor: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ positions, dtypes and shapes only, never at values, so that nothing is copied to
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,15 +31,23 @@ _NOBODY = -1
 
 
 def read_expert_ids(
-    *, ids: tuple[str, int], weights: tuple[str, int] | None, experts: int, zero_weight_is_null: bool = False
+    *,
+    ids: tuple[str, int],
+    weights: Sequence[tuple[str, int]],
+    experts: int,
+    token_mask: tuple[str, int] | None = None,
+    padding_mask: tuple[str, int] | None = None,
+    zero_weight_is_null: bool = False,
 ) -> ReadCall:
     """Reader of an experts call that is told which expert each token goes to.
 
     Args:
         ids: name and position of the parameter that carries the expert ids, (T, K). A 0/1 dispatch mask
             (..., E) with one dimension more than the hidden states is taken as a routing map.
-        weights: name and position of the gate weights; None when the call has none.
+        weights: names and positions of what may be the gate weights: the first of the ids' shape is.
         experts: E.
+        token_mask: name and position of a mask (T,) of the tokens that count, when the call has one.
+        padding_mask: the same for a mask that is true for padding.
         zero_weight_is_null: the router sends skipped tokens to some expert with weight zero; such
             assignments count for nobody.
     """
@@ -48,20 +56,29 @@ def read_expert_ids(
         _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], _output: Any
     ) -> RoutingDecision | None:
         chosen = _argument(args, kwargs, ids)
-        gates = None if weights is None else _argument(args, kwargs, weights)
         if not isinstance(chosen, torch.Tensor):
             return None
+        gates = [_argument(args, kwargs, where) for where in weights]
         if chosen.ndim > 2 and chosen.shape[-1] == experts:
             hidden = _argument(args, kwargs, ("hidden_states", 0))
             if isinstance(hidden, torch.Tensor) and chosen.ndim > hidden.ndim:
                 map_TE = chosen.reshape(-1, experts)
                 return RoutingDecision(
-                    routing_map=map_TE, weights=_expand_gate(gates, map_TE), tokens=map_TE.shape[0]
+                    routing_map=map_TE,
+                    weights=_expand_gate(next(iter(gates), None), map_TE),
+                    tokens=map_TE.shape[0],
                 )
-        gates = gates if isinstance(gates, torch.Tensor) and gates.shape == chosen.shape else None
-        if zero_weight_is_null and gates is not None:
-            chosen = torch.where(gates == 0, _NOBODY, chosen)
-        return RoutingDecision(expert_ids=chosen, weights=gates, tokens=math.prod(chosen.shape[:-1]))
+        gate = next((g for g in gates if isinstance(g, torch.Tensor) and g.shape == chosen.shape), None)
+        if zero_weight_is_null and gate is not None:
+            chosen = torch.where(gate == 0, _NOBODY, chosen)
+        tokens = math.prod(chosen.shape[:-1])
+        if chosen.ndim == 1:  # (T * K,): only the call's own tokens say how many there are
+            tokens = _call_tokens(args, kwargs) or chosen.numel()
+        mask = _mask(args, kwargs, token_mask, tokens)
+        padding = _mask(args, kwargs, padding_mask, tokens)
+        if mask is None and padding is not None:
+            mask = padding.logical_not()
+        return RoutingDecision(expert_ids=chosen, weights=gate, token_mask=mask, tokens=tokens)
 
     return read
 
@@ -106,24 +123,44 @@ def read_dense_scores(*, experts: int) -> ReadCall:
 def read_router_output(*, experts: int, top_k: int | None) -> ReadCall:
     """Reader of a router's output when the experts' call does not show the ids.
 
-    Tried in this order: integer ids (..., K), a boolean or 0/1 map (..., E), and the K largest of the logits
-    (..., E), which is what a router does that returns nothing but logits.
+    Tried in this order: integer ids (..., K), a mask (..., E), a dispatch mask over capacity slots
+    (..., E, C), and the K largest of the logits (..., E), which is what a router does that returns nothing
+    but logits. A tensor is taken for one of these only if it has as many entries as the tokens of the
+    router's input make of it: where sizes coincide (T * K = E, C = E) the last dimension says nothing.
     """
 
     def read(
-        module: nn.Module, _args: tuple[Any, ...], _kwargs: Mapping[str, Any], output: Any
+        module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> RoutingDecision:
         tensors = _tensors(output)
-        integers = [t for t in tensors if not t.is_floating_point() and t.dtype != torch.bool and t.ndim > 1]
-        for chosen in (t for t in integers if t.shape[-1] == top_k):
+        tokens = _call_tokens(args, kwargs)
+
+        def fits(tensor: torch.Tensor, *last: int) -> bool:
+            wanted = tokens or math.prod(tensor.shape[: -len(last)])
+            return (
+                tensor.ndim > 1
+                and tensor.shape[-len(last) :] == last
+                and tensor.numel() == wanted * math.prod(last)
+            )
+
+        marks = [t for t in tensors if not t.is_floating_point()]
+        for chosen in (t for t in marks if t.dtype != torch.bool and fits(t, top_k or 1)):
             gates = next((t for t in tensors if t.is_floating_point() and t.shape == chosen.shape), None)
             return RoutingDecision(expert_ids=chosen, weights=gates, tokens=math.prod(chosen.shape[:-1]))
-        for marks in (t for t in tensors if not t.is_floating_point() and t.shape[-1:] == (experts,)):
-            map_TE = marks.reshape(-1, experts)
+        for mask in (t for t in marks if fits(t, experts)):
+            map_TE = mask.reshape(-1, experts)
             return RoutingDecision(routing_map=map_TE, tokens=map_TE.shape[0])
-        logits_TE = _first(tensors, experts, module)
-        ids_TK = logits_TE.topk(top_k or 1, dim=-1).indices
-        return RoutingDecision(expert_ids=ids_TK, tokens=ids_TK.shape[0])
+        # The dispatch mask comes behind the combine weights of its shape, which may be zero where it is not.
+        slots = [t for t in tensors if t.ndim > 2 and fits(t, experts, t.shape[-1])]
+        for dispatch in [t for t in slots if not t.is_floating_point()] or slots[-1:]:
+            map_TE = dispatch.ne(0).any(dim=-1).reshape(-1, experts)
+            return RoutingDecision(routing_map=map_TE, tokens=map_TE.shape[0])
+        for logits in (t for t in tensors if t.is_floating_point() and fits(t, experts)):
+            ids_TK = logits.reshape(-1, experts).topk(top_k or 1, dim=-1).indices
+            return RoutingDecision(expert_ids=ids_TK, tokens=ids_TK.shape[0], is_inferred=True)
+        raise _unreadable(
+            module, f"ids, a mask or logits whose last dimension is the number of experts, {experts}", output
+        )
 
     return read
 
@@ -186,14 +223,38 @@ def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], where: tuple[str
     """The argument of that name or, when it was passed by position, at that position; None when absent."""
     name, position = where
     if name in kwargs:
-        return kwargs[name]
-    return args[position] if position < len(args) else None
+        return _local(kwargs[name])
+    return _local(args[position]) if position < len(args) else None
+
+
+def _local(value: Any) -> Any:
+    """A tensor of this process; of a tensor spread over ranks (DTensor), this rank's part."""
+    to_local = getattr(value, "to_local", None) if isinstance(value, torch.Tensor) else None
+    return value if to_local is None else to_local()
+
+
+def _call_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """T of a call: rows of its first floating-point argument of two dimensions or more; None without one."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1:
+            return int(math.prod(_local(value).shape[:-1]))
+    return None
+
+
+def _mask(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], where: tuple[str, int] | None, tokens: int
+) -> torch.Tensor | None:
+    """The mask of tokens in a call, (T,) bool; None when there is none of that size."""
+    mask = None if where is None else _argument(args, kwargs, where)
+    if not isinstance(mask, torch.Tensor) or mask.numel() != tokens:
+        return None
+    return mask.reshape(-1).ne(0)
 
 
 def _tensors(output: Any) -> list[torch.Tensor]:
     """Tensors of a module's output, in order; nested containers are not searched."""
     items = output if isinstance(output, (tuple, list)) else (output,)
-    return [item for item in items if isinstance(item, torch.Tensor)]
+    return [_local(item) for item in items if isinstance(item, torch.Tensor)]
 
 
 def _first(tensors: list[torch.Tensor], experts: int, module: nn.Module) -> torch.Tensor:

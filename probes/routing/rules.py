@@ -24,14 +24,22 @@ from probes.routing.sites import ReadCall
 
 __all__ = ["RULES", "Candidate", "Rule", "router_beside_experts"]
 
+#: Shape letters at the end of a parameter's name: ``topk_expert_ids_BLK``.
+_SHAPE = r"(_[A-Z]+)?$"
 _IDS = re.compile(
-    r"^(top_?k_(index|indices|idx|ids)|router_(index|indices)|selected_experts?|experts?_(ids?|idx|index|indices))$"
+    r"^((router|selected|chosen)_(index|indices|idx|ids|experts?)"
+    r"|top_?k(_experts?)?_(index|indices|idx|ids)|top_?k?_experts?|selected_experts?"
+    r"|experts?_(ids?|idx|index|indices)|indices)" + _SHAPE
 )
 _WEIGHTS = re.compile(
-    r"^(top_?k_(weights?|scores|probs)|routing_weights|router_(scores|weights)|expert_weights|gates)$"
+    r"^(top_?k?_(weights?|scores|probs|gates)|routing_weights|router_(scores|weights)|expert_weights|gates|weights)"
+    + _SHAPE
 )
-_GATE_MATRIX = re.compile(r"^(router_probs|combine_weights|gate_matrix)$")
-#: attributes of routers whose selection is more than "the K largest logits"
+_GATE_MATRIX = re.compile(r"^(router_probs|combine_weights|gate_matrix)" + _SHAPE)
+#: Masks of tokens, true for those that count, and those that are true for padding.
+_TOKEN_MASK = re.compile(r"^((token|tokens|valid|active)_mask|valid_tokens)" + _SHAPE)
+_PADDING_MASK = re.compile(r"^(padding|pad|ignore)_mask" + _SHAPE)
+#: Attributes of routers whose selection is more than "the K largest logits".
 _BIASED = ("e_score_correction_bias", "expert_bias", "balancing_biases", "topk_group")
 
 
@@ -49,6 +57,8 @@ class Candidate:
         when: side of the call that is read.
         how: one phrase for people.
         read: takes the call apart.
+        experts_called: the experts, where they are modules that are called one by one; empty elsewhere.
+        is_adapted: an adapter of the user's says how it is read.
     """
 
     path: str
@@ -60,6 +70,8 @@ class Candidate:
     when: Literal["before", "after"]
     how: str
     read: ReadCall
+    experts_called: tuple[nn.Module, ...] = ()
+    is_adapted: bool = False
 
 
 #: (path, all modules, configurations) -> candidate or None
@@ -70,8 +82,11 @@ def _experts_call(path: str, modules: Mapping[str, nn.Module], configs: Sequence
     """Rule 1: the experts are told which expert each token goes to."""
     module = modules[path]
     names = anatomy.forward_parameters(module)
-    ids, gates, matrix = (_named(names, pattern) for pattern in (_IDS, _WEIGHTS, _GATE_MATRIX))
-    experts = anatomy.expert_count(module)
+    ids, matrix = (_named(names, pattern) for pattern in (_IDS, _GATE_MATRIX))
+    experts = _experts_inside(path, module)
+    weights = _all_named(names, _WEIGHTS)
+    if ids is not None and ids[0].startswith("indices") and not weights:
+        ids = None  # may be anything; experts that the caller picks are called so
     if experts is None or (ids is None and matrix is None) or len(names) < 2:
         return None
     block = MoeBlock.around(path, modules)
@@ -81,7 +96,12 @@ def _experts_call(path: str, modules: Mapping[str, nn.Module], configs: Sequence
     elif ids is not None:
         hidden_nulls = nulls > 0 and not hasattr(module, "zero_expert_num")
         read = readers.read_expert_ids(
-            ids=ids, weights=gates, experts=experts, zero_weight_is_null=hidden_nulls
+            ids=ids,
+            weights=weights,
+            experts=experts,
+            token_mask=_named(names, _TOKEN_MASK),
+            padding_mask=_named(names, _PADDING_MASK),
+            zero_weight_is_null=hidden_nulls,
         )
         shown = ids[0]
     return Candidate(
@@ -95,6 +115,16 @@ def _experts_call(path: str, modules: Mapping[str, nn.Module], configs: Sequence
         how=f"experts call ({shown})",
         read=read,
     )
+
+
+def _experts_inside(path: str, module: nn.Module) -> int | None:
+    """E of an experts module, or of the experts right inside a module that dispatches to them."""
+    own = anatomy.expert_count(module)
+    label = f"{path.rpartition('.')[2]} {type(module).__name__}".lower()
+    if own is not None or "expert" not in label:
+        return own
+    inside = [m for n, m in module.named_children() if anatomy.looks_like_experts(n, m)]
+    return anatomy.expert_count(inside[0]) if len(inside) == 1 else None
 
 
 def _routing_map_router(
@@ -188,17 +218,20 @@ def router_beside_experts(
     experts = anatomy.expert_count(block.experts)
     if experts is None:
         return "it does not tell its number of experts"
-    routers = [(n, m) for n, m in block.routers() if _can_choose(m, experts)]
-    if len(routers) != 1:
+    found = [(n, m) for n, m in block.routers() if anatomy.can_choose(m, experts)]
+    if len(found) != 1:
+        shown = ", ".join(f"{n} ({type(m).__name__})" for n, m in block.siblings()) or "nothing"
         return (
-            f"{len(routers)} modules beside it can choose among {experts} experts, expected one router "
-            "(experts picked by the caller, for example by data set, are not routed)"
+            f"{len(found)} of the modules beside it give one output for each of its {experts} experts, "
+            f"expected one router; beside it {'is' if shown == 'nothing' else 'are'} {shown} (experts picked "
+            "by the caller, for example by data set, are not routed)"
         )
-    name, router = routers[0]
+    name, router = found[0]
     top_k = anatomy.top_k(block, configs)
     if top_k is None:
         return f"how many experts {name} picks per token is not stated (top_k and its spellings)"
-    if isinstance(router, nn.Linear) and any(_is_set(m, _BIASED) for m in (router, block.parent)):
+    linear = isinstance(anatomy.unwrapped(router), nn.Linear)
+    if linear and any(_is_set(m, _BIASED) for m in (router, anatomy.unwrapped(router), block.parent)):
         return f"{name} returns plain logits, but a bias or group limit takes part in the choice"
     dense = len(anatomy.forward_parameters(block.experts)) == 1 and not isinstance(
         block.experts, (nn.ModuleList, nn.ModuleDict)
@@ -220,7 +253,15 @@ def router_beside_experts(
         if dense
         else "router output (ids or top-k of logits)",
         read=read,
+        experts_called=_called_one_by_one(block.experts, experts),
     )
+
+
+def _called_one_by_one(holder: nn.Module, experts: int) -> tuple[nn.Module, ...]:
+    """The experts of a list or dictionary of all E; empty where they are held in another way."""
+    if not isinstance(holder, (nn.ModuleList, nn.ModuleDict)) or len(holder) != experts:
+        return ()
+    return tuple(module for module in holder._modules.values() if module is not None)
 
 
 def _named(names: Sequence[str], pattern: re.Pattern[str]) -> tuple[str, int] | None:
@@ -228,9 +269,9 @@ def _named(names: Sequence[str], pattern: re.Pattern[str]) -> tuple[str, int] | 
     return next(((n, i) for i, n in enumerate(names) if pattern.match(n)), None)
 
 
-def _can_choose(module: nn.Module, experts: int) -> bool:
-    """Whether one of the module's weights has one row per expert."""
-    return any(p.ndim == 2 and p.shape[0] == experts for p in module.parameters())
+def _all_named(names: Sequence[str], pattern: re.Pattern[str]) -> tuple[tuple[str, int], ...]:
+    """Names and positions of all parameters that match."""
+    return tuple((n, i) for i, n in enumerate(names) if pattern.match(n))
 
 
 def _is_set(holder: object, names: Sequence[str]) -> bool:

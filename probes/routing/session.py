@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from torch import nn
 
 from collectives.recorder import NoRecorder, Recorder
-from observatory.errors import CaptureError
+from observatory.errors import CaptureError, ModelError
 from observatory.store import RunWriter
 from probes.exchange.flight import FlightRecorder
 from probes.exchange.log import ExchangeLog
@@ -22,7 +22,7 @@ from probes.routing.counters import SLOTS
 from probes.routing.flushing import Flusher
 from probes.routing.folding import Folder, Snapshot
 from probes.routing.probe import RoutingProbe
-from probes.routing.sites import RoutingSite
+from probes.routing.sites import RoutingSite, may_drop_inside
 
 __all__ = ["CaptureSession"]
 
@@ -100,7 +100,8 @@ class CaptureSession:
                 self._phases.boundary(step, None if tail else told or _only_phase(counted))
                 self._ended = told if ends_step else None
             self._anchors.renew()
-            self._flusher.submit(counted)
+            if self._probe.refusal() is None:
+                self._flusher.submit(counted)
         except CaptureError:
             raise
         except Exception as error:  # after a device-side assertion every call of the device fails
@@ -114,11 +115,12 @@ class CaptureSession:
 
         Raises:
             CaptureError: a call could not be read, or rows could not be kept.
+            ModelError: what was read is not what the model dispatches.
         """
         problem = self.problem()
         if problem is not None and not self._told_problem:
             self._told_problem = True
-            raise CaptureError(problem)
+            raise (CaptureError if self._probe.refusal() is None else ModelError)(problem)
 
     def problem(self) -> str | None:
         """One line about the first thing that went wrong; None when nothing did."""
@@ -170,6 +172,12 @@ class CaptureSession:
             notes.append(
                 "part of the model in several places, whose calls add up in one layer: "
                 f"{_named(self._repeated)}"
+            )
+        dropping = [site.spec.module for site in probe.sites if may_drop_inside(site)]
+        if dropping:
+            notes.append(
+                "experts that state a capacity may drop assignments after they are given them, which is not "
+                f"seen: {_named(dropping)}"
             )
         vague = [name for name, c in states if c.tokens_unknown]
         if vague:

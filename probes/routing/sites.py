@@ -15,7 +15,10 @@ from torch import nn
 
 from observatory.records import MoeLayerSpec
 
-__all__ = ["ReadCall", "RoutingDecision", "RoutingSite"]
+__all__ = ["ReadCall", "RoutingDecision", "RoutingSite", "may_drop_inside"]
+
+#: Attributes of experts that drop assignments over a capacity by themselves.
+_CAPACITIES = ("capacity_factor", "expert_capacity", "expert_capacity_factor", "moe_capacity_factor")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +33,8 @@ class RoutingDecision:
         weights: gate weights, of the shape of ``expert_ids`` or ``routing_map``; None when not shown.
         token_mask: (T,) true for tokens that count; None when all of them do.
         tokens: T, known from shapes alone (no device read); None when it cannot be told (expert choice).
+        is_inferred: the choice was not seen but made again, as the K largest of logits; such a reading needs
+            a witness (``witness.py``).
     """
 
     expert_ids: torch.Tensor | None = None
@@ -37,6 +42,7 @@ class RoutingDecision:
     weights: torch.Tensor | None = None
     token_mask: torch.Tensor | None = None
     tokens: int | None = None
+    is_inferred: bool = False
 
 
 #: (module, positional arguments, keyword arguments, output or None before the call) -> decision, or None
@@ -54,6 +60,8 @@ class RoutingSite:
         when: read ``before`` the call (from its inputs) or ``after`` it (from its output).
         how: one phrase for people, e.g. "experts call (top_k_index)".
         read: takes the call apart.
+        block: the MoE block around it, whose calls are looked at as well; None where it is not known.
+        experts: the experts, where they are modules that are called one by one; empty elsewhere.
     """
 
     spec: MoeLayerSpec
@@ -61,3 +69,12 @@ class RoutingSite:
     when: Literal["before", "after"]
     how: str
     read: ReadCall
+    block: nn.Module | None = None
+    experts: tuple[nn.Module, ...] = ()
+
+
+def may_drop_inside(site: RoutingSite) -> bool:
+    """Whether the site is read before experts that state a capacity of their own."""
+    if site.when != "before":
+        return False
+    return any(getattr(site.module, name, None) is not None for name in _CAPACITIES)
