@@ -10,7 +10,18 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["EVENT_REASONS", "HOLDING_BITS", "reason_bits", "reason_name", "reason_stretches"]
+__all__ = [
+    "BRAKE_BITS",
+    "EVENT_REASONS",
+    "HEAT_BITS",
+    "HOLDING_BITS",
+    "IDLE_BIT",
+    "POWER_CAP_BIT",
+    "SLOWED_BITS",
+    "reason_bits",
+    "reason_name",
+    "reason_stretches",
+]
 
 #: Bit -> what it means (nvmlClocksEventReason...).
 EVENT_REASONS: dict[int, str] = {
@@ -24,8 +35,16 @@ EVENT_REASONS: dict[int, str] = {
     0x80: "power brake",
     0x100: "display clocks",
 }
+IDLE_BIT = 0x1
+POWER_CAP_BIT = 0x4
+#: Software and hardware thermal slowdown: what the counter ``thermal_ns`` counts.
+HEAT_BITS = 0x20 | 0x40
+#: Hardware slowdown, whatever its cause, and the power brake.
+BRAKE_BITS = 0x8 | 0x80
+#: What makes a point of a clock sweep ``thermal``: no setting can be credited with such a clock.
+SLOWED_BITS = HEAT_BITS | BRAKE_BITS
 #: Bits that hold a busy device's clock down against its will.
-HOLDING_BITS = 0x4 | 0x8 | 0x20 | 0x40 | 0x80
+HOLDING_BITS = POWER_CAP_BIT | SLOWED_BITS
 
 
 def reason_name(bit: int) -> str:

@@ -25,8 +25,9 @@ _Mhz = Annotated[int, Field(ge=1, le=100_000)]
 _Milliwatts = Annotated[int, Field(ge=0, le=10_000_000_000)]
 
 #: ``ok``: ran as asked; ``power-capped``: the power limit held the clock below the request (event reason
-#: 0x4); ``thermal``: heat did; ``clamped``: the clock seen differs from the request for no stated reason;
-#: ``unverified``: the clock could not be sampled.
+#: 0x4); ``thermal``: heat, a hardware slowdown or the power brake did (0x20, 0x40, 0x8, 0x80); ``clamped``:
+#: the clock seen differs from the request for no stated reason; ``unverified``: the clock could not be
+#: sampled.
 PointLabel = Literal["ok", "power-capped", "thermal", "clamped", "unverified"]
 
 

@@ -14,6 +14,7 @@ from observatory.energy.sensors import sensor_of
 from observatory.energy.traces import trace_of_frame
 from observatory.energy.windows import energy_of_window
 from observatory.errors import ClockError
+from observatory.event_reasons import POWER_CAP_BIT, SLOWED_BITS
 from observatory.provenance import collect_provenance
 from observatory.records import RankPower
 from observatory.records_clocks import ClockPoint, ClockSeries, ClockSweep, PointLabel
@@ -21,8 +22,6 @@ from observatory.store import open_run
 
 __all__ = ["recover_sweep", "sweep_document", "write_sweep"]
 
-_CAP_BIT = 0x4
-_THERMAL_BITS = 0x8 | 0x20 | 0x40
 #: One step of the SM clock.
 _STEP_MHZ = 15
 #: A bit or a cap counts from this share of the window on.
@@ -163,9 +162,9 @@ def _label(
     met = wanted is None or abs(seen - wanted) <= _STEP_MHZ
     said = "said to be set outside" if set_outside else "asked for"
     what = f"{seen} MHz sampled" + ("" if wanted is None else f", {wanted} {said}")
-    if reasons is not None and reasons & _THERMAL_BITS:
-        return "thermal", f"{what}; the driver names heat or a hardware slowdown"
-    if reasons is not None and reasons & _CAP_BIT:
+    if reasons is not None and reasons & SLOWED_BITS:
+        return "thermal", f"{what}; the driver names heat, a hardware slowdown or the power brake"
+    if reasons is not None and reasons & POWER_CAP_BIT:
         return "power-capped", f"{what}; the driver names the power limit"
     if met:
         return "ok", what
@@ -180,7 +179,7 @@ def _cap_share(inside: pd.DataFrame) -> float | None:
     if len(counter) > 1 and lasted_ns > 0:
         return min(1.0, max(0.0, float(counter.iloc[-1] - counter.iloc[0]) / lasted_ns))
     reasons = inside["event_reasons"].dropna().astype("int64")
-    return float(((reasons & _CAP_BIT) > 0).mean()) if len(reasons) else None
+    return float(((reasons & POWER_CAP_BIT) > 0).mean()) if len(reasons) else None
 
 
 def _last(values: pd.Series[float]) -> int | None:

@@ -25,16 +25,13 @@ from numpy.typing import NDArray
 
 from observatory.cost.clocks.curves import Points
 from observatory.cost.clocks.records import LeftOut, Setting
+from observatory.event_reasons import IDLE_BIT, POWER_CAP_BIT, SLOWED_BITS
 from observatory.records_clocks import ClockPoint, PointLabel
 
 __all__ = ["CLOCK_STEP_MHZ", "Judged", "fit_points", "judge", "scatter_of", "settings_of"]
 
 #: Clocks of NVIDIA devices come in steps of 15 MHz.
 CLOCK_STEP_MHZ = 15
-_IDLE = 0x1
-_POWER_CAP = 0x4
-#: Hardware slowdown, software and hardware thermal slowdown, power brake.
-_SLOWED = 0x8 | 0x20 | 0x40 | 0x80
 #: A tenth of the window under the limit is not an accident any more.
 _CAPPED_SHARE = 0.1
 _STEADY_SHARE = 0.03
@@ -119,7 +116,7 @@ def _judge(point: ClockPoint, default_limit_mw: int | None) -> Judged:
 def corrected_label(point: ClockPoint) -> PointLabel:
     """The label that clock and event reasons bear out."""
     reasons = point.event_reasons or 0
-    if point.label == "thermal" or reasons & _SLOWED:
+    if point.label == "thermal" or reasons & SLOWED_BITS:
         return "thermal"
     if point.label == "unverified" or point.sm_clock_mhz is None:
         return "unverified"
@@ -127,7 +124,7 @@ def corrected_label(point: ClockPoint) -> PointLabel:
         return point.label
     request = point.requested_sm_clock_mhz
     missed = request is not None and abs(point.sm_clock_mhz - request) > CLOCK_STEP_MHZ
-    capped = (point.power_cap_share or 0.0) >= _CAPPED_SHARE or bool(reasons & _POWER_CAP)
+    capped = (point.power_cap_share or 0.0) >= _CAPPED_SHARE or bool(reasons & POWER_CAP_BIT)
     if capped and (missed or request is None):
         return "power-capped"
     return "clamped" if missed else "ok"
@@ -255,7 +252,7 @@ def _setting(members: Sequence[Judged]) -> Setting:
         iteration_s_R=tuple(item.point.iteration_s for item in compared),
         energy_mj_R=tuple(energies) if np.isfinite(energies).all() else (),
         power_cap_share=float(np.mean(shares)) if shares else None,
-        idle=sum(bool(bits & _IDLE) for bits in told) > len(told) / 2 if told else None,
+        idle=sum(bool(bits & IDLE_BIT) for bits in told) > len(told) / 2 if told else None,
         fitted=sum(item.fitted for item in members),
         heated=sum(item.label == "thermal" for item in members),
     )
