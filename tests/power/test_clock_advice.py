@@ -301,6 +301,7 @@ def test_a_clock_that_is_not_the_requested_one_is_named() -> None:
     held = {item.kind: item for item in advice_of("capped").confounds}
     assert "the power limit holds it there" in held["clock not as requested"].text
     assert held["unlocked is capped"].numbers["sm_clock_mhz"] == 1575
+    assert "the median clock over all of it is 1575 MHz" in held["unlocked is capped"].text
 
 
 def test_the_class_of_the_curve_stands_beside_a_cause_that_comes_first() -> None:

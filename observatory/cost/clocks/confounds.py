@@ -51,8 +51,8 @@ def _capped_reference(reference: Reference) -> Confound:
     return Confound(
         kind="unlocked is capped",
         text=f"without any lock the power limit{limit} holds the clock down for {100 * share:.0f} % of the "
-        f"time, to {reference.sm_clock_mhz:.0f} MHz: slowdown and saving are relative to that, not to the "
-        "highest clock",
+        f"time, and the median clock over all of it is {reference.sm_clock_mhz:.0f} MHz: slowdown and saving "
+        "are relative to that, not to the highest clock",
         numbers={"power_cap_share": share, "sm_clock_mhz": reference.sm_clock_mhz},
     )
 
