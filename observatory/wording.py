@@ -1,10 +1,10 @@
-"""Words for several things."""
+"""Words for several things, and for shares of one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["listing"]
+__all__ = ["listing", "percent_words"]
 
 
 def listing(items: Sequence[str], *, most: int = 4) -> str:
@@ -12,3 +12,13 @@ def listing(items: Sequence[str], *, most: int = 4) -> str:
     if len(items) > most:
         return f"{', '.join(items[: most - 1])} and {len(items) - most + 1} more"
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else "none"
+
+
+def percent_words(share: float) -> str:
+    """A share in percent; what is neither nothing nor all is not rounded to it."""
+    percent = 100.0 * share
+    if 0.0 < percent < 1.0:
+        return f"{percent:.2g} %"
+    if 99.0 < percent < 100.0:
+        return f"{min(percent, 99.9):.1f} %"
+    return f"{percent:.0f} %"

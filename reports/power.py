@@ -6,7 +6,8 @@
                of the run (``power`` by ``counter``: the mean between two of them)
 ``bands``      run, device_uuid, sampled_by, phase, start_s, end_s, spans
 ``reasons``    run, device_uuid, sampled_by, bit, start_s, end_s, stretches
-``seen``       run, and the fields of ``observatory.cost.clocks.telemetry.DeviceTelemetry``
+``seen``       run, the numbers of ``DeviceTelemetry`` (``observatory.cost.clocks.telemetry_records``), and
+               busy_clock_mhz, capped_clock_mhz: medians while busy, and while the limit holds the clock
 ``devices``    run, and the columns of ``observatory.energy``'s summary of devices; likewise ``phases``,
                ``tokens`` (with ``flag``), ``totals`` and ``aliasing``
 
@@ -26,6 +27,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from observatory.cost.clocks.telemetry import telemetry_advice
+from observatory.cost.clocks.telemetry_records import DeviceTelemetry, FindingCode, StateName
 from observatory.energy import energy_summary
 from observatory.energy.bands import DeviceBands, device_bands
 from observatory.energy.summary import damaged_samples
@@ -54,6 +56,9 @@ _QUANTITIES: dict[str, tuple[str, float]] = {
     "memory_clock": ("memory_clock_mhz", 1.0),
     "temperature": ("temperature_c", 1.0),
 }
+#: Column of ``seen`` -> the state whose median clock it is.
+_STATE_CLOCKS: dict[str, StateName] = {"busy_clock_mhz": "busy", "capped_clock_mhz": "power cap"}
+_HELD: tuple[FindingCode, ...] = ("limit binds", "slowed by heat", "slowed by brake")
 _KEYS = ("run", "device_uuid", "sampled_by")
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "traces": (*_KEYS, "device", "quantity", "source", "samples", "drawn", "seconds", "reason"),
@@ -77,6 +82,7 @@ class PowerFrames:
         absent: run and why it holds no power samples.
         gaps: run and one line for what is missing from its power, or must be known of it.
         notes: run, device, sentence on what telemetry alone tells.
+        held: those of the notes that name what holds a clock down.
     """
 
     traces: pd.DataFrame
@@ -92,6 +98,7 @@ class PowerFrames:
     absent: tuple[tuple[int, str], ...] = ()
     gaps: tuple[tuple[int, str], ...] = ()
     notes: tuple[tuple[int, str, str], ...] = ()
+    held: tuple[tuple[int, str, str], ...] = ()
 
     @property
     def runs(self) -> list[int]:
@@ -105,6 +112,7 @@ class _Found:
     absent: list[tuple[int, str]] = field(default_factory=list)
     gaps: list[tuple[int, str]] = field(default_factory=list)
     notes: list[tuple[int, str, str]] = field(default_factory=list)
+    held: list[tuple[int, str, str]] = field(default_factory=list)
 
 
 def collect_power(runs: Sequence[Run]) -> PowerFrames:
@@ -127,6 +135,7 @@ def collect_power(runs: Sequence[Run]) -> PowerFrames:
         absent=tuple(found.absent),
         gaps=tuple(dict.fromkeys(found.gaps)),
         notes=tuple(found.notes),
+        held=tuple(found.held),
     )
 
 
@@ -167,14 +176,12 @@ def _add_run(found: _Found, index: int, run: Run) -> None:
         found.frames[name].append(getattr(summary, name).assign(run=index))
     found.frames["tokens"].append(_flagged(summary.tokens, summary.phases, summary.devices).assign(run=index))
     seen = telemetry_advice(run)
-    rows = [item.model_dump(exclude={"findings"}) for item in seen.devices]
-    found.frames["seen"].append(pd.DataFrame(rows).assign(run=index))
-    found.notes += [
-        (index, item.device_uuid, finding)
-        for item in seen.devices
-        if item.phase is None
-        for finding in item.findings
-    ]
+    found.frames["seen"].append(pd.DataFrame([_numbers(item) for item in seen.devices]).assign(run=index))
+    for item in seen.devices:
+        if item.phase is None:
+            coded = list(zip(item.finding_codes, item.findings, strict=True))
+            found.notes += [(index, item.device_uuid, text) for _, text in coded]
+            found.held += [(index, item.device_uuid, text) for code, text in coded if code in _HELD]
     groups = {
         (int(own["source_rank"].iloc[0]), str(uuid)): own
         for (_, uuid), own in power.groupby(["source_rank", "device_uuid"], sort=True)
@@ -190,6 +197,14 @@ def _add_run(found: _Found, index: int, run: Run) -> None:
     for key in shown:
         own = {"run": index, "device_uuid": key[1], "sampled_by": key[0]}
         _add_device(found, run, groups[key], bands[key], starts_ns[key[0]], own)
+
+
+def _numbers(item: DeviceTelemetry) -> dict[str, Any]:
+    numbers = item.model_dump(exclude={"states", "missing", "findings", "finding_codes"})
+    for column, name in _STATE_CLOCKS.items():
+        readings = item.in_state(name)
+        numbers[column] = None if readings is None else readings.sm_clock_mhz
+    return numbers
 
 
 def _flagged(tokens: pd.DataFrame, phases: pd.DataFrame, devices: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from observatory.cli.options import JsonOption
 
 if TYPE_CHECKING:
     from observatory.cost.clocks.recommending import ClockAdvice
-    from observatory.cost.clocks.telemetry import TelemetryAdvice
+    from observatory.cost.clocks.telemetry_records import Readings, TelemetryAdvice
 
 __all__ = ["recommend"]
 
@@ -123,21 +123,45 @@ def _per_token(before: float | None, after: float | None) -> str | None:
     return f"{before:.3g}" if after is None else f"{before:.3g} -> {after:.3g}"
 
 
+def _percent(share: float | None) -> str | None:
+    from observatory.wording import percent_words
+
+    return None if share is None else percent_words(share)
+
+
+def _mhz(readings: Readings | None) -> str | None:
+    clock_mhz = None if readings is None else readings.sm_clock_mhz
+    return None if clock_mhz is None else f"{clock_mhz:.0f}"
+
+
 def _print_telemetry(seen: TelemetryAdvice) -> None:
     from observatory.cli.output import print_lines, print_table
 
     print_table(
-        ["device", "phase", "samples", "power W", "p95/limit", "capped", "idle", "clock MHz"],
+        [
+            "device",
+            "phase",
+            "samples",
+            "power W",
+            "p95/limit",
+            "capped",
+            "of busy",
+            "idle",
+            "clock MHz",
+            "busy MHz",
+            "capped MHz",
+        ],
         [
             [
                 item.device_uuid,
                 item.phase or "all",
                 item.samples,
                 None if item.power_median_mw is None else f"{item.power_median_mw / 1e3:.0f}",
-                None if item.power_over_limit is None else f"{100 * item.power_over_limit:.0f} %",
-                None if item.power_cap_share is None else f"{100 * item.power_cap_share:.0f} %",
-                None if item.idle_share is None else f"{100 * item.idle_share:.0f} %",
-                None if item.sm_clock_mhz is None else f"{item.sm_clock_mhz:.0f}",
+                _percent(item.power_over_limit),
+                _percent(item.power_cap_share),
+                _percent(item.power_cap_busy_share),
+                _percent(item.idle_share),
+                *(_mhz(readings) for readings in (item, item.in_state("busy"), item.in_state("power cap"))),
             ]
             for item in seen.devices
         ],

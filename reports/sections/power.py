@@ -198,8 +198,9 @@ def _numbers(seen: pd.DataFrame, where: str) -> Table:
     return table(
         f"{where}: what its samples show",
         [
-            "Part", "Samples", "Power, median", "95 % below", "Limit", "Held by limit", "By heat", "By brake",
-            "Idle", "SM clock, median", "5 % to 95 %",
+            "Part", "Samples", "Power, median", "95 % below", "Limit", "Held by limit", "Of busy time",
+            "By heat", "By brake", "Idle", "SM clock, median", "5 % to 95 %", "SM clock, busy",
+            "SM clock, held by limit",
         ],
         [
             [
@@ -209,16 +210,20 @@ def _numbers(seen: pd.DataFrame, where: str) -> Table:
                 _watts(row.power_p95_mw),
                 _watts(row.limit_mw),
                 percent(row.power_cap_share),
+                percent(row.power_cap_busy_share),
                 percent(row.thermal_share),
                 percent(row.brake_share),
                 percent(row.idle_share),
                 _mhz(row.sm_clock_mhz),
                 f"{number(row.sm_clock_low_mhz, 0)} – {number(row.sm_clock_high_mhz, 0)}",
+                _mhz(row.busy_clock_mhz),
+                _mhz(row.capped_clock_mhz),
             ]
             for row in each_row(seen)
         ],
         note="Shares of the samples, or, where the driver counts it, of the time; phases by the samples "
-        "inside.",
+        "inside. Power and SM clock are of all samples, busy or idle; the last two columns are the "
+        "median SM clock of the samples without the idle bit, and of those among them that the limit holds.",
     )  # fmt: skip
 
 

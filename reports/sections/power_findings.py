@@ -68,6 +68,5 @@ def _caps(frames: ReportFrames) -> Iterator[str]:
     found = frames.power
     if found is None:
         return
-    for run, uuid, text in found.notes:
-        if "binds: it holds" in text or "slowed the chip" in text or "power brake acted" in text:
-            yield f"On {shorten(uuid, 28)} of {shorten(frames.runs.loc[run, 'label'], 48)}, {plain(text)}."
+    for run, uuid, text in found.held:
+        yield f"On {shorten(uuid, 28)} of {shorten(frames.runs.loc[run, 'label'], 48)}, {plain(text)}."

@@ -192,8 +192,9 @@ def test_what_was_not_sampled_is_said_and_not_guessed(tmp_path: Path) -> None:
     assert found.cap is None
     assert (found.power_median_mw, found.sm_clock_mhz, found.limit_mw) == (None, None, None)
     text = " ".join(found.findings)
-    assert "cannot be told" in text
-    assert "was not sampled" in text
+    assert found.missing == ("event reasons", "power", "power limit", "SM clock")
+    assert "no sample has a valid reading of event reasons, instant power or the power limit" in text
+    assert "the SM clock was not sampled" in text
 
 
 def test_counters_that_run_backwards_and_impossible_readings_are_passed_over(tmp_path: Path) -> None:

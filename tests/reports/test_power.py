@@ -202,6 +202,25 @@ def test_the_findings_give_energy_per_token_and_say_that_the_limit_binds(frames:
     assert "binds: it holds the clock down" in text
 
 
+def test_the_report_gives_the_clock_where_the_limit_holds_beside_that_of_all_samples(tmp_path: Path) -> None:
+    power = samples_of(a_load())
+    power["sm_clock_mhz"] = power["sm_clock_mhz"].where(power["event_reasons"] != 0x1, 885)
+    shown = frames_of(a_power_run(tmp_path / "run", power=power))
+    (variant,) = figures(power_section(shown))["power-timeline"].variants
+    sentence = "the SM clock is 1755 MHz: a lock above 1755 MHz would do nothing there"
+    assert sentence in variant.note
+    assert any(sentence in text for text in findings(shown))
+    assert not any("moved between" in text for text in findings(shown)), "only what holds a clock"
+    titles = [column.title for column in variant.numbers.columns]
+    whole = [cell.text for cell in variant.numbers.rows[0]]
+    assert whole[titles.index("SM clock, held by limit")] == "1755 MHz"
+    busy = power[power["event_reasons"] != 0x1]
+    assert whole[titles.index("SM clock, busy")] == f"{busy['sm_clock_mhz'].median():.0f} MHz"
+    of_busy = 100 * float((busy["event_reasons"] == 0x4).mean())
+    assert f"of the time, {of_busy:.0f} % of the busy time" in variant.note
+    assert whole[titles.index("Of busy time")] != whole[titles.index("Held by limit")]
+
+
 def test_counter_and_power_that_disagree_are_flagged_everywhere(tmp_path: Path) -> None:
     shown = frames_of(a_power_run(tmp_path / "run", power=samples_of(a_load(), counter_gain=1.3)))
     flag = "counter and integrated power differ by +"

@@ -1,98 +1,45 @@
 """What a run's power samples alone say about caps and clocks, where nobody swept anything.
 
-They tell whether the power limit binds, which clock was seen and how near the device is to idle. They do not
-tell which clock is best: that takes the time of an iteration at several clocks.
+They say whether the power limit binds, at which clock it holds the device, which clock a busy device has and
+how near it is to idle. They do not say which clock is best: that takes the time of an iteration at several.
+
+What is said of a state is computed from the samples in that state, which their event reasons name.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import Field
 
 from observatory.cost.clocks.confounds import BINDING_SHARE
+from observatory.cost.clocks.telemetry_findings import device_findings
+from observatory.cost.clocks.telemetry_records import (
+    DeviceTelemetry,
+    Missing,
+    Readings,
+    ShareSource,
+    StateName,
+    TelemetryAdvice,
+)
 from observatory.energy.bands import DeviceBands, device_bands
 from observatory.energy.places import device_specs
 from observatory.energy.sensors import SensorModel, sensor_of
 from observatory.errors import ClockError
-from observatory.records import DeviceSpec, Record, Text
+from observatory.event_reasons import BRAKE_BITS, HEAT_BITS, HOLDING_BITS, IDLE_BIT, POWER_CAP_BIT
+from observatory.records import DeviceSpec
 from observatory.store import Run
 
 __all__ = ["DeviceTelemetry", "TelemetryAdvice", "telemetry_advice"]
 
-_IDLE, _POWER_CAP, _THERMAL = 0x1, 0x4, 0x20 | 0x40
-_BRAKE = 0x8 | 0x80
 _LEAST_SAMPLES = 10
-_STEADY_MHZ = 30.0
-_IDLE_SHARE = 0.1
-_LOW_DRAW = 0.15
 _MOST_DEVICES = 256
+#: A limit may act on a device that was seen to draw this part of it.
+_NEAR_LIMIT = 0.9
 #: Renewal of power where the device's own is not known: that of all NVIDIA GPUs since Ampere.
 _UPDATE_MS = 100.0
-
-_Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
-class DeviceTelemetry(Record):
-    """One device, or one phase on it.
-
-    Attributes:
-        device_uuid: the device.
-        phase: the phase; None for the whole run.
-        samples: samples in it.
-        duration_s: from the first to the last.
-        power_median_mw, power_p95_mw: of the instant power; None when not told, like all below.
-        limit_mw: power limit in force, the lowest seen.
-        highest_limit_mw: the highest seen.
-        power_over_limit: p95 of power over the limit in force at the time.
-        power_cap_share: share of time in which the limit held the clock down.
-        thermal_share: likewise heat.
-        brake_share: likewise hardware slowdown and power brake.
-        idle_share: share of samples that the driver calls idle.
-        sm_clock_low_mhz, sm_clock_mhz, sm_clock_high_mhz: 5 %, median and 95 % of the clock.
-        max_sm_clock_mhz: highest clock of the device.
-        cap: whether the limit binds; None when nothing tells.
-        findings: sentences.
-    """
-
-    device_uuid: Text
-    phase: Text | None = None
-    samples: int
-    duration_s: float
-    power_median_mw: float | None = None
-    power_p95_mw: float | None = None
-    limit_mw: float | None = None
-    highest_limit_mw: float | None = None
-    power_over_limit: float | None = None
-    power_cap_share: _Share | None = None
-    thermal_share: _Share | None = None
-    brake_share: _Share | None = None
-    idle_share: _Share | None = None
-    sm_clock_low_mhz: float | None = None
-    sm_clock_mhz: float | None = None
-    sm_clock_high_mhz: float | None = None
-    max_sm_clock_mhz: float | None = None
-    cap: Literal["binds", "does not bind"] | None = None
-    findings: tuple[Text, ...] = ()
-
-
-class TelemetryAdvice(Record):
-    """What ``observatory clocks recommend --telemetry RUN`` prints.
-
-    Attributes:
-        run: its directory.
-        devices: every device, then its phases.
-        cannot: what a sweep alone could tell.
-        next_steps: commands.
-    """
-
-    run: Text
-    devices: tuple[DeviceTelemetry, ...]
-    cannot: Text
-    next_steps: tuple[Text, ...]
 
 
 def telemetry_advice(run: Run) -> TelemetryAdvice:
@@ -116,8 +63,9 @@ def telemetry_advice(run: Run) -> TelemetryAdvice:
         for _, own in ordered.groupby(["source_rank", "device_uuid"], sort=True)
     ][:_MOST_DEVICES]
     bands = device_bands(run, [key for key, _ in groups])
-    for key, rows in groups:
+    for key, own in groups:
         uuid = key[1]
+        rows = _with_limit_in_force(own)
         spec = specs.get(uuid)
         idle_mw = _idle_power_mw(run, uuid)
         found.append(_device(uuid, None, rows, spec, idle_mw))
@@ -147,6 +95,12 @@ def _idle_power_mw(run: Run, uuid: str) -> float | None:
     return None
 
 
+def _with_limit_in_force(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with the last limit read before each; one that is not positive is no reading."""
+    limit_mw = pd.Series(_valid(rows, "enforced_limit_mw"), index=rows.index)
+    return rows.assign(limit_in_force_mw=limit_mw.where(limit_mw > 0.0).ffill())
+
+
 def _by_phase(rows: pd.DataFrame, bands: DeviceBands, sensor: SensorModel) -> list[tuple[str, pd.DataFrame]]:
     """Samples of each phase of the rank that the device works for, else of the one that sampled it.
 
@@ -164,70 +118,148 @@ def _by_phase(rows: pd.DataFrame, bands: DeviceBands, sensor: SensorModel) -> li
     begun = np.ones(len(names), dtype=bool)
     begun[1:] = (names[1:] != names[:-1]) | (bands.start_ns[1:] - bands.end_ns[:-1] > oldest_ns)
     since_ns = bands.start_ns[begun][np.cumsum(begun) - 1][np.maximum(index, 0)]
-    rows = rows.assign(power_mw=rows["power_mw"].where(time_ns - since_ns >= oldest_ns))
+    fresh = time_ns - since_ns >= oldest_ns
+    rows = rows.assign(power_mw=rows["power_mw"].where(fresh), stale=rows["power_mw"].notna() & ~fresh)
     return [(str(name), rows[inside & (phase == name)]) for name in sorted(set(phase[inside].tolist()))]
 
 
 def _device(
     uuid: str, phase: str | None, rows: pd.DataFrame, spec: DeviceSpec | None, idle_mw: float | None
 ) -> DeviceTelemetry:
-    power = _known(rows, "power_mw")
-    clock = _known(rows, "sm_clock_mhz")
-    limit = _known(rows, "enforced_limit_mw")
-    limit_mw = float(limit.min()) if limit.size and limit.min() > 0 else None
-    p95 = float(np.quantile(power, 0.95)) if power.size else None
+    whole = _readings(rows)
+    reasons = pd.to_numeric(rows["event_reasons"], errors="coerce").fillna(-1).to_numpy(dtype=np.int64)
+    known = reasons >= 0
+    states = _states(rows, reasons) if known.any() else None
     # Counters count over gaps too, so that they are read over the whole run only.
-    counted = _counter_share(rows, "power_cap_ns") if phase is None else None
-    capped = counted if counted is not None else _bit_share(rows, _POWER_CAP)
-    hot = _counter_share(rows, "thermal_ns") if phase is None else None
-    ratio = _over_limit(rows) if limit_mw else None
+    counted = phase is None
+    capped, capped_busy, capped_by = _held(rows if counted else None, "power_cap_ns", reasons, POWER_CAP_BIT)
+    hot, hot_busy, hot_by = _held(rows if counted else None, "thermal_ns", reasons, HEAT_BITS)
+    braked, braked_busy, _ = _held(None, "", reasons, BRAKE_BITS)
     device = DeviceTelemetry(
+        **whole.model_dump(),
         device_uuid=uuid[:128],
         phase=phase,
-        samples=len(rows),
         duration_s=float(rows["time_ns"].iloc[-1] - rows["time_ns"].iloc[0]) / 1e9,
-        power_median_mw=float(np.median(power)) if power.size else None,
-        power_p95_mw=p95,
-        limit_mw=limit_mw,
-        highest_limit_mw=float(limit.max()) if limit_mw else None,
-        power_over_limit=ratio,
+        reason_samples=int(known.sum()),
+        states=states,
         power_cap_share=capped,
-        thermal_share=hot if hot is not None else _bit_share(rows, _THERMAL),
-        brake_share=_bit_share(rows, _BRAKE),
-        idle_share=_bit_share(rows, _IDLE),
-        sm_clock_low_mhz=float(np.quantile(clock, 0.05)) if clock.size else None,
-        sm_clock_mhz=float(np.median(clock)) if clock.size else None,
-        sm_clock_high_mhz=float(np.quantile(clock, 0.95)) if clock.size else None,
+        power_cap_busy_share=capped_busy,
+        power_cap_source=capped_by,
+        thermal_share=hot,
+        thermal_busy_share=hot_busy,
+        thermal_source=hot_by,
+        brake_share=braked,
+        brake_busy_share=braked_busy,
+        idle_share=states["idle"].samples / float(known.sum()) if states else None,
         max_sm_clock_mhz=float(spec.max_sm_clock_mhz) if spec and spec.max_sm_clock_mhz else None,
-        cap=_cap(capped, ratio),
+        idle_power_mw=idle_mw,
+        cap=_cap(capped, capped_busy, capped_by, states, whole),
+        missing=_missing(whole, rows, known=bool(known.any())),
     )
-    return device.model_copy(update={"findings": tuple(_findings(device, idle_mw))})
+    findings = device_findings(device)
+    return device.model_copy(
+        update={
+            "findings": tuple(item.text for item in findings),
+            "finding_codes": tuple(item.code for item in findings),
+        }
+    )
 
 
-def _known(rows: pd.DataFrame, column: str) -> NDArray[np.float64]:
+def _states(rows: pd.DataFrame, reasons: NDArray[np.int64]) -> dict[StateName, Readings]:
+    """Readings of the samples in each state.
+
+    Args:
+        rows: samples.
+        reasons: their bits; negative where not known.
+    """
+    idle = (reasons >= 0) & (reasons & IDLE_BIT > 0)
+    busy = (reasons >= 0) & ~idle
+    chosen: dict[StateName, NDArray[np.bool_]] = {
+        "busy": busy,
+        "free": busy & (reasons & HOLDING_BITS == 0),
+        "power cap": busy & (reasons & POWER_CAP_BIT > 0),
+        "heat": busy & (reasons & HEAT_BITS > 0),
+        "brake": busy & (reasons & BRAKE_BITS > 0),
+        "idle": idle,
+    }
+    return {name: _readings(rows[own]) for name, own in chosen.items()}
+
+
+def _readings(rows: pd.DataFrame) -> Readings:
+    power_mw, limit_mw, clock_mhz = (
+        _valid(rows, name) for name in ("power_mw", "limit_in_force_mw", "sm_clock_mhz")
+    )
+    over_limit = power_mw / limit_mw
+    return Readings(
+        samples=len(rows),
+        power_samples=int(np.isfinite(power_mw).sum()),
+        clock_samples=int(np.isfinite(clock_mhz).sum()),
+        power_median_mw=_quantile(power_mw, 0.5),
+        power_p95_mw=_quantile(power_mw, 0.95),
+        power_highest_mw=_quantile(power_mw, 1.0),
+        power_over_limit=_quantile(over_limit, 0.95),
+        highest_power_over_limit=_quantile(over_limit, 1.0),
+        limit_mw=_quantile(limit_mw, 0.0),
+        highest_limit_mw=_quantile(limit_mw, 1.0),
+        sm_clock_low_mhz=_quantile(clock_mhz, 0.05),
+        sm_clock_mhz=_quantile(clock_mhz, 0.5),
+        sm_clock_high_mhz=_quantile(clock_mhz, 0.95),
+        sm_clock_highest_mhz=_quantile(clock_mhz, 1.0),
+    )
+
+
+def _valid(rows: pd.DataFrame, column: str) -> NDArray[np.float64]:
+    """A column with NaN for what is not known or not possible."""
     values = pd.to_numeric(rows[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-    known: NDArray[np.float64] = values[np.isfinite(values) & (values >= 0.0)]
-    return known
+    valid: NDArray[np.float64] = np.where(np.isfinite(values) & (values >= 0.0), values, np.nan)
+    return valid
 
 
-def _over_limit(rows: pd.DataFrame) -> float | None:
-    """95th percentile of power over the limit in force; None where no sample tells both."""
-    power, limit = (
-        pd.to_numeric(rows[name], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-        for name in ("power_mw", "enforced_limit_mw")
-    )
-    limit = pd.Series(limit).ffill().to_numpy()
-    told = np.isfinite(power) & (power >= 0.0) & (limit > 0.0)
-    return float(np.quantile(power[told] / limit[told], 0.95)) if told.any() else None
+def _quantile(values: NDArray[np.float64], share: float) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(np.quantile(known, share)) if known.size else None
 
 
-def _bit_share(rows: pd.DataFrame, bits: int) -> float | None:
-    reasons = rows["event_reasons"].dropna().to_numpy(dtype=np.int64)
-    return float(np.mean((reasons & bits) != 0)) if reasons.size else None
+def _missing(whole: Readings, rows: pd.DataFrame, *, known: bool) -> tuple[Missing, ...]:
+    """What no sample holds; ``known``: some hold event reasons."""
+    missing: list[Missing] = [] if known else ["event reasons"]
+    if whole.power_median_mw is None:
+        stale = "stale" in rows and bool(rows["stale"].any())
+        missing.append("power of the phase" if stale else "power")
+    if whole.limit_mw is None:
+        missing.append("power limit")
+    elif whole.power_median_mw is not None and whole.power_over_limit is None:
+        missing.append("power beside a limit")
+    if whole.sm_clock_mhz is None:
+        missing.append("SM clock")
+    return tuple(missing)
+
+
+def _held(
+    counted: pd.DataFrame | None, column: str, reasons: NDArray[np.int64], bits: int
+) -> tuple[float | None, float | None, ShareSource | None]:
+    """Share of all time and of the busy time in which something held the clock down, and its source.
+
+    Args:
+        counted: samples whose counter may be read; None for the bits alone.
+        column: the counter.
+        reasons: bits of the samples; negative where not known.
+        bits: those of what held it.
+    """
+    known = reasons[reasons >= 0]
+    busy = known[known & IDLE_BIT == 0]
+    share = None if counted is None else _counter_share(counted, column)
+    if share is not None:
+        # An idle chip has no clock to hold down, so that what was counted is taken to be busy time.
+        return share, min(1.0, share * len(known) / len(busy)) if len(busy) else None, "counter"
+    if not len(known):
+        return None, None, None
+    of_busy = float(np.mean(busy & bits > 0)) if len(busy) else None
+    return float(np.mean(known & bits > 0)), of_busy, "event reasons"
 
 
 def _counter_share(rows: pd.DataFrame, column: str) -> float | None:
-    """Part of the time that a counter of nanoseconds advanced; None when it is not told or ran backwards."""
+    """Part of the time that a counter of nanoseconds advanced; None when it is not known or ran backwards."""
     known = rows[["time_ns", column]].dropna()
     if len(known) < 2:
         return None
@@ -238,76 +270,25 @@ def _counter_share(rows: pd.DataFrame, column: str) -> float | None:
     return float(min(1.0, (counted[-1] - counted[0]) / elapsed))
 
 
-def _cap(share: float | None, ratio: float | None) -> Literal["binds", "does not bind"] | None:
-    if share is not None:
-        return "binds" if share >= BINDING_SHARE else "does not bind"
-    return "does not bind" if ratio is not None and ratio < 0.9 else None
+def _cap(
+    share: float | None,
+    busy_share: float | None,
+    source: ShareSource | None,
+    states: dict[StateName, Readings] | None,
+    whole: Readings,
+) -> Literal["binds", "does not bind"] | None:
+    """Whether the limit binds while the device is busy.
 
-
-def _percent(share: float | None) -> str:
-    return f"{100 * (share or 0.0):.0f} %"
-
-
-def _findings(device: DeviceTelemetry, idle_mw: float | None) -> list[str]:
-    found = []
-    low, high = device.limit_mw, device.highest_limit_mw
-    limit = "its power limit" if low is None else f"the power limit of {low / 1e3:.0f} W"
-    whole = "it"
-    if low is not None and high is not None and high > 1.01 * low:
-        whole = "the limit in force"
-        limit = f"the power limit, which was changed between {low / 1e3:.0f} and {high / 1e3:.0f} W,"
-    drawn = ""
-    if device.power_p95_mw is not None and device.power_over_limit is not None:
-        drawn = f" (95 % of the samples stay below {device.power_p95_mw / 1e3:.0f} W, "
-        drawn += f"{_percent(device.power_over_limit)} of {whole})"
-    if device.cap == "binds":
-        found.append(
-            f"{limit} binds: it holds the clock down for {_percent(device.power_cap_share)} of the "
-            f"time{drawn}; a lock above the clock seen would do nothing"
-        )
-    elif device.cap == "does not bind":
-        found.append(
-            f"{limit} does not bind{drawn}: a cap above that power changes nothing, locking the clock would"
-        )
-    else:
-        found.append(f"whether {limit} binds cannot be told: neither event reasons nor power were sampled")
-    found += _clock_findings(device)
-    if (device.thermal_share or 0.0) >= BINDING_SHARE:
-        found.append(
-            f"heat slowed the chip for {_percent(device.thermal_share)} of the time: mend that first"
-        )
-    if (device.brake_share or 0.0) >= BINDING_SHARE:
-        found.append(
-            f"hardware slowdown or the power brake acted in {_percent(device.brake_share)} of the samples: "
-            "mend that first"
-        )
-    idle = device.idle_share or 0.0
-    if idle >= _IDLE_SHARE:
-        found.append(
-            f"the device idled in {_percent(idle)} of the samples: it waits for the host or for other ranks, "
-            "which a clock does not change"
-        )
-    elif idle_mw is not None and device.limit_mw and device.power_median_mw is not None:
-        way = (device.power_median_mw - idle_mw) / max(device.limit_mw - idle_mw, 1.0)
-        if way < _LOW_DRAW:
-            found.append(
-                f"at {device.power_median_mw / 1e3:.0f} W it draws little more than the "
-                f"{idle_mw / 1e3:.0f} W of an idle device: it may be waiting for the host"
-            )
-    return found
-
-
-def _clock_findings(device: DeviceTelemetry) -> list[str]:
-    low, middle, high = device.sm_clock_low_mhz, device.sm_clock_mhz, device.sm_clock_high_mhz
-    if low is None or middle is None or high is None:
-        return ["the SM clock was not sampled: no lock can be verified on such telemetry"]
-    if high - low > _STEADY_MHZ:
-        return [f"the SM clock moved between {low:.0f} and {high:.0f} MHz (median {middle:.0f})"]
-    text = f"the SM clock stood at {middle:.0f} MHz"
-    most = device.max_sm_clock_mhz
-    if most is not None and middle < most - _STEADY_MHZ and device.cap != "binds":
-        text += (
-            f", below the highest of {most:.0f}: it is locked, clamped or held by heat; no event reason says "
-            '"locked"'
-        )
-    return [text]
+    Without event reasons the busy part of the time is not known. It is at most all of it, so that a counter
+    above the threshold decides, and one that never advanced; so does power that never came near the limit.
+    """
+    if busy_share is not None:
+        return "binds" if busy_share >= BINDING_SHARE else "does not bind"
+    if source == "counter" and share is not None and share >= BINDING_SHARE:
+        return "binds"
+    if states is not None:
+        return None  # no busy sample
+    if source == "counter":
+        return "does not bind" if share == 0.0 else None
+    highest = whole.highest_power_over_limit
+    return "does not bind" if highest is not None and highest < _NEAR_LIMIT else None
