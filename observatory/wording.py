@@ -7,11 +7,13 @@ from collections.abc import Sequence
 __all__ = ["listing", "percent_words"]
 
 
-def listing(items: Sequence[str], *, most: int = 4) -> str:
-    """``a, b and c``; past ``most`` items, ``a, b, c and 5 more``."""
+def listing(items: Sequence[str], *, most: int = 4, joined_by: str = "and") -> str:
+    """``a, b and c``; past ``most`` items, ``a, b, c and 5 more``; the last is joined by ``joined_by``."""
     if len(items) > most:
         return f"{', '.join(items[: most - 1])} and {len(items) - most + 1} more"
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}" if items else "none"
+    if len(items) > 1:
+        return f"{', '.join(items[:-1])} {joined_by} {items[-1]}"
+    return items[0] if items else "none"
 
 
 def percent_words(share: float) -> str:

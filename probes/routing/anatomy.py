@@ -79,7 +79,7 @@ class MoeBlock:
     def around(cls, path: str, modules: Mapping[str, nn.Module]) -> MoeBlock:
         """The block around the module at ``path``; wrappers around the module are stepped over."""
         outermost = _outermost(path)
-        parent_path = _outermost(path).rpartition(".")[0]
+        parent_path = outermost.rpartition(".")[0]
         grandparent_path = _outermost(parent_path).rpartition(".")[0]
         return cls(
             path=parent_path,

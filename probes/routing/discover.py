@@ -63,7 +63,7 @@ def find_sites(model: nn.Module, *, adapters: Sequence[Adapter] = ()) -> list[Ro
                 found.append(answer)
             else:
                 missed.append(f"{path} ({type(module).__name__}): {answer}")
-    found, shared = _told_apart(found, modules, configs)
+    found, shared = _one_per_block(found, modules, configs)
     missed += shared
     if missed or not found:
         raise ModelError(_explain(model, found, missed, configs))
@@ -85,10 +85,10 @@ def _all_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from walk("", model, (id(model),))
 
 
-def _told_apart(
+def _one_per_block(
     found: Sequence[Candidate], modules: Mapping[str, nn.Module], configs: Sequence[object]
 ) -> tuple[list[Candidate], list[str]]:
-    """One candidate per MoE block, and the places whose calls are not told apart.
+    """One candidate per MoE block, and the places whose calls cannot be distinguished.
 
     A whole block in several places is one layer. Experts that several blocks share are read from each block's
     own router, if there is one that can be read.
@@ -110,7 +110,7 @@ def _told_apart(
         else:
             missed.append(
                 f"{candidate.path} ({type(modules[candidate.path]).__name__}): shared by {readers[module]} "
-                "blocks, whose calls of it are not told apart"
+                "blocks, whose calls of it cannot be distinguished"
             )
     return kept, missed
 

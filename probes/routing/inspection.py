@@ -25,11 +25,16 @@ from probes.routing.witness import (
     rows_as_decision,
 )
 
-__all__ = ["BlockInspection", "Suspension", "Verdict"]
+__all__ = ["BlockInspection", "Suspension", "Verdict", "is_recomputed_or_traced"]
 
 _HELP = "pass an Adapter that reads what is dispatched (docs/supported-models.md#adapters)"
 
 Verdict = Literal["rows", "intervention", "counted rows"]
+
+
+def is_recomputed_or_traced() -> bool:
+    """Whether a call repeats one that was counted (activation checkpointing) or is traced (``torch.jit``)."""
+    return torch._C._current_graph_task_id() != -1 or torch._C._get_tracing_state() is not None
 
 
 class Suspension(threading.local):
@@ -80,14 +85,14 @@ class BlockInspection:
         attachments: list[Attachment] = []
 
         def enter(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-            if torch.compiler.is_compiling() or self._is_outside():
+            if torch.compiler.is_compiling() or self._is_done() or self._is_outside():
                 return
             self._call.depth += 1
             self._call.decision = None
             self._rows.clear()
 
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if torch.compiler.is_compiling() or self._is_outside() or not self._call.depth:
+            if torch.compiler.is_compiling() or not self._call.depth or self._is_outside():
                 return
             self._call.depth -= 1
             decision, self._call.decision = self._call.decision, None
@@ -122,13 +127,13 @@ class BlockInspection:
         self._call.decision = decision
         return True
 
+    def _is_done(self) -> bool:
+        """Whether calls have nothing more to show: the site is reached, and experts are not watched."""
+        return self.was_reached and not self._site.experts
+
     def _is_outside(self) -> bool:
         """Whether a call is not one of the model's own: an intervention's, a recomputation, a trace."""
-        return (
-            self._suspension.by is not None
-            or torch._C._current_graph_task_id() != -1
-            or torch._C._get_tracing_state() is not None
-        )
+        return self._suspension.by is not None or is_recomputed_or_traced()
 
     def _expert_hook(self, expert: int) -> PostHook:
         def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -25,7 +25,7 @@ from probes.routing.attachment import Attachment, PostHook, PreHook
 from probes.routing.counters import DeviceCounters, Layout
 from probes.routing.counting import SiteCounter, count_in_graph
 from probes.routing.folding import Snapshot
-from probes.routing.inspection import BlockInspection, Suspension
+from probes.routing.inspection import BlockInspection, Suspension, is_recomputed_or_traced
 from probes.routing.phases import cache_carrier, known_slot
 from probes.routing.sites import RoutingDecision, RoutingSite
 
@@ -201,7 +201,7 @@ class RoutingProbe:
         if torch.compiler.is_compiling():
             self._see_in_graph(site, counter, module, args, kwargs, output)
             return
-        if torch._C._current_graph_task_id() != -1 or torch._C._get_tracing_state() is not None:
+        if is_recomputed_or_traced():
             return
         start_ns = time.perf_counter_ns()
         with_gradients = torch.is_grad_enabled()

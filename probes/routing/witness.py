@@ -11,7 +11,7 @@ chosen, whatever the code around them does:
   with the same random numbers, once for each expert with that expert's output changed; the tokens whose
   result changes are those of the expert. Done once in training and once in evaluation mode.
 
-An intervention costs E + 1 more calls of the block on at most 64 tokens. It changes no weight; buffers
+An intervention costs E + 2 more calls of the block on at most 64 tokens. It changes no weight; buffers
 and tensors that the block keeps as attributes are put back.
 """
 

@@ -138,6 +138,19 @@ def test_a_packed_gate_states_its_experts_by_its_outputs() -> None:
     assert [site.spec.experts for site in find_sites(Stack(packed))] == [4]
 
 
-def test_chunks_of_a_virtual_pipeline_are_numbered_one_after_the_other() -> None:
+@pytest.mark.parametrize("name", ["chunks", "layers", "blocks"])
+def test_chunks_of_a_virtual_pipeline_are_numbered_one_after_the_other(name: str) -> None:
     chunks = nn.ModuleList([Stack(ListMoe(), ListMoe()), Stack(ListMoe(), ListMoe(), ListMoe())])
-    assert [site.spec.layer for site in find_sites(chunks)] == [0, 1, 2, 3, 4]
+    for model in (chunks, nn.ModuleDict({name: chunks})):
+        assert [site.spec.layer for site in find_sites(model)] == [0, 1, 2, 3, 4]
+
+
+def test_the_parts_of_a_block_are_no_blocks_and_a_stated_number_goes_first() -> None:
+    blocks = [nn.ModuleDict({"layer": nn.ModuleList([nn.Linear(1, 1), ListMoe()])}) for _ in range(3)]
+    model = nn.ModuleDict({"block": nn.ModuleList(blocks)})
+    assert [site.spec.layer for site in find_sites(model)] == [0, 1, 2]
+    for number, block in zip((8, 9, 12), blocks, strict=True):
+        block.layer_number = number
+    assert [site.spec.layer for site in find_sites(model)] == [7, 8, 11]
+    blocks[2].layer_number = 8
+    assert [site.spec.layer for site in find_sites(model)] == [0, 1, 2]

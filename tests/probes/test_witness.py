@@ -57,11 +57,15 @@ class OpenMoe(nn.Module):
         self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(EXPERTS))
         self.register_buffer("correction", torch.tensor([3.0, 0.0, 0.0, 0.0]))
         self.register_buffer("seen", torch.zeros(EXPERTS, dtype=torch.int64))
+        self.register_buffer("assigned", torch.zeros((), dtype=torch.int64))
+        self.passes = 0
         self.choose, self.dense, self.capacity = choose, dense, capacity
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         weights, ids = self.choose(self, self.gate(hidden).softmax(-1))
         output = torch.zeros_like(hidden)
+        self.passes += 1
+        self.assigned = self.assigned + ids.numel()
         for number, expert in enumerate(self.experts):
             weight = (weights * (ids == number)).sum(-1, keepdim=True)
             rows = weight.flatten().nonzero().flatten()[: self.capacity]
@@ -158,7 +162,9 @@ def test_an_intervention_leaves_outputs_buffers_weights_and_random_numbers_as_th
         watch.step()
     assert torch.equal(torch.rand(3), after)
     assert sum(model.layers[0].mlp.seen.tolist()) == 9 * TOP_K  # once, not once per intervention
-    assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items() if not n.endswith("seen"))
+    assert model.layers[0].mlp.assigned.item() == 9 * TOP_K
+    assert model.layers[0].mlp.passes == 2  # the plain call, and the watched one
+    assert all(torch.equal(p, state[n]) for n, p in model.named_parameters())
     model(hidden[1]).sum().backward()
 
 
@@ -227,7 +233,7 @@ def test_stacked_experts_shared_by_blocks_whose_calls_look_alike_are_refused() -
     blocks[1].experts = blocks[0].experts
     for block in blocks:
         del block.gate
-    with pytest.raises(ModelError, match="shared by 2 blocks, whose calls of it are not told apart"):
+    with pytest.raises(ModelError, match="shared by 2 blocks, whose calls of it cannot be distinguished"):
         find_sites(Stack(*blocks))
 
 

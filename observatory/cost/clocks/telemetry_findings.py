@@ -17,7 +17,7 @@ from observatory.cost.clocks.telemetry_records import (
     Readings,
     StateName,
 )
-from observatory.wording import percent_words
+from observatory.wording import listing, percent_words
 
 __all__ = ["device_findings"]
 
@@ -327,8 +327,7 @@ def _samples(number: int, kind: str = "", *, with_: str = "") -> str:
 
 
 def _no_reading(*words: str) -> str:
-    either = " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
-    return f"no sample has a valid reading of {either}"
+    return f"no sample has a valid reading of {listing(words, most=len(words), joined_by='or')}"
 
 
 def _finding(code: FindingCode, text: str) -> Finding:

@@ -140,7 +140,7 @@ class TelemetryAdvice(Record):
     Attributes:
         run: its directory.
         devices: every device, then its phases.
-        cannot: what a sweep alone could tell.
+        cannot: only a sweep shows that.
         next_steps: commands.
     """
 
