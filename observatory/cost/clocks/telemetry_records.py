@@ -140,7 +140,7 @@ class TelemetryAdvice(Record):
     Attributes:
         run: its directory.
         devices: every device, then its phases.
-        cannot: only a sweep shows that.
+        cannot: what telemetry does not show and a sweep does.
         next_steps: commands.
     """
 
