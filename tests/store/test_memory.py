@@ -24,7 +24,7 @@ print(counts, peak() - before)
 
 
 def test_reading_needs_far_less_memory_than_the_run_has(tmp_path: Path) -> None:
-    ranks, layers, experts, steps = 2, 32, 256, 4800
+    ranks, layers, experts, steps = 2, 32, 256, 9600
     load_NE = np.random.default_rng(0).integers(0, 9, (layers * 400, experts))
     writers = [
         RunWriter.create(tmp_path / "run", manifest_of(ranks)),
@@ -47,6 +47,6 @@ def test_reading_needs_far_less_memory_than_the_run_has(tmp_path: Path) -> None:
     )
     counts, grown_bytes = map(int, done.stdout.split())
     assert counts == ranks * layers * experts * steps
-    assert counts * 8 > 600e6
+    assert counts * 8 > 1200e6
     print(grown_bytes)
-    assert grown_bytes < 400e6
+    assert grown_bytes < 600e6
