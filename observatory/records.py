@@ -29,9 +29,10 @@ __all__ = [
     "SamplerCost",
     "SchedulerJob",
     "Topology",
+    "Verified",
 ]
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 
 Phase = Literal["prefill", "decode", "train_forward", "train_backward", "unknown"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "train_forward", "train_backward", "unknown")
@@ -46,6 +47,19 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
 
+class Verified(Record):
+    """What confirmed the counts of a layer while it ran.
+
+    Attributes:
+        by: ``rows`` (what experts were called with, or the group sizes of their kernel), ``intervention``
+            (experts were changed one by one, and the tokens whose result changed were theirs), or ``none``.
+        reason: why there is no confirmation, or what else was seen; None when there is nothing to add.
+    """
+
+    by: Literal["rows", "intervention", "none"]
+    reason: Text | None = None
+
+
 class MoeLayerSpec(Record):
     """One MoE layer of the model.
 
@@ -57,6 +71,7 @@ class MoeLayerSpec(Record):
         top_k: assignments per token as configured; None when it varies (expert choice, dynamic K).
         shared_experts: experts every token passes; they never appear in loads.
         null_experts: router outputs that stand for "no expert"; assignments to them are not counted.
+        verified: what confirmed the counts; None in runs before schema 1.2 and in runs without an end.
     """
 
     layer: Count
@@ -65,6 +80,7 @@ class MoeLayerSpec(Record):
     top_k: Annotated[int, Field(ge=1)] | None = None
     shared_experts: Count | None = None
     null_experts: Count = 0
+    verified: Verified | None = None
 
 
 class ModelSpec(Record):

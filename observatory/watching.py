@@ -27,7 +27,7 @@ from collectives.store_clock import StoreClock, default_store
 from observatory.errors import CaptureError, ModelError, ObservatoryError
 from observatory.provenance import new_manifest
 from observatory.ranks import find_rank
-from observatory.records import ClockSpec, DataSpec, Phase, Topology
+from observatory.records import ClockSpec, DataSpec, ModelSpec, Phase, Topology, Verified
 from observatory.store import RunWriter
 from observatory.watching_options import WatchOptions, check_phase
 from observatory.watching_power import WatchedPower
@@ -35,6 +35,7 @@ from probes.exchange.flight import recorder_unsupported
 from probes.exchange.tap import unsupported
 from probes.routing.describe import describe_model
 from probes.routing.discover import find_sites
+from probes.routing.judgement import Verify
 from probes.routing.session import CaptureSession
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def watch(
     phase: Phase | None = None,
     gate_mass: bool = False,
     sample_tokens: int = 0,
+    verify: Verify = "first",
     window_steps: int = 1,
     flush_seconds: float = 10.0,
     exchanges: bool | None = None,
@@ -87,6 +89,12 @@ def watch(
         gate_mass: also sum the gate weights per expert.
         sample_tokens: per step, phase and layer keep the expert ids of the first that many token positions
             of the first call. Never token ids or text.
+        verify: what is counted is held against what the experts compute
+            (docs/supported-models.md#verification). ``first``: the rows that experts are used with, in the
+            first call of training and of evaluation mode. ``rows``: in all calls. ``intervention``: those
+            first calls are run again with each expert changed in turn, E + 2 calls of each MoE block with 64
+            tokens at most. ``none``: only where the choice is inferred from logits. The verdict of each layer
+            stands in the manifest; a contradiction raises ``ModelError`` and counts nothing.
         window_steps: steps folded into one row, with the per-step extremes.
         flush_seconds: seconds after which captured rows are on disk.
         exchanges: also time every all-to-all of ``torch.distributed`` (docs/exchange.md). None: when it is
@@ -137,6 +145,7 @@ def watch(
             phase=phase,
             gate_mass=gate_mass,
             sample_tokens=sample_tokens,
+            verify=verify,
             window_steps=window_steps,
             flush_seconds=flush_seconds,
             exchanges=exchanges,
@@ -209,6 +218,7 @@ class Watch:
                 self._writer,
                 gate_mass=self._options.gate_mass,
                 sample_tokens=self._options.sample_tokens,
+                verify=self._options.verify,
                 window_steps=self._options.window_steps,
                 flush_seconds=self._options.flush_seconds,
                 exchanges=exchanges,
@@ -302,7 +312,8 @@ class Watch:
                 config = {**writer.manifest.config, "probe_cost": session.cost()}
                 if self._shifts is not None:
                     config["power_shifts"] = self._shifts.told()
-                writer.update_manifest(notes=(*writer.manifest.notes, *notes), config=config)
+                model = _with_verdicts(writer.manifest.model, session.verified())
+                writer.update_manifest(notes=(*writer.manifest.notes, *notes), config=config, model=model)
         failure = (
             _one_line(error) if error is not None else session.problem() or next(map(str, problems), None)
         )
@@ -442,3 +453,11 @@ def _check_recorder(exchanges: bool) -> None:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _with_verdicts(model: ModelSpec, verdicts: Sequence[Verified]) -> ModelSpec:
+    layers = (
+        layer.model_copy(update={"verified": verdict})
+        for layer, verdict in zip(model.moe_layers, verdicts, strict=True)
+    )
+    return model.model_copy(update={"moe_layers": tuple(layers)})

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from pydantic import JsonValue
 
 from observatory.errors import CaptureError
 from observatory.ranks import RankOf
 from observatory.records import PHASES, DataSpec, Phase, Topology
+from probes.routing.judgement import Verify
 
 if TYPE_CHECKING:
     from probes.routing.adapters import Adapter
@@ -32,6 +33,7 @@ class WatchOptions:
     phase: Phase | None
     gate_mass: bool
     sample_tokens: int
+    verify: Verify
     window_steps: int
     flush_seconds: float
     exchanges: bool | None
@@ -55,6 +57,8 @@ class WatchOptions:
     def __post_init__(self) -> None:
         if self.phase is not None:
             check_phase(self.phase)
+        if self.verify not in get_args(Verify):
+            raise CaptureError(f"verify is {self.verify!r}; expected one of {', '.join(get_args(Verify))}")
         for name, least in (("sample_tokens", 0), ("window_steps", 1)):
             value = getattr(self, name)
             if value < least:

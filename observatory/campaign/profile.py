@@ -249,6 +249,7 @@ def _run_rank(
                 out,
                 gate_mass=job.gate_mass,
                 sample_tokens=job.sample_tokens,
+                verify="first" if job.ep == 1 else "none",  # experts compute tokens of other ranks, too
                 window_steps=job.window_steps,
                 flush_seconds=job.flush_seconds,
                 overwrite=overwrite,

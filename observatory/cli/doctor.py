@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from observatory.cli.options import JsonOption
 
 if TYPE_CHECKING:
+    from observatory.zoo.models import LoadedModel
     from probes.power.status import DeviceStatus
+    from probes.routing.sites import RoutingSite
 
 __all__ = ["doctor"]
+
+#: Sequences and tokens of each that a model is verified with.
+_TOKENS = (2, 32)
+_WITNESSES: tuple[Literal["rows", "intervention"], ...] = ("rows", "intervention")
 
 
 def doctor(
     model: Annotated[
         str | None, typer.Option("--model", help="Also list the MoE layers found in this model, and how.")
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="With --model: run it on a few tokens, and hold counts against what experts compute.",
+        ),
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """List what works on this machine; with --model, which MoE layers were found and how they are read."""
@@ -25,11 +39,14 @@ def doctor(
 
     from observatory.cli.output import print_json, print_table
     from observatory.diagnosis import capabilities
+    from observatory.errors import ModelError
     from probes.power.status import device_report
 
+    if verify and not model:
+        raise ModelError("--verify is given without a model; expected --model NAME, too")
     found = [] if model else capabilities()
     devices = [] if model else device_report()
-    layers = _layers(model) if model else []
+    layers, refusal = _layers(model, verify=verify) if model else ([], None)
     if json:
         print_json(
             {
@@ -38,19 +55,32 @@ def doctor(
                 "layers": layers,
             }
         )
-        return
-    if model:
+    elif model:
+        _print_layers(model, layers)
+    else:
         print_table(
-            ["layer", "module", "experts", "top-k", "shared", "null", "read from"],
-            [list(layer.values()) for layer in layers],
-            title=f"MoE layers of {model}",
+            ["what", "works", "detail", "how to get it"],
+            [[item.name, "yes" if item.works else "no", item.detail, item.remedy or ""] for item in found],
         )
-        return
-    print_table(
-        ["what", "works", "detail", "how to get it"],
-        [[item.name, "yes" if item.works else "no", item.detail, item.remedy or ""] for item in found],
-    )
-    _print_devices(devices)
+        _print_devices(devices)
+    if refusal is not None:
+        raise ModelError(refusal)
+
+
+def _print_layers(model: str, layers: list[dict[str, Any]]) -> None:
+    """A table of the MoE layers; where they were verified, by what, and the reason where they were not."""
+    from observatory.cli.output import print_table
+
+    columns = ["layer", "module", "experts", "top_k", "shared_experts", "null_experts", "how"]
+    headings = ["layer", "module", "experts", "top-k", "shared", "null", "read from"]
+    rows = [[layer[column] for column in columns] for layer in layers]
+    if any("verified" in layer for layer in layers):
+        headings += ["verified by", "why not"]
+        for row, layer in zip(rows, layers, strict=True):
+            by = [verdict["by"] for verdict in layer["verified"] if verdict["by"] != "none"]
+            reasons = [verdict["reason"] for verdict in layer["verified"] if verdict["reason"]]
+            row += [", ".join(dict.fromkeys(by)) or "nothing", "; ".join(dict.fromkeys(reasons))]
+    print_table(headings, rows, title=f"MoE layers of {model}")
 
 
 def _print_devices(devices: list[DeviceStatus]) -> None:
@@ -88,11 +118,14 @@ def _print_devices(devices: list[DeviceStatus]) -> None:
     )
 
 
-def _layers(model: str) -> list[dict[str, object]]:
+def _layers(model: str, *, verify: bool) -> tuple[list[dict[str, Any]], str | None]:
+    """The MoE layers of a model, and why it is refused when it was verified."""
     from observatory.zoo.models import load_model
     from probes.routing.discover import find_sites
 
-    return [
+    loaded = load_model(model)
+    sites = find_sites(loaded.model)
+    layers = [
         {
             "layer": site.spec.layer,
             "module": site.spec.module,
@@ -102,5 +135,30 @@ def _layers(model: str) -> list[dict[str, object]]:
             "null_experts": site.spec.null_experts,
             "how": site.how,
         }
-        for site in find_sites(load_model(model).model)
+        for site in sites
     ]
+    return (layers, _verify(loaded, sites, layers)) if verify else (layers, None)
+
+
+def _verify(
+    loaded: LoadedModel, sites: Sequence[RoutingSite], layers: Sequence[dict[str, Any]]
+) -> str | None:
+    """Add the verdicts of both witnesses to the layers; gives the first refusal."""
+    import torch
+
+    from probes.routing.proof import verify_sites
+
+    generator = torch.Generator().manual_seed(0)
+    device = next(loaded.model.parameters()).device
+    ids = torch.randint(loaded.vocabulary_size, _TOKENS, generator=generator).to(device)
+    for layer in layers:
+        layer["verified"] = []
+    first_refusal = None
+    for witness in _WITNESSES:
+        verdicts, refusal = verify_sites(
+            loaded.model, sites, lambda: loaded.model(input_ids=ids), verify=witness
+        )
+        first_refusal = first_refusal or refusal
+        for layer, verdict in zip(layers, verdicts, strict=True):
+            layer["verified"].append({"by": verdict.by, "reason": verdict.reason})
+    return first_refusal

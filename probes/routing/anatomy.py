@@ -17,11 +17,13 @@ from torch.nn.utils import parametrize
 
 __all__ = [
     "MoeBlock",
+    "called_one_by_one",
     "can_choose",
     "configured_experts",
     "expert_count",
     "forward_parameters",
     "int_attribute",
+    "is_never_called",
     "looks_like_experts",
     "null_experts",
     "shared_experts",
@@ -185,6 +187,27 @@ def looks_like_experts(name: str, module: nn.Module) -> bool:
         # modules, one per layer, is no list of experts.
         return len(module) > 1 and not any(_is_stack(child) for child in module.children())
     return _is_stack(module)
+
+
+def called_one_by_one(outer: nn.Module, experts: int) -> tuple[nn.Module, ...]:
+    """The experts of the first list or dictionary of all E in there; empty where they are held otherwise.
+
+    Where names end in numbers, children without one are none of them (a dropout beside ``expert_0``).
+    """
+    for name, module in outer.named_modules():
+        label = f"{name} {type(module).__name__}".lower()
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and "expert" in label and "shared" not in name:
+            children = {n: m for n, m in module._modules.items() if m is not None}
+            numbered = [m for n, m in children.items() if n[-1:].isdigit()] or [*children.values()]
+            if len(numbered) == experts:
+                return tuple(numbered)
+    return ()
+
+
+def is_never_called(module: nn.Module) -> bool:
+    """Whether ``forward`` does nothing but raise: other methods are called in its place."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is None or code.co_names == ("NotImplementedError",)
 
 
 def _is_stack(module: nn.Module) -> bool:

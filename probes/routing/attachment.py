@@ -38,8 +38,14 @@ class Attachment:
     """The hooks of one watch on one module."""
 
     def __init__(
-        self, module: nn.Module, *, before: PreHook | None = None, after: PostHook | None = None
+        self,
+        module: nn.Module,
+        *,
+        before: PreHook | None = None,
+        after: PostHook | None = None,
+        first: bool = False,
     ) -> None:
+        """Put the hooks on; with ``first``, ``after`` runs before those that are there (FSDP's)."""
         self._module = module
         self._handles: list[RemovableHandle] = []
         for hook in (before, after):
@@ -50,7 +56,9 @@ class Attachment:
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
             self._handles.append(
-                module.register_forward_hook(after, with_kwargs=True, always_call=before is not None)
+                module.register_forward_hook(
+                    after, with_kwargs=True, always_call=before is not None, prepend=first
+                )
             )
         _change(module, +1)
 

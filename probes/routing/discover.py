@@ -124,14 +124,21 @@ def _site(candidate: Candidate, layer: int, modules: Mapping[str, nn.Module]) ->
         shared_experts=candidate.shared_experts,
         null_experts=candidate.null_experts,
     )
+    module, block_path = modules[candidate.path], candidate.block
+    experts = anatomy.called_one_by_one(module, candidate.experts)
+    experts = experts or anatomy.called_one_by_one(modules[block_path], candidate.experts)
+    while block_path and anatomy.is_never_called(modules[block_path]):
+        block_path = block_path.rpartition(".")[0]
     return RoutingSite(
         spec=spec,
-        module=modules[candidate.path],
+        module=module,
         when=candidate.when,
         how=candidate.how,
         read=candidate.read,
-        block=None if candidate.is_adapted else modules[candidate.block],
-        experts=candidate.experts_called,
+        block=None if candidate.is_adapted else modules[block_path],
+        is_repeatable=block_path == candidate.block,
+        experts=experts,
+        infers=candidate.infers,
     )
 
 

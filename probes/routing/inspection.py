@@ -1,35 +1,35 @@
 """Looks at the calls of MoE blocks around the sites: was the site called, and can its reading be trusted?
 
-A block that runs without the call that is read goes round the hook. A reading that infers the choice
-(``RoutingDecision.is_inferred``) is counted only after a witness has confirmed it (``witness.py``); where the
-rows of the experts contradict it and are those of this rank's tokens, they are counted in its place.
+A block that runs without the call that is read goes round the hook. What is read is held against the rows
+that the experts are used with, in the first call of training and of evaluation mode, or in all calls; where
+rows differ or decide nothing, an intervention decides (``judgement.py``). A reading that cannot see what is
+dispatched, because it infers the choice (``RoutingDecision.is_inferred``) or because experts with a capacity
+drop assignments, is held against the rows of every call, and rows that differ are counted in its place.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from observatory.errors import ModelError
-from probes.routing.attachment import Attachment, PostHook
+from observatory.records import Verified
+from observatory.store.files import one_line
+from probes.routing.attachment import Attachment, PostHook, PreHook
+from probes.routing.judgement import BlockCall, Judgement, Verify, is_captured, stacks_of_site
 from probes.routing.sites import RoutingDecision, RoutingSite
-from probes.routing.witness import (
-    RowsOfExperts,
-    chosen_by_intervention,
-    few_tokens,
-    loads_of_decision,
-    rows_as_decision,
-)
+from probes.routing.stacks import SeenOperators, holds_compiled_code
+from probes.routing.witness import RowsOfExperts
 
-__all__ = ["BlockInspection", "Suspension", "Verdict", "is_recomputed_or_traced"]
+__all__ = ["NOT_CALLED", "NO_TOKENS", "BlockInspection", "Suspension", "is_recomputed_or_traced"]
 
-_HELP = "pass an Adapter that reads what is dispatched (docs/supported-models.md#adapters)"
-
-Verdict = Literal["rows", "intervention", "counted rows"]
+NO_TOKENS = "no call with tokens ended"
+NOT_CALLED = "its calls are compiled, or there are none"
 
 
 def is_recomputed_or_traced() -> bool:
@@ -47,16 +47,19 @@ class _Call(threading.local):
     """The call of a block on this thread."""
 
     depth = 0
-    decision: RoutingDecision | None = None
+    is_checked = False
+    operators: SeenOperators | None = None
+
+    def __init__(self) -> None:
+        self.decisions: list[RoutingDecision] = []
 
 
 class BlockInspection:
     """The calls of one site's block.
 
     Attributes:
-        verdicts: per training flag of the block, what confirmed inferred readings: ``rows``,
-            ``intervention``, or ``counted rows`` where rows took their place. Empty where all was seen.
         was_reached: the site was called.
+        was_judged: a reading was held against what the experts compute.
         was_bypassed: the block was called before the site ever was, and ended without it.
     """
 
@@ -65,50 +68,30 @@ class BlockInspection:
         site: RoutingSite,
         suspension: Suspension,
         *,
+        verify: Verify,
         count: Callable[[RoutingDecision], None],
         fail: Callable[[Exception], None],
     ) -> None:
         """Inspect the calls of ``site.block``; what may be counted goes to ``count``, errors to ``fail``."""
-        self.verdicts: dict[bool, Verdict] = {}
         self.was_reached = False
+        self.was_judged = False
         self.was_bypassed = False
         self._site = site
         self._suspension = suspension
         self._count = count
         self._fail = fail
         self._rows = RowsOfExperts(site.spec.experts)
+        self._judgement = Judgement(site, verify, self._rows, rerun=self._rerun)
         self._call = _Call()
 
     def attach(self) -> list[Attachment]:
         """Put hooks on the block and on its experts; all of them or none."""
         assert self._site.block is not None
         attachments: list[Attachment] = []
-
-        def enter(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-            if torch.compiler.is_compiling() or self._is_done() or self._is_outside():
-                return
-            self._call.depth += 1
-            self._call.decision = None
-            self._rows.clear()
-
-        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if torch.compiler.is_compiling() or not self._call.depth or self._is_outside():
-                return
-            self._call.depth -= 1
-            decision, self._call.decision = self._call.decision, None
-            if output is None:  # the call raised
-                return
-            if decision is None:
-                self.was_bypassed = self.was_bypassed or not self.was_reached
-                return
-            try:
-                with torch.no_grad():
-                    self._judge(module, args, kwargs, decision)
-            except Exception as error:  # the model's own run must not suffer from ours
-                self._fail(error)
-
         try:
-            attachments.append(Attachment(self._site.block, before=enter, after=leave))
+            attachments.append(
+                Attachment(self._site.block, before=self._enter_hook(), after=self._leave_hook(), first=True)
+            )
             for expert, module in enumerate(self._site.experts):
                 attachments.append(Attachment(module, after=self._expert_hook(expert)))
         except BaseException:
@@ -118,18 +101,84 @@ class BlockInspection:
         return attachments
 
     def take(self, decision: RoutingDecision) -> bool:
-        """Take a reading of the site; True if it is judged at the end of the block's call."""
-        if self._suspension.by is self:
-            self._call.decision = self._call.decision or decision
-            return True
-        if not decision.is_inferred or not self._site.experts or not self._call.depth:
-            return False
-        self._call.decision = decision
-        return True
+        """Take a reading of the site; True if it is judged at the end of the block's call.
 
-    def _is_done(self) -> bool:
-        """Whether calls have nothing more to show: the site is reached, and experts are not watched."""
-        return self.was_reached and not self._site.experts
+        Raises:
+            ModelError: it is inferred, and there is no such end.
+        """
+        if self._suspension.by is self or self._call.is_checked:
+            self._call.decisions.append(decision)
+            return True
+        if decision.is_inferred:
+            raise self._judgement.unconfirmed("its block is not called as a module")
+        return False
+
+    def verified(self) -> Verified:
+        """What confirmed the readings of all calls: the weakest of the verdicts."""
+        verdicts = self._judgement.verdicts
+        if not verdicts:
+            return Verified(by="none", reason=NO_TOKENS if self.was_reached else NOT_CALLED)
+        return min(verdicts.values(), key=lambda verdict: (verdict.by != "none", verdict.reason is None))
+
+    def close(self) -> None:
+        """End the look at a call of this thread, also after Ctrl-C, which runs no hooks."""
+        operators, self._call.operators = self._call.operators, None
+        if operators is not None and _get_current_dispatch_mode() is operators:
+            operators.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._call.depth, self._call.is_checked, self._call.decisions = 0, False, []
+
+    def _enter_hook(self) -> PreHook:
+        def enter(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling() or self._is_outside():
+                return
+            checks = self._judgement.wants(training=module.training) and not is_captured()
+            if self.was_reached and not checks:
+                return
+            call = self._call
+            call.depth += 1
+            if call.depth > 1:
+                return
+            call.is_checked = checks
+            self._rows.clear()
+            if checks and not holds_compiled_code(module):
+                call.operators = SeenOperators([] if self._site.experts else stacks_of_site(self._site))
+                call.operators.__enter__()  # type: ignore[no-untyped-call]
+
+        return enter
+
+    def _leave_hook(self) -> PostHook:
+        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            call = self._call
+            if torch.compiler.is_compiling() or not call.depth or self._is_outside():
+                return
+            call.depth -= 1
+            if call.depth:
+                return
+            operators, is_checked, decisions = call.operators, call.is_checked, call.decisions
+            self.close()
+            if output is None:  # the call raised
+                return
+            self.was_bypassed = self.was_bypassed or not self.was_reached
+            if not is_checked or not decisions:
+                return
+            self.was_judged = True
+            try:
+                with torch.no_grad():
+                    seen = BlockCall(
+                        module,
+                        args,
+                        kwargs,
+                        decisions=decisions,
+                        rows_E=self._rows.rows_E if any(self._rows.rows_E) else None,
+                        operators=operators,
+                    )
+                    for decision in self._judgement.judge(seen):
+                        self._count(decision)
+            except Exception as error:  # the model's own run must not suffer from ours
+                self._judgement.verdicts[module.training] = Verified(by="none", reason=one_line(error))
+                self._fail(error)
+
+        return leave
 
     def _is_outside(self) -> bool:
         """Whether a call is not one of the model's own: an intervention's, a recomputation, a trace."""
@@ -137,82 +186,17 @@ class BlockInspection:
 
     def _expert_hook(self, expert: int) -> PostHook:
         def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            return None if torch.compiler.is_compiling() else self._rows.note(expert, args, kwargs, output)
+            if torch.compiler.is_compiling() or not (self._call.is_checked or self._suspension.by is self):
+                return None
+            return self._rows.note(expert, args, kwargs, output)
 
         return note
 
-    def _judge(
-        self,
-        block: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        decision: RoutingDecision,
-    ) -> None:
-        """Count an inferred decision, or the rows of its experts, or raise.
-
-        Raises:
-            ModelError: the witnesses contradict the reading, or there is none.
-        """
-        rows_E, tokens, spec = self._rows.rows_E, decision.tokens or 0, self._site.spec
-        if not tokens:
-            self._count(decision)
-            return
-        if not any(rows_E):
-            raise ModelError(
-                f"what {spec.module} chooses is inferred from its logits, and its experts are not called as "
-                f"modules, so that nothing confirms it; {_HELP}"
-            )
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise ModelError(
-                f"what {spec.module} chooses is inferred from its logits, which cannot be confirmed while a "
-                f"CUDA graph is captured; {_HELP}"
-            )
-        if set(rows_E) == {tokens} and spec.top_k != spec.experts:
-            if self.verdicts.get(block.training) != "intervention":
-                self._intervene(block, args, kwargs)
-                self.verdicts[block.training] = "intervention"
-            self._count(decision)
-            return
-        known = self.verdicts.get(block.training)
-        wanted = tokens * (spec.top_k or 1)
-        if known is None:
-            equal = loads_of_decision(decision, spec.experts) == rows_E
-            known = self.verdicts[block.training] = "rows" if equal else "counted rows"
-        if sum(rows_E) > wanted:
-            raise ModelError(
-                f"the experts beside {spec.module} were called with {sum(rows_E)} rows where its logits make "
-                f"{wanted} assignments: rows of other ranks or of padding; {_HELP}"
-            )
-        if known == "rows" and sum(rows_E) == wanted:
-            self._count(decision)
-        else:
-            self.verdicts[block.training] = "counted rows"
-            self._count(rows_as_decision(rows_E, decision))
-
-    def _intervene(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Hold the reading of the block's call against what its experts compute.
-
-        Raises:
-            ModelError: they contradict each other, or the call cannot be repeated.
-        """
-        spec = self._site.spec
-        args, kwargs = few_tokens(args, kwargs)
-        self._suspension.by, self._call.decision = self, None
+    @contextmanager
+    def _rerun(self) -> Iterator[list[RoutingDecision]]:
+        """Calls of the block in here are our own; gives what is read in them."""
+        self._suspension.by, self._call.decisions = self, []
         try:
-            true_ET = chosen_by_intervention(block, args, kwargs, self._rows)
+            yield self._call.decisions
         finally:
-            self._suspension.by = None
-        decision, self._call.decision = self._call.decision, None
-        if true_ET is None or decision is None or not true_ET.any():
-            raise ModelError(
-                f"what {spec.module} chooses is inferred from its logits, and running its block again does "
-                f"not show which experts compute a token, so that nothing confirms it; {_HELP}"
-            )
-        counted, true = loads_of_decision(decision, spec.experts), true_ET.sum(dim=1).tolist()
-        if counted != true:
-            expert = next(e for e in range(spec.experts) if counted[e] != true[e])
-            raise ModelError(
-                f"the logits of {spec.module} give {counted[expert]} tokens to expert {expert}, which "
-                f"computes {true[expert]}: something else takes part in the choice (noise, a bias, a group "
-                f"limit, a threshold); {_HELP}"
-            )
+            self._suspension.by, self._call.decisions = None, []

@@ -21,11 +21,13 @@ import torch
 from torch import nn
 
 from observatory.errors import CaptureError, ModelError
+from observatory.records import Verified
 from probes.routing.attachment import Attachment, PostHook, PreHook
 from probes.routing.counters import DeviceCounters, Layout
 from probes.routing.counting import SiteCounter, count_in_graph
 from probes.routing.folding import Snapshot
 from probes.routing.inspection import BlockInspection, Suspension, is_recomputed_or_traced
+from probes.routing.judgement import Verify
 from probes.routing.phases import cache_carrier, known_slot
 from probes.routing.sites import RoutingDecision, RoutingSite
 
@@ -54,10 +56,12 @@ class RoutingProbe:
         *,
         gate_mass: bool = False,
         sample_tokens: int = 0,
+        verify: Verify = "first",
     ) -> None:
         self.sites = tuple(sites)
         self.layout = Layout.of_sites(self.sites, sample_tokens=sample_tokens, gate_mass=gate_mass)
         self.counters = tuple(SiteCounter(index, self.layout) for index in range(len(self.sites)))
+        self._verify = verify
         self.model_called = False
         self.layer_calls = 0
         self.host_ns = 0
@@ -71,7 +75,11 @@ class RoutingProbe:
         suspension = self._suspension = Suspension()
         self._inspections = {
             counter.index: BlockInspection(
-                site, suspension, count=partial(self._count, counter), fail=partial(self._fail, site)
+                site,
+                suspension,
+                verify=verify,
+                count=partial(self._count, counter),
+                fail=partial(self._fail, site),
             )
             for site, counter in zip(self.sites, self.counters, strict=True)
             if site.block is not None and site.block is not site.module
@@ -120,6 +128,8 @@ class RoutingProbe:
                 "a step or phase boundary falls inside the capture of a CUDA graph; expected it between "
                 "replays, move watch.step() and watch.phase() out of torch.cuda.graph(...)"
             )
+        for inspection in self._inspections.values():
+            inspection.close()
         return Snapshot(
             step=step,
             told=told,
@@ -144,14 +154,32 @@ class RoutingProbe:
         if self._error is not None and isinstance(self._error[1], ModelError):
             return str(self._error[1])
         for index, inspection in self._inspections.items():
-            if inspection.was_bypassed and not (inspection.was_reached or self.counters[index].ever_called):
-                site = self.sites[index]
+            site, counter = self.sites[index], self.counters[index]
+            if site.infers and counter.ever_called and not inspection.was_judged:
+                return (
+                    f"what {site.spec.module} chooses is inferred from its logits, which cannot be confirmed "
+                    "in compiled code; watch the model uncompiled, or pass an Adapter that reads what is "
+                    "dispatched (docs/supported-models.md#adapters)"
+                )
+            if inspection.was_bypassed and not (inspection.was_reached or counter.ever_called):
                 return (
                     f"the block of {site.spec.module} was called and ended without calling it: it reaches "
                     "its experts in another way (their forward or a kernel), which hooks do not see; "
                     "pass an Adapter that reads a call it makes (docs/supported-models.md#adapters)"
                 )
         return None
+
+    def verified(self) -> tuple[Verified, ...]:
+        """What confirmed the counts of each site, in their order."""
+        return tuple(self._verified(counter.index) for counter in self.counters)
+
+    def _verified(self, index: int) -> Verified:
+        inspection = self._inspections.get(index)
+        if inspection is None:
+            return Verified(by="none", reason="an adapter reads it")
+        if self._verify == "none" and not inspection.was_judged:
+            return Verified(by="none", reason="verification was turned off")
+        return inspection.verified()
 
     def _phase_hooks(self) -> tuple[PreHook, PostHook]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

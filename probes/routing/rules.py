@@ -57,7 +57,7 @@ class Candidate:
         when: side of the call that is read.
         how: one phrase for people.
         read: takes the call apart.
-        experts_called: the experts, where they are modules that are called one by one; empty elsewhere.
+        infers: readings may be inferred (``RoutingDecision.is_inferred``).
         is_adapted: an adapter of the user's says how it is read.
     """
 
@@ -70,7 +70,7 @@ class Candidate:
     when: Literal["before", "after"]
     how: str
     read: ReadCall
-    experts_called: tuple[nn.Module, ...] = ()
+    infers: bool = False
     is_adapted: bool = False
 
 
@@ -253,15 +253,8 @@ def router_beside_experts(
         if dense
         else "router output (ids or top-k of logits)",
         read=read,
-        experts_called=_called_one_by_one(block.experts, experts),
+        infers=not dense,
     )
-
-
-def _called_one_by_one(holder: nn.Module, experts: int) -> tuple[nn.Module, ...]:
-    """The experts of a list or dictionary of all E; empty where they are held in another way."""
-    if not isinstance(holder, (nn.ModuleList, nn.ModuleDict)) or len(holder) != experts:
-        return ()
-    return tuple(module for module in holder._modules.values() if module is not None)
 
 
 def _named(names: Sequence[str], pattern: re.Pattern[str]) -> tuple[str, int] | None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from collectives.recorder import NoRecorder, Recorder
 from observatory.errors import CaptureError, ModelError
+from observatory.records import Verified
 from observatory.store import RunWriter
 from probes.exchange.flight import FlightRecorder
 from probes.exchange.log import ExchangeLog
@@ -21,6 +22,7 @@ from probes.phase_spans import PhaseSpans
 from probes.routing.counters import SLOTS
 from probes.routing.flushing import Flusher
 from probes.routing.folding import Folder, Snapshot
+from probes.routing.judgement import Verify
 from probes.routing.probe import RoutingProbe
 from probes.routing.sites import RoutingSite, may_drop_inside
 
@@ -40,6 +42,7 @@ class CaptureSession:
         *,
         gate_mass: bool = False,
         sample_tokens: int = 0,
+        verify: Verify = "first",
         window_steps: int = 1,
         flush_seconds: float = 10.0,
         exchanges: bool = False,
@@ -48,7 +51,9 @@ class CaptureSession:
         situation: Callable[[], tuple[int, str | None]] = lambda: (0, None),
     ) -> None:
         self._writer = writer
-        self._probe = RoutingProbe(model, sites, gate_mass=gate_mass, sample_tokens=sample_tokens)
+        self._probe = RoutingProbe(
+            model, sites, gate_mass=gate_mass, sample_tokens=sample_tokens, verify=verify
+        )
         self._repeated = _repeated(model, sites)
         layers = [site.spec.layer for site in sites]
         self._folder = Folder(self._probe.layout, layers, rank=writer.rank, window_steps=window_steps)
@@ -173,7 +178,11 @@ class CaptureSession:
                 "part of the model in several places, whose calls add up in one layer: "
                 f"{_named(self._repeated)}"
             )
-        dropping = [site.spec.module for site in probe.sites if may_drop_inside(site)]
+        dropping = [
+            site.spec.module
+            for site, verdict in zip(probe.sites, probe.verified(), strict=True)
+            if may_drop_inside(site) and verdict.by != "rows"
+        ]
         if dropping:
             notes.append(
                 "experts that state a capacity may drop assignments after they are given them, which is not "
@@ -195,6 +204,10 @@ class CaptureSession:
         for part in (self._exchange, self._log):
             notes += () if part is None else part.notes()
         return tuple(notes)
+
+    def verified(self) -> tuple[Verified, ...]:
+        """What confirmed the counts of each site."""
+        return self._probe.verified()
 
     def cost(self) -> dict[str, JsonValue]:
         """What the hooks cost on the host, measured while they ran; compiled calls are not timed."""

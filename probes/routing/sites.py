@@ -44,6 +44,12 @@ class RoutingDecision:
     tokens: int | None = None
     is_inferred: bool = False
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where the decision is; None when it shows nothing."""
+        shown = self.expert_ids if self.expert_ids is not None else self.routing_map
+        return None if shown is None else shown.device
+
 
 #: (module, positional arguments, keyword arguments, output or None before the call) -> decision, or None
 #: when this call is not one to count. Must not read device values on the host.
@@ -61,7 +67,10 @@ class RoutingSite:
         how: one phrase for people, e.g. "experts call (top_k_index)".
         read: takes the call apart.
         block: the MoE block around it, whose calls are looked at as well; None where it is not known.
+        is_repeatable: calling ``block`` again changes nothing but its own tensors; not so where a module
+            further out had to take its place.
         experts: the experts, where they are modules that are called one by one; empty elsewhere.
+        infers: readings may be inferred (``RoutingDecision.is_inferred``).
     """
 
     spec: MoeLayerSpec
@@ -70,7 +79,9 @@ class RoutingSite:
     how: str
     read: ReadCall
     block: nn.Module | None = None
+    is_repeatable: bool = True
     experts: tuple[nn.Module, ...] = ()
+    infers: bool = False
 
 
 def may_drop_inside(site: RoutingSite) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from observatory.records import Manifest
+from observatory.records import Manifest, Verified
 from reports.frames import ReportFrames, RunFacts
 from reports.page import Section, Table, table
 from reports.sections.overview import when
@@ -201,7 +201,7 @@ def _value(value: object) -> str:
 def _modules(manifest: Manifest) -> Table:
     return table(
         "MoE layers as found in the model",
-        ["Layer", "Module", "Experts", "Top-k", "Shared experts", "Null experts"],
+        ["Layer", "Module", "Experts", "Top-k", "Shared experts", "Null experts", "Counts verified by"],
         [
             [
                 str(layer.layer),
@@ -210,8 +210,16 @@ def _modules(manifest: Manifest) -> Table:
                 "varies" if layer.top_k is None else str(layer.top_k),
                 count(layer.shared_experts),
                 count(layer.null_experts),
+                plain(_verified(layer.verified)),
             ]
             for layer in manifest.model.moe_layers
         ],
         text=2,
     )
+
+
+def _verified(verdict: Verified | None) -> str:
+    if verdict is None:
+        return "not recorded"
+    by = "nothing" if verdict.by == "none" else verdict.by
+    return by if verdict.reason is None else f"{by}: {verdict.reason}"

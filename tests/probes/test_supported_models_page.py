@@ -12,7 +12,7 @@ import transformers
 
 from tests.probes.counting import read_loads
 from tests.probes.families import one_thread
-from tests.probes.supported import table
+from tests.probes.supported import framework_table, table
 
 PAGE = Path(__file__).parents[2] / "docs" / "supported-models.md"
 
@@ -27,6 +27,14 @@ def test_the_table_is_that_of_a_run_with_the_version_it_names() -> None:
     with one_thread():
         lines = table()
     assert page_rows[-len(lines) :] == lines
+
+
+def test_the_rows_of_frameworks_are_those_of_a_run_with_the_versions_they_name() -> None:
+    page_rows = PAGE.read_text("utf-8").splitlines()
+    for line in framework_table():
+        release = line.removeprefix("| ").partition(":")[0]
+        if any(row.startswith(f"| {release}:") for row in page_rows):
+            assert line in page_rows
 
 
 def test_the_adapter_of_the_page_works() -> None:

@@ -39,6 +39,10 @@ def biased(block: OpenMoe, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return scores.gather(-1, ids), ids
 
 
+def over_a_threshold_in_training(block: OpenMoe, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return over_a_threshold(block, scores) if block.training else best(block, scores)
+
+
 def over_a_threshold(block: OpenMoe, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     weights, ids = best(block, scores)
     return weights * (weights > 0.3), ids
@@ -104,11 +108,19 @@ def test_a_choice_by_the_logits_alone_is_confirmed_and_counted(dense: bool, tmp_
     assert watched(model, tmp_path / "r") == [layer.mlp.seen.tolist() for layer in model.layers]
 
 
-@pytest.mark.parametrize("choose", [noisy, biased, over_a_threshold])
-def test_what_takes_part_in_a_dense_choice_refuses_the_model(choose: Choose, tmp_path: Path) -> None:
-    model = model_of(OpenMoe(choose)).train()
+@pytest.mark.parametrize("choose", [noisy, biased])
+def test_a_choice_that_the_block_makes_is_counted_where_its_experts_compute_it(
+    choose: Choose, tmp_path: Path
+) -> None:
+    model = model_of(OpenMoe(choose), OpenMoe(choose)).train()
+    assert watched(model, tmp_path / "r") == [layer.mlp.seen.tolist() for layer in model.layers]
+
+
+def test_what_takes_part_after_a_dense_choice_refuses_the_model(tmp_path: Path) -> None:
+    model = model_of(OpenMoe(over_a_threshold)).train()
     with pytest.raises(
-        ModelError, match=r"layers\.0\.mlp\.gate give \d+ tokens to expert \d, which computes"
+        ModelError,
+        match=r"in layer 0 the top-k of the logits of layers\.0\.mlp\.gate gives \d+ tokens to expert \d,",
     ):
         watched(model, tmp_path / "r")
     assert observatory.open_run(tmp_path / "r").expert_load().empty
@@ -132,8 +144,8 @@ def test_dropping_is_noticed_in_the_call_that_drops_first(tmp_path: Path) -> Non
     assert sum(counted(tmp_path / "r")[0]) < 66 * TOP_K
 
 
-def test_noise_that_training_adds_is_noticed_after_evaluation_was_confirmed(tmp_path: Path) -> None:
-    model = model_of(OpenMoe(noisy)).eval()
+def test_what_training_adds_is_noticed_after_evaluation_was_confirmed(tmp_path: Path) -> None:
+    model = model_of(OpenMoe(over_a_threshold_in_training)).eval()
     with (
         pytest.raises(ModelError, match="something else takes part in the choice"),
         observatory.watch(model, tmp_path / "r") as watch,
@@ -180,7 +192,7 @@ def test_an_intervention_shows_the_tokens_of_each_expert() -> None:
     hidden = torch.randn(12, HIDDEN)
     ids = biased(block, block.gate(hidden).softmax(-1))[1]
     expected = torch.stack([(ids == number).any(-1) for number in range(EXPERTS)])
-    found = chosen_by_intervention(block, (hidden,), {}, rows)
+    found = chosen_by_intervention(block, (hidden,), {}, experts=EXPERTS, changed=rows.changed)
     assert found is not None
     assert torch.equal(found, expected)
 

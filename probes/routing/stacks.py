@@ -1,0 +1,278 @@
+"""Experts whose weights are stacked in one tensor: which rows meet which expert's part of it.
+
+Shapes: E experts, T tokens, C capacity slots, H hidden size, F expert width.
+
+``SeenOperators`` looks at the operators that get such a tensor, a part of it or a copy of either: group sizes
+or offsets of grouped kernels, the ids that parts are gathered by, and the rows that one part is multiplied
+with. It does not know how the ids came about, and shares no code with the readers. It also keeps what
+operators choose from E values per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from observatory.errors import ModelError
+from probes.routing import anatomy
+
+__all__ = ["SeenOperators", "Stack", "changed_part", "find_stacks", "holds_compiled_code"]
+
+#: Products of two matrices, by where the weight may stand: name -> (position of the left, of the right one).
+_PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::bmm": (0, 1), "aten::baddbmm": (1, 2)}
+_GATHERS = ("aten::index", "aten::index_select", "aten::embedding")
+_CHOICES = ("aten::topk", "aten::argmax", "aten::max", "aten::multinomial")
+_COMMUNICATION = ("c10d::", "_c10d_functional::", "_dtensor::")
+_FLAT = ("num_experts", "num_local_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """A tensor that consists of E equal parts, one after the other in memory, one for each expert."""
+
+    tensor: torch.Tensor
+    experts: int
+
+    @property
+    def part_size(self) -> int:
+        """Elements of one expert's part."""
+        return self.tensor.numel() // self.experts
+
+    def part(self, expert: int) -> torch.Tensor:
+        """The part of one expert, (numel / E,), sharing memory; outside of autograd."""
+        first = self.tensor.storage_offset() + expert * self.part_size
+        return torch.as_strided(self.tensor.data, (self.part_size,), (1,), first)
+
+
+def find_stacks(block: nn.Module, experts: int) -> list[Stack]:
+    """The stacked weights of a block's routed experts, in the order in which they were registered.
+
+    They have the experts as first dimension, of three or more; or they are the tables of an embedding with
+    one row per expert; or, where modules state E and have none of these, matrices of E equal parts.
+    """
+    named = list(_of_experts(block))
+    whole = [t for m in named for t in _tensors(m) if t.ndim >= 3 and t.shape[0] == experts]
+    tables = [m for m in block.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == experts]
+    whole = whole or [t for m in tables for t in _tensors(m)]
+    flat = [m for m in named if anatomy.int_attribute(m, _FLAT) == experts]
+    whole = whole or [t for m in flat for t in _tensors(m) if t.ndim == 2 and t.numel() % experts == 0]
+    return [Stack(t, experts) for t in whole if t.is_contiguous() and t.numel() >= experts]
+
+
+def _of_experts(block: nn.Module) -> Iterator[nn.Module]:
+    """What is named after experts in there, with what lies inside, the shared ones left out."""
+
+    def walk(module: nn.Module, is_inside: bool) -> Iterator[nn.Module]:
+        if is_inside:
+            yield module
+        for name, child in module.named_children():
+            if "shared" not in name:
+                yield from walk(child, is_inside or "expert" in f"{name} {type(child).__name__}".lower())
+
+    yield from walk(block, is_inside="expert" in type(block).__name__.lower())
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers of the module itself that lie in the memory of this process."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta:
+            yield tensor
+
+
+def holds_compiled_code(block: nn.Module) -> bool:
+    """Whether a module in there was compiled: a dispatch mode would keep its code from being used."""
+    return any(
+        getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
+        for m in block.modules()
+    )
+
+
+@contextmanager
+def changed_part(stack: Stack, expert: int) -> Iterator[None]:
+    """Let one expert compute something else; its part is put back bit by bit, whatever happens meanwhile.
+
+    Autograd does not notice: neither versions nor gradients change.
+
+    Raises:
+        ModelError: the part is not what it was; the model must not be used any more.
+    """
+    with torch.inference_mode() if stack.tensor.is_inference() else torch.no_grad():
+        part = stack.part(expert)
+        saved = part.clone()
+        try:
+            part.copy_(_other_values(saved))
+            yield
+        finally:
+            _put_back(part, saved)
+    if not torch.equal(_bits(part), _bits(saved)):
+        raise ModelError(f"the weights of expert {expert} could not be put back; load the model again")
+
+
+def _put_back(part: torch.Tensor, saved: torch.Tensor) -> None:
+    interruption: KeyboardInterrupt | None = None
+    while True:
+        try:
+            with torch.inference_mode() if part.is_inference() else torch.no_grad():
+                part.copy_(saved)
+            break
+        except KeyboardInterrupt as error:  # once more; it is raised when all is as before
+            interruption = error
+    if interruption is not None:
+        raise interruption
+
+
+def _other_values(values: torch.Tensor) -> torch.Tensor:
+    """Far away, so that short floating-point formats show it behind a small gate weight; finite."""
+    if values.is_floating_point() and values.element_size() > 1:
+        return values.mul(-(2.0**6) if values.dtype == torch.float16 else -(2.0**16)).add(1)
+    return _bits(values).bitwise_xor(0x88 if values.is_floating_point() else 0x08).view(values.dtype)
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    return values.view(torch.uint8)
+
+
+@dataclass(slots=True)
+class _Alias:
+    """A tensor that holds a stack or one expert's part of it; kept, so that its address stays its own."""
+
+    stack: int
+    expert: int | None
+    first: int
+    tensor: torch.Tensor
+
+
+class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not annotate it
+    """While it is on, notes the rows that each expert's part of some stacks is used with.
+
+    Attributes:
+        choices: (E, indices) of each operator that chose from E values, the last dimension of its input.
+        saw_communication: an operator of ``torch.distributed`` was called.
+    """
+
+    def __init__(self, stacks: list[Stack]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.saw_communication = False
+        self.choices: list[tuple[int, torch.Tensor]] = []
+        self._experts = stacks[0].experts if stacks else 0
+        self._sizes = [stack.part_size for stack in stacks]
+        self._aliases: dict[int, _Alias] = {}
+        self._seen: list[list[torch.Tensor]] = [[] for _ in stacks]
+        for number, stack in enumerate(stacks):
+            tensor = stack.tensor
+            self._aliases[_address(tensor)] = _Alias(number, None, int(tensor.storage_offset()), tensor)
+
+    def rows_E(self) -> list[int] | None:
+        """Rows per expert; None where no use of a stack was seen. Waits for the device.
+
+        Stacks that a call uses in two halves show each row twice: the one with the fewest rows counts.
+        """
+        sums = [torch.stack(rows).sum(dim=0) for rows in self._seen if rows]
+        totals = [s for s in sums if int(s.sum())]
+        if not totals:
+            return None
+        return [int(n) for n in min(totals, key=lambda s: int(s.sum())).tolist()]
+
+    def choice(self, *, tokens: int, experts: int, top_k: int) -> torch.Tensor | None:
+        """Indices (T * K) of the last choice of K of E values for each token; None where there was none."""
+        fitting = (ids for of, ids in self.choices if of == experts and ids.numel() == tokens * top_k)
+        return next(reversed([*fitting]), None)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name.startswith(_COMMUNICATION):
+            self.saw_communication = True
+        elif name in _CHOICES and len(args) > 1:
+            chosen = output if isinstance(output, torch.Tensor) else output[1]
+            self.choices.append((int(args[0].shape[-1]), chosen))
+        operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        for operand in operands:
+            alias = self._alias_of(operand)
+            if alias is not None:
+                self._look(name, args, operands, operand, alias, output)
+                break
+        return output
+
+    def _alias_of(self, tensor: torch.Tensor) -> _Alias | None:
+        """The stack that a tensor is a view of, with the expert whose part it lies in, if it is but one's."""
+        if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
+            return None
+        known = self._aliases.get(_address(tensor))
+        if known is None or known.expert is not None:
+            return known
+        size = self._sizes[known.stack]
+        first = tensor.storage_offset() - known.first
+        last = first + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        is_part = first // size == last // size and self._experts > 1
+        expert = first // size if is_part else None
+        return known if expert is None else _Alias(known.stack, expert, known.first, tensor)
+
+    def _look(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        operands: list[torch.Tensor],
+        operand: torch.Tensor,
+        alias: _Alias,
+        output: Any,
+    ) -> None:
+        if not isinstance(output, torch.Tensor) or type(output) is not torch.Tensor or not output.numel():
+            return
+        if _address(output) in self._aliases:  # a view
+            return
+        marks = [t for t in operands if not t.is_floating_point() and not t.is_complex()]
+        rows: torch.Tensor | None = None
+        if name in _GATHERS:
+            if alias.expert is None and len(marks) == 1:
+                if marks[0].numel() == 1:
+                    self._note_copy(output, _Alias(alias.stack, int(marks[0]), 0, output))
+                else:
+                    ids = marks[0].reshape(-1)
+                    rows = torch.bincount(ids, minlength=self._experts)[: self._experts]
+        elif name in _PRODUCTS or name in ("aten::linear", "aten::mv"):
+            rows = self._rows_of_product(name, args, operand, alias, output)
+        elif sizes := [t for t in marks if t.ndim == 1 and t.numel() == self._experts]:
+            rows = sizes[0].to(torch.int64)
+            if bool((rows.diff() >= 0).all()) and int(rows[-1]) == output.shape[0]:  # ends, not sizes
+                rows = rows.diff(prepend=rows.new_zeros(1))
+        elif output.shape == operand.shape:  # another format, layout or scale of the same weights
+            self._note_copy(output, _Alias(alias.stack, alias.expert, int(output.storage_offset()), output))
+        if rows is not None:
+            self._seen[alias.stack].append(rows.detach().cpu())
+
+    def _note_copy(self, output: torch.Tensor, alias: _Alias) -> None:
+        self._aliases[_address(output)] = alias
+
+    def _rows_of_product(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        weight: torch.Tensor,
+        alias: _Alias,
+        output: torch.Tensor,
+    ) -> torch.Tensor | None:
+        experts = self._experts
+        if alias.expert is not None:
+            left, right = _PRODUCTS.get(name, (0, 1))
+            on_right = name in _PRODUCTS and args[right] is weight
+            width = weight.shape[-1] if on_right else weight.shape[-2 if weight.ndim > 1 else -1]
+            rows = torch.zeros(experts, dtype=torch.int64)
+            rows[alias.expert] = output.numel() // max(width, 1)
+            return rows
+        if name not in ("aten::bmm", "aten::baddbmm") or weight.shape[0] != experts:
+            return None
+        left, right = _PRODUCTS[name]
+        other, along = (args[left], -1) if args[right] is weight else (args[right], -2)
+        return other.ne(0).any(dim=along).sum(dim=-1)  # type: ignore[no-any-return]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
