@@ -23,7 +23,7 @@ from observatory.store.files import one_line
 from probes.routing.attachment import Attachment, PostHook, PreHook
 from probes.routing.judgement import BlockCall, Judgement, Verify, is_captured, stacks_of_site
 from probes.routing.sites import RoutingDecision, RoutingSite
-from probes.routing.stacks import SeenOperators, holds_compiled_code
+from probes.routing.stacks import SeenOperators, can_look_at_operators
 from probes.routing.witness import RowsOfExperts
 
 __all__ = ["NOT_CALLED", "NO_TOKENS", "BlockInspection", "Suspension", "is_recomputed_or_traced"]
@@ -140,7 +140,7 @@ class BlockInspection:
                 return
             call.is_checked = checks
             self._rows.clear()
-            if checks and not holds_compiled_code(module):
+            if checks and can_look_at_operators():
                 call.operators = SeenOperators([] if self._site.experts else stacks_of_site(self._site))
                 call.operators.__enter__()  # type: ignore[no-untyped-call]
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from observatory.errors import ModelError
 from probes.routing import anatomy
 
-__all__ = ["SeenOperators", "Stack", "changed_part", "find_stacks", "holds_compiled_code"]
+__all__ = ["SeenOperators", "Stack", "can_look_at_operators", "changed_part", "far_away", "find_stacks"]
 
 #: Products of two matrices, by where the weight may stand: name -> (position of the left, of the right one).
 _PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::bmm": (0, 1), "aten::baddbmm": (1, 2)}
@@ -49,6 +49,11 @@ class Stack:
         """The part of one expert, (numel / E,), sharing memory; outside of autograd."""
         first = self.tensor.storage_offset() + expert * self.part_size
         return torch.as_strided(self.tensor.data, (self.part_size,), (1,), first)
+
+
+def can_look_at_operators() -> bool:
+    """Whether torch uses compiled code while operators are looked at; older versions skip it from then on."""
+    return hasattr(TorchDispatchMode, "ignore_compile_internals")
 
 
 def find_stacks(block: nn.Module, experts: int) -> list[Stack]:
@@ -86,14 +91,6 @@ def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
             yield tensor
 
 
-def holds_compiled_code(block: nn.Module) -> bool:
-    """Whether a module in there was compiled: a dispatch mode would keep its code from being used."""
-    return any(
-        getattr(m, "_compiled_call_impl", None) is not None or type(m).__name__ == "OptimizedModule"
-        for m in block.modules()
-    )
-
-
 @contextmanager
 def changed_part(stack: Stack, expert: int) -> Iterator[None]:
     """Let one expert compute something else; its part is put back bit by bit, whatever happens meanwhile.
@@ -128,10 +125,14 @@ def _put_back(part: torch.Tensor, saved: torch.Tensor) -> None:
         raise interruption
 
 
+def far_away(values: torch.Tensor) -> torch.Tensor:
+    """Other values that short floating-point formats show behind a small gate weight; finite."""
+    return values.mul(-(2.0**6) if values.dtype == torch.float16 else -(2.0**16)).add(1)
+
+
 def _other_values(values: torch.Tensor) -> torch.Tensor:
-    """Far away, so that short floating-point formats show it behind a small gate weight; finite."""
     if values.is_floating_point() and values.element_size() > 1:
-        return values.mul(-(2.0**6) if values.dtype == torch.float16 else -(2.0**16)).add(1)
+        return far_away(values)
     return _bits(values).bitwise_xor(0x88 if values.is_floating_point() else 0x08).view(values.dtype)
 
 
@@ -168,6 +169,11 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         for number, stack in enumerate(stacks):
             tensor = stack.tensor
             self._aliases[_address(tensor)] = _Alias(number, None, int(tensor.storage_offset()), tensor)
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code in there stays compiled; what it does inside is not seen."""
+        return True
 
     def rows_E(self) -> list[int] | None:
         """Rows per expert; None where no use of a stack was seen. Waits for the device.

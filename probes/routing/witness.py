@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from probes.routing.sites import RoutingDecision
+from probes.routing.stacks import far_away
 
 __all__ = ["RowsOfExperts", "chosen_by_intervention", "few_tokens", "loads_of_decision", "rows_as_decision"]
 
@@ -164,8 +165,8 @@ def _rows(output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torc
 
 
 def _changed(value: Any) -> Any:
-    """Another output, also where it is zero; far away, for the sake of short floating-point formats."""
-    return value.mul(-64).add(1) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    """Another output, also where it is zero."""
+    return far_away(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 @contextmanager

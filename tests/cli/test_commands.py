@@ -12,7 +12,10 @@ import pytest
 
 from observatory.cli import main
 from observatory.records import SCHEMA_VERSION
+from probes.routing import discover
+from probes.routing.discover import find_sites
 from tests.conftest import MakeRun
+from tests.probes.verification import broken, shifted
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, object]:
@@ -189,6 +192,29 @@ def test_doctor_lists_what_works_and_how_to_get_the_rest(capsys: pytest.CaptureF
         assert item["detail"]
     assert main(["doctor"]) == 0
     assert "python" in capsys.readouterr().out
+
+
+def test_doctor_verifies_the_layers_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    document = run_json(capsys, "doctor", "--model", "tiny-gqa", "--verify")
+    layers: list[dict[str, object]] = document["layers"]  # type: ignore[assignment]
+    assert [layer["layer"] for layer in layers] == [0, 1, 2, 3]
+    for layer in layers:
+        assert layer["verified"] == [{"by": "rows", "reason": None}, {"by": "intervention", "reason": None}]
+    assert main(["doctor", "--model", "tiny-gqa", "--verify"]) == 0
+    assert "rows, intervention" in capsys.readouterr().out
+    assert main(["doctor", "--verify"]) == 1
+    assert "--verify is given without a model" in capsys.readouterr().err
+
+
+def test_doctor_prints_the_layers_and_ends_with_an_error_where_counts_are_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(discover, "find_sites", lambda model: [broken(s, shifted) for s in find_sites(model)])
+    assert main(["doctor", "--model", "tiny-gqa", "--verify"]) == 1
+    printed = capsys.readouterr()
+    assert "model.layers.3.mlp.experts" in printed.out
+    assert "in layer 0 the reading of model.layers.0.mlp.experts gives" in printed.err
+    assert "tokens to expert" in printed.err
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
