@@ -108,6 +108,8 @@ class BlockInspection:
         """
         if self._suspension.by is self or self._call.is_checked:
             self._call.decisions.append(decision)
+            if self._call.operators is not None and not self._site.experts:
+                self._call.operators.add(stacks_of_site(self._site))
             return True
         if decision.is_inferred:
             raise self._judgement.unconfirmed("its block is not called as a module")

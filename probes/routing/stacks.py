@@ -142,11 +142,20 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(slots=True)
 class _Alias:
-    """A tensor that holds a stack or one expert's part of it; kept, so that its address stays its own."""
+    """A tensor that holds a stack or one expert's part of it; kept, so that its address stays its own.
+
+    Attributes:
+        stack: number of the stack.
+        expert: the expert whose part it is; None for all.
+        first: its first byte in its storage.
+        size: its bytes.
+        tensor: the tensor.
+    """
 
     stack: int
     expert: int | None
     first: int
+    size: int
     tensor: torch.Tensor
 
 
@@ -162,13 +171,19 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         super().__init__()  # type: ignore[no-untyped-call]
         self.saw_communication = False
         self.choices: list[tuple[int, torch.Tensor]] = []
-        self._experts = stacks[0].experts if stacks else 0
-        self._sizes = [stack.part_size for stack in stacks]
-        self._aliases: dict[int, _Alias] = {}
-        self._seen: list[list[torch.Tensor]] = [[] for _ in stacks]
-        for number, stack in enumerate(stacks):
-            tensor = stack.tensor
-            self._aliases[_address(tensor)] = _Alias(number, None, int(tensor.storage_offset()), tensor)
+        self._experts = 0
+        self._has_failed = False
+        self._aliases: dict[int, list[_Alias]] = {}
+        self._seen: list[list[torch.Tensor]] = []
+        self.add(stacks)
+
+    def add(self, stacks: list[Stack]) -> None:
+        """Look at these stacks, too: those that are whole only while their module is called (FSDP2)."""
+        for stack in stacks:
+            if self._alias_of(stack.tensor) is None:
+                self._experts = stack.experts
+                self._note(stack.tensor, len(self._seen), None)
+                self._seen.append([])
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -176,13 +191,13 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         return True
 
     def rows_E(self) -> list[int] | None:
-        """Rows per expert; None where no use of a stack was seen. Waits for the device.
+        """Rows per expert; None where no use of a stack was understood. Waits for the device.
 
         Stacks that a call uses in two halves show each row twice: the one with the fewest rows counts.
         """
         sums = [torch.stack(rows).sum(dim=0) for rows in self._seen if rows]
         totals = [s for s in sums if int(s.sum())]
-        if not totals:
+        if self._has_failed or not totals:
             return None
         return [int(n) for n in min(totals, key=lambda s: int(s.sum())).tolist()]
 
@@ -193,7 +208,13 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        name = func._schema.name
+        try:
+            self._see(func._schema.name, args, kwargs, output)
+        except Exception:  # the model's own run must not suffer from ours
+            self._has_failed = True
+        return output
+
+    def _see(self, name: str, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
         if name.startswith(_COMMUNICATION):
             self.saw_communication = True
         elif name in _CHOICES and len(args) > 1:
@@ -205,21 +226,25 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
             if alias is not None:
                 self._look(name, args, operands, operand, alias, output)
                 break
-        return output
 
     def _alias_of(self, tensor: torch.Tensor) -> _Alias | None:
         """The stack that a tensor is a view of, with the expert whose part it lies in, if it is but one's."""
         if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
             return None
-        known = self._aliases.get(_address(tensor))
-        if known is None or known.expert is not None:
+        first, size = _bytes(tensor)
+        for known in self._aliases.get(_address(tensor), ()):
+            if not known.first <= first < first + size <= known.first + known.size:
+                continue
+            part = known.size // self._experts
+            place, end = (first - known.first) // part, (first + size - 1 - known.first) // part
+            if known.expert is None and self._experts > 1 and place == end:
+                return _Alias(known.stack, place, first, size, tensor)
             return known
-        size = self._sizes[known.stack]
-        first = tensor.storage_offset() - known.first
-        last = first + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        is_part = first // size == last // size and self._experts > 1
-        expert = first // size if is_part else None
-        return known if expert is None else _Alias(known.stack, expert, known.first, tensor)
+        return None
+
+    def _note(self, tensor: torch.Tensor, stack: int, expert: int | None) -> None:
+        alias = _Alias(stack, expert, *_bytes(tensor), tensor)
+        self._aliases.setdefault(_address(tensor), []).append(alias)
 
     def _look(
         self,
@@ -232,14 +257,14 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     ) -> None:
         if not isinstance(output, torch.Tensor) or type(output) is not torch.Tensor or not output.numel():
             return
-        if _address(output) in self._aliases:  # a view
+        if _address(output) == _address(operand):  # a view
             return
         marks = [t for t in operands if not t.is_floating_point() and not t.is_complex()]
         rows: torch.Tensor | None = None
         if name in _GATHERS:
             if alias.expert is None and len(marks) == 1:
                 if marks[0].numel() == 1:
-                    self._note_copy(output, _Alias(alias.stack, int(marks[0]), 0, output))
+                    self._note(output, alias.stack, int(marks[0]))
                 else:
                     ids = marks[0].reshape(-1)
                     rows = torch.bincount(ids, minlength=self._experts)[: self._experts]
@@ -250,12 +275,9 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
             if bool((rows.diff() >= 0).all()) and int(rows[-1]) == output.shape[0]:  # ends, not sizes
                 rows = rows.diff(prepend=rows.new_zeros(1))
         elif output.shape == operand.shape:  # another format, layout or scale of the same weights
-            self._note_copy(output, _Alias(alias.stack, alias.expert, int(output.storage_offset()), output))
+            self._note(output, alias.stack, alias.expert)
         if rows is not None:
             self._seen[alias.stack].append(rows.detach().cpu())
-
-    def _note_copy(self, output: torch.Tensor, alias: _Alias) -> None:
-        self._aliases[_address(output)] = alias
 
     def _rows_of_product(
         self,
@@ -282,3 +304,9 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
 
 def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _bytes(tensor: torch.Tensor) -> tuple[int, int]:
+    """The first byte of a tensor in its storage, and the number of bytes from there to its last one."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset()) * tensor.element_size(), (int(last) + 1) * tensor.element_size()
