@@ -201,20 +201,20 @@ def _value(value: object) -> str:
 def _modules(manifest: Manifest) -> Table:
     return table(
         "MoE layers as found in the model",
-        ["Layer", "Module", "Experts", "Top-k", "Shared experts", "Null experts", "Counts verified by"],
+        ["Layer", "Module", "Counts verified by", "Experts", "Top-k", "Shared experts", "Null experts"],
         [
             [
                 str(layer.layer),
                 plain(layer.module),
+                plain(_verified(layer.verified)),
                 count(layer.experts),
                 "varies" if layer.top_k is None else str(layer.top_k),
                 count(layer.shared_experts),
                 count(layer.null_experts),
-                plain(_verified(layer.verified)),
             ]
             for layer in manifest.model.moe_layers
         ],
-        text=2,
+        text=3,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from observatory.errors import RunError
-from observatory.records import Manifest
+from observatory.records import Manifest, Verified
 from observatory.store import RunWriter, open_run
 from reports import write_report
 from reports.collect import collect
@@ -102,6 +102,23 @@ def test_free_text_of_a_manifest_stays_text(tmp_path: Path) -> None:
     links = [attributes["href"] for tag, attributes in parsed.tags if tag == "a"]
     assert links
     assert all(str(link).startswith("#") for link in links)
+
+
+def test_the_verdict_on_each_layer_is_in_the_provenance(tmp_path: Path) -> None:
+    described = manifest(layers=3, experts=8, top_k=2)
+    verdicts = (Verified(by="rows"), Verified(by="none", reason="<b>compiled</b>"), None)
+    layers = tuple(
+        layer.model_copy(update={"verified": verdict})
+        for layer, verdict in zip(described.model.moe_layers, verdicts, strict=True)
+    )
+    described = described.model_copy(
+        update={"model": described.model.model_copy(update={"moe_layers": layers})}
+    )
+    page = write_report([write_run(tmp_path / "run", described, steps=6)], tmp_path / "report.html")
+    text = page.read_text(encoding="utf-8")
+    table = text[text.index("MoE layers as found") :]
+    cells = re.findall(r"<bdi>(rows|nothing[^<]*|not recorded)</bdi>", table)
+    assert cells == ["rows", "nothing: &lt;b&gt;compiled&lt;/b&gt;", "not recorded"]
 
 
 def test_an_existing_report_is_kept_unless_told(pair: list[Path], tmp_path: Path) -> None:
