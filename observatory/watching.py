@@ -27,7 +27,7 @@ from collectives.store_clock import StoreClock, default_store
 from observatory.errors import CaptureError, ModelError, ObservatoryError
 from observatory.provenance import new_manifest
 from observatory.ranks import find_rank
-from observatory.records import ClockSpec, DataSpec, Phase, Topology
+from observatory.records import ClockSpec, DataSpec, Phase, RankLayer, Topology
 from observatory.store import RunWriter
 from observatory.watching_options import WatchOptions, check_phase
 from observatory.watching_power import WatchedPower
@@ -35,6 +35,7 @@ from probes.exchange.flight import recorder_unsupported
 from probes.exchange.tap import unsupported
 from probes.routing.describe import describe_model
 from probes.routing.discover import find_sites
+from probes.routing.identity import layers_now
 from probes.routing.session import CaptureSession
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ class Watch:
         self._clock_told = False
         self._session: CaptureSession | None = None
         self._writer: RunWriter | None = None
+        self._layers: tuple[RankLayer, ...] = ()
         self._notes: list[str] = []
         self._ended = False
         self._process = 0
@@ -198,6 +200,8 @@ class Watch:
         self.sites = tuple(find_sites(self._model, adapters=self._options.adapters))
         self._writer = self._open_run()
         try:
+            self._layers = layers_now(self._model, self.sites)
+            self._writer.set_moe_layers(self._layers)
             # Power first: its calibration wants a device that is still idle.
             self._power = self._start_power()
             self._writer.set_power(self._power.begun())
@@ -294,6 +298,8 @@ class Watch:
             session.stop(self.steps, told=self._told)
         with _collected(problems):
             session.check()
+        with contextlib.suppress(RuntimeError):  # a device that failed: what was known at the beginning stays
+            writer.set_moe_layers(layers_now(self._model, self.sites, self._layers))
         power = self._power.stop()
         writer.set_power(power)
         notes = (*self._notes, *clock_notes, *power.notes, *session.notes(steps=self.steps))
