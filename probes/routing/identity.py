@@ -73,8 +73,7 @@ def _routers(model: nn.Module, site: RoutingSite) -> Iterator[nn.Module]:
 def _is_whole(weight: nn.Parameter) -> bool:
     """Whether a parameter is known, plain, and the same on all ranks that hold the layer."""
     return (
-        not nn.parameter.is_lazy(weight)
-        and type(weight.data) is torch.Tensor
+        type(weight.data) is torch.Tensor
         and weight.layout is torch.strided
         and weight.is_floating_point()
         and not weight.is_meta
@@ -84,7 +83,7 @@ def _is_whole(weight: nn.Parameter) -> bool:
 
 def _digest(weight_OI: torch.Tensor) -> str | None:
     rows, columns = weight_OI.shape
-    places = torch.arange(_READ, device=weight_OI.device) * (rows * columns) // _READ
+    places = torch.arange(_READ, device=weight_OI.device) * (rows * columns - 1) // (_READ - 1)
     values = weight_OI[places // columns, places % columns].to("cpu", torch.float64).tolist()
     if len(set(values)) < 2:
         return None

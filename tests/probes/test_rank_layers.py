@@ -86,6 +86,15 @@ def test_a_rank_of_another_model_is_stated(tmp_path: Path, build: Callable[[], n
     assert assignments(run) == {0: 2 * TOKENS, 1: 2 * TOKENS}
 
 
+def test_a_run_that_is_not_over_is_read_the_same_way(tmp_path: Path) -> None:
+    """A rank that is killed leaves what it stated when its watch began."""
+    with ExitStack() as stack:
+        for rank in range(2):
+            stack.enter_context(observatory.watch(seeded(rank), tmp_path / "run", rank=rank, world=2))
+        problems = observatory.open_run(tmp_path / "run").problems
+    assert any(problem.startswith("rank 1 holds another layer 0 (and 1 more)") for problem in problems)
+
+
 def test_stages_that_are_numbered_through_make_one_model(tmp_path: Path) -> None:
     """As Megatron-Core numbers them: each layer states its place in the whole model, counted from 1."""
 
@@ -171,6 +180,21 @@ def test_a_digest_belongs_to_one_layer_wherever_and_however_it_lies() -> None:
     assert digests(transposed) == [first, second]
 
 
+def test_every_element_of_a_small_router_takes_part_and_columns_of_a_large_one() -> None:
+    model = RoutedModel(layers=1)
+    weight = model.layers[0].router.weight
+    seen = digests(model)
+    for element in range(weight.numel()):
+        with torch.no_grad():
+            weight.view(-1)[element] += 1
+        seen += digests(model)
+    assert len(set(seen)) == 1 + weight.numel()
+    large = torch.zeros(4, 4096)
+    large[:, 1:] = torch.randn(4, 4095)  # rows are a multiple of what is read, and begin alike
+    model.layers[0].router.weight = nn.Parameter(large)
+    assert None not in digests(model)
+
+
 class Sharded(torch.Tensor):
     """A tensor class of another library, of which nothing is known here."""
 
@@ -183,7 +207,7 @@ class Sharded(torch.Tensor):
         nn.Parameter(torch.randn(4 * HIDDEN)),
         nn.Parameter(torch.randn(0)),
         nn.Parameter(torch.randn(4, HIDDEN, device="meta")),
-        nn.Parameter(torch.ones(4, HIDDEN, dtype=torch.uint8), requires_grad=False),
+        nn.Parameter(torch.arange(4 * HIDDEN, dtype=torch.uint8).reshape(4, -1), requires_grad=False),
         nn.Parameter(torch.randn(4, HIDDEN).to_sparse(), requires_grad=False),
         nn.Parameter(torch.randn(4, HIDDEN).as_subclass(Sharded)),
         nn.UninitializedParameter(),

@@ -77,6 +77,7 @@ def ranks_of_layers(run: Run) -> dict[int, list[int]]:
         {rank for ranks in found.values() for rank in ranks}
     )
     samples = run.token_samples()
+    assert samples.layer.notna().all()
     assert {number: sorted(rows.source_rank) for number, rows in samples.groupby("layer")} == found
     return found
 
@@ -159,12 +160,15 @@ def test_ranks_that_rank_0_does_not_know_are_held_against_each_other(tmp_path: P
     assert ranks_of_layers(run) == {0: [0], 5: [1, 2, 4]}
 
 
-def test_a_row_that_a_holder_of_the_layer_lacks_is_still_missed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("silent", [None, 1])
+def test_a_row_that_a_holder_of_the_layer_lacks_is_still_missed(tmp_path: Path, silent: int | None) -> None:
+    """Whether the holder states its layers or may hold any."""
     own = (layer(),)
     writers = [RunWriter.create(tmp_path / "run", manifest_of(3))]
     writers += [RunWriter.join(tmp_path / "run", rank=rank) for rank in (1, 2)]
     for rank, (writer, steps) in enumerate(zip(writers, ([0, 1], [0], [0, 1]), strict=True)):
-        writer.set_moe_layers(own if rank < 2 else (layer(1),))
+        if rank != silent:
+            writer.set_moe_layers(own if rank < 2 else (layer(1),))
         rows = routing_rows(
             step_N=steps,
             phase_N="prefill",
@@ -177,7 +181,7 @@ def test_a_row_that_a_holder_of_the_layer_lacks_is_still_missed(tmp_path: Path) 
         writer.close()
     loads = collect_layer_loads(open_run(tmp_path / "run"))
     assert loads["prefill", 0].incomplete_rows == 1
-    assert loads["prefill", 1].incomplete_rows == 0
+    assert loads["prefill", 1].incomplete_rows == (0 if silent is None else 2)
 
 
 def test_ranks_that_state_no_layers_add_up_as_before(tmp_path: Path) -> None:
