@@ -236,4 +236,4 @@ def configured_experts(configs: Sequence[object]) -> str | None:
 def looks_like_router(name: str, module: nn.Module) -> bool:
     """Whether this is a router, by name or class."""
     label = f"{name.lower()} {type(module).__name__.lower()}"
-    return "shared" not in label and re.search(r"router|gate\b|gating|\bwg\b|gate$", label) is not None
+    return "shared" not in name.lower() and re.search(r"router|gate\b|gating|\bwg\b|gate$", label) is not None

@@ -48,12 +48,14 @@ def layers_now(
 def router_digest(model: nn.Module, site: RoutingSite) -> str | None:
     """Digest of shape and some elements of the weights of a layer's router; None where none can be read.
 
-    The weights are those with one row or column per expert. Waits for the device.
+    The weights are those with one row or column per expert, null and shared experts included or not. Waits
+    for the device.
     """
-    outputs = (site.spec.experts, site.spec.experts + site.spec.null_experts)
+    spec = site.spec
+    outputs = {spec.experts + more for more in (0, spec.null_experts, spec.shared_experts or 0)}
     for router in _routers(model, site):
         for weight in router.parameters():
-            if _is_whole(weight) and weight.ndim == 2 and set(weight.shape) & set(outputs):
+            if _is_whole(weight) and weight.ndim == 2 and outputs & set(weight.shape):
                 return _digest(weight.detach())
     return None
 
