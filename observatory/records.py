@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 __all__ = [
     "PHASES",
@@ -24,6 +24,7 @@ __all__ = [
     "ModelSpec",
     "MoeLayerSpec",
     "Phase",
+    "RankLayer",
     "RankPower",
     "RankStatus",
     "SamplerCost",
@@ -291,6 +292,28 @@ class RankPower(Record):
     notes: tuple[Text, ...] = ()
 
 
+class RankLayer(MoeLayerSpec):
+    """One MoE layer as one rank holds it.
+
+    Attributes:
+        layer: as for the model; at most 2^31 - 1, the largest number that a routing row can hold.
+        router_digests: what the weights of its router are, when the watch began and, if they had changed,
+            when it ended; empty where they cannot be read (sharded, packed, or none). Ranks that hold one
+            layer have a digest in common, ranks that hold different layers have none.
+    """
+
+    layer: Annotated[int, Field(ge=0, lt=2**31)]
+    router_digests: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")], ...], Field(max_length=2)
+    ] = ()
+
+
+def _once_each(layers: tuple[RankLayer, ...]) -> tuple[RankLayer, ...]:
+    if len({item.layer for item in layers}) < len(layers):
+        raise ValueError("states a layer number twice")
+    return layers
+
+
 class RankStatus(Record):
     """How one rank ended.
 
@@ -303,6 +326,8 @@ class RankStatus(Record):
         dropped_rows: rows that could not be written (full disk), 0 normally.
         clock: how this rank's times relate to the other ranks'; None when nobody asked.
         power: what was sampled of the devices of its node; None when nobody asked.
+        moe_layers: the MoE layers that this rank holds, each number once; None when it does not say (runs
+            before schema 1.2), and in the copy that ``run.json`` keeps.
     """
 
     rank: Count
@@ -313,6 +338,9 @@ class RankStatus(Record):
     dropped_rows: Count = 0
     clock: ClockSpec | None = None
     power: RankPower | None = None
+    moe_layers: (
+        Annotated[tuple[RankLayer, ...], Field(max_length=16384), AfterValidator(_once_each)] | None
+    ) = None
 
 
 class Manifest(Record):

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from pydantic import JsonValue
 
@@ -27,7 +27,7 @@ from collectives.store_clock import StoreClock, default_store
 from observatory.errors import CaptureError, ModelError, ObservatoryError
 from observatory.provenance import new_manifest
 from observatory.ranks import find_rank
-from observatory.records import ClockSpec, DataSpec, ModelSpec, Phase, Topology, Verified
+from observatory.records import ClockSpec, DataSpec, MoeLayerSpec, Phase, RankLayer, Topology, Verified
 from observatory.store import RunWriter
 from observatory.watching_options import WatchOptions, check_phase
 from observatory.watching_power import WatchedPower
@@ -35,6 +35,7 @@ from probes.exchange.flight import recorder_unsupported
 from probes.exchange.tap import unsupported
 from probes.routing.describe import describe_model
 from probes.routing.discover import find_sites
+from probes.routing.identity import layers_now
 from probes.routing.judgement import Verify
 from probes.routing.session import CaptureSession
 
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from probes.routing.sites import RoutingSite
 
 __all__ = ["Watch", "watch"]
+
+_Layer = TypeVar("_Layer", bound=MoeLayerSpec)
 
 
 def watch(
@@ -193,6 +196,7 @@ class Watch:
         self._clock_told = False
         self._session: CaptureSession | None = None
         self._writer: RunWriter | None = None
+        self._layers: tuple[RankLayer, ...] = ()
         self._notes: list[str] = []
         self._ended = False
         self._process = 0
@@ -207,6 +211,8 @@ class Watch:
         self.sites = tuple(find_sites(self._model, adapters=self._options.adapters))
         self._writer = self._open_run()
         try:
+            self._layers = layers_now(self._model, self.sites)
+            self._writer.set_moe_layers(self._layers)
             # Power first: its calibration wants a device that is still idle.
             self._power = self._start_power()
             self._writer.set_power(self._power.begun())
@@ -304,6 +310,9 @@ class Watch:
             session.stop(self.steps, told=self._told)
         with _collected(problems):
             session.check()
+        with contextlib.suppress(RuntimeError):  # a device that failed: what was known at the beginning stays
+            layers = layers_now(self._model, self.sites, self._layers)
+            writer.set_moe_layers(_with_verdicts(layers, session.verified()))
         power = self._power.stop()
         writer.set_power(power)
         notes = (*self._notes, *clock_notes, *power.notes, *session.notes(steps=self.steps))
@@ -312,7 +321,8 @@ class Watch:
                 config = {**writer.manifest.config, "probe_cost": session.cost()}
                 if self._shifts is not None:
                     config["power_shifts"] = self._shifts.told()
-                model = _with_verdicts(writer.manifest.model, session.verified())
+                stated = _with_verdicts(writer.manifest.model.moe_layers, session.verified())
+                model = writer.manifest.model.model_copy(update={"moe_layers": stated})
                 writer.update_manifest(notes=(*writer.manifest.notes, *notes), config=config, model=model)
         failure = (
             _one_line(error) if error is not None else session.problem() or next(map(str, problems), None)
@@ -455,9 +465,8 @@ def _one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _with_verdicts(model: ModelSpec, verdicts: Sequence[Verified]) -> ModelSpec:
-    layers = (
+def _with_verdicts(layers: Sequence[_Layer], verdicts: Sequence[Verified]) -> tuple[_Layer, ...]:
+    return tuple(
         layer.model_copy(update={"verified": verdict})
-        for layer, verdict in zip(model.moe_layers, verdicts, strict=True)
+        for layer, verdict in zip(layers, verdicts, strict=True)
     )
-    return model.model_copy(update={"moe_layers": tuple(layers)})

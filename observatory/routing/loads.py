@@ -91,7 +91,8 @@ def collect_layer_loads(run: Run) -> dict[tuple[str, int], LayerLoads]:
     for block in run.iter_loads():
         key = (block.phase, block.layer)
         if key not in gathered:
-            gathered[key] = _Gatherer(block, top_k.get(block.layer))
+            holds_P = np.array([run.holds_layer(int(rank), block.layer) for rank in block.source_rank_P])
+            gathered[key] = _Gatherer(block, top_k.get(block.layer), holds_P)
         gathered[key].add(block)
     return {key: gathered.pop(key).finish() for key in sorted(gathered)}
 
@@ -110,8 +111,9 @@ def steps_covered(step_S: NDArray[np.int64], window_steps_S: NDArray[np.int64]) 
 class _Gatherer:
     """Running sums of one (phase, layer)."""
 
-    def __init__(self, block: LoadBlock, top_k: int | None) -> None:
+    def __init__(self, block: LoadBlock, top_k: int | None, holds_P: NDArray[np.bool_]) -> None:
         self.phase, self.layer, self.experts, self.top_k = block.phase, block.layer, block.experts, top_k
+        self.holds_P = holds_P
         self.most_groups = max(16, min(_MOST_GROUPS, _GROUP_BYTES_PER_LAYER // (8 * block.experts)))
         self.total_E = np.zeros(block.experts, dtype=np.int64)
         self.rows: dict[str, list[NDArray[np.float64] | NDArray[np.int64]]] = {
@@ -155,7 +157,7 @@ class _Gatherer:
         self.rows["gini"].append(gini_rows(load_SE))
         self.rows["max_over_mean"].append(ratio_S)
         self.rows["step_max_over_mean"].append(np.where(single_S, ratio_S, _stored_extremes(block)))
-        self.incomplete += int(np.count_nonzero(~np.asarray(block.present_SP).all(axis=1)))
+        self.incomplete += int(np.count_nonzero(~np.asarray(block.present_SP)[:, self.holds_P].all(axis=1)))
         self._keep(load_SE)
 
     def _keep(self, load_SE: NDArray[np.int64]) -> None:

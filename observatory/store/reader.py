@@ -20,6 +20,7 @@ from observatory.records import PHASES, Manifest
 from observatory.store.blocks import LoadBlock, stream_blocks
 from observatory.store.checks import FIXED_SCHEMAS, check_rows
 from observatory.store.files import one_line
+from observatory.store.layers import JoinedLayers, join_layers
 from observatory.store.manifests import read_manifest, read_rank_statuses
 from observatory.store.parts import Part, list_parts, read_row_group
 from observatory.tables import TABLES
@@ -63,7 +64,18 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         unreadable += damaged
     if unreadable and not any(parts.values()):
         raise RunFormatError(f"none of the {unreadable} parts of run {folder} can be read; capture it again")
-    return Run(folder, manifest, parts, _rank_problems(manifest, parts) + problems)
+    problems = _rank_problems(manifest, parts) + problems
+    layers = join_layers(manifest)
+    for table in ("routing", "tokens"):
+        parts[table] = tuple(part for part in parts[table] if part.rank not in layers.contradictions)
+    model = manifest.model.model_copy(update={"moe_layers": layers.moe_layers})
+    return Run(
+        folder,
+        manifest.model_copy(update={"model": model}),
+        parts,
+        [*layers.contradictions.values(), *problems],
+        layers,
+    )
 
 
 def _rank_problems(manifest: Manifest, parts: dict[str, tuple[Part, ...]]) -> list[str]:
@@ -116,21 +128,32 @@ class Run:
 
     Attributes:
         path: the directory.
-        manifest: its manifest, with the status of every rank that left one.
+        manifest: its manifest, with the status of every rank that left one and the MoE layers of all ranks.
     """
 
     def __init__(
-        self, path: Path, manifest: Manifest, parts: dict[str, tuple[Part, ...]], problems: list[str]
+        self,
+        path: Path,
+        manifest: Manifest,
+        parts: dict[str, tuple[Part, ...]],
+        problems: list[str],
+        layers: JoinedLayers,
     ) -> None:
         self.path = path
         self.manifest = manifest
         self._parts = parts
+        self._layers = layers
         self._problems = list(dict.fromkeys(problems))
 
     @property
     def problems(self) -> tuple[str, ...]:
         """Stated gaps: missing or unclosed ranks, damaged parts. Reading may find more and add them."""
         return tuple(self._problems)
+
+    def holds_layer(self, rank: int, layer: int) -> bool:
+        """Whether a rank may have rows of a layer; False where it states its layers without this one."""
+        layers = self._layers.layers_of_rank.get(rank)
+        return layers is None or layer in layers
 
     def row_count(self, table: str) -> int:
         """Rows of a table according to its footers."""
@@ -284,6 +307,8 @@ class Run:
     def iter_rows(self, table: str) -> Iterator[pa.Table]:
         """Stream a table's checked rows with all columns, unknown ones included, a row group at a time.
 
+        Exchanges and spans of a rank whose layers contradict the other ranks' have no layer.
+
         Raises:
             RunFormatError, LoadError: rows that cannot be true.
         """
@@ -297,6 +322,10 @@ class Run:
                     at = rows.column_names.index("phase")
                     rows = rows.set_column(at, "phase", rows.column(at).cast(pa.string()))
                 check_rows(table, rows, rank=part.rank, where=part.name)
+                if part.rank in self._layers.contradictions and "layer" in rows.column_names:
+                    at = rows.column_names.index("layer")
+                    kind = rows.schema.field(at).type
+                    rows = rows.set_column(at, "layer", pa.nulls(len(rows), kind))
                 if "source_rank" not in rows.column_names:
                     rows = rows.append_column(
                         "source_rank", pa.array(np.full(len(rows), part.rank, np.int32))

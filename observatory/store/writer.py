@@ -17,7 +17,7 @@ import pydantic
 
 from observatory.clock_identity import clock_identity, clock_name
 from observatory.errors import ObservatoryError, RunError, RunFormatError
-from observatory.records import ClockSpec, Manifest, RankPower, RankStatus
+from observatory.records import ClockSpec, Manifest, RankLayer, RankPower, RankStatus
 from observatory.store.appending import TableAppender
 from observatory.store.files import (
     MANIFEST_NAME,
@@ -59,6 +59,7 @@ class RunWriter:
         self._closed = False
         self._clock = ClockSpec(method="none", identity=clock_name(clock_identity()))
         self._power: RankPower | None = None
+        self._moe_layers: tuple[RankLayer, ...] | None = None
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Manifest, *, overwrite: bool = False) -> Self:
@@ -175,6 +176,15 @@ class RunWriter:
             self._power = power
             self._note_status()
 
+    def set_moe_layers(self, layers: tuple[RankLayer, ...]) -> None:
+        """State the MoE layers that this rank holds; written at once, and when the writer closes.
+
+        The reader leaves out rows of a rank whose layers are not those of the ranks before it.
+        """
+        with self._lock:
+            self._moe_layers = layers
+            self._note_status()
+
     def update_manifest(self, **changes: Any) -> None:
         """Change fields of the manifest and write it; rank 0 only.
 
@@ -244,7 +254,10 @@ class RunWriter:
             update={
                 "state": state,
                 "ended_unix_s": time.time(),
-                "ranks": tuple(statuses[rank] for rank in sorted(statuses)),
+                # Without their layers: those of thousands of ranks would make the file too large to read.
+                "ranks": tuple(
+                    statuses[rank].model_copy(update={"moe_layers": None}) for rank in sorted(statuses)
+                ),
             }
         )
         self._manifest = ended
@@ -270,6 +283,7 @@ class RunWriter:
                 update={"unix_minus_monotonic_ns": time.time_ns() - time.monotonic_ns()}
             ),
             power=self._power,
+            moe_layers=self._moe_layers,
         )
         write_rank_status(self.path, status)
 

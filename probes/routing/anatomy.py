@@ -25,6 +25,7 @@ __all__ = [
     "int_attribute",
     "is_never_called",
     "looks_like_experts",
+    "looks_like_router",
     "null_experts",
     "shared_experts",
     "top_k",
@@ -99,7 +100,7 @@ class MoeBlock:
 
     def routers(self) -> list[tuple[str, nn.Module]]:
         """Siblings that look like a router by name or class."""
-        return [(n, m) for n, m in self.siblings() if _looks_like_router(n, m)]
+        return [(n, m) for n, m in self.siblings() if looks_like_router(n, m)]
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -255,6 +256,7 @@ def configured_experts(configs: Sequence[object]) -> str | None:
     return None
 
 
-def _looks_like_router(name: str, module: nn.Module) -> bool:
+def looks_like_router(name: str, module: nn.Module) -> bool:
+    """Whether this is a router, by name or class."""
     label = f"{name.lower()} {type(module).__name__.lower()}"
-    return "shared" not in label and re.search(r"router|gate\b|gating|\bwg\b|gate$", label) is not None
+    return "shared" not in name.lower() and re.search(r"router|gate\b|gating|\bwg\b|gate$", label) is not None

@@ -12,6 +12,7 @@ from torch import nn
 
 from observatory.errors import ModelError
 from probes.routing.discover import find_sites
+from probes.routing.identity import router_digest
 from probes.routing.sites import RoutingSite
 from tests.probes.counting import read_loads
 from tests.probes.families import NOT_ROUTED, moe_families, one_thread, tiny_inputs, tiny_model
@@ -52,6 +53,17 @@ def reference(family: str, model: nn.Module, sites: list[RoutingSite]) -> Abstra
     if family in SCORERS:
         return RecomputedLoads(model, sites, *SCORERS[family])
     return ComputedLoads(model)
+
+
+@pytest.mark.parametrize("family", ROUTED)
+def test_every_layer_is_known_by_its_router(family: str) -> None:
+    model = tiny_model(family)
+    digests = [router_digest(model, site) for site in find_sites(model)]
+    if family == "doge":  # its router chooses among product keys, of which there are fewer than experts
+        assert set(digests) == {None}
+    else:
+        assert None not in digests
+        assert len(set(digests)) == len(digests)
 
 
 @pytest.mark.parametrize("family", ROUTED)

@@ -35,7 +35,9 @@ def block(load_SPE: np.ndarray, *, first: int = 0, layer: int = 0) -> LoadBlock:
 
 def run_of(*blocks: LoadBlock) -> Any:
     manifest = SimpleNamespace(model=SimpleNamespace(moe_layers=()))
-    return SimpleNamespace(manifest=manifest, iter_loads=lambda: iter(blocks))
+    return SimpleNamespace(
+        manifest=manifest, iter_loads=lambda: iter(blocks), holds_layer=lambda _rank, _layer: True
+    )
 
 
 def test_a_written_run_comes_back_summed_over_ranks_and_apart_by_phase_and_layer(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_a_long_run_keeps_every_count_and_every_step_number_in_bounded_memory(
     rows: int, size: int, most: int
 ) -> None:
     load_SPE = np.random.default_rng(rows).integers(0, 50, size=(rows, 1, 4))
-    gatherer = module._Gatherer(block(load_SPE), None)
+    gatherer = module._Gatherer(block(load_SPE), None, np.ones(1, dtype=bool))
     gatherer.most_groups = most
     for first in range(0, rows, size):
         gatherer.add(block(load_SPE[first : first + size], first=first))
