@@ -302,7 +302,8 @@ class Watch:
                 config = {**writer.manifest.config, "probe_cost": session.cost()}
                 if self._shifts is not None:
                     config["power_shifts"] = self._shifts.told()
-                writer.update_manifest(notes=(*writer.manifest.notes, *notes), config=config)
+                kept = (*writer.manifest.notes, *notes, *session.quiet_notes())
+                writer.update_manifest(notes=kept, config=config)
         failure = (
             _one_line(error) if error is not None else session.problem() or next(map(str, problems), None)
         )
