@@ -25,10 +25,10 @@ _WHY = {
 
 
 class _Call:
-    """An eager call of a carrier.
+    """An eager call of a carrier, together with calls inside that are unknown for the same reason.
 
     Its reason counts with the first layer that is counted as unknown in it, or when it ends without one (of
-    compiled layers nothing is seen), unless a call inside has a reason of its own.
+    compiled layers nothing is seen), unless a call inside is known or has a reason of its own.
     """
 
     __slots__ = ("has_inner", "is_counted", "phase")
@@ -40,21 +40,38 @@ class _Call:
 
 
 class _Around:
-    """What a call of a carrier in compiled code is inside of: plain attributes, which compilers follow."""
+    """What a call of a carrier in compiled code is inside of."""
 
     def __init__(self) -> None:
         self.slot = 0
         self.reason: Reason | None = None
 
 
-class _Calls(threading.local):
-    """Calls of carriers that this thread is in, the innermost last.
+class _Now:
+    """What one thread is in.
 
-    Threads share a model (a server's requests, replicas of DataParallel), and each has a phase of its own.
+    Attributes:
+        slot: phase of its call, an index into ``SLOTS``; plain attributes are what compilers follow.
+        reason: why that is unknown; None when it is known, and outside of calls.
+        has_inner: a call inside of it had a reason of its own.
+        stack: its eager calls, the innermost last.
     """
 
     def __init__(self) -> None:
+        self.slot = 0
+        self.reason: Reason | None = None
+        self.has_inner = False
         self.stack: list[_Call] = []
+
+
+class _Threads(threading.local):
+    """Threads share a model (a server's requests, replicas of DataParallel), and each has a phase of its own.
+
+    Compilers guard an object that a thread holds, but not attributes of the thread-local itself.
+    """
+
+    def __init__(self) -> None:
+        self.now = _Now()
 
 
 class PhaseTracker:
@@ -62,24 +79,24 @@ class PhaseTracker:
 
     Attributes:
         model_called: the model was called.
-        slot: what the latest call is, an index into ``SLOTS``; for code that is being compiled.
     """
 
     def __init__(self, model: nn.Module, *, on_call: Callable[[], None]) -> None:
         """Track ``model``; ``on_call`` is called at the begin of every eager call."""
         self.model_called = False
-        self.slot = 0
         self._carriers = find_carriers(model)
         self._on_call = on_call
-        self._calls = _Calls()
+        self._threads = _Threads()
         self._lock = threading.Lock()
         self._recent: Counter[Reason] = Counter()
         self._unknown: Counter[Reason] = Counter()
-        # Written by compiled code: plain attributes, as the slot.
-        self._reason: Reason | None = None
-        self._has_inner = False
         self._recent_compiled: Reason | None = None
         self._unknown_compiled: set[Reason] = set()
+
+    @property
+    def slot(self) -> int:
+        """Phase of the call that this thread is in, an index into ``SLOTS``; also for compiled code."""
+        return self._threads.now.slot
 
     def attach(self) -> Iterator[Attachment]:
         """Put the hooks on, one carrier after the other."""
@@ -87,14 +104,9 @@ class PhaseTracker:
             before, after = self._hooks(carrier)
             yield Attachment(carrier.module, before=before, after=after)
 
-    def current_slot(self) -> int:
-        """What this thread's call is, an index into ``SLOTS``."""
-        stack = self._calls.stack
-        return stack[-1].phase.slot if stack else self.slot
-
     def counted_slot(self) -> int:
         """The slot that an eager call of a watched layer counts in."""
-        stack = self._calls.stack
+        stack = self._threads.now.stack
         if not stack:
             self._add(Reason("outside"))
             return 0
@@ -116,7 +128,7 @@ class PhaseTracker:
         self._unknown.update(recent)
         if compiled is not None:
             self._unknown_compiled.add(compiled)
-        elif unknown_calls and not recent and not self._calls.stack:
+        elif unknown_calls and not recent and not self._threads.now.stack:
             self._unknown[Reason("outside")] += unknown_calls
 
     def notes(self, *, given_a_cache: bool) -> Iterator[str]:
@@ -162,35 +174,40 @@ class PhaseTracker:
         return enter, leave
 
     def _enter(self, carrier: Carrier, phase: CallPhase) -> None:
-        stack = self._calls.stack
-        if stack:
-            phase = phase_within(stack[-1].phase, phase, carrier)
-            stack[-1].has_inner = True
-        stack.append(_Call(phase))
-        self.slot, self._reason = phase.slot, phase.reason
+        now = self._threads.now
+        outer = now.stack[-1] if now.stack else None
+        if outer is not None:
+            phase = phase_within(outer.phase, phase, carrier)
+        if outer is not None and phase.reason is not None and phase.reason == outer.phase.reason:
+            now.stack.append(outer)
+        else:
+            if outer is not None:
+                outer.has_inner = True
+            now.stack.append(_Call(phase))
+        now.slot, now.reason, now.has_inner = phase.slot, phase.reason, False
         self._on_call()
 
     def _leave(self) -> None:
-        stack = self._calls.stack
-        if stack:
-            call = stack.pop()
-            if not call.has_inner:
+        now = self._threads.now
+        if now.stack:
+            call = now.stack.pop()
+            if not (call.has_inner or now.has_inner):
                 self._count(call)
-        outer = stack[-1].phase if stack else CallPhase(0)
-        self.slot, self._reason = outer.slot, outer.reason
+        outer = now.stack[-1].phase if now.stack else CallPhase(0)
+        now.slot, now.reason, now.has_inner = outer.slot, outer.reason, True
 
     def _enter_compiled(self, carrier: Carrier, around: _Around, phase: CallPhase) -> None:
-        around.slot, around.reason = (self.slot, self._reason) if carrier.is_inner else (0, None)
+        now = self._threads.now
+        around.slot, around.reason = (now.slot, now.reason) if carrier.is_inner else (0, None)
         if around.slot or around.reason is not None:
             phase = phase_within(CallPhase(around.slot, around.reason), phase, carrier)
-        self.slot, self._reason = phase.slot, phase.reason
-        self._has_inner = False
+        now.slot, now.reason, now.has_inner = phase.slot, phase.reason, False
 
     def _leave_compiled(self, around: _Around) -> None:
-        if self._reason is not None and not self._has_inner:
-            self._recent_compiled = self._reason
-        self.slot, self._reason = around.slot, around.reason
-        self._has_inner = True
+        now = self._threads.now
+        if now.reason is not None and not now.has_inner:
+            self._recent_compiled = now.reason
+        now.slot, now.reason, now.has_inner = around.slot, around.reason, True
 
 
 def _why(reason: Reason) -> str:

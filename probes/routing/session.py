@@ -217,7 +217,7 @@ class CaptureSession:
             log,
             self._anchors,
             situation=situation,
-            known_phase=lambda: SLOTS[probe.phases.current_slot()],
+            known_phase=lambda: SLOTS[probe.phases.slot],
             flight_recorder=recorder,
         )
         for site, counter in zip(probe.sites, probe.counters, strict=True):
