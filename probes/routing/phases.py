@@ -96,12 +96,12 @@ def phase_of_call(
 def phase_within(outer: CallPhase, own: CallPhase, carrier: Carrier) -> CallPhase:
     """Phase of a call inside another call of the model.
 
-    It is the outer call's, unless that does not know it for want of a cache, or this call has a cache of its
-    own (a draft model, a depth decoder).
+    It is the outer call's, unless that does not know it for want of a cache, or this call is given or makes a
+    cache of its own (a draft model, a depth decoder).
     """
     if outer.slot == _TRAIN:
         return outer
-    has_own_cache = own.cache is not None and own.cache is not outer.cache
+    has_own_cache = bool(own.slot) and own.cache is not outer.cache
     asks_inside = outer.reason is not None and (
         outer.reason.code == "takes_no_cache" or (outer.reason.code == "no_cache" and not carrier.is_encoder)
     )

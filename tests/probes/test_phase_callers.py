@@ -124,6 +124,20 @@ def test_layers_reached_without_any_call_of_a_model_are_counted_in_a_note(tmp_pa
     ]
 
 
+def test_layers_outside_are_counted_apart_from_calls_of_the_model(tmp_path: Path) -> None:
+    model = RoutedModel(1, top_k=1).eval()
+
+    def calls() -> None:
+        model(torch.randn(2, HIDDEN))
+        model.layers[0](torch.randn(3, HIDDEN))
+
+    seen = Watched(tmp_path / "r", model, calls, adapters=[routed_adapter(top_k=1)])
+    assert seen.notes == [
+        "phase unknown in calls of watched layers (1): made outside of any call of the model",
+        "phase unknown in calls of the model (1): the model takes no cache",
+    ]
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_block_called_alone_leaves_a_note_however_it_runs(tmp_path: Path, compiled: bool) -> None:
     model = RoutedModel(2).eval()
@@ -158,6 +172,15 @@ def test_encoders_have_the_phase_of_the_call_that_they_are_in(tmp_path: Path) ->
     with pytest.warns(UserWarning, match="never called, so without rows: decoder"):
         alone = Watched(tmp_path / "e", model.train(), lambda: model.get_encoder()(PROMPT))
     assert {phase for _, phase in alone.tokens} == {"prefill"}, "no gradients, so no training"
+
+
+def test_an_encoder_that_runs_again_beside_a_decode_step_is_prefill(tmp_path: Path) -> None:
+    model = tiny_model("switch_transformers")
+    call: Any = model
+    with torch.no_grad():
+        cache = call(PROMPT, decoder_input_ids=ONE).past_key_values
+    seen = Watched(tmp_path / "r", model, lambda: call(PROMPT, decoder_input_ids=ONE, past_key_values=cache))
+    assert seen.tokens == {(0, "prefill"): 5, (1, "prefill"): 5, (3, "decode"): 1}
 
 
 def test_continuous_batching_is_unknown_and_the_note_names_its_cache(tmp_path: Path) -> None:
@@ -211,6 +234,27 @@ def test_a_cache_of_unknown_fill_is_never_taken_for_an_empty_one(
     call = model.model if inner else model
     with pytest.warns(UserWarning, match=rf"\(1\): the cache given as {name} does not report"):
         seen = Watched(tmp_path / "r", model, lambda: call(PROMPT, **{name: cache}))
+    assert seen.tokens == {(0, "unknown"): 5}
+    assert len(seen.notes) == 1
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_model_inside_does_not_guess_what_the_call_around_it_does_not_know(
+    tmp_path: Path, compiled: bool
+) -> None:
+    class Serving(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = mixtral()
+
+        def forward(self, input_ids: torch.Tensor, kv_cache: Any = None) -> Any:
+            return self.inside(input_ids)
+
+    model = Serving()
+    if compiled:
+        model.inside.compile(backend="eager")
+    with pytest.warns(UserWarning, match="the cache given as kv_cache"):
+        seen = Watched(tmp_path / "r", model, lambda: model(PROMPT, Paged()))
     assert seen.tokens == {(0, "unknown"): 5}
     assert len(seen.notes) == 1
 
@@ -340,7 +384,7 @@ def test_a_draft_model_in_a_model_has_the_phases_of_its_own_cache(tmp_path: Path
     model = DraftAndTarget()
     cache = model.target(PROMPT, use_cache=True).past_key_values
     seen = Watched(tmp_path / "r", model, lambda: model(PROMPT[:, :2], past_key_values=cache))
-    assert seen.tokens == {(1, "decode"): 2, (0, "decode"): 6}
+    assert seen.tokens == {(0, "prefill"): 5, (0, "decode"): 1, (1, "decode"): 2}
 
 
 def test_two_watched_models_that_call_each_other_do_not_mix_their_phases(tmp_path: Path) -> None:
@@ -379,6 +423,49 @@ def test_compiled_parts_count_in_the_phase_of_their_call(tmp_path: Path, what: s
     (note,) = seen.notes
     assert note.endswith("no cache was given or made")
     assert_untouched(model)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_layers_after_an_inner_model_are_in_the_call_around_it(tmp_path: Path, compiled: bool) -> None:
+    class WithHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.layers = mixtral(), nn.ModuleList([MoeLayer(4, 1)])
+
+        def forward(self, input_ids: torch.Tensor, past_key_values: Any) -> Any:
+            self.inside(input_ids, past_key_values=past_key_values)
+            return self.layers[0](torch.randn(input_ids.shape[1], HIDDEN))
+
+    model = nn.Sequential(WithHead()).eval()
+    call, cache = model[0], DynamicCache()
+    if compiled:
+        call = torch.compile(model[0], backend="eager")
+
+    def calls() -> None:
+        call(PROMPT, cache)
+        call(ONE, cache)
+
+    seen = Watched(tmp_path / "r", model, calls)
+    assert seen.tokens == {
+        (layer, phase): n for layer in (0, 1) for phase, n in (("prefill", 5), ("decode", 1))
+    }
+
+
+def test_layers_beside_a_known_inner_model_leave_a_note(tmp_path: Path) -> None:
+    class WithHead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.layers = mixtral(), nn.ModuleList([MoeLayer(4, 1)])
+
+        def forward(self, prompt: torch.Tensor) -> Any:
+            self.layers[0](torch.randn(2, HIDDEN))
+            return self.inside(prompt)
+
+    model = WithHead().eval()
+    seen = Watched(tmp_path / "r", model, lambda: model(PROMPT))
+    assert seen.tokens[0, "prefill"] + seen.tokens[1, "prefill"] == 5
+    assert seen.tokens[0, "unknown"] + seen.tokens[1, "unknown"] == 2
+    assert seen.notes == ["phase unknown in calls of the model (1): the model takes no cache"]
 
 
 @pytest.mark.parametrize("positional", [True, False])
