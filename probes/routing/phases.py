@@ -75,22 +75,20 @@ def phase_of_call(
     if module.training and torch.is_grad_enabled():
         return CallPhase(_TRAIN)
     given = {**dict(zip(carrier.names, args, strict=False)), **kwargs} if args else kwargs
-    other = next((name for name in given if name.endswith(_OTHER_CACHES) and _is_other(name, given)), None)
-    for name in CACHE_NAMES:
-        cache = given.get(name)
-        if cache is not None:
-            length = _legacy_length(cache) if isinstance(cache, tuple | list) else _length(cache)
-            break
-    else:
-        if other is None:
-            return _phase_without_cache(carrier, module, given)
-        name, cache, other = other, given[other], None
-        length = _length(cache)
+    known = _known_cache(given)
+    name = known or _other_cache(given)
+    if name is None:
+        return _phase_without_cache(carrier, module, given)
+    cache = given[name]
+    length = _legacy_length(cache) if known and isinstance(cache, (tuple, list)) else _length(cache)
     if not isinstance(length, int):
         return CallPhase(_UNKNOWN, Reason(length, name))
     if length > 0 and length > carrier.virtual_tokens():
         return CallPhase(_DECODE, None, cache)
-    return CallPhase(_PREFILL, None, cache) if other is None else _foreign(other)
+    beside = _other_cache(given) if known else None
+    if beside is not None:
+        return CallPhase(_UNKNOWN, Reason("foreign_cache", beside))
+    return CallPhase(_PREFILL, None, cache)
 
 
 def phase_within(outer: CallPhase, own: CallPhase, carrier: Carrier) -> CallPhase:
@@ -108,13 +106,21 @@ def phase_within(outer: CallPhase, own: CallPhase, carrier: Carrier) -> CallPhas
     return own if has_own_cache or asks_inside else outer
 
 
-def _is_other(name: str, given: Mapping[str, Any]) -> bool:
-    value = given[name]
-    return name not in CACHE_NAMES and value is not None and not isinstance(value, bool | int | float | str)
+def _known_cache(given: Mapping[str, Any]) -> str | None:
+    for name in CACHE_NAMES:
+        if given.get(name) is not None:
+            return name
+    return None
 
 
-def _foreign(argument: str) -> CallPhase:
-    return CallPhase(_UNKNOWN, Reason("foreign_cache", argument))
+def _other_cache(given: Mapping[str, Any]) -> str | None:
+    """Name of the first argument that holds a cache under a name that is not transformers'."""
+    for name, value in given.items():
+        if value is None or not name.endswith(_OTHER_CACHES) or name in CACHE_NAMES:
+            continue
+        if not isinstance(value, (bool, int, float, str)):  # a switch or the name of a kind
+            return name
+    return None
 
 
 def _phase_without_cache(carrier: Carrier, module: nn.Module, given: Mapping[str, Any]) -> CallPhase:
