@@ -321,9 +321,10 @@ class Watch:
                 config = {**writer.manifest.config, "probe_cost": session.cost()}
                 if self._shifts is not None:
                     config["power_shifts"] = self._shifts.told()
+                kept = (*writer.manifest.notes, *notes, *session.quiet_notes())
                 stated = _with_verdicts(writer.manifest.model.moe_layers, session.verified())
                 model = writer.manifest.model.model_copy(update={"moe_layers": stated})
-                writer.update_manifest(notes=(*writer.manifest.notes, *notes), config=config, model=model)
+                writer.update_manifest(notes=kept, config=config, model=model)
         failure = (
             _one_line(error) if error is not None else session.problem() or next(map(str, problems), None)
         )

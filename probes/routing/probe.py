@@ -28,7 +28,7 @@ from probes.routing.counting import SiteCounter, count_in_graph
 from probes.routing.folding import Snapshot
 from probes.routing.inspection import BlockInspection, Suspension, is_recomputed_or_traced
 from probes.routing.judgement import Verify
-from probes.routing.phases import cache_carrier, known_slot
+from probes.routing.phase_tracking import PhaseTracker
 from probes.routing.sites import RoutingDecision, RoutingSite
 
 __all__ = ["RoutingProbe"]
@@ -40,10 +40,7 @@ class RoutingProbe:
     Attributes:
         sites: what is watched.
         counters: one counter per site.
-        model_called: the model was called.
-        hidden_cache_calls: those whose cache did not tell the host whether it was empty.
-        slot: what the latest call of the model is, an index into ``SLOTS``; for code that is being compiled,
-            and for exchanges.
+        phases: which phase the model is in.
         layer_calls: eager calls of sites seen so far.
         host_ns: host time spent in those, nanoseconds.
         main_device: the first of the model's accelerators, else the CPU.
@@ -62,12 +59,9 @@ class RoutingProbe:
         self.layout = Layout.of_sites(self.sites, sample_tokens=sample_tokens, gate_mass=gate_mass)
         self.counters = tuple(SiteCounter(index, self.layout) for index in range(len(self.sites)))
         self._verify = verify
-        self.model_called = False
         self.layer_calls = 0
         self.host_ns = 0
-        self.hidden_cache_calls = 0
-        self.slot = 0
-        self._calls = _ModelCalls()
+        self.phases = PhaseTracker(model, on_call=self._note_streams)
         self._devices: dict[torch.device, DeviceCounters] = {}
         self._error: tuple[str, Exception] | None = None
         self._lock = threading.Lock()
@@ -88,13 +82,11 @@ class RoutingProbe:
         for device in {tensor.device for tensor in tensors if not tensor.is_meta}:
             self._device(device)
         self.main_device = next((d for d in self._devices if d.type != "cpu"), torch.device("cpu"))
-        self._carrier, self._names = cache_carrier(model)
 
     def attach(self) -> None:
         """Put the hooks on; all of them or, when one cannot be put on, none."""
         try:
-            before, after = self._phase_hooks()
-            self._attachments.append(Attachment(self._carrier, before=before, after=after))
+            self._attachments.extend(self.phases.attach())
             for site, counter in zip(self.sites, self.counters, strict=True):
                 first, last = self._hooks(site, counter)
                 self._attachments.append(Attachment(site.module, before=first, after=last))
@@ -130,12 +122,14 @@ class RoutingProbe:
             )
         for inspection in self._inspections.values():
             inspection.close()
+        calls = np.stack([counter.take_calls() for counter in self.counters], axis=1)
+        self.phases.end_stretch(told=told is not None, unknown_calls=int(calls[0].sum()))
         return Snapshot(
             step=step,
             told=told,
             ends_step=ends_step,
             copies=[counters.snapshot() for counters in list(self._devices.values())],
-            calls=np.stack([counter.take_calls() for counter in self.counters], axis=1),
+            calls=calls,
             widths=np.array([counter.width for counter in self.counters], dtype=np.int64),
         )
 
@@ -180,33 +174,6 @@ class RoutingProbe:
         if self._verify == "none" and not inspection.was_judged:
             return Verified(by="none", reason="verification was turned off")
         return inspection.verified()
-
-    def _phase_hooks(self) -> tuple[PreHook, PostHook]:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if torch.compiler.is_exporting():
-                return
-            self.model_called = True
-            known = known_slot(module, self._names, args, kwargs)
-            self.slot = known or 0
-            if torch.compiler.is_compiling():
-                return
-            self._calls.slots.append(self.slot)
-            self.hidden_cache_calls += known is None
-            for counters in self._devices.values():
-                counters.note_stream()
-
-        def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
-            if torch.compiler.is_exporting():
-                return
-            if torch.compiler.is_compiling():
-                self.slot = 0
-                return
-            slots = self._calls.slots
-            if slots:
-                slots.pop()
-            self.slot = slots[-1] if slots else 0
-
-        return enter, leave
 
     def _hooks(self, site: RoutingSite, counter: SiteCounter) -> tuple[PreHook | None, PostHook | None]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -265,8 +232,7 @@ class RoutingProbe:
         if shown is None or not _has_values(decision):
             return
         counters = self._devices.get(shown.device) or self._device(shown.device)
-        slots = self._calls.slots
-        slot = slots[-1] if slots else 0
+        slot = self.phases.counted_slot()
         if torch._C._len_torch_dispatch_stack():
             count_in_graph(counter, decision, slot, counters)
         else:
@@ -290,7 +256,11 @@ class RoutingProbe:
                 return
             shown = _shown(decision)
             if shown is not None:
-                count_in_graph(counter, decision, self.slot, self._devices[shown.device])
+                count_in_graph(counter, decision, self.phases.slot, self._devices[shown.device])
+
+    def _note_streams(self) -> None:
+        for counters in self._devices.values():
+            counters.note_stream()
 
     def _device(self, device: torch.device) -> DeviceCounters:
         with self._lock:
@@ -304,16 +274,6 @@ class RoutingProbe:
                 for counter in self.counters:
                     counter.devices[device] = self._devices[device]
             return self._devices[device]
-
-
-class _ModelCalls(threading.local):
-    """Slots of the calls of the model that this thread is in, the innermost last.
-
-    Threads share a model (a server's requests, replicas of DataParallel), and each has a phase of its own.
-    """
-
-    def __init__(self) -> None:
-        self.slots: list[int] = []
 
 
 def _shown(decision: RoutingDecision) -> torch.Tensor | None:

@@ -166,12 +166,12 @@ class CaptureSession:
         seen = self._folder.counted_sites
         states = [(site.spec.module, c) for site, c in zip(probe.sites, probe.counters, strict=True)]
         silent = [name for name, c in states if not c.ever_called and c.index not in seen]
-        if len(silent) == len(probe.sites) and (probe.model_called or steps):
+        if len(silent) == len(probe.sites) and (probe.phases.model_called or steps):
             notes.append(
                 "nothing was counted: no watched module was called; a CUDA graph captured or a model "
                 "exported before the watch began does not show its routing"
             )
-        elif silent and (probe.model_called or steps):
+        elif silent and (probe.phases.model_called or steps):
             notes.append(f"never called, so without rows: {_named(silent)}")
         if self._repeated:
             notes.append(
@@ -194,11 +194,7 @@ class CaptureSession:
         weightless = [name for name, c in states if c.ever_called and not c.weights_seen]
         if probe.layout.gate_mass and weightless:
             notes.append(f"gate_mass is 0 where calls show no gate weights: {_named(weightless)}")
-        if probe.hidden_cache_calls:
-            notes.append(
-                f"{probe.hidden_cache_calls} model calls have phase unknown unless told: the length of their "
-                "cache is on the device and was not read"
-            )
+        notes += probe.phases.notes(given_a_cache=True)
         if self.last_step >= 0 and steps == 0:
             notes.append("watch.step() was never called: the whole run is one step")
         for part in (self._exchange, self._log):
@@ -208,6 +204,10 @@ class CaptureSession:
     def verified(self) -> tuple[Verified, ...]:
         """What confirmed the counts of each site."""
         return self._probe.verified()
+
+    def quiet_notes(self) -> tuple[str, ...]:
+        """What a reader of the run should know and no user needs to be warned of; final after ``stop``."""
+        return tuple(self._probe.phases.notes(given_a_cache=False))
 
     def cost(self) -> dict[str, JsonValue]:
         """What the hooks cost on the host, measured while they ran; compiled calls are not timed."""
@@ -230,7 +230,7 @@ class CaptureSession:
             log,
             self._anchors,
             situation=situation,
-            known_phase=lambda: SLOTS[probe.slot],
+            known_phase=lambda: SLOTS[probe.phases.slot],
             flight_recorder=recorder,
         )
         for site, counter in zip(probe.sites, probe.counters, strict=True):

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, MixtralConfig, Stat
 
 import observatory
 from observatory.errors import CaptureError
+from probes.routing.carriers import Carrier, find_carriers
 from probes.routing.counters import SLOTS
-from probes.routing.phases import cache_carrier, known_slot
+from probes.routing.phases import phase_of_call
 from tests.probes.tiny import ToldModel, ids, loads, told_adapter
 
 
@@ -73,15 +74,21 @@ def test_training_with_gradients_is_train_forward(mixtral: Any, tmp_path: Path) 
     assert assignments(tmp_path / "r") == {(0, "train_forward"): 6}
 
 
-def test_a_static_cache_on_the_host_tells_its_length(mixtral: Any) -> None:
-    carrier, names = cache_carrier(mixtral)
+def known(carrier: Carrier, *args: Any, **kwargs: Any) -> tuple[str, str]:
+    """(phase, code of the reason why it is unknown) of a call."""
+    phase = phase_of_call(carrier, carrier.module, args, kwargs)
+    return SLOTS[phase.slot], "" if phase.reason is None else phase.reason.code
+
+
+def test_a_static_cache_on_the_host_shows_its_length(mixtral: Any) -> None:
+    carrier = find_carriers(mixtral)[0]
     cache = StaticCache(config=mixtral.config, max_cache_len=8)
-    known = []
+    seen = []
     for _ in range(2):
-        known.append(SLOTS[known_slot(carrier, names, (), {"past_key_values": cache}) or 0])
+        seen.append(known(carrier, past_key_values=cache))
         with torch.no_grad():
             mixtral(torch.arange(2).reshape(1, 2), past_key_values=cache)
-    assert known == ["prefill", "decode"]
+    assert seen == [("prefill", ""), ("decode", "")]
 
 
 def test_a_cache_whose_length_lies_on_a_device_is_not_asked(mixtral: Any) -> None:
@@ -89,8 +96,8 @@ def test_a_cache_whose_length_lies_on_a_device_is_not_asked(mixtral: Any) -> Non
         def get_seq_length(self) -> torch.Tensor:
             return torch.zeros((), device="meta")
 
-    carrier, names = cache_carrier(mixtral)
-    assert known_slot(carrier, names, (), {"past_key_values": OnDevice()}) is None
+    carrier = find_carriers(mixtral)[0]
+    assert known(carrier, past_key_values=OnDevice()) == ("unknown", "length_not_read")
 
 
 def test_the_model_inside_a_wrapper_is_found_and_positional_caches_are_understood(mixtral: Any) -> None:
@@ -102,11 +109,12 @@ def test_the_model_inside_a_wrapper_is_found_and_positional_caches_are_understoo
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             return self.inside(*args, **kwargs)
 
-    carrier, names = cache_carrier(Wrapper())
-    assert carrier is mixtral
-    position = names.index("past_key_values")
+    wrapper = Wrapper()
+    carriers = find_carriers(wrapper)
+    assert [carrier.module for carrier in carriers] == [wrapper, mixtral, mixtral.model]
+    position = carriers[1].names.index("past_key_values")
     arguments = (*[None] * position, DynamicCache(config=mixtral.config))
-    assert SLOTS[known_slot(carrier, names, arguments, {}) or 0] == "prefill"
+    assert known(carriers[1], *arguments) == ("prefill", "")
 
 
 def test_what_the_caller_says_goes_before_what_the_cache_says(mixtral: Any, tmp_path: Path) -> None:
