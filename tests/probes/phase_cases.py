@@ -38,6 +38,7 @@ def config() -> MixtralConfig:
 
 
 def mixtral() -> Any:
+    torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config()).eval()
 
 
