@@ -139,6 +139,7 @@ def _site(candidate: Candidate, layer: int, modules: Mapping[str, nn.Module]) ->
         is_repeatable=block_path == candidate.block,
         experts=experts,
         infers=candidate.infers,
+        shows_gates=candidate.shows_gates,
     )
 
 

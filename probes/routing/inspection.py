@@ -115,6 +115,11 @@ class BlockInspection:
             raise self._judgement.unconfirmed("its block is not called as a module")
         return False
 
+    @property
+    def is_contradicted(self) -> bool:
+        """Whether gates are counted which the experts do not follow."""
+        return self._judgement.is_contradicted
+
     def verified(self) -> Verified:
         """What confirmed the readings of all calls: the weakest of the verdicts."""
         verdicts = self._judgement.verdicts

@@ -67,12 +67,14 @@ class Judgement:
 
     Attributes:
         verdicts: what confirmed the readings, per training flag of the block.
+        is_contradicted: the experts compute something else than the gates say, which are counted.
         is_replaceable: readings cannot see what is dispatched, so that rows are looked at in every call, and
             counted in the place of readings from which they differ.
     """
 
     def __init__(self, site: RoutingSite, verify: Verify, rows: RowsOfExperts, *, rerun: Rerun) -> None:
         self.verdicts: dict[bool, Verified] = {}
+        self.is_contradicted = False
         self.is_replaceable = site.infers or may_drop_inside(site)
         self._site = site
         self._verify = verify
@@ -91,6 +93,16 @@ class Judgement:
         Raises:
             ModelError: the witnesses contradict the reading, or it was inferred and there is none.
         """
+        try:
+            return self._judge(call)
+        except ModelError as error:
+            if not self._site.shows_gates:
+                raise
+            self.is_contradicted = True
+            self.verdicts[call.block.training] = Verified(by="none", reason=one_line(error))
+            return call.decisions
+
+    def _judge(self, call: BlockCall) -> Sequence[RoutingDecision]:
         mode, spec = call.block.training, self._site.spec
         is_inferred = any(d.is_inferred for d in call.decisions)
         decisions = (

@@ -167,6 +167,14 @@ class RoutingProbe:
         """What confirmed the counts of each site, in their order."""
         return tuple(self._verified(counter.index) for counter in self.counters)
 
+    def contradicted(self) -> list[str]:
+        """Modules whose gates are counted though the experts compute something else."""
+        return [
+            self.sites[index].spec.module
+            for index, inspection in self._inspections.items()
+            if inspection.is_contradicted
+        ]
+
     def _verified(self, index: int) -> Verified:
         inspection = self._inspections.get(index)
         if inspection is None:

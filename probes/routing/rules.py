@@ -58,6 +58,7 @@ class Candidate:
         how: one phrase for people.
         read: takes the call apart.
         infers: readings may be inferred (``RoutingDecision.is_inferred``).
+        shows_gates: the gates are read, not what is dispatched by them.
         is_adapted: an adapter of the user's says how it is read.
     """
 
@@ -71,6 +72,7 @@ class Candidate:
     how: str
     read: ReadCall
     infers: bool = False
+    shows_gates: bool = False
     is_adapted: bool = False
 
 
@@ -114,6 +116,7 @@ def _experts_call(path: str, modules: Mapping[str, nn.Module], configs: Sequence
         when="before",
         how=f"experts call ({shown})",
         read=read,
+        shows_gates=ids is None,
     )
 
 

@@ -188,6 +188,11 @@ class CaptureSession:
                 "experts that state a capacity may drop assignments after they are given them, which is not "
                 f"seen: {_named(dropping)}"
             )
+        if contradicted := probe.contradicted():
+            notes.append(
+                "the gates are counted, but the experts compute other tokens than they say: "
+                f"{_named(contradicted)}"
+            )
         vague = [name for name, c in states if c.tokens_unknown]
         if vague:
             notes.append(f"tokens is 0 where calls do not tell how many there were: {_named(vague)}")

@@ -71,6 +71,8 @@ class RoutingSite:
             further out had to take its place.
         experts: the experts, where they are modules that are called one by one; empty elsewhere.
         infers: readings may be inferred (``RoutingDecision.is_inferred``).
+        shows_gates: the gates are read, not what is dispatched by them; experts that compute something else
+            are stated, and the gates are counted all the same.
     """
 
     spec: MoeLayerSpec
@@ -82,6 +84,7 @@ class RoutingSite:
     is_repeatable: bool = True
     experts: tuple[nn.Module, ...] = ()
     infers: bool = False
+    shows_gates: bool = False
 
 
 def may_drop_inside(site: RoutingSite) -> bool:

@@ -90,12 +90,13 @@ def test_a_block_called_alone_leaves_a_note_however_it_runs(tmp_path: Path, comp
     ]
 
 
+@pytest.mark.filterwarnings("ignore:run .*the experts compute other tokens")
 @pytest.mark.parametrize("family", ["switch_transformers", "nllb_moe"])
 def test_encoders_are_prefill_when_a_generation_calls_them_alone(tmp_path: Path, family: str) -> None:
     model = tiny_model(family)
     seen = Watched(tmp_path / "r", model, lambda: generate(model, PROMPT + 3))
     assert seen.tokens == {(0, "prefill"): 5, (1, "prefill"): 5, (3, "prefill"): 1, (3, "decode"): 3}
-    assert not seen.notes
+    assert not [note for note in seen.notes if "phase" in note]
 
 
 def test_encoders_have_the_phase_of_the_call_that_they_are_in(tmp_path: Path) -> None:
