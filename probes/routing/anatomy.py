@@ -136,7 +136,7 @@ def forward_parameters(module: nn.Module) -> list[str]:
     """
     try:
         return list(inspect.signature(type(module).forward).parameters)[1:]
-    except (TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         return []
 
 
@@ -199,7 +199,8 @@ def called_one_by_one(outer: nn.Module, experts: int) -> tuple[nn.Module, ...]:
         label = f"{name} {type(module).__name__}".lower()
         if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and "expert" in label and "shared" not in name:
             children = {n: m for n, m in module._modules.items() if m is not None}
-            numbered = [m for n, m in children.items() if n[-1:].isdigit()] or [*children.values()]
+            numbers = {n: int(m[0]) for n in children if (m := re.search(r"\d+$", n)) is not None}
+            numbered = [children[n] for n in sorted(numbers, key=numbers.__getitem__)] or [*children.values()]
             if len(numbered) == experts:
                 return tuple(numbered)
     return ()

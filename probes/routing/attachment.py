@@ -44,8 +44,17 @@ class Attachment:
         before: PreHook | None = None,
         after: PostHook | None = None,
         first: bool = False,
+        marks: bool = True,
     ) -> None:
-        """Put the hooks on; with ``first``, ``after`` runs before those that are there (FSDP's)."""
+        """Put the hooks on.
+
+        Args:
+            module: where.
+            before: called before it.
+            after: called after it; also when it raised, if there is a ``before``.
+            first: ``after`` runs before the hooks that are there (FSDP's).
+            marks: code compiled earlier is to notice them; otherwise the module keeps its class.
+        """
         self._module = module
         self._handles: list[RemovableHandle] = []
         for hook in (before, after):
@@ -60,7 +69,9 @@ class Attachment:
                     after, with_kwargs=True, always_call=before is not None, prepend=first
                 )
             )
-        _change(module, +1)
+        self._marks = marks or _is_compiled(module)
+        if self._marks:
+            _change(module, +1)
 
     def remove(self) -> None:
         """Take the hooks off and put the class back; doing it twice does nothing."""
@@ -69,7 +80,8 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        _change(self._module, -1)
+        if self._marks:
+            _change(self._module, -1)
 
 
 def _run_uncompiled(*hooks: PreHook | PostHook | None) -> None:
@@ -86,6 +98,11 @@ def _run_uncompiled(*hooks: PreHook | PostHook | None) -> None:
         if isinstance(hook, types.FunctionType):
             strategy = _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP)
             set_code_exec_strategy(hook.__code__, strategy)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    compiled = getattr(module, "_compiled_call_impl", None) is not None
+    return compiled or type(module).__name__ == "OptimizedModule"
 
 
 def _change(module: nn.Module, by: int) -> None:

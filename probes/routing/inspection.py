@@ -9,14 +9,20 @@ drop assignments, is held against the rows of every call, and rows that differ a
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import (  # type: ignore[attr-defined]
+    _disable_current_modes,
+    _get_current_dispatch_mode,
+    _get_dispatch_stack_at,
+)
 
 from observatory.records import Verified
 from observatory.store.files import one_line
@@ -24,9 +30,16 @@ from probes.routing.attachment import Attachment, PostHook, PreHook
 from probes.routing.judgement import BlockCall, Judgement, Verify, is_captured, stacks_of_site
 from probes.routing.sites import RoutingDecision, RoutingSite
 from probes.routing.stacks import SeenOperators, can_look_at_operators
-from probes.routing.witness import RowsOfExperts
+from probes.routing.witness import RowsOfExperts, tokens_of
 
-__all__ = ["NOT_CALLED", "NO_TOKENS", "BlockInspection", "Suspension", "is_recomputed_or_traced"]
+__all__ = [
+    "NOT_CALLED",
+    "NO_TOKENS",
+    "BlockInspection",
+    "is_recomputed_or_traced",
+    "own_operators",
+    "suspension",
+]
 
 NO_TOKENS = "no call with tokens ended"
 NOT_CALLED = "its calls are compiled, or there are none"
@@ -37,16 +50,20 @@ def is_recomputed_or_traced() -> bool:
     return torch._C._current_graph_task_id() != -1 or torch._C._get_tracing_state() is not None
 
 
-class Suspension(threading.local):
-    """Which inspection calls its block by itself on this thread; None when none does."""
+class _Suspension(threading.local):
+    """Which inspection, of whatever watch, calls its block by itself on this thread; None when none does."""
 
     by: BlockInspection | None = None
+
+
+suspension = _Suspension()
 
 
 class _Call(threading.local):
     """The call of a block on this thread."""
 
-    depth = 0
+    frame: FrameType | None = None
+    has_ended = False
     is_checked = False
     operators: SeenOperators | None = None
 
@@ -66,7 +83,6 @@ class BlockInspection:
     def __init__(
         self,
         site: RoutingSite,
-        suspension: Suspension,
         *,
         verify: Verify,
         count: Callable[[RoutingDecision], None],
@@ -77,7 +93,6 @@ class BlockInspection:
         self.was_judged = False
         self.was_bypassed = False
         self._site = site
-        self._suspension = suspension
         self._count = count
         self._fail = fail
         self._rows = RowsOfExperts(site.spec.experts)
@@ -89,11 +104,13 @@ class BlockInspection:
         assert self._site.block is not None
         attachments: list[Attachment] = []
         try:
+            block = self._site.block
             attachments.append(
-                Attachment(self._site.block, before=self._enter_hook(), after=self._leave_hook(), first=True)
+                Attachment(block, before=self._enter_hook(), after=self._leave_hook(), first=True)
             )
+            attachments.append(Attachment(block, after=self._end_hook(), first=True))
             for expert, module in enumerate(self._site.experts):
-                attachments.append(Attachment(module, after=self._expert_hook(expert)))
+                attachments.append(Attachment(module, after=self._expert_hook(expert), marks=False))
         except BaseException:
             for attachment in attachments:
                 attachment.remove()
@@ -106,7 +123,7 @@ class BlockInspection:
         Raises:
             ModelError: it is inferred, and there is no such end.
         """
-        if self._suspension.by is self or self._call.is_checked:
+        if suspension.by is self or self._call.is_checked:
             self._call.decisions.append(decision)
             if self._call.operators is not None and not self._site.experts:
                 self._call.operators.add(stacks_of_site(self._site))
@@ -130,53 +147,73 @@ class BlockInspection:
     def close(self) -> None:
         """End the look at a call of this thread, also after Ctrl-C, which runs no hooks."""
         operators, self._call.operators = self._call.operators, None
-        if operators is not None and _get_current_dispatch_mode() is operators:
-            operators.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self._call.depth, self._call.is_checked, self._call.decisions = 0, False, []
+        if operators is not None:
+            operators.is_over = True
+            if _get_current_dispatch_mode() is operators:
+                operators.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._call.frame, self._call.is_checked, self._call.decisions = None, False, []
 
     def _enter_hook(self) -> PreHook:
-        def enter(module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_compiling() or self._is_outside():
                 return
-            checks = self._judgement.wants(training=module.training) and not is_captured()
+            call, frame = self._call, sys._getframe(2)
+            if call.frame is not None:
+                if _is_running(call.frame, frame):  # a call inside of a call
+                    return
+                self.close()  # one that was interrupted
+            checks = not is_captured() and self._judgement.wants(
+                training=module.training, tokens=tokens_of(args, kwargs)
+            )
             if self.was_reached and not checks:
                 return
-            call = self._call
-            call.depth += 1
-            if call.depth > 1:
-                return
-            call.is_checked = checks
+            call.frame, call.is_checked, call.has_ended = frame, checks, False
             self._rows.clear()
-            if checks and can_look_at_operators():
+            if (
+                checks
+                and can_look_at_operators()
+                and self._judgement.wants_operators(training=module.training)
+            ):
                 call.operators = SeenOperators([] if self._site.experts else stacks_of_site(self._site))
                 call.operators.__enter__()  # type: ignore[no-untyped-call]
 
         return enter
 
+    def _end_hook(self) -> PostHook:
+        def end(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
+            if not torch.compiler.is_compiling():
+                self._call.has_ended = True
+
+        return end
+
     def _leave_hook(self) -> PostHook:
-        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
             call = self._call
-            if torch.compiler.is_compiling() or not call.depth or self._is_outside():
+            if torch.compiler.is_compiling() or call.frame is None or self._is_outside():
                 return
-            call.depth -= 1
-            if call.depth:
+            if not _is_caller(call.frame, sys._getframe(1)):
                 return
-            operators, is_checked, decisions = call.operators, call.is_checked, call.decisions
+            operators, is_checked, decisions, has_ended = (
+                call.operators,
+                call.is_checked,
+                call.decisions,
+                call.has_ended,
+            )
             self.close()
-            if output is None:  # the call raised
+            if not has_ended:  # the call raised
                 return
             self.was_bypassed = self.was_bypassed or not self.was_reached
             if not is_checked or not decisions:
                 return
             self.was_judged = True
             try:
-                with torch.no_grad():
+                with torch.no_grad(), own_operators():
                     seen = BlockCall(
                         module,
                         args,
                         kwargs,
                         decisions=decisions,
-                        rows_E=self._rows.rows_E if any(self._rows.rows_E) else None,
+                        rows_E=list(self._rows.rows_E) if self._site.experts else None,
                         operators=operators,
                     )
                     for decision in self._judgement.judge(seen):
@@ -189,11 +226,13 @@ class BlockInspection:
 
     def _is_outside(self) -> bool:
         """Whether a call is not one of the model's own: an intervention's, a recomputation, a trace."""
-        return self._suspension.by is not None or is_recomputed_or_traced()
+        return suspension.by is not None or is_recomputed_or_traced()
 
     def _expert_hook(self, expert: int) -> PostHook:
         def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if torch.compiler.is_compiling() or not (self._call.is_checked or self._suspension.by is self):
+            if torch.compiler.is_compiling() or suspension.by is not (
+                None if self._call.is_checked else self
+            ):
                 return None
             return self._rows.note(expert, args, kwargs, output)
 
@@ -202,8 +241,34 @@ class BlockInspection:
     @contextmanager
     def _rerun(self) -> Iterator[list[RoutingDecision]]:
         """Calls of the block in here are our own; gives what is read in them."""
-        self._suspension.by, self._call.decisions = self, []
+        suspension.by, self._call.decisions = self, []
         try:
             yield self._call.decisions
         finally:
-            self._suspension.by, self._call.decisions = None, []
+            suspension.by, self._call.decisions = None, []
+
+
+@contextmanager
+def own_operators() -> Iterator[None]:
+    """Hide our operators from the dispatch modes of the user (FLOP counters, selective checkpointing).
+
+    Modes that torch's tracers are made of stay on.
+    """
+    modes = [_get_dispatch_stack_at(i) for i in range(torch._C._len_torch_dispatch_stack())]
+    if not modes or any(mode.is_infra_mode() for mode in modes):
+        yield
+    else:
+        with _disable_current_modes():
+            yield
+
+
+def _is_running(frame: FrameType, now: FrameType | None) -> bool:
+    """Whether a frame is among the callers of the present one."""
+    while now is not None and now is not frame:
+        now = now.f_back
+    return now is frame
+
+
+def _is_caller(frame: FrameType, now: FrameType) -> bool:
+    """Whether a hook was called from the call of a module, from its frame or, as a rule, one right below."""
+    return frame is now or frame is now.f_back

@@ -6,8 +6,8 @@ Shapes: T tokens, K assignments per token, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,13 +24,17 @@ from probes.routing.witness import (
     few_tokens,
     loads_of_decision,
     rows_as_decision,
+    tokens_of,
 )
 
 __all__ = ["BlockCall", "Judgement", "Verify", "is_captured", "stacks_of_site"]
 
 _HELP = "pass an Adapter that reads what is dispatched (docs/supported-models.md#adapters)"
 
-#: Which calls are checked: the rows of the first, the rows of all, the first by intervention, or none.
+_FURTHER = "the rows that were seen differ, and change nothing"
+_IN_ITS_PLACE = "the rows differ from what was read and are counted in its place"
+
+#: Which calls are checked: the rows of some, the rows of all, some by intervention, or none.
 Verify = Literal["first", "rows", "intervention", "none"]
 
 
@@ -44,6 +48,7 @@ class BlockCall:
         decisions: what was read, one for each call of the site.
         rows_E: rows that each expert was used with, None where they were not seen.
         operators: what was seen of its operators; None where they were not looked at.
+        tokens: rows of its first floating-point argument; 0 without one.
     """
 
     def __init__(
@@ -60,6 +65,49 @@ class BlockCall:
         self.decisions = decisions
         self.rows_E = operators.rows_E() if rows_E is None and operators is not None else rows_E
         self.operators = operators
+        self.tokens = tokens_of(args, kwargs)
+
+
+@dataclass(slots=True)
+class _Mode:
+    """What is known of the calls in training, or of those in evaluation.
+
+    Attributes:
+        calls: calls that were made.
+        due: the number of the call that is judged next.
+        tokens: most tokens of a call that was judged.
+        has_intervened: an intervention has decided.
+        trusts_rows: it has shown that rows that differ from the reading are what the experts compute.
+        needs_choice: the choice of an operator, not that of the logits, is what they compute.
+    """
+
+    calls: int = 0
+    due: int = 1
+    tokens: int = 0
+    has_intervened: bool = False
+    trusts_rows: bool = False
+    needs_choice: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shown:
+    """What an intervention showed of one run of a block: assignments per expert.
+
+    Attributes:
+        true_E: tokens whose result each expert changed.
+        counted_E: what was read.
+        sure_E: the same without assignments of a weight too small to change a result.
+        rows_E: rows that experts were used with; None where they were not seen.
+    """
+
+    true_E: list[int]
+    counted_E: list[int]
+    sure_E: list[int]
+    rows_E: list[int] | None
+
+    @property
+    def confirms_reading(self) -> bool:
+        return all(s <= t <= c for s, t, c in zip(self.sure_E, self.true_E, self.counted_E, strict=True))
 
 
 class Judgement:
@@ -80,12 +128,24 @@ class Judgement:
         self._verify = verify
         self._rows = rows
         self._rerun = rerun
+        self._modes = {True: _Mode(), False: _Mode()}
 
-    def wants(self, *, training: bool) -> bool:
-        """Whether a call is to be judged."""
+    def wants(self, *, training: bool, tokens: int) -> bool:
+        """Whether the call that begins is to be judged.
+
+        Where not all calls are: the first, the tenth, the hundredth, and so on, and one with more than twice
+        the tokens of any before.
+        """
+        mode = self._modes[training]
+        mode.calls += 1
         if self.is_replaceable or self._verify == "rows":
             return True
-        return self._verify != "none" and training not in self.verdicts
+        return self._verify != "none" and self._is_due(mode, tokens)
+
+    def wants_operators(self, *, training: bool) -> bool:
+        """Whether rows need operators to be looked at, which costs more than hooks on experts."""
+        mode = self._modes[training]
+        return not self._site.experts or not self._is_settled(training) or mode.needs_choice
 
     def judge(self, call: BlockCall) -> Sequence[RoutingDecision]:
         """What is to be counted of a call: what was read, or the rows in its place.
@@ -93,36 +153,19 @@ class Judgement:
         Raises:
             ModelError: the witnesses contradict the reading, or it was inferred and there is none.
         """
+        mode = self._modes[call.block.training]
         try:
-            return self._judge(call)
+            return self._judge(call, mode)
         except ModelError as error:
             if not self._site.shows_gates:
                 raise
             self.is_contradicted = True
             self.verdicts[call.block.training] = Verified(by="none", reason=one_line(error))
             return call.decisions
-
-    def _judge(self, call: BlockCall) -> Sequence[RoutingDecision]:
-        mode, spec = call.block.training, self._site.spec
-        is_inferred = any(d.is_inferred for d in call.decisions)
-        decisions = (
-            _as_chosen(call.decisions, call.operators, spec.experts) if is_inferred else call.decisions
-        )
-        counted_E, tokens = _sum_of_loads(decisions, spec.experts), sum(d.tokens or 0 for d in decisions)
-        rows_E = call.rows_E
-        if rows_E is None and not any(counted_E):  # no tokens, or none that counts
-            return decisions
-        is_dense = rows_E is not None and set(rows_E) == {tokens} and rows_E != counted_E
-        if rows_E is None or is_dense or (self._verify == "intervention" and mode not in self.verdicts):
-            self._judge_by_intervention(call, rows_E == counted_E, is_inferred=is_inferred, is_dense=is_dense)
-        elif rows_E == counted_E:
-            self.verdicts.setdefault(mode, Verified(by="rows"))
-        elif is_inferred or (self.is_replaceable and sum(rows_E) < sum(counted_E)):
-            self._replace(mode, counted_E, rows_E)
-            return [rows_as_decision(rows_E, tokens, device=decisions[0].device)]
-        else:
-            self._judge_difference(call, counted_E, rows_E)
-        return decisions
+        finally:
+            if self._is_due(mode, call.tokens):
+                mode.due = 10 * mode.due if mode.calls >= mode.due else mode.due
+                mode.tokens = max(mode.tokens, call.tokens)
 
     def unconfirmed(self, reason: str) -> ModelError:
         """The refusal of an inferred reading."""
@@ -131,111 +174,136 @@ class Judgement:
             f"nothing confirms it; {_HELP}"
         )
 
-    def _judge_by_intervention(
-        self, call: BlockCall, rows_agree: bool, *, is_inferred: bool, is_dense: bool
-    ) -> None:
-        """Judge a call whose rows are not seen or decide nothing, once in training and once in evaluation.
+    def _is_due(self, mode: _Mode, tokens: int) -> bool:
+        return mode.calls >= mode.due or tokens > 2 * mode.tokens
+
+    def _is_settled(self, training: bool) -> bool:
+        return training in self.verdicts and not self._is_due(self._modes[training], 0)
+
+    def _judge(self, call: BlockCall, mode: _Mode) -> Sequence[RoutingDecision]:
+        spec, training, rows_E = self._site.spec, call.block.training, call.rows_E
+        is_inferred = any(d.is_inferred for d in call.decisions)
+        decisions = call.decisions
+        tokens = sum(d.tokens or 0 for d in decisions)
+        if is_inferred:
+            if len(decisions) > 1 and tokens > call.tokens:
+                raise self.unconfirmed("its gate is called more than once for a token")
+            decisions = _as_chosen(decisions, call.operators, spec.experts)
+        counted_E = _sum_of_loads(decisions, spec.experts)
+        if not any(counted_E) and not any(rows_E or ()):  # no tokens, or none that counts
+            return decisions
+        is_dense = rows_E is not None and set(rows_E) == {tokens} and spec.top_k != spec.experts
+        agrees = rows_E == counted_E and not is_dense
+        if agrees and (self._verify != "intervention" or mode.has_intervened):
+            self.verdicts.setdefault(training, Verified(by="rows"))
+            mode.needs_choice = mode.needs_choice and _differ(decisions, call.decisions, spec.experts)
+            return decisions
+        if rows_E is not None and not is_dense and mode.trusts_rows:
+            return [rows_as_decision(rows_E, tokens, device=decisions[0].device)]
+        if mode.has_intervened and not self._is_due(mode, call.tokens):
+            return decisions
+        may_ask = is_inferred or is_dense or rows_E is not None or self._verify == "intervention"
+        if not may_ask:
+            reason = "the rows of its experts are not visible, and no intervention was asked for"
+            self.verdicts.setdefault(training, Verified(by="none", reason=reason))
+            return decisions
+        return self._ask(call, mode, decisions, counted_E, agrees=agrees, is_inferred=is_inferred)
+
+    def _ask(
+        self,
+        call: BlockCall,
+        mode: _Mode,
+        decisions: Sequence[RoutingDecision],
+        counted_E: Sequence[int],
+        *,
+        agrees: bool,
+        is_inferred: bool,
+    ) -> Sequence[RoutingDecision]:
+        """Let an intervention decide between the reading and the rows of a call.
 
         Raises:
-            ModelError: the experts compute something else, or an inferred reading cannot be confirmed.
+            ModelError: it confirms neither, or it is not possible and an inferred reading, or assignments
+                without rows, stand against it.
         """
-        mode = call.block.training
-        if mode in self.verdicts and (self.verdicts[mode].by == "intervention" or not is_inferred):
-            return
-        if not (is_inferred or is_dense or self._verify == "intervention"):
-            reason: str | None = "the rows of its experts are not visible, and no intervention was asked for"
-            self.verdicts[mode] = Verified(by="none", reason=reason)
-            return
-        args, kwargs = few_tokens(call.args, call.kwargs)
-        reason = self._intervene(call.block, args, kwargs, is_inferred=is_inferred)
-        if reason is None:
-            self.verdicts[mode] = Verified(by="intervention")
-        elif is_inferred and not rows_agree:
-            raise self.unconfirmed(reason)
+        training, rows_E = call.block.training, call.rows_E
+        if call.operators is not None and call.operators.saw_communication and not is_inferred:
+            shown: _Shown | str = "its block exchanges data with other ranks"
         else:
-            self.verdicts[mode] = Verified(by="rows" if rows_agree else "none", reason=reason)
-
-    def _replace(self, mode: bool, counted_E: Sequence[int], rows_E: Sequence[int]) -> None:
-        """Let rows take the place of what was read.
-
-        Raises:
-            ModelError: the rows are not those of this rank's tokens.
-        """
-        if sum(rows_E) > sum(counted_E):
-            raise ModelError(
-                f"the experts beside {self._site.spec.module} were called with {sum(rows_E)} rows where its "
-                f"logits make {sum(counted_E)} assignments: rows of other ranks or of padding; {_HELP}"
+            few = agrees or (mode.has_intervened and call.tokens <= mode.tokens)
+            shown = self._intervene(call, few=few, is_inferred=is_inferred)
+        if isinstance(shown, str):
+            if is_inferred and not agrees:
+                raise self.unconfirmed(shown)
+            lacking = any(rows_E or ()) and any(r < c for r, c in zip(rows_E or (), counted_E, strict=True))
+            if lacking and not (call.operators is not None and call.operators.saw_communication):
+                raise self._contradiction(counted_E, rows_E or (), is_inferred=False)
+            self.verdicts[training] = Verified(by="rows" if agrees else "none", reason=shown)
+            mode.has_intervened = True
+            return decisions
+        mode.has_intervened = True
+        if shown.confirms_reading:
+            reason = None if agrees or rows_E is None else _FURTHER
+            reason = (
+                None if reason and set(rows_E or ()) == {sum(d.tokens or 0 for d in decisions)} else reason
             )
-        reason = "the rows differ from what was read and are counted in its place"
-        self.verdicts[mode] = Verified(by="rows", reason=reason)
+            self.verdicts[training] = Verified(by="intervention", reason=reason)
+            mode.needs_choice = mode.needs_choice and _differ(
+                decisions, call.decisions, self._site.spec.experts
+            )
+            return decisions
+        if self.is_replaceable and shown.rows_E == shown.true_E:
+            mode.trusts_rows, mode.needs_choice = True, False
+            self.verdicts[training] = Verified(by="rows", reason=_IN_ITS_PLACE)
+            assert rows_E is not None
+            tokens = sum(d.tokens or 0 for d in decisions)
+            return [rows_as_decision(rows_E, tokens, device=decisions[0].device)]
+        raise self._contradiction(shown.counted_E, shown.true_E, is_inferred=is_inferred)
 
-    def _judge_difference(self, call: BlockCall, counted_E: Sequence[int], rows_E: Sequence[int]) -> None:
-        """Judge rows that differ from a reading that saw the choice, once in training and once in evaluation.
-
-        Rows without an assignment are possible (padding, tokens of other ranks), assignments without rows
-        are not. An intervention with all tokens of the call decides where it is possible.
-
-        Raises:
-            ModelError: the experts compute something else.
-        """
-        mode = call.block.training
-        if mode in self.verdicts and self.verdicts[mode].by != "rows":
-            return
-        if call.operators is not None and call.operators.saw_communication:
-            reason: str | None = "its block exchanges data with other ranks"
-        else:
-            reason = self._intervene(call.block, call.args, call.kwargs, is_inferred=False)
-            if reason is not None and any(r < c for r, c in zip(rows_E, counted_E, strict=True)):
-                raise self._contradiction(counted_E, rows_E, is_inferred=False)
-        self.verdicts[mode] = (
-            Verified(by="intervention", reason="its experts compute further rows, which change nothing")
-            if reason is None
-            else Verified(by="none", reason=reason)
-        )
-
-    def _intervene(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, is_inferred: bool
-    ) -> str | None:
-        """Hold the reading of a call of the block against what its experts compute.
-
-        Returns:
-            None when they agree, else why nothing was shown.
-
-        Raises:
-            ModelError: they contradict each other.
-        """
+    def _intervene(self, call: BlockCall, *, few: bool, is_inferred: bool) -> _Shown | str:
+        """What the experts compute in a call of the block with its arguments, or why that is not shown."""
         if not self._site.is_repeatable:
             return "its experts are called by a module further out, which cannot be run again"
         experts = self._site.spec.experts
         stacks = [] if self._site.experts else stacks_of_site(self._site)
         if not self._site.experts and not stacks:
             return "the weights of its experts were not found, or are spread over ranks"
+        args, kwargs = few_tokens(call.args, call.kwargs) if few else (call.args, call.kwargs)
+        first: list[RoutingDecision] = []
+        first_rows: list[int] = []
+        operators = SeenOperators(stacks)
 
         @contextmanager
-        def changed(expert: int) -> Iterator[None]:
-            with self._rows.changed(expert) if self._site.experts else changed_part(stacks[-1], expert):
+        def plain(decisions: list[RoutingDecision]) -> Iterator[None]:
+            self._rows.clear()
+            with operators:
                 yield
+            first.extend(decisions)
+            first_rows.extend(self._rows.rows_E)
+
+        def changed(expert: int) -> AbstractContextManager[None]:
+            return self._rows.changed(expert) if self._site.experts else changed_part(stacks[-1], expert)
 
         try:
-            with self._rerun() as decisions, SeenOperators([]) as operators:
-                true_ET = chosen_by_intervention(block, args, kwargs, experts=experts, changed=changed)
+            with self._rerun() as decisions:
+                true_ET = chosen_by_intervention(
+                    call.block, args, kwargs, experts=experts, changed=changed, plain=lambda: plain(decisions)
+                )
         except ModelError:
             raise
         except Exception as error:
             return f"running its block again failed ({type(error).__name__}: {one_line(error, 200)})"
         if true_ET is None:
             return "running its block again gives another result"
-        if not decisions or not true_ET.any():
+        if not first or not true_ET.any():
             return "running its block again does not show which experts compute a token"
-        # Of E + 2 runs all read the same: which experts are chosen does not depend on their weights.
-        one_run = decisions[: len(decisions) // (experts + 2)]
-        one_run = _as_chosen(one_run, operators, experts) if is_inferred else one_run
-        counted_E = _sum_of_loads(one_run, experts)
-        sure_E = _sum_of_loads([_with_weight(decision) for decision in one_run], experts)
-        true_E = [int(n) for n in true_ET.sum(dim=1).tolist()]
-        if not all(s <= t <= c for s, t, c in zip(sure_E, true_E, counted_E, strict=True)):
-            raise self._contradiction(counted_E, true_E, is_inferred=is_inferred)
-        return None
+        if is_inferred:
+            first = list(_as_chosen(first, operators, experts))
+        return _Shown(
+            true_E=[int(n) for n in true_ET.sum(dim=1).tolist()],
+            counted_E=_sum_of_loads(first, experts),
+            sure_E=_sum_of_loads([_with_weight(decision) for decision in first], experts),
+            rows_E=first_rows if self._site.experts else operators.rows_E(),
+        )
 
     def _contradiction(
         self, counted_E: Sequence[int], true_E: Sequence[int], *, is_inferred: bool
@@ -286,6 +354,11 @@ def _as_chosen(
 def _sum_of_loads(decisions: Sequence[RoutingDecision], experts: int) -> list[int]:
     loads = (loads_of_decision(decision, experts) for decision in decisions)
     return [sum(n) for n in zip(*loads, strict=True)]
+
+
+def _differ(chosen: Sequence[RoutingDecision], read: Sequence[RoutingDecision], experts: int) -> bool:
+    """Whether what an operator chose is something else than what was read."""
+    return chosen is not read and _sum_of_loads(chosen, experts) != _sum_of_loads(read, experts)
 
 
 def _with_weight(decision: RoutingDecision) -> RoutingDecision:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from probes.routing.attachment import Attachment, PostHook, PreHook
 from probes.routing.counters import DeviceCounters, Layout
 from probes.routing.counting import SiteCounter, count_in_graph
 from probes.routing.folding import Snapshot
-from probes.routing.inspection import BlockInspection, Suspension, is_recomputed_or_traced
+from probes.routing.inspection import BlockInspection, is_recomputed_or_traced, own_operators, suspension
 from probes.routing.judgement import Verify
 from probes.routing.phase_tracking import PhaseTracker
 from probes.routing.sites import RoutingDecision, RoutingSite
@@ -43,6 +44,7 @@ class RoutingProbe:
         phases: which phase the model is in.
         layer_calls: eager calls of sites seen so far.
         host_ns: host time spent in those, nanoseconds.
+        inferred_in_graph: a compiled call has a choice that was inferred.
         main_device: the first of the model's accelerators, else the CPU.
     """
 
@@ -59,6 +61,7 @@ class RoutingProbe:
         self.layout = Layout.of_sites(self.sites, sample_tokens=sample_tokens, gate_mass=gate_mass)
         self.counters = tuple(SiteCounter(index, self.layout) for index in range(len(self.sites)))
         self._verify = verify
+        self.inferred_in_graph = False
         self.layer_calls = 0
         self.host_ns = 0
         self.phases = PhaseTracker(model, on_call=self._note_streams)
@@ -66,11 +69,9 @@ class RoutingProbe:
         self._error: tuple[str, Exception] | None = None
         self._lock = threading.Lock()
         self._attachments: list[Attachment] = []
-        suspension = self._suspension = Suspension()
         self._inspections = {
             counter.index: BlockInspection(
                 site,
-                suspension,
                 verify=verify,
                 count=partial(self._count, counter),
                 fail=partial(self._fail, site),
@@ -149,7 +150,9 @@ class RoutingProbe:
             return str(self._error[1])
         for index, inspection in self._inspections.items():
             site, counter = self.sites[index], self.counters[index]
-            if site.infers and counter.ever_called and not inspection.was_judged:
+            if site.infers and (
+                self.inferred_in_graph or (counter.ever_called and not inspection.was_judged)
+            ):
                 return (
                     f"what {site.spec.module} chooses is inferred from its logits, which cannot be confirmed "
                     "in compiled code; watch the model uncompiled, or pass an Adapter that reads what is "
@@ -211,7 +214,8 @@ class RoutingProbe:
         if with_gradients:  # torch.no_grad() does the same at several times the cost
             torch._C._set_grad_enabled(False)
         try:
-            decision = site.read(module, args, kwargs, output)
+            with own_operators() if torch._C._len_torch_dispatch_stack() else nullcontext():
+                decision = site.read(module, args, kwargs, output)
             if decision is not None and not self._is_judged_later(counter, decision):
                 self._count(counter, decision)
         except Exception as error:  # the model's own run must not suffer from ours
@@ -223,11 +227,12 @@ class RoutingProbe:
         self.host_ns += time.perf_counter_ns() - start_ns
 
     def _fail(self, site: RoutingSite, error: Exception) -> None:
-        self._error = self._error or (site.spec.module, error)
+        # Without what the error holds: the tensors of the call would be kept with its frames.
+        self._error = self._error or (site.spec.module, error.with_traceback(None))
 
     def _is_judged_later(self, counter: SiteCounter, decision: RoutingDecision) -> bool:
         """Whether the reading is for the inspection of its block, or of no call of the model's own."""
-        inspection, by = self._inspections.get(counter.index), self._suspension.by
+        inspection, by = self._inspections.get(counter.index), suspension.by
         if by is not None and by is not inspection:
             return True
         if inspection is None:
@@ -262,6 +267,8 @@ class RoutingProbe:
             decision = site.read(module, args, kwargs, output)
             if decision is None:
                 return
+            if decision.is_inferred:
+                self.inferred_in_graph = True
             shown = _shown(decision)
             if shown is not None:
                 count_in_graph(counter, decision, self.phases.slot, self._devices[shown.device])

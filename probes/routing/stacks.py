@@ -165,11 +165,13 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
     Attributes:
         choices: (E, indices) of each operator that chose from E values, the last dimension of its input.
         saw_communication: an operator of ``torch.distributed`` was called.
+        is_over: nothing more is looked at.
     """
 
     def __init__(self, stacks: list[Stack]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.saw_communication = False
+        self.is_over = False
         self.choices: list[tuple[int, torch.Tensor]] = []
         self._experts = 0
         self._has_failed = False
@@ -207,6 +209,13 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         return next(reversed([*fitting]), None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.is_over:
+            return func(*args, **(kwargs or {}))
+        if torch.is_inference_mode_enabled():  # operators come whole there
+            with self:
+                parts = func.decompose(*args, **(kwargs or {}))
+            if parts is not NotImplemented:
+                return parts
         output = func(*args, **(kwargs or {}))
         try:
             self._see(func._schema.name, args, kwargs, output)
@@ -218,8 +227,11 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         if name.startswith(_COMMUNICATION):
             self.saw_communication = True
         elif name in _CHOICES and len(args) > 1:
-            chosen = output if isinstance(output, torch.Tensor) else output[1]
-            self.choices.append((int(args[0].shape[-1]), chosen))
+            along = args[2] if name == "aten::topk" and len(args) > 2 else -1
+            along = args[1] if name in ("aten::argmax", "aten::max") else along
+            if along in (-1, args[0].ndim - 1):
+                chosen = output if isinstance(output, torch.Tensor) else output[1]
+                self.choices.append((int(args[0].shape[-1]), chosen))
         operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         for operand in operands:
             alias = self._alias_of(operand)

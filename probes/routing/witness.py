@@ -14,11 +14,15 @@ the block keeps as attributes are put back, and no gradient is computed.
 
 from __future__ import annotations
 
+import random
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -29,6 +33,8 @@ from probes.routing.stacks import far_away
 __all__ = ["RowsOfExperts", "chosen_by_intervention", "few_tokens", "loads_of_decision", "rows_as_decision"]
 
 _TOKENS = 64
+#: Attributes by which torch keeps what a module consists of.
+_OF_MODULES = frozenset(vars(nn.Module()))
 #: A repetition may differ by this much of the largest result: kernels add in another order each time.
 _NOISE = 1e-2
 
@@ -96,6 +102,7 @@ def chosen_by_intervention(
     *,
     experts: int,
     changed: Callable[[int], AbstractContextManager[None]],
+    plain: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> torch.Tensor | None:
     """Which tokens each expert computes in a call of the block.
 
@@ -105,26 +112,43 @@ def chosen_by_intervention(
         kwargs: keyword arguments.
         experts: E.
         changed: a context in which one expert computes something else.
+        plain: a context for the first run, in which nothing is changed.
 
     Returns:
         (E, T) bool on the device of the output. None where repeating the call gives another result, or the
         result has not one row per token.
     """
-    with _as_before(block), torch.no_grad():
-        plain, again = (_rows(_run(block, args, kwargs), args, kwargs) for _ in range(2))
-        if plain is None or again is None or plain.shape != again.shape:
+    state = _State(block)
+
+    def run(context: AbstractContextManager[None]) -> torch.Tensor | None:
+        try:
+            with context:
+                return _rows(_run(block, args, kwargs), args, kwargs)
+        finally:
+            state.restore()
+
+    with torch.no_grad():
+        result, again = run(plain()), run(nullcontext())
+        if result is None or again is None or result.shape != again.shape:
             return None
-        noise = torch.where(plain == again, 0, (plain - again).abs()).max() if plain.numel() else 0
-        if not noise <= _NOISE * plain.abs().max():
+        noise = torch.where(result == again, 0, (result - again).abs()).max() if result.numel() else 0
+        if not noise <= _NOISE * result.abs().max():
             return None
         found = []
         for expert in range(experts):
-            with changed(expert):
-                other = _rows(_run(block, args, kwargs), args, kwargs)
+            other = run(changed(expert))
             assert other is not None
-            same = (other == plain) | ((other - plain).abs() <= 4 * noise)
+            same = (other == result) | ((other - result).abs() <= 4 * noise)
             found.append(same.logical_not().any(dim=-1))
     return torch.stack(found)
+
+
+def tokens_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    """Rows of the first floating-point argument of two dimensions or more; 0 without one."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1:
+            return int(value.numel() // max(value.shape[-1], 1))
+    return 0
 
 
 def few_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -169,26 +193,48 @@ def _changed(value: Any) -> Any:
     return far_away(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-@contextmanager
-def _as_before(block: nn.Module) -> Iterator[None]:
-    """Put buffers and attributes that are tensors back as they were, in place."""
-    held = [
-        value
-        for module in block.modules()
-        for values in (module._buffers.values(), vars(module).values())
-        for value in values
-        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter)
-    ]
-    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in block.modules()]
-    copies = [value.detach().clone() for value in held]
-    try:
-        yield
-    finally:
-        for module, names, buffers in attributes:
+class _State:
+    """What a call of a block may change besides its result: put back as it was by ``restore``.
+
+    Tensors that it holds are written only where they differ, and unnoticed by autograd. Lists, sets and
+    dictionaries are copied one level deep; random numbers are those of Python, NumPy and of generators that
+    the block holds (torch's own are forked).
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in block.modules()]
+        held = [
+            value
+            for module, names, buffers in self._attributes
+            for key, value in (*names.items(), *buffers.items())
+            if key not in _OF_MODULES
+        ]
+        tensors = [v for v in held if isinstance(v, torch.Tensor) and not isinstance(v, nn.Parameter)]
+        self._tensors = [(value, value.detach().clone()) for value in tensors if not value.is_meta]
+        self._containers = [(v, copy(v)) for v in held if isinstance(v, (list, dict, set, deque))]
+        self._generators = [(v, v.get_state()) for v in held if isinstance(v, torch.Generator)]
+        self._random, self._numpy = random.getstate(), np.random.get_state()
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for module, names, buffers in self._attributes:
             _restore(vars(module), names)
             _restore(module._buffers, buffers)
-        for value, copy in zip(held, copies, strict=True):
-            value.detach().copy_(copy)
+        for value, before in self._tensors:
+            if not torch.equal(value, before):
+                with torch.inference_mode() if value.is_inference() else torch.no_grad():
+                    value.data.copy_(before)
+        for container, contents in self._containers:
+            if isinstance(container, (list, deque)):
+                container.clear()
+                container.extend(contents)
+            else:
+                container.clear()
+                container.update(contents)
+        for generator, state in self._generators:
+            generator.set_state(state)
+        random.setstate(self._random)
+        np.random.set_state(self._numpy)
 
 
 def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:

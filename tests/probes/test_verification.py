@@ -172,13 +172,29 @@ def test_packed_weights_are_followed_and_changed(experts: type[PackedExperts], k
         assert torch.equal(block.experts.packed.view(torch.uint8), before.view(torch.uint8))
 
 
-def test_a_block_with_randomness_of_its_own_is_verified_by_rows_only() -> None:
-    model = nn.Sequential(Block(PackedExperts("int8"), noise=torch.Generator().manual_seed(0)))
+class Counted(Block):
+    """Noise from outside, which no run can repeat."""
+
+    passes = itertools.count()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.noise = torch.Generator().manual_seed(next(self.passes))
+        return super().forward(hidden)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Block, Verified(by="intervention")),
+        (Counted, Verified(by="rows", reason="running its block again gives another result")),
+    ],
+)
+def test_a_generator_that_a_block_holds_is_put_back(kind: type[Block], expected: Verified) -> None:
+    model = nn.Sequential(kind(PackedExperts("int8"), noise=torch.Generator().manual_seed(0)))
     found, refusal = verdicts(
         model, find_sites(model), {"input": torch.randn(30, HIDDEN)}, verify="intervention"
     )
-    assert refusal is None
-    assert found == (Verified(by="rows", reason="running its block again gives another result"),)
+    assert (found, refusal) == ((expected,), None)
 
 
 def test_ctrl_c_in_an_intervention_leaves_weights_and_operators_as_they_were(
