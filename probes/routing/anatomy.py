@@ -27,6 +27,7 @@ __all__ = [
     "looks_like_experts",
     "looks_like_router",
     "null_experts",
+    "router_of_unknown_experts",
     "shared_experts",
     "top_k",
     "unwrapped",
@@ -186,7 +187,8 @@ def looks_like_experts(name: str, module: nn.Module) -> bool:
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         # Their kinds may differ: zero, copy and constant experts stand beside MLPs. A list of whole experts
         # modules, one per layer, is no list of experts.
-        return len(module) > 1 and not any(_is_stack(child) for child in module.children())
+        whole = (c for c in module.children() if _is_stack(c) and "expert" in type(c).__name__.lower())
+        return len(module) > 1 and not any(int_attribute(c, _EXPERTS) or len(_stacked(c)) > 1 for c in whole)
     return _is_stack(module)
 
 
@@ -210,6 +212,24 @@ def is_never_called(module: nn.Module) -> bool:
     """Whether ``forward`` does nothing but raise: other methods are called in its place."""
     code = getattr(type(module).forward, "__code__", None)
     return code is None or code.co_names == ("NotImplementedError",)
+
+
+def _stacked(module: nn.Module) -> list[tuple[int, ...]]:
+    return [shape for shape in _weight_shapes(module) if len(shape) >= 3]
+
+
+def router_of_unknown_experts(block: nn.Module) -> str | None:
+    """Name of a child that chooses among as many things as the block holds, if it states a top-k."""
+    for name, router in block.named_children():
+        if not looks_like_router(name, router):
+            continue
+        if int_attribute(block, _TOP_K) is None and int_attribute(unwrapped(router), _TOP_K) is None:
+            continue
+        sizes = {len(m) for m in block.modules() if isinstance(m, (nn.ModuleList, nn.ParameterList))}
+        sizes |= {shape[0] for m in block.modules() for shape in _stacked(m)}
+        if any(size > 1 and can_choose(router, size) for size in sizes):
+            return name
+    return None
 
 
 def _is_stack(module: nn.Module) -> bool:

@@ -63,6 +63,13 @@ def find_sites(model: nn.Module, *, adapters: Sequence[Adapter] = ()) -> list[Ro
                 found.append(answer)
             else:
                 missed.append(f"{path} ({type(module).__name__}): {answer}")
+    known = {c.block for c in found} | {path.partition(" ")[0].rpartition(".")[0] for path in missed}
+    for path, module in modules.items():
+        router = anatomy.router_of_unknown_experts(module)
+        if router is not None and not any(_inside(block, path) or _inside(path, block) for block in known):
+            missed.append(
+                f"{path} ({type(module).__name__}): its {router} chooses among experts not recognised"
+            )
     found, shared = _one_per_block(found, modules, configs)
     missed += shared
     if missed or not found:

@@ -133,8 +133,8 @@ class Judgement:
     def wants(self, *, training: bool, tokens: int) -> bool:
         """Whether the call that begins is to be judged.
 
-        Where not all calls are: the first, the tenth, the hundredth, and so on, and one with more than twice
-        the tokens of any before.
+        Where not all calls are: the first, second, fourth, and so on, and one with more than twice the
+        tokens of any before.
         """
         mode = self._modes[training]
         mode.calls += 1
@@ -157,14 +157,14 @@ class Judgement:
         try:
             return self._judge(call, mode)
         except ModelError as error:
-            if not self._site.shows_gates:
+            if not self._site.shows_gates or self._is_everything(call.decisions):
                 raise
             self.is_contradicted = True
             self.verdicts[call.block.training] = Verified(by="none", reason=one_line(error))
             return call.decisions
         finally:
             if self._is_due(mode, call.tokens):
-                mode.due = 10 * mode.due if mode.calls >= mode.due else mode.due
+                mode.due = 2 * mode.calls if mode.calls >= mode.due else mode.due
                 mode.tokens = max(mode.tokens, call.tokens)
 
     def unconfirmed(self, reason: str) -> ModelError:
@@ -173,6 +173,12 @@ class Judgement:
             f"what {self._site.spec.module} chooses is inferred from its logits, and {reason}, so that "
             f"nothing confirms it; {_HELP}"
         )
+
+    def _is_everything(self, decisions: Sequence[RoutingDecision]) -> bool:
+        """Whether all tokens are given to all experts, though each is to have fewer."""
+        tokens = sum(d.tokens or 0 for d in decisions)
+        loads = set(_sum_of_loads(decisions, self._site.spec.experts))
+        return loads == {tokens} and self._site.spec.top_k not in (None, self._site.spec.experts)
 
     def _is_due(self, mode: _Mode, tokens: int) -> bool:
         return mode.calls >= mode.due or tokens > 2 * mode.tokens
@@ -194,14 +200,26 @@ class Judgement:
             return decisions
         is_dense = rows_E is not None and set(rows_E) == {tokens} and spec.top_k != spec.experts
         agrees = rows_E == counted_E and not is_dense
+        mode.trusts_rows = mode.trusts_rows or (agrees and self.is_replaceable)
         if agrees and (self._verify != "intervention" or mode.has_intervened):
             self.verdicts.setdefault(training, Verified(by="rows"))
             mode.needs_choice = mode.needs_choice and _differ(decisions, call.decisions, spec.experts)
             return decisions
-        if rows_E is not None and not is_dense and mode.trusts_rows:
+        if (
+            rows_E is not None
+            and not (agrees or is_dense)
+            and mode.trusts_rows
+            and sum(rows_E) <= sum(counted_E)
+        ):
+            self.verdicts[training] = Verified(by="rows", reason=_IN_ITS_PLACE)
             return [rows_as_decision(rows_E, tokens, device=decisions[0].device)]
         if mode.has_intervened and not self._is_due(mode, call.tokens):
             return decisions
+        if rows_E is not None and _is_part_of(rows_E, counted_E):
+            reason = "some experts compute without being called, so that their rows are not seen"
+            self.verdicts[training] = Verified(by="none", reason=reason)
+            return decisions
+        is_dense = is_dense or self._is_everything(decisions)
         may_ask = is_inferred or is_dense or rows_E is not None or self._verify == "intervention"
         if not may_ask:
             reason = "the rows of its experts are not visible, and no intervention was asked for"
@@ -296,6 +314,8 @@ class Judgement:
             return "running its block again gives another result"
         if not first or not true_ET.any():
             return "running its block again does not show which experts compute a token"
+        if true_ET.all() and self._site.spec.top_k != experts and experts > 1:
+            return "a change of one expert changes the results of all tokens"
         if is_inferred:
             first = list(_as_chosen(first, operators, experts))
         return _Shown(
@@ -354,6 +374,12 @@ def _as_chosen(
 def _sum_of_loads(decisions: Sequence[RoutingDecision], experts: int) -> list[int]:
     loads = (loads_of_decision(decision, experts) for decision in decisions)
     return [sum(n) for n in zip(*loads, strict=True)]
+
+
+def _is_part_of(rows_E: Sequence[int], counted_E: Sequence[int]) -> bool:
+    """Whether rows are those that were counted, for some experts, and none for the others."""
+    pairs = [*zip(rows_E, counted_E, strict=True)]
+    return any(rows_E) and any(not r and c for r, c in pairs) and all(r in (0, c) for r, c in pairs)
 
 
 def _differ(chosen: Sequence[RoutingDecision], read: Sequence[RoutingDecision], experts: int) -> bool:
