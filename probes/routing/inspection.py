@@ -63,6 +63,7 @@ class _Call(threading.local):
     """The call of a block on this thread."""
 
     frame: FrameType | None = None
+    within: object | None = None
     has_ended = False
     is_checked = False
     operators: SeenOperators | None = None
@@ -78,6 +79,7 @@ class BlockInspection:
         was_reached: the site was called.
         was_judged: a reading was held against what the experts compute.
         was_bypassed: the block was called before the site ever was, and ended without it.
+        was_repeated: the block was called more than once in one call of the model.
     """
 
     def __init__(
@@ -85,13 +87,24 @@ class BlockInspection:
         site: RoutingSite,
         *,
         verify: Verify,
+        model_call: Callable[[], object | None],
         count: Callable[[RoutingDecision], None],
         fail: Callable[[Exception], None],
     ) -> None:
-        """Inspect the calls of ``site.block``; what may be counted goes to ``count``, errors to ``fail``."""
+        """Inspect the calls of ``site.block``.
+
+        Args:
+            site: its site.
+            verify: which of them are checked.
+            model_call: what identifies the call of the model that the thread is in.
+            count: takes what may be counted.
+            fail: takes errors.
+        """
         self.was_reached = False
         self.was_judged = False
         self.was_bypassed = False
+        self.was_repeated = False
+        self._model_call = model_call
         self._site = site
         self._count = count
         self._fail = fail
@@ -162,6 +175,9 @@ class BlockInspection:
                 if _is_running(call.frame, frame):  # a call inside of a call
                     return
                 self.close()  # one that was interrupted
+            model_call = self._model_call()
+            self.was_repeated = self.was_repeated or (model_call is not None and model_call is call.within)
+            call.within = model_call
             checks = not is_captured() and self._judgement.wants(
                 training=module.training, tokens=tokens_of(args, kwargs)
             )

@@ -190,11 +190,9 @@ class Judgement:
         spec, training, rows_E = self._site.spec, call.block.training, call.rows_E
         is_inferred = any(d.is_inferred for d in call.decisions)
         decisions = call.decisions
-        tokens = sum(d.tokens or 0 for d in decisions)
         if is_inferred:
-            if len(decisions) > 1 and tokens > call.tokens:
-                raise self.unconfirmed("its gate is called more than once for a token")
-            decisions = _as_chosen(decisions, call.operators, spec.experts)
+            decisions = _as_chosen(decisions, call.operators, spec.experts, tokens=call.tokens)
+        tokens = sum(d.tokens or 0 for d in decisions)
         counted_E = _sum_of_loads(decisions, spec.experts)
         if not any(counted_E) and not any(rows_E or ()):  # no tokens, or none that counts
             return decisions
@@ -317,7 +315,7 @@ class Judgement:
         if true_ET.all() and self._site.spec.top_k != experts and experts > 1:
             return "a change of one expert changes the results of all tokens"
         if is_inferred:
-            first = list(_as_chosen(first, operators, experts))
+            first = list(_as_chosen(first, operators, experts, tokens=tokens_of(args, kwargs)))
         return _Shown(
             true_E=[int(n) for n in true_ET.sum(dim=1).tolist()],
             counted_E=_sum_of_loads(first, experts),
@@ -353,9 +351,14 @@ def stacks_of_site(site: RoutingSite) -> list[Stack]:
 
 
 def _as_chosen(
-    decisions: Sequence[RoutingDecision], operators: SeenOperators | None, experts: int
+    decisions: Sequence[RoutingDecision], operators: SeenOperators | None, experts: int, *, tokens: int
 ) -> Sequence[RoutingDecision]:
-    """The one inferred decision of a call, as an operator of the block chose it, where one was seen."""
+    """The one inferred decision of a call, as an operator of the block chose it, where one was seen.
+
+    Of gates that are called several times for all tokens (for a loss, with noise) the last call counts.
+    """
+    if len(decisions) > 1 and all(decision.tokens == tokens for decision in decisions):
+        decisions = decisions[-1:]
     if operators is None or len(decisions) != 1 or decisions[0].expert_ids is None or not decisions[0].tokens:
         return decisions
     inferred_TK = decisions[0].expert_ids

@@ -104,6 +104,11 @@ class PhaseTracker:
             before, after = self._hooks(carrier)
             yield Attachment(carrier.module, before=before, after=after)
 
+    def outermost_call(self) -> object | None:
+        """What identifies the call of the model that this thread is in; None outside of any."""
+        stack = self._threads.now.stack
+        return stack[0] if stack else None
+
     def counted_slot(self) -> int:
         """The slot that an eager call of a watched layer counts in."""
         stack = self._threads.now.stack

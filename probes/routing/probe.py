@@ -73,6 +73,7 @@ class RoutingProbe:
             counter.index: BlockInspection(
                 site,
                 verify=verify,
+                model_call=self.phases.outermost_call,
                 count=partial(self._count, counter),
                 fail=partial(self._fail, site),
             )
@@ -176,6 +177,14 @@ class RoutingProbe:
             self.sites[index].spec.module
             for index, inspection in self._inspections.items()
             if inspection.is_contradicted
+        ]
+
+    def repeated(self) -> list[str]:
+        """Modules of blocks that were called more than once in one call of the model."""
+        return [
+            self.sites[index].spec.module
+            for index, inspection in self._inspections.items()
+            if inspection.was_repeated
         ]
 
     def _verified(self, index: int) -> Verified:

@@ -212,7 +212,13 @@ class CaptureSession:
 
     def quiet_notes(self) -> tuple[str, ...]:
         """What a reader of the run should know and no user needs to be warned of; final after ``stop``."""
-        return tuple(self._probe.phases.notes(given_a_cache=False))
+        notes = [*self._probe.phases.notes(given_a_cache=False)]
+        if repeated := self._probe.repeated():
+            notes.append(
+                "called more than once in one call of the model, so that tokens are calls times tokens: "
+                f"{_named(repeated)}"
+            )
+        return tuple(notes)
 
     def cost(self) -> dict[str, JsonValue]:
         """What the hooks cost on the host, measured while they ran; compiled calls are not timed."""

@@ -29,6 +29,7 @@ __all__ = ["SeenOperators", "Stack", "can_look_at_operators", "changed_part", "f
 _PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::bmm": (0, 1), "aten::baddbmm": (1, 2)}
 _GATHERS = ("aten::index", "aten::index_select", "aten::embedding")
 _CHOICES = ("aten::topk", "aten::argmax", "aten::max", "aten::multinomial")
+_SORTS = "aten::sort"
 _COMMUNICATION = ("c10d::", "_c10d_functional::", "_dtensor::")
 _FLAT = ("num_experts", "num_local_experts", "moe_num_experts")
 
@@ -205,8 +206,12 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
 
     def choice(self, *, tokens: int, experts: int, top_k: int) -> torch.Tensor | None:
         """Indices (T * K) of the last choice of K of E values for each token; None where there was none."""
-        fitting = (ids for of, ids in self.choices if of == experts and ids.numel() == tokens * top_k)
-        return next(reversed([*fitting]), None)
+        for of, ids in reversed(self.choices):
+            if of == experts and ids.numel() == tokens * top_k:
+                return ids
+            if of == experts and ids.shape[-1] == experts and ids.numel() == tokens * experts:  # sorted
+                return ids.reshape(tokens, experts)[:, :top_k]
+        return None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.is_over:
@@ -232,6 +237,8 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
             if along in (-1, args[0].ndim - 1):
                 chosen = output if isinstance(output, torch.Tensor) else output[1]
                 self.choices.append((int(args[0].shape[-1]), chosen))
+        elif name == _SORTS and (kwargs or {}).get("descending", len(args) > 2 and args[2]):
+            self.choices.append((int(args[0].shape[-1]), output[1]))
         operands = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         for operand in operands:
             alias = self._alias_of(operand)
