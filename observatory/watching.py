@@ -94,10 +94,11 @@ def watch(
             of the first call. Never token ids or text.
         verify: what is counted is held against what the experts compute
             (docs/supported-models.md#verification). ``first``: the rows that experts are used with, in the
-            first call of training and of evaluation mode. ``rows``: in all calls. ``intervention``: those
-            first calls are run again with each expert changed in turn, E + 2 calls of each MoE block with 64
-            tokens at most. ``none``: only where the choice is inferred from logits. The verdict of each layer
-            stands in the manifest; a contradiction raises ``ModelError`` and counts nothing.
+            first, second, fourth ... call of each layer. ``rows``: in all calls. ``intervention``: the first
+            call is also run again with each expert changed in turn, E + 2 calls of each MoE block with 64
+            tokens at most. ``none``: only where what is read cannot show what is dispatched. The verdict of
+            each layer stands in the manifest; a contradiction raises ``ModelError``, and nothing of that
+            step is counted.
         window_steps: steps folded into one row, with the per-step extremes.
         flush_seconds: seconds after which captured rows are on disk.
         exchanges: also time every all-to-all of ``torch.distributed`` (docs/exchange.md). None: when it is
