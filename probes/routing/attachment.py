@@ -17,8 +17,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from observatory.errors import ModelError
 
 __all__ = ["Attachment", "PostHook", "PreHook"]
 
@@ -61,6 +64,10 @@ class Attachment:
             if hook is not None:
                 setattr(hook, _OURS, True)
         _run_uncompiled(before, after)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"{type(module).__name__} is compiled by torch.jit, which takes no hooks; watch it unscripted"
+            )
         if before is not None:
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if after is not None:
@@ -123,7 +130,12 @@ def _marked(base: type[nn.Module]) -> type[nn.Module]:
     known = _marks.get(base)
     marked = None if known is None else known()
     if marked is None:
-        marked = _new_mark(base)
+        try:
+            marked = _new_mark(base)
+        except (
+            Exception
+        ):  # its __init_subclass__ wants options, or refuses; code compiled earlier sees no hooks
+            return base
         _marks[base] = weakref.ref(marked)
     return marked
 

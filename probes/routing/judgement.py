@@ -316,12 +316,15 @@ class Judgement:
             return "a change of one expert changes the results of all tokens"
         if is_inferred:
             first = list(_as_chosen(first, operators, experts, tokens=tokens_of(args, kwargs)))
-        return _Shown(
+        shown = _Shown(
             true_E=[int(n) for n in true_ET.sum(dim=1).tolist()],
             counted_E=_sum_of_loads(first, experts),
             sure_E=_sum_of_loads([_with_weight(decision) for decision in first], experts),
             rows_E=first_rows if self._site.experts else operators.rows_E(),
         )
+        if stacks and stacks[-1].is_flat and not shown.confirms_reading:
+            return "how its flat weights are divided among experts is not known"
+        return shown
 
     def _contradiction(
         self, counted_E: Sequence[int], true_E: Sequence[int], *, is_inferred: bool

@@ -147,6 +147,10 @@ def read_router_output(*, experts: int, top_k: int | None) -> ReadCall:
         for chosen in (t for t in marks if t.dtype != torch.bool and fits(t, top_k or 1)):
             gates = next((t for t in tensors if t.is_floating_point() and t.shape == chosen.shape), None)
             return RoutingDecision(expert_ids=chosen, weights=gates, tokens=math.prod(chosen.shape[:-1]))
+        if top_k == 1 and tokens:
+            for chosen in (t for t in marks if t.dtype != torch.bool and t.shape == (tokens,)):
+                gates = next((t for t in tensors if t.is_floating_point() and t.shape == chosen.shape), None)
+                return RoutingDecision(expert_ids=chosen, weights=gates, tokens=tokens)
         for mask in (t for t in marks if fits(t, experts)):
             map_TE = mask.reshape(-1, experts)
             return RoutingDecision(routing_map=map_TE, tokens=map_TE.shape[0])

@@ -166,6 +166,7 @@ class CaptureSession:
         seen = self._folder.counted_sites
         states = [(site.spec.module, c) for site, c in zip(probe.sites, probe.counters, strict=True)]
         silent = [name for name, c in states if not c.ever_called and c.index not in seen]
+        silent = silent if probe.refusal() is None else []
         if len(silent) == len(probe.sites) and (probe.phases.model_called or steps):
             notes.append(
                 "nothing was counted: no watched module was called; a CUDA graph captured or a model "

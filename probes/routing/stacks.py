@@ -36,10 +36,17 @@ _FLAT = ("num_experts", "num_local_experts", "moe_num_experts")
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """A tensor that consists of E equal parts, one after the other in memory, one for each expert."""
+    """A tensor that consists of E equal parts, one after the other in memory, one for each expert.
+
+    Attributes:
+        tensor: the tensor.
+        experts: E.
+        is_flat: it is a matrix of which it is not known for certain that experts divide it so.
+    """
 
     tensor: torch.Tensor
     experts: int
+    is_flat: bool = False
 
     @property
     def part_size(self) -> int:
@@ -68,8 +75,12 @@ def find_stacks(block: nn.Module, experts: int) -> list[Stack]:
     tables = [m for m in block.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == experts]
     whole = whole or [t for m in tables for t in _tensors(m)]
     flat = [m for m in named if anatomy.int_attribute(m, _FLAT) == experts]
-    whole = whole or [t for m in flat for t in _tensors(m) if t.ndim == 2 and t.numel() % experts == 0]
-    return [Stack(t, experts) for t in whole if t.is_contiguous() and t.numel() >= experts]
+    divided = [t for m in flat for t in _tensors(m) if t.ndim == 2 and t.numel() % experts == 0]
+    return [
+        Stack(t, experts, is_flat=not whole)
+        for t in whole or divided
+        if t.is_contiguous() and t.numel() >= experts
+    ]
 
 
 def _of_experts(block: nn.Module) -> Iterator[nn.Module]:

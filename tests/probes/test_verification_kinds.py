@@ -285,6 +285,57 @@ def test_experts_keep_their_class(tmp_path: Path) -> None:
         assert {type(expert) for expert in model[0].experts} == {nn.Linear}
 
 
+class Registered(Moe):
+    def __init_subclass__(cls, *, kind: str) -> None:
+        cls.kind = kind
+
+
+class Named(Registered, kind="named"):
+    pass
+
+
+def test_a_class_that_takes_no_plain_subclass_is_watched(tmp_path: Path) -> None:
+    model = nn.Sequential(Named())
+    assert watched(tmp_path / "r", model) == [model[0].true]
+    assert type(model[0]) is Named
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated")
+def test_scripted_experts_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(Moe())
+    model[0].experts[1] = torch.jit.script(nn.Linear(HIDDEN, HIDDEN))
+    with pytest.raises(ModelError, match=r"compiled by torch\.jit, which takes no hooks"):
+        watched(tmp_path / "r", model)
+
+
+class Single(nn.Module):
+    """Returns a gate and an id for each token, without a dimension for K."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.top_k = nn.Linear(HIDDEN, EXPERTS), 1
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, ids = self.linear(hidden).softmax(-1).max(-1)
+        return gate, ids
+
+
+class Switch(Moe):
+    def __init__(self) -> None:
+        super().__init__()
+        self.top_k, self.router = 1, Single()
+        del self.gate
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate, ids = self.router(hidden)
+        return hidden + self.compute(hidden, gate[:, None], ids[:, None])
+
+
+def test_ids_without_a_dimension_for_k_are_read(tmp_path: Path) -> None:
+    model = nn.Sequential(Switch(), Switch())
+    assert watched(tmp_path / "r", model) == [moe.true for moe in model]
+
+
 def test_what_is_compiled_after_it_was_confirmed_is_refused(tmp_path: Path) -> None:
     model = nn.Sequential(Dense())
     model[0].note = lambda *_: None  # type: ignore[method-assign]
