@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -41,6 +42,9 @@ __all__ = [
     "suspension",
 ]
 
+_POLL_S = 0.001
+_PATIENCE_S = 10.0
+
 NO_TOKENS = "no call with tokens ended"
 NOT_CALLED = "its calls are compiled, or there are none"
 
@@ -70,6 +74,57 @@ class _Call(threading.local):
 
     def __init__(self) -> None:
         self.decisions: list[RoutingDecision] = []
+
+
+class _Exclusive:
+    """Keeps the calls of other threads out of a block while it is run again with other weights.
+
+    Attributes:
+        owner: the thread that runs it again; None when none does.
+    """
+
+    def __init__(self) -> None:
+        self.owner: int | None = None
+        self._inside: set[int] = set()
+        self._lock = threading.Lock()
+
+    def enter(self) -> None:
+        """Begin a call on this thread; waits while another one runs the block again."""
+        thread = threading.get_ident()
+        self._inside.add(thread)
+        while self.owner not in (None, thread):
+            self._inside.discard(thread)
+            time.sleep(_POLL_S)
+            self._inside.add(thread)
+
+    def leave(self) -> None:
+        """End a call on this thread."""
+        self._inside.discard(threading.get_ident())
+
+    def is_taken(self) -> bool:
+        """Whether another thread runs the block again."""
+        return self.owner not in (None, threading.get_ident())
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other thread is in the block.
+
+        Raises:
+            TimeoutError: another one is, and stays.
+        """
+        thread = threading.get_ident()
+        with self._lock:
+            self.owner = thread
+            try:
+                until = time.monotonic() + _PATIENCE_S
+                while others := self._inside - {thread}:
+                    self._inside -= others - {t.ident for t in threading.enumerate()}  # ended in a call
+                    if time.monotonic() > until:
+                        raise TimeoutError("another thread does not leave it")
+                    time.sleep(_POLL_S)
+                yield
+            finally:
+                self.owner = None
 
 
 class BlockInspection:
@@ -109,7 +164,10 @@ class BlockInspection:
         self._count = count
         self._fail = fail
         self._rows = RowsOfExperts(site.spec.experts)
-        self._judgement = Judgement(site, verify, self._rows, rerun=self._rerun)
+        self._exclusive = _Exclusive()
+        self._judgement = Judgement(
+            site, verify, self._rows, rerun=self._rerun, is_taken=self._exclusive.is_taken
+        )
         self._call = _Call()
 
     def attach(self) -> list[Attachment]:
@@ -170,6 +228,7 @@ class BlockInspection:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if torch.compiler.is_compiling() or self._is_outside():
                 return
+            self._exclusive.enter()
             call, frame = self._call, sys._getframe(2)
             if call.frame is not None:
                 if _is_running(call.frame, frame):  # a call inside of a call
@@ -205,9 +264,10 @@ class BlockInspection:
     def _leave_hook(self) -> PostHook:
         def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
             call = self._call
-            if torch.compiler.is_compiling() or call.frame is None or self._is_outside():
+            if torch.compiler.is_compiling() or self._is_outside():
                 return
-            if not _is_caller(call.frame, sys._getframe(1)):
+            if call.frame is None or not _is_caller(call.frame, sys._getframe(1)):
+                self._exclusive.leave()
                 return
             operators, is_checked, decisions, has_ended = (
                 call.operators,
@@ -216,10 +276,10 @@ class BlockInspection:
                 call.has_ended,
             )
             self.close()
-            if not has_ended:  # the call raised
-                return
-            self.was_bypassed = self.was_bypassed or not self.was_reached
-            if not is_checked or not decisions:
+            if has_ended:  # the call did not raise
+                self.was_bypassed = self.was_bypassed or not self.was_reached
+            if not has_ended or not is_checked or not decisions:
+                self._exclusive.leave()
                 return
             self.was_judged = True
             try:
@@ -237,6 +297,8 @@ class BlockInspection:
             except Exception as error:  # the model's own run must not suffer from ours
                 self._judgement.verdicts[module.training] = Verified(by="none", reason=one_line(error))
                 self._fail(error)
+            finally:
+                self._exclusive.leave()
 
         return leave
 
@@ -257,11 +319,12 @@ class BlockInspection:
     @contextmanager
     def _rerun(self) -> Iterator[list[RoutingDecision]]:
         """Calls of the block in here are our own; gives what is read in them."""
-        suspension.by, self._call.decisions = self, []
-        try:
-            yield self._call.decisions
-        finally:
-            suspension.by, self._call.decisions = None, []
+        with self._exclusive.alone():
+            suspension.by, self._call.decisions = self, []
+            try:
+                yield self._call.decisions
+            finally:
+                suspension.by, self._call.decisions = None, []
 
 
 @contextmanager

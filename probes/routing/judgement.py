@@ -120,7 +120,15 @@ class Judgement:
             counted in the place of readings from which they differ.
     """
 
-    def __init__(self, site: RoutingSite, verify: Verify, rows: RowsOfExperts, *, rerun: Rerun) -> None:
+    def __init__(
+        self,
+        site: RoutingSite,
+        verify: Verify,
+        rows: RowsOfExperts,
+        *,
+        rerun: Rerun,
+        is_taken: Callable[[], bool],
+    ) -> None:
         self.verdicts: dict[bool, Verified] = {}
         self.is_contradicted = False
         self.is_replaceable = site.infers or may_drop_inside(site)
@@ -128,6 +136,7 @@ class Judgement:
         self._verify = verify
         self._rows = rows
         self._rerun = rerun
+        self._is_taken = is_taken
         self._modes = {True: _Mode(), False: _Mode()}
 
     def wants(self, *, training: bool, tokens: int) -> bool:
@@ -222,6 +231,8 @@ class Judgement:
         if not may_ask:
             reason = "the rows of its experts are not visible, and no intervention was asked for"
             self.verdicts.setdefault(training, Verified(by="none", reason=reason))
+            return decisions
+        if self._is_taken():  # another thread asks just now, and its answer decides about these as well
             return decisions
         return self._ask(call, mode, decisions, counted_E, agrees=agrees, is_inferred=is_inferred)
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,59 @@ def test_two_watches_on_one_model_count_the_same(tmp_path: Path) -> None:
         first.step()
         second.step()
     assert counts(tmp_path / "a") == counts(tmp_path / "b") == [model[0].true]
+
+
+class DenseStack(nn.Module):
+    """Experts that compute all tokens, each with its part of a stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN, HIDDEN))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        gates_TE = torch.zeros(len(hidden_states), EXPERTS).scatter(1, top_k_index, top_k_weights)
+        results_ETH = torch.bmm(hidden_states.expand(EXPERTS, -1, -1), self.weight)
+        return torch.einsum("te,eth->th", gates_TE, results_ETH)
+
+
+class Given(Moe):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = DenseStack()
+
+    def compute(self, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return self.experts(hidden, ids, weights)
+
+
+@pytest.mark.parametrize("verify", ["first", "intervention"])
+def test_threads_get_the_results_of_the_models_own_weights(verify: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Given(), Given())
+    inputs = [torch.randn(20, HIDDEN) for _ in range(4)]
+    with torch.no_grad():
+        expected = [model(hidden) for hidden in inputs]
+    results: list[list[torch.Tensor]] = [[] for _ in inputs]
+    begin = threading.Barrier(len(inputs))
+
+    def run(number: int) -> None:
+        begin.wait()
+        with torch.no_grad():
+            results[number] += [model(inputs[number]) for _ in range(20)]
+
+    with observatory.watch(model, tmp_path / "r", verify=verify) as watch:
+        threads = [threading.Thread(target=run, args=(number,)) for number in range(len(inputs))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        watch.step()
+    for plain, of_thread in zip(expected, results, strict=True):
+        assert len(of_thread) == 20
+        assert all(torch.equal(result, plain) for result in of_thread)
+    assert [sum(layer) for layer in counts(tmp_path / "r")] == [4 * 20 * 20 * TOP_K] * 2
 
 
 class Interrupted(Moe):
