@@ -30,7 +30,7 @@ from observatory.store.files import one_line
 from probes.routing.attachment import Attachment, PostHook, PreHook
 from probes.routing.judgement import BlockCall, Judgement, Verify, is_captured, stacks_of_site
 from probes.routing.sites import RoutingDecision, RoutingSite
-from probes.routing.stacks import SeenOperators, can_look_at_operators
+from probes.routing.stacks import SeenOperators, can_look_at_operators, is_running
 from probes.routing.witness import RowsOfExperts, tokens_of
 
 __all__ = [
@@ -231,7 +231,7 @@ class BlockInspection:
             self._exclusive.enter()
             call, frame = self._call, sys._getframe(2)
             if call.frame is not None:
-                if _is_running(call.frame, frame):  # a call inside of a call
+                if is_running(call.frame, frame):  # a call inside of a call
                     return
                 self.close()  # one that was interrupted
             model_call = self._model_call()
@@ -250,6 +250,7 @@ class BlockInspection:
                 and self._judgement.wants_operators(training=module.training)
             ):
                 call.operators = SeenOperators([] if self._site.experts else stacks_of_site(self._site))
+                call.operators.frame = frame
                 call.operators.__enter__()  # type: ignore[no-untyped-call]
 
         return enter
@@ -339,13 +340,6 @@ def own_operators() -> Iterator[None]:
     else:
         with _disable_current_modes():
             yield
-
-
-def _is_running(frame: FrameType, now: FrameType | None) -> bool:
-    """Whether a frame is among the callers of the present one."""
-    while now is not None and now is not frame:
-        now = now.f_back
-    return now is frame
 
 
 def _is_caller(frame: FrameType, now: FrameType) -> bool:

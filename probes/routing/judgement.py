@@ -220,6 +220,12 @@ class Judgement:
         ):
             self.verdicts[training] = Verified(by="rows", reason=_IN_ITS_PLACE)
             return [rows_as_decision(rows_E, tokens, device=decisions[0].device)]
+        if rows_E is None and mode.trusts_rows and call.operators is not None:
+            reason = "its rows were seen in some calls and not in others"
+            if is_inferred:
+                raise self.unconfirmed(reason)
+            self.verdicts[training] = Verified(by="none", reason=reason)
+            return decisions
         if mode.has_intervened and not self._is_due(mode, call.tokens):
             return decisions
         if rows_E is not None and _is_part_of(rows_E, counted_E):
@@ -274,15 +280,13 @@ class Judgement:
                 None if reason and set(rows_E or ()) == {sum(d.tokens or 0 for d in decisions)} else reason
             )
             self.verdicts[training] = Verified(by="intervention", reason=reason)
-            mode.needs_choice = mode.needs_choice and _differ(
-                decisions, call.decisions, self._site.spec.experts
-            )
             return decisions
-        if self.is_replaceable and shown.rows_E == shown.true_E:
+        tokens = sum(d.tokens or 0 for d in decisions)
+        # Where sequences or images are routed, rows are something else than assignments.
+        if self.is_replaceable and shown.rows_E == shown.true_E and tokens == call.tokens:
             mode.trusts_rows, mode.needs_choice = True, False
             self.verdicts[training] = Verified(by="rows", reason=_IN_ITS_PLACE)
             assert rows_E is not None
-            tokens = sum(d.tokens or 0 for d in decisions)
             return [rows_as_decision(rows_E, tokens, device=decisions[0].device)]
         raise self._contradiction(shown.counted_E, shown.true_E, is_inferred=is_inferred)
 

@@ -10,9 +10,11 @@ operators choose from E values per token.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,7 +25,15 @@ from torch.utils._pytree import tree_leaves
 from observatory.errors import ModelError
 from probes.routing import anatomy
 
-__all__ = ["SeenOperators", "Stack", "can_look_at_operators", "changed_part", "far_away", "find_stacks"]
+__all__ = [
+    "SeenOperators",
+    "Stack",
+    "can_look_at_operators",
+    "changed_part",
+    "far_away",
+    "find_stacks",
+    "is_running",
+]
 
 #: Products of two matrices, by where the weight may stand: name -> (position of the left, of the right one).
 _PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::bmm": (0, 1), "aten::baddbmm": (1, 2)}
@@ -178,12 +188,14 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         choices: (E, indices) of each operator that chose from E values, the last dimension of its input.
         saw_communication: an operator of ``torch.distributed`` was called.
         is_over: nothing more is looked at.
+        frame: that of the call that is looked at; a call that Ctrl-C ended runs no hooks.
     """
 
     def __init__(self, stacks: list[Stack]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.saw_communication = False
         self.is_over = False
+        self.frame: FrameType | None = None
         self.choices: list[tuple[int, torch.Tensor]] = []
         self._experts = 0
         self._has_failed = False
@@ -225,7 +237,10 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         return None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.is_over:
+        if self.is_over or not (self.frame is None or is_running(self.frame, sys._getframe(1))):
+            self.is_over = True
+            self.choices.clear()
+            self._aliases.clear()
             return func(*args, **(kwargs or {}))
         if torch.is_inference_mode_enabled():  # operators come whole there
             with self:
@@ -330,6 +345,13 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         left, right = _PRODUCTS[name]
         other, along = (args[left], -1) if args[right] is weight else (args[right], -2)
         return other.ne(0).any(dim=along).sum(dim=-1)  # type: ignore[no-any-return]
+
+
+def is_running(frame: FrameType, now: FrameType | None) -> bool:
+    """Whether a frame is among the callers of the present one."""
+    while now is not None and now is not frame:
+        now = now.f_back
+    return now is frame
 
 
 def _address(tensor: torch.Tensor) -> int:

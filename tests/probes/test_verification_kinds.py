@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,20 @@ class Sorting(Dense):
         return hidden + self.compute(hidden, scores.gather(-1, ids), ids)
 
 
+class Balanced(Dense):
+    """A balancing bias that begins at zero, as in training from scratch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("balance", torch.zeros(EXPERTS))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        scores = self.gate(hidden).sigmoid()
+        ids = (scores + self.balance).topk(self.top_k).indices
+        self.balance += torch.tensor([0.3, 0.0, 0.0, -0.3])
+        return hidden + self.compute(hidden, scores.gather(-1, ids), ids)
+
+
 class DenseCapacity(Dense):
     """Drops only where calls are long."""
 
@@ -150,7 +165,7 @@ def watched(path: Path, model: nn.Module, *, lengths: tuple[int, ...] = (30, 50,
 
 
 @pytest.mark.parametrize(
-    "kind", [Moe, Dense, Shortcut, ByName, Dropping, Sorting], ids=lambda kind: kind.__name__
+    "kind", [Moe, Dense, Shortcut, ByName, Dropping, Sorting, Balanced], ids=lambda kind: kind.__name__
 )
 def test_what_is_computed_is_counted(kind: Callable[[], Moe], tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -283,6 +298,16 @@ def test_calls_after_an_interrupted_one_are_counted(tmp_path: Path) -> None:
         watch.step()
     assert torch._C._len_torch_dispatch_stack() == 0
     assert counts(tmp_path / "r") == [model[0].true]
+
+
+def test_nothing_is_kept_alive_by_an_interrupted_call(tmp_path: Path) -> None:
+    model = nn.Sequential(Interrupted())
+    with observatory.watch(model, tmp_path / "r"), torch.no_grad():
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.randn(7, HIDDEN))
+        chosen = weakref.ref(torch.randn(9, EXPERTS).topk(2).indices)
+        assert chosen() is None
+        model(torch.randn(9, HIDDEN))
 
 
 class Keeping(Dense):
