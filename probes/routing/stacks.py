@@ -41,6 +41,8 @@ _GATHERS = ("aten::index", "aten::index_select", "aten::embedding")
 _CHOICES = ("aten::topk", "aten::argmax", "aten::max", "aten::multinomial")
 _SORTS = "aten::sort"
 _COMMUNICATION = ("c10d::", "_c10d_functional::", "_dtensor::")
+#: Names of operators, which torch is slow to give.
+_names: dict[Any, str] = {}
 _FLAT = ("num_experts", "num_local_experts", "moe_num_experts")
 
 
@@ -248,8 +250,11 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
             if parts is not NotImplemented:
                 return parts
         output = func(*args, **(kwargs or {}))
+        name = _names.get(func) or _names.setdefault(func, func._schema.name)
+        if not self._seen and name not in _CHOICES and name != _SORTS and not name.startswith(_COMMUNICATION):
+            return output
         try:
-            self._see(func._schema.name, args, kwargs, output)
+            self._see(name, args, kwargs, output)
         except Exception:  # the model's own run must not suffer from ours
             self._has_failed = True
         return output

@@ -302,12 +302,13 @@ def test_calls_after_an_interrupted_one_are_counted(tmp_path: Path) -> None:
 
 def test_nothing_is_kept_alive_by_an_interrupted_call(tmp_path: Path) -> None:
     model = nn.Sequential(Interrupted())
-    with observatory.watch(model, tmp_path / "r"), torch.no_grad():
+    with observatory.watch(model, tmp_path / "r") as watch, torch.no_grad():
         with pytest.raises(KeyboardInterrupt):
             model(torch.randn(7, HIDDEN))
         chosen = weakref.ref(torch.randn(9, EXPERTS).topk(2).indices)
         assert chosen() is None
         model(torch.randn(9, HIDDEN))
+        watch.step()
 
 
 class Keeping(Dense):
