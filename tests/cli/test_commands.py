@@ -198,7 +198,7 @@ def test_doctor_lists_what_works_and_how_to_get_the_rest(capsys: pytest.CaptureF
 def test_doctor_verifies_the_layers_of_bundled_models(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     document = run_json(capsys, "doctor", "--model", model, "--verify")
     layers: list[dict[str, object]] = document["layers"]  # type: ignore[assignment]
-    assert len(layers) >= 4
+    assert layers
     for layer in layers:
         assert layer["verified"] == [{"by": "rows", "reason": None}, {"by": "intervention", "reason": None}]
 
