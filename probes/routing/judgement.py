@@ -17,7 +17,7 @@ from observatory.errors import ModelError
 from observatory.records import Verified
 from observatory.store.files import one_line
 from probes.routing.sites import RoutingDecision, RoutingSite, may_drop_inside
-from probes.routing.stacks import SeenOperators, Stack, changed_part, find_stacks
+from probes.routing.stacks import SeenOperators, Stack, changed_parts, find_stacks
 from probes.routing.witness import (
     RowsOfExperts,
     chosen_by_intervention,
@@ -32,6 +32,7 @@ __all__ = ["BlockCall", "Judgement", "Verify", "is_captured", "stacks_of_site"]
 _HELP = "pass an Adapter that reads what is dispatched (docs/supported-models.md#adapters)"
 
 _FURTHER = "the rows that were seen differ, and change nothing"
+_UNCHANGED = "some results do not change with the weights of the experts that compute them"
 _IN_ITS_PLACE = "the rows differ from what was read and are counted in its place"
 
 #: Which calls are checked: the rows of some, the rows of all, some by intervention, or none.
@@ -281,6 +282,9 @@ class Judgement:
             )
             self.verdicts[training] = Verified(by="intervention", reason=reason)
             return decisions
+        if agrees and all(t <= c for t, c in zip(shown.true_E, shown.counted_E, strict=True)):
+            self.verdicts[training] = Verified(by="rows", reason=_UNCHANGED)
+            return decisions
         tokens = sum(d.tokens or 0 for d in decisions)
         # Where sequences or images are routed, rows are something else than assignments.
         if self.is_replaceable and shown.rows_E == shown.true_E and tokens == call.tokens:
@@ -312,7 +316,7 @@ class Judgement:
             first_rows.extend(self._rows.rows_E)
 
         def changed(expert: int) -> AbstractContextManager[None]:
-            return self._rows.changed(expert) if self._site.experts else changed_part(stacks[-1], expert)
+            return self._rows.changed(expert) if self._site.experts else changed_parts(stacks, expert)
 
         try:
             with self._rerun() as decisions:

@@ -11,8 +11,8 @@ operators choose from E values per token.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -29,7 +29,7 @@ __all__ = [
     "SeenOperators",
     "Stack",
     "can_look_at_operators",
-    "changed_part",
+    "changed_parts",
     "far_away",
     "find_stacks",
     "is_running",
@@ -134,6 +134,15 @@ def changed_part(stack: Stack, expert: int) -> Iterator[None]:
             _put_back(part, saved)
     if not torch.equal(_bits(part), _bits(saved)):
         raise ModelError(f"the weights of expert {expert} could not be put back; load the model again")
+
+
+@contextmanager
+def changed_parts(stacks: Sequence[Stack], expert: int) -> Iterator[None]:
+    """``changed_part`` for all stacks: where a ReLU lets nothing through, one alone shows nothing."""
+    with ExitStack() as all_of_them:
+        for stack in stacks:
+            all_of_them.enter_context(changed_part(stack, expert))
+        yield
 
 
 def _put_back(part: torch.Tensor, saved: torch.Tensor) -> None:

@@ -197,6 +197,35 @@ def test_a_generator_that_a_block_holds_is_put_back(kind: type[Block], expected:
     assert (found, refusal) == ((expected,), None)
 
 
+class ReluExperts(nn.Module):
+    """Experts whose ReLU lets nothing through for some tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.up_proj = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 2))
+        self.down_proj = nn.Parameter(torch.randn(EXPERTS, 2, HIDDEN))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        output = torch.zeros_like(hidden_states)
+        for expert in range(EXPERTS):
+            token, place = torch.where(top_k_index == expert)
+            rows = (hidden_states[token] @ self.up_proj[expert]).relu().square() @ self.down_proj[expert]
+            output.index_add_(0, token, rows * top_k_weights[token, place, None])
+        return output
+
+
+def test_experts_that_give_zeros_are_seen_by_an_intervention() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(ReluExperts()))
+    inputs, sites = {"input": torch.randn(60, HIDDEN)}, find_sites(model)
+    found, refusal = verdicts(model, sites, inputs, verify="intervention")
+    assert (found, refusal) == ((Verified(by="intervention"),), None)
+    assert verdicts(model, [broken(sites[0], BREAKS["one token wrong"])], inputs, verify="intervention")[1]
+
+
 def test_ctrl_c_in_an_intervention_leaves_weights_and_operators_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
