@@ -32,6 +32,7 @@ __all__ = ["BlockCall", "Judgement", "Verify", "is_captured", "stacks_of_site"]
 _HELP = "pass an Adapter that reads what is dispatched (docs/supported-models.md#adapters)"
 
 _FURTHER = "the rows that were seen differ, and change nothing"
+_ZERO_WEIGHTS = "assignments whose gate weight is next to zero are counted, though they change nothing"
 _UNCHANGED = "some results do not change with the weights of the experts that compute them"
 _IN_ITS_PLACE = "the rows differ from what was read and are counted in its place"
 
@@ -276,10 +277,9 @@ class Judgement:
             return decisions
         mode.has_intervened = True
         if shown.confirms_reading:
-            reason = None if agrees or rows_E is None else _FURTHER
-            reason = (
-                None if reason and set(rows_E or ()) == {sum(d.tokens or 0 for d in decisions)} else reason
-            )
+            reason = _ZERO_WEIGHTS if shown.true_E != shown.counted_E else None
+            if not agrees and rows_E is not None and set(rows_E) != {sum(d.tokens or 0 for d in decisions)}:
+                reason = reason or _FURTHER
             self.verdicts[training] = Verified(by="intervention", reason=reason)
             return decisions
         if agrees and all(t <= c for t, c in zip(shown.true_E, shown.counted_E, strict=True)):
