@@ -169,8 +169,7 @@ def count_in_graph(
     counter: SiteCounter, decision: RoutingDecision, slot: int, device: DeviceCounters
 ) -> None:
     """Count through the operator: what compilers, tracers and dispatch modes see."""
-    shown = decision.expert_ids if decision.expert_ids is not None else decision.routing_map
-    if shown is None:
+    if decision.shown is None:
         return
     torch.ops.observatory.count_assignments(
         device.counts,

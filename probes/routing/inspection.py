@@ -1,7 +1,7 @@
 """Looks at the calls of MoE blocks around the sites: was the site called, and can its reading be trusted?
 
 A block that runs without the call that is read goes round the hook. What is read is held against the rows
-that the experts are used with, in the first call of training and of evaluation mode, or in all calls; where
+that the experts are used with, in the first, second, fourth ... call of each layer, or in all calls; where
 rows differ or decide nothing, an intervention decides (``judgement.py``). A reading that cannot see what is
 dispatched, because it infers the choice (``RoutingDecision.is_inferred``) or because experts with a capacity
 drop assignments, is held against the rows of every call, and rows that differ are counted in its place.
@@ -237,7 +237,7 @@ class BlockInspection:
             model_call = self._model_call()
             self.was_repeated = self.was_repeated or (model_call is not None and model_call is call.within)
             call.within = model_call
-            checks = not is_captured() and self._judgement.wants(
+            checks = not is_captured() and self._judgement.starts_call(
                 training=module.training, tokens=tokens_of(args, kwargs)
             )
             if self.was_reached and not checks:

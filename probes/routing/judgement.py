@@ -36,6 +36,8 @@ _ZERO_WEIGHTS = "assignments whose gate weight is next to zero are counted, thou
 _UNCHANGED = "some results do not change with the weights of the experts that compute them"
 _IN_ITS_PLACE = "the rows differ from what was read and are counted in its place"
 
+#: A context in which calls of the block are our own; what is read in them lies in the list that it gives.
+Rerun = Callable[[], AbstractContextManager[list[RoutingDecision]]]
 #: Which calls are checked: the rows of some, the rows of all, some by intervention, or none.
 Verify = Literal["first", "rows", "intervention", "none"]
 
@@ -141,8 +143,8 @@ class Judgement:
         self._is_taken = is_taken
         self._modes = {True: _Mode(), False: _Mode()}
 
-    def wants(self, *, training: bool, tokens: int) -> bool:
-        """Whether the call that begins is to be judged.
+    def starts_call(self, *, training: bool, tokens: int) -> bool:
+        """Take note of a call at its start; whether it is to be judged.
 
         Where not all calls are: the first, second, fourth, and so on, and one with more than twice the
         tokens of any before.
@@ -187,7 +189,7 @@ class Judgement:
 
     def _is_everything(self, decisions: Sequence[RoutingDecision]) -> bool:
         """Whether all tokens are given to all experts, though each is to have fewer."""
-        tokens = sum(d.tokens or 0 for d in decisions)
+        tokens = _tokens(decisions)
         loads = set(_sum_of_loads(decisions, self._site.spec.experts))
         return loads == {tokens} and self._site.spec.top_k not in (None, self._site.spec.experts)
 
@@ -203,7 +205,7 @@ class Judgement:
         decisions = call.decisions
         if is_inferred:
             decisions = _as_chosen(decisions, call.operators, spec.experts, tokens=call.tokens)
-        tokens = sum(d.tokens or 0 for d in decisions)
+        tokens = _tokens(decisions)
         counted_E = _sum_of_loads(decisions, spec.experts)
         if not any(counted_E) and not any(rows_E or ()):  # no tokens, or none that counts
             return decisions
@@ -221,7 +223,7 @@ class Judgement:
             and sum(rows_E) <= sum(counted_E)
         ):
             self.verdicts[training] = Verified(by="rows", reason=_IN_ITS_PLACE)
-            return [rows_as_decision(rows_E, tokens, device=decisions[0].device)]
+            return [rows_as_decision(rows_E, tokens, device=_device(decisions))]
         if rows_E is None and mode.trusts_rows and call.operators is not None:
             reason = "its rows were seen in some calls and not in others"
             if is_inferred:
@@ -260,8 +262,9 @@ class Judgement:
             ModelError: it confirms neither, or it is not possible and an inferred reading, or assignments
                 without rows, stand against it.
         """
-        training, rows_E = call.block.training, call.rows_E
-        if call.operators is not None and call.operators.saw_communication and not is_inferred:
+        training, rows_E, tokens = call.block.training, call.rows_E, _tokens(decisions)
+        communicates = call.operators is not None and call.operators.saw_communication
+        if communicates and not is_inferred:
             shown: _Shown | str = "its block exchanges data with other ranks"
         else:
             few = agrees or (mode.has_intervened and call.tokens <= mode.tokens)
@@ -270,7 +273,7 @@ class Judgement:
             if is_inferred and not agrees:
                 raise self.unconfirmed(shown)
             lacking = any(rows_E or ()) and any(r < c for r, c in zip(rows_E or (), counted_E, strict=True))
-            if lacking and not (call.operators is not None and call.operators.saw_communication):
+            if lacking and not communicates:
                 raise self._contradiction(counted_E, rows_E or (), is_inferred=False)
             self.verdicts[training] = Verified(by="rows" if agrees else "none", reason=shown)
             mode.has_intervened = True
@@ -278,20 +281,19 @@ class Judgement:
         mode.has_intervened = True
         if shown.confirms_reading:
             reason = _ZERO_WEIGHTS if shown.true_E != shown.counted_E else None
-            if not agrees and rows_E is not None and set(rows_E) != {sum(d.tokens or 0 for d in decisions)}:
+            if not agrees and rows_E is not None and set(rows_E) != {tokens}:
                 reason = reason or _FURTHER
             self.verdicts[training] = Verified(by="intervention", reason=reason)
             return decisions
         if agrees and all(t <= c for t, c in zip(shown.true_E, shown.counted_E, strict=True)):
             self.verdicts[training] = Verified(by="rows", reason=_UNCHANGED)
             return decisions
-        tokens = sum(d.tokens or 0 for d in decisions)
         # Where sequences or images are routed, rows are something else than assignments.
         if self.is_replaceable and shown.rows_E == shown.true_E and tokens == call.tokens:
             mode.trusts_rows, mode.needs_choice = True, False
             self.verdicts[training] = Verified(by="rows", reason=_IN_ITS_PLACE)
             assert rows_E is not None
-            return [rows_as_decision(rows_E, tokens, device=decisions[0].device)]
+            return [rows_as_decision(rows_E, tokens, device=_device(decisions))]
         raise self._contradiction(shown.counted_E, shown.true_E, is_inferred=is_inferred)
 
     def _intervene(self, call: BlockCall, *, few: bool, is_inferred: bool) -> _Shown | str:
@@ -362,10 +364,6 @@ class Judgement:
         )
 
 
-#: A context in which calls of the block are our own; what is read in them lies in the list that it gives.
-Rerun = Callable[[], Any]
-
-
 def stacks_of_site(site: RoutingSite) -> list[Stack]:
     """Stacked weights of a site's experts: right inside what is called, else in its block."""
     assert site.block is not None
@@ -394,6 +392,16 @@ def _as_chosen(
             expert_ids=seen.reshape(inferred_TK.shape), tokens=decisions[0].tokens, is_inferred=True
         )
     ]
+
+
+def _tokens(decisions: Sequence[RoutingDecision]) -> int:
+    return sum(decision.tokens or 0 for decision in decisions)
+
+
+def _device(decisions: Sequence[RoutingDecision]) -> torch.device:
+    shown = decisions[0].shown
+    assert shown is not None
+    return shown.device
 
 
 def _sum_of_loads(decisions: Sequence[RoutingDecision], experts: int) -> list[int]:

@@ -82,7 +82,7 @@ class PhaseTracker:
     """
 
     def __init__(self, model: nn.Module, *, on_call: Callable[[], None]) -> None:
-        """Track ``model``; ``on_call`` is called at the begin of every eager call."""
+        """Track ``model``; ``on_call`` is called at the start of every eager call."""
         self.model_called = False
         self._carriers = find_carriers(model)
         self._on_call = on_call
@@ -118,17 +118,17 @@ class PhaseTracker:
         self._count(stack[-1])
         return stack[-1].phase.slot
 
-    def end_stretch(self, *, told: bool, unknown_calls: int) -> None:
+    def end_stretch(self, *, is_stated: bool, unknown_calls: int) -> None:
         """Keep the reasons since the last boundary, unless the caller has said what phase it was.
 
         Args:
-            told: the caller has.
+            is_stated: the caller has.
             unknown_calls: calls of watched layers that were counted as unknown.
         """
         with self._lock:
             recent, self._recent = self._recent, Counter()
         compiled, self._recent_compiled = self._recent_compiled, None
-        if told:
+        if is_stated:
             return
         self._unknown.update(recent)
         if compiled is not None:

@@ -125,7 +125,7 @@ class RoutingProbe:
         for inspection in self._inspections.values():
             inspection.close()
         calls = np.stack([counter.take_calls() for counter in self.counters], axis=1)
-        self.phases.end_stretch(told=told is not None, unknown_calls=int(calls[0].sum()))
+        self.phases.end_stretch(is_stated=told is not None, unknown_calls=int(calls[0].sum()))
         return Snapshot(
             step=step,
             told=told,
@@ -250,7 +250,7 @@ class RoutingProbe:
         return _has_values(decision) and inspection.take(decision)
 
     def _count(self, counter: SiteCounter, decision: RoutingDecision) -> None:
-        shown = _shown(decision)
+        shown = decision.shown
         if shown is None or not _has_values(decision):
             return
         counters = self._devices.get(shown.device) or self._device(shown.device)
@@ -278,7 +278,7 @@ class RoutingProbe:
                 return
             if decision.is_inferred:
                 self.inferred_in_graph = True
-            shown = _shown(decision)
+            shown = decision.shown
             if shown is not None:
                 count_in_graph(counter, decision, self.phases.slot, self._devices[shown.device])
 
@@ -300,12 +300,8 @@ class RoutingProbe:
             return self._devices[device]
 
 
-def _shown(decision: RoutingDecision) -> torch.Tensor | None:
-    return decision.expert_ids if decision.expert_ids is not None else decision.routing_map
-
-
 def _has_values(decision: RoutingDecision) -> bool:
-    shown = _shown(decision)
+    shown = decision.shown
     return shown is not None and not shown.is_meta and not _is_fake(shown)
 
 

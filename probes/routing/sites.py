@@ -45,10 +45,9 @@ class RoutingDecision:
     is_inferred: bool = False
 
     @property
-    def device(self) -> torch.device | None:
-        """Where the decision is; None when it shows nothing."""
-        shown = self.expert_ids if self.expert_ids is not None else self.routing_map
-        return None if shown is None else shown.device
+    def shown(self) -> torch.Tensor | None:
+        """The ids, or else the map; None when the decision shows neither."""
+        return self.expert_ids if self.expert_ids is not None else self.routing_map
 
 
 #: (module, positional arguments, keyword arguments, output or None before the call) -> decision, or None

@@ -89,7 +89,7 @@ def loads_of_decision(decision: RoutingDecision, experts: int) -> list[int]:
     return [int(n) for n in torch.bincount(kept, minlength=experts).tolist()]
 
 
-def rows_as_decision(rows_E: Sequence[int], tokens: int, *, device: torch.device | None) -> RoutingDecision:
+def rows_as_decision(rows_E: Sequence[int], tokens: int, *, device: torch.device) -> RoutingDecision:
     """The decision that gives each expert its rows; which token has which expert is not known from rows."""
     experts = torch.arange(len(rows_E)).repeat_interleave(torch.tensor(rows_E))
     return RoutingDecision(expert_ids=experts.to(device), tokens=tokens)

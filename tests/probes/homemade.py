@@ -141,3 +141,18 @@ class GateMoe(nn.Module):
         super().__init__()
         self.add_module(name, router)
         self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(experts))
+
+
+class StackedExperts(nn.Module):
+    """Experts with their part of a stack each, which is gathered for every assignment."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.num_experts = experts
+        self.weight = nn.Parameter(torch.randn(experts, HIDDEN, HIDDEN))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        mixed = torch.einsum("th,tkhg->tkg", hidden_states, self.weight[top_k_index])
+        return (mixed * top_k_weights.unsqueeze(-1)).sum(1)

@@ -22,7 +22,7 @@ class Paged:
     """A cache that says nothing."""
 
 
-def config() -> MixtralConfig:
+def config(top_k: int = 1) -> MixtralConfig:
     return MixtralConfig(
         hidden_size=16,
         intermediate_size=16,
@@ -30,7 +30,7 @@ def config() -> MixtralConfig:
         num_attention_heads=2,
         num_key_value_heads=1,
         num_local_experts=4,
-        num_experts_per_tok=1,
+        num_experts_per_tok=top_k,
         vocab_size=32,
         pad_token_id=0,
         eos_token_id=EOS,

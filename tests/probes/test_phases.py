@@ -8,29 +8,20 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, MixtralConfig, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import observatory
 from observatory.errors import CaptureError
 from probes.routing.carriers import Carrier, find_carriers
 from probes.routing.counters import SLOTS
 from probes.routing.phases import phase_of_call
+from tests.probes.phase_cases import config
 from tests.probes.tiny import ToldModel, ids, loads, told_adapter
 
 
 @pytest.fixture(scope="module")
 def mixtral() -> Any:
-    config = MixtralConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        vocab_size=32,
-    )
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config(top_k=2)).eval()
 
 
 def assignments(path: Path) -> dict[tuple[int, str], int]:

@@ -13,7 +13,7 @@ from torch import nn
 
 import observatory
 from observatory.errors import CaptureError
-from observatory.records import Verified
+from observatory.records import Manifest, Verified
 from probes.routing import stacks
 from probes.routing.discover import find_sites
 from probes.routing.judgement import Verify
@@ -56,18 +56,19 @@ def test_every_family_is_confirmed_and_broken_readers_are_caught(family: str) ->
                     assert f"in layer {sites[0].spec.layer} the reading of {sites[0].spec.module}" in refusal
 
 
+def manifest_of(model: nn.Module, path: Path, verify: Any) -> Manifest:
+    """What a watched pass of the model leaves."""
+    with one_thread(), observatory.watch(model, path, verify=verify) as watch, torch.no_grad():
+        model(**tiny_inputs(model))
+        watch.step()
+    return observatory.open_run(path).manifest
+
+
 @pytest.mark.filterwarnings("ignore:run .*the experts compute other tokens")
 def test_experts_that_do_not_follow_the_gates_are_stated(tmp_path: Path) -> None:
     model = tiny_model("nllb_moe")
     for verify in ("first", "intervention"):
-        with (
-            one_thread(),
-            observatory.watch(model, tmp_path / verify, verify=verify) as watch,
-            torch.no_grad(),
-        ):
-            model(**tiny_inputs(model))
-            watch.step()
-        manifest = observatory.open_run(tmp_path / verify).manifest
+        manifest = manifest_of(model, tmp_path / verify, verify)
         assert any("the experts compute other tokens than they say" in note for note in manifest.notes)
         for layer in manifest.model.moe_layers:
             assert layer.verified is not None
@@ -267,14 +268,7 @@ def test_code_that_is_compiled_inside_a_block_stays_compiled() -> None:
 def test_the_verdicts_are_in_the_manifest(tmp_path: Path) -> None:
     model = tiny_model("qwen3_moe")
     for verify, by in (("first", "rows"), ("intervention", "intervention"), ("none", "none")):
-        with (
-            one_thread(),
-            observatory.watch(model, tmp_path / verify, verify=verify) as watch,
-            torch.no_grad(),
-        ):
-            model(**tiny_inputs(model))
-            watch.step()
-        layers = observatory.open_run(tmp_path / verify).manifest.model.moe_layers
+        layers = manifest_of(model, tmp_path / verify, verify).model.moe_layers
         assert {layer.verified.by for layer in layers if layer.verified} == {by}
     with pytest.raises(CaptureError, match="verify is 'twice'; expected one of first, rows,"):
         observatory.watch(model, tmp_path / "x", verify="twice")  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import observatory
 from observatory.errors import ModelError
 from probes.routing.discover import find_sites
-from tests.probes.homemade import HIDDEN
+from tests.probes.homemade import HIDDEN, StackedExperts
 
 EXPERTS, TOP_K = 4, 2
 
@@ -228,13 +228,8 @@ def test_two_watches_on_one_model_count_the_same(tmp_path: Path) -> None:
     assert counts(tmp_path / "a") == counts(tmp_path / "b") == [model[0].true]
 
 
-class DenseStack(nn.Module):
+class DenseStack(StackedExperts):
     """Experts that compute all tokens, each with its part of a stack."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_experts = EXPERTS
-        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN, HIDDEN))
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -247,7 +242,7 @@ class DenseStack(nn.Module):
 class Given(Moe):
     def __init__(self) -> None:
         super().__init__()
-        self.experts = DenseStack()
+        self.experts = DenseStack(EXPERTS)
 
     def compute(self, hidden: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return self.experts(hidden, ids, weights)

@@ -17,7 +17,7 @@ import observatory
 from observatory.errors import ModelError
 from probes.routing.discover import find_sites
 from probes.routing.witness import RowsOfExperts, chosen_by_intervention
-from tests.probes.homemade import HIDDEN, Stack
+from tests.probes.homemade import HIDDEN, Stack, StackedExperts
 from tests.probes.tiny import assert_untouched
 
 EXPERTS, TOP_K = 4, 2
@@ -202,24 +202,11 @@ class Roundabout(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate, self.top_k, self.experts = nn.Linear(HIDDEN, EXPERTS), TOP_K, StackedExperts()
+        self.gate, self.top_k, self.experts = nn.Linear(HIDDEN, EXPERTS), TOP_K, StackedExperts(EXPERTS)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         weights, ids = self.gate(hidden).softmax(-1).topk(self.top_k)
         return self.experts.forward(hidden, ids, weights)
-
-
-class StackedExperts(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_experts = EXPERTS
-        self.weight = nn.Parameter(torch.randn(EXPERTS, HIDDEN, HIDDEN))
-
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        mixed = torch.einsum("th,tkhg->tkg", hidden_states, self.weight[top_k_index])
-        return (mixed * top_k_weights.unsqueeze(-1)).sum(1)
 
 
 def test_a_block_that_goes_round_the_hook_is_refused_at_its_first_step(tmp_path: Path) -> None:
