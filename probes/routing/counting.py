@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from probes.routing.counters import SLOTS, Buffers, DeviceCounters, Layout, part_of
 from probes.routing.kernels import bin_ids, count_bins, count_map
-from probes.routing.sites import RoutingDecision
+from probes.routing.sites import RoutingDecision, shown_by
 
 __all__ = ["SiteCounter", "count_in_graph"]
 
@@ -169,7 +169,7 @@ def count_in_graph(
     counter: SiteCounter, decision: RoutingDecision, slot: int, device: DeviceCounters
 ) -> None:
     """Count through the operator: what compilers, tracers and dispatch modes see."""
-    if decision.shown is None:
+    if shown_by(decision) is None:
         return
     torch.ops.observatory.count_assignments(
         device.counts,

@@ -16,7 +16,7 @@ from torch import nn
 from observatory.errors import ModelError
 from observatory.records import Verified
 from observatory.store.files import one_line
-from probes.routing.sites import RoutingDecision, RoutingSite, may_drop_inside
+from probes.routing.sites import RoutingDecision, RoutingSite, may_drop_inside, shown_by
 from probes.routing.stacks import SeenOperators, Stack, changed_parts, find_stacks
 from probes.routing.witness import (
     RowsOfExperts,
@@ -399,7 +399,7 @@ def _tokens(decisions: Sequence[RoutingDecision]) -> int:
 
 
 def _device(decisions: Sequence[RoutingDecision]) -> torch.device:
-    shown = decisions[0].shown
+    shown = shown_by(decisions[0])
     assert shown is not None
     return shown.device
 

@@ -30,7 +30,7 @@ from probes.routing.folding import Snapshot
 from probes.routing.inspection import BlockInspection, is_recomputed_or_traced, own_operators, suspension
 from probes.routing.judgement import Verify
 from probes.routing.phase_tracking import PhaseTracker
-from probes.routing.sites import RoutingDecision, RoutingSite
+from probes.routing.sites import RoutingDecision, RoutingSite, shown_by
 
 __all__ = ["RoutingProbe"]
 
@@ -250,7 +250,7 @@ class RoutingProbe:
         return _has_values(decision) and inspection.take(decision)
 
     def _count(self, counter: SiteCounter, decision: RoutingDecision) -> None:
-        shown = decision.shown
+        shown = shown_by(decision)
         if shown is None or not _has_values(decision):
             return
         counters = self._devices.get(shown.device) or self._device(shown.device)
@@ -278,7 +278,7 @@ class RoutingProbe:
                 return
             if decision.is_inferred:
                 self.inferred_in_graph = True
-            shown = decision.shown
+            shown = shown_by(decision)
             if shown is not None:
                 count_in_graph(counter, decision, self.phases.slot, self._devices[shown.device])
 
@@ -301,7 +301,7 @@ class RoutingProbe:
 
 
 def _has_values(decision: RoutingDecision) -> bool:
-    shown = decision.shown
+    shown = shown_by(decision)
     return shown is not None and not shown.is_meta and not _is_fake(shown)
 
 

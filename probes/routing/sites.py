@@ -15,7 +15,7 @@ from torch import nn
 
 from observatory.records import MoeLayerSpec
 
-__all__ = ["ReadCall", "RoutingDecision", "RoutingSite", "may_drop_inside"]
+__all__ = ["ReadCall", "RoutingDecision", "RoutingSite", "may_drop_inside", "shown_by"]
 
 #: Attributes of experts that drop assignments over a capacity by themselves.
 _CAPACITIES = ("capacity_factor", "expert_capacity", "expert_capacity_factor", "moe_capacity_factor")
@@ -43,11 +43,6 @@ class RoutingDecision:
     token_mask: torch.Tensor | None = None
     tokens: int | None = None
     is_inferred: bool = False
-
-    @property
-    def shown(self) -> torch.Tensor | None:
-        """The ids, or else the map; None when the decision shows neither."""
-        return self.expert_ids if self.expert_ids is not None else self.routing_map
 
 
 #: (module, positional arguments, keyword arguments, output or None before the call) -> decision, or None
@@ -84,6 +79,11 @@ class RoutingSite:
     experts: tuple[nn.Module, ...] = ()
     infers: bool = False
     shows_gates: bool = False
+
+
+def shown_by(decision: RoutingDecision) -> torch.Tensor | None:
+    """The ids, or else the map; None when the decision shows neither."""
+    return decision.expert_ids if decision.expert_ids is not None else decision.routing_map
 
 
 def may_drop_inside(site: RoutingSite) -> bool:
