@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 
+from observatory.children import python_code
 from observatory.ranks import RankOf
 
 __all__ = ["limited_start"]
@@ -37,7 +37,7 @@ def limited_start(where: RankOf, limit_s: float) -> Iterator[None]:
         "rank did not start, or hangs; see the output of all ranks, and whether all hosts have the same MPI"
     )
     watcher = subprocess.Popen(
-        [sys.executable, "-ISc", _WATCHER, str(limit_s), str(os.getpid()), sentence],
+        python_code(_WATCHER, str(limit_s), str(os.getpid()), sentence),
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     )

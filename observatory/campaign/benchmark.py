@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from pathlib import Path
 
 from observatory.campaign.ranks import check_backend
+from observatory.children import python_module
 from observatory.documents import write_text
 from observatory.errors import ExchangeError, alike
 from observatory.ranks import find_rank
@@ -78,7 +78,7 @@ def run_benchmark(
             plan=plan, backend=backend, ranks_per_node=ranks_per_node, timeout_s=timeout_s, out=str(out)
         )
         job.write_text(told.model_dump_json(), encoding="utf-8")
-        start_local_ranks([sys.executable, "-m", "collectives.bench_rank", str(job)], ranks)
+        start_local_ranks(python_module("collectives.bench_rank", str(job)), ranks)
         return load_bench(out)
 
 

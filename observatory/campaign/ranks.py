@@ -9,13 +9,13 @@ experts. One run directory takes the rows of all ranks.
 from __future__ import annotations
 
 import contextlib
-import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from observatory.children import python_module
 from observatory.errors import ExchangeError, PlacementError, RunError, alike
 from observatory.ranks import RankOf, find_rank
 from observatory.records import Topology
@@ -75,7 +75,7 @@ def start_ranks(job: ProfileJob, out: Path, *, overwrite: bool = False) -> None:
     job.own_devices(rank=0, ranks=job.ep)
     check_free(out, overwrite=overwrite)
     argv = [*profile_argv(job, out), *(["--force"] if overwrite else [])]
-    start_local_ranks([sys.executable, "-m", "observatory", *argv], job.ep)
+    start_local_ranks(python_module("observatory", *argv), job.ep)
 
 
 def check_backend(backend: str) -> None:

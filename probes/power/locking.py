@@ -18,15 +18,14 @@ the site's epilogue, or the next lease of that GPU, undoes it (docs/power.md#loc
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from observatory.children import python_module
 from observatory.errors import ClockError, LockRefusedError, ObservatoryError
 from probes.power.control import ClockControl
 from probes.power.lease import (
@@ -332,12 +331,11 @@ def _start_watchdog(path: Path, lease: Lease) -> subprocess.Popen[bytes]:
         # Not the owner's standard error: a pipe that waits for its end would wait for the watchdog.
         with diary_path(path).open("ab") as diary:
             process = subprocess.Popen(
-                [sys.executable, "-m", "probes.power.watchdog", str(path), lease.lease_id],
+                python_module("probes.power.watchdog", str(path), lease.lease_id),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=diary,
                 start_new_session=True,  # Ctrl-C and hang-ups of the terminal are the owner's
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(part for part in sys.path if part)},
             )
     except OSError as error:
         path.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ import contextlib
 import os
 import select
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Self, TypeVar
 
 from pydantic import ValidationError
 
+from observatory.children import python_module
 from observatory.errors import DeviceError
 from observatory.records import DeviceCalibration, DeviceSpec, RankPower, Record
 from probes.power.job import SamplerJob, SamplerReady, SamplerReport
@@ -91,10 +91,10 @@ class PowerSampler:
             DeviceError: a device cannot be opened, or the process does not start.
         """
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "probes.power.sampling"],
+            python_module("probes.power.sampling"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": _import_path(), "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         try:
             self._send(self._job.model_dump_json().encode() + b"\n")
@@ -219,8 +219,3 @@ def _close(process: subprocess.Popen[bytes]) -> None:
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()
-
-
-def _import_path() -> str:
-    """Where the sampling process finds what this one imports, in the same order."""
-    return os.pathsep.join(path for path in sys.path if path)

@@ -2,6 +2,8 @@
 
     OBSERVATORY_KILL="watchdog 37" PYTHONPATH=FOLDER:...      # FOLDER as hook_folder() makes it
 
+kills the watchdog that a Python process with these variables starts.
+
 Points are the lines of ``probes/power/{locking,lease,control,watchdog}.py`` in functions, in the order in
 which a process runs them, each line at most three times. Point 0 kills nowhere. The file that
 ``OBSERVATORY_POINTS`` names then takes the count, and else "killed" just before the end.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import runpy
 import signal
 import sys
 from collections import Counter
@@ -18,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from observatory import children
 
 __all__ = ["KILL", "POINTS", "from_environment", "hook_folder", "kill_at_point", "kill_now"]
 
@@ -27,7 +32,7 @@ KILL, POINTS = "OBSERVATORY_KILL", "OBSERVATORY_POINTS"
 _TIMES = 3
 _OURS = tuple(f"/probes/power/{name}.py" for name in ("locking", "lease", "control", "watchdog"))
 _IN_FUNCTION = 0x1  # CO_OPTIMIZED: no module, no class body
-#: What tells a role's process by its command line.
+#: The module that a role's process runs.
 _ROLES = {"watchdog": "probes.power.watchdog"}
 
 
@@ -93,8 +98,21 @@ def hook_folder(folder: Path) -> Path:
 
 
 def from_environment() -> None:
-    """Kill this process at a point if its command line and the environment say so."""
+    """Let this process start children that are killed at a point, if the environment says so."""
     role, point = os.environ.get(KILL, " 0").rsplit(" ", 1)
-    if role not in _ROLES or _ROLES[role] not in sys.orig_argv:
+    if role not in _ROLES:
         return
-    atexit.register(kill_at_point(int(point)))
+    isolated = children.python_module
+
+    def killed(module: str, *arguments: str) -> list[str]:
+        if module != _ROLES[role]:
+            return isolated(module, *arguments)
+        return [sys.executable, "-m", __name__, point, module, *arguments]
+
+    children.python_module = killed
+
+
+if __name__ == "__main__":
+    atexit.register(kill_at_point(int(sys.argv[1])))
+    sys.argv[:] = sys.argv[2:]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
