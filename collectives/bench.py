@@ -47,8 +47,10 @@ from collectives.movers import Mover, mover
 from collectives.pairs import align_transport
 from collectives.patterns import PATTERNS, pattern_rows
 from observatory.errors import BenchmarkError, ExchangeError
+from observatory.records import CoreSpec
 from observatory.records_bench import BenchCase, BenchPlan, BenchResult, Traffic
 from observatory.stages import ALGORITHMS
+from observatory.usable_cores import find_cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,7 +160,9 @@ def run_plan(
             case.run(repeat, plan.iterations, clock_ns, barrier_timeout_s)
     clock = with_drift(begin, align_transport(transport))
     own = rank_times([case.interval_ns_R2 for case in cases], clock)
-    everyone = transport.gather_json([own.model_dump(), [case.correct for case in cases]])
+    everyone = transport.gather_json(
+        [own.model_dump(), [case.correct for case in cases], find_cores().model_dump(exclude={"threads"})]
+    )
     if everyone is None:
         return None
     return _result(transport, plan, cases, everyone)
@@ -232,12 +236,12 @@ def _result(
     transport: Transport,
     plan: BenchPlan,
     cases: Sequence[_Case],
-    everyone: list[tuple[dict[str, Any], list[bool]]],
+    everyone: list[tuple[dict[str, Any], list[bool], dict[str, Any]]],
 ) -> BenchResult:
     from observatory.provenance import collect_provenance
 
     origin = collect_provenance()
-    told_P = [RankTimes.model_validate(told) for told, _ in everyone]
+    told_P = [RankTimes.model_validate(told) for told, _, _ in everyone]
     uncertainties = [told.uncertainty_ns for told in told_P if told.uncertainty_ns is not None]
     times = [case_times(told_P, index, plan.iterations) for index in range(len(cases))]
     return BenchResult(
@@ -256,7 +260,7 @@ def _result(
                 algorithm=case.algorithm,
                 rank_us_RP=times[index].rank_us_RP,
                 wait_us_RP=times[index].wait_us_RP,
-                correct=all(correct[index] for _, correct in everyone),
+                correct=all(correct[index] for _, correct, _ in everyone),
             )
             for index, case in enumerate(cases)
         ),
@@ -264,5 +268,6 @@ def _result(
         git_sha=origin["git_sha"],
         hosts=origin["hosts"],
         software=origin["software"],
+        cores_P=tuple(CoreSpec.model_validate(cores) for _, _, cores in everyone),
         notes=plan.notes,
     )

@@ -12,9 +12,13 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 __all__ = [
+    "MOST_CORES",
     "PHASES",
     "SCHEMA_VERSION",
     "ClockSpec",
+    "CoreQuota",
+    "CoreShare",
+    "CoreSpec",
     "DataSpec",
     "DeviceCalibration",
     "DeviceSpec",
@@ -33,7 +37,7 @@ __all__ = [
     "Verified",
 ]
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 
 Phase = Literal["prefill", "decode", "train_forward", "train_backward", "unknown"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "train_forward", "train_backward", "unknown")
@@ -166,6 +170,65 @@ class HostSpec(Record):
     cpu: Text | None = None
     cpus: Count | None = None
     memory_bytes: Count | None = None
+
+
+#: More than Linux schedules on.
+MOST_CORES = 8192
+_Cores = Annotated[float, Field(gt=0.0, le=1e9)]
+
+
+class CoreQuota(Record):
+    """What a control group lets its processes use.
+
+    Attributes:
+        cpus: cores at once, on average; 0.5 is half of one.
+        group: what names the group on its machine.
+    """
+
+    cpus: _Cores
+    group: Text
+
+
+class CoreSpec(Record):
+    """Cores that one rank may use.
+
+    Attributes:
+        host: host name of the rank.
+        machine: what names its kernel, which containers of one machine share; None where it is not known.
+        cpus: cores of its affinity, as Linux writes lists of them (``0-3,8``).
+        quotas: limits of its control groups, the innermost first; empty without any.
+        threads: threads that it computes with; None when not known.
+    """
+
+    host: Text
+    machine: Text | None = None
+    cpus: Annotated[str, Field(max_length=4096, pattern=r"^(\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*)?$")]
+    quotas: Annotated[tuple[CoreQuota, ...], Field(max_length=32)] = ()
+    threads: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+
+
+class CoreShare(Record):
+    """Ranks of one machine and the cores that they can use.
+
+    Attributes:
+        hosts: names of the machine; containers may each have one of their own.
+        ranks: ranks there.
+        cores: where they are fewer than the ranks, how many ranks can have a core of their own at once (a
+            quota may give them part of one); else all that they can use together.
+        threads: threads of all these ranks; None where a rank does not say.
+    """
+
+    hosts: Annotated[tuple[Text, ...], Field(min_length=1, max_length=64)]
+    ranks: Annotated[int, Field(ge=1)]
+    cores: Annotated[float, Field(ge=0.0, le=1e9)]
+    threads: Count | None = None
+
+    @property
+    def short(self) -> Literal["ranks", "threads"] | None:
+        """What is more than the cores; None where there are enough."""
+        if self.ranks > self.cores:
+            return "ranks"
+        return "threads" if self.threads is not None and self.threads > self.cores else None
 
 
 class SchedulerJob(Record):
@@ -328,6 +391,7 @@ class RankStatus(Record):
         power: what was sampled of the devices of its node; None when nobody asked.
         moe_layers: the MoE layers that this rank holds, each number once; None when it does not say (runs
             before schema 1.2), and in the copy that ``run.json`` keeps.
+        cores: cores that it may use; None when it does not say (runs before schema 1.3).
     """
 
     rank: Count
@@ -341,6 +405,7 @@ class RankStatus(Record):
     moe_layers: (
         Annotated[tuple[RankLayer, ...], Field(max_length=16384), AfterValidator(_once_each)] | None
     ) = None
+    cores: CoreSpec | None = None
 
 
 class Manifest(Record):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from observatory.records import Count, HostSpec, Record, Text
+from observatory.records import CoreSpec, Count, HostSpec, Record, Text
 from observatory.versioned import load_document
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "load_bench",
 ]
 
-BENCH_VERSION = "1.1"
+BENCH_VERSION = "1.2"
 
 _MAX_RANKS = 4096
 _MAX_BYTES = 1 << 50
@@ -200,6 +200,7 @@ class BenchResult(Record):
         cases: the measurements.
         run_id: the run whose traffic was replayed.
         git_sha, hosts, software: where it was measured.
+        cores_P: cores that each rank could use; None in results before schema 1.2.
         notes: what a reader must know.
     """
 
@@ -219,12 +220,15 @@ class BenchResult(Record):
     git_sha: Text | None = None
     hosts: tuple[HostSpec, ...] = ()
     software: dict[str, Text] = Field(default_factory=dict)
+    cores_P: Annotated[tuple[CoreSpec, ...], Field(max_length=_MAX_RANKS)] | None = None
     notes: tuple[Text, ...] = ()
 
     @model_validator(mode="after")
     def _ranks_agree(self) -> BenchResult:
         if any(case.ranks != len(self.node_of_P) for case in self.cases):
             raise ValueError("a case has another number of ranks than node_of_P")
+        if self.cores_P is not None and len(self.cores_P) != len(self.node_of_P):
+            raise ValueError("cores are not given for every rank")
         return self
 
     @property

@@ -67,7 +67,8 @@ def alltoall(
     from collectives.bench import alltoall_plan
     from collectives.patterns import PATTERNS
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
-    from observatory.cli.output import print_json, print_table, say
+    from observatory.cli.output import print_json, print_table, say, say_cores
+    from observatory.usable_cores import share_document, short_of_cores
 
     check_out(out, force=force)
     world = ranks_of_benchmark(ranks)
@@ -86,6 +87,8 @@ def alltoall(
     )
     if result is None:
         return
+    short = short_of_cores(result.cores_P or ())
+    say_cores(short)
     for note in result.notes:
         say(f"note: {note}")
     rows = [
@@ -114,6 +117,7 @@ def alltoall(
                 "node_of_rank": list(result.node_of_P),
                 "timing": result.timing,
                 "notes": list(result.notes),
+                "short_of_cores": [share_document(share) for share in short],
                 "rows": [dict(zip(names, row, strict=True)) for row in rows],
             }
         )

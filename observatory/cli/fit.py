@@ -9,7 +9,10 @@ import typer
 
 from observatory.cli.options import ForceOption, JsonOption
 
-__all__ = ["fit"]
+__all__ = ["NOT_VALID", "fit"]
+
+#: Exit code: the model is written, but its verdict is that it is not to be relied on.
+NOT_VALID = 3
 
 
 def fit(
@@ -27,11 +30,13 @@ def fit(
     import sys
 
     from observatory.campaign.benchmark import check_out
-    from observatory.cli.output import print_json, print_table, say
+    from observatory.cli.output import print_json, print_table, say, say_cores
     from observatory.cost.checking import check_predictions, error_summary, not_fitted
     from observatory.cost.fitting import fit_network
+    from observatory.cost.wording import misfit_sentence, verdict_sentence
     from observatory.documents import frame_records, write_text
     from observatory.records_bench import load_bench
+    from observatory.usable_cores import share_document
 
     check_out(out, force=force)
     fitted = [load_bench(path) for path in results]
@@ -48,6 +53,8 @@ def fit(
         for path, result in unseen
         for row in frame_records(error_summary(check_predictions(model, result)))
     ]
+    valid = all(item.verdict is not None and item.verdict.code == "valid" for item in model.fits)
+    say_cores(model.short_of_cores)
     for note in model.notes:
         say(f"note: {note}")
     write_text(out, model.model_dump_json(indent=1))
@@ -56,13 +63,14 @@ def fit(
             {
                 "backend": model.backend,
                 "notes": list(model.notes),
+                "short_of_cores": [share_document(share) for share in model.short_of_cores],
                 "fits": [
                     item.model_dump(mode="json", exclude={"samples_BF", "ratio_Q"}) for item in model.fits
                 ],
                 "checked": [{"result": path.name, **row} for path, row in checked],
             }
         )
-        return
+        raise typer.Exit(0 if valid else NOT_VALID)
     for item in model.fits:
         print_table(
             ["form", "parameters", "median error", "p90", "other ranks", "chosen"],
@@ -103,12 +111,19 @@ def fit(
         )
     if checked:
         print_table(
-            ["result", "algorithm", "pattern", "exchanges", "median error", "p90", "bias", "in interval"],
+            ["result", "algorithm", "pattern", "exchanges", "median error", "p90", "bias", "in interval",
+             "through misfits"],
             [
                 [path.name, *(row[name] for name in ("algorithm", "pattern", "exchanges", "median_error",
-                                                     "p90_error", "median_ratio", "inside_interval"))]
+                                                     "p90_error", "median_ratio", "inside_interval",
+                                                     "through_misfits"))]
                 for path, row in checked
             ],
             title="predicted against measured, not in the fit",
         )  # fmt: skip
+    for item in model.fits:
+        say(f"verdict: {verdict_sentence(item, model.backend)}")
+        for misfit in item.misfits:
+            say(f"  {misfit_sentence(misfit)}")
     say(f"network model written to {out}; next: observatory scan RUN --network {out}")
+    raise typer.Exit(0 if valid else NOT_VALID)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-__all__ = ["complain", "print_json", "print_lines", "print_table", "progress_bar", "say"]
+if TYPE_CHECKING:
+    from observatory.records import CoreShare
+
+__all__ = ["complain", "print_json", "print_lines", "print_table", "progress_bar", "say", "say_cores"]
 
 _LONGEST_COMPLAINT = 1200
 
@@ -20,6 +23,14 @@ _LONGEST_COMPLAINT = 1200
 def say(message: str) -> None:
     """One line for people, on stderr."""
     sys.stderr.write(_one_line(message) + "\n")
+
+
+def say_cores(shares: Iterable[CoreShare]) -> None:
+    """Where ranks have no core of their own, one line for each machine."""
+    from observatory.usable_cores import core_sentence
+
+    for share in shares:
+        say(f"note: {core_sentence(share)}")
 
 
 def complain(message: str) -> None:

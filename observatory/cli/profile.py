@@ -74,8 +74,10 @@ def profile(
     """
     from observatory.campaign.profile import ProfileJob, run_profile
     from observatory.campaign.ranks import needs_ranks, start_ranks
-    from observatory.cli.output import progress_bar, say
+    from observatory.cli.output import progress_bar, say, say_cores
     from observatory.ranks import find_rank
+    from observatory.store import open_run
+    from observatory.usable_cores import short_of_cores
 
     job = ProfileJob(
         model=model,
@@ -111,4 +113,5 @@ def profile(
     with progress_bar() as bar:
         task = bar.add_task("profile", total=job.prefill_steps + job.decode_steps)
         run_profile(job, out, overwrite=force, progress=lambda done, _: bar.update(task, completed=done))
+    say_cores(short_of_cores(status.cores for status in open_run(out).manifest.ranks))
     say(f"run written to {out}; next: observatory routing {out}")

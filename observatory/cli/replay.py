@@ -65,11 +65,12 @@ def replay(
 
     from collectives.replay import replay_plan
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
-    from observatory.cli.output import print_json, print_table, say
+    from observatory.cli.output import print_json, print_table, say, say_cores
     from observatory.cost.realism import realism
     from observatory.documents import frame_records
     from observatory.parallel.captured import captured_traffic, traffic_notes
     from observatory.store import open_run
+    from observatory.usable_cores import share_document, short_of_cores
 
     check_out(out, force=force)
     opened = open_run(run)
@@ -102,6 +103,8 @@ def replay(
     if result is None:
         return
     rows = frame_records(realism(result))
+    short = short_of_cores(result.cores_P or ())
+    say_cores(short)
     for note in result.notes:
         say(f"note: {note}")
     if json:
@@ -112,6 +115,7 @@ def replay(
                 "ranks": result.ranks,
                 "timing": result.timing,
                 "notes": list(result.notes),
+                "short_of_cores": [share_document(share) for share in short],
                 "rows": rows,
             }
         )

@@ -21,7 +21,7 @@ def exchanges(
     json: JsonOption = False,
 ) -> None:
     """Show the time of every layer's exchanges, split into waiting and transfer."""
-    from observatory.cli.output import print_json, print_table, say
+    from observatory.cli.output import print_json, print_table, say, say_cores
     from observatory.cli.parsing import parse_files_of_ranks
     from observatory.documents import frame_records
     from observatory.errors import RunError
@@ -34,6 +34,7 @@ def exchanges(
         run_waits,
     )
     from observatory.store import open_run
+    from observatory.usable_cores import share_document, short_of_cores
 
     opened = open_run(run)
     waits = run_waits(opened)
@@ -44,6 +45,8 @@ def exchanges(
     phases = frame_records(critical_path(opened.spans(), waits))
     dumps = parse_files_of_ranks(flight_recorder or (), ranks=opened.manifest.topology.ranks)
     recorder = recorder_of_run(opened, dumps=dumps)
+    short = short_of_cores(status.cores for status in opened.manifest.ranks)
+    say_cores(short)
     for problem in opened.problems:
         say(f"note: {problem}")
     if json:
@@ -52,6 +55,7 @@ def exchanges(
                 "run_id": opened.manifest.run_id,
                 "model": opened.manifest.model.name,
                 "problems": list(opened.problems),
+                "short_of_cores": [share_document(share) for share in short],
                 "layers": layers,
                 "ranks": ranks,
                 "phases": phases,

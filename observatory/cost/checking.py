@@ -20,13 +20,14 @@ __all__ = ["CHECK_COLUMNS", "check_predictions", "checked_row", "error_summary",
 #: Columns of `check_predictions`.
 CHECK_COLUMNS: tuple[str, ...] = (
     "algorithm", "pattern", "phase", "layer", "step", "role", "measured_us", "predicted_us", "low_us",
-    "high_us", "error", "extrapolated",
+    "high_us", "error", "extrapolated", "misfits",
 )  # fmt: skip
 
 
 def check_predictions(model: NetworkModel, result: BenchResult) -> pd.DataFrame:
     """One row per case: algorithm, pattern, phase, layer, step, role, measured_us, predicted_us, low_us,
-    high_us, error (|predicted - measured| / measured), extrapolated (None: nothing).
+    high_us, error (|predicted - measured| / measured), extrapolated (None: nothing), misfits (places in the
+    fit's, None: none).
 
     Raises:
         BenchmarkError: another backend, or kinds of exchanges the model never measured.
@@ -67,6 +68,7 @@ def checked_row(
         "high_us": found.high_us,
         "error": abs(found.us - measured_us) / measured_us,
         "extrapolated": "; ".join(found.extrapolated) or None,
+        "misfits": found.misfits or None,
     }
 
 
@@ -86,7 +88,7 @@ def not_fitted(result: BenchResult, fitted: Sequence[BenchResult], *, name: str)
 
 def error_summary(checked: pd.DataFrame) -> pd.DataFrame:
     """Per algorithm and pattern: exchanges, median_error, p90_error, median_ratio (predicted over measured),
-    and the share of measurements inside the 90 % interval.
+    the share of measurements inside the 90 % interval, and of exchanges through misfits of the model.
     """  # noqa: D205 - the list is one sentence
     rows = []
     for (algorithm, pattern), group in checked.groupby(["algorithm", "pattern"], sort=True):
@@ -100,6 +102,7 @@ def error_summary(checked: pd.DataFrame) -> pd.DataFrame:
                 "p90_error": float(np.quantile(group["error"], 0.9)),
                 "median_ratio": float((group["predicted_us"] / group["measured_us"]).median()),
                 "inside_interval": float(inside.mean()),
+                "through_misfits": float(group["misfits"].notna().mean()),
             }
         )
     return pd.DataFrame(rows)

@@ -42,6 +42,10 @@ TERMS: dict[str, str] = {
     "shared_bytes": "bytes of all ranks of the node that leave a rank, in plus out",
     "link_bytes": "bytes of the whole node with other nodes, the larger of in and out",
     "link_two_way": "bytes of the whole node that also pass the other way between the same two ranks",
+    "out_node": "bytes to other ranks of the node",
+    "in_node": "bytes from other ranks of the node",
+    "link_out": "bytes of the whole node to other nodes",
+    "link_in": "bytes of the whole node from other nodes",
 }
 
 #: Terms whose coefficients are microseconds per byte.
@@ -61,17 +65,23 @@ class Form:
         floor: those of the terms that pass while the others do, so that the larger of the two sums counts
             instead of all: short exchanges last the probe latency and long ones do not pay it on top. Empty:
             all terms add up.
+        ways: terms of sending, and of receiving: they pass at once, so that the larger of the two sums
+            counts, each with all other terms. Empty: no term is of one way alone.
     """
 
     name: str
     meaning: str
     terms: tuple[str, ...]
     floor: tuple[str, ...] = ()
+    ways: tuple[tuple[str, ...], ...] = ()
 
     @property
-    def in_floor(self) -> tuple[bool, ...]:
-        """Which of the terms belong to the floor."""
-        return tuple(term in self.floor for term in self.terms)
+    def sums(self) -> tuple[tuple[bool, ...], ...]:
+        """Which terms add up in each of a rank's sums, of which the largest counts."""
+        added = {term for term in self.terms if term not in self.floor}
+        sides = [added - {term for way in self.ways if way is not own for term in way} for own in self.ways]
+        floor = [set(self.floor)] if self.floor else []
+        return tuple(tuple(term in one for term in self.terms) for one in (*(sides or [added]), *floor))
 
 
 _LATENCY = ("exchange", "peers")
@@ -79,6 +89,7 @@ _MESSAGES = ("messages_node", "messages_other")
 # A term that measurements cannot tell apart from those before it is left out: own bytes stand last.
 _BYTES = ("bytes_node", "bytes_other", "bytes_self")
 _TWO_WAY = ("bytes_node", "link_bytes", "two_way_node", "link_two_way", "bytes_self")
+_OUT, _IN = ("out_node", "link_out"), ("in_node", "link_in")
 
 #: Forms by name, simplest first (docs/network-model.md).
 FORMS: dict[str, Form] = {
@@ -125,6 +136,13 @@ FORMS: dict[str, Form] = {
             meaning="two-way, but the latency of ranks passes while messages and bytes do: the longer counts",
             terms=(*_LATENCY, *_MESSAGES, *_TWO_WAY),
             floor=_LATENCY,
+        ),
+        Form(
+            name="directions",
+            meaning="two-way-floor, but what is sent and what is received have costs of their own",
+            terms=(*_LATENCY, *_MESSAGES, *_OUT, *_IN, "two_way_node", "link_two_way", "bytes_self"),
+            floor=_LATENCY,
+            ways=(_OUT, _IN),
         ),
         Form(
             name="shared-node",
@@ -218,6 +236,10 @@ def _terms_of(bytes_PP: NDArray[np.int64], node_P: NDArray[np.int64]) -> NDArray
         "shared_self": over_node(self_P),
         "shared_bytes": over_node(both(leaving_PP)),
         "link_bytes": np.maximum(over_node(other_PP.sum(axis=1)), over_node(other_PP.sum(axis=0))),
+        "out_node": node_PP.sum(axis=1),
+        "in_node": node_PP.sum(axis=0),
+        "link_out": over_node(other_PP.sum(axis=1)),
+        "link_in": over_node(other_PP.sum(axis=0)),
         "link_two_way": over_node(np.minimum(other_PP, other_PP.T).sum(axis=1)),
     }
     return np.stack([np.asarray(columns[name], dtype=np.float64) for name in _NAMES], axis=1)

@@ -22,10 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from observatory.cost.features import BYTE_TERMS, StageTerms, stage_terms
+from observatory.cost.judging import Fabric, find_misfits, paired_ratios, repeat_noise, verdict_of
 from observatory.cost.network import AlgorithmFit, Coefficient, Domain, NetworkModel, RanksScore
 from observatory.cost.trials import Cases, Trial, choose, try_forms
 from observatory.errors import BenchmarkError
-from observatory.records_bench import NODES_AS_TOLD, BenchResult
+from observatory.records_bench import NODES_AS_TOLD, BenchCase, BenchResult
+from observatory.stages import stages
+from observatory.usable_cores import short_of_cores
 
 __all__ = ["fit_network"]
 
@@ -74,10 +77,16 @@ def fit_network(
                 _Case(
                     group=(case.pattern, case.seed, case.step, case.layer, case.role, result.ranks),
                     bytes_PP=case.bytes_PP,
-                    node_of_P=result.node_of_P,
+                    staged_PP=_over_stages(case, result.node_of_P),
                     terms=stage_terms(case.bytes_PP, result.node_of_P, case.algorithm, role=case.role),
+                    fabric=Fabric(
+                        node_of_P=result.node_of_P,
+                        host_of_P=(
+                            None if result.cores_P is None else tuple(cores.host for cores in result.cores_P)
+                        ),
+                    ),
                     us=case.median_us,
-                    noise=_noise(case.exchange_us_R),
+                    scatter=repeat_noise(case.exchange_us_R),
                 )
             )
     from observatory.provenance import find_git_sha
@@ -94,26 +103,41 @@ def fit_network(
         sources=(*sources, *(f"host {host}" for host in hosts)),
         git_sha=find_git_sha(),
         notes=(NODES_AS_TOLD,) if any(NODES_AS_TOLD in result.notes for result in results) else (),
+        short_of_cores=tuple(
+            dict.fromkeys(share for result in results for share in short_of_cores(result.cores_P or ()))
+        ),
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Case:
-    """One measured matrix; ``group`` is what is held out together, ``noise`` the expected relative error."""
+    """One measured matrix.
+
+    Attributes:
+        group: what is held out together.
+        staged_PP: bytes from rank i to rank j over all stages of the algorithm.
+        scatter: relative standard error of ``us`` by its repeats; None when they are too few.
+    """
 
     group: tuple[object, ...]
     bytes_PP: NDArray[np.int64]
-    node_of_P: tuple[int, ...]
+    staged_PP: NDArray[np.int64]
+    fabric: Fabric
     terms: StageTerms
     us: float
-    noise: float
+    scatter: float | None
+
+    @property
+    def node_of_P(self) -> tuple[int, ...]:
+        """Node of each rank."""
+        return self.fabric.node_of_P
 
 
 def _fit_algorithm(algorithm: str, measured: Sequence[_Case], bootstrap: int, seed: int) -> AlgorithmFit:
     cases = Cases(
         terms_C=[case.terms for case in measured],
         us_C=np.array([case.us for case in measured]),
-        noise_C=np.array([case.noise for case in measured]),
+        noise_C=np.hypot(_LEAST_NOISE, [case.scatter or 0.0 for case in measured]),
         group_C=[case.group for case in measured],
         ranks_C=np.array([len(case.node_of_P) for case in measured]),
     )
@@ -127,6 +151,13 @@ def _fit_algorithm(algorithm: str, measured: Sequence[_Case], bootstrap: int, se
     value_F = chosen.fit(np.arange(len(measured)))
     samples_BF = _bootstrap(chosen, value_F, bootstrap, seed)
     other = chosen.ranks_ratio_C
+    fabric_C, staged_C = [case.fabric for case in measured], [case.staged_PP for case in measured]
+    misfits = find_misfits(chosen, value_F, fabric_C, staged_C, seed)
+    scatter = [case.scatter for case in measured if case.scatter is not None]
+    paired, other_paired = (
+        None if ratio_C is None else paired_ratios(ratio_C, fabric_C, staged_C, cases.group_C)
+        for ratio_C in (chosen.ratio_C, other)
+    )
     return AlgorithmFit(
         algorithm=algorithm,
         form=chosen.form.name,
@@ -135,6 +166,17 @@ def _fit_algorithm(algorithm: str, measured: Sequence[_Case], bootstrap: int, se
         ratio_Q=_quantiles(chosen.ratio_C),
         other_ranks_ratio_Q=None if other is None else _quantiles(other),
         held_out_ranks=_held_out_ranks(chosen),
+        paired_ratio_Q=None if paired is None or not paired.size else _quantiles(paired),
+        other_ranks_paired_ratio_Q=(
+            None if other_paired is None or not other_paired.size else _quantiles(other_paired)
+        ),
+        misfits=misfits,
+        verdict=verdict_of(
+            chosen.score(),
+            noise=float(np.median(scatter)) if scatter else None,
+            other_ranks_p90=None if other is None else float(np.quantile(np.abs(1.0 / other - 1.0), 0.9)),
+            misfits=misfits,
+        ),
         scores=tuple(trial.score() for trial in trials),
         domain=_domain(measured),
         cases=len(measured),
@@ -142,11 +184,11 @@ def _fit_algorithm(algorithm: str, measured: Sequence[_Case], bootstrap: int, se
     )
 
 
-def _noise(us_R: NDArray[np.float64]) -> float:
-    """Relative standard error of a median, from the quartiles of the repeats, and what is always left."""
-    low, middle, high = np.quantile(us_R, [0.25, 0.5, 0.75])
-    scatter = 1.2533 * (high - low) / 1.349 / middle / np.sqrt(us_R.size)
-    return float(np.hypot(_LEAST_NOISE, scatter))
+def _over_stages(case: BenchCase, node_of_P: tuple[int, ...]) -> NDArray[np.int64]:
+    summed: NDArray[np.int64] = np.sum(
+        stages(case.bytes_PP, node_of_P, case.algorithm, role=case.role), axis=0
+    )
+    return summed
 
 
 def _quantiles(ratio_C: NDArray[np.float64]) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from observatory.cost.features import FORMS
 from observatory.errors import BenchmarkError
-from observatory.records import Count, Record, Text
+from observatory.records import CoreShare, Count, Record, Text
 from observatory.versioned import load_document
 
 __all__ = [
@@ -21,18 +21,22 @@ __all__ = [
     "Coefficient",
     "Domain",
     "FormScore",
+    "Misfit",
     "NetworkModel",
     "RanksScore",
+    "Reason",
+    "Verdict",
     "load_network",
 ]
 
-NETWORK_VERSION = "2.0"
+NETWORK_VERSION = "2.1"
 
 #: Beyond any error of a fit.
 _NotNegative = Annotated[float, Field(ge=0.0, le=1e30)]
 #: Microseconds per unit and ratios: beyond what any fabric is, so that predictions stay finite.
 _Cost = Annotated[float, Field(ge=0.0, le=1e12)]
 _Ratio = Annotated[float, Field(gt=0.0, le=1e24)]
+_Ratios = Annotated[tuple[_Ratio, ...], Field(min_length=1, max_length=1000)]
 _Known = Annotated[tuple[Count, ...], Field(min_length=1)]
 
 
@@ -117,6 +121,78 @@ class Domain(Record):
     empty: bool = False
 
 
+class Misfit(Record):
+    """A part of the fabric that the model does not describe: its times are not those of the other ranks.
+
+    Attributes:
+        code: what differs: what one rank sends, receives, or both (``rank``); what one rank sends another
+            (``pair``); what a node sends or receives.
+        who: the rank, the sending and the receiving rank, or the node.
+        ranks, node_of_P: the set of ranks in which it was found.
+        hosts: hosts of these ranks; empty when not recorded.
+        us_per_byte: what a byte costs there.
+        p_value: share of measurements with permuted ranks in which the best of all candidates does as well.
+        cases: matrices in which it decides the time.
+    """
+
+    code: Literal["rank_sends", "rank_receives", "rank", "pair", "node_sends", "node_receives"]
+    who: Annotated[tuple[Count, ...], Field(min_length=1, max_length=2)]
+    ranks: Annotated[int, Field(ge=1)]
+    node_of_P: Annotated[tuple[Count, ...], Field(min_length=1, max_length=4096)]
+    hosts: tuple[Text, ...] = ()
+    us_per_byte: _Cost
+    p_value: Annotated[float, Field(ge=0.0, le=1.0)]
+    cases: Count
+
+    @model_validator(mode="after")
+    def _names_what_is_there(self) -> Misfit:
+        if len(self.who) != (2 if self.code == "pair" else 1) or len(self.node_of_P) != self.ranks:
+            raise ValueError("a misfit does not fit its ranks")
+        known = self.node_of_P if self.code.startswith("node") else range(self.ranks)
+        if any(number not in known for number in self.who):
+            raise ValueError("a misfit names a rank or node that is not there")
+        return self
+
+
+class Reason(Record):
+    """Why a fit is not to be relied on: a value beyond its bound; of ``misfits``, how many."""
+
+    code: Literal[
+        "repeat_noise", "held_out_median", "held_out_p90", "other_ranks_median", "other_ranks_p90", "misfits"
+    ]
+    value: _NotNegative
+    bound: _NotNegative
+
+
+class Verdict(Record):
+    """What the fit of one algorithm is good for, within its ``domain``.
+
+    Attributes:
+        code: ``valid``; ``too_noisy`` when repeats scatter too much to fit anything; ``does_not_fit`` when
+            the error is too large for another reason, or parts of the fabric differ.
+        reasons: empty when valid.
+        repeat_noise: median over matrices of the relative standard error of their median time; None with
+            fewer than three repeats.
+        median_error, p90_error: of |predicted - measured| / measured over held-out matrices.
+        other_ranks_median_error, other_ranks_p90_error: the same with each number of ranks held out; None
+            where fewer than three were measured.
+    """
+
+    code: Literal["valid", "too_noisy", "does_not_fit"]
+    reasons: tuple[Reason, ...] = ()
+    repeat_noise: _NotNegative | None = None
+    median_error: _NotNegative
+    p90_error: _NotNegative
+    other_ranks_median_error: _NotNegative | None = None
+    other_ranks_p90_error: _NotNegative | None = None
+
+    @model_validator(mode="after")
+    def _reasons_where_not_valid(self) -> Verdict:
+        if (self.code == "valid") != (not self.reasons):
+            raise ValueError("a verdict is either valid or has reasons")
+        return self
+
+
 class AlgorithmFit(Record):
     """The model of one algorithm.
 
@@ -129,6 +205,11 @@ class AlgorithmFit(Record):
         other_ranks_ratio_Q: the same with each number of ranks left out in turn: the spread of predictions
             for numbers of ranks that were not measured; None where fewer than three were.
         held_out_ranks: the same for each number of ranks.
+        paired_ratio_Q, other_ranks_paired_ratio_Q: quantiles of how far these lie apart for two matrices of
+            one size on the same ranks: what the model gets wrong of both alike does not count. None where
+            there are none, and in files before schema 2.1.
+        misfits: parts of the fabric that the model does not describe, the most important first.
+        verdict: whether it may be relied on; None in files before schema 2.1.
         scores: all forms that were tried.
         domain: where it was measured.
         cases: matrices it was fitted to.
@@ -139,9 +220,15 @@ class AlgorithmFit(Record):
     form: str
     coefficients: tuple[Coefficient, ...]
     samples_BF: Annotated[tuple[tuple[_Cost, ...], ...], Field(max_length=10_000)]
-    ratio_Q: Annotated[tuple[_Ratio, ...], Field(min_length=1, max_length=1000)]
-    other_ranks_ratio_Q: Annotated[tuple[_Ratio, ...], Field(min_length=1, max_length=1000)] | None = None
+    ratio_Q: _Ratios
+    other_ranks_ratio_Q: _Ratios | None = None
     held_out_ranks: tuple[RanksScore, ...] = ()
+    paired_ratio_Q: _Ratios | None = None
+    other_ranks_paired_ratio_Q: Annotated[tuple[_Ratio, ...], Field(min_length=1, max_length=1000)] | None = (
+        None
+    )
+    misfits: Annotated[tuple[Misfit, ...], Field(max_length=1000)] = ()
+    verdict: Verdict | None = None
     scores: tuple[FormScore, ...]
     domain: Domain
     cases: Count
@@ -176,6 +263,7 @@ class NetworkModel(Record):
         sources: names of the benchmark files and the hosts they come from.
         git_sha: commit of the working directory.
         notes: what a reader must know.
+        short_of_cores: machines on which ranks of a source were more than the cores that they could use.
     """
 
     schema_version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}$")] = NETWORK_VERSION
@@ -186,6 +274,7 @@ class NetworkModel(Record):
     sources: tuple[Text, ...] = ()
     git_sha: Text | None = None
     notes: tuple[Text, ...] = ()
+    short_of_cores: Annotated[tuple[CoreShare, ...], Field(max_length=10_000)] = ()
 
     def of(self, algorithm: str) -> AlgorithmFit:
         """The fit of one algorithm.

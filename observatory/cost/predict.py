@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from observatory.cost.features import FORMS, stage_terms
-from observatory.cost.network import AlgorithmFit, NetworkModel
+from observatory.cost.network import AlgorithmFit, Misfit, NetworkModel
 from observatory.cost.solving import Problem, predict_all
 from observatory.errors import BenchmarkError
+from observatory.stages import stages
 
 __all__ = ["Prediction", "predict_us"]
 
@@ -31,12 +32,15 @@ class Prediction:
             it had not seen; for another number of ranks than was measured, on numbers of ranks it had not
             seen. It does not cover what is named in ``extrapolated``.
         extrapolated: why this is outside what was measured; empty when it is inside.
+        misfits: places in the fit's ``misfits`` of those that this exchange has bytes through. With another
+            set of ranks than they were found in nobody knows which part they are: then all of them.
     """
 
     us: float
     low_us: float
     high_us: float
     extrapolated: tuple[str, ...] = ()
+    misfits: tuple[int, ...] = ()
 
 
 def predict_us(
@@ -84,7 +88,37 @@ def predict_us(
         low_us=float(max(low, 0.0)),
         high_us=float(max(high, 0.0)),
         extrapolated=tuple(_outside(fit, matrix_PP, node_of_P)),
+        misfits=_met(fit, np.sum(stages(matrix_PP, node_of_P, algorithm, role=role), axis=0), node_of_P),
     )
+
+
+def _met(fit: AlgorithmFit, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> tuple[int, ...]:
+    """Places of the misfits that bytes of an exchange pass."""
+    here = tuple(node_of_P)
+    known = here in {misfit.node_of_P for misfit in fit.misfits}
+    met = [
+        place
+        for place, misfit in enumerate(fit.misfits)
+        if (misfit.node_of_P == here and _passes(misfit, bytes_PP, np.array(here)))
+        or (not known and bytes_PP.any())
+    ]
+    return tuple(met)
+
+
+def _passes(misfit: Misfit, bytes_PP: NDArray[np.int64], node_P: NDArray[np.int64]) -> bool:
+    """Whether bytes go through what differs."""
+    away_PP = bytes_PP * ~np.eye(len(bytes_PP), dtype=bool)
+    first = misfit.who[0]
+    if misfit.code == "pair":
+        return bool(away_PP[first, misfit.who[1]])
+    if misfit.code.startswith("node"):
+        own_P = node_P == first
+        across_PP = (
+            away_PP[np.ix_(own_P, ~own_P)] if misfit.code == "node_sends" else away_PP[np.ix_(~own_P, own_P)]
+        )
+        return bool(across_PP.any())
+    sends, receives = bool(away_PP[first].any()), bool(away_PP[:, first].any())
+    return {"rank_sends": sends, "rank_receives": receives}.get(misfit.code, sends or receives)
 
 
 def _of_samples(problem: Problem, samples_BF: NDArray[np.float64]) -> NDArray[np.float64]:

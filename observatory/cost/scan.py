@@ -24,7 +24,7 @@ __all__ = ["TIME_COLUMNS", "scan_times"]
 TIME_COLUMNS: tuple[str, ...] = (
     "dispatch_us", "dispatch_low_us", "dispatch_high_us",
     "combine_us", "combine_low_us", "combine_high_us",
-    "predicted_steps", "extrapolated", "no_prediction",
+    "predicted_steps", "extrapolated", "misfits", "no_prediction",
 )  # fmt: skip
 
 
@@ -53,6 +53,7 @@ def scan_times(
 
     Returns: ep, layer, phase and `TIME_COLUMNS`: medians over the predicted steps of the time and of each
         end of its 90 % interval; ``extrapolated`` says what lies outside the measurements (None: nothing),
+        ``misfits`` names places in the fit's of those that bytes pass in any step (None: none);
         ``no_prediction`` why there is none (None: there is one).
 
     Raises:
@@ -104,4 +105,5 @@ def _row(pairs: Sequence[tuple[Prediction, Prediction]], refusal: str | None) ->
         for reason in item.extrapolated
     }
     row["extrapolated"] = "; ".join(reasons.values()) or None
+    row["misfits"] = sorted({place for pair in pairs for item in pair for place in item.misfits}) or None
     return row

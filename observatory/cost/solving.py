@@ -51,18 +51,16 @@ class Problem:
     def build(cls, exchanges: Sequence[StageTerms], form: Form) -> Problem:
         """Stack the terms of exchanges.
 
-        A form with a floor gets two rows per rank, one with the floor and one with the rest: the larger
-        counts.
+        A form gets a row per rank for each of its sums: the largest counts.
         """
         rows: list[NDArray[np.float64]] = []
-        floor_F = np.array(form.in_floor)
+        sums_XF = np.array(form.sums)
         starts, cases, at = [], [], 0
         for case, exchange in enumerate(exchanges):
             terms_NF = exchange.of(form)
             for stage in range(int(exchange.stage_N[-1]) + 1):
                 stage_PF = terms_NF[exchange.stage_N == stage]
-                if form.floor:
-                    stage_PF = np.concatenate([stage_PF * ~floor_F, stage_PF * floor_F])
+                stage_PF = np.concatenate([stage_PF * sum_F for sum_F in sums_XF])
                 rows.append(stage_PF)
                 starts.append(at)
                 cases.append(case)

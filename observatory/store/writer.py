@@ -34,6 +34,7 @@ from observatory.store.manifests import (
     write_rank_status,
 )
 from observatory.store.replacing import check_free, empty_run
+from observatory.usable_cores import find_cores
 
 __all__ = ["RunWriter"]
 
@@ -58,6 +59,7 @@ class RunWriter:
         self._lock = threading.RLock()
         self._closed = False
         self._clock = ClockSpec(method="none", identity=clock_name(clock_identity()))
+        self._cores = find_cores()
         self._power: RankPower | None = None
         self._moe_layers: tuple[RankLayer, ...] | None = None
 
@@ -284,6 +286,7 @@ class RunWriter:
             ),
             power=self._power,
             moe_layers=self._moe_layers,
+            cores=self._cores,
         )
         write_rank_status(self.path, status)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 
+from observatory.records import CoreSpec
+from observatory.usable_cores import core_sentence, short_of_cores
 from reports.frames import ReportFrames, condition_order, phases_of
 from reports.sections.common import spread
 from reports.text import count, listing, plain, shorten
@@ -51,7 +54,28 @@ def overview(frames: ReportFrames) -> list[tuple[str, str]]:
             ("Assignments", count(float(frames.layers["assignments"].sum()))),
         ]
     pairs.append(("Captured", _period(stamps[0], stamps[-1])))
-    return pairs
+    cores = _cores(frames)
+    return [("Cores", cores), *pairs] if cores else pairs
+
+
+def _cores(frames: ReportFrames) -> str:
+    """Where ranks had no core of their own, and in what; empty where all had one, or nothing is recorded."""
+    recorded: list[tuple[str, Iterable[CoreSpec | None]]] = [
+        (f"{shorten(label)} on {shorten(fact.condition)}", [rank.cores for rank in fact.manifest.ranks])
+        for fact, label in zip(frames.facts, frames.runs["label"], strict=True)
+    ]
+    if frames.benchmarks is not None:
+        files = frames.benchmarks.files
+        recorded += [
+            (shorten(file.name), file.document.cores_P or ()) for file in (*files.bench, *files.replays)
+        ]
+    where: dict[str, list[str]] = {}
+    for name, cores_P in recorded:
+        for share in short_of_cores(cores_P):
+            where.setdefault(core_sentence(share), []).append(name)
+    return ". ".join(
+        f"{sentence} ({listing(list(dict.fromkeys(names)), most=4)})" for sentence, names in where.items()
+    )
 
 
 def _period(first_unix_s: float, last_unix_s: float) -> str:

@@ -11,14 +11,15 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from collectives.bench_rank import RankJob
 from hpc.launch import rank_environment
 from observatory.records_bench import BenchPlan, BenchResult, load_bench
 
-__all__ = ["address_of", "run_on_nodes", "shaped_nodes", "why_not"]
+__all__ = ["Link", "address_of", "run_on_nodes", "shaped_nodes", "why_not"]
 
 #: Large frames, so that headers are under 1 % of what passes.
 MTU_BYTES = 9000
@@ -34,6 +35,14 @@ _TCP = (
 )
 _SUBNET = "10.213.77"
 _PORT = 29555
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What joins one node to the others: 10^6 bits per second that it sends and receives."""
+
+    up_mbit: float
+    down_mbit: float
 
 
 def _ip(*arguments: str) -> None:
@@ -61,7 +70,12 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def shaped_nodes(
-    nodes: int, *, rate_mbit: float, mtu_bytes: int = MTU_BYTES, burst_s: float = BURST_S
+    nodes: int,
+    *,
+    rate_mbit: float,
+    mtu_bytes: int = MTU_BYTES,
+    burst_s: float = BURST_S,
+    others: Mapping[int, Link] | None = None,
 ) -> Iterator[list[str]]:
     """Namespaces whose only way to each other is a bridge, each link limited to a rate in both directions.
 
@@ -71,12 +85,17 @@ def shaped_nodes(
         mtu_bytes: largest packet; smaller ones have more headers.
         burst_s: what passes at once after a pause, as time at the rate; at least one frame. Exchanges must be
             much longer than this, and than a frame, to see the rate.
+        others: nodes whose link is another one.
     """
     tag = f"obs{os.getpid()}"
     bridge, names = f"{tag}-bridge", [f"{tag}-n{node}" for node in range(nodes)]
-    burst_bytes = max(mtu_bytes + _FRAME_HEADER_BYTES, round(rate_mbit * 1e6 / 8 * burst_s))
-    # The queue is longer than anything that is sent: nothing is dropped, so TCP never slows down.
-    shape = ("root", "tbf", "rate", f"{rate_mbit}mbit", "burst", f"{burst_bytes}b", "limit", "256mb")
+
+    def shape(device: str, mbit: float) -> list[str]:
+        burst_bytes = max(mtu_bytes + _FRAME_HEADER_BYTES, round(mbit * 1e6 / 8 * burst_s))
+        # The queue is longer than anything that is sent: nothing is dropped, so TCP never slows down.
+        limits = ("rate", f"{mbit}mbit", "burst", f"{burst_bytes}b", "limit", "256mb")
+        return ["tc", "qdisc", "add", "dev", device, "root", "tbf", *limits]
+
     made: list[str] = []
     try:
         for name in (bridge, *names):
@@ -88,14 +107,15 @@ def shaped_nodes(
         for node, name in enumerate(names):
             port = f"p{node}"
             _ip("link", "add", port, "netns", bridge, "type", "veth", "peer", "name", "eth0", "netns", name)
-            for own, link in ((bridge, port), (name, "eth0")):
-                _ip("-n", own, "link", "set", link, "mtu", str(mtu_bytes), "up")
+            for inside, device in ((bridge, port), (name, "eth0")):
+                _ip("-n", inside, "link", "set", device, "mtu", str(mtu_bytes), "up")
             _ip("-n", bridge, "link", "set", port, "master", "br0")
             for setting in _TCP:
                 _ip("netns", "exec", name, "sysctl", "-q", "-w", setting)
             _ip("-n", name, "addr", "add", f"{address_of(node)}/24", "dev", "eth0")
-            for own, link in ((bridge, port), (name, "eth0")):
-                _ip("netns", "exec", own, "tc", "qdisc", "add", "dev", link, *shape)
+            own = (others or {}).get(node, Link(up_mbit=rate_mbit, down_mbit=rate_mbit))
+            _ip("netns", "exec", name, *shape("eth0", own.up_mbit))
+            _ip("netns", "exec", bridge, *shape(port, own.down_mbit))
         yield names
     finally:
         for name in made:

@@ -1,0 +1,306 @@
+"""Ranks, directions, pairs and nodes that a fitted network model does not describe, because they differ.
+
+Shapes: C cases of one set of ranks, P ranks, K candidates, S scales of the model, B costs per byte.
+
+The model knows one cost for all ranks. A candidate is a part of the fabric with a cost of its own: what one
+rank sends, receives, or both; what one rank sends another; what one node exchanges with others. An exchange
+then lasts at least as long as that part is busy:
+
+    t = max(model with its costs per byte scaled by s,  latency + b * bytes through the candidate)
+
+with the best s and b of a grid. Errors count in units of what repeats scatter (|log measured / predicted|
+over the expected error, cut off where one case would decide alone). A candidate must explain more than the
+same rule for *all* ranks would (the busiest rank, or pair, whichever it is): otherwise the form of the model
+is at fault and no rank.
+
+How many candidates are tried is part of the test: labels of the ranks are permuted (nodes stay together), for
+every pattern anew and for all its sizes alike, and the best of all candidates is taken each time. Where ranks
+do not differ, the best one of the true labels is among the largest 1 % of these in one fit of a hundred.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Candidate", "Found", "World", "find_exceptions"]
+
+Kind = Literal["rank_sends", "rank_receives", "rank", "pair", "node_sends", "node_receives"]
+Floats = NDArray[np.float64]
+
+#: Largest share of permutations that may do as well.
+_FALSE_ALARMS = 0.01
+_PERMUTATIONS = 199
+#: Least share of the error that it must explain.
+_LEAST_EXPLAINED = 0.1
+#: Patterns in which it decides the time.
+_LEAST_PATTERNS = 3
+_MOST_FOUND = 8
+#: Pairs grow with the square of the ranks, and so does what is needed to tell one of them.
+_MOST_RANKS_OF_PAIRS = 12
+_SCALES = np.geomspace(0.1, 1.25, 10)
+_COSTS = np.concatenate([[0.0], np.geomspace(0.25, 16.0, 13)])
+#: Errors count up to so many times what is expected.
+_CUT_OFF = 8.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class World:
+    """Cases of one algorithm on the same ranks.
+
+    Attributes:
+        node_of_P: node of each rank.
+        bytes_CPP: bytes from rank i to rank j over all stages of each case.
+        group_C: cases of one group are the same matrix at several sizes.
+        us_C: measured microseconds.
+        noise_C: expected relative error.
+        latency_us_C: what the model says without its costs per byte.
+        model_us_SC: what it says with these scaled by each of ``scales()``.
+    """
+
+    node_of_P: tuple[int, ...]
+    bytes_CPP: NDArray[np.int64]
+    group_C: Sequence[object]
+    us_C: Floats
+    noise_C: Floats
+    latency_us_C: Floats
+    model_us_SC: Floats
+
+    @staticmethod
+    def scales() -> Floats:
+        """S factors of the model's costs per byte."""
+        return _SCALES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A part of the fabric: its kind, and the rank, node, or two ranks."""
+
+    kind: Kind
+    who: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """A candidate that differs.
+
+    Attributes:
+        world: where.
+        candidate: which.
+        us_per_byte: its own cost.
+        p_value: share of relabelled measurements in which the best candidate does as well.
+        cases: cases in which it decides.
+    """
+
+    world: World
+    candidate: Candidate
+    us_per_byte: float
+    p_value: float
+    cases: int
+
+
+def find_exceptions(worlds: Sequence[World], *, seed: int = 0) -> list[Found]:
+    """Parts that differ, the most important first; empty where none can be told."""
+    generator = np.random.default_rng(seed)
+    searches = [_Search(world) for world in worlds if len(world.node_of_P) > 1 and world.bytes_CPP.any()]
+    found: list[Found] = []
+    while len(found) < _MOST_FOUND and searches:
+        gain, parts = _best(searches, None)
+        if not parts:
+            break
+        p_value = _p_value(searches, gain, generator)
+        if p_value > _FALSE_ALARMS:
+            break
+        found += [part.search.accept(part, p_value) for part in parts]
+    return found
+
+
+def _best(searches: Sequence[_Search], generator: np.random.Generator | None) -> tuple[float, list[_Part]]:
+    """What the best candidate explains beyond a rule for all ranks, and its parts in one world or several.
+
+    Ranks are the same in several worlds where their numbers are, counted from the first or from the last.
+    """
+    gains: dict[tuple[object, ...], float] = defaultdict(float)
+    parts: dict[tuple[object, ...], list[_Part]] = defaultdict(list)
+    frees: dict[tuple[object, ...], float] = defaultdict(float)
+    for place, search in enumerate(searches):
+        own_free, own = search.parts(search.bytes_KC(generator))
+        last = len(search.world.node_of_P)
+        for part in own:
+            kind, who = part.candidate.kind, part.candidate.who
+            from_last = tuple(number - last for number in who)
+            for key in ((kind, place, who), (kind, None, who), (kind, None, from_last)):
+                gains[key] += part.gain
+                frees[key] += own_free
+                parts[key].append(part)
+    best = max(gains, key=lambda key: gains[key], default=None)
+    if best is None or gains[best] < _LEAST_EXPLAINED * frees[best]:
+        return 0.0, []
+    return gains[best], [part for part in parts[best] if part.tells]
+
+
+def _p_value(searches: Sequence[_Search], gain: float, generator: np.random.Generator) -> float:
+    """Share of permutations whose best candidate gains as much; larger than it is once it is too large."""
+    as_good, allowed = 0, int(_FALSE_ALARMS * (_PERMUTATIONS + 1)) - 1
+    for done in range(1, _PERMUTATIONS + 1):
+        as_good += _best(searches, generator)[0] >= gain
+        if as_good > allowed:
+            return (as_good + 1) / (done + 1)
+    return (as_good + 1) / (_PERMUTATIONS + 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Part:
+    """What one candidate does in one world: its scale and cost, and where it decides."""
+
+    search: _Search
+    candidate: Candidate
+    gain: float
+    us_per_byte: float
+    bytes_C: Floats
+    cases: int
+    tells: bool
+
+
+class _Search:
+    """Tries every candidate of one world."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._log_model_SC = np.log(world.model_us_SC)
+        self._log_us_C = np.log(world.us_C)
+        busiest_C = np.maximum(world.bytes_CPP.sum(axis=1), world.bytes_CPP.sum(axis=2)).max(axis=1)
+        some = busiest_C > 0
+        # What a byte of the busiest rank costs on the whole: the grid of costs lies around it.
+        beyond_C = np.maximum(world.us_C - world.latency_us_C, 0.0)[some] / busiest_C[some]
+        usual = float(np.median(beyond_C[np.argsort(busiest_C[some])[-max(len(beyond_C) // 2, 1) :]]))
+        self._costs_B = _COSTS * max(usual, 1e-12)
+        groups = list(dict.fromkeys(world.group_C))
+        self._group_C = np.array([groups.index(group) for group in world.group_C])
+        self._candidates = _candidates(world.node_of_P)
+        self._kind_K = np.array([candidate.kind for candidate in self._candidates])
+
+    def bytes_KC(self, generator: np.random.Generator | None = None) -> Floats:
+        """Bytes through every candidate, with labels permuted group by group where a generator is given."""
+        world = self.world
+        label_GP = np.tile(np.arange(len(world.node_of_P)), (self._group_C.max() + 1, 1))
+        if generator is not None:
+            label_GP = np.array([_relabelled(world.node_of_P, generator) for _ in label_GP])
+        label_CP = label_GP[self._group_C]
+        case_C = np.arange(len(label_CP))[:, None, None]
+        bytes_CPP = world.bytes_CPP[case_C, label_CP[:, :, None], label_CP[:, None, :]].astype(np.float64)
+        bytes_CPP[:, *np.diag_indices(len(world.node_of_P))] = 0.0
+        return _through(bytes_CPP, world.node_of_P)
+
+    def parts(self, bytes_KC: Floats) -> tuple[float, list[_Part]]:
+        """The error under the best rule for all ranks, and what every candidate does beyond it."""
+        kinds = list(dict.fromkeys(self._kind_K))
+        free_KC = np.array([bytes_KC[self._kind_K == kind].max(axis=0) for kind in kinds])
+        loss_K, scale_K, cost_K = self._loss(bytes_KC)
+        free = float(self._loss(free_KC)[0].min())
+        return free, [
+            self._part(
+                candidate,
+                gain=free - float(loss_K[index]),
+                rest_us_C=np.exp(self._log_model_SC[scale_K[index]]),
+                us_per_byte=float(self._costs_B[cost_K[index]]),
+                bytes_C=bytes_KC[index],
+            )
+            for index, candidate in enumerate(self._candidates)
+        ]
+
+    def _part(
+        self, candidate: Candidate, *, gain: float, rest_us_C: Floats, us_per_byte: float, bytes_C: Floats
+    ) -> _Part:
+        own_us_C = self.world.latency_us_C + us_per_byte * bytes_C
+        decides_C = (own_us_C > rest_us_C) & (bytes_C > 0)
+        patterns = len(np.unique(self._group_C[decides_C]))
+        return _Part(
+            search=self,
+            candidate=candidate,
+            gain=gain,
+            us_per_byte=us_per_byte,
+            bytes_C=bytes_C,
+            cases=int(decides_C.sum()),
+            tells=gain > 0 and patterns >= _LEAST_PATTERNS,
+        )
+
+    def accept(self, part: _Part, p_value: float) -> Found:
+        """Make it a part of what is known, so that others are looked for beside it."""
+        own_us_C = self.world.latency_us_C + part.us_per_byte * part.bytes_C
+        self._log_model_SC = np.maximum(self._log_model_SC, np.log(own_us_C))
+        return Found(
+            world=self.world,
+            candidate=part.candidate,
+            us_per_byte=part.us_per_byte,
+            p_value=p_value,
+            cases=part.cases,
+        )
+
+    def _loss(self, bytes_KC: Floats) -> tuple[Floats, NDArray[np.intp], NDArray[np.intp]]:
+        """Smallest error with each candidate, and the scale and cost that have it, each (K,)."""
+        noise_C = self.world.noise_C
+        loss_KSB = np.empty((len(bytes_KC), len(self._log_model_SC), len(self._costs_B)))
+        for place, cost in enumerate(self._costs_B):
+            own_KC = np.log(self.world.latency_us_C + cost * bytes_KC)
+            error_KSC = np.abs(np.maximum(self._log_model_SC, own_KC[:, None, :]) - self._log_us_C) / noise_C
+            loss_KSB[:, :, place] = np.minimum(error_KSC, _CUT_OFF).sum(axis=2)
+        flat = loss_KSB.reshape(len(bytes_KC), -1)
+        at = flat.argmin(axis=1)
+        scale, cost = np.divmod(at, len(self._costs_B))
+        return flat[np.arange(len(flat)), at], scale, cost
+
+
+def _candidates(node_of_P: tuple[int, ...]) -> list[Candidate]:
+    """In the order of ``_through``."""
+    ranks = range(len(node_of_P))
+    kinds: tuple[Kind, ...] = ("rank_sends", "rank_receives", "rank")
+    found = [Candidate(kind=kind, who=(rank,)) for kind in kinds for rank in ranks]
+    if len(ranks) <= _MOST_RANKS_OF_PAIRS:
+        found += [Candidate(kind="pair", who=(i, j)) for i in ranks for j in ranks if i != j]
+    if _has_larger_nodes(node_of_P):
+        both: tuple[Kind, ...] = ("node_sends", "node_receives")
+        found += [Candidate(kind=kind, who=(node,)) for kind in both for node in sorted(set(node_of_P))]
+    return found
+
+
+def _through(bytes_CPP: Floats, node_of_P: tuple[int, ...]) -> Floats:
+    """Bytes through every candidate, (K, C)."""
+    out_PC, in_PC = bytes_CPP.sum(axis=2).T, bytes_CPP.sum(axis=1).T
+    parts = [out_PC, in_PC, out_PC + in_PC]
+    ranks = len(node_of_P)
+    if ranks <= _MOST_RANKS_OF_PAIRS:
+        parts.append(bytes_CPP[:, ~np.eye(ranks, dtype=bool)].T)
+    if _has_larger_nodes(node_of_P):
+        node_P = np.array(node_of_P)
+        across_CPP = np.where(node_P[:, None] == node_P[None, :], 0.0, bytes_CPP)
+        for axis in (2, 1):
+            of_rank_CP = across_CPP.sum(axis=axis)
+            parts.append(
+                np.array([of_rank_CP[:, node_P == node].sum(axis=1) for node in sorted(set(node_of_P))])
+            )
+    return np.concatenate(parts)
+
+
+def _has_larger_nodes(node_of_P: tuple[int, ...]) -> bool:
+    return 1 < len(set(node_of_P)) < len(node_of_P)
+
+
+def _relabelled(node_of_P: tuple[int, ...], generator: np.random.Generator) -> NDArray[np.int64]:
+    """Ranks in another order that leaves together what shares a node; nodes of one size change places."""
+    node_P = np.array(node_of_P)
+    members = {node: np.flatnonzero(node_P == node) for node in np.unique(node_P)}
+    label_P = np.arange(len(node_P))
+    for size in {len(own) for own in members.values()}:
+        alike = [node for node, own in members.items() if len(own) == size]
+        within = generator.permutation(
+            size
+        )  # the same in all nodes: hierarchical exchanges pair equal places
+        for node, other in zip(alike, generator.permutation(alike), strict=True):
+            label_P[members[node]] = members[other][within]
+    return label_P
