@@ -15,6 +15,7 @@ __all__ = [
     "DeviceLostError",
     "EnergyError",
     "ExchangeError",
+    "LeaseBusyError",
     "LoadError",
     "LockNotPermittedError",
     "LockRefusedError",
@@ -101,6 +102,10 @@ class ClockError(ObservatoryError):
 
 class LockRefusedError(ClockError):
     """The driver, the site or our own rules do not let this process lock clocks or set limits."""
+
+
+class LeaseBusyError(LockRefusedError):
+    """Another process is changing the GPU of a lease and does not come to an end."""
 
 
 class LockNotPermittedError(LockRefusedError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +11,8 @@ from observatory.cli.options import JsonOption
 __all__ = ["status", "unlock"]
 
 _STATUS = ("device", "owner_pid", "state", "touched", "expires_in_s", "watchdog")
+#: By whether it lives, which is not known of a process of another PID namespace.
+_WATCHDOG = {True: "watches", False: "gone", None: "not known"}
 
 
 def unlock(
@@ -20,6 +21,8 @@ def unlock(
     json: JsonOption = False,
 ) -> None:
     """Undo locks and limits that the observatory set and whose owner is gone; nothing else is touched.
+
+    A lease of another PID namespace, a container's, is left until it expires.
 
     Made for the epilogue of a batch system, where every process of a job is killed at once. Fails when a
     lease that does not hold any more could not be undone.
@@ -65,15 +68,14 @@ def status(json: JsonOption = False) -> None:
             rows.append(dict.fromkeys(_STATUS) | {"device": path.name, "state": str(error)})
             continue
         if lease is not None:
-            left_s = (lease.expires_ns - time.monotonic_ns()) / 1e9
             rows.append(
                 {
                     "device": lease.device_uuid,
                     "owner_pid": lease.owner.pid,
-                    "state": lease.problem or "held",
+                    "state": lease.problem or ("held" if lease.owner.alive else f"held by {lease.holder}"),
                     "touched": lease.touched,
-                    "expires_in_s": None if lease.problem else round(left_s),
-                    "watchdog": "watches" if lease.watchdog and lease.watchdog.alive else "gone",
+                    "expires_in_s": None if lease.problem else round(lease.left_s),
+                    "watchdog": _WATCHDOG[lease.watchdog.alive if lease.watchdog else False],
                 }
             )
     diaries = {path.stem: last_words(path) for path in find_diaries(folder)}

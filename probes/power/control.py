@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -64,6 +65,8 @@ class ClockControl:
         self._owner_pid = os.getpid() if owner_pid is None else owner_pid
         self._nvml = load_nvml()
         self._open = True
+        #: Called just before each change of the device; where it raises nothing is changed.
+        self.before_change: Callable[[], None] | None = None
         self.uuid = uuid
         self.name = uuid
         try:
@@ -297,6 +300,8 @@ class ClockControl:
 
     def _set(self, what: str, commands: list[str], function: str, *arguments: int) -> None:
         """Call a setter; a refusal of the driver tells how else to get it done."""
+        if self.before_change is not None:
+            self.before_change()
         _, code = self._ask(function, self._handle, *arguments)
         if code == NO_PERMISSION:
             ways = "  ".join(f"{number}) {command}" for number, command in enumerate(commands, start=1))

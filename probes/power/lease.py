@@ -1,79 +1,64 @@
 """Leases: what we changed of a GPU, until when, for whom, and how to undo it; kept in one file per GPU.
 
 A lock of the driver cannot be read back and outlives the process that set it. So nothing is set before a file
-says that it is about to be. The file is whole at every moment: it is written beside its place and linked or
-renamed into it. ``touched`` turns true just before the first change: undoing a lease that never came so far
-changes nothing.
+says that it is about to be. The file is whole at every moment: it is written beside its place and renamed
+into it. ``touched`` turns true just before the first change: undoing a lease that never came so far changes
+nothing.
+
+A lease that was given back or undone is not removed but renamed to ``gpu-*.LEASE_ID.over``, until its owner
+and its watchdog have seen that: a lease whose file is missing without it was not given back.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
-import stat
+import tempfile
 import time
 import uuid as uuids
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from observatory.bounded import read_at_most
 from observatory.errors import ClockError, LockRefusedError
 from observatory.records import Count, Record, Text
 from observatory.store.files import one_line
+from probes.power.lease_files import FOLDER_VARIABLE, open_own, trusted_folder
+from probes.power.process_id import ProcessId, machine_monotonic_ns
 
 __all__ = [
     "Lease",
-    "ProcessId",
+    "Standing",
     "create_lease",
     "diary_path",
+    "end_lease",
     "find_diaries",
     "find_leases",
-    "guarded",
+    "forget_lease",
     "last_words",
     "lease_folder",
     "lease_path",
     "new_lease",
+    "note",
     "read_lease",
+    "remove_leftovers",
     "replace_lease",
+    "standing",
     "this_boot",
 ]
 
-_FOLDER_VARIABLE = "OBSERVATORY_LEASES"
 _MOST_BYTES = 64 << 10
 _TAIL_BYTES = 4096
+#: A mark of a lease of another namespace is kept for so long after its expiry.
+_KEPT_S = 24 * 3600.0
 _UUID = re.compile(r"GPU-[0-9A-Fa-f-]{1,60}", re.ASCII)
 
-
-class ProcessId(Record):
-    """A process, told apart from a later one of the same number.
-
-    Attributes:
-        pid: its number.
-        started: when it started, in clock ticks since the boot.
-    """
-
-    pid: Annotated[int, Field(ge=1)]
-    started: Count
-
-    @classmethod
-    def of(cls, pid: int) -> ProcessId | None:
-        """The process of this number; None when there is none, or it has ended and nobody has asked yet."""
-        try:
-            text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return None
-        state, *rest = text.rpartition(")")[2].split()
-        return None if state in ("Z", "X") else cls(pid=pid, started=int(rest[18]))
-
-    @property
-    def alive(self) -> bool:
-        """Whether it still runs."""
-        return ProcessId.of(self.pid) == self
+#: What became of a lease: its file holds it; it was given back or undone; its file is missing or damaged; its
+#: file is missing and another lease has its place.
+Standing = Literal["held", "over", "vanished", "replaced"]
 
 
 class Lease(Record):
@@ -86,7 +71,7 @@ class Lease(Record):
         watchdog: the process that undoes it; None before it has started.
         boot_id: boot of the machine in which all of this holds; a reboot undoes it by itself.
         created_unix_s: wall-clock label.
-        expires_ns: monotonic time at which it is undone, whether the owner lives or not.
+        expires_ns: machine's monotonic time at which it is undone, whether the owner lives or not.
         touched: a change was about to be made, or was made.
         locked: one of them was a lock of the clock; somebody else's is none of ours to undo.
         limit_before_mw: power limit to restore; None when it was not changed.
@@ -105,14 +90,30 @@ class Lease(Record):
 
     @property
     def problem(self) -> str | None:
-        """Why it does not hold any more; None while it does."""
+        """Why it does not hold any more; None while it does.
+
+        A lease of another PID or time namespace holds until it expires: whether its owner lives is not known.
+        """
         if self.boot_id != this_boot():
             return "the machine was booted since"
-        if not self.owner.alive:
+        if self.owner.alive is False:
             return f"its owner, process {self.owner.pid}, is gone"
-        if time.monotonic_ns() >= self.expires_ns:
+        if self.left_s <= 0:
             return "it has expired"
         return None
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until it expires; negative when it has."""
+        return (self.expires_ns - machine_monotonic_ns()) / 1e9
+
+    @property
+    def holder(self) -> str:
+        """The owner, in words."""
+        if self.owner.alive is None:
+            expiry = f"judged by its expiry in {self.left_s:.0f} s"
+            return f"process {self.owner.pid} of another PID namespace, {expiry}"
+        return f"process {self.owner.pid}"
 
 
 def this_boot() -> str:
@@ -125,9 +126,10 @@ def this_boot() -> str:
 def new_lease(device_uuid: str, *, duration_s: float) -> Lease:
     """A lease of this process that has changed nothing yet."""
     owner = ProcessId.of(os.getpid())
-    if owner is None:
+    if owner is None or owner.namespace is None:
         raise ClockError(
-            "this system has no /proc to tell processes apart, so nothing could undo a lock; use Linux"
+            "/proc does not tell processes apart here, so nothing could undo a lock; use Linux, with a /proc "
+            "of this process's own PID namespace"
         )
     return Lease(
         lease_id=uuids.uuid4().hex,
@@ -135,7 +137,7 @@ def new_lease(device_uuid: str, *, duration_s: float) -> Lease:
         owner=owner,
         boot_id=this_boot(),
         created_unix_s=time.time(),
-        expires_ns=time.monotonic_ns() + round(duration_s * 1e9),
+        expires_ns=machine_monotonic_ns() + round(duration_s * 1e9),
     )
 
 
@@ -143,28 +145,16 @@ def lease_folder(environment: Mapping[str, str] = os.environ) -> Path:
     """Where leases of this machine are kept, made if need be; gone after a reboot, like the locks.
 
     Raises:
-        ClockError: it cannot be made, or others may write to it.
+        ClockError: it cannot be made, or others may write to it or to a folder above it.
     """
-    told = environment.get(_FOLDER_VARIABLE)
+    told = environment.get(FOLDER_VARIABLE)
     if told:
         folder = Path(told)
     elif os.geteuid() == 0:
         folder = Path("/run/moe-observatory/leases")
     else:
         folder = Path(environment.get("XDG_RUNTIME_DIR") or f"/tmp/moe-observatory-{os.geteuid()}") / "leases"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except OSError as error:
-        raise ClockError(
-            f"leases cannot be kept in {folder} ({error.strerror}); name a folder in {_FOLDER_VARIABLE}"
-        ) from error
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
-        raise ClockError(
-            f"{folder} is not ours alone, so its leases cannot be trusted; name a folder of your own in "
-            f"{_FOLDER_VARIABLE}"
-        )
-    return folder
+    return trusted_folder(folder)
 
 
 def lease_path(folder: Path, device_uuid: str) -> Path:
@@ -182,28 +172,42 @@ def lease_path(folder: Path, device_uuid: str) -> Path:
 
 def find_leases(folder: Path) -> list[Path]:
     """Files of all leases, in the order of their names."""
-    return sorted(path for path in folder.glob("gpu-*.json") if not path.is_symlink())
+    return sorted(folder.glob("gpu-*.json"))
 
 
 def read_lease(path: Path) -> Lease | None:
     """The lease in a file; None when there is no such file.
 
     Raises:
-        ClockError: the file is damaged, so that what was changed is not known.
+        ClockError: the file is damaged or not ours, so that what was changed is not known.
     """
     try:
-        content = read_at_most(path, _MOST_BYTES)
-        lease = Lease.model_validate_json(b"" if content is None else content)  # too large: no lease of ours
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as handle:
+            lease = Lease.model_validate_json(handle.read(_MOST_BYTES))
         if path.name != lease_path(path.parent, lease.device_uuid).name:
             raise ValueError("a lease under the name of another GPU")
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is damaged"
         raise ClockError(
-            f"lease {path} cannot be read, so what was changed is not known; look at the GPU's clocks, run "
-            f"`nvidia-smi -rgc -i UUID` if they are locked, and remove the file"
+            f"lease {path} cannot be read ({reason}), so what was changed is not known; look at the GPU's "
+            "clocks, run `nvidia-smi -rgc -i UUID` if they are locked, and remove the file"
         ) from error
     return lease
+
+
+def standing(path: Path, lease_id: str) -> Standing:
+    """What became of a lease; certain only under its guard, but "over" is final."""
+    try:
+        found = read_lease(path)
+    except ClockError:
+        found = None
+    if found is not None and found.lease_id == lease_id:
+        return "held"
+    if os.path.lexists(_over_path(path, lease_id)):
+        return "over"
+    return "vanished" if found is None else "replaced"
 
 
 def diary_path(path: Path) -> Path:
@@ -213,13 +217,13 @@ def diary_path(path: Path) -> Path:
 
 def find_diaries(folder: Path) -> list[Path]:
     """Diaries of all watchdogs, in the order of their GPUs."""
-    return sorted(path for path in folder.glob("gpu-*.log") if not path.is_symlink())
+    return sorted(folder.glob("gpu-*.log"))
 
 
 def last_words(path: Path) -> str | None:
     """The last line in the diary of a lease's watchdog; None when it has written nothing."""
     try:
-        with diary_path(path).open("rb") as handle:
+        with os.fdopen(open_own(diary_path(path), os.O_RDONLY), "rb") as handle:
             handle.seek(max(0, handle.seek(0, os.SEEK_END) - _TAIL_BYTES))
             lines = handle.read(_TAIL_BYTES).decode("utf-8", "replace").split("\n")
     except OSError:
@@ -227,50 +231,77 @@ def last_words(path: Path) -> str | None:
     return next((one_line(line, 1000) for line in reversed(lines) if line.strip()), None)
 
 
-@contextlib.contextmanager
-def guarded(path: Path) -> Iterator[None]:
-    """Alone with a lease: between looking at it and acting on it nobody else does either.
-
-    The kernel gives the right back when its holder dies.
-    """
-    with path.with_suffix(".lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def note(path: Path, what: str) -> None:
+    """Write a line into the diary of a lease; a full disk must not keep anything from being undone."""
+    with contextlib.suppress(OSError):
+        descriptor = open_own(diary_path(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as diary:
+            diary.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {one_line(what, 1000)}\n")
 
 
 def create_lease(path: Path, lease: Lease) -> None:
-    """Write a lease where there is none; whole or not at all.
+    """Write a lease where there is none; whole or not at all. Under its guard.
 
     Raises:
         LockRefusedError: there is one.
     """
-    temporary = _written(path, lease)
-    try:
-        os.link(temporary, path)
-    except FileExistsError as error:
-        raise LockRefusedError(
-            f"{lease.device_uuid} is leased already; see `observatory clocks status`"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    if os.path.lexists(path):
+        raise LockRefusedError(f"{lease.device_uuid} is leased already; see `observatory clocks status`")
+    _write(path, lease, path)
 
 
 def replace_lease(path: Path, lease: Lease) -> None:
-    """Write a lease in place of an older state of itself."""
-    _written(path, lease).replace(path)
+    """Write a lease in place of an older state of itself. Under its guard."""
+    _write(path, lease, path)
 
 
-def _written(path: Path, lease: Lease) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as handle:
-            handle.write(lease.model_dump_json())
-            handle.flush()
-            os.fsync(handle.fileno())
-    except OSError as error:
+def end_lease(path: Path, lease: Lease) -> None:
+    """Mark a lease as given back or undone, one whose file has vanished too. Under its guard."""
+    if standing(path, lease.lease_id) == "held":
+        path.replace(_over_path(path, lease.lease_id))
+    else:
+        _write(path, lease, _over_path(path, lease.lease_id))
+
+
+def forget_lease(path: Path, lease: Lease) -> None:
+    """Remove the mark of a lease that is over, when neither owner nor watchdog has to see it any more."""
+    _over_path(path, lease.lease_id).unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed have left of a GPU's former leases. Under its guard."""
+    for temporary in path.parent.glob(f".{path.name}.*.tmp"):
         temporary.unlink(missing_ok=True)
+    for mark in path.parent.glob(f"{path.stem}.*.over"):
+        try:
+            with os.fdopen(open_own(mark, os.O_RDONLY), "rb") as handle:
+                lease = Lease.model_validate_json(handle.read(_MOST_BYTES))
+        except (OSError, ValueError):
+            mark.unlink(missing_ok=True)
+            continue
+        ended = all(process is None or process.alive is False for process in (lease.owner, lease.watchdog))
+        if ended or lease.boot_id != this_boot() or lease.left_s < -_KEPT_S:
+            mark.unlink(missing_ok=True)
+
+
+def _over_path(path: Path, lease_id: str) -> Path:
+    return path.with_suffix(f".{lease_id}.over")
+
+
+def _write(path: Path, lease: Lease, place: Path) -> None:
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+                handle.write(lease.model_dump_json())
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, place)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
         raise ClockError(
             f"lease {path} cannot be written ({error.strerror}), so nothing is changed; free space there, or "
-            f"name another folder in {_FOLDER_VARIABLE}"
+            f"name another folder in {FOLDER_VARIABLE}"
         ) from error
-    return temporary

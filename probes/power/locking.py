@@ -13,13 +13,19 @@ Order, so that a kill at any point leaves nothing locked for longer than the wat
 A kill before "touched" has changed nothing; after it the watchdog undoes. Where a batch system kills every
 process of a job at once, the watchdog goes too: the lease file stays, and ``observatory clocks unlock`` in
 the site's epilogue, or the next lease of that GPU, undoes it (docs/power.md#locking).
+
+An owner may be stopped and continued at any point, while its lease expires and another process takes the GPU.
+So every change is made alone with the lease (``guarded``), when its file still holds it and it has not
+expired; an owner that was stopped in between has kept all others out, and undoes what it then set too late.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,16 +38,20 @@ from probes.power.lease import (
     Lease,
     create_lease,
     diary_path,
+    end_lease,
     find_leases,
-    guarded,
+    forget_lease,
     last_words,
     lease_folder,
     lease_path,
     new_lease,
     read_lease,
+    remove_leftovers,
     replace_lease,
+    standing,
     this_boot,
 )
+from probes.power.lease_files import guarded, open_own, trusted_folder
 
 __all__ = ["ClockLease", "UndoneLease", "refuse_leased", "undo", "undo_leases"]
 
@@ -52,7 +62,8 @@ _END_S = 5.0
 class ClockLease:
     """The right to change one GPU's clock and power limit for a while; made by :meth:`acquire`.
 
-    As a context manager it gives the right back, which undoes every change.
+    As a context manager it gives the right back, which undoes every change. It belongs to the process that
+    acquired it: in a fork of that process nothing can be changed through it, and giving it back does nothing.
     """
 
     def __init__(
@@ -62,6 +73,7 @@ class ClockLease:
         self._path = path
         self._lease = lease
         self._watchdog = watchdog
+        self._released = False
 
     @classmethod
     def acquire(cls, device_uuid: str, *, duration_s: float, folder: Path | None = None) -> Self:
@@ -73,28 +85,37 @@ class ClockLease:
             folder: where leases are kept; the machine's own by default.
 
         Raises:
-            LockRefusedError: the GPU is partitioned, shared, or leased by a process that lives.
+            LockRefusedError: the GPU is partitioned, shared, or leased by a process that lives, or of another
+                PID namespace.
             ClockError: no lease can be kept, or the watchdog does not start.
             DeviceError: there is no such GPU.
         """
         if not duration_s > 0:
             raise ClockError(f"a lease of {duration_s:g} s is no lease; give more than 0 s")
-        path = lease_path(folder or lease_folder(), device_uuid)
+        path = lease_path(lease_folder() if folder is None else trusted_folder(folder), device_uuid)
         control = ClockControl(device_uuid)
+        lease = watchdog = None
         try:
             reason = control.refusal()
             if reason is not None:
                 raise LockRefusedError(f"clocks are not touched: {reason}")
             with guarded(path):
                 _clear_stale(path)
+                remove_leftovers(path)
                 lease = new_lease(device_uuid, duration_s=duration_s)
                 create_lease(path, lease)
             watchdog = _start_watchdog(path, lease)
-            lease = read_lease(path) or lease  # the watchdog has put itself in
+            found = read_lease(path)  # the watchdog has put itself in
+            if found is None or found.lease_id != lease.lease_id:
+                raise _over(lease)
         except BaseException:
             control.close()
+            if watchdog is not None:
+                _end_watchdog(watchdog)
+            if lease is not None:
+                _give_up(path, lease)
             raise
-        return cls(control, path, lease, watchdog)
+        return cls(control, path, found, watchdog)
 
     @property
     def control(self) -> ClockControl:
@@ -112,19 +133,19 @@ class ClockLease:
             ClockError: no such clock, or the driver failed.
         """
         wanted_mhz = self._control.snap(sm_clock_mhz)
-        with guarded(self._path):
-            before = self._lease
-            self._about_to_change(locked=True)
-            try:
-                return self._control.lock_sm_clock(wanted_mhz)
-            except LockRefusedError:
-                self._rewrite(before)
-                raise
+        with self._changing():
+            self._say(locked=True)
+            return self._control.lock_sm_clock(wanted_mhz)
 
     def unlock(self) -> None:
-        """Take our lock of the clock away, under this lease; where we have set none, nothing."""
-        if self._lease.locked:
-            self._control.unlock()
+        """Take our lock of the clock away, under this lease; where we have set none, nothing.
+
+        Raises:
+            LockRefusedError, ClockError: as for :meth:`lock`.
+        """
+        with self._changing():
+            if self._lease.locked:
+                self._control.unlock()
 
     def limit(self, limit_mw: int) -> int:
         """Set the power limit; the one before is restored at the end.
@@ -132,47 +153,50 @@ class ClockLease:
         Raises:
             LockRefusedError, ClockError: as for :meth:`lock`; or the limit before cannot be read.
         """
-        with guarded(self._path):
-            before = self._lease
-            before_mw = before.limit_before_mw or self._control.power_limit_mw
+        with self._changing():
+            before_mw = self._lease.limit_before_mw or self._control.power_limit_mw
             if before_mw is None:
                 raise LockRefusedError(
                     "the driver does not tell the power limit in force, so it could not be restored: nothing "
                     "was changed"
                 )
-            self._about_to_change(limit_before_mw=before_mw)
-            try:
-                return self._control.set_power_limit_mw(limit_mw)
-            except LockRefusedError:
-                self._rewrite(before)
-                raise
+            self._say(limit_before_mw=before_mw)
+            return self._control.set_power_limit_mw(limit_mw)
 
     def restore_limit(self) -> None:
-        """Put the power limit back to what it was, under this lease."""
-        if self._lease.limit_before_mw is not None:
-            self._control.set_power_limit_mw(self._lease.limit_before_mw)
+        """Put the power limit back to what it was, under this lease.
+
+        Raises:
+            LockRefusedError, ClockError: as for :meth:`lock`.
+        """
+        with self._changing():
+            if self._lease.limit_before_mw is not None:
+                self._control.set_power_limit_mw(self._lease.limit_before_mw)
 
     def release(self) -> None:
         """Undo every change and give the lease back; doing it twice does nothing.
 
         Raises:
-            ClockError: the driver did not undo it; the watchdog goes on trying.
+            LeaseBusyError: another process is changing the GPU and does not come to an end.
+            ClockError: the driver did not undo it, or another lease has the place of this one, whose file has
+                vanished; the watchdog goes on trying.
         """
+        if self._released or not self._lease.owner.is_this_process:
+            return
         with guarded(self._path):
-            if _held(self._path, self._lease):
+            state = standing(self._path, self._lease.lease_id)
+            if state in ("held", "vanished"):
                 undo(self._control, self._lease)
-                self._path.unlink(missing_ok=True)
+                end_lease(self._path, self._lease)
+            elif state == "replaced" and self._lease.touched:
+                raise ClockError(
+                    f"the lease of {self._lease.device_uuid} has vanished and another has its place, so what "
+                    "it changed is not undone now but by its watchdog, when the other is over"
+                )
+        self._released = True
         self._control.close()
-        if self._watchdog.stdin is not None and not self._watchdog.stdin.closed:
-            with contextlib.suppress(OSError):
-                self._watchdog.stdin.close()  # wakes it up
-        try:
-            self._watchdog.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            self._watchdog.terminate()
-            self._watchdog.wait(_END_S)
-        if self._watchdog.stdout is not None:
-            self._watchdog.stdout.close()
+        _end_watchdog(self._watchdog)
+        forget_lease(self._path, self._lease)
 
     def __enter__(self) -> Self:
         return self
@@ -182,13 +206,47 @@ class ClockLease:
     ) -> None:
         self.release()
 
-    def _about_to_change(self, *, locked: bool = False, limit_before_mw: int | None = None) -> None:
-        """Say in the lease what is about to happen; refuse when nobody would undo it."""
-        if not _held(self._path, self._lease) or self._lease.problem is not None:
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Alone with a lease that is ours and holds, which is looked at again just before a change and after.
+
+        Raises:
+            LockRefusedError: it is over, or this process is a fork of its owner.
+        """
+        if not self._lease.owner.is_this_process:
             raise LockRefusedError(
-                f"the lease of {self._lease.device_uuid} is over, and what it changed is undone; take a "
-                "longer one"
+                f"the lease of {self._lease.device_uuid} is process {self._lease.owner.pid}'s, and this "
+                f"process, {os.getpid()}, is not it; acquire one here when that is over"
             )
+        with guarded(self._path):
+            self._refuse_over()
+            before = self._lease
+            self._control.before_change = self._refuse_over
+            try:
+                yield
+            except LockRefusedError:
+                self._rewrite(before)
+                raise
+            finally:
+                self._control.before_change = None
+            if self._lease.problem is not None:  # this process was stopped in the call of the driver
+                undo(self._control, self._lease)
+                end_lease(self._path, self._lease)
+                raise _over(self._lease)
+
+    def _refuse_over(self) -> None:
+        state = standing(self._path, self._lease.lease_id)
+        if state in ("vanished", "replaced"):
+            raise LockRefusedError(
+                f"the file of the lease of {self._lease.device_uuid} has vanished without being given back, "
+                "so nothing more is changed, and its watchdog undoes what it changed; see who removes "
+                f"files of {self._path.parent}"
+            )
+        if state == "over" or self._lease.problem is not None:
+            raise _over(self._lease)
+
+    def _say(self, *, locked: bool = False, limit_before_mw: int | None = None) -> None:
+        """Say in the lease what is about to happen; refuse when nobody would undo it."""
         if self._watchdog.poll() is not None:
             raise LockRefusedError(
                 "the watchdog that would undo the lock has died, so nothing is changed; begin again"
@@ -200,9 +258,13 @@ class ClockLease:
         )
 
     def _rewrite(self, lease: Lease) -> None:
-        if lease != self._lease:
-            replace_lease(self._path, lease)
-            self._lease = lease
+        if lease == self._lease or standing(self._path, lease.lease_id) != "held":
+            return
+        replace_lease(self._path, lease)
+        self._lease = lease
+        assert self._watchdog.stdin is not None
+        with contextlib.suppress(OSError):  # it has died, or is stopped and its pipe is full
+            os.write(self._watchdog.stdin.fileno(), lease.model_dump_json().encode() + b"\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,31 +296,45 @@ def undo_leases(folder: Path, *, uuid: str | None = None, force: bool = False) -
         LockRefusedError: the name is no UUID of an NVIDIA GPU.
     """
     only = None if uuid is None else lease_path(folder, uuid)
-    found = []
-    for path in find_leases(folder):
-        if only in (None, path):
-            with guarded(path):
-                found.append(_undo_file(path, force=force))
-    return found
+    return [_undo_file(path, force=force) for path in find_leases(folder) if only in (None, path)]
 
 
 def _undo_file(path: Path, *, force: bool) -> UndoneLease:
     lease = None
     try:
         lease = read_lease(path)
-        if lease is None:
-            return UndoneLease(path=path, lease=None, undone=True, reason="it was given back meanwhile")
-        problem = lease.problem
-        if problem is None and not force:
-            reason = f"its owner, process {lease.owner.pid}, lives; --force undoes it all the same"
-            return UndoneLease(path=path, lease=lease, undone=False, reason=reason)
-        if lease.touched:
-            with ClockControl(lease.device_uuid) as control:
-                undo(control, lease)
-        path.unlink(missing_ok=True)
+        if lease is not None and _spared(lease, force):  # without the guard, which its owner may hold
+            return _left(path, lease)
+        with guarded(path):
+            lease = read_lease(path)
+            if lease is None:
+                return UndoneLease(path=path, lease=None, undone=True, reason="it was given back meanwhile")
+            if _spared(lease, force):
+                return _left(path, lease)
+            problem = lease.problem
+            _undo_and_end(path, lease)
     except ObservatoryError as error:
         return UndoneLease(path=path, lease=lease, undone=False, reason=str(error))
     return UndoneLease(path=path, lease=lease, undone=True, reason=problem or "as asked for")
+
+
+def _spared(lease: Lease, force: bool) -> bool:
+    return lease.problem is None and not force
+
+
+def _left(path: Path, lease: Lease) -> UndoneLease:
+    reason = f"its owner, {lease.holder}, lives; --force undoes it all the same"
+    if lease.owner.alive is None:
+        reason = f"it is held by {lease.holder}; --force undoes it all the same"
+    return UndoneLease(path=path, lease=lease, undone=False, reason=reason)
+
+
+def _undo_and_end(path: Path, lease: Lease) -> None:
+    """Undo a lease that the file holds, whoever's it is. Under its guard."""
+    if lease.touched:
+        with ClockControl(lease.device_uuid) as control:
+            undo(control, lease)
+    end_lease(path, lease)
 
 
 def undo(control: ClockControl, lease: Lease) -> None:
@@ -275,10 +351,10 @@ def undo(control: ClockControl, lease: Lease) -> None:
         control.restore_power_limit_mw(lease.limit_before_mw)
 
 
-def _held(path: Path, lease: Lease) -> bool:
-    """Whether the file still holds this lease: the watchdog removes it when it has undone it."""
-    found = read_lease(path)
-    return found is not None and found.lease_id == lease.lease_id
+def _over(lease: Lease) -> LockRefusedError:
+    return LockRefusedError(
+        f"the lease of {lease.device_uuid} is over, and what it changed is undone; take a longer one"
+    )
 
 
 def _clear_stale(path: Path) -> None:
@@ -288,12 +364,17 @@ def _clear_stale(path: Path) -> None:
         LockRefusedError: its owner lives.
     """
     found = read_lease(path)
-    if found is None:
-        return
-    _refuse_held(found)
-    with ClockControl(found.device_uuid) as control:
-        undo(control, found)
-    path.unlink(missing_ok=True)
+    if found is not None:
+        _refuse_held(found)
+        _undo_and_end(path, found)
+
+
+def _give_up(path: Path, lease: Lease) -> None:
+    """Take back a lease that has changed nothing yet; where that fails it expires."""
+    with contextlib.suppress(ObservatoryError, OSError), guarded(path):
+        if standing(path, lease.lease_id) == "held":
+            end_lease(path, lease)
+        forget_lease(path, lease)
 
 
 def refuse_leased(device_uuid: str, *, folder: Path | None = None) -> None:
@@ -302,7 +383,7 @@ def refuse_leased(device_uuid: str, *, folder: Path | None = None) -> None:
     Raises:
         LockRefusedError: it is leased, or a lease of it was not undone yet.
     """
-    found = read_lease(lease_path(folder or lease_folder(), device_uuid))
+    found = read_lease(lease_path(lease_folder() if folder is None else trusted_folder(folder), device_uuid))
     if found is None:
         return
     _refuse_held(found)
@@ -315,21 +396,19 @@ def refuse_leased(device_uuid: str, *, folder: Path | None = None) -> None:
 
 def _refuse_held(lease: Lease) -> None:
     if lease.problem is None:
-        raise LockRefusedError(
-            f"{lease.device_uuid} is leased by process {lease.owner.pid}; wait for it, or end it"
-        )
+        raise LockRefusedError(f"{lease.device_uuid} is leased by {lease.holder}; wait for it, or end it")
 
 
 def _start_watchdog(path: Path, lease: Lease) -> subprocess.Popen[bytes]:
     """Start the process that undoes the lease, and wait until it watches.
 
     Raises:
-        ClockError: it does not start; the lease is given back, nothing was changed.
+        ClockError: it does not start.
     """
     try:
         diary_path(path).unlink(missing_ok=True)
         # Not the owner's standard error: a pipe that waits for its end would wait for the watchdog.
-        with diary_path(path).open("ab") as diary:
+        with os.fdopen(open_own(diary_path(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as diary:
             process = subprocess.Popen(
                 python_module("probes.power.watchdog", str(path), lease.lease_id),
                 stdin=subprocess.PIPE,
@@ -338,19 +417,33 @@ def _start_watchdog(path: Path, lease: Lease) -> subprocess.Popen[bytes]:
                 start_new_session=True,  # Ctrl-C and hang-ups of the terminal are the owner's
             )
     except OSError as error:
-        path.unlink(missing_ok=True)
         raise ClockError(
             f"the watchdog that would undo the lock does not start ({error.strerror}), so nothing is changed"
         ) from error
+    assert process.stdin is not None
     assert process.stdout is not None
+    os.set_blocking(process.stdin.fileno(), False)
     readable, _, _ = select.select([process.stdout], [], [], _WATCHDOG_S)
     if not readable or process.stdout.readline() != b"ready\n":
         process.kill()
-        process.wait()
-        path.unlink(missing_ok=True)
+        _end_watchdog(process)
         said = last_words(path)
         raise ClockError(
             "the watchdog that would undo the lock does not start, so nothing is changed"
             + ("" if said is None else f" ({said})")
         )
     return process
+
+
+def _end_watchdog(process: subprocess.Popen[bytes]) -> None:
+    """Wait for the watchdog of a lease that is over; one that is stopped is killed."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(OSError):
+        process.stdin.close()  # wakes it up
+    try:
+        process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()

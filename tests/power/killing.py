@@ -4,8 +4,8 @@
 
 kills the watchdog that a Python process with these variables starts.
 
-Points are the lines of ``probes/power/{locking,lease,control,watchdog}.py`` in functions, in the order in
-which a process runs them, each line at most three times. Point 0 kills nowhere. The file that
+Points are the lines in functions of ``probes/power/{locking,lease,lease_files,control,watchdog}.py``, in the
+order in which a process runs them, each line at most three times. Point 0 kills nowhere. The file that
 ``OBSERVATORY_POINTS`` names then takes the count, and else "killed" just before the end.
 """
 
@@ -30,7 +30,9 @@ __all__ = ["KILL", "POINTS", "from_environment", "hook_folder", "kill_at_point",
 KILL, POINTS = "OBSERVATORY_KILL", "OBSERVATORY_POINTS"
 
 _TIMES = 3
-_OURS = tuple(f"/probes/power/{name}.py" for name in ("locking", "lease", "control", "watchdog"))
+_OURS = tuple(
+    f"/probes/power/{name}.py" for name in ("locking", "lease", "lease_files", "control", "watchdog")
+)
 _IN_FUNCTION = 0x1  # CO_OPTIMIZED: no module, no class body
 #: The module that a role's process runs.
 _ROLES = {"watchdog": "probes.power.watchdog"}

@@ -83,6 +83,7 @@ def host(tmp_path: Path) -> Host:
 
 
 def test_an_owner_killed_at_any_point_leaves_nothing_locked(host: Host) -> None:
+    host.leases.mkdir(mode=0o700)  # or the first run has more points than the others
     lines = int(host.run("-m", "tests.power.lock_owner", UUID, "0").stdout)
     assert host.state() == {"lock": 0.0, "limit": 700.0}
     assert lines > 200
