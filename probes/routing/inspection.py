@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -40,12 +40,14 @@ __all__ = [
     "is_recomputed_or_traced",
     "own_operators",
     "suspension",
+    "weakest",
 ]
 
 _POLL_S = 0.001
 _PATIENCE_S = 10.0
 
 NO_TOKENS = "no call with tokens ended"
+_HOOKS_REMOVED = "hooks on its experts were removed"
 NOT_CALLED = "its calls are compiled, or there are none"
 
 
@@ -135,6 +137,10 @@ class BlockInspection:
         was_judged: a reading was held against what the experts compute.
         was_bypassed: the block was called before the site ever was, and ended without it.
         was_repeated: the block was called more than once in one call of the model.
+        site: its site.
+        reached: calls of the site since the last ``end_stretch``.
+        ended: calls of the block that ended in order since then.
+        was_interrupted: a call of the block ended in the middle since then.
     """
 
     def __init__(
@@ -159,8 +165,12 @@ class BlockInspection:
         self.was_judged = False
         self.was_bypassed = False
         self.was_repeated = False
+        self.reached = 0
+        self.ended = 0
+        self.was_interrupted = False
+        self._expert_attachments: list[Attachment] = []
         self._model_call = model_call
-        self._site = site
+        self.site = site
         self._count = count
         self._fail = fail
         self._rows = RowsOfExperts(site.spec.experts)
@@ -172,16 +182,17 @@ class BlockInspection:
 
     def attach(self) -> list[Attachment]:
         """Put hooks on the block and on its experts; all of them or none."""
-        assert self._site.block is not None
+        assert self.site.block is not None
         attachments: list[Attachment] = []
         try:
-            block = self._site.block
+            block = self.site.block
             attachments.append(
                 Attachment(block, before=self._enter_hook(), after=self._leave_hook(), first=True)
             )
             attachments.append(Attachment(block, after=self._end_hook(), first=True))
-            for expert, module in enumerate(self._site.experts):
+            for expert, module in enumerate(self.site.experts):
                 attachments.append(Attachment(module, after=self._expert_hook(expert), marks=False))
+            self._expert_attachments = attachments[2:]
         except BaseException:
             for attachment in attachments:
                 attachment.remove()
@@ -196,8 +207,8 @@ class BlockInspection:
         """
         if suspension.by is self or self._call.is_checked:
             self._call.decisions.append(decision)
-            if self._call.operators is not None and not self._site.experts:
-                self._call.operators.add(stacks_of_site(self._site))
+            if self._call.operators is not None and not self.site.experts:
+                self._call.operators.add(stacks_of_site(self.site))
             return True
         if decision.is_inferred:
             raise self._judgement.unconfirmed("its block is not called as a module")
@@ -213,7 +224,16 @@ class BlockInspection:
         verdicts = self._judgement.verdicts
         if not verdicts:
             return Verified(by="none", reason=NO_TOKENS if self.was_reached else NOT_CALLED)
-        return min(verdicts.values(), key=lambda verdict: (verdict.by != "none", verdict.reason is None))
+        return weakest(verdicts.values())
+
+    def note_reached(self) -> None:
+        """The site was called."""
+        self.was_reached = True
+        self.reached += 1
+
+    def end_stretch(self) -> None:
+        """Count from 0 again."""
+        self.reached, self.ended, self.was_interrupted = 0, 0, False
 
     def close(self) -> None:
         """End the look at a call of this thread, also after Ctrl-C, which runs no hooks."""
@@ -249,14 +269,14 @@ class BlockInspection:
                 and can_look_at_operators()
                 and self._judgement.wants_operators(training=module.training)
             ):
-                call.operators = SeenOperators([] if self._site.experts else stacks_of_site(self._site))
+                call.operators = SeenOperators([] if self.site.experts else stacks_of_site(self.site))
                 call.operators.frame = frame
                 call.operators.__enter__()  # type: ignore[no-untyped-call]
 
         return enter
 
     def _end_hook(self) -> PostHook:
-        def end(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
+        def end(_module: nn.Module, _args: tuple[Any, ...], _kwargs: Any, _output: Any = None) -> None:
             if not torch.compiler.is_compiling():
                 self._call.has_ended = True
 
@@ -267,19 +287,23 @@ class BlockInspection:
             call = self._call
             if torch.compiler.is_compiling() or self._is_outside():
                 return
+            has_ended, call.has_ended = call.has_ended, False
+            if has_ended:
+                self.ended += 1
+            else:
+                self.was_interrupted = True
             if call.frame is None or not _is_caller(call.frame, sys._getframe(1)):
                 self._exclusive.leave()
                 return
-            operators, is_checked, decisions, has_ended = (
-                call.operators,
-                call.is_checked,
-                call.decisions,
-                call.has_ended,
-            )
+            operators, is_checked, decisions = call.operators, call.is_checked, call.decisions
             self.close()
-            if has_ended:  # the call did not raise
+            if has_ended:
                 self.was_bypassed = self.was_bypassed or not self.was_reached
             if not has_ended or not is_checked or not decisions:
+                self._exclusive.leave()
+                return
+            if not all(attachment.is_on() for attachment in self._expert_attachments):
+                self._count_unjudged(module, decisions)
                 self._exclusive.leave()
                 return
             self.was_judged = True
@@ -290,7 +314,7 @@ class BlockInspection:
                         args,
                         kwargs,
                         decisions=decisions,
-                        rows_E=list(self._rows.rows_E) if self._site.experts else None,
+                        rows_E=list(self._rows.rows_E) if self.site.experts else None,
                         operators=operators,
                     )
                     for decision in self._judgement.judge(seen):
@@ -302,6 +326,17 @@ class BlockInspection:
                 self._exclusive.leave()
 
         return leave
+
+    def _count_unjudged(self, block: nn.Module, decisions: list[RoutingDecision]) -> None:
+        """Count what was read in a call whose experts have lost their hooks, where it needs no witness."""
+        try:
+            for decision in decisions:
+                if decision.is_inferred:
+                    raise self._judgement.unconfirmed(_HOOKS_REMOVED)
+                self._count(decision)
+            self._judgement.verdicts[block.training] = Verified(by="none", reason=_HOOKS_REMOVED)
+        except Exception as error:  # the model's own run must not suffer from ours
+            self._fail(error)
 
     def _is_outside(self) -> bool:
         """Whether a call is not one of the model's own: an intervention's, a recomputation, a trace."""
@@ -326,6 +361,11 @@ class BlockInspection:
                 yield self._call.decisions
             finally:
                 suspension.by, self._call.decisions = None, []
+
+
+def weakest(verdicts: Iterable[Verified]) -> Verified:
+    """The verdict that says least."""
+    return min(verdicts, key=lambda verdict: (verdict.by != "none", verdict.reason is None))
 
 
 @contextmanager
