@@ -337,7 +337,7 @@ class Watch:
             _one_line(error) if error is not None else session.problem() or next(map(str, problems), None)
         )
         if any(gap.loses_rows for gap in session.gaps()):
-            failure = failure or "calls of MoE layers were made that are not counted"
+            failure = failure or "not all calls of its MoE layers were captured"
         with _collected(problems):
             writer.close(
                 state="complete" if failure is None else "failed",

@@ -180,13 +180,13 @@ _WORDS: dict[str, Callable[[Gap], str]] = {
     ),
     # What a rank did not capture.
     "hooks_removed": _captured(
-        "its hooks were removed {when}, so that calls are missing; they were put on again when the step ended"
+        "its hooks were removed {when}, so that calls may be missing; they were put on again after it"
     ),
     "hooks_refused": _captured(
         "its hooks were removed {when} and could not be put on again; its calls are missing"
     ),
     "replaced": _captured(
-        "its module was replaced {when}, so that calls are missing; the new module is watched from the next "
+        "its module was replaced {when}, so that calls may be missing; the new one is watched from the next "
         "step on"
     ),
     "replaced_by_unknown": _captured(
@@ -205,6 +205,9 @@ _WORDS: dict[str, Callable[[Gap], str]] = {
     "interrupted": _captured("a call ended in the middle {when} (an exception); the rows are marked partial"),
     "phase_hooks_removed": _captured(
         "the hooks that show its phase were removed {when}; phases that were not stated are unknown there"
+    ),
+    "model_hooks_removed": _captured(
+        "its hooks were removed {when}; a call that ended in the middle is not seen there"
     ),
     "checks_removed": _captured("the hooks that verify its counts were removed {when}"),
     "gate_mass": _captured(

@@ -38,7 +38,12 @@ _marks: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDict
 
 
 class Attachment:
-    """The hooks of one watch on one module."""
+    """The hooks of one watch on one module.
+
+    Attributes:
+        module: the module.
+        is_minor: code compiled earlier need not notice the hooks.
+    """
 
     def __init__(
         self,
@@ -62,6 +67,7 @@ class Attachment:
         self._before, self._after, self._first = before, after, first
         self._handles: list[RemovableHandle] = []
         self._is_off = False
+        self.is_minor = not marks
         for hook in (before, after):
             if hook is not None:
                 setattr(hook, _OURS, True)

@@ -227,9 +227,10 @@ class Folder:
         if snapshot.was_interrupted:
             self._log.add("interrupted", snapshot.step)
         for loss in snapshot.losses:
-            if loss.code == "phase_hooks_removed" and snapshot.told is not None:
-                continue
-            self._log.add(loss.code, snapshot.step, site=loss.site, module=loss.module)
+            code = loss.code
+            if code == "model_hooks_removed" and snapshot.told is None:
+                code = "phase_hooks_removed"
+            self._log.add(code, snapshot.step, site=loss.site, module=loss.module)
             if loss.site is not None and loss.code in _PARTIAL:
                 partial[loss.site] = True
         self._explained |= partial

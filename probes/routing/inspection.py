@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -129,6 +129,20 @@ class _Exclusive:
                 self.owner = None
 
 
+class _ExpertHook:
+    """Called after an expert; in copies and pickles of the expert, something that does nothing."""
+
+    def __init__(self, inspection: BlockInspection, expert: int) -> None:
+        self._inspection = inspection
+        self._expert = expert
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
+        return self._inspection.note_rows(self._expert, args, kwargs, output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (getattr, (nullcontext(), "__exit__"))  # so that reading a pickle needs nothing of ours
+
+
 class BlockInspection:
     """The calls of one site's block.
 
@@ -141,6 +155,7 @@ class BlockInspection:
         reached: calls of the site since the last ``end_stretch``.
         ended: calls of the block that ended in order since then.
         was_interrupted: a call of the block ended in the middle since then.
+        has_lost_hooks: a call since then found the hooks on its experts gone.
     """
 
     def __init__(
@@ -168,7 +183,8 @@ class BlockInspection:
         self.reached = 0
         self.ended = 0
         self.was_interrupted = False
-        self._expert_attachments: list[Attachment] = []
+        self.has_lost_hooks = False
+        self._attachments: tuple[Attachment, ...] = ()
         self._model_call = model_call
         self.site = site
         self._count = count
@@ -191,8 +207,8 @@ class BlockInspection:
             )
             attachments.append(Attachment(block, after=self._end_hook(), first=True))
             for expert, module in enumerate(self.site.experts):
-                attachments.append(Attachment(module, after=self._expert_hook(expert), marks=False))
-            self._expert_attachments = attachments[2:]
+                attachments.append(Attachment(module, after=_ExpertHook(self, expert), marks=False))
+            self._attachments = tuple(attachments)
         except BaseException:
             for attachment in attachments:
                 attachment.remove()
@@ -211,8 +227,14 @@ class BlockInspection:
                 self._call.operators.add(stacks_of_site(self.site))
             return True
         if decision.is_inferred:
+            if not all(attachment.is_on() for attachment in self._attachments):
+                return True  # stated between steps (integrity.py)
             raise self._judgement.unconfirmed("its block is not called as a module")
         return False
+
+    def is_waiting(self) -> bool:
+        """Whether a call of this thread that was read has not ended."""
+        return self._call.is_checked and bool(self._call.decisions)
 
     @property
     def is_contradicted(self) -> bool:
@@ -233,7 +255,7 @@ class BlockInspection:
 
     def end_stretch(self) -> None:
         """Count from 0 again."""
-        self.reached, self.ended, self.was_interrupted = 0, 0, False
+        self.reached, self.ended, self.was_interrupted, self.has_lost_hooks = 0, 0, False, False
 
     def close(self) -> None:
         """End the look at a call of this thread, also after Ctrl-C, which runs no hooks."""
@@ -302,7 +324,8 @@ class BlockInspection:
             if not has_ended or not is_checked or not decisions:
                 self._exclusive.leave()
                 return
-            if not all(attachment.is_on() for attachment in self._expert_attachments):
+            if not all(attachment.is_on() for attachment in self._attachments):
+                self.has_lost_hooks = True
                 self._count_unjudged(module, decisions)
                 self._exclusive.leave()
                 return
@@ -331,9 +354,8 @@ class BlockInspection:
         """Count what was read in a call whose experts have lost their hooks, where it needs no witness."""
         try:
             for decision in decisions:
-                if decision.is_inferred:
-                    raise self._judgement.unconfirmed(_HOOKS_REMOVED)
-                self._count(decision)
+                if not self._judgement.is_replaceable:
+                    self._count(decision)
             self._judgement.verdicts[block.training] = Verified(by="none", reason=_HOOKS_REMOVED)
         except Exception as error:  # the model's own run must not suffer from ours
             self._fail(error)
@@ -342,15 +364,11 @@ class BlockInspection:
         """Whether a call is not one of the model's own: an intervention's, a recomputation, a trace."""
         return suspension.by is not None or is_recomputed_or_traced()
 
-    def _expert_hook(self, expert: int) -> PostHook:
-        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if torch.compiler.is_compiling() or suspension.by is not (
-                None if self._call.is_checked else self
-            ):
-                return None
-            return self._rows.note(expert, args, kwargs, output)
-
-        return note
+    def note_rows(self, expert: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """Take a call of an expert in; what takes the place of its output, None to leave it."""
+        if torch.compiler.is_compiling() or suspension.by is not (None if self._call.is_checked else self):
+            return None
+        return self._rows.note(expert, args, kwargs, output)
 
     @contextmanager
     def _rerun(self) -> Iterator[list[RoutingDecision]]:

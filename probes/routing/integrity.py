@@ -15,7 +15,7 @@ from torch import nn
 
 from observatory.errors import ModelError
 from probes.routing.attachment import Attachment
-from probes.routing.sites import RoutingSite
+from probes.routing.sites import RoutingSite, may_drop_inside
 
 __all__ = ["HookKeeper", "Loss"]
 
@@ -93,8 +93,12 @@ class HookKeeper:
             while attachments:
                 attachments.pop().remove()
 
-    def look(self) -> list[Loss]:
-        """What has changed since the last time; hooks are put on again. Nothing once they were taken off."""
+    def look(self, *, at_all: bool = False) -> list[Loss]:
+        """What has changed since the last time; hooks are put on again. Nothing once they were taken off.
+
+        Args:
+            at_all: also at hooks on single experts, of which there may be thousands.
+        """
         losses = list[Loss]()
         if any(parent._modules != children for parent, children in self._parents):
             losses += self._look_again()
@@ -102,7 +106,7 @@ class HookKeeper:
         is_whole = all(number in module._forward_hooks for module, number in self._hooks) and all(
             number in module._forward_pre_hooks for module, number in self._pre_hooks
         )
-        if not is_whole:
+        if at_all or not is_whole:
             losses += self._restore()
             self._remember()
         losses += [Loss(code=code, site=index) for index, code in self._astray.items()]
@@ -134,6 +138,8 @@ class HookKeeper:
                 losses.append(Loss(code="replaced", site=index))
             elif new.module is old.module and own and not own.is_on():
                 losses.append(Loss(code="hooks_removed", site=index))
+            elif _needs_checks(old) and any(id(expert) not in reachable for expert in old.experts):
+                losses.append(Loss(code="replaced", site=index))
             while self._of_site[index]:
                 self._of_site[index].pop().remove()
             self.sites[index] = replace(new, spec=old.spec)
@@ -148,16 +154,15 @@ class HookKeeper:
     def _restore(self) -> list[Loss]:
         losses = list[Loss]()
         if not all(attachment.is_on() for attachment in self._of_model):
-            losses.append(Loss(code="phase_hooks_removed"))
+            losses.append(Loss(code="model_hooks_removed"))
             with contextlib.suppress(Exception):  # the phase stays unknown, and is stated to be
                 for attachment in self._of_model:
                     attachment.restore()
         for index, attachments in self._of_site.items():
             if all(attachment.is_on() for attachment in attachments):
                 continue
-            losses.append(
-                Loss(code="checks_removed" if attachments[0].is_on() else "hooks_removed", site=index)
-            )
+            is_counted = attachments[0].is_on() and not _needs_checks(self.sites[index])
+            losses.append(Loss(code="checks_removed" if is_counted else "hooks_removed", site=index))
             try:
                 for attachment in attachments:  # all, in their order
                     attachment.restore()
@@ -169,12 +174,17 @@ class HookKeeper:
 
     def _remember(self) -> None:
         attachments = [a for group in (self._of_model, *self._of_site.values()) for a in group]
-        self._hooks = [entry for a in attachments for entry in a.hooks()]
-        self._pre_hooks = [entry for a in attachments for entry in a.pre_hooks()]
+        self._hooks = [entry for a in attachments if not a.is_minor for entry in a.hooks()]
+        self._pre_hooks = [entry for a in attachments if not a.is_minor for entry in a.pre_hooks()]
         self._parents = [
             (parent, dict(parent._modules))
             for parent in _around(self._model, [a.module for a in attachments])
         ]
+
+
+def _needs_checks(site: RoutingSite) -> bool:
+    """Whether each call is held against its experts, and counted when its block ends."""
+    return site.infers or may_drop_inside(site)
 
 
 def _around(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -88,6 +89,7 @@ class RoutingProbe:
         #: of each site, those of modules that were replaced first
         self._inspections: dict[int, list[BlockInspection]] = {}
         self._newest: dict[int, BlockInspection] = {}
+        self._former_refusal: str | None = None
         for index, site in enumerate(sites):
             self._inspect(index, site)
         tensors = [*model.parameters(), *model.buffers()]
@@ -106,7 +108,12 @@ class RoutingProbe:
 
     def look(self) -> None:
         """Look whether hooks and modules are what they were; ``take`` has the losses."""
-        self._losses += self._keeper.look()
+        inspections = self._newest
+        at_all = any(inspection.has_lost_hooks for inspection in inspections.values())
+        for loss in self._keeper.look(at_all=at_all):
+            # A call whose block has lost the hook at its end is read, and never counted.
+            waits = loss.code == "checks_removed" and inspections[loss.site or 0].is_waiting()
+            self._losses.append(replace(loss, code="hooks_removed") if waits else loss)
 
     def detach(self) -> None:
         """Take all hooks off; doing it twice does nothing."""
@@ -137,9 +144,11 @@ class RoutingProbe:
             inspection.close()
         calls: NDArray[np.int64] = np.stack([counter.take_calls() for counter in self.counters], axis=1)
         losses, bypassed = self._end_stretch(calls)
-        was_interrupted = self.phases.was_interrupted or any(
-            i.was_interrupted for i in self._all_inspections()
+        # Without its hooks a call of the model does not show how it ended.
+        was_interrupted = self.phases.was_interrupted and not any(
+            loss.code == "model_hooks_removed" for loss in losses
         )
+        was_interrupted = was_interrupted or any(i.was_interrupted for i in self._all_inspections())
         for inspection in self._all_inspections():
             inspection.end_stretch()
         self.phases.end_stretch(is_stated=told is not None, unknown_calls=int(calls[0].sum()))
@@ -169,7 +178,9 @@ class RoutingProbe:
         """Why nothing of the model may be counted, in one line; None when nothing speaks against it."""
         if self._error is not None and isinstance(self._error[1], ModelError):
             return str(self._error[1])
-        for index, inspection in self._indexed_inspections():
+        if self._former_refusal is not None:
+            return self._former_refusal
+        for index, inspection in self._newest.items():
             site, counter = self.sites[index], self.counters[index]
             if site.infers and (
                 self.inferred_in_graph or (counter.ever_called and not inspection.was_judged)
@@ -225,6 +236,9 @@ class RoutingProbe:
     def _inspect(self, index: int, site: RoutingSite) -> BlockInspection | None:
         """Inspect the block of a site, if it is known."""
         inspections = self._inspections.setdefault(index, [])
+        if inspections:
+            self._former_refusal = self.refusal()
+            self.counters[index].ever_called = False
         self._newest.pop(index, None)
         if site.block is None or site.block is site.module:
             return None
@@ -257,7 +271,7 @@ class RoutingProbe:
         losses, self._losses = tuple(dict.fromkeys(self._losses)), []
         if not self.phases.calls and not calls.any():
             # Nothing ran, unless the hooks are gone that would have seen it.
-            losses = losses if any(loss.code == "phase_hooks_removed" for loss in losses) else ()
+            losses = losses if any(loss.code == "model_hooks_removed" for loss in losses) else ()
         bypassed = np.zeros(len(self.counters), dtype=bool)
         for index, inspection in self._indexed_inspections():
             bypassed[index] |= inspection.ended > max(inspection.reached, int(calls[:, index].sum()))
