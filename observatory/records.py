@@ -15,6 +15,7 @@ __all__ = [
     "MOST_CORES",
     "PHASES",
     "SCHEMA_VERSION",
+    "CaptureGap",
     "ClockSpec",
     "CoreQuota",
     "CoreShare",
@@ -371,6 +372,27 @@ class RankLayer(MoeLayerSpec):
     ] = ()
 
 
+class CaptureGap(Record):
+    """Something that one rank did not capture, or not as a whole.
+
+    Attributes:
+        code: what happened; ``observatory.store.gaps`` lists the codes and has words for them.
+        layer: the MoE layer it is about; None for all of them.
+        module: qualified name of the module; None like ``layer``, or where there is none.
+        first_step, last_step: the first and the last step it is about.
+        steps: how many steps from the first to the last it is about.
+        loses_rows: calls that were made are in no row.
+    """
+
+    code: Annotated[str, Field(pattern=r"^[a-z_]{1,40}$")]
+    layer: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    module: Text | None = None
+    first_step: Annotated[int, Field(ge=0, lt=2**62)]
+    last_step: Annotated[int, Field(ge=0, lt=2**62)]
+    steps: Annotated[int, Field(ge=1, lt=2**62)] = 1
+    loses_rows: bool = True
+
+
 def _once_each(layers: tuple[RankLayer, ...]) -> tuple[RankLayer, ...]:
     if len({item.layer for item in layers}) < len(layers):
         raise ValueError("states a layer number twice")
@@ -389,6 +411,8 @@ class RankStatus(Record):
         dropped_rows: rows that could not be written (full disk), 0 normally.
         clock: how this rank's times relate to the other ranks'; None when nobody asked.
         power: what was sampled of the devices of its node; None when nobody asked.
+        gaps: what it did not capture, or not as a whole; since schema 1.3.
+        notes: stated limits of what it captured; since schema 1.3 (earlier ones are in the manifest).
         moe_layers: the MoE layers that this rank holds, each number once; None when it does not say (runs
             before schema 1.2), and in the copy that ``run.json`` keeps.
         cores: cores that it may use; None when it does not say (runs before schema 1.3).
@@ -402,6 +426,8 @@ class RankStatus(Record):
     dropped_rows: Count = 0
     clock: ClockSpec | None = None
     power: RankPower | None = None
+    gaps: Annotated[tuple[CaptureGap, ...], Field(max_length=65536)] = ()
+    notes: Annotated[tuple[Text, ...], Field(max_length=4096)] = ()
     moe_layers: (
         Annotated[tuple[RankLayer, ...], Field(max_length=16384), AfterValidator(_once_each)] | None
     ) = None
@@ -421,7 +447,8 @@ class Manifest(Record):
         git_sha: commit of the working directory, with ``-dirty``; None outside a checkout.
         window_steps: steps folded into one routing row; 1 keeps every step.
         software: package or library name -> version.
-        notes: stated limits of what was captured (layers not understood, dropped data).
+        notes: stated limits of the run as a whole; those of what a rank captured are in its status, and in
+            runs before schema 1.3 here.
     """
 
     schema_version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}$")] = SCHEMA_VERSION

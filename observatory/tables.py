@@ -29,7 +29,8 @@ def routing_schema(experts: int, *, gate_mass: bool = False) -> pa.Schema:
     ``load`` (E assignments per expert, summed over the window), ``step_load_min`` and ``step_load_max``
     (per-expert extremes over the steps of the window, null when ``window_steps`` is 1),
     ``step_max_over_mean`` (largest per-step max/mean of the window, null when ``window_steps`` is 1),
-    and optionally ``gate_mass`` (E gate weights, summed).
+    optionally ``gate_mass`` (E gate weights, summed), and ``partial`` (true where calls of the window were
+    made that are not counted, or ended in the middle; null otherwise).
     """
     load = pa.list_(pa.int64(), experts)
     fields = [
@@ -47,6 +48,7 @@ def routing_schema(experts: int, *, gate_mass: bool = False) -> pa.Schema:
     ]
     if gate_mass:
         fields.append(pa.field("gate_mass", pa.list_(pa.float64(), experts)))
+    fields.append(pa.field("partial", pa.bool_()))
     return pa.schema(fields)
 
 

@@ -29,6 +29,7 @@ from observatory.provenance import new_manifest
 from observatory.ranks import find_rank
 from observatory.records import ClockSpec, DataSpec, MoeLayerSpec, Phase, RankLayer, Topology, Verified
 from observatory.store import RunWriter
+from observatory.store.gaps import from_capture, sentence
 from observatory.watching_options import WatchOptions, check_phase
 from observatory.watching_power import WatchedPower
 from probes.exchange.flight import recorder_unsupported
@@ -232,6 +233,7 @@ class Watch:
                 phase_spans=self._power.active,
                 flight_recorder=self._options.flight_recorder,
                 situation=lambda: (self.steps, self._told),
+                adapters=self._options.adapters,
             )
             if self._options.power_shifts:
                 self._shifts = self._power.shifts(self._model, self._options.power_shifts)
@@ -274,6 +276,8 @@ class Watch:
         try:
             yield
         except BaseException:
+            if self._session is not None:
+                self._session.note_interruption()
             # The body's own error goes first; ours is stated when the watch ends.
             with contextlib.suppress(CaptureError):
                 self._switch(outer)
@@ -307,28 +311,33 @@ class Watch:
         self._ended = True
         problems: list[ObservatoryError] = []
         clock_notes = self._align_at_exit(writer, failed=error is not None)
+        if error is not None:
+            session.note_interruption()
         with _collected(problems):
             session.stop(self.steps, told=self._told)
         with _collected(problems):
             session.check()
         with contextlib.suppress(RuntimeError):  # a device that failed: what was known at the beginning stays
-            layers = layers_now(self._model, self.sites, self._layers)
+            layers = layers_now(self._model, session.sites, self._layers)
             writer.set_moe_layers(_with_verdicts(layers, session.verified()))
         power = self._power.stop()
         writer.set_power(power)
         notes = (*self._notes, *clock_notes, *power.notes, *session.notes(steps=self.steps))
+        writer.set_notes((*notes, *session.quiet_notes()))
+        writer.set_gaps(session.gaps())
         with _collected(problems):
             if writer.rank == 0:
                 config = {**writer.manifest.config, "probe_cost": session.cost()}
                 if self._shifts is not None:
                     config["power_shifts"] = self._shifts.told()
-                kept = (*writer.manifest.notes, *notes, *session.quiet_notes())
                 stated = _with_verdicts(writer.manifest.model.moe_layers, session.verified())
                 model = writer.manifest.model.model_copy(update={"moe_layers": stated})
-                writer.update_manifest(notes=kept, config=config, model=model)
+                writer.update_manifest(config=config, model=model)
         failure = (
             _one_line(error) if error is not None else session.problem() or next(map(str, problems), None)
         )
+        if any(gap.loses_rows for gap in session.gaps()):
+            failure = failure or "not all calls of its MoE layers were captured"
         with _collected(problems):
             writer.close(
                 state="complete" if failure is None else "failed",
@@ -338,10 +347,13 @@ class Watch:
         if error is not None:
             for problem in problems:
                 error.add_note(f"observatory: {problem}")
-        elif problems:
+            return
+        if problems:
             raise problems[0] if isinstance(problems[0], ModelError) else CaptureError(str(problems[0]))
-        elif notes:
-            warnings.warn(f"run {self.run_path}: {'; '.join(notes)}", stacklevel=2)
+        gaps = [gap for gap in session.gaps() if gap.code != "interrupted"]  # the error was seen
+        if notes or gaps:
+            lines = (*notes, *(sentence(from_capture(gap)) for gap in gaps))
+            warnings.warn(f"run {self.run_path}: {'; '.join(lines)}", stacklevel=2)
 
     def _switch(self, told: Phase | None) -> None:
         if told != self._told:

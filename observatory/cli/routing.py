@@ -47,6 +47,7 @@ def routing(
         standing_committee,
     )
     from observatory.store import open_run
+    from observatory.store.gaps import gap_document
 
     opened = open_run(run)
     loads = collect_layer_loads(opened)
@@ -65,6 +66,7 @@ def routing(
                 "model": opened.manifest.model.name,
                 "data": opened.manifest.data.condition if opened.manifest.data else None,
                 "problems": list(opened.problems),
+                "gaps": [gap_document(gap) for gap in opened.gaps],
                 "layers": rows,
                 "local_consistency": frame_records(local_consistency(opened.token_samples())),
             }

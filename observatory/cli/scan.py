@@ -75,6 +75,7 @@ def scan(
     from observatory.parallel.captured import departures
     from observatory.parallel.scan import scan_run
     from observatory.store import open_run
+    from observatory.store.gaps import gap_document
 
     if traffic and not json:
         raise BenchmarkError("--traffic adds matrices to the document of --json; give both")
@@ -124,6 +125,7 @@ def scan(
                 "model": opened.manifest.model.name,
                 "gpus_per_node": gpus_per_node,
                 "problems": notes,
+                "gaps": [gap_document(gap) for gap in opened.gaps],
                 "rows": rows,
             }
         )

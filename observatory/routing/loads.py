@@ -50,6 +50,7 @@ class LayerLoads:
         load_GE: loads per group of ``rows_per_group`` consecutive rows (the last group may be shorter).
         rows_per_group: 1 unless the run was too long to keep every row.
         incomplete_rows: rows in which some rank of the run is missing.
+        partial_rows: rows in which calls of some rank are missing, or ended in the middle.
     """
 
     phase: str
@@ -69,6 +70,7 @@ class LayerLoads:
     load_GE: NDArray[np.int64]
     rows_per_group: int
     incomplete_rows: int
+    partial_rows: int
 
     @property
     def keeps_steps(self) -> bool:
@@ -126,6 +128,7 @@ class _Gatherer:
         self.rows_per_group = 1
         self.last_step = -1
         self.incomplete = 0
+        self.partial = 0
 
     def add(self, block: LoadBlock) -> None:
         """Add a block of rows."""
@@ -158,6 +161,8 @@ class _Gatherer:
         self.rows["max_over_mean"].append(ratio_S)
         self.rows["step_max_over_mean"].append(np.where(single_S, ratio_S, _stored_extremes(block)))
         self.incomplete += int(np.count_nonzero(~np.asarray(block.present_SP)[:, self.holds_P].all(axis=1)))
+        if block.partial_SP is not None:
+            self.partial += int(np.count_nonzero(block.partial_SP.any(axis=1)))
         self._keep(load_SE)
 
     def _keep(self, load_SE: NDArray[np.int64]) -> None:
@@ -206,6 +211,7 @@ class _Gatherer:
             load_GE=np.concatenate([*self.loads, *rest]),
             rows_per_group=self.rows_per_group,
             incomplete_rows=self.incomplete,
+            partial_rows=self.partial,
         )
 
 

@@ -262,6 +262,10 @@ def _notes(loads: LayerLoads) -> list[str]:
         notes.append("rows fold several steps: no per-step Gini or median")
     if loads.incomplete_rows:
         notes.append(f"{loads.incomplete_rows} of {loads.step_S.size} rows lack some ranks")
+    if loads.partial_rows:
+        notes.append(
+            f"{loads.partial_rows} of {loads.step_S.size} rows are partial: calls are missing in them"
+        )
     if loads.rows_per_group > 1:
         notes.append(f"interval from groups of {loads.rows_per_group} rows")
     return notes

@@ -44,6 +44,7 @@ _COLUMNS = [
     "load",
     "step_max_over_mean",
     "gate_mass",
+    "partial",
 ]
 
 
@@ -68,6 +69,8 @@ class LoadBlock:
         gate_mass_SPE: summed gate weights, NaN where not captured; None when no row of the block has any.
         step_max_over_mean_SP: largest per-step max/mean of the rank's own loads within the window, NaN
             where not captured; None when no row of the block has any.
+        partial_SP: the rank's row lacks calls that were made, or a call ended in the middle; None when no
+            row of the block is so.
     """
 
     phase: str
@@ -82,6 +85,7 @@ class LoadBlock:
     present_SP: npt.NDArray[np.bool_]
     gate_mass_SPE: npt.NDArray[np.float64] | None = None
     step_max_over_mean_SP: npt.NDArray[np.float64] | None = None
+    partial_SP: npt.NDArray[np.bool_] | None = None
 
     @property
     def load_SE(self) -> Int64:
@@ -283,8 +287,10 @@ def _block(
     used = np.unique(piece_N)
     mass = any(pieces[i].rows.gate_mass_NE is not None for i in used)
     extremes = any(pieces[i].rows.step_max_over_mean_N is not None for i in used)
+    partial = any(pieces[i].rows.partial_N is not None for i in used)
     gate_mass_SPE = np.full((*shape, experts), np.nan) if mass else None
     step_max_over_mean_SP = np.full(shape, np.nan) if extremes else None
+    partial_SP = np.zeros(shape, dtype=bool) if partial else None
     order = np.argsort(piece_N, kind="stable")
     for group in np.split(order, np.flatnonzero(np.diff(piece_N[order])) + 1):
         piece = pieces[piece_N[group[0]]]
@@ -299,6 +305,8 @@ def _block(
             gate_mass_SPE[s, p] = rows.gate_mass_NE[n]
         if step_max_over_mean_SP is not None and rows.step_max_over_mean_N is not None:
             step_max_over_mean_SP[s, p] = rows.step_max_over_mean_N[n]
+        if partial_SP is not None and rows.partial_N is not None:
+            partial_SP[s, p] = rows.partial_N[n]
     phase, layer = PHASES[first.phase_N[row_N[0]]], int(first.layer_N[row_N[0]])
     if np.count_nonzero(present_SP) != s_N.size:
         raise RunFormatError(
@@ -318,4 +326,5 @@ def _block(
         present_SP=present_SP,
         gate_mass_SPE=gate_mass_SPE,
         step_max_over_mean_SP=step_max_over_mean_SP,
+        partial_SP=partial_SP,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pydantic
@@ -20,8 +21,9 @@ from observatory.store.files import (
     read_json,
     write_json,
 )
+from observatory.wording import listing
 
-__all__ = ["read_manifest", "read_rank_statuses", "write_manifest", "write_rank_status"]
+__all__ = ["joined_notes", "read_manifest", "read_rank_statuses", "write_manifest", "write_rank_status"]
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -67,6 +69,20 @@ def read_manifest(path: Path) -> Manifest:
         raise RunFormatError(
             f"{file} is not a valid manifest: {_first_fault(error)}; restore the file"
         ) from error
+
+
+def joined_notes(manifest: Manifest, statuses: Sequence[RankStatus]) -> tuple[str, ...]:
+    """The notes of the run and of its ranks, each once; those that not all ranks have name the ranks."""
+    ranks_of: dict[str, list[int]] = {}
+    for status in statuses:
+        for note in dict.fromkeys(status.notes):
+            ranks_of.setdefault(note, []).append(status.rank)
+    notes = dict.fromkeys(manifest.notes)
+    for note, ranks in ranks_of.items():
+        is_all = len(ranks) >= min(manifest.topology.ranks, len(statuses))
+        whose = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {listing([str(r) for r in ranks])}"
+        notes[note if is_all else f"{whose}: {note}"] = None
+    return tuple(notes)
 
 
 def _first_fault(error: Exception) -> str:

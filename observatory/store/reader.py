@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,11 @@ from observatory.errors import RunError, RunFormatError
 from observatory.records import PHASES, Manifest
 from observatory.store.blocks import LoadBlock, stream_blocks
 from observatory.store.checks import FIXED_SCHEMAS, check_rows
+from observatory.store.coverage import Coverage
 from observatory.store.files import one_line
+from observatory.store.gaps import Gap, of_capture, of_ranks, sentence
 from observatory.store.layers import JoinedLayers, join_layers
-from observatory.store.manifests import read_manifest, read_rank_statuses
+from observatory.store.manifests import joined_notes, read_manifest, read_rank_statuses
 from observatory.store.parts import Part, list_parts, read_row_group
 from observatory.tables import TABLES
 
@@ -30,8 +31,6 @@ __all__ = ["Run", "open_run"]
 #: Frames larger than this are refused in favour of the streaming iterators.
 _MAX_FRAME_ROWS = 20_000_000
 _MAX_FRAME_BYTES = 4 * 1024 * 1024 * 1024
-
-_SHOWN_RANKS = 8
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -49,7 +48,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     written, problems = read_rank_statuses(folder)
     # A rank's own file is newer than what rank 0 knew when it closed.
     statuses = {status.rank: status for status in manifest.ranks} | written
-    manifest = manifest.model_copy(update={"ranks": tuple(statuses[rank] for rank in sorted(statuses))})
+    ranks = tuple(statuses[rank] for rank in sorted(statuses))
+    manifest = manifest.model_copy(update={"ranks": ranks, "notes": joined_notes(manifest, ranks)})
     parts: dict[str, tuple[Part, ...]] = {}
     unreadable = 0
     for table in TABLES:
@@ -64,7 +64,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         unreadable += damaged
     if unreadable and not any(parts.values()):
         raise RunFormatError(f"none of the {unreadable} parts of run {folder} can be read; capture it again")
-    problems = _rank_problems(manifest, parts) + problems
+    routed = {part.rank for part in parts["routing"]}
+    gaps = [*of_ranks(manifest, routed), *of_capture(manifest)]
     layers = join_layers(manifest)
     for table in ("routing", "tokens"):
         parts[table] = tuple(part for part in parts[table] if part.rank not in layers.contradictions)
@@ -73,54 +74,9 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         folder,
         manifest.model_copy(update={"model": model}),
         parts,
-        [*layers.contradictions.values(), *problems],
+        [*layers.contradictions.values(), *gaps, *problems],
         layers,
     )
-
-
-def _rank_problems(manifest: Manifest, parts: dict[str, tuple[Part, ...]]) -> list[str]:
-    """What the ranks' states say about missing data."""
-    problems: list[str] = []
-    if manifest.state == "running":
-        problems.append("the run was never closed: it still runs, or rank 0 was killed")
-    elif manifest.state == "failed":
-        problems.append("the run failed; it ends where it failed")
-    states = {status.rank: status for status in manifest.ranks}
-    routed = {part.rank for part in parts["routing"]}
-    # The number of ranks comes from a file: never build a list of that length.
-    known = states.keys() | routed
-    missing = manifest.topology.ranks - sum(rank < manifest.topology.ranks for rank in known)
-    if missing:
-        first = islice((rank for rank in range(manifest.topology.ranks) if rank not in known), _SHOWN_RANKS)
-        problems.append(
-            f"{_ranks(list(first), missing)} of {manifest.topology.ranks} left nothing: "
-            "they never joined or are missing"
-        )
-    for rank, status in sorted(states.items()):
-        if status.state == "running":
-            problems.append(
-                f"rank {rank} never closed: it still runs or was killed; its unflushed tail is missing"
-            )
-        elif status.state == "failed":
-            problems.append(f"rank {rank} failed: {one_line(status.error or 'no reason given', 200)}")
-        if status.dropped_rows:
-            problems.append(f"rank {rank} could not write {status.dropped_rows} rows")
-    silent = [rank for rank in sorted(states) if rank not in routed]
-    if silent and routed:
-        problems.append(f"{_ranks(silent)} left no routing rows")
-    lone = sorted(routed - states.keys())
-    if lone:
-        problems.append(f"{_ranks(lone)} left rows but no status file")
-    return problems
-
-
-def _ranks(ranks: list[int], count: int | None = None) -> str:
-    """Ranks in words; ``count`` when ``ranks`` are only the first of more."""
-    count = len(ranks) if count is None else count
-    shown = ", ".join(str(rank) for rank in ranks[:_SHOWN_RANKS])
-    if count == 1:
-        return f"rank {shown}"
-    return f"{count} ranks ({shown}{', ...' if count > _SHOWN_RANKS else ''})"
 
 
 class Run:
@@ -128,7 +84,8 @@ class Run:
 
     Attributes:
         path: the directory.
-        manifest: its manifest, with the status of every rank that left one and the MoE layers of all ranks.
+        manifest: its manifest, with the status of every rank that left one, and the MoE layers and notes of
+            all ranks.
     """
 
     def __init__(
@@ -136,7 +93,7 @@ class Run:
         path: Path,
         manifest: Manifest,
         parts: dict[str, tuple[Part, ...]],
-        problems: list[str],
+        problems: list[str | Gap],
         layers: JoinedLayers,
     ) -> None:
         self.path = path
@@ -147,8 +104,16 @@ class Run:
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """Stated gaps: missing or unclosed ranks, damaged parts. Reading may find more and add them."""
-        return tuple(self._problems)
+        """Stated gaps: missing or unclosed ranks, steps that are missing or partial, damaged parts.
+
+        Reading may find more and add them: rows that are not there are known when all loads were streamed.
+        """
+        return tuple(sentence(item) if isinstance(item, Gap) else item for item in self._problems)
+
+    @property
+    def gaps(self) -> tuple[Gap, ...]:
+        """Those of the problems that have a code and values."""
+        return tuple(item for item in self._problems if isinstance(item, Gap))
 
     def holds_layer(self, rank: int, layer: int) -> bool:
         """Whether a rank may have rows of a layer; False where it states its layers without this one."""
@@ -201,11 +166,12 @@ class Run:
             left_out += 1
             self._state(problem)
 
+        coverage = Coverage(ranks)
         groups_of_all = 0
         for experts in sorted({part.experts for part in parts}):
             groups = [group for part in parts if part.experts == experts for group in part.row_groups()]
             groups_of_all += len(groups)
-            yield from stream_blocks(
+            for block in stream_blocks(
                 groups,
                 ranks=ranks,
                 phase=phase,
@@ -213,10 +179,15 @@ class Run:
                 max_block_bytes=max_block_bytes,
                 report=report,
                 check_layer=check_layer,
-            )
+            ):
+                coverage.add(block)
+                yield block
+        if phase is None and layers is None:
+            for gap in coverage.gaps(self.manifest, self.holds_layer):
+                self._state(gap)
         if groups_of_all and left_out == groups_of_all:
             raise RunFormatError(
-                f"no routing rows of run {self.path} can be read: {self._problems[-1]}; capture it again"
+                f"no routing rows of run {self.path} can be read: {self.problems[-1]}; capture it again"
             )
 
     def expert_load(self, *, phase: str | None = None, layers: Collection[int] | None = None) -> pd.DataFrame:
@@ -350,6 +321,6 @@ class Run:
             raise RunError(f"table {one_line(table, 40)!r} is unknown; expected one of {', '.join(TABLES)}")
         return self._parts[table]
 
-    def _state(self, problem: str) -> None:
+    def _state(self, problem: str | Gap) -> None:
         if problem not in self._problems:
             self._problems.append(problem)

@@ -46,6 +46,8 @@ class RoutingColumns:
         load_NE: assignments per expert, (N, E).
         gate_mass_NE: summed gate weights, NaN where null; None when the part has none.
         step_max_over_mean_N: largest per-step max/mean, NaN where null; None when the part has none.
+        partial_N: calls of the window were made that are not counted, or ended in the middle; None when the
+            part has no such row.
     """
 
     step_N: Int64
@@ -57,6 +59,7 @@ class RoutingColumns:
     load_NE: Int64
     gate_mass_NE: Float64 | None
     step_max_over_mean_N: Float64 | None
+    partial_N: npt.NDArray[np.bool_] | None = None
 
     def take(self, rows: npt.NDArray[np.intp] | slice) -> RoutingColumns:
         """The given rows; a slice shares memory."""
@@ -72,6 +75,7 @@ class RoutingColumns:
             step_max_over_mean_N=None
             if self.step_max_over_mean_N is None
             else self.step_max_over_mean_N[rows],
+            partial_N=None if self.partial_N is None else self.partial_N[rows],
         )
 
 
@@ -88,6 +92,7 @@ def routing_rows(
     step_load_min_NE: npt.ArrayLike | None = None,
     step_load_max_NE: npt.ArrayLike | None = None,
     step_max_over_mean_N: npt.ArrayLike | None = None,
+    partial_N: npt.ArrayLike | None = None,
 ) -> pa.RecordBatch:
     """Build routing rows for :meth:`RunWriter.append` from arrays; ``assignments`` is the sum of the loads.
 
@@ -101,10 +106,11 @@ def routing_rows(
         tokens_N: tokens routed in the window.
         load_NE: assignments per expert, integers, (N, E).
         window_steps: steps folded into each row.
-        gate_mass_NE: summed gate weights per expert.
+        gate_mass_NE: summed gate weights per expert; a row of NaN becomes null.
         step_load_min_NE: smallest per-step load of the window per expert.
         step_load_max_NE: largest per-step load of the window per expert.
         step_max_over_mean_N: largest per-step max/mean of the window.
+        partial_N: calls of the window were made that are not counted, or ended in the middle.
 
     Raises:
         LoadError: loads are no integers, or the shapes do not fit together. Whether the values can be true is
@@ -129,7 +135,9 @@ def routing_rows(
         array = np.array(values, dtype=np.float64) if is_mass else _integers(values, name)
         if array.shape != loads.shape:
             raise LoadError(f"{name} has shape {array.shape}; expected {loads.shape} like load_NE")
-        return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(array).reshape(-1)), experts)
+        values = pa.array(np.ascontiguousarray(array).reshape(-1))
+        unknown = pa.array(np.isnan(array).all(axis=1)) if is_mass else None
+        return pa.FixedSizeListArray.from_arrays(values, experts, mask=unknown)
 
     phases = [phase_N] * rows if isinstance(phase_N, str) else list(phase_N)
     if len(phases) != rows:
@@ -157,6 +165,9 @@ def routing_rows(
         columns["step_max_over_mean"] = pa.array(np.full(rows, extremes), from_pandas=True)
     if gate_mass_NE is not None:
         columns["gate_mass"] = per_expert(gate_mass_NE, "gate_mass_NE")
+    if partial_N is not None:
+        partial = np.broadcast_to(np.asarray(partial_N, dtype=bool), (rows,))
+        columns["partial"] = pa.array(partial, mask=~partial)
     fields = [field for field in schema if field.name in columns]
     try:
         arrays = [columns[field.name].cast(field.type) for field in fields]
@@ -286,7 +297,13 @@ def routing_columns(rows: pa.Table | pa.RecordBatch, *, rank: int, where: str) -
             if "step_max_over_mean" in names
             else None
         ),
+        partial_N=_partial(column("partial")) if "partial" in names else None,
     )
+
+
+def _partial(array: pa.Array) -> npt.NDArray[np.bool_] | None:
+    partial_N: npt.NDArray[np.bool_] = pc.fill_null(array, False).to_numpy(zero_copy_only=False).astype(bool)
+    return partial_N if partial_N.any() else None
 
 
 def _check_window_extremes(table: pa.Table, lists: Any, where: str, names: set[str]) -> None:

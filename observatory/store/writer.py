@@ -17,7 +17,7 @@ import pydantic
 
 from observatory.clock_identity import clock_identity, clock_name
 from observatory.errors import ObservatoryError, RunError, RunFormatError
-from observatory.records import ClockSpec, Manifest, RankLayer, RankPower, RankStatus
+from observatory.records import CaptureGap, ClockSpec, Manifest, RankLayer, RankPower, RankStatus
 from observatory.store.appending import TableAppender
 from observatory.store.files import (
     MANIFEST_NAME,
@@ -62,6 +62,8 @@ class RunWriter:
         self._cores = find_cores()
         self._power: RankPower | None = None
         self._moe_layers: tuple[RankLayer, ...] | None = None
+        self._gaps: tuple[CaptureGap, ...] = ()
+        self._notes: tuple[str, ...] = ()
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], manifest: Manifest, *, overwrite: bool = False) -> Self:
@@ -187,6 +189,18 @@ class RunWriter:
             self._moe_layers = layers
             self._note_status()
 
+    def set_gaps(self, gaps: tuple[CaptureGap, ...]) -> None:
+        """State what this rank did not capture; written at once where it changes, and at the end."""
+        with self._lock:
+            if gaps != self._gaps:
+                self._gaps = gaps
+                self._note_status()
+
+    def set_notes(self, notes: tuple[str, ...]) -> None:
+        """State limits of what this rank captured; written when the writer closes."""
+        with self._lock:
+            self._notes = tuple(one_line(note, 4096) for note in notes)
+
     def update_manifest(self, **changes: Any) -> None:
         """Change fields of the manifest and write it; rank 0 only.
 
@@ -256,9 +270,10 @@ class RunWriter:
             update={
                 "state": state,
                 "ended_unix_s": time.time(),
-                # Without their layers: those of thousands of ranks would make the file too large to read.
+                # Without their lists: those of thousands of ranks would make the file too large to read.
                 "ranks": tuple(
-                    statuses[rank].model_copy(update={"moe_layers": None}) for rank in sorted(statuses)
+                    statuses[rank].model_copy(update={"moe_layers": None, "gaps": (), "notes": ()})
+                    for rank in sorted(statuses)
                 ),
             }
         )
@@ -285,6 +300,8 @@ class RunWriter:
                 update={"unix_minus_monotonic_ns": time.time_ns() - time.monotonic_ns()}
             ),
             power=self._power,
+            gaps=self._gaps,
+            notes=self._notes,
             moe_layers=self._moe_layers,
             cores=self._cores,
         )

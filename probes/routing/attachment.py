@@ -38,7 +38,12 @@ _marks: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDict
 
 
 class Attachment:
-    """The hooks of one watch on one module."""
+    """The hooks of one watch on one module.
+
+    Attributes:
+        module: the module.
+        is_minor: code compiled earlier need not notice the hooks.
+    """
 
     def __init__(
         self,
@@ -58,8 +63,11 @@ class Attachment:
             first: ``after`` runs before the hooks that are there (FSDP's).
             marks: code compiled earlier is to notice them; otherwise the module keeps its class.
         """
-        self._module = module
+        self.module = module
+        self._before, self._after, self._first = before, after, first
         self._handles: list[RemovableHandle] = []
+        self._is_off = False
+        self.is_minor = not marks
         for hook in (before, after):
             if hook is not None:
                 setattr(hook, _OURS, True)
@@ -68,27 +76,62 @@ class Attachment:
             raise ModelError(
                 f"{type(module).__name__} is compiled by torch.jit, which takes no hooks; watch it unscripted"
             )
-        if before is not None:
-            self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        if after is not None:
-            self._handles.append(
-                module.register_forward_hook(
-                    after, with_kwargs=True, always_call=before is not None, prepend=first
-                )
-            )
+        self._register()
         self._marks = marks or _is_compiled(module)
         if self._marks:
             _change(module, +1)
 
+    def hooks(self) -> list[tuple[nn.Module, int]]:
+        """The module and the number of the hook after it, if there is one."""
+        return [(self.module, handle.id) for handle in self._handles[-1:] if self._after is not None]
+
+    def pre_hooks(self) -> list[tuple[nn.Module, int]]:
+        """The module and the number of the hook before it, if there is one."""
+        return [(self.module, handle.id) for handle in self._handles[:1] if self._before is not None]
+
+    def is_on(self) -> bool:
+        """Whether the module still has the hooks, where they were put."""
+        return all(number in module._forward_hooks for module, number in self.hooks()) and all(
+            number in module._forward_pre_hooks for module, number in self.pre_hooks()
+        )
+
+    def is_carried_by(self, module: nn.Module) -> bool:
+        """Whether another module has all of the hooks: it was made with the attributes of this one."""
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        return all(any(h is own for h in hooks) for own in (self._before, self._after) if own is not None)
+
+    def restore(self) -> None:
+        """Put the hooks on again; once, also where somebody else has put them back."""
+        self._unregister()
+        self._register()
+
     def remove(self) -> None:
         """Take the hooks off and put the class back; doing it twice does nothing."""
-        if not self._handles:
+        if self._is_off:
             return
+        self._is_off = True
+        self._unregister()
+        if self._marks:
+            _change(self.module, -1)
+
+    def _register(self) -> None:
+        if self._before is not None:
+            self._handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
+        if self._after is not None:
+            self._handles.append(
+                self.module.register_forward_hook(
+                    self._after, with_kwargs=True, always_call=self._before is not None, prepend=self._first
+                )
+            )
+
+    def _unregister(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._marks:
-            _change(self._module, -1)
+        for name, own in (("_forward_pre_hooks", self._before), ("_forward_hooks", self._after)):
+            hooks = getattr(self.module, name)
+            for key in [key for key, hook in hooks.items() if hook is own]:  # under a number not our own
+                del hooks[key]
 
 
 def _run_uncompiled(*hooks: PreHook | PostHook | None) -> None:

@@ -33,6 +33,8 @@ _lock = threading.Lock()
 class SiteCounter:
     """Adds the decisions of one site to the buffers of the device they are on.
 
+    Gate weights that are not one for each assignment make the gate mass of the step NaN, as NaN weights do.
+
     Attributes:
         handle: number by which the operator in a compiled graph finds this object; the least that is free,
             so that a graph compiled during one watch serves the next on the same model.
@@ -105,7 +107,11 @@ class SiteCounter:
             count_bins(part.counts, index, device.scales.ones(entries))
             if part.mass is not None and decision.weights is not None:
                 self.weights_seen = True
-                count_bins(part.mass, index, decision.weights.detach().reshape(-1).to(torch.float64))
+                weights = decision.weights.detach()
+                if weights.numel() == entries and not weights.is_complex():
+                    count_bins(part.mass, index, weights.reshape(-1).to(torch.float64))
+                else:
+                    part.mass.fill_(torch.nan)
         if mask is not None or tokens is None or tokens * self.width != entries:
             self._correct_tokens(part, tokens, mask, entries)
 
@@ -119,8 +125,12 @@ class SiteCounter:
         sums_E = count_map(part.counts, chosen_TE)
         if part.mass is not None and decision.weights is not None:
             self.weights_seen = True
-            weights_TE = decision.weights.detach().reshape(-1, self._experts)
-            part.mass[1:-1].add_(weights_TE.masked_fill(~chosen_TE, 0).sum(dim=0, dtype=torch.float64))
+            weights = decision.weights.detach()
+            if weights.numel() == chosen_TE.numel() and not weights.is_complex():
+                weights_TE = weights.reshape(-1, self._experts)
+                part.mass[1:-1].add_(weights_TE.masked_fill(~chosen_TE, 0).sum(dim=0, dtype=torch.float64))
+            else:
+                part.mass.fill_(torch.nan)
         self._correct_tokens(part, decision.tokens, mask, 0)
         assert part.correction is not None
         part.correction.sub_(sums_E.sum())

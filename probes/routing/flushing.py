@@ -102,5 +102,6 @@ class Flusher:
                     self._writer.append(table, rows)
             if flush:
                 self._writer.flush()
+                self._writer.set_gaps(self._folder.gaps())
         except Exception as error:  # whatever it is, the watched program must hear of it and go on
             self._error = self._error or error

@@ -5,6 +5,7 @@ Shapes: E experts, N sites of one E, S steps. Runs in the background thread; not
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,14 +14,21 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from observatory.records import CaptureGap, MoeLayerSpec
 from observatory.store.rows import routing_rows
 from observatory.tables import TOKENS_SCHEMA
 from probes.routing.counters import NO_SAMPLE, SLOTS, HostCopy, Layout
+from probes.routing.integrity import Loss
+from probes.routing.losses import GapLog
 
 __all__ = ["Folder", "Snapshot"]
 
 Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+#: Losses after which a layer's row of the step, if there is one, lacks calls.
+_PARTIAL = frozenset(("hooks_removed", "replaced", "hooks_refused", "replaced_by_unknown", "removed"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +42,10 @@ class Snapshot:
         copies: one copy per device.
         calls: (slots, sites) calls.
         widths: (sites,) ids per token.
+        losses: what was found missing at the second boundary.
+        bypassed: (sites,) the block was called more often than the site.
+        was_interrupted: a call ended in the middle.
+        is_last: the second boundary is the end of the watch.
     """
 
     step: int
@@ -42,6 +54,10 @@ class Snapshot:
     copies: Sequence[HostCopy]
     calls: Int64
     widths: Int64
+    losses: tuple[Loss, ...]
+    bypassed: Bools
+    was_interrupted: bool
+    is_last: bool = False
 
 
 @dataclass(slots=True)
@@ -50,7 +66,8 @@ class _Counts:
 
     load: Int64
     tokens: Int64
-    present: NDArray[np.bool_]
+    present: Bools
+    partial: Bools
     mass: Float64 | None
 
     def include(self, other: _Counts) -> None:
@@ -58,6 +75,7 @@ class _Counts:
         self.load += other.load
         self.tokens += other.tokens
         self.present = self.present | other.present
+        self.partial = self.partial | other.partial
         if self.mass is not None and other.mass is not None:
             self.mass += other.mass
 
@@ -134,14 +152,24 @@ class Folder:
         counted_sites: sites that have rows.
     """
 
-    def __init__(self, layout: Layout, layers: Sequence[int], *, rank: int, window_steps: int) -> None:
+    def __init__(
+        self, layout: Layout, specs: Sequence[MoeLayerSpec], *, rank: int, window_steps: int
+    ) -> None:
         self.finished_rows = 0
         self.last_counted_step = -1
         self.counted_sites: set[int] = set()
         self._layout = layout
         self._rank = rank
         self._window_steps = window_steps
-        self._layers = np.asarray(layers, dtype=np.int64)
+        self._layers = np.asarray([spec.layer for spec in specs], dtype=np.int64)
+        stacks = [re.sub(r"[0-9]+", "*", spec.module) for spec in specs]
+        self._stacks = np.unique(stacks, return_inverse=True)[1]
+        self._log = GapLog(specs)
+        #: sites that were called, by phase: so far, and in this step
+        self._called: dict[str, Bools] = {}
+        self._called_now: dict[str, Bools] = {}
+        #: sites whose calls of this step are known to be missing; all, where a call was interrupted
+        self._explained: Bools = np.zeros(len(specs), dtype=bool)
         self._groups: list[_Group] = []
         self._samples: list[pa.RecordBatch] = []
         self._sampled: set[tuple[str, int]] = set()
@@ -152,8 +180,13 @@ class Folder:
                 _Group(experts=size, sites=sites, starts=starts[sites], layers=self._layers[sites])
             )
 
+    def gaps(self) -> tuple[CaptureGap, ...]:
+        """What is missing so far."""
+        return self._log.records()
+
     def add(self, snapshot: Snapshot) -> None:
         """Take a snapshot in."""
+        partial = self._partial_sites(snapshot)
         counts: Int64 = np.sum([copy.counts.numpy() for copy in snapshot.copies], axis=0)
         masses = [copy.mass.numpy() for copy in snapshot.copies if copy.mass is not None]
         mass: Float64 | None = np.sum(masses, axis=0) if masses else None
@@ -162,11 +195,13 @@ class Folder:
             phase, part = snapshot.told or known, slice(slot * size, (slot + 1) * size)
             for group in self._groups:
                 self._add_slot(
-                    group, phase, snapshot, slot, counts[part], None if mass is None else mass[part]
+                    group, phase, snapshot, slot, counts[part], None if mass is None else mass[part], partial
                 )
             self._add_samples(snapshot, slot, phase)
+        self._add_bypassed(snapshot, counts)
         if snapshot.ends_step:
             self._sampled.clear()
+            self._end_calls(snapshot)
             for group in self._groups:
                 self._end_step(group, snapshot.step)
 
@@ -186,8 +221,54 @@ class Folder:
         for batch in samples:
             yield "tokens", batch
 
+    def _partial_sites(self, snapshot: Snapshot) -> Bools:
+        """Sites whose rows lack calls, or hold a call that ended in the middle; (sites,)."""
+        partial: Bools = np.full(len(self._layers), snapshot.was_interrupted)
+        if snapshot.was_interrupted:
+            self._log.add("interrupted", snapshot.step)
+        for loss in snapshot.losses:
+            code = loss.code
+            if code == "model_hooks_removed" and snapshot.told is None:
+                code = "phase_hooks_removed"
+            self._log.add(code, snapshot.step, site=loss.site, module=loss.module)
+            if loss.site is not None and loss.code in _PARTIAL:
+                partial[loss.site] = True
+        self._explained |= partial
+        return partial
+
+    def _add_bypassed(self, snapshot: Snapshot, counts: Int64) -> None:
+        """State blocks that ran without the call that is read."""
+        for site in np.flatnonzero(snapshot.bypassed & ~self._explained).tolist():
+            start, experts = self._layout.starts[site], self._layout.experts[site]
+            bins = counts.reshape(len(SLOTS), -1)[:, start : start + experts + 2]
+            if bins.any() and not snapshot.calls[:, site].any():  # a CUDA graph was replayed
+                continue
+            self._log.add("bypassed", snapshot.step, site=site)
+            self._explained[site] = True
+
+    def _end_calls(self, snapshot: Snapshot) -> None:
+        """State layers that were not called in a step, though they were before and their stack is."""
+        called_now, self._called_now = self._called_now, {}
+        explained, self._explained = self._explained, np.zeros_like(self._explained)
+        has_losses = bool(snapshot.losses) or bool(explained.any())
+        if not called_now and not (has_losses or snapshot.is_last or self.last_counted_step < 0):
+            self._log.add("idle", snapshot.step)
+        for phase, now in called_now.items():
+            before = self._called.setdefault(phase, np.zeros_like(now))
+            has_stack = np.isin(self._stacks, self._stacks[now])
+            for site in np.flatnonzero(before & ~now & has_stack & ~explained).tolist():
+                self._log.add("not_called", snapshot.step, site=site)
+            before |= now
+
     def _add_slot(
-        self, group: _Group, phase: str, snapshot: Snapshot, slot: int, counts: Int64, mass: Float64 | None
+        self,
+        group: _Group,
+        phase: str,
+        snapshot: Snapshot,
+        slot: int,
+        counts: Int64,
+        mass: Float64 | None,
+        partial: Bools,
     ) -> None:
         bins = counts[group.starts[:, None] + np.arange(group.experts + 3)]
         entries = bins[:, :-1].sum(axis=1)
@@ -197,8 +278,15 @@ class Folder:
             return
         self.last_counted_step = max(self.last_counted_step, snapshot.step)
         self.counted_sites.update(group.sites[present].tolist())
+        called = self._called_now.setdefault(phase, np.zeros(len(self._layers), dtype=bool))
+        called[group.sites] |= present
         gates = None if mass is None else mass[group.starts[:, None] + np.arange(1, group.experts + 1)]
-        new = _Counts(bins[:, 1:-2].copy(), tokens, present, gates)
+        if gates is not None:
+            unknown = ~np.isfinite(gates).all(axis=1)
+            gates[unknown] = np.nan
+            for site in group.sites[unknown].tolist():
+                self._log.add("gate_mass", snapshot.step, site=site)
+        new = _Counts(bins[:, 1:-2].copy(), tokens, present, present & partial[group.sites], gates)
         if phase in group.step:
             group.step[phase].include(new)
         else:
@@ -249,6 +337,7 @@ class Folder:
             tokens_N=stacked([rows.counts.tokens for rows in finished]),
             load_NE=stacked([rows.counts.load for rows in finished]),
             gate_mass_NE=stacked(masses) if masses else None,
+            partial_N=stacked([rows.counts.partial for rows in finished]),
             window_steps=stacked([window.steps for window in windows]) if windows else 1,
             step_load_min_NE=stacked([window.load_min for window in windows]) if windows else None,
             step_load_max_NE=stacked([window.load_max for window in windows]) if windows else None,

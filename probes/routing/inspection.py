@@ -12,8 +12,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -40,12 +40,14 @@ __all__ = [
     "is_recomputed_or_traced",
     "own_operators",
     "suspension",
+    "weakest",
 ]
 
 _POLL_S = 0.001
 _PATIENCE_S = 10.0
 
 NO_TOKENS = "no call with tokens ended"
+_HOOKS_REMOVED = "hooks on its experts were removed"
 NOT_CALLED = "its calls are compiled, or there are none"
 
 
@@ -127,6 +129,20 @@ class _Exclusive:
                 self.owner = None
 
 
+class _ExpertHook:
+    """Called after an expert; in copies and pickles of the expert, something that does nothing."""
+
+    def __init__(self, inspection: BlockInspection, expert: int) -> None:
+        self._inspection = inspection
+        self._expert = expert
+
+    def __call__(self, _module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
+        return self._inspection.note_rows(self._expert, args, kwargs, output)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (getattr, (nullcontext(), "__exit__"))  # so that reading a pickle needs nothing of ours
+
+
 class BlockInspection:
     """The calls of one site's block.
 
@@ -135,6 +151,11 @@ class BlockInspection:
         was_judged: a reading was held against what the experts compute.
         was_bypassed: the block was called before the site ever was, and ended without it.
         was_repeated: the block was called more than once in one call of the model.
+        site: its site.
+        reached: calls of the site since the last ``end_stretch``.
+        ended: calls of the block that ended in order since then.
+        was_interrupted: a call of the block ended in the middle since then.
+        has_lost_hooks: a call since then found the hooks on its experts gone.
     """
 
     def __init__(
@@ -159,8 +180,13 @@ class BlockInspection:
         self.was_judged = False
         self.was_bypassed = False
         self.was_repeated = False
+        self.reached = 0
+        self.ended = 0
+        self.was_interrupted = False
+        self.has_lost_hooks = False
+        self._attachments: tuple[Attachment, ...] = ()
         self._model_call = model_call
-        self._site = site
+        self.site = site
         self._count = count
         self._fail = fail
         self._rows = RowsOfExperts(site.spec.experts)
@@ -172,16 +198,17 @@ class BlockInspection:
 
     def attach(self) -> list[Attachment]:
         """Put hooks on the block and on its experts; all of them or none."""
-        assert self._site.block is not None
+        assert self.site.block is not None
         attachments: list[Attachment] = []
         try:
-            block = self._site.block
+            block = self.site.block
             attachments.append(
                 Attachment(block, before=self._enter_hook(), after=self._leave_hook(), first=True)
             )
             attachments.append(Attachment(block, after=self._end_hook(), first=True))
-            for expert, module in enumerate(self._site.experts):
-                attachments.append(Attachment(module, after=self._expert_hook(expert), marks=False))
+            for expert, module in enumerate(self.site.experts):
+                attachments.append(Attachment(module, after=_ExpertHook(self, expert), marks=False))
+            self._attachments = tuple(attachments)
         except BaseException:
             for attachment in attachments:
                 attachment.remove()
@@ -196,12 +223,18 @@ class BlockInspection:
         """
         if suspension.by is self or self._call.is_checked:
             self._call.decisions.append(decision)
-            if self._call.operators is not None and not self._site.experts:
-                self._call.operators.add(stacks_of_site(self._site))
+            if self._call.operators is not None and not self.site.experts:
+                self._call.operators.add(stacks_of_site(self.site))
             return True
         if decision.is_inferred:
+            if not all(attachment.is_on() for attachment in self._attachments):
+                return True  # stated between steps (integrity.py)
             raise self._judgement.unconfirmed("its block is not called as a module")
         return False
+
+    def is_waiting(self) -> bool:
+        """Whether a call of this thread that was read has not ended."""
+        return self._call.is_checked and bool(self._call.decisions)
 
     @property
     def is_contradicted(self) -> bool:
@@ -213,7 +246,16 @@ class BlockInspection:
         verdicts = self._judgement.verdicts
         if not verdicts:
             return Verified(by="none", reason=NO_TOKENS if self.was_reached else NOT_CALLED)
-        return min(verdicts.values(), key=lambda verdict: (verdict.by != "none", verdict.reason is None))
+        return weakest(verdicts.values())
+
+    def note_reached(self) -> None:
+        """The site was called."""
+        self.was_reached = True
+        self.reached += 1
+
+    def end_stretch(self) -> None:
+        """Count from 0 again."""
+        self.reached, self.ended, self.was_interrupted, self.has_lost_hooks = 0, 0, False, False
 
     def close(self) -> None:
         """End the look at a call of this thread, also after Ctrl-C, which runs no hooks."""
@@ -249,14 +291,14 @@ class BlockInspection:
                 and can_look_at_operators()
                 and self._judgement.wants_operators(training=module.training)
             ):
-                call.operators = SeenOperators([] if self._site.experts else stacks_of_site(self._site))
+                call.operators = SeenOperators([] if self.site.experts else stacks_of_site(self.site))
                 call.operators.frame = frame
                 call.operators.__enter__()  # type: ignore[no-untyped-call]
 
         return enter
 
     def _end_hook(self) -> PostHook:
-        def end(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
+        def end(_module: nn.Module, _args: tuple[Any, ...], _kwargs: Any, _output: Any = None) -> None:
             if not torch.compiler.is_compiling():
                 self._call.has_ended = True
 
@@ -267,19 +309,24 @@ class BlockInspection:
             call = self._call
             if torch.compiler.is_compiling() or self._is_outside():
                 return
+            has_ended, call.has_ended = call.has_ended, False
+            if has_ended:
+                self.ended += 1
+            else:
+                self.was_interrupted = True
             if call.frame is None or not _is_caller(call.frame, sys._getframe(1)):
                 self._exclusive.leave()
                 return
-            operators, is_checked, decisions, has_ended = (
-                call.operators,
-                call.is_checked,
-                call.decisions,
-                call.has_ended,
-            )
+            operators, is_checked, decisions = call.operators, call.is_checked, call.decisions
             self.close()
-            if has_ended:  # the call did not raise
+            if has_ended:
                 self.was_bypassed = self.was_bypassed or not self.was_reached
             if not has_ended or not is_checked or not decisions:
+                self._exclusive.leave()
+                return
+            if not all(attachment.is_on() for attachment in self._attachments):
+                self.has_lost_hooks = True
+                self._count_unjudged(module, decisions)
                 self._exclusive.leave()
                 return
             self.was_judged = True
@@ -290,7 +337,7 @@ class BlockInspection:
                         args,
                         kwargs,
                         decisions=decisions,
-                        rows_E=list(self._rows.rows_E) if self._site.experts else None,
+                        rows_E=list(self._rows.rows_E) if self.site.experts else None,
                         operators=operators,
                     )
                     for decision in self._judgement.judge(seen):
@@ -303,19 +350,25 @@ class BlockInspection:
 
         return leave
 
+    def _count_unjudged(self, block: nn.Module, decisions: list[RoutingDecision]) -> None:
+        """Count what was read in a call whose experts have lost their hooks, where it needs no witness."""
+        try:
+            for decision in decisions:
+                if not self._judgement.is_replaceable:
+                    self._count(decision)
+            self._judgement.verdicts[block.training] = Verified(by="none", reason=_HOOKS_REMOVED)
+        except Exception as error:  # the model's own run must not suffer from ours
+            self._fail(error)
+
     def _is_outside(self) -> bool:
         """Whether a call is not one of the model's own: an intervention's, a recomputation, a trace."""
         return suspension.by is not None or is_recomputed_or_traced()
 
-    def _expert_hook(self, expert: int) -> PostHook:
-        def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if torch.compiler.is_compiling() or suspension.by is not (
-                None if self._call.is_checked else self
-            ):
-                return None
-            return self._rows.note(expert, args, kwargs, output)
-
-        return note
+    def note_rows(self, expert: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
+        """Take a call of an expert in; what takes the place of its output, None to leave it."""
+        if torch.compiler.is_compiling() or suspension.by is not (None if self._call.is_checked else self):
+            return None
+        return self._rows.note(expert, args, kwargs, output)
 
     @contextmanager
     def _rerun(self) -> Iterator[list[RoutingDecision]]:
@@ -326,6 +379,11 @@ class BlockInspection:
                 yield self._call.decisions
             finally:
                 suspension.by, self._call.decisions = None, []
+
+
+def weakest(verdicts: Iterable[Verified]) -> Verified:
+    """The verdict that says least."""
+    return min(verdicts, key=lambda verdict: (verdict.by != "none", verdict.reason is None))
 
 
 @contextmanager

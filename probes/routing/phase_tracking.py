@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from torch import compiler, nn
 
 from probes.routing.attachment import Attachment, PostHook, PreHook
 from probes.routing.carriers import Carrier, find_carriers
+from probes.routing.inspection import is_recomputed_or_traced
 from probes.routing.phases import CallPhase, Reason, phase_of_call, phase_within
+from probes.routing.stacks import is_running
 
 __all__ = ["PhaseTracker"]
 
@@ -55,6 +59,8 @@ class _Now:
         reason: why that is unknown; None when it is known, and outside of calls.
         has_inner: a call inside of it had a reason of its own.
         stack: its eager calls, the innermost last.
+        frame: the outermost of them; None outside of calls.
+        has_ended: the model's own call that is about to be left did not raise.
     """
 
     def __init__(self) -> None:
@@ -62,6 +68,13 @@ class _Now:
         self.reason: Reason | None = None
         self.has_inner = False
         self.stack: list[_Call] = []
+        self.frame: FrameType | None = None
+        self.has_ended = False
+
+    def leave_all(self) -> None:
+        """Forget calls that ended without their hooks, as after Ctrl-C."""
+        self.stack.clear()
+        self.slot, self.reason, self.has_inner, self.frame = 0, None, True, None
 
 
 class _Threads(threading.local):
@@ -79,11 +92,16 @@ class PhaseTracker:
 
     Attributes:
         model_called: the model was called.
+        calls: eager calls of the model since the last ``end_stretch``.
+        was_interrupted: a call ended in the middle since then.
     """
 
     def __init__(self, model: nn.Module, *, on_call: Callable[[], None]) -> None:
         """Track ``model``; ``on_call`` is called at the start of every eager call."""
         self.model_called = False
+        self.calls = 0
+        self.was_interrupted = False
+        self._inside: dict[int, _Now] = {}
         self._carriers = find_carriers(model)
         self._on_call = on_call
         self._threads = _Threads()
@@ -102,6 +120,8 @@ class PhaseTracker:
         """Put the hooks on, one carrier after the other."""
         for carrier in self._carriers:
             before, after = self._hooks(carrier)
+            if not carrier.is_inner:
+                yield Attachment(carrier.module, after=self._end_hook())
             yield Attachment(carrier.module, before=before, after=after)
 
     def outermost_call(self) -> object | None:
@@ -125,6 +145,7 @@ class PhaseTracker:
             is_stated: the caller has.
             unknown_calls: calls of watched layers that were counted as unknown.
         """
+        self.calls, self.was_interrupted = 0, False
         with self._lock:
             recent, self._recent = self._recent, Counter()
         compiled, self._recent_compiled = self._recent_compiled, None
@@ -135,6 +156,14 @@ class PhaseTracker:
             self._unknown_compiled.add(compiled)
         elif unknown_calls and not recent and not self._threads.now.stack:
             self._unknown[Reason("outside")] += unknown_calls
+
+    def find_interrupted(self) -> None:
+        """Note calls that ended without their hooks, as after Ctrl-C, on this thread and on others."""
+        for thread, now in list(self._inside.items()):
+            if not _is_inside(thread, now):
+                now.leave_all()
+                self._inside.pop(thread, None)
+                self.was_interrupted = True
 
     def notes(self, *, given_a_cache: bool) -> Iterator[str]:
         """One line for every reason why a phase is unknown; of calls that were given a cache or of others."""
@@ -162,6 +191,7 @@ class PhaseTracker:
             if compiler.is_exporting():
                 return
             self.model_called = True
+            self.calls += not carrier.is_inner
             phase = phase_of_call(carrier, module, args, kwargs)
             if compiler.is_compiling():
                 self._enter_compiled(carrier, around, phase)
@@ -174,12 +204,25 @@ class PhaseTracker:
             if compiler.is_compiling():
                 self._leave_compiled(around)
             else:
-                self._leave()
+                self._leave(is_models_own=not carrier.is_inner)
 
         return enter, leave
 
+    def _end_hook(self) -> PostHook:
+        def end(_module: nn.Module, _args: tuple[Any, ...], _kwargs: Any, _output: Any = None) -> None:
+            if not compiler.is_compiling():
+                self._threads.now.has_ended = True
+
+        return end
+
     def _enter(self, carrier: Carrier, phase: CallPhase) -> None:
-        now = self._threads.now
+        now, frame = self._threads.now, sys._getframe(2)
+        if now.stack and (now.frame is None or not is_running(now.frame, frame)):
+            now.leave_all()
+            self.was_interrupted = True
+        if not now.stack:
+            now.frame = frame
+            self._inside[threading.get_ident()] = now
         outer = now.stack[-1] if now.stack else None
         if outer is not None:
             phase = phase_within(outer.phase, phase, carrier)
@@ -192,14 +235,21 @@ class PhaseTracker:
         now.slot, now.reason, now.has_inner = phase.slot, phase.reason, False
         self._on_call()
 
-    def _leave(self) -> None:
+    def _leave(self, *, is_models_own: bool) -> None:
         now = self._threads.now
+        if is_models_own:
+            if not now.has_ended and not is_recomputed_or_traced():
+                self.was_interrupted = True
+            now.has_ended = False
         if now.stack:
             call = now.stack.pop()
             if not (call.has_inner or now.has_inner):
                 self._count(call)
         outer = now.stack[-1].phase if now.stack else CallPhase(0)
         now.slot, now.reason, now.has_inner = outer.slot, outer.reason, True
+        if not now.stack:
+            now.frame = None
+            self._inside.pop(threading.get_ident(), None)
 
     def _enter_compiled(self, carrier: Carrier, around: _Around, phase: CallPhase) -> None:
         now = self._threads.now
@@ -213,6 +263,11 @@ class PhaseTracker:
         if now.reason is not None and not now.has_inner:
             self._recent_compiled = now.reason
         now.slot, now.reason, now.has_inner = around.slot, around.reason, True
+
+
+def _is_inside(thread: int, now: _Now) -> bool:
+    """Whether a thread is still in the call that it was last seen in."""
+    return now.frame is not None and is_running(now.frame, sys._current_frames().get(thread))
 
 
 def _why(reason: Reason) -> str:

@@ -12,22 +12,33 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from observatory.errors import CaptureError, ModelError
 from observatory.records import Verified
+from probes.routing.adapters import Adapter
 from probes.routing.attachment import Attachment, PostHook, PreHook
 from probes.routing.counters import DeviceCounters, Layout
 from probes.routing.counting import SiteCounter, count_in_graph
+from probes.routing.discover import find_sites
 from probes.routing.folding import Snapshot
-from probes.routing.inspection import BlockInspection, is_recomputed_or_traced, own_operators, suspension
+from probes.routing.inspection import (
+    BlockInspection,
+    is_recomputed_or_traced,
+    own_operators,
+    suspension,
+    weakest,
+)
+from probes.routing.integrity import HookKeeper, Loss
 from probes.routing.judgement import Verify
 from probes.routing.phase_tracking import PhaseTracker
 from probes.routing.sites import RoutingDecision, RoutingSite, shown_by
@@ -39,7 +50,6 @@ class RoutingProbe:
     """Counts the assignments of the given sites.
 
     Attributes:
-        sites: what is watched.
         counters: one counter per site.
         phases: which phase the model is in.
         layer_calls: eager calls of sites seen so far.
@@ -56,10 +66,10 @@ class RoutingProbe:
         gate_mass: bool = False,
         sample_tokens: int = 0,
         verify: Verify = "first",
+        adapters: Sequence[Adapter] = (),
     ) -> None:
-        self.sites = tuple(sites)
-        self.layout = Layout.of_sites(self.sites, sample_tokens=sample_tokens, gate_mass=gate_mass)
-        self.counters = tuple(SiteCounter(index, self.layout) for index in range(len(self.sites)))
+        self.layout = Layout.of_sites(sites, sample_tokens=sample_tokens, gate_mass=gate_mass)
+        self.counters = tuple(SiteCounter(index, self.layout) for index in range(len(sites)))
         self._verify = verify
         self.inferred_in_graph = False
         self.layer_calls = 0
@@ -68,40 +78,46 @@ class RoutingProbe:
         self._devices: dict[torch.device, DeviceCounters] = {}
         self._error: tuple[str, Exception] | None = None
         self._lock = threading.Lock()
-        self._attachments: list[Attachment] = []
-        self._inspections = {
-            counter.index: BlockInspection(
-                site,
-                verify=verify,
-                model_call=self.phases.outermost_call,
-                count=partial(self._count, counter),
-                fail=partial(self._fail, site),
-            )
-            for site, counter in zip(self.sites, self.counters, strict=True)
-            if site.block is not None and site.block is not site.module
-        }
+        self._keeper = HookKeeper(
+            model,
+            sites,
+            attach=self._attach_site,
+            attach_to_model=self.phases.attach,
+            find=partial(find_sites, model, adapters=adapters),
+        )
+        self._losses: list[Loss] = []
+        #: of each site, those of modules that were replaced first
+        self._inspections: dict[int, list[BlockInspection]] = {}
+        self._newest: dict[int, BlockInspection] = {}
+        self._former_refusal: str | None = None
+        for index, site in enumerate(sites):
+            self._inspect(index, site)
         tensors = [*model.parameters(), *model.buffers()]
         for device in {tensor.device for tensor in tensors if not tensor.is_meta}:
             self._device(device)
         self.main_device = next((d for d in self._devices if d.type != "cpu"), torch.device("cpu"))
 
+    @property
+    def sites(self) -> Sequence[RoutingSite]:
+        """What is watched now."""
+        return self._keeper.sites
+
     def attach(self) -> None:
         """Put the hooks on; all of them or, when one cannot be put on, none."""
-        try:
-            self._attachments.extend(self.phases.attach())
-            for site, counter in zip(self.sites, self.counters, strict=True):
-                first, last = self._hooks(site, counter)
-                self._attachments.append(Attachment(site.module, before=first, after=last))
-            for inspection in self._inspections.values():
-                self._attachments.extend(inspection.attach())
-        except BaseException:
-            self.detach()
-            raise
+        self._keeper.attach()
+
+    def look(self) -> None:
+        """Look whether hooks and modules are what they were; ``take`` has the losses."""
+        inspections = self._newest
+        at_all = any(inspection.has_lost_hooks for inspection in inspections.values())
+        for loss in self._keeper.look(at_all=at_all):
+            # A call whose block has lost the hook at its end is read, and never counted.
+            waits = loss.code == "checks_removed" and inspections[loss.site or 0].is_waiting()
+            self._losses.append(replace(loss, code="hooks_removed") if waits else loss)
 
     def detach(self) -> None:
         """Take all hooks off; doing it twice does nothing."""
-        while self._attachments:
-            self._attachments.pop().remove()
+        self._keeper.detach()
 
     def release(self) -> None:
         """Give the counters' handles back, after the last ``take``."""
@@ -122,9 +138,19 @@ class RoutingProbe:
                 "a step or phase boundary falls inside the capture of a CUDA graph; expected it between "
                 "replays, move watch.step() and watch.phase() out of torch.cuda.graph(...)"
             )
-        for inspection in self._inspections.values():
+        self.look()
+        self.phases.find_interrupted()
+        for inspection in self._all_inspections():
             inspection.close()
-        calls = np.stack([counter.take_calls() for counter in self.counters], axis=1)
+        calls: NDArray[np.int64] = np.stack([counter.take_calls() for counter in self.counters], axis=1)
+        losses, bypassed = self._end_stretch(calls)
+        # Without its hooks a call of the model does not show how it ended.
+        was_interrupted = self.phases.was_interrupted and not any(
+            loss.code == "model_hooks_removed" for loss in losses
+        )
+        was_interrupted = was_interrupted or any(i.was_interrupted for i in self._all_inspections())
+        for inspection in self._all_inspections():
+            inspection.end_stretch()
         self.phases.end_stretch(is_stated=told is not None, unknown_calls=int(calls[0].sum()))
         return Snapshot(
             step=step,
@@ -133,6 +159,9 @@ class RoutingProbe:
             copies=[counters.snapshot() for counters in list(self._devices.values())],
             calls=calls,
             widths=np.array([counter.width for counter in self.counters], dtype=np.int64),
+            losses=losses,
+            bypassed=bypassed,
+            was_interrupted=was_interrupted,
         )
 
     def problem(self) -> str | None:
@@ -149,7 +178,9 @@ class RoutingProbe:
         """Why nothing of the model may be counted, in one line; None when nothing speaks against it."""
         if self._error is not None and isinstance(self._error[1], ModelError):
             return str(self._error[1])
-        for index, inspection in self._inspections.items():
+        if self._former_refusal is not None:
+            return self._former_refusal
+        for index, inspection in self._newest.items():
             site, counter = self.sites[index], self.counters[index]
             if site.infers and (
                 self.inferred_in_graph or (counter.ever_called and not inspection.was_judged)
@@ -175,31 +206,83 @@ class RoutingProbe:
         """Modules whose gates are counted though the experts compute something else."""
         return [
             self.sites[index].spec.module
-            for index, inspection in self._inspections.items()
-            if inspection.is_contradicted
+            for index, inspections in self._inspections.items()
+            if any(inspection.is_contradicted for inspection in inspections)
         ]
 
     def repeated(self) -> list[str]:
         """Modules of blocks that were called more than once in one call of the model."""
         return [
             self.sites[index].spec.module
-            for index, inspection in self._inspections.items()
-            if inspection.was_repeated
+            for index, inspections in self._inspections.items()
+            if any(inspection.was_repeated for inspection in inspections)
         ]
 
     def _verified(self, index: int) -> Verified:
-        inspection = self._inspections.get(index)
-        if inspection is None:
+        inspections = self._inspections[index]
+        if not inspections:
             return Verified(by="none", reason="an adapter reads it")
-        if self._verify == "none" and not inspection.was_judged:
+        if self._verify == "none" and not any(inspection.was_judged for inspection in inspections):
             return Verified(by="none", reason="verification was turned off")
-        return inspection.verified()
+        called = [inspection for inspection in inspections if inspection.was_reached] or inspections
+        return weakest([inspection.verified() for inspection in called])
+
+    def _all_inspections(self) -> Iterator[BlockInspection]:
+        return (inspection for _, inspection in self._indexed_inspections())
+
+    def _indexed_inspections(self) -> Iterator[tuple[int, BlockInspection]]:
+        return ((index, own) for index, inspections in self._inspections.items() for own in inspections)
+
+    def _inspect(self, index: int, site: RoutingSite) -> BlockInspection | None:
+        """Inspect the block of a site, if it is known."""
+        inspections = self._inspections.setdefault(index, [])
+        if inspections:
+            self._former_refusal = self.refusal()
+            self.counters[index].ever_called = False
+        self._newest.pop(index, None)
+        if site.block is None or site.block is site.module:
+            return None
+        inspections.append(
+            BlockInspection(
+                site,
+                verify=self._verify,
+                model_call=self.phases.outermost_call,
+                count=partial(self._count, self.counters[index]),
+                fail=partial(self._fail, site),
+            )
+        )
+        self._newest[index] = inspections[-1]
+        return inspections[-1]
+
+    def _attach_site(self, index: int, site: RoutingSite) -> list[Attachment]:
+        """Put the hooks on of a site; all of them or none."""
+        inspections = self._inspections[index]
+        known = next((own for own in inspections if own.site is site), None) or self._inspect(index, site)
+        first, last = self._hooks(site, self.counters[index])
+        attachment = Attachment(site.module, before=first, after=last)
+        try:
+            return [attachment, *(() if known is None else known.attach())]
+        except BaseException:
+            attachment.remove()
+            raise
+
+    def _end_stretch(self, calls: NDArray[np.int64]) -> tuple[tuple[Loss, ...], NDArray[np.bool_]]:
+        """What was lost since the last boundary, and whose blocks were called more often, (sites,)."""
+        losses, self._losses = tuple(dict.fromkeys(self._losses)), []
+        if not self.phases.calls and not calls.any():
+            # Nothing ran, unless the hooks are gone that would have seen it.
+            losses = losses if any(loss.code == "model_hooks_removed" for loss in losses) else ()
+        bypassed = np.zeros(len(self.counters), dtype=bool)
+        for index, inspection in self._indexed_inspections():
+            bypassed[index] |= inspection.ended > max(inspection.reached, int(calls[:, index].sum()))
+        return losses, bypassed
 
     def _hooks(self, site: RoutingSite, counter: SiteCounter) -> tuple[PreHook | None, PostHook | None]:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Defaults: another library that puts hooks back may forget that these take keyword arguments.
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
             self._see(site, counter, module, args, kwargs, None)
 
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
             self._see(site, counter, module, args, kwargs, output)
 
         return (before, None) if site.when == "before" else (None, after)
@@ -241,12 +324,12 @@ class RoutingProbe:
 
     def _is_judged_later(self, counter: SiteCounter, decision: RoutingDecision) -> bool:
         """Whether the reading is for the inspection of its block, or of no call of the model's own."""
-        inspection, by = self._inspections.get(counter.index), suspension.by
+        inspection, by = self._newest.get(counter.index), suspension.by
         if by is not None and by is not inspection:
             return True
         if inspection is None:
             return False
-        inspection.was_reached = True
+        inspection.note_reached()
         return _has_values(decision) and inspection.take(decision)
 
     def _count(self, counter: SiteCounter, decision: RoutingDecision) -> None:

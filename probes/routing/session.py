@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 
@@ -12,13 +13,14 @@ from torch import nn
 
 from collectives.recorder import NoRecorder, Recorder
 from observatory.errors import CaptureError, ModelError
-from observatory.records import Verified
+from observatory.records import CaptureGap, Verified
 from observatory.store import RunWriter
 from probes.exchange.flight import FlightRecorder
 from probes.exchange.log import ExchangeLog
 from probes.exchange.probe import ExchangeProbe
 from probes.exchange.streams import Anchors
 from probes.phase_spans import PhaseSpans
+from probes.routing.adapters import Adapter
 from probes.routing.counters import SLOTS
 from probes.routing.flushing import Flusher
 from probes.routing.folding import Folder, Snapshot
@@ -49,16 +51,23 @@ class CaptureSession:
         phase_spans: bool = False,
         flight_recorder: bool = False,
         situation: Callable[[], tuple[int, str | None]] = lambda: (0, None),
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         self._writer = writer
         self._probe = RoutingProbe(
-            model, sites, gate_mass=gate_mass, sample_tokens=sample_tokens, verify=verify
+            model,
+            sites,
+            gate_mass=gate_mass,
+            sample_tokens=sample_tokens,
+            verify=verify,
+            adapters=adapters,
         )
         self._repeated = _repeated(model, sites)
-        layers = [site.spec.layer for site in sites]
-        self._folder = Folder(self._probe.layout, layers, rank=writer.rank, window_steps=window_steps)
+        specs = [site.spec for site in sites]
+        self._folder = Folder(self._probe.layout, specs, rank=writer.rank, window_steps=window_steps)
         self._flusher = Flusher(writer, self._folder, flush_seconds=flush_seconds)
         self._told_problem = False
+        self._is_interrupted = False
         self._exchange: ExchangeProbe | None = None
         self._phases: PhaseSpans | None = None
         self._ended: str | None = None  # the phase told at the last end of a step, until another boundary
@@ -87,18 +96,36 @@ class CaptureSession:
         return self._folder.last_counted_step
 
     @property
+    def sites(self) -> Sequence[RoutingSite]:
+        """The MoE layers as they are watched now: modules may have been replaced."""
+        return self._probe.sites
+
+    def gaps(self) -> tuple[CaptureGap, ...]:
+        """What was not captured, or not as a whole; final after ``stop``."""
+        return self._folder.gaps()
+
+    def note_interruption(self) -> None:
+        """The part of the step that is taken next ended in the middle."""
+        self._is_interrupted = True
+
+    @property
     def recorder(self) -> Recorder:
         """Where dispatchers tell what they do; takes nothing when exchanges are not watched."""
         return NoRecorder() if self._exchange is None else self._exchange.recorder
 
-    def boundary(self, step: int, *, told: str | None, ends_step: bool) -> None:
+    def boundary(self, step: int, *, told: str | None, ends_step: bool, is_last: bool = False) -> None:
         """Hand over what was counted since the last boundary; ``told`` is its phase if the caller said so.
+
+        The last one is at the end of the watch: nothing need have been called before it.
 
         Raises:
             CaptureError: inside the capture of a CUDA graph, or the device has failed.
         """
         try:
             counted = self._probe.take(step=step, told=told, ends_step=ends_step)
+            was_interrupted = counted.was_interrupted or self._is_interrupted
+            counted = replace(counted, was_interrupted=was_interrupted, is_last=is_last)
+            self._is_interrupted = False
             if self._phases is not None:
                 # `with watch.phase(p): ...; watch.step()` leaves the end of the block after its last step.
                 tail = not ends_step and told == self._ended and not any(c.any() for c in counted.calls)
@@ -140,9 +167,10 @@ class CaptureSession:
         """
         if self._exchange is not None:
             self._exchange.stop()
+        self._probe.look()
         self._probe.detach()
         try:
-            self.boundary(step, told=told, ends_step=True)
+            self.boundary(step, told=told, ends_step=True, is_last=True)
         finally:
             self._probe.release()
             self._flusher.close()

@@ -97,11 +97,16 @@ def test_a_call_without_tokens_leaves_a_row_of_zeros(tmp_path: Path) -> None:
 
 def test_a_layer_that_is_not_called_in_a_step_has_no_row_there(tmp_path: Path) -> None:
     model = ToldModel(layers=2)
-    with observatory.watch(model, tmp_path / "r", adapters=[told_adapter(2)]) as watch:
-        model([ids([0]), ids([1])])
-        watch.step()
-        model([ids([1])])
-        watch.step()
+
+    def first_both_then_one() -> None:
+        with observatory.watch(model, tmp_path / "r", adapters=[told_adapter(2)]) as watch:
+            model([ids([0]), ids([1])])
+            watch.step()
+            model([ids([1])])
+            watch.step()
+
+    with pytest.warns(UserWarning, match=r"layer 1 \(layers.1\): it was not called in step 1"):
+        first_both_then_one()
     assert loads(tmp_path / "r", experts=2) == {
         (0, "unknown", 0): [1, 0],
         (0, "unknown", 1): [0, 1],

@@ -58,7 +58,7 @@ def test_an_exception_closes_the_run_as_failed_with_its_reason(tmp_path: Path) -
         capture()
     run = open_run(tmp_path / "run")
     assert run.manifest.state == "failed"
-    assert run.problems[0] == "the run failed; it ends where it failed"
+    assert run.problems[0] == "the run failed; it does not hold everything"
     assert run.problems[1].startswith("rank 0 failed: KeyError: 'first line")
     assert run.row_count("routing") == 2
 
