@@ -58,6 +58,12 @@ class RoutingColumns:
     gate_mass_NE: Float64 | None
     step_max_over_mean_N: Float64 | None
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all arrays."""
+        arrays = (getattr(self, name) for name in self.__slots__)
+        return sum(array.nbytes for array in arrays if array is not None)
+
     def take(self, rows: npt.NDArray[np.intp] | slice) -> RoutingColumns:
         """The given rows; a slice shares memory."""
         return RoutingColumns(
