@@ -30,8 +30,9 @@ Int64 = npt.NDArray[np.int64]
 #: Rows are gathered up to this size before blocks are cut, so that blocks are worth their overhead.
 _GATHER_BYTES = 128 * 1024 * 1024
 
-#: More rows than this waiting for a step to complete means a run far out of step order.
-_MAX_WAITING_BYTES = 4 * 1024 * 1024 * 1024
+#: More rows than this waiting for a step to complete means a run far out of step order: always allowed, per
+#: byte of the parts, and at most.
+_WAITING_BYTES, _WAITING_RATIO, _MAX_WAITING_BYTES = 256 << 20, 16, 4 << 30
 
 _COLUMNS = [
     "step",
@@ -151,6 +152,8 @@ def stream_blocks(
         rows = _decode(*entry, check_layer)
         return rows if isinstance(rows, str) else _Piece(place[entry[1].part.rank], choose(rows))
 
+    stored = sum({part.name: part.file_bytes for part in (group.part for group in groups)}.values())
+    most_waiting = min(_MAX_WAITING_BYTES, max(_WAITING_BYTES, _WAITING_RATIO * stored))
     waiting: list[_Piece] = []
     waiting_bytes = 0
     for done, piece in enumerate(_in_order(decode, starts)):
@@ -158,13 +161,13 @@ def stream_blocks(
             report(piece)
         else:
             waiting.append(piece)
-            waiting_bytes += piece.rows.load_NE.nbytes
+            waiting_bytes += piece.rows.nbytes
         if waiting_bytes < _GATHER_BYTES or done + 1 == len(starts):
             continue
         horizon = starts[done + 1][0]
         ready, waiting = _split(waiting, horizon)
-        waiting_bytes = sum(piece.rows.load_NE.nbytes for piece in waiting)
-        if waiting_bytes > _MAX_WAITING_BYTES:
+        waiting_bytes = sum(piece.rows.nbytes for piece in waiting)
+        if waiting_bytes > most_waiting:
             raise RunFormatError(
                 f"rows from step {horizon} on are so far out of order that {waiting_bytes >> 20} MiB "
                 "wait for one step; rewrite the routing parts in step order"

@@ -79,11 +79,19 @@ def _experts_of_list(rows: pa.Table, where: str) -> int:
 
 
 def check_schema(table: str, schema: pa.Schema, *, where: str) -> None:
-    """Check that a part has the columns of its table; more are allowed.
+    """Check that a part has the columns of its table; more of numbers, texts or lists of them are allowed.
 
     Raises:
         RunFormatError: a column is missing, there twice, or of another type.
     """
+    for field in schema:
+        lists = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
+        kind = field.type.value_type if lists or pa.types.is_dictionary(field.type) else field.type
+        if not (pa.types.is_primitive(kind) or pa.types.is_string(kind)):
+            raise RunFormatError(
+                f"{where}: column {one_line(field.name, 80)} is {one_line(field.type, 60)}; expected "
+                "numbers, texts, or lists of them"
+            )
     if table == "routing":
         experts_of(schema, where)
         return

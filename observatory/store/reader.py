@@ -23,7 +23,7 @@ from observatory.store.files import one_line
 from observatory.store.gaps import Gap, of_capture, of_ranks, sentence
 from observatory.store.layers import JoinedLayers, join_layers
 from observatory.store.manifests import joined_notes, read_manifest, read_rank_statuses
-from observatory.store.parts import Part, list_parts, read_row_group
+from observatory.store.parts import Part, list_parts, plain_text, read_row_group
 from observatory.tables import TABLES
 
 __all__ = ["Run", "open_run"]
@@ -51,7 +51,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     ranks = tuple(statuses[rank] for rank in sorted(statuses))
     manifest = manifest.model_copy(update={"ranks": ranks, "notes": joined_notes(manifest, ranks)})
     parts: dict[str, tuple[Part, ...]] = {}
-    unreadable = 0
+    unreadable: list[str] = []
     for table in TABLES:
         found, stated, damaged = list_parts(folder, table)
         outside = sorted({part.rank for part in found if part.rank >= manifest.topology.ranks})
@@ -63,7 +63,10 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         problems += stated
         unreadable += damaged
     if unreadable and not any(parts.values()):
-        raise RunFormatError(f"none of the {unreadable} parts of run {folder} can be read; capture it again")
+        raise RunFormatError(
+            f"none of the {len(unreadable)} parts of run {folder} can be read ({unreadable[0]}); "
+            "capture it again"
+        )
     routed = {part.rank for part in parts["routing"]}
     gaps = [*of_ranks(manifest, routed), *of_capture(manifest)]
     layers = join_layers(manifest)
@@ -284,14 +287,14 @@ class Run:
             RunFormatError, LoadError: rows that cannot be true.
         """
         for part in self._parts_of(table):
+            left_bytes = part.most_decoded_bytes
             for group in part.row_groups():
                 rows = read_row_group(group, None)
                 if isinstance(rows, str):
                     self._state(rows)
                     continue
-                if "phase" in rows.column_names:
-                    at = rows.column_names.index("phase")
-                    rows = rows.set_column(at, "phase", rows.column(at).cast(pa.string()))
+                rows = plain_text(rows, most_bytes=left_bytes, where=part.name)
+                left_bytes -= rows.nbytes
                 check_rows(table, rows, rank=part.rank, where=part.name)
                 if part.rank in self._layers.contradictions and "layer" in rows.column_names:
                     at = rows.column_names.index("layer")

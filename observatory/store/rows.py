@@ -61,6 +61,12 @@ class RoutingColumns:
     step_max_over_mean_N: Float64 | None
     partial_N: npt.NDArray[np.bool_] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all arrays."""
+        arrays = (getattr(self, name) for name in self.__slots__)
+        return sum(array.nbytes for array in arrays if array is not None)
+
     def take(self, rows: npt.NDArray[np.intp] | slice) -> RoutingColumns:
         """The given rows; a slice shares memory."""
         return RoutingColumns(

@@ -21,14 +21,14 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from observatory.errors import DeviceError, DeviceLostError, ObservatoryError, RunFormatError
+from observatory.errors import DeviceError, DeviceLostError, ObservatoryError
 from observatory.records import DeviceSpec, Manifest
 from observatory.store import open_run
-from observatory.store.checks import check_rows, check_schema
+from observatory.store.checks import check_rows
 from observatory.store.files import one_line
+from observatory.store.parts import open_part, plain_text, read_row_group
 from probes.power.device import FIELDS, Gap, PowerDevice, Sample
 
 __all__ = ["Pace", "ReplayDevice"]
@@ -37,8 +37,6 @@ Pace = Literal["recorded", "now"]
 
 #: A row per 50 ms for 5 days.
 _MAX_ROWS = 10_000_000
-_MAX_FILE_BYTES = 1 << 30
-_MAX_GROUP_BYTES = 512 << 20
 _MAX_NAME = 300
 _HELD_PERIODS = 3
 _COLUMNS = ("time_ns", "read_ns", *FIELDS)
@@ -192,33 +190,32 @@ def _open(path: Path) -> tuple[Manifest | None, Iterator[pa.Table]]:
 def _read_file(path: Path) -> Iterator[pa.Table]:
     """Row groups of a Parquet file, checked like those of a run."""
     where = f"recording {path}"
+    if not path.is_file():
+        raise DeviceError(f"{where} is neither a run directory nor a file; expected one that is there")
     try:
-        if not path.is_file():
-            raise DeviceError(f"{where} is neither a run directory nor a file; expected one that is there")
-        if path.stat().st_size > _MAX_FILE_BYTES:
-            raise DeviceError(_too_large(path))
-        with pq.ParquetFile(path) as file:
-            check_schema("power", file.schema_arrow, where=where)
-            names = [name for name in ("device_uuid", *_COLUMNS) if name in file.schema_arrow.names]
-            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-            if file.metadata.num_rows > _MAX_ROWS or any(
-                group.total_byte_size > _MAX_GROUP_BYTES for group in groups
-            ):
-                raise DeviceError(_too_large(path))
-            for number in range(len(groups)):
-                rows = file.read_row_group(number, columns=names, use_threads=False)
-                check_rows("power", rows, rank=0, where=where)
-                yield rows
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise RunFormatError(
+        part = open_part(path, "power", 0, where)
+    except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
+        raise DeviceError(
             f"{where} cannot be read ({one_line(error, 120)}); expected the Parquet file of a power table"
         ) from error
+    if sum(rows for rows, _ in part.groups) > _MAX_ROWS:
+        raise DeviceError(_too_large(path))
+    names = [name for name in ("device_uuid", *_COLUMNS) if name in part.schema.names]
+    left_bytes = part.most_decoded_bytes
+    for group in part.row_groups():
+        rows = read_row_group(group, names)
+        if isinstance(rows, str):
+            raise DeviceError(f"{rows}; cut out the part that is to be played, or record it again")
+        rows = plain_text(rows, most_bytes=left_bytes, where=where)
+        left_bytes -= rows.nbytes
+        check_rows("power", rows, rank=0, where=where)
+        yield rows
 
 
 def _too_large(path: Path) -> str:
     return (
-        f"recording {path} is too large; expected at most {_MAX_ROWS} rows in {_MAX_FILE_BYTES >> 30} GiB, "
-        "cut out the part that is to be played"
+        f"recording {path} is too large; expected at most {_MAX_ROWS} rows, cut out the part that is to be "
+        "played"
     )
 
 
