@@ -1,10 +1,10 @@
-"""Kills a process at a chosen line of the code that locks clocks.
+"""Kills or stops a process at a chosen line of the code that locks clocks.
 
-    OBSERVATORY_KILL="watchdog 37" PYTHONPATH=FOLDER:...      # FOLDER as hook_folder() makes it
+    OBSERVATORY_KILL="watchdog kill 37" PYTHONPATH=FOLDER:...      # FOLDER as hook_folder() makes it
 
 Points are the lines in functions of ``probes/power/{locking,lease,lease_files,control,watchdog}.py``, in the
-order in which a process runs them, each line at most three times. Point 0 kills nowhere. The file that
-``OBSERVATORY_POINTS`` names then takes the count, and else "killed" just before the end.
+order in which a process runs them, each line at most three times. Point 0 is nowhere. The file that
+``OBSERVATORY_POINTS`` names then takes the count, and else "killed" or "stopped" just before it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 __all__ = ["KILL", "POINTS", "from_environment", "hook_folder", "kill_at_point", "kill_now"]
 
-#: Names in the environment: role and point; file that takes what became of it.
+#: Names in the environment: role, "kill" or "stop", and point; file that takes what became of it.
 KILL, POINTS = "OBSERVATORY_KILL", "OBSERVATORY_POINTS"
 
 _TIMES = 3
@@ -33,12 +33,13 @@ _IN_FUNCTION = 0x1  # CO_OPTIMIZED: no module, no class body
 _ROLES = {"watchdog": "probes.power.watchdog"}
 
 
-def kill_at_point(point: int, *, children: bool = False) -> Callable[[], int]:
+def kill_at_point(point: int, *, children: bool = False, stop: bool = False) -> Callable[[], int]:
     """Trace this process from here on, and kill it at a point.
 
     Args:
-        point: from 1; 0 kills nowhere.
+        point: from 1; 0 is nowhere.
         children: kill the processes that it started too, first: what a batch system does to a whole job.
+        stop: SIGSTOP instead; it goes on at SIGCONT.
 
     Returns:
         Ends the tracing and tells how many points there were.
@@ -57,8 +58,11 @@ def kill_at_point(point: int, *, children: bool = False) -> Callable[[], int]:
             if seen[place] <= _TIMES:
                 points += 1
                 if points == point:
-                    _tell("killed")
-                    kill_now(children=children)
+                    _tell("stopped" if stop else "killed")
+                    if stop:
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                    else:
+                        kill_now(children=children)
         return traced
 
     def end() -> int:
@@ -96,7 +100,7 @@ def hook_folder(folder: Path) -> Path:
 
 def from_environment() -> None:
     """Kill this process at a point if its command line and the environment say so."""
-    role, point = os.environ.get(KILL, " 0").rsplit(" ", 1)
+    role, what, point = os.environ.get(KILL, "none kill 0").split()
     if role not in _ROLES or _ROLES[role] not in sys.orig_argv:
         return
-    atexit.register(kill_at_point(int(point)))
+    atexit.register(kill_at_point(int(point), stop=what == "stop"))
