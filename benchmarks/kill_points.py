@@ -1,10 +1,10 @@
-"""SIGKILL at every point of the code that locks clocks, and who undoes it; on the driver that plays GPUs.
+"""SIGKILL and SIGSTOP at every point of the code that locks clocks; on the driver that plays GPUs.
 
     python -m benchmarks.kill_points [--jobs 2] [--every 1] [--only TEXT]
 
-A point is a line of ``probes/power/{locking,lease,control,watchdog}.py`` as a process runs it, each line up
-to three times (tests/power/killing.py). The owner locks, limits, locks, restores, unlocks, locks and releases
-(tests/power/lock_owner.py). Every point is a run of its own:
+A point is a line of ``probes/power/{locking,lease,lease_files,control,watchdog}.py`` as a process runs it,
+each line up to three times (tests/power/killing.py). The owner locks, limits, locks, restores, unlocks, locks
+and releases (tests/power/lock_owner.py). Every point is a run of its own:
 
     owner starts -> ... -> killed at the point -> its orphans end -> [clocks unlock] -> what the driver holds
 
@@ -12,7 +12,10 @@ The worker is the reaper of orphans, so that it knows when each watchdog ended a
 reset: from the owner's death, as its reaper sees it, to the last change that the driver logged. Owners and
 ``clocks unlock`` are forked from a worker that has imported everything; watchdogs are started as always.
 
-The exit code is 1 when something stayed locked.
+Stops are played by ``benchmarks.stop_points``: a process is stopped at the point until its lease has expired.
+They mostly wait, so that four times as many are played at a time.
+
+The exit code is 1 when something stayed locked, or when the lock of a second owner was disturbed.
 """
 
 from __future__ import annotations
@@ -30,7 +33,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from benchmarks.stop_points import STOPS, StopOutcome, play_stop
 from tests.power.driver import Change
 from tests.power.killing import KILL, POINTS, hook_folder, kill_at_point
 from tests.power.test_locking import UUID, Host
@@ -38,6 +43,7 @@ from tests.power.test_locking import UUID, Host
 CLEAN = {"lock": 0.0, "limit": 700.0}
 _SUBREAPER = 36
 _ORPHANS_S = 60.0
+_STOPS_A_JOB = 4
 
 #: What is killed -> what happens then.
 SCENARIOS = {
@@ -79,6 +85,7 @@ class Bench:
 
     def __init__(self, folder: Path) -> None:
         self.host = Host(folder)
+        self.host.leases.mkdir(mode=0o700)  # or the first owner has more points than the others
         self._output = (folder / "output.txt").open("ab")
         self._told = folder / "told.txt"
         os.environ[POINTS] = str(self._told)
@@ -86,8 +93,21 @@ class Bench:
 
     def points_of(self, scenario: str) -> int:
         """How many points a scenario has."""
-        self._play(scenario, 0)
+        self._play(STOPS.get(scenario, scenario), 0)
         return int(self._told.read_text())
+
+    def stop(self, scenario: str, point: int) -> StopOutcome:
+        """One point at which a process is stopped."""
+        before = len(self.host.driver.changes())
+        return play_stop(
+            self.host,
+            scenario,
+            point,
+            fork=self._fork,
+            reap=self._reap,
+            held=lambda: _held_after(self.host.driver.changes()[before:]),
+            clean=CLEAN,
+        )
 
     def run(self, scenario: str, point: int) -> Outcome:
         """One point."""
@@ -127,16 +147,20 @@ class Bench:
         from tests.power import lock_owner
 
         if watchdog is not None:
-            os.environ[KILL] = f"watchdog {watchdog}"
+            os.environ[KILL] = f"watchdog kill {watchdog}"
         result = self._forked(lambda: lock_owner.main([UUID, *arguments]))
         os.environ.pop(KILL, None)
+        self._reap()
+        return result
+
+    def _reap(self) -> None:
+        """Wait for the watchdogs that are left."""
         deadline = time.monotonic() + _ORPHANS_S
         with contextlib.suppress(ChildProcessError):
-            while not os.waitpid(-1, os.WNOHANG)[0]:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"a watchdog did not end within {_ORPHANS_S:g} s of its owner's death")
-                time.sleep(0.005)
-        return result
+            while time.monotonic() < deadline:
+                if not os.waitpid(-1, os.WNOHANG)[0]:
+                    time.sleep(0.005)
+            raise TimeoutError(f"a watchdog did not end within {_ORPHANS_S:g} s of its owner's death")
 
     def _unlock(self, point: int | None) -> int:
         """``observatory clocks unlock``, killed at a point, counted (0), or left alone; its id."""
@@ -153,6 +177,12 @@ class Bench:
 
     def _forked(self, function: Callable[[], int]) -> tuple[int, int]:
         """Id and time of death of a process that calls a function."""
+        pid = self._fork(function)
+        os.waitpid(pid, 0)
+        return pid, time.monotonic_ns()
+
+    def _fork(self, function: Callable[[], int]) -> int:
+        """Id of a process that calls a function."""
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
@@ -166,8 +196,7 @@ class Bench:
                 os.write(2, f"{type(error).__name__}: {error}\n".encode())
             finally:
                 os._exit(code)
-        os.waitpid(pid, 0)
-        return pid, time.monotonic_ns()
+        return pid
 
 
 def _held_after(changes: Sequence[Change]) -> dict[str, float]:
@@ -182,15 +211,15 @@ def _held_after(changes: Sequence[Change]) -> dict[str, float]:
     return held
 
 
-def work(folder: Path, job: int, jobs: int, every: int, only: str) -> None:
+def work(folder: Path, job: int, jobs: int, every: int, scenarios: Sequence[str]) -> None:
     """One worker's share of all points, an outcome a line."""
     bench = Bench(folder)
-    for scenario in SCENARIOS:
-        if only in scenario:
-            points = bench.points_of(scenario)
-            for point in range(1 + job * every, points + 1, jobs * every):
-                sys.stdout.write(json.dumps(asdict(bench.run(scenario, point))) + "\n")
-                sys.stdout.flush()
+    for scenario in scenarios:
+        points = bench.points_of(scenario)
+        for point in range(1 + job * every, points + 1, jobs * every):
+            outcome = bench.stop(scenario, point) if scenario in STOPS else bench.run(scenario, point)
+            sys.stdout.write(json.dumps(asdict(outcome)) + "\n")
+            sys.stdout.flush()
 
 
 def show(outcomes: Sequence[Outcome]) -> None:
@@ -224,25 +253,65 @@ def show(outcomes: Sequence[Outcome]) -> None:
             print(f"* left: {outcome}")
 
 
+def show_stops(outcomes: Sequence[StopOutcome]) -> None:
+    """Print the table of the stops."""
+    print(
+        "| until the lease has expired | points | held the file lock | undone meanwhile "
+        "| a second owner leased | was refused | was disturbed | left locked |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for scenario in STOPS:
+        own = [outcome for outcome in outcomes if outcome.scenario == scenario and outcome.stopped]
+        if own:
+            counts = [
+                sum(outcome.alone for outcome in own),
+                sum(outcome.undone for outcome in own),
+                *(sum(outcome.second == what for outcome in own) for what in ("leased", "refused")),
+                sum(outcome.disturbed for outcome in own),
+                sum(outcome.left is not None for outcome in own),
+            ]
+            print(f"| {scenario} | {len(own)} | " + " | ".join(map(str, counts)) + " |")
+    print(f"\n{sum(not outcome.stopped for outcome in outcomes)} points were not come to.")
+    for outcome in outcomes:
+        if outcome.left is not None or outcome.disturbed:
+            print(f"* left or disturbed: {outcome}")
+
+
 def main() -> int:
     """Start the workers, gather and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="points at a time")
     parser.add_argument("--every", type=int, default=1, help="take every so manieth point")
     parser.add_argument("--only", default="", help="scenarios whose name holds this")
-    parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "JOB"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--worker", nargs=4, metavar=("FOLDER", "JOB", "JOBS", "KIND"), help=argparse.SUPPRESS
+    )
     options = parser.parse_args()
+    scenarios = {
+        kind: [name for name in names if options.only in name]
+        for kind, names in {"kills": SCENARIOS, "stops": STOPS}.items()
+    }
     if options.worker:
-        folder, job = options.worker
-        work(Path(folder), int(job), options.jobs, options.every, options.only)
+        folder, job, jobs, kind = options.worker
+        work(Path(folder), int(job), int(jobs), options.every, scenarios[kind])
         return 0
     with tempfile.TemporaryDirectory() as name:
-        outcomes = _run_workers(Path(name), options.jobs, sys.argv[1:])
-    show(outcomes)
-    return int(any(outcome.left is not None for outcome in outcomes))
+        found = {
+            kind: _run_workers(Path(name) / kind, jobs, [*sys.argv[1:], "--worker"], kind)
+            for kind, jobs in {"kills": options.jobs, "stops": _STOPS_A_JOB * options.jobs}.items()
+            if scenarios[kind]
+        }
+    kills = [Outcome(**outcome) for outcome in found.get("kills", ())]
+    stops = [StopOutcome(**outcome) for outcome in found.get("stops", ())]
+    if kills:
+        show(kills)
+    if stops:
+        show_stops(stops)
+    bad = any(outcome.left is not None for outcome in (*kills, *stops))
+    return int(bad or any(outcome.disturbed for outcome in stops))
 
 
-def _run_workers(folder: Path, jobs: int, argv: Sequence[str]) -> list[Outcome]:
+def _run_workers(folder: Path, jobs: int, argv: Sequence[str], kind: str) -> list[dict[str, Any]]:
     hooks = hook_folder(folder / "hooks")
     workers = []
     for job in range(jobs):
@@ -251,7 +320,7 @@ def _run_workers(folder: Path, jobs: int, argv: Sequence[str]) -> list[Outcome]:
         path = os.pathsep.join([str(hooks), os.getcwd(), os.environ.get("PYTHONPATH", "")])
         workers.append(
             subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.kill_points", *argv, "--worker", str(own), str(job)],
+                [sys.executable, "-m", "benchmarks.kill_points", *argv, str(own), str(job), str(jobs), kind],
                 env={**Host(own).environment, "PYTHONPATH": path},
                 stdout=(own / "outcomes.jsonl").open("w"),
             )
@@ -260,7 +329,7 @@ def _run_workers(folder: Path, jobs: int, argv: Sequence[str]) -> list[Outcome]:
     if any(codes):
         raise SystemExit(f"a worker ended with exit code {max(codes, key=abs)}; its message is above")
     lines = [line for path in folder.glob("*/outcomes.jsonl") for line in path.read_text().splitlines()]
-    return [Outcome(**json.loads(line)) for line in lines]
+    return [json.loads(line) for line in lines]
 
 
 if __name__ == "__main__":

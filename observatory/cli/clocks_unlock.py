@@ -28,7 +28,7 @@ def unlock(
     lease that does not hold any more could not be undone.
     """
     from observatory.cli.output import print_json, print_table, say
-    from probes.power.lease import lease_folder
+    from probes.power.lease_folder import lease_folder
     from probes.power.locking import undo_leases
 
     folder = lease_folder()
@@ -57,7 +57,8 @@ def status(json: JsonOption = False) -> None:
     """Show which GPUs the observatory has locked, for whom and until when, and what watchdogs did last."""
     from observatory.cli.output import print_json, print_table, say
     from observatory.errors import ClockError
-    from probes.power.lease import find_diaries, find_leases, last_words, lease_folder, read_lease
+    from probes.power.lease import find_diaries, find_leases, last_words, read_lease
+    from probes.power.lease_folder import lease_folder
 
     folder = lease_folder()
     rows: list[dict[str, Any]] = []

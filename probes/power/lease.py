@@ -17,7 +17,6 @@ import re
 import tempfile
 import time
 import uuid as uuids
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -26,7 +25,8 @@ from pydantic import Field
 from observatory.errors import ClockError, LockRefusedError
 from observatory.records import Count, Record, Text
 from observatory.store.files import one_line
-from probes.power.lease_files import FOLDER_VARIABLE, open_own, trusted_folder
+from probes.power.lease_files import open_own
+from probes.power.lease_folder import FOLDER_VARIABLE
 from probes.power.process_id import ProcessId, machine_monotonic_ns
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "find_leases",
     "forget_lease",
     "last_words",
-    "lease_folder",
     "lease_path",
     "new_lease",
     "note",
@@ -139,22 +138,6 @@ def new_lease(device_uuid: str, *, duration_s: float) -> Lease:
         created_unix_s=time.time(),
         expires_ns=machine_monotonic_ns() + round(duration_s * 1e9),
     )
-
-
-def lease_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Where leases of this machine are kept, made if need be; gone after a reboot, like the locks.
-
-    Raises:
-        ClockError: it cannot be made, or others may write to it or to a folder above it.
-    """
-    told = environment.get(FOLDER_VARIABLE)
-    if told:
-        folder = Path(told)
-    elif os.geteuid() == 0:
-        folder = Path("/run/moe-observatory/leases")
-    else:
-        folder = Path(environment.get("XDG_RUNTIME_DIR") or f"/tmp/moe-observatory-{os.geteuid()}") / "leases"
-    return trusted_folder(folder)
 
 
 def lease_path(folder: Path, device_uuid: str) -> Path:

@@ -42,7 +42,6 @@ from probes.power.lease import (
     find_leases,
     forget_lease,
     last_words,
-    lease_folder,
     lease_path,
     new_lease,
     read_lease,
@@ -51,7 +50,8 @@ from probes.power.lease import (
     standing,
     this_boot,
 )
-from probes.power.lease_files import guarded, open_own, trusted_folder
+from probes.power.lease_files import guarded, open_own
+from probes.power.lease_folder import lease_folder, trusted_folder
 
 __all__ = ["ClockLease", "UndoneLease", "refuse_leased", "undo", "undo_leases"]
 

@@ -1,12 +1,12 @@
-"""Kills a process at a chosen line of the code that locks clocks.
+"""Kills or stops a process at a chosen line of the code that locks clocks.
 
-    OBSERVATORY_KILL="watchdog 37" PYTHONPATH=FOLDER:...      # FOLDER as hook_folder() makes it
+    OBSERVATORY_KILL="watchdog kill 37" PYTHONPATH=FOLDER:...      # FOLDER as hook_folder() makes it
 
-kills the watchdog that a Python process with these variables starts.
+kills, or with "stop" stops, the watchdog that a Python process with these variables starts.
 
 Points are the lines in functions of ``probes/power/{locking,lease,lease_files,control,watchdog}.py``, in the
-order in which a process runs them, each line at most three times. Point 0 kills nowhere. The file that
-``OBSERVATORY_POINTS`` names then takes the count, and else "killed" just before the end.
+order in which a process runs them, each line at most three times. Point 0 is nowhere. The file that
+``OBSERVATORY_POINTS`` names then takes the count, and else "killed" or "stopped" just before it is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from observatory import children
 
 __all__ = ["KILL", "POINTS", "from_environment", "hook_folder", "kill_at_point", "kill_now"]
 
-#: Names in the environment: role and point; file that takes what became of it.
+#: Names in the environment: role, "kill" or "stop", and point; file that takes what became of it.
 KILL, POINTS = "OBSERVATORY_KILL", "OBSERVATORY_POINTS"
 
 _TIMES = 3
@@ -38,12 +38,13 @@ _IN_FUNCTION = 0x1  # CO_OPTIMIZED: no module, no class body
 _ROLES = {"watchdog": "probes.power.watchdog"}
 
 
-def kill_at_point(point: int, *, children: bool = False) -> Callable[[], int]:
+def kill_at_point(point: int, *, children: bool = False, stop: bool = False) -> Callable[[], int]:
     """Trace this process from here on, and kill it at a point.
 
     Args:
-        point: from 1; 0 kills nowhere.
+        point: from 1; 0 is nowhere.
         children: kill the processes that it started too, first: what a batch system does to a whole job.
+        stop: SIGSTOP instead; it goes on at SIGCONT.
 
     Returns:
         Ends the tracing and tells how many points there were.
@@ -62,8 +63,11 @@ def kill_at_point(point: int, *, children: bool = False) -> Callable[[], int]:
             if seen[place] <= _TIMES:
                 points += 1
                 if points == point:
-                    _tell("killed")
-                    kill_now(children=children)
+                    _tell("stopped" if stop else "killed")
+                    if stop:
+                        os.kill(os.getpid(), signal.SIGSTOP)
+                    else:
+                        kill_now(children=children)
         return traced
 
     def end() -> int:
@@ -100,8 +104,8 @@ def hook_folder(folder: Path) -> Path:
 
 
 def from_environment() -> None:
-    """Let this process start children that are killed at a point, if the environment says so."""
-    role, point = os.environ.get(KILL, " 0").rsplit(" ", 1)
+    """Let this process start children that are killed or stopped at a point, if the environment says so."""
+    role, what, point = os.environ.get(KILL, "none kill 0").split()
     if role not in _ROLES:
         return
     isolated = children.python_module
@@ -109,12 +113,12 @@ def from_environment() -> None:
     def killed(module: str, *arguments: str) -> list[str]:
         if module != _ROLES[role]:
             return isolated(module, *arguments)
-        return [sys.executable, "-m", __name__, point, module, *arguments]
+        return [sys.executable, "-m", __name__, what, point, module, *arguments]
 
     children.python_module = killed
 
 
 if __name__ == "__main__":
-    atexit.register(kill_at_point(int(sys.argv[1])))
-    sys.argv[:] = sys.argv[2:]
+    atexit.register(kill_at_point(int(sys.argv[2]), stop=sys.argv[1] == "stop"))
+    sys.argv[:] = sys.argv[3:]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

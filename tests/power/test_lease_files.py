@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from observatory.errors import ClockError
-from probes.power.lease_files import open_own, trusted_folder
+from probes.power.lease_files import open_own
+from probes.power.lease_folder import trusted_folder
 from tests.power.driver import why_not
 from tests.power.owners import CLEAN, owners
 from tests.power.test_locking import UUID, Host

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -285,3 +287,16 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def test_points_at_which_an_owner_or_a_watchdog_is_stopped_disturb_no_second_owner() -> None:
+    """A few of the points that ``python -m benchmarks.kill_points`` takes all of."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kill_points", "--jobs", "1", "--every", "97", "--only", "stopped"],
+        check=False, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if "stopped" in line]
+    assert len(rows) == 3
+    leased = sum(int(row[4]) for row in rows)
+    assert leased >= 3
