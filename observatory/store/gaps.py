@@ -211,6 +211,6 @@ _WORDS: dict[str, Callable[[Gap], str]] = {
     ),
     "checks_removed": _captured("the hooks that verify its counts were removed {when}"),
     "gate_mass": _captured(
-        "no gate mass {when}: gate weights were not finite, or not one for each assignment; loads are counted"
+        "no gate mass {when}: gate weights were not shown, not finite, or not one for each assignment"
     ),
 }

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -108,12 +107,8 @@ class RoutingProbe:
 
     def look(self) -> None:
         """Look whether hooks and modules are what they were; ``take`` has the losses."""
-        inspections = self._newest
-        at_all = any(inspection.has_lost_hooks for inspection in inspections.values())
-        for loss in self._keeper.look(at_all=at_all):
-            # A call whose block has lost the hook at its end is read, and never counted.
-            waits = loss.code == "checks_removed" and inspections[loss.site or 0].is_waiting()
-            self._losses.append(replace(loss, code="hooks_removed") if waits else loss)
+        at_all = any(inspection.has_lost_hooks for inspection in self._newest.values())
+        self._losses += self._keeper.look(at_all=at_all)
 
     def detach(self) -> None:
         """Take all hooks off; doing it twice does nothing."""
@@ -139,6 +134,7 @@ class RoutingProbe:
                 "replays, move watch.step() and watch.phase() out of torch.cuda.graph(...)"
             )
         self.look()
+        was_split = self.phases.was_inside
         self.phases.find_interrupted()
         for inspection in self._all_inspections():
             inspection.close()
@@ -162,6 +158,7 @@ class RoutingProbe:
             losses=losses,
             bypassed=bypassed,
             was_interrupted=was_interrupted,
+            is_split=was_split or self.phases.is_inside,
         )
 
     def problem(self) -> str | None:

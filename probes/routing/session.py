@@ -225,9 +225,6 @@ class CaptureSession:
         vague = [name for name, c in states if c.tokens_unknown]
         if vague:
             notes.append(f"tokens is 0 where calls do not tell how many there were: {_named(vague)}")
-        weightless = [name for name, c in states if c.ever_called and not c.weights_seen]
-        if probe.layout.gate_mass and weightless:
-            notes.append(f"gate_mass is 0 where calls show no gate weights: {_named(weightless)}")
         notes += probe.phases.notes(given_a_cache=True)
         if self.last_step >= 0 and steps == 0:
             notes.append("watch.step() was never called: the whole run is one step")
