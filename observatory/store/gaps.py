@@ -209,6 +209,9 @@ _WORDS: dict[str, Callable[[Gap], str]] = {
     "model_hooks_removed": _captured(
         "its hooks were removed {when}; a call that ended in the middle is not seen there"
     ),
+    "exchange_hooks_removed": _captured(
+        "the hooks that show the layers of exchanges were removed {when}; exchanges may lack them there"
+    ),
     "checks_removed": _captured("the hooks that verify its counts were removed {when}"),
     "gate_mass": _captured(
         "no gate mass {when}: gate weights were not shown, not finite, or not one for each assignment"

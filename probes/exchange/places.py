@@ -123,6 +123,13 @@ class Places:
         while self._attachments:
             self._attachments.pop().remove()
 
+    def restore_hooks(self) -> bool:
+        """Put hooks on again that another library has taken off; whether there were any."""
+        lost = [attachment for attachment in self._attachments if not attachment.is_on()]
+        for attachment in lost:
+            attachment.restore()
+        return bool(lost)
+
     def routed(self, layer: int, phase: str) -> None:
         """A layer has routed on this thread; needed where its hooks were compiled away."""
         stack = self._stack

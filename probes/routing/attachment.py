@@ -33,6 +33,8 @@ _OURS = "_observatory_hook"
 _lock = threading.Lock()
 #: How many attachments each module has now.
 _attached: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+#: Watched modules that were copied or pickled since they are watched.
+_copied: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 #: The marked subclass of each class, as long as something uses it.
 _marks: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
 
@@ -94,6 +96,10 @@ class Attachment:
         return all(number in module._forward_hooks for module, number in self.hooks()) and all(
             number in module._forward_pre_hooks for module, number in self.pre_hooks()
         )
+
+    def was_copied(self) -> bool:
+        """Whether the module was copied or pickled; the copies have no hooks."""
+        return self.module in _copied
 
     def is_carried_by(self, module: nn.Module) -> bool:
         """Whether another module has all of the hooks: it was made with the attributes of this one."""
@@ -160,6 +166,8 @@ def _change(module: nn.Module, by: int) -> None:
         count = _attached.get(module, 0) + by
         kind = type(module)
         base = kind.__dict__.get("_observatory_base", kind)
+        if count == 1 and by > 0:
+            _copied.discard(module)
         if count:
             _attached[module] = count
         else:
@@ -187,6 +195,7 @@ def _new_mark(base: type[nn.Module]) -> type[nn.Module]:
 
     def reduce_unmarked(self: nn.Module, protocol: Any) -> Any:
         """Copies and pickles are of the base class and without our hooks."""
+        _copied.add(self)
         made: Any = base.__reduce_ex__(self, protocol)
         if not isinstance(made, tuple) or made[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return made

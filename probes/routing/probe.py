@@ -207,6 +207,10 @@ class RoutingProbe:
             if any(inspection.is_contradicted for inspection in inspections)
         ]
 
+    def was_copied(self) -> bool:
+        """Whether watched modules were copied or pickled; final after ``detach``."""
+        return self._keeper.was_copied()
+
     def repeated(self) -> list[str]:
         """Modules of blocks that were called more than once in one call of the model."""
         return [
