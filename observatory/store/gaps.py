@@ -193,6 +193,7 @@ _WORDS: dict[str, Callable[[Gap], str]] = {
         "its module was replaced {when} by something that is not understood as the same layer; its calls are "
         "missing"
     ),
+    "moved": _captured("its module changed its place {when}; it is counted under the number that it had"),
     "removed": _captured("its module was not part of the model any more {when}"),
     "added": _captured("an MoE layer that was not there when the watch began; its calls {when} are missing"),
     "bypassed": _captured(

@@ -14,7 +14,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,10 +23,14 @@ from torch.utils.hooks import RemovableHandle
 
 from observatory.errors import ModelError
 
-__all__ = ["Attachment", "PostHook", "PreHook"]
+__all__ = ["NO_KWARGS", "Attachment", "PostHook", "PreHook"]
 
-PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
-PostHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+#: Called with the module, its arguments, and after it the output. Another library that puts
+#: hooks back may forget the keyword arguments, which must not end the model's call.
+PreHook = Callable[..., None]
+PostHook = Callable[..., Any]
+#: What takes their place then.
+NO_KWARGS: Mapping[str, Any] = {}
 
 #: Attribute that tells our hooks from those of others.
 _OURS = "_observatory_hook"

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import (  # type: ignore[attr-defined]
 
 from observatory.records import Verified
 from observatory.store.files import one_line
-from probes.routing.attachment import Attachment, PostHook, PreHook
+from probes.routing.attachment import NO_KWARGS, Attachment, PostHook, PreHook
 from probes.routing.judgement import BlockCall, Judgement, Verify, is_captured, stacks_of_site
 from probes.routing.sites import RoutingDecision, RoutingSite
 from probes.routing.stacks import SeenOperators, can_look_at_operators, is_running
@@ -268,7 +268,7 @@ class BlockInspection:
         self._call.frame, self._call.is_checked, self._call.decisions = None, False, []
 
     def _enter_hook(self) -> PreHook:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
             if torch.compiler.is_compiling() or self._is_outside():
                 return
             self._exclusive.enter()
@@ -306,7 +306,7 @@ class BlockInspection:
         return end
 
     def _leave_hook(self) -> PostHook:
-        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: Any, _output: Any = None) -> None:
             call = self._call
             if torch.compiler.is_compiling() or self._is_outside():
                 return

@@ -69,6 +69,7 @@ class HookKeeper:
         self._of_site: dict[int, list[Attachment]] = {}
         self._astray: dict[int, str] = {}
         self._refused: set[int] = set()
+        self._numbers = [site.spec.layer for site in sites]
         self._was_copied = False
         self._added: tuple[str, ...] = ()
         self._parents: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
@@ -139,6 +140,9 @@ class HookKeeper:
                     left = [other for other in left if other not in taken]
                     self._astray[index] = "replaced_by_unknown" if taken or not found else "removed"
                 continue
+            if new.module is old.module and new.spec.layer != self._numbers[index]:
+                losses.append(Loss(code="moved", site=index))
+            self._numbers[index] = new.spec.layer
             if new.module is old.module and new.block is old.block and new.experts == old.experts:
                 continue
             own = next(iter(self._of_site[index]), None)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 from torch import compiler, nn
 
-from probes.routing.attachment import Attachment, PostHook, PreHook
+from probes.routing.attachment import NO_KWARGS, Attachment, PostHook, PreHook
 from probes.routing.carriers import Carrier, find_carriers
 from probes.routing.inspection import is_recomputed_or_traced
 from probes.routing.phases import CallPhase, Reason, phase_of_call, phase_within
@@ -194,7 +194,7 @@ class PhaseTracker:
     def _hooks(self, carrier: Carrier) -> tuple[PreHook, PostHook]:
         around = _Around()
 
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
             if compiler.is_exporting():
                 return
             self.model_called = True
@@ -205,7 +205,7 @@ class PhaseTracker:
             else:
                 self._enter(carrier, phase)
 
-        def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
+        def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: Any, _output: Any = None) -> None:
             if compiler.is_exporting():
                 return
             if compiler.is_compiling():

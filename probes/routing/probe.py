@@ -25,7 +25,7 @@ from torch import nn
 from observatory.errors import CaptureError, ModelError
 from observatory.records import Verified
 from probes.routing.adapters import Adapter
-from probes.routing.attachment import Attachment, PostHook, PreHook
+from probes.routing.attachment import NO_KWARGS, Attachment, PostHook, PreHook
 from probes.routing.counters import DeviceCounters, Layout
 from probes.routing.counting import SiteCounter, count_in_graph
 from probes.routing.discover import find_sites
@@ -279,11 +279,12 @@ class RoutingProbe:
         return losses, bypassed
 
     def _hooks(self, site: RoutingSite, counter: SiteCounter) -> tuple[PreHook | None, PostHook | None]:
-        # Defaults: another library that puts hooks back may forget that these take keyword arguments.
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
             self._see(site, counter, module, args, kwargs, None)
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
+            if output is None and not isinstance(kwargs, dict):  # put back by another library (attachment.py)
+                kwargs, output = NO_KWARGS, kwargs
             self._see(site, counter, module, args, kwargs, output)
 
         return (before, None) if site.when == "before" else (None, after)

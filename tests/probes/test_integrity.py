@@ -188,6 +188,20 @@ def test_a_layer_that_is_taken_out_is_stated(tmp_path: Path) -> None:
     assert [(g.code, g.layer, g.first_step, g.steps) for g in gaps(run)] == [("removed", 1, AT, 2)]
 
 
+def test_layers_that_change_places_keep_their_numbers_and_say_so(tmp_path: Path) -> None:
+    def swap(holder: Holder) -> None:
+        layers: Any = holder.model.layers
+        layers[0], layers[1] = layers[1], layers[0]
+
+    run = captured(tmp_path / "r", swap)
+    assert counts(run) == lost_only(set())
+    assert [(g.code, g.layer, g.first_step, g.steps) for g in gaps(run)] == [
+        ("moved", 0, AT, 1),
+        ("moved", 1, AT, 1),
+    ]
+    assert run.manifest.state == "complete"
+
+
 def test_a_layer_that_is_added_is_stated(tmp_path: Path) -> None:
     def add(holder: Holder) -> None:
         holder.model.layers.append(MoeLayer(4, TOP_K))  # type: ignore[operator,union-attr]
@@ -261,6 +275,25 @@ def test_hooks_that_others_save_and_put_back_count_once(tmp_path: Path) -> None:
     run = captured(tmp_path / "r", put_back_under_other_numbers)
     assert counts(run) == lost_only(set())
     assert [(g.code, g.layer) for g in gaps(run)] == [("hooks_removed", 1)]
+
+
+def test_hooks_that_others_put_back_without_keyword_arguments_do_not_harm_the_model(tmp_path: Path) -> None:
+    def forget_the_options(holder: Holder) -> None:
+        for module in holder.model.modules():
+            for name, put in (
+                ("_forward_pre_hooks", module.register_forward_pre_hook),
+                ("_forward_hooks", module.register_forward_hook),
+            ):
+                hooks = list(getattr(module, name).values())
+                getattr(module, name).clear()
+                for hook in hooks:
+                    put(hook)
+
+    run = captured(tmp_path / "r", forget_the_options)
+    seen = counts(run)
+    assert {key: n for key, n in seen.items() if key[0] != AT} == lost_only({0, 1, 2})
+    assert {g.layer for g in gaps(run) if g.code == "hooks_removed"} == {0, 1, 2}
+    assert {g.steps for g in gaps(run)} == {1}
 
 
 def test_after_the_watch_nothing_of_it_is_left_on_what_was_replaced_or_cleared(tmp_path: Path) -> None:
