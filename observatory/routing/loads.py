@@ -70,7 +70,7 @@ class LayerLoads:
     load_GE: NDArray[np.int64]
     rows_per_group: int
     incomplete_rows: int
-    partial_rows: int
+    partial_rows: int = 0
 
     @property
     def keeps_steps(self) -> bool:

@@ -193,6 +193,7 @@ _WORDS: dict[str, Callable[[Gap], str]] = {
         "its module was replaced {when} by something that is not understood as the same layer; its calls are "
         "missing"
     ),
+    "moved": _captured("its module changed its place {when}; it is counted under the number that it had"),
     "removed": _captured("its module was not part of the model any more {when}"),
     "added": _captured("an MoE layer that was not there when the watch began; its calls {when} are missing"),
     "bypassed": _captured(
@@ -209,8 +210,11 @@ _WORDS: dict[str, Callable[[Gap], str]] = {
     "model_hooks_removed": _captured(
         "its hooks were removed {when}; a call that ended in the middle is not seen there"
     ),
+    "exchange_hooks_removed": _captured(
+        "the hooks that show the layers of exchanges were removed {when}; exchanges may lack them there"
+    ),
     "checks_removed": _captured("the hooks that verify its counts were removed {when}"),
     "gate_mass": _captured(
-        "no gate mass {when}: gate weights were not finite, or not one for each assignment; loads are counted"
+        "no gate mass {when}: gate weights were not shown, not finite, or not one for each assignment"
     ),
 }

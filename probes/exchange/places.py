@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from probes.exchange.issue import Issue, Mark
 from probes.exchange.roles import LayerCall, Role, Way, way_of
-from probes.routing.attachment import Attachment
+from probes.routing.attachment import NO_KWARGS, Attachment
 from probes.routing.sites import RoutingSite
 
 __all__ = ["Places", "in_backward"]
@@ -123,6 +123,13 @@ class Places:
         while self._attachments:
             self._attachments.pop().remove()
 
+    def restore_hooks(self) -> bool:
+        """Put hooks on again that another library has taken off; whether there were any."""
+        lost = [attachment for attachment in self._attachments if not attachment.is_on()]
+        for attachment in lost:
+            attachment.restore()
+        return bool(lost)
+
     def routed(self, layer: int, phase: str) -> None:
         """A layer has routed on this thread; needed where its hooks were compiled away."""
         stack = self._stack
@@ -196,7 +203,7 @@ class Places:
     def _attach_block(self, block: nn.Module, layer: int) -> None:
         device = next((p.device for p in block.parameters()), torch.device("cpu"))
 
-        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
             if torch.compiler.is_compiling():
                 return
             calls = self._stack.calls
@@ -206,7 +213,7 @@ class Places:
             call = LayerCall(layer, _width((*args, *kwargs.values())))
             calls.append(_Open(block, call, self._mark(device), graph))
 
-        def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
+        def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: Any, _output: Any = None) -> None:
             if torch.compiler.is_compiling():
                 return
             calls = self._stack.calls
@@ -222,7 +229,7 @@ class Places:
     def _attach_site(self, site: RoutingSite) -> None:
         layer = site.spec.layer
 
-        def enter(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        def enter(_module: nn.Module, _args: tuple[Any, ...], _kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
             if torch.compiler.is_compiling() or not self._stack.calls:
                 return
             call = self._stack.calls[-1].call

@@ -92,6 +92,10 @@ class ExchangeProbe:
         """A step or a told phase ends here."""
         self._places.boundary()
 
+    def restore_hooks(self) -> bool:
+        """Put hooks on again that another library has taken off; whether there were any."""
+        return self._places.restore_hooks()
+
     def routed(self, layer: int, phase: str) -> None:
         """A layer has routed in this phase, on this thread."""
         self._places.routed(layer, phase)

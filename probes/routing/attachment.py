@@ -14,7 +14,7 @@ import threading
 import types
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -23,16 +23,22 @@ from torch.utils.hooks import RemovableHandle
 
 from observatory.errors import ModelError
 
-__all__ = ["Attachment", "PostHook", "PreHook"]
+__all__ = ["NO_KWARGS", "Attachment", "PostHook", "PreHook"]
 
-PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
-PostHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
+#: Called with the module, its arguments, and after it the output. Another library that puts
+#: hooks back may forget the keyword arguments, which must not end the model's call.
+PreHook = Callable[..., None]
+PostHook = Callable[..., Any]
+#: What takes their place then.
+NO_KWARGS: Mapping[str, Any] = {}
 
 #: Attribute that tells our hooks from those of others.
 _OURS = "_observatory_hook"
 _lock = threading.Lock()
 #: How many attachments each module has now.
 _attached: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+#: Watched modules that were copied or pickled since they are watched.
+_copied: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 #: The marked subclass of each class, as long as something uses it.
 _marks: weakref.WeakKeyDictionary[type, weakref.ref[type]] = weakref.WeakKeyDictionary()
 
@@ -94,6 +100,10 @@ class Attachment:
         return all(number in module._forward_hooks for module, number in self.hooks()) and all(
             number in module._forward_pre_hooks for module, number in self.pre_hooks()
         )
+
+    def was_copied(self) -> bool:
+        """Whether the module was copied or pickled; the copies have no hooks."""
+        return self.module in _copied
 
     def is_carried_by(self, module: nn.Module) -> bool:
         """Whether another module has all of the hooks: it was made with the attributes of this one."""
@@ -160,6 +170,8 @@ def _change(module: nn.Module, by: int) -> None:
         count = _attached.get(module, 0) + by
         kind = type(module)
         base = kind.__dict__.get("_observatory_base", kind)
+        if count == 1 and by > 0:
+            _copied.discard(module)
         if count:
             _attached[module] = count
         else:
@@ -187,6 +199,7 @@ def _new_mark(base: type[nn.Module]) -> type[nn.Module]:
 
     def reduce_unmarked(self: nn.Module, protocol: Any) -> Any:
         """Copies and pickles are of the base class and without our hooks."""
+        _copied.add(self)
         made: Any = base.__reduce_ex__(self, protocol)
         if not isinstance(made, tuple) or made[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return made

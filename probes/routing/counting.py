@@ -33,7 +33,8 @@ _lock = threading.Lock()
 class SiteCounter:
     """Adds the decisions of one site to the buffers of the device they are on.
 
-    Gate weights that are not one for each assignment make the gate mass of the step NaN, as NaN weights do.
+    Gate weights that are not shown, or are not one for each assignment, make the gate mass of the step NaN,
+    as weights that are NaN do.
 
     Attributes:
         handle: number by which the operator in a compiled graph finds this object; the least that is free,
@@ -43,7 +44,6 @@ class SiteCounter:
         width: ids per token of this site's ordinary calls; 0 until the first call.
         ever_called: the site was called at least once.
         tokens_unknown: a call did not tell how many tokens it had.
-        weights_seen: a call showed gate weights.
         on_call: called with the slot after each call, from inside compiled code as well; None when nobody
             asked.
     """
@@ -55,7 +55,6 @@ class SiteCounter:
         self.width = 0
         self.ever_called = False
         self.tokens_unknown = False
-        self.weights_seen = False
         self.on_call: Callable[[int], None] | None = None
         self.devices: dict[torch.device, DeviceCounters] = {}
         self._experts = layout.experts[index]
@@ -105,13 +104,12 @@ class SiteCounter:
         if entries:
             index = bin_ids(ids, self._experts, device.scales)
             count_bins(part.counts, index, device.scales.ones(entries))
-            if part.mass is not None and decision.weights is not None:
-                self.weights_seen = True
-                weights = decision.weights.detach()
-                if weights.numel() == entries and not weights.is_complex():
-                    count_bins(part.mass, index, weights.reshape(-1).to(torch.float64))
-                else:
+            if part.mass is not None:
+                weights = decision.weights
+                if weights is None or weights.numel() != entries or weights.is_complex():
                     part.mass.fill_(torch.nan)
+                else:
+                    count_bins(part.mass, index, weights.detach().reshape(-1).to(torch.float64))
         if mask is not None or tokens is None or tokens * self.width != entries:
             self._correct_tokens(part, tokens, mask, entries)
 
@@ -123,14 +121,13 @@ class SiteCounter:
         if mask is not None:
             chosen_TE = chosen_TE & mask.reshape(-1, 1).to(torch.bool)
         sums_E = count_map(part.counts, chosen_TE)
-        if part.mass is not None and decision.weights is not None:
-            self.weights_seen = True
-            weights = decision.weights.detach()
-            if weights.numel() == chosen_TE.numel() and not weights.is_complex():
-                weights_TE = weights.reshape(-1, self._experts)
-                part.mass[1:-1].add_(weights_TE.masked_fill(~chosen_TE, 0).sum(dim=0, dtype=torch.float64))
-            else:
+        if part.mass is not None and chosen_TE.numel():
+            weights = decision.weights
+            if weights is None or weights.numel() != chosen_TE.numel() or weights.is_complex():
                 part.mass.fill_(torch.nan)
+            else:
+                weights_TE = weights.detach().reshape(-1, self._experts)
+                part.mass[1:-1].add_(weights_TE.masked_fill(~chosen_TE, 0).sum(dim=0, dtype=torch.float64))
         self._correct_tokens(part, decision.tokens, mask, 0)
         assert part.correction is not None
         part.correction.sub_(sums_E.sum())

@@ -45,6 +45,7 @@ class Snapshot:
         losses: what was found missing at the second boundary.
         bypassed: (sites,) the block was called more often than the site.
         was_interrupted: a call ended in the middle.
+        is_split: a call of some thread went over a boundary.
         is_last: the second boundary is the end of the watch.
     """
 
@@ -57,6 +58,7 @@ class Snapshot:
     losses: tuple[Loss, ...]
     bypassed: Bools
     was_interrupted: bool
+    is_split: bool = False
     is_last: bool = False
 
 
@@ -233,7 +235,7 @@ class Folder:
             self._log.add(code, snapshot.step, site=loss.site, module=loss.module)
             if loss.site is not None and loss.code in _PARTIAL:
                 partial[loss.site] = True
-        self._explained |= partial
+        self._explained |= partial | snapshot.is_split
         return partial
 
     def _add_bypassed(self, snapshot: Snapshot, counts: Int64) -> None:

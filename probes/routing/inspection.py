@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import (  # type: ignore[attr-defined]
 
 from observatory.records import Verified
 from observatory.store.files import one_line
-from probes.routing.attachment import Attachment, PostHook, PreHook
+from probes.routing.attachment import NO_KWARGS, Attachment, PostHook, PreHook
 from probes.routing.judgement import BlockCall, Judgement, Verify, is_captured, stacks_of_site
 from probes.routing.sites import RoutingDecision, RoutingSite
 from probes.routing.stacks import SeenOperators, can_look_at_operators, is_running
@@ -232,10 +232,6 @@ class BlockInspection:
             raise self._judgement.unconfirmed("its block is not called as a module")
         return False
 
-    def is_waiting(self) -> bool:
-        """Whether a call of this thread that was read has not ended."""
-        return self._call.is_checked and bool(self._call.decisions)
-
     @property
     def is_contradicted(self) -> bool:
         """Whether gates are counted which the experts do not follow."""
@@ -258,7 +254,12 @@ class BlockInspection:
         self.reached, self.ended, self.was_interrupted, self.has_lost_hooks = 0, 0, False, False
 
     def close(self) -> None:
-        """End the look at a call of this thread, also after Ctrl-C, which runs no hooks."""
+        """End the look at a call of this thread that did not come to its end, as after Ctrl-C."""
+        decisions = self._call.decisions if self._call.frame is not None else []
+        self._end_look()
+        self._count_unjudged(decisions)
+
+    def _end_look(self) -> None:
         operators, self._call.operators = self._call.operators, None
         if operators is not None:
             operators.is_over = True
@@ -267,7 +268,7 @@ class BlockInspection:
         self._call.frame, self._call.is_checked, self._call.decisions = None, False, []
 
     def _enter_hook(self) -> PreHook:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
             if torch.compiler.is_compiling() or self._is_outside():
                 return
             self._exclusive.enter()
@@ -305,7 +306,7 @@ class BlockInspection:
         return end
 
     def _leave_hook(self) -> PostHook:
-        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: Any, _output: Any = None) -> None:
             call = self._call
             if torch.compiler.is_compiling() or self._is_outside():
                 return
@@ -318,16 +319,20 @@ class BlockInspection:
                 self._exclusive.leave()
                 return
             operators, is_checked, decisions = call.operators, call.is_checked, call.decisions
-            self.close()
+            self._end_look()
             if has_ended:
                 self.was_bypassed = self.was_bypassed or not self.was_reached
-            if not has_ended or not is_checked or not decisions:
+            if not is_checked or not decisions:
                 self._exclusive.leave()
                 return
-            if not all(attachment.is_on() for attachment in self._attachments):
-                self.has_lost_hooks = True
-                self._count_unjudged(module, decisions)
+            has_hooks = all(attachment.is_on() for attachment in self._attachments)
+            if not has_ended or not has_hooks:
                 self._exclusive.leave()
+                self._count_unjudged(decisions)
+                if not has_hooks:
+                    self.has_lost_hooks = True
+                    verdict = Verified(by="none", reason=_HOOKS_REMOVED)
+                    self._judgement.verdicts.setdefault(module.training, verdict)
                 return
             self.was_judged = True
             try:
@@ -350,13 +355,14 @@ class BlockInspection:
 
         return leave
 
-    def _count_unjudged(self, block: nn.Module, decisions: list[RoutingDecision]) -> None:
-        """Count what was read in a call whose experts have lost their hooks, where it needs no witness."""
+    def _count_unjudged(self, decisions: list[RoutingDecision]) -> None:
+        """Count what was read in a call whose end shows nothing, where it needs no witness."""
+        if not decisions or self._judgement.is_replaceable:
+            return
         try:
-            for decision in decisions:
-                if not self._judgement.is_replaceable:
+            with torch.no_grad(), own_operators():
+                for decision in decisions:
                     self._count(decision)
-            self._judgement.verdicts[block.training] = Verified(by="none", reason=_HOOKS_REMOVED)
         except Exception as error:  # the model's own run must not suffer from ours
             self._fail(error)
 

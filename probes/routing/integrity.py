@@ -69,6 +69,8 @@ class HookKeeper:
         self._of_site: dict[int, list[Attachment]] = {}
         self._astray: dict[int, str] = {}
         self._refused: set[int] = set()
+        self._numbers = [site.spec.layer for site in sites]
+        self._was_copied = False
         self._added: tuple[str, ...] = ()
         self._parents: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
         self._hooks: list[tuple[nn.Module, int]] = []
@@ -88,10 +90,17 @@ class HookKeeper:
 
     def detach(self) -> None:
         """Take all hooks off; doing it twice does nothing."""
+        self.was_copied()
         self._parents, self._hooks, self._pre_hooks = [], [], []
         for attachments in (*self._of_site.values(), self._of_model):
             while attachments:
                 attachments.pop().remove()
+
+    def was_copied(self) -> bool:
+        """Whether watched modules were copied or pickled: copies have no hooks. Final after ``detach``."""
+        attachments = [a for group in (self._of_model, *self._of_site.values()) for a in group]
+        self._was_copied = self._was_copied or any(a.was_copied() for a in attachments if not a.is_minor)
+        return self._was_copied
 
     def look(self, *, at_all: bool = False) -> list[Loss]:
         """What has changed since the last time; hooks are put on again. Nothing once they were taken off.
@@ -131,6 +140,9 @@ class HookKeeper:
                     left = [other for other in left if other not in taken]
                     self._astray[index] = "replaced_by_unknown" if taken or not found else "removed"
                 continue
+            if new.module is old.module and new.spec.layer != self._numbers[index]:
+                losses.append(Loss(code="moved", site=index))
+            self._numbers[index] = new.spec.layer
             if new.module is old.module and new.block is old.block and new.experts == old.experts:
                 continue
             own = next(iter(self._of_site[index]), None)

@@ -10,7 +10,9 @@ from observatory.records import CaptureGap, MoeLayerSpec
 __all__ = ["GapLog"]
 
 #: Codes after which rows hold all that was called.
-_LOSES_NOTHING = frozenset(("checks_removed", "gate_mass", "interrupted", "model_hooks_removed"))
+_LOSES_NOTHING = frozenset(
+    ("checks_removed", "exchange_hooks_removed", "gate_mass", "interrupted", "model_hooks_removed", "moved")
+)
 #: Layers that are not watched are named up to this number.
 _MOST_UNWATCHED = 256
 

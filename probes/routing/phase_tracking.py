@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
 from torch import compiler, nn
 
-from probes.routing.attachment import Attachment, PostHook, PreHook
+from probes.routing.attachment import NO_KWARGS, Attachment, PostHook, PreHook
 from probes.routing.carriers import Carrier, find_carriers
 from probes.routing.inspection import is_recomputed_or_traced
 from probes.routing.phases import CallPhase, Reason, phase_of_call, phase_within
@@ -94,6 +94,7 @@ class PhaseTracker:
         model_called: the model was called.
         calls: eager calls of the model since the last ``end_stretch``.
         was_interrupted: a call ended in the middle since then.
+        was_inside: threads were in a call at the last ``end_stretch``.
     """
 
     def __init__(self, model: nn.Module, *, on_call: Callable[[], None]) -> None:
@@ -101,6 +102,7 @@ class PhaseTracker:
         self.model_called = False
         self.calls = 0
         self.was_interrupted = False
+        self.was_inside = False
         self._inside: dict[int, _Now] = {}
         self._carriers = find_carriers(model)
         self._on_call = on_call
@@ -115,6 +117,11 @@ class PhaseTracker:
     def slot(self) -> int:
         """Phase of the call that this thread is in, an index into ``SLOTS``; also for compiled code."""
         return self._threads.now.slot
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a thread is in an eager call of the model."""
+        return bool(self._inside)
 
     def attach(self) -> Iterator[Attachment]:
         """Put the hooks on, one carrier after the other."""
@@ -145,7 +152,7 @@ class PhaseTracker:
             is_stated: the caller has.
             unknown_calls: calls of watched layers that were counted as unknown.
         """
-        self.calls, self.was_interrupted = 0, False
+        self.calls, self.was_interrupted, self.was_inside = 0, False, self.is_inside
         with self._lock:
             recent, self._recent = self._recent, Counter()
         compiled, self._recent_compiled = self._recent_compiled, None
@@ -187,7 +194,7 @@ class PhaseTracker:
     def _hooks(self, carrier: Carrier) -> tuple[PreHook, PostHook]:
         around = _Around()
 
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
             if compiler.is_exporting():
                 return
             self.model_called = True
@@ -198,7 +205,7 @@ class PhaseTracker:
             else:
                 self._enter(carrier, phase)
 
-        def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
+        def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: Any, _output: Any = None) -> None:
             if compiler.is_exporting():
                 return
             if compiler.is_compiling():

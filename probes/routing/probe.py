@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch import nn
 from observatory.errors import CaptureError, ModelError
 from observatory.records import Verified
 from probes.routing.adapters import Adapter
-from probes.routing.attachment import Attachment, PostHook, PreHook
+from probes.routing.attachment import NO_KWARGS, Attachment, PostHook, PreHook
 from probes.routing.counters import DeviceCounters, Layout
 from probes.routing.counting import SiteCounter, count_in_graph
 from probes.routing.discover import find_sites
@@ -108,12 +107,8 @@ class RoutingProbe:
 
     def look(self) -> None:
         """Look whether hooks and modules are what they were; ``take`` has the losses."""
-        inspections = self._newest
-        at_all = any(inspection.has_lost_hooks for inspection in inspections.values())
-        for loss in self._keeper.look(at_all=at_all):
-            # A call whose block has lost the hook at its end is read, and never counted.
-            waits = loss.code == "checks_removed" and inspections[loss.site or 0].is_waiting()
-            self._losses.append(replace(loss, code="hooks_removed") if waits else loss)
+        at_all = any(inspection.has_lost_hooks for inspection in self._newest.values())
+        self._losses += self._keeper.look(at_all=at_all)
 
     def detach(self) -> None:
         """Take all hooks off; doing it twice does nothing."""
@@ -139,6 +134,7 @@ class RoutingProbe:
                 "replays, move watch.step() and watch.phase() out of torch.cuda.graph(...)"
             )
         self.look()
+        was_split = self.phases.was_inside
         self.phases.find_interrupted()
         for inspection in self._all_inspections():
             inspection.close()
@@ -162,6 +158,7 @@ class RoutingProbe:
             losses=losses,
             bypassed=bypassed,
             was_interrupted=was_interrupted,
+            is_split=was_split or self.phases.is_inside,
         )
 
     def problem(self) -> str | None:
@@ -209,6 +206,10 @@ class RoutingProbe:
             for index, inspections in self._inspections.items()
             if any(inspection.is_contradicted for inspection in inspections)
         ]
+
+    def was_copied(self) -> bool:
+        """Whether watched modules were copied or pickled; final after ``detach``."""
+        return self._keeper.was_copied()
 
     def repeated(self) -> list[str]:
         """Modules of blocks that were called more than once in one call of the model."""
@@ -278,11 +279,12 @@ class RoutingProbe:
         return losses, bypassed
 
     def _hooks(self, site: RoutingSite, counter: SiteCounter) -> tuple[PreHook | None, PostHook | None]:
-        # Defaults: another library that puts hooks back may forget that these take keyword arguments.
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
             self._see(site, counter, module, args, kwargs, None)
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> None:
+            if output is None and not isinstance(kwargs, dict):  # put back by another library (attachment.py)
+                kwargs, output = NO_KWARGS, kwargs
             self._see(site, counter, module, args, kwargs, output)
 
         return (before, None) if site.when == "before" else (None, after)

@@ -24,6 +24,7 @@ from probes.routing.adapters import Adapter
 from probes.routing.counters import SLOTS
 from probes.routing.flushing import Flusher
 from probes.routing.folding import Folder, Snapshot
+from probes.routing.integrity import Loss
 from probes.routing.judgement import Verify
 from probes.routing.probe import RoutingProbe
 from probes.routing.sites import RoutingSite, may_drop_inside
@@ -124,7 +125,10 @@ class CaptureSession:
         try:
             counted = self._probe.take(step=step, told=told, ends_step=ends_step)
             was_interrupted = counted.was_interrupted or self._is_interrupted
-            counted = replace(counted, was_interrupted=was_interrupted, is_last=is_last)
+            losses = counted.losses
+            if self._exchange is not None and self._exchange.restore_hooks():
+                losses = (*losses, Loss(code="exchange_hooks_removed"))
+            counted = replace(counted, losses=losses, was_interrupted=was_interrupted, is_last=is_last)
             self._is_interrupted = False
             if self._phases is not None:
                 # `with watch.phase(p): ...; watch.step()` leaves the end of the block after its last step.
@@ -225,9 +229,6 @@ class CaptureSession:
         vague = [name for name, c in states if c.tokens_unknown]
         if vague:
             notes.append(f"tokens is 0 where calls do not tell how many there were: {_named(vague)}")
-        weightless = [name for name, c in states if c.ever_called and not c.weights_seen]
-        if probe.layout.gate_mass and weightless:
-            notes.append(f"gate_mass is 0 where calls show no gate weights: {_named(weightless)}")
         notes += probe.phases.notes(given_a_cache=True)
         if self.last_step >= 0 and steps == 0:
             notes.append("watch.step() was never called: the whole run is one step")
@@ -247,6 +248,8 @@ class CaptureSession:
                 "called more than once in one call of the model, so that tokens are calls times tokens: "
                 f"{_named(repeated)}"
             )
+        if self._probe.was_copied():
+            notes.append("watched modules were copied or pickled; calls of copies are not counted")
         return tuple(notes)
 
     def cost(self) -> dict[str, JsonValue]:

@@ -7,9 +7,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import signal
+import subprocess
+import sys
+import textwrap
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +188,20 @@ def test_a_layer_that_is_taken_out_is_stated(tmp_path: Path) -> None:
     assert [(g.code, g.layer, g.first_step, g.steps) for g in gaps(run)] == [("removed", 1, AT, 2)]
 
 
+def test_layers_that_change_places_keep_their_numbers_and_say_so(tmp_path: Path) -> None:
+    def swap(holder: Holder) -> None:
+        layers: Any = holder.model.layers
+        layers[0], layers[1] = layers[1], layers[0]
+
+    run = captured(tmp_path / "r", swap)
+    assert counts(run) == lost_only(set())
+    assert [(g.code, g.layer, g.first_step, g.steps) for g in gaps(run)] == [
+        ("moved", 0, AT, 1),
+        ("moved", 1, AT, 1),
+    ]
+    assert run.manifest.state == "complete"
+
+
 def test_a_layer_that_is_added_is_stated(tmp_path: Path) -> None:
     def add(holder: Holder) -> None:
         holder.model.layers.append(MoeLayer(4, TOP_K))  # type: ignore[operator,union-attr]
@@ -258,6 +277,25 @@ def test_hooks_that_others_save_and_put_back_count_once(tmp_path: Path) -> None:
     assert [(g.code, g.layer) for g in gaps(run)] == [("hooks_removed", 1)]
 
 
+def test_hooks_that_others_put_back_without_keyword_arguments_do_not_harm_the_model(tmp_path: Path) -> None:
+    def forget_the_options(holder: Holder) -> None:
+        for module in holder.model.modules():
+            for name, put in (
+                ("_forward_pre_hooks", module.register_forward_pre_hook),
+                ("_forward_hooks", module.register_forward_hook),
+            ):
+                hooks = list(getattr(module, name).values())
+                getattr(module, name).clear()
+                for hook in hooks:
+                    put(hook)
+
+    run = captured(tmp_path / "r", forget_the_options)
+    seen = counts(run)
+    assert {key: n for key, n in seen.items() if key[0] != AT} == lost_only({0, 1, 2})
+    assert {g.layer for g in gaps(run) if g.code == "hooks_removed"} == {0, 1, 2}
+    assert {g.steps for g in gaps(run)} == {1}
+
+
 def test_after_the_watch_nothing_of_it_is_left_on_what_was_replaced_or_cleared(tmp_path: Path) -> None:
     kept: list[nn.Module] = []
 
@@ -269,3 +307,220 @@ def test_after_the_watch_nothing_of_it_is_left_on_what_was_replaced_or_cleared(t
     captured(tmp_path / "r", several)
     for module in kept:
         assert_untouched(module)
+
+
+class ListedLayer(nn.Module):
+    """A router that returns logits beside a list of experts: each call is held against its experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, 4)
+        self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
+        self.top_k = TOP_K
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        weights, chosen = self.gate(hidden).softmax(-1).topk(TOP_K)
+        out = hidden.clone()
+        for expert in chosen.unique().tolist():
+            row, column = (chosen == expert).nonzero(as_tuple=True)
+            out[row] += self.experts[expert](hidden[row]) * weights[row, column, None]
+        return out
+
+
+class Adapted(nn.Module):
+    """What LoRA puts in the place of a linear layer."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora = nn.Linear(base_layer.in_features, base_layer.out_features, bias=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base_layer.weight
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.base_layer(hidden) + self.lora(hidden)
+        return result
+
+
+def listed(path: Path, act: Callable[[Any], None]) -> Run:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(ListedLayer() for _ in range(LAYERS)))
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", UserWarning)
+        with observatory.watch(model, path, phase="prefill") as watch:
+            for step in range(STEPS):
+                if step == AT:
+                    act(model)
+                model(x())
+                watch.step()
+    return observatory.open_run(path)
+
+
+def clear_experts(model: Any) -> None:
+    for expert in model[1].experts:
+        expert._forward_hooks.clear()
+
+
+def clear_block(model: Any) -> None:
+    model[1]._forward_hooks.clear()
+    model[1]._forward_pre_hooks.clear()
+
+
+def copy_gate(model: Any) -> None:
+    model[1].gate = copy.deepcopy(model[1].gate)
+
+
+def adapt_gate(model: Any) -> None:
+    model[1].gate = Adapted(model[1].gate)
+
+
+def new_expert(model: Any) -> None:
+    model[1].experts[0] = nn.Linear(HIDDEN, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("act", "code"),
+    [
+        (clear_experts, "hooks_removed"),
+        (clear_block, "hooks_removed"),
+        (copy_gate, "replaced"),
+        (adapt_gate, "replaced"),
+        (new_expert, "replaced"),
+    ],
+)
+def test_layers_whose_choice_is_confirmed_in_each_call_cost_one_step_too(
+    tmp_path: Path, act: Callable[[Any], None], code: str
+) -> None:
+    run = listed(tmp_path / "r", act)
+    seen = counts(run)
+    assert {key: n for key, n in seen.items() if key != (AT, 1)} == lost_only({1})
+    partial = {
+        (step, block.layer)
+        for block in run.iter_loads()
+        if block.partial_SP is not None
+        for step in block.step_S[block.partial_SP[:, 0]].tolist()
+    }
+    assert partial == {(AT, 1)} & seen.keys()
+    assert [(g.code, g.layer, g.first_step, g.steps) for g in gaps(run)] == [(code, 1, AT, 1)]
+    assert run.manifest.state == "failed"
+
+
+def test_an_expert_that_is_wrapped_loses_nothing(tmp_path: Path) -> None:
+    def adapt_expert(model: Any) -> None:
+        model[1].experts[0] = Adapted(model[1].experts[0])
+
+    run = listed(tmp_path / "r", adapt_expert)
+    assert (counts(run), gaps(run)) == (lost_only(set()), [])
+
+
+def test_watched_experts_can_be_pickled_and_copies_of_them_count_nothing(tmp_path: Path) -> None:
+    def copies(model: Any) -> None:
+        other = pickle.loads(pickle.dumps(model))
+        other(x())
+        copy.deepcopy(model[0].experts[0])(x())
+        buffer = io.BytesIO()
+        torch.save(model[1].experts, buffer)
+
+    run = listed(tmp_path / "r", copies)
+    assert (counts(run), gaps(run), run.manifest.state) == (lost_only(set()), [], "complete")
+    assert run.manifest.notes == ("watched modules were copied or pickled; calls of copies are not counted",)
+
+
+def test_a_change_after_the_last_call_loses_nothing(tmp_path: Path) -> None:
+    model = RoutedModel(layers=2)
+    with observatory.watch(model, tmp_path / "r", phase="prefill") as watch:
+        model(x())
+        watch.step()
+        model.layers[1] = MoeLayer(4, TOP_K)
+    run = observatory.open_run(tmp_path / "r")
+    assert (gaps(run), run.problems, run.manifest.state) == ([], (), "complete")
+
+
+def test_without_steps_the_end_of_the_watch_is_where_it_is_seen(tmp_path: Path) -> None:
+    model = RoutedModel(layers=2)
+    watch = observatory.watch(model, tmp_path / "r", phase="prefill")
+
+    def two_calls() -> None:
+        with watch:
+            model(x())
+            model.layers[1].experts._forward_pre_hooks.clear()  # type: ignore[union-attr]
+            model(x())
+
+    with pytest.warns(UserWarning, match=r"layer 1 \(layers.1.experts\): its hooks were removed in step 0"):
+        two_calls()
+    run = observatory.open_run(tmp_path / "r")
+    assert counts(run) == {(0, 0): 2 * WHOLE, (0, 1): WHOLE}
+    (block,) = run.iter_loads(layers=[1])
+    assert block.partial_SP is not None
+    assert block.partial_SP.all()
+
+
+def test_hooks_that_show_the_phase_come_back_and_what_was_lost_is_stated(tmp_path: Path) -> None:
+    model = RoutedModel(layers=2).train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with observatory.watch(model, tmp_path / "r") as watch:
+            for step in range(3):
+                if step == 1:
+                    model._forward_pre_hooks.clear()
+                model(x())
+                watch.step()
+    run = observatory.open_run(tmp_path / "r")
+    phases = {step: block.phase for block in run.iter_loads() for step in block.step_S.tolist()}
+    assert phases == {0: "train_forward", 1: "unknown", 2: "train_forward"}
+    assert [(g.code, g.first_step, g.steps) for g in gaps(run)] == [("phase_hooks_removed", 1, 1)]
+    assert run.manifest.state == "failed"
+
+
+def test_a_layer_reached_past_its_hooks_is_missed_where_its_stack_is_not(tmp_path: Path) -> None:
+    def skip(holder: Holder) -> None:
+        first, _, last = holder.model.layers  # type: ignore[misc,union-attr]
+        holder.model.forward = lambda hidden: last(first(hidden))
+
+    run = captured(tmp_path / "r", skip)
+    assert [(g.code, g.layer, g.first_step, g.steps) for g in gaps(run)] == [("not_called", 1, AT, 2)]
+    assert run.manifest.state == "failed"
+
+
+def test_gaps_of_a_rank_that_is_killed_are_there(tmp_path: Path) -> None:
+    program = f"""
+        import os, signal, time, observatory
+        from tests.probes.tiny import RoutedModel
+        from tests.probes.test_integrity import x
+        model = RoutedModel(layers=2)
+        with observatory.watch(model, {str(tmp_path / "r")!r}, phase="prefill", flush_seconds=0.05) as watch:
+            for step in range(2):
+                if step:
+                    model.layers[1].experts._forward_pre_hooks.clear()
+                model(x())
+                watch.step()
+            status = watch.run_path / "ranks" / "rank-00000.json"
+            deadline = time.monotonic() + 60
+            while "hooks_removed" not in status.read_text() and time.monotonic() < deadline:
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False, cwd=Path.cwd())
+    assert done.returncode == -signal.SIGKILL
+    run = observatory.open_run(tmp_path / "r")
+    assert [(g.code, g.layer, g.first_step) for g in gaps(run)] == [("hooks_removed", 1, 1)]
+
+
+def test_notes_of_all_ranks_are_in_the_run(tmp_path: Path) -> None:
+    def rank(number: int) -> None:
+        model = RoutedModel(layers=2).eval()
+        with observatory.watch(
+            model, tmp_path / "r", rank=number, world=2, run_id="both", align_clocks=False, exchanges=False
+        ) as watch:
+            if number:
+                copy.deepcopy(model)
+            model(x())
+            watch.step()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(rank, range(2)))
+    notes = observatory.open_run(tmp_path / "r").manifest.notes
+    assert "phase unknown in calls of the model (1): the model takes no cache" in notes
+    assert "rank 1: watched modules were copied or pickled; calls of copies are not counted" in notes
