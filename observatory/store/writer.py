@@ -57,6 +57,7 @@ class RunWriter:
         self._host = one_line(socket.gethostname() if host is None else host, 255)
         self._lock = threading.RLock()
         self._closed = False
+        self._ending: tuple[str, int] | None = None
         self._clock = ClockSpec(method="none", identity=clock_name(clock_identity()))
         self._power: RankPower | None = None
         self._moe_layers: tuple[RankLayer, ...] | None = None
@@ -201,6 +202,22 @@ class RunWriter:
             self._manifest = changed
             self._guarded("run.json", lambda: write_manifest(self.path, changed))
 
+    def mark_ending(self, reason: str, *, steps: int = 0) -> None:
+        """State that the rank is about to end, and flush; the writer stays open and says more when it closes.
+
+        For a rank that may be killed at any moment: what cannot be written is left out.
+
+        Args:
+            reason: one line; stands in the status as the error of a failed rank.
+            steps: steps the rank has completed.
+        """
+        with self._lock:
+            self._ending = (one_line(reason, 1000), steps)
+            self._note_status()
+            if not self._closed:
+                with contextlib.suppress(RunError):
+                    self._appender.flush()
+
     def close(
         self, *, state: Literal["complete", "failed"] = "complete", error: str | None = None, steps: int = 0
     ) -> None:
@@ -267,7 +284,10 @@ class RunWriter:
         """Write what is known so far, for a reader of a run that is killed; closing says what fails."""
         if not self._closed:
             with contextlib.suppress(OSError):
-                self._write_status("running")
+                if self._ending is None:
+                    self._write_status("running")
+                else:
+                    self._write_status("failed", error=self._ending[0], steps=self._ending[1])
 
     def _write_status(
         self, state: Literal["running", "complete", "failed"], *, error: str | None = None, steps: int = 0
