@@ -80,12 +80,17 @@ class RunWriter:
             check_free(folder, overwrite=overwrite)
             if folder.exists():
                 empty_run(folder)
-            (folder / RANKS_FOLDER).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RANKS_FOLDER).mkdir()  # one process alone can make it
             sync_folder(folder)
             sync_folder(folder.absolute().parent)
             writer = cls(folder, running, rank=0, host=None)
             writer._write_status("running")
             write_manifest(folder, running)
+        except FileExistsError as error:
+            raise RunError(
+                f"run {folder} is made by another process at this moment; choose another place"
+            ) from error
         except OSError as error:
             raise RunError(
                 f"run {folder} cannot be made: {os_reason(error)}; choose a writable place with free space"
