@@ -26,8 +26,8 @@ __all__ = [
 
 #: Variable that holds the mark of the running test.
 MARK = "OBSERVATORY_TEST"
-#: Python starts it at the first need and keeps it for later ones.
-_KEPT = "multiprocessing.resource_tracker"
+#: Parts of command lines of what Python and torch start at the first need and keep for later ones.
+_KEPT = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "_inductor")
 _POLL_S = 0.05
 
 
@@ -68,15 +68,20 @@ def processes_of(mark: str, *, but: Collection[int] = ()) -> set[int]:
     known = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal())
     marked = {pid for pid in known if environment_of(pid).get(MARK) == mark}
     found = (marked | descendants(os.getpid())) - {os.getpid(), *but}
-    return {pid for pid in found if lives(pid) and _KEPT not in command_of(pid)}
+    return {pid for pid in found if lives(pid) and not any(part in command_of(pid) for part in _KEPT)}
 
 
-def end_all(pids: Collection[int]) -> None:
-    """Kill processes, each by its number, and reap those that are children of this one."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not any(map(lives, pids)), within_s=10.0)
+def end_all(mark: str, *, but: Collection[int] = ()) -> None:
+    """Kill the processes of a mark, each by its number, until none is left: they may start others."""
+
+    def none_left() -> bool:
+        left = processes_of(mark, but=but)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not left
+
+    wait_until(none_left, within_s=10.0)
 
 
 def wait_until(true: Callable[[], bool], *, within_s: float) -> bool:
