@@ -9,6 +9,7 @@ from pathlib import Path
 from collectives.bench import run_plan
 from collectives.transport import open_transport
 from observatory.errors import ObservatoryError
+from observatory.rank_guard import end_rank, guard_rank
 from observatory.records import Record
 from observatory.records_bench import BenchPlan
 
@@ -57,4 +58,10 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    guard_rank()
+    try:
+        code = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = 130
+    end_rank(code)
+    sys.exit(code)

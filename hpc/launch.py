@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from observatory.children import python_code
 from observatory.errors import ExchangeError
 from observatory.ranks import LOCAL_RUN
 
@@ -30,6 +31,28 @@ _POLL_S = 0.05
 _END_S = 5.0
 _TAIL_BYTES = 4096
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+#: How long ranks have to end by themselves when this process was killed.
+_ORPHANED_S = 15.0
+
+#: Kills the processes whose numbers it was given, one a line, if they run so long after its input was closed.
+_KEEPER = """
+import os, signal, sys, time
+def started(pid):
+    try:
+        with open(f"/proc/{pid}/stat", errors="replace") as file:
+            state, *rest = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else rest[18]
+ranks = [(int(line), started(int(line))) for line in iter(sys.stdin.readline, "")]
+deadline = time.monotonic() + float(sys.argv[1])
+def running():
+    return [pid for pid, start in ranks if start is not None and started(pid) == start]
+while running() and time.monotonic() < deadline:
+    time.sleep(0.1)
+for pid in running():
+    os.kill(pid, signal.SIGKILL)
+"""
 
 
 @dataclass(slots=True)
@@ -97,11 +120,15 @@ def start_local_ranks(
         raise ExchangeError(f"{world} ranks cannot be started; expected 1 or more")
     with tempfile.TemporaryDirectory(prefix="observatory-ranks-") as folder, meeting_point() as port:
         ranks: list[_Rank] = []
+        keeper = _start_keeper()
+        assert keeper.stdin is not None
         try:
             run_id = f"{LOCAL_RUN}{uuid.uuid4().hex[:8]}"
             for rank in range(world):
                 own = {**environment, **rank_environment(rank, world, port=port, run_id=run_id)}
                 ranks += [_start(argv, rank, own, Path(folder))]
+                keeper.stdin.write(f"{ranks[-1].process.pid}\n".encode())
+                keeper.stdin.flush()
             if started is not None:
                 started([rank.process.pid for rank in ranks])
             try:
@@ -110,6 +137,7 @@ def start_local_ranks(
                 # They are told once, by us: a second signal would interrupt what they still write.
                 for running in ranks:
                     running.process.send_signal(signal.SIGINT)
+                    running.process.send_signal(signal.SIGCONT)  # also to one that is stopped
                 _await_all(ranks, grace_s)
                 raise
             if failed is not None:
@@ -123,6 +151,7 @@ def start_local_ranks(
                 )
         finally:
             _end(ranks)
+            keeper.communicate()
 
 
 @contextlib.contextmanager
@@ -135,6 +164,17 @@ def meeting_point() -> Iterator[int]:
     del store
 
 
+def _start_keeper() -> subprocess.Popen[bytes]:
+    """Start the process that ends the ranks when this one was killed and they do not notice."""
+    return subprocess.Popen(
+        python_code(_KEEPER, str(_ORPHANED_S)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # whoever kills our process group does not mean it
+    )
+
+
 def _start(argv: Sequence[str], rank: int, own: dict[str, str], folder: Path) -> _Rank:
     world = int(own["WORLD_SIZE"])
     own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
@@ -143,10 +183,13 @@ def _start(argv: Sequence[str], rank: int, own: dict[str, str], folder: Path) ->
         own.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
     log = None if rank == 0 else folder / f"rank-{rank}.log"
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+    launcher = os.getpid()
 
     def die_with_parent() -> None:
         if prctl is not None:
             prctl(_DIE_WITH_PARENT, signal.SIGTERM)
+            if os.getppid() != launcher:  # it died before that
+                os._exit(1)
 
     with contextlib.ExitStack() as stack:
         output = None if log is None else stack.enter_context(log.open("wb"))
@@ -187,6 +230,7 @@ def _end(ranks: Sequence[_Rank]) -> None:
     for rank in ranks:
         if rank.process.poll() is None:
             rank.process.terminate()
+            rank.process.send_signal(signal.SIGCONT)
     _await_all(ranks, _END_S)
     for rank in ranks:
         if rank.process.poll() is None:

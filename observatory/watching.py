@@ -26,12 +26,14 @@ from pydantic import JsonValue
 from collectives.store_clock import StoreClock, default_store
 from observatory.errors import CaptureError, ModelError, ObservatoryError
 from observatory.provenance import new_manifest
+from observatory.rank_guard import SHARDS, ending
 from observatory.ranks import find_rank
 from observatory.records import ClockSpec, DataSpec, MoeLayerSpec, Phase, RankLayer, Topology, Verified
 from observatory.store import RunWriter
 from observatory.store.gaps import from_capture, sentence
 from observatory.watching_options import WatchOptions, check_phase
 from observatory.watching_power import WatchedPower
+from observatory.watching_shard import WatchedShard
 from probes.exchange.flight import recorder_unsupported
 from probes.exchange.tap import unsupported
 from probes.routing.describe import describe_model
@@ -198,6 +200,7 @@ class Watch:
         self._clock_told = False
         self._session: CaptureSession | None = None
         self._writer: RunWriter | None = None
+        self._shard: WatchedShard | None = None
         self._layers: tuple[RankLayer, ...] = ()
         self._notes: list[str] = []
         self._ended = False
@@ -212,6 +215,10 @@ class Watch:
         self._process = os.getpid()
         self.sites = tuple(find_sites(self._model, adapters=self._options.adapters))
         self._writer = self._open_run()
+        self._shard = WatchedShard(
+            writer=self._writer, session=lambda: self._session, steps=lambda: self.steps
+        )
+        SHARDS.append(self._shard)
         try:
             self._layers = layers_now(self._model, self.sites)
             self._writer.set_moe_layers(self._layers)
@@ -240,7 +247,8 @@ class Watch:
         except BaseException as error:
             self._align_at_exit(self._writer, failed=True)
             self._power.stop()
-            self._writer.close(state="failed", error=_one_line(error))
+            self._writer.close(state="failed", error=_failure(error))
+            SHARDS.remove(self._shard)
             raise
         return self
 
@@ -334,7 +342,7 @@ class Watch:
                 model = writer.manifest.model.model_copy(update={"moe_layers": stated})
                 writer.update_manifest(config=config, model=model)
         failure = (
-            _one_line(error) if error is not None else session.problem() or next(map(str, problems), None)
+            _failure(error) if error is not None else session.problem() or next(map(str, problems), None)
         )
         if any(gap.loses_rows for gap in session.gaps()):
             failure = failure or "not all calls of its MoE layers were captured"
@@ -344,6 +352,8 @@ class Watch:
                 error=failure,
                 steps=max(self.steps, session.last_step + 1),
             )
+        if self._shard in SHARDS:
+            SHARDS.remove(self._shard)
         if error is not None:
             for problem in problems:
                 error.add_note(f"observatory: {problem}")
@@ -475,8 +485,13 @@ def _check_recorder(exchanges: bool) -> None:
         )
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def _failure(error: BaseException) -> str:
+    """Why a rank failed, on one line: that it was ended goes before what this led to."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = ending()
+    if reason is None:
+        return line
+    return reason if isinstance(error, KeyboardInterrupt) else f"{reason}; then {line}"
 
 
 def _with_verdicts(layers: Sequence[_Layer], verdicts: Sequence[Verified]) -> tuple[_Layer, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,11 @@ import pytest
 
 from observatory.records import DataSpec, Manifest, ModelSpec, MoeLayerSpec
 from observatory.store import RunWriter, routing_rows
+from tests.processes import MARK, descendants, end_all
+
+_SESSION = str(os.getpid())
+_numbers = itertools.count()
+_terminations: list[bool] = []
 
 MakeRun = Callable[..., Path]
 
@@ -46,3 +54,35 @@ def make_run(tmp_path: Path) -> MakeRun:
         return path
 
     return make
+
+
+def pytest_configure() -> None:
+    """End in order, fixtures included, when the time of a whole suite is up."""
+    os.environ[MARK] = _SESSION  # of what fixtures of a wider scope start
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminated)
+
+
+def pytest_unconfigure() -> None:
+    """End what fixtures of a wider scope have left."""
+    end_all(_SESSION)
+
+
+def _terminated(*_: object) -> None:
+    _terminations.append(True)
+    raise KeyboardInterrupt  # what is tested takes it as its own end; then the fixture ends the suite
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    """Ends what a test has started, however the test ends."""
+    mark = f"{_SESSION}-{next(_numbers)}"
+    before = descendants(os.getpid())  # of fixtures of a wider scope
+    os.environ[MARK] = mark
+    try:
+        yield
+    finally:
+        os.environ[MARK] = _SESSION
+        end_all(mark, but=before)
+    if _terminations:
+        pytest.exit("terminated", returncode=143)

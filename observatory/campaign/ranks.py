@@ -28,7 +28,53 @@ if TYPE_CHECKING:
     from observatory.campaign.profile import ProfileJob
     from observatory.watching import Watch
 
-__all__ = ["Ranks", "check_backend", "join_ranks", "needs_ranks", "profile_argv", "start_ranks"]
+__all__ = [
+    "Ranks",
+    "check_backend",
+    "join_ranks",
+    "needs_ranks",
+    "profile_argv",
+    "refuse_ranks",
+    "requested_ep",
+    "start_ranks",
+]
+
+
+def requested_ep(requested: int | None) -> int:
+    """Ranks to spread the experts over; where a launcher has started several, they must be asked for.
+
+    Raises:
+        ExchangeError: the launcher's ranks would each run the whole model, and nothing says that it is meant.
+    """
+    where = find_rank()
+    if requested is None and where.world > 1:
+        raise alike(
+            ExchangeError(
+                f"{where.launcher} started {where.world} ranks, but --ep is not given; give --ep "
+                f"{where.world} to spread the experts over them, or --ep 1 to run the whole model on each"
+            )
+        )
+    return 1 if requested is None else requested
+
+
+def refuse_ranks(command: str, *, each_node: bool = False) -> None:
+    """Refuse to run a command of one process on several ranks, which would all do and write the same.
+
+    Args:
+        command: its name.
+        each_node: it makes sense once on each node.
+
+    Raises:
+        ExchangeError: a launcher has started several ranks, or several on this node.
+    """
+    where = find_rank()
+    if where.world > 1 and not (each_node and where.local_world == 1):
+        fitting = "with one process on each node" if each_node else "without the launcher"
+        raise alike(
+            ExchangeError(
+                f"{command} runs in one process, but {where.launcher} started {where.world}; run it {fitting}"
+            )
+        )
 
 
 def needs_ranks(job: ProfileJob) -> bool:

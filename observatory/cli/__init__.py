@@ -1,7 +1,7 @@
 """The ``observatory`` command.
 
 Exit codes: 0 done, 1 something the user can fix (one line says how), 2 wrong usage, 130 interrupted by Ctrl-C
-or SIGTERM, which schedulers send before they kill.
+(or a terminal that hangs up, or SIGTERM, which schedulers send before they kill).
 Results go to stdout, progress and messages to stderr. No command shows a traceback, unless
 ``OBSERVATORY_DEBUG`` is set: then errors that nobody foresaw are raised as they are.
 """
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 __all__ = ["main", "run"]
 
 _INTERRUPTED = 130
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,11 +107,19 @@ def run() -> None:
     """Entry point of the console script."""
     # What torch's C++ would warn of when ranks do not meet, pages of it, is one sentence of ours.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(main())
+    for number in _ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, _interrupt)
+    from observatory.rank_guard import end_rank, guard_rank
+
+    guard_rank()
+    code = main()
+    end_rank(code)
+    sys.exit(code)
 
 
 def _interrupt(*_: object) -> None:
     """End as after Ctrl-C; a second signal does not disturb what is still written."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in _ENDING:
+        signal.signal(number, lambda *_: None)
     raise KeyboardInterrupt

@@ -25,8 +25,14 @@ from observatory.cli import (
     scan,
     waiting,
 )
+from observatory.cli.output import say
+from observatory.errors import CaptureError
+from observatory.ranks import find_rank
 
 __all__ = ["command"]
+
+#: Commands that read runs and results, and that a rank of a job may well call.
+_ANALYSIS = frozenset({"routing", "scan", "fit", "export", "exchanges", "energy", "report"})
 
 
 def _version(wanted: bool) -> None:
@@ -36,11 +42,27 @@ def _version(wanted: bool) -> None:
 
 
 def _root(
-    version: Annotated[
+    context: typer.Context,
+    _asked: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """See what mixture-of-experts models do to the machines they run on, then decide."""
+    if context.invoked_subcommand in _ANALYSIS:
+        _note_ranks(context.invoked_subcommand)
+
+
+def _note_ranks(subcommand: str) -> None:
+    """State, on rank 0, that several ranks do the same work."""
+    try:
+        where = find_rank()
+    except CaptureError:  # analysis needs no rank
+        return
+    if where.world > 1 and where.rank == 0:
+        say(
+            f"note: {subcommand} runs in one process; {where.launcher} started {where.world}, "
+            "and each that runs it does the same work"
+        )
 
 
 def command() -> Any:

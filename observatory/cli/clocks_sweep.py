@@ -83,6 +83,7 @@ def sweep(
 
     from observatory.campaign.benchmark import check_out
     from observatory.campaign.clock_sweep import run_sweep
+    from observatory.campaign.ranks import refuse_ranks
     from observatory.campaign.sweep_inputs import make_workloads, parse_clocks, parse_limits
     from observatory.campaign.sweep_plan import make_plan
     from observatory.campaign.sweep_settings import SweepJob
@@ -90,6 +91,7 @@ def sweep(
     from observatory.errors import ClockError, LockNotPermittedError, LockRefusedError
     from probes.power.find import open_device
 
+    refuse_ranks("clocks sweep", each_node=True)
     check_out(out, force=force)
     if set_outside and apply:
         raise ClockError("--apply sets clocks and --set-outside sets none; give one of them")

@@ -19,10 +19,12 @@ def grid(
 ) -> None:
     """Profile every model on every data condition; a finished cell is never run twice."""
     from observatory.campaign.grid import load_grid
+    from observatory.campaign.ranks import refuse_ranks
     from observatory.cli.cells import run_cells
     from observatory.cli.output import print_json, print_table, say
     from observatory.errors import ObservatoryError
 
+    refuse_ranks("grid")
     results = run_cells(load_grid(config), out)
     if json:
         print_json(

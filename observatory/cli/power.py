@@ -36,9 +36,11 @@ def power(
 
     Reads only: no clock, limit or other setting is touched.
     """
+    from observatory.campaign.ranks import refuse_ranks
     from observatory.campaign.telemetry import TelemetryJob, run_telemetry
     from observatory.cli.output import print_json, print_table, say
 
+    refuse_ranks("power", each_node=True)
     told, code = run_telemetry(
         TelemetryJob(
             selectors=tuple(device or ()),

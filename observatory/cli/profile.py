@@ -34,7 +34,14 @@ def profile(
     flush_seconds: Annotated[
         float, typer.Option(min=0.1, help="Seconds after which captured rows are on disk.")
     ] = 10.0,
-    ep: Annotated[int, typer.Option(min=1, help="Ranks to spread the experts over; started here.")] = 1,
+    ep: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Ranks to spread the experts over: started here, or those of the launcher; 1 runs the whole "
+            "model on each of them.",
+        ),
+    ] = None,
     placement: Annotated[
         str,
         typer.Option(help="With --ep: linear, round-robin, or a placement file (JSON), replicas allowed."),
@@ -73,7 +80,7 @@ def profile(
     Under torchrun, mpiexec or srun the ranks are those of the launcher; else --ep starts them here.
     """
     from observatory.campaign.profile import ProfileJob, run_profile
-    from observatory.campaign.ranks import needs_ranks, start_ranks
+    from observatory.campaign.ranks import needs_ranks, requested_ep, start_ranks
     from observatory.cli.output import progress_bar, say, say_cores
     from observatory.ranks import find_rank
     from observatory.store import open_run
@@ -93,7 +100,7 @@ def profile(
         sample_tokens=sample_tokens,
         window_steps=window_steps,
         flush_seconds=flush_seconds,
-        ep=ep,
+        ep=requested_ep(ep),
         placement=placement,
         algorithm=algorithm,
         deduplicate=deduplicate,

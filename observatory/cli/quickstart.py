@@ -18,6 +18,7 @@ def quickstart(
     """Profile the bundled models on the bundled data, scan, and write the report. No network, no GPU."""
     from observatory.campaign.quickstart import quickstart_exchanges, quickstart_grid
     from observatory.campaign.quickstart_network import quickstart_network
+    from observatory.campaign.ranks import refuse_ranks
     from observatory.cli.cells import run_cells
     from observatory.cli.output import print_table, say
     from observatory.documents import frame_records
@@ -26,6 +27,7 @@ def quickstart(
     from observatory.store import open_run
     from reports import write_report
 
+    refuse_ranks("quickstart")
     config = quickstart_grid()
     results = run_cells(config, out)
     failed = [result for result in results if result.state == "failed"]

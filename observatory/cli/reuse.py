@@ -50,6 +50,7 @@ def measure(
     import sys
 
     from observatory.campaign.benchmark import check_out
+    from observatory.campaign.ranks import refuse_ranks
     from observatory.campaign.reuse import (
         ReuseJob,
         cached_prefills,
@@ -59,6 +60,7 @@ def measure(
     )
     from observatory.cli.output import progress_bar, say
 
+    refuse_ranks("reuse measure", each_node=True)
     check_out(out, force=force)
     parsed = parse_fractions(fractions)
     note = check_same_device(device, torch_device)

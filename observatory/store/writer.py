@@ -58,6 +58,7 @@ class RunWriter:
         self._host = one_line(socket.gethostname() if host is None else host, 255)
         self._lock = threading.RLock()
         self._closed = False
+        self._ending: tuple[str, int] | None = None
         self._clock = ClockSpec(method="none", identity=clock_name(clock_identity()))
         self._cores = find_cores()
         self._power: RankPower | None = None
@@ -83,12 +84,17 @@ class RunWriter:
             check_free(folder, overwrite=overwrite)
             if folder.exists():
                 empty_run(folder)
-            (folder / RANKS_FOLDER).mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / RANKS_FOLDER).mkdir()  # one process alone can make it
             sync_folder(folder)
             sync_folder(folder.absolute().parent)
             writer = cls(folder, running, rank=0, host=None)
             writer._write_status("running")
             write_manifest(folder, running)
+        except FileExistsError as error:
+            raise RunError(
+                f"run {folder} is made by another process at this moment; choose another place"
+            ) from error
         except OSError as error:
             raise RunError(
                 f"run {folder} cannot be made: {os_reason(error)}; choose a writable place with free space"
@@ -217,6 +223,22 @@ class RunWriter:
             self._manifest = changed
             self._guarded("run.json", lambda: write_manifest(self.path, changed))
 
+    def mark_ending(self, reason: str, *, steps: int = 0) -> None:
+        """State that the rank is about to end, and flush; the writer stays open and says more when it closes.
+
+        For a rank that may be killed at any moment: what cannot be written is left out.
+
+        Args:
+            reason: one line; stands in the status as the error of a failed rank.
+            steps: steps the rank has completed.
+        """
+        with self._lock:
+            self._ending = (one_line(reason, 1000), steps)
+            self._note_status()
+            if not self._closed:
+                with contextlib.suppress(RunError):
+                    self._appender.flush()
+
     def close(
         self, *, state: Literal["complete", "failed"] = "complete", error: str | None = None, steps: int = 0
     ) -> None:
@@ -284,7 +306,10 @@ class RunWriter:
         """Write what is known so far, for a reader of a run that is killed; closing says what fails."""
         if not self._closed:
             with contextlib.suppress(OSError):
-                self._write_status("running")
+                if self._ending is None:
+                    self._write_status("running")
+                else:
+                    self._write_status("failed", error=self._ending[0], steps=self._ending[1])
 
     def _write_status(
         self, state: Literal["running", "complete", "failed"], *, error: str | None = None, steps: int = 0

@@ -108,6 +108,7 @@ class ExchangeLog:
         self._waiting: list[SeenExchange | SeenSpan] = []
         self._error: Exception | None = None
         self._wake = threading.Event()
+        self._drained = threading.Event()
         self._closing = False
         # A daemon: a program that is torn down without leaving its ``with`` block must still be able to end.
         self._thread = threading.Thread(target=self._run, name="observatory-exchange", daemon=True)
@@ -144,6 +145,12 @@ class ExchangeLog:
             notes.append(f"the flight recorder was given up: {self.recorder_error}")
         return tuple(notes)
 
+    def hurry(self, timeout_s: float) -> None:
+        """Write what is complete, from any thread, waiting no longer than that."""
+        self._drained.clear()
+        self._wake.set()
+        self._drained.wait(timeout_s)
+
     def close(self) -> None:
         """Write everything and end the thread; doing it twice does nothing."""
         self._closing = True
@@ -155,6 +162,7 @@ class ExchangeLog:
             self._wake.wait(self._flush_seconds)
             self._wake.clear()
             self._guarded(last=False)
+            self._drained.set()
         deadline = time.monotonic() + _GRACE_S
         while self._devices_are_late() and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -11,6 +11,7 @@ boundary, where no capture can be.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -37,7 +38,7 @@ class Flusher:
         self._error: BaseException | None = None
         self._last_step = 0
         self._on_the_way: deque[Snapshot] = deque()
-        self._queue: queue.Queue[Snapshot | None] = queue.Queue(_QUEUE_SIZE)
+        self._queue: queue.Queue[Snapshot | threading.Event | None] = queue.Queue(_QUEUE_SIZE)
         # A daemon: a program that is torn down without leaving its ``with`` block must still be able to end.
         self._thread = threading.Thread(target=self._run, name="observatory-flush", daemon=True)
         self._thread.start()
@@ -46,6 +47,13 @@ class Flusher:
         """Hand a snapshot over; waits when the queue is full or the device far behind."""
         self._on_the_way.append(snapshot)
         self._pass_on(_MOST_ON_THE_WAY)
+
+    def hurry(self, timeout_s: float) -> None:
+        """Write what was submitted and has arrived, from any thread, waiting no longer than that."""
+        written = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._queue.put(written, timeout=timeout_s)
+            written.wait(timeout_s)
 
     def problem(self) -> str | None:
         """One line about the first error of the thread; None when there was none."""
@@ -85,6 +93,10 @@ class Flusher:
             if item is None:
                 self._guarded(None, flush=True, last=True)
                 return
+            if isinstance(item, threading.Event):
+                self._guarded(None, flush=True)
+                item.set()
+                continue
             late = time.monotonic() >= due
             if late:
                 due = time.monotonic() + self._flush_seconds

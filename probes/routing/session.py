@@ -181,6 +181,12 @@ class CaptureSession:
             if self._log is not None:
                 self._log.close()
 
+    def hurry(self, timeout_s: float) -> None:
+        """Write what has arrived, from any thread while the program may hang, waiting no longer than that."""
+        self._flusher.hurry(timeout_s)
+        if self._log is not None:
+            self._log.hurry(timeout_s)
+
     def abandon(self) -> None:
         """Take the hooks off and write nothing: what a forked child does with its parent's capture."""
         if self._exchange is not None:
