@@ -24,13 +24,12 @@ def fit(
     json: JsonOption = False,
 ) -> None:
     """Fit latency, bandwidth, per-message cost and contention; the form is chosen on held-out matrices."""
-    import sys
-
     from observatory.campaign.benchmark import check_out
     from observatory.cli.output import print_json, print_table, say
     from observatory.cost.checking import check_predictions, error_summary, not_fitted
     from observatory.cost.fitting import fit_network
     from observatory.documents import frame_records, write_text
+    from observatory.provenance import command_line
     from observatory.records_bench import load_bench
 
     check_out(out, force=force)
@@ -39,7 +38,7 @@ def fit(
     model = fit_network(
         fitted,
         sources=[path.name for path in results],
-        argv=sys.argv,
+        argv=command_line(),
         bootstrap=bootstrap,
         seed=seed,
     )
