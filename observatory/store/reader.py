@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from observatory.errors import RunError, RunFormatError
+from observatory.errors import LoadError, RunError, RunFormatError
 from observatory.records import PHASES, Manifest
 from observatory.store.blocks import LoadBlock, stream_blocks
 from observatory.store.checks import FIXED_SCHEMAS, check_rows
@@ -23,6 +23,7 @@ from observatory.store.files import one_line
 from observatory.store.layers import JoinedLayers, join_layers
 from observatory.store.manifests import read_manifest, read_rank_statuses
 from observatory.store.parts import Part, list_parts, plain_text, read_row_group
+from observatory.store.rows import MAX_LOAD, MAX_STEP
 from observatory.tables import TABLES
 
 __all__ = ["Run", "open_run"]
@@ -30,6 +31,9 @@ __all__ = ["Run", "open_run"]
 #: Frames larger than this are refused in favour of the streaming iterators.
 _MAX_FRAME_ROWS = 20_000_000
 _MAX_FRAME_BYTES = 4 * 1024 * 1024 * 1024
+
+#: Counts of all rows together; analyses add them up in 64 bits.
+_MAX_SUM = 2.0**62
 
 _SHOWN_RANKS = 8
 
@@ -205,10 +209,11 @@ class Run:
             self._state(problem)
 
         groups_of_all = 0
+        summed = 0.0
         for experts in sorted({part.experts for part in parts}):
             groups = [group for part in parts if part.experts == experts for group in part.row_groups()]
             groups_of_all += len(groups)
-            yield from stream_blocks(
+            for block in stream_blocks(
                 groups,
                 ranks=ranks,
                 phase=phase,
@@ -216,7 +221,13 @@ class Run:
                 max_block_bytes=max_block_bytes,
                 report=report,
                 check_layer=check_layer,
-            )
+            ):
+                summed += float(block.assignments_SP.sum(dtype=np.float64))
+                if summed > _MAX_SUM:
+                    raise LoadError(
+                        f"routing of run {self.path}: column assignments sums to over 2**62; capture it again"
+                    )
+                yield block
         if groups_of_all and left_out == groups_of_all:
             raise RunFormatError(
                 f"no routing rows of run {self.path} can be read: {self._problems[-1]}; capture it again"
@@ -280,8 +291,15 @@ class Run:
                     self._state(rows)
                     continue
                 frame = rows.to_pandas().astype({"phase": "str"})
-                if frame.isna().any(axis=None) or (frame["tokens"] < 0).any():
-                    raise RunFormatError(f"{part.name}: holds impossible numbers of tokens; capture it again")
+                if (
+                    frame.isna().any(axis=None)
+                    or not frame["tokens"].between(0, MAX_LOAD).all()
+                    or not frame["step"].between(0, MAX_STEP).all()
+                    or not frame["phase"].isin(PHASES).all()
+                ):
+                    raise RunFormatError(
+                        f"{part.name}: holds impossible steps, phases or numbers of tokens; capture it again"
+                    )
                 if (frame["source_rank"] != part.rank).any():
                     raise RunFormatError(f"{part.name}: holds rows of another rank than {part.rank}")
                 found.append(frame.groupby(keys, sort=False)["tokens"].max().reset_index())
