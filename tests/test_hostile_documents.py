@@ -14,15 +14,23 @@ import pyarrow.parquet as pq
 import pytest
 
 from observatory.bounded import MAX_DOCUMENT_BYTES, parse_json
+from observatory.campaign.benchmark import run_benchmark
 from observatory.campaign.grid import load_grid
-from observatory.campaign.sweep_journal import read_journal
+from observatory.campaign.sweep_journal import (
+    JournalHead,
+    JournalPoint,
+    JournalSeries,
+    append_line,
+    read_journal,
+)
 from observatory.cost import load_network
 from observatory.cost.clocks import load_clock_model
 from observatory.cost.fitting import fit_network
-from observatory.errors import LoadError, ObservatoryError, RunFormatError
+from observatory.errors import ClockError, ExchangeError, LoadError, ObservatoryError, RunFormatError
 from observatory.flight_recorder import read_recorder_dump
 from observatory.parallel.placement import load_placement
-from observatory.records_bench import BenchResult, load_bench
+from observatory.records import DeviceSpec
+from observatory.records_bench import BenchPlan, BenchResult, Traffic, load_bench
 from observatory.records_clocks import load_sweep
 from observatory.records_reuse import load_reuse
 from observatory.store import RunWriter, open_run, routing_rows
@@ -225,3 +233,27 @@ def test_commands_show_one_sentence_and_no_traceback(tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
         assert "unexpected" not in done.stderr
         assert "bad.json" in done.stderr
+
+
+def test_a_benchmark_whose_result_could_not_be_read_is_refused_before_it_runs() -> None:
+    traffic = Traffic(pattern="p", send_bytes_PP=((1, 1), (1, 1)))
+    plan = BenchPlan(
+        kind="alltoall", algorithms=("flat",), warmup=0, repeats=100_000, iterations=1, traffic=(traffic,) * 9
+    )
+    with pytest.raises(ExchangeError, match="on 2 ranks would be 68 MiB, over 16; measure fewer"):
+        run_benchmark(plan, ranks=2, backend="gloo", ranks_per_node=None)
+
+
+def test_windows_of_a_sweep_that_overlap_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.points.jsonl"
+    head = JournalHead(
+        device=DeviceSpec(kind="cuda"), series=(JournalSeries(name="s"),), supported_sm_clocks_mhz=(1000,)
+    )
+    append_line(path, head, fresh=True)
+    for order, (start, end) in enumerate([(0, 10), (20, 30), (9, 15)]):
+        append_line(
+            path,
+            JournalPoint(order=order, repeat=0, series=0, start_ns=start, end_ns=end, iterations=1),
+        )
+    with pytest.raises(ClockError, match=f"{path}: windows 0 and 2 overlap"):
+        read_journal(path)

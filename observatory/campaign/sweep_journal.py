@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,6 +178,13 @@ def read_journal(path: Path) -> tuple[JournalHead, list[JournalPoint]]:
             f"{path}: window {wrong[0].order} is of no series of its sweep, or has no length; expected the "
             "journal as the sweep left it"
         )
+    ordered = sorted(points, key=lambda point: point.start_ns)
+    for earlier, later in itertools.pairwise(ordered):
+        if later.start_ns < earlier.end_ns:
+            raise ClockError(
+                f"{path}: windows {earlier.order} and {later.order} overlap, which one sweep never does; "
+                "expected the journal as the sweep left it"
+            )
     if not points:
         raise ClockError(f"{path} holds no finished window: nothing can be recovered, sweep again")
     return head, points
