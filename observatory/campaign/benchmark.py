@@ -96,7 +96,7 @@ def _check_size(plan: BenchPlan, ranks: int) -> None:
     if expected > MAX_DOCUMENT_BYTES:
         raise alike(
             ExchangeError(
-                f"the result of {len(plan.traffic)} matrices with {plan.repeats} repeats on {ranks} ranks would "
+                f"the result of {len(plan.traffic)} matrices, {plan.repeats} repeats on {ranks} ranks would "
                 f"be {expected >> 20} MiB, over {MAX_DOCUMENT_BYTES >> 20}; measure fewer matrices or repeats"
             )
         )
