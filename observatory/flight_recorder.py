@@ -16,7 +16,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from observatory.bounded import read_at_most
+from observatory.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
 from observatory.errors import RunFormatError
 
 __all__ = [
@@ -28,9 +28,8 @@ __all__ = [
     "read_recorder_dump",
 ]
 
-#: A dump of 2,000 entries is 1 MB; files beyond this were not written by the recorder.
-_MAX_FILE_BYTES = 256 << 20
-_MAX_ENTRIES = 1 << 19
+#: A dump of 2,000 entries is 1 MB.
+_MAX_ENTRIES = 1 << 17
 _MAJOR = 2
 
 _REMEDY = "write one with torch._C._distributed_c10d._dump_nccl_trace_json(), for gloo _dump_fr_trace_json()"
@@ -116,8 +115,10 @@ def parse_recorder_dump(content: bytes, *, name: str) -> RecorderDump:
     if content[:1] == b"\x80":
         raise RunFormatError(f"{name} is a pickle, which could run code and is not read; {_REMEDY}")
     try:
-        dump = RecorderDump.model_validate_json(content)
-    except ValidationError as error:
+        dump = RecorderDump.model_validate(parse_json(content))
+    except ValueError as error:
+        if not isinstance(error, ValidationError):
+            raise RunFormatError(f"{name} is no JSON ({error!s:.200}); {_REMEDY}") from error
         problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in problem["loc"][:4])
         reason = f"{where + ': ' if where else ''}{problem['msg']:.200}"
@@ -131,18 +132,18 @@ def parse_recorder_dump(content: bytes, *, name: str) -> RecorderDump:
 
 
 def read_recorder_dump(path: Path) -> RecorderDump:
-    """A dump from a file of at most 256 MiB.
+    """A dump from a file of at most 16 MiB.
 
     Raises:
         RunFormatError: it cannot be read, or is no dump.
     """
     name = f"flight recorder dump {path}"
     try:
-        content = read_at_most(path, _MAX_FILE_BYTES)
+        content = read_at_most(path, MAX_DOCUMENT_BYTES)
     except OSError as error:
         raise RunFormatError(f"{name} cannot be read ({error.strerror}); {_REMEDY}") from error
     if content is None:
-        raise RunFormatError(f"{name} is over {_MAX_FILE_BYTES >> 20} MiB; {_REMEDY}")
+        raise RunFormatError(f"{name} is over {MAX_DOCUMENT_BYTES >> 20} MiB; {_REMEDY}")
     return parse_recorder_dump(content, name=name)
 
 

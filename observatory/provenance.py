@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from observatory.errors import DeviceError
+from observatory.masking import masked_arguments, masked_entry
 from observatory.nvidia import close_nvml, list_gpus, load_nvml
 from observatory.records import (
     DataSpec,
@@ -37,6 +38,7 @@ from observatory.store.files import one_line
 
 __all__ = [
     "collect_provenance",
+    "command_line",
     "find_devices",
     "find_git_sha",
     "find_host",
@@ -92,7 +94,7 @@ def new_manifest(
         model=model,
         data=data,
         topology=topology or Topology(),
-        config=dict(config or {}),
+        config={key: masked_entry(key, value) for key, value in (config or {}).items()},
         window_steps=window_steps,
         notes=notes,
         **collect_provenance(),
@@ -102,13 +104,18 @@ def new_manifest(
 def collect_provenance() -> dict[str, Any]:
     """Manifest fields ``argv, git_sha, hosts, scheduler, software, devices`` of this process."""
     return {
-        "argv": tuple(one_line(argument, 1000) for argument in sys.argv[:_MAX_ARGUMENTS]),
+        "argv": command_line(),
         "git_sha": find_git_sha(),
         "hosts": (find_host(),),
         "scheduler": find_scheduler(os.environ),
         "software": find_software(),
         "devices": find_devices(),
     }
+
+
+def command_line() -> tuple[str, ...]:
+    """Command line of this process, an argument a line, secrets masked (:mod:`observatory.masking`)."""
+    return tuple(one_line(argument, 1000) for argument in masked_arguments(sys.argv[:_MAX_ARGUMENTS]))
 
 
 def find_git_sha(folder: Path | None = None) -> str | None:

@@ -28,6 +28,7 @@ __all__ = [
     "Manifest",
     "ModelSpec",
     "MoeLayerSpec",
+    "Moment",
     "Phase",
     "RankLayer",
     "RankPower",
@@ -44,13 +45,19 @@ Phase = Literal["prefill", "decode", "train_forward", "train_backward", "unknown
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "train_forward", "train_backward", "unknown")
 
 Text = Annotated[str, Field(max_length=4096)]
-Count = Annotated[int, Field(ge=0)]
+#: Below what arrays of 64-bit integers hold, so that a number of a file can be put into one.
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
+_Few = Annotated[int, Field(ge=1, le=1 << 31)]
+_Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
+_Node = Annotated[int, Field(ge=0, lt=1 << 31)]
+#: Seconds since 1970, to the year 9999.
+Moment = Annotated[float, Field(ge=0, le=253_402_300_799)]
 
 
 class Record(BaseModel):
     """Base of manifest records: frozen, unknown keys of a newer minor schema are carried along."""
 
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
 
 class Verified(Record):
@@ -83,7 +90,7 @@ class MoeLayerSpec(Record):
     layer: Count
     module: Text
     experts: Annotated[int, Field(ge=1, le=65536)]
-    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=65536)] | None = None
     shared_experts: Count | None = None
     null_experts: Count = 0
     verified: Verified | None = None
@@ -106,8 +113,8 @@ class ModelSpec(Record):
     name: Text
     family: Text | None = None
     mixer: Text | None = None
-    hidden_size: Count | None = None
-    expert_bytes: Count | None = None
+    hidden_size: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
+    expert_bytes: _Bytes | None = None
     parameters: Count | None = None
     dtype: Text | None = None
     moe_layers: tuple[MoeLayerSpec, ...] = ()
@@ -145,11 +152,11 @@ class Topology(Record):
             spread, or differently from layer to layer.
     """
 
-    ranks: Annotated[int, Field(ge=1)] = 1
-    ep: Annotated[int, Field(ge=1)] = 1
-    gpus_per_node: Annotated[int, Field(ge=1)] | None = None
-    node_of_rank: tuple[Count, ...] | None = None
-    placement: tuple[tuple[Count, ...], ...] | None = None
+    ranks: Annotated[int, Field(ge=1, le=1 << 53)] = 1
+    ep: _Few = 1
+    gpus_per_node: _Few | None = None
+    node_of_rank: tuple[_Node, ...] | None = None
+    placement: tuple[tuple[_Node, ...], ...] | None = None
 
 
 class DeviceSpec(Record):
@@ -271,7 +278,7 @@ class ClockSpec(Record):
     drift_ppm: Annotated[float, Field(ge=-1e6, le=1e6)] | None = None
     measured_ns: _Nanoseconds | None = None
     identity: Text | None = None
-    unix_minus_monotonic_ns: int | None = None
+    unix_minus_monotonic_ns: Annotated[int, Field(ge=-(1 << 62), le=1 << 62)] | None = None
     method: Literal["shared clock", "ping-pong", "none"]
     reason: Text | None = None
 
@@ -454,8 +461,8 @@ class Manifest(Record):
     schema_version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}$")] = SCHEMA_VERSION
     run_id: Text
     state: Literal["running", "complete", "failed"] = "running"
-    created_unix_s: float
-    ended_unix_s: float | None = None
+    created_unix_s: Moment
+    ended_unix_s: Moment | None = None
     argv: tuple[Text, ...] = ()
     config: dict[str, JsonValue] = Field(default_factory=dict)
     git_sha: Text | None = None
@@ -466,6 +473,6 @@ class Manifest(Record):
     topology: Topology = Topology()
     devices: tuple[DeviceSpec, ...] = ()
     software: dict[str, Text] = Field(default_factory=dict)
-    window_steps: Annotated[int, Field(ge=1)] = 1
+    window_steps: _Few = 1
     notes: tuple[Text, ...] = ()
     ranks: tuple[RankStatus, ...] = ()

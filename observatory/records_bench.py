@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from observatory.records import CoreSpec, Count, HostSpec, Record, Text
+from observatory.records import CoreSpec, Count, HostSpec, Moment, Record, Text
 from observatory.versioned import load_document
 
 __all__ = [
@@ -38,6 +38,7 @@ MAX_ROW_BYTES = 1 << 30
 #: Note of a result whose nodes are not hosts: its links to "other nodes" may be the memory of one machine.
 NODES_AS_TOLD = "nodes are consecutive ranks as --ranks-per-node says, whatever hosts they are on"
 
+_Node = Annotated[int, Field(ge=0, lt=1 << 31)]
 _Bytes = Annotated[int, Field(ge=0, le=_MAX_BYTES)]
 _Matrix = Annotated[tuple[tuple[_Bytes, ...], ...], Field(min_length=1, max_length=_MAX_RANKS)]
 _Name = Annotated[str, Field(min_length=1, max_length=64)]
@@ -59,7 +60,7 @@ class Traffic(Record):
     """
 
     pattern: _Name
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] = 0
     send_bytes_PP: _Matrix
     row_bytes: Annotated[int, Field(ge=1, le=MAX_ROW_BYTES)] = 1
     step: Count | None = None
@@ -206,10 +207,10 @@ class BenchResult(Record):
 
     schema_version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}$")] = BENCH_VERSION
     kind: Literal["alltoall", "replay"]
-    created_unix_s: float
+    created_unix_s: Moment
     argv: tuple[Text, ...] = ()
     backend: _Name
-    node_of_P: Annotated[tuple[Count, ...], Field(min_length=1, max_length=_MAX_RANKS)]
+    node_of_P: Annotated[tuple[_Node, ...], Field(min_length=1, max_length=_MAX_RANKS)]
     warmup: Count
     repeats: Annotated[int, Field(ge=1)]
     iterations: Annotated[int, Field(ge=1)]
@@ -238,7 +239,7 @@ class BenchResult(Record):
 
 
 def load_bench(path: Path | str) -> BenchResult:
-    """Read and check a result of at most 512 MiB.
+    """Read and check a result of at most 16 MiB.
 
     Raises:
         BenchmarkError: not readable, too large, of a newer schema, or not what the schema says.

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from observatory.errors import ClockError
-from observatory.records import Count, DeviceSpec, HostSpec, Phase, Record, Text
+from observatory.records import Count, DeviceSpec, HostSpec, Moment, Phase, Record, Text
 from observatory.versioned import load_document
 
 __all__ = ["CLOCKS_VERSION", "ClockPoint", "ClockSeries", "ClockSweep", "PointLabel", "load_sweep"]
@@ -123,7 +123,7 @@ class ClockSweep(Record):
     """
 
     schema_version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}$")] = CLOCKS_VERSION
-    created_unix_s: float
+    created_unix_s: Moment
     argv: tuple[Text, ...] = ()
     device: DeviceSpec
     max_sm_clock_mhz: _Mhz | None = None

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from observatory.errors import EnergyError
-from observatory.records import Count, DeviceSpec, HostSpec, Record, Text
+from observatory.records import Count, DeviceSpec, HostSpec, Moment, Record, Text
 from observatory.versioned import load_document
 
 __all__ = ["REUSE_VERSION", "ReuseCell", "ReuseMeasurement", "ReuseMeasurements", "load_reuse"]
@@ -78,7 +78,7 @@ class ReuseMeasurements(Record):
     """
 
     schema_version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}$")] = REUSE_VERSION
-    created_unix_s: float
+    created_unix_s: Moment
     model: Text
     prompt_tokens: Annotated[int, Field(ge=1, le=10**9)]
     batch_size: Annotated[int, Field(ge=1, le=10**6)] = 1

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from observatory.bounded import read_at_most
+from observatory.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
 from observatory.errors import BenchmarkError, ObservatoryError
 from observatory.records import Record
 
 __all__ = ["load_document"]
-
-_MAX_FILE_BYTES = 512 << 20
 
 Document = TypeVar("Document", bound=Record)
 
@@ -31,7 +29,7 @@ def load_document(
     remedy: str,
     failure: type[ObservatoryError] = BenchmarkError,
 ) -> Document:
-    """Read and check a document of at most 512 MiB.
+    """Read and check a document of at most 16 MiB.
 
     Args:
         kind: the record it must be.
@@ -47,16 +45,20 @@ def load_document(
     """
     path = Path(path)
     try:
-        content = read_at_most(path, _MAX_FILE_BYTES)
+        content = read_at_most(path, MAX_DOCUMENT_BYTES)
     except OSError as error:
         raise failure(f"{what} {path} cannot be read ({error.strerror}); {remedy}") from error
     except ValueError as error:  # a name no file can have
         raise failure(f"{what} {str(path)!r} is no file name; {remedy}") from error
     if content is None:
-        raise failure(f"{what} {path} is over {_MAX_FILE_BYTES >> 20} MiB; {remedy}")
-    _refuse_newer(content, version, f"{what} {path}", failure)
+        raise failure(f"{what} {path} is over {MAX_DOCUMENT_BYTES >> 20} MiB; {remedy}")
     try:
-        return kind.model_validate_json(content)
+        document = parse_json(content)
+    except ValueError as error:
+        raise failure(f"{what} {path} is not valid JSON ({str(error)[:200]}); {remedy}") from error
+    _refuse_newer(document, version, f"{what} {path}", failure)
+    try:
+        return kind.model_validate(document)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in problem["loc"][:6])
@@ -65,10 +67,10 @@ def load_document(
         ) from error
 
 
-def _refuse_newer(content: bytes, version: str, name: str, failure: type[ObservatoryError]) -> None:
+def _refuse_newer(document: Any, version: str, name: str, failure: type[ObservatoryError]) -> None:
     """Tell a newer schema apart from damage, which the document's own check reports."""
     try:
-        found = _Version.model_validate_json(content).schema_version
+        found = _Version.model_validate(document).schema_version
         newer = int(found.split(".", maxsplit=1)[0]) > int(version.split(".", maxsplit=1)[0])
     except (ValidationError, ValueError):
         return

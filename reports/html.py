@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from markupsafe import Markup
 import observatory
 from observatory.errors import RunError
 from observatory.store import Run, open_run
+from observatory.store.files import committed
 from reports.benchmark_files import read_benchmark_files
 from reports.clocks import collect_clocks
 from reports.collect import collect
@@ -248,29 +248,12 @@ def _asset(environment: Environment, name: str) -> str:
 
 
 def _write(target: Path, page: str) -> None:
-    """Write to a temporary name, sync, rename."""
-    temporary = None
+    """Write the whole file, or leave what is there."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", errors="replace", dir=target.parent, suffix=".part", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
+        with committed(target) as temporary:
+            temporary.write_bytes(page.encode("utf-8", "replace"))
     except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
         raise RunError(
             f"the report cannot be written to {target}: {error.strerror or error}; choose a writable place"
         ) from error
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

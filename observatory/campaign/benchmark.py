@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from observatory.bounded import MAX_DOCUMENT_BYTES
 from observatory.campaign.ranks import check_backend
 from observatory.children import python_module
 from observatory.documents import write_text
@@ -13,6 +14,9 @@ from observatory.ranks import find_rank
 from observatory.records_bench import NODES_AS_TOLD, BenchPlan, BenchResult, load_bench
 
 __all__ = ["check_out", "ranks_of_benchmark", "run_benchmark", "write_result"]
+
+#: Time and waiting of one rank in one repeat, as JSON.
+_BYTES_OF_TIMES = 40
 
 
 def ranks_of_benchmark(requested: int | None, *, default: int = 4) -> int:
@@ -47,7 +51,8 @@ def run_benchmark(
         timeout_s: how long one exchange or barrier may take.
 
     Raises:
-        ExchangeError: a rank failed or is missing, or backend or nodes do not fit.
+        ExchangeError: a rank failed or is missing, backend or nodes do not fit, or the result would be larger
+            than what is read.
     """
     from collectives.bench import run_plan
     from collectives.bench_rank import RankJob
@@ -55,6 +60,7 @@ def run_benchmark(
     from collectives.transport import open_transport
 
     check_backend(backend)
+    _check_size(plan, ranks)
     if ranks_per_node is not None:
         plan = plan.model_copy(update={"notes": (*plan.notes, NODES_AS_TOLD)})
     if find_rank().launcher != "alone" or ranks == 1:
@@ -82,6 +88,20 @@ def run_benchmark(
         return load_bench(out)
 
 
+def _check_size(plan: BenchPlan, ranks: int) -> None:
+    """Refuse a plan whose result could not be read, before hours are spent on it."""
+    matrices = len(plan.model_dump_json(include={"traffic"}))
+    times = len(plan.traffic) * plan.repeats * ranks * _BYTES_OF_TIMES
+    expected = len(plan.algorithms) * (matrices + times)
+    if expected > MAX_DOCUMENT_BYTES:
+        raise alike(
+            ExchangeError(
+                f"the result of {len(plan.traffic)} matrices, {plan.repeats} repeats on {ranks} ranks would "
+                f"be {expected >> 20} MiB, over {MAX_DOCUMENT_BYTES >> 20}; measure fewer matrices or repeats"
+            )
+        )
+
+
 def check_out(path: Path, *, force: bool) -> None:
     """Refuse to replace a result, before hours are spent on a new one.
 
@@ -99,7 +119,8 @@ def check_out(path: Path, *, force: bool) -> None:
 
 def write_result(result: BenchResult, path: Path) -> None:
     """Write a result; raises ExchangeError, after writing, when bytes arrived wrong."""
-    write_text(path, result.model_dump_json(indent=1))
+    text = result.model_dump_json(indent=1)
+    write_text(path, text if len(text) <= MAX_DOCUMENT_BYTES else result.model_dump_json())
     wrong = [case for case in result.cases if not case.correct]
     if wrong:
         raise ExchangeError(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from observatory.bounded import read_at_most
+from observatory.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
 from observatory.campaign.profile import PhaseChoice, ProfileJob, run_profile
 from observatory.documents import frame_records, write_json
 from observatory.errors import DataError, ObservatoryError, PlacementError, RunError
@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 _LARGEST_CONFIG_BYTES = 1 << 20
-_LARGEST_INDEX_BYTES = 1 << 28
 _PLACEMENT_RULES = ("linear", "round-robin")
 Name = Annotated[str, Field(min_length=1, max_length=4096)]
 Positive = Annotated[int, Field(ge=1)]
@@ -137,7 +136,7 @@ def load_grid(path: Path) -> GridConfig:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise DataError(f"grid file {path}, key {place!r}: {first['msg']}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
         raise DataError(f"the grid file {path} is not TOML: {error}") from error
 
 
@@ -247,9 +246,9 @@ def expand_runs(paths: Sequence[Path]) -> list[Path]:
 def _complete_cells(grid: Path) -> Iterator[Path]:
     """Finished cells in the order of ``grid.json``, which names them relative to the grid."""
     try:
-        index = json.loads(read_at_most(grid / "grid.json", _LARGEST_INDEX_BYTES) or b"")
+        index = parse_json(read_at_most(grid / "grid.json", MAX_DOCUMENT_BYTES) or b"")
         names = [str(cell["name"]) for cell in index["cells"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{grid / 'grid.json'} is not a grid's index ({error}); run the grid again") from error
     for name in names:
         run = grid / "cells" / Path(name).name

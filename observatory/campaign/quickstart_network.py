@@ -12,13 +12,13 @@ start.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from observatory.documents import write_text
 from observatory.errors import BenchmarkError
+from observatory.provenance import command_line
 from observatory.records_bench import BenchPlan, BenchResult, load_bench
 
 __all__ = ["NetworkFiles", "quickstart_network"]
@@ -107,7 +107,7 @@ def _measure(ranks: int, replayed: Path | None) -> tuple[BenchResult, BenchResul
         warmup=_WARMUP,
         repeats=_REPEATS,
         iterations=_ITERATIONS,
-    ).model_copy(update={"argv": tuple(sys.argv)})
+    ).model_copy(update={"argv": command_line()})
     replay = None if replayed is None else _replay_plan(replayed, ranks)
     both = plan if replay is None else plan.model_copy(update={"traffic": (*plan.traffic, *replay.traffic)})
     result = run_benchmark(both, ranks=ranks, backend="gloo", ranks_per_node=_RANKS_PER_NODE)
@@ -143,7 +143,7 @@ def _fit(files: NetworkFiles) -> None:
     model = fit_network(
         [load_bench(path) for path in files.bench],
         sources=[path.name for path in files.bench],
-        argv=sys.argv,
+        argv=command_line(),
     )
     write_text(files.model, model.model_dump_json(indent=1))
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from observatory.campaign.workloads import CommandWorkload, Workload, WorkloadFacts, model_workload
 from observatory.errors import ClockError
+from observatory.masking import masked_arguments
 from observatory.records import Phase
 
 __all__ = ["make_workloads", "parse_clocks", "parse_limits"]
@@ -91,7 +92,7 @@ def make_workloads(
         with contextlib.ExitStack() as stack:
             if model is None:
                 facts = WorkloadFacts(
-                    name=" ".join(command)[:200],
+                    name=" ".join(masked_arguments(command))[:200],
                     phase=phase,  # type: ignore[arg-type]  # checked above
                     batch_size=sizes[0] if sizes else None,
                     context_tokens=context_tokens,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from observatory.bounded import read_at_most
+from observatory.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
 from observatory.errors import ClockError
 from observatory.records import Count, DeviceSpec, Phase, Record, Text
 
@@ -25,7 +27,6 @@ __all__ = [
     "read_journal",
 ]
 
-_MOST_BYTES = 64 << 20
 _Mhz = Annotated[int, Field(ge=1, le=100_000)]
 
 
@@ -95,9 +96,21 @@ def journal_path(out: Path) -> Path:
 
 
 def append_line(path: Path, record: Record, *, fresh: bool = False) -> None:
-    """Write one line; ``fresh`` begins the file anew."""
-    with path.open("w" if fresh else "a", encoding="utf-8") as handle:
-        handle.write(record.model_dump_json() + "\n")
+    """Write one line; ``fresh`` begins the file anew.
+
+    Raises:
+        ClockError: it cannot be written; the file is as before.
+    """
+    size = 0 if fresh or not path.exists() else path.stat().st_size
+    try:
+        with path.open("wb" if fresh else "ab") as handle:
+            handle.write(record.model_dump_json().encode() + b"\n")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)  # half a line would spoil the next
+        raise ClockError(
+            f"{path} cannot be written ({error.strerror}); windows before it are kept"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -130,7 +143,7 @@ def holds_points(path: Path) -> bool:
     if not path.is_file():
         return False
     with path.open("rb") as handle:
-        return bool(handle.readline(_MOST_BYTES)) and bool(handle.readline(_MOST_BYTES))
+        return bool(handle.readline(MAX_DOCUMENT_BYTES)) and bool(handle.readline(MAX_DOCUMENT_BYTES))
 
 
 def read_journal(path: Path) -> tuple[JournalHead, list[JournalPoint]]:
@@ -140,23 +153,23 @@ def read_journal(path: Path) -> tuple[JournalHead, list[JournalPoint]]:
         ClockError: it cannot be read, or is no journal, or holds no window.
     """
     try:
-        content = read_at_most(path, _MOST_BYTES)
+        content = read_at_most(path, MAX_DOCUMENT_BYTES)
     except OSError as error:
         raise ClockError(
             f"{path} cannot be read ({error.strerror}); expected what a sweep that was killed left, "
             "NAME.points.jsonl beside NAME.run"
         ) from error
     if content is None:
-        raise ClockError(f"{path} is over {_MOST_BYTES >> 20} MiB; expected the journal of one sweep")
+        raise ClockError(f"{path} is over {MAX_DOCUMENT_BYTES >> 20} MiB; expected the journal of one sweep")
     # What follows the last line break was cut off.
     lines = content.split(b"\n")[:-1]
     try:
-        head = JournalHead.model_validate_json(lines[0] if lines else b"")
-        points = [JournalPoint.model_validate_json(line) for line in lines[1:]]
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
+        head = JournalHead.model_validate(parse_json(lines[0] if lines else b""))
+        points = [JournalPoint.model_validate(parse_json(line)) for line in lines[1:]]
+    except ValueError as error:
+        reason = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
         raise ClockError(
-            f"{path} is no journal of a clock sweep ({problem['msg']}); expected NAME.points.jsonl of a "
+            f"{path} is no journal of a clock sweep ({reason!s:.200}); expected NAME.points.jsonl of a "
             "sweep that was killed"
         ) from error
     wrong = [point for point in points if point.series >= len(head.series) or point.end_ns <= point.start_ns]
@@ -165,6 +178,13 @@ def read_journal(path: Path) -> tuple[JournalHead, list[JournalPoint]]:
             f"{path}: window {wrong[0].order} is of no series of its sweep, or has no length; expected the "
             "journal as the sweep left it"
         )
+    ordered = sorted(points, key=lambda point: point.start_ns)
+    for earlier, later in itertools.pairwise(ordered):
+        if later.start_ns < earlier.end_ns:
+            raise ClockError(
+                f"{path}: windows {earlier.order} and {later.order} overlap, which one sweep never does; "
+                "expected the journal as the sweep left it"
+            )
     if not points:
         raise ClockError(f"{path} holds no finished window: nothing can be recovered, sweep again")
     return head, points

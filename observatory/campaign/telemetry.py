@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from observatory.errors import DeviceError
+from observatory.masking import masked_arguments
 from observatory.provenance import new_manifest
 from observatory.records import ModelSpec, RankPower
 from observatory.store import RunWriter
@@ -72,7 +73,7 @@ def run_telemetry(
     from probes.power.sampler import PowerSampler
 
     selectors = job.selectors or _default_selectors()
-    what = " ".join(job.command) if job.command else "nothing watched"
+    what = " ".join(masked_arguments(job.command)) if job.command else "nothing watched"
     manifest = new_manifest(model=ModelSpec(name=f"telemetry: {what}"[:200]), notes=("power telemetry only",))
     with RunWriter.create(out, manifest, overwrite=overwrite) as writer:
         sampler = PowerSampler(

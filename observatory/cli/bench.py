@@ -62,12 +62,11 @@ def alltoall(
     json: JsonOption = False,
 ) -> None:
     """Time all-to-all exchanges of several sizes, splits and algorithms, and check every byte."""
-    import sys
-
     from collectives.bench import alltoall_plan
     from collectives.patterns import PATTERNS
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
     from observatory.cli.output import print_json, print_table, say, say_cores
+    from observatory.provenance import command_line
     from observatory.usable_cores import share_document, short_of_cores
 
     check_out(out, force=force)
@@ -81,7 +80,7 @@ def alltoall(
         warmup=warmup,
         repeats=repeats,
         iterations=iterations,
-    ).model_copy(update={"argv": tuple(sys.argv)})
+    ).model_copy(update={"argv": command_line()})
     result = run_benchmark(
         plan, ranks=world, backend=backend, ranks_per_node=ranks_per_node, timeout_s=timeout_s
     )

@@ -24,19 +24,18 @@ def fit(
     json: JsonOption = False,
 ) -> None:
     """Fit the time and energy of each phase; the form is chosen on clocks that were held out."""
-    import sys
-
     from observatory.campaign.benchmark import check_out
     from observatory.cli.output import print_json, print_lines, print_table, say
     from observatory.cost.clocks import fit_clocks
     from observatory.documents import write_text
+    from observatory.provenance import command_line
     from observatory.records_clocks import load_sweep
 
     check_out(out, force=force)
     model = fit_clocks(
         [load_sweep(path) for path in sweeps],
         sources=[path.name for path in sweeps],
-        argv=sys.argv,
+        argv=command_line(),
         bootstrap=bootstrap,
         seed=seed,
     )

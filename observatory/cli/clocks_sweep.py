@@ -79,8 +79,6 @@ def sweep(
     --apply nothing is touched: the plan is printed, with the commands for those who may lock. Results of
     --set-outside, one per setting, are fitted together.
     """
-    import sys
-
     from observatory.campaign.benchmark import check_out
     from observatory.campaign.clock_sweep import run_sweep
     from observatory.campaign.ranks import refuse_ranks
@@ -89,6 +87,7 @@ def sweep(
     from observatory.campaign.sweep_settings import SweepJob
     from observatory.cli.output import print_json, progress_bar, say
     from observatory.errors import ClockError, LockNotPermittedError, LockRefusedError
+    from observatory.provenance import command_line
     from probes.power.find import open_device
 
     refuse_ranks("clocks sweep", each_node=True)
@@ -146,7 +145,7 @@ def sweep(
                 out,
                 series=series,
                 overwrite=force,
-                argv=sys.argv,
+                argv=command_line(),
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except LockNotPermittedError as error:

@@ -27,14 +27,13 @@ def fit(
     json: JsonOption = False,
 ) -> None:
     """Fit latency, bandwidth, per-message cost and contention; the form is chosen on held-out matrices."""
-    import sys
-
     from observatory.campaign.benchmark import check_out
     from observatory.cli.output import print_json, print_table, say, say_cores
     from observatory.cost.checking import check_predictions, error_summary, not_fitted
     from observatory.cost.fitting import fit_network
     from observatory.cost.wording import misfit_sentence, verdict_sentence
     from observatory.documents import frame_records, write_text
+    from observatory.provenance import command_line
     from observatory.records_bench import load_bench
     from observatory.usable_cores import share_document
 
@@ -44,7 +43,7 @@ def fit(
     model = fit_network(
         fitted,
         sources=[path.name for path in results],
-        argv=sys.argv,
+        argv=command_line(),
         bootstrap=bootstrap,
         seed=seed,
     )

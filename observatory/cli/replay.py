@@ -61,14 +61,13 @@ def replay(
     json: JsonOption = False,
 ) -> None:
     """Replay a run's traffic step by step and layer by layer: what does realism cost here?"""
-    import sys
-
     from collectives.replay import replay_plan
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
     from observatory.cli.output import print_json, print_table, say, say_cores
     from observatory.cost.realism import realism
     from observatory.documents import frame_records
     from observatory.parallel.captured import captured_traffic, traffic_notes
+    from observatory.provenance import command_line
     from observatory.store import open_run
     from observatory.usable_cores import share_document, short_of_cores
 
@@ -96,7 +95,7 @@ def replay(
         iterations=iterations,
         run_id=opened.manifest.run_id,
         notes=traffic_notes(opened, captured, ep=world, placement=parse_placement(placement)),
-    ).model_copy(update={"argv": tuple(sys.argv)})
+    ).model_copy(update={"argv": command_line()})
     result = run_benchmark(
         plan, ranks=world, backend=backend, ranks_per_node=ranks_per_node, timeout_s=timeout_s
     )

@@ -47,8 +47,6 @@ def measure(
     The device must be the one the model computes on, which is checked where torch tells which GPU that is.
     It is only read.
     """
-    import sys
-
     from observatory.campaign.benchmark import check_out
     from observatory.campaign.ranks import refuse_ranks
     from observatory.campaign.reuse import (
@@ -59,6 +57,7 @@ def measure(
         run_reuse,
     )
     from observatory.cli.output import progress_bar, say
+    from observatory.provenance import command_line
 
     refuse_ranks("reuse measure", each_node=True)
     check_out(out, force=force)
@@ -92,7 +91,7 @@ def measure(
             workloads,
             out,
             overwrite=force,
-            argv=sys.argv,
+            argv=command_line(),
             progress=lambda done, _: bar.update(task, completed=done),
         )
     for note in measured.notes:

@@ -33,6 +33,8 @@ from observatory.usable_cores import short_of_cores
 __all__ = ["fit_network"]
 
 _RATIO_QUANTILES = np.arange(1, 40, 2) / 40
+#: Matrices of one algorithm that are fitted: more make a fit slower and hardly surer.
+_MOST_CASES = 2048
 #: Relative error that a good form leaves where the measurement is quiet. It bounds how much more a quiet
 #: long exchange counts than a noisy short one, from which alone latencies can be told.
 _LEAST_NOISE = 0.1
@@ -65,7 +67,7 @@ def fit_network(
         raise BenchmarkError(f"the results are of backends {', '.join(backends)}; fit each on its own")
     if any(result in results[:index] for index, result in enumerate(results)):
         raise BenchmarkError("a result was given twice, which would halve the intervals; give each once")
-    by_algorithm: dict[str, list[_Case]] = {}
+    by_algorithm: dict[str, list[tuple[BenchCase, BenchResult]]] = {}
     for result in results:
         for case in result.cases:
             if not case.correct:
@@ -73,22 +75,13 @@ def fit_network(
                     f"{case.algorithm} over {result.backend} delivered wrong bytes of {case.pattern} "
                     f"on {result.ranks} ranks; its times mean nothing: mend the fabric and measure again"
                 )
-            by_algorithm.setdefault(case.algorithm, []).append(
-                _Case(
-                    group=(case.pattern, case.seed, case.step, case.layer, case.role, result.ranks),
-                    bytes_PP=case.bytes_PP,
-                    staged_PP=_over_stages(case, result.node_of_P),
-                    terms=stage_terms(case.bytes_PP, result.node_of_P, case.algorithm, role=case.role),
-                    fabric=Fabric(
-                        node_of_P=result.node_of_P,
-                        host_of_P=(
-                            None if result.cores_P is None else tuple(cores.host for cores in result.cores_P)
-                        ),
-                    ),
-                    us=case.median_us,
-                    scatter=repeat_noise(case.exchange_us_R),
-                )
-            )
+            by_algorithm.setdefault(case.algorithm, []).append((case, result))
+    notes = [NODES_AS_TOLD] if any(NODES_AS_TOLD in result.notes for result in results) else []
+    notes += [
+        f"{algorithm}: {_MOST_CASES} of {len(measured)} matrices were fitted, drawn at random"
+        for algorithm, measured in sorted(by_algorithm.items())
+        if len(measured) > _MOST_CASES
+    ]
     from observatory.provenance import find_git_sha
 
     hosts = sorted({host.name for result in results for host in result.hosts})
@@ -97,12 +90,12 @@ def fit_network(
         argv=tuple(argv),
         backend=backends[0],
         fits=tuple(
-            _fit_algorithm(algorithm, cases, bootstrap, seed)
-            for algorithm, cases in sorted(by_algorithm.items())
+            _fit_algorithm(algorithm, _drawn(measured, seed), bootstrap, seed)
+            for algorithm, measured in sorted(by_algorithm.items())
         ),
         sources=(*sources, *(f"host {host}" for host in hosts)),
         git_sha=find_git_sha(),
-        notes=(NODES_AS_TOLD,) if any(NODES_AS_TOLD in result.notes for result in results) else (),
+        notes=tuple(notes),
         short_of_cores=tuple(
             dict.fromkeys(share for result in results for share in short_of_cores(result.cores_P or ()))
         ),
@@ -131,6 +124,28 @@ class _Case:
     def node_of_P(self) -> tuple[int, ...]:
         """Node of each rank."""
         return self.fabric.node_of_P
+
+
+def _drawn(measured: Sequence[tuple[BenchCase, BenchResult]], seed: int) -> list[_Case]:
+    """The cases to fit: all, or so many of them that a fit takes seconds."""
+    chosen = np.arange(len(measured))
+    if len(chosen) > _MOST_CASES:
+        chosen = np.sort(np.random.default_rng(seed).choice(chosen, _MOST_CASES, replace=False))
+    return [
+        _Case(
+            group=(case.pattern, case.seed, case.step, case.layer, case.role, result.ranks),
+            bytes_PP=case.bytes_PP,
+            staged_PP=_over_stages(case, result.node_of_P),
+            fabric=Fabric(
+                node_of_P=result.node_of_P,
+                host_of_P=None if result.cores_P is None else tuple(cores.host for cores in result.cores_P),
+            ),
+            terms=stage_terms(case.bytes_PP, result.node_of_P, case.algorithm, role=case.role),
+            us=case.median_us,
+            scatter=repeat_noise(case.exchange_us_R),
+        )
+        for case, result in (measured[i] for i in chosen.tolist())
+    ]
 
 
 def _fit_algorithm(algorithm: str, measured: Sequence[_Case], bootstrap: int, seed: int) -> AlgorithmFit:

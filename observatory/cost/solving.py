@@ -74,36 +74,35 @@ class Problem:
 
     def take(self, case_K: NDArray[np.int64]) -> Problem:
         """The problem of chosen cases, repeated ones included."""
-        end_G = np.append(self.start_G[1:], len(self.terms_NF))
-        stages_of: list[list[int]] = [[] for _ in range(self.cases)]
-        for stage, case in enumerate(self.case_G):
-            stages_of[case].append(stage)
-        rows: list[NDArray[np.int64]] = []
-        starts, cases, at = [], [], 0
-        for new, case in enumerate(case_K):
-            for stage in stages_of[case]:
-                length = int(end_G[stage] - self.start_G[stage])
-                rows.append(np.arange(int(self.start_G[stage]), int(end_G[stage]), dtype=np.int64))
-                starts.append(at)
-                cases.append(new)
-                at += length
+        length_G = np.diff(np.append(self.start_G, len(self.terms_NF)))
+        # Stages of a case, and rows of a stage, lie one after another.
+        stages_C = np.bincount(self.case_G, minlength=self.cases)
+        first_C = np.cumsum(stages_C) - stages_C
+        stage_H = _ranges(first_C[case_K], stages_C[case_K])
+        length_H = length_G[stage_H]
         return Problem(
-            terms_NF=self.terms_NF[np.concatenate(rows)],
-            start_G=np.array(starts, dtype=np.int64),
-            case_G=np.array(cases, dtype=np.int64),
+            terms_NF=self.terms_NF[_ranges(self.start_G[stage_H], length_H)],
+            start_G=np.cumsum(length_H) - length_H,
+            case_G=np.repeat(np.arange(len(case_K)), stages_C[case_K]),
             cases=len(case_K),
         )
 
     def slowest(self, coefficient_F: NDArray[np.float64]) -> NDArray[np.float64]:
         """Terms of the slowest row of each stage, added up by case: (C, F)."""
         us_N = self.terms_NF @ coefficient_F
-        stage_N = np.repeat(np.arange(len(self.start_G)), np.diff(np.append(self.start_G, len(us_N))))
-        # Sorted by stage, then by time: the last row of each stage is its slowest.
-        order_N = np.lexsort((us_N, stage_N))
-        last_G = np.append(self.start_G[1:], len(us_N)) - 1
-        design_CF = np.zeros((self.cases, self.terms_NF.shape[1]))
-        np.add.at(design_CF, self.case_G, self.terms_NF[order_N[last_G]])
+        most_G = np.maximum.reduceat(us_N, self.start_G)
+        slowest_N = us_N == np.repeat(most_G, np.diff(np.append(self.start_G, len(us_N))))
+        last_G = np.maximum.reduceat(np.where(slowest_N, np.arange(len(us_N)), -1), self.start_G)
+        first_C = np.searchsorted(self.case_G, np.arange(self.cases))
+        design_CF: NDArray[np.float64] = np.add.reduceat(self.terms_NF[last_G], first_C, axis=0)
         return design_CF
+
+
+def _ranges(start_K: NDArray[np.int64], length_K: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers from each start on, so many as each length, one after another."""
+    before_K = np.cumsum(length_K) - length_K
+    numbers: NDArray[np.int64] = np.arange(length_K.sum()) + np.repeat(start_K - before_K, length_K)
+    return numbers
 
 
 def predict_all(problem: Problem, coefficient_F: NDArray[np.float64]) -> NDArray[np.float64]:

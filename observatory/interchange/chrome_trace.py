@@ -27,7 +27,7 @@ from observatory.interchange.chrome_lanes import Lanes, metadata
 from observatory.interchange.chrome_rows import Chosen, choose_steps, exchange_events, rows_of, span_events
 from observatory.interchange.chrome_survey import Survey, column_ns, survey_run
 from observatory.store import Run
-from observatory.store.files import committed
+from observatory.store.files import committed, committed_folder
 
 __all__ = ["ChromeTrace", "write_chrome_trace"]
 
@@ -95,11 +95,10 @@ def write_chrome_trace(
         _write(out, tracing, ranks)
         files.append(out)
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        for rank in ranks:
-            path = out / f"rank-{rank:05d}.json"
-            _write(path, tracing, [rank])
-            files.append(path)
+        with committed_folder(out) as folder:
+            for rank in ranks:
+                _write(folder / f"rank-{rank:05d}.json", tracing, [rank])
+        files = [out / f"rank-{rank:05d}.json" for rank in ranks]
     return ChromeTrace(files=tuple(files), events=tracing.events, notes=tuple(tracing.notes()))
 
 

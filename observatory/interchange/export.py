@@ -9,11 +9,12 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from observatory.documents import write_json
+from observatory.documents import write_json, write_text
 from observatory.errors import BenchmarkError
 from observatory.interchange.nccl_tests import dropped_bytes, matrix_text
 from observatory.interchange.ucc import pattern_lines
 from observatory.records_bench import Traffic
+from observatory.store.files import committed_folder
 
 __all__ = ["ExportFormat", "export_traffic"]
 
@@ -64,24 +65,21 @@ def export_traffic(
     texts = _nccl_tests(items) if form == "nccl-tests" else _ucc(items, run_id)
     if len(texts) > _MAX_FILES:
         raise BenchmarkError(f"{len(texts)} files would be written; choose --steps or --layer")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, (text, _) in texts.items():
-        (out / name).write_text(text, encoding="ascii")
-    index = out / "index.json"
-    write_json(
-        index,
-        {
-            "format": form,
-            "run_id": run_id,
-            "ranks": items[0][0].ranks,
-            "placement": placement,
-            "row_bytes": items[0][0].row_bytes,
-            "notes": list(notes),
-            "unit": "bytes from rank i (rows) to rank j (columns)",
-            "files": [{"file": name, **about} for name, (_, about) in texts.items()],
-        },
-    )
-    return [*(out / name for name in texts), index]
+    index = {
+        "format": form,
+        "run_id": run_id,
+        "ranks": items[0][0].ranks,
+        "placement": placement,
+        "row_bytes": items[0][0].row_bytes,
+        "notes": list(notes),
+        "unit": "bytes from rank i (rows) to rank j (columns)",
+        "files": [{"file": name, **about} for name, (_, about) in texts.items()],
+    }
+    with committed_folder(out) as folder:
+        for name, (text, _) in texts.items():
+            write_text(folder / name, text)
+        write_json(folder / "index.json", index)
+    return [*(out / name for name in texts), out / "index.json"]
 
 
 _Items = list[tuple[Traffic, Literal["dispatch", "combine"]]]

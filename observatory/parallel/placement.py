@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from observatory.bounded import read_at_most
+from observatory.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
 from observatory.errors import PlacementError
 from observatory.parallel.topology import MAX_RANKS
 
@@ -31,8 +31,6 @@ __all__ = [
     "load_placement",
     "round_robin",
 ]
-
-MAX_FILE_BYTES = 16 << 20
 
 #: Placements by name; ``recorded`` is the run's own, ``auto`` that at its own degree and linear at others.
 PLACEMENT_NAMES = ("auto", "linear", "round-robin", "recorded")
@@ -179,7 +177,7 @@ def load_placement(path: Path | str) -> PlacementFile:
     """
     path = Path(path)
     try:
-        content = read_at_most(path, MAX_FILE_BYTES)
+        content = read_at_most(path, MAX_DOCUMENT_BYTES)
     except OSError as error:
         raise PlacementError(
             f"placement {path} cannot be read ({error.strerror}); give linear, round-robin or a file"
@@ -190,10 +188,16 @@ def load_placement(path: Path | str) -> PlacementFile:
         ) from error
     if content is None:
         raise PlacementError(
-            f"placement {path} is over {MAX_FILE_BYTES >> 20} MiB; expected one rank per expert"
+            f"placement {path} is over {MAX_DOCUMENT_BYTES >> 20} MiB; expected one rank per expert"
         )
     try:
-        return PlacementFile.model_validate_json(content).model_copy(update={"name": path.name})
+        document = parse_json(content)
+    except ValueError as error:
+        raise PlacementError(
+            f"placement {path} is not valid JSON ({str(error)[:200]}); expected one rank per expert"
+        ) from error
+    try:
+        return PlacementFile.model_validate(document).model_copy(update={"name": path.name})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -140,7 +140,7 @@ class TableAppender:
             self.dropped_rows += rows.num_rows
             reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
             raise RunError(
-                f"rank {self.rank} cannot write {table} to run {self.path}: {reason}; {rows.num_rows} rows "
+                f"rank {self.rank} cannot write {folder / part_name(number)}: {reason}; {rows.num_rows} rows "
                 "are lost, parts written before are intact; free space or choose another place"
             ) from error
         self._next_part[table] = number + 1

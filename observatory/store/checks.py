@@ -27,6 +27,20 @@ FIXED_SCHEMAS: dict[str, pa.Schema] = {
     "tokens": TOKENS_SCHEMA,
 }
 
+#: Times to 73 years, so that the sum of two fits 64 bits; steps below what a double tells apart; bytes of
+#: 4,096 ranks add up to 64 bits.
+_TIME, _COUNT, _BYTES = (-(1 << 61), 1 << 61), (0, 1 << 53), (0, 1 << 50)
+_RANGES = {
+    "step": _COUNT, "sequence": _COUNT, "position": _COUNT, "layer": (0, (1 << 31) - 1),
+    "backend_sequence": (-1, (1 << 63) - 1),
+    "start_ns": _TIME, "end_ns": _TIME, "time_ns": _TIME, "recorder_start_ns": _TIME,
+    "recorder_duration_ns": _TIME, "power_cap_ns": _TIME, "thermal_ns": _TIME, "read_ns": _TIME,
+    "late_ns": _TIME, "send_bytes": _BYTES, "receive_bytes": _BYTES,
+    "power_mw": (0, 1 << 40), "average_power_mw": (0, 1 << 40), "enforced_limit_mw": (0, 1 << 40),
+    "energy_mj": (0, 1 << 61), "sm_clock_mhz": (0, 1 << 20), "memory_clock_mhz": (0, 1 << 20),
+    "temperature_c": (-273, 1 << 20), "memory_temperature_c": (-273, 1 << 20),
+}  # fmt: skip
+
 
 def checked_rows(table: str, rows: pa.Table | pa.RecordBatch, *, rank: int) -> pa.Table:
     """Rows cast to the table's schema and checked, ready to be written.
@@ -112,6 +126,18 @@ def _fits(found: pa.DataType, expected: pa.DataType) -> bool:
     return bool(found == expected)
 
 
+def _check_range(column: pa.ChunkedArray, name: str, where: str) -> None:
+    """Numbers of known columns stay so small that sums and differences fit 64 bits."""
+    lists = pa.types.is_list(column.type)
+    least, most = _RANGES.get(name, (0, 0))
+    if name not in _RANGES or not len(column):
+        return
+    extremes = pc.min_max(pc.list_flatten(column) if lists else column).as_py()
+    for found in (extremes["min"], extremes["max"]):
+        if found is not None and not least <= found <= most:
+            raise RunFormatError(f"{where}: column {name} holds {found}; expected {least} to {most}")
+
+
 def check_rows(table: str, rows: pa.Table, *, rank: int, where: str) -> None:
     """Check the values of rows whose schema fits.
 
@@ -126,6 +152,8 @@ def check_rows(table: str, rows: pa.Table, *, rank: int, where: str) -> None:
         if not field.nullable and rows.column(field.name).null_count:
             raise RunFormatError(f"{where}: column {field.name} holds nulls; expected a value in every row")
     names = rows.column_names
+    for name in names:
+        _check_range(rows.column(name), name, where)
     if "source_rank" in names and pc.any(pc.not_equal(rows.column("source_rank"), rank)).as_py():
         raise RunFormatError(
             f"{where}: holds rows of another source_rank; expected only those of rank {rank}"

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
+import shutil
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from observatory.bounded import MAX_DOCUMENT_BYTES, parse_json
 from observatory.errors import RunError, RunFormatError
 
 __all__ = [
     "MANIFEST_NAME",
-    "MAX_MANIFEST_BYTES",
     "RANKS_FOLDER",
     "committed",
+    "committed_folder",
     "is_temporary",
     "one_line",
     "os_reason",
@@ -38,9 +39,6 @@ __all__ = [
 
 MANIFEST_NAME = "run.json"
 RANKS_FOLDER = "ranks"
-
-#: Largest manifest or rank status that is read; a real one of 4096 ranks stays below 4 MiB.
-MAX_MANIFEST_BYTES = 16 * 1024 * 1024
 
 _RANK_NAME = re.compile(r"rank-(\d{5,7})", re.ASCII)
 _PART_NAME = re.compile(r"part-(\d{6,9})\.parquet", re.ASCII)
@@ -111,7 +109,8 @@ def committed(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success sync it and give it the final name.
 
     Raises:
-        OSError: the file cannot be written; the temporary file is removed, ``path`` is as before.
+        OSError: the file cannot be written, which the error names; the temporary file is removed, ``path`` is
+            as before.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -123,9 +122,34 @@ def committed(path: Path) -> Iterator[Path]:
             os.close(descriptor)
         temporary.replace(path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # a full disk does not say what did not fit
+        raise
+
+
+@contextlib.contextmanager
+def committed_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder beside ``path``; on success it becomes ``path``, which must be absent or empty.
+
+    Raises:
+        OSError: a file cannot be written, which the error names; the new folder is removed with all in it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            inside = Path(str(error.filename or temporary))
+            error.filename = str(
+                path / inside.relative_to(temporary) if temporary in inside.parents else path
+            )
         raise
 
 
@@ -133,10 +157,6 @@ def write_json(path: Path, text: str) -> None:
     """Write a JSON document atomically and durably."""
     with committed(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -152,18 +172,18 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            content = file.read(MAX_MANIFEST_BYTES + 1)
+            content = file.read(MAX_DOCUMENT_BYTES + 1)
     except OSError as error:
         raise RunError(
             f"{what} cannot be read: {os_reason(error)}; expected a plain readable file at {path}"
         ) from error
-    if len(content) > MAX_MANIFEST_BYTES:
+    if len(content) > MAX_DOCUMENT_BYTES:
         raise RunFormatError(
-            f"{what} is larger than {MAX_MANIFEST_BYTES >> 20} MiB, which no writer makes; check {path}"
+            f"{what} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB, which no writer makes; check {path}"
         )
     try:
-        document = json.loads(content, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        document = parse_json(content)
+    except ValueError as error:
         raise RunFormatError(
             f"{what} is not whole JSON ({one_line(error, 120)}); restore {path} or capture the run again"
         ) from error

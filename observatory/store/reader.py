@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from observatory.errors import RunError, RunFormatError
+from observatory.errors import LoadError, RunError, RunFormatError
 from observatory.records import PHASES, Manifest
 from observatory.store.blocks import LoadBlock, stream_blocks
 from observatory.store.checks import FIXED_SCHEMAS, check_rows
@@ -24,6 +24,7 @@ from observatory.store.gaps import Gap, of_capture, of_ranks, sentence
 from observatory.store.layers import JoinedLayers, join_layers
 from observatory.store.manifests import joined_notes, read_manifest, read_rank_statuses
 from observatory.store.parts import Part, list_parts, plain_text, read_row_group
+from observatory.store.rows import MAX_LOAD, MAX_STEP
 from observatory.tables import TABLES
 
 __all__ = ["Run", "open_run"]
@@ -31,6 +32,9 @@ __all__ = ["Run", "open_run"]
 #: Frames larger than this are refused in favour of the streaming iterators.
 _MAX_FRAME_ROWS = 20_000_000
 _MAX_FRAME_BYTES = 4 * 1024 * 1024 * 1024
+
+#: Counts of all rows together; analyses add them up in 64 bits.
+_MAX_SUM = 2.0**62
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
@@ -171,6 +175,7 @@ class Run:
 
         coverage = Coverage(ranks)
         groups_of_all = 0
+        summed = 0.0
         for experts in sorted({part.experts for part in parts}):
             groups = [group for part in parts if part.experts == experts for group in part.row_groups()]
             groups_of_all += len(groups)
@@ -183,6 +188,11 @@ class Run:
                 report=report,
                 check_layer=check_layer,
             ):
+                summed += float(block.assignments_SP.sum(dtype=np.float64))
+                if summed > _MAX_SUM:
+                    raise LoadError(
+                        f"routing of run {self.path}: column assignments sums to over 2**62; capture it again"
+                    )
                 coverage.add(block)
                 yield block
         if phase is None and layers is None:
@@ -251,8 +261,15 @@ class Run:
                     self._state(rows)
                     continue
                 frame = rows.to_pandas().astype({"phase": "str"})
-                if frame.isna().any(axis=None) or (frame["tokens"] < 0).any():
-                    raise RunFormatError(f"{part.name}: holds impossible numbers of tokens; capture it again")
+                if (
+                    frame.isna().any(axis=None)
+                    or not frame["tokens"].between(0, MAX_LOAD).all()
+                    or not frame["step"].between(0, MAX_STEP).all()
+                    or not frame["phase"].isin(PHASES).all()
+                ):
+                    raise RunFormatError(
+                        f"{part.name}: holds impossible steps, phases or numbers of tokens; capture it again"
+                    )
                 if (frame["source_rank"] != part.rank).any():
                     raise RunFormatError(f"{part.name}: holds rows of another rank than {part.rank}")
                 found.append(frame.groupby(keys, sort=False)["tokens"].max().reset_index())

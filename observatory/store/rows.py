@@ -20,7 +20,15 @@ from observatory.records import PHASES
 from observatory.store.files import one_line
 from observatory.tables import routing_schema
 
-__all__ = ["MAX_EXPERTS", "RoutingColumns", "experts_of", "routing_columns", "routing_rows"]
+__all__ = [
+    "MAX_EXPERTS",
+    "MAX_LOAD",
+    "MAX_STEP",
+    "RoutingColumns",
+    "experts_of",
+    "routing_columns",
+    "routing_rows",
+]
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
@@ -28,8 +36,10 @@ Float64 = npt.NDArray[np.float64]
 #: More experts in one layer than any known model by two orders of magnitude; also ``MoeLayerSpec``'s bound.
 MAX_EXPERTS = 65536
 
-#: Assignments to one expert in one row stay below this, so that sums over E experts cannot overflow.
-_MAX_LOAD = 2**47
+#: Tokens, and assignments to one expert, in one row stay below this, so that sums over E experts and 2^7 rows
+#: cannot overflow (sums over a run are checked while it is read); steps below what a double tells apart.
+MAX_LOAD = 2**40
+MAX_STEP = 2**53
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -252,13 +262,15 @@ def routing_columns(rows: pa.Table | pa.RecordBatch, *, rank: int, where: str) -
             array = array.chunk(0) if array.num_chunks else pa.array([], array.type)
         return array
 
-    def numbers(name: str, least: int) -> Int64:
+    def numbers(name: str, least: int, most: int = MAX_LOAD) -> Int64:
         array = column(name)
         if array.null_count:
             raise RunFormatError(f"{where}: column {name} holds nulls; expected a number in every row")
         values: Int64 = array.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
         if values.size and values.min() < least:
             raise RunFormatError(f"{where}: column {name} holds {values.min()}; expected at least {least}")
+        if values.size and values.max() > most:
+            raise RunFormatError(f"{where}: column {name} holds {values.max()}; expected at most {most}")
         return values
 
     def lists(name: str) -> Int64:
@@ -268,9 +280,9 @@ def routing_columns(rows: pa.Table | pa.RecordBatch, *, rank: int, where: str) -
             raise LoadError(f"{where}: column {name} holds nulls; expected {experts} counts in every row")
         values: Int64 = items.to_numpy(zero_copy_only=True).reshape(-1, experts)
         # One pass finds both faults: seen as unsigned, a negative number is huge.
-        if values.size and values.view(np.uint64).max() > _MAX_LOAD:
+        if values.size and values.view(np.uint64).max() > MAX_LOAD:
             worst = values.min() if values.min() < 0 else values.max()
-            raise LoadError(f"{where}: column {name} holds {worst}; expected counts from 0 to 2**47")
+            raise LoadError(f"{where}: column {name} holds {worst}; expected counts from 0 to 2**40")
         return values
 
     source_rank = numbers("source_rank", 0)
@@ -280,7 +292,7 @@ def routing_columns(rows: pa.Table | pa.RecordBatch, *, rank: int, where: str) -
             f"{where}: holds rows of source_rank {other}; expected only those of rank {rank}"
         )
     load_NE = lists("load")
-    assignments_N = numbers("assignments", 0)
+    assignments_N = numbers("assignments", 0, MAX_LOAD * MAX_EXPERTS)
     wrong = np.flatnonzero(load_NE.sum(axis=1) != assignments_N)
     if wrong.size:
         raise LoadError(
@@ -290,7 +302,7 @@ def routing_columns(rows: pa.Table | pa.RecordBatch, *, rank: int, where: str) -
     names = set(table.column_names)
     _check_window_extremes(table, lists, where, names)
     return RoutingColumns(
-        step_N=numbers("step", 0),
+        step_N=numbers("step", 0, MAX_STEP),
         window_steps_N=numbers("window_steps", 1),
         phase_N=_phases(column("phase"), where),
         layer_N=numbers("layer", 0),

@@ -17,6 +17,7 @@ import pydantic
 
 from observatory.clock_identity import clock_identity, clock_name
 from observatory.errors import ObservatoryError, RunError, RunFormatError
+from observatory.masking import masked_text
 from observatory.records import CaptureGap, ClockSpec, Manifest, RankLayer, RankPower, RankStatus
 from observatory.store.appending import TableAppender
 from observatory.store.files import (
@@ -262,7 +263,7 @@ class RunWriter:
                 failure = flush_error
                 state, error = "failed", error or str(flush_error)
             self._closed = True
-            reason = None if error is None else one_line(error, 1000)
+            reason = None if error is None else one_line(masked_text(error), 1000)
             try:
                 self._guarded("its status", lambda: self._write_status(state, error=reason, steps=steps))
                 if self.rank == 0:

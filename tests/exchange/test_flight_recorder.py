@@ -178,7 +178,7 @@ def test_files_that_are_none_or_too_large_are_refused(
     for path in (tmp_path, tmp_path / "nothing", tmp_path / "pipe"):
         with pytest.raises(RunFormatError, match="cannot be read"):
             read_recorder_dump(path)
-    monkeypatch.setattr(flight_recorder, "_MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(flight_recorder, "MAX_DOCUMENT_BYTES", 100)
     with pytest.raises(RunFormatError, match="is over"):
         read_recorder_dump(REAL)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from observatory.bounded import MAX_DOCUMENT_BYTES
 from observatory.errors import PlacementError
 from observatory.parallel import ParallelTopology, linear, load_placement, round_robin
-from observatory.parallel.placement import MAX_FILE_BYTES
 
 
 def write(tmp_path: Path, content: object) -> Path:
@@ -110,6 +110,6 @@ def test_a_missing_or_giant_file_is_refused(tmp_path: Path) -> None:
         load_placement(tmp_path)
     giant = tmp_path / "giant.json"
     with giant.open("wb") as handle:
-        handle.truncate(MAX_FILE_BYTES + 1)
+        handle.truncate(MAX_DOCUMENT_BYTES + 1)
     with pytest.raises(PlacementError, match="over 16 MiB"):
         load_placement(giant)

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from observatory.cost.clocks.model import POWER_FORMS, POWER_TERMS, TIME_FORMS, TIME_TERMS
 from observatory.errors import ClockError
-from observatory.records import Count, DeviceSpec, Phase, Record, Text
+from observatory.records import Count, DeviceSpec, Moment, Phase, Record, Text
 from observatory.records_clocks import load_sweep
 from observatory.versioned import load_document
 
@@ -322,7 +322,7 @@ class ClockModel(Record):
     """
 
     schema_version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}$")] = CLOCK_MODEL_VERSION
-    created_unix_s: float
+    created_unix_s: Moment
     argv: tuple[Text, ...] = ()
     device: DeviceSpec
     default_limit_mw: _Milliwatts | None = None
