@@ -80,7 +80,10 @@ def _part(misfit: Misfit) -> str:
 
 
 def _errors(verdict: Verdict) -> str:
-    told = f"{verdict.median_error:.0%} (median) and {verdict.p90_error:.0%} (90th percentile) on held-out patterns"
+    told = (
+        f"{verdict.median_error:.0%} (median) and {verdict.p90_error:.0%} (90th percentile) on held-out "
+        "patterns"
+    )
     if verdict.other_ranks_median_error is not None and verdict.other_ranks_p90_error is not None:
         told += (
             f", {verdict.other_ranks_median_error:.0%} and {verdict.other_ranks_p90_error:.0%} on numbers "
