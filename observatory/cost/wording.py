@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from observatory.cost.network import AlgorithmFit, Misfit, NetworkModel, Verdict
 
-__all__ = ["misfit_sentence", "model_notes", "through_misfits", "verdict_sentence"]
+__all__ = ["comparison_sentence", "misfit_sentence", "model_notes", "through_misfits", "verdict_sentence"]
 
 _MOST_NAMED = 8
 _REASONS = {
@@ -55,6 +55,21 @@ def through_misfits(misfits: Sequence[Misfit], places: Iterable[int]) -> str:
     named = [f"{_part(misfits[place])} of {misfits[place].ranks}" for place in sorted(set(places))]
     more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
     return f"through what the model does not describe: {', '.join(named[:_MOST_NAMED])}{more}"
+
+
+def comparison_sentence(
+    first: str, second: str, *, ratio: float, low: float | None, high: float | None, code: str
+) -> str:
+    """Whether a model tells two things apart."""
+    if low is None or high is None:
+        return (
+            f"{first} takes {ratio:.2f} times {second} by the model, but nothing measured says how well such "
+            "ranks are predicted: not told apart"
+        )
+    interval = f"90 % interval {low:.2f} to {high:.2f}"
+    if code == "apart":
+        return f"{first} takes {ratio:.2f} times {second} ({interval})"
+    return f"predicted times do not tell {first} and {second} apart: {ratio:.2f} times, {interval}"
 
 
 def model_notes(model: NetworkModel, algorithm: str | None = None) -> list[str]:
