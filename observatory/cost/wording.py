@@ -35,7 +35,11 @@ def verdict_sentence(fit: AlgorithmFit, backend: str) -> str:
         if reason.code in _REASONS
     ]
     if fit.misfits:
-        because.append(f"{_several(len(fit.misfits), 'part')} of the fabric differ, see below")
+        because.append(
+            f"{len(fit.misfits)} parts of the fabric differ, see below"
+            if len(fit.misfits) > 1
+            else "1 part of the fabric differs, see below"
+        )
     state = "too noisy to fit" if verdict.code == "too_noisy" else "does not fit"
     return f"{what}: {state}: {'; '.join(because)}. Do not rely on predictions"
 
@@ -109,7 +113,3 @@ def _errors(verdict: Verdict) -> str:
 
 def _numbers(values: Sequence[int]) -> str:
     return ", ".join(map(str, values))
-
-
-def _several(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"
