@@ -327,13 +327,11 @@ def test_the_verdict_of_a_model_its_misfits_and_what_it_tells_apart_are_shown(tm
     errors = {row[0].text: [cell.text for cell in row] for row in table(section, 1).rows}
     assert errors["captured, replayed, prefill"][-2] == "100 %"
     (row,) = table(section, 3).rows
-    assert row[-1].text == "apart"
+    assert (row[1].text, row[-1].text) == ("1.00×", "not told apart")
     assert any("Network model fit.json, flat over made-up: does not fit" in text for text in findings(frames))
     head = dict(overview(frames))
-    assert head["Cores"].startswith(
-        "4 ranks on 2 usable cores of host node-a: times are of waiting for a core"
-    )
-    assert "fit.json" in head["Cores"]
+    short = "4 ranks on 2 usable cores of host node-a: times are of waiting for a core as well (fit.json)"
+    assert short in head["Cores"]
 
 
 def test_an_algorithm_that_the_model_does_not_know_is_counted(tmp_path: Path, model_file: Path) -> None:
@@ -341,7 +339,7 @@ def test_an_algorithm_that_the_model_does_not_know_is_counted(tmp_path: Path, mo
     frames = frames_of(a_run(tmp_path / "run"), replays=(replay,), networks=(model_file,))
     section = sections_of(frames)["prediction"]
     assert {row[0].detail for row in table(section, 1).rows} == {"m, flat"}
-    ((_, _, reason, exchanges),) = table(section, 2).rows
+    ((_, _, reason, exchanges),) = table(section, 4).rows
     assert "knows flat, not 'gather'" in reason.text
     assert exchanges.text == "16", "captured and uniform, told once"
 
