@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +11,15 @@ import typer
 from observatory.cli.options import (
     GpusPerNodeOption,
     JsonOption,
-    PlacementOption,
     RowBytesOption,
     parse_ep,
     parse_placement,
 )
 
 if TYPE_CHECKING:
+    import pandas as pd
+
+    from observatory.cost.network import NetworkModel
     from observatory.store import Run
 
 __all__ = ["scan"]
@@ -27,6 +30,14 @@ ScanEpOption = Annotated[
     typer.Option(
         "--ep",
         help="EP degrees, separated by commas; without it those of 4, 8, 16, 32 that divide the experts.",
+    ),
+]
+
+ScanPlacementOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--placement",
+        help="linear, round-robin, recorded, auto, or a placement file (JSON); give several to compare them.",
     ),
 ]
 
@@ -55,7 +66,7 @@ def scan(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     ep: ScanEpOption = None,
     gpus_per_node: GpusPerNodeOption = 4,
-    placement: PlacementOption = "auto",
+    placement: ScanPlacementOption = None,
     traffic: Annotated[
         bool, typer.Option("--traffic", help="With --json: add each row's traffic matrix in assignments.")
     ] = False,
@@ -70,10 +81,10 @@ def scan(
 ) -> None:
     """Re-map the captured loads to other EP degrees and placements."""
     from observatory.cli.output import print_json, print_table, say
+    from observatory.cost.network import load_network
+    from observatory.cost.telling import compare_layouts
     from observatory.documents import frame_records
     from observatory.errors import BenchmarkError
-    from observatory.parallel.captured import departures
-    from observatory.parallel.scan import scan_run
     from observatory.store import open_run
     from observatory.store.gaps import gap_document
 
@@ -82,43 +93,23 @@ def scan(
     if network is None and (algorithm != "flat" or row_bytes is not None):
         raise BenchmarkError("--algorithm and --row-bytes are about predicted times; give --network as well")
     opened = open_run(run)
-    degrees = _fitting(opened, placement) if ep is None else parse_ep(ep)
-    frame = scan_run(
-        opened,
-        ep_degrees=degrees,
+    model = None if network is None else load_network(network)
+    asked = _Asked(
+        ep=None if ep is None else parse_ep(ep),
         gpus_per_node=gpus_per_node,
-        placement=parse_placement(placement),
+        placements=tuple(dict.fromkeys(placement or ["auto"])),
+        algorithm=algorithm,
+        bytes_per_row=row_bytes,
     )
-    columns, notes = dict(_COLUMNS), list(opened.problems)
-    for degree in degrees:
-        notes += departures(opened, ep=degree, placement=parse_placement(placement))
-    if network is not None:
-        from observatory.cost.network import load_network
-        from observatory.cost.scan import scan_times
-
-        model = load_network(network)
-        notes += [f"the network model: {note}" for note in model.notes]
-        times = scan_times(
-            opened,
-            model,
-            ep_degrees=degrees,
-            gpus_per_node=gpus_per_node,
-            placement=parse_placement(placement),
-            algorithm=algorithm,
-            bytes_per_row=row_bytes,
-        )
-        frame = frame.merge(times, on=["ep", "layer", "phase"], how="left", validate="one_to_one")
-        predicted = int(frame["predicted_steps"].max()) if len(frame) else 0
-        if predicted < (frame["steps"].max() if len(frame) else 0):
-            notes.append(f"times are medians over {predicted} steps of each phase, evenly spread")
-        columns |= _TIME_COLUMNS
+    frame, rule_of, notes = _scanned(opened, asked, model)
+    compared = None if model is None else compare_layouts(model.of(algorithm), frame)
     rows = frame_records(frame)
     for note in notes:
         say(f"note: {note}")
     if json:
         if traffic:
             for row in rows:
-                row["traffic_assignments"] = _matrix(opened, row, parse_placement(placement))
+                row["traffic_assignments"] = _matrix(opened, row, rule_of[row["ep"], row["placement"]])
         print_json(
             {
                 "run_id": opened.manifest.run_id,
@@ -127,9 +118,11 @@ def scan(
                 "problems": notes,
                 "gaps": [gap_document(gap) for gap in opened.gaps],
                 "rows": rows,
+                **({} if model is None else _document(model, algorithm, compared)),
             }
         )
         return
+    columns = _COLUMNS if model is None else _COLUMNS | _TIME_COLUMNS
     print_table(
         list(columns.values()),
         [[_cell(row, name) for name in columns] for row in rows],
@@ -140,16 +133,124 @@ def scan(
     for name, what in (("extrapolated", "extrapolated at"), ("no_prediction", "no times at")):
         for row in {str(row[name]): row for row in rows if row.get(name)}.values():
             say(f"{what} EP {row['ep']}: {row[name]}")
+    if model is not None:
+        _say_doubts(model, algorithm, rows, compared)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What to scan: degrees (None: those that fit), ranks per node, placements, and what to predict."""
+
+    ep: tuple[int, ...] | None
+    gpus_per_node: int
+    placements: tuple[str, ...]
+    algorithm: str
+    bytes_per_row: int | None
+
+
+def _scanned(
+    opened: Run, asked: _Asked, model: NetworkModel | None
+) -> tuple[pd.DataFrame, dict[tuple[int, str], str | Path], list[str]]:
+    """Rows of all layouts, the placement of each by degree and name, and what must be known of them.
+
+    Raises:
+        PlacementError: two placement files have one name.
+    """
+    import pandas as pd
+
+    from observatory.cost.scan import scan_times
+    from observatory.errors import PlacementError
+    from observatory.parallel.captured import departures
+    from observatory.parallel.scan import scan_run
+
+    frames: list[pd.DataFrame] = []
+    rule_of: dict[tuple[int, str], str | Path] = {}
+    notes = list(opened.problems)
+    for name in asked.placements:
+        rule = parse_placement(name)
+        degrees = asked.ep or _fitting(opened, name)
+        frame = scan_run(opened, ep_degrees=degrees, gpus_per_node=asked.gpus_per_node, placement=rule)
+        for degree in degrees:
+            notes += departures(opened, ep=degree, placement=rule)
+        if model is not None:
+            times = scan_times(
+                opened,
+                model,
+                ep_degrees=degrees,
+                gpus_per_node=asked.gpus_per_node,
+                placement=rule,
+                algorithm=asked.algorithm,
+                bytes_per_row=asked.bytes_per_row,
+            )
+            frame = frame.merge(times, on=["ep", "layer", "phase"], how="left", validate="one_to_one")
+        for layout in zip(frame["ep"], frame["placement"], strict=True):
+            earlier = rule_of.setdefault(layout, rule)
+            if earlier != rule and isinstance(earlier, Path) and isinstance(rule, Path):
+                raise PlacementError(f"{earlier} and {rule} have one name; rename one of the files")
+        frames.append(frame)
+    # "auto" and the name that it stands for are one layout.
+    whole = pd.concat(frames, ignore_index=True)
+    whole = whole.drop_duplicates(["ep", "placement", "layer", "phase"], ignore_index=True)
+    if model is not None:
+        notes += _model_notes(model, asked.algorithm)
+        predicted = int(whole["predicted_steps"].max()) if len(whole) else 0
+        if predicted < (whole["steps"].max() if len(whole) else 0):
+            notes.append(f"times are medians over {predicted} steps of each phase, evenly spread")
+    return whole, rule_of, list(dict.fromkeys(notes))
+
+
+def _model_notes(model: NetworkModel, algorithm: str) -> list[str]:
+    from observatory.cost.wording import model_notes
+    from observatory.usable_cores import core_sentence
+
+    notes = [*model.notes, *model_notes(model, algorithm), *map(core_sentence, model.short_of_cores)]
+    return [f"the network model: {note}" for note in notes]
+
+
+def _say_doubts(
+    model: NetworkModel, algorithm: str, rows: list[dict[str, Any]], compared: pd.DataFrame | None
+) -> None:
+    """Which times go through what the model does not describe, and which layouts it does not tell apart."""
+    from observatory.cli.output import say
+    from observatory.cost.wording import comparison_sentence, through_misfits
+    from observatory.documents import frame_records
+
+    misfits = model.of(algorithm).misfits
+    for degree, met in sorted({(row["ep"], tuple(row["misfits"] or ())) for row in rows}):
+        if met:
+            say(f"times marked ! at EP {degree} are {through_misfits(misfits, met)}")
+    for row in [] if compared is None else frame_records(compared):
+        values = {name: row[name] for name in ("ratio", "low", "high", "code")}
+        first, second = (f"EP {row[f'{one}_ep']} {row[f'{one}_placement']}" for one in ("first", "second"))
+        say(f"{row['phase']}: {comparison_sentence(first, second, **values)}")
+
+
+def _document(model: NetworkModel, algorithm: str, compared: pd.DataFrame | None) -> dict[str, Any]:
+    """What a reader of predicted times must know, in codes and values."""
+    from observatory.documents import frame_records
+    from observatory.usable_cores import share_document
+
+    fit = model.of(algorithm)
+    return {
+        "network": {
+            "verdict": None if fit.verdict is None else fit.verdict.model_dump(mode="json"),
+            "misfits": [misfit.model_dump(mode="json") for misfit in fit.misfits],
+            "short_of_cores": [share_document(share) for share in model.short_of_cores],
+        },
+        "comparisons": [] if compared is None else frame_records(compared),
+    }
 
 
 def _cell(row: dict[str, Any], name: str) -> object:
-    """A value of the row, an interval from its two ends; a time outside the measurements is marked."""
+    """A value of the row, an interval from its two ends; a time is marked that is outside the measurements
+    (*) or through what the model does not describe (!).
+    """  # noqa: D205 - one sentence
     role, _, kind = name.partition("_")
     if kind == "interval":
         low, high = row[f"{role}_low_us"], row[f"{role}_high_us"]
         return None if low is None else f"{low:.0f}-{high:.0f}"
     if kind == "us" and row[name] is not None:
-        return f"{row[name]:.0f}{' *' if row['extrapolated'] else ''}"
+        return f"{row[name]:.0f}{' *' if row['extrapolated'] else ''}{' !' if row['misfits'] else ''}"
     return row[name]
 
 

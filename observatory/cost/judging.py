@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from observatory.cost.exceptions import Found, World, find_exceptions
+from observatory.cost.exceptions import MOST_CASES, Found, World, find_exceptions
 from observatory.cost.features import BYTE_TERMS
 from observatory.cost.network import FormScore, Misfit, Reason, Verdict
 from observatory.cost.solving import predict_all
@@ -76,6 +76,8 @@ def find_misfits(
     worlds = []
     for fabric in fabrics:
         chosen = [case for case, own in enumerate(fabric_C) if own == fabric]
+        places = np.linspace(0, len(chosen) - 1, min(len(chosen), MOST_CASES)).round().astype(int)
+        chosen = [chosen[place] for place in places]
         case_K = np.array(chosen)
         worlds.append(
             World(
@@ -85,6 +87,7 @@ def find_misfits(
                 us_C=trial.cases.us_C[case_K],
                 noise_C=trial.cases.noise_C[case_K],
                 latency_us_C=predicted(case_K, 0.0),
+                floor=bool(trial.form.floor),
                 model_us_SC=np.array([predicted(case_K, scale) for scale in World.scales()]),
             )
         )
@@ -96,13 +99,13 @@ def find_misfits(
 
 def _misfit(found: Found, fabric: Fabric) -> Misfit:
     hosts: tuple[str, ...] = ()
-    who, node_of_P = found.candidate.who, fabric.node_of_P
+    who, node_of_P = found.who, fabric.node_of_P
     if fabric.host_of_P is not None:
-        of_nodes = found.candidate.kind.startswith("node")
+        of_nodes = found.kind.startswith("node")
         named = [rank for rank, node in enumerate(node_of_P) if node in who] if of_nodes else who
         hosts = tuple(dict.fromkeys(fabric.host_of_P[rank] for rank in named))
     return Misfit(
-        code=found.candidate.kind,
+        code=found.kind,
         who=who,
         ranks=len(node_of_P),
         node_of_P=node_of_P,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from observatory.cost.network import AlgorithmFit, Misfit, NetworkModel, Verdict
 
-__all__ = ["misfit_sentence", "model_notes", "through_misfits", "verdict_sentence"]
+__all__ = ["comparison_sentence", "misfit_sentence", "model_notes", "through_misfits", "verdict_sentence"]
 
 _MOST_NAMED = 8
 _REASONS = {
@@ -35,7 +35,11 @@ def verdict_sentence(fit: AlgorithmFit, backend: str) -> str:
         if reason.code in _REASONS
     ]
     if fit.misfits:
-        because.append(f"{_several(len(fit.misfits), 'part')} of the fabric differ, see below")
+        because.append(
+            f"{len(fit.misfits)} parts of the fabric differ, see below"
+            if len(fit.misfits) > 1
+            else "1 part of the fabric differs, see below"
+        )
     state = "too noisy to fit" if verdict.code == "too_noisy" else "does not fit"
     return f"{what}: {state}: {'; '.join(because)}. Do not rely on predictions"
 
@@ -55,6 +59,21 @@ def through_misfits(misfits: Sequence[Misfit], places: Iterable[int]) -> str:
     named = [f"{_part(misfits[place])} of {misfits[place].ranks}" for place in sorted(set(places))]
     more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
     return f"through what the model does not describe: {', '.join(named[:_MOST_NAMED])}{more}"
+
+
+def comparison_sentence(
+    first: str, second: str, *, ratio: float, low: float | None, high: float | None, code: str
+) -> str:
+    """Whether a model tells two things apart."""
+    if low is None or high is None:
+        return (
+            f"{first} takes {ratio:.2f} times {second} by the model, but nothing measured says how well such "
+            "ranks are predicted: not told apart"
+        )
+    interval = f"90 % interval {low:.2f} to {high:.2f}"
+    if code == "apart":
+        return f"{first} takes {ratio:.2f} times {second} ({interval})"
+    return f"predicted times do not tell {first} and {second} apart: {ratio:.2f} times, {interval}"
 
 
 def model_notes(model: NetworkModel, algorithm: str | None = None) -> list[str]:
@@ -80,7 +99,10 @@ def _part(misfit: Misfit) -> str:
 
 
 def _errors(verdict: Verdict) -> str:
-    told = f"{verdict.median_error:.0%} (median) and {verdict.p90_error:.0%} (90th percentile) on held-out patterns"
+    told = (
+        f"{verdict.median_error:.0%} (median) and {verdict.p90_error:.0%} (90th percentile) on held-out "
+        "patterns"
+    )
     if verdict.other_ranks_median_error is not None and verdict.other_ranks_p90_error is not None:
         told += (
             f", {verdict.other_ranks_median_error:.0%} and {verdict.other_ranks_p90_error:.0%} on numbers "
@@ -91,7 +113,3 @@ def _errors(verdict: Verdict) -> str:
 
 def _numbers(values: Sequence[int]) -> str:
     return ", ".join(map(str, values))
-
-
-def _several(count: int, word: str) -> str:
-    return f"{count} {word}" if count == 1 else f"{count} {word}s"

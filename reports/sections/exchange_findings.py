@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 
+from observatory.cost.wording import verdict_sentence
 from observatory.exchange import EXCHANGE_SPANS
 from reports.exchanges import ExchangeFrames
 from reports.frames import ReportFrames, each_group, each_row
@@ -26,6 +27,7 @@ def exchange_findings(frames: ReportFrames) -> list[str]:
     if frames.exchanges is not None:
         sentences += list(_time(frames, frames.exchanges))[:_MOST]
     if frames.benchmarks is not None:
+        sentences += list(_verdicts(frames))[:_MOST]
         sentences += list(_realism(frames))[:_MOST] + list(_prediction(frames))[:_MOST]
     return sentences
 
@@ -83,6 +85,17 @@ def _realism(frames: ReportFrames) -> Iterator[str]:
                 f"uniform traffic of equal volume, {microseconds(row.extra_us, signed=True)} "
                 f"per exchange: {realism_verdict(row)}."
             )
+
+
+def _verdicts(frames: ReportFrames) -> Iterator[str]:
+    """Models that are not to be relied on."""
+    found = frames.benchmarks
+    assert found is not None
+    for network in found.files.networks:
+        for fit in network.document.fits:
+            if fit.verdict is not None and fit.verdict.code != "valid":
+                sentence = plain(verdict_sentence(fit, shorten(network.document.backend, 16)))
+                yield f"Network model {shorten(network.name, 32)}, {sentence}."
 
 
 def _prediction(frames: ReportFrames) -> Iterator[str]:

@@ -69,10 +69,13 @@ def _cores(frames: ReportFrames) -> str:
         recorded += [
             (shorten(file.name), file.document.cores_P or ()) for file in (*files.bench, *files.replays)
         ]
+    short = [(name, share) for name, cores_P in recorded for share in short_of_cores(cores_P)]
+    if frames.benchmarks is not None:
+        models = frames.benchmarks.files.networks
+        short += [(shorten(file.name), share) for file in models for share in file.document.short_of_cores]
     where: dict[str, list[str]] = {}
-    for name, cores_P in recorded:
-        for share in short_of_cores(cores_P):
-            where.setdefault(core_sentence(share), []).append(name)
+    for name, share in short:
+        where.setdefault(plain(core_sentence(share)), []).append(name)
     return ". ".join(
         f"{sentence} ({listing(list(dict.fromkeys(names)), most=4)})" for sentence, names in where.items()
     )

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from observatory.cost.telling import compare_times
+from observatory.cost.wording import misfit_sentence, verdict_sentence
 from observatory.records_bench import BenchResult
 from reports.benchmarks import BenchmarkFrames
 from reports.figures.prediction import predicted_and_measured
 from reports.frames import ReportFrames, each_group, each_row
 from reports.page import Block, Cell, FigureBlock, Section, Table, Variant, table
 from reports.sections.common import phases_in, replay_name, run_choice
-from reports.text import count, listing, microseconds, percent, plain, shorten, times
+from reports.text import count, interval, listing, microseconds, percent, plain, shorten, times
 
 __all__ = ["PATTERN_NAMES", "errors_of", "prediction_section"]
 
@@ -24,6 +26,7 @@ PATTERN_NAMES = {"captured": "captured, replayed", "uniform": "uniform, replayed
 #: Points of one picture; the numbers are of all.
 _MOST_POINTS = 1500
 _MOST_ROWS = 120
+_MOST_MISFITS = 8
 #: A model fitted longer before or after than this is said to be so.
 _LONG_S = 2 * 3600.0
 _PLACE = ["phase", "layer", "role"]
@@ -51,7 +54,10 @@ def prediction_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
                 variants=variants,
             ),
             _error_table(frames, found),
+            _verdict_table(found),
         ]
+    compared = _apart_table(frames, found)
+    blocks += [] if compared is None else [compared]
     blocks += [] if left_out is None else [left_out]
     return Section(
         id="prediction",
@@ -70,8 +76,73 @@ def prediction_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
     )
 
 
+def _verdict_table(found: BenchmarkFrames) -> Table:
+    """What each model is good for, and what of the fabric it does not describe."""
+    rows: list[list[str | Cell]] = []
+    for network in found.files.networks:
+        model = network.document
+        for fit in model.fits:
+            said = [
+                verdict_sentence(fit, model.backend),
+                *(misfit_sentence(one) for one in fit.misfits[:_MOST_MISFITS]),
+            ]
+            more = len(fit.misfits) - _MOST_MISFITS
+            said += [f"{more} more parts that differ are in the file"] if more > 0 else []
+            rows.append(
+                [
+                    Cell(text=shorten(network.name, 32), detail=shorten(fit.algorithm, 24), heading=True),
+                    plain("not recorded" if fit.verdict is None else fit.verdict.code.replace("_", " ")),
+                    plain(". ".join(said)),
+                ]
+            )
+    return table("Whether the models hold", ["Model", "Verdict", "Why"], rows, text=3)
+
+
+def _apart_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
+    """Whether the models tell captured and uniform traffic of one replay apart."""
+    rows: list[list[str | Cell]] = []
+    replayed = found.checked[found.checked["replay"].notna()]
+    for key, own in each_group(replayed, [*_KEYS, "phase"]):
+        network, replay, run, algorithm, phase = key
+        us = own.groupby("pattern")["predicted_us"].sum()
+        if not {"captured", "uniform"} <= set(us.index) or not us.min() > 0:
+            continue
+        ranks = found.files.replays[int(replay)].document.ranks
+        model = found.files.networks[int(network)]
+        compared = compare_times(
+            model.document.of(str(algorithm)),
+            float(us["captured"]),
+            float(us["uniform"]),
+            ranks=(ranks, ranks),
+            same_ranks=True,
+        )
+        rows.append(
+            [
+                Cell(
+                    text=f"{_source(frames, found, replay, int(run))}, {shorten(phase, 24)}",
+                    detail=f"{shorten(algorithm, 24)}, by {shorten(model.name, 32)}",
+                    heading=True,
+                ),
+                times(compared.ratio),
+                "n/a" if compared.low is None else interval(compared.low, compared.high, 2),
+                {"apart": "apart", "within_error": "not told apart", "unknown": "error not known"}[
+                    compared.code
+                ],
+            ]
+        )
+    if not rows:
+        return None
+    return table(
+        "Whether predicted times tell captured from uniform traffic",
+        ["Measured in", "Captured ÷ uniform, predicted", "90 % interval", "Told apart"],
+        rows,
+        note="The interval is that of the ratio: what the model gets wrong about both alike does not count "
+        "(docs/network-model.md#telling-layouts-apart). A difference within it is none.",
+    )
+
+
 def errors_of(rows: pd.DataFrame) -> dict[str, float]:
-    """Median and 90th percentile error, bias, share inside the interval, share extrapolated."""
+    """Median and 90th percentile error, bias, shares inside the interval, extrapolated, through misfits."""
     inside = (rows["measured_us"] >= rows["low_us"]) & (rows["measured_us"] <= rows["high_us"])
     return {
         "median_error": float(rows["error"].median()),
@@ -79,6 +150,7 @@ def errors_of(rows: pd.DataFrame) -> dict[str, float]:
         "bias": float((rows["predicted_us"] / rows["measured_us"]).median()),
         "inside": float(inside.mean()),
         "extrapolated": float(rows["extrapolated"].notna().mean()),
+        "misfits": float(rows["misfits"].notna().mean()),
     }
 
 
@@ -126,6 +198,11 @@ def _sentences(rows: pd.DataFrame) -> str:
             f"percentile {percent(errors['p90_error'])}, bias {times(errors['bias'])}, "
             f"{percent(errors['inside'], 0)} of {count(len(own))} exchanges inside the interval"
             + (f", {percent(outside, 0)} extrapolated" if outside else "")
+            + (
+                f", {percent(errors['misfits'], 0)} through what the model does not describe"
+                if errors["misfits"]
+                else ""
+            )
             + "."
         )
     return " ".join(told)
@@ -135,6 +212,9 @@ def _reservations(found: BenchmarkFrames, network: int, replay: Any, frames: Rep
     """What makes these errors look better or worse than the model is."""
     model = found.files.networks[network].document
     told = ""
+    doubted = [fit for fit in model.fits if fit.verdict is not None and fit.verdict.code != "valid"]
+    if doubted:
+        told += " The verdict of its fit is that it is not to be relied on (table below)."
     if pd.isna(replay):
         hosts = {host.name for host in frames.facts[run].manifest.hosts}
         measured_unix_s = frames.facts[run].manifest.created_unix_s
@@ -194,16 +274,18 @@ def _error_table(frames: ReportFrames, found: BenchmarkFrames) -> Table:
                     times(errors["bias"]),
                     percent(errors["inside"], 0),
                     percent(errors["extrapolated"], 0),
+                    percent(errors["misfits"], 0),
                     count(len(of_phase)),
                 ]
             )
     return table(
         "How far off the predictions are",
         ["Traffic and phase", "Median error", "90th percentile", "Bias", "Inside 90 % interval",
-         "Extrapolated", "Exchanges"],
+         "Extrapolated", "Through misfits", "Exchanges"],
         rows,
-        note="Own: the run's own exchanges, waiting taken off. A 90 % interval that is right holds nine of "
-        "ten measurements.",
+        note="Through misfits: exchanges with bytes through parts of the fabric that the model does not "
+        "describe (table below). Own: the run's own exchanges, waiting taken off. A 90 % interval that is "
+        "right holds nine of ten measurements.",
     )  # fmt: skip
 
 

@@ -243,3 +243,90 @@ def test_a_replay_without_its_uniform_half_is_refused() -> None:
         realism(half)
     with pytest.raises(BenchmarkError, match="no replay but a benchmark"):
         realism(whole.model_copy(update={"kind": "alltoall"}))
+
+
+def _doubted(network: Path) -> Path:
+    """The same model, of which rank 0 of four was found to be slow."""
+    document = json.loads(network.read_text())
+    (fit,) = document["fits"]
+    fit["misfits"] = [
+        {
+            "code": "rank",
+            "who": [0],
+            "ranks": 4,
+            "node_of_P": [0] * 4,
+            "us_per_byte": 1.0,
+            "p_value": 0.01,
+            "cases": 9,
+        }
+    ]
+    fit["verdict"] |= {"code": "does_not_fit", "reasons": [{"code": "misfits", "value": 1.0, "bound": 0.0}]}
+    path = network.with_name("doubted.json")
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_a_scan_says_which_layouts_times_do_not_tell_apart(
+    make_run: MakeRun, network: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "scan",
+        str(make_run()),
+        "--gpus-per-node",
+        "4",
+        "--network",
+        str(network),
+        "--row-bytes",
+        "16000",
+    ]
+    layouts = ["--placement", "linear", "--placement", "round-robin", "--placement", "auto"]
+    assert main([*argv, "--ep", "2", *layouts, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["placement"] for row in document["rows"]] == ["linear", "round-robin"]
+    (compared,) = document["comparisons"]
+    times = [
+        sum(row[f"{role}_us"] for role in ("dispatch", "combine"))
+        for row in sorted(document["rows"], key=lambda row: str(row["placement"]))
+    ]
+    assert compared["ratio"] == pytest.approx(times[0] / times[1])
+    assert (compared["code"] == "apart") == (not compared["low"] <= 1 <= compared["high"])
+    assert main([*argv, "--ep", "2", "--placement", "linear", "--placement", "linear"]) == 0
+    assert "EP 2 linear and" not in capsys.readouterr().err
+    assert main([*argv, "--ep", "2,4"]) == 0
+    said = capsys.readouterr().err
+    assert "prefill: predicted times do not tell EP 2 linear and EP 4 linear apart: 1.00 times" in said
+
+
+def test_a_scan_repeats_the_verdict_and_marks_times_through_misfits(
+    make_run: MakeRun, network: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["scan", str(make_run()), "--ep", "4", "--gpus-per-node", "4", "--row-bytes", "16000"]
+    assert main([*argv, "--network", str(network)]) == 0
+    said = capsys.readouterr()
+    assert "does not fit" not in said.err
+    assert " !" not in said.out
+    doubted = str(_doubted(network))
+    assert main([*argv, "--network", doubted]) == 0
+    said = capsys.readouterr()
+    assert "flat over made-up: does not fit: 1 part of the fabric differs, see below" in said.err
+    assert "what rank 0 sends and receives, of 4 ranks, differs from the others" in said.err
+    assert "times marked ! at EP 4 are through what the model does not describe" in said.err
+    assert " !" in said.out
+    assert main([*argv, "--network", doubted, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["network"]["verdict"]["code"] == "does_not_fit"
+    assert [misfit["who"] for misfit in document["network"]["misfits"]] == [[0]]
+    assert [row["misfits"] for row in document["rows"]] == [[0]]
+
+
+def test_two_placement_files_of_one_name_are_refused(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for folder, ranks in (("a", [0, 0, 1, 1]), ("b", [0, 1, 0, 1])):
+        (tmp_path / folder).mkdir()
+        files.append(tmp_path / folder / "map.json")
+        files[-1].write_text(json.dumps({"expert_to_rank": ranks}))
+    options = [word for file in files for word in ("--placement", str(file))]
+    assert main(["scan", str(make_run()), *options]) == 1
+    assert "have one name; rename one of the files" in capsys.readouterr().err

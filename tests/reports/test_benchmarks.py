@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from observatory.cli import main
+from observatory.cost.network import Misfit, Reason
 from observatory.errors import BenchmarkError
+from observatory.records import CoreShare
 from observatory.records_bench import BenchResult
 from observatory.store import open_run
 from reports import write_report
@@ -22,9 +24,9 @@ from reports.figures.prediction import predicted_and_measured
 from reports.figures.realism import realism_by_layer
 from reports.frames import ReportFrames
 from reports.page import FigureBlock, Section, Table
-from reports.sections import exchange_sections, file_records, findings, problems
+from reports.sections import exchange_sections, file_records, findings, overview, problems
 from reports.theme import LIGHT_TO_DARK
-from tests.reports.sample_benchmarks import BACKEND, a_bench, a_model, a_replay, a_run, saved
+from tests.reports.sample_benchmarks import BACKEND, NODES, a_bench, a_model, a_replay, a_run, saved
 from tests.reports.test_report import HOSTILE, Tags
 from tests.reports.test_wording import texts
 
@@ -289,12 +291,55 @@ def test_times_of_exchanges_that_went_wrong_are_not_shown(tmp_path: Path, model_
         assert "delivered wrong bytes, so its times mean nothing" in gaps(frames)[name][0]
 
 
+def test_the_verdict_of_a_model_its_misfits_and_what_it_tells_apart_are_shown(tmp_path: Path) -> None:
+    model = a_model()
+    (fit,) = model.fits
+    misfit = Misfit(
+        code="rank",
+        who=(3,),
+        ranks=4,
+        node_of_P=NODES,
+        hosts=("slow<host>",),
+        us_per_byte=2.0,
+        p_value=0.01,
+        cases=9,
+    )
+    assert fit.verdict is not None
+    reason = Reason(code="misfits", value=1.0, bound=0.0)
+    verdict = fit.verdict.model_copy(update={"code": "does_not_fit", "reasons": (reason,)})
+    doubted = model.model_copy(
+        update={
+            "fits": (fit.model_copy(update={"misfits": (misfit,), "verdict": verdict}),),
+            "short_of_cores": (CoreShare(hosts=("node-a",), ranks=4, cores=2.0),),
+        }
+    )
+    replay = saved(tmp_path / "replay.json", a_replay())
+    frames = frames_of(
+        a_run(tmp_path / "run"), replays=(replay,), networks=(saved(tmp_path / "fit.json", doubted),)
+    )
+    section = sections_of(frames)["prediction"]
+    assert isinstance(section.blocks[0], FigureBlock)
+    ((_, state, why),) = cells(table(section, 2))
+    said = why + section.blocks[0].variants[0].note
+    assert state == "does not fit"
+    assert "what rank 3 sends and receives (host slow<host>), of 4 ranks, differs from the others" in said
+    assert "of 8 exchanges inside the interval, 100 % through what the model does not describe" in said
+    errors = {row[0].text: [cell.text for cell in row] for row in table(section, 1).rows}
+    assert errors["captured, replayed, prefill"][-2] == "100 %"
+    (row,) = table(section, 3).rows
+    assert (row[1].text, row[-1].text) == ("1.00×", "not told apart")
+    assert any("Network model fit.json, flat over made-up: does not fit" in text for text in findings(frames))
+    head = dict(overview(frames))
+    short = "4 ranks on 2 usable cores of host node-a: times are of waiting for a core as well (fit.json)"
+    assert short in head["Cores"]
+
+
 def test_an_algorithm_that_the_model_does_not_know_is_counted(tmp_path: Path, model_file: Path) -> None:
     replay = saved(tmp_path / "replay.json", a_replay(algorithms=("flat", "gather")))
     frames = frames_of(a_run(tmp_path / "run"), replays=(replay,), networks=(model_file,))
     section = sections_of(frames)["prediction"]
     assert {row[0].detail for row in table(section, 1).rows} == {"m, flat"}
-    ((_, _, reason, exchanges),) = table(section, 2).rows
+    ((_, _, reason, exchanges),) = table(section, 4).rows
     assert "knows flat, not 'gather'" in reason.text
     assert exchanges.text == "16", "captured and uniform, told once"
 
@@ -305,7 +350,7 @@ def test_an_algorithm_that_the_model_does_not_know_is_counted(tmp_path: Path, mo
         ("--bench", a_replay, "is a replay, where a benchmark was expected; give it with --replay"),
         ("--replay", a_bench, "is a benchmark, where a replay was expected; give it with --bench"),
         ("--network", a_bench, "is not valid"),
-        ("--bench", a_model, "has schema 2.0"),
+        ("--bench", a_model, "has schema 2.1"),
     ],
 )
 def test_a_file_of_the_other_kind_is_one_clear_line(
