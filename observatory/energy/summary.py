@@ -263,7 +263,7 @@ def _add_device(
             for phase, inside in ran.inside.items():
                 inner = attribute(
                     device.trace, inside.moved(clocks.shift_ns), device.sensor, fillers=(REST,),
-                    inside_only=True, clock_error_ns=clocks.error_ns, seed=seed,
+                    inside_only=True, clock_error_ns=clocks.error_ns, lag_ms=whole.lag_ms, seed=seed,
                 )  # fmt: skip
                 rows.phases += phase_rows(device, inner, phase, idle)
     energy = None
