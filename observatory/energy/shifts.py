@@ -75,8 +75,8 @@ def plausible_shifts(whole: Design) -> list[Shift]:
     seen = whole.seen
     length_ns = whole.timeline.end_ns_M - whole.timeline.start_ns_M
     searched = _Range(
-        low=seen.lag_low_ns - seen.shift_ns,
-        high=seen.lag_high_ns + seen.shift_ns,
+        low=seen.lag_low_ns - seen.shift_ns - seen.own_ns,
+        high=seen.lag_high_ns + seen.shift_ns + seen.own_ns,
         drift=seen.shift_ns,
         step=float(np.clip(np.quantile(length_ns, 0.2) / 3, _FINEST_NS, _COARSEST_NS)),
     )

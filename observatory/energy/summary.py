@@ -89,8 +89,11 @@ def energy_summary(run: Run, *, seed: int = 0) -> EnergySummary:
         damaged = damaged_samples(run)
         if damaged:
             raise EnergyError(f"run {run.path} has no power samples that can be read: {damaged}")
+        powers = [status.power for status in run.manifest.ranks if status.power is not None]
+        notes = list(dict.fromkeys(note for told in powers for note in told.notes))
+        why = f": {'; '.join(notes)[:600]}" if notes else ""
         raise EnergyError(
-            f"run {run.path} holds no power samples; capture it where a device can be read "
+            f"run {run.path} holds no power samples{why}; capture it where a device can be read "
             "(`observatory doctor` lists them)"
         )
     problems: list[str] = []

@@ -106,6 +106,18 @@ def test_a_run_without_power_is_one_clear_line(make_run: MakeRun, capsys: pytest
     assert captured.out == ""
 
 
+def test_a_run_without_power_says_why_as_it_was_captured(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    status = next((run / "ranks").glob("rank-*.json"))
+    document = json.loads(status.read_text())
+    document["power"] = {"notes": ["power was not sampled: NVML said no permission"]}
+    status.write_text(json.dumps(document))
+    assert main(["energy", str(run)]) == 1
+    assert "no power samples: power was not sampled: NVML said no permission;" in capsys.readouterr().err
+
+
 def test_energy_of_a_played_recording_is_not_passed_off_as_the_runs(tmp_path: Path) -> None:
     load = served()
     power = SimulatedSensor().sample(load, poll_ms=53.0)
