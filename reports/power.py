@@ -172,9 +172,8 @@ def _add_run(found: _Found, index: int, run: Run) -> None:
         (index, f"device {uuid}: {flag}")
         for uuid, flag in zip(flagged["device_uuid"], flagged["flag"], strict=True)
     ]
-    for name in ("devices", "phases", "totals", "aliasing"):
+    for name in ("devices", "phases", "tokens", "totals", "aliasing"):
         found.frames[name].append(getattr(summary, name).assign(run=index))
-    found.frames["tokens"].append(_flagged(summary.tokens, summary.phases, summary.devices).assign(run=index))
     seen = telemetry_advice(run)
     found.frames["seen"].append(pd.DataFrame([_numbers(item) for item in seen.devices]).assign(run=index))
     for item in seen.devices:
@@ -205,18 +204,6 @@ def _numbers(item: DeviceTelemetry) -> dict[str, Any]:
         readings = item.in_state(name)
         numbers[column] = None if readings is None else readings.sm_clock_mhz
     return numbers
-
-
-def _flagged(tokens: pd.DataFrame, phases: pd.DataFrame, devices: pd.DataFrame) -> pd.DataFrame:
-    """Rows of tokens with what flags the energy they rest on: of the phase, or of a device of the rank."""
-    whole = phases[phases["span"].isna()]
-    flags: list[str | None] = []
-    for rank, phase in zip(tokens["source_rank"], tokens["phase"], strict=True):
-        own = whole[(whole["source_rank"] == rank) & (whole["phase"] == phase)]
-        of_device = devices[devices["device_uuid"].isin(own["device_uuid"])]
-        told = [*own["flag"].dropna(), *of_device["flag"].dropna()]
-        flags.append("; ".join(dict.fromkeys(map(str, told))) or None)
-    return tokens.assign(flag=pd.Series(flags, index=tokens.index, dtype=object))
 
 
 def _add_device(

@@ -99,7 +99,7 @@ def _print(frames: dict[str, list[dict[str, Any]]], model: str) -> None:
             ],
             title="energy per token: of a rank's devices over its own tokens",
         )  # fmt: skip
-    for line in _together(frames["tokens"], ("reason",), lambda row: f"tokens of {row['phase']}"):
+    for line in _together(frames["tokens"], ("flag", "reason"), lambda row: f"tokens of {row['phase']}"):
         say(line)
     for row in frames["aliasing"]:
         if row["error"] > row["error_after"]:

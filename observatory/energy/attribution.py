@@ -74,6 +74,16 @@ class Attribution:
     solutions: tuple[LeastSquares, ...] = ()
 
     @property
+    def lag_ms(self) -> tuple[float, float] | None:
+        """Bounds of the sensor's lag, where least squares on a source found powers and so its lag."""
+        known = [
+            solution.lag_ms[1:]
+            for solution in self.solutions
+            if solution.lag_ms is not None and any(power is not None for power in solution.power_mw)
+        ]
+        return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+
+    @property
     def energy_mj(self) -> float | None:
         """Energy of all phases and idle together; None when one of them is not known."""
         known = [phase.power_mw * phase.seconds for phase in self.phases if phase.power_mw is not None]
@@ -104,6 +114,7 @@ def attribute(
     fillers: Collection[str] = (),
     inside_only: bool = False,
     clock_error_ns: float = 0.0,
+    lag_ms: tuple[float, float] | None = None,
     shortest_repeat_s: float = SHORTEST_REPEAT_S,
     seed: int = 0,
 ) -> Attribution:
@@ -116,6 +127,7 @@ def attribute(
         fillers: names that may stand between repetitions of another.
         inside_only: use only what was observed wholly inside the timeline: what is outside is not idle.
         clock_error_ns: how far the timeline's times may be off.
+        lag_ms: bounds of the sensor's lag, where an attribution of the whole run found them.
         shortest_repeat_s: length of a window that is measured alone.
         seed: of the bootstrap.
     """
@@ -139,7 +151,7 @@ def attribute(
     solutions: list[LeastSquares] = []
     missing = [name for name in timeline.names if name not in found]
     if missing or not inside_only:
-        solutions = _solutions(trace, timeline, sensor, missing, inside_only, clock_error_ns, seed)
+        solutions = _solutions(trace, timeline, sensor, missing, inside_only, clock_error_ns, lag_ms, seed)
     for name in missing:
         found[name] = _solved(name, seconds[name], solutions, why[name])
     phases = [found[name] for name in timeline.names]
@@ -156,6 +168,7 @@ def _solutions(
     missing: list[str],
     inside_only: bool,
     clock_error_ns: float,
+    lag_ms: tuple[float, float] | None,
     seed: int,
 ) -> list[LeastSquares]:
     """Least squares on the counter, then on instant power if something is still missing."""
@@ -169,6 +182,12 @@ def _solutions(
             )
             continue
         seen = replace(seen, shift_ns=seen.shift_ns + clock_error_ns)
+        if lag_ms is not None:
+            seen = replace(
+                seen,
+                lag_low_ns=max(seen.lag_low_ns, lag_ms[0] * 1e6 - seen.shift_ns),
+                lag_high_ns=min(seen.lag_high_ns, lag_ms[1] * 1e6 + seen.shift_ns),
+            )
         solution = solve_phases(_wholly_inside(seen, timeline) if inside_only else seen, timeline, seed=seed)
         solutions.append(solution)
         if all(solution.of(name) is not None for name in missing):

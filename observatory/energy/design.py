@@ -72,10 +72,15 @@ class Design:
         result: Float64 = self._designs(np.array([shift]), start, end)[0]
         return result
 
-    def trials(self, shift_Q3: Float64) -> tuple[Float64, Float64]:
-        """Powers (Q, J) and sums of squared residuals (Q,) at trial shifts, a row of ``Shift`` each."""
+    def trials(self, shift_Q3: Float64) -> tuple[Float64, Float64, Float64]:
+        """Powers (Q, J), sums of squared residuals (Q,) and condition numbers (Q,) at trial shifts.
+
+        Args:
+            shift_Q3: a row of ``Shift`` each.
+        """
         energy_N = self.seen.energy_mj_N
-        power_QJ, squares_Q = np.empty((len(shift_Q3), len(self.names))), np.empty(len(shift_Q3))
+        power_QJ = np.empty((len(shift_Q3), len(self.names)))
+        squares_Q, condition_Q = np.empty(len(shift_Q3)), np.empty(len(shift_Q3))
         smeared = shift_Q3[:, 2] > 0
         for which, delays in ((np.flatnonzero(~smeared), 1), (np.flatnonzero(smeared), _DELAYS)):
             chunk = max(1, _CHUNK_ROWS // (len(energy_N) * delays))
@@ -84,11 +89,12 @@ class Design:
                 design_QNJ = self._designs(shift_Q3[own], self.seen.start_ns_N, self.seen.end_ns_N)
                 right_QJ = energy_N @ design_QNJ
                 gram_QJJ = design_QNJ.transpose(0, 2, 1) @ design_QNJ
+                condition_Q[own] = _conditions(gram_QJJ)
                 for q, design_NJ, gram_JJ, right_J in zip(own, design_QNJ, gram_QJJ, right_QJ, strict=True):
                     power_J = nnls(gram_JJ, right_J)
                     rest_N = energy_N - design_NJ @ np.nan_to_num(power_J)
                     power_QJ[q], squares_Q[q] = power_J, rest_N @ rest_N
-        return power_QJ, squares_Q
+        return power_QJ, squares_Q, condition_Q
 
     def _designs(self, shift_Q3: Float64, start_N: Float64, end_N: Float64) -> Float64:
         """Designs at shifts that are all smeared or all not, (Q, N, J)."""
@@ -116,6 +122,21 @@ class Design:
             return phases_NJ
         idle_N = np.maximum((end - start) * 1e-9 - phases_NJ.sum(axis=1), 0.0)
         return np.column_stack([phases_NJ, idle_N])
+
+
+def _conditions(gram_QJJ: Float64) -> Float64:
+    """Condition numbers of designs whose columns are scaled to length 1, from their normal equations.
+
+    Columns that are all zero are left out. Above about 1e7 it is as good as infinite.
+    """
+    length_QJ = np.sqrt(np.diagonal(gram_QJJ, axis1=1, axis2=2))
+    absent_QJ = length_QJ <= 0
+    scale_QJ = np.where(absent_QJ, 1.0, length_QJ)
+    scaled_QJJ = gram_QJJ / (scale_QJ[:, :, None] * scale_QJ[:, None, :])
+    # An absent column becomes one that is at right angles to all others.
+    scaled_QJJ[np.nonzero(absent_QJ)[0], np.nonzero(absent_QJ)[1], np.nonzero(absent_QJ)[1]] = 1.0
+    own_QJ = np.linalg.eigvalsh(scaled_QJJ)
+    return np.asarray(np.sqrt(own_QJ[:, -1] / np.maximum(own_QJ[:, 0], 1e-14)))
 
 
 def nnls(gram_JJ: Float64, right_J: Float64) -> Float64:

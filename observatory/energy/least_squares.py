@@ -115,7 +115,8 @@ def solve_phases(seen: Observations, timeline: Timeline, *, seed: int = 0) -> Le
     design = Design(seen, timeline)
     shifts = plausible_shifts(design)
     best_NJ = design.at(shifts[0])
-    condition = max(_condition(design.at(shift)) for shift in shifts)
+    power_QJ, _, condition_Q = design.trials(np.array(shifts))
+    condition = float(condition_Q.max())
     lags_ms = [shift.lag_ns * 1e-6 for shift in shifts]
     about: dict[str, Any] = {
         "observations": len(seen),
@@ -132,7 +133,7 @@ def solve_phases(seen: Observations, timeline: Timeline, *, seed: int = 0) -> Le
         )  # fmt: skip
     power_J = nnls(best_NJ.T @ best_NJ, best_NJ.T @ seen.energy_mj_N)
     rest_N = seen.energy_mj_N - best_NJ @ np.nan_to_num(power_J)
-    spread_J = np.ptp(design.trials(np.array(shifts))[0], axis=0) / 2
+    spread_J = np.ptp(power_QJ, axis=0) / 2
     moved_J = _moved(design, shifts[0], power_J, np.random.default_rng(seed))
     low_J, high_J = _intervals(design, shifts, power_J, moved_J, np.random.default_rng(seed))
     reasons = _reasons(design, best_NJ, power_J, (low_J, high_J), moved_J, spread_J)
@@ -160,13 +161,6 @@ def _refused(seen: Observations, names: tuple[str, ...], reason: str, **about: A
         source=seen.source, names=names, power_mw=nothing, low_mw=nothing, high_mw=nothing,
         reasons=(reason,) * len(names), reason=reason, **{"observations": len(seen), **about},
     )  # fmt: skip
-
-
-def _condition(design_NJ: Float64) -> float:
-    length_J = np.linalg.norm(design_NJ, axis=0)
-    scaled_NJ = design_NJ[:, length_J > 0] / length_J[length_J > 0]
-    singular = np.linalg.svd(scaled_NJ, compute_uv=False)
-    return float(singular[0] / singular[-1]) if singular[-1] > 0 else math.inf
 
 
 def _moved(design: Design, shift: Shift, power_J: Float64, generator: np.random.Generator) -> Float64:

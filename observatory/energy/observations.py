@@ -38,7 +38,8 @@ class Observations:
         energy_mj_N: energy in each.
         shift_ns: all windows may be off by one common shift of at most this.
         own_ns: and each edge on its own by this.
-        lag_low_ns, lag_high_ns: bounds of how much later than its window a value is read.
+        lag_low_ns, lag_high_ns: bounds of how much later than its window a value is read: what the sensor
+            takes, and one renewal more, as some show a value when they have measured the next.
     """
 
     source: Literal["counter", "power"]
@@ -87,7 +88,7 @@ def counter_observations(trace: PowerTrace, sensor: SensorModel) -> Observations
         shift_ns=float(np.median(updates.shift_ns_K)),
         own_ns=float(np.median(updates.own_ns_K)),
         lag_low_ns=sensor.lag_low_ms * 1e6,
-        lag_high_ns=sensor.lag_high_ms * 1e6,
+        lag_high_ns=sensor.lag_high_ms * 1e6 + updates.period_ns,
     )
 
 
@@ -112,5 +113,5 @@ def power_observations(trace: PowerTrace, sensor: SensorModel) -> Observations |
         shift_ns=float(np.median(updates.shift_ns_K)),
         own_ns=float(np.median(updates.own_ns_K)),
         lag_low_ns=sensor.lag_low_ms * 1e6,
-        lag_high_ns=sensor.lag_high_ms * 1e6,
+        lag_high_ns=sensor.lag_high_ms * 1e6 + (updates.period_ns or 0.0),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,17 +13,20 @@ from observatory.energy.aliasing import TOLERATED, find_aliasing, rhythm_of, vis
 from observatory.energy.attribution import Attribution, IdlePower, PhasePower
 from observatory.energy.design import IDLE
 from observatory.energy.edges import find_updates
+from observatory.energy.estimates import NORMAL_90
+from observatory.energy.least_squares import WIDEST_INTERVAL
 from observatory.energy.phases import RankPhases
 from observatory.energy.sensors import SensorModel
 from observatory.energy.timeline import Timeline
 from observatory.energy.tokens import count_tokens
 from observatory.energy.traces import PowerTrace
-from observatory.energy.windows import MOST_DISAGREEMENT, WindowEnergy
+from observatory.energy.windows import WindowEnergy
 from observatory.store import Run
 
 __all__ = [
     "ALIASING_COLUMNS", "DEVICE_COLUMNS", "PHASE_COLUMNS", "TOKEN_COLUMNS", "TOTAL_COLUMNS", "Device",
-    "aliasing_rows", "device_row", "flag_aliased", "phase_rows", "tidy_frame", "token_frame", "total_frame",
+    "aliasing_rows", "device_row", "flag_aliased", "flag_device", "phase_rows", "tidy_frame", "token_frame",
+    "total_frame",
 ]  # fmt: skip
 
 DEVICE_COLUMNS = (
@@ -40,9 +44,9 @@ _PER_TOKEN = (
     "mj_per_token", "mj_per_token_low", "mj_per_token_high", "above_idle_mj_per_token", "idle_mj_per_token",
 )  # fmt: skip
 TOKEN_COLUMNS = (
-    "source_rank", "phase", "kind", "tokens", "tokens_source", "devices", *_PER_TOKEN, "reason",
+    "source_rank", "phase", "kind", "tokens", "tokens_source", "devices", *_PER_TOKEN, "flag", "reason",
 )  # fmt: skip
-TOTAL_COLUMNS = ("phase", "ranks", "devices", "kind", "tokens", "energy_mj", *_PER_TOKEN, "reason")
+TOTAL_COLUMNS = ("phase", "ranks", "devices", "kind", "tokens", "energy_mj", *_PER_TOKEN, "flag", "reason")
 ALIASING_COLUMNS = (
     "source_rank", "device_uuid", "phase", "step_period_ms", "step_jitter_ms", "update_ms", "window_ms",
     "positions", "error", "shifts", "shift_ms", "error_after",
@@ -64,6 +68,15 @@ class Device:
     rank_reason: str | None
     disorder: str | None = None
 
+
+#: Of a phase's row: ends of intervals, and all that there is only with a power.
+_ENDS = (
+    "power_low_mw", "power_high_mw", "energy_low_mj", "energy_high_mj",
+)  # fmt: skip
+_MEASURED = (
+    "power_mw", "energy_mj", "above_idle_mj", "above_idle_low_mj", "above_idle_high_mj", "method", "source",
+    "measured_s", "condition", "flag", *_ENDS,
+)  # fmt: skip
 
 #: Columns that are words or whole numbers; all others are numbers, NaN where they are missing.
 _WORDS = (
@@ -112,6 +125,19 @@ def device_row(
         "attributed_share": attributed_mj / energy.energy_mj if attributed_mj and energy.energy_mj else None,
         "reason": "; ".join(reasons) or None,
     }  # fmt: skip
+
+
+def flag_device(row: dict[str, object], aliased: list[dict[str, object]]) -> dict[str, object]:
+    """Row of a device, with what the sensor missed of steps in time with it where power was integrated."""
+    error = max((float(str(item["error"])) for item in aliased), default=0.0)
+    if row.get("source") != "integral" or error <= TOLERATED:
+        return row
+    text = f"steps of the run move in time with the power sensor, which may be off by {100 * error:.0f} %"
+    if NORMAL_90 * error > WIDEST_INTERVAL:
+        lost = dict.fromkeys(("energy_mj", "error", "source", "power_mw", "attributed_share"))
+        return row | lost | {"reason": joined(row["reason"], text)}
+    wider = math.hypot(float(str(row["error"] or 0.0)), NORMAL_90 * error)
+    return row | {"error": wider, "flag": joined(row["flag"], f"{text}: its error allows for it")}
 
 
 def phase_rows(
@@ -199,20 +225,57 @@ def aliasing_rows(device: Device, ran: RankPhases, phases: Timeline) -> list[dic
 
 
 def flag_aliased(rows: list[dict[str, object]], aliased: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Phase rows, with a flag where power was integrated over steps that move in time with the sensor."""
+    """Rows of phases, those flagged whose power was integrated over steps in time with the sensor.
+
+    What the sensor may have missed is in their intervals, and where these then exceed +-25 % there is no
+    power. Powers by least squares are flagged only: the shifts of the sensor that they allow for cover it.
+    """
     errors = {str(row["phase"]): float(str(row["error"])) for row in aliased}
-    for row in rows:
-        error = errors.get(str(row["phase"]), 0.0)
-        if row["method"] == "repetition" and row["source"] != "counter" and error > MOST_DISAGREEMENT:
-            text = (
-                f"its steps move in time with the sensor: integrated power may be off by {100 * error:.0f} %"
-            )
-            row["flag"] = text if not row["flag"] else f"{row['flag']}; {text}"
-    return rows
+    return [
+        _aliased(row, errors[str(row["phase"])])
+        if row["method"] and row["source"] != "counter" and errors.get(str(row["phase"]), 0.0) > TOLERATED
+        else row
+        for row in rows
+    ]
+
+
+def _aliased(row: dict[str, object], error: float) -> dict[str, object]:
+    text = "its steps move in time with the power sensor"
+    if row["method"] != "repetition":
+        return row | {"flag": joined(row["flag"], f"{text}; its interval allows for it")}
+    off = f"{text}, which may be off by {100 * error:.0f} %"
+    half = NORMAL_90 * error
+    if half > WIDEST_INTERVAL:
+        lost = {name: None for name in row if name in _MEASURED}
+        return row | lost | {"observations": 0, "reason": off}
+    wider = {
+        name: float(str(value)) * (1 - half if "low" in name else 1 + half)
+        for name, value in row.items()
+        if value is not None and name in _ENDS
+    }
+    for name in ("above_idle_low_mj", "above_idle_high_mj"):
+        if row.get(name) is not None:
+            end = name.replace("above_idle", "energy")
+            wider[name] = float(str(row[name])) + wider[end] - float(str(row[end]))
+    return row | wider | {"flag": joined(row["flag"], f"{off}: its interval allows for it")}
+
+
+def joined(*texts: object) -> str | None:
+    """Sentences that are there, each once; None without any."""
+    return "; ".join(dict.fromkeys(str(text) for text in texts if text)) or None
+
+
+def _flags_of(own: pd.DataFrame, devices: Mapping[str, str]) -> str | None:
+    """What flags the energies that a number rests on: those of phases, and of their devices."""
+    return joined(*own["flag"].dropna(), *(devices.get(uuid) for uuid in own["device_uuid"]))
 
 
 def token_frame(
-    run: Run, rows: list[dict[str, object]], phases_of: Mapping[int, RankPhases], missing: Mapping[int, str]
+    run: Run,
+    rows: list[dict[str, object]],
+    phases_of: Mapping[int, RankPhases],
+    missing: Mapping[int, str],
+    flagged: Mapping[str, str],
 ) -> pd.DataFrame:
     """Energy per token of each rank and phase.
 
@@ -221,6 +284,7 @@ def token_frame(
         rows: of the phases of all devices.
         phases_of: phases of each rank.
         missing: of the ranks whose energy is not known, or not that of all their devices, why.
+        flagged: flags of devices.
     """
     phases = tidy_frame(rows, PHASE_COLUMNS)
     phases = phases[phases["span"].isna() & (phases["phase"] != IDLE)]
@@ -247,7 +311,7 @@ def token_frame(
         elif counted.tokens is None:
             result.append(row | {"reason": counted.reason})
         else:
-            result.append(row | _per_token(own, counted.tokens))
+            result.append(row | _per_token(own, counted.tokens) | {"flag": _flags_of(own, flagged)})
     return tidy_frame(result, TOKEN_COLUMNS)
 
 
@@ -279,6 +343,7 @@ def total_frame(tokens: pd.DataFrame) -> pd.DataFrame:
         for name in _PER_TOKEN:
             if idle_known or "idle" not in name:
                 row[name] = whole[name] / total
+        row["flag"] = joined(*own["flag"].dropna())
         result.append(row | {"reason": None if idle_known else "its idle part is not known: no idle power"})
     return tidy_frame(result, TOTAL_COLUMNS)
 

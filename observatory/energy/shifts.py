@@ -3,9 +3,10 @@
 Shapes: J phases, Q trials.
 
 The sum of squared residuals at the best powers is a function of (lag, drift, smear). It may have many
-valleys: steps that repeat exactly look much the same a step later. So the whole range is searched, valleys
-are followed down, and every trial that is not significantly above the least is plausible. If plausible trials
-give different powers, the powers are not known.
+valleys: steps that repeat exactly look much the same a step later, or earlier, or with time reversed. So the
+whole range is searched, every valley is followed down, and every trial that is not significantly above the
+least is plausible. Of these the region's edges are looked for: if plausible trials give different powers, or
+one of them cannot tell the phases apart, the powers are not known.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ _FINEST_NS, _COARSEST_NS = 0.7e6, 4e6
 _MOST_ROWS, _FEWEST_SEARCHED, _MOST_SEARCHED = 3_000_000, 300, 2000
 _VALLEYS, _ROUNDS, _FINER = 24, 5, 0.3
 #: Time constants of the smear that are tried; in how many valleys; in how many rounds they are refined.
-_SMEARS_NS, _SMEARED_VALLEYS, _SMEAR_ROUNDS = np.array([0.7, 1.5, 3.0, 6.0, 12.0]) * 1e6, 4, 4
+_SMEARS_NS, _SMEARED_VALLEYS, _SMEAR_ROUNDS = np.array([0.7, 1.5, 3.0, 6.0, 12.0]) * 1e6, 6, 4
+#: How often the plausible region is followed outwards, with steps that become finer.
+_OUTWARDS = 5
 #: 99 % of chi-squared with three parameters.
 _CHI2 = float(stats.chi2.ppf(0.99, 3))
 #: Part of the moments' own error that all of a run may share.
@@ -65,12 +68,15 @@ def _grid(lags: Float64, drifts: Float64, smears: Float64) -> Float64:
 
 
 def plausible_shifts(whole: Design) -> list[Shift]:
-    """Shifts that explain the observations, the best first, then those whose powers differ most from it."""
+    """Shifts that explain the observations.
+
+    The best is first, then those whose powers differ most from it and the one of the worst condition.
+    """
     seen = whole.seen
     length_ns = whole.timeline.end_ns_M - whole.timeline.start_ns_M
     searched = _Range(
-        low=seen.lag_low_ns - seen.shift_ns,
-        high=seen.lag_high_ns + seen.shift_ns,
+        low=seen.lag_low_ns - seen.shift_ns - seen.own_ns,
+        high=seen.lag_high_ns + seen.shift_ns + seen.own_ns,
         drift=seen.shift_ns,
         step=float(np.clip(np.quantile(length_ns, 0.2) / 3, _FINEST_NS, _COARSEST_NS)),
     )
@@ -80,36 +86,49 @@ def plausible_shifts(whole: Design) -> list[Shift]:
     tried = _Tried(design)
     tried.add(_grid(lags, drifts, np.zeros(1)))
     step = np.array([lags[1] - lags[0], drifts[1] - drifts[0], 0.0])
-    _follow(tried, searched, lags, step)
-    best = int(np.argmin(tried.squares_Q))
-    plausible = np.flatnonzero(tried.squares_Q <= _enough(design, float(tried.squares_Q[best])))
-    known_QJ = np.nan_to_num(tried.power_QJ[plausible])
-    chosen = [
-        best,
-        *plausible[known_QJ.argmin(axis=0)].tolist(),
-        *plausible[known_QJ.argmax(axis=0)].tolist(),
-    ]
-    return [Shift(*map(float, tried.trial_Q3[q])) for q in dict.fromkeys(chosen)]
+    _follow(tried, searched, (len(lags), len(drifts)), step)
+    _spread(tried, searched, step + np.array([0.0, 0.0, 1e6]))
+    return [Shift(*map(float, tried.trial_Q3[q])) for q in tried.extremes()]
 
 
-def _follow(tried: _Tried, searched: _Range, lags: Float64, step: Float64) -> None:
-    """Follow valleys down: for each lag the best drift; what is lowest anywhere; then with smears.
+def _follow(tried: _Tried, searched: _Range, shape: tuple[int, int], step: Float64) -> None:
+    """Follow every valley of the grid down: along the drift at each lag, then freely, then with smears.
 
-    All are followed equally far, so that they can be compared: a valley may be narrower than the grid.
+    The first finds valleys that are long and narrow, in which lag and powers make up for each other. All are
+    followed equally far, so that they can be compared: a valley may be narrower than the grid.
     """
+    squares_LD = tried.squares_Q.reshape(shape)
+    lows = tried.trial_Q3[_lowest(squares_LD, ((0, -1), (0, 1)))]
     for finer in _FINER ** np.arange(_ROUNDS):
-        lows = tried.lowest_of_each(lags)
-        tried.add(np.concatenate([searched.around(low, step * finer, (1, 5, 1)) for low in lows]))
+        lows = tried.descend(lows, searched, step * finer, (1, 5, 1))
+    around = tuple((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b)
+    lows = tried.lowest(np.concatenate([lows, tried.trial_Q3[_lowest(squares_LD, around)]]), step, _VALLEYS)
     for finer in _FINER ** np.arange(_ROUNDS):
-        lows = tried.valleys(step, _VALLEYS)
-        tried.add(np.concatenate([searched.around(low, step * finer, (5, 5, 1)) for low in lows]))
-    for low in tried.valleys(step, _SMEARED_VALLEYS):
-        smeared = [searched.around(low + smear, step, (9, 1, 1)) for smear in np.outer(_SMEARS_NS, [0, 0, 1])]
-        tried.add(np.concatenate(smeared))
-    apart, step = step + np.array([0, 0, 0.5e6]), step + np.array([0, 0, 1.5e6])
+        lows = tried.descend(lows, searched, step * finer, (5, 5, 1))
+    lows = tried.lowest(lows, step, _SMEARED_VALLEYS)
+    smeared = np.concatenate([lows + smear for smear in np.outer(_SMEARS_NS, [0, 0, 1])])
+    smeared = tried.descend(smeared, searched, step, (9, 1, 1))
+    lows = tried.lowest(smeared, step + np.array([0, 0, 0.5e6]), _SMEARED_VALLEYS)
+    step = step + np.array([0, 0, 1.5e6])
     for finer in 0.5 ** np.arange(1, _SMEAR_ROUNDS + 1):
-        lows = tried.valleys(apart, _SMEARED_VALLEYS)
-        tried.add(np.concatenate([searched.around(low, step * finer, (5, 3, 3)) for low in lows]))
+        lows = tried.descend(lows, searched, step * finer, (5, 3, 3))
+
+
+def _lowest(squares_LD: Float64, neighbours: tuple[tuple[int, int], ...]) -> npt.NDArray[np.int64]:
+    """Trials of a grid that none of their neighbours is below."""
+    padded = np.pad(squares_LD, 1, constant_values=np.inf)
+    rows, columns = squares_LD.shape
+    lowest = np.ones_like(squares_LD, dtype=bool)
+    for a, b in neighbours:
+        lowest &= squares_LD <= padded[1 + a : 1 + a + rows, 1 + b : 1 + b + columns]
+    return np.flatnonzero(lowest).astype(np.int64)
+
+
+def _spread(tried: _Tried, searched: _Range, step: Float64) -> None:
+    """From the plausible trials whose answers differ most, on to others that are plausible, too."""
+    for finer in 0.6 ** np.arange(_OUTWARDS):
+        outer = tried.trial_Q3[tried.extremes()]
+        tried.add(np.concatenate([searched.around(trial, step * finer, (5, 5, 3)) for trial in outer]))
 
 
 def _enough(design: Design, least: float) -> float:
@@ -134,29 +153,40 @@ class _Tried:
         self.trial_Q3 = np.empty((0, 3))
         self.power_QJ = np.empty((0, len(design.names)))
         self.squares_Q = np.empty(0)
+        self.condition_Q = np.empty(0)
 
-    def add(self, trial_Q3: Float64) -> None:
-        """Try more."""
-        power_QJ, squares_Q = self._design.trials(trial_Q3)
+    def add(self, trial_Q3: Float64) -> Float64:
+        """Try more; their sums of squares."""
+        power_QJ, squares_Q, condition_Q = self._design.trials(trial_Q3)
         self.trial_Q3 = np.concatenate([self.trial_Q3, trial_Q3])
         self.power_QJ = np.concatenate([self.power_QJ, power_QJ])
         self.squares_Q = np.concatenate([self.squares_Q, squares_Q])
+        self.condition_Q = np.concatenate([self.condition_Q, condition_Q])
+        return squares_Q
 
-    def lowest_of_each(self, lags: Float64) -> Float64:
-        """The lowest trial of each lag."""
-        order = np.lexsort((self.squares_Q, self.trial_Q3[:, 0]))
-        ordered = self.trial_Q3[order]
-        first = np.ones(len(ordered), dtype=bool)
-        first[1:] = ordered[1:, 0] != ordered[:-1, 0]
-        lowest: Float64 = ordered[first]
-        return lowest[np.isin(lowest[:, 0], lags)]
+    def descend(
+        self, start_V3: Float64, searched: _Range, step: Float64, points: tuple[int, int, int]
+    ) -> Float64:
+        """The lowest trial of a grid around each start."""
+        grids = [searched.around(start, step, points) for start in start_V3]
+        squares = np.split(self.add(np.concatenate(grids)), np.cumsum([len(grid) for grid in grids])[:-1])
+        return np.array([grid[own.argmin()] for grid, own in zip(grids, squares, strict=True)])
 
-    def valleys(self, apart: Float64, most: int) -> Float64:
-        """The lowest trials that are not near a lower one."""
-        left = np.argsort(self.squares_Q)
+    def lowest(self, trial_V3: Float64, apart: Float64, most: int) -> Float64:
+        """The lowest of some trials that are not near a lower one."""
+        left = np.argsort(self._design.trials(trial_V3)[1], kind="stable")
         found: list[Float64] = []
         while len(left) and len(found) < most:
-            lowest = self.trial_Q3[left[0]]
+            lowest = trial_V3[left[0]]
             found.append(lowest)
-            left = left[(np.abs(self.trial_Q3[left] - lowest) > 1.01 * apart).any(axis=1)]
+            left = left[(np.abs(trial_V3[left] - lowest) > 0.99 * apart).any(axis=1)]
         return np.array(found)
+
+    def extremes(self) -> list[int]:
+        """The best trial; of the plausible ones those of least and most power, and of the worst condition."""
+        best = int(np.argmin(self.squares_Q))
+        plausible = np.flatnonzero(self.squares_Q <= _enough(self._design, float(self.squares_Q[best])))
+        known_QJ = np.nan_to_num(self.power_QJ[plausible])
+        worst = plausible[np.argmax(self.condition_Q[plausible])]
+        outer = plausible[np.concatenate([known_QJ.argmin(axis=0), known_QJ.argmax(axis=0)])]
+        return list(dict.fromkeys([best, *outer.tolist(), int(worst)]))

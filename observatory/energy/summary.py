@@ -30,6 +30,7 @@ from observatory.energy.rows import (
     aliasing_rows,
     device_row,
     flag_aliased,
+    flag_device,
     phase_rows,
     tidy_frame,
     token_frame,
@@ -88,8 +89,11 @@ def energy_summary(run: Run, *, seed: int = 0) -> EnergySummary:
         damaged = damaged_samples(run)
         if damaged:
             raise EnergyError(f"run {run.path} has no power samples that can be read: {damaged}")
+        powers = [status.power for status in run.manifest.ranks if status.power is not None]
+        notes = list(dict.fromkeys(note for told in powers for note in told.notes))
+        why = f": {'; '.join(notes)[:600]}" if notes else ""
         raise EnergyError(
-            f"run {run.path} holds no power samples; capture it where a device can be read "
+            f"run {run.path} holds no power samples{why}; capture it where a device can be read "
             "(`observatory doctor` lists them)"
         )
     problems: list[str] = []
@@ -107,7 +111,9 @@ def energy_summary(run: Run, *, seed: int = 0) -> EnergySummary:
     rows = _Rows()
     for device in devices:
         _add_device(rows, device, phases_of, run, problems, seed)
-    tokens = token_frame(run, rows.phases, phases_of, _missing(run, devices, rows, list(phases_of)))
+    missing = _missing(run, devices, rows, list(phases_of))
+    flagged = {str(row["device_uuid"]): str(row["flag"]) for row in rows.devices if row.get("flag")}
+    tokens = token_frame(run, rows.phases, phases_of, missing, flagged)
     return EnergySummary(
         devices=tidy_frame(rows.devices, DEVICE_COLUMNS),
         phases=tidy_frame(rows.phases, PHASE_COLUMNS),
@@ -245,6 +251,7 @@ def _add_device(
     reason = device.rank_reason or (None if ran else "no phases of its rank are known")
     idle: IdlePower | None = None
     attributed_mj: float | None = None
+    aliased: list[dict[str, object]] = []
     if ran is not None and device.rank is not None:
         middle = (ran.phases.start_ns + ran.phases.end_ns) // 2
         clocks = Clocks.between(run.manifest, device.rank, device.sampler, middle)
@@ -256,17 +263,20 @@ def _add_device(
             start, end = phases.start_ns, phases.end_ns
             whole = attribute(device.trace, phases, device.sensor, clock_error_ns=clocks.error_ns, seed=seed)
             idle = idle_power(device.trace, phases, device.sensor, whole, device.calibrated_idle_mw)
-            attributed_mj = whole.energy_mj
             aliased = aliasing_rows(device, ran, phases)
             rows.aliasing += aliased
-            rows.phases += flag_aliased(phase_rows(device, whole, None, idle), aliased)
+            own = flag_aliased(phase_rows(device, whole, None, idle), aliased)
+            rows.phases += own
+            known = all(row.get("energy_mj") is not None for row in own)
+            attributed_mj = whole.energy_mj if known else None
             for phase, inside in ran.inside.items():
                 inner = attribute(
                     device.trace, inside.moved(clocks.shift_ns), device.sensor, fillers=(REST,),
-                    inside_only=True, clock_error_ns=clocks.error_ns, seed=seed,
+                    inside_only=True, clock_error_ns=clocks.error_ns, lag_ms=whole.lag_ms, seed=seed,
                 )  # fmt: skip
-                rows.phases += phase_rows(device, inner, phase, idle)
+                rows.phases += flag_aliased(phase_rows(device, inner, phase, idle), aliased)
     energy = None
     if end > start and device.disorder is None:
         energy = energy_of_window(device.trace, start, end, sensor=device.sensor)
-    rows.devices.append(device_row(device, energy, idle, attributed_mj, reason))
+    row = device_row(device, energy, idle, attributed_mj, reason)
+    rows.devices.append(flag_device(row, aliased))

@@ -131,7 +131,7 @@ def _flagged(shown: pd.DataFrame) -> str:
 
 
 def _token_table(own: pd.DataFrame, totals: pd.DataFrame, where: str) -> Table:
-    whole = totals.assign(of=[f"all ranks ({ranks})" for ranks in totals["ranks"]], flag=None)
+    whole = totals.assign(of=[f"all ranks ({ranks})" for ranks in totals["ranks"]])
     shown = own.head(_MOST_ROWS).assign(of=[f"rank {rank}" for rank in own.head(_MOST_ROWS)["source_rank"]])
     rows: list[list[str | Cell]] = [
         [

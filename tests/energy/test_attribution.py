@@ -117,6 +117,31 @@ def test_a_constant_mix_is_refused_by_the_counter(name: str, poll_ms: float) -> 
     assert found.condition is not None
 
 
+@pytest.mark.parametrize(
+    ("seconds", "offset_ms", "sensor"),
+    [
+        (45, 10.0, SimulatedSensor(tick_ms=10.0)),
+        (45, 20.0, SimulatedSensor(tick_ms=0.0, period_error=-5e-4)),
+        (20, 10.0, SimulatedSensor(tick_ms=50.0, period_error=0.0)),
+        (20, 10.0, SimulatedSensor(tick_ms=-10.0, period_error=0.0, latency_ms=100.0)),
+        (20, 5.0, SimulatedSensor(tick_ms=28.0, period_error=0.0, latency_ms=75.0, counter_ms=None)),
+    ],
+    ids=["time reversed", "narrow valley", "same mix", "renewal late", "power late"],
+)
+def test_phases_of_constant_steps_are_never_exchanged(
+    seconds: int, offset_ms: float, sensor: SimulatedSensor
+) -> None:
+    load = steps([("prefill", 100.0, 640.0), ("decode", 100.0, 290.0)], seconds=seconds)
+    rows = sensor.sample(load, poll_ms=50.0, offset_ms=offset_ms, seed=10)
+    found = attribute(trace_of_frame(rows), timeline_of(load), H100)
+    for phase in found.phases:
+        truth_mw = load.truth()[phase.name][0] * 1e3
+        if phase.power_mw is None:
+            assert "least squares" in (phase.reason or "")
+        else:
+            assert (phase.low_mw or 0) <= truth_mw <= (phase.high_mw or 0), phase
+
+
 def test_what_is_refused_says_why_and_what_to_do() -> None:
     load = CONSTANT["100 ms steps"]()
     found = attributed(load)

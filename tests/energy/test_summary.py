@@ -106,6 +106,18 @@ def test_a_run_without_power_is_one_clear_line(make_run: MakeRun, capsys: pytest
     assert captured.out == ""
 
 
+def test_a_run_without_power_says_why_as_it_was_captured(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run()
+    status = next((run / "ranks").glob("rank-*.json"))
+    document = json.loads(status.read_text())
+    document["power"] = {"notes": ["power was not sampled: NVML said no permission"]}
+    status.write_text(json.dumps(document))
+    assert main(["energy", str(run)]) == 1
+    assert "no power samples: power was not sampled: NVML said no permission;" in capsys.readouterr().err
+
+
 def test_energy_of_a_played_recording_is_not_passed_off_as_the_runs(tmp_path: Path) -> None:
     load = served()
     power = SimulatedSensor().sample(load, poll_ms=53.0)
@@ -286,7 +298,7 @@ def test_clocks_that_cannot_be_compared_leave_the_device_without_phases(tmp_path
     assert summary.devices["energy_mj"].notna().all()
 
 
-def test_locked_steps_without_a_counter_are_flagged_with_their_cure(
+def test_locked_steps_without_a_counter_have_no_energy_and_name_their_cure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     load = steps([("decode", 100.0, 400.0)], seconds=6)
@@ -298,17 +310,53 @@ def test_locked_steps_without_a_counter_are_flagged_with_their_cure(
         data=DataSpec(condition="prose", batch_size=8),
     )
     summary = energy_summary(open_run(run))
-    (row,) = summary.phases.to_dict("records")
-    assert (row["method"], row["source"]) == ("repetition", "integral")
-    assert "move in time with the sensor" in row["flag"]
+    (row,), (device,) = summary.phases.to_dict("records"), summary.devices.to_dict("records")
+    for found in (row, device):
+        assert np.isnan(found["power_mw"])
+        assert np.isnan(found["energy_mj"])
+        assert "move in time with the power sensor, which may be off by" in found["reason"]
+    assert np.isnan(device["attributed_share"])
     (alias,) = summary.aliasing.to_dict("records")
     assert (alias["positions"], alias["shifts"], alias["shift_ms"]) == (1, 3, 25.0)
     assert summary.tokens["tokens"].tolist() == [60 * 8]
     assert summary.tokens["tokens_source"].tolist() == ["manifest"]
-    assert np.isnan(summary.tokens["idle_mj_per_token"][0])  # nobody told the idle power
-    assert "no idle power" in summary.tokens["reason"][0]
+    assert np.isnan(summary.tokens["mj_per_token"][0])
+    assert "move in time with the power sensor" in summary.tokens["reason"][0]
     assert main(["energy", str(run)]) == 0
     assert "3 pauses of 25.0 ms" in capsys.readouterr().err
+
+
+def test_a_warning_about_integrated_power_stands_on_every_number_made_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = steps([("decode", 60.0, 400.0)], seconds=6)
+    plain, aliased = (
+        write_energy_run(
+            tmp_path / name,
+            power=SimulatedSensor(counter_ms=counter_ms).sample(load),
+            spans=[numbered(load)],
+            devices=(DEVICE,),
+            data=DataSpec(condition="prose", batch_size=8),
+        )
+        for name, counter_ms in (("counter", 100.0), ("power", None))
+    )
+    told = energy_summary(open_run(aliased))
+    (error,) = told.aliasing["error"]
+    assert 0.02 < error < 0.15
+    for frame in (told.devices, told.phases, told.tokens):
+        assert "move in time with the power sensor" in frame["flag"][0]
+    (row,), (token,) = told.phases.to_dict("records"), told.tokens.to_dict("records")
+    assert row["power_low_mw"] < row["power_mw"] * (1 - error)
+    assert row["power_high_mw"] > row["power_mw"] * (1 + error)
+    assert token["mj_per_token_low"] < token["mj_per_token"] * (1 - error)
+    assert told.devices["error"][0] > error
+    assert main(["energy", str(aliased), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert "move in time" in document["tokens"][0]["flag"]
+    # The counter sees all of it.
+    known = energy_summary(open_run(plain))
+    assert known.phases["flag"][0] is None
+    assert known.tokens["flag"][0] is None
 
 
 def test_what_was_calibrated_is_used_and_nonsense_in_it_is_not(tmp_path: Path) -> None:

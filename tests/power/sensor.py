@@ -203,6 +203,7 @@ class SimulatedSensor:
         tick_jitter_ms: standard deviation of the moments of updates.
         smoothing_ms: time constant of the board's capacitors, which the sensor sees through.
         period_error: relative error of the device's own clock: its 100 ms are not the host's.
+        tick_ms: when updates come, after the start of the load and modulo their period; None: at random.
     """
 
     update_ms: float = 100.0
@@ -215,6 +216,7 @@ class SimulatedSensor:
     tick_jitter_ms: float = 0.0
     smoothing_ms: float = 0.0
     period_error: float = 4e-4
+    tick_ms: float | None = None
     device_uuid: str = "GPU-00000000-0000-4000-8000-000000000000"
     counter_start_mj: int = 7_000_000
     _margin_ns: int = field(default=1_500_000_000, repr=False)
@@ -227,29 +229,45 @@ class SimulatedSensor:
         jitter_ms: float = 0.3,
         seed: int = 0,
         read_us: float = 300.0,
+        offset_ms: float = 0.0,
     ) -> pd.DataFrame:
-        """What a reader that polls sees, from 1.5 s before the load to 1.5 s after it."""
+        """What a reader that polls sees, from 1.5 s before the load to 1.5 s after it.
+
+        Args:
+            load: what the device does.
+            poll_ms: time between polls.
+            jitter_ms: standard deviation of how late a poll is.
+            seed: of everything random.
+            read_us: how long a poll takes.
+            offset_ms: time from a poll to the start of the load, where ``poll_ms`` divides 1.5 s.
+        """
         generator = np.random.default_rng(seed)
         begin, end = load.start_ns - self._margin_ns, load.end_ns + self._margin_ns
+        begin -= round(offset_ms * 1e6)
         count = int((end - begin) / (poll_ms * 1e6))
         late_ms = np.abs(jitter_ms * generator.standard_normal(count))
         poll_ns = begin + np.rint((np.arange(count) * poll_ms + late_ms) * 1e6).astype(np.int64)
         # Value n is measured at tick n and can be read from then on, plus the latency.
         energy = self._smoothed(load, begin, end)
-        power_tick_ns = self._ticks(begin, end, self.update_ms, generator)
+        power_tick_ns = self._ticks(load, begin, end, self.update_ms, generator)
         window_ns = self.window_ms * 1e6
         mean_w = (energy(power_tick_ns) - energy(power_tick_ns - window_ns)) / self.window_ms
         mean_w = mean_w * self.gain * (1 + self.noise * generator.standard_normal(len(mean_w)))
         columns = {"power_mw": np.rint(mean_w * 1e3)[self._seen(power_tick_ns, poll_ns)]}
         if self.counter_ms is not None:
-            tick_ns = self._ticks(begin, end, self.counter_ms, generator)
+            tick_ns = self._ticks(load, begin, end, self.counter_ms, generator)
             total_mj = self.counter_start_mj + self.counter_gain * (energy(tick_ns) - energy(tick_ns[:1]))
             columns["energy_mj"] = np.floor(total_mj)[self._seen(tick_ns, poll_ns)]
         return power_frame(poll_ns, self.device_uuid, read_ns=np.full(count, round(read_us * 1e3)), **columns)
 
-    def _ticks(self, begin: int, end: int, period_ms: float, generator: np.random.Generator) -> Float64:
+    def _ticks(
+        self, load: Load, begin: int, end: int, period_ms: float, generator: np.random.Generator
+    ) -> Float64:
         period_ns = period_ms * 1e6 * (1 + self.period_error)
-        first = begin - period_ns * (2 + generator.random())
+        early = generator.random()
+        if self.tick_ms is not None:
+            early = (begin - load.start_ns - self.tick_ms * 1e6) / period_ns % 1.0
+        first = begin - period_ns * (2 + early)
         ticks = np.arange(first, end, period_ns)
         return ticks + self.tick_jitter_ms * 1e6 * generator.standard_normal(len(ticks))
 

@@ -10,7 +10,7 @@ import pytest
 
 from observatory.cost.clocks import ClockModel, fit_clocks, recommend_clocks
 from observatory.cost.clocks.recommending import ClockAdvice, SeriesAdvice
-from observatory.cost.clocks.views import SeriesView
+from observatory.cost.clocks.views import SeriesView, highest_of_ties
 from observatory.errors import ClockError
 from observatory.records_clocks import ClockSweep
 from tests.power.synthetic_device import (
@@ -422,7 +422,43 @@ def test_a_saving_that_may_be_nothing_is_no_reason_to_lock() -> None:
     for found in (advice, only(recommend_clocks(bare))):
         assert found.verdict == "leave unlocked"
         assert found.choice is None
-        assert "is not surely more than nothing" in found.text
+        assert "is not surely more than the 0.5 %" in found.text
+
+
+@functools.cache
+def nearly_level() -> ClockModel:
+    """Two phases whose clock saves as good as nothing, measured almost without noise."""
+    device = SyntheticDevice("level", memory_s=0.02, compute_s=0.0001, clock_w=1.4, op_j=0.0)
+    devices = [device, replace(device, name="level too")]
+    sweep = made_sweep(devices, caps_w=CAPS_W, time_noise=1e-5, energy_noise=1e-5, seed=1)
+    return fit(sweep, bootstrap=30)
+
+
+def test_a_saving_within_the_tie_is_no_reason_to_lock_one_phase_or_all_or_to_cap() -> None:
+    advice = recommend_clocks(nearly_level())
+    (first, _), common = advice.series, advice.common
+    view = SeriesView(nearly_level().series[0], None)
+    _, energy_BF = view.ratios(view.candidate_F)
+    chosen = view.choice(highest_of_ties(view.candidate_F, energy_BF[0]))
+    assert chosen.sm_clock_mhz < view.reference_mhz
+    assert chosen.saving.low is not None
+    assert 0.0 < chosen.saving.low < 0.005  # surely more than nothing, and less than a tie
+    assert (first.verdict, first.choice, first.measured) == ("leave unlocked", None, None)
+    assert common is not None
+    assert common.sm_clock_mhz is None
+    assert common.saving is None
+    assert first.lock_against_cap.verdict == "not told apart"
+    assert "leave both as they are" in first.lock_against_cap.text
+    assert "would hold" not in first.lock_against_cap.text
+
+
+def test_the_cap_beside_a_recommended_clock_names_that_clock() -> None:
+    device = replace(DEVICES["knee"], voltage_slope=0.0, clock_w=40.0)
+    sweep = made_sweep([device], caps_w=(150.0, 200.0, 250.0), repeats=2)
+    advice = only(recommend_clocks(fit(sweep), max_slowdown=1.0))
+    assert advice.choice is not None
+    assert "would hold" in advice.lock_against_cap.text
+    assert f"the same {advice.choice.sm_clock_mhz:.0f} MHz" in advice.lock_against_cap.text
 
 
 def test_energy_per_token_is_that_of_an_iteration_over_its_tokens() -> None:
@@ -453,7 +489,10 @@ def test_without_an_unlocked_point_the_highest_clock_is_the_reference_and_said_t
     series = sweep.series[0].model_copy(update={"points": tuple(points)})
     model = fit(sweep.model_copy(update={"series": (series,)}))
     assert model.series[0].reference.how == "highest clock"
-    assert only(recommend_clocks(model)).reference_mhz == 1830
+    advice = only(recommend_clocks(model))
+    assert advice.reference_mhz == 1830
+    assert "against running unlocked is not known" in advice.text
+    assert "unlocked energy" not in advice.lock_against_cap.text
 
 
 @pytest.mark.parametrize("budget", [-0.01, float("nan"), 11.0])

@@ -136,8 +136,14 @@ def _reference_repeats(fit: SeriesFit) -> int:
     return len(same[0].iteration_s_R) if same else 1
 
 
-def against_caps(view: SeriesView, max_slowdown: float) -> LockAgainstCap:
-    """Whether locking beats capping within the budget."""
+def against_caps(view: SeriesView, max_slowdown: float, lock_mhz: float | None) -> LockAgainstCap:
+    """Whether locking beats capping within the budget.
+
+    Args:
+        view: the series.
+        max_slowdown: the budget.
+        lock_mhz: the clock that is recommended; None where none is.
+    """
     fit = view.fit
     caps = [item for item in fit.settings if item.kind == "cap" and item.iteration_s_R and item.limit_mw]
     if not view.has_energy or not caps or fit.energy_scatter is None:
@@ -157,9 +163,10 @@ def against_caps(view: SeriesView, max_slowdown: float) -> LockAgainstCap:
     least_cap_B = np.where(inside_BF & (reached_BF | unlocked_F), cap_BF, np.inf).min(axis=1)
     advantage_B = least_cap_B - least_lock_B
     advantage = sample_interval(float(advantage_B[0]), advantage_B[1:])
-    best = int(np.argmin(np.where(inside_BF[0], energy_BF[0], np.inf)))
-    equal_mw = float(view.milliwatts(clock_F)[0, best])
-    return _verdict(advantage, excess, max_slowdown, lowest_mw, equal_mw, float(clock_F[best]))
+    lock = None
+    if lock_mhz is not None:
+        lock = lock_mhz, float(view.milliwatts(np.array([lock_mhz]))[0, 0])
+    return _verdict(advantage, excess, lock, max_slowdown, lowest_mw, of_what=fit.reference.energy_words)
 
 
 def _cap_excess(view: SeriesView, caps: Sequence[Setting], rows: int) -> tuple[Interval | None, Float64]:
@@ -201,11 +208,22 @@ def _cap_excess(view: SeriesView, caps: Sequence[Setting], rows: int) -> tuple[I
 def _verdict(
     advantage: Interval,
     excess: Interval | None,
+    lock: tuple[float, float] | None,
     max_slowdown: float,
     lowest_mw: float,
-    equal_mw: float,
-    clock_mhz: float,
+    *,
+    of_what: str,
 ) -> LockAgainstCap:
+    """The verdict and its sentence.
+
+    Args:
+        advantage: of locks over caps.
+        excess: of binding caps.
+        lock: the recommended clock (MHz) and its power (mW); None where none is recommended.
+        max_slowdown: the budget.
+        lowest_mw: the lowest cap tried.
+        of_what: whose energy savings are shares of.
+    """
     budget = f"with at most {100 * max_slowdown:.3g} % more time"
     caps = f"caps down to {lowest_mw / 1e3:.0f} W, the lowest tried"
     costs = ""
@@ -221,11 +239,15 @@ def _verdict(
         verdict, text = "not measured", "without bootstrap samples locks and caps cannot be told apart"
     elif advantage.low > _MARGIN:
         verdict = "locking beats capping"
-        text = f"{budget}, locking saves {advantage.percent()} of the unlocked energy more than {caps}"
+        text = f"{budget}, locking saves {advantage.percent()} of {of_what} more than {caps}"
+        if lock is None:
+            text += ", but no single clock surely keeps that budget and saves: leave it unlocked"
     elif advantage.high < -_MARGIN:
         verdict = "capping beats locking"
         more = Interval(value=-advantage.value, low=-advantage.high, high=-advantage.low)
-        text = f"{budget}, capping saves {more.percent()} of the unlocked energy more than locking"
-    elif equal_mw >= lowest_mw:
-        text += f": a cap near {equal_mw / 1e3:.0f} W would hold the same {clock_mhz:.0f} MHz"
+        text = f"{budget}, capping saves {more.percent()} of {of_what} more than locking"
+    elif lock is None:
+        text = f"{budget}, neither a lock nor {caps}, surely saves energy: leave both as they are"
+    elif lock[1] >= lowest_mw:
+        text += f": a cap near {lock[1] / 1e3:.0f} W would hold the same {lock[0]:.0f} MHz"
     return LockAgainstCap(verdict=verdict, advantage=advantage, cap_excess=excess, text=text + costs)

@@ -20,7 +20,7 @@ from observatory.cost.clocks.estimates import clock_estimates
 from observatory.cost.clocks.joining import idle_power_mw, join_notes, refuse_repeated
 from observatory.cost.clocks.model import POWER_TERMS, TIME_TERMS
 from observatory.cost.clocks.points import fit_points, judge, scatter_of, settings_of
-from observatory.cost.clocks.records import ClockModel, Reference, SeriesFit, Setting
+from observatory.cost.clocks.records import ClockModel, Reference, SeriesFit, Setting, series_title
 from observatory.cost.clocks.resampling import bootstrap_curves
 from observatory.errors import ClockError
 from observatory.records_clocks import ClockPoint, ClockSeries, ClockSweep
@@ -75,7 +75,9 @@ def fit_clocks(
         points = [point for series in alike for point in series.points]
         outcome = _fit_series(alike[0], points, max(limits, default=None), bootstrap, seed)
         if isinstance(outcome, str):
-            missing.append(f"{alike[0].name[:200]} ({alike[0].phase}): {outcome}")
+            first = alike[0]
+            title = series_title(first.name[:200], first.phase, first.batch_size, first.context_tokens)
+            missing.append(f"{title}: {outcome}")
         else:
             fitted.append(outcome)
     if not fitted:

@@ -5,8 +5,8 @@ Shapes: B bootstrap samples, F candidate clocks.
 A candidate is a clock that the device supports (or, where the sweep does not say, one that a lock was seen to
 reach), within what was measured and not above what the phase runs at unlocked: no extrapolation. The budget
 is a promise, so that the upper end of the slowdown's 90 % interval must keep it. Of the candidates inside,
-energies within half a percent of the least are ties, and the highest clock among them is taken. When the
-saving's interval reaches zero, the advice is to leave the clock alone.
+energies within half a percent of the least are ties, and the highest clock among them is taken. Unless all
+of the saving's interval is more than a tie, the advice is to leave the clock alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from observatory.cost.clocks.comparing import LockAgainstCap, PlanePoint, agains
 from observatory.cost.clocks.intervals import Interval, sample_interval
 from observatory.cost.clocks.points import CLOCK_STEP_MHZ
 from observatory.cost.clocks.records import ClockEstimate, ClockModel, Confound
-from observatory.cost.clocks.views import ClockChoice, SeriesView
+from observatory.cost.clocks.views import TIE, ClockChoice, SeriesView, highest_of_ties, surely_saves
 from observatory.errors import ClockError
 from observatory.records import DeviceSpec, Record, Text
 
@@ -30,9 +30,6 @@ __all__ = ["ClockAdvice", "ClockChoice", "CommonClock", "MeasuredNearby", "Serie
 
 Float64 = NDArray[np.float64]
 
-#: Energies this close, relative, are the same: sensors are calibrated to a few percent, repeats to about
-#: this.
-_TIE = 0.005
 #: A measured lock this close to a recommended clock is evidence for it.
 _NEARBY_MHZ = 60.0
 #: A series that gives up more than this at the common clock is named.
@@ -170,11 +167,6 @@ def recommend_clocks(model: ClockModel, *, max_slowdown: float = 0.02) -> ClockA
     )
 
 
-def _least(clock_F: Float64, cost_F: Float64) -> float:
-    """The highest clock whose cost ties with the least."""
-    return float(clock_F[cost_F <= cost_F.min() * (1.0 + _TIE)].max())
-
-
 def _advise(view: SeriesView, index: int, model: ClockModel, max_slowdown: float) -> SeriesAdvice:
     fit, clock_F = view.fit, view.candidate_F
     behaviour = behaviour_of(fit, model.idle_power_mw, model.default_limit_mw)
@@ -189,7 +181,6 @@ def _advise(view: SeriesView, index: int, model: ClockModel, max_slowdown: float
         "optimum": fit.optimum,
         "behaviour": behaviour,
         "points": tuple(plane(fit)),
-        "lock_against_cap": against_caps(view, max_slowdown),
         "confounds": fit.confounds,
     }
     inside_F = view.inside(clock_F, max_slowdown)
@@ -198,29 +189,31 @@ def _advise(view: SeriesView, index: int, model: ClockModel, max_slowdown: float
         return SeriesAdvice.model_validate(
             {
                 **common,
+                "lock_against_cap": against_caps(view, max_slowdown, None),
                 "verdict": "no energy",
                 "text": f"{fit.title}: {fit.no_power}, so that no saving can be stated; down to "
                 f"{lowest:.0f} MHz the time stays within the budget of {100 * max_slowdown:.1f} %",
             }
         )
     time_BF, energy_BF = view.ratios(clock_F)
-    best = _least(clock_F[inside_F], energy_BF[0, inside_F])
+    best = highest_of_ties(clock_F[inside_F], energy_BF[0, inside_F])
     bold_F = time_BF[0] <= 1.0 + max_slowdown + 1e-12
-    bold = _least(clock_F[bold_F], energy_BF[0, bold_F])
+    bold = highest_of_ties(clock_F[bold_F], energy_BF[0, bold_F])
     choice = view.choice(best)
-    worth = best < view.reference_mhz and choice.saving.low is not None and choice.saving.low > 0.0
+    worth = best < view.reference_mhz and surely_saves(choice.saving)
     more = view.choice(bold).saving.value - choice.saving.value
     measured = _nearby(view, best)
     return SeriesAdvice.model_validate(
         {
             **common,
+            "lock_against_cap": against_caps(view, max_slowdown, best if worth else None),
             "verdict": "lock" if worth else "leave unlocked",
             "text": _sentence(view, choice, measured, worth, max_slowdown),
             "choice": choice if worth else None,
             "unsure_mhz": bold if bold < best and more > _WORTH_MORE_REPEATS else None,
             "measured": measured if worth else None,
-            "edp": view.choice(_least(clock_F, energy_BF[0] * time_BF[0])),
-            "ed2p": view.choice(_least(clock_F, energy_BF[0] * time_BF[0] ** 2)),
+            "edp": view.choice(highest_of_ties(clock_F, energy_BF[0] * time_BF[0])),
+            "ed2p": view.choice(highest_of_ties(clock_F, energy_BF[0] * time_BF[0] ** 2)),
         }
     )
 
@@ -248,7 +241,7 @@ def _nearby(view: SeriesView, mhz: float) -> MeasuredNearby | None:
 def _meet(first: Interval, second: Interval) -> bool:
     if first.low is None or first.high is None or second.low is None or second.high is None:
         return True  # nothing says that they differ
-    return first.low <= second.high + _TIE and second.low <= first.high + _TIE
+    return first.low <= second.high + TIE and second.low <= first.high + TIE
 
 
 def _sentence(
@@ -266,12 +259,15 @@ def _sentence(
             )
         return (
             f"{title}: leave the clock unlocked: against the {words}, what {choice.sm_clock_mhz:.0f} MHz "
-            f"would save, {choice.saving.percent()}, is not surely more than nothing"
+            f"would save, {choice.saving.percent()}, is not surely more than the {100 * TIE:.1f} % by which "
+            "energies that count as the same differ"
         )
     sentence = (
         f"{title}: lock to {choice.sm_clock_mhz:.0f} MHz, which saves {choice.saving.percent()} of the "
         f"energy for a slowdown of {choice.slowdown.percent()} against the {words}"
     )
+    if view.fit.reference.how != "unlocked":
+        sentence += "; what it saves against running unlocked is not known"
     if measured is None:
         near = f"no lock within {_NEARBY_MHZ:.0f} MHz of it was measured"
         return f"{sentence}; {near}: measure it before relying on it"
@@ -297,10 +293,10 @@ def _common(views: Sequence[SeriesView], advice: Sequence[SeriesAdvice], max_slo
     energy_SBF = [view.ratios(clock_F)[1] for view in views]
     rows = min(len(energy_BF) for energy_BF in energy_SBF)
     mean_BF = np.mean([energy_BF[:rows] for energy_BF in energy_SBF], axis=0)
-    best = _least(clock_F, mean_BF[0])
+    best = highest_of_ties(clock_F, mean_BF[0])
     saving_B = 1.0 - mean_BF[:, clock_F == best][:, 0]
     saving = sample_interval(float(saving_B[0]), saving_B[1:])
-    none = best >= top or saving.low is None or saving.low <= 0.0
+    none = best >= top or not surely_saves(saving)
     choices = [view.choice(top if none else best) for view in views]
     own = [item.choice.saving.value if item.choice else 0.0 for item in advice]
     lost = [max(0.0, alone - choice.saving.value) for alone, choice in zip(own, choices, strict=True)]

@@ -29,6 +29,7 @@ __all__ = [
     "SeriesFit",
     "Setting",
     "load_clock_model",
+    "series_title",
 ]
 
 CLOCK_MODEL_VERSION = "1.0"
@@ -203,6 +204,11 @@ class Reference(Record):
             return f"{self.sm_clock_mhz:.0f} MHz it runs at unlocked"
         return f"{self.sm_clock_mhz:.0f} MHz of the highest clock measured, as no unlocked point counts"
 
+    @property
+    def energy_words(self) -> str:
+        """Of whose energy savings are shares."""
+        return "the unlocked energy" if self.how == "unlocked" else "the energy at the highest clock measured"
+
 
 class SeriesFit(Record):
     """The model of one phase at one batch and context.
@@ -279,14 +285,19 @@ class SeriesFit(Record):
     @property
     def title(self) -> str:
         """What ran, for people."""
-        parts = [self.name]
-        if self.phase not in ("unknown", self.name):
-            parts.append(self.phase)
-        if self.batch_size is not None:
-            parts.append(f"batch {self.batch_size}")
-        if self.context_tokens is not None:
-            parts.append(f"context {self.context_tokens}")
-        return ", ".join(parts)
+        return series_title(self.name, self.phase, self.batch_size, self.context_tokens)
+
+
+def series_title(name: str, phase: str, batch_size: int | None, context_tokens: int | None) -> str:
+    """What ran, for people: every number that tells one series of a sweep from another."""
+    parts = [name]
+    if phase not in ("unknown", name):
+        parts.append(phase)
+    if batch_size is not None:
+        parts.append(f"batch {batch_size}")
+    if context_tokens is not None:
+        parts.append(f"context {context_tokens}")
+    return ", ".join(parts)
 
 
 def _check_parameters(time: tuple[float, ...], power: tuple[float, ...] | None) -> None:

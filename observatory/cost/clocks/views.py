@@ -16,9 +16,23 @@ from observatory.cost.clocks.model import POWER_TERMS, TIME_TERMS, energy_mj, it
 from observatory.cost.clocks.records import SeriesFit
 from observatory.records import Record
 
-__all__ = ["ClockChoice", "SeriesView"]
+__all__ = ["TIE", "ClockChoice", "SeriesView", "highest_of_ties", "surely_saves"]
 
 Float64 = NDArray[np.float64]
+
+#: Energies this close, relative, are the same: sensors are calibrated to a few percent, repeats to about
+#: this.
+TIE = 0.005
+
+
+def highest_of_ties(clock_F: Float64, cost_F: Float64) -> float:
+    """The highest clock whose cost ties with the least."""
+    return float(clock_F[cost_F <= cost_F.min() * (1.0 + TIE)].max())
+
+
+def surely_saves(saving: Interval) -> bool:
+    """Whether all of a saving's interval is more than energies that count as the same differ by."""
+    return saving.low is not None and saving.low > TIE
 
 
 class ClockChoice(Record):
