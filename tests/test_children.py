@@ -167,14 +167,15 @@ def found_by_child(*folders: Path, working: Path, options: tuple[str, ...] = ())
     return dict(json.loads(done.stdout))
 
 
+@pytest.mark.parametrize("working", ["hostile", "."])
 def test_packages_that_the_parent_found_elsewhere_are_found_but_hide_nothing_of_python(
-    tmp_path: Path, hostile: Path
+    tmp_path: Path, hostile: Path, working: str
 ) -> None:
     """As environment modules put them on PYTHONPATH, or ``pip install --user`` beside the site-packages."""
     modules = package(tmp_path / "modules", "found", FOUND)
     package(modules, "pydantic", "version = 'of the module'")
     (modules / "queue.py").write_text("raise ImportError('hostile')")
-    found = found_by_child(modules, hostile, working=hostile)
+    found = found_by_child(modules, hostile, working=tmp_path / working)
     assert found["pydantic"] == str(modules / "pydantic.py")  # the one that its parent would import
     assert Path(found["queue"]).parent == Path(os.__file__).parent
     assert found["observatory"] == str(ROOT / "observatory" / "__init__.py")  # whatever is installed
