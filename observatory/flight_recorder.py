@@ -118,7 +118,7 @@ def parse_recorder_dump(content: bytes, *, name: str) -> RecorderDump:
         dump = RecorderDump.model_validate(parse_json(content))
     except ValueError as error:
         if not isinstance(error, ValidationError):
-            raise RunFormatError(f"{name} is no JSON ({error!s:.200}); {_REMEDY}") from error
+            raise RunFormatError(f"{name} is no flight recorder dump ({error!s:.200}); {_REMEDY}") from error
         problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(str(part) for part in problem["loc"][:4])
         reason = f"{where + ': ' if where else ''}{problem['msg']:.200}"

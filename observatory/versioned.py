@@ -55,7 +55,7 @@ def load_document(
     try:
         document = parse_json(content)
     except ValueError as error:
-        raise failure(f"{what} {path} is not valid JSON ({str(error)[:200]}); {remedy}") from error
+        raise failure(f"{what} {path} is not valid ({str(error)[:200]}); {remedy}") from error
     _refuse_newer(document, version, f"{what} {path}", failure)
     try:
         return kind.model_validate(document)

@@ -191,18 +191,15 @@ def load_placement(path: Path | str) -> PlacementFile:
             f"placement {path} is over {MAX_DOCUMENT_BYTES >> 20} MiB; expected one rank per expert"
         )
     try:
-        document = parse_json(content)
+        return PlacementFile.model_validate(parse_json(content)).model_copy(update={"name": path.name})
     except ValueError as error:
+        reason = str(error)[:200]
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            reason = f"{where + ': ' if where else ''}{first['msg']}"
         raise PlacementError(
-            f"placement {path} is not valid JSON ({str(error)[:200]}); expected one rank per expert"
-        ) from error
-    try:
-        return PlacementFile.model_validate(document).model_copy(update={"name": path.name})
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PlacementError(
-            f"placement {path} is not valid ({where + ': ' if where else ''}{first['msg']}); "
+            f"placement {path} is not valid ({reason}); "
             'expected {"expert_to_rank": [0, 0, 1, ...]} or {"layers": {"0": [...]}}'
         ) from error
 
