@@ -28,7 +28,7 @@ from observatory.errors import CaptureError
 from observatory.ranks import find_rank
 
 if TYPE_CHECKING:
-    from probes.power.lease import ProcessId
+    from observatory.process_id import ProcessId
 
 __all__ = ["SHARDS", "Shard", "end_rank", "ending", "find_launcher", "guard_rank"]
 
@@ -88,7 +88,7 @@ def find_launcher(environment: Mapping[str, str] = os.environ) -> ProcessId | No
     name = next((name for name in _MARKS.get(launcher, ()) if name in environment), None)
     if name is None:
         return None
-    from probes.power.lease import ProcessId
+    from observatory.process_id import ProcessId  # pydantic: only ranks wait for it
 
     mark = f"{name}={environment[name]}".encode()
     pid = os.getppid()
@@ -165,7 +165,7 @@ def _await_reason(launcher: ProcessId, told: int) -> str:
         signals = [number for number in os.read(told, 64) if number in _SIGNALS] if told in ready else []
         if signals:
             time.sleep(_SETTLE_S)
-        if not launcher.alive:
+        if launcher.alive is False:  # None: not known
             return f"its launcher, process {launcher.pid}, is gone"
         if signals:
             return f"interrupted by {signal.Signals(signals[0]).name}"

@@ -23,11 +23,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from observatory.errors import ClockError, LockRefusedError
+from observatory.process_id import ProcessId, machine_monotonic_ns
 from observatory.records import Count, Record, Text
 from observatory.store.files import one_line
 from probes.power.lease_files import open_own
 from probes.power.lease_folder import FOLDER_VARIABLE
-from probes.power.process_id import ProcessId, machine_monotonic_ns
 
 __all__ = [
     "Lease",

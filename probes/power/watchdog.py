@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from observatory.errors import ClockError, LeaseBusyError, ObservatoryError
+from observatory.process_id import ProcessId
 from probes.power.control import ClockControl
 from probes.power.lease import (
     Lease,
@@ -33,7 +34,6 @@ from probes.power.lease import (
 )
 from probes.power.lease_files import guarded
 from probes.power.locking import undo
-from probes.power.process_id import ProcessId
 
 __all__ = ["main"]
 

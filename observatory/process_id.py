@@ -1,4 +1,4 @@
-"""Which process a lease names, and when it expires, for every PID and time namespace of the machine.
+"""Names of processes and moments that hold in every PID and time namespace of a machine.
 
 Containers of one machine may share the folder of leases. A process id means another process in the next PID
 namespace, and start times of processes differ between time namespaces: a process is judged by its id only
