@@ -32,8 +32,9 @@ _VALLEYS, _ROUNDS, _FINER = 24, 5, 0.3
 _SMEARS_NS, _SMEARED_VALLEYS, _SMEAR_ROUNDS = np.array([0.7, 1.5, 3.0, 6.0, 12.0]) * 1e6, 6, 4
 #: How often the plausible region is followed outwards, with steps that become finer.
 _OUTWARDS = 5
-#: 99 % of chi-squared with three parameters.
-_CHI2 = float(stats.chi2.ppf(0.99, 3))
+#: A trial is implausible at this level of chi-squared with three parameters, for all of the grid together:
+#: the least of many trials is low by chance.
+_IMPLAUSIBLE = 0.01
 #: Part of the moments' own error that all of a run may share.
 _SHARED = 0.4
 
@@ -83,7 +84,7 @@ def plausible_shifts(whole: Design) -> list[Shift]:
     lags, drifts = searched.axes()
     most = _MOST_ROWS // (len(lags) * len(drifts))
     design = whole.thinned(int(np.clip(most, _FEWEST_SEARCHED, _MOST_SEARCHED)))
-    tried = _Tried(design)
+    tried = _Tried(design, places=len(lags) * len(drifts))
     tried.add(_grid(lags, drifts, np.zeros(1)))
     step = np.array([lags[1] - lags[0], drifts[1] - drifts[0], 0.0])
     _follow(tried, searched, (len(lags), len(drifts)), step)
@@ -131,8 +132,8 @@ def _spread(tried: _Tried, searched: _Range, step: Float64) -> None:
         tried.add(np.concatenate([searched.around(trial, step * finer, (5, 5, 3)) for trial in outer]))
 
 
-def _enough(design: Design, least: float) -> float:
-    """Sum of squares up to which a trial is plausible.
+def _enough(design: Design, least: float, places: int) -> float:
+    """Sum of squares up to which a trial is plausible, where the least was found among so many places.
 
     The error of an observation is at least what its own moment's error does to it: half its power, as the
     phases' powers differ by about that, over ``own_ns`` at both ends. A part of it may be the same for all,
@@ -142,14 +143,15 @@ def _enough(design: Design, least: float) -> float:
     power_mw = float(seen.energy_mj_N.sum() / (seen.end_ns_N - seen.start_ns_N).sum()) * 1e9
     floor_mj = 0.5 * power_mw * seen.own_ns * 1e-9
     free = max(1, len(seen) - len(design.names) - 2)
-    return least + _CHI2 * max(least / free, floor_mj**2) + len(seen) * (_SHARED * floor_mj) ** 2
+    allowed = float(stats.chi2.isf(_IMPLAUSIBLE / places, 3))
+    return least + allowed * max(least / free, floor_mj**2) + len(seen) * (_SHARED * floor_mj) ** 2
 
 
 class _Tried:
     """All trials so far."""
 
-    def __init__(self, design: Design) -> None:
-        self._design = design
+    def __init__(self, design: Design, *, places: int) -> None:
+        self._design, self._places = design, places
         self.trial_Q3 = np.empty((0, 3))
         self.power_QJ = np.empty((0, len(design.names)))
         self.squares_Q = np.empty(0)
@@ -185,7 +187,8 @@ class _Tried:
     def extremes(self) -> list[int]:
         """The best trial; of the plausible ones those of least and most power, and of the worst condition."""
         best = int(np.argmin(self.squares_Q))
-        plausible = np.flatnonzero(self.squares_Q <= _enough(self._design, float(self.squares_Q[best])))
+        enough = _enough(self._design, float(self.squares_Q[best]), self._places)
+        plausible = np.flatnonzero(self.squares_Q <= enough)
         known_QJ = np.nan_to_num(self.power_QJ[plausible])
         worst = plausible[np.argmax(self.condition_Q[plausible])]
         outer = plausible[np.concatenate([known_QJ.argmin(axis=0), known_QJ.argmax(axis=0)])]

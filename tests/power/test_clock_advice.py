@@ -499,3 +499,13 @@ def test_without_an_unlocked_point_the_highest_clock_is_the_reference_and_said_t
 def test_a_budget_that_is_none_is_refused(budget: float) -> None:
     with pytest.raises(ClockError, match="is no budget"):
         recommend_clocks(model_of("knee"), max_slowdown=budget)
+
+
+def test_a_series_that_cannot_be_fitted_is_named_with_its_batch_and_context() -> None:
+    sweep = made_sweep([DEVICES["knee"]], time_noise=0.003, energy_noise=0.01)
+    poor = sweep.series[0].model_copy(
+        update={"batch_size": 77, "context_tokens": 4321, "points": sweep.series[0].points[:1]}
+    )
+    model = fit(sweep.model_copy(update={"series": (sweep.series[0], poor)}), bootstrap=5)
+    (note,) = [note for note in model.notes if "are needed" in note]
+    assert note.startswith("knee, decode, batch 77, context 4321: ")
