@@ -157,7 +157,7 @@ def test_files_that_are_no_recordings_are_one_sentence_each(
         "missing": "neither a run directory nor a file", "empty.parquet": "holds no power samples",
         "no_time.parquet": "time_ns", "watts.parquet": "power_mw is double",
         "bomb.parquet": "names that are none",
-        "negative.parquet": "power_mw that cannot be true", "future.parquet": "time_ns that cannot be true",
+        "negative.parquet": "column power_mw holds -1", "future.parquet": "column time_ns holds",
         "long.parquet": "names that are none",
     }  # fmt: skip
     for name, why in expected.items():
