@@ -37,7 +37,7 @@ from typing import Any
 
 from benchmarks.stop_points import STOPS, StopOutcome, play_stop
 from tests.power.driver import Change
-from tests.power.killing import KILL, POINTS, hook_folder, kill_at_point
+from tests.power.killing import POINTS, kill_at_point, kill_watchdogs
 from tests.power.test_locking import UUID, Host
 
 CLEAN = {"lock": 0.0, "limit": 700.0}
@@ -146,10 +146,12 @@ class Bench:
         """Run an owner to its end, and wait for the watchdog that it leaves; its id and time of death."""
         from tests.power import lock_owner
 
-        if watchdog is not None:
-            os.environ[KILL] = f"watchdog kill {watchdog}"
-        result = self._forked(lambda: lock_owner.main([UUID, *arguments]))
-        os.environ.pop(KILL, None)
+        def main() -> int:
+            if watchdog is not None:
+                kill_watchdogs(watchdog)
+            return lock_owner.main([UUID, *arguments])
+
+        result = self._forked(main)
         self._reap()
         return result
 
@@ -312,12 +314,11 @@ def main() -> int:
 
 
 def _run_workers(folder: Path, jobs: int, argv: Sequence[str], kind: str) -> list[dict[str, Any]]:
-    hooks = hook_folder(folder / "hooks")
     workers = []
     for job in range(jobs):
         own = folder / f"worker-{job}"
-        own.mkdir()
-        path = os.pathsep.join([str(hooks), os.getcwd(), os.environ.get("PYTHONPATH", "")])
+        own.mkdir(parents=True)
+        path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
         workers.append(
             subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.kill_points", *argv, str(own), str(job), str(jobs), kind],

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from observatory.errors import ObservatoryError
-from tests.power.killing import KILL
+from tests.power.killing import kill_watchdogs
 from tests.power.test_locking import UUID, Host
 
 __all__ = ["STOPS", "Stop", "StopOutcome", "play_stop"]
@@ -82,11 +82,10 @@ class Stop:
 
         def main() -> int:
             locking._WATCHDOG_S = 3.0  # one that is stopped before it watches is killed by its owner
+            kill_watchdogs(point, stop=True)
             return lock_owner.main([UUID, "middle"])
 
-        os.environ[KILL] = f"watchdog stop {point}"
         pid = self._fork(main)
-        del os.environ[KILL]
         os.waitpid(pid, 0)
         with contextlib.suppress(ChildProcessError):
             watchdog, status = os.waitpid(-1, os.WUNTRACED)

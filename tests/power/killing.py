@@ -1,12 +1,10 @@
 """Kills or stops a process at a chosen line of the code that locks clocks.
 
-    OBSERVATORY_KILL="watchdog kill 37" PYTHONPATH=FOLDER:...      # FOLDER as hook_folder() makes it
-
-kills, or with "stop" stops, the watchdog that a Python process with these variables starts.
-
 Points are the lines in functions of ``probes/power/{locking,lease,lease_files,control,watchdog}.py``, in the
 order in which a process runs them, each line at most three times. Point 0 is nowhere. The file that
 ``OBSERVATORY_POINTS`` names then takes the count, and else "killed" or "stopped" just before it is.
+
+    python -m tests.power.killing stop 37 MODULE ...      # as python -m MODULE ..., stopped at point 37
 """
 
 from __future__ import annotations
@@ -22,20 +20,18 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from observatory import children
+from probes.power import locking
 
-__all__ = ["KILL", "POINTS", "from_environment", "hook_folder", "kill_at_point", "kill_now"]
+__all__ = ["POINTS", "kill_at_point", "kill_now", "kill_watchdogs"]
 
-#: Names in the environment: role, "kill" or "stop", and point; file that takes what became of it.
-KILL, POINTS = "OBSERVATORY_KILL", "OBSERVATORY_POINTS"
+#: Names in the environment the file that takes what became of a point.
+POINTS = "OBSERVATORY_POINTS"
 
 _TIMES = 3
 _OURS = tuple(
     f"/probes/power/{name}.py" for name in ("locking", "lease", "lease_files", "control", "watchdog")
 )
 _IN_FUNCTION = 0x1  # CO_OPTIMIZED: no module, no class body
-#: The module that a role's process runs.
-_ROLES = {"watchdog": "probes.power.watchdog"}
 
 
 def kill_at_point(point: int, *, children: bool = False, stop: bool = False) -> Callable[[], int]:
@@ -94,28 +90,13 @@ def _tell(what: str) -> None:
         Path(told).write_text(what)
 
 
-def hook_folder(folder: Path) -> Path:
-    """A folder that, first on the path of Python processes, calls :func:`from_environment` in each."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sitecustomize.py").write_text(
-        "from tests.power.killing import from_environment\nfrom_environment()\n"
-    )
-    return folder
+def kill_watchdogs(point: int, *, stop: bool = False) -> None:
+    """Kill, or stop, the watchdogs that this process starts at a point."""
 
+    def command(module: str, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", __name__, "stop" if stop else "kill", str(point), module, *arguments]
 
-def from_environment() -> None:
-    """Let this process start children that are killed or stopped at a point, if the environment says so."""
-    role, what, point = os.environ.get(KILL, "none kill 0").split()
-    if role not in _ROLES:
-        return
-    isolated = children.python_module
-
-    def killed(module: str, *arguments: str) -> list[str]:
-        if module != _ROLES[role]:
-            return isolated(module, *arguments)
-        return [sys.executable, "-m", __name__, what, point, module, *arguments]
-
-    children.python_module = killed
+    locking.python_module = command
 
 
 if __name__ == "__main__":
