@@ -158,6 +158,7 @@ def _label(
     """What became of the request, and the evidence."""
     if clock.empty:
         return "unverified", "the clock was not sampled in the window"
+    driver = "event reasons were not sampled" if reasons is None else "the driver names no reason"
     seen = round(float(clock.median()))
     met = wanted is None or abs(seen - wanted) <= _STEP_MHZ
     said = "said to be set outside" if set_outside else "asked for"
@@ -167,9 +168,9 @@ def _label(
     if reasons is not None and reasons & POWER_CAP_BIT:
         return "power-capped", f"{what}; the driver names the power limit"
     if met:
-        return "ok", what
+        return "ok", what if reasons is not None else f"{what}; {driver}"
     why = ": it was not set, or not on this GPU" if set_outside else ""
-    return "clamped", f"{what}; the driver names no reason{why}"
+    return "clamped", f"{what}; {driver}{why}"
 
 
 def _cap_share(inside: pd.DataFrame) -> float | None:

@@ -185,8 +185,8 @@ def test_without_event_reasons_a_limit_that_power_once_came_near_may_act(tmp_pat
 @pytest.mark.parametrize(
     ("left_out", "missing", "code", "words"),
     [
-        (("power_mw",), "power", "power not known", "instant power"),
-        (("enforced_limit_mw",), "power limit", "power not known", "the power limit"),
+        (("power_mw",), "power", "power over limit not known", "instant power"),
+        (("enforced_limit_mw",), "power limit", "power over limit not known", "the power limit"),
         (("sm_clock_mhz",), "SM clock", "SM clock not known", "SM clock was not sampled"),
         (("event_reasons",), "event reasons", "states not known", "event reasons"),
     ],
@@ -238,7 +238,9 @@ def test_power_that_ended_before_the_first_limit_is_beside_none(tmp_path: Path) 
     }
     found = seen(tmp_path / "run", power)
     assert found.missing == ("power beside a limit",)
-    assert "instant power and the limit in force at the same time" in said(found, "power not known")
+    assert "instant power and the limit in force at the same time" in said(
+        found, "power over limit not known"
+    )
 
 
 def test_a_device_that_only_idled_says_nothing_of_load(tmp_path: Path) -> None:
@@ -326,6 +328,23 @@ def test_what_slows_a_chip_is_the_same_to_sweep_fit_and_telemetry(tmp_path: Path
     found = first(path)
     assert said(found, "slowed by heat" if bit & HEAT_BITS else "slowed by brake")
     assert (found.thermal_share, found.brake_share) == ((1.0, 0.0) if bit & HEAT_BITS else (0.0, 1.0))
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_point_of_which_no_event_reasons_were_sampled_is_not_one_for_which_the_driver_names_no_reason(
+    tmp_path: Path, sampled: bool
+) -> None:
+    power = columns((FREE, 200))
+    path = write_run(tmp_path / "run", power if sampled else without(power, "event_reasons"))
+    device = DeviceSpec(kind="gpu", name="Fake", uuid=UUID)
+    head = JournalHead(device=device, series=(JournalSeries(name="one"),), supported_sm_clocks_mhz=(1500,))
+    window = JournalPoint(
+        order=0, repeat=0, series=0, sm_clock_mhz=1500, start_ns=0, end_ns=199 * PERIOD_NS, iterations=10
+    )
+    point = sweep_document(head, [window], RankPower(), path).series[0].points[0]
+    assert point.label == "clamped"
+    assert ("the driver names no reason" in point.reason) == sampled
+    assert ("event reasons were not sampled" in point.reason) != sampled
 
 
 def test_the_command_prints_sentences_and_numbers_of_each_state(
