@@ -17,7 +17,7 @@ from observatory.versioned import load_document
 
 __all__ = ["CLOCKS_VERSION", "ClockPoint", "ClockSeries", "ClockSweep", "PointLabel", "load_sweep"]
 
-CLOCKS_VERSION = "1.0"
+CLOCKS_VERSION = "1.1"
 
 _Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -25,10 +25,10 @@ _Mhz = Annotated[int, Field(ge=1, le=100_000)]
 _Milliwatts = Annotated[int, Field(ge=0, le=10_000_000_000)]
 
 #: ``ok``: ran as asked; ``power-capped``: the power limit held the clock below the request (event reason
-#: 0x4); ``thermal``: heat, a hardware slowdown or the power brake did (0x20, 0x40, 0x8, 0x80); ``clamped``:
-#: the clock seen differs from the request for no stated reason; ``unverified``: the clock could not be
-#: sampled.
-PointLabel = Literal["ok", "power-capped", "thermal", "clamped", "unverified"]
+#: 0x4); ``thermal``: heat did (0x20, 0x40); ``braked`` (since 1.1, ``thermal`` before): a hardware
+#: slowdown or the power brake did (0x8, 0x80), without a thermal bit; ``clamped``: the clock seen differs from
+#: the request for no stated reason; ``unverified``: the clock could not be sampled.
+PointLabel = Literal["ok", "power-capped", "thermal", "braked", "clamped", "unverified"]
 
 
 class ClockPoint(Record):

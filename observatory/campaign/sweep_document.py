@@ -14,7 +14,7 @@ from observatory.energy.sensors import sensor_of
 from observatory.energy.traces import trace_of_frame
 from observatory.energy.windows import energy_of_window
 from observatory.errors import ClockError
-from observatory.event_reasons import POWER_CAP_BIT, SLOWED_BITS
+from observatory.event_reasons import POWER_CAP_BIT, slowed_label
 from observatory.provenance import collect_provenance
 from observatory.records import RankPower
 from observatory.records_clocks import ClockPoint, ClockSeries, ClockSweep, PointLabel
@@ -26,6 +26,7 @@ __all__ = ["recover_sweep", "sweep_document", "write_sweep"]
 _STEP_MHZ = 15
 #: A bit or a cap counts from this share of the window on.
 _OFTEN = 0.1
+_SLOWED_WORDS = {"thermal": "heat", "braked": "a hardware slowdown or the power brake"}
 
 
 def sweep_document(
@@ -156,15 +157,18 @@ def _label(
     wanted: int | None, clock: pd.Series[float], reasons: int | None, *, set_outside: bool
 ) -> tuple[PointLabel, str]:
     """What became of the request, and the evidence."""
+    slowed = slowed_label(reasons)
+    cause = _SLOWED_WORDS.get(slowed or "", "")
     if clock.empty:
-        return "unverified", "the clock was not sampled in the window"
+        unseen = "the clock was not sampled in the window"
+        return (slowed, f"{unseen}; the driver names {cause}") if slowed else ("unverified", unseen)
     driver = "event reasons were not sampled" if reasons is None else "the driver names no reason"
     seen = round(float(clock.median()))
     met = wanted is None or abs(seen - wanted) <= _STEP_MHZ
     said = "said to be set outside" if set_outside else "asked for"
     what = f"{seen} MHz sampled" + ("" if wanted is None else f", {wanted} {said}")
-    if reasons is not None and reasons & SLOWED_BITS:
-        return "thermal", f"{what}; the driver names heat, a hardware slowdown or the power brake"
+    if slowed:
+        return slowed, f"{what}; the driver names {cause}"
     if reasons is not None and reasons & POWER_CAP_BIT:
         return "power-capped", f"{what}; the driver names the power limit"
     if met:

@@ -248,9 +248,13 @@ def _sentence(
     view: SeriesView, choice: ClockChoice, measured: MeasuredNearby | None, worth: bool, max_slowdown: float
 ) -> str:
     title, reference, words = view.fit.title, view.reference_mhz, view.fit.reference.words
-    heated = sum(item.heated for item in view.fit.settings)
-    if heated:
-        words += f" ({heated} points that heat slowed down do not count)"
+    slowed = {
+        "heat": sum(item.heated for item in view.fit.settings),
+        "the brake": sum(item.braked for item in view.fit.settings),
+    }
+    counted = [f"{count} points slowed by {cause}" for cause, count in slowed.items() if count]
+    if counted:
+        words += f" ({' and '.join(counted)} do not count)"
     if not worth:
         if choice.sm_clock_mhz >= reference:
             return (

@@ -28,7 +28,7 @@ from observatory.energy.bands import DeviceBands, device_bands
 from observatory.energy.places import device_specs
 from observatory.energy.sensors import SensorModel, sensor_of
 from observatory.errors import ClockError
-from observatory.event_reasons import BRAKE_BITS, HEAT_BITS, HOLDING_BITS, IDLE_BIT, POWER_CAP_BIT
+from observatory.event_reasons import BRAKE_BITS, HOLDING_BITS, IDLE_BIT, POWER_CAP_BIT, THERMAL_BITS
 from observatory.records import DeviceSpec
 from observatory.store import Run
 
@@ -135,7 +135,7 @@ def _device(
     # Counters count over gaps too, so that they are read over the whole run only.
     counted = phase is None
     capped, capped_busy, capped_by = _held(rows if counted else None, "power_cap_ns", reasons, POWER_CAP_BIT)
-    hot, hot_busy, hot_by = _held(rows if counted else None, "thermal_ns", reasons, HEAT_BITS)
+    hot, hot_busy, hot_by = _held(rows if counted else None, "thermal_ns", reasons, THERMAL_BITS)
     braked, braked_busy, _ = _held(None, "", reasons, BRAKE_BITS)
     device = DeviceTelemetry(
         **whole.model_dump(),
@@ -180,7 +180,7 @@ def _states(rows: pd.DataFrame, reasons: NDArray[np.int64]) -> dict[StateName, R
         "busy": busy,
         "free": busy & (reasons & HOLDING_BITS == 0),
         "power cap": busy & (reasons & POWER_CAP_BIT > 0),
-        "heat": busy & (reasons & HEAT_BITS > 0),
+        "thermal": busy & (reasons & THERMAL_BITS > 0),
         "brake": busy & (reasons & BRAKE_BITS > 0),
         "idle": idle,
     }

@@ -39,7 +39,7 @@ _MISSING_WORDS: dict[Missing, str] = {
 #: What is not missing for statements on power and limit.
 _OF_CLOCKS: tuple[Missing, ...] = ("SM clock", "highest SM clock")
 #: What a state is due to.
-_CAUSE_WORDS: dict[StateName, str] = {"power cap": "the power limit", "heat": "heat"}
+_CAUSE_WORDS: dict[StateName, str] = {"power cap": "the power limit", "thermal": "heat"}
 
 
 def device_findings(device: DeviceTelemetry) -> tuple[Finding, ...]:
@@ -244,7 +244,7 @@ def _clock_words(readings: Readings, *, joined_by: str = "to") -> str:
 
 def _heat_and_brake(device: DeviceTelemetry) -> Iterator[Finding]:
     if _acted(device.thermal_share, device.thermal_busy_share):
-        reason, hot = _no_clock_reason(device, "heat"), _state(device, "heat")
+        reason, hot = _no_clock_reason(device, "thermal"), _state(device, "thermal")
         where = f" (to which clock is not known: {reason})"
         if reason is None:
             where = f" (to {_clock_words(hot)}, {_samples(hot.clock_samples)})"
@@ -255,7 +255,7 @@ def _heat_and_brake(device: DeviceTelemetry) -> Iterator[Finding]:
         )
     if _acted(device.brake_share, device.brake_busy_share):
         yield _finding(
-            "slowed by brake",
+            "slowed by the brake",
             "hardware slowdown or the power brake acted for "
             f"{_share_words(device.brake_share, device.brake_busy_share)}: mend that first",
         )

@@ -20,8 +20,8 @@ __all__ = [
 ]
 
 #: By the event reasons of a sample: ``idle`` has the idle bit, ``busy`` has it not. Among the busy ones:
-#: ``power cap``, ``heat`` and ``brake`` have a bit of that, ``free`` has none that holds a clock down.
-StateName = Literal["busy", "free", "power cap", "heat", "brake", "idle"]
+#: ``power cap``, ``thermal`` and ``brake`` have a bit of that, ``free`` has none that holds a clock down.
+StateName = Literal["busy", "free", "power cap", "thermal", "brake", "idle"]
 #: Of what no sample holds a valid reading. ``power of the phase``: there is power, but all of it may be that
 #: of what ran before; ``power beside a limit``: there are both, but no power after the first limit.
 #: ``highest SM clock`` is of the device, not of samples.
@@ -44,7 +44,7 @@ FindingCode = Literal[
     "SM clock below the highest",
     "SM clock not known",
     "slowed by heat",
-    "slowed by brake",
+    "slowed by the brake",
     "idle",
     "little power",
     "states in part",
