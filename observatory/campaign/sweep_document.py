@@ -10,6 +10,7 @@ import pandas as pd
 
 from observatory.campaign.sweep_journal import JournalHead, JournalPoint, read_journal
 from observatory.documents import write_text
+from observatory.energy.missed import energy_of_repeats
 from observatory.energy.sensors import sensor_of
 from observatory.energy.traces import trace_of_frame
 from observatory.energy.windows import energy_of_window
@@ -119,15 +120,15 @@ def _point(measured: JournalPoint, samples: pd.DataFrame, head: JournalHead) -> 
         if len(reasons) and ((reasons & bit) > 0).mean() >= _OFTEN:
             often |= bit
     # A device that was lost before has no samples, and its window no energy.
-    energy = None
+    energy, counted = None, None
     if len(samples):
-        energy = energy_of_window(
-            trace_of_frame(samples), measured.start_ns, measured.end_ns, sensor=sensor_of(head.device.name)
-        )
+        trace, sensor = trace_of_frame(samples), sensor_of(head.device.name)
+        energy = energy_of_window(trace, measured.start_ns, measured.end_ns, sensor=sensor)
+        counted = energy_of_repeats(energy, trace, sensor, iterations=measured.iterations)
     label, reason = _label(
         measured.sm_clock_mhz, clock, often if len(reasons) else None, set_outside=head.set_outside
     )
-    said = None if energy is None else energy.flag or energy.reason
+    said = None if counted is None else counted.reason
     temperature = inside["temperature_c"].dropna()
     return ClockPoint(
         order=measured.order,
@@ -137,9 +138,12 @@ def _point(measured: JournalPoint, samples: pd.DataFrame, head: JournalHead) -> 
         enforced_limit_mw=_last(inside["enforced_limit_mw"]),
         iterations=measured.iterations,
         duration_s=(measured.end_ns - measured.start_ns) / 1e9,
-        energy_mj=None if energy is None else energy.energy_mj,
-        energy_error=None if energy is None else energy.relative_error,
-        energy_source=None if energy is None else energy.source,
+        energy_mj=None if counted is None else counted.energy_mj,
+        energy_error=None if counted is None else counted.error,
+        energy_source=None
+        if energy is None or counted is None or counted.energy_mj is None
+        else energy.source,
+        energy_flag=None if counted is None else counted.flag,
         integral_energy_mj=None if energy is None else energy.integral_mj,
         sm_clock_mhz=None if clock.empty else round(clock.median()),
         sm_clock_low_mhz=None if clock.empty else round(clock.quantile(0.05)),

@@ -12,9 +12,9 @@ import pandas as pd
 from observatory.energy.aliasing import TOLERATED, find_aliasing, rhythm_of, visited_error
 from observatory.energy.attribution import Attribution, IdlePower, PhasePower
 from observatory.energy.design import IDLE
-from observatory.energy.edges import find_updates
 from observatory.energy.estimates import NORMAL_90
 from observatory.energy.least_squares import WIDEST_INTERVAL
+from observatory.energy.missed import update_period_ms
 from observatory.energy.phases import RankPhases
 from observatory.energy.sensors import SensorModel
 from observatory.energy.timeline import Timeline
@@ -186,18 +186,7 @@ def aliasing_rows(device: Device, ran: RankPhases, phases: Timeline) -> list[dic
     sensor, trace = device.sensor, device.trace
     if sensor.window_ms is None or np.isnan(trace.power_mw_N).all():
         return []
-    update_ms = sensor.update_ms
-    updates = find_updates(
-        trace.time_ns_N, trace.read_ns_N, trace.power_mw_N, equal_values=True,
-        period_ns=None if update_ms is None else update_ms * 1e6,
-    )  # fmt: skip
-    found_ms = None if updates.period_ns is None else updates.period_ns * 1e-6
-    # The device's clock is not ours: its own period is known better from its updates, where these show one.
-    # A locked sensor that reads the same value again and again shows none, or a wrong one.
-    if update_ms is None or (
-        found_ms is not None and updates.regular and abs(found_ms - update_ms) < 0.01 * update_ms
-    ):
-        update_ms = found_ms
+    update_ms = update_period_ms(trace, sensor)
     if update_ms is None:
         return []
     rows: list[dict[str, object]] = []

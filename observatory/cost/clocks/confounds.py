@@ -42,6 +42,7 @@ def find_confounds(
     if reference.how == "unlocked" and (reference.power_cap_share or 0.0) >= BINDING_SHARE:
         found.append(_capped_reference(reference))
     found += _slowed(settings)
+    found += _in_time(settings)
     found += _caps(settings, reference, time_scatter)
     found += _clamps(settings)
     found += _limits(settings)
@@ -101,6 +102,24 @@ def _slowed(settings: Sequence[Setting]) -> list[Confound]:
             )
         )
     return found
+
+
+def _in_time(settings: Sequence[Setting]) -> list[Confound]:
+    """Settings whose energy is integrated power of iterations that move in time with the sensor."""
+    flagged = [item for item in settings if item.flagged]
+    if not flagged:
+        return []
+    repeats = sum(item.flagged for item in flagged)
+    return [
+        Confound(
+            kind="in time with the sensor",
+            text=f"the energy of {repeats} points ({_places(flagged)}) is integrated power of iterations "
+            "that move in time with the power sensor: repeats agree on what it misses, so that intervals of "
+            "energies and savings may be too narrow; vary the length of an iteration (batch, context), or read "
+            "an energy counter",
+            numbers={"points": float(repeats), "settings": float(len(flagged))},
+        )
+    ]
 
 
 def _places(settings: Sequence[Setting]) -> str:

@@ -262,6 +262,7 @@ def _setting(members: Sequence[Judged]) -> Setting:
         fitted=sum(item.fitted for item in members),
         heated=sum(item.label == "thermal" for item in members),
         braked=sum(item.label == "braked" for item in members),
+        flagged=sum(item.point.energy_flag is not None for item in compared),
     )
 
 

@@ -129,6 +129,7 @@ class Setting(Record):
         fitted: repeats that entered the fit.
         heated: repeats that heat slowed down; before schema 1.1 those of ``braked`` among them.
         braked: repeats that a hardware slowdown or the power brake slowed down, without heat.
+        flagged: repeats of ``iteration_s_R`` whose energy is integrated power in time with the sensor.
     """
 
     kind: Literal["unlocked", "lock", "cap", "both"]
@@ -144,6 +145,7 @@ class Setting(Record):
     fitted: Count = 0
     heated: Count = 0
     braked: Count = 0
+    flagged: Count = 0
 
     @model_validator(mode="after")
     def _same_repeats(self) -> Setting:
@@ -176,6 +178,7 @@ class Confound(Record):
         "unlocked is capped",
         "slowed by heat",
         "slowed by the brake",
+        "in time with the sensor",
     ]
     text: Text
     numbers: dict[str, float | None] = Field(default_factory=dict)
