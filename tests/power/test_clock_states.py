@@ -268,7 +268,7 @@ def test_readings_that_are_missing_here_and_there_leave_their_samples_out(tmp_pa
     reasons, every = np.asarray(power["event_reasons"]), np.arange(200)
     power["event_reasons"] = np.where(every % 2, reasons, None)
     power["sm_clock_mhz"] = np.where(every % 4 == 1, None, np.asarray(power["sm_clock_mhz"]))
-    power["power_mw"] = np.where(every % 5 == 1, -1, np.asarray(power["power_mw"]))
+    power["power_mw"] = np.where(every % 5 == 1, None, np.asarray(power["power_mw"]))
     found = seen(tmp_path / "run", power)
     assert found.states is not None
     held = found.states["power cap"]

@@ -115,8 +115,8 @@ def _in_time(settings: Sequence[Setting]) -> list[Confound]:
             kind="in time with the sensor",
             text=f"the energy of {repeats} points ({_places(flagged)}) is integrated power of iterations "
             "that move in time with the power sensor: repeats agree on what it misses, so that intervals of "
-            "energies and savings may be too narrow; vary the length of an iteration (batch, context), or read "
-            "an energy counter",
+            "energies and savings may be too narrow; vary the length of an iteration (batch, context), or "
+            "read an energy counter",
             numbers={"points": float(repeats), "settings": float(len(flagged))},
         )
     ]
