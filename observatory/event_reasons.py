@@ -6,6 +6,7 @@ No bit says "locked"; 0 says that nothing holds the clock down.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +14,14 @@ import numpy.typing as npt
 __all__ = [
     "BRAKE_BITS",
     "EVENT_REASONS",
-    "HEAT_BITS",
     "HOLDING_BITS",
     "IDLE_BIT",
     "POWER_CAP_BIT",
-    "SLOWED_BITS",
+    "THERMAL_BITS",
     "reason_bits",
     "reason_name",
     "reason_stretches",
+    "slowed_label",
 ]
 
 #: Bit -> what it means (nvmlClocksEventReason...).
@@ -37,14 +38,23 @@ EVENT_REASONS: dict[int, str] = {
 }
 IDLE_BIT = 0x1
 POWER_CAP_BIT = 0x4
-#: Software and hardware thermal slowdown: what the counter ``thermal_ns`` counts.
-HEAT_BITS = 0x20 | 0x40
+#: What "thermal" means everywhere: software and hardware thermal slowdown, which the counter ``thermal_ns``
+#: counts too. For people: heat.
+THERMAL_BITS = 0x20 | 0x40
 #: Hardware slowdown, whatever its cause, and the power brake.
 BRAKE_BITS = 0x8 | 0x80
-#: What makes a point of a clock sweep ``thermal``: no setting can be credited with such a clock.
-SLOWED_BITS = HEAT_BITS | BRAKE_BITS
 #: Bits that hold a busy device's clock down against its will.
-HOLDING_BITS = POWER_CAP_BIT | SLOWED_BITS
+HOLDING_BITS = POWER_CAP_BIT | THERMAL_BITS | BRAKE_BITS
+
+
+def slowed_label(reasons: int | None) -> Literal["thermal", "braked"] | None:
+    """Label of a sweep point whose clock no setting can be credited with; None where these bits say nothing.
+
+    A hardware slowdown has bit 0x8 whatever its cause, so that one with a thermal bit beside it is thermal.
+    """
+    if reasons is None:
+        return None
+    return "thermal" if reasons & THERMAL_BITS else "braked" if reasons & BRAKE_BITS else None
 
 
 def reason_name(bit: int) -> str:

@@ -341,6 +341,10 @@ class SamplerCost(Record):
     late_us_p99: float | None = None
 
 
+#: ``in time with the sensor``: integrated power of steps that move in time with the sensor of instant power.
+EnergyFlag = Literal["in time with the sensor"]
+
+
 class RankPower(Record):
     """Power sampling as far as one rank is concerned.
 

@@ -12,12 +12,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from observatory.errors import ClockError
-from observatory.records import Count, DeviceSpec, HostSpec, Moment, Phase, Record, Text
+from observatory.records import Count, DeviceSpec, EnergyFlag, HostSpec, Moment, Phase, Record, Text
 from observatory.versioned import load_document
 
 __all__ = ["CLOCKS_VERSION", "ClockPoint", "ClockSeries", "ClockSweep", "PointLabel", "load_sweep"]
 
-CLOCKS_VERSION = "1.0"
+CLOCKS_VERSION = "1.1"
 
 _Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -25,10 +25,10 @@ _Mhz = Annotated[int, Field(ge=1, le=100_000)]
 _Milliwatts = Annotated[int, Field(ge=0, le=10_000_000_000)]
 
 #: ``ok``: ran as asked; ``power-capped``: the power limit held the clock below the request (event reason
-#: 0x4); ``thermal``: heat, a hardware slowdown or the power brake did (0x20, 0x40, 0x8, 0x80); ``clamped``:
-#: the clock seen differs from the request for no stated reason; ``unverified``: the clock could not be
-#: sampled.
-PointLabel = Literal["ok", "power-capped", "thermal", "clamped", "unverified"]
+#: 0x4); ``thermal``: heat did (0x20, 0x40); ``braked`` (since 1.1, ``thermal`` before): a hardware
+#: slowdown or the power brake did (0x8, 0x80), without a thermal bit; ``clamped``: the clock seen
+#: differs from the request for no stated reason; ``unverified``: the clock could not be sampled.
+PointLabel = Literal["ok", "power-capped", "thermal", "braked", "clamped", "unverified"]
 
 
 class ClockPoint(Record):
@@ -45,6 +45,8 @@ class ClockPoint(Record):
         energy_mj: energy of the device in the window; None when neither counter nor sensor tells.
         energy_error: half-width of the 90 % interval of ``energy_mj``, relative; None like it.
         energy_source: ``counter`` or ``integral``; None like ``energy_mj``.
+        energy_flag: what must be known of ``energy_mj``, or why it is None: its error allows for it up to
+            +-25 %, beyond that there is no energy; None for nothing. Since 1.1.
         integral_energy_mj: the other source beside a counter; None where it cannot be had.
         sm_clock_mhz: median clock sampled in the window; None when not sampled.
         sm_clock_low_mhz, sm_clock_high_mhz: 5th and 95th percentile.
@@ -65,6 +67,7 @@ class ClockPoint(Record):
     energy_mj: _Positive | None = None
     energy_error: _NotNegative | None = None
     energy_source: Literal["counter", "integral"] | None = None
+    energy_flag: EnergyFlag | None = None
     integral_energy_mj: _Positive | None = None
     sm_clock_mhz: _Mhz | None = None
     sm_clock_low_mhz: _Mhz | None = None

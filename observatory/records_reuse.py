@@ -13,12 +13,12 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from observatory.errors import EnergyError
-from observatory.records import Count, DeviceSpec, HostSpec, Moment, Record, Text
+from observatory.records import Count, DeviceSpec, EnergyFlag, HostSpec, Moment, Record, Text
 from observatory.versioned import load_document
 
 __all__ = ["REUSE_VERSION", "ReuseCell", "ReuseMeasurement", "ReuseMeasurements", "load_reuse"]
 
-REUSE_VERSION = "1.0"
+REUSE_VERSION = "1.1"
 
 ReuseCell = Literal["MISS", "PARTIAL", "EXACT_HIT"]
 
@@ -35,6 +35,8 @@ class ReuseMeasurement(Record):
         duration_s: length of the window.
         energy_mj: energy of the device in the window.
         energy_error: half-width of the 90 % interval of ``energy_mj``, relative; None where not known.
+        energy_flag: what must be known of ``energy_mj``, which its error allows for; None for nothing. Since
+            1.1.
     """
 
     cell: ReuseCell
@@ -43,6 +45,7 @@ class ReuseMeasurement(Record):
     duration_s: _Positive
     energy_mj: _Positive
     energy_error: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] | None = None
+    energy_flag: EnergyFlag | None = None
 
     @model_validator(mode="after")
     def _cell_fits(self) -> ReuseMeasurement:

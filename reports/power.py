@@ -58,7 +58,7 @@ _QUANTITIES: dict[str, tuple[str, float]] = {
 }
 #: Column of ``seen`` -> the state whose median clock it is.
 _STATE_CLOCKS: dict[str, StateName] = {"busy_clock_mhz": "busy", "capped_clock_mhz": "power cap"}
-_HELD: tuple[FindingCode, ...] = ("limit binds", "slowed by heat", "slowed by brake")
+_HELD: tuple[FindingCode, ...] = ("limit binds", "slowed by heat", "slowed by the brake")
 _KEYS = ("run", "device_uuid", "sampled_by")
 _COLUMNS: dict[str, tuple[str, ...]] = {
     "traces": (*_KEYS, "device", "quantity", "source", "samples", "drawn", "seconds", "reason"),

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from observatory.campaign.workloads import ModelWorkload, Window, Workload, WorkloadFacts, cut_back
 from observatory.documents import write_text
+from observatory.energy.missed import energy_of_repeats
 from observatory.energy.places import calibration_entry
 from observatory.energy.sensors import SensorModel, sensor_of
 from observatory.energy.traces import trace_of_frame
@@ -338,7 +339,9 @@ def _measurement(
     """One window with its energy, or why it has none."""
     if samples.empty:
         return "nothing was sampled"
-    energy = energy_of_window(trace_of_frame(samples), window.start_ns, window.end_ns, sensor=sensor)
+    trace = trace_of_frame(samples)
+    whole = energy_of_window(trace, window.start_ns, window.end_ns, sensor=sensor)
+    energy = energy_of_repeats(whole, trace, sensor, iterations=window.iterations)
     if energy.energy_mj is None or energy.energy_mj <= 0:
         return energy.reason or "the device told no energy above 0"
     cell: ReuseCell = "MISS" if fraction == 0 else "EXACT_HIT" if fraction == 1 else "PARTIAL"
@@ -346,7 +349,8 @@ def _measurement(
         cell=cell,
         cached_fraction=fraction,
         prefills=window.iterations,
-        duration_s=energy.duration_s,
+        duration_s=whole.duration_s,
         energy_mj=energy.energy_mj,
-        energy_error=energy.relative_error,
+        energy_error=energy.error,
+        energy_flag=energy.flag,
     )

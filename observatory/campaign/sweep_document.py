@@ -10,11 +10,12 @@ import pandas as pd
 
 from observatory.campaign.sweep_journal import JournalHead, JournalPoint, read_journal
 from observatory.documents import write_text
+from observatory.energy.missed import energy_of_repeats
 from observatory.energy.sensors import sensor_of
 from observatory.energy.traces import trace_of_frame
 from observatory.energy.windows import energy_of_window
 from observatory.errors import ClockError
-from observatory.event_reasons import POWER_CAP_BIT, SLOWED_BITS
+from observatory.event_reasons import POWER_CAP_BIT, slowed_label
 from observatory.provenance import collect_provenance
 from observatory.records import RankPower
 from observatory.records_clocks import ClockPoint, ClockSeries, ClockSweep, PointLabel
@@ -26,6 +27,7 @@ __all__ = ["recover_sweep", "sweep_document", "write_sweep"]
 _STEP_MHZ = 15
 #: A bit or a cap counts from this share of the window on.
 _OFTEN = 0.1
+_SLOWED_WORDS = {"thermal": "heat", "braked": "a hardware slowdown or the power brake"}
 
 
 def sweep_document(
@@ -118,15 +120,15 @@ def _point(measured: JournalPoint, samples: pd.DataFrame, head: JournalHead) -> 
         if len(reasons) and ((reasons & bit) > 0).mean() >= _OFTEN:
             often |= bit
     # A device that was lost before has no samples, and its window no energy.
-    energy = None
+    energy, counted = None, None
     if len(samples):
-        energy = energy_of_window(
-            trace_of_frame(samples), measured.start_ns, measured.end_ns, sensor=sensor_of(head.device.name)
-        )
+        trace, sensor = trace_of_frame(samples), sensor_of(head.device.name)
+        energy = energy_of_window(trace, measured.start_ns, measured.end_ns, sensor=sensor)
+        counted = energy_of_repeats(energy, trace, sensor, iterations=measured.iterations)
     label, reason = _label(
         measured.sm_clock_mhz, clock, often if len(reasons) else None, set_outside=head.set_outside
     )
-    said = None if energy is None else energy.flag or energy.reason
+    said = None if counted is None else counted.reason
     temperature = inside["temperature_c"].dropna()
     return ClockPoint(
         order=measured.order,
@@ -136,9 +138,12 @@ def _point(measured: JournalPoint, samples: pd.DataFrame, head: JournalHead) -> 
         enforced_limit_mw=_last(inside["enforced_limit_mw"]),
         iterations=measured.iterations,
         duration_s=(measured.end_ns - measured.start_ns) / 1e9,
-        energy_mj=None if energy is None else energy.energy_mj,
-        energy_error=None if energy is None else energy.relative_error,
-        energy_source=None if energy is None else energy.source,
+        energy_mj=None if counted is None else counted.energy_mj,
+        energy_error=None if counted is None else counted.error,
+        energy_source=None
+        if energy is None or counted is None or counted.energy_mj is None
+        else energy.source,
+        energy_flag=None if counted is None else counted.flag,
         integral_energy_mj=None if energy is None else energy.integral_mj,
         sm_clock_mhz=None if clock.empty else round(clock.median()),
         sm_clock_low_mhz=None if clock.empty else round(clock.quantile(0.05)),
@@ -156,20 +161,24 @@ def _label(
     wanted: int | None, clock: pd.Series[float], reasons: int | None, *, set_outside: bool
 ) -> tuple[PointLabel, str]:
     """What became of the request, and the evidence."""
+    slowed = slowed_label(reasons)
+    cause = _SLOWED_WORDS.get(slowed or "", "")
     if clock.empty:
-        return "unverified", "the clock was not sampled in the window"
+        unseen = "the clock was not sampled in the window"
+        return (slowed, f"{unseen}; the driver names {cause}") if slowed else ("unverified", unseen)
+    driver = "event reasons were not sampled" if reasons is None else "the driver names no reason"
     seen = round(float(clock.median()))
     met = wanted is None or abs(seen - wanted) <= _STEP_MHZ
     said = "said to be set outside" if set_outside else "asked for"
     what = f"{seen} MHz sampled" + ("" if wanted is None else f", {wanted} {said}")
-    if reasons is not None and reasons & SLOWED_BITS:
-        return "thermal", f"{what}; the driver names heat, a hardware slowdown or the power brake"
+    if slowed:
+        return slowed, f"{what}; the driver names {cause}"
     if reasons is not None and reasons & POWER_CAP_BIT:
         return "power-capped", f"{what}; the driver names the power limit"
     if met:
-        return "ok", what
+        return "ok", what if reasons is not None else f"{what}; {driver}"
     why = ": it was not set, or not on this GPU" if set_outside else ""
-    return "clamped", f"{what}; the driver names no reason{why}"
+    return "clamped", f"{what}; {driver}{why}"
 
 
 def _cap_share(inside: pd.DataFrame) -> float | None:

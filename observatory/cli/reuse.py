@@ -124,7 +124,16 @@ def reuse_document(curve: Any) -> dict[str, Any]:
     from observatory.documents import frame_records
     from observatory.energy.reuse import PUBLISHED_SAVING, PUBLISHED_SOURCE
 
-    names = ("fixed_mj", "linear_mj", "square_mj", "saved", "saved_low", "saved_high", "saved_reason")
+    names = (
+        "fixed_mj",
+        "linear_mj",
+        "square_mj",
+        "saved",
+        "saved_low",
+        "saved_high",
+        "saved_reason",
+        "saved_flag",
+    )
     return {
         **{name: getattr(curve, name) for name in names},
         "cells": frame_records(curve.cells),
@@ -154,6 +163,12 @@ def print_reuse(curve: Any, model: str, prompt_tokens: int) -> None:
             f"an exact hit saves {100 * found['saved']:.1f} % of a miss's prefill energy here"
             f"{f' ({interval} %)' if interval else ''}; {found['published']['source']} states "
             f"{100 * found['published']['saved']:.0f} % for its models"
+        )
+    flagged = [percent_cell(row["cached_fraction"]) for row in found["cells"] if row["flag"]]
+    if flagged:
+        say(
+            f"energies at a cached fraction of {', '.join(map(str, flagged))} are integrated power of "
+            "prefills in time with the power sensor; their intervals allow for it"
         )
     if found["saved_reason"]:
         say(f"saving: {found['saved_reason']}")

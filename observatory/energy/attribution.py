@@ -250,9 +250,12 @@ def idle_power(
         (int(a) + _IDLE_EDGE_NS, int(b) - _IDLE_EDGE_NS)
         for a, b in zip(before[long], after[long], strict=True)
     ]
+    why = "the run has no idle windows"
     if gaps:
         measured = measure_repeated(trace, gaps, sensor)
-        if not isinstance(measured, str):
+        if isinstance(measured, str):
+            why = f"its idle windows have no energy ({measured})"
+        else:
             return IdlePower(
                 power_mw=measured.power_mw, low_mw=measured.low_mw, high_mw=measured.high_mw,
                 source=f"{measured.windows} idle windows of the run, {measured.measured_s:.1f} s",
@@ -265,6 +268,4 @@ def idle_power(
         )  # fmt: skip
     if calibrated_mw is not None:
         return IdlePower(power_mw=calibrated_mw, source="calibration when the sampler started")
-    return IdlePower(
-        power_mw=None, source="not known: the run has no idle windows and its sampler told no idle power"
-    )
+    return IdlePower(power_mw=None, source=f"not known: {why} and its sampler reported no idle power")

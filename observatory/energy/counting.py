@@ -16,7 +16,7 @@ from observatory.energy.estimates import (
     NORMAL_90,
     Estimate,
     counted_mw,
-    why_not_sampled,
+    why_not_read,
 )
 from observatory.energy.sensors import SensorModel
 from observatory.energy.traces import PowerTrace
@@ -29,13 +29,13 @@ _STALE_PERIODS = 5.0
 
 def energy_by_counter(trace: PowerTrace, start_ns: int, end_ns: int, sensor: SensorModel) -> Estimate | str:
     """Energy of a window by the counter, or why there is none."""
-    near = trace.between(start_ns, end_ns, margin_ns=MARGIN_NS)
-    told = ~np.isnan(near.energy_mj_N)
-    if not told.any():
-        return "the device told no counter"
-    missing = why_not_sampled(near.time_ns_N[told], start_ns, end_ns, sensor.counter_ms)
+    missing = why_not_read(
+        trace, trace.energy_mj_N, start_ns, end_ns, what="energy counter", period_ms=sensor.counter_ms
+    )
     if missing is not None:
         return missing
+    near = trace.between(start_ns, end_ns, margin_ns=MARGIN_NS)
+    told = ~np.isnan(near.energy_mj_N)
     updates = find_updates(
         near.time_ns_N, near.read_ns_N, near.energy_mj_N,
         period_ns=None if sensor.counter_ms is None else sensor.counter_ms * 1e6,
@@ -104,14 +104,15 @@ def _why_no_updates(near: PowerTrace, start_ns: int, end_ns: int, inside: int, p
 def _longest_still(
     updates: Updates, inside: npt.NDArray[np.int64], near: PowerTrace, start_ns: int, end_ns: int
 ) -> float:
-    """Longest time inside the window without an update although samples were taken."""
+    """Longest time inside the window without an update although the counter was read."""
     moments = np.concatenate([[start_ns], updates.time_ns_K[inside], [end_ns]])
     still = np.diff(moments)
-    gaps = np.diff(near.time_ns_N)
+    read_ns = near.time_ns_N[~np.isnan(near.energy_mj_N)]
+    gaps = np.diff(read_ns)
     long = gaps > 2 * np.median(gaps)
-    # Time without samples is no time in which the counter was seen to stand.
+    # Time without readings is no time in which the counter was seen to stand.
     unseen = np.zeros(len(still))
-    for low, high in zip(near.time_ns_N[:-1][long], near.time_ns_N[1:][long], strict=True):
+    for low, high in zip(read_ns[:-1][long], read_ns[1:][long], strict=True):
         unseen += np.clip(np.minimum(moments[1:], high) - np.maximum(moments[:-1], low), 0, None)
     return float((still - unseen).max())
 

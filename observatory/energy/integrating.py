@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 from observatory.energy.edges import find_updates
@@ -14,7 +16,7 @@ from observatory.energy.estimates import (
     NORMAL_90,
     Estimate,
     least_half_mw,
-    why_not_sampled,
+    why_not_read,
 )
 from observatory.energy.sensors import SensorModel
 from observatory.energy.traces import PowerTrace
@@ -29,13 +31,13 @@ _OWN_NOISE = 0.01
 
 def energy_by_integral(trace: PowerTrace, start_ns: int, end_ns: int, sensor: SensorModel) -> Estimate | str:
     """Energy of a window by integrated power, or why there is none."""
-    near = trace.between(start_ns, end_ns, margin_ns=MARGIN_NS)
-    told = ~np.isnan(near.power_mw_N)
-    if not told.any():
-        return "the device told no instant power"
-    missing = why_not_sampled(near.time_ns_N[told], start_ns, end_ns, sensor.update_ms)
+    missing = why_not_read(
+        trace, trace.power_mw_N, start_ns, end_ns, what="instant power", period_ms=sensor.update_ms
+    )
     if missing is not None:
         return missing
+    near = trace.between(start_ns, end_ns, margin_ns=MARGIN_NS)
+    told = ~np.isnan(near.power_mw_N)
     nominal_ns = None if sensor.update_ms is None else sensor.update_ms * 1e6
     seen = (near.time_ns_N, near.read_ns_N, near.power_mw_N)
     updates = find_updates(*seen, period_ns=nominal_ns, equal_values=True)
@@ -51,15 +53,18 @@ def energy_by_integral(trace: PowerTrace, start_ns: int, end_ns: int, sensor: Se
         measured + updates.error_ns_K <= end_ns
     )
     count, duration_ns = int(inside.sum()), end_ns - start_ns
+    unread_ns = _longest_pause(near.time_ns_N[told], start_ns, end_ns)
+    if unread_ns > _LONGEST_PAUSE * period_ns:
+        return f"instant power was not read for {unread_ns * 1e-9:.2f} s inside the window"
     if count < 3:
         return (
             f"{count} updates of the power lie wholly inside a window of {duration_ns * 1e-6:.0f} ms, three "
             f"are needed; it is renewed every {period_ns * 1e-6:.0f} ms: repeat what is measured"
         )
     moment, value = measured[inside] - width_ns / 2, updates.value_K[inside]
-    pause_ns = float(np.diff(np.concatenate([[start_ns], moment, [end_ns]])).max())
+    pause_ns = _longest_pause(moment, start_ns, end_ns)
     if pause_ns > _LONGEST_PAUSE * period_ns:
-        return f"the power was not sampled for {pause_ns * 1e-9:.2f} s inside the window"
+        return f"instant power was not renewed for {pause_ns * 1e-9:.2f} s inside the window"
     at = np.concatenate([[start_ns], moment, [end_ns]])
     energy_mj = float(np.trapezoid(np.concatenate([value[:1], value, value[-1:]]), at)) * 1e-9
     scatter_mw = math.sqrt(float(np.mean(np.diff(value) ** 2)) / 2)
@@ -77,3 +82,9 @@ def energy_by_integral(trace: PowerTrace, start_ns: int, end_ns: int, sensor: Se
     std_mj = max(std_mj, least_mw / NORMAL_90 * duration_ns * 1e-9)
     most_mj = abs(energy_mj) * period_ns / duration_ns + 3 * std_mj
     return Estimate(energy_mj=energy_mj, std_mj=std_mj, most_mj=most_mj, updates=count)
+
+
+def _longest_pause(moment_ns: npt.NDArray[Any], start_ns: int, end_ns: int) -> float:
+    """Longest time of a window in which none of these moments lies."""
+    inside = moment_ns[(moment_ns > start_ns) & (moment_ns < end_ns)]
+    return float(np.diff(np.concatenate([[start_ns], inside, [end_ns]])).max())

@@ -71,11 +71,11 @@ class Observations:
 def counter_observations(trace: PowerTrace, sensor: SensorModel) -> Observations | str:
     """One observation per renewal of the counter, or why there are none."""
     if np.isnan(trace.energy_mj_N).all():
-        return "the device told no energy counter"
+        return "no sample of this time holds a reading of the energy counter"
     period_ns = None if sensor.counter_ms is None else sensor.counter_ms * 1e6
     updates = find_updates(trace.time_ns_N, trace.read_ns_N, trace.energy_mj_N, period_ns=period_ns)
     if len(updates.value_K) < 2 or updates.period_ns is None:
-        return "the energy counter did not move"
+        return _too_few(trace.energy_mj_N, "energy counter", len(updates.value_K))
     energy, length = np.diff(updates.value_K), np.diff(updates.time_ns_K)
     fits = (energy > 0) & (length > 0) & (length <= _LONGEST_PERIODS * updates.period_ns)
     # A leap is no energy of any phase.
@@ -95,7 +95,7 @@ def counter_observations(trace: PowerTrace, sensor: SensorModel) -> Observations
 def power_observations(trace: PowerTrace, sensor: SensorModel) -> Observations | str:
     """One observation per renewal of instant power, or why there are none."""
     if np.isnan(trace.power_mw_N).all():
-        return "the device told no instant power"
+        return "no sample of this time holds a reading of instant power"
     if sensor.window_ms is None:
         return "the time over which the device averages its power is not known"
     period_ns = None if sensor.update_ms is None else sensor.update_ms * 1e6
@@ -103,7 +103,7 @@ def power_observations(trace: PowerTrace, sensor: SensorModel) -> Observations |
         trace.time_ns_N, trace.read_ns_N, trace.power_mw_N, period_ns=period_ns, equal_values=True
     )
     if len(updates.value_K) < 2:
-        return "the power never changed"
+        return _too_few(trace.power_mw_N, "instant power", len(updates.value_K))
     width_ns = sensor.window_ms * 1e6
     return Observations(
         source="power",
@@ -115,3 +115,11 @@ def power_observations(trace: PowerTrace, sensor: SensorModel) -> Observations |
         lag_low_ns=sensor.lag_low_ms * 1e6,
         lag_high_ns=sensor.lag_high_ms * 1e6 + (updates.period_ns or 0.0),
     )
+
+
+def _too_few(value_N: Float64, what: str, updates: int) -> str:
+    """Why so few updates of a quantity were seen: few readings, or readings that do not change."""
+    readings = int((~np.isnan(value_N)).sum())
+    if updates == 0 and readings > 1:
+        return f"the {what} never changed in {readings} readings"
+    return f"{updates} updates of the {what} in {readings} readings are too few"

@@ -49,9 +49,11 @@ class ReuseFit:
         saved: share of a miss's energy that an exact hit saves, measured; None where a cell is missing.
         saved_low, saved_high: 90 % interval; None where it has no repeats.
         saved_reason: why one of these is None.
+        saved_flag: flag of the energies of misses or exact hits; None without.
         cells: per cached fraction: cell, cached_fraction, windows, prefills, prefill_mj, low_mj, high_mj (90
-            % interval of the mean; NaN without repeats), fitted_mj, fitted_low_mj, fitted_high_mj, saved
-            (against the measured miss).
+            % interval of the mean; NaN without repeats), flag (of their energies, None without), missed
+            (error that all windows have in common for it, relative; 0 without), fitted_mj, fitted_low_mj,
+            fitted_high_mj, saved (against the measured miss).
         curve: cached_fraction, fitted_mj, fitted_low_mj, fitted_high_mj, to draw.
     """
 
@@ -62,6 +64,7 @@ class ReuseFit:
     saved_low: float | None
     saved_high: float | None
     saved_reason: str | None
+    saved_flag: str | None
     cells: pd.DataFrame
     curve: pd.DataFrame
 
@@ -115,7 +118,8 @@ def fit_reuse(measured: ReuseMeasurements, *, seed: int = 0) -> ReuseFit:
         return pd.DataFrame(columns)
 
     cells = _cells(measured, known, cell_N, energy).merge(band(known), on="cached_fraction")
-    saved, low, high, reason = _saving(known, cell_N, energy, drawn_RN, widening)
+    saved, low, high, reason = _saving(known, cell_N, energy, drawn_RN, widening, cells["missed"].to_numpy())
+    ends = cells[cells["cached_fraction"].isin([0.0, 1.0])]["flag"].dropna()
     return ReuseFit(
         fixed_mj=float(coefficient[0]),
         linear_mj=float(coefficient[1]),
@@ -124,6 +128,7 @@ def fit_reuse(measured: ReuseMeasurements, *, seed: int = 0) -> ReuseFit:
         saved_low=low,
         saved_high=high,
         saved_reason=reason,
+        saved_flag=None if saved is None or ends.empty else str(ends.iloc[0]),
         cells=cells,
         curve=band(grid),
     )
@@ -166,6 +171,10 @@ def _cells(
         half = np.nan
         if len(own) > 1:
             half = float(stats.t.ppf(0.95, len(own) - 1) * energy[own].std(ddof=1) / math.sqrt(len(own)))
+        flagged = [item for item in (measured.measurements[i] for i in own) if item.energy_flag is not None]
+        # Windows agree on what a sensor misses of them: their scatter does not show it.
+        missed = max((item.energy_error or 0.0 for item in flagged), default=0.0)
+        half = math.hypot(half, missed * mean)
         rows.append(
             {
                 "cell": measured.measurements[own[0]].cell,
@@ -176,9 +185,13 @@ def _cells(
                 "low_mj": np.maximum(mean - half, 0.0),
                 "high_mj": mean + half,
                 "saved": 1 - mean / miss,
+                "flag": flagged[0].energy_flag if flagged else None,
+                "missed": missed,
             }
         )
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    # Words are None where there are none, not NaN.
+    return frame.assign(flag=pd.Series([row["flag"] for row in rows], dtype=object))
 
 
 def _saving(
@@ -187,6 +200,7 @@ def _saving(
     energy: Float64,
     drawn_RN: npt.NDArray[np.int64],
     widening: float,
+    missed: Float64,
 ) -> tuple[float | None, float | None, float | None, str | None]:
     """Share of a miss's energy that an exact hit saves, measured, with its interval."""
     if known[0] != 0 or known[-1] != 1:
@@ -197,5 +211,6 @@ def _saving(
     if min(miss_N.sum(), hit_N.sum()) < 2:
         return saved, None, None, "no interval: miss or exact hit was measured once only"
     drawn = 1 - energy[drawn_RN[:, hit_N]].mean(axis=1) / energy[drawn_RN[:, miss_N]].mean(axis=1)
-    low, high = saved + widening * (np.quantile(drawn, [0.05, 0.95]) - saved)
-    return saved, float(low), min(float(high), 1.0), None
+    low, high = widening * (np.quantile(drawn, [0.05, 0.95]) - saved)
+    common = (1 - saved) * math.hypot(missed[0], missed[-1])
+    return saved, saved - math.hypot(low, common), min(saved + math.hypot(high, common), 1.0), None

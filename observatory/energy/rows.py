@@ -12,15 +12,16 @@ import pandas as pd
 from observatory.energy.aliasing import TOLERATED, find_aliasing, rhythm_of, visited_error
 from observatory.energy.attribution import Attribution, IdlePower, PhasePower
 from observatory.energy.design import IDLE
-from observatory.energy.edges import find_updates
 from observatory.energy.estimates import NORMAL_90
 from observatory.energy.least_squares import WIDEST_INTERVAL
+from observatory.energy.missed import update_period_ms
 from observatory.energy.phases import RankPhases
 from observatory.energy.sensors import SensorModel
 from observatory.energy.timeline import Timeline
 from observatory.energy.tokens import count_tokens
 from observatory.energy.traces import PowerTrace
 from observatory.energy.windows import WindowEnergy
+from observatory.records import EnergyFlag
 from observatory.store import Run
 
 __all__ = [
@@ -31,22 +32,36 @@ __all__ = [
 
 DEVICE_COLUMNS = (
     "device_uuid", "device", "kind", "sampled_by", "source_rank", "samples", "duration_s", "energy_mj",
-    "error", "source", "power_mw", "counter_mj", "integral_mj", "disagreement", "flag", "attributed_share",
+    "error", "source", "power_mw", "counter_mj", "integral_mj", "disagreement", "flag",
+    "energy_flag", "attributed_share",
     "idle_power_mw",
     "idle_source", "sensor_update_ms", "sensor_window_ms", "counter_ms", "sensor_source", "reason",
 )  # fmt: skip
 PHASE_COLUMNS = (
     "source_rank", "device_uuid", "phase", "span", "seconds", "power_mw", "power_low_mw", "power_high_mw",
     "energy_mj", "energy_low_mj", "energy_high_mj", "idle_mj", "above_idle_mj", "above_idle_low_mj",
-    "above_idle_high_mj", "method", "source", "observations", "measured_s", "condition", "flag", "reason",
+    "above_idle_high_mj", "method", "source", "observations", "measured_s", "condition", "flag",
+    "energy_flag", "reason",
 )  # fmt: skip
 _PER_TOKEN = (
     "mj_per_token", "mj_per_token_low", "mj_per_token_high", "above_idle_mj_per_token", "idle_mj_per_token",
 )  # fmt: skip
 TOKEN_COLUMNS = (
-    "source_rank", "phase", "kind", "tokens", "tokens_source", "devices", *_PER_TOKEN, "flag", "reason",
+    "source_rank", "phase", "kind", "tokens", "tokens_source", "devices", *_PER_TOKEN, "flag",
+    "energy_flag", "reason",
 )  # fmt: skip
-TOTAL_COLUMNS = ("phase", "ranks", "devices", "kind", "tokens", "energy_mj", *_PER_TOKEN, "flag", "reason")
+TOTAL_COLUMNS = (
+    "phase",
+    "ranks",
+    "devices",
+    "kind",
+    "tokens",
+    "energy_mj",
+    *_PER_TOKEN,
+    "flag",
+    "energy_flag",
+    "reason",
+)
 ALIASING_COLUMNS = (
     "source_rank", "device_uuid", "phase", "step_period_ms", "step_jitter_ms", "update_ms", "window_ms",
     "positions", "error", "shifts", "shift_ms", "error_after",
@@ -69,6 +84,7 @@ class Device:
     disorder: str | None = None
 
 
+_IN_TIME: EnergyFlag = "in time with the sensor"
 #: Of a phase's row: ends of intervals, and all that there is only with a power.
 _ENDS = (
     "power_low_mw", "power_high_mw", "energy_low_mj", "energy_high_mj",
@@ -80,7 +96,8 @@ _MEASURED = (
 
 #: Columns that are words or whole numbers; all others are numbers, NaN where they are missing.
 _WORDS = (
-    "device_uuid", "device", "kind", "source", "flag", "idle_source", "sensor_source", "reason", "phase",
+    "device_uuid", "device", "kind", "source", "flag", "energy_flag",
+    "idle_source", "sensor_source", "reason", "phase",
     "span", "method", "tokens_source",
 )  # fmt: skip
 _COUNTS = (
@@ -132,6 +149,7 @@ def flag_device(row: dict[str, object], aliased: list[dict[str, object]]) -> dic
     error = max((float(str(item["error"])) for item in aliased), default=0.0)
     if row.get("source") != "integral" or error <= TOLERATED:
         return row
+    row = row | {"energy_flag": _IN_TIME}
     text = f"steps of the run move in time with the power sensor, which may be off by {100 * error:.0f} %"
     if NORMAL_90 * error > WIDEST_INTERVAL:
         lost = dict.fromkeys(("energy_mj", "error", "source", "power_mw", "attributed_share"))
@@ -186,18 +204,7 @@ def aliasing_rows(device: Device, ran: RankPhases, phases: Timeline) -> list[dic
     sensor, trace = device.sensor, device.trace
     if sensor.window_ms is None or np.isnan(trace.power_mw_N).all():
         return []
-    update_ms = sensor.update_ms
-    updates = find_updates(
-        trace.time_ns_N, trace.read_ns_N, trace.power_mw_N, equal_values=True,
-        period_ns=None if update_ms is None else update_ms * 1e6,
-    )  # fmt: skip
-    found_ms = None if updates.period_ns is None else updates.period_ns * 1e-6
-    # The device's clock is not ours: its own period is known better from its updates, where these show one.
-    # A locked sensor that reads the same value again and again shows none, or a wrong one.
-    if update_ms is None or (
-        found_ms is not None and updates.regular and abs(found_ms - update_ms) < 0.01 * update_ms
-    ):
-        update_ms = found_ms
+    update_ms = update_period_ms(trace, sensor)
     if update_ms is None:
         return []
     rows: list[dict[str, object]] = []
@@ -240,6 +247,7 @@ def flag_aliased(rows: list[dict[str, object]], aliased: list[dict[str, object]]
 
 
 def _aliased(row: dict[str, object], error: float) -> dict[str, object]:
+    row = row | {"energy_flag": _IN_TIME}
     text = "its steps move in time with the power sensor"
     if row["method"] != "repetition":
         return row | {"flag": joined(row["flag"], f"{text}; its interval allows for it")}
@@ -307,11 +315,13 @@ def token_frame(
         elif unknown.any():
             reason = str(own.loc[unknown, "reason"].iloc[0])
             which = "its energy is not known" if len(own) == 1 else f"{unknown.sum()} of {len(own)} devices"
-            result.append(row | {"reason": f"{which}: {reason}"})
+            lost = joined(*own.loc[unknown, "energy_flag"].dropna())
+            result.append(row | {"energy_flag": lost, "reason": f"{which}: {reason}"})
         elif counted.tokens is None:
             result.append(row | {"reason": counted.reason})
         else:
-            result.append(row | _per_token(own, counted.tokens) | {"flag": _flags_of(own, flagged)})
+            flags = {"flag": _flags_of(own, flagged), "energy_flag": joined(*own["energy_flag"].dropna())}
+            result.append(row | _per_token(own, counted.tokens) | flags)
     return tidy_frame(result, TOKEN_COLUMNS)
 
 
@@ -333,7 +343,8 @@ def total_frame(tokens: pd.DataFrame) -> pd.DataFrame:
         if len(unknown):
             first = unknown.iloc[0]
             which = f"{len(unknown)} of {len(own)} ranks are not known, rank {first['source_rank']}"
-            result.append(row | {"reason": f"{which}: {first['reason']}"})
+            lost = joined(*unknown["energy_flag"].dropna())
+            result.append(row | {"energy_flag": lost, "reason": f"{which}: {first['reason']}"})
             continue
         count = own["tokens"].astype("float64")
         whole = {name: float((own[name] * count).sum()) for name in _PER_TOKEN}
@@ -344,6 +355,7 @@ def total_frame(tokens: pd.DataFrame) -> pd.DataFrame:
             if idle_known or "idle" not in name:
                 row[name] = whole[name] / total
         row["flag"] = joined(*own["flag"].dropna())
+        row["energy_flag"] = joined(*own["energy_flag"].dropna())
         result.append(row | {"reason": None if idle_known else "its idle part is not known: no idle power"})
     return tidy_frame(result, TOTAL_COLUMNS)
 

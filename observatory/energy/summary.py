@@ -64,6 +64,9 @@ class EnergySummary:
         aliasing: per device and phase with regular steps, what the sensor of instant power makes of them;
             ``ALIASING_COLUMNS``.
         problems: what could not be used, or must be known.
+
+    ``energy_flag`` of devices, phases, tokens and totals is a code beside ``flag`` and ``reason``: ``in time
+    with the sensor`` where integrated power was widened, or refused, for what the sensor may have missed.
     """
 
     devices: pd.DataFrame

@@ -57,8 +57,8 @@ def clocks_section(frames: ReportFrames) -> Section:
                 id="clock-curves",
                 title="Time and energy of an iteration at each clock",
                 caption="Against the clock that was sampled, never the one asked for. Bars run from the "
-                "least to the greatest repeat; open marks did not run as asked (clamped, held by a limit "
-                "or heat). Line: the form chosen on clocks that were held out.",
+                "least to the greatest repeat; open marks did not run as asked (clamped, held by a limit, "
+                "heat or the brake). Line: the form chosen on clocks that were held out.",
                 choice="Series",
                 variants=tuple(curves),
             )

@@ -322,6 +322,8 @@ def test_locked_steps_without_a_counter_have_no_energy_and_name_their_cure(
     assert summary.tokens["tokens_source"].tolist() == ["manifest"]
     assert np.isnan(summary.tokens["mj_per_token"][0])
     assert "move in time with the power sensor" in summary.tokens["reason"][0]
+    for frame in (summary.devices, summary.phases, summary.tokens):
+        assert frame["energy_flag"][0] == "in time with the sensor"
     assert main(["energy", str(run)]) == 0
     assert "3 pauses of 25.0 ms" in capsys.readouterr().err
 
@@ -345,6 +347,7 @@ def test_a_warning_about_integrated_power_stands_on_every_number_made_of_it(
     assert 0.02 < error < 0.15
     for frame in (told.devices, told.phases, told.tokens):
         assert "move in time with the power sensor" in frame["flag"][0]
+        assert frame["energy_flag"][0] == "in time with the sensor"
     (row,), (token,) = told.phases.to_dict("records"), told.tokens.to_dict("records")
     assert row["power_low_mw"] < row["power_mw"] * (1 - error)
     assert row["power_high_mw"] > row["power_mw"] * (1 + error)
@@ -353,10 +356,13 @@ def test_a_warning_about_integrated_power_stands_on_every_number_made_of_it(
     assert main(["energy", str(aliased), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert "move in time" in document["tokens"][0]["flag"]
+    for name in ("devices", "phases", "tokens"):
+        assert document[name][0]["energy_flag"] == "in time with the sensor"
     # The counter sees all of it.
     known = energy_summary(open_run(plain))
     assert known.phases["flag"][0] is None
     assert known.tokens["flag"][0] is None
+    assert known.tokens["energy_flag"][0] is None
 
 
 def test_what_was_calibrated_is_used_and_nonsense_in_it_is_not(tmp_path: Path) -> None:

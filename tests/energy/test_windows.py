@@ -178,7 +178,7 @@ def test_a_gap_in_the_samples_is_bridged_by_the_counter_and_not_by_the_integral(
     found = measured(rows[~gap])
     assert found.counter_mj == pytest.approx(BUSY.energy_mj(BUSY.start_ns, BUSY.end_ns), rel=0.02)
     assert found.integral_mj is None
-    assert "not sampled for" in (found.integral_reason or "")
+    assert "instant power was not read for" in (found.integral_reason or "")
 
 
 def test_samples_that_are_there_twice_or_out_of_order_change_nothing() -> None:
@@ -199,10 +199,10 @@ def test_impossible_readings_are_missing_ones() -> None:
 
 def test_a_device_without_a_sensor_says_so() -> None:
     rows = SimulatedSensor(counter_ms=None).sample(BUSY)
-    assert measured(rows).counter_reason == "the device told no counter"
+    assert measured(rows).counter_reason == "the device reported no energy counter"
     found = measured(rows.drop(columns="power_mw"))
     assert found.energy_mj is None
-    assert found.integral_reason == "the device told no instant power"
+    assert found.integral_reason == "the device reported no instant power"
 
 
 def test_counter_and_power_that_differ_by_more_than_five_percent_are_flagged() -> None:

@@ -113,7 +113,7 @@ def test_nothing_to_go_by_is_said(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schema_version": "9.0"}, "has schema 9.0, this program reads up to 1.0"),
+        ({"schema_version": "9.0"}, "has schema 9.0, this program reads up to 1.1"),
         ({"series": []}, "is not valid"),
         ({"supported_sm_clocks_mhz": [1e999]}, "is not valid"),
         ({"supported_sm_clocks_mhz": [-5]}, "is not valid"),

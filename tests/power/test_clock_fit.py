@@ -11,6 +11,7 @@ import pytest
 
 from observatory.cost.clocks import ClockModel, fit_clocks
 from observatory.cost.clocks.model import TIME_FORMS
+from observatory.cost.clocks.recommending import recommend_clocks
 from observatory.cost.clocks.records import SeriesFit
 from observatory.cost.clocks.views import SeriesView
 from observatory.errors import ClockError
@@ -262,7 +263,7 @@ def test_hot_and_unverified_points_are_left_out_and_said_so() -> None:
     clean = fitted(sweep)
     hot = map_points(sweep, 990, label="thermal", duration_s=99.0, sm_clock_mhz=600)
     fit = fitted(hot)
-    assert [item.reason for item in fit.left_out] == ["heat or the power brake slowed the chip"]
+    assert [item.reason for item in fit.left_out] == ["heat slowed the chip"]
     assert fit.left_out[0].points == 2
     assert fit.critical.mhz == pytest.approx(clean.critical.mhz, abs=2)
     lock = next(item for item in fit.settings if item.requested_sm_clock_mhz == 990)
@@ -278,10 +279,43 @@ def test_hot_and_unverified_points_are_left_out_and_said_so() -> None:
 
 
 @pytest.mark.parametrize(
+    ("bits", "kind", "cause"),
+    [
+        (0x8, "slowed by the brake", "1 points slowed by the brake"),
+        (0x80, "slowed by the brake", "1 points slowed by the brake"),
+        (0x40, "slowed by heat", "1 points slowed by heat"),
+        (0x48, "slowed by heat", "1 points slowed by heat"),
+    ],
+)
+def test_what_slowed_points_is_named_by_what_was_seen(bits: int, kind: str, cause: str) -> None:
+    fit_model = fit_clocks(
+        [map_points(made_sweep([DEVICES["knee"]], repeats=1), 990, event_reasons=bits, label="thermal")]
+    )
+    fit = fit_model.series[0]
+    assert [item.kind for item in fit.confounds if item.kind.startswith("slowed")] == [kind]
+    setting = next(item for item in fit.settings if item.requested_sm_clock_mhz == 990)
+    assert (setting.heated, setting.braked) == ((1, 0) if kind == "slowed by heat" else (0, 1))
+    assert setting.iteration_s_R == ()
+    (advice,) = recommend_clocks(fit_model).series
+    assert cause.replace(" do", "") in advice.text
+
+
+def test_caps_that_were_tried_and_do_not_count_are_not_said_to_be_missing() -> None:
+    sweep = made_sweep([DEVICES["knee"]], caps_w=(300.0,), repeats=2)
+    hot = map_points(sweep, 300_000, label="thermal")
+    (advice,) = recommend_clocks(fit_clocks([hot])).series
+    assert "no point under a cap counts" in advice.lock_against_cap.text
+
+
+@pytest.mark.parametrize(
     ("update", "label"),
     [
         ({"event_reasons": 0x40}, "thermal"),
-        ({"event_reasons": 0x80}, "thermal"),
+        ({"event_reasons": 0x80}, "braked"),
+        ({"event_reasons": 0x8}, "braked"),
+        ({"event_reasons": 0x48}, "thermal"),
+        ({"label": "thermal", "event_reasons": 0x8}, "braked"),
+        ({"label": "thermal", "event_reasons": None}, "thermal"),
         ({"event_reasons": 0x4, "sm_clock_mhz": 900}, "power-capped"),
         ({"power_cap_share": 0.5, "sm_clock_mhz": 900}, "power-capped"),
         ({"sm_clock_mhz": 900}, "clamped"),

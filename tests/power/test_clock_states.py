@@ -15,7 +15,7 @@ from observatory.cli import main
 from observatory.cost.clocks.points import corrected_label
 from observatory.cost.clocks.telemetry import DeviceTelemetry, telemetry_advice
 from observatory.cost.clocks.telemetry_records import FindingCode
-from observatory.event_reasons import BRAKE_BITS, HEAT_BITS, reason_bits
+from observatory.event_reasons import THERMAL_BITS
 from observatory.records import DeviceSpec, RankPower
 from observatory.store import open_run
 from tests.power.test_clock_telemetry import PERIOD_NS, UUID, first, write_run
@@ -126,7 +126,7 @@ def test_heat_and_brake_are_shares_of_the_busy_time_too_and_heat_has_its_own_clo
     found = seen(tmp_path / "run", columns((IDLE, 100), (HOT, 20), (BRAKED, 10), (FREE, 70)))
     text = said(found, "slowed by heat")
     assert "for 10 % of the time, 20 % of the busy time (to 1200 MHz, 20 samples)" in text
-    assert "for 5 % of the time, 10 % of the busy time" in said(found, "slowed by brake")
+    assert "for 5 % of the time, 10 % of the busy time" in said(found, "slowed by the brake")
     rare = seen(tmp_path / "rare", columns((IDLE, 1900), (HOT, 2), (FREE, 98)))
     assert "0.1 % of the time, 2 % of the busy time" in said(rare, "slowed by heat")
 
@@ -185,8 +185,8 @@ def test_without_event_reasons_a_limit_that_power_once_came_near_may_act(tmp_pat
 @pytest.mark.parametrize(
     ("left_out", "missing", "code", "words"),
     [
-        (("power_mw",), "power", "power not known", "instant power"),
-        (("enforced_limit_mw",), "power limit", "power not known", "the power limit"),
+        (("power_mw",), "power", "power over limit not known", "instant power"),
+        (("enforced_limit_mw",), "power limit", "power over limit not known", "the power limit"),
         (("sm_clock_mhz",), "SM clock", "SM clock not known", "SM clock was not sampled"),
         (("event_reasons",), "event reasons", "states not known", "event reasons"),
     ],
@@ -238,7 +238,9 @@ def test_power_that_ended_before_the_first_limit_is_beside_none(tmp_path: Path) 
     }
     found = seen(tmp_path / "run", power)
     assert found.missing == ("power beside a limit",)
-    assert "instant power and the limit in force at the same time" in said(found, "power not known")
+    assert "instant power and the limit in force at the same time" in said(
+        found, "power over limit not known"
+    )
 
 
 def test_a_device_that_only_idled_says_nothing_of_load(tmp_path: Path) -> None:
@@ -266,7 +268,7 @@ def test_readings_that_are_missing_here_and_there_leave_their_samples_out(tmp_pa
     reasons, every = np.asarray(power["event_reasons"]), np.arange(200)
     power["event_reasons"] = np.where(every % 2, reasons, None)
     power["sm_clock_mhz"] = np.where(every % 4 == 1, None, np.asarray(power["sm_clock_mhz"]))
-    power["power_mw"] = np.where(every % 5 == 1, -1, np.asarray(power["power_mw"]))
+    power["power_mw"] = np.where(every % 5 == 1, None, np.asarray(power["power_mw"]))
     found = seen(tmp_path / "run", power)
     assert found.states is not None
     held = found.states["power cap"]
@@ -312,20 +314,55 @@ def test_power_of_a_phase_that_may_be_of_what_ran_before_is_named_so(tmp_path: P
     assert "instant power that is surely of this phase" in said(decode, "limit not known")
 
 
-@pytest.mark.parametrize("bit", list(reason_bits(HEAT_BITS | BRAKE_BITS)))
-def test_what_slows_a_chip_is_the_same_to_sweep_fit_and_telemetry(tmp_path: Path, bit: int) -> None:
-    path = write_run(tmp_path / "run", columns(((bit, 1500, 300_000), 200)))
+@pytest.mark.parametrize(
+    ("bits", "label"),
+    [
+        (0x8, "braked"),
+        (0x80, "braked"),
+        (0x88, "braked"),
+        (0x20, "thermal"),
+        (0x40, "thermal"),
+        (0x48, "thermal"),
+    ],
+)
+def test_thermal_means_the_same_to_sweep_fit_and_telemetry(tmp_path: Path, bits: int, label: str) -> None:
+    path = write_run(tmp_path / "run", columns(((bits, 1500, 300_000), 200)))
     device = DeviceSpec(kind="gpu", name="Fake", uuid=UUID)
     head = JournalHead(device=device, series=(JournalSeries(name="one"),), supported_sm_clocks_mhz=(1500,))
     window = JournalPoint(
         order=0, repeat=0, series=0, sm_clock_mhz=1500, start_ns=0, end_ns=199 * PERIOD_NS, iterations=10
     )
     point = sweep_document(head, [window], RankPower(), path).series[0].points[0]
-    assert point.label == "thermal"
-    assert corrected_label(point.model_copy(update={"label": "ok"})) == "thermal"
+    assert point.label == label
+    assert ("names heat" in point.reason) == (label == "thermal")
+    for stored in ("ok", "unverified", "thermal", "braked"):
+        assert corrected_label(point.model_copy(update={"label": stored})) == label
+    unread = point.model_copy(update={"label": "thermal", "event_reasons": None})
+    assert corrected_label(unread) == "thermal", "nothing says that it was the brake"
     found = first(path)
-    assert said(found, "slowed by heat" if bit & HEAT_BITS else "slowed by brake")
-    assert (found.thermal_share, found.brake_share) == ((1.0, 0.0) if bit & HEAT_BITS else (0.0, 1.0))
+    assert found.thermal_share == (1.0 if bits & THERMAL_BITS else 0.0)
+    assert ("slowed by heat" in found.finding_codes) == (label == "thermal")
+    assert ("slowed by the brake" in found.finding_codes) == bool(bits & 0x88)
+    thermal = found.in_state("thermal")
+    assert thermal is not None
+    assert thermal.samples == (200 if label == "thermal" else 0)
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_a_point_of_which_no_event_reasons_were_sampled_is_not_one_for_which_the_driver_names_no_reason(
+    tmp_path: Path, sampled: bool
+) -> None:
+    power = columns((FREE, 200))
+    path = write_run(tmp_path / "run", power if sampled else without(power, "event_reasons"))
+    device = DeviceSpec(kind="gpu", name="Fake", uuid=UUID)
+    head = JournalHead(device=device, series=(JournalSeries(name="one"),), supported_sm_clocks_mhz=(1500,))
+    window = JournalPoint(
+        order=0, repeat=0, series=0, sm_clock_mhz=1500, start_ns=0, end_ns=199 * PERIOD_NS, iterations=10
+    )
+    point = sweep_document(head, [window], RankPower(), path).series[0].points[0]
+    assert point.label == "clamped"
+    assert ("the driver names no reason" in point.reason) == sampled
+    assert ("event reasons were not sampled" in point.reason) != sampled
 
 
 def test_the_command_prints_sentences_and_numbers_of_each_state(

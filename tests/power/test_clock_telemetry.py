@@ -204,7 +204,7 @@ def test_counters_that_run_backwards_and_impossible_readings_are_passed_over(tmp
         write_run(
             tmp_path / "run",
             {
-                "power_mw": np.where(np.arange(200) % 2, -5, 200_000),
+                "power_mw": np.where(np.arange(200) % 2, None, 200_000),
                 "sm_clock_mhz": 1830,
                 "enforced_limit_mw": 0,
                 "power_cap_ns": counter,

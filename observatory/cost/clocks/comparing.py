@@ -147,9 +147,9 @@ def against_caps(view: SeriesView, max_slowdown: float, lock_mhz: float | None) 
     fit = view.fit
     caps = [item for item in fit.settings if item.kind == "cap" and item.iteration_s_R and item.limit_mw]
     if not view.has_energy or not caps or fit.energy_scatter is None:
-        missing = "caps" if not caps else "repeats" if view.has_energy else "energies"
         return LockAgainstCap(
-            verdict="not measured", text=f"locks were not compared with caps: {missing} are missing"
+            verdict="not measured",
+            text=f"locks were not compared with caps: {_why_not_compared(view, caps)}",
         )
     lowest_mw = min(item.limit_mw or np.inf for item in caps)
     clock_F = view.candidate_F
@@ -167,6 +167,15 @@ def against_caps(view: SeriesView, max_slowdown: float, lock_mhz: float | None) 
     if lock_mhz is not None:
         lock = lock_mhz, float(view.milliwatts(np.array([lock_mhz]))[0, 0])
     return _verdict(advantage, excess, lock, max_slowdown, lowest_mw, of_what=fit.reference.energy_words)
+
+
+def _why_not_compared(view: SeriesView, caps: Sequence[Setting]) -> str:
+    if not caps:
+        tried = any(item.kind == "cap" for item in view.fit.settings)
+        return "no point under a cap counts" if tried else "caps are missing"
+    if not view.has_energy:
+        return view.fit.no_power or "energies are missing"
+    return "repeats are missing" if view.fit.time_scatter is None else "energies of repeats are missing"
 
 
 def _cap_excess(view: SeriesView, caps: Sequence[Setting], rows: int) -> tuple[Interval | None, Float64]:

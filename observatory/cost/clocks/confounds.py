@@ -8,13 +8,16 @@ requests under a power limit: rows that look like several clocks are one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
-from observatory.cost.clocks.points import CLOCK_STEP_MHZ
+from observatory.cost.clocks.points import CLOCK_STEP_MHZ, SLOWED_LABELS
 from observatory.cost.clocks.records import Confound, Reference, Setting
 
 __all__ = ["BINDING_SHARE", "find_confounds"]
+
+SlowedKind = Literal["slowed by heat", "slowed by the brake"]
 
 #: A limit that holds the clock for less than this share of the time does not bind.
 BINDING_SHARE = 0.01
@@ -38,7 +41,8 @@ def find_confounds(
     found = []
     if reference.how == "unlocked" and (reference.power_cap_share or 0.0) >= BINDING_SHARE:
         found.append(_capped_reference(reference))
-    found += _heated(settings)
+    found += _slowed(settings)
+    found += _in_time(settings)
     found += _caps(settings, reference, time_scatter)
     found += _clamps(settings)
     found += _limits(settings)
@@ -57,35 +61,79 @@ def _capped_reference(reference: Reference) -> Confound:
     )
 
 
-def _heated(settings: Sequence[Setting]) -> list[Confound]:
-    """Settings that heat has slowed down, with what is missing for that."""
-    hot = [item for item in settings if item.heated]
-    if not hot:
-        return []
-    repeats = sum(item.heated for item in hot)
-    asked = sorted(item.requested_sm_clock_mhz for item in hot if item.requested_sm_clock_mhz is not None)
-    where = [
-        *(["unlocked"] if any(item.kind == "unlocked" for item in hot) else []),
-        *([f"at locks from {asked[0]:.0f} to {asked[-1]:.0f} MHz"] if len(asked) > 1 else []),
-        *([f"at the lock of {asked[0]:.0f} MHz"] if len(asked) == 1 else []),
-        *(["under power caps"] if any(item.kind == "cap" for item in hot) else []),
-    ]
-    lost = [item for item in hot if not item.iteration_s_R]
-    missing = (
-        f"; nothing is left of {len(lost)} of {len(hot)} settings, so that the advice holds for the cooler "
-        "clocks only"
-        if lost
-        else ""
+def _slowed(settings: Sequence[Setting]) -> list[Confound]:
+    """Settings that heat or the brake has slowed down, with what is missing for that."""
+    found = []
+    causes: tuple[tuple[SlowedKind, str, str, list[int]], ...] = (
+        (
+            "slowed by heat",
+            "heat",
+            "cool the device better, rest longer between points",
+            [item.heated for item in settings],
+        ),
+        (
+            "slowed by the brake",
+            "a hardware slowdown or the power brake",
+            "mend the power supply of the device",
+            [item.braked for item in settings],
+        ),
     )
+    for kind, cause, remedy, repeats in causes:
+        slow = [item for item, count in zip(settings, repeats, strict=True) if count]
+        if not slow:
+            continue
+        lost = [item for item in slow if not item.iteration_s_R]
+        missing = (
+            f"; nothing is left of {len(lost)} of {len(slow)} settings, so that the advice holds for the "
+            "other clocks only"
+            if lost
+            else ""
+        )
+        found.append(
+            Confound(
+                kind=kind,
+                text=f"{cause} held the clock at {sum(repeats)} points ({_places(slow)}), which count for "
+                f"nothing{missing}: {remedy}, and sweep again",
+                numbers={
+                    "points": float(sum(repeats)),
+                    "settings": float(len(slow)),
+                    "lost": float(len(lost)),
+                },
+            )
+        )
+    return found
+
+
+def _in_time(settings: Sequence[Setting]) -> list[Confound]:
+    """Settings whose energy is integrated power of iterations that move in time with the sensor."""
+    flagged = [item for item in settings if item.flagged]
+    if not flagged:
+        return []
+    repeats = sum(item.flagged for item in flagged)
     return [
         Confound(
-            kind="slowed by heat",
-            text=f"heat, a hardware slowdown or the power brake held the clock at {repeats} points "
-            f"({', '.join(where)}), which count for nothing{missing}: cool the device better, rest longer "
-            "between points, and sweep again",
-            numbers={"points": float(repeats), "settings": float(len(hot)), "lost": float(len(lost))},
+            kind="in time with the sensor",
+            text=f"the energy of {repeats} points ({_places(flagged)}) is integrated power of iterations "
+            "that move in time with the power sensor: repeats agree on what it misses, so that intervals of "
+            "energies and savings may be too narrow; vary the length of an iteration (batch, context), or "
+            "read an energy counter",
+            numbers={"points": float(repeats), "settings": float(len(flagged))},
         )
     ]
+
+
+def _places(settings: Sequence[Setting]) -> str:
+    """At which settings, for people."""
+    asked = sorted(
+        item.requested_sm_clock_mhz for item in settings if item.requested_sm_clock_mhz is not None
+    )
+    where = [
+        *(["unlocked"] if any(item.kind == "unlocked" for item in settings) else []),
+        *([f"at locks from {asked[0]:.0f} to {asked[-1]:.0f} MHz"] if len(asked) > 1 else []),
+        *([f"at the lock of {asked[0]:.0f} MHz"] if len(asked) == 1 else []),
+        *(["under power caps"] if any(item.kind == "cap" for item in settings) else []),
+    ]
+    return ", ".join(where)
 
 
 def _caps(settings: Sequence[Setting], reference: Reference, time_scatter: float | None) -> list[Confound]:
@@ -173,7 +221,7 @@ def _clamps(settings: Sequence[Setting]) -> list[Confound]:
         wanted, seen = item.requested_sm_clock_mhz, item.sm_clock_mhz
         if (
             item.kind == "lock"
-            and item.label != "thermal"
+            and item.label not in SLOWED_LABELS
             and wanted is not None
             and seen is not None
             and abs(seen - wanted) > CLOCK_STEP_MHZ

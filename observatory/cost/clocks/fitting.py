@@ -158,6 +158,9 @@ def _fit_series(
     if len(set(found.block_N[known_N])) < found.blocks:
         missing = int((~known_N).sum())
         no_power = f"the energy of {missing} of {len(known_N)} points is not known"
+        flagged = sum(item.fitted and item.point.energy_flag is not None for item in judged)
+        if flagged:
+            no_power += f"; {flagged} are integrated power of iterations in time with the sensor"
     else:
         power_trials = choose_power(found, fold_N)
     time_BT, power_BT, time_form_B, power_form_B = bootstrap_curves(

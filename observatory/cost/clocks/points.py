@@ -7,8 +7,8 @@ What a label means for a point, and why:
 * ``power-capped`` with a steady clock is one too: time and power follow from the clock, whatever holds it.
   Where the limit makes the clock wander, the mean time belongs to no one clock: left out of the fit, kept in
   the comparison of locks with caps, since that is how the cap behaves.
-* ``thermal`` is left out of everything: hot silicon leaks more, hardware slowdown skips pulses that the
-  sampled clock does not show, and no setting can be credited with it.
+* ``thermal`` and ``braked`` are left out of everything: hot silicon leaks more, hardware slowdown skips
+  pulses that the sampled clock does not show, and no setting can be credited with either.
 * ``unverified`` is left out of the fit, as there is no clock. Under a power limit alone it is still compared:
   the limit needs no clock to be verified.
 * Labels are checked: one that says ``ok`` while the event reasons or the clock say otherwise is corrected.
@@ -25,13 +25,15 @@ from numpy.typing import NDArray
 
 from observatory.cost.clocks.curves import Points
 from observatory.cost.clocks.records import LeftOut, Setting
-from observatory.event_reasons import IDLE_BIT, POWER_CAP_BIT, SLOWED_BITS
+from observatory.event_reasons import IDLE_BIT, POWER_CAP_BIT, slowed_label
 from observatory.records_clocks import ClockPoint, PointLabel
 
-__all__ = ["CLOCK_STEP_MHZ", "Judged", "fit_points", "judge", "scatter_of", "settings_of"]
+__all__ = ["CLOCK_STEP_MHZ", "SLOWED_LABELS", "Judged", "fit_points", "judge", "scatter_of", "settings_of"]
 
 #: Clocks of NVIDIA devices come in steps of 15 MHz.
 CLOCK_STEP_MHZ = 15
+#: Points whose clock no setting can be credited with.
+SLOWED_LABELS: tuple[PointLabel, ...] = ("thermal", "braked")
 #: A tenth of the window under the limit is not an accident any more.
 _CAPPED_SHARE = 0.1
 _STEADY_SHARE = 0.03
@@ -99,7 +101,7 @@ def _judge(point: ClockPoint, default_limit_mw: int | None) -> Judged:
     )
     label = corrected_label(point)
     fitted, reason = _fit_worthy(point, label)
-    compared = label != "thermal" and (label != "unverified" or kind == "cap")
+    compared = label not in SLOWED_LABELS and (label != "unverified" or kind == "cap")
     if not _possible(point):
         fitted, compared, reason = False, False, "no device has such a time or power"
     return Judged(
@@ -116,8 +118,10 @@ def _judge(point: ClockPoint, default_limit_mw: int | None) -> Judged:
 def corrected_label(point: ClockPoint) -> PointLabel:
     """The label that clock and event reasons bear out."""
     reasons = point.event_reasons or 0
-    if point.label == "thermal" or reasons & SLOWED_BITS:
-        return "thermal"
+    # Before schema 1.1 ``thermal`` stood for the brake, too.
+    slowed = slowed_label(point.event_reasons)
+    if slowed or point.label in SLOWED_LABELS:
+        return slowed or point.label
     if point.label == "unverified" or point.sm_clock_mhz is None:
         return "unverified"
     if point.label != "ok":
@@ -140,7 +144,9 @@ def _possible(point: ClockPoint) -> bool:
 
 def _fit_worthy(point: ClockPoint, label: PointLabel) -> tuple[bool, str]:
     if label == "thermal":
-        return False, "heat or the power brake slowed the chip"
+        return False, "heat slowed the chip"
+    if label == "braked":
+        return False, "a hardware slowdown or the power brake slowed the chip"
     if label == "unverified" or point.sm_clock_mhz is None:
         return False, "the clock was not sampled"
     low, high = point.sm_clock_low_mhz, point.sm_clock_high_mhz
@@ -255,6 +261,8 @@ def _setting(members: Sequence[Judged]) -> Setting:
         idle=sum(bool(bits & IDLE_BIT) for bits in told) > len(told) / 2 if told else None,
         fitted=sum(item.fitted for item in members),
         heated=sum(item.label == "thermal" for item in members),
+        braked=sum(item.label == "braked" for item in members),
+        flagged=sum(item.point.energy_flag is not None for item in compared),
     )
 
 

@@ -248,9 +248,13 @@ def _sentence(
     view: SeriesView, choice: ClockChoice, measured: MeasuredNearby | None, worth: bool, max_slowdown: float
 ) -> str:
     title, reference, words = view.fit.title, view.reference_mhz, view.fit.reference.words
-    heated = sum(item.heated for item in view.fit.settings)
-    if heated:
-        words += f" ({heated} points that heat slowed down do not count)"
+    slowed = {
+        "heat": sum(item.heated for item in view.fit.settings),
+        "the brake": sum(item.braked for item in view.fit.settings),
+    }
+    counted = [f"{count} points slowed by {cause}" for cause, count in slowed.items() if count]
+    if counted:
+        words += f" ({' and '.join(counted)} do not count)"
     if not worth:
         if choice.sm_clock_mhz >= reference:
             return (
@@ -262,10 +266,18 @@ def _sentence(
             f"would save, {choice.saving.percent()}, is not surely more than the {100 * TIE:.1f} % by which "
             "energies that count as the same differ"
         )
+    flagged = sum(item.flagged for item in view.fit.settings)
+    doubt = ""
+    if flagged:
+        doubt = (
+            f"; the energy of {flagged} points is integrated power in time with the sensor: distrust the "
+            "saving"
+        )
     sentence = (
         f"{title}: lock to {choice.sm_clock_mhz:.0f} MHz, which saves {choice.saving.percent()} of the "
         f"energy for a slowdown of {choice.slowdown.percent()} against the {words}"
     )
+    sentence += doubt
     if view.fit.reference.how != "unlocked":
         sentence += "; what it saves against running unlocked is not known"
     if measured is None:

@@ -32,7 +32,7 @@ __all__ = [
     "series_title",
 ]
 
-CLOCK_MODEL_VERSION = "1.0"
+CLOCK_MODEL_VERSION = "1.1"
 
 _MOST_SAMPLES = 2000
 
@@ -127,7 +127,9 @@ class Setting(Record):
         power_cap_share: mean share of time in which the limit held the clock; None when not told.
         idle: whether the device said that it idled, in most repeats; None when not told.
         fitted: repeats that entered the fit.
-        heated: repeats that heat, a hardware slowdown or the power brake slowed down.
+        heated: repeats that heat slowed down; before schema 1.1 those of ``braked`` among them.
+        braked: repeats that a hardware slowdown or the power brake slowed down, without heat.
+        flagged: repeats of ``iteration_s_R`` whose energy is integrated power in time with the sensor.
     """
 
     kind: Literal["unlocked", "lock", "cap", "both"]
@@ -142,6 +144,8 @@ class Setting(Record):
     idle: bool | None = None
     fitted: Count = 0
     heated: Count = 0
+    braked: Count = 0
+    flagged: Count = 0
 
     @model_validator(mode="after")
     def _same_repeats(self) -> Setting:
@@ -173,6 +177,8 @@ class Confound(Record):
         "limit not as requested",
         "unlocked is capped",
         "slowed by heat",
+        "slowed by the brake",
+        "in time with the sensor",
     ]
     text: Text
     numbers: dict[str, float | None] = Field(default_factory=dict)

@@ -28,7 +28,7 @@ from observatory.energy.bands import DeviceBands, device_bands
 from observatory.energy.places import device_specs
 from observatory.energy.sensors import SensorModel, sensor_of
 from observatory.errors import ClockError
-from observatory.event_reasons import BRAKE_BITS, HEAT_BITS, HOLDING_BITS, IDLE_BIT, POWER_CAP_BIT
+from observatory.event_reasons import BRAKE_BITS, HOLDING_BITS, IDLE_BIT, POWER_CAP_BIT, THERMAL_BITS
 from observatory.records import DeviceSpec
 from observatory.store import Run
 
@@ -38,6 +38,8 @@ _LEAST_SAMPLES = 10
 _MOST_DEVICES = 256
 #: A limit may act on a device that was seen to draw this part of it.
 _NEAR_LIMIT = 0.9
+#: A counter that was read over this part of the time speaks of all of it.
+_MOSTLY = 0.9
 #: Renewal of power where the device's own is not known: that of all NVIDIA GPUs since Ampere.
 _UPDATE_MS = 100.0
 
@@ -133,7 +135,7 @@ def _device(
     # Counters count over gaps too, so that they are read over the whole run only.
     counted = phase is None
     capped, capped_busy, capped_by = _held(rows if counted else None, "power_cap_ns", reasons, POWER_CAP_BIT)
-    hot, hot_busy, hot_by = _held(rows if counted else None, "thermal_ns", reasons, HEAT_BITS)
+    hot, hot_busy, hot_by = _held(rows if counted else None, "thermal_ns", reasons, THERMAL_BITS)
     braked, braked_busy, _ = _held(None, "", reasons, BRAKE_BITS)
     device = DeviceTelemetry(
         **whole.model_dump(),
@@ -154,7 +156,7 @@ def _device(
         max_sm_clock_mhz=float(spec.max_sm_clock_mhz) if spec and spec.max_sm_clock_mhz else None,
         idle_power_mw=idle_mw,
         cap=_cap(capped, capped_busy, capped_by, states, whole),
-        missing=_missing(whole, rows, known=bool(known.any())),
+        missing=_missing(whole, rows, spec, known=bool(known.any())),
     )
     findings = device_findings(device)
     return device.model_copy(
@@ -178,7 +180,7 @@ def _states(rows: pd.DataFrame, reasons: NDArray[np.int64]) -> dict[StateName, R
         "busy": busy,
         "free": busy & (reasons & HOLDING_BITS == 0),
         "power cap": busy & (reasons & POWER_CAP_BIT > 0),
-        "heat": busy & (reasons & HEAT_BITS > 0),
+        "thermal": busy & (reasons & THERMAL_BITS > 0),
         "brake": busy & (reasons & BRAKE_BITS > 0),
         "idle": idle,
     }
@@ -220,8 +222,10 @@ def _quantile(values: NDArray[np.float64], share: float) -> float | None:
     return float(np.quantile(known, share)) if known.size else None
 
 
-def _missing(whole: Readings, rows: pd.DataFrame, *, known: bool) -> tuple[Missing, ...]:
-    """What no sample holds; ``known``: some hold event reasons."""
+def _missing(
+    whole: Readings, rows: pd.DataFrame, spec: DeviceSpec | None, *, known: bool
+) -> tuple[Missing, ...]:
+    """What no sample holds and the device does not report; ``known``: some samples hold event reasons."""
     missing: list[Missing] = [] if known else ["event reasons"]
     if whole.power_median_mw is None:
         stale = "stale" in rows and bool(rows["stale"].any())
@@ -232,6 +236,8 @@ def _missing(whole: Readings, rows: pd.DataFrame, *, known: bool) -> tuple[Missi
         missing.append("power beside a limit")
     if whole.sm_clock_mhz is None:
         missing.append("SM clock")
+    if spec is None or not spec.max_sm_clock_mhz:
+        missing.append("highest SM clock")
     return tuple(missing)
 
 
@@ -259,9 +265,13 @@ def _held(
 
 
 def _counter_share(rows: pd.DataFrame, column: str) -> float | None:
-    """Part of the time that a counter of nanoseconds advanced; None when it is not known or ran backwards."""
+    """Part of the time that a counter of nanoseconds advanced.
+
+    None when it ran backwards, or is known for part of the time only: what it counts there is not the share
+    of the whole.
+    """
     known = rows[["time_ns", column]].dropna()
-    if len(known) < 2:
+    if len(known) < 2 or np.ptp(known["time_ns"]) < _MOSTLY * np.ptp(rows["time_ns"]):
         return None
     counted = known[column].to_numpy(dtype=np.float64)
     elapsed = float(known["time_ns"].iloc[-1] - known["time_ns"].iloc[0])

@@ -34,9 +34,12 @@ _MISSING_WORDS: dict[Missing, str] = {
     "power limit": "the power limit",
     "power beside a limit": "instant power and the limit in force at the same time",
     "SM clock": "the SM clock",
+    "highest SM clock": "the highest SM clock",
 }
+#: What is not missing for statements on power and limit.
+_OF_CLOCKS: tuple[Missing, ...] = ("SM clock", "highest SM clock")
 #: What a state is due to.
-_CAUSE_WORDS: dict[StateName, str] = {"power cap": "the power limit", "heat": "heat"}
+_CAUSE_WORDS: dict[StateName, str] = {"power cap": "the power limit", "thermal": "heat"}
 
 
 def device_findings(device: DeviceTelemetry) -> tuple[Finding, ...]:
@@ -91,7 +94,7 @@ def _limit_not_known(device: DeviceTelemetry) -> Finding:
             f"whether {limit} binds is not known: {_no_reading('event reasons')}, and power reaches "
             f"{percent_words(device.highest_power_over_limit)} of {_limit_it(device)}, where it may act",
         )
-    words = [_MISSING_WORDS[name] for name in device.missing if name != "SM clock"]
+    words = [_MISSING_WORDS[name] for name in device.missing if name not in _OF_CLOCKS]
     return _finding("limit not known", f"whether {limit} binds is not known: {_no_reading(*words)}")
 
 
@@ -177,7 +180,7 @@ def _clock(device: DeviceTelemetry) -> Iterator[Finding]:
                 f", below the highest of {device.max_sm_clock_mhz:.0f}: what keeps it there is not known "
                 "without event reasons"
             )
-        yield _finding("SM clock", text)
+        yield _finding("SM clock", text + _no_highest(device, device))
         return
     busy, free = _state(device, "busy"), _state(device, "free")
     if busy.sm_clock_mhz is None:
@@ -192,15 +195,23 @@ def _clock(device: DeviceTelemetry) -> Iterator[Finding]:
             'says "locked"'
         )
     if free.samples == busy.samples:
-        yield _finding("SM clock below the highest" if cause else "SM clock", text + cause)
+        code: FindingCode = "SM clock below the highest" if cause else "SM clock"
+        yield _finding(code, text + cause + _no_highest(device, busy))
         return
-    yield _finding("SM clock", text)
+    yield _finding("SM clock", text + _no_highest(device, busy))
     if cause:
         yield _finding(
             "SM clock below the highest",
             f"in the {_samples(free.clock_samples, 'busy')} in which no event reason holds it down, "
             f"{_course(free)}{cause}",
         )
+
+
+def _no_highest(device: DeviceTelemetry, readings: Readings) -> str:
+    """What a steady clock leaves open where the device's highest is not known."""
+    if "highest SM clock" not in device.missing or not _steady(readings):
+        return ""
+    return ", and whether that is below the highest is not known: the device reports no highest SM clock"
 
 
 def _below_highest(device: DeviceTelemetry, readings: Readings) -> bool:
@@ -233,7 +244,7 @@ def _clock_words(readings: Readings, *, joined_by: str = "to") -> str:
 
 def _heat_and_brake(device: DeviceTelemetry) -> Iterator[Finding]:
     if _acted(device.thermal_share, device.thermal_busy_share):
-        reason, hot = _no_clock_reason(device, "heat"), _state(device, "heat")
+        reason, hot = _no_clock_reason(device, "thermal"), _state(device, "thermal")
         where = f" (to which clock is not known: {reason})"
         if reason is None:
             where = f" (to {_clock_words(hot)}, {_samples(hot.clock_samples)})"
@@ -244,7 +255,7 @@ def _heat_and_brake(device: DeviceTelemetry) -> Iterator[Finding]:
         )
     if _acted(device.brake_share, device.brake_busy_share):
         yield _finding(
-            "slowed by brake",
+            "slowed by the brake",
             "hardware slowdown or the power brake acted for "
             f"{_share_words(device.brake_share, device.brake_busy_share)}: mend that first",
         )
@@ -295,7 +306,7 @@ def _not_known(device: DeviceTelemetry) -> Iterator[Finding]:
         )
     if _limit_lists_missing(device):
         return
-    missing = [name for name in device.missing if name not in ("event reasons", "SM clock")]
+    missing = [name for name in device.missing if name not in ("event reasons", *_OF_CLOCKS)]
     if missing:
         why = _no_reading(*(_MISSING_WORDS[name] for name in missing))
     elif (
@@ -304,7 +315,7 @@ def _not_known(device: DeviceTelemetry) -> Iterator[Finding]:
         why = f"no busy sample has {_MISSING_WORDS['power beside a limit']}"
     else:
         return
-    yield _finding("power not known", f"how near the power limit it runs is not known: {why}")
+    yield _finding("power over limit not known", f"how near the power limit it runs is not known: {why}")
 
 
 def _busy(device: DeviceTelemetry) -> Readings:

@@ -20,12 +20,19 @@ __all__ = [
 ]
 
 #: By the event reasons of a sample: ``idle`` has the idle bit, ``busy`` has it not. Among the busy ones:
-#: ``power cap``, ``heat`` and ``brake`` have a bit of that, ``free`` has none that holds a clock down.
-StateName = Literal["busy", "free", "power cap", "heat", "brake", "idle"]
+#: ``power cap``, ``thermal`` and ``brake`` have a bit of that, ``free`` has none that holds a clock down.
+StateName = Literal["busy", "free", "power cap", "thermal", "brake", "idle"]
 #: Of what no sample holds a valid reading. ``power of the phase``: there is power, but all of it may be that
 #: of what ran before; ``power beside a limit``: there are both, but no power after the first limit.
+#: ``highest SM clock`` is of the device, not of samples.
 Missing = Literal[
-    "event reasons", "power", "power of the phase", "power limit", "power beside a limit", "SM clock"
+    "event reasons",
+    "power",
+    "power of the phase",
+    "power limit",
+    "power beside a limit",
+    "SM clock",
+    "highest SM clock",
 ]
 #: Where a share of time comes from: the driver's counter of nanoseconds, or the bits of the samples.
 ShareSource = Literal["counter", "event reasons"]
@@ -37,12 +44,12 @@ FindingCode = Literal[
     "SM clock below the highest",
     "SM clock not known",
     "slowed by heat",
-    "slowed by brake",
+    "slowed by the brake",
     "idle",
     "little power",
     "states in part",
     "states not known",
-    "power not known",
+    "power over limit not known",
 ]
 
 _Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -103,7 +110,7 @@ class DeviceTelemetry(Readings):
         max_sm_clock_mhz: highest clock of the device.
         idle_power_mw: power of the idle device, found when sampling began.
         cap: whether the limit binds while the device is busy; None when that is not known.
-        missing: what no sample holds.
+        missing: what no sample holds, or the device does not report.
         findings: sentences.
         finding_codes: the code of each sentence, in the same order.
     """
