@@ -165,7 +165,7 @@ def _scanned(
 
     frames: list[pd.DataFrame] = []
     rule_of: dict[tuple[int, str], str | Path] = {}
-    notes = list(opened.problems)
+    notes = list[str]()
     for name in asked.placements:
         rule = parse_placement(name)
         degrees = asked.ep or _fitting(opened, name)
@@ -196,7 +196,7 @@ def _scanned(
         predicted = int(whole["predicted_steps"].max()) if len(whole) else 0
         if predicted < (whole["steps"].max() if len(whole) else 0):
             notes.append(f"times are medians over {predicted} steps of each phase, evenly spread")
-    return whole, rule_of, list(dict.fromkeys(notes))
+    return whole, rule_of, list(dict.fromkeys([*opened.problems, *notes]))  # known when the loads were read
 
 
 def _model_notes(model: NetworkModel, algorithm: str) -> list[str]:
