@@ -1,10 +1,11 @@
 """Command lines of the Python processes that the observatory starts for itself.
 
 Such a child imports from, in this order: the standard library; for the observatory's own packages, the folder
-from which its parent has imported them; folders of installed packages on its parent's path; the site-packages
-of its interpreter. It reads no ``PYTHON*`` variable, and never imports from the working directory or from the
-folder of a user's program, whatever ``PYTHONPATH`` holds: a ``queue.py`` there is meant for others. Warning
-filters and development mode pass on; the environment stays as it is, for programs that users name.
+from which its parent has imported them; packages that an installer has recorded in a folder on its parent's
+path; the site-packages of its interpreter. It reads no ``PYTHON*`` variable, and never imports from the
+working directory or from the folder of a user's program, whatever ``PYTHONPATH`` holds: a ``queue.py`` there
+is meant for others, also where a package was installed beside it. Warning filters and development mode pass
+on; the environment stays as it is, for programs that users name.
 
 This file is also what the child runs first, before anything of the observatory is on its path.
 """
@@ -12,6 +13,7 @@ This file is also what the child runs first, before anything of the observatory 
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
 import os
 import runpy
@@ -20,7 +22,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 __all__ = ["python_code", "python_module"]
 
@@ -100,6 +104,42 @@ class _OwnPackages:
         return PathFinder.find_spec(name, [self._folder], target) if path is None and name in _OWN else None
 
 
+class _InstalledModules(PathFinder):
+    """Finds modules on the path; in some folders only those that an installer has put there."""
+
+    #: Names of modules, by folder; folders that are not listed have no restriction.
+    recorded: ClassVar[dict[str, set[str]]] = {}
+
+    @classmethod
+    def find_spec(
+        cls, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Where a module lies; None if it is not on the path, or only where it was not installed."""
+        if path is None:
+            path = [
+                folder
+                for folder in sys.path
+                if folder not in cls.recorded or fullname in cls.recorded[folder]
+            ]
+        return PathFinder.find_spec(fullname, path, target)
+
+
+def _recorded(folder: str) -> set[str]:
+    """Names of the modules and packages that installers have put into a folder.
+
+    An installer may leave no list of files: then the package has the name of what was installed.
+    """
+    names = set[str]()
+    for made in Path(folder).glob("*.dist-info"):
+        try:
+            with (made / "RECORD").open(encoding="utf-8", errors="replace", newline="") as lines:
+                files = [row[0] for row in csv.reader(lines) if row]
+        except (OSError, csv.Error):
+            files = [made.name.partition("-")[0]]
+        names.update(file.replace("\\", "/").partition("/")[0].partition(".")[0] for file in files)
+    return names
+
+
 def _run(argv: Sequence[str]) -> None:
     """In the child: arrange the path, then become the module."""
     folders, module, *arguments = argv
@@ -113,6 +153,12 @@ def _run(argv: Sequence[str]) -> None:
         *wanted,
         *(folder for folder in sys.path[first:] if folder not in wanted),
     ]
+    _InstalledModules.recorded = {
+        folder: _recorded(folder)
+        for folder in wanted
+        if folder not in site.getsitepackages() and _takes_packages(folder)
+    }
+    sys.meta_path[sys.meta_path.index(PathFinder)] = _InstalledModules
     sys.meta_path.insert(0, _OwnPackages(os.path.dirname(os.path.dirname(_THIS_FILE))))
     sys.argv[:] = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -205,6 +205,39 @@ def test_a_folder_that_no_installer_has_made_supplies_only_what_is_missing(tmp_p
     assert found["pydantic"] == pydantic.__file__
 
 
+#: Says which modules a child can import, and that installed packages have their metadata.
+CAN_IMPORT = """
+import importlib.metadata, json, pydantic, sys
+from importlib.util import find_spec
+names = ("noted", "other", "pydantic", "numpy", "flash_attn")
+found = {name: spec.origin for name in names if (spec := find_spec(name))}
+print(json.dumps({**found, "version": importlib.metadata.version("other")}))
+"""
+
+
+def test_what_lies_beside_an_installed_package_is_not_imported(tmp_path: Path, hostile: Path) -> None:
+    """As ``pip install -t .`` leaves it in the folder of a program, with ``PYTHONPATH=..`` below it."""
+    package(hostile, "other", "")
+    made = hostile / "other-1.0.dist-info"
+    (made / "METADATA").write_text("Name: other\nVersion: 1.0\n")
+    (made / "RECORD").write_text(
+        'other.py,,\n"noted/__init__.py",,\nother-1.0.dist-info/RECORD,,\n../../bin/numpy,,\n'
+    )
+    (hostile / "noted").mkdir()
+    (hostile / "noted" / "__init__.py").touch()
+    (hostile / "flash_attn.py").write_text((hostile / "numpy.py").read_text())
+    (hostile / "below").mkdir()
+    modules = package(tmp_path / "modules", "found", CAN_IMPORT)
+    found = found_by_child(hostile, modules, working=hostile / "below")
+    assert marks(hostile) == []
+    assert found["other"] == str(hostile / "other.py")
+    assert found["noted"] == str(hostile / "noted" / "__init__.py")
+    assert found["version"] == "1.0"
+    assert found["pydantic"] == pydantic.__file__
+    assert str(hostile) not in found["numpy"]
+    assert "flash_attn" not in found
+
+
 def test_the_working_directory_is_left_out_even_if_packages_are_installed_there(tmp_path: Path) -> None:
     modules = package(tmp_path / "modules", "found", FOUND)
     working = package(tmp_path / "working", "pydantic", "raise ImportError('hostile')")

@@ -200,6 +200,7 @@ _WORDS: dict[str, Callable[[Gap], str]] = {
         "its block was called {when} without the call that is read, so that what it routed is missing"
     ),
     "not_called": _captured("it was not called {when}, though other layers of its stack were"),
+    "called_less": _captured("it was called less often {when} than other layers of its stack"),
     "idle": _captured(
         "no watched layer was called {when}; calls of a copy of the model, or of another one, are not counted"
     ),

@@ -74,6 +74,7 @@ class ClockLease:
         self._lease = lease
         self._watchdog = watchdog
         self._released = False
+        control.before_change = _refuse_directly
 
     @classmethod
     def acquire(cls, device_uuid: str, *, duration_s: float, folder: Path | None = None) -> Self:
@@ -119,7 +120,7 @@ class ClockLease:
 
     @property
     def control(self) -> ClockControl:
-        """What the driver says of the GPU."""
+        """What the driver says of the GPU; it refuses changes, which go through the lease."""
         return self._control
 
     def lock(self, sm_clock_mhz: int) -> int:
@@ -186,8 +187,7 @@ class ClockLease:
         with guarded(self._path):
             state = standing(self._path, self._lease.lease_id)
             if state in ("held", "vanished"):
-                undo(self._control, self._lease)
-                end_lease(self._path, self._lease)
+                self._undo_own()
             elif state == "replaced" and self._lease.touched:
                 raise ClockError(
                     f"the lease of {self._lease.device_uuid} has vanished and another has its place, so what "
@@ -228,11 +228,19 @@ class ClockLease:
                 self._rewrite(before)
                 raise
             finally:
-                self._control.before_change = None
+                self._control.before_change = _refuse_directly
             if self._lease.problem is not None:  # this process was stopped in the call of the driver
-                undo(self._control, self._lease)
-                end_lease(self._path, self._lease)
+                self._undo_own()
                 raise _over(self._lease)
+
+    def _undo_own(self) -> None:
+        """Undo every change and end the lease. Under its guard."""
+        self._control.before_change = None
+        try:
+            undo(self._control, self._lease)
+        finally:
+            self._control.before_change = _refuse_directly
+        end_lease(self._path, self._lease)
 
     def _refuse_over(self) -> None:
         state = standing(self._path, self._lease.lease_id)
@@ -349,6 +357,12 @@ def undo(control: ClockControl, lease: Lease) -> None:
         control.unlock()
     if lease.limit_before_mw is not None and control.power_limit_mw != lease.limit_before_mw:
         control.restore_power_limit_mw(lease.limit_before_mw)
+
+
+def _refuse_directly() -> None:
+    raise LockRefusedError(
+        "nothing is changed outside of the lease; call lock, unlock, limit or restore_limit of the lease"
+    )
 
 
 def _over(lease: Lease) -> LockRefusedError:

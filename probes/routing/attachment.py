@@ -111,9 +111,14 @@ class Attachment:
         return all(any(h is own for h in hooks) for own in (self._before, self._after) if own is not None)
 
     def restore(self) -> None:
-        """Put the hooks on again; once, also where somebody else has put them back."""
+        """Put the hooks on again; once, also where somebody else has put them back.
+
+        Code that was compiled while they were missing is compiled anew, also for other modules of the class.
+        """
         self._unregister()
         self._register()
+        if self._marks:
+            _renew_mark(self.module)
 
     def remove(self) -> None:
         """Take the hooks off and put the class back; doing it twice does nothing."""
@@ -193,6 +198,16 @@ def _marked(base: type[nn.Module]) -> type[nn.Module]:
             return base
         _marks[base] = weakref.ref(marked)
     return marked
+
+
+def _renew_mark(module: nn.Module) -> None:
+    """Give all watched modules of this one's class a subclass that no compiled code knows."""
+    with _lock:
+        base: type[nn.Module] = type(module).__dict__.get("_observatory_base") or type(module)
+        _marks.pop(base, None)
+        for watched in list(_attached):
+            if type(watched).__dict__.get("_observatory_base") is base:
+                object.__setattr__(watched, "__class__", _marked(base))
 
 
 def _new_mark(base: type[nn.Module]) -> type[nn.Module]:

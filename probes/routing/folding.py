@@ -170,6 +170,12 @@ class Folder:
         #: sites that were called, by phase: so far, and in this step
         self._called: dict[str, Bools] = {}
         self._called_now: dict[str, Bools] = {}
+        #: calls of each site in this step, by phase
+        self._calls_now: dict[str, Int64] = {}
+        #: by phase and stack: whether all layers are called equally often, in steps that tell
+        self._is_even: dict[tuple[str, int], bool] = {}
+        #: the first step and its sites that were called less, until that is known
+        self._uneven: dict[tuple[str, int], tuple[int, Int64]] = {}
         #: sites whose calls of this step are known to be missing; all, where a call was interrupted
         self._explained: Bools = np.zeros(len(specs), dtype=bool)
         self._groups: list[_Group] = []
@@ -253,7 +259,7 @@ class Folder:
         called_now, self._called_now = self._called_now, {}
         explained, self._explained = self._explained, np.zeros_like(self._explained)
         has_losses = bool(snapshot.losses) or bool(explained.any())
-        if not called_now and not (has_losses or snapshot.is_last or self.last_counted_step < 0):
+        if not called_now and not (has_losses or snapshot.is_last):
             self._log.add("idle", snapshot.step)
         for phase, now in called_now.items():
             before = self._called.setdefault(phase, np.zeros_like(now))
@@ -261,6 +267,28 @@ class Folder:
             for site in np.flatnonzero(before & ~now & has_stack & ~explained).tolist():
                 self._log.add("not_called", snapshot.step, site=site)
             before |= now
+        calls_now, self._calls_now = self._calls_now, {}
+        for phase, calls in calls_now.items():
+            for stack in np.unique(self._stacks[called_now[phase]]).tolist():
+                sites = np.flatnonzero((self._stacks == stack) & called_now[phase])
+                if calls[sites].all() and not explained[sites].any():  # no replay of a CUDA graph
+                    self._compare_calls(phase, stack, snapshot.step, sites, calls[sites])
+
+    def _compare_calls(self, phase: str, stack: int, step: int, sites: Int64, calls: Int64) -> None:
+        """State layers that were called less often in a step than others of their stack.
+
+        Stacks whose layers are never called equally often are left alone: layers that share a module, say.
+        """
+        key, fewer = (phase, stack), sites[calls < calls.max()]
+        if not fewer.size:
+            self._is_even[key] = True
+            first, fewer = self._uneven.pop(key, (step, fewer))
+            step = first
+        elif not self._is_even.get(key):
+            self._uneven.setdefault(key, (step, fewer))
+            return
+        for site in fewer.tolist():
+            self._log.add("called_less", step, site=site)
 
     def _add_slot(
         self,
@@ -282,6 +310,8 @@ class Folder:
         self.counted_sites.update(group.sites[present].tolist())
         called = self._called_now.setdefault(phase, np.zeros(len(self._layers), dtype=bool))
         called[group.sites] |= present
+        calls = self._calls_now.setdefault(phase, np.zeros(len(self._layers), dtype=np.int64))
+        calls[group.sites] += snapshot.calls[slot, group.sites]
         gates = None if mass is None else mass[group.starts[:, None] + np.arange(1, group.experts + 1)]
         if gates is not None:
             unknown = ~np.isfinite(gates).all(axis=1)

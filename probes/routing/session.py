@@ -205,7 +205,7 @@ class CaptureSession:
         states = [(site.spec.module, c) for site, c in zip(probe.sites, probe.counters, strict=True)]
         silent = [name for name, c in states if not c.ever_called and c.index not in seen]
         silent = silent if probe.refusal() is None else []
-        if len(silent) == len(probe.sites) and (probe.phases.model_called or steps):
+        if len(silent) == len(probe.sites) and (probe.phases.model_called or steps or probe.was_copied()):
             notes.append(
                 "nothing was counted: no watched module was called; a CUDA graph captured or a model "
                 "exported before the watch began does not show its routing"

@@ -32,6 +32,12 @@ from observatory.errors import *
 from probes.power import locking
 from probes.power.locking import ClockLease
 UUID = {UUID!r}
+def refused(call):
+    try:
+        exec(call, names)
+    except LockRefusedError:
+        return
+    raise AssertionError(call)
 names = dict(globals())
 for line in sys.stdin:
     try:

@@ -64,6 +64,31 @@ def test_an_owner_continued_after_its_lease_expired_undoes_nothing_of_the_next(h
     assert not list(host.leases.glob("*.over"))
 
 
+DIRECT = (
+    "held.control.unlock()",
+    "held.control.lock_sm_clock(900)",
+    "held.control.set_power_limit_mw(450_000)",
+    "held.control.restore_power_limit_mw(450_000)",
+)
+
+
+def test_nothing_is_changed_past_the_lease_of_an_owner(host: Host) -> None:
+    """Neither while it holds, nor when it has expired and another owner has the GPU."""
+    with owners(host, 2) as (a, b):
+        a.hold_short("held.lock(780)", "held.limit(400_000)", f"for call in {DIRECT!r}:\n  refused(call)")
+        a.stop()
+        assert eventually(lambda: host.files() == [])
+        assert host.state() == CLEAN
+        hold_second(b)
+        a.go_on()
+        for call in DIRECT:
+            error, text = a.try_(call)
+            assert (error, "outside of the lease" in text) == ("LockRefusedError", True)
+        assert host.state() == SECOND
+        b.ask("held.release()")
+        assert host.state() == CLEAN
+
+
 def test_of_two_owners_in_one_process_the_first_undoes_nothing_of_the_second(host: Host) -> None:
     with owners(host, 1) as (a,):
         a.acquire()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,28 @@ def test_more_watches_than_recompilations_are_allowed_are_all_counted(tmp_path: 
         call(tokens_TH)
         assert totals(tmp_path / str(number)) == {(0, 0): EVERY, (0, 1): EVERY}
     assert counters["stats"]["unique_graphs"] == 2, "one graph without hooks, one with them"
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_code_compiled_while_hooks_were_cleared_is_not_used_again(tmp_path: Path, at: int) -> None:
+    """Neither in the same watch nor in another one of the same class."""
+    for name in ("cleared", "next"):
+        model, tokens_TH = routed()
+        call = outside(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            with observatory.watch(model, tmp_path / name, adapters=[routed_adapter()]) as watch:
+                for step in range(3):
+                    if name == "cleared" and step == at:
+                        for module in model.modules():
+                            module._forward_hooks.clear()
+                            module._forward_pre_hooks.clear()
+                    call(tokens_TH)
+                    watch.step()
+        assert_untouched(model)
+    everything = {(step, layer): EVERY for step in range(3) for layer in range(2)}
+    assert totals(tmp_path / "cleared") == {key: n for key, n in everything.items() if key[0] != at}
+    assert totals(tmp_path / "next") == everything
 
 
 def test_nested_watches_of_compiled_code_each_count_their_own(tmp_path: Path) -> None:

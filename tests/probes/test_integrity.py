@@ -524,3 +524,55 @@ def test_notes_of_all_ranks_are_in_the_run(tmp_path: Path) -> None:
     notes = observatory.open_run(tmp_path / "r").manifest.notes
     assert "phase unknown in calls of the model (1): the model takes no cache" in notes
     assert "rank 1: watched modules were copied or pickled; calls of copies are not counted" in notes
+
+
+def put_back_within_the_step(holder: Holder) -> None:
+    layers = holder.model.layers
+    kept, layers[1] = layers[1], MoeLayer(4, TOP_K)  # type: ignore[index,operator]
+    holder.model(x())
+    layers[1] = kept  # type: ignore[index,operator]
+
+
+@pytest.mark.parametrize("at", [0, AT, STEPS - 1])
+def test_a_layer_that_misses_one_of_the_calls_of_a_step_is_stated(tmp_path: Path, at: int) -> None:
+    """As with accumulated gradients, where a step has several calls."""
+    run = captured(tmp_path / "r", put_back_within_the_step, at=at)
+    assert counts(run)[at, 0] == 2 * WHOLE
+    assert counts(run)[at, 1] == WHOLE
+    assert [(g.code, g.layer, g.first_step, g.steps) for g in gaps(run)] == [("called_less", 1, at, 1)]
+    assert run.manifest.state == "failed"
+
+
+def test_layers_that_are_called_unequally_in_every_step_are_no_gap(tmp_path: Path) -> None:
+    model = RoutedModel(layers=LAYERS)
+    with observatory.watch(model, tmp_path / "r", phase="prefill") as watch:
+        for calls in (1, 2, 3):
+            for _ in range(calls):
+                model(x())
+                model.layers[1](x())
+            watch.step()
+    assert gaps(observatory.open_run(tmp_path / "r")) == []
+
+
+@pytest.mark.parametrize("copied_steps", [1, STEPS])
+def test_a_copy_that_runs_in_the_first_steps_is_stated(tmp_path: Path, copied_steps: int) -> None:
+    model = RoutedModel(layers=LAYERS)
+    copied = copy.deepcopy(model)
+    watch = observatory.watch(model, tmp_path / "r", phase="prefill").__enter__()
+    for step in range(STEPS):
+        (copied if step < copied_steps else model)(x())
+        watch.step()
+    with pytest.warns(UserWarning, match="no watched layer was called"):
+        watch.__exit__(None, None, None)
+    run = observatory.open_run(tmp_path / "r")
+    assert [(g.code, g.first_step, g.steps) for g in gaps(run)] == [("idle", 0, copied_steps)]
+    assert run.manifest.state == "failed"
+
+
+def test_a_copy_that_runs_without_any_step_is_noted(tmp_path: Path) -> None:
+    model = RoutedModel(layers=LAYERS)
+    with (
+        pytest.warns(UserWarning, match="nothing was counted"),
+        observatory.watch(model, tmp_path / "r", phase="prefill"),
+    ):
+        copy.deepcopy(model)(x())
