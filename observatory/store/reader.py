@@ -349,12 +349,12 @@ class Run:
         frame: pd.DataFrame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
         for column, most in _MOST_DIFFERENT.items():
             if column in frame and not frame.empty:
-                different = frame.groupby("source_rank")[column].nunique()
-                if different.max() > most:
-                    raise RunFormatError(
-                        f"{table}/{rank_folder(int(different.index[different.argmax()]))}: column {column} holds "
-                        f"{different.max()} different values; expected at most {most}"
-                    )
+                for rank, different in frame.groupby("source_rank")[column].nunique().items():
+                    if different > most:
+                        raise RunFormatError(
+                            f"{table}/{rank_folder(int(str(rank)))}: column {column} holds {different} "
+                            f"different values; expected at most {most}"
+                        )
         return frame
 
     def _parts_of(self, table: str) -> tuple[Part, ...]:
