@@ -46,6 +46,25 @@ SECRET = "s3cr3t-VALUE-99"
         ["prog", "ghp_0123456789abcdefghijABCDEFGHIJ" + SECRET], ["prog", "--accessToken", SECRET],
         ["prog", f"--DB_PASSWORD={SECRET}"], ["prog", f"--passphrase={SECRET}"],
         ["prog", f"--mytoken={SECRET}"],
+        ["curl", "-u", f"me:{SECRET}"], ["curl", f"-ume:{SECRET}"], ["curl", f"--proxy-user=me:{SECRET}"],
+        ["bash", "-c", f"curl -u me:{SECRET} http://h"], ["mysql", f"-p{SECRET}"],
+        ["sshpass", "-p", SECRET, "ssh"], ["prog", "--token", f"-{SECRET}"],
+        ["prog", f"--use-token={SECRET}"],
+        ["prog", "config", "set", "api_key", SECRET], ["prog", "--authorization", "Bearer", SECRET],
+        ["prog", f"https://h/?sig={SECRET}"], ["prog", f"https://h/?X-Amz-Signature={SECRET}&y=1"],
+        ["prog", f"https://user:pa/{SECRET}@h/"], ["prog", f"user:{SECRET}@h/x"], ["prog", f"//u:{SECRET}@h"],
+        ["env", f"OPENAI_API_KEY2={SECRET}"], ["prog", f"--token2={SECRET}"], ["env", f"API_KEY_1={SECRET}"],
+        ["prog", "--private-key-pem", SECRET], ["prog", "--token-value", SECRET],
+        ["prog", f"-----BEGIN RSA PRIVATE KEY-----\n{SECRET}\n-----END RSA PRIVATE KEY-----"],
+        ["bash", "-c", f"setenv API_KEY {SECRET}"], ["bash", "-c", f"x; TOKEN='a'{SECRET} prog"],
+        ["python", "-c", f"os.environ['HF_TOKEN'] = '{SECRET}'"],
+        ["python", "-c", f"os.environ.setdefault('HF_TOKEN', '{SECRET}')"],
+        ["python", "-c", f"login(token=r'{SECRET}')"], ["python", "-c", f"token: str = '{SECRET}'"],
+        ["python", "-c", f'login(token=("a" "{SECRET}"))'], ["python", "-c", f"token = 'a' + '{SECRET}'"],
+        ["python", "-c", f'login(token="""{SECRET}""")'],
+        ["prog", f'{{"password": "a\\"b{SECRET}"}}'], ["prog", f'{{"api_key": {{"value": "{SECRET}"}}}}'],
+        ["prog", f'{{"name": "HF_TOKEN", "value": "{SECRET}"}}'],
+        ["prog", "npm_" + "a1" * 18 + SECRET], ["prog", "https://hooks.slack.com/services/T0/B0/" + "x" * 9],
     ],
 )  # fmt: skip
 def test_a_secret_is_masked(arguments: list[str]) -> None:
@@ -69,7 +88,11 @@ def test_a_secret_is_masked(arguments: list[str]) -> None:
         ["https://host/a/b?x=1"], ["ssh://git@host/x"], ["git@host:a/b.git"], ["--placement", "linear"],
         ["--data", "datasets:wikitext:test"], ["a:b=c"], ["--authors=me"], ["--keys", "a,b"], ["--top-k=8"],
         ["--key-dim=64"], ["--device", "rapl:package-0"], ['{"max_tokens": 12, "top_k": 2}'],
-        ["--token-budget", "9"],
+        ["--token-budget", "9"], ["--token", "4096"], ["--num-token=3"], ["--pass", "2"], ["--attn-key", "x"],
+        ["--pat-h", "x"], ["--cookie-jar", "f"], ["--secretfile", "f"], ["--use-auth-token=true"],
+        ["the token sequence is long"], ["Basic training started"], ["a digest mismatches"],
+        ["missing key: layers.0.mlp"], ["token: 5 at layer 3"], ["docker", "-u", "1000:1000"],
+        ["image:tag@sha256:0a"], ["http://host:80/a@b"], ["--password-stdin"], ["train_key.py", "x"],
     ],
 )  # fmt: skip
 def test_what_only_sounds_like_a_secret_stays(arguments: list[str]) -> None:
@@ -113,6 +136,12 @@ def test_masking_takes_linear_time_in_hostile_texts() -> None:
         '"' * 60_000,
         "http://" * 8000,
         "a:" * 30_000,
+        "http://a:" * 7000,
+        "-----BEGIN PRIVATE KEY-----" * 2000,
+        "key='" * 12_000,
+        "-u a:" * 10_000,
+        "token=a''" * 7000,
+        "set a " * 10_000,
     ):
         assert len(masked_text(text)) <= 4 * len(text)
 

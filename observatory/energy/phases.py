@@ -28,6 +28,8 @@ _WHOLE = "moe_layer"
 REST = "(rest)"
 #: Gaps up to this between spans of one phase belong to the phase.
 PHASE_GAP_NS = 10_000_000
+#: Neighbouring spans may overlap by as much as the times of a device's events are off.
+_MOST_OVERLAP_NS = 100_000
 #: Times beyond this are no times of a monotonic clock.
 _MOST_NS = 1 << 60
 
@@ -41,6 +43,7 @@ class RankPhases:
         inside: per phase, the spans inside it and :data:`REST`; phases without any are not there.
         steps: per phase, the steps that have a span.
         step_starts_ns: per phase, when its steps began, ascending.
+        overlap: why there is no energy per phase: its spans overlap; None where they follow each other.
         problems: what could not be used.
     """
 
@@ -48,6 +51,7 @@ class RankPhases:
     inside: dict[str, Timeline]
     steps: dict[str, frozenset[int]]
     step_starts_ns: dict[str, Int64]
+    overlap: str | None
     problems: tuple[str, ...]
 
 
@@ -81,6 +85,7 @@ def rank_phases(spans: pd.DataFrame, *, gap_ns: int = PHASE_GAP_NS) -> RankPhase
             str(phase): own.groupby("step")["start_ns"].min().sort_values().to_numpy(np.int64)
             for phase, own in by_phase
         },
+        overlap=_overlap(bands),
         problems=tuple(problems),
     )
 
@@ -91,6 +96,23 @@ def _timed(spans: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     fits &= spans["end_ns"].between(0, _MOST_NS) & (spans["end_ns"] > spans["start_ns"])
     timed = spans[fits].astype({"start_ns": "int64", "end_ns": "int64"})
     return timed, int((~fits).sum())
+
+
+def _overlap(bands: pd.DataFrame) -> str | None:
+    """Which spans of phases, sorted by their start, lie over each other: one moment would count for both."""
+    start, end = bands["start_ns"].to_numpy(np.int64), bands["end_ns"].to_numpy(np.int64)
+    over_ns = np.maximum.accumulate(end)[:-1] - start[1:]
+    count = int((over_ns > _MOST_OVERLAP_NS).sum())
+    if not count:
+        return None
+    later = int(np.argmax(over_ns > _MOST_OVERLAP_NS)) + 1
+    earlier = int(np.argmax(end[:later]))
+    one, other = (f"{bands['phase'].iloc[i]} (step {bands['step'].iloc[i]})" for i in (earlier, later))
+    more = f", and {count - 1} more" if count > 1 else ""
+    return (
+        f"spans/rank-{int(bands['source_rank'].iloc[0]):05d}: phases {one} and {other} overlap by "
+        f"{over_ns[later - 1] * 1e-6:.3g} ms{more}, as in threads: no energy per phase and token"
+    )
 
 
 def _bands(bands: pd.DataFrame, gap_ns: int) -> Timeline:

@@ -26,8 +26,8 @@ from observatory.store import Run
 
 __all__ = [
     "ALIASING_COLUMNS", "DEVICE_COLUMNS", "PHASE_COLUMNS", "TOKEN_COLUMNS", "TOTAL_COLUMNS", "Device",
-    "aliasing_rows", "device_row", "flag_aliased", "flag_device", "phase_rows", "tidy_frame", "token_frame",
-    "total_frame",
+    "aliasing_rows", "device_row", "flag_aliased", "flag_device", "phase_rows", "refused_rows", "tidy_frame",
+    "token_frame", "total_frame",
 ]  # fmt: skip
 
 DEVICE_COLUMNS = (
@@ -173,6 +173,15 @@ def phase_rows(
         }  # fmt: skip
         rows.append(row | _energies(item, idle, is_idle=phase is None and item.name == IDLE))
     return rows
+
+
+def refused_rows(device: Device, ran: RankPhases) -> list[dict[str, object]]:
+    """Rows of the phases of a rank whose spans overlap, without energy."""
+    return [
+        {"source_rank": device.rank, "device_uuid": device.uuid, "phase": phase, "span": None,
+         "observations": 0, "reason": ran.overlap}
+        for phase in ran.steps
+    ]  # fmt: skip
 
 
 def _energies(item: PhasePower, idle: IdlePower, *, is_idle: bool) -> dict[str, object]:

@@ -32,6 +32,7 @@ from observatory.energy.rows import (
     flag_aliased,
     flag_device,
     phase_rows,
+    refused_rows,
     tidy_frame,
     token_frame,
     total_frame,
@@ -264,22 +265,34 @@ def _add_device(
         else:
             phases = ran.phases.moved(clocks.shift_ns)
             start, end = phases.start_ns, phases.end_ns
-            whole = attribute(device.trace, phases, device.sensor, clock_error_ns=clocks.error_ns, seed=seed)
-            idle = idle_power(device.trace, phases, device.sensor, whole, device.calibrated_idle_mw)
             aliased = aliasing_rows(device, ran, phases)
             rows.aliasing += aliased
-            own = flag_aliased(phase_rows(device, whole, None, idle), aliased)
-            rows.phases += own
-            known = all(row.get("energy_mj") is not None for row in own)
-            attributed_mj = whole.energy_mj if known else None
-            for phase, inside in ran.inside.items():
-                inner = attribute(
-                    device.trace, inside.moved(clocks.shift_ns), device.sensor, fillers=(REST,),
-                    inside_only=True, clock_error_ns=clocks.error_ns, lag_ms=whole.lag_ms, seed=seed,
-                )  # fmt: skip
-                rows.phases += flag_aliased(phase_rows(device, inner, phase, idle), aliased)
+            if ran.overlap is None:
+                idle, attributed_mj = _add_phases(rows, device, ran, clocks, aliased, seed)
+            else:
+                reason = ran.overlap
+                rows.phases += refused_rows(device, ran)
     energy = None
     if end > start and device.disorder is None:
         energy = energy_of_window(device.trace, start, end, sensor=device.sensor)
     row = device_row(device, energy, idle, attributed_mj, reason)
     rows.devices.append(flag_device(row, aliased))
+
+
+def _add_phases(
+    rows: _Rows, device: Device, ran: RankPhases, clocks: Clocks, aliased: list[dict[str, object]], seed: int
+) -> tuple[IdlePower, float | None]:
+    """Rows of the phases of one device; its idle power, and the energy of all phases where it is known."""
+    phases = ran.phases.moved(clocks.shift_ns)
+    whole = attribute(device.trace, phases, device.sensor, clock_error_ns=clocks.error_ns, seed=seed)
+    idle = idle_power(device.trace, phases, device.sensor, whole, device.calibrated_idle_mw)
+    own = flag_aliased(phase_rows(device, whole, None, idle), aliased)
+    rows.phases += own
+    for phase, inside in ran.inside.items():
+        inner = attribute(
+            device.trace, inside.moved(clocks.shift_ns), device.sensor, fillers=(REST,),
+            inside_only=True, clock_error_ns=clocks.error_ns, lag_ms=whole.lag_ms, seed=seed,
+        )  # fmt: skip
+        rows.phases += flag_aliased(phase_rows(device, inner, phase, idle), aliased)
+    known = all(row.get("energy_mj") is not None for row in own)
+    return idle, whole.energy_mj if known else None

@@ -16,6 +16,8 @@ from observatory.records import DataSpec
 
 __all__ = ["TOKEN_KINDS", "PhaseTokens", "count_tokens"]
 
+#: Counts up to this are exact in a double.
+_MOST_TOKENS = 1 << 53
 #: What a token of a phase is.
 TOKEN_KINDS = {"prefill": "input", "decode": "output"}
 
@@ -81,9 +83,12 @@ def count_tokens(
 def _from_manifest(phase: str, kind: str, steps: frozenset[int], data: DataSpec | None) -> PhaseTokens:
     if data is None or not data.batch_size:
         return PhaseTokens(kind=kind, reason="the run has no routing rows of it and names no batch size")
-    if phase == "decode":
-        return PhaseTokens(kind=kind, tokens=len(steps) * data.batch_size, source="manifest")
-    if not data.sequence_length:
+    if phase != "decode" and not data.sequence_length:
         return PhaseTokens(kind=kind, reason="the run has no routing rows of it and names no sequence length")
-    tokens = len(steps) * data.batch_size * data.sequence_length
+    length = 1 if phase == "decode" or not data.sequence_length else data.sequence_length
+    tokens = len(steps) * data.batch_size * length
+    if tokens > _MOST_TOKENS:
+        return PhaseTokens(
+            kind=kind, reason="run.json: data.batch_size and data.sequence_length give over 2**53 tokens"
+        )
     return PhaseTokens(kind=kind, tokens=tokens, source="manifest")

@@ -19,7 +19,7 @@ from observatory.records import PHASES, Manifest
 from observatory.store.blocks import LoadBlock, stream_blocks
 from observatory.store.checks import FIXED_SCHEMAS, check_rows
 from observatory.store.coverage import Coverage
-from observatory.store.files import one_line
+from observatory.store.files import one_line, rank_folder
 from observatory.store.gaps import Gap, of_capture, of_ranks, sentence
 from observatory.store.layers import JoinedLayers, join_layers
 from observatory.store.manifests import joined_notes, read_manifest, read_rank_statuses
@@ -32,6 +32,11 @@ __all__ = ["Run", "open_run"]
 #: Frames larger than this are refused in favour of the streaming iterators.
 _MAX_FRAME_ROWS = 20_000_000
 _MAX_FRAME_BYTES = 4 * 1024 * 1024 * 1024
+
+#: Layers of a run that have rows: analyses work through each of them.
+_MAX_LAYERS = 1024
+#: Different values that one rank may have in a column: work and pages grow with each.
+_MOST_DIFFERENT = {"layer": _MAX_LAYERS, "group": 256, "device_uuid": 128}
 
 #: Counts of all rows together; analyses add them up in 64 bits.
 _MAX_SUM = 2.0**62
@@ -159,7 +164,15 @@ class Run:
         ranks = np.array(sorted({part.rank for part in parts}), dtype=np.int64)
         layer_experts = {spec.layer: spec.experts for spec in self.manifest.model.moe_layers}
 
+        found: set[int] = set()
+
         def check_layer(layer: int, experts: int, where: str) -> None:
+            found.add(layer)
+            if len(found) > _MAX_LAYERS:
+                raise RunFormatError(
+                    f"{where}: column layer holds over {_MAX_LAYERS} different layers with those before; "
+                    "capture it again"
+                )
             if layer_experts.get(layer, experts) != experts:
                 raise RunFormatError(
                     f"{where}: layer {layer} has {experts} experts, {layer_experts[layer]} in the manifest; "
@@ -334,6 +347,14 @@ class Run:
             schema = schema.append(pa.field("source_rank", pa.int32()))
         tables = [schema.empty_table(), *self.iter_rows(table)]
         frame: pd.DataFrame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+        for column, most in _MOST_DIFFERENT.items():
+            if column in frame and not frame.empty:
+                for rank, different in frame.groupby("source_rank")[column].nunique().items():
+                    if different > most:
+                        raise RunFormatError(
+                            f"{table}/{rank_folder(int(str(rank)))}: column {column} holds {different} "
+                            f"different values; expected at most {most}"
+                        )
         return frame
 
     def _parts_of(self, table: str) -> tuple[Part, ...]:

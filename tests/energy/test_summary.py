@@ -464,3 +464,51 @@ def test_a_gpu_that_several_ranks_sampled_counts_once(tmp_path: Path) -> None:
     assert device["sampled_by"] == 0
     assert device["samples"] == len(power)
     assert any("2 ranks sampled it" in problem for problem in summary.problems)
+
+
+def overlapping(spans: pd.DataFrame, how: str) -> pd.DataFrame:
+    """Spans of phases, one of them over others: over its end, around them, or all of them twice."""
+    first, last = spans.index[spans["phase"] == "prefill"][1:3]
+    if how == "twice":
+        return pd.concat([spans, spans], ignore_index=True)
+    if how == "around":
+        spans.loc[first, "end_ns"] = spans.loc[last, "start_ns"]
+    elif how == "of one phase":
+        spans.loc[first + 3, "end_ns"] += 5_000_000
+    else:
+        spans.loc[first, "end_ns"] += 25_000_000
+    return spans
+
+
+@pytest.mark.parametrize("how", ["over an end", "around", "twice", "of one phase"])
+def test_phases_that_overlap_have_no_energy_and_the_device_has(how: str, tmp_path: Path) -> None:
+    load = served()
+    run = write_energy_run(
+        tmp_path / "run",
+        power=SimulatedSensor().sample(load, poll_ms=53.0),
+        spans=[overlapping(numbered(load), how)],
+        tokens={"prefill": 2048, "decode": 16},
+        devices=(DEVICE,),
+    )
+    summary = energy_summary(open_run(run))
+    (device,) = summary.devices.to_dict("records")
+    assert device["energy_mj"] == pytest.approx(load.energy_mj(load.start_ns, load.end_ns), rel=0.01)
+    assert set(summary.phases["phase"]) == {"prefill", "decode"}
+    for frame, column in ((summary.phases, "energy_mj"), (summary.tokens, "mj_per_token")):
+        assert frame[column].isna().all()
+        for reason in (*frame["reason"], device["reason"]):
+            assert "spans/rank-00000: phases " in reason
+            assert "overlap by" in reason
+
+
+def test_times_of_neighbouring_phases_may_be_off_by_microseconds(tmp_path: Path) -> None:
+    spans = numbered(served())
+    spans["end_ns"] += 50_000
+    run = write_energy_run(
+        tmp_path / "run",
+        power=SimulatedSensor().sample(served(), poll_ms=53.0),
+        spans=[spans],
+        devices=(DEVICE,),
+    )
+    phases = energy_summary(open_run(run)).phases
+    assert phases.set_index("phase").loc["decode", "energy_mj"] > 0

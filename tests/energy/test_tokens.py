@@ -65,3 +65,10 @@ def test_where_nothing_tells_there_is_a_reason_and_never_zero() -> None:
     empty = count_tokens("decode", 0, frozenset({1}), routed((1, 1, "decode", 0, 0)), DATA)
     assert empty.tokens is None
     assert "no token" in (empty.reason or "")
+
+
+def test_a_number_of_tokens_that_cannot_be_is_refused_with_its_fields() -> None:
+    data = DataSpec(condition="prose", batch_size=2**31, sequence_length=2**31)
+    found = count_tokens("prefill", 0, frozenset({0}), NO_ROUTING, data)
+    assert found.tokens is None
+    assert "data.batch_size and data.sequence_length" in (found.reason or "")

@@ -186,3 +186,37 @@ def test_a_layer_number_beyond_the_schema_is_refused_by_the_builder() -> None:
         routing_rows(
             step_N=0, phase_N="decode", layer_N=2**41, source_rank=0, tokens_N=1, load_NE=np.ones((1, 2), int)
         )
+
+
+def test_rows_of_more_layers_than_a_model_has_are_refused(tmp_path: Path) -> None:
+    with RunWriter.create(tmp_path / "run", manifest_of()) as writer:
+        for first in (0, 600):
+            layers = np.arange(first, first + 600)
+            rows = routing_rows(
+                step_N=0, phase_N="decode", layer_N=layers, source_rank=0, tokens_N=1, load_NE=[[1]] * 600
+            )
+            writer.append("routing", rows)
+    with pytest.raises(RunFormatError, match=r"column layer holds over 1024 different layers"):
+        list(open_run(tmp_path / "run").iter_loads())
+
+
+def test_more_devices_layers_or_groups_than_a_rank_has_are_refused(tmp_path: Path) -> None:
+    with RunWriter.create(tmp_path / "run", manifest_of()) as writer:
+        names = [f"GPU-{number}" for number in range(129)]
+        writer.append("power", pa.table({"time_ns": [0] * 129, "device_uuid": names, "power_mw": [1] * 129}))
+        count = 1025
+        same = {"step": [0] * count, "phase": ["decode"] * count, "source_rank": [0] * count}
+        layers = {**same, "layer": range(count), "position": [0] * count, "expert_ids": [[1]] * count}
+        writer.append("tokens", pa.table(layers))
+        groups = [f"g{number}" for number in range(count)]
+        times = {"start_ns": range(count), "end_ns": range(1, count + 1)}
+        exchanges = {**same, **times, "sequence": range(count), "role": ["dispatch"] * count, "group": groups}
+        writer.append("exchange", pa.table(exchanges))
+    run = open_run(tmp_path / "run")
+    for read, table, holds in (
+        (run.power, "power", "device_uuid holds 129"),
+        (run.token_samples, "tokens", "layer holds 1025"),
+        (run.exchanges, "exchange", "group holds 1025"),
+    ):
+        with pytest.raises(RunFormatError, match=rf"{table}/rank-00000: column {holds} different values"):
+            read()
