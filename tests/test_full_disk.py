@@ -121,3 +121,22 @@ def test_half_a_line_is_taken_out_of_a_journal(tmp_path: Path) -> None:
     )
     assert f"ClockError: {path} cannot be written (File too large)" in done.stderr
     assert path.read_text() == first
+
+
+def test_a_run_that_cannot_be_begun_leaves_nothing(run: Path) -> None:
+    out = run.parent / "out"
+    out.mkdir()
+    line = on_a_small_disk(
+        10,
+        "power",
+        "--out",
+        out / "new",
+        "--device",
+        f"replay:{run}",
+        "--calibrate-s",
+        "0",
+        "--seconds",
+        "0.1",
+    )
+    assert str(out / "new") in line
+    assert left_in(out) == []

@@ -81,12 +81,15 @@ class RunWriter:
         """
         folder = Path(path)
         running = manifest.model_copy(update={"state": "running", "ended_unix_s": None, "ranks": ()})
+        was_there = folder.exists()
+        made = False
         try:
             check_free(folder, overwrite=overwrite)
             if folder.exists():
                 empty_run(folder)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / RANKS_FOLDER).mkdir()  # one process alone can make it
+            made = True
             sync_folder(folder)
             sync_folder(folder.absolute().parent)
             writer = cls(folder, running, rank=0, host=None)
@@ -97,6 +100,11 @@ class RunWriter:
                 f"run {folder} is made by another process at this moment; choose another place"
             ) from error
         except OSError as error:
+            if made:
+                with contextlib.suppress(OSError):
+                    empty_run(folder)
+                    if not was_there:
+                        folder.rmdir()
             raise RunError(
                 f"run {folder} cannot be made: {os_reason(error)}; choose a writable place with free space"
             ) from error
