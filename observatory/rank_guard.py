@@ -158,8 +158,9 @@ def _guard(launcher: ProcessId, told: int) -> None:
 def _await_reason(launcher: ProcessId, told: int) -> str:
     """Wait until this rank has to end; why."""
     waiting = [told]
-    with contextlib.suppress(AttributeError, OSError):  # without it, the next look finds out
-        waiting.append(os.pidfd_open(launcher.pid))
+    if launcher.alive is not None:
+        with contextlib.suppress(AttributeError, OSError):  # without it, the next look finds out
+            waiting.append(os.pidfd_open(launcher.pid))
     while True:
         ready, _, _ = select.select(waiting, [], [], _POLL_S)
         signals = [number for number in os.read(told, 64) if number in _SIGNALS] if told in ready else []
