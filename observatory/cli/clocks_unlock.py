@@ -49,7 +49,7 @@ def unlock(
     else:
         of = "" if device is None else f" of {device}"
         say(f"no lease{of} in {folder}: nothing of ours is locked{'' if device is None else ' there'}")
-    if any(not item.undone and (item.lease is None or item.lease.problem or force) for item in found):
+    if any(not item.undone and not item.spared for item in found):
         raise typer.Exit(1)
 
 

@@ -284,12 +284,14 @@ class UndoneLease:
         lease: what it held; None when it was damaged.
         undone: whether its GPU is as it was before.
         reason: why it was undone, or why not.
+        spared: it was left because it still held when it was looked at.
     """
 
     path: Path
     lease: Lease | None
     undone: bool
     reason: str
+    spared: bool = False
 
 
 def undo_leases(folder: Path, *, uuid: str | None = None, force: bool = False) -> list[UndoneLease]:
@@ -334,7 +336,7 @@ def _left(path: Path, lease: Lease) -> UndoneLease:
     reason = f"its owner, {lease.holder}, lives; --force undoes it all the same"
     if lease.owner.alive is None:
         reason = f"it is held by {lease.holder}; --force undoes it all the same"
-    return UndoneLease(path=path, lease=lease, undone=False, reason=reason)
+    return UndoneLease(path=path, lease=lease, undone=False, reason=reason, spared=True)
 
 
 def _undo_and_end(path: Path, lease: Lease) -> None:
