@@ -360,7 +360,8 @@ class Watch:
             return
         if problems:
             raise problems[0] if isinstance(problems[0], ModelError) else CaptureError(str(problems[0]))
-        gaps = [gap for gap in session.gaps() if gap.code != "interrupted"]  # the error was seen
+        seen = ("interrupted", "idle")  # its error was raised; a program may call step() before its model
+        gaps = [gap for gap in session.gaps() if gap.loses_rows or gap.code not in seen]
         if notes or gaps:
             lines = (*notes, *(sentence(from_capture(gap)) for gap in gaps))
             warnings.warn(f"run {self.run_path}: {'; '.join(lines)}", stacklevel=2)

@@ -11,7 +11,15 @@ __all__ = ["GapLog"]
 
 #: Codes after which rows hold all that was called.
 _LOSES_NOTHING = frozenset(
-    ("checks_removed", "exchange_hooks_removed", "gate_mass", "interrupted", "model_hooks_removed", "moved")
+    (
+        "checks_removed",
+        "exchange_hooks_removed",
+        "gate_mass",
+        "idle",
+        "interrupted",
+        "model_hooks_removed",
+        "moved",
+    )
 )
 #: Layers that are not watched are named up to this number.
 _MOST_UNWATCHED = 256

@@ -102,8 +102,15 @@ class CaptureSession:
         return self._probe.sites
 
     def gaps(self) -> tuple[CaptureGap, ...]:
-        """What was not captured, or not as a whole; final after ``stop``."""
-        return self._folder.gaps()
+        """What was not captured, or not as a whole; final after ``stop``.
+
+        An idle step has lost calls where there are copies, which may have run instead.
+        """
+        found, has_copies = self._folder.gaps(), self._probe.was_copied()
+        return tuple(
+            gap.model_copy(update={"loses_rows": True}) if has_copies and gap.code == "idle" else gap
+            for gap in found
+        )
 
     def note_interruption(self) -> None:
         """The part of the step that is taken next ended in the middle."""

@@ -558,15 +558,16 @@ def test_layers_that_are_called_unequally_in_every_step_are_no_gap(tmp_path: Pat
 def test_a_copy_that_runs_in_the_first_steps_is_stated(tmp_path: Path, copied_steps: int) -> None:
     model = RoutedModel(layers=LAYERS)
     copied = copy.deepcopy(model)
-    watch = observatory.watch(model, tmp_path / "r", phase="prefill").__enter__()
-    for step in range(STEPS):
-        (copied if step < copied_steps else model)(x())
-        watch.step()
-    with pytest.warns(UserWarning, match="no watched layer was called"):
-        watch.__exit__(None, None, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if copied_steps == STEPS else "error")  # then nothing was counted
+        with observatory.watch(model, tmp_path / "r", phase="prefill") as watch:
+            for step in range(STEPS):
+                (copied if step < copied_steps else model)(x())
+                watch.step()
     run = observatory.open_run(tmp_path / "r")
     assert [(g.code, g.first_step, g.steps) for g in gaps(run)] == [("idle", 0, copied_steps)]
-    assert run.manifest.state == "failed"
+    assert any("no watched layer was called" in problem for problem in run.problems)
+    assert run.manifest.state == "complete"  # as for a program that calls step() before its model
 
 
 def test_a_copy_that_runs_without_any_step_is_noted(tmp_path: Path) -> None:
