@@ -332,7 +332,8 @@ class Watch:
         writer.set_power(power)
         notes = (*self._notes, *clock_notes, *power.notes, *session.notes(steps=self.steps))
         writer.set_notes((*notes, *session.quiet_notes()))
-        writer.set_gaps(session.gaps())
+        gaps = session.gaps()
+        writer.set_gaps(gaps)
         with _collected(problems):
             if writer.rank == 0:
                 config = {**writer.manifest.config, "probe_cost": session.cost()}
@@ -344,7 +345,7 @@ class Watch:
         failure = (
             _failure(error) if error is not None else session.problem() or next(map(str, problems), None)
         )
-        if any(gap.loses_rows for gap in session.gaps()):
+        if any(gap.loses_rows for gap in gaps):
             failure = failure or "not all calls of its MoE layers were captured"
         with _collected(problems):
             writer.close(
@@ -361,9 +362,11 @@ class Watch:
         if problems:
             raise problems[0] if isinstance(problems[0], ModelError) else CaptureError(str(problems[0]))
         seen = ("interrupted", "idle")  # its error was raised; a program may call step() before its model
-        gaps = [gap for gap in session.gaps() if gap.loses_rows or gap.code not in seen]
-        if notes or gaps:
-            lines = (*notes, *(sentence(from_capture(gap)) for gap in gaps))
+        lines = [
+            *notes,
+            *(sentence(from_capture(gap)) for gap in gaps if gap.loses_rows or gap.code not in seen),
+        ]
+        if lines:
             warnings.warn(f"run {self.run_path}: {'; '.join(lines)}", stacklevel=2)
 
     def _switch(self, told: Phase | None) -> None:
