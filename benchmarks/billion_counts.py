@@ -28,9 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
-from observatory.provenance import new_manifest
-from observatory.records import ModelSpec, MoeLayerSpec, Topology
-from observatory.store import RunWriter, open_run, routing_rows
+from observatory.host.provenance import new_manifest
+from observatory.run import RunWriter, open_run, routing_rows
+from observatory.run.manifest import ModelSpec, MoeLayerSpec, Topology
 
 TOKENS, TOP_K, LAYERS, EXPERTS, RANKS = 4096, 8, 61, 256, 64
 STEPS_PER_BATCH = 16
@@ -112,7 +112,7 @@ def measure(path: Path) -> dict[str, float]:
 
 
 def child(path: str) -> None:
-    from observatory.routing.summary import layer_metrics
+    from observatory.analysis.routing.summary import layer_metrics
 
     started, cpu_started = time.perf_counter(), time.process_time()
     run = open_run(path)

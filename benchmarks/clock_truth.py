@@ -3,7 +3,7 @@
     python -m benchmarks.clock_truth [--seeds 20] [--devices knee,soft] [--cases usual,noisy]
 
 Every row is of one device and one kind of sweep, over many seeds of noise and order. Truth is the device's
-own formula (tests/power/synthetic_device.py), which the fit does not see; no hardware was measured.
+own formula (tests/devices/synthetic_device.py), which the fit does not see; no hardware was measured.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from observatory.cost.clocks import fit_clocks, recommend_clocks
-from observatory.cost.clocks.recommending import SeriesAdvice
-from observatory.cost.clocks.views import SeriesView
+from observatory.advice.frequency import SeriesAdvice
+from observatory.analysis.frequency import fit_clocks, recommend_clocks
+from observatory.analysis.frequency.views import SeriesView
 from observatory.errors import ClockError
-from tests.power.synthetic_device import DEVICES, LOCKS_MHZ, SyntheticDevice, made_sweep
+from tests.devices.synthetic_device import DEVICES, LOCKS_MHZ, SyntheticDevice, made_sweep
 
 BUDGET = 0.02
 CAPS_W = (250.0, 300.0, 350.0, 400.0, 450.0)

@@ -16,10 +16,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from observatory.energy import SensorModel, attribute, make_timeline, sensor_of
-from observatory.energy.design import IDLE
-from observatory.energy.traces import trace_of_frame
-from tests.power.sensor import SimulatedSensor, spans_of, steps
+from observatory.analysis.energy import SensorModel, attribute, make_timeline, sensor_of
+from observatory.analysis.energy.design import IDLE
+from observatory.analysis.energy.traces import trace_of_frame
+from tests.devices.sensor import SimulatedSensor, spans_of, steps
 
 H100 = sensor_of("NVIDIA H100 80GB HBM3")
 PLAIN = SimulatedSensor()

@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from observatory.energy import attribute, energy_of_window, make_timeline, sensor_of
-from observatory.energy.aliasing import locked_positions, phase_shifts_ms, predicted_error
-from observatory.energy.design import IDLE
-from observatory.energy.sensors import SensorModel
-from observatory.energy.traces import trace_of_frame
-from tests.power.sensor import Load, SimulatedSensor, bursts, join, paused, spans_of, steps
+from observatory.analysis.energy import attribute, energy_of_window, make_timeline, sensor_of
+from observatory.analysis.energy.design import IDLE
+from observatory.analysis.energy.traces import trace_of_frame
+from observatory.devices.aliasing import locked_positions, phase_shifts_ms, predicted_error
+from observatory.devices.sensors import SensorModel
+from tests.devices.sensor import Load, SimulatedSensor, bursts, join, paused, spans_of, steps
 
 H100 = sensor_of("NVIDIA H100 80GB HBM3")
 V100 = sensor_of("Tesla V100-SXM2-32GB")

@@ -36,10 +36,10 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import nn
 
-from observatory.provenance import new_manifest
-from observatory.records import ModelSpec, Topology
-from observatory.store import RunWriter
-from probes.exchange.probe import ExchangeProbe
+from observatory.host.provenance import new_manifest
+from observatory.probes.exchange.probe import ExchangeProbe
+from observatory.run import RunWriter
+from observatory.run.manifest import ModelSpec, Topology
 
 SIZES = {"small": 64, "large": 1 << 18}
 COLUMNS = 16

@@ -35,8 +35,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from probes.routing.discover import find_sites
-from probes.routing.probe import RoutingProbe
+from observatory.probes.routing.discover import find_sites
+from observatory.probes.routing.probe import RoutingProbe
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 4, 64, 4, 64
 SIZES = {"decode": (8, 1), "prefill": (1, 2048)}

@@ -25,10 +25,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from observatory.records import Manifest, ModelSpec
-from observatory.store import RunWriter
-from observatory.tables import EXCHANGE_SCHEMA, POWER_SCHEMA, SPAN_SCHEMA, TOKENS_SCHEMA, routing_schema
-from tests.store.parquet_bombs import Column, parquet_file, table_columns
+from observatory.run import RunWriter
+from observatory.run.manifest import Manifest, ModelSpec
+from observatory.run.tables import EXCHANGE_SCHEMA, POWER_SCHEMA, SPAN_SCHEMA, TOKENS_SCHEMA, routing_schema
+from tests.run.parquet_bombs import Column, parquet_file, table_columns
 
 MOST_BYTES, MOST_SECONDS, MOST_FILE_BYTES = 1e9, 20.0, 1 << 20
 ADDRESS_SPACE = 8 << 30

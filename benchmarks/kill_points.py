@@ -2,9 +2,9 @@
 
     python -m benchmarks.kill_points [--jobs 2] [--every 1] [--only TEXT]
 
-A point is a line of ``probes/power/{locking,lease,lease_files,control,watchdog}.py`` as a process runs it,
-each line up to three times (tests/power/killing.py). The owner locks, limits, locks, restores, unlocks, locks
-and releases (tests/power/lock_owner.py). Every point is a run of its own:
+A point is a line of ``observatory/locks/{locking,lease,lease_files,control,watchdog}.py`` as a process
+runs it, each line up to three times (tests/locks/killing.py). The owner locks, limits, locks, restores,
+unlocks, locks and releases (tests/locks/lock_owner.py). Every point is a run of its own:
 
     owner starts -> ... -> killed at the point -> its orphans end -> [clocks unlock] -> what the driver holds
 
@@ -36,9 +36,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.stop_points import STOPS, StopOutcome, play_stop
-from tests.power.driver import Change
-from tests.power.killing import POINTS, kill_at_point, kill_watchdogs
-from tests.power.test_locking import UUID, Host
+from tests.devices.driver import Change
+from tests.locks.killing import POINTS, kill_at_point, kill_watchdogs
+from tests.locks.test_locking import UUID, Host
 
 CLEAN = {"lock": 0.0, "limit": 700.0}
 _SUBREAPER = 36
@@ -144,7 +144,7 @@ class Bench:
 
     def _owner(self, *arguments: str, watchdog: int | None = None) -> tuple[int, int]:
         """Run an owner to its end, and wait for the watchdog that it leaves; its id and time of death."""
-        from tests.power import lock_owner
+        from tests.locks import lock_owner
 
         def main() -> int:
             if watchdog is not None:

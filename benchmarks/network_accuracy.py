@@ -27,13 +27,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.network_accuracy_tables import fit_lines, live_lines, replay_lines
-from collectives.bench import alltoall_plan
-from collectives.replay import replay_plan
+from observatory.analysis.network import fit_network
+from observatory.analysis.parallel.captured import captured_traffic
 from observatory.campaign.benchmark import run_benchmark
-from observatory.cost import fit_network
-from observatory.parallel.captured import captured_traffic
-from observatory.records_bench import BenchPlan, BenchResult
-from observatory.store import Run, open_run
+from observatory.collectives.bench.measure import alltoall_plan
+from observatory.collectives.bench.replay import replay_plan
+from observatory.run import Run, open_run
+from observatory.run.documents.bench import BenchPlan, BenchResult
 
 FIT_RANKS = (3, 5, 6)
 PREDICTED_RANKS = (4, 8)
@@ -65,7 +65,7 @@ class Links:
             result = run_benchmark(plan, ranks=ranks, backend="gloo", ranks_per_node=None)
             assert result is not None
             return result
-        from tests.cost.shaped import run_on_nodes, shaped_nodes
+        from tests.analysis.network.shaped import run_on_nodes, shaped_nodes
 
         with (
             tempfile.TemporaryDirectory() as folder,

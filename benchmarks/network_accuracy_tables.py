@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from observatory.cost import NetworkModel, predict_us
-from observatory.cost.checking import check_predictions
-from observatory.exchange import run_waits
-from observatory.records_bench import BenchResult
-from observatory.store import Run
+from observatory.analysis.exchange import run_waits
+from observatory.analysis.network import NetworkModel, predict_us
+from observatory.analysis.network.checking import check_predictions
+from observatory.run import Run
+from observatory.run.documents.bench import BenchResult
 
 __all__ = ["fit_lines", "live_lines", "replay_lines"]
 

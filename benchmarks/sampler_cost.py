@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.interleaved import interleaved
-from observatory.records import Manifest, ModelSpec
-from observatory.store import RunWriter
-from probes.power.sampler import PowerSampler
-from tests.power.driver import FakeDriver
+from observatory.probes.power.sampler import PowerSampler
+from observatory.run import RunWriter
+from observatory.run.manifest import Manifest, ModelSpec
+from tests.devices.driver import FakeDriver
 
 UUIDS = tuple(f"GPU-fa4e0000-0000-4000-8000-00000000000{number}" for number in range(8))
 BLOCK_S = 0.25
@@ -81,7 +81,7 @@ def driver_us(devices: int) -> float:
     """Processor time of the driver's own part of one reading of one device."""
     import pynvml
 
-    from probes.power.nvml_calls import FieldBatch
+    from observatory.devices.nvml_calls import FieldBatch
 
     pynvml.nvmlInit()
     handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in UUIDS[:devices]]

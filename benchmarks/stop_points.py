@@ -18,8 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from observatory.errors import ObservatoryError
-from tests.power.killing import kill_watchdogs
-from tests.power.test_locking import UUID, Host
+from tests.locks.killing import kill_watchdogs
+from tests.locks.test_locking import UUID, Host
 
 __all__ = ["STOPS", "Stop", "StopOutcome", "play_stop"]
 
@@ -70,15 +70,15 @@ class Stop:
 
     def owner(self, point: int, duration_s: float) -> int | None:
         """An owner that is stopped; None when it ended instead."""
-        from tests.power import lock_owner
+        from tests.locks import lock_owner
 
         pid = self._fork(lambda: lock_owner.main([UUID, str(point), "stop", str(duration_s)]))
         return pid if os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1]) else None
 
     def watchdog(self, point: int) -> int | None:
         """A watchdog that is stopped, whose owner was killed; None when it ended instead."""
-        from probes.power import locking
-        from tests.power import lock_owner
+        from observatory.locks import locking
+        from tests.locks import lock_owner
 
         def main() -> int:
             locking._WATCHDOG_S = 3.0  # one that is stopped before it watches is killed by its owner
@@ -94,8 +94,8 @@ class Stop:
 
     def second(self) -> tuple[int, int, int] | None:
         """A second owner that holds a lock and a limit: its id, and pipes from and to it; None: refused."""
-        from probes.power import lease_files
-        from probes.power.locking import ClockLease
+        from observatory.locks import lease_files
+        from observatory.locks.locking import ClockLease
 
         told, tell = os.pipe()
         wait, go_on = os.pipe()

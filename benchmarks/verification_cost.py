@@ -18,9 +18,9 @@ import numpy as np
 import torch
 
 from benchmarks.hook_cost import tiny_model
-from probes.routing.discover import find_sites
-from probes.routing.judgement import Verify
-from probes.routing.probe import RoutingProbe
+from observatory.probes.routing.discover import find_sites
+from observatory.probes.routing.judgement import Verify
+from observatory.probes.routing.probe import RoutingProbe
 
 TOKENS = (1, 512)
 

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from observatory.errors import ObservatoryError
-    from observatory.store import Run, RunWriter, open_run
-    from observatory.watching import watch
+    from observatory.probes.watch import watch
+    from observatory.run import Run, RunWriter, open_run
 
 __all__ = ["ObservatoryError", "Run", "RunWriter", "open_run", "watch"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "ObservatoryError": "observatory.errors",
-    "Run": "observatory.store",
-    "RunWriter": "observatory.store",
-    "open_run": "observatory.store",
-    "watch": "observatory.watching",
+    "Run": "observatory.run",
+    "RunWriter": "observatory.run",
+    "open_run": "observatory.run",
+    "watch": "observatory.probes.watch",
 }
 
 

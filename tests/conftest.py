@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from observatory.records import DataSpec, Manifest, ModelSpec, MoeLayerSpec
-from observatory.store import RunWriter, routing_rows
+from observatory.run import RunWriter, routing_rows
+from observatory.run.manifest import DataSpec, Manifest, ModelSpec, MoeLayerSpec
 from tests.processes import MARK, descendants, end_all
 
 _SESSION = str(os.getpid())

@@ -10,13 +10,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.cost import shaped
+from tests.analysis.network import shaped
+from tests.paths import ROOT
 
 __all__ = ["HOSTS", "ahead_s", "run_on_hosts", "why_not"]
 
 HOSTS = 2
 _PORT = 29577
-_ROOT = Path(__file__).parents[1]
 _LAUNCHERS = ("SLURM", "PMI", "OMPI_", "TORCHELASTIC", "MASTER_", "GLOO_", "RANK", "WORLD_SIZE", "LOCAL_")
 
 
@@ -44,7 +44,7 @@ def run_on_hosts(
     """What the hosts print while ``torchrun`` runs a program over all of them; all must end well."""
     ahead = ahead_s()
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHERS)}
-    own = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT), **(environment or {})}
+    own = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(environment or {})}
     processes: list[subprocess.Popen[bytes]] = []
     logs = [folder / f"host{host}.log" for host in range(HOSTS)]
     with shaped.shaped_nodes(HOSTS, rate_mbit=1_000) as names:

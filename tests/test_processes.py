@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.paths import ROOT
 from tests.processes import command_of, lives, wait_until
 
-ROOT = Path(__file__).parents[1]
 #: Processes with sessions of their own, orphans, and deaf ones; LENGTH_S tells them from all others.
 START = """
 import pytest, subprocess, time

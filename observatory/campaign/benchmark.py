@@ -5,13 +5,13 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from observatory.bounded import MAX_DOCUMENT_BYTES
 from observatory.campaign.ranks import check_backend
-from observatory.children import python_module
-from observatory.documents import write_text
 from observatory.errors import ExchangeError, alike
-from observatory.ranks import find_rank
-from observatory.records_bench import NODES_AS_TOLD, BenchPlan, BenchResult, load_bench
+from observatory.host.children import python_module
+from observatory.host.ranks import find_rank
+from observatory.run.bounded import MAX_DOCUMENT_BYTES
+from observatory.run.documents.bench import NODES_AS_TOLD, BenchPlan, BenchResult, load_bench
+from observatory.run.documents.writing import write_text
 
 __all__ = ["check_out", "ranks_of_benchmark", "run_benchmark", "write_result"]
 
@@ -54,10 +54,10 @@ def run_benchmark(
         ExchangeError: a rank failed or is missing, backend or nodes do not fit, or the result would be larger
             than what is read.
     """
-    from collectives.bench import run_plan
-    from collectives.bench_rank import RankJob
-    from collectives.layout import split_into_nodes
-    from collectives.transport import open_transport
+    from observatory.collectives.bench.measure import run_plan
+    from observatory.collectives.bench.rank import RankJob
+    from observatory.collectives.layout import split_into_nodes
+    from observatory.collectives.transport.protocol import open_transport
 
     check_backend(backend)
     _check_size(plan, ranks)
@@ -76,7 +76,7 @@ def run_benchmark(
         )
     if ranks_per_node is not None:
         split_into_nodes(ranks, ranks_per_node)
-    from hpc.launch import start_local_ranks
+    from observatory.hpc.launch import start_local_ranks
 
     with tempfile.TemporaryDirectory(prefix="observatory-bench-") as folder:
         job, out = Path(folder) / "job.json", Path(folder) / "result.json"
@@ -84,7 +84,7 @@ def run_benchmark(
             plan=plan, backend=backend, ranks_per_node=ranks_per_node, timeout_s=timeout_s, out=str(out)
         )
         job.write_text(told.model_dump_json(), encoding="utf-8")
-        start_local_ranks(python_module("collectives.bench_rank", str(job)), ranks)
+        start_local_ranks(python_module("observatory.collectives.bench.rank", str(job)), ranks)
         return load_bench(out)
 
 

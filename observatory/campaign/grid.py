@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from observatory.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
 from observatory.campaign.profile import PhaseChoice, ProfileJob, run_profile
-from observatory.documents import frame_records, write_json
 from observatory.errors import DataError, ObservatoryError, PlacementError, RunError
+from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
+from observatory.run.documents.writing import frame_records, write_json
 
 if TYPE_CHECKING:
     from observatory.zoo.models import LoadedModel
@@ -178,7 +178,7 @@ def run_grid(
         RunError: ``out`` exists and is no grid directory, or another process runs a grid in it.
         PlacementError: the placement file cannot be used; known before any cell runs.
     """
-    from observatory.parallel.placement import load_placement
+    from observatory.analysis.parallel.placement import load_placement
 
     cells = grid_cells(config)
     if config.ep and config.placement not in _PLACEMENT_RULES:
@@ -284,7 +284,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 def is_complete(run: Path) -> bool:
     """Whether a directory holds a run that was closed in order."""
-    from observatory.store import open_run
+    from observatory.run import open_run
 
     if not (run / "run.json").is_file():
         return False
@@ -314,8 +314,8 @@ def _write_index(out: Path, config: GridConfig, cells: Sequence[Cell], results: 
 
 def _write_scan(out: Path, config: GridConfig, results: Sequence[CellResult]) -> None:
     """Scan every finished cell at every degree that fits its model; degrees that do not are listed."""
-    from observatory.parallel.scan import scan_run
-    from observatory.store import open_run
+    from observatory.analysis.parallel.scan import scan_run
+    from observatory.run import open_run
 
     placement = config.placement if config.placement in _PLACEMENT_RULES else Path(config.placement)
     rows: list[dict[str, object]] = []

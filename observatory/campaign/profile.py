@@ -21,14 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from observatory.errors import CaptureError, DataError, ExchangeError, ModelError, ObservatoryError, alike
-from observatory.stages import ALGORITHMS
-from observatory.store.files import one_line
+from observatory.run.exchange_algorithms import ALGORITHMS
+from observatory.run.files import one_line
 
 if TYPE_CHECKING:
     import torch
 
     from observatory.campaign.ranks import Ranks
-    from observatory.watching import Watch
+    from observatory.probes.watch import Watch
     from observatory.zoo.data import TokenStream
     from observatory.zoo.models import LoadedModel
 
@@ -208,7 +208,7 @@ def _run_rank(
     import torch
 
     import observatory
-    from observatory.records import DataSpec
+    from observatory.run.manifest import DataSpec
     from observatory.zoo.data import load_token_ids
     from observatory.zoo.models import load_model, quiet_transformers
 

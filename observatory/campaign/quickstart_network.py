@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from observatory.documents import write_text
 from observatory.errors import BenchmarkError
-from observatory.provenance import command_line
-from observatory.records_bench import BenchPlan, BenchResult, load_bench
+from observatory.host.provenance import command_line
+from observatory.run.documents.bench import BenchPlan, BenchResult, load_bench
+from observatory.run.documents.writing import write_text
 
 __all__ = ["NetworkFiles", "quickstart_network"]
 
@@ -63,7 +63,7 @@ def quickstart_network(runs: Sequence[Path], out: Path, *, told: Callable[[str],
         BenchmarkError: the benchmarks cannot be fitted.
     """
     from observatory.campaign.benchmark import write_result
-    from observatory.store import open_run
+    from observatory.run import open_run
 
     ranks = [open_run(run).manifest.topology.ranks for run in runs]
     run_id = open_run(runs[-1]).manifest.run_id
@@ -96,8 +96,8 @@ def quickstart_network(runs: Sequence[Path], out: Path, *, told: Callable[[str],
 
 def _measure(ranks: int, replayed: Path | None) -> tuple[BenchResult, BenchResult | None]:
     """Synthetic exchanges, and those of a run in the same rounds where one is given."""
-    from collectives.bench import alltoall_plan
     from observatory.campaign.benchmark import run_benchmark
+    from observatory.collectives.bench.measure import alltoall_plan
 
     plan = alltoall_plan(
         ranks=ranks,
@@ -122,9 +122,9 @@ def _measure(ranks: int, replayed: Path | None) -> tuple[BenchResult, BenchResul
 
 
 def _replay_plan(path: Path, ranks: int) -> BenchPlan:
-    from collectives.replay import replay_plan
-    from observatory.parallel.captured import captured_traffic
-    from observatory.store import open_run
+    from observatory.analysis.parallel.captured import captured_traffic
+    from observatory.collectives.bench.replay import replay_plan
+    from observatory.run import open_run
 
     run = open_run(path)
     captured = list(captured_traffic(run, ep=ranks, steps=_STEPS))
@@ -138,7 +138,7 @@ def _replay_plan(path: Path, ranks: int) -> BenchPlan:
 
 
 def _fit(files: NetworkFiles) -> None:
-    from observatory.cost.fitting import fit_network
+    from observatory.analysis.network.fitting import fit_network
 
     model = fit_network(
         [load_bench(path) for path in files.bench],
@@ -158,7 +158,7 @@ def _usable(path: Path, *, ranks: int, run_id: str | None = None) -> bool:
 
 
 def _is_model(path: Path) -> bool:
-    from observatory.cost import load_network
+    from observatory.analysis.network import load_network
 
     try:
         load_network(path)

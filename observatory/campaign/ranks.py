@@ -15,18 +15,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from observatory.children import python_module
 from observatory.errors import ExchangeError, PlacementError, RunError, alike
-from observatory.ranks import RankOf, find_rank
-from observatory.records import Topology
+from observatory.host.children import python_module
+from observatory.host.ranks import RankOf, find_rank
+from observatory.run.manifest import Topology
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from collectives.expert_parallel import ShardedModel
-    from collectives.transport import Transport
     from observatory.campaign.profile import ProfileJob
-    from observatory.watching import Watch
+    from observatory.collectives.expert_parallel import ShardedModel
+    from observatory.collectives.transport.protocol import Transport
+    from observatory.probes.watch import Watch
 
 __all__ = [
     "Ranks",
@@ -108,9 +108,9 @@ def start_ranks(job: ProfileJob, out: Path, *, overwrite: bool = False) -> None:
         ExchangeError: backend or nodes do not fit local ranks, or a rank failed, died or hung; names it.
         RunError: something is in the place of the run.
     """
-    from collectives.layout import split_into_nodes
-    from hpc.launch import start_local_ranks
-    from observatory.store.replacing import check_free
+    from observatory.collectives.layout import split_into_nodes
+    from observatory.hpc.launch import start_local_ranks
+    from observatory.run.replacing import check_free
 
     if job.backend == "mpi":
         raise ExchangeError(
@@ -130,7 +130,7 @@ def check_backend(backend: str) -> None:
     Raises:
         ExchangeError: no such backend.
     """
-    from collectives.transport import BackendChoice
+    from observatory.collectives.transport.protocol import BackendChoice
 
     if backend not in get_args(BackendChoice):
         raise ExchangeError(
@@ -172,7 +172,7 @@ class Ranks:
         Raises:
             RunError: it is not free, on every rank.
         """
-        from observatory.store.replacing import check_free
+        from observatory.run.replacing import check_free
 
         if self.transport is None:
             if overwrite and self.where.world > 1:
@@ -208,7 +208,7 @@ class Ranks:
         if self.transport is None:
             yield None
             return
-        from collectives.expert_parallel import shard_experts
+        from observatory.collectives.expert_parallel import shard_experts
 
         with shard_experts(
             model,
@@ -239,8 +239,8 @@ class Ranks:
         if self.transport is None:
             yield
             return
-        from collectives.clock import with_drift
-        from collectives.pairs import align_transport
+        from observatory.collectives.bench.pairs import align_transport
+        from observatory.probes.alignment import with_drift
 
         begin = align_transport(self.transport)
         watch.set_clock(begin.record())
@@ -255,8 +255,8 @@ class Ranks:
 
 def _placement(model: nn.Module, placement: str, ranks: int) -> dict[int, list[tuple[int, ...]]] | None:
     """Ranks that hold each expert, by layer; None for contiguous blocks."""
-    from observatory.parallel.placement import load_placement, round_robin
-    from probes.routing.discover import find_sites
+    from observatory.analysis.parallel.placement import load_placement, round_robin
+    from observatory.probes.routing.discover import find_sites
 
     if placement == "linear":
         return None
@@ -286,14 +286,14 @@ def join_ranks(job: ProfileJob) -> Iterator[Ranks]:
     if job.ep == 1:
         yield Ranks(where=where, transport=None)
         return
-    from collectives.transport import open_transport
+    from observatory.collectives.transport.protocol import open_transport
 
     with open_transport(
         job.backend,  # type: ignore[arg-type]  # open_transport names the choices
         ranks_per_node=job.ranks_per_node,
         timeout_s=job.exchange_timeout_s,
     ) as transport:
-        from collectives.transport_base import agree
+        from observatory.collectives.transport.base import agree
 
         # Each rank may have a device of its own; the launcher has seen to their number.
         agree(transport, {name: value for name, value in asdict(job).items() if name not in ("device", "ep")})

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from observatory.errors import DeviceError
-from observatory.masking import masked_arguments
-from observatory.provenance import new_manifest
-from observatory.records import ModelSpec, RankPower
-from observatory.store import RunWriter
+from observatory.host.provenance import new_manifest
+from observatory.run import RunWriter
+from observatory.run.manifest import ModelSpec, RankPower
+from observatory.run.masking import masked_arguments
 
 if TYPE_CHECKING:
-    from probes.power.sampler import PowerSampler
+    from observatory.probes.power.sampler import PowerSampler
 
 __all__ = ["TelemetryJob", "run_telemetry"]
 
@@ -70,7 +70,7 @@ def run_telemetry(
         DeviceError: no device can be read, or the command cannot be started.
         RunError: the run directory cannot be made.
     """
-    from probes.power.sampler import PowerSampler
+    from observatory.probes.power.sampler import PowerSampler
 
     selectors = job.selectors or _default_selectors()
     what = " ".join(masked_arguments(job.command)) if job.command else "nothing watched"
@@ -97,7 +97,7 @@ def run_telemetry(
 
 
 def _default_selectors() -> tuple[str, ...]:
-    from probes.power.find import find_devices, local_devices
+    from observatory.devices.find import find_devices, local_devices
 
     local = local_devices()
     if local.selectors:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from observatory.errors import ClockError, ModelError
-from observatory.records import Phase
+from observatory.run.manifest import Phase
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ _KEEPER = 'read -r _; kill -TERM "-$1"; kill -CONT "-$1"; sleep 5; kill -KILL "-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadFacts:
-    """What a workload is; fields as in :class:`observatory.records_clocks.ClockSeries`."""
+    """What a workload is; fields as in :class:`observatory.run.documents.clock_sweep.ClockSeries`."""
 
     name: str
     phase: Phase = "unknown"

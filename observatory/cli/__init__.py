@@ -82,7 +82,7 @@ def _guarded(argv: Sequence[str] | None) -> int:
 def _is_first_rank() -> bool:
     """Whether this process has to say what all ranks know."""
     from observatory.errors import CaptureError
-    from observatory.ranks import find_rank
+    from observatory.host.ranks import find_rank
 
     try:
         return find_rank().rank == 0
@@ -92,7 +92,7 @@ def _is_first_rank() -> bool:
 
 def _is_local_rank() -> bool:
     """Whether another ``observatory`` started this process as a rank, and says what there is to say."""
-    from observatory.ranks import LOCAL_RUN
+    from observatory.host.ranks import LOCAL_RUN
 
     return os.environ.get("TORCHELASTIC_RUN_ID", "").startswith(LOCAL_RUN)
 
@@ -111,7 +111,7 @@ def run() -> None:
     for number in _ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, _interrupt)
-    from observatory.rank_guard import end_rank, guard_rank
+    from observatory.hpc.rank_guard import end_rank, guard_rank
 
     guard_rank()
     code = main()

@@ -12,6 +12,7 @@ from observatory.cli import (
     clocks,
     doctor,
     energy,
+    exchanges,
     export,
     fit,
     grid,
@@ -23,11 +24,10 @@ from observatory.cli import (
     reuse,
     routing,
     scan,
-    waiting,
 )
 from observatory.cli.output import say
 from observatory.errors import CaptureError
-from observatory.ranks import find_rank
+from observatory.host.ranks import find_rank
 
 __all__ = ["command"]
 
@@ -81,7 +81,7 @@ def command() -> Any:
     app.command("replay")(replay.replay)
     app.command("fit")(fit.fit)
     app.command("export")(export.export)
-    app.command("exchanges")(waiting.exchanges)
+    app.command("exchanges")(exchanges.exchanges)
     app.command("power")(power.power)
     app.command("energy")(energy.energy)
     app.add_typer(reuse.reuse_group(), name="reuse")

@@ -62,12 +62,12 @@ def alltoall(
     json: JsonOption = False,
 ) -> None:
     """Time all-to-all exchanges of several sizes, splits and algorithms, and check every byte."""
-    from collectives.bench import alltoall_plan
-    from collectives.patterns import PATTERNS
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
     from observatory.cli.output import print_json, print_table, say, say_cores
-    from observatory.provenance import command_line
-    from observatory.usable_cores import share_document, short_of_cores
+    from observatory.collectives.bench.measure import alltoall_plan
+    from observatory.collectives.bench.patterns import PATTERNS
+    from observatory.host.provenance import command_line
+    from observatory.run.usable_cores import share_document, short_of_cores
 
     check_out(out, force=force)
     world = ranks_of_benchmark(ranks)

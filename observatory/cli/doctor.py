@@ -10,9 +10,9 @@ import typer
 from observatory.cli.options import JsonOption
 
 if TYPE_CHECKING:
+    from observatory.locks.status import DeviceStatus
+    from observatory.probes.routing.sites import RoutingSite
     from observatory.zoo.models import LoadedModel
-    from probes.power.status import DeviceStatus
-    from probes.routing.sites import RoutingSite
 
 __all__ = ["doctor"]
 
@@ -38,9 +38,9 @@ def doctor(
     from dataclasses import asdict
 
     from observatory.cli.output import print_json, print_table
-    from observatory.diagnosis import capabilities
     from observatory.errors import ModelError
-    from probes.power.status import device_report
+    from observatory.host.doctor import capabilities
+    from observatory.locks.status import device_report
 
     if verify and not model:
         raise ModelError("--verify is given without a model; expected --model NAME, too")
@@ -120,8 +120,8 @@ def _print_devices(devices: list[DeviceStatus]) -> None:
 
 def _layers(model: str, *, verify: bool) -> tuple[list[dict[str, Any]], str | None]:
     """The MoE layers of a model, and why it is refused when it was verified."""
+    from observatory.probes.routing.discover import find_sites
     from observatory.zoo.models import load_model
-    from probes.routing.discover import find_sites
 
     loaded = load_model(model)
     sites = find_sites(loaded.model)
@@ -146,7 +146,7 @@ def _verify(
     """Add the verdicts of both witnesses to the layers; gives the first refusal."""
     import torch
 
-    from probes.routing.proof import verify_sites
+    from observatory.probes.routing.proof import verify_sites
 
     generator = torch.Generator().manual_seed(0)
     device = next(loaded.model.parameters()).device

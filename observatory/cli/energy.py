@@ -26,12 +26,12 @@ def energy(
     json: JsonOption = False,
 ) -> None:
     """Show the energy of a run: per device, phase and token, with intervals, or why it is not known."""
+    from observatory.analysis.energy import energy_summary, fit_reuse
     from observatory.cli.output import print_json, say
     from observatory.cli.reuse import print_reuse, reuse_document
-    from observatory.documents import frame_records
-    from observatory.energy import energy_summary, fit_reuse
-    from observatory.records_reuse import load_reuse
-    from observatory.store import open_run
+    from observatory.run import open_run
+    from observatory.run.documents.prefix_cache import load_reuse
+    from observatory.run.documents.writing import frame_records
 
     opened = open_run(run)
     measured = None if reuse is None else load_reuse(reuse)

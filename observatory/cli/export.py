@@ -20,7 +20,7 @@ from observatory.cli.options import (
 from observatory.cli.parsing import parse_roles
 
 if TYPE_CHECKING:
-    from observatory.store import Run
+    from observatory.run import Run
 
 __all__ = ["export"]
 
@@ -43,11 +43,11 @@ def export(
     json: JsonOption = False,
 ) -> None:
     """Write traffic matrices for nccl-tests or UCC's perftest, or a trace for Perfetto and chrome://tracing."""
+    from observatory.analysis.parallel.captured import captured_traffic, traffic_notes
     from observatory.cli.output import print_json, say
     from observatory.errors import BenchmarkError
-    from observatory.interchange.export import export_traffic
-    from observatory.parallel.captured import captured_traffic, traffic_notes
-    from observatory.store import open_run
+    from observatory.interchange.exporters.matrices import export_traffic
+    from observatory.run import open_run
 
     opened = open_run(run)
     if form == "chrome-trace":
@@ -95,7 +95,7 @@ def _trace(
 ) -> None:
     """Write a trace, and say what was written."""
     from observatory.cli.output import print_json, say
-    from observatory.interchange.chrome_trace import write_chrome_trace
+    from observatory.interchange.exporters.chrome_trace.trace import write_chrome_trace
 
     trace = write_chrome_trace(run, out, phase=phase, layers=layers, steps=steps)
     for note in trace.notes:

@@ -27,15 +27,15 @@ def fit(
     json: JsonOption = False,
 ) -> None:
     """Fit latency, bandwidth, per-message cost and contention; the form is chosen on held-out matrices."""
+    from observatory.analysis.network.checking import check_predictions, error_summary, not_fitted
+    from observatory.analysis.network.fitting import fit_network
+    from observatory.analysis.network.wording import misfit_sentence, verdict_sentence
     from observatory.campaign.benchmark import check_out
     from observatory.cli.output import print_json, print_table, say, say_cores
-    from observatory.cost.checking import check_predictions, error_summary, not_fitted
-    from observatory.cost.fitting import fit_network
-    from observatory.cost.wording import misfit_sentence, verdict_sentence
-    from observatory.documents import frame_records, write_text
-    from observatory.provenance import command_line
-    from observatory.records_bench import load_bench
-    from observatory.usable_cores import share_document
+    from observatory.host.provenance import command_line
+    from observatory.run.documents.bench import load_bench
+    from observatory.run.documents.writing import frame_records, write_text
+    from observatory.run.usable_cores import share_document
 
     check_out(out, force=force)
     fitted = [load_bench(path) for path in results]

@@ -80,6 +80,6 @@ def parse_ep(text: str) -> tuple[int, ...]:
 
 def parse_placement(text: str) -> str | Path:
     """A placement by name, or the path of its file."""
-    from observatory.parallel.placement import PLACEMENT_NAMES
+    from observatory.analysis.parallel.placement import PLACEMENT_NAMES
 
     return text if text in PLACEMENT_NAMES else Path(text)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from observatory.records import CoreShare
+    from observatory.run.manifest import CoreShare
 
 __all__ = ["complain", "print_json", "print_lines", "print_table", "progress_bar", "say", "say_cores"]
 
@@ -27,7 +27,7 @@ def say(message: str) -> None:
 
 def say_cores(shares: Iterable[CoreShare]) -> None:
     """Where ranks have no core of their own, one line for each machine."""
-    from observatory.usable_cores import core_sentence
+    from observatory.run.usable_cores import core_sentence
 
     for share in shares:
         say(f"note: {core_sentence(share)}")
@@ -40,7 +40,7 @@ def complain(message: str) -> None:
 
 def print_json(document: dict[str, Any]) -> None:
     """The one JSON document of a ``--json`` command."""
-    from observatory.documents import dump_json
+    from observatory.run.documents.writing import dump_json
 
     sys.stdout.write(dump_json(document) + "\n")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from observatory.errors import BenchmarkError
-from observatory.stages import ALGORITHMS
+from observatory.run.exchange_algorithms import ALGORITHMS
 
 __all__ = ["parse_algorithms", "parse_files_of_ranks", "parse_names", "parse_roles", "parse_sizes"]
 

@@ -82,9 +82,9 @@ def profile(
     from observatory.campaign.profile import ProfileJob, run_profile
     from observatory.campaign.ranks import needs_ranks, requested_ep, start_ranks
     from observatory.cli.output import progress_bar, say, say_cores
-    from observatory.ranks import find_rank
-    from observatory.store import open_run
-    from observatory.usable_cores import short_of_cores
+    from observatory.host.ranks import find_rank
+    from observatory.run import open_run
+    from observatory.run.usable_cores import short_of_cores
 
     job = ProfileJob(
         model=model,

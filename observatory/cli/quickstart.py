@@ -16,16 +16,16 @@ def quickstart(
     ),
 ) -> None:
     """Profile the bundled models on the bundled data, scan, and write the report. No network, no GPU."""
+    from observatory.analysis.routing.summary import run_summary
     from observatory.campaign.quickstart import quickstart_exchanges, quickstart_grid
     from observatory.campaign.quickstart_network import quickstart_network
     from observatory.campaign.ranks import refuse_ranks
     from observatory.cli.cells import run_cells
     from observatory.cli.output import print_table, say
-    from observatory.documents import frame_records
     from observatory.errors import ObservatoryError
-    from observatory.routing.summary import run_summary
-    from observatory.store import open_run
-    from reports import write_report
+    from observatory.reports import write_report
+    from observatory.run import open_run
+    from observatory.run.documents.writing import frame_records
 
     refuse_ranks("quickstart")
     config = quickstart_grid()

@@ -61,15 +61,15 @@ def replay(
     json: JsonOption = False,
 ) -> None:
     """Replay a run's traffic step by step and layer by layer: what does realism cost here?"""
-    from collectives.replay import replay_plan
+    from observatory.analysis.network.realism import realism
+    from observatory.analysis.parallel.captured import captured_traffic, traffic_notes
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
     from observatory.cli.output import print_json, print_table, say, say_cores
-    from observatory.cost.realism import realism
-    from observatory.documents import frame_records
-    from observatory.parallel.captured import captured_traffic, traffic_notes
-    from observatory.provenance import command_line
-    from observatory.store import open_run
-    from observatory.usable_cores import share_document, short_of_cores
+    from observatory.collectives.bench.replay import replay_plan
+    from observatory.host.provenance import command_line
+    from observatory.run import open_run
+    from observatory.run.documents.writing import frame_records
+    from observatory.run.usable_cores import share_document, short_of_cores
 
     check_out(out, force=force)
     opened = open_run(run)

@@ -41,7 +41,7 @@ def report(
     """Write the report: one HTML file that needs no network."""
     from observatory.campaign.grid import expand_runs
     from observatory.cli.output import say
-    from reports import write_report
+    from observatory.reports import write_report
 
     path = write_report(
         expand_runs(runs),

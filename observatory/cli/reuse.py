@@ -48,16 +48,16 @@ def measure(
     It is only read.
     """
     from observatory.campaign.benchmark import check_out
-    from observatory.campaign.ranks import refuse_ranks
-    from observatory.campaign.reuse import (
+    from observatory.campaign.prefix_cache import (
         ReuseJob,
         cached_prefills,
         check_same_device,
         parse_fractions,
         run_reuse,
     )
+    from observatory.campaign.ranks import refuse_ranks
     from observatory.cli.output import progress_bar, say
-    from observatory.provenance import command_line
+    from observatory.host.provenance import command_line
 
     refuse_ranks("reuse measure", each_node=True)
     check_out(out, force=force)
@@ -106,9 +106,9 @@ def show(
     json: JsonOption = False,
 ) -> None:
     """Show the energy of a prefill against the cached fraction, with intervals, and what a hit saves."""
+    from observatory.analysis.energy import fit_reuse
     from observatory.cli.output import print_json
-    from observatory.energy import fit_reuse
-    from observatory.records_reuse import load_reuse
+    from observatory.run.documents.prefix_cache import load_reuse
 
     measured = load_reuse(measurements)
     curve = fit_reuse(measured, seed=seed)
@@ -121,8 +121,8 @@ def show(
 
 def reuse_document(curve: Any) -> dict[str, Any]:
     """A fitted curve as a JSON document."""
-    from observatory.documents import frame_records
-    from observatory.energy.reuse import PUBLISHED_SAVING, PUBLISHED_SOURCE
+    from observatory.analysis.energy.prefix_cache import PUBLISHED_SAVING, PUBLISHED_SOURCE
+    from observatory.run.documents.writing import frame_records
 
     names = (
         "fixed_mj",

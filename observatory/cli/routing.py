@@ -37,17 +37,17 @@ def routing(
     json: JsonOption = False,
 ) -> None:
     """Show the imbalance of expert loads per layer and phase, beside its sampling floor."""
-    from observatory.cli.output import print_json, print_table, say
-    from observatory.documents import frame_records
-    from observatory.errors import RunError
-    from observatory.routing import (
+    from observatory.analysis.routing import (
         collect_layer_loads,
         layer_metrics,
         local_consistency,
         standing_committee,
     )
-    from observatory.store import open_run
-    from observatory.store.gaps import gap_document
+    from observatory.cli.output import print_json, print_table, say
+    from observatory.errors import RunError
+    from observatory.run import open_run
+    from observatory.run.documents.writing import frame_records
+    from observatory.run.gaps import gap_document
 
     opened = open_run(run)
     loads = collect_layer_loads(opened)

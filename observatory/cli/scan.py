@@ -19,8 +19,8 @@ from observatory.cli.options import (
 if TYPE_CHECKING:
     import pandas as pd
 
-    from observatory.cost.network import NetworkModel
-    from observatory.store import Run
+    from observatory.analysis.network.network import NetworkModel
+    from observatory.run import Run
 
 __all__ = ["scan"]
 
@@ -80,13 +80,13 @@ def scan(
     json: JsonOption = False,
 ) -> None:
     """Re-map the captured loads to other EP degrees and placements."""
+    from observatory.analysis.network.network import load_network
+    from observatory.analysis.network.telling import compare_layouts
     from observatory.cli.output import print_json, print_table, say
-    from observatory.cost.network import load_network
-    from observatory.cost.telling import compare_layouts
-    from observatory.documents import frame_records
     from observatory.errors import BenchmarkError
-    from observatory.store import open_run
-    from observatory.store.gaps import gap_document
+    from observatory.run import open_run
+    from observatory.run.documents.writing import frame_records
+    from observatory.run.gaps import gap_document
 
     if traffic and not json:
         raise BenchmarkError("--traffic adds matrices to the document of --json; give both")
@@ -158,10 +158,10 @@ def _scanned(
     """
     import pandas as pd
 
-    from observatory.cost.scan import scan_times
+    from observatory.analysis.network.scan import scan_times
+    from observatory.analysis.parallel.captured import departures
+    from observatory.analysis.parallel.scan import scan_run
     from observatory.errors import PlacementError
-    from observatory.parallel.captured import departures
-    from observatory.parallel.scan import scan_run
 
     frames: list[pd.DataFrame] = []
     rule_of: dict[tuple[int, str], str | Path] = {}
@@ -200,8 +200,8 @@ def _scanned(
 
 
 def _model_notes(model: NetworkModel, algorithm: str) -> list[str]:
-    from observatory.cost.wording import model_notes
-    from observatory.usable_cores import core_sentence
+    from observatory.analysis.network.wording import model_notes
+    from observatory.run.usable_cores import core_sentence
 
     notes = [*model.notes, *model_notes(model, algorithm), *map(core_sentence, model.short_of_cores)]
     return [f"the network model: {note}" for note in notes]
@@ -211,9 +211,9 @@ def _say_doubts(
     model: NetworkModel, algorithm: str, rows: list[dict[str, Any]], compared: pd.DataFrame | None
 ) -> None:
     """Which times go through what the model does not describe, and which layouts it does not tell apart."""
+    from observatory.analysis.network.wording import comparison_sentence, through_misfits
     from observatory.cli.output import say
-    from observatory.cost.wording import comparison_sentence, through_misfits
-    from observatory.documents import frame_records
+    from observatory.run.documents.writing import frame_records
 
     misfits = model.of(algorithm).misfits
     for degree, met in sorted({(row["ep"], tuple(row["misfits"] or ())) for row in rows}):
@@ -227,8 +227,8 @@ def _say_doubts(
 
 def _document(model: NetworkModel, algorithm: str, compared: pd.DataFrame | None) -> dict[str, Any]:
     """What a reader of predicted times must know, in codes and values."""
-    from observatory.documents import frame_records
-    from observatory.usable_cores import share_document
+    from observatory.run.documents.writing import frame_records
+    from observatory.run.usable_cores import share_document
 
     fit = model.of(algorithm)
     return {
@@ -256,7 +256,7 @@ def _cell(row: dict[str, Any], name: str) -> object:
 
 def _matrix(run: Run, row: dict[str, Any], placement: str | Path) -> list[list[float]]:
     """Assignments from source rank i to expert rank j, summed over the run."""
-    from observatory.parallel.scan import traffic_matrix
+    from observatory.analysis.parallel.scan import traffic_matrix
 
     ep = int(row["ep"])
     pairs = traffic_matrix(run, ep=ep, layer=row["layer"], phase=row["phase"], placement=placement)
@@ -266,7 +266,7 @@ def _matrix(run: Run, row: dict[str, Any], placement: str | Path) -> list[list[f
 
 def _fitting(run: Run, placement: str) -> tuple[int, ...]:
     """The degrees to scan when none are given: a file's own, else the usual ones that fit every layer."""
-    from observatory.parallel.placement import load_placement
+    from observatory.analysis.parallel.placement import load_placement
 
     rule = parse_placement(placement)
     if rule == "recorded":

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from observatory.analysis.network import load_network
 from observatory.campaign import quickstart_network as quickstart
-from observatory.cost import load_network
-from observatory.records_bench import load_bench
-from tests.bench.runs import write_captured_run
+from observatory.run.documents.bench import load_bench
+from tests.collectives.bench.runs import write_captured_run
 
 
 def test_benchmark_replay_and_model_are_made_once_and_kept(

@@ -9,8 +9,8 @@ import pytest
 from observatory.campaign.ranks import requested_ep
 from observatory.cli import main
 from observatory.errors import RunError
-from observatory.records import Manifest, ModelSpec
-from observatory.store import RunWriter
+from observatory.run import RunWriter
+from observatory.run.manifest import Manifest, ModelSpec
 from tests.conftest import MakeRun
 
 LAUNCHED = {
@@ -117,7 +117,7 @@ def test_two_processes_that_make_one_run_at_the_same_moment_do_not_mix(
     """Both have found the place free; one of them makes the run."""
     manifest = Manifest(run_id="r", created_unix_s=1.0, model=ModelSpec(name="m"))
     with RunWriter.create(tmp_path / "run", manifest):
-        monkeypatch.setattr("observatory.store.writer.check_free", lambda *_, **__: None)
-        monkeypatch.setattr("observatory.store.writer.empty_run", lambda *_: None)
+        monkeypatch.setattr("observatory.run.writer.check_free", lambda *_, **__: None)
+        monkeypatch.setattr("observatory.run.writer.empty_run", lambda *_: None)
         with pytest.raises(RunError, match="made by another process at this moment"):
             RunWriter.create(tmp_path / "run", manifest)

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from observatory.cli import main
-from observatory.records import SCHEMA_VERSION
-from probes.routing import discover
-from probes.routing.discover import find_sites
+from observatory.probes.routing import discover
+from observatory.probes.routing.discover import find_sites
+from observatory.run.manifest import SCHEMA_VERSION
 from tests.conftest import MakeRun
-from tests.probes.verification import broken, shifted
+from tests.probes.routing.verification import broken, shifted
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, object]:
@@ -292,7 +292,7 @@ def test_an_error_nobody_foresaw_is_one_line_too(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("nobody thought of this")
 
-    monkeypatch.setattr("observatory.store.open_run", broken)
+    monkeypatch.setattr("observatory.run.open_run", broken)
     message = complaint(capsys, "routing", str(make_run()))
     assert "ZeroDivisionError" in message
     assert "report it" in message

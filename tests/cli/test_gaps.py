@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from observatory.cli import main
-from observatory.records import CaptureGap, Manifest, ModelSpec, MoeLayerSpec, Topology
-from observatory.store import RunWriter, open_run, routing_rows
+from observatory.run import RunWriter, open_run, routing_rows
+from observatory.run.manifest import CaptureGap, Manifest, ModelSpec, MoeLayerSpec, Topology
 
 EXPERTS, LAYERS, STEPS = 8, 3, 6
 Break = Callable[[Path], None]

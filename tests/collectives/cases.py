@@ -20,15 +20,15 @@ import torch
 from torch import nn
 
 import observatory
-from collectives.dispatch import Algorithm
-from collectives.expert_parallel import shard_experts
-from collectives.recorder import MemoryRecorder
-from collectives.transport import open_transport
-from collectives.transport_base import BaseTransport, agree
+from observatory.collectives.dispatch import Algorithm
+from observatory.collectives.expert_parallel import shard_experts
+from observatory.collectives.transport.base import BaseTransport, agree
+from observatory.collectives.transport.protocol import open_transport
 from observatory.errors import ObservatoryError, RunError
+from observatory.probes.exchange.labels import MemoryRecorder
 from observatory.zoo.models import bundled_models, load_model
 from tests.collectives.forked import Forked
-from tests.probes.families import VOCABULARY, tiny_inputs, tiny_model
+from tests.probes.routing.families import VOCABULARY, tiny_inputs, tiny_model
 
 WORLDS = (1, 2, 4, 8)
 #: stacked experts with gates, without, with biases, with a norm behind, with top-1 and skipped tokens, ...

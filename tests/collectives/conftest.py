@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.paths import ROOT
 
 Told = dict[str, Any]
 
@@ -22,7 +23,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.collectives.cases", str(out)],
         env=environment,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=240,

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from hpc.launch import meeting_point, rank_environment
 from observatory.errors import ObservatoryError
+from observatory.hpc.launch import meeting_point, rank_environment
 
 
 class Forked:

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 from observatory.cli import main
-from observatory.ranks import find_rank
+from observatory.host.ranks import find_rank
 from tests.collectives.fault_cases import fill_disk, once_written
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ import json
 
 import torch
 
-from collectives.transport import open_transport
+from observatory.collectives.transport.protocol import open_transport
 from tests.collectives.cases import VARIANTS, backward, forward, large_counts, traffic
-from tests.probes.families import tiny_model
+from tests.probes.routing.families import tiny_model
 
 
 def main() -> None:

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from collectives.dispatch import Algorithm
-from collectives.transport import open_transport
+from observatory.collectives.dispatch import Algorithm
+from observatory.collectives.transport.protocol import open_transport
 from observatory.errors import ModelError
 from tests.collectives.cases import VARIANTS, WORLDS, backward, forward, gradients, models
 from tests.collectives.forked import Forked
-from tests.probes.families import NOT_ROUTED, moe_families, tiny_model
+from tests.probes.routing.families import NOT_ROUTED, moe_families, tiny_model
 
 _COLUMNS: tuple[tuple[Algorithm, bool], ...] = VARIANTS
 

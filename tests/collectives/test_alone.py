@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from collectives.expert_parallel import shard_experts
-from collectives.recorder import Label, MemoryRecorder, current_label
-from collectives.transport import open_transport
-from collectives.transport_base import AloneTransport
+from observatory.collectives.expert_parallel import shard_experts
+from observatory.collectives.transport.base import AloneTransport
+from observatory.collectives.transport.protocol import open_transport
 from observatory.errors import ExchangeError, ModelError, PlacementError
-from probes.routing.discover import find_sites
-from tests.probes.families import one_thread, tiny_inputs, tiny_model
+from observatory.probes.exchange.labels import Label, MemoryRecorder, current_label
+from observatory.probes.routing.discover import find_sites
+from tests.probes.routing.families import one_thread, tiny_inputs, tiny_model
 from tests.probes.tiny import assert_untouched
 
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 import observatory
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-_ROOT = Path(__file__).parents[2]
 _LIMIT_S = 400
 _SAYS = "observatory: "
 Faults = dict[str, Any]
@@ -30,7 +30,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.collectives.fault_cases", str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=_ROOT,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=_LIMIT_S,

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 import observatory
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-_ROOT = Path(__file__).parents[2]
 _MPIEXEC = Path(sys.executable).parent / "mpiexec"
 _PYTHON = f"exec {sys.executable} -W ignore -m"
 _LIGHT = "--ep 2 --data mock --batch-size 1 --sequence-length 16 --flush-seconds 0.3"
@@ -37,7 +37,7 @@ def ranks(script: str, folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Two ranks of a shell script under ``mpiexec``, with all output on one pipe."""
     process = subprocess.Popen(
         [str(_MPIEXEC), "--allow-run-as-root", "--oversubscribe", "-n", "2", "bash", "-c", script],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collectives.dispatch.plan import NOBODY, DispatchPlan, ExpertMap
-from collectives.expert_parallel import linear_placement
-from collectives.layout import Layout, nodes_in_order, split_into_nodes
-from collectives.transport_mpi import MAX_MPI_COUNT, check_mpi_counts
+from observatory.collectives.dispatch.plan import NOBODY, DispatchPlan, ExpertMap
+from observatory.collectives.expert_parallel import linear_placement
+from observatory.collectives.layout import Layout, nodes_in_order, split_into_nodes
+from observatory.collectives.transport.mpi import MAX_MPI_COUNT, check_mpi_counts
 from observatory.errors import ExchangeError, PlacementError
 
 

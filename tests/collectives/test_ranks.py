@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from collectives.rendezvous import Attendance, meeting_point
+from observatory.collectives.transport.rendezvous import Attendance, meeting_point
 from observatory.errors import CaptureError, ExchangeError
-from observatory.ranks import RankOf, find_rank
+from observatory.host.ranks import RankOf, find_rank
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "x",

@@ -17,11 +17,11 @@ import pytest
 
 from observatory.cli import main
 from observatory.errors import RunError
-from observatory.interchange.chrome_lanes import MOST_LANES, Lanes
-from observatory.interchange.chrome_trace import write_chrome_trace
-from observatory.records import ClockSpec, DeviceSpec
-from observatory.store import RunWriter, open_run
-from tests.exchange.tables import collective
+from observatory.interchange.exporters.chrome_trace.lanes import MOST_LANES, Lanes
+from observatory.interchange.exporters.chrome_trace.trace import write_chrome_trace
+from observatory.run import RunWriter, open_run
+from observatory.run.manifest import ClockSpec, DeviceSpec
+from tests.analysis.exchange.tables import collective
 from tests.reports.sample_power import UUID, a_load, a_power_run, samples_of
 from tests.reports.sample_runs import manifest
 from tests.reports.test_report import HOSTILE

@@ -13,10 +13,10 @@ from hypothesis.extra import numpy as arrays
 
 from observatory.cli import main
 from observatory.errors import BenchmarkError
-from observatory.interchange.export import export_traffic
-from observatory.interchange.nccl_tests import dropped_bytes, matrix_text, parse_matrix
-from observatory.interchange.ucc import parse_patterns, pattern_lines
-from observatory.records_bench import Traffic
+from observatory.interchange.exporters.matrices import export_traffic
+from observatory.interchange.exporters.nccl_tests import dropped_bytes, matrix_text, parse_matrix
+from observatory.interchange.exporters.ucc import parse_patterns, pattern_lines
+from observatory.run.documents.bench import Traffic
 from tests.conftest import MakeRun
 
 SQUARE = st.integers(1, 12).flatmap(

@@ -14,8 +14,8 @@ import torch.distributed._functional_collectives as functional
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from probes.routing.adapters import Adapter
-from probes.routing.sites import RoutingDecision
+from observatory.probes.routing.adapters import Adapter
+from observatory.probes.routing.sites import RoutingDecision
 from tests.probes.tiny import HIDDEN
 
 #: A process group; None for all ranks.

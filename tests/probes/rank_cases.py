@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 import observatory
-from observatory.watching import Watch
-from probes.routing.adapters import Adapter
+from observatory.probes.routing.adapters import Adapter
+from observatory.probes.watch import Watch
 from tests.probes.expert_parallel import parallel_adapter
 from tests.probes.tiny import ToldModel, told_adapter
 

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-__all__ = ["run_ranks"]
+from tests.paths import ROOT
 
-_ROOT = Path(__file__).parents[2]
+__all__ = ["run_ranks"]
 
 
 def run_ranks(module: str, out: Path, *, world: int, timeout_s: float) -> list[int]:
@@ -19,14 +19,14 @@ def run_ranks(module: str, out: Path, *, world: int, timeout_s: float) -> list[i
     Raises:
         TimeoutError: a rank still ran; its output is in the message.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(_ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     logs = [out / f"rank-{rank}.log" for rank in range(world)]
     processes = []
     for rank, log in enumerate(logs):
         with log.open("w", encoding="utf-8") as file:
             command = [sys.executable, "-W", "ignore", "-m", module, str(out), str(rank)]
             processes.append(
-                subprocess.Popen(command, cwd=_ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
             )
     deadline = time.monotonic() + timeout_s
     try:

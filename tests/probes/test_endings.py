@@ -23,10 +23,10 @@ from torch import nn
 
 import observatory
 from observatory.errors import CaptureError, ModelError, RunError
-from observatory.store import RunWriter
-from probes.routing import counting
-from probes.routing.counters import DeviceCounters, HostCopy
-from probes.routing.probe import RoutingProbe
+from observatory.probes.routing import counting
+from observatory.probes.routing.counters import DeviceCounters, HostCopy
+from observatory.probes.routing.probe import RoutingProbe
+from observatory.run import RunWriter
 from tests.probes.tiny import ToldModel, assert_untouched, ids, loads, told_adapter
 
 ADAPTERS = [told_adapter(2)]

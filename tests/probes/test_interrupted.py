@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import observatory
-from observatory.routing import layer_metrics
-from observatory.store import Run
+from observatory.analysis.routing import layer_metrics
+from observatory.run import Run
 from tests.probes.tiny import HIDDEN, RoutedModel
 
 TOKENS, TOP_K, LAYERS = 7, 2, 3

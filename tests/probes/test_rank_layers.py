@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 import observatory
-from observatory.records import Verified
-from observatory.routing import layer_metrics
-from observatory.store import Run
-from probes.routing.discover import find_sites
-from probes.routing.identity import layers_now, router_digest
+from observatory.analysis.routing import layer_metrics
+from observatory.probes.routing.discover import find_sites
+from observatory.probes.routing.identity import layers_now, router_digest
+from observatory.run import Run
+from observatory.run.manifest import Verified
 from tests.probes.spawned import run_ranks
 from tests.probes.tiny import HIDDEN, MoeLayer, RoutedModel, routed_adapter
 
@@ -135,7 +135,7 @@ def _noise(model: nn.Module) -> None:
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ranks")
-    codes = run_ranks("tests.probes.stage_cases", out, world=2, timeout_s=120)
+    codes = run_ranks("tests.probes.routing.stage_cases", out, world=2, timeout_s=120)
     said = "\n".join((out / f"rank-{rank}.log").read_text(encoding="utf-8")[-1500:] for rank in range(2))
     assert codes == [0, 0], said
     return out

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import observatory
-from observatory.ranks import RankOf, find_rank
-from observatory.records import Manifest, ModelSpec, Topology
-from observatory.store import RunWriter
-from observatory.watching import Watch
+from observatory.host.ranks import RankOf, find_rank
+from observatory.probes.watch import Watch
+from observatory.run import RunWriter
+from observatory.run.manifest import Manifest, ModelSpec, Topology
 from tests.probes.tiny import ToldModel, ids, told_adapter
 
 _RANK = """

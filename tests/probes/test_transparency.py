@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import observatory
 from observatory.errors import CaptureError
-from probes.routing.probe import RoutingProbe
-from probes.routing.sites import RoutingDecision
+from observatory.probes.routing.probe import RoutingProbe
+from observatory.probes.routing.sites import RoutingDecision
 from tests.probes.tiny import (
     HIDDEN,
     RoutedModel,
@@ -178,7 +178,7 @@ VIEWS = {"view", "_unsafe_view", "slice", "expand", "detach", "unsqueeze", "alia
 def test_counting_launches_few_kernels_and_never_waits(
     decision: RoutingDecision, options: dict[str, int], kernels: int
 ) -> None:
-    from probes.routing.discover import find_sites
+    from observatory.probes.routing.discover import find_sites
 
     model = ToldModel()
     probe = RoutingProbe(model, find_sites(model, adapters=[told_adapter(4)]), **options)  # type: ignore[arg-type]

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import observatory
-from probes.routing.adapters import Adapter
-from probes.routing.sites import RoutingDecision
+from observatory.probes.routing.adapters import Adapter
+from observatory.probes.routing.sites import RoutingDecision
 
 HIDDEN = 8
 

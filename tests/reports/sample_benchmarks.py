@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from collectives.replay import replay_plan
-from observatory.cost import NetworkModel, fit_network
-from observatory.records import HostSpec
-from observatory.records_bench import BenchCase, BenchResult, Traffic
-from tests.cost.synthetic import made_result
-from tests.exchange.runs import exchange_run
-from tests.exchange.tables import collective
+from observatory.analysis.network import NetworkModel, fit_network
+from observatory.collectives.bench.replay import replay_plan
+from observatory.run.documents.bench import BenchCase, BenchResult, Traffic
+from observatory.run.manifest import HostSpec
+from tests.analysis.exchange.runs import exchange_run
+from tests.analysis.exchange.tables import collective
+from tests.analysis.network.synthetic import made_result
 
 __all__ = ["BACKEND", "NODES", "a_bench", "a_model", "a_replay", "a_run", "saved", "truth_us"]
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from observatory.records import DataSpec, DeviceSpec
-from observatory.records_clocks import ClockSweep
-from tests.energy.runs import write_energy_run
-from tests.power.sensor import Load, SimulatedSensor, join, spans_of, steps
-from tests.power.synthetic_device import DEVICES, made_sweep
+from observatory.run.documents.clock_sweep import ClockSweep
+from observatory.run.manifest import DataSpec, DeviceSpec
+from tests.analysis.energy.runs import write_energy_run
+from tests.devices.sensor import Load, SimulatedSensor, join, spans_of, steps
+from tests.devices.synthetic_device import DEVICES, made_sweep
 
 __all__ = ["DEVICE", "UUID", "a_load", "a_power_run", "a_sweep", "samples_of"]
 

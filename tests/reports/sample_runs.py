@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from observatory.records import (
+from observatory.run import RunWriter, routing_rows
+from observatory.run.manifest import (
     DataSpec,
     DeviceSpec,
     HostSpec,
@@ -19,7 +20,6 @@ from observatory.records import (
     SchedulerJob,
     Topology,
 )
-from observatory.store import RunWriter, routing_rows
 
 MODELS: dict[str, tuple[str, float]] = {
     "mla-tiny": ("MLA", 2.2),

@@ -10,22 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 
+from observatory.analysis.network.network import Misfit, Reason
 from observatory.cli import main
-from observatory.cost.network import Misfit, Reason
 from observatory.errors import BenchmarkError
-from observatory.records import CoreShare
-from observatory.records_bench import BenchResult
-from observatory.store import open_run
-from reports import write_report
-from reports.benchmark_files import read_benchmark_files
-from reports.collect import collect
-from reports.figures.bandwidth import bandwidth_curves
-from reports.figures.prediction import predicted_and_measured
-from reports.figures.realism import realism_by_layer
-from reports.frames import ReportFrames
-from reports.page import FigureBlock, Section, Table
-from reports.sections import exchange_sections, file_records, findings, overview, problems
-from reports.theme import LIGHT_TO_DARK
+from observatory.reports import write_report
+from observatory.reports.figures.bandwidth import bandwidth_curves
+from observatory.reports.figures.prediction import predicted_and_measured
+from observatory.reports.figures.realism import realism_by_layer
+from observatory.reports.frames.benchmark_files import read_benchmark_files
+from observatory.reports.frames.collect import collect
+from observatory.reports.frames.report import ReportFrames
+from observatory.reports.page import FigureBlock, Section, Table
+from observatory.reports.sections import exchange_sections, file_records, findings, overview, problems
+from observatory.reports.theme import LIGHT_TO_DARK
+from observatory.run import open_run
+from observatory.run.documents.bench import BenchResult
+from observatory.run.manifest import CoreShare
 from tests.reports.sample_benchmarks import BACKEND, NODES, a_bench, a_model, a_replay, a_run, saved
 from tests.reports.test_report import HOSTILE, Tags
 from tests.reports.test_wording import texts

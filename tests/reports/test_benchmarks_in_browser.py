@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from selenium import webdriver
 
-from reports import write_report
+from observatory.reports import write_report
 from tests.reports.browsing import check_drawn, check_fits_phone, check_harmless, show
 from tests.reports.sample_benchmarks import a_bench, a_model, a_replay, a_run, saved
 from tests.reports.test_benchmarks import hostile_files

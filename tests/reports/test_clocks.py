@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from observatory.advice.frequency import recommend_clocks
+from observatory.analysis.frequency import ClockModel, fit_clocks
 from observatory.cli import main
-from observatory.cost.clocks import ClockModel, fit_clocks, recommend_clocks
 from observatory.errors import ClockError
-from observatory.records_clocks import ClockSweep
-from observatory.store import open_run
-from reports.clocks import ClockFrames, collect_clocks
-from reports.collect import collect
-from reports.frames import ReportFrames
-from reports.page import FigureBlock, Section
-from reports.sections import clocks_section, file_records, findings, problems
-from tests.power.synthetic_device import DEVICES
+from observatory.reports.frames.collect import collect
+from observatory.reports.frames.frequency import ClockFrames, collect_clocks
+from observatory.reports.frames.report import ReportFrames
+from observatory.reports.page import FigureBlock, Section
+from observatory.reports.sections import clocks_section, file_records, findings, problems
+from observatory.run import open_run
+from observatory.run.documents.clock_sweep import ClockSweep
+from tests.devices.synthetic_device import DEVICES
 from tests.reports.sample_power import a_sweep
 from tests.reports.sample_runs import manifest, write_run
 from tests.reports.test_report import HOSTILE, Tags

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reports.figures import (
+from observatory.reports.figures import (
     LORENZ_GRID,
     condition_dots,
     crossing_shares,
@@ -17,7 +17,7 @@ from reports.figures import (
     rank_imbalance,
     step_profile,
 )
-from reports.theme import LIGHT_TO_DARK
+from observatory.reports.theme import LIGHT_TO_DARK
 
 
 def _traces(figure) -> dict[str, object]:

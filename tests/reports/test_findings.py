@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from observatory.records import Phase
-from observatory.store import RunWriter, routing_rows
-from observatory.tables import TOKENS_SCHEMA
-from reports.committees import committee_overlaps, committee_sizes
-from reports.sections import committee_section, findings
-from reports.sections.mock import mock_ratios
+from observatory.reports.frames.committees import committee_overlaps, committee_sizes
+from observatory.reports.sections import committee_section, findings
+from observatory.reports.sections.mock import mock_ratios
+from observatory.run import RunWriter, routing_rows
+from observatory.run.manifest import Phase
+from observatory.run.tables import TOKENS_SCHEMA
 from tests.reports.sample_runs import manifest, steady_run, write_run
 from tests.reports.test_report import frames_of
 

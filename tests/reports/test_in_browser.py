@@ -11,8 +11,8 @@ from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
-from observatory.records import Manifest
-from reports import write_report
+from observatory.reports import write_report
+from observatory.run.manifest import Manifest
 from tests.reports.browsing import (
     check_drawn,
     check_fits_phone,

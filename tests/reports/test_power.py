@@ -13,22 +13,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from observatory.energy import energy_summary
-from observatory.records import ClockSpec, DeviceSpec, RankPower
-from observatory.store import RunWriter, open_run
-from reports import write_report
-from reports.collect import collect
-from reports.figures.energy import device_energy, token_energy
-from reports.figures.power import power_timeline
-from reports.frames import ReportFrames
-from reports.html import build_sections
-from reports.page import Cell, FigureBlock, Section, Table
-from reports.power import BINS
-from reports.sections import energy_section, findings, power_section, problems
-from reports.thinning import joined_stretches, kept_samples
-from tests.energy.runs import write_energy_run
-from tests.power.recordings import recorded_rows
-from tests.power.sensor import SimulatedSensor, spans_of, steps
+from observatory.analysis.energy import energy_summary
+from observatory.reports import write_report
+from observatory.reports.figures.energy import device_energy, token_energy
+from observatory.reports.figures.power import power_timeline
+from observatory.reports.frames.collect import collect
+from observatory.reports.frames.power import BINS
+from observatory.reports.frames.report import ReportFrames
+from observatory.reports.html import build_sections
+from observatory.reports.page import Cell, FigureBlock, Section, Table
+from observatory.reports.sections import energy_section, findings, power_section, problems
+from observatory.reports.thinning import joined_stretches, kept_samples
+from observatory.run import RunWriter, open_run
+from observatory.run.manifest import ClockSpec, DeviceSpec, RankPower
+from tests.analysis.energy.runs import write_energy_run
+from tests.devices.recordings import recorded_rows
+from tests.devices.sensor import SimulatedSensor, spans_of, steps
 from tests.reports.sample_power import DEVICE, UUID, a_load, a_power_run, samples_of
 from tests.reports.sample_runs import manifest, write_run
 from tests.reports.test_report import HOSTILE, Tags

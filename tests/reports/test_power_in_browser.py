@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from selenium import webdriver
 
-from observatory.records import DataSpec, DeviceSpec
-from reports import write_report
+from observatory.reports import write_report
+from observatory.run.manifest import DataSpec, DeviceSpec
 from tests.reports.browsing import check_drawn, check_fits_phone, check_harmless, show
 from tests.reports.sample_power import a_load, a_power_run, a_sweep, samples_of
 from tests.reports.test_clocks import saved

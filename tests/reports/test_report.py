@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from observatory.errors import RunError
-from observatory.records import Manifest, Verified
-from observatory.store import RunWriter, open_run
-from reports import write_report
-from reports.collect import collect
-from reports.frames import ReportFrames
-from reports.html import MOST_BYTES
-from reports.sections import heatmap_section, problems, scan_section
+from observatory.reports import write_report
+from observatory.reports.frames.collect import collect
+from observatory.reports.frames.report import ReportFrames
+from observatory.reports.html import MOST_BYTES
+from observatory.reports.sections import heatmap_section, problems, scan_section
+from observatory.run import RunWriter, open_run
+from observatory.run.manifest import Manifest, Verified
 from tests.reports.sample_runs import MODELS, manifest, steady_run, write_grid, write_run
 
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=hit()><a href=javascript:hit()>%{x}"
@@ -146,7 +146,7 @@ def test_a_report_that_cannot_be_written_leaves_nothing(pair: list[Path], tmp_pa
 def test_a_page_over_the_limit_is_refused(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reports.html.MOST_BYTES", 1_000_000)
+    monkeypatch.setattr("observatory.reports.html.MOST_BYTES", 1_000_000)
     with pytest.raises(RunError, match="report fewer runs"):
         write_report(pair, tmp_path / "report.html")
     assert MOST_BYTES == 10_000_000

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reports.embed import content_security_policy, packed_figure, script_json, script_text
-from reports.text import (
+from observatory.reports.embed import content_security_policy, packed_figure, script_json, script_text
+from observatory.reports.text import (
     bytes_text,
     count,
     figure_label,

@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-import reports
-from reports.html import build_sections
-from reports.page import FigureBlock, Section, Table
-from reports.sections import FORMULAS, findings
+import observatory.reports
+from observatory.reports.html import build_sections
+from observatory.reports.page import FigureBlock, Section, Table
+from observatory.reports.sections import FORMULAS, findings
+from tests.paths import ROOT
 from tests.reports.sample_runs import MODELS, write_grid
 from tests.reports.test_report import frames_of
 
-ROOT = Path(__file__).parents[2]
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
 HEADINGS = set(re.findall(r"^#+ (.+)$", METRICS, re.MULTILINE))
 #: Names in backticks, and the columns listed at the end without them.
 TERMS = set(re.findall(r"`([a-z_]+)`", METRICS)) | set(
     re.findall(r"\b[a-z]+(?:_[a-z0-9]+)+\b", METRICS.partition("## Columns")[2])
 )
-SOURCES = sorted(Path(reports.__file__).parent.rglob("*.py"))
+SOURCES = sorted(Path(observatory.reports.__file__).parent.rglob("*.py"))
 
 
 def texts(section: Section) -> list[str]:

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from observatory.errors import ModelError
-from observatory.zoo.balancing import expert_loads, find_routers, record_routing
 from observatory.zoo.data import REAL_CONDITIONS, load_token_ids
-from observatory.zoo.evaluation import evaluate
 from observatory.zoo.models import BundledModel, LoadedModel, bundled_models, load_model, mixer_of_config
-from observatory.zoo.recipes import EXPERTS, MOE_LAYERS, RECIPES, TOP_K
+from tools.zoo.balancing import expert_loads, find_routers, record_routing
+from tools.zoo.evaluation import evaluate
+from tools.zoo.recipes import EXPERTS, MOE_LAYERS, RECIPES, TOP_K
 
 BUNDLED = bundled_models()
 PREFILL, DECODED = 24, 8

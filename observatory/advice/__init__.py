@@ -1,0 +1,1 @@
+"""Decisions from what analysis found, each with its effect and its evidence."""

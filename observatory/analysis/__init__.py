@@ -1,0 +1,1 @@
+"""Answers from a run directory, without torch, MPI or a device."""

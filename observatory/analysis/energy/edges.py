@@ -1,0 +1,218 @@
+"""When a sensor renewed its value, as far as polling tells.
+
+Shapes: N samples, K updates, D trial periods.
+
+A poll that reads another value than the poll before knows that the update lies between the two: with polls
+every 50 ms it is known to 50 ms, which is half of a 100 ms window. But updates come at a regular period, so
+all of them together are known better: period and phase must put *each* update into *its* interval. Polls
+whose period is no simple fraction of the update's (53 ms) narrow this down to a millisecond within seconds.
+Polls at half of it do not: then all moments are off by the same slowly changing shift, which
+:mod:`observatory.analysis.energy.design` has to find or to carry along.
+
+    polls      |    |    |    |    |    |    |    |
+    value      a    a    b    b    c    c    c    d
+    intervals       |----|    |----|         |----|     each holds one update
+    lattice            x         x         x  x        phase + n * period, within all of them
+
+Where no lattice fits, updates are not regular, and each keeps its own interval.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Updates", "find_updates"]
+
+Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+Bool = npt.NDArray[np.bool_]
+
+#: Updates that are fitted together, at most and at least. Long blocks know more; where none fits, halves are
+#: tried.
+_LONGEST_BLOCK, _SHORTEST_BLOCK, _FEWEST = 8192, 32, 8
+#: Updates may be this far off their lattice; where they evidently are further off, up to a tenth of the
+#: period.
+_TOLERANCE_NS, _MOST_IRREGULAR = 0.5e6, 0.1
+_TRIALS = 241
+#: The nominal period may be wrong by this much of itself when periods are counted.
+_SLACK = 0.2
+#: Slower polls than this share of the period miss updates, and no lattice can be told.
+_SLOWEST_POLL = 0.8
+#: A pause longer than this many periods ends a block: the number of updates in it is not known for sure.
+_LONGEST_PAUSE = 6.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Updates:
+    """Moments at which a value was renewed.
+
+    Attributes:
+        row_K: the sample that first showed the value, as an index of the trace.
+        value_K: the value.
+        time_ns_K: the moment, on the sampler's clock; best estimate.
+        shift_ns_K: the moments of a stretch may all be off by the same shift of at most this.
+        own_ns_K: and each on its own by this.
+        period_ns: between updates; None with fewer than three.
+        regular: whether most moments were found by a common period.
+    """
+
+    row_K: Int64
+    value_K: Float64
+    time_ns_K: Float64
+    shift_ns_K: Float64
+    own_ns_K: Float64
+    period_ns: float | None
+    regular: bool
+
+    @property
+    def error_ns_K(self) -> Float64:
+        """Half-width of the interval that holds each moment."""
+        return self.shift_ns_K + self.own_ns_K
+
+
+def find_updates(
+    time_ns_N: Int64,
+    read_ns_N: Int64,
+    value_N: Float64,
+    *,
+    period_ns: float | None = None,
+    equal_values: bool = False,
+) -> Updates:
+    """Find the updates of one quantity.
+
+    Args:
+        time_ns_N: times just before the device was asked, ascending.
+        read_ns_N: how long it took to answer.
+        value_N: what it told; NaN where nothing.
+        period_ns: nominal period of the updates; None: found from the samples.
+        equal_values: an update may leave the value as it was (power does, a counter under load does not);
+            then one is known to have come in every period.
+    """
+    told = np.flatnonzero(~np.isnan(value_N))
+    time, read, value = time_ns_N[told].astype(np.float64), read_ns_N[told], value_N[told]
+    changed = np.flatnonzero(value[1:] != value[:-1]) + 1
+    if period_ns is None and len(changed) >= 3:
+        period_ns = _period_of(time[changed])
+    if equal_values and period_ns is not None:
+        changed = _with_equal(time, changed, period_ns)
+    # A value was read at some moment between asking and answer.
+    high = time[changed] + read[changed]
+    low = time[changed - 1]
+    if period_ns is not None:
+        low = np.maximum(low, time[changed] - 1.05 * period_ns)  # the newest update is at most a period old
+    found, own = (low + high) / 2, (high - low) / 2
+    shift, fitted = np.zeros(len(changed)), np.zeros(len(changed), dtype=bool)
+    poll_ns = float(np.median(np.diff(time))) if len(time) > 1 else np.inf
+    if period_ns is not None and poll_ns <= _SLOWEST_POLL * period_ns:
+        for block in _stretches(found, period_ns):
+            _fit_block(block, low, high, period_ns, (found, shift, own, fitted))
+    regular = bool(len(fitted) and fitted.mean() > 0.5)
+    if regular:
+        period_ns = float(np.median(np.diff(found)[fitted[1:]]))
+    return Updates(
+        row_K=told[changed].astype(np.int64),
+        value_K=value[changed],
+        time_ns_K=found,
+        shift_ns_K=shift,
+        own_ns_K=own,
+        period_ns=period_ns,
+        regular=regular,
+    )
+
+
+def _period_of(time_K: Float64) -> float:
+    """Period of updates known to a poll: the mean of those spacings that span one period."""
+    spacing = np.diff(time_K)
+    median = float(np.median(spacing))
+    return float(spacing[spacing < 1.5 * median].mean())
+
+
+def _with_equal(time: Float64, changed: Int64, period_ns: float) -> Int64:
+    """Polls that showed a changed value, and those more than a period after the last known update."""
+    found: list[int] = []
+    last, upcoming = time[0] if len(time) else 0.0, iter([*changed.tolist(), len(time)])
+    position = 0
+    for change in upcoming:
+        # Without a change, one update at least lies within each 1.05 periods.
+        while True:
+            position = int(np.searchsorted(time, last + 1.05 * period_ns, side="left"))
+            if position >= change or position >= len(time):
+                break
+            found.append(position)
+            last = time[position]
+        if change < len(time):
+            found.append(change)
+            last = time[change]
+    return np.array(found, dtype=np.int64)
+
+
+def _stretches(time_K: Float64, period_ns: float) -> list[slice]:
+    """Consecutive updates without long pauses, cut into blocks of about the same length."""
+    pauses = np.flatnonzero(np.diff(time_K) > _LONGEST_PAUSE * period_ns) + 1
+    blocks = []
+    for first, last in zip([0, *pauses.tolist()], [*pauses.tolist(), len(time_K)], strict=True):
+        cuts = np.linspace(first, last, -(-(last - first) // _LONGEST_BLOCK) + 1).astype(int)
+        blocks += [slice(int(a), int(b)) for a, b in itertools.pairwise(cuts)]
+    return blocks
+
+
+def _fit_block(
+    block: slice,
+    low_K: Float64,
+    high_K: Float64,
+    period_ns: float,
+    results: tuple[Float64, Float64, Float64, Bool],
+) -> None:
+    """Fit a lattice to a block, or else to its halves.
+
+    Moments, shift, own error and success are written to ``results``.
+    """
+    if block.stop - block.start < _FEWEST:
+        return
+    fit = _lattice(low_K[block], high_K[block], period_ns)
+    if fit is not None:
+        found_K, shift_K, own_K, fitted_K = results
+        found_K[block], shift_K[block], own_K[block] = fit
+        fitted_K[block] = True
+    elif block.stop - block.start >= 2 * _SHORTEST_BLOCK:
+        half = (block.start + block.stop) // 2
+        for part in (slice(block.start, half), slice(half, block.stop)):
+            _fit_block(part, low_K, high_K, period_ns, results)
+
+
+def _lattice(low_K: Float64, high_K: Float64, period_ns: float) -> tuple[Float64, Float64, float] | None:
+    """Moments ``phase + n * period`` that lie in all intervals, and how far they may be off.
+
+    For a trial period the phase lies between the largest ``low - n * period`` and the smallest
+    ``high - n * period``. All trial periods that leave something make up what is possible.
+
+    Returns:
+        Middle and half-width of what is possible for the lattice at each update, and how far single updates
+        may be off it; None when no lattice is near them.
+    """
+    origin = low_K[0]
+    low, high = low_K - origin, high_K - origin
+    middle = (low + high) / 2
+    # The fewest periods that fit between two updates: polls this fast miss none.
+    fewest = np.ceil((low[1:] - high[:-1]) / period_ns - _SLACK)
+    number_K = np.concatenate([[0.0], np.cumsum(np.maximum(fewest, 1.0))])
+    span = number_K[-1]
+    rough = (middle[-1] - middle[0]) / span
+    reach = 1.2 * (float((high - low).max()) + _TOLERANCE_NS) / span
+    trial_D = rough + reach * np.linspace(-1, 1, _TRIALS)
+    shift_DK = trial_D[:, None] * number_K[None, :]
+    first_D, last_D = (low - shift_DK).max(axis=1), (high - shift_DK).min(axis=1)
+    missed = max(0.0, float((first_D - last_D).min()) / 2)  # how far the updates are off the best lattice
+    if missed > _MOST_IRREGULAR * period_ns:
+        return None
+    own = _TOLERANCE_NS + 2 * missed
+    possible = last_D + 2 * own >= first_D
+    # Trial periods that almost fit count as well, and the lattice itself may be off by what its updates are.
+    middle_D, half_D = (first_D + last_D) / 2, np.maximum((last_D - first_D) / 2, 0.0) + own
+    earliest_K = ((middle_D - half_D)[possible, None] + shift_DK[possible]).min(axis=0)
+    latest_K = ((middle_D + half_D)[possible, None] + shift_DK[possible]).max(axis=0)
+    return (earliest_K + latest_K) / 2 + origin, (latest_K - earliest_K) / 2, own

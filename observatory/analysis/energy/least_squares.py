@@ -1,0 +1,248 @@
+"""Power of phases that are too short to be measured alone: non-negative least squares over their time shares.
+
+Shapes: N observations, J phases, B blocks.
+
+    energy of observation n  =  sum over phases j of  power_j * seconds of j in n  +  error
+
+The seconds are those in the observation's own window (100 ms of the counter, the 25 ms that instant power
+averages). Time that is in no phase is a column of its own, ``idle``.
+
+What can go wrong is looked for, and where it did there is a reason instead of numbers:
+
+* **the mix never changes**: every window holds the same shares, so only their sum is known. The condition
+  number of the columns, each scaled to length 1, says so.
+* **too few observations**, of all or of one phase.
+* **the sensor's lag**: a phase seen in the wrong window. Lag and the common shift of the updates' moments are
+  searched together; every lag that explains the data about as well as the best counts, and the intervals span
+  the answers of all of them.
+* **moments known too poorly**: windows moved at random within their error must not change the answer.
+
+Intervals: bootstrap of blocks of consecutive observations (length about N^(1/3)), percentiles widened for few
+blocks as in :mod:`observatory.analysis.routing.intervals` (arXiv 1411.5279).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from observatory.analysis.energy.design import Design, Shift, nnls
+from observatory.analysis.energy.estimates import LEFT_OUT
+from observatory.analysis.energy.observations import Observations
+from observatory.analysis.energy.shifts import plausible_shifts
+from observatory.analysis.energy.timeline import Timeline
+
+__all__ = ["LeastSquares", "solve_phases"]
+
+Float64 = npt.NDArray[np.float64]
+
+#: Ours, found with the synthetic loads of benchmarks/energy_truth.py.
+WORST_CONDITION = 60.0
+FEWEST_OBSERVATIONS, FEWEST_PER_PHASE = 20, 5
+WIDEST_INTERVAL = 0.25
+MOST_MOVED = 0.1
+LEVEL = 0.9
+
+#: Shares of a window below this are no presence of a phase.
+_PRESENT = 0.01
+_RESAMPLES, _MOVES = 200, 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeastSquares:
+    """Powers by least squares, or why there are none.
+
+    Attributes:
+        source: the observations used.
+        names: phases, ``idle`` last where there was any.
+        power_mw: power of each; None where its reason says why.
+        low_mw, high_mw: 90 % interval, calibration left out.
+        reasons: why a phase has no power; None where it has.
+        reason: why none has.
+        observations: how many were used.
+        condition: condition number of the scaled columns; None when it was not come to.
+        lag_ms: (best, lowest, highest) lag that explains the data; likewise.
+        smear_ms: time constant with which power reaches the sensor, as it explains the data best; likewise.
+        residual: root mean square of the residuals over the mean energy of an observation; likewise.
+    """
+
+    source: Literal["counter", "power"]
+    names: tuple[str, ...]
+    power_mw: tuple[float | None, ...]
+    low_mw: tuple[float | None, ...]
+    high_mw: tuple[float | None, ...]
+    reasons: tuple[str | None, ...]
+    reason: str | None = None
+    observations: int = 0
+    condition: float | None = None
+    lag_ms: tuple[float, float, float] | None = None
+    smear_ms: float | None = None
+    residual: float | None = None
+
+    def of(self, name: str) -> tuple[float, float, float] | None:
+        """Power, low and high of one phase."""
+        if name not in self.names:
+            return None
+        j = self.names.index(name)
+        power, low, high = self.power_mw[j], self.low_mw[j], self.high_mw[j]
+        return None if power is None or low is None or high is None else (power, low, high)
+
+
+def solve_phases(seen: Observations, timeline: Timeline, *, seed: int = 0) -> LeastSquares:
+    """Mean power of each name of a timeline.
+
+    Args:
+        seen: observations; those that reach outside the timeline are left out.
+        timeline: what ran when, on the observations' clock.
+        seed: of the bootstrap.
+    """
+    reach_ns = seen.shift_ns + max(abs(seen.lag_low_ns), abs(seen.lag_high_ns))
+    seen = seen.chosen(
+        (seen.start_ns_N >= timeline.start_ns + reach_ns) & (seen.end_ns_N <= timeline.end_ns - reach_ns)
+    )
+    needed = max(FEWEST_OBSERVATIONS, 5 * (len(timeline.names) + 1))
+    if len(seen) < needed:
+        return _refused(
+            seen, timeline.names,
+            f"{len(seen)} updates of the {seen.source} lie inside the phases, {needed} are needed: "
+            "run longer",
+        )  # fmt: skip
+    design = Design(seen, timeline)
+    shifts = plausible_shifts(design)
+    best_NJ = design.at(shifts[0])
+    power_QJ, _, condition_Q = design.trials(np.array(shifts))
+    condition = float(condition_Q.max())
+    lags_ms = [shift.lag_ns * 1e-6 for shift in shifts]
+    about: dict[str, Any] = {
+        "observations": len(seen),
+        "condition": condition,
+        "lag_ms": (lags_ms[0], min(lags_ms), max(lags_ms)),
+        "smear_ms": shifts[0].smear_ns * 1e-6,
+    }
+    if len(design.names) > 1 and condition > WORST_CONDITION:
+        return _refused(
+            seen, design.names,
+            f"the mix of phases hardly changes between updates (condition number {condition:.0f}, at most "
+            f"{WORST_CONDITION:.0f}): only their sum is known; repeat one phase for 5 s, or vary the order",
+            **about,
+        )  # fmt: skip
+    power_J = nnls(best_NJ.T @ best_NJ, best_NJ.T @ seen.energy_mj_N)
+    rest_N = seen.energy_mj_N - best_NJ @ np.nan_to_num(power_J)
+    spread_J = np.ptp(power_QJ, axis=0) / 2
+    moved_J = _moved(design, shifts[0], power_J, np.random.default_rng(seed))
+    low_J, high_J = _intervals(design, shifts, power_J, moved_J, np.random.default_rng(seed))
+    reasons = _reasons(design, best_NJ, power_J, (low_J, high_J), moved_J, spread_J)
+
+    def told(values_J: Float64) -> tuple[float | None, ...]:
+        return tuple(
+            None if reason else float(value) for reason, value in zip(reasons, values_J, strict=True)
+        )
+
+    return LeastSquares(
+        source=seen.source,
+        names=design.names,
+        power_mw=told(power_J),
+        low_mw=told(low_J),
+        high_mw=told(high_J),
+        reasons=reasons,
+        residual=math.sqrt(float(np.mean(rest_N**2))) / float(seen.energy_mj_N.mean()),
+        **about,
+    )
+
+
+def _refused(seen: Observations, names: tuple[str, ...], reason: str, **about: Any) -> LeastSquares:
+    nothing = (None,) * len(names)
+    return LeastSquares(
+        source=seen.source, names=names, power_mw=nothing, low_mw=nothing, high_mw=nothing,
+        reasons=(reason,) * len(names), reason=reason, **{"observations": len(seen), **about},
+    )  # fmt: skip
+
+
+def _moved(design: Design, shift: Shift, power_J: Float64, generator: np.random.Generator) -> Float64:
+    """How far the answer moves when every window moves within the error of its own moment."""
+    seen = design.seen
+    total_J = np.zeros(len(power_J))
+    for _ in range(_MOVES):
+        end = seen.own_ns * generator.uniform(-1, 1, len(seen))
+        start = end if seen.source == "power" else np.concatenate([[0.0], end[:-1]])
+        moved_NJ = design.at(shift, moved_ns=(start, end))
+        total_J += nnls(moved_NJ.T @ moved_NJ, moved_NJ.T @ seen.energy_mj_N)
+    return np.abs(total_J / _MOVES - power_J)
+
+
+def _intervals(
+    design: Design,
+    shifts: list[Shift],
+    power_J: Float64,
+    moved_J: Float64,
+    generator: np.random.Generator,
+) -> tuple[Float64, Float64]:
+    """90 % intervals over all plausible shifts."""
+    size = len(design.seen)
+    length = max(4, round(size ** (1 / 3)))
+    first_B = np.arange(0, size, length)
+    blocks = len(first_B)
+    draws = generator.integers(0, blocks, size=(_RESAMPLES, blocks))
+    weight_RB = np.stack([np.bincount(draw, minlength=blocks) for draw in draws]).astype(np.float64)
+    tail = (1 - LEVEL) / 2
+    student = float(stats.t.ppf(1 - tail, blocks - 1) / stats.norm.ppf(1 - tail))
+    widening = student * math.sqrt(blocks / (blocks - 1))
+    lows, highs = [power_J], [power_J]
+    for shift in shifts:
+        at_NJ = design.at(shift)
+        gram_BJJ = np.add.reduceat(at_NJ[:, :, None] * at_NJ[:, None, :], first_B)
+        right_BJ = np.add.reduceat(at_NJ * design.seen.energy_mj_N[:, None], first_B)
+        middle_J = nnls(gram_BJJ.sum(axis=0), right_BJ.sum(axis=0))
+        gram_RJJ, right_RJ = np.tensordot(weight_RB, gram_BJJ, 1), weight_RB @ right_BJ
+        drawn_RJ = np.stack([nnls(gram, right) for gram, right in zip(gram_RJJ, right_RJ, strict=True)])
+        drawn_RJ = np.where(np.isnan(drawn_RJ), middle_J, drawn_RJ)  # a phase that was not drawn
+        quantiles = np.quantile(drawn_RJ, [tail, 1 - tail], axis=0)
+        lows.append(middle_J + widening * (quantiles[0] - middle_J))
+        highs.append(middle_J + widening * (quantiles[1] - middle_J))
+    wider_J = moved_J + LEFT_OUT * np.nanmax(power_J)
+    low_J = np.maximum(np.min(lows, axis=0) - wider_J, 0.0)
+    return low_J, np.max(highs, axis=0) + wider_J
+
+
+def _reasons(
+    design: Design,
+    at_NJ: Float64,
+    power_J: Float64,
+    interval_2J: tuple[Float64, Float64],
+    moved_J: Float64,
+    spread_J: Float64,
+) -> tuple[str | None, ...]:
+    """Why each phase has no power; None where it has."""
+    seen = design.seen
+    length_s_N = (seen.end_ns_N - seen.start_ns_N) * 1e-9
+    present_J = (at_NJ > _PRESENT * length_s_N[:, None]).sum(axis=0)
+
+    def reason(j: int) -> str | None:
+        low, high = interval_2J[0][j], interval_2J[1][j]
+        if present_J[j] < FEWEST_PER_PHASE:
+            return f"it is in {present_J[j]} updates of the {seen.source}, {FEWEST_PER_PHASE} are needed"
+        if not power_J[j] > 0:
+            return "no power above 0 explains the updates: something that is in no span draws power"
+        if not spread_J[j] <= MOST_MOVED * power_J[j]:
+            return (
+                "the steps move in time with the sensor, so its lag cannot be told and the answer with it: "
+                "insert phase shifts (docs/energy.md#aliasing), vary the order, or repeat the phase for 5 s"
+            )
+        if not moved_J[j] <= MOST_MOVED * power_J[j]:
+            return (
+                f"updates are known to {seen.own_ns * 1e-6:.1f} ms only, which moves the answer by "
+                f"{100 * moved_J[j] / power_J[j]:.0f} %: the phase is too short for that"
+            )
+        if not high - low <= 2 * WIDEST_INTERVAL * power_J[j]:
+            return (
+                f"the updates leave {low * 1e-3:.0f} to {high * 1e-3:.0f} W: run longer, repeat the phase "
+                "for 5 s, or vary the mix"
+            )
+        return None
+
+    return tuple(reason(j) for j in range(len(power_J)))

@@ -1,0 +1,133 @@
+"""Power of a phase that runs alone for long enough: the energy of those windows, nothing to be solved.
+
+The method of arXiv 2605.11999 and 2605.05696: what is shorter than the sensor's period is repeated, the whole
+batch is bracketed and divided. From 5 s up, a 100 ms counter is off by 0.8 % (standard deviation).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from observatory.analysis.energy.estimates import NORMAL_90, least_half_mw
+from observatory.analysis.energy.timeline import Timeline
+from observatory.analysis.energy.traces import PowerTrace
+from observatory.analysis.energy.windows import WindowEnergy, energy_of_window
+from observatory.devices.sensors import SensorModel
+
+__all__ = ["SHORTEST_REPEAT_S", "Repeated", "measure_repeated", "repeated_stretches"]
+
+SHORTEST_REPEAT_S = 5.0
+#: A phase runs alone where it has this share of the time.
+_ALONE = 0.99
+#: A longer pause than this ends a stretch, whatever the shares.
+_LONGEST_PAUSE_NS = 50_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Repeated:
+    """Power of a phase from windows that it fills.
+
+    Attributes:
+        power_mw, low_mw, high_mw: mean power and its 90 % interval, calibration left out.
+        windows: how many.
+        measured_s: their length together.
+        source: ``counter``, or ``integral`` where no window had a counter; ``mixed`` where some had.
+        flags: where counter and integrated power of a window disagree.
+    """
+
+    power_mw: float
+    low_mw: float
+    high_mw: float
+    windows: int
+    measured_s: float
+    source: Literal["counter", "integral", "mixed"]
+    flags: tuple[str, ...] = ()
+
+
+def repeated_stretches(
+    timeline: Timeline,
+    name: str,
+    *,
+    fillers: Collection[str] = (),
+    shortest_s: float = SHORTEST_REPEAT_S,
+) -> list[tuple[int, int]]:
+    """Start and end of the stretches in which one name runs alone for long enough.
+
+    Args:
+        timeline: what ran when.
+        name: the name.
+        fillers: names that may stand between, as gaps may, if they take less than a hundredth of the time.
+        shortest_s: length of a stretch that counts.
+    """
+    if name not in timeline.names:
+        return []
+    allowed = [timeline.names.index(other) for other in (name, *fillers) if other in timeline.names]
+    own = np.flatnonzero(timeline.name_M == timeline.names.index(name))
+    if not len(own):
+        return []
+    foreign = np.cumsum(~np.isin(timeline.name_M, allowed))
+    start, end = timeline.start_ns_M[own], timeline.end_ns_M[own]
+    breaks = (np.diff(foreign[own]) > 0) | (start[1:] - end[:-1] > _LONGEST_PAUSE_NS)
+    first = np.concatenate([[0], np.flatnonzero(breaks) + 1])
+    last = np.append(first[1:], len(own)) - 1
+    until = np.concatenate([[0], np.cumsum(end - start)])
+    length, busy = end[last] - start[first], until[last + 1] - until[first]
+    kept = (length >= shortest_s * 1e9) & (busy >= _ALONE * length)
+    return [(int(start[a]), int(end[b])) for a, b in zip(first[kept], last[kept], strict=True)]
+
+
+def measure_repeated(
+    trace: PowerTrace, stretches: list[tuple[int, int]], sensor: SensorModel
+) -> Repeated | str:
+    """Mean power over stretches of one phase, or why it cannot be told."""
+    windows = [energy_of_window(trace, start, end, sensor=sensor) for start, end in stretches]
+    known = [window for window in windows if window.energy_mj is not None and window.std_mj is not None]
+    if not known:
+        return windows[0].reason or "no window was measured"
+    seconds = np.array([window.duration_s for window in known])
+    energy = np.array([window.energy_mj for window in known], dtype=np.float64)
+    std = math.sqrt(sum((window.std_mj or 0.0) ** 2 for window in known))
+    power = float(energy.sum() / seconds.sum())
+    half = NORMAL_90 * std / float(seconds.sum())
+    if len(known) > 2:
+        # Windows may differ by more than each one's own error: then that counts.
+        between = (energy / seconds - power) * seconds / seconds.sum()
+        count = len(known)
+        scatter = math.sqrt(float((between**2).sum()) * count / (count - 1))
+        half = max(half, float(stats.t.ppf(0.95, count - 1)) * scatter)
+    sources = {window.source for window in known}
+    # Many windows do not make a sensor finer.
+    read = [] if sources == {"counter"} else [trace.power_mw_N[_within(trace, window)] for window in known]
+    half = max(half, least_half_mw(power, np.concatenate([np.zeros(0), *read])))
+    return Repeated(
+        power_mw=power,
+        low_mw=max(0.0, power - half),
+        high_mw=power + half,
+        windows=len(known),
+        measured_s=float(seconds.sum()),
+        source="mixed" if len(sources) > 1 else "counter" if "counter" in sources else "integral",
+        flags=_flags(known),
+    )
+
+
+def _flags(windows: list[WindowEnergy]) -> tuple[str, ...]:
+    """How counter and integral disagree, in one sentence: of many windows that of the largest difference."""
+    flagged = [window for window in windows if window.flag is not None]
+    if not flagged:
+        return ()
+    worst = max(flagged, key=lambda window: abs(window.disagreement or 0.0))
+    if len(flagged) == 1:
+        return (str(worst.flag),)
+    return (f"{worst.flag} (the largest of {len(flagged)} of {len(windows)} windows that differ too far)",)
+
+
+def _within(trace: PowerTrace, window: WindowEnergy) -> npt.NDArray[np.bool_]:
+    inside: npt.NDArray[np.bool_] = (trace.time_ns_N >= window.start_ns) & (trace.time_ns_N <= window.end_ns)
+    return inside

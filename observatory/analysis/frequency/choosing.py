@@ -1,0 +1,210 @@
+"""Chooses the form of a curve by points that it did not see.
+
+Shapes: N points, B bootstrap samples, K folds.
+
+1. Each form of t(f) and P(f) is fitted with whole clocks left out and judged by ln(measured / predicted) on
+   those. The highest clock and the two lowest are never left out whole, as nothing is ever predicted outside
+   them and a knee needs two clocks below it: of their repeats some are held out while others stay.
+2. Of the forms that are as good as the best (a likelihood at most e^2 times smaller), the one with the fewest
+   parameters is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from observatory.analysis.frequency.curves import Points, determined_terms, fit_power, fit_time
+from observatory.analysis.frequency.model import (
+    POWER_FORMS,
+    POWER_TERMS,
+    TIME_FORMS,
+    PowerForm,
+    TimeForm,
+    iteration_s,
+    power_mw,
+)
+from observatory.analysis.frequency.records import Coefficient, CurveFit, FormScore
+
+__all__ = ["Trial", "choose_power", "choose_time", "curve_fit", "fold_of"]
+
+Float64 = NDArray[np.float64]
+
+#: A knee takes one clock more.
+_LEAST_CLOCKS = 3
+_MOST_FOLDS = 12
+#: Forms that err less than this cannot be told apart by any sensor.
+_NO_ERROR = 3e-4
+#: Twice the logarithm of how much less likely a form may be than the best.
+_AS_GOOD = 4.0
+_INTERVAL = (0.05, 0.95)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Trial:
+    """One form, what it got wrong on held-out points, and its fit to all of them; ``chosen`` comes first."""
+
+    form: TimeForm | PowerForm
+    terms: tuple[str, ...]
+    error_N: Float64
+    value_T: Float64
+    as_good: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it takes from the data."""
+        return len(self.terms)
+
+    def score(self) -> FormScore:
+        """The errors in numbers."""
+        return FormScore(
+            form=self.form.name,
+            parameters=self.parameters,
+            rms_error=_rms(self.error_N),
+            p90_error=float(np.quantile(np.abs(self.error_N[np.isfinite(self.error_N)]), 0.9)),
+            as_good=self.as_good,
+        )
+
+
+def _rms(error_N: Float64) -> float:
+    return float(np.sqrt(np.nanmean(error_N**2)))
+
+
+def choose_time(points: Points, fold_N: NDArray[np.int64]) -> list[Trial]:
+    """All forms of t(f) that the points can pay for, the chosen one first."""
+    forms = [form for form in TIME_FORMS.values() if _affordable(form, points)]
+    return _choose([_try_time(form, points, fold_N) for form in forms])
+
+
+def choose_power(points: Points, fold_N: NDArray[np.int64]) -> list[Trial]:
+    """Likewise of P(f); none when there are too few clocks for any."""
+    trials = [_try_power(form, points, fold_N) for form in POWER_FORMS.values()]
+    return _choose([trial for trial in trials if trial is not None])
+
+
+def _affordable(form: TimeForm, points: Points) -> bool:
+    """Whether there are clocks enough: one more than parameters, and four for a knee."""
+    return form.parameters < points.blocks and (not form.has_knee or points.blocks > _LEAST_CLOCKS)
+
+
+def fold_of(block_N: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Fold in which each point is held out; -1 never."""
+    last = int(block_N.max())
+    ends = (0, last) if last < _LEAST_CLOCKS else (0, 1, last)
+    whole = np.setdiff1d(np.arange(last + 1), ends)
+    inner = np.random.default_rng(seed).permutation(whole)
+    folds = max(2, min(_MOST_FOLDS, len(inner)))
+    fold_of = np.full(last + 1, -1)
+    fold_of[inner] = np.arange(len(inner)) % folds
+    fold_N = fold_of[block_N]
+    for end in ends:
+        members = np.flatnonzero(block_N == end)
+        if len(members) > 1:
+            fold_N[members] = np.arange(len(members)) % folds
+    return fold_N
+
+
+def _weights(fold_N: NDArray[np.int64]) -> Float64:
+    """One row per fold, in which it is left out, and a last row with all points."""
+    return np.vstack([fold_N[None] != fold for fold in [*range(int(fold_N.max()) + 1), -2]]).astype(
+        np.float64
+    )
+
+
+def _try_time(form: TimeForm, points: Points, fold_N: NDArray[np.int64]) -> Trial:
+    value_KT = fit_time(form, points, _weights(fold_N))
+    predicted_KN = iteration_s(value_KT, points.f0_mhz, points.mhz_N)
+    predicted_N = predicted_KN[fold_N, np.arange(len(fold_N))]  # fold -1 is the row with all points
+    return Trial(
+        form=form,
+        terms=form.terms,
+        error_N=np.log(points.iteration_s_N / predicted_N),
+        value_T=value_KT[-1],
+    )
+
+
+def _try_power(form: PowerForm, points: Points, fold_N: NDArray[np.int64]) -> Trial | None:
+    linear = determined_terms(form, points)
+    shape = tuple(term for term in form.terms if term in POWER_TERMS[4:])
+    if len(linear) + len(shape) >= points.blocks:
+        return None
+    value_KT = fit_power(form, linear, points, _weights(fold_N))
+    seconds_N = points.iteration_s_N
+    predicted_KN = power_mw(value_KT, points.f0_mhz, points.mhz_N, seconds_N)
+    predicted_N = predicted_KN[fold_N, np.arange(len(fold_N))]
+    error_N = np.log(points.power_mw_N / predicted_N)
+    return Trial(form=form, terms=(*linear, *shape), error_N=error_N, value_T=value_KT[-1])
+
+
+def _choose(trials: Sequence[Trial]) -> list[Trial]:
+    """All trials, the chosen one first."""
+    best = min(_rms(trial.error_N) for trial in trials)
+    count = int(np.isfinite(trials[0].error_N).sum())
+    judged = []
+    for trial in trials:
+        rms = _rms(trial.error_N)
+        close = rms <= _NO_ERROR or 2.0 * count * np.log(rms / max(best, 1e-300)) <= _AS_GOOD
+        judged.append(
+            Trial(
+                form=trial.form,
+                terms=trial.terms,
+                error_N=trial.error_N,
+                value_T=trial.value_T,
+                as_good=close,
+            )
+        )
+    chosen = min(
+        (trial for trial in judged if trial.as_good),
+        key=lambda trial: (trial.parameters, _rms(trial.error_N)),
+    )
+    return [chosen, *(trial for trial in judged if trial is not chosen)]
+
+
+def curve_fit(
+    trials: Sequence[Trial], names: tuple[str, ...], sample_BT: Float64, form_B: NDArray[np.int64]
+) -> CurveFit:
+    """The chosen trial as a record.
+
+    Args:
+        trials: all forms, the chosen one first.
+        names: all parameters of the curve.
+        sample_BT: bootstrap samples, of several forms.
+        form_B: which trial each sample is of.
+    """
+    chosen = trials[0]
+    own_BT = sample_BT[form_B == 0]
+    coefficients = []
+    for index, term in enumerate(names):
+        reason = _why_absent(term, chosen)
+        low, high = (None, None) if reason or not len(own_BT) else np.quantile(own_BT[:, index], _INTERVAL)
+        coefficients.append(
+            Coefficient(
+                term=term,
+                value=None if reason else float(chosen.value_T[index]),
+                low=None if low is None else float(low),
+                high=None if high is None else float(high),
+                reason=reason,
+            )
+        )
+    return CurveFit(
+        form=chosen.form.name,
+        parameters=tuple(chosen.value_T.tolist()),
+        coefficients=tuple(coefficients),
+        scores=tuple(trial.score() for trial in sorted(trials, key=lambda trial: trial.parameters)),
+    )
+
+
+def _why_absent(term: str, trial: Trial) -> str:
+    """Why a parameter has no value; empty when it has one."""
+    if term in trial.terms:
+        return ""
+    if trial.form.name == "flat":
+        return "no clock changed the time: host and memory cannot be told apart, compute is hidden"
+    if trial.form.name == "linear" and term == "memory_s":
+        return "no knee was seen: memory and host cannot be told apart"
+    if term in trial.form.terms:
+        return "not told apart from the terms before it"
+    return f"the form {trial.form.name} has none"

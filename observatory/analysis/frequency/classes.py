@@ -1,0 +1,181 @@
+"""How a phase behaves when the SM clock falls: classes with thresholds. They are ours.
+
+arXiv 2605.11999 reports three classes without publishing their names or limits; these need not be the same.
+Let f_free be the lowest clock whose slowdown against the reference is at most 2 %.
+
+| class | rule |
+|---|---|
+| capped | without a lock, the power limit holds the clock down in at least a tenth of the time |
+| host-bound | the device says that it idles, or at least half of an iteration never overlaps with its work |
+| memory-bound flat | f_free is at most 0.6 of the reference clock |
+| knee | f_free lies between 0.6 and 0.9 of it |
+| compute-proportional | f_free is above 0.9 of it |
+
+The first two come first, since they say what to mend before any clock is worth choosing; the curve's own
+class is named beside them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from observatory.analysis.frequency.model import TIME_FORMS, TIME_TERMS, iteration_s
+from observatory.analysis.frequency.records import SeriesFit
+from observatory.run.manifest import Record, Text
+
+__all__ = ["Behaviour", "behaviour_of", "free_clock_mhz"]
+
+Float64 = NDArray[np.float64]
+
+CurveClass = Literal["memory-bound flat", "knee", "compute-proportional"]
+
+_FREE_SLOWDOWN = 0.02
+_FLAT = 0.6
+_PROPORTIONAL = 0.9
+_CAPPED_SHARE = 0.1
+_HOST_SHARE = 0.5
+_STEP_MHZ = 5.0
+_MOST_STEPS = 1000
+#: Below this part of the way from idle power to the limit, a device hardly works.
+_HARDLY_WORKS = 0.15
+
+
+class Behaviour(Record):
+    """The class of a series.
+
+    Attributes:
+        name: the class; None when the clocks do not reach low enough to tell.
+        curve: the class of the time curve alone; None likewise.
+        agreement: share of bootstrap samples whose curve is of that class; None without samples.
+        free_mhz: f_free; never below the lowest clock measured.
+        text: the evidence in one sentence.
+        fix_first: what to mend before choosing a clock; empty when nothing.
+    """
+
+    name: Literal["memory-bound flat", "knee", "compute-proportional", "host-bound", "capped"] | None
+    curve: CurveClass | None
+    agreement: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    free_mhz: float
+    text: Text
+    fix_first: Text = ""
+
+    @property
+    def words(self) -> str:
+        """The class; beside a cause that comes first, that of the curve."""
+        name = self.name or "not told"
+        return name if self.curve in (None, self.name) else f"{name} (curve: {self.curve})"
+
+
+def free_clock_mhz(time_BT: Float64, fit: SeriesFit) -> Float64:
+    """f_free within the measured range, (B,)."""
+    reference = _reference_mhz(fit)
+    steps = min(_MOST_STEPS, round((reference - fit.low_mhz) / _STEP_MHZ) + 1)
+    grid_F = np.linspace(fit.low_mhz, reference, max(2, steps))
+    seconds_BF = iteration_s(time_BT, fit.high_mhz, grid_F)
+    free_BF = seconds_BF <= seconds_BF[:, -1:] * (1.0 + _FREE_SLOWDOWN)
+    free_B: Float64 = grid_F[np.argmax(free_BF, axis=1)]
+    return free_B
+
+
+def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | None) -> Behaviour:
+    """The class of a series.
+
+    Args:
+        fit: its model.
+        idle_power_mw: power of the device without load; None when not known.
+        limit_mw: its default power limit, for a fit that does not know the one in force; None likewise.
+    """
+    reference = _reference_mhz(fit)
+    value_1T = np.array([fit.time.parameters])
+    free_mhz = float(free_clock_mhz(value_1T, fit)[0])
+    curve = _curve_class(free_mhz, fit)
+    sample_BT = np.array([sample[: len(TIME_TERMS)] for sample in fit.samples_B]).reshape(-1, len(TIME_TERMS))
+    agreement = None
+    if curve is not None and len(sample_BT):
+        same = [_curve_class(float(mhz), fit) == curve for mhz in free_clock_mhz(sample_BT, fit)]
+        agreement = float(np.mean(same))
+    unlocked = fit.reference.how == "unlocked"
+    clock = f"the {fit.reference.words}" if unlocked else f"its {reference:.0f} MHz"
+    shape = (
+        f"the time stays within 2 % of the reference's down to {free_mhz:.0f} MHz, "
+        f"{100 * free_mhz / reference:.0f} % of {clock}"
+    )
+    if curve is None:
+        shape += "; no lower clock was measured, so that flat and knee cannot be told apart"
+    capped = fit.reference.power_cap_share
+    if unlocked and capped is not None and capped >= _CAPPED_SHARE:
+        return Behaviour(
+            name="capped",
+            curve=curve,
+            agreement=agreement,
+            free_mhz=free_mhz,
+            text=f"the power limit holds the unlocked clock for {100 * capped:.0f} % of the time; {shape}",
+            fix_first="the power limit sets the speed here: where it can be raised, raise it and sweep "
+            "again; where it cannot, a lock just below the clock it allows takes away its hunting, not "
+            "its cost",
+        )
+    host = _host_evidence(fit, value_1T, sample_BT)
+    if host:
+        return Behaviour(
+            name="host-bound",
+            curve=curve,
+            agreement=agreement,
+            free_mhz=free_mhz,
+            text=f"{host}; {shape}",
+            fix_first="the device waits for the host: launch less (CUDA graphs, fused kernels, larger "
+            "batches) before choosing a clock, and sweep again, since the knee moves up when the waiting "
+            "goes",
+        )
+    hint = (
+        _low_power_hint(fit, idle_power_mw, fit.reference.limit_mw or limit_mw)
+        if curve == "memory-bound flat"
+        else ""
+    )
+    return Behaviour(name=curve, curve=curve, agreement=agreement, free_mhz=free_mhz, text=shape + hint)
+
+
+def _reference_mhz(fit: SeriesFit) -> float:
+    return min(fit.reference.sm_clock_mhz, fit.high_mhz)
+
+
+def _curve_class(free_mhz: float, fit: SeriesFit) -> CurveClass | None:
+    ratio = free_mhz / _reference_mhz(fit)
+    if ratio <= _FLAT:
+        return "memory-bound flat"
+    if free_mhz <= fit.low_mhz + _STEP_MHZ / 2.0:
+        return None
+    return "knee" if ratio <= _PROPORTIONAL else "compute-proportional"
+
+
+def _host_evidence(fit: SeriesFit, value_1T: Float64, sample_BT: Float64) -> str:
+    """Why the series is host-bound; empty when nothing says so."""
+    told = [item.idle for item in fit.settings if item.idle is not None and item.kind in ("unlocked", "lock")]
+    if told and sum(told) > len(told) / 2:
+        return f"the device reported that it idled at {sum(told)} of {len(told)} settings"
+    # Without a knee, time that does not follow the clock may as well be memory's.
+    if not TIME_FORMS[fit.time.form].has_knee or "host_s" not in TIME_FORMS[fit.time.form].terms:
+        return ""
+    reference = [_reference_mhz(fit)]
+    share = float((value_1T[:, 0] / iteration_s(value_1T, fit.high_mhz, reference)[:, 0])[0])
+    if share < _HOST_SHARE or not len(sample_BT):
+        return ""
+    share_B = sample_BT[:, 0] / iteration_s(sample_BT, fit.high_mhz, reference)[:, 0]
+    if float(np.quantile(share_B, 0.05)) < _HOST_SHARE:
+        return ""
+    return f"{100 * share:.0f} % of an iteration overlaps with no work of the device"
+
+
+def _low_power_hint(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | None) -> str:
+    power = fit.reference.power_mw
+    if power is None or idle_power_mw is None or limit_mw is None or limit_mw <= idle_power_mw:
+        return ""
+    if (power - idle_power_mw) / (limit_mw - idle_power_mw) >= _HARDLY_WORKS:
+        return ""
+    return (
+        f"; at {power / 1e3:.0f} W it draws little more than the {idle_power_mw / 1e3:.0f} W of an idle "
+        "device: it may be waiting for the host rather than for memory"
+    )

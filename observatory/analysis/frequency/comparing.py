@@ -1,0 +1,262 @@
+"""Locks against caps.
+
+Shapes: B bootstrap samples, F clocks, R repeats.
+
+Each setting is a point in the plane of time and energy per iteration, as measured. The Pareto front holds
+those that no other beats in both.
+
+Whether locking beats capping is a question about all locks and all caps, not about the few that were tried:
+the best of twelve locks beats the best of five caps by the luck of its steps alone. A cap of W holds the
+clock at which P(f) = W. So caps reach the clocks whose power is at least that of the lowest cap tried, and,
+where a cap never binds, none but the unlocked one; locks reach all. Both are asked for the least energy
+within the budget. What a binding cap costs beside a lock at the same clock (a limit makes the clock hunt) is
+measured on the cap points and added to the caps' side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from observatory.analysis.frequency.intervals import Interval, sample_interval, student_interval
+from observatory.analysis.frequency.records import SeriesFit, Setting
+from observatory.analysis.frequency.views import SeriesView
+from observatory.run.manifest import Record, Text
+
+__all__ = ["LockAgainstCap", "PlanePoint", "against_caps", "measured_change", "plane"]
+
+Float64 = NDArray[np.float64]
+
+LockVerdict = Literal["locking beats capping", "capping beats locking", "not told apart", "not measured"]
+
+#: Less than this part of the reference's energy is no verdict: calibration and the model's form are worth it.
+_MARGIN = 0.01
+#: A cap that slows an iteration by less is compared at the clock it ran at, as time tells no clock there.
+_SLOWED = 0.01
+#: ln of the largest ratio believed: files may say anything.
+_MOST_EXCESS = 3.0
+
+
+class PlanePoint(Record):
+    """One measured setting in the plane of time and energy.
+
+    Attributes:
+        kind, requested_sm_clock_mhz, limit_mw, sm_clock_mhz, label: of the setting.
+        repeats: how many.
+        slowdown: time relative to the reference, minus 1.
+        saving: 1 minus energy relative to the reference.
+        on_front: no other setting is at least as good in both and better in one.
+    """
+
+    kind: Literal["unlocked", "lock", "cap", "both"]
+    requested_sm_clock_mhz: float | None
+    limit_mw: float | None
+    sm_clock_mhz: float | None
+    label: Text
+    repeats: int
+    slowdown: Interval
+    saving: Interval
+    on_front: bool
+
+
+class LockAgainstCap(Record):
+    """Which of locking and capping saves more within the budget.
+
+    Attributes:
+        verdict: ``locking beats capping`` and its reverse need an interval wholly beyond 1 % of the
+            reference's energy.
+        advantage: energy that the best cap costs more than the best lock, relative to the reference; None
+            when it cannot be measured.
+        cap_excess: ln(energy of a binding cap / energy of a lock at its clock); None when no cap binds.
+        text: one sentence.
+    """
+
+    verdict: LockVerdict
+    advantage: Interval | None = None
+    cap_excess: Interval | None = None
+    text: Text
+
+
+def plane(fit: SeriesFit) -> list[PlanePoint]:
+    """All settings with an energy, and which are on the Pareto front."""
+    settings = [item for item in fit.settings if item.energy_mj_R]
+    if not settings or fit.reference.energy_mj is None:
+        return []
+    found = []
+    for item in settings:
+        slowdown, saving = measured_change(fit, item)
+        found.append((item, slowdown, saving))
+    return [
+        PlanePoint(
+            kind=item.kind,
+            requested_sm_clock_mhz=item.requested_sm_clock_mhz,
+            limit_mw=item.limit_mw,
+            sm_clock_mhz=item.sm_clock_mhz,
+            label=item.label,
+            repeats=len(item.iteration_s_R),
+            slowdown=slowdown,
+            saving=saving,
+            on_front=not any(
+                other.value <= slowdown.value
+                and more.value >= saving.value
+                and (other.value < slowdown.value or more.value > saving.value)
+                for _, other, more in found
+            ),
+        )
+        for item, slowdown, saving in found
+    ]
+
+
+def measured_change(fit: SeriesFit, setting: Setting) -> tuple[Interval, Interval]:
+    """Slowdown and saving of a setting against the reference, from its repeats."""
+    assert fit.reference.energy_mj is not None
+    reference = _reference_repeats(fit)
+    parts = 1.0 / len(setting.iteration_s_R) + 1.0 / max(reference, 1)
+    own = setting.kind == "unlocked"
+    time = float(np.median(setting.iteration_s_R)) / fit.reference.iteration_s
+    energy = float(np.median(setting.energy_mj_R)) / fit.reference.energy_mj
+    # The median of repeats is worth a factor of sqrt(pi/2) less than their mean.
+    errors = [
+        None if scatter is None else 0.0 if own else scatter * float(np.sqrt(np.pi / 2.0 * parts))
+        for scatter in (fit.time_scatter, fit.energy_scatter)
+    ]
+    slowdown = student_interval(time - 1.0, None if errors[0] is None else errors[0] * time, fit.scatter_dof)
+    saving = student_interval(
+        1.0 - energy, None if errors[1] is None else errors[1] * energy, fit.scatter_dof
+    )
+    return slowdown, saving
+
+
+def _reference_repeats(fit: SeriesFit) -> int:
+    same = [item for item in fit.settings if item.kind == "unlocked" and item.iteration_s_R]
+    return len(same[0].iteration_s_R) if same else 1
+
+
+def against_caps(view: SeriesView, max_slowdown: float, lock_mhz: float | None) -> LockAgainstCap:
+    """Whether locking beats capping within the budget.
+
+    Args:
+        view: the series.
+        max_slowdown: the budget.
+        lock_mhz: the clock that is recommended; None where none is.
+    """
+    fit = view.fit
+    caps = [item for item in fit.settings if item.kind == "cap" and item.iteration_s_R and item.limit_mw]
+    if not view.has_energy or not caps or fit.energy_scatter is None:
+        return LockAgainstCap(
+            verdict="not measured",
+            text=f"locks were not compared with caps: {_why_not_compared(view, caps)}",
+        )
+    lowest_mw = min(item.limit_mw or np.inf for item in caps)
+    clock_F = view.candidate_F
+    time_BF, energy_BF = view.ratios(clock_F)
+    inside_BF = time_BF <= 1.0 + max_slowdown + 1e-12
+    unlocked_F = clock_F == view.reference_mhz
+    reached_BF = view.milliwatts(clock_F) >= lowest_mw
+    excess, excess_B = _cap_excess(view, caps, len(time_BF))
+    cap_BF = np.where(unlocked_F, energy_BF, energy_BF * np.exp(excess_B)[:, None])
+    least_lock_B = np.where(inside_BF, energy_BF, np.inf).min(axis=1)
+    least_cap_B = np.where(inside_BF & (reached_BF | unlocked_F), cap_BF, np.inf).min(axis=1)
+    advantage_B = least_cap_B - least_lock_B
+    advantage = sample_interval(float(advantage_B[0]), advantage_B[1:])
+    lock = None
+    if lock_mhz is not None:
+        lock = lock_mhz, float(view.milliwatts(np.array([lock_mhz]))[0, 0])
+    return _verdict(advantage, excess, lock, max_slowdown, lowest_mw, of_what=fit.reference.energy_words)
+
+
+def _why_not_compared(view: SeriesView, caps: Sequence[Setting]) -> str:
+    if not caps:
+        tried = any(item.kind == "cap" for item in view.fit.settings)
+        return "no point under a cap counts" if tried else "caps are missing"
+    if not view.has_energy:
+        return view.fit.no_power or "energies are missing"
+    return "repeats are missing" if view.fit.time_scatter is None else "energies of repeats are missing"
+
+
+def _cap_excess(view: SeriesView, caps: Sequence[Setting], rows: int) -> tuple[Interval | None, Float64]:
+    """By how much binding caps cost more than a lock at the same clock: ln of the ratio, and (rows,) draws.
+
+    Where the limit made the clock wander, a lock that takes as long stands for it. None and zeros when no cap
+    binds: there is nothing that it could cost.
+    """
+    fit = view.fit
+    grid_F = np.linspace(fit.low_mhz, fit.high_mhz, 400)
+    seconds_F = view.seconds(grid_F)[0]
+    energy_F = view.milliwatts(grid_F)[0] * seconds_F
+    flat_s = float(seconds_F[-1]) * (1.0 + max(_SLOWED, 3.0 * (fit.time_scatter or 0.0)))
+    found, repeats = [], 0
+    for item in caps:
+        if item.label != "power-capped" or not item.energy_mj_R:
+            continue
+        took_s = float(np.median(item.iteration_s_R))
+        if item.fitted == 0 and flat_s < took_s <= float(seconds_F[0]):
+            clock = float(np.interp(-took_s, -seconds_F, grid_F))  # it wandered: time alone is to be trusted
+        elif item.sm_clock_mhz is not None and fit.low_mhz <= item.sm_clock_mhz <= fit.high_mhz:
+            clock = item.sm_clock_mhz
+        else:
+            continue
+        ratio = np.median(item.energy_mj_R) / np.interp(clock, grid_F, energy_F)
+        found.append(float(np.clip(np.log(ratio), -_MOST_EXCESS, _MOST_EXCESS)))
+        repeats += len(item.energy_mj_R)
+    if not found or fit.energy_scatter is None:
+        return None, np.zeros(rows)
+    value, error = float(np.mean(found)), fit.energy_scatter / float(np.sqrt(repeats))
+    draws_B = stats.t.ppf((np.arange(rows - 1) + 0.5) / max(rows - 1, 1), max(fit.scatter_dof, 1))
+    shuffled_B = np.random.default_rng(0).permutation(draws_B)
+    return (
+        student_interval(value, error, fit.scatter_dof),
+        np.append(value, value + error * shuffled_B),
+    )
+
+
+def _verdict(
+    advantage: Interval,
+    excess: Interval | None,
+    lock: tuple[float, float] | None,
+    max_slowdown: float,
+    lowest_mw: float,
+    *,
+    of_what: str,
+) -> LockAgainstCap:
+    """The verdict and its sentence.
+
+    Args:
+        advantage: of locks over caps.
+        excess: of binding caps.
+        lock: the recommended clock (MHz) and its power (mW); None where none is recommended.
+        max_slowdown: the budget.
+        lowest_mw: the lowest cap tried.
+        of_what: whose energy savings are shares of.
+    """
+    budget = f"with at most {100 * max_slowdown:.3g} % more time"
+    caps = f"caps down to {lowest_mw / 1e3:.0f} W, the lowest tried"
+    costs = ""
+    if excess is not None:
+        costs = f"; where a cap binds, it costs {excess.percent()} more energy than a lock at its clock"
+        if excess.low is not None and excess.high is not None and excess.low <= 0.0 <= excess.high:
+            costs = f"; where a cap binds, it costs no more than a lock at its clock, {excess.percent()}"
+    verdict: LockVerdict = "not told apart"
+    text = (
+        f"{budget}, locks and {caps}, save the same as far as these points tell ({advantage.percent()} apart)"
+    )
+    if advantage.low is None or advantage.high is None:
+        verdict, text = "not measured", "without bootstrap samples locks and caps cannot be told apart"
+    elif advantage.low > _MARGIN:
+        verdict = "locking beats capping"
+        text = f"{budget}, locking saves {advantage.percent()} of {of_what} more than {caps}"
+        if lock is None:
+            text += ", but no single clock surely keeps that budget and saves: leave it unlocked"
+    elif advantage.high < -_MARGIN:
+        verdict = "capping beats locking"
+        more = Interval(value=-advantage.value, low=-advantage.high, high=-advantage.low)
+        text = f"{budget}, capping saves {more.percent()} of {of_what} more than locking"
+    elif lock is None:
+        text = f"{budget}, neither a lock nor {caps}, surely saves energy: leave both as they are"
+    elif lock[1] >= lowest_mw:
+        text += f": a cap near {lock[1] / 1e3:.0f} W would hold the same {lock[0]:.0f} MHz"
+    return LockAgainstCap(verdict=verdict, advantage=advantage, cap_excess=excess, text=text + costs)

@@ -1,0 +1,266 @@
+"""What makes a sweep say less than it seems to: caps that never bind, clocks that nobody asked for.
+
+The two confounds of arXiv 2605.11999. A cap that no phase ever reaches changes nothing, and a comparison of
+such caps compares noise. A clock request above what the chip allows is accepted without a word, and so are
+requests under a power limit: rows that look like several clocks are one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from observatory.analysis.frequency.points import CLOCK_STEP_MHZ, SLOWED_LABELS
+from observatory.analysis.frequency.records import Confound, Reference, Setting
+
+__all__ = ["BINDING_SHARE", "find_confounds"]
+
+SlowedKind = Literal["slowed by heat", "slowed by the brake"]
+
+#: A limit that holds the clock for less than this share of the time does not bind.
+BINDING_SHARE = 0.01
+#: A device that draws more than this part of its limit may be held by it although nobody said so.
+_NEAR_LIMIT = 0.95
+_LIMIT_STEP = 0.01
+
+
+def find_confounds(
+    settings: Sequence[Setting],
+    reference: Reference,
+    time_scatter: float | None,
+) -> list[Confound]:
+    """Everything found, worst first.
+
+    Args:
+        settings: the repeats of each setting.
+        reference: the unlocked operation.
+        time_scatter: standard deviation of ln(time) over repeats; None without.
+    """
+    found = []
+    if reference.how == "unlocked" and (reference.power_cap_share or 0.0) >= BINDING_SHARE:
+        found.append(_capped_reference(reference))
+    found += _slowed(settings)
+    found += _in_time(settings)
+    found += _caps(settings, reference, time_scatter)
+    found += _clamps(settings)
+    found += _limits(settings)
+    return found
+
+
+def _capped_reference(reference: Reference) -> Confound:
+    share = reference.power_cap_share or 0.0
+    limit = "" if reference.limit_mw is None else f" of {reference.limit_mw / 1e3:.0f} W"
+    return Confound(
+        kind="unlocked is capped",
+        text=f"without any lock the power limit{limit} holds the clock down for {100 * share:.0f} % of the "
+        f"time, and the median clock over all of it is {reference.sm_clock_mhz:.0f} MHz: slowdown and saving "
+        "are relative to that, not to the highest clock",
+        numbers={"power_cap_share": share, "sm_clock_mhz": reference.sm_clock_mhz},
+    )
+
+
+def _slowed(settings: Sequence[Setting]) -> list[Confound]:
+    """Settings that heat or the brake has slowed down, with what is missing for that."""
+    found = []
+    causes: tuple[tuple[SlowedKind, str, str, list[int]], ...] = (
+        (
+            "slowed by heat",
+            "heat",
+            "cool the device better, rest longer between points",
+            [item.heated for item in settings],
+        ),
+        (
+            "slowed by the brake",
+            "a hardware slowdown or the power brake",
+            "mend the power supply of the device",
+            [item.braked for item in settings],
+        ),
+    )
+    for kind, cause, remedy, repeats in causes:
+        slow = [item for item, count in zip(settings, repeats, strict=True) if count]
+        if not slow:
+            continue
+        lost = [item for item in slow if not item.iteration_s_R]
+        missing = (
+            f"; nothing is left of {len(lost)} of {len(slow)} settings, so that the advice holds for the "
+            "other clocks only"
+            if lost
+            else ""
+        )
+        found.append(
+            Confound(
+                kind=kind,
+                text=f"{cause} held the clock at {sum(repeats)} points ({_places(slow)}), which count for "
+                f"nothing{missing}: {remedy}, and sweep again",
+                numbers={
+                    "points": float(sum(repeats)),
+                    "settings": float(len(slow)),
+                    "lost": float(len(lost)),
+                },
+            )
+        )
+    return found
+
+
+def _in_time(settings: Sequence[Setting]) -> list[Confound]:
+    """Settings whose energy is integrated power of iterations that move in time with the sensor."""
+    flagged = [item for item in settings if item.flagged]
+    if not flagged:
+        return []
+    repeats = sum(item.flagged for item in flagged)
+    return [
+        Confound(
+            kind="in time with the sensor",
+            text=f"the energy of {repeats} points ({_places(flagged)}) is integrated power of iterations "
+            "that move in time with the power sensor: repeats agree on what it misses, so that intervals of "
+            "energies and savings may be too narrow; vary the length of an iteration (batch, context), or "
+            "read an energy counter",
+            numbers={"points": float(repeats), "settings": float(len(flagged))},
+        )
+    ]
+
+
+def _places(settings: Sequence[Setting]) -> str:
+    """At which settings, for people."""
+    asked = sorted(
+        item.requested_sm_clock_mhz for item in settings if item.requested_sm_clock_mhz is not None
+    )
+    where = [
+        *(["unlocked"] if any(item.kind == "unlocked" for item in settings) else []),
+        *([f"at locks from {asked[0]:.0f} to {asked[-1]:.0f} MHz"] if len(asked) > 1 else []),
+        *([f"at the lock of {asked[0]:.0f} MHz"] if len(asked) == 1 else []),
+        *(["under power caps"] if any(item.kind == "cap" for item in settings) else []),
+    ]
+    return ", ".join(where)
+
+
+def _caps(settings: Sequence[Setting], reference: Reference, time_scatter: float | None) -> list[Confound]:
+    """Caps that hold nothing; caps of which neither driver nor power tells are passed over."""
+    told = {
+        item.limit_mw: (item, binds)
+        for item in settings
+        if item.kind == "cap" and item.iteration_s_R and item.limit_mw
+        if (binds := _binds(item)) is not None
+    }
+    if not told:
+        return []
+    limits = [limit for limit in told if limit is not None]
+    drawn = [
+        (power, power / limit) for limit, (item, _) in told.items() if limit and (power := _power_mw(item))
+    ]
+    rates = [1.0 / float(np.median(item.iteration_s_R)) for item, _ in told.values()]
+    rates.append(1.0 / reference.iteration_s)
+    spread = max(rates) / min(rates) - 1.0
+    ratio = max((part for _, part in drawn), default=None)
+    numbers: dict[str, float | None] = {
+        "caps": float(len(told)),
+        "lowest_cap_mw": min(limits),
+        "highest_cap_mw": max(limits),
+        "highest_power_over_limit": ratio,
+        "throughput_spread": spread,
+        "time_scatter": time_scatter,
+    }
+    noise = (
+        ""
+        if time_scatter is None
+        else f", where repeats of one setting scatter by {100 * time_scatter:.1f} %"
+    )
+    loose = [limit for limit in limits if not told[limit][1]]
+    if len(loose) == len(limits):
+        draws = "its power is not known"
+        if ratio is not None:
+            low, high = min(power for power, _ in drawn), max(power for power, _ in drawn)
+            draws = f"it draws {low / 1e3:.0f} to {high / 1e3:.0f} W, at most {100 * ratio:.0f} % of a cap"
+        return [
+            Confound(
+                kind="cap never binds",
+                text=f"none of the {len(limits)} power caps from {min(limits) / 1e3:.0f} to "
+                f"{max(limits) / 1e3:.0f} W ever holds the clock ({draws}) and throughput differs by "
+                f"{100 * spread:.1f} % between caps{noise}: these caps do nothing, whatever they seem to "
+                "save",
+                numbers=numbers,
+            )
+        ]
+    if not loose:
+        return []
+    binding = max(limit for limit in limits if told[limit][1])
+    return [
+        Confound(
+            kind="some caps do not bind",
+            text=f"caps of {min(loose) / 1e3:.0f} W and more do not hold the clock, the highest one that "
+            f"does is {binding / 1e3:.0f} W: differences between the others are noise",
+            numbers={**numbers, "lowest_loose_cap_mw": min(loose), "highest_binding_cap_mw": binding},
+        )
+    ]
+
+
+def _binds(setting: Setting) -> bool | None:
+    """Whether the limit holds the clock; None when neither the driver nor the power tells."""
+    if setting.label == "power-capped":
+        return True
+    if setting.power_cap_share is not None:
+        return setting.power_cap_share >= BINDING_SHARE
+    power = _power_mw(setting)
+    if power is None or not setting.limit_mw or power >= _NEAR_LIMIT * setting.limit_mw:
+        return None
+    return False
+
+
+def _power_mw(setting: Setting) -> float | None:
+    if not setting.energy_mj_R:
+        return None
+    return float(np.median(np.array(setting.energy_mj_R) / np.array(setting.iteration_s_R)))
+
+
+def _clamps(settings: Sequence[Setting]) -> list[Confound]:
+    """Locks that ran at another clock than the requested one, put together by where they ended up."""
+    missed: dict[float, list[Setting]] = {}
+    for item in settings:
+        wanted, seen = item.requested_sm_clock_mhz, item.sm_clock_mhz
+        if (
+            item.kind == "lock"
+            and item.label not in SLOWED_LABELS
+            and wanted is not None
+            and seen is not None
+            and abs(seen - wanted) > CLOCK_STEP_MHZ
+        ):
+            missed.setdefault(seen, []).append(item)
+    found = []
+    for seen, members in sorted(missed.items()):
+        wanted_all = sorted(item.requested_sm_clock_mhz or 0.0 for item in members)
+        requests = f"{wanted_all[0]:.0f} MHz"
+        if len(members) > 1:
+            requests = f"{wanted_all[0]:.0f} to {wanted_all[-1]:.0f} MHz ({len(members)} locks)"
+        capped = any(item.label == "power-capped" for item in members)
+        why = "the power limit holds it there" if capped else "accepted and clamped without a word"
+        found.append(
+            Confound(
+                kind="clock not as requested",
+                text=f"requests for {requests} ran at {seen:.0f} MHz, {why}: one clock, not several",
+                numbers={
+                    "requested_low_mhz": wanted_all[0],
+                    "requested_high_mhz": wanted_all[-1],
+                    "sm_clock_mhz": seen,
+                    "locks": float(len(members)),
+                },
+            )
+        )
+    return found
+
+
+def _limits(settings: Sequence[Setting]) -> list[Confound]:
+    found = []
+    for item in settings:
+        wanted = item.requested_limit_mw
+        if wanted and item.limit_mw and abs(item.limit_mw - wanted) > _LIMIT_STEP * wanted:
+            found.append(
+                Confound(
+                    kind="limit not as requested",
+                    text=f"a power limit of {wanted / 1e3:.0f} W was asked for and "
+                    f"{item.limit_mw / 1e3:.0f} W was in force",
+                    numbers={"requested_limit_mw": wanted, "limit_mw": item.limit_mw},
+                )
+            )
+    return found

@@ -1,0 +1,384 @@
+"""The clock model as a document: what was fitted, from which points, how sure it is, and what confounds it.
+
+Shapes: B bootstrap samples, R repeats. Intervals are of 90 %.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from observatory.analysis.frequency.model import POWER_FORMS, POWER_TERMS, TIME_FORMS, TIME_TERMS
+from observatory.errors import ClockError
+from observatory.run.documents.clock_sweep import load_sweep
+from observatory.run.documents.versioned import load_document
+from observatory.run.manifest import Count, DeviceSpec, Moment, Phase, Record, Text
+
+__all__ = [
+    "CLOCK_MODEL_VERSION",
+    "ClockEstimate",
+    "ClockModel",
+    "Coefficient",
+    "Confound",
+    "CurveFit",
+    "FormScore",
+    "LeftOut",
+    "Reference",
+    "SeriesFit",
+    "Setting",
+    "load_clock_model",
+    "series_title",
+]
+
+CLOCK_MODEL_VERSION = "1.1"
+
+_MOST_SAMPLES = 2000
+
+_Positive = Annotated[float, Field(gt=0.0, lt=1e18, allow_inf_nan=False)]
+_NotNegative = Annotated[float, Field(ge=0.0, lt=1e18, allow_inf_nan=False)]
+_Share = Annotated[float, Field(ge=0.0, le=1.0)]
+_Mhz = Annotated[float, Field(ge=1.0, le=100_000.0, allow_inf_nan=False)]
+_Milliwatts = Annotated[float, Field(ge=0.0, le=1e10, allow_inf_nan=False)]
+_Repeats = Annotated[tuple[_Positive, ...], Field(max_length=100_000)]
+
+
+class Coefficient(Record):
+    """One parameter of the chosen form.
+
+    Attributes:
+        term: one of ``TIME_TERMS`` or ``POWER_TERMS``, unit in its name.
+        value: None when the points cannot tell it.
+        low, high: interval from bootstrap samples of the same form; None like ``value``, or without samples.
+        reason: why ``value`` is None.
+    """
+
+    term: str
+    value: _NotNegative | None
+    low: _NotNegative | None = None
+    high: _NotNegative | None = None
+    reason: Text = ""
+
+
+class FormScore(Record):
+    """How one form did on clocks that were left out of its fit.
+
+    Attributes:
+        form: its name.
+        parameters: numbers it takes from the data.
+        rms_error, p90_error: of ln(measured / predicted).
+        as_good: whether it errs no more than the best, one standard error allowed.
+    """
+
+    form: str
+    parameters: Count
+    rms_error: _NotNegative
+    p90_error: _NotNegative
+    as_good: bool
+
+
+class CurveFit(Record):
+    """t(f) or P(f) as fitted.
+
+    Attributes:
+        form: the simplest of the forms that are as good as the best.
+        parameters: all parameters in the order of ``TIME_TERMS`` or ``POWER_TERMS``, 0 where the
+            form has none.
+        coefficients: the same, with intervals and reasons.
+        scores: all forms that were tried.
+    """
+
+    form: str
+    parameters: Annotated[tuple[_NotNegative, ...], Field(max_length=16)]
+    coefficients: Annotated[tuple[Coefficient, ...], Field(max_length=16)] = ()
+    scores: Annotated[tuple[FormScore, ...], Field(max_length=64)] = ()
+
+
+class ClockEstimate(Record):
+    """A clock that follows from the model.
+
+    Attributes:
+        mhz: the clock, never outside what was measured; None when it cannot be told.
+        low_mhz, high_mhz: its interval; None like ``mhz``, or without samples.
+        relation: ``at most``: it lies at or below the lowest clock measured; ``at least``: at or above the
+            highest.
+        reason: why ``mhz`` is None.
+    """
+
+    mhz: _Mhz | None
+    low_mhz: _Mhz | None = None
+    high_mhz: _Mhz | None = None
+    relation: Literal["at", "at most", "at least"] = "at"
+    reason: Text = ""
+
+
+class Setting(Record):
+    """The repeats of one lock, limit or both.
+
+    Attributes:
+        kind: what was set.
+        requested_sm_clock_mhz, requested_limit_mw: what was asked for; None where nothing was set.
+        limit_mw: the limit in force as the device told it, else the requested one; None without a request.
+        sm_clock_mhz: median of the sampled clocks; None when not sampled.
+        label: the label of most of its repeats, corrected by the clocks that were sampled.
+        iteration_s_R: seconds per iteration of each repeat that can be compared.
+        energy_mj_R: energy per iteration of the same repeats; empty when any is unknown.
+        power_cap_share: mean share of time in which the limit held the clock; None when not told.
+        idle: whether the device said that it idled, in most repeats; None when not told.
+        fitted: repeats that entered the fit.
+        heated: repeats that heat slowed down; before schema 1.1 those of ``braked`` among them.
+        braked: repeats that a hardware slowdown or the power brake slowed down, without heat.
+        flagged: repeats of ``iteration_s_R`` whose energy is integrated power in time with the sensor.
+    """
+
+    kind: Literal["unlocked", "lock", "cap", "both"]
+    requested_sm_clock_mhz: _Mhz | None = None
+    requested_limit_mw: _Milliwatts | None = None
+    limit_mw: _Milliwatts | None = None
+    sm_clock_mhz: _Mhz | None = None
+    label: Text
+    iteration_s_R: _Repeats = ()
+    energy_mj_R: _Repeats = ()
+    power_cap_share: _Share | None = None
+    idle: bool | None = None
+    fitted: Count = 0
+    heated: Count = 0
+    braked: Count = 0
+    flagged: Count = 0
+
+    @model_validator(mode="after")
+    def _same_repeats(self) -> Setting:
+        if self.energy_mj_R and len(self.energy_mj_R) != len(self.iteration_s_R):
+            raise ValueError("energies and times are of different numbers of repeats")
+        return self
+
+
+class LeftOut(Record):
+    """Points that did not enter the fit, and why."""
+
+    reason: Text
+    points: Count
+
+
+class Confound(Record):
+    """Something that makes a sweep say less than it seems to.
+
+    Attributes:
+        kind: which.
+        text: the finding with its evidence, one sentence.
+        numbers: the evidence; None where it could not be measured.
+    """
+
+    kind: Literal[
+        "cap never binds",
+        "some caps do not bind",
+        "clock not as requested",
+        "limit not as requested",
+        "unlocked is capped",
+        "slowed by heat",
+        "slowed by the brake",
+        "in time with the sensor",
+    ]
+    text: Text
+    numbers: dict[str, float | None] = Field(default_factory=dict)
+
+
+class Reference(Record):
+    """What slowdown and saving are relative to.
+
+    Attributes:
+        how: ``unlocked``: no lock and the device's own limit; ``highest clock``: no such point was measured.
+        sm_clock_mhz: median sampled clock.
+        iteration_s, energy_mj, power_mw: as measured, medians; None where not told.
+        power_cap_share: share of time in which the limit held the clock; None when not told.
+        limit_mw: the device's own limit as it stood, which a site may have lowered; None when not told.
+    """
+
+    how: Literal["unlocked", "highest clock"]
+    sm_clock_mhz: _Mhz
+    iteration_s: _Positive
+    energy_mj: _Positive | None = None
+    power_mw: _Positive | None = None
+    power_cap_share: _Share | None = None
+    limit_mw: _Milliwatts | None = None
+
+    @property
+    def words(self) -> str:
+        """The clock, and what makes it the reference."""
+        if self.how == "unlocked":
+            return f"{self.sm_clock_mhz:.0f} MHz it runs at unlocked"
+        return f"{self.sm_clock_mhz:.0f} MHz of the highest clock measured, as no unlocked point counts"
+
+    @property
+    def energy_words(self) -> str:
+        """Of whose energy savings are shares."""
+        return "the unlocked energy" if self.how == "unlocked" else "the energy at the highest clock measured"
+
+
+class SeriesFit(Record):
+    """The model of one phase at one batch and context.
+
+    Attributes:
+        name, phase, batch_size, context_tokens, tokens_per_iteration: as in the sweep.
+        low_mhz, high_mhz: range of the sampled clocks; the model holds between them. f0 is ``high_mhz``.
+        clocks: different clocks that entered the fit.
+        points: points that did.
+        reference: see :class:`Reference`.
+        time: t(f).
+        power: P(f); None when energies are missing, see ``no_power``.
+        no_power: why.
+        samples_B: parameters of t(f), then of P(f) (zeros without), of bootstrap samples. Samples are spread
+            over all forms that are as good as the best.
+        critical: f_crit, where memory and compute take equally long.
+        compute_optimum: f_energy, the clock of least energy if compute were always the longer.
+        optimum: the clock of least energy; min(f_crit, f_energy) where the knee is sharp.
+        settings: what was measured.
+        time_scatter, energy_scatter: standard deviation of the logarithm over repeats of one setting; None
+            without repeats.
+        scatter_dof: degrees of freedom of these.
+        left_out: points that did not enter the fit.
+        confounds: what to know before believing any of it.
+        highest_power_mw: of all points compared; None without energies.
+    """
+
+    name: Text
+    phase: Phase = "unknown"
+    batch_size: Count | None = None
+    context_tokens: Count | None = None
+    tokens_per_iteration: Count | None = None
+    low_mhz: _Mhz
+    high_mhz: _Mhz
+    clocks: Count
+    points: Count
+    reference: Reference
+    time: CurveFit
+    power: CurveFit | None = None
+    no_power: Text = ""
+    samples_B: Annotated[
+        tuple[Annotated[tuple[_NotNegative, ...], Field(max_length=16)], ...], Field(max_length=_MOST_SAMPLES)
+    ] = ()
+    critical: ClockEstimate
+    compute_optimum: ClockEstimate
+    optimum: ClockEstimate
+    settings: Annotated[tuple[Setting, ...], Field(max_length=2000)]
+    time_scatter: _NotNegative | None = None
+    energy_scatter: _NotNegative | None = None
+    scatter_dof: Count = 0
+    left_out: Annotated[tuple[LeftOut, ...], Field(max_length=1000)] = ()
+    confounds: Annotated[tuple[Confound, ...], Field(max_length=10_000)] = ()
+    highest_power_mw: _NotNegative | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_forms(self) -> SeriesFit:
+        if self.low_mhz > self.high_mhz:
+            raise ValueError("low_mhz is above high_mhz")
+        if self.time.form not in TIME_FORMS or len(self.time.parameters) != len(TIME_TERMS):
+            raise ValueError(f"time form {self.time.form[:40]!r} is unknown or has other parameters")
+        if self.reference.sm_clock_mhz < self.low_mhz:
+            raise ValueError("the reference's clock is below low_mhz")
+        if self.power is not None and (
+            self.power.form not in POWER_FORMS or len(self.power.parameters) != len(POWER_TERMS)
+        ):
+            raise ValueError(f"power form {self.power.form[:40]!r} is unknown or has other parameters")
+        if any(len(sample) != len(TIME_TERMS) + len(POWER_TERMS) for sample in self.samples_B):
+            raise ValueError("a bootstrap sample has another number of parameters than the model")
+        _check_parameters(self.time.parameters, self.power.parameters if self.power else None)
+        for sample in self.samples_B:
+            _check_parameters(sample[: len(TIME_TERMS)], sample[len(TIME_TERMS) :] if self.power else None)
+        return self
+
+    @property
+    def title(self) -> str:
+        """What ran, for people."""
+        return series_title(self.name, self.phase, self.batch_size, self.context_tokens)
+
+
+def series_title(name: str, phase: str, batch_size: int | None, context_tokens: int | None) -> str:
+    """What ran, for people: every number that tells one series of a sweep from another."""
+    parts = [name]
+    if phase not in ("unknown", name):
+        parts.append(phase)
+    if batch_size is not None:
+        parts.append(f"batch {batch_size}")
+    if context_tokens is not None:
+        parts.append(f"context {context_tokens}")
+    return ", ".join(parts)
+
+
+def _check_parameters(time: tuple[float, ...], power: tuple[float, ...] | None) -> None:
+    """Refuse curves that no device has and that no arithmetic survives."""
+    host, memory, _, compute, sharpness = time
+    if host + memory + compute <= 0.0:
+        raise ValueError("an iteration takes no time")
+    if sharpness != 0.0 and not 1.0 <= sharpness <= 1000.0:
+        raise ValueError("sharpness is neither 0 nor between 1 and 1000")
+    if power is not None:
+        if sum(power[:4]) <= 0.0:
+            raise ValueError("the device draws no power")
+        if max(power[4:]) > 1.0:
+            raise ValueError("ridge or voltage slope is above 1")
+
+
+class ClockModel(Record):
+    """What ``observatory clocks fit`` writes.
+
+    Attributes:
+        schema_version: ``major.minor``; readers refuse a newer major.
+        created_unix_s: wall-clock label.
+        argv: command line.
+        device: the device of the sweeps.
+        default_limit_mw: its default power limit; None when not told.
+        idle_power_mw: power without load; None when not told.
+        supported_sm_clocks_mhz: clocks it can be locked to; None when the sweeps do not say.
+        series: one model per phase, batch and context.
+        seed: of folds and bootstrap.
+        sources: names of the sweep files.
+        git_sha: commit of the working directory.
+        notes: what a reader must know.
+    """
+
+    schema_version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}$")] = CLOCK_MODEL_VERSION
+    created_unix_s: Moment
+    argv: tuple[Text, ...] = ()
+    device: DeviceSpec
+    default_limit_mw: _Milliwatts | None = None
+    idle_power_mw: _Milliwatts | None = None
+    supported_sm_clocks_mhz: Annotated[tuple[_Mhz, ...], Field(max_length=4096)] | None = None
+    series: Annotated[tuple[SeriesFit, ...], Field(min_length=1, max_length=1000)]
+    seed: int = 0
+    sources: tuple[Text, ...] = ()
+    git_sha: Text | None = None
+    notes: tuple[Text, ...] = ()
+
+
+def load_clock_model(path: Path | str) -> ClockModel:
+    """Read and check a clock model.
+
+    Raises:
+        ClockError: not readable, too large, of a newer schema, or not what the schema says.
+    """
+    try:
+        return load_document(
+            ClockModel,
+            path,
+            version=CLOCK_MODEL_VERSION,
+            what="clock model",
+            remedy="make one with `observatory clocks fit`",
+            failure=ClockError,
+        )
+    except ClockError:
+        if _is_sweep(path):
+            raise ClockError(
+                f"{path} is a sweep that was not fitted; `observatory clocks fit {path} --out FILE` makes a "
+                "clock model of it"
+            ) from None
+        raise
+
+
+def _is_sweep(path: Path | str) -> bool:
+    try:
+        load_sweep(path)
+    except ClockError:
+        return False
+    return True

@@ -1,0 +1,304 @@
+"""What a run's power samples alone say about caps and clocks, where nobody swept anything.
+
+They say whether the power limit binds, at which clock it holds the device, which clock a busy device has and
+how near it is to idle. They do not say which clock is best: that takes the time of an iteration at several.
+
+What is said of a state is computed from the samples in that state, which their event reasons name.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from observatory.analysis.energy.device_ownership import device_specs
+from observatory.analysis.energy.phase_intervals import DeviceBands, device_bands
+from observatory.analysis.frequency.confounds import BINDING_SHARE
+from observatory.analysis.frequency.telemetry_findings import device_findings
+from observatory.analysis.frequency.telemetry_records import (
+    DeviceTelemetry,
+    Missing,
+    Readings,
+    ShareSource,
+    StateName,
+    TelemetryAdvice,
+)
+from observatory.devices.event_reasons import BRAKE_BITS, HOLDING_BITS, IDLE_BIT, POWER_CAP_BIT, THERMAL_BITS
+from observatory.devices.sensors import SensorModel, sensor_of
+from observatory.errors import ClockError
+from observatory.run import Run
+from observatory.run.manifest import DeviceSpec
+
+__all__ = ["DeviceTelemetry", "TelemetryAdvice", "telemetry_advice"]
+
+_LEAST_SAMPLES = 10
+_MOST_DEVICES = 256
+#: A limit may act on a device that was seen to draw this part of it.
+_NEAR_LIMIT = 0.9
+#: A counter that was read over this part of the time speaks of all of it.
+_MOSTLY = 0.9
+#: Renewal of power where the device's own is not known: that of all NVIDIA GPUs since Ampere.
+_UPDATE_MS = 100.0
+
+
+def telemetry_advice(run: Run) -> TelemetryAdvice:
+    """Read a run's power table.
+
+    Raises:
+        ClockError: the run has no power samples.
+    """
+    frame = run.power()
+    if frame.empty:
+        raise ClockError(
+            f"run {run.path} holds no power samples; capture some with `observatory power --out RUN -- "
+            "COMMAND`"
+        )
+    specs = device_specs(run.manifest)
+    found: list[DeviceTelemetry] = []
+    # The same name may stand for a device of each of several nodes, on each node's own clock.
+    ordered = frame.sort_values("time_ns", kind="stable")
+    groups = [
+        ((int(own["source_rank"].iloc[0]), str(own["device_uuid"].iloc[0])), own)
+        for _, own in ordered.groupby(["source_rank", "device_uuid"], sort=True)
+    ][:_MOST_DEVICES]
+    bands = device_bands(run, [key for key, _ in groups])
+    for key, own in groups:
+        uuid = key[1]
+        rows = _with_limit_in_force(own)
+        spec = specs.get(uuid)
+        idle_mw = _idle_power_mw(run, uuid)
+        found.append(_device(uuid, None, rows, spec, idle_mw))
+        sensor = sensor_of(None if spec is None else spec.name)
+        for phase, part in _by_phase(rows, bands[key], sensor):
+            if len(part) >= _LEAST_SAMPLES:
+                found.append(_device(uuid, phase, part, spec, idle_mw))
+    return TelemetryAdvice(
+        run=str(run.path),
+        devices=tuple(found),
+        cannot="which clock saves energy cannot be told from one clock: it takes the time and energy of "
+        "an iteration at several",
+        next_steps=(
+            "observatory clocks sweep --help",
+            "observatory clocks fit SWEEP.json --out fit.json",
+            "observatory clocks recommend fit.json --max-slowdown 0.02",
+        ),
+    )
+
+
+def _idle_power_mw(run: Run, uuid: str) -> float | None:
+    """Idle power as the sampler found it at the start; None where the run does not say."""
+    for status in run.manifest.ranks:
+        found = None if status.power is None else status.power.calibration.get(uuid)
+        if found is not None and found.idle_power_mw:
+            return float(found.idle_power_mw)
+    return None
+
+
+def _with_limit_in_force(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows with the last limit read before each; one that is not positive is no reading."""
+    limit_mw = pd.Series(_valid(rows, "enforced_limit_mw"), index=rows.index)
+    return rows.assign(limit_in_force_mw=limit_mw.where(limit_mw > 0.0).ffill())
+
+
+def _by_phase(rows: pd.DataFrame, bands: DeviceBands, sensor: SensorModel) -> list[tuple[str, pd.DataFrame]]:
+    """Samples of each phase of the rank that the device works for, else of the one that sampled it.
+
+    Power is left out of samples that may still tell of what ran before the phase: a reading is as old as the
+    last renewal and, before that, what the sensor averages.
+    """
+    if not bands.phase:
+        return []
+    time_ns = rows["time_ns"].to_numpy()
+    index = np.searchsorted(bands.start_ns, time_ns, side="right") - 1
+    inside = (index >= 0) & (time_ns < bands.end_ns[np.maximum(index, 0)])
+    names = np.array(bands.phase, dtype=object)
+    phase = names[np.maximum(index, 0)]
+    oldest_ns = 1e6 * ((sensor.update_ms or _UPDATE_MS) + (sensor.window_ms or 0.0))
+    begun = np.ones(len(names), dtype=bool)
+    begun[1:] = (names[1:] != names[:-1]) | (bands.start_ns[1:] - bands.end_ns[:-1] > oldest_ns)
+    since_ns = bands.start_ns[begun][np.cumsum(begun) - 1][np.maximum(index, 0)]
+    fresh = time_ns - since_ns >= oldest_ns
+    rows = rows.assign(power_mw=rows["power_mw"].where(fresh), stale=rows["power_mw"].notna() & ~fresh)
+    return [(str(name), rows[inside & (phase == name)]) for name in sorted(set(phase[inside].tolist()))]
+
+
+def _device(
+    uuid: str, phase: str | None, rows: pd.DataFrame, spec: DeviceSpec | None, idle_mw: float | None
+) -> DeviceTelemetry:
+    whole = _readings(rows)
+    reasons = pd.to_numeric(rows["event_reasons"], errors="coerce").fillna(-1).to_numpy(dtype=np.int64)
+    known = reasons >= 0
+    states = _states(rows, reasons) if known.any() else None
+    # Counters count over gaps too, so that they are read over the whole run only.
+    counted = phase is None
+    capped, capped_busy, capped_by = _held(rows if counted else None, "power_cap_ns", reasons, POWER_CAP_BIT)
+    hot, hot_busy, hot_by = _held(rows if counted else None, "thermal_ns", reasons, THERMAL_BITS)
+    braked, braked_busy, _ = _held(None, "", reasons, BRAKE_BITS)
+    device = DeviceTelemetry(
+        **whole.model_dump(),
+        device_uuid=uuid[:128],
+        phase=phase,
+        duration_s=float(rows["time_ns"].iloc[-1] - rows["time_ns"].iloc[0]) / 1e9,
+        reason_samples=int(known.sum()),
+        states=states,
+        power_cap_share=capped,
+        power_cap_busy_share=capped_busy,
+        power_cap_source=capped_by,
+        thermal_share=hot,
+        thermal_busy_share=hot_busy,
+        thermal_source=hot_by,
+        brake_share=braked,
+        brake_busy_share=braked_busy,
+        idle_share=states["idle"].samples / float(known.sum()) if states else None,
+        max_sm_clock_mhz=float(spec.max_sm_clock_mhz) if spec and spec.max_sm_clock_mhz else None,
+        idle_power_mw=idle_mw,
+        cap=_cap(capped, capped_busy, capped_by, states, whole),
+        missing=_missing(whole, rows, spec, known=bool(known.any())),
+    )
+    findings = device_findings(device)
+    return device.model_copy(
+        update={
+            "findings": tuple(item.text for item in findings),
+            "finding_codes": tuple(item.code for item in findings),
+        }
+    )
+
+
+def _states(rows: pd.DataFrame, reasons: NDArray[np.int64]) -> dict[StateName, Readings]:
+    """Readings of the samples in each state.
+
+    Args:
+        rows: samples.
+        reasons: their bits; negative where not known.
+    """
+    idle = (reasons >= 0) & (reasons & IDLE_BIT > 0)
+    busy = (reasons >= 0) & ~idle
+    chosen: dict[StateName, NDArray[np.bool_]] = {
+        "busy": busy,
+        "free": busy & (reasons & HOLDING_BITS == 0),
+        "power cap": busy & (reasons & POWER_CAP_BIT > 0),
+        "thermal": busy & (reasons & THERMAL_BITS > 0),
+        "brake": busy & (reasons & BRAKE_BITS > 0),
+        "idle": idle,
+    }
+    return {name: _readings(rows[own]) for name, own in chosen.items()}
+
+
+def _readings(rows: pd.DataFrame) -> Readings:
+    power_mw, limit_mw, clock_mhz = (
+        _valid(rows, name) for name in ("power_mw", "limit_in_force_mw", "sm_clock_mhz")
+    )
+    over_limit = power_mw / limit_mw
+    return Readings(
+        samples=len(rows),
+        power_samples=int(np.isfinite(power_mw).sum()),
+        clock_samples=int(np.isfinite(clock_mhz).sum()),
+        power_median_mw=_quantile(power_mw, 0.5),
+        power_p95_mw=_quantile(power_mw, 0.95),
+        power_highest_mw=_quantile(power_mw, 1.0),
+        power_over_limit=_quantile(over_limit, 0.95),
+        highest_power_over_limit=_quantile(over_limit, 1.0),
+        limit_mw=_quantile(limit_mw, 0.0),
+        highest_limit_mw=_quantile(limit_mw, 1.0),
+        sm_clock_low_mhz=_quantile(clock_mhz, 0.05),
+        sm_clock_mhz=_quantile(clock_mhz, 0.5),
+        sm_clock_high_mhz=_quantile(clock_mhz, 0.95),
+        sm_clock_highest_mhz=_quantile(clock_mhz, 1.0),
+    )
+
+
+def _valid(rows: pd.DataFrame, column: str) -> NDArray[np.float64]:
+    """A column with NaN for what is not known or not possible."""
+    values = pd.to_numeric(rows[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    valid: NDArray[np.float64] = np.where(np.isfinite(values) & (values >= 0.0), values, np.nan)
+    return valid
+
+
+def _quantile(values: NDArray[np.float64], share: float) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(np.quantile(known, share)) if known.size else None
+
+
+def _missing(
+    whole: Readings, rows: pd.DataFrame, spec: DeviceSpec | None, *, known: bool
+) -> tuple[Missing, ...]:
+    """What no sample holds and the device does not report; ``known``: some samples hold event reasons."""
+    missing: list[Missing] = [] if known else ["event reasons"]
+    if whole.power_median_mw is None:
+        stale = "stale" in rows and bool(rows["stale"].any())
+        missing.append("power of the phase" if stale else "power")
+    if whole.limit_mw is None:
+        missing.append("power limit")
+    elif whole.power_median_mw is not None and whole.power_over_limit is None:
+        missing.append("power beside a limit")
+    if whole.sm_clock_mhz is None:
+        missing.append("SM clock")
+    if spec is None or not spec.max_sm_clock_mhz:
+        missing.append("highest SM clock")
+    return tuple(missing)
+
+
+def _held(
+    counted: pd.DataFrame | None, column: str, reasons: NDArray[np.int64], bits: int
+) -> tuple[float | None, float | None, ShareSource | None]:
+    """Share of all time and of the busy time in which something held the clock down, and its source.
+
+    Args:
+        counted: samples whose counter may be read; None for the bits alone.
+        column: the counter.
+        reasons: bits of the samples; negative where not known.
+        bits: those of what held it.
+    """
+    known = reasons[reasons >= 0]
+    busy = known[known & IDLE_BIT == 0]
+    share = None if counted is None else _counter_share(counted, column)
+    if share is not None:
+        # An idle chip has no clock to hold down, so that what was counted is taken to be busy time.
+        return share, min(1.0, share * len(known) / len(busy)) if len(busy) else None, "counter"
+    if not len(known):
+        return None, None, None
+    of_busy = float(np.mean(busy & bits > 0)) if len(busy) else None
+    return float(np.mean(known & bits > 0)), of_busy, "event reasons"
+
+
+def _counter_share(rows: pd.DataFrame, column: str) -> float | None:
+    """Part of the time that a counter of nanoseconds advanced.
+
+    None when it ran backwards, or is known for part of the time only: what it counts there is not the share
+    of the whole.
+    """
+    known = rows[["time_ns", column]].dropna()
+    if len(known) < 2 or np.ptp(known["time_ns"]) < _MOSTLY * np.ptp(rows["time_ns"]):
+        return None
+    counted = known[column].to_numpy(dtype=np.float64)
+    elapsed = float(known["time_ns"].iloc[-1] - known["time_ns"].iloc[0])
+    if elapsed <= 0.0 or (np.diff(counted) < 0.0).any():
+        return None
+    return float(min(1.0, (counted[-1] - counted[0]) / elapsed))
+
+
+def _cap(
+    share: float | None,
+    busy_share: float | None,
+    source: ShareSource | None,
+    states: dict[StateName, Readings] | None,
+    whole: Readings,
+) -> Literal["binds", "does not bind"] | None:
+    """Whether the limit binds while the device is busy.
+
+    Without event reasons the busy part of the time is not known. It is at most all of it, so that a counter
+    above the threshold decides, and one that never advanced; so does power that never came near the limit.
+    """
+    if busy_share is not None:
+        return "binds" if busy_share >= BINDING_SHARE else "does not bind"
+    if source == "counter" and share is not None and share >= BINDING_SHARE:
+        return "binds"
+    if states is not None:
+        return None  # no busy sample
+    if source == "counter":
+        return "does not bind" if share == 0.0 else None
+    highest = whole.highest_power_over_limit
+    return "does not bind" if highest is not None and highest < _NEAR_LIMIT else None

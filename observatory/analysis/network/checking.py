@@ -1,0 +1,108 @@
+"""Predicted against measured, on results that were not in the fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+
+from observatory.analysis.network.network import NetworkModel
+from observatory.analysis.network.predict import predict_us
+from observatory.errors import BenchmarkError
+from observatory.run.documents.bench import BenchResult
+
+__all__ = ["CHECK_COLUMNS", "check_predictions", "checked_row", "error_summary", "not_fitted"]
+
+
+#: Columns of `check_predictions`.
+CHECK_COLUMNS: tuple[str, ...] = (
+    "algorithm", "pattern", "phase", "layer", "step", "role", "measured_us", "predicted_us", "low_us",
+    "high_us", "error", "extrapolated", "misfits",
+)  # fmt: skip
+
+
+def check_predictions(model: NetworkModel, result: BenchResult) -> pd.DataFrame:
+    """One row per case: algorithm, pattern, phase, layer, step, role, measured_us, predicted_us, low_us,
+    high_us, error (|predicted - measured| / measured), extrapolated (None: nothing), misfits (places in the
+    fit's, None: none).
+
+    Raises:
+        BenchmarkError: another backend, or kinds of exchanges the model never measured.
+    """  # noqa: D205 - the list is one sentence
+    if result.backend != model.backend:
+        raise BenchmarkError(
+            f"a model of {model.backend} cannot be checked on a result of {result.backend}; fit one for it"
+        )
+    rows = [
+        checked_row(
+            model, case.bytes_PP, result.node_of_P, algorithm=case.algorithm, measured_us=case.median_us,
+            pattern=case.pattern, phase=case.phase, layer=case.layer, step=case.step, role=case.role,
+        )
+        for case in result.cases
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=list(CHECK_COLUMNS))
+
+
+def checked_row(
+    model: NetworkModel,
+    bytes_PP: ArrayLike,
+    node_of_P: Sequence[int],
+    *,
+    algorithm: str,
+    role: str | None,
+    measured_us: float,
+    **where: object,
+) -> dict[str, Any]:
+    """One row of `check_predictions`; ``where`` is kept as it is."""
+    found = predict_us(model, bytes_PP, node_of_P, algorithm=algorithm, role=role)
+    return {
+        "algorithm": algorithm,
+        "role": role,
+        **where,
+        "measured_us": measured_us,
+        "predicted_us": found.us,
+        "low_us": found.low_us,
+        "high_us": found.high_us,
+        "error": abs(found.us - measured_us) / measured_us,
+        "extrapolated": "; ".join(found.extrapolated) or None,
+        "misfits": found.misfits or None,
+    }
+
+
+def not_fitted(result: BenchResult, fitted: Sequence[BenchResult], *, name: str) -> BenchResult:
+    """The result, if the fit has not seen it.
+
+    Raises:
+        BenchmarkError: it is one of those that were fitted.
+    """
+    if result in fitted:
+        raise BenchmarkError(
+            f"{name} is among the results that the model is fitted to, so its errors would say nothing; "
+            "check against another one"
+        )
+    return result
+
+
+def error_summary(checked: pd.DataFrame) -> pd.DataFrame:
+    """Per algorithm and pattern: exchanges, median_error, p90_error, median_ratio (predicted over measured),
+    the share of measurements inside the 90 % interval, and of exchanges through misfits of the model.
+    """  # noqa: D205 - the list is one sentence
+    rows = []
+    for (algorithm, pattern), group in checked.groupby(["algorithm", "pattern"], sort=True):
+        inside = (group["measured_us"] >= group["low_us"]) & (group["measured_us"] <= group["high_us"])
+        rows.append(
+            {
+                "algorithm": algorithm,
+                "pattern": pattern,
+                "exchanges": len(group),
+                "median_error": float(group["error"].median()),
+                "p90_error": float(np.quantile(group["error"], 0.9)),
+                "median_ratio": float((group["predicted_us"] / group["measured_us"]).median()),
+                "inside_interval": float(inside.mean()),
+                "through_misfits": float(group["misfits"].notna().mean()),
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,162 @@
+"""A run's own exchanges, as measured while it ran, beside what a network model predicts for them.
+
+What a program measured is comparable with a prediction only where everything but the exchange itself can be
+taken off: the time from the last arrival to the last end, which needs the split into waiting and transfer on
+every rank (docs/waiting.md). What cannot be compared is counted with the reason, never guessed.
+
+Shapes: P ranks of the exchange's group.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from observatory.analysis.exchange import rank_clocks
+from observatory.analysis.exchange.matching import Collective, Unmatched, match_collectives
+from observatory.analysis.exchange.waiting import depends_on, split_collective
+from observatory.analysis.network.checking import CHECK_COLUMNS, checked_row
+from observatory.analysis.network.network import NetworkModel
+from observatory.errors import BenchmarkError, ExchangeError
+
+if TYPE_CHECKING:
+    from observatory.run import Run
+
+__all__ = ["OwnExchange", "check_own_exchanges", "own_exchanges"]
+
+#: Roles that move tokens; counts and other small exchanges are left alone.
+_ROLES = ("dispatch", "combine")
+_STEPS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class OwnExchange:
+    """One exchange of a run whose time is known without the waiting.
+
+    Attributes:
+        step, phase, layer, role: where in the run; ``layer`` is None where it is not known.
+        backend: what moved the bytes; None when not recorded.
+        node_of_P: node of each rank of the group.
+        part: the group is a part of the run's ranks, so that others may exchange at the same time.
+        bytes_PP: bytes from rank i to rank j.
+        us: from the last arrival to the last end: the longest transfer of a rank.
+    """
+
+    step: int
+    phase: str
+    layer: int | None
+    role: str
+    backend: str | None
+    node_of_P: tuple[int, ...]
+    part: bool
+    bytes_PP: NDArray[np.int64]
+    us: float
+
+
+def own_exchanges(run: Run, *, steps: int = _STEPS) -> tuple[list[OwnExchange], dict[str, int]]:
+    """Dispatches and combines of a run that can be compared with a prediction.
+
+    Args:
+        run: an open run.
+        steps: at most so many steps of each phase, evenly spread.
+
+    Returns:
+        The exchanges in the order of the run, and why others are left out: reason -> exchanges.
+    """
+    exchanges = run.exchanges()
+    chosen = exchanges["role"].isin(_ROLES) & _evenly(exchanges, steps)
+    exchanges = exchanges[chosen].reset_index(drop=True)
+    topology = run.manifest.topology
+    nodes = topology.node_of_rank
+    found: list[OwnExchange] = []
+    left_out: Counter[str] = Counter()
+    for matched in match_collectives(
+        exchanges, ranks=topology.ranks, clocks=rank_clocks(run.manifest), node_of_rank=nodes
+    ):
+        if isinstance(matched, Unmatched):
+            left_out[matched.reason] += 1
+            continue
+        us = _transfer_us(matched)
+        if isinstance(us, str):
+            left_out[us] += 1
+        elif nodes is None:
+            left_out["the run does not say which rank is on which node"] += 1
+        else:
+            found.append(_own(exchanges.iloc[int(matched.rows[0])], matched, nodes, us))
+    return sorted(found, key=lambda item: (item.step, -1 if item.layer is None else item.layer)), left_out
+
+
+def check_own_exchanges(
+    model: NetworkModel, run: Run, *, steps: int = _STEPS
+) -> tuple[pd.DataFrame, dict[str, int]]:
+    """Predict a run's own exchanges: one row each, columns as of ``check_predictions``; pattern ``own``.
+
+    Returns:
+        The rows, and why other exchanges have none: reason -> exchanges.
+    """
+    found, left_out = own_exchanges(run, steps=steps)
+    reasons = Counter(left_out)
+    rows = []
+    for item in found:
+        if item.backend != model.backend:
+            reasons[f"exchanged over {item.backend or 'a backend not stated'}, not {model.backend}"] += 1
+            continue
+        try:
+            row = checked_row(
+                model, item.bytes_PP, item.node_of_P, algorithm="flat", measured_us=item.us,
+                pattern="own", phase=item.phase, layer=item.layer, step=item.step, role=item.role,
+            )  # fmt: skip
+        except (BenchmarkError, ExchangeError) as error:
+            reasons[str(error)] += 1
+            continue
+        if item.part:
+            at_once = "one group of several"
+            row["extrapolated"] = "; ".join(filter(None, (row["extrapolated"], at_once)))
+        rows.append(row)
+    return pd.DataFrame(rows, columns=list(CHECK_COLUMNS)), dict(reasons)
+
+
+def _evenly(exchanges: pd.DataFrame, steps: int) -> pd.Series[bool]:
+    """Rows of at most ``steps`` steps of each phase, from its first to its last."""
+    kept = pd.Series(False, index=exchanges.index)
+    for phase, step in exchanges.groupby("phase", sort=False)["step"]:
+        distinct = np.unique(step)
+        places = np.linspace(0, len(distinct) - 1, min(steps, len(distinct))).round().astype(int)
+        kept |= (exchanges["phase"] == phase) & exchanges["step"].isin(distinct[places])
+    return kept
+
+
+def _transfer_us(matched: Collective) -> float | str:
+    """The longest transfer of a rank, or why there is none to compare."""
+    part = matched.part
+    if depends_on(matched.algorithm, part=part) != "peers" or (matched.algorithm == "hierarchical"):
+        return f"recorded as {matched.algorithm}: only all-to-alls that go straight are compared"
+    split = split_collective(matched)
+    for rank, row, problem in zip(matched.rank_P, matched.row_P, split["problem"], strict=True):
+        if problem is not None:
+            return "not split: " + (problem if row >= 0 else f"rank {rank} left no row")
+    transfer_P = split["transfer_s"][split["peers"] > 0]
+    if not len(transfer_P):
+        return "nothing went to another rank"
+    us = float(transfer_P.max()) * 1e6
+    return us if us > 0 else "too short for the clock"
+
+
+def _own(row: pd.Series, matched: Collective, nodes: Sequence[int], us: float) -> OwnExchange:
+    return OwnExchange(
+        step=int(row["step"]),
+        phase=str(row["phase"]),
+        layer=None if pd.isna(row["layer"]) else int(row["layer"]),
+        role=str(row["role"]),
+        backend=matched.backend,
+        node_of_P=tuple(nodes[rank] for rank in matched.rank_P),
+        part=matched.part,
+        bytes_PP=np.where(matched.send_PP >= 0, matched.send_PP, matched.receive_PP.T),
+        us=us,
+    )

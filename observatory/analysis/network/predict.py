@@ -1,0 +1,159 @@
+"""Predicted times of traffic matrices, with intervals and with what is an extrapolation.
+
+Shapes: P ranks, B bootstrap samples, Q quantiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from observatory.analysis.network.features import FORMS, stage_terms
+from observatory.analysis.network.network import AlgorithmFit, Misfit, NetworkModel
+from observatory.analysis.network.solving import Problem, predict_all
+from observatory.errors import BenchmarkError
+from observatory.run.exchange_algorithms import stages
+
+__all__ = ["Prediction", "predict_us"]
+
+_MANY_SAMPLES = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """Predicted time of one exchange.
+
+    Attributes:
+        us: microseconds from the last start to the last end.
+        low_us, high_us: 90 % interval: bootstrap of the coefficients times what the fit got wrong on matrices
+            it had not seen; for another number of ranks than was measured, on numbers of ranks it had not
+            seen. It does not cover what is named in ``extrapolated``.
+        extrapolated: why this is outside what was measured; empty when it is inside.
+        misfits: places in the fit's ``misfits`` of those that this exchange has bytes through. With another
+            set of ranks than they were found in nobody knows which part they are: then all of them.
+    """
+
+    us: float
+    low_us: float
+    high_us: float
+    extrapolated: tuple[str, ...] = ()
+    misfits: tuple[int, ...] = ()
+
+
+def predict_us(
+    model: NetworkModel,
+    bytes_PP: ArrayLike,
+    node_of_P: Sequence[int],
+    *,
+    algorithm: str = "flat",
+    role: str | None = None,
+) -> Prediction:
+    """Predict the time of one exchange.
+
+    Args:
+        model: a fitted model.
+        bytes_PP: bytes from rank i to rank j.
+        node_of_P: node of each rank.
+        algorithm: as in the benchmark.
+        role: ``combine`` when the matrix is the way back of a dispatch, which some algorithms take in another
+            order.
+
+    Raises:
+        BenchmarkError: the model lacks the algorithm, or measured nothing of a kind that this exchange has.
+        ExchangeError: the matrix does not fit the ranks, or the algorithm the nodes.
+    """
+    fit = model.of(algorithm)
+    form = FORMS[fit.form]
+    matrix_PP = np.asarray(bytes_PP, dtype=np.int64)
+    terms = stage_terms(matrix_PP, node_of_P, algorithm, role=role)
+    problem = Problem.build([terms], form)
+    for term in fit.never_measured:
+        if problem.terms_NF[:, form.terms.index(term)].any():
+            raise BenchmarkError(
+                f"the network model never measured {term}, which this exchange over {len(set(node_of_P))} "
+                "nodes has; benchmark across nodes (ranks on several hosts, --ranks-per-node) and fit again"
+            )
+    value_F = np.array([item.us_per_unit or 0.0 for item in fit.coefficients])
+    us = float(predict_all(problem, value_F)[0])
+    samples_BF = np.array(fit.samples_BF[:_MANY_SAMPLES])
+    spread_B = _of_samples(problem, samples_BF) if samples_BF.size else np.array([us])
+    other_ranks = len(node_of_P) not in fit.domain.ranks
+    ratio_Q = fit.other_ranks_ratio_Q if other_ranks and fit.other_ranks_ratio_Q else fit.ratio_Q
+    low, high = np.quantile(np.outer(spread_B, ratio_Q), [0.05, 0.95])
+    return Prediction(
+        us=us,
+        low_us=float(max(low, 0.0)),
+        high_us=float(max(high, 0.0)),
+        extrapolated=tuple(_outside(fit, matrix_PP, node_of_P)),
+        misfits=_met(fit, np.sum(stages(matrix_PP, node_of_P, algorithm, role=role), axis=0), node_of_P),
+    )
+
+
+def _met(fit: AlgorithmFit, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> tuple[int, ...]:
+    """Places of the misfits that bytes of an exchange pass."""
+    here = tuple(node_of_P)
+    known = here in {misfit.node_of_P for misfit in fit.misfits}
+    met = [
+        place
+        for place, misfit in enumerate(fit.misfits)
+        if (misfit.node_of_P == here and _passes(misfit, bytes_PP, np.array(here)))
+        or (not known and bytes_PP.any())
+    ]
+    return tuple(met)
+
+
+def _passes(misfit: Misfit, bytes_PP: NDArray[np.int64], node_P: NDArray[np.int64]) -> bool:
+    """Whether bytes go through what differs."""
+    away_PP = bytes_PP * ~np.eye(len(bytes_PP), dtype=bool)
+    first = misfit.who[0]
+    if misfit.code == "pair":
+        return bool(away_PP[first, misfit.who[1]])
+    if misfit.code.startswith("node"):
+        own_P = node_P == first
+        across_PP = (
+            away_PP[np.ix_(own_P, ~own_P)] if misfit.code == "node_sends" else away_PP[np.ix_(~own_P, own_P)]
+        )
+        return bool(across_PP.any())
+    sends, receives = bool(away_PP[first].any()), bool(away_PP[:, first].any())
+    return {"rank_sends": sends, "rank_receives": receives}.get(misfit.code, sends or receives)
+
+
+def _of_samples(problem: Problem, samples_BF: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Time of the one case of a problem under each sample of the coefficients, (B,)."""
+    slowest_GB = np.maximum.reduceat(problem.terms_NF @ samples_BF.T, problem.start_G, axis=0)
+    us_B: NDArray[np.float64] = slowest_GB.sum(axis=0)
+    return us_B
+
+
+def _outside(fit: AlgorithmFit, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> list[str]:
+    """What of an exchange lies outside the measurements."""
+    reasons, domain = [], fit.domain
+    on_node = max(list(node_of_P).count(node) for node in set(node_of_P))
+    for name, value, known in (
+        ("ranks", len(node_of_P), domain.ranks),
+        ("nodes", len(set(node_of_P)), domain.nodes),
+        ("ranks on a node", on_node, domain.ranks_on_node),
+    ):
+        if not min(known) <= value <= max(known):
+            reasons.append(f"{value} {name} (measured {_span(min(known), max(known))})")
+    ranks = len(node_of_P)
+    between = min(domain.ranks) < ranks < max(domain.ranks) and ranks not in domain.ranks
+    if between and fit.other_ranks_ratio_Q is None:
+        measured = " and ".join(map(str, domain.ranks))
+        reasons.append(f"{ranks} ranks (measured {measured}; a third number would show how well others fit)")
+    busiest = int(max(bytes_PP.sum(axis=1).max(), bytes_PP.sum(axis=0).max()))
+    low, high = domain.rank_bytes
+    if busiest > high:
+        reasons.append(f"{busiest} bytes on one rank (measured up to {high})")
+    elif 0 < busiest < low and not domain.empty:
+        reasons.append(f"{busiest} bytes on one rank (measured from {low})")
+    elif busiest == 0 and not domain.empty:
+        reasons.append("an empty exchange (none was measured)")
+    return reasons
+
+
+def _span(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low} to {high}"

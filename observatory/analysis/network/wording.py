@@ -1,0 +1,115 @@
+"""Verdicts and misfits of a network model in sentences, for commands and reports alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from observatory.analysis.network.network import AlgorithmFit, Misfit, NetworkModel, Verdict
+
+__all__ = ["comparison_sentence", "misfit_sentence", "model_notes", "through_misfits", "verdict_sentence"]
+
+_MOST_NAMED = 8
+_REASONS = {
+    "repeat_noise": "repeats of one matrix leave its time uncertain by {value:.0%}",
+    "held_out_median": "the median error on held-out matrices is {value:.0%}",
+    "held_out_p90": "the 90th percentile of the error on held-out matrices is {value:.0%}",
+    "other_ranks_median": "the median error on numbers of ranks left out is {value:.0%}",
+    "other_ranks_p90": "the 90th percentile of the error on numbers of ranks left out is {value:.0%}",
+}
+
+
+def verdict_sentence(fit: AlgorithmFit, backend: str) -> str:
+    """What a fit is good for, or why it is not to be relied on."""
+    what, verdict = f"{fit.algorithm} over {backend}", fit.verdict
+    if verdict is None:
+        return f"{what}: the file is older than verdicts; fit again to know whether it holds"
+    if verdict.code == "valid":
+        low, high = fit.domain.rank_bytes
+        return (
+            f"{what}: valid for {_numbers(fit.domain.ranks)} ranks on {_numbers(fit.domain.nodes)} nodes, "
+            f"{low} to {high} bytes on the busiest rank, within {_errors(verdict)}"
+        )
+    because = [
+        _REASONS[reason.code].format(value=reason.value) + f" (bound {reason.bound:.0%})"
+        for reason in verdict.reasons
+        if reason.code in _REASONS
+    ]
+    if fit.misfits:
+        because.append(
+            f"{len(fit.misfits)} parts of the fabric differ, see below"
+            if len(fit.misfits) > 1
+            else "1 part of the fabric differs, see below"
+        )
+    state = "too noisy to fit" if verdict.code == "too_noisy" else "does not fit"
+    return f"{what}: {state}: {'; '.join(because)}. Do not rely on predictions"
+
+
+def misfit_sentence(misfit: Misfit) -> str:
+    """What of the fabric differs, and by how much."""
+    on = f" (host {', '.join(misfit.hosts)})" if misfit.hosts else ""
+    rate = f"{1.0 / misfit.us_per_byte:.3g} MB/s" if misfit.us_per_byte > 0 else "no cost"
+    return (
+        f"{_part(misfit)}{on}, of {misfit.ranks} ranks, differs from the others: {rate} there explain "
+        f"{misfit.cases} matrices better than one rule for all (p {misfit.p_value:.3f})"
+    )
+
+
+def through_misfits(misfits: Sequence[Misfit], places: Iterable[int]) -> str:
+    """What a prediction passes that its model does not describe."""
+    named = [f"{_part(misfits[place])} of {misfits[place].ranks}" for place in sorted(set(places))]
+    more = f" and {len(named) - _MOST_NAMED} more" if len(named) > _MOST_NAMED else ""
+    return f"through what the model does not describe: {', '.join(named[:_MOST_NAMED])}{more}"
+
+
+def comparison_sentence(
+    first: str, second: str, *, ratio: float, low: float | None, high: float | None, code: str
+) -> str:
+    """Whether a model tells two things apart."""
+    if low is None or high is None:
+        return (
+            f"{first} takes {ratio:.2f} times {second} by the model, but nothing measured says how well such "
+            "ranks are predicted: not told apart"
+        )
+    interval = f"90 % interval {low:.2f} to {high:.2f}"
+    if code == "apart":
+        return f"{first} takes {ratio:.2f} times {second} ({interval})"
+    return f"predicted times do not tell {first} and {second} apart: {ratio:.2f} times, {interval}"
+
+
+def model_notes(model: NetworkModel, algorithm: str | None = None) -> list[str]:
+    """What a user of a model must know of it: bad verdicts, misfits; empty when all is well."""
+    notes = []
+    for fit in model.fits:
+        if algorithm in (None, fit.algorithm) and (fit.verdict is None or fit.verdict.code != "valid"):
+            notes.append(verdict_sentence(fit, model.backend))
+            notes += [misfit_sentence(misfit) for misfit in fit.misfits[:_MOST_NAMED]]
+    return notes
+
+
+def _part(misfit: Misfit) -> str:
+    first = misfit.who[0]
+    return {
+        "rank_sends": f"what rank {first} sends",
+        "rank_receives": f"what rank {first} receives",
+        "rank": f"what rank {first} sends and receives",
+        "pair": f"what rank {first} sends rank {misfit.who[-1]}",
+        "node_sends": f"what node {first} sends",
+        "node_receives": f"what node {first} receives",
+    }[misfit.code]
+
+
+def _errors(verdict: Verdict) -> str:
+    told = (
+        f"{verdict.median_error:.0%} (median) and {verdict.p90_error:.0%} (90th percentile) on held-out "
+        "patterns"
+    )
+    if verdict.other_ranks_median_error is not None and verdict.other_ranks_p90_error is not None:
+        told += (
+            f", {verdict.other_ranks_median_error:.0%} and {verdict.other_ranks_p90_error:.0%} on numbers "
+            "of ranks left out"
+        )
+    return told
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,210 @@
+"""Which rank holds which expert.
+
+Shapes: E experts, R expert-parallel ranks.
+
+A placement file is JSON: ``{"expert_to_rank": [0, 0, 1, ...]}`` for all layers, or
+``{"layers": {"0": [...], "1": [...]}}`` for each layer its own; ``"ranks"`` states R when the last ranks
+hold no expert. Ranks may hold different numbers of experts; results then say so. Instead of a rank there may
+be a list of ranks, the holders of an expert that is replicated; the lowest is its home.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from observatory.analysis.parallel.topology import MAX_RANKS
+from observatory.errors import PlacementError
+from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
+
+__all__ = [
+    "PLACEMENT_NAMES",
+    "Placement",
+    "PlacementChoice",
+    "PlacementFile",
+    "linear",
+    "load_placement",
+    "round_robin",
+]
+
+#: Placements by name; ``recorded`` is the run's own, ``auto`` that at its own degree and linear at others.
+PLACEMENT_NAMES = ("auto", "linear", "round-robin", "recorded")
+
+#: What a user may ask for: a placement by name, or the path of a placement file.
+PlacementChoice = Literal["auto", "linear", "round-robin", "recorded"] | str | Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Placement:
+    """The rank of every expert of one layer.
+
+    Attributes:
+        name: ``linear``, ``round-robin``, or the name of the file.
+        ep: R, ranks.
+        rank_of_E: rank that holds each expert, (E,), values 0..R-1.
+    """
+
+    name: str
+    ep: int
+    rank_of_E: NDArray[np.int64]
+
+    @property
+    def experts_per_rank_R(self) -> NDArray[np.int64]:
+        """Experts each rank holds, (R,)."""
+        return np.bincount(self.rank_of_E, minlength=self.ep).astype(np.int64)
+
+    @property
+    def even(self) -> bool:
+        """Whether all ranks hold equally many experts."""
+        held_R = self.experts_per_rank_R
+        return bool(held_R.min() == held_R.max())
+
+
+def linear(experts: int, ep: int) -> Placement:
+    """Contiguous blocks of E / R experts: what most frameworks do.
+
+    Raises:
+        PlacementError: R does not divide E.
+    """
+    _check_divides(experts, ep)
+    return Placement(name="linear", ep=ep, rank_of_E=np.arange(experts, dtype=np.int64) // (experts // ep))
+
+
+def round_robin(experts: int, ep: int) -> Placement:
+    """Expert e on rank e mod R.
+
+    Raises:
+        PlacementError: R does not divide E.
+    """
+    _check_divides(experts, ep)
+    return Placement(name="round-robin", ep=ep, rank_of_E=np.arange(experts, dtype=np.int64) % ep)
+
+
+_Rank = Annotated[int, Field(ge=0, lt=MAX_RANKS)]
+_Holders = Annotated[list[_Rank], Field(min_length=1, max_length=MAX_RANKS)]
+_Ranks = Annotated[list[_Rank | _Holders], Field(min_length=1, max_length=65536)]
+
+
+class PlacementFile(BaseModel):
+    """A validated placement file.
+
+    Attributes:
+        name: name of the file, without its folder.
+        expert_to_rank: rank of each expert in every layer, or a list of ranks; None when layers differ.
+        layers: the same per layer index; None when all layers agree.
+        ranks: R; None for the highest rank plus one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = "file"
+    expert_to_rank: _Ranks | None = None
+    layers: dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], _Ranks] | None = None
+    ranks: Annotated[int, Field(ge=1, le=MAX_RANKS)] | None = None
+
+    @model_validator(mode="after")
+    def _one_form(self) -> PlacementFile:
+        if (self.expert_to_rank is None) == (self.layers is None) or self.layers == {}:
+            raise ValueError('give either "expert_to_rank" or "layers", and not an empty one')
+        if self.ranks is not None and self.highest_rank >= self.ranks:
+            raise ValueError(f"rank {self.highest_rank} is named, but ranks is {self.ranks}")
+        return self
+
+    @property
+    def highest_rank(self) -> int:
+        """Largest rank that holds an expert anywhere."""
+        lists = [self.expert_to_rank] if self.expert_to_rank else list((self.layers or {}).values())
+        return max(max(_holders(entry)) for ranks in lists for entry in ranks)
+
+    def for_layer(self, layer: int, *, experts: int, ep: int) -> Placement:
+        """The placement of one layer.
+
+        Raises:
+            PlacementError: the file has no such layer, another number of experts, replicas, or another R.
+        """
+        holders_E = self.holders(layer, experts=experts, ep=ep)
+        if any(len(ranks) > 1 for ranks in holders_E):
+            raise PlacementError(
+                f"placement {self.name} has experts on several ranks; loads do not say which replica "
+                "computed a token: list one rank per expert (profile --placement takes replicas)"
+            )
+        return Placement(
+            name=self.name, ep=ep, rank_of_E=np.array([rank for (rank,) in holders_E], dtype=np.int64)
+        )
+
+    def holders(self, layer: int, *, experts: int, ep: int) -> list[tuple[int, ...]]:
+        """Ranks that hold each expert of one layer.
+
+        Raises:
+            PlacementError: the file has no such layer, another number of experts, or another R.
+        """
+        ranks = self.ranks or self.highest_rank + 1
+        if ranks != ep:
+            raise PlacementError(
+                f"placement {self.name} is for {ranks} ranks, not EP {ep}; give --ep {ranks}"
+            )
+        found = self.expert_to_rank
+        if self.layers is not None:
+            own = {int(key): value for key, value in self.layers.items()}
+            if layer not in own:
+                raise PlacementError(
+                    f"placement {self.name} has no layer {layer}; expected one list per MoE layer"
+                )
+            found = own[layer]
+        assert found is not None
+        if len(found) != experts:
+            raise PlacementError(
+                f"placement {self.name} places {len(found)} experts, but layer {layer} has {experts}; "
+                "list one rank per routed expert"
+            )
+        return [_holders(entry) for entry in found]
+
+
+def _holders(entry: int | list[int]) -> tuple[int, ...]:
+    return (entry,) if isinstance(entry, int) else tuple(entry)
+
+
+def load_placement(path: Path | str) -> PlacementFile:
+    """Read and check a placement file of at most 16 MiB.
+
+    Raises:
+        PlacementError: not readable, too large, not JSON of the described form.
+    """
+    path = Path(path)
+    try:
+        content = read_at_most(path, MAX_DOCUMENT_BYTES)
+    except OSError as error:
+        raise PlacementError(
+            f"placement {path} cannot be read ({error.strerror}); give linear, round-robin or a file"
+        ) from error
+    except ValueError as error:  # a name no file can have
+        raise PlacementError(
+            f"placement {str(path)!r} is no file name; give linear, round-robin or a file"
+        ) from error
+    if content is None:
+        raise PlacementError(
+            f"placement {path} is over {MAX_DOCUMENT_BYTES >> 20} MiB; expected one rank per expert"
+        )
+    try:
+        return PlacementFile.model_validate(parse_json(content)).model_copy(update={"name": path.name})
+    except ValueError as error:
+        reason = str(error)[:200]
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            reason = f"{where + ': ' if where else ''}{first['msg']}"
+        raise PlacementError(
+            f"placement {path} is not valid ({reason}); "
+            'expected {"expert_to_rank": [0, 0, 1, ...]} or {"layers": {"0": [...]}}'
+        ) from error
+
+
+def _check_divides(experts: int, ep: int) -> None:
+    if ep < 1 or experts % ep:
+        fitting = ", ".join(str(degree) for degree in range(1, experts + 1) if experts % degree == 0)
+        raise PlacementError(f"EP {ep} does not divide {experts} experts; degrees that fit: {fitting}")

@@ -1,0 +1,1 @@
+"""Sweeps over SM clocks and power limits: plan, lock, measure, keep."""

@@ -1,0 +1,119 @@
+"""What a user asks of a clock sweep, in a form that can be run."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import get_args
+
+import numpy as np
+
+from observatory.campaign.workloads import CommandWorkload, Workload, WorkloadFacts, model_workload
+from observatory.errors import ClockError
+from observatory.run.manifest import Phase
+from observatory.run.masking import masked_arguments
+
+__all__ = ["make_workloads", "parse_clocks", "parse_limits"]
+
+_MOST_CLOCKS = 200
+#: Of a model, where the user does not say.
+_MODEL_BATCH = "8"
+_MODEL_CONTEXT = 1024
+
+
+def parse_clocks(text: str) -> tuple[int, ...]:
+    """MHz from ``780,1200`` or ``LOW:HIGH:COUNT``; ``none`` or empty text gives none.
+
+    Raises:
+        ClockError: anything else.
+    """
+    if text.strip() in ("", "none"):
+        return ()
+    if re.fullmatch(r"\d{1,5}(,\d{1,5})*", text):
+        return tuple(int(part) for part in text.split(","))
+    spread = re.fullmatch(r"(\d{1,5}):(\d{1,5}):(\d{1,3})", text)
+    if spread is None or not 2 <= int(spread[3]) <= _MOST_CLOCKS or int(spread[1]) >= int(spread[2]):
+        raise ClockError(
+            f"--clocks {text[:60]!r} is no list of clocks; expected MHz such as 780,1200 or "
+            f"LOW:HIGH:COUNT such as 600:1980:8, at most {_MOST_CLOCKS}"
+        )
+    return tuple(
+        round(clock) for clock in np.linspace(int(spread[1]), int(spread[2]), int(spread[3])).tolist()
+    )
+
+
+def parse_limits(text: str) -> tuple[int, ...]:
+    """Milliwatts from watts such as ``300,400``; ``none`` or empty text gives none.
+
+    Raises:
+        ClockError: anything else.
+    """
+    if text.strip() in ("", "none"):
+        return ()
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?(,\d{1,4}(\.\d{1,3})?)*", text):
+        raise ClockError(f"--limits {text[:60]!r} is no list of watts; expected one such as 300,400,500")
+    return tuple(round(1000 * float(part)) for part in text.split(","))
+
+
+def make_workloads(
+    *,
+    model: str | None,
+    command: Sequence[str],
+    phase: str,
+    batches: Sequence[str] | None,
+    context_tokens: int | None,
+    tokens_per_iteration: int | None,
+    torch_device: str,
+    dtype: str | None,
+) -> tuple[int, contextlib.AbstractContextManager[list[Workload]]]:
+    """How many workloads the sweep has, and the workloads themselves: made on entry, ended on exit.
+
+    Batch and context of a program are None unless told: nobody but its user knows them.
+
+    Raises:
+        ClockError: neither or both of model and command, or options that do not fit.
+    """
+    if (model is None) == (not command):
+        raise ClockError("what is to be swept? give --model, or your own program after `--`, and not both")
+    if phase not in get_args(Phase) or (model is not None and phase not in ("prefill", "decode")):
+        raise ClockError(f"--phase {phase[:40]!r} is unknown; expected prefill or decode")
+    if batches is None:
+        batches = [] if model is None else [_MODEL_BATCH]
+    sizes = list(dict.fromkeys(int(part) for part in batches if re.fullmatch(r"[1-9]\d{0,6}", part)))
+    if len(sizes) != len(batches) or (model is None and len(sizes) > 1):
+        raise ClockError(
+            f"--batch {','.join(batches)[:60]!r} is no list of sizes, each once; expected one such as "
+            "1,8,32, or a single size for your own program"
+        )
+
+    @contextlib.contextmanager
+    def start() -> Iterator[list[Workload]]:
+        with contextlib.ExitStack() as stack:
+            if model is None:
+                facts = WorkloadFacts(
+                    name=" ".join(masked_arguments(command))[:200],
+                    phase=phase,  # type: ignore[arg-type]  # checked above
+                    batch_size=sizes[0] if sizes else None,
+                    context_tokens=context_tokens,
+                    tokens_per_iteration=tokens_per_iteration,
+                )
+                workload = CommandWorkload(command, facts)
+                stack.callback(workload.close)
+                yield [workload]
+                return
+            yield [
+                stack.enter_context(
+                    model_workload(
+                        model,
+                        phase=phase,  # type: ignore[arg-type]  # one of the two, checked above
+                        batch_size=size,
+                        context_tokens=context_tokens or _MODEL_CONTEXT,
+                        device=torch_device,
+                        dtype=dtype,
+                    )
+                )
+                for size in sizes
+            ]
+
+    return max(1, len(sizes)), start()

@@ -1,0 +1,31 @@
+"""``observatory clocks recover``: the result of a sweep that was killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from observatory.cli.options import ForceOption, JsonOption
+
+__all__ = ["recover"]
+
+
+def recover(
+    journal: Annotated[Path, typer.Argument(help="NAME.points.jsonl that the sweep left, beside NAME.run.")],
+    out: Annotated[Path, typer.Option("--out", help="Result file (JSON) to write.")],
+    force: ForceOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Make a result of what a killed sweep had measured; its locks were undone by its watchdog."""
+    from observatory.campaign.benchmark import check_out
+    from observatory.campaign.sweep.document import recover_sweep
+    from observatory.cli.output import print_json, say
+
+    check_out(out, force=force)
+    sweep = recover_sweep(journal, out)
+    if json:
+        print_json(sweep.model_dump(mode="json"))
+    count = sum(len(series.points) for series in sweep.series)
+    say(f"{count} points written to {out}; next: observatory clocks fit {out} --out clocks.json")

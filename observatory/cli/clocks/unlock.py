@@ -1,0 +1,91 @@
+"""``observatory clocks unlock`` and ``status``: leases of locked clocks on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from observatory.cli.options import JsonOption
+
+__all__ = ["status", "unlock"]
+
+_STATUS = ("device", "owner_pid", "state", "touched", "expires_in_s", "watchdog")
+#: By whether it lives, which is not known of a process of another PID namespace.
+_WATCHDOG = {True: "watches", False: "gone", None: "not known"}
+
+
+def unlock(
+    device: Annotated[str | None, typer.Option(help="Only this GPU, by its UUID.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also leases whose owner still runs.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Undo locks and limits that the observatory set and whose owner is gone; nothing else is touched.
+
+    A lease of another PID namespace, a container's, is left until it expires.
+
+    Made for the epilogue of a batch system, where every process of a job is killed at once. Fails when a
+    lease that does not hold any more could not be undone.
+    """
+    from observatory.cli.output import print_json, print_table, say
+    from observatory.locks.lease_folder import lease_folder
+    from observatory.locks.locking import undo_leases
+
+    folder = lease_folder()
+    found = undo_leases(folder, uuid=device, force=force)
+    rows = [
+        {
+            "lease": item.path.name,
+            "device": None if item.lease is None else item.lease.device_uuid,
+            "undone": item.undone,
+            "reason": item.reason,
+        }
+        for item in found
+    ]
+    if json:
+        print_json({"folder": str(folder), "leases": rows})
+    elif rows:
+        print_table(list(rows[0]), [list(row.values()) for row in rows], title=f"leases in {folder}")
+    else:
+        of = "" if device is None else f" of {device}"
+        say(f"no lease{of} in {folder}: nothing of ours is locked{'' if device is None else ' there'}")
+    if any(not item.undone and not item.spared for item in found):
+        raise typer.Exit(1)
+
+
+def status(json: JsonOption = False) -> None:
+    """Show which GPUs the observatory has locked, for whom and until when, and what watchdogs did last."""
+    from observatory.cli.output import print_json, print_table, say
+    from observatory.errors import ClockError
+    from observatory.locks.lease import find_diaries, find_leases, last_words, read_lease
+    from observatory.locks.lease_folder import lease_folder
+
+    folder = lease_folder()
+    rows: list[dict[str, Any]] = []
+    for path in find_leases(folder):
+        try:
+            lease = read_lease(path)
+        except ClockError as error:
+            rows.append(dict.fromkeys(_STATUS) | {"device": path.name, "state": str(error)})
+            continue
+        if lease is not None:
+            rows.append(
+                {
+                    "device": lease.device_uuid,
+                    "owner_pid": lease.owner.pid,
+                    "state": lease.problem or ("held" if lease.owner.alive else f"held by {lease.holder}"),
+                    "touched": lease.touched,
+                    "expires_in_s": None if lease.problem else round(lease.left_s),
+                    "watchdog": _WATCHDOG[lease.watchdog.alive if lease.watchdog else False],
+                }
+            )
+    diaries = {path.stem: last_words(path) for path in find_diaries(folder)}
+    if json:
+        print_json({"folder": str(folder), "leases": rows, "watchdogs": diaries})
+        return
+    if rows:
+        print_table(_STATUS, [list(row.values()) for row in rows], title=f"leases in {folder}")
+    else:
+        say(f"no lease in {folder}: nothing of ours is locked")
+    for device, words in diaries.items():
+        say(f"{device}: {words or 'its watchdog wrote nothing'}")

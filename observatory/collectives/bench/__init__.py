@@ -1,0 +1,1 @@
+"""Measurements of exchanges: patterns of traffic, point-to-point links, replays of captured traffic."""

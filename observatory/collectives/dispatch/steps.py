@@ -1,0 +1,147 @@
+"""Dispatch by all-to-all-v: one step over the world, or one between nodes and one inside them.
+
+Shapes: T input rows of a step, N rows sent, R rows received, G members, K assignments, M slots in a row.
+
+Hierarchical, from rank (node a, place i) to an expert on rank (node b, place j): first across to (b, i), once
+for every token and destination node; then inside node b to (b, j). Between nodes first, because only then one
+copy serves all ranks of the destination node; inside first, a token would cross once per destination place.
+Outputs are summed at (b, i) before they cross back, again one row per token and node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from observatory.collectives.dispatch.base import Dispatcher
+from observatory.collectives.dispatch.plan import DispatchPlan
+from observatory.collectives.layout import Group
+from observatory.errors import ExchangeError
+from observatory.probes.exchange.labels import Label, labelled
+
+__all__ = ["Step", "SteppedDispatcher"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One exchange of the way to the experts.
+
+    Attributes:
+        group: who takes part.
+        deduplicate: send a row once per member, however many of its experts are behind that member.
+    """
+
+    group: Group
+    deduplicate: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sent:
+    """What is needed to bring the outputs of one step back."""
+
+    step: Step
+    plan: DispatchPlan
+    rows: int
+    receive_G: tuple[int, ...]
+
+
+class SteppedDispatcher(Dispatcher):
+    """Runs its steps one after the other, and back in reverse order."""
+
+    name: ClassVar[str] = "stepped"
+    _calls = 0
+
+    def steps(self) -> tuple[Step, ...]:
+        """The way to the experts."""
+        raise NotImplementedError
+
+    def __call__(
+        self, hidden_TH: torch.Tensor, expert_ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> torch.Tensor:
+        """Outputs of the experts; see :class:`Dispatcher`."""
+        self._calls += 1
+        rows, weights, slots = hidden_TH, weights_TK, self.route(expert_ids_TK)
+        way: list[_Sent] = []
+        for step in self.steps():
+            plan, receive_G = self.count_exchange(slots, step)
+            packed = self.pack(plan, rows, weights)
+            way.append(_Sent(step=step, plan=plan, rows=rows.shape[0], receive_G=receive_G))
+            rows, weights, slots = self.dispatch(packed, way[-1])
+        outputs = self.experts(rows, slots, weights)
+        for sent in reversed(way):
+            outputs = self.unpack(sent, self.combine(sent, outputs))
+        return outputs
+
+    def count_exchange(self, slots_TK: torch.Tensor, step: Step) -> tuple[DispatchPlan, tuple[int, ...]]:
+        """Phase: plan what to send, and learn what will come; (plan, rows from each member)."""
+        with self._span("count_exchange"):
+            members = self._transport.layout.members(step.group)
+            plan = DispatchPlan.make(
+                slots_TK,
+                self._member_of_Z(step.group, members),
+                len(members),
+                deduplicate=step.deduplicate,
+            )
+            head = (-1 if self.layer is None else self.layer, self._calls)
+            told = torch.tensor([[rows, *head] for rows in plan.send_G])
+            with labelled(Label(role="other", layer=self.layer, algorithm=self.name)):
+                heard = self._transport.exchange_counts(told, group=step.group)
+            for member, (_, layer, call) in zip(members, heard.tolist(), strict=True):
+                if (layer, call) != head:
+                    raise ExchangeError(
+                        f"rank {member} is in call {call} of MoE layer {layer} while rank "
+                        f"{self._transport.rank} is in call {head[1]} of layer {head[0]}; all ranks must run "
+                        "the same layers and the same number of steps, those without tokens too"
+                    )
+            return plan, tuple(heard[:, 0].tolist())
+
+    def pack(
+        self, plan: DispatchPlan, rows_TH: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Phase: the rows to send, sorted by destination, with weights and slots."""
+        with self._span("pack"):
+            return rows_TH[plan.source_N], plan.weights(weights_TK), plan.slots_NM.to(torch.int32)
+
+    def dispatch(
+        self, packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor], sent: _Sent
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Phase: rows, weights and slots received."""
+        with self._span("dispatch"):
+            rows, weights, slots = self._exchanger.exchange(
+                packed,
+                sent.plan.send_G,
+                sent.receive_G,
+                label=self._label("dispatch"),
+                group=sent.step.group,
+            )
+            return rows, weights, slots.long()
+
+    def combine(self, sent: _Sent, outputs_RH: torch.Tensor) -> torch.Tensor:
+        """Phase: outputs of the rows that this rank sent, in the order in which it sent them."""
+        with self._span("combine"):
+            (returned,) = self._exchanger.exchange(
+                [outputs_RH],
+                sent.receive_G,
+                sent.plan.send_G,
+                label=self._label("combine"),
+                group=sent.step.group,
+            )
+            return returned
+
+    def unpack(self, sent: _Sent, returned_NH: torch.Tensor) -> torch.Tensor:
+        """Phase: outputs summed over the rows of each input row, (T, H)."""
+        with self._span("unpack"):
+            summed = returned_NH.new_zeros((sent.rows, returned_NH.shape[1]))
+            return summed.index_add(0, sent.plan.source_N, returned_NH)
+
+    def _member_of_Z(self, group: Group, members: tuple[int, ...]) -> torch.Tensor:
+        """The member of the group on the way to each slot."""
+        layout = self._transport.layout
+        if group == "across":
+            toward_P = list(layout.node_of_P)
+        else:
+            place = {rank: index for index, rank in enumerate(members)}
+            toward_P = [place.get(rank, -1) for rank in range(layout.size)]
+        return torch.tensor(toward_P)[self._map.rank_of_Z]

@@ -1,0 +1,1 @@
+"""Devices that report power, energy and clocks; nothing here changes them."""

@@ -1,0 +1,294 @@
+"""NVIDIA GPUs through NVML.
+
+A sample is one batched ``nvmlDeviceGetFieldValues`` and a few calls for what no field tells. Every field and
+call has a return code of its own, and each is looked at. Where there are two ways to a quantity, the first
+that works when the device is opened is used from then on:
+
+    power_mw              field 186 (the sensor's own short window). Never nvmlDeviceGetPowerUsage, which is a
+                          1 s mean on Ampere (except GA100) and later: without the field there is no power now
+    average_power_mw      field 185, else nvmlDeviceGetPowerUsage
+    energy_mj             field 83, else nvmlDeviceGetTotalEnergyConsumption (Volta and later)
+    enforced_limit_mw     field 190, else nvmlDeviceGetEnforcedPowerLimit
+    memory_temperature_c  field 82
+    power_cap_ns          field 74;   thermal_ns: fields 269 (software) + 270 (hardware)
+    clocks, temperature_c, event_reasons: a call each
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from observatory.devices.base import Gap, PowerDevice, Sample
+from observatory.devices.nvml_calls import FieldBatch, PreparedCall
+from observatory.devices.nvml_library import (
+    GONE,
+    INVALID_ARGUMENT,
+    NO_FUNCTION,
+    NO_LIBRARY,
+    NO_PERMISSION,
+    NOT_SUPPORTED,
+    SUCCESS,
+    ask,
+    close_nvml,
+    code_text,
+    describe_gpu,
+    load_nvml,
+)
+from observatory.errors import DeviceError, DeviceLostError
+from observatory.run.manifest import DeviceSpec
+from observatory.run.tables import POWER_SCHEMA
+
+__all__ = ["NvmlDevice", "explain"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """One way to a quantity: the sum of some fields, or one call."""
+
+    fields: tuple[int, ...] = ()
+    function: str = ""
+    arguments: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        if self.function:
+            return self.function
+        word = "field" if len(self.fields) == 1 else "fields"
+        return f"{word} {' + '.join(map(str, self.fields))}"
+
+
+def _field(*numbers: int) -> _Source:
+    return _Source(fields=numbers)
+
+
+def _call(function: str, *arguments: int) -> _Source:
+    return _Source(function=function, arguments=arguments)
+
+
+_SOURCES: dict[str, tuple[_Source, ...]] = {
+    "power_mw": (_field(186),),
+    "average_power_mw": (_field(185), _call("nvmlDeviceGetPowerUsage")),
+    "energy_mj": (_field(83), _call("nvmlDeviceGetTotalEnergyConsumption")),
+    "sm_clock_mhz": (_call("nvmlDeviceGetClockInfo", 1),),
+    "memory_clock_mhz": (_call("nvmlDeviceGetClockInfo", 2),),
+    "temperature_c": (_call("nvmlDeviceGetTemperatureV", 0), _call("nvmlDeviceGetTemperature", 0)),
+    "memory_temperature_c": (_field(82),),
+    "event_reasons": (
+        _call("nvmlDeviceGetCurrentClocksEventReasons"),
+        _call("nvmlDeviceGetCurrentClocksThrottleReasons"),  # the name before driver 535
+    ),
+    "enforced_limit_mw": (_field(190), _call("nvmlDeviceGetEnforcedPowerLimit")),
+    "power_cap_ns": (_field(74),),
+    "thermal_ns": (_field(269, 270),),
+}
+
+#: What else to say where a quantity is not supported.
+_HINTS = {
+    "energy_mj": "GPUs before Volta have no energy counter",
+    "memory_temperature_c": "only GPUs with HBM and some others have this sensor",
+}
+
+#: Asking once more does not change these answers.
+_FINAL = GONE | {SUCCESS, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NO_LIBRARY, NO_FUNCTION}
+
+#: Least value that a quantity may have, and the first that its column cannot hold.
+_RANGES = {
+    field.name: (
+        -273 if field.name.endswith("temperature_c") else 0,
+        1 << (31 if pa.types.is_int32(field.type) else 63),
+    )
+    for field in POWER_SCHEMA
+    if field.name in _SOURCES
+}
+
+
+class NvmlDevice(PowerDevice):
+    """One NVIDIA GPU, named by its UUID.
+
+    Args:
+        uuid: as the driver tells it, ``GPU-...``, in full.
+        clock_ns: monotonic time.
+
+    Raises:
+        DeviceError: there is no driver, or no GPU of this name.
+        DeviceLostError: the GPU is there and does not answer.
+    """
+
+    def __init__(self, uuid: str, *, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._clock_ns = clock_ns
+        self._lost: str | None = None
+        self._name = uuid
+        self._nvml = load_nvml()
+        try:
+            self._handle, code = ask(self._nvml, "nvmlDeviceGetHandleByUUID", uuid)
+            if code:
+                self._raise_if_gone(code)
+                raise DeviceError(
+                    f"GPU {uuid} cannot be opened (NVML {code}, {code_text(self._nvml, code)}); expected the "
+                    "UUID of a GPU of this machine, `observatory doctor` lists them"
+                )
+            gpu = describe_gpu(self._nvml, self._handle)
+            self._raise_if_gone(gpu.code)
+            self._spec = gpu.spec.model_copy(update={"uuid": gpu.spec.uuid or uuid})
+            self._name = f"{gpu.spec.name or 'GPU'} ({self._spec.uuid})"
+            self._sources, self._gaps = self._find_sources()
+        except BaseException:
+            self.close()
+            raise
+        self._plan = [(name, source, self._call(source)) for name, source in self._sources.items()]
+        numbers = [number for source in self._sources.values() for number in source.fields]
+        self._fields = FieldBatch(self._nvml, self._handle, numbers)
+
+    @property
+    def spec(self) -> DeviceSpec:
+        """The GPU; further keys: ``bus_id``, ``mig``, and its default, least and most power limit."""
+        return self._spec
+
+    @property
+    def gaps(self) -> Mapping[str, Gap]:
+        """Why the driver does not tell a quantity, with its return code."""
+        return dict(self._gaps)
+
+    def read(self) -> Sample:
+        """Ask the driver for everything it tells."""
+        self._check()
+        start_ns = self._clock_ns()
+        answers = self._ask_fields(self._fields)
+        told = {name: self._told(name, source, call, answers)[0] for name, source, call in self._plan}
+        return Sample(
+            time_ns=start_ns, read_ns=self._clock_ns() - start_ns, device_uuid=self.uuid, **told
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Give the library back."""
+        if self._nvml is not None:
+            close_nvml(self._nvml)
+            self._nvml = None
+
+    def _check(self) -> None:
+        if self._lost is not None:
+            raise DeviceLostError(self._lost)
+        if self._nvml is None:
+            raise DeviceError(f"{self._name} was closed and cannot be read; open it again")
+
+    def _raise_if_gone(self, code: int) -> None:
+        if code in GONE:
+            self._lost = (
+                f"{self._name} does not answer any more (NVML {code}, {code_text(self._nvml, code)}); look "
+                "for Xid lines in the kernel log: it takes a reset of the GPU or a reboot to get it back"
+            )
+            raise DeviceLostError(self._lost)
+
+    def _find_sources(self) -> tuple[dict[str, _Source], dict[str, Gap]]:
+        """The first way to each quantity that works, and why there is none."""
+        numbers = sorted({n for ways in _SOURCES.values() for way in ways for n in way.fields})
+        answers = self._ask_fields(FieldBatch(self._nvml, self._handle, numbers))
+        refused = all(code for _, code in answers.values())
+        for number, (_, code) in list(answers.items()):
+            # One field that an old driver does not know can make it refuse the whole batch.
+            if refused or code not in _FINAL:
+                answers |= self._ask_fields(FieldBatch(self._nvml, self._handle, [number]))
+        sources: dict[str, _Source] = {}
+        gaps: dict[str, Gap] = {}
+        for name, ways in _SOURCES.items():
+            failed: list[Gap] = []
+            for way in ways:
+                call = self._call(way)
+                value, code = self._told(name, way, call, answers)
+                if code not in _FINAL:
+                    value, code = self._told(name, way, call, answers)
+                if value is not None:
+                    sources[name] = way
+                    break
+                failed.append(explain(self._nvml, way.name, code, _HINTS.get(name)))
+            else:
+                denied = [gap for gap in failed if gap.kind == "not permitted"]
+                gaps[name] = (denied or failed)[0]
+        if "power_mw" in gaps and "average_power_mw" in sources:
+            gap = gaps["power_mw"]
+            gaps["power_mw"] = Gap(
+                kind=gap.kind,
+                detail="only a 1 s mean (shorter before Ampere and on GA100), kept as average_power_mw: "
+                f"{gap.detail}",
+                remedy=gap.remedy,
+            )
+        return sources, gaps
+
+    def _ask_fields(self, fields: FieldBatch) -> dict[int, tuple[int | float | None, int]]:
+        """Value and return code of each field, from one call."""
+        answers, code = fields.ask()
+        self._raise_if_gone(code)
+        return answers
+
+    def _call(self, source: _Source) -> PreparedCall | None:
+        """The call of a way that has one."""
+        if not source.function:
+            return None
+        return PreparedCall(self._nvml, self._handle, source.function, source.arguments)
+
+    def _told(
+        self, name: str, source: _Source, call: PreparedCall | None, answers: Mapping[int, tuple[Any, int]]
+    ) -> tuple[int | None, int]:
+        """Value of a quantity and the first return code that is not 0; None also for an impossible value."""
+        if call is not None:
+            value, code = call.ask()
+            self._raise_if_gone(code)
+            return _whole(name, value), code
+        total = 0
+        for number in source.fields:
+            value, code = answers[number]
+            self._raise_if_gone(code)
+            whole = _whole(name, value)
+            if whole is None:
+                return None, code
+            total += whole
+        return total, SUCCESS
+
+
+def _whole(name: str, value: int | float | None) -> int | None:
+    """A reading as the table keeps it; None when it cannot be one."""
+    if value is None or not math.isfinite(value):
+        return None
+    least, end = _RANGES[name]
+    return round(value) if least <= value < end else None
+
+
+def explain(nvml: Any, what: str, code: int, hint: str | None = None) -> Gap:
+    """A return code as a reason.
+
+    Args:
+        nvml: the library.
+        what: the field or function that was asked for.
+        code: what it returned; 0 when it succeeded with a value that cannot be true.
+        hint: what else to say where the device does not support it.
+    """
+    answer = f"{what} returned {code} ({code_text(nvml, code)})"
+    if code == SUCCESS:
+        return Gap(kind="failed", detail=f"{what} succeeded with a value that cannot be a reading")
+    if code == INVALID_ARGUMENT:
+        return Gap(
+            kind="not supported", detail=f"this driver does not know it: {answer}", remedy="update the driver"
+        )
+    if code == NOT_SUPPORTED:
+        return Gap(
+            kind="not supported", detail=f"this GPU does not tell it: {answer}{f'; {hint}' if hint else ''}"
+        )
+    if code == NO_PERMISSION:
+        return Gap(
+            kind="not permitted",
+            detail=f"this user may not read it: {answer}",
+            remedy="ask the site to allow it (docs/power.md#permissions)",
+        )
+    if code == NO_FUNCTION:
+        return Gap(
+            kind="not supported",
+            detail=f"this driver, or this nvidia-ml-py, is older than the function: {answer}",
+            remedy="update the driver",
+        )
+    return Gap(kind="failed", detail=answer, remedy="open the device again")

@@ -1,0 +1,189 @@
+"""The NVIDIA driver's management library (NVML), as far as more than one room needs it.
+
+Every call's own return code is kept: :func:`ask` gives the answer and the code, and a failed call is never
+turned into a number. Devices are named by UUID and PCI bus id; their index is used to list them and told to
+nobody, for it may differ from CUDA's and change at a reboot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+from observatory.errors import DeviceError
+from observatory.run.files import one_line
+from observatory.run.manifest import DeviceSpec
+
+__all__ = [
+    "GONE",
+    "INVALID_ARGUMENT",
+    "NOT_SUPPORTED",
+    "NO_FUNCTION",
+    "NO_LIBRARY",
+    "NO_PERMISSION",
+    "SUCCESS",
+    "Gpu",
+    "ask",
+    "close_nvml",
+    "code_text",
+    "describe_gpu",
+    "list_gpus",
+    "load_nvml",
+]
+
+#: Return codes of NVML (``nvmlReturn_t``).
+SUCCESS = 0
+INVALID_ARGUMENT = 2
+NOT_SUPPORTED = 3
+NO_PERMISSION = 4
+NO_LIBRARY = 12
+NO_FUNCTION = 13
+UNKNOWN = 999
+
+#: Codes after which a device answers nothing more to this process: driver not loaded, GPU lost, reset
+#: required, library and kernel driver of different versions, GPU not found.
+GONE = frozenset({9, 15, 16, 18, 28})
+
+_SM_CLOCK = 1
+_MAX_DEVICES = 64
+
+_TEXTS = {
+    1: "not initialised", 2: "invalid argument", 3: "not supported", 4: "no permission", 6: "not found",
+    7: "size too small", 9: "driver not loaded", 10: "timeout", 12: "library not found",
+    13: "function not found", 15: "GPU is lost", 16: "reset required", 17: "blocked by the operating system",
+    18: "library and kernel driver of different versions", 28: "GPU not found",
+}  # fmt: skip
+
+_CANNOT_START = {
+    4: "this user may not open /dev/nvidiactl; ask the scheduler for a GPU, or the site for read and write "
+    "permission on /dev/nvidia*",
+    9: "the NVIDIA kernel module is not loaded; load it (`modprobe nvidia`), or use a node with GPUs",
+    12: "libnvidia-ml.so.1 is not here; install the NVIDIA driver, or start the container with its GPUs "
+    "(`docker --gpus all`, `apptainer --nv`)",
+    13: "the driver is older than this nvidia-ml-py; update the driver",
+    18: "the driver was updated and the kernel still runs the old one; reboot, or reload the nvidia modules",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU as the driver lists it.
+
+    Attributes:
+        spec: what a manifest keeps of it; its ``uuid`` is None when the driver does not tell.
+        bus_id: PCI bus id, ``00000000:10:00.0``; None when not told.
+        mig: whether it is partitioned; None when not told, as on GPUs that cannot be.
+        code: why it cannot be used, a return code; 0 when it can.
+    """
+
+    spec: DeviceSpec
+    bus_id: str | None = None
+    mig: bool | None = None
+    code: int = SUCCESS
+
+
+def load_nvml() -> Any:
+    """The initialised library (the ``pynvml`` module); match every call with :func:`close_nvml`.
+
+    Raises:
+        DeviceError: nvidia-ml-py is not installed, there is no driver, or this user may not talk to it.
+    """
+    try:
+        import pynvml
+    except ImportError as error:
+        raise DeviceError(
+            "NVIDIA devices cannot be read: nvidia-ml-py is not installed; `pip install nvidia-ml-py`"
+        ) from error
+    _, code = ask(pynvml, "nvmlInit")
+    if code:
+        why = _CANNOT_START.get(code, "see the kernel log, and whether `nvidia-smi` works")
+        raise DeviceError(f"NVIDIA devices cannot be read (NVML {code}, {code_text(pynvml, code)}): {why}")
+    return pynvml
+
+
+def close_nvml(nvml: Any) -> None:
+    """Give back one :func:`load_nvml`; the library counts them."""
+    ask(nvml, "nvmlShutdown")
+
+
+def ask(nvml: Any, function: str, *arguments: Any) -> tuple[Any, int]:
+    """Call a function of NVML.
+
+    Returns:
+        Its answer and the return code; the answer is None unless the code is 0. A function that this
+        nvidia-ml-py does not have counts like one that the driver does not have.
+    """
+    entry = getattr(nvml, function, None)
+    if entry is None:
+        return None, NO_FUNCTION
+    try:
+        return entry(*arguments), SUCCESS
+    except Exception as error:  # NVMLError, or an answer that the binding cannot decode
+        if isinstance(error, getattr(nvml, "NVMLLibraryMismatchError", ())):
+            return None, NO_FUNCTION  # how the binding says it for functions of several versions
+        code = getattr(error, "value", None)
+        return None, code if isinstance(code, int) and code != SUCCESS else UNKNOWN
+
+
+def code_text(nvml: Any, code: int) -> str:
+    """A return code in words."""
+    if code in _TEXTS:
+        return _TEXTS[code]
+    return one_line(ask(nvml, "nvmlErrorString", code)[0] or "unknown error", 80)
+
+
+def list_gpus(nvml: Any) -> list[Gpu]:
+    """GPUs that the driver shows to this process, in its own order; at most 64."""
+    driver = _text(ask(nvml, "nvmlSystemGetDriverVersion")[0])
+    count = _whole(ask(nvml, "nvmlDeviceGetCount")[0]) or 0
+    found: list[Gpu] = []
+    for index in range(min(count, _MAX_DEVICES)):
+        handle, code = ask(nvml, "nvmlDeviceGetHandleByIndex", index)
+        if code:
+            found.append(Gpu(spec=DeviceSpec(kind="nvidia", driver=driver), code=code))
+        else:
+            found.append(describe_gpu(nvml, handle, driver=driver))
+    return found
+
+
+def describe_gpu(nvml: Any, handle: Any, *, driver: str | None = None) -> Gpu:
+    """What the driver tells of a GPU besides its readings; every part None that it refuses."""
+    uuid, code = ask(nvml, "nvmlDeviceGetUUID", handle)
+    pci, _ = ask(nvml, "nvmlDeviceGetPciInfo", handle)
+    mig, mig_code = ask(nvml, "nvmlDeviceGetMigMode", handle)
+    limits, limits_code = ask(nvml, "nvmlDeviceGetPowerManagementLimitConstraints", handle)
+    bus_id = _text(getattr(pci, "busId", None))
+    is_mig = None if mig_code else bool(mig[0])
+    told: dict[str, Any] = {
+        "bus_id": bus_id,
+        "mig": is_mig,
+        "default_limit_mw": _whole(ask(nvml, "nvmlDeviceGetPowerManagementDefaultLimit", handle)[0]),
+        "min_limit_mw": None if limits_code else _whole(limits[0]),
+        "max_limit_mw": None if limits_code else _whole(limits[1]),
+    }
+    # What only some devices tell is a further key of the record, and left out where it is not told.
+    spec = DeviceSpec.model_validate(
+        {
+            "kind": "nvidia",
+            "name": _text(ask(nvml, "nvmlDeviceGetName", handle)[0]),
+            "uuid": _text(uuid),
+            "driver": driver or _text(ask(nvml, "nvmlSystemGetDriverVersion")[0]),
+            "enforced_limit_mw": _whole(ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)[0]),
+            "max_sm_clock_mhz": _whole(ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, _SM_CLOCK)[0]),
+            **{name: value for name, value in told.items() if value is not None},
+        }
+    )
+    return Gpu(spec=spec, bus_id=bus_id, mig=is_mig, code=code if code in GONE else SUCCESS)
+
+
+def _text(value: Any) -> str | None:
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    return (one_line(value, 255) or None) if isinstance(value, str) else None
+
+
+def _whole(value: Any) -> int | None:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        return int(value) if value is not None and 0 <= int(value) < 1 << 63 else None
+    return None

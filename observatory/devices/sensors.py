@@ -1,0 +1,119 @@
+"""How a device's sensors work: how often they renew, over which time they average.
+
+Numbers of NVIDIA devices are measured ones of arXiv 2312.02741 (instant power, milliseconds): H100 and A100
+renew every 100 and average the last 25, so they see a quarter of the time; Ada 100 and 100; V100 20 and 10.
+The energy counter renews about every 100 ms and is taken to count all the time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from pydantic import JsonValue
+
+from observatory.run.manifest import DeviceCalibration
+
+__all__ = ["CALIBRATION_ERROR", "PROCESSOR_KINDS", "SensorModel", "calibration_entry", "sensor_of"]
+
+#: Kinds of devices that are a processor's package and work for all ranks of their node.
+PROCESSOR_KINDS = ("rapl", "cpu")
+
+#: Sensors of different boards are off by about +-5 % (arXiv 2312.02741). It is the same for all phases of one
+#: device and in no interval of this package.
+CALIBRATION_ERROR = 0.05
+
+#: Device names -> update and window of the instant sensor, in ms. The first that is found counts.
+_KNOWN = (
+    (re.compile(r"\b(A100|H100|H200|GH200|H800|A800)\b"), 100.0, 25.0),
+    (re.compile(r"\b(RTX 40\d\d|RTX \w* ?(4000|4500|5000|6000) Ada|L4|L40S?)\b"), 100.0, 100.0),
+    (re.compile(r"\bV100\b"), 20.0, 10.0),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SensorModel:
+    """What is known of a device's sensors.
+
+    Attributes:
+        update_ms: period at which instant power is renewed; None: to be found from the samples.
+        window_ms: time before the update that it is the mean of; None where that is not known: then it is
+            taken to be a short one, so that nothing between updates was seen.
+        counter_ms: period at which the energy counter is renewed; None: to be found from the samples.
+        lag_low_ms, lag_high_ms: bounds of how much later than what they tell values can be read.
+        counter_over_integral: ratio of counter and integrated power that the start-up calibration found; 1
+            when it found none.
+        source: where these come from.
+    """
+
+    update_ms: float | None = None
+    window_ms: float | None = None
+    counter_ms: float | None = None
+    lag_low_ms: float = 0.0
+    lag_high_ms: float = 30.0
+    counter_over_integral: float = 1.0
+    source: str = "not known"
+
+    @property
+    def unseen_share(self) -> float:
+        """Share of the time that instant power does not see; 1 where the window is not known."""
+        if self.update_ms is None or self.window_ms is None:
+            return 1.0
+        return max(0.0, 1.0 - self.window_ms / self.update_ms)
+
+
+def sensor_of(
+    name: str | None, calibration: Mapping[str, JsonValue] | None = None, *, kind: str | None = None
+) -> SensorModel:
+    """What is known of a device by its name and a run's calibration of it.
+
+    Args:
+        name: as the driver names it.
+        calibration: what ``config.power.calibration`` of a run says of the device. Foreign or impossible
+            entries are passed over.
+        kind: of the device, as the manifest has it.
+    """
+    model = SensorModel()
+    if kind is not None and kind.lower() in PROCESSOR_KINDS:
+        model = SensorModel(counter_ms=1.0, source="RAPL counters are renewed about every millisecond")
+    for pattern, update_ms, window_ms in _KNOWN:
+        if name is not None and pattern.search(name):
+            model = SensorModel(
+                update_ms=update_ms, window_ms=window_ms, counter_ms=100.0,
+                source="arXiv 2312.02741, by the device's name",
+            )  # fmt: skip
+            break
+    if calibration is None:
+        return model
+    measured: dict[str, float] = {}
+    for field, target in (("power_mw", "update_ms"), ("energy_mj", "counter_ms")):
+        period_ms = _number(_entry(calibration.get(field)).get("update_period_ms"), 1.0, 10_000.0)
+        if period_ms is not None:
+            measured[target] = period_ms
+    for name_, target, low, high in (
+        ("window_ms", "window_ms", 0.1, 10_000.0),
+        ("counter_over_integral", "counter_over_integral", 0.5, 2.0),
+    ):
+        value = _number(calibration.get(name_), low, high)
+        if value is not None:
+            measured[target] = value
+    if not measured:
+        return model
+    return replace(model, **measured, source=f"calibration at start-up; else {model.source}")
+
+
+def _entry(value: JsonValue) -> Mapping[str, JsonValue]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: JsonValue, low: float, high: float) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if low <= value <= high else None
+
+
+def calibration_entry(measured: DeviceCalibration) -> dict[str, JsonValue]:
+    """What the sampler measured of a device, in the form that :func:`sensors.sensor_of` reads."""
+    known = measured.model_dump(mode="json", exclude={"fields"}, exclude_none=True)
+    return {**measured.model_dump(mode="json")["fields"], **known}

@@ -1,0 +1,157 @@
+"""Which GPUs a CUDA program of this environment uses, told without CUDA.
+
+``CUDA_VISIBLE_DEVICES`` names GPUs by UUID, by the beginning of one, or by ordinal. An ordinal counts in
+CUDA's order. With ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` that is the order of the PCI bus ids; by default it is
+fastest first, which nobody but CUDA can tell. Then a list of ordinals is understood only when it names all
+GPUs there are. CUDA ends the list at the first entry that is no GPU, and uses none when one is named twice.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from observatory.run.files import one_line
+
+__all__ = ["PciGpu", "VisibleGpus", "match_uuid", "parse_bus_id", "visible_gpus"]
+
+_BUS_ID = re.compile(
+    r"(?:([0-9a-f]{1,8}):)?([0-9a-f]{1,2}):([0-9a-f]{1,2})\.([0-7])", re.ASCII | re.IGNORECASE
+)
+_ORDINAL = re.compile(r"\d{1,9}", re.ASCII)
+_UUID_START = re.compile(r"GPU-[0-9a-f][0-9a-f-]{0,40}", re.ASCII | re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PciGpu:
+    """A GPU's two names, and whether it is partitioned (MIG)."""
+
+    uuid: str
+    bus_id: str | None
+    mig: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisibleGpus:
+    """GPUs that a process may use.
+
+    Attributes:
+        uuids: their UUIDs, in the order of the PCI bus ids.
+        reason: why there are none, or not all that the environment names; None when these are all.
+    """
+
+    uuids: tuple[str, ...] = ()
+    reason: str | None = None
+
+
+def parse_bus_id(text: str) -> tuple[int, int, int, int] | None:
+    """Domain, bus, device and function of ``[DOMAIN:]BUS:DEVICE.FUNCTION``; None for other texts."""
+    match = _BUS_ID.fullmatch(text.strip())
+    if match is None:
+        return None
+    return int(match[1] or "0", 16), int(match[2], 16), int(match[3], 16), int(match[4])
+
+
+def match_uuid(start: str, uuids: Sequence[str]) -> list[str]:
+    """UUIDs that begin so, upper and lower case alike; empty when ``start`` is no beginning of one."""
+    if _UUID_START.fullmatch(start) is None:
+        return []
+    exact = [uuid for uuid in uuids if uuid.lower() == start.lower()]
+    return exact or [uuid for uuid in uuids if uuid.lower().startswith(start.lower())]
+
+
+def visible_gpus(environment: Mapping[str, str], gpus: Sequence[PciGpu]) -> VisibleGpus:
+    """The GPUs among ``gpus`` that CUDA uses under this environment.
+
+    A partitioned GPU is left out, for its power is that of all its instances.
+
+    Args:
+        environment: of the process.
+        gpus: all that the driver shows, in any order.
+    """
+    found = _visible(environment, sorted(gpus, key=_place))
+    shared = [gpu.uuid for gpu in gpus if gpu.mig and gpu.uuid in found.uuids]
+    if not shared:
+        return found
+    return VisibleGpus(
+        uuids=tuple(uuid for uuid in found.uuids if uuid not in shared),
+        reason=f"{shared[0]} is partitioned (MIG), and its power is that of all its instances; name it to "
+        "read it all the same",
+    )
+
+
+def _visible(environment: Mapping[str, str], ordered: Sequence[PciGpu]) -> VisibleGpus:
+    wanted = environment.get("CUDA_VISIBLE_DEVICES")
+    if wanted is None:
+        return VisibleGpus(uuids=tuple(gpu.uuid for gpu in ordered))
+    shown = f"CUDA_VISIBLE_DEVICES={one_line(wanted, 80)}"
+    entries = [entry.strip() for entry in wanted.split(",")]
+    if entries[0] == "":
+        return VisibleGpus(reason=f"{shown} hides all GPUs")
+    if any(entry.upper().startswith("MIG-") for entry in entries):
+        return VisibleGpus(
+            reason=f"{shown} names MIG instances; power is measured for whole GPUs only, which others share"
+        )
+    if all(_ORDINAL.fullmatch(entry) for entry in entries):
+        return _by_ordinal([int(entry) for entry in entries], ordered, environment, shown)
+    return _by_entry(entries, ordered, environment, shown)
+
+
+def _place(gpu: PciGpu) -> tuple[tuple[int, ...], str]:
+    place = parse_bus_id(gpu.bus_id or "")
+    return place or (1 << 32,), gpu.uuid
+
+
+def _by_ordinal(
+    ordinals: Sequence[int], ordered: Sequence[PciGpu], environment: Mapping[str, str], shown: str
+) -> VisibleGpus:
+    if any(gpu.mig for gpu in ordered):
+        return VisibleGpus(reason=f"{shown} counts MIG instances among the GPUs; name the GPUs by UUID")
+    valid: list[int] = []
+    for ordinal in ordinals:
+        if ordinal >= len(ordered):
+            break  # CUDA ends the list here
+        valid.append(ordinal)
+    if len(set(valid)) != len(valid):
+        return VisibleGpus(reason=f"{shown} names a GPU twice, for which CUDA uses none")
+    cut = None
+    if len(valid) < len(ordinals):
+        cut = f"{shown} names GPU {ordinals[len(valid)]}, and the driver shows {len(ordered)}"
+    if len(valid) == len(ordered):  # all of them: their order does not matter
+        return VisibleGpus(uuids=tuple(gpu.uuid for gpu in ordered), reason=cut)
+    if not valid:
+        return VisibleGpus(reason=cut)
+    if environment.get("CUDA_DEVICE_ORDER", "").strip() != "PCI_BUS_ID":
+        return VisibleGpus(
+            reason=f"{shown} counts in CUDA's order, fastest first, which the driver does not know; set "
+            "CUDA_DEVICE_ORDER=PCI_BUS_ID, or name the GPUs by UUID"
+        )
+    if any(parse_bus_id(gpu.bus_id or "") is None for gpu in ordered):
+        return VisibleGpus(
+            reason=f"{shown} counts by PCI bus id, which the driver does not tell of every GPU"
+        )
+    return VisibleGpus(uuids=tuple(ordered[ordinal].uuid for ordinal in sorted(valid)), reason=cut)
+
+
+def _by_entry(
+    entries: Sequence[str], ordered: Sequence[PciGpu], environment: Mapping[str, str], shown: str
+) -> VisibleGpus:
+    uuids: list[str] = []
+    cut = None
+    for entry in entries:
+        found = match_uuid(entry, [gpu.uuid for gpu in ordered])
+        if not found and _ORDINAL.fullmatch(entry):
+            alone = _by_ordinal([int(entry)], ordered, environment, shown)
+            if not alone.uuids and int(entry) < len(ordered):
+                return alone
+            found = list(alone.uuids)
+        if len(found) != 1:
+            what = f"fits {len(found)} GPUs" if found else "is no GPU that the driver shows"
+            cut = f"{shown}: {one_line(entry, 60)} {what}, and CUDA ends the list there"
+            break
+        uuids.append(found[0])
+    if len(set(uuids)) != len(uuids):
+        return VisibleGpus(reason=f"{shown} names a GPU twice, for which CUDA uses none")
+    places = {gpu.uuid: number for number, gpu in enumerate(ordered)}
+    return VisibleGpus(uuids=tuple(sorted(uuids, key=places.__getitem__)), reason=cut)

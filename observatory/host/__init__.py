@@ -1,0 +1,1 @@
+"""The machine and the process: ranks, provenance, child processes, what works here."""

@@ -1,0 +1,95 @@
+"""Names of processes and moments that hold in every PID and time namespace of a machine.
+
+Containers of one machine may share the folder of leases. A process id means another process in the next PID
+namespace, and start times of processes differ between time namespaces: a process is judged by its id only
+from the namespaces in which it was named. Expiry is in the monotonic time of the initial time namespace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from observatory.run.manifest import Count, Record
+
+__all__ = ["ProcessId", "machine_monotonic_ns", "process_namespace"]
+
+
+class ProcessId(Record):
+    """A process, told apart from a later one of the same number.
+
+    Attributes:
+        pid: its number.
+        started: when it started, in clock ticks since the boot.
+        namespace: the PID and time namespaces in which both hold; None where that is not known.
+    """
+
+    pid: Annotated[int, Field(ge=1)]
+    started: Count
+    namespace: Annotated[str, Field(max_length=200)] | None = None
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId | None:
+        """The process of this number; None when there is none, or it has ended and was not waited for yet."""
+        try:
+            text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        state, *rest = text.rpartition(")")[2].split()
+        if state in ("Z", "X"):
+            return None
+        return cls(pid=pid, started=int(rest[18]), namespace=process_namespace())
+
+    @property
+    def alive(self) -> bool | None:
+        """Whether it still runs; None where it is of other namespaces than this process, and not known."""
+        if self.namespace is None or self.namespace != process_namespace():
+            return None
+        return self._same_as(ProcessId.of(self.pid))
+
+    @property
+    def is_this_process(self) -> bool:
+        """Whether it is the process that asks; a fork of it is not."""
+        return self.pid == os.getpid() and self._same_as(ProcessId.of(self.pid))
+
+    def _same_as(self, other: ProcessId | None) -> bool:
+        return other is not None and (other.pid, other.started) == (self.pid, self.started)
+
+
+def process_namespace() -> str | None:
+    """PID and time namespace of this process, the same text for all processes of both and for no others.
+
+    None where /proc is missing or shows the processes of another PID namespace, and where the children of
+    this process will be in other namespaces than it is: then no watchdog could judge it.
+    """
+    try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return None
+        names = []
+        for kind in ("pid", "time"):
+            if kind == "time" and not os.path.exists("/proc/self/ns/time"):
+                continue  # a kernel without time namespaces
+            own = os.stat(f"/proc/self/ns/{kind}")
+            children = os.stat(f"/proc/self/ns/{kind}_for_children")
+            if (own.st_dev, own.st_ino) != (children.st_dev, children.st_ino):
+                return None
+            names.append(f"{kind}:{own.st_dev}:{own.st_ino}")
+    except OSError:
+        return None
+    return " ".join(names)
+
+
+def machine_monotonic_ns() -> int:
+    """Monotonic time of the initial time namespace, ns: the same in all containers of the machine."""
+    offset_ns = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/timens_offsets").read_text(encoding="ascii").splitlines():
+            clock, seconds, nanoseconds = line.split()
+            if clock in ("monotonic", "1"):
+                offset_ns = int(seconds) * 1_000_000_000 + int(nanoseconds)
+    return time.monotonic_ns() - offset_ns

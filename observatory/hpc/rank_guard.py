@@ -1,0 +1,185 @@
+"""How a rank of our commands ends when a signal comes, or when its launcher is gone.
+
+A launcher that is killed can end no rank, and a signal does not reach Python code while the main thread waits
+in C code (an exchange, a device). So a thread of each rank waits for both:
+
+    launcher gone, or a signal -> the shard states it, what is known is flushed -> the main thread is
+    interrupted -> it ends in order, or, after a grace, the thread closes the shard and ends the process
+
+Only ranks that a launcher has started are guarded, and only in commands of the observatory: ``watch`` in a
+program of the user ends nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from observatory.errors import CaptureError
+from observatory.host.ranks import find_rank
+
+if TYPE_CHECKING:
+    from observatory.host.process_id import ProcessId
+
+__all__ = ["SHARDS", "Shard", "end_rank", "ending", "find_launcher", "guard_rank"]
+
+_POLL_S = 0.2
+#: How long the main thread has to notice the signal, and to end in order once it has.
+_NOTICE_S, _IN_ORDER_S = 3.0, 12.0
+#: How long the last writing may take: the main thread may hold what it needs.
+_WRITE_S = 2.0
+#: A parent is not yet gone when its children get their signal.
+_SETTLE_S = 0.05
+_SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of prctl(2)
+_INTERRUPTED = 130
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+#: What launchers put into the environment of the ranks that they start.
+_MARKS = {
+    "torchrun": ("TORCHELASTIC_RUN_ID",),
+    "mpiexec": ("OMPI_COMM_WORLD_RANK", "PMI_RANK"),
+    "srun": ("SLURM_PROCID",),
+}
+
+
+class Shard(Protocol):
+    """What a rank writes. Both are called by a thread of the guard while the main thread may hang."""
+
+    def mark(self, reason: str) -> None:
+        """State that the rank is about to end, and flush what is known; the shard stays open."""
+
+    def close(self, reason: str) -> None:
+        """Flush what is known and close the shard as failed."""
+
+
+#: Shards that this process has open.
+SHARDS: list[Shard] = []
+
+_noticed = threading.Event()
+_decided = threading.Event()
+#: Why this rank is about to end; empty when it is not.
+_reasons: list[str] = []
+
+
+def ending() -> str | None:
+    """Why this rank is about to end; None when it is not."""
+    if _noticed.is_set():
+        _decided.wait(1.0)
+    return _reasons[0] if _reasons else None
+
+
+def find_launcher(environment: Mapping[str, str] = os.environ) -> ProcessId | None:
+    """The process that started this rank: the next one above it that is no rank, which a script may be.
+
+    None where no launcher has started it, also when a user has set ``RANK`` and ``WORLD_SIZE``.
+    """
+    try:
+        launcher = find_rank(environment=environment).launcher
+    except CaptureError:
+        return None
+    name = next((name for name in _MARKS.get(launcher, ()) if name in environment), None)
+    if name is None:
+        return None
+    from observatory.host.process_id import ProcessId  # pydantic: only ranks wait for it
+
+    mark = f"{name}={environment[name]}".encode()
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            is_rank = mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        except OSError:  # of another user: a daemon of the launcher
+            is_rank = False
+        if not is_rank:
+            return ProcessId.of(pid)
+        pid = int(stat.rpartition(")")[2].split()[1])
+    return None
+
+
+def guard_rank() -> None:
+    """Guard this process if a launcher has started it; called once, by the main thread."""
+    launcher = find_launcher()
+    if launcher is None:
+        return
+    told, tells = os.pipe()
+    os.set_blocking(tells, False)
+    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, _interrupt)
+    if sys.platform == "linux" and launcher.pid == os.getppid():
+        ctypes.CDLL(None).prctl(
+            _SIGNAL_AT_PARENTS_DEATH, signal.SIGCONT
+        )  # a rank that is stopped goes on to end
+    threading.Thread(target=_guard, args=(launcher, told), name="observatory-guard", daemon=True).start()
+
+
+def end_rank(code: int) -> None:
+    """End a rank that was interrupted, at once: libraries that wait for other ranks would hang at exit."""
+    if ending() is not None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+
+def _interrupt(*_: object) -> None:
+    """End as after Ctrl-C; a second signal does not disturb what is still written."""
+    if not _noticed.is_set():
+        _noticed.set()
+        raise KeyboardInterrupt
+
+
+def _guard(launcher: ProcessId, told: int) -> None:
+    reason = _await_reason(launcher, told)
+    _reasons.append(reason)
+    _decided.set()
+    since = time.monotonic()
+    _write("mark", reason)
+    main = threading.main_thread().ident
+    if not _noticed.is_set() and main is not None:
+        signal.pthread_kill(main, signal.SIGTERM)
+    while time.monotonic() < since + (_IN_ORDER_S if _noticed.is_set() else _NOTICE_S):
+        time.sleep(_POLL_S)
+    _write("close", reason)
+    with contextlib.suppress(OSError):
+        os.write(2, f"observatory: this rank was ended: {reason}\n".encode())
+    os._exit(_INTERRUPTED)
+
+
+def _await_reason(launcher: ProcessId, told: int) -> str:
+    """Wait until this rank has to end; why."""
+    waiting = [told]
+    if launcher.alive is not None:
+        with contextlib.suppress(AttributeError, OSError):  # without it, the next look finds out
+            waiting.append(os.pidfd_open(launcher.pid))
+    while True:
+        ready, _, _ = select.select(waiting, [], [], _POLL_S)
+        signals = [number for number in os.read(told, 64) if number in _SIGNALS] if told in ready else []
+        if signals:
+            time.sleep(_SETTLE_S)
+        if launcher.alive is False:  # None: not known
+            return f"its launcher, process {launcher.pid}, is gone"
+        if signals:
+            return f"interrupted by {signal.Signals(signals[0]).name}"
+
+
+def _write(what: Literal["mark", "close"], reason: str) -> None:
+    """Mark or close all shards, for a limited time."""
+
+    def act() -> None:
+        for shard in tuple(SHARDS):
+            with contextlib.suppress(Exception):  # each for itself; the process ends in any case
+                (shard.mark if what == "mark" else shard.close)(reason)
+
+    thread = threading.Thread(target=act, name="observatory-guard-writes", daemon=True)
+    thread.start()
+    thread.join(_WRITE_S)

@@ -1,0 +1,1 @@
+"""What changes a device: clock and power limits under a lease, undone whatever happens to the owner."""

@@ -1,0 +1,318 @@
+"""Clocks and power limit of one NVIDIA GPU, as far as the driver does them.
+
+Nothing here is tried to find out whether it is allowed: every setter does what its caller has decided to do.
+Who may decide it, for how long, and who undoes it when its owner dies is the business of the lease and the
+watchdog. A lock cannot be read back and outlives the process that set it: use :class:`ClockControl` through
+them.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+from observatory.devices.nvml_library import (
+    GONE,
+    NO_FUNCTION,
+    NO_PERMISSION,
+    NOT_SUPPORTED,
+    SUCCESS,
+    ask,
+    close_nvml,
+    code_text,
+    describe_gpu,
+    load_nvml,
+)
+from observatory.devices.processes import descends_from
+from observatory.errors import (
+    ClockError,
+    DeviceError,
+    DeviceLostError,
+    LockNotPermittedError,
+    LockRefusedError,
+)
+from observatory.locks.driver_commands import clock_commands, limit_commands, unlock_commands
+
+__all__ = ["ClockControl"]
+
+_SHOWN_PIDS = 6
+_PERMISSIONS = "docs/power.md#permissions"
+
+
+class ClockControl:
+    """The driver's setters for one GPU; also a context manager that closes it. Closing undoes nothing.
+
+    Args:
+        uuid: of the GPU, in full.
+        owner_pid: the process whose descendants, with itself, may use the GPU; this one by default.
+
+    Raises:
+        DeviceError: there is no driver, or no such GPU.
+        DeviceLostError: the GPU does not answer.
+        LockRefusedError: it is no NVIDIA GPU.
+    """
+
+    def __init__(self, uuid: str, *, owner_pid: int | None = None) -> None:
+        if not uuid.startswith("GPU-"):
+            raise LockRefusedError(
+                f"clocks of {uuid} cannot be locked: only NVIDIA GPUs are supported here; name one by its "
+                "UUID, GPU-..."
+            )
+        self._owner_pid = os.getpid() if owner_pid is None else owner_pid
+        self._nvml = load_nvml()
+        self._open = True
+        #: Called just before each change of the device; where it raises nothing is changed.
+        self.before_change: Callable[[], None] | None = None
+        self.uuid = uuid
+        self.name = uuid
+        try:
+            self._handle = self._must("nvmlDeviceGetHandleByUUID", uuid, named=True)
+            gpu = describe_gpu(self._nvml, self._handle)
+            self.name = f"{gpu.spec.name or 'GPU'} ({uuid})"
+        except BaseException:
+            self.close()
+            raise
+
+    @functools.cached_property
+    def supported_sm_clocks_mhz(self) -> tuple[int, ...]:
+        """SM clocks that the driver lists for the highest memory clock, ascending.
+
+        Raises:
+            ClockError: it lists none.
+        """
+        memory, code = self._ask("nvmlDeviceGetSupportedMemoryClocks", self._handle)
+        clocks: list[int] = []
+        if memory:
+            told, code = self._ask("nvmlDeviceGetSupportedGraphicsClocks", self._handle, max(memory))
+            clocks = told or []
+        if not clocks:
+            raise ClockError(
+                f"the driver lists no SM clocks of {self.name} (NVML {code}, {code_text(self._nvml, code)}); "
+                "expected at least one, this GPU's clocks cannot be swept"
+            )
+        return tuple(sorted(set(clocks)))
+
+    def snap(self, sm_clock_mhz: int) -> int:
+        """The supported clock nearest to this one; of two equally near ones the lower.
+
+        Raises:
+            ClockError: it lies more than a step outside the supported range.
+        """
+        clocks = self.supported_sm_clocks_mhz
+        step = max((b - a for a, b in itertools.pairwise(clocks)), default=0)
+        if not clocks[0] - step <= sm_clock_mhz <= clocks[-1] + step:
+            raise ClockError(
+                f"{sm_clock_mhz} MHz is no SM clock of {self.name}; expected {clocks[0]} to {clocks[-1]} MHz"
+            )
+        return min(clocks, key=lambda clock: (abs(clock - sm_clock_mhz), clock))
+
+    def refusal(self) -> str | None:
+        """Why clocks and limits of this GPU are not ours to set, whatever the driver says; None if they are.
+
+        It is partitioned (MIG), or processes use it that are neither the owner nor its descendants, or the
+        driver does not tell which use it. Reads only. Permission is not tried: None does not mean that the
+        driver will agree.
+
+        Raises:
+            DeviceLostError: the GPU does not answer.
+        """
+        mode, code = self._ask("nvmlDeviceGetMigMode", self._handle)
+        if not code and any(mode):
+            return (
+                f"{self.name} is partitioned (MIG is on or about to be): its clock is that of all instances; "
+                "use a GPU that is not"
+            )
+        if code not in (SUCCESS, NOT_SUPPORTED, NO_FUNCTION):
+            return f"the driver does not tell whether {self.name} is partitioned ({self._code(code)})"
+        pids, code = self._users()
+        if code:
+            return f"the driver does not tell which processes use {self.name} ({self._code(code)})"
+        strangers = [pid for pid in sorted(pids) if not descends_from(pid, self._owner_pid)]
+        if not strangers:
+            return None
+        shown = ", ".join(map(str, strangers[:_SHOWN_PIDS])) + (
+            ", ..." if len(strangers) > _SHOWN_PIDS else ""
+        )
+        return (
+            f"{self.name} is used by processes that are not of process {self._owner_pid}: {shown} (as the "
+            "driver counts them; in a container it may count otherwise); use a GPU of your own"
+        )
+
+    def lock_sm_clock(self, sm_clock_mhz: int) -> int:
+        """Lock the SM clock to the nearest supported one.
+
+        Returns:
+            The clock that was locked. The driver may hold another: sample it under load.
+
+        Raises:
+            LockNotPermittedError: the driver wants a privilege.
+            LockRefusedError: see :meth:`refusal`; or the driver does not support it.
+            ClockError: no such clock, or the driver failed otherwise.
+            DeviceLostError: the GPU does not answer.
+        """
+        locked_mhz = self.snap(sm_clock_mhz)
+        self._refuse(f"locking the SM clock to {locked_mhz} MHz")
+        self._set(
+            f"locking {self.name} to {locked_mhz} MHz",
+            clock_commands(self.uuid, locked_mhz),
+            "nvmlDeviceSetGpuLockedClocks",
+            locked_mhz,
+            locked_mhz,
+        )
+        return locked_mhz
+
+    def unlock(self) -> None:
+        """Take every lock of the SM clock away, whoever set it: the driver does not know whose it is.
+
+        Raises:
+            LockRefusedError: the driver does not permit or support it.
+            ClockError: the driver failed otherwise.
+            DeviceLostError: the GPU does not answer.
+        """
+        self._set(f"unlocking {self.name}", unlock_commands(self.uuid), "nvmlDeviceResetGpuLockedClocks")
+
+    @property
+    def limit_range_mw(self) -> tuple[int, int] | None:
+        """Least and most power limit; None when the driver does not tell."""
+        limits, code = self._ask("nvmlDeviceGetPowerManagementLimitConstraints", self._handle)
+        return None if code else (int(limits[0]), int(limits[1]))
+
+    @property
+    def power_limit_mw(self) -> int | None:
+        """The power limit that is set; None when the driver does not tell."""
+        return self._whole("nvmlDeviceGetPowerManagementLimit")
+
+    @property
+    def default_limit_mw(self) -> int | None:
+        """The power limit after a driver reload; None when the driver does not tell."""
+        return self._whole("nvmlDeviceGetPowerManagementDefaultLimit")
+
+    def set_power_limit_mw(self, limit_mw: int) -> int:
+        """Set the power limit and read it back. Unlike a lock it can be restored, but nothing restores it.
+
+        Returns:
+            The limit that the driver holds afterwards.
+
+        Raises:
+            LockRefusedError: see :meth:`refusal`; or the driver does not permit or support it.
+            ClockError: out of range, or the driver holds another limit than the one it accepted.
+            DeviceLostError: the GPU does not answer.
+        """
+        limits = self.limit_range_mw
+        if limits is not None and not limits[0] <= limit_mw <= limits[1]:
+            raise ClockError(
+                f"{limit_mw} mW is no power limit of {self.name}; expected {limits[0]} to {limits[1]} mW"
+            )
+        self._refuse(f"setting a power limit of {limit_mw} mW")
+        self._set(
+            f"limiting {self.name} to {limit_mw} mW",
+            limit_commands(self.uuid, limit_mw),
+            "nvmlDeviceSetPowerManagementLimit",
+            limit_mw,
+        )
+        held_mw = self.power_limit_mw
+        if held_mw is None or abs(held_mw - limit_mw) > 1000:
+            raise ClockError(
+                f"{self.name} accepted a power limit of {limit_mw} mW and holds {held_mw} mW; expected the "
+                "one asked for, look for another program that sets limits"
+            )
+        return held_mw
+
+    def restore_power_limit_mw(self, limit_mw: int) -> None:
+        """Put back a limit that was in force before; not refused where others use the GPU by now.
+
+        Raises:
+            LockRefusedError: the driver does not permit or support it.
+            ClockError: the driver failed otherwise.
+            DeviceLostError: the GPU does not answer.
+        """
+        self._set(
+            f"limiting {self.name} to {limit_mw} mW",
+            limit_commands(self.uuid, limit_mw),
+            "nvmlDeviceSetPowerManagementLimit",
+            limit_mw,
+        )
+
+    def close(self) -> None:
+        """Give the library back; locks and limits stay as they are."""
+        if self._open:
+            self._open = False
+            close_nvml(self._nvml)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _code(self, code: int) -> str:
+        return f"NVML {code}, {code_text(self._nvml, code)}"
+
+    def _ask(self, function: str, *arguments: Any) -> tuple[Any, int]:
+        if not self._open:
+            raise DeviceError(f"{self.name} was closed and cannot be asked; open it again")
+        answer, code = ask(self._nvml, function, *arguments)
+        if code in GONE:
+            raise DeviceLostError(
+                f"{self.name} does not answer any more ({self._code(code)}); look for Xid lines in the "
+                "kernel log: it takes a reset of the GPU or a reboot to get it back, which also undoes locks"
+            )
+        return answer, code
+
+    def _must(self, function: str, *arguments: Any, named: bool = False) -> Any:
+        answer, code = self._ask(function, *arguments)
+        if code:
+            what = f"GPU {self.uuid} cannot be opened" if named else f"{function} of {self.name} failed"
+            raise DeviceError(
+                f"{what} ({self._code(code)}); expected the UUID of a GPU of this machine, `observatory "
+                "doctor` lists them"
+            )
+        return answer
+
+    def _whole(self, function: str) -> int | None:
+        value, code = self._ask(function, self._handle)
+        return None if code else int(value)
+
+    def _users(self) -> tuple[set[int], int]:
+        """Processes that use the GPU; with a code when the driver does not tell."""
+        found: set[int] = set()
+        for kind, optional in (("Compute", False), ("Graphics", True)):
+            for version in ("v3", "v2"):
+                function = f"nvmlDeviceGet{kind}RunningProcesses_{version}"
+                processes, code = self._ask(function, self._handle)
+                if code != NO_FUNCTION:
+                    break
+            if code and not (optional and code in (NOT_SUPPORTED, NO_FUNCTION)):
+                return found, code
+            found |= {int(process.pid) for process in processes or ()}
+        return found, SUCCESS
+
+    def _refuse(self, what: str) -> None:
+        reason = self.refusal()
+        if reason is not None:
+            raise LockRefusedError(f"{what} is refused: {reason}")
+
+    def _set(self, what: str, commands: list[str], function: str, *arguments: int) -> None:
+        """Call a setter; a refusal of the driver tells how else to get it done."""
+        if self.before_change is not None:
+            self.before_change()
+        _, code = self._ask(function, self._handle, *arguments)
+        if code == NO_PERMISSION:
+            ways = "  ".join(f"{number}) {command}" for number, command in enumerate(commands, start=1))
+            raise LockNotPermittedError(
+                f"{what} is not permitted ({self._code(code)}): it needs root or CAP_SYS_ADMIN",
+                f"have it done in another way ({_PERMISSIONS}): {ways}",
+            )
+        if code in (NOT_SUPPORTED, NO_FUNCTION):
+            raise LockRefusedError(
+                f"{what} is not supported ({self._code(code)}); expected a GPU of the Volta generation or "
+                "later and a driver that knows it, sweep another GPU"
+            )
+        if code:
+            raise ClockError(f"{what} failed ({self._code(code)}); see whether `{commands[0]}` works")

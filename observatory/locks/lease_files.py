@@ -1,0 +1,143 @@
+"""Files in the folder of leases: plain ones of ours, opened without links, changed by one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from observatory.errors import ClockError, LeaseBusyError
+from observatory.locks.lease_folder import OTHERS_WRITE, trusted_folder
+
+__all__ = ["guarded", "open_own"]
+
+#: Longest wait for another process to let go of a guard: it holds it for calls of the driver only.
+_GUARD_S = 5.0
+#: Open guards of this process, for its forks to close.
+_guards: set[int] = set()
+
+
+def open_own(path: Path, flags: int) -> int:
+    """Open a plain file of ours in a trusted folder; made with mode 0600 where ``flags`` say so.
+
+    Raises:
+        OSError: it cannot be opened; or it is a link, a pipe, a device, has a second name, is another user's,
+            or may be written by others.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a symbolic link", str(path)) from error
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "it is no plain file", str(path)) from error
+        raise
+    found = os.fstat(descriptor)
+    reason = (
+        "it is no plain file" if not stat.S_ISREG(found.st_mode)
+        else f"its owner is user {found.st_uid}" if found.st_uid != os.geteuid()
+        else "it has a second name, a hard link" if found.st_nlink > 1
+        else "others may write to it" if found.st_mode & OTHERS_WRITE
+        else None
+    )  # fmt: skip
+    if reason is not None:
+        os.close(descriptor)
+        raise OSError(errno.EPERM, reason, str(path))
+    return descriptor
+
+
+@contextlib.contextmanager
+def guarded(path: Path) -> Iterator[None]:
+    """Alone with a lease: between looking at it and acting on it no other process or thread does either.
+
+    The kernel gives the right back when its holder dies; a holder that is stopped keeps it.
+
+    Raises:
+        LeaseBusyError: another holds it and does not let go.
+        ClockError: its file cannot be opened, or is not ours.
+    """
+    descriptor = _take_guard(path.with_suffix(".lock"))
+    try:
+        yield
+    finally:
+        if descriptor in _guards:  # in a fork it is neither ours nor open any more
+            _guards.discard(descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
+
+
+def _take_guard(guard: Path) -> int:
+    deadline = time.monotonic() + _GUARD_S
+    while True:
+        try:
+            try:
+                descriptor = open_own(guard, os.O_RDWR | os.O_CREAT)
+            except FileNotFoundError:
+                trusted_folder(guard.parent)  # removed while we live
+                descriptor = open_own(guard, os.O_RDWR | os.O_CREAT)
+        except OSError as error:
+            raise ClockError(
+                f"guard {guard} of a lease cannot be taken ({error.strerror}), so nothing is changed; see "
+                "what it is, and remove it"
+            ) from error
+        _guards.add(descriptor)
+        taken = False
+        try:
+            taken = _locked(descriptor, deadline) and _still_named(descriptor, guard)
+            if taken:
+                return descriptor
+        finally:
+            if not taken:
+                _guards.discard(descriptor)
+                os.close(descriptor)
+        if time.monotonic() > deadline:
+            raise LeaseBusyError(
+                f"{_holder(guard)} is changing {guard.stem} and has not come to an end in {_GUARD_S:g} s, so "
+                "nothing is changed; see whether that process is stopped, let it go on or end it"
+            )
+
+
+def _locked(descriptor: int, deadline: float) -> bool:
+    """Whether the lock of a file could be had in time."""
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        else:
+            return True
+
+
+def _still_named(descriptor: int, guard: Path) -> bool:
+    """Whether the file is the one that others would open: a lock on a removed file excludes nothing."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), guard.lstat())
+    return False
+
+
+def _holder(guard: Path) -> str:
+    """The process that holds a guard, as the kernel lists it."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        inode = guard.lstat().st_ino
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            fields = line.split()
+            if fields[1] == "FLOCK" and int(fields[5].rpartition(":")[2]) == inode and int(fields[4]) > 0:
+                return f"process {fields[4]}"
+    return "another process"
+
+
+def _close_guards() -> None:
+    """In a fork: a copy of a guard would keep it taken after its holder's death."""
+    for descriptor in _guards:
+        os.close(descriptor)
+    _guards.clear()
+
+
+os.register_at_fork(after_in_child=_close_guards)

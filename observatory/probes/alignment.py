@@ -1,0 +1,318 @@
+"""Clocks of ranks, brought onto that of one of them.
+
+Ranks of one host read the same CLOCK_MONOTONIC, which is verified by boot id and time namespace. For the
+others a burst of round trips bounds the offset:
+
+    this rank    t1 ------------.                  .-----------> t4
+    reference                    '----> t ---------'
+
+The reference read t after t1 and before t4, so offset = reference - own lies in [t - t4, t - t1]: half the
+round trip around its middle (Cristian 1989). Every round trip gives such an interval however unequal the
+two ways are, and the true offset lies in all of them; their intersection is at least as narrow as the
+interval of the fastest round trip (the minimum-delay filter of NTP). Bursts at the begin and at the end
+give the drift. Of the ranks that share a clock the first one measures, and the others are told its result:
+a time that two of them read is then the same time on the reference, too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from observatory.run.manifest import ClockSpec
+from observatory.run.time_base import clock_identity, clock_name
+
+__all__ = [
+    "Clock",
+    "ClockAlignment",
+    "ClockServer",
+    "PairLink",
+    "align",
+    "ask",
+    "bound_offset",
+    "decline",
+    "unaligned",
+    "with_drift",
+]
+
+Clock = Callable[[], int]
+
+#: Clocks of two hosts do not drift apart faster than this while a burst lasts (quartz plus NTP's slewing).
+_BURST_DRIFT_PPM = 600
+
+#: What the reference answers: measure, same clock, take what follows, or nobody is served.
+_APART, _SHARED, _KNOWN, _DECLINED = 0, 1, 2, -1
+#: Before what follows: there is a result, or there is none.
+_RESULT, _NO_RESULT = 1, 0
+
+
+class PairLink(Protocol):
+    """Single whole numbers sent between two ranks; both calls block."""
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+
+    def send(self, peer: int, value: int) -> None:
+        """Send one signed 64-bit number."""
+
+    def receive(self, peer: int) -> int:
+        """Wait for the next number from ``peer``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClockAlignment:
+    """How this rank's clock relates to the reference's.
+
+    Attributes:
+        reference_rank: the rank whose clock counts.
+        method: ``shared clock``, ``ping-pong``, or ``none`` when alignment failed.
+        offset_ns: reference minus own clock; None for ``none``.
+        uncertainty_ns: half-width of the interval that holds the true offset; None for ``none``.
+        drift_ppm: change of the offset per own time; None when measured once only.
+        measured_ns: own time at which the offset holds.
+        reason: why there is no alignment; None when there is one.
+        identity: names this rank's clock, see ``observatory.run.time_base``.
+    """
+
+    reference_rank: int
+    method: Literal["shared clock", "ping-pong", "none"]
+    offset_ns: int | None
+    uncertainty_ns: int | None
+    measured_ns: int
+    drift_ppm: float | None = None
+    reason: str | None = None
+    identity: int | None = None
+
+    def to_reference_ns(self, own_ns: int) -> int | None:
+        """A time of this rank on the reference's clock; None when the clocks are not aligned."""
+        if self.offset_ns is None:
+            return None
+        drifted = round((self.drift_ppm or 0.0) * 1e-6 * (own_ns - self.measured_ns))
+        return own_ns + self.offset_ns + drifted
+
+    def record(self) -> ClockSpec:
+        """What the run keeps of it."""
+        return ClockSpec(
+            reference_rank=self.reference_rank,
+            offset_ns=self.offset_ns,
+            uncertainty_ns=self.uncertainty_ns,
+            drift_ppm=self.drift_ppm,
+            measured_ns=self.measured_ns,
+            method=self.method,
+            identity=clock_name(self.identity),
+            reason=self.reason,
+        )
+
+
+def align(
+    link: PairLink,
+    *,
+    rounds: int = 64,
+    reference_rank: int = 0,
+    clock: Clock = time.monotonic_ns,
+    identity: Callable[[], int | None] = clock_identity,
+) -> ClockAlignment:
+    """Align this rank's clock with the reference's; every rank of the link must call it.
+
+    The reference serves one rank after the other, so that round trips do not disturb each other.
+
+    Args:
+        link: numbers between ranks.
+        rounds: round trips per rank that does not share the reference's clock.
+        reference_rank: the rank whose clock counts.
+        clock: monotonic nanoseconds.
+        identity: what tells whether two ranks share a clock.
+    """
+    if link.rank != reference_rank:
+        return ask(link, rounds=rounds, reference_rank=reference_rank, clock=clock, identity=identity)
+    server = ClockServer(link, rounds=rounds, clock=clock, identity=identity)
+    for peer in range(link.size):
+        if peer != reference_rank:
+            server.serve(peer)
+    return server.alignment()
+
+
+class ClockServer:
+    """The reference's side: serves one rank after the other."""
+
+    def __init__(
+        self,
+        link: PairLink,
+        *,
+        rounds: int = 64,
+        clock: Clock = time.monotonic_ns,
+        identity: Callable[[], int | None] = clock_identity,
+    ) -> None:
+        self._link = link
+        self._rounds = rounds
+        self._clock = clock
+        self._own = identity() or 0
+        self._known: dict[int, tuple[int, ...]] = {}
+
+    def serve(self, peer: int) -> bool:
+        """Serve a rank that asks; whether its clock is another one."""
+        link = self._link
+        theirs = link.receive(peer)
+        if theirs == _DECLINED:
+            return False
+        if self._own != 0 and theirs == self._own:
+            link.send(peer, _SHARED)
+            return False
+        if theirs in self._known:
+            link.send(peer, _KNOWN)
+            for number in self._known[theirs]:
+                link.send(peer, number)
+            return True
+        link.send(peer, _APART)
+        for _ in range(self._rounds):
+            link.receive(peer)
+            link.send(peer, self._clock())
+        told: tuple[int, ...] = (link.receive(peer),)
+        if told == (_RESULT,):
+            told = (_RESULT, *(link.receive(peer) for _ in range(3)))
+        if theirs != 0:
+            self._known[theirs] = told
+        return True
+
+    def alignment(self) -> ClockAlignment:
+        """The reference's own."""
+        return _shared(self._link.rank, self._clock(), self._own)
+
+
+def ask(
+    link: PairLink,
+    *,
+    rounds: int = 64,
+    reference_rank: int = 0,
+    clock: Clock = time.monotonic_ns,
+    identity: Callable[[], int | None] = clock_identity,
+) -> ClockAlignment:
+    """Another rank's side: what :func:`align` does there."""
+    own = identity() or 0
+    link.send(reference_rank, own)
+    answer = link.receive(reference_rank)
+    if answer == _SHARED:
+        return _shared(reference_rank, clock(), own)
+    if answer == _KNOWN:
+        told = link.receive(reference_rank) == _RESULT
+        result = tuple(link.receive(reference_rank) for _ in range(3)) if told else None
+        reason = "the first rank of this host could not align"
+    elif answer == _APART:
+        result = _measure(link, rounds, reference_rank, clock)
+        for number in (_NO_RESULT,) if result is None else (_RESULT, *result):
+            link.send(reference_rank, number)
+        reason = f"{rounds} round trips to rank {reference_rank} contradict each other: a clock was set"
+    else:
+        result, reason = None, f"rank {reference_rank} does not serve"
+    offset_ns, uncertainty_ns, measured_ns = (None, None, clock()) if result is None else result
+    return ClockAlignment(
+        reference_rank=reference_rank,
+        method="none" if result is None else "ping-pong",
+        offset_ns=offset_ns,
+        uncertainty_ns=uncertainty_ns,
+        measured_ns=measured_ns,
+        reason=reason if result is None else None,
+        identity=own or None,
+    )
+
+
+def decline(link: PairLink, *, reference_rank: int = 0, peers: Sequence[int] = ()) -> None:
+    """Take no part, and let nobody wait for this rank: the reference tells ``peers``, the others tell it."""
+    for peer in peers if link.rank == reference_rank else (reference_rank,):
+        link.send(peer, _DECLINED)
+
+
+def _measure(link: PairLink, rounds: int, reference_rank: int, clock: Clock) -> tuple[int, int, int] | None:
+    """Offset, uncertainty, and own time at which they hold; None when no offset fits."""
+    trips: list[tuple[int, int, int]] = []
+    for _ in range(rounds):
+        sent = clock()
+        link.send(reference_rank, 0)
+        there = link.receive(reference_rank)
+        trips.append((sent, there, clock()))
+    bound = bound_offset(trips)
+    return None if bound is None else (*bound, (trips[0][0] + trips[-1][2]) // 2)
+
+
+def unaligned(
+    reason: str = "the ranks did not align their clocks",
+    *,
+    clock: Clock = time.monotonic_ns,
+    identity: Callable[[], int | None] = clock_identity,
+) -> ClockAlignment:
+    """What a rank can say of its clock without talking to anybody.
+
+    Its identity is enough for readers to see which ranks of a run share a clock.
+    """
+    return ClockAlignment(
+        reference_rank=0,
+        method="none",
+        offset_ns=None,
+        uncertainty_ns=None,
+        measured_ns=clock(),
+        identity=identity(),
+        reason=reason,
+    )
+
+
+def bound_offset(trips: Sequence[tuple[int, int, int]]) -> tuple[int, int] | None:
+    """Offset of the reference's clock, and the half-width of the interval that holds it.
+
+    Args:
+        trips: (own time sent, reference's time, own time received) of one burst, in order.
+
+    Returns:
+        None when no offset fits all round trips, or there are none.
+    """
+    if not trips:
+        return None
+    low = max(there - received for _, there, received in trips)
+    high = min(there - sent for sent, there, _ in trips)
+    # The offset may move while the burst lasts: every bound holds for its middle within this.
+    slack = (trips[-1][2] - trips[0][0]) * _BURST_DRIFT_PPM // 2_000_000 + 1
+    low, high = low - slack, high + slack
+    if low > high:
+        return None
+    return (low + high) // 2, (high - low + 1) // 2
+
+
+def with_drift(begin: ClockAlignment, end: ClockAlignment) -> ClockAlignment:
+    """The alignment of a whole run from one at its begin and one at its end.
+
+    Between the two the offset is taken to change evenly; its uncertainty is then at most the larger of both.
+    Where one of them failed, the other is kept, without a drift.
+    """
+    if begin.offset_ns is None or begin.method != end.method:
+        return end if begin.offset_ns is None else begin
+    if end.offset_ns is None or begin.method == "shared clock" or end.measured_ns <= begin.measured_ns:
+        return begin
+    assert begin.uncertainty_ns is not None
+    assert end.uncertainty_ns is not None
+    elapsed_ns = end.measured_ns - begin.measured_ns
+    return ClockAlignment(
+        reference_rank=begin.reference_rank,
+        method=begin.method,
+        offset_ns=begin.offset_ns,
+        uncertainty_ns=max(begin.uncertainty_ns, end.uncertainty_ns) + 1,
+        drift_ppm=(end.offset_ns - begin.offset_ns) / elapsed_ns * 1e6,
+        measured_ns=begin.measured_ns,
+        identity=begin.identity,
+    )
+
+
+def _shared(reference_rank: int, now_ns: int, identity: int) -> ClockAlignment:
+    return ClockAlignment(
+        reference_rank=reference_rank,
+        method="shared clock",
+        offset_ns=0,
+        uncertainty_ns=0,
+        measured_ns=now_ns,
+        identity=identity or None,
+    )

@@ -1,0 +1,252 @@
+"""Where in the model an exchange happens: hooks on the MoE blocks, and links from backward to forward.
+
+A block is the module around a routing site (around the router or the experts). Its hooks say on which thread
+which layer is being computed. Gradients travel without hooks: an exchange that is started while autograd runs
+a node is linked to the exchange of that node's forward by autograd's own sequence number, which the node
+carries; nothing is put into the graph. Where that says too little, an exchange belongs to one that sent what
+it receives, and received what it sends: to the only such one where a node stands for several exchanges
+(compiled code), to the latest where a program numbers its nodes anew to have them run earlier. Else the layer
+stays None.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from observatory.probes.exchange.issue import Issue, Mark
+from observatory.probes.exchange.roles import LayerCall, Role, Way, way_of
+from observatory.probes.routing.attachment import NO_KWARGS, Attachment
+from observatory.probes.routing.sites import RoutingSite
+
+__all__ = ["Places", "in_backward"]
+
+#: Forward exchanges whose gradient may still come; older ones are forgotten.
+_MOST_LINKS = 1 << 16
+#: Those among which a gradient is looked for whose node was numbered anew.
+_MOST_RECENT = 1 << 12
+_REVERSED: dict[Role, Role] = {"dispatch": "combine", "combine": "dispatch", "other": "other"}
+
+#: (layer, device, start of the block's call) -> None
+NoteSpan = Callable[[int, torch.device, Mark], None]
+MarkNow = Callable[[torch.device], Mark | None]
+
+
+_NO_GRAPH = -1
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a graph on this thread, recomputation of checkpointed layers included."""
+    return torch._C._current_graph_task_id() != _NO_GRAPH
+
+
+@dataclass(slots=True, eq=False)
+class _Link:
+    """An exchange of a forward pass, whose gradient may come.
+
+    Attributes:
+        layer: MoE layer.
+        role: its role.
+        way: who sent what to whom.
+        used: its gradient has come.
+    """
+
+    layer: int
+    role: Role
+    way: Way
+    used: bool = False
+
+
+@dataclass(slots=True)
+class _Open:
+    """A block that is being computed.
+
+    Attributes:
+        block: the module.
+        call: its exchanges so far.
+        start: when it was entered; None inside the capture of a CUDA graph.
+        graph: run of autograd that it was entered in, as a recomputed block is.
+    """
+
+    block: nn.Module
+    call: LayerCall
+    start: Mark | None
+    graph: int
+
+
+class _Stack(threading.local):
+    """What this thread is computing."""
+
+    def __init__(self) -> None:
+        self.calls: list[_Open] = []
+        self.loose: LayerCall | None = None
+        self.loose_phase = ""
+
+
+class Places:
+    """Knows the layer and the role of an exchange that is started now."""
+
+    def __init__(self, *, mark: MarkNow, note_span: NoteSpan) -> None:
+        self._mark = mark
+        self._note_span = note_span
+        self._stack = _Stack()
+        self._links: dict[int, _Link | None] = {}
+        self._recent: deque[_Link] = deque()
+        self._ways: dict[Way, deque[_Link]] = {}
+        self._latest_number = -1
+        self._lock = threading.Lock()
+        self._attachments: list[Attachment] = []
+
+    def attach(self, model: nn.Module, sites: Sequence[RoutingSite]) -> None:
+        """Put the hooks on; all of them or, when one cannot be put on, none."""
+        modules = dict(model.named_modules())
+        blocks: dict[nn.Module, int] = {}
+        try:
+            for site in sites:
+                blocks.setdefault(_block(site, modules), site.spec.layer)
+            for block, layer in blocks.items():
+                self._attach_block(block, layer)
+            for site in sites:
+                self._attach_site(site)
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Take all hooks off; doing it twice does nothing."""
+        while self._attachments:
+            self._attachments.pop().remove()
+
+    def restore_hooks(self) -> bool:
+        """Put hooks on again that another library has taken off; whether there were any."""
+        lost = [attachment for attachment in self._attachments if not attachment.is_on()]
+        for attachment in lost:
+            attachment.restore()
+        return bool(lost)
+
+    def routed(self, layer: int, phase: str) -> None:
+        """A layer has routed on this thread; needed where its hooks were compiled away."""
+        stack = self._stack
+        if not stack.calls:
+            stack.loose, stack.loose_phase = LayerCall(layer, routed=True), phase
+
+    def compiled_phase(self) -> str | None:
+        """Phase of the compiled layer call on this thread; None outside any."""
+        return None if self._stack.loose is None else self._stack.loose_phase
+
+    def boundary(self) -> None:
+        """A step ends on this thread: what comes next belongs to no layer that routed before."""
+        self._stack.loose = None
+
+    def find(self, issue: Issue, group: str) -> tuple[Role, int | None]:
+        """Role and layer of an exchange."""
+        stack = self._stack
+        graph = torch._C._current_graph_task_id()
+        if stack.calls and stack.calls[-1].graph == graph:
+            call = stack.calls[-1].call
+            role, layer = call.role(issue, group), call.layer
+        elif graph != _NO_GRAPH:  # also where a block runs the backward pass of something else inside
+            return self._linked(issue, group)
+        elif stack.loose is not None:
+            role, layer = stack.loose.role(issue, group), stack.loose.layer
+            if stack.loose.combined and not stack.loose.open:
+                stack.loose = None
+        else:
+            return "other", None
+        if issue.differentiable:
+            self._remember(_Link(layer, role, way_of(issue, group)))
+        return role, layer
+
+    def _remember(self, link: _Link) -> None:
+        """Under the number of the autograd node that is being made: it was taken last on this thread."""
+        number = torch._C._autograd._get_sequence_nr() - 1
+        with self._lock:
+            known = self._links.get(number, link)
+            # two exchanges in one node: which gradient is whose is not known
+            alike = known is not None and (known.layer, known.role) == (link.layer, link.role)
+            self._links[number] = link if alike else None
+            self._latest_number = max(self._latest_number, number)
+            if len(self._links) > _MOST_LINKS:
+                del self._links[next(iter(self._links))]
+            self._recent.append(link)
+            self._ways.setdefault(link.way, deque()).append(link)
+            if len(self._recent) > _MOST_RECENT:
+                oldest = self._recent.popleft()
+                self._ways[oldest.way].popleft()
+                if not self._ways[oldest.way]:
+                    del self._ways[oldest.way]
+
+    def _linked(self, issue: Issue, group: str) -> tuple[Role, int | None]:
+        node: Any = torch._C._current_autograd_node()
+        if node is None:
+            return "other", None
+        number = node._sequence_nr()
+        with self._lock:
+            link = self._links.get(number)
+            renumbered = number > self._latest_number
+            if renumbered or (link is None and number in self._links):
+                alike = self._ways.get(way_of(issue, group, back=True), ())
+                open_ones = [other for other in alike if not other.used]
+                if renumbered or len({(other.layer, other.role) for other in open_ones}) == 1:
+                    link = open_ones[-1] if open_ones else None
+            if link is None:
+                return "other", None
+            link.used = True
+        return _REVERSED[link.role], link.layer
+
+    def _attach_block(self, block: nn.Module, layer: int) -> None:
+        device = next((p.device for p in block.parameters()), torch.device("cpu"))
+
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
+            if torch.compiler.is_compiling():
+                return
+            calls = self._stack.calls
+            if any(other.block is block for other in calls):
+                leave(block, (), {}, None)  # its end was in compiled code, where this hook is not
+            graph = torch._C._current_graph_task_id()
+            call = LayerCall(layer, _width((*args, *kwargs.values())))
+            calls.append(_Open(block, call, self._mark(device), graph))
+
+        def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: Any, _output: Any = None) -> None:
+            if torch.compiler.is_compiling():
+                return
+            calls = self._stack.calls
+            while calls:
+                ended = calls.pop()
+                if ended.block is block:
+                    if ended.start is not None:
+                        self._note_span(ended.call.layer, device, ended.start)
+                    return
+
+        self._attachments.append(Attachment(block, before=enter, after=leave))
+
+    def _attach_site(self, site: RoutingSite) -> None:
+        layer = site.spec.layer
+
+        def enter(_module: nn.Module, _args: tuple[Any, ...], _kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
+            if torch.compiler.is_compiling() or not self._stack.calls:
+                return
+            call = self._stack.calls[-1].call
+            call.layer, call.routed = layer, True
+
+        self._attachments.append(Attachment(site.module, before=enter))
+
+
+def _width(given: Sequence[Any]) -> int:
+    """Elements per row of the first argument that holds rows; 0 where there is none."""
+    tensors = (value for value in given if isinstance(value, torch.Tensor))
+    rows = (tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim() > 1)
+    return next((int(tensor.shape[-1]) for tensor in rows), 0)
+
+
+def _block(site: RoutingSite, modules: dict[str, nn.Module]) -> nn.Module:
+    """The module around the site; the site's own where that is the model or a list of layers."""
+    path = next((name for name, module in modules.items() if module is site.module), "")
+    parent = modules.get(path.rpartition(".")[0]) if path else None
+    return site.module if parent is None or isinstance(parent, nn.ModuleList | nn.ModuleDict) else parent

@@ -1,0 +1,190 @@
+"""The exchange probe: from the first to the last exchange of a watch.
+
+It issues no collective and waits for none that the program does not wait for anyhow; what it cannot
+understand it leaves alone and says so at the next step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from torch import nn
+
+from observatory.probes.exchange.attribution import Places, in_backward
+from observatory.probes.exchange.flight import FlightRecorder
+from observatory.probes.exchange.groups import Groups
+from observatory.probes.exchange.issue import Issue, Mark
+from observatory.probes.exchange.labels import Recorder, current_label
+from observatory.probes.exchange.recorder import RunRecorder
+from observatory.probes.exchange.tap import listen, unlisten
+from observatory.probes.log import ExchangeLog, SeenExchange, SeenSpan
+from observatory.probes.routing.sites import RoutingSite
+from observatory.probes.streams import Anchors, is_capturing, mark_now
+
+__all__ = ["ExchangeProbe"]
+
+#: Name of the span around one call of an MoE block.
+BLOCK_SPAN = "moe_layer"
+
+
+class ExchangeProbe:
+    """Runs from ``attach`` to ``stop``.
+
+    Args:
+        log: takes what is seen; its owner closes it.
+        anchors: of the host's clock, of the same owner.
+        situation: step and told phase (None when none was told) of what happens now.
+        known_phase: phase of the model's call in progress as far as it is known.
+        flight_recorder: the second source that the log reads, for what it costs; None without.
+
+    Attributes:
+        recorder: way in for transports that do not use ``torch.distributed``.
+        calls: exchanges seen.
+        captured_calls: exchanges recorded into CUDA graphs, whose replays cannot be seen.
+        host_ns: host time that these cost beyond their own, nanoseconds.
+    """
+
+    def __init__(
+        self,
+        log: ExchangeLog,
+        anchors: Anchors,
+        *,
+        situation: Callable[[], tuple[int, str | None]],
+        known_phase: Callable[[], str],
+        flight_recorder: FlightRecorder | None = None,
+    ) -> None:
+        self.calls = 0
+        self.captured_calls = 0
+        self.host_ns = 0
+        self._told = situation
+        self._known_phase = known_phase
+        self._groups = Groups()
+        self._anchors = anchors
+        self._error: Exception | None = None
+        self._recorder = flight_recorder
+        self._log = log
+        self._places = Places(mark=self._mark, note_span=self._note_span)
+        self.recorder: Recorder = RunRecorder(self._log.add, self._situation)
+
+    def attach(self, model: nn.Module, sites: Sequence[RoutingSite]) -> None:
+        """Begin; on an error nothing is left behind.
+
+        Raises:
+            CaptureError: this build of torch cannot be listened to.
+        """
+        try:
+            self._places.attach(model, sites)
+            listen(self)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """End: everything is as before; doing it twice does nothing, and so it is in a forked child."""
+        unlisten(self)
+        self._places.detach()
+
+    def boundary(self) -> None:
+        """A step or a told phase ends here."""
+        self._places.boundary()
+
+    def restore_hooks(self) -> bool:
+        """Put hooks on again that another library has taken off; whether there were any."""
+        return self._places.restore_hooks()
+
+    def routed(self, layer: int, phase: str) -> None:
+        """A layer has routed in this phase, on this thread."""
+        self._places.routed(layer, phase)
+
+    def problem(self) -> str | None:
+        """One line about the first thing that went wrong; None when nothing did."""
+        if self._error is not None:
+            return f"an exchange could not be understood: {type(self._error).__name__}: {self._error}"
+        return None
+
+    def notes(self) -> tuple[str, ...]:
+        """Stated limits of what was captured; final after ``stop``."""
+        notes = []
+        if self.captured_calls:
+            notes.append(
+                f"{self.captured_calls} exchanges were recorded into CUDA graphs, whose replays are not timed"
+            )
+        return tuple(notes)
+
+    def cost(self) -> dict[str, JsonValue]:
+        """What watching cost on the host, measured while it ran."""
+        mean_us = round(self.host_ns / self.calls / 1000, 3) if self.calls else None
+        cost: dict[str, JsonValue] = {"exchanges": self.calls, "host_us_per_exchange": mean_us}
+        if self._recorder is not None:
+            reads = self._recorder.reads
+            cost["recorder_reads"] = reads
+            cost["recorder_ms_per_read"] = round(self._recorder.read_ns / reads / 1e6, 3) if reads else None
+        return cost
+
+    def issued(self, issue: Issue, group: Any) -> None:
+        """Called for every exchange."""
+        facts = self._groups.facts(group)
+        backend = self._groups.backend(group, facts, issue.device)
+        label = current_label()
+        if label is None:
+            step, phase = self._situation(False)
+            (role, layer), algorithm = self._places.find(issue, facts.label), issue.algorithm
+        else:
+            role, layer, algorithm = label.role, label.layer, label.algorithm or issue.algorithm
+            step, phase = self._situation(label.backward)
+        own_number = None if backend.number is None else backend.number(group)
+        self._log.add(
+            SeenExchange(
+                issue,
+                step,
+                phase,
+                layer,
+                role,
+                algorithm,
+                facts,
+                next(facts.numbers),
+                backend.name,
+                own_number,
+            )
+        )
+        if not isinstance(issue.start, int) and not self._anchors.known(issue.device):
+            self._anchors.drop_anchor(issue.device)
+
+    def untimed(self) -> None:
+        """Called for every exchange that is recorded into a CUDA graph."""
+        self.captured_calls += 1
+
+    def broken(self, error: Exception) -> None:
+        """Called when an exchange could not be read."""
+        self._error = self._error or error
+
+    def spent(self, ns: int) -> None:
+        """Called after every exchange."""
+        self.calls += 1
+        self.host_ns += ns
+
+    def _situation(self, backward: bool) -> tuple[int, str]:
+        """Step and phase of what happens now on this thread."""
+        step, told = self._told()
+        if told in (None, "train_forward") and (backward or in_backward()):
+            return step, "train_backward"
+        return step, told or self._places.compiled_phase() or self._known_phase()
+
+    def _mark(self, device: torch.device) -> Mark | None:
+        if device.type != "cuda":
+            return time.monotonic_ns()
+        if is_capturing(device):
+            return None
+        if not self._anchors.known(device):
+            self._anchors.drop_anchor(device)
+        return mark_now(device)
+
+    def _note_span(self, layer: int, device: torch.device, start: Mark) -> None:
+        end = self._mark(device)
+        if end is not None:
+            step, phase = self._situation(False)
+            self._log.add(SeenSpan(BLOCK_SPAN, step, phase, layer, device, start, end))

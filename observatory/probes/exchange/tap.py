@@ -1,0 +1,297 @@
+"""The one place that every exchange of ``torch.distributed`` passes, and how we listen there.
+
+Whoever starts the exchange (``dist.all_to_all_single`` under any name it was imported as, the functional
+collectives, autograd's backward of either, code compiled earlier), it ends in an operator of the ``c10d``
+library. We register a kernel for these operators under the dispatch key ``BackendSelect``, which nothing else
+uses there: it is called before the backend's kernel, with the very arguments, and hands them on. So nothing
+has to be replaced in any module, and taking the kernel away restores everything.
+
+End of an exchange, without making anybody wait who would not wait anyhow:
+
+* host backends (gloo), blocking call: the caller waits next thing; we wait in its place and take the time.
+  What we have to note is noted before, while the exchange is on its way.
+* host backends, ``async_op=True`` and the functional collectives: a callback of the work's future.
+* NCCL: timing events on the stream that the result is ready on, read much later by another thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from observatory.errors import CaptureError
+from observatory.probes.exchange.issue import Issue, Mark, Side, side_of, side_of_list
+from observatory.probes.streams import is_capturing, mark_now
+
+__all__ = ["Listener", "is_tapped", "listen", "unlisten", "unsupported"]
+
+
+class Listener(Protocol):
+    """Is told about every exchange, on the thread that starts it; must not raise and must be quick."""
+
+    def issued(self, issue: Issue, group: Any) -> None:
+        """The exchange was started on this process group; it may or may not be over."""
+        ...
+
+    def untimed(self) -> None:
+        """An exchange was recorded into a CUDA graph instead of being started."""
+        ...
+
+    def broken(self, error: Exception) -> None:
+        """We could not make sense of an exchange; it went on all the same."""
+        ...
+
+    def spent(self, ns: int) -> None:
+        """Host time that one exchange took longer because of us."""
+        ...
+
+
+_lock = threading.Lock()
+_listeners: tuple[Listener, ...] = ()
+_library: Any = None
+
+Reader = Callable[[Sequence[Any]], Issue]
+
+
+def _all_to_all_single(arguments: Sequence[Any]) -> Issue:
+    output, given, _group, receives, sends = arguments[:5]
+    return Issue(
+        "all_to_all_single", given.device, given.dtype, side_of(given, sends), side_of(output, receives)
+    )
+
+
+def _all_to_all(arguments: Sequence[Any]) -> Issue:
+    outputs, given = arguments[:2]
+    first = given[0]
+    return Issue("all_to_all", first.device, first.dtype, side_of_list(given), side_of_list(outputs))
+
+
+def _all_gather(arguments: Sequence[Any]) -> Issue:
+    output, given = arguments[:2]
+    shares = _equal_shares(output)
+    return Issue("all_gather_into_tensor", given.device, given.dtype, shares, shares)
+
+
+def _reduce_scatter(arguments: Sequence[Any]) -> Issue:
+    given = arguments[1]
+    shares = _equal_shares(given)
+    return Issue("reduce_scatter_tensor", given.device, given.dtype, shares, shares)
+
+
+def _equal_shares(whole: torch.Tensor) -> Side:
+    return Side(whole.shape, whole.itemsize, ())
+
+
+#: Operator of the c10d library -> how to read its arguments; the third is the process group in all of them.
+_READERS: dict[str, Reader] = {
+    "alltoall_base_": _all_to_all_single,
+    "alltoall_": _all_to_all,
+    "_allgather_base_": _all_gather,
+    "_reduce_scatter_base_": _reduce_scatter,
+}
+
+
+def unsupported() -> str | None:
+    """Why this build of torch cannot be listened to; None when it can."""
+    if not torch.distributed.is_available():
+        return "this build of torch has no torch.distributed"
+    c10d = torch._C._distributed_c10d
+    if not hasattr(c10d.Work, "unbox") or not hasattr(c10d.ProcessGroup, "unbox"):
+        return f"torch {torch.__version__} does not hand its collectives to Python kernels"
+    missing = [name for name in _READERS if not hasattr(torch.ops.c10d, name)]
+    return f"torch {torch.__version__} has no operator c10d::{missing[0]}" if missing else None
+
+
+def is_tapped() -> bool:
+    """Whether anything of ours is between the program and its collectives."""
+    return any(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"c10d::{name}", "BackendSelect") for name in _READERS
+    )
+
+
+def listen(listener: Listener) -> None:
+    """Tell this listener about every exchange from now on.
+
+    Raises:
+        CaptureError: torch does not allow it.
+    """
+    global _listeners, _library  # noqa: PLW0603  # there is one dispatcher in the process
+    reason = unsupported()
+    if reason is not None:
+        raise CaptureError(
+            f"exchanges cannot be watched: {reason}; expected torch 2.6 or newer with torch.distributed, "
+            "or pass exchanges=False"
+        )
+    with _lock:
+        if _library is None:
+            library: Any = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call]
+            try:
+                for name, reader in _READERS.items():
+                    library.impl(name, _kernel(name, reader), "BackendSelect", with_keyset=True)
+            except BaseException:
+                library._destroy()
+                raise
+            _library = library
+        _listeners = (*_listeners, listener)
+
+
+def unlisten(listener: Listener) -> None:
+    """Tell it no more; with the last listener our kernels go. Doing it twice does nothing."""
+    global _listeners, _library  # noqa: PLW0603  # likewise
+    with _lock:
+        _listeners = tuple(other for other in _listeners if other is not listener)
+        if not _listeners and _library is not None:
+            _library._destroy()
+            _library = None
+
+
+def _kernel(name: str, read: Reader) -> Callable[..., Any]:
+    operator = getattr(torch.ops.c10d, name).default
+    handle = operator._handle
+    names = [argument.name for argument in operator._schema.arguments]
+    alone = len(operator._schema.returns) == 1
+    flag = names.index("async_op") if "async_op" in names else len(names)
+    below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        listeners = _listeners
+        entered_ns = time.monotonic_ns()
+        start = _start(arguments, listeners) if listeners else None
+        started_ns = time.monotonic_ns()
+        result = handle.redispatch_boxed(keyset & below, *arguments)
+        if start is None:
+            return result
+        returned_ns = time.monotonic_ns()
+        work = result if alone else result[-1]
+        # A trailing argument that has its default value is not passed on: async_op is True by default.
+        blocking = flag < len(arguments) and not arguments[flag]
+        hidden_ns = 0
+        try:
+            issue = read(arguments)
+            issue.start, issue.blocking = started_ns if type(start) is int else start, blocking
+            group = torch._C._distributed_c10d.ProcessGroup.unbox(arguments[2])
+            hidden_ns = _tell_and_watch_end(issue, group, work, listeners, returned_ns)
+        except Exception as error:  # the program's own exchange must not suffer from ours
+            for listener in listeners:
+                listener.broken(error)
+        own_ns = (started_ns - entered_ns) + (time.monotonic_ns() - returned_ns) - hidden_ns
+        for listener in listeners:
+            listener.spent(own_ns)
+        return result
+
+    return kernel
+
+
+def _start(arguments: Sequence[Any], listeners: Sequence[Listener]) -> Mark | None:
+    """Mark the start where that takes more than a look at the host's clock.
+
+    Returns:
+        0 where the host's clock serves, an event on the stream otherwise, None when it is not to be timed.
+    """
+    try:
+        given = arguments[1]
+        tensor = given[0] if type(given) is list else given
+        if not tensor.is_cuda:
+            return 0
+        if is_capturing(tensor.device):
+            for listener in listeners:
+                listener.untimed()
+            return None
+        group = torch._C._distributed_c10d.ProcessGroup.unbox(arguments[2])
+        # Only NCCL works in the order of the device's streams, and is not waited for by the host.
+        return mark_now(tensor.device) if group._get_backend(tensor.device).name() == "nccl" else 0
+    except Exception:  # malformed calls are refused by torch itself, next thing
+        return 0
+
+
+def _tell_and_watch_end(
+    issue: Issue, group: Any, boxed: Any, listeners: Sequence[Listener], returned_ns: int
+) -> int:
+    """Tell the listeners and arrange that the end of the exchange becomes known.
+
+    They are told while the exchange is on its way: whoever waits for it anyhow does not wait for us as well.
+
+    Returns:
+        Host time since ``returned_ns`` that the caller would have waited without us, nanoseconds.
+    """
+    if boxed is None:
+        work, issue.state = None, "unknown"
+    else:
+        work = torch._C._distributed_c10d.Work.unbox(boxed)
+    waits = bool(issue.blocking) and type(issue.start) is int
+    # The time is taken after the look: an end must never seem to lie before a peer's arrival.
+    over_ns = time.monotonic_ns() if waits and work is not None and _is_over(work) else None
+    for listener in listeners:
+        listener.issued(issue, group)
+    if work is None:
+        return 0
+    if waits:
+        return _wait(issue, work, returned_ns, over_ns=over_ns)
+    if type(issue.start) is int:
+        _note_end(issue, work)
+    else:
+        _mark_end(issue, work)
+    return 0
+
+
+def _is_over(work: Any) -> bool:
+    try:
+        return bool(work.is_completed())
+    except Exception:  # not every backend can tell
+        return False
+
+
+def _wait(issue: Issue, work: Any, returned_ns: int, *, over_ns: int | None) -> int:
+    """Wait in place of the caller, who waits next thing.
+
+    Args:
+        issue: the exchange.
+        work: its handle.
+        returned_ns: when it was on its way.
+        over_ns: when it was seen to be over already; None when it was not.
+
+    Returns:
+        Host time that this hid, nanoseconds: all of it where the exchange was still on its way.
+    """
+    before_ns = time.monotonic_ns()
+    since_ns = returned_ns if over_ns is None and not _is_over(work) else before_ns
+    try:
+        work.wait()
+    except Exception:  # the caller waits as well and gets the same error
+        issue.state = "failed"
+        return time.monotonic_ns() - since_ns
+    after_ns = time.monotonic_ns()
+    issue.finish(after_ns if over_ns is None else over_ns)
+    return after_ns - since_ns
+
+
+def _mark_end(issue: Issue, work: Any) -> None:
+    """Record an event where the result is ready on the device."""
+    if issue.blocking:
+        work.wait()  # as the caller does next: it makes the stream wait, where the exchange is on another
+        issue.finish(mark_now(issue.device))
+    else:
+        # Called at once, on a stream that waits for the exchange.
+        work.get_future().add_done_callback(lambda _future: issue.finish(mark_now(issue.device)))
+
+
+def _note_end(issue: Issue, work: Any) -> None:
+    """Take the time on the thread that completes the exchange."""
+
+    def done(future: torch.futures.Future[Any]) -> None:
+        now_ns = time.monotonic_ns()
+        try:
+            future.value()
+        except Exception:  # the program meets the error where it waits
+            issue.state = "failed"
+        else:
+            issue.finish(now_ns)
+
+    try:
+        work.get_future().add_done_callback(done)
+    except RuntimeError:  # a backend without futures
+        issue.state = "unknown"

@@ -1,0 +1,302 @@
+"""From what was seen to rows of the run, on a thread of its own.
+
+The program only appends to a queue. The thread takes what is complete, turns it into rows and writes them;
+what is still in flight waits for the next round. When the queue is full, further exchanges are dropped and
+counted: the program never waits for us.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import torch
+
+from observatory.errors import ObservatoryError
+from observatory.probes.exchange.flight import FlightRecorder
+from observatory.probes.exchange.groups import GroupFacts
+from observatory.probes.exchange.issue import Issue, Mark, per_peer_bytes
+from observatory.probes.streams import Anchors
+from observatory.run import RunWriter
+from observatory.run.flight_recorder import Told
+from observatory.run.tables import EXCHANGE_SCHEMA, SPAN_SCHEMA
+
+__all__ = ["ExchangeLog", "SeenExchange", "SeenSpan"]
+
+#: Entries that may wait; about 100 MB at the very most.
+_MOST_WAITING = 1 << 18
+_WAKE_AT = 1 << 13
+#: Rows built at a stretch, under half a millisecond, so that the program's threads get their turn.
+_STRETCH = 256
+#: How long the end of a watch waits for a device that has not come to our events yet.
+_GRACE_S = 5.0
+_NAMED_GAPS = 3
+_RECORDER_ROUNDS = 10
+#: Different reasons that are counted apart.
+_MOST_GAPS = 32
+
+
+@dataclass(slots=True)
+class SeenExchange:
+    """An exchange together with where in the run it belongs; fields as in ``EXCHANGE_SCHEMA``."""
+
+    issue: Issue
+    step: int
+    phase: str
+    layer: int | None
+    role: str
+    algorithm: str
+    group: GroupFacts
+    sequence: int
+    backend: str
+    backend_sequence: int | None = None
+
+
+@dataclass(slots=True)
+class SeenSpan:
+    """A stretch of the program; fields as in ``SPAN_SCHEMA``."""
+
+    name: str
+    step: int
+    phase: str
+    layer: int | None
+    device: torch.device
+    start: Mark
+    end: Mark
+
+
+class ExchangeLog:
+    """Owns the thread, from construction to ``close``.
+
+    Args:
+        writer: run that rows go to.
+        anchors: what places events of devices on the host's clock.
+        flush_seconds: seconds after which rows are on disk.
+        recorder: torch's flight recorder as a second source; None to do without.
+
+    Attributes:
+        dropped: entries lost because the queue was full or their time never became known.
+        unended: exchanges written without an end.
+        written: exchanges written.
+        recorder_gaps: what the flight recorder did not say of them, and how often.
+        recorder_error: why it could not be read any more; None as long as it can.
+    """
+
+    def __init__(
+        self,
+        writer: RunWriter,
+        anchors: Anchors,
+        *,
+        flush_seconds: float,
+        recorder: FlightRecorder | None = None,
+    ) -> None:
+        self.dropped = 0
+        self.unended = 0
+        self.written = 0
+        self.recorder_gaps: Counter[str] = Counter()
+        self.recorder_error: str | None = None
+        self._writer = writer
+        self._anchors = anchors
+        self._flush_seconds = flush_seconds
+        self._recorder = recorder
+        self._wake_at = _WAKE_AT if recorder is None else min(_WAKE_AT, recorder.due_after)
+        self._queue: deque[SeenExchange | SeenSpan] = deque()
+        self._waiting: list[SeenExchange | SeenSpan] = []
+        self._error: Exception | None = None
+        self._wake = threading.Event()
+        self._drained = threading.Event()
+        self._closing = False
+        # A daemon: a program that is torn down without leaving its ``with`` block must still be able to end.
+        self._thread = threading.Thread(target=self._run, name="observatory-exchange", daemon=True)
+        self._thread.start()
+
+    def add(self, seen: SeenExchange | SeenSpan) -> None:
+        """Keep an entry; called on the program's threads."""
+        waiting = len(self._queue)
+        if waiting >= _MOST_WAITING:
+            self.dropped += 1
+            return
+        self._queue.append(seen)
+        if waiting == self._wake_at:
+            self._wake.set()
+
+    def problem(self) -> str | None:
+        """One line about the first error of the thread; None when there was none."""
+        if self._error is None:
+            return None
+        error = self._error
+        reason = str(error) if isinstance(error, ObservatoryError) else f"{type(error).__name__}: {error}"
+        return f"captured exchanges could not be kept: {reason}"
+
+    def notes(self) -> tuple[str, ...]:
+        """Stated limits of what was kept; final after ``close``."""
+        notes = []
+        if self.unended:
+            notes.append(f"{self.unended} exchanges have no end: they failed or were still in flight")
+        if self.dropped:
+            notes.append(f"{self.dropped} exchanges or spans were lost: they came faster than the disk")
+        for reason, gaps in self.recorder_gaps.most_common(_NAMED_GAPS):
+            notes.append(f"flight recorder, {gaps} of {self.written} exchanges: {reason}")
+        if self.recorder_error is not None:
+            notes.append(f"the flight recorder was given up: {self.recorder_error}")
+        return tuple(notes)
+
+    def hurry(self, timeout_s: float) -> None:
+        """Write what is complete, from any thread, waiting no longer than that."""
+        self._drained.clear()
+        self._wake.set()
+        self._drained.wait(timeout_s)
+
+    def close(self) -> None:
+        """Write everything and end the thread; doing it twice does nothing."""
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._wake.wait(self._flush_seconds)
+            self._wake.clear()
+            self._guarded(last=False)
+            self._drained.set()
+        deadline = time.monotonic() + _GRACE_S
+        while self._devices_are_late() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if self._recorder is not None:
+            self._wait_for_recorder()
+        self._guarded(last=True)
+
+    def _wait_for_recorder(self) -> None:
+        """NCCL's entries are completed by a thread of its own that looks every 100 ms."""
+        for _ in range(_RECORDER_ROUNDS):
+            self._guarded(last=False)
+            if not any(
+                isinstance(seen, SeenExchange) and seen.issue.end is not None for seen in self._waiting
+            ):
+                return
+            time.sleep(0.1)
+
+    def _devices_are_late(self) -> bool:
+        entries = (*self._waiting, *self._queue)
+        return any(
+            self._host_ns(mark, entry) is None
+            for entry in entries
+            for mark in (_marks(entry))
+            if isinstance(mark, torch.cuda.Event)
+        )
+
+    def _guarded(self, *, last: bool) -> None:
+        try:
+            self._drain(last=last)
+        except Exception as error:  # whatever it is, the watched program must hear of it and go on
+            self._error = self._error or error
+
+    def _drain(self, *, last: bool) -> None:
+        entries, self._waiting = self._waiting, []
+        while self._queue:
+            entries.append(self._queue.popleft())
+        if self._recorder is not None and any(isinstance(seen, SeenExchange) for seen in entries):
+            self._read(self._recorder)
+        for first in range(0, len(entries), _STRETCH):
+            stretch = entries[first : first + _STRETCH]
+            rows = [self._exchange_row(seen, last=last) for seen in stretch if isinstance(seen, SeenExchange)]
+            spans = [self._span_row(seen, last=last) for seen in stretch if isinstance(seen, SeenSpan)]
+            self._append("exchange", [row for row in rows if row is not None], EXCHANGE_SCHEMA)
+            self._append("spans", [row for row in spans if row is not None], SPAN_SCHEMA)
+            time.sleep(0)
+        if entries:
+            self._writer.flush()
+
+    def _read(self, recorder: FlightRecorder) -> None:
+        try:
+            recorder.read()
+        except Exception as error:  # the first source goes on without the second
+            self._recorder = None
+            self.recorder_error = " ".join(f"{error}".split())[:500]
+
+    def _append(self, table: str, rows: Sequence[tuple[object, ...]], schema: pa.Schema) -> None:
+        if rows:
+            columns = [
+                pa.array(column, field.type)
+                for column, field in zip(zip(*rows, strict=True), schema, strict=True)
+            ]
+            self._writer.append(table, pa.Table.from_arrays(columns, schema=schema))
+
+    def _exchange_row(self, seen: SeenExchange, *, last: bool) -> tuple[object, ...] | None:
+        issue = seen.issue
+        start_ns = self._host_ns(issue.start, seen)
+        end_ns = None if issue.end is None else self._host_ns(issue.end, seen)
+        over = issue.state in ("failed", "unknown") or end_ns is not None
+        if start_ns is None or not over:
+            if not last:
+                self._waiting.append(seen)
+                return None
+            if start_ns is None:
+                self.dropped += 1
+                return None
+        sends, receives = (per_peer_bytes(side, seen.group.size) for side in (issue.send, issue.receive))
+        told = self._told(seen, sends, receives)
+        if not (told.final or last):
+            self._waiting.append(seen)
+            return None
+        self.written += 1
+        self.unended += end_ns is None
+        if told.problem is not None:
+            self.recorder_gaps[told.problem if len(self.recorder_gaps) < _MOST_GAPS else "other reasons"] += 1
+        return (
+            seen.step,
+            seen.phase,
+            seen.layer,
+            self._writer.rank,
+            seen.role,
+            seen.group.label,
+            seen.sequence,
+            seen.algorithm,
+            seen.backend,
+            start_ns,
+            end_ns,
+            sends,
+            receives,
+            issue.blocking,
+            seen.group.name,
+            seen.backend_sequence,
+            told.start_ns,
+            told.duration_ns,
+            told.problem,
+        )
+
+    def _told(self, seen: SeenExchange, sends: list[int] | None, receives: list[int] | None) -> Told:
+        """What the second source says."""
+        if self._recorder is None:
+            return Told()
+        return self._recorder.index.tell(
+            backend=seen.backend,
+            group=seen.group.name,
+            number=seen.backend_sequence,
+            send_bytes=sends,
+            receive_bytes=receives,
+        )
+
+    def _span_row(self, seen: SeenSpan, *, last: bool) -> tuple[object, ...] | None:
+        start_ns, end_ns = self._host_ns(seen.start, seen), self._host_ns(seen.end, seen)
+        if start_ns is None or end_ns is None:
+            if last:
+                self.dropped += 1
+            else:
+                self._waiting.append(seen)
+            return None
+        return (seen.step, seen.phase, seen.layer, self._writer.rank, seen.name, start_ns, end_ns)
+
+    def _host_ns(self, mark: Mark, seen: SeenExchange | SeenSpan) -> int | None:
+        if isinstance(mark, int):
+            return mark
+        device = seen.device if isinstance(seen, SeenSpan) else seen.issue.device
+        return self._anchors.host_ns(mark, device)
+
+
+def _marks(seen: SeenExchange | SeenSpan) -> tuple[Mark | None, Mark | None]:
+    return (seen.start, seen.end) if isinstance(seen, SeenSpan) else (seen.issue.start, seen.issue.end)

@@ -1,0 +1,93 @@
+"""Where routing can be read in a model, and how.
+
+Shapes: T tokens, K assignments per token, E experts. A *site* is one MoE layer together with the module
+whose call shows its routing decision and a pure function that reads the decision from that call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from observatory.run.manifest import MoeLayerSpec
+
+__all__ = ["ReadCall", "RoutingDecision", "RoutingSite", "may_drop_inside", "shown_by"]
+
+#: Attributes of experts that drop assignments over a capacity by themselves.
+_CAPACITIES = ("capacity_factor", "expert_capacity", "expert_capacity_factor", "moe_capacity_factor")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingDecision:
+    """The routing decision of one layer call; tensors stay on their device.
+
+    Attributes:
+        expert_ids: logical expert of each assignment, integers of any shape whose leading part counts
+            tokens, (T, K) as a rule. Entries outside 0..E-1 (padding, null experts, masked tokens) count
+            for nobody. None when ``routing_map`` is given.
+        routing_map: (T, E), non-zero where the token goes to the expert. None when ``expert_ids`` is given.
+        weights: gate weights, of the shape of ``expert_ids`` or ``routing_map``; None when not shown.
+        token_mask: (T,) true for tokens that count; None when all of them do.
+        tokens: T, known from shapes alone (no device read); None when it cannot be told (expert choice).
+        is_inferred: the choice was not seen but made again, as the K largest of logits; such a reading needs
+            a witness (``witness.py``).
+    """
+
+    expert_ids: torch.Tensor | None = None
+    routing_map: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    token_mask: torch.Tensor | None = None
+    tokens: int | None = None
+    is_inferred: bool = False
+
+
+#: (module, positional arguments, keyword arguments, output or None before the call) -> decision, or None
+#: when this call is not one to count. Must not read device values on the host.
+ReadCall = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], RoutingDecision | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingSite:
+    """One MoE layer and the call that shows its routing.
+
+    Attributes:
+        spec: the layer as the manifest describes it.
+        module: module whose call is watched.
+        when: read ``before`` the call (from its inputs) or ``after`` it (from its output).
+        how: one phrase for people, e.g. "experts call (top_k_index)".
+        read: takes the call apart.
+        block: the MoE block around it, whose calls are looked at as well; None where it is not known.
+        is_repeatable: calling ``block`` again changes nothing but its own tensors; not so where a module
+            further out had to take its place.
+        experts: the experts, where they are modules that are called one by one; empty elsewhere.
+        infers: readings may be inferred (``RoutingDecision.is_inferred``).
+        shows_gates: the gates are read, not what is dispatched by them; experts that compute something else
+            are stated, and the gates are counted all the same.
+    """
+
+    spec: MoeLayerSpec
+    module: nn.Module
+    when: Literal["before", "after"]
+    how: str
+    read: ReadCall
+    block: nn.Module | None = None
+    is_repeatable: bool = True
+    experts: tuple[nn.Module, ...] = ()
+    infers: bool = False
+    shows_gates: bool = False
+
+
+def shown_by(decision: RoutingDecision) -> torch.Tensor | None:
+    """The ids, or else the map; None when the decision shows neither."""
+    return decision.expert_ids if decision.expert_ids is not None else decision.routing_map
+
+
+def may_drop_inside(site: RoutingSite) -> bool:
+    """Whether the site is read before experts that state a capacity of their own."""
+    if site.when != "before":
+        return False
+    return any(getattr(site.module, name, None) is not None for name in _CAPACITIES)

@@ -1,0 +1,234 @@
+"""Clock alignment of a watched program's ranks, through the store that its process group meets at.
+
+    enter:  every rank tells rank 0 which clock it reads; the first rank of each other clock
+            measures its offset from rank 0's
+    exit:   the ranks of those other clocks measure again, which gives the drift
+
+No collective is issued and no message of the program's own groups is sent: numbers travel through keys of the
+store, on a connection of their own. Nothing here waits for ever or raises: a rank that does not come in time,
+or leaves by an exception, costs its own alignment, and the reason is stated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+from observatory.errors import ExchangeError
+from observatory.probes.alignment import (
+    Clock,
+    ClockAlignment,
+    ClockServer,
+    ask,
+    decline,
+    unaligned,
+    with_drift,
+)
+from observatory.run.time_base import clock_identity
+
+__all__ = ["StoreClock", "StorePairs", "default_store"]
+
+#: The reference may come that much later than the others and still find them.
+_GRACE_S = 5.0
+#: Some stores look only so often, and give up that much too early.
+_POLL_S = 0.1
+#: What a rank gets that is served after the time was up.
+_LEAST_S = 0.2
+
+
+def default_store() -> Any | None:
+    """The store of torch's default process group; None where there is none."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return None
+    try:
+        return distributed.distributed_c10d._get_default_store()
+    except (AttributeError, RuntimeError, ValueError, KeyError):
+        return None
+
+
+class StorePairs:
+    """Single numbers between ranks, as keys of a store; they are removed by :meth:`close`.
+
+    Args:
+        store: a store of ``torch.distributed`` that all ranks reach.
+        rank: this rank.
+        size: number of ranks.
+        name: tells this conversation from others; the same on all ranks.
+        timeout_s: how long all waiting together may last.
+    """
+
+    def __init__(self, store: Any, *, rank: int, size: int, name: str, timeout_s: float) -> None:
+        # A connection of our own: waiting on that of the program would lock its other threads out.
+        self._own = hasattr(store, "clone")
+        try:
+            self._store = store.clone() if self._own else store
+        except RuntimeError as error:
+            raise self._gone(error) from error
+        self.rank, self.size = rank, size
+        self._name = name
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._received: list[str] = []
+
+    def send(self, peer: int, value: int) -> None:
+        """Send one number."""
+        try:
+            self._store.set(self._key(self.rank, peer), str(value))
+        except RuntimeError as error:
+            raise self._gone(error) from error
+
+    def receive(self, peer: int) -> int:
+        """Wait for a number, until the time of all waiting is up."""
+        key = self._key(peer, self.rank)
+        left = timedelta(seconds=max(self._deadline - time.monotonic(), _LEAST_S))
+        try:
+            if self._own:
+                self._store.set_timeout(left)
+            else:
+                self._store.wait([key], left)
+            value = int(self._store.get(key))
+        except (RuntimeError, ValueError) as error:
+            if time.monotonic() >= self._deadline - _POLL_S:
+                raise ExchangeError(f"rank {peer} did not come within {self._timeout_s:g} s") from error
+            raise self._gone(error) from error
+        self._received.append(key)
+        return value
+
+    def told(self, peer: int) -> int:
+        """How many numbers this rank has sent there."""
+        return self._numbers.get((self.rank, peer), 0)
+
+    def close(self) -> None:
+        """Remove the keys that were read."""
+        with contextlib.suppress(RuntimeError):  # the store may be gone, and the keys with it
+            for key in self._received:
+                self._store.delete_key(key)
+        self._received.clear()
+
+    def _key(self, source: int, to: int) -> str:
+        number = self._numbers.get((source, to), 0)
+        self._numbers[source, to] = number + 1
+        return f"observatory-clock/{self._name}/{source}-{to}/{number}"
+
+    def _gone(self, error: Exception) -> ExchangeError:
+        words = " ".join(str(error).split()) or type(error).__name__
+        return ExchangeError(f"the store of the process group does not answer: {words[:160]}")
+
+
+class StoreClock:
+    """How this rank's clock relates to rank 0's, from enter to exit of a watch.
+
+    Args:
+        store: see :class:`StorePairs`.
+        rank: this rank.
+        size: number of ranks.
+        name: the run's id.
+        timeout_s: how long to wait for ranks, at enter and at exit.
+        clock: monotonic nanoseconds.
+        identity: what tells whether two ranks share a clock.
+
+    Attributes:
+        notes: what is missing, as far as this rank knows.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        *,
+        rank: int,
+        size: int,
+        name: str,
+        timeout_s: float,
+        clock: Clock = time.monotonic_ns,
+        identity: Callable[[], int | None] = clock_identity,
+    ) -> None:
+        self._store = store
+        self._rank, self._size = rank, size
+        self._name = name
+        self._timeout_s = timeout_s
+        self._clock, self._identity = clock, identity
+        self._begin: ClockAlignment | None = None
+        self._apart: list[int] = []
+        self.notes: list[str] = []
+
+    def begin(self) -> ClockAlignment:
+        """Align at enter; all ranks call it at the same point of the program."""
+        self._begin, problem = self._align("begin", list(range(1, self._size)))
+        if problem is not None:
+            self.notes.append(
+                f"clocks were not aligned at enter ({problem}): waiting between ranks of different hosts may "
+                "not be known"
+            )
+        return self._begin
+
+    def end(self, *, failed: bool = False) -> ClockAlignment:
+        """Align again at exit, where clocks differ.
+
+        Args:
+            failed: take no part, as the others may be past coming here; they are told.
+
+        Returns:
+            That of :meth:`begin`, with the drift since where that could be measured.
+        """
+        begin = self._begin or self._unaligned("nobody began")
+        others = self._apart if self._rank == 0 else [0] if begin.method != "shared clock" else []
+        if not others:
+            return begin
+        if failed or begin.method == "none":
+            with contextlib.suppress(ExchangeError):  # nobody may be there to hear it
+                decline(self._link("end"), peers=self._apart)
+            return begin
+        end, problem = self._align("end", self._apart)
+        if problem is not None:
+            self.notes.append(
+                f"clocks were not aligned at exit ({problem}): their drift is not known, which makes times "
+                "less certain"
+            )
+        return with_drift(begin, end)
+
+    def _align(self, part: str, peers: list[int]) -> tuple[ClockAlignment, str | None]:
+        """The alignment, and why it is not complete; None when it is."""
+        try:
+            with contextlib.closing(self._link(part)) as link:
+                if self._rank == 0:
+                    return self._serve(link, peers)
+                own = ask(link, clock=self._clock, identity=self._identity)
+                return own, own.reason
+        except ExchangeError as error:
+            return self._unaligned(str(error)), str(error)
+
+    def _serve(self, link: StorePairs, peers: list[int]) -> tuple[ClockAlignment, str | None]:
+        server = ClockServer(link, clock=self._clock, identity=self._identity)
+        problems: dict[int, str] = {}
+        apart: list[int] = []
+        for peer in peers:
+            try:
+                if server.serve(peer):
+                    apart.append(peer)
+            except ExchangeError as error:
+                problems[peer] = str(error)
+        self._apart = apart
+        with contextlib.suppress(ExchangeError):  # they may still come
+            decline(link, peers=[peer for peer in problems if link.told(peer) == 0])
+        problem = next(iter(problems.values()), None)
+        if len(problems) > 1:
+            problem = f"{problem}, and {len(problems) - 1} more"
+        return server.alignment(), problem
+
+    def _unaligned(self, reason: str) -> ClockAlignment:
+        return unaligned(reason, clock=self._clock, identity=self._identity)
+
+    def _link(self, part: str) -> StorePairs:
+        return StorePairs(
+            self._store,
+            rank=self._rank,
+            size=self._size,
+            name=f"{self._name}/{part}",
+            timeout_s=self._timeout_s + (_GRACE_S if self._rank else 0.0),
+        )

@@ -1,0 +1,1 @@
+"""Tidy frames of runs, benchmarks and models, from which figures and sections are drawn."""

@@ -1,0 +1,171 @@
+"""The tidy frames that all sections and figures are made from.
+
+``runs``      run, label, condition, kind, mixer, ranks
+``layers``    run, phase, and the columns of ``observatory.analysis.routing.layer_metrics``
+``summary``   run, phase, and the columns of ``observatory.analysis.routing.phase_summary``
+``loads``     run, phase, layer, expert, load (whole window, summed over source ranks), and its parts load_odd
+              and load_even from every other step (of long runs: every other group of neighbouring steps)
+``scan``      run, and the columns of ``observatory.analysis.parallel.scan_run``
+``bands``     label, phase, band, reason
+``locality``  run, and the columns of ``observatory.analysis.routing.local_consistency``; empty without token
+              samples
+
+``run`` is the position of the run in the report; ``label`` names a model, uniquely among runs of the same
+condition; ``kind`` is real, altered, mock or unstated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from observatory.reports.frames.benchmarks import BenchmarkFrames
+from observatory.reports.frames.exchanges import ExchangeFrames
+from observatory.reports.frames.frequency import ClockFrames
+from observatory.reports.frames.power import PowerFrames
+from observatory.run.manifest import PHASES, Manifest
+
+__all__ = [
+    "NOT_STATED",
+    "ReportFrames",
+    "RunFacts",
+    "condition_order",
+    "each_group",
+    "each_row",
+    "in_reading_order",
+    "label_runs",
+    "phases_of",
+]
+
+#: Condition of a run that does not say what it was fed.
+NOT_STATED = "not stated"
+_KNOWN_CONDITIONS = ("prose", "code", "foreign", "structured", "shuffled", "mock")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFacts:
+    """What one run says about itself.
+
+    Attributes:
+        run: position in the report.
+        path: where it was read from.
+        manifest: its manifest, ranks merged.
+        problems: gaps the reader found.
+        gaps: what the report leaves out for this run, and why.
+    """
+
+    run: int
+    path: Path
+    manifest: Manifest
+    problems: tuple[str, ...]
+    gaps: tuple[str, ...] = ()
+
+    @property
+    def condition(self) -> str:
+        """Name of the data condition."""
+        return self.manifest.data.condition if self.manifest.data else NOT_STATED
+
+    @property
+    def kind(self) -> str:
+        """``mock``, ``real``, ``altered`` (real tokens in another order) or ``unstated``."""
+        if self.condition == "mock":
+            return "mock"
+        real = self.manifest.data.real if self.manifest.data else None
+        return "unstated" if real is None else "real" if real else "altered"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportFrames:
+    """All frames of a report (columns in the module's docstring) and the runs' facts.
+
+    ``exchanges`` is None when no run holds any, ``benchmarks`` and ``clocks`` when no files were given,
+    ``power`` when nobody looked for it.
+    """
+
+    facts: tuple[RunFacts, ...]
+    runs: pd.DataFrame
+    layers: pd.DataFrame
+    summary: pd.DataFrame
+    loads: pd.DataFrame
+    scan: pd.DataFrame
+    bands: pd.DataFrame
+    locality: pd.DataFrame
+    exchanges: ExchangeFrames | None = None
+    benchmarks: BenchmarkFrames | None = None
+    power: PowerFrames | None = None
+    clocks: ClockFrames | None = None
+
+    @property
+    def cells(self) -> pd.DataFrame:
+        """``summary`` with label, condition and kind, in reading order."""
+        return self.summary.merge(self.runs, on="run", suffixes=("", "_of_run")).pipe(in_reading_order)
+
+    def cells_in_order(self) -> Iterator[tuple[int, str, str, str]]:
+        """(run, label, condition, phase) of every cell that has data, phases apart."""
+        for row in each_row(self.cells):
+            yield row.run, row.label, row.condition, row.phase
+
+
+def each_row(frame: pd.DataFrame) -> Iterator[Any]:
+    """Rows as named tuples; what a column holds is said by the frame, not by the type checker."""
+    yield from frame.itertuples()
+
+
+def each_group(frame: pd.DataFrame, keys: list[str]) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """Rows by several keys in order of appearance; a missing key is a key like any other."""
+    yield from frame.groupby(keys, sort=False, dropna=False)
+
+
+def in_reading_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows by phase, then model in the order given, then condition."""
+    conditions = condition_order(frame)
+    phases = list(PHASES)
+    models = list(dict.fromkeys(frame["label"]))
+    return frame.sort_values(
+        ["phase", "label", "condition"],
+        key=lambda column: column.map(
+            {"phase": phases, "label": models, "condition": conditions}[str(column.name)].index
+        ),
+        kind="stable",
+    ).reset_index(drop=True)
+
+
+def condition_order(runs: pd.DataFrame) -> list[str]:
+    """Conditions: real text, then what the user named, then altered text, mock last."""
+    rank = {"real": 0, "unstated": 1, "altered": 2, "mock": 3}
+    known = {name: index for index, name in enumerate(_KNOWN_CONDITIONS)}
+    pairs = dict.fromkeys(zip(runs["kind"], runs["condition"], strict=True))
+    ordered = sorted(pairs, key=lambda pair: (rank[pair[0]], known.get(pair[1], len(known))))
+    return list(dict.fromkeys(condition for _, condition in ordered))
+
+
+def phases_of(frame: pd.DataFrame) -> list[str]:
+    """Phases present, in the order of ``PHASES``."""
+    present = set(frame["phase"])
+    return [phase for phase in PHASES if phase in present]
+
+
+def label_runs(facts: tuple[RunFacts, ...]) -> list[str]:
+    """Model names, told apart where the same model meets the same condition more than once.
+
+    The number of ranks is added where it differs, and the position in the report where nothing else does.
+    """
+    labels = [fact.manifest.model.name for fact in facts]
+    suffixes: tuple[Callable[[RunFacts], str], ...] = (
+        lambda fact: f" ({fact.manifest.topology.ranks} ranks)",
+        lambda fact: f" (run {fact.run + 1})",
+    )
+    for suffix in suffixes:
+        seen: dict[tuple[str, str], list[int]] = {}
+        for index, fact in enumerate(facts):
+            seen.setdefault((labels[index], fact.condition), []).append(index)
+        for members in seen.values():
+            endings = {index: suffix(facts[index]) for index in members}
+            if len(members) > 1 and len(set(endings.values())) > 1:
+                for index, ending in endings.items():
+                    labels[index] += ending
+    return labels

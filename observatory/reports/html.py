@@ -1,0 +1,259 @@
+"""One offline HTML file for one or several runs."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+import observatory
+from observatory.errors import RunError
+from observatory.reports.embed import content_security_policy, packed_figure, script_json, script_text
+from observatory.reports.frames.benchmark_files import read_benchmark_files
+from observatory.reports.frames.collect import collect
+from observatory.reports.frames.frequency import collect_clocks
+from observatory.reports.frames.report import ReportFrames
+from observatory.reports.page import FigureBlock, Section, Variant
+from observatory.reports.sections import (
+    FORMULAS,
+    clocks_section,
+    committee_section,
+    energy_section,
+    exchange_sections,
+    file_records,
+    findings,
+    grid_section,
+    heatmap_section,
+    layer_section,
+    lorenz_section,
+    mock_section,
+    overview,
+    power_section,
+    problems,
+    provenance,
+    run_table,
+    scan_section,
+    step_section,
+)
+from observatory.reports.text import bytes_text, listing, plain, shorten
+from observatory.reports.theme import FONT, LIGHT_TO_DARK, css_variables
+from observatory.run import Run, open_run
+from observatory.run.files import committed
+
+__all__ = ["MOST_BYTES", "render", "write_report"]
+
+#: A report larger than this cannot be mailed around; it is refused rather than written.
+MOST_BYTES = 10_000_000
+
+
+def write_report(
+    runs: Sequence[str | os.PathLike[str] | Run],
+    out: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    ep_degrees: Sequence[int] = (4, 8, 16, 32),
+    gpus_per_node: int = 4,
+    bench: Sequence[str | os.PathLike[str]] = (),
+    replays: Sequence[str | os.PathLike[str]] = (),
+    networks: Sequence[str | os.PathLike[str]] = (),
+    clocks: Sequence[str | os.PathLike[str]] = (),
+    max_slowdown: float = 0.02,
+    overwrite: bool = False,
+) -> Path:
+    """Write the report of ``runs`` as one HTML file that needs no network.
+
+    Args:
+        runs: run directories or open runs; models and conditions keep this order.
+        out: file to write; it appears whole or not at all.
+        title: heading of the page; made from the models and conditions when None.
+        ep_degrees: expert-parallel degrees of the scan.
+        gpus_per_node: ranks per node of the scan.
+        bench: results of ``observatory bench``.
+        replays: results of ``observatory replay``; one of a run that is not in ``runs`` is left out and
+            named.
+        networks: network models of ``observatory fit``.
+        clocks: clock sweeps, or clock models of ``observatory clocks fit``.
+        max_slowdown: how much longer an iteration may take at a recommended clock, as a share.
+        overwrite: replace an existing file.
+
+    Raises:
+        RunError: no runs, a run cannot be opened, ``out`` exists or cannot be written, or the page would be
+            larger than 10 MB.
+        BenchmarkError: a benchmark file cannot be read or is of another kind.
+        ClockError: likewise a clock file, or the budget is none.
+    """
+    target = Path(out)
+    if not runs:
+        raise RunError("a report needs at least one run directory; none was given")
+    if target.is_dir():
+        raise RunError(f"{target} is a directory; give the name of a file, such as {target / 'report.html'}")
+    if target.exists() and not target.is_file():
+        raise RunError(f"{target} is a pipe or device and is not replaced; give the name of a file")
+    if target.exists() and not overwrite:
+        raise RunError(f"{target} exists; choose another name, or pass --force to replace it")
+    opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
+    files = read_benchmark_files(bench=bench, replays=replays, networks=networks)
+    given = collect_clocks(clocks, max_slowdown=max_slowdown)
+    frames = collect(opened, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, files=files, clocks=given)
+    page = render(frames, title=title, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, out=target)
+    size = len(page.encode("utf-8", "replace"))
+    if size > MOST_BYTES:
+        raise RunError(
+            f"the report of {len(runs)} runs would have {bytes_text(size)}, more than "
+            f"{bytes_text(MOST_BYTES)}; report fewer runs at once"
+        )
+    _write(target, page)
+    return target
+
+
+def render(
+    frames: ReportFrames, *, title: str | None, ep_degrees: Sequence[int], gpus_per_node: int, out: Path
+) -> str:
+    """The page as text."""
+    from plotly.offline import get_plotlyjs
+
+    sections = build_sections(frames, gpus_per_node=gpus_per_node)
+    environment = _environment()
+    page_js = _asset(environment, "page.js")
+    plotly_js = get_plotlyjs()
+    paths = [str(fact.path) for fact in frames.facts]
+    given = frames.benchmarks.files.options() if frames.benchmarks else []
+    given += frames.clocks.options() if frames.clocks else []
+    return environment.get_template("report.html.j2").render(
+        title=shorten(title or _title(frames), 200),
+        version=observatory.__version__,
+        policy=content_security_policy(plotly_js, page_js),
+        font=Markup(FONT),
+        light_variables=Markup(css_variables(dark=False)),
+        dark_variables=Markup(css_variables(dark=True)),
+        stylesheet=Markup(_asset(environment, "page.css")),
+        kind=_kind(frames),
+        overview=overview(frames),
+        problems=problems(frames),
+        findings=findings(frames),
+        sections=sections,
+        has_figures=any(isinstance(block, FigureBlock) for part in sections for block in part.blocks),
+        formulas=FORMULAS,
+        records=provenance(frames),
+        file_records=file_records(frames),
+        reproduce=plain(
+            shlex.join(
+                ["observatory", "report", *paths, *given, "--out", str(out), "--ep",
+                 ",".join(map(str, ep_degrees)), "--gpus-per-node", str(gpus_per_node)]
+            )
+        ),
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        dark_colours=script_json(LIGHT_TO_DARK),
+        plotly_js=script_text(plotly_js),
+        page_js=script_text(page_js),
+    )  # fmt: skip
+
+
+def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]:
+    """All sections in reading order; what is about exchanges comes first where every run has them."""
+    about_exchanges = exchange_sections(frames)
+    found = frames.exchanges
+    first = found is not None and set(found.traffic["run"]) == set(frames.runs["run"])
+    about_power = [
+        section
+        for section in (power_section(frames), energy_section(frames), clocks_section(frames))
+        if section.blocks or section.reason
+    ]
+    if frames.layers.empty and frames.power is not None and frames.power.runs:
+        return [*about_exchanges, *about_power, run_table(frames)]  # telemetry alone
+    sampled = frames.power is not None and bool(frames.power.runs)
+    return [
+        *(about_exchanges if first else ()),
+        *(about_power if sampled else ()),
+        grid_section(frames),
+        mock_section(frames),
+        heatmap_section(frames),
+        lorenz_section(frames),
+        committee_section(frames),
+        scan_section(frames, gpus_per_node=gpus_per_node),
+        step_section(frames),
+        *(() if first else about_exchanges),
+        *(() if sampled else about_power),
+        layer_section(frames),
+        run_table(frames),
+    ]
+
+
+def _kind(frames: ReportFrames) -> str:
+    """What the page is about, in three words or so."""
+    about = [] if frames.layers.empty else ["routing"]
+    about += ["exchange"] if frames.exchanges or frames.benchmarks else []
+    about += ["power"] if (frames.power and frames.power.runs) or frames.clocks else []
+    text = listing(about or ["routing"])
+    return f"{text[0].upper()}{text[1:]} report"
+
+
+def _title(frames: ReportFrames) -> str:
+    models = list(dict.fromkeys(shorten(fact.manifest.model.name, 60) for fact in frames.facts))
+    conditions = list(dict.fromkeys(shorten(fact.condition, 40) for fact in frames.facts))
+    left = models[0] if len(models) == 1 else f"{len(models)} models"
+    right = listing(conditions) if len(conditions) <= 2 else f"{len(conditions)} data conditions"
+    if frames.layers.empty and frames.power is not None and frames.power.runs:
+        return f"Power of {left}"
+    return f"Expert routing of {left} on {right}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Neighbouring variants of one group."""
+
+    name: str
+    members: list[Variant]
+
+
+def _grouped(variants: Iterable[Variant], attribute: str) -> list[_Group]:
+    """Variants by group, both in the order given, so that options count as the variants do."""
+    groups: list[_Group] = []
+    for variant in variants:
+        name = str(getattr(variant, attribute))
+        if not groups or groups[-1].name != name:
+            groups.append(_Group(name=name, members=[]))
+        groups[-1].members.append(variant)
+    return groups
+
+
+def _packed(variant: Variant) -> Markup:
+    return packed_figure(variant.figure, alt=variant.alt, note=variant.note)
+
+
+def _environment() -> Environment:
+    """Templates with every value escaped, and an error for every name they do not get."""
+    environment = Environment(
+        loader=PackageLoader("observatory.reports"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["groupby_in_order"] = _grouped
+    environment.filters["packed"] = _packed
+    return environment
+
+
+def _asset(environment: Environment, name: str) -> str:
+    """A file beside the templates, as it is."""
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _write(target: Path, page: str) -> None:
+    """Write the whole file, or leave what is there."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with committed(target) as temporary:
+            temporary.write_bytes(page.encode("utf-8", "replace"))
+    except OSError as error:
+        raise RunError(
+            f"the report cannot be written to {target}: {error.strerror or error}; choose a writable place"
+        ) from error

@@ -1,0 +1,41 @@
+"""Sections of a report: frames in, titles, tables and figures out."""
+
+from observatory.reports.sections.benchmark_records import file_records
+from observatory.reports.sections.committee import committee_section
+from observatory.reports.sections.energy import energy_section
+from observatory.reports.sections.exchanges import exchange_sections
+from observatory.reports.sections.findings import findings
+from observatory.reports.sections.frequency import clocks_section
+from observatory.reports.sections.grid import grid_section
+from observatory.reports.sections.heatmaps import heatmap_section
+from observatory.reports.sections.layers import layer_section
+from observatory.reports.sections.lorenz import lorenz_section
+from observatory.reports.sections.mock import mock_section
+from observatory.reports.sections.overview import overview, problems
+from observatory.reports.sections.power import power_section
+from observatory.reports.sections.provenance import FORMULAS, RunRecord, provenance, run_table
+from observatory.reports.sections.scan import scan_section
+from observatory.reports.sections.steps import step_section
+
+__all__ = [
+    "FORMULAS",
+    "RunRecord",
+    "clocks_section",
+    "committee_section",
+    "energy_section",
+    "exchange_sections",
+    "file_records",
+    "findings",
+    "grid_section",
+    "heatmap_section",
+    "layer_section",
+    "lorenz_section",
+    "mock_section",
+    "overview",
+    "power_section",
+    "problems",
+    "provenance",
+    "run_table",
+    "scan_section",
+    "step_section",
+]

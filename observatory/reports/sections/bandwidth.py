@@ -1,0 +1,267 @@
+"""Benchmarked exchanges against their size, and the network model that was fitted to them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from observatory.analysis.network.features import BYTE_TERMS, FORMS, TERMS
+from observatory.analysis.network.network import AlgorithmFit, Coefficient
+from observatory.reports.figures.bandwidth import bandwidth_curves
+from observatory.reports.frames.benchmarks import BenchmarkFrames
+from observatory.reports.frames.report import each_group, each_row
+from observatory.reports.page import Block, Cell, Column, FigureBlock, Section, Table, Variant, table
+from observatory.reports.text import (
+    MISSING,
+    bytes_text,
+    count,
+    listing,
+    microseconds,
+    number,
+    percent,
+    plain,
+    shorten,
+)
+from observatory.run.documents.bench import BenchResult
+
+__all__ = ["bandwidth_section"]
+
+_TITLE = "Bandwidth, latency and the fitted model"
+_MOST_ROWS = 120
+
+
+def bandwidth_section(found: BenchmarkFrames) -> Section:
+    """A figure per benchmark and pattern, and what was fitted."""
+    variants = _variants(found)
+    blocks: list[Block] = []
+    if variants:
+        blocks.append(
+            FigureBlock(
+                id="bandwidth-curves",
+                title="Time and bus bandwidth against size",
+                caption="Marks: median over repeats of the slowest rank's time. Bus bandwidth is the mean "
+                "bytes of a rank over that time, times the share of bytes that leaves its rank: for equal "
+                "splits nccl-tests' busbw. GB are 10⁹ bytes.",
+                choice="Benchmark and splits",
+                variants=variants,
+            )
+        )
+    for given in found.files.networks:
+        name = shorten(given.name, 32)
+        for fit in given.document.fits:
+            blocks += [_coefficient_table(name, given.document.backend, fit), _form_table(name, fit)]
+    return Section(
+        id="bandwidth",
+        title=_TITLE,
+        short="Bandwidth and model",
+        lead=_lead(found),
+        blocks=tuple(blocks),
+    )
+
+
+def _lead(found: BenchmarkFrames) -> tuple[str, ...]:
+    lead: tuple[str, ...] = ()
+    if found.files.bench:
+        lead += (
+            "Synthetic exchanges of known size and splits, every byte checked. How they are timed: "
+            "docs/network-model.md.",
+        )
+    if not found.files.networks:
+        return (*lead, "No network model was given: observatory fit makes one from these files (--network).")
+    return (
+        *lead,
+        "An exchange lasts as long as its slowest rank: the model is a sum of terms per rank, of which the "
+        "largest over the ranks counts. Several forms are fitted; the one that is chosen errs least on "
+        "matrices that were left out of its fit, or hardly more with fewer coefficients. A coefficient "
+        "that the measurements cannot tell is not filled in.",
+    )
+
+
+def _variants(found: BenchmarkFrames) -> tuple[Variant, ...]:
+    variants = []
+    for (bench, pattern), own in each_group(found.points, ["bench", "pattern"]):
+        sized = own[own["size_bytes"] > 0]
+        if sized.empty:
+            continue
+        curves = found.curves[(found.curves["bench"] == bench) & (found.curves["pattern"] == pattern)]
+        variants.append(_variant(found, int(bench), str(pattern), sized, curves))
+    return tuple(variants)
+
+
+def _variant(
+    found: BenchmarkFrames, bench: int, pattern: str, points: pd.DataFrame, curves: pd.DataFrame
+) -> Variant:
+    given = found.files.bench[bench]
+    result = given.document
+    ranks = f"{result.ranks} {'rank' if result.ranks == 1 else 'ranks'}"
+    count_of = len(set(result.node_of_P))
+    nodes = f"{count_of} {'node' if count_of == 1 else 'nodes'}"
+    where = (
+        f"{shorten(pattern, 24).capitalize()} splits, {ranks} on {nodes}, "
+        f"{shorten(result.backend, 16)} ({shorten(given.name, 32)})"
+    )
+    best = next(each_row(points.sort_values("busbw", ascending=False)))
+    return Variant(
+        group=f"{shorten(given.name, 32)}: {ranks}, {shorten(result.backend, 16)}",
+        label=f"{shorten(pattern, 24)}, {ranks}",
+        figure=bandwidth_curves(points, curves),
+        alt=f"Curves for {where}: from {microseconds(points['us'].min())} to "
+        f"{microseconds(points['us'].max())}, bus bandwidth up to {number(best.busbw)} GB/s.",
+        note=f"{where}. {_protocol(result)} Highest bus bandwidth {_gb(best.busbw)} at "
+        f"{bytes_text(best.size_bytes)} a rank ({shorten(best.algorithm, 24)}).{_empty(found, bench)}"
+        + _about_model(found, bench, points, curves),
+        numbers=_numbers(points, where),
+    )
+
+
+def _protocol(result: BenchResult) -> str:
+    rounds = f"{result.warmup} warm-up {'round' if result.warmup == 1 else 'rounds'}"
+    return f"{result.repeats} repeats of {result.iterations} exchanges after {rounds}."
+
+
+def _empty(found: BenchmarkFrames, bench: int) -> str:
+    """What an exchange of nothing took."""
+    nothing = found.points[(found.points["bench"] == bench) & (found.points["size_bytes"] == 0)]
+    told = [f"{microseconds(row.us)} ({shorten(row.algorithm, 24)})" for row in each_row(nothing)]
+    return f" An empty exchange takes {listing(told)}." if told else ""
+
+
+def _about_model(found: BenchmarkFrames, bench: int, points: pd.DataFrame, curves: pd.DataFrame) -> str:
+    if not found.files.networks:
+        return ""
+    missing = [name for name in dict.fromkeys(points["algorithm"]) if name not in set(curves["algorithm"])]
+    told = f" No model for {listing([shorten(name, 24) for name in missing])}." if missing else ""
+    known = points.dropna(subset=["predicted_us"])
+    if known.empty:
+        return told
+    error = ((known["predicted_us"] - known["us"]).abs() / known["us"]).median()
+    network = found.files.networks[int(known["network"].iloc[0])]
+    seen = found.files.bench[bench].path.name in network.document.sources
+    return (
+        f"{told} Fitted model: {shorten(network.name, 32)}, median distance from these points "
+        f"{percent(error)}; "
+        + ("it was fitted to a file of this name." if seen else "it was not fitted to a file of this name.")
+    )
+
+
+def _numbers(points: pd.DataFrame, where: str) -> Table:
+    shown = points.sort_values(["algorithm", "size_bytes", "seed"]).head(_MOST_ROWS)
+    return table(
+        where,
+        ["Algorithm", "Bytes a rank", "Time", Column(title="p10 – p90", detail="of repeats"), "algbw GB/s",
+         "busbw GB/s", "Predicted"],
+        [
+            [
+                shorten(row.algorithm, 24),
+                bytes_text(row.size_bytes),
+                microseconds(row.us),
+                f"{microseconds(row.p10_us)} – {microseconds(row.p90_us)}",
+                _gb(row.algbw, unit=""),
+                _gb(row.busbw, unit=""),
+                _prediction(row),
+            ]
+            for row in each_row(shown)
+        ],
+    )  # fmt: skip
+
+
+def _prediction(row: Any) -> Cell:
+    if pd.isna(row.predicted_us):
+        return Cell(text=MISSING, detail="no model")
+    detail = f"{microseconds(row.low_us)} – {microseconds(row.high_us)}"
+    if not pd.isna(row.extrapolated):
+        detail += "\nextrapolated"
+    return Cell(text=microseconds(row.predicted_us), detail=detail)
+
+
+def _gb(value: float, *, unit: str = " GB/s") -> str:
+    """Three digits that count: bandwidths here reach from kilobytes to hundreds of gigabytes."""
+    return MISSING if pd.isna(value) else f"{value:.3g}{unit}"
+
+
+def _coefficient_table(name: str, backend: str, fit: AlgorithmFit) -> Table:
+    form = FORMS[fit.form]
+    return table(
+        f"{shorten(fit.algorithm, 24)} over {shorten(backend, 16)}: the fitted coefficients ({name})",
+        [
+            "Term",
+            Column(title="Microseconds", detail="per exchange, message, rank or MB"),
+            Column(title="Bandwidth", detail="GB/s"),
+        ],
+        [
+            [
+                Cell(
+                    text=plain(item.term).replace("_", " "),
+                    detail=plain(TERMS.get(item.term, "")),
+                    heading=True,
+                ),
+                *_value_cells(item),
+            ]
+            for item in fit.coefficients
+        ],
+        note=f"Form {fit.form}: {form.meaning}. Small: 90 % bootstrap interval over matrices. MB are "
+        "10⁶ bytes.",
+    )
+
+
+def _value_cells(item: Coefficient) -> tuple[Cell, Cell]:
+    """The coefficient with its interval, and the bandwidth it means where it is one of bytes."""
+    per_byte = item.term in BYTE_TERMS
+    if item.us_per_unit is None:
+        return Cell(text=MISSING, detail=plain(item.reason or "")), Cell(
+            text="–" if not per_byte else MISSING
+        )
+    scale = 1e6 if per_byte else 1.0
+    low, high = item.low_us, item.high_us
+    known = low is not None and high is not None
+    value = Cell(
+        text=f"{item.us_per_unit * scale:.4g}",
+        detail=f"{low * scale:.4g} – {high * scale:.4g}" if low is not None and high is not None else "",
+    )
+    if not per_byte:
+        return value, Cell(text="–")
+    if not item.us_per_unit > 0:
+        return value, Cell(text=MISSING, detail="costs nothing measurable")
+    ends = ""
+    if known and high:
+        ends = f"{1e-3 / high:.3g} – {1e-3 / low:.3g}" if low else f"at least {1e-3 / high:.3g}"
+    return value, Cell(text=f"{1e-3 / item.us_per_unit:.3g}", detail=ends)
+
+
+def _form_table(name: str, fit: AlgorithmFit) -> Table:
+    return table(
+        f"{shorten(fit.algorithm, 24)}: the forms that were tried ({name})",
+        [
+            "Form",
+            Column(title="Weighted error", detail="decides"),
+            "Median error",
+            "90th percentile",
+            "Coefficients",
+            Column(title="Chosen", numeric=False),
+        ],
+        [
+            [
+                plain(score.form),
+                percent(score.weighted_error),
+                percent(score.median_error),
+                percent(score.p90_error),
+                count(score.parameters),
+                "chosen" if score.form == fit.form else "",
+            ]
+            for score in sorted(fit.scores, key=lambda score: score.weighted_error)
+        ],
+        note=f"{_basis(fit)} Errors are on matrices left out of the fit. Of the forms within a tenth of the "
+        "smallest weighted error, the one with fewest coefficients is chosen. What each form says: "
+        "docs/network-model.md.",
+    )
+
+
+def _basis(fit: AlgorithmFit) -> str:
+    domain = fit.domain
+    low, high = domain.rank_bytes
+    return (
+        f"Fitted to {count(fit.cases)} matrices of {listing([str(ranks) for ranks in domain.ranks])} ranks "
+        f"on {listing([str(nodes) for nodes in domain.nodes])} nodes, busiest rank {bytes_text(low)} to "
+        f"{bytes_text(high)}; held out: {shorten(fit.sharing, 120)}."
+    )

@@ -1,0 +1,145 @@
+"""Do a few experts hold half of the work, and are they the same ones on other data?"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import pandas as pd
+
+from observatory.reports.frames.committees import committee_overlaps, committee_sizes
+from observatory.reports.frames.report import ReportFrames, condition_order, each_row, phases_of
+from observatory.reports.page import Cell, Column, Section, Table, table
+from observatory.reports.sections.common import NO_LOADS, spread
+from observatory.reports.text import count, number, percent, shorten
+
+__all__ = ["committee_section"]
+
+_WITH = {
+    "same": ("Same text, other steps", "even and odd steps"),
+    "real": ("Another real text", "all pairs"),
+    "altered": ("Altered text", "against each real one"),
+    "mock": ("Mock tokens", "against each real one"),
+}
+_NOT_RUN = Cell(text="–", detail="not run")
+
+
+def committee_section(frames: ReportFrames) -> Section:
+    """Committee sizes, their overlap between conditions, and locality where tokens were sampled."""
+    title, short = "A standing committee?", "Committees"
+    sizes = committee_sizes(frames.loads)
+    if sizes.empty:
+        return Section(id="committee", title=title, short=short, reason=NO_LOADS)
+    sizes = sizes.merge(frames.runs, on="run")
+    overlaps = committee_overlaps(frames)
+    lead = [
+        "The committee of a layer is the smallest set of experts that holds half of its assignments "
+        "(“Standing committee” in docs/metrics.md). With equal loads it is half of all experts; the "
+        f"smaller, the more concentrated. Layers here have {spread(sizes['experts'])} experts. Values are "
+        "means over the model's MoE layers."
+    ]
+    if overlaps.empty:
+        lead.append("No model here has a real text to compare committees on.")
+    elif set(overlaps["with_kind"]) == {"same"}:
+        lead.append(
+            "Whether it stands on other data cannot be told from one data condition per model. The second "
+            "table compares even and odd steps of the same text (Jaccard index: 1 for the same experts, 0 "
+            "for none in common), beside chance."
+        )
+    else:
+        lead.append(
+            "Whether it stands is another question: the second table compares its members between data "
+            "conditions (Jaccard index: 1 for the same experts, 0 for none in common). Read each value "
+            "beside two others: chance, and “same text, other steps”, where only sampling and the progress "
+            "of the text differ. Near the latter the same experts work on any data; near chance the data "
+            "choose them; below chance different data have been given different experts."
+        )
+    if frames.locality.empty:
+        lead.append("No run here holds token samples, so local routing consistency is not known.")
+    return Section(
+        id="committee",
+        title=title,
+        short=short,
+        lead=tuple(lead),
+        blocks=(
+            _sizes(sizes),
+            *(() if overlaps.empty else (_overlaps(overlaps),)),
+            *(() if frames.locality.empty else (_locality(frames),)),
+        ),
+    )
+
+
+def _sizes(sizes: pd.DataFrame) -> Table:
+    conditions = condition_order(sizes)
+    means = sizes.groupby(["phase", "label", "condition"], sort=False)[["size", "experts"]].mean()
+    cells: dict[Hashable, Cell] = {
+        row.Index: Cell(text=number(row.size, 1), detail=percent(row.size / row.experts, 0))
+        for row in each_row(means)
+    }
+    return table(
+        "Experts that hold half of the assignments",
+        ["Model", "Phase", *(shorten(condition, 24) for condition in conditions)],
+        [
+            [shorten(label), phase, *(cells.get((phase, label, name), _NOT_RUN) for name in conditions)]
+            for phase in phases_of(sizes)
+            for label in dict.fromkeys(sizes["label"])
+        ],
+        text=2,
+        note="Mean over layers, whole window; below it the share of all experts.",
+    )
+
+
+def _overlaps(overlaps: pd.DataFrame) -> Table:
+    kinds = [kind for kind in _WITH if kind in set(overlaps["with_kind"])]
+    groups = overlaps.groupby(["phase", "label", "with_kind"], sort=False)
+    cells: dict[Hashable, Cell] = {
+        row.Index: Cell(text=number(row.jaccard, 2), detail=f"chance {number(row.jaccard_chance, 2)}")
+        for row in each_row(groups[["jaccard", "jaccard_chance"]].mean())
+    }
+    return table(
+        "Overlap of committees with those on real text",
+        ["Model", "Phase", *(Column(title=_WITH[kind][0], detail=_WITH[kind][1]) for kind in kinds)],
+        [
+            [shorten(label), phase, *(cells.get((phase, label, kind), _NOT_RUN) for kind in kinds)]
+            for phase in phases_of(overlaps)
+            for label in dict.fromkeys(overlaps["label"])
+        ],
+        text=2,
+        note="Jaccard index per layer, then the mean over layers and pairs of conditions; no interval. "
+        "Committees of the same text's even and odd steps rest on half of the tokens, so they overlap less "
+        "than two whole windows of it would. Chance: two random sets of the same sizes, exact.",
+    )
+
+
+def _locality(frames: ReportFrames) -> Table:
+    known = frames.locality[frames.locality["segments"] > 0].merge(frames.runs, on="run")
+    groups = known.groupby(["label", "condition", "phase"], sort=False)
+    means = groups[["hit_share", "hit_share_shuffled", "locality_gain"]].mean()
+    ranges = groups[["segments", "segment_tokens", "cached_experts"]].max()
+    return table(
+        "Local routing consistency",
+        [
+            "Model",
+            "Data",
+            Column(title="Segments", detail="per layer, tokens each"),
+            Column(title="Experts kept", detail="per segment"),
+            "Served by them",
+            "Tokens in random order",
+            "Gain by locality",
+        ],
+        [
+            [
+                shorten(row.Index[0]),
+                Cell(text=shorten(row.Index[1], 24), detail=row.Index[2]),
+                Cell(text=count(row.segments), detail=f"of {row.segment_tokens}"),
+                count(row.cached_experts),
+                percent(row.hit_share),
+                percent(row.hit_share_shuffled),
+                percent(row.locality_gain),
+            ]
+            for row in each_row(means.join(ranges))
+        ],
+        text=2,
+        note="From the sampled tokens alone: share of a segment's assignments that its own busiest experts "
+        "serve (hit_share, hit_share_shuffled and locality_gain in docs/metrics.md), mean over layers. Only "
+        "the gain is due to the order of the tokens.",
+    )

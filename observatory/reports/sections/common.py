@@ -1,0 +1,83 @@
+"""Wording and selections that several sections share."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from observatory.reports.frames.benchmarks import BenchmarkFrames
+from observatory.reports.frames.report import NOT_STATED, ReportFrames, phases_of
+from observatory.reports.text import count, number, shorten
+
+__all__ = [
+    "NO_LOADS",
+    "choice_label",
+    "layer_window_text",
+    "phases_in",
+    "replay_name",
+    "run_choice",
+    "run_text",
+    "spread",
+    "window_text",
+]
+
+NO_LOADS = "No run given here holds routing rows with assignments, so there is nothing to show."
+
+
+def spread(values: pd.Series, form: object = count) -> str:
+    """``20`` where all are equal, ``20 to 40`` otherwise."""
+    values = values.dropna()
+    if values.empty:
+        return "n/a"
+    low, high = form(values.min()), form(values.max())  # type: ignore[operator]
+    return low if low == high else f"{low} to {high}"
+
+
+def choice_label(condition: str, phase: str) -> str:
+    """How a cell is called in a control."""
+    return f"{condition}, {phase}"
+
+
+def run_choice(label: str, condition: str, phase: str) -> str:
+    """How a run's phase is called in a control."""
+    return f"{shorten(label, 44)} · {choice_label(shorten(condition, 24), phase)}"
+
+
+def window_text(cells: pd.DataFrame) -> str:
+    """Window, tokens and floor of the cells shown."""
+    return (
+        f"Window: the whole run of {spread(cells['steps'])} steps, {spread(cells['tokens'])} tokens per "
+        f"layer; sampling floor {spread(cells['gini_floor'], number)}."
+    )
+
+
+def layer_window_text(layers: pd.DataFrame) -> str:
+    """Window, tokens, experts and floor of the layers shown."""
+    return (
+        f"{spread(layers['experts'])} experts per layer; whole window of {spread(layers['steps'])} steps, "
+        f"{spread(layers['tokens'])} tokens per layer, {spread(layers['assignments'])} assignments; "
+        f"sampling floor of Gini {spread(layers['gini_floor'], number)}."
+    )
+
+
+def phases_in(rows: pd.DataFrame) -> list[str]:
+    """Phases present: those of runs in their order, then whatever else a file says."""
+    known = phases_of(rows)
+    return [*known, *(phase for phase in rows["phase"].dropna().unique() if phase not in known)]
+
+
+def replay_name(frames: ReportFrames, found: BenchmarkFrames, replay: int) -> str:
+    """Whose traffic a replay sent, over how many ranks of which fabric."""
+    given = found.files.replays[replay]
+    ids = [fact.manifest.run_id for fact in frames.facts]
+    run = ids.index(given.document.run_id or "") if given.document.run_id in ids else 0
+    label, condition = frames.runs.loc[run, ["label", "condition"]]
+    return (
+        f"{shorten(label)} on {shorten(condition, 24)} over {given.document.ranks} ranks, "
+        f"{shorten(given.document.backend, 16)} ({shorten(given.name, 32)})"
+    )
+
+
+def run_text(frames: ReportFrames, run: int) -> str:
+    """A run by its model and what it was fed; telemetry alone was fed nothing."""
+    label, condition = frames.runs.loc[run, ["label", "condition"]]
+    return shorten(label) if condition == NOT_STATED else f"{shorten(label)} on {shorten(condition, 24)}"

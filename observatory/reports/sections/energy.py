@@ -1,0 +1,378 @@
+"""Energy per token and phase, idle apart, and how far the numbers can be trusted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from observatory.reports.figures.energy import device_energy, token_energy
+from observatory.reports.frames.power import PowerFrames
+from observatory.reports.frames.report import ReportFrames, each_row, phases_of
+from observatory.reports.page import Block, Cell, Column, FigureBlock, Section, Table, Variant, table
+from observatory.reports.sections.common import run_text
+from observatory.reports.text import count, interval, listing, number, percent, plain, shorten
+from observatory.run.manifest import PHASES
+
+__all__ = ["TOLERATED_ALIASING", "energy_section", "energy_text"]
+
+_TITLE = "Energy per phase and token"
+_MOST_BARS = 24
+#: Warnings that are sentences of their own; more are a table.
+_MOST_WARNINGS = 2
+_MOST_ROWS = 40
+#: Errors of integrated power below this are no aliasing worth a warning (observatory.devices.aliasing).
+TOLERATED_ALIASING = 0.02
+_NOT_ATTRIBUTED = 0.005
+
+
+def energy_section(frames: ReportFrames) -> Section:
+    """Per token, per device, and the tables behind both; empty without power samples."""
+    found = frames.power
+    assert found is not None
+    if not found.runs:
+        return Section(id="energy", title=_TITLE)
+    tokens = [variant for run in found.runs if (variant := _token_variant(frames, found, run))]
+    devices = [variant for run in found.runs if (variant := _device_variant(frames, found, run))]
+    blocks: list[Block] = []
+    if tokens:
+        blocks.append(
+            FigureBlock(
+                id="energy-tokens",
+                title="Energy per token",
+                caption="All devices of a rank over all its tokens of the phase: input tokens for prefill, "
+                "output tokens for decode. Every phase has a scale of its own. Hatched: what the idle "
+                "device draws in the same time. Bars with ends: 90 % interval, without the calibration of "
+                "the sensor (5 %).",
+                choice="Run",
+                variants=tuple(tokens),
+            )
+        )
+    if devices:
+        blocks.append(
+            FigureBlock(
+                id="energy-devices",
+                title="Where the energy of each device went",
+                caption="Energy from the first phase to the last (of all samples where no phases are "
+                "known): by "
+                "the counter where there is one, else by integrated power. Time in no phase stands apart.",
+                choice="Run",
+                variants=tuple(devices),
+            )
+        )
+    if len(found.phases):
+        blocks.append(_phase_table(frames, found))
+    aliased = _aliased(found)
+    if len(aliased) > _MOST_WARNINGS:
+        blocks.append(_aliasing_table(frames, aliased))
+    lead = (
+        "A phase is measured alone where it fills windows of five seconds or more (repetition), else by "
+        "least squares over the shares of time, and not at all where neither can tell: then the reason "
+        "stands there. Counter and integrated power are computed apart and compared.",
+        *_why_no_tokens(frames, found, tokens),
+        *_aliasing_sentences(frames, found),
+    )
+    return Section(id="energy", title=_TITLE, short="Energy per token", lead=lead, blocks=tuple(blocks))
+
+
+def energy_text(millijoules: float | None) -> str:
+    """An energy in the unit that reads best, three digits or so."""
+    if millijoules is None or pd.isna(millijoules):
+        return "n/a"
+    if millijoules == 0:
+        return "0 J"
+    for unit, factor in (("µJ", 1e-3), ("mJ", 1.0), ("J", 1e3), ("kJ", 1e6)):
+        scaled = millijoules / factor
+        if abs(scaled) < 1000 or unit == "kJ":
+            break
+    digits = 0 if abs(scaled) >= 100 else 1 if abs(scaled) >= 10 else 2
+    return f"{scaled:.{digits}f} {unit}".replace("-", "−")
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or pd.isna(value) else plain(value)
+
+
+def _token_variant(frames: ReportFrames, found: PowerFrames, run: int) -> Variant | None:
+    own = found.tokens[found.tokens["run"] == run]
+    known = own[own["mj_per_token"].notna()]
+    if known.empty:
+        return None
+    ordered = pd.concat([known[known["phase"] == phase] for phase in phases_of(known)])
+    most = known.groupby("source_rank")["mj_per_token"].max().sort_values(ascending=False)
+    shown = ordered[ordered["source_rank"].isin(most.head(_MOST_BARS).index)]
+    where = run_text(frames, run)
+    sentences = [
+        f"{row.phase}, rank {row.source_rank}: {number(row.mj_per_token, 2)} mJ per {row.kind} token "
+        f"({interval(row.mj_per_token_low, row.mj_per_token_high, 2)}), {count(row.tokens)} tokens from "
+        f"{_text(row.tokens_source)}"
+        for row in each_row(shown.head(4))
+    ]
+    left_out = len(most) - shown["source_rank"].nunique()
+    return Variant(
+        group=shorten(frames.runs.loc[run, "label"]),
+        label=where,
+        figure=token_energy(shown),
+        alt=f"Bars of energy per token for {where}. {'; '.join(sentences)}.",
+        note=f"{where}: {'; '.join(sentences)}."
+        + (f" {left_out} ranks with less energy per token are not drawn." if left_out else "")
+        + _flagged(shown),
+        numbers=_token_table(own, found.totals[found.totals["run"] == run], where),
+    )
+
+
+def _flagged(shown: pd.DataFrame) -> str:
+    """Sentences on the numbers that are flagged, each with whose it is."""
+    return "".join(
+        f" Flagged, {listing([f'{row.phase} on rank {row.source_rank}' for row in each_row(own)])}: "
+        f"{_text(flag)}."
+        for flag, own in shown[shown["flag"].notna()].groupby("flag", sort=False)
+    )
+
+
+def _token_table(own: pd.DataFrame, totals: pd.DataFrame, where: str) -> Table:
+    whole = totals.assign(of=[f"all ranks ({ranks})" for ranks in totals["ranks"]])
+    shown = own.head(_MOST_ROWS).assign(of=[f"rank {rank}" for rank in own.head(_MOST_ROWS)["source_rank"]])
+    rows: list[list[str | Cell]] = [
+        [
+            Cell(text=plain(row.phase), detail=row.of, heading=True),
+            "n/a" if pd.isna(row.tokens) else f"{count(row.tokens)} {row.kind}",
+            Cell(
+                text=number(row.mj_per_token, 3),
+                detail=interval(row.mj_per_token_low, row.mj_per_token_high),
+            ),
+            number(row.above_idle_mj_per_token, 3),
+            number(row.idle_mj_per_token, 3),
+            "; ".join(filter(None, (_text(row.flag), _text(row.reason)))) or "–",
+        ]
+        for frame in (whole, shown)
+        for row in each_row(frame)
+    ]
+    return table(
+        f"{where}: mJ per token",
+        ["Phase", "Tokens", "All of it", "Above idle", "Idle", Column(title="To know", numeric=False)],
+        rows,
+        note="Small: 90 % interval." + _more(len(own)),
+    )
+
+
+def _device_variant(frames: ReportFrames, found: PowerFrames, run: int) -> Variant | None:
+    devices = found.devices[(found.devices["run"] == run)]
+    known = devices[devices["energy_mj"].notna()].sort_values("energy_mj", ascending=False).head(_MOST_BARS)
+    if known.empty:
+        return None
+    where = run_text(frames, run)
+    parts = _parts(known, found.phases[(found.phases["run"] == run) & found.phases["span"].isna()])
+    whole = float(known["energy_mj"].sum())
+    shares = parts.groupby("part", sort=False)["mj"].sum() / whole
+    return Variant(
+        group=shorten(frames.runs.loc[run, "label"]),
+        label=where,
+        figure=device_energy(known, parts),
+        alt=f"Stacked bars of {len(known)} devices for {where}: {energy_text(whole)} in all.",
+        note=f"{where}: {energy_text(whole)} on {len(known)} of {len(devices)} devices. Of it "
+        + listing([f"{plain(name)}: {percent(share)}" for name, share in shares.items()], most=9)
+        + ".",
+        numbers=_device_table(devices, where),
+    )
+
+
+def _parts(devices: pd.DataFrame, phases: pd.DataFrame) -> pd.DataFrame:
+    """What each device's energy consists of, in the order in which it is stacked.
+
+    A phase whose power is not above idle, within its error, is all idle power.
+    """
+    rows: list[dict[str, object]] = []
+    for device in each_row(devices):
+        own = phases[(phases["device_uuid"] == device.device_uuid) & phases["energy_mj"].notna()]
+        ran = own[own["phase"] != "idle"]
+        pieces = [_piece(row) for phase in phases_of(ran) for row in each_row(ran[ran["phase"] == phase])]
+        idle = sum(float(row.energy_mj) for row in each_row(ran)) - sum(mj for _, _, mj in pieces)
+        pieces.append(("idle power during phases", "", idle))
+        pieces.append(("idle time", "", float(own.loc[own["phase"] == "idle", "energy_mj"].sum())))
+        rest = float(device.energy_mj) - sum(mj for _, _, mj in pieces)
+        if rest > _NOT_ATTRIBUTED * device.energy_mj:
+            pieces.append(("not attributed", "", rest))
+        rows += [
+            {"device_uuid": device.device_uuid, "part": part, "phase": phase, "mj": mj}
+            for part, phase, mj in pieces
+            if mj > 0
+        ]
+    return pd.DataFrame(rows, columns=["device_uuid", "part", "phase", "mj"])
+
+
+def _piece(row: Any) -> tuple[str, str, float]:
+    """Name, phase and energy of a phase above idle; of all of it where its idle part is not known."""
+    if pd.isna(row.above_idle_mj):
+        return f"{row.phase}, idle part not known", str(row.phase), float(row.energy_mj)
+    return f"{row.phase}, above idle", str(row.phase), max(float(row.above_idle_mj), 0.0)
+
+
+def _device_table(devices: pd.DataFrame, where: str) -> Table:
+    rows: list[list[str | Cell]] = [
+        [
+            Cell(text=shorten(row.device_uuid, 44), detail=_text(row.device), heading=True),
+            number(row.duration_s, 1),
+            Cell(
+                text=energy_text(row.energy_mj),
+                detail=f"± {percent(row.error)}" if pd.notna(row.error) else "",
+            ),
+            energy_text(row.counter_mj),
+            energy_text(row.integral_mj),
+            percent(row.disagreement),
+            f"{number(row.power_mw / 1e3, 1)} W" if pd.notna(row.power_mw) else "n/a",
+            Cell(
+                text=f"{number(row.idle_power_mw / 1e3, 1)} W" if pd.notna(row.idle_power_mw) else "n/a",
+                detail=_text(row.idle_source),
+            ),
+            "; ".join(filter(None, (_text(row.flag), _text(row.reason)))) or "–",
+        ]
+        for row in each_row(devices.head(_MOST_ROWS))
+    ]
+    return table(
+        f"{where}: energy of each device",
+        [
+            "Device", "Seconds", "Energy", "By counter", "By power", "Counter over power, minus 1",
+            "Mean power",
+            Column(title="Idle power", detail="and where it is from"), Column(title="To know", numeric=False),
+        ],
+        rows,
+        note="± is half of the 90 % interval, the sensor's calibration left out." + _more(len(devices)),
+    )  # fmt: skip
+
+
+def _phase_table(frames: ReportFrames, found: PowerFrames) -> Table:
+    several = len(found.runs) > 1
+    one_device = not several and found.phases["device_uuid"].nunique() == 1
+    rows: list[list[str | Cell]] = []
+    shown = _alike_as_one(_in_order(found.phases))
+    for row in each_row(shown.head(_MOST_ROWS)):
+        what = plain(row.phase) if _text(row.span) == "" else f"{plain(row.phase)} / {plain(row.span)}"
+        whose = "" if one_device else shorten(row.device_uuid, 20)
+        method = f"{row.method} ({_text(row.source)})" if _text(row.method) else ""
+        rows.append(
+            [
+                Cell(
+                    text=what,
+                    detail=f"{run_text(frames, row.run)}, {whose}" if several else whose,
+                    heading=True,
+                ),
+                number(row.seconds, 2),
+                Cell(
+                    text=number(row.power_mw / 1e3, 1),
+                    detail=interval(row.power_low_mw / 1e3, row.power_high_mw / 1e3, 1),
+                ),
+                energy_text(row.energy_mj),
+                energy_text(row.above_idle_mj),
+                energy_text(row.idle_mj),
+                method or "–",
+                "; ".join(filter(None, (_text(row.flag), _text(row.reason)))) or "–",
+            ]
+        )
+    return table(
+        "Power and energy of each phase, and of the spans inside",
+        [
+            "Phase", "Seconds", Column(title="Mean power, W", detail="90 % interval"), "Energy", "Above idle",
+            "Idle power meanwhile", Column(title="Method", numeric=False), Column(title="To know",
+            numeric=False),
+        ],
+        rows,
+        note="Idle is time in no phase. Spans that are not known for one reason share a row."
+        + _more(len(shown)),
+    )  # fmt: skip
+
+
+def _in_order(phases: pd.DataFrame) -> pd.DataFrame:
+    """Rows by run, rank and device, phases in their usual order, idle last, spans below their phase."""
+    order = {phase: place for place, phase in enumerate(PHASES)}
+    return (
+        phases.assign(place=phases["phase"].map(order).fillna(len(order)))
+        .sort_values(["run", "source_rank", "device_uuid", "place"], kind="stable")
+        .drop(columns="place")
+    )
+
+
+def _alike_as_one(phases: pd.DataFrame) -> pd.DataFrame:
+    """Spans of one phase whose power is not known for the same reason, in one row that names them all."""
+    keys = ["run", "source_rank", "device_uuid", "phase", "reason"]
+    unknown = phases["span"].notna() & phases["power_mw"].isna() & phases["reason"].notna()
+    alike = unknown & phases.where(unknown).duplicated(keys, keep=False)
+    if not alike.any():
+        return phases
+    groups = phases[alike].groupby(keys, sort=False)
+    names = groups["span"].transform(lambda own: listing(own.tolist(), most=12))
+    return phases.assign(
+        span=phases["span"].where(~alike, groups["span"].transform("size").astype(str) + " spans"),
+        seconds=phases["seconds"].where(~alike, groups["seconds"].transform("sum")),
+        reason=phases["reason"].where(~alike, names + ": " + phases["reason"]),
+    )[~alike | ~phases.where(alike).duplicated(keys)]
+
+
+def _more(rows: int) -> str:
+    return f" {rows - _MOST_ROWS} more rows: observatory energy RUN." if rows > _MOST_ROWS else ""
+
+
+def _why_no_tokens(frames: ReportFrames, found: PowerFrames, shown: list[Variant]) -> list[str]:
+    """Runs without any energy per token, and why."""
+    labels = {variant.label for variant in shown}
+    told = []
+    for run in found.runs:
+        if run_text(frames, run) in labels:
+            continue
+        own = found.tokens[found.tokens["run"] == run]
+        of_devices = found.devices.loc[found.devices["run"] == run, "reason"]
+        reasons = [*map(_text, own["reason"].dropna()), *map(_text, of_devices.dropna())]
+        why = "; ".join(dict.fromkeys(reasons)) or "no phases of it are known"
+        told.append(f"{run_text(frames, run)} has no energy per token: {shorten(why, 600)}.")
+    return told
+
+
+def _aliased(found: PowerFrames) -> pd.DataFrame:
+    """Phases whose steps move in time with the sensor, the worst first."""
+    rows = found.aliasing
+    if rows.empty:
+        return rows
+    return rows[rows["error"] > TOLERATED_ALIASING].sort_values("error", ascending=False, kind="stable")
+
+
+def _aliasing_sentences(frames: ReportFrames, found: PowerFrames) -> list[str]:
+    """Warnings of what the sensor could not see."""
+    rows = _aliased(found)
+    sentences = [
+        f"Warning: in {run_text(frames, row.run)}, steps of {plain(row.phase)} take "
+        f"{number(row.step_period_ms, 1)} ms and move in time with the power sensor (renewed every "
+        f"{number(row.update_ms, 0)} ms): its integrated power may be off by up to "
+        f"{percent(row.error, 0)}; {_cure(row)}. Energy by the counter is not concerned."
+        for row in each_row(rows.head(_MOST_WARNINGS))
+    ]
+    more = len(rows) - len(sentences)
+    return [*sentences, *([f"{more} more such phases are in the last table below."] if more > 0 else [])]
+
+
+def _cure(row: Any) -> str:
+    if not row.error_after < row.error:
+        return "no pause helps, a longer run does"
+    pauses = "a pause" if row.shifts == 1 else f"{row.shifts} pauses"
+    return f"{pauses} of {number(row.shift_ms, 1)} ms would leave {percent(row.error_after)}"
+
+
+def _aliasing_table(frames: ReportFrames, rows: pd.DataFrame) -> Table:
+    return table(
+        "Steps that move in time with the power sensor",
+        ["Phase", "Step, ms", "Sensor renewed every, ms", "Integrated power off by up to",
+         Column(title="Cure", numeric=False)],
+        [
+            [
+                Cell(text=plain(row.phase), detail=f"{run_text(frames, row.run)}, rank {row.source_rank}",
+                     heading=True),
+                number(row.step_period_ms, 1),
+                number(row.update_ms, 0),
+                percent(row.error),
+                _cure(row),
+            ]
+            for row in each_row(rows.head(_MOST_ROWS))
+        ],
+        note="Predicted for a load that is on for part of each step, the worst part; the counter sees all "
+        "of it."
+        + _more(len(rows)),
+    )  # fmt: skip

@@ -1,0 +1,192 @@
+"""What the numbers say, one plain sentence each. Every sentence is computed; none is chosen by hand."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from observatory.reports.frames.committees import committee_overlaps
+from observatory.reports.frames.report import ReportFrames, each_row, phases_of
+from observatory.reports.sections.common import spread
+from observatory.reports.sections.exchange_findings import exchange_findings
+from observatory.reports.sections.layers import worst_layers
+from observatory.reports.sections.mock import mock_ratios
+from observatory.reports.sections.power_findings import power_findings
+from observatory.reports.sections.scan import mean_over_layers
+from observatory.reports.text import interval, listing, number, plain, shorten, times
+
+__all__ = ["findings"]
+
+
+def findings(frames: ReportFrames) -> list[str]:
+    """Sentences for the head of the page; empty when there is nothing to say."""
+    sentences = exchange_findings(frames) + power_findings(frames)
+    cells = frames.cells.dropna(subset=["gini"])
+    if cells.empty:
+        return sentences
+    one_model = len({fact.manifest.model.name for fact in frames.facts}) == 1
+    for phase in phases_of(cells):
+        own = cells[cells["phase"] == phase]
+        sentences += _one_model(frames, own, phase) if one_model else _concentration(own, phase)
+        sentences += _mock(mock_ratios(own), phase)
+    sentences += _at_floor(cells)
+    sentences += _worst_layer(frames)
+    sentences += _committees(frames)
+    sentences += _steps(frames)
+    sentences += _ranks(frames)
+    return sentences
+
+
+def _name(label: object) -> str:
+    return shorten(plain(label), 48)
+
+
+def _real_first(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Rows of real text and what to call them; all rows where none is real."""
+    real = rows[rows["kind"] == "real"]
+    return (real, "real text") if len(real) else (rows, "the data given")
+
+
+def _concentration(cells: pd.DataFrame, phase: str) -> list[str]:
+    """Most and least concentrated model, on real text where there is some."""
+    own, where = _real_first(cells)
+    per_model = (
+        own.groupby("label", sort=False)[["gini", "gini_low", "gini_high", "gini_floor"]]
+        .mean()
+        .sort_values("gini", ascending=False)
+    )
+    first = per_model.iloc[0]
+    values = (
+        f"Gini {number(first.gini)} ({interval(first.gini_low, first.gini_high)}), "
+        f"floor {number(first.gini_floor)}"
+    )
+    if len(per_model) == 1:
+        return [f"In {phase}, {_name(per_model.index[0])} has {values} on {where}."]
+    second, last = per_model.iloc[1], per_model.iloc[-1]
+    sentence = (
+        f"In {phase}, {_name(per_model.index[0])} is the most concentrated on {where}: {values}; "
+        f"{_name(per_model.index[-1])} is the least: {number(last.gini)} "
+        f"({interval(last.gini_low, last.gini_high)}), floor {number(last.gini_floor)}."
+    )
+    if not first.gini_low > second.gini_high:
+        known = pd.notna(first.gini_low) and pd.notna(second.gini_high)
+        sentence += (
+            f" {_name(per_model.index[0])} and {_name(per_model.index[1])} do not differ beyond the interval."
+            if known
+            else " There are too few steps for intervals, so the order is not certain."
+        )
+    return [sentence]
+
+
+def _one_model(frames: ReportFrames, cells: pd.DataFrame, phase: str) -> list[str]:
+    """Concentration of a model that is there alone, but under several names, as with several ranks."""
+    own, where = _real_first(cells)
+    if own["label"].nunique() == 1:
+        return _concentration(cells, phase)
+    return [
+        f"In {phase}, {_name(frames.facts[0].manifest.model.name)} has Gini {spread(own['gini'], number)} in "
+        f"its {len(own)} runs on {where}, floor {spread(own['gini_floor'], number)}."
+    ]
+
+
+def _mock(ratios: pd.DataFrame, phase: str) -> list[str]:
+    if ratios.empty:
+        return []
+    parts = []
+    for verdict, verb in (("over", "overstates"), ("under", "understates")):
+        own = ratios[ratios["verdict"] == verdict]
+        if len(own):
+            row = own.sort_values("ratio", ascending=verdict == "under").iloc[0]
+            parts.append(
+                f"{verb} Gini in {len(own)} of {len(ratios)} models (furthest: {_name(row['label'])}, "
+                f"{times(row['ratio'])} real text, interval "
+                f"{interval(row['ratio_low'], row['ratio_high'], 2)})"
+            )
+    for verdict, words in (
+        ("same", "shows no difference beyond the interval in"),
+        ("unknown", "cannot be judged (too few steps for intervals) in"),
+    ):
+        own = ratios[ratios["verdict"] == verdict]
+        if len(own):
+            parts.append(f"{words} {listing([_name(label) for label in own['label']])}")
+    return [f"In {phase}, mock data {listing(parts, most=9)}."]
+
+
+def _at_floor(cells: pd.DataFrame) -> list[str]:
+    """Cells that uniform routing could have produced."""
+    limit = cells["gini_uniform_limit"]
+    below = cells[cells["gini"] <= limit]
+    if below.empty:
+        return [
+            f"All {len(cells)} cells of the grid lie above what uniform routing of as many tokens exceeds "
+            "in about one window of a thousand."
+        ]
+    names = [f"{_name(row.label)} on {shorten(row.condition)} ({row.phase})" for row in each_row(below)]
+    return [f"Not to be told from uniform routing at this sample size: {listing(names)}."]
+
+
+def _worst_layer(frames: ReportFrames) -> list[str]:
+    layers, where = _real_first(worst_layers(frames, most=None))
+    if layers.empty:
+        return []
+    row = layers.iloc[0]
+    return [
+        f"The most concentrated layer on {where} is layer {row['layer']} of {_name(row['label'])} on "
+        f"{shorten(row['condition'])} ({row['phase']}): Gini {number(row['gini'])} against a floor of "
+        f"{number(row['gini_floor'])}, busiest expert {times(row['expert_max_over_mean'])} the mean."
+    ]
+
+
+def _committees(frames: ReportFrames) -> list[str]:
+    """Whether the experts that hold half of the load are the same ones on another real text."""
+    overlaps = committee_overlaps(frames)
+    sentences = []
+    for phase in phases_of(overlaps)[:1]:
+        own = overlaps[overlaps["phase"] == phase]
+        per_model = own.groupby(["with_kind", "label"])[["jaccard", "jaccard_chance"]].mean()
+        means = {row.Index: row for row in each_row(per_model.groupby(level="with_kind").mean())}
+        if {"same", "real"} <= means.keys():
+            sentences.append(
+                f"In {phase}, the experts that hold half of a layer's load on one real text overlap by "
+                f"{number(means['real'].jaccard, 2)} with those on another (Jaccard index, mean over "
+                f"models; chance {number(means['real'].jaccard_chance, 2)}), and by "
+                f"{number(means['same'].jaccard, 2)} between even and odd steps of the same text."
+            )
+    return sentences
+
+
+def _steps(frames: ReportFrames) -> list[str]:
+    known = frames.layers.dropna(subset=["step_gini_p50", "gini"]).merge(frames.runs, on="run")
+    sentences = []
+    for phase in phases_of(known):
+        own, where = _real_first(known[known["phase"] == phase])
+        step, window, step_floor, floor = (
+            number(own[name].mean()) for name in ("step_gini_p50", "gini", "step_gini_floor", "gini_floor")
+        )
+        sentences.append(
+            f"In {phase}, a single step has a median Gini of {step} where the whole window has {window} "
+            f"(means over all layers of all runs on {where}); the floor of one step is {step_floor}, of the "
+            f"window {floor}."
+        )
+    return sentences
+
+
+def _ranks(frames: ReportFrames) -> list[str]:
+    if frames.scan.empty:
+        return []
+    means = mean_over_layers(frames.scan).merge(frames.runs[["run", "label", "condition", "kind"]], on="run")
+    means, where = _real_first(means.dropna(subset=["rank_max_over_mean"]))
+    shared = means[means["ep"] < means["experts"]]  # one expert per rank says nothing new about ranks
+    several = ", more than one expert per rank" if len(shared) else ""
+    means = shared if len(shared) else means
+    if means.empty:
+        return []
+    means = means[means["phase"] == phases_of(means)[0]]
+    row = means.sort_values("rank_max_over_mean").iloc[-1]
+    step = row["rank_max_over_mean_step_p90"]
+    tail = f" and {times(step)} at the 90th percentile of its steps" if pd.notna(step) else ""
+    return [
+        f"The busiest rank on {where} ({row['phase']}{several}) is that of {_name(row['label'])} on "
+        f"{shorten(row['condition'])} laid out over EP {row['ep']}: {times(row['rank_max_over_mean'])} the "
+        f"mean over the window{tail} (mean over layers, {row['placement']} placement). Its busiest expert "
+        f"has {times(row['expert_max_over_mean'])} at any EP degree."
+    ]

@@ -1,0 +1,242 @@
+"""Which SM clock serves each phase with the least energy inside a slowdown budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from observatory.advice.frequency import SeriesAdvice
+from observatory.analysis.frequency.intervals import Interval
+from observatory.reports.figures.frequency import clock_curves, clock_plane
+from observatory.reports.frames.frequency import ClockFile, ClockFrames
+from observatory.reports.frames.report import ReportFrames, each_row
+from observatory.reports.page import Block, Cell, Column, FigureBlock, Section, Table, Variant, table
+from observatory.reports.sections.energy import energy_text
+from observatory.reports.text import MISSING, number, percent, plain, shorten
+
+__all__ = ["advice_sentence", "clocks_section"]
+
+_TITLE = "Which clock"
+_MOST_ROWS = 60
+_NO_SWEEP = (
+    "Which clock saves energy cannot be told from one clock: it takes the time and energy of an iteration at "
+    "several. Measure with observatory clocks sweep, then give its file with --clocks (docs/clocks.md)."
+)
+
+
+def clocks_section(frames: ReportFrames) -> Section:
+    """Plane, curves and advice of every series; the reason where nothing was swept."""
+    found = frames.clocks
+    if found is None:
+        sampled = frames.power is not None and not frames.power.samples.empty
+        return Section(id="clocks", title=_TITLE, reason=_NO_SWEEP if sampled else "")
+    planes, curves = [], []
+    for index, file in enumerate(found.files):
+        for advice in file.advice.series:
+            plane = _plane_variant(found, index, file, advice)
+            planes += [] if plane is None else [plane]
+            curves.append(_curve_variant(found, index, file, advice))
+    blocks: list[Block] = []
+    if planes:
+        blocks.append(
+            FigureBlock(
+                id="clock-plane",
+                title="Time against energy, and the Pareto front",
+                caption="Every setting as measured, relative to running unlocked (where no unlocked point "
+                "counts, to the highest clock); down is less energy. Filled: on the front, no other setting "
+                "is at least as good in both and better in one. Bars are 90 % intervals. The ring is the "
+                "recommended clock by the model.",
+                choice="Series",
+                variants=tuple(planes),
+            )
+        )
+    if curves:
+        blocks.append(
+            FigureBlock(
+                id="clock-curves",
+                title="Time and energy of an iteration at each clock",
+                caption="Against the clock that was sampled, never the one asked for. Bars run from the "
+                "least to the greatest repeat; open marks did not run as asked (clamped, held by a limit, "
+                "heat or the brake). Line: the form chosen on clocks that were held out.",
+                choice="Series",
+                variants=tuple(curves),
+            )
+        )
+        blocks.append(_advice_table(found))
+    lead = [advice_sentence(file, advice) for file in found.files for advice in file.advice.series]
+    lead += [f"{_capital(file.advice.common.text)}." for file in found.files if file.advice.common]
+    lead += [f"{_capital(note)}." for file in found.files for note in file.model.notes]
+    reason = "" if curves else " ".join(f"{shorten(name)}: {plain(text)}." for name, text in found.gaps)
+    return Section(id="clocks", title=_TITLE, lead=tuple(lead), blocks=tuple(blocks), reason=reason)
+
+
+def advice_sentence(file: ClockFile, advice: SeriesAdvice) -> str:
+    """The recommendation with its evidence, one sentence; the device is named at its head."""
+    device = file.model.device
+    name = shorten(device.name or device.uuid or "device", 32)
+    title = advice.title
+    text = advice.text.removeprefix(f"{title}: ")
+    return f"{name}, {shorten(title, 80)}: {plain(text)}."
+
+
+def _capital(text: str) -> str:
+    return plain(text[:1].upper() + text[1:]).rstrip(".")
+
+
+def _own(frame: pd.DataFrame, file: int, series: int) -> pd.DataFrame:
+    return frame[(frame["file"] == file) & (frame["series"] == series)]
+
+
+def _names(file: ClockFile, advice: SeriesAdvice) -> tuple[str, str]:
+    """Group and label of a choice."""
+    return shorten(file.path.name, 40), f"{shorten(advice.title, 48)} · {shorten(file.path.name, 24)}"
+
+
+def _plane_variant(found: ClockFrames, index: int, file: ClockFile, advice: SeriesAdvice) -> Variant | None:
+    points = _own(found.points, index, advice.index)
+    points = points[points["saving"].notna()]
+    if points.empty:
+        return None
+    curve = _own(found.curves, index, advice.index)
+    curve = curve[(curve["sm_clock_mhz"] <= advice.reference_mhz) & curve["saving"].notna()]
+    choice = advice.choice
+    chosen = (
+        None
+        if choice is None
+        else (
+            choice.sm_clock_mhz,
+            choice.slowdown.value,
+            choice.saving.value,
+        )
+    )
+    group, label = _names(file, advice)
+    sentence = advice_sentence(file, advice)
+    return Variant(
+        group=group,
+        label=label,
+        figure=clock_plane(
+            points, curve, chosen=chosen, max_slowdown=found.max_slowdown, reference=advice.reference_how
+        ),
+        alt=f"{len(points)} settings in the plane of time and energy, {int(points['on_front'].sum())} of "
+        "them on the "
+        f"Pareto front. {sentence}",
+        note=f"{sentence} {_capital(advice.lock_against_cap.text)}.",
+        numbers=_settings_table(points, advice),
+    )
+
+
+def _curve_variant(found: ClockFrames, index: int, file: ClockFile, advice: SeriesAdvice) -> Variant:
+    fit = file.model.series[advice.index]
+    points = _own(found.points, index, advice.index)
+    seen = points[points["sm_clock_mhz"].notna() & points["iteration_ms"].notna()]
+    chosen_mhz = None if advice.choice is None else advice.choice.sm_clock_mhz
+    group, label = _names(file, advice)
+    energy = f"energy form {fit.power.form}" if fit.power else f"no energy: {fit.no_power}"
+    left = [f"{item.points} points left out: {item.reason}" for item in fit.left_out]
+    return Variant(
+        group=group,
+        label=label,
+        figure=clock_curves(
+            seen,
+            _own(found.curves, index, advice.index),
+            chosen_mhz=chosen_mhz,
+            reference_mhz=advice.reference_mhz,
+            reference=advice.reference_how,
+        ),
+        alt=f"Time and energy of an iteration of {shorten(advice.title, 60)} from {fit.low_mhz:.0f} to "
+        f"{fit.high_mhz:.0f} MHz.",
+        note=f"{shorten(advice.title, 80)}: {fit.points} points at {fit.clocks} clocks; time form "
+        f"{fit.time.form}, "
+        f"{plain(energy)}. {_capital(advice.behaviour.text)}."
+        + (f" First: {plain(advice.behaviour.fix_first)}." if advice.behaviour.fix_first else "")
+        + "".join(f" {_capital(item.text)}." for item in advice.confounds)
+        + "".join(f" {_capital(text)}." for text in left),
+        numbers=_settings_table(points, advice),
+    )
+
+
+def _settings_table(points: pd.DataFrame, advice: SeriesAdvice) -> Table:
+    rows: list[list[str | Cell]] = []
+    for row in each_row(points.head(_MOST_ROWS)):
+        asked = [] if pd.isna(row.requested_mhz) else [f"{row.requested_mhz:.0f} MHz"]
+        asked += [] if pd.isna(row.limit_w) else [f"{row.limit_w:.0f} W"]
+        rows.append(
+            [
+                Cell(text=" and ".join(asked) or "nothing", detail=plain(row.kind), heading=True),
+                plain(row.label),
+                number(row.sm_clock_mhz, 0),
+                str(row.repeats),
+                number(row.iteration_ms, 3),
+                energy_text(row.energy_mj),
+                _with_interval(row, "slowdown"),
+                _with_interval(row, "saving"),
+                "yes" if row.on_front else "no",
+            ]
+        )
+    left = len(points) - len(rows)
+    return table(
+        f"{shorten(advice.title, 80)}: settings as measured",
+        [
+            "Asked for", Column(title="Became", numeric=False), "Clock seen, MHz", "Repeats",
+            "ms per iteration",
+            "Energy per iteration", "Longer than the reference", "Energy saved",
+            Column(title="On the front", numeric=False),
+        ],
+        rows,
+        note="Medians of repeats. Small: 90 % interval."
+        + (f" {left} more rows in the file." if left else ""),
+    )  # fmt: skip
+
+
+def _with_interval(row: Any, name: str) -> Cell:
+    low, high = getattr(row, f"{name}_low"), getattr(row, f"{name}_high")
+    ends = "" if pd.isna(low) or pd.isna(high) else f"{100 * low:.1f} to {100 * high:.1f}"
+    return Cell(text=percent(getattr(row, name)), detail=ends)
+
+
+def _advice_table(found: ClockFrames) -> Table:
+    rows: list[list[str | Cell]] = []
+    for file in found.files:
+        for advice in file.advice.series:
+            choice = advice.choice
+            per_token = [advice.reference_mj_per_token, choice.mj_per_token if choice else None]
+            behaviour = advice.behaviour
+            rows.append(
+                [
+                    Cell(text=shorten(advice.title, 60), detail=shorten(file.path.name, 40), heading=True),
+                    Cell(text=behaviour.words, detail=_agreement(behaviour.agreement)),
+                    Cell(text=number(advice.reference_mhz, 0), detail=advice.reference_how),
+                    number(choice.sm_clock_mhz, 0) if choice else plain(advice.verdict),
+                    _of_choice(choice.saving if choice else None),
+                    _of_choice(choice.slowdown if choice else None),
+                    " → ".join(number(value, 2) for value in per_token if value is not None) or MISSING,
+                    " / ".join(
+                        number(item.sm_clock_mhz, 0) for item in (advice.edp, advice.ed2p) if item is not None
+                    )
+                    or MISSING,
+                    plain(advice.lock_against_cap.verdict),
+                ]
+            )
+    return table(
+        f"The clock of least energy for at most {100 * found.max_slowdown:.3g} % more time",
+        [
+            "Series", Column(title="Class", numeric=False), "Reference, MHz", "Lock to, MHz", "Saves",
+            "Longer by",
+            "mJ per token", Column(title="Least EDP, ED²P", detail="MHz"), Column(title="Locks and caps",
+            numeric=False),
+        ],
+        rows,
+        note="Small: 90 % intervals. The upper end of the slowdown's keeps the budget. Nothing was set; "
+        "observatory clocks recommend prints the commands.",
+    )  # fmt: skip
+
+
+def _of_choice(value: Interval | None) -> str | Cell:
+    if value is None or value.low is None or value.high is None:
+        return percent(None if value is None else value.value)
+    return Cell(text=percent(value.value), detail=f"{100 * value.low:.1f} to {100 * value.high:.1f}")
+
+
+def _agreement(share: float | None) -> str:
+    return "" if share is None else f"{percent(share, 0)} of bootstrap samples agree on the curve"

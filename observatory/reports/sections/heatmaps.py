@@ -1,0 +1,102 @@
+"""Layer x expert maps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from observatory.reports.figures import expert_shares
+from observatory.reports.frames.report import ReportFrames
+from observatory.reports.page import FigureBlock, Section, Table, Variant, table
+from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice
+from observatory.reports.text import count, shorten, times
+
+__all__ = ["heatmap_section"]
+
+#: Maps of more counts than this altogether would make the file too large; the rest is named, not drawn.
+_MOST_COUNTS = 1_000_000
+
+
+def heatmap_section(frames: ReportFrames) -> Section:
+    """One map per run and phase."""
+    title = "Who takes the load, layer by layer"
+    variants: list[Variant] = []
+    left_out, counts = 0, 0
+    loads = dict(iter(frames.loads.groupby(["run", "phase"], sort=False)))
+    layers = dict(iter(frames.layers.groupby(["run", "phase"], sort=False)))
+    for run, label, condition, phase in frames.cells_in_order():
+        own = loads.get((run, phase))
+        if own is None:
+            continue
+        counts += len(own)
+        if counts > _MOST_COUNTS:
+            left_out += 1
+            continue
+        variants.append(_variant(own, layers[run, phase], label, condition, phase))
+    if not variants:
+        return Section(id="experts", title=title, short="Experts by layer", reason=NO_LOADS)
+    lead: tuple[str, ...] = (
+        "Load of each expert divided by its layer's mean load: 1× is the uniform share. Vertical stripes "
+        "would mean that the same position is busy in every layer; scattered cells are each layer's own "
+        "favourites.",
+    )
+    if left_out:
+        lead += (
+            f"{left_out} further maps are left out to keep this file small; report fewer runs to see them.",
+        )
+    return Section(
+        id="experts",
+        title=title,
+        short="Experts by layer",
+        lead=lead,
+        blocks=(
+            FigureBlock(
+                id="expert-map",
+                title="Share of assignments by layer and expert",
+                caption="Experts, whole window, source ranks summed. The colour scale is even in the "
+                "logarithm and saturates at ¼× and 4×. Values are rounded to 1 % of the uniform share.",
+                choice="Run",
+                variants=tuple(variants),
+            ),
+        ),
+    )
+
+
+def _variant(loads: pd.DataFrame, layers: pd.DataFrame, label: str, condition: str, phase: str) -> Variant:
+    return Variant(
+        group=shorten(label),
+        label=run_choice(label, condition, phase),
+        figure=expert_shares(loads),
+        alt=f"Heatmap of {layers['layer'].nunique()} layers by {int(layers['experts'].max())} experts for "
+        f"{shorten(label)} on {shorten(condition)}, {phase}: the busiest expert of any layer takes "
+        f"{times(layers['expert_max_over_mean'].max())} the uniform share.",
+        note=f"{shorten(label)} on {shorten(condition)}, {phase}. " + layer_window_text(layers),
+        numbers=_numbers(loads, label, condition, phase),
+    )
+
+
+def _extremes(load_E: NDArray[np.int64]) -> tuple[float, float, float]:
+    return float(load_E.max()), float(np.median(load_E)), float(load_E.min())
+
+
+def _numbers(loads: pd.DataFrame, label: str, condition: str, phase: str) -> Table:
+    rows = []
+    for layer, loads_of_layer in loads.groupby("layer")["load"]:
+        load_E = loads_of_layer.to_numpy()
+        busiest = np.argsort(-load_E, kind="stable")[:4]
+        mean = float(load_E.mean())
+        rows.append(
+            [
+                str(layer),
+                " ".join(map(str, busiest)),
+                *(times(load / mean if mean else None) for load in _extremes(load_E)),
+                count(int((load_E == 0).sum())),
+            ]
+        )
+    return table(
+        f"{shorten(label)} on {shorten(condition)}, {phase}: experts by layer",
+        ["Layer", "Busiest experts", "Busiest", "Median", "Least busy", "Idle experts"],
+        rows,
+        text=2,
+    )

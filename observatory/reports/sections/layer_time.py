@@ -1,0 +1,99 @@
+"""Where the time of an MoE layer goes."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from observatory.reports.figures.exchanges import layer_anatomy
+from observatory.reports.frames.report import each_row
+from observatory.reports.page import FigureBlock, Section, Table, Variant, table
+from observatory.reports.sections.common import run_choice, spread
+from observatory.reports.text import listing, number, percent, plain, shorten
+
+__all__ = ["anatomy_section"]
+
+Cell = tuple[int, str, str, str, pd.DataFrame]
+
+
+def anatomy_section(cells: list[Cell]) -> Section:
+    """One figure per run and phase.
+
+    Args:
+        cells: (run, label, condition, phase, rows of ``critical_path``).
+    """
+    variants = tuple(_variant(*cell[1:]) for cell in cells)
+    if not variants:
+        return Section(id="anatomy", title=_TITLE)
+    return Section(
+        id="anatomy",
+        title=_TITLE,
+        short="Dispatch anatomy",
+        lead=(
+            "Each rank times the phases of a layer on its own clock. Hatched phases are those in which ranks "
+            "meet: their time includes waiting.",
+            "Two marks say what could be won. The diamond: where the layer would end if nobody waited, as a "
+            "mean over ranks. The dash: the time of the slowest rank in each phase, waiting taken off, added "
+            "up; far above the diamond, slow ranks decide how long the layer takes (critical_path in "
+            "docs/waiting.md).",
+        ),
+        blocks=(
+            FigureBlock(
+                id="layer-anatomy",
+                title="Time in each phase, per layer and step",
+                caption="Milliseconds per step: bars and diamonds are means over ranks and steps, dashes "
+                "means over steps of the slowest rank.",
+                choice="Run",
+                variants=variants,
+            ),
+        ),
+    )
+
+
+_TITLE = "Where the time of a layer goes"
+
+
+def _variant(label: str, condition: str, phase: str, rows: pd.DataFrame) -> Variant:
+    total = float(rows["mean_s"].sum())
+    largest = rows.groupby("name")["mean_s"].sum().sort_values(ascending=False)
+    where = f"{shorten(label)} on {shorten(condition)}, {phase}"
+    waiting = float(rows["wait_s"].sum()) / total if total and rows["wait_s"].notna().all() else None
+    return Variant(
+        group=shorten(label),
+        label=run_choice(label, condition, phase),
+        figure=layer_anatomy(rows),
+        alt=f"Stacked bars of {rows['layer'].nunique()} layers for {where}: {plain(largest.index[0])} takes "
+        f"most, {percent(float(largest.iloc[0]) / total if total else None)} of the layers' time.",
+        note=f"{where}. {spread(rows['steps'])} steps. Most time: "
+        + listing(
+            [
+                f"{plain(name)} {percent(value / total if total else None)}"
+                for name, value in largest.head(3).items()
+            ]
+        )
+        + f". Of the whole, waiting: {percent(waiting) if waiting is not None else 'not known'}.",
+        numbers=_numbers(rows, where),
+    )
+
+
+def _decider(rank: float, share: float) -> str:
+    return "not known" if pd.isna(rank) else f"{rank} ({percent(share, 0)})"
+
+
+def _numbers(rows: pd.DataFrame, where: str) -> Table:
+    return table(
+        f"{where}: milliseconds per step",
+        ["Layer", "Phase", "Mean over ranks", "Of it waiting", "Slowest rank's", "Slowest rank (of steps)"],
+        [
+            [
+                str(row.layer),
+                plain(row.name),
+                number(row.mean_s * 1e3),
+                number(row.wait_s * 1e3),
+                number(row.critical_s * 1e3),
+                _decider(row.critical_rank, row.critical_rank_share),
+            ]
+            for row in each_row(rows)
+        ],
+        note="Where waiting is not known, the shortest rank's time stands for the slowest's: a lower bound.",
+        text=2,
+    )

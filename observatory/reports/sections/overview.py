@@ -1,0 +1,120 @@
+"""What was run, and what is missing from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from observatory.reports.frames.report import ReportFrames, condition_order, phases_of
+from observatory.reports.sections.common import spread
+from observatory.reports.text import count, listing, plain, shorten
+from observatory.run.manifest import CoreSpec
+from observatory.run.usable_cores import core_sentence, short_of_cores
+
+__all__ = ["overview", "problems", "when"]
+
+
+def when(unix_s: float | None) -> str:
+    """A wall-clock label in UTC, or ``n/a`` when it is not a date."""
+    try:
+        return "n/a" if unix_s is None else datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (OverflowError, ValueError, OSError):
+        return "n/a"
+
+
+def overview(frames: ReportFrames) -> list[tuple[str, str]]:
+    """(name, value) pairs for the head of the page."""
+    runs, cells = frames.runs, frames.cells
+    models = list(dict.fromkeys(shorten(fact.manifest.model.name) for fact in frames.facts))
+    stamps = sorted(fact.manifest.created_unix_s for fact in frames.facts)
+    pairs = [
+        (_plural("Model", len(models)), listing(models, most=6)),
+        (
+            _plural("Data condition", runs["condition"].nunique()),
+            listing([shorten(condition) for condition in condition_order(runs)], most=8),
+        ),
+        ("Phases", listing(phases_of(cells)) if len(cells) else "none captured"),
+        (
+            "Runs",
+            f"{len(frames.facts)}, {spread(runs['ranks'])} {_plural('rank', int(runs['ranks'].max()))} each",
+        ),
+    ]
+    if len(cells):
+        top_k = frames.layers["top_k"]
+        tokens = [
+            f"{spread(cells.loc[cells['phase'] == phase, 'tokens'])} in {phase}" for phase in phases_of(cells)
+        ]
+        pairs += [
+            ("Window", f"{spread(cells['steps'])} steps; tokens per layer: {listing(tokens)}"),
+            (
+                "MoE layers",
+                f"{spread(cells['layers'])} per model, {spread(frames.layers['experts'])} experts, "
+                f"top-{spread(top_k) if top_k.notna().any() else 'k not stated'}",
+            ),
+            ("Assignments", count(float(frames.layers["assignments"].sum()))),
+        ]
+    pairs.append(("Captured", _period(stamps[0], stamps[-1])))
+    cores = _cores(frames)
+    return [("Cores", cores), *pairs] if cores else pairs
+
+
+def _cores(frames: ReportFrames) -> str:
+    """Where ranks had no core of their own, and in what; empty where all had one, or nothing is recorded."""
+    recorded: list[tuple[str, Iterable[CoreSpec | None]]] = [
+        (f"{shorten(label)} on {shorten(fact.condition)}", [rank.cores for rank in fact.manifest.ranks])
+        for fact, label in zip(frames.facts, frames.runs["label"], strict=True)
+    ]
+    if frames.benchmarks is not None:
+        files = frames.benchmarks.files
+        recorded += [
+            (shorten(file.name), file.document.cores_P or ()) for file in (*files.bench, *files.replays)
+        ]
+    short = [(name, share) for name, cores_P in recorded for share in short_of_cores(cores_P)]
+    if frames.benchmarks is not None:
+        models = frames.benchmarks.files.networks
+        short += [(shorten(file.name), share) for file in models for share in file.document.short_of_cores]
+    where: dict[str, list[str]] = {}
+    for name, share in short:
+        where.setdefault(plain(core_sentence(share)), []).append(name)
+    return ". ".join(
+        f"{sentence} ({listing(list(dict.fromkeys(names)), most=4)})" for sentence, names in where.items()
+    )
+
+
+def _period(first_unix_s: float, last_unix_s: float) -> str:
+    """Both ends, a common day or time once."""
+    first, last = when(first_unix_s), when(last_unix_s)
+    if first == last:
+        return first
+    same_day = first[:10] == last[:10]
+    return f"{first.removesuffix(' UTC')} to {last[11:] if same_day else last}"
+
+
+def problems(frames: ReportFrames) -> list[tuple[str, list[str]]]:
+    """(runs, what is wrong with them), runs of equal gaps together, then files; the reader's words first."""
+    stated: dict[tuple[str, ...], list[str]] = {}
+    for fact, label in zip(frames.facts, frames.runs["label"], strict=True):
+        lines = [plain(line) for line in (*fact.problems, *fact.manifest.notes, *fact.gaps)]
+        lines += _unfinished(fact.manifest.state, fact.problems)
+        if lines:
+            name = f"{shorten(label)} on {shorten(fact.condition)}"
+            stated.setdefault(tuple(dict.fromkeys(lines)), []).append(name)
+    for run, line in frames.power.gaps if frames.power else ():
+        whose = f"Power of {shorten(frames.runs.loc[run, 'label'])} on {shorten(frames.facts[run].condition)}"
+        stated.setdefault((plain(line),), []).append(whose)
+    of_files: dict[str, list[str]] = {}
+    of_benchmarks = frames.benchmarks.gaps if frames.benchmarks else ()
+    for name, line in (*of_benchmarks, *(frames.clocks.gaps if frames.clocks else ())):
+        of_files.setdefault(shorten(name), []).append(plain(line))
+    return [(listing(names), list(lines)) for lines, names in stated.items()] + list(of_files.items())
+
+
+def _unfinished(state: str, told: tuple[str, ...]) -> list[str]:
+    """The run's own state, where the reader has not already said something."""
+    if state == "complete" or told:
+        return []
+    return ["the run failed before its end" if state == "failed" else "the run was never closed"]
+
+
+def _plural(word: str, number: int) -> str:
+    return word if number == 1 else f"{word}s"

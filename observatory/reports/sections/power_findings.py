@@ -1,0 +1,72 @@
+"""What runs and sweeps say about energy and clocks, one computed sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pandas as pd
+
+from observatory.reports.frames.report import ReportFrames, each_row, phases_of
+from observatory.reports.sections.frequency import advice_sentence
+from observatory.reports.text import interval, number, percent, plain, shorten
+
+__all__ = ["power_findings"]
+
+#: Sentences of one kind; the tables hold the rest.
+_MOST = 4
+
+
+def power_findings(frames: ReportFrames) -> list[str]:
+    """Energy per token of each phase, whether a limit binds, and the clock to choose."""
+    sentences = list(_tokens(frames))[:_MOST] + list(_caps(frames))[:_MOST]
+    if frames.clocks is not None:
+        files = frames.clocks.files
+        sentences += [advice_sentence(file, advice) for file in files for advice in file.advice.series][
+            :_MOST
+        ]
+    return sentences
+
+
+def _tokens(frames: ReportFrames) -> Iterator[str]:
+    """Per run and phase: the rank that takes most, with what of it is idle power."""
+    found = frames.power
+    if found is None or found.tokens.empty:
+        return
+    known = found.tokens[found.tokens["mj_per_token"].notna()]
+    for run in found.runs:
+        own = known[known["run"] == run]
+        for phase in phases_of(own):
+            rows = own[own["phase"] == phase].sort_values("mj_per_token", ascending=False)
+            row = next(each_row(rows))
+            which = f" (rank {row.source_rank}, the most of {len(rows)}{_overall(found.totals, run, phase)})"
+            which = which if len(rows) > 1 else ""
+            idle = row.idle_mj_per_token
+            share = (
+                f", {percent(idle / row.mj_per_token)} of it what the idle device draws"
+                if pd.notna(idle) and row.mj_per_token > 0
+                else ""
+            )
+            flag = " It is flagged: see the section on energy." if pd.notna(row.flag) else ""
+            yield (
+                f"In {phase}, {shorten(frames.runs.loc[run, 'label'], 48)} takes "
+                f"{number(row.mj_per_token, 2)} mJ "
+                f"({interval(row.mj_per_token_low, row.mj_per_token_high, 2)}) per {row.kind} "
+                f"token{which}{share}.{flag}"
+            )
+
+
+def _overall(totals: pd.DataFrame, run: int, phase: str) -> str:
+    """What all ranks together take per token, where that is known."""
+    known = totals[(totals["run"] == run) & (totals["phase"] == phase) & totals["mj_per_token"].notna()]
+    if known.empty:
+        return ""
+    return f"; over all ranks: {number(known['mj_per_token'].iloc[0], 2)} mJ"
+
+
+def _caps(frames: ReportFrames) -> Iterator[str]:
+    """What telemetry says of limits and heat."""
+    found = frames.power
+    if found is None:
+        return
+    for run, uuid, text in found.held:
+        yield f"On {shorten(uuid, 28)} of {shorten(frames.runs.loc[run, 'label'], 48)}, {plain(text)}."

@@ -1,0 +1,334 @@
+"""How well the fitted network model predicts exchanges that were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from observatory.analysis.network.telling import compare_times
+from observatory.analysis.network.wording import misfit_sentence, verdict_sentence
+from observatory.reports.figures.prediction import predicted_and_measured
+from observatory.reports.frames.benchmarks import BenchmarkFrames
+from observatory.reports.frames.report import ReportFrames, each_group, each_row
+from observatory.reports.page import Block, Cell, FigureBlock, Section, Table, Variant, table
+from observatory.reports.sections.common import phases_in, replay_name, run_choice
+from observatory.reports.text import count, interval, listing, microseconds, percent, plain, shorten, times
+from observatory.run.documents.bench import BenchResult
+
+__all__ = ["PATTERN_NAMES", "errors_of", "prediction_section"]
+
+_TITLE = "Measured against predicted"
+#: What a row of ``checked`` is called.
+PATTERN_NAMES = {"captured": "captured, replayed", "uniform": "uniform, replayed", "own": "own"}
+#: Points of one picture; the numbers are of all.
+_MOST_POINTS = 1500
+_MOST_ROWS = 120
+_MOST_MISFITS = 8
+#: A model fitted longer before or after than this is said to be so.
+_LONG_S = 2 * 3600.0
+_PLACE = ["phase", "layer", "role"]
+_KEYS = ["network", "replay", "run", "algorithm"]
+
+
+def prediction_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
+    """A scatter per model and source of measurements, and a table of all errors."""
+    variants = tuple(_variants(frames, found))
+    left_out = _left_out_table(frames, found)
+    if not variants and left_out is None:
+        return Section(id="prediction", title=_TITLE)
+    blocks: list[Block] = []
+    if variants:
+        blocks += [
+            FigureBlock(
+                id="prediction-scatter",
+                title="Predicted against measured time of single exchanges",
+                caption="One mark per exchange, both axes logarithmic and equal: on the line, the model is "
+                "right; below it, the exchange took longer than predicted. Open marks lie outside what the "
+                "model was fitted to. Upright lines: 90 % intervals of the predictions, cut off at the "
+                "edge of the picture.",
+                choice="Measured in",
+                narrow=True,
+                variants=variants,
+            ),
+            _error_table(frames, found),
+            _verdict_table(found),
+        ]
+    compared = _apart_table(frames, found)
+    blocks += [] if compared is None else [compared]
+    blocks += [] if left_out is None else [left_out]
+    return Section(
+        id="prediction",
+        title=_TITLE,
+        short="Measured, predicted",
+        lead=(
+            "The network model (below) predicts every exchange from its traffic matrix and the ranks' nodes "
+            "alone. Replayed exchanges begin together and last until their slowest rank is done. For the "
+            "run's own exchanges, measured is what is left when waiting is taken off: from the last arrival "
+            "to the last end. Bytes that had already gone when the last rank arrived are missing from that "
+            "time, and ranks that have just computed are not as ready as those of a benchmark: these errors "
+            "are not the model's alone.",
+            "Error is |predicted − measured| ÷ measured. Bias is the median of predicted ÷ measured.",
+        ),
+        blocks=tuple(blocks),
+    )
+
+
+def _verdict_table(found: BenchmarkFrames) -> Table:
+    """What each model is good for, and what of the fabric it does not describe."""
+    rows: list[list[str | Cell]] = []
+    for network in found.files.networks:
+        model = network.document
+        for fit in model.fits:
+            said = [
+                verdict_sentence(fit, model.backend),
+                *(misfit_sentence(one) for one in fit.misfits[:_MOST_MISFITS]),
+            ]
+            more = len(fit.misfits) - _MOST_MISFITS
+            said += [f"{more} more parts that differ are in the file"] if more > 0 else []
+            rows.append(
+                [
+                    Cell(text=shorten(network.name, 32), detail=shorten(fit.algorithm, 24), heading=True),
+                    plain("not recorded" if fit.verdict is None else fit.verdict.code.replace("_", " ")),
+                    plain(". ".join(said)),
+                ]
+            )
+    return table("Whether the models hold", ["Model", "Verdict", "Why"], rows, text=3)
+
+
+def _apart_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
+    """Whether the models tell captured and uniform traffic of one replay apart."""
+    rows: list[list[str | Cell]] = []
+    replayed = found.checked[found.checked["replay"].notna()]
+    for key, own in each_group(replayed, [*_KEYS, "phase"]):
+        network, replay, run, algorithm, phase = key
+        us = own.groupby("pattern")["predicted_us"].sum()
+        if not {"captured", "uniform"} <= set(us.index) or not us.min() > 0:
+            continue
+        ranks = found.files.replays[int(replay)].document.ranks
+        model = found.files.networks[int(network)]
+        compared = compare_times(
+            model.document.of(str(algorithm)),
+            float(us["captured"]),
+            float(us["uniform"]),
+            ranks=(ranks, ranks),
+            same_ranks=True,
+        )
+        rows.append(
+            [
+                Cell(
+                    text=f"{_source(frames, found, replay, int(run))}, {shorten(phase, 24)}",
+                    detail=f"{shorten(algorithm, 24)}, by {shorten(model.name, 32)}",
+                    heading=True,
+                ),
+                times(compared.ratio),
+                "n/a" if compared.low is None else interval(compared.low, compared.high, 2),
+                {"apart": "apart", "within_error": "not told apart", "unknown": "error not known"}[
+                    compared.code
+                ],
+            ]
+        )
+    if not rows:
+        return None
+    return table(
+        "Whether predicted times tell captured from uniform traffic",
+        ["Measured in", "Captured ÷ uniform, predicted", "90 % interval", "Told apart"],
+        rows,
+        note="The interval is that of the ratio: what the model gets wrong about both alike does not count "
+        "(docs/network-model.md#telling-layouts-apart). A difference within it is none.",
+    )
+
+
+def errors_of(rows: pd.DataFrame) -> dict[str, float]:
+    """Median and 90th percentile error, bias, shares inside the interval, extrapolated, through misfits."""
+    inside = (rows["measured_us"] >= rows["low_us"]) & (rows["measured_us"] <= rows["high_us"])
+    return {
+        "median_error": float(rows["error"].median()),
+        "p90_error": float(np.quantile(rows["error"], 0.9)),
+        "bias": float((rows["predicted_us"] / rows["measured_us"]).median()),
+        "inside": float(inside.mean()),
+        "extrapolated": float(rows["extrapolated"].notna().mean()),
+        "misfits": float(rows["misfits"].notna().mean()),
+    }
+
+
+def _variants(frames: ReportFrames, found: BenchmarkFrames) -> Iterator[Variant]:
+    shown = found.checked[found.checked["pattern"] != "uniform"]
+    for key, own in each_group(shown, _KEYS):
+        network, replay, run, algorithm = key
+        of_run = frames.runs.iloc[int(run)]
+        label, condition = of_run["label"], of_run["condition"]
+        source = _source(frames, found, replay, int(run))
+        model = found.files.networks[int(network)]
+        where = f"{source}, {shorten(algorithm, 24)}, predicted by {shorten(model.name, 32)}"
+        drawn = own.iloc[np.linspace(0, len(own) - 1, min(len(own), _MOST_POINTS)).round().astype(int)]
+        kind = "own exchanges" if pd.isna(replay) else "replayed"
+        yield Variant(
+            group=shorten(label),
+            label=f"{run_choice(label, condition, kind)} · {shorten(algorithm, 24)}"
+            + (f" · {shorten(model.name, 24)}" if len(found.files.networks) > 1 else ""),
+            figure=predicted_and_measured(drawn),
+            alt=f"Scatter of {len(drawn)} exchanges for {where}: median error "
+            f"{percent(errors_of(own)['median_error'])}, times from {microseconds(own['measured_us'].min())} "
+            f"to {microseconds(own['measured_us'].max())}.",
+            note=f"{where}. {_sentences(own)}"
+            + (f" {len(drawn)} of {len(own)} exchanges are drawn." if len(drawn) < len(own) else "")
+            + _reservations(found, int(network), replay, frames, int(run)),
+            numbers=_numbers(own, where),
+        )
+
+
+def _source(frames: ReportFrames, found: BenchmarkFrames, replay: Any, run: int) -> str:
+    if not pd.isna(replay):
+        return f"Replay of {replay_name(frames, found, int(replay))}"
+    label, condition, ranks = frames.runs.loc[run, ["label", "condition", "ranks"]]
+    return f"Own exchanges of {shorten(label)} on {shorten(condition, 24)}, {ranks} ranks"
+
+
+def _sentences(rows: pd.DataFrame) -> str:
+    told = []
+    for phase in phases_in(rows):
+        own = rows[rows["phase"] == phase]
+        errors = errors_of(own)
+        outside = errors["extrapolated"]
+        told.append(
+            f"{shorten(phase, 24).capitalize()}: median error {percent(errors['median_error'])}, 90th "
+            f"percentile {percent(errors['p90_error'])}, bias {times(errors['bias'])}, "
+            f"{percent(errors['inside'], 0)} of {count(len(own))} exchanges inside the interval"
+            + (f", {percent(outside, 0)} extrapolated" if outside else "")
+            + (
+                f", {percent(errors['misfits'], 0)} through what the model does not describe"
+                if errors["misfits"]
+                else ""
+            )
+            + "."
+        )
+    return " ".join(told)
+
+
+def _reservations(found: BenchmarkFrames, network: int, replay: Any, frames: ReportFrames, run: int) -> str:
+    """What makes these errors look better or worse than the model is."""
+    model = found.files.networks[network].document
+    told = ""
+    doubted = [fit for fit in model.fits if fit.verdict is not None and fit.verdict.code != "valid"]
+    if doubted:
+        told += " The verdict of its fit is that it is not to be relied on (table below)."
+    if pd.isna(replay):
+        hosts = {host.name for host in frames.facts[run].manifest.hosts}
+        measured_unix_s = frames.facts[run].manifest.created_unix_s
+    else:
+        given = found.files.replays[int(replay)]
+        hosts = _hosts(given.document)
+        measured_unix_s = given.document.created_unix_s
+        if given.path.name in model.sources:
+            told += (
+                f" The model was fitted to a file of this name ({shorten(given.path.name, 32)}): these are "
+                "not errors on traffic that it had not seen."
+            )
+    apart_s = abs(model.created_unix_s - measured_unix_s)
+    if _LONG_S < apart_s < np.inf:
+        when = "after" if model.created_unix_s > measured_unix_s else "before"
+        told += (
+            f" The model was fitted {_duration(apart_s)} {when} this was measured, perhaps in another state "
+            "of the machine."
+        )
+    fitted = {source.removeprefix("host ") for source in model.sources if source.startswith("host ")}
+    if hosts and fitted and not hosts & fitted:
+        told += f" Measured on {_names(hosts)}, the model was fitted on {_names(fitted)}."
+    return told
+
+
+def _duration(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{hours:.0f} hours" if hours < 48 else f"{hours / 24:.0f} days"
+
+
+def _hosts(result: BenchResult) -> set[str]:
+    return {host.name for host in result.hosts}
+
+
+def _names(hosts: set[str]) -> str:
+    return listing([shorten(host, 32) for host in sorted(hosts)])
+
+
+def _error_table(frames: ReportFrames, found: BenchmarkFrames) -> Table:
+    rows: list[list[str | Cell]] = []
+    for key, own in each_group(found.checked, [*_KEYS, "pattern"]):
+        network, replay, run, algorithm, pattern = key
+        for phase in phases_in(own):
+            of_phase = own[own["phase"] == phase]
+            errors = errors_of(of_phase)
+            what = f"{PATTERN_NAMES.get(str(pattern), shorten(pattern, 24))}, {shorten(phase, 24)}"
+            where = [shorten(frames.runs.loc[int(run), "label"]), shorten(algorithm, 24)]
+            if len(found.files.replays) > 1 and not pd.isna(replay):
+                where.append(shorten(found.files.replays[int(replay)].name, 32))
+            if len(found.files.networks) > 1:
+                where.append(f"by {shorten(found.files.networks[int(network)].name, 32)}")
+            rows.append(
+                [
+                    Cell(text=what, detail=", ".join(where), heading=True),
+                    percent(errors["median_error"]),
+                    percent(errors["p90_error"]),
+                    times(errors["bias"]),
+                    percent(errors["inside"], 0),
+                    percent(errors["extrapolated"], 0),
+                    percent(errors["misfits"], 0),
+                    count(len(of_phase)),
+                ]
+            )
+    return table(
+        "How far off the predictions are",
+        ["Traffic and phase", "Median error", "90th percentile", "Bias", "Inside 90 % interval",
+         "Extrapolated", "Through misfits", "Exchanges"],
+        rows,
+        note="Through misfits: exchanges with bytes through parts of the fabric that the model does not "
+        "describe (table below). Own: the run's own exchanges, waiting taken off. A 90 % interval that is "
+        "right holds nine of ten measurements.",
+    )  # fmt: skip
+
+
+def _left_out_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
+    keys = ["network", "replay", "run", "reason"]
+    told = found.left_out.groupby(keys, sort=False, dropna=False)["exchanges"].sum().reset_index()
+    rows = [
+        [
+            _source(frames, found, row.replay, int(row.run)),
+            shorten(found.files.networks[int(row.network)].name, 32),
+            plain(row.reason),
+            count(row.exchanges),
+        ]
+        for row in each_row(told)
+    ]
+    if not rows:
+        return None
+    return table(
+        "Exchanges without a prediction, and why",
+        ["Measured in", "Model", "Reason", "Exchanges"],
+        rows,
+        text=3,
+    )
+
+
+def _numbers(rows: pd.DataFrame, where: str) -> Table:
+    groups = list(each_group(rows.sort_values(["layer", "role"], ascending=[True, False]), _PLACE))
+    return table(
+        f"{where}: by layer, medians of one exchange",
+        ["Phase", "Layer", "Role", "Exchanges", "Measured", "Predicted", "Median error", "90th percentile"],
+        [
+            [
+                shorten(phase, 24),
+                "n/a" if pd.isna(layer) else str(layer),
+                plain(role),
+                count(len(own)),
+                microseconds(own["measured_us"].median()),
+                microseconds(own["predicted_us"].median()),
+                percent(errors_of(own)["median_error"]),
+                percent(errors_of(own)["p90_error"]),
+            ]
+            for (phase, layer, role), own in groups[:_MOST_ROWS]
+        ],
+        text=3,
+        note=f"{len(groups) - _MOST_ROWS} more rows are left out." if len(groups) > _MOST_ROWS else "",
+    )

@@ -1,0 +1,228 @@
+"""Other expert-parallel degrees, from the captured loads."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+
+from observatory.reports.figures import crossing_shares, ep_profile, rank_imbalance
+from observatory.reports.frames.report import ReportFrames, condition_order, each_row, phases_of
+from observatory.reports.page import FigureBlock, Section, Variant, table
+from observatory.reports.sections.common import choice_label, run_choice, spread
+from observatory.reports.text import listing, percent, plain, shorten, times
+
+__all__ = ["mean_over_layers", "scan_section"]
+
+_MEANS = [
+    "expert_max_over_mean",
+    "rank_max_over_mean",
+    "rank_max_over_mean_floor",
+    "rank_max_over_mean_step_floor",
+    "rank_max_over_mean_step_p50",
+    "rank_max_over_mean_step_p90",
+    "rank_max_over_mean_step_max",
+    "cross_rank_fraction",
+    "cross_node_fraction",
+]
+
+
+def mean_over_layers(scan: pd.DataFrame) -> pd.DataFrame:
+    """Unweighted means over layers per run, phase and ep, the worst layer's per-rank value beside them."""
+    groups = scan.groupby(["run", "phase", "ep"], sort=False)
+    means = groups[_MEANS].mean()
+    means["rank_max_over_mean_worst"] = groups["rank_max_over_mean"].max()
+    means["sources"] = groups["sources"].agg(lambda values: ", ".join(sorted(set(values))))
+    means["experts"] = groups["experts"].max()
+    means["placement"] = groups["placement"].first()
+    means["tokens"] = groups["tokens"].max()
+    return means.reset_index()
+
+
+def scan_section(frames: ReportFrames, *, gpus_per_node: int) -> Section:
+    """Ranks against EP degree: all models together, then one run in detail, then what crosses."""
+    title = "Other expert-parallel degrees"
+    if frames.scan.empty:
+        reasons = dict.fromkeys(gap for fact in frames.facts for gap in fact.gaps if "EP" in gap)
+        why = " ".join(reasons) or "No run given here holds routing rows with assignments."
+        return Section(id="ep", title=title, short="EP scan", reason=f"There is no EP scan. {why}")
+    scan = mean_over_layers(frames.scan).merge(frames.runs[["run", "label", "condition", "kind"]], on="run")
+    runs = dict(iter(scan.groupby(["run", "phase"], sort=False)))
+    cells = [
+        (runs[run, phase], label, condition, phase)
+        for run, label, condition, phase in frames.cells_in_order()
+        if (run, phase) in runs
+    ]
+    placement = listing(list(dict.fromkeys(scan["placement"])))
+    return Section(
+        id="ep",
+        title=title,
+        short="EP scan",
+        lead=(
+            "The captured loads, laid out again over other numbers of ranks (“Expert-parallel scan” in "
+            "docs/metrics.md): arithmetic on counts, no time was measured. Busiest expert over mean expert "
+            "is a property of the routing and is flat by construction: the same tokens choose the same "
+            "experts at any EP degree. What placement can change, and what the exchange waits for, is the "
+            "busiest rank over the mean rank.",
+            f"Placement {plain(placement)}, {gpus_per_node} ranks per node. Source ranks: "
+            f"{plain(listing(list(dict.fromkeys(scan['sources']))))}; everything but “captured” is an "
+            "estimate. All values are unweighted means over the model's MoE layers.",
+        ),
+        blocks=(
+            FigureBlock(
+                id="ep-models",
+                title="Busiest rank ÷ mean rank, all models",
+                caption="Ranks, whole window, mean over layers. 1× is perfect balance; sampling alone "
+                "keeps it above 1. Dotted: what uniform routing of as many tokens would show "
+                "(rank_max_over_mean_floor, an estimate).",
+                choice="Data and phase",
+                variants=tuple(_overview(scan)),
+            ),
+            FigureBlock(
+                id="ep-run",
+                title="Experts and ranks, single steps and whole window",
+                caption="Mean over layers. A step waits for its own busiest rank: averaging over the "
+                "window hides part of the skew, so single steps (median, bar to p90, dash for the worst) "
+                "stand above the window's line. Dotted: what uniform routing of as many tokens would show "
+                "(rank_max_over_mean_floor, an estimate).",
+                choice="Run",
+                variants=tuple(_detail(*cell) for cell in cells),
+            ),
+            FigureBlock(
+                id="ep-crossing",
+                title="Assignments that leave their rank and their node",
+                caption="Share of assignments whose expert lives elsewhere than their token, whole window, "
+                "mean over "
+                "layers. One assignment counts once, also where two experts of a token share a rank.",
+                choice="Run",
+                variants=tuple(_crossings(cells, gpus_per_node)),
+            ),
+        ),
+    )
+
+
+def _tokens_text(scan: pd.DataFrame) -> str:
+    return f"{spread(scan['tokens'])} tokens per layer"
+
+
+def _overview(scan: pd.DataFrame) -> list[Variant]:
+    variants = []
+    for phase in phases_of(scan):
+        for condition in condition_order(scan):
+            own = scan[(scan["phase"] == phase) & (scan["condition"] == condition)]
+            if own.empty:
+                continue
+            models = own["label"].nunique()
+            variants.append(
+                Variant(
+                    group=phase,
+                    label=choice_label(shorten(condition, 24), phase),
+                    figure=rank_imbalance(own),
+                    alt=f"Line chart on {shorten(condition)}, {phase}: busiest rank over mean rank from "
+                    f"{times(own['rank_max_over_mean'].min())} to {times(own['rank_max_over_mean'].max())} "
+                    f"over EP {own['ep'].min()} to {own['ep'].max()}.",
+                    note=f"{shorten(condition)}, {phase}; {models} {'model' if models == 1 else 'models'}; "
+                    f"{_tokens_text(own)}; floor {spread(own['rank_max_over_mean_floor'], times)}.",
+                    numbers=table(
+                        f"Busiest rank ÷ mean rank on {shorten(condition)}, {phase}",
+                        [
+                            "Model",
+                            "EP",
+                            "Mean over layers",
+                            "Floor",
+                            "Worst layer",
+                            "Experts, for comparison",
+                        ],
+                        [
+                            [
+                                shorten(row.label),
+                                str(row.ep),
+                                times(row.rank_max_over_mean),
+                                times(row.rank_max_over_mean_floor),
+                                times(row.rank_max_over_mean_worst),
+                                times(row.expert_max_over_mean),
+                            ]
+                            for row in each_row(own)
+                        ],
+                    ),
+                )
+            )
+    return variants
+
+
+def _detail(scan: pd.DataFrame, label: str, condition: str, phase: str) -> Variant:
+    return Variant(
+        group=shorten(label),
+        label=run_choice(label, condition, phase),
+        figure=ep_profile(scan),
+        alt=f"Line chart for {shorten(label)} on {shorten(condition)}, {phase}: per-rank imbalance "
+        f"{spread(scan['rank_max_over_mean'], times)} over the window, per-expert "
+        f"{spread(scan['expert_max_over_mean'], times)}.",
+        note=f"{shorten(label)} on {shorten(condition)}, {phase}; {_tokens_text(scan)}. Source ranks: "
+        f"{plain(scan['sources'].iloc[0])}.",
+        numbers=table(
+            f"{shorten(label)} on {shorten(condition)}, {phase}: busiest ÷ mean",
+            [
+                "EP",
+                "Experts",
+                "Ranks, window",
+                "Ranks, step p50",
+                "Ranks, step p90",
+                "Ranks, worst step",
+                "Worst layer",
+                "Floor, window",
+                "Floor, step",
+            ],
+            [
+                [
+                    str(row.ep),
+                    times(row.expert_max_over_mean),
+                    times(row.rank_max_over_mean),
+                    times(row.rank_max_over_mean_step_p50),
+                    times(row.rank_max_over_mean_step_p90),
+                    times(row.rank_max_over_mean_step_max),
+                    times(row.rank_max_over_mean_worst),
+                    times(row.rank_max_over_mean_floor),
+                    times(row.rank_max_over_mean_step_floor),
+                ]
+                for row in each_row(scan.sort_values("ep"))
+            ],
+        ),
+    )
+
+
+def _crossings(cells: list[tuple[pd.DataFrame, str, str, str]], gpus_per_node: int) -> list[Variant]:
+    """One variant per run and phase, or a single one where the shares follow from the ranks alone."""
+    by_construction = all(
+        np.allclose(scan["cross_rank_fraction"], 1 - 1 / scan["ep"], atol=1e-9) for scan, *_ in cells
+    )
+    if not by_construction or len(cells) == 1:
+        return [_crossing(*cell, gpus_per_node) for cell in cells]
+    only = _crossing(cells[0][0], "All models", "all data", "all phases", gpus_per_node)
+    reason = (
+        "No run here recorded more than one source rank, so tokens are spread evenly and the shares follow "
+        "from the number of ranks alone: 1 − 1/EP, the same for every run."
+    )
+    return [replace(only, note=f"{only.note} {reason}")]
+
+
+def _crossing(scan: pd.DataFrame, label: str, condition: str, phase: str, gpus_per_node: int) -> Variant:
+    return Variant(
+        group=shorten(label),
+        label=run_choice(label, condition, phase),
+        figure=crossing_shares(scan),
+        alt=f"Line chart for {shorten(label)} on {shorten(condition)}, {phase}: up to "
+        f"{percent(scan['cross_rank_fraction'].max())} of assignments cross ranks and "
+        f"{percent(scan['cross_node_fraction'].max())} cross nodes.",
+        note=f"{shorten(label)} on {shorten(condition)}, {phase}; {gpus_per_node} ranks per node. "
+        f"Source ranks: {plain(scan['sources'].iloc[0])}.",
+        numbers=table(
+            f"{shorten(label)} on {shorten(condition)}, {phase}: share of assignments",
+            ["EP", "To another rank", "To another node", "Source ranks"],
+            [
+                [str(row.ep), percent(row.cross_rank_fraction), percent(row.cross_node_fraction), row.sources]
+                for row in each_row(scan.sort_values("ep"))
+            ],
+        ),
+    )

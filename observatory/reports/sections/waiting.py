@@ -1,0 +1,191 @@
+"""Who waits, who is waited for, and why."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from observatory.reports.figures.exchanges import rank_time, waiting_map
+from observatory.reports.frames.report import each_row
+from observatory.reports.page import Block, Column, FigureBlock, Section, Table, Variant, table
+from observatory.reports.sections.common import run_choice
+from observatory.reports.text import MISSING, count, listing, number, percent, plain, shorten
+
+__all__ = ["waiting_section"]
+
+_MOST_ROWS = 30
+
+Cell = tuple[int, str, str, str, pd.DataFrame]
+
+
+def waiting_section(cells: list[Cell], *, layers: pd.DataFrame, unknown: pd.DataFrame) -> Section:
+    """Ranks, then layers: a figure of each per run and phase.
+
+    Args:
+        cells: (run, label, condition, phase, rows of ``rank_waits``).
+        layers: rows of ``layer_waits`` of all runs.
+        unknown: why splits are missing, of all runs.
+    """
+    if not cells:
+        return Section(id="waiting", title=_TITLE)
+    of_ranks, of_layers = [], []
+    for run, label, condition, phase, ranks in cells:
+        of_cell = [frame[(frame["run"] == run) & (frame["phase"] == phase)] for frame in (layers, unknown)]
+        of_ranks.append(_variant(ranks, of_cell[1], label, condition, phase))
+        of_layers.append(_layer_variant(of_cell[0], label, condition, phase))
+    blocks: tuple[Block, ...] = (
+        FigureBlock(
+            id="rank-waiting",
+            title="Waiting and transfer per rank",
+            caption="Bars: each rank's own time inside exchanges. Diamond: what all others together waited "
+            "for that rank. The slowest rank is the one waited for longest.",
+            choice="Run",
+            variants=tuple(of_ranks),
+        ),
+        FigureBlock(
+            id="layer-waiting",
+            title="Waiting per layer and exchange",
+            caption="Share of the ranks' time in exchanges that is waiting. “other” are the small exchanges "
+            "around them, counts above all. Open cells: not known.",
+            choice="Run",
+            variants=tuple(of_layers),
+        ),
+    )
+    return Section(
+        id="waiting",
+        title=_TITLE,
+        short="Waiting and transfer",
+        lead=(
+            "The time of an exchange is split on one clock for all ranks. Waiting: from a rank's arrival "
+            "to the last arrival of those it sends to or receives from; a pair that exchanges nothing "
+            "does not make a rank wait. Transfer: from then to its own end. Some backends let nobody go "
+            "before everybody has come; that time is shown apart. Definitions and what is refused: "
+            "docs/waiting.md.",
+            "Why a rank comes last is told from its own times since the exchange before: it computed longer "
+            "(“compute load”), its clock was lower (“clock”), or that exchange ended later on it than on "
+            "others (“exchange before”); “unknown” where none of these explains at least half of its "
+            "lateness.",
+        ),
+        blocks=blocks,
+    )
+
+
+_TITLE = "Who waits for whom"
+
+
+def _variant(ranks: pd.DataFrame, unknown: pd.DataFrame, label: str, condition: str, phase: str) -> Variant:
+    where = f"{shorten(label)} on {shorten(condition)}, {phase}"
+    return Variant(
+        group=shorten(label),
+        label=run_choice(label, condition, phase),
+        figure=rank_time(ranks),
+        alt=f"Stacked bars of {len(ranks)} ranks for {where}. {_slowest(ranks)}",
+        note=f"{where}. {_slowest(ranks)}{_reasons(unknown)}",
+        numbers=table(
+            f"{where}: milliseconds in exchanges, sums over the run",
+            ["Rank", "In exchanges", "Waiting", "Kept for others", "Transfer", "Exchanges nothing",
+             "Not known", "Others waited for it", "Arrived last", "Cause"],
+            [
+                [
+                    str(row.source_rank),
+                    *(
+                        number(value * 1e3)
+                        for value in (
+                            row.duration_s, row.wait_s, row.held_s, row.transfer_s, row.idle_s, row.unknown_s,
+                            row.caused_wait_s,
+                        )
+                    ),
+                    count(row.times_last),
+                    plain(row.cause or "–"),
+                ]
+                for row in each_row(ranks.sort_values("source_rank"))
+            ],
+        ),
+    )  # fmt: skip
+
+
+def _slowest(ranks: pd.DataFrame) -> str:
+    """One sentence that names the slowest rank."""
+    whole = float(ranks["caused_wait_s"].sum())
+    known = float(ranks["duration_s"].sum() - ranks["unknown_s"].sum())
+    if not whole > 0:
+        return "No rank waited for another." if known > 0 else "How long ranks waited is not known."
+    slowest, *others = each_row(ranks.sort_values("caused_wait_s", ascending=False))
+    waited = [row for row in others if row.caused_wait_s > 0]
+    after = (
+        f"; next is rank {waited[0].source_rank} with {percent(waited[0].caused_wait_s / whole)}"
+        if waited
+        else ""
+    )
+    # Whom a rank waited for can be known where its time cannot be split: it was also kept for others.
+    share = (
+        f"Waiting is {percent(float(ranks['wait_s'].sum()) / known)} of the time in exchanges."
+        if known > 0
+        else "No rank's time could be split in full."
+    )
+    return (
+        f"{share} Slowest is rank {slowest.source_rank}: {percent(slowest.caused_wait_s / whole)} of all "
+        f"waiting was for it ({number(slowest.caused_wait_s * 1e3)} ms; cause: "
+        f"{plain(slowest.cause or 'unknown')}){after}."
+    )
+
+
+def _reasons(unknown: pd.DataFrame) -> str:
+    if unknown.empty:
+        return ""
+    told = [f"{plain(row.reason)} ({count(row.rows)} rows)" for row in each_row(unknown)]
+    return f" Not split: {listing(told)}."
+
+
+def _layer_variant(layers: pd.DataFrame, label: str, condition: str, phase: str) -> Variant:
+    where = f"{shorten(label)} on {shorten(condition)}, {phase}"
+    known = layers.dropna(subset=["wait_share"]).sort_values("wait_share", ascending=False)
+    most = f"Waiting is not known in any layer of {where}."
+    if len(known):
+        row = next(each_row(known))
+        layer = "no known layer" if pd.isna(row.layer) else f"layer {row.layer}"
+        slowest = "" if pd.isna(row.slowest_rank) else f", mostly for rank {row.slowest_rank}"
+        most = f"{where}. Most waiting: {plain(row.role)} of {layer}, {percent(row.wait_share)}{slowest}."
+    return Variant(
+        group=shorten(label),
+        label=run_choice(label, condition, phase),
+        figure=waiting_map(layers),
+        alt=f"Heatmap of {layers['layer'].nunique()} layers. {most}",
+        note=most,
+        numbers=_layer_table(layers, label, condition, phase),
+    )
+
+
+def _layer_table(layers: pd.DataFrame, label: str, condition: str, phase: str) -> Table:
+    most = layers.sort_values("wait_s", ascending=False, kind="stable").head(_MOST_ROWS).sort_index()
+    left_out = len(layers) - len(most)
+    return table(
+        f"{shorten(label)} on {shorten(condition)}, {phase}: exchanges by layer, times in ms",
+        [
+            "Layer",
+            "Role",
+            "Exchanges",
+            "Longest rank",
+            "Longest transfer",
+            "Waiting",
+            "Slowest rank (of waiting)",
+            Column(title="Why it is late", numeric=False),
+        ],
+        [
+            [
+                MISSING if pd.isna(row.layer) else str(row.layer),
+                plain(row.role),
+                count(row.collectives),
+                number(row.longest_p50_s * 1e3),
+                number(row.transfer_longest_p50_s * 1e3),
+                percent(row.wait_share),
+                "–" if pd.isna(row.slowest_rank) else f"{row.slowest_rank} ({percent(row.slowest_share, 0)})",
+                plain(row.slowest_cause or "–"),
+            ]
+            for row in each_row(most)
+        ],
+        note="Longest: the rank that took longest, median over exchanges. Waiting: share of the ranks' time."
+        + (
+            f" {left_out} rows with less waiting are left out: observatory exchanges RUN." if left_out else ""
+        ),
+        text=2,
+    )

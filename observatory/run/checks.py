@@ -1,0 +1,174 @@
+"""Checks that every table's rows pass before they are written and after they are read."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from observatory.errors import LoadError, RunFormatError
+from observatory.run.files import one_line
+from observatory.run.manifest import PHASES
+from observatory.run.rows import MAX_EXPERTS, experts_of, routing_columns
+from observatory.run.tables import (
+    EXCHANGE_SCHEMA,
+    POWER_SCHEMA,
+    SPAN_SCHEMA,
+    TOKENS_SCHEMA,
+    routing_schema,
+)
+
+__all__ = ["FIXED_SCHEMAS", "check_rows", "check_schema", "checked_rows"]
+
+#: Schemas of the tables whose columns do not depend on the model.
+FIXED_SCHEMAS: dict[str, pa.Schema] = {
+    "exchange": EXCHANGE_SCHEMA,
+    "spans": SPAN_SCHEMA,
+    "power": POWER_SCHEMA,
+    "tokens": TOKENS_SCHEMA,
+}
+
+#: Times to 73 years, so that the sum of two fits 64 bits; steps below what a double tells apart; bytes of
+#: 4,096 ranks add up to 64 bits.
+_TIME, _COUNT, _BYTES = (-(1 << 61), 1 << 61), (0, 1 << 53), (0, 1 << 50)
+_RANGES = {
+    "step": _COUNT, "sequence": _COUNT, "position": _COUNT, "layer": (0, (1 << 31) - 1),
+    "backend_sequence": (-1, (1 << 63) - 1),
+    "start_ns": _TIME, "end_ns": _TIME, "time_ns": _TIME, "recorder_start_ns": _TIME,
+    "recorder_duration_ns": _TIME, "power_cap_ns": _TIME, "thermal_ns": _TIME, "read_ns": _TIME,
+    "late_ns": _TIME, "send_bytes": _BYTES, "receive_bytes": _BYTES,
+    "power_mw": (0, 1 << 40), "average_power_mw": (0, 1 << 40), "enforced_limit_mw": (0, 1 << 40),
+    "energy_mj": (0, 1 << 61), "sm_clock_mhz": (0, 1 << 20), "memory_clock_mhz": (0, 1 << 20),
+    "temperature_c": (-273, 1 << 20), "memory_temperature_c": (-273, 1 << 20),
+}  # fmt: skip
+
+
+def checked_rows(table: str, rows: pa.Table | pa.RecordBatch, *, rank: int) -> pa.Table:
+    """Rows cast to the table's schema and checked, ready to be written.
+
+    Columns that the schema does not know are kept behind the known ones.
+
+    Raises:
+        RunFormatError: columns are missing or of a type that does not fit.
+        LoadError: impossible loads or expert ids.
+    """
+    where = f"rows appended to {table} by rank {rank}"
+    given = pa.Table.from_batches([rows]) if isinstance(rows, pa.RecordBatch) else rows
+    if table == "routing":
+        schema = routing_schema(_experts_of_list(given, where), gate_mass=True)
+    else:
+        schema = FIXED_SCHEMAS[table]
+    fields: list[pa.Field] = []
+    columns: list[pa.ChunkedArray] = []
+    for field in schema:
+        found = given.schema.get_all_field_indices(field.name)
+        if not found and field.nullable:
+            continue
+        if len(found) != 1:
+            raise RunFormatError(f"{where}: column {field.name} is there {len(found)} times; expected once")
+        try:
+            column = given.column(found[0]).cast(field.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise RunFormatError(
+                f"{where}: column {field.name} is {given.column(found[0]).type}; expected {field.type}"
+            ) from error
+        if field.nullable and column.null_count == len(column):
+            continue  # a column of nulls says nothing and costs space: readers take a missing one as null
+        fields.append(field)
+        columns.append(column)
+    for field in given.schema:
+        if field.name not in schema.names:
+            fields.append(field)
+            columns.append(given.column(field.name))
+    table_rows = pa.Table.from_arrays(columns, schema=pa.schema(fields))
+    check_rows(table, table_rows, rank=rank, where=where)
+    return table_rows
+
+
+def _experts_of_list(rows: pa.Table, where: str) -> int:
+    """E of rows that are about to be written."""
+    index = rows.schema.get_field_index("load")
+    if index < 0 or not pa.types.is_fixed_size_list(rows.schema.field(index).type):
+        raise RunFormatError(f"{where}: no fixed-size list column load; build the rows with routing_rows()")
+    return int(rows.schema.field(index).type.list_size)
+
+
+def check_schema(table: str, schema: pa.Schema, *, where: str) -> None:
+    """Check that a part has the columns of its table; more of numbers, texts or lists of them are allowed.
+
+    Raises:
+        RunFormatError: a column is missing, there twice, or of another type.
+    """
+    for field in schema:
+        lists = pa.types.is_list(field.type) or pa.types.is_fixed_size_list(field.type)
+        kind = field.type.value_type if lists or pa.types.is_dictionary(field.type) else field.type
+        if not (pa.types.is_primitive(kind) or pa.types.is_string(kind)):
+            raise RunFormatError(
+                f"{where}: column {one_line(field.name, 80)} is {one_line(field.type, 60)}; expected "
+                "numbers, texts, or lists of them"
+            )
+    if table == "routing":
+        experts_of(schema, where)
+        return
+    for field in FIXED_SCHEMAS[table]:
+        found = schema.get_all_field_indices(field.name)
+        if not found and field.nullable:
+            continue
+        kind = schema.field(found[0]).type if len(found) == 1 else None
+        if kind is None or not _fits(kind, field.type):
+            raise RunFormatError(
+                f"{where}: column {field.name} is {one_line(kind, 60)}; expected {field.type}"
+            )
+
+
+def _fits(found: pa.DataType, expected: pa.DataType) -> bool:
+    if pa.types.is_list(expected):
+        return bool(pa.types.is_list(found) and found.value_type == expected.value_type)
+    return bool(found == expected)
+
+
+def _check_range(column: pa.ChunkedArray, name: str, where: str) -> None:
+    """Numbers of known columns stay so small that sums and differences fit 64 bits."""
+    lists = pa.types.is_list(column.type)
+    least, most = _RANGES.get(name, (0, 0))
+    if name not in _RANGES or not len(column):
+        return
+    extremes = pc.min_max(pc.list_flatten(column) if lists else column).as_py()
+    for found in (extremes["min"], extremes["max"]):
+        if found is not None and not least <= found <= most:
+            raise RunFormatError(f"{where}: column {name} holds {found}; expected {least} to {most}")
+
+
+def check_rows(table: str, rows: pa.Table, *, rank: int, where: str) -> None:
+    """Check the values of rows whose schema fits.
+
+    Raises:
+        RunFormatError: nulls where there must be none, unknown phase, another rank's rows.
+        LoadError: impossible loads or expert ids.
+    """
+    if table == "routing":
+        routing_columns(rows, rank=rank, where=where)
+        return
+    for field in FIXED_SCHEMAS[table]:
+        if not field.nullable and rows.column(field.name).null_count:
+            raise RunFormatError(f"{where}: column {field.name} holds nulls; expected a value in every row")
+    names = rows.column_names
+    for name in names:
+        _check_range(rows.column(name), name, where)
+    if "source_rank" in names and pc.any(pc.not_equal(rows.column("source_rank"), rank)).as_py():
+        raise RunFormatError(
+            f"{where}: holds rows of another source_rank; expected only those of rank {rank}"
+        )
+    if (
+        "phase" in names
+        and not pc.all(pc.is_in(rows.column("phase"), pa.array(PHASES))).as_py()
+        and rows.num_rows
+    ):
+        raise RunFormatError(f"{where}: holds an unknown phase; expected one of {', '.join(PHASES)}")
+    if table == "tokens" and rows.num_rows:
+        ids = pc.list_flatten(rows.column("expert_ids"))
+        lowest, highest = pc.min(ids).as_py(), pc.max(ids).as_py()
+        if ids.null_count or (lowest is not None and not 0 <= lowest <= highest < MAX_EXPERTS):
+            raise LoadError(
+                f"{where}: expert ids range from {lowest} to {highest}; expected 0 to {MAX_EXPERTS - 1}, "
+                "with padding and masked tokens left out"
+            )

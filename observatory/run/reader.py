@@ -1,0 +1,367 @@
+"""Reading a run directory: what it holds, what is missing, and its tables as frames or streams.
+
+Everything in a run directory is untrusted. Damaged parts are left out and stated in ``Run.problems``;
+rows that cannot be true (negative loads, another rank's rows) are errors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from observatory.errors import LoadError, RunError, RunFormatError
+from observatory.run.blocks import LoadBlock, stream_blocks
+from observatory.run.checks import FIXED_SCHEMAS, check_rows
+from observatory.run.coverage import Coverage
+from observatory.run.files import one_line, rank_folder
+from observatory.run.gaps import Gap, of_capture, of_ranks, sentence
+from observatory.run.layers import JoinedLayers, join_layers
+from observatory.run.manifest import PHASES, Manifest
+from observatory.run.manifest_files import joined_notes, read_manifest, read_rank_statuses
+from observatory.run.parts import Part, list_parts, plain_text, read_row_group
+from observatory.run.rows import MAX_LOAD, MAX_STEP
+from observatory.run.tables import TABLES
+
+__all__ = ["Run", "open_run"]
+
+#: Frames larger than this are refused in favour of the streaming iterators.
+_MAX_FRAME_ROWS = 20_000_000
+_MAX_FRAME_BYTES = 4 * 1024 * 1024 * 1024
+
+#: Layers of a run that have rows: analyses work through each of them.
+_MAX_LAYERS = 1024
+#: Different values that one rank may have in a column: work and pages grow with each.
+_MOST_DIFFERENT = {"layer": _MAX_LAYERS, "group": 256, "device_uuid": 128}
+
+#: Counts of all rows together; analyses add them up in 64 bits.
+_MAX_SUM = 2.0**62
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Open a run directory.
+
+    Only the manifest, the ranks' status files and the parts' footers are read.
+
+    Raises:
+        RunError: the directory does not exist or is no run directory.
+        RunFormatError: the manifest is damaged, the schema is newer, a part has wrong columns, or the run
+            has parts but not one of them can be read.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    written, problems = read_rank_statuses(folder)
+    # A rank's own file is newer than what rank 0 knew when it closed.
+    statuses = {status.rank: status for status in manifest.ranks} | written
+    ranks = tuple(statuses[rank] for rank in sorted(statuses))
+    manifest = manifest.model_copy(update={"ranks": ranks, "notes": joined_notes(manifest, ranks)})
+    parts: dict[str, tuple[Part, ...]] = {}
+    unreadable: list[str] = []
+    for table in TABLES:
+        found, stated, damaged = list_parts(folder, table)
+        outside = sorted({part.rank for part in found if part.rank >= manifest.topology.ranks})
+        problems += [
+            f"{table}: rank {rank} is outside the run's {manifest.topology.ranks} ranks and was passed over"
+            for rank in outside
+        ]
+        parts[table] = tuple(part for part in found if part.rank < manifest.topology.ranks)
+        problems += stated
+        unreadable += damaged
+    if unreadable and not any(parts.values()):
+        raise RunFormatError(
+            f"none of the {len(unreadable)} parts of run {folder} can be read ({unreadable[0]}); "
+            "capture it again"
+        )
+    routed = {part.rank for part in parts["routing"]}
+    gaps = [*of_ranks(manifest, routed), *of_capture(manifest)]
+    layers = join_layers(manifest)
+    for table in ("routing", "tokens"):
+        parts[table] = tuple(part for part in parts[table] if part.rank not in layers.contradictions)
+    model = manifest.model.model_copy(update={"moe_layers": layers.moe_layers})
+    return Run(
+        folder,
+        manifest.model_copy(update={"model": model}),
+        parts,
+        [*layers.contradictions.values(), *gaps, *problems],
+        layers,
+    )
+
+
+class Run:
+    """A run directory that was opened by :func:`open_run`.
+
+    Attributes:
+        path: the directory.
+        manifest: its manifest, with the status of every rank that left one, and the MoE layers and notes of
+            all ranks.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        parts: dict[str, tuple[Part, ...]],
+        problems: list[str | Gap],
+        layers: JoinedLayers,
+    ) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._parts = parts
+        self._layers = layers
+        self._problems = list(dict.fromkeys(problems))
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Stated gaps: missing or unclosed ranks, steps that are missing or partial, damaged parts.
+
+        Reading may find more and add them: rows that are not there are known when all loads were streamed.
+        """
+        return tuple(sentence(item) if isinstance(item, Gap) else item for item in self._problems)
+
+    @property
+    def gaps(self) -> tuple[Gap, ...]:
+        """Those of the problems that have a code and values."""
+        return tuple(item for item in self._problems if isinstance(item, Gap))
+
+    def holds_layer(self, rank: int, layer: int) -> bool:
+        """Whether a rank may have rows of a layer; False where it states its layers without this one."""
+        layers = self._layers.layers_of_rank.get(rank)
+        return layers is None or layer in layers
+
+    def row_count(self, table: str) -> int:
+        """Rows of a table according to its footers."""
+        return sum(part.metadata.num_rows for part in self._parts_of(table))
+
+    def iter_loads(
+        self,
+        *,
+        phase: str | None = None,
+        layers: Collection[int] | None = None,
+        max_block_bytes: int = 64 * 1024 * 1024,
+    ) -> Iterator[LoadBlock]:
+        """Stream the loads of all ranks as dense blocks, a bounded number of steps at a time.
+
+        Blocks of one (phase, layer) come in step order; different ones interleave. Memory stays near
+        one row group per rank, whatever the length of the run.
+
+        Args:
+            phase: only this phase.
+            layers: only these layers.
+            max_block_bytes: bound on ``load_SPE`` of one block; a single window is never split.
+
+        Raises:
+            LoadError: negative or impossible loads.
+            RunFormatError: rows contradict the manifest, their folder or each other, or nothing at all
+                can be read.
+        """
+        if phase is not None and phase not in PHASES:
+            raise RunError(f"phase {one_line(phase, 40)!r} is unknown; expected one of {', '.join(PHASES)}")
+        parts = self._parts["routing"]
+        ranks = np.array(sorted({part.rank for part in parts}), dtype=np.int64)
+        layer_experts = {spec.layer: spec.experts for spec in self.manifest.model.moe_layers}
+
+        found: set[int] = set()
+
+        def check_layer(layer: int, experts: int, where: str) -> None:
+            found.add(layer)
+            if len(found) > _MAX_LAYERS:
+                raise RunFormatError(
+                    f"{where}: column layer holds over {_MAX_LAYERS} different layers with those before; "
+                    "capture it again"
+                )
+            if layer_experts.get(layer, experts) != experts:
+                raise RunFormatError(
+                    f"{where}: layer {layer} has {experts} experts, {layer_experts[layer]} in the manifest; "
+                    "the part belongs to another run"
+                )
+
+        left_out = 0
+
+        def report(problem: str) -> None:
+            nonlocal left_out
+            left_out += 1
+            self._state(problem)
+
+        coverage = Coverage(ranks)
+        groups_of_all = 0
+        summed = 0.0
+        for experts in sorted({part.experts for part in parts}):
+            groups = [group for part in parts if part.experts == experts for group in part.row_groups()]
+            groups_of_all += len(groups)
+            for block in stream_blocks(
+                groups,
+                ranks=ranks,
+                phase=phase,
+                layers=layers,
+                max_block_bytes=max_block_bytes,
+                report=report,
+                check_layer=check_layer,
+            ):
+                summed += float(block.assignments_SP.sum(dtype=np.float64))
+                if summed > _MAX_SUM:
+                    raise LoadError(
+                        f"routing of run {self.path}: column assignments sums to over 2**62; capture it again"
+                    )
+                coverage.add(block)
+                yield block
+        if phase is None and layers is None:
+            for gap in coverage.gaps(self.manifest, self.holds_layer):
+                self._state(gap)
+        if groups_of_all and left_out == groups_of_all:
+            raise RunFormatError(
+                f"no routing rows of run {self.path} can be read: {self.problems[-1]}; capture it again"
+            )
+
+    def expert_load(self, *, phase: str | None = None, layers: Collection[int] | None = None) -> pd.DataFrame:
+        """Loads as a tidy frame: step, phase, layer, source_rank, expert, load.
+
+        A column ``window_steps`` follows when rows span several steps.
+
+        Raises:
+            RunError: the frame would be too large; use :meth:`iter_loads` or choose layers.
+        """
+        columns: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("step", "phase", "layer", "source_rank", "expert", "load", "window_steps")
+        }
+        size = 0
+        for block in self.iter_loads(phase=phase, layers=layers):
+            s, p = np.nonzero(block.present_SP)
+            size += s.size * block.experts
+            if size > _MAX_FRAME_ROWS:
+                raise RunError(
+                    f"expert_load() of run {self.path} has over {_MAX_FRAME_ROWS} rows; choose phase and "
+                    "layers, or stream with iter_loads()"
+                )
+            for name, values in (
+                ("step", block.step_S[s]),
+                ("source_rank", block.source_rank_P[p]),
+                ("window_steps", block.window_steps_S[s]),
+                ("phase", np.full(s.size, PHASES.index(block.phase))),
+                ("layer", np.full(s.size, block.layer, np.int64)),
+            ):
+                columns[name].append(np.repeat(values, block.experts))
+            columns["expert"].append(np.tile(np.arange(block.experts), s.size))
+            columns["load"].append(block.load_SPE[s, p].reshape(-1))
+        joined = {
+            name: np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
+            for name, arrays in columns.items()
+        }
+        frame = pd.DataFrame(joined)
+        frame["phase"] = pd.Series(PHASES, dtype="str").take(joined["phase"]).array
+        if not (joined["window_steps"] > 1).any():
+            frame = frame.drop(columns="window_steps")
+        return frame
+
+    def routed_tokens(self) -> pd.DataFrame:
+        """Tokens of each step: step, window_steps, phase, source_rank, tokens.
+
+        All MoE layers see the same tokens; where they do not (some were not captured in every step), the
+        largest number counts. Loads are not read.
+
+        Raises:
+            RunFormatError: rows of another rank, or a negative number of tokens.
+        """
+        keys = ["step", "window_steps", "phase", "source_rank"]
+        found: list[pd.DataFrame] = []
+        for part in self._parts["routing"]:
+            for group in part.row_groups():
+                rows = read_row_group(group, [*keys, "tokens"])
+                if isinstance(rows, str):
+                    self._state(rows)
+                    continue
+                frame = rows.to_pandas().astype({"phase": "str"})
+                if (
+                    frame.isna().any(axis=None)
+                    or not frame["tokens"].between(0, MAX_LOAD).all()
+                    or not frame["step"].between(0, MAX_STEP).all()
+                    or not frame["phase"].isin(PHASES).all()
+                ):
+                    raise RunFormatError(
+                        f"{part.name}: holds impossible steps, phases or numbers of tokens; capture it again"
+                    )
+                if (frame["source_rank"] != part.rank).any():
+                    raise RunFormatError(f"{part.name}: holds rows of another rank than {part.rank}")
+                found.append(frame.groupby(keys, sort=False)["tokens"].max().reset_index())
+        if not found:
+            return pd.DataFrame({name: [] for name in [*keys, "tokens"]})
+        joined = pd.concat(found, ignore_index=True)
+        result: pd.DataFrame = joined.groupby(keys, sort=True)["tokens"].max().reset_index()
+        return result
+
+    def exchanges(self) -> pd.DataFrame:
+        """Collectives, one row per collective on one rank."""
+        return self._frame("exchange")
+
+    def spans(self) -> pd.DataFrame:
+        """Phases of the program and sub-layer spans."""
+        return self._frame("spans")
+
+    def power(self) -> pd.DataFrame:
+        """Telemetry samples, with the ``source_rank`` that took them."""
+        return self._frame("power")
+
+    def token_samples(self) -> pd.DataFrame:
+        """Sampled routing decisions: ``expert_ids`` of one token of one layer per row."""
+        return self._frame("tokens")
+
+    def iter_rows(self, table: str) -> Iterator[pa.Table]:
+        """Stream a table's checked rows with all columns, unknown ones included, a row group at a time.
+
+        Exchanges and spans of a rank whose layers contradict the other ranks' have no layer.
+
+        Raises:
+            RunFormatError, LoadError: rows that cannot be true.
+        """
+        for part in self._parts_of(table):
+            left_bytes = part.most_decoded_bytes
+            for group in part.row_groups():
+                rows = read_row_group(group, None)
+                if isinstance(rows, str):
+                    self._state(rows)
+                    continue
+                rows = plain_text(rows, most_bytes=left_bytes, where=part.name)
+                left_bytes -= rows.nbytes
+                check_rows(table, rows, rank=part.rank, where=part.name)
+                if part.rank in self._layers.contradictions and "layer" in rows.column_names:
+                    at = rows.column_names.index("layer")
+                    kind = rows.schema.field(at).type
+                    rows = rows.set_column(at, "layer", pa.nulls(len(rows), kind))
+                if "source_rank" not in rows.column_names:
+                    rows = rows.append_column(
+                        "source_rank", pa.array(np.full(len(rows), part.rank, np.int32))
+                    )
+                yield rows
+
+    def _frame(self, table: str) -> pd.DataFrame:
+        size = sum(part.decoded_bytes for part in self._parts_of(table))
+        if size > _MAX_FRAME_BYTES:
+            raise RunError(
+                f"table {table} of run {self.path} has {size >> 20} MiB; stream it with iter_rows({table!r})"
+            )
+        schema = FIXED_SCHEMAS[table]
+        if "source_rank" not in schema.names:
+            schema = schema.append(pa.field("source_rank", pa.int32()))
+        tables = [schema.empty_table(), *self.iter_rows(table)]
+        frame: pd.DataFrame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+        for column, most in _MOST_DIFFERENT.items():
+            if column in frame and not frame.empty:
+                for rank, different in frame.groupby("source_rank")[column].nunique().items():
+                    if different > most:
+                        raise RunFormatError(
+                            f"{table}/{rank_folder(int(str(rank)))}: column {column} holds {different} "
+                            f"different values; expected at most {most}"
+                        )
+        return frame
+
+    def _parts_of(self, table: str) -> tuple[Part, ...]:
+        if table not in TABLES:
+            raise RunError(f"table {one_line(table, 40)!r} is unknown; expected one of {', '.join(TABLES)}")
+        return self._parts[table]
+
+    def _state(self, problem: str | Gap) -> None:
+        if problem not in self._problems:
+            self._problems.append(problem)

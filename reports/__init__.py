@@ -1,5 +1,0 @@
-"""HTML reports, figures and trace exports made from run directories."""
-
-from reports.html import write_report
-
-__all__ = ["write_report"]
