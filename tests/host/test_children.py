@@ -59,7 +59,7 @@ def hostile(tmp_path: Path) -> Path:
     folder = tmp_path / "hostile"
     (folder / "reports").mkdir(parents=True)
     code = f"from pathlib import Path\n(Path({str(folder)!r}) / ('mark-' + __name__)).touch()\n"
-    for name in (*HOSTILE, "observatory/reports/__init__"):
+    for name in (*HOSTILE, "reports/__init__"):
         (folder / f"{name}.py").write_text(code)
     return folder
 
