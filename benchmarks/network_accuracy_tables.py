@@ -13,8 +13,6 @@ from observatory.analysis.network.checking import check_predictions
 from observatory.run import Run
 from observatory.run.documents.bench import BenchResult
 
-__all__ = ["fit_lines", "live_lines", "replay_lines"]
-
 
 def fit_lines(model: NetworkModel) -> list[str]:
     """The chosen form, its coefficients, and what it got wrong on numbers of ranks left out of its fit."""

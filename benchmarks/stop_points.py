@@ -21,8 +21,6 @@ from observatory.errors import ObservatoryError
 from tests.locks.killing import kill_watchdogs
 from tests.locks.test_locking import UUID, Host
 
-__all__ = ["STOPS", "Stop", "StopOutcome", "play_stop"]
-
 #: What is stopped until its lease has expired -> the scenario of ``kill_points`` that has the same points.
 STOPS = {
     "owner stopped": "owner",

@@ -6,27 +6,6 @@ The command line prints the message as one line and ends with ``exit_code``.
 
 from typing import TypeVar
 
-__all__ = [
-    "BenchmarkError",
-    "CaptureError",
-    "ClockError",
-    "DataError",
-    "DeviceError",
-    "DeviceLostError",
-    "EnergyError",
-    "ExchangeError",
-    "LeaseBusyError",
-    "LoadError",
-    "LockNotPermittedError",
-    "LockRefusedError",
-    "ModelError",
-    "ObservatoryError",
-    "PlacementError",
-    "RunError",
-    "RunFormatError",
-    "alike",
-]
-
 E = TypeVar("E", bound="ObservatoryError")
 
 

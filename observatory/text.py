@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["listing", "percent_words"]
-
 
 def listing(items: Sequence[str], *, most: int = 4, joined_by: str = "and") -> str:
     """``a, b and c``; past ``most`` items, ``a, b, c and 5 more``; the last is joined by ``joined_by``."""

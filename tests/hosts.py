@@ -13,8 +13,6 @@ from pathlib import Path
 from tests.analysis.network import shaped
 from tests.paths import ROOT
 
-__all__ = ["HOSTS", "ahead_s", "run_on_hosts", "why_not"]
-
 HOSTS = 2
 _PORT = 29577
 _LAUNCHERS = ("SLURM", "PMI", "OMPI_", "TORCHELASTIC", "MASTER_", "GLOO_", "RANK", "WORLD_SIZE", "LOCAL_")

@@ -13,17 +13,6 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-__all__ = [
-    "MARK",
-    "command_of",
-    "descendants",
-    "end_all",
-    "environment_of",
-    "lives",
-    "processes_of",
-    "wait_until",
-]
-
 #: Variable that holds the mark of the running test.
 MARK = "OBSERVATORY_TEST"
 #: Parts of command lines of what Python and torch start at the first need and keep for later ones.

@@ -22,8 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["NODES", "Job", "SlurmHost", "slurm_host", "why_not"]
-
 NODES = 4
 _CPUS = 4
 _PR_SET_PDEATHSIG = 1  # of prctl(2)

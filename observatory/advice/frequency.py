@@ -32,8 +32,6 @@ from observatory.analysis.frequency.views import TIE, ClockChoice, SeriesView, h
 from observatory.errors import ClockError
 from observatory.run.manifest import DeviceSpec, Record, Text
 
-__all__ = ["ClockAdvice", "ClockChoice", "CommonClock", "MeasuredNearby", "SeriesAdvice", "recommend_clocks"]
-
 Float64 = NDArray[np.float64]
 
 #: A measured lock this close to a recommended clock is evidence for it.

@@ -13,8 +13,6 @@ from observatory.run.bounded import MAX_DOCUMENT_BYTES
 from observatory.run.documents.bench import NODES_AS_TOLD, BenchPlan, BenchResult, load_bench
 from observatory.run.documents.writing import write_text
 
-__all__ = ["check_out", "ranks_of_benchmark", "run_benchmark", "write_result"]
-
 #: Time and waiting of one rank in one repeat, as JSON.
 _BYTES_OF_TIMES = 40
 

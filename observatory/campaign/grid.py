@@ -30,17 +30,6 @@ from observatory.run.documents.writing import frame_records, write_json
 if TYPE_CHECKING:
     from observatory.zoo.models import LoadedModel
 
-__all__ = [
-    "Cell",
-    "CellResult",
-    "GridConfig",
-    "expand_runs",
-    "grid_cells",
-    "is_complete",
-    "load_grid",
-    "run_grid",
-]
-
 _LARGEST_CONFIG_BYTES = 1 << 20
 _PLACEMENT_RULES = ("linear", "round-robin")
 Name = Annotated[str, Field(min_length=1, max_length=4096)]

@@ -46,8 +46,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
-__all__ = ["ReuseJob", "cached_prefills", "check_same_device", "parse_fractions", "run_reuse"]
-
 #: Outputs of one prefill and its repetition may differ by this, relative: kernels that add in any order do.
 _SAME = 0.05
 

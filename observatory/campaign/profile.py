@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from observatory.zoo.data import TokenStream
     from observatory.zoo.models import LoadedModel
 
-__all__ = ["PhaseChoice", "ProfileJob", "last_logits_only", "run_profile"]
-
 PhaseChoice = Literal["prefill", "decode", "both"]
 
 #: Called with (steps done, steps in all).

@@ -10,8 +10,6 @@ from observatory.campaign.grid import GridConfig, ProfileOptions, is_complete
 from observatory.campaign.profile import ProfileJob
 from observatory.campaign.ranks import start_ranks
 
-__all__ = ["EXCHANGE_DEGREES", "quickstart_exchanges", "quickstart_grid"]
-
 #: EP degrees of the runs with real exchanges.
 EXCHANGE_DEGREES = (2, 4)
 

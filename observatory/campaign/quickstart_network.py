@@ -21,8 +21,6 @@ from observatory.host.provenance import command_line
 from observatory.run.documents.bench import BenchPlan, BenchResult, load_bench
 from observatory.run.documents.writing import write_text
 
-__all__ = ["NetworkFiles", "quickstart_network"]
-
 _PATTERNS = ("uniform", "skewed", "hot", "random", "sparse", "one-sided", "neighbour", "local", "empty")
 _SIZES_BYTES = (2 << 10, 16 << 10, 128 << 10, 1 << 20)
 _WARMUP, _REPEATS, _ITERATIONS = 1, 4, 2

@@ -28,17 +28,6 @@ if TYPE_CHECKING:
     from observatory.collectives.transport.protocol import Transport
     from observatory.probes.watch import Watch
 
-__all__ = [
-    "Ranks",
-    "check_backend",
-    "join_ranks",
-    "needs_ranks",
-    "profile_argv",
-    "refuse_ranks",
-    "requested_ep",
-    "start_ranks",
-]
-
 
 def requested_ep(requested: int | None) -> int:
     """Ranks to spread the experts over; where a launcher has started several, they must be asked for.

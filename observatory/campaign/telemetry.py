@@ -20,8 +20,6 @@ from observatory.run.masking import masked_arguments
 if TYPE_CHECKING:
     from observatory.probes.power.sampler import PowerSampler
 
-__all__ = ["TelemetryJob", "run_telemetry"]
-
 _POLL_S = 0.05
 
 

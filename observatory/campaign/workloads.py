@@ -18,16 +18,6 @@ from observatory.run.manifest import Phase
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "CommandWorkload",
-    "ModelWorkload",
-    "Window",
-    "Workload",
-    "WorkloadFacts",
-    "cut_back",
-    "model_workload",
-]
-
 _START_S = 600.0
 _MOST_LINE_BYTES = 1 << 16
 #: Ends a process group when its own input ends: when whoever holds the other end is gone, SIGKILL included. A

@@ -29,8 +29,6 @@ from observatory.cli.output import say
 from observatory.errors import CaptureError
 from observatory.host.ranks import find_rank
 
-__all__ = ["command"]
-
 #: Commands that read runs and results, and that a rank of a job may well call.
 _ANALYSIS = frozenset({"routing", "scan", "fit", "export", "exchanges", "energy", "report"})
 

@@ -20,8 +20,6 @@ from observatory.cli.options import (
 )
 from observatory.cli.parsing import parse_algorithms, parse_names, parse_sizes
 
-__all__ = ["alltoall", "bench_group"]
-
 _COLUMNS = (
     "algorithm",
     "pattern",

@@ -8,8 +8,6 @@ from pathlib import Path
 from observatory.campaign.grid import Cell, CellResult, GridConfig, grid_cells, run_grid
 from observatory.cli.output import progress_bar
 
-__all__ = ["run_cells"]
-
 
 def run_cells(config: GridConfig, out: Path) -> Sequence[CellResult]:
     """Run a grid; one bar counts cells, the one below it the steps of the running cell."""

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from observatory.probes.routing.sites import RoutingSite
     from observatory.zoo.models import LoadedModel
 
-__all__ = ["doctor"]
-
 #: Sequences and tokens of each that a model is verified with.
 _TOKENS = (2, 32)
 _WITNESSES: tuple[Literal["rows", "intervention"], ...] = ("rows", "intervention")

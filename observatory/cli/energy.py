@@ -11,8 +11,6 @@ import typer
 from observatory.cli.numbers import interval_cell, percent_cell, scaled_cell
 from observatory.cli.options import JsonOption
 
-__all__ = ["energy"]
-
 #: Rows named before one sentence that is about all of them.
 _MOST_PLACES = 4
 

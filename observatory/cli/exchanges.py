@@ -9,8 +9,6 @@ import typer
 
 from observatory.cli.options import JsonOption
 
-__all__ = ["exchanges"]
-
 
 def exchanges(
     run: Annotated[Path, typer.Argument(help="Run directory.")],

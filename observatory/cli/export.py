@@ -22,8 +22,6 @@ from observatory.cli.parsing import parse_roles
 if TYPE_CHECKING:
     from observatory.run import Run
 
-__all__ = ["export"]
-
 
 def export(
     run: Annotated[Path, typer.Argument(help="Run directory.")],

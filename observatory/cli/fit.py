@@ -9,8 +9,6 @@ import typer
 
 from observatory.cli.options import ForceOption, JsonOption
 
-__all__ = ["NOT_VALID", "fit"]
-
 #: Exit code: the model is written, but its verdict is that it is not to be relied on.
 NOT_VALID = 3
 

@@ -9,8 +9,6 @@ import typer
 
 from observatory.cli.options import JsonOption
 
-__all__ = ["grid"]
-
 
 def grid(
     config: Annotated[Path, typer.Argument(help="Grid file (TOML), see docs/grid.md.")],

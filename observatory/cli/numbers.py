@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["interval_cell", "percent_cell", "scaled_cell"]
-
 
 def scaled_cell(value: float | None, factor: float, digits: int) -> str | None:
     """A value in another unit."""

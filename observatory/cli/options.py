@@ -9,28 +9,6 @@ import typer
 
 from observatory.errors import PlacementError
 
-__all__ = [
-    "AlgorithmsOption",
-    "BackendOption",
-    "EpOption",
-    "ForceOption",
-    "GpusPerNodeOption",
-    "IterationsOption",
-    "JsonOption",
-    "MostStepsOption",
-    "OnlyLayersOption",
-    "OnlyPhaseOption",
-    "PlacementOption",
-    "RankTimeoutOption",
-    "RanksPerNodeOption",
-    "RepeatsOption",
-    "RoleOption",
-    "RowBytesOption",
-    "WarmupOption",
-    "parse_ep",
-    "parse_placement",
-]
-
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 EpOption = Annotated[str, typer.Option("--ep", help="EP degrees, separated by commas.")]

@@ -15,8 +15,6 @@ from rich.table import Table
 if TYPE_CHECKING:
     from observatory.run.manifest import CoreShare
 
-__all__ = ["complain", "print_json", "print_lines", "print_table", "progress_bar", "say", "say_cores"]
-
 _LONGEST_COMPLAINT = 1200
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from observatory.errors import BenchmarkError
 from observatory.run.exchange_algorithms import ALGORITHMS
 
-__all__ = ["parse_algorithms", "parse_files_of_ranks", "parse_names", "parse_roles", "parse_sizes"]
-
 _UNITS = {
     "B": 1,
     "": 1,

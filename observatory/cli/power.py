@@ -9,8 +9,6 @@ import typer
 
 from observatory.cli.options import ForceOption, JsonOption
 
-__all__ = ["power"]
-
 
 def power(
     out: Annotated[Path, typer.Option("--out", help="Run directory to write.")],

@@ -9,8 +9,6 @@ import typer
 
 from observatory.cli.options import ForceOption
 
-__all__ = ["profile"]
-
 
 def profile(
     model: Annotated[str, typer.Argument(help="Bundled name (see doctor), checkpoint directory or hub id.")],

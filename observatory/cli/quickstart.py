@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["quickstart"]
-
 
 def quickstart(
     out: Annotated[Path, typer.Option("--out", help="Directory for runs and report.")] = Path(

@@ -27,8 +27,6 @@ from observatory.cli.options import (
 )
 from observatory.cli.parsing import parse_algorithms, parse_roles
 
-__all__ = ["replay"]
-
 _COLUMNS = ("algorithm", "phase", "layer", "role", "exchanges", "captured us", "uniform us", "ratio", "90 %")
 
 

@@ -9,8 +9,6 @@ import typer
 
 from observatory.cli.options import EpOption, ForceOption, GpusPerNodeOption, parse_ep
 
-__all__ = ["report"]
-
 
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; a grid stands for its cells.")],

@@ -10,8 +10,6 @@ import typer
 from observatory.cli.numbers import interval_cell, percent_cell, scaled_cell
 from observatory.cli.options import ForceOption, JsonOption
 
-__all__ = ["print_reuse", "reuse_document", "reuse_group"]
-
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the random order and of the bootstrap.")]
 
 

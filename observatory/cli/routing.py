@@ -9,8 +9,6 @@ import typer
 
 from observatory.cli.options import JsonOption
 
-__all__ = ["routing"]
-
 _COLUMNS = {
     "layer": "layer",
     "phase": "phase",

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from observatory.analysis.network.network import NetworkModel
     from observatory.run import Run
 
-__all__ = ["scan"]
-
 _USUAL_DEGREES = (4, 8, 16, 32)
 ScanEpOption = Annotated[
     str | None,

@@ -21,8 +21,6 @@ from observatory.collectives.packing import pack_rows, row_bytes, unpack_rows
 from observatory.collectives.transport.protocol import Transport
 from observatory.probes.exchange.labels import Label, NoRecorder, Recorder, Role, labelled
 
-__all__ = ["Exchanger"]
-
 _REVERSE: dict[Role, Role] = {"dispatch": "combine", "combine": "dispatch", "other": "other"}
 
 

@@ -32,8 +32,6 @@ from observatory.probes.exchange.labels import Recorder
 from observatory.probes.routing.discover import find_sites
 from observatory.probes.routing.sites import RoutingSite
 
-__all__ = ["Placement", "ShardedLayer", "ShardedModel", "linear_placement", "shard_experts"]
-
 #: Rank, or ranks, of each expert: for all layers, or by layer number.
 Placement = Sequence[int | Sequence[int]] | Mapping[int, Sequence[int | Sequence[int]]]
 

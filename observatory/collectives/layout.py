@@ -15,8 +15,6 @@ from typing import Literal
 
 from observatory.errors import ExchangeError
 
-__all__ = ["Group", "Layout", "nodes_in_order", "split_into_nodes"]
-
 Group = Literal["world", "node", "across"]
 
 

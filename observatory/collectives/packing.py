@@ -10,8 +10,6 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["RowFormat", "pack_rows", "row_bytes", "unpack_rows"]
-
 #: (width, dtype) of each tensor of a row.
 RowFormat = tuple[tuple[int, torch.dtype], ...]
 

@@ -34,17 +34,6 @@ import numpy.typing as npt
 
 from observatory.errors import EnergyError
 
-__all__ = [
-    "Aliasing",
-    "StepRhythm",
-    "find_aliasing",
-    "locked_positions",
-    "phase_shifts_ms",
-    "predicted_error",
-    "rhythm_of",
-    "visited_error",
-]
-
 Float64 = npt.NDArray[np.float64]
 
 _HARMONICS = 120

@@ -29,8 +29,6 @@ from observatory.errors import DeviceError, DeviceLostError
 from observatory.run.files import one_line
 from observatory.run.manifest import DeviceSpec
 
-__all__ = ["AmdDevice", "list_amd", "load_amdsmi"]
-
 _NOT_SUPPORTED = frozenset({2, 3})
 _NO_PERMISSION = 10
 #: Not found, not initialised, driver not loaded.

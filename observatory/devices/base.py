@@ -14,8 +14,6 @@ from typing import Literal, Self
 
 from observatory.run.manifest import DeviceSpec
 
-__all__ = ["FIELDS", "Gap", "GapKind", "PowerDevice", "Sample"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:

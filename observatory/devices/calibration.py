@@ -16,8 +16,6 @@ import numpy as np
 from observatory.devices.base import PowerDevice, Sample
 from observatory.run.manifest import DeviceCalibration, FieldCalibration
 
-__all__ = ["calibrate", "calibration_of"]
-
 #: Quantities whose update period matters to what is made of them.
 _PERIODIC = ("power_mw", "average_power_mw", "energy_mj")
 _LEAST_CHANGES = 3

@@ -11,19 +11,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "BRAKE_BITS",
-    "EVENT_REASONS",
-    "HOLDING_BITS",
-    "IDLE_BIT",
-    "POWER_CAP_BIT",
-    "THERMAL_BITS",
-    "reason_bits",
-    "reason_name",
-    "reason_stretches",
-    "slowed_label",
-]
-
 #: Bit -> what it means (nvmlClocksEventReason...).
 EVENT_REASONS: dict[int, str] = {
     0x1: "idle",

@@ -34,8 +34,6 @@ from observatory.devices.visible import PciGpu, match_uuid, parse_bus_id, visibl
 from observatory.errors import DeviceError
 from observatory.run.files import one_line
 
-__all__ = ["LocalDevices", "all_selectors", "find_devices", "local_devices", "nvidia_gpus", "open_device"]
-
 _FORMS = "GPU-<uuid>, a PCI bus id, amd:<uuid>, rapl:<domain>, replay:<file> or none"
 
 

@@ -9,8 +9,6 @@ from observatory.devices.base import FIELDS, Gap, PowerDevice, Sample
 from observatory.errors import DeviceError
 from observatory.run.manifest import DeviceSpec
 
-__all__ = ["NullDevice"]
-
 
 class NullDevice(PowerDevice):
     """Stands where a device is expected and there is none; every reading is None.

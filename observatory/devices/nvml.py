@@ -44,8 +44,6 @@ from observatory.errors import DeviceError, DeviceLostError
 from observatory.run.manifest import DeviceSpec
 from observatory.run.tables import POWER_SCHEMA
 
-__all__ = ["NvmlDevice", "explain"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:

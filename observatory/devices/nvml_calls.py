@@ -14,8 +14,6 @@ from typing import Any
 
 from observatory.devices.nvml_library import SUCCESS, ask
 
-__all__ = ["FieldBatch", "PreparedCall", "decode_value"]
-
 _FUNCTION = "nvmlDeviceGetFieldValues"
 #: A ``nvmlFieldValue_t``: field, scope, timestamp, latency, type of the value, return code, value.
 _FIELD = struct.Struct("@IIqqII8s")

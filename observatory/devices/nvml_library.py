@@ -15,23 +15,6 @@ from observatory.errors import DeviceError
 from observatory.run.files import one_line
 from observatory.run.manifest import DeviceSpec
 
-__all__ = [
-    "GONE",
-    "INVALID_ARGUMENT",
-    "NOT_SUPPORTED",
-    "NO_FUNCTION",
-    "NO_LIBRARY",
-    "NO_PERMISSION",
-    "SUCCESS",
-    "Gpu",
-    "ask",
-    "close_nvml",
-    "code_text",
-    "describe_gpu",
-    "list_gpus",
-    "load_nvml",
-]
-
 #: Return codes of NVML (``nvmlReturn_t``).
 SUCCESS = 0
 INVALID_ARGUMENT = 2

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from observatory.run.bounded import read_at_most
 
-__all__ = ["descends_from", "has_admin_capability"]
-
 _CAP_SYS_ADMIN = 21
 _MAX_ANCESTORS = 1024
 

@@ -27,8 +27,6 @@ from observatory.run.bounded import read_at_most
 from observatory.run.files import one_line, os_reason
 from observatory.run.manifest import DeviceSpec
 
-__all__ = ["POWERCAP", "Domain", "RaplDevice", "find_domains"]
-
 POWERCAP = Path("/sys/class/powercap")
 
 #: More than any socket draws. A counter unread for longer than its range lasts at this power may have wrapped

@@ -31,8 +31,6 @@ from observatory.run.files import one_line
 from observatory.run.manifest import DeviceSpec, Manifest
 from observatory.run.parts import open_part, plain_text, read_row_group
 
-__all__ = ["Pace", "ReplayDevice"]
-
 Pace = Literal["recorded", "now"]
 
 #: A row per 50 ms for 5 days.

@@ -15,8 +15,6 @@ from pydantic import JsonValue
 
 from observatory.run.manifest import DeviceCalibration
 
-__all__ = ["CALIBRATION_ERROR", "PROCESSOR_KINDS", "SensorModel", "calibration_entry", "sensor_of"]
-
 #: Kinds of devices that are a processor's package and work for all ranks of their node.
 PROCESSOR_KINDS = ("rapl", "cpu")
 

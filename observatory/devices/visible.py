@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 from observatory.run.files import one_line
 
-__all__ = ["PciGpu", "VisibleGpus", "match_uuid", "parse_bus_id", "visible_gpus"]
-
 _BUS_ID = re.compile(
     r"(?:([0-9a-f]{1,8}):)?([0-9a-f]{1,2}):([0-9a-f]{1,2})\.([0-7])", re.ASCII | re.IGNORECASE
 )

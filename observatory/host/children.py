@@ -26,8 +26,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
-__all__ = ["python_code", "python_module"]
-
 _THIS_FILE = os.path.abspath(__file__)
 _OWN = "observatory"
 #: Without these nothing runs; a parent may have found them in a folder that no installer has made.

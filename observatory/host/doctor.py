@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from observatory.devices.nvml_library import close_nvml, list_gpus, load_nvml
 from observatory.errors import DeviceError
 
-__all__ = ["Capability", "capabilities"]
-
 #: distribution, module, what it is for, how to get it
 _PACKAGES = (
     ("torch", "torch", "profiling models", "capture"),

@@ -17,8 +17,6 @@ from pydantic import Field
 
 from observatory.run.manifest import Count, Record
 
-__all__ = ["ProcessId", "machine_monotonic_ns", "process_namespace"]
-
 
 class ProcessId(Record):
     """A process, told apart from a later one of the same number.

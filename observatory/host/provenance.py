@@ -36,17 +36,6 @@ from observatory.run.manifest import (
 )
 from observatory.run.masking import masked_arguments, masked_entry
 
-__all__ = [
-    "collect_provenance",
-    "command_line",
-    "find_devices",
-    "find_git_sha",
-    "find_host",
-    "find_scheduler",
-    "find_software",
-    "new_manifest",
-]
-
 _PACKAGES = (
     "moe-observatory",
     "torch",

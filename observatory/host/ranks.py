@@ -17,8 +17,6 @@ from typing import Literal
 
 from observatory.errors import CaptureError
 
-__all__ = ["LOCAL_RUN", "Launcher", "RankOf", "find_rank"]
-
 Launcher = Literal["caller", "torch.distributed", "torchrun", "mpiexec", "srun", "alone"]
 
 #: How TORCHELASTIC_RUN_ID of ranks begins that `observatory.hpc.launch` has started.

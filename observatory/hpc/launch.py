@@ -25,8 +25,6 @@ from observatory.errors import ExchangeError
 from observatory.host.children import python_code
 from observatory.host.ranks import LOCAL_RUN
 
-__all__ = ["meeting_point", "rank_environment", "start_local_ranks"]
-
 _POLL_S = 0.05
 _END_S = 5.0
 _TAIL_BYTES = 4096

@@ -30,8 +30,6 @@ from observatory.host.ranks import find_rank
 if TYPE_CHECKING:
     from observatory.host.process_id import ProcessId
 
-__all__ = ["SHARDS", "Shard", "end_rank", "ending", "find_launcher", "guard_rank"]
-
 _POLL_S = 0.2
 #: How long the main thread has to notice the signal, and to end in order once it has.
 _NOTICE_S, _IN_ORDER_S = 3.0, 12.0

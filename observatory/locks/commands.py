@@ -11,15 +11,6 @@ from collections.abc import Sequence
 
 from observatory.errors import ClockError
 
-__all__ = [
-    "all_commands",
-    "nvidia_smi_commands",
-    "plan_commands",
-    "srun_commands",
-    "wrapper_commands",
-    "zeusd_commands",
-]
-
 _ZEUSD = 'curl --fail-with-body --unix-socket "${ZEUSD_SOCK_PATH:-/var/run/zeusd.sock}" -X POST'
 _ZEUSD_GPU = "http://localhost/gpu"
 _ZEUSD_INDEX = "gpu_ids=${index}&block=true"

@@ -37,8 +37,6 @@ from observatory.errors import (
 )
 from observatory.locks.driver_commands import clock_commands, limit_commands, unlock_commands
 
-__all__ = ["ClockControl"]
-
 _SHOWN_PIDS = 6
 _PERMISSIONS = "docs/power.md#permissions"
 

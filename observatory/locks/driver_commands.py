@@ -5,8 +5,6 @@ Pure text: nothing is run. A power limit and a lock set so are nobody's lease, a
 
 from __future__ import annotations
 
-__all__ = ["clock_commands", "limit_commands", "unlock_commands"]
-
 
 def clock_commands(uuid: str, sm_clock_mhz: int) -> list[str]:
     """Ways to get the SM clock locked without being allowed to, each a command or a sentence."""

@@ -29,26 +29,6 @@ from observatory.locks.lease_folder import FOLDER_VARIABLE
 from observatory.run.files import one_line
 from observatory.run.manifest import Count, Record, Text
 
-__all__ = [
-    "Lease",
-    "Standing",
-    "create_lease",
-    "diary_path",
-    "end_lease",
-    "find_diaries",
-    "find_leases",
-    "forget_lease",
-    "last_words",
-    "lease_path",
-    "new_lease",
-    "note",
-    "read_lease",
-    "remove_leftovers",
-    "replace_lease",
-    "standing",
-    "this_boot",
-]
-
 _MOST_BYTES = 64 << 10
 _TAIL_BYTES = 4096
 #: A mark of a lease of another namespace is kept for so long after its expiry.

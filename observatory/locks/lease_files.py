@@ -14,8 +14,6 @@ from pathlib import Path
 from observatory.errors import ClockError, LeaseBusyError
 from observatory.locks.lease_folder import OTHERS_WRITE, trusted_folder
 
-__all__ = ["guarded", "open_own"]
-
 #: Longest wait for another process to let go of a guard: it holds it for calls of the driver only.
 _GUARD_S = 5.0
 #: Open guards of this process, for its forks to close.

@@ -16,8 +16,6 @@ from pathlib import Path
 
 from observatory.errors import ClockError
 
-__all__ = ["FOLDER_VARIABLE", "OTHERS_WRITE", "lease_folder", "trusted_folder"]
-
 FOLDER_VARIABLE = "OBSERVATORY_LEASES"
 #: Bits of a mode that let the group or all others write.
 OTHERS_WRITE = 0o022

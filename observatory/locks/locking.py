@@ -53,8 +53,6 @@ from observatory.locks.lease import (
 from observatory.locks.lease_files import guarded, open_own
 from observatory.locks.lease_folder import lease_folder, trusted_folder
 
-__all__ = ["ClockLease", "UndoneLease", "refuse_leased", "undo", "undo_leases"]
-
 _WATCHDOG_S = 20.0
 _END_S = 5.0
 

@@ -15,8 +15,6 @@ from observatory.devices.rapl import POWERCAP, find_domains
 from observatory.errors import ObservatoryError
 from observatory.locks.control import ClockControl
 
-__all__ = ["DeviceStatus", "FieldStatus", "State", "device_report", "lock_outlook"]
-
 State = Literal["works", "not supported", "not permitted", "failed"]
 
 

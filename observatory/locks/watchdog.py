@@ -35,8 +35,6 @@ from observatory.locks.lease import (
 from observatory.locks.lease_files import guarded
 from observatory.locks.locking import undo
 
-__all__ = ["main"]
-
 _LOOK_S = 1.0
 #: A driver that does not undo at once is asked again for so long; then the file stays, for `clocks unlock`.
 _TRY_S = 120.0

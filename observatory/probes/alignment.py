@@ -24,19 +24,6 @@ from typing import Literal, Protocol
 from observatory.run.manifest import ClockSpec
 from observatory.run.time_base import clock_identity, clock_name
 
-__all__ = [
-    "Clock",
-    "ClockAlignment",
-    "ClockServer",
-    "PairLink",
-    "align",
-    "ask",
-    "bound_offset",
-    "decline",
-    "unaligned",
-    "with_drift",
-]
-
 Clock = Callable[[], int]
 
 #: Clocks of two hosts do not drift apart faster than this while a burst lasts (quartz plus NTP's slewing).

@@ -25,8 +25,6 @@ from observatory.run import RunWriter
 from observatory.run.flight_recorder import Told
 from observatory.run.tables import EXCHANGE_SCHEMA, SPAN_SCHEMA
 
-__all__ = ["ExchangeLog", "SeenExchange", "SeenSpan"]
-
 #: Entries that may wait; about 100 MB at the very most.
 _MOST_WAITING = 1 << 18
 _WAKE_AT = 1 << 13

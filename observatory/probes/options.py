@@ -16,8 +16,6 @@ from observatory.run.manifest import PHASES, DataSpec, Phase, Topology
 if TYPE_CHECKING:
     from observatory.probes.routing.adapters import Adapter
 
-__all__ = ["WatchOptions", "check_phase"]
-
 _LONGEST_RUN_ID = 200
 
 

@@ -15,8 +15,6 @@ from observatory.probes.exchange.issue import Mark
 from observatory.probes.log import SeenSpan
 from observatory.probes.streams import Anchors, is_capturing, mark_now
 
-__all__ = ["PHASE_SPAN", "PhaseSpans"]
-
 #: Name of the span around one stretch of one phase.
 PHASE_SPAN = "phase"
 

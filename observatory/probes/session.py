@@ -29,8 +29,6 @@ from observatory.probes.streams import Anchors
 from observatory.run import RunWriter
 from observatory.run.manifest import CaptureGap, Verified
 
-__all__ = ["CaptureSession"]
-
 _MAX_NAMED = 6
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from observatory.probes.session import CaptureSession
 from observatory.run import RunWriter
 
-__all__ = ["WatchedShard"]
-
 _HURRY_S = 0.5
 
 

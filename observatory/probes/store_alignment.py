@@ -30,8 +30,6 @@ from observatory.probes.alignment import (
 )
 from observatory.run.time_base import clock_identity
 
-__all__ = ["StoreClock", "StorePairs", "default_store"]
-
 #: The reference may come that much later than the others and still find them.
 _GRACE_S = 5.0
 #: Some stores look only so often, and give up that much too early.

@@ -15,8 +15,6 @@ from collections import deque
 
 import torch
 
-__all__ = ["Anchors", "is_capturing", "mark_now"]
-
 _KEPT = 64
 
 

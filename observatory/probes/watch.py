@@ -50,8 +50,6 @@ if TYPE_CHECKING:
     from observatory.probes.routing.adapters import Adapter
     from observatory.probes.routing.sites import RoutingSite
 
-__all__ = ["Watch", "watch"]
-
 _Layer = TypeVar("_Layer", bound=MoeLayerSpec)
 
 

@@ -12,8 +12,6 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.utils import PlotlyJSONEncoder
 
-__all__ = ["content_security_policy", "packed_figure", "script_json", "script_text"]
-
 _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 _ESCAPED = re.compile("[<>&\u2028\u2029]")
 

@@ -41,12 +41,11 @@ from observatory.reports.sections import (
     scan_section,
     step_section,
 )
-from observatory.reports.text import bytes_text, listing, plain, shorten
+from observatory.reports.text import bytes_text, plain, shorten
 from observatory.reports.theme import FONT, LIGHT_TO_DARK, css_variables
 from observatory.run import Run, open_run
 from observatory.run.files import committed
-
-__all__ = ["MOST_BYTES", "render", "write_report"]
+from observatory.text import listing
 
 #: A report larger than this cannot be mailed around; it is refused rather than written.
 MOST_BYTES = 10_000_000

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-__all__ = ["Block", "Cell", "Column", "FigureBlock", "Section", "Table", "Variant", "table"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:

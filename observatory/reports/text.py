@@ -10,24 +10,6 @@ import math
 import re
 import unicodedata
 
-from observatory.text import listing
-
-__all__ = [
-    "MISSING",
-    "bytes_text",
-    "count",
-    "figure_label",
-    "figure_text",
-    "interval",
-    "listing",
-    "microseconds",
-    "number",
-    "percent",
-    "plain",
-    "shorten",
-    "times",
-]
-
 #: Stands where there is no number; the reason is beside it.
 MISSING = "n/a"
 _BIDI_OR_CONTROL = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f\ufeff]")

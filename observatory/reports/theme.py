@@ -8,8 +8,6 @@ scales); where lines are compared, marker and dash differ as well.
 
 from __future__ import annotations
 
-__all__ = ["DIVERGING", "FONT", "LIGHT_TO_DARK", "MARKERS", "SERIES", "css_variables", "light"]
-
 #: Fonts of the reader's own system; nothing is downloaded.
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif'
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["joined_stretches", "kept_samples"]
-
 Int64 = npt.NDArray[np.int64]
 
 

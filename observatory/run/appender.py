@@ -18,8 +18,6 @@ from observatory.run.checks import checked_rows
 from observatory.run.files import committed, one_line, os_reason, part_name, rank_folder, sync_folder
 from observatory.run.tables import TABLES
 
-__all__ = ["PART_BYTES", "TableAppender"]
-
 #: Buffered Arrow bytes at which a part is written.
 PART_BYTES = 64 * 1024 * 1024
 

@@ -23,8 +23,6 @@ from observatory.run.manifest import PHASES
 from observatory.run.parts import RowGroup, first_step, read_row_group
 from observatory.run.rows import RoutingColumns, routing_columns
 
-__all__ = ["LoadBlock", "stream_blocks"]
-
 Int64 = npt.NDArray[np.int64]
 
 #: Rows are gathered up to this size before blocks are cut, so that blocks are worth their overhead.

@@ -10,8 +10,6 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["MAX_DOCUMENT_BYTES", "open_plain", "parse_json", "read_at_most"]
-
 #: Largest JSON document that is read or written: a manifest of 4096 ranks takes a quarter of it.
 MAX_DOCUMENT_BYTES = 16 << 20
 _MOST_DIGITS = 40

@@ -17,8 +17,6 @@ from observatory.run.tables import (
     routing_schema,
 )
 
-__all__ = ["FIXED_SCHEMAS", "check_rows", "check_schema", "checked_rows"]
-
 #: Schemas of the tables whose columns do not depend on the model.
 FIXED_SCHEMAS: dict[str, pa.Schema] = {
     "exchange": EXCHANGE_SCHEMA,

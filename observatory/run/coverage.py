@@ -18,8 +18,6 @@ from observatory.run.blocks import LoadBlock
 from observatory.run.gaps import Gap
 from observatory.run.manifest import Manifest
 
-__all__ = ["Coverage"]
-
 _SHOWN_RANKS = 8
 
 

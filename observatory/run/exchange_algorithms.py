@@ -24,8 +24,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from observatory.errors import ExchangeError
 
-__all__ = ["ALGORITHMS", "Algorithm", "node_size", "stages"]
-
 Algorithm = Literal["flat", "hierarchical", "gather"]
 
 #: All algorithms by name.

@@ -19,24 +19,6 @@ from typing import Any
 from observatory.errors import RunError, RunFormatError
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json
 
-__all__ = [
-    "MANIFEST_NAME",
-    "RANKS_FOLDER",
-    "committed",
-    "committed_folder",
-    "is_temporary",
-    "one_line",
-    "os_reason",
-    "part_name",
-    "part_number",
-    "plain_entries",
-    "rank_folder",
-    "rank_number",
-    "read_json",
-    "sync_folder",
-    "write_json",
-]
-
 MANIFEST_NAME = "run.json"
 RANKS_FOLDER = "ranks"
 

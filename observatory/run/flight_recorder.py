@@ -19,15 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from observatory.errors import RunFormatError
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
 
-__all__ = [
-    "RecorderDump",
-    "RecorderEntry",
-    "RecorderIndex",
-    "Told",
-    "parse_recorder_dump",
-    "read_recorder_dump",
-]
-
 #: A dump of 2,000 entries is 1 MB.
 _MAX_ENTRIES = 1 << 17
 _MAJOR = 2

@@ -14,8 +14,6 @@ from typing import Any
 from observatory.run.files import one_line
 from observatory.run.manifest import CaptureGap, Manifest
 
-__all__ = ["Gap", "from_capture", "gap_document", "of_capture", "of_ranks", "sentence"]
-
 _SHOWN = 8
 
 

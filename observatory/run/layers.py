@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from observatory.run.files import one_line
 from observatory.run.manifest import Manifest, MoeLayerSpec, RankLayer
 
-__all__ = ["JoinedLayers", "join_layers"]
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JoinedLayers:

@@ -11,34 +11,6 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
-__all__ = [
-    "MOST_CORES",
-    "PHASES",
-    "SCHEMA_VERSION",
-    "CaptureGap",
-    "ClockSpec",
-    "CoreQuota",
-    "CoreShare",
-    "CoreSpec",
-    "DataSpec",
-    "DeviceCalibration",
-    "DeviceSpec",
-    "FieldCalibration",
-    "HostSpec",
-    "Manifest",
-    "ModelSpec",
-    "MoeLayerSpec",
-    "Moment",
-    "Phase",
-    "RankLayer",
-    "RankPower",
-    "RankStatus",
-    "SamplerCost",
-    "SchedulerJob",
-    "Topology",
-    "Verified",
-]
-
 SCHEMA_VERSION = "1.3"
 
 Phase = Literal["prefill", "decode", "train_forward", "train_backward", "unknown"]

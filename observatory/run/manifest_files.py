@@ -23,8 +23,6 @@ from observatory.run.files import (
 from observatory.run.manifest import SCHEMA_VERSION, Manifest, RankStatus
 from observatory.text import listing
 
-__all__ = ["joined_notes", "read_manifest", "read_rank_statuses", "write_manifest", "write_rank_status"]
-
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write ``run.json`` atomically."""

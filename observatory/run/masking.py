@@ -15,8 +15,6 @@ from collections.abc import Sequence
 
 from pydantic import JsonValue
 
-__all__ = ["MASK", "is_secret_name", "masked_arguments", "masked_entry", "masked_text"]
-
 MASK = "***"
 
 _ALWAYS = re.compile(

@@ -12,8 +12,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["ChunkClaim", "PageError", "check_pages"]
-
 _SMALL_HEADER, _LARGEST_HEADER = 512, 64 * 1024
 _DEEPEST = 8
 _DICTIONARY = 2

@@ -31,17 +31,6 @@ from observatory.run.files import (
 from observatory.run.pages import ChunkClaim, PageError, check_pages
 from observatory.run.rows import experts_of
 
-__all__ = [
-    "MAX_ROW_GROUP_BYTES",
-    "Part",
-    "RowGroup",
-    "first_step",
-    "list_parts",
-    "open_part",
-    "plain_text",
-    "read_row_group",
-]
-
 #: A row group larger than this when decoded is refused: readers hold one of every rank at once.
 MAX_ROW_GROUP_BYTES = 512 * 1024 * 1024
 

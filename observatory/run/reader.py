@@ -27,8 +27,6 @@ from observatory.run.parts import Part, list_parts, plain_text, read_row_group
 from observatory.run.rows import MAX_LOAD, MAX_STEP
 from observatory.run.tables import TABLES
 
-__all__ = ["Run", "open_run"]
-
 #: Frames larger than this are refused in favour of the streaming iterators.
 _MAX_FRAME_ROWS = 20_000_000
 _MAX_FRAME_BYTES = 4 * 1024 * 1024 * 1024

@@ -12,8 +12,6 @@ from observatory.errors import RunError
 from observatory.run.files import MANIFEST_NAME, RANKS_FOLDER, is_temporary, one_line
 from observatory.run.tables import TABLES
 
-__all__ = ["check_free", "empty_run"]
-
 _OWN = {MANIFEST_NAME, RANKS_FOLDER, *TABLES}
 
 

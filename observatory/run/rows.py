@@ -20,16 +20,6 @@ from observatory.run.files import one_line
 from observatory.run.manifest import PHASES
 from observatory.run.tables import routing_schema
 
-__all__ = [
-    "MAX_EXPERTS",
-    "MAX_LOAD",
-    "MAX_STEP",
-    "RoutingColumns",
-    "experts_of",
-    "routing_columns",
-    "routing_rows",
-]
-
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 

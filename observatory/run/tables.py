@@ -8,15 +8,6 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-__all__ = [
-    "EXCHANGE_SCHEMA",
-    "POWER_SCHEMA",
-    "SPAN_SCHEMA",
-    "TABLES",
-    "TOKENS_SCHEMA",
-    "routing_schema",
-]
-
 #: Tables of a run, as folder names.
 TABLES: tuple[str, ...] = ("routing", "exchange", "spans", "power", "tokens")
 

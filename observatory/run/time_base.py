@@ -7,8 +7,6 @@ import hashlib
 import os
 from pathlib import Path
 
-__all__ = ["clock_identity", "clock_name"]
-
 
 @functools.cache
 def clock_identity() -> int | None:

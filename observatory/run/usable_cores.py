@@ -20,8 +20,6 @@ from typing import Any
 
 from observatory.run.manifest import MOST_CORES, CoreQuota, CoreShare, CoreSpec
 
-__all__ = ["core_sentence", "core_shares", "find_cores", "share_document", "short_of_cores"]
-
 _PROC = Path("/proc")
 #: Beyond any limit in use, within what a record takes.
 _MOST_QUOTA = 1e6

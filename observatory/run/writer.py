@@ -37,8 +37,6 @@ from observatory.run.replacing import check_free, empty_run
 from observatory.run.time_base import clock_identity, clock_name
 from observatory.run.usable_cores import find_cores
 
-__all__ = ["RunWriter"]
-
 
 class RunWriter:
     """Appends rows of one rank to a run directory; made by :meth:`create` (rank 0) or :meth:`join`.

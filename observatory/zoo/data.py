@@ -19,18 +19,6 @@ from observatory.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "CONDITIONS",
-    "LARGEST_TEXT_BYTES",
-    "MOST_TOKENS",
-    "REAL_CONDITIONS",
-    "SPLITS",
-    "TokenStream",
-    "batches",
-    "load_token_ids",
-    "read_bundled_text",
-]
-
 REAL_CONDITIONS: tuple[str, ...] = ("prose", "code", "foreign", "structured")
 CONDITIONS: tuple[str, ...] = (*REAL_CONDITIONS, "shuffled", "mock")
 SPLITS: tuple[str, ...] = ("train", "held_out")

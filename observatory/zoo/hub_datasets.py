@@ -2,8 +2,6 @@
 
 from observatory.errors import DataError
 
-__all__ = ["read_dataset_text"]
-
 
 def read_dataset_text(name: str, *, limit_characters: int) -> str:
     """Rows of one text column, joined by blank lines, up to a limit.

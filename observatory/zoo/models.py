@@ -17,15 +17,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "BundledModel",
-    "LoadedModel",
-    "bundled_models",
-    "load_model",
-    "mixer_of_config",
-    "quiet_transformers",
-]
-
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
 _NAMES = ("tiny-mla", "tiny-mha", "tiny-gqa", "tiny-mamba2", "tiny-gdn")
 _LONGEST_NAME = 1024

@@ -15,15 +15,6 @@ from observatory.zoo.data import REAL_CONDITIONS, read_bundled_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = [
-    "END_OF_TEXT",
-    "TOKENIZER_DIRECTORY",
-    "VOCABULARY_SIZE",
-    "load_tokenizer",
-    "main",
-    "train_tokenizer",
-]
-
 VOCABULARY_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_DIRECTORY = Path(__file__).parent / "vocabulary"

@@ -13,8 +13,6 @@ import types
 from typing import Any
 from unittest import mock
 
-__all__ = ["UUID", "AmdSmiException", "AmdSmiLibraryException", "stand_in"]
-
 UUID = "4cff74a1-0000-1000-8000-000000000001"
 _NAMES = {
     2: "Feature not supported",

@@ -16,8 +16,6 @@ from observatory.run.checks import checked_rows
 from observatory.run.manifest import DeviceSpec
 from observatory.run.tables import POWER_SCHEMA
 
-__all__ = ["CHECKS", "Bench", "check"]
-
 #: Least and most that a reading can be; a reading in other units falls out.
 _POSSIBLE = {
     "power_mw": (1_000, 5_000_000),

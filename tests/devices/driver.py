@@ -23,8 +23,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Change", "FakeDriver", "library_folder", "why_not"]
-
 _SOURCE = Path(__file__).with_name("fake_nvml.c")
 #: Names the folder of the library to processes that use the driver of their parent.
 _BUILT = "FAKE_NVML_FOLDER"

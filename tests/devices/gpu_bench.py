@@ -18,8 +18,6 @@ from transformers import AutoModelForCausalLM, DeepseekV2Config, Qwen3MoeConfig
 import observatory
 from observatory.analysis.energy import EnergySummary, energy_summary
 
-__all__ = ["SHAPES", "alternate", "decode_step", "make_stack", "profile_stack", "repeat_for"]
-
 #: By name: configuration class, its values, all layers of the published model, and its parameters.
 SHAPES: dict[str, tuple[type[Any], dict[str, Any], int, float]] = {
     "deepseek-v2-lite": (

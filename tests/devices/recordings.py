@@ -7,8 +7,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["UUID", "recorded_rows", "write_recording"]
-
 UUID = "GPU-0ec04ded-0000-4000-8000-000000000000"
 
 

@@ -21,9 +21,6 @@ import pytest
 from tests.devices.driver import FakeDriver, why_not
 from tests.paths import ROOT
 
-__all__ = ["needs_driver", "play"]
-
-
 needs_driver = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 

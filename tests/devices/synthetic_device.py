@@ -16,8 +16,6 @@ import numpy as np
 from observatory.run.documents.clock_sweep import ClockPoint, ClockSeries, ClockSweep, PointLabel
 from observatory.run.manifest import DeviceSpec, Phase
 
-__all__ = ["DEVICES", "LOCKS_MHZ", "SyntheticDevice", "h200_like_decode", "made_sweep"]
-
 STEP_MHZ = 15
 #: Locks of a usual sweep; the last two are above what the devices allow.
 LOCKS_MHZ = (480, 600, 690, 780, 870, 990, 1110, 1230, 1350, 1470, 1590, 1710, 1830, 1905, 1980)

@@ -23,8 +23,6 @@ from typing import Any
 
 from observatory.locks import locking
 
-__all__ = ["POINTS", "kill_at_point", "kill_now", "kill_watchdogs"]
-
 #: Names in the environment the file that takes what became of a point.
 POINTS = "OBSERVATORY_POINTS"
 

@@ -21,8 +21,6 @@ from pathlib import Path
 
 from tests.locks.test_locking import UUID, Host
 
-__all__ = ["CLEAN", "Owner", "eventually", "owners"]
-
 CLEAN = {"lock": 0.0, "limit": 700.0}
 _ANSWER_S = 120.0
 _CODE = f"""

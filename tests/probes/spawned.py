@@ -10,8 +10,6 @@ from pathlib import Path
 
 from tests.paths import ROOT
 
-__all__ = ["run_ranks"]
-
 
 def run_ranks(module: str, out: Path, *, world: int, timeout_s: float) -> list[int]:
     """Exit codes of ``python -m module out rank``; their output is in ``out/rank-<n>.log``.

@@ -19,8 +19,6 @@ from tests.analysis.exchange.runs import exchange_run
 from tests.analysis.exchange.tables import collective
 from tests.analysis.network.synthetic import made_result
 
-__all__ = ["BACKEND", "NODES", "a_bench", "a_model", "a_replay", "a_run", "saved", "truth_us"]
-
 BACKEND = "made-up"
 NODES = (0, 0, 1, 1)
 SEND = ((5, 100, 0, 300), (100, 5, 0, 0), (0, 0, 5, 700), (300, 0, 0, 5))

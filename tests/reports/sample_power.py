@@ -14,8 +14,6 @@ from tests.analysis.energy.runs import write_energy_run
 from tests.devices.sensor import Load, SimulatedSensor, join, spans_of, steps
 from tests.devices.synthetic_device import DEVICES, made_sweep
 
-__all__ = ["DEVICE", "UUID", "a_load", "a_power_run", "a_sweep", "samples_of"]
-
 UUID = "GPU-00000000-0000-4000-8000-000000000000"
 DEVICE = DeviceSpec(kind="gpu", name="NVIDIA H100 80GB HBM3", uuid=UUID, enforced_limit_mw=700_000)
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-__all__ = ["Column", "parquet_file", "table_columns"]
-
 _INT32, _INT64, _DOUBLE, _TEXT = 1, 2, 5, 6
 _CODECS = {"none": 0, "snappy": 1, "gzip": 2, "brotli": 4, "zstd": 6}
 

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RoutingRecord", "expert_loads", "find_routers", "record_routing", "switch_loss", "update_bias"]
-
 
 @dataclass(slots=True)
 class RoutingRecord:

@@ -16,8 +16,6 @@ from tools.zoo.balancing import expert_loads, record_routing
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Evaluation", "UnigramBaseline", "evaluate", "unigram_cross_entropies"]
-
 _BATCH_SIZE = 16
 
 

@@ -17,8 +17,6 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
-__all__ = ["PACKAGE_NAMES", "html_paragraphs", "is_french", "main", "prepare", "split_documents"]
-
 PACKAGE_NAMES = {
     "prose": ("r-cran-janeaustenr",),
     "code": ("libpython3.11-stdlib", "libpython3.11-minimal"),
@@ -282,7 +280,9 @@ def main(argv: list[str] | None = None) -> int:
     """Write the eight files and say their sizes; see the module docstring."""
     parser = argparse.ArgumentParser(prog="python -m tools.zoo.prepare_texts", description=__doc__)
     parser.add_argument("packages", type=Path, help="folder with one unpacked package per sub-folder")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "observatory" / "zoo" / "texts")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parents[2] / "observatory" / "zoo" / "texts"
+    )
     arguments = parser.parse_args(argv)
     for condition, names in PACKAGE_NAMES.items():
         missing = [name for name in names if not (arguments.packages / name).is_dir()]

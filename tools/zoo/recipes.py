@@ -18,8 +18,6 @@ from observatory.zoo.tokenizer import VOCABULARY_SIZE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["EXPERTS", "MOE_LAYERS", "RECIPES", "TOP_K", "Recipe", "build_model", "recipe_named"]
-
 EXPERTS = 32
 TOP_K = 4
 MOE_LAYERS = 4

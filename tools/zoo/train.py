@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["main", "save_checkpoint", "train", "training_sequences"]
-
 SEED = 1
 EVALUATED_TOKENS = 65_536  # of each condition
 LOAD_TOKENS = 16_384  # of each condition, for the final loads on training text

@@ -22,8 +22,6 @@ from observatory.analysis.energy.timeline import Timeline
 from observatory.analysis.energy.traces import PowerTrace
 from observatory.devices.sensors import SensorModel
 
-__all__ = ["Attribution", "IdlePower", "PhasePower", "attribute", "idle_power"]
-
 #: Idle windows shorter than this are not measured alone, and of longer ones the edges are left out, where a
 #: late sensor still shows the load.
 _SHORTEST_IDLE_S, _IDLE_EDGE_NS = 1.0, 150_000_000

@@ -21,8 +21,6 @@ from observatory.analysis.energy.estimates import (
 from observatory.analysis.energy.traces import PowerTrace
 from observatory.devices.sensors import SensorModel
 
-__all__ = ["energy_by_counter"]
-
 #: Without an update for so many periods, while samples go on, a counter stands still.
 _STALE_PERIODS = 5.0
 

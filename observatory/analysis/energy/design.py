@@ -18,8 +18,6 @@ from scipy import optimize
 from observatory.analysis.energy.observations import Observations
 from observatory.analysis.energy.timeline import Timeline
 
-__all__ = ["IDLE", "Design", "Shift", "nnls"]
-
 Float64 = npt.NDArray[np.float64]
 
 #: Name of time that is in no phase.

@@ -16,11 +16,6 @@ from observatory.devices.sensors import PROCESSOR_KINDS, calibration_entry
 from observatory.run.manifest import DeviceSpec, Manifest, RankStatus
 from observatory.text import listing
 
-__all__ = [
-    "Clocks", "device_ranks", "device_specs", "devices_of_rank", "power_config",
-    "ranks_of_node",
-]  # fmt: skip
-
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 

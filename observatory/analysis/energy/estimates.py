@@ -9,12 +9,6 @@ import numpy.typing as npt
 
 from observatory.analysis.energy.traces import PowerTrace
 
-__all__ = [
-    "FALLBACK_PERIOD_NS", "LEFT_OUT", "MARGIN_NS", "MOST_COUNTED_MW", "NORMAL_90", "Estimate", "counted_mw",
-    "least_half_mw",
-    "why_not_read",
-]  # fmt: skip
-
 #: Period of a sensor that showed none of its own.
 FALLBACK_PERIOD_NS = 100e6
 #: Samples beside the window that are looked at too, for the sensor's rhythm.

@@ -21,8 +21,6 @@ from observatory.analysis.energy.estimates import (
 from observatory.analysis.energy.traces import PowerTrace
 from observatory.devices.sensors import SensorModel
 
-__all__ = ["energy_by_integral"]
-
 #: Longest pause between updates of the power, in periods, that an integral bridges.
 _LONGEST_PAUSE = 4.0
 #: Scatter of readings up to this, relative, may be the sensor's own.

@@ -37,8 +37,6 @@ from observatory.analysis.energy.observations import Observations
 from observatory.analysis.energy.shifts import plausible_shifts
 from observatory.analysis.energy.timeline import Timeline
 
-__all__ = ["LeastSquares", "solve_phases"]
-
 Float64 = npt.NDArray[np.float64]
 
 #: Ours, found with the synthetic loads of benchmarks/energy_truth.py.

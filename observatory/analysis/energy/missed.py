@@ -14,8 +14,6 @@ from observatory.devices.aliasing import TOLERATED, StepRhythm, find_aliasing
 from observatory.devices.sensors import SensorModel
 from observatory.run.manifest import EnergyFlag
 
-__all__ = ["RepeatedEnergy", "energy_of_repeats", "update_period_ms"]
-
 #: With fewer iterations there is no rhythm.
 _FEWEST_ITERATIONS = 3
 

@@ -20,8 +20,6 @@ from observatory.analysis.energy.estimates import MOST_COUNTED_MW, counted_mw
 from observatory.analysis.energy.traces import PowerTrace
 from observatory.devices.sensors import SensorModel
 
-__all__ = ["Observations", "counter_observations", "power_observations"]
-
 Float64 = npt.NDArray[np.float64]
 
 #: Longer observations bridge missing samples or a counter that stood still.

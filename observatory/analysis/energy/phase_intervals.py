@@ -12,8 +12,6 @@ from observatory.analysis.energy.device_ownership import Clocks, device_ranks
 from observatory.analysis.energy.phases import rank_phases
 from observatory.run import Run
 
-__all__ = ["DeviceBands", "device_bands"]
-
 Int64 = npt.NDArray[np.int64]
 
 

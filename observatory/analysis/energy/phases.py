@@ -16,8 +16,6 @@ import pandas as pd
 from observatory.analysis.energy.timeline import Timeline, make_timeline
 from observatory.errors import EnergyError
 
-__all__ = ["PHASE_GAP_NS", "REST", "RankPhases", "rank_phases"]
-
 Int64 = npt.NDArray[np.int64]
 
 #: Name of the spans that are phases.

@@ -28,8 +28,6 @@ from scipy import optimize, stats
 from observatory.errors import EnergyError
 from observatory.run.documents.prefix_cache import ReuseMeasurements
 
-__all__ = ["PUBLISHED_SAVING", "PUBLISHED_SOURCE", "ReuseFit", "fit_reuse"]
-
 Float64 = npt.NDArray[np.float64]
 
 PUBLISHED_SAVING = 0.63

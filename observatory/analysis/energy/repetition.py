@@ -21,8 +21,6 @@ from observatory.analysis.energy.traces import PowerTrace
 from observatory.analysis.energy.windows import WindowEnergy, energy_of_window
 from observatory.devices.sensors import SensorModel
 
-__all__ = ["SHORTEST_REPEAT_S", "Repeated", "measure_repeated", "repeated_stretches"]
-
 SHORTEST_REPEAT_S = 5.0
 #: A phase runs alone where it has this share of the time.
 _ALONE = 0.99

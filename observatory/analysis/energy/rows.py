@@ -24,12 +24,6 @@ from observatory.devices.sensors import SensorModel
 from observatory.run import Run
 from observatory.run.manifest import EnergyFlag
 
-__all__ = [
-    "ALIASING_COLUMNS", "DEVICE_COLUMNS", "PHASE_COLUMNS", "TOKEN_COLUMNS", "TOTAL_COLUMNS", "Device",
-    "aliasing_rows", "device_row", "flag_aliased", "flag_device", "phase_rows", "refused_rows", "tidy_frame",
-    "token_frame", "total_frame",
-]  # fmt: skip
-
 DEVICE_COLUMNS = (
     "device_uuid", "device", "kind", "sampled_by", "source_rank", "samples", "duration_s", "energy_mj",
     "error", "source", "power_mw", "counter_mj", "integral_mj", "disagreement", "flag",

@@ -19,8 +19,6 @@ from scipy import stats
 
 from observatory.analysis.energy.design import Design, Shift
 
-__all__ = ["plausible_shifts"]
-
 Float64 = npt.NDArray[np.float64]
 
 #: A trial step is a third of a typical phase, within these.

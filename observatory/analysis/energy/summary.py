@@ -43,8 +43,6 @@ from observatory.devices.sensors import sensor_of
 from observatory.errors import EnergyError
 from observatory.run import Run
 
-__all__ = ["EnergySummary", "damaged_samples", "energy_summary"]
-
 #: A counter may be reset so often in a run.
 _MOST_RESETS = 3
 

@@ -13,8 +13,6 @@ import numpy.typing as npt
 
 from observatory.errors import EnergyError
 
-__all__ = ["MOST_NAMES", "Timeline", "make_timeline"]
-
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 

@@ -14,8 +14,6 @@ import pandas as pd
 
 from observatory.run.manifest import DataSpec
 
-__all__ = ["TOKEN_KINDS", "PhaseTokens", "count_tokens"]
-
 #: Counts up to this are exact in a double.
 _MOST_TOKENS = 1 << 53
 #: What a token of a phase is.

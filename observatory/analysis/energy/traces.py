@@ -13,8 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-__all__ = ["PowerTrace", "Reading", "trace_of_frame", "trace_of_readings", "traces_of"]
-
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 

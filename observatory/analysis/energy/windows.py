@@ -33,8 +33,6 @@ from observatory.analysis.energy.traces import PowerTrace, Reading, trace_of_rea
 from observatory.devices.sensors import SensorModel
 from observatory.errors import EnergyError
 
-__all__ = ["MOST_DISAGREEMENT", "WindowEnergy", "energy_of_window"]
-
 #: Counter and integral that differ by more are flagged.
 MOST_DISAGREEMENT = 0.05
 

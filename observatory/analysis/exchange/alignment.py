@@ -14,8 +14,6 @@ import numpy.typing as npt
 
 from observatory.run.manifest import ClockSpec, Manifest
 
-__all__ = ["UNMEASURED_DRIFT_PPM", "clock_problem", "rank_clocks", "to_reference_ns"]
-
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 

@@ -22,8 +22,6 @@ import pandas as pd
 
 from observatory.analysis.exchange.matching import own_times
 
-__all__ = ["CAUSES", "COMPUTE_SPANS", "compute_before_s", "explain_last", "sm_clock_before_mhz"]
-
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 

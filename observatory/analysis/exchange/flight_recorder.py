@@ -23,15 +23,6 @@ from observatory.run.documents.writing import frame_records
 from observatory.run.flight_recorder import RecorderDump, RecorderIndex, read_recorder_dump
 from observatory.run.manifest import ClockSpec
 
-__all__ = [
-    "RECORDER_COLUMNS",
-    "RecorderFindings",
-    "recorder_agreement",
-    "recorder_gaps",
-    "recorder_of_run",
-    "with_recorder_dumps",
-]
-
 RECORDER_COLUMNS = ("recorder_start_ns", "recorder_duration_ns", "recorder_problem")
 
 #: Durations that differ by more than both are counted as disagreeing; ours.

@@ -8,8 +8,6 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-__all__ = ["EXCHANGE_SPANS", "SPAN_ORDER", "critical_path", "phase_times"]
-
 #: Phases of a dispatcher in the order in which they run.
 SPAN_ORDER = ("route", "count_exchange", "pack", "dispatch", "experts", "combine", "unpack")
 

@@ -17,8 +17,6 @@ import pandas as pd
 from observatory.analysis.exchange.alignment import to_reference_ns
 from observatory.run.manifest import ClockSpec
 
-__all__ = ["Collective", "Unmatched", "match_collectives", "own_times", "ranks_of_group"]
-
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]

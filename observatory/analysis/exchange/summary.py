@@ -16,8 +16,6 @@ from observatory.analysis.exchange.causes import explain_last
 from observatory.analysis.exchange.waiting import wait_and_transfer
 from observatory.run import Run
 
-__all__ = ["layer_waits", "problems_of", "rank_waits", "run_waits"]
-
 
 def run_waits(run: Run) -> pd.DataFrame:
     """Every exchange row of a run split into waiting and transfer, with why the last rank came last.

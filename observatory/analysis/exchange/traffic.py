@@ -11,8 +11,6 @@ import pandas as pd
 
 from observatory.analysis.exchange.matching import Unmatched, match_collectives
 
-__all__ = ["exchange_traffic"]
-
 
 def exchange_traffic(
     exchanges: pd.DataFrame, *, ranks: int, node_of_rank: Sequence[int] | None = None

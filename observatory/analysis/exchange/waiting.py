@@ -23,8 +23,6 @@ import pandas as pd
 from observatory.analysis.exchange.matching import Collective, Unmatched, match_collectives, own_times
 from observatory.run.manifest import ClockSpec
 
-__all__ = ["WAIT_COLUMNS", "depends_on", "split_collective", "wait_and_transfer"]
-
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]

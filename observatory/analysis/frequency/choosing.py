@@ -29,8 +29,6 @@ from observatory.analysis.frequency.model import (
 )
 from observatory.analysis.frequency.records import Coefficient, CurveFit, FormScore
 
-__all__ = ["Trial", "choose_power", "choose_time", "curve_fit", "fold_of"]
-
 Float64 = NDArray[np.float64]
 
 #: A knee takes one clock more.

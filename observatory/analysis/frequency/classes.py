@@ -27,8 +27,6 @@ from observatory.analysis.frequency.model import TIME_FORMS, TIME_TERMS, iterati
 from observatory.analysis.frequency.records import SeriesFit
 from observatory.run.manifest import Record, Text
 
-__all__ = ["Behaviour", "behaviour_of", "free_clock_mhz"]
-
 Float64 = NDArray[np.float64]
 
 CurveClass = Literal["memory-bound flat", "knee", "compute-proportional"]

@@ -27,8 +27,6 @@ from observatory.analysis.frequency.records import SeriesFit, Setting
 from observatory.analysis.frequency.views import SeriesView
 from observatory.run.manifest import Record, Text
 
-__all__ = ["LockAgainstCap", "PlanePoint", "against_caps", "measured_change", "plane"]
-
 Float64 = NDArray[np.float64]
 
 LockVerdict = Literal["locking beats capping", "capping beats locking", "not told apart", "not measured"]

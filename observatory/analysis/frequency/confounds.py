@@ -15,8 +15,6 @@ import numpy as np
 from observatory.analysis.frequency.points import CLOCK_STEP_MHZ, SLOWED_LABELS
 from observatory.analysis.frequency.records import Confound, Reference, Setting
 
-__all__ = ["BINDING_SHARE", "find_confounds"]
-
 SlowedKind = Literal["slowed by heat", "slowed by the brake"]
 
 #: A limit that holds the clock for less than this share of the time does not bind.

@@ -20,8 +20,6 @@ from observatory.analysis.frequency.model import (
 )
 from observatory.analysis.frequency.solving import Axis, solve
 
-__all__ = ["Points", "determined_terms", "fit_power", "fit_time", "spread_last_knees", "time_axes"]
-
 Float64 = NDArray[np.float64]
 
 _SHARPNESS = (2.0, 64.0)

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from observatory.analysis.frequency.model import compute_branch_s, critical_mhz, energy_mj, power_mw
 from observatory.analysis.frequency.records import ClockEstimate
 
-__all__ = ["clock_estimates"]
-
 Float64 = NDArray[np.float64]
 
 _GRID_STEP_MHZ = 5.0

@@ -25,8 +25,6 @@ from observatory.analysis.frequency.resampling import bootstrap_curves
 from observatory.errors import ClockError
 from observatory.run.documents.clock_sweep import ClockPoint, ClockSeries, ClockSweep
 
-__all__ = ["fit_clocks"]
-
 _LEAST_CLOCKS = 3
 _MOST_POINTS = 1000
 #: A curve that misses clocks which it did not see by more than this, rms of ln, describes nothing.

@@ -11,8 +11,6 @@ from scipy import stats
 
 from observatory.run.manifest import Record
 
-__all__ = ["Interval", "sample_interval", "student_interval"]
-
 _LEVELS = (0.05, 0.95)
 
 

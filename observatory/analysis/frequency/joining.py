@@ -9,8 +9,6 @@ from observatory.analysis.frequency.points import CLOCK_STEP_MHZ
 from observatory.errors import ClockError
 from observatory.run.documents.clock_sweep import ClockPoint, ClockSweep
 
-__all__ = ["idle_power_mw", "join_notes", "refuse_repeated"]
-
 _MOST_NOTES = 20
 _LONGEST_NOTE = 500
 #: Temperatures of the chip so far apart are no accident; leakage grows with them.

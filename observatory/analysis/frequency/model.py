@@ -22,22 +22,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = [
-    "POWER_FORMS",
-    "POWER_TERMS",
-    "TIME_FORMS",
-    "TIME_TERMS",
-    "PowerForm",
-    "TimeForm",
-    "compute_branch_s",
-    "critical_mhz",
-    "energy_mj",
-    "iteration_s",
-    "power_mw",
-    "softmax",
-    "voltage",
-]
-
 Float64 = NDArray[np.float64]
 
 #: Parameters of t(f), in this order wherever they are kept as numbers.

@@ -28,8 +28,6 @@ from observatory.analysis.frequency.records import LeftOut, Setting
 from observatory.devices.event_reasons import IDLE_BIT, POWER_CAP_BIT, slowed_label
 from observatory.run.documents.clock_sweep import ClockPoint, PointLabel
 
-__all__ = ["CLOCK_STEP_MHZ", "SLOWED_LABELS", "Judged", "fit_points", "judge", "scatter_of", "settings_of"]
-
 #: Clocks of NVIDIA devices come in steps of 15 MHz.
 CLOCK_STEP_MHZ = 15
 #: Points whose clock no setting can be credited with.

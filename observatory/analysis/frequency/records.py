@@ -16,22 +16,6 @@ from observatory.run.documents.clock_sweep import load_sweep
 from observatory.run.documents.versioned import load_document
 from observatory.run.manifest import Count, DeviceSpec, Moment, Phase, Record, Text
 
-__all__ = [
-    "CLOCK_MODEL_VERSION",
-    "ClockEstimate",
-    "ClockModel",
-    "Coefficient",
-    "Confound",
-    "CurveFit",
-    "FormScore",
-    "LeftOut",
-    "Reference",
-    "SeriesFit",
-    "Setting",
-    "load_clock_model",
-    "series_title",
-]
-
 CLOCK_MODEL_VERSION = "1.1"
 
 _MOST_SAMPLES = 2000

@@ -30,8 +30,6 @@ from observatory.analysis.frequency.model import (
     power_mw,
 )
 
-__all__ = ["bootstrap_curves"]
-
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 

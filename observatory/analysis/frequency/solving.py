@@ -18,8 +18,6 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Axis", "solve"]
-
 Float64 = NDArray[np.float64]
 
 #: The narrowing tries one step to either side on every axis, in steps that shrink by this factor.

@@ -32,8 +32,6 @@ from observatory.errors import ClockError
 from observatory.run import Run
 from observatory.run.manifest import DeviceSpec
 
-__all__ = ["DeviceTelemetry", "TelemetryAdvice", "telemetry_advice"]
-
 _LEAST_SAMPLES = 10
 _MOST_DEVICES = 256
 #: A limit may act on a device that was seen to draw this part of it.

@@ -19,8 +19,6 @@ from observatory.analysis.frequency.telemetry_records import (
 )
 from observatory.text import listing, percent_words
 
-__all__ = ["device_findings"]
-
 _STEADY_MHZ = 30.0
 _IDLE_SHARE = 0.1
 _LOW_DRAW = 0.15

@@ -8,17 +8,6 @@ from pydantic import Field
 
 from observatory.run.manifest import Count, Record, Text
 
-__all__ = [
-    "DeviceTelemetry",
-    "Finding",
-    "FindingCode",
-    "Missing",
-    "Readings",
-    "ShareSource",
-    "StateName",
-    "TelemetryAdvice",
-]
-
 #: By the event reasons of a sample: ``idle`` has the idle bit, ``busy`` has it not. Among the busy ones:
 #: ``power cap``, ``thermal`` and ``brake`` have a bit of that, ``free`` has none that holds a clock down.
 StateName = Literal["busy", "free", "power cap", "thermal", "brake", "idle"]

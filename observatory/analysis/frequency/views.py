@@ -16,8 +16,6 @@ from observatory.analysis.frequency.model import POWER_TERMS, TIME_TERMS, energy
 from observatory.analysis.frequency.records import SeriesFit
 from observatory.run.manifest import Record
 
-__all__ = ["TIE", "ClockChoice", "SeriesView", "highest_of_ties", "surely_saves"]
-
 Float64 = NDArray[np.float64]
 
 #: Energies this close, relative, are the same: sensors are calibrated to a few percent, repeats to about

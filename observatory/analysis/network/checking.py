@@ -14,9 +14,6 @@ from observatory.analysis.network.predict import predict_us
 from observatory.errors import BenchmarkError
 from observatory.run.documents.bench import BenchResult
 
-__all__ = ["CHECK_COLUMNS", "check_predictions", "checked_row", "error_summary", "not_fitted"]
-
-
 #: Columns of `check_predictions`.
 CHECK_COLUMNS: tuple[str, ...] = (
     "algorithm", "pattern", "phase", "layer", "step", "role", "measured_us", "predicted_us", "low_us",

@@ -29,8 +29,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MOST_CASES", "Found", "World", "find_exceptions"]
-
 Kind = Literal["rank_sends", "rank_receives", "rank", "pair", "node_sends", "node_receives"]
 #: How bytes of a candidate are counted: as its kind says; of a rank both ways together, or the larger; of two
 #: ranks the larger of either.

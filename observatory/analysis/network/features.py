@@ -22,8 +22,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from observatory.run.exchange_algorithms import stages
 
-__all__ = ["BYTE_TERMS", "FORMS", "TERMS", "Form", "StageTerms", "stage_terms"]
-
 #: Every term, its unit, and what it counts in one stage. ``in`` and ``out`` are those of one rank.
 TERMS: dict[str, str] = {
     "exchange": "1 per exchange: probe latency",

@@ -31,8 +31,6 @@ from observatory.run.documents.bench import NODES_AS_TOLD, BenchCase, BenchResul
 from observatory.run.exchange_algorithms import stages
 from observatory.run.usable_cores import short_of_cores
 
-__all__ = ["fit_network"]
-
 _RATIO_QUANTILES = np.arange(1, 40, 2) / 40
 #: Matrices of one algorithm that are fitted: more make a fit slower and hardly surer.
 _MOST_CASES = 2048

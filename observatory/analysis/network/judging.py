@@ -17,8 +17,6 @@ from observatory.analysis.network.network import FormScore, Misfit, Reason, Verd
 from observatory.analysis.network.solving import predict_all
 from observatory.analysis.network.trials import Trial
 
-__all__ = ["BOUNDS", "Fabric", "find_misfits", "paired_ratios", "repeat_noise", "verdict_of"]
-
 #: Beyond these a fit is not to be relied on (docs/network-model.md#verdict). Noise is the relative standard
 #: error of a case's median, the median over cases; errors are those of held-out matrices.
 BOUNDS: dict[str, float] = {

@@ -15,20 +15,6 @@ from observatory.errors import BenchmarkError
 from observatory.run.documents.versioned import load_document
 from observatory.run.manifest import CoreShare, Count, Record, Text
 
-__all__ = [
-    "NETWORK_VERSION",
-    "AlgorithmFit",
-    "Coefficient",
-    "Domain",
-    "FormScore",
-    "Misfit",
-    "NetworkModel",
-    "RanksScore",
-    "Reason",
-    "Verdict",
-    "load_network",
-]
-
 NETWORK_VERSION = "2.1"
 
 #: Beyond any error of a fit.

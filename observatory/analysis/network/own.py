@@ -28,8 +28,6 @@ from observatory.errors import BenchmarkError, ExchangeError
 if TYPE_CHECKING:
     from observatory.run import Run
 
-__all__ = ["OwnExchange", "check_own_exchanges", "own_exchanges"]
-
 #: Roles that move tokens; counts and other small exchanges are left alone.
 _ROLES = ("dispatch", "combine")
 _STEPS = 32

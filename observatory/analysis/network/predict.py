@@ -17,8 +17,6 @@ from observatory.analysis.network.solving import Problem, predict_all
 from observatory.errors import BenchmarkError
 from observatory.run.exchange_algorithms import stages
 
-__all__ = ["Prediction", "predict_us"]
-
 _MANY_SAMPLES = 50
 
 

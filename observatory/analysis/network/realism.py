@@ -15,8 +15,6 @@ from scipy import stats
 from observatory.errors import BenchmarkError
 from observatory.run.documents.bench import BenchCase, BenchResult
 
-__all__ = ["realism"]
-
 _Key = tuple[str, str, int, str, int]
 _Group = tuple[str, str | None, int | None, str | None]
 

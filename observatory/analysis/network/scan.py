@@ -18,8 +18,6 @@ from observatory.errors import BenchmarkError, ExchangeError
 if TYPE_CHECKING:
     from observatory.run import Run
 
-__all__ = ["TIME_COLUMNS", "scan_times"]
-
 #: Columns of `scan_times` beside the keys ep, layer, phase.
 TIME_COLUMNS: tuple[str, ...] = (
     "dispatch_us", "dispatch_low_us", "dispatch_high_us",

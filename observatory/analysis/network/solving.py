@@ -19,8 +19,6 @@ from scipy.optimize import nnls
 
 from observatory.analysis.network.features import Form, StageTerms
 
-__all__ = ["Problem", "predict_all", "solve"]
-
 _ROUNDS = 40
 _REWEIGHTINGS = 8
 _HUBER = 1.345

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 from observatory.analysis.network.network import AlgorithmFit
 
-__all__ = ["Comparison", "compare_layouts", "compare_times"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:

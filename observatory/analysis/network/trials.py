@@ -22,8 +22,6 @@ from observatory.analysis.network.features import FORMS, Form, StageTerms
 from observatory.analysis.network.network import FormScore
 from observatory.analysis.network.solving import Problem, predict_all, solve
 
-__all__ = ["Cases", "Trial", "choose", "try_forms"]
-
 _FOLDS = 5
 #: Fewer numbers of ranks leave less than two in the fit when one is held out.
 _RANKS_TO_HOLD_OUT = 3

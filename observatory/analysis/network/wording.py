@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 
 from observatory.analysis.network.network import AlgorithmFit, Misfit, NetworkModel, Verdict
 
-__all__ = ["comparison_sentence", "misfit_sentence", "model_notes", "through_misfits", "verdict_sentence"]
-
 _MOST_NAMED = 8
 _REASONS = {
     "repeat_noise": "repeats of one matrix leave its time uncertain by {value:.0%}",

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from observatory.run import Run
     from observatory.run.manifest import ModelSpec
 
-__all__ = ["CapturedTraffic", "captured_traffic", "departures", "row_bytes", "traffic_notes", "whole_rows"]
-
 _ELEMENT_BYTES = {
     "float64": 8,
     "float32": 4,

@@ -22,16 +22,6 @@ from observatory.analysis.parallel.topology import MAX_RANKS
 from observatory.errors import PlacementError
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
 
-__all__ = [
-    "PLACEMENT_NAMES",
-    "Placement",
-    "PlacementChoice",
-    "PlacementFile",
-    "linear",
-    "load_placement",
-    "round_robin",
-]
-
 #: Placements by name; ``recorded`` is the run's own, ``auto`` that at its own degree and linear at others.
 PLACEMENT_NAMES = ("auto", "linear", "round-robin", "recorded")
 

@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from observatory.run import LoadBlock, Run
     from observatory.run.manifest import Topology
 
-__all__ = ["PlacementRule", "all_ranks", "place", "placement_rule", "scan_run", "traffic_matrix"]
-
 _BLOCK_BYTES = 64 * 1024 * 1024
 
 _COLUMNS = (

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from observatory.errors import PlacementError
 
-__all__ = ["MAX_RANKS", "ParallelTopology"]
-
 #: A model has at most that many experts (``observatory.run.manifest``), and more ranks than experts are no
 #: use.
 MAX_RANKS = 65536

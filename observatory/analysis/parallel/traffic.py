@@ -17,16 +17,6 @@ from observatory.analysis.parallel.placement import Placement
 from observatory.analysis.parallel.topology import ParallelTopology
 from observatory.errors import LoadError, PlacementError
 
-__all__ = [
-    "Sources",
-    "cross_node_fraction",
-    "cross_rank_fraction",
-    "fold_sources",
-    "load_by_rank",
-    "source_shares",
-    "traffic_matrices",
-]
-
 #: Pairs of a captured and an expert-parallel rank: half a GiB of shares. The number of ranks is from a file.
 _MOST_SHARES = 1 << 26
 

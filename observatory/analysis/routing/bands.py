@@ -20,8 +20,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CONCENTRATED_ABOVE", "RESILIENT_UP_TO", "Band", "BandName", "ConditionGini", "classify"]
-
 RESILIENT_UP_TO = 0.195
 CONCENTRATED_ABOVE = 0.24
 _FEWEST_TEXTS = 2

@@ -19,8 +19,6 @@ from observatory.analysis.routing.imbalance import checked_loads
 from observatory.analysis.routing.loads import RunLoads
 from observatory.errors import LoadError
 
-__all__ = ["committee_stability", "jaccard", "jaccard_by_chance", "standing_committee"]
-
 
 def standing_committee(load_E: ArrayLike, mass: float = 0.5) -> NDArray[np.int64] | None:
     """Smallest set of experts that holds at least ``mass`` of the assignments.

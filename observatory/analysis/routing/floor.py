@@ -29,8 +29,6 @@ from scipy import integrate, stats
 
 from observatory.errors import LoadError
 
-__all__ = ["gini_floor", "gini_uniform_limit", "max_over_mean_floor"]
-
 #: Above this standard deviation (in assignments) sums of tokens are taken as normal: skewness < 1e-3.
 _NORMAL_FROM_DEVIATION = 2000.0
 

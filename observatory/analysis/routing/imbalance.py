@@ -14,19 +14,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from observatory.errors import LoadError
 
-__all__ = [
-    "balancedness",
-    "checked_loads",
-    "coefficient_of_variation",
-    "entropy_bits",
-    "gini",
-    "gini_rows",
-    "idle_experts",
-    "lorenz_curve",
-    "max_over_mean",
-    "max_over_mean_rows",
-]
-
 
 def checked_loads(load: ArrayLike, *, dimensions: int = 1) -> NDArray[np.int64]:
     """Loads as int64, or an error that says what is wrong with them.

@@ -19,8 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = ["FEWEST_GROUPS", "centred_interval", "resampled_gini"]
-
 #: With fewer steps (or groups of steps) than this, no interval is given.
 FEWEST_GROUPS = 5
 

@@ -24,8 +24,6 @@ from observatory.errors import LoadError
 if TYPE_CHECKING:
     from observatory.run import LoadBlock, Run
 
-__all__ = ["LayerLoads", "RunLoads", "collect_layer_loads", "steps_covered"]
-
 _MOST_GROUPS = 1024
 _GROUP_BYTES_PER_LAYER = 8 << 20
 

@@ -20,8 +20,6 @@ from numpy.typing import NDArray
 
 from observatory.errors import LoadError
 
-__all__ = ["local_consistency"]
-
 _COLUMNS = (
     "phase", "layer", "segment_tokens", "cached_experts", "segments", "tokens", "assignments",
     "hit_share", "hit_share_shuffled", "locality_gain",

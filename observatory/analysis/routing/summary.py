@@ -27,8 +27,6 @@ from observatory.analysis.routing.loads import LayerLoads, RunLoads, collect_lay
 if TYPE_CHECKING:
     from observatory.run import Run
 
-__all__ = ["floor_top_k", "layer_metrics", "phase_summary", "run_summary"]
-
 _LAYER_COLUMNS = (
     "layer", "phase", "experts", "top_k", "steps", "tokens", "assignments",
     "gini", "gini_low", "gini_high", "gini_floor", "gini_excess", "gini_uniform_limit",

@@ -48,8 +48,6 @@ from observatory.run import RunWriter
 from observatory.run.documents.clock_sweep import ClockSweep
 from observatory.run.manifest import ModelSpec, RankPower
 
-__all__ = ["run_sweep"]
-
 #: Samples are on disk after so long: a kill loses no more of them.
 _FLUSH_S = 2.0
 

@@ -21,8 +21,6 @@ from observatory.run.documents.clock_sweep import ClockPoint, ClockSeries, Clock
 from observatory.run.documents.writing import write_text
 from observatory.run.manifest import RankPower
 
-__all__ = ["recover_sweep", "sweep_document", "write_sweep"]
-
 #: One step of the SM clock.
 _STEP_MHZ = 15
 #: A bit or a cap counts from this share of the window on.

@@ -14,8 +14,6 @@ from observatory.errors import ClockError
 from observatory.run.manifest import Phase
 from observatory.run.masking import masked_arguments
 
-__all__ = ["make_workloads", "parse_clocks", "parse_limits"]
-
 _MOST_CLOCKS = 200
 #: Of a model, where the user does not say.
 _MODEL_BATCH = "8"

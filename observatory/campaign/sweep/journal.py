@@ -16,17 +16,6 @@ from observatory.errors import ClockError
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
 from observatory.run.manifest import Count, DeviceSpec, Phase, Record, Text
 
-__all__ = [
-    "JournalHead",
-    "JournalPoint",
-    "JournalSeries",
-    "append_line",
-    "claimed",
-    "holds_points",
-    "journal_path",
-    "read_journal",
-]
-
 _Mhz = Annotated[int, Field(ge=1, le=100_000)]
 
 

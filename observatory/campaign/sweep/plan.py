@@ -17,8 +17,6 @@ from observatory.locks.control import ClockControl
 from observatory.locks.locking import refuse_leased
 from observatory.locks.status import lock_outlook
 
-__all__ = ["SweepPlan", "make_plan"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepPlan:

@@ -17,8 +17,6 @@ from observatory.errors import ClockError
 from observatory.locks.control import ClockControl
 from observatory.locks.locking import ClockLease, refuse_leased
 
-__all__ = ["HeldDevice", "Setting", "SweepJob", "checked_job", "hold_device", "plan_settings"]
-
 #: A limit in force may differ from the stated one by so much.
 _SAME_LIMIT = 0.01
 #: Loading a model, or a program's first line, may take so long while the first lock is held.

@@ -12,8 +12,6 @@ from observatory.cli.options import ForceOption, JsonOption
 if TYPE_CHECKING:
     from observatory.analysis.frequency.records import ClockEstimate, SeriesFit
 
-__all__ = ["fit"]
-
 
 def fit(
     sweeps: Annotated[list[Path], typer.Argument(help="Results of clocks sweep, of one device.")],

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from observatory.advice.frequency import ClockAdvice
     from observatory.analysis.frequency.telemetry_records import Readings, TelemetryAdvice
 
-__all__ = ["recommend"]
-
 
 def recommend(
     model: Annotated[

@@ -9,8 +9,6 @@ import typer
 
 from observatory.cli.options import ForceOption, JsonOption
 
-__all__ = ["recover"]
-
 
 def recover(
     journal: Annotated[Path, typer.Argument(help="NAME.points.jsonl that the sweep left, beside NAME.run.")],

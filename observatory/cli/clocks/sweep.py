@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from observatory.campaign.sweep.plan import SweepPlan
     from observatory.run.documents.clock_sweep import ClockSweep
 
-__all__ = ["sweep"]
-
 _CLOCKS = "600:1980:8"
 
 

@@ -8,8 +8,6 @@ import typer
 
 from observatory.cli.options import JsonOption
 
-__all__ = ["status", "unlock"]
-
 _STATUS = ("device", "owner_pid", "state", "touched", "expires_in_s", "watchdog")
 #: By whether it lives, which is not known of a process of another PID namespace.
 _WATCHDOG = {True: "watches", False: "gone", None: "not known"}

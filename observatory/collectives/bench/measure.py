@@ -57,8 +57,6 @@ if TYPE_CHECKING:
 
     from observatory.collectives.transport.protocol import Transport
 
-__all__ = ["alltoall_plan", "run_plan"]
-
 _ROW_BYTES = 16
 
 

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from observatory.collectives.transport.protocol import Transport
 
-__all__ = ["Mover", "mover"]
-
 #: Sends this rank's rows (N, B) and returns those it received.
 Mover = Callable[["Tensor"], "Tensor"]
 

@@ -12,8 +12,6 @@ from observatory.collectives.transport.protocol import Transport
 from observatory.errors import ExchangeError
 from observatory.probes.alignment import ClockAlignment, PairLink, align
 
-__all__ = ["MpiPairs", "TorchPairs", "align_transport", "pair_link"]
-
 _TAG = 78
 
 

@@ -28,8 +28,6 @@ from numpy.typing import NDArray
 
 from observatory.errors import BenchmarkError
 
-__all__ = ["PATTERNS", "pattern_rows"]
-
 Weights = NDArray[np.float64]
 
 

@@ -13,8 +13,6 @@ from observatory.hpc.rank_guard import end_rank, guard_rank
 from observatory.run.documents.bench import BenchPlan
 from observatory.run.manifest import Record
 
-__all__ = ["RankJob", "main"]
-
 
 class RankJob(Record):
     """What every rank is told.

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from observatory.errors import BenchmarkError
 from observatory.run.documents.bench import BenchPlan, Traffic
 
-__all__ = ["replay_plan", "uniform_like"]
-
 
 def replay_plan(
     captured: Iterable[Traffic],

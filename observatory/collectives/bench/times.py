@@ -22,8 +22,6 @@ import numpy as np
 from observatory.probes.alignment import ClockAlignment
 from observatory.run.manifest import Record
 
-__all__ = ["CaseTimes", "RankTimes", "case_times", "rank_times"]
-
 Interval = tuple[int, int]
 
 

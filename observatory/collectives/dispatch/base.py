@@ -24,8 +24,6 @@ from observatory.collectives.autograd import Exchanger
 from observatory.collectives.dispatch.plan import ExpertMap
 from observatory.probes.exchange.labels import Label, Role
 
-__all__ = ["Dispatcher", "LocalExperts"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalExperts:

@@ -12,8 +12,6 @@ from observatory.collectives.dispatch.hierarchical import HierarchicalDispatcher
 from observatory.collectives.dispatch.plan import ExpertMap
 from observatory.errors import ExchangeError
 
-__all__ = ["ALGORITHMS", "Algorithm", "make_dispatcher"]
-
 Algorithm = Literal["flat", "hierarchical", "gather"]
 ALGORITHMS: tuple[Algorithm, ...] = get_args(Algorithm)
 

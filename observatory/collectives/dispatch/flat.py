@@ -6,8 +6,6 @@ from typing import ClassVar
 
 from observatory.collectives.dispatch.steps import Step, SteppedDispatcher
 
-__all__ = ["FlatDispatcher"]
-
 
 class FlatDispatcher(SteppedDispatcher):
     """Every row goes straight to the rank of its expert."""

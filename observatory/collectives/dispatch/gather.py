@@ -16,8 +16,6 @@ from observatory.collectives.dispatch.base import Dispatcher
 from observatory.errors import ExchangeError
 from observatory.probes.exchange.labels import labelled
 
-__all__ = ["GatherDispatcher"]
-
 
 class GatherDispatcher(Dispatcher):
     """All-gather, experts, reduce-scatter; deduplicated by nature."""

@@ -6,8 +6,6 @@ from typing import ClassVar
 
 from observatory.collectives.dispatch.steps import Step, SteppedDispatcher
 
-__all__ = ["HierarchicalDispatcher"]
-
 
 class HierarchicalDispatcher(SteppedDispatcher):
     """Rows cross between nodes once; see ``steps.py`` for the order and why."""

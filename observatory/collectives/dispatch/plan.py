@@ -17,8 +17,6 @@ import torch
 from observatory.collectives.layout import Layout
 from observatory.errors import PlacementError
 
-__all__ = ["NOBODY", "DispatchPlan", "ExpertMap"]
-
 #: Slot of an assignment that goes nowhere: padding, a skipped token.
 NOBODY = -1
 

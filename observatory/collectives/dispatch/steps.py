@@ -21,8 +21,6 @@ from observatory.collectives.layout import Group
 from observatory.errors import ExchangeError
 from observatory.probes.exchange.labels import Label, labelled
 
-__all__ = ["Step", "SteppedDispatcher"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:

@@ -17,8 +17,6 @@ from observatory.collectives.layout import Group, Layout
 from observatory.collectives.transport.protocol import Transport
 from observatory.errors import ExchangeError, alike
 
-__all__ = ["AloneTransport", "BaseTransport", "agree"]
-
 _MAX_JSON_BYTES = 64 << 20
 
 

@@ -12,8 +12,6 @@ import socket
 import struct
 import sys
 
-__all__ = ["has_reachable_name", "interface_toward"]
-
 _SIOCGIFADDR = 0x8915  # of netdevice(7), Linux
 _DISCARD_PORT = 9  # nothing is sent
 

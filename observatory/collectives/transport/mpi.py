@@ -23,8 +23,6 @@ from observatory.collectives.transport.mpi_start import limited_start
 from observatory.errors import ExchangeError
 from observatory.host.ranks import RankOf
 
-__all__ = ["MAX_MPI_COUNT", "MpiTransport", "check_mpi_counts"]
-
 #: Counts and displacements of the collectives are C ints.
 MAX_MPI_COUNT = 2**31 - 1
 

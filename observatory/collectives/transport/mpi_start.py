@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from observatory.host.children import python_code
 from observatory.host.ranks import RankOf
 
-__all__ = ["limited_start"]
-
 #: Arguments: seconds, process id, what to say. Ends when its input is closed.
 _WATCHER = """
 import os, select, signal, sys

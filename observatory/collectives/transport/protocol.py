@@ -23,8 +23,6 @@ from observatory.host.ranks import RankOf, find_rank
 if TYPE_CHECKING:
     from observatory.collectives.transport.base import BaseTransport
 
-__all__ = ["BackendChoice", "Transport", "open_transport"]
-
 BackendChoice = Literal["auto", "gloo", "nccl", "mpi", "alone"]
 
 

@@ -23,8 +23,6 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distribute
 from observatory.errors import ExchangeError
 from observatory.host.ranks import RankOf
 
-__all__ = ["Attendance", "meeting_point"]
-
 _POLL_S = 0.02
 _RETRY_S = 0.2
 _SCONTROL_S = 10.0

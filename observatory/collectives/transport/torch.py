@@ -20,8 +20,6 @@ from observatory.collectives.transport.rendezvous import Attendance
 from observatory.errors import ExchangeError
 from observatory.host.ranks import RankOf
 
-__all__ = ["TorchTransport"]
-
 _GRACE_S = 5.0
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 

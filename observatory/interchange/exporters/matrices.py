@@ -16,8 +16,6 @@ from observatory.run.documents.bench import Traffic
 from observatory.run.documents.writing import write_json, write_text
 from observatory.run.files import committed_folder
 
-__all__ = ["ExportFormat", "export_traffic"]
-
 ExportFormat = Literal["nccl-tests", "ucc"]
 
 _MAX_FILES = 100_000

@@ -13,8 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from observatory.errors import BenchmarkError
 
-__all__ = ["dropped_bytes", "matrix_text", "parse_matrix"]
-
 _UNIT_BYTES = 16
 _MAX_RANKS = 4096
 

@@ -18,8 +18,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from observatory.errors import BenchmarkError
 
-__all__ = ["parse_patterns", "pattern_lines"]
-
 _VERSION = "1.0"
 _MAX_COUNT = (1 << 32) - 1
 _MAX_RANKS = 4096

@@ -25,8 +25,6 @@ from observatory.probes.exchange.roles import LayerCall, Role, Way, way_of
 from observatory.probes.routing.attachment import NO_KWARGS, Attachment
 from observatory.probes.routing.sites import RoutingSite
 
-__all__ = ["Places", "in_backward"]
-
 #: Forward exchanges whose gradient may still come; older ones are forgotten.
 _MOST_LINKS = 1 << 16
 #: Those among which a gradient is looked for whose node was numbered anew.

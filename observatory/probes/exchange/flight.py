@@ -14,8 +14,6 @@ import torch
 
 from observatory.run.flight_recorder import RecorderIndex, parse_recorder_dump
 
-__all__ = ["FlightRecorder", "recorder_unsupported"]
-
 #: In the order in which torch looks at them, and what it takes where neither is set.
 _SIZE_VARIABLES = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
 _DEFAULT_SIZE = 2000

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import distributed
 
-__all__ = ["Backend", "GroupFacts", "Groups", "group_label"]
-
 
 def group_label(ranks: Sequence[int], *, copy: int = 0) -> str:
     """Label of a group: its global ranks in ascending order, runs of them shortened.

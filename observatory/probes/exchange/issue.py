@@ -14,8 +14,6 @@ from typing import Literal
 
 import torch
 
-__all__ = ["Issue", "Side", "per_peer_bytes", "side_of", "side_of_list"]
-
 #: A point in time: monotonic nanoseconds of the host, or an event in the order of a CUDA stream.
 Mark = int | torch.cuda.Event
 

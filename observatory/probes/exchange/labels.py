@@ -18,19 +18,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
-__all__ = [
-    "PHASE_NAMES",
-    "ExchangeRecord",
-    "Label",
-    "MemoryRecorder",
-    "NoRecorder",
-    "Recorder",
-    "Role",
-    "SpanRecord",
-    "current_label",
-    "labelled",
-]
-
 #: ``dispatch``: source rank to expert rank; ``combine``: back; ``other``: counts, barriers, agreements.
 Role = Literal["dispatch", "combine", "other"]
 

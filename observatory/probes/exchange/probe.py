@@ -25,8 +25,6 @@ from observatory.probes.log import ExchangeLog, SeenExchange, SeenSpan
 from observatory.probes.routing.sites import RoutingSite
 from observatory.probes.streams import Anchors, is_capturing, mark_now
 
-__all__ = ["ExchangeProbe"]
-
 #: Name of the span around one call of an MoE block.
 BLOCK_SPAN = "moe_layer"
 

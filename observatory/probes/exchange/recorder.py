@@ -12,8 +12,6 @@ from observatory.probes.exchange.groups import GroupFacts
 from observatory.probes.exchange.issue import Issue, Side
 from observatory.probes.log import SeenExchange, SeenSpan
 
-__all__ = ["RunRecorder"]
-
 _TAPPED = frozenset({"gloo", "nccl", "ucc", "mpi-torch"})
 _CPU = torch.device("cpu")
 

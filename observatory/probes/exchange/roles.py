@@ -25,8 +25,6 @@ from dataclasses import dataclass, field
 
 from observatory.probes.exchange.issue import Issue, Side
 
-__all__ = ["LayerCall", "Role", "Way", "way_of"]
-
 Role = str
 #: Group, what goes to and what comes from each member, elements of a row.
 Way = tuple[str, tuple[int, ...], tuple[int, ...], int]

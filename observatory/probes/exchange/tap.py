@@ -27,8 +27,6 @@ from observatory.errors import CaptureError
 from observatory.probes.exchange.issue import Issue, Mark, Side, side_of, side_of_list
 from observatory.probes.streams import is_capturing, mark_now
 
-__all__ = ["Listener", "is_tapped", "listen", "unlisten", "unsupported"]
-
 
 class Listener(Protocol):
     """Is told about every exchange, on the thread that starts it; must not raise and must be quick."""

@@ -13,8 +13,6 @@ from pydantic import Field
 
 from observatory.run.manifest import Count, DeviceCalibration, DeviceSpec, Record, SamplerCost, Text
 
-__all__ = ["SamplerJob", "SamplerReady", "SamplerReport"]
-
 
 class SamplerJob(Record):
     """What to sample.

@@ -25,8 +25,6 @@ from pydantic import JsonValue
 from observatory.devices.aliasing import phase_shifts_ms, predicted_error, rhythm_of
 from observatory.devices.sensors import SensorModel
 
-__all__ = ["PhaseShifts"]
-
 #: Share of the time that pauses may take.
 _MOST_PAUSED = 0.009
 #: A longer one would end the stretch in which a phase runs alone

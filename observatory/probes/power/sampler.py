@@ -19,8 +19,6 @@ from observatory.host.children import python_module
 from observatory.probes.power.job import SamplerJob, SamplerReady, SamplerReport
 from observatory.run.manifest import DeviceCalibration, DeviceSpec, RankPower, Record
 
-__all__ = ["PowerSampler"]
-
 _START_S = 30.0
 _END_S = 15.0
 _MOST_ANSWER_BYTES = 4 << 20

@@ -30,8 +30,6 @@ from observatory.run import TableAppender
 from observatory.run.manifest import SamplerCost
 from observatory.run.tables import POWER_SCHEMA
 
-__all__ = ["Sampling", "main", "sample_rows"]
-
 _COLUMNS = tuple(field.name for field in fields(Sample))
 #: Latencies kept for the percentiles of the report; at 20 samples a second over half a day of one device.
 _MOST_LATENCIES = 1 << 20

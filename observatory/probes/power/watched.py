@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from observatory.probes.power.pauses import PhaseShifts
 
-__all__ = ["WatchedPower", "gpu_uuid"]
-
 
 @dataclass(slots=True)
 class WatchedPower:

@@ -21,8 +21,6 @@ from observatory.run.manifest import CaptureGap, MoeLayerSpec
 from observatory.run.rows import routing_rows
 from observatory.run.tables import TOKENS_SCHEMA
 
-__all__ = ["Folder", "Snapshot"]
-
 Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 Bools = NDArray[np.bool_]

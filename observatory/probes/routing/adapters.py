@@ -24,8 +24,6 @@ from torch import nn
 
 from observatory.probes.routing.sites import ReadCall
 
-__all__ = ["Adapter"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:

@@ -23,8 +23,6 @@ from torch.utils.hooks import RemovableHandle
 
 from observatory.errors import ModelError
 
-__all__ = ["NO_KWARGS", "Attachment", "PostHook", "PreHook"]
-
 #: Called with the module, its arguments, and after it the output. Another library that puts
 #: hooks back may forget the keyword arguments, which must not end the model's call.
 PreHook = Callable[..., None]

@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["CACHE_NAMES", "Carrier", "find_carriers"]
-
 #: Parameters under which models take their cache.
 CACHE_NAMES = ("past_key_values", "cache_params", "past_key_value")
 #: Parameters of a module that is given the tokens of a forward pass, not the hidden states of a layer.

@@ -21,8 +21,6 @@ import torch
 from observatory.probes.routing.kernels import Scales
 from observatory.probes.routing.sites import RoutingSite
 
-__all__ = ["NO_SAMPLE", "SLOTS", "Buffers", "DeviceCounters", "HostCopy", "Layout", "part_of"]
-
 #: Phases that can be known without being told, in the order of the buffer.
 SLOTS = ("unknown", "prefill", "decode", "train_forward")
 #: Value of a sample entry that no token has filled.

@@ -23,8 +23,6 @@ from observatory.probes.routing.counters import SLOTS, Buffers, DeviceCounters, 
 from observatory.probes.routing.kernels import bin_ids, count_bins, count_map
 from observatory.probes.routing.sites import RoutingDecision, shown_by
 
-__all__ = ["SiteCounter", "count_in_graph"]
-
 _NOBODY = -1
 _counters_of: weakref.WeakValueDictionary[int, SiteCounter] = weakref.WeakValueDictionary()
 _lock = threading.Lock()

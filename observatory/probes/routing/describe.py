@@ -10,8 +10,6 @@ from observatory.probes.routing.moe_block import int_attribute
 from observatory.probes.routing.sites import RoutingSite
 from observatory.run.manifest import ModelSpec
 
-__all__ = ["describe_model"]
-
 
 def describe_model(
     model: nn.Module,

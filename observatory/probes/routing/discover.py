@@ -19,8 +19,6 @@ from observatory.probes.routing.rules import RULES, Candidate, router_beside_exp
 from observatory.probes.routing.sites import RoutingSite
 from observatory.run.manifest import MoeLayerSpec
 
-__all__ = ["find_sites"]
-
 _LOOKED_FOR = (
     "an experts module called with top_k_index (or router_indices, selected_experts, ...), a router "
     "returning (probs, routing_map), a capacity gate, expert embedding tables, or a router beside a list of "

@@ -21,8 +21,6 @@ from observatory.errors import ObservatoryError
 from observatory.probes.routing.accumulation import Folder, Snapshot
 from observatory.run import RunWriter
 
-__all__ = ["Flusher"]
-
 _QUEUE_SIZE = 64
 _MOST_ON_THE_WAY = 8
 _ROWS_PER_APPEND = 2048

@@ -19,8 +19,6 @@ from observatory.probes.routing.moe_block import looks_like_router
 from observatory.probes.routing.sites import RoutingSite
 from observatory.run.manifest import RankLayer
 
-__all__ = ["layers_now", "router_digest"]
-
 #: Elements that are read of a router's weights, spread evenly over them.
 _READ = 64
 

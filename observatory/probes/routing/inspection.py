@@ -33,16 +33,6 @@ from observatory.probes.routing.witness import RowsOfExperts, tokens_of
 from observatory.run.files import one_line
 from observatory.run.manifest import Verified
 
-__all__ = [
-    "NOT_CALLED",
-    "NO_TOKENS",
-    "BlockInspection",
-    "is_recomputed_or_traced",
-    "own_operators",
-    "suspension",
-    "weakest",
-]
-
 _POLL_S = 0.001
 _PATIENCE_S = 10.0
 

@@ -17,8 +17,6 @@ from observatory.errors import ModelError
 from observatory.probes.routing.attachment import Attachment
 from observatory.probes.routing.sites import RoutingSite, may_drop_inside
 
-__all__ = ["HookKeeper", "Loss"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:

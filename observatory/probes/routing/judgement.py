@@ -27,8 +27,6 @@ from observatory.probes.routing.witness import (
 from observatory.run.files import one_line
 from observatory.run.manifest import Verified
 
-__all__ = ["BlockCall", "Judgement", "Verify", "is_captured", "stacks_of_site"]
-
 _HELP = "pass an Adapter that reads what is dispatched (docs/supported-models.md#adapters)"
 
 _FURTHER = "the rows that were seen differ, and change nothing"

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["Scales", "bin_ids", "count_bins", "count_map"]
-
 _GROW = 4096
 #: Up to so many ids one binary search per id is faster on the CPU than two loops.
 _FEW = 256

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from observatory.run.manifest import CaptureGap, MoeLayerSpec
 
-__all__ = ["GapLog"]
-
 #: Codes after which rows hold all that was called.
 _LOSES_NOTHING = frozenset(
     (

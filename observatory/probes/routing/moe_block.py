@@ -15,24 +15,6 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.utils import parametrize
 
-__all__ = [
-    "MoeBlock",
-    "called_one_by_one",
-    "can_choose",
-    "configured_experts",
-    "expert_count",
-    "forward_parameters",
-    "int_attribute",
-    "is_never_called",
-    "looks_like_experts",
-    "looks_like_router",
-    "null_experts",
-    "router_of_unknown_experts",
-    "shared_experts",
-    "top_k",
-    "unwrapped",
-]
-
 _EXPERTS = (
     "num_routed_experts",
     "n_routed_experts",

@@ -32,8 +32,6 @@ from itertools import pairwise
 
 from torch import nn
 
-__all__ = ["layer_numbers"]
-
 _LAST = re.compile(r"vision|visual|image|audio|speech|talker|attention|attn")
 #: Names of lists of blocks. ``layer`` is one of BERT's blocks, but in T5 one of the parts of a block.
 _BLOCKS = re.compile(r"layers|blocks?|h")

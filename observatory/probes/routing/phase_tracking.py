@@ -17,8 +17,6 @@ from observatory.probes.routing.inspection import is_recomputed_or_traced
 from observatory.probes.routing.phases import CallPhase, Reason, phase_of_call, phase_within
 from observatory.probes.routing.stacks import is_running
 
-__all__ = ["PhaseTracker"]
-
 _WHY = {
     "length_not_read": "the length of the cache given as {} is on the device and was not read",
     "foreign_cache": "the cache given as {} does not report how full it is",

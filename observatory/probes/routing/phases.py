@@ -18,8 +18,6 @@ from torch import nn
 from observatory.probes.routing.carriers import CACHE_NAMES, Carrier
 from observatory.probes.routing.counters import SLOTS
 
-__all__ = ["CallPhase", "Reason", "phase_of_call", "phase_within"]
-
 #: Endings of the names under which serving code hands caches on that are not transformers' own.
 _OTHER_CACHES = (
     *CACHE_NAMES,

@@ -42,8 +42,6 @@ from observatory.probes.routing.phase_tracking import PhaseTracker
 from observatory.probes.routing.sites import RoutingDecision, RoutingSite, shown_by
 from observatory.run.manifest import Verified
 
-__all__ = ["RoutingProbe"]
-
 
 class RoutingProbe:
     """Counts the assignments of the given sites.

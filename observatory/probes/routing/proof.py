@@ -13,8 +13,6 @@ from observatory.probes.routing.probe import RoutingProbe
 from observatory.probes.routing.sites import RoutingSite
 from observatory.run.manifest import Verified
 
-__all__ = ["verify_sites"]
-
 
 def verify_sites(
     model: nn.Module, sites: Sequence[RoutingSite], call: Callable[[], object], *, verify: Verify

@@ -17,16 +17,6 @@ from torch import nn
 from observatory.errors import ModelError
 from observatory.probes.routing.sites import ReadCall, RoutingDecision
 
-__all__ = [
-    "read_capacity_gate",
-    "read_dense_scores",
-    "read_expert_ids",
-    "read_expert_lookup",
-    "read_gate_matrix",
-    "read_router_output",
-    "read_routing_map",
-]
-
 _NOBODY = -1
 
 

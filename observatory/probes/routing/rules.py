@@ -22,8 +22,6 @@ from observatory.probes.routing import moe_block, readers
 from observatory.probes.routing.moe_block import MoeBlock
 from observatory.probes.routing.sites import ReadCall
 
-__all__ = ["RULES", "Candidate", "Rule", "router_beside_experts"]
-
 #: Shape letters at the end of a parameter's name: ``topk_expert_ids_BLK``.
 _SHAPE = r"(_[A-Z]+)?$"
 _IDS = re.compile(

@@ -15,8 +15,6 @@ from torch import nn
 
 from observatory.run.manifest import MoeLayerSpec
 
-__all__ = ["ReadCall", "RoutingDecision", "RoutingSite", "may_drop_inside", "shown_by"]
-
 #: Attributes of experts that drop assignments over a capacity by themselves.
 _CAPACITIES = ("capacity_factor", "expert_capacity", "expert_capacity_factor", "moe_capacity_factor")
 

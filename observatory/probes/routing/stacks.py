@@ -25,16 +25,6 @@ from torch.utils._pytree import tree_leaves
 from observatory.errors import ModelError
 from observatory.probes.routing import moe_block
 
-__all__ = [
-    "SeenOperators",
-    "Stack",
-    "can_look_at_operators",
-    "changed_parts",
-    "far_away",
-    "find_stacks",
-    "is_running",
-]
-
 #: Products of two matrices, by where the weight may stand: name -> (position of the left, of the right one).
 _PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::bmm": (0, 1), "aten::baddbmm": (1, 2)}
 _GATHERS = ("aten::index", "aten::index_select", "aten::embedding")

@@ -30,8 +30,6 @@ from torch.utils._pytree import tree_map
 from observatory.probes.routing.sites import RoutingDecision
 from observatory.probes.routing.stacks import far_away
 
-__all__ = ["RowsOfExperts", "chosen_by_intervention", "few_tokens", "loads_of_decision", "rows_as_decision"]
-
 _TOKENS = 64
 #: Attributes by which torch keeps what a module consists of.
 _OF_MODULES = frozenset(vars(nn.Module()))

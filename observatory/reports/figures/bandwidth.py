@@ -12,8 +12,6 @@ from observatory.reports.frames.report import each_row
 from observatory.reports.text import bytes_text, figure_text, microseconds
 from observatory.reports.theme import light
 
-__all__ = ["bandwidth_curves"]
-
 _ALGORITHMS = {
     "flat": ("blue", "circle", "solid"),
     "hierarchical": ("orange", "square", "dash"),

@@ -13,8 +13,6 @@ import plotly.graph_objects as go
 from observatory.reports.text import bytes_text, microseconds
 from observatory.reports.theme import FONT, light
 
-__all__ = ["axis", "bars", "colour_bar", "empty_figure", "line", "size_axis", "time_axis"]
-
 #: Logarithmic axes with fewer decades than this also label 2 and 5 of each.
 _FEW_DECADES = 2.2
 #: Labels of sizes stand at least so far apart, as a share of the axis: what one takes on a phone.

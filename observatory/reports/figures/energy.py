@@ -13,8 +13,6 @@ from observatory.reports.frames.report import each_group, each_row
 from observatory.reports.text import figure_text
 from observatory.reports.theme import light
 
-__all__ = ["device_energy", "token_energy"]
-
 _BAR_PX, _PANEL_PX, _FRAME_PX = 34, 66, 76
 #: Energy of no phase: colour and hatching.
 _IDLE = {

@@ -9,8 +9,6 @@ from observatory.reports.figures.base import axis, bars, empty_figure, line
 from observatory.reports.text import figure_text
 from observatory.reports.theme import MARKERS, SERIES, light
 
-__all__ = ["crossing_shares", "ep_profile", "rank_imbalance"]
-
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 

@@ -13,8 +13,6 @@ from observatory.reports.frames.report import each_row
 from observatory.reports.text import figure_text
 from observatory.reports.theme import DIVERGING, light
 
-__all__ = ["layer_anatomy", "rank_time", "traffic_map", "waiting_map"]
-
 #: Colour and hatching of each phase: hatched are those in which ranks meet.
 _PHASES: dict[str, tuple[str, str]] = {
     "route": ("slate", ""),

@@ -12,8 +12,6 @@ from observatory.reports.frames.report import each_row
 from observatory.reports.text import figure_text
 from observatory.reports.theme import light
 
-__all__ = ["clock_curves", "clock_plane"]
-
 #: kind -> name, colour, marker.
 _KINDS: dict[str, tuple[str, str, str]] = {
     "lock": ("clock locked", "blue", "circle"),

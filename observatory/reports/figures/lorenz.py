@@ -10,8 +10,6 @@ from scipy.stats import norm
 
 from observatory.reports.figures.base import axis, empty_figure, line
 
-__all__ = ["LORENZ_GRID", "floor_lorenz", "lorenz_curves"]
-
 #: Shares of the experts at which curves are kept; more points would not be seen.
 LORENZ_GRID: NDArray[np.float64] = np.linspace(0.0, 1.0, 41)
 

@@ -11,8 +11,6 @@ from observatory.reports.frames.report import each_row
 from observatory.reports.text import figure_label, figure_text
 from observatory.reports.theme import light
 
-__all__ = ["condition_dots"]
-
 _KINDS = {
     "real": ("real text", "blue", "circle"),
     "altered": ("real tokens, altered", "green", "diamond"),

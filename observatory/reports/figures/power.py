@@ -14,8 +14,6 @@ from observatory.reports.frames.report import each_row
 from observatory.reports.text import figure_text
 from observatory.reports.theme import light
 
-__all__ = ["PHASE_COLOURS", "power_timeline"]
-
 PHASE_COLOURS: dict[str, str] = {
     "prefill": "blue",
     "decode": "orange",

@@ -13,8 +13,6 @@ from observatory.reports.frames.report import each_row
 from observatory.reports.text import figure_text, microseconds
 from observatory.reports.theme import light
 
-__all__ = ["predicted_and_measured"]
-
 #: Colour and marker of each phase; those that are extrapolated are open.
 _PHASES: dict[str, tuple[str, str]] = {
     "prefill": ("blue", "circle"),

@@ -12,8 +12,6 @@ from observatory.reports.frames.report import each_row
 from observatory.reports.text import figure_text, microseconds, times
 from observatory.reports.theme import light
 
-__all__ = ["realism_by_layer"]
-
 _ROLES = {"dispatch": ("blue", "circle"), "combine": ("orange", "square")}
 _MOST_LABELS = 16
 #: How far the roles of a layer stand apart, in layers.

@@ -9,8 +9,6 @@ import plotly.graph_objects as go
 from observatory.reports.figures.base import axis, bars, empty_figure, line
 from observatory.reports.theme import light
 
-__all__ = ["step_profile"]
-
 #: Up to this many layers each is labelled.
 _EVERY_LAYER = 16
 #: Steps and window stand beside each other, so that equal values do not hide one another.

@@ -12,8 +12,6 @@ from observatory.analysis.network import NetworkModel, load_network
 from observatory.errors import BenchmarkError
 from observatory.run.documents.bench import BenchResult, load_bench
 
-__all__ = ["BenchmarkFiles", "Given", "read_benchmark_files"]
-
 Document = TypeVar("Document", BenchResult, NetworkModel)
 PathText = str | os.PathLike[str]
 

@@ -31,8 +31,6 @@ from observatory.reports.frames.benchmark_files import BenchmarkFiles
 from observatory.run import Run
 from observatory.run.documents.bench import BenchCase, BenchResult
 
-__all__ = ["BenchmarkFrames", "collect_benchmarks"]
-
 #: Replayed exchanges of one algorithm and pattern that are predicted, evenly chosen.
 _MOST_CHECKED = 2000
 #: Points of a model's curve between two measured sizes.

@@ -27,8 +27,6 @@ from observatory.reports.frames.power import collect_power
 from observatory.reports.frames.report import ReportFrames, RunFacts, each_row, in_reading_order, label_runs
 from observatory.run import Run
 
-__all__ = ["collect", "model_bands"]
-
 _BOOTSTRAP = 200
 _NOTHING = "no routing rows: the run is left out of every figure"
 _LOADS = ("phase", "layer", "expert", "load", "load_odd", "load_even", "run")

@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 from observatory.analysis.routing import jaccard, jaccard_by_chance, standing_committee
 from observatory.reports.frames.report import ReportFrames
 
-__all__ = ["committee_overlaps", "committee_sizes"]
-
 _Key = tuple[int, str, int]  # run, phase, layer
 _Set = tuple[frozenset[int], int]  # committee, experts of its layer
 

@@ -26,8 +26,6 @@ from observatory.analysis.exchange import (
 from observatory.errors import ObservatoryError
 from observatory.run import Run
 
-__all__ = ["ExchangeFrames", "collect_exchanges"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeFrames:

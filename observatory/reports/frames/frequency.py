@@ -30,8 +30,6 @@ from observatory.run.documents.clock_sweep import CLOCKS_VERSION, load_sweep
 from observatory.run.documents.versioned import load_document
 from observatory.run.manifest import Record
 
-__all__ = ["ClockFile", "ClockFrames", "collect_clocks"]
-
 #: Bootstrap samples of a sweep that is fitted for the report; as ``clocks fit`` takes.
 _BOOTSTRAP = 200
 _CURVE_CLOCKS = 80

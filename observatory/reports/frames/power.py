@@ -39,8 +39,6 @@ from observatory.reports.thinning import joined_stretches, kept_samples
 from observatory.run import Run
 from observatory.run.manifest import RankPower
 
-__all__ = ["MOST_DEVICES", "PowerFrames", "collect_power"]
-
 #: Bins of time of one drawn quantity; each shows its least and its greatest sample.
 BINS = 400
 #: Devices of one run whose course is drawn.

@@ -29,18 +29,6 @@ from observatory.reports.frames.frequency import ClockFrames
 from observatory.reports.frames.power import PowerFrames
 from observatory.run.manifest import PHASES, Manifest
 
-__all__ = [
-    "NOT_STATED",
-    "ReportFrames",
-    "RunFacts",
-    "condition_order",
-    "each_group",
-    "each_row",
-    "in_reading_order",
-    "label_runs",
-    "phases_of",
-]
-
 #: Condition of a run that does not say what it was fed.
 NOT_STATED = "not stated"
 _KNOWN_CONDITIONS = ("prose", "code", "foreign", "structured", "shuffled", "mock")

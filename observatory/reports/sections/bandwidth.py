@@ -12,20 +12,9 @@ from observatory.reports.figures.bandwidth import bandwidth_curves
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import each_group, each_row
 from observatory.reports.page import Block, Cell, Column, FigureBlock, Section, Table, Variant, table
-from observatory.reports.text import (
-    MISSING,
-    bytes_text,
-    count,
-    listing,
-    microseconds,
-    number,
-    percent,
-    plain,
-    shorten,
-)
+from observatory.reports.text import MISSING, bytes_text, count, microseconds, number, percent, plain, shorten
 from observatory.run.documents.bench import BenchResult
-
-__all__ = ["bandwidth_section"]
+from observatory.text import listing
 
 _TITLE = "Bandwidth, latency and the fitted model"
 _MOST_ROWS = 120

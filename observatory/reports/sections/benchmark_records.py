@@ -13,8 +13,6 @@ from observatory.reports.sections.overview import when
 from observatory.reports.text import bytes_text, count, plain, shorten
 from observatory.run.documents.bench import BenchResult
 
-__all__ = ["FileRecord", "file_records"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRecord:

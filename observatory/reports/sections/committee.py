@@ -12,8 +12,6 @@ from observatory.reports.page import Cell, Column, Section, Table, table
 from observatory.reports.sections.common import NO_LOADS, spread
 from observatory.reports.text import count, number, percent, shorten
 
-__all__ = ["committee_section"]
-
 _WITH = {
     "same": ("Same text, other steps", "even and odd steps"),
     "real": ("Another real text", "all pairs"),

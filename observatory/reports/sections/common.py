@@ -8,18 +8,6 @@ from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import NOT_STATED, ReportFrames, phases_of
 from observatory.reports.text import count, number, shorten
 
-__all__ = [
-    "NO_LOADS",
-    "choice_label",
-    "layer_window_text",
-    "phases_in",
-    "replay_name",
-    "run_choice",
-    "run_text",
-    "spread",
-    "window_text",
-]
-
 NO_LOADS = "No run given here holds routing rows with assignments, so there is nothing to show."
 
 

@@ -11,10 +11,9 @@ from observatory.reports.frames.power import PowerFrames
 from observatory.reports.frames.report import ReportFrames, each_row, phases_of
 from observatory.reports.page import Block, Cell, Column, FigureBlock, Section, Table, Variant, table
 from observatory.reports.sections.common import run_text
-from observatory.reports.text import count, interval, listing, number, percent, plain, shorten
+from observatory.reports.text import count, interval, number, percent, plain, shorten
 from observatory.run.manifest import PHASES
-
-__all__ = ["TOLERATED_ALIASING", "energy_section", "energy_text"]
+from observatory.text import listing
 
 _TITLE = "Energy per phase and token"
 _MOST_BARS = 24

@@ -15,8 +15,6 @@ from observatory.reports.sections.prediction import errors_of
 from observatory.reports.sections.realism import pooled, realism_verdict
 from observatory.reports.text import interval, microseconds, percent, plain, shorten, times
 
-__all__ = ["exchange_findings"]
-
 #: Sentences of one kind; the tables hold the rest.
 _MOST = 4
 

@@ -16,8 +16,6 @@ from observatory.reports.sections.realism import realism_section
 from observatory.reports.sections.traffic import traffic_section
 from observatory.reports.sections.waiting import waiting_section
 
-__all__ = ["exchange_sections"]
-
 _MORE = (
     "To see these exchanges beside mock traffic and beside what a fitted network model predicts: observatory "
     "bench, replay and fit, then their files with --bench, --replay and --network (docs/network-model.md)."

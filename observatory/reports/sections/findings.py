@@ -12,9 +12,8 @@ from observatory.reports.sections.layers import worst_layers
 from observatory.reports.sections.mock import mock_ratios
 from observatory.reports.sections.power_findings import power_findings
 from observatory.reports.sections.scan import mean_over_layers
-from observatory.reports.text import interval, listing, number, plain, shorten, times
-
-__all__ = ["findings"]
+from observatory.reports.text import interval, number, plain, shorten, times
+from observatory.text import listing
 
 
 def findings(frames: ReportFrames) -> list[str]:

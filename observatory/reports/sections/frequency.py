@@ -15,8 +15,6 @@ from observatory.reports.page import Block, Cell, Column, FigureBlock, Section, 
 from observatory.reports.sections.energy import energy_text
 from observatory.reports.text import MISSING, number, percent, plain, shorten
 
-__all__ = ["advice_sentence", "clocks_section"]
-
 _TITLE = "Which clock"
 _MOST_ROWS = 60
 _NO_SWEEP = (

@@ -12,8 +12,6 @@ from observatory.reports.page import Cell, Column, Section, Table, table
 from observatory.reports.sections.common import NO_LOADS, window_text
 from observatory.reports.text import MISSING, interval, number, plain, shorten
 
-__all__ = ["grid_section"]
-
 
 def grid_section(frames: ReportFrames) -> Section:
     """One table per phase, tinted by Gini on a scale common to all phases."""

@@ -12,8 +12,6 @@ from observatory.reports.page import FigureBlock, Section, Table, Variant, table
 from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice
 from observatory.reports.text import count, shorten, times
 
-__all__ = ["heatmap_section"]
-
 #: Maps of more counts than this altogether would make the file too large; the rest is named, not drawn.
 _MOST_COUNTS = 1_000_000
 

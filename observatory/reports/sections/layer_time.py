@@ -8,9 +8,8 @@ from observatory.reports.figures.exchanges import layer_anatomy
 from observatory.reports.frames.report import each_row
 from observatory.reports.page import FigureBlock, Section, Table, Variant, table
 from observatory.reports.sections.common import run_choice, spread
-from observatory.reports.text import listing, number, percent, plain, shorten
-
-__all__ = ["anatomy_section"]
+from observatory.reports.text import number, percent, plain, shorten
+from observatory.text import listing
 
 Cell = tuple[int, str, str, str, pd.DataFrame]
 

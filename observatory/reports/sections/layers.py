@@ -9,8 +9,6 @@ from observatory.reports.page import Cell, Column, Section, table
 from observatory.reports.sections.common import NO_LOADS
 from observatory.reports.text import count, interval, number, shorten, times
 
-__all__ = ["layer_section", "worst_layers"]
-
 _MOST_ROWS = 20
 
 

@@ -12,8 +12,6 @@ from observatory.reports.page import FigureBlock, Section, Variant, table
 from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice
 from observatory.reports.text import MISSING, percent, shorten
 
-__all__ = ["curves_of", "lorenz_section"]
-
 _TABLE_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 

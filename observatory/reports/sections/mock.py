@@ -12,8 +12,6 @@ from observatory.reports.page import Cell, Column, FigureBlock, Section, Table, 
 from observatory.reports.sections.common import NO_LOADS, window_text
 from observatory.reports.text import interval, number, shorten, times
 
-__all__ = ["mock_ratios", "mock_section"]
-
 
 def mock_ratios(cells: pd.DataFrame) -> pd.DataFrame:
     """Gini on mock tokens over mean Gini on real text, per model and phase.

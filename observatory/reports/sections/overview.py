@@ -7,11 +7,10 @@ from datetime import UTC, datetime
 
 from observatory.reports.frames.report import ReportFrames, condition_order, phases_of
 from observatory.reports.sections.common import spread
-from observatory.reports.text import count, listing, plain, shorten
+from observatory.reports.text import count, plain, shorten
 from observatory.run.manifest import CoreSpec
 from observatory.run.usable_cores import core_sentence, short_of_cores
-
-__all__ = ["overview", "problems", "when"]
+from observatory.text import listing
 
 
 def when(unix_s: float | None) -> str:

@@ -13,9 +13,8 @@ from observatory.reports.frames.power import BINS, PowerFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
 from observatory.reports.page import FigureBlock, Section, Table, Variant, table
 from observatory.reports.sections.common import run_text
-from observatory.reports.text import count, listing, number, percent, plain, shorten
-
-__all__ = ["device_name", "no_power", "power_section"]
+from observatory.reports.text import count, number, percent, plain, shorten
+from observatory.text import listing
 
 _TITLE = "Power and clocks over time"
 _MOST_REASONS = 4

@@ -10,8 +10,6 @@ from observatory.reports.frames.report import ReportFrames, each_row, phases_of
 from observatory.reports.sections.frequency import advice_sentence
 from observatory.reports.text import interval, number, percent, plain, shorten
 
-__all__ = ["power_findings"]
-
 #: Sentences of one kind; the tables hold the rest.
 _MOST = 4
 

@@ -15,10 +15,9 @@ from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
 from observatory.reports.page import Block, Cell, FigureBlock, Section, Table, Variant, table
 from observatory.reports.sections.common import phases_in, replay_name, run_choice
-from observatory.reports.text import count, interval, listing, microseconds, percent, plain, shorten, times
+from observatory.reports.text import count, interval, microseconds, percent, plain, shorten, times
 from observatory.run.documents.bench import BenchResult
-
-__all__ = ["PATTERN_NAMES", "errors_of", "prediction_section"]
+from observatory.text import listing
 
 _TITLE = "Measured against predicted"
 #: What a row of ``checked`` is called.

@@ -15,8 +15,6 @@ from observatory.reports.sections.overview import when
 from observatory.reports.text import bytes_text, count, plain, shorten
 from observatory.run.manifest import Manifest, Verified
 
-__all__ = ["FORMULAS", "RunRecord", "provenance", "run_table"]
-
 #: Entry of docs/metrics.md -> the formula in one line.
 FORMULAS: tuple[tuple[str, str], ...] = (
     (

@@ -13,8 +13,6 @@ from observatory.reports.page import Cell, Column, FigureBlock, Section, Table, 
 from observatory.reports.sections.common import phases_in, replay_name, run_choice
 from observatory.reports.text import count, interval, microseconds, plain, shorten, times
 
-__all__ = ["pooled", "realism_section", "realism_verdict"]
-
 _TITLE = "Mock traffic against real: what realism costs"
 #: Fewer steps make an interval that is itself a rough guess.
 _FEW_STEPS = 8

@@ -11,9 +11,8 @@ from observatory.reports.figures import crossing_shares, ep_profile, rank_imbala
 from observatory.reports.frames.report import ReportFrames, condition_order, each_row, phases_of
 from observatory.reports.page import FigureBlock, Section, Variant, table
 from observatory.reports.sections.common import choice_label, run_choice, spread
-from observatory.reports.text import listing, percent, plain, shorten, times
-
-__all__ = ["mean_over_layers", "scan_section"]
+from observatory.reports.text import percent, plain, shorten, times
+from observatory.text import listing
 
 _MEANS = [
     "expert_max_over_mean",

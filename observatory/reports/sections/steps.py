@@ -10,8 +10,6 @@ from observatory.reports.page import FigureBlock, Section, Variant, table
 from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice
 from observatory.reports.text import interval, number, shorten
 
-__all__ = ["step_section"]
-
 
 def step_section(frames: ReportFrames) -> Section:
     """One figure per run and phase; windows folded on capture have no single steps."""

@@ -10,8 +10,6 @@ from observatory.reports.page import FigureBlock, Section, Variant, table
 from observatory.reports.sections.common import run_choice
 from observatory.reports.text import count, number, percent, shorten, times
 
-__all__ = ["traffic_section"]
-
 #: Cells of all maps together; more would make the file too large, so single layers are left out then.
 _MOST_CELLS = 200_000
 _MOST_ROWS = 64

@@ -8,9 +8,8 @@ from observatory.reports.figures.exchanges import rank_time, waiting_map
 from observatory.reports.frames.report import each_row
 from observatory.reports.page import Block, Column, FigureBlock, Section, Table, Variant, table
 from observatory.reports.sections.common import run_choice
-from observatory.reports.text import MISSING, count, listing, number, percent, plain, shorten
-
-__all__ = ["waiting_section"]
+from observatory.reports.text import MISSING, count, number, percent, plain, shorten
+from observatory.text import listing
 
 _MOST_ROWS = 30
 

@@ -18,17 +18,6 @@ from pydantic import Field, model_validator
 from observatory.run.documents.versioned import load_document
 from observatory.run.manifest import CoreSpec, Count, HostSpec, Moment, Record, Text
 
-__all__ = [
-    "BENCH_VERSION",
-    "MAX_ROW_BYTES",
-    "NODES_AS_TOLD",
-    "BenchCase",
-    "BenchPlan",
-    "BenchResult",
-    "Traffic",
-    "load_bench",
-]
-
 BENCH_VERSION = "1.2"
 
 _MAX_RANKS = 4096

@@ -15,8 +15,6 @@ from observatory.errors import ClockError
 from observatory.run.documents.versioned import load_document
 from observatory.run.manifest import Count, DeviceSpec, EnergyFlag, HostSpec, Moment, Phase, Record, Text
 
-__all__ = ["CLOCKS_VERSION", "ClockPoint", "ClockSeries", "ClockSweep", "PointLabel", "load_sweep"]
-
 CLOCKS_VERSION = "1.1"
 
 _Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]

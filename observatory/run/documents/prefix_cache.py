@@ -16,8 +16,6 @@ from observatory.errors import EnergyError
 from observatory.run.documents.versioned import load_document
 from observatory.run.manifest import Count, DeviceSpec, EnergyFlag, HostSpec, Moment, Record, Text
 
-__all__ = ["REUSE_VERSION", "ReuseCell", "ReuseMeasurement", "ReuseMeasurements", "load_reuse"]
-
 REUSE_VERSION = "1.1"
 
 ReuseCell = Literal["MISS", "PARTIAL", "EXACT_HIT"]

@@ -11,8 +11,6 @@ from observatory.errors import BenchmarkError, ObservatoryError
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
 from observatory.run.manifest import Record
 
-__all__ = ["load_document"]
-
 Document = TypeVar("Document", bound=Record)
 
 

@@ -12,8 +12,6 @@ import pandas as pd
 
 from observatory.run.files import committed
 
-__all__ = ["dump_json", "frame_records", "write_json", "write_text"]
-
 
 def frame_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows of a frame as plain dictionaries; missing and non-finite numbers become None."""

@@ -15,8 +15,6 @@ from observatory.run import RunWriter, routing_rows
 from observatory.run.manifest import ClockSpec, Manifest, ModelSpec, MoeLayerSpec, RankPower
 from tests.devices.sensor import Load, spans_of
 
-__all__ = ["timeline_of", "write_energy_run"]
-
 
 def timeline_of(load: Load) -> Timeline:
     """What ran when, of a load whose names are phases."""

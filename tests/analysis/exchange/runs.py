@@ -13,8 +13,6 @@ from observatory.run.manifest import ClockSpec, HostSpec, Manifest, ModelSpec, T
 from observatory.run.tables import EXCHANGE_SCHEMA
 from tests.analysis.exchange.tables import SHARED
 
-__all__ = ["exchange_run"]
-
 
 def exchange_run(
     path: Path,

@@ -19,8 +19,6 @@ from observatory.collectives.bench.rank import RankJob
 from observatory.hpc.launch import rank_environment
 from observatory.run.documents.bench import BenchPlan, BenchResult, load_bench
 
-__all__ = ["Link", "address_of", "run_on_nodes", "shaped_nodes", "why_not"]
-
 #: Large frames, so that headers are under 1 % of what passes.
 MTU_BYTES = 9000
 _FRAME_HEADER_BYTES = 14

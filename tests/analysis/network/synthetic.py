@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from observatory.collectives.bench.patterns import PATTERNS, pattern_rows
 from observatory.run.documents.bench import BenchCase, BenchResult
 
-__all__ = ["made_result"]
-
 
 def made_result(
     truth_us: Callable[[NDArray[np.int64], tuple[int, ...]], float],

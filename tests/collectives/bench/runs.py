@@ -9,8 +9,6 @@ import numpy as np
 from observatory.run import RunWriter, routing_rows
 from observatory.run.manifest import DataSpec, Manifest, ModelSpec, MoeLayerSpec, Topology
 
-__all__ = ["LOAD_SPE", "write_captured_run"]
-
 LOAD_SPE = np.array([[[8, 0, 0, 0], [0, 4, 1, 3]], [[1, 1, 1, 1], [5, 0, 0, 3]]])
 
 

@@ -13,8 +13,6 @@ from typing import Any
 from observatory.devices.event_reasons import HOLDING_BITS, reason_bits, reason_name
 from observatory.interchange.exporters.chrome_trace.lanes import metadata
 
-__all__ = ["COUNTERS", "DeviceTrack"]
-
 #: Column -> name of the counter, of its value, and what one unit of the column is in that unit.
 COUNTERS: dict[str, tuple[str, str, float]] = {
     "power_mw": ("power", "W", 1e-3),

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["MOST_LANES", "Lanes", "metadata"]
-
 #: Lanes of one kind on one rank; more would be a fault in the times, not concurrency.
 MOST_LANES = 64
 

@@ -13,8 +13,6 @@ import pyarrow.compute as pc
 from observatory.run import Run
 from observatory.run.tables import EXCHANGE_SCHEMA, POWER_SCHEMA, SPAN_SCHEMA
 
-__all__ = ["Chosen", "choose_steps", "exchange_events", "rows_of", "span_events"]
-
 _PHASE, _LAYER = "phase", "moe_layer"
 _LONGEST = 200
 _SCHEMAS = {"spans": SPAN_SCHEMA, "exchange": EXCHANGE_SCHEMA, "power": POWER_SCHEMA}

@@ -14,8 +14,6 @@ from observatory.interchange.exporters.chrome_trace.rows import Chosen, rows_of
 from observatory.run import Run
 from observatory.run.manifest import ClockSpec
 
-__all__ = ["Survey", "column_ns", "survey_run"]
-
 Int64 = npt.NDArray[np.int64]
 
 

@@ -35,8 +35,6 @@ from observatory.interchange.exporters.chrome_trace.survey import Survey, column
 from observatory.run import Run
 from observatory.run.files import committed, committed_folder
 
-__all__ = ["ChromeTrace", "write_chrome_trace"]
-
 Int64 = npt.NDArray[np.int64]
 Event = dict[str, Any]
 
