@@ -16,12 +16,12 @@ from observatory.reports.text import (
     figure_label,
     figure_text,
     interval,
-    listing,
     microseconds,
     number,
     plain,
     shorten,
 )
+from observatory.text import listing
 
 HOSTILE = "</script><script>window.hit=1</script><a href=javascript:hit()>%{x}"
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from observatory.analysis.frequency import ClockModel, fit_clocks, recommend_clocks
+from observatory.advice.frequency import recommend_clocks
+from observatory.analysis.frequency import ClockModel, fit_clocks
 from observatory.cli import main
 from observatory.errors import ClockError
 from observatory.locks.commands import plan_commands
