@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from observatory.advice.frequency import SeriesAdvice
-from observatory.analysis.frequency import fit_clocks, recommend_clocks
+from observatory.advice.frequency import SeriesAdvice, recommend_clocks
+from observatory.analysis.frequency import fit_clocks
 from observatory.analysis.frequency.views import SeriesView
 from observatory.errors import ClockError
 from tests.devices.synthetic_device import DEVICES, LOCKS_MHZ, SyntheticDevice, made_sweep

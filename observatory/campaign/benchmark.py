@@ -5,10 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from observatory.campaign.ranks import check_backend
 from observatory.errors import ExchangeError, alike
 from observatory.host.children import python_module
-from observatory.host.ranks import find_rank
+from observatory.host.ranks import check_backend, find_rank
 from observatory.run.bounded import MAX_DOCUMENT_BYTES
 from observatory.run.documents.bench import NODES_AS_TOLD, BenchPlan, BenchResult, load_bench
 from observatory.run.documents.writing import write_text
@@ -55,7 +54,7 @@ def run_benchmark(
     from observatory.collectives.bench.measure import run_plan
     from observatory.collectives.bench.rank import RankJob
     from observatory.collectives.layout import split_into_nodes
-    from observatory.collectives.transport.protocol import open_transport
+    from observatory.collectives.transport.open import open_transport
 
     check_backend(backend)
     _check_size(plan, ranks)

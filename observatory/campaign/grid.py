@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from observatory.campaign.profile import PhaseChoice, ProfileJob, run_profile
+from observatory.campaign.job import PhaseChoice, ProfileJob
+from observatory.campaign.profile import run_profile
 from observatory.errors import DataError, ObservatoryError, PlacementError, RunError
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
 from observatory.run.documents.writing import frame_records, write_json

@@ -16,13 +16,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-from observatory.errors import CaptureError, DataError, ExchangeError, ModelError, ObservatoryError, alike
-from observatory.run.exchange_algorithms import ALGORITHMS
-from observatory.run.files import one_line
+from observatory.campaign.job import ProfileJob
+from observatory.errors import ModelError, ObservatoryError
 
 if TYPE_CHECKING:
     import torch
@@ -32,133 +31,8 @@ if TYPE_CHECKING:
     from observatory.zoo.data import TokenStream
     from observatory.zoo.models import LoadedModel
 
-PhaseChoice = Literal["prefill", "decode", "both"]
-
 #: Called with (steps done, steps in all).
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileJob:
-    """What to profile.
-
-    Attributes:
-        model: bundled name, checkpoint directory or hub id.
-        data: data condition, text file, or ``datasets:NAME``.
-        batch_size: sequences per step and rank, B.
-        sequence_length: tokens per sequence, T; also the context of decode steps.
-        steps: steps of each phase asked for.
-        phase: ``prefill``, ``decode`` or ``both`` one after the other.
-        seed: seeds shuffled and mock tokens.
-        device: torch device.
-        dtype: torch dtype name of the weights; None takes the loader's choice.
-        gate_mass: also sum gate weights per expert.
-        sample_tokens: token positions per layer and step whose expert ids are kept; 0 keeps none.
-        window_steps: steps folded into one row of the run.
-        flush_seconds: seconds after which captured rows are on disk.
-        ep: ranks over which the experts are spread; 1 keeps them together.
-        placement: rank of every expert: ``linear``, ``round-robin`` or the path of a placement file.
-        algorithm: ``flat``, ``hierarchical`` or ``gather``.
-        deduplicate: send a token once per destination rank.
-        ranks_per_node: pretend that nodes are so many consecutive ranks; None takes the hosts as they are.
-        backend: ``auto``, ``gloo``, ``nccl`` or ``mpi``.
-        exchange_timeout_s: how long to wait for a rank before it is named as missing.
-        power: ``auto`` samples the GPUs the model is on, ``on`` else processors as well, ``off`` nothing; or
-            devices by name, separated by commas.
-        rank_devices: the power device that each rank computes on, by name, in the order of ranks, separated
-            by commas; None: as torch tells.
-        power_shifts: pauses between steps where these move in time with the power sensor: ``auto`` with one
-            rank, ``on`` (refused with several), ``off``.
-    """
-
-    model: str
-    data: str = "prose"
-    batch_size: int = 8
-    sequence_length: int = 256
-    steps: int = 20
-    phase: PhaseChoice = "prefill"
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str | None = None
-    gate_mass: bool = False
-    sample_tokens: int = 0
-    window_steps: int = 1
-    flush_seconds: float = 10.0
-    ep: int = 1
-    placement: str = "linear"
-    algorithm: str = "flat"
-    deduplicate: bool = False
-    ranks_per_node: int | None = None
-    backend: str = "auto"
-    exchange_timeout_s: float = 60.0
-    power: str = "auto"
-    rank_devices: str | None = None
-    power_shifts: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "sequence_length", "steps", "window_steps", "ep"):
-            if getattr(self, name) < 1:
-                raise DataError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("sample_tokens", "seed"):
-            if getattr(self, name) < 0:
-                raise DataError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.phase not in get_args(PhaseChoice):
-            raise DataError(f"phase is {self.phase!r}; choose one of {', '.join(get_args(PhaseChoice))}")
-        if self.power_shifts not in ("auto", "on", "off"):
-            raise CaptureError(f"power_shifts is {self.power_shifts!r}; choose one of auto, on, off")
-        if self.power_shifts == "on" and self.power == "off":
-            raise CaptureError(
-                "power_shifts is on, but power is off; sample power, or leave power_shifts out"
-            )
-        if self.rank_devices is not None and self.power == "off":
-            raise CaptureError("rank_devices is given, but power is off; sample power, or leave it out")
-        if self.algorithm not in ALGORITHMS:
-            raise ExchangeError(
-                f"algorithm {self.algorithm!r} does not exist; expected one of {', '.join(ALGORITHMS)}"
-            )
-
-    @property
-    def watched_power(self) -> bool | tuple[str, ...] | None:
-        """What ``observatory.watch`` is told of ``power``."""
-        known: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
-        return known[self.power] if self.power in known else tuple(self.power.split(","))
-
-    def own_devices(self, *, rank: int, ranks: int) -> tuple[str, ...] | None:
-        """Names of the power devices that a rank computes on; None where torch is to tell.
-
-        Raises:
-            CaptureError: ``rank_devices`` does not name one device for each rank.
-        """
-        if self.rank_devices is None:
-            return None
-        named = self.rank_devices.split(",")
-        if len(named) != ranks or not all(named):
-            raise alike(
-                CaptureError(
-                    f"rank_devices is {one_line(self.rank_devices, 120)!r} for {ranks} ranks; expected one "
-                    "name for each rank, in their order, separated by commas"
-                )
-            )
-        return (named[rank],)
-
-    def shifts_power(self, *, ranks: int) -> bool:
-        """Whether there may be pauses between steps."""
-        return self.power_shifts == "on" or (self.power_shifts == "auto" and ranks == 1)
-
-    @property
-    def prefill_steps(self) -> int:
-        """Prefill steps that are recorded."""
-        return 0 if self.phase == "decode" else self.steps
-
-    @property
-    def decode_steps(self) -> int:
-        """Decode steps that are recorded."""
-        return 0 if self.phase == "prefill" else self.steps
-
-    @property
-    def row_tokens(self) -> int:
-        """Tokens each of the B rows must hold."""
-        return max(self.prefill_steps, 1) * self.sequence_length + self.decode_steps
 
 
 def run_profile(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from observatory.campaign.grid import GridConfig, ProfileOptions, is_complete
-from observatory.campaign.profile import ProfileJob
+from observatory.campaign.job import ProfileJob
 from observatory.campaign.ranks import start_ranks
 
 #: EP degrees of the runs with real exchanges.

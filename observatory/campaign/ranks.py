@@ -11,19 +11,19 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
+from observatory.campaign.job import ProfileJob, profile_argv
 from observatory.errors import ExchangeError, PlacementError, RunError, alike
 from observatory.host.children import python_module
-from observatory.host.ranks import RankOf, find_rank
+from observatory.host.ranks import RankOf, check_backend, find_rank
 from observatory.run.manifest import Topology
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from observatory.campaign.profile import ProfileJob
     from observatory.collectives.expert_parallel import ShardedModel
     from observatory.collectives.transport.protocol import Transport
     from observatory.probes.watch import Watch
@@ -111,32 +111,6 @@ def start_ranks(job: ProfileJob, out: Path, *, overwrite: bool = False) -> None:
     check_free(out, overwrite=overwrite)
     argv = [*profile_argv(job, out), *(["--force"] if overwrite else [])]
     start_local_ranks(python_module("observatory", *argv), job.ep)
-
-
-def check_backend(backend: str) -> None:
-    """Refuse a backend that does not exist, also where one rank needs none.
-
-    Raises:
-        ExchangeError: no such backend.
-    """
-    from observatory.collectives.transport.protocol import BackendChoice
-
-    if backend not in get_args(BackendChoice):
-        raise ExchangeError(
-            f"backend {backend!r} does not exist; expected one of {', '.join(get_args(BackendChoice))}"
-        )
-
-
-def profile_argv(job: ProfileJob, out: Path) -> list[str]:
-    """The command line of a job, for its ranks and for the manifest."""
-    argv = ["profile", job.model, "--out", str(out)]
-    for field in fields(job):
-        value = getattr(job, field.name)
-        option = f"--{field.name.replace('_', '-')}"
-        if field.name == "model" or value is None or value is False:
-            continue
-        argv += [option] if value is True else [option, str(value)]
-    return argv
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,7 +249,7 @@ def join_ranks(job: ProfileJob) -> Iterator[Ranks]:
     if job.ep == 1:
         yield Ranks(where=where, transport=None)
         return
-    from observatory.collectives.transport.protocol import open_transport
+    from observatory.collectives.transport.open import open_transport
 
     with open_transport(
         job.backend,  # type: ignore[arg-type]  # open_transport names the choices

@@ -77,7 +77,8 @@ def profile(
 
     Under torchrun, mpiexec or srun the ranks are those of the launcher; else --ep starts them here.
     """
-    from observatory.campaign.profile import ProfileJob, run_profile
+    from observatory.campaign.job import ProfileJob
+    from observatory.campaign.profile import run_profile
     from observatory.campaign.ranks import needs_ranks, requested_ep, start_ranks
     from observatory.cli.output import progress_bar, say, say_cores
     from observatory.host.ranks import find_rank

@@ -13,11 +13,12 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
-from observatory.errors import CaptureError
+from observatory.errors import CaptureError, ExchangeError
 
 Launcher = Literal["caller", "torch.distributed", "torchrun", "mpiexec", "srun", "alone"]
+BackendChoice = Literal["auto", "gloo", "nccl", "mpi", "alone"]
 
 #: How TORCHELASTIC_RUN_ID of ranks begins that `observatory.hpc.launch` has started.
 LOCAL_RUN = "observatory-"
@@ -199,3 +200,15 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
     if not (text.isascii() and text.isdecimal()):
         raise CaptureError(f"{name} is {text[:40]!r} in the environment; expected a number from 0 on")
     return int(text)
+
+
+def check_backend(backend: str) -> None:
+    """Refuse a backend that does not exist, also where one rank needs none.
+
+    Raises:
+        ExchangeError: no such backend.
+    """
+    if backend not in get_args(BackendChoice):
+        raise ExchangeError(
+            f"backend {backend!r} does not exist; expected one of {', '.join(get_args(BackendChoice))}"
+        )

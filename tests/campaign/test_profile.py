@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import observatory
-from observatory.campaign.profile import ProfileJob, run_profile
+from observatory.campaign.job import ProfileJob
+from observatory.campaign.profile import run_profile
 from observatory.errors import DataError, ModelError, ObservatoryError, RunError
 from observatory.zoo.models import load_model
 

@@ -23,7 +23,7 @@ import observatory
 from observatory.collectives.dispatch import Algorithm
 from observatory.collectives.expert_parallel import shard_experts
 from observatory.collectives.transport.base import BaseTransport, agree
-from observatory.collectives.transport.protocol import open_transport
+from observatory.collectives.transport.open import open_transport
 from observatory.errors import ObservatoryError, RunError
 from observatory.probes.exchange.labels import MemoryRecorder
 from observatory.zoo.models import bundled_models, load_model

@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from observatory.collectives.transport.protocol import open_transport
+from observatory.collectives.transport.open import open_transport
 from tests.collectives.cases import VARIANTS, backward, forward, large_counts, traffic
 from tests.probes.routing.families import tiny_model
 

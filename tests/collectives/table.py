@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from observatory.collectives.dispatch import Algorithm
-from observatory.collectives.transport.protocol import open_transport
+from observatory.collectives.transport.open import open_transport
 from observatory.errors import ModelError
 from tests.collectives.cases import VARIANTS, WORLDS, backward, forward, gradients, models
 from tests.collectives.forked import Forked

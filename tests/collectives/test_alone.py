@@ -7,7 +7,7 @@ import torch
 
 from observatory.collectives.expert_parallel import shard_experts
 from observatory.collectives.transport.base import AloneTransport
-from observatory.collectives.transport.protocol import open_transport
+from observatory.collectives.transport.open import open_transport
 from observatory.errors import ExchangeError, ModelError, PlacementError
 from observatory.probes.exchange.labels import Label, MemoryRecorder, current_label
 from observatory.probes.routing.discover import find_sites

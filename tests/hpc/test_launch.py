@@ -25,7 +25,7 @@ _LIGHT = [sys.executable, "-S", "-c"]
 _JOINED = """
     import json, sys
     import torch
-    from observatory.collectives.transport.protocol import open_transport
+    from observatory.collectives.transport.open import open_transport
     torch.set_num_threads(1)
     with open_transport(timeout_s=30) as transport:
         P, r = transport.size, transport.rank
@@ -73,7 +73,7 @@ def test_mpiexec_starts_ranks_that_are_expert_parallel_over_mpi() -> None:
 def test_mpi_that_does_not_join_the_launchers_ranks_is_refused(library: str | None, said: str) -> None:
     pytest.importorskip("mpi4py", reason="the mpi extra is not installed")
     program = """
-        from observatory.collectives.transport.protocol import open_transport
+        from observatory.collectives.transport.open import open_transport
         from observatory.errors import ExchangeError
         try:
             open_transport("mpi")

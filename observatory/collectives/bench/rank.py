@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from observatory.collectives.bench.measure import run_plan
-from observatory.collectives.transport.protocol import open_transport
+from observatory.collectives.transport.open import open_transport
 from observatory.errors import ObservatoryError
 from observatory.hpc.rank_guard import end_rank, guard_rank
 from observatory.run.documents.bench import BenchPlan

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from observatory.collectives.bench.measure import alltoall_plan, run_plan
-from observatory.collectives.transport.protocol import open_transport
+from observatory.collectives.transport.open import open_transport
 
 LATE_S = 0.05
 RANKS = 3

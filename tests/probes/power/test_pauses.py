@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from observatory.analysis.energy import energy_summary
-from observatory.campaign.profile import ProfileJob
+from observatory.campaign.job import ProfileJob
 from observatory.devices.aliasing import visited_error
 from observatory.devices.sensors import SensorModel
 from observatory.errors import CaptureError

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from observatory.analysis.energy import energy_summary
-from observatory.campaign.profile import ProfileJob
+from observatory.campaign.job import ProfileJob
 from observatory.errors import CaptureError
 from observatory.run import open_run
 from tests.devices.driver import FakeDriver
