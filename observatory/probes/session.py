@@ -12,11 +12,8 @@ from pydantic import JsonValue
 from torch import nn
 
 from observatory.errors import CaptureError, ModelError
-from observatory.probes.exchange.flight import FlightRecorder
 from observatory.probes.exchange.labels import NoRecorder, Recorder
 from observatory.probes.exchange.probe import ExchangeProbe
-from observatory.probes.log import ExchangeLog
-from observatory.probes.phase_spans import PhaseSpans
 from observatory.probes.routing.accumulation import Folder, Snapshot
 from observatory.probes.routing.adapters import Adapter
 from observatory.probes.routing.counters import SLOTS
@@ -25,7 +22,10 @@ from observatory.probes.routing.integrity import Loss
 from observatory.probes.routing.judgement import Verify
 from observatory.probes.routing.probe import RoutingProbe
 from observatory.probes.routing.sites import RoutingSite, may_drop_inside
-from observatory.probes.streams import Anchors
+from observatory.probes.timeline.flight import FlightRecorder
+from observatory.probes.timeline.log import ExchangeLog
+from observatory.probes.timeline.phase_spans import PhaseSpans
+from observatory.probes.timeline.streams import Anchors
 from observatory.run import RunWriter
 from observatory.run.manifest import CaptureGap, Verified
 

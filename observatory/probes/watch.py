@@ -27,7 +27,6 @@ from observatory.errors import CaptureError, ModelError, ObservatoryError
 from observatory.host.provenance import new_manifest
 from observatory.host.ranks import find_rank
 from observatory.hpc.rank_guard import SHARDS, ending
-from observatory.probes.exchange.flight import recorder_unsupported
 from observatory.probes.exchange.tap import unsupported
 from observatory.probes.options import WatchOptions, check_phase
 from observatory.probes.power.watched import WatchedPower
@@ -38,6 +37,7 @@ from observatory.probes.routing.judgement import Verify
 from observatory.probes.session import CaptureSession
 from observatory.probes.shard import WatchedShard
 from observatory.probes.store_alignment import StoreClock, default_store
+from observatory.probes.timeline.flight import recorder_unsupported
 from observatory.run import RunWriter
 from observatory.run.gaps import from_capture, sentence
 from observatory.run.manifest import ClockSpec, DataSpec, MoeLayerSpec, Phase, RankLayer, Topology, Verified

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from observatory.probes.exchange.issue import Issue, Mark
 from observatory.probes.exchange.roles import LayerCall, Role, Way, way_of
 from observatory.probes.routing.attachment import NO_KWARGS, Attachment
 from observatory.probes.routing.sites import RoutingSite
+from observatory.probes.timeline.issue import Issue, Mark
 
 #: Forward exchanges whose gradient may still come; older ones are forgotten.
 _MOST_LINKS = 1 << 16

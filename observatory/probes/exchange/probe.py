@@ -15,15 +15,15 @@ from pydantic import JsonValue
 from torch import nn
 
 from observatory.probes.exchange.attribution import Places, in_backward
-from observatory.probes.exchange.flight import FlightRecorder
-from observatory.probes.exchange.groups import Groups
-from observatory.probes.exchange.issue import Issue, Mark
 from observatory.probes.exchange.labels import Recorder, current_label
 from observatory.probes.exchange.recorder import RunRecorder
 from observatory.probes.exchange.tap import listen, unlisten
-from observatory.probes.log import ExchangeLog, SeenExchange, SeenSpan
 from observatory.probes.routing.sites import RoutingSite
-from observatory.probes.streams import Anchors, is_capturing, mark_now
+from observatory.probes.timeline.flight import FlightRecorder
+from observatory.probes.timeline.groups import Groups
+from observatory.probes.timeline.issue import Issue, Mark
+from observatory.probes.timeline.log import ExchangeLog, SeenExchange, SeenSpan
+from observatory.probes.timeline.streams import Anchors, is_capturing, mark_now
 
 #: Name of the span around one call of an MoE block.
 BLOCK_SPAN = "moe_layer"

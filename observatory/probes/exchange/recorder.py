@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from observatory.probes.exchange.groups import GroupFacts
-from observatory.probes.exchange.issue import Issue, Side
-from observatory.probes.log import SeenExchange, SeenSpan
+from observatory.probes.timeline.groups import GroupFacts
+from observatory.probes.timeline.issue import Issue, Side
+from observatory.probes.timeline.log import SeenExchange, SeenSpan
 
 _TAPPED = frozenset({"gloo", "nccl", "ucc", "mpi-torch"})
 _CPU = torch.device("cpu")

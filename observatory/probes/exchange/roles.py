@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from observatory.probes.exchange.issue import Issue, Side
+from observatory.probes.timeline.issue import Issue, Side
 
 Role = str
 #: Group, what goes to and what comes from each member, elements of a row.

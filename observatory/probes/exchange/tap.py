@@ -24,8 +24,8 @@ from typing import Any, Protocol
 import torch
 
 from observatory.errors import CaptureError
-from observatory.probes.exchange.issue import Issue, Mark, Side, side_of, side_of_list
-from observatory.probes.streams import is_capturing, mark_now
+from observatory.probes.timeline.issue import Issue, Mark, Side, side_of, side_of_list
+from observatory.probes.timeline.streams import is_capturing, mark_now
 
 
 class Listener(Protocol):

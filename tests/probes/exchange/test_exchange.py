@@ -22,14 +22,14 @@ import observatory
 from observatory.analysis.exchange import exchange_traffic
 from observatory.errors import CaptureError, RunError
 from observatory.host.provenance import new_manifest
-from observatory.probes import log
 from observatory.probes.exchange import attribution, tap
 from observatory.probes.exchange.attribution import Places
-from observatory.probes.exchange.groups import GroupFacts, group_label
-from observatory.probes.exchange.issue import Issue, Side, per_peer_bytes, side_of, side_of_list
 from observatory.probes.exchange.roles import LayerCall
-from observatory.probes.log import ExchangeLog, SeenExchange
-from observatory.probes.streams import Anchors
+from observatory.probes.timeline import log
+from observatory.probes.timeline.groups import GroupFacts, group_label
+from observatory.probes.timeline.issue import Issue, Side, per_peer_bytes, side_of, side_of_list
+from observatory.probes.timeline.log import ExchangeLog, SeenExchange
+from observatory.probes.timeline.streams import Anchors
 from observatory.run import RunWriter
 from observatory.run.manifest import ModelSpec, Topology
 from tests.probes.tiny import ToldModel, ids, told_adapter

@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 import observatory
 from observatory.errors import CaptureError
-from observatory.probes.exchange import flight
-from observatory.probes.exchange.flight import recorder_unsupported
+from observatory.probes.timeline import flight
+from observatory.probes.timeline.flight import recorder_unsupported
 from tests.probes.tiny import ToldModel, told_adapter
 
 

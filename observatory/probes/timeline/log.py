@@ -17,10 +17,10 @@ import pyarrow as pa
 import torch
 
 from observatory.errors import ObservatoryError
-from observatory.probes.exchange.flight import FlightRecorder
-from observatory.probes.exchange.groups import GroupFacts
-from observatory.probes.exchange.issue import Issue, Mark, per_peer_bytes
-from observatory.probes.streams import Anchors
+from observatory.probes.timeline.flight import FlightRecorder
+from observatory.probes.timeline.groups import GroupFacts
+from observatory.probes.timeline.issue import Issue, Mark, per_peer_bytes
+from observatory.probes.timeline.streams import Anchors
 from observatory.run import RunWriter
 from observatory.run.flight_recorder import Told
 from observatory.run.tables import EXCHANGE_SCHEMA, SPAN_SCHEMA

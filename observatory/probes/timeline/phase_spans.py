@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import torch
 
-from observatory.probes.exchange.issue import Mark
-from observatory.probes.log import SeenSpan
-from observatory.probes.streams import Anchors, is_capturing, mark_now
+from observatory.probes.timeline.issue import Mark
+from observatory.probes.timeline.log import SeenSpan
+from observatory.probes.timeline.streams import Anchors, is_capturing, mark_now
 
 #: Name of the span around one stretch of one phase.
 PHASE_SPAN = "phase"
