@@ -1,0 +1,88 @@
+"""Columns of tables: which values of a frame are shown, in which unit and with how many digits.
+
+A table's columns are declared once, next to the frame; the command line and the reports only lay them out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+#: Stands where a value is missing.
+MISSING = "n/a"
+#: A number that needs more characters than this is written with an exponent.
+_LONGEST_NUMBER = 15
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        name: key of the value in a row.
+        title: head of the column, without its unit.
+        unit: unit that numbers are shown in, after ``scale``; "%" for shares, with a scale of 100.
+        digits: digits after the point of a number; None: whole numbers in full, others with three
+            significant digits.
+        scale: factor from the value in the frame to the value shown.
+        interval: keys of the lower and the upper end, shown in brackets behind the value.
+        of: key of the total that a count belongs to, shown as "54 of 240".
+        otherwise: shown where the value is missing.
+        text: the values are text, which is aligned left and may be folded; a number never is.
+        key: the column identifies its row, and is repeated where a table is split to fit.
+        wide: shown on request only.
+        legend: what the column holds, where the head does not say it.
+    """
+
+    name: str
+    title: str
+    unit: str = ""
+    digits: int | None = None
+    scale: float = 1.0
+    interval: tuple[str, str] | None = None
+    of: str | None = None
+    otherwise: str = MISSING
+    text: bool = False
+    key: bool = False
+    wide: bool = False
+    legend: str = ""
+
+    @property
+    def head(self) -> str:
+        """Title and unit."""
+        return f"{self.title} {self.unit}".strip()
+
+    def cell(self, row: Mapping[str, Any]) -> str:
+        """The value of a row (of `frame_records`, so plain Python values) as text."""
+        value = row[self.name]
+        if _is_missing(value):
+            return self.otherwise
+        shown = self.number(value)
+        if self.of is not None:
+            return f"{shown} of {self.number(row[self.of])}"
+        if self.interval is not None:
+            low, high = (row[end] for end in self.interval)
+            if not _is_missing(low) and not _is_missing(high):
+                joined_by = " to " if low * self.scale < 0 else "-"
+                return f"{shown} ({self.number(low)}{joined_by}{self.number(high)})"
+        return shown
+
+    def number(self, value: Any) -> str:
+        """A value in the unit and with the digits of the column; text and truth values as words."""
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, int) and self.scale == 1.0 and self.digits is None:
+            return str(value)
+        if not isinstance(value, int | float):
+            return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        scaled = value * self.scale
+        if self.digits is None:
+            return f"{scaled:.0f}" if 1e3 <= abs(scaled) < 10.0**_LONGEST_NUMBER else f"{scaled:.3g}"
+        fixed = f"{scaled:.{self.digits}f}"
+        return fixed if len(fixed) <= _LONGEST_NUMBER else f"{scaled:.3g}"
+
+
+def _is_missing(value: object) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
