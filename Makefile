@@ -1,18 +1,25 @@
 # make demo   install into .venv and write a report from the bundled models and data
-# make test   install the test extras as well, then run the suite
+# make check  install the test extras, then lint, types, import directions and the quick tests: under 3 minutes
+# make test   the whole suite; needs Chromium and Slurm for some tests, which it installs as root
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Tests of one file, and those that share started ranks or a browser, run one after the other in one worker.
+WORKERS ?= 3
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo test test-gpu lint system-packages clean
+.PHONY: demo check test test-gpu lint system-packages clean
 
 demo: $(VENV)/.capture
 	$(BIN)/observatory quickstart --out demo
 
+check: lint
+	$(PYTEST) -m "not gpu and not slow"
+
 test: $(VENV)/.test system-packages
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu --junit-xml=gpu-figures.xml

@@ -17,6 +17,8 @@ from tests.processes import MARK, descendants, end_all
 
 _SESSION = str(os.getpid())
 _numbers = itertools.count()
+#: Fixtures of the whole session that are expensive to make.
+_SHARED = ("browser", "told")
 _terminations: list[bool] = []
 
 MakeRun = Callable[..., Path]
@@ -61,6 +63,22 @@ def pytest_configure() -> None:
     os.environ[MARK] = _SESSION  # of what fixtures of a wider scope start
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminated)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            # A script's background job or nohup: the suite itself stays deaf, what it starts is not.
+            signal.signal(number, lambda *_: None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run side by side, those that share started ranks, a cluster or a browser share a worker."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # the long ones start first
+
+
+def _group_of(item: pytest.Item) -> str:
+    shared = [name for name in _SHARED if name in getattr(item, "fixturenames", ())]
+    return shared[0] if shared else item.nodeid.partition("::")[0]
 
 
 def pytest_unconfigure() -> None:

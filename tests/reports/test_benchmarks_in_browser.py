@@ -12,7 +12,7 @@ from tests.reports.browsing import check_drawn, check_fits_phone, check_harmless
 from tests.reports.sample_benchmarks import a_bench, a_model, a_replay, a_run, saved
 from tests.reports.test_benchmarks import hostile_files
 
-pytestmark = pytest.mark.browser
+pytestmark = pytest.mark.slow
 
 FIGURES = [
     "traffic-map",

@@ -14,7 +14,7 @@ from tests.reports.sample_power import a_load, a_power_run, a_sweep, samples_of
 from tests.reports.test_clocks import saved
 from tests.reports.test_report import HOSTILE
 
-pytestmark = pytest.mark.browser
+pytestmark = pytest.mark.slow
 
 FIGURES = ["power-timeline", "energy-tokens", "energy-devices", "clock-plane", "clock-curves"]
 
