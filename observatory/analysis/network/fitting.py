@@ -26,6 +26,7 @@ from observatory.analysis.network.features import BYTE_TERMS, StageTerms, stage_
 from observatory.analysis.network.judging import Fabric, find_misfits, paired_ratios, repeat_noise, verdict_of
 from observatory.analysis.network.network import AlgorithmFit, Coefficient, Domain, NetworkModel, RanksScore
 from observatory.analysis.network.trials import Cases, Trial, choose, try_forms
+from observatory.analysis.statistics import sample_ends
 from observatory.errors import BenchmarkError
 from observatory.run.documents.bench import NODES_AS_TOLD, BenchCase, BenchResult
 from observatory.run.exchange_algorithms import stages
@@ -249,9 +250,7 @@ def _coefficients(
             found.append(Coefficient.model_validate({"term": term, "us_per_unit": None, "reason": reason}))
             continue
         value = float(value_F[index])
-        low, high = (
-            np.quantile(samples_BF[:, index], [0.05, 0.95]).tolist() if len(samples_BF) else (None, None)
-        )
+        low, high = sample_ends(samples_BF[:, index])
         found.append(
             Coefficient(
                 term=term,

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from observatory.analysis.network.features import FORMS
+from observatory.analysis.statistics import FormScore as _FormScore
 from observatory.errors import BenchmarkError
 from observatory.run.documents.versioned import load_document
 from observatory.run.manifest import CoreShare, Count, Record, Text
@@ -53,12 +54,11 @@ class Coefficient(Record):
         return self
 
 
-class FormScore(Record):
+class FormScore(_FormScore):
     """How one form did on matrices that were left out of its fit.
 
     Attributes:
-        form: its name.
-        parameters: coefficients the measurements determine.
+        parameters: coefficients that the measurements determine.
         median_error, p90_error: of |predicted - measured| / measured over held-out matrices.
         other_ranks_error: median of the same over all matrices, each with its number of ranks left out of
             the fit; None where fewer than three numbers of ranks were measured.
@@ -66,10 +66,7 @@ class FormScore(Record):
             are chosen by it.
     """
 
-    form: str
-    parameters: Count
     median_error: _NotNegative
-    p90_error: _NotNegative
     other_ranks_error: _NotNegative | None = None
     weighted_error: _NotNegative
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
+from observatory.analysis.statistics import student_quantile
 from observatory.errors import BenchmarkError
 from observatory.run.documents.bench import BenchCase, BenchResult
 
@@ -111,4 +111,4 @@ def _half_width(above_S: NDArray[np.float64], below_S: NDArray[np.float64]) -> f
         return float("nan")
     residual_S = above_S - below_S * (above_S.sum() / below_S.sum())
     error = np.sqrt((residual_S**2).sum() / (steps - 1) / steps) / below_S.mean()
-    return float(stats.t.ppf(0.95, steps - 1) * error)
+    return student_quantile(steps - 1) * float(error)

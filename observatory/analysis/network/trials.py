@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from observatory.analysis.network.features import FORMS, Form, StageTerms
 from observatory.analysis.network.network import FormScore
 from observatory.analysis.network.solving import Problem, predict_all, solve
+from observatory.analysis.statistics import deal_folds, hold_out, simplest, within_one_standard_error
 
 _FOLDS = 5
 #: Fewer numbers of ranks leave less than two in the fit when one is held out.
@@ -62,9 +63,7 @@ class Cases:
         distinct = list(dict.fromkeys(self.group_C))
         whole = len(distinct) >= _FOLDS
         count = len(distinct) if whole else len(self.group_C)
-        order = np.random.default_rng(seed).permutation(count)
-        fold_of = np.empty(count, dtype=np.int64)
-        fold_of[order] = np.arange(count) % min(_FOLDS, count)
+        fold_of = deal_folds(count, min(_FOLDS, count), seed)
         ranks = self.ranks_held_out
         also = f"; and each of {', '.join(map(str, ranks))} ranks in turn" if ranks else ""
         if whole:
@@ -106,21 +105,21 @@ class Trial:
         return int(self.known_F.sum())
 
     @property
-    def weighted_error_C(self) -> NDArray[np.float64]:
+    def error_C(self) -> NDArray[np.float64]:
         """Held-out error of every case, counting the less the more its repeats scatter, (C,).
 
         Where numbers of ranks were held out as well, the mean of both kinds.
         """
         kinds = [self.ratio_C] if self.ranks_ratio_C is None else [self.ratio_C, self.ranks_ratio_C]
         weight_C = 1.0 / self.cases.noise_C
-        error_C = np.mean([_error(ratio_C) for ratio_C in kinds], axis=0)
-        weighted_C: NDArray[np.float64] = error_C * weight_C / weight_C.mean()
+        mean_C = np.mean([_error(ratio_C) for ratio_C in kinds], axis=0)
+        weighted_C: NDArray[np.float64] = mean_C * weight_C / weight_C.mean()
         return weighted_C
 
     @property
-    def weighted_error(self) -> float:
-        """Mean of ``weighted_error_C``."""
-        return float(self.weighted_error_C.mean())
+    def error(self) -> float:
+        """Mean of ``error_C``, by which forms are compared."""
+        return float(self.error_C.mean())
 
     def score(self) -> FormScore:
         """The errors in numbers."""
@@ -131,7 +130,7 @@ class Trial:
             median_error=float(np.median(error_C)),
             p90_error=float(np.quantile(error_C, 0.9)),
             other_ranks_error=None if other is None else float(np.median(_error(other))),
-            weighted_error=self.weighted_error,
+            weighted_error=self.error,
         )
 
     def fit(
@@ -173,24 +172,17 @@ def try_forms(cases: Cases, seed: int) -> tuple[list[Trial], str]:
 
 
 def choose(trials: Sequence[Trial]) -> Trial:
-    """The form with the fewest parameters whose error is not told apart from the smallest.
+    """The form with the fewest parameters whose error is within one standard error of the smallest.
 
-    Not told apart: by less than one standard error of the difference (Breiman et al. 1984), which is taken
-    over groups, because the sizes of one pattern err together.
+    The standard error is taken over groups, because the sizes of one pattern err together.
     """
-    best = min(trials, key=lambda trial: trial.weighted_error)
+    best = min(trials, key=lambda trial: trial.error)
     group_of = {group: index for index, group in enumerate(dict.fromkeys(best.cases.group_C))}
     group_C = np.array([group_of[group] for group in best.cases.group_C])
-
-    def as_good(trial: Trial) -> bool:
-        excess_C = trial.weighted_error_C - best.weighted_error_C
-        excess_G = np.bincount(group_C, weights=excess_C)
-        standard_error = np.sqrt(len(excess_G) * excess_G.var()) / len(excess_C)
-        return bool(excess_C.mean() <= max(standard_error, _SAME_ERROR))
-
-    return min(
-        (trial for trial in trials if as_good(trial)),
-        key=lambda trial: (trial.parameters, trial.weighted_error),
+    return simplest(
+        trial
+        for trial in trials
+        if within_one_standard_error(trial.error_C - best.error_C, group_C, negligible=_SAME_ERROR)
     )
 
 
@@ -204,12 +196,11 @@ def _held_out(
     problem: Problem, added: Problem, cases: Cases, known_F: NDArray[np.bool_], fold_C: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Measured / predicted of every case by a fit without its fold."""
-    ratio_C = np.empty(len(fold_C))
-    for fold in np.unique(fold_C):
-        out_C = fold_C == fold
-        fitted_F = _fit(problem, added, cases, known_F, np.flatnonzero(~out_C))
-        predicted = predict_all(problem.take(np.flatnonzero(out_C)), fitted_F)
-        ratio_C[out_C] = cases.us_C[out_C] / np.maximum(predicted, _SMALLEST_US)
+
+    def predict(case_K: NDArray[np.int64], held_out_C: NDArray[np.int64]) -> NDArray[np.float64]:
+        return predict_all(problem.take(held_out_C), _fit(problem, added, cases, known_F, case_K))
+
+    ratio_C: NDArray[np.float64] = cases.us_C / np.maximum(hold_out(fold_C, predict), _SMALLEST_US)
     return ratio_C
 
 

@@ -6,18 +6,16 @@ Consecutive steps share sequences and topics, so blocks of neighbouring groups a
 about the cube root of G) rather than single steps. Resampling adds sampling noise of its own, which lifts
 every resampled Gini; near the sampling floor an ordinary percentile interval would lie above the value it
 belongs to. So the percentiles are shifted by the difference between the value and the resamples' mean.
-Few blocks vary too little among themselves; the interval is widened by sqrt(n / (n - 1)) * t / z for n blocks
-(the expanded percentile interval of arXiv 1411.5279), so that ten steps do not pass for a thousand.
+Few blocks vary too little among themselves, so the interval is widened (`statistics.few_blocks_widening`):
+ten steps do not pass for a thousand.
 """
 
 from __future__ import annotations
 
-import math
-from functools import lru_cache
-
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+
+from observatory.analysis.statistics import block_count, block_weights, few_blocks_widening
 
 #: With fewer steps (or groups of steps) than this, no interval is given.
 FEWEST_GROUPS = 5
@@ -40,7 +38,7 @@ def resampled_gini(load_GE: NDArray[np.int64], *, resamples: int, seed: int) -> 
     groups = load_GE.shape[0]
     if resamples < 1 or groups < FEWEST_GROUPS:
         return None
-    weight_BG = _block_weights(groups, resamples, seed)
+    weight_BG = block_weights(groups, resamples, seed)
     # einsum stays on this thread: `@` wakes the BLAS threads for every layer, at ten times the cost
     return _gini_of_floats(np.einsum("bg,ge->be", weight_BG, load_GE.astype(np.float64)))
 
@@ -65,27 +63,9 @@ def centred_interval(
     if some.size == 0:
         return None
     tail = (1 - level) / 2
-    blocks = -(-groups // _block_length(groups))
-    student = float(stats.t.ppf(1 - tail, blocks - 1) / stats.norm.ppf(1 - tail))
-    widening = student * math.sqrt(blocks / (blocks - 1))
+    widening = few_blocks_widening(block_count(groups), level)
     low, high = value + widening * (np.quantile(some, [tail, 1 - tail]) - some.mean())
     return float(np.clip(low, 0.0, 1.0)), float(np.clip(high, 0.0, 1.0))
-
-
-def _block_length(groups: int) -> int:
-    return max(1, round(math.cbrt(groups)))
-
-
-@lru_cache(maxsize=8)
-def _block_weights(groups: int, resamples: int, seed: int) -> NDArray[np.float64]:
-    """How often each group is drawn in each resample, (B, G); rows add up to G."""
-    length = _block_length(groups)
-    blocks = -(-groups // length)
-    start_BN = np.random.default_rng(seed).integers(0, groups, size=(resamples, blocks))
-    drawn_BG = ((start_BN[:, :, None] + np.arange(length)) % groups).reshape(resamples, -1)[:, :groups]
-    flat = drawn_BG + groups * np.arange(resamples)[:, None]
-    counts = np.bincount(flat.ravel(), minlength=resamples * groups)
-    return counts.reshape(resamples, groups).astype(np.float64)
 
 
 def _gini_of_floats(load_BE: NDArray[np.float64]) -> NDArray[np.float64]:

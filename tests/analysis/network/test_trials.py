@@ -41,7 +41,7 @@ def trial(parameters: int, error_G: list[float], other_ranks_error: float | None
 def test_a_simpler_form_that_is_a_little_worse_by_chance_is_chosen() -> None:
     best = trial(5, [0.10] * GROUPS)
     simpler = trial(3, [0.04, 0.18] * (GROUPS // 2))
-    assert simpler.weighted_error > best.weighted_error
+    assert simpler.error > best.error
     assert choose([simpler, best]) is simpler
 
 
@@ -61,7 +61,7 @@ def test_a_form_that_fails_at_another_number_of_ranks_is_not_chosen_for_its_patt
     fails = trial(3, [0.05] * GROUPS, other_ranks_error=0.6)
     holds = trial(5, [0.08] * GROUPS, other_ranks_error=0.1)
     assert choose([fails, holds]) is holds
-    assert holds.weighted_error == pytest.approx(0.09)
+    assert holds.error == pytest.approx(0.09)
 
 
 def test_numbers_of_ranks_are_held_out_from_three_on() -> None:
