@@ -106,6 +106,7 @@ def _open_missing_streams() -> None:
 
 def run() -> None:
     """Entry point of the console script."""
+    _put_standard_library_first()
     # What torch's C++ would warn of when ranks do not meet, pages of it, is one sentence of ours.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     for number in _ENDING:
@@ -117,6 +118,13 @@ def run() -> None:
     code = main()
     end_rank(code)
     sys.exit(code)
+
+
+def _put_standard_library_first() -> None:
+    """Let no file of the user's, in the working directory or on ``PYTHONPATH``, hide a module of Python."""
+    library = os.path.dirname(os.__file__)
+    standard = {library, os.path.join(library, "lib-dynload")}
+    sys.path.sort(key=lambda folder: folder not in standard)
 
 
 def _interrupt(*_: object) -> None:
