@@ -25,10 +25,10 @@ from observatory.analysis.frequency.comparing import (
     measured_change,
     plane,
 )
-from observatory.analysis.frequency.intervals import Interval, sample_interval
 from observatory.analysis.frequency.points import CLOCK_STEP_MHZ
 from observatory.analysis.frequency.records import ClockEstimate, ClockModel, Confound
 from observatory.analysis.frequency.views import TIE, ClockChoice, SeriesView, highest_of_ties, surely_saves
+from observatory.analysis.statistics import Interval, sample_interval
 from observatory.errors import ClockError
 from observatory.run.manifest import DeviceSpec, Record, Text
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from observatory.analysis.energy.edges import find_updates
 from observatory.analysis.energy.estimates import (
@@ -19,6 +18,7 @@ from observatory.analysis.energy.estimates import (
     why_not_read,
 )
 from observatory.analysis.energy.traces import PowerTrace
+from observatory.analysis.statistics import student_quantile
 from observatory.devices.sensors import SensorModel
 
 #: Longest pause between updates of the power, in periods, that an integral bridges.
@@ -74,7 +74,7 @@ def energy_by_integral(trace: PowerTrace, start_ns: int, end_ns: int, sensor: Se
     weight_s = np.diff(until_ns) * 1e-9
     # The scatter of few readings is itself uncertain; differences of neighbours tell two thirds of what
     # differences to the mean do.
-    few = float(stats.t.ppf(0.95, max(1.0, (count - 1) * 2 / 3))) / NORMAL_90
+    few = student_quantile(max(1.0, (count - 1) * 2 / 3)) / NORMAL_90
     std_mj = unsure_mw * few * math.sqrt(float((weight_s**2).sum()))
     least_mw = least_half_mw(energy_mj / (duration_ns * 1e-9), value)
     std_mj = max(std_mj, least_mw / NORMAL_90 * duration_ns * 1e-9)

@@ -29,13 +29,13 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from observatory.analysis.energy.design import Design, Shift, nnls
 from observatory.analysis.energy.estimates import LEFT_OUT
 from observatory.analysis.energy.observations import Observations
 from observatory.analysis.energy.shifts import plausible_shifts
 from observatory.analysis.energy.timeline import Timeline
+from observatory.analysis.statistics import few_blocks_widening
 
 Float64 = npt.NDArray[np.float64]
 
@@ -188,8 +188,7 @@ def _intervals(
     draws = generator.integers(0, blocks, size=(_RESAMPLES, blocks))
     weight_RB = np.stack([np.bincount(draw, minlength=blocks) for draw in draws]).astype(np.float64)
     tail = (1 - LEVEL) / 2
-    student = float(stats.t.ppf(1 - tail, blocks - 1) / stats.norm.ppf(1 - tail))
-    widening = student * math.sqrt(blocks / (blocks - 1))
+    widening = few_blocks_widening(blocks, LEVEL)
     lows, highs = [power_J], [power_J]
     for shift in shifts:
         at_NJ = design.at(shift)

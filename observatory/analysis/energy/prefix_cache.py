@@ -9,7 +9,7 @@ linear from quadratic
 needs three cached fractions and is no aim by itself: the curve is.
 
 The fit is least squares in relative error. Intervals are a bootstrap of measurements within each cached
-fraction, widened by sqrt(n / (n - 1)) t / z for few of them (arXiv 1411.5279).
+fraction, widened for few of them (`statistics.few_blocks_widening`).
 
 arXiv 2605.05696 states 63 % of the prefill energy saved per hit, at 4096 tokens, for its models and device.
 That number is quoted beside ours; it is in no fit.
@@ -23,8 +23,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import optimize, stats
+from scipy import optimize
 
+from observatory.analysis.statistics import few_blocks_widening, student_quantile
 from observatory.errors import EnergyError
 from observatory.run.documents.prefix_cache import ReuseMeasurements
 
@@ -34,7 +35,6 @@ PUBLISHED_SAVING = 0.63
 PUBLISHED_SOURCE = "arXiv 2605.05696"
 
 _RESAMPLES = 500
-_LEVEL = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -153,9 +153,7 @@ def _resampled(
     fewest = int(np.bincount(cell_N).min())
     if fewest < 2:
         return drawn, 1.0
-    tail = (1 - _LEVEL) / 2
-    student = float(stats.t.ppf(1 - tail, fewest - 1) / stats.norm.ppf(1 - tail))
-    return drawn, student * math.sqrt(fewest / (fewest - 1))
+    return drawn, few_blocks_widening(fewest)
 
 
 def _cells(
@@ -168,7 +166,7 @@ def _cells(
         mean = float(energy[own].mean())
         half = np.nan
         if len(own) > 1:
-            half = float(stats.t.ppf(0.95, len(own) - 1) * energy[own].std(ddof=1) / math.sqrt(len(own)))
+            half = float(student_quantile(len(own) - 1) * energy[own].std(ddof=1) / math.sqrt(len(own)))
         flagged = [item for item in (measured.measurements[i] for i in own) if item.energy_flag is not None]
         # Windows agree on what a sensor misses of them: their scatter does not show it.
         missed = max((item.energy_error or 0.0 for item in flagged), default=0.0)

@@ -13,12 +13,12 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 from observatory.analysis.energy.estimates import NORMAL_90, least_half_mw
 from observatory.analysis.energy.timeline import Timeline
 from observatory.analysis.energy.traces import PowerTrace
 from observatory.analysis.energy.windows import WindowEnergy, energy_of_window
+from observatory.analysis.statistics import student_quantile
 from observatory.devices.sensors import SensorModel
 
 SHORTEST_REPEAT_S = 5.0
@@ -99,7 +99,7 @@ def measure_repeated(
         between = (energy / seconds - power) * seconds / seconds.sum()
         count = len(known)
         scatter = math.sqrt(float((between**2).sum()) * count / (count - 1))
-        half = max(half, float(stats.t.ppf(0.95, count - 1)) * scatter)
+        half = max(half, student_quantile(count - 1) * scatter)
     sources = {window.source for window in known}
     # Many windows do not make a sensor finer.
     read = [] if sources == {"counter"} else [trace.power_mw_N[_within(trace, window)] for window in known]

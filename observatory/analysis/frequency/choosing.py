@@ -12,7 +12,7 @@ Shapes: N points, B bootstrap samples, K folds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ from observatory.analysis.frequency.model import (
     power_mw,
 )
 from observatory.analysis.frequency.records import Coefficient, CurveFit, FormScore
+from observatory.analysis.statistics import sample_ends, simplest
 
 Float64 = NDArray[np.float64]
 
@@ -38,7 +39,6 @@ _MOST_FOLDS = 12
 _NO_ERROR = 3e-4
 #: Twice the logarithm of how much less likely a form may be than the best.
 _AS_GOOD = 4.0
-_INTERVAL = (0.05, 0.95)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,19 +56,20 @@ class Trial:
         """How many numbers it takes from the data."""
         return len(self.terms)
 
+    @property
+    def error(self) -> float:
+        """Root mean square of the held-out errors, missing ones left out."""
+        return float(np.sqrt(np.nanmean(self.error_N**2)))
+
     def score(self) -> FormScore:
         """The errors in numbers."""
         return FormScore(
             form=self.form.name,
             parameters=self.parameters,
-            rms_error=_rms(self.error_N),
+            rms_error=self.error,
             p90_error=float(np.quantile(np.abs(self.error_N[np.isfinite(self.error_N)]), 0.9)),
             as_good=self.as_good,
         )
-
-
-def _rms(error_N: Float64) -> float:
-    return float(np.sqrt(np.nanmean(error_N**2)))
 
 
 def choose_time(points: Points, fold_N: NDArray[np.int64]) -> list[Trial]:
@@ -139,25 +140,16 @@ def _try_power(form: PowerForm, points: Points, fold_N: NDArray[np.int64]) -> Tr
 
 def _choose(trials: Sequence[Trial]) -> list[Trial]:
     """All trials, the chosen one first."""
-    best = min(_rms(trial.error_N) for trial in trials)
+    best = min(trial.error for trial in trials)
     count = int(np.isfinite(trials[0].error_N).sum())
-    judged = []
-    for trial in trials:
-        rms = _rms(trial.error_N)
-        close = rms <= _NO_ERROR or 2.0 * count * np.log(rms / max(best, 1e-300)) <= _AS_GOOD
-        judged.append(
-            Trial(
-                form=trial.form,
-                terms=trial.terms,
-                error_N=trial.error_N,
-                value_T=trial.value_T,
-                as_good=close,
-            )
-        )
-    chosen = min(
-        (trial for trial in judged if trial.as_good),
-        key=lambda trial: (trial.parameters, _rms(trial.error_N)),
-    )
+
+    def as_good(trial: Trial) -> bool:
+        if trial.error <= _NO_ERROR:
+            return True
+        return bool(2.0 * count * np.log(trial.error / max(best, 1e-300)) <= _AS_GOOD)
+
+    judged = [replace(trial, as_good=as_good(trial)) for trial in trials]
+    chosen = simplest(trial for trial in judged if trial.as_good)
     return [chosen, *(trial for trial in judged if trial is not chosen)]
 
 
@@ -177,13 +169,13 @@ def curve_fit(
     coefficients = []
     for index, term in enumerate(names):
         reason = _why_absent(term, chosen)
-        low, high = (None, None) if reason or not len(own_BT) else np.quantile(own_BT[:, index], _INTERVAL)
+        low, high = (None, None) if reason else sample_ends(own_BT[:, index])
         coefficients.append(
             Coefficient(
                 term=term,
                 value=None if reason else float(chosen.value_T[index]),
-                low=None if low is None else float(low),
-                high=None if high is None else float(high),
+                low=low,
+                high=high,
                 reason=reason,
             )
         )

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from observatory.analysis.frequency.intervals import Interval, sample_interval, student_interval
 from observatory.analysis.frequency.records import SeriesFit, Setting
 from observatory.analysis.frequency.views import SeriesView
+from observatory.analysis.statistics import Interval, sample_interval, student_interval
 from observatory.run.manifest import Record, Text
 
 Float64 = NDArray[np.float64]

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from observatory.analysis.frequency.model import POWER_FORMS, POWER_TERMS, TIME_FORMS, TIME_TERMS
+from observatory.analysis.statistics import FormScore as _FormScore
 from observatory.errors import ClockError
 from observatory.run.documents.clock_sweep import load_sweep
 from observatory.run.documents.versioned import load_document
@@ -45,20 +46,15 @@ class Coefficient(Record):
     reason: Text = ""
 
 
-class FormScore(Record):
+class FormScore(_FormScore):
     """How one form did on clocks that were left out of its fit.
 
     Attributes:
-        form: its name.
-        parameters: numbers it takes from the data.
         rms_error, p90_error: of ln(measured / predicted).
         as_good: whether it errs no more than the best, one standard error allowed.
     """
 
-    form: str
-    parameters: Count
     rms_error: _NotNegative
-    p90_error: _NotNegative
     as_good: bool
 
 

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
 from observatory.analysis.frequency.choosing import Trial
 from observatory.analysis.frequency.curves import Points, fit_power, fit_time, spread_last_knees
@@ -29,11 +28,11 @@ from observatory.analysis.frequency.model import (
     iteration_s,
     power_mw,
 )
+from observatory.analysis.statistics import student_over_normal
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-_LEVEL = 0.95
 #: The form was chosen on the same points, which no redrawing of their errors shows. Set so that intervals
 #: hold the truth of synthetic devices about as often as they say (docs/evidence/power.md).
 _CHOSEN = 1.15
@@ -119,5 +118,5 @@ def _targets(
 
 def _scale(clocks: int, parameters: int) -> float:
     freedom = max(clocks - parameters, 1)
-    quantile = float(stats.t.ppf(_LEVEL, freedom) / stats.norm.ppf(_LEVEL))
+    quantile = student_over_normal(freedom)
     return min(_CHOSEN * float(np.sqrt(clocks / freedom)) * quantile, _MOST_SCALE)

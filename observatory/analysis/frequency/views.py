@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from observatory.analysis.frequency.intervals import Interval, sample_interval
 from observatory.analysis.frequency.model import POWER_TERMS, TIME_TERMS, energy_mj, iteration_s, power_mw
 from observatory.analysis.frequency.records import SeriesFit
+from observatory.analysis.statistics import Interval, sample_interval
 from observatory.run.manifest import Record
 
 Float64 = NDArray[np.float64]

@@ -22,9 +22,9 @@ from pydantic import Field, JsonValue
 
 from observatory.advice.frequency import ClockAdvice, SeriesAdvice, recommend_clocks
 from observatory.analysis.frequency import ClockModel, fit_clocks, load_clock_model
-from observatory.analysis.frequency.intervals import Interval
 from observatory.analysis.frequency.records import Setting
 from observatory.analysis.frequency.views import SeriesView
+from observatory.analysis.statistics import Interval
 from observatory.errors import ClockError
 from observatory.run.documents.clock_sweep import CLOCKS_VERSION, load_sweep
 from observatory.run.documents.versioned import load_document

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from observatory.advice.frequency import SeriesAdvice
-from observatory.analysis.frequency.intervals import Interval
+from observatory.analysis.statistics import Interval
 from observatory.reports.figures.frequency import clock_curves, clock_plane
 from observatory.reports.frames.frequency import ClockFile, ClockFrames
 from observatory.reports.frames.report import ReportFrames, each_row
