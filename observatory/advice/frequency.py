@@ -25,8 +25,8 @@ from observatory.analysis.frequency.comparing import (
     measured_change,
     plane,
 )
+from observatory.analysis.frequency.model_file import ClockEstimate, ClockModel, Confound
 from observatory.analysis.frequency.points import CLOCK_STEP_MHZ
-from observatory.analysis.frequency.records import ClockEstimate, ClockModel, Confound
 from observatory.analysis.frequency.views import TIE, ClockChoice, SeriesView, highest_of_ties, surely_saves
 from observatory.analysis.statistics import Interval, sample_interval
 from observatory.errors import ClockError

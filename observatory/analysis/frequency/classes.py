@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from observatory.analysis.frequency.model import TIME_FORMS, TIME_TERMS, iteration_s
-from observatory.analysis.frequency.records import SeriesFit
+from observatory.analysis.frequency.model_file import SeriesFit
 from observatory.run.manifest import Record, Text
 
 Float64 = NDArray[np.float64]

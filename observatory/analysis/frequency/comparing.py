@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from observatory.analysis.frequency.records import SeriesFit, Setting
+from observatory.analysis.frequency.model_file import SeriesFit, Setting
 from observatory.analysis.frequency.views import SeriesView
 from observatory.analysis.statistics import Interval, sample_interval, student_interval
 from observatory.run.manifest import Record, Text

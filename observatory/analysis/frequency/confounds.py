@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from observatory.analysis.frequency.model_file import Confound, Reference, Setting
 from observatory.analysis.frequency.points import CLOCK_STEP_MHZ, SLOWED_LABELS
-from observatory.analysis.frequency.records import Confound, Reference, Setting
 
 SlowedKind = Literal["slowed by heat", "slowed by the brake"]
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from observatory.analysis.frequency.curves import Points
-from observatory.analysis.frequency.records import LeftOut, Setting
+from observatory.analysis.frequency.model_file import LeftOut, Setting
 from observatory.devices.event_reasons import IDLE_BIT, POWER_CAP_BIT, slowed_label
 from observatory.run.documents.clock_sweep import ClockPoint, PointLabel
 

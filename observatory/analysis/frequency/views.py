@@ -12,7 +12,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from observatory.analysis.frequency.model import POWER_TERMS, TIME_TERMS, energy_mj, iteration_s, power_mw
-from observatory.analysis.frequency.records import SeriesFit
+from observatory.analysis.frequency.model_file import SeriesFit
 from observatory.analysis.statistics import Interval, sample_interval
 from observatory.run.manifest import Record
 

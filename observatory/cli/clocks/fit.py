@@ -10,7 +10,7 @@ import typer
 from observatory.cli.options import ForceOption, JsonOption
 
 if TYPE_CHECKING:
-    from observatory.analysis.frequency.records import ClockEstimate, SeriesFit
+    from observatory.analysis.frequency.model_file import ClockEstimate, SeriesFit
 
 
 def fit(

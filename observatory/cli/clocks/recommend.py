@@ -32,7 +32,7 @@ def recommend(
 ) -> None:
     """Choose the clock of least energy inside a slowdown budget; nothing is set, commands are printed."""
     from observatory.advice.frequency import recommend_clocks
-    from observatory.analysis.frequency.records import load_clock_model
+    from observatory.analysis.frequency.model_file import load_clock_model
     from observatory.analysis.frequency.telemetry import telemetry_advice
     from observatory.cli.output import print_json
     from observatory.errors import ClockError

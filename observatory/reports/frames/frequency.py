@@ -22,7 +22,7 @@ from pydantic import Field, JsonValue
 
 from observatory.advice.frequency import ClockAdvice, SeriesAdvice, recommend_clocks
 from observatory.analysis.frequency import ClockModel, fit_clocks, load_clock_model
-from observatory.analysis.frequency.records import Setting
+from observatory.analysis.frequency.model_file import Setting
 from observatory.analysis.frequency.views import SeriesView
 from observatory.analysis.statistics import Interval
 from observatory.errors import ClockError

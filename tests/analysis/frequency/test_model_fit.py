@@ -12,7 +12,7 @@ import pytest
 from observatory.advice.frequency import recommend_clocks
 from observatory.analysis.frequency import ClockModel, fit_clocks
 from observatory.analysis.frequency.model import TIME_FORMS
-from observatory.analysis.frequency.records import SeriesFit
+from observatory.analysis.frequency.model_file import SeriesFit
 from observatory.analysis.frequency.views import SeriesView
 from observatory.errors import ClockError
 from observatory.run.documents.clock_sweep import ClockPoint, ClockSweep
@@ -198,7 +198,7 @@ def test_more_repeats_make_intervals_narrower() -> None:
 def test_small_non_negative_problems_are_solved_like_scipy_does() -> None:
     from scipy.optimize import nnls
 
-    from observatory.analysis.frequency.solving import solve
+    from observatory.analysis.frequency.curves import solve
 
     generator = np.random.default_rng(0)
     for terms in (1, 2, 3, 4):

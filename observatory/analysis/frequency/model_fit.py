@@ -1,0 +1,447 @@
+"""Fits the clock model to sweeps.
+
+Shapes: N points, B bootstrap samples, F clocks of a grid.
+
+Points are judged (:mod:`observatory.analysis.frequency.points`), forms chosen and bootstrap samples drawn
+(:mod:`observatory.analysis.frequency.choosing`); the clock that was sampled counts, never the request.
+
+f_crit is where memory and compute take equally long; above it a memory-bound phase only burns power. f_energy
+is where the energy of an iteration would be least if compute were always the longer: below it static power
+costs more over the longer time than the lower clock and voltage save. Where the longer of memory and compute
+alone counts, time is flat above f_crit and energy rises with the clock, below it t(f) is the compute branch:
+so energy is least at min(f_crit, f_energy). With a smooth knee the least lies a little higher; the optimum is
+therefore taken from E(f) itself. Nothing is said outside the measured range; a value at its edge says ``at
+most`` or ``at least``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import median
+
+import numpy as np
+from numpy.typing import NDArray
+
+from observatory.analysis.frequency.choosing import (
+    bootstrap_curves,
+    choose_power,
+    choose_time,
+    curve_fit,
+    fold_of,
+)
+from observatory.analysis.frequency.confounds import find_confounds
+from observatory.analysis.frequency.model import (
+    POWER_TERMS,
+    TIME_TERMS,
+    compute_branch_s,
+    critical_mhz,
+    energy_mj,
+    power_mw,
+)
+from observatory.analysis.frequency.model_file import (
+    ClockEstimate,
+    ClockModel,
+    Reference,
+    SeriesFit,
+    Setting,
+    series_title,
+)
+from observatory.analysis.frequency.points import CLOCK_STEP_MHZ, fit_points, judge, scatter_of, settings_of
+from observatory.analysis.statistics import sample_ends
+from observatory.errors import ClockError
+from observatory.run.documents.clock_sweep import ClockPoint, ClockSeries, ClockSweep
+
+Float64 = NDArray[np.float64]
+
+_LEAST_CLOCKS = 3
+_MOST_POINTS = 1000
+#: A curve that misses clocks which it did not see by more than this, rms of ln, describes nothing.
+_MOST_MISSED = 0.25
+_MOST_NOTES = 20
+_LONGEST_NOTE = 500
+#: Temperatures of the chip so far apart are no accident; leakage grows with them.
+_WARMER_C = 10
+_GRID_STEP_MHZ = 5.0
+_MOST_STEPS = 1000
+
+
+def fit_clocks(
+    sweeps: Sequence[ClockSweep],
+    *,
+    sources: Sequence[str] = (),
+    argv: Sequence[str] = (),
+    bootstrap: int = 200,
+    seed: int = 0,
+) -> ClockModel:
+    """Fit every series of the sweeps; equal series of several sweeps are one.
+
+    Args:
+        sweeps: sweeps of one device.
+        sources: names of their files.
+        argv: command line, for the document.
+        bootstrap: B.
+        seed: of folds and bootstrap.
+
+    Raises:
+        ClockError: no sweeps, several devices, measurements given twice, or no series with enough clocks.
+    """
+    if not sweeps:
+        raise ClockError("no clock sweep was given; make one with `observatory clocks sweep`")
+    devices = {(sweep.device.name, sweep.device.uuid): sweep.device for sweep in sweeps}
+    if len(devices) > 1:
+        named = ", ".join(
+            f"{name or 'unnamed'} {uuid or ''}".strip() for name, uuid in sorted(map(_names, devices))
+        )
+        raise ClockError(f"the sweeps are of {len(devices)} devices ({named[:200]}); fit each on its own")
+    _refuse_repeated(sweeps, sources)
+    limits = [sweep.default_limit_mw for sweep in sweeps if sweep.default_limit_mw is not None]
+    merged: dict[tuple[object, ...], list[ClockSeries]] = {}
+    for sweep in sweeps:
+        for series in sweep.series:
+            key = (series.name, series.phase, series.batch_size, series.context_tokens)
+            merged.setdefault((*key, series.tokens_per_iteration), []).append(series)
+    fitted: list[SeriesFit] = []
+    missing: list[str] = []
+    notes = _join_notes(sweeps, sources)
+    for alike in merged.values():
+        points = [point for series in alike for point in series.points]
+        outcome = _fit_series(alike[0], points, max(limits, default=None), bootstrap, seed)
+        if isinstance(outcome, str):
+            first = alike[0]
+            title = series_title(first.name[:200], first.phase, first.batch_size, first.context_tokens)
+            missing.append(f"{title}: {outcome}")
+        else:
+            fitted.append(outcome)
+    if not fitted:
+        raise ClockError(f"nothing can be fitted: {'; '.join([*missing, *notes])[:800]}")
+    from observatory.host.provenance import find_git_sha
+
+    return ClockModel(
+        created_unix_s=time.time(),
+        argv=tuple(argv),
+        device=sweeps[0].device,
+        default_limit_mw=max(limits, default=None),
+        idle_power_mw=_idle_power_mw(sweeps),
+        supported_sm_clocks_mhz=_supported(sweeps),
+        series=tuple(fitted),
+        seed=seed,
+        sources=tuple(sources),
+        git_sha=find_git_sha(),
+        notes=tuple(missing + notes + _limit_notes(merged, limits)),
+    )
+
+
+def _names(key: tuple[str | None, str | None]) -> tuple[str, str]:
+    return key[0] or "", key[1] or ""
+
+
+def _supported(sweeps: Sequence[ClockSweep]) -> tuple[float, ...] | None:
+    """Clocks that every sweep which names them names."""
+    lists = [set(sweep.supported_sm_clocks_mhz) for sweep in sweeps if sweep.supported_sm_clocks_mhz]
+    return tuple(sorted(map(float, set.intersection(*lists)))) if lists else None
+
+
+def _limit_notes(merged: dict[tuple[object, ...], list[ClockSeries]], limits: Sequence[int]) -> list[str]:
+    """Whether the device ran under a limit that somebody had lowered before."""
+    lowered = {
+        point.enforced_limit_mw
+        for alike in merged.values()
+        for series in alike
+        for point in series.points
+        if point.requested_limit_mw is None and point.enforced_limit_mw is not None
+        if limits and point.enforced_limit_mw < 0.99 * max(limits)
+    }
+    if not lowered:
+        return []
+    return [
+        f"the power limit stood at {min(lowered) / 1e3:.0f} W where the sweep set none, below the default "
+        f"of {max(limits) / 1e3:.0f} W: the reference is of this site's setting"
+    ]
+
+
+def _fit_series(
+    series: ClockSeries, points: Sequence[ClockPoint], default_limit_mw: int | None, samples: int, seed: int
+) -> SeriesFit | str:
+    """The fit of one series, or why there is none."""
+    if len(points) > _MOST_POINTS:
+        return f"{len(points)} points are more than the {_MOST_POINTS} one fit takes; give fewer repeats"
+    judged = judge(points, default_limit_mw)
+    found, left_out = fit_points(judged)
+    why = "; ".join(f"{item.points} left out: {item.reason}" for item in left_out)
+    if found is None or found.blocks < _LEAST_CLOCKS:
+        usable = 0 if found is None else found.blocks
+        return (
+            f"points at {usable} different clocks can be used, {_LEAST_CLOCKS} at least are needed; "
+            f"measure more clocks, or fit it together with sweeps of others{' (' + why + ')' if why else ''}"
+        )
+    settings = settings_of(judged)
+    fold_N = fold_of(found.block_N, seed)
+    time_trials = choose_time(found, fold_N)
+    missed = time_trials[0].score().rms_error
+    if missed > _MOST_MISSED:
+        return (
+            "the time of an iteration follows no curve of the clock: the best form, "
+            f"{time_trials[0].form.name}, misses clocks that it did not see by {100 * missed:.0f} % (rms of "
+            "ln); something else changed the time, such as other work on the machine: measure again without "
+            "it, longer and with more repeats"
+        )
+    known_N = np.isfinite(found.power_mw_N)
+    no_power, power_trials = "", []
+    if len(set(found.block_N[known_N])) < found.blocks:
+        missing = int((~known_N).sum())
+        no_power = f"the energy of {missing} of {len(known_N)} points is not known"
+        flagged = sum(item.fitted and item.point.energy_flag is not None for item in judged)
+        if flagged:
+            no_power += f"; {flagged} are integrated power of iterations in time with the sensor"
+    else:
+        power_trials = choose_power(found, fold_N)
+    time_BT, power_BT, time_form_B, power_form_B = bootstrap_curves(
+        time_trials, power_trials, found, samples, seed
+    )
+    time_fit = curve_fit(time_trials, TIME_TERMS, time_BT, time_form_B)
+    power_fit = curve_fit(power_trials, POWER_TERMS, power_BT, power_form_B) if power_trials else None
+    time_scatter, energy_scatter, freedom = scatter_of(settings)
+    reference = _reference(settings, points, float(found.mhz_N.min()))
+    if reference is None:
+        return f"no setting has both a time and a clock{': ' + why if why else ''}; measure again"
+    estimates = _clock_estimates(
+        np.array([time_fit.parameters]),
+        np.array([power_fit.parameters]) if power_fit else None,
+        time_BT,
+        power_BT if power_fit else None,
+        low_mhz=float(found.mhz_N.min()),
+        f0_mhz=found.f0_mhz,
+    )
+    powers_mw = [energy / seconds for item in settings for energy, seconds in _pairs(item)]
+    return SeriesFit(
+        name=series.name,
+        phase=series.phase,
+        batch_size=series.batch_size,
+        context_tokens=series.context_tokens,
+        tokens_per_iteration=series.tokens_per_iteration,
+        low_mhz=float(found.mhz_N.min()),
+        high_mhz=found.f0_mhz,
+        clocks=found.blocks,
+        points=len(found.mhz_N),
+        reference=reference,
+        time=time_fit,
+        power=power_fit,
+        no_power=no_power,
+        samples_B=tuple(map(tuple, np.hstack([time_BT, power_BT]).tolist())),
+        critical=estimates[0],
+        compute_optimum=estimates[1],
+        optimum=estimates[2],
+        settings=tuple(settings),
+        time_scatter=time_scatter,
+        energy_scatter=energy_scatter,
+        scatter_dof=freedom,
+        left_out=tuple(left_out),
+        confounds=tuple(find_confounds(settings, reference, time_scatter)),
+        highest_power_mw=max(powers_mw, default=None),
+    )
+
+
+def _pairs(setting: Setting) -> list[tuple[float, float]]:
+    return list(zip(setting.energy_mj_R, setting.iteration_s_R, strict=False))
+
+
+def _reference(settings: Sequence[Setting], points: Sequence[ClockPoint], low_mhz: float) -> Reference | None:
+    """The unlocked setting, else the one with the highest clock; never one below the fitted range."""
+    known = [item for item in settings if (item.sm_clock_mhz or 0.0) >= low_mhz and item.iteration_s_R]
+    unlocked = [item for item in known if item.kind == "unlocked"]
+    if not known:
+        return None
+    chosen = unlocked[0] if unlocked else max(known, key=lambda item: item.sm_clock_mhz or 0.0)
+    powers = [energy / seconds for energy, seconds in _pairs(chosen)]
+    limits = [
+        point.enforced_limit_mw
+        for point in points
+        if point.requested_limit_mw is None and point.enforced_limit_mw is not None
+    ]
+    return Reference(
+        how="unlocked" if unlocked else "highest clock",
+        sm_clock_mhz=chosen.sm_clock_mhz or 0.0,
+        iteration_s=float(np.median(chosen.iteration_s_R)),
+        energy_mj=float(np.median(chosen.energy_mj_R)) if chosen.energy_mj_R else None,
+        power_mw=float(np.median(powers)) if powers else None,
+        power_cap_share=chosen.power_cap_share,
+        limit_mw=float(np.median(limits)) if limits else None,
+    )
+
+
+def _clock_estimates(
+    time_1T: Float64,
+    power_1T: Float64 | None,
+    time_BT: Float64,
+    power_BT: Float64 | None,
+    *,
+    low_mhz: float,
+    f0_mhz: float,
+) -> tuple[ClockEstimate, ClockEstimate, ClockEstimate]:
+    """f_crit, f_energy and the optimum.
+
+    Args:
+        time_1T: fitted parameters of t(f).
+        power_1T: of P(f); None without energies.
+        time_BT: bootstrap samples of the same.
+        power_BT: likewise.
+        low_mhz: lowest clock measured.
+        f0_mhz: highest one.
+    """
+    critical_1, critical_B = (_critical(time, low_mhz, f0_mhz) for time in (time_1T, time_BT))
+    no_knee = f"no knee was seen between {low_mhz:.0f} and {f0_mhz:.0f} MHz"
+    critical = _estimate(critical_1, critical_B, low_mhz, f0_mhz, no_knee)
+    if power_1T is None or power_BT is None:
+        unknown = ClockEstimate(mhz=None, reason="energies are missing")
+        return critical, unknown, unknown
+    compute_1 = _compute_optimum(time_1T, power_1T, low_mhz, f0_mhz)
+    compute_B = _compute_optimum(time_BT, power_BT, low_mhz, f0_mhz)
+    hidden = "no clock was low enough to see compute: its time is unknown"
+    optimum_1 = _optimum(time_1T, power_1T, low_mhz, f0_mhz)
+    optimum_B = _optimum(time_BT, power_BT, low_mhz, f0_mhz)
+    return (
+        critical,
+        _estimate(compute_1, compute_B, low_mhz, f0_mhz, hidden),
+        _estimate(optimum_1, optimum_B, low_mhz, f0_mhz, "not known"),
+    )
+
+
+def _critical(time_BT: Float64, low_mhz: float, f0_mhz: float) -> Float64:
+    """f_crit within the range, (B,); the low end where no clock changed the time, NaN without a knee."""
+    flat_B = time_BT[:, 3] <= 0.0
+    found_B = np.where(flat_B, low_mhz, critical_mhz(time_BT, f0_mhz))
+    return np.clip(found_B, low_mhz, f0_mhz)
+
+
+def _compute_optimum(time_BT: Float64, power_BT: Float64, low_mhz: float, f0_mhz: float) -> Float64:
+    """f_energy, (B,); NaN where compute is hidden."""
+    grid_F = _grid(low_mhz, f0_mhz)
+    seconds_BF = compute_branch_s(time_BT, f0_mhz, grid_F)
+    hidden_B = time_BT[:, 3] <= 0.0
+    seconds_BF = np.where(hidden_B[:, None], 1.0, seconds_BF)
+    energy_BF = power_mw(power_BT, f0_mhz, grid_F, seconds_BF) * seconds_BF
+    return np.where(hidden_B, np.nan, grid_F[np.argmin(energy_BF, axis=1)])
+
+
+def _optimum(time_BT: Float64, power_BT: Float64, low_mhz: float, f0_mhz: float) -> Float64:
+    """The clock of least energy, (B,)."""
+    grid_F = _grid(low_mhz, f0_mhz)
+    least_B: Float64 = grid_F[np.argmin(energy_mj(time_BT, power_BT, f0_mhz, grid_F), axis=1)]
+    return least_B
+
+
+def _grid(low_mhz: float, f0_mhz: float) -> Float64:
+    steps = min(_MOST_STEPS, round((f0_mhz - low_mhz) / _GRID_STEP_MHZ) + 1)
+    return np.linspace(low_mhz, f0_mhz, max(2, steps))
+
+
+def _estimate(
+    value_1: Float64, sample_B: Float64, low_mhz: float, f0_mhz: float, reason: str
+) -> ClockEstimate:
+    value = float(value_1[0])
+    if np.isnan(value):
+        return ClockEstimate(mhz=None, reason=reason)
+    known_B = sample_B[np.isfinite(sample_B)]
+    low, high = sample_ends(known_B)
+    edge = _GRID_STEP_MHZ / 2.0
+    return ClockEstimate(
+        mhz=value,
+        low_mhz=None if low is None else min(low, value),
+        high_mhz=None if high is None else max(high, value),
+        relation="at most" if value < low_mhz + edge else "at least" if value > f0_mhz - edge else "at",
+    )
+
+
+def _idle_power_mw(sweeps: Sequence[ClockSweep]) -> float | None:
+    """Median power without load, of the sweeps that began without a lock if there are any: locks raise it."""
+    told = [sweep for sweep in sweeps if sweep.idle_power_mw is not None]
+    free = [sweep for sweep in told if not (sweep.set_outside and _locked(sweep))]
+    powers = [sweep.idle_power_mw for sweep in free or told if sweep.idle_power_mw is not None]
+    return float(median(powers)) if powers else None
+
+
+def _refuse_repeated(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> None:
+    """Refuse measurements that are given twice: they would count as repeats that agree.
+
+    Raises:
+        ClockError: a series of two sweeps has the same points.
+    """
+    known: dict[tuple[ClockPoint, ...], str] = {}
+    for name, sweep in zip(_source_names(sweeps, sources), sweeps, strict=True):
+        for series in sweep.series:
+            if series.points in known:
+                raise ClockError(
+                    f"{name} and {known[series.points]} hold the same measurements, which would count twice; "
+                    "give each result once"
+                )
+            known[series.points] = name
+
+
+def _source_names(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> list[str]:
+    return [
+        sources[number][:100] if number < len(sources) else f"sweep {number + 1}"
+        for number in range(len(sweeps))
+    ]
+
+
+def _join_notes(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> list[str]:
+    """What a reader of the model must know: doubts about how the sweeps fit together, and their own notes.
+
+    Args:
+        sweeps: the sweeps.
+        sources: names of their files, of as many as have one.
+    """
+    names = _source_names(sweeps, sources)
+    own = [
+        f"of {name}: {note[:_LONGEST_NOTE]}"
+        for name, sweep in zip(names, sweeps, strict=False)
+        for note in sweep.notes
+    ]
+    if len(own) > _MOST_NOTES:
+        own[_MOST_NOTES:] = [f"{len(own) - _MOST_NOTES} more notes stand in the sweeps"]
+    return [*_unlike_unlocked(sweeps, names), *_unlike_warm(sweeps, names), *own]
+
+
+def _points(sweep: ClockSweep) -> list[ClockPoint]:
+    return [point for series in sweep.series for point in series.points]
+
+
+def _locked(sweep: ClockSweep) -> bool:
+    return any(point.requested_sm_clock_mhz is not None for point in _points(sweep))
+
+
+def _unlike_unlocked(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list[str]:
+    """Sweeps without any lock that ran at different clocks: somebody had set them, and nobody said so."""
+    seen: dict[str, float] = {}
+    for name, sweep in zip(names, sweeps, strict=False):
+        clocks = [
+            point.sm_clock_mhz for point in _points(sweep) if point.sm_clock_mhz and point.label == "ok"
+        ]
+        limited = any(point.requested_limit_mw is not None for point in _points(sweep))
+        if clocks and not _locked(sweep) and not limited:
+            seen[name] = median(clocks)
+    if not seen or max(seen.values()) - min(seen.values()) <= 2 * CLOCK_STEP_MHZ:
+        return []
+    low, high = min(seen, key=lambda name: seen[name]), max(seen, key=lambda name: seen[name])
+    return [
+        f"said to be unlocked, {low} ran at {seen[low]:.0f} MHz and {high} at {seen[high]:.0f} "
+        "MHz, and they are taken for repeats of one setting: where somebody had set the clock, sweep with "
+        "--set-outside --clocks MHZ"
+    ]
+
+
+def _unlike_warm(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list[str]:
+    """Sweeps whose points began at different temperatures."""
+    began: dict[str, float] = {}
+    for name, sweep in zip(names, sweeps, strict=False):
+        told = [p.start_temperature_c for p in _points(sweep) if p.start_temperature_c is not None]
+        if told:
+            began[name] = median(told)
+    if not began or max(began.values()) - min(began.values()) < _WARMER_C:
+        return []
+    cold, warm = min(began, key=lambda name: began[name]), max(began, key=lambda name: began[name])
+    return [
+        f"the chip had {began[cold]:.0f} C at the points of {cold} and {began[warm]:.0f} C at those of "
+        f"{warm}: warm silicon draws more, a part of the difference between their clocks may be that"
+    ]
