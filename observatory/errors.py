@@ -1,7 +1,8 @@
 """Errors a user can meet.
 
-Every message has three parts: what failed with its value, what was expected, what to do about it.
-The command line prints the message as one line and ends with ``exit_code``.
+Every message has three parts: what failed with its value, what was expected, what to do about it. The error
+keeps them apart, so that no code has to take a message apart. The command line prints the message as one line
+and ends with ``exit_code``.
 """
 
 from typing import TypeVar
@@ -16,15 +17,29 @@ def alike(error: E) -> E:
 
 
 class ObservatoryError(Exception):
-    """Root of all errors that this package raises on purpose.
+    """Root of all errors that this package raises on purpose; as text ``what; expected ..., remedy``.
 
     Attributes:
+        what: what failed, with its value.
+        expected: what was expected instead, as it follows the word "expected"; None where there is no choice.
+        remedy: what to do about it, in the imperative; None when nothing can be done.
         exit_code: of a command that ends with it.
-        of_all_ranks: every rank meets it with the same words, so rank 0 alone has to say them.
+        of_all_ranks: every rank meets it with the same words, so rank 0 alone has to report it.
     """
 
     exit_code = 1
     of_all_ranks = False
+
+    def __init__(self, what: str, *, expected: str | None = None, remedy: str | None = None) -> None:
+        self.what = what
+        self.expected = expected
+        self.remedy = remedy
+        super().__init__(f"{what}; {self.advice}" if self.advice else what)
+
+    @property
+    def advice(self) -> str | None:
+        """What was expected and what to do, as one clause; None when there is neither."""
+        return ", ".join(filter(None, (self.expected and f"expected {self.expected}", self.remedy))) or None
 
 
 class RunError(ObservatoryError):
@@ -72,7 +87,7 @@ class DeviceLostError(DeviceError):
 
 
 class EnergyError(ObservatoryError):
-    """Samples do not tell the energy that is asked for."""
+    """Samples do not yield the energy that is asked for."""
 
 
 class ClockError(ObservatoryError):
@@ -88,12 +103,4 @@ class LeaseBusyError(LockRefusedError):
 
 
 class LockNotPermittedError(LockRefusedError):
-    """The driver wants a privilege that this process lacks.
-
-    Attributes:
-        refusal: what was refused, without the other ways to get it done.
-    """
-
-    def __init__(self, refusal: str, ways: str) -> None:
-        super().__init__(f"{refusal}; {ways}")
-        self.refusal = refusal
+    """The driver wants a privilege that this process lacks; ``remedy`` has the other ways to get it done."""

@@ -87,8 +87,8 @@ def parse_fractions(text: str) -> tuple[float, ...]:
     """
     if not re.fullmatch(r"(0|1|[01]?\.\d{1,6}|[01]\.0*)(,(0|1|[01]?\.\d{1,6}|[01]\.0*))*", text):
         raise EnergyError(
-            f"--fractions {text[:60]!r} is no list of cached fractions; expected numbers from 0 (a miss) to "
-            "1 (an exact hit) such as 0,0.5,1"
+            f"--fractions {text[:60]!r} is no list of cached fractions",
+            expected="numbers from 0 (a miss) to 1 (an exact hit) such as 0,0.5,1",
         )
     fractions = sorted({float(part) for part in text.split(",")})
     if fractions[-1] > 1 or len(fractions) < 2:
@@ -120,7 +120,8 @@ def check_same_device(power_device: str, torch_device: str) -> str | None:
     if known.lower() != uuid.lower():
         raise DeviceError(
             f"--device {one_line(power_device, 80)} is {uuid}, and the model on {torch_device} computes on "
-            f"{known}; give --device {known}, or another --torch-device"
+            f"{known}",
+            remedy=f"give --device {known}, or another --torch-device",
         )
     return None
 
@@ -153,15 +154,16 @@ def cached_prefills(
     if len(kept) < len(fractions) or prompt_tokens - 1 in kept:
         raise EnergyError(
             f"a prompt of {prompt_tokens} tokens has no room for the cached fractions "
-            f"{', '.join(f'{fraction:g}' for fraction in fractions)}; take a longer one or fewer fractions"
+            f"{', '.join(f'{fraction:g}' for fraction in fractions)}",
+            remedy="take a longer one or fewer fractions",
         )
     loaded = load_model(model, device=device, dtype=dtype)
     network: Any = loaded.model.eval()
     limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(limit, int) and prompt_tokens > limit:
         raise ModelError(
-            f"a prompt of {prompt_tokens} tokens is asked for, {loaded.name} has {limit} positions; "
-            "lower --prompt-tokens"
+            f"a prompt of {prompt_tokens} tokens is asked for, {loaded.name} has {limit} positions",
+            remedy="lower --prompt-tokens",
         )
     stream = load_token_ids(
         "prose", loaded.tokenizer, vocabulary_size=loaded.vocabulary_size, tokens=batch_size * prompt_tokens,
@@ -200,8 +202,8 @@ def _prefill_rest(network: Any, ids: torch.Tensor, cached: int) -> Callable[[], 
         except ModelError as error:
             raise ModelError(
                 f"reuse of {name} cannot be measured: its cache holds a state of the whole text (a "
-                "recurrence) that cannot be cut back to a prefix to repeat a prefill; take a model whose "
-                "cache holds keys and values of all tokens in every layer"
+                "recurrence) that cannot be cut back to a prefix to repeat a prefill",
+                remedy="take a model whose cache holds keys and values of all tokens in every layer",
             ) from error
         return output[:, -1]
 
@@ -271,7 +273,7 @@ def run_reuse(
             writer.set_power(power)
             writer.update_manifest(devices=power.sampled)
     if not measured:
-        raise problem or EnergyError("nothing was measured; see the messages above")
+        raise problem or EnergyError("nothing was measured", remedy="see the messages above")
     try:
         result = _document(job, uuid, measured, power, open_run(telemetry).power(), argv, problem)
     except EnergyError as error:

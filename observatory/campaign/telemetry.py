@@ -106,8 +106,8 @@ def _default_selectors() -> tuple[str, ...]:
         device.close()
     if not found:
         raise DeviceError(
-            f"no device tells its power here ({local.reason}); `observatory doctor` says why, and --device "
-            "names one"
+            f"no device tells its power here ({local.reason})",
+            remedy="`observatory doctor` says why, and --device names one",
         )
     return tuple(found)
 
@@ -136,5 +136,5 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
         return subprocess.Popen(list(command))
     except OSError as error:
         raise DeviceError(
-            f"{command[0]} cannot be started: {error.strerror}; give a program on PATH"
+            f"{command[0]} cannot be started: {error.strerror}", remedy="give a program on PATH"
         ) from error

@@ -189,8 +189,9 @@ def cut_back(cache: Any, tokens: int, network: Any, *, recurrent_runs_on: bool =
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"the cache of {type(network).__name__} cannot be cut back to its context ({reason}), so a step "
-            "behind it cannot be repeated; take a model with keys and values of all tokens in every layer, "
-            "or sweep --phase prefill or a program of your own"
+            "behind it cannot be repeated",
+            remedy="take a model with keys and values of all tokens in every layer, or sweep --phase "
+            "prefill or a program of your own",
         ) from error
 
 
@@ -218,7 +219,7 @@ class CommandWorkload:
             )
         except OSError as error:
             raise ClockError(
-                f"{command[0]} cannot be started: {error.strerror}; give a program on PATH"
+                f"{command[0]} cannot be started: {error.strerror}", remedy="give a program on PATH"
             ) from error
         self._keeper = subprocess.Popen(
             ["/bin/sh", "-c", _KEEPER, "keeper", str(self._process.pid)],

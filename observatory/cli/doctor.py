@@ -49,7 +49,7 @@ def doctor(
         print_json(
             {
                 "capabilities": [asdict(item) for item in found],
-                "devices": [asdict(device) for device in devices],
+                "devices": [device.document() for device in devices],
                 "layers": layers,
             }
         )
@@ -82,19 +82,20 @@ def _print_layers(model: str, layers: list[dict[str, Any]]) -> None:
 
 
 def _print_devices(devices: list[DeviceStatus]) -> None:
-    """Two tables: the devices that tell something, and what is not told and why."""
+    """Two tables: the devices that report something, and what is unavailable and why."""
     from observatory.cli.output import print_table
+    from observatory.locks.words import outlook_words
 
     works = [device for device in devices if device.state == "works"]
     if works:
         print_table(
-            ["device", "name", "tells", "clocks"],
+            ["device", "name", "available", "clocks"],
             [
                 [
                     device.selector,
                     f"{device.name or device.kind}{f' ({device.detail})' if device.detail else ''}",
                     ", ".join(field.name for field in device.fields if field.state == "works"),
-                    device.clocks or "never locked",
+                    "never locked" if device.clocks is None else outlook_words(device.clocks),
                 ]
                 for device in works
             ],
@@ -110,9 +111,9 @@ def _print_devices(devices: list[DeviceStatus]) -> None:
                 key = (name, field.state, field.detail or "", field.remedy or "")
                 rows.setdefault(key, []).append(field.name)
     print_table(
-        ["device", "does not tell", "state", "why", "how to get it"],
+        ["device", "unavailable", "state", "why", "how to get it"],
         [[name, ", ".join(names), *rest] for (name, *rest), names in rows.items()],
-        title="What power devices do not tell",
+        title="Unavailable quantities of power devices",
     )
 
 

@@ -301,5 +301,6 @@ def _check(step_period_ms: float, update_ms: float, window_ms: float, samples: i
     if min(step_period_ms, update_ms, window_ms) <= 0 or samples < 1:
         raise EnergyError(
             f"steps of {step_period_ms} ms, a sensor of {window_ms} ms every {update_ms} ms and {samples} "
-            "samples make no rhythm; expected positive times and at least one sample"
+            "samples make no rhythm",
+            expected="positive times and at least one sample",
         )

@@ -55,20 +55,23 @@ def load_amdsmi() -> Any:
             amdsmi = importlib.import_module("amdsmi")
     except ModuleNotFoundError as error:
         raise DeviceError(
-            "AMD devices cannot be read: the package amdsmi is not installed; on a machine with AMD GPUs "
-            "install the one that belongs to its ROCm (`pip install /opt/rocm/share/amd_smi`)"
+            "AMD devices cannot be read: the package amdsmi is not installed",
+            remedy="on a machine with AMD GPUs install the one that belongs to its ROCm (`pip install "
+            "/opt/rocm/share/amd_smi`)",
         ) from error
     except Exception as error:
         raise DeviceError(
-            f"AMD devices cannot be read: amdsmi does not load ({one_line(repr(error), 120)}); expected "
-            "libamd_smi.so of ROCm, install amd-smi-lib"
+            f"AMD devices cannot be read: amdsmi does not load ({one_line(repr(error), 120)})",
+            expected="libamd_smi.so of ROCm",
+            remedy="install amd-smi-lib",
         ) from error
     try:
         amdsmi.amdsmi_init(amdsmi.AmdSmiInitFlags.INIT_AMD_GPUS)
     except Exception as error:
         raise DeviceError(
-            f"AMD devices cannot be read: amdsmi does not start ({_words(error)}); check that the amdgpu "
-            "driver is loaded and that this user is in the groups video and render"
+            f"AMD devices cannot be read: amdsmi does not start ({_words(error)})",
+            remedy="check that the amdgpu driver is loaded and that this user is in the groups video and "
+            "render",
         ) from error
     return amdsmi
 
@@ -83,7 +86,8 @@ def list_amd(amdsmi: Any) -> dict[str, Any]:
         handles = amdsmi.amdsmi_get_processor_handles()
     except amdsmi.AmdSmiException as error:
         raise DeviceError(
-            f"AMD devices cannot be listed ({_words(error)}); check whether `amd-smi list` shows them"
+            f"AMD devices cannot be listed ({_words(error)})",
+            remedy="check whether `amd-smi list` shows them",
         ) from error
     found: dict[str, Any] = {}
     for handle in handles[:_MAX_DEVICES]:
@@ -111,8 +115,8 @@ class AmdDevice(PowerDevice):
             handles = list_amd(self._amdsmi)
             if uuid not in handles:
                 raise DeviceError(
-                    f"there is no AMD GPU {one_line(uuid, 100)}; expected one of "
-                    f"{', '.join(handles) or 'none: amdsmi lists no GPU'}"
+                    f"there is no AMD GPU {one_line(uuid, 100)}",
+                    expected=f"one of {', '.join(handles) or 'none: amdsmi lists no GPU'}",
                 )
             self._handle = handles[uuid]
             self._spec = self._describe(uuid)
@@ -141,7 +145,7 @@ class AmdDevice(PowerDevice):
         if self._lost is not None:
             raise DeviceLostError(self._lost)
         if self._amdsmi is None:
-            raise DeviceError(f"AMD GPU {self.uuid} was closed and cannot be read; open it again")
+            raise DeviceError(f"AMD GPU {self.uuid} was closed and cannot be read", remedy="open it again")
         start_ns = self._clock_ns()
         told, _ = self._ask()
         return Sample(

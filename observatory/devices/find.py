@@ -75,16 +75,19 @@ def open_device(selector: str) -> PowerDevice:
         return NvmlDevice(_nvidia_uuid(selector))
     if selector.upper().startswith("MIG-"):
         raise DeviceError(
-            f"{one_line(selector, 80)} is a MIG instance, and power is measured for whole GPUs only; name "
-            "the GPU that it is part of, and read its power as that of all its instances"
+            f"{one_line(selector, 80)} is a MIG instance, and power is measured for whole GPUs only",
+            remedy="name the GPU that it is part of, and read its power as that of all its instances",
         )
     if re.fullmatch(r"\d+", selector):
         raise DeviceError(
-            f"{one_line(selector, 20)} is an ordinal, and CUDA, the driver and Slurm count differently; "
-            f"expected {_FORMS}, see `observatory doctor`"
+            f"{one_line(selector, 20)} is an ordinal, and CUDA, the driver and Slurm count differently",
+            expected=f"{_FORMS}",
+            remedy="see `observatory doctor`",
         )
     raise DeviceError(
-        f"{one_line(selector, 80)!r} names no device; expected {_FORMS}, `observatory doctor` lists them"
+        f"{one_line(selector, 80)!r} names no device",
+        expected=f"{_FORMS}",
+        remedy="`observatory doctor` lists them",
     )
 
 
@@ -179,7 +182,7 @@ def _nvidia_uuid(start: str) -> str:
         return found[0]
     what = f"fits {len(found)} GPUs" if found else "is no GPU of this machine"
     raise DeviceError(
-        f"{one_line(start, 80)} {what}; expected one of {', '.join(uuids) or f'none: {why_not}'}"
+        f"{one_line(start, 80)} {what}", expected=f"one of {', '.join(uuids) or f'none: {why_not}'}"
     )
 
 
@@ -194,7 +197,7 @@ def _open_by_bus_id(selector: str) -> PowerDevice:
         if parse_bus_id(bus_id or "") == place:
             return AmdDevice(uuid)
     known = ", ".join([gpu.bus_id or gpu.uuid for gpu in gpus] + [amd[uuid] or uuid for uuid in amd])
-    raise DeviceError(f"there is no GPU at PCI {selector}; expected one of {known or f'none: {why_not}'}")
+    raise DeviceError(f"there is no GPU at PCI {selector}", expected=f"one of {known or f'none: {why_not}'}")
 
 
 def _open_recording(text: str) -> PowerDevice:
@@ -209,7 +212,7 @@ def _domain_of(text: str) -> str:
     name, mark, host = text.partition("@")
     if mark and host != one_line(socket.gethostname(), 200):
         raise DeviceError(
-            f"rapl:{one_line(text, 80)} is a processor of another machine; expected one of "
-            f"{socket.gethostname()}"
+            f"rapl:{one_line(text, 80)} is a processor of another machine",
+            expected=f"one of {socket.gethostname()}",
         )
     return name

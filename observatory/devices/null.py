@@ -36,7 +36,7 @@ class NullDevice(PowerDevice):
     def read(self) -> Sample:
         """A sample without readings."""
         if not self._open:
-            raise DeviceError("the null device was closed and cannot be read; open it again")
+            raise DeviceError("the null device was closed and cannot be read", remedy="open it again")
         return Sample(time_ns=self._clock_ns(), read_ns=0, device_uuid=self.uuid)
 
     def close(self) -> None:

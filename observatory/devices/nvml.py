@@ -128,8 +128,9 @@ class NvmlDevice(PowerDevice):
             if code:
                 self._raise_if_gone(code)
                 raise DeviceError(
-                    f"GPU {uuid} cannot be opened (NVML {code}, {code_text(self._nvml, code)}); expected the "
-                    "UUID of a GPU of this machine, `observatory doctor` lists them"
+                    f"GPU {uuid} cannot be opened (NVML {code}, {code_text(self._nvml, code)})",
+                    expected="the UUID of a GPU of this machine",
+                    remedy="`observatory doctor` lists them",
                 )
             gpu = describe_gpu(self._nvml, self._handle)
             self._raise_if_gone(gpu.code)
@@ -173,7 +174,7 @@ class NvmlDevice(PowerDevice):
         if self._lost is not None:
             raise DeviceLostError(self._lost)
         if self._nvml is None:
-            raise DeviceError(f"{self._name} was closed and cannot be read; open it again")
+            raise DeviceError(f"{self._name} was closed and cannot be read", remedy="open it again")
 
     def _raise_if_gone(self, code: int) -> None:
         if code in GONE:

@@ -38,14 +38,23 @@ _TEXTS = {
     18: "library and kernel driver of different versions", 28: "GPU not found",
 }  # fmt: skip
 
-_CANNOT_START = {
-    4: "this user may not open /dev/nvidiactl; ask the scheduler for a GPU, or the site for read and write "
-    "permission on /dev/nvidia*",
-    9: "the NVIDIA kernel module is not loaded; load it (`modprobe nvidia`), or use a node with GPUs",
-    12: "libnvidia-ml.so.1 is not here; install the NVIDIA driver, or start the container with its GPUs "
-    "(`docker --gpus all`, `apptainer --nv`)",
-    13: "the driver is older than this nvidia-ml-py; update the driver",
-    18: "the driver was updated and the kernel still runs the old one; reboot, or reload the nvidia modules",
+#: Code of a library that does not start -> why, and what to do.
+_CANNOT_START: dict[int, tuple[str | None, str]] = {
+    4: (
+        "this user may not open /dev/nvidiactl",
+        "ask the scheduler for a GPU, or the site for read and write permission on /dev/nvidia*",
+    ),
+    9: ("the NVIDIA kernel module is not loaded", "load it (`modprobe nvidia`), or use a node with GPUs"),
+    12: (
+        "libnvidia-ml.so.1 is missing",
+        "install the NVIDIA driver, or start the container with its GPUs (`docker --gpus all`, "
+        "`apptainer --nv`)",
+    ),
+    13: ("the driver is older than this nvidia-ml-py", "update the driver"),
+    18: (
+        "the driver was updated and the kernel still runs the old one",
+        "reboot, or reload the nvidia modules",
+    ),
 }
 
 
@@ -76,12 +85,17 @@ def load_nvml() -> Any:
         import pynvml
     except ImportError as error:
         raise DeviceError(
-            "NVIDIA devices cannot be read: nvidia-ml-py is not installed; `pip install nvidia-ml-py`"
+            "NVIDIA devices cannot be read: nvidia-ml-py is not installed",
+            remedy="`pip install nvidia-ml-py`",
         ) from error
     _, code = ask(pynvml, "nvmlInit")
     if code:
-        why = _CANNOT_START.get(code, "see the kernel log, and whether `nvidia-smi` works")
-        raise DeviceError(f"NVIDIA devices cannot be read (NVML {code}, {code_text(pynvml, code)}): {why}")
+        why, remedy = _CANNOT_START.get(code, (None, "see the kernel log, and whether `nvidia-smi` works"))
+        raise DeviceError(
+            f"NVIDIA devices cannot be read (NVML {code}, {code_text(pynvml, code)})"
+            + ("" if why is None else f": {why}"),
+            remedy=remedy,
+        )
     return pynvml
 
 

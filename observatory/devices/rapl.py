@@ -112,8 +112,9 @@ class RaplDevice(PowerDevice):
         domains = {domain.name: domain for domain in find_domains(root)}
         if name not in domains:
             raise DeviceError(
-                f"there is no RAPL domain {one_line(name, 80)}; expected one of "
-                f"{', '.join(domains) or 'none: the kernel shows no RAPL here, as in most virtual machines'}"
+                f"there is no RAPL domain {one_line(name, 80)}",
+                expected="one of "
+                f"{', '.join(domains) or 'none: the kernel shows no RAPL here, as in most virtual machines'}",
             )
         self._clock_ns = clock_ns
         self._domain = domains[name]
@@ -152,7 +153,7 @@ class RaplDevice(PowerDevice):
         if self._lost is not None:
             raise DeviceLostError(self._lost)
         if not self._open:
-            raise DeviceError(f"{self._spec.name} was closed and cannot be read; open it again")
+            raise DeviceError(f"{self._spec.name} was closed and cannot be read", remedy="open it again")
         start_ns = self._clock_ns()
         energy_mj = None if "energy_mj" in self._gaps else self._energy_mj(start_ns)
         limit_uw = None if "enforced_limit_mw" in self._gaps else self._number("constraint_0_power_limit_uw")

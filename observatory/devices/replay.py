@@ -119,7 +119,9 @@ class ReplayDevice(PowerDevice):
             DeviceLostError: the recording has ended.
         """
         if not self._open:
-            raise DeviceError(f"the recording of {self._uuid} was closed and cannot be read; open it again")
+            raise DeviceError(
+                f"the recording of {self._uuid} was closed and cannot be read", remedy="open it again"
+            )
         return self._read_next() if self._pace == "recorded" else self._read_now()
 
     def close(self) -> None:
@@ -132,8 +134,9 @@ class ReplayDevice(PowerDevice):
             lowest = -273 if name.endswith("temperature_c") else 0
             if ((values < lowest) | (values >= 1 << 62))[told].any():
                 raise DeviceError(
-                    f"recording {path} holds values of {name} that cannot be true; expected at least "
-                    f"{lowest}, record it again"
+                    f"recording {path} holds values of {name} that cannot be true",
+                    expected=f"at least {lowest}",
+                    remedy="record it again",
                 )
 
     def _read_next(self) -> Sample:
@@ -189,12 +192,12 @@ def _read_file(path: Path) -> Iterator[pa.Table]:
     """Row groups of a Parquet file, checked like those of a run."""
     where = f"recording {path}"
     if not path.is_file():
-        raise DeviceError(f"{where} is neither a run directory nor a file; expected one that is there")
+        raise DeviceError(f"{where} is neither a run directory nor a file", expected="one that is there")
     try:
         part = open_part(path, "power", 0, where)
     except (OSError, ValueError, OverflowError, pa.ArrowException) as error:
         raise DeviceError(
-            f"{where} cannot be read ({one_line(error, 120)}); expected the Parquet file of a power table"
+            f"{where} cannot be read ({one_line(error, 120)})", expected="the Parquet file of a power table"
         ) from error
     if sum(rows for rows, _ in part.groups) > _MAX_ROWS:
         raise DeviceError(_too_large(path))
@@ -203,7 +206,7 @@ def _read_file(path: Path) -> Iterator[pa.Table]:
     for group in part.row_groups():
         rows = read_row_group(group, names)
         if isinstance(rows, str):
-            raise DeviceError(f"{rows}; cut out the part that is to be played, or record it again")
+            raise DeviceError(f"{rows}", remedy="cut out the part that is to be played, or record it again")
         rows = plain_text(rows, most_bytes=left_bytes, where=where)
         left_bytes -= rows.nbytes
         check_rows("power", rows, rank=0, where=where)
@@ -225,20 +228,24 @@ def _rows_of(tables: Iterator[pa.Table], uuid: str | None, path: Path) -> tuple[
         seen |= set(pc.unique(table.column("device_uuid")).to_pylist())
         if len(seen) > _MAX_ROWS // 1000:
             raise DeviceError(
-                f"recording {path} names over {_MAX_ROWS // 1000} devices; expected a power table"
+                f"recording {path} names over {_MAX_ROWS // 1000} devices", expected="a power table"
             )
         kept.append(table if uuid is None else table.filter(pc.equal(table.column("device_uuid"), uuid)))
     names = ", ".join(one_line(name, 80) for name in sorted(seen)[:8])
     if any(name != one_line(name, _MAX_NAME) or not name for name in seen):
-        raise DeviceError(f"recording {path} holds device names that are none: {names}; record it again")
+        raise DeviceError(
+            f"recording {path} holds device names that are none: {names}", remedy="record it again"
+        )
     if not seen:
-        raise DeviceError(f"recording {path} holds no power samples; expected at least one")
+        raise DeviceError(f"recording {path} holds no power samples", expected="at least one")
     if uuid is None and len(seen) > 1:
         raise DeviceError(
-            f"recording {path} holds {len(seen)} devices; name one of them: replay:FILE#{names}"
+            f"recording {path} holds {len(seen)} devices", remedy=f"name one of them: replay:FILE#{names}"
         )
     if uuid is not None and uuid not in seen:
-        raise DeviceError(f"recording {path} holds no device {one_line(uuid, 80)}; expected one of {names}")
+        raise DeviceError(
+            f"recording {path} holds no device {one_line(uuid, 80)}", expected=f"one of {names}"
+        )
     return uuid or next(iter(seen)), pa.concat_tables(kept, promote_options="permissive")
 
 

@@ -93,8 +93,7 @@ def _nvml() -> Capability:
     try:
         nvml = load_nvml()
     except DeviceError as error:
-        detail, _, remedy = str(error).partition("; ")
-        return Capability(name="NVML", works=False, detail=detail, remedy=remedy or None)
+        return Capability(name="NVML", works=False, detail=error.what, remedy=error.advice)
     try:
         gpus = list_gpus(nvml)
     finally:

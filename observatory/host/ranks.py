@@ -66,7 +66,8 @@ def find_rank(
     if rank is not None or world is not None:
         if rank is None or world is None or not 0 <= rank < world:
             raise CaptureError(
-                f"rank={rank} and world={world} do not fit; expected both, with 0 <= rank < world, or neither"
+                f"rank={rank} and world={world} do not fit",
+                expected="both, with 0 <= rank < world, or neither",
             )
         return RankOf(rank=rank, world=world, launcher="caller")
     sources = (_process_group(), _torchrun(environment), _mpiexec(environment), _srun(environment))
@@ -88,8 +89,9 @@ def find_rank(
         else:
             raise CaptureError(
                 f"{found.launcher} says rank {found.rank} of {found.world}, {other.launcher} says rank "
-                f"{other.rank} of {other.world}; expected one launcher, or one process per node of the outer "
-                "one; remove the variables of the launcher that did not start this process"
+                f"{other.rank} of {other.world}",
+                expected="one launcher, or one process per node of the outer one",
+                remedy="remove the variables of the launcher that did not start this process",
             )
     return found
 
@@ -181,7 +183,8 @@ def _read(
     if rank is None or world is None or rank >= world:
         raise CaptureError(
             f"{launcher} set {rank_name}={environment.get(rank_name)} and "
-            f"{world_name}={environment.get(world_name)}; expected both, with 0 <= rank < world"
+            f"{world_name}={environment.get(world_name)}",
+            expected="both, with 0 <= rank < world",
         )
     return RankOf(
         rank=rank,
@@ -198,7 +201,7 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal()):
-        raise CaptureError(f"{name} is {text[:40]!r} in the environment; expected a number from 0 on")
+        raise CaptureError(f"{name} is {text[:40]!r} in the environment", expected="a number from 0 on")
     return int(text)
 
 
@@ -210,5 +213,5 @@ def check_backend(backend: str) -> None:
     """
     if backend not in get_args(BackendChoice):
         raise ExchangeError(
-            f"backend {backend!r} does not exist; expected one of {', '.join(get_args(BackendChoice))}"
+            f"backend {backend!r} does not exist", expected=f"one of {', '.join(get_args(BackendChoice))}"
         )

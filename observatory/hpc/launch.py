@@ -115,7 +115,7 @@ def start_local_ranks(
         KeyboardInterrupt: as it came; the ranks were told too, and had ``grace_s`` to end.
     """
     if world < 1:
-        raise ExchangeError(f"{world} ranks cannot be started; expected 1 or more")
+        raise ExchangeError(f"{world} ranks cannot be started", expected="1 or more")
     with tempfile.TemporaryDirectory(prefix="observatory-ranks-") as folder, meeting_point() as port:
         ranks: list[_Rank] = []
         keeper = _start_keeper()
@@ -144,8 +144,8 @@ def start_local_ranks(
             late = [rank.rank for rank in ranks if rank.process.poll() is None]
             if late:
                 raise ExchangeError(
-                    f"{_ranks(late)} of {world} did not end within {timeout_s:g} s and was ended; see where "
-                    "it waits, or allow more time"
+                    f"{_ranks(late)} of {world} did not end within {timeout_s:g} s and was ended",
+                    remedy="see where it waits, or allow more time",
                 )
         finally:
             _end(ranks)

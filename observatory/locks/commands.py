@@ -1,7 +1,8 @@
-"""Commands that lock a device to a clock and undo it, for people and programs that may. Nothing is run here.
+"""Commands that lock a device to a clock, limit its power and undo it, for people and programs that may.
 
-Every function returns lines of shell. A device is named by its UUID, never by an index that another program
-counts differently; it comes from a file and is quoted.
+Nothing is run here. Every function returns lines of shell. A device is named by its UUID, never by an index
+that another program counts differently; it comes from a file and is quoted. What is set so is in no lease:
+this program does not undo it.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from observatory.errors import ClockError
 _ZEUSD = 'curl --fail-with-body --unix-socket "${ZEUSD_SOCK_PATH:-/var/run/zeusd.sock}" -X POST'
 _ZEUSD_GPU = "http://localhost/gpu"
 _ZEUSD_INDEX = "gpu_ids=${index}&block=true"
-_ZEUSD_UNDO = f'{_ZEUSD} "{_ZEUSD_GPU}/reset_gpu_locked_clocks?{_ZEUSD_INDEX}"'
+_WRAPPER = "a sudo wrapper of the site, if it has one"
 _LONGEST_UUID = 128
 
 
 def nvidia_smi_commands(uuid: str | None, sm_clock_mhz: int) -> list[str]:
-    """Lock, look, undo with nvidia-smi, which needs root.
+    """Lock, check, undo with nvidia-smi, which needs root.
 
     Args:
         uuid: of the device; None leaves a place to fill in.
@@ -55,7 +56,7 @@ def zeusd_commands(uuid: str | None, sm_clock_mhz: int) -> list[str]:
         _zeusd_index(uuid),
         _zeusd_lock(sm_clock_mhz),
         "# undo:",
-        _ZEUSD_UNDO,
+        _zeusd("reset_gpu_locked_clocks"),
     ]
 
 
@@ -80,8 +81,8 @@ def wrapper_commands(template: str | None, uuid: str | None, sm_clock_mhz: int) 
     if "{clock_mhz}" not in template or set(others) & set("{}") or not template.isprintable():
         raise ClockError(
             f"wrapper {template[:80]!r} is not a command with {{clock_mhz}} and, where it names a device, "
-            f"{{uuid}}; "
-            "give one such as 'sudo site-lock {uuid} {clock_mhz}'"
+            "{uuid}",
+            remedy="give one such as 'sudo site-lock {uuid} {clock_mhz}'",
         )
     parts = template.split("{uuid}")
     line = _quoted(uuid).join(part.replace("{clock_mhz}", str(sm_clock_mhz)) for part in parts)
@@ -99,6 +100,34 @@ def all_commands(uuid: str | None, sm_clock_mhz: float, *, wrapper: str | None =
     ]
 
 
+def lock_ways(uuid: str, sm_clock_mhz: int) -> list[str]:
+    """Ways to get the SM clock locked without being allowed to, each in one line, for a message."""
+    return [
+        f"sudo {_nvidia_smi_lock(_quoted(uuid), sm_clock_mhz)}",
+        f"{_srun(sm_clock_mhz, 'COMMAND')} (for that step only)",
+        f"{_zeusd_index(uuid)}; {_zeusd_lock(sm_clock_mhz)}",
+        _WRAPPER,
+    ]
+
+
+def unlock_ways(uuid: str) -> list[str]:
+    """Ways to get the SM clock unlocked."""
+    return [
+        f"sudo {_nvidia_smi_unlock(_quoted(uuid))}",
+        f"{_zeusd_index(uuid)}; {_zeusd('reset_gpu_locked_clocks')}",
+        _WRAPPER,
+    ]
+
+
+def limit_ways(uuid: str, limit_mw: int) -> list[str]:
+    """Ways to get a power limit set."""
+    return [
+        f"sudo {_nvidia_smi_limit(_quoted(uuid), f'{limit_mw / 1e3:g}')}",
+        f"{_zeusd_index(uuid)}; {_zeusd('set_power_limit', f'power_limit_mw={limit_mw}')}",
+        _WRAPPER,
+    ]
+
+
 def plan_commands(
     uuid: str | None,
     clocks_mhz: Sequence[int],
@@ -110,7 +139,7 @@ def plan_commands(
     default_limit_mw: int | None = None,
     wrapper: str | None = None,
 ) -> dict[str, list[str]]:
-    """A sweep by somebody else's locks: every way to set each clock and limit, and what to run meanwhile.
+    """A sweep with locks set outside: every way to set each clock and limit, and what to run meanwhile.
 
     Args:
         uuid: of the device.
@@ -139,43 +168,42 @@ def plan_commands(
     reference = step("none")
     at_clock = {clock: step(str(clock)) for clock in clocks}
     at_limit = {limit: step("none", f"{limit / 1e3:g}") for limit in limits}
-    found: dict[str, list[str]] = {}
+    ways: dict[str, list[str]] = {}
     if clocks:
-        found["with Slurm, no privileges: a step per clock, all in one allocation and so on one GPU"] = [
+        ways["with Slurm, no privileges: a step per clock, all in one allocation and so on one GPU"] = [
             f"srun {reference}",
             *(_srun(clock, command) for clock, command in at_clock.items()),
         ]
-    found["set in another way: one of the ways below before each of these, the first with nothing set"] = [
+    ways["set in another way: one of the ways below before each of these, the first with nothing set"] = [
         reference,
         *at_clock.values(),
         *at_limit.values(),
     ]
     if clocks:
-        found["clocks where the site runs zeusd, no privileges; the last line undoes it"] = [
+        ways["clocks where the site runs zeusd, no privileges; the last line undoes it"] = [
             _zeusd_index(uuid),
             *map(_zeusd_lock, clocks),
-            _ZEUSD_UNDO,
+            _zeusd("reset_gpu_locked_clocks"),
         ]
-        found["clocks with the site's wrapper"] = (
+        ways["clocks with the site's wrapper"] = (
             [line for clock in clocks for line in wrapper_commands(wrapper, uuid, clock)[1:2]]
             if wrapper
             else ["# ask the site for one; its sudo rule needs the commands for root below only"]
         )
-        found["clocks as root; the last line undoes it"] = [
+        ways["clocks as root; the last line undoes it"] = [
             *(_nvidia_smi_lock(device, clock) for clock in clocks),
             _nvidia_smi_unlock(device),
         ]
     if limits:
         default = "DEFAULT_WATTS" if default_limit_mw is None else f"{default_limit_mw / 1e3:g}"
-        found["power limits as root; the last line undoes it"] = [
-            f"nvidia-smi -i {device} --power-limit={watts}"
-            for watts in (*(f"{limit / 1e3:g}" for limit in limits), default)
+        ways["power limits as root; the last line undoes it"] = [
+            _nvidia_smi_limit(device, watts) for watts in (*(f"{limit / 1e3:g}" for limit in limits), default)
         ]
-    found["then, with all results"] = [
+    ways["then, with all results"] = [
         shlex.join(["observatory", "clocks", "fit", *files, "--out", f"{stem}-model.json"]),
         shlex.join(["observatory", "clocks", "recommend", f"{stem}-model.json"]),
     ]
-    return found
+    return ways
 
 
 def _srun(sm_clock_mhz: int, command: str) -> str:
@@ -186,9 +214,12 @@ def _zeusd_index(uuid: str | None) -> str:
     return f'index="$(nvidia-smi -i {_quoted(uuid)} --query-gpu=index --format=csv,noheader)"'
 
 
+def _zeusd(endpoint: str, query: str = "") -> str:
+    return f'{_ZEUSD} "{_ZEUSD_GPU}/{endpoint}?{_ZEUSD_INDEX}{query and "&" + query}"'
+
+
 def _zeusd_lock(sm_clock_mhz: int) -> str:
-    clocks = f"min_clock_mhz={sm_clock_mhz}&max_clock_mhz={sm_clock_mhz}"
-    return f'{_ZEUSD} "{_ZEUSD_GPU}/set_gpu_locked_clocks?{_ZEUSD_INDEX}&{clocks}"'
+    return _zeusd("set_gpu_locked_clocks", f"min_clock_mhz={sm_clock_mhz}&max_clock_mhz={sm_clock_mhz}")
 
 
 def _nvidia_smi_lock(device: str, sm_clock_mhz: int) -> str:
@@ -197,6 +228,10 @@ def _nvidia_smi_lock(device: str, sm_clock_mhz: int) -> str:
 
 def _nvidia_smi_unlock(device: str) -> str:
     return f"nvidia-smi -i {device} --reset-gpu-clocks"
+
+
+def _nvidia_smi_limit(device: str, watts: str) -> str:
+    return f"nvidia-smi -i {device} --power-limit={watts}"
 
 
 def _quoted(uuid: str | None) -> str:

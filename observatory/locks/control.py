@@ -15,6 +15,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
+from pydantic import JsonValue
+
 from observatory.devices.nvml_library import (
     GONE,
     NO_FUNCTION,
@@ -35,9 +37,10 @@ from observatory.errors import (
     LockNotPermittedError,
     LockRefusedError,
 )
-from observatory.locks.driver_commands import clock_commands, limit_commands, unlock_commands
+from observatory.locks.commands import limit_ways, lock_ways, unlock_ways
+from observatory.locks.words import LockCode, refusal_remedy, refusal_words
+from observatory.reasons import Reason
 
-_SHOWN_PIDS = 6
 _PERMISSIONS = "docs/power.md#permissions"
 
 
@@ -57,8 +60,8 @@ class ClockControl:
     def __init__(self, uuid: str, *, owner_pid: int | None = None) -> None:
         if not uuid.startswith("GPU-"):
             raise LockRefusedError(
-                f"clocks of {uuid} cannot be locked: only NVIDIA GPUs are supported here; name one by its "
-                "UUID, GPU-..."
+                f"clocks of {uuid} cannot be locked: only NVIDIA GPUs are supported here",
+                remedy="name one by its UUID, GPU-...",
             )
         self._owner_pid = os.getpid() if owner_pid is None else owner_pid
         self._nvml = load_nvml()
@@ -89,8 +92,9 @@ class ClockControl:
             clocks = told or []
         if not clocks:
             raise ClockError(
-                f"the driver lists no SM clocks of {self.name} (NVML {code}, {code_text(self._nvml, code)}); "
-                "expected at least one, this GPU's clocks cannot be swept"
+                f"the driver lists no SM clocks of {self.name} (NVML {code}, {code_text(self._nvml, code)})",
+                expected="at least one",
+                remedy="sweep another GPU",
             )
         return tuple(sorted(set(clocks)))
 
@@ -104,15 +108,16 @@ class ClockControl:
         step = max((b - a for a, b in itertools.pairwise(clocks)), default=0)
         if not clocks[0] - step <= sm_clock_mhz <= clocks[-1] + step:
             raise ClockError(
-                f"{sm_clock_mhz} MHz is no SM clock of {self.name}; expected {clocks[0]} to {clocks[-1]} MHz"
+                f"{sm_clock_mhz} MHz is no SM clock of {self.name}",
+                expected=f"{clocks[0]} to {clocks[-1]} MHz",
             )
         return min(clocks, key=lambda clock: (abs(clock - sm_clock_mhz), clock))
 
-    def refusal(self) -> str | None:
+    def refusal(self) -> Reason | None:
         """Why clocks and limits of this GPU are not ours to set, whatever the driver says; None if they are.
 
         It is partitioned (MIG), or processes use it that are neither the owner nor its descendants, or the
-        driver does not tell which use it. Reads only. Permission is not tried: None does not mean that the
+        driver does not report which use it. Reads only. Permission is not tried: None does not mean that the
         driver will agree.
 
         Raises:
@@ -120,25 +125,16 @@ class ClockControl:
         """
         mode, code = self._ask("nvmlDeviceGetMigMode", self._handle)
         if not code and any(mode):
-            return (
-                f"{self.name} is partitioned (MIG is on or about to be): its clock is that of all instances; "
-                "use a GPU that is not"
-            )
+            return Reason(LockCode.PARTITIONED, {"gpu": self.name})
         if code not in (SUCCESS, NOT_SUPPORTED, NO_FUNCTION):
-            return f"the driver does not tell whether {self.name} is partitioned ({self._code(code)})"
+            return Reason(LockCode.PARTITIONS_UNKNOWN, {"gpu": self.name, "answer": self._code(code)})
         pids, code = self._users()
         if code:
-            return f"the driver does not tell which processes use {self.name} ({self._code(code)})"
-        strangers = [pid for pid in sorted(pids) if not descends_from(pid, self._owner_pid)]
-        if not strangers:
+            return Reason(LockCode.USERS_UNKNOWN, {"gpu": self.name, "answer": self._code(code)})
+        others: list[JsonValue] = [pid for pid in sorted(pids) if not descends_from(pid, self._owner_pid)]
+        if not others:
             return None
-        shown = ", ".join(map(str, strangers[:_SHOWN_PIDS])) + (
-            ", ..." if len(strangers) > _SHOWN_PIDS else ""
-        )
-        return (
-            f"{self.name} is used by processes that are not of process {self._owner_pid}: {shown} (as the "
-            "driver counts them; in a container it may count otherwise); use a GPU of your own"
-        )
+        return Reason(LockCode.SHARED, {"gpu": self.name, "owner_pid": self._owner_pid, "pids": others})
 
     def lock_sm_clock(self, sm_clock_mhz: int) -> int:
         """Lock the SM clock to the nearest supported one.
@@ -156,7 +152,7 @@ class ClockControl:
         self._refuse(f"locking the SM clock to {locked_mhz} MHz")
         self._set(
             f"locking {self.name} to {locked_mhz} MHz",
-            clock_commands(self.uuid, locked_mhz),
+            lock_ways(self.uuid, locked_mhz),
             "nvmlDeviceSetGpuLockedClocks",
             locked_mhz,
             locked_mhz,
@@ -171,7 +167,7 @@ class ClockControl:
             ClockError: the driver failed otherwise.
             DeviceLostError: the GPU does not answer.
         """
-        self._set(f"unlocking {self.name}", unlock_commands(self.uuid), "nvmlDeviceResetGpuLockedClocks")
+        self._set(f"unlocking {self.name}", unlock_ways(self.uuid), "nvmlDeviceResetGpuLockedClocks")
 
     @property
     def limit_range_mw(self) -> tuple[int, int] | None:
@@ -203,20 +199,21 @@ class ClockControl:
         limits = self.limit_range_mw
         if limits is not None and not limits[0] <= limit_mw <= limits[1]:
             raise ClockError(
-                f"{limit_mw} mW is no power limit of {self.name}; expected {limits[0]} to {limits[1]} mW"
+                f"{limit_mw} mW is no power limit of {self.name}", expected=f"{limits[0]} to {limits[1]} mW"
             )
         self._refuse(f"setting a power limit of {limit_mw} mW")
         self._set(
             f"limiting {self.name} to {limit_mw} mW",
-            limit_commands(self.uuid, limit_mw),
+            limit_ways(self.uuid, limit_mw),
             "nvmlDeviceSetPowerManagementLimit",
             limit_mw,
         )
         held_mw = self.power_limit_mw
         if held_mw is None or abs(held_mw - limit_mw) > 1000:
             raise ClockError(
-                f"{self.name} accepted a power limit of {limit_mw} mW and holds {held_mw} mW; expected the "
-                "one asked for, look for another program that sets limits"
+                f"{self.name} accepted a power limit of {limit_mw} mW and holds {held_mw} mW",
+                expected="the one asked for",
+                remedy="look for another program that sets limits",
             )
         return held_mw
 
@@ -230,7 +227,7 @@ class ClockControl:
         """
         self._set(
             f"limiting {self.name} to {limit_mw} mW",
-            limit_commands(self.uuid, limit_mw),
+            limit_ways(self.uuid, limit_mw),
             "nvmlDeviceSetPowerManagementLimit",
             limit_mw,
         )
@@ -254,12 +251,13 @@ class ClockControl:
 
     def _ask(self, function: str, *arguments: Any) -> tuple[Any, int]:
         if not self._open:
-            raise DeviceError(f"{self.name} was closed and cannot be asked; open it again")
+            raise DeviceError(f"{self.name} was closed and cannot be asked", remedy="open it again")
         answer, code = ask(self._nvml, function, *arguments)
         if code in GONE:
             raise DeviceLostError(
-                f"{self.name} does not answer any more ({self._code(code)}); look for Xid lines in the "
-                "kernel log: it takes a reset of the GPU or a reboot to get it back, which also undoes locks"
+                f"{self.name} does not answer any more ({self._code(code)})",
+                remedy="look for Xid lines in the kernel log: it takes a reset of the GPU or a reboot to "
+                "get it back, which also undoes locks",
             )
         return answer, code
 
@@ -268,8 +266,9 @@ class ClockControl:
         if code:
             what = f"GPU {self.uuid} cannot be opened" if named else f"{function} of {self.name} failed"
             raise DeviceError(
-                f"{what} ({self._code(code)}); expected the UUID of a GPU of this machine, `observatory "
-                "doctor` lists them"
+                f"{what} ({self._code(code)})",
+                expected="the UUID of a GPU of this machine",
+                remedy="`observatory doctor` lists them",
             )
         return answer
 
@@ -292,9 +291,11 @@ class ClockControl:
         return found, SUCCESS
 
     def _refuse(self, what: str) -> None:
-        reason = self.refusal()
-        if reason is not None:
-            raise LockRefusedError(f"{what} is refused: {reason}")
+        refusal = self.refusal()
+        if refusal is not None:
+            raise LockRefusedError(
+                f"{what} is refused: {refusal_words(refusal)}", remedy=refusal_remedy(refusal)
+            )
 
     def _set(self, what: str, commands: list[str], function: str, *arguments: int) -> None:
         """Call a setter; a refusal of the driver tells how else to get it done."""
@@ -305,12 +306,15 @@ class ClockControl:
             ways = "  ".join(f"{number}) {command}" for number, command in enumerate(commands, start=1))
             raise LockNotPermittedError(
                 f"{what} is not permitted ({self._code(code)}): it needs root or CAP_SYS_ADMIN",
-                f"have it done in another way ({_PERMISSIONS}): {ways}",
+                remedy=f"have it done in another way ({_PERMISSIONS}): {ways}",
             )
         if code in (NOT_SUPPORTED, NO_FUNCTION):
             raise LockRefusedError(
-                f"{what} is not supported ({self._code(code)}); expected a GPU of the Volta generation or "
-                "later and a driver that knows it, sweep another GPU"
+                f"{what} is not supported ({self._code(code)})",
+                expected="a GPU of the Volta generation or later and a driver that knows it",
+                remedy="sweep another GPU",
             )
         if code:
-            raise ClockError(f"{what} failed ({self._code(code)}); see whether `{commands[0]}` works")
+            raise ClockError(
+                f"{what} failed ({self._code(code)})", remedy=f"see whether `{commands[0]}` works"
+            )

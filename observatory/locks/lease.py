@@ -107,8 +107,8 @@ def new_lease(device_uuid: str, *, duration_s: float) -> Lease:
     owner = ProcessId.of(os.getpid())
     if owner is None or owner.namespace is None:
         raise ClockError(
-            "/proc does not tell processes apart here, so nothing could undo a lock; use Linux, with a /proc "
-            "of this process's own PID namespace"
+            "/proc does not tell processes apart here, so nothing could undo a lock",
+            remedy="use Linux, with a /proc of this process's own PID namespace",
         )
     return Lease(
         lease_id=uuids.uuid4().hex,
@@ -128,7 +128,8 @@ def lease_path(folder: Path, device_uuid: str) -> Path:
     """
     if _UUID.fullmatch(device_uuid) is None:
         raise LockRefusedError(
-            f"{device_uuid[:80]!r} is no UUID of an NVIDIA GPU; name it GPU-..., see `observatory doctor`"
+            f"{device_uuid[:80]!r} is no UUID of an NVIDIA GPU",
+            remedy="name it GPU-..., see `observatory doctor`",
         )
     return folder / f"{device_uuid.lower()}.json"
 
@@ -154,8 +155,9 @@ def read_lease(path: Path) -> Lease | None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is damaged"
         raise ClockError(
-            f"lease {path} cannot be read ({reason}), so what was changed is not known; look at the GPU's "
-            "clocks, run `nvidia-smi -rgc -i UUID` if they are locked, and remove the file"
+            f"lease {path} cannot be read ({reason}), so what was changed is not known",
+            remedy="look at the GPU's clocks, run `nvidia-smi -rgc -i UUID` if they are locked, and remove "
+            "the file",
         ) from error
     return lease
 
@@ -209,7 +211,9 @@ def create_lease(path: Path, lease: Lease) -> None:
         LockRefusedError: there is one.
     """
     if os.path.lexists(path):
-        raise LockRefusedError(f"{lease.device_uuid} is leased already; see `observatory clocks status`")
+        raise LockRefusedError(
+            f"{lease.device_uuid} is leased already", remedy="see `observatory clocks status`"
+        )
     _write(path, lease, path)
 
 
@@ -265,6 +269,6 @@ def _write(path: Path, lease: Lease, place: Path) -> None:
             raise
     except OSError as error:
         raise ClockError(
-            f"lease {path} cannot be written ({error.strerror}), so nothing is changed; free space there, or "
-            f"name another folder in {FOLDER_VARIABLE}"
+            f"lease {path} cannot be written ({error.strerror}), so nothing is changed",
+            remedy=f"free space there, or name another folder in {FOLDER_VARIABLE}",
         ) from error

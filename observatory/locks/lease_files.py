@@ -80,8 +80,8 @@ def _take_guard(guard: Path) -> int:
                 descriptor = open_own(guard, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise ClockError(
-                f"guard {guard} of a lease cannot be taken ({error.strerror}), so nothing is changed; see "
-                "what it is, and remove it"
+                f"guard {guard} of a lease cannot be taken ({error.strerror}), so nothing is changed",
+                remedy="see what it is, and remove it",
             ) from error
         _guards.add(descriptor)
         taken = False
@@ -95,8 +95,9 @@ def _take_guard(guard: Path) -> int:
                 os.close(descriptor)
         if time.monotonic() > deadline:
             raise LeaseBusyError(
-                f"{_holder(guard)} is changing {guard.stem} and has not come to an end in {_GUARD_S:g} s, so "
-                "nothing is changed; see whether that process is stopped, let it go on or end it"
+                f"{_holder(guard)} is changing {guard.stem} and has not come to an end in {_GUARD_S:g} s, "
+                "so nothing is changed",
+                remedy="see whether that process is stopped, let it go on or end it",
             )
 
 

@@ -70,7 +70,8 @@ def trusted_folder(folder: Path) -> Path:
         found = done.lstat()
     except OSError as error:
         raise ClockError(
-            f"leases cannot be kept in {folder} ({error.strerror}); name a folder in {FOLDER_VARIABLE}"
+            f"leases cannot be kept in {folder} ({error.strerror})",
+            remedy=f"name a folder in {FOLDER_VARIABLE}",
         ) from error
     if found.st_uid != os.geteuid() or found.st_mode & OTHERS_WRITE:
         raise _not_ours(done)
@@ -97,6 +98,7 @@ def _refuse_untrusted(place: Path, found: os.stat_result) -> None:
 def _not_ours(place: Path) -> ClockError:
     return ClockError(
         f"{place} is not ours alone (its owner is user {place.lstat().st_uid}, its mode "
-        f"{stat.S_IMODE(place.lstat().st_mode):o}), so leases in it cannot be trusted; name a folder in "
-        f"{FOLDER_VARIABLE} that only you and root may write to, as all folders above it"
+        f"{stat.S_IMODE(place.lstat().st_mode):o}), so leases in it cannot be trusted",
+        remedy=f"name a folder in {FOLDER_VARIABLE} that only you and root may write to, as all folders "
+        "above it",
     )

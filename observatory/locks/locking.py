@@ -52,6 +52,7 @@ from observatory.locks.lease import (
 )
 from observatory.locks.lease_files import guarded, open_own
 from observatory.locks.lease_folder import lease_folder, trusted_folder
+from observatory.locks.words import refusal_remedy, refusal_words
 
 _WATCHDOG_S = 20.0
 _END_S = 5.0
@@ -90,14 +91,16 @@ class ClockLease:
             DeviceError: there is no such GPU.
         """
         if not duration_s > 0:
-            raise ClockError(f"a lease of {duration_s:g} s is no lease; give more than 0 s")
+            raise ClockError(f"a lease of {duration_s:g} s is no lease", remedy="give more than 0 s")
         path = lease_path(lease_folder() if folder is None else trusted_folder(folder), device_uuid)
         control = ClockControl(device_uuid)
         lease = watchdog = None
         try:
-            reason = control.refusal()
-            if reason is not None:
-                raise LockRefusedError(f"clocks are not touched: {reason}")
+            refusal = control.refusal()
+            if refusal is not None:
+                raise LockRefusedError(
+                    f"clocks are not touched: {refusal_words(refusal)}", remedy=refusal_remedy(refusal)
+                )
             with guarded(path):
                 _clear_stale(path)
                 remove_leftovers(path)
@@ -214,7 +217,8 @@ class ClockLease:
         if not self._lease.owner.is_this_process:
             raise LockRefusedError(
                 f"the lease of {self._lease.device_uuid} is process {self._lease.owner.pid}'s, and this "
-                f"process, {os.getpid()}, is not it; acquire one here when that is over"
+                f"process, {os.getpid()}, is not it",
+                remedy="acquire one here when that is over",
             )
         with guarded(self._path):
             self._refuse_over()
@@ -245,8 +249,8 @@ class ClockLease:
         if state in ("vanished", "replaced"):
             raise LockRefusedError(
                 f"the file of the lease of {self._lease.device_uuid} has vanished without being given back, "
-                "so nothing more is changed, and its watchdog undoes what it changed; see who removes "
-                f"files of {self._path.parent}"
+                "so nothing more is changed, and its watchdog undoes what it changed",
+                remedy=f"see who removes files of {self._path.parent}",
             )
         if state == "over" or self._lease.problem is not None:
             raise _over(self._lease)
@@ -255,7 +259,7 @@ class ClockLease:
         """Say in the lease what is about to happen; refuse when nobody would undo it."""
         if self._watchdog.poll() is not None:
             raise LockRefusedError(
-                "the watchdog that would undo the lock has died, so nothing is changed; begin again"
+                "the watchdog that would undo the lock has died, so nothing is changed", remedy="begin again"
             )
         before = self._lease.limit_before_mw if limit_before_mw is None else limit_before_mw
         locked = locked or self._lease.locked
@@ -361,13 +365,14 @@ def undo(control: ClockControl, lease: Lease) -> None:
 
 def _refuse_directly() -> None:
     raise LockRefusedError(
-        "nothing is changed outside of the lease; call lock, unlock, limit or restore_limit of the lease"
+        "nothing is changed outside of the lease",
+        remedy="call lock, unlock, limit or restore_limit of the lease",
     )
 
 
 def _over(lease: Lease) -> LockRefusedError:
     return LockRefusedError(
-        f"the lease of {lease.device_uuid} is over, and what it changed is undone; take a longer one"
+        f"the lease of {lease.device_uuid} is over, and what it changed is undone", remedy="take a longer one"
     )
 
 
@@ -403,14 +408,16 @@ def refuse_leased(device_uuid: str, *, folder: Path | None = None) -> None:
     _refuse_held(found)
     if found.touched:
         raise LockRefusedError(
-            f"what a lease of {device_uuid} has changed is not undone ({found.problem}); run `observatory "
-            "clocks unlock` first"
+            f"what a lease of {device_uuid} has changed is not undone ({found.problem})",
+            remedy="run `observatory clocks unlock` first",
         )
 
 
 def _refuse_held(lease: Lease) -> None:
     if lease.problem is None:
-        raise LockRefusedError(f"{lease.device_uuid} is leased by {lease.holder}; wait for it, or end it")
+        raise LockRefusedError(
+            f"{lease.device_uuid} is leased by {lease.holder}", remedy="wait for it, or end it"
+        )
 
 
 def _start_watchdog(path: Path, lease: Lease) -> subprocess.Popen[bytes]:

@@ -1,19 +1,23 @@
-"""What each power device of this machine tells, what it does not, and how to get that. Changes nothing."""
+"""What each power device of this machine reports, what it does not, and how to get that. Changes nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pydantic import JsonValue
 
 from observatory.devices.amd import list_amd, load_amdsmi
-from observatory.devices.base import FIELDS, Gap, PowerDevice
+from observatory.devices.base import FIELDS, PowerDevice
 from observatory.devices.find import all_selectors, open_device
 from observatory.devices.nvml_library import close_nvml, code_text, list_gpus, load_nvml
 from observatory.devices.processes import has_admin_capability
 from observatory.devices.rapl import POWERCAP, find_domains
 from observatory.errors import ObservatoryError
 from observatory.locks.control import ClockControl
+from observatory.locks.words import LockCode, outlook_words
+from observatory.reasons import Reason
 
 State = Literal["works", "not supported", "not permitted", "failed"]
 
@@ -24,7 +28,7 @@ class FieldStatus:
 
     Attributes:
         name: one of ``FIELDS``.
-        state: whether it is told, or which kind of reason there is.
+        state: whether it is available, or which kind of reason there is.
         detail: the reason; None when it works.
         remedy: how to get it; None when it works or cannot be had.
     """
@@ -42,12 +46,12 @@ class DeviceStatus:
     Attributes:
         selector: what opens it; None where there is no device.
         kind: ``nvidia``, ``amd`` or ``rapl``.
-        name: the device's; None when it does not tell, or there is none.
-        state: ``works`` when it tells something.
+        name: the device's; None when it does not report one, or there is no device.
+        state: ``works`` when it reports something.
         detail: why there is no device, or it cannot be opened; what its energy covers, for RAPL.
         remedy: how to get it; None when it works or cannot be had.
         fields: its quantities; empty when it cannot be opened.
-        clocks: whether its clocks may be locked, for NVIDIA; None for others.
+        clocks: whether its clocks may be locked (a ``LockCode``), for NVIDIA; None for others.
     """
 
     selector: str | None
@@ -57,25 +61,32 @@ class DeviceStatus:
     detail: str | None = None
     remedy: str | None = None
     fields: tuple[FieldStatus, ...] = ()
-    clocks: str | None = None
+    clocks: Reason | None = None
+
+    def document(self) -> dict[str, Any]:
+        """The status for a JSON document; ``clocks`` in words, ``clocks_reason`` as a code."""
+        clocks = self.clocks
+        return asdict(self) | {
+            "clocks": None if clocks is None else outlook_words(clocks),
+            "clocks_reason": None if clocks is None else clocks.document(),
+        }
 
 
 def device_report() -> list[DeviceStatus]:
     """Every device that drivers and kernel list, and why there is none where they list none."""
-    found: list[DeviceStatus] = []
+    report: list[DeviceStatus] = []
     for selector in all_selectors():
         try:
             with open_device(selector) as device:
-                found.append(_status(selector, device))
+                report.append(_status(selector, device))
         except ObservatoryError as error:
             kind = "nvidia" if selector.startswith("GPU-") else selector.partition(":")[0]
-            detail, _, remedy = str(error).partition("; ")
-            found.append(
+            report.append(
                 DeviceStatus(
-                    selector=selector, kind=kind, state="failed", detail=detail, remedy=remedy or None
+                    selector=selector, kind=kind, state="failed", detail=error.what, remedy=error.advice
                 )
             )
-    return found + list(_absent({status.kind for status in found}))
+    return report + list(_absent({status.kind for status in report}))
 
 
 def _status(selector: str, device: PowerDevice) -> DeviceStatus:
@@ -101,25 +112,21 @@ def _status(selector: str, device: PowerDevice) -> DeviceStatus:
     )
 
 
-def lock_outlook(uuid: str) -> str:
-    """Whether clocks may be locked, as far as it is told without trying.
-
-    Begins with ``may be locked``, ``not permitted`` or ``refused``; the driver alone decides, when told to.
-    """
+def lock_outlook(uuid: str) -> Reason:
+    """Whether clocks may be locked, as far as it is known without trying; the driver alone decides."""
     try:
         with ClockControl(uuid) as control:
             refusal = control.refusal()
             if refusal is not None:
-                return f"refused: {refusal}"
+                return refusal
             clocks = control.supported_sm_clocks_mhz
     except ObservatoryError as error:
-        return f"refused: {error}"
-    able = has_admin_capability()
-    span = f"{len(clocks)} clocks from {clocks[0]} to {clocks[-1]} MHz"
-    if able:
-        return f"may be locked: {span}, and this process has CAP_SYS_ADMIN"
-    why = "lacks CAP_SYS_ADMIN" if able is False else "may lack CAP_SYS_ADMIN"
-    return f"not permitted: {span}, and this process {why} (docs/power.md#permissions)"
+        return Reason(LockCode.UNAVAILABLE, {"error": str(error)})
+    capable = has_admin_capability()
+    values: dict[str, JsonValue] = {"clocks": len(clocks), "low_mhz": clocks[0], "high_mhz": clocks[-1]}
+    if capable:
+        return Reason(LockCode.ALLOWED, values)
+    return Reason(LockCode.NOT_PERMITTED, values | {"capability_known": capable is not None})
 
 
 def _absent(kinds: set[str]) -> Iterator[DeviceStatus]:
@@ -139,9 +146,9 @@ def _absent(kinds: set[str]) -> Iterator[DeviceStatus]:
         finally:
             close_nvml(nvml)
         if not listed:
-            yield _none("nvidia", "the driver shows this process no GPU; ask the scheduler for one")
+            yield _none("nvidia", "the driver shows this process no GPU", "ask the scheduler for one")
     except ObservatoryError as error:
-        yield _none("nvidia", str(error))
+        yield _none("nvidia", error.what, error.advice)
     if "amd" not in kinds:
         try:
             amdsmi = load_amdsmi()
@@ -151,15 +158,14 @@ def _absent(kinds: set[str]) -> Iterator[DeviceStatus]:
                 amdsmi.amdsmi_shut_down()
             yield _none("amd", "amdsmi lists no GPU")
         except ObservatoryError as error:
-            yield _none("amd", str(error))
+            yield _none("amd", error.what, error.advice)
     if not find_domains(POWERCAP):
         yield _none(
             "rapl",
-            f"the kernel shows no RAPL domain under {POWERCAP}, as in virtual machines and many containers; "
+            f"the kernel shows no RAPL domain under {POWERCAP}, as in virtual machines and many containers",
             "run on the bare machine with the module intel_rapl_common, or let the container see the folder",
         )
 
 
-def _none(kind: str, why: str) -> DeviceStatus:
-    gap = Gap(kind="not supported", detail=why.partition("; ")[0], remedy=why.partition("; ")[2] or None)
-    return DeviceStatus(selector=None, kind=kind, state=gap.kind, detail=gap.detail, remedy=gap.remedy)
+def _none(kind: str, detail: str, remedy: str | None = None) -> DeviceStatus:
+    return DeviceStatus(selector=None, kind=kind, state="not supported", detail=detail, remedy=remedy)

@@ -65,7 +65,7 @@ class TableAppender:
         """
         if table not in TABLES:
             raise RunFormatError(
-                f"table {one_line(table, 40)!r} is unknown; expected one of {', '.join(TABLES)}"
+                f"table {one_line(table, 40)!r} is unknown", expected=f"one of {', '.join(TABLES)}"
             )
         checked = checked_rows(table, rows, rank=self.rank)
         if checked.num_rows == 0:
@@ -138,7 +138,8 @@ class TableAppender:
             self.dropped_rows += rows.num_rows
             reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
             raise RunError(
-                f"rank {self.rank} cannot write {folder / part_name(number)}: {reason}; {rows.num_rows} rows "
-                "are lost, parts written before are intact; free space or choose another place"
+                f"rank {self.rank} cannot write {folder / part_name(number)}: {reason}; {rows.num_rows} "
+                "rows are lost, parts written before are intact",
+                remedy="free space or choose another place",
             ) from error
         self._next_part[table] = number + 1

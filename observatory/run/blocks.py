@@ -312,7 +312,8 @@ def _block(
     if np.count_nonzero(present_SP) != s_N.size:
         raise RunFormatError(
             f"layer {layer} in {phase} has two rows of one rank for one step between {step_S[0]} and "
-            f"{step_S[-1]}; expected one row per step, layer and source rank"
+            f"{step_S[-1]}",
+            expected="one row per step, layer and source rank",
         )
     return LoadBlock(
         phase=phase,

@@ -62,12 +62,12 @@ def checked_rows(table: str, rows: pa.Table | pa.RecordBatch, *, rank: int) -> p
         if not found and field.nullable:
             continue
         if len(found) != 1:
-            raise RunFormatError(f"{where}: column {field.name} is there {len(found)} times; expected once")
+            raise RunFormatError(f"{where}: column {field.name} is there {len(found)} times", expected="once")
         try:
             column = given.column(found[0]).cast(field.type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise RunFormatError(
-                f"{where}: column {field.name} is {given.column(found[0]).type}; expected {field.type}"
+                f"{where}: column {field.name} is {given.column(found[0]).type}", expected=f"{field.type}"
             ) from error
         if field.nullable and column.null_count == len(column):
             continue  # a column of nulls says nothing and costs space: readers take a missing one as null
@@ -86,7 +86,9 @@ def _experts_of_list(rows: pa.Table, where: str) -> int:
     """E of rows that are about to be written."""
     index = rows.schema.get_field_index("load")
     if index < 0 or not pa.types.is_fixed_size_list(rows.schema.field(index).type):
-        raise RunFormatError(f"{where}: no fixed-size list column load; build the rows with routing_rows()")
+        raise RunFormatError(
+            f"{where}: no fixed-size list column load", remedy="build the rows with routing_rows()"
+        )
     return int(rows.schema.field(index).type.list_size)
 
 
@@ -101,8 +103,8 @@ def check_schema(table: str, schema: pa.Schema, *, where: str) -> None:
         kind = field.type.value_type if lists or pa.types.is_dictionary(field.type) else field.type
         if not (pa.types.is_primitive(kind) or pa.types.is_string(kind)):
             raise RunFormatError(
-                f"{where}: column {one_line(field.name, 80)} is {one_line(field.type, 60)}; expected "
-                "numbers, texts, or lists of them"
+                f"{where}: column {one_line(field.name, 80)} is {one_line(field.type, 60)}",
+                expected="numbers, texts, or lists of them",
             )
     if table == "routing":
         experts_of(schema, where)
@@ -114,7 +116,7 @@ def check_schema(table: str, schema: pa.Schema, *, where: str) -> None:
         kind = schema.field(found[0]).type if len(found) == 1 else None
         if kind is None or not _fits(kind, field.type):
             raise RunFormatError(
-                f"{where}: column {field.name} is {one_line(kind, 60)}; expected {field.type}"
+                f"{where}: column {field.name} is {one_line(kind, 60)}", expected=f"{field.type}"
             )
 
 
@@ -133,7 +135,7 @@ def _check_range(column: pa.ChunkedArray, name: str, where: str) -> None:
     extremes = pc.min_max(pc.list_flatten(column) if lists else column).as_py()
     for found in (extremes["min"], extremes["max"]):
         if found is not None and not least <= found <= most:
-            raise RunFormatError(f"{where}: column {name} holds {found}; expected {least} to {most}")
+            raise RunFormatError(f"{where}: column {name} holds {found}", expected=f"{least} to {most}")
 
 
 def check_rows(table: str, rows: pa.Table, *, rank: int, where: str) -> None:
@@ -148,25 +150,25 @@ def check_rows(table: str, rows: pa.Table, *, rank: int, where: str) -> None:
         return
     for field in FIXED_SCHEMAS[table]:
         if not field.nullable and rows.column(field.name).null_count:
-            raise RunFormatError(f"{where}: column {field.name} holds nulls; expected a value in every row")
+            raise RunFormatError(f"{where}: column {field.name} holds nulls", expected="a value in every row")
     names = rows.column_names
     for name in names:
         _check_range(rows.column(name), name, where)
     if "source_rank" in names and pc.any(pc.not_equal(rows.column("source_rank"), rank)).as_py():
         raise RunFormatError(
-            f"{where}: holds rows of another source_rank; expected only those of rank {rank}"
+            f"{where}: holds rows of another source_rank", expected=f"only those of rank {rank}"
         )
     if (
         "phase" in names
         and not pc.all(pc.is_in(rows.column("phase"), pa.array(PHASES))).as_py()
         and rows.num_rows
     ):
-        raise RunFormatError(f"{where}: holds an unknown phase; expected one of {', '.join(PHASES)}")
+        raise RunFormatError(f"{where}: holds an unknown phase", expected=f"one of {', '.join(PHASES)}")
     if table == "tokens" and rows.num_rows:
         ids = pc.list_flatten(rows.column("expert_ids"))
         lowest, highest = pc.min(ids).as_py(), pc.max(ids).as_py()
         if ids.null_count or (lowest is not None and not 0 <= lowest <= highest < MAX_EXPERTS):
             raise LoadError(
-                f"{where}: expert ids range from {lowest} to {highest}; expected 0 to {MAX_EXPERTS - 1}, "
-                "with padding and masked tokens left out"
+                f"{where}: expert ids range from {lowest} to {highest}",
+                expected=f"0 to {MAX_EXPERTS - 1}, with padding and masked tokens left out",
             )

@@ -59,7 +59,9 @@ def stages(
     matrix_PP = np.asarray(bytes_PP, dtype=np.int64)
     ranks = len(node_of_P)
     if matrix_PP.shape != (ranks, ranks):
-        raise ExchangeError(f"a matrix of shape {matrix_PP.shape} with {ranks} ranks; expected one row each")
+        raise ExchangeError(
+            f"a matrix of shape {matrix_PP.shape} with {ranks} ranks", expected="one row each"
+        )
     if role == "combine":
         return [stage_PP.T for stage_PP in reversed(stages(matrix_PP.T, node_of_P, algorithm))]
     if algorithm == "flat":
@@ -67,7 +69,7 @@ def stages(
     if algorithm == "gather":
         return [np.repeat(matrix_PP.sum(axis=1)[:, None], ranks, axis=1)]
     if algorithm != "hierarchical":
-        raise ExchangeError(f"algorithm {algorithm!r} is unknown; expected one of {', '.join(ALGORITHMS)}")
+        raise ExchangeError(f"algorithm {algorithm!r} is unknown", expected=f"one of {', '.join(ALGORITHMS)}")
     local = node_size(node_of_P)
     nodes = ranks // local
     # From (node n, local l) to (node m, local k).

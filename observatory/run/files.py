@@ -157,20 +157,24 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
             content = file.read(MAX_DOCUMENT_BYTES + 1)
     except OSError as error:
         raise RunError(
-            f"{what} cannot be read: {os_reason(error)}; expected a plain readable file at {path}"
+            f"{what} cannot be read: {os_reason(error)}", expected=f"a plain readable file at {path}"
         ) from error
     if len(content) > MAX_DOCUMENT_BYTES:
         raise RunFormatError(
-            f"{what} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB, which no writer makes; check {path}"
+            f"{what} is larger than {MAX_DOCUMENT_BYTES >> 20} MiB, which no writer makes",
+            remedy=f"check {path}",
         )
     try:
         document = parse_json(content)
     except ValueError as error:
         raise RunFormatError(
-            f"{what} is not whole JSON ({one_line(error, 120)}); restore {path} or capture the run again"
+            f"{what} is not whole JSON ({one_line(error, 120)})",
+            remedy=f"restore {path} or capture the run again",
         ) from error
     if not isinstance(document, dict):
-        raise RunFormatError(f"{what} holds no JSON object; restore {path} or capture the run again")
+        raise RunFormatError(
+            f"{what} holds no JSON object", remedy=f"restore {path} or capture the run again"
+        )
     return document
 
 
@@ -195,7 +199,9 @@ def plain_entries(folder: Path, *, want_folders: bool) -> tuple[list[str], list[
                 else:
                     passed_over.append(f"{one_line(entry.name, 80)} (not a plain {_kind(want_folders)})")
     except OSError as error:
-        raise RunError(f"{folder} cannot be listed: {os_reason(error)}; check its permissions") from error
+        raise RunError(
+            f"{folder} cannot be listed: {os_reason(error)}", remedy="check its permissions"
+        ) from error
     return sorted(names), sorted(passed_over)
 
 

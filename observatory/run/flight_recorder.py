@@ -116,8 +116,9 @@ def parse_recorder_dump(content: bytes, *, name: str) -> RecorderDump:
         raise RunFormatError(f"{name} is no flight recorder dump ({reason}); {_REMEDY}") from error
     if int(dump.version.partition(".")[0]) != _MAJOR:
         raise RunFormatError(
-            f"{name} is a flight recorder dump of version {dump.version}; expected {_MAJOR}.x; "
-            "update moe-observatory"
+            f"{name} is a flight recorder dump of version {dump.version}",
+            expected=f"{_MAJOR}.x",
+            remedy="update moe-observatory",
         )
     return dump
 

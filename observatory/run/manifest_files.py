@@ -43,29 +43,29 @@ def read_manifest(path: Path) -> Manifest:
     """
     if not path.is_dir():
         state = "is not a directory" if path.exists() else "does not exist"
-        raise RunError(f"run {path} {state}; expected a run directory, check the path")
+        raise RunError(f"run {path} {state}", expected="a run directory", remedy="check the path")
     file = path / MANIFEST_NAME
     if not file.exists() and not file.is_symlink():
         raise RunError(
-            f"{path} is no run directory: it has no {MANIFEST_NAME}; give the folder a capture wrote"
+            f"{path} is no run directory: it has no {MANIFEST_NAME}", remedy="give the folder a capture wrote"
         )
     document = read_json(file, f"{MANIFEST_NAME} of {path}")
     version = document.get("schema_version")
     match = re.fullmatch(r"(\d{1,6})\.\d{1,6}", version, re.ASCII) if isinstance(version, str) else None
     if match is None:
         raise RunFormatError(
-            f"{file}: schema_version is {one_line(repr(version), 60)}; expected like {SCHEMA_VERSION}"
+            f"{file}: schema_version is {one_line(repr(version), 60)}", expected=f"like {SCHEMA_VERSION}"
         )
     if int(match[1]) > int(SCHEMA_VERSION.partition(".")[0]):
         raise RunFormatError(
-            f"{path} has schema {version} but this program reads up to {SCHEMA_VERSION}; "
-            "install a newer moe-observatory"
+            f"{path} has schema {version} but this program reads up to {SCHEMA_VERSION}",
+            remedy="install a newer moe-observatory",
         )
     try:
         return Manifest.model_validate(document)
     except (pydantic.ValidationError, RecursionError) as error:
         raise RunFormatError(
-            f"{file} is not a valid manifest: {_first_fault(error)}; restore the file"
+            f"{file} is not a valid manifest: {_first_fault(error)}", remedy="restore the file"
         ) from error
 
 

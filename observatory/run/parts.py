@@ -170,12 +170,16 @@ def open_part(path: Path, table: str, rank: int, name: str) -> Part:
         handle.seek(max(0, file_bytes - 8))
         footer_bytes = int.from_bytes(handle.read(8)[:4], "little")
     if _MAX_FOOTER_BYTES < footer_bytes < file_bytes:
-        raise RunFormatError(f"{name}: its footer is over {_MAX_FOOTER_BYTES >> 20} MiB; write smaller parts")
+        raise RunFormatError(
+            f"{name}: its footer is over {_MAX_FOOTER_BYTES >> 20} MiB", remedy="write smaller parts"
+        )
     with pq.ParquetFile(path) as file:
         metadata, schema = file.metadata, file.schema_arrow
     if metadata.num_columns > _MAX_COLUMNS:
         raise RunFormatError(
-            f"{name}: has {metadata.num_columns} columns; expected at most {_MAX_COLUMNS}, leave some out"
+            f"{name}: has {metadata.num_columns} columns",
+            expected=f"at most {_MAX_COLUMNS}",
+            remedy="leave some out",
         )
     check_schema(table, schema, where=name)
     step = _leaves(metadata, {"step"})
@@ -188,8 +192,8 @@ def open_part(path: Path, table: str, rank: int, name: str) -> Part:
         most = min(MAX_ROW_GROUP_BYTES, max(least, _ROW_GROUP_RATIO * min(stored, file_bytes)))
         if not 0 <= decoded <= most or group.num_rows < 0:
             raise RunFormatError(
-                f"{name}: row group {number} says {group.num_rows} rows of {decoded} bytes; expected at most "
-                f"{most >> 20} MiB, rewrite the part with smaller row groups"
+                f"{name}: row group {number} says {group.num_rows} rows of {decoded} bytes",
+                expected=f"at most {most >> 20} MiB, rewrite the part with smaller row groups",
             )
         groups.append((group.num_rows, _first_step(group, step)))
         total += decoded
@@ -199,8 +203,8 @@ def open_part(path: Path, table: str, rank: int, name: str) -> Part:
     most_bytes = max(_PART_BYTES, _PART_RATIO.get(table, _OTHER_RATIO) * file_bytes)
     if rows > most_rows or total > most_bytes:
         raise RunFormatError(
-            f"{name}: {file_bytes} bytes say that they hold {rows} rows of {total} bytes; expected at most "
-            f"{most_rows} rows of {most_bytes >> 20} MiB in a file of this size"
+            f"{name}: {file_bytes} bytes say that they hold {rows} rows of {total} bytes",
+            expected=f"at most {most_rows} rows of {most_bytes >> 20} MiB in a file of this size",
         )
     return Part(
         table=table,
@@ -315,11 +319,13 @@ def _check_texts(column: pa.ChunkedArray, where: str) -> None:
         try:
             chunk.dictionary.validate(full=True)
         except pa.ArrowInvalid as error:
-            raise RunFormatError(f"{where} holds bytes that are no UTF-8 text; capture it again") from error
+            raise RunFormatError(
+                f"{where} holds bytes that are no UTF-8 text", remedy="capture it again"
+            ) from error
         longest = pc.max(pc.binary_length(chunk.dictionary)).as_py() or 0
         if longest > _MAX_TEXT_BYTES:
             raise RunFormatError(
-                f"{where} holds a text of {longest} bytes; expected at most {_MAX_TEXT_BYTES}"
+                f"{where} holds a text of {longest} bytes", expected=f"at most {_MAX_TEXT_BYTES}"
             )
 
 
@@ -344,7 +350,8 @@ def plain_text(rows: pa.Table, *, most_bytes: int, where: str) -> pa.Table:
     if size > most_bytes:
         raise RunFormatError(
             f"{where}: its rows take over {most_bytes >> 20} MiB when texts are written out, out of "
-            "proportion to the size of the file; shorten the texts"
+            "proportion to the size of the file",
+            remedy="shorten the texts",
         )
     for name in texts:
         at = rows.column_names.index(name)

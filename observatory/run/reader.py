@@ -71,8 +71,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         unreadable += damaged
     if unreadable and not any(parts.values()):
         raise RunFormatError(
-            f"none of the {len(unreadable)} parts of run {folder} can be read ({unreadable[0]}); "
-            "capture it again"
+            f"none of the {len(unreadable)} parts of run {folder} can be read ({unreadable[0]})",
+            remedy="capture it again",
         )
     routed = {part.rank for part in parts["routing"]}
     gaps = [*of_ranks(manifest, routed), *of_capture(manifest)]
@@ -157,7 +157,9 @@ class Run:
                 can be read.
         """
         if phase is not None and phase not in PHASES:
-            raise RunError(f"phase {one_line(phase, 40)!r} is unknown; expected one of {', '.join(PHASES)}")
+            raise RunError(
+                f"phase {one_line(phase, 40)!r} is unknown", expected=f"one of {', '.join(PHASES)}"
+            )
         parts = self._parts["routing"]
         ranks = np.array(sorted({part.rank for part in parts}), dtype=np.int64)
         layer_experts = {spec.layer: spec.experts for spec in self.manifest.model.moe_layers}
@@ -168,8 +170,8 @@ class Run:
             found.add(layer)
             if len(found) > _MAX_LAYERS:
                 raise RunFormatError(
-                    f"{where}: column layer holds over {_MAX_LAYERS} different layers with those before; "
-                    "capture it again"
+                    f"{where}: column layer holds over {_MAX_LAYERS} different layers with those before",
+                    remedy="capture it again",
                 )
             if layer_experts.get(layer, experts) != experts:
                 raise RunFormatError(
@@ -202,7 +204,8 @@ class Run:
                 summed += float(block.assignments_SP.sum(dtype=np.float64))
                 if summed > _MAX_SUM:
                     raise LoadError(
-                        f"routing of run {self.path}: column assignments sums to over 2**62; capture it again"
+                        f"routing of run {self.path}: column assignments sums to over 2**62",
+                        remedy="capture it again",
                     )
                 coverage.add(block)
                 yield block
@@ -211,7 +214,8 @@ class Run:
                 self._state(gap)
         if groups_of_all and left_out == groups_of_all:
             raise RunFormatError(
-                f"no routing rows of run {self.path} can be read: {self.problems[-1]}; capture it again"
+                f"no routing rows of run {self.path} can be read: {self.problems[-1]}",
+                remedy="capture it again",
             )
 
     def expert_load(self, *, phase: str | None = None, layers: Collection[int] | None = None) -> pd.DataFrame:
@@ -231,8 +235,8 @@ class Run:
             size += s.size * block.experts
             if size > _MAX_FRAME_ROWS:
                 raise RunError(
-                    f"expert_load() of run {self.path} has over {_MAX_FRAME_ROWS} rows; choose phase and "
-                    "layers, or stream with iter_loads()"
+                    f"expert_load() of run {self.path} has over {_MAX_FRAME_ROWS} rows",
+                    remedy="choose phase and layers, or stream with iter_loads()",
                 )
             for name, values in (
                 ("step", block.step_S[s]),
@@ -279,7 +283,8 @@ class Run:
                     or not frame["phase"].isin(PHASES).all()
                 ):
                     raise RunFormatError(
-                        f"{part.name}: holds impossible steps, phases or numbers of tokens; capture it again"
+                        f"{part.name}: holds impossible steps, phases or numbers of tokens",
+                        remedy="capture it again",
                     )
                 if (frame["source_rank"] != part.rank).any():
                     raise RunFormatError(f"{part.name}: holds rows of another rank than {part.rank}")
@@ -351,13 +356,16 @@ class Run:
                     if different > most:
                         raise RunFormatError(
                             f"{table}/{rank_folder(int(str(rank)))}: column {column} holds {different} "
-                            f"different values; expected at most {most}"
+                            "different values",
+                            expected=f"at most {most}",
                         )
         return frame
 
     def _parts_of(self, table: str) -> tuple[Part, ...]:
         if table not in TABLES:
-            raise RunError(f"table {one_line(table, 40)!r} is unknown; expected one of {', '.join(TABLES)}")
+            raise RunError(
+                f"table {one_line(table, 40)!r} is unknown", expected=f"one of {', '.join(TABLES)}"
+            )
         return self._parts[table]
 
     def _state(self, problem: str | Gap) -> None:

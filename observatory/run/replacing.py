@@ -24,18 +24,20 @@ def check_free(path: Path, *, overwrite: bool = False) -> None:
     if not path.exists():
         return
     if not path.is_dir():
-        raise RunError(f"{path} exists and is not a directory; choose another place for the run")
+        raise RunError(f"{path} exists and is not a directory", remedy="choose another place for the run")
     names = sorted(entry.name for entry in path.iterdir())
     if not names:
         return
     if not overwrite:
         raise RunError(
-            f"{path} exists and is not empty; choose another place or ask to overwrite it (--force)"
+            f"{path} exists and is not empty", remedy="choose another place or ask to overwrite it (--force)"
         )
     foreign = [name for name in names if name not in _OWN and not is_temporary(name)]
     if MANIFEST_NAME not in names or foreign:
         reason = f"it also holds {one_line(foreign[0], 80)}" if foreign else f"it has no {MANIFEST_NAME}"
-        raise RunError(f"{path} is not overwritten: {reason}; remove it yourself or choose another place")
+        raise RunError(
+            f"{path} is not overwritten: {reason}", remedy="remove it yourself or choose another place"
+        )
 
 
 def empty_run(path: Path) -> None:

@@ -125,7 +125,7 @@ def routing_rows(
     loads = _integers(load_NE, "load_NE")
     if loads.ndim != 2 or not 1 <= loads.shape[1] <= MAX_EXPERTS:
         raise LoadError(
-            f"load_NE has shape {loads.shape}; expected (rows, experts) with 1 to {MAX_EXPERTS} experts"
+            f"load_NE has shape {loads.shape}", expected=f"(rows, experts) with 1 to {MAX_EXPERTS} experts"
         )
     rows, experts = loads.shape
     schema = routing_schema(experts, gate_mass=True)
@@ -133,21 +133,21 @@ def routing_rows(
     def per_row(values: npt.ArrayLike, name: str) -> pa.Array:
         array = _integers(values, name)
         if array.shape not in ((), (rows,)):
-            raise LoadError(f"{name} has shape {array.shape}; expected ({rows},) like the rows of load_NE")
+            raise LoadError(f"{name} has shape {array.shape}", expected=f"({rows},) like the rows of load_NE")
         return pa.array(np.ascontiguousarray(np.broadcast_to(array, (rows,))))
 
     def per_expert(values: npt.ArrayLike, name: str) -> pa.Array:
         is_mass = name == "gate_mass_NE"
         array = np.array(values, dtype=np.float64) if is_mass else _integers(values, name)
         if array.shape != loads.shape:
-            raise LoadError(f"{name} has shape {array.shape}; expected {loads.shape} like load_NE")
+            raise LoadError(f"{name} has shape {array.shape}", expected=f"{loads.shape} like load_NE")
         values = pa.array(np.ascontiguousarray(array).reshape(-1))
         unknown = pa.array(np.isnan(array).all(axis=1)) if is_mass else None
         return pa.FixedSizeListArray.from_arrays(values, experts, mask=unknown)
 
     phases = [phase_N] * rows if isinstance(phase_N, str) else list(phase_N)
     if len(phases) != rows:
-        raise LoadError(f"phase_N has {len(phases)} entries; expected {rows} like the rows of load_NE")
+        raise LoadError(f"phase_N has {len(phases)} entries", expected=f"{rows} like the rows of load_NE")
     columns: dict[str, pa.Array] = {
         "step": per_row(step_N, "step_N"),
         "window_steps": per_row(window_steps, "window_steps"),
@@ -166,7 +166,7 @@ def routing_rows(
         extremes = np.asarray(step_max_over_mean_N, dtype=np.float64)
         if extremes.shape not in ((), (rows,)):
             raise LoadError(
-                f"step_max_over_mean_N has shape {extremes.shape}; expected ({rows},) like load_NE"
+                f"step_max_over_mean_N has shape {extremes.shape}", expected=f"({rows},) like load_NE"
             )
         columns["step_max_over_mean"] = pa.array(np.full(rows, extremes), from_pandas=True)
     if gate_mass_NE is not None:
@@ -187,7 +187,7 @@ def _integers(values: npt.ArrayLike, name: str) -> Int64:
     if array.size == 0:
         return array.astype(np.int64)
     if array.dtype.kind not in "iu":
-        raise LoadError(f"{name} has dtype {array.dtype}; expected integers, as loads are counts")
+        raise LoadError(f"{name} has dtype {array.dtype}", expected="integers, as loads are counts")
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise LoadError(f"{name} holds {array.max()}, which does not fit int64")
     return array.astype(np.int64)  # a copy: Arrow shares memory, and callers reuse their buffers
@@ -202,10 +202,10 @@ def experts_of(schema: pa.Schema, where: str) -> int:
     index = schema.get_field_index("load")
     kind: Any = schema.field(index).type if index >= 0 else None
     if not (pa.types.is_fixed_size_list(kind) if kind is not None else False):
-        raise RunFormatError(f"{where}: column load is {kind}; expected a fixed-size list of int64")
+        raise RunFormatError(f"{where}: column load is {kind}", expected="a fixed-size list of int64")
     experts = int(kind.list_size)
     if not 1 <= experts <= MAX_EXPERTS:
-        raise RunFormatError(f"{where}: column load has {experts} experts; expected 1 to {MAX_EXPERTS}")
+        raise RunFormatError(f"{where}: column load has {experts} experts", expected=f"1 to {MAX_EXPERTS}")
     for field in routing_schema(experts, gate_mass=True):
         found = schema.get_all_field_indices(field.name)
         if not found and field.nullable:
@@ -213,7 +213,7 @@ def experts_of(schema: pa.Schema, where: str) -> int:
         if len(found) != 1 or not _same_type(schema.field(found[0]).type, field.type):
             kinds = ", ".join(str(schema.field(i).type) for i in found) or "missing"
             raise RunFormatError(
-                f"{where}: column {field.name} is {one_line(kinds, 80)}; expected {field.type}"
+                f"{where}: column {field.name} is {one_line(kinds, 80)}", expected=f"{field.type}"
             )
     return experts
 
@@ -255,31 +255,31 @@ def routing_columns(rows: pa.Table | pa.RecordBatch, *, rank: int, where: str) -
     def numbers(name: str, least: int, most: int = MAX_LOAD) -> Int64:
         array = column(name)
         if array.null_count:
-            raise RunFormatError(f"{where}: column {name} holds nulls; expected a number in every row")
+            raise RunFormatError(f"{where}: column {name} holds nulls", expected="a number in every row")
         values: Int64 = array.to_numpy(zero_copy_only=False).astype(np.int64, copy=False)
         if values.size and values.min() < least:
-            raise RunFormatError(f"{where}: column {name} holds {values.min()}; expected at least {least}")
+            raise RunFormatError(f"{where}: column {name} holds {values.min()}", expected=f"at least {least}")
         if values.size and values.max() > most:
-            raise RunFormatError(f"{where}: column {name} holds {values.max()}; expected at most {most}")
+            raise RunFormatError(f"{where}: column {name} holds {values.max()}", expected=f"at most {most}")
         return values
 
     def lists(name: str) -> Int64:
         array = column(name)
         items = array.flatten()
         if array.null_count or items.null_count or len(items) != len(array) * experts:
-            raise LoadError(f"{where}: column {name} holds nulls; expected {experts} counts in every row")
+            raise LoadError(f"{where}: column {name} holds nulls", expected=f"{experts} counts in every row")
         values: Int64 = items.to_numpy(zero_copy_only=True).reshape(-1, experts)
         # One pass finds both faults: seen as unsigned, a negative number is huge.
         if values.size and values.view(np.uint64).max() > MAX_LOAD:
             worst = values.min() if values.min() < 0 else values.max()
-            raise LoadError(f"{where}: column {name} holds {worst}; expected counts from 0 to 2**40")
+            raise LoadError(f"{where}: column {name} holds {worst}", expected="counts from 0 to 2**40")
         return values
 
     source_rank = numbers("source_rank", 0)
     if source_rank.size and (source_rank != rank).any():
         other = int(source_rank[source_rank != rank][0])
         raise RunFormatError(
-            f"{where}: holds rows of source_rank {other}; expected only those of rank {rank}"
+            f"{where}: holds rows of source_rank {other}", expected=f"only those of rank {rank}"
         )
     load_NE = lists("load")
     assignments_N = numbers("assignments", 0, MAX_LOAD * MAX_EXPERTS)
@@ -326,7 +326,7 @@ def _check_window_extremes(table: pa.Table, lists: Any, where: str, names: set[s
 def _phases(array: pa.Array, where: str) -> npt.NDArray[np.int8]:
     encoded = array if pa.types.is_dictionary(array.type) else pc.dictionary_encode(array)
     if encoded.null_count:
-        raise RunFormatError(f"{where}: column phase holds nulls; expected one of {', '.join(PHASES)}")
+        raise RunFormatError(f"{where}: column phase holds nulls", expected=f"one of {', '.join(PHASES)}")
     index = {phase: code for code, phase in enumerate(PHASES)}
     codes = np.full(len(encoded.dictionary), -1, dtype=np.int8)
     for i, name in enumerate(encoded.dictionary.to_pylist()):
@@ -335,7 +335,7 @@ def _phases(array: pa.Array, where: str) -> npt.NDArray[np.int8]:
     if phase_N.size and phase_N.min() < 0:
         row = int(np.argmin(phase_N))
         name = one_line(encoded[row].as_py(), 40)
-        raise RunFormatError(f"{where}: phase {name!r} is unknown; expected one of {', '.join(PHASES)}")
+        raise RunFormatError(f"{where}: phase {name!r} is unknown", expected=f"one of {', '.join(PHASES)}")
     return phase_N
 
 
@@ -343,7 +343,7 @@ def _finite(array: pa.Array, name: str, where: str) -> Float64:
     values: Float64 = array.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
     stated = ~pc.is_null(array).to_numpy(zero_copy_only=False)
     if not np.isfinite(values[stated]).all():
-        raise LoadError(f"{where}: column {name} holds NaN or infinity; expected finite numbers or null")
+        raise LoadError(f"{where}: column {name} holds NaN or infinity", expected="finite numbers or null")
     return values
 
 
@@ -353,7 +353,7 @@ def _gate_mass(array: pa.Array, experts: int, where: str) -> Float64:
     items = array.flatten()
     if items.null_count:
         raise LoadError(
-            f"{where}: column gate_mass holds nulls inside a row; expected {experts} finite numbers"
+            f"{where}: column gate_mass holds nulls inside a row", expected=f"{experts} finite numbers"
         )
     mass_NE[stated] = _finite(items, "gate_mass", where).reshape(-1, experts)
     return mass_NE

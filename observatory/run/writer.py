@@ -95,7 +95,7 @@ class RunWriter:
             write_manifest(folder, running)
         except FileExistsError as error:
             raise RunError(
-                f"run {folder} is made by another process at this moment; choose another place"
+                f"run {folder} is made by another process at this moment", remedy="choose another place"
             ) from error
         except OSError as error:
             if made:
@@ -104,7 +104,8 @@ class RunWriter:
                     if not was_there:
                         folder.rmdir()
             raise RunError(
-                f"run {folder} cannot be made: {os_reason(error)}; choose a writable place with free space"
+                f"run {folder} cannot be made: {os_reason(error)}",
+                remedy="choose a writable place with free space",
             ) from error
         return writer
 
@@ -134,11 +135,13 @@ class RunWriter:
         manifest = _await_run(folder, run_id, timeout_s)
         if not 0 < rank < manifest.topology.ranks:
             raise RunError(
-                f"rank {rank} does not fit run {folder} of {manifest.topology.ranks} ranks; "
-                "create the run with the real number of ranks (rank 0 creates, the others join)"
+                f"rank {rank} does not fit run {folder} of {manifest.topology.ranks} ranks",
+                remedy="create the run with the real number of ranks (rank 0 creates, the others join)",
             )
         if (folder / RANKS_FOLDER / f"{rank_folder(rank)}.json").exists():
-            raise RunError(f"rank {rank} has already written to run {folder}; write a new run instead")
+            raise RunError(
+                f"rank {rank} has already written to run {folder}", remedy="write a new run instead"
+            )
         writer = cls(folder, manifest, rank=rank, host=host)
         try:
             writer._write_status("running")

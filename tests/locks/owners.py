@@ -27,7 +27,7 @@ _CODE = f"""
 import json, os, signal, sys, threading, time
 from pathlib import Path
 from observatory.errors import *
-from observatory.probes.power import locking
+from observatory.locks import locking
 from observatory.locks.locking import ClockLease
 UUID = {UUID!r}
 def refused(call):

@@ -12,9 +12,11 @@ import pytest
 
 from observatory.devices.processes import descends_from, has_admin_capability
 from observatory.errors import ClockError, DeviceError, DeviceLostError, LockRefusedError
+from observatory.locks.commands import limit_ways, lock_ways
 from observatory.locks.control import ClockControl
-from observatory.locks.driver_commands import clock_commands, limit_commands
 from observatory.locks.status import device_report
+from observatory.locks.words import LockCode, refusal_words
+from observatory.reasons import Reason
 from tests.devices.driver import FakeDriver
 from tests.devices.scenes import needs_driver, play
 
@@ -128,12 +130,13 @@ def denied_scene(driver: FakeDriver) -> dict[str, Any]:
 def test_a_driver_that_does_not_permit_is_answered_with_the_commands_that_do_it(tmp_path: Path) -> None:
     told = play(denied_scene, tmp_path)
     for part in (
-        f"nvidia-smi -i {UUID} -lgc 780,780", "srun --gpu-freq=780", "set_gpu_locked_clocks", "wrapper",
-        "NVML 4, no permission", "CAP_SYS_ADMIN", "docs/power.md#permissions",
+        f"nvidia-smi -i {UUID} --lock-gpu-clocks=780,780", "srun --gpu-freq=780",
+        "set_gpu_locked_clocks", "wrapper", "NVML 4, no permission", "CAP_SYS_ADMIN",
+        "docs/power.md#permissions",
     ):  # fmt: skip
         assert part in told["lock"]
-    assert f"nvidia-smi -i {UUID} -rgc" in told["unlock"]
-    assert f"nvidia-smi -i {UUID} -pl 450" in told["limit"]
+    assert f"nvidia-smi -i {UUID} --reset-gpu-clocks" in told["unlock"]
+    assert f"nvidia-smi -i {UUID} --power-limit=450" in told["limit"]
     assert "not supported (NVML 3" in told["3"]
     assert "Volta" in told["13"]
     assert "nvidia-smi" in told["999"]
@@ -145,15 +148,16 @@ def refusing_scene(driver: FakeDriver) -> dict[str, Any]:
     child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     told: dict[str, Any] = {"parent": os.getppid()}
 
-    def refusal(*pids: int, owner: int | None = None) -> str | None:
+    def refusal(*pids: int, owner: int | None = None) -> Any:
         driver.processes(list(pids))
         with ClockControl(UUID, owner_pid=owner) as control:
             reason = control.refusal()
             if reason is not None:
+                assert reason.values["gpu"] in refusal_words(reason)
                 for call in (lambda: control.lock_sm_clock(780), lambda: control.set_power_limit_mw(450_000)):
                     with pytest.raises(LockRefusedError, match="is refused: "):
                         call()
-            return reason
+            return None if reason is None else reason.document()
 
     try:
         told["ours"] = [refusal(), refusal(os.getpid()), refusal(os.getpid(), child.pid)]
@@ -184,19 +188,18 @@ def refusing_scene(driver: FakeDriver) -> dict[str, Any]:
 def test_a_partitioned_or_shared_gpu_is_refused_without_asking_for_anything(tmp_path: Path) -> None:
     told = play(refusing_scene, tmp_path)
     assert told["ours"] == [None, None, None]
-    parent, init, nobody = told["others"]
-    assert str(told["parent"]) in parent
-    assert ": 1 (" in init
-    assert "4200000" in nobody
-    assert told["many"].count("420000") == 6
-    assert ", ... (" in told["many"]
+    assert [reason["pids"] for reason in told["others"]] == [[told["parent"]], [1], [4_200_000]]
+    assert {reason["code"] for reason in told["others"]} == {LockCode.SHARED}
+    words = refusal_words(Reason(LockCode.SHARED, told["many"]))
+    assert words.count("420000") == 6
+    assert ", ... (" in words
     assert told["owner"][0] is None
-    assert told["owner"][1] is not None
-    assert told["ended child"] is not None
-    assert "partitioned" in told["mig"]
+    assert told["owner"][1]["code"] == LockCode.SHARED
+    assert told["ended child"]["code"] == LockCode.SHARED
+    assert told["mig"]["code"] == LockCode.PARTITIONED
     assert told["no mig"] is None
-    assert "does not tell whether" in told["untold mig"]
-    assert "does not tell which processes" in told["untold users"]
+    assert told["untold mig"]["code"] == LockCode.PARTITIONS_UNKNOWN
+    assert told["untold users"]["code"] == LockCode.USERS_UNKNOWN
     assert told["changes"] == 0
 
 
@@ -237,7 +240,10 @@ def report_scene(driver: FakeDriver) -> dict[str, Any]:
     report = device_report()
     assert driver.changes() == []
     return {
-        "devices": [[status.selector, status.kind, status.state, status.clocks] for status in report],
+        "devices": [
+            [status.selector, status.kind, status.state, status.document()["clocks_reason"]]
+            for status in report
+        ],
         "gaps": [
             [field.name, field.state, field.detail, field.remedy]
             for field in report[1].fields
@@ -254,10 +260,10 @@ def test_the_report_lists_every_device_and_sets_nothing(tmp_path: Path) -> None:
     told = play(report_scene, tmp_path)
     first, second, third, lost, *_ = told["devices"]
     assert first[:3] == [UUID, "nvidia", "works"]
-    assert "119 clocks from 210 to 1980 MHz" in first[3]
-    assert ("may be locked" in first[3]) == bool(has_admin_capability())
+    code = LockCode.ALLOWED if has_admin_capability() else LockCode.NOT_PERMITTED
+    assert first[3].items() >= {"code": code, "clocks": 119, "low_mhz": 210, "high_mhz": 1980}.items()
     assert second[2] == "works"
-    assert "partitioned" in third[3]
+    assert third[3]["code"] == LockCode.PARTITIONED
     assert lost == [None, "nvidia", "failed", None]
     assert told["works"] == [11, 9, 11]
     (power, state, detail, remedy), (events, denied, *_) = told["gaps"]
@@ -270,11 +276,11 @@ def test_the_report_lists_every_device_and_sets_nothing(tmp_path: Path) -> None:
 
 
 def test_commands_name_the_gpu_by_uuid_and_lock_both_ends() -> None:
-    smi, srun, zeusd, _ = clock_commands("GPU-1", 780)
-    assert "-i GPU-1 -lgc 780,780" in smi
-    assert srun.startswith("srun --gpu-freq=780 ")
+    smi, srun, zeusd, _ = lock_ways("GPU-1", 780)
+    assert "-i GPU-1 --lock-gpu-clocks=780,780" in smi
+    assert srun.startswith("srun --gpu-freq=780,verbose ")
     assert "min_clock_mhz=780&max_clock_mhz=780" in zeusd
-    assert "-pl 312.5" in limit_commands("GPU-1", 312_500)[0]
+    assert "--power-limit=312.5" in limit_ways("GPU-1", 312_500)[0]
 
 
 def test_descent_is_told_from_proc() -> None:

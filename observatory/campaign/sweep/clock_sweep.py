@@ -97,10 +97,13 @@ def _run(
     if not overwrite and holds_points(journal):
         raise ClockError(
             f"{journal} is what a sweep that was killed has left: `observatory clocks recover {journal} "
-            "--out FILE` makes a result of it; give another --out, or --force to discard it"
+            "--out FILE` makes a result of it",
+            remedy="give another --out, or --force to discard it",
         )
     if not overwrite and telemetry.exists():
-        raise ClockError(f"{telemetry} is there already; give another --out, or --force to replace it")
+        raise ClockError(
+            f"{telemetry} is there already", remedy="give another --out, or --force to replace it"
+        )
     measured: list[JournalPoint] = []
     power: RankPower | None = None
     head: JournalHead | None = None
@@ -147,7 +150,7 @@ def _run(
             # Telemetry of no window is worth nothing, and would be in the way of the next try.
             journal.unlink(missing_ok=True)
             shutil.rmtree(telemetry, ignore_errors=True)
-        raise problem or ClockError("nothing was measured; see the messages above")
+        raise problem or ClockError("nothing was measured", remedy="see the messages above")
     ended = None if problem is None else f"{type(problem).__name__}: {problem}".rstrip(": ")
     sweep = sweep_document(head, measured, power, telemetry, ended=ended)
     write_sweep(sweep, out)

@@ -96,7 +96,9 @@ def recover_sweep(journal: Path, out: Path) -> ClockSweep:
     head, points = read_journal(journal)
     telemetry = journal.with_name(journal.name.removesuffix(".points.jsonl") + ".run")
     if not telemetry.is_dir():
-        raise ClockError(f"{telemetry} is not there; expected the telemetry of the sweep beside its journal")
+        raise ClockError(
+            f"{telemetry} is not there", expected="the telemetry of the sweep beside its journal"
+        )
     sweep = sweep_document(head, points, RankPower(), telemetry, ended="the sweep was killed; recovered")
     write_sweep(sweep, out)
     return sweep

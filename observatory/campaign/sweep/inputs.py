@@ -33,8 +33,8 @@ def parse_clocks(text: str) -> tuple[int, ...]:
     spread = re.fullmatch(r"(\d{1,5}):(\d{1,5}):(\d{1,3})", text)
     if spread is None or not 2 <= int(spread[3]) <= _MOST_CLOCKS or int(spread[1]) >= int(spread[2]):
         raise ClockError(
-            f"--clocks {text[:60]!r} is no list of clocks; expected MHz such as 780,1200 or "
-            f"LOW:HIGH:COUNT such as 600:1980:8, at most {_MOST_CLOCKS}"
+            f"--clocks {text[:60]!r} is no list of clocks",
+            expected=f"MHz such as 780,1200 or LOW:HIGH:COUNT such as 600:1980:8, at most {_MOST_CLOCKS}",
         )
     return tuple(
         round(clock) for clock in np.linspace(int(spread[1]), int(spread[2]), int(spread[3])).tolist()
@@ -50,7 +50,7 @@ def parse_limits(text: str) -> tuple[int, ...]:
     if text.strip() in ("", "none"):
         return ()
     if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?(,\d{1,4}(\.\d{1,3})?)*", text):
-        raise ClockError(f"--limits {text[:60]!r} is no list of watts; expected one such as 300,400,500")
+        raise ClockError(f"--limits {text[:60]!r} is no list of watts", expected="one such as 300,400,500")
     return tuple(round(1000 * float(part)) for part in text.split(","))
 
 
@@ -75,14 +75,14 @@ def make_workloads(
     if (model is None) == (not command):
         raise ClockError("what is to be swept? give --model, or your own program after `--`, and not both")
     if phase not in get_args(Phase) or (model is not None and phase not in ("prefill", "decode")):
-        raise ClockError(f"--phase {phase[:40]!r} is unknown; expected prefill or decode")
+        raise ClockError(f"--phase {phase[:40]!r} is unknown", expected="prefill or decode")
     if batches is None:
         batches = [] if model is None else [_MODEL_BATCH]
     sizes = list(dict.fromkeys(int(part) for part in batches if re.fullmatch(r"[1-9]\d{0,6}", part)))
     if len(sizes) != len(batches) or (model is None and len(sizes) > 1):
         raise ClockError(
-            f"--batch {','.join(batches)[:60]!r} is no list of sizes, each once; expected one such as "
-            "1,8,32, or a single size for your own program"
+            f"--batch {','.join(batches)[:60]!r} is no list of sizes, each once",
+            expected="one such as 1,8,32, or a single size for your own program",
         )
 
     @contextlib.contextmanager

@@ -112,13 +112,15 @@ def claimed(path: Path) -> Iterator[None]:
     try:
         handle = path.open("ab")
     except OSError as error:
-        raise ClockError(f"{path} cannot be written ({error.strerror}); give another --out") from error
+        raise ClockError(
+            f"{path} cannot be written ({error.strerror})", remedy="give another --out"
+        ) from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ClockError(
-                f"{path} is being written by a sweep that runs; wait for it, or give another --out"
+                f"{path} is being written by a sweep that runs", remedy="wait for it, or give another --out"
             ) from error
         try:
             yield
@@ -145,11 +147,13 @@ def read_journal(path: Path) -> tuple[JournalHead, list[JournalPoint]]:
         content = read_at_most(path, MAX_DOCUMENT_BYTES)
     except OSError as error:
         raise ClockError(
-            f"{path} cannot be read ({error.strerror}); expected what a sweep that was killed left, "
-            "NAME.points.jsonl beside NAME.run"
+            f"{path} cannot be read ({error.strerror})",
+            expected="what a sweep that was killed left, NAME.points.jsonl beside NAME.run",
         ) from error
     if content is None:
-        raise ClockError(f"{path} is over {MAX_DOCUMENT_BYTES >> 20} MiB; expected the journal of one sweep")
+        raise ClockError(
+            f"{path} is over {MAX_DOCUMENT_BYTES >> 20} MiB", expected="the journal of one sweep"
+        )
     # What follows the last line break was cut off.
     lines = content.split(b"\n")[:-1]
     try:
@@ -158,21 +162,21 @@ def read_journal(path: Path) -> tuple[JournalHead, list[JournalPoint]]:
     except ValueError as error:
         reason = error.errors(include_url=False)[0]["msg"] if isinstance(error, ValidationError) else error
         raise ClockError(
-            f"{path} is no journal of a clock sweep ({reason!s:.200}); expected NAME.points.jsonl of a "
-            "sweep that was killed"
+            f"{path} is no journal of a clock sweep ({reason!s:.200})",
+            expected="NAME.points.jsonl of a sweep that was killed",
         ) from error
     wrong = [point for point in points if point.series >= len(head.series) or point.end_ns <= point.start_ns]
     if wrong:
         raise ClockError(
-            f"{path}: window {wrong[0].order} is of no series of its sweep, or has no length; expected the "
-            "journal as the sweep left it"
+            f"{path}: window {wrong[0].order} is of no series of its sweep, or has no length",
+            expected="the journal as the sweep left it",
         )
     ordered = sorted(points, key=lambda point: point.start_ns)
     for earlier, later in itertools.pairwise(ordered):
         if later.start_ns < earlier.end_ns:
             raise ClockError(
-                f"{path}: windows {earlier.order} and {later.order} overlap, which one sweep never does; "
-                "expected the journal as the sweep left it"
+                f"{path}: windows {earlier.order} and {later.order} overlap, which one sweep never does",
+                expected="the journal as the sweep left it",
             )
     if not points:
         raise ClockError(f"{path} holds no finished window: nothing can be recovered, sweep again")

@@ -16,6 +16,8 @@ from observatory.locks.commands import plan_commands
 from observatory.locks.control import ClockControl
 from observatory.locks.locking import refuse_leased
 from observatory.locks.status import lock_outlook
+from observatory.locks.words import LockCode, outlook_words
+from observatory.reasons import Reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,13 +28,13 @@ class SweepPlan:
         job: with clocks that the device supports.
         measurements: how many windows.
         outlook: whether the clocks may be locked (:func:`observatory.locks.status.lock_outlook`).
-        now: what the device tells at this moment.
-        commands: lines by what they do; empty where clocks may be locked, or nobody should.
+        now: what the device reports at this moment.
+        commands: lines by what they do; empty where clocks may be locked, or must not be.
     """
 
     job: SweepJob
     measurements: int
-    outlook: str
+    outlook: Reason
     now: str
     commands: dict[str, list[str]]
 
@@ -47,16 +49,16 @@ class SweepPlan:
             *([f"limited to {limits} W"] if limits else []),
         ]
         least_s = self.measurements * (job.settle_s + job.window_s)
-        told = [
+        lines = [
             f"{self.measurements} measurements of {job.window_s:g} s on {job.device_uuid}, in random order: "
             f"{', '.join(settings)}; {least_s:.0f} s and rests between; nothing was touched: --apply does it",
-            f"clocks: {self.outlook}",
+            f"clocks: {outlook_words(self.outlook)}",
         ]
         telemetry = (
-            "what telemetry alone tells of the program, at the clock it has: observatory power --out RUN -- "
+            "what telemetry alone shows of the program, at the clock it has: observatory power --out RUN -- "
             "PROGRAM, then observatory clocks recommend --telemetry RUN"
         )
-        return [*(told if refused is None else []), f"now: {self.now}", *([telemetry] if refused else [])]
+        return [*(lines if refused is None else []), f"now: {self.now}", *([telemetry] if refused else [])]
 
     def document(self) -> dict[str, Any]:
         """For programs."""
@@ -66,7 +68,8 @@ class SweepPlan:
             "limits_mw": list(self.job.limits_mw),
             "measurements": self.measurements,
             "window_s": self.job.window_s,
-            "locking": self.outlook,
+            "locking": outlook_words(self.outlook),
+            "locking_reason": self.outlook.document(),
             "now": self.now,
             "commands": self.commands,
         }
@@ -106,7 +109,7 @@ def make_plan(
         refuse_leased(job.device_uuid)
         outlook = lock_outlook(job.device_uuid)
     except ClockError as error:
-        outlook = f"refused: {error}"
+        outlook = Reason(LockCode.UNAVAILABLE, {"error": str(error)})
     kept = [
         word
         for name, value in options.items()
@@ -114,7 +117,7 @@ def make_plan(
         for word in (name, f"{value:g}" if isinstance(value, float) else str(value))
     ]
     commands: dict[str, list[str]] = {}
-    if outlook.startswith("not permitted") or refused or wrapper is not None:
+    if outlook.code is LockCode.NOT_PERMITTED or refused or wrapper is not None:
         commands = plan_commands(
             job.device_uuid,
             job.clocks_mhz,
@@ -151,4 +154,4 @@ def _now(sample: Sample, default_limit_mw: int | None) -> str:
     if sample.event_reasons is not None:
         names = ", ".join(map(reason_name, reason_bits(sample.event_reasons)))
         parts.append(f"event reasons: {names or 'none'}")
-    return "; ".join(parts) or "the device tells nothing"
+    return "; ".join(parts) or "the device reports nothing"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from observatory.errors import ClockError
 from observatory.locks.control import ClockControl
 from observatory.locks.locking import ClockLease, refuse_leased
+from observatory.locks.words import refusal_words
 
 #: A limit in force may differ from the stated one by so much.
 _SAME_LIMIT = 0.01
@@ -69,8 +70,8 @@ class SweepJob:
         """
         if self.set_outside and max(len(self.clocks_mhz), len(self.limits_mw)) > 1:
             raise ClockError(
-                f"set outside are {len(self.clocks_mhz)} clocks and {len(self.limits_mw)} limits; expected "
-                "one of each at most: sweep once per setting, and give all results to `clocks fit`"
+                f"set outside are {len(self.clocks_mhz)} clocks and {len(self.limits_mw)} limits",
+                expected="one of each at most: sweep once per setting, and give all results to `clocks fit`",
             )
 
     def longest_s(self, series: int) -> float:
@@ -115,14 +116,15 @@ def checked_job(job: SweepJob, control: ClockControl) -> SweepJob:
     for limit_mw in job.limits_mw:
         if limits is not None and not limits[0] <= limit_mw <= limits[1]:
             raise ClockError(
-                f"{limit_mw / 1e3:g} W is no power limit of {control.name}; expected "
-                f"{limits[0] / 1e3:g} to {limits[1] / 1e3:g} W"
+                f"{limit_mw / 1e3:g} W is no power limit of {control.name}",
+                expected=f"{limits[0] / 1e3:g} to {limits[1] / 1e3:g} W",
             )
         held_mw = control.power_limit_mw
         if job.set_outside and held_mw is not None and abs(held_mw - limit_mw) > _SAME_LIMIT * limit_mw:
             raise ClockError(
                 f"a limit of {limit_mw / 1e3:g} W was set outside, it is said, and {held_mw / 1e3:g} W are "
-                f"in force on {control.name}; have it set first, or state the one in force"
+                f"in force on {control.name}",
+                remedy="have it set first, or state the one in force",
             )
     return replace(job, clocks_mhz=tuple(dict.fromkeys(control.snap(clock) for clock in job.clocks_mhz)))
 
@@ -178,5 +180,7 @@ def hold_device(job: SweepJob, series: int) -> Iterator[HeldDevice]:
             job=checked_job(job, control),
             control=control,
             ask=lambda _: None,
-            note=None if shared is None else f"energy and clock may be those of others too: {shared}",
+            note=None
+            if shared is None
+            else f"energy and clock may be those of others too: {refusal_words(shared)}",
         )

@@ -147,9 +147,9 @@ def sweep(
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except LockNotPermittedError as error:
-        _print_plan(plan(refused=True), json=json, refused=error.refusal)
+        _print_plan(plan(refused=True), json=json, refused=error.what)
         raise LockRefusedError(
-            f"{error.refusal}; no point of the plan was set, the commands above get them set in another way"
+            f"{error.what}; no point of the plan was set, the commands above get them set in another way"
         ) from error
     for note in result.notes:
         say(f"note: {note}")

@@ -74,5 +74,6 @@ def _refuse_newer(document: Any, version: str, name: str, failure: type[Observat
         return
     if newer:
         raise failure(
-            f"{name} has schema {found[:20]}, this program reads up to {version}; update moe-observatory"
+            f"{name} has schema {found[:20]}, this program reads up to {version}",
+            remedy="update moe-observatory",
         )
