@@ -72,7 +72,10 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run side by side, those that share started ranks, a cluster or a browser share a worker."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group_of(item)))
+        group = _group_of(item)
+        item.add_marker(pytest.mark.xdist_group(group))
+        if group in _SHARED:
+            item.add_marker("slow")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # the long ones start first
 
 

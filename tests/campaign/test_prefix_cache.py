@@ -33,6 +33,8 @@ from tests.devices.recordings import UUID as RECORDED
 from tests.devices.recordings import write_recording
 from tests.devices.scenes import needs_driver, play
 
+pytestmark = pytest.mark.slow
+
 UUID = "GPU-fa4e0000-0000-4000-8000-000000000000"
 
 
@@ -69,7 +71,6 @@ def known(driver: FakeDriver) -> dict[str, Any]:
 
 
 @needs_driver
-@pytest.mark.slow
 def test_energy_of_miss_partial_and_hit_is_what_the_device_used(tmp_path: Path) -> None:
     truth = play(known, tmp_path)
     measured = load_reuse(tmp_path / "reuse.json")
@@ -94,7 +95,6 @@ def _start(folder: Path, *options: str) -> subprocess.Popen[str]:
 
 
 @needs_driver
-@pytest.mark.slow
 def test_the_program_measures_a_model_and_shows_the_curve(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,7 +118,6 @@ def test_the_program_measures_a_model_and_shows_the_curve(
 
 
 @needs_driver
-@pytest.mark.slow
 def test_ctrl_c_keeps_the_windows_that_were_measured(tmp_path: Path) -> None:
     process = _start(tmp_path, "--prompt-tokens", "32", "--repeats", "500", "--window-s", "0.5")
     power = tmp_path / "reuse.run" / "power"

@@ -124,6 +124,7 @@ def test_a_dense_model_is_refused_with_what_was_looked_for(tmp_path: Path) -> No
         run_profile(job(tmp_path / "dense"), tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_a_profile_stopped_in_the_middle_keeps_what_it_wrote(
     sent: signal.Signals, foreign_checkpoint: Path, tmp_path: Path

@@ -17,6 +17,8 @@ from tests.devices.gpu_bench import SHAPES, alternate, make_stack, profile_stack
 from tests.devices.scenes import needs_driver, play
 from tests.probes.tiny import RoutedModel, routed_adapter
 
+pytestmark = pytest.mark.slow
+
 UUID = "GPU-fa4e0000-0000-4000-8000-000000000000"
 #: Everything small but the structure.
 SMALL: dict[str, dict[str, Any]] = {
@@ -69,7 +71,6 @@ def square_scene(driver: FakeDriver) -> list[Any]:
 
 
 @needs_driver
-@pytest.mark.slow
 def test_the_square_wave_shows_both_powers_of_the_fake_device(tmp_path: Path) -> None:
     busy_mw, power_mw, method = play(square_scene, tmp_path, timeout_s=300)
     assert [method["prefill"], method["decode"]] == ["least squares"] * 2
@@ -104,7 +105,6 @@ def deepseek_scene(driver: FakeDriver) -> dict[str, Any]:
 
 
 @needs_driver
-@pytest.mark.slow
 def test_a_stack_is_profiled_by_phase_with_its_tokens_and_power(tmp_path: Path) -> None:
     told = play(deepseek_scene, tmp_path, timeout_s=300)
     assert told["tokens"] == [32, 2]

@@ -20,6 +20,8 @@ from observatory.errors import ExchangeError
 from observatory.hpc.launch import rank_environment, start_local_ranks
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 _LIGHT = [sys.executable, "-S", "-c"]
 
 _JOINED = """

@@ -19,7 +19,10 @@ from tests.devices.recordings import write_recording
 from tests.paths import ROOT
 from tests.processes import command_of, descendants, environment_of, lives, wait_until
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="ranks end with their launcher on Linux only")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="ranks end with their launcher on Linux only"),
+]
 
 _START_S, _END_S = 120.0, 30.0
 _PYTHON = [sys.executable, "-W", "ignore"]
@@ -113,7 +116,6 @@ class Launched:
         assert len(run.power()) > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["observatory", "torchrun", "mpiexec"])
 def test_ranks_whose_launcher_is_killed_end_and_say_so_in_their_shards(launcher: str, tmp_path: Path) -> None:
     """Rank 1 is stopped, so rank 0 waits for it in C code, where no signal reaches it."""
@@ -126,7 +128,6 @@ def test_ranks_whose_launcher_is_killed_end_and_say_so_in_their_shards(launcher:
     launched.check_shards(f"its launcher, process {launched.process.pid}, is gone")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
 def test_a_launcher_that_is_ended_ends_ranks_that_hang(sent: signal.Signals, tmp_path: Path) -> None:
     launched = Launched("observatory", tmp_path)

@@ -25,7 +25,10 @@ from tests.reports.browsing import (
 from tests.reports.sample_runs import MODELS, manifest, write_grid, write_run
 from tests.reports.test_report import HOSTILE, hostile
 
-pytestmark = pytest.mark.browser
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slow,
+]
 
 FIGURES = ["mock-dots", "expert-map", "lorenz-curves", "ep-models", "ep-run", "ep-crossing", "step-gini"]
 

@@ -15,6 +15,8 @@ from observatory.analysis.exchange import layer_waits, rank_waits, run_waits, wa
 from observatory.run import open_run
 from observatory.run.manifest import ClockSpec
 
+pytestmark = pytest.mark.slow
+
 RANKS, DELAYED, DELAY_MS, ROUNDS = 4, 2, 60, 16
 _LIMIT_S = 90
 _ANOTHER_CLOCK = ("unshare", "--time", "--monotonic", "1000", "--fork", "--kill-child")

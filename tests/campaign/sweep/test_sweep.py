@@ -25,6 +25,8 @@ from observatory.locks.lease import ProcessId
 from observatory.run.documents.clock_sweep import load_sweep
 from tests.devices.driver import FakeDriver, why_not
 
+pytestmark = pytest.mark.slow
+
 UUID = "GPU-fa4e0000-0000-4000-8000-000000000000"
 needs_driver = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -143,7 +145,6 @@ def test_a_driver_that_refuses_does_so_before_anything_runs_and_every_clock_is_t
 
 
 @needs_driver
-@pytest.mark.slow
 def test_clocks_set_outside_are_fitted_together_like_an_own_sweep(tmp_path: Path) -> None:
     files = []
     for mhz in (0, 480, 600, 720, 900, 1350):
@@ -199,7 +200,6 @@ def test_what_cannot_have_been_set_outside_is_refused(tmp_path: Path) -> None:
 
 
 @needs_driver
-@pytest.mark.slow
 def test_points_slowed_by_heat_are_labelled_left_out_and_named_in_the_advice(tmp_path: Path) -> None:
     # Above some 1000 MHz the chip gets too hot, within a fraction of a second.
     _play(tmp_path, "driver.set(ambient_c=60, tau_s=0.05, temperature_limit_c=76)")
@@ -227,7 +227,6 @@ def test_points_slowed_by_heat_are_labelled_left_out_and_named_in_the_advice(tmp
 
 
 @needs_driver
-@pytest.mark.slow
 def test_a_sweep_finds_time_energy_clamp_and_cap_and_leaves_nothing_locked(tmp_path: Path) -> None:
     told = _sweep(
         tmp_path, "--clocks", "600,1200,1980", "--limits", "250", "--repeats", "1", "--window-s", "2.5",
@@ -294,7 +293,6 @@ def _unlocked(folder: Path, within_s: float = 20.0) -> bool:
 
 
 @needs_driver
-@pytest.mark.slow
 def test_a_killed_sweep_is_unlocked_and_can_be_recovered_and_no_other_runs_beside_it(tmp_path: Path) -> None:
     with _begun(tmp_path, 6):
         beside = _run(
@@ -361,7 +359,6 @@ def test_a_program_that_ends_at_once_leaves_nothing_in_the_way_of_the_next_try(t
 
 
 @needs_driver
-@pytest.mark.slow
 def test_ctrl_c_and_a_lost_gpu_keep_what_was_measured(tmp_path: Path) -> None:
     for name in ("interrupted", "lost"):
         folder = tmp_path / name
@@ -384,7 +381,6 @@ def test_ctrl_c_and_a_lost_gpu_keep_what_was_measured(tmp_path: Path) -> None:
 
 
 @needs_driver
-@pytest.mark.slow
 def test_what_cannot_be_set_is_refused_before_anything_is_measured_or_replaced(tmp_path: Path) -> None:
     for options, said in (
         (("--clocks", "600", "--limits", "5000"), "5000 W is no power limit"),

@@ -19,6 +19,8 @@ from observatory.errors import ExchangeError
 from observatory.run.documents.bench import NODES_AS_TOLD, BenchPlan, Traffic, load_bench
 from tests.collectives.bench.runs import write_captured_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def captured_run(tmp_path: Path) -> Path:

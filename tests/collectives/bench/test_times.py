@@ -17,6 +17,8 @@ from observatory.probes.alignment import ClockAlignment
 from observatory.run.documents.bench import BenchCase, BenchResult, load_bench
 from tests.collectives.bench.late_rank import LATE_S, RANKS
 
+pytestmark = pytest.mark.slow
+
 _ANOTHER_CLOCK = ("unshare", "--time", "--monotonic", "1000", "--fork", "--kill-child")
 
 
