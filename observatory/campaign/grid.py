@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from observatory.campaign.job import PhaseChoice, ProfileJob
+from observatory.campaign.preflight import check_job, check_libraries
 from observatory.campaign.profile import run_profile
 from observatory.errors import DataError, ObservatoryError, PlacementError, RunError
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
@@ -167,6 +168,7 @@ def run_grid(
     Raises:
         RunError: ``out`` exists and is no grid directory, or another process runs a grid in it.
         PlacementError: the placement file cannot be used; known before any cell runs.
+        ModelError: a library that every cell needs is missing.
     """
     from observatory.analysis.parallel.placement import load_placement
 
@@ -187,15 +189,19 @@ def _run_cells(
     cell_progress: CellProgress | None,
     step_progress: StepProgress | None,
 ) -> list[CellResult]:
-    """Run or keep each cell; the index names all of them from the start, for early reports."""
+    """Run or keep each cell; the index names all of them from the start, for early reports.
+
+    Cells that cannot run are stated before the first one runs.
+    """
+    ended = _early_results(cells, out)
     results: list[CellResult] = []
-    _write_index(out, config, cells, results)
+    _write_index(out, config, cells, list(ended.values()))
     loaded: LoadedModel | None = None
     loaded_name: str | None = None
     for cell in cells:
         run = out / "cells" / cell.name
-        if is_complete(run):
-            results.append(CellResult(cell=cell, run=run, state="kept"))
+        if cell.name in ended:
+            results.append(ended[cell.name])
         else:
             if cell_progress is not None:
                 cell_progress(cell, None)
@@ -211,8 +217,28 @@ def _run_cells(
                 results.append(CellResult(cell=cell, run=run, state="failed", error=str(error)))
         if cell_progress is not None:
             cell_progress(cell, results[-1])
-        _write_index(out, config, cells, results)
+        _write_index(out, config, cells, [*results, *ended.values()])
     return results
+
+
+def _early_results(cells: Sequence[Cell], out: Path) -> dict[str, CellResult]:
+    """Cells that end without being run, by name: kept ones, and those that can be known to fail.
+
+    Raises:
+        ModelError: a library that all others need is missing.
+    """
+    ended: dict[str, CellResult] = {}
+    for cell in cells:
+        run = out / "cells" / cell.name
+        if is_complete(run):
+            ended[cell.name] = CellResult(cell=cell, run=run, state="kept")
+            continue
+        check_libraries()
+        try:
+            check_job(cell.job)
+        except ObservatoryError as error:
+            ended[cell.name] = CellResult(cell=cell, run=run, state="failed", error=str(error))
+    return ended
 
 
 def expand_runs(paths: Sequence[Path]) -> list[Path]:

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from observatory.campaign.job import ProfileJob
+from observatory.campaign.preflight import check_job, check_length
 from observatory.errors import ModelError, ObservatoryError
+from observatory.host.ranks import find_rank
 
 if TYPE_CHECKING:
     import torch
@@ -58,12 +60,18 @@ def run_profile(
     Raises:
         ModelError: the model cannot be loaded, has no MoE layers, is too short for the sequence, or fails.
         DataError: the data cannot fill the run.
+        PlacementError: the experts do not fit the ranks.
         CaptureError: the probe or the run directory failed.
         RunError: something else is in the place of the run.
         ExchangeError: the ranks do not find each other, or one is lost.
     """
     from observatory.campaign.ranks import join_ranks
+    from observatory.run.replacing import check_free
 
+    if loaded is None:
+        if find_rank().world == 1:
+            check_free(out, overwrite=overwrite)
+        check_job(job)
     with join_ranks(job) as ranks:
         return _run_rank(job, out, ranks, loaded=loaded, overwrite=overwrite, progress=progress)
 
@@ -89,7 +97,9 @@ def _run_rank(
     run_id = ranks.agree_on_place(out, overwrite=overwrite)
     loaded = loaded or load_model(job.model, device=job.device, dtype=job.dtype)
     model = loaded.model.eval()
-    _check_length(model, job)
+    config: Any = model.config
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    check_length(limit if isinstance(limit, int) else None, job)
     stream = load_token_ids(
         job.data,
         loaded.tokenizer,
@@ -210,14 +220,3 @@ def _prefill(model: Any, ids: torch.Tensor, job: ProfileJob, *, column: int, kee
 def last_logits_only(model: Any) -> dict[str, Any]:
     """Options of a call that let a model compute the logits of the last token only, if it can."""
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-
-
-def _check_length(model: Any, job: ProfileJob) -> None:
-    """Refuse sequences longer than the model's position table."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    needed = job.sequence_length + job.decode_steps
-    if isinstance(limit, int) and needed > limit:
-        raise ModelError(
-            f"{needed} positions per sequence were asked for, the model has {limit}; "
-            f"lower --sequence-length or --steps"
-        )

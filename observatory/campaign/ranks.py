@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from observatory.campaign.job import ProfileJob, profile_argv
+from observatory.campaign.preflight import check_job
 from observatory.errors import ExchangeError, PlacementError, RunError, alike
 from observatory.host.children import python_module
 from observatory.host.ranks import RankOf, check_backend, find_rank
@@ -96,6 +97,7 @@ def start_ranks(job: ProfileJob, out: Path, *, overwrite: bool = False) -> None:
         CaptureError: ``rank_devices`` does not fit the ranks.
         ExchangeError: backend or nodes do not fit local ranks, or a rank failed, died or hung; names it.
         RunError: something is in the place of the run.
+        ModelError, DataError, PlacementError: as of :func:`observatory.campaign.preflight.check_job`.
     """
     from observatory.collectives.layout import split_into_nodes
     from observatory.hpc.launch import start_local_ranks
@@ -109,6 +111,7 @@ def start_ranks(job: ProfileJob, out: Path, *, overwrite: bool = False) -> None:
         split_into_nodes(job.ep, job.ranks_per_node)
     job.own_devices(rank=0, ranks=job.ep)
     check_free(out, overwrite=overwrite)
+    check_job(job)
     argv = [*profile_argv(job, out), *(["--force"] if overwrite else [])]
     start_local_ranks(python_module("observatory", *argv), job.ep)
 

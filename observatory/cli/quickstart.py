@@ -15,6 +15,7 @@ def quickstart(
 ) -> None:
     """Profile the bundled models on the bundled data, scan, and write the report. No network, no GPU."""
     from observatory.analysis.routing.summary import run_summary
+    from observatory.campaign.preflight import check_libraries
     from observatory.campaign.quickstart import quickstart_exchanges, quickstart_grid
     from observatory.campaign.quickstart_network import quickstart_network
     from observatory.campaign.ranks import refuse_ranks
@@ -26,6 +27,7 @@ def quickstart(
     from observatory.run.documents.writing import frame_records
 
     refuse_ranks("quickstart")
+    check_libraries()
     config = quickstart_grid()
     results = run_cells(config, out)
     failed = [result for result in results if result.state == "failed"]

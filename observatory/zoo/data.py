@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from observatory.errors import DataError
+from observatory.zoo.hub_datasets import check_dataset_name, read_dataset_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,8 +91,9 @@ def load_token_ids(
             real=False,
             wrapped=0,
         )
+    check_data(data, has_tokenizer=tokenizer is not None)
     if tokenizer is None:
-        raise DataError(f"{_shown(data)} is text and this model has no tokenizer; use the condition `mock`")
+        raise AssertionError("check_data lets only `mock` pass without a tokenizer")
     if data == "shuffled":
         mixed = [
             _bundled(name, tokenizer, vocabulary_size, _share(tokens, i), split) for i, name in _NUMBERED
@@ -108,11 +110,37 @@ def load_token_ids(
     if data in REAL_CONDITIONS:
         return _bundled(data, tokenizer, vocabulary_size, tokens, split)
     if data.startswith("datasets:"):
-        from observatory.zoo.hub_datasets import read_dataset_text
-
         text = read_dataset_text(data, limit_characters=min(tokens * _BYTES_PER_TOKEN, LARGEST_TEXT_BYTES))
         return _stream("datasets", text, data, tokenizer, vocabulary_size, tokens)
     return _from_file(data, tokenizer, vocabulary_size, tokens)
+
+
+def check_data(data: str, *, has_tokenizer: bool) -> None:
+    """Refuse data that no text can come from, before any of it is read.
+
+    Args:
+        data: as of `load_token_ids`.
+        has_tokenizer: whether the model has one.
+
+    Raises:
+        DataError: an unknown name, a file that is missing or empty, a missing package, or text for a model
+            without a tokenizer.
+    """
+    if data == "mock":
+        return
+    is_file = data not in CONDITIONS and not data.startswith("datasets:")
+    if is_file and (len(data) > _LONGEST_NAME or not data.isprintable()):
+        raise DataError(f"data name {_shown(data)} is not a path; expected a printable one")
+    if is_file and not Path(data).is_file():
+        raise DataError(
+            f"no data {_shown(data)}; expected one of {', '.join(CONDITIONS)}, a text file, or datasets:NAME"
+        )
+    if is_file and not Path(data).stat().st_size:
+        raise DataError(f"file {_shown(data)} is empty; expected some text")
+    if data.startswith("datasets:"):
+        check_dataset_name(data)
+    if not has_tokenizer:
+        raise DataError(f"{_shown(data)} is text and this model has no tokenizer; use the condition `mock`")
 
 
 def batches(
@@ -174,13 +202,7 @@ def _bundled(name: str, tokenizer: Any, vocabulary_size: int, tokens: int, split
 
 
 def _from_file(data: str, tokenizer: Any, vocabulary_size: int, tokens: int) -> TokenStream:
-    if len(data) > _LONGEST_NAME or not data.isprintable():
-        raise DataError(f"data name {_shown(data)} is not a path; expected a printable one")
     path = Path(data)
-    if not path.is_file():
-        raise DataError(
-            f"no data {_shown(data)}; expected one of {', '.join(CONDITIONS)}, a text file, or datasets:NAME"
-        )
     try:
         with path.open("rb") as file:
             raw = file.read(min(tokens * _BYTES_PER_TOKEN, LARGEST_TEXT_BYTES) + 4)

@@ -1,6 +1,25 @@
 """Text columns of the optional Hugging Face `datasets` package, read as a stream."""
 
+from importlib.util import find_spec
+
 from observatory.errors import DataError
+
+
+def check_dataset_name(name: str) -> None:
+    """Refuse a name of another form, or a missing `datasets` package, without loading it.
+
+    Raises:
+        DataError: one of these.
+    """
+    parts = name.split(":")[1:]
+    if not 1 <= len(parts) <= 4 or not parts[0] or len(name) > 1000 or not name.isprintable():
+        raise DataError(
+            f"{ascii(name)[:120]} is not datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]]; write it like that"
+        )
+    if find_spec("datasets") is None:
+        raise DataError(
+            f"{name} needs the package `datasets`, which is not installed; run `pip install datasets`"
+        )
 
 
 def read_dataset_text(name: str, *, limit_characters: int) -> str:
@@ -12,21 +31,13 @@ def read_dataset_text(name: str, *, limit_characters: int) -> str:
         limit_characters: stop after this many characters.
 
     Raises:
-        DataError: the package is missing, the data set cannot be reached, or there is no such column.
+        DataError: as of :func:`check_dataset_name`, the data set cannot be read, or has no such column.
     """
-    parts = name.split(":")[1:]
-    if not 1 <= len(parts) <= 4 or not parts[0] or len(name) > 1000 or not name.isprintable():
-        raise DataError(
-            f"{ascii(name)[:120]} is not datasets:NAME[:CONFIG[:SPLIT[:COLUMN]]]; write it like that"
-        )
-    dataset, config, split, column = (*parts, "", "", "")[:4]
+    check_dataset_name(name)
+    dataset, config, split, column = (*name.split(":")[1:], "", "", "")[:4]
     try:
         import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{name} needs the package `datasets`, which is not installed; run `pip install datasets`"
-        ) from error
-    try:
+
         rows = datasets.load_dataset(dataset, config or None, split=split or "train", streaming=True)
         texts: list[str] = []
         size = 0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CHECKPOINTS = Path(__file__).parent / "checkpoints"
-_NAMES = ("tiny-mla", "tiny-mha", "tiny-gqa", "tiny-mamba2", "tiny-gdn")
+BUNDLED_NAMES = ("tiny-mla", "tiny-mha", "tiny-gqa", "tiny-mamba2", "tiny-gdn")
 _LONGEST_NAME = 1024
 _LARGEST_CONFIG_BYTES = 4 * 2**20
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -79,7 +79,7 @@ def bundled_models() -> tuple[BundledModel, ...]:
         ModelError: the installation lacks a file.
     """
     found = []
-    for name in _NAMES:
+    for name in BUNDLED_NAMES:
         try:
             facts = json.loads((_CHECKPOINTS / name / "training.json").read_text(encoding="utf-8"))
             found.append(
@@ -113,10 +113,9 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> L
         ModelError: no such model, not a checkpoint, unsafe or missing weights, an architecture that is
             unknown or an encoder-decoder, hub unreachable.
     """
-    _check_name(name)
-    if dtype is not None and dtype not in _DTYPES:
-        raise ModelError(f"unknown dtype {ascii(dtype)[:40]}; expected one of {', '.join(_DTYPES)}")
-    if name in _NAMES:
+    directory = find_checkpoint(name)
+    check_dtype(dtype)
+    if name in BUNDLED_NAMES:
         bundled = next(model for model in bundled_models() if model.name == name)
         from observatory.zoo.tokenizer import load_tokenizer
 
@@ -130,19 +129,12 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> L
             vocabulary_size=_vocabulary_size(model),
             source="bundled",
         )
-    directory = _expanded(name)
-    local = _is_directory(directory)
-    if local:
-        _check_directory(directory, name)
-    elif _exists(directory) or not _looks_like_hub_id(name):
-        raise ModelError(
-            f"no model {name!r}; expected {', '.join(_NAMES)}, a directory, or a hub id org/model"
-        )
-    where = str(directory) if local else name
+    local = directory is not None
+    where = name if directory is None else str(directory)
     model = _load_weights(name, where, device, dtype, local=local)
     config: Any = model.config
     return LoadedModel(
-        name=(directory.resolve().name or name) if local else name,
+        name=name if directory is None else directory.resolve().name or name,
         mixer=mixer_of_config(config),
         family=str(getattr(config, "model_type", "unknown")),
         model=model,
@@ -150,6 +142,61 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> L
         vocabulary_size=_vocabulary_size(model),
         source="directory" if local else "hub",
     )
+
+
+def find_checkpoint(name: str) -> Path | None:
+    """Directory of a model, its configuration and weights present; None for a hub id. Loads no library.
+
+    Raises:
+        ModelError: no such model, not a checkpoint, or pickled weights only.
+    """
+    _check_name(name)
+    if name in BUNDLED_NAMES:
+        return _CHECKPOINTS / name
+    directory = _expanded(name)
+    if _is_directory(directory):
+        _check_directory(directory, name)
+        return directory
+    if _exists(directory) or not _looks_like_hub_id(name):
+        raise ModelError(
+            f"no model {name!r}; expected {', '.join(BUNDLED_NAMES)}, a directory, or a hub id org/model"
+        )
+    return None
+
+
+def read_config(directory: Path, name: str) -> dict[str, Any]:
+    """The configuration of a checkpoint directory.
+
+    Raises:
+        ModelError: missing, too large, not JSON, or without a model type.
+    """
+    config_path = directory / "config.json"
+    if not config_path.is_file():
+        raise ModelError(f"{name!r} has no config.json; expected a checkpoint saved with save_pretrained")
+    try:
+        if config_path.stat().st_size > _LARGEST_CONFIG_BYTES:
+            raise ModelError(
+                f"config.json of {name!r} is larger than {_LARGEST_CONFIG_BYTES} bytes; not a configuration"
+            )
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"config.json of {name!r} cannot be read: {_first_line(error)}; expected JSON"
+        ) from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ModelError(f"config.json of {name!r} has no model_type; expected a transformers configuration")
+    return config
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a checkpoint directory has a tokenizer of its own."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raise ModelError for a type that models are not loaded in."""
+    if dtype is not None and dtype not in _DTYPES:
+        raise ModelError(f"unknown dtype {ascii(dtype)[:40]}; expected one of {', '.join(_DTYPES)}")
 
 
 def mixer_of_config(config: Any) -> str | None:
@@ -213,21 +260,7 @@ def _looks_like_hub_id(name: str) -> bool:
 
 def _check_directory(directory: Path, name: str) -> None:
     """Refuse what is not a safetensors checkpoint, before any library looks at it."""
-    config_path = directory / "config.json"
-    if not config_path.is_file():
-        raise ModelError(f"{name!r} has no config.json; expected a checkpoint saved with save_pretrained")
-    try:
-        if config_path.stat().st_size > _LARGEST_CONFIG_BYTES:
-            raise ModelError(
-                f"config.json of {name!r} is larger than {_LARGEST_CONFIG_BYTES} bytes; not a configuration"
-            )
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"config.json of {name!r} cannot be read: {_first_line(error)}; expected JSON"
-        ) from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelError(f"config.json of {name!r} has no model_type; expected a transformers configuration")
+    read_config(directory, name)
     if not any(directory.glob("*.safetensors")):
         pickled = next(
             (path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern)), None
@@ -330,7 +363,7 @@ def _load_tokenizer(where: str, *, local: bool) -> "PreTrainedTokenizerBase | No
     import transformers as library
 
     transformers: Any = library
-    if local and not any((Path(where) / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+    if local and not has_tokenizer(Path(where)):
         return None
     try:
         with quiet_transformers():

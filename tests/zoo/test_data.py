@@ -1,6 +1,5 @@
 """Data conditions, files and batches."""
 
-import builtins
 from pathlib import Path
 from typing import Any
 
@@ -138,14 +137,7 @@ def test_text_without_a_tokenizer_is_refused() -> None:
 def test_a_missing_datasets_package_names_what_to_install(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real_import = builtins.__import__
-
-    def refuse(name: str, *arguments: Any, **options: Any) -> Any:
-        if name == "datasets":
-            raise ImportError(name)
-        return real_import(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setattr("observatory.zoo.hub_datasets.find_spec", lambda _: None)
     with pytest.raises(DataError, match="pip install datasets"):
         load("datasets:org/name", tokenizer)
     with pytest.raises(DataError, match="write it like that"):
