@@ -38,6 +38,8 @@ from torch import nn
 
 from observatory.host.provenance import new_manifest
 from observatory.probes.exchange.probe import ExchangeProbe
+from observatory.probes.timeline.log import ExchangeLog
+from observatory.probes.timeline.streams import Anchors
 from observatory.run import RunWriter
 from observatory.run.manifest import ModelSpec, Topology
 
@@ -89,13 +91,21 @@ def rank_main(folder: Path, rank: int, world: int, rounds: int, calls: int) -> N
                 count = calls if rows < SIZES["large"] else max(5, calls // 5)
                 probe = None
                 if watched:
+                    anchors = Anchors()
+                    log = ExchangeLog(writer, anchors, flush_s=3600)
                     probe = ExchangeProbe(
-                        writer, situation=lambda: (0, None), known_phase=lambda: "unknown", flush_seconds=3600
+                        nn.Identity(),
+                        [],
+                        log,
+                        anchors,
+                        situation=lambda: (0, None),
+                        phase_now=lambda: "unknown",
                     )
-                    probe.attach(nn.Identity(), [])
+                    probe.attach()
                 found = timed(loops[way], count)
                 if probe is not None:
-                    probe.stop()
+                    probe.detach()
+                    log.close()
                 if number >= 0:
                     times[f"{way} {watched}"].append(found)
         raw[size] = times

@@ -35,6 +35,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+from observatory.probes.options import RoutingOptions
 from observatory.probes.routing.discover import find_sites
 from observatory.probes.routing.probe import RoutingProbe
 
@@ -84,7 +85,7 @@ def measure(model: Any, shape: tuple[int, int], rounds: int, device: str) -> dic
     clock_ns = time.thread_time_ns if device == "cpu" else time.perf_counter_ns
     probes = {
         "watch": RoutingProbe(model, sites),
-        "watch_all": RoutingProbe(model, sites, gate_mass=True, sample_tokens=64),
+        "watch_all": RoutingProbe(model, sites, RoutingOptions(gate_mass=True, sample_tokens=64)),
     }
     setups: dict[str, tuple[Callable[[], AbstractContextManager[Any]], dict[str, Any]]] = {
         "plain": (nullcontext, {}),
@@ -110,9 +111,9 @@ def measure(model: Any, shape: tuple[int, int], rounds: int, device: str) -> dic
             if number >= 0:
                 times_us[name].append(taken_us)
         start_ns = clock_ns()
-        probes["watch"].take(step=0, told=None, ends_step=True)
+        probes["watch"].take(step=0, stated_phase=None, ends_step=True)
         steps_us.append((clock_ns() - start_ns) / 1000)
-        probes["watch_all"].take(step=0, told=None, ends_step=True)
+        probes["watch_all"].take(step=0, stated_phase=None, ends_step=True)
     alone_us = {name: hook_alone(model, ids, probe, clock_ns) for name, probe in probes.items()}
     for probe in probes.values():
         probe.release()
@@ -141,7 +142,7 @@ def hook_alone(model: Any, ids: torch.Tensor, probe: RoutingProbe, clock_ns: Cal
             start_ns = clock_ns()
             hook(*calls[0])
             times_us.append((clock_ns() - start_ns) / 1000)
-    probe.take(step=0, told=None, ends_step=True)
+    probe.take(step=0, stated_phase=None, ends_step=True)
     return float(np.median(times_us))
 
 

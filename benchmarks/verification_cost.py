@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from benchmarks.hook_cost import tiny_model
+from observatory.probes.options import RoutingOptions, Verify
 from observatory.probes.routing.discover import find_sites
-from observatory.probes.routing.judgement import Verify
 from observatory.probes.routing.probe import RoutingProbe
 
 TOKENS = (1, 512)
@@ -43,7 +43,7 @@ def main() -> None:
 
 def _round(model: Any, ids: torch.Tensor, sites: Any, verify: Verify) -> tuple[float, float]:
     plain = [_seconds(model, ids) for _ in range(2)][1]
-    probe = RoutingProbe(model, sites, verify=verify)
+    probe = RoutingProbe(model, sites, RoutingOptions(verify=verify))
     probe.attach()
     passes = [_seconds(model, ids) for _ in range(3)]
     probe.detach()

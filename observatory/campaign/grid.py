@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from observatory.campaign.job import PhaseChoice, ProfileJob
+from observatory.campaign.job import ProfileJob, ProfileOptions
 from observatory.campaign.preflight import check_job, check_libraries
 from observatory.campaign.profile import run_profile
 from observatory.errors import DataError, ObservatoryError, PlacementError, RunError
@@ -38,26 +38,7 @@ Name = Annotated[str, Field(min_length=1, max_length=4096)]
 Positive = Annotated[int, Field(ge=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ProfileOptions(_Section):
-    """``[profile]``: the options of ``observatory profile`` that all cells share."""
-
-    batch_size: Positive = 8
-    sequence_length: Positive = 256
-    steps: Positive = 20
-    phase: PhaseChoice = "prefill"
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: Name = "cpu"
-    dtype: Name | None = None
-    gate_mass: bool = False
-    sample_tokens: Annotated[int, Field(ge=0)] = 0
-    window_steps: Positive = 1
-
-
-class GridConfig(_Section):
+class GridConfig(BaseModel):
     """A grid as its TOML file states it.
 
     Attributes:
@@ -68,6 +49,8 @@ class GridConfig(_Section):
         placement: ``linear``, ``round-robin``, or a placement file.
         profile: options all cells share.
     """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     models: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
     data: Annotated[tuple[Name, ...], Field(min_length=1, max_length=1000)]
@@ -127,6 +110,8 @@ def load_grid(path: Path) -> GridConfig:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise DataError(f"grid file {path}, key {place!r}: {first['msg']}") from error
+    except ObservatoryError as error:
+        raise DataError(f"grid file {path}, [profile]: {error}") from error
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
         raise DataError(f"the grid file {path} is not TOML: {error}") from error
 
@@ -136,7 +121,7 @@ def grid_cells(config: GridConfig) -> tuple[Cell, ...]:
     cells = []
     for model in config.models:
         for data in config.data:
-            job = ProfileJob(model=model, data=data, **config.profile.model_dump())
+            job = ProfileJob(model=model, data=data, **asdict(config.profile))
             digest = hashlib.sha256(json.dumps(_identity(job), sort_keys=True).encode()).hexdigest()[:10]
             cells.append(Cell(name=f"{_slug(model)}--{_slug(data)}--{digest}", job=job))
     names = [cell.name for cell in cells]

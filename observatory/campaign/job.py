@@ -4,33 +4,68 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
+
+from pydantic import ConfigDict
 
 from observatory.errors import CaptureError, DataError, ExchangeError, alike
+from observatory.probes.options import (
+    CountingOptions,
+    PowerOptions,
+    RoutingOptions,
+    Verify,
+    check_least,
+)
 from observatory.run.exchange_algorithms import ALGORITHMS
 from observatory.run.files import one_line
+
+#: Options of the command line that are named otherwise than their field.
+_OPTIONS = {"flush_s": "--flush-seconds"}
 
 PhaseChoice = Literal["prefill", "decode", "both"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProfileJob:
-    """What to profile.
+class ProfileOptions(CountingOptions):
+    """What decides what a profile counts; all cells of a grid share it.
 
     Attributes:
-        model: bundled name, checkpoint directory or hub id.
-        data: data condition, text file, or ``datasets:NAME``.
         batch_size: sequences per step and rank, B.
         sequence_length: tokens per sequence, T; also the context of decode steps.
-        steps: steps of each phase asked for.
+        steps: steps of each phase.
         phase: ``prefill``, ``decode`` or ``both`` one after the other.
         seed: seeds shuffled and mock tokens.
         device: torch device.
         dtype: torch dtype name of the weights; None takes the loader's choice.
-        gate_mass: also sum gate weights per expert.
-        sample_tokens: token positions per layer and step whose expert ids are kept; 0 keeps none.
-        window_steps: steps folded into one row of the run.
-        flush_seconds: seconds after which captured rows are on disk.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a grid file is read into it
+
+    batch_size: int = 8
+    sequence_length: int = 256
+    steps: int = 20
+    phase: PhaseChoice = "prefill"
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        CountingOptions.__post_init__(self)
+        for name in ("batch_size", "sequence_length", "steps"):
+            check_least(name, getattr(self, name), 1, error=DataError)
+        check_least("seed", self.seed, 0, error=DataError)
+        if self.phase not in get_args(PhaseChoice):
+            raise DataError(f"phase is {self.phase!r}; choose one of {', '.join(get_args(PhaseChoice))}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileJob(ProfileOptions):
+    """One profile: its options, what is profiled on what, and how it runs on ranks.
+
+    Attributes:
+        model: bundled name, checkpoint directory or hub id.
+        data: data condition, text file, or ``datasets:NAME``.
+        flush_s: seconds after which captured rows are on disk.
         ep: ranks over which the experts are spread; 1 keeps them together.
         placement: rank of every expert: ``linear``, ``round-robin`` or the path of a placement file.
         algorithm: ``flat``, ``hierarchical`` or ``gather``.
@@ -41,24 +76,14 @@ class ProfileJob:
         power: ``auto`` samples the GPUs the model is on, ``on`` else processors as well, ``off`` nothing; or
             devices by name, separated by commas.
         rank_devices: the power device that each rank computes on, by name, in the order of ranks, separated
-            by commas; None: as torch tells.
+            by commas; None: the GPUs that hold the model.
         power_shifts: pauses between steps where these move in time with the power sensor: ``auto`` with one
             rank, ``on`` (refused with several), ``off``.
     """
 
     model: str
     data: str = "prose"
-    batch_size: int = 8
-    sequence_length: int = 256
-    steps: int = 20
-    phase: PhaseChoice = "prefill"
-    seed: int = 0
-    device: str = "cpu"
-    dtype: str | None = None
-    gate_mass: bool = False
-    sample_tokens: int = 0
-    window_steps: int = 1
-    flush_seconds: float = 10.0
+    flush_s: float = 10.0
     ep: int = 1
     placement: str = "linear"
     algorithm: str = "flat"
@@ -71,14 +96,8 @@ class ProfileJob:
     power_shifts: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "sequence_length", "steps", "window_steps", "ep"):
-            if getattr(self, name) < 1:
-                raise DataError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("sample_tokens", "seed"):
-            if getattr(self, name) < 0:
-                raise DataError(f"{name} is {getattr(self, name)}; it must be 0 or more")
-        if self.phase not in get_args(PhaseChoice):
-            raise DataError(f"phase is {self.phase!r}; choose one of {', '.join(get_args(PhaseChoice))}")
+        ProfileOptions.__post_init__(self)
+        check_least("ep", self.ep, 1, error=DataError)
         if self.power_shifts not in ("auto", "on", "off"):
             raise CaptureError(f"power_shifts is {self.power_shifts!r}; choose one of auto, on, off")
         if self.power_shifts == "on" and self.power == "off":
@@ -92,14 +111,27 @@ class ProfileJob:
                 f"algorithm {self.algorithm!r} does not exist; expected one of {', '.join(ALGORITHMS)}"
             )
 
-    @property
-    def watched_power(self) -> bool | tuple[str, ...] | None:
-        """What ``observatory.watch`` is told of ``power``."""
-        known: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
-        return known[self.power] if self.power in known else tuple(self.power.split(","))
+    def counting(self, *, verify: Verify) -> RoutingOptions:
+        """How the watch counts."""
+        same = {field.name: getattr(self, field.name) for field in fields(CountingOptions)}
+        return RoutingOptions(**same, verify=verify)
+
+    def sampling(self, *, rank: int, ranks: int) -> PowerOptions:
+        """What the watch of a rank samples.
+
+        Raises:
+            CaptureError: ``rank_devices`` does not name one device for each rank.
+        """
+        words: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
+        shifts = self.power_shifts == "on" or (self.power_shifts == "auto" and ranks == 1)
+        return PowerOptions(
+            power=words[self.power] if self.power in words else tuple(self.power.split(",")),
+            own_devices=self.own_devices(rank=rank, ranks=ranks),
+            power_shifts=self.steps if shifts else False,
+        )
 
     def own_devices(self, *, rank: int, ranks: int) -> tuple[str, ...] | None:
-        """Names of the power devices that a rank computes on; None where torch is to tell.
+        """Names of the power devices that a rank computes on; None: the GPUs that hold the model.
 
         Raises:
             CaptureError: ``rank_devices`` does not name one device for each rank.
@@ -115,10 +147,6 @@ class ProfileJob:
                 )
             )
         return (named[rank],)
-
-    def shifts_power(self, *, ranks: int) -> bool:
-        """Whether there may be pauses between steps."""
-        return self.power_shifts == "on" or (self.power_shifts == "auto" and ranks == 1)
 
     @property
     def prefill_steps(self) -> int:
@@ -141,7 +169,7 @@ def profile_argv(job: ProfileJob, out: Path) -> list[str]:
     argv = ["profile", job.model, "--out", str(out)]
     for field in fields(job):
         value = getattr(job, field.name)
-        option = f"--{field.name.replace('_', '-')}"
+        option = _OPTIONS.get(field.name, f"--{field.name.replace('_', '-')}")
         if field.name == "model" or value is None or value is False:
             continue
         argv += [option] if value is True else [option, str(value)]

@@ -87,13 +87,14 @@ def _run_rank(
 ) -> Path:
     import torch
 
-    import observatory
+    from observatory.probes.options import ExchangeOptions, RunLabels, WatchOptions
+    from observatory.probes.watch import Watch
     from observatory.run.manifest import DataSpec
     from observatory.zoo.data import load_token_ids
     from observatory.zoo.models import load_model, quiet_transformers
 
     world = ranks.where.world
-    own_devices = job.own_devices(rank=ranks.where.rank, ranks=world)
+    power = job.sampling(rank=ranks.where.rank, ranks=world)
     run_id = ranks.agree_on_place(out, overwrite=overwrite)
     loaded = loaded or load_model(job.model, device=job.device, dtype=job.dtype)
     model = loaded.model.eval()
@@ -126,33 +127,36 @@ def _run_rank(
     ):
         cache = None if job.prefill_steps else _prefill(model, ids, job, column=0, keep_cache=True)
         with (
-            observatory.watch(
+            Watch(
                 model,
                 out,
-                gate_mass=job.gate_mass,
-                sample_tokens=job.sample_tokens,
-                verify="first" if job.ep == 1 else "none",  # experts compute tokens of other ranks, too
-                window_steps=job.window_steps,
-                flush_seconds=job.flush_seconds,
-                overwrite=overwrite,
-                run_id=run_id,
-                model_name=loaded.name,
-                family=loaded.family,
-                mixer=loaded.mixer,
-                config=asdict(job),
-                topology=ranks.topology(sharded),
-                power=job.watched_power,
-                own_devices=own_devices,
-                power_shifts=job.steps if job.shifts_power(ranks=world) else False,
-                exchanges=True if ranks.transport is not None and world > 1 else None,
-                align_clocks=ranks.transport is None,  # else over the transport, whatever it is
-                data=DataSpec(
-                    condition=stream.condition,
-                    source=stream.source,
-                    real=stream.real,
-                    batch_size=world * job.batch_size,
-                    sequence_length=job.sequence_length,
-                    wrapped=stream.wrapped,
+                WatchOptions(
+                    where=ranks.where,
+                    flush_s=job.flush_s,
+                    overwrite=overwrite,
+                    run_id=run_id,
+                    # Spread experts compute tokens of other ranks, too.
+                    routing=job.counting(verify="first" if job.ep == 1 else "none"),
+                    exchange=ExchangeOptions(
+                        exchanges=True if ranks.transport is not None and world > 1 else None,
+                        align_clocks=ranks.transport is None,  # else over the transport, whatever it is
+                    ),
+                    power=power,
+                    labels=RunLabels(
+                        model_name=loaded.name,
+                        family=loaded.family,
+                        mixer=loaded.mixer,
+                        config=asdict(job),
+                        topology=ranks.topology(sharded),
+                        data=DataSpec(
+                            condition=stream.condition,
+                            source=stream.source,
+                            real=stream.real,
+                            batch_size=world * job.batch_size,
+                            sequence_length=job.sequence_length,
+                            wrapped=stream.wrapped,
+                        ),
+                    ),
                 ),
             ) as watch,
             ranks.aligned(watch),

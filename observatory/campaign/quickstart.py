@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from observatory.campaign.grid import GridConfig, ProfileOptions, is_complete
-from observatory.campaign.job import ProfileJob
+from observatory.campaign.grid import GridConfig, is_complete
+from observatory.campaign.job import ProfileJob, ProfileOptions
 from observatory.campaign.ranks import start_ranks
 
 #: EP degrees of the runs with real exchanges.

@@ -29,8 +29,8 @@ def profile(
         int, typer.Option(min=0, help="Token positions per layer and step whose expert ids are kept.")
     ] = 0,
     window_steps: Annotated[int, typer.Option(min=1, help="Steps folded into one row.")] = 1,
-    flush_seconds: Annotated[
-        float, typer.Option(min=0.1, help="Seconds after which captured rows are on disk.")
+    flush_s: Annotated[
+        float, typer.Option("--flush-seconds", min=0.1, help="Seconds after which captured rows are on disk.")
     ] = 10.0,
     ep: Annotated[
         int | None,
@@ -98,7 +98,7 @@ def profile(
         gate_mass=gate_mass,
         sample_tokens=sample_tokens,
         window_steps=window_steps,
-        flush_seconds=flush_seconds,
+        flush_s=flush_s,
         ep=requested_ep(ep),
         placement=placement,
         algorithm=algorithm,

@@ -1,4 +1,4 @@
-"""Clocks of ranks, brought onto that of one of them.
+"""Time bases of ranks, brought onto that of one of them.
 
 Ranks of one host read the same CLOCK_MONOTONIC, which is verified by boot id and time namespace. For the
 others a burst of round trips bounds the offset:
@@ -9,8 +9,8 @@ others a burst of round trips bounds the offset:
 The reference read t after t1 and before t4, so offset = reference - own lies in [t - t4, t - t1]: half the
 round trip around its middle (Cristian 1989). Every round trip gives such an interval however unequal the
 two ways are, and the true offset lies in all of them; their intersection is at least as narrow as the
-interval of the fastest round trip (the minimum-delay filter of NTP). Bursts at the begin and at the end
-give the drift. Of the ranks that share a clock the first one measures, and the others are told its result:
+interval of the fastest round trip (the minimum-delay filter of NTP). Bursts at the start and at the end
+give the drift. Of the ranks that share a clock the first one measures, and the others receive its result:
 a time that two of them read is then the same time on the reference, too.
 """
 
@@ -24,13 +24,14 @@ from typing import Literal, Protocol
 from observatory.run.manifest import ClockSpec
 from observatory.run.time_base import clock_identity, clock_name
 
-Clock = Callable[[], int]
+#: Reads a time base: monotonic nanoseconds.
+NowNs = Callable[[], int]
 
 #: Clocks of two hosts do not drift apart faster than this while a burst lasts (quartz plus NTP's slewing).
 _BURST_DRIFT_PPM = 600
 
-#: What the reference answers: measure, same clock, take what follows, or nobody is served.
-_APART, _SHARED, _KNOWN, _DECLINED = 0, 1, 2, -1
+#: What the reference answers: measure, same clock, take the result that follows, or no rank is served.
+_APART, _SHARED, _MEASURED, _DECLINED = 0, 1, 2, -1
 #: Before what follows: there is a result, or there is none.
 _RESULT, _NO_RESULT = 1, 0
 
@@ -54,7 +55,7 @@ class PairLink(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClockAlignment:
+class TimeBaseAlignment:
     """How this rank's clock relates to the reference's.
 
     Attributes:
@@ -103,9 +104,9 @@ def align(
     *,
     rounds: int = 64,
     reference_rank: int = 0,
-    clock: Clock = time.monotonic_ns,
+    now_ns: NowNs = time.monotonic_ns,
     identity: Callable[[], int | None] = clock_identity,
-) -> ClockAlignment:
+) -> TimeBaseAlignment:
     """Align this rank's clock with the reference's; every rank of the link must call it.
 
     The reference serves one rank after the other, so that round trips do not disturb each other.
@@ -114,19 +115,19 @@ def align(
         link: numbers between ranks.
         rounds: round trips per rank that does not share the reference's clock.
         reference_rank: the rank whose clock counts.
-        clock: monotonic nanoseconds.
-        identity: what tells whether two ranks share a clock.
+        now_ns: monotonic nanoseconds.
+        identity: equal on two ranks that share a clock.
     """
     if link.rank != reference_rank:
-        return ask(link, rounds=rounds, reference_rank=reference_rank, clock=clock, identity=identity)
-    server = ClockServer(link, rounds=rounds, clock=clock, identity=identity)
+        return ask(link, rounds=rounds, reference_rank=reference_rank, now_ns=now_ns, identity=identity)
+    server = AlignmentServer(link, rounds=rounds, now_ns=now_ns, identity=identity)
     for peer in range(link.size):
         if peer != reference_rank:
             server.serve(peer)
     return server.alignment()
 
 
-class ClockServer:
+class AlignmentServer:
     """The reference's side: serves one rank after the other."""
 
     def __init__(
@@ -134,14 +135,15 @@ class ClockServer:
         link: PairLink,
         *,
         rounds: int = 64,
-        clock: Clock = time.monotonic_ns,
+        now_ns: NowNs = time.monotonic_ns,
         identity: Callable[[], int | None] = clock_identity,
     ) -> None:
         self._link = link
         self._rounds = rounds
-        self._clock = clock
-        self._own = identity() or 0
-        self._known: dict[int, tuple[int, ...]] = {}
+        self._now_ns = now_ns
+        self._identity = identity() or 0
+        #: What the first rank of each clock has measured.
+        self._measured: dict[int, tuple[int, ...]] = {}
 
     def serve(self, peer: int) -> bool:
         """Serve a rank that asks; whether its clock is another one."""
@@ -149,28 +151,28 @@ class ClockServer:
         theirs = link.receive(peer)
         if theirs == _DECLINED:
             return False
-        if self._own != 0 and theirs == self._own:
+        if self._identity != 0 and theirs == self._identity:
             link.send(peer, _SHARED)
             return False
-        if theirs in self._known:
-            link.send(peer, _KNOWN)
-            for number in self._known[theirs]:
+        if theirs in self._measured:
+            link.send(peer, _MEASURED)
+            for number in self._measured[theirs]:
                 link.send(peer, number)
             return True
         link.send(peer, _APART)
         for _ in range(self._rounds):
             link.receive(peer)
-            link.send(peer, self._clock())
-        told: tuple[int, ...] = (link.receive(peer),)
-        if told == (_RESULT,):
-            told = (_RESULT, *(link.receive(peer) for _ in range(3)))
+            link.send(peer, self._now_ns())
+        result: tuple[int, ...] = (link.receive(peer),)
+        if result == (_RESULT,):
+            result = (_RESULT, *(link.receive(peer) for _ in range(3)))
         if theirs != 0:
-            self._known[theirs] = told
+            self._measured[theirs] = result
         return True
 
-    def alignment(self) -> ClockAlignment:
+    def alignment(self) -> TimeBaseAlignment:
         """The reference's own."""
-        return _shared(self._link.rank, self._clock(), self._own)
+        return _shared(self._link.rank, self._now_ns(), self._identity)
 
 
 def ask(
@@ -178,28 +180,28 @@ def ask(
     *,
     rounds: int = 64,
     reference_rank: int = 0,
-    clock: Clock = time.monotonic_ns,
+    now_ns: NowNs = time.monotonic_ns,
     identity: Callable[[], int | None] = clock_identity,
-) -> ClockAlignment:
+) -> TimeBaseAlignment:
     """Another rank's side: what :func:`align` does there."""
     own = identity() or 0
     link.send(reference_rank, own)
     answer = link.receive(reference_rank)
     if answer == _SHARED:
-        return _shared(reference_rank, clock(), own)
-    if answer == _KNOWN:
-        told = link.receive(reference_rank) == _RESULT
-        result = tuple(link.receive(reference_rank) for _ in range(3)) if told else None
+        return _shared(reference_rank, now_ns(), own)
+    if answer == _MEASURED:
+        has_result = link.receive(reference_rank) == _RESULT
+        result = tuple(link.receive(reference_rank) for _ in range(3)) if has_result else None
         reason = "the first rank of this host could not align"
     elif answer == _APART:
-        result = _measure(link, rounds, reference_rank, clock)
+        result = _measure(link, rounds, reference_rank, now_ns)
         for number in (_NO_RESULT,) if result is None else (_RESULT, *result):
             link.send(reference_rank, number)
         reason = f"{rounds} round trips to rank {reference_rank} contradict each other: a clock was set"
     else:
         result, reason = None, f"rank {reference_rank} does not serve"
-    offset_ns, uncertainty_ns, measured_ns = (None, None, clock()) if result is None else result
-    return ClockAlignment(
+    offset_ns, uncertainty_ns, measured_ns = (None, None, now_ns()) if result is None else result
+    return TimeBaseAlignment(
         reference_rank=reference_rank,
         method="none" if result is None else "ping-pong",
         offset_ns=offset_ns,
@@ -211,19 +213,19 @@ def ask(
 
 
 def decline(link: PairLink, *, reference_rank: int = 0, peers: Sequence[int] = ()) -> None:
-    """Take no part, and let nobody wait for this rank: the reference tells ``peers``, the others tell it."""
+    """Take no part, so that no rank waits for this one: the reference answers ``peers``, the others it."""
     for peer in peers if link.rank == reference_rank else (reference_rank,):
         link.send(peer, _DECLINED)
 
 
-def _measure(link: PairLink, rounds: int, reference_rank: int, clock: Clock) -> tuple[int, int, int] | None:
+def _measure(link: PairLink, rounds: int, reference_rank: int, now_ns: NowNs) -> tuple[int, int, int] | None:
     """Offset, uncertainty, and own time at which they hold; None when no offset fits."""
     trips: list[tuple[int, int, int]] = []
     for _ in range(rounds):
-        sent = clock()
+        sent = now_ns()
         link.send(reference_rank, 0)
         there = link.receive(reference_rank)
-        trips.append((sent, there, clock()))
+        trips.append((sent, there, now_ns()))
     bound = bound_offset(trips)
     return None if bound is None else (*bound, (trips[0][0] + trips[-1][2]) // 2)
 
@@ -231,19 +233,19 @@ def _measure(link: PairLink, rounds: int, reference_rank: int, clock: Clock) -> 
 def unaligned(
     reason: str = "the ranks did not align their clocks",
     *,
-    clock: Clock = time.monotonic_ns,
+    now_ns: NowNs = time.monotonic_ns,
     identity: Callable[[], int | None] = clock_identity,
-) -> ClockAlignment:
-    """What a rank can say of its clock without talking to anybody.
+) -> TimeBaseAlignment:
+    """What a rank can state of its clock without any other rank.
 
     Its identity is enough for readers to see which ranks of a run share a clock.
     """
-    return ClockAlignment(
+    return TimeBaseAlignment(
         reference_rank=0,
         method="none",
         offset_ns=None,
         uncertainty_ns=None,
-        measured_ns=clock(),
+        measured_ns=now_ns(),
         identity=identity(),
         reason=reason,
     )
@@ -270,32 +272,32 @@ def bound_offset(trips: Sequence[tuple[int, int, int]]) -> tuple[int, int] | Non
     return (low + high) // 2, (high - low + 1) // 2
 
 
-def with_drift(begin: ClockAlignment, end: ClockAlignment) -> ClockAlignment:
-    """The alignment of a whole run from one at its begin and one at its end.
+def with_drift(first: TimeBaseAlignment, last: TimeBaseAlignment) -> TimeBaseAlignment:
+    """The alignment of a whole run from one at its start and one at its end.
 
     Between the two the offset is taken to change evenly; its uncertainty is then at most the larger of both.
     Where one of them failed, the other is kept, without a drift.
     """
-    if begin.offset_ns is None or begin.method != end.method:
-        return end if begin.offset_ns is None else begin
-    if end.offset_ns is None or begin.method == "shared clock" or end.measured_ns <= begin.measured_ns:
-        return begin
-    assert begin.uncertainty_ns is not None
-    assert end.uncertainty_ns is not None
-    elapsed_ns = end.measured_ns - begin.measured_ns
-    return ClockAlignment(
-        reference_rank=begin.reference_rank,
-        method=begin.method,
-        offset_ns=begin.offset_ns,
-        uncertainty_ns=max(begin.uncertainty_ns, end.uncertainty_ns) + 1,
-        drift_ppm=(end.offset_ns - begin.offset_ns) / elapsed_ns * 1e6,
-        measured_ns=begin.measured_ns,
-        identity=begin.identity,
+    if first.offset_ns is None or first.method != last.method:
+        return last if first.offset_ns is None else first
+    if last.offset_ns is None or first.method == "shared clock" or last.measured_ns <= first.measured_ns:
+        return first
+    assert first.uncertainty_ns is not None
+    assert last.uncertainty_ns is not None
+    elapsed_ns = last.measured_ns - first.measured_ns
+    return TimeBaseAlignment(
+        reference_rank=first.reference_rank,
+        method=first.method,
+        offset_ns=first.offset_ns,
+        uncertainty_ns=max(first.uncertainty_ns, last.uncertainty_ns) + 1,
+        drift_ppm=(last.offset_ns - first.offset_ns) / elapsed_ns * 1e6,
+        measured_ns=first.measured_ns,
+        identity=first.identity,
     )
 
 
-def _shared(reference_rank: int, now_ns: int, identity: int) -> ClockAlignment:
-    return ClockAlignment(
+def _shared(reference_rank: int, now_ns: int, identity: int) -> TimeBaseAlignment:
+    return TimeBaseAlignment(
         reference_rank=reference_rank,
         method="shared clock",
         offset_ns=0,

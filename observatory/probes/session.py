@@ -1,12 +1,11 @@
-"""One capture: a probe, the thread that empties it, and the writer it ends up in."""
+"""One capture: its parts, attached one after the other, and asked together."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
-from itertools import accumulate
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from pydantic import JsonValue
 from torch import nn
@@ -14,142 +13,132 @@ from torch import nn
 from observatory.errors import CaptureError, ModelError
 from observatory.probes.exchange.labels import NoRecorder, Recorder
 from observatory.probes.exchange.probe import ExchangeProbe
-from observatory.probes.routing.accumulation import Folder, Snapshot
-from observatory.probes.routing.adapters import Adapter
-from observatory.probes.routing.counters import SLOTS
-from observatory.probes.routing.flushing import Flusher
-from observatory.probes.routing.integrity import Loss
-from observatory.probes.routing.judgement import Verify
-from observatory.probes.routing.probe import RoutingProbe
-from observatory.probes.routing.sites import RoutingSite, may_drop_inside
+from observatory.probes.options import WatchOptions
+from observatory.probes.part import Boundary, Part
+from observatory.probes.power.watched import WatchedPower
+from observatory.probes.routing.part import RoutingPart
+from observatory.probes.routing.sites import RoutingSite
+from observatory.probes.store_alignment import WatchedTimeBase
 from observatory.probes.timeline.flight import FlightRecorder
 from observatory.probes.timeline.log import ExchangeLog
 from observatory.probes.timeline.phase_spans import PhaseSpans
 from observatory.probes.timeline.streams import Anchors
 from observatory.run import RunWriter
-from observatory.run.manifest import CaptureGap, Verified
 
-_MAX_NAMED = 6
+#: How long the guard of a rank waits for each part: it has about a second before the rank is killed.
+_HURRY_S = 0.5
+
+AnyPart = TypeVar("AnyPart", bound=Part)
 
 
 class CaptureSession:
-    """Runs from construction, when the hooks are on, until ``stop``."""
+    """Runs from construction, when all parts are attached, until ``stop``.
+
+    Args:
+        model: the model.
+        sites: its MoE layers.
+        writer: of the run.
+        options: what the watch was asked for.
+        exchanges: time exchanges.
+        store: through which ranks align their time bases; None where they do not.
+        situation: step and stated phase of what happens now.
+
+    Attributes:
+        routing: the part that counts.
+        recorder: where dispatchers report what they do; takes nothing when exchanges are not watched.
+
+    Raises:
+        CaptureError: a part cannot be attached; none is left behind.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         sites: Sequence[RoutingSite],
         writer: RunWriter,
+        options: WatchOptions,
         *,
-        gate_mass: bool = False,
-        sample_tokens: int = 0,
-        verify: Verify = "first",
-        window_steps: int = 1,
-        flush_seconds: float = 10.0,
-        exchanges: bool = False,
-        phase_spans: bool = False,
-        flight_recorder: bool = False,
-        situation: Callable[[], tuple[int, str | None]] = lambda: (0, None),
-        adapters: Sequence[Adapter] = (),
+        exchanges: bool,
+        store: Any | None,
+        situation: Callable[[], tuple[int, str | None]],
     ) -> None:
-        self._writer = writer
-        self._probe = RoutingProbe(
-            model,
-            sites,
-            gate_mass=gate_mass,
-            sample_tokens=sample_tokens,
-            verify=verify,
-            adapters=adapters,
-        )
-        self._repeated = _repeated(model, sites)
-        specs = [site.spec for site in sites]
-        self._folder = Folder(self._probe.layout, specs, rank=writer.rank, window_steps=window_steps)
-        self._flusher = Flusher(writer, self._folder, flush_seconds=flush_seconds)
-        self._told_problem = False
+        self._parts: list[Part] = []
         self._is_interrupted = False
-        self._exchange: ExchangeProbe | None = None
-        self._phases: PhaseSpans | None = None
-        self._ended: str | None = None  # the phase told at the last end of a step, until another boundary
-        self._log: ExchangeLog | None = None
-        self._anchors = Anchors()
+        self._has_raised = False
+        self._time_base: WatchedTimeBase | None = None
+        self.recorder: Recorder = NoRecorder()
         try:
-            self._probe.attach()
-            recorder = FlightRecorder() if exchanges and flight_recorder else None
-            if exchanges or phase_spans:
-                self._log = ExchangeLog(writer, self._anchors, flush_seconds=flush_seconds, recorder=recorder)
-            if phase_spans and self._log is not None:
-                self._phases = PhaseSpans(self._log.add, self._anchors, self._probe.main_device)
-            if exchanges and self._log is not None:
-                self._exchange = self._watch_exchanges(model, self._log, recorder, situation)
+            # Power first: its calibration wants a device that is still idle.
+            power = self._attach(
+                WatchedPower(model, writer, options.where, options.power, flush_s=options.flush_s)
+            )
+            if store is not None:
+                timeout_s = options.exchange.clock_timeout_s
+                self._time_base = self._attach(
+                    WatchedTimeBase(writer, store, options.where, timeout_s=timeout_s)
+                )
+            self.routing = self._attach(RoutingPart(model, sites, writer, options.routing))
+            if exchanges or power.is_active:
+                anchors = Anchors()
+                second = FlightRecorder() if exchanges and options.exchange.flight_recorder else None
+                log = self._attach(ExchangeLog(writer, anchors, flush_s=options.flush_s, recorder=second))
+                if power.is_active:
+                    self._attach(PhaseSpans(log.add, anchors, self.routing.device))
+                if exchanges:
+                    probe = ExchangeProbe(
+                        model,
+                        self.routing.sites,
+                        log,
+                        anchors,
+                        situation=situation,
+                        phase_now=self.routing.phase_now,
+                        flight_recorder=second,
+                    )
+                    self.routing.on_routed(probe.routed)
+                    self.recorder = self._attach(probe).recorder
+            self._attach(self.routing.row_writer(writer, flush_s=options.flush_s))
         except BaseException:
-            self._probe.detach()
-            self._probe.release()
-            self._flusher.close()
-            if self._log is not None:
-                self._log.close()
+            self._detach(failed=True)
+            self._close()
             raise
 
-    @property
-    def last_step(self) -> int:
-        """The last step that anything was counted in; -1 when nothing was. Final after ``stop``."""
-        return self._folder.last_counted_step
-
-    @property
-    def sites(self) -> Sequence[RoutingSite]:
-        """The MoE layers as they are watched now: modules may have been replaced."""
-        return self._probe.sites
-
-    def gaps(self) -> tuple[CaptureGap, ...]:
-        """What was not captured, or not as a whole; final after ``stop``.
-
-        An idle step has lost calls where there are copies, which may have run instead.
-        """
-        found, has_copies = self._folder.gaps(), self._probe.was_copied()
-        return tuple(
-            gap.model_copy(update={"loses_rows": True}) if has_copies and gap.code == "idle" else gap
-            for gap in found
-        )
-
-    def note_interruption(self) -> None:
-        """The part of the step that is taken next ended in the middle."""
-        self._is_interrupted = True
-
-    @property
-    def recorder(self) -> Recorder:
-        """Where dispatchers tell what they do; takes nothing when exchanges are not watched."""
-        return NoRecorder() if self._exchange is None else self._exchange.recorder
-
-    def boundary(self, step: int, *, told: str | None, ends_step: bool, is_last: bool = False) -> None:
-        """Hand over what was counted since the last boundary; ``told`` is its phase if the caller said so.
+    def boundary(self, step: int, *, phase: str | None, ends_step: bool, is_last: bool = False) -> None:
+        """Hand over what was captured since the last boundary; ``phase`` is None if the caller stated none.
 
         The last one is at the end of the watch: nothing need have been called before it.
 
         Raises:
             CaptureError: inside the capture of a CUDA graph, or the device has failed.
         """
+        boundary = Boundary(
+            step=step,
+            phase=phase,
+            ends_step=ends_step,
+            is_last=is_last,
+            was_interrupted=self._is_interrupted,
+        )
         try:
-            counted = self._probe.take(step=step, told=told, ends_step=ends_step)
-            was_interrupted = counted.was_interrupted or self._is_interrupted
-            losses = counted.losses
-            if self._exchange is not None and self._exchange.restore_hooks():
-                losses = (*losses, Loss(code="exchange_hooks_removed"))
-            counted = replace(counted, losses=losses, was_interrupted=was_interrupted, is_last=is_last)
-            self._is_interrupted = False
-            if self._phases is not None:
-                # `with watch.phase(p): ...; watch.step()` leaves the end of the block after its last step.
-                tail = not ends_step and told == self._ended and not any(c.any() for c in counted.calls)
-                self._phases.boundary(step, None if tail else told or _only_phase(counted))
-                self._ended = told if ends_step else None
-            self._anchors.renew()
-            if self._probe.refusal() is None:
-                self._flusher.submit(counted)
+            for part in self._parts:
+                part.boundary(boundary)
         except CaptureError:
             raise
         except Exception as error:  # after a device-side assertion every call of the device fails
             reason = f"{type(error).__name__}: {error}"
             raise CaptureError(f"what was counted since the last boundary is lost: {reason}") from error
-        if self._exchange is not None:
-            self._exchange.boundary()
+        self._is_interrupted = False
+
+    def after_step(self) -> bool:
+        """Whether time passed, after a step had ended, that belongs to no step."""
+        return any([part.after_step() for part in self._parts])  # noqa: C419  # all are asked
+
+    def note_interruption(self) -> None:
+        """The part of the step that is taken next ended in the middle."""
+        self._is_interrupted = True
+
+    def note_time_base(self) -> None:
+        """The program has stated the alignment of its ranks itself."""
+        if self._time_base is not None:
+            self._time_base.is_stated = True
 
     def check(self) -> None:
         """Raise what has gone wrong, once; the watched model's own run is not affected by it.
@@ -159,163 +148,96 @@ class CaptureSession:
             ModelError: what was read is not what the model dispatches.
         """
         problem = self.problem()
-        if problem is not None and not self._told_problem:
-            self._told_problem = True
-            raise (CaptureError if self._probe.refusal() is None else ModelError)(problem)
+        if problem is not None and not self._has_raised:
+            self._has_raised = True
+            raise (CaptureError if self.routing.refusal() is None else ModelError)(problem)
 
     def problem(self) -> str | None:
         """One line about the first thing that went wrong; None when nothing did."""
-        parts = (self._probe, self._flusher, self._exchange, self._log)
-        return next((problem for part in parts if part is not None and (problem := part.problem())), None)
+        return next((problem for part in self._parts if (problem := part.problem()) is not None), None)
 
-    def stop(self, step: int, *, told: str | None) -> None:
-        """Take the hooks off, write everything, end the thread.
+    def stop(self, step: int, *, phase: str | None, failed: bool) -> None:
+        """Take the hooks off, write everything, end the threads and processes.
+
+        Args:
+            step: the step that was not ended.
+            phase: the phase that the caller stated for it.
+            failed: the program ended by an exception.
 
         Raises:
             CaptureError: what was counted since the last boundary could not be taken.
         """
-        if self._exchange is not None:
-            self._exchange.stop()
-        self._probe.look()
-        self._probe.detach()
+        self._detach(failed=failed)
         try:
-            self.boundary(step, told=told, ends_step=True, is_last=True)
+            self.boundary(step, phase=phase, ends_step=True, is_last=True)
         finally:
-            self._probe.release()
-            self._flusher.close()
-            if self._log is not None:
-                self._log.close()
+            self._close()
 
-    def hurry(self, timeout_s: float) -> None:
-        """Write what has arrived, from any thread while the program may hang, waiting no longer than that."""
-        self._flusher.hurry(timeout_s)
-        if self._log is not None:
-            self._log.hurry(timeout_s)
+    def hurry(self) -> None:
+        """Write what has arrived, from any thread while the program may hang."""
+        for part in self._parts:
+            part.hurry(_HURRY_S)
 
     def abandon(self) -> None:
         """Take the hooks off and write nothing: what a forked child does with its parent's capture."""
-        if self._exchange is not None:
-            self._exchange.stop()
-        self._probe.detach()
-        self._probe.release()
+        for part in reversed(self._parts):
+            part.abandon()
 
     def notes(self, *, steps: int) -> tuple[str, ...]:
-        """Stated limits of what was captured; final after ``stop``.
-
-        Args:
-            steps: steps that the caller ended.
-        """
-        probe, notes = self._probe, list[str]()
-        seen = self._folder.counted_sites
-        states = [(site.spec.module, c) for site, c in zip(probe.sites, probe.counters, strict=True)]
-        silent = [name for name, c in states if not c.ever_called and c.index not in seen]
-        silent = silent if probe.refusal() is None else []
-        if len(silent) == len(probe.sites) and (probe.phases.model_called or steps or probe.was_copied()):
-            notes.append(
-                "nothing was counted: no watched module was called; a CUDA graph captured or a model "
-                "exported before the watch began does not show its routing"
-            )
-        elif silent and (probe.phases.model_called or steps):
-            notes.append(f"never called, so without rows: {_named(silent)}")
-        if self._repeated:
-            notes.append(
-                "part of the model in several places, whose calls add up in one layer: "
-                f"{_named(self._repeated)}"
-            )
-        dropping = [
-            site.spec.module
-            for site, verdict in zip(probe.sites, probe.verified(), strict=True)
-            if may_drop_inside(site) and verdict.by != "rows"
-        ]
-        if dropping:
-            notes.append(
-                "experts that state a capacity may drop assignments after they are given them, which is not "
-                f"seen: {_named(dropping)}"
-            )
-        if contradicted := probe.contradicted():
-            notes.append(
-                "the gates are counted, but the experts compute other tokens than they say: "
-                f"{_named(contradicted)}"
-            )
-        vague = [name for name, c in states if c.tokens_unknown]
-        if vague:
-            notes.append(f"tokens is 0 where calls do not tell how many there were: {_named(vague)}")
-        notes += probe.phases.notes(given_a_cache=True)
-        if self.last_step >= 0 and steps == 0:
-            notes.append("watch.step() was never called: the whole run is one step")
-        for part in (self._exchange, self._log):
-            notes += () if part is None else part.notes()
-        return tuple(notes)
-
-    def verified(self) -> tuple[Verified, ...]:
-        """What confirmed the counts of each site."""
-        return self._probe.verified()
+        """Stated limits of what was captured; final after ``stop``."""
+        return tuple(note for part in self._parts for note in part.notes(steps=steps))
 
     def quiet_notes(self) -> tuple[str, ...]:
         """What a reader of the run should know and no user needs to be warned of; final after ``stop``."""
-        notes = [*self._probe.phases.notes(given_a_cache=False)]
-        if repeated := self._probe.repeated():
-            notes.append(
-                "called more than once in one call of the model, so that tokens are calls times tokens: "
-                f"{_named(repeated)}"
-            )
-        if self._probe.was_copied():
-            notes.append("watched modules were copied or pickled; calls of copies are not counted")
-        return tuple(notes)
+        return tuple(note for part in self._parts for note in part.quiet_notes())
 
-    def cost(self) -> dict[str, JsonValue]:
-        """What the hooks cost on the host, measured while they ran; compiled calls are not timed."""
-        calls = self._probe.layer_calls
-        return {
-            "eager_layer_calls": calls,
-            "host_us_per_layer_call": round(self._probe.host_ns / calls / 1000, 3) if calls else None,
-            **({} if self._exchange is None else self._exchange.cost()),
-        }
+    def config(self) -> dict[str, JsonValue]:
+        """What the manifest's configuration gains: what the parts did, and what they cost."""
+        cost = {name: value for part in self._parts for name, value in part.cost().items()}
+        config = {name: value for part in self._parts for name, value in part.config().items()}
+        return {"probe_cost": cost, **config}
 
-    def _watch_exchanges(
-        self,
-        model: nn.Module,
-        log: ExchangeLog,
-        recorder: FlightRecorder | None,
-        situation: Callable[[], tuple[int, str | None]],
-    ) -> ExchangeProbe:
-        probe = self._probe
-        exchange = ExchangeProbe(
-            log,
-            self._anchors,
-            situation=situation,
-            known_phase=lambda: SLOTS[probe.phases.slot],
-            flight_recorder=recorder,
-        )
-        for site, counter in zip(probe.sites, probe.counters, strict=True):
-            counter.on_call = partial(_routed, exchange, site.spec.layer)
-        exchange.attach(model, probe.sites)
-        return exchange
+    def _attach(self, part: AnyPart) -> AnyPart:
+        self._parts.append(part)
+        part.attach()
+        return part
+
+    def _detach(self, *, failed: bool) -> None:
+        for part in reversed(self._parts):
+            part.detach(failed=failed)
+
+    def _close(self) -> None:
+        with ExitStack() as stack:  # each is closed, whatever happens to another
+            for part in self._parts:
+                stack.callback(part.close)
 
 
-def _only_phase(counted: Snapshot) -> str | None:
-    """The phase of everything that was called, if it is one and known."""
-    slots = [slot for slot, calls in enumerate(counted.calls) if calls.any()]
-    return SLOTS[slots[0]] if len(slots) == 1 else None
+@dataclass(eq=False, frozen=True, slots=True, kw_only=True)
+class WatchedShard:
+    """The shard of a watch, as :class:`observatory.hpc.rank_guard.Shard`: its main thread may hang.
 
+    Attributes:
+        writer: writes it.
+        session: captures into it; None before it has begun.
+        steps: steps that the watch has ended.
+    """
 
-def _routed(exchange: ExchangeProbe, layer: int, slot: int) -> None:
-    exchange.routed(layer, SLOTS[slot])
+    writer: RunWriter
+    session: Callable[[], CaptureSession | None]
+    steps: Callable[[], int]
 
+    def mark(self, reason: str) -> None:
+        """State first that the rank is about to end: it may be killed meanwhile."""
+        self.writer.mark_ending(reason, steps=self.steps())
+        self._hurry()
+        self.writer.mark_ending(reason, steps=self.steps())
 
-def _repeated(model: nn.Module, sites: Sequence[RoutingSite]) -> list[str]:
-    """Names of the watched modules that are, or are inside of, a module with more than one parent."""
-    parents = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    modules = dict(model.named_modules())
-    return [
-        site.spec.module
-        for site in sites
-        if any(
-            parents[id(modules[path])] > 1 for path in accumulate(site.spec.module.split("."), "{}.{}".format)
-        )
-    ]
+    def close(self, reason: str) -> None:
+        """Close as failed, with what has arrived."""
+        self._hurry()
+        self.writer.close(state="failed", error=reason, steps=self.steps())
 
-
-def _named(modules: Sequence[str]) -> str:
-    shown = ", ".join(modules[:_MAX_NAMED])
-    return shown if len(modules) <= _MAX_NAMED else f"{shown} and {len(modules) - _MAX_NAMED} more"
+    def _hurry(self) -> None:
+        session = self.session()
+        if session is not None:
+            session.hurry()

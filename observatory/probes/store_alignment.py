@@ -1,6 +1,6 @@
-"""Clock alignment of a watched program's ranks, through the store that its process group meets at.
+"""One time base for a watched program's ranks, through the store that its process group meets at.
 
-    enter:  every rank tells rank 0 which clock it reads; the first rank of each other clock
+    enter:  every rank sends rank 0 the identity of its clock; the first rank of each other clock
             measures its offset from rank 0's
     exit:   the ranks of those other clocks measure again, which gives the drift
 
@@ -19,22 +19,25 @@ from datetime import timedelta
 from typing import Any
 
 from observatory.errors import ExchangeError
+from observatory.host.ranks import RankOf
 from observatory.probes.alignment import (
-    Clock,
-    ClockAlignment,
-    ClockServer,
+    AlignmentServer,
+    NowNs,
+    TimeBaseAlignment,
     ask,
     decline,
     unaligned,
     with_drift,
 )
+from observatory.probes.part import Part
+from observatory.run import RunWriter
 from observatory.run.time_base import clock_identity
 
-#: The reference may come that much later than the others and still find them.
+#: The reference may come that much later than the others and is still served: loading on it took seconds.
 _GRACE_S = 5.0
-#: Some stores look only so often, and give up that much too early.
+#: Some stores look only every 100 ms, and give up that much too early.
 _POLL_S = 0.1
-#: What a rank gets that is served after the time was up.
+#: What a rank gets that is served after the time was up: two looks of such a store.
 _LEAST_S = 0.2
 
 
@@ -56,15 +59,15 @@ class StorePairs:
         store: a store of ``torch.distributed`` that all ranks reach.
         rank: this rank.
         size: number of ranks.
-        name: tells this conversation from others; the same on all ranks.
+        name: of this conversation; the same on all ranks.
         timeout_s: how long all waiting together may last.
     """
 
     def __init__(self, store: Any, *, rank: int, size: int, name: str, timeout_s: float) -> None:
         # A connection of our own: waiting on that of the program would lock its other threads out.
-        self._own = hasattr(store, "clone")
+        self._has_connection = hasattr(store, "clone")
         try:
-            self._store = store.clone() if self._own else store
+            self._store = store.clone() if self._has_connection else store
         except RuntimeError as error:
             raise self._gone(error) from error
         self.rank, self.size = rank, size
@@ -86,7 +89,7 @@ class StorePairs:
         key = self._key(peer, self.rank)
         left = timedelta(seconds=max(self._deadline - time.monotonic(), _LEAST_S))
         try:
-            if self._own:
+            if self._has_connection:
                 self._store.set_timeout(left)
             else:
                 self._store.wait([key], left)
@@ -98,7 +101,7 @@ class StorePairs:
         self._received.append(key)
         return value
 
-    def told(self, peer: int) -> int:
+    def sent(self, peer: int) -> int:
         """How many numbers this rank has sent there."""
         return self._numbers.get((self.rank, peer), 0)
 
@@ -119,8 +122,8 @@ class StorePairs:
         return ExchangeError(f"the store of the process group does not answer: {words[:160]}")
 
 
-class StoreClock:
-    """How this rank's clock relates to rank 0's, from enter to exit of a watch.
+class StoreAlignment:
+    """How this rank's time base relates to rank 0's, from enter to exit of a watch.
 
     Args:
         store: see :class:`StorePairs`.
@@ -128,8 +131,8 @@ class StoreClock:
         size: number of ranks.
         name: the run's id.
         timeout_s: how long to wait for ranks, at enter and at exit.
-        clock: monotonic nanoseconds.
-        identity: what tells whether two ranks share a clock.
+        now_ns: monotonic nanoseconds.
+        identity: equal on two ranks that share a clock.
 
     Attributes:
         notes: what is missing, as far as this rank knows.
@@ -143,66 +146,66 @@ class StoreClock:
         size: int,
         name: str,
         timeout_s: float,
-        clock: Clock = time.monotonic_ns,
+        now_ns: NowNs = time.monotonic_ns,
         identity: Callable[[], int | None] = clock_identity,
     ) -> None:
         self._store = store
         self._rank, self._size = rank, size
         self._name = name
         self._timeout_s = timeout_s
-        self._clock, self._identity = clock, identity
-        self._begin: ClockAlignment | None = None
+        self._now_ns, self._identity = now_ns, identity
+        self._first: TimeBaseAlignment | None = None
         self._apart: list[int] = []
         self.notes: list[str] = []
 
-    def begin(self) -> ClockAlignment:
+    def at_enter(self) -> TimeBaseAlignment:
         """Align at enter; all ranks call it at the same point of the program."""
-        self._begin, problem = self._align("begin", list(range(1, self._size)))
+        self._first, problem = self._align("begin", list(range(1, self._size)))
         if problem is not None:
             self.notes.append(
                 f"clocks were not aligned at enter ({problem}): waiting between ranks of different hosts may "
                 "not be known"
             )
-        return self._begin
+        return self._first
 
-    def end(self, *, failed: bool = False) -> ClockAlignment:
+    def at_exit(self, *, failed: bool = False) -> TimeBaseAlignment:
         """Align again at exit, where clocks differ.
 
         Args:
-            failed: take no part, as the others may be past coming here; they are told.
+            failed: take no part, as the others may be past coming here; they get a message.
 
         Returns:
-            That of :meth:`begin`, with the drift since where that could be measured.
+            That of :meth:`at_enter`, with the drift since where that could be measured.
         """
-        begin = self._begin or self._unaligned("nobody began")
-        others = self._apart if self._rank == 0 else [0] if begin.method != "shared clock" else []
+        first = self._first or self._unaligned("the ranks did not align at enter")
+        others = self._apart if self._rank == 0 else [0] if first.method != "shared clock" else []
         if not others:
-            return begin
-        if failed or begin.method == "none":
-            with contextlib.suppress(ExchangeError):  # nobody may be there to hear it
+            return first
+        if failed or first.method == "none":
+            with contextlib.suppress(ExchangeError):  # the other ranks may have ended
                 decline(self._link("end"), peers=self._apart)
-            return begin
-        end, problem = self._align("end", self._apart)
+            return first
+        last, problem = self._align("end", self._apart)
         if problem is not None:
             self.notes.append(
                 f"clocks were not aligned at exit ({problem}): their drift is not known, which makes times "
                 "less certain"
             )
-        return with_drift(begin, end)
+        return with_drift(first, last)
 
-    def _align(self, part: str, peers: list[int]) -> tuple[ClockAlignment, str | None]:
+    def _align(self, part: str, peers: list[int]) -> tuple[TimeBaseAlignment, str | None]:
         """The alignment, and why it is not complete; None when it is."""
         try:
             with contextlib.closing(self._link(part)) as link:
                 if self._rank == 0:
                     return self._serve(link, peers)
-                own = ask(link, clock=self._clock, identity=self._identity)
-                return own, own.reason
+                alignment = ask(link, now_ns=self._now_ns, identity=self._identity)
+                return alignment, alignment.reason
         except ExchangeError as error:
             return self._unaligned(str(error)), str(error)
 
-    def _serve(self, link: StorePairs, peers: list[int]) -> tuple[ClockAlignment, str | None]:
-        server = ClockServer(link, clock=self._clock, identity=self._identity)
+    def _serve(self, link: StorePairs, peers: list[int]) -> tuple[TimeBaseAlignment, str | None]:
+        server = AlignmentServer(link, now_ns=self._now_ns, identity=self._identity)
         problems: dict[int, str] = {}
         apart: list[int] = []
         for peer in peers:
@@ -213,14 +216,14 @@ class StoreClock:
                 problems[peer] = str(error)
         self._apart = apart
         with contextlib.suppress(ExchangeError):  # they may still come
-            decline(link, peers=[peer for peer in problems if link.told(peer) == 0])
+            decline(link, peers=[peer for peer in problems if link.sent(peer) == 0])
         problem = next(iter(problems.values()), None)
         if len(problems) > 1:
             problem = f"{problem}, and {len(problems) - 1} more"
         return server.alignment(), problem
 
-    def _unaligned(self, reason: str) -> ClockAlignment:
-        return unaligned(reason, clock=self._clock, identity=self._identity)
+    def _unaligned(self, reason: str) -> TimeBaseAlignment:
+        return unaligned(reason, now_ns=self._now_ns, identity=self._identity)
 
     def _link(self, part: str) -> StorePairs:
         return StorePairs(
@@ -230,3 +233,37 @@ class StoreClock:
             name=f"{self._name}/{part}",
             timeout_s=self._timeout_s + (_GRACE_S if self._rank else 0.0),
         )
+
+
+class WatchedTimeBase(Part):
+    """Aligns the ranks of a watch at enter and at exit, and writes the result into the run.
+
+    Attributes:
+        is_stated: the program has stated its own alignment (``watch.set_clock``), which is kept.
+    """
+
+    def __init__(self, writer: RunWriter, store: Any, where: RankOf, *, timeout_s: float) -> None:
+        self.is_stated = False
+        self._writer = writer
+        self._alignment = StoreAlignment(
+            store, rank=where.rank, size=where.world, name=writer.manifest.run_id, timeout_s=timeout_s
+        )
+        self._is_over = False
+
+    def attach(self) -> None:
+        """Align at enter."""
+        self._writer.set_clock(self._alignment.at_enter().record())
+
+    def detach(self, *, failed: bool) -> None:
+        """Measure how the time bases have drifted."""
+        if self._is_over:
+            return
+        self._is_over = True
+        alignment = self._alignment.at_exit(failed=failed)
+        if not self.is_stated:
+            self._writer.set_clock(alignment.record())
+
+    def notes(self, *, steps: int) -> tuple[str, ...]:
+        """What is missing, as far as this rank knows."""
+        del steps
+        return tuple(self._alignment.notes)

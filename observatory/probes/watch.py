@@ -7,7 +7,7 @@
 
 Leaving the block writes what is left and takes every hook off, also after an exception or Ctrl-C; the run is
 then marked failed and keeps what was captured. No signal handlers are installed: SIGTERM ends the process as
-it does without us. A process that is killed loses at most the last ``flush_seconds`` (and, on a GPU, the step
+it does without us. A process that is killed loses at most the last ``flush_s`` (and, on a GPU, the step
 whose copy had not arrived). A forked child captures nothing and leaves the run alone.
 """
 
@@ -28,15 +28,20 @@ from observatory.host.provenance import new_manifest
 from observatory.host.ranks import find_rank
 from observatory.hpc.rank_guard import SHARDS, ending
 from observatory.probes.exchange.tap import unsupported
-from observatory.probes.options import WatchOptions, check_phase
-from observatory.probes.power.watched import WatchedPower
+from observatory.probes.options import (
+    ExchangeOptions,
+    PowerOptions,
+    RoutingOptions,
+    RunLabels,
+    Verify,
+    WatchOptions,
+    check_phase,
+)
 from observatory.probes.routing.describe import describe_model
 from observatory.probes.routing.discover import find_sites
 from observatory.probes.routing.identity import layers_now
-from observatory.probes.routing.judgement import Verify
-from observatory.probes.session import CaptureSession
-from observatory.probes.shard import WatchedShard
-from observatory.probes.store_alignment import StoreClock, default_store
+from observatory.probes.session import CaptureSession, WatchedShard
+from observatory.probes.store_alignment import default_store
 from observatory.probes.timeline.flight import recorder_unsupported
 from observatory.run import RunWriter
 from observatory.run.gaps import from_capture, sentence
@@ -46,7 +51,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from observatory.probes.exchange.labels import Recorder
-    from observatory.probes.power.pauses import PhaseShifts
     from observatory.probes.routing.adapters import Adapter
     from observatory.probes.routing.sites import RoutingSite
 
@@ -62,7 +66,7 @@ def watch(
     sample_tokens: int = 0,
     verify: Verify = "first",
     window_steps: int = 1,
-    flush_seconds: float = 10.0,
+    flush_s: float = 10.0,
     exchanges: bool | None = None,
     power: bool | Sequence[str] | None = None,
     own_devices: Sequence[str] | None = None,
@@ -88,7 +92,7 @@ def watch(
     Args:
         model: module with MoE layers; may be compiled, wrapped, on several devices.
         out: run directory to make.
-        phase: phase of everything outside ``watch.phase(...)``. None: known from the cache given to the
+        phase: phase of everything outside ``watch.phase(...)``. None: derived from the cache given to the
             model and from training mode, else ``unknown``.
         gate_mass: also sum the gate weights per expert.
         sample_tokens: per step, phase and layer keep the expert ids of the first that many token positions
@@ -101,32 +105,32 @@ def watch(
             each layer stands in the manifest; a contradiction raises ``ModelError``, and nothing of that
             step is counted.
         window_steps: steps folded into one row, with the per-step extremes.
-        flush_seconds: seconds after which captured rows are on disk.
+        flush_s: seconds after which captured rows are on disk.
         exchanges: also time every all-to-all of ``torch.distributed`` (docs/exchange.md). None: when it is
             initialised with more than one rank.
         power: also sample power, clocks and temperature, in a process of its own, and note when each phase
             was computed (docs/power.md). Devices by name; True for the GPUs of this process or else its
-            processors; None for its GPUs if the model is on one; False for none. It takes about 2 s to begin.
+            processors; None for its GPUs if the model is on one; False for none. Starting takes about 2 s.
         own_devices: power devices by name that this rank computes on, for energy per rank where several share
-            a node. None: the GPUs that hold the model, as torch tells; name them where it does not (CPU,
-            AMD). Naming them asks for power, too.
+            a node. None: the GPUs that hold the model, by torch's UUIDs; name them where torch has none (CPU,
+            AMD). Naming them requests power, too.
         power_period_s: time between samples, seconds.
         power_shifts: pause for some milliseconds between steps, outside all spans, where steps move in time
             with a power sensor that sees only part of the time, as those of A100 and H100 do (docs/power.md).
             At most a hundredth of the time, and none where it would not help. Waits for the device first.
-            A number: so many steps have one rhythm (all prefills, say), then the next begins; pauses are
-            then put at equal parts of them, which cures short runs too.
-            Not with several ranks: a pause must begin at one step on all of them, and where one wakes late
+            An integer N: every N consecutive steps have the same period (all prefills, say); pauses are then
+            put between equal parts of them, which helps short runs too.
+            Not with several ranks: a pause must start at one step on all of them, and where one wakes late
             the others wait, which is what such a run measures. Energy by the counter needs no pauses.
-        flight_recorder: with exchanges, also keep what torch's flight recorder says of each, as a second
+        flight_recorder: with exchanges, also keep what torch's flight recorder states of each, as a second
             source (docs/exchange.md#the-flight-recorder-as-a-second-source).
-        align_clocks: where exchanges are watched, relate the clocks of all hosts to each other at enter and
-            at exit (docs/waiting.md#one-clock). False: wait for no other rank there; waiting is then known
-            between ranks of one host only, unless the program calls ``set_clock``.
+        align_clocks: where exchanges are watched, relate the time bases of all hosts to each other at enter
+            and at exit (docs/waiting.md#one-clock). False: wait for no other rank there; waiting is then
+            known between ranks of one host only, unless the program calls ``set_clock``.
         clock_timeout_s: how long to wait for the other ranks then, seconds; never longer, and never an error.
         overwrite: replace an existing run; with several ranks only where a ``run_id`` is given.
         run_id: id of the run, new and the same on all ranks: a rank then never joins an older run at the
-            same place. None: made by rank 0, and the others join what they find running.
+            same place. None: made by rank 0, and the others join the run that is being written.
         adapters: how to read layers that are not understood by themselves.
         model_name: name for the manifest.
         family: architecture name, the configuration's ``model_type`` by default.
@@ -148,28 +152,36 @@ def watch(
         WatchOptions(
             where=find_rank(rank, world),
             phase=phase,
-            gate_mass=gate_mass,
-            sample_tokens=sample_tokens,
-            verify=verify,
-            window_steps=window_steps,
-            flush_seconds=flush_seconds,
-            exchanges=exchanges,
-            power=power,
-            own_devices=own_devices,
-            power_period_s=power_period_s,
-            power_shifts=power_shifts,
-            align_clocks=align_clocks,
-            clock_timeout_s=clock_timeout_s,
-            flight_recorder=flight_recorder,
+            flush_s=flush_s,
             overwrite=overwrite,
             run_id=run_id,
-            adapters=tuple(adapters),
-            model_name=model_name,
-            family=family,
-            mixer=mixer,
-            data=data,
-            config=dict(config or {}),
-            topology=topology,
+            routing=RoutingOptions(
+                gate_mass=gate_mass,
+                sample_tokens=sample_tokens,
+                window_steps=window_steps,
+                verify=verify,
+                adapters=tuple(adapters),
+            ),
+            exchange=ExchangeOptions(
+                exchanges=exchanges,
+                flight_recorder=flight_recorder,
+                align_clocks=align_clocks,
+                clock_timeout_s=clock_timeout_s,
+            ),
+            power=PowerOptions(
+                power=power,
+                own_devices=own_devices,
+                power_period_s=power_period_s,
+                power_shifts=power_shifts,
+            ),
+            labels=RunLabels(
+                model_name=model_name,
+                family=family,
+                mixer=mixer,
+                data=data,
+                config=dict(config or {}),
+                topology=topology,
+            ),
         ),
     )
 
@@ -191,11 +203,7 @@ class Watch:
         self.steps = 0
         self._model = model
         self._options = options
-        self._told = options.phase
-        self._power = WatchedPower()
-        self._shifts: PhaseShifts | None = None
-        self._clock: StoreClock | None = None
-        self._clock_told = False
+        self._phase = options.phase
         self._session: CaptureSession | None = None
         self._writer: RunWriter | None = None
         self._shard: WatchedShard | None = None
@@ -208,10 +216,10 @@ class Watch:
         if self._writer is not None:
             raise CaptureError(f"the watch on {self.run_path} was entered before; make a new one")
         exchanges = self._has_exchanges()
-        if self._options.flight_recorder:
+        if self._options.exchange.flight_recorder:
             _check_recorder(exchanges)
         self._process = os.getpid()
-        self.sites = tuple(find_sites(self._model, adapters=self._options.adapters))
+        self.sites = tuple(find_sites(self._model, adapters=self._options.routing.adapters))
         self._writer = self._open_run()
         self._shard = WatchedShard(
             writer=self._writer, session=lambda: self._session, steps=lambda: self.steps
@@ -220,31 +228,17 @@ class Watch:
         try:
             self._layers = layers_now(self._model, self.sites)
             self._writer.set_moe_layers(self._layers)
-            # Power first: its calibration wants a device that is still idle.
-            self._power = self._start_power()
-            self._writer.set_power(self._power.begun())
-            if exchanges:
-                self._align_at_enter(self._writer)
+            aligns = exchanges and self._options.exchange.align_clocks and self._options.where.world > 1
             self._session = CaptureSession(
                 self._model,
                 self.sites,
                 self._writer,
-                gate_mass=self._options.gate_mass,
-                sample_tokens=self._options.sample_tokens,
-                verify=self._options.verify,
-                window_steps=self._options.window_steps,
-                flush_seconds=self._options.flush_seconds,
+                self._options,
                 exchanges=exchanges,
-                phase_spans=self._power.active,
-                flight_recorder=self._options.flight_recorder,
-                situation=lambda: (self.steps, self._told),
-                adapters=self._options.adapters,
+                store=default_store() if aligns else None,
+                situation=lambda: (self.steps, self._phase),
             )
-            if self._options.power_shifts:
-                self._shifts = self._power.shifts(self._model, self._options.power_shifts)
         except BaseException as error:
-            self._align_at_exit(self._writer, failed=True)
-            self._power.stop()
             self._writer.close(state="failed", error=_failure(error))
             SHARDS.remove(self._shard)
             raise
@@ -252,21 +246,21 @@ class Watch:
 
     @property
     def recorder(self) -> Recorder:
-        """Where transports that do not use ``torch.distributed`` tell their exchanges, and anybody spans.
+        """Takes the exchanges of transports that do not use ``torch.distributed``, and the spans of any.
 
         Takes nothing when exchanges are not watched.
         """
         return self._running().recorder
 
     def set_clock(self, clock: ClockSpec) -> None:
-        """State how this rank's clock relates to those of other hosts (``probes.alignment.align``).
+        """State how this rank's time base relates to those of other hosts (``probes.alignment.align``).
 
-        Ranks that share a process group of ``torch.distributed`` need not: their clocks are aligned at enter
+        "Clock" means the monotonic clock that times are read from, not a frequency of the GPU. Ranks that
+        share a process group of ``torch.distributed`` need not call it: their time bases are aligned at enter
         and exit. Nor need ranks of one host: their common clock is recognised.
         """
-        self._running()
+        self._running().note_time_base()
         assert self._writer is not None
-        self._clock_told = True
         self._writer.set_clock(clock)
 
     @contextlib.contextmanager
@@ -277,7 +271,7 @@ class Watch:
             CaptureError: no such phase, the watch is not running, or it is called in a CUDA graph capture.
         """
         check_phase(name)
-        outer = self._told
+        outer = self._phase
         self._switch(name)
         try:
             yield
@@ -298,48 +292,42 @@ class Watch:
                 and the error is raised once: a caller may catch it and go on without the capture.
         """
         session = self._running()
-        session.boundary(self.steps, told=self._told, ends_step=True)
+        session.boundary(self.steps, phase=self._phase, ends_step=True)
         self.steps += 1
         session.check()
-        if self._shifts is not None and self._shifts.after_step():
-            # The pause belongs to no phase, also where one is told for the whole run.
-            session.boundary(self.steps, told=None, ends_step=False)
+        if session.after_step():
+            # The pause belongs to no phase, also where one is stated for the whole run.
+            session.boundary(self.steps, phase=None, ends_step=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         if self._session is not None and os.getpid() != self._process:  # a forked child: not its run
             self._session.abandon()
-            self._power.abandon()
             return
         session, writer = self._running(), self._writer
         assert writer is not None
         self._ended = True
         problems: list[ObservatoryError] = []
-        clock_notes = self._align_at_exit(writer, failed=error is not None)
         if error is not None:
             session.note_interruption()
         with _collected(problems):
-            session.stop(self.steps, told=self._told)
+            session.stop(self.steps, phase=self._phase, failed=error is not None)
         with _collected(problems):
             session.check()
-        with contextlib.suppress(RuntimeError):  # a device that failed: what was known at the beginning stays
-            layers = layers_now(self._model, session.sites, self._layers)
-            writer.set_moe_layers(_with_verdicts(layers, session.verified()))
-        power = self._power.stop()
-        writer.set_power(power)
-        notes = (*self._notes, *clock_notes, *power.notes, *session.notes(steps=self.steps))
+        verdicts = session.routing.verified()
+        with contextlib.suppress(RuntimeError):  # a device that failed: what was read at the start stays
+            layers = layers_now(self._model, session.routing.sites, self._layers)
+            writer.set_moe_layers(_with_verdicts(layers, verdicts))
+        notes = (*self._notes, *session.notes(steps=self.steps))
         writer.set_notes((*notes, *session.quiet_notes()))
-        gaps = session.gaps()
+        gaps = session.routing.gaps()
         writer.set_gaps(gaps)
         with _collected(problems):
             if writer.rank == 0:
-                config = {**writer.manifest.config, "probe_cost": session.cost()}
-                if self._shifts is not None:
-                    config["power_shifts"] = self._shifts.told()
-                stated = _with_verdicts(writer.manifest.model.moe_layers, session.verified())
+                stated = _with_verdicts(writer.manifest.model.moe_layers, verdicts)
                 model = writer.manifest.model.model_copy(update={"moe_layers": stated})
-                writer.update_manifest(config=config, model=model)
+                writer.update_manifest(config={**writer.manifest.config, **session.config()}, model=model)
         failure = (
             _failure(error) if error is not None else session.problem() or next(map(str, problems), None)
         )
@@ -349,7 +337,7 @@ class Watch:
             writer.close(
                 state="complete" if failure is None else "failed",
                 error=failure,
-                steps=max(self.steps, session.last_step + 1),
+                steps=max(self.steps, session.routing.last_step + 1),
             )
         if self._shard in SHARDS:
             SHARDS.remove(self._shard)
@@ -359,18 +347,18 @@ class Watch:
             return
         if problems:
             raise problems[0] if isinstance(problems[0], ModelError) else CaptureError(str(problems[0]))
-        seen = ("interrupted", "idle")  # its error was raised; a program may call step() before its model
+        expected = ("interrupted", "idle")  # its error was raised; a program may call step() before its model
         lines = [
             *notes,
-            *(sentence(from_capture(gap)) for gap in gaps if gap.loses_rows or gap.code not in seen),
+            *(sentence(from_capture(gap)) for gap in gaps if gap.loses_rows or gap.code not in expected),
         ]
         if lines:
             warnings.warn(f"run {self.run_path}: {'; '.join(lines)}", stacklevel=2)
 
-    def _switch(self, told: Phase | None) -> None:
-        if told != self._told:
-            self._running().boundary(self.steps, told=self._told, ends_step=False)
-            self._told = told
+    def _switch(self, phase: Phase | None) -> None:
+        if phase != self._phase:
+            self._running().boundary(self.steps, phase=self._phase, ends_step=False)
+            self._phase = phase
 
     def _running(self) -> CaptureSession:
         if self._session is None or self._ended:
@@ -385,8 +373,8 @@ class Watch:
         return self._session
 
     def _has_exchanges(self) -> bool:
-        if self._options.exchanges is not None:
-            return self._options.exchanges
+        if self._options.exchange.exchanges is not None:
+            return self._options.exchange.exchanges
         from torch import distributed
 
         several = (
@@ -397,67 +385,33 @@ class Watch:
             self._notes.append(f"exchanges were not watched: {reason}")
         return several and reason is None
 
-    def _start_power(self) -> WatchedPower:
-        options = self._options
-        return WatchedPower.start(
-            self._model,
-            self.run_path,
-            where=options.where,
-            wanted=options.power,
-            own_devices=options.own_devices,
-            period_s=options.power_period_s,
-            flush_s=options.flush_seconds,
-        )
-
-    def _align_at_enter(self, writer: RunWriter) -> None:
-        """Relate this rank's clock to rank 0's, if the ranks have a store to talk through."""
-        options = self._options
-        store = default_store() if options.align_clocks and options.where.world > 1 else None
-        if store is not None:
-            self._clock = StoreClock(
-                store,
-                rank=options.where.rank,
-                size=options.where.world,
-                name=writer.manifest.run_id,
-                timeout_s=options.clock_timeout_s,
-            )
-            writer.set_clock(self._clock.begin().record())
-
-    def _align_at_exit(self, writer: RunWriter, *, failed: bool) -> tuple[str, ...]:
-        """Measure how the clock has drifted; what has to be noted about it."""
-        if self._clock is None:
-            return ()
-        clock = self._clock.end(failed=failed)
-        if not self._clock_told:
-            writer.set_clock(clock.record())
-        return tuple(self._clock.notes)
-
     def _open_run(self) -> RunWriter:
         options = self._options
         if options.where.rank > 0:
             return RunWriter.join(self.run_path, rank=options.where.rank, run_id=options.run_id)
-        name = options.model_name or getattr(getattr(self._model, "config", None), "_name_or_path", None)
+        labels, routing = options.labels, options.routing
+        name = labels.model_name or getattr(getattr(self._model, "config", None), "_name_or_path", None)
         manifest = new_manifest(
             model=describe_model(
                 self._model,
                 name=name or type(self._model).__name__,
                 sites=self.sites,
-                family=options.family,
-                mixer=options.mixer,
+                family=labels.family,
+                mixer=labels.mixer,
             ),
-            data=options.data,
-            topology=options.topology or Topology(ranks=options.where.world),
+            data=labels.data,
+            topology=labels.topology or Topology(ranks=options.where.world),
             config={
-                **options.config,
+                **labels.config,
                 "watch": {
-                    "phase": self._told,
-                    "gate_mass": options.gate_mass,
-                    "sample_tokens": options.sample_tokens,
-                    "flush_seconds": options.flush_seconds,
-                    "flight_recorder": options.flight_recorder,
+                    "phase": self._phase,
+                    "gate_mass": routing.gate_mass,
+                    "sample_tokens": routing.sample_tokens,
+                    "flush_s": options.flush_s,
+                    "flight_recorder": options.exchange.flight_recorder,
                 },
             },
-            window_steps=options.window_steps,
+            window_steps=routing.window_steps,
         )
         if options.run_id is not None:
             manifest = manifest.model_copy(update={"run_id": options.run_id})
@@ -477,7 +431,7 @@ def _collected(problems: list[ObservatoryError]) -> Iterator[None]:
 def _check_recorder(exchanges: bool) -> None:
     if not exchanges:
         raise CaptureError(
-            "flight_recorder is asked for, but exchanges are not watched; start several ranks of "
+            "flight_recorder is requested, but exchanges are not watched; start several ranks of "
             "torch.distributed, or pass exchanges=True"
         )
     reason = recorder_unsupported()

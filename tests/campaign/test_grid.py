@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from observatory.campaign.grid import GridConfig, ProfileOptions, expand_runs, grid_cells, load_grid, run_grid
+from observatory.campaign.grid import GridConfig, expand_runs, grid_cells, load_grid, run_grid
+from observatory.campaign.job import ProfileOptions
 from observatory.cli import main
 from observatory.errors import DataError, PlacementError, RunError
 
@@ -25,7 +27,7 @@ def test_a_finished_cell_is_never_run_twice_and_a_changed_option_makes_new_cells
     second = run_grid(config, tmp_path / "grid")
     assert [result.state for result in second] == ["kept", "kept"]
     assert {result.run: (result.run / "run.json").stat().st_mtime_ns for result in second} == written
-    longer = config.model_copy(update={"profile": SMALL.model_copy(update={"steps": 3})})
+    longer = config.model_copy(update={"profile": replace(SMALL, steps=3)})
     assert [result.state for result in run_grid(longer, tmp_path / "grid")] == ["done", "done"]
     scan = json.loads((tmp_path / "grid" / "scan.json").read_text())
     assert {row["ep"] for row in scan["rows"]} == {2, 3}
@@ -68,6 +70,7 @@ def test_a_failing_cell_leaves_the_others_done_and_the_command_says_which(
         ("models = []\ndata = ['b']\n", "models"),
         ("models = ['a']\ndata = ['b']\nep = [0]\n", "ep"),
         ("models = ['a']\ndata = ['b']\n[profile]\nsteps = -1\n", "steps"),
+        ("models = ['a']\ndata = ['b']\n[profile]\nstesp = 1\n", "stesp"),
         ("models = ['a'\n", "TOML"),
         ("\x00\x01", "TOML"),
     ],

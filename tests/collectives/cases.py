@@ -320,7 +320,7 @@ def lost_run(how: str, out: str, rank: int) -> str:
         open_transport(timeout_s=LOST_S) as transport,
         torch.no_grad(),
         shard_experts(model, transport) as sharded,
-        observatory.watch(model, out, flush_seconds=0.05, exchanges=True) as watch,
+        observatory.watch(model, out, flush_s=0.05, exchanges=True) as watch,
     ):
         sharded.record(watch.recorder)
         for step in range(40):

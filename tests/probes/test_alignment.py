@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from observatory.probes.alignment import ClockAlignment, align, bound_offset, unaligned, with_drift
+from observatory.probes.alignment import TimeBaseAlignment, align, bound_offset, unaligned, with_drift
 from observatory.run.time_base import clock_identity
 
 
@@ -43,15 +43,15 @@ class Network:
     def reading_ns(self, rank: int, true_ns: int) -> int:
         return true_ns + self.offset_ns[rank] + round(self.drift_ppm[rank] * 1e-6 * true_ns)
 
-    def run(self, identities: list[int | None] | None = None, *, rounds: int = 16) -> list[ClockAlignment]:
+    def run(self, identities: list[int | None] | None = None, *, rounds: int = 16) -> list[TimeBaseAlignment]:
         """Let all ranks align."""
-        results: dict[int, ClockAlignment] = {}
+        results: dict[int, TimeBaseAlignment] = {}
 
         def one(rank: int) -> None:
             results[rank] = align(
                 Port(self, rank),
                 rounds=rounds,
-                clock=lambda: self._read(rank),
+                now_ns=lambda: self._read(rank),
                 identity=lambda: None if identities is None else identities[rank],
             )
 
@@ -179,7 +179,7 @@ def test_round_trips_that_contradict_each_other_give_no_alignment() -> None:
 
 
 def test_a_failed_alignment_says_so_in_the_record() -> None:
-    begin = unaligned(clock=lambda: 5, identity=lambda: 7)
+    begin = unaligned(now_ns=lambda: 5, identity=lambda: 7)
     assert begin.to_reference_ns(10) is None
     record = begin.record()
     assert (record.method, record.offset_ns, record.identity) == ("none", None, "0000000000000007")

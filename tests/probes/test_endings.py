@@ -89,7 +89,7 @@ def test_a_killed_process_loses_only_what_was_not_flushed(tmp_path: Path) -> Non
         from tests.probes.tiny import ToldModel, ids, told_adapter
         model = ToldModel()
         out, adapters = {str(tmp_path / "r")!r}, [told_adapter(2)]
-        with observatory.watch(model, out, adapters=adapters, flush_seconds=0.1) as w:
+        with observatory.watch(model, out, adapters=adapters, flush_s=0.1) as w:
             for _ in range(3):
                 model([ids([1])])
                 w.step()
@@ -122,7 +122,7 @@ def test_a_disk_that_fills_up_is_one_error_at_the_step_and_the_model_runs_on(
         flush(writer)
         raise RunError("rank 0 cannot write routing: No space left on device; 1 rows are lost")
 
-    watch = observatory.watch(model, tmp_path / "r", adapters=ADAPTERS, flush_seconds=0.01)
+    watch = observatory.watch(model, tmp_path / "r", adapters=ADAPTERS, flush_s=0.01)
     outputs = []
     with watch:
         with pytest.raises(CaptureError, match=r"could not be kept: .*No space left"):
@@ -213,10 +213,10 @@ def test_a_watch_is_used_once_and_only_inside_its_block(tmp_path: Path) -> None:
     [
         ({"sample_tokens": -1}, "sample_tokens is -1; expected 0 or more"),
         ({"window_steps": 0}, "window_steps is 0; expected 1 or more"),
-        ({"flush_seconds": 0}, "flush_seconds is 0; expected more than 0"),
+        ({"flush_s": 0}, "flush_s is 0; expected more than 0"),
         ({"rank": 1}, "rank=1 and world=None do not fit"),
         ({"rank": 2, "world": 2}, "rank=2 and world=2 do not fit"),
-        ({"rank": 1, "world": 2, "overwrite": True}, "overwrite is asked for with 2 ranks"),
+        ({"rank": 1, "world": 2, "overwrite": True}, "overwrite is requested with 2 ranks"),
         ({"clock_timeout_s": 0}, "clock_timeout_s is 0; expected more than 0"),
         ({"run_id": ""}, "run_id has 0 characters; expected 1 to 200"),
     ],
@@ -339,7 +339,7 @@ def test_only_the_program_s_own_thread_asks_the_device_and_nothing_is_lost(
     snapshot = DeviceCounters.snapshot
     monkeypatch.setattr(DeviceCounters, "snapshot", on_its_way)
     model = ToldModel()
-    with observatory.watch(model, tmp_path / "r", adapters=ADAPTERS, flush_seconds=0.01) as watch:
+    with observatory.watch(model, tmp_path / "r", adapters=ADAPTERS, flush_s=0.01) as watch:
         for step in range(20):
             model([ids([step % 2])])
             watch.step()

@@ -28,7 +28,7 @@ _RANK = """
     out, rank, dies = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "dies"
     dist.init_process_group("gloo", init_method="file://" + out + ".rendezvous", rank=rank, world_size=2)
     model = torch.nn.parallel.DistributedDataParallel(ToldModel())
-    with observatory.watch(model, out, adapters=[told_adapter(3)], flush_seconds=0.1) as watch:
+    with observatory.watch(model, out, adapters=[told_adapter(3)], flush_s=0.1) as watch:
         dist.barrier()
         for step in range(2):
             model([ids([rank, 2])])

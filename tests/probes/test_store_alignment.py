@@ -12,8 +12,8 @@ import pytest
 from torch.distributed import HashStore, TCPStore
 
 import observatory.probes.store_alignment
-from observatory.probes.alignment import ClockAlignment
-from observatory.probes.store_alignment import StoreClock
+from observatory.probes.alignment import TimeBaseAlignment
+from observatory.probes.store_alignment import StoreAlignment
 
 AHEAD_NS = 1_000 * 10**9
 TIMEOUT_S = 0.6
@@ -24,16 +24,18 @@ def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observatory.probes.store_alignment, "_GRACE_S", 0.4)
 
 
-def clock_of(rank: int, size: int, store: Any, hosts: list[int], *, timeout_s: float = 20.0) -> StoreClock:
+def clock_of(
+    rank: int, size: int, store: Any, hosts: list[int], *, timeout_s: float = 20.0
+) -> StoreAlignment:
     """A rank of host ``hosts[rank]``, whose clock is that many thousand seconds ahead."""
     host = hosts[rank]
-    return StoreClock(
+    return StoreAlignment(
         store,
         rank=rank,
         size=size,
         name="run",
         timeout_s=timeout_s,
-        clock=lambda: time.monotonic_ns() + host * AHEAD_NS,
+        now_ns=lambda: time.monotonic_ns() + host * AHEAD_NS,
         identity=lambda: 100 + host,
     )
 
@@ -60,9 +62,9 @@ def test_every_host_s_offset_and_drift_are_found_and_no_key_is_left(kind: str) -
     store = HashStore() if server is None else server
     keys = store.num_keys()
 
-    def work(rank: int) -> tuple[ClockAlignment, ClockAlignment, list[str]]:
+    def work(rank: int) -> tuple[TimeBaseAlignment, TimeBaseAlignment, list[str]]:
         own = clock_of(rank, len(hosts), store, hosts)
-        return own.begin(), own.end(), own.notes
+        return own.at_enter(), own.at_exit(), own.notes
 
     told = on_threads(list(range(5)), work)
     assert [notes for *_, notes in told.values()] == [[]] * 5
@@ -82,10 +84,10 @@ def test_every_host_s_offset_and_drift_are_found_and_no_key_is_left(kind: str) -
 def test_a_rank_that_does_not_come_costs_its_own_alignment_only() -> None:
     store, hosts = HashStore(), [0, 1, 2, 1]
 
-    def work(rank: int) -> tuple[ClockAlignment, list[str], float]:
+    def work(rank: int) -> tuple[TimeBaseAlignment, list[str], float]:
         start = time.monotonic()
         own = clock_of(rank, 4, store, hosts, timeout_s=TIMEOUT_S)
-        begin = own.begin()
+        begin = own.at_enter()
         return begin, own.notes, time.monotonic() - start
 
     told = on_threads([0, 1, 3], work)
@@ -96,7 +98,7 @@ def test_a_rank_that_does_not_come_costs_its_own_alignment_only() -> None:
     assert max(seconds for *_, seconds in told.values()) < 3 * TIMEOUT_S
     late = clock_of(2, 4, store, hosts, timeout_s=20)
     start = time.monotonic()
-    assert late.begin().method == "none"
+    assert late.at_enter().method == "none"
     assert time.monotonic() - start < 5, "a rank that comes too late is told so"
     assert "rank 0 does not serve" in late.notes[0]
 
@@ -105,22 +107,22 @@ def test_without_rank_0_the_others_go_on_in_time() -> None:
     store = HashStore()
     start = time.monotonic()
     own = clock_of(1, 2, store, [0, 1], timeout_s=TIMEOUT_S)
-    begin = own.begin()
+    begin = own.at_enter()
     assert time.monotonic() - start < 5
     assert (begin.method, begin.identity) == ("none", 101)
     assert begin.record().reason == "rank 0 did not come within 1 s"
-    assert own.end() == begin
+    assert own.at_exit() == begin
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_rank_that_fails_lets_nobody_wait_and_the_begin_stands(failing: int) -> None:
     store, hosts = HashStore(), [0, 1]
 
-    def work(rank: int) -> tuple[ClockAlignment, ClockAlignment, list[str], float]:
+    def work(rank: int) -> tuple[TimeBaseAlignment, TimeBaseAlignment, list[str], float]:
         own = clock_of(rank, 2, store, hosts)
-        begin = own.begin()
+        begin = own.at_enter()
         start = time.monotonic()
-        return begin, own.end(failed=rank == failing), own.notes, time.monotonic() - start
+        return begin, own.at_exit(failed=rank == failing), own.notes, time.monotonic() - start
 
     told = on_threads([0, 1], work)
     for begin, end, _, seconds in told.values():
@@ -134,14 +136,14 @@ def test_a_rank_that_fails_lets_nobody_wait_and_the_begin_stands(failing: int) -
 def test_ranks_of_one_host_do_not_wait_for_each_other_at_exit() -> None:
     store = HashStore()
 
-    def work(rank: int) -> StoreClock:
+    def work(rank: int) -> StoreAlignment:
         own = clock_of(rank, 3, store, [0, 0, 0])
-        own.begin()
+        own.at_enter()
         return own
 
     clocks = on_threads([0, 1, 2], work)
     start = time.monotonic()
-    assert clocks[0].end().method == "shared clock"
+    assert clocks[0].at_exit().method == "shared clock"
     assert time.monotonic() - start < 1
 
 
@@ -152,6 +154,6 @@ def test_a_store_that_is_gone_is_a_note_and_no_error() -> None:
     client = TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=TIMEOUT_S))
     own = clock_of(1, 2, client, [0, 1], timeout_s=TIMEOUT_S)
     del server
-    assert own.begin().method == "none"
+    assert own.at_enter().method == "none"
     assert "does not answer" in own.notes[0]
-    assert own.end().method == "none"
+    assert own.at_exit().method == "none"

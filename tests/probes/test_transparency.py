@@ -178,10 +178,12 @@ VIEWS = {"view", "_unsafe_view", "slice", "expand", "detach", "unsqueeze", "alia
 def test_counting_launches_few_kernels_and_never_waits(
     decision: RoutingDecision, options: dict[str, int], kernels: int
 ) -> None:
+    from observatory.probes.options import RoutingOptions
     from observatory.probes.routing.discover import find_sites
 
     model = ToldModel()
-    probe = RoutingProbe(model, find_sites(model, adapters=[told_adapter(4)]), **options)  # type: ignore[arg-type]
+    sites = find_sites(model, adapters=[told_adapter(4)])
+    probe = RoutingProbe(model, sites, RoutingOptions(**options))  # type: ignore[arg-type]
     device = next(iter(probe._devices.values()))
     with NoSync() as mode:
         probe.counters[0].add(decision, 0, device.parts[0][0], device)

@@ -10,7 +10,7 @@ from torch import distributed
 
 from observatory.collectives.transport.protocol import Transport
 from observatory.errors import ExchangeError
-from observatory.probes.alignment import ClockAlignment, PairLink, align
+from observatory.probes.alignment import PairLink, TimeBaseAlignment, align
 
 _TAG = 78
 
@@ -82,7 +82,7 @@ def pair_link(transport: Transport) -> PairLink | None:
     return TorchPairs()
 
 
-def align_transport(transport: Transport, *, rounds: int = 64) -> ClockAlignment:
+def align_transport(transport: Transport, *, rounds: int = 64) -> TimeBaseAlignment:
     """Align the clocks of all ranks of a transport; every rank must call it."""
     link = pair_link(transport)
     if link is None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from observatory.probes.alignment import ClockAlignment
+from observatory.probes.alignment import TimeBaseAlignment
 from observatory.run.manifest import Record
 
 Interval = tuple[int, int]
@@ -52,7 +52,7 @@ class CaseTimes:
     wait_us_RP: tuple[tuple[float, ...], ...] | None
 
 
-def rank_times(interval_ns_CR: Sequence[Sequence[Interval]], clock: ClockAlignment) -> RankTimes:
+def rank_times(interval_ns_CR: Sequence[Sequence[Interval]], clock: TimeBaseAlignment) -> RankTimes:
     """This rank's intervals (start, end) of its own clock, ready to be told to the others."""
     aligned = clock.offset_ns is not None
     return RankTimes(

@@ -18,6 +18,8 @@ from observatory.probes.exchange.attribution import Places, in_backward
 from observatory.probes.exchange.labels import Recorder, current_label
 from observatory.probes.exchange.recorder import RunRecorder
 from observatory.probes.exchange.tap import listen, unlisten
+from observatory.probes.part import Boundary, Part
+from observatory.probes.routing.integrity import Loss
 from observatory.probes.routing.sites import RoutingSite
 from observatory.probes.timeline.flight import FlightRecorder
 from observatory.probes.timeline.groups import Groups
@@ -29,14 +31,16 @@ from observatory.probes.timeline.streams import Anchors, is_capturing, mark_now
 BLOCK_SPAN = "moe_layer"
 
 
-class ExchangeProbe:
-    """Runs from ``attach`` to ``stop``.
+class ExchangeProbe(Part):
+    """Runs from ``attach`` to ``detach``.
 
     Args:
+        model: the model.
+        sites: its MoE layers.
         log: takes what is seen; its owner closes it.
         anchors: of the host's clock, of the same owner.
-        situation: step and told phase (None when none was told) of what happens now.
-        known_phase: phase of the model's call in progress as far as it is known.
+        situation: step and stated phase (None when none was stated) of what happens now.
+        phase_now: phase of the model's call in progress as far as it is known.
         flight_recorder: the second source that the log reads, for what it costs; None without.
 
     Attributes:
@@ -48,18 +52,21 @@ class ExchangeProbe:
 
     def __init__(
         self,
+        model: nn.Module,
+        sites: Sequence[RoutingSite],
         log: ExchangeLog,
         anchors: Anchors,
         *,
         situation: Callable[[], tuple[int, str | None]],
-        known_phase: Callable[[], str],
+        phase_now: Callable[[], str],
         flight_recorder: FlightRecorder | None = None,
     ) -> None:
         self.calls = 0
         self.captured_calls = 0
         self.host_ns = 0
-        self._told = situation
-        self._known_phase = known_phase
+        self._model, self._sites = model, tuple(sites)
+        self._stated = situation
+        self._phase_now = phase_now
         self._groups = Groups()
         self._anchors = anchors
         self._error: Exception | None = None
@@ -68,31 +75,30 @@ class ExchangeProbe:
         self._places = Places(mark=self._mark, note_span=self._note_span)
         self.recorder: Recorder = RunRecorder(self._log.add, self._situation)
 
-    def attach(self, model: nn.Module, sites: Sequence[RoutingSite]) -> None:
-        """Begin; on an error nothing is left behind.
+    def attach(self) -> None:
+        """Begin.
 
         Raises:
             CaptureError: this build of torch cannot be listened to.
         """
-        try:
-            self._places.attach(model, sites)
-            listen(self)
-        except BaseException:
-            self.stop()
-            raise
+        self._places.attach(self._model, self._sites)
+        listen(self)
 
-    def stop(self) -> None:
-        """End: everything is as before; doing it twice does nothing, and so it is in a forked child."""
+    def detach(self, *, failed: bool = False) -> None:
+        """End: everything is as before; doing it twice does nothing."""
+        del failed
         unlisten(self)
         self._places.detach()
 
-    def boundary(self) -> None:
-        """A step or a told phase ends here."""
-        self._places.boundary()
+    def abandon(self) -> None:
+        """End, which concerns this process only."""
+        self.detach()
 
-    def restore_hooks(self) -> bool:
-        """Put hooks on again that another library has taken off; whether there were any."""
-        return self._places.restore_hooks()
+    def boundary(self, boundary: Boundary) -> None:
+        """Put hooks on again that another library has taken off, and state it; layers end here."""
+        if self._places.restore_hooks():
+            boundary.losses.append(Loss(code="exchange_hooks_removed"))
+        self._places.boundary()
 
     def routed(self, layer: int, phase: str) -> None:
         """A layer has routed in this phase, on this thread."""
@@ -104,14 +110,14 @@ class ExchangeProbe:
             return f"an exchange could not be understood: {type(self._error).__name__}: {self._error}"
         return None
 
-    def notes(self) -> tuple[str, ...]:
-        """Stated limits of what was captured; final after ``stop``."""
-        notes = []
-        if self.captured_calls:
-            notes.append(
-                f"{self.captured_calls} exchanges were recorded into CUDA graphs, whose replays are not timed"
-            )
-        return tuple(notes)
+    def notes(self, *, steps: int) -> tuple[str, ...]:
+        """Exchanges that could not be timed."""
+        del steps
+        if not self.captured_calls:
+            return ()
+        return (
+            f"{self.captured_calls} exchanges were recorded into CUDA graphs, whose replays are not timed",
+        )
 
     def cost(self) -> dict[str, JsonValue]:
         """What watching cost on the host, measured while it ran."""
@@ -167,10 +173,10 @@ class ExchangeProbe:
 
     def _situation(self, backward: bool) -> tuple[int, str]:
         """Step and phase of what happens now on this thread."""
-        step, told = self._told()
-        if told in (None, "train_forward") and (backward or in_backward()):
+        step, stated = self._stated()
+        if stated in (None, "train_forward") and (backward or in_backward()):
             return step, "train_backward"
-        return step, told or self._places.compiled_phase() or self._known_phase()
+        return step, stated or self._places.compiled_phase() or self._phase_now()
 
     def _mark(self, device: torch.device) -> Mark | None:
         if device.type != "cuda":

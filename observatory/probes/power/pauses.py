@@ -2,7 +2,7 @@
 
     steps   |####----|####----|      |####----|####----|            # drawing more power
     sensor      ^        ^               ^        ^                 looks every 100 ms for 25
-    before: always the end of #;  after a pause of p / 4: always the begin of -;  and so on
+    before: always the end of #;  after a pause of p / 4: always the start of -;  and so on
 
 Which pause, and whether any helps, follows from the rhythm of the steps and of the sensor
 (:mod:`observatory.devices.aliasing`): n equal parts of a phase, each begun a little later in its steps. Where
@@ -68,7 +68,7 @@ class PhaseShifts:
         self._synchronise, self._now_ns, self._sleep = synchronise, now_ns, sleep
         self._steps = steps
         self._gaps_ns: deque[int] = deque(maxlen=_REMEMBERED)
-        #: End of the last step; None before the first of a rhythm, whose begin is not known.
+        #: End of the last step; None before the first of a rhythm, whose start is not known.
         self._last_ns: int | None = None
         self._since_ns = now_ns()
         self._done = 0
@@ -127,7 +127,7 @@ class PhaseShifts:
         self._pauses += 1
         self._paused_ns += self._now_ns() - now_ns
 
-    def told(self) -> JsonValue:
+    def summary(self) -> JsonValue:
         """What was done, for the manifest."""
         if not self._sensors:
             return {"pauses": 0, "reason": "no sampled device is known to see its power part-time only"}

@@ -12,14 +12,18 @@ import errno
 import hashlib
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pydantic import JsonValue
 
 from observatory.devices.find import find_devices, local_devices, open_device
 from observatory.errors import CaptureError, DeviceError, ModelError
 from observatory.host.ranks import RankOf
+from observatory.probes.options import PowerOptions
+from observatory.probes.part import Part
 from observatory.probes.power.sampler import PowerSampler
+from observatory.run import RunWriter
 from observatory.run.manifest import RankPower
 
 if TYPE_CHECKING:
@@ -28,124 +32,132 @@ if TYPE_CHECKING:
     from observatory.probes.power.pauses import PhaseShifts
 
 
-@dataclass(slots=True)
-class WatchedPower:
+class WatchedPower(Part):
     """Power sampling of one rank's watch.
 
+    Args:
+        model: whose devices are the rank's own.
+        writer: of the run.
+        where: this rank.
+        options: what to sample.
+        flush_s: seconds after which samples are on disk.
+
     Attributes:
-        active: devices of the node are sampled, by this rank or by its first one.
-        own_devices: UUIDs of the devices that this rank computes on, as far as torch or the caller tells.
-        sampler: runs; None when this rank samples nothing.
-        reason: why nothing is sampled though it was asked for, or not every GPU; None otherwise.
-        claims: keep other ranks of the node from sampling the same devices, while this one does.
+        is_active: devices of the node are sampled, by this rank or by its first one.
     """
 
-    active: bool = False
-    own_devices: tuple[str, ...] = ()
-    sampler: PowerSampler | None = None
-    reason: str | None = None
-    claims: tuple[socket.socket, ...] = ()
+    def __init__(
+        self, model: nn.Module, writer: RunWriter, where: RankOf, options: PowerOptions, *, flush_s: float
+    ) -> None:
+        self.is_active = False
+        self._model, self._writer, self._where = model, writer, where
+        self._options, self._flush_s = options, flush_s
+        #: UUIDs of the devices that this rank computes on, as far as torch or the caller states them.
+        self._own_devices: tuple[str, ...] = ()
+        #: None when this rank samples nothing.
+        self._sampler: PowerSampler | None = None
+        #: Why nothing is sampled though it was requested, or not every GPU.
+        self._reason: str | None = None
+        #: Keep other ranks of the node from sampling the same devices, while this one does.
+        self._claims: tuple[socket.socket, ...] = ()
+        self._pauses: PhaseShifts | None = None
+        self._notes: tuple[str, ...] = ()
+        self._is_closed = False
 
-    @classmethod
-    def start(
-        cls,
-        model: nn.Module,
-        run: Path,
-        *,
-        where: RankOf,
-        wanted: bool | Sequence[str] | None,
-        own_devices: Sequence[str] | None,
-        period_s: float,
-        flush_s: float,
-    ) -> WatchedPower:
+    def attach(self) -> None:
         """Start sampling, if this rank is to.
 
-        Args:
-            model: whose devices are the rank's own.
-            run: run directory, which exists.
-            where: this rank.
-            wanted: devices by name; True for the GPUs of this process, or, without any, its processors; None
-                for its GPUs if the model is on one; False for none.
-            own_devices: devices that this rank computes on, by name; None: the GPUs that torch tells.
-            period_s: time between samples.
-            flush_s: seconds after which samples are on disk.
-
         Raises:
-            CaptureError: power was asked for by name, and cannot be sampled; or ``own_devices`` are not
-                devices of this machine, or not those that torch tells.
+            CaptureError: power was requested by name, and cannot be sampled; or ``own_devices`` are not
+                devices of this machine, or not those that torch names.
         """
-        own = _own_devices(model, own_devices)
-        if wanted is None and own_devices:
-            wanted = True
-        if wanted is False or (wanted is None and not own):
-            return cls(own_devices=own)
-        claims: tuple[socket.socket, ...] = ()
-        try:
-            selectors, reason = _selectors(wanted, where)
-            claims, selectors = _claimed(run, selectors)
-            if not selectors:
-                return cls(active=True, own_devices=own)
+        options = self._options
+        self._own_devices = _own_devices(self._model, options.own_devices)
+        wanted = True if options.power is None and options.own_devices else options.power
+        is_wanted = wanted is not False and (wanted is not None or bool(self._own_devices))
+        if is_wanted:
+            try:
+                self._start(wanted)
+            except DeviceError as error:
+                _close(self._claims)
+                if wanted is not None and wanted is not True:
+                    raise CaptureError(f"power cannot be sampled: {error}") from error
+                self._reason = str(error)
+        if options.power_shifts:
+            self._pauses = self._pauses_between_steps(options.power_shifts)
+        self._writer.set_power(
+            RankPower(own_devices=self._own_devices) if self._sampler is None else self._sampler.begun()
+        )
+
+    def after_step(self) -> bool:
+        """Pause, where steps move in time with the sensor."""
+        return self._pauses is not None and self._pauses.after_step()
+
+    def close(self) -> None:
+        """End sampling, and state what was sampled and why not more."""
+        if self._is_closed:
+            return
+        self._is_closed, sampler = True, self._sampler
+        if sampler is not None:
+            power = sampler.stop()
+            _close(self._claims)
+            notes = () if self._reason is None else (f"not every GPU was sampled: {self._reason}",)
+        else:
+            power = RankPower(own_devices=self._own_devices)
+            notes = () if self._reason is None else (f"power was not sampled: {self._reason}",)
+        power = power.model_copy(update={"notes": (*notes, *power.notes)})
+        self._notes = power.notes
+        self._writer.set_power(power)
+
+    def abandon(self) -> None:
+        """Leave the sampling to the parent: in a forked child."""
+        if self._sampler is not None:
+            self._sampler.abandon()
+            _close(self._claims)
+
+    def notes(self, *, steps: int) -> tuple[str, ...]:
+        """What was not sampled, and why."""
+        del steps
+        return self._notes
+
+    def config(self) -> dict[str, JsonValue]:
+        """The pauses that were made."""
+        return {} if self._pauses is None else {"power_shifts": self._pauses.summary()}
+
+    def _start(self, wanted: bool | Sequence[str] | None) -> None:
+        where = self._where
+        selectors, self._reason = _selectors(wanted, where)
+        self._claims, selectors = _claimed(self._writer.path, selectors)
+        if selectors:
             sampler = PowerSampler(
-                run,
+                self._writer.path,
                 rank=where.rank,
                 ranks=where.world,
                 selectors=selectors,
-                own_devices=own,
-                period_s=period_s,
-                flush_s=flush_s,
+                own_devices=self._own_devices,
+                period_s=self._options.power_period_s,
+                flush_s=self._flush_s,
             )
             sampler.start()
-        except DeviceError as error:
-            _close(claims)
-            if wanted is None or wanted is True:
-                return cls(own_devices=own, reason=str(error))
-            raise CaptureError(f"power cannot be sampled: {error}") from error
-        return cls(active=True, own_devices=own, sampler=sampler, reason=reason, claims=claims)
+            self._sampler = sampler
+        self.is_active = True
 
-    def shifts(self, model: nn.Module, steps: bool | int) -> PhaseShifts:
-        """Pauses between steps for the sensors of the devices that this rank samples.
-
-        Args:
-            model: whose devices are waited for before a pause.
-            steps: of one rhythm; True where that is not known.
-        """
-        # Analysis is loaded for those who ask for it only.
+    def _pauses_between_steps(self, steps: bool | int) -> PhaseShifts:
+        """Pauses for the sensors of the devices that this rank samples; ``steps`` of one period, if known."""
         from observatory.devices.sensors import calibration_entry, sensor_of
         from observatory.probes.power.pauses import PhaseShifts
 
         sensors = []
-        if self.sampler is not None:
-            for spec in self.sampler.devices:
-                measured = self.sampler.calibration.get(spec.uuid or "")
+        if self._sampler is not None:
+            for spec in self._sampler.devices:
+                measured = self._sampler.calibration.get(spec.uuid or "")
                 entry = None if measured is None else calibration_entry(measured)
                 sensors.append(sensor_of(spec.name, entry, kind=spec.kind))
         return PhaseShifts(
-            sensors, synchronise=lambda: _synchronise(model), steps=None if steps is True else int(steps)
+            sensors,
+            synchronise=lambda: _synchronise(self._model),
+            steps=None if steps is True else int(steps),
         )
-
-    def begun(self) -> RankPower:
-        """What is known before the first step: devices and their calibration."""
-        if self.sampler is not None:
-            return self.sampler.begun()
-        return RankPower(own_devices=self.own_devices)
-
-    def stop(self) -> RankPower:
-        """End sampling; what was sampled, and why not."""
-        if self.sampler is not None:
-            power = self.sampler.stop()
-            _close(self.claims)
-            if self.reason is None:
-                return power
-            note = f"not every GPU was sampled: {self.reason}"
-            return power.model_copy(update={"notes": (note, *power.notes)})
-        notes = () if self.reason is None else (f"power was not sampled: {self.reason}",)
-        return RankPower(own_devices=self.own_devices, notes=notes)
-
-    def abandon(self) -> None:
-        """Leave the sampling to the parent: in a forked child."""
-        if self.sampler is not None:
-            self.sampler.abandon()
-            _close(self.claims)
 
 
 def _selectors(wanted: bool | Sequence[str] | None, where: RankOf) -> tuple[tuple[str, ...], str | None]:
@@ -210,32 +222,32 @@ def _synchronise(model: nn.Module) -> None:
         torch.cuda.synchronize(device)
 
 
-def _own_devices(model: nn.Module, told: Sequence[str] | None) -> tuple[str, ...]:
-    """UUIDs of the devices that a rank computes on: those that torch tells, else those that were named.
+def _own_devices(model: nn.Module, selectors: Sequence[str] | None) -> tuple[str, ...]:
+    """UUIDs of the devices that a rank computes on: those that torch names, else those of the caller.
 
     Raises:
         CaptureError: a name names no device, or another than torch does.
     """
-    known = _gpus_of(model)
-    if told is None:
-        return known
+    gpus = _gpus_of(model)
+    if selectors is None:
+        return gpus
     named: list[str] = []
-    for selector in (told,) if isinstance(told, str) else told:
+    for selector in (selectors,) if isinstance(selectors, str) else selectors:
         try:
             with open_device(selector) as device:
                 named.append(device.uuid)
         except DeviceError as error:
             raise CaptureError(f"own_devices: {error}") from error
-    if known and set(named) != set(known):
+    if gpus and set(named) != set(gpus):
         raise CaptureError(
             f"own_devices names {', '.join(named) or 'none'}, but the model of this rank is on "
-            f"{', '.join(known)}; leave it out where the model is on a GPU that torch knows"
+            f"{', '.join(gpus)}; leave it out where the model is on a GPU that torch knows"
         )
     return tuple(dict.fromkeys(named))
 
 
 def gpu_uuid(device: str) -> str | None:
-    """UUID of the NVIDIA GPU that torch calls so; None where torch does not tell one (CPU, AMD).
+    """UUID of the NVIDIA GPU that torch calls so; None where torch names none (CPU, AMD).
 
     Raises:
         ModelError: torch has no such device.
@@ -243,10 +255,10 @@ def gpu_uuid(device: str) -> str | None:
     import torch
 
     try:
-        found = torch.device(device)
-        if found.type != "cuda" or torch.version.hip is not None:
+        named = torch.device(device)
+        if named.type != "cuda" or torch.version.hip is not None:
             return None
-        index = torch.cuda.current_device() if found.index is None else found.index
+        index = torch.cuda.current_device() if named.index is None else named.index
         return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
     except (RuntimeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -35,7 +35,7 @@ class Snapshot:
 
     Attributes:
         step: the step it belongs to.
-        told: phase the caller told for it; None leaves what is known.
+        stated_phase: phase that the caller stated for it; None leaves what is known.
         ends_step: no more snapshots of this step follow.
         copies: one copy per device.
         calls: (slots, sites) calls.
@@ -48,7 +48,7 @@ class Snapshot:
     """
 
     step: int
-    told: str | None
+    stated_phase: str | None
     ends_step: bool
     copies: Sequence[HostCopy]
     calls: Int64
@@ -143,7 +143,7 @@ class _Group:
     finished: list[_Rows] = field(default_factory=list)
 
 
-class Folder:
+class SnapshotAccumulator:
     """Adds snapshots up to steps, steps to windows, and keeps finished rows until they are taken.
 
     Attributes:
@@ -198,7 +198,7 @@ class Folder:
         mass: Float64 | None = np.sum(masses, axis=0) if masses else None
         size = self._layout.slot_size
         for slot, known in enumerate(SLOTS):
-            phase, part = snapshot.told or known, slice(slot * size, (slot + 1) * size)
+            phase, part = snapshot.stated_phase or known, slice(slot * size, (slot + 1) * size)
             for group in self._groups:
                 self._add_slot(
                     group, phase, snapshot, slot, counts[part], None if mass is None else mass[part], partial
@@ -234,7 +234,7 @@ class Folder:
             self._log.add("interrupted", snapshot.step)
         for loss in snapshot.losses:
             code = loss.code
-            if code == "model_hooks_removed" and snapshot.told is None:
+            if code == "model_hooks_removed" and snapshot.stated_phase is None:
                 code = "phase_hooks_removed"
             self._log.add(code, snapshot.step, site=loss.site, module=loss.module)
             if loss.site is not None and loss.code in _PARTIAL:

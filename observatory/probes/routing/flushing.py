@@ -16,23 +16,28 @@ import queue
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 
 from observatory.errors import ObservatoryError
-from observatory.probes.routing.accumulation import Folder, Snapshot
+from observatory.probes.part import Boundary, Part
+from observatory.probes.routing.accumulation import Snapshot, SnapshotAccumulator
 from observatory.run import RunWriter
 
+#: Steps by which the thread may be behind: some seconds of fast decode steps, some MB of counts.
 _QUEUE_SIZE = 64
+#: Steps by which a device may be behind: frameworks queue one or two, and each holds pinned memory.
 _MOST_ON_THE_WAY = 8
+#: Rows of one batch of the file: some 100 KB, so that the file's own overhead is a few percent.
 _ROWS_PER_APPEND = 2048
 
 
-class Flusher:
+class Flusher(Part):
     """Owns the thread, from construction to ``close``."""
 
-    def __init__(self, writer: RunWriter, folder: Folder, *, flush_seconds: float) -> None:
+    def __init__(self, writer: RunWriter, rows: SnapshotAccumulator, *, flush_s: float) -> None:
         self._writer = writer
-        self._folder = folder
-        self._flush_seconds = flush_seconds
+        self._rows = rows
+        self._flush_s = flush_s
         self._error: BaseException | None = None
         self._last_step = 0
         self._on_the_way: deque[Snapshot] = deque()
@@ -41,9 +46,19 @@ class Flusher:
         self._thread = threading.Thread(target=self._run, name="observatory-flush", daemon=True)
         self._thread.start()
 
-    def submit(self, snapshot: Snapshot) -> None:
-        """Hand a snapshot over; waits when the queue is full or the device far behind."""
-        self._on_the_way.append(snapshot)
+    def boundary(self, boundary: Boundary) -> None:
+        """Hand a stretch over with all its losses; waits when the queue is full or the device far behind."""
+        counted = boundary.counted
+        if counted is None or boundary.is_refused:
+            return
+        self._on_the_way.append(
+            replace(
+                counted,
+                losses=(*counted.losses, *boundary.losses),
+                was_interrupted=counted.was_interrupted or boundary.was_interrupted,
+                is_last=boundary.is_last,
+            )
+        )
         self._pass_on(_MOST_ON_THE_WAY)
 
     def hurry(self, timeout_s: float) -> None:
@@ -80,12 +95,12 @@ class Flusher:
             self._queue.put(waiting.popleft())
 
     def _run(self) -> None:
-        due = time.monotonic() + self._flush_seconds
+        due = time.monotonic() + self._flush_s
         while True:
             try:
                 item = self._queue.get(timeout=max(0.0, due - time.monotonic()))
             except queue.Empty:
-                due = time.monotonic() + self._flush_seconds
+                due = time.monotonic() + self._flush_s
                 self._guarded(None, flush=True)
                 continue
             if item is None:
@@ -97,21 +112,21 @@ class Flusher:
                 continue
             late = time.monotonic() >= due
             if late:
-                due = time.monotonic() + self._flush_seconds
+                due = time.monotonic() + self._flush_s
             self._guarded(item, flush=late)
 
     def _guarded(self, snapshot: Snapshot | None, *, flush: bool, last: bool = False) -> None:
         try:
             if snapshot is not None:
                 self._last_step = snapshot.step
-                self._folder.add(snapshot)
+                self._rows.add(snapshot)
             if last:
-                self._folder.finish(self._last_step)
-            if flush or self._folder.finished_rows >= _ROWS_PER_APPEND:
-                for table, rows in self._folder.drain():
+                self._rows.finish(self._last_step)
+            if flush or self._rows.finished_rows >= _ROWS_PER_APPEND:
+                for table, rows in self._rows.drain():
                     self._writer.append(table, rows)
             if flush:
                 self._writer.flush()
-                self._writer.set_gaps(self._folder.gaps())
+                self._writer.set_gaps(self._rows.gaps())
         except Exception as error:  # whatever it is, the watched program must hear of it and go on
             self._error = self._error or error

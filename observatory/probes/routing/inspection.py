@@ -25,8 +25,9 @@ from torch.utils._python_dispatch import (  # type: ignore[attr-defined]
     _get_dispatch_stack_at,
 )
 
+from observatory.probes.options import Verify
 from observatory.probes.routing.attachment import NO_KWARGS, Attachment, PostHook, PreHook
-from observatory.probes.routing.judgement import BlockCall, Judgement, Verify, is_captured, stacks_of_site
+from observatory.probes.routing.judgement import BlockCall, Judgement, is_captured, stacks_of_site
 from observatory.probes.routing.sites import RoutingDecision, RoutingSite
 from observatory.probes.routing.stacks import SeenOperators, can_look_at_operators, is_running
 from observatory.probes.routing.witness import RowsOfExperts, tokens_of

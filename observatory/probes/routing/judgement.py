@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from observatory.errors import ModelError
+from observatory.probes.options import Verify
 from observatory.probes.routing.sites import RoutingDecision, RoutingSite, may_drop_inside, shown_by
 from observatory.probes.routing.stacks import SeenOperators, Stack, changed_parts, find_stacks
 from observatory.probes.routing.witness import (
@@ -36,8 +37,6 @@ _IN_ITS_PLACE = "the rows differ from what was read and are counted in its place
 
 #: A context in which calls of the block are our own; what is read in them lies in the list that it gives.
 Rerun = Callable[[], AbstractContextManager[list[RoutingDecision]]]
-#: Which calls are checked: the rows of some, the rows of all, some by intervention, or none.
-Verify = Literal["first", "rows", "intervention", "none"]
 
 
 class BlockCall:

@@ -1,7 +1,7 @@
 """The routing probe: attached to the MoE layers of one model, it counts until it is detached.
 
 On the hot path it reads the decision from the call's tensors and adds it to a buffer on the same device, two
-small kernels as a rule. At a boundary (a step ends, a told phase begins or ends) the buffers are copied to
+small kernels as a rule. At a boundary (a step ends, a stated phase begins or ends) the buffers are copied to
 the host in stream order, zeroed, and handed to a background thread. Neither waits for the device.
 
 A failure of the probe never changes what the model does: the call goes on, the site stays uncounted for it,
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from observatory.errors import CaptureError, ModelError
+from observatory.probes.options import RoutingOptions
 from observatory.probes.routing.accumulation import Snapshot
-from observatory.probes.routing.adapters import Adapter
 from observatory.probes.routing.attachment import NO_KWARGS, Attachment, PostHook, PreHook
 from observatory.probes.routing.counters import DeviceCounters, Layout
 from observatory.probes.routing.counting import SiteCounter, count_in_graph
@@ -37,7 +37,6 @@ from observatory.probes.routing.inspection import (
     weakest,
 )
 from observatory.probes.routing.integrity import HookKeeper, Loss
-from observatory.probes.routing.judgement import Verify
 from observatory.probes.routing.phase_tracking import PhaseTracker
 from observatory.probes.routing.sites import RoutingDecision, RoutingSite, shown_by
 from observatory.run.manifest import Verified
@@ -59,15 +58,11 @@ class RoutingProbe:
         self,
         model: nn.Module,
         sites: Sequence[RoutingSite],
-        *,
-        gate_mass: bool = False,
-        sample_tokens: int = 0,
-        verify: Verify = "first",
-        adapters: Sequence[Adapter] = (),
+        options: RoutingOptions = RoutingOptions(),  # noqa: B008  # frozen
     ) -> None:
-        self.layout = Layout.of_sites(sites, sample_tokens=sample_tokens, gate_mass=gate_mass)
+        self.layout = Layout.of_sites(sites, sample_tokens=options.sample_tokens, gate_mass=options.gate_mass)
         self.counters = tuple(SiteCounter(index, self.layout) for index in range(len(sites)))
-        self._verify = verify
+        self._verify = options.verify
         self.inferred_in_graph = False
         self.layer_calls = 0
         self.host_ns = 0
@@ -80,7 +75,7 @@ class RoutingProbe:
             sites,
             attach=self._attach_site,
             attach_to_model=self.phases.attach,
-            find=partial(find_sites, model, adapters=adapters),
+            find=partial(find_sites, model, adapters=options.adapters),
         )
         self._losses: list[Loss] = []
         #: of each site, those of modules that were replaced first
@@ -117,7 +112,7 @@ class RoutingProbe:
         for counter in self.counters:
             counter.release()
 
-    def take(self, *, step: int, told: str | None, ends_step: bool) -> Snapshot:
+    def take(self, *, step: int, stated_phase: str | None, ends_step: bool) -> Snapshot:
         """Take what was counted since the last time.
 
         Raises:
@@ -145,10 +140,10 @@ class RoutingProbe:
         was_interrupted = was_interrupted or any(i.was_interrupted for i in self._all_inspections())
         for inspection in self._all_inspections():
             inspection.end_stretch()
-        self.phases.end_stretch(is_stated=told is not None, unknown_calls=int(calls[0].sum()))
+        self.phases.end_stretch(is_stated=stated_phase is not None, unknown_calls=int(calls[0].sum()))
         return Snapshot(
             step=step,
-            told=told,
+            stated_phase=stated_phase,
             ends_step=ends_step,
             copies=[counters.snapshot() for counters in list(self._devices.values())],
             calls=calls,

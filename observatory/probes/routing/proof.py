@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from observatory.errors import CaptureError
-from observatory.probes.routing.judgement import Verify
+from observatory.probes.options import RoutingOptions, Verify
 from observatory.probes.routing.probe import RoutingProbe
 from observatory.probes.routing.sites import RoutingSite
 from observatory.run.manifest import Verified
@@ -32,12 +32,12 @@ def verify_sites(
     Raises:
         CaptureError: a call could not be read.
     """
-    probe = RoutingProbe(model, sites, verify=verify)
+    probe = RoutingProbe(model, sites, RoutingOptions(verify=verify))
     probe.attach()
     try:
         with torch.no_grad():
             call()
-        probe.take(step=0, told=None, ends_step=True)
+        probe.take(step=0, stated_phase=None, ends_step=True)
     finally:
         probe.detach()
         probe.release()

@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 
 from observatory.errors import ObservatoryError
+from observatory.probes.part import Boundary, Part
 from observatory.probes.timeline.flight import FlightRecorder
 from observatory.probes.timeline.groups import GroupFacts
 from observatory.probes.timeline.issue import Issue, Mark, per_peer_bytes
@@ -67,13 +68,13 @@ class SeenSpan:
     end: Mark
 
 
-class ExchangeLog:
+class ExchangeLog(Part):
     """Owns the thread, from construction to ``close``.
 
     Args:
         writer: run that rows go to.
         anchors: what places events of devices on the host's clock.
-        flush_seconds: seconds after which rows are on disk.
+        flush_s: seconds after which rows are on disk.
         recorder: torch's flight recorder as a second source; None to do without.
 
     Attributes:
@@ -89,7 +90,7 @@ class ExchangeLog:
         writer: RunWriter,
         anchors: Anchors,
         *,
-        flush_seconds: float,
+        flush_s: float,
         recorder: FlightRecorder | None = None,
     ) -> None:
         self.dropped = 0
@@ -99,7 +100,7 @@ class ExchangeLog:
         self.recorder_error: str | None = None
         self._writer = writer
         self._anchors = anchors
-        self._flush_seconds = flush_seconds
+        self._flush_s = flush_s
         self._recorder = recorder
         self._wake_at = _WAKE_AT if recorder is None else min(_WAKE_AT, recorder.due_after)
         self._queue: deque[SeenExchange | SeenSpan] = deque()
@@ -122,6 +123,11 @@ class ExchangeLog:
         if waiting == self._wake_at:
             self._wake.set()
 
+    def boundary(self, boundary: Boundary) -> None:
+        """Place what comes next by anchors of its own."""
+        del boundary
+        self._anchors.renew()
+
     def problem(self) -> str | None:
         """One line about the first error of the thread; None when there was none."""
         if self._error is None:
@@ -130,8 +136,9 @@ class ExchangeLog:
         reason = str(error) if isinstance(error, ObservatoryError) else f"{type(error).__name__}: {error}"
         return f"captured exchanges could not be kept: {reason}"
 
-    def notes(self) -> tuple[str, ...]:
+    def notes(self, *, steps: int) -> tuple[str, ...]:
         """Stated limits of what was kept; final after ``close``."""
+        del steps
         notes = []
         if self.unended:
             notes.append(f"{self.unended} exchanges have no end: they failed or were still in flight")
@@ -157,7 +164,7 @@ class ExchangeLog:
 
     def _run(self) -> None:
         while not self._closing:
-            self._wake.wait(self._flush_seconds)
+            self._wake.wait(self._flush_s)
             self._wake.clear()
             self._guarded(last=False)
             self._drained.set()

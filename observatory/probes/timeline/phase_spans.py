@@ -11,6 +11,9 @@ from collections.abc import Callable
 
 import torch
 
+from observatory.probes.part import Boundary, Part
+from observatory.probes.routing.accumulation import Snapshot
+from observatory.probes.routing.counters import SLOTS
 from observatory.probes.timeline.issue import Mark
 from observatory.probes.timeline.log import SeenSpan
 from observatory.probes.timeline.streams import Anchors, is_capturing, mark_now
@@ -19,12 +22,12 @@ from observatory.probes.timeline.streams import Anchors, is_capturing, mark_now
 PHASE_SPAN = "phase"
 
 
-class PhaseSpans:
+class PhaseSpans(Part):
     """Notes a span at every boundary that ends a phase.
 
     Args:
         add: takes the spans.
-        anchors: of the host's clock, renewed at every boundary by whoever owns them.
+        anchors: of the host's time base, renewed at every boundary by the log.
         device: that the model computes on.
     """
 
@@ -33,12 +36,23 @@ class PhaseSpans:
         self._anchors = anchors
         self._device = device
         self._start = self._mark()
+        #: Phase stated at the last end of a step, until another boundary.
+        self._ended: str | None = None
 
-    def boundary(self, step: int, phase: str | None) -> None:
-        """A stretch ends here; ``phase`` is None when it belongs to none."""
-        end = self._mark()
+    def boundary(self, boundary: Boundary) -> None:
+        """Note the stretch that ends here, if it belongs to a phase."""
+        end, stated, counted = self._mark(), boundary.phase, boundary.counted
+        assert counted is not None
+        # `with watch.phase(p): ...; watch.step()` leaves the end of the block after its last step.
+        is_tail = (
+            not boundary.ends_step
+            and stated == self._ended
+            and not any(calls.any() for calls in counted.calls)
+        )
+        phase = None if is_tail else stated or _only_phase(counted)
+        self._ended = stated if boundary.ends_step else None
         if phase is not None and self._start is not None and end is not None:
-            self._add(SeenSpan(PHASE_SPAN, step, phase, None, self._device, self._start, end))
+            self._add(SeenSpan(PHASE_SPAN, boundary.step, phase, None, self._device, self._start, end))
         self._start = end
 
     def _mark(self) -> Mark | None:
@@ -49,3 +63,9 @@ class PhaseSpans:
         if not self._anchors.known(self._device):
             self._anchors.drop_anchor(self._device)
         return mark_now(self._device)
+
+
+def _only_phase(counted: Snapshot) -> str | None:
+    """The phase of everything that was called, if it is one and known."""
+    slots = [slot for slot, calls in enumerate(counted.calls) if calls.any()]
+    return SLOTS[slots[0]] if len(slots) == 1 else None

@@ -13,7 +13,7 @@ import pytest
 
 from observatory.collectives.bench.times import case_times, rank_times
 from observatory.hpc.launch import meeting_point, rank_environment
-from observatory.probes.alignment import ClockAlignment
+from observatory.probes.alignment import TimeBaseAlignment
 from observatory.run.documents.bench import BenchCase, BenchResult, load_bench
 from tests.collectives.bench.late_rank import LATE_S, RANKS
 
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 _ANOTHER_CLOCK = ("unshare", "--time", "--monotonic", "1000", "--fork", "--kill-child")
 
 
-def clock(offset_ns: int | None, uncertainty_ns: int | None = 0) -> ClockAlignment:
-    return ClockAlignment(
+def clock(offset_ns: int | None, uncertainty_ns: int | None = 0) -> TimeBaseAlignment:
+    return TimeBaseAlignment(
         reference_rank=0,
         method="none" if offset_ns is None else "ping-pong",
         offset_ns=offset_ns,

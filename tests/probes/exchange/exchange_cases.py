@@ -412,7 +412,7 @@ def switched_off(me: Rank) -> None:
 def killed(me: Rank) -> None:
     """The last case: rank 2 dies while the others are in an exchange with it."""
     error = "none"
-    with me.watch("killed", flush_seconds=0.1):
+    with me.watch("killed", flush_s=0.1):
         dist.all_to_all_single(torch.empty(6, 2), rows(me))
         if me.rank == 2:
             time.sleep(0.5)

@@ -95,7 +95,7 @@ def test_bytes_beyond_32_bits_stay_what_they_are_up_to_the_traffic_of_a_run(tmp_
     issue.finish(5)
     manifest = new_manifest(model=ModelSpec(name="none"), topology=Topology(ranks=2))
     with RunWriter.create(tmp_path / "r", manifest) as writer:
-        log = ExchangeLog(writer, Anchors(), flush_seconds=3600)
+        log = ExchangeLog(writer, Anchors(), flush_s=3600)
         log.add(
             SeenExchange(issue, 0, "unknown", 0, "dispatch", "flat", GroupFacts("0-1", "0", 2), 0, "gloo")
         )

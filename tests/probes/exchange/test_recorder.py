@@ -108,7 +108,7 @@ def test_durations_stand_beside_those_of_the_probe_once_the_backend_has_them(
     with watched(tmp_path / "before", flight_recorder=False):
         send_something()  # so that the recorder holds an entry that is not the watch's
     recorder_documents(monkeypatch, completed_later)
-    with watched(tmp_path / "r", flush_seconds=0.05):
+    with watched(tmp_path / "r", flush_s=0.05):
         send_something()
         send_something(8)
     frame = observatory.open_run(tmp_path / "r").exchanges()
@@ -191,7 +191,7 @@ def test_the_recorder_is_read_before_its_ring_has_moved_on(
 
 
 def exchange_often(out: Path, times: int, *, pause_s: float = 0.0) -> None:
-    with watched(out, flush_seconds=3600):
+    with watched(out, flush_s=3600):
         for _ in range(times):
             send_something()
             time.sleep(pause_s)

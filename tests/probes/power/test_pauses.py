@@ -242,7 +242,7 @@ def test_pauses_are_refused_where_another_rank_would_wait_for_them(tmp_path: Pat
     import observatory
     from tests.probes.tiny import ToldModel
 
-    with pytest.raises(CaptureError, match="waiting of all others"):
+    with pytest.raises(CaptureError, match="makes all others wait"):
         observatory.watch(ToldModel(), tmp_path / "run", power_shifts=True, rank=0, world=2)
     with pytest.raises(CaptureError, match="choose one of auto, on, off"):
         ProfileJob(model="m", power_shifts="maybe")

@@ -10,9 +10,9 @@ from typing import cast
 
 import torch
 
+from observatory.probes.options import Verify
 from observatory.probes.routing.discover import find_sites
 from observatory.probes.routing.inspection import NOT_CALLED
-from observatory.probes.routing.judgement import Verify
 from observatory.probes.routing.proof import verify_sites
 from observatory.probes.routing.sites import RoutingSite
 from tests.probes.routing.counting import read_loads

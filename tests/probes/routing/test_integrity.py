@@ -490,7 +490,7 @@ def test_gaps_of_a_rank_that_is_killed_are_there(tmp_path: Path) -> None:
         from tests.probes.tiny import RoutedModel
         from tests.probes.routing.test_integrity import x
         model = RoutedModel(layers=2)
-        with observatory.watch(model, {str(tmp_path / "r")!r}, phase="prefill", flush_seconds=0.05) as watch:
+        with observatory.watch(model, {str(tmp_path / "r")!r}, phase="prefill", flush_s=0.05) as watch:
             for step in range(2):
                 if step:
                     model.layers[1].experts._forward_pre_hooks.clear()

@@ -13,9 +13,9 @@ from torch import nn
 
 import observatory
 from observatory.errors import CaptureError
+from observatory.probes.options import Verify
 from observatory.probes.routing import stacks
 from observatory.probes.routing.discover import find_sites
-from observatory.probes.routing.judgement import Verify
 from observatory.probes.routing.stacks import far_away
 from observatory.run.manifest import Manifest, Verified
 from tests.probes.routing.families import NOT_ROUTED, moe_families, one_thread, tiny_inputs, tiny_model

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from observatory.probes.routing.judgement import Verify
+from observatory.probes.options import Verify
 from observatory.probes.routing.proof import verify_sites
 from observatory.probes.routing.sites import RoutingDecision, RoutingSite
 from observatory.run.manifest import Verified
