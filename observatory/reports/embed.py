@@ -18,7 +18,10 @@ _ESCAPED = re.compile("[<>&\u2028\u2029]")
 
 def script_json(value: object) -> Markup:
     """JSON for a ``<script type="application/json">`` element."""
-    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
+    return _escaped(json.dumps(value, allow_nan=False, separators=(",", ":")))
+
+
+def _escaped(text: str) -> Markup:
     return Markup(_ESCAPED.sub(lambda match: _ESCAPES[match.group()], text))
 
 
@@ -27,8 +30,17 @@ def packed_figure(figure: go.Figure, **texts: str) -> Markup:
 
     A page of many large figures becomes a third smaller, and base64 holds nothing that HTML could read.
     """
-    content = json.dumps({**texts, "figure": figure.to_dict()}, cls=PlotlyJSONEncoder, separators=(",", ":"))
+    content = _figure_json(figure, texts)
     return Markup(base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode("ascii"))
+
+
+def unpacked_figure(figure: go.Figure, **texts: str) -> Markup:
+    """The same as JSON for a ``<script>`` element, which a page can read without waiting."""
+    return _escaped(_figure_json(figure, texts))
+
+
+def _figure_json(figure: go.Figure, texts: dict[str, str]) -> str:
+    return json.dumps({**texts, "figure": figure.to_dict()}, cls=PlotlyJSONEncoder, separators=(",", ":"))
 
 
 def script_text(source: str) -> Markup:

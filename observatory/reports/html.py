@@ -14,7 +14,13 @@ from markupsafe import Markup
 
 import observatory
 from observatory.errors import RunError
-from observatory.reports.embed import content_security_policy, packed_figure, script_json, script_text
+from observatory.reports.embed import (
+    content_security_policy,
+    packed_figure,
+    script_json,
+    script_text,
+    unpacked_figure,
+)
 from observatory.reports.frames.benchmark_files import read_benchmark_files
 from observatory.reports.frames.collect import collect
 from observatory.reports.frames.frequency import collect_clocks
@@ -119,7 +125,7 @@ def render(
 
     sections = build_sections(frames, gpus_per_node=gpus_per_node)
     environment = _environment()
-    page_js = _asset(environment, "page.js")
+    tables_js, page_js = (_asset(environment, name) for name in ("tables.js", "page.js"))
     plotly_js = get_plotlyjs()
     paths = [str(fact.path) for fact in frames.facts]
     given = frames.benchmarks.files.options() if frames.benchmarks else []
@@ -127,7 +133,7 @@ def render(
     return environment.get_template("report.html.j2").render(
         title=shorten(title or _title(frames), 200),
         version=observatory.__version__,
-        policy=content_security_policy(plotly_js, page_js),
+        policy=content_security_policy(tables_js, plotly_js, page_js),
         font=Markup(FONT),
         light_variables=Markup(css_variables(dark=False)),
         dark_variables=Markup(css_variables(dark=True)),
@@ -149,6 +155,7 @@ def render(
         ),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         dark_colours=script_json(LIGHT_TO_DARK),
+        tables_js=script_text(tables_js),
         plotly_js=script_text(plotly_js),
         page_js=script_text(page_js),
     )  # fmt: skip
@@ -226,6 +233,10 @@ def _packed(variant: Variant) -> Markup:
     return packed_figure(variant.figure, alt=variant.alt, note=variant.note)
 
 
+def _unpacked(variant: Variant) -> Markup:
+    return unpacked_figure(variant.figure, alt=variant.alt, note=variant.note)
+
+
 def _environment() -> Environment:
     """Templates with every value escaped, and an error for every name they do not get."""
     environment = Environment(
@@ -237,6 +248,7 @@ def _environment() -> Environment:
     )
     environment.filters["groupby_in_order"] = _grouped
     environment.filters["packed"] = _packed
+    environment.filters["unpacked"] = _unpacked
     return environment
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import re
+import subprocess
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,13 +27,11 @@ from tests.reports.browsing import (
     show,
     wait,
 )
+from tests.reports.conftest import CHROMIUM
 from tests.reports.sample_runs import MODELS, manifest, write_grid, write_run
 from tests.reports.test_report import HOSTILE, hostile
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.slow,
-]
+pytestmark = pytest.mark.slow
 
 FIGURES = ["mock-dots", "expert-map", "lorenz-curves", "ep-models", "ep-run", "ep-crossing", "step-gini"]
 
@@ -156,7 +159,7 @@ def test_a_figure_is_saved_as_svg(browser: webdriver.Chrome, pages: dict[str, Pa
     browser.execute_cdp_cmd(
         "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
     )
-    browser.execute_script("document.querySelector('#expert-map button').click()")
+    browser.execute_script("document.querySelector('#expert-map .save').click()")
     saved = tmp_path / "expert-map.svg"
     end = time.monotonic() + 10
     while not saved.exists():
@@ -195,7 +198,7 @@ def test_on_paper_figures_are_light_and_nothing_is_cut_off_or_to_be_clicked(
         ink = "return getComputedStyle(document.querySelector('#ep-run .legendtext')).fill"
         wait(browser, f"{ink} === 'rgb(26, 30, 35)'")
         hidden = browser.execute_script(
-            "return ['nav', '.skip', '.choice', 'figure button'].filter("
+            "return ['nav', '.skip', '.choice', '.save', '.tools'].filter("
             "name => getComputedStyle(document.querySelector(name)).display !== 'none')"
         )
         assert hidden == []
@@ -204,6 +207,90 @@ def test_on_paper_figures_are_light_and_nothing_is_cut_off_or_to_be_clicked(
     finally:
         browser.execute_script("window.dispatchEvent(new Event('afterprint'))")
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+
+
+def test_a_page_printed_by_a_command_holds_every_figure(
+    browser: webdriver.Chrome, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    printed = tmp_path / "printed.pdf"
+    profile = f"--user-data-dir={tmp_path / 'profile'}"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", profile, f"--print-to-pdf={printed}"]
+    subprocess.run([*command, pages["plain"].as_uri()], check=True, capture_output=True, timeout=120)
+    show(browser, pages["plain"], figures=FIGURES)
+    drawn = base64.b64decode(browser.execute_cdp_cmd("Page.printToPDF", {})["data"])
+    assert painted_paths(printed.read_bytes()) > 0.98 * painted_paths(drawn)
+    assert painted_paths(printed.read_bytes()) > 300
+
+
+def painted_paths(pdf: bytes) -> int:
+    """Lines and areas that a PDF paints."""
+    count = 0
+    for match in re.finditer(rb"stream\r?\n", pdf):
+        try:
+            content = zlib.decompressobj().decompress(pdf[match.end() :])
+        except zlib.error:
+            continue
+        if b" cm" in content:
+            count += len(re.findall(rb"(?m)^(?:S|s|f|f\*|B)$", content))
+    return count
+
+
+def table_column(browser: webdriver.Chrome, section: str, column: int) -> list[str]:
+    cells: list[str] = browser.execute_script(
+        "return [...document.querySelector(`${arguments[0]} > .scroll > table`).tBodies[0].rows]"
+        ".map(row => row.cells[arguments[1]].firstChild.textContent)",
+        section,
+        column,
+    )
+    return cells
+
+
+def test_a_click_on_a_heading_sorts_by_numbers_then_back(
+    browser: webdriver.Chrome, pages: dict[str, Path]
+) -> None:
+    show(browser, pages["plain"], figures=[])
+    heads = browser.find_elements("css selector", "#layers > .scroll thead th")
+    column = next(index for index, head in enumerate(heads) if head.text.startswith("Gini"))
+    head, before = heads[column], table_column(browser, "#layers", column)
+    orders = []
+    for _ in range(3):
+        head.find_element("css selector", "button").send_keys(Keys.ENTER)
+        orders.append((head.get_attribute("aria-sort"), table_column(browser, "#layers", column)))
+    numbers = sorted(before, key=float)
+    assert orders == [("descending", numbers[::-1]), ("ascending", numbers), (None, before)]
+
+
+def test_a_table_is_saved_as_csv_and_no_cell_is_a_formula(
+    browser: webdriver.Chrome, pages: dict[str, Path], tmp_path: Path
+) -> None:
+    show(browser, pages["plain"], figures=[])
+    browser.execute_cdp_cmd(
+        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
+    )
+    browser.execute_script(
+        "document.querySelector('#layers tbody th').textContent = '=HYPERLINK(\"x\")';"
+        "document.querySelector('#layers thead button').click();"
+        "document.querySelector('#layers > .tools a').click()"
+    )
+    end = time.monotonic() + 10
+    while not (saved := list(tmp_path.glob("*.csv"))):
+        assert time.monotonic() < end, "no file within 10 s"
+        time.sleep(0.05)
+    with saved[0].open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    assert len({len(row) for row in rows}) == 1
+    assert any(row[0] == '\'=HYPERLINK("x")' for row in rows)
+
+
+def test_a_table_is_copied_for_a_spreadsheet(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
+    show(browser, pages["plain"], figures=[])
+    browser.execute_script("navigator.clipboard.writeText = async (text) => { window.copied = text }")
+    browser.find_element("css selector", "#layers > .tools button").send_keys(Keys.ENTER)
+    lines = browser.execute_script("return window.copied").split("\r\n")
+    rows = browser.execute_script("return document.querySelector('#layers table').rows.length")
+    assert len(lines) == rows
+    assert len({line.count("\t") for line in lines}) == 1
+    wait(browser, "return document.querySelector('#layers .tools').textContent.includes('Copied')")
 
 
 def test_no_table_of_the_first_view_is_cut_off_at_desktop_width(

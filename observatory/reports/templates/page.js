@@ -1,4 +1,5 @@
-// Draws each figure when it comes near, in the reader's colour scheme, and swaps its variants.
+// Draws the figures in the reader's colour scheme, those near the window first and the others in idle time,
+// so that a page that is printed without having been scrolled holds all of them; swaps their variants.
 (() => {
   "use strict";
   const dark = JSON.parse(document.getElementById("dark-colours").textContent);
@@ -9,6 +10,7 @@
   let printing = false;
 
   const unpack = async (script) => {
+    if (script.type === "application/json") return JSON.parse(script.textContent);
     const bytes = Uint8Array.from(atob(script.textContent), (character) => character.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return JSON.parse(await new Response(stream).text());
@@ -35,15 +37,22 @@
     return Plotly.react(plot, data, layout, config);
   };
 
-  const choose = async (figure) => {
-    const index = figure.querySelector("select")?.selectedIndex ?? 0;
-    const variant = await unpack(figure.querySelectorAll("script[data-variant]")[index]);
-    if (index !== (figure.querySelector("select")?.selectedIndex ?? 0)) return; // chosen anew meanwhile
+  const show = (figure, index, variant) => {
     current.set(figure, variant);
     figure.querySelector(".plot").setAttribute("aria-label", variant.alt);
     figure.querySelector(".shown").textContent = variant.note;
-    const numbers = figure.querySelectorAll("template")[index].content.cloneNode(true);
-    figure.querySelector(".numbers").replaceChildren(numbers);
+    const numbers = figure.querySelector(".numbers");
+    numbers.replaceChildren(figure.querySelectorAll("template")[index].content.cloneNode(true));
+    numbers.querySelectorAll("table").forEach(equipTable);
+  };
+
+  const choose = async (figure) => {
+    const select = figure.querySelector("select");
+    const index = select.selectedIndex;
+    const variant = await unpack(figure.querySelectorAll("script[data-variant]")[index]);
+    if (index !== select.selectedIndex) return; // chosen anew meanwhile
+    show(figure, index, variant);
+    draw(figure);
   };
 
   const save = async (figure) => {
@@ -51,22 +60,32 @@
     await Plotly.downloadImage(await draw(figure), { format: "svg", filename: figure.id, width, height });
   };
 
+  const figures = [...document.querySelectorAll("figure[id]")];
   const near = new IntersectionObserver(
     (entries) => {
       for (const { isIntersecting, target } of entries) {
-        if (!isIntersecting) continue;
-        near.unobserve(target);
-        draw(target);
+        if (isIntersecting && !drawn.has(target)) draw(target);
       }
     },
     { rootMargin: "800px" },
   );
+  const whenIdle = window.requestIdleCallback ?? ((next) => setTimeout(next, 20));
+  const drawOthers = () => {
+    const next = figures.find((figure) => !drawn.has(figure));
+    if (!next) return near.disconnect();
+    draw(next);
+    whenIdle(drawOthers, { timeout: 500 });
+  };
 
-  for (const figure of document.querySelectorAll("figure[id]")) {
-    choose(figure).then(() => near.observe(figure));
-    figure.querySelector("select")?.addEventListener("change", () => choose(figure).then(() => draw(figure)));
-    figure.querySelector("button").addEventListener("click", () => save(figure));
+  // The first variant is not packed, so it is there before the page has loaded: a page that is printed by a
+  // command, as soon as it has loaded, draws it then.
+  for (const figure of figures) {
+    show(figure, 0, JSON.parse(figure.querySelector("script[data-variant]").textContent));
+    near.observe(figure);
+    figure.querySelector("select")?.addEventListener("change", () => choose(figure));
+    figure.querySelector(".save").addEventListener("click", () => save(figure));
   }
+  window.addEventListener("load", () => whenIdle(drawOthers));
 
   // The contents mark the section that crosses a line near the top of the window.
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));

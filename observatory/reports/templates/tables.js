@@ -1,0 +1,101 @@
+// Tables: a click on a heading sorts the rows; a table can be copied, or saved as CSV.
+const equipTable = (() => {
+  "use strict";
+  const MISSING = ["n/a", "–", ""];
+  const SCALE = { "µs": 1e-6, ms: 1e-3, KiB: 2 ** 10, MiB: 2 ** 20, GiB: 2 ** 30 };
+
+  // The value of a cell, and its smaller second line.
+  const contents = (cell) => {
+    const detail = cell.querySelector("small")?.textContent ?? "";
+    const whole = cell.textContent.trim();
+    const value = whole.slice(0, whole.length - detail.length).trim();
+    return { value: value.replaceAll("\u202f", "").replaceAll("\u2212", "-"), detail: detail.trim() };
+  };
+
+  // The number that a cell begins with, whatever unit it is written in; null where there is none.
+  const numberIn = (cell) => {
+    const match = /^([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*([^\s\d]*)/i.exec(contents(cell).value);
+    return match ? Number(match[1]) * (SCALE[match[2]] ?? 1) : null;
+  };
+
+  // A cell as text; one that a spreadsheet would take for a formula gets an apostrophe.
+  const textOf = (cell) => {
+    const { value, detail } = contents(cell);
+    const text = detail ? `${value} (${detail.replaceAll(/\s*\n\s*/g, "; ")})` : value;
+    return /^[=+@\t-]/.test(text) && numberIn(cell) === null && !MISSING.includes(text) ? `'${text}` : text;
+  };
+  const rowsOf = (table, separator, quoted) =>
+    [...table.rows].map((row) => [...row.cells].map((cell) => quoted(textOf(cell))).join(separator)).join("\r\n");
+  const asTsv = (table) => rowsOf(table, "\t", (text) => text.replaceAll(/\s+/g, " "));
+  const asCsv = (table) => rowsOf(table, ",", (text) => `"${text.replaceAll('"', '""')}"`);
+
+  // First the order that is asked for most (the largest number, the first word), then its reverse, then the
+  // order of the page. Cells without a number come last.
+  const sort = (table, column, original) => {
+    const heads = [...table.tHead.rows[0].cells];
+    const cells = original.map((row) => row.cells[column]);
+    const numeric = cells.every((cell) => numberIn(cell) !== null || MISSING.includes(contents(cell).value));
+    const orders = numeric ? ["descending", "ascending"] : ["ascending", "descending"];
+    const order = orders[orders.indexOf(heads[column].getAttribute("aria-sort")) + 1];
+    heads.forEach((head) => head.removeAttribute("aria-sort"));
+    if (order) heads[column].setAttribute("aria-sort", order);
+    const sign = order === "descending" ? -1 : 1;
+    const compare = (one, other) => {
+      if (!numeric) {
+        return sign * contents(one).value.localeCompare(contents(other).value, "en", { numeric: true });
+      }
+      const [first, second] = [numberIn(one), numberIn(other)];
+      if (first === null || second === null) return (first === null) - (second === null);
+      return sign * (first - second);
+    };
+    const rows = [...original];
+    if (order) rows.sort((one, other) => compare(one.cells[column], other.cells[column]));
+    table.tBodies[0].append(...rows);
+  };
+
+  const button = (...content) => {
+    const made = document.createElement("button");
+    made.type = "button";
+    made.append(...content);
+    return made;
+  };
+
+  return (table) => {
+    const original = [...table.tBodies[0].rows];
+    const caption = table.caption.textContent.trim();
+    const save = document.createElement("a");
+    const link = () => (save.href = `data:text/csv;charset=utf-8,${encodeURIComponent(asCsv(table))}`);
+    link();
+    save.textContent = "Save as CSV";
+    save.setAttribute("aria-label", `Save as CSV: ${caption}`);
+    save.download = `${caption.replaceAll(/[^\p{L}\d]+/gu, "-").slice(0, 80)}.csv`;
+    for (const [column, head] of [...table.tHead.rows[0].cells].entries()) {
+      if (original.length < 2) break;
+      const sorter = button(...head.childNodes);
+      sorter.addEventListener("click", () => {
+        sort(table, column, original);
+        link();
+      });
+      head.append(sorter);
+    }
+    const copy = button("Copy");
+    copy.setAttribute("aria-label", `Copy: ${caption}`);
+    const tools = document.createElement("p");
+    const outcome = document.createElement("span");
+    tools.className = "tools";
+    outcome.setAttribute("role", "status");
+    copy.addEventListener("click", async () => {
+      outcome.textContent = await navigator.clipboard.writeText(asTsv(table)).then(
+        () => "Copied",
+        () => "This browser does not allow it here: save the CSV",
+      );
+      setTimeout(() => outcome.replaceChildren(), 4000);
+    });
+    tools.append(copy, save, outcome);
+    table.parentElement.after(tools);
+  };
+})();
+
+document.querySelectorAll("main table").forEach((table) => {
+  if (!table.closest(".numbers")) equipTable(table);
+});
