@@ -6,7 +6,7 @@ A table's columns are declared once, next to the frame; the command line and the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,3 +86,30 @@ class Column:
 
 def _is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows with the columns that people are shown; programs get all values of the rows.
+
+    Attributes:
+        name: what it is called in the document that holds its rows, and by ``--table``.
+        columns: what is shown, in order.
+        rows: plain Python values by name, units in the names.
+        title: one line above the table.
+    """
+
+    name: str
+    columns: tuple[Column, ...]
+    rows: Sequence[Mapping[str, Any]]
+    title: str = ""
+
+
+def short_names(names: Sequence[str], *, shortest: int = 12) -> dict[str, str]:
+    """Each name cut to the fewest characters, at least ``shortest``, that keep all of them distinct."""
+    distinct = set(names)
+    longest = max(map(len, distinct), default=0)
+    for length in range(shortest, longest):
+        if len({name[:length] for name in distinct}) == len(distinct):
+            return {name: name[:length] for name in distinct}
+    return {name: name for name in distinct}

@@ -10,6 +10,7 @@ import typer
 from observatory.cli.options import (
     AlgorithmsOption,
     BackendOption,
+    CsvOption,
     ForceOption,
     IterationsOption,
     JsonOption,
@@ -17,20 +18,9 @@ from observatory.cli.options import (
     RankTimeoutOption,
     RepeatsOption,
     WarmupOption,
+    WideOption,
 )
 from observatory.cli.parsing import parse_algorithms, parse_names, parse_sizes
-
-_COLUMNS = (
-    "algorithm",
-    "pattern",
-    "seed",
-    "size",
-    "time us",
-    "p90 us",
-    "algbw GB/s",
-    "busbw GB/s",
-    "correct",
-)
 
 
 def alltoall(
@@ -57,15 +47,18 @@ def alltoall(
     ranks_per_node: RanksPerNodeOption = None,
     timeout_s: RankTimeoutOption = 60.0,
     force: ForceOption = False,
+    wide: WideOption = False,
+    csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:
     """Time all-to-all exchanges of several sizes, splits and algorithms, and check every byte."""
+    from observatory.analysis.network.documents import bench_document, bench_tables
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
-    from observatory.cli.output import print_json, print_table, say, say_cores
+    from observatory.cli.output import print_data, print_table, say, say_cores
     from observatory.collectives.bench.measure import alltoall_plan
     from observatory.collectives.bench.patterns import PATTERNS
     from observatory.host.provenance import command_line
-    from observatory.run.usable_cores import share_document, short_of_cores
+    from observatory.run.usable_cores import short_of_cores
 
     check_out(out, force=force)
     world = ranks_of_benchmark(ranks)
@@ -84,54 +77,16 @@ def alltoall(
     )
     if result is None:
         return
-    short = short_of_cores(result.cores_P or ())
-    say_cores(short)
+    say_cores(short_of_cores(result.cores_P or ()))
     for note in result.notes:
         say(f"note: {note}")
-    rows = [
-        (
-            case.algorithm,
-            case.pattern,
-            case.seed,
-            int(case.bytes_PP.sum()) // case.ranks,
-            case.median_us,
-            case.p90_us,
-            case.algbw_gb_per_s,
-            case.busbw_gb_per_s,
-            case.correct,
-        )
-        for case in result.cases
-    ]
-    if json:
-        names = (
-            "algorithm", "pattern", "seed", "mean_send_bytes", "median_us", "p90_us",
-            "algbw_gb_per_s", "busbw_gb_per_s", "correct",
-        )  # fmt: skip
-        print_json(
-            {
-                "backend": result.backend,
-                "ranks": result.ranks,
-                "node_of_rank": list(result.node_of_P),
-                "timing": result.timing,
-                "notes": list(result.notes),
-                "short_of_cores": [share_document(share) for share in short],
-                "rows": [dict(zip(names, row, strict=True)) for row in rows],
-            }
-        )
-    else:
-        print_table(
-            list(_COLUMNS),
-            [(*row[:6], _significant(row[6]), _significant(row[7]), row[8]) for row in rows],
-            title=f"all-to-all of {result.ranks} ranks over {result.backend}: last start "
-            f"to last end, median of {repeats}",
-        )
+    document = bench_document(result)
+    tables = bench_tables(document)
+    if not print_data(document, tables, json=json, csv=csv):
+        for table in tables:
+            print_table(table, wide=wide)
     write_result(result, out)
     say(f"result written to {out}; next: observatory fit {out} --out fit.json")
-
-
-def _significant(gb_per_s: float) -> str:
-    """Three digits, also of a small exchange: 1 KiB in 2 ms is no 0.000 GB/s."""
-    return f"{gb_per_s:.3g}"
 
 
 def bench_group() -> typer.Typer:

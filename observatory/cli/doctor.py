@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from observatory.analysis.columns import Column, Table
 from observatory.cli.options import JsonOption
 
 if TYPE_CHECKING:
@@ -17,6 +18,40 @@ if TYPE_CHECKING:
 #: Sequences and tokens of each that a model is verified with.
 _TOKENS = (2, 32)
 _WITNESSES: tuple[Literal["rows", "intervention"], ...] = ("rows", "intervention")
+
+
+_CAPABILITIES = (
+    Column(name="name", title="what", text=True, key=True),
+    Column(name="works", title="works", text=True),
+    Column(name="detail", title="detail", text=True),
+    Column(name="remedy", title="how to get it", text=True, otherwise=""),
+)
+_DEVICE_COLUMNS = (
+    Column(name="device", title="device", text=True, key=True),
+    Column(name="name", title="name", text=True),
+    Column(name="available", title="available", text=True),
+    Column(name="clocks", title="clocks", text=True),
+)
+_MISSING_COLUMNS = (
+    Column(name="device", title="device", text=True, key=True),
+    Column(name="unavailable", title="unavailable", text=True),
+    Column(name="state", title="state", text=True),
+    Column(name="detail", title="why", text=True),
+    Column(name="remedy", title="how to get it", text=True, otherwise=""),
+)
+_LAYER_COLUMNS = (
+    Column(name="layer", title="layer", key=True),
+    Column(name="module", title="module", text=True, key=True),
+    Column(name="experts", title="experts"),
+    Column(name="top_k", title="top-k"),
+    Column(name="shared_experts", title="shared"),
+    Column(name="null_experts", title="null", legend="experts that compute nothing"),
+    Column(name="how", title="read from", text=True),
+)
+_VERIFIED_COLUMNS = (
+    Column(name="verified_by", title="verified by", text=True, otherwise="nothing"),
+    Column(name="why_not", title="why not", text=True, otherwise=""),
+)
 
 
 def doctor(
@@ -35,10 +70,11 @@ def doctor(
     """List what works on this machine; with --model, which MoE layers were found and how they are read."""
     from dataclasses import asdict
 
-    from observatory.cli.output import print_json, print_table
+    from observatory.cli.output import print_json, print_table, print_text
     from observatory.errors import ModelError
     from observatory.host.doctor import capabilities
     from observatory.locks.status import device_report
+    from observatory.run.documents.printed import printed_document
 
     if verify and not model:
         raise ModelError("--verify is given without a model; expected --model NAME, too")
@@ -46,75 +82,73 @@ def doctor(
     devices = [] if model else device_report()
     layers, refusal = _layers(model, verify=verify) if model else ([], None)
     if json:
-        print_json(
-            {
-                "capabilities": [asdict(item) for item in found],
-                "devices": [device.document() for device in devices],
-                "layers": layers,
-            }
-        )
+        content = {
+            "capabilities": [asdict(item) for item in found],
+            "devices": [device.document() for device in devices],
+            "layers": layers,
+        }
+        print_json(printed_document("doctor", content))
     elif model:
-        _print_layers(model, layers)
+        print_table(_layer_table(model, layers))
     else:
-        print_table(
-            ["what", "works", "detail", "how to get it"],
-            [[item.name, "yes" if item.works else "no", item.detail, item.remedy or ""] for item in found],
-        )
-        _print_devices(devices)
+        rows = [asdict(item) for item in found]
+        for table in [Table(name="capabilities", columns=_CAPABILITIES, rows=rows), *_device_tables(devices)]:
+            print_table(table)
+            print_text([""])
     if refusal is not None:
         raise ModelError(refusal)
 
 
-def _print_layers(model: str, layers: list[dict[str, Any]]) -> None:
-    """A table of the MoE layers; where they were verified, by what, and the reason where they were not."""
-    from observatory.cli.output import print_table
-
-    columns = ["layer", "module", "experts", "top_k", "shared_experts", "null_experts", "how"]
-    headings = ["layer", "module", "experts", "top-k", "shared", "null", "read from"]
-    rows = [[layer[column] for column in columns] for layer in layers]
-    if any("verified" in layer for layer in layers):
-        headings += ["verified by", "why not"]
-        for row, layer in zip(rows, layers, strict=True):
-            by = [verdict["by"] for verdict in layer["verified"] if verdict["by"] != "none"]
-            reasons = [verdict["reason"] for verdict in layer["verified"] if verdict["reason"]]
-            row += [", ".join(dict.fromkeys(by)) or "nothing", "; ".join(dict.fromkeys(reasons))]
-    print_table(headings, rows, title=f"MoE layers of {model}")
+def _layer_table(model: str, layers: list[dict[str, Any]]) -> Table:
+    """The MoE layers; where they were verified, by what, and the reason where they were not."""
+    rows = []
+    for layer in layers:
+        verdicts = layer.get("verified", [])
+        by = dict.fromkeys(verdict["by"] for verdict in verdicts if verdict["by"] != "none")
+        reasons = dict.fromkeys(verdict["reason"] for verdict in verdicts if verdict["reason"])
+        rows.append({**layer, "verified_by": ", ".join(by) or None, "why_not": "; ".join(reasons) or None})
+    verified = any("verified" in layer for layer in layers)
+    columns = _LAYER_COLUMNS + _VERIFIED_COLUMNS if verified else _LAYER_COLUMNS
+    return Table(name="layers", columns=columns, rows=rows, title=f"MoE layers of {model}")
 
 
-def _print_devices(devices: list[DeviceStatus]) -> None:
-    """Two tables: the devices that report something, and what is unavailable and why."""
-    from observatory.cli.output import print_table
+def _device_tables(devices: list[DeviceStatus]) -> list[Table]:
+    """The devices that can be read, and what is not available and why."""
     from observatory.locks.words import outlook_words
 
-    works = [device for device in devices if device.state == "works"]
-    if works:
-        print_table(
-            ["device", "name", "available", "clocks"],
-            [
-                [
-                    device.selector,
-                    f"{device.name or device.kind}{f' ({device.detail})' if device.detail else ''}",
-                    ", ".join(field.name for field in device.fields if field.state == "works"),
-                    "never locked" if device.clocks is None else outlook_words(device.clocks),
-                ]
-                for device in works
-            ],
-            title="Power devices",
-        )
-    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    readable = [
+        {
+            "device": device.selector,
+            "name": f"{device.name or device.kind}{f' ({device.detail})' if device.detail else ''}",
+            "available": ", ".join(field.name for field in device.fields if field.state == "works"),
+            "clocks": "never locked" if device.clocks is None else outlook_words(device.clocks),
+        }
+        for device in devices
+        if device.state == "works"
+    ]
+    missing: dict[tuple[str, str, str, str], list[str]] = {}
     for device in devices:
         name = device.selector or device.name or f"any {device.kind} device"
         if not device.fields:
-            rows[name, device.state, device.detail or "", device.remedy or ""] = ["anything"]
+            missing[name, device.state, device.detail or "", device.remedy or ""] = ["anything"]
         for field in device.fields:
             if field.state != "works":
                 key = (name, field.state, field.detail or "", field.remedy or "")
-                rows.setdefault(key, []).append(field.name)
-    print_table(
-        ["device", "unavailable", "state", "why", "how to get it"],
-        [[name, ", ".join(names), *rest] for (name, *rest), names in rows.items()],
-        title="Unavailable quantities of power devices",
-    )
+                missing.setdefault(key, []).append(field.name)
+    rows = [
+        {"device": name, "unavailable": ", ".join(names), "state": state, "detail": detail, "remedy": remedy}
+        for (name, state, detail, remedy), names in missing.items()
+    ]
+    tables = [
+        Table(name="devices", columns=_DEVICE_COLUMNS, rows=readable, title="Power devices"),
+        Table(
+            name="unavailable",
+            columns=_MISSING_COLUMNS,
+            rows=rows,
+            title="Unavailable quantities of power devices",
+        ),
+    ]
+    return [table for table in tables if table.rows]
 
 
 def _layers(model: str, *, verify: bool) -> tuple[list[dict[str, Any]], str | None]:

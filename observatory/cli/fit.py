@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import ForceOption, JsonOption
+from observatory.cli.options import CsvOption, ForceOption, JsonOption, TableOption, WideOption
 
 #: Exit code: the model is written, but its verdict is that it is not to be relied on.
 NOT_VALID = 3
@@ -22,18 +22,21 @@ def fit(
     bootstrap: Annotated[int, typer.Option(min=0, max=10_000, help="Bootstrap samples over matrices.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Seed of folds and bootstrap.")] = 0,
     force: ForceOption = False,
+    wide: WideOption = False,
+    csv: CsvOption = False,
+    table: TableOption = None,
     json: JsonOption = False,
 ) -> None:
     """Fit latency, bandwidth, per-message cost and contention; the form is chosen on held-out matrices."""
     from observatory.analysis.network.checking import check_predictions, error_summary, not_fitted
+    from observatory.analysis.network.documents import fit_document, fit_tables
     from observatory.analysis.network.fitting import fit_network
     from observatory.analysis.network.wording import misfit_sentence, verdict_sentence
     from observatory.campaign.benchmark import check_out
-    from observatory.cli.output import print_json, print_table, say, say_cores
+    from observatory.cli.output import print_data, print_table, print_text, say, say_cores
     from observatory.host.provenance import command_line
     from observatory.run.documents.bench import load_bench
     from observatory.run.documents.writing import frame_records, write_text
-    from observatory.run.usable_cores import share_document
 
     check_out(out, force=force)
     fitted = [load_bench(path) for path in results]
@@ -46,7 +49,7 @@ def fit(
         seed=seed,
     )
     checked = [
-        (path, row)
+        {"result": path.name, **row}
         for path, result in unseen
         for row in frame_records(error_summary(check_predictions(model, result)))
     ]
@@ -55,70 +58,20 @@ def fit(
     for note in model.notes:
         say(f"note: {note}")
     write_text(out, model.model_dump_json(indent=1))
-    if json:
-        print_json(
-            {
-                "backend": model.backend,
-                "notes": list(model.notes),
-                "short_of_cores": [share_document(share) for share in model.short_of_cores],
-                "fits": [
-                    item.model_dump(mode="json", exclude={"samples_BF", "ratio_Q"}) for item in model.fits
-                ],
-                "checked": [{"result": path.name, **row} for path, row in checked],
-            }
-        )
+    document = fit_document(model, checked)
+    tables = fit_tables(document)
+    if print_data(document, tables, json=json, csv=csv, table=table):
         raise typer.Exit(0 if valid else NOT_VALID)
+    for shown in tables:
+        print_table(shown, wide=wide)
+        print_text([""])
     for item in model.fits:
-        print_table(
-            ["form", "parameters", "median error", "p90", "other ranks", "chosen"],
-            [
-                [score.form, score.parameters, score.median_error, score.p90_error, score.other_ranks_error,
-                 score.form == item.form]
-                for score in item.scores
-            ],
-            title=f"{item.algorithm} over {model.backend}: {item.cases} matrices, {item.sharing}",
-        )  # fmt: skip
-        if item.held_out_ranks:
-            print_table(
-                ["ranks left out", "median error", "p90", "predicted / measured"],
-                [
-                    [own.ranks, own.median_error, own.p90_error, own.median_ratio]
-                    for own in item.held_out_ranks
-                ],
-                title=f"{item.form}: what it gets wrong on a number of ranks that its fit did not see",
-            )
-        else:
+        if not item.held_out_ranks:
             numbers = ", ".join(map(str, item.domain.ranks))
             say(
-                f"{item.algorithm} was measured on {numbers} ranks; three numbers of ranks would tell how "
-                "well others are predicted"
+                f"{item.algorithm} was measured on {numbers} ranks; measure three numbers of ranks to learn "
+                "how well others are predicted"
             )
-        print_table(
-            ["term", "us per unit", "90 %", "GB/s", "why not"],
-            [
-                [
-                    part.term,
-                    None if part.us_per_unit is None else f"{part.us_per_unit:.4g}",
-                    None if part.low_us is None else f"{part.low_us:.4g}-{part.high_us:.4g}",
-                    None if part.gb_per_s is None else f"{part.gb_per_s:.4g}",
-                    part.reason or "",
-                ]
-                for part in item.coefficients
-            ],
-        )
-    if checked:
-        print_table(
-            ["result", "algorithm", "pattern", "exchanges", "median error", "p90", "bias", "in interval",
-             "through misfits"],
-            [
-                [path.name, *(row[name] for name in ("algorithm", "pattern", "exchanges", "median_error",
-                                                     "p90_error", "median_ratio", "inside_interval",
-                                                     "through_misfits"))]
-                for path, row in checked
-            ],
-            title="predicted against measured, not in the fit",
-        )  # fmt: skip
-    for item in model.fits:
         say(f"verdict: {verdict_sentence(item, model.backend)}")
         for misfit in item.misfits:
             say(f"  {misfit_sentence(misfit)}")

@@ -7,47 +7,29 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import JsonOption
+from observatory.cli.options import CsvOption, JsonOption
 
 
 def grid(
     config: Annotated[Path, typer.Argument(help="Grid file (TOML), see docs/grid.md.")],
     out: Annotated[Path, typer.Option("--out", help="Grid directory; an unfinished grid goes on.")],
+    csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:
     """Profile every model on every data condition; a finished cell is never run twice."""
+    from observatory.campaign.documents import grid_document, grid_table
     from observatory.campaign.grid import load_grid
     from observatory.campaign.ranks import refuse_ranks
     from observatory.cli.cells import run_cells
-    from observatory.cli.output import print_json, print_table, say
+    from observatory.cli.output import print_data, print_table, say
     from observatory.errors import ObservatoryError
 
     refuse_ranks("grid")
     results = run_cells(load_grid(config), out)
-    if json:
-        print_json(
-            {
-                "grid": out,
-                "cells": [
-                    {
-                        "model": result.cell.job.model,
-                        "data": result.cell.job.data,
-                        "run": result.run,
-                        "state": result.state,
-                        "error": result.error,
-                    }
-                    for result in results
-                ],
-            }
-        )
-    else:
-        print_table(
-            ["model", "data", "state", "run"],
-            [
-                [result.cell.job.model, result.cell.job.data, result.state, result.run.name]
-                for result in results
-            ],
-        )
+    document = grid_document(out, results)
+    table = grid_table(document)
+    if not print_data(document, [table], json=json, csv=csv):
+        print_table(table)
     failed = [result for result in results if result.state == "failed"]
     for result in failed:
         say(f"failed: {result.cell.job.model} on {result.cell.job.data}: {result.error}")

@@ -9,7 +9,25 @@ import typer
 
 from observatory.errors import PlacementError
 
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+JsonOption = Annotated[
+    bool,
+    typer.Option(
+        "--json", rich_help_panel="Output", help="Print one JSON document on stdout (docs/json.md)."
+    ),
+]
+CsvOption = Annotated[
+    bool,
+    typer.Option("--csv", rich_help_panel="Output", help="Print the table as CSV, with all columns."),
+]
+TableOption = Annotated[
+    str | None,
+    typer.Option(
+        "--table", metavar="NAME", rich_help_panel="Output", help="With --csv: which of the tables to print."
+    ),
+]
+WideOption = Annotated[
+    bool, typer.Option("--wide", rich_help_panel="Output", help="Show all columns of the tables.")
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
 EpOption = Annotated[str, typer.Option("--ep", help="EP degrees, separated by commas.")]
 GpusPerNodeOption = Annotated[int, typer.Option("--gpus-per-node", min=1, max=65536, help="Ranks per node.")]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import ForceOption, JsonOption
+from observatory.cli.options import CsvOption, ForceOption, JsonOption
 
 
 def power(
@@ -28,18 +28,20 @@ def power(
         float, typer.Option(min=0.0, max=60.0, help="Calibration before, 0 for none.")
     ] = 1.2,
     force: ForceOption = False,
+    csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:
     """Sample power, clocks and temperature of devices into a run directory, beside a program or alone.
 
     Reads only: no clock, limit or other setting is touched.
     """
+    from observatory.campaign.documents import power_document, power_table
     from observatory.campaign.ranks import refuse_ranks
     from observatory.campaign.telemetry import TelemetryJob, run_telemetry
-    from observatory.cli.output import print_json, print_table, say
+    from observatory.cli.output import print_data, print_table, say
 
     refuse_ranks("power", each_node=True)
-    told, code = run_telemetry(
+    status, code = run_telemetry(
         TelemetryJob(
             selectors=tuple(device or ()),
             command=tuple(command or ()),
@@ -51,30 +53,11 @@ def power(
         overwrite=force,
         started=lambda: say("sampling"),
     )
-    for note in told.notes:
+    for note in status.notes:
         say(f"note: {note}")
-    if json:
-        print_json({"run": str(out), "exit_code": code, "power": told.model_dump(mode="json")})
-    else:
-        print_table(
-            ["device", "name", "idle W", "power renewed every ms", "counter every ms", "counter / integral"],
-            [
-                [
-                    spec.uuid,
-                    spec.name,
-                    _watts(found.idle_power_mw if (found := told.calibration.get(spec.uuid or "")) else None),
-                    found and found.fields["power_mw"].update_period_ms,
-                    found and found.fields["energy_mj"].update_period_ms,
-                    found and found.counter_over_integral,
-                ]
-                for spec in told.sampled
-            ],
-            title="devices sampled; n/a: run.json says why",
-        )
+    table = power_table(status)
+    if not print_data(power_document(out, status, code), [table], json=json, csv=csv):
+        print_table(table)
     say(f"run written to {out}; next: observatory report {out}")
     if code:
         raise typer.Exit(code)
-
-
-def _watts(milliwatts: int | None) -> float | None:
-    return None if milliwatts is None else milliwatts / 1e3

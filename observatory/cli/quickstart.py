@@ -14,7 +14,7 @@ def quickstart(
     ),
 ) -> None:
     """Profile the bundled models on the bundled data, scan, and write the report. No network, no GPU."""
-    from observatory.analysis.routing.summary import run_summary
+    from observatory.campaign.documents import quickstart_table
     from observatory.campaign.preflight import check_libraries
     from observatory.campaign.quickstart import quickstart_exchanges, quickstart_grid
     from observatory.campaign.quickstart_network import quickstart_network
@@ -23,8 +23,6 @@ def quickstart(
     from observatory.cli.output import print_table, say
     from observatory.errors import ObservatoryError
     from observatory.reports import write_report
-    from observatory.run import open_run
-    from observatory.run.documents.writing import frame_records
 
     refuse_ranks("quickstart")
     check_libraries()
@@ -56,18 +54,6 @@ def quickstart(
         networks=(network.model,),
         overwrite=True,
     )
-    gini = {}
-    floor = {}
-    for result in results:
-        rows = frame_records(run_summary(open_run(result.run)))
-        prefill = next(row for row in rows if row["phase"] == "prefill")
-        gini[result.cell.job.model, result.cell.job.data] = prefill["gini"]
-        floor[result.cell.job.model] = prefill["gini_floor"]
-    print_table(
-        ["model", *config.data, "floor"],
-        [[model, *(gini[model, data] for data in config.data), floor[model]] for model in config.models],
-        title="Gini of assignments over experts (prefill, whole run, mean over layers); "
-        "floor: what uniform routing shows",
-    )
+    print_table(quickstart_table(config, results))
     typer.echo(f"report: {report.resolve()}")
     typer.echo(f"exchanges between ranks: {exchanges.resolve()}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from observatory.cli.options import (
     AlgorithmsOption,
     BackendOption,
+    CsvOption,
     ForceOption,
     IterationsOption,
     JsonOption,
@@ -23,11 +24,10 @@ from observatory.cli.options import (
     RoleOption,
     RowBytesOption,
     WarmupOption,
+    WideOption,
     parse_placement,
 )
 from observatory.cli.parsing import parse_algorithms, parse_roles
-
-_COLUMNS = ("algorithm", "phase", "layer", "role", "exchanges", "captured us", "uniform us", "ratio", "90 %")
 
 
 def replay(
@@ -56,18 +56,19 @@ def replay(
     ranks_per_node: RanksPerNodeOption = None,
     timeout_s: RankTimeoutOption = 60.0,
     force: ForceOption = False,
+    wide: WideOption = False,
+    csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:
     """Replay a run's traffic step by step and layer by layer: what does realism cost here?"""
-    from observatory.analysis.network.realism import realism
+    from observatory.analysis.network.documents import replay_document, replay_tables
     from observatory.analysis.parallel.captured import captured_traffic, traffic_notes
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
-    from observatory.cli.output import print_json, print_table, say, say_cores
+    from observatory.cli.output import print_data, print_table, say, say_cores
     from observatory.collectives.bench.replay import replay_plan
     from observatory.host.provenance import command_line
     from observatory.run import open_run
-    from observatory.run.documents.writing import frame_records
-    from observatory.run.usable_cores import share_document, short_of_cores
+    from observatory.run.usable_cores import short_of_cores
 
     check_out(out, force=force)
     opened = open_run(run)
@@ -99,36 +100,13 @@ def replay(
     )
     if result is None:
         return
-    rows = frame_records(realism(result))
-    short = short_of_cores(result.cores_P or ())
-    say_cores(short)
+    say_cores(short_of_cores(result.cores_P or ()))
     for note in result.notes:
         say(f"note: {note}")
-    if json:
-        print_json(
-            {
-                "run_id": result.run_id,
-                "backend": result.backend,
-                "ranks": result.ranks,
-                "timing": result.timing,
-                "notes": list(result.notes),
-                "short_of_cores": [share_document(share) for share in short],
-                "rows": rows,
-            }
-        )
-    else:
-        print_table(
-            list(_COLUMNS),
-            [_cells(row) for row in rows],
-            title=f"{opened.manifest.model.name} on {result.ranks} ranks over {result.backend}: "
-            "captured beside uniform traffic of equal volume",
-        )
+    document = replay_document(result)
+    tables = replay_tables(document, opened.manifest.model.name)
+    if not print_data(document, tables, json=json, csv=csv):
+        for table in tables:
+            print_table(table, wide=wide)
     write_result(result, out)
-    say(f"result written to {out}; ratio: time of captured over uniform traffic, 90 % interval over steps")
-
-
-def _cells(row: dict[str, Any]) -> list[object]:
-    low, high = row["ratio_low"], row["ratio_high"]
-    row = {**row, **{name: "all" for name in ("phase", "layer", "role") if row[name] is None}}
-    names = ("algorithm", "phase", "layer", "role", "exchanges", "captured_us", "uniform_us", "ratio")
-    return [*(row[name] for name in names), None if low is None else f"{low:.3f}-{high:.3f}"]
+    say(f"result written to {out}")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from observatory.cli.numbers import interval_cell, percent_cell, scaled_cell
-from observatory.cli.options import ForceOption, JsonOption
+from observatory.cli.options import CsvOption, ForceOption, JsonOption, WideOption
 
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the random order and of the bootstrap.")]
 
@@ -38,6 +37,8 @@ def measure(
     dtype: Annotated[str | None, typer.Option(help="Torch dtype of the weights, e.g. bfloat16.")] = None,
     seed: SeedOption = 0,
     force: ForceOption = False,
+    wide: WideOption = False,
+    csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:
     """Prefill the rest of a prompt behind a cached part of it, over and over, and measure the energy.
@@ -94,79 +95,28 @@ def measure(
         )
     for note in measured.notes:
         say(f"note: {note}")
-    show(out, seed=seed, json=json)
+    show(out, seed=seed, wide=wide, csv=csv, json=json)
     say(f"measurements written to {out}; next: observatory reuse show {out}")
 
 
 def show(
     measurements: Annotated[Path, typer.Argument(help="Result of `observatory reuse measure`.")],
     seed: SeedOption = 0,
+    wide: WideOption = False,
+    csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:
     """Show the energy of a prefill against the cached fraction, with intervals, and what a hit saves."""
-    from observatory.analysis.energy import fit_reuse
-    from observatory.cli.output import print_json
+    from observatory.analysis.energy.document import reuse_document, reuse_sentences, reuse_tables
+    from observatory.cli.output import print_data, print_table, say
     from observatory.run.documents.prefix_cache import load_reuse
 
     measured = load_reuse(measurements)
-    curve = fit_reuse(measured, seed=seed)
-    if json:
-        about = measured.model_dump(mode="json", include={"model", "prompt_tokens", "batch_size", "device"})
-        print_json({**about, "notes": list(measured.notes), "reuse": reuse_document(curve)})
+    document = reuse_document(measured, seed=seed)
+    tables = reuse_tables(document["reuse"], measured)
+    if print_data(document, tables, json=json, csv=csv):
         return
-    print_reuse(curve, measured.model, measured.prompt_tokens)
-
-
-def reuse_document(curve: Any) -> dict[str, Any]:
-    """A fitted curve as a JSON document."""
-    from observatory.analysis.energy.prefix_cache import PUBLISHED_SAVING, PUBLISHED_SOURCE
-    from observatory.run.documents.writing import frame_records
-
-    names = (
-        "fixed_mj",
-        "linear_mj",
-        "square_mj",
-        "saved",
-        "saved_low",
-        "saved_high",
-        "saved_reason",
-        "saved_flag",
-    )
-    return {
-        **{name: getattr(curve, name) for name in names},
-        "cells": frame_records(curve.cells),
-        "published": {"saved": PUBLISHED_SAVING, "source": PUBLISHED_SOURCE},
-    }
-
-
-def print_reuse(curve: Any, model: str, prompt_tokens: int) -> None:
-    """Show a fitted curve as a table, and what an exact hit saves in a sentence."""
-    from observatory.cli.output import print_table, say
-
-    found = reuse_document(curve)
-    print_table(
-        ["cell", "cached", "windows", "mJ per prefill", "90 % interval", "fitted", "saved"],
-        [
-            [row["cell"], percent_cell(row["cached_fraction"]), row["windows"],
-             scaled_cell(row["prefill_mj"], 1, 1),
-             interval_cell(row["low_mj"], row["high_mj"], 1, 1), scaled_cell(row["fitted_mj"], 1, 1),
-             percent_cell(row["saved"])]
-            for row in found["cells"]
-        ],
-        title=f"{model}: energy of one prefill of {prompt_tokens} tokens against their cached fraction",
-    )  # fmt: skip
-    if found["saved"] is not None:
-        interval = interval_cell(found["saved_low"], found["saved_high"], 100, 1)
-        say(
-            f"an exact hit saves {100 * found['saved']:.1f} % of a miss's prefill energy here"
-            f"{f' ({interval} %)' if interval else ''}; {found['published']['source']} states "
-            f"{100 * found['published']['saved']:.0f} % for its models"
-        )
-    flagged = [percent_cell(row["cached_fraction"]) for row in found["cells"] if row["flag"]]
-    if flagged:
-        say(
-            f"energies at a cached fraction of {', '.join(map(str, flagged))} are integrated power of "
-            "prefills in time with the power sensor; their intervals allow for it"
-        )
-    if found["saved_reason"]:
-        say(f"saving: {found['saved_reason']}")
+    for table in tables:
+        print_table(table, wide=wide)
+    for sentence in reuse_sentences(document["reuse"]):
+        say(sentence)

@@ -11,7 +11,7 @@ from observatory.cli.options import ForceOption, JsonOption
 
 
 def recover(
-    journal: Annotated[Path, typer.Argument(help="NAME.points.jsonl that the sweep left, beside NAME.run.")],
+    journal: Annotated[Path, typer.Argument(help="NAME.points.jsonl that the sweep left next to NAME.run.")],
     out: Annotated[Path, typer.Option("--out", help="Result file (JSON) to write.")],
     force: ForceOption = False,
     json: JsonOption = False,
@@ -20,10 +20,11 @@ def recover(
     from observatory.campaign.benchmark import check_out
     from observatory.campaign.sweep.document import recover_sweep
     from observatory.cli.output import print_json, say
+    from observatory.run.documents.printed import printed_document
 
     check_out(out, force=force)
     sweep = recover_sweep(journal, out)
     if json:
-        print_json(sweep.model_dump(mode="json"))
+        print_json(printed_document("clock_sweep", sweep.model_dump(mode="json")))
     count = sum(len(series.points) for series in sweep.series)
     say(f"{count} points written to {out}; next: observatory clocks fit {out} --out clocks.json")

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from observatory.cli.options import ForceOption, JsonOption
+from observatory.cli.options import CsvOption, ForceOption, JsonOption, WideOption
 
 if TYPE_CHECKING:
+    from observatory.analysis.columns import Table
     from observatory.campaign.sweep.plan import SweepPlan
     from observatory.run.documents.clock_sweep import ClockSweep
 
@@ -69,6 +70,8 @@ def sweep(
         str | None, typer.Option(help="The site's own command, with {uuid} and {clock_mhz}, for the plan.")
     ] = None,
     force: ForceOption = False,
+    wide: WideOption = False,
+    csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:
     """Measure time and energy of a phase at several clocks, each verified by the sampled clock.
@@ -77,16 +80,18 @@ def sweep(
     --apply nothing is touched: the plan is printed, with the commands for those who may lock. Results of
     --set-outside, one per setting, are fitted together.
     """
+    from observatory.analysis.frequency.tables import sweep_table
     from observatory.campaign.benchmark import check_out
     from observatory.campaign.ranks import refuse_ranks
     from observatory.campaign.sweep.clock_sweep import run_sweep
     from observatory.campaign.sweep.inputs import make_workloads, parse_clocks, parse_limits
     from observatory.campaign.sweep.plan import make_plan
     from observatory.campaign.sweep.settings import SweepJob
-    from observatory.cli.output import print_json, progress_bar, say
+    from observatory.cli.output import print_data, progress_bar, say
     from observatory.devices.find import open_device
     from observatory.errors import ClockError, LockNotPermittedError, LockRefusedError
     from observatory.host.provenance import command_line
+    from observatory.run.documents.printed import printed_document
 
     refuse_ranks("clocks sweep", each_node=True)
     check_out(out, force=force)
@@ -153,10 +158,10 @@ def sweep(
         ) from error
     for note in result.notes:
         say(f"note: {note}")
-    if json:
-        print_json(result.model_dump(mode="json"))
-    else:
-        _print_result(result)
+    table = sweep_table(result)
+    document = printed_document("clock_sweep", result.model_dump(mode="json"))
+    if not print_data(document, [table], json=json, csv=csv):
+        _print_result(result, table, wide=wide)
     if set_outside:
         say(
             f"sweep written to {out}; when every clock has its own result: observatory clocks fit RESULTS "
@@ -168,9 +173,10 @@ def sweep(
 
 def _print_plan(plan: SweepPlan, *, json: bool, refused: str | None = None) -> None:
     from observatory.cli.output import print_json, print_lines, say
+    from observatory.run.documents.printed import printed_document
 
     if json:
-        print_json(plan.document() | {"refused": refused})
+        print_json(printed_document("clock_sweep_plan", plan.document() | {"refused": refused}))
         return
     for sentence in plan.sentences(refused=refused):
         say(sentence)
@@ -178,30 +184,15 @@ def _print_plan(plan: SweepPlan, *, json: bool, refused: str | None = None) -> N
         print_lines([f"# {way}:", *lines, ""])
 
 
-def _print_result(result: ClockSweep) -> None:
+def _print_result(result: ClockSweep, table: Table, *, wide: bool) -> None:
     from observatory.cli.output import print_table, say
 
-    rows = [
-        [series.name, series.batch_size, point.requested_sm_clock_mhz,
-         None if point.requested_limit_mw is None else f"{point.requested_limit_mw / 1e3:g}",
-         point.sm_clock_mhz, f"{1e3 * point.iteration_s:.4g}",
-         None if point.energy_mj is None else f"{point.energy_mj / point.iterations:.4g}", point.label]
-        for series in result.series
-        for point in sorted(
-            series.points,
-            key=lambda p: (p.requested_limit_mw or 0, p.requested_sm_clock_mhz or 0, p.repeat),
-        )
-    ]  # fmt: skip
-    print_table(
-        ["series", "batch", "locked MHz", "limit W", "sampled MHz", "ms", "mJ", "label"],
-        rows,
-        title="per iteration",
-    )
-    told = {
+    print_table(table, wide=wide)
+    reasons = {
         f"{point.label}: {point.reason}"
         for series in result.series
         for point in series.points
         if point.label != "ok" and point.reason
     }
-    for line in sorted(told)[:20]:
+    for line in sorted(reasons)[:20]:
         say(line)

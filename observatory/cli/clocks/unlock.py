@@ -6,9 +6,23 @@ from typing import Annotated, Any
 
 import typer
 
+from observatory.analysis.columns import Column, Table
 from observatory.cli.options import JsonOption
 
-_STATUS = ("device", "owner_pid", "state", "touched", "expires_in_s", "watchdog")
+_STATUS_COLUMNS = (
+    Column(name="device", title="device", text=True, key=True),
+    Column(name="owner_pid", title="owner PID"),
+    Column(name="state", title="state", text=True),
+    Column(name="touched", title="touched", text=True, legend="whether clocks or limits were changed"),
+    Column(name="expires_in_s", title="expires in", unit="s"),
+    Column(name="watchdog", title="watchdog", text=True),
+)
+_UNLOCK_COLUMNS = (
+    Column(name="lease", title="lease", text=True, key=True),
+    Column(name="device", title="device", text=True),
+    Column(name="undone", title="undone", text=True),
+    Column(name="reason", title="reason", text=True, otherwise=""),
+)
 #: By whether it lives, which is not known of a process of another PID namespace.
 _WATCHDOG = {True: "watches", False: "gone", None: "not known"}
 
@@ -28,6 +42,7 @@ def unlock(
     from observatory.cli.output import print_json, print_table, say
     from observatory.locks.lease_folder import lease_folder
     from observatory.locks.locking import undo_leases
+    from observatory.run.documents.printed import printed_document
 
     folder = lease_folder()
     found = undo_leases(folder, uuid=device, force=force)
@@ -41,9 +56,9 @@ def unlock(
         for item in found
     ]
     if json:
-        print_json({"folder": str(folder), "leases": rows})
+        print_json(printed_document("unlock", {"folder": str(folder), "leases": rows}))
     elif rows:
-        print_table(list(rows[0]), [list(row.values()) for row in rows], title=f"leases in {folder}")
+        print_table(Table(name="leases", columns=_UNLOCK_COLUMNS, rows=rows, title=f"leases in {folder}"))
     else:
         of = "" if device is None else f" of {device}"
         say(f"no lease{of} in {folder}: nothing of ours is locked{'' if device is None else ' there'}")
@@ -57,6 +72,7 @@ def status(json: JsonOption = False) -> None:
     from observatory.errors import ClockError
     from observatory.locks.lease import find_diaries, find_leases, last_words, read_lease
     from observatory.locks.lease_folder import lease_folder
+    from observatory.run.documents.printed import printed_document
 
     folder = lease_folder()
     rows: list[dict[str, Any]] = []
@@ -64,7 +80,8 @@ def status(json: JsonOption = False) -> None:
         try:
             lease = read_lease(path)
         except ClockError as error:
-            rows.append(dict.fromkeys(_STATUS) | {"device": path.name, "state": str(error)})
+            missing = dict.fromkeys(column.name for column in _STATUS_COLUMNS)
+            rows.append(missing | {"device": path.name, "state": str(error)})
             continue
         if lease is not None:
             rows.append(
@@ -79,10 +96,11 @@ def status(json: JsonOption = False) -> None:
             )
     diaries = {path.stem: last_words(path) for path in find_diaries(folder)}
     if json:
-        print_json({"folder": str(folder), "leases": rows, "watchdogs": diaries})
+        content = {"folder": str(folder), "leases": rows, "watchdogs": diaries}
+        print_json(printed_document("lock_status", content))
         return
     if rows:
-        print_table(_STATUS, [list(row.values()) for row in rows], title=f"leases in {folder}")
+        print_table(Table(name="leases", columns=_STATUS_COLUMNS, rows=rows, title=f"leases in {folder}"))
     else:
         say(f"no lease in {folder}: nothing of ours is locked")
     for device, words in diaries.items():

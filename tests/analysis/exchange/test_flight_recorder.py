@@ -267,7 +267,7 @@ def test_the_command_shows_a_dump_beside_the_run(tmp_path: Path, capsys: pytest.
     assert found["gaps"] == [{"reason": "no duration: it was not over when the recorder was read", "rows": 1}]
     assert main(["exchanges", str(run), *option]) == 0
     said = capsys.readouterr()
-    assert "flight recorder beside the probe" in said.out
+    assert "flight recorder against the probe" in said.out
     assert "flight recorder, 1 of 4 rows: no duration" in said.err
     assert main(["exchanges", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["flight_recorder"] is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -372,10 +374,12 @@ def test_the_command_prints_sentences_and_numbers_of_each_state(
     assert main(["clocks", "recommend", "--telemetry", str(run)]) == 0
     printed = capsys.readouterr().out
     assert "a lock above 1800 MHz would do nothing there" in printed
-    row = next(line for line in printed.splitlines() if UUID in line and "│" in line)
-    assert [cell.strip() for cell in row.strip("│").split("│")][5:] == [
-        "10 %", "20 %", "50 %", "1342", "1980", "1800",
-    ]  # fmt: skip
+    row = next(line for line in printed.splitlines() if line.startswith(UUID[:12]))
+    assert row.split()[4:] == ["10.0", "50", "1342", "1980"]
+    assert main(["clocks", "recommend", "--telemetry", str(run), "--csv"]) == 0
+    (values,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert values["device_uuid"] == UUID
+    assert (float(values["power_cap_busy_share"]), float(values["capped_sm_clock_mhz"])) == (0.2, 1800)
     assert main(["clocks", "recommend", "--telemetry", str(run), "--json"]) == 0
     (device,) = json.loads(capsys.readouterr().out)["telemetry"]["devices"]
     assert device["states"]["power cap"]["sm_clock_mhz"] == 1800
