@@ -161,7 +161,7 @@ def _run_rank(
             ) as watch,
             ranks.aligned(watch),
         ):
-            ranks.record(sharded, watch)
+            ranks.report(sharded, watch)
             for step in range(job.prefill_steps):
                 last = step == job.prefill_steps - 1
                 with watch.phase("prefill"):

@@ -129,7 +129,7 @@ class Ranks:
     transport: Transport | None
 
     def agree_on_place(self, out: Path, *, overwrite: bool) -> str | None:
-        """Make sure that the place of the run is free: rank 0 looks, and all hear what it found.
+        """Make sure that the place of the run is free: rank 0 looks, and all receive the answer.
 
         Returns:
             The id of the run to be made, by which ranks tell it from an old one; None where they cannot agree
@@ -158,10 +158,10 @@ class Ranks:
                 check_free(out, overwrite=overwrite)
             except RunError as error:
                 problem = str(error)
-        (told, *_) = self.transport.all_gather_json({"problem": problem, "run_id": uuid.uuid4().hex})
-        if told["problem"] is not None:
-            raise alike(RunError(told["problem"]))
-        return str(told["run_id"])
+        (first, *_) = self.transport.all_gather_json({"problem": problem, "run_id": uuid.uuid4().hex})
+        if first["problem"] is not None:
+            raise alike(RunError(first["problem"]))
+        return str(first["run_id"])
 
     @contextlib.contextmanager
     def spread(self, model: nn.Module, job: ProfileJob) -> Iterator[ShardedModel | None]:
@@ -201,22 +201,22 @@ class Ranks:
 
     @contextlib.contextmanager
     def aligned(self, watch: Watch) -> Iterator[None]:
-        """Align the ranks' clocks before and after the block; only ranks of several hosts exchange much."""
+        """Align the ranks' time bases before and after the block; only several hosts exchange much."""
         if self.transport is None:
             yield
             return
         from observatory.collectives.bench.pairs import align_transport
         from observatory.probes.alignment import with_drift
 
-        begin = align_transport(self.transport)
-        watch.set_clock(begin.record())
+        first = align_transport(self.transport)
+        watch.set_clock(first.record())
         yield
-        watch.set_clock(with_drift(begin, align_transport(self.transport)).record())
+        watch.set_clock(with_drift(first, align_transport(self.transport)).record())
 
-    def record(self, sharded: ShardedModel | None, watch: Watch) -> None:
-        """Let the watch hear of phases and exchanges."""
+    def report(self, sharded: ShardedModel | None, watch: Watch) -> None:
+        """Report phases and exchanges to the watch."""
         if sharded is not None:
-            sharded.record(watch.recorder)
+            sharded.report_to(watch.exchange_sink)
 
 
 def _placement(model: nn.Module, placement: str, ranks: int) -> dict[int, list[tuple[int, ...]]] | None:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from observatory.collectives.layout import Group
 from observatory.collectives.packing import pack_rows, row_bytes, unpack_rows
 from observatory.collectives.transport.protocol import Transport
-from observatory.probes.exchange.labels import Label, NoRecorder, Recorder, Role, labelled
+from observatory.probes.exchange.labels import ExchangeRecord, ExchangeSink, Label, NullSink, Role, labelled
 
 _REVERSE: dict[Role, Role] = {"dispatch": "combine", "combine": "dispatch", "other": "other"}
 
@@ -37,16 +37,16 @@ class _Route:
 
 
 class Exchanger:
-    """Differentiable exchanges of one transport, told to one recorder.
+    """Differentiable exchanges of one transport, reported to one sink.
 
     Attributes:
         transport: what carries the rows.
-        recorder: told about every exchange of payload, forward and backward.
+        sink: takes every exchange of payload, forward and backward.
     """
 
-    def __init__(self, transport: Transport, recorder: Recorder | None = None) -> None:
+    def __init__(self, transport: Transport, sink: ExchangeSink | None = None) -> None:
         self.transport = transport
-        self.recorder: Recorder = NoRecorder() if recorder is None else recorder
+        self.sink: ExchangeSink = NullSink() if sink is None else sink
         self._sequence: dict[Group, int] = {}
 
     def exchange(
@@ -139,17 +139,19 @@ class Exchanger:
             start_ns = time.monotonic_ns()
             received = call()
             end_ns = time.monotonic_ns()
-        self.recorder.exchange(
-            role=label.role,
-            layer=label.layer,
-            group=group,
-            sequence=sequence,
-            algorithm=label.algorithm,
-            backend=self.transport.backend,
-            send_bytes=send_bytes,
-            receive_bytes=receive_bytes,
-            start_ns=start_ns,
-            end_ns=end_ns,
+        self.sink.record(
+            ExchangeRecord(
+                role=label.role,
+                layer=label.layer,
+                group=group,
+                sequence=sequence,
+                algorithm=label.algorithm,
+                backend=self.transport.backend,
+                send_bytes=send_bytes,
+                receive_bytes=receive_bytes,
+                start_ns=start_ns,
+                end_ns=end_ns,
+            )
         )
         return received
 

@@ -28,7 +28,7 @@ from observatory.collectives.dispatch import Algorithm, ExpertMap, LocalExperts,
 from observatory.collectives.transport.base import agree
 from observatory.collectives.transport.protocol import Transport
 from observatory.errors import ModelError, PlacementError, alike
-from observatory.probes.exchange.labels import Recorder
+from observatory.probes.exchange.labels import ExchangeSink
 from observatory.probes.routing.discover import find_sites
 from observatory.probes.routing.sites import RoutingSite
 
@@ -62,7 +62,7 @@ def shard_experts(
     placement: Placement | None = None,
     algorithm: Algorithm = "flat",
     deduplicate: bool = False,
-    recorder: Recorder | None = None,
+    sink: ExchangeSink | None = None,
     keep_full: bool = True,
 ) -> ShardedModel:
     """Make the experts of a model parallel over the ranks of a transport.
@@ -76,7 +76,7 @@ def shard_experts(
         placement: rank or ranks of each expert; None for contiguous blocks.
         algorithm: ``flat``, ``hierarchical`` or ``gather``.
         deduplicate: send a token once per destination rank.
-        recorder: told about phases and exchanges.
+        sink: takes phases and exchanges.
         keep_full: keep the full weights, so that leaving the context gives the model back as it was. False
             frees the experts of other ranks for good.
 
@@ -101,7 +101,7 @@ def shard_experts(
             "nodes": list(transport.node_of_P),
         },
     )
-    exchanger = Exchanger(transport, recorder)
+    exchanger = Exchanger(transport, sink)
     layers = []
     for site, holders_E in zip(sites, placements, strict=True):
         experts = ExpertMap(holders_E, transport.layout)
@@ -185,9 +185,9 @@ class ShardedModel:
         """Call the model."""
         return self.model(*args, **kwargs)
 
-    def record(self, recorder: Recorder) -> None:
-        """Tell this recorder about phases and exchanges from now on."""
-        self._exchanger.recorder = recorder
+    def report_to(self, sink: ExchangeSink) -> None:
+        """Report phases and exchanges to this sink from now on."""
+        self._exchanger.sink = sink
 
     def expert_parameters(self) -> Iterator[nn.Parameter]:
         """This rank's experts: what an optimiser of this rank trains, with gradients complete."""

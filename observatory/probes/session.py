@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from torch import nn
 
 from observatory.errors import CaptureError, ModelError
-from observatory.probes.exchange.labels import NoRecorder, Recorder
+from observatory.probes.exchange.labels import ExchangeSink, NullSink
 from observatory.probes.exchange.probe import ExchangeProbe
 from observatory.probes.options import WatchOptions
 from observatory.probes.part import Boundary, Part
@@ -45,7 +45,7 @@ class CaptureSession:
 
     Attributes:
         routing: the part that counts.
-        recorder: where dispatchers report what they do; takes nothing when exchanges are not watched.
+        sink: where dispatchers report what they do; takes nothing when exchanges are not watched.
 
     Raises:
         CaptureError: a part cannot be attached; none is left behind.
@@ -66,7 +66,7 @@ class CaptureSession:
         self._is_interrupted = False
         self._has_raised = False
         self._time_base: WatchedTimeBase | None = None
-        self.recorder: Recorder = NoRecorder()
+        self.sink: ExchangeSink = NullSink()
         try:
             # Power first: its calibration wants a device that is still idle.
             power = self._attach(
@@ -95,7 +95,7 @@ class CaptureSession:
                         flight_recorder=second,
                     )
                     self.routing.on_routed(probe.routed)
-                    self.recorder = self._attach(probe).recorder
+                    self.sink = self._attach(probe).sink
             self._attach(self.routing.row_writer(writer, flush_s=options.flush_s))
         except BaseException:
             self._detach(failed=True)

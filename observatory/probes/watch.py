@@ -50,7 +50,7 @@ from observatory.run.manifest import ClockSpec, DataSpec, MoeLayerSpec, Phase, R
 if TYPE_CHECKING:
     from torch import nn
 
-    from observatory.probes.exchange.labels import Recorder
+    from observatory.probes.exchange.labels import ExchangeSink
     from observatory.probes.routing.adapters import Adapter
     from observatory.probes.routing.sites import RoutingSite
 
@@ -245,12 +245,12 @@ class Watch:
         return self
 
     @property
-    def recorder(self) -> Recorder:
+    def exchange_sink(self) -> ExchangeSink:
         """Takes the exchanges of transports that do not use ``torch.distributed``, and the spans of any.
 
         Takes nothing when exchanges are not watched.
         """
-        return self._running().recorder
+        return self._running().sink
 
     def set_clock(self, clock: ClockSpec) -> None:
         """State how this rank's time base relates to those of other hosts (``probes.alignment.align``).

@@ -25,7 +25,7 @@ from observatory.collectives.expert_parallel import shard_experts
 from observatory.collectives.transport.base import BaseTransport, agree
 from observatory.collectives.transport.open import open_transport
 from observatory.errors import ObservatoryError, RunError
-from observatory.probes.exchange.labels import MemoryRecorder
+from observatory.probes.exchange.labels import MemorySink
 from observatory.zoo.models import bundled_models, load_model
 from tests.collectives.forked import Forked
 from tests.probes.routing.families import VOCABULARY, tiny_inputs, tiny_model
@@ -212,16 +212,16 @@ def placements(model: nn.Module, transport: BaseTransport) -> dict[str, Any]:
     }
     told: dict[str, Any] = {}
     for name, placement in named.items():
-        recorder = MemoryRecorder()
+        sink = MemorySink()
         inputs = inputs_of(model, transport.rank)
         with torch.no_grad():
             expected = model(**inputs)[0]
-            with shard_experts(model, transport, placement=placement, recorder=recorder) as sharded:
+            with shard_experts(model, transport, placement=placement, sink=sink) as sharded:
                 told[name] = difference(sharded(**inputs)[0], expected)
                 if name == "expert 0 everywhere":
                     ids = torch.zeros(5, 1, dtype=torch.int64)
                     sharded.layers[0].site.module(torch.ones(5, 32), ids, torch.ones(5, 1))
-                    sent = [e for e in recorder.exchanges if e.role == "dispatch"][-1].send_bytes
+                    sent = [e for e in sink.exchanges if e.role == "dispatch"][-1].send_bytes
                     told["replica bytes"] = list(sent)
     return told
 
@@ -272,11 +272,11 @@ def rank_work(made: dict[str, nn.Module], rank: int, world: int) -> dict[str, An
         told["placements"] = placements(made["mixtral"], transport)
         if world == 2:
             told["disagreements"] = disagreements(made["mixtral"], transport)
-        recorder = MemoryRecorder()
-        with torch.no_grad(), shard_experts(made["mixtral"], transport, recorder=recorder) as sharded:
+        sink = MemorySink()
+        with torch.no_grad(), shard_experts(made["mixtral"], transport, sink=sink) as sharded:
             sharded(**inputs_of(made["mixtral"], rank))
-        told["spans"] = [[span.name, span.layer] for span in recorder.spans]
-        told["bytes"] = [[e.role, e.layer, e.send_bytes, e.receive_bytes] for e in recorder.exchanges]
+        told["spans"] = [[span.name, span.layer] for span in sink.spans]
+        told["bytes"] = [[e.role, e.layer, e.send_bytes, e.receive_bytes] for e in sink.exchanges]
     return told
 
 
@@ -322,7 +322,7 @@ def lost_run(how: str, out: str, rank: int) -> str:
         shard_experts(model, transport) as sharded,
         observatory.watch(model, out, flush_s=0.05, exchanges=True) as watch,
     ):
-        sharded.record(watch.recorder)
+        sharded.report_to(watch.exchange_sink)
         for step in range(40):
             sharded(**inputs_of(model, rank))
             watch.step()

@@ -9,7 +9,7 @@ from observatory.collectives.expert_parallel import shard_experts
 from observatory.collectives.transport.base import AloneTransport
 from observatory.collectives.transport.open import open_transport
 from observatory.errors import ExchangeError, ModelError, PlacementError
-from observatory.probes.exchange.labels import Label, MemoryRecorder, current_label
+from observatory.probes.exchange.labels import Label, MemorySink, current_label
 from observatory.probes.routing.discover import find_sites
 from tests.probes.routing.families import one_thread, tiny_inputs, tiny_model
 from tests.probes.tiny import assert_untouched
@@ -73,8 +73,8 @@ def test_an_exchange_says_what_it_is_for_while_it_runs() -> None:
 
     with one_thread():
         model = tiny_model("mixtral")
-        recorder = MemoryRecorder()
-        with shard_experts(model, Watched(), recorder=recorder) as sharded:
+        sink = MemorySink()
+        with shard_experts(model, Watched(), sink=sink) as sharded:
             seen.clear()
             sharded(**tiny_inputs(model))[0].sum().backward()
     forward = [("other", 0), ("dispatch", 0), ("combine", 0), ("other", 1), ("dispatch", 1), ("combine", 1)]
@@ -83,7 +83,7 @@ def test_an_exchange_says_what_it_is_for_while_it_runs() -> None:
     told = [(label.role, label.layer) for label in seen if label is not None]
     assert told == forward + backward
     assert [label.backward for label in seen if label is not None] == [False] * 6 + [True] * 4
-    assert [(e.role, e.layer) for e in recorder.exchanges] == [x for x in told if x[0] != "other"]
+    assert [(e.role, e.layer) for e in sink.exchanges] == [x for x in told if x[0] != "other"]
     assert current_label() is None
 
 

@@ -116,4 +116,4 @@ class Dispatcher(ABC):
         return Label(role=role, layer=self.layer, algorithm=self.name)
 
     def _span(self, name: str) -> AbstractContextManager[None]:
-        return self._exchanger.recorder.span(name, self.layer)
+        return self._exchanger.sink.span(name, self.layer)

@@ -7,28 +7,53 @@ carries; nothing is put into the graph. Where that says too little, an exchange 
 it receives, and received what it sends: to the only such one where a node stands for several exchanges
 (compiled code), to the latest where a program numbers its nodes anew to have them run earlier. Else the layer
 stays None.
+
+Which exchange is the dispatch and which the combine, by rules for the exchanges of one call of a block:
+
+* before the layer has routed, and for anything but floating-point (or one-byte) rows, the role is ``other``:
+  counts, masks, all-to-alls of sequence-parallel attention;
+* an all-to-all that sends what an earlier dispatch of the same group received, and receives what it sent, is
+  its ``combine``; each dispatch is combined once;
+* one whose rows are less than half as wide as those of the layer's first dispatch accompanies it (gate
+  weights, quantisation scales, indices): ``other``;
+* what remains of the all-to-alls is a ``dispatch``; a hierarchical one has several.
+* where no all-to-all dispatches, an all-gather may: of rows at least half as wide as the block's input, which
+  leaves out gate weights and the flat weights of sharded data parallelism. The reduce-scatter of as much in
+  the same group is its ``combine``. Beside an all-to-all both belong to tensor parallelism: ``other``.
+
+Two dispatches in a row whose splits happen to mirror each other look like a dispatch and its combine;
+programs that label their exchanges (``observatory.probes.exchange.labels.labelled``) are believed.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from observatory.probes.exchange.roles import LayerCall, Role, Way, way_of
 from observatory.probes.routing.attachment import NO_KWARGS, Attachment
 from observatory.probes.routing.sites import RoutingSite
-from observatory.probes.timeline.issue import Issue, Mark
+from observatory.probes.timeline.issue import Issue, Mark, Side
 
-#: Forward exchanges whose gradient may still come; older ones are forgotten.
+#: ``dispatch``, ``combine`` or ``other``, or what a label states.
+Role = str
+#: Group, what goes to and what comes from each member, elements of a row.
+Way = tuple[str, tuple[int, ...], tuple[int, ...], int]
+#: A dispatch that was not combined yet: group, what goes to and what comes from each member.
+_Dispatch = tuple[str, tuple[int, ...], tuple[int, ...]]
+
+#: Forward exchanges whose gradient may still come; older ones are forgotten. Steps of 1000 layers with 64
+#: exchanges each fit, in some 20 MB.
 _MOST_LINKS = 1 << 16
-#: Those among which a gradient is looked for whose node was numbered anew.
+#: Those among which a gradient is looked for whose node was numbered anew: those of a step, as a rule.
 _MOST_RECENT = 1 << 12
+#: Role of the exchange that carries the gradient.
 _REVERSED: dict[Role, Role] = {"dispatch": "combine", "combine": "dispatch", "other": "other"}
 
 #: (layer, device, start of the block's call) -> None
@@ -42,6 +67,77 @@ _NO_GRAPH = -1
 def in_backward() -> bool:
     """Whether autograd runs a graph on this thread, recomputation of checkpointed layers included."""
     return torch._C._current_graph_task_id() != _NO_GRAPH
+
+
+def way_of(issue: Issue, group: str, *, back: bool = False) -> Way:
+    """Who sends what to whom in an exchange; with ``back``, in the one whose gradient it would carry."""
+    if not issue.is_all_to_all:
+        return group, _whole(issue), (), 0
+    sends, receives = _rows(issue.send), _rows(issue.receive)
+    return (group, receives, sends, issue.send.width) if back else (group, sends, receives, issue.send.width)
+
+
+@dataclass(slots=True)
+class LayerCall:
+    """One call of an MoE block, as far as its exchanges go.
+
+    Attributes:
+        layer: MoE layer.
+        hidden: elements per row of the block's input; 0 where that is not known.
+        routed: the layer's router has been at work in this call.
+        width: elements per row of the first all-to-all that dispatched; 0 before it.
+        open: dispatches that were not combined yet.
+        combined: a dispatch was combined.
+    """
+
+    layer: int
+    hidden: int = 0
+    routed: bool = False
+    width: int = 0
+    open: list[_Dispatch] = field(default_factory=list)
+    combined: bool = False
+
+    def role(self, issue: Issue, group: str) -> Role:
+        """Role of an exchange that is started now."""
+        if not (self.routed and issue.carries_rows):
+            return "other"
+        if not issue.is_all_to_all:
+            return self._role_of_gather(issue, group)
+        width = max(issue.send.width, issue.receive.width)
+        if 2 * width < self.width:
+            return "other"
+        sends, receives = _rows(issue.send), _rows(issue.receive)
+        if (group, receives, sends) in self.open:
+            self.open.remove((group, receives, sends))
+            self.combined = True
+            return "combine"
+        self.width = self.width or width
+        self.open.append((group, sends, receives))
+        return "dispatch"
+
+    def _role_of_gather(self, issue: Issue, group: str) -> Role:
+        flat = len(issue.send.shape) < 2
+        if self.width or not self.hidden or flat or 2 * issue.send.shape[-1] < self.hidden:
+            return "other"
+        way = (group, _whole(issue), ())
+        if issue.algorithm.startswith("all_gather"):
+            self.open.append(way)
+            return "dispatch"
+        if way not in self.open:
+            return "other"
+        self.open.remove(way)
+        self.combined = True
+        return "combine"
+
+
+def _whole(issue: Issue) -> tuple[int, ...]:
+    """Elements of the gathered or scattered whole, in total and of one row."""
+    return math.prod(issue.send.shape), issue.send.shape[-1] if issue.send.shape else 1
+
+
+def _rows(side: Side) -> tuple[int, ...]:
+    """Rows per peer; for equal shares their total, for a list of tensors the bytes."""
+    return tuple(side.splits) or (side.rows,)
 
 
 @dataclass(slots=True, eq=False)
@@ -62,7 +158,7 @@ class _Link:
 
 
 @dataclass(slots=True)
-class _Open:
+class _BlockCall:
     """A block that is being computed.
 
     Attributes:
@@ -82,12 +178,12 @@ class _Stack(threading.local):
     """What this thread is computing."""
 
     def __init__(self) -> None:
-        self.calls: list[_Open] = []
+        self.calls: list[_BlockCall] = []
         self.loose: LayerCall | None = None
         self.loose_phase = ""
 
 
-class Places:
+class Attribution:
     """Knows the layer and the role of an exchange that is started now."""
 
     def __init__(self, *, mark: MarkNow, note_span: NoteSpan) -> None:
@@ -165,9 +261,9 @@ class Places:
         """Under the number of the autograd node that is being made: it was taken last on this thread."""
         number = torch._C._autograd._get_sequence_nr() - 1
         with self._lock:
-            known = self._links.get(number, link)
+            former = self._links.get(number, link)
             # two exchanges in one node: which gradient is whose is not known
-            alike = known is not None and (known.layer, known.role) == (link.layer, link.role)
+            alike = former is not None and (former.layer, former.role) == (link.layer, link.role)
             self._links[number] = link if alike else None
             self._latest_number = max(self._latest_number, number)
             if len(self._links) > _MOST_LINKS:
@@ -209,7 +305,7 @@ class Places:
                 leave(block, (), {}, None)  # its end was in compiled code, where this hook is not
             graph = torch._C._current_graph_task_id()
             call = LayerCall(layer, _width((*args, *kwargs.values())))
-            calls.append(_Open(block, call, self._mark(device), graph))
+            calls.append(_BlockCall(block, call, self._mark(device), graph))
 
         def leave(_module: nn.Module, _args: tuple[Any, ...], _kwargs: Any, _output: Any = None) -> None:
             if torch.compiler.is_compiling():

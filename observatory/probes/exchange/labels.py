@@ -1,11 +1,10 @@
-"""What dispatchers tell about themselves while they run: spans of phases, and exchanges.
+"""What dispatchers report about themselves while they run: spans of phases, and exchanges.
 
 Two ways out, for two readers:
 
-* A :class:`Recorder` is handed to whatever moves tokens; it is called once per phase and once per exchange.
-* :func:`current_label` says, inside an exchange, what the exchange is for. A probe that watches the
-  communication library from below (``observatory.probes.exchange``) reads it there, and then needs no
-  recorder.
+* An :class:`ExchangeSink` is handed to what moves tokens; it is called once per phase and once per exchange.
+* :func:`current_label` returns, inside an exchange, what the exchange is for. A probe that watches the
+  communication library from below (``observatory.probes.exchange``) reads it there, and then needs no sink.
 """
 
 from __future__ import annotations
@@ -60,56 +59,6 @@ def labelled(label: Label) -> Iterator[None]:
         _label.reset(token)
 
 
-@runtime_checkable
-class Recorder(Protocol):
-    """Takes what dispatchers tell; called on the thread that moves the tokens, so it must be quick."""
-
-    def span(self, name: str, layer: int | None) -> AbstractContextManager[None]:
-        """Around one phase (one of ``PHASE_NAMES``) of one layer."""
-        ...
-
-    def exchange(
-        self,
-        *,
-        role: Role,
-        layer: int | None,
-        group: str,
-        sequence: int,
-        algorithm: str | None,
-        backend: str,
-        send_bytes: Sequence[int],
-        receive_bytes: Sequence[int],
-        start_ns: int,
-        end_ns: int,
-    ) -> None:
-        """After one exchange of payload.
-
-        Args:
-            role: direction of the tokens.
-            layer: MoE layer.
-            group: who took part: ``world``, ``node`` or ``across``.
-            sequence: number of the exchange in its group, the same on all its ranks.
-            algorithm: the dispatcher's algorithm.
-            backend: gloo, nccl, mpi or alone.
-            send_bytes: bytes to each rank of the world, (P,).
-            receive_bytes: bytes from each rank of the world, (P,).
-            start_ns: monotonic time before the call.
-            end_ns: monotonic time after it; on a GPU the time it was enqueued, not completed.
-        """
-        ...
-
-
-class NoRecorder:
-    """Takes nothing."""
-
-    def span(self, name: str, layer: int | None) -> AbstractContextManager[None]:  # noqa: ARG002
-        """A block without effect."""
-        return contextlib.nullcontext()
-
-    def exchange(self, **_told: object) -> None:
-        """Forget it."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanRecord:
     """One phase of one layer call; monotonic nanoseconds."""
@@ -122,7 +71,20 @@ class SpanRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExchangeRecord:
-    """One exchange; the fields are those of :meth:`Recorder.exchange`."""
+    """One exchange of payload.
+
+    Attributes:
+        role: direction of the tokens.
+        layer: MoE layer.
+        group: who took part: ``world``, ``node`` or ``across``.
+        sequence: number of the exchange in its group, the same on all its ranks.
+        algorithm: the dispatcher's algorithm.
+        backend: gloo, nccl, mpi or alone.
+        send_bytes: bytes to each rank of the world, (P,).
+        receive_bytes: bytes from each rank of the world, (P,).
+        start_ns: monotonic time before the call.
+        end_ns: monotonic time after it; on a GPU the time it was enqueued, not completed.
+    """
 
     role: Role
     layer: int | None
@@ -130,14 +92,38 @@ class ExchangeRecord:
     sequence: int
     algorithm: str | None
     backend: str
-    send_bytes: tuple[int, ...]
-    receive_bytes: tuple[int, ...]
+    send_bytes: Sequence[int]
+    receive_bytes: Sequence[int]
     start_ns: int
     end_ns: int
 
 
+@runtime_checkable
+class ExchangeSink(Protocol):
+    """Takes what dispatchers report; called on the thread that moves the tokens, so it must be quick."""
+
+    def span(self, name: str, layer: int | None) -> AbstractContextManager[None]:
+        """Around one phase (one of ``PHASE_NAMES``) of one layer."""
+        ...
+
+    def record(self, record: ExchangeRecord) -> None:
+        """After one exchange."""
+        ...
+
+
+class NullSink:
+    """Takes nothing."""
+
+    def span(self, name: str, layer: int | None) -> AbstractContextManager[None]:  # noqa: ARG002
+        """A block without effect."""
+        return contextlib.nullcontext()
+
+    def record(self, record: ExchangeRecord) -> None:
+        """Forget it."""
+
+
 @dataclass(slots=True)
-class MemoryRecorder:
+class MemorySink:
     """Keeps everything in memory: for benchmarks and tests.
 
     Attributes:
@@ -159,32 +145,6 @@ class MemoryRecorder:
                 SpanRecord(name=name, layer=layer, start_ns=start_ns, end_ns=time.monotonic_ns())
             )
 
-    def exchange(
-        self,
-        *,
-        role: Role,
-        layer: int | None,
-        group: str,
-        sequence: int,
-        algorithm: str | None,
-        backend: str,
-        send_bytes: Sequence[int],
-        receive_bytes: Sequence[int],
-        start_ns: int,
-        end_ns: int,
-    ) -> None:
+    def record(self, record: ExchangeRecord) -> None:
         """Keep one exchange."""
-        self.exchanges.append(
-            ExchangeRecord(
-                role=role,
-                layer=layer,
-                group=group,
-                sequence=sequence,
-                algorithm=algorithm,
-                backend=backend,
-                send_bytes=tuple(send_bytes),
-                receive_bytes=tuple(receive_bytes),
-                start_ns=start_ns,
-                end_ns=end_ns,
-            )
-        )
+        self.exchanges.append(record)

@@ -6,29 +6,32 @@ understand it leaves alone and says so at the next step.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from pydantic import JsonValue
 from torch import nn
 
-from observatory.probes.exchange.attribution import Places, in_backward
-from observatory.probes.exchange.labels import Recorder, current_label
-from observatory.probes.exchange.recorder import RunRecorder
+from observatory.probes.exchange.attribution import Attribution, in_backward
+from observatory.probes.exchange.labels import ExchangeRecord, ExchangeSink, current_label
 from observatory.probes.exchange.tap import listen, unlisten
 from observatory.probes.part import Boundary, Part
 from observatory.probes.routing.integrity import Loss
 from observatory.probes.routing.sites import RoutingSite
 from observatory.probes.timeline.flight import FlightRecorder
-from observatory.probes.timeline.groups import Groups
-from observatory.probes.timeline.issue import Issue, Mark
+from observatory.probes.timeline.groups import GroupFacts, Groups
+from observatory.probes.timeline.issue import Issue, Mark, Side
 from observatory.probes.timeline.log import ExchangeLog, SeenExchange, SeenSpan
 from observatory.probes.timeline.streams import Anchors, is_capturing, mark_now
 
 #: Name of the span around one call of an MoE block.
 BLOCK_SPAN = "moe_layer"
+#: Backends whose exchanges pass the tap, where their end is known better: they must not be counted twice.
+_TAPPED = frozenset({"gloo", "nccl", "ucc", "mpi-torch"})
+_CPU = torch.device("cpu")
 
 
 class ExchangeProbe(Part):
@@ -44,7 +47,7 @@ class ExchangeProbe(Part):
         flight_recorder: the second source that the log reads, for what it costs; None without.
 
     Attributes:
-        recorder: way in for transports that do not use ``torch.distributed``.
+        sink: takes the exchanges of transports that do not use ``torch.distributed``, and spans.
         calls: exchanges seen.
         captured_calls: exchanges recorded into CUDA graphs, whose replays cannot be seen.
         host_ns: host time that these cost beyond their own, nanoseconds.
@@ -70,10 +73,10 @@ class ExchangeProbe(Part):
         self._groups = Groups()
         self._anchors = anchors
         self._error: Exception | None = None
-        self._recorder = flight_recorder
+        self._flight_recorder = flight_recorder
         self._log = log
-        self._places = Places(mark=self._mark, note_span=self._note_span)
-        self.recorder: Recorder = RunRecorder(self._log.add, self._situation)
+        self._attribution = Attribution(mark=self._mark, note_span=self._note_span)
+        self.sink: ExchangeSink = RunSink(self._log.add, self._situation)
 
     def attach(self) -> None:
         """Begin.
@@ -81,14 +84,14 @@ class ExchangeProbe(Part):
         Raises:
             CaptureError: this build of torch cannot be listened to.
         """
-        self._places.attach(self._model, self._sites)
+        self._attribution.attach(self._model, self._sites)
         listen(self)
 
     def detach(self, *, failed: bool = False) -> None:
         """End: everything is as before; doing it twice does nothing."""
         del failed
         unlisten(self)
-        self._places.detach()
+        self._attribution.detach()
 
     def abandon(self) -> None:
         """End, which concerns this process only."""
@@ -96,13 +99,13 @@ class ExchangeProbe(Part):
 
     def boundary(self, boundary: Boundary) -> None:
         """Put hooks on again that another library has taken off, and state it; layers end here."""
-        if self._places.restore_hooks():
+        if self._attribution.restore_hooks():
             boundary.losses.append(Loss(code="exchange_hooks_removed"))
-        self._places.boundary()
+        self._attribution.boundary()
 
     def routed(self, layer: int, phase: str) -> None:
         """A layer has routed in this phase, on this thread."""
-        self._places.routed(layer, phase)
+        self._attribution.routed(layer, phase)
 
     def problem(self) -> str | None:
         """One line about the first thing that went wrong; None when nothing did."""
@@ -123,10 +126,12 @@ class ExchangeProbe(Part):
         """What watching cost on the host, measured while it ran."""
         mean_us = round(self.host_ns / self.calls / 1000, 3) if self.calls else None
         cost: dict[str, JsonValue] = {"exchanges": self.calls, "host_us_per_exchange": mean_us}
-        if self._recorder is not None:
-            reads = self._recorder.reads
+        if self._flight_recorder is not None:
+            reads = self._flight_recorder.reads
             cost["recorder_reads"] = reads
-            cost["recorder_ms_per_read"] = round(self._recorder.read_ns / reads / 1e6, 3) if reads else None
+            cost["recorder_ms_per_read"] = (
+                round(self._flight_recorder.read_ns / reads / 1e6, 3) if reads else None
+            )
         return cost
 
     def issued(self, issue: Issue, group: Any) -> None:
@@ -136,23 +141,22 @@ class ExchangeProbe(Part):
         label = current_label()
         if label is None:
             step, phase = self._situation(False)
-            (role, layer), algorithm = self._places.find(issue, facts.label), issue.algorithm
+            (role, layer), algorithm = self._attribution.find(issue, facts.label), issue.algorithm
         else:
             role, layer, algorithm = label.role, label.layer, label.algorithm or issue.algorithm
             step, phase = self._situation(label.backward)
-        own_number = None if backend.number is None else backend.number(group)
         self._log.add(
             SeenExchange(
-                issue,
-                step,
-                phase,
-                layer,
-                role,
-                algorithm,
-                facts,
-                next(facts.numbers),
-                backend.name,
-                own_number,
+                issue=issue,
+                step=step,
+                phase=phase,
+                layer=layer,
+                role=role,
+                algorithm=algorithm,
+                group=facts,
+                sequence=next(facts.numbers),
+                backend=backend.name,
+                backend_sequence=None if backend.number is None else backend.number(group),
             )
         )
         if not isinstance(issue.start, int) and not self._anchors.known(issue.device):
@@ -176,7 +180,7 @@ class ExchangeProbe(Part):
         step, stated = self._stated()
         if stated in (None, "train_forward") and (backward or in_backward()):
             return step, "train_backward"
-        return step, stated or self._places.compiled_phase() or self._phase_now()
+        return step, stated or self._attribution.compiled_phase() or self._phase_now()
 
     def _mark(self, device: torch.device) -> Mark | None:
         if device.type != "cuda":
@@ -192,3 +196,52 @@ class ExchangeProbe(Part):
         if end is not None:
             step, phase = self._situation(False)
             self._log.add(SeenSpan(BLOCK_SPAN, step, phase, layer, device, start, end))
+
+
+class RunSink:
+    """Takes what dispatchers report (``labels.ExchangeSink``): spans, and exchanges that no tap sees."""
+
+    def __init__(
+        self, add: Callable[[SeenExchange | SeenSpan], None], situation: Callable[[bool], tuple[int, str]]
+    ) -> None:
+        self._add = add
+        self._situation = situation
+
+    @contextlib.contextmanager
+    def span(self, name: str, layer: int | None) -> Iterator[None]:
+        """Around one phase of one layer."""
+        start_ns = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            step, phase = self._situation(False)
+            self._add(SeenSpan(name, step, phase, layer, _CPU, start_ns, time.monotonic_ns()))
+
+    def record(self, record: ExchangeRecord) -> None:
+        """After one exchange."""
+        if record.backend in _TAPPED:
+            return
+        step, phase = self._situation(False)
+        sends, receives = tuple(record.send_bytes), tuple(record.receive_bytes)
+        issue = Issue(
+            algorithm=record.algorithm or "all_to_all",
+            device=_CPU,
+            dtype=torch.uint8,
+            send=Side((len(sends),), 1, sends, True),
+            receive=Side((len(receives),), 1, receives, True),
+            start=record.start_ns,
+        )
+        issue.finish(record.end_ns)
+        self._add(
+            SeenExchange(
+                issue=issue,
+                step=step,
+                phase=phase,
+                layer=record.layer,
+                role=record.role,
+                algorithm=issue.algorithm,
+                group=GroupFacts(record.group, None, len(sends)),
+                sequence=record.sequence,
+                backend=record.backend,
+            )
+        )

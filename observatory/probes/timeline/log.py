@@ -39,6 +39,10 @@ _RECORDER_ROUNDS = 10
 _MOST_GAPS = 32
 
 
+#: One row, by the names of its table's schema.
+Row = dict[str, object]
+
+
 @dataclass(slots=True)
 class SeenExchange:
     """An exchange together with where in the run it belongs; fields as in ``EXCHANGE_SCHEMA``."""
@@ -223,15 +227,12 @@ class ExchangeLog(Part):
             self._recorder = None
             self.recorder_error = " ".join(f"{error}".split())[:500]
 
-    def _append(self, table: str, rows: Sequence[tuple[object, ...]], schema: pa.Schema) -> None:
+    def _append(self, table: str, rows: Sequence[Row], schema: pa.Schema) -> None:
         if rows:
-            columns = [
-                pa.array(column, field.type)
-                for column, field in zip(zip(*rows, strict=True), schema, strict=True)
-            ]
+            columns = [pa.array([row[field.name] for row in rows], field.type) for field in schema]
             self._writer.append(table, pa.Table.from_arrays(columns, schema=schema))
 
-    def _exchange_row(self, seen: SeenExchange, *, last: bool) -> tuple[object, ...] | None:
+    def _exchange_row(self, seen: SeenExchange, *, last: bool) -> Row | None:
         issue = seen.issue
         start_ns = self._host_ns(issue.start, seen)
         end_ns = None if issue.end is None else self._host_ns(issue.end, seen)
@@ -244,38 +245,39 @@ class ExchangeLog(Part):
                 self.dropped += 1
                 return None
         sends, receives = (per_peer_bytes(side, seen.group.size) for side in (issue.send, issue.receive))
-        told = self._told(seen, sends, receives)
-        if not (told.final or last):
+        second = self._second_source(seen, sends, receives)
+        if not (second.final or last):
             self._waiting.append(seen)
             return None
         self.written += 1
         self.unended += end_ns is None
-        if told.problem is not None:
-            self.recorder_gaps[told.problem if len(self.recorder_gaps) < _MOST_GAPS else "other reasons"] += 1
-        return (
-            seen.step,
-            seen.phase,
-            seen.layer,
-            self._writer.rank,
-            seen.role,
-            seen.group.label,
-            seen.sequence,
-            seen.algorithm,
-            seen.backend,
-            start_ns,
-            end_ns,
-            sends,
-            receives,
-            issue.blocking,
-            seen.group.name,
-            seen.backend_sequence,
-            told.start_ns,
-            told.duration_ns,
-            told.problem,
-        )
+        if second.problem is not None:
+            is_full = len(self.recorder_gaps) >= _MOST_GAPS
+            self.recorder_gaps["other reasons" if is_full else second.problem] += 1
+        return {
+            "step": seen.step,
+            "phase": seen.phase,
+            "layer": seen.layer,
+            "source_rank": self._writer.rank,
+            "role": seen.role,
+            "group": seen.group.label,
+            "sequence": seen.sequence,
+            "algorithm": seen.algorithm,
+            "backend": seen.backend,
+            "start_ns": start_ns,
+            "end_ns": end_ns,
+            "send_bytes": sends,
+            "receive_bytes": receives,
+            "blocking": issue.blocking,
+            "backend_group": seen.group.name,
+            "backend_sequence": seen.backend_sequence,
+            "recorder_start_ns": second.start_ns,
+            "recorder_duration_ns": second.duration_ns,
+            "recorder_problem": second.problem,
+        }
 
-    def _told(self, seen: SeenExchange, sends: list[int] | None, receives: list[int] | None) -> Told:
-        """What the second source says."""
+    def _second_source(self, seen: SeenExchange, sends: list[int] | None, receives: list[int] | None) -> Told:
+        """What torch's flight recorder states of an exchange."""
         if self._recorder is None:
             return Told()
         return self._recorder.index.tell(
@@ -286,7 +288,7 @@ class ExchangeLog(Part):
             receive_bytes=receives,
         )
 
-    def _span_row(self, seen: SeenSpan, *, last: bool) -> tuple[object, ...] | None:
+    def _span_row(self, seen: SeenSpan, *, last: bool) -> Row | None:
         start_ns, end_ns = self._host_ns(seen.start, seen), self._host_ns(seen.end, seen)
         if start_ns is None or end_ns is None:
             if last:
@@ -294,7 +296,15 @@ class ExchangeLog(Part):
             else:
                 self._waiting.append(seen)
             return None
-        return (seen.step, seen.phase, seen.layer, self._writer.rank, seen.name, start_ns, end_ns)
+        return {
+            "step": seen.step,
+            "phase": seen.phase,
+            "layer": seen.layer,
+            "source_rank": self._writer.rank,
+            "name": seen.name,
+            "start_ns": start_ns,
+            "end_ns": end_ns,
+        }
 
     def _host_ns(self, mark: Mark, seen: SeenExchange | SeenSpan) -> int | None:
         if isinstance(mark, int):

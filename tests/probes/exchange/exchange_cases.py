@@ -19,7 +19,7 @@ import torch.distributed._functional_collectives as functional
 from torch.distributed import all_to_all_single as imported_before_the_watch
 from torch.distributed.nn.functional import all_to_all_single as old_autograd_wrapper
 
-from observatory.probes.exchange.labels import Label, labelled
+from observatory.probes.exchange.labels import ExchangeRecord, Label, labelled
 from observatory.probes.exchange.tap import is_tapped
 from observatory.probes.routing.adapters import Adapter
 from observatory.probes.routing.sites import RoutingDecision
@@ -278,19 +278,21 @@ def told(me: Rank) -> None:
             dist.all_to_all_single(torch.empty(6, 2), rows(me))
         with labelled(Label(role="combine", layer=7, algorithm="flat", backward=True)):
             dist.all_to_all_single(torch.empty(6, 2), rows(me))
-        with watch.recorder.span("pack", 7):
+        with watch.exchange_sink.span("pack", 7):
             pass
-        watch.recorder.exchange(
-            role="dispatch",
-            layer=7,
-            group="world",
-            sequence=0,
-            algorithm="flat",
-            backend="mpi",
-            send_bytes=[1, 2, 3],
-            receive_bytes=[3, 2, 1],
-            start_ns=1,
-            end_ns=5,
+        watch.exchange_sink.record(
+            ExchangeRecord(
+                role="dispatch",
+                layer=7,
+                group="world",
+                sequence=0,
+                algorithm="flat",
+                backend="mpi",
+                send_bytes=[1, 2, 3],
+                receive_bytes=[3, 2, 1],
+                start_ns=1,
+                end_ns=5,
+            )
         )
 
 

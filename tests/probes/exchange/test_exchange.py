@@ -23,8 +23,7 @@ from observatory.analysis.exchange import exchange_traffic
 from observatory.errors import CaptureError, RunError
 from observatory.host.provenance import new_manifest
 from observatory.probes.exchange import attribution, tap
-from observatory.probes.exchange.attribution import Places
-from observatory.probes.exchange.roles import LayerCall
+from observatory.probes.exchange.attribution import Attribution, LayerCall
 from observatory.probes.timeline import log
 from observatory.probes.timeline.groups import GroupFacts, group_label
 from observatory.probes.timeline.issue import Issue, Side, per_peer_bytes, side_of, side_of_list
@@ -202,7 +201,7 @@ def test_a_mask_in_an_all_to_all_is_no_dispatch() -> None:
 def test_what_is_remembered_for_gradients_that_never_come_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attribution, "_MOST_RECENT", 5)
     monkeypatch.setattr(attribution, "_MOST_LINKS", 5)
-    here = Places(mark=lambda _device: None, note_span=lambda *_told: None)
+    here = Attribution(mark=lambda _device: None, note_span=lambda *_told: None)
     for number in range(40):
         here.routed(0, "prefill")
         here.find(exchange((number, 2), (4, 0)), "0-1")
