@@ -10,7 +10,7 @@ What its functions give, and how it becomes a sample:
                                library divides by 1000 before it answers
     amdsmi_get_power_cap_info  microwatts: power_cap -> enforced_limit_mw
 
-Event reasons are NVIDIA's, and the throttling counters of AMD are not in nanoseconds: neither is told.
+Event reasons are NVIDIA's, and the throttling counters of AMD are not in nanoseconds: neither is reported.
 Not available is "N/A", 0xFFFF or 0xFFFFFFFF, depending on the version.
 """
 
@@ -36,7 +36,7 @@ _GONE = frozenset({31, 32, 34})
 _MISSING = frozenset({0xFFFF, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF})
 _MAX_DEVICES = 64
 
-_NOT_TOLD = {
+_NOT_REPORTED = {
     "event_reasons": Gap(kind="not supported", detail="event reasons are NVIDIA's; AMD has no such bits"),
     "power_cap_ns": Gap(kind="not supported", detail="AMD counts power violations, not nanoseconds"),
     "thermal_ns": Gap(kind="not supported", detail="AMD counts thermal violations, not nanoseconds"),
@@ -77,7 +77,7 @@ def load_amdsmi() -> Any:
 
 
 def list_amd(amdsmi: Any) -> dict[str, Any]:
-    """Handles of the GPUs by UUID, at most 64; one that does not tell its UUID is left out.
+    """Handles of the GPUs by UUID, at most 64; one that does not report its UUID is left out.
 
     Raises:
         DeviceError: amdsmi does not list them.
@@ -89,18 +89,18 @@ def list_amd(amdsmi: Any) -> dict[str, Any]:
             f"AMD devices cannot be listed ({_words(error)})",
             remedy="check whether `amd-smi list` shows them",
         ) from error
-    found: dict[str, Any] = {}
+    handle_of: dict[str, Any] = {}
     for handle in handles[:_MAX_DEVICES]:
         with contextlib.suppress(amdsmi.AmdSmiException):
-            found[f"amd:{one_line(amdsmi.amdsmi_get_gpu_device_uuid(handle), 200)}"] = handle
-    return found
+            handle_of[f"amd:{one_line(amdsmi.amdsmi_get_gpu_device_uuid(handle), 200)}"] = handle
+    return handle_of
 
 
 class AmdDevice(PowerDevice):
     """One AMD GPU.
 
     Args:
-        uuid: ``amd:`` and the UUID that amdsmi tells.
+        uuid: ``amd:`` and the UUID that amdsmi reports.
         clock_ns: monotonic time.
 
     Raises:
@@ -109,7 +109,6 @@ class AmdDevice(PowerDevice):
 
     def __init__(self, uuid: str, *, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._clock_ns = clock_ns
-        self._lost: str | None = None
         self._amdsmi = load_amdsmi()
         try:
             handles = list_amd(self._amdsmi)
@@ -120,11 +119,11 @@ class AmdDevice(PowerDevice):
                 )
             self._handle = handles[uuid]
             self._spec = self._describe(uuid)
-            told, gaps = self._ask()
+            readings, gaps = self._ask()
             self._gaps = {
-                name: gaps[name] if name in gaps else _NOT_TOLD[name]
+                name: gaps[name] if name in gaps else _NOT_REPORTED[name]
                 for name in FIELDS
-                if told.get(name) is None
+                if readings.get(name) is None
             }
         except BaseException:
             self.close()
@@ -137,30 +136,23 @@ class AmdDevice(PowerDevice):
 
     @property
     def gaps(self) -> Mapping[str, Gap]:
-        """Why amdsmi does not tell a quantity."""
+        """Why amdsmi does not report a quantity."""
         return dict(self._gaps)
 
-    def read(self) -> Sample:
+    def _read(self) -> Sample:
         """Ask amdsmi, a call per group of quantities."""
-        if self._lost is not None:
-            raise DeviceLostError(self._lost)
-        if self._amdsmi is None:
-            raise DeviceError(f"AMD GPU {self.uuid} was closed and cannot be read", remedy="open it again")
         start_ns = self._clock_ns()
-        told, _ = self._ask()
+        readings, _ = self._ask()
         return Sample(
             time_ns=start_ns,
             read_ns=self._clock_ns() - start_ns,
             device_uuid=self.uuid,
-            **{name: value for name, value in told.items() if name not in self._gaps},
+            **{name: value for name, value in readings.items() if name not in self._gaps},
         )
 
-    def close(self) -> None:
-        """Give the library back."""
-        if self._amdsmi is not None:
-            with contextlib.suppress(self._amdsmi.AmdSmiException):
-                self._amdsmi.amdsmi_shut_down()
-            self._amdsmi = None
+    def _release(self) -> None:
+        with contextlib.suppress(self._amdsmi.AmdSmiException):
+            self._amdsmi.amdsmi_shut_down()
 
     def _ask(self) -> tuple[dict[str, int | None], dict[str, Gap]]:
         """Readings, and why there is none."""
@@ -188,9 +180,9 @@ class AmdDevice(PowerDevice):
             answers[name] = _entry({"value": value}, "value", 1.0), gap
         cap, gap = self._call("amdsmi_get_power_cap_info", handle)
         answers["enforced_limit_mw"] = _entry(cap, "power_cap", 1 / 1000), gap
-        told = {name: None if value is None else round(value) for name, (value, _) in answers.items()}
-        absent = Gap(kind="not supported", detail="this GPU does not tell it: amdsmi answers N/A")
-        return told, {name: gap or absent for name, (value, gap) in answers.items() if value is None}
+        readings = {name: None if value is None else round(value) for name, (value, _) in answers.items()}
+        absent = Gap(kind="not supported", detail="this GPU does not report it: amdsmi answers N/A")
+        return readings, {name: gap or absent for name, (value, gap) in answers.items() if value is None}
 
     def _call(self, function: str, *arguments: Any) -> tuple[Any, Gap | None]:
         try:
@@ -203,11 +195,10 @@ class AmdDevice(PowerDevice):
         except self._amdsmi.AmdSmiException as error:
             code = getattr(error, "err_code", None)
             if code in _GONE:
-                self._lost = (
-                    f"AMD GPU {self.uuid} does not answer any more ({_words(error)}); check the kernel log: "
-                    "it takes a reset of the GPU or a reboot to get it back"
-                )
-                raise DeviceLostError(self._lost) from error
+                raise DeviceLostError(
+                    f"AMD GPU {self.uuid} does not answer any more ({_words(error)})",
+                    remedy="check the kernel log: it takes a reset of the GPU or a reboot to get it back",
+                ) from error
             detail = f"{function} failed ({_words(error)})"
             if code == _NO_PERMISSION:
                 remedy = "be in the groups video and render (docs/power.md#permissions)"
@@ -249,5 +240,5 @@ def _text(answer: Any, key: str) -> str | None:
 
 
 def _words(error: Exception) -> str:
-    told = getattr(error, "get_error_info", None)
-    return one_line(told() if callable(told) else error, 120)
+    describe = getattr(error, "get_error_info", None)
+    return one_line(describe() if callable(describe) else error, 120)

@@ -1,17 +1,20 @@
-"""What every power device is to the rest: a name, what it can tell, and one reading at a time.
+"""What every power device is to the rest: a name, what it reports, and one reading at a time.
 
-A device never guesses: a quantity that it cannot tell is None in every sample, and ``unavailable`` says why.
+A device never guesses: a quantity that it does not report is None in every sample, and ``unavailable`` says
+why.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
+from observatory.errors import DeviceError, DeviceLostError
 from observatory.run.manifest import DeviceSpec
 
 
@@ -58,7 +61,7 @@ GapKind = Literal["not supported", "not permitted", "failed"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gap:
-    """Why a device does not tell a quantity.
+    """Why a device does not report a quantity.
 
     Attributes:
         kind: see :data:`GapKind`.
@@ -74,7 +77,7 @@ class Gap:
         return f"{self.detail}; {self.remedy}" if self.remedy else self.detail
 
 
-#: Quantities a device may tell.
+#: Quantities a device may report.
 FIELDS: tuple[str, ...] = tuple(
     field.name
     for field in dataclasses.fields(Sample)
@@ -82,12 +85,37 @@ FIELDS: tuple[str, ...] = tuple(
 )
 
 
-class PowerDevice(ABC):
-    """One device; also a context manager that closes it.
+class Closable:
+    """Something that is open until it is closed; also a context manager that closes it."""
 
-    What it can tell is found out once, when it is opened, and does not change: a field that worked and then
+    _open = True
+
+    def close(self) -> None:
+        """Give back what was opened; closing twice does nothing."""
+        if self._open:
+            self._open = False
+            self._release()
+
+    def _release(self) -> None:
+        """Give back what was opened; called once."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class PowerDevice(Closable, ABC):
+    """One device.
+
+    What it reports is determined once, when it is opened, and does not change: a field that worked and then
     fails is None in that sample.
     """
+
+    _lost: DeviceLostError | None = None
 
     @property
     @abstractmethod
@@ -97,14 +125,17 @@ class PowerDevice(ABC):
     @property
     @abstractmethod
     def gaps(self) -> Mapping[str, Gap]:
-        """Why, for each of ``FIELDS`` that this device cannot tell."""
+        """Why, for each of ``FIELDS`` that this device does not report."""
+
+    @abstractmethod
+    def _read(self) -> Sample:
+        """Ask the device now; it is open and was not lost before."""
 
     @property
     def unavailable(self) -> Mapping[str, str]:
         """``gaps``, each as one sentence for people."""
         return {name: str(gap) for name, gap in self.gaps.items()}
 
-    @abstractmethod
     def read(self) -> Sample:
         """Ask the device now.
 
@@ -112,10 +143,16 @@ class PowerDevice(ABC):
             DeviceLostError: it does not answer any more, and will not again.
             DeviceError: it was closed.
         """
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give back what was opened; closing twice does nothing."""
+        if self._lost is not None:
+            raise DeviceLostError(self._lost.what, expected=self._lost.expected, remedy=self._lost.remedy)
+        if not self._open:
+            name = self.spec.name or self.spec.kind
+            raise DeviceError(f"{name} ({self.uuid}) was closed and cannot be read", remedy="open it again")
+        try:
+            return self._read()
+        except DeviceLostError as error:
+            self._lost = error
+            raise
 
     @property
     def uuid(self) -> str:
@@ -124,10 +161,28 @@ class PowerDevice(ABC):
         assert uuid is not None
         return uuid
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+class NullDevice(PowerDevice):
+    """Stands where a device is expected and there is none; every reading is None.
+
+    Args:
+        reason: why there is none, one sentence.
+        clock_ns: monotonic time.
+    """
+
+    def __init__(self, reason: str, *, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._reason = reason
+        self._clock_ns = clock_ns
+
+    @property
+    def spec(self) -> DeviceSpec:
+        """Kind and UUID are ``none``."""
+        return DeviceSpec(kind="none", uuid="none")
+
+    @property
+    def gaps(self) -> Mapping[str, Gap]:
+        """The reason, for every quantity."""
+        return dict.fromkeys(FIELDS, Gap(kind="not supported", detail=self._reason))
+
+    def _read(self) -> Sample:
+        return Sample(time_ns=self._clock_ns(), read_ns=0, device_uuid=self.uuid)

@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from observatory.devices.amd import AmdDevice, list_amd, load_amdsmi
-from observatory.devices.base import FIELDS, PowerDevice
-from observatory.devices.null import NullDevice
+from observatory.devices.base import FIELDS, NullDevice, PowerDevice
 from observatory.devices.nvml import NvmlDevice
 from observatory.devices.nvml_library import SUCCESS, close_nvml, list_gpus, load_nvml
 from observatory.devices.rapl import POWERCAP, RaplDevice, find_domains

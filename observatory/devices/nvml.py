@@ -1,6 +1,6 @@
 """NVIDIA GPUs through NVML.
 
-A sample is one batched ``nvmlDeviceGetFieldValues`` and a few calls for what no field tells. Every field and
+A sample is one batched ``nvmlDeviceGetFieldValues`` and a few calls for what no field has. Every field and
 call has a return code of its own, and each is looked at. Where there are two ways to a quantity, the first
 that works when the device is opened is used from then on:
 
@@ -34,13 +34,9 @@ from observatory.devices.nvml_library import (
     NO_PERMISSION,
     NOT_SUPPORTED,
     SUCCESS,
-    ask,
-    close_nvml,
+    NvmlGpu,
     code_text,
-    describe_gpu,
-    load_nvml,
 )
-from observatory.errors import DeviceError, DeviceLostError
 from observatory.run.manifest import DeviceSpec
 from observatory.run.tables import POWER_SCHEMA
 
@@ -110,7 +106,7 @@ class NvmlDevice(PowerDevice):
     """One NVIDIA GPU, named by its UUID.
 
     Args:
-        uuid: as the driver tells it, ``GPU-...``, in full.
+        uuid: as the driver reports it, ``GPU-...``, in full.
         clock_ns: monotonic time.
 
     Raises:
@@ -120,92 +116,60 @@ class NvmlDevice(PowerDevice):
 
     def __init__(self, uuid: str, *, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._clock_ns = clock_ns
-        self._lost: str | None = None
-        self._name = uuid
-        self._nvml = load_nvml()
+        self._gpu = NvmlGpu(uuid)
         try:
-            self._handle, code = ask(self._nvml, "nvmlDeviceGetHandleByUUID", uuid)
-            if code:
-                self._raise_if_gone(code)
-                raise DeviceError(
-                    f"GPU {uuid} cannot be opened (NVML {code}, {code_text(self._nvml, code)})",
-                    expected="the UUID of a GPU of this machine",
-                    remedy="`observatory doctor` lists them",
-                )
-            gpu = describe_gpu(self._nvml, self._handle)
-            self._raise_if_gone(gpu.code)
-            self._spec = gpu.spec.model_copy(update={"uuid": gpu.spec.uuid or uuid})
-            self._name = f"{gpu.spec.name or 'GPU'} ({self._spec.uuid})"
             self._sources, self._gaps = self._find_sources()
         except BaseException:
             self.close()
             raise
         self._plan = [(name, source, self._call(source)) for name, source in self._sources.items()]
         numbers = [number for source in self._sources.values() for number in source.fields]
-        self._fields = FieldBatch(self._nvml, self._handle, numbers)
+        self._fields = FieldBatch(self._gpu.nvml, self._gpu.handle, numbers)
 
     @property
     def spec(self) -> DeviceSpec:
         """The GPU; further keys: ``bus_id``, ``mig``, and its default, least and most power limit."""
-        return self._spec
+        return self._gpu.spec
 
     @property
     def gaps(self) -> Mapping[str, Gap]:
-        """Why the driver does not tell a quantity, with its return code."""
+        """Why the driver does not report a quantity, with its return code."""
         return dict(self._gaps)
 
-    def read(self) -> Sample:
-        """Ask the driver for everything it tells."""
-        self._check()
+    def _read(self) -> Sample:
+        """Ask the driver for everything it reports."""
         start_ns = self._clock_ns()
         answers = self._ask_fields(self._fields)
-        told = {name: self._told(name, source, call, answers)[0] for name, source, call in self._plan}
+        readings = {name: self._value(name, source, call, answers)[0] for name, source, call in self._plan}
         return Sample(
-            time_ns=start_ns, read_ns=self._clock_ns() - start_ns, device_uuid=self.uuid, **told
+            time_ns=start_ns, read_ns=self._clock_ns() - start_ns, device_uuid=self.uuid, **readings
         )  # fmt: skip
 
-    def close(self) -> None:
-        """Give the library back."""
-        if self._nvml is not None:
-            close_nvml(self._nvml)
-            self._nvml = None
-
-    def _check(self) -> None:
-        if self._lost is not None:
-            raise DeviceLostError(self._lost)
-        if self._nvml is None:
-            raise DeviceError(f"{self._name} was closed and cannot be read", remedy="open it again")
-
-    def _raise_if_gone(self, code: int) -> None:
-        if code in GONE:
-            self._lost = (
-                f"{self._name} does not answer any more (NVML {code}, {code_text(self._nvml, code)}); look "
-                "for Xid lines in the kernel log: it takes a reset of the GPU or a reboot to get it back"
-            )
-            raise DeviceLostError(self._lost)
+    def _release(self) -> None:
+        self._gpu.close()
 
     def _find_sources(self) -> tuple[dict[str, _Source], dict[str, Gap]]:
         """The first way to each quantity that works, and why there is none."""
         numbers = sorted({n for ways in _SOURCES.values() for way in ways for n in way.fields})
-        answers = self._ask_fields(FieldBatch(self._nvml, self._handle, numbers))
+        answers = self._ask_fields(FieldBatch(self._gpu.nvml, self._gpu.handle, numbers))
         refused = all(code for _, code in answers.values())
         for number, (_, code) in list(answers.items()):
             # One field that an old driver does not know can make it refuse the whole batch.
             if refused or code not in _FINAL:
-                answers |= self._ask_fields(FieldBatch(self._nvml, self._handle, [number]))
+                answers |= self._ask_fields(FieldBatch(self._gpu.nvml, self._gpu.handle, [number]))
         sources: dict[str, _Source] = {}
         gaps: dict[str, Gap] = {}
         for name, ways in _SOURCES.items():
             failed: list[Gap] = []
             for way in ways:
                 call = self._call(way)
-                value, code = self._told(name, way, call, answers)
+                value, code = self._value(name, way, call, answers)
                 if code not in _FINAL:
-                    value, code = self._told(name, way, call, answers)
+                    value, code = self._value(name, way, call, answers)
                 if value is not None:
                     sources[name] = way
                     break
-                failed.append(explain(self._nvml, way.name, code, _HINTS.get(name)))
+                failed.append(explain(self._gpu.nvml, way.name, code, _HINTS.get(name)))
             else:
                 denied = [gap for gap in failed if gap.kind == "not permitted"]
                 gaps[name] = (denied or failed)[0]
@@ -222,27 +186,27 @@ class NvmlDevice(PowerDevice):
     def _ask_fields(self, fields: FieldBatch) -> dict[int, tuple[int | float | None, int]]:
         """Value and return code of each field, from one call."""
         answers, code = fields.ask()
-        self._raise_if_gone(code)
+        self._gpu.checked(code)
         return answers
 
     def _call(self, source: _Source) -> PreparedCall | None:
         """The call of a way that has one."""
         if not source.function:
             return None
-        return PreparedCall(self._nvml, self._handle, source.function, source.arguments)
+        return PreparedCall(self._gpu.nvml, self._gpu.handle, source.function, source.arguments)
 
-    def _told(
+    def _value(
         self, name: str, source: _Source, call: PreparedCall | None, answers: Mapping[int, tuple[Any, int]]
     ) -> tuple[int | None, int]:
         """Value of a quantity and the first return code that is not 0; None also for an impossible value."""
         if call is not None:
             value, code = call.ask()
-            self._raise_if_gone(code)
+            self._gpu.checked(code)
             return _whole(name, value), code
         total = 0
         for number in source.fields:
             value, code = answers[number]
-            self._raise_if_gone(code)
+            self._gpu.checked(code)
             whole = _whole(name, value)
             if whole is None:
                 return None, code
@@ -276,7 +240,7 @@ def explain(nvml: Any, what: str, code: int, hint: str | None = None) -> Gap:
         )
     if code == NOT_SUPPORTED:
         return Gap(
-            kind="not supported", detail=f"this GPU does not tell it: {answer}{f'; {hint}' if hint else ''}"
+            kind="not supported", detail=f"this GPU does not report it: {answer}{f'; {hint}' if hint else ''}"
         )
     if code == NO_PERMISSION:
         return Gap(

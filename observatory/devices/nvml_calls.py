@@ -44,7 +44,7 @@ _TEMPERATURE_FUNCTION, _TEMPERATURE = "nvmlDeviceGetTemperatureV", struct.Struct
 
 
 class PreparedCall:
-    """A function of NVML that tells one number of one GPU.
+    """A function of NVML that gives one number of one GPU.
 
     Args:
         nvml: the library, loaded.

@@ -1,8 +1,8 @@
 """The NVIDIA driver's management library (NVML), as far as more than one room needs it.
 
 Every call's own return code is kept: :func:`ask` gives the answer and the code, and a failed call is never
-turned into a number. Devices are named by UUID and PCI bus id; their index is used to list them and told to
-nobody, for it may differ from CUDA's and change at a reboot.
+turned into a number. Devices are named by UUID and PCI bus id; their index is used to list them only, for it
+may differ from CUDA's and change at a reboot.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
-from observatory.errors import DeviceError
+from observatory.devices.base import Closable
+from observatory.errors import DeviceError, DeviceLostError
 from observatory.run.files import one_line
 from observatory.run.manifest import DeviceSpec
 
@@ -63,9 +64,9 @@ class Gpu:
     """One GPU as the driver lists it.
 
     Attributes:
-        spec: what a manifest keeps of it; its ``uuid`` is None when the driver does not tell.
-        bus_id: PCI bus id, ``00000000:10:00.0``; None when not told.
-        mig: whether it is partitioned; None when not told, as on GPUs that cannot be.
+        spec: what a manifest keeps of it; its ``uuid`` is None when the driver does not report it.
+        bus_id: PCI bus id, ``00000000:10:00.0``; None when not reported.
+        mig: whether it is partitioned; None when not reported, as on GPUs that cannot be.
         code: why it cannot be used, a return code; 0 when it can.
     """
 
@@ -134,18 +135,18 @@ def list_gpus(nvml: Any) -> list[Gpu]:
     """GPUs that the driver shows to this process, in its own order; at most 64."""
     driver = _text(ask(nvml, "nvmlSystemGetDriverVersion")[0])
     count = _whole(ask(nvml, "nvmlDeviceGetCount")[0]) or 0
-    found: list[Gpu] = []
+    gpus: list[Gpu] = []
     for index in range(min(count, _MAX_DEVICES)):
         handle, code = ask(nvml, "nvmlDeviceGetHandleByIndex", index)
         if code:
-            found.append(Gpu(spec=DeviceSpec(kind="nvidia", driver=driver), code=code))
+            gpus.append(Gpu(spec=DeviceSpec(kind="nvidia", driver=driver), code=code))
         else:
-            found.append(describe_gpu(nvml, handle, driver=driver))
-    return found
+            gpus.append(describe_gpu(nvml, handle, driver=driver))
+    return gpus
 
 
 def describe_gpu(nvml: Any, handle: Any, *, driver: str | None = None) -> Gpu:
-    """What the driver tells of a GPU besides its readings; every part None that it refuses."""
+    """What the driver reports of a GPU apart from its readings; every part None that it refuses."""
     uuid, code = ask(nvml, "nvmlDeviceGetUUID", handle)
     pci, _ = ask(nvml, "nvmlDeviceGetPciInfo", handle)
     mig, mig_code = ask(nvml, "nvmlDeviceGetMigMode", handle)
@@ -172,6 +173,76 @@ def describe_gpu(nvml: Any, handle: Any, *, driver: str | None = None) -> Gpu:
         }
     )
     return Gpu(spec=spec, bus_id=bus_id, mig=is_mig, code=code if code in GONE else SUCCESS)
+
+
+class NvmlGpu(Closable):
+    """One GPU, opened.
+
+    Args:
+        uuid: as the driver reports it, ``GPU-...``, in full.
+
+    Attributes:
+        nvml: the library.
+        handle: of the GPU, for the library's functions.
+        spec: the GPU; ``uuid`` is never None.
+        name: for messages.
+
+    Raises:
+        DeviceError: there is no driver, or no GPU of this name.
+        DeviceLostError: the GPU is there and does not answer.
+    """
+
+    def __init__(self, uuid: str) -> None:
+        self.name = uuid
+        self.nvml = load_nvml()
+        try:
+            self.handle, code = ask(self.nvml, "nvmlDeviceGetHandleByUUID", uuid)
+            if self.checked(code):
+                raise DeviceError(
+                    f"GPU {uuid} cannot be opened ({self.code_text(code)})",
+                    expected="the UUID of a GPU of this machine",
+                    remedy="`observatory doctor` lists them",
+                )
+            gpu = describe_gpu(self.nvml, self.handle)
+            self.checked(gpu.code)
+        except BaseException:
+            self.close()
+            raise
+        self.spec = gpu.spec.model_copy(update={"uuid": gpu.spec.uuid or uuid})
+        self.name = f"{gpu.spec.name or 'GPU'} ({self.spec.uuid})"
+
+    def ask(self, function: str, *arguments: Any) -> tuple[Any, int]:
+        """Call a function of this GPU; see :func:`ask`.
+
+        Raises:
+            DeviceLostError: the GPU does not answer any more.
+            DeviceError: it was closed.
+        """
+        if not self._open:
+            raise DeviceError(f"{self.name} was closed and cannot be asked", remedy="open it again")
+        answer, code = ask(self.nvml, function, self.handle, *arguments)
+        return answer, self.checked(code)
+
+    def checked(self, code: int) -> int:
+        """A return code of this GPU.
+
+        Raises:
+            DeviceLostError: it says that the GPU does not answer any more.
+        """
+        if code in GONE:
+            raise DeviceLostError(
+                f"{self.name} does not answer any more ({self.code_text(code)})",
+                remedy="look for Xid lines in the kernel log: it takes a reset of the GPU or a reboot to get "
+                "it back, which also undoes locks",
+            )
+        return code
+
+    def code_text(self, code: int) -> str:
+        """A return code as a number and in words."""
+        return f"NVML {code}, {code_text(self.nvml, code)}"
+
+    def _release(self) -> None:
+        close_nvml(self.nvml)
 
 
 def _text(value: Any) -> str | None:

@@ -119,8 +119,6 @@ class RaplDevice(PowerDevice):
         self._clock_ns = clock_ns
         self._domain = domains[name]
         self._gaps = dict.fromkeys(FIELDS, _NOT_TOLD) | {"power_mw": _NO_POWER, "average_power_mw": _NO_POWER}
-        self._lost: str | None = None
-        self._open = True
         self._wraps = 0
         self._last_ns = self._clock_ns()
         self._last_uj = self._probe("energy_uj", "energy_mj")
@@ -148,12 +146,8 @@ class RaplDevice(PowerDevice):
         """Why all but energy and limit are not told, and they where their files cannot be read."""
         return dict(self._gaps)
 
-    def read(self) -> Sample:
+    def _read(self) -> Sample:
         """Read the counter, and the power limit."""
-        if self._lost is not None:
-            raise DeviceLostError(self._lost)
-        if not self._open:
-            raise DeviceError(f"{self._spec.name} was closed and cannot be read", remedy="open it again")
         start_ns = self._clock_ns()
         energy_mj = None if "energy_mj" in self._gaps else self._energy_mj(start_ns)
         limit_uw = None if "enforced_limit_mw" in self._gaps else self._number("constraint_0_power_limit_uw")
@@ -164,10 +158,6 @@ class RaplDevice(PowerDevice):
             energy_mj=energy_mj,
             enforced_limit_mw=None if limit_uw is None else limit_uw // 1000,
         )
-
-    def close(self) -> None:
-        """Nothing is held between readings."""
-        self._open = False
 
     def _energy_mj(self, now_ns: int) -> int | None:
         """Energy since the counter's own beginning, wraps added; None once a wrap may have been missed."""
@@ -189,11 +179,11 @@ class RaplDevice(PowerDevice):
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENODEV):
                 return None
-            self._lost = (
-                f"{self._spec.name} is gone ({os_reason(error)}); expected "
-                f"{self._domain.folder / file}, check that its kernel module is still loaded"
-            )
-            raise DeviceLostError(self._lost) from error
+            raise DeviceLostError(
+                f"{self._spec.name} is gone ({os_reason(error)})",
+                expected=str(self._domain.folder / file),
+                remedy="check that its kernel module is still loaded",
+            ) from error
         except ValueError:
             return None
 

@@ -70,7 +70,6 @@ class ReplayDevice(PowerDevice):
             raise error if isinstance(error, DeviceError) else DeviceError(str(error)) from error
         self._pace: Pace = pace
         self._clock_ns = clock_ns
-        self._open = True
         self._next = 0
         self._shift_ns: int | None = None
         order = np.argsort(_numbers(rows, "time_ns")[0], kind="stable")
@@ -112,21 +111,11 @@ class ReplayDevice(PowerDevice):
         """Rows of the recording."""
         return len(self._times_ns)
 
-    def read(self) -> Sample:
-        """The next row, or the row that holds now.
-
-        Raises:
-            DeviceLostError: the recording has ended.
-        """
-        if not self._open:
-            raise DeviceError(
-                f"the recording of {self._uuid} was closed and cannot be read", remedy="open it again"
-            )
+    def _read(self) -> Sample:
+        """The next row, or the row that holds now."""
         return self._read_next() if self._pace == "recorded" else self._read_now()
 
-    def close(self) -> None:
-        """Let the rows go."""
-        self._open = False
+    def _release(self) -> None:
         self._columns = {}
 
     def _check_values(self, path: Path) -> None:
@@ -141,7 +130,7 @@ class ReplayDevice(PowerDevice):
 
     def _read_next(self) -> Sample:
         if self._next == len(self._times_ns):
-            raise DeviceLostError(self._ended())
+            raise self._ended()
         row = self._next
         self._next += 1
         return Sample(
@@ -155,7 +144,7 @@ class ReplayDevice(PowerDevice):
             self._shift_ns = now_ns - int(self._times_ns[0])
         at_ns = now_ns - self._shift_ns
         if at_ns > int(self._times_ns[-1]) + self._period_ns:
-            raise DeviceLostError(self._ended())
+            raise self._ended()
         row = max(int(np.searchsorted(self._times_ns, at_ns, side="right")) - 1, 0)
         held = at_ns - int(self._times_ns[row]) <= _HELD_PERIODS * self._period_ns
         readings = self._readings(row) if held else {}
@@ -172,10 +161,10 @@ class ReplayDevice(PowerDevice):
         values, told = self._columns[name]
         return int(values[row]) if told[row] else None
 
-    def _ended(self) -> str:
-        return (
-            f"the recording of {self._uuid} has ended after {len(self._times_ns)} samples; it is played "
-            "once, open it again to start over"
+    def _ended(self) -> DeviceLostError:
+        return DeviceLostError(
+            f"the recording of {self._uuid} has ended after {len(self._times_ns)} samples",
+            remedy="open it again to start over: it is played once",
         )
 
 

@@ -12,31 +12,13 @@ import functools
 import itertools
 import os
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
 
 from pydantic import JsonValue
 
-from observatory.devices.nvml_library import (
-    GONE,
-    NO_FUNCTION,
-    NO_PERMISSION,
-    NOT_SUPPORTED,
-    SUCCESS,
-    ask,
-    close_nvml,
-    code_text,
-    describe_gpu,
-    load_nvml,
-)
+from observatory.devices.base import Closable
+from observatory.devices.nvml_library import NO_FUNCTION, NO_PERMISSION, NOT_SUPPORTED, SUCCESS, NvmlGpu
 from observatory.devices.processes import descends_from
-from observatory.errors import (
-    ClockError,
-    DeviceError,
-    DeviceLostError,
-    LockNotPermittedError,
-    LockRefusedError,
-)
+from observatory.errors import ClockError, LockNotPermittedError, LockRefusedError
 from observatory.locks.commands import limit_ways, lock_ways, unlock_ways
 from observatory.locks.words import LockCode, refusal_remedy, refusal_words
 from observatory.reasons import Reason
@@ -44,7 +26,7 @@ from observatory.reasons import Reason
 _PERMISSIONS = "docs/power.md#permissions"
 
 
-class ClockControl:
+class ClockControl(Closable):
     """The driver's setters for one GPU; also a context manager that closes it. Closing undoes nothing.
 
     Args:
@@ -64,19 +46,15 @@ class ClockControl:
                 remedy="name one by its UUID, GPU-...",
             )
         self._owner_pid = os.getpid() if owner_pid is None else owner_pid
-        self._nvml = load_nvml()
-        self._open = True
         #: Called just before each change of the device; where it raises nothing is changed.
         self.before_change: Callable[[], None] | None = None
         self.uuid = uuid
-        self.name = uuid
-        try:
-            self._handle = self._must("nvmlDeviceGetHandleByUUID", uuid, named=True)
-            gpu = describe_gpu(self._nvml, self._handle)
-            self.name = f"{gpu.spec.name or 'GPU'} ({uuid})"
-        except BaseException:
-            self.close()
-            raise
+        self._gpu = NvmlGpu(uuid)
+
+    @property
+    def name(self) -> str:
+        """The GPU, for messages."""
+        return self._gpu.name
 
     @functools.cached_property
     def supported_sm_clocks_mhz(self) -> tuple[int, ...]:
@@ -85,14 +63,14 @@ class ClockControl:
         Raises:
             ClockError: it lists none.
         """
-        memory, code = self._ask("nvmlDeviceGetSupportedMemoryClocks", self._handle)
+        memory, code = self._gpu.ask("nvmlDeviceGetSupportedMemoryClocks")
         clocks: list[int] = []
         if memory:
-            told, code = self._ask("nvmlDeviceGetSupportedGraphicsClocks", self._handle, max(memory))
-            clocks = told or []
+            listed, code = self._gpu.ask("nvmlDeviceGetSupportedGraphicsClocks", max(memory))
+            clocks = listed or []
         if not clocks:
             raise ClockError(
-                f"the driver lists no SM clocks of {self.name} (NVML {code}, {code_text(self._nvml, code)})",
+                f"the driver lists no SM clocks of {self.name} ({self._gpu.code_text(code)})",
                 expected="at least one",
                 remedy="sweep another GPU",
             )
@@ -123,14 +101,16 @@ class ClockControl:
         Raises:
             DeviceLostError: the GPU does not answer.
         """
-        mode, code = self._ask("nvmlDeviceGetMigMode", self._handle)
+        mode, code = self._gpu.ask("nvmlDeviceGetMigMode")
         if not code and any(mode):
             return Reason(LockCode.PARTITIONED, {"gpu": self.name})
         if code not in (SUCCESS, NOT_SUPPORTED, NO_FUNCTION):
-            return Reason(LockCode.PARTITIONS_UNKNOWN, {"gpu": self.name, "answer": self._code(code)})
+            return Reason(
+                LockCode.PARTITIONS_UNKNOWN, {"gpu": self.name, "answer": self._gpu.code_text(code)}
+            )
         pids, code = self._users()
         if code:
-            return Reason(LockCode.USERS_UNKNOWN, {"gpu": self.name, "answer": self._code(code)})
+            return Reason(LockCode.USERS_UNKNOWN, {"gpu": self.name, "answer": self._gpu.code_text(code)})
         others: list[JsonValue] = [pid for pid in sorted(pids) if not descends_from(pid, self._owner_pid)]
         if not others:
             return None
@@ -171,18 +151,18 @@ class ClockControl:
 
     @property
     def limit_range_mw(self) -> tuple[int, int] | None:
-        """Least and most power limit; None when the driver does not tell."""
-        limits, code = self._ask("nvmlDeviceGetPowerManagementLimitConstraints", self._handle)
+        """Least and most power limit; None when the driver does not report it."""
+        limits, code = self._gpu.ask("nvmlDeviceGetPowerManagementLimitConstraints")
         return None if code else (int(limits[0]), int(limits[1]))
 
     @property
     def power_limit_mw(self) -> int | None:
-        """The power limit that is set; None when the driver does not tell."""
+        """The power limit that is set; None when the driver does not report it."""
         return self._whole("nvmlDeviceGetPowerManagementLimit")
 
     @property
     def default_limit_mw(self) -> int | None:
-        """The power limit after a driver reload; None when the driver does not tell."""
+        """The power limit after a driver reload; None when the driver does not report it."""
         return self._whole("nvmlDeviceGetPowerManagementDefaultLimit")
 
     def set_power_limit_mw(self, limit_mw: int) -> int:
@@ -232,63 +212,26 @@ class ClockControl:
             limit_mw,
         )
 
-    def close(self) -> None:
-        """Give the library back; locks and limits stay as they are."""
-        if self._open:
-            self._open = False
-            close_nvml(self._nvml)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _code(self, code: int) -> str:
-        return f"NVML {code}, {code_text(self._nvml, code)}"
-
-    def _ask(self, function: str, *arguments: Any) -> tuple[Any, int]:
-        if not self._open:
-            raise DeviceError(f"{self.name} was closed and cannot be asked", remedy="open it again")
-        answer, code = ask(self._nvml, function, *arguments)
-        if code in GONE:
-            raise DeviceLostError(
-                f"{self.name} does not answer any more ({self._code(code)})",
-                remedy="look for Xid lines in the kernel log: it takes a reset of the GPU or a reboot to "
-                "get it back, which also undoes locks",
-            )
-        return answer, code
-
-    def _must(self, function: str, *arguments: Any, named: bool = False) -> Any:
-        answer, code = self._ask(function, *arguments)
-        if code:
-            what = f"GPU {self.uuid} cannot be opened" if named else f"{function} of {self.name} failed"
-            raise DeviceError(
-                f"{what} ({self._code(code)})",
-                expected="the UUID of a GPU of this machine",
-                remedy="`observatory doctor` lists them",
-            )
-        return answer
+    def _release(self) -> None:
+        self._gpu.close()
 
     def _whole(self, function: str) -> int | None:
-        value, code = self._ask(function, self._handle)
+        value, code = self._gpu.ask(function)
         return None if code else int(value)
 
     def _users(self) -> tuple[set[int], int]:
-        """Processes that use the GPU; with a code when the driver does not tell."""
-        found: set[int] = set()
+        """Processes that use the GPU; with a code when the driver does not report them."""
+        pids: set[int] = set()
         for kind, optional in (("Compute", False), ("Graphics", True)):
             for version in ("v3", "v2"):
                 function = f"nvmlDeviceGet{kind}RunningProcesses_{version}"
-                processes, code = self._ask(function, self._handle)
+                processes, code = self._gpu.ask(function)
                 if code != NO_FUNCTION:
                     break
             if code and not (optional and code in (NOT_SUPPORTED, NO_FUNCTION)):
-                return found, code
-            found |= {int(process.pid) for process in processes or ()}
-        return found, SUCCESS
+                return pids, code
+            pids |= {int(process.pid) for process in processes or ()}
+        return pids, SUCCESS
 
     def _refuse(self, what: str) -> None:
         refusal = self.refusal()
@@ -298,23 +241,23 @@ class ClockControl:
             )
 
     def _set(self, what: str, commands: list[str], function: str, *arguments: int) -> None:
-        """Call a setter; a refusal of the driver tells how else to get it done."""
+        """Call a setter; the error of a refusal names other ways to get it done."""
         if self.before_change is not None:
             self.before_change()
-        _, code = self._ask(function, self._handle, *arguments)
+        _, code = self._gpu.ask(function, *arguments)
         if code == NO_PERMISSION:
             ways = "  ".join(f"{number}) {command}" for number, command in enumerate(commands, start=1))
             raise LockNotPermittedError(
-                f"{what} is not permitted ({self._code(code)}): it needs root or CAP_SYS_ADMIN",
+                f"{what} is not permitted ({self._gpu.code_text(code)}): it needs root or CAP_SYS_ADMIN",
                 remedy=f"have it done in another way ({_PERMISSIONS}): {ways}",
             )
         if code in (NOT_SUPPORTED, NO_FUNCTION):
             raise LockRefusedError(
-                f"{what} is not supported ({self._code(code)})",
+                f"{what} is not supported ({self._gpu.code_text(code)})",
                 expected="a GPU of the Volta generation or later and a driver that knows it",
                 remedy="sweep another GPU",
             )
         if code:
             raise ClockError(
-                f"{what} failed ({self._code(code)})", remedy=f"see whether `{commands[0]}` works"
+                f"{what} failed ({self._gpu.code_text(code)})", remedy=f"see whether `{commands[0]}` works"
             )

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from observatory.devices.amd import AmdDevice
-from observatory.devices.base import FIELDS, Gap, PowerDevice, Sample
-from observatory.devices.null import NullDevice
+from observatory.devices.base import FIELDS, Gap, NullDevice, PowerDevice, Sample
 from observatory.devices.nvml import NvmlDevice
 from observatory.devices.rapl import RaplDevice
 from observatory.devices.replay import ReplayDevice
@@ -151,7 +150,6 @@ class Honest(PowerDevice):
     lost = False
 
     def __init__(self) -> None:
-        self.open = True
         self.reads = 0
 
     @property
@@ -163,19 +161,14 @@ class Honest(PowerDevice):
         gap = Gap(kind="not supported", detail="this device has no such sensor")
         return {name: gap for name in FIELDS if name not in ("power_mw", "energy_mj")}
 
-    def read(self) -> Sample:
+    def _read(self) -> Sample:
         if type(self).lost:
-            raise DeviceLostError("GPU-1 does not answer any more; reset it")
-        if not self.open:
-            raise DeviceError("GPU-1 was closed; open it again")
+            raise DeviceLostError("GPU-1 does not answer any more", remedy="reset it")
         self.reads += 1
         return Sample(
             time_ns=time.monotonic_ns(), read_ns=0, device_uuid="GPU-1",
             power_mw=250_000, energy_mj=1000 * self.reads,
         )  # fmt: skip
-
-    def close(self) -> None:
-        self.open = False
 
 
 class TellsWatts(Honest):
