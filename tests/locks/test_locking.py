@@ -136,7 +136,7 @@ def test_without_permission_nothing_is_changed_and_other_ways_are_named(host: Ho
 
 @pytest.mark.parametrize(
     ("setting", "words"),
-    [("driver.set(mig=1)", "MIG"), ("driver.processes([1])", "used by processes that are not of process")],
+    [("driver.set(mig=1)", "MIG"), ("driver.processes([1])", "used by processes other than process")],
 )
 def test_partitioned_and_shared_gpus_are_refused_before_anything_is_set(
     host: Host, setting: str, words: str
