@@ -9,19 +9,20 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from observatory.api.runs import Run, open_run
+    from observatory.api.watching import watch
     from observatory.errors import ObservatoryError
-    from observatory.probes.watch import watch
-    from observatory.run import Run, RunWriter, open_run
+    from observatory.run import RunWriter
 
 __all__ = ["ObservatoryError", "Run", "RunWriter", "open_run", "watch"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "ObservatoryError": "observatory.errors",
-    "Run": "observatory.run",
+    "Run": "observatory.api.runs",
     "RunWriter": "observatory.run",
-    "open_run": "observatory.run",
-    "watch": "observatory.probes.watch",
+    "open_run": "observatory.api.runs",
+    "watch": "observatory.api.watching",
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pandas as pd
@@ -50,43 +51,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
         RunFormatError: the manifest is damaged, the schema is newer, a part has wrong columns, or the run
             has parts but not one of them can be read.
     """
-    folder = Path(path)
-    manifest = read_manifest(folder)
-    written, problems = read_rank_statuses(folder)
-    # A rank's own file is newer than what rank 0 knew when it closed.
-    statuses = {status.rank: status for status in manifest.ranks} | written
-    ranks = tuple(statuses[rank] for rank in sorted(statuses))
-    manifest = manifest.model_copy(update={"ranks": ranks, "notes": joined_notes(manifest, ranks)})
-    parts: dict[str, tuple[Part, ...]] = {}
-    unreadable: list[str] = []
-    for table in TABLES:
-        found, stated, damaged = list_parts(folder, table)
-        outside = sorted({part.rank for part in found if part.rank >= manifest.topology.ranks})
-        problems += [
-            f"{table}: rank {rank} is outside the run's {manifest.topology.ranks} ranks and was passed over"
-            for rank in outside
-        ]
-        parts[table] = tuple(part for part in found if part.rank < manifest.topology.ranks)
-        problems += stated
-        unreadable += damaged
-    if unreadable and not any(parts.values()):
-        raise RunFormatError(
-            f"none of the {len(unreadable)} parts of run {folder} can be read ({unreadable[0]})",
-            remedy="capture it again",
-        )
-    routed = {part.rank for part in parts["routing"]}
-    gaps = [*of_ranks(manifest, routed), *of_capture(manifest)]
-    layers = join_layers(manifest)
-    for table in ("routing", "tokens"):
-        parts[table] = tuple(part for part in parts[table] if part.rank not in layers.contradictions)
-    model = manifest.model.model_copy(update={"moe_layers": layers.moe_layers})
-    return Run(
-        folder,
-        manifest.model_copy(update={"model": model}),
-        parts,
-        [*layers.contradictions.values(), *gaps, *problems],
-        layers,
-    )
+    return Run.open(path)
 
 
 class Run:
@@ -111,6 +76,48 @@ class Run:
         self._parts = parts
         self._layers = layers
         self._problems = list(dict.fromkeys(problems))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """See :func:`open_run`."""
+        folder = Path(path)
+        manifest = read_manifest(folder)
+        written, problems = read_rank_statuses(folder)
+        # A rank's own file is newer than what rank 0 knew when it closed.
+        statuses = {status.rank: status for status in manifest.ranks} | written
+        ranks = tuple(statuses[rank] for rank in sorted(statuses))
+        manifest = manifest.model_copy(update={"ranks": ranks, "notes": joined_notes(manifest, ranks)})
+        parts: dict[str, tuple[Part, ...]] = {}
+        unreadable: list[str] = []
+        for table in TABLES:
+            found, stated, damaged = list_parts(folder, table)
+            outside = sorted({part.rank for part in found if part.rank >= manifest.topology.ranks})
+            problems += [
+                f"{table}: rank {rank} is outside the run's {manifest.topology.ranks} ranks "
+                "and was passed over"
+                for rank in outside
+            ]
+            parts[table] = tuple(part for part in found if part.rank < manifest.topology.ranks)
+            problems += stated
+            unreadable += damaged
+        if unreadable and not any(parts.values()):
+            raise RunFormatError(
+                f"none of the {len(unreadable)} parts of run {folder} can be read ({unreadable[0]})",
+                remedy="capture it again",
+            )
+        routed = {part.rank for part in parts["routing"]}
+        gaps = [*of_ranks(manifest, routed), *of_capture(manifest)]
+        layers = join_layers(manifest)
+        for table in ("routing", "tokens"):
+            parts[table] = tuple(part for part in parts[table] if part.rank not in layers.contradictions)
+        model = manifest.model.model_copy(update={"moe_layers": layers.moe_layers})
+        return cls(
+            folder,
+            manifest.model_copy(update={"model": model}),
+            parts,
+            [*layers.contradictions.values(), *gaps, *problems],
+            layers,
+        )
 
     @property
     def problems(self) -> tuple[str, ...]:

@@ -11,8 +11,8 @@ import pandas as pd
 
 from observatory.analysis.columns import Column, Table
 from observatory.analysis.parallel.captured import departures
-from observatory.analysis.parallel.placement import PlacementChoice, load_placement
-from observatory.analysis.parallel.scan import scan_run, traffic_matrix
+from observatory.analysis.parallel.placement import PlacementChoice
+from observatory.analysis.parallel.scan import fitting_degrees, scan_run, traffic_matrix
 from observatory.errors import PlacementError
 from observatory.run.documents.printed import printed_document
 from observatory.run.documents.writing import frame_records
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from observatory.analysis.network.network import NetworkModel
     from observatory.run import Run
 
-_USUAL_DEGREES = (4, 8, 16, 32)
 _LAYOUT = ["ep", "placement", "layer", "phase"]
 
 #: Of `scan_run`.
@@ -207,7 +206,7 @@ def _layouts(
     rule_of: _Rules = {}
     notes: list[str] = []
     for rule in request.placements:
-        degrees = request.ep or _fitting_degrees(run, rule)
+        degrees = request.ep or fitting_degrees(run, rule)
         _refuse_misfits(run, degrees, rule)
         frame = scan_run(run, ep_degrees=degrees, gpus_per_node=request.gpus_per_node, placement=rule)
         for degree in degrees:
@@ -300,15 +299,3 @@ def _refuse_misfits(run: Run, degrees: Sequence[int], rule: PlacementChoice) -> 
                 f"EP {listing(misfits, most=8)} {'does' if len(misfits) == 1 else 'do'} not divide "
                 f"{experts} experts; degrees that fit: {', '.join(fitting)}"
             )
-
-
-def _fitting_degrees(run: Run, rule: PlacementChoice) -> tuple[int, ...]:
-    """The degrees to scan when none are given: a file's own, else the usual ones that fit every layer."""
-    if rule == "recorded":
-        return (run.manifest.topology.ranks,)
-    if isinstance(rule, Path):
-        file = load_placement(rule)
-        return (file.ranks or file.highest_rank + 1,)
-    experts = {layer.experts for layer in run.manifest.model.moe_layers}
-    fitting = tuple(ep for ep in _USUAL_DEGREES if all(count % ep == 0 for count in experts))
-    return fitting or (max(experts, default=1),)

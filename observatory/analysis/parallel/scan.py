@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -52,6 +53,22 @@ _COLUMNS = (
     "cross_node_fraction_step_max",
     "sources", "notes",
 )  # fmt: skip
+
+
+#: Degrees that are tried when none are given: one to eight nodes of four GPUs.
+_USUAL_DEGREES = (4, 8, 16, 32)
+
+
+def fitting_degrees(run: Run, placement: PlacementChoice) -> tuple[int, ...]:
+    """Degrees to scan when none are given: a placement's own, else the usual ones that fit every layer."""
+    if placement == "recorded":
+        return (run.manifest.topology.ranks,)
+    if isinstance(placement, Path):
+        file = load_placement(placement)
+        return (file.ranks or file.highest_rank + 1,)
+    experts = {layer.experts for layer in run.manifest.model.moe_layers}
+    fitting = tuple(ep for ep in _USUAL_DEGREES if all(count % ep == 0 for count in experts))
+    return fitting or (max(experts, default=1),)
 
 
 def scan_run(

@@ -1,0 +1,1 @@
+"""The public Python API: open a run and analyse it, watch a model."""
