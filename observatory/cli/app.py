@@ -1,36 +1,110 @@
-"""All subcommands under one name."""
+"""All subcommands under one name; each is imported when it is asked for."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from observatory import __version__
-from observatory.cli import (
-    bench,
-    clocks,
-    doctor,
-    energy,
-    exchanges,
-    export,
-    fit,
-    grid,
-    power,
-    profile,
-    quickstart,
-    replay,
-    report,
-    reuse,
-    routing,
-    scan,
-)
-from observatory.cli.output import say
-from observatory.errors import CaptureError
-from observatory.host.ranks import find_rank
 
+#: Module and function of each command.
+_COMMANDS = {
+    "quickstart": "quickstart:quickstart",
+    "profile": "profile:profile",
+    "grid": "grid:grid",
+    "routing": "routing:routing",
+    "exchanges": "exchanges:exchanges",
+    "scan": "scan:scan",
+    "report": "report:report",
+    "export": "export:export",
+    "bench alltoall": "bench:alltoall",
+    "replay": "replay:replay",
+    "fit": "fit:fit",
+    "power": "power:power",
+    "energy": "energy:energy",
+    "reuse measure": "reuse:measure",
+    "reuse show": "reuse:show",
+    "clocks sweep": "clocks.sweep:sweep",
+    "clocks recover": "clocks.recover:recover",
+    "clocks fit": "clocks.fit:fit",
+    "clocks recommend": "clocks.recommend:recommend",
+    "clocks status": "clocks.unlock:status",
+    "clocks unlock": "clocks.unlock:unlock",
+    "doctor": "doctor:doctor",
+}
+_GROUPS = {
+    "bench": "Micro-benchmarks of exchanges.",
+    "reuse": "Energy of prefill against the cached fraction of the prompt.",
+    "clocks": "SM clocks: sweep them, fit the sweep, choose a clock.",
+}
+_SECTIONS = {
+    "Capture": ("quickstart", "profile", "grid"),
+    "Analysis": ("routing", "exchanges", "scan", "report", "export"),
+    "Network": ("bench", "replay", "fit"),
+    "Power": ("power", "energy", "reuse", "clocks"),
+    "Machine": ("doctor",),
+}
 #: Commands that read runs and results, and that a rank of a job may well call.
 _ANALYSIS = frozenset({"routing", "scan", "fit", "export", "exchanges", "energy", "report"})
+
+
+class Group(TyperGroup):
+    """A group whose commands are imported one by one.
+
+    Attributes:
+        path: the words in front of its commands; empty for the root.
+    """
+
+    path = ""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - click passes it
+        """Names of the subcommands, in the order of the table above."""
+        words = [
+            command.split() for command in _COMMANDS if f"{command} ".startswith(f"{self.path} ".lstrip())
+        ]
+        depth = len(self.path.split())
+        return list(dict.fromkeys(word[depth] for word in words))
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:  # noqa: ARG002 - likewise
+        """Import a command; None when there is none of that name."""
+        path = f"{self.path} {cmd_name}".strip()
+        if path in _GROUPS:
+            group = Group(name=cmd_name, help=_GROUPS[path], no_args_is_help=True)
+            group.path = path
+            return group
+        return _load(path) if path in _COMMANDS else None
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write the help page."""
+        from observatory.cli.help import help_page
+
+        sections = {"Commands": tuple(self.list_commands(ctx))} if self.path else _SECTIONS
+        commands = {
+            section: [(name, _summary(self.get_command(ctx, name))) for name in names]
+            for section, names in sections.items()
+        }
+        formatter.write("\n".join(help_page(self, ctx, commands=commands)) + "\n")
+
+
+def _summary(command: Any) -> str:
+    """The first sentence of a help text, without its end."""
+    return " ".join(str(command.help or "").split("\n\n")[0].split()).removesuffix(".")
+
+
+def _load(path: str) -> Any:
+    """The command of a name in the table above."""
+    from observatory.cli.help import Command, name_values
+
+    module, _, name = _COMMANDS[path].partition(":")
+    function = getattr(importlib.import_module(f"observatory.cli.{module}"), name)
+    app = typer.Typer(add_completion=False)
+    app.command(path.rsplit(maxsplit=1)[-1], cls=Command)(function)
+    command = typer.main.get_command(app)
+    name_values(command, function)
+    return command
 
 
 def _version(wanted: bool) -> None:
@@ -41,8 +115,9 @@ def _version(wanted: bool) -> None:
 
 def _root(
     context: typer.Context,
-    _asked: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    _version: Annotated[
+        bool,
+        typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     """See what mixture-of-experts models do to the machines they run on, then decide."""
@@ -52,6 +127,10 @@ def _root(
 
 def _note_ranks(subcommand: str) -> None:
     """State, on rank 0, that several ranks do the same work."""
+    from observatory.cli.output import say
+    from observatory.errors import CaptureError
+    from observatory.host.ranks import find_rank
+
     try:
         where = find_rank()
     except CaptureError:  # analysis needs no rank
@@ -66,23 +145,11 @@ def _note_ranks(subcommand: str) -> None:
 def command() -> Any:
     """The command tree, ready to run."""
     app = typer.Typer(
-        name="observatory", no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False
+        name="observatory",
+        cls=Group,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    app.command("quickstart")(quickstart.quickstart)
-    app.command("profile")(profile.profile)
-    app.command("grid")(grid.grid)
-    app.command("routing")(routing.routing)
-    app.command("scan")(scan.scan)
-    app.add_typer(bench.bench_group(), name="bench")
-    app.add_typer(clocks.clocks_group(), name="clocks")
-    app.command("replay")(replay.replay)
-    app.command("fit")(fit.fit)
-    app.command("export")(export.export)
-    app.command("exchanges")(exchanges.exchanges)
-    app.command("power")(power.power)
-    app.command("energy")(energy.energy)
-    app.add_typer(reuse.reuse_group(), name="reuse")
-    app.command("report")(report.report)
-    app.command("doctor")(doctor.doctor)
     return typer.main.get_command(app)

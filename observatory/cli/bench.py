@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from observatory.cli.options import (
+    RANKS,
     AlgorithmsOption,
     BackendOption,
     CsvOption,
@@ -17,6 +17,7 @@ from observatory.cli.options import (
     RanksPerNodeOption,
     RankTimeoutOption,
     RepeatsOption,
+    ResultOption,
     WarmupOption,
     WideOption,
 )
@@ -24,23 +25,30 @@ from observatory.cli.parsing import parse_algorithms, parse_names, parse_sizes
 
 
 def alltoall(
-    out: Annotated[Path, typer.Option("--out", help="Result file (JSON) to write.")],
+    out: ResultOption,
     ranks: Annotated[
         int | None,
-        typer.Option(min=1, max=4096, help="Ranks to start here; under a launcher, those it started."),
+        typer.Option(
+            min=1,
+            max=4096,
+            rich_help_panel=RANKS,
+            help="Ranks to start here, 4 by default; under a launcher, those it started.",
+        ),
     ] = None,
     backend: BackendOption = "auto",
     algorithm: AlgorithmsOption = "flat",
     sizes: Annotated[
-        str, typer.Option(help="Mean bytes each rank sends, e.g. 1KiB,64KiB,1MiB.")
+        str,
+        typer.Option(metavar="SIZE,...", help="Mean bytes that each rank sends, such as 1KiB,64KiB,1MiB."),
     ] = "1KiB,8KiB,64KiB,512KiB,4MiB",
     patterns: Annotated[
         str,
         typer.Option(
-            help="uniform, routed, skewed, hot, random, sparse, one-sided, neighbour, local, empty; or all."
+            metavar="NAME,...",
+            help="uniform, routed, skewed, hot, random, sparse, one-sided, neighbour, local, empty, or all.",
         ),
     ] = "uniform,routed,skewed,random,sparse,empty",
-    seeds: Annotated[int, typer.Option(min=1, help="Matrices of each pattern that is drawn.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Matrices of each random pattern.")] = 1,
     repeats: RepeatsOption = 20,
     warmup: WarmupOption = 2,
     iterations: IterationsOption = 1,
@@ -87,11 +95,3 @@ def alltoall(
             print_table(table, wide=wide)
     write_result(result, out)
     say(f"result written to {out}; next: observatory fit {out} --out fit.json")
-
-
-def bench_group() -> typer.Typer:
-    """The ``bench`` command and its benchmarks."""
-    group = typer.Typer(help="Micro-benchmarks of exchanges.", no_args_is_help=True)
-    group.callback()(lambda: None)
-    group.command("alltoall")(alltoall)
-    return group

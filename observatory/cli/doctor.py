@@ -56,18 +56,23 @@ _VERIFIED_COLUMNS = (
 
 def doctor(
     model: Annotated[
-        str | None, typer.Option("--model", help="Also list the MoE layers found in this model, and how.")
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="List the MoE layers of this model instead, and how they are read.",
+        ),
     ] = None,
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="With --model: run it on a few tokens, and hold counts against what experts compute.",
+            help="With --model: run it on a few tokens and check the counts against what experts compute.",
         ),
     ] = False,
     json: JsonOption = False,
 ) -> None:
-    """List what works on this machine; with --model, which MoE layers were found and how they are read."""
+    """List what works on this machine, or the MoE layers of a model and how they are read."""
     from dataclasses import asdict
 
     from observatory.cli.output import print_json, print_table, print_text

@@ -11,9 +11,10 @@ from observatory.cli.options import CsvOption, JsonOption, TableOption, WideOpti
 
 
 def energy(
-    run: Annotated[Path, typer.Argument(help="Run directory with power samples.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory with power samples.")],
     reuse: Annotated[
-        Path | None, typer.Option(help="Also show this result of `observatory reuse measure`.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Also show this result of `observatory reuse measure`."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     wide: WideOption = False,

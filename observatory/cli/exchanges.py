@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from observatory.cli.options import CsvOption, JsonOption, TableOption, WideOption
+from observatory.cli.options import CsvOption, JsonOption, RunArgument, TableOption, WideOption
 
 
 def exchanges(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    run: RunArgument,
     flight_recorder: Annotated[
         list[str] | None,
         typer.Option(

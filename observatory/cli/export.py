@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from observatory.cli.options import (
+    OUTPUT,
+    RANKS,
     JsonOption,
     MostStepsOption,
     OnlyLayersOption,
@@ -15,6 +17,7 @@ from observatory.cli.options import (
     PlacementOption,
     RoleOption,
     RowBytesOption,
+    RunArgument,
     parse_placement,
 )
 from observatory.cli.parsing import parse_roles
@@ -24,13 +27,22 @@ if TYPE_CHECKING:
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    run: RunArgument,
     form: Annotated[str, typer.Argument(metavar="FORMAT", help="nccl-tests, ucc or chrome-trace.")],
     out: Annotated[
-        Path, typer.Option("--out", help="Folder to write; for chrome-trace also a .json or .json.gz file.")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="PATH",
+            rich_help_panel=OUTPUT,
+            help="Directory to write; for chrome-trace also a .json or .json.gz file.",
+        ),
     ],
     ep: Annotated[
-        int | None, typer.Option("--ep", min=1, help="EP degree of the matrices; needed for them.")
+        int | None,
+        typer.Option(
+            "--ep", min=1, rich_help_panel=RANKS, help="EP degree of the matrices; required for them."
+        ),
     ] = None,
     placement: PlacementOption = "auto",
     phase: OnlyPhaseOption = None,

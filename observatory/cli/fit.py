@@ -7,17 +7,21 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import CsvOption, ForceOption, JsonOption, TableOption, WideOption
+from observatory.cli.options import OUTPUT, CsvOption, ForceOption, JsonOption, TableOption, WideOption
 
 #: Exit code: the model is written, but its verdict is that it is not to be relied on.
 NOT_VALID = 3
 
 
 def fit(
-    results: Annotated[list[Path], typer.Argument(help="Results of bench or replay.")],
-    out: Annotated[Path, typer.Option("--out", help="Network model (JSON) to write.")],
+    results: Annotated[list[Path], typer.Argument(metavar="RESULT", help="Results of `bench` or `replay`.")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FILE", rich_help_panel=OUTPUT, help="Network model (JSON) to write."),
+    ],
     check: Annotated[
-        list[Path] | None, typer.Option(help="Also predict these results, which the fit does not see.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Also predict this result, which is not fitted; may be repeated."),
     ] = None,
     bootstrap: Annotated[int, typer.Option(min=0, max=10_000, help="Bootstrap samples over matrices.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Seed of folds and bootstrap.")] = 0,

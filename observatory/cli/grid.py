@@ -7,12 +7,20 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import CsvOption, JsonOption
+from observatory.cli.options import OUTPUT, CsvOption, JsonOption
 
 
 def grid(
-    config: Annotated[Path, typer.Argument(help="Grid file (TOML), see docs/grid.md.")],
-    out: Annotated[Path, typer.Option("--out", help="Grid directory; an unfinished grid goes on.")],
+    config: Annotated[Path, typer.Argument(metavar="FILE", help="Grid file (TOML), see docs/grid.md.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            rich_help_panel=OUTPUT,
+            help="Grid directory; an unfinished grid is continued.",
+        ),
+    ],
     csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:

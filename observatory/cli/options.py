@@ -9,57 +9,125 @@ import typer
 
 from observatory.errors import PlacementError
 
+#: Sections of help pages.
+DATA, RANKS, POWER, CAPTURE = "Data", "Ranks", "Power", "Capture"
+SETTINGS, TIMING, OUTPUT = "Settings", "Timing", "Output"
+
 JsonOption = Annotated[
-    bool,
-    typer.Option(
-        "--json", rich_help_panel="Output", help="Print one JSON document on stdout (docs/json.md)."
-    ),
+    bool, typer.Option("--json", rich_help_panel=OUTPUT, help="Print one JSON document (docs/json.md).")
 ]
 CsvOption = Annotated[
     bool,
-    typer.Option("--csv", rich_help_panel="Output", help="Print the table as CSV, with all columns."),
+    typer.Option(
+        "--csv", rich_help_panel=OUTPUT, help="Print a table as CSV, all columns, units in the names."
+    ),
 ]
 TableOption = Annotated[
     str | None,
     typer.Option(
-        "--table", metavar="NAME", rich_help_panel="Output", help="With --csv: which of the tables to print."
+        "--table",
+        metavar="NAME",
+        rich_help_panel=OUTPUT,
+        help="With --csv: which table to print; by default the first.",
     ),
 ]
 WideOption = Annotated[
-    bool, typer.Option("--wide", rich_help_panel="Output", help="Show all columns of the tables.")
+    bool, typer.Option("--wide", rich_help_panel=OUTPUT, help="Show all columns of the tables.")
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there already.")]
-EpOption = Annotated[str, typer.Option("--ep", help="EP degrees, separated by commas.")]
-GpusPerNodeOption = Annotated[int, typer.Option("--gpus-per-node", min=1, max=65536, help="Ranks per node.")]
+ForceOption = Annotated[
+    bool, typer.Option("--force", rich_help_panel=OUTPUT, help="Replace an existing result.")
+]
+ResultOption = Annotated[
+    Path, typer.Option("--out", metavar="FILE", rich_help_panel=OUTPUT, help="Result file (JSON) to write.")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Bundled model (listed by `doctor`), checkpoint directory, or hub id."
+    ),
+]
+EpOption = Annotated[str, typer.Option("--ep", metavar="N,...", help="EP degrees, separated by commas.")]
+GpusPerNodeOption = Annotated[
+    int, typer.Option("--gpus-per-node", min=1, max=65536, rich_help_panel=RANKS, help="Ranks per node.")
+]
 PlacementOption = Annotated[
     str,
     typer.Option(
         "--placement",
+        metavar="NAME|FILE",
+        rich_help_panel=RANKS,
         help="linear, round-robin, recorded (where the run had its experts), or a placement file (JSON); "
-        "auto: recorded at the degree that the run had, linear at others.",
+        "auto: recorded at the degree of the run, linear at others.",
     ),
 ]
 
-BackendOption = Annotated[str, typer.Option(help="auto, gloo, nccl or mpi (under mpiexec).")]
-AlgorithmsOption = Annotated[str, typer.Option(help="flat, hierarchical, gather, several by commas, or all.")]
-WarmupOption = Annotated[int, typer.Option(min=0, max=10_000, help="Rounds before them.")]
-RepeatsOption = Annotated[int, typer.Option(min=1, max=100_000, help="Timed rounds over all matrices.")]
+BackendOption = Annotated[
+    str,
+    typer.Option(metavar="NAME", rich_help_panel=RANKS, help="auto, gloo, nccl, or mpi (under mpiexec)."),
+]
+AlgorithmsOption = Annotated[
+    str,
+    typer.Option(metavar="NAME,...", help="flat, hierarchical, gather, several separated by commas, or all."),
+]
+WarmupOption = Annotated[
+    int, typer.Option(min=0, max=10_000, rich_help_panel=TIMING, help="Rounds that are not timed, first.")
+]
+RepeatsOption = Annotated[
+    int, typer.Option(min=1, max=100_000, rich_help_panel=TIMING, help="Timed rounds over all matrices.")
+]
 IterationsOption = Annotated[
-    int, typer.Option(min=1, max=100_000, help="Exchanges one after another in one timed interval.")
+    int,
+    typer.Option(
+        min=1, max=100_000, rich_help_panel=TIMING, help="Consecutive exchanges in one timed interval."
+    ),
 ]
 RanksPerNodeOption = Annotated[
-    int | None, typer.Option(min=1, help="Treat so many consecutive ranks as a node.")
+    int | None,
+    typer.Option(min=1, rich_help_panel=RANKS, help="Treat every N consecutive ranks as one node."),
 ]
-RankTimeoutOption = Annotated[float, typer.Option(min=1.0, help="Longest wait for a rank.")]
-OnlyPhaseOption = Annotated[str | None, typer.Option(help="Only this phase, e.g. prefill.")]
-OnlyLayersOption = Annotated[list[int] | None, typer.Option(help="Only this layer; may be given again.")]
+RankTimeoutOption = Annotated[
+    float, typer.Option(min=1.0, rich_help_panel=RANKS, help="Longest wait for a rank.")
+]
+OnlyPhaseOption = Annotated[
+    str | None, typer.Option(metavar="NAME", rich_help_panel=DATA, help="Only this phase, such as prefill.")
+]
+OnlyLayersOption = Annotated[
+    list[int] | None, typer.Option(rich_help_panel=DATA, help="Only this layer; may be repeated.")
+]
 MostStepsOption = Annotated[
-    int | None, typer.Option(min=1, help="At most so many steps of each phase, evenly spread.")
+    int | None,
+    typer.Option(min=1, rich_help_panel=DATA, help="At most N steps of each phase, evenly spread."),
 ]
-RoleOption = Annotated[str, typer.Option(help="dispatch, combine or both.")]
+RoleOption = Annotated[
+    str, typer.Option(metavar="NAME", rich_help_panel=DATA, help="dispatch, combine, or both.")
+]
 RowBytesOption = Annotated[
     int | None,
-    typer.Option(min=1, max=1 << 30, help="Bytes of one row, when the run does not say its hidden size."),
+    typer.Option(
+        min=1,
+        max=1 << 30,
+        rich_help_panel=DATA,
+        help="Bytes of one row of activations, for a run that does not record its hidden size.",
+    ),
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", rich_help_panel=DATA, help="Torch dtype of the weights, such as bfloat16."),
+]
+WrapperOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COMMAND",
+        help="The site's command that locks clocks, with {uuid} and {clock_mhz}; it is added to the "
+        "commands that are printed.",
+    ),
+]
+MaxSlowdownOption = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=10.0, help="Longest an iteration may get, as a fraction: 0.02 allows 2 % more time."
+    ),
 ]
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from observatory.errors import BenchmarkError
-from observatory.run.exchange_algorithms import ALGORITHMS
 
 _UNITS = {
     "B": 1,
@@ -53,6 +52,8 @@ def parse_algorithms(text: str) -> tuple[str, ...]:
     Raises:
         BenchmarkError: an unknown one, or none.
     """
+    from observatory.run.exchange_algorithms import ALGORITHMS
+
     names = parse_names(text, every=ALGORITHMS)
     for name in names:
         if name not in ALGORITHMS:

@@ -7,31 +7,40 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import CsvOption, ForceOption, JsonOption
+from observatory.cli.options import OUTPUT, CsvOption, ForceOption, JsonOption
 
 
 def power(
-    out: Annotated[Path, typer.Option("--out", help="Run directory to write.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", rich_help_panel=OUTPUT, help="Run directory to write.")
+    ],
     command: Annotated[
-        list[str] | None, typer.Argument(help="Program to run meanwhile, after `--`; its exit code is ours.")
+        list[str] | None,
+        typer.Argument(help="Program to run meanwhile, after `--`; its exit code is passed on."),
     ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(min=0.1, help="How long; without it until the program, Ctrl-C or a recording ends it."),
+        typer.Option(
+            min=0.1,
+            metavar="SECONDS",
+            help="How long to sample; by default until the program, Ctrl-C or a recording ends it.",
+        ),
     ] = None,
     device: Annotated[
         list[str] | None,
-        typer.Option(help="GPU UUID, PCI bus id, rapl:DOMAIN or replay:FILE; may be given again."),
+        typer.Option(
+            metavar="NAME", help="GPU UUID, PCI bus id, rapl:DOMAIN, or replay:FILE; may be repeated."
+        ),
     ] = None,
     period_ms: Annotated[float, typer.Option(min=1.0, max=60_000.0, help="Time between samples.")] = 50.0,
     calibrate_s: Annotated[
-        float, typer.Option(min=0.0, max=60.0, help="Calibration before, 0 for none.")
+        float, typer.Option(min=0.0, max=60.0, help="Time to calibrate the sensors first; 0: do not.")
     ] = 1.2,
     force: ForceOption = False,
     csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Sample power, clocks and temperature of devices into a run directory, beside a program or alone.
+    """Sample power, clocks and temperature of devices into a run directory, while a program runs or alone.
 
     Reads only: no clock, limit or other setting is touched.
     """

@@ -7,75 +7,135 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import ForceOption
+from observatory.cli.options import (
+    CAPTURE,
+    DATA,
+    OUTPUT,
+    POWER,
+    RANKS,
+    BackendOption,
+    DtypeOption,
+    ForceOption,
+    ModelArgument,
+    RanksPerNodeOption,
+)
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="Bundled name (see doctor), checkpoint directory or hub id.")],
-    out: Annotated[Path, typer.Option("--out", help="Run directory to write.")],
+    model: ModelArgument,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", rich_help_panel=OUTPUT, help="Run directory to write.")
+    ],
     data: Annotated[
         str,
-        typer.Option(help="prose, code, foreign, structured, shuffled, mock, a text file, or datasets:NAME."),
+        typer.Option(
+            metavar="NAME|FILE",
+            rich_help_panel=DATA,
+            help="prose, code, foreign, structured, shuffled, mock, a text file, or datasets:NAME.",
+        ),
     ] = "prose",
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step, on each rank.")] = 8,
-    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens per sequence; decode's context.")] = 256,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each phase.")] = 20,
-    phase: Annotated[str, typer.Option(help="prefill, decode or both.")] = "prefill",
-    seed: Annotated[int, typer.Option(min=0, help="Seeds shuffled and mock tokens.")] = 0,
-    device: Annotated[str, typer.Option(help="Torch device.")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="Torch dtype of the weights, e.g. bfloat16.")] = None,
-    gate_mass: Annotated[bool, typer.Option(help="Also keep summed gate weights per expert.")] = False,
-    sample_tokens: Annotated[
-        int, typer.Option(min=0, help="Token positions per layer and step whose expert ids are kept.")
+    batch_size: Annotated[
+        int, typer.Option(min=1, rich_help_panel=DATA, help="Sequences per step, on each rank.")
+    ] = 8,
+    sequence_length: Annotated[
+        int, typer.Option(min=1, rich_help_panel=DATA, help="Tokens per sequence; in decode, of the context.")
+    ] = 256,
+    steps: Annotated[int, typer.Option(min=1, rich_help_panel=DATA, help="Steps of each phase.")] = 20,
+    phase: Annotated[
+        str, typer.Option(metavar="NAME", rich_help_panel=DATA, help="prefill, decode, or both.")
+    ] = "prefill",
+    seed: Annotated[
+        int, typer.Option(min=0, rich_help_panel=DATA, help="Seed of shuffled and mock tokens.")
     ] = 0,
-    window_steps: Annotated[int, typer.Option(min=1, help="Steps folded into one row.")] = 1,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", rich_help_panel=DATA, help="Torch device, such as cpu or cuda.")
+    ] = "cpu",
+    dtype: DtypeOption = None,
+    gate_mass: Annotated[
+        bool, typer.Option(rich_help_panel=CAPTURE, help="Also record the summed gate weights per expert.")
+    ] = False,
+    sample_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            rich_help_panel=CAPTURE,
+            help="Record the expert ids of N token positions per layer and step.",
+        ),
+    ] = 0,
+    window_steps: Annotated[
+        int, typer.Option(min=1, rich_help_panel=CAPTURE, help="Sum the counts of N steps into one row.")
+    ] = 1,
     flush_s: Annotated[
-        float, typer.Option("--flush-seconds", min=0.1, help="Seconds after which captured rows are on disk.")
+        float,
+        typer.Option(
+            "--flush-seconds",
+            min=0.1,
+            rich_help_panel=CAPTURE,
+            help="Longest time until captured rows are on disk.",
+        ),
     ] = 10.0,
     ep: Annotated[
         int | None,
         typer.Option(
             min=1,
+            rich_help_panel=RANKS,
             help="Ranks to spread the experts over: started here, or those of the launcher; 1 runs the whole "
             "model on each of them.",
         ),
     ] = None,
     placement: Annotated[
         str,
-        typer.Option(help="With --ep: linear, round-robin, or a placement file (JSON), replicas allowed."),
+        typer.Option(
+            metavar="NAME|FILE",
+            rich_help_panel=RANKS,
+            help="With --ep: linear, round-robin, or a placement file (JSON), which may replicate experts.",
+        ),
     ] = "linear",
-    algorithm: Annotated[str, typer.Option(help="Dispatch: flat, hierarchical or gather.")] = "flat",
+    algorithm: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME", rich_help_panel=RANKS, help="Exchange algorithm: flat, hierarchical, or gather."
+        ),
+    ] = "flat",
     deduplicate: Annotated[
-        bool, typer.Option("--deduplicate", help="Send a token once per destination rank.")
+        bool,
+        typer.Option("--deduplicate", rich_help_panel=RANKS, help="Send a token once per destination rank."),
     ] = False,
-    ranks_per_node: Annotated[
-        int | None, typer.Option(min=1, help="Pretend that nodes are so many consecutive ranks.")
-    ] = None,
-    backend: Annotated[str, typer.Option(help="Exchanges over auto, gloo, nccl or mpi.")] = "auto",
+    ranks_per_node: RanksPerNodeOption = None,
+    backend: BackendOption = "auto",
     exchange_timeout_s: Annotated[
-        float, typer.Option(min=1, help="Seconds until a rank that does not answer is given up.")
+        float, typer.Option(min=1, rich_help_panel=RANKS, help="Longest wait for a rank in an exchange.")
     ] = 60.0,
     power: Annotated[
-        str, typer.Option(help="auto, on, off, or devices by name, separated by commas (see doctor).")
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            rich_help_panel=POWER,
+            help="auto, on, off, or the devices to sample, separated by commas (listed by `doctor`).",
+        ),
     ] = "auto",
     rank_devices: Annotated[
         str | None,
         typer.Option(
-            help="Power device that each rank computes on, by name, in the order of ranks, separated by "
-            "commas; as torch tells by default."
+            metavar="NAME,...",
+            rich_help_panel=POWER,
+            help="Power device of each rank, in the order of ranks; by default the GPU that torch uses.",
         ),
     ] = None,
     power_shifts: Annotated[
         str,
         typer.Option(
-            help="Pause between steps that move in time with the power sensor: auto (one rank only), on, off."
+            metavar="NAME",
+            rich_help_panel=POWER,
+            help="Insert pauses where steps are synchronous with the power sensor: auto (with one rank), "
+            "on, or off.",
         ),
     ] = "auto",
     force: ForceOption = False,
 ) -> None:
     """Profile one model on given data and write a run directory.
 
-    Under torchrun, mpiexec or srun the ranks are those of the launcher; else --ep starts them here.
+    Under torchrun, mpiexec or srun the ranks are those of the launcher; otherwise --ep starts them here.
     """
     from observatory.campaign.job import ProfileJob
     from observatory.campaign.profile import run_profile

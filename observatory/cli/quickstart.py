@@ -9,11 +9,11 @@ import typer
 
 
 def quickstart(
-    out: Annotated[Path, typer.Option("--out", help="Directory for runs and report.")] = Path(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory of runs and reports.")] = Path(
         "observatory-quickstart"
     ),
 ) -> None:
-    """Profile the bundled models on the bundled data, scan, and write the report. No network, no GPU."""
+    """Profile the bundled models on the bundled texts and write the reports, without network or GPU."""
     from observatory.campaign.documents import quickstart_table
     from observatory.campaign.preflight import check_libraries
     from observatory.campaign.quickstart import quickstart_exchanges, quickstart_grid

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from observatory.cli.options import (
+    RANKS,
     AlgorithmsOption,
     BackendOption,
     CsvOption,
@@ -21,8 +21,10 @@ from observatory.cli.options import (
     RanksPerNodeOption,
     RankTimeoutOption,
     RepeatsOption,
+    ResultOption,
     RoleOption,
     RowBytesOption,
+    RunArgument,
     WarmupOption,
     WideOption,
     parse_placement,
@@ -31,15 +33,16 @@ from observatory.cli.parsing import parse_algorithms, parse_roles
 
 
 def replay(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
-    out: Annotated[Path, typer.Option("--out", help="Result file (JSON) to write.")],
+    run: RunArgument,
+    out: ResultOption,
     ep: Annotated[
         int | None,
         typer.Option(
             "--ep",
             min=1,
             max=4096,
-            help="EP degree: ranks to start, or those of the launcher; without it the run's own, or 4.",
+            rich_help_panel=RANKS,
+            help="Ranks to start, or those of the launcher; by default as many as the run had, or 4.",
         ),
     ] = None,
     placement: PlacementOption = "auto",
@@ -60,7 +63,7 @@ def replay(
     csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Replay a run's traffic step by step and layer by layer: what does realism cost here?"""
+    """Replay a run's traffic step by step and layer by layer, against uniform traffic of equal volume."""
     from observatory.analysis.network.documents import replay_document, replay_tables
     from observatory.analysis.parallel.captured import captured_traffic, traffic_notes
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result

@@ -7,33 +7,59 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import EpOption, ForceOption, GpusPerNodeOption, parse_ep
+from observatory.cli.options import (
+    OUTPUT,
+    EpOption,
+    ForceOption,
+    GpusPerNodeOption,
+    MaxSlowdownOption,
+    parse_ep,
+)
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories; a grid stands for its cells.")],
-    out: Annotated[Path, typer.Option("--out", help="HTML file to write.")],
-    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN", help="Run directories; a grid stands for its cells.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", rich_help_panel=OUTPUT, help="HTML file to write.")
+    ],
+    title: Annotated[str | None, typer.Option(rich_help_panel=OUTPUT, help="Title of the page.")] = None,
     ep: EpOption = "4,8,16,32",
     gpus_per_node: GpusPerNodeOption = 4,
     bench: Annotated[
-        list[Path] | None, typer.Option(help="Result of bench: bandwidth curves; may be given again.")
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel="Further results",
+            help="Result of `bench`: bandwidth curves; may be repeated.",
+        ),
     ] = None,
     replay: Annotated[
         list[Path] | None,
-        typer.Option(help="Replay of one of the runs: what realism costs; may be given again."),
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel="Further results",
+            help="Replay of one of the runs: captured against uniform traffic; may be repeated.",
+        ),
     ] = None,
     network: Annotated[
         list[Path] | None,
-        typer.Option(help="Network model of fit: measured against predicted; may be given again."),
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel="Further results",
+            help="Network model of `fit`: measured against predicted; may be repeated.",
+        ),
     ] = None,
     clocks: Annotated[
         list[Path] | None,
-        typer.Option(help="Clock sweep, or model of clocks fit: which clock; may be given again."),
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel="Further results",
+            help="Result of `clocks sweep` or `clocks fit`: which clock; may be repeated.",
+        ),
     ] = None,
-    max_slowdown: Annotated[
-        float, typer.Option(min=0.0, max=10.0, help="Longest an iteration may get at a clock, as a share.")
-    ] = 0.02,
+    max_slowdown: MaxSlowdownOption = 0.02,
     force: ForceOption = False,
 ) -> None:
     """Write the report: one HTML file that needs no network."""

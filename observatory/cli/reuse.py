@@ -7,34 +7,54 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import CsvOption, ForceOption, JsonOption, WideOption
+from observatory.cli.options import (
+    DATA,
+    TIMING,
+    CsvOption,
+    DtypeOption,
+    ForceOption,
+    JsonOption,
+    ModelArgument,
+    ResultOption,
+    WideOption,
+)
 
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Of the random order and of the bootstrap.")]
-
-
-def reuse_group() -> typer.Typer:
-    """The ``reuse`` command and what it can do."""
-    group = typer.Typer(help="Energy of prefill against the cached fraction.", no_args_is_help=True)
-    group.callback()(lambda: None)
-    group.command("measure")(measure)
-    group.command("show")(show)
-    return group
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, help="Seed of the random order and of the bootstrap.")
+]
 
 
 def measure(
-    model: Annotated[str, typer.Argument(help="Bundled name, checkpoint directory or hub id.")],
-    device: Annotated[str, typer.Option(help="Power device: GPU UUID, PCI bus id or rapl:DOMAIN.")],
-    out: Annotated[Path, typer.Option("--out", help="Result file (JSON) to write.")],
-    prompt_tokens: Annotated[int, typer.Option(min=2, max=1 << 20, help="Length of a prompt.")] = 4096,
+    model: ModelArgument,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Power device: GPU UUID, PCI bus id, or rapl:DOMAIN.")
+    ],
+    out: ResultOption,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=2, max=1 << 20, rich_help_panel=DATA, help="Tokens of a prompt.")
+    ] = 4096,
     fractions: Annotated[
-        str, typer.Option(help="Cached fractions: 0 is a miss, 1 an exact hit.")
+        str,
+        typer.Option(
+            metavar="X,...", rich_help_panel=DATA, help="Cached fractions: 0 is a miss, 1 an exact hit."
+        ),
     ] = "0,0.25,0.5,0.75,1",
-    batch_size: Annotated[int, typer.Option(min=1, max=65536, help="Prompts prefilled together.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, max=1000, help="Windows of each fraction.")] = 4,
-    window_s: Annotated[float, typer.Option(min=0.5, max=3600, help="Length of a window.")] = 5.0,
-    settle_s: Annotated[float, typer.Option(min=0.0, max=600, help="Run before it.")] = 0.5,
-    torch_device: Annotated[str, typer.Option(help="Torch device of the model.")] = "cuda",
-    dtype: Annotated[str | None, typer.Option(help="Torch dtype of the weights, e.g. bfloat16.")] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, max=65536, rich_help_panel=DATA, help="Prompts prefilled together.")
+    ] = 1,
+    repeats: Annotated[
+        int, typer.Option(min=1, max=1000, rich_help_panel=TIMING, help="Windows of each fraction.")
+    ] = 4,
+    window_s: Annotated[
+        float, typer.Option(min=0.5, max=3600, rich_help_panel=TIMING, help="Length of a window.")
+    ] = 5.0,
+    settle_s: Annotated[
+        float, typer.Option(min=0.0, max=600, rich_help_panel=TIMING, help="Time to run before each window.")
+    ] = 0.5,
+    torch_device: Annotated[
+        str, typer.Option(metavar="NAME", rich_help_panel=DATA, help="Torch device of the model.")
+    ] = "cuda",
+    dtype: DtypeOption = None,
     seed: SeedOption = 0,
     force: ForceOption = False,
     wide: WideOption = False,
@@ -43,8 +63,8 @@ def measure(
 ) -> None:
     """Prefill the rest of a prompt behind a cached part of it, over and over, and measure the energy.
 
-    The device must be the one the model computes on, which is checked where torch tells which GPU that is.
-    It is only read.
+    The device must be the one that the model computes on, which is checked where torch reports its GPU. The
+    device is only read.
     """
     from observatory.campaign.benchmark import check_out
     from observatory.campaign.prefix_cache import (
@@ -100,7 +120,9 @@ def measure(
 
 
 def show(
-    measurements: Annotated[Path, typer.Argument(help="Result of `observatory reuse measure`.")],
+    measurements: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Result of `observatory reuse measure`.")
+    ],
     seed: SeedOption = 0,
     wide: WideOption = False,
     csv: CsvOption = False,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from observatory.cli.options import CsvOption, JsonOption, WideOption
+from observatory.cli.options import CsvOption, JsonOption, RunArgument, WideOption
 
 
 def routing(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    run: RunArgument,
     bootstrap: Annotated[
-        int, typer.Option(min=0, max=100_000, help="Bootstrap samples over steps; 0 for none.")
+        int, typer.Option(min=0, max=100_000, help="Bootstrap samples over steps; 0: no intervals.")
     ] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the bootstrap.")] = 0,
     wide: WideOption = False,

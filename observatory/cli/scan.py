@@ -8,10 +8,13 @@ from typing import Annotated
 import typer
 
 from observatory.cli.options import (
+    OUTPUT,
+    RANKS,
     CsvOption,
     GpusPerNodeOption,
     JsonOption,
     RowBytesOption,
+    RunArgument,
     WideOption,
     parse_ep,
     parse_placement,
@@ -21,7 +24,9 @@ ScanEpOption = Annotated[
     str | None,
     typer.Option(
         "--ep",
-        help="EP degrees, separated by commas; without it those of 4, 8, 16, 32 that divide the experts.",
+        metavar="N,...",
+        rich_help_panel=RANKS,
+        help="EP degrees, separated by commas; by default those of 4, 8, 16, 32 that divide the experts.",
     ),
 ]
 
@@ -29,24 +34,41 @@ ScanPlacementOption = Annotated[
     list[str] | None,
     typer.Option(
         "--placement",
-        help="linear, round-robin, recorded, auto, or a placement file (JSON); give several to compare them.",
+        metavar="NAME|FILE",
+        rich_help_panel=RANKS,
+        help="linear, round-robin, recorded, auto, or a placement file (JSON); repeat it to compare several.",
     ),
 ]
 
 
 def scan(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    run: RunArgument,
     ep: ScanEpOption = None,
     gpus_per_node: GpusPerNodeOption = 4,
     placement: ScanPlacementOption = None,
     traffic: Annotated[
-        bool, typer.Option("--traffic", help="With --json: add each row's traffic matrix in assignments.")
+        bool,
+        typer.Option(
+            "--traffic",
+            rich_help_panel=OUTPUT,
+            help="With --json: add the traffic matrix of each row, in assignments.",
+        ),
     ] = False,
     network: Annotated[
-        Path | None, typer.Option(help="Network model of `fit`: also predict dispatch and combine times.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel="Prediction",
+            help="Network model of `fit`: also predict dispatch and combine times.",
+        ),
     ] = None,
     algorithm: Annotated[
-        str, typer.Option(help="Exchange to predict: flat, hierarchical or gather.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel="Prediction",
+            help="Exchange algorithm to predict: flat, hierarchical, or gather.",
+        ),
     ] = "flat",
     row_bytes: RowBytesOption = None,
     wide: WideOption = False,

@@ -7,12 +7,17 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import CsvOption, ForceOption, JsonOption, WideOption
+from observatory.cli.options import OUTPUT, CsvOption, ForceOption, JsonOption, WideOption
 
 
 def fit(
-    sweeps: Annotated[list[Path], typer.Argument(help="Results of clocks sweep, of one device.")],
-    out: Annotated[Path, typer.Option("--out", help="Clock model (JSON) to write.")],
+    sweeps: Annotated[
+        list[Path], typer.Argument(metavar="FILE", help="Results of `clocks sweep`, of one device.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", metavar="FILE", rich_help_panel=OUTPUT, help="Clock model (JSON) to write."),
+    ],
     bootstrap: Annotated[int, typer.Option(min=0, max=2000, help="Bootstrap samples over clocks.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
     force: ForceOption = False,

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from observatory.cli.options import CsvOption, JsonOption, TableOption, WideOption
+from observatory.cli.options import (
+    CsvOption,
+    JsonOption,
+    MaxSlowdownOption,
+    TableOption,
+    WideOption,
+    WrapperOption,
+)
 
 if TYPE_CHECKING:
     from observatory.advice.frequency import ClockAdvice
@@ -18,17 +25,16 @@ if TYPE_CHECKING:
 def recommend(
     model: Annotated[
         Path | None,
-        typer.Argument(help="Clock model of clocks fit; a run directory is taken as --telemetry."),
+        typer.Argument(
+            metavar="FILE", help="Clock model of `clocks fit`; a run directory is taken as --telemetry."
+        ),
     ] = None,
-    max_slowdown: Annotated[
-        float, typer.Option(min=0.0, max=10.0, help="Longest an iteration may get, as a share of its time.")
-    ] = 0.02,
+    max_slowdown: MaxSlowdownOption = 0.02,
     telemetry: Annotated[
-        Path | None, typer.Option(help="Run with power samples: what they show without a sweep.")
+        Path | None,
+        typer.Option(metavar="RUN", help="Run with power samples: what they show without a sweep."),
     ] = None,
-    wrapper: Annotated[
-        str | None, typer.Option(help="The site's own command, with {uuid} and {clock_mhz}.")
-    ] = None,
+    wrapper: WrapperOption = None,
     wide: WideOption = False,
     csv: CsvOption = False,
     table: TableOption = None,

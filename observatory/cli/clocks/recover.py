@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import ForceOption, JsonOption
+from observatory.cli.options import ForceOption, JsonOption, ResultOption
 
 
 def recover(
-    journal: Annotated[Path, typer.Argument(help="NAME.points.jsonl that the sweep left next to NAME.run.")],
-    out: Annotated[Path, typer.Option("--out", help="Result file (JSON) to write.")],
+    journal: Annotated[
+        Path, typer.Argument(metavar="FILE", help="NAME.points.jsonl that the sweep left next to NAME.run.")
+    ],
+    out: ResultOption,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:

@@ -2,73 +2,146 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from observatory.cli.options import CsvOption, ForceOption, JsonOption, WideOption
+from observatory.cli.options import (
+    DATA,
+    SETTINGS,
+    TIMING,
+    CsvOption,
+    DtypeOption,
+    ForceOption,
+    JsonOption,
+    ResultOption,
+    WideOption,
+    WrapperOption,
+)
+from observatory.cli.output import print_data, print_json, print_lines, print_table, progress_bar, say
 
 if TYPE_CHECKING:
-    from observatory.analysis.columns import Table
     from observatory.campaign.sweep.plan import SweepPlan
+    from observatory.campaign.sweep.settings import SweepJob
+    from observatory.campaign.workloads import Workload
     from observatory.run.documents.clock_sweep import ClockSweep
 
 _CLOCKS = "600:1980:8"
 
+_DeviceOption = Annotated[
+    str, typer.Option(metavar="NAME", help="GPU, by UUID or PCI bus id (see `doctor`).")
+]
+_ProgramArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="PROGRAM",
+        help="After `--`: your own program, which prints one line per iteration until it is ended.",
+    ),
+]
+_ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL", rich_help_panel=DATA, help="Bundled model, checkpoint directory, or hub id."
+    ),
+]
+_PhaseOption = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", rich_help_panel=DATA, help="prefill or decode; of a program, only its label."
+    ),
+]
+_BatchOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N,...",
+        rich_help_panel=DATA,
+        help="Sequences, separated by commas, one series each; of a model 8 by default.",
+    ),
+]
+_ContextOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1, rich_help_panel=DATA, help="Tokens of context per sequence; of a model 1024 by default."
+    ),
+]
+_TokensOption = Annotated[
+    int | None, typer.Option(min=1, rich_help_panel=DATA, help="Of your own program: tokens per iteration.")
+]
+_TorchDeviceOption = Annotated[
+    str, typer.Option(metavar="NAME", rich_help_panel=DATA, help="Torch device of the model.")
+]
+_ClocksOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MHZ,...",
+        rich_help_panel=SETTINGS,
+        help=f"Clocks, separated by commas, or LOW:HIGH:COUNT, evenly spread, or none; {_CLOCKS} by default.",
+    ),
+]
+_LimitsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="W,...", rich_help_panel=SETTINGS, help="Power limits, separated by commas, or none."
+    ),
+]
+_ApplyOption = Annotated[
+    bool,
+    typer.Option(
+        "--apply",
+        rich_help_panel=SETTINGS,
+        help="Lock clocks and set limits; without it the plan is printed and nothing is changed.",
+    ),
+]
+_SetOutsideOption = Annotated[
+    bool,
+    typer.Option(
+        "--set-outside",
+        rich_help_panel=SETTINGS,
+        help="The one clock and limit of --clocks and --limits have been set by others (srun --gpu-freq, an "
+        "administrator): set nothing, measure, and verify them by the sampled clock.",
+    ),
+]
+_RepeatsOption = Annotated[
+    int, typer.Option(min=1, max=100, rich_help_panel=TIMING, help="Measurements of each setting.")
+]
+_WindowOption = Annotated[
+    float, typer.Option(min=0.5, max=3600.0, rich_help_panel=TIMING, help="Length of a measurement.")
+]
+_SettleOption = Annotated[
+    float,
+    typer.Option(min=0.0, max=3600.0, rich_help_panel=TIMING, help="Time to run before each measurement."),
+]
+_CoolOption = Annotated[
+    float,
+    typer.Option(min=0.0, max=3600.0, rich_help_panel=TIMING, help="Longest pause until the chip is cool."),
+]
+_SeedOption = Annotated[int, typer.Option(min=0, rich_help_panel=TIMING, help="Seed of the random order.")]
+
 
 def sweep(
-    device: Annotated[str, typer.Option(help="GPU, by UUID or PCI bus id (see doctor).")],
-    out: Annotated[Path, typer.Option("--out", help="Result file (JSON) to write.")],
-    command: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="After `--`: your own program, which prints one line per iteration, until ended."
-        ),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Bundled name, checkpoint directory or hub id.")] = None,
-    phase: Annotated[str, typer.Option(help="prefill or decode; with a program, its name only.")] = "decode",
-    batch: Annotated[
-        str | None,
-        typer.Option(help="Sequences; several by commas, one series each. Of a model 8 unless told."),
-    ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens of context per sequence. Of a model 1024 unless told."),
-    ] = None,
-    tokens_per_iteration: Annotated[
-        int | None, typer.Option(min=1, help="Of your own program: tokens of one iteration.")
-    ] = None,
-    torch_device: Annotated[str, typer.Option(help="Torch device of the model.")] = "cuda",
-    dtype: Annotated[str | None, typer.Option(help="Torch dtype of the weights, e.g. bfloat16.")] = None,
-    clocks: Annotated[
-        str | None,
-        typer.Option(
-            help=f"MHz: several by commas, or LOW:HIGH:COUNT, evenly spread ({_CLOCKS} unless told), or none."
-        ),
-    ] = None,
-    limits: Annotated[str, typer.Option(help="Power limits in W, by commas, or none.")] = "none",
-    repeats: Annotated[int, typer.Option(min=1, max=100, help="Measurements of each setting.")] = 3,
-    window_s: Annotated[float, typer.Option(min=0.5, max=3600.0, help="Length of a measurement.")] = 5.0,
-    settle_s: Annotated[float, typer.Option(min=0.0, max=3600.0, help="Run before it.")] = 1.0,
-    cool_s: Annotated[
-        float, typer.Option(min=0.0, max=3600.0, help="Longest rest until the chip is cool again.")
-    ] = 60.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random order.")] = 0,
-    apply: Annotated[
-        bool, typer.Option("--apply", help="Really lock clocks and set limits; without it, only say what.")
-    ] = False,
-    set_outside: Annotated[
-        bool,
-        typer.Option(
-            "--set-outside",
-            help="Somebody else has set the one clock and limit that --clocks and --limits name (srun "
-            "--gpu-freq, an administrator): set nothing, measure there, let the sampled clock verify it.",
-        ),
-    ] = False,
-    wrapper: Annotated[
-        str | None, typer.Option(help="The site's own command, with {uuid} and {clock_mhz}, for the plan.")
-    ] = None,
+    device: _DeviceOption,
+    out: ResultOption,
+    command: _ProgramArgument = None,
+    model: _ModelOption = None,
+    phase: _PhaseOption = "decode",
+    batch: _BatchOption = None,
+    context: _ContextOption = None,
+    tokens_per_iteration: _TokensOption = None,
+    torch_device: _TorchDeviceOption = "cuda",
+    dtype: DtypeOption = None,
+    clocks: _ClocksOption = None,
+    limits: _LimitsOption = "none",
+    repeats: _RepeatsOption = 3,
+    window_s: _WindowOption = 5.0,
+    settle_s: _SettleOption = 1.0,
+    cool_s: _CoolOption = 60.0,
+    seed: _SeedOption = 0,
+    apply: _ApplyOption = False,
+    set_outside: _SetOutsideOption = False,
+    wrapper: WrapperOption = None,
     force: ForceOption = False,
     wide: WideOption = False,
     csv: CsvOption = False,
@@ -77,30 +150,20 @@ def sweep(
     """Measure time and energy of a phase at several clocks, each verified by the sampled clock.
 
     Clocks are locked under a lease that a watchdog undoes when this process dies or time is up. Without
-    --apply nothing is touched: the plan is printed, with the commands for those who may lock. Results of
+    --apply nothing is changed: the plan is printed, with the commands for those who may lock. Results of
     --set-outside, one per setting, are fitted together.
     """
-    from observatory.analysis.frequency.tables import sweep_table
     from observatory.campaign.benchmark import check_out
     from observatory.campaign.ranks import refuse_ranks
-    from observatory.campaign.sweep.clock_sweep import run_sweep
     from observatory.campaign.sweep.inputs import make_workloads, parse_clocks, parse_limits
     from observatory.campaign.sweep.plan import make_plan
     from observatory.campaign.sweep.settings import SweepJob
-    from observatory.cli.output import print_data, progress_bar, say
     from observatory.devices.find import open_device
-    from observatory.errors import ClockError, LockNotPermittedError, LockRefusedError
-    from observatory.host.provenance import command_line
-    from observatory.run.documents.printed import printed_document
+    from observatory.errors import LockNotPermittedError, LockRefusedError
 
     refuse_ranks("clocks sweep", each_node=True)
     check_out(out, force=force)
-    if set_outside and apply:
-        raise ClockError("--apply sets clocks and --set-outside sets none; give one of them")
-    if set_outside and clocks is None:
-        raise ClockError(
-            "--set-outside wants to know what was set: --clocks MHZ, or --clocks none for the reference"
-        )
+    _check_settings(clocks, apply=apply, set_outside=set_outside)
     series, workloads = make_workloads(
         model=model,
         command=command or [],
@@ -124,55 +187,67 @@ def sweep(
         cool_s=cool_s,
         seed=seed,
     )
-
-    def plan(*, refused: bool = False) -> SweepPlan:
-        options = {
-            "--model": model, "--phase": phase, "--batch": batch, "--context": context,
-            "--tokens-per-iteration": tokens_per_iteration, "--dtype": dtype,
-            "--torch-device": None if model is None else torch_device, "--repeats": repeats,
-            "--window-s": window_s, "--settle-s": settle_s, "--cool-s": cool_s,
-        }  # fmt: skip
-        return make_plan(
-            job, series, options=options, out=out, program=command or [], wrapper=wrapper, refused=refused
-        )
-
+    options = {
+        "--model": model, "--phase": phase, "--batch": batch, "--context": context,
+        "--tokens-per-iteration": tokens_per_iteration, "--dtype": dtype,
+        "--torch-device": None if model is None else torch_device, "--repeats": repeats,
+        "--window-s": window_s, "--settle-s": settle_s, "--cool-s": cool_s,
+    }  # fmt: skip
+    plan = partial(make_plan, job, series, options=options, out=out, program=command or [], wrapper=wrapper)
     if not apply and not set_outside:
         _print_plan(plan(), json=json)
         return
     try:
-        with progress_bar() as bar:
-            task = bar.add_task("sweep", total=None)
-            result = run_sweep(
-                job,
-                workloads,
-                out,
-                series=series,
-                overwrite=force,
-                argv=command_line(),
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
+        result = _run(job, workloads, out, series=series, force=force)
     except LockNotPermittedError as error:
         _print_plan(plan(refused=True), json=json, refused=error.what)
         raise LockRefusedError(
             f"{error.what}; no point of the plan was set, the commands above get them set in another way"
         ) from error
-    for note in result.notes:
-        say(f"note: {note}")
-    table = sweep_table(result)
-    document = printed_document("clock_sweep", result.model_dump(mode="json"))
-    if not print_data(document, [table], json=json, csv=csv):
-        _print_result(result, table, wide=wide)
-    if set_outside:
-        say(
-            f"sweep written to {out}; when every clock has its own result: observatory clocks fit RESULTS "
-            "--out clocks.json"
+    _print_result(result, json=json, csv=csv, wide=wide)
+    files = "RESULTS" if set_outside else str(out)
+    when = "when every clock has its own result" if set_outside else "next"
+    say(f"sweep written to {out}; {when}: observatory clocks fit {files} --out clocks.json")
+
+
+def _check_settings(clocks: str | None, *, apply: bool, set_outside: bool) -> None:
+    """Refuse options that exclude or require each other."""
+    from observatory.errors import ClockError
+
+    if set_outside and apply:
+        raise ClockError("--apply sets clocks and --set-outside sets none; give one of them")
+    if set_outside and clocks is None:
+        raise ClockError(
+            "--set-outside requires what was set: --clocks MHZ, or --clocks none for the reference"
         )
-    else:
-        say(f"sweep written to {out}; next: observatory clocks fit {out} --out clocks.json")
+
+
+def _run(
+    job: SweepJob,
+    workloads: AbstractContextManager[list[Workload]],
+    out: Path,
+    *,
+    series: int,
+    force: bool,
+) -> ClockSweep:
+    """Run a sweep with its progress bar."""
+    from observatory.campaign.sweep.clock_sweep import run_sweep
+    from observatory.host.provenance import command_line
+
+    with progress_bar() as bar:
+        task = bar.add_task("sweep", total=None)
+        return run_sweep(
+            job,
+            workloads,
+            out,
+            series=series,
+            overwrite=force,
+            argv=command_line(),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
 
 
 def _print_plan(plan: SweepPlan, *, json: bool, refused: str | None = None) -> None:
-    from observatory.cli.output import print_json, print_lines, say
     from observatory.run.documents.printed import printed_document
 
     if json:
@@ -184,9 +259,16 @@ def _print_plan(plan: SweepPlan, *, json: bool, refused: str | None = None) -> N
         print_lines([f"# {way}:", *lines, ""])
 
 
-def _print_result(result: ClockSweep, table: Table, *, wide: bool) -> None:
-    from observatory.cli.output import print_table, say
+def _print_result(result: ClockSweep, *, json: bool, csv: bool, wide: bool) -> None:
+    from observatory.analysis.frequency.tables import sweep_table
+    from observatory.run.documents.printed import printed_document
 
+    for note in result.notes:
+        say(f"note: {note}")
+    table = sweep_table(result)
+    document = printed_document("clock_sweep", result.model_dump(mode="json"))
+    if print_data(document, [table], json=json, csv=csv):
+        return
     print_table(table, wide=wide)
     reasons = {
         f"{point.label}: {point.reason}"

@@ -28,7 +28,7 @@ _WATCHDOG = {True: "watches", False: "gone", None: "not known"}
 
 
 def unlock(
-    device: Annotated[str | None, typer.Option(help="Only this GPU, by its UUID.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="UUID", help="Only this GPU.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Also leases whose owner still runs.")] = False,
     json: JsonOption = False,
 ) -> None:

@@ -1,0 +1,70 @@
+"""Two examples for each command, shown at the end of its help page."""
+
+from __future__ import annotations
+
+EXAMPLES: dict[str, tuple[str, ...]] = {
+    "quickstart": ("observatory quickstart", "observatory quickstart --out demo"),
+    "profile": (
+        "observatory profile tiny-gqa --out runs/a",
+        "observatory profile ./my-checkpoint --data prompts.txt --ep 4 --steps 8 --out runs/ep4",
+    ),
+    "grid": (
+        "observatory grid grid.toml --out runs/grid",
+        "observatory grid grid.toml --out runs/grid --json",
+    ),
+    "routing": ("observatory routing runs/a", "observatory routing runs/a --csv > routing.csv"),
+    "scan": (
+        "observatory scan runs/a --ep 8,16 --gpus-per-node 4",
+        "observatory scan runs/a --placement linear --placement my-placement.json --network fit.json",
+    ),
+    "exchanges": ("observatory exchanges runs/ep4", "observatory exchanges runs/ep4 --csv --table ranks"),
+    "bench alltoall": (
+        "observatory bench alltoall --ranks 4 --out bench.json",
+        "mpiexec -n 8 observatory bench alltoall --backend mpi --algorithm all --out bench.json",
+    ),
+    "replay": (
+        "observatory replay runs/ep4 --out replay.json",
+        "observatory replay runs/a --ep 4 --phase prefill --steps 8 --out replay.json",
+    ),
+    "fit": (
+        "observatory fit bench.json --out fit.json",
+        "observatory fit bench-2.json bench-4.json --check replay.json --out fit.json",
+    ),
+    "export": (
+        "observatory export runs/a nccl-tests --ep 8 --out matrices",
+        "observatory export runs/ep4 chrome-trace --out trace.json.gz",
+    ),
+    "power": (
+        "observatory power --out runs/power -- python train.py",
+        "observatory power --device GPU-5ea1ed00 --seconds 60 --out runs/power",
+    ),
+    "energy": ("observatory energy runs/power", "observatory energy runs/power --reuse reuse.json --json"),
+    "reuse measure": (
+        "observatory reuse measure ./my-checkpoint --device GPU-5ea1ed00 --out reuse.json",
+        "observatory reuse measure tiny-gqa --device rapl:package-0 --torch-device cpu --out reuse.json",
+    ),
+    "reuse show": ("observatory reuse show reuse.json", "observatory reuse show reuse.json --csv"),
+    "clocks sweep": (
+        "observatory clocks sweep --device GPU-5ea1ed00 --model tiny-gqa --out s.json",
+        "observatory clocks sweep --device GPU-5ea1ed00 --out s.json -- ./decode",
+    ),
+    "clocks recover": (
+        "observatory clocks recover sweep.points.jsonl --out sweep.json",
+        "observatory clocks recover sweep.points.jsonl --out sweep.json --force",
+    ),
+    "clocks fit": (
+        "observatory clocks fit sweep.json --out clocks.json",
+        "observatory clocks fit at-1980.json at-1200.json --out clocks.json",
+    ),
+    "clocks recommend": (
+        "observatory clocks recommend clocks.json --max-slowdown 0.05",
+        "observatory clocks recommend --telemetry runs/power",
+    ),
+    "clocks status": ("observatory clocks status", "observatory clocks status --json"),
+    "clocks unlock": ("observatory clocks unlock", "observatory clocks unlock --force"),
+    "report": (
+        "observatory report runs/a --out report.html",
+        "observatory report runs/a runs/ep4 --ep 8,16 --bench bench.json --out report.html --force",
+    ),
+    "doctor": ("observatory doctor", "observatory doctor --model ./my-checkpoint --verify"),
+}
