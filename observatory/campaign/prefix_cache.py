@@ -29,18 +29,18 @@ from typing import TYPE_CHECKING, Any
 from observatory.analysis.energy.missed import energy_of_repeats
 from observatory.analysis.energy.traces import trace_of_frame
 from observatory.analysis.energy.windows import energy_of_window
+from observatory.campaign.sampled_run import sampled_run
 from observatory.campaign.workloads import ModelWorkload, Window, Workload, WorkloadFacts, cut_back
 from observatory.devices.find import open_device
 from observatory.devices.sensors import SensorModel, calibration_entry, sensor_of
 from observatory.errors import DeviceError, EnergyError, ModelError, ObservatoryError
-from observatory.host.provenance import collect_provenance, new_manifest
-from observatory.probes.power.sampler import PowerSampler
+from observatory.host.provenance import collect_provenance
 from observatory.probes.power.watched import gpu_uuid
-from observatory.run import RunWriter, open_run
+from observatory.run import open_run
 from observatory.run.documents.prefix_cache import ReuseCell, ReuseMeasurement, ReuseMeasurements
 from observatory.run.documents.writing import write_text
 from observatory.run.files import one_line
-from observatory.run.manifest import DeviceSpec, ModelSpec, RankPower
+from observatory.run.manifest import DeviceSpec, RankPower
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -236,7 +236,7 @@ def run_reuse(
         out: result file.
         overwrite: replace both.
         argv: command line, for the document.
-        progress: told about every finished window: how many, of how many.
+        progress: called after every finished window: how many, of how many.
 
     Raises:
         DeviceError: the device cannot be read.
@@ -250,14 +250,11 @@ def run_reuse(
     random.Random(job.seed).shuffle(order)
     measured: list[tuple[float, Window]] = []
     problem: BaseException | None = None
-    manifest = new_manifest(model=ModelSpec(name=f"prefill reuse into {out.name}"))
-    with RunWriter.create(telemetry, manifest, overwrite=overwrite) as writer:
-        sampler = PowerSampler(
-            telemetry, rank=0, ranks=1, selectors=[job.device], period_s=job.period_s, flush_s=5.0
-        )
-        sampler.start()
+    with sampled_run(
+        telemetry, f"prefill reuse into {out.name}", [job.device], period_s=job.period_s, flush_s=5.0,
+        overwrite=overwrite,
+    ) as run:  # fmt: skip
         try:
-            writer.set_power(sampler.begun())
             for fraction in order:
                 measured.append(
                     (fraction, workloads[fraction].measure(settle_s=job.settle_s, window_s=job.window_s))
@@ -269,13 +266,10 @@ def run_reuse(
         finally:
             # The last window ends between two samples.
             time.sleep(3 * job.period_s)
-            power = sampler.stop()
-            writer.set_power(power)
-            writer.update_manifest(devices=power.sampled)
     if not measured:
         raise problem or EnergyError("nothing was measured", remedy="see the messages above")
     try:
-        result = _document(job, uuid, measured, power, open_run(telemetry).power(), argv, problem)
+        result = _document(job, uuid, measured, run.power, open_run(telemetry).power(), argv, problem)
     except EnergyError as error:
         raise problem or error from None
     write_text(out, result.model_dump_json(indent=1))

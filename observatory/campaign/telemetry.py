@@ -1,4 +1,4 @@
-"""``observatory power``: telemetry of devices into a run directory, with or without a program beside it."""
+"""``observatory power``: telemetry of devices into a run directory, with or without a program meanwhile."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from observatory.campaign.sampled_run import sampled_run
+from observatory.devices.find import local_devices, readable_devices
 from observatory.errors import DeviceError
-from observatory.host.provenance import new_manifest
-from observatory.run import RunWriter
-from observatory.run.manifest import ModelSpec, RankPower
+from observatory.probes.power.sampler import PowerSampler
+from observatory.run.manifest import RankPower
 from observatory.run.masking import masked_arguments
-
-if TYPE_CHECKING:
-    from observatory.probes.power.sampler import PowerSampler
 
 _POLL_S = 0.05
 
@@ -59,7 +56,7 @@ def run_telemetry(
         job: what to sample.
         out: run directory to make.
         overwrite: replace an existing run.
-        started: told when sampling has begun.
+        started: called when sampling has begun.
 
     Returns:
         What was sampled, and the exit code of the command (0 without one).
@@ -68,48 +65,30 @@ def run_telemetry(
         DeviceError: no device can be read, or the command cannot be started.
         RunError: the run directory cannot be made.
     """
-    from observatory.probes.power.sampler import PowerSampler
-
-    selectors = job.selectors or _default_selectors()
     what = " ".join(masked_arguments(job.command)) if job.command else "nothing watched"
-    manifest = new_manifest(model=ModelSpec(name=f"telemetry: {what}"[:200]), notes=("power telemetry only",))
-    with RunWriter.create(out, manifest, overwrite=overwrite) as writer:
-        sampler = PowerSampler(
-            out, rank=0, ranks=1, selectors=selectors, period_s=job.period_s, calibrate_s=job.calibrate_s
-        )
-        sampler.start()
-        code = 0
+    code = 0
+    with sampled_run(
+        out,
+        f"telemetry: {what}",
+        job.selectors or _default_selectors(),
+        period_s=job.period_s,
+        calibrate_s=job.calibrate_s,
+        notes=("power telemetry only",),
+        overwrite=overwrite,
+    ) as run:
         try:
-            writer.set_power(sampler.begun())
             if started is not None:
                 started()
-            code = _wait(job, sampler)
+            code = _wait(job, run.sampler)
         except KeyboardInterrupt:
             if job.command or job.seconds is not None:
                 raise
-        finally:
-            power = sampler.stop()
-            writer.set_power(power)
-            writer.update_manifest(devices=power.sampled)
-    return power, code
+    return run.power, code
 
 
 def _default_selectors() -> tuple[str, ...]:
-    from observatory.devices.find import find_devices, local_devices
-
     local = local_devices()
-    if local.selectors:
-        return local.selectors
-    found: list[str] = []
-    for device in find_devices():
-        found.append(device.uuid)
-        device.close()
-    if not found:
-        raise DeviceError(
-            f"no device tells its power here ({local.reason})",
-            remedy="`observatory doctor` says why, and --device names one",
-        )
-    return tuple(found)
+    return local.selectors or readable_devices(no_gpu=local.reason)
 
 
 def _wait(job: TelemetryJob, sampler: PowerSampler) -> int:

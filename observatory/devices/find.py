@@ -90,20 +90,41 @@ def open_device(selector: str) -> PowerDevice:
     )
 
 
-def find_devices() -> list[PowerDevice]:
-    """Every device of this machine that can be opened and tells something; the caller closes them.
+def open_devices() -> list[PowerDevice]:
+    """Every device of this machine that can be opened and reports something; the caller closes them.
 
     GPUs come first, then processors; the order does not depend on that of the drivers.
     """
-    found: list[PowerDevice] = []
+    devices: list[PowerDevice] = []
     for selector in all_selectors():
         with contextlib.suppress(DeviceError):
             device = open_device(selector)
             if len(device.unavailable) < len(FIELDS):
-                found.append(device)
+                devices.append(device)
             else:
                 device.close()
-    return found
+    return devices
+
+
+def readable_devices(*, no_gpu: str | None) -> tuple[str, ...]:
+    """Names of all devices that report something: what is sampled where a process has no GPU of its own.
+
+    Args:
+        no_gpu: why it has none.
+
+    Raises:
+        DeviceError: there are no such devices.
+    """
+    names: list[str] = []
+    for device in open_devices():
+        names.append(device.uuid)
+        device.close()
+    if not names:
+        raise DeviceError(
+            f"no device reports its power here ({no_gpu})",
+            remedy="see the reasons in `observatory doctor`, or name a device",
+        )
+    return tuple(names)
 
 
 def all_selectors() -> list[str]:

@@ -98,7 +98,7 @@ def collect_provenance() -> dict[str, Any]:
         "hosts": (find_host(),),
         "scheduler": find_scheduler(os.environ),
         "software": find_software(),
-        "devices": find_devices(),
+        "devices": driver_devices(),
     }
 
 
@@ -179,7 +179,7 @@ def find_software() -> dict[str, str]:
     return versions
 
 
-def find_devices() -> tuple[DeviceSpec, ...]:
+def driver_devices() -> tuple[DeviceSpec, ...]:
     """NVIDIA devices as their driver names them; empty without a driver.
 
     Every reading is None where the driver refuses it.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from observatory.devices import find
-from observatory.devices.find import all_selectors, find_devices, local_devices, open_device
+from observatory.devices.find import all_selectors, local_devices, open_device, open_devices
 from observatory.devices.visible import PciGpu, parse_bus_id, visible_gpus
 from observatory.errors import DeviceError
 from tests.devices import amd_stand_in
@@ -172,7 +172,7 @@ def test_processors_and_amd_gpus_are_found_and_their_own_names_open_them(
     monkeypatch.setitem(sys.modules, "amdsmi", amd_stand_in.stand_in())
     amd = f"amd:{amd_stand_in.UUID}"
     assert all_selectors() == [amd, "rapl:package-0", "rapl:package-1"]
-    found = find_devices()
+    found = open_devices()
     assert [device.uuid for device in found] == [amd, f"rapl:package-0@{socket.gethostname()}"]
     for device in found:
         with open_device(device.uuid) as again:
@@ -204,7 +204,7 @@ def order_scene(driver: FakeDriver) -> dict[str, Any]:
         driver.devices(4)
         for index, number in enumerate(order):
             driver.name(uuids[number], f"00000000:{0x81 - number:02X}:00.0", f"GPU {number}", index)
-        devices = find_devices()
+        devices = open_devices()
         told["listed"].append([device.uuid for device in devices])
         for device in devices:
             device.close()

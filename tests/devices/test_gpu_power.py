@@ -19,7 +19,7 @@ import observatory
 from benchmarks.interleaved import interleaved
 from observatory.analysis.energy import energy_of_window, energy_summary, sensor_of
 from observatory.analysis.energy.traces import traces_of
-from observatory.devices.find import find_devices, open_device
+from observatory.devices.find import open_device, open_devices
 from observatory.devices.nvml import NvmlDevice
 from observatory.locks.control import ClockControl
 from observatory.probes.power.sampler import PowerSampler
@@ -80,7 +80,7 @@ def sampled(run: Path, work: Callable[[], Any]) -> RankPower:
 
 
 def test_the_gpu_of_torch_is_found_by_its_uuid_and_tells_power_or_why_not(record_property: Record) -> None:
-    found = find_devices()
+    found = open_devices()
     for device in found:
         device.close()
     assert _uuid() in [device.uuid for device in found]

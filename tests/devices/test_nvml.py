@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from observatory.devices.base import PowerDevice
-from observatory.devices.find import find_devices, open_device
+from observatory.devices.find import open_device, open_devices
 from observatory.devices.nvml import NvmlDevice
 from observatory.devices.nvml_calls import FieldBatch, PreparedCall
 from observatory.errors import DeviceError, DeviceLostError
@@ -298,7 +298,7 @@ def lost_scene(driver: FakeDriver) -> dict[str, Any]:
     driver.set(0, lost=1)
     with pytest.raises(DeviceLostError):
         NvmlDevice(FIRST)
-    told["found"] = [device.uuid for device in find_devices()]
+    told["found"] = [device.uuid for device in open_devices()]
     return told
 
 

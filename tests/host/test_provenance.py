@@ -126,7 +126,7 @@ def test_devices_are_named_and_refused_readings_are_none(monkeypatch: pytest.Mon
         nvmlDeviceGetEnforcedPowerLimit=700_000,
     )
     monkeypatch.setitem(sys.modules, "pynvml", driver)
-    (device,) = provenance.find_devices()
+    (device,) = provenance.driver_devices()
     assert (device.name, device.uuid, device.enforced_limit_mw) == ("NVIDIA H100", "GPU-1", 700_000)
     assert device.driver is None
     assert device.max_sm_clock_mhz is None
@@ -139,11 +139,11 @@ def test_a_lost_device_keeps_its_place_and_a_broken_driver_is_no_error(
     monkeypatch.setitem(
         sys.modules, "pynvml", fake_driver(nvmlDeviceGetCount=2, nvmlSystemGetDriverVersion="580")
     )
-    assert [(device.name, device.driver) for device in provenance.find_devices()] == [(None, "580")] * 2
+    assert [(device.name, device.driver) for device in provenance.driver_devices()] == [(None, "580")] * 2
     monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(nvmlInit=refuse))
-    assert provenance.find_devices() == ()
+    assert provenance.driver_devices() == ()
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert provenance.find_devices() == ()
+    assert provenance.driver_devices() == ()
 
 
 def test_torch_is_not_imported_for_its_version() -> None:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from observatory.campaign.sampled_run import SampledRun, sampled_run
 from observatory.campaign.sweep.document import sweep_document, write_sweep
 from observatory.campaign.sweep.journal import (
     JournalHead,
@@ -42,11 +43,7 @@ from observatory.devices.base import PowerDevice
 from observatory.devices.calibration import calibrate
 from observatory.devices.find import open_device
 from observatory.errors import ClockError, ObservatoryError
-from observatory.host.provenance import new_manifest
-from observatory.probes.power.sampler import PowerSampler
-from observatory.run import RunWriter
 from observatory.run.documents.clock_sweep import ClockSweep
-from observatory.run.manifest import ModelSpec, RankPower
 
 #: Samples are on disk after so long: a kill loses no more of them.
 _FLUSH_S = 2.0
@@ -72,7 +69,7 @@ def run_sweep(
         series: how many workloads there will be.
         overwrite: replace both.
         argv: command line, for the document.
-        progress: told about every finished point: how many, of how many.
+        progress: called after every finished point: how many, of how many.
 
     Raises:
         LockRefusedError: the driver, the site or our own rules do not allow it.
@@ -105,7 +102,7 @@ def _run(
             f"{telemetry} is there already", remedy="give another --out, or --force to replace it"
         )
     measured: list[JournalPoint] = []
-    power: RankPower | None = None
+    run: SampledRun | None = None
     head: JournalHead | None = None
     begun = False
     problem: BaseException | None = None
@@ -127,32 +124,30 @@ def _run(
                 seed=job.seed,
                 argv=tuple(argv),
             )
-            # Only now, when nothing speaks against it, may an older result be replaced.
-            manifest = new_manifest(model=ModelSpec(name=f"clock sweep into {out.name}"))
-            with RunWriter.create(telemetry, manifest, overwrite=overwrite) as writer:
+
+            def begin(head: JournalHead = head) -> None:
+                nonlocal begun
                 begun = True
                 append_line(journal, head, fresh=True)
-                sampler = PowerSampler(
-                    telemetry, rank=0, ranks=1, selectors=[job.device_uuid], period_s=job.period_s,
-                    flush_s=_FLUSH_S,
-                )  # fmt: skip
-                sampler.start()
-                try:
-                    _measure_all(held, started, device, journal, measured, progress)
-                finally:
-                    power = sampler.stop()
-                    writer.set_power(power)
-                    writer.update_manifest(devices=power.sampled)
+
+            # Only now, when nothing speaks against it, may an older result be replaced.
+            run = stack.enter_context(
+                sampled_run(
+                    telemetry, f"clock sweep into {out.name}", [job.device_uuid], period_s=job.period_s,
+                    flush_s=_FLUSH_S, overwrite=overwrite, created=begin,
+                )
+            )  # fmt: skip
+            _measure_all(held, started, device, journal, measured, progress)
     except (ObservatoryError, KeyboardInterrupt) as error:
         problem = error
-    if head is None or power is None or not measured:
+    if head is None or run is None or not measured:
         if begun:
             # Telemetry of no window is worth nothing, and would be in the way of the next try.
             journal.unlink(missing_ok=True)
             shutil.rmtree(telemetry, ignore_errors=True)
         raise problem or ClockError("nothing was measured", remedy="see the messages above")
     ended = None if problem is None else f"{type(problem).__name__}: {problem}".rstrip(": ")
-    sweep = sweep_document(head, measured, power, telemetry, ended=ended)
+    sweep = sweep_document(head, measured, run.power, telemetry, ended=ended)
     write_sweep(sweep, out)
     journal.unlink(missing_ok=True)
     if problem is not None:
@@ -187,9 +182,9 @@ def _measure_all(
 
 
 def _cool_down(device: PowerDevice, cool_c: int | None, job: SweepJob) -> str | None:
-    """Rest until the chip is cool; a note when it is not, or nobody knows."""
+    """Rest until the chip is cool; a note when it is not, or its temperature is unknown."""
     if cool_c is None:
-        return "the chip's temperature is not told: points may begin warm"
+        return "the chip does not report its temperature: points may begin warm"
     deadline = time.monotonic() + job.cool_s
     while True:
         now_c = device.read().temperature_c

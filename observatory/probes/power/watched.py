@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import JsonValue
 
-from observatory.devices.find import find_devices, local_devices, open_device
+from observatory.devices.find import local_devices, open_device, readable_devices
 from observatory.errors import CaptureError, DeviceError, ModelError
 from observatory.host.ranks import RankOf
 from observatory.probes.options import PowerOptions
@@ -179,13 +179,7 @@ def _selectors(wanted: bool | Sequence[str] | None, where: RankOf) -> tuple[tupl
         raise DeviceError(str(local.reason))
     if not first:
         return (), None
-    processors = []
-    for device in find_devices():
-        processors.append(device.uuid)
-        device.close()
-    if not processors:
-        raise DeviceError(f"no device tells its power here ({local.reason}); `observatory doctor` says why")
-    return tuple(processors), None
+    return readable_devices(no_gpu=local.reason), None
 
 
 def _claimed(run: Path, selectors: tuple[str, ...]) -> tuple[tuple[socket.socket, ...], tuple[str, ...]]:
