@@ -19,6 +19,8 @@ from tests.devices.driver import FakeDriver
 from tests.devices.driver import why_not as why_no_driver
 from tests.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 UUID = "GPU-fa4e0000-0000-4000-8000-000000000000"
 #: Rooms of ours at the top of the repository, names that they once had, and two modules of Python that
 #: torch does not import.
@@ -105,7 +107,6 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert [name for name in names if Path(name).stem in training] == []
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(why_no_driver() is not None, reason=why_no_driver() or "")
 @pytest.mark.parametrize("entry", ["console script", "-m"])
 def test_modules_of_the_user_get_in_the_way_of_nothing(

@@ -25,6 +25,7 @@ def works(prefix: list[str]) -> bool:
 
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(why_not() is not None, reason=why_not() or ""),
     pytest.mark.skipif(not works(CONTAINER), reason="namespaces cannot be made here"),
 ]

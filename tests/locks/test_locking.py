@@ -19,7 +19,10 @@ import pytest
 
 from tests.devices.driver import FakeDriver, why_not
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=why_not() or ""),
+]
 
 UUID = "GPU-fa4e0000-0000-4000-8000-000000000000"
 #: Lines at which an owner is killed in the suite; benchmarks/kill_points.py takes all of them.

@@ -17,7 +17,10 @@ from tests.locks.owners import CLEAN, Owner, eventually, owners
 from tests.locks.test_locking import UUID, Host
 from tests.paths import ROOT
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=why_not() or ""),
+]
 
 SECOND = {"lock": 1200.0, "limit": 500.0}
 CALLS = ("held.unlock()", "held.restore_limit()", "held.lock(900)", "held.limit(450_000)")

@@ -20,6 +20,8 @@ from observatory.run.manifest import Verified
 from tests.probes.spawned import run_ranks
 from tests.probes.tiny import HIDDEN, MoeLayer, RoutedModel, routed_adapter
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 5
 
 

@@ -19,6 +19,8 @@ from observatory.run import RunWriter
 from observatory.run.manifest import Manifest, ModelSpec, Topology
 from tests.probes.tiny import ToldModel, ids, told_adapter
 
+pytestmark = pytest.mark.slow
+
 _RANK = """
     import os, sys
     import torch

@@ -13,6 +13,8 @@ import pytest
 from observatory.run import open_run
 from tests.run.conftest import expected_load
 
+pytestmark = pytest.mark.slow
+
 _WRITER = """
 import sys
 from observatory.run import RunWriter

@@ -17,6 +17,8 @@ from observatory.run.manifest import ModelSpec, MoeLayerSpec
 from tests.run.conftest import manifest_of
 from tests.run.test_hostile_documents import bench_document
 
+pytestmark = pytest.mark.slow
+
 #: A command on a disk that takes only so many bytes into one file.
 _SMALL_DISK = """
 import resource, sys

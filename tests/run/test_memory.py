@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from observatory.run import RunWriter, routing_rows
 from tests.run.conftest import manifest_of
+
+pytestmark = pytest.mark.slow
 
 _READER = """
 import sys

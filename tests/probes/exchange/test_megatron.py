@@ -60,7 +60,7 @@ def spawned(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     places = {}
     for world, module in ((2, "megatron_cases"), (4, "megatron_four")):
         out = places[world] = tmp_path_factory.mktemp(module)
-        codes = run_ranks(f"tests.probes.{module}", out, world=world, timeout_s=300)
+        codes = run_ranks(f"tests.probes.routing.{module}", out, world=world, timeout_s=300)
         logs = [(out / f"rank-{rank}.log").read_text(encoding="utf-8")[-1500:] for rank in range(world)]
         assert codes == [0] * world, "\n".join(logs)
     return places

@@ -19,6 +19,8 @@ from observatory.run import open_run
 from tests.devices.driver import FakeDriver
 from tests.devices.scenes import needs_driver, play
 
+pytestmark = pytest.mark.slow
+
 UUIDS = [f"GPU-fa4e0000-0000-4000-8000-00000000000{number}" for number in range(2)]
 
 

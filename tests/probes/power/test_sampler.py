@@ -19,7 +19,10 @@ from observatory.run import open_run
 from tests.conftest import MakeRun
 from tests.devices.driver import FakeDriver, why_not
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=why_not() or ""),
+]
 
 UUID = "GPU-fa4e0000-0000-4000-8000-000000000000"
 SECOND = "GPU-fa4e0000-0000-4000-8000-000000000001"

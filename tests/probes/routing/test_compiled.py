@@ -19,7 +19,10 @@ from tests.probes.tiny import HIDDEN, RoutedModel, assert_untouched, loads, rout
 EXPERTS, TOP_K, TOKENS = 4, 2, 6
 EVERY = TOKENS * TOP_K
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch's compiler
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # raised inside torch's compiler,
+]
 
 
 @pytest.fixture(autouse=True)

@@ -30,7 +30,10 @@ from tests.probes.routing.phase_cases import (
 )
 from tests.probes.tiny import HIDDEN, MoeLayer, RoutedModel, assert_untouched, routed_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch's compiler
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # raised inside torch's compiler,
+]
 
 
 @pytest.fixture(autouse=True)

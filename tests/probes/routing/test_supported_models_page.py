@@ -14,6 +14,8 @@ from tests.probes.routing.counting import read_loads
 from tests.probes.routing.families import one_thread
 from tests.probes.routing.supported import framework_table, table
 
+pytestmark = pytest.mark.slow
+
 PAGE = ROOT / "docs" / "supported-models.md"
 
 

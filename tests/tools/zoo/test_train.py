@@ -20,6 +20,8 @@ from tools.zoo.balancing import RoutingRecord, expert_loads, switch_loss, update
 from tools.zoo.evaluation import unigram_cross_entropies
 from tools.zoo.recipes import RECIPES, Recipe, recipe_named
 
+pytestmark = pytest.mark.slow
+
 
 def small(name: str) -> Recipe:
     architecture = {**RECIPES[name].architecture, "hidden_size": 32}
