@@ -123,7 +123,8 @@ def render(
     """The page as text."""
     from plotly.offline import get_plotlyjs
 
-    sections = build_sections(frames, gpus_per_node=gpus_per_node)
+    built = build_sections(frames, gpus_per_node=gpus_per_node)
+    sections = [section for section in built if section.blocks]
     environment = _environment()
     tables_js, page_js = (_asset(environment, name) for name in ("tables.js", "page.js"))
     plotly_js = get_plotlyjs()
@@ -143,6 +144,7 @@ def render(
         problems=problems(frames),
         findings=findings(frames),
         sections=sections,
+        absent=_absent(built),
         has_figures=any(isinstance(block, FigureBlock) for part in sections for block in part.blocks),
         formulas=FORMULAS,
         records=provenance(frames),
@@ -189,6 +191,16 @@ def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]
         layer_section(frames),
         run_table(frames),
     ]
+
+
+def _absent(sections: Iterable[Section]) -> list[tuple[str, str]]:
+    """(what, why) of everything that has nothing to show, what has one reason together."""
+    by_reason: dict[str, list[str]] = {}
+    for section in sections:
+        own = () if section.blocks else ((section.title, section.reason),)
+        for what, why in (*own, *section.absent):
+            by_reason.setdefault(why, []).append(what)
+    return [("; ".join(names), why) for why, names in by_reason.items()]
 
 
 def _kind(frames: ReportFrames) -> str:

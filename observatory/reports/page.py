@@ -103,7 +103,9 @@ class Section:
         short: name in the list of sections, the title when empty.
         lead: paragraphs before the blocks.
         blocks: figures and tables in reading order.
-        reason: why there are no blocks; shown in their place.
+        reason: why there are no blocks. The page names such a section, with the reason, in one list at its
+            end.
+        absent: (what, why) of parts of the section that are left out, for the same list.
     """
 
     id: str
@@ -112,6 +114,7 @@ class Section:
     lead: tuple[str, ...] = ()
     blocks: tuple[Block, ...] = ()
     reason: str = ""
+    absent: tuple[tuple[str, str], ...] = ()
 
 
 def table(

@@ -51,7 +51,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
     other = Manifest.model_validate(
         nasty.model_dump() | {"model": nasty.model.model_dump() | {"name": "W" * 4000}}
     )
-    nasty_runs = [write_run(folder / "nasty", nasty, steps=6), write_run(folder / "long", other, steps=6)]
+    assert nasty.data is not None
+    mock = nasty.model_copy(update={"data": nasty.data.model_copy(update={"condition": "mock"})})
+    described = {"nasty": nasty, "long": other, "mock": mock}
+    nasty_runs = [write_run(folder / name, each, steps=6) for name, each in described.items()]
     return {
         "plain": write_report(runs, folder / "plain.html"),
         "hostile": write_report(nasty_runs, folder / "hostile.html", title=HOSTILE),

@@ -16,6 +16,7 @@ from observatory.reports.frames.collect import collect
 from observatory.reports.frames.report import ReportFrames
 from observatory.reports.html import MOST_BYTES
 from observatory.reports.sections import heatmap_section, problems, scan_section
+from observatory.reports.sections.common import NO_LOADS
 from observatory.run import RunWriter, open_run
 from observatory.run.manifest import Manifest, Verified
 from tests.reports.sample_runs import MODELS, manifest, steady_run, write_grid, write_run
@@ -74,14 +75,16 @@ def test_thirty_runs_fit_and_every_section_is_there(tmp_path: Path) -> None:
         "committee",
         "ep",
         "steps",
-        "power",
         "layers",
         "provenance",
         "methods",
     ):
         assert f'<section id="{section}"' in text
-    (reason,) = re.findall(r'<p class="reason">([^<]*)', text)
-    assert reason.startswith("No run here shows power: it holds no power samples: none were asked for")
+    ((what, why),) = re.findall(
+        r"<dt>([^<]*)</dt><dd>([^<]*)", text.split('id="absent"')[1].split("</section>")[0]
+    )
+    assert what == "Power and clocks over time"
+    assert why.startswith("No run here shows power: it holds no power samples: none were asked for")
     assert text.count("* plotly.js v") == 1
 
 
@@ -158,7 +161,9 @@ def test_an_empty_run_says_why_there_is_nothing(tmp_path: Path) -> None:
         pass
     text = write_report([tmp_path / "run"], tmp_path / "report.html").read_text(encoding="utf-8")
     assert "no routing rows: the run is left out of every figure" in text
-    assert text.count('class="reason"') >= 7
+    absent = text.split('id="absent"')[1].split("</section>")[0]
+    assert "Imbalance by model and data; Mock tokens against real text; " in absent
+    assert absent.count(NO_LOADS) == 1
     assert "plotly.js v" not in text
 
 

@@ -53,8 +53,8 @@ def _lead(found: BenchmarkFrames) -> tuple[str, ...]:
     lead: tuple[str, ...] = ()
     if found.files.bench:
         lead += (
-            "Synthetic exchanges of known size and splits, every byte checked. How they are timed: "
-            "docs/network-model.md.",
+            "Synthetic exchanges of known size and splits, every byte checked. Ranks start together; the "
+            "time of an exchange runs from the last start to the last end.",
         )
     if not found.files.networks:
         return (*lead, "No network model was given: observatory fit makes one from these files (--network).")
@@ -231,7 +231,11 @@ def _form_table(name: str, fit: AlgorithmFit) -> Table:
         ],
         [
             [
-                plain(score.form),
+                Cell(
+                    text=plain(score.form),
+                    detail=FORMS[score.form].meaning if score.form in FORMS else "",
+                    heading=True,
+                ),
                 percent(score.weighted_error),
                 percent(score.median_error),
                 percent(score.p90_error),
@@ -240,9 +244,8 @@ def _form_table(name: str, fit: AlgorithmFit) -> Table:
             ]
             for score in sorted(fit.scores, key=lambda score: score.weighted_error)
         ],
-        note=f"{_basis(fit)} Errors are on matrices left out of the fit. Of the forms within a tenth of the "
-        "smallest weighted error, the one with fewest coefficients is chosen. What each form says: "
-        "docs/network-model.md.",
+        note=f"{_basis(fit)} Errors are on matrices left out of the fit. Of the forms within one standard "
+        "error of the smallest weighted error, the one with fewest coefficients is chosen.",
     )
 
 

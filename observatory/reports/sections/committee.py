@@ -31,7 +31,7 @@ def committee_section(frames: ReportFrames) -> Section:
     overlaps = committee_overlaps(frames)
     lead = [
         "The committee of a layer is the smallest set of experts that holds half of its assignments "
-        "(“Standing committee” in docs/metrics.md). With equal loads it is half of all experts; the "
+        "(“Standing committee” under Methods). With equal loads it is half of all experts; the "
         f"smaller, the more concentrated. Layers here have {spread(sizes['experts'])} experts. Values are "
         "means over the model's MoE layers."
     ]
@@ -138,6 +138,6 @@ def _locality(frames: ReportFrames) -> Table:
         ],
         text=2,
         note="From the sampled tokens alone: share of a segment's assignments that its own busiest experts "
-        "serve (hit_share, hit_share_shuffled and locality_gain in docs/metrics.md), mean over layers. Only "
+        "serve (“Local routing consistency” under Methods), mean over layers. Only "
         "the gain is due to the order of the tokens.",
     )

@@ -16,9 +16,10 @@ from observatory.reports.sections.realism import realism_section
 from observatory.reports.sections.traffic import traffic_section
 from observatory.reports.sections.waiting import waiting_section
 
-_MORE = (
-    "To see these exchanges beside mock traffic and beside what a fitted network model predicts: observatory "
-    "bench, replay and fit, then their files with --bench, --replay and --network (docs/network-model.md)."
+_NO_FILES = (
+    "Mock traffic and predicted times",
+    "No benchmark files were given: make them with observatory bench, replay and fit, then pass them with "
+    "--bench, --replay and --network.",
 )
 
 
@@ -53,7 +54,7 @@ def _of_runs(frames: ReportFrames) -> list[Section]:
     gaps = [f"The exchanges of run {run + 1} are left out: {text}." for run, text in found.gaps]
     shown = [section for section in sections if section.blocks]
     if shown and frames.benchmarks is None:
-        shown[-1] = replace(shown[-1], lead=(*shown[-1].lead, _MORE))
+        shown[-1] = replace(shown[-1], absent=(*shown[-1].absent, _NO_FILES))
     if gaps:
         shown.append(
             Section(id="exchange-gaps", title="Exchanges that could not be read", reason=" ".join(gaps))

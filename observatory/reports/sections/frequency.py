@@ -18,8 +18,8 @@ from observatory.reports.text import MISSING, number, percent, plain, shorten
 _TITLE = "Which clock"
 _MOST_ROWS = 60
 _NO_SWEEP = (
-    "Which clock saves energy cannot be told from one clock: it takes the time and energy of an iteration at "
-    "several. Measure with observatory clocks sweep, then give its file with --clocks (docs/clocks.md)."
+    "Which frequency saves energy is not known from one frequency: it takes the time and energy of an "
+    "iteration at several. Measure with observatory clocks sweep, then pass its file with --clocks."
 )
 
 

@@ -11,6 +11,7 @@ from observatory.reports.frames.report import ReportFrames, condition_order, eac
 from observatory.reports.page import Cell, Column, Section, Table, table
 from observatory.reports.sections.common import NO_LOADS, window_text
 from observatory.reports.text import MISSING, interval, number, plain, shorten
+from observatory.text import listing
 
 
 def grid_section(frames: ReportFrames) -> Section:
@@ -20,6 +21,8 @@ def grid_section(frames: ReportFrames) -> Section:
     if cells.empty:
         return Section(id="grid", title=title, short="Model × data grid", reason=NO_LOADS)
     top = float(cells["gini"].max())
+    # Bands are shown where at least one model has one.
+    bands = frames.bands if frames.bands["band"].notna().any() else frames.bands.iloc[:0]
     return Section(
         id="grid",
         title=title,
@@ -28,13 +31,14 @@ def grid_section(frames: ReportFrames) -> Section:
             "Gini of assignments over experts: 0 when every expert gets the same, (E − 1)/E when one takes "
             "all. Each value is the unweighted mean over the model's MoE layers of the Gini of the whole "
             "window, source ranks summed. Below it: the sampling floor, which perfectly uniform routing of "
-            "the same number of tokens would show, and the excess over that floor. Formulas: gini, "
-            "gini_floor in docs/metrics.md.",
+            "the same number of tokens would show, and the excess over that floor. Formulas: gini and "
+            "gini_floor under Methods.",
         ),
         blocks=(
-            *(_table(cells[cells["phase"] == phase], frames.bands, phase, top) for phase in phases_of(cells)),
-            _band_table(frames.bands),
+            *(_table(cells[cells["phase"] == phase], bands, phase, top) for phase in phases_of(cells)),
+            *((_band_table(bands),) if len(bands) else ()),
         ),
+        absent=() if len(bands) else (("Bands of the models", listing(sorted(set(frames.bands["reason"])))),),
     )
 
 
@@ -65,7 +69,7 @@ def _band(row: Any) -> Cell:
 
 def _table(cells: pd.DataFrame, bands: pd.DataFrame, phase: str, top: float) -> Table:
     conditions = condition_order(cells)
-    band_of = dict(zip(*bands.loc[bands["phase"] == phase, ["label", "band"]].to_numpy().T, strict=True))
+    band_of = bands[bands["phase"] == phase].set_index("label")["band"].to_dict()
     rows = []
     for label, own in cells.groupby("label", sort=False):
         by_condition = {row.condition: row for row in each_row(own)}
@@ -78,7 +82,7 @@ def _table(cells: pd.DataFrame, bands: pd.DataFrame, phase: str, top: float) -> 
                     heading=True,
                 ),
                 *(_cell(by_condition.get(condition), top) for condition in conditions),
-                Cell(text=band_of.get(label) or "no band"),
+                *((Cell(text=band_of.get(label) or "no band"),) if band_of else ()),
             )
         )
     return Table(
@@ -86,7 +90,7 @@ def _table(cells: pd.DataFrame, bands: pd.DataFrame, phase: str, top: float) -> 
         columns=(
             Column(title="Model", numeric=False),
             *(Column(title=shorten(condition, 24)) for condition in conditions),
-            Column(title="Band", numeric=False),
+            *((Column(title="Band", numeric=False),) if band_of else ()),
         ),
         rows=tuple(rows),
         note=window_text(cells) + " Intervals: 95 % bootstrap over steps.",

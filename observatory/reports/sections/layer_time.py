@@ -30,10 +30,9 @@ def anatomy_section(cells: list[Cell]) -> Section:
         lead=(
             "Each rank times the phases of a layer on its own clock. Hatched phases are those in which ranks "
             "meet: their time includes waiting.",
-            "Two marks say what could be won. The diamond: where the layer would end if nobody waited, as a "
-            "mean over ranks. The dash: the time of the slowest rank in each phase, waiting taken off, added "
-            "up; far above the diamond, slow ranks decide how long the layer takes (critical_path in "
-            "docs/waiting.md).",
+            "Two marks show what could be gained. The diamond: where the layer would end if no rank waited, "
+            "as a mean over ranks. The dash: the sum over phases of the slowest rank's time without waiting; "
+            "far above the diamond, slow ranks determine how long the layer takes.",
         ),
         blocks=(
             FigureBlock(

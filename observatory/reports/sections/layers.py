@@ -33,7 +33,7 @@ def layer_section(frames: ReportFrames) -> Section:
         lead=(
             f"{len(rows)} of {len(frames.layers)} layers (each phase and run counted), largest excess of "
             "Gini over the sampling floor first. All numbers are of experts over the whole window; "
-            "definitions in docs/metrics.md. The full table: observatory routing RUN --json.",
+            "definitions are under Methods. The full table: observatory routing RUN --json.",
         ),
         blocks=(
             table(

@@ -62,7 +62,7 @@ def lorenz_section(frames: ReportFrames) -> Section:
             FigureBlock(
                 id="lorenz-curves",
                 title="Lorenz curves of expert loads",
-                caption="Experts, whole window (lorenz_curve, docs/metrics.md). Drawn at 41 points. The "
+                caption="Experts, whole window (lorenz_curve, under Methods). Drawn at 41 points. The "
                 "curve of uniform routing is an estimate: loads taken as normal, with the Gini of the "
                 "sampling floor; it is left out where loads are too small for that.",
                 choice="Run",

@@ -69,6 +69,13 @@ def mock_section(frames: ReportFrames) -> Section:
             id="mock", title="Mock tokens against real text", short="Mock and real text", reason=NO_LOADS
         )
     ratios = mock_ratios(cells)
+    if ratios.empty and cells.groupby("label")["condition"].nunique().max() < 2:
+        return Section(
+            id="mock",
+            title="Mock tokens against real text",
+            short="Mock and real text",
+            reason="No model here was run on mock tokens and on real text.",
+        )
     lead = (
         "Random token ids are a common stand-in for text when MoE systems are benchmarked. The dots show "
         "what each data condition does to the same model; the closer the orange square stands to the blue "
@@ -78,14 +85,15 @@ def mock_section(frames: ReportFrames) -> Section:
         id="mock",
         title="Mock tokens against real text",
         short="Mock and real text",
-        lead=(lead,)
+        lead=(lead,),
+        absent=()
         if len(ratios)
-        else (lead, "No model here was run on both mock tokens and real text: no ratio."),
+        else (("Ratios of mock to real text", "No model here was run on mock tokens and on real text."),),
         blocks=(
             FigureBlock(
                 id="mock-dots",
                 title="Gini by data condition",
-                caption="Experts, whole window, unweighted mean over layers (gini, docs/metrics.md). Bars "
+                caption="Experts, whole window, unweighted mean over layers (gini, under Methods). Bars "
                 "are 95 % bootstrap intervals over steps; ticks are the sampling floor (gini_floor).",
                 choice="Phase",
                 variants=tuple(_variant(cells[cells["phase"] == phase], phase) for phase in phases_of(cells)),

@@ -135,8 +135,8 @@ def _apart_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
         "Whether predicted times tell captured from uniform traffic",
         ["Measured in", "Captured ÷ uniform, predicted", "90 % interval", "Told apart"],
         rows,
-        note="The interval is that of the ratio: what the model gets wrong about both alike does not count "
-        "(docs/network-model.md#telling-layouts-apart). A difference within it is none.",
+        note="The interval is that of the ratio: what the model gets wrong about both alike does not "
+        "count. A difference within it is none.",
     )
 
 

@@ -15,7 +15,7 @@ from observatory.reports.sections.overview import when
 from observatory.reports.text import bytes_text, count, plain, shorten
 from observatory.run.manifest import Manifest, Verified
 
-#: Entry of docs/metrics.md -> the formula in one line.
+#: Entry of docs/metrics.md, by the name that sections use -> the formula in one line.
 FORMULAS: tuple[tuple[str, str], ...] = (
     (
         "load",
@@ -65,7 +65,7 @@ FORMULAS: tuple[tuple[str, str], ...] = (
 )
 
 #: Manifest fields shown in words of their own; all others are shown as they are.
-_TOLD = {
+_SHOWN_APART = {
     "model",
     "data",
     "topology",
@@ -155,7 +155,7 @@ def _record(fact: RunFacts, label: str) -> RunRecord:
     manifest = fact.manifest
     model, data, topology = manifest.model, manifest.data, manifest.topology
     pairs: list[tuple[str, object]] = [("directory", fact.path)]
-    pairs += [(name, value) for name, value in _fields(manifest) if name not in _TOLD]
+    pairs += [(name, value) for name, value in _fields(manifest) if name not in _SHOWN_APART]
     pairs += [("created", when(manifest.created_unix_s)), ("ended", when(manifest.ended_unix_s))]
     pairs += [(f"model {name}", value) for name, value in _fields(model) if name != "moe_layers"]
     if model.expert_bytes is not None:

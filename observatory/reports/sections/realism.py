@@ -38,7 +38,7 @@ def realism_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
             "The traffic matrices that the run's routing made were sent again, each beside uniform traffic "
             "of the same volume: what random tokens, and most benchmarks, would have sent. The model does "
             "not run meanwhile, so the difference is what the unevenness of real traffic costs on this "
-            "fabric (“What realism costs” in docs/network-model.md).",
+            "fabric.",
         ),
         blocks=(
             FigureBlock(

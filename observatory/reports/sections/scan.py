@@ -59,8 +59,8 @@ def scan_section(frames: ReportFrames, *, gpus_per_node: int) -> Section:
         title=title,
         short="EP scan",
         lead=(
-            "The captured loads, laid out again over other numbers of ranks (“Expert-parallel scan” in "
-            "docs/metrics.md): arithmetic on counts, no time was measured. Busiest expert over mean expert "
+            "The captured loads, laid out again over other numbers of ranks (“Expert-parallel scan” "
+            "under Methods): arithmetic on counts, no time was measured. Busiest expert over mean expert "
             "is a property of the routing and is flat by construction: the same tokens choose the same "
             "experts at any EP degree. What placement can change, and what the exchange waits for, is the "
             "busiest rank over the mean rank.",

@@ -41,7 +41,7 @@ def step_section(frames: ReportFrames) -> Section:
                 title="Gini per layer: single steps and whole window",
                 caption="Experts; diamonds over single steps (median, bars from p10 to p90), dots over the "
                 "whole window "
-                "(gini, docs/metrics.md); dotted lines are the sampling floors (gini_floor) of each.",
+                "(gini, under Methods); dotted lines are the sampling floors (gini_floor) of each.",
                 choice="Run",
                 variants=tuple(variants),
             ),

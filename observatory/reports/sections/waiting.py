@@ -56,13 +56,13 @@ def waiting_section(cells: list[Cell], *, layers: pd.DataFrame, unknown: pd.Data
         lead=(
             "The time of an exchange is split on one clock for all ranks. Waiting: from a rank's arrival "
             "to the last arrival of those it sends to or receives from; a pair that exchanges nothing "
-            "does not make a rank wait. Transfer: from then to its own end. Some backends let nobody go "
-            "before everybody has come; that time is shown apart. Definitions and what is refused: "
-            "docs/waiting.md.",
-            "Why a rank comes last is told from its own times since the exchange before: it computed longer "
-            "(“compute load”), its clock was lower (“clock”), or that exchange ended later on it than on "
-            "others (“exchange before”); “unknown” where none of these explains at least half of its "
-            "lateness.",
+            "does not make a rank wait. Transfer: from then to its own end. Some backends release no rank "
+            "before all have arrived; that time is shown separately. Where clocks are not aligned or a rank "
+            "left no row, the split is refused and counted as unknown.",
+            "Why a rank arrives last is derived from its own times since the previous exchange: it computed "
+            "longer (“compute load”), its SM frequency was lower (“clock”), or that exchange ended later on "
+            "it than on others (“exchange before”); “unknown” where none of these explains at least half of "
+            "its lateness.",
         ),
         blocks=blocks,
     )
