@@ -1,0 +1,296 @@
+"""Every command that prints a table, on a real terminal of 80 columns, with large runs and hostile names."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import os
+import pty
+import struct
+import sys
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from observatory.advice.frequency import recommend_clocks
+from observatory.advice.tables import advice_table
+from observatory.analysis.columns import Column, Table, short_names
+from observatory.analysis.frequency import fit_clocks
+from observatory.analysis.frequency.tables import sweep_table
+from observatory.analysis.network.documents import (
+    bench_document,
+    bench_tables,
+    replay_document,
+    replay_tables,
+)
+from observatory.campaign.documents import grid_table
+from observatory.cli import main, output
+from observatory.cli.doctor import _CAPABILITIES, _layer_table
+from observatory.cli.output import print_table
+from observatory.locks.lease import create_lease, lease_path, new_lease
+from tests.analysis.energy.test_prefix_cache import measured
+from tests.analysis.exchange.runs import exchange_run
+from tests.analysis.exchange.tables import collective
+from tests.analysis.frequency.test_telemetry import write_run as write_telemetry
+from tests.conftest import MakeRun
+from tests.devices.recordings import write_recording
+from tests.devices.synthetic_device import DEVICES, made_sweep
+from tests.locks.test_locking import UUID
+from tests.reports.sample_benchmarks import a_bench, a_model, a_replay, saved
+from tests.reports.sample_power import a_power_run
+from tests.reports.sample_runs import manifest, write_run
+
+HOSTILE = "[bold]大規模\u202e\x1b[31m 'x\"\n=1+1" + "very-long-name_without_end/" * 8
+LAYERS = 60
+
+
+class Terminal:
+    """Runs functions with stdout on a pseudo-terminal, and keeps which tables they print.
+
+    Attributes:
+        tables: each printed table, and whether it was printed wide.
+    """
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+        self.tables: list[tuple[Table, bool]] = []
+
+    def lines(self, shown: Callable[[], object]) -> list[str]:
+        """Lines that the terminal receives."""
+        ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, self.columns, 0, 0))
+        chunks: list[bytes] = []
+
+        def read() -> None:
+            while True:
+                try:
+                    chunk = os.read(ours, 1 << 16)
+                except OSError:  # the other side is closed
+                    return
+                chunks.append(chunk)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        before = sys.stdout
+        try:
+            with open(theirs, "w", encoding="utf-8") as stdout:
+                sys.stdout = stdout
+                shown()
+        finally:
+            sys.stdout = before
+            reader.join()
+            os.close(ours)
+        return b"".join(chunks).decode().replace("\r\n", "\n").splitlines()
+
+
+@pytest.fixture(params=[80])
+def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    made = Terminal(request.param)
+
+    def kept(table: Table, *, wide: bool = False) -> None:
+        made.tables.append((table, wide))
+        print_table(table, wide=wide)
+
+    monkeypatch.setattr(output, "print_table", kept)
+    return made
+
+
+def check(lines: list[str], columns: int, tables: list[tuple[Table, bool]]) -> None:
+    """No line is too wide, no number folded, and no name lost."""
+    assert tables
+    for line in lines:
+        assert output._width(line) <= columns, line
+        assert all(char.isprintable() for char in line), ascii(line)
+    words = [set(line.split()) for line in lines]
+    together = "".join("".join(lines).split())
+    for table, wide in tables:
+        assert table.rows
+        for column in table.columns:
+            if column.wide and not wide:
+                continue
+            for row in table.rows:
+                cell = column.cell(row)
+                if not column.text:
+                    assert any(set(cell.split()) <= line for line in words), (column.name, cell)
+                elif cell.isascii() and cell.isprintable() and len(cell) <= 12:
+                    assert "".join(cell.split()) in together
+
+
+def big_run(path: Path) -> Path:
+    described = manifest(HOSTILE, layers=LAYERS, experts=64, top_k=4)
+    return write_run(path, described, steps=3, phases=(("prefill", 123_456_789), ("decode", 8)))
+
+
+def big_exchanges(path: Path) -> Path:
+    send = [[0, 10**9, 5, 7]] * 4
+    rows = [
+        collective(
+            [0, 4_000_000, 6, 50], [15_100_000, 15_100_001, 15_200_000, 15_300_000], send,
+            layer=layer, role=role, sequence=2 * layer + index, backend=HOSTILE[:40],
+        )
+        for layer in range(LAYERS)
+        for index, role in enumerate(("dispatch", "combine"))
+    ]  # fmt: skip
+    return exchange_run(path, *rows, name=HOSTILE)
+
+
+def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Command lines of everything that prints a table and can run here."""
+    run, exchanges = str(big_run(tmp / "big")), str(big_exchanges(tmp / "exchanges"))
+    model = str(saved(tmp / "fit.json", a_model()))
+    bench = str(saved(tmp / "bench.json", a_bench()))
+    yield ["routing", run]
+    yield ["routing", run, "--wide"]
+    yield ["scan", run, "--ep", "4,64"]
+    yield ["scan", run, "--ep", "4", "--wide", "--network", model, "--gpus-per-node", "2"]
+    yield ["scan", run, "--ep", "4", "--network", model, "--gpus-per-node", "2"]
+    yield ["exchanges", exchanges]
+    yield ["exchanges", exchanges, "--wide"]
+    yield ["fit", bench, "--out", str(tmp / "new.json"), "--bootstrap", "10", "--force"]
+    yield ["reuse", "show", str(saved(tmp / "reuse.json", measured((37e3, 45e3, 18e3))))]
+    power = str(a_power_run(tmp / "power"))
+    yield ["energy", power, "--reuse", str(tmp / "reuse.json")]
+    yield ["energy", power, "--wide"]
+    sweep = made_sweep([DEVICES["knee"], DEVICES["memory-bound"]], caps_w=(320.0,), energy_noise=0.01)
+    yield ["clocks", "fit", str(saved(tmp / "sweep.json", sweep)), "--out", str(tmp / "clocks.json"),
+           "--bootstrap", "10", "--force", "--wide"]  # fmt: skip
+    columns = {"power_mw": 210_000, "enforced_limit_mw": 700_000, "sm_clock_mhz": 1830, "event_reasons": 0}
+    telemetry = str(write_telemetry(tmp / "telemetry", columns))
+    yield ["clocks", "recommend", str(tmp / "clocks.json"), "--wide"]
+    yield ["clocks", "recommend", "--telemetry", telemetry, "--wide"]
+    leases = tmp / "leases"
+    leases.mkdir(mode=0o700)
+    monkeypatch.setenv("OBSERVATORY_LEASES", str(leases))
+    create_lease(lease_path(leases, UUID), new_lease(UUID, duration_s=60))
+    yield ["clocks", "status"]
+    yield ["clocks", "unlock"]
+    yield ["doctor"]
+    recording = write_recording(tmp / "recording.parquet")
+    yield ["power", "--out", str(tmp / "sampled"), "--device", f"replay:{recording}", "--seconds", "0.3"]
+
+
+@pytest.mark.slow
+def test_tables_of_commands_fit_the_terminal(
+    terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+    for argv in commands(tmp_path, monkeypatch):
+        terminal.tables.clear()
+        codes.clear()
+        lines = terminal.lines(lambda argv=argv: codes.append(main(argv)))  # type: ignore[misc]
+        assert codes[0] in (0, 3), argv
+        start = next((i for i, line in enumerate(lines) if line.startswith("# to lock")), len(lines))
+        if start < len(lines):
+            assert any(len(line) > terminal.columns for line in lines[start:])  # commands are never folded
+        lines = lines[:start]
+        check(lines, terminal.columns, terminal.tables)
+
+
+def tables() -> Iterator[Table]:
+    """Tables of commands that need ranks, a GPU or torch to run."""
+    yield from bench_tables(bench_document(a_bench(repeats=2)))
+    yield from replay_tables(replay_document(a_replay(layers=range(LAYERS))), HOSTILE)
+    sweep = made_sweep([DEVICES["knee"]], caps_w=(320.0,))
+    yield sweep_table(sweep)
+    yield advice_table(recommend_clocks(fit_clocks([sweep], bootstrap=10)))
+    cells = [
+        {"model": HOSTILE, "data": "prose", "run": f"/r/{HOSTILE}{i}", "state": "done", "error": None}
+        for i in (1, 2)
+    ]
+    yield grid_table({"cells": cells})
+    layers = [
+        {"layer": i, "module": f"layers.{i}.{HOSTILE}", "experts": 10**9, "top_k": 8, "shared_experts": 1,
+         "null_experts": 0, "how": "logits", "verified": [{"by": "rows", "reason": HOSTILE}]}
+        for i in range(3)
+    ]  # fmt: skip
+    yield _layer_table(HOSTILE, layers)
+    rows = [{"name": HOSTILE, "works": False, "detail": HOSTILE, "remedy": None}]
+    yield Table(name="capabilities", columns=_CAPABILITIES, rows=rows)
+
+
+def test_tables_of_other_commands_fit_the_terminal(terminal: Terminal) -> None:
+    for table in tables():
+        for wide in (False, True):
+            lines = terminal.lines(lambda table=table, wide=wide: print_table(table, wide=wide))  # type: ignore[misc]
+            check(lines, terminal.columns, [(table, wide)])
+
+
+TEXTS = st.text(max_size=40)
+NUMBERS = st.one_of(st.none(), st.integers(-(10**14), 10**14), st.floats(allow_nan=True))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), width=st.integers(80, 120))
+def test_any_table_fits_any_terminal(data: st.DataObject, width: int) -> None:
+    names = [f"c{index}" for index in range(data.draw(st.integers(1, 9)))]
+    columns = tuple(
+        Column(
+            name=name,
+            title=data.draw(st.sampled_from(["x", "a long title", "GB/s"])),
+            text=data.draw(st.booleans()),
+            key=index == 0,
+        )
+        for index, name in enumerate(names)
+    )
+    rows = [
+        {column.name: data.draw(TEXTS if column.text else NUMBERS) for column in columns}
+        for _ in range(data.draw(st.integers(1, 2)))
+    ]
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "_terminal_width", lambda: width)
+        patch.setattr(output, "print_lines", lines.extend)
+        print_table(Table(name="t", columns=columns, rows=rows))
+    check(lines, width, [(Table(name="t", columns=columns, rows=rows), False)])
+
+
+def test_names_that_differ_at_the_end_stay_distinct() -> None:
+    names = [f"GPU-5ea1ed00-0000-4000-8000-00000000000{index}" for index in range(8)]
+    assert len(set(short_names(names).values())) == 8
+    assert short_names(["GPU-5ea1ed00-0000", "GPU-fa4e0000-0000"])["GPU-5ea1ed00-0000"] == "GPU-5ea1ed00"
+
+
+def test_piped_tables_keep_a_row_on_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["routing", str(big_run(tmp_path / "run"))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 2 + 2 * LAYERS + 1  # title, head, rule, rows, legend
+
+
+def test_csv_has_all_columns_and_no_formula(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["routing", str(make_run()), "--csv"]) == 0
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (row["gini"], row["committee"], row["gini_low"]) == ("0.3125", "[3]", "0.3125")
+    output._print_csv(
+        Table(name="t", columns=(), rows=[{"name": "=cmd()\n,\"'", "x": -1.5, "none": None, "yes": True}])
+    )
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert row == {"name": "'=cmd() ,\"'", "x": "-1.5", "none": "", "yes": "true"}
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        (["--csv", "--json"], "exclude each other"),
+        (["--csv", "--table", "nonsense"], "expected one of layers, ranks"),
+        (["--table", "ranks"], "give both"),
+    ],
+)
+def test_output_options_that_do_not_fit_are_refused(
+    options: list[str], refusal: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(big_exchanges(tmp_path / "run"))
+    assert main(["exchanges", run, *options]) == 1
+    assert refusal in capsys.readouterr().err
+
+
+def test_each_table_of_a_command_has_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["exchanges", str(big_exchanges(tmp_path / "run")), "--csv", "--table", "ranks"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["source_rank"] for row in rows] == ["0", "1", "2", "3"]
