@@ -171,6 +171,7 @@ def _layers(model: str, *, verify: bool) -> tuple[list[dict[str, Any]], str | No
             "top_k": site.spec.top_k,
             "shared_experts": site.spec.shared_experts,
             "null_experts": site.spec.null_experts,
+            "reading": site.reading,
             "how": site.how,
         }
         for site in sites
@@ -184,7 +185,7 @@ def _verify(
     """Add the verdicts of both witnesses to the layers; gives the first refusal."""
     import torch
 
-    from observatory.probes.routing.proof import verify_sites
+    from observatory.probes.routing.probe import verify_sites
 
     generator = torch.Generator().manual_seed(0)
     device = next(loaded.model.parameters()).device
@@ -198,5 +199,5 @@ def _verify(
         )
         first_refusal = first_refusal or refusal
         for layer, verdict in zip(layers, verdicts, strict=True):
-            layer["verified"].append({"by": verdict.by, "reason": verdict.reason})
+            layer["verified"].append({"by": verdict.by, "code": verdict.code, "reason": verdict.reason})
     return first_refusal

@@ -31,6 +31,7 @@ from observatory.errors import ModelError, PlacementError, alike
 from observatory.probes.exchange.labels import ExchangeSink
 from observatory.probes.routing.discover import find_sites
 from observatory.probes.routing.sites import RoutingSite
+from observatory.probes.routing.words import Reading
 
 #: Rank, or ranks, of each expert: for all layers, or by layer number.
 Placement = Sequence[int | Sequence[int]] | Mapping[int, Sequence[int | Sequence[int]]]
@@ -229,7 +230,7 @@ def _local_copy(site: RoutingSite, experts_here: Sequence[int]) -> nn.Module:
     """A module of the same class with the weights of these experts only; everything else is shared."""
     module, experts, name = site.module, site.spec.experts, site.spec.module
     stacked = {key: p for key, p in module.named_parameters(recurse=False) if p.shape[:1] == (experts,)}
-    if not site.how.startswith("experts call") or not stacked or _others_stacked(module, stacked):
+    if site.reading is not Reading.EXPERTS_CALL or not stacked or _others_stacked(module, stacked):
         raise ModelError(
             f"{name} ({type(module).__name__}) cannot be made expert-parallel; expected an experts module "
             f"called with (hidden states, expert ids, gate weights) whose weights all have the {experts} "

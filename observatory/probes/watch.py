@@ -26,9 +26,8 @@ from observatory.host.provenance import new_manifest
 from observatory.hpc.rank_guard import SHARDS, ending
 from observatory.probes.exchange.tap import unsupported
 from observatory.probes.options import WatchOptions, check_phase
-from observatory.probes.routing.describe import describe_model
+from observatory.probes.routing.describe import describe_model, layers_now
 from observatory.probes.routing.discover import find_sites
-from observatory.probes.routing.identity import layers_now
 from observatory.probes.session import CaptureSession, WatchedShard
 from observatory.probes.store_alignment import default_store
 from observatory.probes.timeline.flight import recorder_unsupported

@@ -38,10 +38,13 @@ class Verified(Record):
     Attributes:
         by: ``rows`` (what experts were called with, or the group sizes of their kernel), ``intervention``
             (experts were changed one by one, and the tokens whose result changed were theirs), or ``none``.
-        reason: why there is no confirmation, or what else was seen; None when there is nothing to add.
+        code: why there is no confirmation, or what else the witnesses showed; None when there is nothing to
+            add, and in older runs.
+        reason: the same in a sentence.
     """
 
     by: Literal["rows", "intervention", "none"]
+    code: Text | None = None
     reason: Text | None = None
 
 

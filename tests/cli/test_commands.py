@@ -200,7 +200,10 @@ def test_doctor_verifies_the_layers_of_bundled_models(model: str, capsys: pytest
     layers: list[dict[str, object]] = document["layers"]  # type: ignore[assignment]
     assert layers
     for layer in layers:
-        assert layer["verified"] == [{"by": "rows", "reason": None}, {"by": "intervention", "reason": None}]
+        assert layer["verified"] == [
+            {"by": "rows", "code": None, "reason": None},
+            {"by": "intervention", "code": None, "reason": None},
+        ]
 
 
 def test_doctor_prints_what_verified_the_layers(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,8 @@ from torch import nn
 
 import observatory
 from observatory.analysis.routing import layer_metrics
+from observatory.probes.routing.describe import layers_now, router_digest
 from observatory.probes.routing.discover import find_sites
-from observatory.probes.routing.identity import layers_now, router_digest
 from observatory.run import Run
 from observatory.run.manifest import Verified
 from tests.probes.spawned import run_ranks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
@@ -17,8 +18,12 @@ from observatory.probes.routing.adapters import Adapter
 from observatory.probes.routing.numbering import layer_numbers
 from observatory.probes.routing.rules import RULES, Candidate, router_beside_experts
 from observatory.probes.routing.sites import RoutingSite
+from observatory.probes.routing.words import NotUnderstood, Reading, sentence_of
+from observatory.reasons import Reason
 from observatory.run.manifest import MoeLayerSpec
 
+#: Modules that a refusal names; as a rule all have the same reason.
+_MOST_NAMED = 4
 _LOOKED_FOR = (
     "an experts module called with top_k_index (or router_indices, selected_experts, ...), a router "
     "returning (probs, routing_map), a capacity gate, expert embedding tables, or a router beside a list of "
@@ -45,37 +50,45 @@ def find_sites(model: nn.Module, *, adapters: Sequence[Adapter] = ()) -> list[Ro
     """
     modules = dict(_all_places(model))
     configs = list(_configurations(model))
-    found = [c for path in modules for c in _adapted(path, modules, adapters)]
-    adapted = tuple(found)
-    for (
-        path
-    ) in modules:  # outer modules come first: a wrapper with the same interface stands for what it wraps
-        covered = any(_inside(path, c.path) for c in found) or any(_beside(path, a.block) for a in adapted)
-        if not covered:
-            found += next(([c] for rule in RULES if (c := rule(path, modules, configs)) is not None), [])
-    missed: list[str] = []
+    candidates = [c for path in modules for c in _adapted(path, modules, adapters)]
+    adapted = tuple(candidates)
+    for path in modules:  # outer ones first: a wrapper with the same interface stands for what it wraps
+        covered = any(_inside(path, c.path) for c in candidates)
+        if not covered and not any(_beside(path, a.block) for a in adapted):
+            candidates += next(([c] for rule in RULES if (c := rule(path, modules, configs)) is not None), [])
+    missed: list[_Missed] = []
     for path, module in modules.items():
-        if moe_block.looks_like_experts(path, module) and not _claimed(path, found):
+        if moe_block.looks_like_experts(path, module) and not _claimed(path, candidates):
             answer = router_beside_experts(path, modules, configs)
             if isinstance(answer, Candidate):
-                found.append(answer)
+                candidates.append(answer)
             else:
-                missed.append(f"{path} ({type(module).__name__}): {answer}")
-    known = {c.block for c in found} | {path.partition(" ")[0].rpartition(".")[0] for path in missed}
+                missed.append(_Missed(path, module, answer))
+    blocks = {c.block for c in candidates} | {one.path.rpartition(".")[0] for one in missed}
     for path, module in modules.items():
         router = moe_block.router_of_unknown_experts(module)
-        if router is not None and not any(_inside(block, path) or _inside(path, block) for block in known):
-            missed.append(
-                f"{path} ({type(module).__name__}): its {router} chooses among experts not recognised"
-            )
-    found, shared = _one_per_block(found, modules, configs)
+        if router is not None and not any(_inside(b, path) or _inside(path, b) for b in blocks):
+            reason = Reason(NotUnderstood.EXPERTS_NOT_RECOGNISED, {"router": router})
+            missed.append(_Missed(path, module, reason))
+    candidates, shared = _one_per_block(candidates, modules, configs)
     missed += shared
-    if missed or not found:
-        raise ModelError(_explain(model, found, missed, configs))
+    if missed or not candidates:
+        raise ModelError(_explain(model, candidates, missed, configs))
     order = {path: i for i, path in enumerate(modules)}
-    found.sort(key=lambda c: order[c.path])
-    numbers = layer_numbers(model, [c.path for c in found])
-    return [_site(c, number, modules) for c, number in zip(found, numbers, strict=True)]
+    candidates.sort(key=lambda c: order[c.path])
+    numbers = layer_numbers(model, [c.path for c in candidates])
+    return [_site(c, number, modules) for c, number in zip(candidates, numbers, strict=True)]
+
+
+class _Missed(NamedTuple):
+    """A module that looks like routed experts, or their router, and is not understood."""
+
+    path: str
+    module: nn.Module
+    reason: Reason
+
+    def __str__(self) -> str:
+        return f"{self.path} ({type(self.module).__name__}): {sentence_of(self.reason)}"
 
 
 def _all_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -91,17 +104,17 @@ def _all_places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _one_per_block(
-    found: Sequence[Candidate], modules: Mapping[str, nn.Module], configs: Sequence[object]
-) -> tuple[list[Candidate], list[str]]:
+    candidates: Sequence[Candidate], modules: Mapping[str, nn.Module], configs: Sequence[object]
+) -> tuple[list[Candidate], list[_Missed]]:
     """One candidate per MoE block, and the places whose calls cannot be distinguished.
 
     A whole block in several places is one layer. Experts that several blocks share are read from each block's
     own router, if there is one that can be read.
     """
     kept: list[Candidate] = []
-    missed: list[str] = []
+    missed: list[_Missed] = []
     blocks: dict[tuple[int, int], Candidate] = {}
-    for candidate in found:
+    for candidate in candidates:
         block = modules.get(candidate.block)
         blocks.setdefault((id(block), id(modules[candidate.path])), candidate)
     readers = Counter(module for _, module in blocks)
@@ -109,14 +122,12 @@ def _one_per_block(
         if readers[module] == 1:
             kept.append(candidate)
             continue
-        own = router_beside_experts(candidate.path, modules, configs)
-        if isinstance(own, Candidate) and readers[id(modules[own.path])] == 0:
-            kept.append(own)
+        router = router_beside_experts(candidate.path, modules, configs)
+        if isinstance(router, Candidate) and readers[id(modules[router.path])] == 0:
+            kept.append(router)
         else:
-            missed.append(
-                f"{candidate.path} ({type(modules[candidate.path]).__name__}): shared by {readers[module]} "
-                "blocks, whose calls of it cannot be distinguished"
-            )
+            reason = Reason(NotUnderstood.SHARED_BY_BLOCKS, {"blocks": readers[module]})
+            missed.append(_Missed(candidate.path, modules[candidate.path], reason))
     return kept, missed
 
 
@@ -138,7 +149,8 @@ def _site(candidate: Candidate, layer: int, modules: Mapping[str, nn.Module]) ->
         spec=spec,
         module=module,
         when=candidate.when,
-        how=candidate.how,
+        reading=candidate.reading,
+        detail=candidate.detail,
         read=candidate.read,
         block=None if candidate.is_adapted else modules[block_path],
         is_repeatable=block_path == candidate.block,
@@ -161,7 +173,8 @@ def _adapted(path: str, modules: Mapping[str, nn.Module], adapters: Sequence[Ada
                 shared_experts=adapter.shared_experts,
                 null_experts=adapter.null_experts,
                 when=adapter.when,
-                how=adapter.how,
+                reading=Reading.ADAPTER,
+                detail=adapter.how,
                 read=adapter.read,
                 is_adapted=True,
             )
@@ -177,14 +190,14 @@ def _beside(path: str, block: str) -> bool:
     return path.rpartition(".")[0] == block
 
 
-def _claimed(path: str, found: Sequence[Candidate]) -> bool:
-    """Whether these experts belong to a layer already found: inside its module, or in its block.
+def _claimed(path: str, candidates: Sequence[Candidate]) -> bool:
+    """Whether these experts belong to a layer that is understood: inside its module, or in its block.
 
     Experts are often wrapped (``experts.local_experts``): wrappers named after experts are stepped over.
     """
     outer = path
     while outer:
-        if any(_inside(outer, c.path) or _beside(outer, c.block) for c in found):
+        if any(_inside(outer, c.path) or _beside(outer, c.block) for c in candidates):
             return True
         outer = outer.rpartition(".")[0]
         if "expert" not in outer.rpartition(".")[2]:
@@ -206,14 +219,17 @@ def _configurations(model: nn.Module) -> Iterator[object]:
 
 
 def _explain(
-    model: nn.Module, found: Sequence[Candidate], missed: Sequence[str], configs: Sequence[object]
+    model: nn.Module, understood: Sequence[Candidate], missed: Sequence[_Missed], configs: Sequence[object]
 ) -> str:
     """Why the model was refused: what failed, what was looked for, what to do."""
     name = type(model).__name__
     if missed:
-        shown = "; ".join(missed[:4]) + (f"; and {len(missed) - 4} more" if len(missed) > 4 else "")
+        shown = "; ".join(map(str, missed[:_MOST_NAMED]))
+        more = len(missed) - _MOST_NAMED
+        shown += f"; and {more} more" if more > 0 else ""
         return (
-            f"{name}: {len(found)} MoE layers understood, but not {shown}. Looked for {_LOOKED_FOR}; {_HELP}"
+            f"{name}: {len(understood)} MoE layers understood, but not {shown}. "
+            f"Looked for {_LOOKED_FOR}; {_HELP}"
         )
     promise = moe_block.configured_experts(configs)
     claim = f", though its configuration says {promise}" if promise else ""

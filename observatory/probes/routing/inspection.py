@@ -31,15 +31,13 @@ from observatory.probes.routing.judgement import BlockCall, Judgement, is_captur
 from observatory.probes.routing.sites import RoutingDecision, RoutingSite
 from observatory.probes.routing.stacks import SeenOperators, can_look_at_operators, is_running
 from observatory.probes.routing.witness import RowsOfExperts, tokens_of
+from observatory.probes.routing.words import Witness, verdict
+from observatory.reasons import Reason
 from observatory.run.files import one_line
 from observatory.run.manifest import Verified
 
 _POLL_S = 0.001
 _PATIENCE_S = 10.0
-
-NO_TOKENS = "no call with tokens ended"
-_HOOKS_REMOVED = "hooks on its experts were removed"
-NOT_CALLED = "its calls are compiled, or there are none"
 
 
 def is_recomputed_or_traced() -> bool:
@@ -220,7 +218,7 @@ class BlockInspection:
         if decision.is_inferred:
             if not all(attachment.is_on() for attachment in self._attachments):
                 return True  # stated between steps (integrity.py)
-            raise self._judgement.unconfirmed("its block is not called as a module")
+            raise self._judgement.unconfirmed(Reason(Witness.NO_MODULE_CALL))
         return False
 
     @property
@@ -232,7 +230,7 @@ class BlockInspection:
         """What confirmed the readings of all calls: the weakest of the verdicts."""
         verdicts = self._judgement.verdicts
         if not verdicts:
-            return Verified(by="none", reason=NO_TOKENS if self.was_reached else NOT_CALLED)
+            return verdict("none", Witness.NO_TOKENS if self.was_reached else Witness.NOT_CALLED)
         return weakest(verdicts.values())
 
     def note_reached(self) -> None:
@@ -322,8 +320,8 @@ class BlockInspection:
                 self._count_unjudged(decisions)
                 if not has_hooks:
                     self.has_lost_hooks = True
-                    verdict = Verified(by="none", reason=_HOOKS_REMOVED)
-                    self._judgement.verdicts.setdefault(module.training, verdict)
+                    removed = verdict("none", Witness.HOOKS_REMOVED)
+                    self._judgement.verdicts.setdefault(module.training, removed)
                 return
             self.was_judged = True
             try:
@@ -339,7 +337,8 @@ class BlockInspection:
                     for decision in self._judgement.judge(seen):
                         self._count(decision)
             except Exception as error:  # the model's own run must not suffer from ours
-                self._judgement.verdicts[module.training] = Verified(by="none", reason=one_line(error))
+                failure = verdict("none", Witness.FAILED, error=one_line(error))
+                self._judgement.verdicts[module.training] = failure
                 self._fail(error)
             finally:
                 self._exclusive.leave()
@@ -380,7 +379,7 @@ class BlockInspection:
 
 def weakest(verdicts: Iterable[Verified]) -> Verified:
     """The verdict that says least."""
-    return min(verdicts, key=lambda verdict: (verdict.by != "none", verdict.reason is None))
+    return min(verdicts, key=lambda given: (given.by != "none", given.code is None))
 
 
 @contextmanager

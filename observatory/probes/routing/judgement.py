@@ -25,15 +25,12 @@ from observatory.probes.routing.witness import (
     rows_as_decision,
     tokens_of,
 )
+from observatory.probes.routing.words import Witness, sentence_of, verdict, verdict_of
+from observatory.reasons import Reason
 from observatory.run.files import one_line
 from observatory.run.manifest import Verified
 
 _HELP = "pass an Adapter that reads what is dispatched (docs/supported-models.md#adapters)"
-
-_FURTHER = "the rows that were seen differ, and change nothing"
-_ZERO_WEIGHTS = "assignments whose gate weight is next to zero are counted, though they change nothing"
-_UNCHANGED = "some results do not change with the weights of the experts that compute them"
-_IN_ITS_PLACE = "the rows differ from what was read and are counted in its place"
 
 #: A context in which calls of the block are our own; what is read in them lies in the list that it gives.
 Rerun = Callable[[], AbstractContextManager[list[RoutingDecision]]]
@@ -170,18 +167,18 @@ class Judgement:
             if not self._site.shows_gates or self._is_everything(call.decisions):
                 raise
             self.is_contradicted = True
-            self.verdicts[call.block.training] = Verified(by="none", reason=one_line(error))
+            self.verdicts[call.block.training] = verdict("none", Witness.CONTRADICTED, error=one_line(error))
             return call.decisions
         finally:
             if self._is_due(mode, call.tokens):
                 mode.due = 2 * mode.calls if mode.calls >= mode.due else mode.due
                 mode.tokens = max(mode.tokens, call.tokens)
 
-    def unconfirmed(self, reason: str) -> ModelError:
+    def unconfirmed(self, reason: Reason) -> ModelError:
         """The refusal of an inferred reading."""
         return ModelError(
-            f"what {self._site.spec.module} chooses is inferred from its logits, and {reason}, so that "
-            f"nothing confirms it; {_HELP}"
+            f"what {self._site.spec.module} chooses is inferred from its logits, and {sentence_of(reason)}, "
+            f"so that nothing confirms it; {_HELP}"
         )
 
     def _is_everything(self, decisions: Sequence[RoutingDecision]) -> bool:
@@ -210,7 +207,7 @@ class Judgement:
         agrees = rows_E == counted_E and not is_dense
         mode.trusts_rows = mode.trusts_rows or (agrees and self.is_replaceable)
         if agrees and (self._verify != "intervention" or mode.has_intervened):
-            self.verdicts.setdefault(training, Verified(by="rows"))
+            self.verdicts.setdefault(training, verdict("rows"))
             mode.needs_choice = mode.needs_choice and _differ(decisions, call.decisions, spec.experts)
             return decisions
         if (
@@ -219,25 +216,22 @@ class Judgement:
             and mode.trusts_rows
             and sum(rows_E) <= sum(counted_E)
         ):
-            self.verdicts[training] = Verified(by="rows", reason=_IN_ITS_PLACE)
+            self.verdicts[training] = verdict("rows", Witness.ROWS_COUNTED)
             return [rows_as_decision(rows_E, tokens, device=_device(decisions))]
         if rows_E is None and mode.trusts_rows and call.operators is not None:
-            reason = "its rows were seen in some calls and not in others"
             if is_inferred:
-                raise self.unconfirmed(reason)
-            self.verdicts[training] = Verified(by="none", reason=reason)
+                raise self.unconfirmed(Reason(Witness.ROWS_SOMETIMES_VISIBLE))
+            self.verdicts[training] = verdict("none", Witness.ROWS_SOMETIMES_VISIBLE)
             return decisions
         if mode.has_intervened and not self._is_due(mode, call.tokens):
             return decisions
         if rows_E is not None and _is_part_of(rows_E, counted_E):
-            reason = "some experts compute without being called, so that their rows are not seen"
-            self.verdicts[training] = Verified(by="none", reason=reason)
+            self.verdicts[training] = verdict("none", Witness.EXPERTS_NOT_CALLED)
             return decisions
         is_dense = is_dense or self._is_everything(decisions)
         may_ask = is_inferred or is_dense or rows_E is not None or self._verify == "intervention"
         if not may_ask:
-            reason = "the rows of its experts are not visible, and no intervention was asked for"
-            self.verdicts.setdefault(training, Verified(by="none", reason=reason))
+            self.verdicts.setdefault(training, verdict("none", Witness.ROWS_NOT_VISIBLE))
             return decisions
         if self._is_taken():  # another thread asks just now, and its answer decides about these as well
             return decisions
@@ -262,45 +256,45 @@ class Judgement:
         training, rows_E, tokens = call.block.training, call.rows_E, _tokens(decisions)
         communicates = call.operators is not None and call.operators.saw_communication
         if communicates and not is_inferred:
-            shown: _Shown | str = "its block exchanges data with other ranks"
+            shown: _Shown | Reason = Reason(Witness.COMMUNICATES)
         else:
             few = agrees or (mode.has_intervened and call.tokens <= mode.tokens)
             shown = self._intervene(call, few=few, is_inferred=is_inferred)
-        if isinstance(shown, str):
+        if isinstance(shown, Reason):
             if is_inferred and not agrees:
                 raise self.unconfirmed(shown)
             lacking = any(rows_E or ()) and any(r < c for r, c in zip(rows_E or (), counted_E, strict=True))
             if lacking and not communicates:
                 raise self._contradiction(counted_E, rows_E or (), is_inferred=False)
-            self.verdicts[training] = Verified(by="rows" if agrees else "none", reason=shown)
+            self.verdicts[training] = verdict_of("rows" if agrees else "none", shown)
             mode.has_intervened = True
             return decisions
         mode.has_intervened = True
         if shown.confirms_reading:
-            reason = _ZERO_WEIGHTS if shown.true_E != shown.counted_E else None
+            code = Witness.ZERO_WEIGHTS if shown.true_E != shown.counted_E else None
             if not agrees and rows_E is not None and set(rows_E) != {tokens}:
-                reason = reason or _FURTHER
-            self.verdicts[training] = Verified(by="intervention", reason=reason)
+                code = code or Witness.ROWS_WITHOUT_EFFECT
+            self.verdicts[training] = verdict("intervention", code)
             return decisions
         if agrees and all(t <= c for t, c in zip(shown.true_E, shown.counted_E, strict=True)):
-            self.verdicts[training] = Verified(by="rows", reason=_UNCHANGED)
+            self.verdicts[training] = verdict("rows", Witness.RESULTS_UNCHANGED)
             return decisions
         # Where sequences or images are routed, rows are something else than assignments.
         if self.is_replaceable and shown.rows_E == shown.true_E and tokens == call.tokens:
             mode.trusts_rows, mode.needs_choice = True, False
-            self.verdicts[training] = Verified(by="rows", reason=_IN_ITS_PLACE)
+            self.verdicts[training] = verdict("rows", Witness.ROWS_COUNTED)
             assert rows_E is not None
             return [rows_as_decision(rows_E, tokens, device=_device(decisions))]
         raise self._contradiction(shown.counted_E, shown.true_E, is_inferred=is_inferred)
 
-    def _intervene(self, call: BlockCall, *, few: bool, is_inferred: bool) -> _Shown | str:
+    def _intervene(self, call: BlockCall, *, few: bool, is_inferred: bool) -> _Shown | Reason:
         """What the experts compute in a call of the block with its arguments, or why that is not shown."""
         if not self._site.is_repeatable:
-            return "its experts are called by a module further out, which cannot be run again"
+            return Reason(Witness.CALLED_FURTHER_OUT)
         experts = self._site.spec.experts
         stacks = [] if self._site.experts else stacks_of_site(self._site)
         if not self._site.experts and not stacks:
-            return "the weights of its experts were not found, or are spread over ranks"
+            return Reason(Witness.WEIGHTS_NOT_FOUND)
         args, kwargs = few_tokens(call.args, call.kwargs) if few else (call.args, call.kwargs)
         first: list[RoutingDecision] = []
         first_rows: list[int] = []
@@ -325,13 +319,13 @@ class Judgement:
         except ModelError:
             raise
         except Exception as error:
-            return f"running its block again failed ({type(error).__name__}: {one_line(error, 200)})"
+            return Reason(Witness.RERUN_FAILED, {"error": f"{type(error).__name__}: {one_line(error, 200)}"})
         if true_ET is None:
-            return "running its block again gives another result"
+            return Reason(Witness.RERUN_DIFFERS)
         if not first or not true_ET.any():
-            return "running its block again does not show which experts compute a token"
+            return Reason(Witness.RERUN_SHOWS_NOTHING)
         if true_ET.all() and self._site.spec.top_k != experts and experts > 1:
-            return "a change of one expert changes the results of all tokens"
+            return Reason(Witness.ALL_TOKENS_CHANGE)
         if is_inferred:
             first = list(_as_chosen(first, operators, experts, tokens=tokens_of(args, kwargs)))
         shown = _Shown(
@@ -341,7 +335,7 @@ class Judgement:
             rows_E=first_rows if self._site.experts else operators.rows_E(),
         )
         if stacks and stacks[-1].is_flat and not shown.confirms_reading:
-            return "how its flat weights are divided among experts is not known"
+            return Reason(Witness.FLAT_WEIGHTS)
         return shown
 
     def _contradiction(

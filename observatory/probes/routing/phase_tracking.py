@@ -12,18 +12,17 @@ from typing import Any
 from torch import compiler, nn
 
 from observatory.probes.routing.attachment import NO_KWARGS, Attachment, PostHook, PreHook
-from observatory.probes.routing.carriers import Carrier, find_carriers
 from observatory.probes.routing.inspection import is_recomputed_or_traced
-from observatory.probes.routing.phases import CallPhase, Reason, phase_of_call, phase_within
+from observatory.probes.routing.phases import (
+    CallPhase,
+    Carrier,
+    PhaseReason,
+    find_carriers,
+    phase_of_call,
+    phase_within,
+)
 from observatory.probes.routing.stacks import is_running
-
-_WHY = {
-    "length_not_read": "the length of the cache given as {} is on the device and was not read",
-    "foreign_cache": "the cache given as {} does not report how full it is",
-    "no_cache": "no cache was given or made",
-    "takes_no_cache": "the model takes no cache",
-    "outside": "made outside of any call of the model",
-}
+from observatory.probes.routing.words import UnknownPhase, sentence
 
 
 class _Call:
@@ -46,7 +45,7 @@ class _Around:
 
     def __init__(self) -> None:
         self.slot = 0
-        self.reason: Reason | None = None
+        self.reason: PhaseReason | None = None
 
 
 class _Now:
@@ -63,7 +62,7 @@ class _Now:
 
     def __init__(self) -> None:
         self.slot = 0
-        self.reason: Reason | None = None
+        self.reason: PhaseReason | None = None
         self.has_inner = False
         self.stack: list[_Call] = []
         self.frame: FrameType | None = None
@@ -106,10 +105,10 @@ class PhaseTracker:
         self._on_call = on_call
         self._threads = _Threads()
         self._lock = threading.Lock()
-        self._recent: Counter[Reason] = Counter()
-        self._unknown: Counter[Reason] = Counter()
-        self._recent_compiled: Reason | None = None
-        self._unknown_compiled: set[Reason] = set()
+        self._recent: Counter[PhaseReason] = Counter()
+        self._unknown: Counter[PhaseReason] = Counter()
+        self._recent_compiled: PhaseReason | None = None
+        self._unknown_compiled: set[PhaseReason] = set()
 
     @property
     def slot(self) -> int:
@@ -138,7 +137,7 @@ class PhaseTracker:
         """The slot that an eager call of a watched layer counts in."""
         stack = self._threads.now.stack
         if not stack:
-            self._add(Reason("outside"))
+            self._add(PhaseReason(UnknownPhase.OUTSIDE))
             return 0
         self._count(stack[-1])
         return stack[-1].phase.slot
@@ -160,7 +159,7 @@ class PhaseTracker:
         if compiled is not None:
             self._unknown_compiled.add(compiled)
         elif unknown_calls and not recent and not self._threads.now.stack:
-            self._unknown[Reason("outside")] += unknown_calls
+            self._unknown[PhaseReason(UnknownPhase.OUTSIDE)] += unknown_calls
 
     def find_interrupted(self) -> None:
         """Note calls that ended without their hooks, as after Ctrl-C, on this thread and on others."""
@@ -174,18 +173,21 @@ class PhaseTracker:
         """One line for every reason why a phase is unknown; of calls that were given a cache or of others."""
         for reason, calls in sorted(self._unknown.items()):
             if bool(reason.argument) == given_a_cache:
-                what = "calls of watched layers" if reason.code == "outside" else "calls of the model"
-                yield f"phase unknown in {what} ({calls}): {_why(reason)}"
+                what = (
+                    "calls of watched layers" if reason.code is UnknownPhase.OUTSIDE else "calls of the model"
+                )
+                yield f"phase unknown in {what} ({calls}): {sentence(reason.code, argument=reason.argument)}"
         for reason in sorted(self._unknown_compiled):
             if bool(reason.argument) == given_a_cache:
-                yield f"phase unknown in compiled calls of the model: {_why(reason)}"
+                why = sentence(reason.code, argument=reason.argument)
+                yield f"phase unknown in compiled calls of the model: {why}"
 
     def _count(self, call: _Call) -> None:
         if not call.is_counted and call.phase.reason is not None:
             call.is_counted = True
             self._add(call.phase.reason)
 
-    def _add(self, reason: Reason) -> None:
+    def _add(self, reason: PhaseReason) -> None:
         with self._lock:
             self._recent[reason] += 1
 
@@ -273,7 +275,3 @@ class PhaseTracker:
 def _is_inside(thread: int, now: _Now) -> bool:
     """Whether a thread is still in the call that it was last seen in."""
     return now.frame is not None and is_running(now.frame, sys._current_frames().get(thread))
-
-
-def _why(reason: Reason) -> str:
-    return _WHY[reason.code].format(reason.argument)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from observatory.errors import CaptureError, ModelError
-from observatory.probes.options import RoutingOptions
+from observatory.probes.options import RoutingOptions, Verify
 from observatory.probes.routing.accumulation import Snapshot
 from observatory.probes.routing.attachment import NO_KWARGS, Attachment, PostHook, PreHook
 from observatory.probes.routing.counters import DeviceCounters, Layout
@@ -39,6 +39,7 @@ from observatory.probes.routing.inspection import (
 from observatory.probes.routing.integrity import HookKeeper, Loss
 from observatory.probes.routing.phase_tracking import PhaseTracker
 from observatory.probes.routing.sites import RoutingDecision, RoutingSite, shown_by
+from observatory.probes.routing.words import Witness, verdict
 from observatory.run.manifest import Verified
 
 
@@ -215,9 +216,9 @@ class RoutingProbe:
     def _verified(self, index: int) -> Verified:
         inspections = self._inspections[index]
         if not inspections:
-            return Verified(by="none", reason="an adapter reads it")
+            return verdict("none", Witness.READ_BY_ADAPTER)
         if self._verify == "none" and not any(inspection.was_judged for inspection in inspections):
-            return Verified(by="none", reason="verification was turned off")
+            return verdict("none", Witness.TURNED_OFF)
         called = [inspection for inspection in inspections if inspection.was_reached] or inspections
         return weakest([inspection.verified() for inspection in called])
 
@@ -376,6 +377,39 @@ class RoutingProbe:
                 for counter in self.counters:
                     counter.devices[device] = self._devices[device]
             return self._devices[device]
+
+
+def verify_sites(
+    model: nn.Module, sites: Sequence[RoutingSite], call: Callable[[], object], *, verify: Verify
+) -> tuple[tuple[Verified, ...], str | None]:
+    """Run a model once under the routing probe; nothing that is counted is kept.
+
+    Args:
+        model: the model.
+        sites: its MoE layers, from ``find_sites``.
+        call: runs the model; without gradients.
+        verify: which witness looks at the calls.
+
+    Returns:
+        What confirmed each site, and why nothing of the model may be counted, None when nothing speaks
+        against it.
+
+    Raises:
+        CaptureError: a call could not be read.
+    """
+    probe = RoutingProbe(model, sites, RoutingOptions(verify=verify))
+    probe.attach()
+    try:
+        with torch.no_grad():
+            call()
+        probe.take(step=0, stated_phase=None, ends_step=True)
+    finally:
+        probe.detach()
+        probe.release()
+    refusal, problem = probe.refusal(), probe.problem()
+    if refusal is None and problem is not None:
+        raise CaptureError(problem)
+    return probe.verified(), refusal
 
 
 def _has_values(decision: RoutingDecision) -> bool:

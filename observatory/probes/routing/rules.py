@@ -16,11 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pydantic import JsonValue
 from torch import nn
 
 from observatory.probes.routing import moe_block, readers
 from observatory.probes.routing.moe_block import MoeBlock
 from observatory.probes.routing.sites import ReadCall
+from observatory.probes.routing.words import NotUnderstood, Reading
+from observatory.reasons import Reason
 
 #: Shape letters at the end of a parameter's name: ``topk_expert_ids_BLK``.
 _SHAPE = r"(_[A-Z]+)?$"
@@ -53,7 +56,8 @@ class Candidate:
         shared_experts: experts that every token passes; None when unknown.
         null_experts: router outputs that stand for "no expert".
         when: side of the call that is read.
-        how: one phrase for people.
+        reading: how the call is read.
+        detail: the argument that is read, or the phrase of an adapter.
         read: takes the call apart.
         infers: readings may be inferred (``RoutingDecision.is_inferred``).
         shows_gates: the gates are read, not what is dispatched by them.
@@ -67,7 +71,8 @@ class Candidate:
     shared_experts: int | None
     null_experts: int
     when: Literal["before", "after"]
-    how: str
+    reading: Reading
+    detail: str = ""
     read: ReadCall
     infers: bool = False
     shows_gates: bool = False
@@ -79,7 +84,7 @@ Rule = Callable[[str, Mapping[str, nn.Module], Sequence[object]], Candidate | No
 
 
 def _experts_call(path: str, modules: Mapping[str, nn.Module], configs: Sequence[object]) -> Candidate | None:
-    """Rule 1: the experts are told which expert each token goes to."""
+    """Rule 1: the experts are given the expert that each token goes to."""
     module = modules[path]
     names = moe_block.forward_parameters(module)
     ids, matrix = (_named(names, pattern) for pattern in (_IDS, _GATE_MATRIX))
@@ -112,7 +117,8 @@ def _experts_call(path: str, modules: Mapping[str, nn.Module], configs: Sequence
         shared_experts=moe_block.shared_experts(block, configs),
         null_experts=nulls,
         when="before",
-        how=f"experts call ({shown})",
+        reading=Reading.EXPERTS_CALL,
+        detail=shown,
         read=read,
         shows_gates=ids is None,
     )
@@ -120,10 +126,10 @@ def _experts_call(path: str, modules: Mapping[str, nn.Module], configs: Sequence
 
 def _experts_inside(path: str, module: nn.Module) -> int | None:
     """E of an experts module, or of the experts right inside a module that dispatches to them."""
-    own = moe_block.expert_count(module)
+    stated = moe_block.expert_count(module)
     label = f"{path.rpartition('.')[2]} {type(module).__name__}".lower()
-    if own is not None or "expert" not in label:
-        return own
+    if stated is not None or "expert" not in label:
+        return stated
     inside = [m for n, m in module.named_children() if moe_block.looks_like_experts(n, m)]
     return moe_block.expert_count(inside[0]) if len(inside) == 1 else None
 
@@ -148,7 +154,7 @@ def _routing_map_router(
         shared_experts=moe_block.shared_experts(block, ()),
         null_experts=0,
         when="after",
-        how="router output (probs, routing_map)",
+        reading=Reading.ROUTING_MAP,
         read=readers.read_routing_map(experts=experts),
     )
 
@@ -171,7 +177,7 @@ def _capacity_gate(
         shared_experts=1 if getattr(block.grandparent, "use_residual", False) else 0,
         null_experts=0,
         when="after",
-        how="capacity gate output (dispatch mask, after dropping)",
+        reading=Reading.CAPACITY_GATE,
         read=readers.read_capacity_gate(experts=linear.out_features),
     )
 
@@ -199,7 +205,7 @@ def _expert_lookup(
         shared_experts=1 if any(isinstance(m, nn.Linear) and "up" in n for n, m in block.siblings()) else 0,
         null_experts=0,
         when="before",
-        how="expert lookup (embedding indices)",
+        reading=Reading.EXPERT_LOOKUP,
         read=readers.read_expert_lookup(ids=("input", 0)),
     )
 
@@ -209,31 +215,28 @@ RULES: tuple[Rule, ...] = (_experts_call, _routing_map_router, _capacity_gate, _
 
 def router_beside_experts(
     path: str, modules: Mapping[str, nn.Module], configs: Sequence[object]
-) -> Candidate | str:
+) -> Candidate | Reason:
     """Rule 5, for a container of experts that no other rule explains.
 
     Returns:
-        A candidate that reads the router beside the experts, or the reason why there is none.
+        A candidate that reads the router of the block, or the reason why there is none.
     """
     block = MoeBlock.around(path, modules)
     experts = moe_block.expert_count(block.experts)
     if experts is None:
-        return "it does not tell its number of experts"
-    found = [(n, m) for n, m in block.routers() if moe_block.can_choose(m, experts)]
-    if len(found) != 1:
-        shown = ", ".join(f"{n} ({type(m).__name__})" for n, m in block.siblings()) or "nothing"
-        return (
-            f"{len(found)} of the modules beside it give one output for each of its {experts} experts, "
-            f"expected one router; beside it {'is' if shown == 'nothing' else 'are'} {shown} (experts picked "
-            "by the caller, for example by data set, are not routed)"
-        )
-    name, router = found[0]
+        return Reason(NotUnderstood.NO_EXPERT_COUNT)
+    routers = [(n, m) for n, m in block.routers() if moe_block.can_choose(m, experts)]
+    if len(routers) != 1:
+        siblings = ", ".join(f"{n} ({type(m).__name__})" for n, m in block.siblings()) or "none"
+        values: dict[str, JsonValue] = {"routers": len(routers), "experts": experts, "siblings": siblings}
+        return Reason(NotUnderstood.NOT_ONE_ROUTER, values)
+    name, router = routers[0]
     top_k = moe_block.top_k(block, configs)
     if top_k is None:
-        return f"how many experts {name} picks per token is not stated (top_k and its spellings)"
+        return Reason(NotUnderstood.NO_TOP_K, {"router": name})
     linear = isinstance(moe_block.unwrapped(router), nn.Linear)
     if linear and any(_is_set(m, _BIASED) for m in (router, moe_block.unwrapped(router), block.parent)):
-        return f"{name} returns plain logits, but a bias or group limit takes part in the choice"
+        return Reason(NotUnderstood.BIASED_CHOICE, {"router": name})
     dense = len(moe_block.forward_parameters(block.experts)) == 1 and not isinstance(
         block.experts, (nn.ModuleList, nn.ModuleDict)
     )
@@ -250,9 +253,7 @@ def router_beside_experts(
         shared_experts=moe_block.shared_experts(block, configs),
         null_experts=0,
         when="after",
-        how="router output (scores, zero where not chosen)"
-        if dense
-        else "router output (ids or top-k of logits)",
+        reading=Reading.DENSE_SCORES if dense else Reading.ROUTER_OUTPUT,
         read=read,
         infers=not dense,
     )

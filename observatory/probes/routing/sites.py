@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from observatory.probes.routing.words import Reading, sentence
 from observatory.run.manifest import MoeLayerSpec
 
 #: Attributes of experts that drop assignments over a capacity by themselves.
@@ -56,7 +57,8 @@ class RoutingSite:
         spec: the layer as the manifest describes it.
         module: module whose call is watched.
         when: read ``before`` the call (from its inputs) or ``after`` it (from its output).
-        how: one phrase for people, e.g. "experts call (top_k_index)".
+        reading: how the call is read.
+        detail: the argument that is read, or the phrase of an adapter.
         read: takes the call apart.
         block: the MoE block around it, whose calls are looked at as well; None where it is not known.
         is_repeatable: calling ``block`` again changes nothing but its own tensors; not so where a module
@@ -70,13 +72,19 @@ class RoutingSite:
     spec: MoeLayerSpec
     module: nn.Module
     when: Literal["before", "after"]
-    how: str
+    reading: Reading
     read: ReadCall
+    detail: str = ""
     block: nn.Module | None = None
     is_repeatable: bool = True
     experts: tuple[nn.Module, ...] = ()
     infers: bool = False
     shows_gates: bool = False
+
+    @property
+    def how(self) -> str:
+        """How the call is read, e.g. "experts call (top_k_index)"."""
+        return sentence(self.reading, detail=self.detail)
 
 
 def shown_by(decision: RoutingDecision) -> torch.Tensor | None:

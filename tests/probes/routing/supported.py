@@ -12,9 +12,9 @@ import torch
 
 from observatory.probes.options import Verify
 from observatory.probes.routing.discover import find_sites
-from observatory.probes.routing.inspection import NOT_CALLED
-from observatory.probes.routing.proof import verify_sites
+from observatory.probes.routing.probe import verify_sites
 from observatory.probes.routing.sites import RoutingSite
+from observatory.probes.routing.words import Witness
 from tests.probes.routing.counting import read_loads
 from tests.probes.routing.families import NOT_ROUTED, moe_families, tiny_inputs, tiny_model
 from tests.probes.routing.framework_cases import installed_frameworks
@@ -78,7 +78,7 @@ def _verified(model: torch.nn.Module, sites: Sequence[RoutingSite]) -> str:
         )
         if refusal is not None:
             return "refused"
-        by.append([verdict.by for verdict in verdicts if verdict.reason != NOT_CALLED])
+        by.append([verdict.by for verdict in verdicts if verdict.code != Witness.NOT_CALLED])
     return _in_words(by)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from observatory.errors import ModelError
+from observatory.probes.routing.describe import router_digest
 from observatory.probes.routing.discover import find_sites
-from observatory.probes.routing.identity import router_digest
 from observatory.probes.routing.sites import RoutingSite
 from tests.probes.routing.counting import read_loads
 from tests.probes.routing.families import NOT_ROUTED, moe_families, one_thread, tiny_inputs, tiny_model

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
 import observatory
-from observatory.probes.routing.carriers import find_carriers
+from observatory.probes.routing.phases import find_carriers
 from tests.probes.routing.families import tiny_inputs, tiny_model
 from tests.probes.routing.phase_cases import (
     ONE,

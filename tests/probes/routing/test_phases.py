@@ -12,9 +12,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import observatory
 from observatory.errors import CaptureError
-from observatory.probes.routing.carriers import Carrier, find_carriers
 from observatory.probes.routing.counters import SLOTS
-from observatory.probes.routing.phases import phase_of_call
+from observatory.probes.routing.phases import Carrier, find_carriers, phase_of_call
 from tests.probes.routing.phase_cases import config
 from tests.probes.tiny import ToldModel, ids, loads, told_adapter
 

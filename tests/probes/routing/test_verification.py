@@ -17,6 +17,7 @@ from observatory.probes.options import Verify
 from observatory.probes.routing import stacks
 from observatory.probes.routing.discover import find_sites
 from observatory.probes.routing.stacks import far_away
+from observatory.probes.routing.words import Witness, verdict
 from observatory.run.manifest import Manifest, Verified
 from tests.probes.routing.families import NOT_ROUTED, moe_families, one_thread, tiny_inputs, tiny_model
 from tests.probes.routing.framework_cases import EVEN, installed_frameworks
@@ -73,7 +74,7 @@ def test_experts_that_do_not_follow_the_gates_are_stated(tmp_path: Path) -> None
         for layer in manifest.model.moe_layers:
             assert layer.verified is not None
             assert layer.verified.by == "none"
-            assert "what is read is not what is dispatched" in str(layer.verified.reason)
+            assert layer.verified.code == Witness.CONTRADICTED
 
 
 def test_every_family_is_as_it_was_after_an_intervention() -> None:
@@ -187,7 +188,7 @@ class Counted(Block):
     ("kind", "expected"),
     [
         (Block, Verified(by="intervention")),
-        (Counted, Verified(by="rows", reason="running its block again gives another result")),
+        (Counted, verdict("rows", Witness.RERUN_DIFFERS)),
     ],
 )
 def test_a_generator_that_a_block_holds_is_put_back(kind: type[Block], expected: Verified) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from observatory.probes.options import Verify
-from observatory.probes.routing.proof import verify_sites
+from observatory.probes.routing.probe import verify_sites
 from observatory.probes.routing.sites import RoutingDecision, RoutingSite
 from observatory.run.manifest import Verified
 
