@@ -131,7 +131,7 @@ class AmdDevice(PowerDevice):
 
     @property
     def spec(self) -> DeviceSpec:
-        """The GPU; further key: ``bus_id``."""
+        """The GPU."""
         return self._spec
 
     @property
@@ -213,16 +213,14 @@ class AmdDevice(PowerDevice):
         cap, _ = self._call("amdsmi_get_power_cap_info", self._handle)
         clock, _ = self._call("amdsmi_get_clock_info", self._handle, self._amdsmi.AmdSmiClkType.GFX)
         limit_mw, max_mhz = _entry(cap, "power_cap", 1 / 1000), _entry(clock, "max_clk", 1.0)
-        return DeviceSpec.model_validate(
-            {
-                "kind": "amd",
-                "uuid": uuid,
-                "name": _text(asic, "market_name"),
-                "driver": _text(driver, "driver_version"),
-                "enforced_limit_mw": None if limit_mw is None else round(limit_mw),
-                "max_sm_clock_mhz": None if max_mhz is None else round(max_mhz),
-                **({"bus_id": one_line(bus_id, 40)} if isinstance(bus_id, str) else {}),
-            }
+        return DeviceSpec(
+            kind="amd",
+            uuid=uuid,
+            name=_text(asic, "market_name"),
+            driver=_text(driver, "driver_version"),
+            enforced_limit_mw=None if limit_mw is None else round(limit_mw),
+            max_sm_clock_mhz=None if max_mhz is None else round(max_mhz),
+            bus_id=one_line(bus_id, 40) if isinstance(bus_id, str) else None,
         )
 
 

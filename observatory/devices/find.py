@@ -163,7 +163,7 @@ def nvidia_gpus() -> tuple[list[PciGpu], str | None]:
     finally:
         close_nvml(nvml)
     gpus = [
-        PciGpu(uuid=gpu.spec.uuid, bus_id=gpu.bus_id, mig=bool(gpu.mig))
+        PciGpu(uuid=gpu.spec.uuid, bus_id=gpu.spec.bus_id, mig=bool(gpu.spec.mig))
         for gpu in listed
         if gpu.spec.uuid and gpu.code == SUCCESS
     ]

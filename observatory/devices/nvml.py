@@ -128,7 +128,7 @@ class NvmlDevice(PowerDevice):
 
     @property
     def spec(self) -> DeviceSpec:
-        """The GPU; further keys: ``bus_id``, ``mig``, and its default, least and most power limit."""
+        """The GPU."""
         return self._gpu.spec
 
     @property

@@ -65,14 +65,10 @@ class Gpu:
 
     Attributes:
         spec: what a manifest keeps of it; its ``uuid`` is None when the driver does not report it.
-        bus_id: PCI bus id, ``00000000:10:00.0``; None when not reported.
-        mig: whether it is partitioned; None when not reported, as on GPUs that cannot be.
         code: why it cannot be used, a return code; 0 when it can.
     """
 
     spec: DeviceSpec
-    bus_id: str | None = None
-    mig: bool | None = None
     code: int = SUCCESS
 
 
@@ -151,28 +147,20 @@ def describe_gpu(nvml: Any, handle: Any, *, driver: str | None = None) -> Gpu:
     pci, _ = ask(nvml, "nvmlDeviceGetPciInfo", handle)
     mig, mig_code = ask(nvml, "nvmlDeviceGetMigMode", handle)
     limits, limits_code = ask(nvml, "nvmlDeviceGetPowerManagementLimitConstraints", handle)
-    bus_id = _text(getattr(pci, "busId", None))
-    is_mig = None if mig_code else bool(mig[0])
-    told: dict[str, Any] = {
-        "bus_id": bus_id,
-        "mig": is_mig,
-        "default_limit_mw": _whole(ask(nvml, "nvmlDeviceGetPowerManagementDefaultLimit", handle)[0]),
-        "min_limit_mw": None if limits_code else _whole(limits[0]),
-        "max_limit_mw": None if limits_code else _whole(limits[1]),
-    }
-    # What only some devices tell is a further key of the record, and left out where it is not told.
-    spec = DeviceSpec.model_validate(
-        {
-            "kind": "nvidia",
-            "name": _text(ask(nvml, "nvmlDeviceGetName", handle)[0]),
-            "uuid": _text(uuid),
-            "driver": driver or _text(ask(nvml, "nvmlSystemGetDriverVersion")[0]),
-            "enforced_limit_mw": _whole(ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)[0]),
-            "max_sm_clock_mhz": _whole(ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, _SM_CLOCK)[0]),
-            **{name: value for name, value in told.items() if value is not None},
-        }
+    spec = DeviceSpec(
+        kind="nvidia",
+        name=_text(ask(nvml, "nvmlDeviceGetName", handle)[0]),
+        uuid=_text(uuid),
+        driver=driver or _text(ask(nvml, "nvmlSystemGetDriverVersion")[0]),
+        enforced_limit_mw=_whole(ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)[0]),
+        default_limit_mw=_whole(ask(nvml, "nvmlDeviceGetPowerManagementDefaultLimit", handle)[0]),
+        min_limit_mw=None if limits_code else _whole(limits[0]),
+        max_limit_mw=None if limits_code else _whole(limits[1]),
+        max_sm_clock_mhz=_whole(ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, _SM_CLOCK)[0]),
+        bus_id=_text(getattr(pci, "busId", None)),
+        mig=None if mig_code else bool(mig[0]),
     )
-    return Gpu(spec=spec, bus_id=bus_id, mig=is_mig, code=code if code in GONE else SUCCESS)
+    return Gpu(spec=spec, code=code if code in GONE else SUCCESS)
 
 
 class NvmlGpu(Closable):
@@ -253,5 +241,5 @@ def _text(value: Any) -> str | None:
 
 def _whole(value: Any) -> int | None:
     with contextlib.suppress(TypeError, ValueError, OverflowError):
-        return int(value) if value is not None and 0 <= int(value) < 1 << 63 else None
+        return int(value) if value is not None and 0 <= int(value) <= 1 << 62 else None
     return None

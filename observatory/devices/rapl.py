@@ -126,14 +126,12 @@ class RaplDevice(PowerDevice):
         if self._last_uj is not None:
             self._range_uj = self._probe("max_energy_range_uj", "energy_mj", least=1) or 0
         limit_uw = self._probe("constraint_0_power_limit_uw", "enforced_limit_mw")
-        self._spec = DeviceSpec.model_validate(
-            {
-                "kind": "rapl",
-                "name": f"RAPL {name}",
-                "uuid": f"rapl:{name}@{one_line(host or socket.gethostname(), 200)}",
-                "enforced_limit_mw": None if limit_uw is None else limit_uw // 1000,
-                "covers": self._domain.covers,
-            }
+        self._spec = DeviceSpec(
+            kind="rapl",
+            name=f"RAPL {name}",
+            uuid=f"rapl:{name}@{one_line(host or socket.gethostname(), 200)}",
+            enforced_limit_mw=None if limit_uw is None else limit_uw // 1000,
+            covers=self._domain.covers,
         )
 
     @property

@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -247,21 +247,16 @@ def _numbers(rows: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray[np.b
 
 
 def _spec_of(manifest: Manifest | None, uuid: str) -> DeviceSpec:
-    known = next((spec for spec in manifest.devices if spec.uuid == uuid), None) if manifest else None
-    if known is None:
+    recorded = None if manifest is None else manifest.device_specs.get(uuid)
+    if recorded is None:
         return DeviceSpec(kind="replay", uuid=uuid)
-    return DeviceSpec.model_validate({**known.model_dump(), "kind": "replay", "recorded_kind": known.kind})
+    return recorded.model_copy(update={"kind": "replay", "recorded_kind": recorded.kind})
 
 
 def _reasons_of(manifest: Manifest | None, uuid: str) -> dict[str, str]:
-    """Reasons that the run itself keeps: of the rank that sampled the device, else of ``config.power``."""
-    if manifest is None:
-        return {}
-    place: Any = manifest.config
-    for key in ("power", "calibration", uuid, "unavailable"):
-        place = place.get(key) if isinstance(place, dict) else None
-    reasons: dict[str, Any] = dict(place) if isinstance(place, dict) else {}
-    for status in manifest.ranks:
+    """Reasons that the run itself keeps, of the rank that sampled the device."""
+    reasons: dict[str, str] = {}
+    for status in () if manifest is None else manifest.ranks:
         if status.power is not None:
             reasons |= status.power.unavailable.get(uuid, {})
-    return {name: one_line(reasons[name], 400) for name in FIELDS if isinstance(reasons.get(name), str)}
+    return {name: one_line(reasons[name], 400) for name in FIELDS if name in reasons}

@@ -97,7 +97,6 @@ def _status(selector: str, device: PowerDevice) -> DeviceStatus:
         else FieldStatus(name=name, state="works")
         for name in FIELDS
     )
-    covers = (device.spec.model_extra or {}).get("covers")
     denied = next((field for field in fields if field.state == "not permitted"), None)
     works = any(field.state == "works" for field in fields)
     return DeviceStatus(
@@ -105,7 +104,7 @@ def _status(selector: str, device: PowerDevice) -> DeviceStatus:
         kind=device.spec.kind,
         name=device.spec.name,
         state="works" if works else denied.state if denied else "not supported",
-        detail=covers if isinstance(covers, str) else None,
+        detail=device.spec.covers,
         remedy=denied.remedy if denied and not works else None,
         fields=fields,
         clocks=lock_outlook(device.uuid) if device.spec.kind == "nvidia" else None,

@@ -135,14 +135,37 @@ class Topology(Record):
 
 
 class DeviceSpec(Record):
-    """A device as the driver names it; limits and clocks None where it does not tell."""
+    """A device as the driver names it; every part None where the device has none, or does not report it.
+
+    Attributes:
+        kind: ``nvidia``, ``amd``, ``rapl``, ``replay``, ``none``, or what another writer calls it.
+        name: of its model.
+        uuid: what names the device, across reboots.
+        driver: version of its driver.
+        enforced_limit_mw: power limit in force when it was opened.
+        default_limit_mw, min_limit_mw, max_limit_mw: default power limit and range of power limits (NVIDIA).
+        max_sm_clock_mhz: highest clock of its multiprocessors.
+        bus_id: PCI bus id, ``00000000:10:00.0``.
+        mig: whether it is partitioned (NVIDIA).
+        covers: what its energy is that of (RAPL).
+        recorded_kind: kind of the device that was recorded (replay).
+        rank: the rank it works for, where another writer states it; ours does in ``RankPower.own_devices``.
+    """
 
     kind: Text
     name: Text | None = None
     uuid: Text | None = None
     driver: Text | None = None
     enforced_limit_mw: Count | None = None
+    default_limit_mw: Count | None = None
+    min_limit_mw: Count | None = None
+    max_limit_mw: Count | None = None
     max_sm_clock_mhz: Count | None = None
+    bus_id: Annotated[str, Field(max_length=255)] | None = None
+    mig: bool | None = None
+    covers: Text | None = None
+    recorded_kind: Text | None = None
+    rank: Count | None = None
 
 
 class HostSpec(Record):
@@ -455,3 +478,9 @@ class Manifest(Record):
     window_steps: _Few = 1
     notes: tuple[Text, ...] = ()
     ranks: tuple[RankStatus, ...] = ()
+
+    @property
+    def device_specs(self) -> dict[str, DeviceSpec]:
+        """Devices by UUID: those of the first rank's host, and those that were sampled on any node."""
+        sampled = [spec for status in self.ranks if status.power for spec in status.power.sampled]
+        return {spec.uuid: spec for spec in (*self.devices, *sampled) if spec.uuid is not None}

@@ -358,7 +358,7 @@ def test_a_sample_takes_five_calls_and_tells_how_long_they_took(tmp_path: Path) 
 def partitioned_scene(driver: FakeDriver) -> list[Any]:
     driver.set(mig=1)
     with NvmlDevice(FIRST) as device:
-        told = [(device.spec.model_extra or {})["mig"], device.read().power_mw]
+        told = [device.spec.mig, device.read().power_mw]
     with pytest.raises(DeviceError) as caught:
         open_device("MIG-12345678-1234-1234-1234-123456789abc")
     return [*told, str(caught.value)]

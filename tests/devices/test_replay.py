@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from observatory.devices import replay
 from observatory.devices.replay import ReplayDevice
 from observatory.errors import DeviceError, DeviceLostError
-from observatory.run import RunWriter, open_run
+from observatory.run import RunWriter
 from observatory.run.manifest import DeviceSpec, Manifest, ModelSpec, RankPower
 from tests.devices.recordings import UUID, recorded_rows, write_recording
 
@@ -99,12 +98,10 @@ def write_run(path: Path, rows: pa.Table) -> Path:
     manifest = Manifest(
         run_id="recorded", created_unix_s=1.0, model=ModelSpec(name="m"),
         devices=(DeviceSpec(kind="nvidia", name="NVIDIA H100", uuid=UUID, driver="999"),),
-        config={
-            "power": {"calibration": {UUID: {"unavailable": {"thermal_ns": "field 269 returned 3", "x": 1}}}}
-        },
     )  # fmt: skip
     with RunWriter.create(path, manifest) as writer:
         writer.append("power", rows)
+        writer.set_power(RankPower(unavailable={UUID: {"thermal_ns": "field 269 returned 3", "x": "1"}}))
     return path
 
 
@@ -112,20 +109,9 @@ def test_a_run_is_played_with_the_name_and_the_reasons_that_it_keeps(tmp_path: P
     with ReplayDevice(write_run(tmp_path / "run", recorded_rows())) as device:
         assert device.spec.kind == "replay"
         assert device.spec.name == "NVIDIA H100"
-        assert (device.spec.model_extra or {})["recorded_kind"] == "nvidia"
+        assert device.spec.recorded_kind == "nvidia"
         assert device.unavailable["thermal_ns"] == "field 269 returned 3 (as recorded)"
         assert device.unavailable["power_cap_ns"] == "the recording holds no power_cap_ns"
-
-
-def test_the_reasons_that_our_own_sampler_kept_are_played_too(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", recorded_rows())
-    with RunWriter.create(tmp_path / "own", open_run(run).manifest) as writer:
-        writer.append("power", recorded_rows())
-        told = {UUID: {"thermal_ns": "field 270 returned 3", "power_cap_ns": "field 74 returned 3"}}
-        writer.set_power(RankPower(unavailable=told))
-    with ReplayDevice(tmp_path / "own") as device:
-        assert device.unavailable["thermal_ns"] == "field 270 returned 3 (as recorded)"
-        assert device.unavailable["power_cap_ns"] == "field 74 returned 3 (as recorded)"
 
 
 def test_several_devices_need_a_name(tmp_path: Path) -> None:
@@ -172,11 +158,10 @@ def test_files_that_are_no_recordings_are_one_sentence_each(
         ReplayDevice(run)
 
 
-def test_a_manifest_that_lies_about_reasons_is_no_trouble(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", recorded_rows())
-    manifest = json.loads((run / "run.json").read_text())
-    for lie in ([], "x", {"calibration": []}, {"calibration": {UUID: {"unavailable": {"thermal_ns": 7}}}}):
-        manifest["config"]["power"] = lie
-        (run / "run.json").write_text(json.dumps(manifest))
-        with ReplayDevice(run) as device:
-            assert device.unavailable["thermal_ns"] == "the recording holds no thermal_ns"
+def test_a_device_that_another_node_sampled_keeps_its_name(tmp_path: Path) -> None:
+    manifest = Manifest(run_id="recorded", created_unix_s=1.0, model=ModelSpec(name="m"))
+    with RunWriter.create(tmp_path / "run", manifest) as writer:
+        writer.append("power", recorded_rows())
+        writer.set_power(RankPower(sampled=(DeviceSpec(kind="nvidia", name="NVIDIA H100", uuid=UUID),)))
+    with ReplayDevice(tmp_path / "run") as device:
+        assert (device.spec.name, device.spec.recorded_kind) == ("NVIDIA H100", "nvidia")

@@ -145,9 +145,8 @@ def _told(manifest: Manifest) -> dict[str, list[int]]:
                 if text.isascii() and text.isdecimal() and len(text) < 9 and isinstance(uuid, str):
                     told.setdefault(uuid, set()).add(int(text))
     for device in manifest.devices:
-        rank = (device.model_extra or {}).get("rank")
-        if device.uuid is not None and isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0:
-            told.setdefault(device.uuid, {rank})
+        if device.uuid is not None and device.rank is not None:
+            told.setdefault(device.uuid, {device.rank})
     return {uuid: sorted(ranks) for uuid, ranks in told.items()}
 
 

@@ -213,7 +213,7 @@ def _add_device(
     time_ns = rows["time_ns"].to_numpy(np.int64)
     period_ns = int(np.median(np.diff(time_ns))) if len(time_ns) > 1 else 50_000_000
     span_ns = max(int(time_ns[-1] - time_ns[0]), 1)
-    spec = next((item for item in run.manifest.devices if item.uuid == own["device_uuid"]), None)
+    spec = run.manifest.device_specs.get(own["device_uuid"])
     traces = []
     for quantity, (column, factor) in _QUANTITIES.items():
         points, source = _points(rows, quantity, column, period_ns)

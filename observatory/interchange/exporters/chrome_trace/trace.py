@@ -274,7 +274,7 @@ class _Tracing:
         return DeviceTrack(pid=self.device_pid[key], columns=tuple(columns), period_ns=period_ns)
 
     def _device_name(self, key: tuple[int, str]) -> str:
-        spec = next((item for item in self.run.manifest.devices if item.uuid == key[1]), None)
+        spec = self.run.manifest.device_specs.get(key[1])
         name = "" if spec is None or not spec.name else f"{spec.name[:80]} "
         told = "" if self.survey.told[key] else ": tells nothing"
         return f"{name}{key[1][:120]} (sampled by rank {key[0]}){told}"
