@@ -60,9 +60,10 @@ def alltoall(
     json: JsonOption = False,
 ) -> None:
     """Time all-to-all exchanges of several sizes, splits and algorithms, and check every byte."""
+    from observatory.advice.conclusions import conclude_bench, conclusion_document
     from observatory.analysis.network.documents import bench_document, bench_tables
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
-    from observatory.cli.output import print_data, print_table, say, say_cores
+    from observatory.cli.output import print_conclusion, print_data, print_table, say, say_cores
     from observatory.collectives.bench.measure import alltoall_plan
     from observatory.collectives.bench.patterns import PATTERNS
     from observatory.host.provenance import command_line
@@ -89,9 +90,12 @@ def alltoall(
     for note in result.notes:
         say(f"note: {note}")
     document = bench_document(result)
+    conclusion = conclude_bench(document, out)
+    document["conclusion"] = conclusion_document(conclusion)
     tables = bench_tables(document)
     if not print_data(document, tables, json=json, csv=csv):
         for table in tables:
             print_table(table, wide=wide)
+        print_conclusion(conclusion)
     write_result(result, out)
     say(f"result written to {out}; next: observatory fit {out} --out fit.json")

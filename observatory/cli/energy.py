@@ -23,6 +23,7 @@ def energy(
     json: JsonOption = False,
 ) -> None:
     """Show the energy of a run: per device, phase and token, with intervals, or why it is not known."""
+    from observatory.advice.conclusions import conclude_energy, conclusion_document
     from observatory.analysis.energy.document import (
         energy_document,
         energy_sentences,
@@ -30,13 +31,15 @@ def energy(
         reuse_sentences,
         reuse_tables,
     )
-    from observatory.cli.output import print_data, print_table, print_text, say
+    from observatory.cli.output import print_conclusion, print_data, print_table, print_text, say
     from observatory.run import open_run
     from observatory.run.documents.prefix_cache import load_reuse
 
     opened = open_run(run)
     measured = None if reuse is None else load_reuse(reuse)
     document = energy_document(opened, seed=seed, reuse=measured)
+    conclusion = conclude_energy(document, run)
+    document["conclusion"] = conclusion_document(conclusion)
     tables = energy_tables(document)
     if measured is not None:
         tables += reuse_tables(document["reuse"], measured)
@@ -51,3 +54,4 @@ def energy(
         say(sentence)
     for sentence in reuse_sentences(document["reuse"]) if measured is not None else ():
         say(sentence)
+    print_conclusion(conclusion)

@@ -23,8 +23,9 @@ def exchanges(
     json: JsonOption = False,
 ) -> None:
     """Show the time of every layer's exchanges, split into waiting and transfer."""
+    from observatory.advice.conclusions import conclude_exchanges, conclusion_document
     from observatory.analysis.exchange.document import exchange_document, exchange_tables
-    from observatory.cli.output import print_data, print_table, print_text, say, say_cores
+    from observatory.cli.output import print_conclusion, print_data, print_table, print_text, say, say_cores
     from observatory.cli.parsing import parse_files_of_ranks
     from observatory.run import open_run
     from observatory.run.usable_cores import short_of_cores
@@ -32,6 +33,8 @@ def exchanges(
     opened = open_run(run)
     dumps = parse_files_of_ranks(flight_recorder or (), ranks=opened.manifest.topology.ranks)
     document = exchange_document(opened, dumps=dumps)
+    conclusion = conclude_exchanges(document, run)
+    document["conclusion"] = conclusion_document(conclusion)
     tables = exchange_tables(document)
     say_cores(short_of_cores(status.cores for status in opened.manifest.ranks))
     for problem in document["problems"]:
@@ -46,3 +49,4 @@ def exchanges(
         say(f"flight recorder, {gap['rows']} of {document['rows']} rows: {gap['reason']}")
     for unknown in document["unknown"]:
         say(f"no split for {unknown['rows']} of {document['rows']} rows: {unknown['reason']}")
+    print_conclusion(conclusion)

@@ -32,12 +32,13 @@ def fit(
     json: JsonOption = False,
 ) -> None:
     """Fit latency, bandwidth, per-message cost and contention; the form is chosen on held-out matrices."""
+    from observatory.advice.conclusions import conclude_fit, conclusion_document
     from observatory.analysis.network.checking import check_predictions, error_summary, not_fitted
     from observatory.analysis.network.documents import fit_document, fit_tables
     from observatory.analysis.network.fitting import fit_network
     from observatory.analysis.network.wording import misfit_sentence, verdict_sentence
     from observatory.campaign.benchmark import check_out
-    from observatory.cli.output import print_data, print_table, print_text, say, say_cores
+    from observatory.cli.output import print_conclusion, print_data, print_table, print_text, say, say_cores
     from observatory.host.provenance import command_line
     from observatory.run.documents.bench import load_bench
     from observatory.run.documents.writing import frame_records, write_text
@@ -63,6 +64,8 @@ def fit(
         say(f"note: {note}")
     write_text(out, model.model_dump_json(indent=1))
     document = fit_document(model, checked)
+    conclusion = conclude_fit(document, out)
+    document["conclusion"] = conclusion_document(conclusion)
     tables = fit_tables(document)
     if print_data(document, tables, json=json, csv=csv, table=table):
         raise typer.Exit(0 if valid else NOT_VALID)
@@ -79,5 +82,6 @@ def fit(
         say(f"verdict: {verdict_sentence(item, model.backend)}")
         for misfit in item.misfits:
             say(f"  {misfit_sentence(misfit)}")
+    print_conclusion(conclusion)
     say(f"network model written to {out}; next: observatory scan RUN --network {out}")
     raise typer.Exit(0 if valid else NOT_VALID)

@@ -22,6 +22,7 @@ from observatory.analysis.columns import Column, Table
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from observatory.advice.conclusions import Conclusion
     from observatory.run.manifest import CoreShare
 
 _LONGEST_COMPLAINT = 1200
@@ -133,6 +134,13 @@ def print_text(lines: Iterable[str]) -> None:
     width = _terminal_width()
     for line in lines:
         print_lines(_fold(_one_line(line), width))
+
+
+def print_conclusion(conclusion: Conclusion) -> None:
+    """The worst place, what it costs and what to do next, at the end of a command's tables."""
+    from observatory.advice.words import conclusion_sentences
+
+    print_text(["", *conclusion_sentences(conclusion)])
 
 
 def print_table(table: Table, *, wide: bool = False) -> None:

@@ -64,10 +64,11 @@ def replay(
     json: JsonOption = False,
 ) -> None:
     """Replay a run's traffic step by step and layer by layer, against uniform traffic of equal volume."""
+    from observatory.advice.conclusions import conclude_replay, conclusion_document
     from observatory.analysis.network.documents import replay_document, replay_tables
     from observatory.analysis.parallel.captured import captured_traffic, traffic_notes
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
-    from observatory.cli.output import print_data, print_table, say, say_cores
+    from observatory.cli.output import print_conclusion, print_data, print_table, say, say_cores
     from observatory.collectives.bench.replay import replay_plan
     from observatory.host.provenance import command_line
     from observatory.run import open_run
@@ -107,9 +108,12 @@ def replay(
     for note in result.notes:
         say(f"note: {note}")
     document = replay_document(result)
+    conclusion = conclude_replay(document, run)
+    document["conclusion"] = conclusion_document(conclusion)
     tables = replay_tables(document, opened.manifest.model.name)
     if not print_data(document, tables, json=json, csv=csv):
         for table in tables:
             print_table(table, wide=wide)
+        print_conclusion(conclusion)
     write_result(result, out)
     say(f"result written to {out}")

@@ -20,11 +20,14 @@ def routing(
     json: JsonOption = False,
 ) -> None:
     """Show the imbalance of expert loads per layer and phase, next to its sampling floor."""
+    from observatory.advice.conclusions import conclude_routing, conclusion_document
     from observatory.analysis.routing.document import routing_document, routing_tables
-    from observatory.cli.output import print_data, print_table, say
+    from observatory.cli.output import print_conclusion, print_data, print_table, say
     from observatory.run import open_run
 
     document = routing_document(open_run(run), bootstrap=bootstrap, seed=seed)
+    conclusion = conclude_routing(document, run)
+    document["conclusion"] = conclusion_document(conclusion)
     tables = routing_tables(document)
     for problem in document["problems"]:
         say(f"note: {problem}")
@@ -32,3 +35,4 @@ def routing(
         return
     for table in tables:
         print_table(table, wide=wide)
+    print_conclusion(conclusion)

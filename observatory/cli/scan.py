@@ -76,6 +76,7 @@ def scan(
     json: JsonOption = False,
 ) -> None:
     """Re-map the captured loads to other EP degrees and placements."""
+    from observatory.advice.conclusions import conclude_scan, conclusion_document
     from observatory.analysis.network.layouts import (
         ScanRequest,
         doubt_sentences,
@@ -83,7 +84,7 @@ def scan(
         scan_sentences,
         scan_tables,
     )
-    from observatory.cli.output import print_data, print_table, say
+    from observatory.cli.output import print_conclusion, print_data, print_table, say
     from observatory.errors import BenchmarkError
     from observatory.run import open_run
 
@@ -105,6 +106,8 @@ def scan(
 
         model = load_network(network)
     document = scan_document(opened, request, model=model, traffic=traffic)
+    conclusion = conclude_scan(document, run)
+    document["conclusion"] = conclusion_document(conclusion)
     tables = scan_tables(document)
     for note in document["problems"]:
         say(f"note: {note}")
@@ -116,3 +119,4 @@ def scan(
         say(sentence)
     for sentence in doubt_sentences(document, model, algorithm) if model is not None else ():
         say(sentence)
+    print_conclusion(conclusion)

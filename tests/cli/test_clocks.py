@@ -90,7 +90,7 @@ def test_a_run_directory_is_read_as_telemetry(tmp_path: Path, model_file: Path, 
     )
     assert main(["clocks", "recommend", str(run), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document.keys() == {"kind", "schema_version", "telemetry"}
+    assert document.keys() == {"kind", "schema_version", "telemetry", "conclusion"}
     assert document["telemetry"]["devices"][0]["cap"] == "does not bind"
     assert main(["clocks", "recommend", str(model_file), "--telemetry", str(run), "--json"]) == 0
     assert {"telemetry", "series", "commands"} <= json.loads(capsys.readouterr().out).keys()

@@ -41,12 +41,13 @@ def recommend(
     json: JsonOption = False,
 ) -> None:
     """Choose the clock of least energy inside a slowdown budget; nothing is set, commands are printed."""
+    from observatory.advice.conclusions import conclude_clocks, conclusion_document
     from observatory.advice.frequency import recommend_clocks
     from observatory.advice.tables import advice_table, advised_clocks
     from observatory.analysis.frequency.model_file import load_clock_model
     from observatory.analysis.frequency.tables import telemetry_table
     from observatory.analysis.frequency.telemetry import telemetry_advice
-    from observatory.cli.output import print_data
+    from observatory.cli.output import print_conclusion, print_data
     from observatory.errors import ClockError
     from observatory.locks.commands import all_commands
     from observatory.run import open_run
@@ -74,12 +75,15 @@ def recommend(
         content["telemetry"] = seen.model_dump(mode="json")
         tables.append(telemetry_table(seen))
     document = printed_document("clock_advice", content)
+    conclusion = conclude_clocks(document)
+    document["conclusion"] = conclusion_document(conclusion)
     if print_data(document, tables, json=json, csv=csv, table=table):
         return
     if advice is not None:
         _print_advice(advice, tables[0], commands, wide=wide)
     if seen is not None:
         _print_telemetry(seen, tables[-1], wide=wide)
+    print_conclusion(conclusion)
 
 
 def _print_advice(advice: ClockAdvice, table: Table, commands: dict[str, list[str]], *, wide: bool) -> None:

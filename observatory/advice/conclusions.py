@@ -1,0 +1,302 @@
+"""What a command's result comes to: the worst place, what it costs, what to do next; or that nothing is.
+
+Each function takes the document that a command prints with ``--json`` and returns at most three reasons:
+codes and values, which ``words.py`` puts into sentences. What lies within its interval, or at its sampling
+floor, is never called worse than anything else.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from observatory.reasons import Reason
+
+Conclusion = tuple[Reason, ...]
+Row = Mapping[str, Any]
+
+#: A load or time this much over its reference is worth a change: step times of one program scatter as much.
+_WORTH = 0.05
+#: A case of a benchmark is noisy where its slowest tenth takes this much longer than its median.
+_NOISY = 1.5
+
+
+class Code(StrEnum):
+    """What a reason of a conclusion states."""
+
+    NOTHING = "nothing"
+    TOO_FEW_STEPS = "too_few_steps"
+    SHORT_OF_CORES = "short_of_cores"
+    BUSIEST_EXPERT = "busiest_expert"
+    BUSIEST_RANK = "busiest_rank"
+    LOAD_COST = "load_cost"
+    SLOWER_LAYOUT = "slower_layout"
+    LONGEST_WAIT = "longest_wait"
+    WAIT_COST = "wait_cost"
+    WAIT_UNKNOWN = "wait_unknown"
+    MOST_ENERGY = "most_energy"
+    ENERGY_COST = "energy_cost"
+    ENERGY_UNKNOWN = "energy_unknown"
+    HELD_BY_CAP = "held_by_cap"
+    CAP_COST = "cap_cost"
+    CLOCK_TOO_HIGH = "clock_too_high"
+    CLOCK_COST = "clock_cost"
+    WRONG_BYTES = "wrong_bytes"
+    NOISY_CASE = "noisy_case"
+    NOISE_COST = "noise_cost"
+    DEAREST_REALISM = "dearest_realism"
+    REALISM_COST = "realism_cost"
+    UNRELIABLE_FIT = "unreliable_fit"
+    FIT_COST = "fit_cost"
+    RUN_COMMAND = "run_command"
+    MORE_REPEATS = "more_repeats"
+    MORE_STEPS = "more_steps"
+    MORE_CORES = "more_cores"
+    LOCK_CLOCK = "lock_clock"
+    CHECK_FABRIC = "check_fabric"
+
+
+NOTHING: Conclusion = (Reason(Code.NOTHING),)
+
+
+def conclusion_document(conclusion: Conclusion) -> list[dict[str, Any]]:
+    """The conclusion for a JSON document."""
+    return [reason.document() for reason in conclusion]
+
+
+def conclude_routing(document: Row, run: Path) -> Conclusion:
+    """Of ``observatory routing``: the layer whose experts are most unbalanced, beyond chance.
+
+    A layer counts where the interval of its Gini lies above the floor of uniform routing.
+    """
+    layers = document["layers"]
+    if layers and all(row["gini_low"] is None for row in layers):
+        return (Reason(Code.TOO_FEW_STEPS), Reason(Code.MORE_STEPS))
+    surely = [
+        row
+        for row in layers
+        if None not in (row["gini_low"], row["gini_floor"], row["expert_max_over_mean_floor"])
+        and row["gini_low"] > row["gini_floor"]
+    ]
+    worst = _worst(surely, _excess("expert_max_over_mean"))
+    if worst is None:
+        return NOTHING
+    place = _values(worst, "layer", "phase", "gini", "gini_low", "gini_high", "gini_floor")
+    return (
+        Reason(Code.BUSIEST_EXPERT, place),
+        _load_cost(worst, "expert_max_over_mean"),
+        _command("scan", run),
+    )
+
+
+def conclude_scan(document: Row, run: Path) -> Conclusion:
+    """Of ``observatory scan``: the slower layout where times are predicted, else the busiest rank.
+
+    Two layouts that predicted times do not tell apart are no reason for a change.
+    """
+    if "comparisons" in document:
+        apart = [row for row in document["comparisons"] if row["code"] == "apart"]
+        worst = _worst(apart, lambda row: abs(row["ratio"] - 1.0))
+        if worst is None:
+            return NOTHING
+        better, slower = ("second", "first") if worst["ratio"] > 1.0 else ("first", "second")
+        return (
+            Reason(
+                Code.SLOWER_LAYOUT,
+                {
+                    "phase": worst["phase"],
+                    **{f"slower_{name}": worst[f"{slower}_{name}"] for name in ("ep", "placement")},
+                    **{f"better_{name}": worst[f"{better}_{name}"] for name in ("ep", "placement")},
+                    "extra_ms": abs(worst["first_us"] - worst["second_us"]) * 1e-3,
+                },
+            ),
+            _command("replay", run, "--ep", worst[f"{better}_ep"], "--out", "replay.json"),
+        )
+    worst = _worst(document["rows"], _excess("rank_max_over_mean"))
+    if worst is None:
+        return NOTHING
+    return (
+        Reason(Code.BUSIEST_RANK, _values(worst, "layer", "phase", "ep", "placement")),
+        _load_cost(worst, "rank_max_over_mean"),
+        _command("replay", run, "--ep", worst["ep"], "--out", "replay.json"),
+    )
+
+
+def conclude_exchanges(document: Row, run: Path) -> Conclusion:
+    """Of ``observatory exchanges``: the layer whose ranks wait longest in all."""
+    if document["short_of_cores"]:
+        return (Reason(Code.SHORT_OF_CORES), Reason(Code.MORE_CORES))
+    known = [row for row in document["layers"] if row["wait_s"] is not None and row["duration_s"]]
+    if not known:
+        return (Reason(Code.WAIT_UNKNOWN), _command("exchanges", run, "--wide"))
+    worst = max(known, key=lambda row: row["wait_s"])
+    waited_s = sum(row["wait_s"] for row in known)
+    total_s = sum(row["duration_s"] - row["unknown_s"] for row in known)
+    share = waited_s / total_s if total_s > 0 else 0.0
+    if share < _WORTH:
+        return NOTHING
+    rows = worst["rows"] - worst["rows_unknown"]
+    names = ("layer", "phase", "role", "slowest_rank", "slowest_share", "slowest_cause")
+    return (
+        Reason(Code.LONGEST_WAIT, _values(worst, *names)),
+        Reason(Code.WAIT_COST, {"wait_share": share, "wait_ms": worst["wait_s"] / max(rows, 1) * 1e3}),
+        _command("scan", run)
+        if worst["slowest_cause"] == "compute load"
+        else _command("report", run, "--out", "report.html"),
+    )
+
+
+def conclude_energy(document: Row, run: Path) -> Conclusion:
+    """Of ``observatory energy``: the phase that most energy goes to."""
+    known = [row for row in document["phases"] if row["span"] is None and row["energy_mj"] is not None]
+    phases = [row for row in known if row["phase"] != "idle"]
+    if not phases:
+        return (Reason(Code.ENERGY_UNKNOWN), _command("energy", run, "--wide"))
+    worst = max(phases, key=lambda row: row["energy_mj"])
+    total_mj = sum(row["energy_mj"] for row in known)
+    tokens: Row = next(
+        (
+            row
+            for row in (*document["totals"], *document["tokens"])
+            if row["phase"] == worst["phase"] and row["mj_per_token"] is not None
+        ),
+        {},
+    )
+    return (
+        Reason(
+            Code.MOST_ENERGY,
+            {**_values(worst, "phase", "source_rank", "device_uuid"), "share": worst["energy_mj"] / total_mj},
+        ),
+        Reason(
+            Code.ENERGY_COST,
+            {
+                **_values(worst, "energy_mj", "energy_low_mj", "energy_high_mj", "energy_flag"),
+                **{
+                    name: tokens.get(name)
+                    for name in ("mj_per_token", "mj_per_token_low", "mj_per_token_high")
+                },
+            },
+        ),
+        _command("clocks", "recommend", "--telemetry", run),
+    )
+
+
+def conclude_clocks(document: Row) -> Conclusion:
+    """Of ``observatory clocks recommend``: the surest saving, else the device that its cap holds."""
+    locked = [row for row in document.get("series", ()) if row["verdict"] == "lock"]
+    if locked:
+        worst = max(locked, key=lambda row: row["choice"]["saving"]["low"] or 0.0)
+        choice = worst["choice"]
+        return (
+            Reason(Code.CLOCK_TOO_HIGH, _values(worst, "title", "reference_mhz")),
+            Reason(
+                Code.CLOCK_COST,
+                {
+                    **{f"saving_{name}": choice["saving"][name] for name in ("value", "low", "high")},
+                    "slowdown": choice["slowdown"]["value"],
+                },
+            ),
+            Reason(Code.LOCK_CLOCK, {"sm_clock_mhz": choice["sm_clock_mhz"]}),
+        )
+    devices = document.get("telemetry", {}).get("devices", ())
+    held = [row for row in devices if row["cap"] == "binds" and row["power_cap_busy_share"] is not None]
+    worst = _worst(held, lambda row: row["power_cap_busy_share"])
+    if worst is None:
+        return NOTHING
+    return (
+        Reason(Code.HELD_BY_CAP, _values(worst, "device_uuid", "phase")),
+        Reason(Code.CAP_COST, _values(worst, "power_cap_busy_share")),
+        _command("clocks", "sweep", "--help"),
+    )
+
+
+def conclude_bench(document: Row, out: Path) -> Conclusion:
+    """Of ``observatory bench``: wrong bytes, else the noisiest case."""
+    cases = document["cases"]
+    wrong = [row for row in cases if not row["correct"]]
+    if wrong:
+        place = _values(wrong[0], "algorithm", "pattern", "mean_send_bytes")
+        return (Reason(Code.WRONG_BYTES, {**place, "cases": len(wrong)}), Reason(Code.CHECK_FABRIC))
+    if document["short_of_cores"]:
+        return (Reason(Code.SHORT_OF_CORES), Reason(Code.MORE_CORES))
+    noisy = [row for row in cases if row["median_us"] and row["p90_us"] > _NOISY * row["median_us"]]
+    if not noisy:
+        return (*NOTHING, _command("fit", out, "--out", "network.json"))
+    worst = max(noisy, key=lambda row: row["p90_us"] / row["median_us"])
+    return (
+        Reason(Code.NOISY_CASE, _values(worst, "algorithm", "pattern", "mean_send_bytes")),
+        Reason(
+            Code.NOISE_COST,
+            {"ratio": worst["p90_us"] / worst["median_us"], "noisy": len(noisy), "cases": len(cases)},
+        ),
+        Reason(Code.MORE_REPEATS),
+    )
+
+
+def conclude_replay(document: Row, run: Path) -> Conclusion:
+    """Of ``observatory replay``: where captured traffic takes surely longer than uniform traffic."""
+    if document["short_of_cores"]:
+        return (Reason(Code.SHORT_OF_CORES), Reason(Code.MORE_CORES))
+    slower = [
+        row
+        for row in document["rows"]
+        if row["layer"] is not None and row["ratio_low"] is not None and row["ratio_low"] > 1.0 + _WORTH
+    ]
+    if not slower:
+        return NOTHING
+    worst = max(slower, key=lambda row: row["extra_us"])
+    return (
+        Reason(Code.DEAREST_REALISM, _values(worst, "algorithm", "phase", "layer", "role")),
+        Reason(Code.REALISM_COST, _values(worst, "ratio", "ratio_low", "ratio_high", "extra_us")),
+        _command("scan", run, "--placement", "linear", "--placement", "round-robin"),
+    )
+
+
+def conclude_fit(document: Row, out: Path) -> Conclusion:
+    """Of ``observatory fit``: the algorithm whose model is not to be relied on."""
+    if document["short_of_cores"]:
+        return (Reason(Code.SHORT_OF_CORES), Reason(Code.MORE_CORES))
+    invalid = [row for row in document["fits"] if row["verdict"] and row["verdict"]["code"] != "valid"]
+    if not invalid:
+        return (*NOTHING, _command("scan", "RUN", "--network", out))
+    worst = max(invalid, key=lambda row: row["verdict"]["p90_error"])
+    verdict = worst["verdict"]
+    is_noisy = verdict["code"] == "too_noisy"
+    return (
+        Reason(Code.UNRELIABLE_FIT, {"algorithm": worst["algorithm"], "verdict": verdict["code"]}),
+        Reason(Code.FIT_COST, _values(verdict, "median_error", "p90_error")),
+        Reason(Code.MORE_REPEATS if is_noisy else Code.CHECK_FABRIC),
+    )
+
+
+def _worst(rows: Iterable[Row], excess: Callable[[Row], float | None]) -> Row | None:
+    """The row with the largest excess that is worth a change."""
+    rated = [(value, row) for row in rows if (value := excess(row)) is not None and value >= _WORTH]
+    return max(rated, key=lambda pair: pair[0])[1] if rated else None
+
+
+def _excess(name: str) -> Callable[[Row], float | None]:
+    """How far a load ratio lies above its sampling floor; None where either is not known."""
+
+    def excess(row: Row) -> float | None:
+        value, floor = row[name], row[f"{name}_floor"]
+        return None if value is None or floor is None else float(value - floor)
+
+    return excess
+
+
+def _load_cost(row: Row, name: str) -> Reason:
+    return Reason(Code.LOAD_COST, {"max_over_mean": row[name], "max_over_mean_floor": row[f"{name}_floor"]})
+
+
+def _values(row: Row, *names: str) -> dict[str, Any]:
+    return {name: row[name] for name in names}
+
+
+def _command(*words: object) -> Reason:
+    """A command to run next, quoted for a shell."""
+    argv: Sequence[str] = ("observatory", *map(str, words))
+    return Reason(Code.RUN_COMMAND, {"command": shlex.join(argv)})

@@ -1,0 +1,109 @@
+"""Conclusions in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from observatory.advice.conclusions import Code, Conclusion
+from observatory.text import percent_words
+
+_SENTENCES = {
+    Code.NOTHING: "nothing here is worth changing",
+    Code.TOO_FEW_STEPS: "too few steps for an interval, so nothing can be called unbalanced",
+    Code.SHORT_OF_CORES: "ranks shared processor cores, so these times are not those of a machine with a "
+    "core for each",
+    Code.BUSIEST_EXPERT: "most unbalanced: layer {layer} in {phase}, Gini {gini:.3f} ({gini_low:.3f} to "
+    "{gini_high:.3f}; uniform routing shows {gini_floor:.3f})",
+    Code.BUSIEST_RANK: "busiest rank: layer {layer} in {phase}, EP {ep}, placement {placement}",
+    Code.LOAD_COST: "its busiest one has {max_over_mean:.2f} times the mean load, uniform routing "
+    "{max_over_mean_floor:.2f} times; all others wait for it",
+    Code.SLOWER_LAYOUT: "in {phase}, EP {slower_ep} {slower_placement} is predicted to take "
+    "{extra_ms:.3g} ms more in a step than EP {better_ep} {better_placement}",
+    Code.LONGEST_WAIT: "longest waiting: {role} of layer {layer} in {phase}, {slowest}",
+    Code.WAIT_COST: "ranks wait {wait_share} of their time in exchanges, there {wait_ms:.3g} ms in each",
+    Code.WAIT_UNKNOWN: "waiting could not be separated from transfer, so no place can be called worst",
+    Code.MOST_ENERGY: "most energy: {phase} on rank {source_rank}, {share} of the energy of all phases",
+    Code.ENERGY_COST: "that is {energy}{per_token}",
+    Code.ENERGY_UNKNOWN: "the energy of no phase is known, for the reasons above",
+    Code.HELD_BY_CAP: "held back: {device_uuid}{in_phase}, by its power limit",
+    Code.CAP_COST: "the limit held the clock down in {power_cap_busy_share} of the busy time",
+    Code.CLOCK_TOO_HIGH: "worth a lower clock: {title}, now at {reference_mhz:.0f} MHz",
+    Code.CLOCK_COST: "a lock saves {saving} of the energy for {slowdown} more time",
+    Code.WRONG_BYTES: "wrong bytes arrived in {cases} cases, first {algorithm} {pattern} of "
+    "{mean_send_bytes} B",
+    Code.NOISY_CASE: "noisiest: {algorithm} {pattern} of {mean_send_bytes} B",
+    Code.NOISE_COST: "its slowest tenth takes {ratio:.1f} times the median; {noisy} of {cases} cases are "
+    "that noisy",
+    Code.DEAREST_REALISM: "captured traffic costs most: {role} of layer {layer} in {phase}, {algorithm}",
+    Code.REALISM_COST: "{extra_us:.3g} us more in each exchange than uniform traffic, {ratio:.2f} times as "
+    "long ({ratio_low:.2f} to {ratio_high:.2f})",
+    Code.UNRELIABLE_FIT: "not to be relied on: the model of {algorithm} ({verdict})",
+    Code.FIT_COST: "its predictions are off by {median_error} in the median, {p90_error} in the worst tenth",
+    Code.RUN_COMMAND: "next: {command}",
+    Code.MORE_REPEATS: "next: measure again with more --repeats on a quiet machine",
+    Code.MORE_STEPS: "next: profile again with more --steps",
+    Code.MORE_CORES: "next: measure again with fewer ranks, or a core for each",
+    Code.LOCK_CLOCK: "next: the commands above for {sm_clock_mhz:.0f} MHz",
+    Code.CHECK_FABRIC: "next: check the links and nodes named above",
+}
+#: Values that are shares.
+_SHARES = ("wait_share", "share", "power_cap_busy_share", "median_error", "p90_error", "slowdown")
+
+
+def conclusion_sentences(conclusion: Conclusion) -> list[str]:
+    """At most three lines."""
+    return [
+        _SENTENCES[Code(reason.code)].format_map(_shown(Code(reason.code), reason.values))
+        for reason in conclusion
+    ]
+
+
+def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values as they stand in the sentence of their code."""
+    shown = {
+        name: percent_words(value) if name in _SHARES and isinstance(value, float) else value
+        for name, value in values.items()
+    }
+    if code is Code.LONGEST_WAIT:
+        role = values["role"] if values["role"] in ("dispatch", "combine") else "other exchanges"
+        shown |= {"role": role, "slowest": _slowest(values)}
+    if code is Code.MOST_ENERGY and values["source_rank"] is None:
+        shown["source_rank"] = "unknown"
+    if code is Code.ENERGY_COST:
+        shown |= {"energy": _energy(values), "per_token": _per_token(values)}
+    if code is Code.HELD_BY_CAP:
+        shown["in_phase"] = f" in {values['phase']}" if values["phase"] else ""
+    if code is Code.CLOCK_COST:
+        shown["saving"] = _interval(values["saving_value"], values["saving_low"], values["saving_high"])
+    return shown
+
+
+def _slowest(values: Mapping[str, Any]) -> str:
+    if values["slowest_rank"] is None:
+        return "for no rank in particular"
+    cause = values["slowest_cause"]
+    return (
+        f"mostly for rank {values['slowest_rank']} ({percent_words(values['slowest_share'])} of it; cause: "
+        f"{cause or 'unknown'})"
+    )
+
+
+def _energy(values: Mapping[str, Any]) -> str:
+    text = f"{values['energy_mj'] / 1e3:.3g} J"
+    if values["energy_low_mj"] is None or values["energy_high_mj"] is None:
+        return text
+    return f"{text} ({values['energy_low_mj'] / 1e3:.3g} to {values['energy_high_mj'] / 1e3:.3g})"
+
+
+def _per_token(values: Mapping[str, Any]) -> str:
+    if values["mj_per_token"] is None:
+        return ""
+    low, high = values["mj_per_token_low"], values["mj_per_token_high"]
+    between = "" if low is None or high is None else f" ({low:.3g} to {high:.3g})"
+    return f", {values['mj_per_token']:.3g} mJ per token{between}"
+
+
+def _interval(value: float, low: float | None, high: float | None) -> str:
+    text = percent_words(value)
+    return text if low is None or high is None else f"{text} ({percent_words(low)} to {percent_words(high)})"
