@@ -13,7 +13,7 @@ from typing import Annotated, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy import stats
+from scipy import special
 
 from observatory.run.manifest import Count, Record
 
@@ -71,13 +71,13 @@ def student_interval(value: float, error: float | None, freedom: int) -> Interva
 
 def student_quantile(freedom: float, level: float = LEVEL) -> float:
     """Half width, in standard errors, of a two-sided interval with so many degrees of freedom."""
-    return float(stats.t.ppf(1 - (1 - level) / 2, freedom))
+    return float(special.stdtrit(freedom, 1 - (1 - level) / 2))
 
 
 def student_over_normal(freedom: float, level: float = LEVEL) -> float:
     """How much wider an interval gets because its standard error is itself an estimate: t / z."""
     upper = 1 - (1 - level) / 2
-    return float(stats.t.ppf(upper, freedom) / stats.norm.ppf(upper))
+    return float(special.stdtrit(freedom, upper) / special.ndtri(upper))
 
 
 def few_blocks_widening(blocks: int, level: float = LEVEL) -> float:
@@ -181,3 +181,14 @@ class FormScore(Record):
     form: str
     parameters: Count
     p90_error: Annotated[float, Field(ge=0.0, le=1e30)]
+
+
+def hypergeometric(marked_drawn: Iterable[int], *, population: int, marked: int, drawn: int) -> Float64:
+    """Chances that so many of ``drawn`` items are among the ``marked`` ones of a population, exact."""
+    ways = math.comb(population, drawn)
+    return np.array(
+        [
+            math.comb(marked, count) * math.comb(population - marked, drawn - count) / ways
+            for count in marked_drawn
+        ]
+    )

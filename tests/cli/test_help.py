@@ -103,3 +103,14 @@ def test_the_version_imports_no_library() -> None:
 
 def test_help_imports_no_library() -> None:
     assert not {"numpy", "pandas", "scipy", "pyarrow", "torch", "plotly"} & imported_by("scan", "--help")
+
+
+ANALYSES = ("routing.document", "network.layouts", "exchange.document", "energy.document")
+
+
+@pytest.mark.parametrize("module", ANALYSES)
+def test_analyses_import_no_slow_part_of_a_library(module: str) -> None:
+    code = f"import sys, observatory.analysis.{module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    slow = {"scipy.stats", "scipy.optimize", "scipy.integrate", "plotly", "torch", "rich", "matplotlib"}
+    assert not slow & set(done.stdout.split())

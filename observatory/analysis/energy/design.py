@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import optimize
 
 from observatory.analysis.energy.observations import Observations
 from observatory.analysis.energy.timeline import Timeline
@@ -153,7 +152,9 @@ def nnls(gram_JJ: Float64, right_J: Float64) -> Float64:
     scaled_JJ += 1e-11 * np.eye(len(scaled_J))
     solved = np.linalg.solve(scaled_JJ, scaled_J)
     if (solved < 0).any():
+        from scipy.optimize import nnls
+
         factor = np.linalg.cholesky(scaled_JJ)
-        solved, _ = optimize.nnls(factor.T, np.linalg.solve(factor, scaled_J))
+        solved, _ = nnls(factor.T, np.linalg.solve(factor, scaled_J))
     result[some] = solved / scale_J[some]
     return result

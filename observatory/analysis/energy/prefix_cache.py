@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy import optimize
 
 from observatory.analysis.statistics import few_blocks_widening, student_quantile
 from observatory.errors import EnergyError
@@ -138,7 +137,9 @@ def _terms(fraction: Float64, count: int) -> Float64:
 
 def _solve(fraction: Float64, energy: Float64, terms: int) -> Float64:
     """Non-negative coefficients with least relative error."""
-    solved, _ = optimize.nnls(_terms(fraction, terms) / energy[:, None], np.ones(len(energy)))
+    from scipy.optimize import nnls
+
+    solved, _ = nnls(_terms(fraction, terms) / energy[:, None], np.ones(len(energy)))
     return np.asarray(solved)
 
 

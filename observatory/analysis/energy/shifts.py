@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import special
 
 from observatory.analysis.energy.design import Design, Shift
 
@@ -141,7 +141,7 @@ def _enough(design: Design, least: float, places: int) -> float:
     power_mw = float(seen.energy_mj_N.sum() / (seen.end_ns_N - seen.start_ns_N).sum()) * 1e9
     floor_mj = 0.5 * power_mw * seen.own_ns * 1e-9
     free = max(1, len(seen) - len(design.names) - 2)
-    allowed = float(stats.chi2.isf(_IMPLAUSIBLE / places, 3))
+    allowed = float(special.chdtri(3, _IMPLAUSIBLE / places))
     return least + allowed * max(least / free, floor_mj**2) + len(seen) * (_SHARED * floor_mj) ** 2
 
 

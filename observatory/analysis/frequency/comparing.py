@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from observatory.analysis.frequency.model_file import SeriesFit, Setting
 from observatory.analysis.frequency.views import SeriesView
@@ -204,7 +204,7 @@ def _cap_excess(view: SeriesView, caps: Sequence[Setting], rows: int) -> tuple[I
     if not found or fit.energy_scatter is None:
         return None, np.zeros(rows)
     value, error = float(np.mean(found)), fit.energy_scatter / float(np.sqrt(repeats))
-    draws_B = stats.t.ppf((np.arange(rows - 1) + 0.5) / max(rows - 1, 1), max(fit.scatter_dof, 1))
+    draws_B = special.stdtrit(max(fit.scatter_dof, 1), (np.arange(rows - 1) + 0.5) / max(rows - 1, 1))
     shuffled_B = np.random.default_rng(0).permutation(draws_B)
     return (
         student_interval(value, error, fit.scatter_dof),

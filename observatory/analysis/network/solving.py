@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 
 from observatory.analysis.network.features import Form, StageTerms
 
@@ -152,6 +151,8 @@ def _least_squares(
     scale_F: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """Alternate between slowest rows and coefficients until the error stops falling."""
+    from scipy.optimize import nnls
+
     per_us_C = np.sqrt(weight_C) / unit_us_C
     current_F, best_F, best_error = start_F, start_F, np.inf
     for _ in range(_ROUNDS):

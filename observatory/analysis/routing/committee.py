@@ -13,10 +13,10 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 from observatory.analysis.routing.imbalance import checked_loads
 from observatory.analysis.routing.loads import RunLoads
+from observatory.analysis.statistics import hypergeometric
 from observatory.errors import LoadError
 
 
@@ -58,7 +58,7 @@ def jaccard_by_chance(first_size: int, second_size: int, experts: int) -> float 
     if first_size + second_size == 0:
         return None
     shared = np.arange(max(0, first_size + second_size - experts), min(first_size, second_size) + 1)
-    chance = stats.hypergeom.pmf(shared, experts, first_size, second_size)
+    chance = hypergeometric(shared.tolist(), population=experts, marked=first_size, drawn=second_size)
     return float(np.dot(chance, shared / (first_size + second_size - shared)))
 
 

@@ -25,8 +25,9 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import integrate, stats
+from scipy import special
 
+from observatory.analysis.statistics import hypergeometric
 from observatory.errors import LoadError
 
 #: Above this standard deviation (in assignments) sums of tokens are taken as normal: skewness < 1e-3.
@@ -121,7 +122,8 @@ def _max_over_mean_floor(tokens: int, top_k: float, experts: int, groups: int) -
         one_token = np.array([1 - top_k / experts, top_k / experts])
     else:
         whole_k = max(1, round(top_k))
-        one_token = stats.hypergeom.pmf(np.arange(min(size, whole_k) + 1), experts, size, whole_k)
+        counted = range(min(size, whole_k) + 1)
+        one_token = hypergeometric(counted, population=experts, marked=size, drawn=whole_k)
     counts = np.arange(one_token.size)
     mean_one = float(np.dot(one_token, counts))
     deviation = math.sqrt(max(0.0, tokens * float(np.dot(one_token, (counts - mean_one) ** 2))))
@@ -161,8 +163,6 @@ def _sum_distribution(one: NDArray[np.float64], terms: int) -> tuple[NDArray[np.
 @lru_cache(maxsize=256)
 def _expected_largest_normal(count: int) -> float:
     """Expected largest of ``count`` independent standard normal values."""
-
-    def density(value: float) -> float:
-        return float(value * count * stats.norm.pdf(value) * stats.norm.cdf(value) ** (count - 1))
-
-    return float(integrate.quad(density, -10.0, 12.0, limit=200)[0])
+    value_N = np.linspace(-10.0, 12.0, 4001)  # smooth, and zero at both ends: exact to rounding
+    density_N = np.exp(-(value_N**2) / 2) / math.sqrt(2 * math.pi)
+    return float(np.trapezoid(value_N * count * density_N * special.ndtr(value_N) ** (count - 1), value_N))
