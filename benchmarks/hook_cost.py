@@ -1,4 +1,4 @@
-"""What watching costs per MoE layer call, beside the usual ways to look at routing.
+"""What watching costs per MoE layer call, compared with the usual ways to look at routing.
 
 Protocol, per call size (decode-like: 8 tokens, prefill-like: 2048 tokens): warm-up of every variant; then
 rounds in which every variant runs once, in an order drawn anew each round, on the same model and input. A

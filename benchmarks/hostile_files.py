@@ -1,4 +1,4 @@
-"""What commands spend on files that somebody made to hurt: memory and time, each in a process of its own.
+"""What commands spend on files made to do harm: memory and time, each in a process of its own.
 
     python benchmarks/hostile_files.py [--kind NAME] [--json]
 
@@ -175,16 +175,16 @@ def regular(table: str, rows: int, *, backwards: bool = False) -> bytes:
 
 
 def build(folder: Path, kind: Kind) -> dict[str, Path]:
-    """A run that holds the file as its only part of the table, beside a harmless one."""
+    """A run that holds the file as its only part of the table, next to a harmless one."""
     table, make = kind
     run = folder / "run"
     manifest = Manifest(run_id="r", created_unix_s=1.0, model=ModelSpec(name="m"))
     RunWriter.create(run, manifest).close()
     part = run / table / "rank-00000" / "part-000000.parquet"
     for name in ("routing", "power", "spans"):
-        beside = run / name / "rank-00000" / "part-000000.parquet"
-        beside.parent.mkdir(parents=True)
-        beside.write_bytes(of(name, 9 if name == "power" else 3)[1]())
+        harmless = run / name / "rank-00000" / "part-000000.parquet"
+        harmless.parent.mkdir(parents=True)
+        harmless.write_bytes(of(name, 9 if name == "power" else 3)[1]())
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_bytes(make())
     return {"RUN": run, "PART": part}
@@ -203,17 +203,17 @@ def measure(command: str, places: dict[str, Path]) -> dict[str, object]:
             words += "/replay.json"
         report = Path(out, "peak")
         program = [sys.executable, "-c", CHILD, str(report), str(ADDRESS_SPACE), *words.split()]
-        with tempfile.TemporaryFile() as told:
+        with tempfile.TemporaryFile() as output:
             started = time.monotonic()
-            process = subprocess.Popen(program, stdout=told, stderr=told)
+            process = subprocess.Popen(program, stdout=output, stderr=output)
             try:
                 process.wait(MOST_SECONDS * 4)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
             seconds = time.monotonic() - started
-            told.seek(0)
-            text = told.read().decode("utf-8", "replace")
+            output.seek(0)
+            text = output.read().decode("utf-8", "replace")
         peak = int(report.read_text()) if report.exists() else ADDRESS_SPACE
     errors = [line for line in text.splitlines() if line.startswith("observatory: ")]
     return {

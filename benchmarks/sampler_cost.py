@@ -1,10 +1,10 @@
-"""What sampling power costs: processor time of its process, punctuality, effect on a program beside it.
+"""What sampling power costs: processor time of its process, punctuality, slowdown of a program that runs.
 
     python -m benchmarks.sampler_cost [--seconds 30] [--groups 150]
 
 **Cost.** The sampling process of a node samples 1 and 8 devices of the driver that plays GPUs, every field,
 every 50 ms. Its processor time is read from /proc before and after, so that nothing is left out but its
-start; what it says itself stands beside. The driver's part is measured by asking it the same through the C
+start; its own figures are printed as well. The driver's part is measured by asking it the same through the C
 library alone, all devices after a rest of 50 ms each time, as the sampler does. It takes a file lock and
 steps its simulation in every call; a real driver goes into the kernel and to the device, which costs more.
 
@@ -72,9 +72,9 @@ def cost(folder: Path, devices: int, seconds: float) -> dict[str, Any]:
     before_s, began = processor_s(pid), time.monotonic()
     time.sleep(seconds)
     share = (processor_s(pid) - before_s) / (time.monotonic() - began)
-    told = sampler.stop().cost
-    assert told is not None
-    return {"devices": devices, "share": share, **told.model_dump(), "driver_us": driver_us(devices)}
+    cost = sampler.stop().cost
+    assert cost is not None
+    return {"devices": devices, "share": share, **cost.model_dump(), "driver_us": driver_us(devices)}
 
 
 def driver_us(devices: int) -> float:

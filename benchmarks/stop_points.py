@@ -95,7 +95,7 @@ class Stop:
         from observatory.locks import lease_files
         from observatory.locks.locking import ClockLease
 
-        told, tell = os.pipe()
+        read_end, write_end = os.pipe()
         wait, go_on = os.pipe()
 
         def main() -> int:
@@ -105,19 +105,19 @@ class Stop:
                 with ClockLease.acquire(UUID, duration_s=600) as held:
                     held.lock(int(SECOND["lock"]))
                     held.limit(int(SECOND["limit"] * 1000))
-                    os.write(tell, b"y")
+                    os.write(write_end, b"y")
                     os.read(wait, 1)
             except ObservatoryError:
-                os.write(tell, b"n")
+                os.write(write_end, b"n")
                 raise
             return 0
 
         pid = self._fork(main)
-        os.close(tell)
+        os.close(write_end)
         os.close(wait)
-        if os.read(told, 1) == b"y":
-            return pid, told, go_on
-        os.close(told)
+        if os.read(read_end, 1) == b"y":
+            return pid, read_end, go_on
+        os.close(read_end)
         os.close(go_on)
         os.waitpid(pid, 0)
         return None
@@ -130,7 +130,7 @@ class Stop:
                 time.sleep(max(0.0, (expires_ns - time.monotonic_ns()) / 1e9) + 0.01)
 
     def alone(self) -> bool:
-        """Whether somebody holds the file lock of the lease."""
+        """Whether a process holds the file lock of the lease."""
         for path in self._host.leases.glob("gpu-*.lock"):
             with path.open() as handle:
                 try:
@@ -187,11 +187,11 @@ def play_stop(
     os.waitpid(process, 0)
     disturbed = False
     if second is not None:
-        pid, told, go_on = second
+        pid, read_end, go_on = second
         disturbed = any(change.pid != pid for change in host.driver.changes()[before:]) or held() != SECOND
         os.close(go_on)
         os.waitpid(pid, 0)
-        os.close(told)
+        os.close(read_end)
     reap()
     state = host.state()
     return StopOutcome(

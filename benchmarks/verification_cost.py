@@ -1,7 +1,7 @@
 """What verifying counts costs: passes of a watched model as multiples of unwatched ones.
 
 Protocol: a model of 4 MoE layers with 64 experts, 512 tokens a pass; for each way to verify a probe is
-attached anew in every round, and its first pass (in which calls are checked) and its third are timed, beside
+attached anew in every round, and its first pass (in which calls are checked) and its third are timed, with
 a pass without a probe in the same round. Reported are medians over rounds of the ratios; on the CPU, one
 thread.
 
