@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 
 __all__ = ["main", "run"]
@@ -112,12 +113,20 @@ def run() -> None:
     for number in _ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, _interrupt)
+    warnings.showwarning = _show_warning
     from observatory.hpc.rank_guard import end_rank, guard_rank
 
     guard_rank()
     code = main()
     end_rank(code)
     sys.exit(code)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as one line, without the place in the code that gave it."""
+    from observatory.cli.output import say
+
+    say(f"warning: {message}")
 
 
 def _put_standard_library_first() -> None:

@@ -80,6 +80,7 @@ def doctor(
     from observatory.host.doctor import capabilities
     from observatory.locks.status import device_report
     from observatory.run.documents.printed import printed_document
+    from observatory.zoo.models import BUNDLED_NAMES
 
     if verify and not model:
         raise ModelError("--verify is given without a model; expected --model NAME, too")
@@ -91,12 +92,16 @@ def doctor(
             "capabilities": [asdict(item) for item in found],
             "devices": [device.document() for device in devices],
             "layers": layers,
+            "bundled_models": list(BUNDLED_NAMES),
         }
         print_json(printed_document("doctor", content))
     elif model:
         print_table(_layer_table(model, layers))
     else:
         rows = [asdict(item) for item in found]
+        rows.append(
+            {"name": "bundled models", "works": True, "detail": ", ".join(BUNDLED_NAMES), "remedy": None}
+        )
         for table in [Table(name="capabilities", columns=_CAPABILITIES, rows=rows), *_device_tables(devices)]:
             print_table(table)
             print_text([""])

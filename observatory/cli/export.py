@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from observatory.run import Run
 
 
+_FORMATS = ("nccl-tests", "ucc", "chrome-trace")
+
+
 def export(
     run: RunArgument,
     form: Annotated[str, typer.Argument(metavar="FORMAT", help="nccl-tests, ucc or chrome-trace.")],
@@ -58,13 +61,18 @@ def export(
     from observatory.errors import BenchmarkError
     from observatory.interchange.exporters.matrices import export_traffic
     from observatory.run import open_run
+    from observatory.text import listing
 
+    if form not in _FORMATS:
+        raise BenchmarkError(
+            f"export format {form!r} does not exist", expected=listing(_FORMATS, joined_by="or")
+        )
     opened = open_run(run)
     if form == "chrome-trace":
         _trace(opened, out, phase=phase, layers=layer, steps=steps, json=json)
         return
     if ep is None:
-        raise BenchmarkError(f"format {form!r} is of matrices of one EP degree; give it with --ep")
+        raise BenchmarkError(f"{form} holds matrices of one EP degree", remedy="give it with --ep")
     captured = list(
         captured_traffic(
             opened,

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from observatory.devices.nvml_library import close_nvml, list_gpus, load_nvml
 from observatory.errors import DeviceError
@@ -103,7 +104,7 @@ def _nvml() -> Capability:
 
 
 def _program(name: str, purpose: str) -> Capability:
-    path = shutil.which(name)
+    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if path is None:
         return Capability(name=name, works=False, detail=f"not on PATH; needed for {purpose}")
     return Capability(name=name, works=True, detail=path)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from observatory.cli import main
+from observatory.host.doctor import capabilities
 from observatory.probes.routing import discover
 from observatory.probes.routing.discover import find_sites
+from observatory.run.documents.printed import PRINTED_VERSION
 from observatory.run.manifest import SCHEMA_VERSION
 from tests.conftest import MakeRun
 from tests.probes.routing.verification import broken, shifted
@@ -310,3 +312,50 @@ def test_closed_streams_are_no_fault(closing: str, make_run: MakeRun) -> None:
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_export_format_is_refused_by_name(
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = complaint(capsys, "export", str(make_run()), "perfetto", "--out", str(tmp_path / "out"))
+    assert "'perfetto' does not exist" in message
+    assert "nccl-tests, ucc or chrome-trace" in message
+
+
+def test_scan_names_all_degrees_that_do_not_fit(
+    make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = complaint(capsys, "scan", str(make_run()), "--ep", "2,3,64")
+    assert "EP 3 and 64 do not divide 4 experts" in message
+
+
+def test_doctor_lists_the_bundled_models(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "tiny-gqa" in run_json(capsys, "doctor")["bundled_models"]  # type: ignore[operator]
+    assert main(["doctor"]) == 0
+    assert "tiny-gqa" in capsys.readouterr().out
+
+
+def test_a_program_next_to_the_interpreter_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mpiexec").write_text("#!/bin/sh\n")
+    (tmp_path / "mpiexec").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    (mpiexec,) = (item for item in capabilities() if item.name == "mpiexec")
+    assert mpiexec.detail == str(tmp_path / "mpiexec")
+
+
+def test_a_warning_is_one_line() -> None:
+    code = (
+        "import sys, warnings; from observatory import cli; "
+        "cli.main = lambda: warnings.warn('no device') or 0; cli.run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == "warning: no device\n"
+
+
+@pytest.mark.parametrize("command", ["routing", "scan", "doctor"])
+def test_documents_say_their_kind_and_version(
+    command: str, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = run_json(capsys, command, *([str(make_run())] if command != "doctor" else []))
+    assert (document["kind"], document["schema_version"]) == (command, PRINTED_VERSION)
