@@ -77,10 +77,10 @@ def run_benchmark(
 
     with tempfile.TemporaryDirectory(prefix="observatory-bench-") as folder:
         job, out = Path(folder) / "job.json", Path(folder) / "result.json"
-        told = RankJob(
+        rank_job = RankJob(
             plan=plan, backend=backend, ranks_per_node=ranks_per_node, timeout_s=timeout_s, out=str(out)
         )
-        job.write_text(told.model_dump_json(), encoding="utf-8")
+        job.write_text(rank_job.model_dump_json(), encoding="utf-8")
         start_local_ranks(python_module("observatory.collectives.bench.rank", str(job)), ranks)
         return load_bench(out)
 
@@ -106,7 +106,7 @@ def check_out(path: Path, *, force: bool) -> None:
         ExchangeError: the file is there already, is no plain file, or its folder is not there.
     """
     if path.exists() and not path.is_file():
-        # Renaming over a device would replace it, for everybody on the machine when root does it.
+        # Renaming over a device would replace it, for all users of the machine when root does it.
         raise ExchangeError(f"{path} is there and no plain file; give the name of a result file")
     if path.exists() and not force:
         raise ExchangeError(f"{path} is there already; give another --out, or --force to replace it")
@@ -122,5 +122,5 @@ def write_result(result: BenchResult, path: Path) -> None:
     if wrong:
         raise ExchangeError(
             f"{len(wrong)} of {len(result.cases)} exchanges went wrong, first {wrong[0].algorithm} "
-            f"with {wrong[0].pattern}; {path} names them all: mend the fabric before trusting any run on it"
+            f"with {wrong[0].pattern}; {path} names them all: repair the fabric before trusting any run on it"
         )

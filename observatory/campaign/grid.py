@@ -144,8 +144,8 @@ def run_grid(
     Args:
         config: the grid.
         out: grid directory; made when missing, resumed when it is one.
-        cell_progress: told when a cell starts and ends.
-        step_progress: told about every step of the running cell.
+        cell_progress: called when a cell starts and ends.
+        step_progress: called for every step of the running cell.
 
     Returns:
         How each cell ended, in grid order.

@@ -52,7 +52,7 @@ def run_profile(
         out: run directory to make.
         loaded: the model, when the caller has it already.
         overwrite: replace an existing run.
-        progress: told about every finished step.
+        progress: called for every finished step.
 
     Returns:
         The run directory.

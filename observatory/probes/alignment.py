@@ -184,11 +184,11 @@ def ask(
     identity: Callable[[], int | None] = clock_identity,
 ) -> TimeBaseAlignment:
     """Another rank's side: what :func:`align` does there."""
-    own = identity() or 0
-    link.send(reference_rank, own)
+    own_identity = identity() or 0
+    link.send(reference_rank, own_identity)
     answer = link.receive(reference_rank)
     if answer == _SHARED:
-        return _shared(reference_rank, now_ns(), own)
+        return _shared(reference_rank, now_ns(), own_identity)
     if answer == _MEASURED:
         has_result = link.receive(reference_rank) == _RESULT
         result = tuple(link.receive(reference_rank) for _ in range(3)) if has_result else None
@@ -208,7 +208,7 @@ def ask(
         uncertainty_ns=uncertainty_ns,
         measured_ns=measured_ns,
         reason=reason if result is None else None,
-        identity=own or None,
+        identity=own_identity or None,
     )
 
 

@@ -25,7 +25,7 @@ from observatory.probes.timeline.phase_spans import PhaseSpans
 from observatory.probes.timeline.streams import Anchors
 from observatory.run import RunWriter
 
-#: How long the guard of a rank waits for each part: it has about a second before the rank is killed.
+#: How long the guard of a rank waits for each part; it has 2 s for all its writing.
 _HURRY_S = 0.5
 
 AnyPart = TypeVar("AnyPart", bound=Part)

@@ -33,7 +33,7 @@ from observatory.probes.part import Part
 from observatory.run import RunWriter
 from observatory.run.time_base import clock_identity
 
-#: The reference may come that much later than the others and is still served: loading on it took seconds.
+#: The reference may come that much later than the others and is still served.
 _GRACE_S = 5.0
 #: Some stores look only every 100 ms, and give up that much too early.
 _POLL_S = 0.1

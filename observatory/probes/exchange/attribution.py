@@ -48,8 +48,7 @@ Way = tuple[str, tuple[int, ...], tuple[int, ...], int]
 #: A dispatch that was not combined yet: group, what goes to and what comes from each member.
 _Dispatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 
-#: Forward exchanges whose gradient may still come; older ones are forgotten. Steps of 1000 layers with 64
-#: exchanges each fit, in some 20 MB.
+#: Forward exchanges whose gradient may still come; older ones are forgotten. 64 for each of 1024 layers.
 _MOST_LINKS = 1 << 16
 #: Those among which a gradient is looked for whose node was numbered anew: those of a step, as a rule.
 _MOST_RECENT = 1 << 12

@@ -24,7 +24,7 @@ from observatory.probes.routing.sites import RoutingSite
 from observatory.probes.timeline.flight import FlightRecorder
 from observatory.probes.timeline.groups import GroupFacts, Groups
 from observatory.probes.timeline.issue import Issue, Mark, Side
-from observatory.probes.timeline.log import ExchangeLog, SeenExchange, SeenSpan
+from observatory.probes.timeline.log import ExchangeEntry, ExchangeLog, SpanEntry
 from observatory.probes.timeline.streams import Anchors, is_capturing, mark_now
 
 #: Name of the span around one call of an MoE block.
@@ -146,7 +146,7 @@ class ExchangeProbe(Part):
             role, layer, algorithm = label.role, label.layer, label.algorithm or issue.algorithm
             step, phase = self._situation(label.backward)
         self._log.add(
-            SeenExchange(
+            ExchangeEntry(
                 issue=issue,
                 step=step,
                 phase=phase,
@@ -159,7 +159,7 @@ class ExchangeProbe(Part):
                 backend_sequence=None if backend.number is None else backend.number(group),
             )
         )
-        if not isinstance(issue.start, int) and not self._anchors.known(issue.device):
+        if not isinstance(issue.start, int) and not self._anchors.has_anchor(issue.device):
             self._anchors.drop_anchor(issue.device)
 
     def untimed(self) -> None:
@@ -187,7 +187,7 @@ class ExchangeProbe(Part):
             return time.monotonic_ns()
         if is_capturing(device):
             return None
-        if not self._anchors.known(device):
+        if not self._anchors.has_anchor(device):
             self._anchors.drop_anchor(device)
         return mark_now(device)
 
@@ -195,14 +195,14 @@ class ExchangeProbe(Part):
         end = self._mark(device)
         if end is not None:
             step, phase = self._situation(False)
-            self._log.add(SeenSpan(BLOCK_SPAN, step, phase, layer, device, start, end))
+            self._log.add(SpanEntry(BLOCK_SPAN, step, phase, layer, device, start, end))
 
 
 class RunSink:
     """Takes what dispatchers report (``labels.ExchangeSink``): spans, and exchanges that no tap sees."""
 
     def __init__(
-        self, add: Callable[[SeenExchange | SeenSpan], None], situation: Callable[[bool], tuple[int, str]]
+        self, add: Callable[[ExchangeEntry | SpanEntry], None], situation: Callable[[bool], tuple[int, str]]
     ) -> None:
         self._add = add
         self._situation = situation
@@ -215,7 +215,7 @@ class RunSink:
             yield
         finally:
             step, phase = self._situation(False)
-            self._add(SeenSpan(name, step, phase, layer, _CPU, start_ns, time.monotonic_ns()))
+            self._add(SpanEntry(name, step, phase, layer, _CPU, start_ns, time.monotonic_ns()))
 
     def record(self, record: ExchangeRecord) -> None:
         """After one exchange."""
@@ -233,7 +233,7 @@ class RunSink:
         )
         issue.finish(record.end_ns)
         self._add(
-            SeenExchange(
+            ExchangeEntry(
                 issue=issue,
                 step=step,
                 phase=phase,

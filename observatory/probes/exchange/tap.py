@@ -6,10 +6,10 @@ library. We register a kernel for these operators under the dispatch key ``Backe
 uses there: it is called before the backend's kernel, with the very arguments, and hands them on. So nothing
 has to be replaced in any module, and taking the kernel away restores everything.
 
-End of an exchange, without making anybody wait who would not wait anyhow:
+End of an exchange, without making any thread wait that would not wait anyhow:
 
-* host backends (gloo), blocking call: the caller waits next thing; we wait in its place and take the time.
-  What we have to note is noted before, while the exchange is on its way.
+* host backends (gloo), blocking call: the caller blocks next anyway, so we block on its behalf and take the
+  time. What we have to note is noted before, while the exchange is on its way.
 * host backends, ``async_op=True`` and the functional collectives: a callback of the work's future.
 * NCCL: timing events on the stream that the result is ready on, read much later by another thread.
 """
@@ -29,7 +29,7 @@ from observatory.probes.timeline.streams import is_capturing, mark_now
 
 
 class Listener(Protocol):
-    """Is told about every exchange, on the thread that starts it; must not raise and must be quick."""
+    """Is called for every exchange, on the thread that starts it; must not raise and must be quick."""
 
     def issued(self, issue: Issue, group: Any) -> None:
         """The exchange was started on this process group; it may or may not be over."""
@@ -112,7 +112,7 @@ def is_tapped() -> bool:
 
 
 def listen(listener: Listener) -> None:
-    """Tell this listener about every exchange from now on.
+    """Call this listener for every exchange from now on.
 
     Raises:
         CaptureError: torch does not allow it.
@@ -138,7 +138,7 @@ def listen(listener: Listener) -> None:
 
 
 def unlisten(listener: Listener) -> None:
-    """Tell it no more; with the last listener our kernels go. Doing it twice does nothing."""
+    """Call it no more; with the last listener our kernels go. Doing it twice does nothing."""
     global _listeners, _library  # noqa: PLW0603  # likewise
     with _lock:
         _listeners = tuple(other for other in _listeners if other is not listener)
@@ -172,13 +172,13 @@ def _kernel(name: str, read: Reader) -> Callable[..., Any]:
             issue = read(arguments)
             issue.start, issue.blocking = started_ns if type(start) is int else start, blocking
             group = torch._C._distributed_c10d.ProcessGroup.unbox(arguments[2])
-            hidden_ns = _tell_and_watch_end(issue, group, work, listeners, returned_ns)
+            hidden_ns = _report_and_watch_end(issue, group, work, listeners, returned_ns)
         except Exception as error:  # the program's own exchange must not suffer from ours
             for listener in listeners:
                 listener.broken(error)
-        own_ns = (started_ns - entered_ns) + (time.monotonic_ns() - returned_ns) - hidden_ns
+        overhead_ns = (started_ns - entered_ns) + (time.monotonic_ns() - returned_ns) - hidden_ns
         for listener in listeners:
-            listener.spent(own_ns)
+            listener.spent(overhead_ns)
         return result
 
     return kernel
@@ -202,16 +202,16 @@ def _start(arguments: Sequence[Any], listeners: Sequence[Listener]) -> Mark | No
         group = torch._C._distributed_c10d.ProcessGroup.unbox(arguments[2])
         # Only NCCL works in the order of the device's streams, and is not waited for by the host.
         return mark_now(tensor.device) if group._get_backend(tensor.device).name() == "nccl" else 0
-    except Exception:  # malformed calls are refused by torch itself, next thing
+    except Exception:  # malformed calls are refused by torch itself, right after
         return 0
 
 
-def _tell_and_watch_end(
+def _report_and_watch_end(
     issue: Issue, group: Any, boxed: Any, listeners: Sequence[Listener], returned_ns: int
 ) -> int:
-    """Tell the listeners and arrange that the end of the exchange becomes known.
+    """Call the listeners, and arrange that the end of the exchange becomes known.
 
-    They are told while the exchange is on its way: whoever waits for it anyhow does not wait for us as well.
+    They are called while the exchange is on its way: who waits for it anyhow does not wait for us as well.
 
     Returns:
         Host time since ``returned_ns`` that the caller would have waited without us, nanoseconds.
@@ -239,18 +239,18 @@ def _tell_and_watch_end(
 def _is_over(work: Any) -> bool:
     try:
         return bool(work.is_completed())
-    except Exception:  # not every backend can tell
+    except Exception:  # not every backend can say
         return False
 
 
 def _wait(issue: Issue, work: Any, returned_ns: int, *, over_ns: int | None) -> int:
-    """Wait in place of the caller, who waits next thing.
+    """Wait in place of the caller, who waits next.
 
     Args:
         issue: the exchange.
         work: its handle.
         returned_ns: when it was on its way.
-        over_ns: when it was seen to be over already; None when it was not.
+        over_ns: when it turned out to be over already; None when it was not.
 
     Returns:
         Host time that this hid, nanoseconds: all of it where the exchange was still on its way.

@@ -1,4 +1,4 @@
-"""What the watched process and its sampling process say to each other.
+"""The messages between the watched process and its sampling process.
 
 One JSON object a line. The watched process sends a :class:`SamplerJob`, then the line ``stop``; the sampling
 process answers with a :class:`SamplerReady` when its first sample is taken, and with a :class:`SamplerReport`
@@ -39,12 +39,12 @@ class SamplerJob(Record):
 
 
 class SamplerReady(Record):
-    """Sampling has begun, or why it cannot.
+    """Sampling has started, or why it cannot.
 
     Attributes:
-        error: one sentence; None when sampling has begun.
+        error: one sentence; None when sampling has started.
         devices: what is sampled.
-        unavailable: per device UUID and quantity, why it cannot be told.
+        unavailable: per device UUID and quantity, why it is unavailable.
         calibration: per device UUID.
     """
 

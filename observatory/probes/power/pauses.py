@@ -25,17 +25,18 @@ from pydantic import JsonValue
 from observatory.devices.aliasing import phase_shifts_ms, predicted_error, rhythm_of
 from observatory.devices.sensors import SensorModel
 
-#: Share of the time that pauses may take.
+#: Share of the time that pauses may take: below the hundredth that docs/power.md promises.
 _MOST_PAUSED = 0.009
 #: A longer one would end the stretch in which a phase runs alone
 #: (:mod:`observatory.analysis.energy.repetition`).
 _LONGEST_MS = 45.0
 #: Length of a run whose error counts; 5 s is also the shortest that measures a phase alone.
 _WITHIN_S = 5.0
-#: The rhythm is looked at so long after a pause.
+#: The rhythm is looked at so long after a pause: a dozen updates of a sensor of 100 ms.
 _LOOK_S = 1.25
-#: Errors from here on are worth a pause.
+#: Errors from here on are worth a pause: a choice, about twice what pauses may cost in time.
 _TOLERATED = 0.02
+#: Steps whose lengths count, and the fewest that show a rhythm.
 _REMEMBERED, _FEWEST = 64, 8
 
 

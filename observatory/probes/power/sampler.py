@@ -19,8 +19,11 @@ from observatory.host.children import python_module
 from observatory.probes.power.job import SamplerJob, SamplerReady, SamplerReport
 from observatory.run.manifest import DeviceCalibration, DeviceSpec, RankPower, Record
 
+#: How long the process may take to start: a cold driver takes several seconds to be opened.
 _START_S = 30.0
+#: How long it may take to write what it has, on a slow file system, before it is ended.
 _END_S = 15.0
+#: Room for the calibration of 256 devices.
 _MOST_ANSWER_BYTES = 4 << 20
 
 Answer = TypeVar("Answer", bound=Record)
@@ -77,7 +80,7 @@ class PowerSampler:
                 f"power cannot be sampled with {problem['loc'][0]} = {str(problem['input'])[:80]!r}: "
                 f"{problem['msg']}"
             ) from error
-        self._own = tuple(own_devices)
+        self._own_devices = tuple(own_devices)
         self._process: subprocess.Popen[bytes] | None = None
         self._unread = b""
         self._ready = SamplerReady()
@@ -111,13 +114,13 @@ class PowerSampler:
 
     @property
     def calibration(self) -> dict[str, DeviceCalibration]:
-        """What the calibration found, per device UUID."""
+        """What the calibration measured, per device UUID."""
         return self._ready.calibration
 
     def begun(self) -> RankPower:
         """What is sampled and how, before anything of it is known to have ended."""
         return RankPower(
-            own_devices=self._own,
+            own_devices=self._own_devices,
             sampled=self._ready.devices,
             period_s=self._job.period_s,
             unavailable=self._ready.unavailable,

@@ -1,6 +1,6 @@
 """The sampling process: one per node, which reads its job from standard input.
 
-It reads every device once a period and writes the rows into the run. It ends when it is told to, when its
+It reads every device once a period and writes the rows into the run. It ends at ``stop``, when its
 input is closed, at SIGTERM, or when the process that started it is gone; then it writes what it has. Ctrl-C
 goes to the whole terminal: the program that is watched decides what becomes of it, so it is ignored here.
 
@@ -45,7 +45,7 @@ def sample_rows(samples: Sequence[Sample], late_ns: Sequence[int]) -> pa.Table:
 
 
 class Sampling:
-    """Samples devices into a run until told to stop.
+    """Samples devices into a run until it is stopped.
 
     Attributes:
         notes: devices that were lost, rows that could not be written.
@@ -61,11 +61,11 @@ class Sampling:
         self._read_us: list[float] = []
         self._late_us: list[float] = []
         self._instants = self._missed = 0
-        self._told_to_end = False
+        self._is_ending = False
 
     def end(self) -> None:
         """End at the next instant; may be called by a signal handler."""
-        self._told_to_end = True
+        self._is_ending = True
 
     def run(self) -> SamplerReport:
         """Sample until the end, write everything, and say what it cost."""
@@ -100,7 +100,7 @@ class Sampling:
         while True:
             left_s = (due_ns - time.monotonic_ns()) / 1e9
             readable, _, _ = select.select([sys.stdin], [], [], max(0.0, left_s))
-            if readable or self._told_to_end or os.getppid() != self._job.parent:
+            if readable or self._is_ending or os.getppid() != self._job.parent:
                 return True
             if left_s <= 0.0:
                 return False

@@ -1,7 +1,7 @@
 """Which devices a watch samples, and on which of the ranks of a node.
 
 A node has one sampling process, that of its first rank, where all its ranks see the same devices. Where each
-rank sees only its own (a scheduler that binds them), each samples those. The ranks need not talk about it:
+rank sees only its own (a scheduler that binds them), each samples those. No message between ranks is needed:
 a rank that sees at least as many devices as its node has ranks leaves them to the first one. Where there are
 fewer, ranks may see the same one: whoever claims it first samples it.
 """

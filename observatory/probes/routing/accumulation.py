@@ -40,7 +40,7 @@ class Snapshot:
         copies: one copy per device.
         calls: (slots, sites) calls.
         widths: (sites,) ids per token.
-        losses: what was found missing at the second boundary.
+        losses: what was missing at the second boundary.
         bypassed: (sites,) the block was called more often than the site.
         was_interrupted: a call ended in the middle.
         is_split: a call of some thread went over a boundary.
@@ -170,7 +170,7 @@ class SnapshotAccumulator:
         self._called_now: dict[str, Bools] = {}
         #: calls of each site in this step, by phase
         self._calls_now: dict[str, Int64] = {}
-        #: by phase and stack: whether all layers are called equally often, in steps that tell
+        #: by phase and stack: whether all layers are called equally often, in steps that show it
         self._is_even: dict[tuple[str, int], bool] = {}
         #: the first step and its sites that were called less, until that is known
         self._uneven: dict[tuple[str, int], tuple[int, Int64]] = {}
@@ -197,8 +197,8 @@ class SnapshotAccumulator:
         masses = [copy.mass.numpy() for copy in snapshot.copies if copy.mass is not None]
         mass: Float64 | None = np.sum(masses, axis=0) if masses else None
         size = self._layout.slot_size
-        for slot, known in enumerate(SLOTS):
-            phase, part = snapshot.stated_phase or known, slice(slot * size, (slot + 1) * size)
+        for slot, shown_phase in enumerate(SLOTS):
+            phase, part = snapshot.stated_phase or shown_phase, slice(slot * size, (slot + 1) * size)
             for group in self._groups:
                 self._add_slot(
                     group, phase, snapshot, slot, counts[part], None if mass is None else mass[part], partial

@@ -1,4 +1,4 @@
-"""Adapters: how a user tells the probe to read an MoE layer that it does not understand by itself.
+"""Adapters: how a user describes to the probe how to read an MoE layer that it does not understand by itself.
 
 Example: a home-made layer whose ``forward`` returns ``(hidden, chosen)`` with ``chosen`` of shape (T, K)::
 
@@ -29,14 +29,14 @@ from observatory.probes.routing.sites import ReadCall
 class Adapter:
     """Finds modules by a predicate and reads their calls with a function.
 
-    An adapter comes before the built-in rules: what lies inside a matched module, or beside it in the same
+    An adapter comes before the built-in rules: what lies inside a matched module, or next to it in the same
     MoE block, is not searched again.
 
     Attributes:
         match: true for a module (qualified name, module) whose call shows one MoE layer's routing.
         read: takes such a call apart; see ``sites.ReadCall``. Plain tensor operations only: nothing that
             reads device values on the host (``.item()``, ``nonzero``, boolean indexing).
-        experts: E of a matched module, or a function of the module that tells.
+        experts: E of a matched module, or a function of the module.
         top_k: assignments per token, or a function of the module; None when it varies.
         when: ``after`` the call (from its output) or ``before`` it (from its inputs).
         shared_experts: experts that every token passes; None when unknown.

@@ -30,7 +30,7 @@ PostHook = Callable[..., Any]
 #: What takes their place then.
 NO_KWARGS: Mapping[str, Any] = {}
 
-#: Attribute that tells our hooks from those of others.
+#: Attribute that marks our hooks.
 _OURS = "_observatory_hook"
 _lock = threading.Lock()
 #: How many attachments each module has now.
@@ -106,10 +106,10 @@ class Attachment:
     def is_carried_by(self, module: nn.Module) -> bool:
         """Whether another module has all of the hooks: it was made with the attributes of this one."""
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        return all(any(h is own for h in hooks) for own in (self._before, self._after) if own is not None)
+        return all(any(h is hook for h in hooks) for hook in (self._before, self._after) if hook is not None)
 
     def restore(self) -> None:
-        """Put the hooks on again; once, also where somebody else has put them back.
+        """Put the hooks on again; once, also where another library has put them back.
 
         Code that was compiled while they were missing is compiled anew, also for other modules of the class.
         """
@@ -141,9 +141,9 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for name, own in (("_forward_pre_hooks", self._before), ("_forward_hooks", self._after)):
+        for name, ours in (("_forward_pre_hooks", self._before), ("_forward_hooks", self._after)):
             hooks = getattr(self.module, name)
-            for key in [key for key, hook in hooks.items() if hook is own]:  # under a number not our own
+            for key in [key for key, hook in hooks.items() if hook is ours]:  # under another number
                 del hooks[key]
 
 
@@ -185,8 +185,8 @@ def _change(module: nn.Module, by: int) -> None:
 
 def _marked(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass that differs from its base in identity only."""
-    known = _marks.get(base)
-    marked = None if known is None else known()
+    reference = _marks.get(base)
+    marked = None if reference is None else reference()
     if marked is None:
         try:
             marked = _new_mark(base)

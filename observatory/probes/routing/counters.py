@@ -21,10 +21,11 @@ import torch
 from observatory.probes.routing.kernels import Scales
 from observatory.probes.routing.sites import RoutingSite
 
-#: Phases that can be known without being told, in the order of the buffer.
+#: Phases that calls of a model show by themselves, in the order of the buffer.
 SLOTS = ("unknown", "prefill", "decode", "train_forward")
 #: Value of a sample entry that no token has filled.
 NO_SAMPLE = int(np.iinfo(np.int32).min)
+#: Ids that a sample keeps of a token where K varies; bounds the memory of a sample.
 _MAX_SAMPLE_COLUMNS = 64
 
 

@@ -4,7 +4,7 @@ Shapes: T tokens, K assignments per token, E experts, N sampled positions.
 
 ``torch.compile`` sees a single operator, ``observatory::count_assignments``, which mutates the counters and
 returns nothing; the same code runs behind it. Recomputation (activation checkpointing) happens while autograd
-runs a graph, and is told by ``torch._C._current_graph_task_id()``; it is not counted.
+runs a graph, and is recognised by ``torch._C._current_graph_task_id()``; it is not counted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SiteCounter:
             token are known as well.
         width: ids per token of this site's ordinary calls; 0 until the first call.
         ever_called: the site was called at least once.
-        tokens_unknown: a call did not tell how many tokens it had.
+        tokens_unknown: a call did not show how many tokens it had.
         on_call: called with the slot after each call, from inside compiled code as well; None when nobody
             asked.
     """

@@ -23,11 +23,11 @@ from observatory.probes.part import Boundary, Part
 from observatory.probes.routing.accumulation import Snapshot, SnapshotAccumulator
 from observatory.run import RunWriter
 
-#: Steps by which the thread may be behind: some seconds of fast decode steps, some MB of counts.
+#: Stretches by which the thread may be behind before the program waits; each holds its counts.
 _QUEUE_SIZE = 64
-#: Steps by which a device may be behind: frameworks queue one or two, and each holds pinned memory.
+#: Stretches whose copies may be on their way from a device; each holds pinned memory.
 _MOST_ON_THE_WAY = 8
-#: Rows of one batch of the file: some 100 KB, so that the file's own overhead is a few percent.
+#: Rows that are handed to the file at once.
 _ROWS_PER_APPEND = 2048
 
 

@@ -36,7 +36,9 @@ from observatory.reasons import Reason
 from observatory.run.files import one_line
 from observatory.run.manifest import Verified
 
+#: Waiting for another thread: short against a call of a block, long against a look.
 _POLL_S = 0.001
+#: A thread that is still in the block after this hangs or waits for the other ranks: better no verdict.
 _PATIENCE_S = 10.0
 
 
@@ -326,7 +328,7 @@ class BlockInspection:
             self.was_judged = True
             try:
                 with torch.no_grad(), own_operators():
-                    seen = BlockCall(
+                    checked = BlockCall(
                         module,
                         args,
                         kwargs,
@@ -334,7 +336,7 @@ class BlockInspection:
                         rows_E=list(self._rows.rows_E) if self.site.experts else None,
                         operators=operators,
                     )
-                    for decision in self._judgement.judge(seen):
+                    for decision in self._judgement.judge(checked):
                         self._count(decision)
             except Exception as error:  # the model's own run must not suffer from ours
                 failure = verdict("none", Witness.FAILED, error=one_line(error))

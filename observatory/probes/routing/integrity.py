@@ -1,8 +1,8 @@
-"""Whether a watched model is still the one that was found: hooks and modules, looked at between steps.
+"""Whether a watched model is still what it was at the start: hooks and modules, looked at between steps.
 
 Other libraries clear hooks, replace layers, wrap and quantise modules in place. What is looked at is cheap:
-one look-up for each hook, and one comparison of the children of each module around the watched ones. What is
-found changed is watched again, and stated as a loss: calls since the last look may be missing.
+one look-up for each hook, and one comparison of the children of each module around the watched ones. What has
+changed is watched again, and stated as a loss: calls since the last look may be missing.
 """
 
 from __future__ import annotations
@@ -123,10 +123,10 @@ class HookKeeper:
 
     def _look_again(self) -> list[Loss]:
         try:
-            found = list(self._find())
+            sites_now = list(self._find())
         except ModelError:
-            found = []
-        now, left = _match(self.sites, found)
+            sites_now = []
+        now, left = _match(self.sites, sites_now)
         reachable = {id(module) for module in self._model.modules()}
         losses = list[Loss]()
         self._astray = {}
@@ -136,17 +136,17 @@ class HookKeeper:
                 if id(old.module) not in reachable:
                     taken = [other for other in left if _is_in_place_of(old, other)]
                     left = [other for other in left if other not in taken]
-                    self._astray[index] = "replaced_by_unknown" if taken or not found else "removed"
+                    self._astray[index] = "replaced_by_unknown" if taken or not sites_now else "removed"
                 continue
             if new.module is old.module and new.spec.layer != self._numbers[index]:
                 losses.append(Loss(code="moved", site=index))
             self._numbers[index] = new.spec.layer
             if new.module is old.module and new.block is old.block and new.experts == old.experts:
                 continue
-            own = next(iter(self._of_site[index]), None)
-            if new.module is not old.module and not (own and own.is_carried_by(new.module)):
+            hooks = next(iter(self._of_site[index]), None)
+            if new.module is not old.module and not (hooks and hooks.is_carried_by(new.module)):
                 losses.append(Loss(code="replaced", site=index))
-            elif new.module is old.module and own and not own.is_on():
+            elif new.module is old.module and hooks and not hooks.is_on():
                 losses.append(Loss(code="hooks_removed", site=index))
             elif _needs_checks(old) and any(id(expert) not in reachable for expert in old.experts):
                 losses.append(Loss(code="replaced", site=index))
@@ -215,14 +215,14 @@ def _around(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _match(
-    watched: Sequence[RoutingSite], found: Sequence[RoutingSite]
+    watched: Sequence[RoutingSite], sites_now: Sequence[RoutingSite]
 ) -> tuple[dict[int, RoutingSite], list[RoutingSite]]:
     """The site that each index has now, and the sites that are of no index.
 
     It is that of the same module, else one of the same name, else one of the same layer number, with as many
     experts and as many per token.
     """
-    open_, left, now = dict(enumerate(watched)), list(found), dict[int, RoutingSite]()
+    open_, left, now = dict(enumerate(watched)), list(sites_now), dict[int, RoutingSite]()
     for is_same in (_has_module, _has_name, _has_number):
         for index, site in list(open_.items()):
             new = next((new for new in left if is_same(site, new)), None)

@@ -364,7 +364,7 @@ def stacks_of_site(site: RoutingSite) -> list[Stack]:
 def _as_chosen(
     decisions: Sequence[RoutingDecision], operators: SeenOperators | None, experts: int, *, tokens: int
 ) -> Sequence[RoutingDecision]:
-    """The one inferred decision of a call, as an operator of the block chose it, where one was seen.
+    """The one inferred decision of a call, as an operator of the block chose it, where one did.
 
     Of gates that are called several times for all tokens (for a loss, with noise) the last call counts.
     """
@@ -373,14 +373,14 @@ def _as_chosen(
     if operators is None or len(decisions) != 1 or decisions[0].expert_ids is None or not decisions[0].tokens:
         return decisions
     inferred_TK = decisions[0].expert_ids
-    seen = operators.choice(
+    chosen = operators.choice(
         tokens=decisions[0].tokens, experts=experts, top_k=inferred_TK.numel() // decisions[0].tokens
     )
-    if seen is None:
+    if chosen is None:
         return decisions
     return [
         RoutingDecision(
-            expert_ids=seen.reshape(inferred_TK.shape), tokens=decisions[0].tokens, is_inferred=True
+            expert_ids=chosen.reshape(inferred_TK.shape), tokens=decisions[0].tokens, is_inferred=True
         )
     ]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+#: Length of the first constants, in ids: those of a decode step; longer calls let them grow.
 _GROW = 4096
 #: Up to so many ids one binary search per id is faster on the CPU than two loops.
 _FEW = 256

@@ -48,12 +48,12 @@ class GapLog:
             module: name of a layer that is not watched.
         """
         key = (code, site, module)
-        known = self._steps.get(key)
-        if known is None:
+        steps = self._steps.get(key)
+        if steps is None:
             if module is None or sum(name is not None for *_, name in self._steps) < _MOST_UNWATCHED:
                 self._steps[key] = _Steps(step, step, 1)
-        elif known.last < step:
-            known.last, known.count = step, known.count + 1
+        elif steps.last < step:
+            steps.last, steps.count = step, steps.count + 1
 
     def records(self) -> tuple[CaptureGap, ...]:
         """The gaps for the rank's status, in the order in which they began."""

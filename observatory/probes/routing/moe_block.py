@@ -1,4 +1,4 @@
-"""What a module tells about itself: how many experts, how many per token, whether it looks like experts.
+"""What a module shows of itself: how many experts, how many per token, whether it looks like experts.
 
 Everything is read from attributes, parameter shapes and forward signatures. Attribute spellings are those
 found in transformers, Megatron-Core, DeepSpeed and model code published with checkpoints.
@@ -78,8 +78,8 @@ class MoeBlock:
     def siblings(self) -> Iterator[tuple[str, nn.Module]]:
         """The other children of the block, by name."""
         if self.parent is not None:
-            own = self.name.rpartition(".")[2]
-            yield from ((n, m) for n, m in self.parent.named_children() if n != own)
+            experts = self.name.rpartition(".")[2]
+            yield from ((n, m) for n, m in self.parent.named_children() if n != experts)
 
     def routers(self) -> list[tuple[str, nn.Module]]:
         """Siblings that look like a router by name or class."""
@@ -167,7 +167,7 @@ def looks_like_experts(name: str, module: nn.Module) -> bool:
     if "expert" not in label or "shared" in label:
         return False
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        # Their kinds may differ: zero, copy and constant experts stand beside MLPs. A list of whole experts
+        # Their kinds may differ: zero, copy and constant experts mixed with MLPs. A list of whole experts
         # modules, one per layer, is no list of experts.
         whole = (c for c in module.children() if _is_stack(c) and "expert" in type(c).__name__.lower())
         return len(module) > 1 and not any(int_attribute(c, _EXPERTS) or len(_stacked(c)) > 1 for c in whole)
@@ -177,7 +177,7 @@ def looks_like_experts(name: str, module: nn.Module) -> bool:
 def called_one_by_one(outer: nn.Module, experts: int) -> tuple[nn.Module, ...]:
     """The experts of the first list or dictionary of all E in there; empty where they are held otherwise.
 
-    Where names end in numbers, children without one are none of them (a dropout beside ``expert_0``).
+    Where names end in numbers, children without one are none of them (a dropout next to ``expert_0``).
     """
     for name, module in outer.named_modules():
         label = f"{name} {type(module).__name__}".lower()
@@ -224,8 +224,8 @@ def top_k(block: MoeBlock, configs: Sequence[object]) -> int | None:
     holders: list[Any] = [m for _, m in block.routers()]
     holders += [block.experts, block.parent, getattr(block.experts, "config", None), *configs]
     holders = [unwrapped(h) if isinstance(h, nn.Module) else h for h in holders]
-    found = (int_attribute(h, _TOP_K) for h in holders if h is not None)
-    return next((k for k in found if k is not None), None)
+    stated = (int_attribute(h, _TOP_K) for h in holders if h is not None)
+    return next((k for k in stated if k is not None), None)
 
 
 def shared_experts(block: MoeBlock, configs: Sequence[object]) -> int:

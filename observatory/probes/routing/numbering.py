@@ -14,7 +14,7 @@ collide, and are settled by adding whole stacks:
   the first one ends. Stacks are ordered as in the model, those of other modalities (vision, audio) last.
 * Lists of models or of parts of one (chunks of a virtual pipeline): each has stacks of its own, so chunks are
   numbered one after the other.
-* Several MoE layers in one block (mixture of attention beside mixture of MLPs): the first keeps the block
+* Several MoE layers in one block (mixture of attention and mixture of MLPs): the first keeps the block
   index, the second gets the index plus the length of the stack, and so on; attention comes last.
 
 Of the numbers in ``0.model.layers.2.mlp`` the last is the block, in ``block.1.layer.1.mlp`` of a T5 the
@@ -46,9 +46,9 @@ def layer_numbers(model: nn.Module, paths: Sequence[str]) -> list[int]:
     """A unique layer number for every module path, in the order of ``paths``."""
     modules = dict(model.named_modules())
     stated = [_stated_number(modules, path) for path in paths]
-    known = [number - 1 for number in stated if number is not None]
-    if len(set(known)) == len(paths):
-        return known
+    numbers = [number - 1 for number in stated if number is not None]
+    if len(set(numbers)) == len(paths):
+        return numbers
     return _numbers_by_place(modules, paths)
 
 
@@ -78,7 +78,7 @@ def _numbers_by_place(modules: Mapping[str, nn.Module], paths: Sequence[str]) ->
     for i in order:
         stack = places[i][0]
         if stack not in starts:
-            starts[stack] = sum(sizes[known] for known in starts)
+            starts[stack] = sum(sizes[earlier] for earlier in starts)
     taken.clear()
     for i in order:
         stack, block = places[i]
@@ -93,13 +93,13 @@ def _places(modules: Mapping[str, nn.Module], paths: Sequence[str]) -> list[Plac
     # One chunk that shows what its list holds speaks for all chunks of that list.
     of_stacks = {
         outer
-        for own in lists
-        for (outer, _), (inner, index) in pairwise(own)
+        for on_path in lists
+        for (outer, _), (inner, index) in pairwise(on_path)
         if _is_repeated(modules.get(inner), index)
     }
     places = [
-        next((place for place in own if place[0] not in of_stacks), own[-1]) if own else (path, 0)
-        for own, path in zip(lists, paths, strict=True)
+        next((place for place in on_path if place[0] not in of_stacks), on_path[-1]) if on_path else (path, 0)
+        for on_path, path in zip(lists, paths, strict=True)
     ]
     through = _numbered_through(modules, {stack for stack, _ in places})
     return [(through.get(stack, stack), block) for stack, block in places]
@@ -138,17 +138,17 @@ def _numbered_through(modules: Mapping[str, nn.Module], stacks: set[str]) -> dic
     for stack in stacks:
         chunks[re.sub(r"(^|\.)\d+(?=\.)", r"\1*", stack)].append(stack)
     through: dict[str, str] = {}
-    for name, own in chunks.items():
-        containers = [modules.get(stack) for stack in own]
+    for name, parts in chunks.items():
+        containers = [modules.get(stack) for stack in parts]
         if any(c is None or isinstance(c, (nn.ModuleList, nn.Sequential)) for c in containers):
             continue
         names = [key for container in containers if container is not None for key in container._modules]
-        if len(own) > 1 and len(set(names)) == len(names):
-            through |= dict.fromkeys(own, name)
+        if len(parts) > 1 and len(set(names)) == len(names):
+            through |= dict.fromkeys(parts, name)
     return through
 
 
 def _length(container: nn.Module | None, stack: str, places: Sequence[Place]) -> int:
-    """Blocks in the stack: the length of its list, or one more than the largest index seen."""
-    seen = 1 + max(block for name, block in places if name == stack)
-    return max(seen, len(container)) if isinstance(container, (nn.ModuleList, nn.Sequential)) else seen
+    """Blocks in the stack: the length of its list, or one more than the largest index."""
+    least = 1 + max(block for name, block in places if name == stack)
+    return max(least, len(container)) if isinstance(container, (nn.ModuleList, nn.Sequential)) else least

@@ -49,7 +49,7 @@ class RoutingProbe:
     Attributes:
         counters: one counter per site.
         phases: which phase the model is in.
-        layer_calls: eager calls of sites seen so far.
+        layer_calls: eager calls of sites so far.
         host_ns: host time spent in those, nanoseconds.
         inferred_in_graph: a compiled call has a choice that was inferred.
         main_device: the first of the model's accelerators, else the CPU.
@@ -226,7 +226,7 @@ class RoutingProbe:
         return (inspection for _, inspection in self._indexed_inspections())
 
     def _indexed_inspections(self) -> Iterator[tuple[int, BlockInspection]]:
-        return ((index, own) for index, inspections in self._inspections.items() for own in inspections)
+        return ((index, one) for index, inspections in self._inspections.items() for one in inspections)
 
     def _inspect(self, index: int, site: RoutingSite) -> BlockInspection | None:
         """Inspect the block of a site, if it is known."""
@@ -252,11 +252,12 @@ class RoutingProbe:
     def _attach_site(self, index: int, site: RoutingSite) -> list[Attachment]:
         """Put the hooks on of a site; all of them or none."""
         inspections = self._inspections[index]
-        known = next((own for own in inspections if own.site is site), None) or self._inspect(index, site)
+        current = next((one for one in inspections if one.site is site), None)
+        inspection = current or self._inspect(index, site)
         first, last = self._hooks(site, self.counters[index])
         attachment = Attachment(site.module, before=first, after=last)
         try:
-            return [attachment, *(() if known is None else known.attach())]
+            return [attachment, *(() if inspection is None else inspection.attach())]
         except BaseException:
             attachment.remove()
             raise

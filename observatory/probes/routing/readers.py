@@ -29,7 +29,7 @@ def read_expert_ids(
     padding_mask: tuple[str, int] | None = None,
     zero_weight_is_null: bool = False,
 ) -> ReadCall:
-    """Reader of an experts call that is told which expert each token goes to.
+    """Reader of an experts call that is given the expert of each token.
 
     Args:
         ids: name and position of the parameter that carries the expert ids, (T, K). A 0/1 dispatch mask
@@ -39,7 +39,7 @@ def read_expert_ids(
         token_mask: name and position of a mask (T,) of the tokens that count, when the call has one.
         padding_mask: the same for a mask that is true for padding.
         zero_weight_is_null: the router sends skipped tokens to some expert with weight zero; such
-            assignments count for nobody.
+            assignments are not counted.
     """
 
     def read(

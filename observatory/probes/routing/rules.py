@@ -6,7 +6,7 @@ Each rule looks at one module and its surroundings and answers with a ``Candidat
 2. router with a routing map: Megatron-Core's ``(probs, routing_map)``;
 3. capacity gate: DeepSpeed's ``(l_aux, combine_weights, dispatch_mask, exp_counts)``;
 4. expert lookup: embedding tables with one row per expert;
-5. router beside experts: the experts' call shows no ids, so the router's output is read.
+5. router of the experts: the experts' call shows no ids, so the router's output is read.
 """
 
 from __future__ import annotations

@@ -26,12 +26,12 @@ class RoutingDecision:
 
     Attributes:
         expert_ids: logical expert of each assignment, integers of any shape whose leading part counts
-            tokens, (T, K) as a rule. Entries outside 0..E-1 (padding, null experts, masked tokens) count
-            for nobody. None when ``routing_map`` is given.
+            tokens, (T, K) as a rule. Entries outside 0..E-1 (padding, null experts, masked tokens) are
+            not counted. None when ``routing_map`` is given.
         routing_map: (T, E), non-zero where the token goes to the expert. None when ``expert_ids`` is given.
         weights: gate weights, of the shape of ``expert_ids`` or ``routing_map``; None when not shown.
         token_mask: (T,) true for tokens that count; None when all of them do.
-        tokens: T, known from shapes alone (no device read); None when it cannot be told (expert choice).
+        tokens: T, known from shapes alone (no device read); None when shapes do not show it (expert choice).
         is_inferred: the choice was not seen but made again, as the K largest of logits; such a reading needs
             a witness (``witness.py``).
     """

@@ -281,14 +281,14 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
             return None
         first, size = _bytes(tensor)
-        for known in self._aliases.get(_address(tensor), ()):
-            if not known.first <= first < first + size <= known.first + known.size:
+        for alias in self._aliases.get(_address(tensor), ()):
+            if not alias.first <= first < first + size <= alias.first + alias.size:
                 continue
-            part = known.size // self._experts
-            place, end = (first - known.first) // part, (first + size - 1 - known.first) // part
-            if known.expert is None and self._experts > 1 and place == end:
-                return _Alias(known.stack, place, first, size, tensor)
-            return known
+            part = alias.size // self._experts
+            place, end = (first - alias.first) // part, (first + size - 1 - alias.first) // part
+            if alias.expert is None and self._experts > 1 and place == end:
+                return _Alias(alias.stack, place, first, size, tensor)
+            return alias
         return None
 
     def _note(self, tensor: torch.Tensor, stack: int, expert: int | None) -> None:

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_map
 from observatory.probes.routing.sites import RoutingDecision
 from observatory.probes.routing.stacks import far_away
 
+#: Tokens of a further intervention, which costs E + 2 runs of the block: fewer might leave experts unused.
 _TOKENS = 64
 #: Attributes by which torch keeps what a module consists of.
 _OF_MODULES = frozenset(vars(nn.Module()))
@@ -132,13 +133,13 @@ def chosen_by_intervention(
         noise = torch.where(result == again, 0, (result - again).abs()).max() if result.numel() else 0
         if not noise <= _NOISE * result.abs().max():
             return None
-        found = []
+        changed_T = []
         for expert in range(experts):
             other = run(changed(expert))
             assert other is not None
             same = (other == result) | ((other - result).abs() <= 4 * noise)
-            found.append(same.logical_not().any(dim=-1))
-    return torch.stack(found)
+            changed_T.append(same.logical_not().any(dim=-1))
+    return torch.stack(changed_T)
 
 
 def tokens_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -178,12 +179,12 @@ def _run(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 def _rows(output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
     """The result of a call, one row per token: as large as its input, else its first of two dimensions."""
     items = output if isinstance(output, (tuple, list)) else (output,)
-    found = [t for t in items if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    results = [t for t in items if isinstance(t, torch.Tensor) and t.is_floating_point()]
     given = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
-    for result in found:
+    for result in results:
         if given is not None and given.ndim > 1 and result.numel() == given.numel():
             return result.reshape(-1, given.shape[-1])
-    return next((t.reshape(-1, t.shape[-1]) for t in found if t.ndim > 1), None)
+    return next((t.reshape(-1, t.shape[-1]) for t in results if t.ndim > 1), None)
 
 
 def _changed(value: Any) -> Any:

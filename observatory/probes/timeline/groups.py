@@ -81,15 +81,15 @@ class Groups:
 
     def facts(self, group: Any) -> GroupFacts:
         """Facts about a process group."""
-        known = self._facts.get(group)
-        return self._learn(group) if known is None else known
+        facts = self._facts.get(group)
+        return self._learn(group) if facts is None else facts
 
     def backend(self, group: Any, facts: GroupFacts, device: torch.device) -> Backend:
         """The backend of a group that serves a device."""
-        known = facts.backends.get(device)
-        if known is None:
-            known = facts.backends[device] = _backend(group, device)
-        return known
+        backend = facts.backends.get(device)
+        if backend is None:
+            backend = facts.backends[device] = _backend(group, device)
+        return backend
 
     def _learn(self, group: Any) -> GroupFacts:
         with self._lock:

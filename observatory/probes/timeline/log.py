@@ -28,14 +28,17 @@ from observatory.run.tables import EXCHANGE_SCHEMA, SPAN_SCHEMA
 
 #: Entries that may wait; about 100 MB at the very most.
 _MOST_WAITING = 1 << 18
+#: Entries at which the thread wakes before its time: a few percent of the room.
 _WAKE_AT = 1 << 13
 #: Rows built at a stretch, under half a millisecond, so that the program's threads get their turn.
 _STRETCH = 256
 #: How long the end of a watch waits for a device that has not come to our events yet.
 _GRACE_S = 5.0
+#: Reasons that notes name; the rows hold all.
 _NAMED_GAPS = 3
+#: Looks of 100 ms at the recorder before the end: NCCL's thread takes one or two.
 _RECORDER_ROUNDS = 10
-#: Different reasons that are counted apart.
+#: Different reasons that are counted apart; there are fewer unless they hold numbers.
 _MOST_GAPS = 32
 
 
@@ -44,7 +47,7 @@ Row = dict[str, object]
 
 
 @dataclass(slots=True)
-class SeenExchange:
+class ExchangeEntry:
     """An exchange together with where in the run it belongs; fields as in ``EXCHANGE_SCHEMA``."""
 
     issue: Issue
@@ -60,7 +63,7 @@ class SeenExchange:
 
 
 @dataclass(slots=True)
-class SeenSpan:
+class SpanEntry:
     """A stretch of the program; fields as in ``SPAN_SCHEMA``."""
 
     name: str
@@ -107,8 +110,8 @@ class ExchangeLog(Part):
         self._flush_s = flush_s
         self._recorder = recorder
         self._wake_at = _WAKE_AT if recorder is None else min(_WAKE_AT, recorder.due_after)
-        self._queue: deque[SeenExchange | SeenSpan] = deque()
-        self._waiting: list[SeenExchange | SeenSpan] = []
+        self._queue: deque[ExchangeEntry | SpanEntry] = deque()
+        self._waiting: list[ExchangeEntry | SpanEntry] = []
         self._error: Exception | None = None
         self._wake = threading.Event()
         self._drained = threading.Event()
@@ -117,13 +120,13 @@ class ExchangeLog(Part):
         self._thread = threading.Thread(target=self._run, name="observatory-exchange", daemon=True)
         self._thread.start()
 
-    def add(self, seen: SeenExchange | SeenSpan) -> None:
+    def add(self, entry: ExchangeEntry | SpanEntry) -> None:
         """Keep an entry; called on the program's threads."""
         waiting = len(self._queue)
         if waiting >= _MOST_WAITING:
             self.dropped += 1
             return
-        self._queue.append(seen)
+        self._queue.append(entry)
         if waiting == self._wake_at:
             self._wake.set()
 
@@ -184,7 +187,7 @@ class ExchangeLog(Part):
         for _ in range(_RECORDER_ROUNDS):
             self._guarded(last=False)
             if not any(
-                isinstance(seen, SeenExchange) and seen.issue.end is not None for seen in self._waiting
+                isinstance(entry, ExchangeEntry) and entry.issue.end is not None for entry in self._waiting
             ):
                 return
             time.sleep(0.1)
@@ -208,12 +211,14 @@ class ExchangeLog(Part):
         entries, self._waiting = self._waiting, []
         while self._queue:
             entries.append(self._queue.popleft())
-        if self._recorder is not None and any(isinstance(seen, SeenExchange) for seen in entries):
+        if self._recorder is not None and any(isinstance(entry, ExchangeEntry) for entry in entries):
             self._read(self._recorder)
         for first in range(0, len(entries), _STRETCH):
             stretch = entries[first : first + _STRETCH]
-            rows = [self._exchange_row(seen, last=last) for seen in stretch if isinstance(seen, SeenExchange)]
-            spans = [self._span_row(seen, last=last) for seen in stretch if isinstance(seen, SeenSpan)]
+            rows = [
+                self._exchange_row(entry, last=last) for entry in stretch if isinstance(entry, ExchangeEntry)
+            ]
+            spans = [self._span_row(entry, last=last) for entry in stretch if isinstance(entry, SpanEntry)]
             self._append("exchange", [row for row in rows if row is not None], EXCHANGE_SCHEMA)
             self._append("spans", [row for row in spans if row is not None], SPAN_SCHEMA)
             time.sleep(0)
@@ -232,22 +237,22 @@ class ExchangeLog(Part):
             columns = [pa.array([row[field.name] for row in rows], field.type) for field in schema]
             self._writer.append(table, pa.Table.from_arrays(columns, schema=schema))
 
-    def _exchange_row(self, seen: SeenExchange, *, last: bool) -> Row | None:
-        issue = seen.issue
-        start_ns = self._host_ns(issue.start, seen)
-        end_ns = None if issue.end is None else self._host_ns(issue.end, seen)
+    def _exchange_row(self, entry: ExchangeEntry, *, last: bool) -> Row | None:
+        issue = entry.issue
+        start_ns = self._host_ns(issue.start, entry)
+        end_ns = None if issue.end is None else self._host_ns(issue.end, entry)
         over = issue.state in ("failed", "unknown") or end_ns is not None
         if start_ns is None or not over:
             if not last:
-                self._waiting.append(seen)
+                self._waiting.append(entry)
                 return None
             if start_ns is None:
                 self.dropped += 1
                 return None
-        sends, receives = (per_peer_bytes(side, seen.group.size) for side in (issue.send, issue.receive))
-        second = self._second_source(seen, sends, receives)
+        sends, receives = (per_peer_bytes(side, entry.group.size) for side in (issue.send, issue.receive))
+        second = self._second_source(entry, sends, receives)
         if not (second.final or last):
-            self._waiting.append(seen)
+            self._waiting.append(entry)
             return None
         self.written += 1
         self.unended += end_ns is None
@@ -255,63 +260,65 @@ class ExchangeLog(Part):
             is_full = len(self.recorder_gaps) >= _MOST_GAPS
             self.recorder_gaps["other reasons" if is_full else second.problem] += 1
         return {
-            "step": seen.step,
-            "phase": seen.phase,
-            "layer": seen.layer,
+            "step": entry.step,
+            "phase": entry.phase,
+            "layer": entry.layer,
             "source_rank": self._writer.rank,
-            "role": seen.role,
-            "group": seen.group.label,
-            "sequence": seen.sequence,
-            "algorithm": seen.algorithm,
-            "backend": seen.backend,
+            "role": entry.role,
+            "group": entry.group.label,
+            "sequence": entry.sequence,
+            "algorithm": entry.algorithm,
+            "backend": entry.backend,
             "start_ns": start_ns,
             "end_ns": end_ns,
             "send_bytes": sends,
             "receive_bytes": receives,
             "blocking": issue.blocking,
-            "backend_group": seen.group.name,
-            "backend_sequence": seen.backend_sequence,
+            "backend_group": entry.group.name,
+            "backend_sequence": entry.backend_sequence,
             "recorder_start_ns": second.start_ns,
             "recorder_duration_ns": second.duration_ns,
             "recorder_problem": second.problem,
         }
 
-    def _second_source(self, seen: SeenExchange, sends: list[int] | None, receives: list[int] | None) -> Told:
+    def _second_source(
+        self, entry: ExchangeEntry, sends: list[int] | None, receives: list[int] | None
+    ) -> Told:
         """What torch's flight recorder states of an exchange."""
         if self._recorder is None:
             return Told()
         return self._recorder.index.tell(
-            backend=seen.backend,
-            group=seen.group.name,
-            number=seen.backend_sequence,
+            backend=entry.backend,
+            group=entry.group.name,
+            number=entry.backend_sequence,
             send_bytes=sends,
             receive_bytes=receives,
         )
 
-    def _span_row(self, seen: SeenSpan, *, last: bool) -> Row | None:
-        start_ns, end_ns = self._host_ns(seen.start, seen), self._host_ns(seen.end, seen)
+    def _span_row(self, entry: SpanEntry, *, last: bool) -> Row | None:
+        start_ns, end_ns = self._host_ns(entry.start, entry), self._host_ns(entry.end, entry)
         if start_ns is None or end_ns is None:
             if last:
                 self.dropped += 1
             else:
-                self._waiting.append(seen)
+                self._waiting.append(entry)
             return None
         return {
-            "step": seen.step,
-            "phase": seen.phase,
-            "layer": seen.layer,
+            "step": entry.step,
+            "phase": entry.phase,
+            "layer": entry.layer,
             "source_rank": self._writer.rank,
-            "name": seen.name,
+            "name": entry.name,
             "start_ns": start_ns,
             "end_ns": end_ns,
         }
 
-    def _host_ns(self, mark: Mark, seen: SeenExchange | SeenSpan) -> int | None:
+    def _host_ns(self, mark: Mark, entry: ExchangeEntry | SpanEntry) -> int | None:
         if isinstance(mark, int):
             return mark
-        device = seen.device if isinstance(seen, SeenSpan) else seen.issue.device
+        device = entry.device if isinstance(entry, SpanEntry) else entry.issue.device
         return self._anchors.host_ns(mark, device)
 
 
-def _marks(seen: SeenExchange | SeenSpan) -> tuple[Mark | None, Mark | None]:
-    return (seen.start, seen.end) if isinstance(seen, SeenSpan) else (seen.issue.start, seen.issue.end)
+def _marks(entry: ExchangeEntry | SpanEntry) -> tuple[Mark | None, Mark | None]:
+    return (entry.start, entry.end) if isinstance(entry, SpanEntry) else (entry.issue.start, entry.issue.end)

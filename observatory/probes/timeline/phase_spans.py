@@ -15,7 +15,7 @@ from observatory.probes.part import Boundary, Part
 from observatory.probes.routing.accumulation import Snapshot
 from observatory.probes.routing.counters import SLOTS
 from observatory.probes.timeline.issue import Mark
-from observatory.probes.timeline.log import SeenSpan
+from observatory.probes.timeline.log import SpanEntry
 from observatory.probes.timeline.streams import Anchors, is_capturing, mark_now
 
 #: Name of the span around one stretch of one phase.
@@ -31,7 +31,7 @@ class PhaseSpans(Part):
         device: that the model computes on.
     """
 
-    def __init__(self, add: Callable[[SeenSpan], None], anchors: Anchors, device: torch.device) -> None:
+    def __init__(self, add: Callable[[SpanEntry], None], anchors: Anchors, device: torch.device) -> None:
         self._add = add
         self._anchors = anchors
         self._device = device
@@ -52,7 +52,7 @@ class PhaseSpans(Part):
         phase = None if is_tail else stated or _only_phase(counted)
         self._ended = stated if boundary.ends_step else None
         if phase is not None and self._start is not None and end is not None:
-            self._add(SeenSpan(PHASE_SPAN, boundary.step, phase, None, self._device, self._start, end))
+            self._add(SpanEntry(PHASE_SPAN, boundary.step, phase, None, self._device, self._start, end))
         self._start = end
 
     def _mark(self) -> Mark | None:
@@ -60,7 +60,7 @@ class PhaseSpans(Part):
             return time.monotonic_ns()
         if is_capturing(self._device):
             return None
-        if not self._anchors.known(self._device):
+        if not self._anchors.has_anchor(self._device):
             self._anchors.drop_anchor(self._device)
         return mark_now(self._device)
 

@@ -15,6 +15,7 @@ from collections import deque
 
 import torch
 
+#: Anchors kept of each device: one a step, and an event is placed within some steps.
 _KEPT = 64
 
 
@@ -55,7 +56,7 @@ class Anchors:
             if not is_capturing(device):
                 self.drop_anchor(device)
 
-    def known(self, device: torch.device) -> bool:
+    def has_anchor(self, device: torch.device) -> bool:
         """Whether the device has an anchor."""
         return device in self._anchors
 

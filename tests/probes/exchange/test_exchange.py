@@ -27,7 +27,7 @@ from observatory.probes.exchange.attribution import Attribution, LayerCall
 from observatory.probes.timeline import log
 from observatory.probes.timeline.groups import GroupFacts, group_label
 from observatory.probes.timeline.issue import Issue, Side, per_peer_bytes, side_of, side_of_list
-from observatory.probes.timeline.log import ExchangeLog, SeenExchange
+from observatory.probes.timeline.log import ExchangeEntry, ExchangeLog
 from observatory.probes.timeline.streams import Anchors
 from observatory.run import RunWriter
 from observatory.run.manifest import ModelSpec, Topology
@@ -96,7 +96,7 @@ def test_bytes_beyond_32_bits_stay_what_they_are_up_to_the_traffic_of_a_run(tmp_
     with RunWriter.create(tmp_path / "r", manifest) as writer:
         log = ExchangeLog(writer, Anchors(), flush_s=3600)
         log.add(
-            SeenExchange(issue, 0, "unknown", 0, "dispatch", "flat", GroupFacts("0-1", "0", 2), 0, "gloo")
+            ExchangeEntry(issue, 0, "unknown", 0, "dispatch", "flat", GroupFacts("0-1", "0", 2), 0, "gloo")
         )
         log.close()
     frame = observatory.open_run(tmp_path / "r").exchanges()
