@@ -14,12 +14,13 @@ from itertools import pairwise
 import numpy as np
 
 from observatory.devices.base import PowerDevice, Sample
+from observatory.devices.event_reasons import IDLE_BIT
+from observatory.errors import DeviceLostError
 from observatory.run.manifest import DeviceCalibration, FieldCalibration
 
 #: Quantities whose update period matters to what is made of them.
 _PERIODIC = ("power_mw", "average_power_mw", "energy_mj")
 _LEAST_CHANGES = 3
-_IDLE_BIT = 0x1
 #: A counter that steps every 100 ms tells the energy of a shorter time to worse than 20 %.
 _LEAST_COUNTER_S = 1.0
 #: Range over mean up to which power is steady: an idle device's noise, and no program that begins or ends.
@@ -46,20 +47,18 @@ def calibrate(
     Returns:
         Calibration per device UUID.
     """
-    from observatory.errors import DeviceLostError
-
-    seen: dict[str, list[Sample]] = {device.uuid: [] for device in devices}
+    samples: dict[str, list[Sample]] = {device.uuid: [] for device in devices}
     end_ns = clock_ns() + round(duration_s * 1e9)
     while clock_ns() < end_ns:
         for device in devices:
-            if device.uuid in seen:
+            if device.uuid in samples:
                 try:
-                    seen[device.uuid].append(device.read())
+                    samples[device.uuid].append(device.read())
                 except DeviceLostError:
-                    del seen[device.uuid]
+                    del samples[device.uuid]
         sleep(interval_s)
     unavailable = {device.uuid: device.unavailable for device in devices}
-    return {uuid: calibration_of(samples, unavailable[uuid]) for uuid, samples in seen.items() if samples}
+    return {uuid: calibration_of(own, unavailable[uuid]) for uuid, own in samples.items() if own}
 
 
 def calibration_of(samples: Sequence[Sample], unavailable: Mapping[str, str]) -> DeviceCalibration:
@@ -107,8 +106,8 @@ def _idle_power(samples: Sequence[Sample], unavailable: Mapping[str, str]) -> tu
     """Mean power, if the device was idle all the time and says so."""
     for name in ("power_mw", "event_reasons"):
         if name in unavailable:
-            return None, f"{name} is not told: {unavailable[name]}"
-    busy = [s for s in samples if s.event_reasons is None or not s.event_reasons & _IDLE_BIT]
+            return None, f"{name} is not reported: {unavailable[name]}"
+    busy = [s for s in samples if s.event_reasons is None or not s.event_reasons & IDLE_BIT]
     if busy:
         return None, f"the device was not idle in {len(busy)} of {len(samples)} readings"
     power_mw = [sample.power_mw for sample in samples if sample.power_mw is not None]
@@ -123,7 +122,7 @@ def _counter_over_integral(
     """Energy between the counter's first and last change over the integral of power in that time."""
     for name in ("power_mw", "energy_mj"):
         if name in unavailable:
-            return None, f"{name} is not told: {unavailable[name]}"
+            return None, f"{name} is not reported: {unavailable[name]}"
     told = [s for s in samples if s.power_mw is not None and s.energy_mj is not None]
     edges = [index for index in range(1, len(told)) if told[index].energy_mj != told[index - 1].energy_mj]
     if len(edges) < _LEAST_CHANGES:

@@ -29,7 +29,7 @@ from observatory.run import open_run
 from observatory.run.checks import check_rows
 from observatory.run.files import one_line
 from observatory.run.manifest import DeviceSpec, Manifest
-from observatory.run.parts import open_part, plain_text, read_row_group
+from observatory.run.parts import Unreadable, open_part, plain_text, read_row_group
 
 Pace = Literal["recorded", "now"]
 
@@ -194,7 +194,7 @@ def _read_file(path: Path) -> Iterator[pa.Table]:
     left_bytes = part.most_decoded_bytes
     for group in part.row_groups():
         rows = read_row_group(group, names)
-        if isinstance(rows, str):
+        if isinstance(rows, Unreadable):
             raise DeviceError(f"{rows}", remedy="cut out the part that is to be played, or record it again")
         rows = plain_text(rows, most_bytes=left_bytes, where=where)
         left_bytes -= rows.nbytes

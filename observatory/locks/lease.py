@@ -1,9 +1,9 @@
 """Leases: what we changed of a GPU, until when, for whom, and how to undo it; kept in one file per GPU.
 
 A lock of the driver cannot be read back and outlives the process that set it. So nothing is set before a file
-says that it is about to be. The file is whole at every moment: it is written beside its place and renamed
-into it. ``touched`` turns true just before the first change: undoing a lease that never came so far changes
-nothing.
+says that it is about to be. The file is whole at every moment: it is written under a temporary name and
+renamed into its place. ``touched`` turns true just before the first change: undoing a lease that never came
+so far changes nothing.
 
 A lease that was given back or undone is not removed but renamed to ``gpu-*.LEASE_ID.over``, until its owner
 and its watchdog have seen that: a lease whose file is missing without it was not given back.
@@ -28,6 +28,7 @@ from observatory.locks.lease_files import open_own
 from observatory.locks.lease_folder import FOLDER_VARIABLE
 from observatory.run.files import one_line
 from observatory.run.manifest import Count, Record, Text
+from observatory.run.time_base import boot_id
 
 _MOST_BYTES = 64 << 10
 _TAIL_BYTES = 4096
@@ -48,11 +49,11 @@ class Lease(Record):
         device_uuid: the GPU.
         owner: the process that asked for it.
         watchdog: the process that undoes it; None before it has started.
-        boot_id: boot of the machine in which all of this holds; a reboot undoes it by itself.
+        boot_id: boot of the machine in which all of this holds, which a reboot undoes; empty without an id.
         created_unix_s: wall-clock label.
         expires_ns: machine's monotonic time at which it is undone, whether the owner lives or not.
         touched: a change was about to be made, or was made.
-        locked: one of them was a lock of the clock; somebody else's is none of ours to undo.
+        locked: one of them was a lock of the clock; a lock of another program is not undone.
         limit_before_mw: power limit to restore; None when it was not changed.
     """
 
@@ -73,7 +74,7 @@ class Lease(Record):
 
         A lease of another PID or time namespace holds until it expires: whether its owner lives is not known.
         """
-        if self.boot_id != this_boot():
+        if self.boot_id != (boot_id() or ""):
             return "the machine was booted since"
         if self.owner.alive is False:
             return f"its owner, process {self.owner.pid}, is gone"
@@ -95,13 +96,6 @@ class Lease(Record):
         return f"process {self.owner.pid}"
 
 
-def this_boot() -> str:
-    """Id of this boot of the machine; empty where the system does not tell."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return ""
-
-
 def new_lease(device_uuid: str, *, duration_s: float) -> Lease:
     """A lease of this process that has changed nothing yet."""
     owner = ProcessId.of(os.getpid())
@@ -114,7 +108,7 @@ def new_lease(device_uuid: str, *, duration_s: float) -> Lease:
         lease_id=uuids.uuid4().hex,
         device_uuid=device_uuid,
         owner=owner,
-        boot_id=this_boot(),
+        boot_id=boot_id() or "",
         created_unix_s=time.time(),
         expires_ns=machine_monotonic_ns() + round(duration_s * 1e9),
     )
@@ -175,20 +169,20 @@ def standing(path: Path, lease_id: str) -> Standing:
     return "vanished" if found is None else "replaced"
 
 
-def diary_path(path: Path) -> Path:
-    """What the watchdog of a lease writes of its doings: one file per GPU, begun anew with each lease."""
+def log_path(path: Path) -> Path:
+    """The log of a lease's watchdog: one file per GPU, started anew with each lease."""
     return path.with_suffix(".log")
 
 
-def find_diaries(folder: Path) -> list[Path]:
-    """Diaries of all watchdogs, in the order of their GPUs."""
+def find_logs(folder: Path) -> list[Path]:
+    """Logs of all watchdogs, in the order of their GPUs."""
     return sorted(folder.glob("gpu-*.log"))
 
 
-def last_words(path: Path) -> str | None:
-    """The last line in the diary of a lease's watchdog; None when it has written nothing."""
+def last_line(path: Path) -> str | None:
+    """The last line in the log of a lease's watchdog; None when it has written nothing."""
     try:
-        with os.fdopen(open_own(diary_path(path), os.O_RDONLY), "rb") as handle:
+        with os.fdopen(open_own(log_path(path), os.O_RDONLY), "rb") as handle:
             handle.seek(max(0, handle.seek(0, os.SEEK_END) - _TAIL_BYTES))
             lines = handle.read(_TAIL_BYTES).decode("utf-8", "replace").split("\n")
     except OSError:
@@ -197,11 +191,11 @@ def last_words(path: Path) -> str | None:
 
 
 def note(path: Path, what: str) -> None:
-    """Write a line into the diary of a lease; a full disk must not keep anything from being undone."""
+    """Write a line into the log of a lease; a full disk must not keep anything from being undone."""
     with contextlib.suppress(OSError):
-        descriptor = open_own(diary_path(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        with os.fdopen(descriptor, "a", encoding="utf-8") as diary:
-            diary.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {one_line(what, 1000)}\n")
+        descriptor = open_own(log_path(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {one_line(what, 1000)}\n")
 
 
 def create_lease(path: Path, lease: Lease) -> None:
@@ -247,7 +241,7 @@ def remove_leftovers(path: Path) -> None:
             mark.unlink(missing_ok=True)
             continue
         ended = all(process is None or process.alive is False for process in (lease.owner, lease.watchdog))
-        if ended or lease.boot_id != this_boot() or lease.left_s < -_KEPT_S:
+        if ended or lease.boot_id != (boot_id() or "") or lease.left_s < -_KEPT_S:
             mark.unlink(missing_ok=True)
 
 

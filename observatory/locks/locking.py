@@ -1,4 +1,4 @@
-"""Locking clocks without regret: nothing is changed without a lease and a watchdog that undoes it.
+"""Locking clocks: nothing is changed without a lease and a watchdog that undoes it.
 
     with ClockLease.acquire("GPU-...", duration_s=600) as lease:
         lease.lock(780)          # MHz, snapped to a supported clock
@@ -7,7 +7,7 @@
 
 Order, so that a kill at any point leaves nothing locked for longer than the watchdog needs to notice:
 
-    lease file written -> watchdog ready -> lease says touched -> driver told -> ... -> driver told to undo
+    lease file written -> watchdog ready -> lease says touched -> driver sets -> ... -> driver undoes
     -> lease file removed -> watchdog ends
 
 A kill before "touched" has changed nothing; after it the watchdog undoes. Where a batch system kills every
@@ -37,22 +37,22 @@ from observatory.locks.control import ClockControl
 from observatory.locks.lease import (
     Lease,
     create_lease,
-    diary_path,
     end_lease,
     find_leases,
     forget_lease,
-    last_words,
+    last_line,
     lease_path,
+    log_path,
     new_lease,
     read_lease,
     remove_leftovers,
     replace_lease,
     standing,
-    this_boot,
 )
 from observatory.locks.lease_files import guarded, open_own
 from observatory.locks.lease_folder import lease_folder, trusted_folder
 from observatory.locks.words import refusal_remedy, refusal_words
+from observatory.run.time_base import boot_id
 
 _WATCHDOG_S = 20.0
 _END_S = 5.0
@@ -91,7 +91,7 @@ class ClockLease:
             DeviceError: there is no such GPU.
         """
         if not duration_s > 0:
-            raise ClockError(f"a lease of {duration_s:g} s is no lease", remedy="give more than 0 s")
+            raise ClockError(f"lease duration must be positive, got {duration_s:g} s")
         path = lease_path(lease_folder() if folder is None else trusted_folder(folder), device_uuid)
         control = ClockControl(device_uuid)
         lease = watchdog = None
@@ -136,7 +136,7 @@ class ClockLease:
         """
         wanted_mhz = self._control.snap(sm_clock_mhz)
         with self._changing():
-            self._say(locked=True)
+            self._announce(locked=True)
             return self._control.lock_sm_clock(wanted_mhz)
 
     def unlock(self) -> None:
@@ -159,10 +159,10 @@ class ClockLease:
             before_mw = self._lease.limit_before_mw or self._control.power_limit_mw
             if before_mw is None:
                 raise LockRefusedError(
-                    "the driver does not tell the power limit in force, so it could not be restored: nothing "
-                    "was changed"
+                    "the driver does not report the power limit in force, so it could not be restored: "
+                    "nothing was changed"
                 )
-            self._say(limit_before_mw=before_mw)
+            self._announce(limit_before_mw=before_mw)
             return self._control.set_power_limit_mw(limit_mw)
 
     def restore_limit(self) -> None:
@@ -255,8 +255,8 @@ class ClockLease:
         if state == "over" or self._lease.problem is not None:
             raise _over(self._lease)
 
-    def _say(self, *, locked: bool = False, limit_before_mw: int | None = None) -> None:
-        """Say in the lease what is about to happen; refuse when nobody would undo it."""
+    def _announce(self, *, locked: bool = False, limit_before_mw: int | None = None) -> None:
+        """State in the lease what is about to happen; refuse when no watchdog would undo it."""
         if self._watchdog.poll() is not None:
             raise LockRefusedError(
                 "the watchdog that would undo the lock has died, so nothing is changed", remedy="begin again"
@@ -355,7 +355,7 @@ def undo(control: ClockControl, lease: Lease) -> None:
     Raises:
         ClockError: the driver did not do it.
     """
-    if not lease.touched or lease.boot_id != this_boot():
+    if not lease.touched or lease.boot_id != (boot_id() or ""):
         return
     if lease.locked:
         control.unlock()
@@ -427,14 +427,14 @@ def _start_watchdog(path: Path, lease: Lease) -> subprocess.Popen[bytes]:
         ClockError: it does not start.
     """
     try:
-        diary_path(path).unlink(missing_ok=True)
+        log_path(path).unlink(missing_ok=True)
         # Not the owner's standard error: a pipe that waits for its end would wait for the watchdog.
-        with os.fdopen(open_own(diary_path(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as diary:
+        with os.fdopen(open_own(log_path(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab") as log:
             process = subprocess.Popen(
                 python_module("observatory.locks.watchdog", str(path), lease.lease_id),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=diary,
+                stderr=log,
                 start_new_session=True,  # Ctrl-C and hang-ups of the terminal are the owner's
             )
     except OSError as error:
@@ -448,10 +448,10 @@ def _start_watchdog(path: Path, lease: Lease) -> subprocess.Popen[bytes]:
     if not readable or process.stdout.readline() != b"ready\n":
         process.kill()
         _end_watchdog(process)
-        said = last_words(path)
+        last = last_line(path)
         raise ClockError(
             "the watchdog that would undo the lock does not start, so nothing is changed"
-            + ("" if said is None else f" ({said})")
+            + ("" if last is None else f" ({last})")
         )
     return process
 

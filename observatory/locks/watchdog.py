@@ -5,7 +5,7 @@ when the lease was given back or undone by another process. When the lease's fil
 it undoes what the owner has last said to have changed, as soon as no other lease of the GPU is there. The
 owner says it in the file and, for that case, on standard input.
 
-It keeps a diary (:func:`observatory.locks.lease.diary_path`), of which ``observatory clocks status`` shows
+It keeps a log (:func:`observatory.locks.lease.log_path`), of which ``observatory clocks status`` shows
 the last line.
 """
 
@@ -43,11 +43,11 @@ _TRY_S = 120.0
 def main(argv: list[str]) -> int:
     """Watch one lease until it is over."""
     path, lease_id = Path(argv[0]), argv[1]
-    told_to_end = False
+    asked_to_end = False
 
     def end(*_: object) -> None:
-        nonlocal told_to_end
-        told_to_end = True
+        nonlocal asked_to_end
+        asked_to_end = True
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -71,8 +71,8 @@ def main(argv: list[str]) -> int:
             return _end(path, lease)
         if state != "held":
             return _undo(path, lease, "the lease's file has vanished without being given back")
-        if told_to_end or lease.problem is not None:
-            return _undo(path, lease, lease.problem or "told to end")
+        if asked_to_end or lease.problem is not None:
+            return _undo(path, lease, lease.problem or "asked to end")
         _wait(lease)
 
 

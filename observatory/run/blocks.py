@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from observatory.errors import RunFormatError
 from observatory.run.manifest import PHASES
-from observatory.run.parts import RowGroup, first_step, read_row_group
+from observatory.run.parts import RowGroup, Unreadable, first_step, read_row_group
 from observatory.run.rows import RoutingColumns, routing_columns
 
 Int64 = npt.NDArray[np.int64]
@@ -132,7 +132,7 @@ def stream_blocks(
         phase: only this phase.
         layers: only these layers.
         max_block_bytes: bound on ``load_SPE`` of one block; one window is always whole.
-        report: told of row groups that cannot be read, in one line each.
+        report: called with one line for each row group that cannot be read.
         check_layer: called with layer, E and the part's name; raises when they contradict the manifest.
     """
     starts: list[tuple[int, RowGroup]] = []
@@ -146,17 +146,17 @@ def stream_blocks(
     place = {int(rank): p for p, rank in enumerate(ranks)}
     choose = _chooser(phase, layers)
 
-    def decode(entry: tuple[int, RowGroup]) -> _Piece | str:
+    def decode(entry: tuple[int, RowGroup]) -> _Piece | Unreadable:
         rows = _decode(*entry, check_layer)
-        return rows if isinstance(rows, str) else _Piece(place[entry[1].part.rank], choose(rows))
+        return rows if isinstance(rows, Unreadable) else _Piece(place[entry[1].part.rank], choose(rows))
 
     stored = sum({part.name: part.file_bytes for part in (group.part for group in groups)}.values())
     most_waiting = min(_MAX_WAITING_BYTES, max(_WAITING_BYTES, _WAITING_RATIO * stored))
     waiting: list[_Piece] = []
     waiting_bytes = 0
     for done, piece in enumerate(_in_order(decode, starts)):
-        if isinstance(piece, str):
-            report(piece)
+        if isinstance(piece, Unreadable):
+            report(str(piece))
         else:
             waiting.append(piece)
             waiting_bytes += piece.rows.nbytes
@@ -175,11 +175,11 @@ def stream_blocks(
 
 
 def _in_order(
-    decode: Callable[[tuple[int, RowGroup]], _Piece | str], starts: list[tuple[int, RowGroup]]
-) -> Iterator[_Piece | str]:
+    decode: Callable[[tuple[int, RowGroup]], _Piece | Unreadable], starts: list[tuple[int, RowGroup]]
+) -> Iterator[_Piece | Unreadable]:
     """Decode on a few threads, a few row groups ahead, and give the results in the order of ``starts``."""
     workers = min(4, os.cpu_count() or 1)
-    ahead: deque[Future[_Piece | str]] = deque()
+    ahead: deque[Future[_Piece | Unreadable]] = deque()
     submitted = 0
     with ThreadPoolExecutor(workers, thread_name_prefix="observatory-read") as pool:
         try:
@@ -195,10 +195,10 @@ def _in_order(
 
 def _decode(
     start: int, group: RowGroup, check_layer: Callable[[int, int, str], None]
-) -> RoutingColumns | str:
-    """Checked rows of a row group, or in one line why it cannot be read."""
+) -> RoutingColumns | Unreadable:
+    """Checked rows of a row group, or why it cannot be read."""
     table = read_row_group(group, _COLUMNS)
-    if isinstance(table, str):
+    if isinstance(table, Unreadable):
         return table
     part = group.part
     rows = routing_columns(table, rank=part.rank, where=part.name)

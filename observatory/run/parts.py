@@ -260,8 +260,27 @@ def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_dictionary(kind))
 
 
-def read_row_group(group: RowGroup, columns: list[str] | None) -> pa.Table | str:
-    """Read a row group, or say in one line why its bytes cannot be read.
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A row group whose bytes cannot be read; as text one line.
+
+    Attributes:
+        group: the row group.
+        cause: what its bytes are instead; None where it is cut short.
+    """
+
+    group: RowGroup
+    cause: str | None
+
+    def __str__(self) -> str:
+        name = f"{self.group.part.name}: row group {self.group.number}"
+        if self.cause is None:
+            return f"{name} is cut short and was left out"
+        return f"{name} ({self.group.rows} rows) is corrupt and was left out: {self.cause}"
+
+
+def read_row_group(group: RowGroup, columns: list[str] | None) -> pa.Table | Unreadable:
+    """Read a row group, or state why its bytes cannot be read.
 
     Texts are dictionaries, see :func:`plain_text`.
 
@@ -282,12 +301,9 @@ def read_row_group(group: RowGroup, columns: list[str] | None) -> pa.Table | str
         ) as file:
             rows = file.read_row_group(group.number, columns=wanted, use_threads=False)
     except _READ_ERRORS as error:
-        return (
-            f"{part.name}: row group {group.number} ({group.rows} rows) is corrupt and was left out: "
-            f"{one_line(error, 120)}"
-        )
+        return Unreadable(group, one_line(error, 120))
     if rows.num_rows != group.rows:
-        return f"{part.name}: row group {group.number} is cut short and was left out"
+        return Unreadable(group, None)
     for name in texts:
         _check_texts(rows.column(name), f"{part.name}: column {one_line(name, 80)}")
     return rows
@@ -364,7 +380,7 @@ def first_step(group: RowGroup) -> int | None:
     if group.first_step is not None:
         return group.first_step
     rows = read_row_group(group, ["step"])
-    if isinstance(rows, str):
+    if isinstance(rows, Unreadable):
         return None
     steps = rows.column("step").to_numpy()
     return int(np.min(steps))

@@ -24,7 +24,7 @@ from observatory.run.gaps import Gap, of_capture, of_ranks, sentence
 from observatory.run.layers import JoinedLayers, join_layers
 from observatory.run.manifest import PHASES, Manifest
 from observatory.run.manifest_files import joined_notes, read_manifest, read_rank_statuses
-from observatory.run.parts import Part, list_parts, plain_text, read_row_group
+from observatory.run.parts import Part, Unreadable, list_parts, plain_text, read_row_group
 from observatory.run.rows import MAX_LOAD, MAX_STEP
 from observatory.run.tables import TABLES
 
@@ -279,8 +279,8 @@ class Run:
         for part in self._parts["routing"]:
             for group in part.row_groups():
                 rows = read_row_group(group, [*keys, "tokens"])
-                if isinstance(rows, str):
-                    self._state(rows)
+                if isinstance(rows, Unreadable):
+                    self._state(str(rows))
                     continue
                 frame = rows.to_pandas().astype({"phase": "str"})
                 if (
@@ -330,8 +330,8 @@ class Run:
             left_bytes = part.most_decoded_bytes
             for group in part.row_groups():
                 rows = read_row_group(group, None)
-                if isinstance(rows, str):
-                    self._state(rows)
+                if isinstance(rows, Unreadable):
+                    self._state(str(rows))
                     continue
                 rows = plain_text(rows, most_bytes=left_bytes, where=part.name)
                 left_bytes -= rows.nbytes

@@ -8,6 +8,14 @@ import os
 from pathlib import Path
 
 
+def boot_id(proc: Path = Path("/proc")) -> str | None:
+    """Id of this boot of the machine; None where the system does not have one."""
+    try:
+        return (proc / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 @functools.cache
 def clock_identity() -> int | None:
     """Number that two processes share exactly when they read the same CLOCK_MONOTONIC.
@@ -15,11 +23,10 @@ def clock_identity() -> int | None:
     Containers of one host may live in time namespaces of their own, with a monotonic clock of their own.
 
     Returns:
-        63 bits of a hash over boot id and time namespace, never 0; None where the system does not tell.
+        63 bits of a hash over boot id and time namespace, never 0; None where the system has neither.
     """
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
+    boot = boot_id()
+    if boot is None:
         return None
     try:
         namespace = str(os.stat("/proc/self/ns/time").st_ino)

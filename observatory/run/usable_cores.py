@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from observatory.run.manifest import MOST_CORES, CoreQuota, CoreShare, CoreSpec
+from observatory.run.time_base import boot_id
 
 _PROC = Path("/proc")
 #: Beyond any limit in use, within what a record takes.
@@ -130,10 +131,8 @@ def _within_quotas(cores_K: Sequence[CoreSpec], *, each: float = 1.0) -> float:
 
 def _machine(proc: Path) -> str | None:
     """What names the kernel: containers of one machine have it in common, whatever they are called."""
-    with contextlib.suppress(OSError):
-        boot = (proc / "sys/kernel/random/boot_id").read_bytes().strip()
-        return hashlib.sha256(boot).hexdigest()[:16]
-    return None
+    boot = boot_id(proc)
+    return None if boot is None else hashlib.sha256(boot.encode()).hexdigest()[:16]
 
 
 def _affinity(proc: Path) -> set[int]:

@@ -313,7 +313,7 @@ def test_the_driver_of_a_lost_gpu_is_left_alone(host: Host) -> None:
     assert host.driver.changes() == []
 
 
-def test_a_watchdog_that_cannot_undo_holds_nobodys_terminal_and_keeps_a_diary(host: Host) -> None:
+def test_a_watchdog_that_cannot_undo_holds_no_terminal_and_keeps_a_log(host: Host) -> None:
     owner = subprocess.Popen(
         [sys.executable, "-m", "tests.locks.lock_owner", UUID, "middle"],
         env=host.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

@@ -304,8 +304,8 @@ def test_a_lease_whose_place_another_took_is_undone_after_that_one(host: Host) -
         assert error == "ClockError"
         assert "another has its place" in text
         os.kill(watchdog, signal.SIGCONT)
-        diary = host.leases / f"{UUID.lower()}.log"
-        assert eventually(lambda: "another lease of the GPU is there" in diary.read_text())
+        log = host.leases / f"{UUID.lower()}.log"
+        assert eventually(lambda: "another lease of the GPU is there" in log.read_text())
         assert host.state() == SECOND
         b.ask("held.release()")
         assert eventually(lambda: host.state() == CLEAN)

@@ -70,7 +70,7 @@ def status(json: JsonOption = False) -> None:
     """Show which GPUs the observatory has locked, for whom and until when, and what watchdogs did last."""
     from observatory.cli.output import print_json, print_table, say
     from observatory.errors import ClockError
-    from observatory.locks.lease import find_diaries, find_leases, last_words, read_lease
+    from observatory.locks.lease import find_leases, find_logs, last_line, read_lease
     from observatory.locks.lease_folder import lease_folder
     from observatory.run.documents.printed import printed_document
 
@@ -94,14 +94,14 @@ def status(json: JsonOption = False) -> None:
                     "watchdog": _WATCHDOG[lease.watchdog.alive if lease.watchdog else False],
                 }
             )
-    diaries = {path.stem: last_words(path) for path in find_diaries(folder)}
+    logs = {path.stem: last_line(path) for path in find_logs(folder)}
     if json:
-        content = {"folder": str(folder), "leases": rows, "watchdogs": diaries}
+        content = {"folder": str(folder), "leases": rows, "watchdogs": logs}
         print_json(printed_document("lock_status", content))
         return
     if rows:
         print_table(Table(name="leases", columns=_STATUS_COLUMNS, rows=rows, title=f"leases in {folder}"))
     else:
         say(f"no lease in {folder}: nothing of ours is locked")
-    for device, words in diaries.items():
-        say(f"{device}: {words or 'its watchdog wrote nothing'}")
+    for device, line in logs.items():
+        say(f"{device}: {line or 'its watchdog wrote nothing'}")
