@@ -46,6 +46,13 @@ class RunError(ObservatoryError):
     """A run directory cannot be opened or written."""
 
 
+class PlaceTakenError(RunError):
+    """Something is in the place of a result, and is replaced only where that is asked for."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what, remedy="choose another place, or pass overwrite=True to replace it")
+
+
 class RunFormatError(RunError):
     """A file of a run is damaged, of another format, or of a newer schema."""
 

@@ -15,9 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import JsonValue
+
 from observatory.campaign.job import ProfileJob, profile_argv
 from observatory.campaign.preflight import check_job
-from observatory.errors import ExchangeError, PlacementError, RunError, alike
+from observatory.errors import ExchangeError, PlacementError, PlaceTakenError, RunError, alike
 from observatory.host.children import python_module
 from observatory.host.ranks import RankOf, check_backend, find_rank
 from observatory.run.manifest import Topology
@@ -152,15 +154,17 @@ class Ranks:
             if self.where.rank == 0:
                 check_free(out, overwrite=overwrite)
             return None
-        problem: str | None = None
+        problem: dict[str, JsonValue] | None = None
         if self.where.rank == 0:
             try:
                 check_free(out, overwrite=overwrite)
             except RunError as error:
-                problem = str(error)
+                is_taken = isinstance(error, PlaceTakenError)
+                problem = {"text": error.what if is_taken else str(error), "is_taken": is_taken}
         (first, *_) = self.transport.all_gather_json({"problem": problem, "run_id": uuid.uuid4().hex})
         if first["problem"] is not None:
-            raise alike(RunError(first["problem"]))
+            kind = PlaceTakenError if first["problem"]["is_taken"] else RunError
+            raise alike(kind(first["problem"]["text"]))
         return str(first["run_id"])
 
     @contextlib.contextmanager

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(argv: Sequence[str] | None) -> int:
     from observatory.cli.app import command
     from observatory.cli.output import complain
-    from observatory.errors import ObservatoryError
+    from observatory.errors import ObservatoryError, PlaceTakenError
 
     try:
         command().main(args=None if argv is None else list(argv), prog_name="observatory")
@@ -52,7 +52,10 @@ def _guarded(argv: Sequence[str] | None) -> int:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except ObservatoryError as error:
         if not error.of_all_ranks or _is_first_rank():
-            complain(str(error))
+            is_taken = isinstance(error, PlaceTakenError)
+            complain(
+                f"{error.what}; choose another place, or replace it (--force)" if is_taken else str(error)
+            )
         return error.exit_code
     except BrokenPipeError:
         # The reader of our output went away (`| head`): leave quietly, as other tools do.

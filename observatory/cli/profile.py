@@ -180,4 +180,4 @@ def profile(
         task = bar.add_task("profile", total=job.prefill_steps + job.decode_steps)
         run_profile(job, out, overwrite=force, progress=lambda done, _: bar.update(task, completed=done))
     say_cores(short_of_cores(status.cores for status in open_run(out).manifest.ranks))
-    say(f"run written to {out}; next: observatory routing {out}")
+    say(f"run written to {out}; next: observatory {'exchanges' if job.ep > 1 else 'routing'} {out}")

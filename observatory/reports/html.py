@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 import observatory
-from observatory.errors import RunError
+from observatory.errors import PlaceTakenError, RunError
 from observatory.reports.embed import (
     content_security_policy,
     packed_figure,
@@ -101,7 +101,7 @@ def write_report(
     if target.exists() and not target.is_file():
         raise RunError(f"{target} is a pipe or device and is not replaced; give the name of a file")
     if target.exists() and not overwrite:
-        raise RunError(f"{target} exists; choose another name, or pass --force to replace it")
+        raise PlaceTakenError(f"{target} exists")
     opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
     files = read_benchmark_files(bench=bench, replays=replays, networks=networks)
     given = collect_clocks(clocks, max_slowdown=max_slowdown)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from observatory.errors import RunError
+from observatory.errors import PlaceTakenError, RunError
 from observatory.run.files import MANIFEST_NAME, RANKS_FOLDER, is_temporary, one_line
 from observatory.run.tables import TABLES
 
@@ -19,6 +19,7 @@ def check_free(path: Path, *, overwrite: bool = False) -> None:
     """Make sure that a run may be made here: nothing is there, an empty folder, or a run to be replaced.
 
     Raises:
+        PlaceTakenError: a run is there, and ``overwrite`` is not given.
         RunError: something else is there.
     """
     if not path.exists():
@@ -29,9 +30,7 @@ def check_free(path: Path, *, overwrite: bool = False) -> None:
     if not names:
         return
     if not overwrite:
-        raise RunError(
-            f"{path} exists and is not empty", remedy="choose another place or ask to overwrite it (--force)"
-        )
+        raise PlaceTakenError(f"{path} exists and is not empty")
     foreign = [name for name in names if name not in _OWN and not is_temporary(name)]
     if MANIFEST_NAME not in names or foreign:
         reason = f"it also holds {one_line(foreign[0], 80)}" if foreign else f"it has no {MANIFEST_NAME}"

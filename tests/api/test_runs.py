@@ -48,8 +48,9 @@ def test_the_report_of_a_run_is_one_file_and_not_overwritten_unasked(
     run = observatory.open_run(make_run())
     path = run.report(tmp_path / "report.html", ep=[2])
     assert "hand-made" in path.read_text("utf-8")
-    with pytest.raises(RunError, match="exists"):
+    with pytest.raises(RunError, match="exists; choose another place, or pass overwrite=True"):
         run.report(path)
+    assert run.report(path, overwrite=True) == path
 
 
 def test_a_run_shows_model_steps_phases_ranks_and_state(make_run: MakeRun, tmp_path: Path) -> None:

@@ -143,6 +143,12 @@ def test_missing_libraries_are_one_sentence(command: str, tmp_path: Path) -> Non
     assert "needs torch and transformers, which is not installed; run `pip install" in line
 
 
+def test_a_taken_place_is_refused_with_the_option_that_replaces_it(tmp_path: Path) -> None:
+    (tmp_path / "run.json").touch()
+    line = refused("profile", "tiny-gqa", "--out", str(tmp_path))
+    assert line.endswith("exists and is not empty; choose another place, or replace it (--force)")
+
+
 def test_cells_of_a_grid_that_cannot_run_are_stated_without_torch(tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text(
         'models = ["tiny-gqa"]\ndata = ["a.txt", "b.txt"]\n[profile]\nsteps = 2\n'

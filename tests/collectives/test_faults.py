@@ -114,8 +114,7 @@ def test_what_was_captured_stays_readable_and_the_gap_is_stated(faults: Faults, 
         ),
         (
             "does not divide",
-            "3 ranks do not divide 32 experts; numbers of ranks that fit: 1, 2, 4, 8, 16, 32, or give a "
-            "placement",
+            "EP 3 does not divide 32 experts; degrees that fit: 1, 2, 4, 8, 16, 32",
         ),
         (
             "wrong ep",
@@ -136,9 +135,7 @@ def test_a_taken_place_is_refused_by_one_sentence_and_replaced_when_forced(fault
     out = faults["folder"] / "taken"
     first, second = faults["taken"]
     assert first["value"]["code"] == second["value"]["code"] == [0, 1, 0, 1]
-    assert said(first) == [
-        f"{out} exists and is not empty; choose another place or ask to overwrite it (--force)"
-    ]
+    assert said(first) == [f"{out} exists and is not empty; choose another place, or replace it (--force)"]
     assert said(second) == []
     run = observatory.open_run(out)
     assert run.problems == ()

@@ -127,7 +127,7 @@ def test_the_verdict_on_each_layer_is_in_the_provenance(tmp_path: Path) -> None:
 def test_an_existing_report_is_kept_unless_told(pair: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     out.write_text("mine")
-    with pytest.raises(RunError, match="exists; choose another name"):
+    with pytest.raises(RunError, match="exists; choose another place"):
         write_report(pair, out)
     assert out.read_text() == "mine"
     write_report(pair, out, overwrite=True)

@@ -15,7 +15,9 @@ from tests.run.conftest import WriteRun, expected_load, manifest_of, one_step
 
 def test_an_existing_run_is_not_overwritten_unless_asked(write_run: WriteRun) -> None:
     path = write_run(steps=6)
-    with pytest.raises(RunError, match="exists and is not empty; choose another place or ask to overwrite"):
+    with pytest.raises(
+        RunError, match="exists and is not empty; choose another place, or pass overwrite=True"
+    ):
         RunWriter.create(path, manifest_of())
     assert open_run(path).row_count("routing") == 12
     RunWriter.create(path, manifest_of(), overwrite=True).close()
