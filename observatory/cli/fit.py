@@ -36,7 +36,7 @@ def fit(
     from observatory.analysis.network.checking import check_predictions, error_summary, not_fitted
     from observatory.analysis.network.documents import fit_document, fit_tables
     from observatory.analysis.network.fitting import fit_network
-    from observatory.analysis.network.wording import misfit_sentence, verdict_sentence
+    from observatory.analysis.network.words import misfit_sentence, verdict_sentence
     from observatory.campaign.benchmark import check_out
     from observatory.cli.output import print_conclusion, print_data, print_table, print_text, say, say_cores
     from observatory.host.provenance import command_line

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from observatory.analysis.network.network import Misfit, Reason
+from observatory.analysis.network.network import Misfit, VerdictReason
 from observatory.cli import main
 from observatory.errors import BenchmarkError
 from observatory.reports import write_report
@@ -305,7 +305,7 @@ def test_the_verdict_of_a_model_its_misfits_and_what_it_tells_apart_are_shown(tm
         cases=9,
     )
     assert fit.verdict is not None
-    reason = Reason(code="misfits", value=1.0, bound=0.0)
+    reason = VerdictReason(code="misfits", value=1.0, bound=0.0)
     verdict = fit.verdict.model_copy(update={"code": "does_not_fit", "reasons": (reason,)})
     doubted = model.model_copy(
         update={

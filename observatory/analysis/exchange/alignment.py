@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from observatory.analysis.exchange.words import ExchangeCode
+from observatory.reasons import Reason
 from observatory.run.manifest import ClockSpec, Manifest
 
 Int64 = npt.NDArray[np.int64]
@@ -73,12 +75,12 @@ def to_reference_ns(own_ns: Int64, clock: ClockSpec | None) -> tuple[Int64, Floa
     return shifted + np.rint(since * clock.drift_ppm * 1e-6).astype(np.int64), uncertainty
 
 
-def clock_problem(clocks: Mapping[int, ClockSpec | None], rank: int) -> str | None:
+def clock_problem(clocks: Mapping[int, ClockSpec | None], rank: int) -> Reason | None:
     """Why times of ``rank`` cannot be compared with those of others; None when they can."""
     clock = clocks.get(rank)
     if clock is None:
-        return f"no alignment of the clock of rank {rank} was recorded"
+        return Reason(ExchangeCode.CLOCK_NOT_RECORDED, {"rank": rank})
     if clock.offset_ns is not None:
         return None
-    reason = "" if clock.reason is None else f": {clock.reason[:_LONGEST_REASON]}"
-    return f"the clock of rank {rank} could not be aligned{reason}"
+    detail = "" if clock.reason is None else f": {clock.reason[:_LONGEST_REASON]}"
+    return Reason(ExchangeCode.CLOCK_ALIGNMENT_FAILED, {"rank": rank, "detail": detail})

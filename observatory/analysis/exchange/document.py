@@ -162,7 +162,7 @@ def exchange_document(run: Run, *, dumps: Mapping[int, Path] | None = None) -> d
                 for row in frame_records(rank_waits(waits))
             ],
             "phases": frame_records(critical_path(run.spans(), waits)),
-            "unknown": [{"reason": reason, "rows": rows} for reason, rows in problems_of(waits).items()],
+            "unknown": frame_records(problems_of(waits)),
             "flight_recorder": None if recorder is None else recorder.document(),
         },
     )

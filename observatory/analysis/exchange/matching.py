@@ -15,6 +15,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from observatory.analysis.exchange.alignment import to_reference_ns
+from observatory.analysis.exchange.words import ExchangeCode
+from observatory.reasons import Reason
 from observatory.run.manifest import ClockSpec
 
 Int64 = npt.NDArray[np.int64]
@@ -80,7 +82,7 @@ class Unmatched:
     """
 
     rows: Int64
-    reason: str
+    reason: Reason
 
 
 def ranks_of_group(label: str) -> tuple[int, ...] | None:
@@ -168,16 +170,14 @@ def match_collectives(
         changes[1:] |= np.diff(values[order]) != 0
     for rows in np.split(order.astype(np.int64), np.flatnonzero(changes)):
         matched = _match(rows, columns, layout)
-        yield Unmatched(rows=rows, reason=matched) if isinstance(matched, str) else matched
+        yield Unmatched(rows=rows, reason=matched) if isinstance(matched, Reason) else matched
 
 
-def _match(rows: Int64, columns: _Columns, layout: _Layout) -> Collective | str:
+def _match(rows: Int64, columns: _Columns, layout: _Layout) -> Collective | Reason:
     present = columns.rank_N[rows]
     twice = present[1:][present[1:] == present[:-1]]
     if twice.size:
-        return (
-            f"rank {twice[0]} left several rows with this sequence number: which belong together is not known"
-        )
+        return Reason(ExchangeCode.DUPLICATE_SEQUENCE, {"rank": int(twice[0])})
     disagreement = _disagreement(rows, present, columns)
     if disagreement is not None:
         return disagreement
@@ -185,20 +185,20 @@ def _match(rows: Int64, columns: _Columns, layout: _Layout) -> Collective | str:
     sizes = {len(values) for pair in lists for values in pair if values is not None}
     group = str(columns.group_N[rows[0]])
     members = layout.members(group, present, sizes)
-    if isinstance(members, str):
+    if isinstance(members, Reason):
         return members
     size = len(members)
     at = np.searchsorted(members, present)
     row_P = np.full(size, -1, np.int64)
     row_P[at] = rows
     matrices = _byte_matrices(members, at, lists)
-    if isinstance(matrices, str):
+    if isinstance(matrices, Reason):
         return matrices
     send_PP, receive_PP = matrices
     role = _role(rows, [_moved(pair) for pair in lists], columns)
     if role is None:
         said = " and ".join(sorted(set(columns.role_N[rows].tolist())))
-        return f"ranks that exchange something disagree on the role: {said:.80}"
+        return Reason(ExchangeCode.ROLES_DIFFER, {"roles": said[:80]})
     here_P = row_P >= 0
     return Collective(
         rows=rows,
@@ -218,30 +218,42 @@ def _match(rows: Int64, columns: _Columns, layout: _Layout) -> Collective | str:
     )
 
 
-def _disagreement(rows: Int64, present: Int64, columns: _Columns) -> str | None:
-    """What the ranks of a collective say differently though they must say it alike."""
+def _disagreement(rows: Int64, present: Int64, columns: _Columns) -> Reason | None:
+    """What ranks of one collective recorded differently although it must be equal."""
     for name, code_N in columns.code.items():
         other = np.flatnonzero(code_N[rows] != code_N[rows[0]])
         if other.size:
-            return (
-                f"ranks disagree on the {name}: rank {present[0]} says {columns.said[name][rows[0]]!s:.40}, "
-                f"rank {present[other[0]]} {columns.said[name][rows[other[0]]]!s:.40}"
+            value, other_value = (str(columns.said[name][rows[at]])[:40] for at in (0, other[0]))
+            return Reason(
+                ExchangeCode.FIELDS_DIFFER,
+                {
+                    "field": name,
+                    "rank": int(present[0]),
+                    "value": value,
+                    "other_rank": int(present[other[0]]),
+                    "other_value": other_value,
+                },
             )
     if columns.text("backend", int(rows[0])) not in _NUMBER_ALIKE:
         return None
-    own = columns.number_N[rows]
-    other = np.flatnonzero((own >= 0) & (own != own[0]))
-    if own[0] >= 0 and other.size:
-        return (
-            f"the backend's own numbers differ ({own[0]} on rank {present[0]}, {own[other[0]]} on rank "
-            f"{present[other[0]]}): the ranks entered the watch at different points of the program"
+    number_N = columns.number_N[rows]
+    other = np.flatnonzero((number_N >= 0) & (number_N != number_N[0]))
+    if number_N[0] >= 0 and other.size:
+        return Reason(
+            ExchangeCode.BACKEND_NUMBERS_DIFFER,
+            {
+                "rank": int(present[0]),
+                "number": int(number_N[0]),
+                "other_rank": int(present[other[0]]),
+                "other_number": int(number_N[other[0]]),
+            },
         )
     return None
 
 
 def _byte_matrices(
     members: Int64, at: Int64, lists: Sequence[Sequence[Int64 | None]]
-) -> tuple[Int64, Int64] | str:
+) -> tuple[Int64, Int64] | Reason:
     """What was sent and received, (P, P) each; a reason when it cannot be true.
 
     Args:
@@ -256,19 +268,24 @@ def _byte_matrices(
             if values is None:
                 continue
             if ((values < 0) | (values > _MOST_BYTES)).any():
-                return f"rank {members[position]} says an impossible number of bytes"
+                return Reason(ExchangeCode.IMPOSSIBLE_BYTES, {"rank": int(members[position])})
             if len(values) == size:
                 matrix_PP[position] = values
             elif np.delete(values, members).any():
-                return f"rank {members[position]} says bytes for ranks outside its group"
+                return Reason(ExchangeCode.BYTES_OUTSIDE_GROUP, {"rank": int(members[position])})
             else:  # one entry per rank of the run, of which the group is a part
                 matrix_PP[position] = values[members]
     wrong = np.argwhere((send_PP >= 0) & (receive_PP.T >= 0) & (send_PP != receive_PP.T))
     if wrong.size:
         i, j = wrong[0]
-        return (
-            f"rank {members[i]} says it sent {send_PP[i, j]} bytes to rank {members[j]}, which says it got "
-            f"{receive_PP[j, i]}: the rows do not belong together"
+        return Reason(
+            ExchangeCode.BYTES_CONTRADICT,
+            {
+                "rank": int(members[i]),
+                "sent_bytes": int(send_PP[i, j]),
+                "other_rank": int(members[j]),
+                "received_bytes": int(receive_PP[j, i]),
+            },
         )
     return send_PP, receive_PP
 
@@ -312,7 +329,7 @@ class _Layout:
             part_N[own] = part_P[rank_N[own]]
         return part_N
 
-    def members(self, group: str, present: Int64, sizes: set[int]) -> Int64 | str:
+    def members(self, group: str, present: Int64, sizes: set[int]) -> Int64 | Reason:
         """Ranks of the group; a reason when that is not known.
 
         Args:
@@ -322,17 +339,17 @@ class _Layout:
         """
         if len(sizes) > 1:
             lengths = ", ".join(str(size) for size in sorted(sizes)[:4])
-            return f"ranks disagree on the size of the group: {lengths}"
+            return Reason(ExchangeCode.GROUP_SIZES_DIFFER, {"sizes": lengths})
         size = next(iter(sizes), len(present))
         if size > _LARGEST_GROUP:
-            return f"a group of {size} ranks is larger than can be analysed ({_LARGEST_GROUP})"
+            return Reason(ExchangeCode.GROUP_TOO_LARGE, {"ranks": size, "most": _LARGEST_GROUP})
         if group in self.parts and present[-1] < self.ranks:
             part_P = self.parts[group]
             members = np.flatnonzero(part_P == part_P[present[0]]).astype(np.int64)
             if size in (len(members), self.ranks):
                 return members
         elif group in _PARTED:
-            return f"the run does not say which ranks are on which node, so not who is in group {group}"
+            return Reason(ExchangeCode.NODES_UNKNOWN, {"group": group})
         named = ranks_of_group(group)
         fits = named is not None and size == len(named) and named[-1] < self.ranks
         if named is not None and fits and set(present.tolist()) <= set(named):
@@ -342,10 +359,9 @@ class _Layout:
         if size == self.ranks and present[-1] < self.ranks:
             return np.arange(self.ranks, dtype=np.int64)
         if size < len(present):
-            return f"{len(present)} ranks left rows of a group of {size}"
-        return (
-            f"only {len(present)} of the group's {size} ranks left a row, and the run has {self.ranks}: "
-            "which rank each number of bytes belongs to is not known"
+            return Reason(ExchangeCode.TOO_MANY_ROWS, {"rows": len(present), "ranks": size})
+        return Reason(
+            ExchangeCode.ROWS_MISSING, {"rows": len(present), "ranks": size, "run_ranks": self.ranks}
         )
 
 

@@ -95,9 +95,10 @@ def rank_waits(waits: pd.DataFrame) -> pd.DataFrame:
     return frame.reset_index()
 
 
-def problems_of(waits: pd.DataFrame) -> dict[str, int]:
-    """Why splits are missing: reason -> rows, the most frequent first."""
-    return {str(reason): int(rows) for reason, rows in waits["problem"].value_counts().items()}
+def problems_of(waits: pd.DataFrame) -> pd.DataFrame:
+    """Why splits are missing: code, reason (in words), rows; the most frequent first."""
+    counts = waits.groupby(["problem_code", "problem"], sort=False).size().sort_values(ascending=False)
+    return counts.rename_axis(["code", "reason"]).rename("rows").reset_index()
 
 
 def _known(waits: pd.DataFrame) -> pd.Series[bool]:

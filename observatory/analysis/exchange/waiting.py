@@ -21,6 +21,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from observatory.analysis.exchange.matching import Collective, Unmatched, match_collectives, own_times
+from observatory.analysis.exchange.words import ExchangeCode, sentence
+from observatory.reasons import Reason
 from observatory.run.manifest import ClockSpec
 
 Int64 = npt.NDArray[np.int64]
@@ -30,7 +32,7 @@ Bool = npt.NDArray[np.bool_]
 #: What is added to a row's own columns.
 WAIT_COLUMNS = (
     "peers", "depends_on", "duration_s", "wait_s", "wait_low_s", "wait_high_s", "held_s", "transfer_s",
-    "transfer_low_s", "transfer_high_s", "last_rank", "arrived_last", "problem",
+    "transfer_low_s", "transfer_high_s", "last_rank", "arrived_last", "problem", "problem_code",
 )  # fmt: skip
 
 _KEPT = ("step", "phase", "layer", "role", "group", "sequence", "algorithm", "backend", "source_rank")
@@ -78,9 +80,9 @@ def wait_and_transfer(
         depended on minus own arrival, at least 0),
         ``held_s`` (further time until the last of all had arrived, on backends that meet everybody),
         ``transfer_s`` (the rest), each with the bounds that the clocks' uncertainty and missing rows leave,
-        ``last_rank`` (whom it waited for; itself when nobody came later), ``arrived_last`` and ``problem``
-        (why a number is missing; missing when none is). A rank that exchanges nothing waits for nobody, is
-        not held for anybody and has no transfer.
+        ``last_rank`` (whom it waited for; itself when no rank came later), ``arrived_last``, ``problem``
+        (why a number is missing, in words; missing when none is) and ``problem_code`` (its code). A rank
+        that exchanges nothing waits for no rank, is not held and has no transfer.
     """
     size = len(exchanges)
     found: dict[str, npt.NDArray[Any]] = {
@@ -100,6 +102,9 @@ def wait_and_transfer(
         for name, values_P in split_collective(matched).items():
             found[name][rows] = values_P[present_P]
     frame = exchanges[list(_KEPT)].reset_index(drop=True).assign(role=role_N)
+    reason_N = found["problem"]
+    found["problem_code"] = np.array([reason and reason.code.value for reason in reason_N], dtype=object)
+    found["problem"] = np.array([reason and sentence(reason) for reason in reason_N], dtype=object)
     for name in WAIT_COLUMNS:
         values = found[name]
         if values.dtype == np.int64:
@@ -145,7 +150,7 @@ def split_collective(collective: Collective) -> dict[str, npt.NDArray[Any]]:
     low_P[early_PP.any(axis=1)] = 0
     high_P = np.where(sure_P | (waited_PP & ~np.isfinite(blur_PP)).any(axis=1), high_P, duration_P)
     for i in np.flatnonzero(sure_P & traffic_P & np.isnan(held_P)):
-        problem_P[i] = "when the last rank of all arrived is not known, and the backend waits for everybody"
+        problem_P[i] = Reason(ExchangeCode.LAST_ARRIVAL_UNKNOWN)
     moved_P = traffic_P & c.ended_P
     last_P = np.where(wait_P > 0, c.rank_P[last_P], c.rank_P)
     return {
@@ -211,28 +216,26 @@ def _arrived_last(c: Collective, traffic_P: Bool) -> Bool:
 
 def _wait_problems(
     c: Collective, needed_PP: Bool, unaligned_PP: Bool, early_PP: Bool, *, whole: str
-) -> list[str | None]:
+) -> list[Reason | None]:
     """Why each rank's waiting is not known; None where it is."""
     missing_PP = needed_PP & ~c.started_P[None, :]
     unsaid_PP = ((c.send_PP < 0) | (c.receive_PP < 0)) & (whole == "peers")
 
-    def problem(i: int) -> str | None:
+    def problem(i: int) -> Reason | None:
         if c.row_P[i] < 0:
-            return "it left no row"
+            return Reason(ExchangeCode.NO_ROW)
         if not c.started_P[i]:
-            return "its times are impossible, or its end lies before its start"
+            return Reason(ExchangeCode.IMPOSSIBLE_TIMES)
         if not c.ended_P[i]:
-            return "the collective never ended on this rank"
+            return Reason(ExchangeCode.NEVER_ENDED)
         if missing_PP[i].any():
             peer = int(missing_PP[i].argmax())
-            left = "no row" if c.row_P[peer] < 0 else "impossible times"
-            return f"rank {c.rank_P[peer]}, on which it depends, left {left}"
+            code = ExchangeCode.PEER_WITHOUT_ROW if c.row_P[peer] < 0 else ExchangeCode.PEER_IMPOSSIBLE_TIMES
+            return Reason(code, {"rank": int(c.rank_P[peer])})
         if early_PP[i].any():
-            peer = int(early_PP[i].argmax())
-            return f"rank {c.rank_P[peer]} arrived after this rank had its data: their clocks disagree"
+            return Reason(ExchangeCode.CLOCKS_DISAGREE, {"rank": int(c.rank_P[early_PP[i].argmax()])})
         if unaligned_PP[i].any():
-            peer = int(unaligned_PP[i].argmax())
-            return f"its clock and that of rank {c.rank_P[peer]} are not aligned"
-        return "the bytes per peer were not recorded" if unsaid_PP[i].any() else None
+            return Reason(ExchangeCode.CLOCKS_NOT_ALIGNED, {"rank": int(c.rank_P[unaligned_PP[i].argmax()])})
+        return Reason(ExchangeCode.BYTES_NOT_RECORDED) if unsaid_PP[i].any() else None
 
     return [problem(i) for i in range(len(c.rank_P))]

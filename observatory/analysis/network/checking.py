@@ -11,13 +11,15 @@ from numpy.typing import ArrayLike
 
 from observatory.analysis.network.network import NetworkModel
 from observatory.analysis.network.predict import predict_us
+from observatory.analysis.network.words import reason_columns
 from observatory.errors import BenchmarkError
+from observatory.reasons import Reason
 from observatory.run.documents.bench import BenchResult
 
 #: Columns of `check_predictions`.
 CHECK_COLUMNS: tuple[str, ...] = (
     "algorithm", "pattern", "phase", "layer", "step", "role", "measured_us", "predicted_us", "low_us",
-    "high_us", "error", "extrapolated", "misfits",
+    "high_us", "error", "extrapolated", "extrapolated_codes", "misfits",
 )  # fmt: skip
 
 
@@ -51,21 +53,22 @@ def checked_row(
     algorithm: str,
     role: str | None,
     measured_us: float,
+    reservations: Sequence[Reason] = (),
     **where: object,
 ) -> dict[str, Any]:
-    """One row of `check_predictions`; ``where`` is kept as it is."""
-    found = predict_us(model, bytes_PP, node_of_P, algorithm=algorithm, role=role)
+    """One row of `check_predictions`; ``where`` is kept, ``reservations`` are added to ``extrapolated``."""
+    predicted = predict_us(model, bytes_PP, node_of_P, algorithm=algorithm, role=role)
     return {
         "algorithm": algorithm,
         "role": role,
         **where,
         "measured_us": measured_us,
-        "predicted_us": found.us,
-        "low_us": found.low_us,
-        "high_us": found.high_us,
-        "error": abs(found.us - measured_us) / measured_us,
-        "extrapolated": "; ".join(found.extrapolated) or None,
-        "misfits": found.misfits or None,
+        "predicted_us": predicted.us,
+        "low_us": predicted.low_us,
+        "high_us": predicted.high_us,
+        "error": abs(predicted.us - measured_us) / measured_us,
+        **reason_columns((*predicted.extrapolated, *reservations)),
+        "misfits": predicted.misfits or None,
     }
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from observatory.analysis.network.exceptions import MOST_CASES, Found, World, find_exceptions
 from observatory.analysis.network.features import BYTE_TERMS
-from observatory.analysis.network.network import FormScore, Misfit, Reason, Verdict
+from observatory.analysis.network.network import FormScore, Misfit, Verdict, VerdictReason
 from observatory.analysis.network.solving import predict_all
 from observatory.analysis.network.trials import Trial
 
@@ -158,12 +158,12 @@ def verdict_of(
         "other_ranks_p90": other_ranks_p90,
     }
     reasons = [
-        Reason.model_validate({"code": code, "value": value, "bound": BOUNDS[code]})
+        VerdictReason.model_validate({"code": code, "value": value, "bound": BOUNDS[code]})
         for code, value in values.items()
         if value is not None and value > BOUNDS[code]
     ]
     if misfits:
-        reasons.append(Reason(code="misfits", value=float(len(misfits)), bound=0.0))
+        reasons.append(VerdictReason(code="misfits", value=float(len(misfits)), bound=0.0))
     noisy = noise is not None and noise > BOUNDS["repeat_noise"]
     return Verdict(
         code="too_noisy" if noisy else "does_not_fit" if reasons else "valid",

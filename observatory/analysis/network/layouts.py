@@ -183,7 +183,7 @@ def scan_sentences(document: dict[str, Any]) -> Iterator[str]:
 
 def doubt_sentences(document: dict[str, Any], model: NetworkModel, algorithm: str) -> Iterator[str]:
     """Which times go through what the model does not describe, and which layouts it cannot distinguish."""
-    from observatory.analysis.network.wording import comparison_sentence, through_misfits
+    from observatory.analysis.network.words import comparison_sentence, through_misfits
 
     misfits = model.of(algorithm).misfits
     for degree, met in sorted({(row["ep"], tuple(row["misfits"] or ())) for row in document["rows"]}):
@@ -255,7 +255,7 @@ def _with_times(
 
 
 def _model_notes(model: NetworkModel, algorithm: str) -> list[str]:
-    from observatory.analysis.network.wording import model_notes
+    from observatory.analysis.network.words import model_notes
     from observatory.run.usable_cores import core_sentence
 
     notes = [*model.notes, *model_notes(model, algorithm), *map(core_sentence, model.short_of_cores)]
@@ -264,7 +264,7 @@ def _model_notes(model: NetworkModel, algorithm: str) -> list[str]:
 
 def _predictions(model: NetworkModel, algorithm: str, frame: pd.DataFrame) -> dict[str, Any]:
     """What a reader of predicted times must know, in codes and values."""
-    from observatory.analysis.network.telling import compare_layouts
+    from observatory.analysis.network.comparison import compare_layouts
     from observatory.run.usable_cores import share_document
 
     fit = model.of(algorithm)

@@ -137,7 +137,7 @@ class Misfit(Record):
         return self
 
 
-class Reason(Record):
+class VerdictReason(Record):
     """Why a fit is not to be relied on: a value beyond its bound; of ``misfits``, how many."""
 
     code: Literal[
@@ -162,7 +162,7 @@ class Verdict(Record):
     """
 
     code: Literal["valid", "too_noisy", "does_not_fit"]
-    reasons: tuple[Reason, ...] = ()
+    reasons: tuple[VerdictReason, ...] = ()
     repeat_noise: _NotNegative | None = None
     median_error: _NotNegative
     p90_error: _NotNegative

@@ -14,7 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from observatory.analysis.network.features import FORMS, stage_terms
 from observatory.analysis.network.network import AlgorithmFit, Misfit, NetworkModel
 from observatory.analysis.network.solving import Problem, predict_all
+from observatory.analysis.network.words import NetworkCode
 from observatory.errors import BenchmarkError
+from observatory.reasons import Reason
 from observatory.run.exchange_algorithms import stages
 
 _MANY_SAMPLES = 50
@@ -30,14 +32,14 @@ class Prediction:
             it had not seen; for another number of ranks than was measured, on numbers of ranks it had not
             seen. It does not cover what is named in ``extrapolated``.
         extrapolated: why this is outside what was measured; empty when it is inside.
-        misfits: places in the fit's ``misfits`` of those that this exchange has bytes through. With another
-            set of ranks than they were found in nobody knows which part they are: then all of them.
+        misfits: places in the fit's ``misfits`` of those that this exchange has bytes through. On another
+            set of ranks than theirs it is not known which part they are: then all of them.
     """
 
     us: float
     low_us: float
     high_us: float
-    extrapolated: tuple[str, ...] = ()
+    extrapolated: tuple[Reason, ...] = ()
     misfits: tuple[int, ...] = ()
 
 
@@ -126,30 +128,30 @@ def _of_samples(problem: Problem, samples_BF: NDArray[np.float64]) -> NDArray[np
     return us_B
 
 
-def _outside(fit: AlgorithmFit, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> list[str]:
+def _outside(fit: AlgorithmFit, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> list[Reason]:
     """What of an exchange lies outside the measurements."""
     reasons, domain = [], fit.domain
     on_node = max(list(node_of_P).count(node) for node in set(node_of_P))
-    for name, value, known in (
-        ("ranks", len(node_of_P), domain.ranks),
-        ("nodes", len(set(node_of_P)), domain.nodes),
-        ("ranks on a node", on_node, domain.ranks_on_node),
+    for code, name, value, measured in (
+        (NetworkCode.RANKS_OUTSIDE, "ranks", len(node_of_P), domain.ranks),
+        (NetworkCode.NODES_OUTSIDE, "nodes", len(set(node_of_P)), domain.nodes),
+        (NetworkCode.RANKS_ON_NODE_OUTSIDE, "ranks", on_node, domain.ranks_on_node),
     ):
-        if not min(known) <= value <= max(known):
-            reasons.append(f"{value} {name} (measured {_span(min(known), max(known))})")
+        if not min(measured) <= value <= max(measured):
+            reasons.append(Reason(code, {name: value, "measured": _span(min(measured), max(measured))}))
     ranks = len(node_of_P)
     between = min(domain.ranks) < ranks < max(domain.ranks) and ranks not in domain.ranks
     if between and fit.other_ranks_ratio_Q is None:
-        measured = " and ".join(map(str, domain.ranks))
-        reasons.append(f"{ranks} ranks (measured {measured}; a third number would show how well others fit)")
+        several = " and ".join(map(str, domain.ranks))
+        reasons.append(Reason(NetworkCode.RANKS_BETWEEN, {"ranks": ranks, "measured": several}))
     busiest = int(max(bytes_PP.sum(axis=1).max(), bytes_PP.sum(axis=0).max()))
     low, high = domain.rank_bytes
     if busiest > high:
-        reasons.append(f"{busiest} bytes on one rank (measured up to {high})")
+        reasons.append(Reason(NetworkCode.BYTES_ABOVE, {"bytes": busiest, "most_bytes": high}))
     elif 0 < busiest < low and not domain.empty:
-        reasons.append(f"{busiest} bytes on one rank (measured from {low})")
+        reasons.append(Reason(NetworkCode.BYTES_BELOW, {"bytes": busiest, "least_bytes": low}))
     elif busiest == 0 and not domain.empty:
-        reasons.append("an empty exchange (none was measured)")
+        reasons.append(Reason(NetworkCode.EMPTY_EXCHANGE))
     return reasons
 
 

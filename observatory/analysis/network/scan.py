@@ -10,6 +10,7 @@ import pandas as pd
 
 from observatory.analysis.network.network import NetworkModel
 from observatory.analysis.network.predict import Prediction, predict_us
+from observatory.analysis.network.words import reason_columns
 from observatory.analysis.parallel.captured import captured_traffic
 from observatory.analysis.parallel.placement import PlacementChoice
 from observatory.analysis.parallel.topology import ParallelTopology
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 TIME_COLUMNS: tuple[str, ...] = (
     "dispatch_us", "dispatch_low_us", "dispatch_high_us",
     "combine_us", "combine_low_us", "combine_high_us",
-    "predicted_steps", "extrapolated", "misfits", "no_prediction",
+    "predicted_steps", "extrapolated", "extrapolated_codes", "misfits", "no_prediction",
 )  # fmt: skip
 
 
@@ -50,7 +51,8 @@ def scan_times(
         steps: at most so many steps of each phase, evenly spread.
 
     Returns: ep, layer, phase and `TIME_COLUMNS`: medians over the predicted steps of the time and of each
-        end of its 90 % interval; ``extrapolated`` says what lies outside the measurements (None: nothing),
+        end of its 90 % interval; ``extrapolated`` and ``extrapolated_codes`` say what lies outside the
+        measurements (None: nothing),
         ``misfits`` names places in the fit's of those that bytes pass in any step (None: none);
         ``no_prediction`` why there is none (None: there is one).
 
@@ -63,7 +65,7 @@ def scan_times(
     rows = []
     for ep in dict.fromkeys(ep_degrees):
         node_of_R = ParallelTopology(ep=ep, gpus_per_node=gpus_per_node).node_of_rank_R.tolist()
-        found: dict[tuple[int, str], list[tuple[Prediction, Prediction]]] = {}
+        predictions: dict[tuple[int, str], list[tuple[Prediction, Prediction]]] = {}
         refused: dict[tuple[int, str], str] = {}
         for traffic in captured_traffic(
             run, ep=ep, placement=placement, bytes_per_row=bytes_per_row, steps=steps
@@ -77,10 +79,10 @@ def scan_times(
             except (BenchmarkError, ExchangeError) as error:
                 refused[key] = str(error)
                 continue
-            found.setdefault(key, []).append((pair[0], pair[1]))
+            predictions.setdefault(key, []).append((pair[0], pair[1]))
         rows += [
-            {"ep": ep, "layer": key[0], "phase": key[1], **_row(found.get(key, []), refused.get(key))}
-            for key in sorted(found.keys() | refused.keys())
+            {"ep": ep, "layer": key[0], "phase": key[1], **_row(predictions.get(key, []), refused.get(key))}
+            for key in sorted(predictions.keys() | refused.keys())
         ]
     return pd.DataFrame(rows, columns=["ep", "layer", "phase", *TIME_COLUMNS])
 
@@ -96,12 +98,7 @@ def _row(pairs: Sequence[tuple[Prediction, Prediction]], refusal: str | None) ->
         row[f"{role}_low_us"] = float(np.median([item.low_us for item in own]))
         row[f"{role}_high_us"] = float(np.median([item.high_us for item in own]))
     # One reason of each kind is enough: sizes differ from step to step.
-    reasons = {
-        reason.split(" ", 1)[1].split(" (")[0]: reason
-        for pair in pairs
-        for item in pair
-        for reason in item.extrapolated
-    }
-    row["extrapolated"] = "; ".join(reasons.values()) or None
+    reasons = {reason.code: reason for pair in pairs for item in pair for reason in item.extrapolated}
+    row |= reason_columns(reasons.values())
     row["misfits"] = sorted({place for pair in pairs for item in pair for place in item.misfits}) or None
     return row

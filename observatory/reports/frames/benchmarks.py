@@ -25,7 +25,8 @@ import pandas as pd
 
 from observatory.analysis.network import NetworkModel, predict_us, realism
 from observatory.analysis.network.checking import CHECK_COLUMNS, check_predictions
-from observatory.analysis.network.own import check_own_exchanges
+from observatory.analysis.network.run_exchanges import check_run_exchanges
+from observatory.analysis.network.words import sentence
 from observatory.errors import BenchmarkError, ExchangeError, ObservatoryError
 from observatory.reports.frames.benchmark_files import BenchmarkFiles
 from observatory.run import Run
@@ -172,14 +173,14 @@ def _add_own(found: _Found, network: int, model: NetworkModel, index: int, run: 
     if not run.row_count("exchange"):
         return
     try:
-        checked, reasons = check_own_exchanges(model, run)
+        checked, reasons = check_run_exchanges(model, run)
     except ObservatoryError:
         return  # the sections on exchanges say that they cannot be read
     if len(checked):
         found.checked.append(checked.assign(network=network, replay=None, run=index))
     found.left_out += [
-        {"network": network, "replay": None, "run": index, "reason": reason, "exchanges": exchanges}
-        for reason, exchanges in reasons.items()
+        {"network": network, "replay": None, "run": index, "reason": row.reason, "exchanges": row.exchanges}
+        for row in reasons.itertuples()
     ]
 
 
@@ -266,7 +267,7 @@ def _predicted(
         "predicted_us": found.us,
         "low_us": found.low_us,
         "high_us": found.high_us,
-        "extrapolated": "; ".join(found.extrapolated) or None,
+        "extrapolated": "; ".join(map(sentence, found.extrapolated)) or None,
     }
 
 

@@ -82,10 +82,10 @@ def _frames_of(run: Run) -> dict[str, pd.DataFrame]:
         ),
         "unknown": pd.DataFrame(
             [
-                {"phase": phase, "reason": reason, "rows": rows}
+                {"phase": phase, **row}
                 for phase, own in phases.items()
-                for reason, rows in problems_of(own).items()
+                for row in problems_of(own).to_dict("records")
             ],
-            columns=["phase", "reason", "rows"],
+            columns=["phase", "code", "reason", "rows"],
         ),
     }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from observatory.analysis.exchange import EXCHANGE_SPANS
-from observatory.analysis.network.wording import verdict_sentence
+from observatory.analysis.network.words import verdict_sentence
 from observatory.reports.frames.exchanges import ExchangeFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
 from observatory.reports.sections.common import phases_in

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from observatory.analysis.network.telling import compare_times
-from observatory.analysis.network.wording import misfit_sentence, verdict_sentence
+from observatory.analysis.network.comparison import compare_times
+from observatory.analysis.network.words import misfit_sentence, verdict_sentence
 from observatory.reports.figures.prediction import predicted_and_measured
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row

@@ -250,12 +250,12 @@ def test_a_run_without_exchanges_is_told_how_to_get_some(
     assert "holds no exchanges; profile with several ranks" in capsys.readouterr().err
 
 
-def test_a_report_without_benchmark_files_says_in_one_line_how_to_get_them(run: Path) -> None:
+def test_a_report_without_benchmark_files_says_once_how_to_get_them(run: Path) -> None:
     sections = exchange_sections(frames_of(run))
     assert [section.id for section in sections] == ["anatomy", "traffic", "waiting"]
-    told = [text for section in sections for text in section.lead if "--replay" in text]
-    assert len(told) == 1
-    assert "docs/network-model.md" in told[0]
+    ((what, why),) = [part for section in sections for part in section.absent]
+    assert what == "Mock traffic and predicted times"
+    assert "--replay" in why
 
 
 def test_exchanges_come_first_where_every_run_has_them(run: Path, make_run: Callable[..., Path]) -> None:

@@ -72,7 +72,9 @@ def test_time_in_collectives_without_traffic_is_idle_and_no_transfer() -> None:
 
 
 def test_reasons_are_counted() -> None:
-    assert problems_of(waits(table())) == {"rank 1, on which it depends, left no row": 2}
+    assert problems_of(waits(table())).to_dict("records") == [
+        {"code": "peer_without_row", "reason": "rank 1, on which it depends, left no row", "rows": 2}
+    ]
 
 
 def test_traffic_is_what_senders_say_and_receivers_where_the_sender_is_missing() -> None:

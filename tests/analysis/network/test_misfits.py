@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from observatory.analysis.network import NetworkModel, fit_network, load_network, predict_us
 from observatory.analysis.network.checking import check_predictions, error_summary
+from observatory.analysis.network.comparison import compare_times
 from observatory.analysis.network.network import AlgorithmFit
-from observatory.analysis.network.telling import compare_times
-from observatory.analysis.network.wording import model_notes, verdict_sentence
+from observatory.analysis.network.words import model_notes, verdict_sentence
 from observatory.cli import main
 from observatory.errors import BenchmarkError
 from observatory.run.documents.bench import BenchResult

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from observatory.analysis.network import NetworkModel, fit_network, load_network, predict_us
 from observatory.analysis.network.checking import check_predictions, error_summary
 from observatory.analysis.network.features import BYTE_TERMS, FORMS, TERMS, stage_terms
+from observatory.analysis.network.words import NetworkCode, sentence
 from observatory.cli import main
 from observatory.errors import BenchmarkError
 from tests.analysis.network.synthetic import made_result
@@ -147,9 +148,13 @@ def test_outside_the_measurements_a_prediction_says_so() -> None:
     assert inside.extrapolated == ()
     assert inside.us == pytest.approx(hockney(np.full((4, 4), 1000), TWO_NODES), rel=0.02)
     more = predict_us(model, np.full((8, 8), 1000), (0, 0, 1, 1, 2, 2, 3, 3))
-    assert more.extrapolated == ("8 ranks (measured 4)", "4 nodes (measured 2)")
+    assert [sentence(reason) for reason in more.extrapolated] == [
+        "8 ranks (measured 4)",
+        "4 nodes (measured 2)",
+    ]
     (reason,) = predict_us(model, np.full((4, 4), 1 << 30), TWO_NODES).extrapolated
-    assert "bytes on one rank (measured up to" in reason
+    assert reason.code == NetworkCode.BYTES_ABOVE
+    assert "bytes on one rank (measured up to" in sentence(reason)
 
 
 def test_links_that_were_never_measured_are_refused_not_guessed() -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from observatory.analysis.network import NetworkModel, fit_network, predict_us
 from observatory.analysis.network.checking import check_predictions
+from observatory.analysis.network.words import NetworkCode, sentence
 from tests.analysis.network.synthetic import made_result
 
 Truth = Callable[[NDArray[np.int64], tuple[int, ...]], float]
@@ -68,15 +69,16 @@ def test_one_number_of_ranks_cannot_tell_and_says_so() -> None:
     assert empty.us == pytest.approx(per_peer(np.zeros((2, 2)), (0, 1)), rel=0.1), (
         "EP 2's latency, not EP 4's"
     )
-    assert "4 ranks (measured 2)" in empty.extrapolated
+    assert "4 ranks (measured 2)" in map(sentence, empty.extrapolated)
 
 
 def test_between_two_numbers_of_ranks_nothing_tells_how_good_a_prediction_is() -> None:
     two, three = fitted(per_peer, [3, 6]), fitted(per_peer, [3, 5, 6])
     bytes_PP = np.full((4, 4), 1000)
     (reason,) = predict_us(two, bytes_PP, own_hosts(4)).extrapolated[:1]
-    assert reason == "4 ranks (measured 3 and 6; a third number would show how well others fit)"
-    assert not any("ranks" in item for item in predict_us(three, bytes_PP, own_hosts(4)).extrapolated)
+    assert sentence(reason) == "4 ranks (measured 3 and 6; a third number would show how well others fit)"
+    codes = {item.code for item in predict_us(three, bytes_PP, own_hosts(4)).extrapolated}
+    assert not codes & {NetworkCode.RANKS_OUTSIDE, NetworkCode.RANKS_BETWEEN}
 
 
 def test_the_interval_for_another_number_of_ranks_holds_what_the_form_gets_wrong_there() -> None:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from observatory.analysis.exchange.alignment import clock_problem
+from observatory.analysis.exchange.words import sentence
 from observatory.errors import RunError
 from observatory.interchange.exporters.chrome_trace.devices import COUNTERS, DeviceTrack
 from observatory.interchange.exporters.chrome_trace.lanes import Lanes, metadata
@@ -134,7 +135,7 @@ class _Tracing:
     def __init__(self, run: Run, chosen: Chosen, survey: Survey) -> None:
         self.run, self.chosen, self.survey = run, chosen, survey
         self.unaligned = {
-            rank: problem
+            rank: sentence(problem)
             for rank in survey.first_ns
             if (problem := clock_problem(survey.clocks, rank)) is not None
         }

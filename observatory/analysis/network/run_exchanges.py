@@ -1,4 +1,4 @@
-"""A run's own exchanges, as measured while it ran, beside what a network model predicts for them.
+"""The exchanges of a run, as measured while it ran, against what a network model predicts for them.
 
 What a program measured is comparable with a prediction only where everything but the exchange itself can be
 taken off: the time from the last arrival to the last end, which needs the split into waiting and transfer on
@@ -9,7 +9,6 @@ Shapes: P ranks of the exchange's group.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,9 +20,12 @@ from numpy.typing import NDArray
 from observatory.analysis.exchange import rank_clocks
 from observatory.analysis.exchange.matching import Collective, Unmatched, match_collectives
 from observatory.analysis.exchange.waiting import depends_on, split_collective
+from observatory.analysis.exchange.words import ExchangeCode
 from observatory.analysis.network.checking import CHECK_COLUMNS, checked_row
 from observatory.analysis.network.network import NetworkModel
+from observatory.analysis.network.words import NetworkCode, reason_counts
 from observatory.errors import BenchmarkError, ExchangeError
+from observatory.reasons import Reason
 
 if TYPE_CHECKING:
     from observatory.run import Run
@@ -34,7 +36,7 @@ _STEPS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class OwnExchange:
+class RunExchange:
     """One exchange of a run whose time is known without the waiting.
 
     Attributes:
@@ -57,7 +59,7 @@ class OwnExchange:
     us: float
 
 
-def own_exchanges(run: Run, *, steps: int = _STEPS) -> tuple[list[OwnExchange], dict[str, int]]:
+def run_exchanges(run: Run, *, steps: int = _STEPS) -> tuple[list[RunExchange], list[Reason]]:
     """Dispatches and combines of a run that can be compared with a prediction.
 
     Args:
@@ -65,59 +67,59 @@ def own_exchanges(run: Run, *, steps: int = _STEPS) -> tuple[list[OwnExchange], 
         steps: at most so many steps of each phase, evenly spread.
 
     Returns:
-        The exchanges in the order of the run, and why others are left out: reason -> exchanges.
+        The exchanges in the order of the run, and why each of the others is left out.
     """
     exchanges = run.exchanges()
     chosen = exchanges["role"].isin(_ROLES) & _evenly(exchanges, steps)
     exchanges = exchanges[chosen].reset_index(drop=True)
     topology = run.manifest.topology
     nodes = topology.node_of_rank
-    found: list[OwnExchange] = []
-    left_out: Counter[str] = Counter()
+    compared: list[RunExchange] = []
+    left_out: list[Reason] = []
     for matched in match_collectives(
         exchanges, ranks=topology.ranks, clocks=rank_clocks(run.manifest), node_of_rank=nodes
     ):
         if isinstance(matched, Unmatched):
-            left_out[matched.reason] += 1
+            left_out.append(matched.reason)
             continue
         us = _transfer_us(matched)
-        if isinstance(us, str):
-            left_out[us] += 1
+        if isinstance(us, Reason):
+            left_out.append(us)
         elif nodes is None:
-            left_out["the run does not say which rank is on which node"] += 1
+            left_out.append(Reason(NetworkCode.NODES_UNKNOWN))
         else:
-            found.append(_own(exchanges.iloc[int(matched.rows[0])], matched, nodes, us))
-    return sorted(found, key=lambda item: (item.step, -1 if item.layer is None else item.layer)), left_out
+            compared.append(_run_exchange(exchanges.iloc[int(matched.rows[0])], matched, nodes, us))
+    return sorted(compared, key=lambda item: (item.step, -1 if item.layer is None else item.layer)), left_out
 
 
-def check_own_exchanges(
+def check_run_exchanges(
     model: NetworkModel, run: Run, *, steps: int = _STEPS
-) -> tuple[pd.DataFrame, dict[str, int]]:
-    """Predict a run's own exchanges: one row each, columns as of ``check_predictions``; pattern ``own``.
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Predict the exchanges of a run: one row each, columns as of ``check_predictions``; pattern ``own``.
 
     Returns:
-        The rows, and why other exchanges have none: reason -> exchanges.
+        The rows, and why other exchanges have none (`words.reason_counts`).
     """
-    found, left_out = own_exchanges(run, steps=steps)
-    reasons = Counter(left_out)
+    compared, left_out = run_exchanges(run, steps=steps)
     rows = []
-    for item in found:
+    for item in compared:
         if item.backend != model.backend:
-            reasons[f"exchanged over {item.backend or 'a backend not stated'}, not {model.backend}"] += 1
+            backend = item.backend or "a backend not stated"
+            left_out.append(
+                Reason(NetworkCode.OTHER_BACKEND, {"backend": backend, "model_backend": model.backend})
+            )
             continue
         try:
             row = checked_row(
                 model, item.bytes_PP, item.node_of_P, algorithm="flat", measured_us=item.us,
                 pattern="own", phase=item.phase, layer=item.layer, step=item.step, role=item.role,
+                reservations=[Reason(NetworkCode.ONE_GROUP_OF_SEVERAL)] if item.part else [],
             )  # fmt: skip
         except (BenchmarkError, ExchangeError) as error:
-            reasons[str(error)] += 1
+            left_out.append(Reason(NetworkCode.NOT_PREDICTED, {"error": str(error)}))
             continue
-        if item.part:
-            at_once = "one group of several"
-            row["extrapolated"] = "; ".join(filter(None, (row["extrapolated"], at_once)))
         rows.append(row)
-    return pd.DataFrame(rows, columns=list(CHECK_COLUMNS)), dict(reasons)
+    return pd.DataFrame(rows, columns=list(CHECK_COLUMNS)), reason_counts(left_out)
 
 
 def _evenly(exchanges: pd.DataFrame, steps: int) -> pd.Series[bool]:
@@ -130,24 +132,24 @@ def _evenly(exchanges: pd.DataFrame, steps: int) -> pd.Series[bool]:
     return kept
 
 
-def _transfer_us(matched: Collective) -> float | str:
+def _transfer_us(matched: Collective) -> float | Reason:
     """The longest transfer of a rank, or why there is none to compare."""
     part = matched.part
     if depends_on(matched.algorithm, part=part) != "peers" or (matched.algorithm == "hierarchical"):
-        return f"recorded as {matched.algorithm}: only all-to-alls that go straight are compared"
+        return Reason(NetworkCode.NOT_STRAIGHT, {"algorithm": matched.algorithm})
     split = split_collective(matched)
     for rank, row, problem in zip(matched.rank_P, matched.row_P, split["problem"], strict=True):
         if problem is not None:
-            return "not split: " + (problem if row >= 0 else f"rank {rank} left no row")
+            return problem if row >= 0 else Reason(ExchangeCode.PEER_WITHOUT_ROW, {"rank": int(rank)})
     transfer_P = split["transfer_s"][split["peers"] > 0]
     if not len(transfer_P):
-        return "nothing went to another rank"
+        return Reason(NetworkCode.NOTHING_SENT)
     us = float(transfer_P.max()) * 1e6
-    return us if us > 0 else "too short for the clock"
+    return us if us > 0 else Reason(NetworkCode.TOO_SHORT)
 
 
-def _own(row: pd.Series, matched: Collective, nodes: Sequence[int], us: float) -> OwnExchange:
-    return OwnExchange(
+def _run_exchange(row: pd.Series, matched: Collective, nodes: Sequence[int], us: float) -> RunExchange:
+    return RunExchange(
         step=int(row["step"]),
         phase=str(row["phase"]),
         layer=None if pd.isna(row["layer"]) else int(row["layer"]),

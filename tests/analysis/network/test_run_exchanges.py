@@ -10,8 +10,10 @@ import pandas as pd
 import pytest
 from numpy.typing import NDArray
 
+from observatory.analysis.exchange.words import ExchangeCode
 from observatory.analysis.network import NetworkModel, fit_network
-from observatory.analysis.network.own import check_own_exchanges, own_exchanges
+from observatory.analysis.network.run_exchanges import check_run_exchanges, run_exchanges
+from observatory.analysis.network.words import NetworkCode
 from observatory.run import Run, open_run
 from observatory.run.manifest import ClockSpec
 from tests.analysis.exchange.runs import exchange_run
@@ -49,8 +51,8 @@ def exchange(sequence: int = 0, *, backend: str = "made-up", **common: Any) -> p
 
 
 def test_measured_is_the_longest_transfer_not_the_waiting(tmp_path: Path) -> None:
-    (found,), left_out = own_exchanges(run_of(tmp_path / "run", exchange(layer=3)))
-    assert left_out == {}
+    (found,), left_out = run_exchanges(run_of(tmp_path / "run", exchange(layer=3)))
+    assert left_out == []
     # 0 waits for 3 (60) and then needs 110; 1 waits for nobody later: 110; 3 waits for 2 (100) and needs 80.
     assert found.us == pytest.approx(110.0)
     assert (found.step, found.phase, found.layer, found.role) == (0, "prefill", 3, "dispatch")
@@ -59,8 +61,8 @@ def test_measured_is_the_longest_transfer_not_the_waiting(tmp_path: Path) -> Non
 
 
 def test_the_prediction_is_of_the_matrix_that_the_run_exchanged(tmp_path: Path, model: NetworkModel) -> None:
-    rows, left_out = check_own_exchanges(model, run_of(tmp_path / "run", exchange()))
-    assert left_out == {}
+    rows, left_out = check_run_exchanges(model, run_of(tmp_path / "run", exchange()))
+    assert left_out.empty
     (row,) = rows.to_dict("records")
     # Rank 3 gets 300 + 700 bytes: 10 + 100 us.
     assert row["predicted_us"] == pytest.approx(110.0, rel=0.02)
@@ -70,48 +72,55 @@ def test_the_prediction_is_of_the_matrix_that_the_run_exchanged(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("common", "reason"),
+    ("common", "code", "reason"),
     [
-        ({"role": "other"}, None),
-        ({"algorithm": "gather"}, "recorded as gather"),
-        ({"algorithm": "hierarchical"}, "recorded as hierarchical"),
-        ({"backend": "nccl"}, "exchanged over nccl, not made-up"),
-        ({"backend": None}, "exchanged over a backend not stated"),
+        ({"algorithm": "gather"}, NetworkCode.NOT_STRAIGHT, "recorded as gather"),
+        ({"algorithm": "hierarchical"}, NetworkCode.NOT_STRAIGHT, "recorded as hierarchical"),
+        ({"backend": "nccl"}, NetworkCode.OTHER_BACKEND, "exchanged over nccl, not made-up"),
+        ({"backend": None}, NetworkCode.OTHER_BACKEND, "exchanged over a backend not stated"),
     ],
 )
 def test_what_cannot_be_compared_is_counted_with_the_reason(
-    common: dict[str, Any], reason: str | None, tmp_path: Path, model: NetworkModel
+    common: dict[str, Any], code: str, reason: str, tmp_path: Path, model: NetworkModel
 ) -> None:
-    rows, left_out = check_own_exchanges(model, run_of(tmp_path / "run", exchange(), exchange(1, **common)))
+    rows, left_out = check_run_exchanges(model, run_of(tmp_path / "run", exchange(), exchange(1, **common)))
     assert len(rows) == 1
-    assert [text.startswith(reason or "") for text in left_out] == ([] if reason is None else [True])
-    assert sum(left_out.values()) == (0 if reason is None else 1)
+    assert (left_out["code"].tolist(), left_out["exchanges"].tolist()) == ([code], [1])
+    assert left_out["reason"][0].startswith(reason)
+
+
+def test_small_exchanges_are_not_looked_at(tmp_path: Path, model: NetworkModel) -> None:
+    rows, left_out = check_run_exchanges(
+        model, run_of(tmp_path / "run", exchange(), exchange(1, role="other"))
+    )
+    assert len(rows) == 1
+    assert left_out.empty
 
 
 def test_exchanges_whose_waiting_is_not_known_are_not_compared(tmp_path: Path, model: NetworkModel) -> None:
     lost = exchange().drop(index=2)
-    rows, left_out = check_own_exchanges(model, run_of(tmp_path / "lost", lost))
+    rows, left_out = check_run_exchanges(model, run_of(tmp_path / "lost", lost))
     assert rows.empty
-    assert left_out == {"not split: rank 2 left no row": 1}
+    assert left_out["code"].tolist() == [ExchangeCode.PEER_WITHOUT_ROW]
+    assert left_out["reason"].tolist() == ["rank 2, on which it depends, left no row"]
     unaligned = ClockSpec(offset_ns=None, uncertainty_ns=None, method="none")
-    rows, left_out = check_own_exchanges(model, run_of(tmp_path / "clocks", exchange(), clock=unaligned))
+    rows, left_out = check_run_exchanges(model, run_of(tmp_path / "clocks", exchange(), clock=unaligned))
     assert rows.empty
-    (reason,) = left_out
-    assert "not aligned" in reason
+    assert left_out["code"].tolist() == [ExchangeCode.CLOCKS_NOT_ALIGNED]
 
 
 def test_a_run_that_does_not_say_its_nodes_is_not_compared(tmp_path: Path, model: NetworkModel) -> None:
-    rows, left_out = check_own_exchanges(model, run_of(tmp_path / "run", exchange(), node_of_rank=None))
+    rows, left_out = check_run_exchanges(model, run_of(tmp_path / "run", exchange(), node_of_rank=None))
     assert rows.empty
-    assert left_out == {"the run does not say which rank is on which node": 1}
+    assert left_out["code"].tolist() == [NetworkCode.NODES_UNKNOWN]
 
 
 def test_nothing_to_send_and_no_time_are_no_points(tmp_path: Path) -> None:
     kept = collective([0, 40], [50, 50], [[7, 0], [0, 7]])
     instant = collective([0, 40], [40, 40], [[7, 1], [1, 7]], sequence=1)
-    found, left_out = own_exchanges(run_of(tmp_path / "run", kept, instant, ranks=2, node_of_rank=(0, 0)))
+    found, left_out = run_exchanges(run_of(tmp_path / "run", kept, instant, ranks=2, node_of_rank=(0, 0)))
     assert found == []
-    assert left_out == {"nothing went to another rank": 1, "too short for the clock": 1}
+    assert [reason.code for reason in left_out] == [NetworkCode.NOTHING_SENT, NetworkCode.TOO_SHORT]
 
 
 def test_groups_that_exchange_beside_each_other_are_marked_as_outside(
@@ -123,8 +132,8 @@ def test_groups_that_exchange_beside_each_other_are_marked_as_outside(
         )
         for group, ranks in (("0,2", [0, 2]), ("1,3", [1, 3]))
     ]
-    rows, left_out = check_own_exchanges(model, run_of(tmp_path / "run", *pairs))
-    assert left_out == {}
+    rows, left_out = check_run_exchanges(model, run_of(tmp_path / "run", *pairs))
+    assert left_out.empty
     assert len(rows) == 2
     assert all(text.endswith("; one group of several") for text in rows["extrapolated"])
     assert all(text.startswith("2 ranks (measured 4)") for text in rows["extrapolated"])
@@ -132,5 +141,5 @@ def test_groups_that_exchange_beside_each_other_are_marked_as_outside(
 
 def test_of_long_runs_so_many_steps_of_each_phase_are_taken_evenly(tmp_path: Path) -> None:
     frames = [exchange(step, step=step, phase="prefill" if step < 10 else "decode") for step in range(14)]
-    found, _ = own_exchanges(run_of(tmp_path / "run", *frames), steps=4)
+    found, _ = run_exchanges(run_of(tmp_path / "run", *frames), steps=4)
     assert [item.step for item in found] == [0, 3, 6, 9, 10, 11, 12, 13]

@@ -1,10 +1,36 @@
-"""Verdicts and misfits of a network model in sentences, for commands and reports alike."""
+"""What a network model cannot predict, as codes; and this room's findings in words."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from enum import StrEnum
 
+import pandas as pd
+
+from observatory.analysis.exchange import words as exchange_words
 from observatory.analysis.network.network import AlgorithmFit, Misfit, NetworkModel, Verdict
+from observatory.reasons import Reason
+
+
+class NetworkCode(StrEnum):
+    """Codes of the reasons that this room gives; the values of each are the names in its words."""
+
+    RANKS_OUTSIDE = "ranks_outside"
+    NODES_OUTSIDE = "nodes_outside"
+    RANKS_ON_NODE_OUTSIDE = "ranks_on_node_outside"
+    RANKS_BETWEEN = "ranks_between"
+    BYTES_ABOVE = "bytes_above"
+    BYTES_BELOW = "bytes_below"
+    EMPTY_EXCHANGE = "empty_exchange"
+    ONE_GROUP_OF_SEVERAL = "one_group_of_several"
+    NODES_UNKNOWN = "nodes_unknown"
+    NOT_STRAIGHT = "not_straight"
+    NOTHING_SENT = "nothing_sent"
+    TOO_SHORT = "too_short"
+    OTHER_BACKEND = "other_backend"
+    NOT_PREDICTED = "not_predicted"
+
 
 _MOST_NAMED = 8
 _REASONS = {
@@ -14,6 +40,47 @@ _REASONS = {
     "other_ranks_median": "the median error on numbers of ranks left out is {value:.0%}",
     "other_ranks_p90": "the 90th percentile of the error on numbers of ranks left out is {value:.0%}",
 }
+_WORDS = {
+    NetworkCode.RANKS_OUTSIDE: "{ranks} ranks (measured {measured})",
+    NetworkCode.NODES_OUTSIDE: "{nodes} nodes (measured {measured})",
+    NetworkCode.RANKS_ON_NODE_OUTSIDE: "{ranks} ranks on a node (measured {measured})",
+    NetworkCode.RANKS_BETWEEN: (
+        "{ranks} ranks (measured {measured}; a third number would show how well others fit)"
+    ),
+    NetworkCode.BYTES_ABOVE: "{bytes} bytes on one rank (measured up to {most_bytes})",
+    NetworkCode.BYTES_BELOW: "{bytes} bytes on one rank (measured from {least_bytes})",
+    NetworkCode.EMPTY_EXCHANGE: "an empty exchange (none was measured)",
+    NetworkCode.ONE_GROUP_OF_SEVERAL: "one group of several",
+    NetworkCode.NODES_UNKNOWN: "the run does not say which rank is on which node",
+    NetworkCode.NOT_STRAIGHT: "recorded as {algorithm}: only all-to-alls that go straight are compared",
+    NetworkCode.NOTHING_SENT: "nothing went to another rank",
+    NetworkCode.TOO_SHORT: "too short for the clock",
+    NetworkCode.OTHER_BACKEND: "exchanged over {backend}, not {model_backend}",
+    NetworkCode.NOT_PREDICTED: "{error}",
+}
+
+
+def sentence(reason: Reason) -> str:
+    """A reason of this room, or of the exchanges that it looks at, for people."""
+    if isinstance(reason.code, exchange_words.ExchangeCode):
+        return exchange_words.sentence(reason)
+    return _WORDS[NetworkCode(reason.code)].format(**reason.values)
+
+
+def reason_columns(reasons: Iterable[Reason]) -> dict[str, object]:
+    """Columns ``extrapolated`` (in words) and ``extrapolated_codes`` of a frame; None without reasons."""
+    listed = list(reasons)
+    return {
+        "extrapolated": "; ".join(map(sentence, listed)) or None,
+        "extrapolated_codes": [reason.code.value for reason in listed] or None,
+    }
+
+
+def reason_counts(reasons: Iterable[Reason]) -> pd.DataFrame:
+    """How many exchanges have each reason: code, reason (in words), exchanges."""
+    counts = Counter((reason.code.value, sentence(reason)) for reason in reasons)
+    rows = [(code, text, exchanges) for (code, text), exchanges in counts.items()]
+    return pd.DataFrame(rows, columns=["code", "reason", "exchanges"])
 
 
 def verdict_sentence(fit: AlgorithmFit, backend: str) -> str:
@@ -97,16 +164,16 @@ def _part(misfit: Misfit) -> str:
 
 
 def _errors(verdict: Verdict) -> str:
-    told = (
+    errors = (
         f"{verdict.median_error:.0%} (median) and {verdict.p90_error:.0%} (90th percentile) on held-out "
         "patterns"
     )
     if verdict.other_ranks_median_error is not None and verdict.other_ranks_p90_error is not None:
-        told += (
+        errors += (
             f", {verdict.other_ranks_median_error:.0%} and {verdict.other_ranks_p90_error:.0%} on numbers "
             "of ranks left out"
         )
-    return told
+    return errors
 
 
 def _numbers(values: Sequence[int]) -> str:
