@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from observatory.analysis.energy import attribute, energy_of_window, make_timeline, sensor_of
+from observatory.analysis.energy import attribute, energy_of_window, make_timeline, reason_words, sensor_of
 from observatory.analysis.energy.design import IDLE
 from observatory.analysis.energy.traces import trace_of_frame
 from observatory.devices.aliasing import locked_positions, phase_shifts_ms, predicted_error
@@ -193,8 +193,8 @@ def _recovered(scenario: Scenario, seeds: int, reasons: Counter[str]) -> dict[st
             true_w = truth[found.name]
             row = result.setdefault(found.name, Recovered(true_w=true_w))
             if found.power_mw is None or found.low_mw is None or found.high_mw is None:
-                parts = re.split("; (?=least squares)", found.reason or "")
-                reasons.update(re.sub(r"[0-9.]*[0-9]", "#", part) for part in parts)
+                causes = found.reason.because if found.reason else ()
+                reasons.update(re.sub(r"[0-9.]*[0-9]", "#", reason_words(cause)) for cause in causes)
                 continue
             # Powers of a load may differ from seed to seed; the table shows them at the first one's.
             row.found_w.append(found.power_mw * 1e-3 / true_w * row.true_w)

@@ -20,11 +20,16 @@ class Reason:
     Attributes:
         code: what is the case.
         values: the numbers and names that belong to the code; keys carry units.
+        because: the reasons that it follows from; empty where it stands alone.
     """
 
     code: StrEnum
     values: Mapping[str, JsonValue] = field(default_factory=dict)
+    because: tuple[Reason, ...] = ()
 
     def document(self) -> dict[str, JsonValue]:
         """The reason for a JSON document."""
-        return {"code": self.code.value, **self.values}
+        causes: dict[str, JsonValue] = {}
+        if self.because:
+            causes["because"] = [cause.document() for cause in self.because]
+        return {"code": self.code.value, **self.values, **causes}

@@ -26,9 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from observatory.analysis.energy.missed import energy_of_repeats
+from observatory.analysis.energy.repeated_iterations import energy_of_repeats
 from observatory.analysis.energy.traces import trace_of_frame
 from observatory.analysis.energy.windows import energy_of_window
+from observatory.analysis.energy.words import reason_words
 from observatory.campaign.sampled_run import sampled_run
 from observatory.campaign.workloads import ModelWorkload, Window, Workload, WorkloadFacts, cut_back
 from observatory.devices.find import open_device
@@ -336,7 +337,9 @@ def _measurement(
     whole = energy_of_window(trace, window.start_ns, window.end_ns, sensor=sensor)
     energy = energy_of_repeats(whole, trace, sensor, iterations=window.iterations)
     if energy.energy_mj is None or energy.energy_mj <= 0:
-        return energy.reason or "the device told no energy above 0"
+        return (
+            "the device reported no energy above 0" if energy.reason is None else reason_words(energy.reason)
+        )
     cell: ReuseCell = "MISS" if fraction == 0 else "EXACT_HIT" if fraction == 1 else "PARTIAL"
     return ReuseMeasurement(
         cell=cell,

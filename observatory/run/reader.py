@@ -69,6 +69,7 @@ class Run:
         manifest: Manifest,
         parts: dict[str, tuple[Part, ...]],
         problems: list[str | Gap],
+        problems_of: dict[str, tuple[str, ...]],
         layers: JoinedLayers,
     ) -> None:
         self.path = path
@@ -76,6 +77,7 @@ class Run:
         self._parts = parts
         self._layers = layers
         self._problems = list(dict.fromkeys(problems))
+        self._problems_of = problems_of
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -88,6 +90,7 @@ class Run:
         ranks = tuple(statuses[rank] for rank in sorted(statuses))
         manifest = manifest.model_copy(update={"ranks": ranks, "notes": joined_notes(manifest, ranks)})
         parts: dict[str, tuple[Part, ...]] = {}
+        problems_of: dict[str, tuple[str, ...]] = {}
         unreadable: list[str] = []
         for table in TABLES:
             found, stated, damaged = list_parts(folder, table)
@@ -98,6 +101,7 @@ class Run:
                 for rank in outside
             ]
             parts[table] = tuple(part for part in found if part.rank < manifest.topology.ranks)
+            problems_of[table] = tuple(stated)
             problems += stated
             unreadable += damaged
         if unreadable and not any(parts.values()):
@@ -116,6 +120,7 @@ class Run:
             manifest.model_copy(update={"model": model}),
             parts,
             [*layers.contradictions.values(), *gaps, *problems],
+            problems_of,
             layers,
         )
 
@@ -126,6 +131,10 @@ class Run:
         Reading may find more and add them: rows that are not there are known when all loads were streamed.
         """
         return tuple(sentence(item) if isinstance(item, Gap) else item for item in self._problems)
+
+    def problems_of(self, table: str) -> tuple[str, ...]:
+        """Those of the problems that are about files of one table."""
+        return self._problems_of.get(table, ())
 
     @property
     def gaps(self) -> tuple[Gap, ...]:

@@ -2,10 +2,11 @@
 
 from observatory.analysis.energy.attribution import Attribution, PhasePower, attribute, idle_power
 from observatory.analysis.energy.prefix_cache import ReuseFit, fit_reuse
-from observatory.analysis.energy.summary import EnergySummary, energy_summary
+from observatory.analysis.energy.run_energy import EnergySummary, energy_summary
 from observatory.analysis.energy.timeline import Timeline, make_timeline
 from observatory.analysis.energy.traces import PowerTrace, trace_of_frame, trace_of_readings
 from observatory.analysis.energy.windows import WindowEnergy, energy_of_window
+from observatory.analysis.energy.words import reason_words, reasons_words
 from observatory.devices.aliasing import find_aliasing, phase_shifts_ms, predicted_error, rhythm_of
 from observatory.devices.sensors import CALIBRATION_ERROR, SensorModel, sensor_of
 
@@ -28,6 +29,8 @@ __all__ = [
     "make_timeline",
     "phase_shifts_ms",
     "predicted_error",
+    "reason_words",
+    "reasons_words",
     "rhythm_of",
     "sensor_of",
     "trace_of_frame",

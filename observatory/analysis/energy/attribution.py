@@ -1,4 +1,4 @@
-"""Mean power of every phase of a run, by the first method that can tell it.
+"""Mean power of every phase of a run, by the first method that can determine it.
 
 1. **Repetition**: a phase that fills windows of 5 s or more is measured in them.
 2. **Least squares** over time shares, on the counter's updates; where these refuse, on instant power's.
@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.design import IDLE
 from observatory.analysis.energy.least_squares import LeastSquares, solve_phases
 from observatory.analysis.energy.observations import Observations, counter_observations, power_observations
@@ -21,9 +22,10 @@ from observatory.analysis.energy.repetition import SHORTEST_REPEAT_S, measure_re
 from observatory.analysis.energy.timeline import Timeline
 from observatory.analysis.energy.traces import PowerTrace
 from observatory.devices.sensors import SensorModel
+from observatory.reasons import Reason
 
-#: Idle windows shorter than this are not measured alone, and of longer ones the edges are left out, where a
-#: late sensor still shows the load.
+#: Idle windows shorter than ten update periods are not measured alone, and of longer ones the edges are left
+#: out, where a late sensor still shows the load: one update period and half.
 _SHORTEST_IDLE_S, _IDLE_EDGE_NS = 1.0, 150_000_000
 
 
@@ -42,7 +44,7 @@ class PhasePower:
         measured_s: time of this phase that was measured alone; None with least squares.
         condition: condition number of the least squares; None with repetition.
         reason: why there is no power.
-        flags: what a reader must know of the power that there is.
+        flags: what to know of a power that there is.
     """
 
     name: str
@@ -55,8 +57,8 @@ class PhasePower:
     observations: int = 0
     measured_s: float | None = None
     condition: float | None = None
-    reason: str | None = None
-    flags: tuple[str, ...] = ()
+    reason: Reason | None = None
+    flags: tuple[Reason, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,7 @@ class Attribution:
 
     Attributes:
         phases: one per name of the timeline, in its order; then ``idle`` if there was such time.
-        solutions: the least squares that were tried, counter first; empty where repetition told everything.
+        solutions: the least squares that were tried, counter first; empty where repetition gave every power.
     """
 
     phases: tuple[PhasePower, ...]
@@ -93,7 +95,7 @@ class IdlePower:
     """Power of a device that does nothing.
 
     Attributes:
-        power_mw: the power; None where ``source`` says why.
+        power_mw: the power; None where ``source`` is the reason.
         low_mw, high_mw: 90 % interval; None where that is not known.
         source: where it comes from.
     """
@@ -101,7 +103,7 @@ class IdlePower:
     power_mw: float | None
     low_mw: float | None = None
     high_mw: float | None = None
-    source: str
+    source: Reason
 
 
 def attribute(
@@ -129,30 +131,30 @@ def attribute(
         shortest_repeat_s: length of a window that is measured alone.
         seed: of the bootstrap.
     """
-    found: dict[str, PhasePower] = {}
-    why: dict[str, str] = {}
+    power_of: dict[str, PhasePower] = {}
+    why: dict[str, Reason] = {}
     seconds = timeline.seconds()
     for name in timeline.names:
         stretches = repeated_stretches(timeline, name, fillers=fillers, shortest_s=shortest_repeat_s)
         if not stretches:
-            why[name] = f"it never fills {shortest_repeat_s:g} s alone"
+            why[name] = Reason(EnergyCode.NEVER_ALONE, {"shortest_s": shortest_repeat_s})
             continue
         measured = measure_repeated(trace, stretches, sensor)
-        if isinstance(measured, str):
+        if isinstance(measured, Reason):
             why[name] = measured
             continue
-        found[name] = PhasePower(
+        power_of[name] = PhasePower(
             name=name, seconds=seconds[name], power_mw=measured.power_mw, low_mw=measured.low_mw,
             high_mw=measured.high_mw, method="repetition", source=measured.source,
             observations=measured.windows, measured_s=measured.measured_s, flags=measured.flags,
         )  # fmt: skip
     solutions: list[LeastSquares] = []
-    missing = [name for name in timeline.names if name not in found]
+    missing = [name for name in timeline.names if name not in power_of]
     if missing or not inside_only:
         solutions = _solutions(trace, timeline, sensor, missing, inside_only, clock_error_ns, lag_ms, seed)
     for name in missing:
-        found[name] = _solved(name, seconds[name], solutions, why[name])
-    phases = [found[name] for name in timeline.names]
+        power_of[name] = _solved(name, seconds[name], solutions, why[name])
+    phases = [power_of[name] for name in timeline.names]
     idle_s = (timeline.end_ns - timeline.start_ns) * 1e-9 - sum(seconds.values())
     if not inside_only and idle_s > 1e-6:
         phases.append(_solved(IDLE, idle_s, solutions, None))
@@ -174,7 +176,7 @@ def _solutions(
     near = trace.between(timeline.start_ns, timeline.end_ns, margin_ns=2_000_000_000)
     for observe in (counter_observations, power_observations):
         seen = observe(near, sensor)
-        if isinstance(seen, str):
+        if isinstance(seen, Reason):
             solutions.append(
                 _nothing(timeline, seen, "counter" if observe is counter_observations else "power")
             )
@@ -193,7 +195,7 @@ def _solutions(
     return solutions
 
 
-def _nothing(timeline: Timeline, reason: str, source: Literal["counter", "power"]) -> LeastSquares:
+def _nothing(timeline: Timeline, reason: Reason, source: Literal["counter", "power"]) -> LeastSquares:
     none = (None,) * len(timeline.names)
     return LeastSquares(
         source=source, names=timeline.names, power_mw=none, low_mw=none, high_mw=none,
@@ -209,21 +211,24 @@ def _wholly_inside(seen: Observations, timeline: Timeline) -> Observations:
     return seen.chosen(covered_s >= (end - start) * 1e-9 * (1 - 1e-9) - 1e-9)
 
 
-def _solved(name: str, seconds: float, solutions: list[LeastSquares], repetition: str | None) -> PhasePower:
-    """What least squares say of one name, from the first solution that says anything."""
+def _solved(
+    name: str, seconds: float, solutions: list[LeastSquares], repetition: Reason | None
+) -> PhasePower:
+    """What least squares say of one name, from the first solution that gives its power."""
     reasons = [] if repetition is None else [repetition]
     for solution in solutions:
         answer = solution.of(name)
         if answer is None:
-            told = solution.reasons[solution.names.index(name)] if name in solution.names else solution.reason
-            reasons.append(f"least squares on the {solution.source}: {told or 'no time of it was observed'}")
+            why = solution.reasons[solution.names.index(name)] if name in solution.names else solution.reason
+            cause = why or Reason(EnergyCode.NOT_OBSERVED)
+            reasons.append(Reason(EnergyCode.NO_LEAST_SQUARES, {"source": solution.source}, (cause,)))
             continue
         return PhasePower(
             name=name, seconds=seconds, power_mw=answer[0], low_mw=answer[1], high_mw=answer[2],
             method="least squares", source=solution.source, observations=solution.observations,
             condition=solution.condition,
         )  # fmt: skip
-    return PhasePower(name=name, seconds=seconds, reason="; ".join(reasons))
+    return PhasePower(name=name, seconds=seconds, reason=Reason(EnergyCode.NO_METHOD, because=tuple(reasons)))
 
 
 def idle_power(
@@ -248,22 +253,24 @@ def idle_power(
         (int(a) + _IDLE_EDGE_NS, int(b) - _IDLE_EDGE_NS)
         for a, b in zip(before[long], after[long], strict=True)
     ]
-    why = "the run has no idle windows"
+    why = Reason(EnergyCode.NO_IDLE_WINDOWS)
     if gaps:
         measured = measure_repeated(trace, gaps, sensor)
-        if isinstance(measured, str):
-            why = f"its idle windows have no energy ({measured})"
+        if isinstance(measured, Reason):
+            why = Reason(EnergyCode.IDLE_WINDOWS_UNMEASURED, because=(measured,))
         else:
             return IdlePower(
                 power_mw=measured.power_mw, low_mw=measured.low_mw, high_mw=measured.high_mw,
-                source=f"{measured.windows} idle windows of the run, {measured.measured_s:.1f} s",
+                source=Reason(
+                    EnergyCode.IDLE_WINDOWS, {"windows": measured.windows, "measured_s": measured.measured_s}
+                ),
             )  # fmt: skip
     solved = next((phase for phase in attribution.phases if phase.name == IDLE), None)
     if solved is not None and solved.power_mw is not None:
         return IdlePower(
             power_mw=solved.power_mw, low_mw=solved.low_mw, high_mw=solved.high_mw,
-            source="least squares over the gaps of the run",
+            source=Reason(EnergyCode.IDLE_BY_LEAST_SQUARES),
         )  # fmt: skip
     if calibrated_mw is not None:
-        return IdlePower(power_mw=calibrated_mw, source="calibration when the sampler started")
-    return IdlePower(power_mw=None, source=f"not known: {why} and its sampler reported no idle power")
+        return IdlePower(power_mw=calibrated_mw, source=Reason(EnergyCode.IDLE_BY_CALIBRATION))
+    return IdlePower(power_mw=None, source=Reason(EnergyCode.IDLE_NOT_KNOWN, because=(why,)))

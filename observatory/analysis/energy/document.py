@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from observatory.analysis.columns import Column, Table, short_names
 from observatory.analysis.energy.prefix_cache import PUBLISHED_SAVING, PUBLISHED_SOURCE, fit_reuse
-from observatory.analysis.energy.summary import energy_summary
+from observatory.analysis.energy.run_energy import energy_summary
+from observatory.analysis.energy.words import reason_words
 from observatory.run.documents.printed import printed_document
 from observatory.run.documents.writing import frame_records
 from observatory.text import listing, percent_words
@@ -121,7 +122,8 @@ def energy_document(run: Run, *, seed: int = 0, reuse: ReuseMeasurements | None 
     content = {
         "run_id": run.manifest.run_id,
         "model": run.manifest.model.name,
-        "problems": list(dict.fromkeys([*run.problems, *sampling, *summary.problems])),
+        "problems": list(dict.fromkeys([*run.problems, *sampling, *map(reason_words, summary.problems)])),
+        "problem_codes": [problem.document() for problem in summary.problems],
         **{name: frame_records(getattr(summary, name)) for name in _FRAMES},
         **({} if curve is None else {"reuse": _curve_document(curve)}),
     }

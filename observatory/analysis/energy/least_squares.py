@@ -30,16 +30,20 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.design import Design, Shift, nnls
-from observatory.analysis.energy.estimates import LEFT_OUT
+from observatory.analysis.energy.estimators import LEFT_OUT
 from observatory.analysis.energy.observations import Observations
 from observatory.analysis.energy.shifts import plausible_shifts
 from observatory.analysis.energy.timeline import Timeline
 from observatory.analysis.statistics import few_blocks_widening
+from observatory.reasons import Reason
 
 Float64 = npt.NDArray[np.float64]
 
-#: Ours, found with the synthetic loads of benchmarks/energy_truth.py.
+#: Chosen with the synthetic loads of benchmarks/energy_truth.py: the condition number up to which powers come
+#: out right, observations in all and of each phase, and the relative half-width of an interval and relative
+#: change of a power beyond which the power is worth nothing.
 WORST_CONDITION = 60.0
 FEWEST_OBSERVATIONS, FEWEST_PER_PHASE = 20, 5
 WIDEST_INTERVAL = 0.25
@@ -74,8 +78,8 @@ class LeastSquares:
     power_mw: tuple[float | None, ...]
     low_mw: tuple[float | None, ...]
     high_mw: tuple[float | None, ...]
-    reasons: tuple[str | None, ...]
-    reason: str | None = None
+    reasons: tuple[Reason | None, ...]
+    reason: Reason | None = None
     observations: int = 0
     condition: float | None = None
     lag_ms: tuple[float, float, float] | None = None
@@ -107,8 +111,10 @@ def solve_phases(seen: Observations, timeline: Timeline, *, seed: int = 0) -> Le
     if len(seen) < needed:
         return _refused(
             seen, timeline.names,
-            f"{len(seen)} updates of the {seen.source} lie inside the phases, {needed} are needed: "
-            "run longer",
+            Reason(
+                EnergyCode.FEW_UPDATES_INSIDE,
+                {"source": seen.source, "updates": len(seen), "needed": needed},
+            ),
         )  # fmt: skip
     design = Design(seen, timeline)
     shifts = plausible_shifts(design)
@@ -125,8 +131,7 @@ def solve_phases(seen: Observations, timeline: Timeline, *, seed: int = 0) -> Le
     if len(design.names) > 1 and condition > WORST_CONDITION:
         return _refused(
             seen, design.names,
-            f"the mix of phases hardly changes between updates (condition number {condition:.0f}, at most "
-            f"{WORST_CONDITION:.0f}): only their sum is known; repeat one phase for 5 s, or vary the order",
+            Reason(EnergyCode.CONSTANT_MIX, {"condition": condition, "highest": WORST_CONDITION}),
             **about,
         )  # fmt: skip
     power_J = nnls(best_NJ.T @ best_NJ, best_NJ.T @ seen.energy_mj_N)
@@ -136,7 +141,7 @@ def solve_phases(seen: Observations, timeline: Timeline, *, seed: int = 0) -> Le
     low_J, high_J = _intervals(design, shifts, power_J, moved_J, np.random.default_rng(seed))
     reasons = _reasons(design, best_NJ, power_J, (low_J, high_J), moved_J, spread_J)
 
-    def told(values_J: Float64) -> tuple[float | None, ...]:
+    def where_known(values_J: Float64) -> tuple[float | None, ...]:
         return tuple(
             None if reason else float(value) for reason, value in zip(reasons, values_J, strict=True)
         )
@@ -144,16 +149,16 @@ def solve_phases(seen: Observations, timeline: Timeline, *, seed: int = 0) -> Le
     return LeastSquares(
         source=seen.source,
         names=design.names,
-        power_mw=told(power_J),
-        low_mw=told(low_J),
-        high_mw=told(high_J),
+        power_mw=where_known(power_J),
+        low_mw=where_known(low_J),
+        high_mw=where_known(high_J),
         reasons=reasons,
         residual=math.sqrt(float(np.mean(rest_N**2))) / float(seen.energy_mj_N.mean()),
         **about,
     )
 
 
-def _refused(seen: Observations, names: tuple[str, ...], reason: str, **about: Any) -> LeastSquares:
+def _refused(seen: Observations, names: tuple[str, ...], reason: Reason, **about: Any) -> LeastSquares:
     nothing = (None,) * len(names)
     return LeastSquares(
         source=seen.source, names=names, power_mw=nothing, low_mw=nothing, high_mw=nothing,
@@ -213,33 +218,30 @@ def _reasons(
     interval_2J: tuple[Float64, Float64],
     moved_J: Float64,
     spread_J: Float64,
-) -> tuple[str | None, ...]:
+) -> tuple[Reason | None, ...]:
     """Why each phase has no power; None where it has."""
     seen = design.seen
     length_s_N = (seen.end_ns_N - seen.start_ns_N) * 1e-9
     present_J = (at_NJ > _PRESENT * length_s_N[:, None]).sum(axis=0)
 
-    def reason(j: int) -> str | None:
-        low, high = interval_2J[0][j], interval_2J[1][j]
+    def reason(j: int) -> Reason | None:
+        power, low, high = float(power_J[j]), float(interval_2J[0][j]), float(interval_2J[1][j])
         if present_J[j] < FEWEST_PER_PHASE:
-            return f"it is in {present_J[j]} updates of the {seen.source}, {FEWEST_PER_PHASE} are needed"
-        if not power_J[j] > 0:
-            return "no power above 0 explains the updates: something that is in no span draws power"
-        if not spread_J[j] <= MOST_MOVED * power_J[j]:
-            return (
-                "the steps move in time with the sensor, so its lag cannot be told and the answer with it: "
-                "insert phase shifts (docs/energy.md#aliasing), vary the order, or repeat the phase for 5 s"
+            return Reason(
+                EnergyCode.RARE_PHASE,
+                {"source": seen.source, "updates": int(present_J[j]), "needed": FEWEST_PER_PHASE},
             )
-        if not moved_J[j] <= MOST_MOVED * power_J[j]:
-            return (
-                f"updates are known to {seen.own_ns * 1e-6:.1f} ms only, which moves the answer by "
-                f"{100 * moved_J[j] / power_J[j]:.0f} %: the phase is too short for that"
+        if not power > 0:
+            return Reason(EnergyCode.NO_POSITIVE_POWER)
+        if not spread_J[j] <= MOST_MOVED * power:
+            return Reason(EnergyCode.LAG_NOT_KNOWN)
+        if not moved_J[j] <= MOST_MOVED * power:
+            return Reason(
+                EnergyCode.UPDATE_TIMES_UNCERTAIN,
+                {"error_ms": seen.own_ns * 1e-6, "change": float(moved_J[j]) / power},
             )
-        if not high - low <= 2 * WIDEST_INTERVAL * power_J[j]:
-            return (
-                f"the updates leave {low * 1e-3:.0f} to {high * 1e-3:.0f} W: run longer, repeat the phase "
-                "for 5 s, or vary the mix"
-            )
+        if not high - low <= 2 * WIDEST_INTERVAL * power:
+            return Reason(EnergyCode.WIDE_INTERVAL, {"low_mw": low, "high_mw": high})
         return None
 
     return tuple(reason(j) for j in range(len(power_J)))

@@ -1,9 +1,9 @@
-"""What the sensors saw of the energy, as windows of time with an energy each.
+"""What the sensors measured, as windows of time with an energy each.
 
 Shapes: N observations.
 
-The counter gives one observation per renewal, [update before, update], and sees all the time. Instant power
-gives [update - W, update]: 25 of every 100 ms on A100 and H100. Both are taken as what they are; nothing is
+The counter gives one observation per update, [update before, update], and covers all of the time. Instant
+power gives [update - W, update] with the averaging window W: 25 of every 100 ms on A100 and H100. Nothing is
 interpolated.
 """
 
@@ -14,15 +14,18 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import JsonValue
 
+from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.edges import find_updates
-from observatory.analysis.energy.estimates import MOST_COUNTED_MW, counted_mw
+from observatory.analysis.energy.estimators import MOST_COUNTED_MW, Quantity, counted_mw
 from observatory.analysis.energy.traces import PowerTrace
 from observatory.devices.sensors import SensorModel
+from observatory.reasons import Reason
 
 Float64 = npt.NDArray[np.float64]
 
-#: Longer observations bridge missing samples or a counter that stood still.
+#: Longer observations, in update periods, bridge missing samples or a counter that stood still.
 _LONGEST_PERIODS = 5.0
 
 
@@ -37,7 +40,7 @@ class Observations:
         shift_ns: all windows may be off by one common shift of at most this.
         own_ns: and each edge on its own by this.
         lag_low_ns, lag_high_ns: bounds of how much later than its window a value is read: what the sensor
-            takes, and one renewal more, as some show a value when they have measured the next.
+            takes, and one update more, as some publish a value when they have measured the next.
     """
 
     source: Literal["counter", "power"]
@@ -66,10 +69,10 @@ class Observations:
         )
 
 
-def counter_observations(trace: PowerTrace, sensor: SensorModel) -> Observations | str:
-    """One observation per renewal of the counter, or why there are none."""
+def counter_observations(trace: PowerTrace, sensor: SensorModel) -> Observations | Reason:
+    """One observation per update of the counter, or why there are none."""
     if np.isnan(trace.energy_mj_N).all():
-        return "no sample of this time holds a reading of the energy counter"
+        return Reason(EnergyCode.NO_READING, {"quantity": "energy counter"})
     period_ns = None if sensor.counter_ms is None else sensor.counter_ms * 1e6
     updates = find_updates(trace.time_ns_N, trace.read_ns_N, trace.energy_mj_N, period_ns=period_ns)
     if len(updates.value_K) < 2 or updates.period_ns is None:
@@ -90,12 +93,12 @@ def counter_observations(trace: PowerTrace, sensor: SensorModel) -> Observations
     )
 
 
-def power_observations(trace: PowerTrace, sensor: SensorModel) -> Observations | str:
-    """One observation per renewal of instant power, or why there are none."""
+def power_observations(trace: PowerTrace, sensor: SensorModel) -> Observations | Reason:
+    """One observation per update of instant power, or why there are none."""
     if np.isnan(trace.power_mw_N).all():
-        return "no sample of this time holds a reading of instant power"
+        return Reason(EnergyCode.NO_READING, {"quantity": "instant power"})
     if sensor.window_ms is None:
-        return "the time over which the device averages its power is not known"
+        return Reason(EnergyCode.AVERAGING_WINDOW_UNKNOWN)
     period_ns = None if sensor.update_ms is None else sensor.update_ms * 1e6
     updates = find_updates(
         trace.time_ns_N, trace.read_ns_N, trace.power_mw_N, period_ns=period_ns, equal_values=True
@@ -115,9 +118,10 @@ def power_observations(trace: PowerTrace, sensor: SensorModel) -> Observations |
     )
 
 
-def _too_few(value_N: Float64, what: str, updates: int) -> str:
-    """Why so few updates of a quantity were seen: few readings, or readings that do not change."""
+def _too_few(value_N: Float64, quantity: Quantity, updates: int) -> Reason:
+    """Why there are so few updates of a quantity: few readings, or readings that do not change."""
     readings = int((~np.isnan(value_N)).sum())
     if updates == 0 and readings > 1:
-        return f"the {what} never changed in {readings} readings"
-    return f"{updates} updates of the {what} in {readings} readings are too few"
+        return Reason(EnergyCode.NEVER_CHANGED, {"quantity": quantity, "readings": readings})
+    values: dict[str, JsonValue] = {"quantity": quantity, "updates": updates, "readings": readings}
+    return Reason(EnergyCode.FEW_UPDATES_SEEN, values)

@@ -2,7 +2,7 @@
 
 Spans named ``phase`` are the phases (prefill, decode, ...); all others are spans inside a phase (dispatch,
 experts, combine, ...). Short gaps between spans of one phase belong to it: a host that launches the next step
-is part of what decoding costs. Longer ones belong to nobody and are called idle.
+is part of what decoding costs. Longer ones belong to no phase and are called idle.
 """
 
 from __future__ import annotations
@@ -12,23 +12,26 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from pydantic import JsonValue
 
+from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.timeline import Timeline, make_timeline
 from observatory.errors import EnergyError
+from observatory.reasons import Reason
 
 Int64 = npt.NDArray[np.int64]
 
 #: Name of the spans that are phases.
 _PHASE = "phase"
-#: Spans around a whole layer, which say nothing beside those inside.
+#: Spans around a whole layer, which add nothing to those inside.
 _WHOLE = "moe_layer"
 #: Name of the time of a phase that is in no span inside it.
 REST = "(rest)"
-#: Gaps up to this between spans of one phase belong to the phase.
+#: Gaps up to this between spans of one phase belong to the phase: a host launches the next step in less.
 PHASE_GAP_NS = 10_000_000
-#: Neighbouring spans may overlap by as much as the times of a device's events are off.
+#: Neighbouring spans may overlap by as much as the times of a device's events are off, well under 0.1 ms.
 _MOST_OVERLAP_NS = 100_000
-#: Times beyond this are no times of a monotonic clock.
+#: Times beyond this, 36 years, are not times of a monotonic clock.
 _MOST_NS = 1 << 60
 
 
@@ -40,7 +43,7 @@ class RankPhases:
         phases: bands of the phases.
         inside: per phase, the spans inside it and :data:`REST`; phases without any are not there.
         steps: per phase, the steps that have a span.
-        step_starts_ns: per phase, when its steps began, ascending.
+        step_starts_ns: per phase, when its steps started, ascending.
         overlap: why there is no energy per phase: its spans overlap; None where they follow each other.
         problems: what could not be used.
     """
@@ -49,11 +52,11 @@ class RankPhases:
     inside: dict[str, Timeline]
     steps: dict[str, frozenset[int]]
     step_starts_ns: dict[str, Int64]
-    overlap: str | None
-    problems: tuple[str, ...]
+    overlap: Reason | None
+    problems: tuple[Reason, ...]
 
 
-def rank_phases(spans: pd.DataFrame, *, gap_ns: int = PHASE_GAP_NS) -> RankPhases | str:
+def rank_phases(spans: pd.DataFrame, *, gap_ns: int = PHASE_GAP_NS) -> RankPhases | Reason:
     """Phases of the rank whose spans these are, or why there are none.
 
     Args:
@@ -63,25 +66,26 @@ def rank_phases(spans: pd.DataFrame, *, gap_ns: int = PHASE_GAP_NS) -> RankPhase
     timed, unusable = _timed(spans)
     bands = timed[timed["name"] == _PHASE].sort_values(["start_ns", "end_ns"], kind="stable")
     if bands.empty:
-        return "it left no spans of phases; capture the run with observatory.watch"
+        return Reason(EnergyCode.NO_PHASE_SPANS)
     phases = _bands(bands, gap_ns)
     inside: dict[str, Timeline] = {}
-    problems = [f"{unusable} spans have no end, no length or impossible times"] if unusable else []
+    problems = [Reason(EnergyCode.UNUSABLE_SPANS, {"spans": unusable})] if unusable else []
     inner = timed[~timed["name"].isin([_PHASE, _WHOLE, REST])]
-    for phase, own in inner.groupby("phase", sort=True):
+    for phase, rows in inner.groupby("phase", sort=True):
         if str(phase) in phases.names:
             try:
-                inside[str(phase)] = _inside(own, phases, str(phase))
+                inside[str(phase)] = _inside(rows, phases, str(phase))
             except EnergyError as error:
-                problems.append(f"spans inside {phase}: {error}")
+                values: dict[str, JsonValue] = {"phase": str(phase), "detail": str(error)}
+                problems.append(Reason(EnergyCode.SPANS_NOT_SEPARABLE, values))
     by_phase = bands.groupby("phase", sort=True)
     return RankPhases(
         phases=phases,
         inside=inside,
-        steps={str(phase): frozenset(own["step"].unique().tolist()) for phase, own in by_phase},
+        steps={str(phase): frozenset(rows["step"].unique().tolist()) for phase, rows in by_phase},
         step_starts_ns={
-            str(phase): own.groupby("step")["start_ns"].min().sort_values().to_numpy(np.int64)
-            for phase, own in by_phase
+            str(phase): rows.groupby("step")["start_ns"].min().sort_values().to_numpy(np.int64)
+            for phase, rows in by_phase
         },
         overlap=_overlap(bands),
         problems=tuple(problems),
@@ -96,7 +100,7 @@ def _timed(spans: pd.DataFrame) -> tuple[pd.DataFrame, int]:
     return timed, int((~fits).sum())
 
 
-def _overlap(bands: pd.DataFrame) -> str | None:
+def _overlap(bands: pd.DataFrame) -> Reason | None:
     """Which spans of phases, sorted by their start, lie over each other: one moment would count for both."""
     start, end = bands["start_ns"].to_numpy(np.int64), bands["end_ns"].to_numpy(np.int64)
     over_ns = np.maximum.accumulate(end)[:-1] - start[1:]
@@ -105,12 +109,13 @@ def _overlap(bands: pd.DataFrame) -> str | None:
         return None
     later = int(np.argmax(over_ns > _MOST_OVERLAP_NS)) + 1
     earlier = int(np.argmax(end[:later]))
-    one, other = (f"{bands['phase'].iloc[i]} (step {bands['step'].iloc[i]})" for i in (earlier, later))
-    more = f", and {count - 1} more" if count > 1 else ""
-    return (
-        f"spans/rank-{int(bands['source_rank'].iloc[0]):05d}: phases {one} and {other} overlap by "
-        f"{over_ns[later - 1] * 1e-6:.3g} ms{more}, as in threads: no energy per phase and token"
-    )
+    values: dict[str, JsonValue] = {
+        "rank": int(bands["source_rank"].iloc[0]),
+        "phase": str(bands["phase"].iloc[later]), "step": int(bands["step"].iloc[later]),
+        "other_phase": str(bands["phase"].iloc[earlier]), "other_step": int(bands["step"].iloc[earlier]),
+        "overlap_ms": float(over_ns[later - 1]) * 1e-6, "more": count - 1,
+    }  # fmt: skip
+    return Reason(EnergyCode.PHASES_OVERLAP, values)
 
 
 def _bands(bands: pd.DataFrame, gap_ns: int) -> Timeline:
@@ -125,10 +130,10 @@ def _bands(bands: pd.DataFrame, gap_ns: int) -> Timeline:
 
 def _inside(spans: pd.DataFrame, phases: Timeline, phase: str) -> Timeline:
     """Spans inside one phase, cut to its bands, and the rest of the bands."""
-    own = phases.name_M == phases.names.index(phase)
-    band_start, band_end = phases.start_ns_M[own], phases.end_ns_M[own]
+    is_phase_M = phases.name_M == phases.names.index(phase)
+    band_start, band_end = phases.start_ns_M[is_phase_M], phases.end_ns_M[is_phase_M]
     start, end = spans["start_ns"].to_numpy(np.int64), spans["end_ns"].to_numpy(np.int64)
-    # A span belongs to the band it begins in.
+    # A span belongs to the band it starts in.
     band = np.searchsorted(band_start, start, side="right") - 1
     held = band >= 0
     start, end, band = start[held], end[held], band[held]
@@ -136,14 +141,14 @@ def _inside(spans: pd.DataFrame, phases: Timeline, phase: str) -> Timeline:
     names = spans["name"].to_numpy(object)[held]
     kept = cut_end > start
     if not kept.any():
-        return make_timeline([REST] * int(own.sum()), band_start, band_end)
+        return make_timeline([REST] * len(band_start), band_start, band_end)
     detailed = make_timeline(names[kept].tolist(), start[kept], cut_end[kept])
     return _with_rest(detailed, band_start, band_end)
 
 
 def _with_rest(detailed: Timeline, band_start: Int64, band_end: Int64) -> Timeline:
     """A timeline whose bands are filled: what nothing covers is called :data:`REST`."""
-    # Between the end of one segment (or begin of a band) and the start of the next (or end of the band).
+    # Between the end of one segment (or start of a band) and the start of the next (or end of the band).
     opens = np.concatenate([detailed.end_ns_M, band_start])
     closes = np.concatenate([detailed.start_ns_M, band_end])
     opens, closes = np.sort(opens), np.sort(closes)

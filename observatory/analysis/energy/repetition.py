@@ -13,18 +13,23 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import JsonValue
 
-from observatory.analysis.energy.estimates import NORMAL_90, least_half_mw
+from observatory.analysis.energy.codes import EnergyCode
+from observatory.analysis.energy.estimators import NORMAL_90, least_half_mw
 from observatory.analysis.energy.timeline import Timeline
 from observatory.analysis.energy.traces import PowerTrace
 from observatory.analysis.energy.windows import WindowEnergy, energy_of_window
 from observatory.analysis.statistics import student_quantile
 from observatory.devices.sensors import SensorModel
+from observatory.reasons import Reason
 
+#: From here on the error of a 100 ms counter is below 1 %.
 SHORTEST_REPEAT_S = 5.0
-#: A phase runs alone where it has this share of the time.
+#: A phase runs alone where it has this share of the time: other work then changes its power by less than the
+#: counter's error.
 _ALONE = 0.99
-#: A longer pause than this ends a stretch, whatever the shares.
+#: A longer pause than this ends a stretch, whatever the shares: the device goes idle in it.
 _LONGEST_PAUSE_NS = 50_000_000
 
 
@@ -46,7 +51,7 @@ class Repeated:
     windows: int
     measured_s: float
     source: Literal["counter", "integral", "mixed"]
-    flags: tuple[str, ...] = ()
+    flags: tuple[Reason, ...] = ()
 
 
 def repeated_stretches(
@@ -67,14 +72,14 @@ def repeated_stretches(
     if name not in timeline.names:
         return []
     allowed = [timeline.names.index(other) for other in (name, *fillers) if other in timeline.names]
-    own = np.flatnonzero(timeline.name_M == timeline.names.index(name))
-    if not len(own):
+    of_name = np.flatnonzero(timeline.name_M == timeline.names.index(name))
+    if not len(of_name):
         return []
     foreign = np.cumsum(~np.isin(timeline.name_M, allowed))
-    start, end = timeline.start_ns_M[own], timeline.end_ns_M[own]
-    breaks = (np.diff(foreign[own]) > 0) | (start[1:] - end[:-1] > _LONGEST_PAUSE_NS)
+    start, end = timeline.start_ns_M[of_name], timeline.end_ns_M[of_name]
+    breaks = (np.diff(foreign[of_name]) > 0) | (start[1:] - end[:-1] > _LONGEST_PAUSE_NS)
     first = np.concatenate([[0], np.flatnonzero(breaks) + 1])
-    last = np.append(first[1:], len(own)) - 1
+    last = np.append(first[1:], len(of_name)) - 1
     until = np.concatenate([[0], np.cumsum(end - start)])
     length, busy = end[last] - start[first], until[last + 1] - until[first]
     kept = (length >= shortest_s * 1e9) & (busy >= _ALONE * length)
@@ -83,47 +88,48 @@ def repeated_stretches(
 
 def measure_repeated(
     trace: PowerTrace, stretches: list[tuple[int, int]], sensor: SensorModel
-) -> Repeated | str:
-    """Mean power over stretches of one phase, or why it cannot be told."""
+) -> Repeated | Reason:
+    """Mean power over stretches of one phase, or why it is not known."""
     windows = [energy_of_window(trace, start, end, sensor=sensor) for start, end in stretches]
-    known = [window for window in windows if window.energy_mj is not None and window.std_mj is not None]
-    if not known:
-        return windows[0].reason or "no window was measured"
-    seconds = np.array([window.duration_s for window in known])
-    energy = np.array([window.energy_mj for window in known], dtype=np.float64)
-    std = math.sqrt(sum((window.std_mj or 0.0) ** 2 for window in known))
+    measured = [window for window in windows if window.energy_mj is not None and window.std_mj is not None]
+    if not measured:
+        return windows[0].reason or Reason(EnergyCode.NO_WINDOW)
+    seconds = np.array([window.duration_s for window in measured])
+    energy = np.array([window.energy_mj for window in measured], dtype=np.float64)
+    std = math.sqrt(sum((window.std_mj or 0.0) ** 2 for window in measured))
     power = float(energy.sum() / seconds.sum())
     half = NORMAL_90 * std / float(seconds.sum())
-    if len(known) > 2:
+    if len(measured) > 2:
         # Windows may differ by more than each one's own error: then that counts.
         between = (energy / seconds - power) * seconds / seconds.sum()
-        count = len(known)
+        count = len(measured)
         scatter = math.sqrt(float((between**2).sum()) * count / (count - 1))
         half = max(half, student_quantile(count - 1) * scatter)
-    sources = {window.source for window in known}
+    sources = {window.source for window in measured}
     # Many windows do not make a sensor finer.
-    read = [] if sources == {"counter"} else [trace.power_mw_N[_within(trace, window)] for window in known]
+    read = [] if sources == {"counter"} else [trace.power_mw_N[_within(trace, window)] for window in measured]
     half = max(half, least_half_mw(power, np.concatenate([np.zeros(0), *read])))
     return Repeated(
         power_mw=power,
         low_mw=max(0.0, power - half),
         high_mw=power + half,
-        windows=len(known),
+        windows=len(measured),
         measured_s=float(seconds.sum()),
         source="mixed" if len(sources) > 1 else "counter" if "counter" in sources else "integral",
-        flags=_flags(known),
+        flags=_flags(measured),
     )
 
 
-def _flags(windows: list[WindowEnergy]) -> tuple[str, ...]:
-    """How counter and integral disagree, in one sentence: of many windows that of the largest difference."""
-    flagged = [window for window in windows if window.flag is not None]
-    if not flagged:
+def _flags(windows: list[WindowEnergy]) -> tuple[Reason, ...]:
+    """How counter and integral disagree: of many windows that of the largest difference."""
+    flags = [(abs(window.disagreement or 0.0), window.flag) for window in windows if window.flag is not None]
+    if not flags:
         return ()
-    worst = max(flagged, key=lambda window: abs(window.disagreement or 0.0))
-    if len(flagged) == 1:
-        return (str(worst.flag),)
-    return (f"{worst.flag} (the largest of {len(flagged)} of {len(windows)} windows that differ too far)",)
+    _, worst = max(flags, key=lambda flag: flag[0])
+    if len(flags) == 1:
+        return (worst,)
+    counts: dict[str, JsonValue] = {"flagged": len(flags), "windows": len(windows)}
+    return (Reason(EnergyCode.SENSORS_DISAGREE_OFTEN, counts, (worst,)),)
 
 
 def _within(trace: PowerTrace, window: WindowEnergy) -> npt.NDArray[np.bool_]:

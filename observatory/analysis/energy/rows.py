@@ -1,70 +1,52 @@
-"""Rows of the frames of an energy summary."""
+"""Rows of the frames of a run's energy: one record per kind of row, and the frame made of them.
+
+A record keeps reasons and flags with their codes; a frame has them in words and as codes (``reason`` and
+``reason_code``, ``flag`` and ``flag_code``). Values that are not known are None in a record, missing in a
+frame.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar, get_type_hints
 
 import numpy as np
 import pandas as pd
 
 from observatory.analysis.energy.attribution import Attribution, IdlePower, PhasePower
+from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.design import IDLE
-from observatory.analysis.energy.estimates import NORMAL_90
+from observatory.analysis.energy.estimators import NORMAL_90
 from observatory.analysis.energy.least_squares import WIDEST_INTERVAL
-from observatory.analysis.energy.missed import update_period_ms
 from observatory.analysis.energy.phases import RankPhases
+from observatory.analysis.energy.repeated_iterations import update_period_ms
 from observatory.analysis.energy.timeline import Timeline
-from observatory.analysis.energy.tokens import count_tokens
 from observatory.analysis.energy.traces import PowerTrace
 from observatory.analysis.energy.windows import WindowEnergy
+from observatory.analysis.energy.words import reasons_words
 from observatory.devices.aliasing import TOLERATED, find_aliasing, rhythm_of, visited_error
 from observatory.devices.sensors import SensorModel
-from observatory.run import Run
+from observatory.reasons import Reason
 from observatory.run.manifest import EnergyFlag
 
-DEVICE_COLUMNS = (
-    "device_uuid", "device", "kind", "sampled_by", "source_rank", "samples", "duration_s", "energy_mj",
-    "error", "source", "power_mw", "counter_mj", "integral_mj", "disagreement", "flag",
-    "energy_flag", "attributed_share",
-    "idle_power_mw",
-    "idle_source", "sensor_update_ms", "sensor_window_ms", "counter_ms", "sensor_source", "reason",
-)  # fmt: skip
-PHASE_COLUMNS = (
-    "source_rank", "device_uuid", "phase", "span", "seconds", "power_mw", "power_low_mw", "power_high_mw",
-    "energy_mj", "energy_low_mj", "energy_high_mj", "idle_mj", "above_idle_mj", "above_idle_low_mj",
-    "above_idle_high_mj", "method", "source", "observations", "measured_s", "condition", "flag",
-    "energy_flag", "reason",
-)  # fmt: skip
-_PER_TOKEN = (
-    "mj_per_token", "mj_per_token_low", "mj_per_token_high", "above_idle_mj_per_token", "idle_mj_per_token",
-)  # fmt: skip
-TOKEN_COLUMNS = (
-    "source_rank", "phase", "kind", "tokens", "tokens_source", "devices", *_PER_TOKEN, "flag",
-    "energy_flag", "reason",
-)  # fmt: skip
-TOTAL_COLUMNS = (
-    "phase",
-    "ranks",
-    "devices",
-    "kind",
-    "tokens",
-    "energy_mj",
-    *_PER_TOKEN,
-    "flag",
-    "energy_flag",
-    "reason",
-)
-ALIASING_COLUMNS = (
-    "source_rank", "device_uuid", "phase", "step_period_ms", "step_jitter_ms", "update_ms", "window_ms",
-    "positions", "error", "shifts", "shift_ms", "error_after",
-)  # fmt: skip
+IN_TIME: EnergyFlag = "in time with the sensor"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Device:
-    """One sampled device and what is known of it."""
+    """One sampled device.
+
+    Attributes:
+        sampler: rank that took the samples.
+        uuid, name, kind: the device; None where the run does not state it.
+        trace: its samples.
+        sensor: properties of its sensors.
+        calibrated_idle_mw: idle power that the sampler measured when it started; None without.
+        rank: rank that it works for alone; None where ``rank_reason`` says why there is none.
+        disorder: why its samples cannot be used; None where they can.
+    """
 
     sampler: int
     uuid: str
@@ -74,38 +56,110 @@ class Device:
     kind: str | None
     calibrated_idle_mw: float | None
     rank: int | None
-    rank_reason: str | None
-    disorder: str | None = None
+    rank_reason: Reason | None
+    disorder: Reason | None = None
 
 
-_IN_TIME: EnergyFlag = "in time with the sensor"
-#: Of a phase's row: ends of intervals, and all that there is only with a power.
-_ENDS = (
-    "power_low_mw", "power_high_mw", "energy_low_mj", "energy_high_mj",
-)  # fmt: skip
-_MEASURED = (
-    "power_mw", "energy_mj", "above_idle_mj", "above_idle_low_mj", "above_idle_high_mj", "method", "source",
-    "measured_s", "condition", "flag", *_ENDS,
-)  # fmt: skip
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceRow:
+    """Energy of one device over the run."""
 
-#: Columns that are words or whole numbers; all others are numbers, NaN where they are missing.
-_WORDS = (
-    "device_uuid", "device", "kind", "source", "flag", "energy_flag",
-    "idle_source", "sensor_source", "reason", "phase",
-    "span", "method", "tokens_source",
-)  # fmt: skip
-_COUNTS = (
-    "sampled_by", "source_rank", "samples", "observations", "tokens", "devices", "ranks", "positions",
-    "shifts",
-)  # fmt: skip
+    device_uuid: str
+    device: str | None
+    kind: str | None
+    sampled_by: int
+    source_rank: int | None
+    samples: int
+    duration_s: float = 0.0
+    energy_mj: float | None = None
+    error: float | None = None
+    source: str | None = None
+    power_mw: float | None = None
+    counter_mj: float | None = None
+    integral_mj: float | None = None
+    disagreement: float | None = None
+    flags: tuple[Reason, ...] = ()
+    energy_flag: str | None = None
+    attributed_share: float | None = None
+    idle_power_mw: float | None = None
+    idle_source: tuple[Reason, ...] = ()
+    sensor_update_ms: float | None = None
+    sensor_window_ms: float | None = None
+    counter_ms: float | None = None
+    sensor_source: str
+    reasons: tuple[Reason, ...] = ()
 
 
-def tidy_frame(rows: list[dict[str, object]], columns: tuple[str, ...]) -> pd.DataFrame:
-    """A frame whose columns have one type each, whatever is missing."""
-    frame = pd.DataFrame(rows, columns=columns, dtype=object)
-    words = {name: frame[name].where(frame[name].notna(), None) for name in columns if name in _WORDS}
-    kinds = {name: "Int64" if name in _COUNTS else "float64" for name in columns if name not in _WORDS}
-    return frame.astype(kinds).assign(**words)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseRow:
+    """Power and energy of one phase, or of a span inside it, on one device."""
+
+    source_rank: int | None
+    device_uuid: str
+    phase: str
+    span: str | None
+    seconds: float | None = None
+    power_mw: float | None = None
+    power_low_mw: float | None = None
+    power_high_mw: float | None = None
+    energy_mj: float | None = None
+    energy_low_mj: float | None = None
+    energy_high_mj: float | None = None
+    idle_mj: float | None = None
+    above_idle_mj: float | None = None
+    above_idle_low_mj: float | None = None
+    above_idle_high_mj: float | None = None
+    method: str | None = None
+    source: str | None = None
+    observations: int = 0
+    measured_s: float | None = None
+    condition: float | None = None
+    flags: tuple[Reason, ...] = ()
+    energy_flag: str | None = None
+    reasons: tuple[Reason, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AliasingRow:
+    """What the sensor of a device misses of the regular steps of a phase."""
+
+    source_rank: int | None
+    device_uuid: str
+    phase: str
+    step_period_ms: float
+    step_jitter_ms: float
+    update_ms: float
+    window_ms: float
+    positions: int | None
+    error: float
+    shifts: int
+    shift_ms: float | None
+    error_after: float
+
+
+Row = TypeVar("Row")
+
+
+def frame_of(rows: Sequence[Row], kind: type[Row]) -> pd.DataFrame:
+    """A frame of records of one kind, whose columns have one type each, whatever is missing."""
+    hints = get_type_hints(kind)
+    columns: dict[str, pd.Series[Any]] = {}
+    for name in (item.name for item in fields(kind)):  # type: ignore[arg-type]  # a dataclass
+        values = [getattr(row, name) for row in rows]
+        if hints[name] == tuple[Reason, ...]:
+            singular = name.removesuffix("s")
+            columns[singular] = pd.Series([reasons_words(value) for value in values], dtype=object)
+            columns[f"{singular}_code"] = pd.Series([_codes(value) for value in values], dtype=object)
+        elif hints[name] in (int, int | None):
+            columns[name] = pd.Series(values, dtype="Int64")
+        else:
+            number = hints[name] in (float, float | None)
+            columns[name] = pd.Series(values, dtype="float64" if number else object)
+    return pd.DataFrame(columns)
+
+
+def _codes(reasons: tuple[Reason, ...]) -> str | None:
+    return "; ".join(dict.fromkeys(reason.code.value for reason in reasons)) or None
 
 
 def device_row(
@@ -113,263 +167,223 @@ def device_row(
     energy: WindowEnergy | None,
     idle: IdlePower | None,
     attributed_mj: float | None,
-    reason: str | None,
-) -> dict[str, object]:
-    """Row of one device."""
+    reason: Reason | None,
+    aliasing: Sequence[AliasingRow],
+) -> DeviceRow:
+    """Row of one device.
+
+    Args:
+        device: the device.
+        energy: of the whole run; None where its samples give no window.
+        idle: its idle power; None where no phases were attributed.
+        attributed_mj: energy of all phases and idle together; None where it is not known.
+        reason: why there are no phases of it; None where there are.
+        aliasing: what its sensor misses of regular steps.
+    """
     sensor = device.sensor
-    row: dict[str, object] = {
-        "device_uuid": device.uuid, "device": device.name, "kind": device.kind, "sampled_by": device.sampler,
-        "source_rank": device.rank, "samples": len(device.trace.time_ns_N),
-        "idle_power_mw": device.calibrated_idle_mw if idle is None else idle.power_mw,
-        "idle_source": "calibration when the sampler started" if idle is None and device.calibrated_idle_mw
-        else None if idle is None else idle.source,
-        "sensor_update_ms": sensor.update_ms, "sensor_window_ms": sensor.window_ms,
-        "counter_ms": sensor.counter_ms, "sensor_source": sensor.source, "reason": reason,
-    }  # fmt: skip
+    idle_source: tuple[Reason, ...] = ()
+    if idle is not None:
+        idle_source = (idle.source,)
+    elif device.calibrated_idle_mw:
+        idle_source = (Reason(EnergyCode.IDLE_BY_CALIBRATION),)
+    row = DeviceRow(
+        device_uuid=device.uuid,
+        device=device.name,
+        kind=device.kind,
+        sampled_by=device.sampler,
+        source_rank=device.rank,
+        samples=len(device.trace.time_ns_N),
+        idle_power_mw=device.calibrated_idle_mw if idle is None else idle.power_mw,
+        idle_source=idle_source,
+        sensor_update_ms=sensor.update_ms,
+        sensor_window_ms=sensor.window_ms,
+        counter_ms=sensor.counter_ms,
+        sensor_source=sensor.source,
+    )
     if energy is None:
-        return row | {"duration_s": 0.0, "reason": device.disorder or "it has one sample only"}
-    reasons = [text for text in (reason, energy.reason) if text]
-    return row | {
-        "duration_s": energy.duration_s, "energy_mj": energy.energy_mj, "error": energy.relative_error,
-        "source": energy.source, "power_mw": energy.power_mw, "counter_mj": energy.counter_mj,
-        "integral_mj": energy.integral_mj, "disagreement": energy.disagreement, "flag": energy.flag,
-        "attributed_share": attributed_mj / energy.energy_mj if attributed_mj and energy.energy_mj else None,
-        "reason": "; ".join(reasons) or None,
-    }  # fmt: skip
+        return replace(row, reasons=(device.disorder or Reason(EnergyCode.ONE_SAMPLE),))
+    row = replace(
+        row,
+        duration_s=energy.duration_s,
+        energy_mj=energy.energy_mj,
+        error=energy.relative_error,
+        source=energy.source,
+        power_mw=energy.power_mw,
+        counter_mj=energy.counter_mj,
+        integral_mj=energy.integral_mj,
+        disagreement=energy.disagreement,
+        flags=_known(energy.flag),
+        attributed_share=attributed_mj / energy.energy_mj if attributed_mj and energy.energy_mj else None,
+        reasons=_known(reason, energy.reason),
+    )
+    return _allow_for_steps(row, max((item.error for item in aliasing), default=0.0))
 
 
-def flag_device(row: dict[str, object], aliased: list[dict[str, object]]) -> dict[str, object]:
-    """Row of a device, with what the sensor missed of steps in time with it where power was integrated."""
-    error = max((float(str(item["error"])) for item in aliased), default=0.0)
-    if row.get("source") != "integral" or error <= TOLERATED:
+def _known(*reasons: Reason | None) -> tuple[Reason, ...]:
+    return tuple(reason for reason in reasons if reason is not None)
+
+
+def _allow_for_steps(row: DeviceRow, missed: float) -> DeviceRow:
+    """A row of integrated power, its error extended by what the sensor misses of steps in time with it."""
+    if row.source != "integral" or missed <= TOLERATED:
         return row
-    row = row | {"energy_flag": _IN_TIME}
-    text = f"steps of the run move in time with the power sensor, which may be off by {100 * error:.0f} %"
-    if NORMAL_90 * error > WIDEST_INTERVAL:
-        lost = dict.fromkeys(("energy_mj", "error", "source", "power_mw", "attributed_share"))
-        return row | lost | {"reason": joined(row["reason"], text)}
-    wider = math.hypot(float(str(row["error"] or 0.0)), NORMAL_90 * error)
-    return row | {"error": wider, "flag": joined(row["flag"], f"{text}: its error allows for it")}
+    row = replace(row, energy_flag=IN_TIME)
+    if NORMAL_90 * missed > WIDEST_INTERVAL:
+        refused = Reason(EnergyCode.STEPS_IN_TIME, {"error": missed, "allowed_for": False})
+        return replace(
+            row, energy_mj=None, error=None, source=None, power_mw=None, attributed_share=None,
+            reasons=(*row.reasons, refused),
+        )  # fmt: skip
+    flag = Reason(EnergyCode.STEPS_IN_TIME, {"error": missed, "allowed_for": True})
+    return replace(row, error=math.hypot(row.error or 0.0, NORMAL_90 * missed), flags=(*row.flags, flag))
 
 
 def phase_rows(
-    device: Device, attribution: Attribution, phase: str | None, idle: IdlePower
-) -> list[dict[str, object]]:
+    device: Device,
+    attribution: Attribution,
+    phase: str | None,
+    idle: IdlePower,
+    aliasing: Sequence[AliasingRow],
+) -> list[PhaseRow]:
     """Rows of the phases (``phase`` None) or of the spans inside one."""
+    missed = {item.phase: item.error for item in aliasing}
     rows = []
     for item in attribution.phases:
-        row: dict[str, object] = {
-            "source_rank": device.rank, "device_uuid": device.uuid,
-            "phase": item.name if phase is None else phase, "span": None if phase is None else item.name,
-            "seconds": item.seconds, "method": item.method, "source": item.source,
-            "observations": item.observations, "measured_s": item.measured_s, "condition": item.condition,
-            "flag": "; ".join(item.flags) or None, "reason": item.reason,
-        }  # fmt: skip
-        rows.append(row | _energies(item, idle, is_idle=phase is None and item.name == IDLE))
+        row = PhaseRow(
+            source_rank=device.rank,
+            device_uuid=device.uuid,
+            phase=item.name if phase is None else phase,
+            span=None if phase is None else item.name,
+            seconds=item.seconds,
+            method=item.method,
+            source=item.source,
+            observations=item.observations,
+            measured_s=item.measured_s,
+            condition=item.condition,
+            flags=item.flags,
+            reasons=_known(item.reason),
+        )
+        row = _with_energy(row, item, idle, is_idle=phase is None and item.name == IDLE)
+        rows.append(_allow_for_phase(row, missed.get(row.phase, 0.0)))
     return rows
 
 
-def refused_rows(device: Device, ran: RankPhases) -> list[dict[str, object]]:
+def refused_rows(device: Device, ran: RankPhases) -> list[PhaseRow]:
     """Rows of the phases of a rank whose spans overlap, without energy."""
     return [
-        {"source_rank": device.rank, "device_uuid": device.uuid, "phase": phase, "span": None,
-         "observations": 0, "reason": ran.overlap}
+        PhaseRow(
+            source_rank=device.rank, device_uuid=device.uuid, phase=phase, span=None,
+            reasons=_known(ran.overlap),
+        )
         for phase in ran.steps
     ]  # fmt: skip
 
 
-def _energies(item: PhasePower, idle: IdlePower, *, is_idle: bool) -> dict[str, object]:
-    """Energy of a phase, and what of it is above idle."""
+def _with_energy(row: PhaseRow, item: PhasePower, idle: IdlePower, *, is_idle: bool) -> PhaseRow:
+    """Row of a phase with its energy, and what of it is above idle."""
     seconds, idle_mw = item.seconds, idle.power_mw
     if item.power_mw is None or item.low_mw is None or item.high_mw is None:
-        return {} if idle_mw is None else {"idle_mj": idle_mw * seconds}
-    result: dict[str, object] = {
-        "power_mw": item.power_mw, "power_low_mw": item.low_mw, "power_high_mw": item.high_mw,
-        "energy_mj": item.power_mw * seconds, "energy_low_mj": item.low_mw * seconds,
-        "energy_high_mj": item.high_mw * seconds,
-    }  # fmt: skip
+        return row if idle_mw is None else replace(row, idle_mj=idle_mw * seconds)
+    row = replace(
+        row,
+        power_mw=item.power_mw,
+        power_low_mw=item.low_mw,
+        power_high_mw=item.high_mw,
+        energy_mj=item.power_mw * seconds,
+        energy_low_mj=item.low_mw * seconds,
+        energy_high_mj=item.high_mw * seconds,
+    )
     if idle_mw is None:
-        return result
+        return row
     if is_idle:
-        return result | {"idle_mj": item.power_mw * seconds, "above_idle_mj": 0.0}
+        return replace(row, idle_mj=item.power_mw * seconds, above_idle_mj=0.0)
     low = idle_mw if idle.low_mw is None else idle.low_mw
     high = idle_mw if idle.high_mw is None else idle.high_mw
-    return result | {
-        "idle_mj": idle_mw * seconds,
-        "above_idle_mj": (item.power_mw - idle_mw) * seconds,
-        "above_idle_low_mj": (item.low_mw - high) * seconds,
-        "above_idle_high_mj": (item.high_mw - low) * seconds,
-    }
+    return replace(
+        row,
+        idle_mj=idle_mw * seconds,
+        above_idle_mj=(item.power_mw - idle_mw) * seconds,
+        above_idle_low_mj=(item.low_mw - high) * seconds,
+        above_idle_high_mj=(item.high_mw - low) * seconds,
+    )
 
 
-def aliasing_rows(device: Device, ran: RankPhases, phases: Timeline) -> list[dict[str, object]]:
-    """What the sensor makes of steps that are regular; rows for those only."""
+def _allow_for_phase(row: PhaseRow, missed: float) -> PhaseRow:
+    """A row whose power was integrated over steps in time with the sensor, its intervals extended by that.
+
+    Where they then exceed +-25 % there is no power. Powers by least squares are flagged only: the lags that
+    they allow for cover it.
+    """
+    if not row.method or row.source == "counter" or missed <= TOLERATED:
+        return row
+    row = replace(row, energy_flag=IN_TIME)
+    if row.method != "repetition":
+        flag = Reason(EnergyCode.PHASE_IN_TIME, {"error": None, "allowed_for": True})
+        return replace(row, flags=(*row.flags, flag))
+    half = NORMAL_90 * missed
+    if half > WIDEST_INTERVAL:
+        refused = Reason(EnergyCode.PHASE_IN_TIME, {"error": missed, "allowed_for": False})
+        return PhaseRow(
+            source_rank=row.source_rank, device_uuid=row.device_uuid, phase=row.phase, span=row.span,
+            seconds=row.seconds, idle_mj=row.idle_mj, energy_flag=IN_TIME, reasons=(refused,),
+        )  # fmt: skip
+    flag = Reason(EnergyCode.PHASE_IN_TIME, {"error": missed, "allowed_for": True})
+    energy_low_mj, energy_high_mj = _times(row.energy_low_mj, 1 - half), _times(row.energy_high_mj, 1 + half)
+    return replace(
+        row,
+        power_low_mw=_times(row.power_low_mw, 1 - half),
+        power_high_mw=_times(row.power_high_mw, 1 + half),
+        energy_low_mj=energy_low_mj,
+        energy_high_mj=energy_high_mj,
+        above_idle_low_mj=_moved(row.above_idle_low_mj, row.energy_low_mj, energy_low_mj),
+        above_idle_high_mj=_moved(row.above_idle_high_mj, row.energy_high_mj, energy_high_mj),
+        flags=(*row.flags, flag),
+    )
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor
+
+
+def _moved(value: float | None, before: float | None, after: float | None) -> float | None:
+    """A value moved as far as another one was."""
+    return None if value is None or before is None or after is None else value + after - before
+
+
+def aliasing_rows(device: Device, ran: RankPhases, phases: Timeline) -> list[AliasingRow]:
+    """What the sensor misses of steps that are regular; rows for those only."""
     sensor, trace = device.sensor, device.trace
     if sensor.window_ms is None or np.isnan(trace.power_mw_N).all():
         return []
     update_ms = update_period_ms(trace, sensor)
     if update_ms is None:
         return []
-    rows: list[dict[str, object]] = []
-    seconds = phases.seconds()
+    rows = []
+    seconds: Mapping[str, float] = phases.seconds()
     for phase, starts in ran.step_starts_ns.items():
         rhythm = rhythm_of(starts)
         if rhythm is None or not seconds.get(phase):
             continue
-        found = find_aliasing(
+        aliasing = find_aliasing(
             rhythm, update_ms=update_ms, window_ms=sensor.window_ms, duration_s=seconds[phase]
         )
         error = visited_error(starts, rhythm.period_ms, update_ms=update_ms, window_ms=sensor.window_ms)
-        # Pauses that were made, or the steps' own wandering, may have cured it already.
-        pauses = found.shifts_ms if error > max(TOLERATED, found.error_after) else ()
+        # Pauses that were made, or the steps' own wandering, may have removed the error already.
+        pauses = aliasing.shifts_ms if error > max(TOLERATED, aliasing.error_after) else ()
         rows.append(
-            {
-                "source_rank": device.rank, "device_uuid": device.uuid, "phase": phase,
-                "step_period_ms": rhythm.period_ms, "step_jitter_ms": rhythm.jitter_ms,
-                "update_ms": update_ms, "window_ms": sensor.window_ms, "positions": found.positions,
-                "error": error, "shifts": len(pauses), "shift_ms": pauses[0] if pauses else None,
-                "error_after": found.error_after if pauses else error,
-            }
-        )  # fmt: skip
+            AliasingRow(
+                source_rank=device.rank,
+                device_uuid=device.uuid,
+                phase=phase,
+                step_period_ms=rhythm.period_ms,
+                step_jitter_ms=rhythm.jitter_ms,
+                update_ms=update_ms,
+                window_ms=sensor.window_ms,
+                positions=aliasing.positions,
+                error=error,
+                shifts=len(pauses),
+                shift_ms=pauses[0] if pauses else None,
+                error_after=aliasing.error_after if pauses else error,
+            )
+        )
     return rows
-
-
-def flag_aliased(rows: list[dict[str, object]], aliased: list[dict[str, object]]) -> list[dict[str, object]]:
-    """Rows of phases, those flagged whose power was integrated over steps in time with the sensor.
-
-    What the sensor may have missed is in their intervals, and where these then exceed +-25 % there is no
-    power. Powers by least squares are flagged only: the shifts of the sensor that they allow for cover it.
-    """
-    errors = {str(row["phase"]): float(str(row["error"])) for row in aliased}
-    return [
-        _aliased(row, errors[str(row["phase"])])
-        if row["method"] and row["source"] != "counter" and errors.get(str(row["phase"]), 0.0) > TOLERATED
-        else row
-        for row in rows
-    ]
-
-
-def _aliased(row: dict[str, object], error: float) -> dict[str, object]:
-    row = row | {"energy_flag": _IN_TIME}
-    text = "its steps move in time with the power sensor"
-    if row["method"] != "repetition":
-        return row | {"flag": joined(row["flag"], f"{text}; its interval allows for it")}
-    off = f"{text}, which may be off by {100 * error:.0f} %"
-    half = NORMAL_90 * error
-    if half > WIDEST_INTERVAL:
-        lost = {name: None for name in row if name in _MEASURED}
-        return row | lost | {"observations": 0, "reason": off}
-    wider = {
-        name: float(str(value)) * (1 - half if "low" in name else 1 + half)
-        for name, value in row.items()
-        if value is not None and name in _ENDS
-    }
-    for name in ("above_idle_low_mj", "above_idle_high_mj"):
-        if row.get(name) is not None:
-            end = name.replace("above_idle", "energy")
-            wider[name] = float(str(row[name])) + wider[end] - float(str(row[end]))
-    return row | wider | {"flag": joined(row["flag"], f"{off}: its interval allows for it")}
-
-
-def joined(*texts: object) -> str | None:
-    """Sentences that are there, each once; None without any."""
-    return "; ".join(dict.fromkeys(str(text) for text in texts if text)) or None
-
-
-def _flags_of(own: pd.DataFrame, devices: Mapping[str, str]) -> str | None:
-    """What flags the energies that a number rests on: those of phases, and of their devices."""
-    return joined(*own["flag"].dropna(), *(devices.get(uuid) for uuid in own["device_uuid"]))
-
-
-def token_frame(
-    run: Run,
-    rows: list[dict[str, object]],
-    phases_of: Mapping[int, RankPhases],
-    missing: Mapping[int, str],
-    flagged: Mapping[str, str],
-) -> pd.DataFrame:
-    """Energy per token of each rank and phase.
-
-    Args:
-        run: the run.
-        rows: of the phases of all devices.
-        phases_of: phases of each rank.
-        missing: of the ranks whose energy is not known, or not that of all their devices, why.
-        flagged: flags of devices.
-    """
-    phases = tidy_frame(rows, PHASE_COLUMNS)
-    phases = phases[phases["span"].isna() & (phases["phase"] != IDLE)]
-    of_rank = dict(list(phases.groupby(["source_rank", "phase"], sort=False)))
-    routed = run.routed_tokens() if phases_of else pd.DataFrame()
-    result: list[dict[str, object]] = []
-    for rank, phase in [(one, name) for one in sorted(phases_of) for name in phases_of[one].steps]:
-        own = of_rank.get((rank, phase), phases.iloc[:0])
-        counted = count_tokens(
-            phase, rank, phases_of[rank].steps[phase], routed, run.manifest.data,
-            ranks=run.manifest.topology.ranks,
-        )  # fmt: skip
-        row: dict[str, object] = {
-            "source_rank": rank, "phase": phase, "kind": counted.kind, "tokens": counted.tokens,
-            "tokens_source": counted.source, "devices": len(own),
-        }  # fmt: skip
-        unknown = own["energy_mj"].isna()
-        if rank in missing:
-            result.append(row | {"reason": missing[rank]})
-        elif unknown.any():
-            reason = str(own.loc[unknown, "reason"].iloc[0])
-            which = "its energy is not known" if len(own) == 1 else f"{unknown.sum()} of {len(own)} devices"
-            lost = joined(*own.loc[unknown, "energy_flag"].dropna())
-            result.append(row | {"energy_flag": lost, "reason": f"{which}: {reason}"})
-        elif counted.tokens is None:
-            result.append(row | {"reason": counted.reason})
-        else:
-            flags = {"flag": _flags_of(own, flagged), "energy_flag": joined(*own["energy_flag"].dropna())}
-            result.append(row | _per_token(own, counted.tokens) | flags)
-    return tidy_frame(result, TOKEN_COLUMNS)
-
-
-def total_frame(tokens: pd.DataFrame) -> pd.DataFrame:
-    """Energy of each phase over all ranks that ran it, where these are several; ``TOTAL_COLUMNS``.
-
-    Args:
-        tokens: energy per token of each rank and phase.
-    """
-    result: list[dict[str, object]] = []
-    for phase, own in tokens.groupby("phase", sort=False):
-        if len(own) < 2:
-            continue
-        row: dict[str, object] = {
-            "phase": phase, "ranks": len(own), "devices": int(own["devices"].sum()),
-            "kind": own["kind"].iloc[0],
-        }  # fmt: skip
-        unknown = own[own["mj_per_token"].isna()]
-        if len(unknown):
-            first = unknown.iloc[0]
-            which = f"{len(unknown)} of {len(own)} ranks are not known, rank {first['source_rank']}"
-            lost = joined(*unknown["energy_flag"].dropna())
-            result.append(row | {"energy_flag": lost, "reason": f"{which}: {first['reason']}"})
-            continue
-        count = own["tokens"].astype("float64")
-        whole = {name: float((own[name] * count).sum()) for name in _PER_TOKEN}
-        total = int(own["tokens"].sum())
-        idle_known = bool(own["idle_mj_per_token"].notna().all())
-        row |= {"tokens": total, "energy_mj": whole["mj_per_token"]}
-        for name in _PER_TOKEN:
-            if idle_known or "idle" not in name:
-                row[name] = whole[name] / total
-        row["flag"] = joined(*own["flag"].dropna())
-        row["energy_flag"] = joined(*own["energy_flag"].dropna())
-        result.append(row | {"reason": None if idle_known else "its idle part is not known: no idle power"})
-    return tidy_frame(result, TOTAL_COLUMNS)
-
-
-def _per_token(own: pd.DataFrame, tokens: int) -> dict[str, object]:
-    idle_known = bool(own["above_idle_mj"].notna().all())
-    return {
-        "mj_per_token": float(own["energy_mj"].sum()) / tokens,
-        "mj_per_token_low": float(own["energy_low_mj"].sum()) / tokens,
-        "mj_per_token_high": float(own["energy_high_mj"].sum()) / tokens,
-        "above_idle_mj_per_token": float(own["above_idle_mj"].sum()) / tokens if idle_known else None,
-        "idle_mj_per_token": float(own["idle_mj"].sum()) / tokens if idle_known else None,
-        "reason": None if idle_known else "its idle part is not known: no idle power",
-    }

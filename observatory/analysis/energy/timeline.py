@@ -16,7 +16,7 @@ from observatory.errors import EnergyError
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 
-#: More names than this in one timeline are no phases any more.
+#: More names than this in one timeline are not phases any more.
 MOST_NAMES = 32
 #: More combinations than this of names that overlap are refused.
 _MOST_LABELS = 64
@@ -24,11 +24,11 @@ _MOST_LABELS = 64
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Timeline:
-    """Segments in time order. Time outside them is nobody's.
+    """Segments in time order. Time outside them has no name.
 
     Attributes:
-        names: of what ran; names of spans that overlapped are joined by ``+``, as their power cannot be told
-            apart.
+        names: of what ran; names of spans that overlapped are joined by ``+``, as their powers cannot be
+            separated.
         start_ns_M, end_ns_M: the segments.
         name_M: index into ``names``.
     """
@@ -95,38 +95,38 @@ def make_timeline(names: Sequence[str], start_ns: Int64, end_ns: Int64) -> Timel
     if not len(kept):
         raise EnergyError("no span has a length; expected phases that last, capture the run again")
     kept_names = [names[i] for i in kept.tolist()]
-    own = sorted(set(kept_names))
-    if len(own) > MOST_NAMES:
+    distinct = sorted(set(kept_names))
+    if len(distinct) > MOST_NAMES:
         raise EnergyError(
-            f"{len(own)} different names of spans; expected at most {MOST_NAMES}, choose fewer names"
+            f"{len(distinct)} different names of spans; expected at most {MOST_NAMES}, choose fewer names"
         )
-    number = {name: position for position, name in enumerate(own)}
+    number = {name: position for position, name in enumerate(distinct)}
     code = np.array([number[name] for name in kept_names], dtype=np.int64)
     edge_ns = np.concatenate([start[kept], end[kept]])
     order = np.argsort(edge_ns, kind="stable")
-    change = np.zeros((len(order), len(own)), dtype=np.int32)
+    change = np.zeros((len(order), len(distinct)), dtype=np.int32)
     change[np.arange(len(order)), np.tile(code, 2)[order]] = np.repeat([1, -1], len(kept))[order]
-    running = (np.cumsum(change, axis=0) > 0) @ (1 << np.arange(len(own), dtype=np.int64))
-    begin, finish, mask = edge_ns[order][:-1], edge_ns[order][1:], running[:-1]
-    real = (finish > begin) & (mask > 0)
-    begin, finish, mask = begin[real], finish[real], mask[real]
+    running = (np.cumsum(change, axis=0) > 0) @ (1 << np.arange(len(distinct), dtype=np.int64))
+    starts, ends, mask = edge_ns[order][:-1], edge_ns[order][1:], running[:-1]
+    real = (ends > starts) & (mask > 0)
+    starts, ends, mask = starts[real], ends[real], mask[real]
     masks, label = np.unique(mask, return_inverse=True)
     if len(masks) > _MOST_LABELS:
         raise EnergyError(
-            f"spans of {len(own)} names overlap in {len(masks)} different ways; expected at most "
+            f"spans of {len(distinct)} names overlap in {len(masks)} different ways; expected at most "
             f"{_MOST_LABELS}, choose fewer names"
         )
     labels = tuple(
-        "+".join(name for position, name in enumerate(own) if value >> position & 1)
+        "+".join(name for position, name in enumerate(distinct) if value >> position & 1)
         for value in masks.tolist()
     )
     # Neighbours of the same label are one segment.
-    fresh = np.ones(len(begin), dtype=bool)
-    fresh[1:] = (label[1:] != label[:-1]) | (begin[1:] != finish[:-1])
+    fresh = np.ones(len(starts), dtype=bool)
+    fresh[1:] = (label[1:] != label[:-1]) | (starts[1:] != ends[:-1])
     first = np.flatnonzero(fresh)
     return Timeline(
         names=labels,
-        start_ns_M=begin[first],
-        end_ns_M=finish[np.append(first[1:], len(begin)) - 1],
+        start_ns_M=starts[first],
+        end_ns_M=ends[np.append(first[1:], len(starts)) - 1],
         name_M=label[first].astype(np.int64),
     )

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from observatory.analysis.energy.missed import energy_of_repeats
+from observatory.analysis.energy.repeated_iterations import energy_of_repeats
 from observatory.analysis.energy.traces import trace_of_frame
 from observatory.analysis.energy.windows import energy_of_window
+from observatory.analysis.energy.words import reason_words
 from observatory.campaign.sweep.journal import JournalHead, JournalPoint, read_journal
 from observatory.devices.event_reasons import POWER_CAP_BIT, slowed_label
 from observatory.devices.sensors import sensor_of
@@ -128,7 +129,7 @@ def _point(measured: JournalPoint, samples: pd.DataFrame, head: JournalHead) -> 
     label, reason = _label(
         measured.sm_clock_mhz, clock, often if len(reasons) else None, set_outside=head.set_outside
     )
-    said = None if counted is None else counted.reason
+    said = None if counted is None or counted.reason is None else reason_words(counted.reason)
     temperature = inside["temperature_c"].dropna()
     return ClockPoint(
         order=measured.order,

@@ -28,9 +28,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from observatory.analysis.energy import energy_summary
+from observatory.analysis.energy import energy_summary, reason_words
 from observatory.analysis.energy.phase_intervals import DeviceBands, device_bands
-from observatory.analysis.energy.summary import damaged_samples
+from observatory.analysis.energy.run_energy import damaged_samples
 from observatory.analysis.frequency.telemetry import telemetry_advice
 from observatory.analysis.frequency.telemetry_records import DeviceTelemetry, FindingCode, StateName
 from observatory.devices.event_reasons import reason_stretches
@@ -163,7 +163,7 @@ def _why_absent(run: Run) -> str:
 def _add_run(found: _Found, index: int, run: Run) -> None:
     power = run.power().sort_values("time_ns", kind="stable")
     summary = energy_summary(run)
-    found.gaps += [(index, problem) for problem in summary.problems]
+    found.gaps += [(index, reason_words(problem)) for problem in summary.problems]
     # What the run itself says stands among its own gaps already.
     notes = [note for told in _powers(run) for note in told.notes if note not in run.manifest.notes]
     found.gaps += [(index, note) for note in notes]
@@ -235,7 +235,10 @@ def _add_device(
     found.frames["traces"].append(pd.DataFrame(traces))
     if bands.reason is not None:
         found.gaps.append(
-            (int(own["run"]), f"device {own['device_uuid']}: no phases are drawn: {bands.reason}")
+            (
+                int(own["run"]),
+                f"device {own['device_uuid']}: no phases are drawn: {reason_words(bands.reason)}",
+            )
         )
     elif not bands.of_device:
         text = f"the phases are those of rank {bands.rank}, which sampled it; it may work for others too"

@@ -11,6 +11,7 @@ import pandas as pd
 import pyarrow as pa
 
 from observatory.analysis.energy import Timeline, make_timeline
+from observatory.reasons import Reason
 from observatory.run import RunWriter, routing_rows
 from observatory.run.manifest import ClockSpec, Manifest, ModelSpec, MoeLayerSpec, RankPower
 from tests.devices.sensor import Load, spans_of
@@ -20,6 +21,12 @@ def timeline_of(load: Load) -> Timeline:
     """What ran when, of a load whose names are phases."""
     spans = spans_of(load)
     return make_timeline(spans["phase"].tolist(), spans["start_ns"].to_numpy(), spans["end_ns"].to_numpy())
+
+
+def codes(*reasons: Reason | None) -> set[str]:
+    """Codes of reasons and of all that they follow from."""
+    known = [reason for reason in reasons if reason is not None]
+    return {str(reason.code) for reason in known}.union(*(codes(*reason.because) for reason in known))
 
 
 def write_energy_run(

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from observatory.analysis.energy import Attribution, attribute, idle_power, make_timeline, sensor_of
+from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.design import IDLE
 from observatory.analysis.energy.least_squares import solve_phases
 from observatory.analysis.energy.observations import counter_observations, power_observations
 from observatory.analysis.energy.phases import rank_phases
 from observatory.analysis.energy.repetition import repeated_stretches
 from observatory.analysis.energy.traces import PowerTrace, trace_of_frame
-from tests.analysis.energy.runs import timeline_of
+from observatory.reasons import Reason
+from tests.analysis.energy.runs import codes, timeline_of
 from tests.devices.sensor import Load, SimulatedSensor, bursts, join, paused, spans_of, steps
 
 H100 = sensor_of("NVIDIA H100 80GB HBM3")
@@ -110,7 +112,7 @@ CONSTANT: dict[str, Callable[[], Load]] = {
 def test_a_constant_mix_is_refused_by_the_counter(name: str, poll_ms: float) -> None:
     load = CONSTANT[name]()
     seen = counter_observations(trace(load, poll_ms=poll_ms), H100)
-    assert not isinstance(seen, str)
+    assert not isinstance(seen, Reason)
     found = solve_phases(seen, timeline_of(load))
     assert found.power_mw == (None, None)
     assert all(found.reasons)
@@ -137,7 +139,7 @@ def test_phases_of_constant_steps_are_never_exchanged(
     for phase in found.phases:
         truth_mw = load.truth()[phase.name][0] * 1e3
         if phase.power_mw is None:
-            assert "least squares" in (phase.reason or "")
+            assert "no least squares" in codes(phase.reason)
         else:
             assert (phase.low_mw or 0) <= truth_mw <= (phase.high_mw or 0), phase
 
@@ -148,8 +150,8 @@ def test_what_is_refused_says_why_and_what_to_do() -> None:
     refused = [phase for phase in found.phases if phase.power_mw is None]
     assert refused
     for phase in refused:
-        assert "it never fills 5 s alone" in (phase.reason or "")
-        assert "repeat" in (phase.reason or "")
+        assert "never alone" in codes(phase.reason)
+        assert codes(phase.reason) & {"constant mix", "lag not known"}
         assert phase.low_mw is None
         assert phase.method is None
     assert found.energy_mj is None
@@ -158,7 +160,7 @@ def test_what_is_refused_says_why_and_what_to_do() -> None:
 def test_pauses_that_shift_the_phase_cure_a_locked_run() -> None:
     load = paused(CONSTANT["100 ms steps"](), (25.0, 25.0, 25.0))
     seen = power_observations(trace(load), H100)
-    assert not isinstance(seen, str)
+    assert not isinstance(seen, Reason)
     found = solve_phases(seen, timeline_of(load))
     for name, (truth_w, _) in load.truth().items():
         answer = found.of(name or IDLE)
@@ -170,14 +172,14 @@ def test_pauses_that_shift_the_phase_cure_a_locked_run() -> None:
 def test_a_run_that_is_too_short_is_refused() -> None:
     found = attributed(steps([PREFILL, DECODE], seconds=1.0, jitter=0.2))
     assert all(phase.power_mw is None for phase in found.phases)
-    assert "are needed: run longer" in (found.phases[0].reason or "")
+    assert "few updates inside" in codes(found.phases[0].reason)
 
 
 def test_a_phase_that_is_hardly_there_is_refused_and_the_others_are_not() -> None:
     rare = join(SERVER, steps([("train_forward", 3.0, 500.0)], seconds=0.003), SERVER)
     found = {phase.name: phase for phase in attributed(rare).phases}
     assert found["train_forward"].power_mw is None
-    assert "5 are needed" in (found["train_forward"].reason or "")
+    assert "rare phase" in codes(found["train_forward"].reason)
     assert found["prefill"].power_mw == pytest.approx(650e3, rel=0.01)
 
 
@@ -203,8 +205,8 @@ def test_a_device_that_tells_nothing_has_no_powers_and_says_so() -> None:
     rows = SimulatedSensor().sample(SERVER).assign(power_mw=np.nan, energy_mj=np.nan)
     found = attribute(trace_of_frame(rows), timeline_of(SERVER), H100)
     assert {phase.power_mw for phase in found.phases} == {None}
-    assert "holds a reading of the energy counter" in (found.phases[0].reason or "")
-    assert "holds a reading of instant power" in (found.phases[0].reason or "")
+    assert "no reading" in codes(found.phases[0].reason)
+    assert "no reading" in codes(found.phases[0].reason)
 
 
 def test_what_runs_inside_a_phase_is_attributed_from_that_phases_updates_only() -> None:
@@ -218,7 +220,7 @@ def test_what_runs_inside_a_phase_is_attributed_from_that_phases_updates_only() 
     spans = spans_of(load, phase="prefill")
     spans.loc[spans["step"].isin(_steps_of(load, 700.0)), "phase"] = "decode"
     found = rank_phases(spans)
-    assert not isinstance(found, str)
+    assert not isinstance(found, Reason)
     answer = attribute(trace(load), found.inside["prefill"], H100, inside_only=True)
     powers = {phase.name: phase.power_mw for phase in answer.phases}
     assert powers["dispatch"] == pytest.approx(250e3, rel=0.03)
@@ -233,16 +235,16 @@ def _steps_of(load: Load, watts: float) -> set[int]:
 def test_idle_power_comes_from_idle_windows_then_least_squares_then_calibration() -> None:
     windows = idle_power(trace(ALONE), timeline_of(ALONE), H100, attributed(ALONE), 50e3)
     assert windows.power_mw == pytest.approx(80e3, rel=0.02)
-    assert "idle windows of the run" in windows.source
+    assert "idle windows" in codes(windows.source)
     gaps = idle_power(trace(SERVER), timeline_of(SERVER), H100, attributed(SERVER), 50e3)
     assert gaps.power_mw == pytest.approx(80e3, rel=0.02)
-    assert "least squares" in gaps.source
+    assert "idle by least squares" in codes(gaps.source)
     busy = steps([DECODE], seconds=6)
     told = idle_power(trace(busy), timeline_of(busy), H100, attributed(busy), 50e3)
-    assert (told.power_mw, told.source) == (50e3, "calibration when the sampler started")
+    assert (told.power_mw, told.source) == (50e3, Reason(EnergyCode.IDLE_BY_CALIBRATION))
     unknown = idle_power(trace(busy), timeline_of(busy), H100, attributed(busy), None)
     assert unknown.power_mw is None
-    assert "not known" in unknown.source
+    assert "idle not known" in codes(unknown.source)
 
 
 def test_a_stretch_is_alone_with_less_than_a_hundredth_of_anything_else() -> None:

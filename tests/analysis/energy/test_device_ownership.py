@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
-from observatory.analysis.energy.device_ownership import Clocks, device_ranks
+from observatory.analysis.energy.codes import EnergyCode
+from observatory.analysis.energy.device_ownership import device_ranks
+from observatory.analysis.energy.phase_intervals import ClockShift
+from observatory.reasons import Reason
 from observatory.run.manifest import (
     ClockSpec,
     DeviceSpec,
@@ -16,6 +19,7 @@ from observatory.run.manifest import (
     RankStatus,
     Topology,
 )
+from tests.analysis.energy.runs import codes
 
 
 def manifest(ranks: int = 1, **more: Any) -> Manifest:
@@ -27,6 +31,11 @@ def manifest(ranks: int = 1, **more: Any) -> Manifest:
         topology=Topology(ranks=ranks, node_of_rank=nodes),
         **more,
     )
+
+
+def _codes(rank: int | Reason) -> set[str]:
+    assert isinstance(rank, Reason)
+    return codes(rank)
 
 
 def status(rank: int, host: str, clock: ClockSpec | None = None) -> RankStatus:
@@ -50,7 +59,7 @@ def test_the_only_rank_of_a_node_has_the_nodes_devices() -> None:
 
 def test_ranks_that_share_a_node_have_none_unless_the_run_says_so() -> None:
     shared = manifest(2, nodes=(0, 0))
-    assert "2 ranks share" in str(device_ranks(shared, [(0, "GPU-a")])[0, "GPU-a"])
+    assert "rank not known" in _codes(device_ranks(shared, [(0, "GPU-a")])[0, "GPU-a"])
     told = manifest(2, nodes=(0, 0), config={"power": {"device_of_rank": {"1": "GPU-a", "0": ["GPU-b"]}}})
     assert device_ranks(told, [(0, "GPU-a"), (0, "GPU-b")]) == {(0, "GPU-a"): 1, (0, "GPU-b"): 0}
     extra = DeviceSpec.model_validate({"kind": "gpu", "uuid": "GPU-a", "rank": 1})
@@ -69,10 +78,10 @@ def test_a_device_of_two_ranks_and_one_of_none_have_no_rank_and_say_why() -> Non
     sampled = [(0, "GPU-a"), (0, "GPU-b")]
     assert device_ranks(told("GPU-b", "GPU-a"), sampled) == {(0, "GPU-a"): 1, (0, "GPU-b"): 0}
     same = device_ranks(told("GPU-a", "GPU-a", "GPU-a"), sampled)
-    assert "ranks 0, 1 and 2 compute on it" in str(same[0, "GPU-a"])
-    assert "no rank of the run says" in str(same[0, "GPU-b"])
+    assert Reason(EnergyCode.SHARED_BY_RANKS, {"ranks": [0, 1, 2]}) == same[0, "GPU-a"]
+    assert "no rank names it" in _codes(same[0, "GPU-b"])
     assert device_ranks(told("GPU-a"), sampled)[0, "GPU-b"] == same[0, "GPU-b"]  # an idle neighbour
-    assert "2 ranks share" in str(device_ranks(told("GPU-a", ""), sampled)[0, "GPU-b"])
+    assert "rank not known" in _codes(device_ranks(told("GPU-a", ""), sampled)[0, "GPU-b"])
     # Processors may be told as well: a rank on each socket.
     sockets = [(0, "rapl:package-0@n0"), (0, "rapl:package-1@n0")]
     found = device_ranks(told("rapl:package-0@n0", "rapl:package-1@n0"), sockets)
@@ -87,13 +96,13 @@ def test_nodes_are_known_by_clock_or_by_host_and_else_not_at_all() -> None:
     one = Manifest.model_validate(
         two.model_dump() | {"ranks": [status(0, "n0").model_dump(), status(1, "n0").model_dump()]}
     )
-    assert "2 ranks share" in str(device_ranks(one, [(0, "GPU-a")])[0, "GPU-a"])
-    assert "not known" in str(device_ranks(manifest(2), [(0, "GPU-a")])[0, "GPU-a"])
+    assert "rank not known" in _codes(device_ranks(one, [(0, "GPU-a")])[0, "GPU-a"])
+    assert "node not known" in _codes(device_ranks(manifest(2), [(0, "GPU-a")])[0, "GPU-a"])
 
 
 def test_a_rank_of_another_node_is_not_believed() -> None:
     wrong = manifest(2, nodes=(0, 1), config={"power": {"device_of_rank": {"1": "GPU-a"}}})
-    assert "not known to be on its node" in str(device_ranks(wrong, [(0, "GPU-a")])[0, "GPU-a"])
+    assert "rank on other node" in _codes(device_ranks(wrong, [(0, "GPU-a")])[0, "GPU-a"])
 
 
 @pytest.mark.parametrize("text", ["x", "-1", "9" * 30, "１"])
@@ -105,7 +114,7 @@ def test_nonsense_in_the_mapping_is_passed_over(text: str) -> None:
 def test_a_processors_package_belongs_to_the_node() -> None:
     rapl = DeviceSpec(kind="rapl", uuid="rapl:package-0")
     found = device_ranks(manifest(devices=(rapl,)), [(0, "rapl:package-0")])
-    assert "all ranks of its node" in str(found[0, "rapl:package-0"])
+    assert "processor package" in _codes(found[0, "rapl:package-0"])
 
 
 def with_clocks(first: ClockSpec | None, second: ClockSpec | None) -> Manifest:
@@ -115,26 +124,26 @@ def with_clocks(first: ClockSpec | None, second: ClockSpec | None) -> Manifest:
 
 def test_ranks_that_read_the_same_clock_need_no_shift() -> None:
     same = with_clocks(aligned(0, identity="c"), aligned(77_000, identity="c"))
-    assert Clocks.between(same, 1, 0, 10**12) == Clocks()
-    assert Clocks.between(with_clocks(None, None), 1, 1, 10**12) == Clocks()
+    assert ClockShift.between(same, 1, 0, 10**12) == ClockShift()
+    assert ClockShift.between(with_clocks(None, None), 1, 1, 10**12) == ClockShift()
 
 
 def test_aligned_clocks_are_related_through_the_reference() -> None:
     run = with_clocks(aligned(500, identity="a"), aligned(2_000, identity="b", error_ns=3000))
-    found = Clocks.between(run, 1, 0, 10**12)
+    found = ClockShift.between(run, 1, 0, 10**12)
     assert found.reason is None
     assert found.shift_ns == 2_000 - 500
     assert found.error_ns == 4000
-    assert Clocks.between(run, 0, 1, 10**12).shift_ns == 500 - 2_000
+    assert ClockShift.between(run, 0, 1, 10**12).shift_ns == 500 - 2_000
 
 
 def test_a_drift_counts_at_the_middle_of_the_run() -> None:
     drifting = aligned(0, identity="b", drift_ppm=10.0, measured_ns=0)
     run = with_clocks(aligned(0, identity="a"), drifting)
-    assert Clocks.between(run, 1, 0, 10**11).shift_ns == pytest.approx(1_000_000, abs=2)
-    assert Clocks.between(run, 0, 1, 10**11).shift_ns == pytest.approx(-1_000_000, abs=20)
+    assert ClockShift.between(run, 1, 0, 10**11).shift_ns == pytest.approx(1_000_000, abs=2)
+    assert ClockShift.between(run, 0, 1, 10**11).shift_ns == pytest.approx(-1_000_000, abs=20)
 
 
 def test_clocks_that_were_not_aligned_cannot_be_compared() -> None:
     run = with_clocks(aligned(0, identity="a"), ClockSpec(method="none", identity="b"))
-    assert "were not aligned" in (Clocks.between(run, 1, 0, 10**12).reason or "")
+    assert "clocks not aligned" in codes(ClockShift.between(run, 1, 0, 10**12).reason)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.phases import REST, RankPhases, rank_phases
+from observatory.reasons import Reason
 
 MS = 1_000_000
 
@@ -20,7 +22,7 @@ def spans(*rows: tuple[int, str, str, float, float | None]) -> pd.DataFrame:
 
 def phases(*rows: tuple[int, str, str, float, float | None]) -> RankPhases:
     found = rank_phases(spans(*rows))
-    assert not isinstance(found, str), found
+    assert not isinstance(found, Reason), found
     return found
 
 
@@ -68,17 +70,16 @@ def test_spans_without_a_possible_time_are_left_out_and_stated() -> None:
         (3, "decode", "phase", -5, 10),
     )
     assert found.phases.seconds() == pytest.approx({"decode": 0.02})
-    assert found.problems == ("3 spans have no end, no length or impossible times",)
+    assert found.problems == (Reason(EnergyCode.UNUSABLE_SPANS, {"spans": 3}),)
 
 
 def test_too_many_names_inside_a_phase_cost_that_phases_inside_only() -> None:
     many = [(0, "decode", f"n{k}", k, k + 1.0) for k in range(40)]
     found = phases((0, "decode", "phase", 0, 100), *many)
     assert found.inside == {}
-    assert "40 different names" in found.problems[0]
+    assert "40 different names" in str(found.problems[0].values["detail"])
 
 
 def test_a_rank_without_phases_says_so() -> None:
     found = rank_phases(spans((0, "decode", "experts", 0, 20)))
-    assert isinstance(found, str)
-    assert "no spans of phases" in found
+    assert found == Reason(EnergyCode.NO_PHASE_SPANS)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 
+from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.tokens import count_tokens
+from observatory.reasons import Reason
 from observatory.run.manifest import DataSpec
+from tests.analysis.energy.runs import codes
 
 NO_ROUTING = pd.DataFrame(columns=["step", "window_steps", "phase", "source_rank", "tokens"])
 DATA = DataSpec(condition="prose", batch_size=4, sequence_length=100)
@@ -34,13 +37,13 @@ def test_rows_of_several_steps_count_when_all_of_them_have_spans() -> None:
     assert count_tokens("decode", 0, frozenset(range(8)), rows, None).tokens == 84
     cut = count_tokens("decode", 0, frozenset(range(6)), rows, None)
     assert cut.tokens is None
-    assert cut.reason == "2 of 6 steps have a span but no routing rows"
+    assert cut.reason == Reason(EnergyCode.STEPS_WITHOUT_ROWS, {"missing": 2, "steps": 6})
 
 
 def test_steps_without_routing_rows_leave_the_number_unknown() -> None:
     found = count_tokens("decode", 0, frozenset({1, 2}), routed((1, 1, "decode", 0, 4)), DATA)
     assert found.tokens is None
-    assert "1 of 2 steps" in (found.reason or "")
+    assert "steps without routing rows" in codes(found.reason)
 
 
 def test_a_row_that_claims_endless_steps_is_no_trouble() -> None:
@@ -64,11 +67,11 @@ def test_where_nothing_tells_there_is_a_reason_and_never_zero() -> None:
         assert found.reason
     empty = count_tokens("decode", 0, frozenset({1}), routed((1, 1, "decode", 0, 0)), DATA)
     assert empty.tokens is None
-    assert "no token" in (empty.reason or "")
+    assert "no tokens" in codes(empty.reason)
 
 
 def test_a_number_of_tokens_that_cannot_be_is_refused_with_its_fields() -> None:
     data = DataSpec(condition="prose", batch_size=2**31, sequence_length=2**31)
     found = count_tokens("prefill", 0, frozenset({0}), NO_ROUTING, data)
     assert found.tokens is None
-    assert "data.batch_size and data.sequence_length" in (found.reason or "")
+    assert "too many tokens" in codes(found.reason)

@@ -11,11 +11,20 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from observatory.analysis.energy import SensorModel, WindowEnergy, energy_of_window, sensor_of
+from observatory.analysis.energy import (
+    SensorModel,
+    WindowEnergy,
+    energy_of_window,
+    reason_words,
+    sensor_of,
+)
+from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.repetition import measure_repeated
 from observatory.analysis.energy.traces import PowerTrace, trace_of_frame
 from observatory.devices.base import Sample
 from observatory.errors import EnergyError
+from observatory.reasons import Reason
+from tests.analysis.energy.runs import codes
 from tests.devices.sensor import EPOCH_NS, Load, SimulatedSensor, power_frame, steps
 
 H100 = sensor_of("NVIDIA H100 80GB HBM3")
@@ -95,8 +104,8 @@ def test_a_window_before_the_first_update_has_no_energy_and_says_no_update_yet()
     found = measured(SimulatedSensor().sample(load, poll_ms=20.0), load)
     assert found.energy_mj is None
     assert found.counter_mj is None
-    assert "update of the counter yet" in (found.counter_reason or "")
-    assert "repeat what is measured" in (found.integral_reason or "")
+    assert "too few updates" in codes(found.counter_reason)
+    assert "too few updates" in codes(found.integral_reason)
     assert found.source is None
     assert found.reason
 
@@ -107,7 +116,7 @@ def test_a_counter_that_was_reset_gives_no_energy() -> None:
     rows.loc[late, "energy_mj"] -= rows.loc[late, "energy_mj"].iloc[0]
     found = measured(rows)
     assert found.counter_mj is None
-    assert "was reset or ran over" in (found.counter_reason or "")
+    assert "counter went back" in codes(found.counter_reason)
     assert found.source == "integral"
 
 
@@ -115,7 +124,7 @@ def test_a_counter_that_stands_still_under_load_is_stale() -> None:
     rows = SimulatedSensor().sample(BUSY)
     found = measured(rows.assign(energy_mj=rows["energy_mj"].iloc[0]))
     assert found.counter_mj is None
-    assert "stale" in (found.counter_reason or "")
+    assert "counter stale" in codes(found.counter_reason)
     assert found.source == "integral"
 
 
@@ -124,13 +133,13 @@ def test_a_counter_that_stands_still_for_a_part_of_the_window_is_stale_too(begin
     rows = SimulatedSensor().sample(BUSY)
     stuck = rows["time_ns"].between(BUSY.start_ns + begin_s * 1e9, BUSY.start_ns + (begin_s + 1.1) * 1e9)
     rows.loc[stuck, "energy_mj"] = rows.loc[stuck, "energy_mj"].iloc[0]
-    assert "stale" in (measured(rows).counter_reason or "")
+    assert "counter stale" in codes(measured(rows).counter_reason)
 
 
 def test_a_counter_faster_than_any_device_is_broken() -> None:
     rows = SimulatedSensor().sample(BUSY)
     rows.loc[rows["time_ns"] > BUSY.start_ns + 2e9, "energy_mj"] += 1e12
-    assert "broken" in (measured(rows).counter_reason or "")
+    assert "counter broken" in codes(measured(rows).counter_reason)
 
 
 def test_one_leap_of_a_counter_is_broken_though_its_mean_could_be_a_devices() -> None:
@@ -139,37 +148,38 @@ def test_one_leap_of_a_counter_is_broken_though_its_mean_could_be_a_devices() ->
     rows.loc[rows["time_ns"] > BUSY.start_ns + 2e9, "energy_mj"] += 2e7
     found = measured(rows)
     assert steady.counter_reason is None
-    assert "broken" in (found.counter_reason or "")
+    assert "counter broken" in codes(found.counter_reason)
     assert found.source == "integral"
     assert found.power_mw == pytest.approx(steady.power_mw, rel=0.05)
 
 
-def test_many_windows_that_disagree_are_one_sentence_with_the_largest_difference() -> None:
+def test_many_windows_that_disagree_have_one_flag_with_the_largest_difference() -> None:
     load = flat(500.0, 40.0)
     rows = SimulatedSensor().sample(load)
     late = rows["time_ns"] > load.start_ns + 20e9
     rows["power_mw"] = rows["power_mw"] * np.where(late, 0.8, 0.9)
     windows = [(load.start_ns + int(k * 5e9), load.start_ns + int((k + 1) * 5e9)) for k in range(8)]
     found = measure_repeated(trace_of_frame(rows), windows, H100)
-    assert not isinstance(found, str)
+    assert not isinstance(found, Reason)
     (flag,) = found.flags
-    assert "differ by +25" in flag
-    assert "the largest of 8 of 8 windows" in flag
+    assert flag.values == {"flagged": 8, "windows": 8}
+    assert flag.because[0].values["difference"] == pytest.approx(0.25, abs=0.01)
+    assert "(the largest of 8 of 8 windows" in reason_words(flag)
 
 
 def test_a_device_lost_before_the_window_ends_has_no_energy() -> None:
     rows = SimulatedSensor().sample(BUSY)
     found = measured(rows[rows["time_ns"] < BUSY.start_ns + 3e9])
     assert found.energy_mj is None
-    assert "lost" in (found.counter_reason or "")
-    assert "lost" in (found.integral_reason or "")
+    assert "samples end early" in codes(found.counter_reason)
+    assert "samples end early" in codes(found.integral_reason)
 
 
 def test_samples_that_begin_inside_the_window_give_no_energy() -> None:
     rows = SimulatedSensor().sample(BUSY)
     found = measured(rows[rows["time_ns"] > BUSY.start_ns + 1e9])
     assert found.energy_mj is None
-    assert "after the window does" in (found.counter_reason or "")
+    assert "samples start late" in codes(found.counter_reason)
 
 
 def test_a_gap_in_the_samples_is_bridged_by_the_counter_and_not_by_the_integral() -> None:
@@ -178,7 +188,7 @@ def test_a_gap_in_the_samples_is_bridged_by_the_counter_and_not_by_the_integral(
     found = measured(rows[~gap])
     assert found.counter_mj == pytest.approx(BUSY.energy_mj(BUSY.start_ns, BUSY.end_ns), rel=0.02)
     assert found.integral_mj is None
-    assert "instant power was not read for" in (found.integral_reason or "")
+    assert "not read" in codes(found.integral_reason)
 
 
 def test_samples_that_are_there_twice_or_out_of_order_change_nothing() -> None:
@@ -199,17 +209,17 @@ def test_impossible_readings_are_missing_ones() -> None:
 
 def test_a_device_without_a_sensor_says_so() -> None:
     rows = SimulatedSensor(counter_ms=None).sample(BUSY)
-    assert measured(rows).counter_reason == "the device reported no energy counter"
+    assert measured(rows).counter_reason == Reason(EnergyCode.NOT_REPORTED, {"quantity": "energy counter"})
     found = measured(rows.drop(columns="power_mw"))
     assert found.energy_mj is None
-    assert found.integral_reason == "the device reported no instant power"
+    assert found.integral_reason == Reason(EnergyCode.NOT_REPORTED, {"quantity": "instant power"})
 
 
 def test_counter_and_power_that_differ_by_more_than_five_percent_are_flagged() -> None:
     assert measured(SimulatedSensor().sample(BUSY)).flag is None
     found = measured(SimulatedSensor(counter_gain=1.09).sample(BUSY))
     assert found.disagreement == pytest.approx(0.09, abs=0.02)
-    assert "more than 5 %" in (found.flag or "")
+    assert "sensors disagree" in codes(found.flag)
     known = dataclasses.replace(H100, counter_over_integral=1.09)
     assert measured(SimulatedSensor(counter_gain=1.09).sample(BUSY), sensor=known).flag is None
 
@@ -218,7 +228,7 @@ def test_a_difference_beyond_the_errors_is_flagged_even_below_five_percent() -> 
     load = flat(400.0, 30.0)
     found = measured(SimulatedSensor(counter_gain=1.03, noise=0.002).sample(load), load)
     assert abs(found.disagreement or 0) < 0.05
-    assert "their errors allow" in (found.flag or "")
+    assert "sensors disagree" in codes(found.flag)
 
 
 def test_readings_of_a_device_serve_as_samples() -> None:
@@ -276,7 +286,7 @@ def test_power_that_never_changes_is_known_as_finely_as_the_sensor_counts_and_no
         found = energy_of_window(trace, *windows[0])
         assert found.relative_error == pytest.approx(half_mw / (watts * 1e3), rel=1e-3)
         many = measure_repeated(trace, windows, SensorModel())
-        assert not isinstance(many, str)
+        assert not isinstance(many, Reason)
         assert many.high_mw - many.power_mw == pytest.approx(half_mw, rel=1e-3)
         assert many.power_mw - many.low_mw == pytest.approx(half_mw, rel=1e-3)
 

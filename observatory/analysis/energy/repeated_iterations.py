@@ -1,20 +1,22 @@
-"""What a sensor of instant power may miss of equal iterations that a window repeats."""
+"""What a sensor of instant power may miss of a window of equal iterations."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.edges import find_updates
-from observatory.analysis.energy.estimates import NORMAL_90
+from observatory.analysis.energy.estimators import NORMAL_90
 from observatory.analysis.energy.least_squares import WIDEST_INTERVAL
 from observatory.analysis.energy.traces import PowerTrace
 from observatory.analysis.energy.windows import WindowEnergy
 from observatory.devices.aliasing import TOLERATED, StepRhythm, find_aliasing
 from observatory.devices.sensors import SensorModel
+from observatory.reasons import Reason
 from observatory.run.manifest import EnergyFlag
 
-#: With fewer iterations there is no rhythm.
+#: With fewer iterations there is no regular period.
 _FEWEST_ITERATIONS = 3
 
 
@@ -26,13 +28,13 @@ class RepeatedEnergy:
         energy_mj: the energy; None where ``reason`` says why.
         error: half-width of its 90 % interval, relative; None like it.
         flag: ``in time with the sensor``; None where the energy does not rest on such readings.
-        reason: why there is no energy, or what the flag says, in words; None without either.
+        reason: why there is no energy, or what to know of it; None without either.
     """
 
     energy_mj: float | None
     error: float | None
     flag: EnergyFlag | None
-    reason: str | None
+    reason: Reason | None
 
 
 def energy_of_repeats(
@@ -56,20 +58,25 @@ def energy_of_repeats(
             energy_mj=energy.energy_mj, error=energy.relative_error, flag=None,
             reason=energy.flag or energy.reason,
         )  # fmt: skip
-    text = f"its iterations move in time with the power sensor, which may be off by {100 * missed:.0f} %"
     half = NORMAL_90 * missed
     if half > WIDEST_INTERVAL:
-        return RepeatedEnergy(energy_mj=None, error=None, flag="in time with the sensor", reason=text)
+        return RepeatedEnergy(
+            energy_mj=None, error=None, flag="in time with the sensor", reason=_in_time(missed, kept=False)
+        )
     return RepeatedEnergy(
         energy_mj=energy.energy_mj,
         error=math.hypot(energy.relative_error or 0.0, half),
         flag="in time with the sensor",
-        reason=f"{text}: its error allows for it",
+        reason=_in_time(missed, kept=True),
     )
 
 
+def _in_time(error: float, *, kept: bool) -> Reason:
+    return Reason(EnergyCode.ITERATIONS_IN_TIME, {"error": error, "allowed_for": kept})
+
+
 def _missed(duration_s: float, trace: PowerTrace, sensor: SensorModel, iterations: int) -> float:
-    """Predicted relative error of integrated power; 0 where the sensor's rhythm is not known."""
+    """Predicted relative error of integrated power; 0 where the sensor's periods are not known."""
     update_ms = update_period_ms(trace, sensor)
     if update_ms is None or sensor.window_ms is None:
         return 0.0
@@ -78,17 +85,17 @@ def _missed(duration_s: float, trace: PowerTrace, sensor: SensorModel, iteration
 
 
 def update_period_ms(trace: PowerTrace, sensor: SensorModel) -> float | None:
-    """Period at which instant power is renewed, on the sampler's clock; None where that is not known."""
+    """Update period of instant power, on the sampler's clock; None where that is not known."""
     update_ms = sensor.update_ms
     updates = find_updates(
         trace.time_ns_N, trace.read_ns_N, trace.power_mw_N, equal_values=True,
         period_ns=None if update_ms is None else update_ms * 1e6,
     )  # fmt: skip
-    found_ms = None if updates.period_ns is None else updates.period_ns * 1e-6
-    # The device's clock is not ours: its own period is known better from its updates, where these show one.
-    # A locked sensor that reads the same value again and again shows none, or a wrong one.
+    measured_ms = None if updates.period_ns is None else updates.period_ns * 1e-6
+    # The device's clock is not ours: its updates give the period on our clock more precisely, where they show
+    # one. A sensor that reads the same value again and again shows none, or a wrong one.
     if update_ms is None or (
-        found_ms is not None and updates.regular and abs(found_ms - update_ms) < 0.01 * update_ms
+        measured_ms is not None and updates.regular and abs(measured_ms - update_ms) < 0.01 * update_ms
     ):
-        return found_ms
+        return measured_ms
     return update_ms
