@@ -128,11 +128,11 @@ def _add_tokens(figure: go.Figure, own: pd.DataFrame, phase: str, number: str, *
 
 
 def device_energy(devices: pd.DataFrame, parts: pd.DataFrame) -> go.Figure:
-    """One bar per device: each phase above idle, idle power meanwhile, idle time, and what is not told.
+    """One bar per device: each phase above idle, idle power meanwhile, idle time, and what is not attributed.
 
     Args:
         devices: ``device_uuid``, ``energy_mj``, ``error`` (relative half-width of 90 %), ``flag``.
-        parts: ``device_uuid``, ``part`` (what it is called), ``phase`` (empty for what is none's), ``mj``.
+        parts: ``device_uuid``, ``part`` (what it is called), ``phase`` (empty for none), ``mj``.
     """
     labels = {uuid: figure_text(uuid, 20) for uuid in devices["device_uuid"]}
     figure = empty_figure(

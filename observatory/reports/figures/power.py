@@ -50,7 +50,7 @@ def power_timeline(
 ) -> go.Figure:
     """Panels above each other: power, clocks, temperature, and lanes of phases and event reasons.
 
-    Panels of what the device does not tell are left out.
+    Panels of what the device does not report are left out.
 
     Args:
         samples: of one device: ``quantity``, ``segment``, ``time_s``, ``value``.

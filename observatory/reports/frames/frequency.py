@@ -93,11 +93,11 @@ def collect_clocks(paths: Sequence[PathText], *, max_slowdown: float = 0.02) -> 
     files: list[ClockFile] = []
     gaps: list[tuple[str, str]] = []
     for path in dict.fromkeys(Path(path) for path in paths):
-        read = _read(path)
-        if isinstance(read, str):
-            gaps.append((path.name, read))
+        try:
+            what, model = _read(path)
+        except _SweepNotFittedError as error:
+            gaps.append((path.name, str(error)))
             continue
-        what, model = read
         advice = recommend_clocks(model, max_slowdown=max_slowdown)
         files.append(ClockFile(path=path, what=what, model=model, advice=advice))
     points = [row for index, file in enumerate(files) for row in _points(index, file)]
@@ -125,8 +125,17 @@ class _Document(Record):
     series: Annotated[tuple[_Series, ...], Field(min_length=1)]
 
 
-def _read(path: Path) -> tuple[str, ClockModel] | str:
-    """What a file is and its model; a sentence when it is a sweep that cannot be fitted."""
+class _SweepNotFittedError(ClockError):
+    """A sweep that is valid and cannot be fitted."""
+
+
+def _read(path: Path) -> tuple[str, ClockModel]:
+    """What a file is and its model.
+
+    Raises:
+        ClockError: it is neither a sweep nor a fit, is damaged or of a newer schema.
+        _SweepNotFittedError: it is a sweep that cannot be fitted.
+    """
     document = load_document(
         _Document,
         path,
@@ -141,7 +150,7 @@ def _read(path: Path) -> tuple[str, ClockModel] | str:
     try:
         return "sweep", fit_clocks([sweep], sources=[path.name], bootstrap=_BOOTSTRAP)
     except ClockError as error:
-        return f"the sweep is not shown: {error}"
+        raise _SweepNotFittedError(f"the sweep is not shown: {error}") from error
 
 
 def _points(index: int, file: ClockFile) -> list[dict[str, Any]]:

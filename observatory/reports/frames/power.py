@@ -81,7 +81,7 @@ class PowerFrames:
     Attributes:
         absent: run and why it holds no power samples.
         gaps: run and one line for what is missing from its power, or must be known of it.
-        notes: run, device, sentence on what telemetry alone tells.
+        notes: run, device, sentence on what telemetry alone shows.
         held: those of the notes that name what holds a clock down.
     """
 
@@ -220,7 +220,7 @@ def _add_device(
         trace = {
             **own, "device": None if spec is None else spec.name, "quantity": quantity, "source": source,
             "samples": len(rows), "drawn": len(points), "seconds": span_ns * 1e-9,
-            "reason": None if len(points) else _why_untold(run, str(own["device_uuid"]), column),
+            "reason": None if len(points) else _why_unread(run, str(own["device_uuid"]), column),
         }  # fmt: skip
         traces.append(trace)
         if len(points):
@@ -302,7 +302,7 @@ def _thinned(
 ) -> pd.DataFrame:
     place = np.flatnonzero(known)
     own_ns, value = time_ns[place], values.to_numpy(dtype=np.float64, na_value=np.nan)[place]
-    # A row that does not tell, or none at all for long, ends a segment.
+    # A row without a reading, or no row for long, ends a segment.
     broken = (np.diff(place) > 1) | (np.diff(own_ns) > _GAP_PERIODS * period_ns)
     segment = np.concatenate([[0], np.cumsum(broken)]).astype(np.int64)
     kept = kept_samples(own_ns, value, segment, bins=BINS)
@@ -310,10 +310,10 @@ def _thinned(
 
 
 def _by_counter(rows: pd.DataFrame) -> pd.DataFrame:
-    """Mean power between readings of the counter, in mW, for devices that tell nothing else.
+    """Mean power between readings of the counter, in mW, for devices that report nothing else.
 
     Readings are taken half a second apart or a four-hundredth of the whole, whichever is longer: a counter
-    that is renewed every 100 ms is then off by a fifth at most.
+    with an update period of 100 ms is then off by a fifth at most.
     """
     told = rows[rows["energy_mj"].notna()]
     time_ns, energy_mj = told["time_ns"].to_numpy(np.int64), told["energy_mj"].to_numpy(np.float64)
@@ -334,10 +334,10 @@ def _by_counter(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _why_untold(run: Run, uuid: str, column: str) -> str:
-    """Why a device does not tell a quantity, as the sampler noted it."""
+def _why_unread(run: Run, uuid: str, column: str) -> str:
+    """Why a device does not report a quantity, as the sampler noted it."""
     for power in _powers(run):
         reason = power.unavailable.get(uuid, {}).get(column)
         if reason:
             return reason
-    return "the samples hold no reading of it and the run does not say why"
+    return "the samples hold no reading of it and the run does not state why"

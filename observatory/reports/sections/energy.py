@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from observatory.devices.aliasing import TOLERATED
 from observatory.reports.figures.energy import device_energy, token_energy
 from observatory.reports.frames.power import PowerFrames
 from observatory.reports.frames.report import ReportFrames, each_row, phases_of
@@ -20,8 +21,7 @@ _MOST_BARS = 24
 #: Warnings that are sentences of their own; more are a table.
 _MOST_WARNINGS = 2
 _MOST_ROWS = 40
-#: Errors of integrated power below this are no aliasing worth a warning (observatory.devices.aliasing).
-TOLERATED_ALIASING = 0.02
+#: Parts of a device's energy below this are rounding, not worth a bar.
 _NOT_ATTRIBUTED = 0.005
 
 
@@ -66,8 +66,8 @@ def energy_section(frames: ReportFrames) -> Section:
         blocks.append(_aliasing_table(frames, aliased))
     lead = (
         "A phase is measured alone where it fills windows of five seconds or more (repetition), else by "
-        "least squares over the shares of time, and not at all where neither can tell: then the reason "
-        "stands there. Counter and integrated power are computed apart and compared.",
+        "least squares over the shares of time, and not at all where neither can determine it: "
+        "then the reason is given. Counter and integrated power are computed apart and compared.",
         *_why_no_tokens(frames, found, tokens),
         *_aliasing_sentences(frames, found),
     )
@@ -149,7 +149,7 @@ def _token_table(own: pd.DataFrame, totals: pd.DataFrame, where: str) -> Table:
     ]
     return table(
         f"{where}: mJ per token",
-        ["Phase", "Tokens", "All of it", "Above idle", "Idle", Column(title="To know", numeric=False)],
+        ["Phase", "Tokens", "All of it", "Above idle", "Idle", Column(title="Remarks", numeric=False)],
         rows,
         note="Small: 90 % interval." + _more(len(own)),
     )
@@ -233,7 +233,7 @@ def _device_table(devices: pd.DataFrame, where: str) -> Table:
         [
             "Device", "Seconds", "Energy", "By counter", "By power", "Counter over power, minus 1",
             "Mean power",
-            Column(title="Idle power", detail="and where it is from"), Column(title="To know", numeric=False),
+            Column(title="Idle power", detail="source"), Column(title="Remarks", numeric=False),
         ],
         rows,
         note="± is half of the 90 % interval, the sensor's calibration left out." + _more(len(devices)),
@@ -272,11 +272,11 @@ def _phase_table(frames: ReportFrames, found: PowerFrames) -> Table:
         "Power and energy of each phase, and of the spans inside",
         [
             "Phase", "Seconds", Column(title="Mean power, W", detail="90 % interval"), "Energy", "Above idle",
-            "Idle power meanwhile", Column(title="Method", numeric=False), Column(title="To know",
+            "Idle power meanwhile", Column(title="Method", numeric=False), Column(title="Remarks",
             numeric=False),
         ],
         rows,
-        note="Idle is time in no phase. Spans that are not known for one reason share a row."
+        note="Idle is time in no phase. Spans whose power is not known for the same reason share a row."
         + _more(len(shown)),
     )  # fmt: skip
 
@@ -314,7 +314,7 @@ def _more(rows: int) -> str:
 def _why_no_tokens(frames: ReportFrames, found: PowerFrames, shown: list[Variant]) -> list[str]:
     """Runs without any energy per token, and why."""
     labels = {variant.label for variant in shown}
-    told = []
+    sentences = []
     for run in found.runs:
         if run_text(frames, run) in labels:
             continue
@@ -322,8 +322,8 @@ def _why_no_tokens(frames: ReportFrames, found: PowerFrames, shown: list[Variant
         of_devices = found.devices.loc[found.devices["run"] == run, "reason"]
         reasons = [*map(_text, own["reason"].dropna()), *map(_text, of_devices.dropna())]
         why = "; ".join(dict.fromkeys(reasons)) or "no phases of it are known"
-        told.append(f"{run_text(frames, run)} has no energy per token: {shorten(why, 600)}.")
-    return told
+        sentences.append(f"{run_text(frames, run)} has no energy per token: {shorten(why, 600)}.")
+    return sentences
 
 
 def _aliased(found: PowerFrames) -> pd.DataFrame:
@@ -331,7 +331,7 @@ def _aliased(found: PowerFrames) -> pd.DataFrame:
     rows = found.aliasing
     if rows.empty:
         return rows
-    return rows[rows["error"] > TOLERATED_ALIASING].sort_values("error", ascending=False, kind="stable")
+    return rows[rows["error"] > TOLERATED].sort_values("error", ascending=False, kind="stable")
 
 
 def _aliasing_sentences(frames: ReportFrames, found: PowerFrames) -> list[str]:
@@ -339,9 +339,9 @@ def _aliasing_sentences(frames: ReportFrames, found: PowerFrames) -> list[str]:
     rows = _aliased(found)
     sentences = [
         f"Warning: in {run_text(frames, row.run)}, steps of {plain(row.phase)} take "
-        f"{number(row.step_period_ms, 1)} ms and move in time with the power sensor (renewed every "
+        f"{number(row.step_period_ms, 1)} ms and move in time with the power sensor (update period "
         f"{number(row.update_ms, 0)} ms): its integrated power may be off by up to "
-        f"{percent(row.error, 0)}; {_cure(row)}. Energy by the counter is not concerned."
+        f"{percent(row.error, 0)}; {_cure(row)}. Energy by the counter is not affected."
         for row in each_row(rows.head(_MOST_WARNINGS))
     ]
     more = len(rows) - len(sentences)
@@ -358,7 +358,7 @@ def _cure(row: Any) -> str:
 def _aliasing_table(frames: ReportFrames, rows: pd.DataFrame) -> Table:
     return table(
         "Steps that move in time with the power sensor",
-        ["Phase", "Step, ms", "Sensor renewed every, ms", "Integrated power off by up to",
+        ["Phase", "Step, ms", "Update period, ms", "Integrated power off by up to",
          Column(title="Cure", numeric=False)],
         [
             [

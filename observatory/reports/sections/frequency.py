@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from observatory.advice.frequency import SeriesAdvice
+from observatory.analysis.frequency.views import ClockChoice
 from observatory.analysis.statistics import Interval
 from observatory.reports.figures.frequency import clock_curves, clock_plane
 from observatory.reports.frames.frequency import ClockFile, ClockFrames
@@ -209,10 +210,7 @@ def _advice_table(found: ClockFrames) -> Table:
                     _of_choice(choice.saving if choice else None),
                     _of_choice(choice.slowdown if choice else None),
                     " → ".join(number(value, 2) for value in per_token if value is not None) or MISSING,
-                    " / ".join(
-                        number(item.sm_clock_mhz, 0) for item in (advice.edp, advice.ed2p) if item is not None
-                    )
-                    or MISSING,
+                    Cell(text=_clock_of(advice.edp), detail=_clock_of(advice.ed2p)),
                     plain(advice.lock_against_cap.verdict),
                 ]
             )
@@ -221,13 +219,17 @@ def _advice_table(found: ClockFrames) -> Table:
         [
             "Series", Column(title="Class", numeric=False), "Reference, MHz", "Lock to, MHz", "Saves",
             "Longer by",
-            "mJ per token", Column(title="Least EDP, ED²P", detail="MHz"), Column(title="Locks and caps",
+            "mJ per token", Column(title="Least EDP, MHz", detail="ED²P"), Column(title="Locks and caps",
             numeric=False),
         ],
         rows,
         note="Small: 90 % intervals. The upper end of the slowdown's keeps the budget. Nothing was set; "
         "observatory clocks recommend prints the commands.",
     )  # fmt: skip
+
+
+def _clock_of(choice: ClockChoice | None) -> str:
+    return MISSING if choice is None else number(choice.sm_clock_mhz, 0)
 
 
 def _of_choice(value: Interval | None) -> str | Cell:

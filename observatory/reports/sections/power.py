@@ -11,7 +11,7 @@ from observatory.devices.event_reasons import HOLDING_BITS, reason_name
 from observatory.reports.figures.power import power_timeline
 from observatory.reports.frames.power import BINS, PowerFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
-from observatory.reports.page import FigureBlock, Section, Table, Variant, table
+from observatory.reports.page import Cell, Column, FigureBlock, Section, Table, Variant, table
 from observatory.reports.sections.common import run_text
 from observatory.reports.text import count, number, percent, plain, shorten
 from observatory.text import listing
@@ -21,8 +21,8 @@ _MOST_REASONS = 4
 _LATE_S = 0.5
 _SOURCES = {
     "instant": "Power is the device's own reading of the moment",
-    "average": "Power is the device's mean over the last second: it tells no other, and peaks are flattened",
-    "counter": "The device tells energy only: power is the mean between readings of its counter",
+    "average": "The device reports only the mean power of the last second: peaks are flattened",
+    "counter": "The device reports energy only: power is the mean between readings of its counter",
 }
 
 
@@ -33,18 +33,20 @@ def power_section(frames: ReportFrames) -> Section:
     if not found.runs:
         return Section(id="power", title=_TITLE, short="Power", reason=no_power(frames, found))
     variants: list[Variant] = []
-    unseen: list[str] = []
+    without_samples: list[str] = []
     for (run, sampler, uuid), traces in each_group(found.traces, ["run", "sampled_by", "device_uuid"]):
         variant = _variant(frames, found, int(run), int(sampler), str(uuid), traces)
-        if isinstance(variant, str):
-            unseen.append(variant)
+        if variant is None:
+            name = device_name(str(uuid), _text(traces["device"].iloc[0]))
+            missing = _missing(_unread(traces))
+            without_samples.append(f"{run_text(frames, int(run))}, {name} does not report {missing}.")
         else:
             variants.append(variant)
     lead = [
-        "One process a node reads every device once a period, beside the program. Shaded and in the lanes: "
-        "what ran when, on the samples' clock. A lane in the warning colour is a reason, told by the "
-        "driver, for which the clock was held down; no reason ever says that a clock is locked.",
-        *unseen,
+        "One process per node reads every device once a period while the program runs. Shaded and in the "
+        "lanes: what ran when, on the samples' clock. A lane in the warning colour is a throttle reason, "
+        "reported by the driver; no reason ever says that a clock is locked.",
+        *without_samples,
     ]
     if found.absent:
         lead.append(no_power(frames, found))
@@ -52,16 +54,18 @@ def power_section(frames: ReportFrames) -> Section:
         FigureBlock(
             id="power-timeline",
             title="Power, clocks, phases and event reasons",
-            caption="Seconds since the first sample. A line is interrupted where the device did not tell. "
+            caption="Seconds since the first sample. A line is interrupted where readings are missing. "
             f"Every point is a sample of the run: with more than {2 * BINS} of them, the least and the "
             f"greatest of each of {BINS} equal stretches of time.",
             choice="Device",
             variants=tuple(variants),
         ),
     )
-    reason = "" if variants else f"No device told its power, clock or temperature. {' '.join(unseen)}"
+    reason = (
+        "" if variants else f"No device reported its power, clock or temperature. {' '.join(without_samples)}"
+    )
     if not variants:
-        lead = lead[1 + len(unseen) :]
+        lead = lead[1 + len(without_samples) :]
     return Section(
         id="power",
         title=_TITLE,
@@ -94,29 +98,29 @@ def device_name(uuid: str, name: str | None) -> str:
 
 def _variant(
     frames: ReportFrames, found: PowerFrames, run: int, sampler: int, uuid: str, traces: pd.DataFrame
-) -> Variant | str:
-    """Figure of one device, or a sentence when it told nothing."""
+) -> Variant | None:
+    """Figure of one device; None when it has no samples of any quantity."""
     label = frames.runs.loc[run, "label"]
     name = device_name(uuid, _text(traces["device"].iloc[0]))
     where = f"{run_text(frames, run)}, {name}"
     samples, bands, reasons = (
         _of_device(frame, run, sampler, uuid) for frame in (found.samples, found.bands, found.reasons)
     )
-    missing = traces[traces["reason"].notna() & (traces["quantity"] != "limit")]
     if samples.empty:
-        return f"{where} does not tell {_missing(missing)}."
+        return None
+    missing = _unread(traces)
     power = traces[traces["quantity"] == "power"].iloc[0]
     source = _text(power["source"])
     device = _of_device(found.devices, run, sampler, uuid)
     idle_mw = float(device["idle_power_mw"].iloc[0]) if len(device) else float("nan")
-    seen = found.seen[(found.seen["run"] == run) & (found.seen["device_uuid"] == uuid[:128])]
-    said = [text for told, device_uuid, text in found.notes if told == run and device_uuid == uuid[:128]]
+    telemetry = found.seen[(found.seen["run"] == run) & (found.seen["device_uuid"] == uuid[:128])]
+    remarks = [text for of_run, about, text in found.notes if (of_run, about) == (run, uuid[:128])]
     drawn = int(power["drawn"])
     ended_s = _ended_s(samples, bands)
     idle = ""
     if pd.notna(idle_mw):
-        told = plain(_text(device["idle_source"].iloc[0]) or "not said how")
-        idle = f"Idle power {_watts(idle_mw)}: {told}."
+        source_words = plain(_text(device["idle_source"].iloc[0]) or "source not stated")
+        idle = f"Idle power {_watts(idle_mw)}: {source_words}."
     notes = [
         f"{where}, sampled by rank {sampler}: {count(float(power['samples']))} samples in "
         f"{number(float(power['seconds']), 1)} s"
@@ -126,9 +130,9 @@ def _variant(
         f"{_SOURCES[source]}." if source else "",
         idle,
         "" if ended_s is None else f"The samples end at {number(ended_s, 1)} s, before the phases do.",
-        *(f"{_sentence(text)}." for text in said),
-        f"Not told: {_missing(missing)}." if len(missing) else "",
-        "Event reasons are not told." if seen["idle_share"].isna().all() else "",
+        *(f"{_sentence(text)}." for text in remarks),
+        f"Not reported: {_missing(missing)}." if len(missing) else "",
+        "Event reasons are not reported." if telemetry["idle_share"].isna().all() else "",
     ]  # fmt: skip
     return Variant(
         group=shorten(label),
@@ -145,7 +149,7 @@ def _variant(
         "s, with "
         f"{len(set(bands['phase']))} phases and {_held(reasons)}.",
         note=" ".join(filter(None, notes)),
-        numbers=_numbers(seen, where),
+        numbers=_numbers(telemetry, where),
     )
 
 
@@ -178,8 +182,13 @@ def _sentence(text: str) -> str:
     return plain(text[:1].upper() + text[1:])
 
 
+def _unread(traces: pd.DataFrame) -> pd.DataFrame:
+    """Traces without samples; a device without a power limit lacks nothing."""
+    return traces[traces["reason"].notna() & (traces["quantity"] != "limit")]
+
+
 def _missing(rows: pd.DataFrame) -> str:
-    """Quantities that are not told, with the reasons; those of one reason together."""
+    """Quantities that are not reported, with the reasons; those of one reason together."""
     by_reason: dict[str, list[str]] = {}
     for row in each_row(rows):
         by_reason.setdefault(plain(row.reason), []).append(_quantity(row.quantity))
@@ -193,37 +202,48 @@ def _of_device(frame: pd.DataFrame, run: int, sampler: int, uuid: str) -> pd.Dat
     return frame[own]
 
 
-def _numbers(seen: pd.DataFrame, where: str) -> Table:
+def _numbers(telemetry: pd.DataFrame, where: str) -> Table:
+    """Power and clocks of the whole run and of each phase; related numbers share a column."""
     return table(
         f"{where}: what its samples show",
         [
-            "Part", "Samples", "Power, median", "95 % below", "Limit", "Held by limit", "Of busy time",
-            "By heat", "By brake", "Idle", "SM clock, median", "5 % to 95 %", "SM clock, busy",
-            "SM clock, held by limit",
+            Column(title="Part", detail="samples", numeric=False),
+            Column(title="Power", detail="95 % below"),
+            "Limit",
+            Column(title="Held by limit", detail="of busy time"),
+            "Thermal",
+            "Brake",
+            "Idle",
+            Column(title="SM clock", detail="5 % to 95 %"),
+            Column(title="Clock while busy", detail="while held by limit"),
         ],
         [
             [
-                "whole run" if _text(row.phase) is None else plain(row.phase),
-                count(row.samples),
-                _watts(row.power_median_mw),
-                _watts(row.power_p95_mw),
+                Cell(
+                    text="whole run" if pd.isna(row.phase) else plain(row.phase),
+                    detail=f"{count(row.samples)} samples",
+                    heading=True,
+                ),
+                Cell(text=_watts(row.power_median_mw), detail=_watts(row.power_p95_mw)),
                 _watts(row.limit_mw),
-                percent(row.power_cap_share),
-                percent(row.power_cap_busy_share),
+                Cell(text=percent(row.power_cap_share), detail=percent(row.power_cap_busy_share)),
                 percent(row.thermal_share),
                 percent(row.brake_share),
                 percent(row.idle_share),
-                _mhz(row.sm_clock_mhz),
-                f"{number(row.sm_clock_low_mhz, 0)} – {number(row.sm_clock_high_mhz, 0)}",
-                _mhz(row.busy_clock_mhz),
-                _mhz(row.capped_clock_mhz),
+                Cell(text=_mhz(row.sm_clock_mhz), detail=_mhz_range(row)),
+                Cell(text=_mhz(row.busy_clock_mhz), detail=_mhz(row.capped_clock_mhz)),
             ]
-            for row in each_row(seen)
+            for row in each_row(telemetry)
         ],
-        note="Shares of the samples, or, where the driver counts it, of the time; phases by the samples "
-        "inside. Power and SM clock are of all samples, busy or idle; the last two columns are the "
-        "median SM clock of the samples without the idle bit, and of those among them that the limit holds.",
-    )  # fmt: skip
+        note="Medians, and shares of the samples or, where the driver counts it, of the time. In small: what "
+        "the head has in small. Power and SM clock are of all samples, busy or idle; the last column is of "
+        "samples without the idle bit, and of those among them that the power limit holds.",
+    )
+
+
+def _mhz_range(row: Any) -> str:
+    low, high = number(row.sm_clock_low_mhz, 0), number(row.sm_clock_high_mhz, 0)
+    return low if low == "n/a" else f"{low} – {high} MHz"
 
 
 def _watts(milliwatts: float | None) -> str:
