@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from observatory.analysis.energy.codes import EnergyCode
 from observatory.devices.sensors import PROCESSOR_KINDS, calibration_entry
 from observatory.reasons import Reason
-from observatory.run.manifest import DeviceSpec, Manifest, RankStatus
+from observatory.run.manifest import Manifest, RankStatus
 
 
 def power_config(manifest: Manifest) -> dict[str, JsonValue]:
@@ -34,12 +34,6 @@ def power_config(manifest: Manifest) -> dict[str, JsonValue]:
         **({"calibration": calibration} if calibration else {}),
         **({"device_of_rank": owners} if owners else {}),
     }
-
-
-def device_specs(manifest: Manifest) -> dict[str, DeviceSpec]:
-    """What a run holds about its devices, by UUID: those of its host, and those that were sampled."""
-    sampled = [spec for status in manifest.ranks if status.power for spec in status.power.sampled]
-    return {spec.uuid: spec for spec in (*manifest.devices, *sampled) if spec.uuid is not None}
 
 
 def ranks_of_node(manifest: Manifest, rank: int) -> list[int] | None:
@@ -78,7 +72,7 @@ def device_ranks(manifest: Manifest, sampled: list[tuple[int, str]]) -> dict[tup
         sampled: (rank that sampled, UUID) of each device.
     """
     stated = _stated_ranks(manifest)
-    specs = device_specs(manifest)
+    specs = manifest.device_specs
     nodes: dict[int, list[int] | None] = {}
     result: dict[tuple[int, str], int | Reason] = {}
     for sampler, uuid in sampled:

@@ -17,7 +17,6 @@ from observatory.analysis.energy.attribution import IdlePower, attribute, idle_p
 from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.device_ownership import (
     device_ranks,
-    device_specs,
     devices_of_rank,
     power_config,
     ranks_of_node,
@@ -208,7 +207,7 @@ def _each_once(
 
 def _devices(run: Run, power: pd.DataFrame, problems: list[Reason]) -> list[Device]:
     traces = _each_once(traces_of(power), problems)
-    specs = device_specs(run.manifest)
+    specs = run.manifest.device_specs
     calibration = power_config(run.manifest).get("calibration")
     ranks = device_ranks(run.manifest, list(traces))
     devices = []

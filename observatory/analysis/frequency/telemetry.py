@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from observatory.analysis.energy.device_ownership import device_specs
 from observatory.analysis.energy.phase_intervals import DeviceBands, device_bands
 from observatory.analysis.frequency.confounds import BINDING_SHARE
 from observatory.analysis.frequency.telemetry_findings import device_findings
@@ -54,7 +53,7 @@ def telemetry_advice(run: Run) -> TelemetryAdvice:
             f"run {run.path} holds no power samples; capture some with `observatory power --out RUN -- "
             "COMMAND`"
         )
-    specs = device_specs(run.manifest)
+    specs = run.manifest.device_specs
     found: list[DeviceTelemetry] = []
     # The same name may stand for a device of each of several nodes, on each node's own clock.
     ordered = frame.sort_values("time_ns", kind="stable")
