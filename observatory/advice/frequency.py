@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from observatory.advice.frequency_words import common_words, series_words
 from observatory.analysis.frequency.classes import Behaviour, behaviour_of
 from observatory.analysis.frequency.comparing import (
     LockAgainstCap,
@@ -25,12 +26,12 @@ from observatory.analysis.frequency.comparing import (
     measured_change,
     plane,
 )
-from observatory.analysis.frequency.model_file import ClockEstimate, ClockModel, Confound
+from observatory.analysis.frequency.model_file import ClockEstimate, ClockModel, Confound, Reference
 from observatory.analysis.frequency.points import CLOCK_STEP_MHZ
 from observatory.analysis.frequency.views import TIE, ClockChoice, SeriesView, highest_of_ties, surely_saves
 from observatory.analysis.statistics import Interval, sample_interval
 from observatory.errors import ClockError
-from observatory.run.manifest import DeviceSpec, Record, Text
+from observatory.run.manifest import Count, DeviceSpec, Record, Text
 
 Float64 = NDArray[np.float64]
 
@@ -38,12 +39,12 @@ Float64 = NDArray[np.float64]
 _NEARBY_MHZ = 60.0
 #: A series that gives up more than this at the common clock is named.
 _WORTH_A_DEVICE = 0.02
-_NO_TOGGLING = (
-    "do not lock and unlock around phases or steps: a lock takes effect after the step it was meant for, "
-    "concerns every process on the device, and stays when the program dies"
-)
 #: The advice says that more repeats would help when the interval costs this much of the saving.
 _WORTH_MORE_REPEATS = 0.02
+
+
+SeriesCode = Literal["lock", "no lower clock", "saving not sure", "no energy"]
+CommonCode = Literal["lock", "leave unlocked", "no energy"]
 
 
 class MeasuredNearby(Record):
@@ -69,7 +70,15 @@ class SeriesAdvice(Record):
         title: what ran.
         index: of the series in the model.
         verdict: ``lock``, ``leave unlocked`` or ``no energy``.
+        code: the verdict, and why the clock is left unlocked.
         text: the advice with its evidence, one sentence.
+        reference: what slowdown and saving are relative to.
+        considered: clock of least energy within the budget, recommended or not; None without energy.
+        lowest_mhz: lowest clock within the budget.
+        nearby_mhz: a lock this close to a clock was measured at it.
+        no_energy_reason: why there is no energy; empty when there is.
+        heated, braked, flagged: points slowed by heat, by the brake, and with the energy of a sensor in time
+            with the iterations.
         reference_mhz: clock that all is relative to.
         reference_how: whether that is the unlocked clock, as in ``Reference``.
         reference_mj_per_token: energy per token there; None when not known.
@@ -89,7 +98,16 @@ class SeriesAdvice(Record):
     title: Text
     index: int
     verdict: Literal["lock", "leave unlocked", "no energy"]
-    text: Text
+    code: SeriesCode
+    text: Text = ""
+    reference: Reference
+    considered: ClockChoice | None = None
+    lowest_mhz: float
+    nearby_mhz: float = _NEARBY_MHZ
+    no_energy_reason: Text = ""
+    heated: Count = 0
+    braked: Count = 0
+    flagged: Count = 0
     reference_mhz: float
     reference_how: Literal["unlocked", "highest clock"] = "unlocked"
     reference_mj_per_token: float | None = None
@@ -107,22 +125,38 @@ class SeriesAdvice(Record):
     confounds: tuple[Confound, ...] = ()
 
 
+class SeparateGain(Record):
+    """A series that would save more with a clock of its own.
+
+    Attributes:
+        title: what ran.
+        saving: how much more.
+    """
+
+    title: Text
+    saving: float
+
+
 class CommonClock(Record):
     """One clock for all series.
 
     Attributes:
+        code: what is advised.
         sm_clock_mhz: the clock; None when none keeps every budget and saves anything.
         saving: mean saving over series, each weighing the same; None likewise.
         choices: what it does to each series, in their order.
         lost: saving that each series gives up against its own clock.
+        separate: series that lose much by the common clock.
         text: the advice in words.
     """
 
+    code: CommonCode
     sm_clock_mhz: float | None = None
     saving: Interval | None = None
     choices: tuple[ClockChoice, ...] = ()
     lost: tuple[float, ...] = ()
-    text: Text
+    separate: tuple[SeparateGain, ...] = ()
+    text: Text = ""
 
 
 class ClockAdvice(Record):
@@ -173,32 +207,30 @@ def recommend_clocks(model: ClockModel, *, max_slowdown: float = 0.02) -> ClockA
 
 def _advise(view: SeriesView, index: int, model: ClockModel, max_slowdown: float) -> SeriesAdvice:
     fit, clock_F = view.fit, view.candidate_F
-    behaviour = behaviour_of(fit, model.idle_power_mw, model.default_limit_mw)
+    inside_F = view.inside(clock_F, max_slowdown)
     common = {
         "title": fit.title,
         "index": index,
+        "reference": fit.reference,
         "reference_mhz": view.reference_mhz,
         "reference_how": fit.reference.how,
         "reference_mj_per_token": view.reference_mj_per_token,
+        "lowest_mhz": float(clock_F[inside_F].min()),
+        "no_energy_reason": fit.no_power,
+        "heated": sum(item.heated for item in fit.settings),
+        "braked": sum(item.braked for item in fit.settings),
+        "flagged": sum(item.flagged for item in fit.settings),
         "critical": fit.critical,
         "compute_optimum": fit.compute_optimum,
         "optimum": fit.optimum,
-        "behaviour": behaviour,
+        "behaviour": behaviour_of(fit, model.idle_power_mw, model.default_limit_mw),
         "points": tuple(plane(fit)),
         "confounds": fit.confounds,
     }
-    inside_F = view.inside(clock_F, max_slowdown)
     if not view.has_energy:
-        lowest = float(clock_F[inside_F].min())
-        return SeriesAdvice.model_validate(
-            {
-                **common,
-                "lock_against_cap": against_caps(view, max_slowdown, None),
-                "verdict": "no energy",
-                "text": f"{fit.title}: {fit.no_power}, so that no saving can be stated; down to "
-                f"{lowest:.0f} MHz the time stays within the budget of {100 * max_slowdown:.1f} %",
-            }
-        )
+        against = against_caps(view, max_slowdown, None)
+        advice = {**common, "lock_against_cap": against, "verdict": "no energy", "code": "no energy"}
+        return _with_text(SeriesAdvice.model_validate(advice), max_slowdown)
     time_BF, energy_BF = view.ratios(clock_F)
     best = highest_of_ties(clock_F[inside_F], energy_BF[0, inside_F])
     bold_F = time_BF[0] <= 1.0 + max_slowdown + 1e-12
@@ -206,20 +238,23 @@ def _advise(view: SeriesView, index: int, model: ClockModel, max_slowdown: float
     choice = view.choice(best)
     worth = best < view.reference_mhz and surely_saves(choice.saving)
     more = view.choice(bold).saving.value - choice.saving.value
-    measured = _nearby(view, best)
-    return SeriesAdvice.model_validate(
-        {
-            **common,
-            "lock_against_cap": against_caps(view, max_slowdown, best if worth else None),
-            "verdict": "lock" if worth else "leave unlocked",
-            "text": _sentence(view, choice, measured, worth, max_slowdown),
-            "choice": choice if worth else None,
-            "unsure_mhz": bold if bold < best and more > _WORTH_MORE_REPEATS else None,
-            "measured": measured if worth else None,
-            "edp": view.choice(highest_of_ties(clock_F, energy_BF[0] * time_BF[0])),
-            "ed2p": view.choice(highest_of_ties(clock_F, energy_BF[0] * time_BF[0] ** 2)),
-        }
-    )
+    advice = {
+        **common,
+        "lock_against_cap": against_caps(view, max_slowdown, best if worth else None),
+        "verdict": "lock" if worth else "leave unlocked",
+        "code": "lock" if worth else "no lower clock" if best >= view.reference_mhz else "saving not sure",
+        "considered": choice,
+        "choice": choice if worth else None,
+        "unsure_mhz": bold if bold < best and more > _WORTH_MORE_REPEATS else None,
+        "measured": _nearby(view, best) if worth else None,
+        "edp": view.choice(highest_of_ties(clock_F, energy_BF[0] * time_BF[0])),
+        "ed2p": view.choice(highest_of_ties(clock_F, energy_BF[0] * time_BF[0] ** 2)),
+    }
+    return _with_text(SeriesAdvice.model_validate(advice), max_slowdown)
+
+
+def _with_text(advice: SeriesAdvice, max_slowdown: float) -> SeriesAdvice:
+    return advice.model_copy(update={"text": f"{advice.title}: {series_words(advice, max_slowdown)}"})
 
 
 def _nearby(view: SeriesView, mhz: float) -> MeasuredNearby | None:
@@ -248,57 +283,10 @@ def _meet(first: Interval, second: Interval) -> bool:
     return first.low <= second.high + TIE and second.low <= first.high + TIE
 
 
-def _sentence(
-    view: SeriesView, choice: ClockChoice, measured: MeasuredNearby | None, worth: bool, max_slowdown: float
-) -> str:
-    title, reference, words = view.fit.title, view.reference_mhz, view.fit.reference.words
-    slowed = {
-        "heat": sum(item.heated for item in view.fit.settings),
-        "the brake": sum(item.braked for item in view.fit.settings),
-    }
-    counted = [f"{count} points slowed by {cause}" for cause, count in slowed.items() if count]
-    if counted:
-        words += f" ({' and '.join(counted)} do not count)"
-    if not worth:
-        if choice.sm_clock_mhz >= reference:
-            return (
-                f"{title}: leave the clock unlocked: against the {words} no lower clock surely keeps the "
-                f"budget of {100 * max_slowdown:.1f} % and saves energy"
-            )
-        return (
-            f"{title}: leave the clock unlocked: against the {words}, what {choice.sm_clock_mhz:.0f} MHz "
-            f"would save, {choice.saving.percent()}, is not surely more than the {100 * TIE:.1f} % by which "
-            "energies that count as the same differ"
-        )
-    flagged = sum(item.flagged for item in view.fit.settings)
-    doubt = ""
-    if flagged:
-        doubt = (
-            f"; the energy of {flagged} points is integrated power in time with the sensor: distrust the "
-            "saving"
-        )
-    sentence = (
-        f"{title}: lock to {choice.sm_clock_mhz:.0f} MHz, which saves {choice.saving.percent()} of the "
-        f"energy for a slowdown of {choice.slowdown.percent()} against the {words}"
-    )
-    sentence += doubt
-    if view.fit.reference.how != "unlocked":
-        sentence += "; what it saves against running unlocked is not known"
-    if measured is None:
-        near = f"no lock within {_NEARBY_MHZ:.0f} MHz of it was measured"
-        return f"{sentence}; {near}: measure it before relying on it"
-    if abs(measured.sm_clock_mhz - choice.sm_clock_mhz) <= CLOCK_STEP_MHZ / 2.0:
-        seen = "measured there"
-    else:
-        seen = f"measured at {measured.sm_clock_mhz:.0f} MHz"
-    sentence += f" ({seen}: saves {measured.saving.percent()}, slower by {measured.slowdown.percent()}"
-    return sentence + (")" if measured.agrees else "; the model does not agree with this: distrust it)")
-
-
 def _common(views: Sequence[SeriesView], advice: Sequence[SeriesAdvice], max_slowdown: float) -> CommonClock:
     """One clock for everything the device does, since locking is too slow and too coarse to follow phases."""
     if not all(view.has_energy for view in views):
-        return CommonClock(text=f"no common clock is advised, as energies are missing; {_NO_TOGGLING}")
+        return _common_with_text(CommonClock(code="no energy"), len(views), max_slowdown)
     low = max(view.fit.low_mhz for view in views)
     top = max(view.reference_mhz for view in views)
     clock_F = np.array(
@@ -314,26 +302,25 @@ def _common(views: Sequence[SeriesView], advice: Sequence[SeriesAdvice], max_slo
     saving = sample_interval(float(saving_B[0]), saving_B[1:])
     none = best >= top or not surely_saves(saving)
     choices = [view.choice(top if none else best) for view in views]
-    own = [item.choice.saving.value if item.choice else 0.0 for item in advice]
-    lost = [max(0.0, alone - choice.saving.value) for alone, choice in zip(own, choices, strict=True)]
-    gaining = [f"{item.title} (by {100 * more:.0f} points)" for item, more in zip(advice, lost, strict=True)
-               if more > _WORTH_A_DEVICE]  # fmt: skip
-    apart = ""
-    if gaining:
-        apart = (
-            f"; with a clock of its own more would be saved by {', '.join(gaining)[:600]}: give it devices "
-            "of its own (prefill and decode on separate devices, for example) and lock those"
-        )
-    if none:
-        return CommonClock(
-            text=f"no single clock keeps a budget of {100 * max_slowdown:.1f} % for all {len(views)} series "
-            f"and surely saves energy: leave a device that runs them all unlocked{apart}; {_NO_TOGGLING}"
-        )
-    return CommonClock(
-        sm_clock_mhz=best,
-        saving=saving,
-        choices=tuple(choices),
-        lost=tuple(lost),
-        text=f"for a device that runs all {len(views)} series, {best:.0f} MHz keeps every budget and "
-        f"saves {saving.percent()} on average{apart}; {_NO_TOGGLING}",
+    alone = [item.choice.saving.value if item.choice else 0.0 for item in advice]
+    lost = [max(0.0, saved - choice.saving.value) for saved, choice in zip(alone, choices, strict=True)]
+    separate = tuple(
+        SeparateGain(title=item.title, saving=more)
+        for item, more in zip(advice, lost, strict=True)
+        if more > _WORTH_A_DEVICE
     )
+    clock = CommonClock(code="leave unlocked", separate=separate)
+    if not none:
+        clock = CommonClock(
+            code="lock",
+            sm_clock_mhz=best,
+            saving=saving,
+            choices=tuple(choices),
+            lost=tuple(lost),
+            separate=separate,
+        )
+    return _common_with_text(clock, len(views), max_slowdown)
+
+
+def _common_with_text(clock: CommonClock, series: int, max_slowdown: float) -> CommonClock:
+    return clock.model_copy(update={"text": common_words(clock, series, max_slowdown)})

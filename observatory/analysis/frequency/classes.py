@@ -25,6 +25,7 @@ from pydantic import Field
 
 from observatory.analysis.frequency.model import TIME_FORMS, TIME_TERMS, iteration_s
 from observatory.analysis.frequency.model_file import SeriesFit
+from observatory.analysis.frequency.words import reference_words
 from observatory.run.manifest import Record, Text
 
 Float64 = NDArray[np.float64]
@@ -97,7 +98,7 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
         same = [_curve_class(float(mhz), fit) == curve for mhz in free_clock_mhz(sample_BT, fit)]
         agreement = float(np.mean(same))
     unlocked = fit.reference.how == "unlocked"
-    clock = f"the {fit.reference.words}" if unlocked else f"its {reference:.0f} MHz"
+    clock = f"the {reference_words(fit.reference)}" if unlocked else f"its {reference:.0f} MHz"
     shape = (
         f"the time stays within 2 % of the reference's down to {free_mhz:.0f} MHz, "
         f"{100 * free_mhz / reference:.0f} % of {clock}"

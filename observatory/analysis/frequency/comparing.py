@@ -24,6 +24,7 @@ from scipy import special
 
 from observatory.analysis.frequency.model_file import SeriesFit, Setting
 from observatory.analysis.frequency.views import SeriesView
+from observatory.analysis.frequency.words import lock_against_cap_words
 from observatory.analysis.statistics import Interval, sample_interval, student_interval
 from observatory.run.manifest import Record, Text
 
@@ -31,7 +32,12 @@ Float64 = NDArray[np.float64]
 
 LockVerdict = Literal["locking beats capping", "capping beats locking", "not told apart", "not measured"]
 
-#: Less than this part of the reference's energy is no verdict: calibration and the model's form are worth it.
+NotCompared = Literal[
+    "caps slowed", "no caps", "no energies", "no repeats", "no energies of repeats", "no bootstrap"
+]
+
+#: Less than this part of the reference's energy gives no verdict: errors of calibration and of the model's
+#: form are as large.
 _MARGIN = 0.01
 #: A cap that slows an iteration by less is compared at the clock it ran at, as time tells no clock there.
 _SLOWED = 0.01
@@ -70,13 +76,20 @@ class LockAgainstCap(Record):
         advantage: energy that the best cap costs more than the best lock, relative to the reference; None
             when it cannot be measured.
         cap_excess: ln(energy of a binding cap / energy of a lock at its clock); None when no cap binds.
+        lock_mhz, lock_power_mw: the recommended clock and its power; None where none is recommended.
+        lowest_cap_mw: the lowest cap tried; None without caps.
+        reason_code: why they were not compared; None where they were.
         text: one sentence.
     """
 
     verdict: LockVerdict
     advantage: Interval | None = None
     cap_excess: Interval | None = None
-    text: Text
+    lock_mhz: float | None = None
+    lock_power_mw: float | None = None
+    lowest_cap_mw: float | None = None
+    reason_code: NotCompared | None = None
+    text: Text = ""
 
 
 def plane(fit: SeriesFit) -> list[PlanePoint]:
@@ -142,13 +155,17 @@ def against_caps(view: SeriesView, max_slowdown: float, lock_mhz: float | None) 
         max_slowdown: the budget.
         lock_mhz: the clock that is recommended; None where none is.
     """
+    comparison = _compare(view, max_slowdown, lock_mhz)
+    text = lock_against_cap_words(comparison, view.fit.reference, max_slowdown, view.fit.no_power)
+    return comparison.model_copy(update={"text": text})
+
+
+def _compare(view: SeriesView, max_slowdown: float, lock_mhz: float | None) -> LockAgainstCap:
+    """The verdict with its evidence, without words."""
     fit = view.fit
     caps = [item for item in fit.settings if item.kind == "cap" and item.iteration_s_R and item.limit_mw]
     if not view.has_energy or not caps or fit.energy_scatter is None:
-        return LockAgainstCap(
-            verdict="not measured",
-            text=f"locks were not compared with caps: {_why_not_compared(view, caps)}",
-        )
+        return LockAgainstCap(verdict="not measured", reason_code=_why_not_compared(view, caps))
     lowest_mw = min(item.limit_mw or np.inf for item in caps)
     clock_F = view.candidate_F
     time_BF, energy_BF = view.ratios(clock_F)
@@ -161,19 +178,33 @@ def against_caps(view: SeriesView, max_slowdown: float, lock_mhz: float | None) 
     least_cap_B = np.where(inside_BF & (reached_BF | unlocked_F), cap_BF, np.inf).min(axis=1)
     advantage_B = least_cap_B - least_lock_B
     advantage = sample_interval(float(advantage_B[0]), advantage_B[1:])
-    lock = None
-    if lock_mhz is not None:
-        lock = lock_mhz, float(view.milliwatts(np.array([lock_mhz]))[0, 0])
-    return _verdict(advantage, excess, lock, max_slowdown, lowest_mw, of_what=fit.reference.energy_words)
+    verdict = _verdict(advantage)
+    return LockAgainstCap(
+        verdict=verdict,
+        advantage=advantage,
+        cap_excess=excess,
+        lock_mhz=lock_mhz,
+        lock_power_mw=None if lock_mhz is None else float(view.milliwatts(np.array([lock_mhz]))[0, 0]),
+        lowest_cap_mw=lowest_mw,
+        reason_code="no bootstrap" if verdict == "not measured" else None,
+    )
 
 
-def _why_not_compared(view: SeriesView, caps: Sequence[Setting]) -> str:
+def _verdict(advantage: Interval) -> LockVerdict:
+    if advantage.low is None or advantage.high is None:
+        return "not measured"
+    if advantage.low > _MARGIN:
+        return "locking beats capping"
+    return "capping beats locking" if advantage.high < -_MARGIN else "not told apart"
+
+
+def _why_not_compared(view: SeriesView, caps: Sequence[Setting]) -> NotCompared:
     if not caps:
         tried = any(item.kind == "cap" for item in view.fit.settings)
-        return "no point under a cap counts" if tried else "caps are missing"
+        return "caps slowed" if tried else "no caps"
     if not view.has_energy:
-        return view.fit.no_power or "energies are missing"
-    return "repeats are missing" if view.fit.time_scatter is None else "energies of repeats are missing"
+        return "no energies"
+    return "no repeats" if view.fit.time_scatter is None else "no energies of repeats"
 
 
 def _cap_excess(view: SeriesView, caps: Sequence[Setting], rows: int) -> tuple[Interval | None, Float64]:
@@ -210,51 +241,3 @@ def _cap_excess(view: SeriesView, caps: Sequence[Setting], rows: int) -> tuple[I
         student_interval(value, error, fit.scatter_dof),
         np.append(value, value + error * shuffled_B),
     )
-
-
-def _verdict(
-    advantage: Interval,
-    excess: Interval | None,
-    lock: tuple[float, float] | None,
-    max_slowdown: float,
-    lowest_mw: float,
-    *,
-    of_what: str,
-) -> LockAgainstCap:
-    """The verdict and its sentence.
-
-    Args:
-        advantage: of locks over caps.
-        excess: of binding caps.
-        lock: the recommended clock (MHz) and its power (mW); None where none is recommended.
-        max_slowdown: the budget.
-        lowest_mw: the lowest cap tried.
-        of_what: whose energy savings are shares of.
-    """
-    budget = f"with at most {100 * max_slowdown:.3g} % more time"
-    caps = f"caps down to {lowest_mw / 1e3:.0f} W, the lowest tried"
-    costs = ""
-    if excess is not None:
-        costs = f"; where a cap binds, it costs {excess.percent()} more energy than a lock at its clock"
-        if excess.low is not None and excess.high is not None and excess.low <= 0.0 <= excess.high:
-            costs = f"; where a cap binds, it costs no more than a lock at its clock, {excess.percent()}"
-    verdict: LockVerdict = "not told apart"
-    text = (
-        f"{budget}, locks and {caps}, save the same as far as these points tell ({advantage.percent()} apart)"
-    )
-    if advantage.low is None or advantage.high is None:
-        verdict, text = "not measured", "without bootstrap samples locks and caps cannot be told apart"
-    elif advantage.low > _MARGIN:
-        verdict = "locking beats capping"
-        text = f"{budget}, locking saves {advantage.percent()} of {of_what} more than {caps}"
-        if lock is None:
-            text += ", but no single clock surely keeps that budget and saves: leave it unlocked"
-    elif advantage.high < -_MARGIN:
-        verdict = "capping beats locking"
-        more = Interval(value=-advantage.value, low=-advantage.high, high=-advantage.low)
-        text = f"{budget}, capping saves {more.percent()} of {of_what} more than locking"
-    elif lock is None:
-        text = f"{budget}, neither a lock nor {caps}, surely saves energy: leave both as they are"
-    elif lock[1] >= lowest_mw:
-        text += f": a cap near {lock[1] / 1e3:.0f} W would hold the same {lock[0]:.0f} MHz"
-    return LockAgainstCap(verdict=verdict, advantage=advantage, cap_excess=excess, text=text + costs)

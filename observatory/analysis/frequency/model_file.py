@@ -183,18 +183,6 @@ class Reference(Record):
     power_cap_share: _Share | None = None
     limit_mw: _Milliwatts | None = None
 
-    @property
-    def words(self) -> str:
-        """The clock, and what makes it the reference."""
-        if self.how == "unlocked":
-            return f"{self.sm_clock_mhz:.0f} MHz it runs at unlocked"
-        return f"{self.sm_clock_mhz:.0f} MHz of the highest clock measured, as no unlocked point counts"
-
-    @property
-    def energy_words(self) -> str:
-        """Of whose energy savings are shares."""
-        return "the unlocked energy" if self.how == "unlocked" else "the energy at the highest clock measured"
-
 
 class SeriesFit(Record):
     """The model of one phase at one batch and context.

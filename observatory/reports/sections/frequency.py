@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from observatory.advice.frequency import SeriesAdvice
+from observatory.advice.frequency_words import series_words
 from observatory.analysis.frequency.views import ClockChoice
 from observatory.analysis.statistics import Interval
 from observatory.reports.figures.frequency import clock_curves, clock_plane
@@ -75,7 +76,7 @@ def advice_sentence(file: ClockFile, advice: SeriesAdvice) -> str:
     device = file.model.device
     name = shorten(device.name or device.uuid or "device", 32)
     title = advice.title
-    text = advice.text.removeprefix(f"{title}: ")
+    text = series_words(advice, file.advice.max_slowdown)
     return f"{name}, {shorten(title, 80)}: {plain(text)}."
 
 
