@@ -1,8 +1,8 @@
-"""How a device's sensors work: how often they renew, over which time they average.
+"""How a device's sensors work: their update periods and averaging windows.
 
 Numbers of NVIDIA devices are measured ones of arXiv 2312.02741 (instant power, milliseconds): H100 and A100
-renew every 100 and average the last 25, so they see a quarter of the time; Ada 100 and 100; V100 20 and 10.
-The energy counter renews about every 100 ms and is taken to count all the time.
+update every 100 and average the last 25, so they cover a quarter of the time; Ada 100 and 100; V100 20 and
+10. The energy counter is updated about every 100 ms and is taken to count all the time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ PROCESSOR_KINDS = ("rapl", "cpu")
 #: device and in no interval of this package.
 CALIBRATION_ERROR = 0.05
 
-#: Device names -> update and window of the instant sensor, in ms. The first that is found counts.
-_KNOWN = (
+#: Device names -> update and window of the instant sensor, in ms. The first match counts.
+_SENSORS = (
     (re.compile(r"\b(A100|H100|H200|GH200|H800|A800)\b"), 100.0, 25.0),
     (re.compile(r"\b(RTX 40\d\d|RTX \w* ?(4000|4500|5000|6000) Ada|L4|L40S?)\b"), 100.0, 100.0),
     (re.compile(r"\bV100\b"), 20.0, 10.0),
@@ -32,16 +32,16 @@ _KNOWN = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SensorModel:
-    """What is known of a device's sensors.
+    """Properties of a device's sensors.
 
     Attributes:
-        update_ms: period at which instant power is renewed; None: to be found from the samples.
-        window_ms: time before the update that it is the mean of; None where that is not known: then it is
-            taken to be a short one, so that nothing between updates was seen.
-        counter_ms: period at which the energy counter is renewed; None: to be found from the samples.
-        lag_low_ms, lag_high_ms: bounds of how much later than what they tell values can be read.
-        counter_over_integral: ratio of counter and integrated power that the start-up calibration found; 1
-            when it found none.
+        update_ms: update period of instant power; None: to be determined from the samples.
+        window_ms: averaging window, the time before the update that power is the mean of; None where not
+            known: then it is taken to be short, so that what happens between updates is not covered.
+        counter_ms: update period of the energy counter; None: to be determined from the samples.
+        lag_low_ms, lag_high_ms: bounds of how long after the end of its averaging window a value can be read.
+        counter_over_integral: ratio of counter and integrated power that the start-up calibration measured; 1
+            when it measured none.
         source: where these come from.
     """
 
@@ -55,7 +55,7 @@ class SensorModel:
 
     @property
     def unseen_share(self) -> float:
-        """Share of the time that instant power does not see; 1 where the window is not known."""
+        """Share of the time that instant power does not cover; 1 where the window is not known."""
         if self.update_ms is None or self.window_ms is None:
             return 1.0
         return max(0.0, 1.0 - self.window_ms / self.update_ms)
@@ -64,18 +64,18 @@ class SensorModel:
 def sensor_of(
     name: str | None, calibration: Mapping[str, JsonValue] | None = None, *, kind: str | None = None
 ) -> SensorModel:
-    """What is known of a device by its name and a run's calibration of it.
+    """Properties of a device's sensors by its name and a run's calibration of it.
 
     Args:
         name: as the driver names it.
-        calibration: what ``config.power.calibration`` of a run says of the device. Foreign or impossible
+        calibration: what ``config.power.calibration`` of a run holds about the device. Foreign or impossible
             entries are passed over.
         kind: of the device, as the manifest has it.
     """
     model = SensorModel()
     if kind is not None and kind.lower() in PROCESSOR_KINDS:
-        model = SensorModel(counter_ms=1.0, source="RAPL counters are renewed about every millisecond")
-    for pattern, update_ms, window_ms in _KNOWN:
+        model = SensorModel(counter_ms=1.0, source="RAPL counters are updated about every millisecond")
+    for pattern, update_ms, window_ms in _SENSORS:
         if name is not None and pattern.search(name):
             model = SensorModel(
                 update_ms=update_ms, window_ms=window_ms, counter_ms=100.0,

@@ -1,10 +1,10 @@
-"""When a sensor renewed its value, as far as polling tells.
+"""When a sensor updated its value, as far as polling shows.
 
 Shapes: N samples, K updates, D trial periods.
 
-A poll that reads another value than the poll before knows that the update lies between the two: with polls
-every 50 ms it is known to 50 ms, which is half of a 100 ms window. But updates come at a regular period, so
-all of them together are known better: period and phase must put *each* update into *its* interval. Polls
+When a poll reads another value than the poll before, the update lies between the two: with polls every 50 ms
+it is known to 50 ms, which is half of a 100 ms window. But updates come at a regular period, so all of them
+together are known more precisely: period and phase must put *each* update into *its* interval. Polls
 whose period is no simple fraction of the update's (53 ms) narrow this down to a millisecond within seconds.
 Polls at half of it do not: then all moments are off by the same slowly changing shift, which
 :mod:`observatory.analysis.energy.design` has to find or to carry along.
@@ -38,7 +38,7 @@ _TOLERANCE_NS, _MOST_IRREGULAR = 0.5e6, 0.1
 _TRIALS = 241
 #: The nominal period may be wrong by this much of itself when periods are counted.
 _SLACK = 0.2
-#: Slower polls than this share of the period miss updates, and no lattice can be told.
+#: Slower polls than this share of the period miss updates, and no lattice can be determined.
 _SLOWEST_POLL = 0.8
 #: A pause longer than this many periods ends a block: the number of updates in it is not known for sure.
 _LONGEST_PAUSE = 6.0
@@ -46,7 +46,7 @@ _LONGEST_PAUSE = 6.0
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Updates:
-    """Moments at which a value was renewed.
+    """Times at which a value was updated.
 
     Attributes:
         row_K: the sample that first showed the value, as an index of the trace.
@@ -85,13 +85,13 @@ def find_updates(
     Args:
         time_ns_N: times just before the device was asked, ascending.
         read_ns_N: how long it took to answer.
-        value_N: what it told; NaN where nothing.
+        value_N: what it reported; NaN where nothing.
         period_ns: nominal period of the updates; None: found from the samples.
         equal_values: an update may leave the value as it was (power does, a counter under load does not);
             then one is known to have come in every period.
     """
-    told = np.flatnonzero(~np.isnan(value_N))
-    time, read, value = time_ns_N[told].astype(np.float64), read_ns_N[told], value_N[told]
+    row_N = np.flatnonzero(~np.isnan(value_N))
+    time, read, value = time_ns_N[row_N].astype(np.float64), read_ns_N[row_N], value_N[row_N]
     changed = np.flatnonzero(value[1:] != value[:-1]) + 1
     if period_ns is None and len(changed) >= 3:
         period_ns = _period_of(time[changed])
@@ -112,7 +112,7 @@ def find_updates(
     if regular:
         period_ns = float(np.median(np.diff(found)[fitted[1:]]))
     return Updates(
-        row_K=told[changed].astype(np.int64),
+        row_K=row_N[changed].astype(np.int64),
         value_K=value[changed],
         time_ns_K=found,
         shift_ns_K=shift,

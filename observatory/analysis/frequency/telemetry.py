@@ -37,7 +37,7 @@ _MOST_DEVICES = 256
 _NEAR_LIMIT = 0.9
 #: A counter that was read over this part of the time speaks of all of it.
 _MOSTLY = 0.9
-#: Renewal of power where the device's own is not known: that of all NVIDIA GPUs since Ampere.
+#: Update period of power where the device's own is not known: that of all NVIDIA GPUs since Ampere.
 _UPDATE_MS = 100.0
 
 
@@ -104,7 +104,7 @@ def _by_phase(rows: pd.DataFrame, bands: DeviceBands, sensor: SensorModel) -> li
     """Samples of each phase of the rank that the device works for, else of the one that sampled it.
 
     Power is left out of samples that may still tell of what ran before the phase: a reading is as old as the
-    last renewal and, before that, what the sensor averages.
+    last update and, before that, its averaging window.
     """
     if not bands.phase:
         return []
