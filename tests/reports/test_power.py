@@ -269,7 +269,7 @@ def test_a_device_that_tells_energy_alone_is_drawn_by_its_counter(tmp_path: Path
     )
     assert middle == pytest.approx(650, rel=0.25)
     assert middle.mean() == pytest.approx(650, rel=0.03)
-    assert "The device tells energy only" in variant.note
+    assert "The device reports energy only" in variant.note
     assert "The phases are those of rank 0, which sampled it" in variant.note
     assert "SM clock" in variant.note
     assert {trace.name for trace in variant.figure.data} == {"power by the counter", "prefill", "decode"}
