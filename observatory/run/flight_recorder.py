@@ -140,15 +140,15 @@ def read_recorder_dump(path: Path) -> RecorderDump:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Told:
-    """What the recorder says of one exchange.
+class RecorderMatch:
+    """What the recorder holds of one exchange.
 
     Attributes:
         start_ns: when it was enqueued, on the monotonic clock; None without an entry that fits, or where it
             is not known how the wall clock relates to that clock.
-        duration_ns: how long it took; None where the recorder does not say.
+        duration_ns: how long it took; None where the recorder has none.
         problem: why a time is missing; None when none is.
-        final: another look at the recorder would not say more.
+        final: another look at the recorder would not add anything.
     """
 
     start_ns: int | None = None
@@ -196,7 +196,7 @@ class RecorderIndex:
                 group = (entry.backend, entry.process_group[0])
                 self._groups.setdefault(group, _GroupEntries()).add(entry)
 
-    def tell(
+    def match(
         self,
         *,
         backend: str | None,
@@ -204,8 +204,8 @@ class RecorderIndex:
         number: int | None,
         send_bytes: Sequence[int] | None,
         receive_bytes: Sequence[int] | None,
-    ) -> Told:
-        """What is known of one exchange.
+    ) -> RecorderMatch:
+        """What the recorder holds of one exchange.
 
         Args:
             backend: gloo, nccl, ...
@@ -215,25 +215,27 @@ class RecorderIndex:
             receive_bytes: bytes from each member.
         """
         if backend is None or group is None or number is None:
-            return Told(problem="the exchange has no number by which the recorder could know it")
-        known = self._groups.get((backend, group), _GroupEntries())
-        if number not in known.by_number:
-            return Told(problem="the recorder holds no entry of it: its ring has moved on or it is off")
-        entry = known.by_number[number]
+            return RecorderMatch(problem="the exchange has no number by which the recorder could know it")
+        entries = self._groups.get((backend, group), _GroupEntries())
+        if number not in entries.by_number:
+            return RecorderMatch(
+                problem="the recorder holds no entry of it: its ring has moved on or it is off"
+            )
+        entry = entries.by_number[number]
         if entry is None:
-            return Told(problem="the recorder holds several entries of its number")
+            return RecorderMatch(problem="the recorder holds several entries of its number")
         other = _other_bytes(entry, send_bytes, receive_bytes)
         if other is not None:
-            return Told(problem=other)
+            return RecorderMatch(problem=other)
         behind_ns = self._unix_minus_monotonic_ns
         start_ns = None if behind_ns is None else entry.time_created_ns - behind_ns
         if entry.duration_ms is not None:
-            return Told(start_ns=start_ns, duration_ns=round(entry.duration_ms * 1e6))
+            return RecorderMatch(start_ns=start_ns, duration_ns=round(entry.duration_ms * 1e6))
         if not entry.retired:
             problem = "no duration: it was not over when the recorder was read"
-            return Told(start_ns=start_ns, problem=problem, final=False)
+            return RecorderMatch(start_ns=start_ns, problem=problem, final=False)
         hint = "; set TORCH_NCCL_ENABLE_TIMING=1" if backend == "nccl" else ""
-        return Told(start_ns=start_ns, problem=f"no duration: {backend} did not time it{hint}")
+        return RecorderMatch(start_ns=start_ns, problem=f"no duration: {backend} did not time it{hint}")
 
 
 def _other_bytes(

@@ -97,7 +97,7 @@ def with_recorder_dumps(
         index = RecorderIndex(dump.entries, unix_minus_monotonic_ns=ahead_ns)
         for row in np.flatnonzero(rank_N == rank):
             backend, group, number, sent, received = (values[row] for values in said)
-            found = index.tell(
+            found = index.match(
                 backend=backend,
                 group=group,
                 number=None if number is None else int(number),

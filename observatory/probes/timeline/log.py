@@ -23,7 +23,7 @@ from observatory.probes.timeline.groups import GroupFacts
 from observatory.probes.timeline.issue import Issue, Mark, per_peer_bytes
 from observatory.probes.timeline.streams import Anchors
 from observatory.run import RunWriter
-from observatory.run.flight_recorder import Told
+from observatory.run.flight_recorder import RecorderMatch
 from observatory.run.tables import EXCHANGE_SCHEMA, SPAN_SCHEMA
 
 #: Entries that may wait; about 100 MB at the very most.
@@ -283,11 +283,11 @@ class ExchangeLog(Part):
 
     def _second_source(
         self, entry: ExchangeEntry, sends: list[int] | None, receives: list[int] | None
-    ) -> Told:
+    ) -> RecorderMatch:
         """What torch's flight recorder states of an exchange."""
         if self._recorder is None:
-            return Told()
-        return self._recorder.index.tell(
+            return RecorderMatch()
+        return self._recorder.index.match(
             backend=entry.backend,
             group=entry.group.name,
             number=entry.backend_sequence,

@@ -1,0 +1,93 @@
+"""The parts of a capture: attached in order, taken off and closed in reverse, whatever one of them does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import observatory
+from observatory.errors import CaptureError
+from observatory.probes.part import Boundary, Part
+from observatory.probes.power.watched import WatchedPower
+from observatory.probes.routing.flushing import Flusher
+from observatory.probes.routing.part import RoutingPart
+from observatory.probes.session import CaptureSession
+from tests.probes.tiny import ToldModel, ids, told_adapter
+
+
+def calls_of_parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of parts and methods, as they are called."""
+    calls: list[str] = []
+
+    def noted(kind: type[Part], method: str) -> None:
+        original = getattr(kind, method)
+
+        def call(part: Part, *args: object, **kwargs: object) -> object:
+            calls.append(f"{kind.__name__}.{method}")
+            return original(part, *args, **kwargs)
+
+        monkeypatch.setattr(kind, method, call)
+
+    for kind in (WatchedPower, RoutingPart, Flusher):
+        for method in ("attach", "detach", "close"):
+            noted(kind, method)
+    return calls
+
+
+def test_parts_are_taken_off_and_closed_in_reverse_order(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls = calls_of_parts(monkeypatch)
+    model = ToldModel()
+    with observatory.watch(model, tmp_path / "r", adapters=[told_adapter(3)]) as watch:
+        model([ids([0, 1])])
+        watch.step()
+    parts = ["WatchedPower", "RoutingPart", "Flusher"]
+    assert calls == [
+        *(f"{part}.attach" for part in parts),
+        *(f"{part}.detach" for part in reversed(parts)),
+        *(f"{part}.close" for part in reversed(parts)),
+    ]
+
+
+def test_a_part_that_cannot_be_attached_leaves_nothing_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(_part: Flusher) -> None:
+        raise CaptureError("no room")
+
+    model = ToldModel()
+    monkeypatch.setattr(Flusher, "attach", refuse)
+    with (
+        pytest.raises(CaptureError, match="no room"),
+        observatory.watch(model, tmp_path / "r", adapters=[told_adapter(3)]),
+    ):
+        pass
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
+    assert observatory.open_run(tmp_path / "r").manifest.state == "failed"
+
+
+def test_a_new_probe_is_one_entry_in_the_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class StepCount(Part):
+        steps = 0
+
+        def boundary(self, boundary: Boundary) -> None:
+            self.steps += boundary.ends_step and not boundary.is_last
+
+        def config(self) -> dict[str, object]:  # type: ignore[override]
+            return {"steps_counted": self.steps}
+
+    original = CaptureSession.__init__
+
+    def with_entry(session: CaptureSession, *args: object, **kwargs: object) -> None:
+        original(session, *args, **kwargs)  # type: ignore[arg-type]
+        session._attach(StepCount())
+
+    monkeypatch.setattr(CaptureSession, "__init__", with_entry)
+    model = ToldModel()
+    with observatory.watch(model, tmp_path / "r", adapters=[told_adapter(3)]) as watch:
+        for _ in range(3):
+            model([ids([0, 1])])
+            watch.step()
+    assert observatory.open_run(tmp_path / "r").manifest.config["steps_counted"] == 3
