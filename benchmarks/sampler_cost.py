@@ -81,7 +81,7 @@ def driver_us(devices: int) -> float:
     """Processor time of the driver's own part of one reading of one device."""
     import pynvml
 
-    from observatory.devices.nvml_calls import FieldBatch
+    from observatory.devices.nvml import FieldBatch
 
     pynvml.nvmlInit()
     handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in UUIDS[:devices]]

@@ -28,7 +28,7 @@ from observatory.errors import CaptureError
 from observatory.host.ranks import find_rank
 
 if TYPE_CHECKING:
-    from observatory.host.process_id import ProcessId
+    from observatory.host.processes import ProcessId
 
 _POLL_S = 0.2
 #: How long the main thread has to notice the signal, and to end in order once it has.
@@ -86,19 +86,19 @@ def find_launcher(environment: Mapping[str, str] = os.environ) -> ProcessId | No
     name = next((name for name in _MARKS.get(launcher, ()) if name in environment), None)
     if name is None:
         return None
-    from observatory.host.process_id import ProcessId  # pydantic: only ranks wait for it
+    from observatory.host.processes import ProcessId, ProcessStat  # pydantic: only ranks wait for it
 
     mark = f"{name}={environment[name]}".encode()
     pid = os.getppid()
     while pid > 1:
         try:
             is_rank = mark in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         except OSError:  # of another user: a daemon of the launcher
             is_rank = False
         if not is_rank:
             return ProcessId.of(pid)
-        pid = int(stat.rpartition(")")[2].split()[1])
+        stat = ProcessStat.of(pid)
+        pid = 0 if stat is None else stat.parent
     return None
 
 

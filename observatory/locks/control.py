@@ -17,8 +17,8 @@ from pydantic import JsonValue
 
 from observatory.devices.base import Closable
 from observatory.devices.nvml_library import NO_FUNCTION, NO_PERMISSION, NOT_SUPPORTED, SUCCESS, NvmlGpu
-from observatory.devices.processes import descends_from
 from observatory.errors import ClockError, LockNotPermittedError, LockRefusedError
+from observatory.host.processes import descends_from
 from observatory.locks.commands import limit_ways, lock_ways, unlock_ways
 from observatory.locks.words import LockCode, refusal_remedy, refusal_words
 from observatory.reasons import Reason

@@ -23,9 +23,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from observatory.errors import ClockError, LockRefusedError
-from observatory.host.process_id import ProcessId, machine_monotonic_ns
-from observatory.locks.lease_files import open_own
-from observatory.locks.lease_folder import FOLDER_VARIABLE
+from observatory.host.processes import ProcessId, machine_monotonic_ns
+from observatory.locks.lease_files import FOLDER_VARIABLE, open_own
 from observatory.run.files import one_line
 from observatory.run.manifest import Count, Record, Text
 from observatory.run.time_base import boot_id

@@ -49,8 +49,7 @@ from observatory.locks.lease import (
     replace_lease,
     standing,
 )
-from observatory.locks.lease_files import guarded, open_own
-from observatory.locks.lease_folder import lease_folder, trusted_folder
+from observatory.locks.lease_files import guarded, lease_folder, open_own, trusted_folder
 from observatory.locks.words import refusal_remedy, refusal_words
 from observatory.run.time_base import boot_id
 

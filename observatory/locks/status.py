@@ -12,9 +12,9 @@ from observatory.devices.amd import list_amd, load_amdsmi
 from observatory.devices.base import FIELDS, PowerDevice
 from observatory.devices.find import all_selectors, open_device
 from observatory.devices.nvml_library import close_nvml, code_text, list_gpus, load_nvml
-from observatory.devices.processes import has_admin_capability
 from observatory.devices.rapl import POWERCAP, find_domains
 from observatory.errors import ObservatoryError
+from observatory.host.processes import has_admin_capability
 from observatory.locks.control import ClockControl
 from observatory.locks.words import LockCode, outlook_words
 from observatory.reasons import Reason

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from observatory.errors import ClockError, LeaseBusyError, ObservatoryError
-from observatory.host.process_id import ProcessId
+from observatory.host.processes import ProcessId
 from observatory.locks.control import ClockControl
 from observatory.locks.lease import (
     Lease,

@@ -11,8 +11,7 @@ import pytest
 
 from observatory.devices.base import PowerDevice
 from observatory.devices.find import open_device, open_devices
-from observatory.devices.nvml import NvmlDevice
-from observatory.devices.nvml_calls import FieldBatch, PreparedCall
+from observatory.devices.nvml import FieldBatch, NvmlDevice, PreparedCall
 from observatory.errors import DeviceError, DeviceLostError
 from tests.devices.driver import FakeDriver
 from tests.devices.scenes import needs_driver, play

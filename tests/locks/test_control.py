@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from observatory.devices.processes import descends_from, has_admin_capability
 from observatory.errors import ClockError, DeviceError, DeviceLostError, LockRefusedError
+from observatory.host.processes import descends_from, has_admin_capability
 from observatory.locks.commands import limit_ways, lock_ways
 from observatory.locks.control import ClockControl
 from observatory.locks.status import device_report

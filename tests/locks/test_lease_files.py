@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from observatory.errors import ClockError
-from observatory.locks.lease_files import open_own
-from observatory.locks.lease_folder import trusted_folder
+from observatory.locks.lease_files import open_own, trusted_folder
 from tests.devices.driver import why_not
 from tests.locks.owners import CLEAN, owners
 from tests.locks.test_locking import UUID, Host

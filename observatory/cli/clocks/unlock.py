@@ -40,7 +40,7 @@ def unlock(
     lease that does not hold any more could not be undone.
     """
     from observatory.cli.output import print_json, print_table, say
-    from observatory.locks.lease_folder import lease_folder
+    from observatory.locks.lease_files import lease_folder
     from observatory.locks.locking import undo_leases
     from observatory.run.documents.printed import printed_document
 
@@ -71,7 +71,7 @@ def status(json: JsonOption = False) -> None:
     from observatory.cli.output import print_json, print_table, say
     from observatory.errors import ClockError
     from observatory.locks.lease import find_leases, find_logs, last_line, read_lease
-    from observatory.locks.lease_folder import lease_folder
+    from observatory.locks.lease_files import lease_folder
     from observatory.run.documents.printed import printed_document
 
     folder = lease_folder()

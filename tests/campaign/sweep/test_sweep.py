@@ -19,8 +19,8 @@ from observatory.campaign.sweep.document import recover_sweep
 from observatory.campaign.sweep.inputs import parse_clocks, parse_limits
 from observatory.campaign.sweep.journal import claimed
 from observatory.campaign.sweep.settings import Setting, SweepJob, plan_settings
-from observatory.devices.processes import has_admin_capability
 from observatory.errors import ClockError
+from observatory.host.processes import has_admin_capability
 from observatory.locks.lease import ProcessId
 from observatory.run.documents.clock_sweep import load_sweep
 from tests.devices.driver import FakeDriver, why_not

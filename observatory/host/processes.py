@@ -1,4 +1,4 @@
-"""Names of processes and moments that hold in every PID and time namespace of a machine.
+"""Processes of a machine, and names of them and of moments that hold in every PID and time namespace.
 
 Containers of one machine may share the folder of leases. A process id means another process in the next PID
 namespace, and start times of processes differ between time namespaces: a process is judged by its id only
@@ -10,12 +10,43 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
+from observatory.run.bounded import read_at_most
 from observatory.run.manifest import Count, Record
+
+_CAP_SYS_ADMIN = 21
+_MAX_ANCESTORS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessStat:
+    """What the kernel says of a process.
+
+    Attributes:
+        ended: it has ended and was not waited for yet.
+        parent: process id of its parent.
+        started: when it started, in clock ticks since the boot.
+    """
+
+    ended: bool
+    parent: int
+    started: int
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessStat | None:
+        """The process of this number; None when there is none."""
+        try:
+            content = read_at_most(Path(f"/proc/{pid}/stat"), 4096) or b""
+            # The second field is the name in parentheses and may hold anything.
+            state, parent, *rest = content.rpartition(b")")[2].split()
+            return cls(ended=state in (b"Z", b"X"), parent=int(parent), started=int(rest[17]))
+        except (OSError, ValueError, IndexError):
+            return None
 
 
 class ProcessId(Record):
@@ -34,14 +65,10 @@ class ProcessId(Record):
     @classmethod
     def of(cls, pid: int) -> ProcessId | None:
         """The process of this number; None when there is none, or it has ended and was not waited for yet."""
-        try:
-            text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
+        stat = ProcessStat.of(pid)
+        if stat is None or stat.ended:
             return None
-        state, *rest = text.rpartition(")")[2].split()
-        if state in ("Z", "X"):
-            return None
-        return cls(pid=pid, started=int(rest[18]), namespace=process_namespace())
+        return cls(pid=pid, started=stat.started, namespace=process_namespace())
 
     @property
     def alive(self) -> bool | None:
@@ -91,3 +118,27 @@ def machine_monotonic_ns() -> int:
             if clock in ("monotonic", "1"):
                 offset_ns = int(seconds) * 1_000_000_000 + int(nanoseconds)
     return time.monotonic_ns() - offset_ns
+
+
+def has_admin_capability() -> bool | None:
+    """Whether this process has CAP_SYS_ADMIN, which drivers ask for; None where the system does not say."""
+    try:
+        status = read_at_most(Path("/proc/self/status"), 65536)
+    except OSError:
+        return None
+    for line in (status or b"").decode("ascii", "replace").splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
+    return None
+
+
+def descends_from(pid: int, ancestor: int) -> bool:
+    """Whether a process is another one or below it; not when it has ended or is not visible here."""
+    for _ in range(_MAX_ANCESTORS):
+        if pid == ancestor:
+            return Path(f"/proc/{pid}").exists()
+        stat = ProcessStat.of(pid) if pid > 1 else None
+        if stat is None:
+            return False
+        pid = stat.parent
+    return False
