@@ -29,6 +29,8 @@ _LONGEST_COMPLAINT = 1200
 _GAP = "  "
 #: Text is folded to no less than this, unless all of it is shorter.
 _NARROWEST_TEXT = 12
+#: A longer word may be folded.
+_LONGEST_WORD = 13
 _NARROWEST_TERMINAL = 40
 _USUAL_TERMINAL = 80
 #: Text may be folded behind these; elsewhere only where a line has none of them.
@@ -175,9 +177,11 @@ class _Laid:
     @classmethod
     def of(cls, column: Column, cells: list[str]) -> _Laid:
         longest = max(map(_width, cells), default=0)
-        word = max(map(_width, column.head.split()), default=0)
-        narrowest = min(longest, _NARROWEST_TEXT) if column.text else longest
-        return cls(column, cells, max(narrowest, word), max(longest, _width(column.head)))
+        words = [_width(word) for cell in cells for word in cell.split()]
+        kept = max((word for word in words if word <= _LONGEST_WORD), default=0)
+        narrowest = max(min(longest, _NARROWEST_TEXT), kept) if column.text else longest
+        head = max(map(_width, column.head.split()), default=0)
+        return cls(column, cells, max(narrowest, head), max(longest, _width(column.head)))
 
 
 def _blocks(laid: list[_Laid], width: int | None) -> Iterator[list[_Laid]]:
@@ -243,7 +247,7 @@ def _fold(text: str, width: int | None) -> list[str]:
         end = _fitting(text, width)
         joint = max(text.rfind(char, 0, end) for char in _JOINTS) + 1
         space = text.rfind(" ", 0, end + 1) + 1
-        cut = next((place for place in (space, joint) if place > end // 3), end)
+        cut = space or (joint if joint > end // 3 else end)
         lines.append(text[:cut].rstrip())
         text = text[cut:].lstrip()
     return [*lines, text]

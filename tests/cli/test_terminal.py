@@ -7,6 +7,7 @@ import fcntl
 import io
 import os
 import pty
+import re
 import struct
 import sys
 import termios
@@ -260,7 +261,8 @@ def test_names_that_differ_at_the_end_stay_distinct() -> None:
 def test_piped_tables_keep_a_row_on_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["routing", str(big_run(tmp_path / "run"))]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1 + 2 + 2 * LAYERS + 1  # title, head, rule, rows, legend
+    rows = [line for line in lines if re.match(r" *\d+  (decode|prefill) .* of 64$", line)]
+    assert len(rows) == 2 * LAYERS
 
 
 def test_csv_has_all_columns_and_no_formula(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
