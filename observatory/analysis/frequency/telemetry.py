@@ -8,6 +8,7 @@ What is said of a state is computed from the samples in that state, which their 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
@@ -16,21 +17,26 @@ from numpy.typing import NDArray
 
 from observatory.analysis.energy.phase_intervals import DeviceBands, device_bands
 from observatory.analysis.frequency.confounds import BINDING_SHARE
-from observatory.analysis.frequency.telemetry_findings import device_findings
 from observatory.analysis.frequency.telemetry_records import (
     DeviceTelemetry,
+    FindingCode,
     Missing,
     Readings,
     ShareSource,
     StateName,
     TelemetryAdvice,
 )
+from observatory.analysis.frequency.words import finding_words
 from observatory.devices.event_reasons import BRAKE_BITS, HOLDING_BITS, IDLE_BIT, POWER_CAP_BIT, THERMAL_BITS
 from observatory.devices.sensors import SensorModel, sensor_of
 from observatory.errors import ClockError
 from observatory.run import Run
 from observatory.run.manifest import DeviceSpec
 
+#: A device that idles in a tenth of the samples waits for something.
+_IDLE_SHARE = 0.1
+#: Below this part of the way from idle power to the limit, a device hardly works.
+_LOW_DRAW = 0.15
 _LEAST_SAMPLES = 10
 _MOST_DEVICES = 256
 #: A limit may act on a device that was seen to draw this part of it.
@@ -155,13 +161,72 @@ def _device(
         cap=_cap(capped, capped_busy, capped_by, states, whole),
         missing=_missing(whole, rows, spec, known=bool(known.any())),
     )
-    findings = device_findings(device)
-    return device.model_copy(
-        update={
-            "findings": tuple(item.text for item in findings),
-            "finding_codes": tuple(item.code for item in findings),
-        }
-    )
+    codes = tuple(_finding_codes(device))
+    sentences = tuple(finding_words(code, device) for code in codes)
+    return device.model_copy(update={"findings": sentences, "finding_codes": codes})
+
+
+def _finding_codes(device: DeviceTelemetry) -> Iterator[FindingCode]:
+    """What the numbers of one device, or of one phase on it, show."""
+    if device.cap is None:
+        yield "limit not known"
+    else:
+        yield "limit binds" if device.cap == "binds" else "limit does not bind"
+    yield from _clock_codes(device)
+    if _acted(device.thermal_share, device.thermal_busy_share):
+        yield "slowed by heat"
+    if _acted(device.brake_share, device.brake_busy_share):
+        yield "slowed by the brake"
+    # Power that is read soon after idling may still be that of the idle device: nothing is said about it.
+    if (device.idle_share or 0.0) >= _IDLE_SHARE:
+        yield "idle"
+    elif _draws_little(device):
+        yield "little power"
+    if device.states is None:
+        yield "states not known"
+    elif device.reason_samples < device.samples:
+        yield "states in part"
+    if _lacks_power_over_limit(device):
+        yield "power over limit not known"
+
+
+def _clock_codes(device: DeviceTelemetry) -> Iterator[FindingCode]:
+    if device.sm_clock_mhz is None:
+        yield "SM clock not known"
+        return
+    if device.states is None:
+        yield "SM clock"
+        return
+    busy, free = device.states["busy"], device.states["free"]
+    below = device.is_below_highest(free)
+    if busy.sm_clock_mhz is None:
+        yield "SM clock not known"
+        return
+    # One sentence says both where nothing holds any busy sample down.
+    if not (below and free.samples == busy.samples):
+        yield "SM clock"
+    if below:
+        yield "SM clock below the highest"
+
+
+def _acted(share: float | None, busy_share: float | None) -> bool:
+    return max(share or 0.0, busy_share or 0.0) >= BINDING_SHARE
+
+
+def _draws_little(device: DeviceTelemetry) -> bool:
+    power_mw, limit_mw, idle_mw = device.busy.power_median_mw, device.busy.limit_mw, device.idle_power_mw
+    if power_mw is None or limit_mw is None or idle_mw is None:
+        return False
+    return (power_mw - idle_mw) / max(limit_mw - idle_mw, 1.0) < _LOW_DRAW
+
+
+def _lacks_power_over_limit(device: DeviceTelemetry) -> bool:
+    """Whether it is not known how near the limit the device runs, and no other sentence says so."""
+    if device.limit_needs_readings:
+        return False
+    if any(name != "event reasons" for name in device.missing_for_limit):
+        return True
+    return device.states is not None and device.busy.samples > 0 and device.busy.power_over_limit is None
 
 
 def _states(rows: pd.DataFrame, reasons: NDArray[np.int64]) -> dict[StateName, Readings]:

@@ -41,6 +41,11 @@ FindingCode = Literal[
     "power over limit not known",
 ]
 
+#: A clock within this range is steady: two steps of NVIDIA devices.
+STEADY_MHZ = 30.0
+#: A limit was changed when its lowest and highest reading differ by more than this: drivers round limits.
+_CHANGED = 1.01
+
 _Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -73,12 +78,17 @@ class Readings(Record):
     sm_clock_high_mhz: float | None = None
     sm_clock_highest_mhz: float | None = None
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether the clock hardly moves."""
+        low_mhz, high_mhz = self.sm_clock_low_mhz, self.sm_clock_high_mhz
+        return low_mhz is not None and high_mhz is not None and high_mhz - low_mhz <= STEADY_MHZ
 
-class Finding(Record):
-    """One statement: its code, and the sentence made of the numbers."""
-
-    code: FindingCode
-    text: Text
+    @property
+    def limit_changed(self) -> bool:
+        """Whether the limit in force was changed."""
+        low_mw, high_mw = self.limit_mw, self.highest_limit_mw
+        return low_mw is not None and high_mw is not None and high_mw > _CHANGED * low_mw
 
 
 class DeviceTelemetry(Readings):
@@ -124,6 +134,29 @@ class DeviceTelemetry(Readings):
     missing: tuple[Missing, ...] = ()
     findings: tuple[Text, ...] = ()
     finding_codes: tuple[FindingCode, ...] = ()
+
+    @property
+    def busy(self) -> Readings:
+        """Readings of the busy samples; of all where they cannot be selected."""
+        return self if self.states is None else self.states["busy"]
+
+    @property
+    def limit_needs_readings(self) -> bool:
+        """Whether nothing is known about the limit because power or the limit itself is missing."""
+        no_share = self.states is None and self.power_cap_share is None
+        return self.cap is None and no_share and self.highest_power_over_limit is None
+
+    @property
+    def missing_for_limit(self) -> tuple[Missing, ...]:
+        """What is missing for statements on power and limit."""
+        return tuple(name for name in self.missing if name not in ("SM clock", "highest SM clock"))
+
+    def is_below_highest(self, readings: Readings) -> bool:
+        """Whether the clock of these readings is steady and lower than the device's highest."""
+        most_mhz, clock_mhz = self.max_sm_clock_mhz, readings.sm_clock_mhz
+        if most_mhz is None or clock_mhz is None or readings.clock_samples < 2 or not readings.is_steady:
+            return False
+        return clock_mhz < most_mhz - STEADY_MHZ
 
     def in_state(self, name: StateName) -> Readings | None:
         """Readings of the samples in a state; None where no sample holds event reasons."""
