@@ -134,8 +134,8 @@ class Ranks:
         """Make sure that the place of the run is free: rank 0 looks, and all receive the answer.
 
         Returns:
-            The id of the run to be made, by which ranks tell it from an old one; None where they cannot agree
-            on one because they do not talk to each other.
+            The id of the run to be made, by which ranks distinguish it from an old one; None where they
+            cannot agree on one because they exchange nothing.
 
         Raises:
             RunError: it is not free, on every rank.
@@ -146,9 +146,9 @@ class Ranks:
             if overwrite and self.where.world > 1:
                 raise alike(
                     RunError(
-                        f"--force was asked for on {self.where.world} ranks that do not talk to each other, "
-                        f"so none could tell the old run from the new one; remove {out} yourself, or choose "
-                        "another place"
+                        f"--force was requested on {self.where.world} ranks that exchange nothing, so that "
+                        f"none could distinguish the old run from the new one; remove {out} yourself, or "
+                        "choose another place"
                     )
                 )
             if self.where.rank == 0:

@@ -1,1 +1,1 @@
-"""Probes that watch a running model: routing now, exchanges, phases and power beside it."""
+"""Probes that watch a running model: its routing, exchanges, phases and power."""

@@ -171,8 +171,9 @@ class WatchOptions:
             )
         if self.overwrite and ranks > 1 and self.run_id is None:
             raise CaptureError(
-                f"overwrite is requested with {ranks} ranks, where a late rank cannot tell the old run from "
-                "the new one; choose a directory that does not exist, or give all ranks one new run_id"
+                f"overwrite is requested with {ranks} ranks, where a late rank cannot distinguish the old "
+                "run from the new one; choose a directory that does not exist, or give all ranks one new "
+                "run_id"
             )
 
 

@@ -50,7 +50,7 @@ class Part:
     """One thing that a capture watches; every method may be left as it is."""
 
     def attach(self) -> None:
-        """Begin; on an error, ``detach`` and ``close`` follow."""
+        """Start; on an error, ``detach`` and ``close`` follow."""
 
     def boundary(self, boundary: Boundary) -> None:
         """A stretch has ended."""

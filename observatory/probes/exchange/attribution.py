@@ -19,7 +19,7 @@ Which exchange is the dispatch and which the combine, by rules for the exchanges
 * what remains of the all-to-alls is a ``dispatch``; a hierarchical one has several.
 * where no all-to-all dispatches, an all-gather may: of rows at least half as wide as the block's input, which
   leaves out gate weights and the flat weights of sharded data parallelism. The reduce-scatter of as much in
-  the same group is its ``combine``. Beside an all-to-all both belong to tensor parallelism: ``other``.
+  the same group is its ``combine``. Next to an all-to-all both belong to tensor parallelism: ``other``.
 
 Two dispatches in a row whose splits happen to mirror each other look like a dispatch and its combine;
 programs that label their exchanges (``observatory.probes.exchange.labels.labelled``) are believed.

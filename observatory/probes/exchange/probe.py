@@ -79,7 +79,7 @@ class ExchangeProbe(Part):
         self.sink: ExchangeSink = RunSink(self._log.add, self._situation)
 
     def attach(self) -> None:
-        """Begin.
+        """Start.
 
         Raises:
             CaptureError: this build of torch cannot be listened to.

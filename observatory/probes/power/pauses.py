@@ -47,7 +47,7 @@ class PhaseShifts:
         sensors: of the devices that are sampled; those that see all the time, or of which nothing is known,
             need nothing.
         synchronise: waits until the device has done what it was given: else it would work on in the pause.
-        steps: steps of one rhythm, where that is known: after so many the next begins.
+        steps: steps of one rhythm, where that is known: after so many the next one starts.
         now_ns: monotonic clock.
         sleep: waits so many seconds.
     """

@@ -42,7 +42,7 @@ class SiteCounter:
         width: ids per token of this site's ordinary calls; 0 until the first call.
         ever_called: the site was called at least once.
         tokens_unknown: a call did not show how many tokens it had.
-        on_call: called with the slot after each call, from inside compiled code as well; None when nobody
+        on_call: called with the slot after each call, from inside compiled code as well; None when no part
             asked.
     """
 

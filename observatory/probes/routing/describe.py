@@ -69,7 +69,7 @@ def _expert_weights(model: nn.Module, site: RoutingSite) -> list[nn.Parameter]:
     """Parameters of the routed experts of one layer; empty when they are not where the call is read.
 
     Where the experts' call is read they are that module's parameters; where a router is read, those of the
-    experts beside it. Parameters shared by all experts (a common norm) are left out.
+    experts next to it. Parameters shared by all experts (a common norm) are left out.
     """
     block_path = site.spec.module.rpartition(".")[0]
     block = model.get_submodule(block_path) if block_path else model

@@ -26,7 +26,7 @@ from observatory.run.manifest import MoeLayerSpec
 _MOST_NAMED = 4
 _LOOKED_FOR = (
     "an experts module called with top_k_index (or router_indices, selected_experts, ...), a router "
-    "returning (probs, routing_map), a capacity gate, expert embedding tables, or a router beside a list of "
+    "returning (probs, routing_map), a capacity gate, expert embedding tables, or a router next to a list of "
     "experts"
 )
 _HELP = (

@@ -128,5 +128,5 @@ class Flusher(Part):
             if flush:
                 self._writer.flush()
                 self._writer.set_gaps(self._rows.gaps())
-        except Exception as error:  # whatever it is, the watched program must hear of it and go on
+        except Exception as error:  # whatever it is, the watched program must get it and go on
             self._error = self._error or error

@@ -56,7 +56,7 @@ class GapLog:
             steps.last, steps.count = step, steps.count + 1
 
     def records(self) -> tuple[CaptureGap, ...]:
-        """The gaps for the rank's status, in the order in which they began."""
+        """The gaps for the rank's status, in the order in which they started."""
         return tuple(
             CaptureGap(
                 code=code,

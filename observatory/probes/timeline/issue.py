@@ -1,4 +1,4 @@
-"""One collective as it was seen: what it moves, and when it began and ended.
+"""One collective: what it moves, and when it started and ended.
 
 Shapes: P members of the collective's group. Everything here is read from shapes and split lists on the host;
 no tensor is kept, and none is looked into. What is kept is as raw as it comes: it is made on the program's
@@ -82,7 +82,7 @@ class Issue:
         start: before the call.
         end: when it was complete; None as long as it is not known.
         blocking: the program goes on when it is over; None where that is not known.
-        state: ``failed`` when it raised; ``unknown`` when its backend does not tell.
+        state: ``failed`` when it raised; ``unknown`` when its backend does not report it.
     """
 
     algorithm: str

@@ -204,7 +204,7 @@ class ExchangeLog(Part):
     def _guarded(self, *, last: bool) -> None:
         try:
             self._drain(last=last)
-        except Exception as error:  # whatever it is, the watched program must hear of it and go on
+        except Exception as error:  # whatever it is, the watched program must get it and go on
             self._error = self._error or error
 
     def _drain(self, *, last: bool) -> None:
