@@ -4,7 +4,7 @@ Exit codes: 0 done, 1 something the user can fix (one line says how), 2 wrong us
 written but not to be relied on (``fit``), 130 interrupted by Ctrl-C (or a terminal that hangs up, or SIGTERM,
 which schedulers send before they kill).
 Results go to stdout, progress and messages to stderr. No command shows a traceback, unless
-``OBSERVATORY_DEBUG`` is set: then errors that nobody foresaw are raised as they are.
+``OBSERVATORY_DEBUG`` is set: then unexpected errors are raised as they are.
 """
 
 from __future__ import annotations

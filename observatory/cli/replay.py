@@ -1,4 +1,4 @@
-"""``observatory replay``: captured traffic on this fabric, beside mock traffic."""
+"""``observatory replay``: captured traffic on this fabric, against uniform traffic."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_the_bandwidth_of_a_small_exchange_is_not_shown_as_none(
     argv = ["bench", "alltoall", "--ranks", "1", "--sizes", "16", "--patterns", "uniform,skewed"]
     assert main([*argv, "--repeats", "2", "--out", str(tmp_path / "bench.json")]) == 0
     shown = capsys.readouterr()
-    algbw = next(line for line in shown.out.splitlines() if " flat " in line).split("│")[7].strip()
+    algbw = next(line for line in shown.out.splitlines() if line.startswith("flat ")).split()[5]
     case = load_bench(tmp_path / "bench.json").cases[0]
     assert float(algbw) == pytest.approx(case.algbw_gb_per_s, rel=0.01)
     assert "note: skewed is the same traffic" in shown.err
