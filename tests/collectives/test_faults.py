@@ -52,7 +52,7 @@ def test_a_rank_that_dies_is_named(faults: Faults) -> None:
     assert second["ended"] == "-9"
     (sentence,) = said(first)
     assert sentence.startswith(
-        "rank 0 of 2 waited in vain in an all-to-all of group world: no answer from rank 1;"
+        "rank 0 of 2 timed out in an all-to-all of group world: no answer from rank 1;"
     )
 
 
@@ -60,7 +60,7 @@ def test_a_rank_that_hangs_is_named(faults: Faults) -> None:
     first, second = faults["hangs"]
     assert second["ended"] == "hung"
     (sentence,) = said(first)
-    assert "waited in vain in an all-to-all of group world: no answer from rank 1;" in sentence
+    assert "timed out in an all-to-all of group world: no answer from rank 1;" in sentence
 
 
 def test_a_rank_that_never_joins_is_named_by_all(faults: Faults) -> None:
@@ -77,7 +77,7 @@ def test_a_full_disk_on_one_rank_is_told_by_it_and_passed_on_by_the_others(fault
     assert "File too large" in own
     assert "rows are lost, parts written before are intact; free space or choose another place" in own
     (other,) = said(first)
-    assert "waited in vain in an all-to-all of group world: rank 1 had left (CaptureError: " in other
+    assert "timed out in an all-to-all of group world: rank 1 had left (CaptureError: " in other
     assert "File too large" in other
 
 
@@ -178,7 +178,7 @@ def test_ranks_that_the_command_starts_itself_end_with_the_one_that_is_killed(tm
         process.wait()
     assert process.returncode == 1
     *_, rank, launcher = [line for line in err.splitlines() if line.startswith(_SAYS)]
-    assert "rank 0 of 2 waited in vain" in rank
+    assert "rank 0 of 2 timed out" in rank
     assert launcher == (
         f"{_SAYS}rank 1 of 2 was killed by signal 9 (SIGKILL); rank 0 ended with errors after it"
     )

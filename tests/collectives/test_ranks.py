@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from observatory.collectives.transport.rendezvous import Attendance, meeting_point
+from observatory.collectives.transport.rendezvous import Rendezvous, meeting_point
 from observatory.errors import CaptureError, ExchangeError
 from observatory.host.ranks import RankOf, find_rank
 
@@ -145,7 +145,7 @@ def test_a_meeting_point_where_nobody_listens_is_given_up_in_time_and_named() ->
         environment = {**TORCHRUN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         start = time.monotonic()
         with pytest.raises(ExchangeError) as caught:
-            Attendance(find_rank(environment=environment), environment, timeout_s=0.5)
+            Rendezvous(find_rank(environment=environment), environment, timeout_s=0.5)
         assert time.monotonic() - start < 5
     assert f"rank 5 of 8 does not reach rank 0 at 127.0.0.1:{port} within 0.5 s" in str(caught.value)
     assert "Connection refused" in str(caught.value)
@@ -158,4 +158,4 @@ def test_a_port_that_is_taken_is_said_by_the_rank_that_wanted_it() -> None:
         port = str(other.getsockname()[1])
         environment = {**TORCHRUN, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with pytest.raises(ExchangeError, match=r"rank 0 of 8 cannot keep the list of ranks at 127\.0\.0\.1"):
-            Attendance(find_rank(environment=environment), environment, timeout_s=5)
+            Rendezvous(find_rank(environment=environment), environment, timeout_s=5)

@@ -136,7 +136,7 @@ def test_the_others_name_the_task_that_was_killed(killed: Job) -> None:
             for line in (killed.folder / f"said-{rank}").read_text().splitlines()
             if line.startswith("observatory:")
         ]
-        assert f"rank {rank} of 4 waited in vain in an all-to-all of group" in said
+        assert f"rank {rank} of 4 timed out in an all-to-all of group" in said
         assert "no answer from rank 2;" in said  # also where another rank that noticed it passes it on
     assert "task 2: Killed" in killed.output
 

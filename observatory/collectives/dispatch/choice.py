@@ -6,10 +6,9 @@ from typing import Literal, get_args
 
 from observatory.collectives.autograd import Exchanger
 from observatory.collectives.dispatch.base import Dispatcher, LocalExperts
-from observatory.collectives.dispatch.flat import FlatDispatcher
 from observatory.collectives.dispatch.gather import GatherDispatcher
-from observatory.collectives.dispatch.hierarchical import HierarchicalDispatcher
 from observatory.collectives.dispatch.plan import ExpertMap
+from observatory.collectives.dispatch.steps import FlatDispatcher, HierarchicalDispatcher
 from observatory.errors import ExchangeError
 
 Algorithm = Literal["flat", "hierarchical", "gather"]

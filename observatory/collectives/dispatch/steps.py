@@ -143,3 +143,26 @@ class SteppedDispatcher(Dispatcher):
             place = {rank: index for index, rank in enumerate(members)}
             toward_P = [place.get(rank, -1) for rank in range(layout.size)]
         return torch.tensor(toward_P)[self._map.rank_of_Z]
+
+
+class FlatDispatcher(SteppedDispatcher):
+    """Every row goes straight to the rank of its expert."""
+
+    name: ClassVar[str] = "flat"
+
+    def steps(self) -> tuple[Step, ...]:
+        """One step over the world."""
+        return (Step(group="world", deduplicate=self._deduplicate),)
+
+
+class HierarchicalDispatcher(SteppedDispatcher):
+    """Rows cross between nodes once; the order is that of this module."""
+
+    name: ClassVar[str] = "hierarchical"
+
+    def steps(self) -> tuple[Step, ...]:
+        """Across to the rank of the same place on the destination node, then inside it."""
+        return (
+            Step(group="across", deduplicate=True),
+            Step(group="node", deduplicate=self._deduplicate),
+        )

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from observatory.collectives.layout import Group, Layout, nodes_in_order, split_into_nodes
 from observatory.collectives.transport.base import BaseTransport
-from observatory.collectives.transport.mpi_start import limited_start
 from observatory.errors import ExchangeError
+from observatory.host.children import python_code
 from observatory.host.ranks import RankOf
 
 #: Counts and displacements of the collectives are C ints.
@@ -80,8 +81,8 @@ class MpiTransport(BaseTransport):
         super().__init__(layout, device=torch.device("cpu"), timeout_s=timeout_s)
         if not _poll(duplicated.Test, timeout_s):
             raise ExchangeError(
-                f"rank {rank} of {size} waited in vain for the other ranks to join for {timeout_s:g} s; see "
-                "the output of those that do not say this"
+                f"rank {rank} of {size} timed out after {timeout_s:g} s waiting for the other ranks to join; "
+                "see the output of those that do not say this"
             )
         self._groups: dict[Group, Any] = {"world": self._world}
         if ranks_per_node is None:
@@ -156,7 +157,7 @@ class MpiTransport(BaseTransport):
             else "all ranks answer, so the network is at fault or too slow"
         )
         raise ExchangeError(
-            f"rank {self.rank} of {self.size} waited in vain in {what} for {limit_s:g} s: {who}; see the "
+            f"rank {self.rank} of {self.size} timed out in {what} after {limit_s:g} s: {who}; see the "
             "output of the ranks named"
         )
 
@@ -213,3 +214,36 @@ def _memory(rows: torch.Tensor) -> Any:
 
 def _starts(bytes_G: list[int]) -> list[int]:
     return [sum(bytes_G[:index]) for index in range(len(bytes_G))]
+
+
+#: Arguments: seconds, process id, what to say. Ends when its input is closed.
+_WATCHER = """
+import os, select, signal, sys
+limit, pid, sentence = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+if not select.select([0], [], [], limit)[0] and os.getppid() == pid:
+    os.write(2, (sentence + "\\n").encode())
+    os.kill(pid, signal.SIGKILL)
+"""
+
+
+@contextlib.contextmanager
+def limited_start(where: RankOf, limit_s: float) -> Iterator[None]:
+    """Kill this process, with a sentence on its standard error, when MPI has not started in time.
+
+    The launcher then ends the other ranks. mpi4py holds the interpreter's lock in MPI_Init, which waits for
+    all ranks without a time limit: no thread or signal handler of this process can end that wait, but another
+    process can.
+    """
+    sentence = (
+        f"observatory: rank {where.rank} of {where.world} timed out in MPI_Init after {limit_s:g} s: a "
+        "rank did not start, or hangs; see the output of all ranks, and whether all hosts have the same MPI"
+    )
+    watcher = subprocess.Popen(
+        python_code(_WATCHER, str(limit_s), str(os.getpid()), sentence),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        watcher.communicate()

@@ -3,7 +3,7 @@
 A key-value store is kept at ``MASTER_ADDR:MASTER_PORT`` by the launcher (torchrun,
 ``observatory.hpc.launch``) or by rank
 0. Every rank signs in there before anything is exchanged, and signs off when it leaves, so that a rank that
-waits in vain can say for whom. Whether the place can be reached at all is tried with a plain socket first:
+times out can say for whom. Whether the place can be reached at all is tried with a plain socket first:
 torch's own client takes twice the time it is given and prints pages.
 """
 
@@ -58,8 +58,8 @@ def meeting_point(where: RankOf, environment: Mapping[str, str]) -> tuple[str, i
 
 def _is_task_of_step(where: RankOf, environment: Mapping[str, str]) -> bool:
     """Whether this rank is a task of ``srun``, also where PMI says so too."""
-    told = (environment.get("SLURM_PROCID"), environment.get("SLURM_STEP_NUM_TASKS"))
-    return where.launcher == "srun" or told == (str(where.rank), str(where.world))
+    of_slurm = (environment.get("SLURM_PROCID"), environment.get("SLURM_STEP_NUM_TASKS"))
+    return where.launcher == "srun" or of_slurm == (str(where.rank), str(where.world))
 
 
 def _first_node(nodes: str) -> str:
@@ -76,20 +76,20 @@ def _address(host: str, environment: Mapping[str, str]) -> str:
     if host != _first_node(environment.get("SLURM_STEP_NODELIST", "")):
         return host
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        told = subprocess.run(
+        answer = subprocess.run(
             ["scontrol", "--oneliner", "show", "node", host],
             capture_output=True,
             check=False,
             stdin=subprocess.DEVNULL,
             timeout=_SCONTROL_S,
         )
-        match = _NODE_ADDRESS.search(told.stdout.decode(errors="replace"))
+        match = _NODE_ADDRESS.search(answer.stdout.decode(errors="replace"))
         if match is not None:
             return match[1]
     return host
 
 
-class Attendance:
+class Rendezvous:
     """The list of ranks that are there.
 
     Attributes:
@@ -149,8 +149,8 @@ class Attendance:
     def explain_joining(self, reason: BaseException) -> ExchangeError:
         """The error of ranks that have all signed in and then cannot connect to each other."""
         left = [rank for rank in range(self._where.world) if self._has("left", rank)]
-        told = [f"{_ranks([rank])} had left ({self._last_words(rank)})" for rank in left]
-        who = "; ".join(told[:4]) or (
+        reasons = [f"{_ranks([rank])} had left ({self._last_words(rank)})" for rank in left]
+        who = "; ".join(reasons[:4]) or (
             "all have signed in, so one has died since, or the network interface is the wrong one: export "
             "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME to name the one that joins the hosts"
         )
@@ -175,21 +175,21 @@ class Attendance:
         reasons: dict[str, list[int]] = {}
         for rank, text in gone.items():
             reasons.setdefault(text, []).append(rank)
-        told = [f"{_ranks(ranks)} had left ({text})" for text, ranks in reasons.items()]
+        parts = [f"{_ranks(ranks)} had left ({text})" for text, ranks in reasons.items()]
         if silent:
-            told.append(f"no answer from {_ranks(silent)}")
-        who = "; ".join(told) or (
+            parts.append(f"no answer from {_ranks(silent)}")
+        who = "; ".join(parts) or (
             "all ranks answer, so the network between them is at fault, or slower than the time it is given"
         )
         return ExchangeError(
-            f"rank {self._where.rank} of {self._where.world} waited in vain in {what}: {who}; see the output "
+            f"rank {self._where.rank} of {self._where.world} timed out in {what}: {who}; see the output "
             f"of the ranks named ({_first(reason)})"
         )
 
     def _absent(self, members: Sequence[int], grace_s: float) -> tuple[list[int], dict[int, str]]:
         """Members that neither wait nor have left by the end of the time, and the words of those that left.
 
-        One that waited in vain as well and then left counts only where there is nobody else: its last words
+        One that timed out as well and then left counts only where no other rank is missing: its last words
         pass on whom it missed.
 
         Raises:

@@ -5,7 +5,12 @@ Shapes: P ranks, G ranks of a group, H values per row.
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import os
+import socket
+import struct
+import sys
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -15,8 +20,7 @@ from torch import distributed
 
 from observatory.collectives.layout import Group, Layout, nodes_in_order, split_into_nodes
 from observatory.collectives.transport.base import BaseTransport
-from observatory.collectives.transport.interface import has_reachable_name, interface_toward
-from observatory.collectives.transport.rendezvous import Attendance
+from observatory.collectives.transport.rendezvous import Rendezvous
 from observatory.errors import ExchangeError
 from observatory.host.ranks import RankOf
 
@@ -25,7 +29,7 @@ _INTERFACE = "GLOO_SOCKET_IFNAME"
 
 
 class TorchTransport(BaseTransport):
-    """Ranks of a torch.distributed process group; initialises the group if nobody has."""
+    """Ranks of a torch.distributed process group; initialises the group if the program has not."""
 
     def __init__(
         self,
@@ -36,16 +40,16 @@ class TorchTransport(BaseTransport):
         timeout_s: float,
         environment: Mapping[str, str] = os.environ,
     ) -> None:
-        self._attendance: Attendance | None = None
+        self._rendezvous: Rendezvous | None = None
         self._chose_interface = False
         self._own = not distributed.is_initialized()
         if self._own:
-            self._attendance = Attendance(where, environment, timeout_s=timeout_s)
-            if backend == "gloo" and len(self._attendance.hosts) > 1:
-                self._choose_interface(self._attendance.meeting_host)
+            self._rendezvous = Rendezvous(where, environment, timeout_s=timeout_s)
+            if backend == "gloo" and len(self._rendezvous.hosts) > 1:
+                self._choose_interface(self._rendezvous.meeting_host)
             if backend == "nccl":
                 torch.cuda.set_device(where.local_rank or 0)
-            self._initialise(backend, where, self._attendance, timeout_s)
+            self._initialise(backend, where, self._rendezvous, timeout_s)
         self.backend = distributed.get_backend()
         device = torch.device("cuda" if self.backend == "nccl" else "cpu")
         alone = Layout(rank=where.rank, node_of_P=(0,) * where.world)
@@ -67,17 +71,17 @@ class TorchTransport(BaseTransport):
                 self._chose_interface = True
 
     @staticmethod
-    def _initialise(backend: str, where: RankOf, attendance: Attendance, timeout_s: float) -> None:
+    def _initialise(backend: str, where: RankOf, rendezvous: Rendezvous, timeout_s: float) -> None:
         try:
             distributed.init_process_group(
                 backend,
-                store=attendance.store,
+                store=rendezvous.store,
                 rank=where.rank,
                 world_size=where.world,
                 timeout=timedelta(seconds=timeout_s),
             )
         except RuntimeError as error:
-            raise attendance.explain_joining(error) from error
+            raise rendezvous.explain_joining(error) from error
 
     def barrier(self, timeout_s: float | None = None) -> None:
         """Wait for all ranks."""
@@ -93,8 +97,8 @@ class TorchTransport(BaseTransport):
     def close(self, error: str | None = None) -> None:
         """Leave the process group, if it is ours."""
         if self._own and distributed.is_initialized():
-            if self._attendance is not None:
-                self._attendance.leave(error)
+            if self._rendezvous is not None:
+                self._rendezvous.leave(error)
             distributed.destroy_process_group()
         if self._chose_interface:
             os.environ.pop(_INTERFACE, None)
@@ -155,14 +159,14 @@ class TorchTransport(BaseTransport):
         try:
             call()
         except RuntimeError as error:
-            if self._attendance is None:
+            if self._rendezvous is None:
                 raise ExchangeError(
-                    f"rank {self.rank} of {self.size} waited in vain in {what}: {error}; the process group "
+                    f"rank {self.rank} of {self.size} timed out in {what}: {error}; the process group "
                     "was made by the caller, so who is missing is not known"
                 ) from error
             grace_s = min(_GRACE_S, self.timeout_s)
             members = self.layout.members(group)
-            raise self._attendance.explain(what, error, members=members, grace_s=grace_s) from error
+            raise self._rendezvous.explain(what, error, members=members, grace_s=grace_s) from error
 
 
 def _all_gather_single(gathered: torch.Tensor, rows: torch.Tensor) -> None:
@@ -175,3 +179,44 @@ def _reduce_scatter_single(summed: torch.Tensor, rows: torch.Tensor) -> None:
     """``reduce_scatter_single``, likewise."""
     call = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
     call(summed, rows)
+
+
+_SIOCGIFADDR = 0x8915  # of netdevice(7), Linux
+_DISCARD_PORT = 9  # nothing is sent
+
+
+def has_reachable_name() -> bool:
+    """Whether the name of this host stands for an address that other hosts could reach.
+
+    gloo listens on the address of the host's name. Where that is missing or a loopback address (as Debian's
+    ``127.0.1.1``), gloo falls back to loopback, and ranks of other hosts try to reach themselves.
+    """
+    with contextlib.suppress(OSError):
+        found = socket.getaddrinfo(socket.gethostname(), None)
+        return any(not ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found)
+    return False
+
+
+def interface_toward(host: str) -> str | None:
+    """Name of the interface whose IPv4 address this host has on its way to ``host``, itself included.
+
+    Returns:
+        None for a loopback address, an unknown host, or where the system does not report it.
+    """
+    if sys.platform != "linux":
+        return None
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, _DISCARD_PORT))
+        own = str(probe.getsockname()[0])
+        if not ipaddress.ip_address(own).is_loopback:
+            return next((name for _, name in socket.if_nameindex() if _address_of(probe, name) == own), None)
+    return None
+
+
+def _address_of(probe: socket.socket, interface: str) -> str | None:
+    import fcntl
+
+    with contextlib.suppress(OSError):  # an interface without an IPv4 address
+        answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+        return socket.inet_ntoa(answer[20:24])
+    return None
