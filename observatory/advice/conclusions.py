@@ -215,7 +215,7 @@ def conclude_clocks(document: Row) -> Conclusion:
 
 def conclude_bench(document: Row, out: Path) -> Conclusion:
     """Of ``observatory bench``: wrong bytes, else the noisiest case."""
-    cases = document["cases"]
+    cases = document["rows"]
     wrong = [row for row in cases if not row["correct"]]
     if wrong:
         place = _values(wrong[0], "algorithm", "pattern", "mean_send_bytes")

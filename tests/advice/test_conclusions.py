@@ -166,11 +166,11 @@ def test_a_benchmark_is_judged_by_its_bytes_first_then_by_its_noise() -> None:
         "algorithm": "flat", "pattern": "uniform", "mean_send_bytes": 1024, "median_us": 10.0, "p90_us": 11.0,
         "correct": True,
     }  # fmt: skip
-    quiet = {"short_of_cores": [], "cases": [case]}
+    quiet = {"short_of_cores": [], "rows": [case]}
     assert codes(conclude_bench(quiet, Path("b.json"))) == [Code.NOTHING, Code.RUN_COMMAND]
-    noisy = {**quiet, "cases": [case, {**case, "p90_us": 20.0}]}
+    noisy = {**quiet, "rows": [case, {**case, "p90_us": 20.0}]}
     assert codes(conclude_bench(noisy, RUN)) == [Code.NOISY_CASE, Code.NOISE_COST, Code.MORE_REPEATS]
-    wrong = {**noisy, "cases": [{**case, "correct": False}]}
+    wrong = {**noisy, "rows": [{**case, "correct": False}]}
     assert codes(conclude_bench(wrong, RUN)) == [Code.WRONG_BYTES, Code.CHECK_FABRIC]
 
 
