@@ -6,9 +6,9 @@ import importlib.metadata
 import importlib.util
 import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from observatory.devices.nvml_library import close_nvml, list_gpus, load_nvml
 from observatory.errors import DeviceError
@@ -104,7 +104,7 @@ def _nvml() -> Capability:
 
 
 def _program(name: str, purpose: str) -> Capability:
-    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    path = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
     if path is None:
         return Capability(name=name, works=False, detail=f"not on PATH; needed for {purpose}")
     return Capability(name=name, works=True, detail=path)
