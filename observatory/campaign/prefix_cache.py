@@ -33,7 +33,7 @@ from observatory.analysis.energy.words import reason_words
 from observatory.campaign.sampled_run import sampled_run
 from observatory.campaign.workloads import ModelWorkload, Window, Workload, WorkloadFacts, cut_back
 from observatory.devices.find import open_device
-from observatory.devices.sensors import SensorModel, calibration_entry, sensor_of
+from observatory.devices.sensors import SensorModel, sensor_of
 from observatory.errors import DeviceError, EnergyError, ModelError, ObservatoryError
 from observatory.host.provenance import collect_provenance
 from observatory.probes.power.watched import gpu_uuid
@@ -292,9 +292,7 @@ def _document(
     spec = next((spec for spec in power.sampled if spec.uuid == uuid), None)
     calibration = power.calibration.get(uuid)
     sensor = sensor_of(
-        None if spec is None else spec.name,
-        None if calibration is None else calibration_entry(calibration),
-        kind=None if spec is None else spec.kind,
+        None if spec is None else spec.name, calibration, kind=None if spec is None else spec.kind
     )
     about = () if job.note is None else (job.note,)
     notes = [*power.notes, *about, "an exact hit still runs the last token of the prompt, for its output"]

@@ -8,10 +8,7 @@ update every 100 and average the last 25, so they cover a quarter of the time; A
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-from pydantic import JsonValue
 
 from observatory.run.manifest import DeviceCalibration
 
@@ -62,14 +59,13 @@ class SensorModel:
 
 
 def sensor_of(
-    name: str | None, calibration: Mapping[str, JsonValue] | None = None, *, kind: str | None = None
+    name: str | None, calibration: DeviceCalibration | None = None, *, kind: str | None = None
 ) -> SensorModel:
     """Properties of a device's sensors by its name and a run's calibration of it.
 
     Args:
         name: as the driver names it.
-        calibration: what ``config.power.calibration`` of a run holds about the device. Foreign or impossible
-            entries are passed over.
+        calibration: what the sampler measured of the device. Impossible numbers are passed over.
         kind: of the device, as the manifest has it.
     """
     model = SensorModel()
@@ -84,34 +80,21 @@ def sensor_of(
             break
     if calibration is None:
         return model
-    measured: dict[str, float] = {}
-    for field, target in (("power_mw", "update_ms"), ("energy_mj", "counter_ms")):
-        period_ms = _number(_entry(calibration.get(field)).get("update_period_ms"), 1.0, 10_000.0)
-        if period_ms is not None:
-            measured[target] = period_ms
-    for name_, target, low, high in (
-        ("window_ms", "window_ms", 0.1, 10_000.0),
-        ("counter_over_integral", "counter_over_integral", 0.5, 2.0),
-    ):
-        value = _number(calibration.get(name_), low, high)
-        if value is not None:
-            measured[target] = value
-    if not measured:
+    measured = {
+        "update_ms": _within(_period_ms(calibration, "power_mw"), 1.0, 10_000.0),
+        "counter_ms": _within(_period_ms(calibration, "energy_mj"), 1.0, 10_000.0),
+        "counter_over_integral": _within(calibration.counter_over_integral, 0.5, 2.0),
+    }
+    usable = {target: value for target, value in measured.items() if value is not None}
+    if not usable:
         return model
-    return replace(model, **measured, source=f"calibration at start-up; else {model.source}")
+    return replace(model, **usable, source=f"calibration at start-up; else {model.source}")
 
 
-def _entry(value: JsonValue) -> Mapping[str, JsonValue]:
-    return value if isinstance(value, dict) else {}
+def _period_ms(calibration: DeviceCalibration, quantity: str) -> float | None:
+    field = calibration.fields.get(quantity)
+    return None if field is None else field.update_period_ms
 
 
-def _number(value: JsonValue, low: float, high: float) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if low <= value <= high else None
-
-
-def calibration_entry(measured: DeviceCalibration) -> dict[str, JsonValue]:
-    """What the sampler measured of a device, in the form that :func:`sensors.sensor_of` reads."""
-    known = measured.model_dump(mode="json", exclude={"fields"}, exclude_none=True)
-    return {**measured.model_dump(mode="json")["fields"], **known}
+def _within(value: float | None, low: float, high: float) -> float | None:
+    return value if value is not None and low <= value <= high else None

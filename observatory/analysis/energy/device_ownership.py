@@ -5,35 +5,10 @@ Samples lie in the folder of the rank that took them, which samples all devices 
 
 from __future__ import annotations
 
-from pydantic import JsonValue
-
 from observatory.analysis.energy.codes import EnergyCode
-from observatory.devices.sensors import PROCESSOR_KINDS, calibration_entry
+from observatory.devices.sensors import PROCESSOR_KINDS
 from observatory.reasons import Reason
 from observatory.run.manifest import Manifest, RankStatus
-
-
-def power_config(manifest: Manifest) -> dict[str, JsonValue]:
-    """What a run states about its power sampling: ``calibration`` by UUID and ``device_of_rank``.
-
-    Our sampler states it in the ranks' status (``RankPower``); other writers may in ``config.power``.
-    """
-    given = manifest.config.get("power")
-    config = dict(given) if isinstance(given, dict) else {}
-    calibration: dict[str, JsonValue] = {}
-    owners: dict[str, JsonValue] = {}
-    for status in manifest.ranks:
-        if status.power is None:
-            continue
-        for uuid, measured in status.power.calibration.items():
-            calibration[uuid] = calibration_entry(measured)
-        if status.power.own_devices:
-            owners[str(status.rank)] = list(status.power.own_devices)
-    return {
-        **config,
-        **({"calibration": calibration} if calibration else {}),
-        **({"device_of_rank": owners} if owners else {}),
-    }
 
 
 def ranks_of_node(manifest: Manifest, rank: int) -> list[int] | None:
@@ -63,9 +38,8 @@ def _places(status: RankStatus) -> tuple[str | None, str | None]:
 def device_ranks(manifest: Manifest, sampled: list[tuple[int, str]]) -> dict[tuple[int, str], int | Reason]:
     """The rank that each sampled device works for, or why that is not known.
 
-    Each rank states it (``RankPower.own_devices``), or the manifest does: ``device_of_rank`` of
-    ``config.power`` maps ranks to a UUID or a list of them, or a device has a ``rank``. Where nothing is
-    stated, the only rank of a node has all devices of the node that are not processors.
+    Each rank states it (``RankPower.own_devices``), or a device of the manifest has a ``rank``. Where nothing
+    is stated, the only rank of a node has all devices of the node that are not processors.
 
     Args:
         manifest: of the run.
@@ -118,12 +92,9 @@ def devices_of_rank(manifest: Manifest) -> dict[int, list[str]]:
 def _stated_ranks(manifest: Manifest) -> dict[str, list[int]]:
     """UUID -> ranks that compute on it, ascending, as the run states."""
     stated: dict[str, set[int]] = {}
-    mapping = power_config(manifest).get("device_of_rank")
-    if isinstance(mapping, dict):
-        for text, devices in mapping.items():
-            for uuid in devices if isinstance(devices, list) else [devices]:
-                if text.isascii() and text.isdecimal() and len(text) < 9 and isinstance(uuid, str):
-                    stated.setdefault(uuid, set()).add(int(text))
+    for status in manifest.ranks:
+        for uuid in () if status.power is None else status.power.own_devices:
+            stated.setdefault(uuid, set()).add(status.rank)
     for device in manifest.devices:
         if device.uuid is not None and device.rank is not None:
             stated.setdefault(device.uuid, {device.rank})

@@ -18,7 +18,6 @@ from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.device_ownership import (
     device_ranks,
     devices_of_rank,
-    power_config,
     ranks_of_node,
 )
 from observatory.analysis.energy.phase_intervals import ClockShift
@@ -208,15 +207,19 @@ def _each_once(
 def _devices(run: Run, power: pd.DataFrame, problems: list[Reason]) -> list[Device]:
     traces = _each_once(traces_of(power), problems)
     specs = run.manifest.device_specs
-    calibration = power_config(run.manifest).get("calibration")
+    calibrations = {
+        uuid: measured
+        for status in run.manifest.ranks
+        if status.power is not None
+        for uuid, measured in status.power.calibration.items()
+    }
     ranks = device_ranks(run.manifest, list(traces))
     devices = []
     for (sampler, uuid), trace in traces.items():
         spec = specs.get(uuid)
         name, kind = (None, None) if spec is None else (spec.name, spec.kind)
-        entry: JsonValue = calibration.get(uuid) if isinstance(calibration, dict) else None
-        entry = entry if isinstance(entry, dict) else {}
-        idle = entry.get("idle_power_mw")
+        calibration = calibrations.get(uuid)
+        idle_mw = None if calibration is None else calibration.idle_power_mw
         disorder = _disorder(trace)
         rank = ranks[sampler, uuid] if disorder is None else disorder
         causes = _trace_problems(trace, kind)
@@ -230,10 +233,10 @@ def _devices(run: Run, power: pd.DataFrame, problems: list[Reason]) -> list[Devi
                 sampler=sampler,
                 uuid=uuid,
                 trace=trace,
-                sensor=sensor_of(name, entry, kind=kind),
+                sensor=sensor_of(name, calibration, kind=kind),
                 name=name,
                 kind=kind,
-                calibrated_idle_mw=float(idle) if isinstance(idle, int | float) and 0 < idle < 1e9 else None,
+                calibrated_idle_mw=float(idle_mw) if idle_mw is not None and 0 < idle_mw < 1e9 else None,
                 rank=None if isinstance(rank, Reason) else rank,
                 rank_reason=rank if isinstance(rank, Reason) else None,
                 disorder=disorder,

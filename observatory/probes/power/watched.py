@@ -144,15 +144,14 @@ class WatchedPower(Part):
 
     def _pauses_between_steps(self, steps: bool | int) -> PhaseShifts:
         """Pauses for the sensors of the devices that this rank samples; ``steps`` of one period, if known."""
-        from observatory.devices.sensors import calibration_entry, sensor_of
+        from observatory.devices.sensors import sensor_of
         from observatory.probes.power.pauses import PhaseShifts
 
         sensors = []
         if self._sampler is not None:
             for spec in self._sampler.devices:
                 measured = self._sampler.calibration.get(spec.uuid or "")
-                entry = None if measured is None else calibration_entry(measured)
-                sensors.append(sensor_of(spec.name, entry, kind=spec.kind))
+                sensors.append(sensor_of(spec.name, measured, kind=spec.kind))
         return PhaseShifts(
             sensors,
             synchronise=lambda: _synchronise(self._model),

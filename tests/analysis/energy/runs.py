@@ -13,7 +13,14 @@ import pyarrow as pa
 from observatory.analysis.energy import Timeline, make_timeline
 from observatory.reasons import Reason
 from observatory.run import RunWriter, routing_rows
-from observatory.run.manifest import ClockSpec, Manifest, ModelSpec, MoeLayerSpec, RankPower
+from observatory.run.manifest import (
+    ClockSpec,
+    DeviceCalibration,
+    Manifest,
+    ModelSpec,
+    MoeLayerSpec,
+    RankPower,
+)
 from tests.devices.sensor import Load, spans_of
 
 
@@ -37,6 +44,7 @@ def write_energy_run(
     tokens: Mapping[str, int] | None = None,
     clocks: Sequence[ClockSpec | None] = (None,),
     own_devices: Sequence[tuple[str, ...]] = (),
+    calibration: DeviceCalibration | None = None,
     **manifest: Any,
 ) -> Path:
     """Write a run directory.
@@ -48,6 +56,7 @@ def write_energy_run(
         tokens: tokens that each rank routes per step, by phase; None: no routing rows.
         clocks: of each rank.
         own_devices: UUIDs of the devices that each rank says it computes on.
+        calibration: of all devices.
         **manifest: further fields.
     """
     ranks = len(spans)
@@ -77,8 +86,10 @@ def write_energy_run(
         clock = clocks[rank] if rank < len(clocks) else None
         if clock is not None:
             writer.set_clock(clock)
-    for writer, uuids in zip(writers, own_devices, strict=False):
-        writer.set_power(RankPower(own_devices=uuids))
+    for rank, writer in enumerate(writers):
+        own = own_devices[rank] if rank < len(own_devices) else ()
+        measured = {} if calibration is None else dict.fromkeys(power["device_uuid"].unique(), calibration)
+        writer.set_power(RankPower(own_devices=own, calibration=measured))
     for writer in reversed(writers):
         writer.close(steps=int(max(frame["step"].max() for frame in spans if len(frame)) + 1))
     return path

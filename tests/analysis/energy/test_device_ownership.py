@@ -42,6 +42,10 @@ def status(rank: int, host: str, clock: ClockSpec | None = None) -> RankStatus:
     return RankStatus(rank=rank, state="complete", host=host, clock=clock)
 
 
+def owning(rank: int, uuid: str) -> RankStatus:
+    return status(rank, "n").model_copy(update={"power": RankPower(own_devices=(uuid,))})
+
+
 def aligned(offset_ns: int, *, identity: str | None = None, error_ns: int = 1000, **more: Any) -> ClockSpec:
     return ClockSpec(
         offset_ns=offset_ns, uncertainty_ns=error_ns, method="ping-pong", identity=identity, **more
@@ -60,8 +64,9 @@ def test_the_only_rank_of_a_node_has_the_nodes_devices() -> None:
 def test_ranks_that_share_a_node_have_none_unless_the_run_says_so() -> None:
     shared = manifest(2, nodes=(0, 0))
     assert "rank not known" in _codes(device_ranks(shared, [(0, "GPU-a")])[0, "GPU-a"])
-    told = manifest(2, nodes=(0, 0), config={"power": {"device_of_rank": {"1": "GPU-a", "0": ["GPU-b"]}}})
-    assert device_ranks(told, [(0, "GPU-a"), (0, "GPU-b")]) == {(0, "GPU-a"): 1, (0, "GPU-b"): 0}
+    own = (owning(0, "GPU-b"), owning(1, "GPU-a"))
+    stated = manifest(2, nodes=(0, 0)).model_copy(update={"ranks": own})
+    assert device_ranks(stated, [(0, "GPU-a"), (0, "GPU-b")]) == {(0, "GPU-a"): 1, (0, "GPU-b"): 0}
     extra = DeviceSpec.model_validate({"kind": "gpu", "uuid": "GPU-a", "rank": 1})
     assert device_ranks(manifest(2, nodes=(0, 0), devices=(extra,)), [(0, "GPU-a")]) == {(0, "GPU-a"): 1}
 
@@ -101,14 +106,8 @@ def test_nodes_are_known_by_clock_or_by_host_and_else_not_at_all() -> None:
 
 
 def test_a_rank_of_another_node_is_not_believed() -> None:
-    wrong = manifest(2, nodes=(0, 1), config={"power": {"device_of_rank": {"1": "GPU-a"}}})
+    wrong = manifest(2, nodes=(0, 1)).model_copy(update={"ranks": (owning(1, "GPU-a"),)})
     assert "rank on other node" in _codes(device_ranks(wrong, [(0, "GPU-a")])[0, "GPU-a"])
-
-
-@pytest.mark.parametrize("text", ["x", "-1", "9" * 30, "１"])
-def test_nonsense_in_the_mapping_is_passed_over(text: str) -> None:
-    odd = manifest(config={"power": {"device_of_rank": {text: "GPU-a", "0": [5, None]}}})
-    assert device_ranks(odd, [(0, "GPU-a")]) == {(0, "GPU-a"): 0}
 
 
 def test_a_processors_package_belongs_to_the_node() -> None:

@@ -15,7 +15,7 @@ from observatory.analysis.energy import energy_summary
 from observatory.cli import main
 from observatory.errors import EnergyError
 from observatory.run import open_run
-from observatory.run.manifest import ClockSpec, DataSpec, DeviceSpec
+from observatory.run.manifest import ClockSpec, DataSpec, DeviceCalibration, DeviceSpec
 from tests.analysis.energy.runs import codes, write_energy_run
 from tests.analysis.energy.test_prefix_cache import measured
 from tests.conftest import MakeRun
@@ -180,12 +180,9 @@ def two_ranks(
         spans=[numbered(load) for load in loads],
         tokens={"prefill": 2048, "decode": 16},
         clocks=[clock, clock],
-        own_devices=own_devices,
+        own_devices=[(uuid,) for uuid in uuids] if manifest.pop("told", False) else own_devices,
         devices=tuple(DeviceSpec(kind="gpu", name=H100, uuid=uuid) for uuid in uuids),
         topology={"ranks": 2, "node_of_rank": (0, 0)},
-        config={"power": {"device_of_rank": {"0": uuids[0], "1": uuids[1]}}}
-        if manifest.pop("told", False)
-        else {},
         **manifest,
     )
     return run, loads
@@ -368,25 +365,22 @@ def test_a_warning_about_integrated_power_stands_on_every_number_made_of_it(
 def test_what_was_calibrated_is_used_and_nonsense_in_it_is_not(tmp_path: Path) -> None:
     load = steps([("decode", 21.0, 400.0)], seconds=6, jitter=0.1)
 
-    def summary(calibration: Any, name: str) -> Any:
+    def summary(name: str, **measured: Any) -> Any:
         run = write_energy_run(
             tmp_path / name,
             power=SimulatedSensor(counter_gain=1.09).sample(load),
             spans=[numbered(load)],
             devices=(DEVICE,),
-            config={"power": {"calibration": calibration}},
+            calibration=DeviceCalibration(duration_s=1.2, **measured),
         )
         return energy_summary(open_run(run))
 
-    told = summary({UUID: {"counter_over_integral": 1.09, "idle_power_mw": 75000}}, "told")
+    told = summary("told", counter_over_integral=1.09, idle_power_mw=75000)
     assert told.devices["flag"][0] is None
     assert told.devices["idle_power_mw"][0] == 75000
-    for number, nonsense in enumerate(
-        ([], {UUID: 5}, {UUID: {"counter_over_integral": "x", "energy_mj": [1], "idle_power_mw": -3}})
-    ):
-        odd = summary(nonsense, f"odd-{number}")
-        assert odd.devices["flag_code"][0] == "sensors disagree"
-        assert odd.devices["idle_power_mw"].isna().all()
+    odd = summary("odd", counter_over_integral=50.0, idle_power_mw=1 << 60)
+    assert odd.devices["flag_code"][0] == "sensors disagree"
+    assert odd.devices["idle_power_mw"].isna().all()
 
 
 def test_reuse_measurements_are_printed_beside_the_published_number(
