@@ -44,6 +44,7 @@ class Code(StrEnum):
     CAP_COST = "cap_cost"
     CLOCK_TOO_HIGH = "clock_too_high"
     CLOCK_COST = "clock_cost"
+    CLOCK_UNKNOWN = "clock_unknown"
     WRONG_BYTES = "wrong_bytes"
     NOISY_CASE = "noisy_case"
     NOISE_COST = "noise_cost"
@@ -204,6 +205,8 @@ def conclude_clocks(document: Row) -> Conclusion:
     devices = document.get("telemetry", {}).get("devices", ())
     held = [row for row in devices if row["cap"] == "binds" and row["power_cap_busy_share"] is not None]
     worst = _worst(held, lambda row: row["power_cap_busy_share"])
+    if worst is None and devices:
+        return (Reason(Code.CLOCK_UNKNOWN), _command("clocks", "sweep", "--help"))
     if worst is None:
         return NOTHING
     return (

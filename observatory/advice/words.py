@@ -30,6 +30,7 @@ _SENTENCES = {
     Code.CAP_COST: "the limit held the clock down in {power_cap_busy_share} of the busy time",
     Code.CLOCK_TOO_HIGH: "worth a lower clock: {title}, now at {reference_mhz:.0f} MHz",
     Code.CLOCK_COST: "a lock saves {saving} of the energy for {slowdown} more time",
+    Code.CLOCK_UNKNOWN: "whether another clock saves energy is not known from telemetry of one clock",
     Code.WRONG_BYTES: "wrong bytes arrived in {cases} cases, first {algorithm} {pattern} of "
     "{mean_send_bytes} B",
     Code.NOISY_CASE: "noisiest: {algorithm} {pattern} of {mean_send_bytes} B",
