@@ -22,6 +22,7 @@ from statistics import median
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import JsonValue
 
 from observatory.analysis.frequency.choosing import (
     bootstrap_curves,
@@ -48,8 +49,10 @@ from observatory.analysis.frequency.model_file import (
     series_title,
 )
 from observatory.analysis.frequency.points import CLOCK_STEP_MHZ, fit_points, judge, scatter_of, settings_of
+from observatory.analysis.frequency.words import FitCode, not_fitted_words
 from observatory.analysis.statistics import sample_ends
 from observatory.errors import ClockError
+from observatory.reasons import Reason
 from observatory.run.documents.clock_sweep import ClockPoint, ClockSeries, ClockSweep
 
 Float64 = NDArray[np.float64]
@@ -107,10 +110,10 @@ def fit_clocks(
     for alike in merged.values():
         points = [point for series in alike for point in series.points]
         outcome = _fit_series(alike[0], points, max(limits, default=None), bootstrap, seed)
-        if isinstance(outcome, str):
+        if isinstance(outcome, Reason):
             first = alike[0]
             title = series_title(first.name[:200], first.phase, first.batch_size, first.context_tokens)
-            missing.append(f"{title}: {outcome}")
+            missing.append(f"{title}: {not_fitted_words(outcome)}")
         else:
             fitted.append(outcome)
     if not fitted:
@@ -162,30 +165,23 @@ def _limit_notes(merged: dict[tuple[object, ...], list[ClockSeries]], limits: Se
 
 def _fit_series(
     series: ClockSeries, points: Sequence[ClockPoint], default_limit_mw: int | None, samples: int, seed: int
-) -> SeriesFit | str:
+) -> SeriesFit | Reason:
     """The fit of one series, or why there is none."""
     if len(points) > _MOST_POINTS:
-        return f"{len(points)} points are more than the {_MOST_POINTS} one fit takes; give fewer repeats"
+        return Reason(FitCode.TOO_MANY_POINTS, {"points": len(points), "most": _MOST_POINTS})
     judged = judge(points, default_limit_mw)
     found, left_out = fit_points(judged)
-    why = "; ".join(f"{item.points} left out: {item.reason}" for item in left_out)
+    unused: list[JsonValue] = [{"points": item.points, "reason": item.reason} for item in left_out]
     if found is None or found.blocks < _LEAST_CLOCKS:
         usable = 0 if found is None else found.blocks
-        return (
-            f"points at {usable} different clocks can be used, {_LEAST_CLOCKS} at least are needed; "
-            f"measure more clocks, or fit it together with sweeps of others{' (' + why + ')' if why else ''}"
-        )
+        clocks: dict[str, JsonValue] = {"clocks": usable, "needed": _LEAST_CLOCKS, "left_out": unused}
+        return Reason(FitCode.TOO_FEW_CLOCKS, clocks)
     settings = settings_of(judged)
     fold_N = fold_of(found.block_N, seed)
     time_trials = choose_time(found, fold_N)
     missed = time_trials[0].score().rms_error
     if missed > _MOST_MISSED:
-        return (
-            "the time of an iteration follows no curve of the clock: the best form, "
-            f"{time_trials[0].form.name}, misses clocks that it did not see by {100 * missed:.0f} % (rms of "
-            "ln); something else changed the time, such as other work on the machine: measure again without "
-            "it, longer and with more repeats"
-        )
+        return Reason(FitCode.NO_CURVE, {"form": time_trials[0].form.name, "error": missed})
     known_N = np.isfinite(found.power_mw_N)
     no_power, power_trials = "", []
     if len(set(found.block_N[known_N])) < found.blocks:
@@ -204,7 +200,7 @@ def _fit_series(
     time_scatter, energy_scatter, freedom = scatter_of(settings)
     reference = _reference(settings, points, float(found.mhz_N.min()))
     if reference is None:
-        return f"no setting has both a time and a clock{': ' + why if why else ''}; measure again"
+        return Reason(FitCode.NO_REFERENCE, {"left_out": unused})
     estimates = _clock_estimates(
         np.array([time_fit.parameters]),
         np.array([power_fit.parameters]) if power_fit else None,

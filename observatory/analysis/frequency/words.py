@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
 
 from observatory.analysis.frequency.confounds import BINDING_SHARE
 from observatory.analysis.frequency.model_file import Reference
@@ -15,6 +16,7 @@ from observatory.analysis.frequency.telemetry_records import (
     StateName,
 )
 from observatory.analysis.statistics import Interval
+from observatory.reasons import Reason
 from observatory.text import listing, percent_words
 
 if TYPE_CHECKING:
@@ -39,6 +41,39 @@ _NOT_COMPARED = {
     "no repeats": "repeats are missing",
     "no energies of repeats": "energies of repeats are missing",
 }
+
+
+class FitCode(StrEnum):
+    """Why a series of a sweep was not fitted."""
+
+    TOO_MANY_POINTS = "too many points"  # points, most
+    TOO_FEW_CLOCKS = "too few clocks"  # clocks, needed, left_out
+    NO_CURVE = "no curve"  # form, error (rms of ln on held-out clocks)
+    NO_REFERENCE = "no reference"  # left_out
+
+
+def not_fitted_words(reason: Reason) -> str:
+    """Why a series was not fitted."""
+    values: Mapping[str, Any] = reason.values
+    why = "; ".join(f"{item['points']} left out: {item['reason']}" for item in values.get("left_out", ()))
+    if reason.code == FitCode.TOO_MANY_POINTS:
+        return (
+            f"{values['points']} points are more than the {values['most']} one fit takes; give fewer repeats"
+        )
+    if reason.code == FitCode.TOO_FEW_CLOCKS:
+        return (
+            f"points at {values['clocks']} different clocks can be used, {values['needed']} at least are "
+            "needed; measure more clocks, or fit it together with sweeps of others"
+            f"{f' ({why})' if why else ''}"
+        )
+    if reason.code == FitCode.NO_CURVE:
+        return (
+            f"the time of an iteration follows no curve of the clock: the best form, {values['form']}, "
+            f"misses clocks that it did not see by {100 * values['error']:.0f} % (rms of ln); something else "
+            "changed the time, such as other work on the machine: measure again without it, longer and "
+            "with more repeats"
+        )
+    return f"no setting has both a time and a clock{f': {why}' if why else ''}; measure again"
 
 
 def reference_words(reference: Reference) -> str:
