@@ -21,7 +21,7 @@ from tests.reports.sample_benchmarks import a_bench, a_replay, saved
 from tests.reports.sample_power import a_power_run
 
 #: Keys whose contents are described elsewhere, or are those of a file.
-_ELSEWHERE = {"gaps", "device", "domain", "verdict", "misfits", "conclusion"}
+_ELSEWHERE = {"gaps", "device", "domain", "verdict", "misfits", "conclusion", "problem_codes"}
 
 
 def sections() -> dict[str, set[str]]:
