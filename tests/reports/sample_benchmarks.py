@@ -44,9 +44,9 @@ def a_bench(**options: Any) -> BenchResult:
     return made.model_copy(update={"hosts": (HostSpec(name="node-a"),), "argv": ("observatory", "bench")})
 
 
-def a_model(*, sources: Sequence[str] = ("bench.json",)) -> NetworkModel:
+def a_model(*, sources: Sequence[str] = ("bench.json",), hosts: Sequence[str] = ()) -> NetworkModel:
     """Fitted to many more matrices than `a_bench` holds."""
-    return _fitted().model_copy(update={"sources": tuple(sources)})
+    return _fitted().model_copy(update={"sources": tuple(sources), "hosts": tuple(hosts)})
 
 
 @cache

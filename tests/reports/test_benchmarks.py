@@ -154,7 +154,7 @@ def test_points_outside_the_fit_are_open_marks_and_said(tmp_path: Path, model_fi
 
 def test_a_model_that_was_fitted_to_the_replay_is_told_apart(tmp_path: Path) -> None:
     replay = saved(tmp_path / "replay.json", a_replay())
-    seen = saved(tmp_path / "seen.json", a_model(sources=("replay.json", "host node-b")))
+    seen = saved(tmp_path / "seen.json", a_model(sources=("replay.json", "host node-b"), hosts=("node-b",)))
     frames = frames_of(a_run(tmp_path / "run"), replays=(replay,), networks=(seen,))
     replayed, own = figure(sections_of(frames)["prediction"]).variants
     assert "not errors on traffic that it had not seen" in replayed.note
@@ -350,7 +350,7 @@ def test_an_algorithm_that_the_model_does_not_know_is_counted(tmp_path: Path, mo
         ("--bench", a_replay, "is a replay, where a benchmark was expected; give it with --replay"),
         ("--replay", a_bench, "is a benchmark, where a replay was expected; give it with --bench"),
         ("--network", a_bench, "is not valid"),
-        ("--bench", a_model, "has schema 2.1"),
+        ("--bench", a_model, "has schema 2.2"),
     ],
 )
 def test_a_file_of_the_other_kind_is_one_clear_line(

@@ -94,6 +94,7 @@ def fit_network(
             for algorithm, measured in sorted(by_algorithm.items())
         ),
         sources=(*sources, *(f"host {host}" for host in hosts)),
+        hosts=tuple(hosts),
         git_sha=find_git_sha(),
         notes=tuple(notes),
         short_of_cores=tuple(

@@ -16,7 +16,7 @@ from observatory.errors import BenchmarkError
 from observatory.run.documents.versioned import load_document
 from observatory.run.manifest import CoreShare, Count, Record, Text
 
-NETWORK_VERSION = "2.1"
+NETWORK_VERSION = "2.2"
 
 #: Beyond any error of a fit.
 _NotNegative = Annotated[float, Field(ge=0.0, le=1e30)]
@@ -243,7 +243,8 @@ class NetworkModel(Record):
         argv: command line.
         backend: what moved the bytes.
         fits: one per algorithm.
-        sources: names of the benchmark files and the hosts they come from.
+        sources: names of the benchmark files and the hosts they come from, for people.
+        hosts: names of these hosts; empty in files before schema 2.2.
         git_sha: commit of the working directory.
         notes: what a reader must know.
         short_of_cores: machines on which ranks of a source were more than the cores that they could use.
@@ -255,6 +256,7 @@ class NetworkModel(Record):
     backend: str
     fits: Annotated[tuple[AlgorithmFit, ...], Field(min_length=1)]
     sources: tuple[Text, ...] = ()
+    hosts: Annotated[tuple[Text, ...], Field(max_length=10_000)] = ()
     git_sha: Text | None = None
     notes: tuple[Text, ...] = ()
     short_of_cores: Annotated[tuple[CoreShare, ...], Field(max_length=10_000)] = ()

@@ -56,6 +56,7 @@ def collect(
     layers, summaries, loads, scans, localities = [], [], [], [], []
     for index, run in enumerate(runs):
         gaps: list[str] = []
+        scan_gaps: list[str] = []
         try:
             own = collect_layer_loads(run)
             if own:
@@ -80,6 +81,7 @@ def collect(
                 manifest=run.manifest,
                 problems=tuple(run.problems),
                 gaps=tuple(gaps),
+                scan_gaps=tuple(scan_gaps),
             )
         )
     frame = _runs_frame(tuple(facts))

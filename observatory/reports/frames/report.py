@@ -44,6 +44,7 @@ class RunFacts:
         manifest: its manifest, ranks merged.
         problems: gaps the reader found.
         gaps: what the report leaves out for this run, and why.
+        scan_gaps: those of them that are degrees which the scan leaves out.
     """
 
     run: int
@@ -51,6 +52,7 @@ class RunFacts:
     manifest: Manifest
     problems: tuple[str, ...]
     gaps: tuple[str, ...] = ()
+    scan_gaps: tuple[str, ...] = ()
 
     @property
     def condition(self) -> str:

@@ -233,7 +233,7 @@ def _reservations(found: BenchmarkFrames, network: int, replay: Any, frames: Rep
             f" The model was fitted {_duration(apart_s)} {when} this was measured, perhaps in another state "
             "of the machine."
         )
-    fitted = {source.removeprefix("host ") for source in model.sources if source.startswith("host ")}
+    fitted = set(model.hosts)
     if hosts and fitted and not hosts & fitted:
         told += f" Measured on {_names(hosts)}, the model was fitted on {_names(fitted)}."
     return told

@@ -43,7 +43,7 @@ def scan_section(frames: ReportFrames, *, gpus_per_node: int) -> Section:
     """Ranks against EP degree: all models together, then one run in detail, then what crosses."""
     title = "Other expert-parallel degrees"
     if frames.scan.empty:
-        reasons = dict.fromkeys(gap for fact in frames.facts for gap in fact.gaps if "EP" in gap)
+        reasons = dict.fromkeys(gap for fact in frames.facts for gap in fact.scan_gaps)
         why = " ".join(reasons) or "No run given here holds routing rows with assignments."
         return Section(id="ep", title=title, short="EP scan", reason=f"There is no EP scan. {why}")
     scan = mean_over_layers(frames.scan).merge(frames.runs[["run", "label", "condition", "kind"]], on="run")

@@ -216,7 +216,7 @@ def test_a_model_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schema_version": "9.0"}, "has schema 9.0, this program reads up to 2.1"),
+        ({"schema_version": "9.0"}, "has schema 9.0, this program reads up to 2.2"),
         ({"fits": []}, "not valid"),
         ({"backend": None}, "not valid"),
     ],
