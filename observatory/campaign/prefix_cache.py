@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.repeated_iterations import energy_of_repeats
 from observatory.analysis.energy.traces import trace_of_frame
 from observatory.analysis.energy.windows import energy_of_window
@@ -37,6 +38,7 @@ from observatory.devices.sensors import SensorModel, sensor_of
 from observatory.errors import DeviceError, EnergyError, ModelError, ObservatoryError
 from observatory.host.provenance import collect_provenance
 from observatory.probes.power.watched import gpu_uuid
+from observatory.reasons import Reason
 from observatory.run import open_run
 from observatory.run.documents.prefix_cache import ReuseCell, ReuseMeasurement, ReuseMeasurements
 from observatory.run.documents.writing import write_text
@@ -303,12 +305,13 @@ def _document(
     rows: list[ReuseMeasurement] = []
     for fraction, window in measured:
         row = _measurement(fraction, window, samples, sensor)
-        if isinstance(row, str):
-            notes.append(f"a window at a cached fraction of {fraction:g} has no energy: {row}"[:4000])
+        if isinstance(row, Reason):
+            why = reason_words(row)
+            notes.append(f"a window at a cached fraction of {fraction:g} has no energy: {why}"[:4000])
         else:
             rows.append(row)
     if not rows:
-        raise EnergyError(f"no window has an energy; {notes[-1]}. The samples are kept in the run")
+        raise EnergyError(f"no window has an energy ({notes[-1]})", remedy="see the samples, kept in the run")
     return ReuseMeasurements(
         created_unix_s=time.time(),
         argv=tuple(argv),
@@ -327,17 +330,15 @@ def _document(
 
 def _measurement(
     fraction: float, window: Window, samples: pd.DataFrame, sensor: SensorModel
-) -> ReuseMeasurement | str:
+) -> ReuseMeasurement | Reason:
     """One window with its energy, or why it has none."""
     if samples.empty:
-        return "nothing was sampled"
+        return Reason(EnergyCode.NO_SAMPLES)
     trace = trace_of_frame(samples)
     whole = energy_of_window(trace, window.start_ns, window.end_ns, sensor=sensor)
     energy = energy_of_repeats(whole, trace, sensor, iterations=window.iterations)
     if energy.energy_mj is None or energy.energy_mj <= 0:
-        return (
-            "the device reported no energy above 0" if energy.reason is None else reason_words(energy.reason)
-        )
+        return energy.reason or Reason(EnergyCode.NO_POSITIVE_ENERGY)
     cell: ReuseCell = "MISS" if fraction == 0 else "EXACT_HIT" if fraction == 1 else "PARTIAL"
     return ReuseMeasurement(
         cell=cell,

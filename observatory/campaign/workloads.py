@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from observatory.errors import ClockError, ModelError
+from observatory.run.files import one_line
 from observatory.run.manifest import Phase
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def cut_back(cache: Any, tokens: int, network: Any, *, recurrent_runs_on: bool =
             if not hasattr(layer, "recurrent_states") or hasattr(layer, "keys"):
                 layer.crop(-tokens)
     except (AttributeError, RuntimeError, ValueError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise ModelError(
             f"the cache of {type(network).__name__} cannot be cut back to its context ({reason}), so a step "
             "behind it cannot be repeated",

@@ -40,6 +40,7 @@ class EnergyCode(StrEnum):
     CONSTANT_MIX = "constant mix"  # condition, highest
     RARE_PHASE = "rare phase"  # source, updates, needed
     NO_POSITIVE_POWER = "no positive power"
+    NO_POSITIVE_ENERGY = "no positive energy"
     LAG_NOT_KNOWN = "lag not known"
     UPDATE_TIMES_UNCERTAIN = "update times uncertain"  # error_ms, change
     WIDE_INTERVAL = "wide interval"  # low_mw, high_mw

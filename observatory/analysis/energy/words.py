@@ -53,6 +53,7 @@ _WORDS: dict[Code, str | Callable[[Mapping[str, Any], str], str]] = {
     Code.CONSTANT_MIX: "the mix of phases hardly changes between updates (condition number {condition:.0f}, "
     "at most {highest:.0f}): only their sum is known; repeat one phase for 5 s, or vary the order",
     Code.RARE_PHASE: "it is in {updates} updates of the {source}, {needed} are needed",
+    Code.NO_POSITIVE_ENERGY: "the device reported no energy above 0",
     Code.NO_POSITIVE_POWER: "no power above 0 explains the updates: something that is in no span draws power",
     Code.LAG_NOT_KNOWN: "the steps move in time with the sensor, so neither its lag nor the power can be "
     "determined: insert phase shifts (docs/energy.md#aliasing), vary the order, or repeat the phase for 5 s",

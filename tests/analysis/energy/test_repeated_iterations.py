@@ -12,6 +12,7 @@ import pytest
 
 from observatory.advice.frequency import recommend_clocks
 from observatory.analysis.energy import fit_reuse, sensor_of
+from observatory.analysis.energy.words import reason_words
 from observatory.analysis.frequency import fit_clocks
 from observatory.campaign.prefix_cache import _measurement
 from observatory.campaign.sweep.document import sweep_document
@@ -109,7 +110,7 @@ def test_a_window_of_prefills_carries_it_too(step_ms: float, has_energy: bool, f
     if isinstance(row, ReuseMeasurement):
         assert row.energy_flag == ("in time with the sensor" if flagged else None)
     else:
-        assert "in time with the power sensor" in row
+        assert "in time with the power sensor" in reason_words(row)
 
 
 def test_reuse_show_widens_and_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
