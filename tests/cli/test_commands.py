@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from observatory.cli import main
-from observatory.host.doctor import capabilities
 from observatory.probes.routing import discover
 from observatory.probes.routing.discover import find_sites
 from observatory.run.documents.printed import PRINTED_VERSION
@@ -333,15 +332,6 @@ def test_doctor_lists_the_bundled_models(capsys: pytest.CaptureFixture[str]) -> 
     assert "tiny-gqa" in run_json(capsys, "doctor")["bundled_models"]  # type: ignore[operator]
     assert main(["doctor"]) == 0
     assert "tiny-gqa" in capsys.readouterr().out
-
-
-def test_a_program_next_to_the_interpreter_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mpiexec").write_text("#!/bin/sh\n")
-    (tmp_path / "mpiexec").chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
-    (mpiexec,) = (item for item in capabilities() if item.name == "mpiexec")
-    assert mpiexec.detail == str(tmp_path / "mpiexec")
 
 
 def test_a_warning_is_one_line() -> None:
