@@ -31,6 +31,7 @@ from observatory.probes.routing.discover import find_sites
 from observatory.probes.session import CaptureSession, WatchedShard
 from observatory.probes.store_alignment import default_store
 from observatory.probes.timeline.flight import recorder_unsupported
+from observatory.probes.timeline.streams import is_capturing
 from observatory.run import RunWriter
 from observatory.run.gaps import from_capture, sentence
 from observatory.run.manifest import ClockSpec, MoeLayerSpec, Phase, RankLayer, Topology, Verified
@@ -52,7 +53,7 @@ class Watch:
     Attributes:
         run_path: the run directory.
         sites: the MoE layers that are watched, and how; empty before entering.
-        steps: steps that ``step()`` has ended.
+        steps: steps that have ended.
     """
 
     def __init__(self, model: nn.Module, run_path: Path, options: WatchOptions) -> None:
@@ -68,6 +69,7 @@ class Watch:
         self._layers: tuple[RankLayer, ...] = ()
         self._notes: list[str] = []
         self._ended = False
+        self._is_in_step = False
         self._process = 0
 
     def __enter__(self) -> Self:
@@ -96,6 +98,7 @@ class Watch:
                 store=default_store() if aligns else None,
                 situation=lambda: (self.steps, self._phase),
             )
+            self._session.routing.before_pass(self._before_pass)
         except BaseException as error:
             self._writer.close(state="failed", error=_failure(error))
             SHARDS.remove(self._shard)
@@ -145,17 +148,17 @@ class Watch:
     def step(self) -> None:
         """End a step: one forward pass, one training step, or one decode step.
 
+        Each forward pass of the model that a ``generate()`` makes is a step by itself.
+
         Raises:
             CaptureError: the watch is not running, or the capture failed. The model's own run is unharmed,
                 and the error is raised once: a caller may catch it and go on without the capture.
         """
         session = self._running()
         session.boundary(self.steps, phase=self._phase, ends_step=True)
-        self.steps += 1
+        self._step_ended()
         session.check()
-        if session.after_step():
-            # The pause belongs to no phase, also where one is stated for the whole run.
-            session.boundary(self.steps, phase=None, ends_step=False)
+        self._after_step(session)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
@@ -212,6 +215,28 @@ class Watch:
         ]
         if lines:
             warnings.warn(f"run {self.run_path}: {'; '.join(lines)}", stacklevel=2)
+
+    def _before_pass(self, is_generated: bool) -> None:
+        """In ``generate()`` a program cannot call ``step``: each forward pass there starts a step."""
+        session = self._session
+        if session is None or self._ended or os.getpid() != self._process:
+            return
+        if self._is_in_step and is_generated and not is_capturing(session.routing.device):
+            # An error of the capture never goes through the program's call; the next step() raises it.
+            with contextlib.suppress(CaptureError):
+                session.boundary(self.steps, phase=self._phase, ends_step=True)
+                self._step_ended()
+                self._after_step(session)
+        self._is_in_step = True
+
+    def _step_ended(self) -> None:
+        self.steps += 1
+        self._is_in_step = False
+
+    def _after_step(self, session: CaptureSession) -> None:
+        if session.after_step():
+            # The pause belongs to no phase, also where one is stated for the whole run.
+            session.boundary(self.steps, phase=None, ends_step=False)
 
     def _switch(self, phase: Phase | None) -> None:
         if phase != self._phase:

@@ -98,6 +98,10 @@ class RoutingPart(Part):
         """Phase of the model's call in progress, as far as it is known."""
         return SLOTS[self._probe.phases.slot]
 
+    def before_pass(self, call: Callable[[bool], None]) -> None:
+        """Call this before each forward pass, with whether a module's ``generate()`` makes it."""
+        self._probe.phases.before_pass = call
+
     def on_routed(self, routed: Callable[[int, str], None]) -> None:
         """Call this with the layer and the phase of each eager call of a site, on its thread."""
 
@@ -168,7 +172,9 @@ class RoutingPart(Part):
             notes.append(f"tokens is 0 where calls do not show how many there were: {_named(unsized)}")
         notes += probe.phases.notes(given_a_cache=True)
         if self.last_step >= 0 and steps == 0:
-            notes.append("watch.step() was never called: the whole run is one step")
+            notes.append(
+                "watch.step() was never called, and no generate() made steps: the whole run is one step"
+            )
         return tuple(notes)
 
     def quiet_notes(self) -> tuple[str, ...]:

@@ -92,6 +92,8 @@ class PhaseTracker:
         calls: eager calls of the model since the last ``end_stretch``.
         was_interrupted: a call ended in the middle since then.
         was_inside: threads were in a call at the last ``end_stretch``.
+        before_pass: is called before each eager forward pass of the model, while no thread is in one, with
+            whether a module's ``generate()`` makes it; None when nothing is to be called.
     """
 
     def __init__(self, model: nn.Module, *, on_call: Callable[[], None]) -> None:
@@ -100,6 +102,7 @@ class PhaseTracker:
         self.calls = 0
         self.was_interrupted = False
         self.was_inside = False
+        self.before_pass: Callable[[bool], None] | None = None
         self._inside: dict[int, _Now] = {}
         self._carriers = find_carriers(model)
         self._on_call = on_call
@@ -197,6 +200,8 @@ class PhaseTracker:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
             if compiler.is_exporting():
                 return
+            if not carrier.is_inner and not compiler.is_compiling():
+                self._note_pass()
             self.model_called = True
             self.calls += not carrier.is_inner
             phase = phase_of_call(carrier, module, args, kwargs)
@@ -221,6 +226,10 @@ class PhaseTracker:
                 self._threads.now.has_ended = True
 
         return end
+
+    def _note_pass(self) -> None:
+        if self.before_pass is not None and not self._inside:
+            self.before_pass(_is_generating(sys._getframe(2)))
 
     def _enter(self, carrier: Carrier, phase: CallPhase) -> None:
         now, frame = self._threads.now, sys._getframe(2)
@@ -270,6 +279,16 @@ class PhaseTracker:
         if now.reason is not None and not now.has_inner:
             self._recent_compiled = now.reason
         now.slot, now.reason, now.has_inner = around.slot, around.reason, True
+
+
+def _is_generating(frame: FrameType | None) -> bool:
+    """Whether a module's method ``generate`` is among the callers."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "generate" and code.co_varnames[:1] == ("self",):
+            return isinstance(frame.f_locals.get("self"), nn.Module)
+        frame = frame.f_back
+    return False
 
 
 def _is_inside(thread: int, now: _Now) -> bool:
