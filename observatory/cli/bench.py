@@ -89,13 +89,15 @@ def alltoall(
     say_cores(short_of_cores(result.cores_P or ()))
     for note in result.notes:
         say(f"note: {note}")
-    document = bench_document(result)
-    conclusion = conclude_bench(document, out)
-    document["conclusion"] = conclusion_document(conclusion)
-    tables = bench_tables(document)
-    if not print_data(document, tables, json=json, csv=csv):
-        for table in tables:
-            print_table(table, wide=wide)
-        print_conclusion(conclusion)
-    write_result(result, out)
+    try:
+        document = bench_document(result)
+        conclusion = conclude_bench(document, out)
+        document["conclusion"] = conclusion_document(conclusion)
+        tables = bench_tables(document)
+        if not print_data(document, tables, json=json, csv=csv):
+            for table in tables:
+                print_table(table, wide=wide)
+            print_conclusion(conclusion)
+    finally:  # a failure to print does not lose the measurement
+        write_result(result, out)
     say(f"result written to {out}; next: observatory fit {out} --out fit.json")

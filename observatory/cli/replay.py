@@ -107,13 +107,15 @@ def replay(
     say_cores(short_of_cores(result.cores_P or ()))
     for note in result.notes:
         say(f"note: {note}")
-    document = replay_document(result)
-    conclusion = conclude_replay(document, run)
-    document["conclusion"] = conclusion_document(conclusion)
-    tables = replay_tables(document, opened.manifest.model.name)
-    if not print_data(document, tables, json=json, csv=csv):
-        for table in tables:
-            print_table(table, wide=wide)
-        print_conclusion(conclusion)
-    write_result(result, out)
+    try:
+        document = replay_document(result)
+        conclusion = conclude_replay(document, run)
+        document["conclusion"] = conclusion_document(conclusion)
+        tables = replay_tables(document, opened.manifest.model.name)
+        if not print_data(document, tables, json=json, csv=csv):
+            for table in tables:
+                print_table(table, wide=wide)
+            print_conclusion(conclusion)
+    finally:  # a failure to print does not lose the measurement
+        write_result(result, out)
     say(f"result written to {out}")
