@@ -25,9 +25,9 @@ class Column:
         title: head of the column, without its unit.
         unit: unit that numbers are shown in, after ``scale``; "%" for shares, with a scale of 100.
         digits: digits after the point of a number; None: whole numbers in full, others with three
-            significant digits.
+            significant digits, which a page shows in the unit that reads best (us, ms or s).
         scale: factor from the value in the frame to the value shown.
-        interval: keys of the lower and the upper end, shown in brackets behind the value.
+        interval: keys of the lower and the upper end, shown with the value.
         of: key of the total that a count belongs to, shown as "54 of 240".
         otherwise: shown where the value is missing.
         text: the values are text, which is aligned left and may be folded; a number never is.
@@ -57,14 +57,14 @@ class Column:
     def cell(self, row: Mapping[str, Any]) -> str:
         """The value of a row (of `frame_records`, so plain Python values) as text."""
         value = row[self.name]
-        if _is_missing(value):
+        if is_missing(value):
             return self.otherwise
         shown = self.number(value)
         if self.of is not None:
             return f"{shown} of {self.number(row[self.of])}"
         if self.interval is not None:
             low, high = (row[end] for end in self.interval)
-            if not _is_missing(low) and not _is_missing(high):
+            if not is_missing(low) and not is_missing(high):
                 joined_by = " to " if low * self.scale < 0 else "-"
                 return f"{shown} ({self.number(low)}{joined_by}{self.number(high)})"
         return shown
@@ -84,7 +84,8 @@ class Column:
         return fixed if len(fixed) <= _LONGEST_NUMBER else f"{scaled:.3g}"
 
 
-def _is_missing(value: object) -> bool:
+def is_missing(value: object) -> bool:
+    """Whether a row holds no value: None, or a number that is not finite."""
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 

@@ -6,10 +6,21 @@ many tokens, which floor, which formula), a text alternative and a table of its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
+
+from observatory.analysis.columns import Column, is_missing
+from observatory.reports.text import count, plain, quantity, shorten
+
+#: Longest text of a cell.
+_LONGEST = 600
+#: Units, titles and stand-ins that a terminal shows in ASCII.
+_TYPESET = {"us": "µs", "+-": "±", "-": "–", "ED2P": "ED²P"}
+#: Words that keep their small letter at the head of a column.
+_SMALL = ("algbw", "busbw")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +41,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Column:
+class Head:
     """Heading of a column; numbers are set right-aligned."""
 
     title: str
@@ -43,7 +54,7 @@ class Table:
     """A table with its caption and a note below it (empty for none)."""
 
     caption: str
-    columns: tuple[Column, ...]
+    columns: tuple[Head, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
 
@@ -119,7 +130,7 @@ class Section:
 
 def table(
     caption: str,
-    columns: Sequence[str | Column],
+    columns: Sequence[str | Head],
     rows: Sequence[Sequence[str | Cell]],
     *,
     note: str = "",
@@ -127,7 +138,7 @@ def table(
 ) -> Table:
     """Table from plain strings: the first ``text`` columns are words, the first column names its row."""
     heads = tuple(
-        column if isinstance(column, Column) else Column(title=column, numeric=index >= text)
+        column if isinstance(column, Head) else Head(title=column, numeric=index >= text)
         for index, column in enumerate(columns)
     )
     cells = tuple(
@@ -138,3 +149,70 @@ def table(
         for row in rows
     )
     return Table(caption=caption, columns=heads, rows=cells, note=note)
+
+
+def frame_table(
+    caption: str,
+    columns: Sequence[Column],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    note: str = "",
+    leave_out: Sequence[str] = (),
+) -> Table:
+    """Table of what the command line shows of the same rows, with its wide columns.
+
+    Args:
+        caption: of the table.
+        columns: as they are declared beside the frame, the first names the row.
+        rows: plain Python values (`frame_records`); a value that is a `Cell` is shown as it is.
+        note: sentences in front of the legend of the columns.
+        leave_out: names of columns that say the same in every row.
+    """
+    shown = [column for column in columns if column.name not in leave_out]
+    cells = tuple(tuple(_cell(column, row, column is shown[0]) for column in shown) for row in rows)
+    legend = [f"{_title(column)}: {column.legend}." for column in shown if column.legend]
+    heads = tuple(_head(column) for column in shown)
+    return Table(caption=caption, columns=heads, rows=cells, note=" ".join(filter(None, (note, *legend))))
+
+
+def _head(column: Column) -> Head:
+    """The unit stands with the values where it is a percent sign or chosen for each of them."""
+    by_value = column.unit == "%" or (column.digits is None and quantity(0, column.unit) is not None)
+    unit = "" if by_value else _TYPESET.get(column.unit, column.unit)
+    return Head(title=_title(column), detail=unit, numeric=not column.text)
+
+
+def _title(column: Column) -> str:
+    title = _TYPESET.get(column.title, column.title)
+    first = title.partition(" ")[0]
+    return title if first in _SMALL or not first.isalpha() else title[0].upper() + title[1:]
+
+
+def _cell(column: Column, row: Mapping[str, Any], heading: bool) -> Cell:
+    value = row[column.name]
+    if isinstance(value, Cell):
+        return value
+    if is_missing(value):
+        return Cell(text=_TYPESET.get(column.otherwise, column.otherwise), heading=heading)
+    text = _value(column, value)
+    if column.of is not None:
+        text = f"{text} of {_value(column, row[column.of])}"
+    ends = [row[end] for end in column.interval or ()]
+    detail = ""
+    if ends and not any(map(is_missing, ends)):
+        low, high = (_value(column, end) for end in ends)
+        detail = f"{low} {'to' if '−' in low else '–'} {high}"
+    return Cell(text=text, detail=detail, heading=heading)
+
+
+def _value(column: Column, value: Any) -> str:
+    """A value as a page shows it: typeset, in the unit that reads best where no digits are asked for."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return shorten(column.number(value), _LONGEST)
+    if column.digits is None:
+        best = quantity(value * column.scale, column.unit)
+        if best is not None:
+            return best
+        if isinstance(value, int):
+            return count(value)
+    return plain(column.number(value)).replace("-", "−") + (" %" if column.unit == "%" else "")

@@ -112,3 +112,26 @@ def microseconds(value: float | None, *, signed: bool = False) -> str:
     form = ".1e" if abs(scaled) >= 1e5 else f".{digits}f"
     text = f"{scaled:{'+' if signed else ''}{form}}"
     return f"{text} {unit}".replace("-", "−")
+
+
+def millijoules(value: float | None) -> str:
+    """An energy in the unit that reads best, three digits or so."""
+    if value is None or _absent(value):
+        return MISSING
+    if value == 0:
+        return "0 J"
+    for unit, factor in (("µJ", 1e-3), ("mJ", 1.0), ("J", 1e3), ("kJ", 1e6)):
+        scaled = value / factor
+        if abs(scaled) < 1000 or unit == "kJ":
+            break
+    digits = 0 if abs(scaled) >= 100 else 1 if abs(scaled) >= 10 else 2
+    return f"{scaled:.{digits}f} {unit}".replace("-", "−")
+
+
+def quantity(value: float, unit: str) -> str | None:
+    """A time, an energy or bytes in the unit that reads best; None for any other unit."""
+    if unit in ("us", "ms"):
+        return microseconds(value * (1e3 if unit == "ms" else 1.0))
+    if unit in ("mJ", "J"):
+        return millijoules(value * (1e3 if unit == "J" else 1.0))
+    return bytes_text(value) if unit == "B" else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from observatory.analysis.columns import Column, Table, short_names
@@ -25,7 +25,7 @@ DEVICE_COLUMNS = (
     Column(name="label", title="device", text=True, key=True),
     Column(name="source_rank", title="rank", key=True),
     Column(name="duration_s", title="seconds", digits=1),
-    Column(name="energy_mj", title="energy", unit="J", scale=1e-3, digits=1),
+    Column(name="energy_mj", title="energy", unit="J", scale=1e-3),
     Column(
         name="error",
         title="+-",
@@ -35,8 +35,11 @@ DEVICE_COLUMNS = (
         legend="half of the 90 % interval; calibration of the sensor (about 5 %) left out",
     ),
     Column(name="source", title="from", text=True),
-    Column(name="power_mw", title="mean", unit="W", scale=1e-3, digits=1),
-    Column(name="idle_power_mw", title="idle", unit="W", scale=1e-3, digits=1),
+    Column(name="power_mw", title="mean power", unit="W", scale=1e-3, digits=1),
+    Column(name="idle_power_mw", title="idle power", unit="W", scale=1e-3, digits=1),
+    Column(name="idle_source", title="idle from", text=True, wide=True),
+    Column(name="counter_mj", title="by counter", unit="J", scale=1e-3, wide=True),
+    Column(name="integral_mj", title="by power", unit="J", scale=1e-3, wide=True),
     Column(
         name="disagreement",
         title="counter / power",
@@ -59,11 +62,11 @@ PHASE_COLUMNS = (
         scale=1e-3,
         digits=1,
         interval=("power_low_mw", "power_high_mw"),
-        legend="in brackets the 90 % interval",
+        legend="with its 90 % interval",
     ),
-    Column(name="energy_mj", title="energy", unit="J", scale=1e-3, digits=1),
-    Column(name="above_idle_mj", title="above idle", unit="J", scale=1e-3, digits=1),
-    Column(name="idle_mj", title="idle", unit="J", scale=1e-3, digits=1, wide=True),
+    Column(name="energy_mj", title="energy", unit="J", scale=1e-3),
+    Column(name="above_idle_mj", title="above idle", unit="J", scale=1e-3),
+    Column(name="idle_mj", title="idle", unit="J", scale=1e-3, wide=True),
     Column(name="method", title="method", text=True),
     Column(name="source", title="source", text=True, wide=True),
 )
@@ -78,12 +81,12 @@ TOKEN_COLUMNS = (
         name="mj_per_token",
         title="energy",
         unit="mJ/token",
-        digits=2,
+        digits=3,
         interval=("mj_per_token_low", "mj_per_token_high"),
-        legend="of a rank's devices over its own tokens, in brackets the 90 % interval",
+        legend="of a rank's devices over its own tokens, with its 90 % interval",
     ),
-    Column(name="above_idle_mj_per_token", title="above idle", unit="mJ/token", digits=2),
-    Column(name="idle_mj_per_token", title="idle", unit="mJ/token", digits=2, wide=True),
+    Column(name="above_idle_mj_per_token", title="above idle", unit="mJ/token", digits=3),
+    Column(name="idle_mj_per_token", title="idle", unit="mJ/token", digits=3, wide=True),
 )
 
 #: Of the cells of a `fit_reuse`.
@@ -97,7 +100,7 @@ REUSE_COLUMNS = (
         unit="mJ",
         digits=1,
         interval=("low_mj", "high_mj"),
-        legend="of one prefill, in brackets the 90 % interval",
+        legend="of one prefill, with its 90 % interval",
     ),
     Column(name="fitted_mj", title="fitted", unit="mJ", digits=1),
     Column(name="saved", title="saved", unit="%", scale=100, digits=1, legend="of the energy of a miss"),
@@ -137,7 +140,7 @@ def energy_tables(document: dict[str, Any]) -> list[Table]:
         {**row, "label": f"{row['device'] or ''} {short[row['device_uuid']]}".strip()}
         for row in document["devices"]
     ]
-    phases = [{**row, "place": _place(row)} for row in document["phases"]]
+    phases = [{**row, "place": place_text(row)} for row in document["phases"]]
     tokens = [*document["tokens"], *({**row, "source_rank": None} for row in document["totals"])]
     title = f"{document['model']}: energy of the run per device"
     tables = [
@@ -153,7 +156,7 @@ def energy_sentences(document: dict[str, Any]) -> Iterator[str]:
     for row in document["devices"]:
         for text in filter(None, (row["flag"], row["reason"])):
             yield f"{row['device_uuid']}: {text}"
-    yield from _together(document["phases"], _place)
+    yield from _together(document["phases"], place_text)
     yield from _together(document["tokens"], lambda row: f"tokens of {row['phase']}")
     for row in document["aliasing"]:
         if row["error"] > row["error_after"]:
@@ -219,5 +222,6 @@ def _together(rows: Sequence[dict[str, Any]], name: Callable[[dict[str, Any]], s
         yield f"{listing(places, joined_by='and')}: {text}"
 
 
-def _place(row: dict[str, Any]) -> str:
+def place_text(row: Mapping[str, Any]) -> str:
+    """Phase, and span where the row is of one."""
     return str(row["phase"]) if row["span"] is None else f"{row['phase']} / {row['span']}"

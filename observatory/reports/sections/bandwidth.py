@@ -11,7 +11,7 @@ from observatory.analysis.network.network import AlgorithmFit, Coefficient
 from observatory.reports.figures.bandwidth import bandwidth_curves
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import each_group, each_row
-from observatory.reports.page import Block, Cell, Column, FigureBlock, Section, Table, Variant, table
+from observatory.reports.page import Block, Cell, FigureBlock, Head, Section, Table, Variant, table
 from observatory.reports.text import MISSING, bytes_text, count, microseconds, number, percent, plain, shorten
 from observatory.run.documents.bench import BenchResult
 from observatory.text import listing
@@ -138,7 +138,7 @@ def _numbers(points: pd.DataFrame, where: str) -> Table:
     shown = points.sort_values(["algorithm", "size_bytes", "seed"]).head(_MOST_ROWS)
     return table(
         where,
-        ["Algorithm", "Bytes a rank", "Time", Column(title="p10 – p90", detail="of repeats"), "algbw GB/s",
+        ["Algorithm", "Bytes a rank", "Time", Head(title="p10 – p90", detail="of repeats"), "algbw GB/s",
          "busbw GB/s", "Predicted"],
         [
             [
@@ -175,8 +175,8 @@ def _coefficient_table(name: str, backend: str, fit: AlgorithmFit) -> Table:
         f"{shorten(fit.algorithm, 24)} over {shorten(backend, 16)}: the fitted coefficients ({name})",
         [
             "Term",
-            Column(title="Microseconds", detail="per exchange, message, rank or MB"),
-            Column(title="Bandwidth", detail="GB/s"),
+            Head(title="Microseconds", detail="per exchange, message, rank or MB"),
+            Head(title="Bandwidth", detail="GB/s"),
         ],
         [
             [
@@ -223,11 +223,11 @@ def _form_table(name: str, fit: AlgorithmFit) -> Table:
         f"{shorten(fit.algorithm, 24)}: the forms that were tried ({name})",
         [
             "Form",
-            Column(title="Weighted error", detail="decides"),
+            Head(title="Weighted error", detail="decides"),
             "Median error",
             "90th percentile",
             "Coefficients",
-            Column(title="Chosen", numeric=False),
+            Head(title="Chosen", numeric=False),
         ],
         [
             [

@@ -8,7 +8,7 @@ import pandas as pd
 
 from observatory.reports.frames.committees import committee_overlaps, committee_sizes
 from observatory.reports.frames.report import ReportFrames, condition_order, each_row, phases_of
-from observatory.reports.page import Cell, Column, Section, Table, table
+from observatory.reports.page import Cell, Head, Section, Table, table
 from observatory.reports.sections.common import NO_LOADS, spread
 from observatory.reports.text import count, number, percent, shorten
 
@@ -95,7 +95,7 @@ def _overlaps(overlaps: pd.DataFrame) -> Table:
     }
     return table(
         "Overlap of committees with those on real text",
-        ["Model", "Phase", *(Column(title=_WITH[kind][0], detail=_WITH[kind][1]) for kind in kinds)],
+        ["Model", "Phase", *(Head(title=_WITH[kind][0], detail=_WITH[kind][1]) for kind in kinds)],
         [
             [shorten(label), phase, *(cells.get((phase, label, kind), _NOT_RUN) for kind in kinds)]
             for phase in phases_of(overlaps)
@@ -118,8 +118,8 @@ def _locality(frames: ReportFrames) -> Table:
         [
             "Model",
             "Data",
-            Column(title="Segments", detail="per layer, tokens each"),
-            Column(title="Experts kept", detail="per segment"),
+            Head(title="Segments", detail="per layer, tokens each"),
+            Head(title="Experts kept", detail="per segment"),
             "Served by them",
             "Tokens in random order",
             "Gain by locality",

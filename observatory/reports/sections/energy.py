@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
+from observatory.analysis.columns import Column
+from observatory.analysis.energy.document import DEVICE_COLUMNS, PHASE_COLUMNS, TOKEN_COLUMNS, place_text
 from observatory.devices.aliasing import TOLERATED
 from observatory.reports.figures.energy import device_energy, token_energy
 from observatory.reports.frames.power import PowerFrames
 from observatory.reports.frames.report import ReportFrames, each_row, phases_of
-from observatory.reports.page import Block, Cell, Column, FigureBlock, Section, Table, Variant, table
+from observatory.reports.page import Block, Cell, FigureBlock, Section, Table, Variant, frame_table
 from observatory.reports.sections.common import run_text
-from observatory.reports.text import count, interval, number, percent, plain, shorten
+from observatory.reports.text import count, interval, millijoules, number, percent, plain, shorten
+from observatory.run.documents.writing import frame_records
 from observatory.run.manifest import PHASES
 from observatory.text import listing
 
@@ -23,6 +27,14 @@ _MOST_WARNINGS = 2
 _MOST_ROWS = 40
 #: Parts of a device's energy below this are rounding, not worth a bar.
 _NOT_ATTRIBUTED = 0.005
+_REMARK = Column(name="remark", title="remarks", text=True, otherwise="–")
+_ALIASING = (
+    Column(name="place", title="phase", text=True),
+    Column(name="step_period_ms", title="step", unit="ms", digits=1),
+    Column(name="update_ms", title="update period", unit="ms", digits=0),
+    Column(name="error", title="integrated power off by up to", unit="%", scale=100, digits=1),
+    Column(name="cure", title="remedy", text=True),
+)
 
 
 def energy_section(frames: ReportFrames) -> Section:
@@ -74,20 +86,6 @@ def energy_section(frames: ReportFrames) -> Section:
     return Section(id="energy", title=_TITLE, short="Energy per token", lead=lead, blocks=tuple(blocks))
 
 
-def energy_text(millijoules: float | None) -> str:
-    """An energy in the unit that reads best, three digits or so."""
-    if millijoules is None or pd.isna(millijoules):
-        return "n/a"
-    if millijoules == 0:
-        return "0 J"
-    for unit, factor in (("µJ", 1e-3), ("mJ", 1.0), ("J", 1e3), ("kJ", 1e6)):
-        scaled = millijoules / factor
-        if abs(scaled) < 1000 or unit == "kJ":
-            break
-    digits = 0 if abs(scaled) >= 100 else 1 if abs(scaled) >= 10 else 2
-    return f"{scaled:.{digits}f} {unit}".replace("-", "−")
-
-
 def _text(value: Any) -> str:
     return "" if value is None or pd.isna(value) else plain(value)
 
@@ -130,29 +128,19 @@ def _flagged(shown: pd.DataFrame) -> str:
 
 
 def _token_table(own: pd.DataFrame, totals: pd.DataFrame, where: str) -> Table:
-    whole = totals.assign(of=[f"all ranks ({ranks})" for ranks in totals["ranks"]])
-    shown = own.head(_MOST_ROWS).assign(of=[f"rank {rank}" for rank in own.head(_MOST_ROWS)["source_rank"]])
-    rows: list[list[str | Cell]] = [
-        [
-            Cell(text=plain(row.phase), detail=row.of, heading=True),
-            "n/a" if pd.isna(row.tokens) else f"{count(row.tokens)} {row.kind}",
-            Cell(
-                text=number(row.mj_per_token, 3),
-                detail=interval(row.mj_per_token_low, row.mj_per_token_high),
-            ),
-            number(row.above_idle_mj_per_token, 3),
-            number(row.idle_mj_per_token, 3),
-            "; ".join(filter(None, (_text(row.flag), _text(row.reason)))) or "–",
-        ]
-        for frame in (whole, shown)
-        for row in each_row(frame)
+    whole = [{**row, "source_rank": f"all {row['ranks']}"} for row in frame_records(totals)]
+    rows = [*whole, *frame_records(own.head(_MOST_ROWS))]
+    return _energy_table(f"{where}: energy per token", TOKEN_COLUMNS, rows, len(own))
+
+
+def _energy_table(
+    caption: str, columns: Sequence[Column], rows: Sequence[dict[str, Any]], of_rows: int, note: str = ""
+) -> Table:
+    """Columns of `energy_document` and, last, what is to be known of a row."""
+    remarked = [
+        {**row, "remark": "; ".join(filter(None, (row["flag"], row["reason"]))) or None} for row in rows
     ]
-    return table(
-        f"{where}: mJ per token",
-        ["Phase", "Tokens", "All of it", "Above idle", "Idle", Column(title="Remarks", numeric=False)],
-        rows,
-        note="Small: 90 % interval." + _more(len(own)),
-    )
+    return frame_table(caption, (*columns, _REMARK), remarked, note=f"{note}{_more(of_rows)}".strip())
 
 
 def _device_variant(frames: ReportFrames, found: PowerFrames, run: int) -> Variant | None:
@@ -168,8 +156,8 @@ def _device_variant(frames: ReportFrames, found: PowerFrames, run: int) -> Varia
         group=shorten(frames.runs.loc[run, "label"]),
         label=where,
         figure=device_energy(known, parts),
-        alt=f"Stacked bars of {len(known)} devices for {where}: {energy_text(whole)} in all.",
-        note=f"{where}: {energy_text(whole)} on {len(known)} of {len(devices)} devices. Of it "
+        alt=f"Stacked bars of {len(known)} devices for {where}: {millijoules(whole)} in all.",
+        note=f"{where}: {millijoules(whole)} on {len(known)} of {len(devices)} devices. Of it "
         + listing([f"{plain(name)}: {percent(share)}" for name, share in shares.items()], most=9)
         + ".",
         numbers=_device_table(devices, where),
@@ -208,77 +196,32 @@ def _piece(row: Any) -> tuple[str, str, float]:
 
 
 def _device_table(devices: pd.DataFrame, where: str) -> Table:
-    rows: list[list[str | Cell]] = [
-        [
-            Cell(text=shorten(row.device_uuid, 44), detail=_text(row.device), heading=True),
-            number(row.duration_s, 1),
-            Cell(
-                text=energy_text(row.energy_mj),
-                detail=f"± {percent(row.error)}" if pd.notna(row.error) else "",
-            ),
-            energy_text(row.counter_mj),
-            energy_text(row.integral_mj),
-            percent(row.disagreement),
-            f"{number(row.power_mw / 1e3, 1)} W" if pd.notna(row.power_mw) else "n/a",
-            Cell(
-                text=f"{number(row.idle_power_mw / 1e3, 1)} W" if pd.notna(row.idle_power_mw) else "n/a",
-                detail=_text(row.idle_source),
-            ),
-            "; ".join(filter(None, (_text(row.flag), _text(row.reason)))) or "–",
-        ]
-        for row in each_row(devices.head(_MOST_ROWS))
+    rows = [
+        {
+            **row,
+            "label": Cell(text=shorten(row["device_uuid"], 44), detail=_text(row["device"]), heading=True),
+        }
+        for row in frame_records(devices.head(_MOST_ROWS))
     ]
-    return table(
-        f"{where}: energy of each device",
-        [
-            "Device", "Seconds", "Energy", "By counter", "By power", "Counter over power, minus 1",
-            "Mean power",
-            Column(title="Idle power", detail="source"), Column(title="Remarks", numeric=False),
-        ],
-        rows,
-        note="± is half of the 90 % interval, the sensor's calibration left out." + _more(len(devices)),
-    )  # fmt: skip
+    return _energy_table(f"{where}: energy of each device", DEVICE_COLUMNS, rows, len(devices))
 
 
 def _phase_table(frames: ReportFrames, found: PowerFrames) -> Table:
     several = len(found.runs) > 1
     one_device = not several and found.phases["device_uuid"].nunique() == 1
-    rows: list[list[str | Cell]] = []
     shown = _alike_as_one(_in_order(found.phases))
-    for row in each_row(shown.head(_MOST_ROWS)):
-        what = plain(row.phase) if _text(row.span) == "" else f"{plain(row.phase)} / {plain(row.span)}"
-        whose = "" if one_device else shorten(row.device_uuid, 20)
-        method = f"{row.method} ({_text(row.source)})" if _text(row.method) else ""
-        rows.append(
-            [
-                Cell(
-                    text=what,
-                    detail=f"{run_text(frames, row.run)}, {whose}" if several else whose,
-                    heading=True,
-                ),
-                number(row.seconds, 2),
-                Cell(
-                    text=number(row.power_mw / 1e3, 1),
-                    detail=interval(row.power_low_mw / 1e3, row.power_high_mw / 1e3, 1),
-                ),
-                energy_text(row.energy_mj),
-                energy_text(row.above_idle_mj),
-                energy_text(row.idle_mj),
-                method or "–",
-                "; ".join(filter(None, (_text(row.flag), _text(row.reason)))) or "–",
-            ]
-        )
-    return table(
+    rows = []
+    for row in frame_records(shown.head(_MOST_ROWS)):
+        whose = "" if one_device else shorten(row["device_uuid"], 20)
+        detail = f"{run_text(frames, row['run'])}, {whose}" if several else whose
+        rows.append({**row, "place": Cell(text=plain(place_text(row)), detail=detail, heading=True)})
+    return _energy_table(
         "Power and energy of each phase, and of the spans inside",
-        [
-            "Phase", "Seconds", Column(title="Mean power, W", detail="90 % interval"), "Energy", "Above idle",
-            "Idle power meanwhile", Column(title="Method", numeric=False), Column(title="Remarks",
-            numeric=False),
-        ],
+        PHASE_COLUMNS,
         rows,
-        note="Idle is time in no phase. Spans whose power is not known for the same reason share a row."
-        + _more(len(shown)),
-    )  # fmt: skip
+        len(shown),
+        "Idle, as a phase: time in no phase. Spans whose power is not known for the same reason share a row.",
+    )
 
 
 def _in_order(phases: pd.DataFrame) -> pd.DataFrame:
@@ -356,22 +299,22 @@ def _cure(row: Any) -> str:
 
 
 def _aliasing_table(frames: ReportFrames, rows: pd.DataFrame) -> Table:
-    return table(
+    shown = [
+        {
+            **row._asdict(),
+            "place": Cell(
+                text=plain(row.phase),
+                detail=f"{run_text(frames, row.run)}, rank {row.source_rank}",
+                heading=True,
+            ),
+            "cure": _cure(row),
+        }
+        for row in each_row(rows.head(_MOST_ROWS))
+    ]
+    return frame_table(
         "Steps that move in time with the power sensor",
-        ["Phase", "Step, ms", "Update period, ms", "Integrated power off by up to",
-         Column(title="Cure", numeric=False)],
-        [
-            [
-                Cell(text=plain(row.phase), detail=f"{run_text(frames, row.run)}, rank {row.source_rank}",
-                     heading=True),
-                number(row.step_period_ms, 1),
-                number(row.update_ms, 0),
-                percent(row.error),
-                _cure(row),
-            ]
-            for row in each_row(rows.head(_MOST_ROWS))
-        ],
+        _ALIASING,
+        shown,
         note="Predicted for a load that is on for part of each step, the worst part; the counter sees all "
-        "of it."
-        + _more(len(rows)),
-    )  # fmt: skip
+        "of it." + _more(len(rows)),
+    )

@@ -13,9 +13,8 @@ from observatory.analysis.statistics import Interval
 from observatory.reports.figures.frequency import clock_curves, clock_plane
 from observatory.reports.frames.frequency import ClockFile, ClockFrames
 from observatory.reports.frames.report import ReportFrames, each_row
-from observatory.reports.page import Block, Cell, Column, FigureBlock, Section, Table, Variant, table
-from observatory.reports.sections.energy import energy_text
-from observatory.reports.text import MISSING, number, percent, plain, shorten
+from observatory.reports.page import Block, Cell, FigureBlock, Head, Section, Table, Variant, table
+from observatory.reports.text import MISSING, millijoules, number, percent, plain, shorten
 
 _TITLE = "Which clock"
 _MOST_ROWS = 60
@@ -168,7 +167,7 @@ def _settings_table(points: pd.DataFrame, advice: SeriesAdvice) -> Table:
                 number(row.sm_clock_mhz, 0),
                 str(row.repeats),
                 number(row.iteration_ms, 3),
-                energy_text(row.energy_mj),
+                millijoules(row.energy_mj),
                 _with_interval(row, "slowdown"),
                 _with_interval(row, "saving"),
                 "yes" if row.on_front else "no",
@@ -178,10 +177,10 @@ def _settings_table(points: pd.DataFrame, advice: SeriesAdvice) -> Table:
     return table(
         f"{shorten(advice.title, 80)}: settings as measured",
         [
-            "Asked for", Column(title="Became", numeric=False), "Clock seen, MHz", "Repeats",
+            "Asked for", Head(title="Became", numeric=False), "Clock seen, MHz", "Repeats",
             "ms per iteration",
             "Energy per iteration", "Longer than the reference", "Energy saved",
-            Column(title="On the front", numeric=False),
+            Head(title="On the front", numeric=False),
         ],
         rows,
         note="Medians of repeats. Small: 90 % interval."
@@ -218,9 +217,9 @@ def _advice_table(found: ClockFrames) -> Table:
     return table(
         f"The clock of least energy for at most {100 * found.max_slowdown:.3g} % more time",
         [
-            "Series", Column(title="Class", numeric=False), "Reference, MHz", "Lock to, MHz", "Saves",
+            "Series", Head(title="Class", numeric=False), "Reference, MHz", "Lock to, MHz", "Saves",
             "Longer by",
-            "mJ per token", Column(title="Least EDP, MHz", detail="ED²P"), Column(title="Locks and caps",
+            "mJ per token", Head(title="Least EDP, MHz", detail="ED²P"), Head(title="Locks and caps",
             numeric=False),
         ],
         rows,

@@ -8,7 +8,7 @@ import pandas as pd
 
 from observatory.analysis.routing.bands import CONCENTRATED_ABOVE, RESILIENT_UP_TO
 from observatory.reports.frames.report import ReportFrames, condition_order, each_row, phases_of
-from observatory.reports.page import Cell, Column, Section, Table, table
+from observatory.reports.page import Cell, Head, Section, Table, table
 from observatory.reports.sections.common import NO_LOADS, window_text
 from observatory.reports.text import MISSING, interval, number, plain, shorten
 from observatory.text import listing
@@ -88,9 +88,9 @@ def _table(cells: pd.DataFrame, bands: pd.DataFrame, phase: str, top: float) -> 
     return Table(
         caption=f"Gini over experts, {phase}",
         columns=(
-            Column(title="Model", numeric=False),
-            *(Column(title=shorten(condition, 24)) for condition in conditions),
-            *((Column(title="Band", numeric=False),) if band_of else ()),
+            Head(title="Model", numeric=False),
+            *(Head(title=shorten(condition, 24)) for condition in conditions),
+            *((Head(title="Band", numeric=False),) if band_of else ()),
         ),
         rows=tuple(rows),
         note=window_text(cells) + " Intervals: 95 % bootstrap over steps.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from observatory.reports.frames.report import ReportFrames, each_row
-from observatory.reports.page import Cell, Column, Section, table
+from observatory.reports.page import Cell, Head, Section, table
 from observatory.reports.sections.common import NO_LOADS
 from observatory.reports.text import count, interval, number, shorten, times
 
@@ -44,9 +44,9 @@ def layer_section(frames: ReportFrames) -> Section:
                     "Layer",
                     "Experts",
                     "Tokens",
-                    Column(title="Gini", detail="95 % interval"),
-                    Column(title="Excess", detail="floor"),
-                    Column(title="Max/mean", detail="floor"),
+                    Head(title="Gini", detail="95 % interval"),
+                    Head(title="Excess", detail="floor"),
+                    Head(title="Max/mean", detail="floor"),
                     "CV",
                     "Entropy, bits",
                     "Idle",

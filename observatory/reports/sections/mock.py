@@ -8,7 +8,7 @@ import pandas as pd
 
 from observatory.reports.figures import condition_dots
 from observatory.reports.frames.report import ReportFrames, each_row, phases_of
-from observatory.reports.page import Cell, Column, FigureBlock, Section, Table, Variant, table
+from observatory.reports.page import Cell, FigureBlock, Head, Section, Table, Variant, table
 from observatory.reports.sections.common import NO_LOADS, window_text
 from observatory.reports.text import interval, number, shorten, times
 
@@ -144,9 +144,9 @@ def _ratio_table(ratios: pd.DataFrame) -> Table:
             "Model",
             "Phase",
             "What mock does",
-            Column(title="Real text", detail="95 % interval"),
-            Column(title="Mock", detail="95 % interval"),
-            Column(title="Ratio", detail="interval"),
+            Head(title="Real text", detail="95 % interval"),
+            Head(title="Mock", detail="95 % interval"),
+            Head(title="Ratio", detail="interval"),
         ],
         [
             [

@@ -11,7 +11,7 @@ from observatory.devices.event_reasons import HOLDING_BITS, reason_name
 from observatory.reports.figures.power import power_timeline
 from observatory.reports.frames.power import BINS, PowerFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
-from observatory.reports.page import Cell, Column, FigureBlock, Section, Table, Variant, table
+from observatory.reports.page import Cell, FigureBlock, Head, Section, Table, Variant, table
 from observatory.reports.sections.common import run_text
 from observatory.reports.text import count, number, percent, plain, shorten
 from observatory.text import listing
@@ -207,15 +207,15 @@ def _numbers(telemetry: pd.DataFrame, where: str) -> Table:
     return table(
         f"{where}: what its samples show",
         [
-            Column(title="Part", detail="samples", numeric=False),
-            Column(title="Power", detail="95 % below"),
+            Head(title="Part", detail="samples", numeric=False),
+            Head(title="Power", detail="95 % below"),
             "Limit",
-            Column(title="Held by limit", detail="of busy time"),
+            Head(title="Held by limit", detail="of busy time"),
             "Thermal",
             "Brake",
             "Idle",
-            Column(title="SM clock", detail="5 % to 95 %"),
-            Column(title="Clock while busy", detail="while held by limit"),
+            Head(title="SM clock", detail="5 % to 95 %"),
+            Head(title="Clock while busy", detail="while held by limit"),
         ],
         [
             [

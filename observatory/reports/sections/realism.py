@@ -9,7 +9,7 @@ import pandas as pd
 from observatory.reports.figures.realism import realism_by_layer
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
-from observatory.reports.page import Cell, Column, FigureBlock, Section, Table, Variant, table
+from observatory.reports.page import Cell, FigureBlock, Head, Section, Table, Variant, table
 from observatory.reports.sections.common import phases_in, replay_name, run_choice
 from observatory.reports.text import count, interval, microseconds, plain, shorten, times
 
@@ -157,7 +157,7 @@ def _pooled_table(frames: ReportFrames, found: BenchmarkFrames) -> Table:
                 rows.append([head, *_cells(row), realism_verdict(row)])
     return table(
         "Over all layers",
-        ["Phase and role", *_NUMBERS, Column(title="Reading", numeric=False)],
+        ["Phase and role", *_NUMBERS, Head(title="Reading", numeric=False)],
         rows,
         note="Means of one exchange; the ratio is of sums over steps. Small: 90 % interval over steps.",
     )

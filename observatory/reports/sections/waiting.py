@@ -6,7 +6,7 @@ import pandas as pd
 
 from observatory.reports.figures.exchanges import rank_time, waiting_map
 from observatory.reports.frames.report import each_row
-from observatory.reports.page import Block, Column, FigureBlock, Section, Table, Variant, table
+from observatory.reports.page import Block, FigureBlock, Head, Section, Table, Variant, table
 from observatory.reports.sections.common import run_choice
 from observatory.reports.text import MISSING, count, number, percent, plain, shorten
 from observatory.text import listing
@@ -167,7 +167,7 @@ def _layer_table(layers: pd.DataFrame, label: str, condition: str, phase: str) -
             "Longest transfer",
             "Waiting",
             "Slowest rank (of waiting)",
-            Column(title="Why it is late", numeric=False),
+            Head(title="Why it is late", numeric=False),
         ],
         [
             [

@@ -2,7 +2,7 @@
 const equipTable = (() => {
   "use strict";
   const MISSING = ["n/a", "–", ""];
-  const SCALE = { "µs": 1e-6, ms: 1e-3, KiB: 2 ** 10, MiB: 2 ** 20, GiB: 2 ** 30 };
+  const SCALE = { "µs": 1e-6, ms: 1e-3, "µJ": 1e-6, mJ: 1e-3, kJ: 1e3, KiB: 2 ** 10, MiB: 2 ** 20, GiB: 2 ** 30 };
 
   // The value of a cell, and its smaller second line.
   const contents = (cell) => {
