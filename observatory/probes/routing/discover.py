@@ -232,5 +232,10 @@ def _explain(
             f"Looked for {_LOOKED_FOR}; {_HELP}"
         )
     promise = moe_block.configured_experts(configs)
+    if promise is None and configs:
+        return (
+            f"{name} looks dense: it has no MoE layer that was recognised, and its configuration names no "
+            f"experts. Looked for {_LOOKED_FOR}; for a mixture of experts {_HELP}"
+        )
     claim = f", though its configuration says {promise}" if promise else ""
     return f"{name} has no MoE layer that was recognised{claim}. Looked for {_LOOKED_FOR}; {_HELP}"

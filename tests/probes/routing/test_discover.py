@@ -79,7 +79,7 @@ def test_a_model_without_experts_is_refused_with_what_was_looked_for() -> None:
 def test_dense_architectures_have_no_sites(family: str) -> None:
     from transformers import AutoConfig, AutoModel
 
-    with torch.device("meta"), pytest.raises(ModelError, match="has no MoE layer that was recognised"):
+    with torch.device("meta"), pytest.raises(ModelError, match="looks dense: it has no MoE layer"):
         find_sites(AutoModel.from_config(AutoConfig.for_model(family)))
 
 
