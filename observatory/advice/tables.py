@@ -20,7 +20,7 @@ ADVICE_COLUMNS = (
         scale=100,
         digits=1,
         interval=("saving_low", "saving_high"),
-        legend="of the energy, in brackets the 90 % interval",
+        legend="of the energy, with its 90 % interval",
     ),
     Column(
         name="slowdown",

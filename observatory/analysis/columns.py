@@ -27,6 +27,7 @@ class Column:
         digits: digits after the point of a number; None: whole numbers in full, others with three
             significant digits, which a page shows in the unit that reads best (us, ms or s).
         scale: factor from the value in the frame to the value shown.
+        signed: numbers above zero have a plus sign.
         interval: keys of the lower and the upper end, shown with the value.
         of: key of the total that a count belongs to, shown as "54 of 240".
         otherwise: shown where the value is missing.
@@ -41,6 +42,7 @@ class Column:
     unit: str = ""
     digits: int | None = None
     scale: float = 1.0
+    signed: bool = False
     interval: tuple[str, str] | None = None
     of: str | None = None
     otherwise: str = MISSING
@@ -78,6 +80,10 @@ class Column:
         if not isinstance(value, int | float):
             return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         scaled = value * self.scale
+        shown = self._digits(scaled)
+        return f"+{shown}" if self.signed and scaled > 0 else shown
+
+    def _digits(self, scaled: float) -> str:
         if self.digits is None:
             return f"{scaled:.0f}" if 1e3 <= abs(scaled) < 10.0**_LONGEST_NUMBER else f"{scaled:.3g}"
         fixed = f"{scaled:.{self.digits}f}"

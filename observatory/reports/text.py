@@ -128,10 +128,13 @@ def millijoules(value: float | None) -> str:
     return f"{scaled:.{digits}f} {unit}".replace("-", "−")
 
 
-def quantity(value: float, unit: str) -> str | None:
-    """A time, an energy or bytes in the unit that reads best; None for any other unit."""
+def quantity(value: float, unit: str, *, signed: bool = False) -> str | None:
+    """A time, an energy or bytes in the unit that reads best; None for any other unit.
+
+    ``signed`` puts + before a time above zero.
+    """
     if unit in ("us", "ms"):
-        return microseconds(value * (1e3 if unit == "ms" else 1.0))
+        return microseconds(value * (1e3 if unit == "ms" else 1.0), signed=signed)
     if unit in ("mJ", "J"):
         return millijoules(value * (1e3 if unit == "J" else 1.0))
     return bytes_text(value) if unit == "B" else None

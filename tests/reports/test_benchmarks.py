@@ -84,7 +84,7 @@ def test_what_realism_costs_is_told_as_a_ratio_and_in_microseconds(tmp_path: Pat
         "prefill, combine",
     ]
     assert cells(pooled)[0][1:] == [
-        "2.00× [0.00 – 8.31]", "+100 µs [−531 µs to +731 µs]", "200 µs", "100 µs", "8",
+        "8", "200 µs", "100 µs", "2.00 [0.00 – 8.31]", "+100 µs [−531 µs to +731 µs]",
         "no difference beyond the interval",
     ]  # fmt: skip
     assert "takes 2.00× (0.00 – 8.31) the time of uniform traffic" in findings(frames)[0]

@@ -43,7 +43,7 @@ LAYER_COLUMNS = (
         title="waiting",
         unit="%",
         scale=100,
-        digits=0,
+        digits=1,
         legend="share of all ranks' time in these exchanges",
     ),
     Column(
@@ -59,49 +59,56 @@ LAYER_COLUMNS = (
         digits=0,
         legend="of all waiting, that for this rank",
     ),
-    Column(name="slowest_cause", title="cause", text=True, wide=True, legend="why it arrived last"),
+    Column(
+        name="slowest_cause",
+        title="cause",
+        text=True,
+        otherwise="-",
+        wide=True,
+        legend="why it arrived last",
+    ),
 )
 
 #: Of `rank_waits`.
 RANK_COLUMNS = (
     Column(name="source_rank", title="rank", key=True),
-    Column(name="duration_s", title="in exchanges", unit="ms", scale=1e3, digits=1),
-    Column(name="wait_s", title="waiting", unit="ms", scale=1e3, digits=1),
+    Column(name="duration_s", title="in exchanges", unit="ms", scale=1e3, digits=3),
+    Column(name="wait_s", title="waiting", unit="ms", scale=1e3, digits=3),
     Column(
         name="held_s",
         title="held",
         unit="ms",
         scale=1e3,
-        digits=1,
+        digits=3,
         wide=True,
         legend="its peers had arrived, but the backend waits for all ranks",
     ),
-    Column(name="transfer_s", title="transfer", unit="ms", scale=1e3, digits=1),
+    Column(name="transfer_s", title="transfer", unit="ms", scale=1e3, digits=3),
     Column(
         name="idle_s",
         title="no traffic",
         unit="ms",
         scale=1e3,
-        digits=1,
+        digits=3,
         wide=True,
         legend="in exchanges in which it had nothing to send or receive",
     ),
-    Column(name="unknown_s", title="not split", unit="ms", scale=1e3, digits=1, wide=True),
+    Column(name="unknown_s", title="not split", unit="ms", scale=1e3, digits=3, wide=True),
     Column(
         name="caused_wait_s",
         title="waited for",
         unit="ms",
         scale=1e3,
-        digits=1,
+        digits=3,
         legend="time that other ranks waited for this one",
     ),
     Column(
         name="times_last",
         title="last",
-        of="collectives",
+        of="rows",
         legend="how often it was the last to arrive, of its exchanges",
     ),
-    Column(name="cause", title="cause", text=True, legend="why it was waited for, mostly"),
+    Column(name="cause", title="cause", text=True, otherwise="-", legend="why it was waited for, mostly"),
 )
 
 #: Of `recorder_agreement`.

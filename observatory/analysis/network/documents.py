@@ -31,7 +31,7 @@ REALISM_COLUMNS = (
     Column(name="phase", title="phase", text=True, key=True, otherwise="all"),
     Column(name="layer", title="layer", key=True, otherwise="all"),
     Column(name="role", title="role", text=True, key=True, otherwise="all"),
-    Column(name="exchanges", title="exchanges", wide=True),
+    Column(name="exchanges", title="pairs", wide=True, legend="exchanges of captured and uniform traffic"),
     Column(name="captured_us", title="captured", unit="us"),
     Column(name="uniform_us", title="uniform", unit="us"),
     Column(
@@ -39,7 +39,16 @@ REALISM_COLUMNS = (
         title="ratio",
         digits=2,
         interval=("ratio_low", "ratio_high"),
-        legend="time of captured over uniform traffic, in brackets the 90 % interval over steps",
+        legend="time of captured over uniform traffic, with its 90 % interval over steps",
+    ),
+    Column(
+        name="extra_us",
+        title="extra",
+        unit="us",
+        signed=True,
+        interval=("extra_low_us", "extra_high_us"),
+        wide=True,
+        legend="what captured traffic takes more per exchange",
     ),
 )
 
@@ -85,7 +94,7 @@ TERM_COLUMNS = (
         name="us_per_unit",
         title="us per unit",
         interval=("low_us", "high_us"),
-        legend="a unit is an exchange, a message or a byte; in brackets the 90 % interval",
+        legend="a unit is an exchange, a message or a byte; with its 90 % interval",
     ),
     Column(name="gb_per_s", title="GB/s"),
     Column(name="reason", title="why not", text=True, otherwise=""),

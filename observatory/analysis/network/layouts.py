@@ -90,7 +90,7 @@ TIME_COLUMNS = (
         unit="us",
         digits=0,
         interval=("combine_low_us", "combine_high_us"),
-        legend="predicted, 90 % interval in brackets",
+        legend="predicted, with its 90 % interval",
     ),
     Column(
         name="marks",

@@ -25,7 +25,7 @@ LAYER_COLUMNS = (
         title="Gini",
         digits=3,
         interval=("gini_low", "gini_high"),
-        legend="0 is even, in brackets the 95 % interval (bootstrap over steps)",
+        legend="0 is even; with its 95 % interval (bootstrap over steps)",
     ),
     Column(
         name="gini_floor",

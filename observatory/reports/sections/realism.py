@@ -6,17 +6,22 @@ from typing import Any
 
 import pandas as pd
 
+from observatory.analysis.columns import Column
+from observatory.analysis.network.documents import REALISM_COLUMNS
 from observatory.reports.figures.realism import realism_by_layer
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
-from observatory.reports.page import Cell, FigureBlock, Head, Section, Table, Variant, table
+from observatory.reports.page import Cell, FigureBlock, Section, Table, Variant, frame_table
 from observatory.reports.sections.common import phases_in, replay_name, run_choice
 from observatory.reports.text import count, interval, microseconds, plain, shorten, times
+from observatory.run.documents.writing import frame_records
 
 _TITLE = "Mock traffic against real: what realism costs"
 #: Fewer steps make an interval that is itself a rough guess.
 _FEW_STEPS = 8
 _MOST_ROWS = 120
+_PLACE = Column(name="place", title="phase and role", text=True)
+_READING = Column(name="reading", title="reading", text=True)
 
 
 def realism_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
@@ -112,34 +117,15 @@ def _sentence(row: Any) -> str:
     )
 
 
-def _cells(row: Any) -> list[str | Cell]:
-    extra = "" if pd.isna(row.extra_low_us) else _signed(row.extra_low_us, row.extra_high_us)
-    return [
-        Cell(text=times(row.ratio), detail=interval(row.ratio_low, row.ratio_high, 2)),
-        Cell(text=microseconds(row.extra_us, signed=True), detail=extra),
-        microseconds(row.captured_us),
-        microseconds(row.uniform_us),
-        count(row.exchanges),
-    ]
-
-
-def _signed(low_us: float, high_us: float) -> str:
-    return f"{microseconds(low_us, signed=True)} to {microseconds(high_us, signed=True)}"
-
-
-_NUMBERS = ("Captured ÷ uniform", "Extra per exchange", "Captured", "Uniform", "Pairs")
-
-
 def _numbers(rows: pd.DataFrame, where: str) -> Table:
     shown = rows.sort_values(["layer", "role"], ascending=[True, False]).head(_MOST_ROWS)
     left_out = len(rows) - len(shown)
-    return table(
+    return frame_table(
         f"{where}: mean time of one exchange",
-        ["Layer", "Role", *_NUMBERS],
-        [[str(row.layer), plain(row.role), *_cells(row)] for row in each_row(shown)],
-        text=2,
-        note="Small: 90 % interval over steps."
-        + (f" {left_out} more rows: observatory replay RUN --json." if left_out else ""),
+        REALISM_COLUMNS,
+        frame_records(shown),
+        note=f"{left_out} more rows: observatory replay RUN --json." if left_out else "",
+        leave_out=("algorithm", "phase"),
     )
 
 
@@ -153,11 +139,11 @@ def _pooled_table(frames: ReportFrames, found: BenchmarkFrames) -> Table:
             of_phase = own[(own["phase"] == phase) & own["layer"].isna()]
             for row in each_row(of_phase.sort_values("role", ascending=False, na_position="first")):
                 what = f"{shorten(phase, 24)}, {'both ways' if pd.isna(row.role) else plain(row.role)}"
-                head = Cell(text=what, detail=", ".join(of_run), heading=True)
-                rows.append([head, *_cells(row), realism_verdict(row)])
-    return table(
+                place = Cell(text=what, detail=", ".join(of_run), heading=True)
+                rows.append({**row._asdict(), "place": place, "reading": realism_verdict(row)})
+    return frame_table(
         "Over all layers",
-        ["Phase and role", *_NUMBERS, Head(title="Reading", numeric=False)],
+        (_PLACE, *(column for column in REALISM_COLUMNS if not column.key), _READING),
         rows,
-        note="Means of one exchange; the ratio is of sums over steps. Small: 90 % interval over steps.",
+        note="Means of one exchange; the ratio is of sums over steps.",
     )

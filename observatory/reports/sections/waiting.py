@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pandas as pd
 
+from observatory.analysis.exchange.document import LAYER_COLUMNS, RANK_COLUMNS
 from observatory.reports.figures.exchanges import rank_time, waiting_map
 from observatory.reports.frames.report import each_row
-from observatory.reports.page import Block, FigureBlock, Head, Section, Table, Variant, table
+from observatory.reports.page import Block, FigureBlock, Section, Table, Variant, frame_table
 from observatory.reports.sections.common import run_choice
-from observatory.reports.text import MISSING, count, number, percent, plain, shorten
+from observatory.reports.text import count, number, percent, plain, shorten
+from observatory.run.documents.writing import frame_records
 from observatory.text import listing
 
 _MOST_ROWS = 30
@@ -79,27 +81,12 @@ def _variant(ranks: pd.DataFrame, unknown: pd.DataFrame, label: str, condition: 
         figure=rank_time(ranks),
         alt=f"Stacked bars of {len(ranks)} ranks for {where}. {_slowest(ranks)}",
         note=f"{where}. {_slowest(ranks)}{_reasons(unknown)}",
-        numbers=table(
-            f"{where}: milliseconds in exchanges, sums over the run",
-            ["Rank", "In exchanges", "Waiting", "Kept for others", "Transfer", "Exchanges nothing",
-             "Not known", "Others waited for it", "Arrived last", "Cause"],
-            [
-                [
-                    str(row.source_rank),
-                    *(
-                        number(value * 1e3)
-                        for value in (
-                            row.duration_s, row.wait_s, row.held_s, row.transfer_s, row.idle_s, row.unknown_s,
-                            row.caused_wait_s,
-                        )
-                    ),
-                    count(row.times_last),
-                    plain(row.cause or "–"),
-                ]
-                for row in each_row(ranks.sort_values("source_rank"))
-            ],
+        numbers=frame_table(
+            f"{where}: time in exchanges, sums over the run",
+            RANK_COLUMNS,
+            frame_records(ranks.sort_values("source_rank")),
         ),
-    )  # fmt: skip
+    )
 
 
 def _slowest(ranks: pd.DataFrame) -> str:
@@ -157,34 +144,11 @@ def _layer_variant(layers: pd.DataFrame, label: str, condition: str, phase: str)
 def _layer_table(layers: pd.DataFrame, label: str, condition: str, phase: str) -> Table:
     most = layers.sort_values("wait_s", ascending=False, kind="stable").head(_MOST_ROWS).sort_index()
     left_out = len(layers) - len(most)
-    return table(
-        f"{shorten(label)} on {shorten(condition)}, {phase}: exchanges by layer, times in ms",
-        [
-            "Layer",
-            "Role",
-            "Exchanges",
-            "Longest rank",
-            "Longest transfer",
-            "Waiting",
-            "Slowest rank (of waiting)",
-            Head(title="Why it is late", numeric=False),
-        ],
-        [
-            [
-                MISSING if pd.isna(row.layer) else str(row.layer),
-                plain(row.role),
-                count(row.collectives),
-                number(row.longest_p50_s * 1e3),
-                number(row.transfer_longest_p50_s * 1e3),
-                percent(row.wait_share),
-                "–" if pd.isna(row.slowest_rank) else f"{row.slowest_rank} ({percent(row.slowest_share, 0)})",
-                plain(row.slowest_cause or "–"),
-            ]
-            for row in each_row(most)
-        ],
-        note="Longest: the rank that took longest, median over exchanges. Waiting: share of the ranks' time."
-        + (
-            f" {left_out} rows with less waiting are left out: observatory exchanges RUN." if left_out else ""
-        ),
-        text=2,
+    more = f"{left_out} rows with less waiting are left out: observatory exchanges RUN." if left_out else ""
+    return frame_table(
+        f"{shorten(label)} on {shorten(condition)}, {phase}: exchanges by layer",
+        LAYER_COLUMNS,
+        frame_records(most),
+        note=more,
+        leave_out=("phase",),
     )
