@@ -109,7 +109,7 @@ def check_same_device(power_device: str, torch_device: str) -> str | None:
         torch_device: where the model is.
 
     Returns:
-        What has to be noted where torch does not tell which device that is; None where it is the same.
+        What has to be noted where torch does not report which device that is; None where it is the same.
 
     Raises:
         DeviceError: there is no such power device, or it is another one.

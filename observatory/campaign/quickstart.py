@@ -32,12 +32,12 @@ def quickstart_grid() -> GridConfig:
     )
 
 
-def quickstart_exchanges(out: Path, *, told: Callable[[str], None]) -> list[Path]:
+def quickstart_exchanges(out: Path, *, report: Callable[[str], None]) -> list[Path]:
     """One model spread over 2 and over 4 ranks of this machine, with real exchanges; finished runs are kept.
 
     Args:
         out: directory of the runs, the quickstart's own: an unfinished run in it is made again.
-        told: told what is kept and what is made.
+        report: called with what is kept and what is made.
 
     Returns:
         One run directory per degree.
@@ -49,7 +49,7 @@ def quickstart_exchanges(out: Path, *, told: Callable[[str], None]) -> list[Path
     for ep in EXCHANGE_DEGREES:
         run = out / f"ep-{ep}"
         kept = is_complete(run)
-        told(f"one model on {ep} ranks of this machine: {'kept' if kept else 'running'}")
+        report(f"one model on {ep} ranks of this machine: {'kept' if kept else 'running'}")
         if not kept:
             if (run / "run.json").is_file():
                 shutil.rmtree(run)

@@ -1,4 +1,4 @@
-"""The quickstart's benchmarks, replay and network model, beside its runs with real exchanges.
+"""The quickstart's benchmarks, replay and network model, for its runs with real exchanges.
 
     bench-2.json    synthetic exchanges of 2 ranks
     bench-4.json    synthetic exchanges of 4 ranks
@@ -6,8 +6,8 @@
     network.json    fitted to both benchmarks, never to the replay
 
 The benchmark of 4 ranks and the replay are measured in the same rounds, so that both meet the machine in the
-same state. Sizes are chosen for two CPU cores: a few seconds of exchanges beside the time that ranks take to
-start.
+same state. Sizes are chosen for two CPU cores: a few seconds of exchanges, plus the start of
+the ranks.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class NetworkFiles:
     model: Path
 
 
-def quickstart_network(runs: Sequence[Path], out: Path, *, told: Callable[[str], None]) -> NetworkFiles:
+def quickstart_network(runs: Sequence[Path], out: Path, *, report: Callable[[str], None]) -> NetworkFiles:
     """Benchmark 2 and 4 ranks of this machine, replay the last run's traffic, fit the model.
 
     Finished files are kept; one that cannot be read, is of another run or holds bytes that arrived wrong is
@@ -54,7 +54,7 @@ def quickstart_network(runs: Sequence[Path], out: Path, *, told: Callable[[str],
     Args:
         runs: run directories in order of their ranks; the last one is replayed.
         out: directory of the files, the quickstart's own.
-        told: told what is kept and what is made.
+        report: called with what is kept and what is made.
 
     Raises:
         ExchangeError: a rank failed or was lost, or bytes arrived wrong.
@@ -77,7 +77,7 @@ def quickstart_network(runs: Sequence[Path], out: Path, *, told: Callable[[str],
             not replayed or _usable(files.replay, ranks=world, run_id=run_id)
         )
         what = f"benchmark of {world} ranks" + (" and replay of the run's traffic" if replayed else "")
-        told(f"{what}: {'kept' if kept else 'measuring'}")
+        report(f"{what}: {'kept' if kept else 'measuring'}")
         if kept:
             continue
         made = True
@@ -86,7 +86,7 @@ def quickstart_network(runs: Sequence[Path], out: Path, *, told: Callable[[str],
         if replay is not None:
             write_result(replay, files.replay)
     kept = not made and _is_model(files.model)
-    told(f"network model: {'kept' if kept else 'fitting'}")
+    report(f"network model: {'kept' if kept else 'fitting'}")
     if not kept:
         _fit(files)
     return files

@@ -42,8 +42,8 @@ def quickstart(
         gpus_per_node=config.gpus_per_node,
         overwrite=True,
     )
-    runs = quickstart_exchanges(out / "exchanges", told=say)
-    network = quickstart_network(runs, out / "exchanges", told=say)
+    runs = quickstart_exchanges(out / "exchanges", report=say)
+    network = quickstart_network(runs, out / "exchanges", report=say)
     exchanges = write_report(
         runs,
         out / "exchanges.html",

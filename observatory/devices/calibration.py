@@ -21,7 +21,7 @@ from observatory.run.manifest import DeviceCalibration, FieldCalibration
 #: Quantities whose update period matters to what is made of them.
 _PERIODIC = ("power_mw", "average_power_mw", "energy_mj")
 _LEAST_CHANGES = 3
-#: A counter that steps every 100 ms tells the energy of a shorter time to worse than 20 %.
+#: A counter that steps every 100 ms gives the energy of a shorter time to worse than 20 %.
 _LEAST_COUNTER_S = 1.0
 #: Range over mean up to which power is steady: an idle device's noise, and no program that begins or ends.
 _STEADY = 0.2
@@ -62,11 +62,11 @@ def calibrate(
 
 
 def calibration_of(samples: Sequence[Sample], unavailable: Mapping[str, str]) -> DeviceCalibration:
-    """What the readings of one device tell about it.
+    """What the readings of one device show about it.
 
     Args:
         samples: at least one, in time order.
-        unavailable: reasons for the quantities that the device cannot tell.
+        unavailable: reasons for the quantities that the device cannot report.
     """
     duration_s = (samples[-1].time_ns - samples[0].time_ns) / 1e9
     idle_mw, idle_reason = _idle_power(samples, unavailable)
@@ -85,8 +85,8 @@ def _updates(samples: Sequence[Sample], name: str, unavailable: str | None) -> F
     if unavailable is not None:
         return FieldCalibration(reason=unavailable)
     read = [(sample.time_ns, getattr(sample, name)) for sample in samples]
-    told = [(time_ns, value) for time_ns, value in read if value is not None]
-    changed_ns = [after[0] for before, after in pairwise(told) if before[1] != after[1]]
+    readings = [(time_ns, value) for time_ns, value in read if value is not None]
+    changed_ns = [after[0] for before, after in pairwise(readings) if before[1] != after[1]]
     if len(changed_ns) < _LEAST_CHANGES:
         return FieldCalibration(
             changes=len(changed_ns),
@@ -123,11 +123,13 @@ def _counter_over_integral(
     for name in ("power_mw", "energy_mj"):
         if name in unavailable:
             return None, f"{name} is not reported: {unavailable[name]}"
-    told = [s for s in samples if s.power_mw is not None and s.energy_mj is not None]
-    edges = [index for index in range(1, len(told)) if told[index].energy_mj != told[index - 1].energy_mj]
+    usable = [s for s in samples if s.power_mw is not None and s.energy_mj is not None]
+    edges = [
+        index for index in range(1, len(usable)) if usable[index].energy_mj != usable[index - 1].energy_mj
+    ]
     if len(edges) < _LEAST_CHANGES:
         return None, f"the counter changed {len(edges)} times, at least {_LEAST_CHANGES} are needed"
-    inside = told[edges[0] : edges[-1] + 1]
+    inside = usable[edges[0] : edges[-1] + 1]
     time_s = np.array([sample.time_ns for sample in inside]) / 1e9
     if time_s[-1] - time_s[0] < _LEAST_COUNTER_S * 0.8:
         return None, f"only {time_s[-1] - time_s[0]:.2f} s lie between the counter's changes"
@@ -136,7 +138,7 @@ def _counter_over_integral(
         low, high = power_mw.min() / 1e3, power_mw.max() / 1e3
         return (
             None,
-            f"power moved between {low:.0f} and {high:.0f} W, which the counter tells at other moments",
+            f"power moved between {low:.0f} and {high:.0f} W, which the counter reports at other times",
         )
     integral_mj = float(np.trapezoid(power_mw, time_s))
     counter_mj = float((inside[-1].energy_mj or 0) - (inside[0].energy_mj or 0))

@@ -37,7 +37,7 @@ HOLDING_BITS = POWER_CAP_BIT | THERMAL_BITS | BRAKE_BITS
 def slowed_label(reasons: int | None) -> Literal["thermal", "braked"] | None:
     """Label of a sweep point whose clock no setting can be credited with; None where these bits say nothing.
 
-    A hardware slowdown has bit 0x8 whatever its cause, so that one with a thermal bit beside it is thermal.
+    A hardware slowdown has bit 0x8 whatever its cause, so that one with a thermal bit as well is thermal.
     """
     if reasons is None:
         return None
@@ -66,7 +66,7 @@ def reason_stretches(
     ``longest_gap_ns``.
 
     Args:
-        time_ns_N: times of the samples that told their reasons, ascending.
+        time_ns_N: times of the samples that have reasons, ascending.
         reasons_N: bits.
         period_ns: usual time between samples.
         longest_gap_ns: a longer one breaks a stretch.

@@ -2,7 +2,7 @@
 
 A selector is one of
 
-    GPU-8932f937-...      UUID of an NVIDIA GPU, or enough of its beginning to tell it from the others
+    GPU-8932f937-...      UUID of an NVIDIA GPU, or a unique prefix of it
     00000000:10:00.0      PCI bus id of an NVIDIA or AMD GPU; the domain may be left out
     amd:UUID              an AMD GPU
     rapl:package-0        a RAPL domain of this machine
@@ -148,7 +148,7 @@ def local_devices(environment: Mapping[str, str] = os.environ) -> LocalDevices:
         return LocalDevices(selectors=tuple(amd))
     return LocalDevices(
         reason=f"{hidden}={one_line(environment[hidden], 80)} counts AMD GPUs in an order that amdsmi does "
-        f"not tell; name them: {', '.join(amd)}"
+        f"not report; name them: {', '.join(amd)}"
     )
 
 

@@ -356,10 +356,10 @@ class FieldBatch:
             code, answer = int(self._function(*self._arguments)), self._answer
         if code:
             return dict.fromkeys(self._numbers, (None, code)), code
-        told = _FIELD.iter_unpack(answer)
+        fields = _FIELD.iter_unpack(answer)
         return {
             number: (None, refused) if refused else (decode_value(kind, value), SUCCESS)
-            for number, (_, _, _, _, kind, refused, value) in zip(self._numbers, told, strict=True)
+            for number, (_, _, _, _, kind, refused, value) in zip(self._numbers, fields, strict=True)
         }, SUCCESS
 
 

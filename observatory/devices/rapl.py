@@ -47,7 +47,7 @@ _REMEDY = (
     "opens a side channel (docs/power.md#permissions)"
 )
 _NO_POWER = Gap(kind="not supported", detail="RAPL counts energy; power is a difference of two readings")
-_NOT_TOLD = Gap(kind="not supported", detail="RAPL does not tell it")
+_NOT_REPORTED = Gap(kind="not supported", detail="RAPL does not report it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +118,10 @@ class RaplDevice(PowerDevice):
             )
         self._clock_ns = clock_ns
         self._domain = domains[name]
-        self._gaps = dict.fromkeys(FIELDS, _NOT_TOLD) | {"power_mw": _NO_POWER, "average_power_mw": _NO_POWER}
+        self._gaps = dict.fromkeys(FIELDS, _NOT_REPORTED) | {
+            "power_mw": _NO_POWER,
+            "average_power_mw": _NO_POWER,
+        }
         self._wraps = 0
         self._last_ns = self._clock_ns()
         self._last_uj = self._probe("energy_uj", "energy_mj")
@@ -141,7 +144,7 @@ class RaplDevice(PowerDevice):
 
     @property
     def gaps(self) -> Mapping[str, Gap]:
-        """Why all but energy and limit are not told, and they where their files cannot be read."""
+        """Why all but energy and limit are missing, and these too where their files cannot be read."""
         return dict(self._gaps)
 
     def _read(self) -> Sample:

@@ -1,8 +1,8 @@
-"""Which GPUs a CUDA program of this environment uses, told without CUDA.
+"""Which GPUs a CUDA program of this environment uses, determined without CUDA.
 
 ``CUDA_VISIBLE_DEVICES`` names GPUs by UUID, by the beginning of one, or by ordinal. An ordinal counts in
 CUDA's order. With ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` that is the order of the PCI bus ids; by default it is
-fastest first, which nobody but CUDA can tell. Then a list of ordinals is understood only when it names all
+fastest first, which only CUDA knows. Then a list of ordinals is understood only when it names all
 GPUs there are. CUDA ends the list at the first entry that is no GPU, and uses none when one is named twice.
 """
 
@@ -127,7 +127,7 @@ def _by_ordinal(
         )
     if any(parse_bus_id(gpu.bus_id or "") is None for gpu in ordered):
         return VisibleGpus(
-            reason=f"{shown} counts by PCI bus id, which the driver does not tell of every GPU"
+            reason=f"{shown} counts by PCI bus id, which the driver does not report for every GPU"
         )
     return VisibleGpus(uuids=tuple(ordered[ordinal].uuid for ordinal in sorted(valid)), reason=cut)
 

@@ -4,7 +4,7 @@ Such a child imports from, in this order: the standard library; for the observat
 from which its parent has imported them; packages that an installer has recorded in a folder on its parent's
 path; the site-packages of its interpreter. It reads no ``PYTHON*`` variable, and never imports from the
 working directory or from the folder of a user's program, whatever ``PYTHONPATH`` holds: a ``queue.py`` there
-is meant for others, also where a package was installed beside it. Warning filters and development mode pass
+is meant for others, also where a package was installed next to it. Warning filters and development mode pass
 on; the environment stays as it is, for programs that users name.
 
 This file is also what the child runs first, before anything of the observatory is on its path.

@@ -50,7 +50,7 @@ class ProcessStat:
 
 
 class ProcessId(Record):
-    """A process, told apart from a later one of the same number.
+    """A process, distinguished from a later one with the same id.
 
     Attributes:
         pid: its number.

@@ -52,7 +52,7 @@ _GIT_TIMEOUT_S = 5.0
 #: Scheduler, variable of the job id, variable of the node list.
 _SCHEDULERS: tuple[tuple[str, str, str | None], ...] = (
     ("slurm", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"),
-    ("pbs", "PBS_JOBID", None),  # PBS tells nodes in a file only
+    ("pbs", "PBS_JOBID", None),  # PBS lists nodes only in a file
     ("lsf", "LSB_JOBID", "LSB_HOSTS"),
 )
 _JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+\[\]@-]{0,127}", re.ASCII)

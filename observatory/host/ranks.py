@@ -36,9 +36,9 @@ class RankOf:
     Attributes:
         rank: this process's rank.
         world: number of ranks, P.
-        local_rank: rank among those of its node; None when the launcher does not tell.
-        local_world: ranks of its node; None when the launcher does not tell.
-        node: number of its node; None when the launcher does not tell.
+        local_rank: rank among those of its node; None when the launcher does not state it.
+        local_world: ranks of its node; None when the launcher does not state it.
+        node: number of its node; None when the launcher does not state it.
         launcher: where ``rank`` and ``world`` were read.
     """
 
@@ -71,11 +71,11 @@ def find_rank(
             )
         return RankOf(rank=rank, world=world, launcher="caller")
     sources = (_process_group(), _torchrun(environment), _mpiexec(environment), _srun(environment))
-    told = [source for source in sources if source is not None]
-    if not told:
+    launchers = [source for source in sources if source is not None]
+    if not launchers:
         return RankOf(rank=0, world=1)
     # One process started by an outer launcher says nothing about those it starts itself.
-    found, *others = [source for source in told if source.world > 1] or told[:1]
+    found, *others = [source for source in launchers if source.world > 1] or launchers[:1]
     for other in others:
         if (other.rank, other.world) == (found.rank, found.world):
             found = replace(
@@ -155,7 +155,7 @@ def _srun(environment: Mapping[str, str]) -> RankOf | None:
 
 
 def _tasks_of_node(text: str, node: int | None) -> int | None:
-    """Tasks of one node from Slurm's list of all nodes, such as ``2(x3),1``; None when it does not tell."""
+    """Tasks of one node from Slurm's list of all nodes, such as ``2(x3),1``; None where not stated."""
     if node is None:
         return None
     for part in text.split(","):

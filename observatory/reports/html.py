@@ -265,7 +265,7 @@ def _environment() -> Environment:
 
 
 def _asset(environment: Environment, name: str) -> str:
-    """A file beside the templates, as it is."""
+    """A file next to the templates, unchanged."""
     assert environment.loader is not None
     return environment.loader.get_source(environment, name)[0]
 

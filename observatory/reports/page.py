@@ -163,7 +163,7 @@ def frame_table(
 
     Args:
         caption: of the table.
-        columns: as they are declared beside the frame, the first names the row.
+        columns: as they are declared with the frame, the first names the row.
         rows: plain Python values (`frame_records`); a value that is a `Cell` is shown as it is.
         note: sentences in front of the legend of the columns.
         leave_out: names of columns that say the same in every row.

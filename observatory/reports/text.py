@@ -10,7 +10,7 @@ import math
 import re
 import unicodedata
 
-#: Stands where there is no number; the reason is beside it.
+#: Stands where there is no number; the reason is given next to it.
 MISSING = "n/a"
 _BIDI_OR_CONTROL = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f\ufeff]")
 _BREAK_AFTER = re.compile(r"(?<=[\s/_.:-])")
@@ -30,7 +30,7 @@ def plain(value: object) -> str:
 
 
 def shorten(value: object, width: int = 40) -> str:
-    """At most ``width`` characters, the middle left out: both ends of a model name tell it apart."""
+    """At most ``width`` characters, the middle left out: both ends of a model name identify it."""
     text = plain(value)
     if len(text) <= width:
         return text

@@ -2,7 +2,7 @@
 
 Figures are built with the light colours. In the browser the page's script replaces every light colour by
 its dark partner where the reader prefers a dark scheme, so that a figure is stored once.
-Hues are told apart by people with any common colour vision (after Okabe and Ito; RdBu for diverging
+Hues are distinguishable with any common colour vision (after Okabe and Ito; RdBu for diverging
 scales); where lines are compared, marker and dash differ as well.
 """
 

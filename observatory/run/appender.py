@@ -1,4 +1,4 @@
-"""Rows of one rank on their way into parts, for the rank's own writer and for a process beside it.
+"""Rows of one rank on their way into parts, for the rank's own writer and for a helper process.
 
 Rows are buffered and written as Parquet parts of about 64 MiB. A part is written under a temporary name,
 synced and renamed, so a process killed at any moment loses at most the rows that were not yet flushed.

@@ -25,7 +25,7 @@ FIXED_SCHEMAS: dict[str, pa.Schema] = {
     "tokens": TOKENS_SCHEMA,
 }
 
-#: Times to 73 years, so that the sum of two fits 64 bits; steps below what a double tells apart; bytes of
+#: Times to 73 years, so that the sum of two fits 64 bits; steps that a double holds exactly; bytes of
 #: 4,096 ranks add up to 64 bits.
 _TIME, _COUNT, _BYTES = (-(1 << 61), 1 << 61), (0, 1 << 53), (0, 1 << 50)
 _RANGES = {

@@ -88,7 +88,7 @@ def sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def committed(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success sync it and give it the final name.
+    """Yield a temporary path next to ``path``; on success sync it and give it the final name.
 
     Raises:
         OSError: the file cannot be written, which the error names; the temporary file is removed, ``path`` is
@@ -114,7 +114,7 @@ def committed(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def committed_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``path``; on success it becomes ``path``, which must be absent or empty.
+    """Yield a new folder next to ``path``; on success it becomes ``path``, which must be absent or empty.
 
     Raises:
         OSError: a file cannot be written, which the error names; the new folder is removed with all in it.

@@ -248,9 +248,11 @@ def _other_bytes(
         ("received", receive_bytes, entry.output_sizes, entry.output_dtypes, "reduce" not in operation),
     )
     for what, of_row, shapes, dtypes, comparable in pairs:
-        told = _bytes(shapes, dtypes) if comparable else None
-        if told is not None and of_row is not None and sum(of_row) != told:
-            return f"the recorder's entry of its number is another: {told} bytes {what}, not {sum(of_row)}"
+        of_entry = _bytes(shapes, dtypes) if comparable else None
+        if of_entry is not None and of_row is not None and sum(of_row) != of_entry:
+            return (
+                f"the recorder's entry of its number is another: {of_entry} bytes {what}, not {sum(of_row)}"
+            )
     return None
 
 

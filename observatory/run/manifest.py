@@ -264,8 +264,8 @@ class ClockSpec(Record):
         measured_ns: this rank's time at which ``offset_ns`` holds; None when no drift is to be applied.
         method: ``shared clock`` (one host), ``ping-pong``, or ``none``.
         identity: what names the clock itself; ranks with equal identities read the same clock, also where
-            they never talked to each other. None where the system does not tell.
-        reason: why there is no alignment; None when there is one, or nobody asked.
+            they never talked to each other. None where the system does not provide it.
+        reason: why there is no alignment; None when there is one, or none was requested.
         unix_minus_monotonic_ns: what this rank's wall clock was ahead of its monotonic clock when the status
             was written, for other tools' times; None in runs of schema 1.0.
     """
@@ -285,7 +285,7 @@ class FieldCalibration(Record):
     """How one quantity of a device behaved while it was calibrated.
 
     Attributes:
-        update_period_ms: median time between changes of the reading; None when it changed too rarely to tell.
+        update_period_ms: median time between changes of the reading; None when it changed too rarely.
         update_period_low_ms, update_period_high_ms: 5th and 95th percentile of it; None likewise.
         changes: changes seen.
         reason: why there is no period; None when there is one.
@@ -350,7 +350,7 @@ class RankPower(Record):
         own_devices: UUIDs of the devices this rank computes on; empty on CPUs, or when not known.
         sampled: devices whose samples lie in this rank's folder: those of its node, in one rank per node.
         period_s: time between samples; None when this rank samples nothing.
-        unavailable: per device UUID and quantity, why it cannot be told.
+        unavailable: per device UUID and quantity, why it is not known.
         calibration: per device UUID.
         cost: of the sampling process; None when it did not end in order.
         notes: devices that were lost, and other limits.
@@ -418,8 +418,8 @@ class RankStatus(Record):
         error: one line when ``failed``.
         steps: steps the rank completed.
         dropped_rows: rows that could not be written (full disk), 0 normally.
-        clock: how this rank's times relate to the other ranks'; None when nobody asked.
-        power: what was sampled of the devices of its node; None when nobody asked.
+        clock: how this rank's times relate to the other ranks'; None when not requested.
+        power: what was sampled of the devices of its node; None when not requested.
         gaps: what it did not capture, or not as a whole; since schema 1.3.
         notes: stated limits of what it captured; since schema 1.3 (earlier ones are in the manifest).
         moe_layers: the MoE layers that this rank holds, each number once; None when it does not say (runs

@@ -27,7 +27,7 @@ Float64 = npt.NDArray[np.float64]
 MAX_EXPERTS = 65536
 
 #: Tokens, and assignments to one expert, in one row stay below this, so that sums over E experts and 2^7 rows
-#: cannot overflow (sums over a run are checked while it is read); steps below what a double tells apart.
+#: cannot overflow (sums over a run are checked while it is read); steps that a double holds exactly.
 MAX_LOAD = 2**40
 MAX_STEP = 2**53
 

@@ -64,8 +64,8 @@ def core_sentence(share: CoreShare) -> str:
         ranks += f" with {share.threads} threads"
     cores = "1 usable core" if share.cores == 1 else f"{share.cores:.4g} usable cores"
     hosts = share.hosts[0] if len(share.hosts) == 1 else ", ".join(share.hosts)
-    told = f"{ranks} on {cores} of host {hosts}"
-    return told if share.short is None else f"{told}: times are of waiting for a core as well"
+    usage = f"{ranks} on {cores} of host {hosts}"
+    return usage if share.short is None else f"{usage}: times are of waiting for a core as well"
 
 
 def _share(cores_K: Sequence[CoreSpec]) -> CoreShare:

@@ -55,7 +55,7 @@ class LoadedModel:
 
     Attributes:
         name: what was asked for; for a directory its last component.
-        mixer: sequence mixer told from the configuration, None when it is not recognised.
+        mixer: sequence mixer read from the configuration, None when it is not recognised.
         family: of a bundled model its family, else `model_type` of the configuration.
         model: in evaluation mode, on the device and in the type asked for.
         tokenizer: None when the checkpoint has none.

@@ -19,9 +19,9 @@ def test_benchmark_replay_and_model_are_made_once_and_kept(
     monkeypatch.setattr(quickstart, "_SIZES_BYTES", (64, 4096))
     monkeypatch.setattr(quickstart, "_REPEATS", 2)
     run = write_captured_run(tmp_path / "run")
-    told: list[str] = []
-    files = quickstart.quickstart_network([run], tmp_path, told=told.append)
-    assert told == [
+    reported: list[str] = []
+    files = quickstart.quickstart_network([run], tmp_path, report=reported.append)
+    assert reported == [
         "benchmark of 2 ranks and replay of the run's traffic: measuring",
         "network model: fitting",
     ]
@@ -40,15 +40,15 @@ def test_benchmark_replay_and_model_are_made_once_and_kept(
     assert load_network(files.model).sources[0] == files.bench[0].name
 
     before = {path: path.read_bytes() for path in (*files.bench, files.replay, files.model)}
-    told.clear()
-    assert quickstart.quickstart_network([run], tmp_path, told=told.append) == files
-    assert [line.rpartition(": ")[2] for line in told] == ["kept", "kept"]
+    reported.clear()
+    assert quickstart.quickstart_network([run], tmp_path, report=reported.append) == files
+    assert [line.rpartition(": ")[2] for line in reported] == ["kept", "kept"]
     assert {path: path.read_bytes() for path in before} == before
 
     files.model.write_text("{")
-    told.clear()
-    quickstart.quickstart_network([run], tmp_path, told=told.append)
-    assert [line.rpartition(": ")[2] for line in told] == ["kept", "fitting"]
+    reported.clear()
+    quickstart.quickstart_network([run], tmp_path, report=reported.append)
+    assert [line.rpartition(": ")[2] for line in reported] == ["kept", "fitting"]
     load_network(files.model)
 
     whole = json.loads(files.replay.read_text())

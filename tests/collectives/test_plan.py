@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from observatory.collectives.dispatch.plan import NOBODY, DispatchPlan, ExpertMap
+from observatory.collectives.dispatch.plan import NO_SLOT, DispatchPlan, ExpertMap
 from observatory.collectives.expert_parallel import linear_placement
 from observatory.collectives.layout import Layout, nodes_in_order, split_into_nodes
 from observatory.collectives.transport.mpi import MAX_MPI_COUNT, check_mpi_counts
@@ -48,7 +48,7 @@ def test_an_expert_sits_once_on_ranks_that_exist(holders: list[int]) -> None:
 
 
 def test_rows_are_sorted_by_destination_and_expert() -> None:
-    slots = torch.tensor([[3, 0], [1, NOBODY], [0, 2]])
+    slots = torch.tensor([[3, 0], [1, NO_SLOT], [0, 2]])
     plan = DispatchPlan.make(slots, torch.tensor([0, 0, 1, 1]), 2, deduplicate=False)
     assert plan.slots_NM.squeeze(1).tolist() == [0, 0, 1, 2, 3]
     assert plan.source_N.tolist() == [0, 2, 1, 2, 0]
@@ -58,7 +58,7 @@ def test_rows_are_sorted_by_destination_and_expert() -> None:
 
 
 def test_deduplicated_rows_name_all_their_experts_behind_a_rank() -> None:
-    slots = torch.tensor([[3, 2], [1, NOBODY], [0, 2]])
+    slots = torch.tensor([[3, 2], [1, NO_SLOT], [0, 2]])
     plan = DispatchPlan.make(slots, torch.tensor([0, 0, 1, 1]), 2, deduplicate=True)
     assert plan.source_N.tolist() == [1, 2, 0, 2]
     assert plan.slots_NM.tolist() == [[1, -1], [0, -1], [3, 2], [-1, 2]]
@@ -68,7 +68,7 @@ def test_deduplicated_rows_name_all_their_experts_behind_a_rank() -> None:
 
 
 @given(
-    st.lists(st.lists(st.integers(NOBODY, 7), min_size=2, max_size=2), min_size=0, max_size=20),
+    st.lists(st.lists(st.integers(NO_SLOT, 7), min_size=2, max_size=2), min_size=0, max_size=20),
     st.booleans(),
 )
 def test_every_assignment_is_sent_once_to_its_member(rows: list[list[int]], deduplicate: bool) -> None:
@@ -85,10 +85,10 @@ def test_every_assignment_is_sent_once_to_its_member(rows: list[list[int]], dedu
         strict=True,
     ):
         for place, slot in zip(places, named, strict=True):
-            if slot != NOBODY:
+            if slot != NO_SLOT:
                 assert member_of_Z[slot] == member
                 sent.append((source, place, slot))
-    wanted = [(t, k, z) for t, row in enumerate(rows) for k, z in enumerate(row) if z != NOBODY]
+    wanted = [(t, k, z) for t, row in enumerate(rows) for k, z in enumerate(row) if z != NO_SLOT]
     assert sorted(sent) == sorted(wanted)
     if deduplicate:
         pairs = list(zip(destination, plan.source_N.tolist(), strict=True))

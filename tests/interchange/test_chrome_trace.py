@@ -141,7 +141,7 @@ def test_what_a_counter_cannot_show_is_marked(tmp_path: Path) -> None:
     power = power.drop(index=range(60, 80))
     events = traced(a_power_run(tmp_path / "run", power=power), tmp_path / "trace.json")
     marks = [event["name"] for event in events if event["ph"] == "i"]
-    assert marks == ["power not told from here", "no samples from here", "last sample"]
+    assert marks == ["power not reported from here", "no samples from here", "last sample"]
     hole = next(event for event in events if event["name"] == "no samples from here")
     assert hole["args"]["seconds"] == pytest.approx(1.05, abs=0.01)
 

@@ -48,7 +48,7 @@ def test_findings_name_the_most_and_least_concentrated_model(tmp_path: Path) -> 
     )
     assert "; even is the least: 0.000 (0.000 – 0.000), floor 0.0" in first
     assert "do not differ" not in first
-    assert "even on prose (prefill)" in _sentence(sentences, "Not to be told from uniform routing")
+    assert "even on prose (prefill)" in _sentence(sentences, "Not distinguishable from uniform routing")
     assert "layer 0 of skewed on prose" in _sentence(sentences, "most concentrated layer")
     # linear placement over 2 ranks: 200 and 400 of 600, so 400 / 300
     assert "that of skewed on prose laid out over EP 2: 1.33× the mean" in _sentence(

@@ -2,7 +2,7 @@
 
 Shapes: N observations, J phases, Q trial shifts.
 
-An observation tells of another time than its window says. Three numbers describe that for a whole run: the
+An observation describes another time than its window states. Three numbers describe that for a whole run: the
 ``lag`` of all observations, its ``drift`` over the run, and the ``smear``: a board's capacitors pass power on
 with a time constant of milliseconds, so that an observation holds a little of what was before it.
 """
@@ -33,8 +33,9 @@ class Shift(NamedTuple):
     """How observations lie in time, nanoseconds.
 
     Attributes:
-        lag_ns: how much later than what it tells an observation in the middle of the run is, smear included.
-        drift_ns: how much that is more at the end than in the middle, and less at the begin.
+        lag_ns: how much later an observation is than the time it describes, in the middle of the run and
+            with smear.
+        drift_ns: how much that is more at the end than in the middle, and less at the start.
         smear_ns: time constant with which power reaches the sensor.
     """
 

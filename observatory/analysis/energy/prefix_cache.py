@@ -12,7 +12,7 @@ The fit is least squares in relative error. Intervals are a bootstrap of measure
 fraction, widened for few of them (`statistics.few_blocks_widening`).
 
 arXiv 2605.05696 states 63 % of the prefill energy saved per hit, at 4096 tokens, for its models and device.
-That number is quoted beside ours; it is in no fit.
+That number is quoted next to ours and enters no fit.
 """
 
 from __future__ import annotations

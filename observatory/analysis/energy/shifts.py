@@ -6,7 +6,7 @@ The sum of squared residuals at the best powers is a function of (lag, drift, sm
 valleys: steps that repeat exactly look much the same a step later, or earlier, or with time reversed. So the
 whole range is searched, every valley is followed down, and every trial that is not significantly above the
 least is plausible. Of these the region's edges are looked for: if plausible trials give different powers, or
-one of them cannot tell the phases apart, the powers are not known.
+one of them cannot separate the phases, the powers are not known.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class PowerTrace:
         device_uuid: the device.
         time_ns_N: monotonic times just before the device was asked, ascending.
         read_ns_N: how long it took to answer; 0 where that is not known.
-        power_mw_N: power; NaN where the device did not tell.
+        power_mw_N: power; NaN where the device did not report it.
         energy_mj_N: counter; likewise.
         repeated: samples left out because another had the same time.
         impossible: readings taken as missing because they cannot be true.

@@ -1,7 +1,7 @@
 """Why a rank arrived last.
 
 Before a collective a rank computes: since the end of its exchange before. The last rank's lateness against
-the median of those that waited is put beside how much longer it computed in that time (spans), and how its
+the median of those that waited is compared with how much longer it computed in that time (spans), and how its
 SM clock stood (telemetry). All these are times of one rank's own clock, so no alignment is needed. Where a
 program records no spans, the time between a dispatch and its combine stands for computing, but only of a
 rank that got more bytes to compute on than the others, and took at most twice as long as these explain.
@@ -11,7 +11,8 @@ rank that got more bytes to compute on than the others, and took at most twice a
 lateness, and its clock was at least 5 % lower.
 ``exchange before``: that exchange ended later on this rank by at least half of its lateness, for instance
 because more bytes came in.
-``unknown``: everything else, and always when nothing was recorded that could tell. The thresholds are ours.
+``unknown``: everything else, and always when nothing was recorded that would show it. The thresholds are
+ours.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def explain_last(
 
     Returns:
         ``waits`` with ``compute_before_s`` (own computing since the exchange before), ``sm_clock_mhz`` (own
-        clock then) and ``cause``: why ``last_rank`` came last, None where the row waited for nobody.
+        clock then) and ``cause``: why ``last_rank`` came last, None where the row waited for no rank.
     """
     frame = waits.assign(
         compute_before_s=compute_before_s(exchanges, spans),

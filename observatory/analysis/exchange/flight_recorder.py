@@ -1,4 +1,4 @@
-"""The flight recorder beside the probe: two sources for one exchange, and where they disagree.
+"""The flight recorder and the probe: two sources for one exchange, and where they disagree.
 
 ``recorder_start_ns`` is when torch enqueued the exchange, on the host; ``recorder_duration_ns`` how long its
 backend was at it. The probe's own start lies before the call, so the recorder's follows it by the way through
@@ -33,7 +33,7 @@ _ASKED_WITH = ("backend", "backend_group", "backend_sequence", "send_bytes", "re
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecorderFindings:
-    """The second source of a run beside the first.
+    """The second source of a run compared with the first.
 
     Attributes:
         agreement: result of :func:`recorder_agreement`.
@@ -88,7 +88,7 @@ def with_recorder_dumps(
             monotonic clock there gets no ``recorder_start_ns``.
     """
     frame = exchanges.reset_index(drop=True)
-    told = {name: _plain(frame, name).copy() for name in RECORDER_COLUMNS}
+    values_of = {name: _plain(frame, name).copy() for name in RECORDER_COLUMNS}
     said = [_plain(frame, name) for name in _ASKED_WITH]
     rank_N = frame["source_rank"].to_numpy(np.int64)
     for rank, dump in dumps.items():
@@ -106,11 +106,11 @@ def with_recorder_dumps(
             )
             values = (found.start_ns, found.duration_ns, found.problem)
             for name, value in zip(RECORDER_COLUMNS, values, strict=True):
-                told[name][row] = value
+                values_of[name][row] = value
     return frame.assign(
-        recorder_start_ns=pd.array(list(told["recorder_start_ns"]), "Int64"),
-        recorder_duration_ns=pd.array(list(told["recorder_duration_ns"]), "Int64"),
-        recorder_problem=told["recorder_problem"],
+        recorder_start_ns=pd.array(list(values_of["recorder_start_ns"]), "Int64"),
+        recorder_duration_ns=pd.array(list(values_of["recorder_duration_ns"]), "Int64"),
+        recorder_problem=values_of["recorder_problem"],
     )
 
 
@@ -126,10 +126,10 @@ def recorder_agreement(exchanges: pd.DataFrame) -> pd.DataFrame:
         probe), and ``differ`` (by more than a tenth of the probe's and 20 us).
     """
     start_N, end_N, started_N, ended_N = own_times(exchanges)
-    told_start_N, told_N = (_numbers(exchanges, name) for name in RECORDER_COLUMNS[:2])
+    recorder_start_N, recorder_duration_N = (_numbers(exchanges, name) for name in RECORDER_COLUMNS[:2])
     duration_N = np.where(ended_N, end_N - start_N, np.nan)
-    lag_N = np.where(started_N, told_start_N - start_N, np.nan)
-    difference_N = told_N - duration_N
+    lag_N = np.where(started_N, recorder_start_N - start_N, np.nan)
+    difference_N = recorder_duration_N - duration_N
     on_host = (exchanges["backend"] != "nccl").to_numpy(bool)
     with np.errstate(invalid="ignore"):
         outside_N = on_host & ((lag_N < 0) | (lag_N > duration_N))
@@ -138,12 +138,12 @@ def recorder_agreement(exchanges: pd.DataFrame) -> pd.DataFrame:
     rows = pd.DataFrame(
         {
             **{name: exchanges[name].to_numpy(object) for name in _KEYS},
-            "found": np.isfinite(told_start_N) | np.isfinite(told_N),
+            "found": np.isfinite(recorder_start_N) | np.isfinite(recorder_duration_N),
             "lag_s": lag_N * 1e-9,
             "outside": outside_N,
             "timed": timed_N,
             "duration_s": np.where(timed_N, duration_N, np.nan) * 1e-9,
-            "recorder_s": np.where(timed_N, told_N, np.nan) * 1e-9,
+            "recorder_s": np.where(timed_N, recorder_duration_N, np.nan) * 1e-9,
             "difference_s": difference_N * 1e-9,
             "differ": differ_N,
         }

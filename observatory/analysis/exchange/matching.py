@@ -293,8 +293,9 @@ def _byte_matrices(
 def _role(rows: Int64, moved: Sequence[bool], columns: _Columns) -> str | None:
     """Role of a collective whose ranks may see it differently; None when they contradict each other.
 
-    Who sends and gets nothing cannot tell a dispatch from a combine, and who skipped its router because it
-    had no tokens says ``other`` of both. Where nobody moves anything, what most ranks say counts.
+    A rank that sends and gets nothing cannot distinguish a dispatch from a combine, and one that skipped its
+    router because it had no tokens records ``other`` for both. Where no rank moves anything, the majority
+    counts.
     """
     said = columns.role_N[rows].tolist()
     if len(set(said)) == 1:
@@ -322,7 +323,7 @@ class _Layout:
             self.parts = {"node": node_P, "across": place_P.astype(np.int64)}
 
     def part_N(self, group: pd.Series[str], rank_N: Int64) -> Int64:
-        """Tells apart the groups of one name."""
+        """Distinguishes the groups of one name."""
         part_N = np.zeros(len(rank_N), np.int64)
         for name, part_P in self.parts.items():
             own = (group == name).to_numpy(bool) & (rank_N < self.ranks)

@@ -190,7 +190,7 @@ def _latest(later_PP: npt.NDArray[Any], waited_PP: Bool) -> tuple[Float64, Int64
 
 
 def _held(c: Collective, later_PP: Int64, wait_P: Float64, duration_P: Float64) -> Float64:
-    """Time between the last peer's arrival and the last of all, where the backend lets nobody go before.
+    """Time between the last peer's arrival and the last of all, where the backend lets no rank go before.
 
     NaN where that is not known.
     """
@@ -206,7 +206,7 @@ def _held(c: Collective, later_PP: Int64, wait_P: Float64, duration_P: Float64) 
 
 
 def _arrived_last(c: Collective, traffic_P: Bool) -> Bool:
-    """Who came last of those that exchange anything; nobody where an arrival is missing or not comparable."""
+    """The last arrival among ranks that exchange anything; none if one is missing or not comparable."""
     alone = int(traffic_P.sum()) < 2
     if alone or not c.started_P.all() or not np.isfinite(c.uncertainty_P).all():
         return np.zeros(len(c.rank_P), bool)

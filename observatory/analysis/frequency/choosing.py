@@ -50,7 +50,7 @@ Int64 = NDArray[np.int64]
 #: A knee takes one clock more.
 _LEAST_CLOCKS = 3
 _MOST_FOLDS = 12
-#: Forms that err less than this cannot be told apart by any sensor.
+#: Forms that err less than this cannot be distinguished by any sensor.
 _NO_ERROR = 3e-4
 #: Twice the logarithm of how much less likely a form may be than the best.
 _AS_GOOD = 4.0
@@ -58,7 +58,7 @@ _AS_GOOD = 4.0
 #: hold the truth of synthetic devices about as often as they say (docs/evidence/power.md).
 _CHOSEN = 1.15
 _MOST_SCALE = 3.0
-#: Largest error, in ln, that a sample moves a clock by; points that far from any curve tell nothing anyway.
+#: Largest error, in ln, that a sample moves a clock by; points that far from any curve carry no information.
 _MOST_ERROR = 2.0
 
 
@@ -211,11 +211,11 @@ def _why_absent(term: str, trial: Trial) -> str:
     if term in trial.terms:
         return ""
     if trial.form.name == "flat":
-        return "no clock changed the time: host and memory cannot be told apart, compute is hidden"
+        return "no clock changed the time: host and memory cannot be separated, compute is hidden"
     if trial.form.name == "linear" and term == "memory_s":
-        return "no knee was seen: memory and host cannot be told apart"
+        return "no knee was seen: memory and host cannot be separated"
     if term in trial.form.terms:
-        return "not told apart from the terms before it"
+        return "not separable from the terms before it"
     return f"the form {trial.form.name} has none"
 
 

@@ -12,7 +12,7 @@ Let f_free be the lowest clock whose slowdown against the reference is at most 2
 | compute-proportional | f_free is above 0.9 of it |
 
 The first two come first, since they say what to mend before any clock is worth choosing; the curve's own
-class is named beside them.
+class is named next to them.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Behaviour(Record):
     """The class of a series.
 
     Attributes:
-        name: the class; None when the clocks do not reach low enough to tell.
+        name: the class; None when the clocks do not reach low enough to decide.
         curve: the class of the time curve alone; None likewise.
         agreement: share of bootstrap samples whose curve is of that class; None without samples.
         free_mhz: f_free; never below the lowest clock measured.
@@ -64,8 +64,8 @@ class Behaviour(Record):
 
     @property
     def words(self) -> str:
-        """The class; beside a cause that comes first, that of the curve."""
-        name = self.name or "not told"
+        """The class; with a cause that takes precedence, that of the curve."""
+        name = self.name or "not known"
         return name if self.curve in (None, self.name) else f"{name} (curve: {self.curve})"
 
 
@@ -104,7 +104,7 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
         f"{100 * free_mhz / reference:.0f} % of {clock}"
     )
     if curve is None:
-        shape += "; no lower clock was measured, so that flat and knee cannot be told apart"
+        shape += "; no lower clock was measured, so that flat and knee cannot be distinguished"
     capped = fit.reference.power_cap_share
     if unlocked and capped is not None and capped >= _CAPPED_SHARE:
         return Behaviour(
@@ -152,9 +152,9 @@ def _curve_class(free_mhz: float, fit: SeriesFit) -> CurveClass | None:
 
 def _host_evidence(fit: SeriesFit, value_1T: Float64, sample_BT: Float64) -> str:
     """Why the series is host-bound; empty when nothing says so."""
-    told = [item.idle for item in fit.settings if item.idle is not None and item.kind in ("unlocked", "lock")]
-    if told and sum(told) > len(told) / 2:
-        return f"the device reported that it idled at {sum(told)} of {len(told)} settings"
+    idle = [item.idle for item in fit.settings if item.idle is not None and item.kind in ("unlocked", "lock")]
+    if idle and sum(idle) > len(idle) / 2:
+        return f"the device reported that it idled at {sum(idle)} of {len(idle)} settings"
     # Without a knee, time that does not follow the clock may as well be memory's.
     if not TIME_FORMS[fit.time.form].has_knee or "host_s" not in TIME_FORMS[fit.time.form].terms:
         return ""

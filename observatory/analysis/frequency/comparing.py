@@ -9,8 +9,8 @@ Whether locking beats capping is a question about all locks and all caps, not ab
 the best of twelve locks beats the best of five caps by the luck of its steps alone. A cap of W holds the
 clock at which P(f) = W. So caps reach the clocks whose power is at least that of the lowest cap tried, and,
 where a cap never binds, none but the unlocked one; locks reach all. Both are asked for the least energy
-within the budget. What a binding cap costs beside a lock at the same clock (a limit makes the clock hunt) is
-measured on the cap points and added to the caps' side.
+within the budget. What a binding cap costs compared with a lock at the same clock (a limit makes the clock
+hunt) is measured on the cap points and added to the caps' side.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NotCompared = Literal[
 #: Less than this part of the reference's energy gives no verdict: errors of calibration and of the model's
 #: form are as large.
 _MARGIN = 0.01
-#: A cap that slows an iteration by less is compared at the clock it ran at, as time tells no clock there.
+#: A cap that slows an iteration by less is compared at the clock it ran at, as time shows no clock there.
 _SLOWED = 0.01
 #: ln of the largest ratio believed: files may say anything.
 _MOST_EXCESS = 3.0

@@ -1,4 +1,4 @@
-"""What makes a sweep say less than it seems to: caps that never bind, clocks that nobody asked for.
+"""What makes a sweep say less than it seems to: caps that never bind, clocks that were not requested.
 
 The two confounds of arXiv 2605.11999. A cap that no phase ever reaches changes nothing, and a comparison of
 such caps compares noise. A clock request above what the chip allows is accepted without a word, and so are
@@ -19,7 +19,7 @@ SlowedKind = Literal["slowed by heat", "slowed by the brake"]
 
 #: A limit that holds the clock for less than this share of the time does not bind.
 BINDING_SHARE = 0.01
-#: A device that draws more than this part of its limit may be held by it although nobody said so.
+#: A device that draws more than this part of its limit may be held by it although nothing reports it.
 _NEAR_LIMIT = 0.95
 _LIMIT_STEP = 0.01
 
@@ -135,25 +135,25 @@ def _places(settings: Sequence[Setting]) -> str:
 
 
 def _caps(settings: Sequence[Setting], reference: Reference, time_scatter: float | None) -> list[Confound]:
-    """Caps that hold nothing; caps of which neither driver nor power tells are passed over."""
-    told = {
+    """Caps that hold nothing; caps for which neither driver nor power shows it are skipped."""
+    caps = {
         item.limit_mw: (item, binds)
         for item in settings
         if item.kind == "cap" and item.iteration_s_R and item.limit_mw
         if (binds := _binds(item)) is not None
     }
-    if not told:
+    if not caps:
         return []
-    limits = [limit for limit in told if limit is not None]
+    limits = [limit for limit in caps if limit is not None]
     drawn = [
-        (power, power / limit) for limit, (item, _) in told.items() if limit and (power := _power_mw(item))
+        (power, power / limit) for limit, (item, _) in caps.items() if limit and (power := _power_mw(item))
     ]
-    rates = [1.0 / float(np.median(item.iteration_s_R)) for item, _ in told.values()]
+    rates = [1.0 / float(np.median(item.iteration_s_R)) for item, _ in caps.values()]
     rates.append(1.0 / reference.iteration_s)
     spread = max(rates) / min(rates) - 1.0
     ratio = max((part for _, part in drawn), default=None)
     numbers: dict[str, float | None] = {
-        "caps": float(len(told)),
+        "caps": float(len(caps)),
         "lowest_cap_mw": min(limits),
         "highest_cap_mw": max(limits),
         "highest_power_over_limit": ratio,
@@ -165,7 +165,7 @@ def _caps(settings: Sequence[Setting], reference: Reference, time_scatter: float
         if time_scatter is None
         else f", where repeats of one setting scatter by {100 * time_scatter:.1f} %"
     )
-    loose = [limit for limit in limits if not told[limit][1]]
+    loose = [limit for limit in limits if not caps[limit][1]]
     if len(loose) == len(limits):
         draws = "its power is not known"
         if ratio is not None:
@@ -183,7 +183,7 @@ def _caps(settings: Sequence[Setting], reference: Reference, time_scatter: float
         ]
     if not loose:
         return []
-    binding = max(limit for limit in limits if told[limit][1])
+    binding = max(limit for limit in limits if caps[limit][1])
     return [
         Confound(
             kind="some caps do not bind",
@@ -195,7 +195,7 @@ def _caps(settings: Sequence[Setting], reference: Reference, time_scatter: float
 
 
 def _binds(setting: Setting) -> bool | None:
-    """Whether the limit holds the clock; None when neither the driver nor the power tells."""
+    """Whether the limit holds the clock; None when neither the driver nor the power shows it."""
     if setting.label == "power-capped":
         return True
     if setting.power_cap_share is not None:

@@ -32,7 +32,7 @@ Float64 = NDArray[np.float64]
 _SHARPNESS = (2.0, 64.0)
 _MOST_SLOPE = 0.9
 _VOLTAGE_SLOPE = (0.1, 1.0)
-#: A column that differs from a mix of those before it by less than this, relative, cannot be told apart from
+#: A column that differs from a mix of those before it by less than this, relative, cannot be separated from
 #: them in the presence of a percent of noise.
 _DISTINCT = 0.02
 #: The narrowing tries one step to either side on every axis, in steps that shrink by this factor.
@@ -173,7 +173,7 @@ def spread_last_knees(
 ) -> Float64:
     """Bootstrap samples whose knee came to lie at the second lowest clock, with knees anywhere below it.
 
-    The points do not tell where between the two lowest clocks such a knee is: with a steeper compute side
+    The points do not show where between the two lowest clocks such a knee is: with a steeper compute side
     and a smaller host part it may lie lower and the curve still passes through all points. Each sample gets
     one of the knees that need no negative host part, so that intervals in between say what is not known.
     """
@@ -220,7 +220,7 @@ def fit_power(
 
     Args:
         form: the form.
-        terms: those of its linear terms that the points can tell apart.
+        terms: those of its linear terms that the points can separate.
         points: the points; those without power have weight 0.
         weight_BN: weights of points, before their own worth.
         target_BN: powers to fit over those measured; None fits those measured.
@@ -270,7 +270,7 @@ def _power_columns(squared: Float64, phi_N: Float64, iteration_s_N: Float64) -> 
 
 
 def determined_terms(form: PowerForm, points: Points) -> tuple[str, ...]:
-    """Linear terms of the form that the points can tell apart, in its order.
+    """Linear terms of the form that the points can separate, in its order.
 
     A memory-bound phase takes equally long at every clock, so that energy per iteration and static power are
     the same column; a compute-bound phase mixes energy per operation with the clock's power.

@@ -51,13 +51,13 @@ class TimeForm:
 
     @property
     def has_knee(self) -> bool:
-        """Whether it tells memory and compute apart."""
+        """Whether it separates memory from compute."""
         return "memory_s" in self.terms and "compute_s" in self.terms
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PowerForm:
-    """One documented form of P(f); ``terms`` at most, as terms that cannot be told apart are left out."""
+    """One documented form of P(f); ``terms`` at most, as terms that cannot be separated are left out."""
 
     name: str
     meaning: str

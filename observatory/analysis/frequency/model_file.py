@@ -34,7 +34,7 @@ class Coefficient(Record):
 
     Attributes:
         term: one of ``TIME_TERMS`` or ``POWER_TERMS``, unit in its name.
-        value: None when the points cannot tell it.
+        value: None when the points do not determine it.
         low, high: interval from bootstrap samples of the same form; None like ``value``, or without samples.
         reason: why ``value`` is None.
     """
@@ -79,7 +79,7 @@ class ClockEstimate(Record):
     """A clock that follows from the model.
 
     Attributes:
-        mhz: the clock, never outside what was measured; None when it cannot be told.
+        mhz: the clock, never outside what was measured; None when it is not known.
         low_mhz, high_mhz: its interval; None like ``mhz``, or without samples.
         relation: ``at most``: it lies at or below the lowest clock measured; ``at least``: at or above the
             highest.
@@ -99,13 +99,13 @@ class Setting(Record):
     Attributes:
         kind: what was set.
         requested_sm_clock_mhz, requested_limit_mw: what was asked for; None where nothing was set.
-        limit_mw: the limit in force as the device told it, else the requested one; None without a request.
+        limit_mw: the limit in force as reported by the device, else the requested one; None without one.
         sm_clock_mhz: median of the sampled clocks; None when not sampled.
         label: the label of most of its repeats, corrected by the clocks that were sampled.
         iteration_s_R: seconds per iteration of each repeat that can be compared.
         energy_mj_R: energy per iteration of the same repeats; empty when any is unknown.
-        power_cap_share: mean share of time in which the limit held the clock; None when not told.
-        idle: whether the device said that it idled, in most repeats; None when not told.
+        power_cap_share: mean share of time in which the limit held the clock; None when not reported.
+        idle: whether the device said that it idled, in most repeats; None when not reported.
         fitted: repeats that entered the fit.
         heated: repeats that heat slowed down; before schema 1.1 those of ``braked`` among them.
         braked: repeats that a hardware slowdown or the power brake slowed down, without heat.
@@ -170,9 +170,9 @@ class Reference(Record):
     Attributes:
         how: ``unlocked``: no lock and the device's own limit; ``highest clock``: no such point was measured.
         sm_clock_mhz: median sampled clock.
-        iteration_s, energy_mj, power_mw: as measured, medians; None where not told.
-        power_cap_share: share of time in which the limit held the clock; None when not told.
-        limit_mw: the device's own limit as it stood, which a site may have lowered; None when not told.
+        iteration_s, energy_mj, power_mw: as measured, medians; None where not reported.
+        power_cap_share: share of time in which the limit held the clock; None when not reported.
+        limit_mw: the device's own limit as it stood, which a site may have lowered; None when not reported.
     """
 
     how: Literal["unlocked", "highest clock"]
@@ -263,7 +263,7 @@ class SeriesFit(Record):
 
 
 def series_title(name: str, phase: str, batch_size: int | None, context_tokens: int | None) -> str:
-    """What ran, for people: every number that tells one series of a sweep from another."""
+    """What ran, for people: every number that distinguishes one series of a sweep from another."""
     parts = [name]
     if phase not in ("unknown", name):
         parts.append(phase)
@@ -296,8 +296,8 @@ class ClockModel(Record):
         created_unix_s: wall-clock label.
         argv: command line.
         device: the device of the sweeps.
-        default_limit_mw: its default power limit; None when not told.
-        idle_power_mw: power without load; None when not told.
+        default_limit_mw: its default power limit; None when not reported.
+        idle_power_mw: power without load; None when not reported.
         supported_sm_clocks_mhz: clocks it can be locked to; None when the sweeps do not say.
         series: one model per phase, batch and context.
         seed: of folds and bootstrap.

@@ -146,7 +146,7 @@ def _supported(sweeps: Sequence[ClockSweep]) -> tuple[float, ...] | None:
 
 
 def _limit_notes(merged: dict[tuple[object, ...], list[ClockSeries]], limits: Sequence[int]) -> list[str]:
-    """Whether the device ran under a limit that somebody had lowered before."""
+    """Whether the device ran under a limit that had been lowered before."""
     lowered = {
         point.enforced_limit_mw
         for alike in merged.values()
@@ -351,9 +351,9 @@ def _estimate(
 
 def _idle_power_mw(sweeps: Sequence[ClockSweep]) -> float | None:
     """Median power without load, of the sweeps that began without a lock if there are any: locks raise it."""
-    told = [sweep for sweep in sweeps if sweep.idle_power_mw is not None]
-    free = [sweep for sweep in told if not (sweep.set_outside and _locked(sweep))]
-    powers = [sweep.idle_power_mw for sweep in free or told if sweep.idle_power_mw is not None]
+    with_idle = [sweep for sweep in sweeps if sweep.idle_power_mw is not None]
+    free = [sweep for sweep in with_idle if not (sweep.set_outside and _locked(sweep))]
+    powers = [sweep.idle_power_mw for sweep in free or with_idle if sweep.idle_power_mw is not None]
     return float(median(powers)) if powers else None
 
 
@@ -408,7 +408,7 @@ def _locked(sweep: ClockSweep) -> bool:
 
 
 def _unlike_unlocked(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list[str]:
-    """Sweeps without any lock that ran at different clocks: somebody had set them, and nobody said so."""
+    """Sweeps without any lock that ran at different clocks, which were set without being stated."""
     seen: dict[str, float] = {}
     for name, sweep in zip(names, sweeps, strict=False):
         clocks = [
@@ -422,7 +422,7 @@ def _unlike_unlocked(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list
     low, high = min(seen, key=lambda name: seen[name]), max(seen, key=lambda name: seen[name])
     return [
         f"said to be unlocked, {low} ran at {seen[low]:.0f} MHz and {high} at {seen[high]:.0f} "
-        "MHz, and they are taken for repeats of one setting: where somebody had set the clock, sweep with "
+        "MHz, and they are taken for repeats of one setting: where the clock had been set, sweep with "
         "--set-outside --clocks MHZ"
     ]
 
@@ -431,9 +431,9 @@ def _unlike_warm(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list[str
     """Sweeps whose points began at different temperatures."""
     began: dict[str, float] = {}
     for name, sweep in zip(names, sweeps, strict=False):
-        told = [p.start_temperature_c for p in _points(sweep) if p.start_temperature_c is not None]
-        if told:
-            began[name] = median(told)
+        temperatures = [p.start_temperature_c for p in _points(sweep) if p.start_temperature_c is not None]
+        if temperatures:
+            began[name] = median(temperatures)
     if not began or max(began.values()) - min(began.values()) < _WARMER_C:
         return []
     cold, warm = min(began, key=lambda name: began[name]), max(began, key=lambda name: began[name])

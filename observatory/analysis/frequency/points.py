@@ -158,7 +158,7 @@ def _fit_worthy(point: ClockPoint, label: PointLabel) -> tuple[bool, str]:
 
 
 def _disturbed(judged: Sequence[Judged]) -> set[int]:
-    """Repeats far from the median of their setting, where there are three or more to tell by.
+    """Repeats far from the median of their setting, where there are three or more.
 
     One repeat that another job slowed down would bend the fit and widen every interval.
     """
@@ -243,7 +243,7 @@ def _setting(members: Sequence[Judged]) -> Setting:
     compared = [item for item in members if item.compared]
     clocks = [item.point.sm_clock_mhz for item in compared or members if item.point.sm_clock_mhz is not None]
     shares = [item.point.power_cap_share for item in compared if item.point.power_cap_share is not None]
-    told = [item.point.event_reasons for item in compared if item.point.event_reasons is not None]
+    reasons = [item.point.event_reasons for item in compared if item.point.event_reasons is not None]
     energies = [_millijoules(item.point) for item in compared]
     limits = [item.point.enforced_limit_mw for item in members if item.point.enforced_limit_mw is not None]
     return Setting(
@@ -256,7 +256,7 @@ def _setting(members: Sequence[Judged]) -> Setting:
         iteration_s_R=tuple(item.point.iteration_s for item in compared),
         energy_mj_R=tuple(energies) if np.isfinite(energies).all() else (),
         power_cap_share=float(np.mean(shares)) if shares else None,
-        idle=sum(bool(bits & IDLE_BIT) for bits in told) > len(told) / 2 if told else None,
+        idle=sum(bool(bits & IDLE_BIT) for bits in reasons) > len(reasons) / 2 if reasons else None,
         fitted=sum(item.fitted for item in members),
         heated=sum(item.label == "thermal" for item in members),
         braked=sum(item.label == "braked" for item in members),

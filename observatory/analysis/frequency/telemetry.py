@@ -1,4 +1,4 @@
-"""What a run's power samples alone say about caps and clocks, where nobody swept anything.
+"""What a run's power samples alone say about caps and clocks, without a sweep.
 
 They say whether the power limit binds, at which clock it holds the device, which clock a busy device has and
 how near it is to idle. They do not say which clock is best: that takes the time of an iteration at several.
@@ -81,7 +81,7 @@ def telemetry_advice(run: Run) -> TelemetryAdvice:
     return TelemetryAdvice(
         run=str(run.path),
         devices=tuple(found),
-        cannot="which clock saves energy cannot be told from one clock: it takes the time and energy of "
+        cannot="which clock saves energy cannot be determined at one clock: it takes the time and energy of "
         "an iteration at several",
         next_steps=(
             "observatory clocks sweep --help",
@@ -109,7 +109,7 @@ def _with_limit_in_force(rows: pd.DataFrame) -> pd.DataFrame:
 def _by_phase(rows: pd.DataFrame, bands: DeviceBands, sensor: SensorModel) -> list[tuple[str, pd.DataFrame]]:
     """Samples of each phase of the rank that the device works for, else of the one that sampled it.
 
-    Power is left out of samples that may still tell of what ran before the phase: a reading is as old as the
+    Power is left out of samples that may still describe what ran before the phase: a reading is as old as the
     last update and, before that, its averaging window.
     """
     if not bands.phase:

@@ -1,4 +1,4 @@
-"""What things cost in time: the network model, and what realistic traffic costs beside mock traffic."""
+"""Time of exchanges: the network model, and the cost of realistic compared with mock traffic."""
 
 from observatory.analysis.network.fitting import fit_network
 from observatory.analysis.network.network import NetworkModel, load_network

@@ -1,4 +1,4 @@
-"""Whether predicted times tell two layouts apart: their ratio against what the model gets wrong.
+"""Whether predicted times distinguish two layouts: their ratio against the error of the model.
 
 Two exchanges on the same ranks are predicted by the same coefficients, so a part of the error is common to
 both and cancels in their ratio. What is left is known from held-out matrices: how far measured / predicted of

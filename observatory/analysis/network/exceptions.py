@@ -48,7 +48,7 @@ _MOST_FOUND = 16
 #: Ranks and cases of one set that are looked at: labels are permuted hundreds of times.
 _MOST_RANKS = 256
 MOST_CASES = 200
-#: Pairs grow with the square of the ranks, and so does what is needed to tell one of them.
+#: Pairs grow with the square of the ranks, and so does the evidence that one of them needs.
 _MOST_RANKS_OF_PAIRS = 12
 _SCALES = np.geomspace(0.1, 1.25, 10)
 _PLAIN_SCALES = np.geomspace(0.1, 1.6, 7)
@@ -162,7 +162,7 @@ def _best(searches: Sequence[_Search], generator: np.random.Generator | None) ->
     best = max(gains, key=lambda key: gains[key], default=None)
     if best is None or gains[best] < least[best]:
         return 0.0, []
-    return gains[best], [part for part in parts[best] if part.tells]
+    return gains[best], [part for part in parts[best] if part.significant]
 
 
 def _p_value(searches: Sequence[_Search], gain: float, generator: np.random.Generator) -> float:
@@ -185,7 +185,7 @@ class _Part:
     us_per_byte: float
     bytes_C: Floats
     cases: int
-    tells: bool
+    significant: bool
 
 
 class _Search:
@@ -200,7 +200,7 @@ class _Search:
         beyond_C = np.maximum(world.us_C - world.latency_us_C, 0.0)[some] / busiest_C[some]
         usual = float(np.median(beyond_C[np.argsort(busiest_C[some])[-max(len(beyond_C) // 2, 1) :]]))
         self._costs_B = _COSTS * max(usual, 1e-12)
-        # The fit that is to be judged has bent to what differs: plain rules for all ranks stand beside it.
+        # The fit that is to be judged has bent to what differs: plain rules for all ranks stand next to it.
         plain_XC = _plain_bytes(world.bytes_CPP.astype(np.float64))
         plain_us = np.multiply.outer(_PLAIN_SCALES * max(usual, 1e-12), plain_XC).reshape(-1, len(world.us_C))
         self._log_model_SC = np.log(np.concatenate([world.model_us_SC, world.with_latency(plain_us)]))
@@ -251,11 +251,11 @@ class _Search:
             us_per_byte=us_per_byte,
             bytes_C=bytes_C,
             cases=int(decides_C.sum()),
-            tells=gain > 0 and patterns >= _LEAST_PATTERNS,
+            significant=gain > 0 and patterns >= _LEAST_PATTERNS,
         )
 
     def accept(self, part: _Part, p_value: float) -> list[Found]:
-        """Make it a part of what is known, so that others are looked for beside it."""
+        """Add it to the known parts, so that further ones are searched in addition."""
         own_us_C = self.world.with_latency(part.us_per_byte * part.bytes_C)
         self._log_model_SC = np.maximum(self._log_model_SC, np.log(own_us_C))
         each = part.candidate.counted == "either"

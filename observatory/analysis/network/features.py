@@ -84,7 +84,7 @@ class Form:
 
 _LATENCY = ("exchange", "peers")
 _MESSAGES = ("messages_node", "messages_other")
-# A term that measurements cannot tell apart from those before it is left out: own bytes stand last.
+# A term that measurements cannot separate from those before it is left out: own bytes stand last.
 _BYTES = ("bytes_node", "bytes_other", "bytes_self")
 _TWO_WAY = ("bytes_node", "link_bytes", "two_way_node", "link_two_way", "bytes_self")
 _OUT, _IN = ("out_node", "link_out"), ("in_node", "link_in")

@@ -8,8 +8,8 @@ Shapes: C cases (a matrix under one algorithm), F terms, B bootstrap samples.
 2. Each form is fitted with whole patterns left out and, where three or more numbers of ranks were measured,
    with each of these left out, and judged by |predicted - measured| / measured on those
    (`observatory.analysis.network.trials`).
-3. Of the forms whose error, cases weighted by what they are worth, is not told apart from the smallest, the
-   one with the fewest parameters is chosen.
+3. Of the forms whose error, cases weighted by what they are worth, is not distinguishable from the smallest,
+   the one with the fewest parameters is chosen.
 4. Intervals: matrices are drawn again with replacement and the chosen form is fitted to each draw.
 """
 
@@ -36,7 +36,7 @@ _RATIO_QUANTILES = np.arange(1, 40, 2) / 40
 #: Matrices of one algorithm that are fitted: more make a fit slower and hardly surer.
 _MOST_CASES = 2048
 #: Relative error that a good form leaves where the measurement is quiet. It bounds how much more a quiet
-#: long exchange counts than a noisy short one, from which alone latencies can be told.
+#: long exchange counts than a noisy short one, from which alone latencies can be determined.
 _LEAST_NOISE = 0.1
 
 

@@ -32,8 +32,8 @@ class Coefficient(Record):
 
     Attributes:
         term: name of the term, see ``features.TERMS``.
-        us_per_unit: microseconds per exchange, message, rank or byte; None when the measurements cannot tell
-            it.
+        us_per_unit: microseconds per exchange, message, rank or byte; None when the measurements do not
+            determine it.
         reason: why ``us_per_unit`` is None.
         low_us, high_us: 90 % bootstrap interval over matrices; None like ``us_per_unit``.
         gb_per_s: the bandwidth that a coefficient per byte means; None for other terms, and when the

@@ -1,4 +1,4 @@
-"""What realism costs: captured traffic beside mock traffic of equal volume, as replayed.
+"""What realism costs: captured against mock traffic of equal volume, as replayed.
 
 Shapes: S steps.
 """
@@ -20,7 +20,7 @@ _Group = tuple[str, str | None, int | None, str | None]
 
 
 def realism(result: BenchResult) -> pd.DataFrame:
-    """What captured traffic costs beside uniform traffic, as a ratio of times and in microseconds.
+    """What captured traffic costs compared with uniform traffic, as a ratio of times and in microseconds.
 
     One row per algorithm, phase, layer and role, and before them pooled ones: of everything under one
     algorithm, of a phase, of a phase and role over its layers. The ratio is of sums over steps (what a

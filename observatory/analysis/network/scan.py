@@ -1,4 +1,4 @@
-"""Predicted dispatch and combine times beside the ratios of an EP scan, for degrees that were never run."""
+"""Predicted dispatch and combine times for the rows of an EP scan, for degrees that were never run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from observatory.errors import BenchmarkError, ExchangeError
 if TYPE_CHECKING:
     from observatory.run import Run
 
-#: Columns of `scan_times` beside the keys ep, layer, phase.
+#: Columns of `scan_times` other than the keys ep, layer, phase.
 TIME_COLUMNS: tuple[str, ...] = (
     "dispatch_us", "dispatch_low_us", "dispatch_high_us",
     "combine_us", "combine_low_us", "combine_high_us",

@@ -7,7 +7,7 @@ Two kinds of folds:
 * Patterns. A group is one pattern and seed at all its sizes, or, where there are fewer than five of these,
   one matrix: so no held-out matrix has a scaled copy of itself in the fit where this can be avoided.
 * Numbers of ranks, where three or more were measured: each is left out once. What a form gets wrong then is
-  what it may get wrong at another EP degree, which patterns of the same number of ranks cannot tell.
+  what it may get wrong at another EP degree, which patterns of the same number of ranks cannot show.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Trial:
         form: the form.
         problem: its terms of all cases.
         added: the same without a floor, all terms in one sum.
-        known_F: terms that the cases can tell apart.
+        known_F: terms that the cases can separate.
         cases: the cases.
         ratio_C: measured / predicted, patterns held out.
         ranks_ratio_C: measured / predicted, the case's number of ranks held out; None where too few were
@@ -205,7 +205,7 @@ def _held_out(
 
 
 def _determined(problem: Problem) -> NDArray[np.bool_]:
-    """Terms that the cases can tell apart, earlier ones first, (F,)."""
+    """Terms that the cases can separate, earlier ones first, (F,)."""
     scale_F = problem.terms_NF.max(axis=0)
     scale_F[scale_F == 0] = 1.0
     design_CF = problem.slowest(1.0 / scale_F) / scale_F

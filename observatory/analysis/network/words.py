@@ -129,16 +129,16 @@ def through_misfits(misfits: Sequence[Misfit], places: Iterable[int]) -> str:
 def comparison_sentence(
     first: str, second: str, *, ratio: float, low: float | None, high: float | None, code: str
 ) -> str:
-    """Whether a model tells two things apart."""
+    """Whether predicted times of two layouts differ beyond the error of the model."""
     if low is None or high is None:
         return (
-            f"{first} takes {ratio:.2f} times {second} by the model, but nothing measured says how well such "
-            "ranks are predicted: not told apart"
+            f"{first} takes {ratio:.2f} times {second} by the model, but the error of predictions for such "
+            "ranks was not measured: no verdict"
         )
     interval = f"90 % interval {low:.2f} to {high:.2f}"
     if code == "apart":
         return f"{first} takes {ratio:.2f} times {second} ({interval})"
-    return f"predicted times do not tell {first} and {second} apart: {ratio:.2f} times, {interval}"
+    return f"predicted times do not distinguish {first} from {second}: {ratio:.2f} times, {interval}"
 
 
 def model_notes(model: NetworkModel, algorithm: str | None = None) -> list[str]:

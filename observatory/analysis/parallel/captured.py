@@ -188,7 +188,7 @@ def departures(run: Run, *, ep: int, placement: PlacementChoice = "auto") -> lis
 def traffic_notes(
     run: Run, captured: Iterable[CapturedTraffic], *, ep: int, placement: PlacementChoice = "auto"
 ) -> tuple[str, ...]:
-    """What to say beside a run's traffic: whence its source ranks, departures, the run's problems."""
+    """Notes on a run's traffic: where its source ranks come from, departures, the run's problems."""
     sources = sorted({str(item.sources) for item in captured})
     return (
         *(f"source ranks: {text}" for text in sources),

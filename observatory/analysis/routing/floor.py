@@ -60,7 +60,8 @@ def gini_uniform_limit(*, tokens: int, top_k: float, experts: int) -> float | No
     """Gini that uniform routing exceeds in about one window of a thousand (from some 32 experts up).
 
     Floor times 1 + 3.09 * 0.715 / sqrt(E): the relative standard deviation of Gini's mean difference over E
-    normal values is sqrt(0.511 / E). Below it a Gini cannot be told from uniform routing at this sample size.
+    normal values is sqrt(0.511 / E). Below it a Gini cannot be distinguished from uniform routing at this
+    sample size.
     """
     floor = gini_floor(tokens=tokens, top_k=top_k, experts=experts)
     return None if floor is None else floor * (1.0 + 3.09 * 0.715 / math.sqrt(experts))

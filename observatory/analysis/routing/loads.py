@@ -34,7 +34,7 @@ class LayerLoads:
 
     Attributes:
         phase, layer, experts: what it is.
-        top_k: K as configured; None when it varies or the manifest does not tell.
+        top_k: K as configured; None when it varies or the manifest does not state it.
         steps: steps covered.
         tokens, assignments: sums over the run and the ranks.
         load_E: assignments per expert over the whole run.

@@ -4,7 +4,7 @@ Shapes: n tokens of a sample, m tokens of a segment, E experts.
 
 After the segment measures of arXiv 2505.16056: cut a sequence into segments of m consecutive tokens; for
 each, keep the c experts it uses most; the hit share is the share of assignments that those serve. It is the
-best any cache of c experts can do that is refilled between segments and fixed within. With c = K it tells
+best any cache of c experts can do that is refilled between segments and fixed within. With c = K it shows
 how well one fixed set replaces routing (the idea of SRP); c = 2 K is the cache size usually discussed
 (the idea of SCH). The definitions here are our own; values need not equal the paper's.
 

@@ -86,7 +86,7 @@ def write_sweep(sweep: ClockSweep, out: Path) -> None:
 
 
 def recover_sweep(journal: Path, out: Path) -> ClockSweep:
-    """The result of a sweep that was killed, from what it left: its journal and the run beside it.
+    """The result of a sweep that was killed, from what it left: its journal and the run next to it.
 
     Both stay where they are.
 
@@ -98,7 +98,7 @@ def recover_sweep(journal: Path, out: Path) -> ClockSweep:
     telemetry = journal.with_name(journal.name.removesuffix(".points.jsonl") + ".run")
     if not telemetry.is_dir():
         raise ClockError(
-            f"{telemetry} is not there", expected="the telemetry of the sweep beside its journal"
+            f"{telemetry} is not there", expected="the telemetry of the sweep next to its journal"
         )
     sweep = sweep_document(head, points, RankPower(), telemetry, ended="the sweep was killed; recovered")
     write_sweep(sweep, out)
@@ -193,5 +193,5 @@ def _cap_share(inside: pd.DataFrame) -> float | None:
 
 
 def _last(values: pd.Series[float]) -> int | None:
-    told = values.dropna()
-    return None if told.empty else int(told.iloc[-1])
+    present = values.dropna()
+    return None if present.empty else int(present.iloc[-1])

@@ -67,7 +67,7 @@ def make_workloads(
 ) -> tuple[int, contextlib.AbstractContextManager[list[Workload]]]:
     """How many workloads the sweep has, and the workloads themselves: made on entry, ended on exit.
 
-    Batch and context of a program are None unless told: nobody but its user knows them.
+    Batch and context of a program are None unless given: only its user knows them.
 
     Raises:
         ClockError: neither or both of model and command, or options that do not fit.

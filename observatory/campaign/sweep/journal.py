@@ -36,9 +36,9 @@ class JournalHead(Record):
         device: the GPU.
         series: what is swept.
         supported_sm_clocks_mhz: clocks it can be locked to.
-        default_limit_mw: default power limit; None when not told.
-        idle_power_mw: power without load, before anything was set or started; None when not told.
-        set_outside: somebody else had set clock and limit.
+        default_limit_mw: default power limit; None when not reported.
+        idle_power_mw: power without load, before anything was set or started; None when not reported.
+        set_outside: clock and limit were set from outside.
         note: what must be known of the whole sweep; None for nothing.
         seed: of the order.
         argv: command line.
@@ -104,7 +104,7 @@ def append_line(path: Path, record: Record, *, fresh: bool = False) -> None:
 
 @contextlib.contextmanager
 def claimed(path: Path) -> Iterator[None]:
-    """Alone with a journal, and so with the result and the telemetry beside it; gone after a kill.
+    """Alone with a journal, and so with the result and the telemetry next to it; gone after a kill.
 
     Raises:
         ClockError: another sweep writes it at this moment, or it cannot be written.
@@ -148,7 +148,7 @@ def read_journal(path: Path) -> tuple[JournalHead, list[JournalPoint]]:
     except OSError as error:
         raise ClockError(
             f"{path} cannot be read ({error.strerror})",
-            expected="what a sweep that was killed left, NAME.points.jsonl beside NAME.run",
+            expected="what a sweep that was killed left, NAME.points.jsonl next to NAME.run",
         ) from error
     if content is None:
         raise ClockError(

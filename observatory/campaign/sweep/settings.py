@@ -1,6 +1,6 @@
 """What is asked of the device in a clock sweep, in which order, and by whom it is set.
 
-Without the right to lock clocks, somebody else sets them before the sweep begins: `srun --gpu-freq`, an
+Without the right to lock clocks, they are set from outside before the sweep starts: `srun --gpu-freq`, an
 administrator, zeusd, a site's wrapper. The sweep then only states what was set, measures, and lets the
 sampled clock verify it, one setting a result file; `clocks fit` joins the files.
 """
@@ -40,7 +40,7 @@ class SweepJob:
         device_uuid: the GPU.
         clocks_mhz: locks to try; snapped to supported clocks.
         limits_mw: power limits to try, without a lock.
-        set_outside: the clock and the limit, one of each at most, were set by somebody else: nothing is set.
+        set_outside: the clock and the limit, one of each at most, were set from outside: nothing is set.
         repeats: measurements of each setting.
         settle_s: run before each window.
         window_s: length of each window; the counter's error is D / (sqrt(6) T): 1 % at 4 s and 100 ms.
@@ -66,7 +66,7 @@ class SweepJob:
         """Refuse what cannot be one state of a device.
 
         Raises:
-            ClockError: several clocks or limits that somebody is said to have set at once.
+            ClockError: several clocks or limits that are stated as set at once.
         """
         if self.set_outside and max(len(self.clocks_mhz), len(self.limits_mw)) > 1:
             raise ClockError(
@@ -84,7 +84,7 @@ def plan_settings(job: SweepJob, series: int) -> list[tuple[int, int, Setting]]:
     """Repeat, series and setting of every point, in the order in which they run; the reference among them.
 
     A lock or a limit comes first, so that a driver that does not permit it says so before anything has run.
-    A lock rather than a limit: it replaces one that somebody had left, so that all unlocked points are alike.
+    A lock rather than a limit: it replaces one that was left over, so that all unlocked points are alike.
     """
     if job.set_outside:
         settings = [

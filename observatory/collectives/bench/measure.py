@@ -216,7 +216,7 @@ class _Case:
 
 
 def _payload(pairs: Sequence[tuple[int, int]], bytes_P: Sequence[int], repeat: int, row_bytes: int) -> Tensor:
-    """Bytes from each source to each destination, told apart by both, by position and by repeat: (N, B).
+    """Bytes from each source to each destination; each pair, position and repeat has its own: (N, B).
 
     Positions are mixed so that neither swapped rows nor rows moved by a power of two look right.
     """
@@ -239,9 +239,9 @@ def _result(
     from observatory.host.provenance import collect_provenance
 
     origin = collect_provenance()
-    told_P = [RankTimes.model_validate(told) for told, _, _ in everyone]
-    uncertainties = [told.uncertainty_ns for told in told_P if told.uncertainty_ns is not None]
-    times = [case_times(told_P, index, plan.iterations) for index in range(len(cases))]
+    times_P = [RankTimes.model_validate(times) for times, _, _ in everyone]
+    uncertainties = [rank.uncertainty_ns for rank in times_P if rank.uncertainty_ns is not None]
+    times = [case_times(times_P, index, plan.iterations) for index in range(len(cases))]
     return BenchResult(
         kind=plan.kind,
         created_unix_s=time.time(),
@@ -251,7 +251,7 @@ def _result(
         warmup=plan.warmup,
         repeats=plan.repeats,
         iterations=plan.iterations,
-        clock_uncertainty_us=max(uncertainties) / 1e3 if len(uncertainties) == len(told_P) else None,
+        clock_uncertainty_us=max(uncertainties) / 1e3 if len(uncertainties) == len(times_P) else None,
         cases=tuple(
             BenchCase(
                 **case.traffic.model_dump(),

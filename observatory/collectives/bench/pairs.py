@@ -91,7 +91,7 @@ def align_transport(transport: Transport, *, rounds: int = 64) -> TimeBaseAlignm
 
 
 class _Alone:
-    """The link of one rank, which has nobody to talk to."""
+    """The link of one rank, which has no peers."""
 
     rank, size = 0, 1
 

@@ -75,7 +75,7 @@ def _random(ranks: int, generator: np.random.Generator) -> Weights:
 
 def _sparse(ranks: int, generator: np.random.Generator) -> Weights:
     weight_PP = (generator.random((ranks, ranks)) < 0.5).astype(np.float64)
-    weight_PP[np.arange(ranks), generator.integers(ranks, size=ranks)] = 1.0  # nobody sends nothing
+    weight_PP[np.arange(ranks), generator.integers(ranks, size=ranks)] = 1.0  # every rank sends something
     return weight_PP
 
 

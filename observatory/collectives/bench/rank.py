@@ -15,7 +15,7 @@ from observatory.run.manifest import Record
 
 
 class RankJob(Record):
-    """What every rank is told.
+    """The job of every rank.
 
     Attributes:
         plan: what to exchange.

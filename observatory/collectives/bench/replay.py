@@ -1,4 +1,4 @@
-"""Replays captured traffic beside mock traffic of equal volume.
+"""Replays captured traffic and mock traffic of equal volume in turns.
 
 Shapes: P ranks.
 
@@ -31,7 +31,7 @@ def replay_plan(
     run_id: str | None = None,
     notes: Sequence[str] = (),
 ) -> BenchPlan:
-    """Captured dispatches, in order, each beside its uniform companion.
+    """Captured dispatches, in order, each paired with uniform traffic of the same volume.
 
     Raises:
         BenchmarkError: there is nothing to replay.

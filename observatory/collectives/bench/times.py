@@ -26,7 +26,7 @@ Interval = tuple[int, int]
 
 
 class RankTimes(Record):
-    """What one rank tells of all its exchanges.
+    """What one rank reports about all its exchanges.
 
     Attributes:
         start_ns_CR: starts on the reference's clock; None when this rank's clock could not be aligned.
@@ -53,7 +53,7 @@ class CaseTimes:
 
 
 def rank_times(interval_ns_CR: Sequence[Sequence[Interval]], clock: TimeBaseAlignment) -> RankTimes:
-    """This rank's intervals (start, end) of its own clock, ready to be told to the others."""
+    """This rank's intervals (start, end) of its own clock, ready to be sent to the others."""
     aligned = clock.offset_ns is not None
     return RankTimes(
         start_ns_CR=tuple(
@@ -70,13 +70,13 @@ def rank_times(interval_ns_CR: Sequence[Sequence[Interval]], clock: TimeBaseAlig
     )
 
 
-def case_times(told_P: Sequence[RankTimes], case: int, iterations: int) -> CaseTimes:
-    """Times of one case from what all ranks told."""
+def case_times(times_P: Sequence[RankTimes], case: int, iterations: int) -> CaseTimes:
+    """Times of one case from the reports of all ranks."""
     per_us = 1e3 * iterations
-    duration_RP = np.array([told.duration_ns_CR[case] for told in told_P], dtype=np.int64).T
-    starts = [told.start_ns_CR[case] for told in told_P if told.start_ns_CR is not None]
+    duration_RP = np.array([times.duration_ns_CR[case] for times in times_P], dtype=np.int64).T
+    starts = [times.start_ns_CR[case] for times in times_P if times.start_ns_CR is not None]
     wait_us_RP = None
-    if len(starts) == len(told_P):
+    if len(starts) == len(times_P):
         start_RP = np.array(starts, dtype=np.int64).T
         wait_RP = start_RP.max(axis=1, keepdims=True) - start_RP
         wait_us_RP = tuple(map(tuple, (wait_RP / per_us).tolist()))

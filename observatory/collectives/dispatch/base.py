@@ -89,7 +89,7 @@ class Dispatcher(ABC):
     ) -> torch.Tensor:
         """Phase: outputs of this rank's experts, weighted and summed over the slots of each row, (N, H).
 
-        Slots of other ranks, and ``NOBODY``, add nothing.
+        Slots of other ranks, and ``NO_SLOT``, add nothing.
         """
         with self._span("experts"):
             first, end = (int(self._map.first_slot_P[self._transport.rank + i]) for i in (0, 1))

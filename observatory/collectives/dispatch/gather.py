@@ -38,16 +38,16 @@ class GatherDispatcher(Dispatcher):
         """Phase: tokens of each rank, (P,)."""
         with self._span("count_exchange"), labelled(self._label("other")):
             head = (-1 if self.layer is None else self.layer, self._calls)
-            told = torch.tensor([[tokens, *head]] * self._transport.size)
-            heard = self._transport.exchange_counts(told).tolist()
-            for rank, (_, layer, call) in enumerate(heard):
+            announced = torch.tensor([[tokens, *head]] * self._transport.size)
+            received = self._transport.exchange_counts(announced).tolist()
+            for rank, (_, layer, call) in enumerate(received):
                 if (layer, call) != head:
                     raise ExchangeError(
                         f"rank {rank} is in call {call} of MoE layer {layer} while rank "
                         f"{self._transport.rank} is in call {head[1]} of layer {head[0]}; all ranks must run "
                         "the same layers and the same number of steps, those without tokens too"
                     )
-            return tuple(rows for rows, _, _ in heard)
+            return tuple(rows for rows, _, _ in received)
 
     def pack(
         self, hidden_TH: torch.Tensor, weights_TK: torch.Tensor, slots_TK: torch.Tensor

@@ -3,7 +3,7 @@
 Shapes: E experts, Z slots (an expert held by r ranks fills r slots), P ranks, G ranks of a group, T tokens,
 K assignments per token, N rows sent, M slots named in a row.
 
-Slots are numbered rank by rank, and within a rank by expert: the slot tells the rank, and on that rank the
+Slots are numbered rank by rank, and within a rank by expert: the slot determines the rank, and on it the
 local expert.
 """
 
@@ -18,7 +18,7 @@ from observatory.collectives.layout import Layout
 from observatory.errors import PlacementError
 
 #: Slot of an assignment that goes nowhere: padding, a skipped token.
-NOBODY = -1
+NO_SLOT = -1
 
 
 class ExpertMap:
@@ -73,7 +73,7 @@ class ExpertMap:
         self._turn = layout.rank
         self._choices_E = torch.tensor([len(slots) for slots in near])
         most = max(len(slots) for slots in near)
-        self._slots_EC = torch.tensor([slots + [NOBODY] * (most - len(slots)) for slots in near])
+        self._slots_EC = torch.tensor([slots + [NO_SLOT] * (most - len(slots)) for slots in near])
 
     @property
     def replicated(self) -> bool:
@@ -81,14 +81,14 @@ class ExpertMap:
         return any(len(holders) > 1 for holders in self.holders_E)
 
     def slots(self, expert_ids_TK: torch.Tensor) -> torch.Tensor:
-        """Slot of each assignment, int64 (T, K); ``NOBODY`` for ids outside 0..E-1."""
+        """Slot of each assignment, int64 (T, K); ``NO_SLOT`` for ids outside 0..E-1."""
         device = expert_ids_TK.device
         inside = (expert_ids_TK >= 0) & (expert_ids_TK < self.experts)
         ids = torch.where(inside, expert_ids_TK, 0).long()
         choices, slots_EC = self._choices_E.to(device), self._slots_EC.to(device)
         position_T1 = torch.arange(ids.shape[0], device=device).unsqueeze(1) + self._turn
         chosen = slots_EC[ids, position_T1 % choices[ids]]
-        return torch.where(inside, chosen, NOBODY)
+        return torch.where(inside, chosen, NO_SLOT)
 
 
 def _nearest(holders: Sequence[int], layout: Layout) -> list[int]:
@@ -106,7 +106,7 @@ class DispatchPlan:
     Attributes:
         source_N: row of the input that each sent row is a copy of.
         assignment_NM: assignment (column of the input's slots) in each place of the row; -1 for none.
-        slots_NM: slot of each place; ``NOBODY`` for none.
+        slots_NM: slot of each place; ``NO_SLOT`` for none.
         send_G: rows to each member of the group.
     """
 
@@ -122,19 +122,19 @@ class DispatchPlan:
         """Plan the rows.
 
         Args:
-            slots_TK: slot of each assignment, ``NOBODY`` for none.
+            slots_TK: slot of each assignment, ``NO_SLOT`` for none.
             member_of_Z: member of the group that leads to each slot.
             members: G.
             deduplicate: one row per token and member, naming all slots there, instead of one per assignment.
         """
         tokens, top_k = slots_TK.shape
-        valid_TK = slots_TK != NOBODY
+        valid_TK = slots_TK != NO_SLOT
         member_TK = torch.where(valid_TK, member_of_Z.to(slots_TK.device)[slots_TK.clamp_min(0)], members)
         if not deduplicate:
             flat_A = slots_TK.reshape(-1)
             # Within a member by slot, so that the rows of one expert arrive together.
             key_A = torch.where(
-                flat_A == NOBODY, members * len(member_of_Z), member_TK.reshape(-1) * len(member_of_Z)
+                flat_A == NO_SLOT, members * len(member_of_Z), member_TK.reshape(-1) * len(member_of_Z)
             ) + flat_A.clamp_min(0)
             order_N = torch.argsort(key_A, stable=True)[: int(valid_TK.sum())]
             send_G = torch.bincount(member_TK.reshape(-1), minlength=members + 1)[:members]
@@ -153,7 +153,7 @@ class DispatchPlan:
         return cls(
             source_N=source_N,
             assignment_NM=torch.where(here_NK, columns_K, -1),
-            slots_NM=torch.where(here_NK, slots_TK[source_N], NOBODY),
+            slots_NM=torch.where(here_NK, slots_TK[source_N], NO_SLOT),
             send_G=tuple(wanted_GT.sum(dim=1).tolist()),
         )
 

@@ -83,17 +83,17 @@ class SteppedDispatcher(Dispatcher):
                 deduplicate=step.deduplicate,
             )
             head = (-1 if self.layer is None else self.layer, self._calls)
-            told = torch.tensor([[rows, *head] for rows in plan.send_G])
+            announced = torch.tensor([[rows, *head] for rows in plan.send_G])
             with labelled(Label(role="other", layer=self.layer, algorithm=self.name)):
-                heard = self._transport.exchange_counts(told, group=step.group)
-            for member, (_, layer, call) in zip(members, heard.tolist(), strict=True):
+                received = self._transport.exchange_counts(announced, group=step.group)
+            for member, (_, layer, call) in zip(members, received.tolist(), strict=True):
                 if (layer, call) != head:
                     raise ExchangeError(
                         f"rank {member} is in call {call} of MoE layer {layer} while rank "
                         f"{self._transport.rank} is in call {head[1]} of layer {head[0]}; all ranks must run "
                         "the same layers and the same number of steps, those without tokens too"
                     )
-            return plan, tuple(heard[:, 0].tolist())
+            return plan, tuple(received[:, 0].tolist())
 
     def pack(
         self, plan: DispatchPlan, rows_TH: torch.Tensor, weights_TK: torch.Tensor

@@ -101,20 +101,20 @@ class BaseTransport(ABC):
         return self._reduce_scatter(rows_TH.contiguous(), list(rows_P))
 
     def all_gather_json(self, value: Any) -> list[Any]:
-        """Everybody's value, by rank; see :class:`~.protocol.Transport`."""
+        """The value of every rank, by rank; see :class:`~.protocol.Transport`."""
         text = json.dumps(value).encode()
         sizes_P = self.exchange_counts(torch.full((self.size,), len(text), dtype=torch.int64)).tolist()
         if sum(sizes_P) > _MAX_JSON_BYTES:
-            raise ExchangeError(f"ranks would tell each other {sum(sizes_P)} bytes of JSON; expected 64 MiB")
+            raise ExchangeError(f"ranks would exchange {sum(sizes_P)} bytes of JSON; expected 64 MiB")
         rows = torch.frombuffer(bytearray(text), dtype=torch.uint8).reshape(-1, 1).to(self.device)
-        told = bytes(self.all_gather_v(rows, sizes_P).cpu().reshape(-1).tolist())
+        texts = bytes(self.all_gather_v(rows, sizes_P).cpu().reshape(-1).tolist())
         ends = torch.tensor(sizes_P).cumsum(0).tolist()
-        return [json.loads(told[end - size : end]) for size, end in zip(sizes_P, ends, strict=True)]
+        return [json.loads(texts[end - size : end]) for size, end in zip(sizes_P, ends, strict=True)]
 
     def gather_json(self, value: Any) -> list[Any] | None:
-        """Everybody's value on rank 0; None elsewhere."""
-        told = self.all_gather_json(value)
-        return told if self.rank == 0 else None
+        """The value of every rank on rank 0; None elsewhere."""
+        values = self.all_gather_json(value)
+        return values if self.rank == 0 else None
 
     def __enter__(self) -> Self:
         return self
@@ -156,7 +156,7 @@ class AloneTransport(BaseTransport):
         super().__init__(Layout(rank=0, node_of_P=(0,)), device=torch.device("cpu"), timeout_s=0.0)
 
     def barrier(self, timeout_s: float | None = None) -> None:
-        """Nobody to wait for."""
+        """There is no rank to wait for."""
 
     def close(self, error: str | None = None) -> None:
         """Nothing to leave."""
@@ -188,9 +188,9 @@ def agree(transport: Transport, what: dict[str, Any]) -> None:
     Raises:
         ExchangeError: on every rank, naming the first difference and the ranks that differ from rank 0.
     """
-    told = transport.all_gather_json(what)
+    values_of_ranks = transport.all_gather_json(what)
     for name in what:
-        values = [json.dumps(values.get(name), sort_keys=True) for values in told]
+        values = [json.dumps(values.get(name), sort_keys=True) for values in values_of_ranks]
         different = [rank for rank, value in enumerate(values) if value != values[0]]
         if different:
             raise alike(

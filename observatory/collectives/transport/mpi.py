@@ -177,11 +177,11 @@ class MpiTransport(BaseTransport):
         }
         silent = set(others)
 
-        def all_told() -> bool:
+        def all_heard() -> bool:
             silent.difference_update([rank for rank in silent if requests[rank].Test()])
             return not silent
 
-        _poll(all_told, grace_s)
+        _poll(all_heard, grace_s)
         with contextlib.suppress(self._mpi.Exception):
             for request in sent:
                 request.Test()

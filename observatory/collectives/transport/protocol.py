@@ -80,13 +80,13 @@ class Transport(Protocol):
         ...
 
     def all_gather_json(self, value: Any) -> list[Any]:
-        """Everybody's value, by rank; values are what JSON can hold."""
+        """The value of every rank, by rank; values are what JSON can hold."""
         ...
 
     def gather_json(self, value: Any) -> list[Any] | None:
-        """Everybody's value on rank 0; None elsewhere."""
+        """The value of every rank on rank 0; None elsewhere."""
         ...
 
     def close(self, error: str | None = None) -> None:
-        """Leave; ``error`` is told to ranks that later wait for this one."""
+        """Leave; ranks that later wait for this one receive ``error``."""
         ...

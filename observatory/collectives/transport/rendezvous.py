@@ -165,7 +165,7 @@ class Rendezvous:
         """The error of an exchange that did not come about.
 
         Members that wait like this rank sign up within ``grace_s``; who does not has died, hangs, or left.
-        Ranks of other groups may know nothing yet, so nobody asks them.
+        Ranks of other groups may not be affected yet, so they are not asked.
         """
         try:
             self.store.set(f"waiting/{self._where.rank}", what)
@@ -187,10 +187,10 @@ class Rendezvous:
         )
 
     def _absent(self, members: Sequence[int], grace_s: float) -> tuple[list[int], dict[int, str]]:
-        """Members that neither wait nor have left by the end of the time, and the words of those that left.
+        """Members that neither wait nor have left by the end of the time, and the errors of those that left.
 
-        One that timed out as well and then left counts only where no other rank is missing: its last words
-        pass on whom it missed.
+        One that timed out as well and then left counts only where no other rank is missing: its last error
+        names the ranks that it missed.
 
         Raises:
             RuntimeError: the store does not answer at all.
@@ -217,10 +217,10 @@ class Rendezvous:
         return str(self.store.get(f"left/{rank}").decode(errors="replace"))
 
     def _reach(self, host: str, port: int, deadline: float, keeper: str, timeout_s: float) -> None:
-        """Wait until somebody listens at the meeting point.
+        """Wait until a store listens at the meeting point.
 
         Raises:
-            ExchangeError: nobody does by the deadline.
+            ExchangeError: none does by the deadline.
         """
         while True:
             left_s = deadline - time.monotonic()

@@ -71,7 +71,7 @@ def rank_imbalance(scan: pd.DataFrame) -> go.Figure:
 
 
 def ep_profile(scan: pd.DataFrame) -> go.Figure:
-    """Experts and ranks of one run against the EP degree, single steps beside the whole window.
+    """Experts and ranks of one run against the EP degree, single steps and the whole window.
 
     Args:
         scan: one row per ``ep``, means over layers: ``expert_max_over_mean``, ``rank_max_over_mean``,

@@ -168,7 +168,7 @@ def waiting_map(layers: pd.DataFrame) -> go.Figure:
     told_RL = np.full((len(roles), len(columns)), "", dtype=object)
     for name, row in zip(names, each_row(layers), strict=True):
         place = roles.index(row.role), columns.index(name)
-        share_RL[place], told_RL[place] = row.wait_share, _waiting_told(row)
+        share_RL[place], told_RL[place] = row.wait_share, _waiting_hover(row)
     figure = empty_figure(
         118 + 34 * len(roles),
         x=axis("layer", type="category", showgrid=False, nticks=_EVERY_LABEL),
@@ -200,8 +200,8 @@ def _layer_name(layer: Any) -> str:
     return "not known" if pd.isna(layer) else str(layer)
 
 
-def _waiting_told(row: Any) -> str:
-    """What hovering over one cell says beside the share."""
+def _waiting_hover(row: Any) -> str:
+    """What hovering over one cell shows in addition to the share."""
     times_ms = (row.longest_p50_s * 1e3, row.transfer_longest_p50_s * 1e3)
     longest = "longest rank {:.3f} ms, of it transfer {:.3f} ms".format(*times_ms)
     if pd.isna(row.slowest_rank):

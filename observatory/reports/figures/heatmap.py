@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from observatory.reports.figures.base import axis, colour_bar, empty_figure
 from observatory.reports.theme import DIVERGING
 
-#: Shares from a quarter of the uniform share to four times it are told apart, evenly in their logarithm.
+#: Shares from a quarter of the uniform share to four times it are distinguished, evenly in their logarithm.
 _OCTAVES = 2
 _TOP_PERCENT = 100 * 2**_OCTAVES
 

@@ -1,4 +1,4 @@
-"""Gini of every data condition beside the others: real text, altered text, random tokens."""
+"""Gini of every data condition compared with the others: real text, altered text, random tokens."""
 
 from __future__ import annotations
 

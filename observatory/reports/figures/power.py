@@ -60,13 +60,13 @@ def power_timeline(
         source: where the power comes from.
         ended_s: when the samples ended, where the phases went on; None where they did not.
     """
-    told = set(samples["quantity"])
+    quantities = set(samples["quantity"])
     panels = [
         (("power", "limit"), "W", _POWER_PX),
         (("sm_clock", "memory_clock"), "MHz", _PANEL_PX),
         (("temperature",), "°C", _PANEL_PX),
     ]
-    shown = [panel for panel in panels if told & {panel[0][0], panel[0][-1]}]
+    shown = [panel for panel in panels if quantities & {panel[0][0], panel[0][-1]}]
     lanes = [str(phase) for phase in dict.fromkeys(bands["phase"])]
     lanes += [reason_name(int(bit)) for bit in sorted(set(reasons["bit"]))]
     heights = [height for _, _, height in shown] + ([_LANE_PX * len(lanes)] if lanes else [])
@@ -85,7 +85,7 @@ def power_timeline(
         figure.update_layout({f"yaxis{_number(index)}": axis(unit, **options)})
         for name in names:
             _add_line(figure, samples[samples["quantity"] == name], name, f"y{_number(index)}", source)
-    if "power" in told and idle_w is not None:
+    if "power" in quantities and idle_w is not None:
         _add_level(figure, samples, idle_w)
     last = len(heights) - 1
     if lanes:

@@ -1,4 +1,4 @@
-"""Predicted beside measured times of exchanges."""
+"""Predicted against measured times of exchanges."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def predicted_and_measured(checked: pd.DataFrame) -> go.Figure:
                 marker={"color": light(colour), "symbol": symbol, "size": 7, "line": line("paper", 0.75)}
                 if not ending
                 else {"color": light(colour), "symbol": symbol, "size": 8},
-                customdata=[_told(row) for row in each_row(own)],
+                customdata=[_hover(row) for row in each_row(own)],
                 hovertemplate="%{customdata[0]}<br>measured %{customdata[1]}, predicted %{customdata[2]} "
                 "(%{customdata[3]})%{customdata[4]}<extra></extra>",
             )
@@ -89,7 +89,7 @@ def _add_intervals(figure: go.Figure, checked: pd.DataFrame) -> None:
     )
 
 
-def _told(row: Any) -> list[str]:
+def _hover(row: Any) -> list[str]:
     where = f"step {row.step}, layer {row.layer}, {row.role}"
     low, high = microseconds(row.low_us), microseconds(row.high_us)
     why = "" if pd.isna(row.extrapolated) else f"<br>{figure_text(row.extrapolated, 90)}"

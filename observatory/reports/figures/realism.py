@@ -1,4 +1,4 @@
-"""What captured traffic costs beside uniform traffic of equal volume."""
+"""What captured traffic costs compared with uniform traffic of equal volume."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def realism_by_layer(rows: pd.DataFrame) -> go.Figure:
     for index, (role, own) in enumerate(rows.groupby("role", sort=False)):
         colour, marker = _ROLES.get(str(role), ("slate", "x"))
         x = [position[int(layer)] + (2 * index - 1) * _APART for layer in own["layer"]]
-        told = [_told(row) for row in each_row(own)]
+        hover = [_hover(row) for row in each_row(own)]
         for axes, column, unit in ((("x", "y"), "ratio", 1.0), (("x2", "y2"), "extra", 1e-3)):
             names = [column, f"{column}_low", f"{column}_high"]
             if column == "extra":
@@ -67,13 +67,13 @@ def realism_by_layer(rows: pd.DataFrame) -> go.Figure:
                 showlegend=column == "ratio",
                 marker={"color": light(colour), "symbol": marker, "size": 9},
                 error_y=bars(middle, low, high, colour),
-                customdata=told,
+                customdata=hover,
                 hovertemplate="%{customdata[0]}<br>%{customdata[1]}<br>%{customdata[2]}<extra></extra>",
             )
     return figure
 
 
-def _told(r: Any) -> list[str]:
+def _hover(r: Any) -> list[str]:
     return [
         figure_text(f"layer {r.layer}, {r.role}: {r.exchanges} exchanges"),
         f"{times(r.ratio)} ({times(r.ratio_low)} – {times(r.ratio_high)})",

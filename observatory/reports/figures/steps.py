@@ -1,4 +1,4 @@
-"""Whole-window Gini beside the distribution of single steps, layer by layer."""
+"""Whole-window Gini and the distribution of single steps, layer by layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from observatory.reports.theme import light
 
 #: Up to this many layers each is labelled.
 _EVERY_LAYER = 16
-#: Steps and window stand beside each other, so that equal values do not hide one another.
+#: Steps and window stand side by side, so that equal values do not hide one another.
 _ASIDE = 0.12
 
 

@@ -1,4 +1,4 @@
-"""The files that a report is given beside its runs: results of ``bench``, ``replay`` and ``fit``."""
+"""The files that a report takes in addition to its runs: results of ``bench``, ``replay`` and ``fit``."""
 
 from __future__ import annotations
 

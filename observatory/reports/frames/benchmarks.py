@@ -104,7 +104,7 @@ def collect_benchmarks(runs: Sequence[Run], files: BenchmarkFiles) -> BenchmarkF
 def _add_replay(
     found: _Found, files: BenchmarkFiles, index: int, name: str, result: BenchResult, runs: Sequence[Run]
 ) -> None:
-    """A replay beside its run: what realism costs, and what the models predict for it."""
+    """A replay and its run: what realism costs, and what the models predict for it."""
     ids = [run.manifest.run_id for run in runs]
     if result.run_id not in ids:
         of = "does not say of which run it is" if result.run_id is None else f"is of run {result.run_id}"
@@ -143,8 +143,8 @@ def _add_bench(found: _Found, files: BenchmarkFiles, index: int, name: str, resu
     if files.networks and not models:
         found.gaps.append((name, _other_backend(result.backend, files)))
     if len(models) > 1:
-        told = files.networks[models[0][0]].name
-        found.gaps.append((name, f"several network models of {result.backend}: the curves are of {told}"))
+        shown = files.networks[models[0][0]].name
+        found.gaps.append((name, f"several network models of {result.backend}: the curves are of {shown}"))
     series: dict[tuple[str, str, int], list[BenchCase]] = {}
     for case in result.cases:
         series.setdefault((case.algorithm, case.pattern, case.seed), []).append(case)

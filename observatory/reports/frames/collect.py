@@ -49,7 +49,7 @@ def collect(
         runs: open runs.
         ep_degrees: expert-parallel degrees of the scan.
         gpus_per_node: ranks per node of the scan.
-        files: benchmarks, replays and network models that were given beside the runs.
+        files: benchmarks, replays and network models that were given with the runs.
         clocks: what was made of the sweeps and clock models given.
     """
     facts: list[RunFacts] = []
@@ -114,7 +114,7 @@ def model_bands(cells: pd.DataFrame) -> pd.DataFrame:
         }
         band = classify(texts)
         rows.append({"label": label, "phase": phase, "band": band.name, "reason": band.reason})
-    # object: beside strings, pandas would turn the None of "no band" into NaN
+    # object: among strings, pandas would turn the None of "no band" into NaN
     return pd.DataFrame(rows, columns=["label", "phase", "band", "reason"], dtype=object)
 
 

@@ -40,7 +40,7 @@ def committee_overlaps(frames: ReportFrames) -> pd.DataFrame:
     """Overlap of a real text's committees with those of each other condition of the same model.
 
     Even and odd steps of one text give two committees that differ by sampling and by text alone. Conditions
-    whose committees overlap as much as those are not to be told apart.
+    whose committees overlap as much as those cannot be distinguished.
     """
     whole = _committees(frames.loads, "load")
     odd, even = _committees(frames.loads, "load_odd"), _committees(frames.loads, "load_even")

@@ -43,7 +43,7 @@ from observatory.run.manifest import RankPower
 BINS = 400
 #: Devices of one run whose course is drawn.
 MOST_DEVICES = 16
-#: Parts of the whole that are told apart among bands and reasons.
+#: Parts of the whole that are distinguished among bands and reasons.
 _PARTS = 300
 #: A hole of more than so many usual periods interrupts a line.
 _GAP_PERIODS = 3.0
@@ -165,7 +165,7 @@ def _add_run(found: _Found, index: int, run: Run) -> None:
     summary = energy_summary(run)
     found.gaps += [(index, reason_words(problem)) for problem in summary.problems]
     # What the run itself says stands among its own gaps already.
-    notes = [note for told in _powers(run) for note in told.notes if note not in run.manifest.notes]
+    notes = [note for power in _powers(run) for note in power.notes if note not in run.manifest.notes]
     found.gaps += [(index, note) for note in notes]
     flagged = summary.devices[summary.devices["flag"].notna()]
     found.gaps += [
@@ -250,10 +250,10 @@ def _add_device(
         found.frames["bands"].append(
             _stretches(begin, end, closer_ns, start_ns, "spans", own | {"phase": phase})
         )
-    told = rows[rows["event_reasons"].notna()]
+    known = rows[rows["event_reasons"].notna()]
     stretches = list(
         reason_stretches(
-            told["time_ns"].to_numpy(np.int64), told["event_reasons"].to_numpy(np.int64),
+            known["time_ns"].to_numpy(np.int64), known["event_reasons"].to_numpy(np.int64),
             period_ns=period_ns, longest_gap_ns=int(_GAP_PERIODS * period_ns),
         )
     )  # fmt: skip
@@ -315,8 +315,8 @@ def _by_counter(rows: pd.DataFrame) -> pd.DataFrame:
     Readings are taken half a second apart or a four-hundredth of the whole, whichever is longer: a counter
     with an update period of 100 ms is then off by a fifth at most.
     """
-    told = rows[rows["energy_mj"].notna()]
-    time_ns, energy_mj = told["time_ns"].to_numpy(np.int64), told["energy_mj"].to_numpy(np.float64)
+    readings = rows[rows["energy_mj"].notna()]
+    time_ns, energy_mj = readings["time_ns"].to_numpy(np.int64), readings["energy_mj"].to_numpy(np.float64)
     if len(time_ns) < 2:
         return pd.DataFrame({"time_ns": [], "segment": [], "value": []})
     step_ns = max(500_000_000, int(time_ns[-1] - time_ns[0]) // BINS)

@@ -73,7 +73,7 @@ class ReportFrames:
     """All frames of a report (columns in the module's docstring) and the runs' facts.
 
     ``exchanges`` is None when no run holds any, ``benchmarks`` and ``clocks`` when no files were given,
-    ``power`` when nobody looked for it.
+    ``power`` when it was not read.
     """
 
     facts: tuple[RunFacts, ...]
@@ -140,7 +140,7 @@ def phases_of(frame: pd.DataFrame) -> list[str]:
 
 
 def label_runs(facts: tuple[RunFacts, ...]) -> list[str]:
-    """Model names, told apart where the same model meets the same condition more than once.
+    """Model names, made unique where the same model meets the same condition more than once.
 
     The number of ranks is added where it differs, and the position in the report where nothing else does.
     """

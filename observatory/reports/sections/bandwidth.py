@@ -63,7 +63,7 @@ def _lead(found: BenchmarkFrames) -> tuple[str, ...]:
         "An exchange lasts as long as its slowest rank: the model is a sum of terms per rank, of which the "
         "largest over the ranks counts. Several forms are fitted; the one that is chosen errs least on "
         "matrices that were left out of its fit, or hardly more with fewer coefficients. A coefficient "
-        "that the measurements cannot tell is not filled in.",
+        "that the measurements do not determine is not filled in.",
     )
 
 
@@ -112,23 +112,23 @@ def _protocol(result: BenchResult) -> str:
 def _empty(found: BenchmarkFrames, bench: int) -> str:
     """What an exchange of nothing took."""
     nothing = found.points[(found.points["bench"] == bench) & (found.points["size_bytes"] == 0)]
-    told = [f"{microseconds(row.us)} ({shorten(row.algorithm, 24)})" for row in each_row(nothing)]
-    return f" An empty exchange takes {listing(told)}." if told else ""
+    latencies = [f"{microseconds(row.us)} ({shorten(row.algorithm, 24)})" for row in each_row(nothing)]
+    return f" An empty exchange takes {listing(latencies)}." if latencies else ""
 
 
 def _about_model(found: BenchmarkFrames, bench: int, points: pd.DataFrame, curves: pd.DataFrame) -> str:
     if not found.files.networks:
         return ""
     missing = [name for name in dict.fromkeys(points["algorithm"]) if name not in set(curves["algorithm"])]
-    told = f" No model for {listing([shorten(name, 24) for name in missing])}." if missing else ""
+    no_model = f" No model for {listing([shorten(name, 24) for name in missing])}." if missing else ""
     known = points.dropna(subset=["predicted_us"])
     if known.empty:
-        return told
+        return no_model
     error = ((known["predicted_us"] - known["us"]).abs() / known["us"]).median()
     network = found.files.networks[int(known["network"].iloc[0])]
     seen = found.files.bench[bench].path.name in network.document.sources
     return (
-        f"{told} Fitted model: {shorten(network.name, 32)}, median distance from these points "
+        f"{no_model} Fitted model: {shorten(network.name, 32)}, median distance from these points "
         f"{percent(error)}; "
         + ("it was fitted to a file of this name." if seen else "it was not fitted to a file of this name.")
     )

@@ -39,17 +39,17 @@ def committee_section(frames: ReportFrames) -> Section:
         lead.append("No model here has a real text to compare committees on.")
     elif set(overlaps["with_kind"]) == {"same"}:
         lead.append(
-            "Whether it stands on other data cannot be told from one data condition per model. The second "
+            "Whether it stands on other data cannot be decided from one data condition per model. The second "
             "table compares even and odd steps of the same text (Jaccard index: 1 for the same experts, 0 "
-            "for none in common), beside chance."
+            "for none in common), compared with chance."
         )
     else:
         lead.append(
             "Whether it stands is another question: the second table compares its members between data "
-            "conditions (Jaccard index: 1 for the same experts, 0 for none in common). Read each value "
-            "beside two others: chance, and “same text, other steps”, where only sampling and the progress "
-            "of the text differ. Near the latter the same experts work on any data; near chance the data "
-            "choose them; below chance different data have been given different experts."
+            "conditions (Jaccard index: 1 for the same experts, 0 for none in common). Compare "
+            "each value with two others: chance, and “same text, other steps”, where only sampling and the "
+            "progress of the text differ. Near the latter the same experts work on any data; near chance the "
+            "data choose them; below chance different data have been given different experts."
         )
     if frames.locality.empty:
         lead.append("No run here holds token samples, so local routing consistency is not known.")

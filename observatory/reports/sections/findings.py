@@ -120,7 +120,7 @@ def _at_floor(cells: pd.DataFrame) -> list[str]:
             "in about one window of a thousand."
         ]
     names = [f"{_name(row.label)} on {shorten(row.condition)} ({row.phase})" for row in each_row(below)]
-    return [f"Not to be told from uniform routing at this sample size: {listing(names)}."]
+    return [f"Not distinguishable from uniform routing at this sample size: {listing(names)}."]
 
 
 def _worst_layer(frames: ReportFrames) -> list[str]:

@@ -108,9 +108,9 @@ def problems(frames: ReportFrames) -> list[tuple[str, list[str]]]:
     return [(listing(names), list(lines)) for lines, names in stated.items()] + list(of_files.items())
 
 
-def _unfinished(state: str, told: tuple[str, ...]) -> list[str]:
+def _unfinished(state: str, notes: tuple[str, ...]) -> list[str]:
     """The run's own state, where the reader has not already said something."""
-    if state == "complete" or told:
+    if state == "complete" or notes:
         return []
     return ["the run failed before its end" if state == "failed" else "the run was never closed"]
 

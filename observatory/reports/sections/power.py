@@ -92,7 +92,7 @@ def no_power(frames: ReportFrames, found: PowerFrames) -> str:
 
 
 def device_name(uuid: str, name: str | None) -> str:
-    """How a device is called: its name and enough of its UUID to tell it apart."""
+    """How a device is called: its name and a part of its UUID that identifies it."""
     return shorten(uuid, 28) if not name else f"{shorten(name, 32)} {shorten(uuid, 20)}"
 
 

@@ -98,7 +98,7 @@ def _verdict_table(found: BenchmarkFrames) -> Table:
 
 
 def _apart_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
-    """Whether the models tell captured and uniform traffic of one replay apart."""
+    """Whether the models distinguish captured from uniform traffic of one replay."""
     rows: list[list[str | Cell]] = []
     replayed = found.checked[found.checked["replay"].notna()]
     for key, own in each_group(replayed, [*_KEYS, "phase"]):
@@ -124,16 +124,14 @@ def _apart_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
                 ),
                 times(compared.ratio),
                 "n/a" if compared.low is None else interval(compared.low, compared.high, 2),
-                {"apart": "apart", "within_error": "not told apart", "unknown": "error not known"}[
-                    compared.code
-                ],
+                {"apart": "yes", "within_error": "no", "unknown": "error not known"}[compared.code],
             ]
         )
     if not rows:
         return None
     return table(
-        "Whether predicted times tell captured from uniform traffic",
-        ["Measured in", "Captured ÷ uniform, predicted", "90 % interval", "Told apart"],
+        "Whether predicted times distinguish captured from uniform traffic",
+        ["Measured in", "Captured ÷ uniform, predicted", "90 % interval", "Distinguished"],
         rows,
         note="The interval is that of the ratio: what the model gets wrong about both alike does not "
         "count. A difference within it is none.",
@@ -187,12 +185,12 @@ def _source(frames: ReportFrames, found: BenchmarkFrames, replay: Any, run: int)
 
 
 def _sentences(rows: pd.DataFrame) -> str:
-    told = []
+    sentences = []
     for phase in phases_in(rows):
         own = rows[rows["phase"] == phase]
         errors = errors_of(own)
         outside = errors["extrapolated"]
-        told.append(
+        sentences.append(
             f"{shorten(phase, 24).capitalize()}: median error {percent(errors['median_error'])}, 90th "
             f"percentile {percent(errors['p90_error'])}, bias {times(errors['bias'])}, "
             f"{percent(errors['inside'], 0)} of {count(len(own))} exchanges inside the interval"
@@ -204,16 +202,16 @@ def _sentences(rows: pd.DataFrame) -> str:
             )
             + "."
         )
-    return " ".join(told)
+    return " ".join(sentences)
 
 
 def _reservations(found: BenchmarkFrames, network: int, replay: Any, frames: ReportFrames, run: int) -> str:
     """What makes these errors look better or worse than the model is."""
     model = found.files.networks[network].document
-    told = ""
+    text = ""
     doubted = [fit for fit in model.fits if fit.verdict is not None and fit.verdict.code != "valid"]
     if doubted:
-        told += " The verdict of its fit is that it is not to be relied on (table below)."
+        text += " The verdict of its fit is that it is not to be relied on (table below)."
     if pd.isna(replay):
         hosts = {host.name for host in frames.facts[run].manifest.hosts}
         measured_unix_s = frames.facts[run].manifest.created_unix_s
@@ -222,21 +220,21 @@ def _reservations(found: BenchmarkFrames, network: int, replay: Any, frames: Rep
         hosts = _hosts(given.document)
         measured_unix_s = given.document.created_unix_s
         if given.path.name in model.sources:
-            told += (
+            text += (
                 f" The model was fitted to a file of this name ({shorten(given.path.name, 32)}): these are "
                 "not errors on traffic that it had not seen."
             )
     apart_s = abs(model.created_unix_s - measured_unix_s)
     if _LONG_S < apart_s < np.inf:
         when = "after" if model.created_unix_s > measured_unix_s else "before"
-        told += (
+        text += (
             f" The model was fitted {_duration(apart_s)} {when} this was measured, perhaps in another state "
             "of the machine."
         )
     fitted = set(model.hosts)
     if hosts and fitted and not hosts & fitted:
-        told += f" Measured on {_names(hosts)}, the model was fitted on {_names(fitted)}."
-    return told
+        text += f" Measured on {_names(hosts)}, the model was fitted on {_names(fitted)}."
+    return text
 
 
 def _duration(seconds: float) -> str:
@@ -290,7 +288,7 @@ def _error_table(frames: ReportFrames, found: BenchmarkFrames) -> Table:
 
 def _left_out_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
     keys = ["network", "replay", "run", "reason"]
-    told = found.left_out.groupby(keys, sort=False, dropna=False)["exchanges"].sum().reset_index()
+    counts = found.left_out.groupby(keys, sort=False, dropna=False)["exchanges"].sum().reset_index()
     rows = [
         [
             _source(frames, found, row.replay, int(row.run)),
@@ -298,7 +296,7 @@ def _left_out_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | Non
             plain(row.reason),
             count(row.exchanges),
         ]
-        for row in each_row(told)
+        for row in each_row(counts)
     ]
     if not rows:
         return None

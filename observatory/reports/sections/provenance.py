@@ -51,7 +51,7 @@ FORMULAS: tuple[tuple[str, str], ...] = (
     (
         "Standing committee",
         "smallest set of experts that holds half of a layer's assignments; overlap of two sets as |A ∩ B| / "
-        "|A ∪ B|, beside that of random sets of the same sizes",
+        "|A ∪ B|, with that of random sets of the same sizes",
     ),
     (
         "Local routing consistency",
@@ -60,7 +60,7 @@ FORMULAS: tuple[tuple[str, str], ...] = (
     ),
     (
         "Expert-parallel scan",
-        "loads summed over the experts a rank would hold; placement and sources as stated beside each figure",
+        "loads summed over the experts a rank would hold; placement and sources as stated with each figure",
     ),
 )
 

@@ -1,4 +1,4 @@
-"""What realism costs: captured traffic replayed beside mock traffic of equal volume."""
+"""What realism costs: captured traffic replayed against mock traffic of equal volume."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def realism_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
         title=_TITLE,
         short="Mock against real",
         lead=(
-            "The traffic matrices that the run's routing made were sent again, each beside uniform traffic "
-            "of the same volume: what random tokens, and most benchmarks, would have sent. The model does "
-            "not run meanwhile, so the difference is what the unevenness of real traffic costs on this "
+            "The traffic matrices that the run's routing made were sent again, each paired with uniform "
+            "traffic of the same volume: what random tokens, and most benchmarks, would have sent. The model "
+            "does not run meanwhile, so the difference is what the unevenness of real traffic costs on this "
             "fabric.",
         ),
         blocks=(
             FigureBlock(
                 id="realism-layers",
-                title="Captured beside uniform traffic, per layer",
+                title="Captured against uniform traffic, per layer",
                 caption="Above: time of captured over uniform traffic, 1 is no difference. Below: what one "
                 "exchange takes more. Time is that of the slowest rank, median of repeats; bars are 90 % "
                 "intervals over steps.",

@@ -28,7 +28,7 @@ _MEANS = [
 
 
 def mean_over_layers(scan: pd.DataFrame) -> pd.DataFrame:
-    """Unweighted means over layers per run, phase and ep, the worst layer's per-rank value beside them."""
+    """Unweighted means over layers per run, phase and ep, with the worst layer's per-rank value."""
     groups = scan.groupby(["run", "phase", "ep"], sort=False)
     means = groups[_MEANS].mean()
     means["rank_max_over_mean_worst"] = groups["rank_max_over_mean"].max()

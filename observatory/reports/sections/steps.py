@@ -1,4 +1,4 @@
-"""Single steps beside the whole window."""
+"""Single steps and the whole window."""
 
 from __future__ import annotations
 

@@ -118,8 +118,8 @@ def _slowest(ranks: pd.DataFrame) -> str:
 def _reasons(unknown: pd.DataFrame) -> str:
     if unknown.empty:
         return ""
-    told = [f"{plain(row.reason)} ({count(row.rows)} rows)" for row in each_row(unknown)]
-    return f" Not split: {listing(told)}."
+    reasons = [f"{plain(row.reason)} ({count(row.rows)} rows)" for row in each_row(unknown)]
+    return f" Not split: {listing(reasons)}."
 
 
 def _layer_variant(layers: pd.DataFrame, label: str, condition: str, phase: str) -> Variant:

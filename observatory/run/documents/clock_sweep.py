@@ -37,20 +37,20 @@ class ClockPoint(Record):
         repeat: which repeat of its setting, from 0.
         requested_sm_clock_mhz: the lock; None without one.
         requested_limit_mw: the power limit set for this point; None leaves the device's own.
-        enforced_limit_mw: the limit in force as the device told; None when it does not.
+        enforced_limit_mw: the limit in force as the device reported it; None when it does not.
         iterations: iterations of the phase in the measured window.
         duration_s: length of the window.
-        energy_mj: energy of the device in the window; None when neither counter nor sensor tells.
+        energy_mj: energy of the device in the window; None when neither counter nor sensor gives it.
         energy_error: half-width of the 90 % interval of ``energy_mj``, relative; None like it.
         energy_source: ``counter`` or ``integral``; None like ``energy_mj``.
         energy_flag: what must be known of ``energy_mj``, or why it is None: its error allows for it up to
             +-25 %, beyond that there is no energy; None for nothing. Since 1.1.
-        integral_energy_mj: the other source beside a counter; None where it cannot be had.
+        integral_energy_mj: the other source next to a counter; None where there is none.
         sm_clock_mhz: median clock sampled in the window; None when not sampled.
         sm_clock_low_mhz, sm_clock_high_mhz: 5th and 95th percentile.
-        event_reasons: all bits seen in at least a tenth of the samples; None when not told.
+        event_reasons: all bits seen in at least a tenth of the samples; None when not reported.
         power_cap_share: share of the window in which the power limit held the clock down; None likewise.
-        start_temperature_c, end_temperature_c: of the chip; None when not told.
+        start_temperature_c, end_temperature_c: of the chip; None when not reported.
         label: see :data:`PointLabel`.
         reason: the evidence for the label, for people.
     """
@@ -112,11 +112,11 @@ class ClockSweep(Record):
         created_unix_s: wall-clock label.
         argv: command line.
         device: the device.
-        max_sm_clock_mhz: highest supported clock; None when not told.
-        supported_sm_clocks_mhz: all clocks the device can be locked to; None when not told.
-        default_limit_mw: default power limit; None when not told.
-        idle_power_mw: power without load before the sweep; None when not told.
-        set_outside: locks and limits were set by somebody else, requests are what was said of them.
+        max_sm_clock_mhz: highest supported clock; None when not reported.
+        supported_sm_clocks_mhz: all clocks the device can be locked to; None when not reported.
+        default_limit_mw: default power limit; None when not reported.
+        idle_power_mw: power without load before the sweep; None when not reported.
+        set_outside: locks and limits were set from outside; requests are what was stated about them.
         series: the measurements.
         seed: of the random order.
         git_sha, hosts, software: where it was measured.

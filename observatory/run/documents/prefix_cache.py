@@ -72,7 +72,7 @@ class ReuseMeasurements(Record):
         prompt_tokens: length of the prompt; 4096 in arXiv 2605.05696.
         batch_size: prompts prefilled together.
         device: the device.
-        idle_power_mw: power without load; None when not told.
+        idle_power_mw: power without load; None when not reported.
         measurements: the windows.
         git_sha, hosts, software, argv: where and how it was measured.
         notes: what a reader must know.

@@ -1,4 +1,4 @@
-"""Versioned JSON documents other than run manifests, read from files that nobody vouches for."""
+"""Versioned JSON documents other than run manifests, read from untrusted files."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def load_document(
 
 
 def _refuse_newer(document: Any, version: str, name: str, failure: type[ObservatoryError]) -> None:
-    """Tell a newer schema apart from damage, which the document's own check reports."""
+    """Distinguish a newer schema from damage, which the document's own check reports."""
     try:
         found = _Version.model_validate(document).schema_version
         newer = int(found.split(".", maxsplit=1)[0]) > int(version.split(".", maxsplit=1)[0])

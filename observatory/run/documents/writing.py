@@ -1,4 +1,4 @@
-"""JSON documents made from frames: what ``--json`` prints and what campaigns keep beside their runs."""
+"""JSON documents made from frames: what ``--json`` prints and what campaigns keep next to their runs."""
 
 from __future__ import annotations
 

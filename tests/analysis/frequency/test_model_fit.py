@@ -104,8 +104,8 @@ def test_energy_per_iteration_is_not_told_apart_from_static_power_where_time_nev
     assert fit.compute_optimum.mhz is None
     assert "compute" in fit.compute_optimum.reason
     reasons = {item.term: item.reason for item in (*fit.time.coefficients, *fit.power.coefficients)}  # type: ignore[union-attr]
-    assert reasons["memory_mj"] == "not told apart from the terms before it"
-    assert "host and memory cannot be told apart" in reasons["host_s"]
+    assert reasons["memory_mj"] == "not separable from the terms before it"
+    assert "host and memory cannot be separated" in reasons["host_s"]
     values = {item.term: item.value for item in fit.time.coefficients}
     assert values["host_s"] is None
     assert values["memory_s"] == pytest.approx(0.0205, rel=0.01)

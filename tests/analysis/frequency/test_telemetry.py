@@ -225,7 +225,7 @@ def test_a_run_without_samples_is_one_clear_line(tmp_path: Path) -> None:
 
 def test_the_advice_names_what_only_a_sweep_can_tell(tmp_path: Path) -> None:
     advice = telemetry_advice(open_run(write_run(tmp_path / "run", {"power_mw": 200_000})))
-    assert "which clock saves energy cannot be told" in advice.cannot
+    assert "which clock saves energy cannot be determined" in advice.cannot
     assert any("clocks sweep" in step for step in advice.next_steps)
 
 

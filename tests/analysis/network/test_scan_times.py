@@ -294,7 +294,7 @@ def test_a_scan_says_which_layouts_times_do_not_tell_apart(
     assert "EP 2 linear and" not in capsys.readouterr().err
     assert main([*argv, "--ep", "2,4"]) == 0
     said = capsys.readouterr().err
-    assert "prefill: predicted times do not tell EP 2 linear and EP 4 linear apart: 1.00 times" in said
+    assert "prefill: predicted times do not distinguish EP 2 linear from EP 4 linear: 1.00 times" in said
 
 
 def test_a_scan_repeats_the_verdict_and_marks_times_through_misfits(

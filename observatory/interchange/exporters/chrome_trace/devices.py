@@ -1,7 +1,7 @@
 """Samples of devices as counter tracks of a trace, and event reasons as slices.
 
 A counter keeps its value until the next event, so that a value is written where it changes and at the last
-sample. What a counter cannot show (that a device stopped telling) is marked by instant events.
+sample. What a counter cannot show (that a device stopped reporting) is marked by instant events.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class DeviceTrack:
             if value is None:
                 if column in self._value:
                     yield from self._counter(column, self._last_ns or time_ns, again=True)
-                    yield self._mark(time_ns, f"{COUNTERS[column][0]} not told from here")
+                    yield self._mark(time_ns, f"{COUNTERS[column][0]} not reported from here")
                     del self._value[column], self._written_ns[column]
             elif self._value.get(column) != value:
                 self._value[column] = value
@@ -83,8 +83,8 @@ class DeviceTrack:
         self._written_ns[column] = time_ns
         name, unit, factor = COUNTERS[column]
         value = self._value[column]
-        told = value if factor == 1.0 else round(value * factor, 3)
-        yield {"ph": "C", "name": name, "pid": self.pid, "tid": 0, "ts": time_ns / 1e3, "args": {unit: told}}
+        shown = value if factor == 1.0 else round(value * factor, 3)
+        yield {"ph": "C", "name": name, "pid": self.pid, "tid": 0, "ts": time_ns / 1e3, "args": {unit: shown}}
 
     def _close_reasons(self, time_ns: int, *, keep: int) -> Iterator[dict[str, Any]]:
         """Slices of the reasons that are over."""

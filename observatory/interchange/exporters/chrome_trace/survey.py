@@ -1,4 +1,4 @@
-"""The first pass over a run that becomes a trace: where time begins, and what its devices tell."""
+"""The first pass over a run that becomes a trace: where time begins, and what its devices report."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Survey:
         clocks: of every rank.
         first_ns: earliest time of each rank, on the clock that its times are put on.
         last_ns: latest one.
-        told: per (rank that sampled, UUID), the columns that are told at least once.
+        reported: per (rank that sampled, UUID), the columns with at least one reading.
         unfinished: spans and exchanges without an end.
     """
 
     clocks: dict[int, ClockSpec | None]
     first_ns: dict[int, int] = field(default_factory=dict)
     last_ns: dict[int, int] = field(default_factory=dict)
-    told: dict[tuple[int, str], set[str]] = field(default_factory=dict)
+    reported: dict[tuple[int, str], set[str]] = field(default_factory=dict)
     unfinished: int = 0
 
     def placed(self, rank: int, own_ns: Int64) -> Int64:
@@ -47,7 +47,7 @@ class Survey:
 
 
 def survey_run(run: Run, chosen: Chosen) -> Survey:
-    """The first pass: where time begins on every rank, and what devices tell."""
+    """The first pass: where time begins on every rank, and what devices report."""
     survey = Survey(clocks=rank_clocks(run.manifest))
     for table in ("spans", "exchange"):
         for rows in rows_of(run, table):
@@ -62,14 +62,14 @@ def survey_run(run: Run, chosen: Chosen) -> Survey:
     for rows in rows_of(run, "power"):
         rank = rows.column("source_rank")[0].as_py()
         for uuid in rows.column("device_uuid").unique().to_pylist():
-            survey.told.setdefault((rank, uuid), set())
+            survey.reported.setdefault((rank, uuid), set())
         if whole:
             survey.seen(rank, survey.placed(rank, column_ns(rows, "time_ns")))
         for name in COUNTERS:
             if rows.column(name).null_count < rows.num_rows:
-                told = rows.column("device_uuid").filter(rows.column(name).is_valid()).unique().to_pylist()
-                for uuid in told:
-                    survey.told[rank, uuid].add(name)
+                uuids = rows.column("device_uuid").filter(rows.column(name).is_valid()).unique().to_pylist()
+                for uuid in uuids:
+                    survey.reported[rank, uuid].add(name)
     return survey
 
 

@@ -145,7 +145,7 @@ class _Tracing:
             [last for rank, last in survey.last_ns.items() if rank not in self.unaligned]
             or survey.last_ns.values()
         )
-        self.device_pid = {key: _FIRST_DEVICE + index for index, key in enumerate(sorted(survey.told))}
+        self.device_pid = {key: _FIRST_DEVICE + index for index, key in enumerate(sorted(survey.reported))}
         self.events = 0
         self.crowded = 0
 
@@ -263,12 +263,12 @@ class _Tracing:
             yield from track.end()
 
     def _track(self, key: tuple[int, str]) -> DeviceTrack:
-        told = self.survey.told[key]
-        columns = ["power_mw"] if "power_mw" in told else []
-        columns += ["average_power_mw"] if not columns and "average_power_mw" in told else []
-        columns += ["energy_mj"] if not columns and "energy_mj" in told else []
+        reported = self.survey.reported[key]
+        columns = ["power_mw"] if "power_mw" in reported else []
+        columns += ["average_power_mw"] if not columns and "average_power_mw" in reported else []
+        columns += ["energy_mj"] if not columns and "energy_mj" in reported else []
         always = ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "enforced_limit_mw")
-        columns += [name for name in always if name in told]
+        columns += [name for name in always if name in reported]
         power = {status.rank: status.power for status in self.run.manifest.ranks}.get(key[0])
         period_s = None if power is None else power.period_s
         period_ns = round(period_s * 1e9) if period_s and 0 < period_s < 3600 else _DEFAULT_PERIOD_NS
@@ -277,5 +277,5 @@ class _Tracing:
     def _device_name(self, key: tuple[int, str]) -> str:
         spec = self.run.manifest.device_specs.get(key[1])
         name = "" if spec is None or not spec.name else f"{spec.name[:80]} "
-        told = "" if self.survey.told[key] else ": tells nothing"
-        return f"{name}{key[1][:120]} (sampled by rank {key[0]}){told}"
+        note = "" if self.survey.reported[key] else ": no readings"
+        return f"{name}{key[1][:120]} (sampled by rank {key[0]}){note}"
