@@ -90,6 +90,12 @@ class Column:
         return fixed if len(fixed) <= _LONGEST_NUMBER else f"{scaled:.3g}"
 
 
+def chosen(columns: Sequence[Column], *names: str) -> tuple[Column, ...]:
+    """The columns of these names, in this order."""
+    named = {column.name: column for column in columns}
+    return tuple(named[name] for name in names)
+
+
 def is_missing(value: object) -> bool:
     """Whether a row holds no value: None, or a number that is not finite."""
     return value is None or (isinstance(value, float) and not math.isfinite(value))

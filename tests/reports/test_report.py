@@ -99,7 +99,7 @@ def test_free_text_of_a_manifest_stays_text(tmp_path: Path) -> None:
     parsed = Tags()
     parsed.feed(page.read_text(encoding="utf-8"))
     scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
-    assert [each for each in scripts if "type" not in each] == [{}, {}, {}]  # plotly.js and our own two
+    assert [each for each in scripts if "type" not in each] == [{}, {}, {}]  # tables.js, plotly.js, page.js
     assert not [tag for tag, _ in parsed.tags if tag in ("img", "iframe", "object", "link")]
     assert not [name for _, attributes in parsed.tags for name in attributes if name.startswith("on")]
     links = [attributes["href"] for tag, attributes in parsed.tags if tag == "a"]

@@ -87,22 +87,29 @@ def not_fitted(result: BenchResult, fitted: Sequence[BenchResult], *, name: str)
 
 
 def error_summary(checked: pd.DataFrame) -> pd.DataFrame:
-    """Per algorithm and pattern: exchanges, median_error, p90_error, median_ratio (predicted over measured),
-    the share of measurements inside the 90 % interval, and of exchanges through misfits of the model.
-    """  # noqa: D205 - the list is one sentence
-    rows = []
-    for (algorithm, pattern), group in checked.groupby(["algorithm", "pattern"], sort=True):
-        inside = (group["measured_us"] >= group["low_us"]) & (group["measured_us"] <= group["high_us"])
-        rows.append(
-            {
-                "algorithm": algorithm,
-                "pattern": pattern,
-                "exchanges": len(group),
-                "median_error": float(group["error"].median()),
-                "p90_error": float(np.quantile(group["error"], 0.9)),
-                "median_ratio": float((group["predicted_us"] / group["measured_us"]).median()),
-                "inside_interval": float(inside.mean()),
-                "through_misfits": float(group["misfits"].notna().mean()),
-            }
-        )
-    return pd.DataFrame(rows)
+    """`errors_of` per algorithm and pattern."""
+    groups = checked.groupby(["algorithm", "pattern"], sort=True)
+    return pd.DataFrame(
+        {"algorithm": algorithm, "pattern": pattern, **errors_of(group)}
+        for (algorithm, pattern), group in groups
+    )
+
+
+def errors_of(checked: pd.DataFrame) -> dict[str, float]:
+    """Errors of rows of `check_predictions`.
+
+    Returns:
+        exchanges, median_error, p90_error, median_ratio (predicted over measured), and as shares
+        inside_interval (measurements inside the 90 % interval), extrapolated, through_misfits (of the model).
+    """
+    measured_us = checked["measured_us"]
+    inside = (measured_us >= checked["low_us"]) & (measured_us <= checked["high_us"])
+    return {
+        "exchanges": len(checked),
+        "median_error": float(checked["error"].median()),
+        "p90_error": float(np.quantile(checked["error"], 0.9)),
+        "median_ratio": float((checked["predicted_us"] / measured_us).median()),
+        "inside_interval": float(inside.mean()),
+        "extrapolated": float(checked["extrapolated"].notna().mean()),
+        "through_misfits": float(checked["misfits"].notna().mean()),
+    }

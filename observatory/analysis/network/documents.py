@@ -117,8 +117,25 @@ CHECK_COLUMNS = (
         digits=0,
         legend="measurements inside the predicted 90 % interval",
     ),
-    Column(name="through_misfits", title="misfits", unit="%", scale=100, digits=0, wide=True),
-)  # fmt: skip
+    Column(
+        name="extrapolated",
+        title="extrapolated",
+        unit="%",
+        scale=100,
+        digits=0,
+        wide=True,
+        legend="exchanges outside what the model was fitted to",
+    ),
+    Column(
+        name="through_misfits",
+        title="misfits",
+        unit="%",
+        scale=100,
+        digits=0,
+        wide=True,
+        legend="exchanges through parts of the fabric that the model does not describe",
+    ),
+)
 
 
 def bench_document(result: BenchResult) -> dict[str, Any]:

@@ -57,6 +57,21 @@ LAYOUT_COLUMNS = (
         digits=2,
         legend="the same per step, exceeded by one step in ten",
     ),
+    Column(name="rank_max_over_mean_step_max", title="worst step", digits=2, wide=True),
+    Column(
+        name="rank_max_over_mean_floor",
+        title="floor",
+        digits=2,
+        wide=True,
+        legend="what uniform routing of as many tokens shows, whole run",
+    ),
+    Column(
+        name="rank_max_over_mean_step_floor",
+        title="step floor",
+        digits=2,
+        wide=True,
+        legend="the same per step",
+    ),
     Column(
         name="cross_rank_fraction",
         title="cross rank",
@@ -73,6 +88,7 @@ LAYOUT_COLUMNS = (
         digits=1,
         legend="assignments that leave their node",
     ),
+    Column(name="sources", title="source ranks", text=True, wide=True),
 )
 
 #: Of `scan_times`, with marks.

@@ -33,9 +33,11 @@ LAYER_COLUMNS = (
         digits=3,
         legend="what uniform routing of as many tokens shows",
     ),
+    Column(name="gini_excess", title="excess", digits=3, wide=True, legend="Gini above its floor"),
     Column(name="expert_max_over_mean", title="max/mean", digits=2, legend="busiest expert over the mean"),
     Column(name="expert_max_over_mean_floor", title="max/mean floor", digits=2, wide=True),
     Column(name="cv", title="CV", digits=3, wide=True, legend="standard deviation over mean"),
+    Column(name="entropy_bits", title="entropy", unit="bits", digits=2, wide=True),
     Column(
         name="committee_experts",
         title="half in",

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pandas as pd
 
 from observatory.analysis.exchange import EXCHANGE_SPANS
+from observatory.analysis.network.checking import errors_of
 from observatory.analysis.network.words import verdict_sentence
 from observatory.reports.frames.exchanges import ExchangeFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
 from observatory.reports.sections.common import phases_in
-from observatory.reports.sections.prediction import errors_of
 from observatory.reports.sections.realism import pooled, realism_verdict
 from observatory.reports.text import interval, microseconds, percent, plain, shorten, times
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pandas as pd
 
-from observatory.reports.frames.report import ReportFrames, each_row
-from observatory.reports.page import Cell, Head, Section, table
+from observatory.analysis.columns import Column
+from observatory.analysis.routing.document import LAYER_COLUMNS
+from observatory.reports.frames.report import ReportFrames
+from observatory.reports.page import Section, frame_table
 from observatory.reports.sections.common import NO_LOADS
-from observatory.reports.text import count, interval, number, shorten, times
+from observatory.reports.text import shorten
+from observatory.run.documents.writing import frame_records
 
 _MOST_ROWS = 20
+_MODEL = Column(name="label", title="model", text=True)
+_DATA = Column(name="condition", title="data", text=True)
+_TOP_K = Column(name="top_k", title="top-k", otherwise="varies")
 
 
 def worst_layers(frames: ReportFrames, most: int | None = _MOST_ROWS) -> pd.DataFrame:
@@ -26,6 +32,7 @@ def layer_section(frames: ReportFrames) -> Section:
     rows = worst_layers(frames)
     if rows.empty:
         return Section(id="layers", title=title, short="Top layers", reason=NO_LOADS)
+    conditions = [shorten(condition, 24) for condition in rows["condition"]]
     return Section(
         id="layers",
         title=title,
@@ -36,44 +43,11 @@ def layer_section(frames: ReportFrames) -> Section:
             "definitions are under Methods. The full table: observatory routing RUN --json.",
         ),
         blocks=(
-            table(
+            frame_table(
                 "Layers by excess over the sampling floor",
-                [
-                    "Model",
-                    "Data",
-                    "Layer",
-                    "Experts",
-                    "Tokens",
-                    Head(title="Gini", detail="95 % interval"),
-                    Head(title="Excess", detail="floor"),
-                    Head(title="Max/mean", detail="floor"),
-                    "CV",
-                    "Entropy, bits",
-                    "Idle",
-                ],
-                [
-                    [
-                        shorten(row.label),
-                        Cell(text=shorten(row.condition, 24), detail=row.phase),
-                        str(row.layer),
-                        Cell(
-                            text=str(row.experts),
-                            detail=f"top-{'k varies' if pd.isna(row.top_k) else row.top_k}",
-                        ),
-                        count(row.tokens),
-                        Cell(text=number(row.gini), detail=interval(row.gini_low, row.gini_high)),
-                        Cell(text=number(row.gini_excess), detail=number(row.gini_floor)),
-                        Cell(
-                            text=times(row.expert_max_over_mean),
-                            detail=times(row.expert_max_over_mean_floor),
-                        ),
-                        number(row.cv, 2),
-                        number(row.entropy_bits, 2),
-                        count(row.idle_experts),
-                    ]
-                    for row in each_row(rows)
-                ],
-                text=2,
+                (_MODEL, _DATA, *LAYER_COLUMNS, _TOP_K),
+                frame_records(rows.assign(label=rows["label"].map(shorten), condition=conditions)),
+                leave_out=("committee_experts",),
             ),
         ),
     )

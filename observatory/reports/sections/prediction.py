@@ -8,15 +8,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from observatory.analysis.columns import Column, chosen
+from observatory.analysis.exchange.document import LAYER_COLUMNS
+from observatory.analysis.network.checking import errors_of
 from observatory.analysis.network.comparison import compare_times
+from observatory.analysis.network.documents import CHECK_COLUMNS
 from observatory.analysis.network.words import misfit_sentence, verdict_sentence
 from observatory.reports.figures.prediction import predicted_and_measured
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
-from observatory.reports.page import Block, Cell, FigureBlock, Section, Table, Variant, table
+from observatory.reports.page import Block, Cell, FigureBlock, Section, Table, Variant, frame_table, table
 from observatory.reports.sections.common import phases_in, replay_name, run_choice
 from observatory.reports.text import count, interval, microseconds, percent, plain, shorten, times
 from observatory.run.documents.bench import BenchResult
+from observatory.run.documents.writing import frame_records
 from observatory.text import listing
 
 _TITLE = "Measured against predicted"
@@ -28,6 +33,7 @@ _MOST_ROWS = 120
 _MOST_MISFITS = 8
 #: A model fitted longer before or after than this is said to be so.
 _LONG_S = 2 * 3600.0
+_TRAFFIC = Column(name="place", title="traffic and phase", text=True)
 _PLACE = ["phase", "layer", "role"]
 _KEYS = ["network", "replay", "run", "algorithm"]
 
@@ -138,19 +144,6 @@ def _apart_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
     )
 
 
-def errors_of(rows: pd.DataFrame) -> dict[str, float]:
-    """Median and 90th percentile error, bias, shares inside the interval, extrapolated, through misfits."""
-    inside = (rows["measured_us"] >= rows["low_us"]) & (rows["measured_us"] <= rows["high_us"])
-    return {
-        "median_error": float(rows["error"].median()),
-        "p90_error": float(np.quantile(rows["error"], 0.9)),
-        "bias": float((rows["predicted_us"] / rows["measured_us"]).median()),
-        "inside": float(inside.mean()),
-        "extrapolated": float(rows["extrapolated"].notna().mean()),
-        "misfits": float(rows["misfits"].notna().mean()),
-    }
-
-
 def _variants(frames: ReportFrames, found: BenchmarkFrames) -> Iterator[Variant]:
     shown = found.checked[found.checked["pattern"] != "uniform"]
     for key, own in each_group(shown, _KEYS):
@@ -197,7 +190,7 @@ def _sentences(rows: pd.DataFrame) -> str:
             + (f", {percent(outside, 0)} extrapolated" if outside else "")
             + (
                 f", {percent(errors['misfits'], 0)} through what the model does not describe"
-                if errors["misfits"]
+                if errors["through_misfits"]
                 else ""
             )
             + "."
@@ -251,39 +244,25 @@ def _names(hosts: set[str]) -> str:
 
 
 def _error_table(frames: ReportFrames, found: BenchmarkFrames) -> Table:
-    rows: list[list[str | Cell]] = []
+    rows = []
     for key, own in each_group(found.checked, [*_KEYS, "pattern"]):
         network, replay, run, algorithm, pattern = key
         for phase in phases_in(own):
-            of_phase = own[own["phase"] == phase]
-            errors = errors_of(of_phase)
             what = f"{PATTERN_NAMES.get(str(pattern), shorten(pattern, 24))}, {shorten(phase, 24)}"
             where = [shorten(frames.runs.loc[int(run), "label"]), shorten(algorithm, 24)]
             if len(found.files.replays) > 1 and not pd.isna(replay):
                 where.append(shorten(found.files.replays[int(replay)].name, 32))
             if len(found.files.networks) > 1:
                 where.append(f"by {shorten(found.files.networks[int(network)].name, 32)}")
-            rows.append(
-                [
-                    Cell(text=what, detail=", ".join(where), heading=True),
-                    percent(errors["median_error"]),
-                    percent(errors["p90_error"]),
-                    times(errors["bias"]),
-                    percent(errors["inside"], 0),
-                    percent(errors["extrapolated"], 0),
-                    percent(errors["misfits"], 0),
-                    count(len(of_phase)),
-                ]
-            )
-    return table(
+            place = Cell(text=what, detail=", ".join(where), heading=True)
+            rows.append({"place": place, **errors_of(own[own["phase"] == phase])})
+    return frame_table(
         "How far off the predictions are",
-        ["Traffic and phase", "Median error", "90th percentile", "Bias", "Inside 90 % interval",
-         "Extrapolated", "Through misfits", "Exchanges"],
+        (_TRAFFIC, *(column for column in CHECK_COLUMNS if not column.key)),
         rows,
-        note="Through misfits: exchanges with bytes through parts of the fabric that the model does not "
-        "describe (table below). Own: the run's own exchanges, waiting taken off. A 90 % interval that is "
-        "right holds nine of ten measurements.",
-    )  # fmt: skip
+        note="Own: the run's own exchanges, waiting taken off. A 90 % interval that is right holds nine of "
+        "ten measurements.",
+    )
 
 
 def _left_out_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
@@ -310,22 +289,24 @@ def _left_out_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | Non
 
 def _numbers(rows: pd.DataFrame, where: str) -> Table:
     groups = list(each_group(rows.sort_values(["layer", "role"], ascending=[True, False]), _PLACE))
-    return table(
+    shown = [
+        {
+            **dict(zip(_PLACE, place, strict=True)),
+            **errors_of(own),
+            "measured_us": own["measured_us"].median(),
+            "predicted_us": own["predicted_us"].median(),
+        }
+        for place, own in groups[:_MOST_ROWS]
+    ]
+    return frame_table(
         f"{where}: by layer, medians of one exchange",
-        ["Phase", "Layer", "Role", "Exchanges", "Measured", "Predicted", "Median error", "90th percentile"],
-        [
-            [
-                shorten(phase, 24),
-                "n/a" if pd.isna(layer) else str(layer),
-                plain(role),
-                count(len(own)),
-                microseconds(own["measured_us"].median()),
-                microseconds(own["predicted_us"].median()),
-                percent(errors_of(own)["median_error"]),
-                percent(errors_of(own)["p90_error"]),
-            ]
-            for (phase, layer, role), own in groups[:_MOST_ROWS]
-        ],
-        text=3,
+        (
+            *chosen(LAYER_COLUMNS, *_PLACE),
+            *chosen(CHECK_COLUMNS, "exchanges"),
+            Column(name="measured_us", title="measured", unit="us"),
+            Column(name="predicted_us", title="predicted", unit="us"),
+            *chosen(CHECK_COLUMNS, "median_error", "p90_error"),
+        ),
+        frame_records(pd.DataFrame(shown)),
         note=f"{len(groups) - _MOST_ROWS} more rows are left out." if len(groups) > _MOST_ROWS else "",
     )

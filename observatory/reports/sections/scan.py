@@ -7,11 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
+from observatory.analysis.columns import Column, chosen
+from observatory.analysis.network.layouts import LAYOUT_COLUMNS
 from observatory.reports.figures import crossing_shares, ep_profile, rank_imbalance
-from observatory.reports.frames.report import ReportFrames, condition_order, each_row, phases_of
-from observatory.reports.page import FigureBlock, Section, Variant, table
+from observatory.reports.frames.report import ReportFrames, condition_order, phases_of
+from observatory.reports.page import FigureBlock, Section, Variant, frame_table
 from observatory.reports.sections.common import choice_label, run_choice, spread
 from observatory.reports.text import percent, plain, shorten, times
+from observatory.run.documents.writing import frame_records
 from observatory.text import listing
 
 _MEANS = [
@@ -25,6 +28,27 @@ _MEANS = [
     "cross_rank_fraction",
     "cross_node_fraction",
 ]
+
+_MODEL = Column(name="label", title="model", text=True)
+_WORST = Column(name="rank_max_over_mean_worst", title="worst layer", digits=2)
+_OVERVIEW = (
+    *chosen(LAYOUT_COLUMNS, "ep", "rank_max_over_mean", "rank_max_over_mean_floor"),
+    _WORST,
+    *chosen(LAYOUT_COLUMNS, "expert_max_over_mean"),
+)
+_DETAIL = (
+    *chosen(
+        LAYOUT_COLUMNS,
+        "ep",
+        "expert_max_over_mean",
+        "rank_max_over_mean",
+        "rank_max_over_mean_step_p50",
+        "rank_max_over_mean_step_p90",
+        "rank_max_over_mean_step_max",
+    ),
+    _WORST,
+    *chosen(LAYOUT_COLUMNS, "rank_max_over_mean_floor", "rank_max_over_mean_step_floor"),
+)
 
 
 def mean_over_layers(scan: pd.DataFrame) -> pd.DataFrame:
@@ -123,27 +147,10 @@ def _overview(scan: pd.DataFrame) -> list[Variant]:
                     f"over EP {own['ep'].min()} to {own['ep'].max()}.",
                     note=f"{shorten(condition)}, {phase}; {models} {'model' if models == 1 else 'models'}; "
                     f"{_tokens_text(own)}; floor {spread(own['rank_max_over_mean_floor'], times)}.",
-                    numbers=table(
+                    numbers=frame_table(
                         f"Busiest rank ÷ mean rank on {shorten(condition)}, {phase}",
-                        [
-                            "Model",
-                            "EP",
-                            "Mean over layers",
-                            "Floor",
-                            "Worst layer",
-                            "Experts, for comparison",
-                        ],
-                        [
-                            [
-                                shorten(row.label),
-                                str(row.ep),
-                                times(row.rank_max_over_mean),
-                                times(row.rank_max_over_mean_floor),
-                                times(row.rank_max_over_mean_worst),
-                                times(row.expert_max_over_mean),
-                            ]
-                            for row in each_row(own)
-                        ],
+                        (_MODEL, *_OVERVIEW),
+                        frame_records(own.assign(label=own["label"].map(shorten))),
                     ),
                 )
             )
@@ -160,33 +167,10 @@ def _detail(scan: pd.DataFrame, label: str, condition: str, phase: str) -> Varia
         f"{spread(scan['expert_max_over_mean'], times)}.",
         note=f"{shorten(label)} on {shorten(condition)}, {phase}; {_tokens_text(scan)}. Source ranks: "
         f"{plain(scan['sources'].iloc[0])}.",
-        numbers=table(
-            f"{shorten(label)} on {shorten(condition)}, {phase}: busiest ÷ mean",
-            [
-                "EP",
-                "Experts",
-                "Ranks, window",
-                "Ranks, step p50",
-                "Ranks, step p90",
-                "Ranks, worst step",
-                "Worst layer",
-                "Floor, window",
-                "Floor, step",
-            ],
-            [
-                [
-                    str(row.ep),
-                    times(row.expert_max_over_mean),
-                    times(row.rank_max_over_mean),
-                    times(row.rank_max_over_mean_step_p50),
-                    times(row.rank_max_over_mean_step_p90),
-                    times(row.rank_max_over_mean_step_max),
-                    times(row.rank_max_over_mean_worst),
-                    times(row.rank_max_over_mean_floor),
-                    times(row.rank_max_over_mean_step_floor),
-                ]
-                for row in each_row(scan.sort_values("ep"))
-            ],
+        numbers=frame_table(
+            f"{shorten(label)} on {shorten(condition)}, {phase}: busiest ÷ mean, mean over layers",
+            _DETAIL,
+            frame_records(scan.sort_values("ep")),
         ),
     )
 
@@ -216,12 +200,9 @@ def _crossing(scan: pd.DataFrame, label: str, condition: str, phase: str, gpus_p
         f"{percent(scan['cross_node_fraction'].max())} cross nodes.",
         note=f"{shorten(label)} on {shorten(condition)}, {phase}; {gpus_per_node} ranks per node. "
         f"Source ranks: {plain(scan['sources'].iloc[0])}.",
-        numbers=table(
+        numbers=frame_table(
             f"{shorten(label)} on {shorten(condition)}, {phase}: share of assignments",
-            ["EP", "To another rank", "To another node", "Source ranks"],
-            [
-                [str(row.ep), percent(row.cross_rank_fraction), percent(row.cross_node_fraction), row.sources]
-                for row in each_row(scan.sort_values("ep"))
-            ],
+            chosen(LAYOUT_COLUMNS, "ep", "cross_rank_fraction", "cross_node_fraction", "sources"),
+            frame_records(scan.sort_values("ep")),
         ),
     )
