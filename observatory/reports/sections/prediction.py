@@ -185,11 +185,11 @@ def _sentences(rows: pd.DataFrame) -> str:
         outside = errors["extrapolated"]
         sentences.append(
             f"{shorten(phase, 24).capitalize()}: median error {percent(errors['median_error'])}, 90th "
-            f"percentile {percent(errors['p90_error'])}, bias {times(errors['bias'])}, "
-            f"{percent(errors['inside'], 0)} of {count(len(own))} exchanges inside the interval"
+            f"percentile {percent(errors['p90_error'])}, bias {times(errors['median_ratio'])}, "
+            f"{percent(errors['inside_interval'], 0)} of {count(len(own))} exchanges inside the interval"
             + (f", {percent(outside, 0)} extrapolated" if outside else "")
             + (
-                f", {percent(errors['misfits'], 0)} through what the model does not describe"
+                f", {percent(errors['through_misfits'], 0)} through what the model does not describe"
                 if errors["through_misfits"]
                 else ""
             )
