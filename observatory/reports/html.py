@@ -197,8 +197,8 @@ def _absent(sections: Iterable[Section]) -> list[tuple[str, str]]:
     """(what, why) of everything that has nothing to show, what has one reason together."""
     by_reason: dict[str, list[str]] = {}
     for section in sections:
-        own = () if section.blocks else ((section.title, section.reason),)
-        for what, why in (*own, *section.absent):
+        without = () if section.blocks else ((section.title, section.reason),)
+        for what, why in (*without, *section.absent):
             by_reason.setdefault(why, []).append(what)
     return [("; ".join(names), why) for why, names in by_reason.items()]
 

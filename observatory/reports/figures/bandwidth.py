@@ -44,13 +44,13 @@ def bandwidth_curves(points: pd.DataFrame, curves: pd.DataFrame) -> go.Figure:
         xaxis2=size_axis("mean bytes a rank sends, its own included", sizes, anchor="y2", matches="x"),
         yaxis2=axis("bus bandwidth, GB/s", domain=[0.0, 0.43], anchor="x2", rangemode="tozero"),
     )
-    for algorithm, own in points.groupby("algorithm", sort=False):
+    for algorithm, of_algorithm in points.groupby("algorithm", sort=False):
         colour, marker, dash = _ALGORITHMS.get(str(algorithm), _OTHER)
         model = curves[curves["algorithm"] == algorithm].sort_values("size_bytes")
         name = figure_text(algorithm, 24)
         if len(model):
             _add_model(figure, model, name, colour, dash)
-        _add_points(figure, own.sort_values("size_bytes"), name, colour, marker)
+        _add_points(figure, of_algorithm.sort_values("size_bytes"), name, colour, marker)
     return figure
 
 
@@ -88,15 +88,15 @@ def _add_model(figure: go.Figure, model: pd.DataFrame, name: str, colour: str, d
         )
 
 
-def _add_points(figure: go.Figure, own: pd.DataFrame, name: str, colour: str, marker: str) -> None:
+def _add_points(figure: go.Figure, points: pd.DataFrame, name: str, colour: str, marker: str) -> None:
     """Measured exchanges of one algorithm in both panels, with the spread of their repeats."""
-    moved = own["busbw"] * own["us"]  # the bandwidth that another time of the same exchange would mean
+    moved = points["busbw"] * points["us"]  # the bandwidth that another time of the same exchange would mean
     for axes, middle, low, high in (
-        (("x", "y"), own["us"], own["p10_us"], own["p90_us"]),
-        (("x2", "y2"), own["busbw"], moved / own["p90_us"], moved / own["p10_us"]),
+        (("x", "y"), points["us"], points["p10_us"], points["p90_us"]),
+        (("x2", "y2"), points["busbw"], moved / points["p90_us"], moved / points["p10_us"]),
     ):
         figure.add_scatter(
-            x=own["size_bytes"],
+            x=points["size_bytes"],
             y=middle,
             xaxis=axes[0],
             yaxis=axes[1],
@@ -115,7 +115,7 @@ def _add_points(figure: go.Figure, own: pd.DataFrame, name: str, colour: str, ma
                     row.algbw,
                     row.busbw,
                 ]
-                for row in each_row(own)
+                for row in each_row(points)
             ],
             hovertemplate=f"{name}, %{{customdata[0]}}: %{{customdata[1]}} (%{{customdata[2]}})<br>"
             "algbw %{customdata[3]:.3g} GB/s, busbw %{customdata[4]:.3g} GB/s<extra></extra>",

@@ -39,8 +39,8 @@ def axis(title: str, **options: Any) -> dict[str, Any]:
 
 def time_axis(title: str, values_us: Iterable[float], **options: Any) -> dict[str, Any]:
     """Logarithmic axis of times in microseconds that holds all positive ``values_us``."""
-    known = [math.log10(value) for value in values_us if value > 0 and math.isfinite(value)] or [0.0]
-    low, high = min(known) - 0.06, max(known) + 0.06
+    exponents = [math.log10(value) for value in values_us if value > 0 and math.isfinite(value)] or [0.0]
+    low, high = min(exponents) - 0.06, max(exponents) + 0.06
     steps = (1, 2, 5) if high - low < _FEW_DECADES else (1,)
     ticks = [
         step * 10.0**decade

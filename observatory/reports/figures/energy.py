@@ -42,9 +42,9 @@ def token_energy(tokens: pd.DataFrame) -> go.Figure:
     figure = empty_figure(whole + _FRAME_PX + _PANEL_PX, x={}, y={})
     top = float(whole)
     for index, (phase, height) in enumerate(zip(phases, heights, strict=True)):
-        own = tokens[tokens["phase"] == phase].sort_values("source_rank")
+        of_phase = tokens[tokens["phase"] == phase].sort_values("source_rank")
         number = "" if index == 0 else str(index + 1)
-        kind = str(own["kind"].iloc[0])
+        kind = str(of_phase["kind"].iloc[0])
         figure.update_layout(
             {
                 f"yaxis{number}": axis(
@@ -57,21 +57,21 @@ def token_energy(tokens: pd.DataFrame) -> go.Figure:
                 ),
             }
         )  # fmt: skip
-        _add_tokens(figure, own, str(phase), number, first=index == 0)
+        _add_tokens(figure, of_phase, str(phase), number, first=index == 0)
         top -= height + _PANEL_PX
     figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
     return figure
 
 
-def _add_tokens(figure: go.Figure, own: pd.DataFrame, phase: str, number: str, *, first: bool) -> None:
+def _add_tokens(figure: go.Figure, tokens: pd.DataFrame, phase: str, number: str, *, first: bool) -> None:
     """Bars of one phase (idle, then above idle) and the whole with its interval."""
-    names = [f"rank {rank}" for rank in own["source_rank"]]
+    names = [f"rank {rank}" for rank in tokens["source_rank"]]
     axes = {"xaxis": f"x{number}", "yaxis": f"y{number}"}
-    split = own["above_idle_mj_per_token"].notna()
+    split = tokens["above_idle_mj_per_token"].notna()
     # What is not above idle, within its error, is all idle power.
-    above = own["above_idle_mj_per_token"].clip(lower=0)
+    above = tokens["above_idle_mj_per_token"].clip(lower=0)
     parts = (
-        ("idle power over the same time", "idle", (own["mj_per_token"] - above).where(split), _bar("thin",
+        ("idle power over the same time", "idle", (tokens["mj_per_token"] - above).where(split), _bar("thin",
         "/"),
         first),
         (
@@ -80,7 +80,7 @@ def _add_tokens(figure: go.Figure, own: pd.DataFrame, phase: str, number: str, *
         ),
         (
             f"{figure_text(phase, 24)}, idle part not known", f"whole {phase}",
-            own["mj_per_token"].where(~split), _bar("slate", "x"), True,
+            tokens["mj_per_token"].where(~split), _bar("slate", "x"), True,
         ),
     )  # fmt: skip
     for name, group, value, marker, legend in parts:
@@ -97,7 +97,7 @@ def _add_tokens(figure: go.Figure, own: pd.DataFrame, phase: str, number: str, *
                 **axes,
             )
     for flagged in (False, True):
-        chosen = own[own["flag"].notna() == flagged]
+        chosen = tokens[tokens["flag"].notna() == flagged]
         if chosen.empty:
             continue
         figure.add_scatter(
@@ -141,32 +141,32 @@ def device_energy(devices: pd.DataFrame, parts: pd.DataFrame) -> go.Figure:
         y=axis("", showgrid=False, ticks="", type="category", autorange="reversed"),
     )
     figure.update_layout(barmode="stack", bargap=0.35, legend_traceorder="normal")
-    for (part, phase), own in each_group(parts, ["part", "phase"]):
+    for (part, phase), stack in each_group(parts, ["part", "phase"]):
         name = figure_text(part, 40)
         colour, hatch = _IDLE.get(str(part), (PHASE_COLOURS.get(str(phase), "slate"), ""))
         figure.add_bar(
             orientation="h",
-            x=own["mj"] / 1e3,
-            y=[labels[uuid] for uuid in own["device_uuid"]],
+            x=stack["mj"] / 1e3,
+            y=[labels[uuid] for uuid in stack["device_uuid"]],
             name=name,
             marker=_bar(colour, hatch),
             hovertemplate="%{y}: " + name + " %{x:.4g} J<extra></extra>",
         )
-    known = devices[devices["energy_mj"].notna()]
+    measured = devices[devices["energy_mj"].notna()]
     figure.add_scatter(
-        x=known["energy_mj"] / 1e3,
-        y=[labels[uuid] for uuid in known["device_uuid"]],
+        x=measured["energy_mj"] / 1e3,
+        y=[labels[uuid] for uuid in measured["device_uuid"]],
         mode="markers",
         name="energy of the device, 90 % interval",
         marker={
-            "symbol": ["x" if pd.notna(flag) else "diamond" for flag in known["flag"]],
+            "symbol": ["x" if pd.notna(flag) else "diamond" for flag in measured["flag"]],
             "size": 10,
-            "color": [light("warn" if pd.notna(flag) else "ink") for flag in known["flag"]],
+            "color": [light("warn" if pd.notna(flag) else "ink") for flag in measured["flag"]],
             "line": {"width": 1.5, "color": light("paper")},
         },
         error_x={
             "type": "data",
-            "array": (known["error"].fillna(0) * known["energy_mj"]) / 1e3,
+            "array": (measured["error"].fillna(0) * measured["energy_mj"]) / 1e3,
             "color": line("ink")["color"],
             "thickness": 1.5,
             "width": 5,

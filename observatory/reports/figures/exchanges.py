@@ -57,9 +57,9 @@ def layer_anatomy(phases: pd.DataFrame) -> go.Figure:
     )
     # In the order of time, which stacked bars would turn round.
     figure.update_layout(barmode="stack", bargap=0.25, legend_traceorder="normal")
-    for name, own in phases.groupby("name", sort=False):
+    for name, of_name in phases.groupby("name", sort=False):
         colour, hatch = _PHASES.get(str(name), _OTHER)
-        values = own.set_index("layer").reindex(layers)
+        values = of_name.set_index("layer").reindex(layers)
         figure.add_bar(
             x=[str(layer) for layer in layers],
             y=values["mean_s"] * 1e3,

@@ -66,22 +66,22 @@ def clock_plane(
         hoverinfo="skip",
     )
     # Filled marks first: the legend shows the first one.
-    for kind, own in points.sort_values("on_front", ascending=False).groupby("kind", sort=False):
+    for kind, of_kind in points.sort_values("on_front", ascending=False).groupby("kind", sort=False):
         name, colour, marker = _KINDS[str(kind)]
         figure.add_scatter(
-            x=own["slowdown"] * 100,
-            y=own["saving"] * -100,
+            x=of_kind["slowdown"] * 100,
+            y=of_kind["saving"] * -100,
             mode="markers",
             name=name,
             marker={
-                "symbol": [marker if row.on_front else f"{marker}-open" for row in each_row(own)],
+                "symbol": [marker if row.on_front else f"{marker}-open" for row in each_row(of_kind)],
                 "color": light(colour),
                 "size": 13 if kind == "unlocked" else 9,
                 "line": {"width": 1.5, "color": light(colour)},
             },
-            error_x=_bars(own, "slowdown", colour, 100),
-            error_y=_bars(own, "saving", colour, -100),
-            customdata=[_setting(row) for row in each_row(own)],
+            error_x=_bars(of_kind, "slowdown", colour, 100),
+            error_y=_bars(of_kind, "saving", colour, -100),
+            customdata=[_setting(row) for row in each_row(of_kind)],
             hovertemplate="%{customdata}: %{x:.2f} % longer, %{y:.1f} % energy<extra></extra>",
         )
     if chosen is not None:
@@ -158,9 +158,9 @@ def clock_curves(
         first = xaxis == "x"
         if curve[fitted].notna().all():
             _add_curve(figure, curve, fitted, of_curve, axes, legend=first)
-        for kind, own in points.groupby("kind", sort=False):
+        for kind, of_kind in points.groupby("kind", sort=False):
             _add_measured(
-                figure, own[own[measured].notna()], str(kind), measured, of_point, axes, legend=first
+                figure, of_kind[of_kind[measured].notna()], str(kind), measured, of_point, axes, legend=first
             )
         for mhz, name, colour in ((reference_mhz, reference, "muted"), (chosen_mhz, "recommended", "warn")):
             if mhz is not None:
@@ -194,17 +194,17 @@ def _add_curve(
 
 
 def _add_measured(
-    figure: go.Figure, own: pd.DataFrame, kind: str, column: str, factor: float, axes: dict[str, str], *,
+    figure: go.Figure, points: pd.DataFrame, kind: str, column: str, factor: float, axes: dict[str, str], *,
     legend: bool,
 ) -> None:  # fmt: skip
-    if own.empty:
+    if points.empty:
         return
     name, colour, marker = _KINDS[kind]
-    met = (own["label"] == "ok") | ((own["label"] == "power-capped") & (kind == "cap"))
-    own, met = own.loc[met.sort_values(ascending=False).index], met.sort_values(ascending=False)
+    met = (points["label"] == "ok") | ((points["label"] == "power-capped") & (kind == "cap"))
+    points, met = points.loc[met.sort_values(ascending=False).index], met.sort_values(ascending=False)
     figure.add_scatter(
-        x=own["sm_clock_mhz"],
-        y=own[column] * factor,
+        x=points["sm_clock_mhz"],
+        y=points[column] * factor,
         mode="markers",
         name=name,
         showlegend=legend,
@@ -214,16 +214,16 @@ def _add_measured(
             "size": 12 if kind == "unlocked" else 8,
             "line": {"width": 1.5, "color": light(colour)},
         },
-        error_y=_bars(own, column, colour, factor),
-        customdata=[_setting(row) for row in each_row(own)],
+        error_y=_bars(points, column, colour, factor),
+        customdata=[_setting(row) for row in each_row(points)],
         hovertemplate="%{customdata}: %{y:.4g}<extra></extra>",
         **axes,
     )
 
 
-def _bars(own: pd.DataFrame, column: str, colour: str, factor: float) -> dict[str, Any]:
+def _bars(points: pd.DataFrame, column: str, colour: str, factor: float) -> dict[str, Any]:
     """Bars from ``_low`` to ``_high``; with a negative factor the ends change places."""
-    middle, low, high = (own[f"{column}{end}"].astype(float) * factor for end in ("", "_low", "_high"))
+    middle, low, high = (points[f"{column}{end}"].astype(float) * factor for end in ("", "_low", "_high"))
     if factor < 0:
         low, high = high, low
     return bars(middle, low, high, colour)
@@ -233,5 +233,5 @@ def _setting(row: Any) -> str:
     """What was asked for, what came of it."""
     parts = [] if pd.isna(row.requested_mhz) else [f"locked to {row.requested_mhz:.0f} MHz"]
     parts += [] if pd.isna(row.limit_w) else [f"capped at {row.limit_w:.0f} W"]
-    seen = "clock not sampled" if pd.isna(row.sm_clock_mhz) else f"ran at {row.sm_clock_mhz:.0f} MHz"
-    return figure_text(f"{' and '.join(parts) or 'unlocked'}, {seen} ({row.label})", 90)
+    sampled = "clock not sampled" if pd.isna(row.sm_clock_mhz) else f"ran at {row.sm_clock_mhz:.0f} MHz"
+    return figure_text(f"{' and '.join(parts) or 'unlocked'}, {sampled} ({row.label})", 90)

@@ -125,11 +125,11 @@ def _add_line(figure: go.Figure, rows: pd.DataFrame, quantity: str, yaxis: str, 
     name = _SOURCES.get(source, name) if quantity == "power" else name
     x: list[float | None] = []
     y: list[float | None] = []
-    for _, own in rows.groupby("segment", sort=True):
+    for _, segment in rows.groupby("segment", sort=True):
         x += [None] if x else []
         y += [None] if y else []
-        x += np.round(own["time_s"].to_numpy(np.float64), 4).tolist()
-        y += np.round(own["value"].to_numpy(np.float64), 3).tolist()
+        x += np.round(segment["time_s"].to_numpy(np.float64), 4).tolist()
+        y += np.round(segment["value"].to_numpy(np.float64), 3).tolist()
     lonely = len(rows) == rows["segment"].nunique()
     figure.add_scatter(
         x=x,
@@ -167,20 +167,20 @@ def _add_lanes(
     ]
     phases = set(bands["phase"])
     for position, name in enumerate(lanes):
-        own = [stretch for stretch in stretches if stretch[0] == name]
+        lane = [stretch for stretch in stretches if stretch[0] == name]
         is_phase = name in phases and position < len(phases)
-        colour = PHASE_COLOURS.get(name, "slate") if is_phase else "warn" if own[0][1] else "thin"
+        colour = PHASE_COLOURS.get(name, "slate") if is_phase else "warn" if lane[0][1] else "thin"
         figure.add_bar(
             orientation="h",
-            y=[position] * len(own),
-            base=[round(stretch[2], 4) for stretch in own],
-            x=[round(stretch[3] - stretch[2], 4) for stretch in own],
+            y=[position] * len(lane),
+            base=[round(stretch[2], 4) for stretch in lane],
+            x=[round(stretch[3] - stretch[2], 4) for stretch in lane],
             width=0.62,
             yaxis=yaxis,
             name=figure_text(name, 24),
             showlegend=is_phase,
             marker={"color": light(colour), "line": {"width": 0}},
-            customdata=[[round(stretch[2], 3), round(stretch[3], 3)] for stretch in own],
+            customdata=[[round(stretch[2], 3), round(stretch[3], 3)] for stretch in lane],
             hovertemplate=f"{figure_text(name, 24)}: %{{customdata[0]:.2f}} to %{{customdata[1]:.2f}} s"
             "<extra></extra>",
         )

@@ -54,21 +54,21 @@ def predicted_and_measured(checked: pd.DataFrame) -> go.Figure:
     for phase, of_phase in checked.groupby("phase", sort=False):
         colour, marker = _PHASES.get(str(phase), _OTHER)
         outside = of_phase["extrapolated"].notna()
-        for own, ending, symbol in (
+        for selected, ending, symbol in (
             (of_phase[~outside], "", marker),
             (of_phase[outside], ", extrapolated", f"{marker}-open"),
         ):
-            if own.empty:
+            if selected.empty:
                 continue
             figure.add_scatter(
-                x=own["measured_us"],
-                y=own["predicted_us"],
+                x=selected["measured_us"],
+                y=selected["predicted_us"],
                 mode="markers",
                 name=figure_text(phase, 24) + ending,
                 marker={"color": light(colour), "symbol": symbol, "size": 7, "line": line("paper", 0.75)}
                 if not ending
                 else {"color": light(colour), "symbol": symbol, "size": 8},
-                customdata=[_hover(row) for row in each_row(own)],
+                customdata=[_hover(row) for row in each_row(selected)],
                 hovertemplate="%{customdata[0]}<br>measured %{customdata[1]}, predicted %{customdata[2]} "
                 "(%{customdata[3]})%{customdata[4]}<extra></extra>",
             )

@@ -48,15 +48,15 @@ def realism_by_layer(rows: pd.DataFrame) -> go.Figure:
             type="line", xref="paper", x0=0, x1=1, yref=yaxis, y0=level, y1=level, line=line("muted", 1.5)
         )  # fmt: skip
     position = {layer: index for index, layer in enumerate(layers)}
-    for index, (role, own) in enumerate(rows.groupby("role", sort=False)):
+    for index, (role, of_role) in enumerate(rows.groupby("role", sort=False)):
         colour, marker = _ROLES.get(str(role), ("slate", "x"))
-        x = [position[int(layer)] + (2 * index - 1) * _APART for layer in own["layer"]]
-        hover = [_hover(row) for row in each_row(own)]
+        x = [position[int(layer)] + (2 * index - 1) * _APART for layer in of_role["layer"]]
+        hover = [_hover(row) for row in each_row(of_role)]
         for axes, column, unit in ((("x", "y"), "ratio", 1.0), (("x2", "y2"), "extra", 1e-3)):
             names = [column, f"{column}_low", f"{column}_high"]
             if column == "extra":
                 names = ["extra_us", "extra_low_us", "extra_high_us"]
-            middle, low, high = (own[name] * unit for name in names)
+            middle, low, high = (of_role[name] * unit for name in names)
             figure.add_scatter(
                 x=x,
                 y=middle,

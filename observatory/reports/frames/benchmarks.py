@@ -81,70 +81,72 @@ def collect_benchmarks(runs: Sequence[Run], files: BenchmarkFiles) -> BenchmarkF
     """Join the files with the runs; None when there are no files."""
     if not files:
         return None
-    found = _Found()
+    collected = _Found()
     for index, replay in enumerate(files.replays):
-        _add_replay(found, files, index, replay.name, replay.document, runs)
+        _add_replay(collected, files, index, replay.name, replay.document, runs)
     for index, bench in enumerate(files.bench):
-        _add_bench(found, files, index, bench.name, bench.document)
+        _add_bench(collected, files, index, bench.name, bench.document)
     for index, network in enumerate(files.networks):
         for run_index, run in enumerate(runs):
-            _add_own(found, index, network.document, run_index, run)
-    _state_idle_networks(found, files)
+            _add_own(collected, index, network.document, run_index, run)
+    _state_idle_networks(collected, files)
     return BenchmarkFrames(
         files=files,
-        realism=_joined(found.realism, ("replay", "run", "algorithm", "phase", "layer", "role")),
-        checked=_joined(found.checked, _CHECKED).astype({"replay": "Int64", "layer": "Int64"}),
-        points=pd.DataFrame(found.points, columns=list(_POINTS)),
-        curves=pd.DataFrame(found.curves, columns=list(_CURVES)),
-        left_out=pd.DataFrame(found.left_out, columns=list(_LEFT_OUT)).astype({"replay": "Int64"}),
-        gaps=tuple(found.gaps),
+        realism=_joined(collected.realism, ("replay", "run", "algorithm", "phase", "layer", "role")),
+        checked=_joined(collected.checked, _CHECKED).astype({"replay": "Int64", "layer": "Int64"}),
+        points=pd.DataFrame(collected.points, columns=list(_POINTS)),
+        curves=pd.DataFrame(collected.curves, columns=list(_CURVES)),
+        left_out=pd.DataFrame(collected.left_out, columns=list(_LEFT_OUT)).astype({"replay": "Int64"}),
+        gaps=tuple(collected.gaps),
     )
 
 
 def _add_replay(
-    found: _Found, files: BenchmarkFiles, index: int, name: str, result: BenchResult, runs: Sequence[Run]
+    collected: _Found, files: BenchmarkFiles, index: int, name: str, result: BenchResult, runs: Sequence[Run]
 ) -> None:
     """A replay and its run: what realism costs, and what the models predict for it."""
     ids = [run.manifest.run_id for run in runs]
     if result.run_id not in ids:
         of = "does not say of which run it is" if result.run_id is None else f"is of run {result.run_id}"
-        found.gaps.append((name, f"the replay {of}, which is none of the runs in this report: left out"))
+        collected.gaps.append((name, f"the replay {of}, which is none of the runs in this report: left out"))
         return
     wrong = _wrong(result)
     if wrong:
-        found.gaps.append((name, wrong))
+        collected.gaps.append((name, wrong))
         return
     run = ids.index(result.run_id)
     try:
-        found.realism.append(realism(result).assign(replay=index, run=run))
+        collected.realism.append(realism(result).assign(replay=index, run=run))
     except BenchmarkError as error:
-        found.gaps.append((name, f"captured and uniform traffic are not compared: {error}"))
+        collected.gaps.append((name, f"captured and uniform traffic are not compared: {error}"))
     models = _models_of(files, result.backend)
     if files.networks and not models:
-        found.gaps.append((name, _other_backend(result.backend, files)))
+        collected.gaps.append((name, _other_backend(result.backend, files)))
     for network, model in models:
         for cases in _evenly_by_kind(result):
             try:
                 checked = check_predictions(model, result.model_copy(update={"cases": tuple(cases)}))
             except (BenchmarkError, ExchangeError) as error:
                 reason = {"reason": str(error), "exchanges": len(cases)}
-                found.left_out.append({"network": network, "replay": index, "run": run, **reason})
+                collected.left_out.append({"network": network, "replay": index, "run": run, **reason})
                 continue
-            found.checked.append(checked.assign(network=network, replay=index, run=run))
+            collected.checked.append(checked.assign(network=network, replay=index, run=run))
 
 
-def _add_bench(found: _Found, files: BenchmarkFiles, index: int, name: str, result: BenchResult) -> None:
+def _add_bench(collected: _Found, files: BenchmarkFiles, index: int, name: str, result: BenchResult) -> None:
     """A benchmark's points, and the first model of its backend between them."""
     wrong = _wrong(result)
     if wrong:
-        found.gaps.append((name, wrong))
+        collected.gaps.append((name, wrong))
         return
     models = _models_of(files, result.backend)
     if files.networks and not models:
-        found.gaps.append((name, _other_backend(result.backend, files)))
+        collected.gaps.append((name, _other_backend(result.backend, files)))
     if len(models) > 1:
         shown = files.networks[models[0][0]].name
-        found.gaps.append((name, f"several network models of {result.backend}: the curves are of {shown}"))
+        collected.gaps.append(
+            (name, f"several network models of {result.backend}: the curves are of {shown}")
+        )
     series: dict[tuple[str, str, int], list[BenchCase]] = {}
     for case in result.cases:
         series.setdefault((case.algorithm, case.pattern, case.seed), []).append(case)
@@ -159,16 +161,16 @@ def _add_bench(found: _Found, files: BenchmarkFiles, index: int, name: str, resu
                     "network": network,
                     **_predicted(model, case.bytes_PP, result, algorithm, case.role),
                 }
-            found.points.append(point)
+            collected.points.append(point)
         # Splits of other seeds are other matrices: one curve would not be theirs.
         if models and (algorithm, pattern) not in drawn:
             drawn.add((algorithm, pattern))
             network, model = models[0]
             curve = _curve(model, cases, result)
-            found.curves += [{**common, "network": network, **place} for place in curve]
+            collected.curves += [{**common, "network": network, **place} for place in curve]
 
 
-def _add_own(found: _Found, network: int, model: NetworkModel, index: int, run: Run) -> None:
+def _add_own(collected: _Found, network: int, model: NetworkModel, index: int, run: Run) -> None:
     """A run's own exchanges under one model; a run without any says nothing."""
     if not run.row_count("exchange"):
         return
@@ -177,20 +179,20 @@ def _add_own(found: _Found, network: int, model: NetworkModel, index: int, run: 
     except ObservatoryError:
         return  # the sections on exchanges say that they cannot be read
     if len(checked):
-        found.checked.append(checked.assign(network=network, replay=None, run=index))
-    found.left_out += [
+        collected.checked.append(checked.assign(network=network, replay=None, run=index))
+    collected.left_out += [
         {"network": network, "replay": None, "run": index, "reason": row.reason, "exchanges": row.exchanges}
         for row in reasons.itertuples()
     ]
 
 
-def _state_idle_networks(found: _Found, files: BenchmarkFiles) -> None:
+def _state_idle_networks(collected: _Found, files: BenchmarkFiles) -> None:
     """Name the models with which nothing here was compared."""
-    used = {int(frame["network"].iloc[0]) for frame in found.checked if len(frame)}
-    used |= {int(place["network"]) for place in found.curves}
+    used = {int(frame["network"].iloc[0]) for frame in collected.checked if len(frame)}
+    used |= {int(place["network"]) for place in collected.curves}
     for index, network in enumerate(files.networks):
         if index not in used:
-            found.gaps.append(
+            collected.gaps.append(
                 (
                     network.name,
                     f"nothing in this report was measured over {network.document.backend} in a way that this "
@@ -208,8 +210,8 @@ def _models_of(files: BenchmarkFiles, backend: str) -> list[tuple[int, NetworkMo
 
 
 def _other_backend(backend: str, files: BenchmarkFiles) -> str:
-    known = ", ".join(sorted({network.document.backend for network in files.networks}))
-    return f"measured over {backend}, the network models given are of {known}: nothing is predicted for it"
+    backends = ", ".join(sorted({network.document.backend for network in files.networks}))
+    return f"measured over {backend}, the network models given are of {backends}: nothing is predicted for it"
 
 
 def _wrong(result: BenchResult) -> str | None:
@@ -260,14 +262,14 @@ def _predicted(
 ) -> dict[str, Any]:
     """Prediction of one exchange; missing where the model does not know such."""
     try:
-        found = predict_us(model, bytes_PP, result.node_of_P, algorithm=algorithm, role=role)
+        prediction = predict_us(model, bytes_PP, result.node_of_P, algorithm=algorithm, role=role)
     except (BenchmarkError, ExchangeError):
         return {}
     return {
-        "predicted_us": found.us,
-        "low_us": found.low_us,
-        "high_us": found.high_us,
-        "extrapolated": "; ".join(map(sentence, found.extrapolated)) or None,
+        "predicted_us": prediction.us,
+        "low_us": prediction.low_us,
+        "high_us": prediction.high_us,
+        "extrapolated": "; ".join(map(sentence, prediction.extrapolated)) or None,
     }
 
 
@@ -283,11 +285,11 @@ def _curve(model: NetworkModel, cases: Sequence[BenchCase], result: BenchResult)
         between = [] if before is None else np.geomspace(before, size, _BETWEEN + 2)[1:-1].tolist()
         for place in (*between, size):
             scaled_PP = np.rint(case.bytes_PP * (place / size)).astype(np.int64)
-            found = _predicted(model, scaled_PP, result, case.algorithm, case.role)
-            if found:
-                ends = {name: found[name] for name in ("low_us", "high_us")}
+            predicted = _predicted(model, scaled_PP, result, case.algorithm, case.role)
+            if predicted:
+                ends = {name: predicted[name] for name in ("low_us", "high_us")}
                 common = {"size_bytes": place, "leaving": _leaving(case)}
-                places.append({**common, "us": found["predicted_us"], **ends})
+                places.append({**common, "us": predicted["predicted_us"], **ends})
         before = size
     return places
 

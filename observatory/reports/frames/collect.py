@@ -58,14 +58,14 @@ def collect(
         gaps: list[str] = []
         scan_gaps: list[str] = []
         try:
-            own = collect_layer_loads(run)
-            if own:
-                metrics = layer_metrics(own, bootstrap=_BOOTSTRAP)
-                scan, scan_gaps = _scan(run, own, ep_degrees, gpus_per_node)
+            layer_loads = collect_layer_loads(run)
+            if layer_loads:
+                metrics = layer_metrics(layer_loads, bootstrap=_BOOTSTRAP)
+                scan, scan_gaps = _scan(run, layer_loads, ep_degrees, gpus_per_node)
                 gaps += scan_gaps + _notes(metrics)
                 layers.append(metrics.assign(run=index))
-                summaries.append(phase_summary(own, bootstrap=_BOOTSTRAP).assign(run=index))
-                loads.append(_loads_frame(own).assign(run=index))
+                summaries.append(phase_summary(layer_loads, bootstrap=_BOOTSTRAP).assign(run=index))
+                loads.append(_loads_frame(layer_loads).assign(run=index))
                 scans += [] if scan is None else [scan.assign(run=index)]
                 samples = run.token_samples()
                 localities += [] if samples.empty else [local_consistency(samples).assign(run=index)]
@@ -105,12 +105,12 @@ def collect(
 def model_bands(cells: pd.DataFrame) -> pd.DataFrame:
     """Band of each model and phase from its real-text cells: label, phase, band (None for none), reason."""
     rows = []
-    for (label, phase), own in cells.groupby(["label", "phase"], sort=False):
+    for (label, phase), of_model in cells.groupby(["label", "phase"], sort=False):
         texts = {
             row.condition: ConditionGini(
                 gini=float(row.gini), floor=float(row.gini_floor), uniform_limit=float(row.gini_uniform_limit)
             )
-            for row in each_row(own[own["kind"] == "real"])
+            for row in each_row(of_model[of_model["kind"] == "real"])
         }
         band = classify(texts)
         rows.append({"label": label, "phase": phase, "band": band.name, "reason": band.reason})
@@ -138,13 +138,13 @@ def _loads_frame(loads: RunLoads) -> pd.DataFrame:
                 {
                     "phase": phase,
                     "layer": layer,
-                    "expert": np.arange(own.experts),
-                    "load": own.load_E,
-                    "load_odd": own.load_GE[0::2].sum(axis=0),
-                    "load_even": own.load_GE[1::2].sum(axis=0),
+                    "expert": np.arange(layer_loads.experts),
+                    "load": layer_loads.load_E,
+                    "load_odd": layer_loads.load_GE[0::2].sum(axis=0),
+                    "load_even": layer_loads.load_GE[1::2].sum(axis=0),
                 }
             )
-            for (phase, layer), own in loads.items()
+            for (phase, layer), layer_loads in loads.items()
         ],
         ignore_index=True,
     )
@@ -154,7 +154,7 @@ def _scan(
     run: Run, loads: RunLoads, ep_degrees: Sequence[int], gpus_per_node: int
 ) -> tuple[pd.DataFrame | None, list[str]]:
     """Scan over the degrees that divide every layer's experts; the others are stated."""
-    experts = sorted({own.experts for own in loads.values()})
+    experts = sorted({layer_loads.experts for layer_loads in loads.values()})
     fitting = [ep for ep in ep_degrees if ep >= 1 and all(count % ep == 0 for count in experts)]
     gaps = [
         f"EP {ep} is left out of the scan: it does not divide {' and '.join(map(str, experts))} experts"
@@ -170,8 +170,8 @@ def _notes(metrics: pd.DataFrame) -> list[str]:
     """The analysis' remarks, each once with the layers it is about."""
     noted = metrics[metrics["notes"] != ""]
     return [
-        f"{phase}, {len(own)} of {(metrics['phase'] == phase).sum()} layers: {note}"
-        for (phase, note), own in noted.groupby(["phase", "notes"], sort=False)
+        f"{phase}, {len(rows)} of {(metrics['phase'] == phase).sum()} layers: {note}"
+        for (phase, note), rows in noted.groupby(["phase", "notes"], sort=False)
     ]
 
 

@@ -76,8 +76,8 @@ def _committees(loads: pd.DataFrame, column: str) -> dict[_Key, _Set]:
 def _histograms(loads: pd.DataFrame, column: str) -> dict[Any, NDArray[np.int64]]:
     """Loads per run, phase and layer; an expert's position is its id."""
     return {
-        key: own.to_numpy(dtype=np.int64)
-        for key, own in loads.groupby(["run", "phase", "layer"], sort=False)[column]
+        key: load.to_numpy(dtype=np.int64)
+        for key, load in loads.groupby(["run", "phase", "layer"], sort=False)[column]
     }
 
 

@@ -45,7 +45,7 @@ class ExchangeFrames:
 
 def collect_exchanges(runs: Sequence[Run]) -> ExchangeFrames | None:
     """Read the exchanges and spans of every run, one run at a time; None when no run holds any."""
-    found: dict[str, list[pd.DataFrame]] = {
+    parts_of: dict[str, list[pd.DataFrame]] = {
         name: [] for name in ("phases", "layers", "ranks", "traffic", "unknown")
     }
     gaps: list[tuple[int, str]] = []
@@ -54,14 +54,14 @@ def collect_exchanges(runs: Sequence[Run]) -> ExchangeFrames | None:
             continue
         try:
             for name, frame in _frames_of(run).items():
-                found[name].append(frame.assign(run=index))
+                parts_of[name].append(frame.assign(run=index))
         except ObservatoryError as error:
             gaps.append((index, str(error)))
-    if not gaps and not any(len(frame) for frames in found.values() for frame in frames):
+    if not gaps and not any(len(frame) for frames in parts_of.values() for frame in frames):
         return None
     joined = {
         name: pd.concat(frames, ignore_index=True) if frames else pd.DataFrame({"run": [], "phase": []})
-        for name, frames in found.items()
+        for name, frames in parts_of.items()
     }
     return ExchangeFrames(**joined, gaps=tuple(gaps))
 
@@ -76,15 +76,17 @@ def _frames_of(run: Run) -> dict[str, pd.DataFrame]:
     return {
         "phases": critical_path(spans, waits),
         "layers": layer_waits(waits),
-        "ranks": pd.concat([rank_waits(own).assign(phase=phase) for phase, own in phases.items()]),
+        "ranks": pd.concat(
+            [rank_waits(phase_waits).assign(phase=phase) for phase, phase_waits in phases.items()]
+        ),
         "traffic": exchange_traffic(
             run.exchanges(), ranks=topology.ranks, node_of_rank=topology.node_of_rank
         ),
         "unknown": pd.DataFrame(
             [
                 {"phase": phase, **row}
-                for phase, own in phases.items()
-                for row in problems_of(own).to_dict("records")
+                for phase, phase_waits in phases.items()
+                for row in problems_of(phase_waits).to_dict("records")
             ],
             columns=["phase", "code", "reason", "rows"],
         ),

@@ -162,7 +162,7 @@ def _points(index: int, file: ClockFile) -> list[dict[str, Any]]:
     ]
 
 
-def _point(setting: Setting, advice: SeriesAdvice, own: dict[str, Any]) -> dict[str, Any]:
+def _point(setting: Setting, advice: SeriesAdvice, key: dict[str, Any]) -> dict[str, Any]:
     plane = next(
         (
             point
@@ -173,7 +173,7 @@ def _point(setting: Setting, advice: SeriesAdvice, own: dict[str, Any]) -> dict[
         None,
     )
     return {
-        **own,
+        **key,
         "kind": setting.kind,
         "label": setting.label,
         "requested_mhz": setting.requested_sm_clock_mhz,

@@ -117,25 +117,25 @@ class _Found:
 
 def collect_power(runs: Sequence[Run]) -> PowerFrames:
     """Read the power of every run, one run at a time."""
-    found = _Found()
+    collected = _Found()
     for index, run in enumerate(runs):
         if not run.row_count("power"):
-            found.absent.append((index, _why_absent(run)))
+            collected.absent.append((index, _why_absent(run)))
             continue
         try:
-            _add_run(found, index, run)
+            _add_run(collected, index, run)
         except ObservatoryError as error:
-            found.absent.append((index, f"its power cannot be read: {error}"))
+            collected.absent.append((index, f"its power cannot be read: {error}"))
     joined = {
         name: pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(_COLUMNS[name]))
-        for name, frames in found.frames.items()
+        for name, frames in collected.frames.items()
     }
     return PowerFrames(
         **joined,
-        absent=tuple(found.absent),
-        gaps=tuple(dict.fromkeys(found.gaps)),
-        notes=tuple(found.notes),
-        held=tuple(found.held),
+        absent=tuple(collected.absent),
+        gaps=tuple(dict.fromkeys(collected.gaps)),
+        notes=tuple(collected.notes),
+        held=tuple(collected.held),
     )
 
 
@@ -160,42 +160,44 @@ def _why_absent(run: Run) -> str:
     )
 
 
-def _add_run(found: _Found, index: int, run: Run) -> None:
+def _add_run(collected: _Found, index: int, run: Run) -> None:
     power = run.power().sort_values("time_ns", kind="stable")
     summary = energy_summary(run)
-    found.gaps += [(index, reason_words(problem)) for problem in summary.problems]
+    collected.gaps += [(index, reason_words(problem)) for problem in summary.problems]
     # What the run itself says stands among its own gaps already.
     notes = [note for power in _powers(run) for note in power.notes if note not in run.manifest.notes]
-    found.gaps += [(index, note) for note in notes]
+    collected.gaps += [(index, note) for note in notes]
     flagged = summary.devices[summary.devices["flag"].notna()]
-    found.gaps += [
+    collected.gaps += [
         (index, f"device {uuid}: {flag}")
         for uuid, flag in zip(flagged["device_uuid"], flagged["flag"], strict=True)
     ]
     for name in ("devices", "phases", "tokens", "totals", "aliasing"):
-        found.frames[name].append(getattr(summary, name).assign(run=index))
-    seen = telemetry_advice(run)
-    found.frames["seen"].append(pd.DataFrame([_numbers(item) for item in seen.devices]).assign(run=index))
-    for item in seen.devices:
+        collected.frames[name].append(getattr(summary, name).assign(run=index))
+    telemetry = telemetry_advice(run)
+    collected.frames["seen"].append(
+        pd.DataFrame([_numbers(item) for item in telemetry.devices]).assign(run=index)
+    )
+    for item in telemetry.devices:
         if item.phase is None:
             coded = list(zip(item.finding_codes, item.findings, strict=True))
-            found.notes += [(index, item.device_uuid, text) for _, text in coded]
-            found.held += [(index, item.device_uuid, text) for code, text in coded if code in _HELD]
+            collected.notes += [(index, item.device_uuid, text) for _, text in coded]
+            collected.held += [(index, item.device_uuid, text) for code, text in coded if code in _HELD]
     groups = {
-        (int(own["source_rank"].iloc[0]), str(uuid)): own
-        for (_, uuid), own in power.groupby(["source_rank", "device_uuid"], sort=True)
+        (int(key_columns["source_rank"].iloc[0]), str(uuid)): key_columns
+        for (_, uuid), key_columns in power.groupby(["source_rank", "device_uuid"], sort=True)
     }
     left_out = list(groups)[MOST_DEVICES:]
     if left_out:
-        found.gaps.append(
+        collected.gaps.append(
             (index, f"the course of {len(left_out)} of {len(groups)} devices is not drawn, only their energy")
         )
     shown = list(groups)[:MOST_DEVICES]
     bands = device_bands(run, shown)
     starts_ns = {key[0]: int(power.loc[power["source_rank"] == key[0], "time_ns"].min()) for key in shown}
     for key in shown:
-        own = {"run": index, "device_uuid": key[1], "sampled_by": key[0]}
-        _add_device(found, run, groups[key], bands[key], starts_ns[key[0]], own)
+        key_columns = {"run": index, "device_uuid": key[1], "sampled_by": key[0]}
+        _add_device(collected, run, groups[key], bands[key], starts_ns[key[0]], key_columns)
 
 
 def _numbers(item: DeviceTelemetry) -> dict[str, Any]:
@@ -207,48 +209,54 @@ def _numbers(item: DeviceTelemetry) -> dict[str, Any]:
 
 
 def _add_device(
-    found: _Found, run: Run, rows: pd.DataFrame, bands: DeviceBands, start_ns: int, own: dict[str, Any]
+    collected: _Found,
+    run: Run,
+    rows: pd.DataFrame,
+    bands: DeviceBands,
+    start_ns: int,
+    key_columns: dict[str, Any],
 ) -> None:
     """Traces, points, bands and reasons of one device."""
     time_ns = rows["time_ns"].to_numpy(np.int64)
     period_ns = int(np.median(np.diff(time_ns))) if len(time_ns) > 1 else 50_000_000
     span_ns = max(int(time_ns[-1] - time_ns[0]), 1)
-    spec = run.manifest.device_specs.get(own["device_uuid"])
+    spec = run.manifest.device_specs.get(key_columns["device_uuid"])
     traces = []
     for quantity, (column, factor) in _QUANTITIES.items():
         points, source = _points(rows, quantity, column, period_ns)
         trace = {
-            **own, "device": None if spec is None else spec.name, "quantity": quantity, "source": source,
+            **key_columns,
+            "device": None if spec is None else spec.name, "quantity": quantity, "source": source,
             "samples": len(rows), "drawn": len(points), "seconds": span_ns * 1e-9,
-            "reason": None if len(points) else _why_unread(run, str(own["device_uuid"]), column),
+            "reason": None if len(points) else _why_unread(run, str(key_columns["device_uuid"]), column),
         }  # fmt: skip
         traces.append(trace)
         if len(points):
-            found.frames["samples"].append(
+            collected.frames["samples"].append(
                 points.assign(
-                    **own,
+                    **key_columns,
                     quantity=quantity,
                     time_s=(points["time_ns"] - start_ns) * 1e-9,
                     value=points["value"] * factor,
                 ).drop(columns="time_ns")
             )
-    found.frames["traces"].append(pd.DataFrame(traces))
+    collected.frames["traces"].append(pd.DataFrame(traces))
     if bands.reason is not None:
-        found.gaps.append(
+        collected.gaps.append(
             (
-                int(own["run"]),
-                f"device {own['device_uuid']}: no phases are drawn: {reason_words(bands.reason)}",
+                int(key_columns["run"]),
+                f"device {key_columns['device_uuid']}: no phases are drawn: {reason_words(bands.reason)}",
             )
         )
     elif not bands.of_device:
         text = f"the phases are those of rank {bands.rank}, which sampled it; it may work for others too"
-        found.notes.append((int(own["run"]), str(own["device_uuid"])[:128], text))
+        collected.notes.append((int(key_columns["run"]), str(key_columns["device_uuid"])[:128], text))
     closer_ns = max(span_ns // _PARTS, 1)
     for phase in dict.fromkeys(bands.phase):
         chosen = np.array([name == phase for name in bands.phase])
         begin, end = bands.start_ns[chosen], bands.end_ns[chosen]
-        found.frames["bands"].append(
-            _stretches(begin, end, closer_ns, start_ns, "spans", own | {"phase": phase})
+        collected.frames["bands"].append(
+            _stretches(begin, end, closer_ns, start_ns, "spans", key_columns | {"phase": phase})
         )
     known = rows[rows["event_reasons"].notna()]
     stretches = list(
@@ -259,8 +267,8 @@ def _add_device(
     )  # fmt: skip
     for bit in dict.fromkeys(stretch[0] for stretch in stretches):
         edges = np.array([stretch[1:] for stretch in stretches if stretch[0] == bit], dtype=np.int64)
-        found.frames["reasons"].append(
-            _stretches(edges[:, 0], edges[:, 1], closer_ns, start_ns, "stretches", own | {"bit": bit})
+        collected.frames["reasons"].append(
+            _stretches(edges[:, 0], edges[:, 1], closer_ns, start_ns, "stretches", key_columns | {"bit": bit})
         )
 
 
@@ -270,14 +278,14 @@ def _stretches(
     closer_ns: int,
     start_ns: int,
     count: str,
-    own: dict[str, Any],
+    key_columns: dict[str, Any],
 ) -> pd.DataFrame:
     """Rows of stretches, neighbours joined; ``count`` names the column of how many each joins."""
     start, end = joined_stretches(begin_ns, end_ns, closer_ns=closer_ns)
     joined = np.searchsorted(np.sort(begin_ns), end, side="left") - np.searchsorted(np.sort(begin_ns), start)
     return pd.DataFrame(
         {"start_s": (start - start_ns) * 1e-9, "end_s": (end - start_ns) * 1e-9, count: joined}
-    ).assign(**own)
+    ).assign(**key_columns)
 
 
 def _points(

@@ -127,9 +127,9 @@ def in_reading_order(frame: pd.DataFrame) -> pd.DataFrame:
 def condition_order(runs: pd.DataFrame) -> list[str]:
     """Conditions: real text, then what the user named, then altered text, mock last."""
     rank = {"real": 0, "unstated": 1, "altered": 2, "mock": 3}
-    known = {name: index for index, name in enumerate(_KNOWN_CONDITIONS)}
+    place = {name: index for index, name in enumerate(_KNOWN_CONDITIONS)}
     pairs = dict.fromkeys(zip(runs["kind"], runs["condition"], strict=True))
-    ordered = sorted(pairs, key=lambda pair: (rank[pair[0]], known.get(pair[1], len(known))))
+    ordered = sorted(pairs, key=lambda pair: (rank[pair[0]], place.get(pair[1], len(place))))
     return list(dict.fromkeys(condition for _, condition in ordered))
 
 
@@ -150,10 +150,10 @@ def label_runs(facts: tuple[RunFacts, ...]) -> list[str]:
         lambda fact: f" (run {fact.run + 1})",
     )
     for suffix in suffixes:
-        seen: dict[tuple[str, str], list[int]] = {}
+        runs_of: dict[tuple[str, str], list[int]] = {}
         for index, fact in enumerate(facts):
-            seen.setdefault((labels[index], fact.condition), []).append(index)
-        for members in seen.values():
+            runs_of.setdefault((labels[index], fact.condition), []).append(index)
+        for members in runs_of.values():
             endings = {index: suffix(facts[index]) for index in members}
             if len(members) > 1 and len(set(endings.values())) > 1:
                 for index, ending in endings.items():

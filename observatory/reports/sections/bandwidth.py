@@ -20,9 +20,9 @@ _TITLE = "Bandwidth, latency and the fitted model"
 _MOST_ROWS = 120
 
 
-def bandwidth_section(found: BenchmarkFrames) -> Section:
+def bandwidth_section(benchmarks: BenchmarkFrames) -> Section:
     """A figure per benchmark and pattern, and what was fitted."""
-    variants = _variants(found)
+    variants = _variants(benchmarks)
     blocks: list[Block] = []
     if variants:
         blocks.append(
@@ -36,7 +36,7 @@ def bandwidth_section(found: BenchmarkFrames) -> Section:
                 variants=variants,
             )
         )
-    for given in found.files.networks:
+    for given in benchmarks.files.networks:
         name = shorten(given.name, 32)
         for fit in given.document.fits:
             blocks += [_coefficient_table(name, given.document.backend, fit), _form_table(name, fit)]
@@ -44,19 +44,19 @@ def bandwidth_section(found: BenchmarkFrames) -> Section:
         id="bandwidth",
         title=_TITLE,
         short="Bandwidth and model",
-        lead=_lead(found),
+        lead=_lead(benchmarks),
         blocks=tuple(blocks),
     )
 
 
-def _lead(found: BenchmarkFrames) -> tuple[str, ...]:
+def _lead(benchmarks: BenchmarkFrames) -> tuple[str, ...]:
     lead: tuple[str, ...] = ()
-    if found.files.bench:
+    if benchmarks.files.bench:
         lead += (
             "Synthetic exchanges of known size and splits, every byte checked. Ranks start together; the "
             "time of an exchange runs from the last start to the last end.",
         )
-    if not found.files.networks:
+    if not benchmarks.files.networks:
         return (*lead, "No network model was given: observatory fit makes one from these files (--network).")
     return (
         *lead,
@@ -67,21 +67,23 @@ def _lead(found: BenchmarkFrames) -> tuple[str, ...]:
     )
 
 
-def _variants(found: BenchmarkFrames) -> tuple[Variant, ...]:
+def _variants(benchmarks: BenchmarkFrames) -> tuple[Variant, ...]:
     variants = []
-    for (bench, pattern), own in each_group(found.points, ["bench", "pattern"]):
-        sized = own[own["size_bytes"] > 0]
+    for (bench, pattern), points in each_group(benchmarks.points, ["bench", "pattern"]):
+        sized = points[points["size_bytes"] > 0]
         if sized.empty:
             continue
-        curves = found.curves[(found.curves["bench"] == bench) & (found.curves["pattern"] == pattern)]
-        variants.append(_variant(found, int(bench), str(pattern), sized, curves))
+        curves = benchmarks.curves[
+            (benchmarks.curves["bench"] == bench) & (benchmarks.curves["pattern"] == pattern)
+        ]
+        variants.append(_variant(benchmarks, int(bench), str(pattern), sized, curves))
     return tuple(variants)
 
 
 def _variant(
-    found: BenchmarkFrames, bench: int, pattern: str, points: pd.DataFrame, curves: pd.DataFrame
+    benchmarks: BenchmarkFrames, bench: int, pattern: str, points: pd.DataFrame, curves: pd.DataFrame
 ) -> Variant:
-    given = found.files.bench[bench]
+    given = benchmarks.files.bench[bench]
     result = given.document
     ranks = f"{result.ranks} {'rank' if result.ranks == 1 else 'ranks'}"
     count_of = len(set(result.node_of_P))
@@ -98,8 +100,8 @@ def _variant(
         alt=f"Curves for {where}: from {microseconds(points['us'].min())} to "
         f"{microseconds(points['us'].max())}, bus bandwidth up to {number(best.busbw)} GB/s.",
         note=f"{where}. {_protocol(result)} Highest bus bandwidth {_gb(best.busbw)} at "
-        f"{bytes_text(best.size_bytes)} a rank ({shorten(best.algorithm, 24)}).{_empty(found, bench)}"
-        + _about_model(found, bench, points, curves),
+        f"{bytes_text(best.size_bytes)} a rank ({shorten(best.algorithm, 24)}).{_empty(benchmarks, bench)}"
+        + _about_model(benchmarks, bench, points, curves),
         numbers=_numbers(points, where),
     )
 
@@ -109,28 +111,34 @@ def _protocol(result: BenchResult) -> str:
     return f"{result.repeats} repeats of {result.iterations} exchanges after {rounds}."
 
 
-def _empty(found: BenchmarkFrames, bench: int) -> str:
+def _empty(benchmarks: BenchmarkFrames, bench: int) -> str:
     """What an exchange of nothing took."""
-    nothing = found.points[(found.points["bench"] == bench) & (found.points["size_bytes"] == 0)]
+    nothing = benchmarks.points[
+        (benchmarks.points["bench"] == bench) & (benchmarks.points["size_bytes"] == 0)
+    ]
     latencies = [f"{microseconds(row.us)} ({shorten(row.algorithm, 24)})" for row in each_row(nothing)]
     return f" An empty exchange takes {listing(latencies)}." if latencies else ""
 
 
-def _about_model(found: BenchmarkFrames, bench: int, points: pd.DataFrame, curves: pd.DataFrame) -> str:
-    if not found.files.networks:
+def _about_model(benchmarks: BenchmarkFrames, bench: int, points: pd.DataFrame, curves: pd.DataFrame) -> str:
+    if not benchmarks.files.networks:
         return ""
     missing = [name for name in dict.fromkeys(points["algorithm"]) if name not in set(curves["algorithm"])]
     no_model = f" No model for {listing([shorten(name, 24) for name in missing])}." if missing else ""
-    known = points.dropna(subset=["predicted_us"])
-    if known.empty:
+    predicted = points.dropna(subset=["predicted_us"])
+    if predicted.empty:
         return no_model
-    error = ((known["predicted_us"] - known["us"]).abs() / known["us"]).median()
-    network = found.files.networks[int(known["network"].iloc[0])]
-    seen = found.files.bench[bench].path.name in network.document.sources
+    error = ((predicted["predicted_us"] - predicted["us"]).abs() / predicted["us"]).median()
+    network = benchmarks.files.networks[int(predicted["network"].iloc[0])]
+    fitted_to_it = benchmarks.files.bench[bench].path.name in network.document.sources
     return (
         f"{no_model} Fitted model: {shorten(network.name, 32)}, median distance from these points "
         f"{percent(error)}; "
-        + ("it was fitted to a file of this name." if seen else "it was not fitted to a file of this name.")
+        + (
+            "it was fitted to a file of this name."
+            if fitted_to_it
+            else "it was not fitted to a file of this name."
+        )
     )
 
 
@@ -203,7 +211,7 @@ def _value_cells(item: Coefficient) -> tuple[Cell, Cell]:
         )
     scale = 1e6 if per_byte else 1.0
     low, high = item.low_us, item.high_us
-    known = low is not None and high is not None
+    has_interval = low is not None and high is not None
     value = Cell(
         text=f"{item.us_per_unit * scale:.4g}",
         detail=f"{low * scale:.4g} – {high * scale:.4g}" if low is not None and high is not None else "",
@@ -213,7 +221,7 @@ def _value_cells(item: Coefficient) -> tuple[Cell, Cell]:
     if not item.us_per_unit > 0:
         return value, Cell(text=MISSING, detail="costs nothing measurable")
     ends = ""
-    if known and high:
+    if has_interval and high:
         ends = f"{1e-3 / high:.3g} – {1e-3 / low:.3g}" if low else f"at least {1e-3 / high:.3g}"
     return value, Cell(text=f"{1e-3 / item.us_per_unit:.3g}", detail=ends)
 

@@ -58,8 +58,8 @@ def _result(given: Given[BenchResult], what: str) -> FileRecord:
         ("commit", result.git_sha),
     ]
     for index, host in enumerate(result.hosts):
-        known = (f"{name} {value}" for name, value in host if value is not None and name != "name")
-        pairs.append((f"host {index + 1}", ", ".join((host.name, *known))))
+        items = (f"{name} {value}" for name, value in host if value is not None and name != "name")
+        pairs.append((f"host {index + 1}", ", ".join((host.name, *items))))
     versions = sorted(result.software.items())
     pairs += [("software", ", ".join(f"{name} {version}" for name, version in versions))]
     pairs += [("note", note) for note in result.notes]

@@ -109,8 +109,8 @@ def _overlaps(overlaps: pd.DataFrame) -> Table:
 
 
 def _locality(frames: ReportFrames) -> Table:
-    known = frames.locality[frames.locality["segments"] > 0].merge(frames.runs, on="run")
-    groups = known.groupby(["label", "condition", "phase"], sort=False)
+    sampled = frames.locality[frames.locality["segments"] > 0].merge(frames.runs, on="run")
+    groups = sampled.groupby(["label", "condition", "phase"], sort=False)
     means = groups[["hit_share", "hit_share_shuffled", "locality_gain"]].mean()
     ranges = groups[["segments", "segment_tokens", "cached_experts"]].max()
     return table(

@@ -49,13 +49,13 @@ def layer_window_text(layers: pd.DataFrame) -> str:
 
 def phases_in(rows: pd.DataFrame) -> list[str]:
     """Phases present: those of runs in their order, then whatever else a file says."""
-    known = phases_of(rows)
-    return [*known, *(phase for phase in rows["phase"].dropna().unique() if phase not in known)]
+    phases = phases_of(rows)
+    return [*phases, *(phase for phase in rows["phase"].dropna().unique() if phase not in phases)]
 
 
-def replay_name(frames: ReportFrames, found: BenchmarkFrames, replay: int) -> str:
+def replay_name(frames: ReportFrames, benchmarks: BenchmarkFrames, replay: int) -> str:
     """Whose traffic a replay sent, over how many ranks of which fabric."""
-    given = found.files.replays[replay]
+    given = benchmarks.files.replays[replay]
     ids = [fact.manifest.run_id for fact in frames.facts]
     run = ids.index(given.document.run_id or "") if given.document.run_id in ids else 0
     label, condition = frames.runs.loc[run, ["label", "condition"]]

@@ -39,12 +39,12 @@ _ALIASING = (
 
 def energy_section(frames: ReportFrames) -> Section:
     """Per token, per device, and the tables behind both; empty without power samples."""
-    found = frames.power
-    assert found is not None
-    if not found.runs:
+    power = frames.power
+    assert power is not None
+    if not power.runs:
         return Section(id="energy", title=_TITLE)
-    tokens = [variant for run in found.runs if (variant := _token_variant(frames, found, run))]
-    devices = [variant for run in found.runs if (variant := _device_variant(frames, found, run))]
+    tokens = [variant for run in power.runs if (variant := _token_variant(frames, power, run))]
+    devices = [variant for run in power.runs if (variant := _device_variant(frames, power, run))]
     blocks: list[Block] = []
     if tokens:
         blocks.append(
@@ -71,17 +71,17 @@ def energy_section(frames: ReportFrames) -> Section:
                 variants=tuple(devices),
             )
         )
-    if len(found.phases):
-        blocks.append(_phase_table(frames, found))
-    aliased = _aliased(found)
+    if len(power.phases):
+        blocks.append(_phase_table(frames, power))
+    aliased = _aliased(power)
     if len(aliased) > _MOST_WARNINGS:
         blocks.append(_aliasing_table(frames, aliased))
     lead = (
         "A phase is measured alone where it fills windows of five seconds or more (repetition), else by "
         "least squares over the shares of time, and not at all where neither can determine it: "
         "then the reason is given. Counter and integrated power are computed apart and compared.",
-        *_why_no_tokens(frames, found, tokens),
-        *_aliasing_sentences(frames, found),
+        *_why_no_tokens(frames, power, tokens),
+        *_aliasing_sentences(frames, power),
     )
     return Section(id="energy", title=_TITLE, short="Energy per token", lead=lead, blocks=tuple(blocks))
 
@@ -90,9 +90,9 @@ def _text(value: Any) -> str:
     return "" if value is None or pd.isna(value) else plain(value)
 
 
-def _token_variant(frames: ReportFrames, found: PowerFrames, run: int) -> Variant | None:
-    own = found.tokens[found.tokens["run"] == run]
-    known = own[own["mj_per_token"].notna()]
+def _token_variant(frames: ReportFrames, power: PowerFrames, run: int) -> Variant | None:
+    of_run = power.tokens[power.tokens["run"] == run]
+    known = of_run[of_run["mj_per_token"].notna()]
     if known.empty:
         return None
     ordered = pd.concat([known[known["phase"] == phase] for phase in phases_of(known)])
@@ -114,23 +114,23 @@ def _token_variant(frames: ReportFrames, found: PowerFrames, run: int) -> Varian
         note=f"{where}: {'; '.join(sentences)}."
         + (f" {left_out} ranks with less energy per token are not drawn." if left_out else "")
         + _flagged(shown),
-        numbers=_token_table(own, found.totals[found.totals["run"] == run], where),
+        numbers=_token_table(of_run, power.totals[power.totals["run"] == run], where),
     )
 
 
 def _flagged(shown: pd.DataFrame) -> str:
     """Sentences on the numbers that are flagged, each with whose it is."""
     return "".join(
-        f" Flagged, {listing([f'{row.phase} on rank {row.source_rank}' for row in each_row(own)])}: "
+        f" Flagged, {listing([f'{row.phase} on rank {row.source_rank}' for row in each_row(rows)])}: "
         f"{_text(flag)}."
-        for flag, own in shown[shown["flag"].notna()].groupby("flag", sort=False)
+        for flag, rows in shown[shown["flag"].notna()].groupby("flag", sort=False)
     )
 
 
-def _token_table(own: pd.DataFrame, totals: pd.DataFrame, where: str) -> Table:
+def _token_table(tokens: pd.DataFrame, totals: pd.DataFrame, where: str) -> Table:
     whole = [{**row, "source_rank": f"all {row['ranks']}"} for row in frame_records(totals)]
-    rows = [*whole, *frame_records(own.head(_MOST_ROWS))]
-    return _energy_table(f"{where}: energy per token", TOKEN_COLUMNS, rows, len(own))
+    rows = [*whole, *frame_records(tokens.head(_MOST_ROWS))]
+    return _energy_table(f"{where}: energy per token", TOKEN_COLUMNS, rows, len(tokens))
 
 
 def _energy_table(
@@ -143,13 +143,13 @@ def _energy_table(
     return frame_table(caption, (*columns, _REMARK), remarked, note=f"{note}{_more(of_rows)}".strip())
 
 
-def _device_variant(frames: ReportFrames, found: PowerFrames, run: int) -> Variant | None:
-    devices = found.devices[(found.devices["run"] == run)]
+def _device_variant(frames: ReportFrames, power: PowerFrames, run: int) -> Variant | None:
+    devices = power.devices[(power.devices["run"] == run)]
     known = devices[devices["energy_mj"].notna()].sort_values("energy_mj", ascending=False).head(_MOST_BARS)
     if known.empty:
         return None
     where = run_text(frames, run)
-    parts = _parts(known, found.phases[(found.phases["run"] == run) & found.phases["span"].isna()])
+    parts = _parts(known, power.phases[(power.phases["run"] == run) & power.phases["span"].isna()])
     whole = float(known["energy_mj"].sum())
     shares = parts.groupby("part", sort=False)["mj"].sum() / whole
     return Variant(
@@ -171,12 +171,14 @@ def _parts(devices: pd.DataFrame, phases: pd.DataFrame) -> pd.DataFrame:
     """
     rows: list[dict[str, object]] = []
     for device in each_row(devices):
-        own = phases[(phases["device_uuid"] == device.device_uuid) & phases["energy_mj"].notna()]
-        ran = own[own["phase"] != "idle"]
+        of_device = phases[(phases["device_uuid"] == device.device_uuid) & phases["energy_mj"].notna()]
+        ran = of_device[of_device["phase"] != "idle"]
         pieces = [_piece(row) for phase in phases_of(ran) for row in each_row(ran[ran["phase"] == phase])]
         idle = sum(float(row.energy_mj) for row in each_row(ran)) - sum(mj for _, _, mj in pieces)
         pieces.append(("idle power during phases", "", idle))
-        pieces.append(("idle time", "", float(own.loc[own["phase"] == "idle", "energy_mj"].sum())))
+        pieces.append(
+            ("idle time", "", float(of_device.loc[of_device["phase"] == "idle", "energy_mj"].sum()))
+        )
         rest = float(device.energy_mj) - sum(mj for _, _, mj in pieces)
         if rest > _NOT_ATTRIBUTED * device.energy_mj:
             pieces.append(("not attributed", "", rest))
@@ -206,10 +208,10 @@ def _device_table(devices: pd.DataFrame, where: str) -> Table:
     return _energy_table(f"{where}: energy of each device", DEVICE_COLUMNS, rows, len(devices))
 
 
-def _phase_table(frames: ReportFrames, found: PowerFrames) -> Table:
-    several = len(found.runs) > 1
-    one_device = not several and found.phases["device_uuid"].nunique() == 1
-    shown = _alike_as_one(_in_order(found.phases))
+def _phase_table(frames: ReportFrames, power: PowerFrames) -> Table:
+    several = len(power.runs) > 1
+    one_device = not several and power.phases["device_uuid"].nunique() == 1
+    shown = _alike_as_one(_in_order(power.phases))
     rows = []
     for row in frame_records(shown.head(_MOST_ROWS)):
         whose = "" if one_device else shorten(row["device_uuid"], 20)
@@ -254,32 +256,32 @@ def _more(rows: int) -> str:
     return f" {rows - _MOST_ROWS} more rows: observatory energy RUN." if rows > _MOST_ROWS else ""
 
 
-def _why_no_tokens(frames: ReportFrames, found: PowerFrames, shown: list[Variant]) -> list[str]:
+def _why_no_tokens(frames: ReportFrames, power: PowerFrames, shown: list[Variant]) -> list[str]:
     """Runs without any energy per token, and why."""
     labels = {variant.label for variant in shown}
     sentences = []
-    for run in found.runs:
+    for run in power.runs:
         if run_text(frames, run) in labels:
             continue
-        own = found.tokens[found.tokens["run"] == run]
-        of_devices = found.devices.loc[found.devices["run"] == run, "reason"]
-        reasons = [*map(_text, own["reason"].dropna()), *map(_text, of_devices.dropna())]
+        tokens = power.tokens[power.tokens["run"] == run]
+        of_devices = power.devices.loc[power.devices["run"] == run, "reason"]
+        reasons = [*map(_text, tokens["reason"].dropna()), *map(_text, of_devices.dropna())]
         why = "; ".join(dict.fromkeys(reasons)) or "no phases of it are known"
         sentences.append(f"{run_text(frames, run)} has no energy per token: {shorten(why, 600)}.")
     return sentences
 
 
-def _aliased(found: PowerFrames) -> pd.DataFrame:
+def _aliased(power: PowerFrames) -> pd.DataFrame:
     """Phases whose steps move in time with the sensor, the worst first."""
-    rows = found.aliasing
+    rows = power.aliasing
     if rows.empty:
         return rows
     return rows[rows["error"] > TOLERATED].sort_values("error", ascending=False, kind="stable")
 
 
-def _aliasing_sentences(frames: ReportFrames, found: PowerFrames) -> list[str]:
+def _aliasing_sentences(frames: ReportFrames, power: PowerFrames) -> list[str]:
     """Warnings of what the sensor could not see."""
-    rows = _aliased(found)
+    rows = _aliased(power)
     sentences = [
         f"Warning: in {run_text(frames, row.run)}, steps of {plain(row.phase)} take "
         f"{number(row.step_period_ms, 1)} ms and move in time with the power sensor (update period "

@@ -34,35 +34,37 @@ def _name(frames: ReportFrames, run: int) -> str:
     return shorten(frames.runs.loc[run, "label"], 48)
 
 
-def _time(frames: ReportFrames, found: ExchangeFrames) -> Iterator[str]:
+def _time(frames: ReportFrames, exchanges: ExchangeFrames) -> Iterator[str]:
     """Per phase: the run with most ranks, its time in exchanges, and whom its ranks wait for."""
-    for phase in phases_in(found.phases):
-        own = found.phases[(found.phases["phase"] == phase)].merge(frames.runs[["run", "ranks"]], on="run")
-        if own.empty or int(own["ranks"].max()) < 2:
+    for phase in phases_in(exchanges.phases):
+        of_phase = exchanges.phases[(exchanges.phases["phase"] == phase)].merge(
+            frames.runs[["run", "ranks"]], on="run"
+        )
+        if of_phase.empty or int(of_phase["ranks"].max()) < 2:
             continue
-        run = int(own.sort_values("ranks", ascending=False, kind="stable")["run"].iloc[0])
-        own = own[own["run"] == run]
-        whole = float(own["mean_s"].sum())
-        meeting = float(own.loc[own["name"].isin(EXCHANGE_SPANS), "mean_s"].sum())
+        run = int(of_phase.sort_values("ranks", ascending=False, kind="stable")["run"].iloc[0])
+        of_phase = of_phase[of_phase["run"] == run]
+        whole = float(of_phase["mean_s"].sum())
+        meeting = float(of_phase.loc[of_phase["name"].isin(EXCHANGE_SPANS), "mean_s"].sum())
         if not meeting > 0:
             continue
         sentence = (
             f"In {phase}, {_name(frames, run)} spends {percent(meeting / whole)} of its MoE layers' time in "
             "phases in which ranks meet"
         )
-        if own["wait_s"].notna().all():
-            sentence += f", {percent(float(own['wait_s'].sum()) / whole)} waiting for each other"
-        yield f"{sentence}.{_slowest(found.ranks, run, phase)}"
+        if of_phase["wait_s"].notna().all():
+            sentence += f", {percent(float(of_phase['wait_s'].sum()) / whole)} waiting for each other"
+        yield f"{sentence}.{_slowest(exchanges.ranks, run, phase)}"
 
 
 def _slowest(ranks: pd.DataFrame, run: int, phase: str) -> str:
     if ranks.empty:
         return ""
-    own = ranks[(ranks["run"] == run) & (ranks["phase"] == phase)]
-    whole = float(own["caused_wait_s"].sum()) if len(own) else 0.0
+    of_run = ranks[(ranks["run"] == run) & (ranks["phase"] == phase)]
+    whole = float(of_run["caused_wait_s"].sum()) if len(of_run) else 0.0
     if not whole > 0:
         return ""
-    row = next(each_row(own.sort_values("caused_wait_s", ascending=False)))
+    row = next(each_row(of_run.sort_values("caused_wait_s", ascending=False)))
     return (
         f" They wait longest for rank {row.source_rank}: {percent(row.caused_wait_s / whole)} of all waiting "
         f"(cause: {plain(row.cause or 'unknown')})."
@@ -70,12 +72,12 @@ def _slowest(ranks: pd.DataFrame, run: int, phase: str) -> str:
 
 
 def _realism(frames: ReportFrames) -> Iterator[str]:
-    found = frames.benchmarks
-    assert found is not None
-    for (replay, run, algorithm), own in each_group(found.realism, ["replay", "run", "algorithm"]):
-        result = found.files.replays[int(replay)].document
-        for phase in phases_in(own):
-            row = pooled(own, phase)
+    benchmarks = frames.benchmarks
+    assert benchmarks is not None
+    for (replay, run, algorithm), rows in each_group(benchmarks.realism, ["replay", "run", "algorithm"]):
+        result = benchmarks.files.replays[int(replay)].document
+        for phase in phases_in(rows):
+            row = pooled(rows, phase)
             yield (
                 f"Replayed over {result.ranks} ranks ({shorten(result.backend, 16)}, "
                 f"{shorten(algorithm, 24)}), the {shorten(phase, 24)} traffic of {_name(frames, int(run))} "
@@ -87,9 +89,9 @@ def _realism(frames: ReportFrames) -> Iterator[str]:
 
 def _verdicts(frames: ReportFrames) -> Iterator[str]:
     """Models that are not to be relied on."""
-    found = frames.benchmarks
-    assert found is not None
-    for network in found.files.networks:
+    benchmarks = frames.benchmarks
+    assert benchmarks is not None
+    for network in benchmarks.files.networks:
         for fit in network.document.fits:
             if fit.verdict is not None and fit.verdict.code != "valid":
                 sentence = plain(verdict_sentence(fit, shorten(network.document.backend, 16)))
@@ -97,20 +99,20 @@ def _verdicts(frames: ReportFrames) -> Iterator[str]:
 
 
 def _prediction(frames: ReportFrames) -> Iterator[str]:
-    found = frames.benchmarks
-    assert found is not None
-    shown = found.checked[found.checked["pattern"].isin(["captured", "own"])]
+    benchmarks = frames.benchmarks
+    assert benchmarks is not None
+    shown = benchmarks.checked[benchmarks.checked["pattern"].isin(["captured", "own"])]
     keys = ["network", "replay", "run", "algorithm", "pattern"]
-    for (network, _, run, algorithm, pattern), own in each_group(shown, keys):
+    for (network, _, run, algorithm, pattern), rows in each_group(shown, keys):
         parts = []
-        for phase in phases_in(own):
-            errors = errors_of(own[own["phase"] == phase])
+        for phase in phases_in(rows):
+            errors = errors_of(rows[rows["phase"] == phase])
             parts.append(
                 f"{shorten(phase, 24)} {percent(errors['median_error'])} (90th percentile "
                 f"{percent(errors['p90_error'])})"
             )
         what = "replayed exchanges" if pattern == "captured" else "own exchanges"
         yield (
-            f"Median error of the network model {shorten(found.files.networks[int(network)].name, 32)} on "
-            f"the {what} of {_name(frames, int(run))}, {shorten(algorithm, 24)}: {', '.join(parts)}."
+            f"Median error of the network model {shorten(benchmarks.files.networks[int(network)].name, 32)} "
+            f"on the {what} of {_name(frames, int(run))}, {shorten(algorithm, 24)}: {', '.join(parts)}."
         )

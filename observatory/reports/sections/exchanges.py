@@ -30,28 +30,28 @@ def exchange_sections(frames: ReportFrames) -> list[Section]:
 
 def _of_files(frames: ReportFrames) -> list[Section]:
     """Realism, prediction, bandwidth; those that the files say something about."""
-    found = frames.benchmarks
-    if found is None:
+    benchmarks = frames.benchmarks
+    if benchmarks is None:
         return []
     sections = [
-        realism_section(frames, found),
-        prediction_section(frames, found),
-        bandwidth_section(found),
+        realism_section(frames, benchmarks),
+        prediction_section(frames, benchmarks),
+        bandwidth_section(benchmarks),
     ]
     return [section for section in sections if section.blocks]
 
 
 def _of_runs(frames: ReportFrames) -> list[Section]:
     """Anatomy, traffic and waiting of the runs that hold exchanges."""
-    found = frames.exchanges
-    if found is None:
+    exchanges = frames.exchanges
+    if exchanges is None:
         return []
     sections = [
-        anatomy_section(_cells(frames, found.phases)),
-        traffic_section(_cells(frames, found.traffic)),
-        waiting_section(_cells(frames, found.ranks), layers=found.layers, unknown=found.unknown),
+        anatomy_section(_cells(frames, exchanges.phases)),
+        traffic_section(_cells(frames, exchanges.traffic)),
+        waiting_section(_cells(frames, exchanges.ranks), layers=exchanges.layers, unknown=exchanges.unknown),
     ]
-    gaps = [f"The exchanges of run {run + 1} are left out: {text}." for run, text in found.gaps]
+    gaps = [f"The exchanges of run {run + 1} are left out: {text}." for run, text in exchanges.gaps]
     shown = [section for section in sections if section.blocks]
     if shown and frames.benchmarks is None:
         shown[-1] = replace(shown[-1], absent=(*shown[-1].absent, _NO_FILES))
@@ -62,15 +62,15 @@ def _of_runs(frames: ReportFrames) -> list[Section]:
     return shown
 
 
-def _cells(frames: ReportFrames, found: pd.DataFrame) -> list[tuple[int, str, str, str, pd.DataFrame]]:
+def _cells(frames: ReportFrames, frame: pd.DataFrame) -> list[tuple[int, str, str, str, pd.DataFrame]]:
     """(run, label, condition, phase, rows) of every run and phase that has rows."""
-    return list(_each_cell(frames, found))
+    return list(_each_cell(frames, frame))
 
 
 def _each_cell(
-    frames: ReportFrames, found: pd.DataFrame
+    frames: ReportFrames, frame: pd.DataFrame
 ) -> Iterator[tuple[int, str, str, str, pd.DataFrame]]:
     for row in each_row(frames.runs):
-        own = found[found["run"] == row.run]
-        for phase in phases_of(own):
-            yield row.run, row.label, row.condition, phase, own[own["phase"] == phase]
+        of_run = frame[frame["run"] == row.run]
+        for phase in phases_of(of_run):
+            yield row.run, row.label, row.condition, phase, of_run[of_run["phase"] == phase]

@@ -24,9 +24,9 @@ def findings(frames: ReportFrames) -> list[str]:
         return sentences
     one_model = len({fact.manifest.model.name for fact in frames.facts}) == 1
     for phase in phases_of(cells):
-        own = cells[cells["phase"] == phase]
-        sentences += _one_model(frames, own, phase) if one_model else _concentration(own, phase)
-        sentences += _mock(mock_ratios(own), phase)
+        of_phase = cells[cells["phase"] == phase]
+        sentences += _one_model(frames, of_phase, phase) if one_model else _concentration(of_phase, phase)
+        sentences += _mock(mock_ratios(of_phase), phase)
     sentences += _at_floor(cells)
     sentences += _worst_layer(frames)
     sentences += _committees(frames)
@@ -47,9 +47,9 @@ def _real_first(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
 
 def _concentration(cells: pd.DataFrame, phase: str) -> list[str]:
     """Most and least concentrated model, on real text where there is some."""
-    own, where = _real_first(cells)
+    preferred, where = _real_first(cells)
     per_model = (
-        own.groupby("label", sort=False)[["gini", "gini_low", "gini_high", "gini_floor"]]
+        preferred.groupby("label", sort=False)[["gini", "gini_low", "gini_high", "gini_floor"]]
         .mean()
         .sort_values("gini", ascending=False)
     )
@@ -67,10 +67,10 @@ def _concentration(cells: pd.DataFrame, phase: str) -> list[str]:
         f"({interval(last.gini_low, last.gini_high)}), floor {number(last.gini_floor)}."
     )
     if not first.gini_low > second.gini_high:
-        known = pd.notna(first.gini_low) and pd.notna(second.gini_high)
+        has_intervals = pd.notna(first.gini_low) and pd.notna(second.gini_high)
         sentence += (
             f" {_name(per_model.index[0])} and {_name(per_model.index[1])} do not differ beyond the interval."
-            if known
+            if has_intervals
             else " There are too few steps for intervals, so the order is not certain."
         )
     return [sentence]
@@ -78,12 +78,13 @@ def _concentration(cells: pd.DataFrame, phase: str) -> list[str]:
 
 def _one_model(frames: ReportFrames, cells: pd.DataFrame, phase: str) -> list[str]:
     """Concentration of a model that is there alone, but under several names, as with several ranks."""
-    own, where = _real_first(cells)
-    if own["label"].nunique() == 1:
+    preferred, where = _real_first(cells)
+    if preferred["label"].nunique() == 1:
         return _concentration(cells, phase)
     return [
-        f"In {phase}, {_name(frames.facts[0].manifest.model.name)} has Gini {spread(own['gini'], number)} in "
-        f"its {len(own)} runs on {where}, floor {spread(own['gini_floor'], number)}."
+        f"In {phase}, {_name(frames.facts[0].manifest.model.name)} has Gini "
+        f"{spread(preferred['gini'], number)} in its {len(preferred)} runs on {where}, floor "
+        f"{spread(preferred['gini_floor'], number)}."
     ]
 
 
@@ -92,11 +93,11 @@ def _mock(ratios: pd.DataFrame, phase: str) -> list[str]:
         return []
     parts = []
     for verdict, verb in (("over", "overstates"), ("under", "understates")):
-        own = ratios[ratios["verdict"] == verdict]
-        if len(own):
-            row = own.sort_values("ratio", ascending=verdict == "under").iloc[0]
+        of_verdict = ratios[ratios["verdict"] == verdict]
+        if len(of_verdict):
+            row = of_verdict.sort_values("ratio", ascending=verdict == "under").iloc[0]
             parts.append(
-                f"{verb} Gini in {len(own)} of {len(ratios)} models (furthest: {_name(row['label'])}, "
+                f"{verb} Gini in {len(of_verdict)} of {len(ratios)} models (furthest: {_name(row['label'])}, "
                 f"{times(row['ratio'])} real text, interval "
                 f"{interval(row['ratio_low'], row['ratio_high'], 2)})"
             )
@@ -104,9 +105,9 @@ def _mock(ratios: pd.DataFrame, phase: str) -> list[str]:
         ("same", "shows no difference beyond the interval in"),
         ("unknown", "cannot be judged (too few steps for intervals) in"),
     ):
-        own = ratios[ratios["verdict"] == verdict]
-        if len(own):
-            parts.append(f"{words} {listing([_name(label) for label in own['label']])}")
+        of_verdict = ratios[ratios["verdict"] == verdict]
+        if len(of_verdict):
+            parts.append(f"{words} {listing([_name(label) for label in of_verdict['label']])}")
     return [f"In {phase}, mock data {listing(parts, most=9)}."]
 
 
@@ -140,8 +141,8 @@ def _committees(frames: ReportFrames) -> list[str]:
     overlaps = committee_overlaps(frames)
     sentences = []
     for phase in phases_of(overlaps)[:1]:
-        own = overlaps[overlaps["phase"] == phase]
-        per_model = own.groupby(["with_kind", "label"])[["jaccard", "jaccard_chance"]].mean()
+        of_phase = overlaps[overlaps["phase"] == phase]
+        per_model = of_phase.groupby(["with_kind", "label"])[["jaccard", "jaccard_chance"]].mean()
         means = {row.Index: row for row in each_row(per_model.groupby(level="with_kind").mean())}
         if {"same", "real"} <= means.keys():
             sentences.append(
@@ -154,12 +155,13 @@ def _committees(frames: ReportFrames) -> list[str]:
 
 
 def _steps(frames: ReportFrames) -> list[str]:
-    known = frames.layers.dropna(subset=["step_gini_p50", "gini"]).merge(frames.runs, on="run")
+    layers = frames.layers.dropna(subset=["step_gini_p50", "gini"]).merge(frames.runs, on="run")
     sentences = []
-    for phase in phases_of(known):
-        own, where = _real_first(known[known["phase"] == phase])
+    for phase in phases_of(layers):
+        preferred, where = _real_first(layers[layers["phase"] == phase])
         step, window, step_floor, floor = (
-            number(own[name].mean()) for name in ("step_gini_p50", "gini", "step_gini_floor", "gini_floor")
+            number(preferred[name].mean())
+            for name in ("step_gini_p50", "gini", "step_gini_floor", "gini_floor")
         )
         sentences.append(
             f"In {phase}, a single step has a median Gini of {step} where the whole window has {window} "

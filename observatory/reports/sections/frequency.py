@@ -26,16 +26,16 @@ _NO_SWEEP = (
 
 def clocks_section(frames: ReportFrames) -> Section:
     """Plane, curves and advice of every series; the reason where nothing was swept."""
-    found = frames.clocks
-    if found is None:
+    clocks = frames.clocks
+    if clocks is None:
         sampled = frames.power is not None and not frames.power.samples.empty
         return Section(id="clocks", title=_TITLE, reason=_NO_SWEEP if sampled else "")
     planes, curves = [], []
-    for index, file in enumerate(found.files):
+    for index, file in enumerate(clocks.files):
         for advice in file.advice.series:
-            plane = _plane_variant(found, index, file, advice)
+            plane = _plane_variant(clocks, index, file, advice)
             planes += [] if plane is None else [plane]
-            curves.append(_curve_variant(found, index, file, advice))
+            curves.append(_curve_variant(clocks, index, file, advice))
     blocks: list[Block] = []
     if planes:
         blocks.append(
@@ -62,11 +62,11 @@ def clocks_section(frames: ReportFrames) -> Section:
                 variants=tuple(curves),
             )
         )
-        blocks.append(_advice_table(found))
-    lead = [advice_sentence(file, advice) for file in found.files for advice in file.advice.series]
-    lead += [f"{_capital(file.advice.common.text)}." for file in found.files if file.advice.common]
-    lead += [f"{_capital(note)}." for file in found.files for note in file.model.notes]
-    reason = "" if curves else " ".join(f"{shorten(name)}: {plain(text)}." for name, text in found.gaps)
+        blocks.append(_advice_table(clocks))
+    lead = [advice_sentence(file, advice) for file in clocks.files for advice in file.advice.series]
+    lead += [f"{_capital(file.advice.common.text)}." for file in clocks.files if file.advice.common]
+    lead += [f"{_capital(note)}." for file in clocks.files for note in file.model.notes]
+    reason = "" if curves else " ".join(f"{shorten(name)}: {plain(text)}." for name, text in clocks.gaps)
     return Section(id="clocks", title=_TITLE, lead=tuple(lead), blocks=tuple(blocks), reason=reason)
 
 
@@ -92,12 +92,12 @@ def _names(file: ClockFile, advice: SeriesAdvice) -> tuple[str, str]:
     return shorten(file.path.name, 40), f"{shorten(advice.title, 48)} · {shorten(file.path.name, 24)}"
 
 
-def _plane_variant(found: ClockFrames, index: int, file: ClockFile, advice: SeriesAdvice) -> Variant | None:
-    points = _own(found.points, index, advice.index)
+def _plane_variant(clocks: ClockFrames, index: int, file: ClockFile, advice: SeriesAdvice) -> Variant | None:
+    points = _own(clocks.points, index, advice.index)
     points = points[points["saving"].notna()]
     if points.empty:
         return None
-    curve = _own(found.curves, index, advice.index)
+    curve = _own(clocks.curves, index, advice.index)
     curve = curve[(curve["sm_clock_mhz"] <= advice.reference_mhz) & curve["saving"].notna()]
     choice = advice.choice
     chosen = (
@@ -115,7 +115,7 @@ def _plane_variant(found: ClockFrames, index: int, file: ClockFile, advice: Seri
         group=group,
         label=label,
         figure=clock_plane(
-            points, curve, chosen=chosen, max_slowdown=found.max_slowdown, reference=advice.reference_how
+            points, curve, chosen=chosen, max_slowdown=clocks.max_slowdown, reference=advice.reference_how
         ),
         alt=f"{len(points)} settings in the plane of time and energy, {int(points['on_front'].sum())} of "
         "them on the "
@@ -125,10 +125,10 @@ def _plane_variant(found: ClockFrames, index: int, file: ClockFile, advice: Seri
     )
 
 
-def _curve_variant(found: ClockFrames, index: int, file: ClockFile, advice: SeriesAdvice) -> Variant:
+def _curve_variant(clocks: ClockFrames, index: int, file: ClockFile, advice: SeriesAdvice) -> Variant:
     fit = file.model.series[advice.index]
-    points = _own(found.points, index, advice.index)
-    seen = points[points["sm_clock_mhz"].notna() & points["iteration_ms"].notna()]
+    points = _own(clocks.points, index, advice.index)
+    sampled = points[points["sm_clock_mhz"].notna() & points["iteration_ms"].notna()]
     chosen_mhz = None if advice.choice is None else advice.choice.sm_clock_mhz
     group, label = _names(file, advice)
     energy = f"energy form {fit.power.form}" if fit.power else f"no energy: {fit.no_power}"
@@ -137,8 +137,8 @@ def _curve_variant(found: ClockFrames, index: int, file: ClockFile, advice: Seri
         group=group,
         label=label,
         figure=clock_curves(
-            seen,
-            _own(found.curves, index, advice.index),
+            sampled,
+            _own(clocks.curves, index, advice.index),
             chosen_mhz=chosen_mhz,
             reference_mhz=advice.reference_mhz,
             reference=advice.reference_how,
@@ -194,9 +194,9 @@ def _with_interval(row: Any, name: str) -> Cell:
     return Cell(text=percent(getattr(row, name)), detail=ends)
 
 
-def _advice_table(found: ClockFrames) -> Table:
+def _advice_table(clocks: ClockFrames) -> Table:
     rows: list[list[str | Cell]] = []
-    for file in found.files:
+    for file in clocks.files:
         for advice in file.advice.series:
             choice = advice.choice
             per_token = [advice.reference_mj_per_token, choice.mj_per_token if choice else None]
@@ -215,7 +215,7 @@ def _advice_table(found: ClockFrames) -> Table:
                 ]
             )
     return table(
-        f"The clock of least energy for at most {100 * found.max_slowdown:.3g} % more time",
+        f"The clock of least energy for at most {100 * clocks.max_slowdown:.3g} % more time",
         [
             "Series", Head(title="Class", numeric=False), "Reference, MHz", "Lock to, MHz", "Saves",
             "Longer by",

@@ -45,12 +45,12 @@ def grid_section(frames: ReportFrames) -> Section:
 def _band_table(bands: pd.DataFrame) -> Table:
     """One row per model, its phases side by side."""
     phases = phases_of(bands)
-    known = {(row.label, row.phase): row for row in each_row(bands)}
+    band_of = {(row.label, row.phase): row for row in each_row(bands)}
     return table(
         "Bands, and why",
         ["Model", *(phase.capitalize() for phase in phases)],
         [
-            [shorten(label), *(_band(known.get((label, phase))) for phase in phases)]
+            [shorten(label), *(_band(band_of.get((label, phase))) for phase in phases)]
             for label in dict.fromkeys(bands["label"])
         ],
         text=1 + len(phases),
@@ -71,9 +71,9 @@ def _table(cells: pd.DataFrame, bands: pd.DataFrame, phase: str, top: float) -> 
     conditions = condition_order(cells)
     band_of = bands[bands["phase"] == phase].set_index("label")["band"].to_dict()
     rows = []
-    for label, own in cells.groupby("label", sort=False):
-        by_condition = {row.condition: row for row in each_row(own)}
-        mixer = own["mixer"].iloc[0]
+    for label, of_label in cells.groupby("label", sort=False):
+        by_condition = {row.condition: row for row in each_row(of_label)}
+        mixer = of_label["mixer"].iloc[0]
         rows.append(
             (
                 Cell(

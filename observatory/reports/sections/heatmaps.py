@@ -24,14 +24,14 @@ def heatmap_section(frames: ReportFrames) -> Section:
     loads = dict(iter(frames.loads.groupby(["run", "phase"], sort=False)))
     layers = dict(iter(frames.layers.groupby(["run", "phase"], sort=False)))
     for run, label, condition, phase in frames.cells_in_order():
-        own = loads.get((run, phase))
-        if own is None:
+        phase_loads = loads.get((run, phase))
+        if phase_loads is None:
             continue
-        counts += len(own)
+        counts += len(phase_loads)
         if counts > _MOST_COUNTS:
             left_out += 1
             continue
-        variants.append(_variant(own, layers[run, phase], label, condition, phase))
+        variants.append(_variant(phase_loads, layers[run, phase], label, condition, phase))
     if not variants:
         return Section(id="experts", title=title, short="Experts by layer", reason=NO_LOADS)
     lead: tuple[str, ...] = (

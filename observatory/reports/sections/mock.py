@@ -24,8 +24,8 @@ def mock_ratios(cells: pd.DataFrame) -> pd.DataFrame:
         ratio, ratio_low, ratio_high, verdict (over, under, same, or unknown without intervals).
     """
     rows = []
-    for (phase, label), own in cells.dropna(subset=["gini"]).groupby(["phase", "label"], sort=False):
-        real, mock = own[own["kind"] == "real"], own[own["kind"] == "mock"]
+    for (phase, label), conditions in cells.dropna(subset=["gini"]).groupby(["phase", "label"], sort=False):
+        real, mock = conditions[conditions["kind"] == "real"], conditions[conditions["kind"] == "mock"]
         if real.empty or mock.empty or not float(real["gini"].mean()) > 0:
             continue
         real_gini, real_low, real_high = (

@@ -28,14 +28,14 @@ _SOURCES = {
 
 def power_section(frames: ReportFrames) -> Section:
     """One figure per run and device; the reasons where there are no samples."""
-    found = frames.power
-    assert found is not None
-    if not found.runs:
-        return Section(id="power", title=_TITLE, short="Power", reason=no_power(frames, found))
+    power = frames.power
+    assert power is not None
+    if not power.runs:
+        return Section(id="power", title=_TITLE, short="Power", reason=no_power(frames, power))
     variants: list[Variant] = []
     without_samples: list[str] = []
-    for (run, sampler, uuid), traces in each_group(found.traces, ["run", "sampled_by", "device_uuid"]):
-        variant = _variant(frames, found, int(run), int(sampler), str(uuid), traces)
+    for (run, sampler, uuid), traces in each_group(power.traces, ["run", "sampled_by", "device_uuid"]):
+        variant = _variant(frames, power, int(run), int(sampler), str(uuid), traces)
         if variant is None:
             name = device_name(str(uuid), _text(traces["device"].iloc[0]))
             missing = _missing(_unread(traces))
@@ -48,8 +48,8 @@ def power_section(frames: ReportFrames) -> Section:
         "reported by the driver; no reason ever says that a clock is locked.",
         *without_samples,
     ]
-    if found.absent:
-        lead.append(no_power(frames, found))
+    if power.absent:
+        lead.append(no_power(frames, power))
     blocks = (
         FigureBlock(
             id="power-timeline",
@@ -76,15 +76,15 @@ def power_section(frames: ReportFrames) -> Section:
     )
 
 
-def no_power(frames: ReportFrames, found: PowerFrames) -> str:
+def no_power(frames: ReportFrames, power: PowerFrames) -> str:
     """Why runs hold no samples, runs of the same reason together."""
-    reasons = Counter(text for _, text in found.absent)
-    if len(reasons) == 1 and not found.runs:
+    reasons = Counter(text for _, text in power.absent)
+    if len(reasons) == 1 and not power.runs:
         text = next(iter(reasons))
         return f"No run here shows power: {plain(text)}."
     parts = []
     for text, runs in list(reasons.items())[:_MOST_REASONS]:
-        first = next(run for run, reason in found.absent if reason == text)
+        first = next(run for run, reason in power.absent if reason == text)
         whose = shorten(frames.runs.loc[first, "label"]) if runs == 1 else f"{runs} runs"
         parts.append(f"{whose}: {plain(text)}.")
     more = len(reasons) - len(parts)
@@ -97,24 +97,25 @@ def device_name(uuid: str, name: str | None) -> str:
 
 
 def _variant(
-    frames: ReportFrames, found: PowerFrames, run: int, sampler: int, uuid: str, traces: pd.DataFrame
+    frames: ReportFrames, measured: PowerFrames, run: int, sampler: int, uuid: str, traces: pd.DataFrame
 ) -> Variant | None:
     """Figure of one device; None when it has no samples of any quantity."""
     label = frames.runs.loc[run, "label"]
     name = device_name(uuid, _text(traces["device"].iloc[0]))
     where = f"{run_text(frames, run)}, {name}"
     samples, bands, reasons = (
-        _of_device(frame, run, sampler, uuid) for frame in (found.samples, found.bands, found.reasons)
+        _of_device(frame, run, sampler, uuid)
+        for frame in (measured.samples, measured.bands, measured.reasons)
     )
     if samples.empty:
         return None
     missing = _unread(traces)
     power = traces[traces["quantity"] == "power"].iloc[0]
     source = _text(power["source"])
-    device = _of_device(found.devices, run, sampler, uuid)
+    device = _of_device(measured.devices, run, sampler, uuid)
     idle_mw = float(device["idle_power_mw"].iloc[0]) if len(device) else float("nan")
-    telemetry = found.seen[(found.seen["run"] == run) & (found.seen["device_uuid"] == uuid[:128])]
-    remarks = [text for of_run, about, text in found.notes if (of_run, about) == (run, uuid[:128])]
+    telemetry = measured.seen[(measured.seen["run"] == run) & (measured.seen["device_uuid"] == uuid[:128])]
+    remarks = [text for of_run, about, text in measured.notes if (of_run, about) == (run, uuid[:128])]
     drawn = int(power["drawn"])
     ended_s = _ended_s(samples, bands)
     idle = ""
@@ -198,8 +199,8 @@ def _missing(rows: pd.DataFrame) -> str:
 def _of_device(frame: pd.DataFrame, run: int, sampler: int, uuid: str) -> pd.DataFrame:
     if frame.empty:
         return frame
-    own = (frame["run"] == run) & (frame["device_uuid"] == uuid) & (frame["sampled_by"] == sampler)
-    return frame[own]
+    selected = (frame["run"] == run) & (frame["device_uuid"] == uuid) & (frame["sampled_by"] == sampler)
+    return frame[selected]
 
 
 def _numbers(telemetry: pd.DataFrame, where: str) -> Table:

@@ -27,16 +27,16 @@ def power_findings(frames: ReportFrames) -> list[str]:
 
 def _tokens(frames: ReportFrames) -> Iterator[str]:
     """Per run and phase: the rank that takes most, with what of it is idle power."""
-    found = frames.power
-    if found is None or found.tokens.empty:
+    power = frames.power
+    if power is None or power.tokens.empty:
         return
-    known = found.tokens[found.tokens["mj_per_token"].notna()]
-    for run in found.runs:
-        own = known[known["run"] == run]
-        for phase in phases_of(own):
-            rows = own[own["phase"] == phase].sort_values("mj_per_token", ascending=False)
+    known = power.tokens[power.tokens["mj_per_token"].notna()]
+    for run in power.runs:
+        of_run = known[known["run"] == run]
+        for phase in phases_of(of_run):
+            rows = of_run[of_run["phase"] == phase].sort_values("mj_per_token", ascending=False)
             row = next(each_row(rows))
-            which = f" (rank {row.source_rank}, the most of {len(rows)}{_overall(found.totals, run, phase)})"
+            which = f" (rank {row.source_rank}, the most of {len(rows)}{_overall(power.totals, run, phase)})"
             which = which if len(rows) > 1 else ""
             idle = row.idle_mj_per_token
             share = (
@@ -63,8 +63,8 @@ def _overall(totals: pd.DataFrame, run: int, phase: str) -> str:
 
 def _caps(frames: ReportFrames) -> Iterator[str]:
     """What telemetry says of limits and heat."""
-    found = frames.power
-    if found is None:
+    power = frames.power
+    if power is None:
         return
-    for run, uuid, text in found.held:
+    for run, uuid, text in power.held:
         yield f"On {shorten(uuid, 28)} of {shorten(frames.runs.loc[run, 'label'], 48)}, {plain(text)}."

@@ -38,10 +38,10 @@ _PLACE = ["phase", "layer", "role"]
 _KEYS = ["network", "replay", "run", "algorithm"]
 
 
-def prediction_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
+def prediction_section(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Section:
     """A scatter per model and source of measurements, and a table of all errors."""
-    variants = tuple(_variants(frames, found))
-    left_out = _left_out_table(frames, found)
+    variants = tuple(_variants(frames, benchmarks))
+    left_out = _left_out_table(frames, benchmarks)
     if not variants and left_out is None:
         return Section(id="prediction", title=_TITLE)
     blocks: list[Block] = []
@@ -58,10 +58,10 @@ def prediction_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
                 narrow=True,
                 variants=variants,
             ),
-            _error_table(frames, found),
-            _verdict_table(found),
+            _error_table(frames, benchmarks),
+            _verdict_table(benchmarks),
         ]
-    compared = _apart_table(frames, found)
+    compared = _apart_table(frames, benchmarks)
     blocks += [] if compared is None else [compared]
     blocks += [] if left_out is None else [left_out]
     return Section(
@@ -81,10 +81,10 @@ def prediction_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
     )
 
 
-def _verdict_table(found: BenchmarkFrames) -> Table:
+def _verdict_table(benchmarks: BenchmarkFrames) -> Table:
     """What each model is good for, and what of the fabric it does not describe."""
     rows: list[list[str | Cell]] = []
-    for network in found.files.networks:
+    for network in benchmarks.files.networks:
         model = network.document
         for fit in model.fits:
             said = [
@@ -103,17 +103,17 @@ def _verdict_table(found: BenchmarkFrames) -> Table:
     return table("Whether the models hold", ["Model", "Verdict", "Why"], rows, text=3)
 
 
-def _apart_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
+def _apart_table(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Table | None:
     """Whether the models distinguish captured from uniform traffic of one replay."""
     rows: list[list[str | Cell]] = []
-    replayed = found.checked[found.checked["replay"].notna()]
-    for key, own in each_group(replayed, [*_KEYS, "phase"]):
+    replayed = benchmarks.checked[benchmarks.checked["replay"].notna()]
+    for key, group in each_group(replayed, [*_KEYS, "phase"]):
         network, replay, run, algorithm, phase = key
-        us = own.groupby("pattern")["predicted_us"].sum()
+        us = group.groupby("pattern")["predicted_us"].sum()
         if not {"captured", "uniform"} <= set(us.index) or not us.min() > 0:
             continue
-        ranks = found.files.replays[int(replay)].document.ranks
-        model = found.files.networks[int(network)]
+        ranks = benchmarks.files.replays[int(replay)].document.ranks
+        model = benchmarks.files.networks[int(network)]
         compared = compare_times(
             model.document.of(str(algorithm)),
             float(us["captured"]),
@@ -124,7 +124,7 @@ def _apart_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
         rows.append(
             [
                 Cell(
-                    text=f"{_source(frames, found, replay, int(run))}, {shorten(phase, 24)}",
+                    text=f"{_source(frames, benchmarks, replay, int(run))}, {shorten(phase, 24)}",
                     detail=f"{shorten(algorithm, 24)}, by {shorten(model.name, 32)}",
                     heading=True,
                 ),
@@ -144,35 +144,35 @@ def _apart_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
     )
 
 
-def _variants(frames: ReportFrames, found: BenchmarkFrames) -> Iterator[Variant]:
-    shown = found.checked[found.checked["pattern"] != "uniform"]
-    for key, own in each_group(shown, _KEYS):
+def _variants(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Iterator[Variant]:
+    shown = benchmarks.checked[benchmarks.checked["pattern"] != "uniform"]
+    for key, rows in each_group(shown, _KEYS):
         network, replay, run, algorithm = key
         of_run = frames.runs.iloc[int(run)]
         label, condition = of_run["label"], of_run["condition"]
-        source = _source(frames, found, replay, int(run))
-        model = found.files.networks[int(network)]
+        source = _source(frames, benchmarks, replay, int(run))
+        model = benchmarks.files.networks[int(network)]
         where = f"{source}, {shorten(algorithm, 24)}, predicted by {shorten(model.name, 32)}"
-        drawn = own.iloc[np.linspace(0, len(own) - 1, min(len(own), _MOST_POINTS)).round().astype(int)]
+        drawn = rows.iloc[np.linspace(0, len(rows) - 1, min(len(rows), _MOST_POINTS)).round().astype(int)]
         kind = "own exchanges" if pd.isna(replay) else "replayed"
         yield Variant(
             group=shorten(label),
             label=f"{run_choice(label, condition, kind)} · {shorten(algorithm, 24)}"
-            + (f" · {shorten(model.name, 24)}" if len(found.files.networks) > 1 else ""),
+            + (f" · {shorten(model.name, 24)}" if len(benchmarks.files.networks) > 1 else ""),
             figure=predicted_and_measured(drawn),
             alt=f"Scatter of {len(drawn)} exchanges for {where}: median error "
-            f"{percent(errors_of(own)['median_error'])}, times from {microseconds(own['measured_us'].min())} "
-            f"to {microseconds(own['measured_us'].max())}.",
-            note=f"{where}. {_sentences(own)}"
-            + (f" {len(drawn)} of {len(own)} exchanges are drawn." if len(drawn) < len(own) else "")
-            + _reservations(found, int(network), replay, frames, int(run)),
-            numbers=_numbers(own, where),
+            f"{percent(errors_of(rows)['median_error'])}, times from "
+            f"{microseconds(rows['measured_us'].min())} to {microseconds(rows['measured_us'].max())}.",
+            note=f"{where}. {_sentences(rows)}"
+            + (f" {len(drawn)} of {len(rows)} exchanges are drawn." if len(drawn) < len(rows) else "")
+            + _reservations(benchmarks, int(network), replay, frames, int(run)),
+            numbers=_numbers(rows, where),
         )
 
 
-def _source(frames: ReportFrames, found: BenchmarkFrames, replay: Any, run: int) -> str:
+def _source(frames: ReportFrames, benchmarks: BenchmarkFrames, replay: Any, run: int) -> str:
     if not pd.isna(replay):
-        return f"Replay of {replay_name(frames, found, int(replay))}"
+        return f"Replay of {replay_name(frames, benchmarks, int(replay))}"
     label, condition, ranks = frames.runs.loc[run, ["label", "condition", "ranks"]]
     return f"Own exchanges of {shorten(label)} on {shorten(condition, 24)}, {ranks} ranks"
 
@@ -180,13 +180,13 @@ def _source(frames: ReportFrames, found: BenchmarkFrames, replay: Any, run: int)
 def _sentences(rows: pd.DataFrame) -> str:
     sentences = []
     for phase in phases_in(rows):
-        own = rows[rows["phase"] == phase]
-        errors = errors_of(own)
+        of_phase = rows[rows["phase"] == phase]
+        errors = errors_of(of_phase)
         outside = errors["extrapolated"]
         sentences.append(
             f"{shorten(phase, 24).capitalize()}: median error {percent(errors['median_error'])}, 90th "
             f"percentile {percent(errors['p90_error'])}, bias {times(errors['median_ratio'])}, "
-            f"{percent(errors['inside_interval'], 0)} of {count(len(own))} exchanges inside the interval"
+            f"{percent(errors['inside_interval'], 0)} of {count(len(of_phase))} exchanges inside the interval"
             + (f", {percent(outside, 0)} extrapolated" if outside else "")
             + (
                 f", {percent(errors['through_misfits'], 0)} through what the model does not describe"
@@ -198,9 +198,11 @@ def _sentences(rows: pd.DataFrame) -> str:
     return " ".join(sentences)
 
 
-def _reservations(found: BenchmarkFrames, network: int, replay: Any, frames: ReportFrames, run: int) -> str:
+def _reservations(
+    benchmarks: BenchmarkFrames, network: int, replay: Any, frames: ReportFrames, run: int
+) -> str:
     """What makes these errors look better or worse than the model is."""
-    model = found.files.networks[network].document
+    model = benchmarks.files.networks[network].document
     text = ""
     doubted = [fit for fit in model.fits if fit.verdict is not None and fit.verdict.code != "valid"]
     if doubted:
@@ -209,7 +211,7 @@ def _reservations(found: BenchmarkFrames, network: int, replay: Any, frames: Rep
         hosts = {host.name for host in frames.facts[run].manifest.hosts}
         measured_unix_s = frames.facts[run].manifest.created_unix_s
     else:
-        given = found.files.replays[int(replay)]
+        given = benchmarks.files.replays[int(replay)]
         hosts = _hosts(given.document)
         measured_unix_s = given.document.created_unix_s
         if given.path.name in model.sources:
@@ -243,19 +245,19 @@ def _names(hosts: set[str]) -> str:
     return listing([shorten(host, 32) for host in sorted(hosts)])
 
 
-def _error_table(frames: ReportFrames, found: BenchmarkFrames) -> Table:
+def _error_table(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Table:
     rows = []
-    for key, own in each_group(found.checked, [*_KEYS, "pattern"]):
+    for key, group in each_group(benchmarks.checked, [*_KEYS, "pattern"]):
         network, replay, run, algorithm, pattern = key
-        for phase in phases_in(own):
+        for phase in phases_in(group):
             what = f"{PATTERN_NAMES.get(str(pattern), shorten(pattern, 24))}, {shorten(phase, 24)}"
             where = [shorten(frames.runs.loc[int(run), "label"]), shorten(algorithm, 24)]
-            if len(found.files.replays) > 1 and not pd.isna(replay):
-                where.append(shorten(found.files.replays[int(replay)].name, 32))
-            if len(found.files.networks) > 1:
-                where.append(f"by {shorten(found.files.networks[int(network)].name, 32)}")
+            if len(benchmarks.files.replays) > 1 and not pd.isna(replay):
+                where.append(shorten(benchmarks.files.replays[int(replay)].name, 32))
+            if len(benchmarks.files.networks) > 1:
+                where.append(f"by {shorten(benchmarks.files.networks[int(network)].name, 32)}")
             place = Cell(text=what, detail=", ".join(where), heading=True)
-            rows.append({"place": place, **errors_of(own[own["phase"] == phase])})
+            rows.append({"place": place, **errors_of(group[group["phase"] == phase])})
     return frame_table(
         "How far off the predictions are",
         (_TRAFFIC, *(column for column in CHECK_COLUMNS if not column.key)),
@@ -265,13 +267,13 @@ def _error_table(frames: ReportFrames, found: BenchmarkFrames) -> Table:
     )
 
 
-def _left_out_table(frames: ReportFrames, found: BenchmarkFrames) -> Table | None:
+def _left_out_table(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Table | None:
     keys = ["network", "replay", "run", "reason"]
-    counts = found.left_out.groupby(keys, sort=False, dropna=False)["exchanges"].sum().reset_index()
+    counts = benchmarks.left_out.groupby(keys, sort=False, dropna=False)["exchanges"].sum().reset_index()
     rows = [
         [
-            _source(frames, found, row.replay, int(row.run)),
-            shorten(found.files.networks[int(row.network)].name, 32),
+            _source(frames, benchmarks, row.replay, int(row.run)),
+            shorten(benchmarks.files.networks[int(row.network)].name, 32),
             plain(row.reason),
             count(row.exchanges),
         ]
@@ -292,11 +294,11 @@ def _numbers(rows: pd.DataFrame, where: str) -> Table:
     shown = [
         {
             **dict(zip(_PLACE, place, strict=True)),
-            **errors_of(own),
-            "measured_us": own["measured_us"].median(),
-            "predicted_us": own["predicted_us"].median(),
+            **errors_of(group),
+            "measured_us": group["measured_us"].median(),
+            "predicted_us": group["predicted_us"].median(),
         }
-        for place, own in groups[:_MOST_ROWS]
+        for place, group in groups[:_MOST_ROWS]
     ]
     return frame_table(
         f"{where}: by layer, medians of one exchange",

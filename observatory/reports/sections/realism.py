@@ -24,15 +24,17 @@ _PLACE = Column(name="place", title="phase and role", text=True)
 _READING = Column(name="reading", title="reading", text=True)
 
 
-def realism_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
+def realism_section(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Section:
     """A figure per replay, algorithm and phase, and a table of the pooled numbers."""
     variants = []
-    for (replay, run, algorithm), own in _by_replay(found):
-        for phase in phases_in(own):
-            rows = own[(own["phase"] == phase) & own["layer"].notna()]
+    for (replay, run, algorithm), group in _by_replay(benchmarks):
+        for phase in phases_in(group):
+            rows = group[(group["phase"] == phase) & group["layer"].notna()]
             if len(rows):
-                whole = pooled(own, phase)
-                variants.append(_variant(frames, found, int(replay), int(run), str(algorithm), whole, rows))
+                whole = pooled(group, phase)
+                variants.append(
+                    _variant(frames, benchmarks, int(replay), int(run), str(algorithm), whole, rows)
+                )
     if not variants:
         return Section(id="realism", title=_TITLE)
     return Section(
@@ -55,7 +57,7 @@ def realism_section(frames: ReportFrames, found: BenchmarkFrames) -> Section:
                 choice="Replay",
                 variants=tuple(variants),
             ),
-            _pooled_table(frames, found),
+            _pooled_table(frames, benchmarks),
         ),
     )
 
@@ -77,13 +79,13 @@ def pooled(rows: pd.DataFrame, phase: str) -> Any:
     return next(each_row(whole))
 
 
-def _by_replay(found: BenchmarkFrames) -> list[tuple[Any, pd.DataFrame]]:
-    return list(each_group(found.realism, ["replay", "run", "algorithm"]))
+def _by_replay(benchmarks: BenchmarkFrames) -> list[tuple[Any, pd.DataFrame]]:
+    return list(each_group(benchmarks.realism, ["replay", "run", "algorithm"]))
 
 
 def _variant(
     frames: ReportFrames,
-    found: BenchmarkFrames,
+    benchmarks: BenchmarkFrames,
     replay: int,
     run: int,
     algorithm: str,
@@ -92,8 +94,8 @@ def _variant(
 ) -> Variant:
     phase = shorten(whole.phase, 24)
     of_run = frames.runs.iloc[run]
-    where = f"{replay_name(frames, found, replay)}, {shorten(algorithm, 24)}, {phase}"
-    result = found.files.replays[replay].document
+    where = f"{replay_name(frames, benchmarks, replay)}, {shorten(algorithm, 24)}, {phase}"
+    result = benchmarks.files.replays[replay].document
     steps = int(rows["steps"].max())
     notes = [shorten(note, 160) for note in result.notes]
     return Variant(
@@ -129,14 +131,14 @@ def _numbers(rows: pd.DataFrame, where: str) -> Table:
     )
 
 
-def _pooled_table(frames: ReportFrames, found: BenchmarkFrames) -> Table:
-    several = len(found.files.replays) > 1
+def _pooled_table(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Table:
+    several = len(benchmarks.files.replays) > 1
     rows = []
-    for (replay, run, algorithm), own in _by_replay(found):
+    for (replay, run, algorithm), group in _by_replay(benchmarks):
         of_run = [shorten(frames.runs.loc[int(run), "label"]), shorten(algorithm, 24)]
-        of_run += [shorten(found.files.replays[int(replay)].name, 32)] if several else []
-        for phase in phases_in(own):
-            of_phase = own[(own["phase"] == phase) & own["layer"].isna()]
+        of_run += [shorten(benchmarks.files.replays[int(replay)].name, 32)] if several else []
+        for phase in phases_in(group):
+            of_phase = group[(group["phase"] == phase) & group["layer"].isna()]
             for row in each_row(of_phase.sort_values("role", ascending=False, na_position="first")):
                 what = f"{shorten(phase, 24)}, {'both ways' if pd.isna(row.role) else plain(row.role)}"
                 place = Cell(text=what, detail=", ".join(of_run), heading=True)

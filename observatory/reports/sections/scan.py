@@ -133,24 +133,25 @@ def _overview(scan: pd.DataFrame) -> list[Variant]:
     variants = []
     for phase in phases_of(scan):
         for condition in condition_order(scan):
-            own = scan[(scan["phase"] == phase) & (scan["condition"] == condition)]
-            if own.empty:
+            selected = scan[(scan["phase"] == phase) & (scan["condition"] == condition)]
+            if selected.empty:
                 continue
-            models = own["label"].nunique()
+            models = selected["label"].nunique()
             variants.append(
                 Variant(
                     group=phase,
                     label=choice_label(shorten(condition, 24), phase),
-                    figure=rank_imbalance(own),
+                    figure=rank_imbalance(selected),
                     alt=f"Line chart on {shorten(condition)}, {phase}: busiest rank over mean rank from "
-                    f"{times(own['rank_max_over_mean'].min())} to {times(own['rank_max_over_mean'].max())} "
-                    f"over EP {own['ep'].min()} to {own['ep'].max()}.",
+                    f"{times(selected['rank_max_over_mean'].min())} to "
+                    f"{times(selected['rank_max_over_mean'].max())} over EP "
+                    f"{selected['ep'].min()} to {selected['ep'].max()}.",
                     note=f"{shorten(condition)}, {phase}; {models} {'model' if models == 1 else 'models'}; "
-                    f"{_tokens_text(own)}; floor {spread(own['rank_max_over_mean_floor'], times)}.",
+                    f"{_tokens_text(selected)}; floor {spread(selected['rank_max_over_mean_floor'], times)}.",
                     numbers=frame_table(
                         f"Busiest rank ÷ mean rank on {shorten(condition)}, {phase}",
                         (_MODEL, *_OVERVIEW),
-                        frame_records(own.assign(label=own["label"].map(shorten))),
+                        frame_records(selected.assign(label=selected["label"].map(shorten))),
                     ),
                 )
             )

@@ -29,12 +29,12 @@ def traffic_section(cells: list[Cell]) -> Section:
     for _, label, condition, phase, rows in cells:
         ranks = int(rows[["source_rank", "peer_rank"]].max().max()) + 1
         for role in (role for role in _ROLES if (rows["role"] == role).any()):
-            own = rows[rows["role"] == role]
-            variants.append(_variant(own, ranks, label, condition, phase, f"{role}, all layers"))
+            of_role = rows[rows["role"] == role]
+            variants.append(_variant(of_role, ranks, label, condition, phase, f"{role}, all layers"))
             drawn += ranks * ranks
-            if role != "dispatch" or own["layer"].nunique() < 2:
+            if role != "dispatch" or of_role["layer"].nunique() < 2:
                 continue
-            for layer, of_layer in own.groupby("layer"):
+            for layer, of_layer in of_role.groupby("layer"):
                 drawn += ranks * ranks
                 if drawn > _MOST_CELLS:
                     left_out += 1

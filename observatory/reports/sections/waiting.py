@@ -92,9 +92,9 @@ def _variant(ranks: pd.DataFrame, unknown: pd.DataFrame, label: str, condition: 
 def _slowest(ranks: pd.DataFrame) -> str:
     """One sentence that names the slowest rank."""
     whole = float(ranks["caused_wait_s"].sum())
-    known = float(ranks["duration_s"].sum() - ranks["unknown_s"].sum())
+    known_s = float(ranks["duration_s"].sum() - ranks["unknown_s"].sum())
     if not whole > 0:
-        return "No rank waited for another." if known > 0 else "How long ranks waited is not known."
+        return "No rank waited for another." if known_s > 0 else "How long ranks waited is not known."
     slowest, *others = each_row(ranks.sort_values("caused_wait_s", ascending=False))
     waited = [row for row in others if row.caused_wait_s > 0]
     after = (
@@ -104,8 +104,8 @@ def _slowest(ranks: pd.DataFrame) -> str:
     )
     # Whom a rank waited for can be known where its time cannot be split: it was also kept for others.
     share = (
-        f"Waiting is {percent(float(ranks['wait_s'].sum()) / known)} of the time in exchanges."
-        if known > 0
+        f"Waiting is {percent(float(ranks['wait_s'].sum()) / known_s)} of the time in exchanges."
+        if known_s > 0
         else "No rank's time could be split in full."
     )
     return (
