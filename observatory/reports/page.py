@@ -185,7 +185,8 @@ def _head(column: Column) -> Head:
 def _title(column: Column) -> str:
     title = _TYPESET.get(column.title, column.title)
     first = title.partition(" ")[0]
-    return title if first in _SMALL or not first.isalpha() else title[0].upper() + title[1:]
+    small = first in _SMALL or any(char.isdigit() or char == "_" for char in first)
+    return title if small else title[0].upper() + title[1:]
 
 
 def _cell(column: Column, row: Mapping[str, Any], heading: bool) -> Cell:

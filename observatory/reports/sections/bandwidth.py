@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 
+from observatory.analysis.columns import Column, chosen
+from observatory.analysis.network.documents import CASE_COLUMNS, FORM_COLUMNS
 from observatory.analysis.network.features import BYTE_TERMS, FORMS, TERMS
 from observatory.analysis.network.network import AlgorithmFit, Coefficient
 from observatory.reports.figures.bandwidth import bandwidth_curves
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import each_group, each_row
-from observatory.reports.page import Block, Cell, FigureBlock, Head, Section, Table, Variant, table
+from observatory.reports.page import (
+    Block,
+    Cell,
+    FigureBlock,
+    Head,
+    Section,
+    Table,
+    Variant,
+    frame_table,
+    table,
+)
 from observatory.reports.text import MISSING, bytes_text, count, microseconds, number, percent, plain, shorten
 from observatory.run.documents.bench import BenchResult
+from observatory.run.documents.writing import frame_records
 from observatory.text import listing
 
 _TITLE = "Bandwidth, latency and the fitted model"
 _MOST_ROWS = 120
+#: Columns of ``points`` as `bench_document` names them.
+_NAMES = {
+    "size_bytes": "mean_send_bytes",
+    "us": "median_us",
+    "algbw": "algbw_gb_per_s",
+    "busbw": "busbw_gb_per_s",
+}
+_SIZES = (
+    *chosen(CASE_COLUMNS, "algorithm", "seed", *_NAMES.values(), "p10_us", "p90_us"),
+    Column(
+        name="predicted_us",
+        title="predicted",
+        unit="us",
+        interval=("low_us", "high_us"),
+        otherwise="no model",
+        legend="with its 90 % interval",
+    ),
+    Column(name="extrapolated", title="extrapolated", text=True, otherwise="-"),
+)
 
 
 def bandwidth_section(benchmarks: BenchmarkFrames) -> Section:
@@ -144,37 +174,12 @@ def _about_model(benchmarks: BenchmarkFrames, bench: int, points: pd.DataFrame, 
 
 def _numbers(points: pd.DataFrame, where: str) -> Table:
     shown = points.sort_values(["algorithm", "size_bytes", "seed"]).head(_MOST_ROWS)
-    return table(
-        where,
-        ["Algorithm", "Bytes a rank", "Time", Head(title="p10 – p90", detail="of repeats"), "algbw GB/s",
-         "busbw GB/s", "Predicted"],
-        [
-            [
-                shorten(row.algorithm, 24),
-                bytes_text(row.size_bytes),
-                microseconds(row.us),
-                f"{microseconds(row.p10_us)} – {microseconds(row.p90_us)}",
-                _gb(row.algbw, unit=""),
-                _gb(row.busbw, unit=""),
-                _prediction(row),
-            ]
-            for row in each_row(shown)
-        ],
-    )  # fmt: skip
+    return frame_table(where, _SIZES, frame_records(shown.rename(columns=_NAMES)))
 
 
-def _prediction(row: Any) -> Cell:
-    if pd.isna(row.predicted_us):
-        return Cell(text=MISSING, detail="no model")
-    detail = f"{microseconds(row.low_us)} – {microseconds(row.high_us)}"
-    if not pd.isna(row.extrapolated):
-        detail += "\nextrapolated"
-    return Cell(text=microseconds(row.predicted_us), detail=detail)
-
-
-def _gb(value: float, *, unit: str = " GB/s") -> str:
+def _gb(value: float) -> str:
     """Three digits that count: bandwidths here reach from kilobytes to hundreds of gigabytes."""
-    return MISSING if pd.isna(value) else f"{value:.3g}{unit}"
+    return MISSING if pd.isna(value) else f"{value:.3g} GB/s"
 
 
 def _coefficient_table(name: str, backend: str, fit: AlgorithmFit) -> Table:
@@ -227,33 +232,25 @@ def _value_cells(item: Coefficient) -> tuple[Cell, Cell]:
 
 
 def _form_table(name: str, fit: AlgorithmFit) -> Table:
-    return table(
+    rows = [
+        {
+            **score.model_dump(),
+            "form": Cell(
+                text=plain(score.form),
+                detail=FORMS[score.form].meaning if score.form in FORMS else "",
+                heading=True,
+            ),
+            "chosen": "chosen" if score.form == fit.form else "",
+        }
+        for score in sorted(fit.scores, key=lambda score: score.weighted_error)
+    ]
+    return frame_table(
         f"{shorten(fit.algorithm, 24)}: the forms that were tried ({name})",
-        [
-            "Form",
-            Head(title="Weighted error", detail="decides"),
-            "Median error",
-            "90th percentile",
-            "Coefficients",
-            Head(title="Chosen", numeric=False),
-        ],
-        [
-            [
-                Cell(
-                    text=plain(score.form),
-                    detail=FORMS[score.form].meaning if score.form in FORMS else "",
-                    heading=True,
-                ),
-                percent(score.weighted_error),
-                percent(score.median_error),
-                percent(score.p90_error),
-                count(score.parameters),
-                "chosen" if score.form == fit.form else "",
-            ]
-            for score in sorted(fit.scores, key=lambda score: score.weighted_error)
-        ],
+        FORM_COLUMNS,
+        rows,
         note=f"{_basis(fit)} Errors are on matrices left out of the fit. Of the forms within one standard "
         "error of the smallest weighted error, the one with fewest coefficients is chosen.",
+        leave_out=("algorithm",),
     )
 
 

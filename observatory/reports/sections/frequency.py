@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 
 from observatory.advice.frequency import SeriesAdvice
 from observatory.advice.frequency_words import series_words
-from observatory.analysis.frequency.views import ClockChoice
-from observatory.analysis.statistics import Interval
+from observatory.advice.tables import ADVICE_COLUMNS, advice_table
+from observatory.analysis.columns import Column, chosen
+from observatory.analysis.frequency.tables import POINT_COLUMNS
 from observatory.reports.figures.frequency import clock_curves, clock_plane
 from observatory.reports.frames.frequency import ClockFile, ClockFrames
-from observatory.reports.frames.report import ReportFrames, each_row
-from observatory.reports.page import Block, Cell, FigureBlock, Head, Section, Table, Variant, table
-from observatory.reports.text import MISSING, millijoules, number, percent, plain, shorten
+from observatory.reports.frames.report import ReportFrames
+from observatory.reports.page import Block, Cell, FigureBlock, Section, Table, Variant, frame_table
+from observatory.reports.text import percent, plain, shorten
+from observatory.run.documents.writing import frame_records
 
 _TITLE = "Which clock"
 _MOST_ROWS = 60
+_SETTINGS = (
+    Column(name="asked", title="asked for", text=True),
+    *chosen(POINT_COLUMNS, "label", "sm_clock_mhz"),
+    Column(name="repeats", title="repeats"),
+    Column(name="iteration_ms", title="iteration", unit="ms", digits=3),
+    Column(name="energy_mj", title="energy", unit="mJ", legend="of one iteration"),
+    *chosen(ADVICE_COLUMNS, "slowdown", "saving"),
+    Column(name="on_front", title="on the front", text=True),
+)
 _NO_SWEEP = (
     "Which frequency saves energy is not known from one frequency: it takes the time and energy of an "
     "iteration at several. Measure with observatory clocks sweep, then pass its file with --clocks."
@@ -156,86 +165,41 @@ def _curve_variant(clocks: ClockFrames, index: int, file: ClockFile, advice: Ser
 
 
 def _settings_table(points: pd.DataFrame, advice: SeriesAdvice) -> Table:
-    rows: list[list[str | Cell]] = []
-    for row in each_row(points.head(_MOST_ROWS)):
-        asked = [] if pd.isna(row.requested_mhz) else [f"{row.requested_mhz:.0f} MHz"]
-        asked += [] if pd.isna(row.limit_w) else [f"{row.limit_w:.0f} W"]
-        rows.append(
-            [
-                Cell(text=" and ".join(asked) or "nothing", detail=plain(row.kind), heading=True),
-                plain(row.label),
-                number(row.sm_clock_mhz, 0),
-                str(row.repeats),
-                number(row.iteration_ms, 3),
-                millijoules(row.energy_mj),
-                _with_interval(row, "slowdown"),
-                _with_interval(row, "saving"),
-                "yes" if row.on_front else "no",
-            ]
-        )
+    rows = []
+    for row in frame_records(points.head(_MOST_ROWS)):
+        asked = [
+            f"{row[name]:.0f} {unit}"
+            for name, unit in (("requested_mhz", "MHz"), ("limit_w", "W"))
+            if row[name] is not None
+        ]
+        cell = Cell(text=" and ".join(asked) or "nothing", detail=plain(row["kind"]), heading=True)
+        rows.append({**row, "asked": cell})
     left = len(points) - len(rows)
-    return table(
+    return frame_table(
         f"{shorten(advice.title, 80)}: settings as measured",
-        [
-            "Asked for", Head(title="Became", numeric=False), "Clock seen, MHz", "Repeats",
-            "ms per iteration",
-            "Energy per iteration", "Longer than the reference", "Energy saved",
-            Head(title="On the front", numeric=False),
-        ],
+        _SETTINGS,
         rows,
-        note="Medians of repeats. Small: 90 % interval."
-        + (f" {left} more rows in the file." if left else ""),
-    )  # fmt: skip
-
-
-def _with_interval(row: Any, name: str) -> Cell:
-    low, high = getattr(row, f"{name}_low"), getattr(row, f"{name}_high")
-    ends = "" if pd.isna(low) or pd.isna(high) else f"{100 * low:.1f} to {100 * high:.1f}"
-    return Cell(text=percent(getattr(row, name)), detail=ends)
+        note=f"Medians of repeats.{f' {left} more rows in the file.' if left else ''}",
+    )
 
 
 def _advice_table(clocks: ClockFrames) -> Table:
-    rows: list[list[str | Cell]] = []
-    for file in clocks.files:
-        for advice in file.advice.series:
-            choice = advice.choice
-            per_token = [advice.reference_mj_per_token, choice.mj_per_token if choice else None]
-            behaviour = advice.behaviour
-            rows.append(
-                [
-                    Cell(text=shorten(advice.title, 60), detail=shorten(file.path.name, 40), heading=True),
-                    Cell(text=behaviour.words, detail=_agreement(behaviour.agreement)),
-                    Cell(text=number(advice.reference_mhz, 0), detail=advice.reference_how),
-                    number(choice.sm_clock_mhz, 0) if choice else plain(advice.verdict),
-                    _of_choice(choice.saving if choice else None),
-                    _of_choice(choice.slowdown if choice else None),
-                    " → ".join(number(value, 2) for value in per_token if value is not None) or MISSING,
-                    Cell(text=_clock_of(advice.edp), detail=_clock_of(advice.ed2p)),
-                    plain(advice.lock_against_cap.verdict),
-                ]
-            )
-    return table(
+    rows = [
+        {
+            **row,
+            "series": Cell(text=shorten(advice.title, 60), detail=shorten(file.path.name, 40), heading=True),
+            "behaviour": Cell(text=row["behaviour"], detail=_agreement(advice.behaviour.agreement)),
+        }
+        for file in clocks.files
+        for advice, row in zip(file.advice.series, advice_table(file.advice).rows, strict=True)
+    ]
+    return frame_table(
         f"The clock of least energy for at most {100 * clocks.max_slowdown:.3g} % more time",
-        [
-            "Series", Head(title="Class", numeric=False), "Reference, MHz", "Lock to, MHz", "Saves",
-            "Longer by",
-            "mJ per token", Head(title="Least EDP, MHz", detail="ED²P"), Head(title="Locks and caps",
-            numeric=False),
-        ],
+        ADVICE_COLUMNS,
         rows,
-        note="Small: 90 % intervals. The upper end of the slowdown's keeps the budget. Nothing was set; "
-        "observatory clocks recommend prints the commands.",
-    )  # fmt: skip
-
-
-def _clock_of(choice: ClockChoice | None) -> str:
-    return MISSING if choice is None else number(choice.sm_clock_mhz, 0)
-
-
-def _of_choice(value: Interval | None) -> str | Cell:
-    if value is None or value.low is None or value.high is None:
-        return percent(None if value is None else value.value)
-    return Cell(text=percent(value.value), detail=f"{100 * value.low:.1f} to {100 * value.high:.1f}")
+        note="The upper end of the slowdown's interval keeps the budget. Nothing was set; observatory clocks "
+        "recommend prints the commands.",
+    )
 
 
 def _agreement(share: float | None) -> str:
