@@ -117,14 +117,14 @@ def check_same_device(power_device: str, torch_device: str) -> str | None:
     """
     with open_device(power_device) as opened:
         uuid = opened.uuid
-    known = gpu_uuid(torch_device)
-    if known is None:
+    torch_uuid = gpu_uuid(torch_device)
+    if torch_uuid is None:
         return f"the model computed on {torch_device}; that {uuid} is its device was not checked"
-    if known.lower() != uuid.lower():
+    if torch_uuid.lower() != uuid.lower():
         raise DeviceError(
             f"--device {one_line(power_device, 80)} is {uuid}, and the model on {torch_device} computes on "
-            f"{known}",
-            remedy=f"give --device {known}, or another --torch-device",
+            f"{torch_uuid}",
+            remedy=f"give --device {torch_uuid}, or another --torch-device",
         )
     return None
 

@@ -103,25 +103,25 @@ class Exchanger:
         """One all-gather without gradients."""
         layout = tuple((tensor.shape[1], tensor.dtype) for tensor in tensors)
         rows, width = pack_rows(tensors), row_bytes(layout)
-        own = rows_P[self.transport.rank]
+        own_rows = rows_P[self.transport.rank]
         gathered = self._timed(
             lambda: self.transport.all_gather_v(rows, rows_P),
             label,
             "world",
-            send_bytes=[own * width] * self.transport.size,
+            send_bytes=[own_rows * width] * self.transport.size,
             receive_bytes=[n * width for n in rows_P],
         )
         return unpack_rows(gathered, layout)
 
     def sum_parts(self, rows: torch.Tensor, rows_P: tuple[int, ...], label: Label) -> torch.Tensor:
         """One reduce-scatter without gradients."""
-        width, own = row_bytes(((rows.shape[1], rows.dtype),)), rows_P[self.transport.rank]
+        width, own_rows = row_bytes(((rows.shape[1], rows.dtype),)), rows_P[self.transport.rank]
         return self._timed(
             lambda: self.transport.reduce_scatter_v(rows.detach(), rows_P),
             label,
             "world",
             send_bytes=[n * width for n in rows_P],
-            receive_bytes=[own * width] * self.transport.size,
+            receive_bytes=[own_rows * width] * self.transport.size,
         )
 
     def _timed(

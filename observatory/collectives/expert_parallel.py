@@ -197,8 +197,10 @@ class ShardedModel:
 
     def replicated_parameters(self) -> Iterator[nn.Parameter]:
         """Everything else: gradients are this rank's share, to be summed over ranks."""
-        own = {id(p) for layer in self.layers for p in layer.site.module.parameters(recurse=False)}
-        yield from (p for p in self.model.parameters() if id(p) not in own)
+        expert_parameters = {
+            id(p) for layer in self.layers for p in layer.site.module.parameters(recurse=False)
+        }
+        yield from (p for p in self.model.parameters() if id(p) not in expert_parameters)
 
     def placement(self) -> tuple[tuple[int, ...], ...] | None:
         """Ranks of each expert if all layers agree; None when they do not."""
@@ -248,8 +250,8 @@ def _local_copy(site: RoutingSite, experts_here: Sequence[int]) -> nn.Module:
     local._parameters = dict(module._parameters)
     held = torch.tensor(experts_here, dtype=torch.int64)
     for key, parameter in stacked.items():
-        own = parameter.detach()[held.to(parameter.device)].clone()
-        local._parameters[key] = nn.Parameter(own, requires_grad=parameter.requires_grad)
+        local_values = parameter.detach()[held.to(parameter.device)].clone()
+        local._parameters[key] = nn.Parameter(local_values, requires_grad=parameter.requires_grad)
     for key, buffer in module.named_buffers(recurse=False):
         if buffer.shape[:1] == (experts,):
             local._buffers[key] = buffer[held.to(buffer.device)].clone()
@@ -261,9 +263,9 @@ def _local_copy(site: RoutingSite, experts_here: Sequence[int]) -> nn.Module:
 
 def _others_stacked(module: nn.Module, stacked: Mapping[str, nn.Parameter]) -> bool:
     """Whether weights outside the stacked ones could be experts too."""
-    own = [p for p in module.parameters(recurse=False) if p.ndim >= 3]
+    stacks = [p for p in module.parameters(recurse=False) if p.ndim >= 3]
     inner = [p for p in module.parameters() if p.ndim >= 2 and all(p is not s for s in stacked.values())]
-    return any(all(p is not s for s in stacked.values()) for p in own) or bool(inner)
+    return any(all(p is not s for s in stacked.values()) for p in stacks) or bool(inner)
 
 
 def _forward(site: RoutingSite, dispatcher: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

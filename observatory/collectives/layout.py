@@ -42,7 +42,7 @@ class Layout:
 
     def ranks_of_node(self, node: int) -> tuple[int, ...]:
         """Ranks of a node, ascending."""
-        return tuple(rank for rank, own in enumerate(self.node_of_P) if own == node)
+        return tuple(rank for rank, node_of_rank in enumerate(self.node_of_P) if node_of_rank == node)
 
     def members(self, group: Group) -> tuple[int, ...]:
         """Ranks of this rank's group, in the order in which splits are given.
@@ -52,10 +52,10 @@ class Layout:
         """
         if group == "world":
             return tuple(range(self.size))
-        own = self.ranks_of_node(self.node_of_P[self.rank])
+        node_ranks = self.ranks_of_node(self.node_of_P[self.rank])
         if group == "node":
-            return own
-        return self.all_groups("across")[own.index(self.rank)]
+            return node_ranks
+        return self.all_groups("across")[node_ranks.index(self.rank)]
 
     def all_groups(self, group: Group) -> tuple[tuple[int, ...], ...]:
         """Every group of this kind, the same list on every rank.

@@ -276,9 +276,9 @@ def visited_error(
     place = (looked_ms - starts_ms[np.searchsorted(starts_ms, looked_ms, side="right") - 1]) / period_ms
     inside = place[place < 1.0]
     window = np.abs(np.sinc(np.arange(1, _HARMONICS + 1) * window_ms / period_ms))
-    seen = window * _coherence(inside) if len(inside) else window
+    residual = window * _coherence(inside) if len(inside) else window
     waves = (_square_wave(d, min(1.0, (1 - d) / d)) for d in _DUTIES)
-    return max(math.sqrt(2 * float(((wave * seen) ** 2).sum())) for wave in waves)
+    return max(math.sqrt(2 * float(((wave * residual) ** 2).sum())) for wave in waves)
 
 
 def _coherence(place_N: Float64) -> Float64:

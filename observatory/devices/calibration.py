@@ -58,7 +58,9 @@ def calibrate(
                     del samples[device.uuid]
         sleep(interval_s)
     unavailable = {device.uuid: device.unavailable for device in devices}
-    return {uuid: calibration_of(own, unavailable[uuid]) for uuid, own in samples.items() if own}
+    return {
+        uuid: calibration_of(readings, unavailable[uuid]) for uuid, readings in samples.items() if readings
+    }
 
 
 def calibration_of(samples: Sequence[Sample], unavailable: Mapping[str, str]) -> DeviceCalibration:

@@ -76,10 +76,13 @@ def reason_stretches(
     until_N = np.append(time_ns_N[1:], time_ns_N[-1] + period_ns)
     until_N = np.where(until_N - time_ns_N > longest_gap_ns, time_ns_N + period_ns, until_N)
     for bit in reason_bits(int(np.bitwise_or.reduce(np.maximum(reasons_N, 0)))):
-        seen = np.flatnonzero((reasons_N > 0) & (reasons_N & bit > 0))
-        first = np.ones(len(seen), dtype=bool)
-        first[1:] = time_ns_N[seen[1:]] > until_N[seen[:-1]]
-        starts, last = seen[first], seen[np.append(np.flatnonzero(first)[1:] - 1, len(seen) - 1)]
+        positions = np.flatnonzero((reasons_N > 0) & (reasons_N & bit > 0))
+        first = np.ones(len(positions), dtype=bool)
+        first[1:] = time_ns_N[positions[1:]] > until_N[positions[:-1]]
+        starts, last = (
+            positions[first],
+            positions[np.append(np.flatnonzero(first)[1:] - 1, len(positions) - 1)],
+        )
         yield from (
             (bit, int(start), int(end)) for start, end in zip(time_ns_N[starts], until_N[last], strict=True)
         )

@@ -197,10 +197,10 @@ def _amd_gpus() -> tuple[dict[str, str | None], str | None]:
 def _nvidia_uuid(start: str) -> str:
     gpus, why_not = nvidia_gpus()
     uuids = [gpu.uuid for gpu in gpus]
-    found = match_uuid(start, uuids)
-    if len(found) == 1:
-        return found[0]
-    what = f"fits {len(found)} GPUs" if found else "is no GPU of this machine"
+    matched = match_uuid(start, uuids)
+    if len(matched) == 1:
+        return matched[0]
+    what = f"fits {len(matched)} GPUs" if matched else "is no GPU of this machine"
     raise DeviceError(
         f"{one_line(start, 80)} {what}", expected=f"one of {', '.join(uuids) or f'none: {why_not}'}"
     )
@@ -216,8 +216,8 @@ def _open_by_bus_id(selector: str) -> PowerDevice:
     for uuid, bus_id in amd.items():
         if parse_bus_id(bus_id or "") == place:
             return AmdDevice(uuid)
-    known = ", ".join([gpu.bus_id or gpu.uuid for gpu in gpus] + [amd[uuid] or uuid for uuid in amd])
-    raise DeviceError(f"there is no GPU at PCI {selector}", expected=f"one of {known or f'none: {why_not}'}")
+    shown = ", ".join([gpu.bus_id or gpu.uuid for gpu in gpus] + [amd[uuid] or uuid for uuid in amd])
+    raise DeviceError(f"there is no GPU at PCI {selector}", expected=f"one of {shown or f'none: {why_not}'}")
 
 
 def _open_recording(text: str) -> PowerDevice:

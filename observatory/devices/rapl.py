@@ -71,7 +71,7 @@ def find_domains(root: Path = POWERCAP) -> list[Domain]:
         names = sorted(entry.name for entry in root.iterdir())[:_MAX_ZONES]
     except OSError:
         return []
-    found: dict[str, Domain] = {}
+    domains: dict[str, Domain] = {}
     for zone in names:
         match = _ZONE.fullmatch(zone)
         own = _text(root / zone / "name") if match else None
@@ -82,10 +82,10 @@ def find_domains(root: Path = POWERCAP) -> list[Domain]:
         kind = own.split("-", 1)[0]
         if kind not in _COVERS or (kind == "dram") != (parent is not None):
             continue
-        if name in found:  # one psys per package
+        if name in domains:  # one psys per package
             name = f"{name}-{match[1]}"
-        found[name] = Domain(name=name, folder=root / zone, covers=_COVERS[kind])
-    return [found[name] for name in sorted(found)]
+        domains[name] = Domain(name=name, folder=root / zone, covers=_COVERS[kind])
+    return [domains[name] for name in sorted(domains)]
 
 
 class RaplDevice(PowerDevice):

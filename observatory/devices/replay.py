@@ -212,30 +212,30 @@ def _too_large(path: Path) -> str:
 def _rows_of(tables: Iterator[pa.Table], uuid: str | None, path: Path) -> tuple[str, pa.Table]:
     """Rows of the wanted device, and its name."""
     kept: list[pa.Table] = []
-    seen: set[str] = set()
+    uuids: set[str] = set()
     for table in tables:
-        seen |= set(pc.unique(table.column("device_uuid")).to_pylist())
-        if len(seen) > _MAX_ROWS // 1000:
+        uuids |= set(pc.unique(table.column("device_uuid")).to_pylist())
+        if len(uuids) > _MAX_ROWS // 1000:
             raise DeviceError(
                 f"recording {path} names over {_MAX_ROWS // 1000} devices", expected="a power table"
             )
         kept.append(table if uuid is None else table.filter(pc.equal(table.column("device_uuid"), uuid)))
-    names = ", ".join(one_line(name, 80) for name in sorted(seen)[:8])
-    if any(name != one_line(name, _MAX_NAME) or not name for name in seen):
+    names = ", ".join(one_line(name, 80) for name in sorted(uuids)[:8])
+    if any(name != one_line(name, _MAX_NAME) or not name for name in uuids):
         raise DeviceError(
             f"recording {path} holds device names that are none: {names}", remedy="record it again"
         )
-    if not seen:
+    if not uuids:
         raise DeviceError(f"recording {path} holds no power samples", expected="at least one")
-    if uuid is None and len(seen) > 1:
+    if uuid is None and len(uuids) > 1:
         raise DeviceError(
-            f"recording {path} holds {len(seen)} devices", remedy=f"name one of them: replay:FILE#{names}"
+            f"recording {path} holds {len(uuids)} devices", remedy=f"name one of them: replay:FILE#{names}"
         )
-    if uuid is not None and uuid not in seen:
+    if uuid is not None and uuid not in uuids:
         raise DeviceError(
             f"recording {path} holds no device {one_line(uuid, 80)}", expected=f"one of {names}"
         )
-    return uuid or next(iter(seen)), pa.concat_tables(kept, promote_options="permissive")
+    return uuid or next(iter(uuids)), pa.concat_tables(kept, promote_options="permissive")
 
 
 def _numbers(rows: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

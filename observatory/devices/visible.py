@@ -68,12 +68,12 @@ def visible_gpus(environment: Mapping[str, str], gpus: Sequence[PciGpu]) -> Visi
         environment: of the process.
         gpus: all that the driver shows, in any order.
     """
-    found = _visible(environment, sorted(gpus, key=_place))
-    shared = [gpu.uuid for gpu in gpus if gpu.mig and gpu.uuid in found.uuids]
+    visible = _visible(environment, sorted(gpus, key=_place))
+    shared = [gpu.uuid for gpu in gpus if gpu.mig and gpu.uuid in visible.uuids]
     if not shared:
-        return found
+        return visible
     return VisibleGpus(
-        uuids=tuple(uuid for uuid in found.uuids if uuid not in shared),
+        uuids=tuple(uuid for uuid in visible.uuids if uuid not in shared),
         reason=f"{shared[0]} is partitioned (MIG), and its power is that of all its instances; name it to "
         "read it all the same",
     )
@@ -138,17 +138,17 @@ def _by_entry(
     uuids: list[str] = []
     cut = None
     for entry in entries:
-        found = match_uuid(entry, [gpu.uuid for gpu in ordered])
-        if not found and _ORDINAL.fullmatch(entry):
+        matched = match_uuid(entry, [gpu.uuid for gpu in ordered])
+        if not matched and _ORDINAL.fullmatch(entry):
             alone = _by_ordinal([int(entry)], ordered, environment, shown)
             if not alone.uuids and int(entry) < len(ordered):
                 return alone
-            found = list(alone.uuids)
-        if len(found) != 1:
-            what = f"fits {len(found)} GPUs" if found else "is no GPU that the driver shows"
+            matched = list(alone.uuids)
+        if len(matched) != 1:
+            what = f"fits {len(matched)} GPUs" if matched else "is no GPU that the driver shows"
             cut = f"{shown}: {one_line(entry, 60)} {what}, and CUDA ends the list there"
             break
-        uuids.append(found[0])
+        uuids.append(matched[0])
     if len(set(uuids)) != len(uuids):
         return VisibleGpus(reason=f"{shown} names a GPU twice, for which CUDA uses none")
     places = {gpu.uuid: number for number, gpu in enumerate(ordered)}

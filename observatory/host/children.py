@@ -84,8 +84,8 @@ def _folder_of(module: ModuleType | None) -> str | None:
 def _identity(folder: str) -> tuple[int, int] | None:
     """Device and inode; None of what is not there."""
     with contextlib.suppress(OSError):
-        found = os.stat(folder)
-        return found.st_dev, found.st_ino
+        status = os.stat(folder)
+        return status.st_dev, status.st_ino
     return None
 
 

@@ -43,15 +43,15 @@ class Capability:
 
 def capabilities() -> list[Capability]:
     """Everything the observatory can use, in the order of its data flow. Changes nothing."""
-    found = [Capability(name="python", works=True, detail=sys.version.split()[0])]
-    found.extend(_package(*package) for package in _PACKAGES)
+    listed = [Capability(name="python", works=True, detail=sys.version.split()[0])]
+    listed.extend(_package(*package) for package in _PACKAGES)
     if importlib.util.find_spec("torch") is not None:
-        found.extend(_torch())
-    found.append(_nvml())
-    found.extend(
+        listed.extend(_torch())
+    listed.append(_nvml())
+    listed.extend(
         _program(name, purpose) for name, purpose in (("srun", "Slurm jobs"), ("mpiexec", "MPI jobs"))
     )
-    return found
+    return listed
 
 
 def _package(distribution: str, module: str, purpose: str, extra: str) -> Capability:

@@ -99,11 +99,11 @@ def process_namespace() -> str | None:
         for kind in ("pid", "time"):
             if kind == "time" and not os.path.exists("/proc/self/ns/time"):
                 continue  # a kernel without time namespaces
-            own = os.stat(f"/proc/self/ns/{kind}")
+            status = os.stat(f"/proc/self/ns/{kind}")
             children = os.stat(f"/proc/self/ns/{kind}_for_children")
-            if (own.st_dev, own.st_ino) != (children.st_dev, children.st_ino):
+            if (status.st_dev, status.st_ino) != (children.st_dev, children.st_ino):
                 return None
-            names.append(f"{kind}:{own.st_dev}:{own.st_ino}")
+            names.append(f"{kind}:{status.st_dev}:{status.st_ino}")
     except OSError:
         return None
     return " ".join(names)

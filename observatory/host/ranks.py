@@ -75,25 +75,25 @@ def find_rank(
     if not launchers:
         return RankOf(rank=0, world=1)
     # One process started by an outer launcher says nothing about those it starts itself.
-    found, *others = [source for source in launchers if source.world > 1] or launchers[:1]
+    chosen, *others = [source for source in launchers if source.world > 1] or launchers[:1]
     for other in others:
-        if (other.rank, other.world) == (found.rank, found.world):
-            found = replace(
-                found,
-                local_rank=other.local_rank if found.local_rank is None else found.local_rank,
-                local_world=other.local_world if found.local_world is None else found.local_world,
-                node=other.node if found.node is None else found.node,
+        if (other.rank, other.world) == (chosen.rank, chosen.world):
+            chosen = replace(
+                chosen,
+                local_rank=other.local_rank if chosen.local_rank is None else chosen.local_rank,
+                local_world=other.local_world if chosen.local_world is None else chosen.local_world,
+                node=other.node if chosen.node is None else chosen.node,
             )
-        elif _counts_nodes(other, found):
-            found = replace(found, node=other.rank if found.node is None else found.node)
+        elif _counts_nodes(other, chosen):
+            chosen = replace(chosen, node=other.rank if chosen.node is None else chosen.node)
         else:
             raise CaptureError(
-                f"{found.launcher} says rank {found.rank} of {found.world}, {other.launcher} says rank "
+                f"{chosen.launcher} says rank {chosen.rank} of {chosen.world}, {other.launcher} says rank "
                 f"{other.rank} of {other.world}",
                 expected="one launcher, or one process per node of the outer one",
                 remedy="remove the variables of the launcher that did not start this process",
             )
-    return found
+    return chosen
 
 
 def _counts_nodes(outer: RankOf, inner: RankOf) -> bool:
@@ -148,9 +148,9 @@ def _srun(environment: Mapping[str, str]) -> RankOf | None:
     if step is None or step >= _FIRST_SPECIAL_STEP or "SLURM_PROCID" not in environment:
         return None
     world = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
-    found = _read(environment, "srun", "SLURM_PROCID", world, "SLURM_LOCALID", None, "SLURM_NODEID")
+    source = _read(environment, "srun", "SLURM_PROCID", world, "SLURM_LOCALID", None, "SLURM_NODEID")
     return replace(
-        found, local_world=_tasks_of_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""), found.node)
+        source, local_world=_tasks_of_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""), source.node)
     )
 
 

@@ -58,16 +58,18 @@ def checked_rows(table: str, rows: pa.Table | pa.RecordBatch, *, rank: int) -> p
     fields: list[pa.Field] = []
     columns: list[pa.ChunkedArray] = []
     for field in schema:
-        found = given.schema.get_all_field_indices(field.name)
-        if not found and field.nullable:
+        indices = given.schema.get_all_field_indices(field.name)
+        if not indices and field.nullable:
             continue
-        if len(found) != 1:
-            raise RunFormatError(f"{where}: column {field.name} is there {len(found)} times", expected="once")
+        if len(indices) != 1:
+            raise RunFormatError(
+                f"{where}: column {field.name} is there {len(indices)} times", expected="once"
+            )
         try:
-            column = given.column(found[0]).cast(field.type)
+            column = given.column(indices[0]).cast(field.type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise RunFormatError(
-                f"{where}: column {field.name} is {given.column(found[0]).type}", expected=f"{field.type}"
+                f"{where}: column {field.name} is {given.column(indices[0]).type}", expected=f"{field.type}"
             ) from error
         if field.nullable and column.null_count == len(column):
             continue  # a column of nulls says nothing and costs space: readers take a missing one as null
@@ -110,20 +112,20 @@ def check_schema(table: str, schema: pa.Schema, *, where: str) -> None:
         experts_of(schema, where)
         return
     for field in FIXED_SCHEMAS[table]:
-        found = schema.get_all_field_indices(field.name)
-        if not found and field.nullable:
+        indices = schema.get_all_field_indices(field.name)
+        if not indices and field.nullable:
             continue
-        kind = schema.field(found[0]).type if len(found) == 1 else None
+        kind = schema.field(indices[0]).type if len(indices) == 1 else None
         if kind is None or not _fits(kind, field.type):
             raise RunFormatError(
                 f"{where}: column {field.name} is {one_line(kind, 60)}", expected=f"{field.type}"
             )
 
 
-def _fits(found: pa.DataType, expected: pa.DataType) -> bool:
+def _fits(given: pa.DataType, expected: pa.DataType) -> bool:
     if pa.types.is_list(expected):
-        return bool(pa.types.is_list(found) and found.value_type == expected.value_type)
-    return bool(found == expected)
+        return bool(pa.types.is_list(given) and given.value_type == expected.value_type)
+    return bool(given == expected)
 
 
 def _check_range(column: pa.ChunkedArray, name: str, where: str) -> None:
@@ -133,9 +135,9 @@ def _check_range(column: pa.ChunkedArray, name: str, where: str) -> None:
     if name not in _RANGES or not len(column):
         return
     extremes = pc.min_max(pc.list_flatten(column) if lists else column).as_py()
-    for found in (extremes["min"], extremes["max"]):
-        if found is not None and not least <= found <= most:
-            raise RunFormatError(f"{where}: column {name} holds {found}", expected=f"{least} to {most}")
+    for extreme in (extremes["min"], extremes["max"]):
+        if extreme is not None and not least <= extreme <= most:
+            raise RunFormatError(f"{where}: column {name} holds {extreme}", expected=f"{least} to {most}")
 
 
 def check_rows(table: str, rows: pa.Table, *, rank: int, where: str) -> None:

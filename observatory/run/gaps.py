@@ -72,10 +72,10 @@ def of_ranks(manifest: Manifest, routed: Collection[int]) -> Iterator[Gap]:
         yield Gap(code=f"run_{manifest.state}")
     states = {status.rank: status for status in manifest.ranks}
     # The number of ranks comes from a file: never build a list of that length.
-    known = states.keys() | set(routed)
-    missing = manifest.topology.ranks - sum(rank < manifest.topology.ranks for rank in known)
+    ranks = states.keys() | set(routed)
+    missing = manifest.topology.ranks - sum(rank < manifest.topology.ranks for rank in ranks)
     if missing:
-        first = islice((rank for rank in range(manifest.topology.ranks) if rank not in known), _SHOWN)
+        first = islice((rank for rank in range(manifest.topology.ranks) if rank not in ranks), _SHOWN)
         yield Gap(code="ranks_missing", ranks=tuple(first), rank_count=missing, of=manifest.topology.ranks)
     for rank, status in sorted(states.items()):
         if status.state != "complete":

@@ -196,11 +196,11 @@ def masked_text(text: str) -> str:
     """A text with secrets masked: users in URLs, headers, pairs of name and value, known kinds of tokens."""
     text = text[:_LONGEST_TEXT]
     text = _PEM.sub(rf"\1{MASK}", text)
-    text = _SIGNED.sub(lambda found: f"{found['name']}={MASK}", text)
+    text = _SIGNED.sub(lambda match: f"{match['name']}={MASK}", text)
     text = _URL_USER.sub(_masked_user, text)
-    text = _USER_WITHOUT_SCHEME.sub(lambda found: f"{found['before']}{found['user']}:{MASK}@", text)
-    text = _USER_IN_TEXT.sub(lambda found: f"{found['option']}{found['quote']}{found['user']}:{MASK}", text)
-    text = _HEADER.sub(lambda found: f"{found['name']}{found['gap']}{MASK}", text)
+    text = _USER_WITHOUT_SCHEME.sub(lambda match: f"{match['before']}{match['user']}:{MASK}@", text)
+    text = _USER_IN_TEXT.sub(lambda match: f"{match['option']}{match['quote']}{match['user']}:{MASK}", text)
+    text = _HEADER.sub(lambda match: f"{match['name']}{match['gap']}{MASK}", text)
     text = _SCHEMES.sub(_masked_scheme, text)
     for pattern in (_PAIR, _OPTION_IN_TEXT, _SETENV, _CALL):
         text = _masked_values(text, pattern)
@@ -224,32 +224,32 @@ def masked_entry(key: str, value: JsonValue) -> JsonValue:
     return MASK if is_secret_name(key) else masked_text(value)
 
 
-def _masked_user(found: re.Match[str]) -> str:
-    user, colon, password = found["user"].partition(":")
+def _masked_user(match: re.Match[str]) -> str:
+    user, colon, password = match["user"].partition(":")
     if colon and password:
-        return f"{found['scheme']}://{user}:{MASK}@"
+        return f"{match['scheme']}://{user}:{MASK}@"
     # Services take a token as the user; the user of ssh is a name.
-    return f"{found['scheme']}://{MASK}@" if found["scheme"].startswith("http") and user else found[0]
+    return f"{match['scheme']}://{MASK}@" if match["scheme"].startswith("http") and user else match[0]
 
 
-def _masked_scheme(found: re.Match[str]) -> str:
-    return f"{found['scheme']}{found['space']}{MASK}"
+def _masked_scheme(match: re.Match[str]) -> str:
+    return f"{match['scheme']}{match['space']}{MASK}"
 
 
 def _masked_values(text: str, names: re.Pattern[str]) -> str:
     """The text with the values behind secret names masked, in their quotes."""
     pieces: list[str] = []
     at = 0
-    for found in names.finditer(text):
-        if found.start() < at or not is_secret_name(found["name"]):
+    for match in names.finditer(text):
+        if match.start() < at or not is_secret_name(match["name"]):
             continue
-        value = _VALUE.match(text, found.end())
+        value = _VALUE.match(text, match.end())
         # "missing key: layers.0" is a sentence.
-        spoken = found["name"].lower() == "key" and found["gap"][:2] == ": "
-        if value is None or spoken or _is_no_secret(found["name"], value[0].strip("\"'")):
+        spoken = match["name"].lower() == "key" and match["gap"][:2] == ": "
+        if value is None or spoken or _is_no_secret(match["name"], value[0].strip("\"'")):
             continue
         if MASK not in value[0]:
             quote = value["quote"] or (value[0][0] if value[0][0] in "\"'" else "")
-            pieces += [text[at : found.end()], quote, MASK, quote]
+            pieces += [text[at : match.end()], quote, MASK, quote]
             at = value.end()
     return "".join([*pieces, text[at:]])

@@ -77,11 +77,11 @@ def check_pages(descriptor: int, claim: ChunkClaim) -> None:
                 raise PageError(f"a dictionary of {size} bytes says that it has {entries} entries")
         elif kind in _DATA_HEADERS:
             field, encoding = _DATA_HEADERS[kind]
-            own = _struct(header, field)
-            count = _number(own, 1)
+            sub_header = _struct(header, field)
+            count = _number(sub_header, 1)
             if count < 0 or values + count > claim.values:
                 raise PageError(f"its pages hold over {claim.values} values, which its footer says")
-            if _number(own, encoding) == _DELTA_BYTE_ARRAY:
+            if _number(sub_header, encoding) == _DELTA_BYTE_ARRAY:
                 raise PageError("its encoding is DELTA_BYTE_ARRAY, which is not read; write another one")
             values += count
 

@@ -284,7 +284,7 @@ class Run:
             RunFormatError: rows of another rank, or a negative number of tokens.
         """
         keys = ["step", "window_steps", "phase", "source_rank"]
-        found: list[pd.DataFrame] = []
+        frames: list[pd.DataFrame] = []
         for part in self._parts["routing"]:
             for group in part.row_groups():
                 rows = read_row_group(group, [*keys, "tokens"])
@@ -304,10 +304,10 @@ class Run:
                     )
                 if (frame["source_rank"] != part.rank).any():
                     raise RunFormatError(f"{part.name}: holds rows of another rank than {part.rank}")
-                found.append(frame.groupby(keys, sort=False)["tokens"].max().reset_index())
-        if not found:
+                frames.append(frame.groupby(keys, sort=False)["tokens"].max().reset_index())
+        if not frames:
             return pd.DataFrame({name: [] for name in [*keys, "tokens"]})
-        joined = pd.concat(found, ignore_index=True)
+        joined = pd.concat(frames, ignore_index=True)
         result: pd.DataFrame = joined.groupby(keys, sort=True)["tokens"].max().reset_index()
         return result
 

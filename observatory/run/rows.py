@@ -207,28 +207,28 @@ def experts_of(schema: pa.Schema, where: str) -> int:
     if not 1 <= experts <= MAX_EXPERTS:
         raise RunFormatError(f"{where}: column load has {experts} experts", expected=f"1 to {MAX_EXPERTS}")
     for field in routing_schema(experts, gate_mass=True):
-        found = schema.get_all_field_indices(field.name)
-        if not found and field.nullable:
+        indices = schema.get_all_field_indices(field.name)
+        if not indices and field.nullable:
             continue
-        if len(found) != 1 or not _same_type(schema.field(found[0]).type, field.type):
-            kinds = ", ".join(str(schema.field(i).type) for i in found) or "missing"
+        if len(indices) != 1 or not _same_type(schema.field(indices[0]).type, field.type):
+            kinds = ", ".join(str(schema.field(i).type) for i in indices) or "missing"
             raise RunFormatError(
                 f"{where}: column {field.name} is {one_line(kinds, 80)}", expected=f"{field.type}"
             )
     return experts
 
 
-def _same_type(found: pa.DataType, expected: pa.DataType) -> bool:
+def _same_type(given: pa.DataType, expected: pa.DataType) -> bool:
     """Equal up to the name and nullability of list items, which other writers choose differently."""
     if pa.types.is_fixed_size_list(expected):
         return bool(
-            pa.types.is_fixed_size_list(found)
-            and found.list_size == expected.list_size
-            and found.value_type == expected.value_type
+            pa.types.is_fixed_size_list(given)
+            and given.list_size == expected.list_size
+            and given.value_type == expected.value_type
         )
-    if pa.types.is_dictionary(found):
-        return bool(found.value_type == expected)
-    return bool(found == expected)
+    if pa.types.is_dictionary(given):
+        return bool(given.value_type == expected)
+    return bool(given == expected)
 
 
 def routing_columns(rows: pa.Table | pa.RecordBatch, *, rank: int, where: str) -> RoutingColumns:

@@ -44,7 +44,7 @@ def core_shares(cores_P: Iterable[CoreSpec | None]) -> list[CoreShare]:
     for cores in cores_P:
         if cores is not None and cores.cpus:
             of_machine[cores.machine or cores.host].append(cores)
-    return [_share(own) for own in of_machine.values()]
+    return [_share(ranks) for ranks in of_machine.values()]
 
 
 def short_of_cores(cores_P: Iterable[CoreSpec | None]) -> list[CoreShare]:
@@ -160,7 +160,7 @@ def _quotas(proc: Path) -> list[CoreQuota]:
     with contextlib.suppress(OSError, ValueError, IndexError):
         groups = [line.split(":", 2) for line in (proc / "self/cgroup").read_text("utf-8").splitlines()]
         mounts = [line.split() for line in (proc / "self/mountinfo").read_text("utf-8").splitlines()]
-        found: list[CoreQuota] = []
+        quotas: list[CoreQuota] = []
         for _, controllers, path in groups:
             version_1 = "cpu" in controllers.split(",")
             if controllers and not version_1:
@@ -170,9 +170,9 @@ def _quotas(proc: Path) -> list[CoreQuota]:
                 rest = fields[fields.index("-") + 1 :]
                 if rest[0] != kind or (version_1 and "cpu" not in rest[2].split(",")):
                     continue
-                found += _quotas_up(Path(fields[4]), root=fields[3], path=path)
+                quotas += _quotas_up(Path(fields[4]), root=fields[3], path=path)
                 break
-        return found
+        return quotas
     return []
 
 
@@ -182,14 +182,14 @@ def _quotas_up(mount: Path, *, root: str, path: str) -> list[CoreQuota]:
     parts = [part for part in inside.split("/") if part not in ("", "..")]
     if not mount.joinpath(*parts).is_dir():
         parts = []
-    found = []
+    quotas = []
     for length in range(len(parts), -1, -1):
         folder = mount.joinpath(*parts[:length])
         cpus = _quota_of(folder)
         if cpus is not None:
             entry = os.stat(folder)
-            found.append(CoreQuota(cpus=cpus, group=f"{entry.st_dev}:{entry.st_ino}"))
-    return found
+            quotas.append(CoreQuota(cpus=cpus, group=f"{entry.st_dev}:{entry.st_ino}"))
+    return quotas
 
 
 def _quota_of(folder: Path) -> float | None:

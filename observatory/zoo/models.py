@@ -78,11 +78,11 @@ def bundled_models() -> tuple[BundledModel, ...]:
     Raises:
         ModelError: the installation lacks a file.
     """
-    found = []
+    models = []
     for name in BUNDLED_NAMES:
         try:
             facts = json.loads((_CHECKPOINTS / name / "training.json").read_text(encoding="utf-8"))
-            found.append(
+            models.append(
                 BundledModel(
                     name=name,
                     mixer=facts["recipe"]["mixer"],
@@ -98,7 +98,7 @@ def bundled_models() -> tuple[BundledModel, ...]:
             raise ModelError(
                 f"bundled model {name} is incomplete ({error}); install the package again"
             ) from error
-    return tuple(found)
+    return tuple(models)
 
 
 def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> LoadedModel:
@@ -295,7 +295,7 @@ def _load_weights(name: str, where: str, device: str, dtype: str | None, *, loca
             config = transformers.AutoConfig.from_pretrained(
                 where, trust_remote_code=False, local_files_only=local
             )
-            model, found = _model_class(transformers, config, name).from_pretrained(
+            model, loading = _model_class(transformers, config, name).from_pretrained(
                 where,
                 dtype=wanted,
                 trust_remote_code=False,
@@ -303,7 +303,7 @@ def _load_weights(name: str, where: str, device: str, dtype: str | None, *, loca
                 local_files_only=local,
                 output_loading_info=True,
             )
-            _check_whole(found, name)
+            _check_whole(loading, name)
             ready: torch.nn.Module = model.to(target).eval()
             return ready
     except ModelError:
@@ -332,9 +332,9 @@ def _model_class(transformers: Any, config: Any, name: str) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _check_whole(found: Mapping[str, Any], name: str) -> None:
+def _check_whole(loading: Mapping[str, Any], name: str) -> None:
     """Refuse weights that transformers would have made up: routing of random weights looks like a result."""
-    made_up = sorted(str(key) for key in (*found["missing_keys"], *found["mismatched_keys"]))
+    made_up = sorted(str(key) for key in (*loading["missing_keys"], *loading["mismatched_keys"]))
     if made_up:
         raise ModelError(
             f"{name!r} lacks {len(made_up)} weights or has them in another shape, first {made_up[0]!r}; "

@@ -76,18 +76,18 @@ class Attribution:
     @property
     def lag_ms(self) -> tuple[float, float] | None:
         """Bounds of the sensor's lag, where least squares on a source found powers and so its lag."""
-        known = [
+        bounds = [
             solution.lag_ms[1:]
             for solution in self.solutions
             if solution.lag_ms is not None and any(power is not None for power in solution.power_mw)
         ]
-        return (min(low for low, _ in known), max(high for _, high in known)) if known else None
+        return (min(low for low, _ in bounds), max(high for _, high in bounds)) if bounds else None
 
     @property
     def energy_mj(self) -> float | None:
         """Energy of all phases and idle together; None when one of them is not known."""
-        known = [phase.power_mw * phase.seconds for phase in self.phases if phase.power_mw is not None]
-        return sum(known) if len(known) == len(self.phases) else None
+        energies_mj = [phase.power_mw * phase.seconds for phase in self.phases if phase.power_mw is not None]
+        return sum(energies_mj) if len(energies_mj) == len(self.phases) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,20 +175,22 @@ def _solutions(
     solutions: list[LeastSquares] = []
     near = trace.between(timeline.start_ns, timeline.end_ns, margin_ns=2_000_000_000)
     for observe in (counter_observations, power_observations):
-        seen = observe(near, sensor)
-        if isinstance(seen, Reason):
+        observations = observe(near, sensor)
+        if isinstance(observations, Reason):
             solutions.append(
-                _nothing(timeline, seen, "counter" if observe is counter_observations else "power")
+                _nothing(timeline, observations, "counter" if observe is counter_observations else "power")
             )
             continue
-        seen = replace(seen, shift_ns=seen.shift_ns + clock_error_ns)
+        observations = replace(observations, shift_ns=observations.shift_ns + clock_error_ns)
         if lag_ms is not None:
-            seen = replace(
-                seen,
-                lag_low_ns=max(seen.lag_low_ns, lag_ms[0] * 1e6 - seen.shift_ns),
-                lag_high_ns=min(seen.lag_high_ns, lag_ms[1] * 1e6 + seen.shift_ns),
+            observations = replace(
+                observations,
+                lag_low_ns=max(observations.lag_low_ns, lag_ms[0] * 1e6 - observations.shift_ns),
+                lag_high_ns=min(observations.lag_high_ns, lag_ms[1] * 1e6 + observations.shift_ns),
             )
-        solution = solve_phases(_wholly_inside(seen, timeline) if inside_only else seen, timeline, seed=seed)
+        solution = solve_phases(
+            _wholly_inside(observations, timeline) if inside_only else observations, timeline, seed=seed
+        )
         solutions.append(solution)
         if all(solution.of(name) is not None for name in missing):
             break
@@ -203,12 +205,12 @@ def _nothing(timeline: Timeline, reason: Reason, source: Literal["counter", "pow
     )  # fmt: skip
 
 
-def _wholly_inside(seen: Observations, timeline: Timeline) -> Observations:
+def _wholly_inside(observations: Observations, timeline: Timeline) -> Observations:
     """Observations that lie in the timeline's segments whatever the shift."""
-    start = seen.start_ns_N - seen.lag_high_ns - seen.shift_ns
-    end = seen.end_ns_N - seen.lag_low_ns + seen.shift_ns
+    start = observations.start_ns_N - observations.lag_high_ns - observations.shift_ns
+    end = observations.end_ns_N - observations.lag_low_ns + observations.shift_ns
     covered_s = timeline.seconds_in(start, end).sum(axis=1)
-    return seen.chosen(covered_s >= (end - start) * 1e-9 * (1 - 1e-9) - 1e-9)
+    return observations.chosen(covered_s >= (end - start) * 1e-9 * (1 - 1e-9) - 1e-9)
 
 
 def _solved(

@@ -83,12 +83,14 @@ class Design:
         for which, delays in ((np.flatnonzero(~smeared), 1), (np.flatnonzero(smeared), _DELAYS)):
             chunk = max(1, _CHUNK_ROWS // (len(energy_N) * delays))
             for first in range(0, len(which), chunk):
-                own = which[first : first + chunk]
-                design_QNJ = self._designs(shift_Q3[own], self.seen.start_ns_N, self.seen.end_ns_N)
+                places = which[first : first + chunk]
+                design_QNJ = self._designs(shift_Q3[places], self.seen.start_ns_N, self.seen.end_ns_N)
                 right_QJ = energy_N @ design_QNJ
                 gram_QJJ = design_QNJ.transpose(0, 2, 1) @ design_QNJ
-                condition_Q[own] = _conditions(gram_QJJ)
-                for q, design_NJ, gram_JJ, right_J in zip(own, design_QNJ, gram_QJJ, right_QJ, strict=True):
+                condition_Q[places] = _conditions(gram_QJJ)
+                for q, design_NJ, gram_JJ, right_J in zip(
+                    places, design_QNJ, gram_QJJ, right_QJ, strict=True
+                ):
                     power_J = nnls(gram_JJ, right_J)
                     rest_N = energy_N - design_NJ @ np.nan_to_num(power_J)
                     power_QJ[q], squares_Q[q] = power_J, rest_N @ rest_N

@@ -131,7 +131,7 @@ def _period_of(time_K: Float64) -> float:
 
 def _with_equal(time: Float64, changed: Int64, period_ns: float) -> Int64:
     """Polls that showed a changed value, and those more than a period after the last known update."""
-    found: list[int] = []
+    positions: list[int] = []
     last, upcoming = time[0] if len(time) else 0.0, iter([*changed.tolist(), len(time)])
     position = 0
     for change in upcoming:
@@ -140,12 +140,12 @@ def _with_equal(time: Float64, changed: Int64, period_ns: float) -> Int64:
             position = int(np.searchsorted(time, last + 1.05 * period_ns, side="left"))
             if position >= change or position >= len(time):
                 break
-            found.append(position)
+            positions.append(position)
             last = time[position]
         if change < len(time):
-            found.append(change)
+            positions.append(change)
             last = time[change]
-    return np.array(found, dtype=np.int64)
+    return np.array(positions, dtype=np.int64)
 
 
 def _stretches(time_K: Float64, period_ns: float) -> list[slice]:
@@ -207,10 +207,10 @@ def _lattice(low_K: Float64, high_K: Float64, period_ns: float) -> tuple[Float64
     missed = max(0.0, float((first_D - last_D).min()) / 2)  # how far the updates are off the best lattice
     if missed > _MOST_IRREGULAR * period_ns:
         return None
-    own = _TOLERANCE_NS + 2 * missed
-    possible = last_D + 2 * own >= first_D
+    tolerance_ns = _TOLERANCE_NS + 2 * missed
+    possible = last_D + 2 * tolerance_ns >= first_D
     # Trial periods that almost fit count as well, and the lattice itself may be off by what its updates are.
-    middle_D, half_D = (first_D + last_D) / 2, np.maximum((last_D - first_D) / 2, 0.0) + own
+    middle_D, half_D = (first_D + last_D) / 2, np.maximum((last_D - first_D) / 2, 0.0) + tolerance_ns
     earliest_K = ((middle_D - half_D)[possible, None] + shift_DK[possible]).min(axis=0)
     latest_K = ((middle_D + half_D)[possible, None] + shift_DK[possible]).max(axis=0)
-    return (earliest_K + latest_K) / 2 + origin, (latest_K - earliest_K) / 2, own
+    return (earliest_K + latest_K) / 2 + origin, (latest_K - earliest_K) / 2, tolerance_ns

@@ -95,47 +95,48 @@ class LeastSquares:
         return None if power is None or low is None or high is None else (power, low, high)
 
 
-def solve_phases(seen: Observations, timeline: Timeline, *, seed: int = 0) -> LeastSquares:
+def solve_phases(observed: Observations, timeline: Timeline, *, seed: int = 0) -> LeastSquares:
     """Mean power of each name of a timeline.
 
     Args:
-        seen: observations; those that reach outside the timeline are left out.
+        observed: observations; those that reach outside the timeline are left out.
         timeline: what ran when, on the observations' clock.
         seed: of the bootstrap.
     """
-    reach_ns = seen.shift_ns + max(abs(seen.lag_low_ns), abs(seen.lag_high_ns))
-    seen = seen.chosen(
-        (seen.start_ns_N >= timeline.start_ns + reach_ns) & (seen.end_ns_N <= timeline.end_ns - reach_ns)
+    reach_ns = observed.shift_ns + max(abs(observed.lag_low_ns), abs(observed.lag_high_ns))
+    observed = observed.chosen(
+        (observed.start_ns_N >= timeline.start_ns + reach_ns)
+        & (observed.end_ns_N <= timeline.end_ns - reach_ns)
     )
     needed = max(FEWEST_OBSERVATIONS, 5 * (len(timeline.names) + 1))
-    if len(seen) < needed:
+    if len(observed) < needed:
         return _refused(
-            seen, timeline.names,
+            observed, timeline.names,
             Reason(
                 EnergyCode.FEW_UPDATES_INSIDE,
-                {"source": seen.source, "updates": len(seen), "needed": needed},
+                {"source": observed.source, "updates": len(observed), "needed": needed},
             ),
         )  # fmt: skip
-    design = Design(seen, timeline)
+    design = Design(observed, timeline)
     shifts = plausible_shifts(design)
     best_NJ = design.at(shifts[0])
     power_QJ, _, condition_Q = design.trials(np.array(shifts))
     condition = float(condition_Q.max())
     lags_ms = [shift.lag_ns * 1e-6 for shift in shifts]
     about: dict[str, Any] = {
-        "observations": len(seen),
+        "observations": len(observed),
         "condition": condition,
         "lag_ms": (lags_ms[0], min(lags_ms), max(lags_ms)),
         "smear_ms": shifts[0].smear_ns * 1e-6,
     }
     if len(design.names) > 1 and condition > WORST_CONDITION:
         return _refused(
-            seen, design.names,
+            observed, design.names,
             Reason(EnergyCode.CONSTANT_MIX, {"condition": condition, "highest": WORST_CONDITION}),
             **about,
         )  # fmt: skip
-    power_J = nnls(best_NJ.T @ best_NJ, best_NJ.T @ seen.energy_mj_N)
-    rest_N = seen.energy_mj_N - best_NJ @ np.nan_to_num(power_J)
+    power_J = nnls(best_NJ.T @ best_NJ, best_NJ.T @ observed.energy_mj_N)
+    rest_N = observed.energy_mj_N - best_NJ @ np.nan_to_num(power_J)
     spread_J = np.ptp(power_QJ, axis=0) / 2
     moved_J = _moved(design, shifts[0], power_J, np.random.default_rng(seed))
     low_J, high_J = _intervals(design, shifts, power_J, moved_J, np.random.default_rng(seed))
@@ -147,34 +148,34 @@ def solve_phases(seen: Observations, timeline: Timeline, *, seed: int = 0) -> Le
         )
 
     return LeastSquares(
-        source=seen.source,
+        source=observed.source,
         names=design.names,
         power_mw=where_known(power_J),
         low_mw=where_known(low_J),
         high_mw=where_known(high_J),
         reasons=reasons,
-        residual=math.sqrt(float(np.mean(rest_N**2))) / float(seen.energy_mj_N.mean()),
+        residual=math.sqrt(float(np.mean(rest_N**2))) / float(observed.energy_mj_N.mean()),
         **about,
     )
 
 
-def _refused(seen: Observations, names: tuple[str, ...], reason: Reason, **about: Any) -> LeastSquares:
+def _refused(observed: Observations, names: tuple[str, ...], reason: Reason, **about: Any) -> LeastSquares:
     nothing = (None,) * len(names)
     return LeastSquares(
-        source=seen.source, names=names, power_mw=nothing, low_mw=nothing, high_mw=nothing,
-        reasons=(reason,) * len(names), reason=reason, **{"observations": len(seen), **about},
+        source=observed.source, names=names, power_mw=nothing, low_mw=nothing, high_mw=nothing,
+        reasons=(reason,) * len(names), reason=reason, **{"observations": len(observed), **about},
     )  # fmt: skip
 
 
 def _moved(design: Design, shift: Shift, power_J: Float64, generator: np.random.Generator) -> Float64:
     """How far the answer moves when every window moves within the error of its own moment."""
-    seen = design.seen
+    observed = design.seen
     total_J = np.zeros(len(power_J))
     for _ in range(_MOVES):
-        end = seen.own_ns * generator.uniform(-1, 1, len(seen))
-        start = end if seen.source == "power" else np.concatenate([[0.0], end[:-1]])
+        end = observed.own_ns * generator.uniform(-1, 1, len(observed))
+        start = end if observed.source == "power" else np.concatenate([[0.0], end[:-1]])
         moved_NJ = design.at(shift, moved_ns=(start, end))
-        total_J += nnls(moved_NJ.T @ moved_NJ, moved_NJ.T @ seen.energy_mj_N)
+        total_J += nnls(moved_NJ.T @ moved_NJ, moved_NJ.T @ observed.energy_mj_N)
     return np.abs(total_J / _MOVES - power_J)
 
 
@@ -220,8 +221,8 @@ def _reasons(
     spread_J: Float64,
 ) -> tuple[Reason | None, ...]:
     """Why each phase has no power; None where it has."""
-    seen = design.seen
-    length_s_N = (seen.end_ns_N - seen.start_ns_N) * 1e-9
+    observed = design.seen
+    length_s_N = (observed.end_ns_N - observed.start_ns_N) * 1e-9
     present_J = (at_NJ > _PRESENT * length_s_N[:, None]).sum(axis=0)
 
     def reason(j: int) -> Reason | None:
@@ -229,7 +230,7 @@ def _reasons(
         if present_J[j] < FEWEST_PER_PHASE:
             return Reason(
                 EnergyCode.RARE_PHASE,
-                {"source": seen.source, "updates": int(present_J[j]), "needed": FEWEST_PER_PHASE},
+                {"source": observed.source, "updates": int(present_J[j]), "needed": FEWEST_PER_PHASE},
             )
         if not power > 0:
             return Reason(EnergyCode.NO_POSITIVE_POWER)
@@ -238,7 +239,7 @@ def _reasons(
         if not moved_J[j] <= MOST_MOVED * power:
             return Reason(
                 EnergyCode.UPDATE_TIMES_UNCERTAIN,
-                {"error_ms": seen.own_ns * 1e-6, "change": float(moved_J[j]) / power},
+                {"error_ms": observed.own_ns * 1e-6, "change": float(moved_J[j]) / power},
             )
         if not high - low <= 2 * WIDEST_INTERVAL * power:
             return Reason(EnergyCode.WIDE_INTERVAL, {"low_mw": low, "high_mw": high})

@@ -91,13 +91,13 @@ def fit_reuse(measured: ReuseMeasurements, *, seed: int = 0) -> ReuseFit:
     """
     fraction = np.array([item.cached_fraction for item in measured.measurements])
     energy = np.array([item.prefill_mj for item in measured.measurements])
-    known, cell_N = np.unique(fraction, return_inverse=True)
-    if len(known) < 2:
+    fraction_C, cell_N = np.unique(fraction, return_inverse=True)
+    if len(fraction_C) < 2:
         raise EnergyError(
-            f"all measurements are at a cached fraction of {known[0]:g}; expected two or more, "
+            f"all measurements are at a cached fraction of {fraction_C[0]:g}; expected two or more, "
             "measure a miss and an exact hit at least"
         )
-    terms = min(3, len(known))
+    terms = min(3, len(fraction_C))
     coefficient = _solve(fraction, energy, terms)
     drawn_RN, widening = _resampled(cell_N, np.random.default_rng(seed))
     many = np.bincount(cell_N).min() > 1
@@ -114,8 +114,10 @@ def fit_reuse(measured: ReuseMeasurements, *, seed: int = 0) -> ReuseFit:
         columns["fitted_high_mj"] = high if many else nothing
         return pd.DataFrame(columns)
 
-    cells = _cells(measured, known, cell_N, energy).merge(band(known), on="cached_fraction")
-    saved, low, high, reason = _saving(known, cell_N, energy, drawn_RN, widening, cells["missed"].to_numpy())
+    cells = _cells(measured, fraction_C, cell_N, energy).merge(band(fraction_C), on="cached_fraction")
+    saved, low, high, reason = _saving(
+        fraction_C, cell_N, energy, drawn_RN, widening, cells["missed"].to_numpy()
+    )
     ends = cells[cells["cached_fraction"].isin([0.0, 1.0])]["flag"].dropna()
     return ReuseFit(
         fixed_mj=float(coefficient[0]),
@@ -149,8 +151,8 @@ def _resampled(
     """Indices of resamples, drawn within each cached fraction, and how much their spread is widened."""
     drawn = np.empty((_RESAMPLES, len(cell_N)), dtype=np.int64)
     for cell in np.unique(cell_N):
-        own = np.flatnonzero(cell_N == cell)
-        drawn[:, own] = generator.choice(own, size=(_RESAMPLES, len(own)))
+        members = np.flatnonzero(cell_N == cell)
+        drawn[:, members] = generator.choice(members, size=(_RESAMPLES, len(members)))
     fewest = int(np.bincount(cell_N).min())
     if fewest < 2:
         return drawn, 1.0
@@ -158,26 +160,30 @@ def _resampled(
 
 
 def _cells(
-    measured: ReuseMeasurements, known: Float64, cell_N: npt.NDArray[np.int64], energy: Float64
+    measured: ReuseMeasurements, fraction_C: Float64, cell_N: npt.NDArray[np.int64], energy: Float64
 ) -> pd.DataFrame:
     rows = []
-    miss = energy[cell_N == 0].mean() if known[0] == 0 else np.nan
-    for number, fraction in enumerate(known):
-        own = np.flatnonzero(cell_N == number)
-        mean = float(energy[own].mean())
+    miss = energy[cell_N == 0].mean() if fraction_C[0] == 0 else np.nan
+    for number, fraction in enumerate(fraction_C):
+        members = np.flatnonzero(cell_N == number)
+        mean = float(energy[members].mean())
         half = np.nan
-        if len(own) > 1:
-            half = float(student_quantile(len(own) - 1) * energy[own].std(ddof=1) / math.sqrt(len(own)))
-        flagged = [item for item in (measured.measurements[i] for i in own) if item.energy_flag is not None]
+        if len(members) > 1:
+            half = float(
+                student_quantile(len(members) - 1) * energy[members].std(ddof=1) / math.sqrt(len(members))
+            )
+        flagged = [
+            item for item in (measured.measurements[i] for i in members) if item.energy_flag is not None
+        ]
         # Windows agree on what a sensor misses of them: their scatter does not show it.
         missed = max((item.energy_error or 0.0 for item in flagged), default=0.0)
         half = math.hypot(half, missed * mean)
         rows.append(
             {
-                "cell": measured.measurements[own[0]].cell,
+                "cell": measured.measurements[members[0]].cell,
                 "cached_fraction": float(fraction),
-                "windows": len(own),
-                "prefills": sum(measured.measurements[i].prefills for i in own),
+                "windows": len(members),
+                "prefills": sum(measured.measurements[i].prefills for i in members),
                 "prefill_mj": mean,
                 "low_mj": np.maximum(mean - half, 0.0),
                 "high_mj": mean + half,
@@ -192,7 +198,7 @@ def _cells(
 
 
 def _saving(
-    known: Float64,
+    fraction_C: Float64,
     cell_N: npt.NDArray[np.int64],
     energy: Float64,
     drawn_RN: npt.NDArray[np.int64],
@@ -200,10 +206,10 @@ def _saving(
     missed: Float64,
 ) -> tuple[float | None, float | None, float | None, str | None]:
     """Share of a miss's energy that an exact hit saves, measured, with its interval."""
-    if known[0] != 0 or known[-1] != 1:
-        lacking = "miss" if known[0] != 0 else "exact hit"
+    if fraction_C[0] != 0 or fraction_C[-1] != 1:
+        lacking = "miss" if fraction_C[0] != 0 else "exact hit"
         return None, None, None, f"no {lacking} was measured"
-    miss_N, hit_N = cell_N == 0, cell_N == len(known) - 1
+    miss_N, hit_N = cell_N == 0, cell_N == len(fraction_C) - 1
     saved = 1 - float(energy[hit_N].mean() / energy[miss_N].mean())
     if min(miss_N.sum(), hit_N.sum()) < 2:
         return saved, None, None, "no interval: miss or exact hit was measured once only"

@@ -71,12 +71,12 @@ def plausible_shifts(whole: Design) -> list[Shift]:
 
     The best is first, then those whose powers differ most from it and the one of the worst condition.
     """
-    seen = whole.seen
+    observed = whole.seen
     length_ns = whole.timeline.end_ns_M - whole.timeline.start_ns_M
     searched = _Range(
-        low=seen.lag_low_ns - seen.shift_ns - seen.own_ns,
-        high=seen.lag_high_ns + seen.shift_ns + seen.own_ns,
-        drift=seen.shift_ns,
+        low=observed.lag_low_ns - observed.shift_ns - observed.own_ns,
+        high=observed.lag_high_ns + observed.shift_ns + observed.own_ns,
+        drift=observed.shift_ns,
         step=float(np.clip(np.quantile(length_ns, 0.2) / 3, _FINEST_NS, _COARSEST_NS)),
     )
     lags, drifts = searched.axes()
@@ -137,12 +137,12 @@ def _enough(design: Design, least: float, places: int) -> float:
     phases' powers differ by about that, over ``own_ns`` at both ends. A part of it may be the same for all,
     and then does not average out.
     """
-    seen = design.seen
-    power_mw = float(seen.energy_mj_N.sum() / (seen.end_ns_N - seen.start_ns_N).sum()) * 1e9
-    floor_mj = 0.5 * power_mw * seen.own_ns * 1e-9
-    free = max(1, len(seen) - len(design.names) - 2)
+    observed = design.seen
+    power_mw = float(observed.energy_mj_N.sum() / (observed.end_ns_N - observed.start_ns_N).sum()) * 1e9
+    floor_mj = 0.5 * power_mw * observed.own_ns * 1e-9
+    free = max(1, len(observed) - len(design.names) - 2)
     allowed = float(special.chdtri(3, _IMPLAUSIBLE / places))
-    return least + allowed * max(least / free, floor_mj**2) + len(seen) * (_SHARED * floor_mj) ** 2
+    return least + allowed * max(least / free, floor_mj**2) + len(observed) * (_SHARED * floor_mj) ** 2
 
 
 class _Tried:
@@ -175,12 +175,12 @@ class _Tried:
     def lowest(self, trial_V3: Float64, apart: Float64, most: int) -> Float64:
         """The lowest of some trials that are not near a lower one."""
         left = np.argsort(self._design.trials(trial_V3)[1], kind="stable")
-        found: list[Float64] = []
-        while len(left) and len(found) < most:
+        places: list[Float64] = []
+        while len(left) and len(places) < most:
             lowest = trial_V3[left[0]]
-            found.append(lowest)
+            places.append(lowest)
             left = left[(np.abs(trial_V3[left] - lowest) > 0.99 * apart).any(axis=1)]
-        return np.array(found)
+        return np.array(places)
 
     def extremes(self) -> list[int]:
         """The best trial; of the plausible ones those of least and most power, and of the worst condition."""

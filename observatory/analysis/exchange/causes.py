@@ -68,9 +68,11 @@ def explain_last(
             cause=pd.Series(None, index=frame.index, dtype=object)
         )
     medians = waiting.groupby([*_KEY, "last_rank"], sort=False)[["wait_s", *_EVIDENCE]].median()
-    own = frame.drop_duplicates([*_KEY, "source_rank"]).set_index([*_KEY, "source_rank"])[list(_EVIDENCE)]
-    own.index = own.index.set_names("last_rank", level="source_rank")
-    both = medians.join(own.add_suffix("_last"), how="left")
+    evidence = frame.drop_duplicates([*_KEY, "source_rank"]).set_index([*_KEY, "source_rank"])[
+        list(_EVIDENCE)
+    ]
+    evidence.index = evidence.index.set_names("last_rank", level="source_rank")
+    both = medians.join(evidence.add_suffix("_last"), how="left")
     causes = pd.Series(_cause(both), index=both.index, name="cause", dtype=object)
     frame = frame.join(causes, on=[*_KEY, "last_rank"])
     frame["cause"] = frame["cause"].astype(object).where(frame["cause"].notna(), None)
@@ -105,9 +107,11 @@ def compute_before_s(exchanges: pd.DataFrame, spans: pd.DataFrame) -> Float64:
     rank_N = exchanges["source_rank"].to_numpy(np.int64)
     result = np.full(len(exchanges), np.nan)
     computing = spans[spans["name"].isin(COMPUTE_SPANS) & spans["end_ns"].notna()]
-    for rank, own in computing.groupby("source_rank"):
+    for rank, of_rank in computing.groupby("source_rank"):
         rows = np.flatnonzero(rank_N == rank)
-        edges, busy = _busy_until(own["start_ns"].to_numpy(np.int64), own["end_ns"].to_numpy(np.int64))
+        edges, busy = _busy_until(
+            of_rank["start_ns"].to_numpy(np.int64), of_rank["end_ns"].to_numpy(np.int64)
+        )
         if not len(edges):
             continue
         origin = edges[0]
@@ -179,12 +183,12 @@ def sm_clock_before_mhz(exchanges: pd.DataFrame, power: pd.DataFrame) -> Float64
     result = np.full(len(exchanges), np.nan)
     start_N, _, _, _ = own_times(exchanges)
     rank_N = exchanges["source_rank"].to_numpy(np.int64)
-    known = power[power["sm_clock_mhz"].notna()]
-    for rank, own in known.groupby("source_rank"):
+    sampled = power[power["sm_clock_mhz"].notna()]
+    for rank, of_rank in sampled.groupby("source_rank"):
         rows = np.flatnonzero(rank_N == rank)
-        if own["device_uuid"].nunique() != 1 or not len(rows):
+        if of_rank["device_uuid"].nunique() != 1 or not len(rows):
             continue
-        samples = own.sort_values("time_ns")
+        samples = of_rank.sort_values("time_ns")
         time_M = samples["time_ns"].to_numpy(np.int64)
         after = np.clip(np.searchsorted(time_M, start_N[rows]), 0, len(time_M) - 1)
         before = np.maximum(after - 1, 0)

@@ -97,14 +97,14 @@ def with_recorder_dumps(
         index = RecorderIndex(dump.entries, unix_minus_monotonic_ns=ahead_ns)
         for row in np.flatnonzero(rank_N == rank):
             backend, group, number, sent, received = (values[row] for values in said)
-            found = index.match(
+            match = index.match(
                 backend=backend,
                 group=group,
                 number=None if number is None else int(number),
                 send_bytes=sent,
                 receive_bytes=received,
             )
-            values = (found.start_ns, found.duration_ns, found.problem)
+            values = (match.start_ns, match.duration_ns, match.problem)
             for name, value in zip(RECORDER_COLUMNS, values, strict=True):
                 values_of[name][row] = value
     return frame.assign(
@@ -175,10 +175,10 @@ def recorder_gaps(exchanges: pd.DataFrame) -> dict[str, int]:
 
 def _worst(values: pd.Series[float]) -> float:
     """The value farthest from the median; NaN where there is none."""
-    known = values.dropna()
-    if known.empty:
+    present = values.dropna()
+    if present.empty:
         return float("nan")
-    return float(known.iloc[int((known - known.median()).abs().to_numpy(float).argmax())])
+    return float(present.iloc[int((present - present.median()).abs().to_numpy(float).argmax())])
 
 
 def _numbers(exchanges: pd.DataFrame, name: str) -> npt.NDArray[np.float64]:

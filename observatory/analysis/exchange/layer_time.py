@@ -59,9 +59,9 @@ def critical_path(spans: pd.DataFrame, waits: pd.DataFrame | None = None) -> pd.
     per_step = timed.groupby(keys, sort=True)["duration_s"].sum().reset_index()
     per_step["wait_s"] = _waited_s(per_step, waits)
     rows = []
-    for (phase, layer, name), own in per_step.groupby([*_LAYER, "name"], sort=True):
-        known = bool(own["wait_s"].notna().all())
-        busy = own.assign(busy_s=(own["duration_s"] - own["wait_s"].fillna(0)).clip(lower=0))
+    for (phase, layer, name), of_name in per_step.groupby([*_LAYER, "name"], sort=True):
+        waits_known = bool(of_name["wait_s"].notna().all())
+        busy = of_name.assign(busy_s=(of_name["duration_s"] - of_name["wait_s"].fillna(0)).clip(lower=0))
         wide = busy.pivot_table(index="step", columns="source_rank", values="busy_s")
         slowest = wide.idxmax(axis=1).value_counts()
         rows.append(
@@ -70,11 +70,11 @@ def critical_path(spans: pd.DataFrame, waits: pd.DataFrame | None = None) -> pd.
                 "layer": layer,
                 "name": name,
                 "steps": len(wide),
-                "mean_s": float(own["duration_s"].mean()),
-                "wait_s": float(own["wait_s"].mean()) if known else np.nan,
-                "critical_s": float((wide.max(axis=1) if known else wide.min(axis=1)).mean()),
-                "critical_rank": int(slowest.index[0]) if known else None,
-                "critical_rank_share": float(slowest.iloc[0] / len(wide)) if known else np.nan,
+                "mean_s": float(of_name["duration_s"].mean()),
+                "wait_s": float(of_name["wait_s"].mean()) if waits_known else np.nan,
+                "critical_s": float((wide.max(axis=1) if waits_known else wide.min(axis=1)).mean()),
+                "critical_rank": int(slowest.index[0]) if waits_known else None,
+                "critical_rank_share": float(slowest.iloc[0] / len(wide)) if waits_known else np.nan,
             }
         )
     columns = [
@@ -117,6 +117,6 @@ def _timed(spans: pd.DataFrame) -> pd.DataFrame:
 
 
 def _in_order(frame: pd.DataFrame, first: list[str]) -> pd.DataFrame:
-    known = {name: position for position, name in enumerate(SPAN_ORDER)}
-    keyed = frame.assign(_position=frame["name"].map(lambda name: known.get(name, len(known))))
+    place_of = {name: position for position, name in enumerate(SPAN_ORDER)}
+    keyed = frame.assign(_position=frame["name"].map(lambda name: place_of.get(name, len(place_of))))
     return keyed.sort_values([*first, "_position", "name"]).drop(columns="_position").reset_index(drop=True)

@@ -326,8 +326,8 @@ class _Layout:
         """Distinguishes the groups of one name."""
         part_N = np.zeros(len(rank_N), np.int64)
         for name, part_P in self.parts.items():
-            own = (group == name).to_numpy(bool) & (rank_N < self.ranks)
-            part_N[own] = part_P[rank_N[own]]
+            of_group = (group == name).to_numpy(bool) & (rank_N < self.ranks)
+            part_N[of_group] = part_P[rank_N[of_group]]
         return part_N
 
     def members(self, group: str, present: Int64, sizes: set[int]) -> Int64 | Reason:

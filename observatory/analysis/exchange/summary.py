@@ -46,8 +46,8 @@ def layer_waits(waits: pd.DataFrame) -> pd.DataFrame:
     """
     keys = ["phase", "layer", "role"]
     rows = [
-        {**dict(zip(keys, key, strict=True)), **_layer_row(own)}
-        for key, own in waits.groupby(keys, dropna=False, sort=True)
+        {**dict(zip(keys, key, strict=True)), **_layer_row(of_layer)}
+        for key, of_layer in waits.groupby(keys, dropna=False, sort=True)
     ]
     columns = [
         *keys, "collectives", "ranks", "rows", "rows_unknown", "duration_s", "wait_s", "held_s", "transfer_s",
@@ -90,7 +90,7 @@ def rank_waits(waits: pd.DataFrame) -> pd.DataFrame:
         _caused(waits).groupby("last_rank")["wait_s"].sum().reindex(frame.index, fill_value=0)
     )
     frame["times_last"] = grouped["arrived_last"].sum()
-    causes = {rank: _main_cause(own) for rank, own in _caused(waits).groupby("last_rank")}
+    causes = {rank: _main_cause(of_rank) for rank, of_rank in _caused(waits).groupby("last_rank")}
     frame["cause"] = pd.Series(frame.index.map(causes.get), index=frame.index, dtype=object)
     return frame.reset_index()
 
@@ -115,22 +115,22 @@ def _main_cause(caused: pd.DataFrame) -> str | None:
     return None if weights.empty else str(weights.idxmax())
 
 
-def _layer_row(own: pd.DataFrame) -> dict[str, Any]:
-    known = _known(own)
-    split = own[known]
-    collectives = own.groupby(["group", "sequence"], sort=False)
-    caused = _caused(own)
+def _layer_row(rows: pd.DataFrame) -> dict[str, Any]:
+    is_split = _known(rows)
+    split = rows[is_split]
+    collectives = rows.groupby(["group", "sequence"], sort=False)
+    caused = _caused(rows)
     by_rank = caused.groupby("last_rank")["wait_s"].sum()
     slowest = None if by_rank.empty else int(by_rank.index[int(by_rank.to_numpy(float).argmax())])
     duration_s = float(split["duration_s"].sum())
     return {
         "collectives": collectives.ngroups,
-        "ranks": own["source_rank"].nunique(),
-        "rows": len(own),
-        "rows_unknown": int((~known).sum()),
-        "duration_s": float(own["duration_s"].sum()),
+        "ranks": rows["source_rank"].nunique(),
+        "rows": len(rows),
+        "rows_unknown": int((~is_split).sum()),
+        "duration_s": float(rows["duration_s"].sum()),
         **{name: split[name].sum(min_count=1) for name in ("wait_s", "held_s", "transfer_s")},
-        "unknown_s": float(own.loc[~known, "duration_s"].sum()),
+        "unknown_s": float(rows.loc[~is_split, "duration_s"].sum()),
         "wait_share": float(split["wait_s"].sum()) / duration_s if duration_s > 0 else np.nan,
         "longest_p50_s": float(collectives["duration_s"].max().median()),
         "transfer_longest_p50_s": float(collectives["transfer_s"].max().median()),

@@ -85,28 +85,28 @@ def wait_and_transfer(
         that exchanges nothing waits for no rank, is not held and has no transfer.
     """
     size = len(exchanges)
-    found: dict[str, npt.NDArray[Any]] = {
+    columns: dict[str, npt.NDArray[Any]] = {
         name: np.full(size, np.nan) for name in WAIT_COLUMNS if name.endswith("_s")
     }
-    found |= {name: np.full(size, -1, np.int64) for name in ("peers", "last_rank")}
-    found |= {name: np.full(size, None, object) for name in ("depends_on", "problem")}
-    found["arrived_last"] = np.zeros(size, bool)
+    columns |= {name: np.full(size, -1, np.int64) for name in ("peers", "last_rank")}
+    columns |= {name: np.full(size, None, object) for name in ("depends_on", "problem")}
+    columns["arrived_last"] = np.zeros(size, bool)
     role_N = exchanges["role"].to_numpy(object).copy()
     for matched in match_collectives(exchanges, ranks=ranks, clocks=clocks, node_of_rank=node_of_rank):
         if isinstance(matched, Unmatched):
-            found["problem"][matched.rows] = matched.reason
+            columns["problem"][matched.rows] = matched.reason
             continue
         present_P = matched.row_P >= 0
         rows = matched.row_P[present_P]
         role_N[rows] = matched.role
         for name, values_P in split_collective(matched).items():
-            found[name][rows] = values_P[present_P]
+            columns[name][rows] = values_P[present_P]
     frame = exchanges[list(_KEPT)].reset_index(drop=True).assign(role=role_N)
-    reason_N = found["problem"]
-    found["problem_code"] = np.array([reason and reason.code.value for reason in reason_N], dtype=object)
-    found["problem"] = np.array([reason and sentence(reason) for reason in reason_N], dtype=object)
+    reason_N = columns["problem"]
+    columns["problem_code"] = np.array([reason and reason.code.value for reason in reason_N], dtype=object)
+    columns["problem"] = np.array([reason and sentence(reason) for reason in reason_N], dtype=object)
     for name in WAIT_COLUMNS:
-        values = found[name]
+        values = columns[name]
         if values.dtype == np.int64:
             frame[name] = pd.Series(values, dtype="Int64").mask(values < 0)
         else:

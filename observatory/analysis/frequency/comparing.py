@@ -97,10 +97,10 @@ def plane(fit: SeriesFit) -> list[PlanePoint]:
     settings = [item for item in fit.settings if item.energy_mj_R]
     if not settings or fit.reference.energy_mj is None:
         return []
-    found = []
+    points = []
     for item in settings:
         slowdown, saving = measured_change(fit, item)
-        found.append((item, slowdown, saving))
+        points.append((item, slowdown, saving))
     return [
         PlanePoint(
             kind=item.kind,
@@ -115,10 +115,10 @@ def plane(fit: SeriesFit) -> list[PlanePoint]:
                 other.value <= slowdown.value
                 and more.value >= saving.value
                 and (other.value < slowdown.value or more.value > saving.value)
-                for _, other, more in found
+                for _, other, more in points
             ),
         )
-        for item, slowdown, saving in found
+        for item, slowdown, saving in points
     ]
 
 
@@ -127,12 +127,12 @@ def measured_change(fit: SeriesFit, setting: Setting) -> tuple[Interval, Interva
     assert fit.reference.energy_mj is not None
     reference = _reference_repeats(fit)
     parts = 1.0 / len(setting.iteration_s_R) + 1.0 / max(reference, 1)
-    own = setting.kind == "unlocked"
+    is_unlocked = setting.kind == "unlocked"
     time = float(np.median(setting.iteration_s_R)) / fit.reference.iteration_s
     energy = float(np.median(setting.energy_mj_R)) / fit.reference.energy_mj
     # The median of repeats is worth a factor of sqrt(pi/2) less than their mean.
     errors = [
-        None if scatter is None else 0.0 if own else scatter * float(np.sqrt(np.pi / 2.0 * parts))
+        None if scatter is None else 0.0 if is_unlocked else scatter * float(np.sqrt(np.pi / 2.0 * parts))
         for scatter in (fit.time_scatter, fit.energy_scatter)
     ]
     slowdown = student_interval(time - 1.0, None if errors[0] is None else errors[0] * time, fit.scatter_dof)
@@ -218,7 +218,7 @@ def _cap_excess(view: SeriesView, caps: Sequence[Setting], rows: int) -> tuple[I
     seconds_F = view.seconds(grid_F)[0]
     energy_F = view.milliwatts(grid_F)[0] * seconds_F
     flat_s = float(seconds_F[-1]) * (1.0 + max(_SLOWED, 3.0 * (fit.time_scatter or 0.0)))
-    found, repeats = [], 0
+    excesses, repeats = [], 0
     for item in caps:
         if item.label != "power-capped" or not item.energy_mj_R:
             continue
@@ -230,11 +230,11 @@ def _cap_excess(view: SeriesView, caps: Sequence[Setting], rows: int) -> tuple[I
         else:
             continue
         ratio = np.median(item.energy_mj_R) / np.interp(clock, grid_F, energy_F)
-        found.append(float(np.clip(np.log(ratio), -_MOST_EXCESS, _MOST_EXCESS)))
+        excesses.append(float(np.clip(np.log(ratio), -_MOST_EXCESS, _MOST_EXCESS)))
         repeats += len(item.energy_mj_R)
-    if not found or fit.energy_scatter is None:
+    if not excesses or fit.energy_scatter is None:
         return None, np.zeros(rows)
-    value, error = float(np.mean(found)), fit.energy_scatter / float(np.sqrt(repeats))
+    value, error = float(np.mean(excesses)), fit.energy_scatter / float(np.sqrt(repeats))
     draws_B = special.stdtrit(max(fit.scatter_dof, 1), (np.arange(rows - 1) + 0.5) / max(rows - 1, 1))
     shuffled_B = np.random.default_rng(0).permutation(draws_B)
     return (

@@ -36,15 +36,15 @@ def find_confounds(
         reference: the unlocked operation.
         time_scatter: standard deviation of ln(time) over repeats; None without.
     """
-    found = []
+    confounds = []
     if reference.how == "unlocked" and (reference.power_cap_share or 0.0) >= BINDING_SHARE:
-        found.append(_capped_reference(reference))
-    found += _slowed(settings)
-    found += _in_time(settings)
-    found += _caps(settings, reference, time_scatter)
-    found += _clamps(settings)
-    found += _limits(settings)
-    return found
+        confounds.append(_capped_reference(reference))
+    confounds += _slowed(settings)
+    confounds += _in_time(settings)
+    confounds += _caps(settings, reference, time_scatter)
+    confounds += _clamps(settings)
+    confounds += _limits(settings)
+    return confounds
 
 
 def _capped_reference(reference: Reference) -> Confound:
@@ -61,7 +61,7 @@ def _capped_reference(reference: Reference) -> Confound:
 
 def _slowed(settings: Sequence[Setting]) -> list[Confound]:
     """Settings that heat or the brake has slowed down, with what is missing for that."""
-    found = []
+    confounds = []
     causes: tuple[tuple[SlowedKind, str, str, list[int]], ...] = (
         (
             "slowed by heat",
@@ -87,7 +87,7 @@ def _slowed(settings: Sequence[Setting]) -> list[Confound]:
             if lost
             else ""
         )
-        found.append(
+        confounds.append(
             Confound(
                 kind=kind,
                 text=f"{cause} held the clock at {sum(repeats)} points ({_places(slow)}), which count for "
@@ -99,7 +99,7 @@ def _slowed(settings: Sequence[Setting]) -> list[Confound]:
                 },
             )
         )
-    return found
+    return confounds
 
 
 def _in_time(settings: Sequence[Setting]) -> list[Confound]:
@@ -216,44 +216,44 @@ def _clamps(settings: Sequence[Setting]) -> list[Confound]:
     """Locks that ran at another clock than the requested one, put together by where they ended up."""
     missed: dict[float, list[Setting]] = {}
     for item in settings:
-        wanted, seen = item.requested_sm_clock_mhz, item.sm_clock_mhz
+        wanted, sampled_mhz = item.requested_sm_clock_mhz, item.sm_clock_mhz
         if (
             item.kind == "lock"
             and item.label not in SLOWED_LABELS
             and wanted is not None
-            and seen is not None
-            and abs(seen - wanted) > CLOCK_STEP_MHZ
+            and sampled_mhz is not None
+            and abs(sampled_mhz - wanted) > CLOCK_STEP_MHZ
         ):
-            missed.setdefault(seen, []).append(item)
-    found = []
-    for seen, members in sorted(missed.items()):
+            missed.setdefault(sampled_mhz, []).append(item)
+    confounds = []
+    for sampled_mhz, members in sorted(missed.items()):
         wanted_all = sorted(item.requested_sm_clock_mhz or 0.0 for item in members)
         requests = f"{wanted_all[0]:.0f} MHz"
         if len(members) > 1:
             requests = f"{wanted_all[0]:.0f} to {wanted_all[-1]:.0f} MHz ({len(members)} locks)"
         capped = any(item.label == "power-capped" for item in members)
         why = "the power limit holds it there" if capped else "accepted and clamped without a word"
-        found.append(
+        confounds.append(
             Confound(
                 kind="clock not as requested",
-                text=f"requests for {requests} ran at {seen:.0f} MHz, {why}: one clock, not several",
+                text=f"requests for {requests} ran at {sampled_mhz:.0f} MHz, {why}: one clock, not several",
                 numbers={
                     "requested_low_mhz": wanted_all[0],
                     "requested_high_mhz": wanted_all[-1],
-                    "sm_clock_mhz": seen,
+                    "sm_clock_mhz": sampled_mhz,
                     "locks": float(len(members)),
                 },
             )
         )
-    return found
+    return confounds
 
 
 def _limits(settings: Sequence[Setting]) -> list[Confound]:
-    found = []
+    confounds = []
     for item in settings:
         wanted = item.requested_limit_mw
         if wanted and item.limit_mw and abs(item.limit_mw - wanted) > _LIMIT_STEP * wanted:
-            found.append(
+            confounds.append(
                 Confound(
                     kind="limit not as requested",
                     text=f"a power limit of {wanted / 1e3:.0f} W was asked for and "
@@ -261,4 +261,4 @@ def _limits(settings: Sequence[Setting]) -> list[Confound]:
                     numbers={"requested_limit_mw": wanted, "limit_mw": item.limit_mw},
                 )
             )
-    return found
+    return confounds

@@ -140,17 +140,17 @@ def fit_time(form: TimeForm, points: Points, weight_BN: Float64, target_BN: Floa
 
     def columns(shape: Float64) -> Float64:
         knee, slope, sharpness = _shape(form, shape)
-        found = []
+        terms_N = []
         if host:
-            found.append(np.ones((*shape.shape[:-1], len(x_N))))
+            terms_N.append(np.ones((*shape.shape[:-1], len(x_N))))
         if form.has_knee:
             memory = (1.0 - slope) * knee + slope * x_N
-            found.append(softmax(memory, np.broadcast_to(x_N, memory.shape), sharpness))
+            terms_N.append(softmax(memory, np.broadcast_to(x_N, memory.shape), sharpness))
         elif "compute_s" in form.terms:
-            found.append(np.broadcast_to(x_N, (*shape.shape[:-1], len(x_N))))
+            terms_N.append(np.broadcast_to(x_N, (*shape.shape[:-1], len(x_N))))
         else:
-            found.append(np.ones((*shape.shape[:-1], len(x_N))))
-        return np.stack(found, axis=-1) * relative_N[:, None]
+            terms_N.append(np.ones((*shape.shape[:-1], len(x_N))))
+        return np.stack(terms_N, axis=-1) * relative_N[:, None]
 
     linear_BK, shape_BD = solve(columns, axes, weight_BN, target_BN)
     time_BT = np.zeros((len(weight_BN), len(TIME_TERMS)))
@@ -378,11 +378,11 @@ def _non_negative(gram: Float64, right: Float64, total: Float64) -> tuple[Float6
             part = list(chosen)
             matrix = gram[..., part, :][..., :, part] + _RIDGE * np.eye(size)
             wanted = right[..., part]
-            found = np.linalg.solve(matrix, wanted[..., None])[..., 0]
-            left = total - np.sum(found * wanted, axis=-1)
-            better = (found >= 0).all(axis=-1) & (left < loss)
+            solution = np.linalg.solve(matrix, wanted[..., None])[..., 0]
+            left = total - np.sum(solution * wanted, axis=-1)
+            better = (solution >= 0).all(axis=-1) & (left < loss)
             loss = np.where(better, left, loss)
             candidate = np.zeros_like(best)
-            candidate[..., part] = found
+            candidate[..., part] = solution
             best = np.where(better[..., None], candidate, best)
     return best / scale, loss

@@ -180,8 +180,8 @@ def critical_mhz(time_BT: ArrayLike, f0_mhz: float) -> Float64:
     memory + memory_slope * x = compute * x, so f = f0 (compute - memory_slope) / memory.
     """
     _, memory, slope, compute, _ = (column[:, 0] for column in _columns(time_BT))
-    known = (memory > 0) & (compute > slope)
-    return np.divide(f0_mhz * (compute - slope), memory, out=np.full_like(memory, np.nan), where=known)
+    crosses = (memory > 0) & (compute > slope)
+    return np.divide(f0_mhz * (compute - slope), memory, out=np.full_like(memory, np.nan), where=crosses)
 
 
 def _columns(values_BT: ArrayLike) -> list[Float64]:

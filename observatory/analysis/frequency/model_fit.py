@@ -170,35 +170,35 @@ def _fit_series(
     if len(points) > _MOST_POINTS:
         return Reason(FitCode.TOO_MANY_POINTS, {"points": len(points), "most": _MOST_POINTS})
     judged = judge(points, default_limit_mw)
-    found, left_out = fit_points(judged)
+    fitted, left_out = fit_points(judged)
     unused: list[JsonValue] = [{"points": item.points, "reason": item.reason} for item in left_out]
-    if found is None or found.blocks < _LEAST_CLOCKS:
-        usable = 0 if found is None else found.blocks
+    if fitted is None or fitted.blocks < _LEAST_CLOCKS:
+        usable = 0 if fitted is None else fitted.blocks
         clocks: dict[str, JsonValue] = {"clocks": usable, "needed": _LEAST_CLOCKS, "left_out": unused}
         return Reason(FitCode.TOO_FEW_CLOCKS, clocks)
     settings = settings_of(judged)
-    fold_N = fold_of(found.block_N, seed)
-    time_trials = choose_time(found, fold_N)
+    fold_N = fold_of(fitted.block_N, seed)
+    time_trials = choose_time(fitted, fold_N)
     missed = time_trials[0].score().rms_error
     if missed > _MOST_MISSED:
         return Reason(FitCode.NO_CURVE, {"form": time_trials[0].form.name, "error": missed})
-    known_N = np.isfinite(found.power_mw_N)
+    known_N = np.isfinite(fitted.power_mw_N)
     no_power, power_trials = "", []
-    if len(set(found.block_N[known_N])) < found.blocks:
+    if len(set(fitted.block_N[known_N])) < fitted.blocks:
         missing = int((~known_N).sum())
         no_power = f"the energy of {missing} of {len(known_N)} points is not known"
         flagged = sum(item.fitted and item.point.energy_flag is not None for item in judged)
         if flagged:
             no_power += f"; {flagged} are integrated power of iterations in time with the sensor"
     else:
-        power_trials = choose_power(found, fold_N)
+        power_trials = choose_power(fitted, fold_N)
     time_BT, power_BT, time_form_B, power_form_B = bootstrap_curves(
-        time_trials, power_trials, found, samples, seed
+        time_trials, power_trials, fitted, samples, seed
     )
     time_fit = curve_fit(time_trials, TIME_TERMS, time_BT, time_form_B)
     power_fit = curve_fit(power_trials, POWER_TERMS, power_BT, power_form_B) if power_trials else None
     time_scatter, energy_scatter, freedom = scatter_of(settings)
-    reference = _reference(settings, points, float(found.mhz_N.min()))
+    reference = _reference(settings, points, float(fitted.mhz_N.min()))
     if reference is None:
         return Reason(FitCode.NO_REFERENCE, {"left_out": unused})
     estimates = _clock_estimates(
@@ -206,8 +206,8 @@ def _fit_series(
         np.array([power_fit.parameters]) if power_fit else None,
         time_BT,
         power_BT if power_fit else None,
-        low_mhz=float(found.mhz_N.min()),
-        f0_mhz=found.f0_mhz,
+        low_mhz=float(fitted.mhz_N.min()),
+        f0_mhz=fitted.f0_mhz,
     )
     powers_mw = [energy / seconds for item in settings for energy, seconds in _pairs(item)]
     return SeriesFit(
@@ -216,10 +216,10 @@ def _fit_series(
         batch_size=series.batch_size,
         context_tokens=series.context_tokens,
         tokens_per_iteration=series.tokens_per_iteration,
-        low_mhz=float(found.mhz_N.min()),
-        high_mhz=found.f0_mhz,
-        clocks=found.blocks,
-        points=len(found.mhz_N),
+        low_mhz=float(fitted.mhz_N.min()),
+        high_mhz=fitted.f0_mhz,
+        clocks=fitted.blocks,
+        points=len(fitted.mhz_N),
         reference=reference,
         time=time_fit,
         power=power_fit,
@@ -244,11 +244,11 @@ def _pairs(setting: Setting) -> list[tuple[float, float]]:
 
 def _reference(settings: Sequence[Setting], points: Sequence[ClockPoint], low_mhz: float) -> Reference | None:
     """The unlocked setting, else the one with the highest clock; never one below the fitted range."""
-    known = [item for item in settings if (item.sm_clock_mhz or 0.0) >= low_mhz and item.iteration_s_R]
-    unlocked = [item for item in known if item.kind == "unlocked"]
-    if not known:
+    measured = [item for item in settings if (item.sm_clock_mhz or 0.0) >= low_mhz and item.iteration_s_R]
+    unlocked = [item for item in measured if item.kind == "unlocked"]
+    if not measured:
         return None
-    chosen = unlocked[0] if unlocked else max(known, key=lambda item: item.sm_clock_mhz or 0.0)
+    chosen = unlocked[0] if unlocked else max(measured, key=lambda item: item.sm_clock_mhz or 0.0)
     powers = [energy / seconds for energy, seconds in _pairs(chosen)]
     limits = [
         point.enforced_limit_mw
@@ -363,15 +363,15 @@ def _refuse_repeated(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> No
     Raises:
         ClockError: a series of two sweeps has the same points.
     """
-    known: dict[tuple[ClockPoint, ...], str] = {}
+    name_of: dict[tuple[ClockPoint, ...], str] = {}
     for name, sweep in zip(_source_names(sweeps, sources), sweeps, strict=True):
         for series in sweep.series:
-            if series.points in known:
+            if series.points in name_of:
                 raise ClockError(
-                    f"{name} and {known[series.points]} hold the same measurements, which would count twice; "
-                    "give each result once"
+                    f"{name} and {name_of[series.points]} hold the same measurements, which would count "
+                    "twice; give each result once"
                 )
-            known[series.points] = name
+            name_of[series.points] = name
 
 
 def _source_names(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> list[str]:
@@ -409,19 +409,19 @@ def _locked(sweep: ClockSweep) -> bool:
 
 def _unlike_unlocked(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list[str]:
     """Sweeps without any lock that ran at different clocks, which were set without being stated."""
-    seen: dict[str, float] = {}
+    clock_of: dict[str, float] = {}
     for name, sweep in zip(names, sweeps, strict=False):
         clocks = [
             point.sm_clock_mhz for point in _points(sweep) if point.sm_clock_mhz and point.label == "ok"
         ]
         limited = any(point.requested_limit_mw is not None for point in _points(sweep))
         if clocks and not _locked(sweep) and not limited:
-            seen[name] = median(clocks)
-    if not seen or max(seen.values()) - min(seen.values()) <= 2 * CLOCK_STEP_MHZ:
+            clock_of[name] = median(clocks)
+    if not clock_of or max(clock_of.values()) - min(clock_of.values()) <= 2 * CLOCK_STEP_MHZ:
         return []
-    low, high = min(seen, key=lambda name: seen[name]), max(seen, key=lambda name: seen[name])
+    low, high = min(clock_of, key=lambda name: clock_of[name]), max(clock_of, key=lambda name: clock_of[name])
     return [
-        f"said to be unlocked, {low} ran at {seen[low]:.0f} MHz and {high} at {seen[high]:.0f} "
+        f"said to be unlocked, {low} ran at {clock_of[low]:.0f} MHz and {high} at {clock_of[high]:.0f} "
         "MHz, and they are taken for repeats of one setting: where the clock had been set, sweep with "
         "--set-outside --clocks MHZ"
     ]

@@ -162,7 +162,7 @@ def _disturbed(judged: Sequence[Judged]) -> set[int]:
 
     One repeat that another job slowed down would bend the fit and widen every interval.
     """
-    found: set[int] = set()
+    disturbed: set[int] = set()
     groups: dict[tuple[int | None, int | None], list[int]] = {}
     for index, item in enumerate(judged):
         if item.compared:
@@ -180,8 +180,8 @@ def _disturbed(judged: Sequence[Judged]) -> set[int]:
             apart.update(zip(members, deviation.tolist(), strict=True))
         if usual:
             allowed = max(_DISTURBED * float(np.median(usual)) / 0.6745, _LEAST_DISTURBED)
-            found |= {index for index, deviation in apart.items() if deviation > allowed}
-    return found
+            disturbed |= {index for index, deviation in apart.items() if deviation > allowed}
+    return disturbed
 
 
 def _seconds(point: ClockPoint) -> float:
@@ -231,9 +231,9 @@ def settings_of(judged: Sequence[Judged]) -> list[Setting]:
     for item in judged:
         groups.setdefault(item.setting, []).append(item)
     order = {"unlocked": 0, "lock": 1, "cap": 2, "both": 3}
-    found = [_setting(members) for members in groups.values()]
+    settings = [_setting(members) for members in groups.values()]
     return sorted(
-        found,
+        settings,
         key=lambda item: (order[item.kind], -(item.requested_sm_clock_mhz or 0.0), -(item.limit_mw or 0.0)),
     )
 
@@ -269,7 +269,7 @@ def scatter_of(settings: Sequence[Setting]) -> tuple[float | None, float | None,
 
     The smaller number of degrees of freedom where they differ.
     """
-    found: list[tuple[float | None, int]] = []
+    scatters: list[tuple[float | None, int]] = []
     for values in ([item.iteration_s_R for item in settings], [item.energy_mj_R for item in settings]):
         squares, freedom = 0.0, 0
         for repeats in values:
@@ -277,8 +277,8 @@ def scatter_of(settings: Sequence[Setting]) -> tuple[float | None, float | None,
                 logs = np.log(repeats)
                 squares += float(np.sum((logs - logs.mean()) ** 2))
                 freedom += len(repeats) - 1
-        found.append((float(np.sqrt(squares / freedom)) if freedom else None, freedom))
-    (time_scatter, time_dof), (energy_scatter, energy_dof) = found
+        scatters.append((float(np.sqrt(squares / freedom)) if freedom else None, freedom))
+    (time_scatter, time_dof), (energy_scatter, energy_dof) = scatters
     return (
         time_scatter,
         energy_scatter,

@@ -60,27 +60,27 @@ def telemetry_advice(run: Run) -> TelemetryAdvice:
             "COMMAND`"
         )
     specs = run.manifest.device_specs
-    found: list[DeviceTelemetry] = []
+    devices: list[DeviceTelemetry] = []
     # The same name may stand for a device of each of several nodes, on each node's own clock.
     ordered = frame.sort_values("time_ns", kind="stable")
     groups = [
-        ((int(own["source_rank"].iloc[0]), str(own["device_uuid"].iloc[0])), own)
-        for _, own in ordered.groupby(["source_rank", "device_uuid"], sort=True)
+        ((int(samples["source_rank"].iloc[0]), str(samples["device_uuid"].iloc[0])), samples)
+        for _, samples in ordered.groupby(["source_rank", "device_uuid"], sort=True)
     ][:_MOST_DEVICES]
     bands = device_bands(run, [key for key, _ in groups])
-    for key, own in groups:
+    for key, samples in groups:
         uuid = key[1]
-        rows = _with_limit_in_force(own)
+        rows = _with_limit_in_force(samples)
         spec = specs.get(uuid)
         idle_mw = _idle_power_mw(run, uuid)
-        found.append(_device(uuid, None, rows, spec, idle_mw))
+        devices.append(_device(uuid, None, rows, spec, idle_mw))
         sensor = sensor_of(None if spec is None else spec.name)
         for phase, part in _by_phase(rows, bands[key], sensor):
             if len(part) >= _LEAST_SAMPLES:
-                found.append(_device(uuid, phase, part, spec, idle_mw))
+                devices.append(_device(uuid, phase, part, spec, idle_mw))
     return TelemetryAdvice(
         run=str(run.path),
-        devices=tuple(found),
+        devices=tuple(devices),
         cannot="which clock saves energy cannot be determined at one clock: it takes the time and energy of "
         "an iteration at several",
         next_steps=(
@@ -94,9 +94,9 @@ def telemetry_advice(run: Run) -> TelemetryAdvice:
 def _idle_power_mw(run: Run, uuid: str) -> float | None:
     """Idle power as the sampler found it at the start; None where the run does not say."""
     for status in run.manifest.ranks:
-        found = None if status.power is None else status.power.calibration.get(uuid)
-        if found is not None and found.idle_power_mw:
-            return float(found.idle_power_mw)
+        calibration = None if status.power is None else status.power.calibration.get(uuid)
+        if calibration is not None and calibration.idle_power_mw:
+            return float(calibration.idle_power_mw)
     return None
 
 
@@ -133,8 +133,8 @@ def _device(
 ) -> DeviceTelemetry:
     whole = _readings(rows)
     reasons = pd.to_numeric(rows["event_reasons"], errors="coerce").fillna(-1).to_numpy(dtype=np.int64)
-    known = reasons >= 0
-    states = _states(rows, reasons) if known.any() else None
+    has_reasons = reasons >= 0
+    states = _states(rows, reasons) if has_reasons.any() else None
     # Counters count over gaps too, so that they are read over the whole run only.
     counted = phase is None
     capped, capped_busy, capped_by = _held(rows if counted else None, "power_cap_ns", reasons, POWER_CAP_BIT)
@@ -145,7 +145,7 @@ def _device(
         device_uuid=uuid[:128],
         phase=phase,
         duration_s=float(rows["time_ns"].iloc[-1] - rows["time_ns"].iloc[0]) / 1e9,
-        reason_samples=int(known.sum()),
+        reason_samples=int(has_reasons.sum()),
         states=states,
         power_cap_share=capped,
         power_cap_busy_share=capped_busy,
@@ -155,11 +155,11 @@ def _device(
         thermal_source=hot_by,
         brake_share=braked,
         brake_busy_share=braked_busy,
-        idle_share=states["idle"].samples / float(known.sum()) if states else None,
+        idle_share=states["idle"].samples / float(has_reasons.sum()) if states else None,
         max_sm_clock_mhz=float(spec.max_sm_clock_mhz) if spec and spec.max_sm_clock_mhz else None,
         idle_power_mw=idle_mw,
         cap=_cap(capped, capped_busy, capped_by, states, whole),
-        missing=_missing(whole, rows, spec, known=bool(known.any())),
+        missing=_missing(whole, rows, spec, known=bool(has_reasons.any())),
     )
     codes = tuple(_finding_codes(device))
     sentences = tuple(finding_words(code, device) for code in codes)
@@ -246,7 +246,7 @@ def _states(rows: pd.DataFrame, reasons: NDArray[np.int64]) -> dict[StateName, R
         "brake": busy & (reasons & BRAKE_BITS > 0),
         "idle": idle,
     }
-    return {name: _readings(rows[own]) for name, own in chosen.items()}
+    return {name: _readings(rows[selected]) for name, selected in chosen.items()}
 
 
 def _readings(rows: pd.DataFrame) -> Readings:
@@ -280,8 +280,8 @@ def _valid(rows: pd.DataFrame, column: str) -> NDArray[np.float64]:
 
 
 def _quantile(values: NDArray[np.float64], share: float) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(np.quantile(known, share)) if known.size else None
+    finite = values[np.isfinite(values)]
+    return float(np.quantile(finite, share)) if finite.size else None
 
 
 def _missing(
@@ -314,16 +314,16 @@ def _held(
         reasons: bits of the samples; negative where not known.
         bits: those of what held it.
     """
-    known = reasons[reasons >= 0]
-    busy = known[known & IDLE_BIT == 0]
+    bits_known = reasons[reasons >= 0]
+    busy = bits_known[bits_known & IDLE_BIT == 0]
     share = None if counted is None else _counter_share(counted, column)
     if share is not None:
         # An idle chip has no clock to hold down, so that what was counted is taken to be busy time.
-        return share, min(1.0, share * len(known) / len(busy)) if len(busy) else None, "counter"
-    if not len(known):
+        return share, min(1.0, share * len(bits_known) / len(busy)) if len(busy) else None, "counter"
+    if not len(bits_known):
         return None, None, None
     of_busy = float(np.mean(busy & bits > 0)) if len(busy) else None
-    return float(np.mean(known & bits > 0)), of_busy, "event reasons"
+    return float(np.mean(bits_known & bits > 0)), of_busy, "event reasons"
 
 
 def _counter_share(rows: pd.DataFrame, column: str) -> float | None:
@@ -332,11 +332,11 @@ def _counter_share(rows: pd.DataFrame, column: str) -> float | None:
     None when it ran backwards, or is known for part of the time only: what it counts there is not the share
     of the whole.
     """
-    known = rows[["time_ns", column]].dropna()
-    if len(known) < 2 or np.ptp(known["time_ns"]) < _MOSTLY * np.ptp(rows["time_ns"]):
+    readings = rows[["time_ns", column]].dropna()
+    if len(readings) < 2 or np.ptp(readings["time_ns"]) < _MOSTLY * np.ptp(rows["time_ns"]):
         return None
-    counted = known[column].to_numpy(dtype=np.float64)
-    elapsed = float(known["time_ns"].iloc[-1] - known["time_ns"].iloc[0])
+    counted = readings[column].to_numpy(dtype=np.float64)
+    elapsed = float(readings["time_ns"].iloc[-1] - readings["time_ns"].iloc[0])
     if elapsed <= 0.0 or (np.diff(counted) < 0.0).any():
         return None
     return float(min(1.0, (counted[-1] - counted[0]) / elapsed))

@@ -74,17 +74,17 @@ def compare_layouts(fit: AlgorithmFit, rows: pd.DataFrame) -> pd.DataFrame:
         layers of dispatch and combine), and ratio, low, high, code of ``Comparison``. Layouts without a time
         for every layer are left out.
     """
-    found = []
+    comparisons = []
     for phase, of_phase in rows.groupby("phase", sort=True):
         times: dict[tuple[int, str], float] = {}
-        for _, own in of_phase.groupby(["ep", "placement"], sort=False):
-            us = float(own[["dispatch_us", "combine_us"]].to_numpy(dtype=np.float64).sum())
+        for _, of_layout in of_phase.groupby(["ep", "placement"], sort=False):
+            us = float(of_layout[["dispatch_us", "combine_us"]].to_numpy(dtype=np.float64).sum())
             if us > 0:  # neither 0 nor missing
-                times[int(own["ep"].iloc[0]), str(own["placement"].iloc[0])] = us
+                times[int(of_layout["ep"].iloc[0]), str(of_layout["placement"].iloc[0])] = us
         for (first, first_us), (second, second_us) in combinations(times.items(), 2):
             ranks = (first[0], second[0])
             compared = compare_times(fit, first_us, second_us, ranks=ranks, same_ranks=ranks[0] == ranks[1])
-            found.append(
+            comparisons.append(
                 {
                     "phase": phase,
                     "first_ep": first[0], "first_placement": first[1],
@@ -94,7 +94,7 @@ def compare_layouts(fit: AlgorithmFit, rows: pd.DataFrame) -> pd.DataFrame:
                     "code": compared.code,
                 }
             )  # fmt: skip
-    return pd.DataFrame(found)
+    return pd.DataFrame(comparisons)
 
 
 def _errors(fit: AlgorithmFit, ranks: int) -> NDArray[np.float64] | None:

@@ -129,16 +129,16 @@ def find_exceptions(worlds: Sequence[World], *, seed: int = 0) -> list[Found]:
     worlds = [world for world in worlds if 1 < len(world.node_of_P) <= _MOST_RANKS]
     generator = np.random.default_rng(seed)
     searches = [_Search(world) for world in worlds if len(world.node_of_P) > 1 and world.bytes_CPP.any()]
-    found: list[Found] = []
-    while len(found) < _MOST_FOUND and searches:
+    exceptions: list[Found] = []
+    while len(exceptions) < _MOST_FOUND and searches:
         gain, parts = _best(searches, None)
         if not parts:
             break
         p_value = _p_value(searches, gain, generator)
         if p_value > _FALSE_ALARMS:
             break
-        found += [item for part in parts for item in part.search.accept(part, p_value)]
-    return found
+        exceptions += [item for part in parts for item in part.search.accept(part, p_value)]
+    return exceptions
 
 
 def _best(searches: Sequence[_Search], generator: np.random.Generator | None) -> tuple[float, list[_Part]]:
@@ -291,14 +291,16 @@ def _candidates(node_of_P: tuple[int, ...]) -> list[Candidate]:
     kinds: tuple[tuple[Kind, _Count], ...] = (
         ("rank_sends", "one"), ("rank_receives", "one"), ("rank", "sum"), ("rank", "larger"),
     )  # fmt: skip
-    found = [Candidate(kind=kind, who=(rank,), counted=how) for kind, how in kinds for rank in ranks]
+    candidates = [Candidate(kind=kind, who=(rank,), counted=how) for kind, how in kinds for rank in ranks]
     if len(ranks) <= _MOST_RANKS_OF_PAIRS:
-        found += [Candidate(kind="rank", who=(i, j), counted="either") for i, j in combinations(ranks, 2)]
-        found += [Candidate(kind="pair", who=(i, j)) for i in ranks for j in ranks if i != j]
+        candidates += [
+            Candidate(kind="rank", who=(i, j), counted="either") for i, j in combinations(ranks, 2)
+        ]
+        candidates += [Candidate(kind="pair", who=(i, j)) for i in ranks for j in ranks if i != j]
     if _has_larger_nodes(node_of_P):
         both: tuple[Kind, ...] = ("node_sends", "node_receives")
-        found += [Candidate(kind=kind, who=(node,)) for kind in both for node in sorted(set(node_of_P))]
-    return found
+        candidates += [Candidate(kind=kind, who=(node,)) for kind in both for node in sorted(set(node_of_P))]
+    return candidates
 
 
 def _through(bytes_CPP: Floats, node_of_P: tuple[int, ...]) -> Floats:

@@ -215,11 +215,11 @@ def _held_out_ranks(trial: Trial) -> tuple[RanksScore, ...]:
     """What the form got wrong on each number of ranks that its fit did not see."""
     if trial.ranks_ratio_C is None:
         return ()
-    found = []
+    errors = []
     for ranks in trial.cases.ranks_held_out:
         predicted_per_measured = 1.0 / trial.ranks_ratio_C[trial.cases.ranks_C == ranks]
         error = np.abs(predicted_per_measured - 1.0)
-        found.append(
+        errors.append(
             RanksScore(
                 ranks=ranks,
                 median_error=float(np.median(error)),
@@ -227,7 +227,7 @@ def _held_out_ranks(trial: Trial) -> tuple[RanksScore, ...]:
                 median_ratio=float(np.median(predicted_per_measured)),
             )
         )
-    return tuple(found)
+    return tuple(errors)
 
 
 def _bootstrap(trial: Trial, value_F: NDArray[np.float64], samples: int, seed: int) -> NDArray[np.float64]:
@@ -243,16 +243,18 @@ def _bootstrap(trial: Trial, value_F: NDArray[np.float64], samples: int, seed: i
 def _coefficients(
     trial: Trial, value_F: NDArray[np.float64], samples_BF: NDArray[np.float64]
 ) -> list[Coefficient]:
-    found = []
+    coefficients = []
     for index, term in enumerate(trial.form.terms):
         if not trial.known_F[index]:
             absent = not trial.problem.terms_NF[:, index].any()
             reason = "never measured" if absent else "not told apart from the terms before it"
-            found.append(Coefficient.model_validate({"term": term, "us_per_unit": None, "reason": reason}))
+            coefficients.append(
+                Coefficient.model_validate({"term": term, "us_per_unit": None, "reason": reason})
+            )
             continue
         value = float(value_F[index])
         low, high = sample_ends(samples_BF[:, index])
-        found.append(
+        coefficients.append(
             Coefficient(
                 term=term,
                 us_per_unit=value,
@@ -261,7 +263,7 @@ def _coefficients(
                 gb_per_s=1e-3 / value if term in BYTE_TERMS and value > 0 else None,
             )
         )
-    return found
+    return coefficients
 
 
 def _domain(cases: Sequence[_Case]) -> Domain:

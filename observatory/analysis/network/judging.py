@@ -90,27 +90,27 @@ def find_misfits(
             )
         )
     return tuple(
-        _misfit(found, fabrics[next(i for i, world in enumerate(worlds) if world is found.world)])
-        for found in find_exceptions(worlds, seed=seed)
+        _misfit(exception, fabrics[next(i for i, world in enumerate(worlds) if world is exception.world)])
+        for exception in find_exceptions(worlds, seed=seed)
     )
 
 
-def _misfit(found: Found, fabric: Fabric) -> Misfit:
+def _misfit(exception: Found, fabric: Fabric) -> Misfit:
     hosts: tuple[str, ...] = ()
-    who, node_of_P = found.who, fabric.node_of_P
+    who, node_of_P = exception.who, fabric.node_of_P
     if fabric.host_of_P is not None:
-        of_nodes = found.kind.startswith("node")
+        of_nodes = exception.kind.startswith("node")
         named = [rank for rank, node in enumerate(node_of_P) if node in who] if of_nodes else who
         hosts = tuple(dict.fromkeys(fabric.host_of_P[rank] for rank in named))
     return Misfit(
-        code=found.kind,
+        code=exception.kind,
         who=who,
         ranks=len(node_of_P),
         node_of_P=node_of_P,
         hosts=hosts,
-        us_per_byte=found.us_per_byte,
-        p_value=found.p_value,
-        cases=found.cases,
+        us_per_byte=exception.us_per_byte,
+        p_value=exception.p_value,
+        cases=exception.cases,
     )
 
 

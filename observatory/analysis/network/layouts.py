@@ -306,9 +306,9 @@ def _refuse_misfits(run: Run, degrees: Sequence[int], rule: PlacementChoice) -> 
     """Name all degrees that do not divide the experts, where no file places them."""
     if rule not in ("auto", "linear", "round-robin"):
         return
-    own = run.manifest.topology.ranks if rule == "auto" else None
+    run_ranks = run.manifest.topology.ranks if rule == "auto" else None
     for experts in sorted({layer.experts for layer in run.manifest.model.moe_layers}):
-        misfits = [str(ep) for ep in degrees if ep != own and experts % ep]
+        misfits = [str(ep) for ep in degrees if ep != run_ranks and experts % ep]
         if misfits:
             fitting = [str(ep) for ep in range(1, experts + 1) if experts % ep == 0]
             raise PlacementError(

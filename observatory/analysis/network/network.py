@@ -131,8 +131,8 @@ class Misfit(Record):
     def _names_what_is_there(self) -> Misfit:
         if len(self.who) != (2 if self.code == "pair" else 1) or len(self.node_of_P) != self.ranks:
             raise ValueError("a misfit does not fit its ranks")
-        known = self.node_of_P if self.code.startswith("node") else range(self.ranks)
-        if any(number not in known for number in self.who):
+        existing = self.node_of_P if self.code.startswith("node") else range(self.ranks)
+        if any(number not in existing for number in self.who):
             raise ValueError("a misfit names a rank or node that is not there")
         return self
 

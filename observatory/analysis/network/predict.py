@@ -95,12 +95,12 @@ def predict_us(
 def _met(fit: AlgorithmFit, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> tuple[int, ...]:
     """Places of the misfits that bytes of an exchange pass."""
     here = tuple(node_of_P)
-    known = here in {misfit.node_of_P for misfit in fit.misfits}
+    measured = here in {misfit.node_of_P for misfit in fit.misfits}
     met = [
         place
         for place, misfit in enumerate(fit.misfits)
         if (misfit.node_of_P == here and _passes(misfit, bytes_PP, np.array(here)))
-        or (not known and bytes_PP.any())
+        or (not measured and bytes_PP.any())
     ]
     return tuple(met)
 

@@ -93,10 +93,10 @@ def _row(pairs: Sequence[tuple[Prediction, Prediction]], refusal: str | None) ->
         return dict.fromkeys(TIME_COLUMNS) | {"predicted_steps": 0, "no_prediction": refusal}
     row: dict[str, object] = {"predicted_steps": len(pairs), "no_prediction": None}
     for index, role in enumerate(("dispatch", "combine")):
-        own = [pair[index] for pair in pairs]
-        row[f"{role}_us"] = float(np.median([item.us for item in own]))
-        row[f"{role}_low_us"] = float(np.median([item.low_us for item in own]))
-        row[f"{role}_high_us"] = float(np.median([item.high_us for item in own]))
+        of_role = [pair[index] for pair in pairs]
+        row[f"{role}_us"] = float(np.median([item.us for item in of_role]))
+        row[f"{role}_low_us"] = float(np.median([item.low_us for item in of_role]))
+        row[f"{role}_high_us"] = float(np.median([item.high_us for item in of_role]))
     # One reason of each kind is enough: sizes differ from step to step.
     reasons = {reason.code: reason for pair in pairs for item in pair for reason in item.extrapolated}
     row |= reason_columns(reasons.values())

@@ -137,15 +137,15 @@ def captured_traffic(
                 "traffic is known; capture the run with --window-steps 1"
             )
         kept_S = np.isin(block.step_S, sorted(wanted[block.phase])) if wanted is not None else slice(None)
-        own = place(rule, layer=block.layer, experts=block.experts, ep=ep)
+        layout = place(rule, layer=block.layer, experts=block.experts, ep=ep)
         load_SPE = all_ranks(block, run.manifest.topology.ranks)[kept_S]
-        traffic_SRR, sources = traffic_matrices(load_SPE, own)
+        traffic_SRR, sources = traffic_matrices(load_SPE, layout)
         for step, traffic_RR in zip(block.step_S[kept_S], traffic_SRR, strict=True):
             yield CapturedTraffic(
                 step=int(step),
                 phase=block.phase,
                 layer=block.layer,
-                placement=own.name,
+                placement=layout.name,
                 rows_RR=whole_rows(traffic_RR),
                 row_bytes=each,
                 sources=sources,
@@ -171,18 +171,18 @@ def departures(run: Run, *, ep: int, placement: PlacementChoice = "auto") -> lis
     ]
     name = shown[0].name if shown else "linear"
     held = topology.placement
-    found = []
+    notes = []
     if held is None:
-        found.append(f"the run does not say which rank held which expert; placement {name} is assumed")
-    elif any(own.rank_of_E.tolist() != [ranks[0] for ranks in held] for own in shown):
-        found.append(f"the run had its experts on other ranks than placement {name}, which is shown here")
+        notes.append(f"the run does not say which rank held which expert; placement {name} is assumed")
+    elif any(layout.rank_of_E.tolist() != [ranks[0] for ranks in held] for layout in shown):
+        notes.append(f"the run had its experts on other ranks than placement {name}, which is shown here")
     elif any(len(ranks) > 1 for ranks in held):
-        found.append("experts of the run had replicas; here all tokens of an expert go to its home")
+        notes.append("experts of the run had replicas; here all tokens of an expert go to its home")
     if config.get("deduplicate") is True:
-        found.append("the run sent a token once per destination rank; here every assignment is sent")
+        notes.append("the run sent a token once per destination rank; here every assignment is sent")
     if config.get("algorithm") == "gather":
-        found.append("the run gathered all tokens on all ranks; here every assignment is sent to its expert")
-    return found
+        notes.append("the run gathered all tokens on all ranks; here every assignment is sent to its expert")
+    return notes
 
 
 def traffic_notes(
@@ -211,12 +211,12 @@ def _evenly(run: Run, phase: str | None, layers: Collection[int] | None, steps: 
     """At most ``steps`` steps of each phase, from its first to its last."""
     if steps < 1:
         raise PlacementError(f"{steps} steps were asked for; expected at least 1")
-    seen: dict[str, set[int]] = {}
+    ranks_of: dict[str, set[int]] = {}
     for block in run.iter_loads(phase=phase, layers=layers):
-        seen.setdefault(block.phase, set()).update(int(step) for step in block.step_S)
+        ranks_of.setdefault(block.phase, set()).update(int(step) for step in block.step_S)
     chosen = {}
-    for name, found in seen.items():
-        in_order = sorted(found)
+    for name, ranks in ranks_of.items():
+        in_order = sorted(ranks)
         places = np.linspace(0, len(in_order) - 1, min(steps, len(in_order))).round().astype(int)
         chosen[name] = {in_order[place] for place in places}
     return chosen

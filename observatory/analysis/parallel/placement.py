@@ -138,21 +138,21 @@ class PlacementFile(BaseModel):
             raise PlacementError(
                 f"placement {self.name} is for {ranks} ranks, not EP {ep}; give --ep {ranks}"
             )
-        found = self.expert_to_rank
+        entries = self.expert_to_rank
         if self.layers is not None:
-            own = {int(key): value for key, value in self.layers.items()}
-            if layer not in own:
+            by_layer = {int(key): value for key, value in self.layers.items()}
+            if layer not in by_layer:
                 raise PlacementError(
                     f"placement {self.name} has no layer {layer}; expected one list per MoE layer"
                 )
-            found = own[layer]
-        assert found is not None
-        if len(found) != experts:
+            entries = by_layer[layer]
+        assert entries is not None
+        if len(entries) != experts:
             raise PlacementError(
-                f"placement {self.name} places {len(found)} experts, but layer {layer} has {experts}; "
+                f"placement {self.name} places {len(entries)} experts, but layer {layer} has {experts}; "
                 "list one rank per routed expert"
             )
-        return [_holders(entry) for entry in found]
+        return [_holders(entry) for entry in entries]
 
 
 def _holders(entry: int | list[int]) -> tuple[int, ...]:

@@ -152,9 +152,9 @@ def traffic_matrix(
     sources: Sources | None = None
     source_shares(run.manifest.topology.ranks, ep)  # refuses impossible numbers of ranks
     for block in run.iter_loads(phase=phase, layers=[layer]):
-        own = place(rule, layer=layer, experts=block.experts, ep=ep)
+        layout = place(rule, layer=layer, experts=block.experts, ep=ep)
         load_SPE = all_ranks(block, run.manifest.topology.ranks)
-        step_SRR, sources = traffic_matrices(load_SPE, own)
+        step_SRR, sources = traffic_matrices(load_SPE, layout)
         traffic_RR = traffic_RR + step_SRR.sum(axis=0)
     if sources is None:
         raise PlacementError(f"the run has no loads of layer {layer} in {phase}; see `observatory routing`")
@@ -217,12 +217,12 @@ def placement_rule(placement: PlacementChoice, topology: Topology) -> PlacementR
             "the run does not say which rank held which expert; give linear, round-robin or a placement file"
         )
     homes: list[int | list[int]] = [ranks[0] for ranks in topology.placement]
-    own = PlacementFile(name="recorded", expert_to_rank=homes, ranks=topology.ranks)
+    recorded = PlacementFile(name="recorded", expert_to_rank=homes, ranks=topology.ranks)
     if placement == "recorded":
-        return own
+        return recorded
     even = len(homes) % topology.ranks == 0
     is_linear = even and homes == linear(len(homes), topology.ranks).rank_of_E.tolist()
-    return "linear" if is_linear else OwnElseLinear(own)
+    return "linear" if is_linear else OwnElseLinear(recorded)
 
 
 def all_ranks(block: LoadBlock, captured: int) -> NDArray[np.int64]:

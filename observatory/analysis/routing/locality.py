@@ -52,8 +52,8 @@ def local_consistency(
             f"segments of {segment_tokens} tokens with {cached_experts} cached experts; expected 1 or more"
         )
     rows = []
-    for (phase, layer), own in samples.groupby(["phase", "layer"], sort=True):
-        ordered = own.sort_values(["source_rank", "step", "position"])
+    for (phase, layer), of_layer in samples.groupby(["phase", "layer"], sort=True):
+        ordered = of_layer.sort_values(["source_rank", "step", "position"])
         chosen = [np.asarray(ids, dtype=np.int64) for ids in ordered["expert_ids"]]
         if any(ids.size and ids.min() < 0 for ids in chosen):
             raise LoadError(f"a token sample of layer {layer} names a negative expert; leave padding out")

@@ -125,8 +125,8 @@ def phase_summary(run: Run | RunLoads, *, bootstrap: int = 200, seed: int = 0) -
     rows: list[dict[str, object]] = []
     for phase, part in layers.groupby("phase", sort=True):
         row = _phase_row(str(phase), part)
-        own = [layer for (name, _), layer in loads.items() if name == phase and layer.assignments]
-        interval = _mean_interval(own, row["gini"], resamples=bootstrap, seed=seed)
+        of_phase = [layer for (name, _), layer in loads.items() if name == phase and layer.assignments]
+        interval = _mean_interval(of_phase, row["gini"], resamples=bootstrap, seed=seed)
         rows.append(row | ({"gini_low": interval[0], "gini_high": interval[1]} if interval else {}))
     frame = pd.DataFrame(rows, columns=list(_PHASE_COLUMNS))
     frame[["experts", "top_k"]] = frame[["experts", "top_k"]].astype("Int64")
@@ -167,11 +167,11 @@ def _mean_interval(
 ) -> tuple[float, float] | None:
     """Interval of a mean over layers; None unless all layers have one."""
     drawn = [resampled_gini(layer.load_GE, resamples=resamples, seed=seed) for layer in layers]
-    known = [gini_B for gini_B in drawn if gini_B is not None]
-    if not layers or len(known) < len(drawn) or not isinstance(value, float):
+    defined = [gini_B for gini_B in drawn if gini_B is not None]
+    if not layers or len(defined) < len(drawn) or not isinstance(value, float):
         return None
     fewest = min(len(layer.load_GE) for layer in layers)
-    return centred_interval(np.mean(known, axis=0), value, groups=fewest)
+    return centred_interval(np.mean(defined, axis=0), value, groups=fewest)
 
 
 def _layer_row(loads: LayerLoads, *, bootstrap: int, seed: int) -> dict[str, object]:
@@ -229,9 +229,9 @@ def _floors(
 
 def _per_step(loads: LayerLoads, top_k: float | None) -> dict[str, float | None]:
     """Distribution over steps; without single steps only the stored extreme is known."""
-    known = not bool(np.isnan(loads.step_max_over_mean_S[loads.tokens_S > 0]).any())
+    has_extremes = not bool(np.isnan(loads.step_max_over_mean_S[loads.tokens_S > 0]).any())
     row: dict[str, float | None] = {
-        "step_expert_max_over_mean_max": _quantile(loads.step_max_over_mean_S, 1.0) if known else None
+        "step_expert_max_over_mean_max": _quantile(loads.step_max_over_mean_S, 1.0) if has_extremes else None
     }
     if loads.keeps_steps:
         tokens = int(np.median(loads.tokens_S[loads.tokens_S > 0])) if loads.tokens else 0

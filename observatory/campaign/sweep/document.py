@@ -168,10 +168,10 @@ def _label(
         unseen = "the clock was not sampled in the window"
         return (slowed, f"{unseen}; the driver names {cause}") if slowed else ("unverified", unseen)
     driver = "event reasons were not sampled" if reasons is None else "the driver names no reason"
-    seen = round(float(clock.median()))
-    met = wanted is None or abs(seen - wanted) <= _STEP_MHZ
+    sampled_mhz = round(float(clock.median()))
+    met = wanted is None or abs(sampled_mhz - wanted) <= _STEP_MHZ
     said = "said to be set outside" if set_outside else "asked for"
-    what = f"{seen} MHz sampled" + ("" if wanted is None else f", {wanted} {said}")
+    what = f"{sampled_mhz} MHz sampled" + ("" if wanted is None else f", {wanted} {said}")
     if slowed:
         return slowed, f"{what}; the driver names {cause}"
     if reasons is not None and reasons & POWER_CAP_BIT:

@@ -157,9 +157,13 @@ def run_plan(
         for case in cases:
             case.run(repeat, plan.iterations, clock_ns, barrier_timeout_s)
     clock = with_drift(begin, align_transport(transport))
-    own = rank_times([case.interval_ns_R2 for case in cases], clock)
+    own_times = rank_times([case.interval_ns_R2 for case in cases], clock)
     everyone = transport.gather_json(
-        [own.model_dump(), [case.correct for case in cases], find_cores().model_dump(exclude={"threads"})]
+        [
+            own_times.model_dump(),
+            [case.correct for case in cases],
+            find_cores().model_dump(exclude={"threads"}),
+        ]
     )
     if everyone is None:
         return None
@@ -193,11 +197,11 @@ class _Case:
 
     def run(self, repeat: int, iterations: int, clock_ns: Callable[[], int], timeout_s: float) -> None:
         """One timed interval; ``repeat`` below 0 is a warm-up."""
-        own, peers = self._transport.rank, range(self._transport.size)
+        rank, peers = self._transport.rank, range(self._transport.size)
         cuda = self._transport.backend == "nccl"
-        rows_NB = _payload([(own, peer) for peer in peers], self._send_P, repeat, self.traffic.row_bytes)
+        rows_NB = _payload([(rank, peer) for peer in peers], self._send_P, repeat, self.traffic.row_bytes)
         expected_NB = _payload(
-            [(peer, own) for peer in peers], self._receive_P, repeat, self.traffic.row_bytes
+            [(peer, rank) for peer in peers], self._receive_P, repeat, self.traffic.row_bytes
         )
         if cuda:
             rows_NB, expected_NB = rows_NB.cuda(), expected_NB.cuda()

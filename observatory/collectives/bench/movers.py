@@ -63,14 +63,14 @@ def _gather(transport: Transport, rows_PP: NDArray[np.int64]) -> Mover:
     held_P = rows_PP.sum(axis=1).tolist()
     starts_PP = np.cumsum(rows_PP, axis=1) - rows_PP
     offset_P = np.cumsum(held_P) - held_P
-    own = [
+    blocks = [
         (int(offset_P[source] + starts_PP[source, transport.rank]), int(rows_PP[source, transport.rank]))
         for source in range(transport.size)
     ]
 
     def exchange(rows_NB: Tensor) -> Tensor:
         everything = transport.all_gather_v(rows_NB, held_P)
-        return torch.cat([everything[start : start + count] for start, count in own])
+        return torch.cat([everything[start : start + count] for start, count in blocks])
 
     return exchange
 
@@ -81,11 +81,11 @@ def _reduce_scatter(transport: Transport, rows_PP: NDArray[np.int64]) -> Mover:
     starts_PP = np.cumsum(rows_PP, axis=0) - rows_PP
     offset_P = np.cumsum(held_P) - held_P
     send_P: list[int] = rows_PP[transport.rank].tolist()
-    own = [int(offset_P[peer] + starts_PP[transport.rank, peer]) for peer in range(transport.size)]
+    offsets = [int(offset_P[peer] + starts_PP[transport.rank, peer]) for peer in range(transport.size)]
 
     def exchange(rows_NB: Tensor) -> Tensor:
         buffer = rows_NB.new_zeros((sum(held_P), *rows_NB.shape[1:]))
-        for start, part in zip(own, torch.split(rows_NB, send_P), strict=True):
+        for start, part in zip(offsets, torch.split(rows_NB, send_P), strict=True):
             buffer[start : start + len(part)] = part
         return transport.reduce_scatter_v(buffer, held_P)
 

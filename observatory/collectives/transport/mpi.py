@@ -131,9 +131,9 @@ class MpiTransport(BaseTransport):
 
     def _reduce_scatter(self, rows: torch.Tensor, rows_P: list[int]) -> torch.Tensor:
         # MPI has no sum of 16-bit floats: parts are exchanged and summed here, in the order of ranks.
-        own = rows_P[self.rank]
-        parts = self._all_to_all(rows, rows_P, [own] * self.size, "world")
-        return parts.reshape(self.size, own, *rows.shape[1:]).sum(dim=0, dtype=rows.dtype)
+        own_rows = rows_P[self.rank]
+        parts = self._all_to_all(rows, rows_P, [own_rows] * self.size, "world")
+        return parts.reshape(self.size, own_rows, *rows.shape[1:]).sum(dim=0, dtype=rows.dtype)
 
     def _communicator(self, group: Group) -> Any:
         if group not in self._groups:

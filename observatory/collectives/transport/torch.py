@@ -131,7 +131,7 @@ class TorchTransport(BaseTransport):
         return gathered.to(rows.device)
 
     def _reduce_scatter(self, rows: torch.Tensor, rows_P: list[int]) -> torch.Tensor:
-        longest, own = max(rows_P), rows_P[self.rank]
+        longest, own_rows = max(rows_P), rows_P[self.rank]
         padded = self._here(rows)
         if min(rows_P) < longest:
             parts = padded.new_zeros((self.size, longest, *rows.shape[1:]))
@@ -140,7 +140,7 @@ class TorchTransport(BaseTransport):
             padded = parts.flatten(0, 1)
         summed = padded.new_empty((longest, *rows.shape[1:]))
         self._guarded("a reduce-scatter", lambda: _reduce_scatter_single(summed, padded))
-        return summed[:own].to(rows.device)
+        return summed[:own_rows].to(rows.device)
 
     def _handle(self, group: Group) -> Any:
         """The process group; made on all ranks at the first use, which is collective anyway."""
@@ -192,8 +192,8 @@ def has_reachable_name() -> bool:
     ``127.0.1.1``), gloo falls back to loopback, and ranks of other hosts try to reach themselves.
     """
     with contextlib.suppress(OSError):
-        found = socket.getaddrinfo(socket.gethostname(), None)
-        return any(not ipaddress.ip_address(str(address[0])).is_loopback for *_, address in found)
+        addresses = socket.getaddrinfo(socket.gethostname(), None)
+        return any(not ipaddress.ip_address(str(address[0])).is_loopback for *_, address in addresses)
     return False
 
 
@@ -207,9 +207,11 @@ def interface_toward(host: str) -> str | None:
         return None
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, _DISCARD_PORT))
-        own = str(probe.getsockname()[0])
-        if not ipaddress.ip_address(own).is_loopback:
-            return next((name for _, name in socket.if_nameindex() if _address_of(probe, name) == own), None)
+        address = str(probe.getsockname()[0])
+        if not ipaddress.ip_address(address).is_loopback:
+            return next(
+                (name for _, name in socket.if_nameindex() if _address_of(probe, name) == address), None
+            )
     return None
 
 

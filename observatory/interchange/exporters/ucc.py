@@ -74,9 +74,9 @@ def _matrix(body: str) -> NDArray[np.int64]:
         raise BenchmarkError(
             f"a {kind} of {datatype} cannot be read; expected ALLTOALLV of {', '.join(_ELEMENT_BYTES)}"
         )
-    found = re.search(r"^\s*counts\s*=\s*\{([^}]*)\}", body, flags=re.MULTILINE)
+    match = re.search(r"^\s*counts\s*=\s*\{([^}]*)\}", body, flags=re.MULTILINE)
     size = _value(body, "team_size")
-    counts: Sequence[str] = re.split(r"[,\s]+", found.group(1).strip()) if found else []
+    counts: Sequence[str] = re.split(r"[,\s]+", match.group(1).strip()) if match else []
     ranks = int(size) if re.fullmatch(r"\d{1,6}", size) else 0
     if not 1 <= ranks <= _MAX_RANKS or len(counts) != ranks * ranks:
         raise BenchmarkError(f"{len(counts)} counts for a team of {size}; expected {size} x {size}")
@@ -87,8 +87,8 @@ def _matrix(body: str) -> NDArray[np.int64]:
 
 
 def _value(body: str, key: str) -> str:
-    found = re.search(rf"^\s*{key}\s*=\s*(\S+)\s*$", body, flags=re.MULTILINE)
-    return found.group(1)[:40] if found else "(none)"
+    match = re.search(rf"^\s*{key}\s*=\s*(\S+)\s*$", body, flags=re.MULTILINE)
+    return match.group(1)[:40] if match else "(none)"
 
 
 def _one_line(text: str) -> str:

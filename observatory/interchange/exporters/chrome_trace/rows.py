@@ -42,9 +42,9 @@ class Chosen:
         if self.phase is not None:
             rows = rows.filter(pc.equal(rows.column("phase"), self.phase))
         if self.layers is not None:
-            known = pa.array(sorted(self.layers), pa.int32())
+            layers = pa.array(sorted(self.layers), pa.int32())
             layer = rows.column("layer")
-            rows = rows.filter(pc.or_(pc.is_null(layer), pc.is_in(layer, known)))
+            rows = rows.filter(pc.or_(pc.is_null(layer), pc.is_in(layer, layers)))
         if self.steps is not None:
             kept = [
                 step in self.steps.get(phase, ())
@@ -72,14 +72,16 @@ def choose_steps(run: Run, phase: str | None, most: int | None) -> dict[str, fro
     """At most so many steps of each phase, evenly spread; None for all of them."""
     if most is None:
         return None
-    found: dict[str, set[int]] = {}
+    steps_of: dict[str, set[int]] = {}
     for table in ("spans", "exchange"):
         for rows in rows_of(run, table):
-            own = Chosen(phase=phase).of(rows)
-            for pair in own.select(["phase", "step"]).group_by(["phase", "step"]).aggregate([]).to_pylist():
-                found.setdefault(pair["phase"], set()).add(pair["step"])
+            chosen_rows = Chosen(phase=phase).of(rows)
+            for pair in (
+                chosen_rows.select(["phase", "step"]).group_by(["phase", "step"]).aggregate([]).to_pylist()
+            ):
+                steps_of.setdefault(pair["phase"], set()).add(pair["step"])
     chosen = {}
-    for name, steps in found.items():
+    for name, steps in steps_of.items():
         ordered = np.array(sorted(steps))
         places = np.linspace(0, len(ordered) - 1, min(most, len(ordered))).round().astype(int)
         chosen[name] = frozenset(ordered[places].tolist())

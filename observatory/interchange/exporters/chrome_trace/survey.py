@@ -51,11 +51,11 @@ def survey_run(run: Run, chosen: Chosen) -> Survey:
     survey = Survey(clocks=rank_clocks(run.manifest))
     for table in ("spans", "exchange"):
         for rows in rows_of(run, table):
-            own = chosen.of(rows)
-            if own.num_rows:
-                rank = own.column("source_rank")[0].as_py()
-                start, end = column_ns(own, "start_ns"), own.column("end_ns").drop_null()
-                survey.unfinished += own.num_rows - len(end)
+            chosen_rows = chosen.of(rows)
+            if chosen_rows.num_rows:
+                rank = chosen_rows.column("source_rank")[0].as_py()
+                start, end = column_ns(chosen_rows, "start_ns"), chosen_rows.column("end_ns").drop_null()
+                survey.unfinished += chosen_rows.num_rows - len(end)
                 survey.seen(rank, survey.placed(rank, start))
                 survey.seen(rank, survey.placed(rank, end.to_numpy().astype(np.int64)))
     whole = not chosen.narrows
@@ -75,5 +75,5 @@ def survey_run(run: Run, chosen: Chosen) -> Survey:
 
 def column_ns(rows: pa.Table, column: str) -> Int64:
     """A column of times, none missing."""
-    found: Int64 = rows.column(column).to_numpy().astype(np.int64)
-    return found
+    values: Int64 = rows.column(column).to_numpy().astype(np.int64)
+    return values

@@ -223,16 +223,16 @@ class _Tracing:
             (rank, name): Lanes(name, pid=rank + 1, tid=tid) for rank in ranks for name, tid in tids.items()
         }
         for rows in rows_of(self.run, table):
-            own = self.chosen.of(rows)
-            if not own.num_rows or own.column("source_rank")[0].as_py() not in ranks:
+            chosen_rows = self.chosen.of(rows)
+            if not chosen_rows.num_rows or chosen_rows.column("source_rank")[0].as_py() not in ranks:
                 continue
-            own = own.sort_by("start_ns")
-            rank = own.column("source_rank")[0].as_py()
-            start = self.trace_ns(rank, column_ns(own, "start_ns"))
-            end_own = own.column("end_ns").fill_null(0).to_numpy().astype(np.int64)
+            chosen_rows = chosen_rows.sort_by("start_ns")
+            rank = chosen_rows.column("source_rank")[0].as_py()
+            start = self.trace_ns(rank, column_ns(chosen_rows, "start_ns"))
+            end_own = chosen_rows.column("end_ns").fill_null(0).to_numpy().astype(np.int64)
             end = self.trace_ns(rank, end_own)
-            open_ended = own.column("end_ns").is_null().to_numpy()
-            for index, (track, event) in enumerate(make(own)):
+            open_ended = chosen_rows.column("end_ns").is_null().to_numpy()
+            for index, (track, event) in enumerate(make(chosen_rows)):
                 begin, stop = int(start[index]), int(end[index])
                 if open_ended[index] or stop < begin:
                     event["args"]["problem"] = "it has no end"
@@ -254,9 +254,9 @@ class _Tracing:
             rank = rows.column("source_rank")[0].as_py()
             if rank not in ranks:
                 continue
-            own = rows.sort_by("time_ns").select(["time_ns", "device_uuid", *COUNTERS, "event_reasons"])
-            time_ns = self.trace_ns(rank, column_ns(own, "time_ns"))
-            for at, row in zip(time_ns.tolist(), own.to_pylist(), strict=True):
+            samples = rows.sort_by("time_ns").select(["time_ns", "device_uuid", *COUNTERS, "event_reasons"])
+            time_ns = self.trace_ns(rank, column_ns(samples, "time_ns"))
+            for at, row in zip(time_ns.tolist(), samples.to_pylist(), strict=True):
                 if not self.chosen.narrows or 0 <= at <= until_ns:
                     yield from tracks[rank, row["device_uuid"]].sample(at, row)
         for track in tracks.values():
