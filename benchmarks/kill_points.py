@@ -87,14 +87,14 @@ class Bench:
         self.host = Host(folder)
         self.host.leases.mkdir(mode=0o700)  # or the first owner has more points than the others
         self._output = (folder / "output.txt").open("ab")
-        self._output = folder / "output.txt"
-        os.environ[POINTS] = str(self._output)
+        self._points_file = folder / "points.txt"
+        os.environ[POINTS] = str(self._points_file)
         ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
 
     def points_of(self, scenario: str) -> int:
         """How many points a scenario has."""
         self._play(STOPS.get(scenario, scenario), 0)
-        return int(self._output.read_text())
+        return int(self._points_file.read_text())
 
     def stop(self, scenario: str, point: int) -> StopOutcome:
         """One point at which a process is stopped."""
@@ -111,7 +111,7 @@ class Bench:
 
     def run(self, scenario: str, point: int) -> Outcome:
         """One point."""
-        self._output.unlink(missing_ok=True)
+        self._points_file.unlink(missing_ok=True)
         before = len(self.host.driver.changes())
         owner, death_ns, unlockers = self._play(scenario, point)
         changes, state = self.host.driver.changes()[before:], self.host.state()
@@ -120,7 +120,7 @@ class Bench:
         return Outcome(
             scenario=scenario,
             point=point,
-            killed=self._output.exists(),
+            killed=self._points_file.exists(),
             changed=held != CLEAN,
             undone_by=None if last is None
             else "owner" if last.pid == owner

@@ -332,6 +332,7 @@ def lost_run(how: str, out: str, rank: int) -> str:
                 if rank == 1 and how == "dies":
                     os.kill(os.getpid(), signal.SIGKILL)
                 if rank == 1:  # writing beyond this many bytes of a file fails, like a full disk
+                    sys.dont_write_bytecode = True  # Python keeps files of bytecode that were cut off
                     resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
             time.sleep(0.02)
     return "done"

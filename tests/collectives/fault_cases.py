@@ -59,6 +59,7 @@ def once_written(out: Path, ranks: int, act: Act) -> None:
 
 def fill_disk() -> None:
     """Writing beyond this many bytes of a file fails, like a full disk."""
+    sys.dont_write_bytecode = True  # Python keeps files of bytecode that were cut off
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
 
 
@@ -72,11 +73,11 @@ def happens(folder: Path, name: str, act: Act, rank: int) -> dict[str, Any]:
 
 
 def never_joins(folder: Path, rank: int) -> dict[str, Any]:
-    """Rank 2 of 3 is somewhere else."""
+    """Rank 2 of 4 is somewhere else."""
     if rank == 2:
         time.sleep(4 * NEVER_S)
         return {"code": 0, "said": ""}
-    return profile(folder / "never joins", "--exchange-timeout-s", str(NEVER_S), ep=3)
+    return profile(folder / "never joins", "--exchange-timeout-s", str(NEVER_S), ep=4)
 
 
 def differ(folder: Path, name: str, options: Sequence[Sequence[str]], rank: int) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def taken(folder: Path, _rank: int) -> dict[str, Any]:
 
 
 CASES: dict[str, tuple[int, Callable[[Path, int], dict[str, Any]]]] = {
-    "never joins": (3, never_joins),
+    "never joins": (4, never_joins),
     "dies": (2, lambda folder, rank: happens(folder, "dies", partial(_signal, signal.SIGKILL), rank)),
     "hangs": (2, lambda folder, rank: happens(folder, "hangs", partial(_signal, signal.SIGSTOP), rank)),
     "full disk": (2, lambda folder, rank: happens(folder, "full disk", fill_disk, rank)),

@@ -66,7 +66,7 @@ def test_a_rank_that_hangs_is_named(faults: Faults) -> None:
 def test_a_rank_that_never_joins_is_named_by_all(faults: Faults) -> None:
     for rank in faults["never joins"][:2]:
         (sentence,) = said(rank)
-        assert sentence.startswith("rank 2 of 3 did not join at 127.0.0.1:")
+        assert sentence.startswith("rank 2 of 4 did not join at 127.0.0.1:")
         assert "within 5 s; see what became of" in sentence
 
 

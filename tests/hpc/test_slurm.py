@@ -71,7 +71,7 @@ def test_srun_starts_the_ranks_of_one_complete_run(steps: Job) -> None:
     assert manifest.scheduler is not None
     assert manifest.scheduler.model_dump() == {"kind": "slurm", "job_id": steps.job_id, "nodes": "n[1-4]"}
     assert set(run.exchanges().source_rank) == {0, 1, 2, 3}
-    assert "run written to run; next: observatory routing run" in steps.output
+    assert "run written to run; next: observatory exchanges run" in steps.output
     assert steps.output.count("run written") == 1
 
 

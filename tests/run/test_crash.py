@@ -43,6 +43,7 @@ def append(steps, first):
     writer.append("routing", rows)
 append(10, 0)
 writer.flush()
+sys.dont_write_bytecode = True
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 append(1000, 10)
 try:

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 #: A command on a disk that takes only so many bytes into one file.
 _SMALL_DISK = """
 import resource, sys
+sys.dont_write_bytecode = True  # Python keeps files of bytecode that were cut off
 from observatory.cli import main
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 sys.exit(main(sys.argv[2:]))
@@ -115,6 +116,7 @@ def test_half_a_line_is_taken_out_of_a_journal(tmp_path: Path) -> None:
         "import resource, sys\nfrom pathlib import Path\n"
         "from observatory.campaign.sweep.journal import JournalPoint, append_line\n"
         "point = JournalPoint(order=1, repeat=0, series=0, start_ns=0, end_ns=1, iterations=1)\n"
+        "sys.dont_write_bytecode = True\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(first) + 10}, resource.RLIM_INFINITY))\n"
         "append_line(Path(sys.argv[1]), point)"
     )

@@ -19,6 +19,8 @@ from observatory.reasons import Reason
 from tests.analysis.energy.runs import codes, timeline_of
 from tests.devices.sensor import Load, SimulatedSensor, bursts, join, paused, spans_of, steps
 
+pytestmark = pytest.mark.slow
+
 H100 = sensor_of("NVIDIA H100 80GB HBM3")
 PREFILL, DECODE, WAIT = ("prefill", 150.0, 650.0), ("decode", 10.0, 310.0), ("", 200.0, 80.0)
 SERVER = steps([PREFILL, *[DECODE] * 40, WAIT], seconds=16, jitter=0.05)

@@ -21,6 +21,8 @@ from tests.analysis.energy.test_prefix_cache import measured
 from tests.conftest import MakeRun
 from tests.devices.sensor import Load, SimulatedSensor, join, spans_of, steps
 
+pytestmark = pytest.mark.slow
+
 H100 = "NVIDIA H100 80GB HBM3"
 UUID = "GPU-00000000-0000-4000-8000-000000000000"
 DEVICE = DeviceSpec(kind="gpu", name=H100, uuid=UUID)
