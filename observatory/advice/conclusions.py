@@ -96,7 +96,7 @@ def conclude_routing(document: Row, run: Path) -> Conclusion:
 def conclude_scan(document: Row, run: Path) -> Conclusion:
     """Of ``observatory scan``: the slower layout where times are predicted, else the busiest rank.
 
-    Two layouts that predicted times do not tell apart are no reason for a change.
+    Two layouts that predicted times do not distinguish are no reason for a change.
     """
     if "comparisons" in document:
         apart = [row for row in document["comparisons"] if row["code"] == "apart"]

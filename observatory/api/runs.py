@@ -44,7 +44,7 @@ class Run(reader.Run):
     def imbalance(
         self, *, by: Literal["layer", "phase"] = "layer", bootstrap: int = 200, seed: int = 0
     ) -> pd.DataFrame:
-        """Imbalance of the expert loads beside its sampling floor.
+        """Imbalance of the expert loads, with its sampling floor.
 
         Args:
             by: one row per layer and phase, or one per phase (means over layers).

@@ -1,8 +1,8 @@
 """Starting ranks on this machine, and ending them all when one fails.
 
-The ranks find torchrun's variables in their environment, so that a program needs to know one language only.
-The place where they meet is kept by this process, on the loopback interface: it outlives any rank, which is
-how the others can tell who is missing. Processes are ended one by one, by their id.
+The ranks find torchrun's variables in their environment, so that a program needs only one convention.
+This process keeps their rendezvous, on the loopback interface: it outlives any rank, so that the remaining
+ones can determine which rank is missing. Processes are ended one by one, by their id.
 """
 
 from __future__ import annotations
@@ -108,11 +108,11 @@ def start_local_ranks(
         timeout_s: the longest the whole may take; None for as long as it takes.
         grace_s: how long the other ranks have to end by themselves after one has failed.
         environment: what the ranks inherit.
-        started: told the process ids by rank, once all are started.
+        started: called with the process ids by rank, once all are started.
 
     Raises:
         ExchangeError: a rank failed, was killed, or the time was up; names the rank.
-        KeyboardInterrupt: as it came; the ranks were told too, and had ``grace_s`` to end.
+        KeyboardInterrupt: as it came; the ranks were interrupted too, and had ``grace_s`` to end.
     """
     if world < 1:
         raise ExchangeError(f"{world} ranks cannot be started", expected="1 or more")
@@ -123,8 +123,8 @@ def start_local_ranks(
         try:
             run_id = f"{LOCAL_RUN}{uuid.uuid4().hex[:8]}"
             for rank in range(world):
-                own = {**environment, **rank_environment(rank, world, port=port, run_id=run_id)}
-                ranks += [_start(argv, rank, own, Path(folder))]
+                variables = {**environment, **rank_environment(rank, world, port=port, run_id=run_id)}
+                ranks += [_start(argv, rank, variables, Path(folder))]
                 keeper.stdin.write(f"{ranks[-1].process.pid}\n".encode())
                 keeper.stdin.flush()
             if started is not None:
@@ -132,7 +132,7 @@ def start_local_ranks(
             try:
                 failed = _await(ranks, timeout_s)
             except KeyboardInterrupt:
-                # They are told once, by us: a second signal would interrupt what they still write.
+                # They get one signal, from here: a second one would interrupt what they still write.
                 for running in ranks:
                     running.process.send_signal(signal.SIGINT)
                     running.process.send_signal(signal.SIGCONT)  # also to one that is stopped
@@ -140,7 +140,7 @@ def start_local_ranks(
                 raise
             if failed is not None:
                 _await_all(ranks, grace_s)
-                raise ExchangeError(_told(failed, ranks, world))
+                raise ExchangeError(_failure_words(failed, ranks, world))
             late = [rank.rank for rank in ranks if rank.process.poll() is None]
             if late:
                 raise ExchangeError(
@@ -236,9 +236,9 @@ def _end(ranks: Sequence[_Rank]) -> None:
         rank.process.wait()
 
 
-def _told(failed: _Rank, ranks: Sequence[_Rank], world: int) -> str:
+def _failure_words(failed: _Rank, ranks: Sequence[_Rank], world: int) -> str:
     if failed.process.returncode > 0 and not failed.last_words():
-        # What all ranks know alike is said by one of them.
+        # An error that all ranks have in common is printed by one of them.
         failed = next(
             (rank for rank in ranks if (rank.process.poll() or 0) > 0 and rank.last_words()), failed
         )

@@ -107,17 +107,17 @@ def guard_rank() -> None:
     launcher = find_launcher()
     if launcher is None:
         return
-    told, tells = os.pipe()
-    os.set_blocking(tells, False)
-    signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+    wake_up, wake_up_end = os.pipe()
+    os.set_blocking(wake_up_end, False)
+    signal.set_wakeup_fd(wake_up_end, warn_on_full_buffer=False)
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, _interrupt)
     if sys.platform == "linux" and launcher.pid == os.getppid():
         ctypes.CDLL(None).prctl(
             _SIGNAL_AT_PARENTS_DEATH, signal.SIGCONT
-        )  # a rank that is stopped goes on to end
-    threading.Thread(target=_guard, args=(launcher, told), name="observatory-guard", daemon=True).start()
+        )  # a stopped rank is continued so that it ends
+    threading.Thread(target=_guard, args=(launcher, wake_up), name="observatory-guard", daemon=True).start()
 
 
 def end_rank(code: int) -> None:
@@ -136,8 +136,8 @@ def _interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
 
-def _guard(launcher: ProcessId, told: int) -> None:
-    reason = _await_reason(launcher, told)
+def _guard(launcher: ProcessId, wake_up: int) -> None:
+    reason = _await_reason(launcher, wake_up)
     _reasons.append(reason)
     _decided.set()
     since = time.monotonic()
@@ -153,15 +153,17 @@ def _guard(launcher: ProcessId, told: int) -> None:
     os._exit(_INTERRUPTED)
 
 
-def _await_reason(launcher: ProcessId, told: int) -> str:
+def _await_reason(launcher: ProcessId, wake_up: int) -> str:
     """Wait until this rank has to end; why."""
-    waiting = [told]
+    waiting = [wake_up]
     if launcher.alive is not None:
         with contextlib.suppress(AttributeError, OSError):  # without it, the next look finds out
             waiting.append(os.pidfd_open(launcher.pid))
     while True:
         ready, _, _ = select.select(waiting, [], [], _POLL_S)
-        signals = [number for number in os.read(told, 64) if number in _SIGNALS] if told in ready else []
+        signals = (
+            [number for number in os.read(wake_up, 64) if number in _SIGNALS] if wake_up in ready else []
+        )
         if signals:
             time.sleep(_SETTLE_S)
         if launcher.alive is False:  # None: not known

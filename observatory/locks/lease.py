@@ -100,7 +100,7 @@ def new_lease(device_uuid: str, *, duration_s: float) -> Lease:
     owner = ProcessId.of(os.getpid())
     if owner is None or owner.namespace is None:
         raise ClockError(
-            "/proc does not tell processes apart here, so nothing could undo a lock",
+            "/proc does not identify processes here, so nothing could undo a lock",
             remedy="use Linux, with a /proc of this process's own PID namespace",
         )
     return Lease(

@@ -35,9 +35,9 @@ def lease_folder(environment: Mapping[str, str] = os.environ) -> Path:
     Raises:
         ClockError: it cannot be made, or others may write to it or to a folder above it.
     """
-    told = environment.get(FOLDER_VARIABLE)
-    if told:
-        folder = Path(told)
+    configured = environment.get(FOLDER_VARIABLE)
+    if configured:
+        folder = Path(configured)
     elif os.geteuid() == 0:
         folder = Path("/run/moe-observatory/leases")
     else:

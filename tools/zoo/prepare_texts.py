@@ -222,7 +222,7 @@ def _code(packages: Path) -> list[str]:
 
 
 def _foreign(packages: Path) -> list[str]:
-    """Pages of French manuals, without the paragraphs that nobody has translated yet."""
+    """Pages of French manuals, without the paragraphs that are not translated yet."""
     pages = []
     for name in PACKAGE_NAMES["foreign"]:
         for path in sorted((packages / name).rglob("*.html")):

@@ -1,7 +1,7 @@
 """Architectures and hyperparameters of the five bundled checkpoints.
 
 All have the same size of everything that routing statistics depend on: 32 experts, top-4, four MoE layers,
-hidden size 96, the same texts and batches. The number of steps fits minutes on a small machine and is told
+hidden size 96, the same texts and batches. The number of steps fits minutes on a small machine and is given
 with every result. What differs otherwise is what the family differs in: the sequence mixer, shared experts,
 the first dense layer, the gate (softmax or sigmoid with a correction bias) and hence the way loads are
 balanced.

@@ -2,8 +2,8 @@
 
 The order of a step: forward, loss (cross-entropy plus, in families that have it, the balancing loss),
 backward, clip, in families with a score-correction bias the bias update from this step's loads, AdamW.
-Progress goes to stderr. The weights are rounded to bfloat16 first and evaluated after: `training.json` tells
-what is shipped.
+Progress goes to stderr. The weights are rounded to bfloat16 first and evaluated after:
+`training.json` describes the shipped weights.
 """
 
 import argparse
