@@ -1,6 +1,6 @@
 """Imbalance of expert routing: metrics, sampling floors, intervals, bands, committees, locality."""
 
-from observatory.analysis.routing.bands import Band, ConditionGini, classify
+from observatory.analysis.routing.bands import Band, ConditionGini, band_words, classify
 from observatory.analysis.routing.committee import (
     committee_stability,
     jaccard,
@@ -29,6 +29,7 @@ __all__ = [
     "LayerLoads",
     "RunLoads",
     "balancedness",
+    "band_words",
     "classify",
     "coefficient_of_variation",
     "collect_layer_loads",

@@ -16,9 +16,14 @@ The rest is ours:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal
+
+from pydantic import JsonValue
+
+from observatory.reasons import Reason
 
 RESILIENT_UP_TO = 0.195
 CONCENTRATED_ABOVE = 0.24
@@ -47,17 +52,49 @@ class ConditionGini:
     uniform_limit: float | None = None
 
 
+class BandCode(StrEnum):
+    """What decided on a band; the values of each are the names in its words."""
+
+    FEW_TEXTS = "few_texts"
+    NO_FLOOR = "no_floor"
+    AS_UNIFORM = "as_uniform"
+    ALL_ABOVE = "all_above"
+    NONE_ABOVE = "none_above"
+    BETWEEN = "between"
+
+
+_SHOWN = "Gini {least:.3f} to {most:.3f} on {texts} real texts"
+_WORDS = {
+    BandCode.FEW_TEXTS: "{texts} real text(s) measured, at least {needed} needed",
+    BandCode.NO_FLOOR: "no sampling floor on {conditions}",
+    BandCode.AS_UNIFORM: _SHOWN + "; uniform routing itself reaches {span}",
+    BandCode.ALL_ABOVE: _SHOWN + "; {span} without the sampling floor, all above {above}",
+    BandCode.NONE_ABOVE: _SHOWN + ", none above {up_to}, sampling floor included",
+    BandCode.BETWEEN: _SHOWN
+    + "; {span} without the sampling floor: neither all above {above} nor all with it up to {up_to}",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Band:
     """A band and why.
 
     Attributes:
         name: the band; None when there is none.
-        reason: one sentence with the numbers that decided.
+        reason: a `BandCode` with the numbers that decided.
     """
 
     name: BandName | None
-    reason: str
+    reason: Reason
+
+
+def band_words(reason: Reason) -> str:
+    """The reason of a band in words, with the numbers that decided."""
+    values = dict(reason.values)
+    if "low" in values:
+        low, high = f"{values['low']:.3f}", f"{values['high']:.3f}"
+        values["span"] = low if low == high else f"{low} to {high}"
+    return _WORDS[BandCode(reason.code)].format(**values)
 
 
 def classify(texts: Mapping[str, ConditionGini]) -> Band:
@@ -70,41 +107,30 @@ def classify(texts: Mapping[str, ConditionGini]) -> Band:
         name: text for name, text in texts.items() if text.gini is not None and not math.isnan(text.gini)
     }
     if len(known) < _FEWEST_TEXTS:
-        return Band(name=None, reason=f"{len(known)} real text(s) measured, at least {_FEWEST_TEXTS} needed")
+        return _band(None, BandCode.FEW_TEXTS, texts=len(known), needed=_FEWEST_TEXTS)
     unfloored = [name for name, text in known.items() if text.floor is None or math.isnan(text.floor)]
     if unfloored:
-        return Band(name=None, reason=f"no sampling floor on {', '.join(unfloored)}")
+        return _band(None, BandCode.NO_FLOOR, conditions=", ".join(unfloored))
     gini = {name: float(text.gini or 0.0) for name, text in known.items()}
-    remaining = {name: _without_floor(gini[name], known[name].floor or 0.0) for name in known}
-    shown = f"Gini {min(gini.values()):.3f} to {max(gini.values()):.3f} on {len(known)} real texts"
-    if all(gini[name] <= (text.uniform_limit or 0.0) for name, text in known.items()):
-        limits = _span(text.uniform_limit or 0.0 for text in known.values())
-        return Band(
-            name="indistinguishable from uniform at this sample size",
-            reason=f"{shown}; uniform routing itself reaches {limits}",
-        )
-    if all(value > CONCENTRATED_ABOVE for value in remaining.values()):
-        return Band(
-            name="persistently concentrated",
-            reason=f"{shown}; {_span(remaining.values())} without the sampling floor, all above "
-            f"{CONCENTRATED_ABOVE}",
-        )
+    remaining = [_without_floor(gini[name], known[name].floor or 0.0) for name in known]
+    limits = [text.uniform_limit or 0.0 for text in known.values()]
+    shown = {"least": min(gini.values()), "most": max(gini.values()), "texts": len(known)}
+    span = {"low": min(remaining), "high": max(remaining)}
+    if all(value <= limit for value, limit in zip(gini.values(), limits, strict=True)):
+        name: BandName = "indistinguishable from uniform at this sample size"
+        return _band(name, BandCode.AS_UNIFORM, **shown, low=min(limits), high=max(limits))
+    if all(value > CONCENTRATED_ABOVE for value in remaining):
+        above = {"above": CONCENTRATED_ABOVE}
+        return _band("persistently concentrated", BandCode.ALL_ABOVE, **shown, **span, **above)
     if max(gini.values()) <= RESILIENT_UP_TO:
-        return Band(
-            name="data-resilient", reason=f"{shown}, none above {RESILIENT_UP_TO}, sampling floor included"
-        )
-    return Band(
-        name="intermediate",
-        reason=f"{shown}; {_span(remaining.values())} without the sampling floor: neither all above "
-        f"{CONCENTRATED_ABOVE} nor all with it up to {RESILIENT_UP_TO}",
-    )
+        return _band("data-resilient", BandCode.NONE_ABOVE, **shown, up_to=RESILIENT_UP_TO)
+    bounds = {"above": CONCENTRATED_ABOVE, "up_to": RESILIENT_UP_TO}
+    return _band("intermediate", BandCode.BETWEEN, **shown, **span, **bounds)
+
+
+def _band(name: BandName | None, code: BandCode, **values: JsonValue) -> Band:
+    return Band(name=name, reason=Reason(code, values))
 
 
 def _without_floor(gini: float, floor: float) -> float:
     return math.sqrt(max(0.0, gini**2 - floor**2))
-
-
-def _span(values: Iterable[float]) -> str:
-    ordered = sorted(values)
-    low, high = f"{ordered[0]:.3f}", f"{ordered[-1]:.3f}"
-    return low if low == high else f"{low} to {high}"

@@ -12,6 +12,7 @@ from observatory.analysis.parallel import scan_run
 from observatory.analysis.routing import (
     ConditionGini,
     RunLoads,
+    band_words,
     classify,
     collect_layer_loads,
     layer_metrics,
@@ -113,7 +114,7 @@ def model_bands(cells: pd.DataFrame) -> pd.DataFrame:
             for row in each_row(of_model[of_model["kind"] == "real"])
         }
         band = classify(texts)
-        rows.append({"label": label, "phase": phase, "band": band.name, "reason": band.reason})
+        rows.append({"label": label, "phase": phase, "band": band.name, "reason": band_words(band.reason)})
     # object: among strings, pandas would turn the None of "no band" into NaN
     return pd.DataFrame(rows, columns=["label", "phase", "band", "reason"], dtype=object)
 

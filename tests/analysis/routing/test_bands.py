@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from observatory.analysis.routing.bands import ConditionGini, classify
+from observatory.analysis.routing.bands import BandCode, ConditionGini, band_words, classify
 
 
 def texts(*ginis: float | None, floor: float | None = 0.01, limit: float = 0.015) -> dict[str, ConditionGini]:
@@ -39,8 +39,11 @@ def test_concentration_must_survive_the_removal_of_the_floor() -> None:
 def test_even_a_high_gini_means_nothing_where_uniform_routing_reaches_it() -> None:
     band = classify(texts(0.30, 0.32, floor=0.29, limit=0.35))
     assert band.name == "indistinguishable from uniform at this sample size"
-    assert "0.300 to 0.320" in band.reason
-    assert "0.350" in band.reason
+    assert band.reason.code is BandCode.AS_UNIFORM
+    assert [band.reason.values[name] for name in ("least", "most", "low", "high")] == [0.30, 0.32, 0.35, 0.35]
+    assert band_words(band.reason) == (
+        "Gini 0.300 to 0.320 on 2 real texts; uniform routing itself reaches 0.350"
+    )
 
 
 def test_without_two_texts_or_without_floors_there_is_no_band() -> None:
@@ -49,4 +52,4 @@ def test_without_two_texts_or_without_floors_there_is_no_band() -> None:
     assert classify(texts(0.3, None, math.nan)).name is None
     band = classify(texts(0.3, 0.3, floor=None))
     assert band.name is None
-    assert band.reason == "no sampling floor on text 0, text 1"
+    assert band.reason.document() == {"code": "no_floor", "conditions": "text 0, text 1"}
