@@ -12,7 +12,7 @@ ADVICE_COLUMNS = (
     Column(name="series", title="series", text=True, key=True),
     Column(name="behaviour", title="class", text=True),
     Column(name="reference_mhz", title="reference", unit="MHz", digits=0, legend="clock to compare with"),
-    Column(name="reference_how", title="which is", text=True, wide=True),
+    Column(name="reference_how", title="as", text=True, wide=True),
     Column(name="lock_mhz", title="lock to", unit="MHz", digits=0),
     Column(
         name="saving",
@@ -33,13 +33,13 @@ ADVICE_COLUMNS = (
     ),
     Column(
         name="reference_mj_per_token",
-        title="energy before",
+        title="before",
         unit="mJ/token",
         digits=2,
         wide=True,
-        legend="at the reference",
+        legend="energy at the reference",
     ),
-    Column(name="mj_per_token", title="energy after", unit="mJ/token", digits=2, wide=True),
+    Column(name="mj_per_token", title="energy", unit="mJ/token", digits=2, wide=True),
     Column(
         name="edp_mhz",
         title="EDP",

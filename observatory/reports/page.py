@@ -158,6 +158,7 @@ def frame_table(
     *,
     note: str = "",
     leave_out: Sequence[str] = (),
+    below: Mapping[str, str] | None = None,
 ) -> Table:
     """Table of what the command line shows of the same rows, with its wide columns.
 
@@ -166,20 +167,29 @@ def frame_table(
         columns: as they are declared with the frame, the first names the row.
         rows: plain Python values (`frame_records`); a value that is a `Cell` is shown as it is.
         note: sentences in front of the legend of the columns.
-        leave_out: names of columns that say the same in every row.
+        leave_out: names of columns that are not shown.
+        below: names of columns whose values are the second lines of others, by the names of those.
     """
-    shown = [column for column in columns if column.name not in leave_out]
-    cells = tuple(tuple(_cell(column, row, column is shown[0]) for column in shown) for row in rows)
-    legend = [f"{_title(column)}: {column.legend}." for column in shown if column.legend]
-    heads = tuple(_head(column) for column in shown)
+    named = {column.name: column for column in columns}
+    lower = {upper: named[name] for upper, name in (below or {}).items()}
+    kept = [column for column in columns if column.name not in leave_out]
+    shown = [column for column in kept if column not in lower.values()]
+    cells = tuple(
+        tuple(_cell(column, row, column is shown[0], lower.get(column.name)) for column in shown)
+        for row in rows
+    )
+    legend = [f"{_title(column)}: {column.legend}." for column in kept if column.legend]
+    heads = tuple(_head(column, lower.get(column.name)) for column in shown)
     return Table(caption=caption, columns=heads, rows=cells, note=" ".join(filter(None, (note, *legend))))
 
 
-def _head(column: Column) -> Head:
+def _head(column: Column, lower: Column | None) -> Head:
     """The unit stands with the values where it is a percent sign or chosen for each of them."""
     by_value = column.unit == "%" or (column.digits is None and quantity(0, column.unit) is not None)
     unit = "" if by_value else _TYPESET.get(column.unit, column.unit)
-    return Head(title=_title(column), detail=unit, numeric=not column.text)
+    second = "" if lower is None else _TYPESET.get(lower.title, lower.title)
+    detail = ", ".join(filter(None, (unit, second)))
+    return Head(title=_title(column), detail=detail, numeric=not column.text)
 
 
 def _title(column: Column) -> str:
@@ -189,7 +199,7 @@ def _title(column: Column) -> str:
     return title if small else title[0].upper() + title[1:]
 
 
-def _cell(column: Column, row: Mapping[str, Any], heading: bool) -> Cell:
+def _cell(column: Column, row: Mapping[str, Any], heading: bool, lower: Column | None = None) -> Cell:
     value = row[column.name]
     if isinstance(value, Cell):
         return value
@@ -199,15 +209,20 @@ def _cell(column: Column, row: Mapping[str, Any], heading: bool) -> Cell:
     if column.of is not None:
         text = f"{text} of {_value(column, row[column.of])}"
     ends = [row[end] for end in column.interval or ()]
-    detail = ""
+    detail = "" if lower is None else _cell(lower, row, False).text
     if ends and not any(map(is_missing, ends)):
-        low, high = (_value(column, end) for end in ends)
+        low, high = (_unmarked(column, end) for end in ends)
         detail = f"{low} {'to' if '−' in low else '–'} {high}"
     return Cell(text=text, detail=detail, heading=heading)
 
 
 def _value(column: Column, value: Any) -> str:
-    """A value as a page shows it: typeset, in the unit that reads best where no digits are asked for."""
+    percent = column.unit == "%" and isinstance(value, int | float)
+    return f"{_unmarked(column, value)} %" if percent else _unmarked(column, value)
+
+
+def _unmarked(column: Column, value: Any) -> str:
+    """A value as a page shows it, in the unit that reads best where no digits are asked for; without "%"."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return shorten(column.number(value), _LONGEST)
     if column.digits is None:
@@ -216,4 +231,4 @@ def _value(column: Column, value: Any) -> str:
             return best
         if isinstance(value, int):
             return count(value)
-    return plain(column.number(value)).replace("-", "−") + (" %" if column.unit == "%" else "")
+    return plain(column.number(value)).replace("-", "−")

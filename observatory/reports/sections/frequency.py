@@ -188,6 +188,7 @@ def _advice_table(clocks: ClockFrames) -> Table:
         {
             **row,
             "series": Cell(text=shorten(advice.title, 60), detail=shorten(file.path.name, 40), heading=True),
+            "lock_mhz": row["lock_mhz"] if advice.choice else Cell(text=plain(advice.verdict)),
             "behaviour": Cell(text=row["behaviour"], detail=_agreement(advice.behaviour.agreement)),
         }
         for file in clocks.files
@@ -199,6 +200,12 @@ def _advice_table(clocks: ClockFrames) -> Table:
         rows,
         note="The upper end of the slowdown's interval keeps the budget. Nothing was set; observatory clocks "
         "recommend prints the commands.",
+        leave_out=("verdict",),
+        below={
+            "reference_mhz": "reference_how",
+            "mj_per_token": "reference_mj_per_token",
+            "edp_mhz": "ed2p_mhz",
+        },
     )
 
 

@@ -47,7 +47,12 @@ def layer_section(frames: ReportFrames) -> Section:
                 "Layers by excess over the sampling floor",
                 (_MODEL, _DATA, *LAYER_COLUMNS, _TOP_K),
                 frame_records(rows.assign(label=rows["label"].map(shorten), condition=conditions)),
-                leave_out=("committee_experts",),
+                leave_out=("committee_experts", "step_gini_p50", "step_gini_floor"),
+                below={
+                    "condition": "phase",
+                    "gini_excess": "gini_floor",
+                    "expert_max_over_mean": "expert_max_over_mean_floor",
+                },
             ),
         ),
     )
