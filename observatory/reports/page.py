@@ -187,9 +187,9 @@ def _head(column: Column, lower: Column | None) -> Head:
     """The unit stands with the values where it is a percent sign or chosen for each of them."""
     by_value = column.unit == "%" or (column.digits is None and quantity(0, column.unit) is not None)
     unit = "" if by_value else _TYPESET.get(column.unit, column.unit)
-    second = "" if lower is None else _TYPESET.get(lower.title, lower.title)
-    detail = ", ".join(filter(None, (unit, second)))
-    return Head(title=_title(column), detail=detail, numeric=not column.text)
+    title = ", ".join(filter(None, (_title(column), unit)))
+    detail = "" if lower is None else _TYPESET.get(lower.title, lower.title)
+    return Head(title=title, detail=detail, numeric=not column.text)
 
 
 def _title(column: Column) -> str:
