@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Tests of one file, and those that share started ranks or a browser, run one after the other in one worker.
 WORKERS ?= 3
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := $(ALONE) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests start hundreds of processes; without bytecode each compiles the package again.
 export PYTHONDONTWRITEBYTECODE :=
@@ -18,10 +19,11 @@ demo: $(VENV)/.capture
 	$(BIN)/observatory quickstart --out demo
 
 check: lint
-	$(PYTEST) -m "not gpu and not slow"
+	$(PYTEST) -m "not gpu and not slow and not timing"
 
 test: $(VENV)/.test system-packages
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu and not timing"
+	$(ALONE) -m "timing and not gpu"
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu --junit-xml=gpu-figures.xml

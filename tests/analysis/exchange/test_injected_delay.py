@@ -15,7 +15,7 @@ from observatory.analysis.exchange import layer_waits, rank_waits, run_waits, wa
 from observatory.run import open_run
 from observatory.run.manifest import ClockSpec
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timing]
 
 RANKS, DELAYED, DELAY_MS, ROUNDS = 4, 2, 60, 16
 _LIMIT_S = 90

@@ -13,7 +13,7 @@ from observatory.run.manifest import ClockSpec
 from tests.analysis.exchange.several_hosts import DELAY_S, DELAYED, STEPS
 from tests.hosts import ahead_s, run_on_hosts, why_not
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timing]
 
 _LIMIT_S = 300
 

@@ -11,7 +11,7 @@ from observatory.analysis.network import fit_network, predict_us
 from observatory.run.documents.bench import BenchPlan, BenchResult, Traffic
 from tests.analysis.network.shaped import run_on_nodes, shaped_nodes, why_not
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timing]
 
 RATES_MBIT = (30.0, 120.0)
 #: A result and the microseconds that one byte takes on its links.

@@ -17,7 +17,7 @@ USUAL_MBIT = 40.0
 SLOW = Link(up_mbit=8.0, down_mbit=8.0)
 UNEVEN = Link(up_mbit=40.0, down_mbit=8.0)
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timing]
 
 
 @pytest.fixture(autouse=True)

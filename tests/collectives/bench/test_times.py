@@ -17,7 +17,7 @@ from observatory.probes.alignment import TimeBaseAlignment
 from observatory.run.documents.bench import BenchCase, BenchResult, load_bench
 from tests.collectives.bench.late_rank import LATE_S, RANKS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timing]
 
 _ANOTHER_CLOCK = ("unshare", "--time", "--monotonic", "1000", "--fork", "--kill-child")
 
