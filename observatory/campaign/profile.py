@@ -24,6 +24,7 @@ from observatory.campaign.job import ProfileJob
 from observatory.campaign.preflight import check_job, check_length
 from observatory.errors import ModelError, ObservatoryError
 from observatory.host.ranks import find_rank
+from observatory.run.files import one_line
 
 if TYPE_CHECKING:
     import torch
@@ -192,10 +193,9 @@ def _model_failures(name: str) -> Iterator[None]:
     except (ObservatoryError, OSError, MemoryError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"{name} failed while it ran: {type(error).__name__}: {reason}; what was captured is kept, "
-            "try a smaller batch, another --dtype or --device"
+            f"{name} failed while it ran: {type(error).__name__}: {one_line(error)}; "
+            "what was captured is kept, try a smaller batch, another --dtype or --device"
         ) from error
 
 

@@ -31,6 +31,7 @@ from observatory.probes.alignment import (
 )
 from observatory.probes.part import Part
 from observatory.run import RunWriter
+from observatory.run.files import one_line
 from observatory.run.time_base import clock_identity
 
 #: The reference may come that much later than the others and is still served.
@@ -118,8 +119,8 @@ class StorePairs:
         return f"observatory-clock/{self._name}/{source}-{to}/{number}"
 
     def _gone(self, error: Exception) -> ExchangeError:
-        words = " ".join(str(error).split()) or type(error).__name__
-        return ExchangeError(f"the store of the process group does not answer: {words[:160]}")
+        words = one_line(error, 160) or type(error).__name__
+        return ExchangeError(f"the store of the process group does not answer: {words}")
 
 
 class StoreAlignment:

@@ -24,6 +24,7 @@ from observatory.probes.options import PowerOptions
 from observatory.probes.part import Part
 from observatory.probes.power.sampler import PowerSampler
 from observatory.run import RunWriter
+from observatory.run.files import one_line
 from observatory.run.manifest import RankPower
 
 if TYPE_CHECKING:
@@ -254,9 +255,8 @@ def gpu_uuid(device: str) -> str | None:
         index = torch.cuda.current_device() if named.index is None else named.index
         return f"GPU-{torch.cuda.get_device_properties(index).uuid}"
     except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"torch has no device {device[:40]!r} here ({reason}); expected cpu, cuda or cuda:N"
+            f"torch has no device {device[:40]!r} here ({one_line(error, 200)}); expected cpu, cuda or cuda:N"
         ) from error
 
 
