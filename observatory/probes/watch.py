@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -216,12 +216,12 @@ class Watch:
         if lines:
             warnings.warn(f"run {self.run_path}: {'; '.join(lines)}", stacklevel=2)
 
-    def _before_pass(self, is_generated: bool) -> None:
+    def _before_pass(self, is_generated: Callable[[], bool]) -> None:
         """In ``generate()`` a program cannot call ``step``: each forward pass there starts a step."""
         session = self._session
         if session is None or self._ended or os.getpid() != self._process:
             return
-        if self._is_in_step and is_generated and not is_capturing(session.routing.device):
+        if self._is_in_step and is_generated() and not is_capturing(session.routing.device):
             # An error of the capture never goes through the program's call; the next step() raises it.
             with contextlib.suppress(CaptureError):
                 session.boundary(self.steps, phase=self._phase, ends_step=True)

@@ -98,8 +98,8 @@ class RoutingPart(Part):
         """Phase of the model's call in progress, as far as it is known."""
         return SLOTS[self._probe.phases.slot]
 
-    def before_pass(self, call: Callable[[bool], None]) -> None:
-        """Call this before each forward pass, with whether a module's ``generate()`` makes it."""
+    def before_pass(self, call: Callable[[Callable[[], bool]], None]) -> None:
+        """Call this before each forward pass; its argument finds out whether ``generate()`` makes it."""
         self._probe.phases.before_pass = call
 
     def on_routed(self, routed: Callable[[int, str], None]) -> None:

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -92,8 +93,9 @@ class PhaseTracker:
         calls: eager calls of the model since the last ``end_stretch``.
         was_interrupted: a call ended in the middle since then.
         was_inside: threads were in a call at the last ``end_stretch``.
-        before_pass: is called before each eager forward pass of the model, while no thread is in one, with
-            whether a module's ``generate()`` makes it; None when nothing is to be called.
+        before_pass: is called before each eager forward pass of the model, while no thread is in one, with a
+            function that finds out whether a module's ``generate()`` makes it; None when nothing is to be
+            called.
     """
 
     def __init__(self, model: nn.Module, *, on_call: Callable[[], None]) -> None:
@@ -102,7 +104,7 @@ class PhaseTracker:
         self.calls = 0
         self.was_interrupted = False
         self.was_inside = False
-        self.before_pass: Callable[[bool], None] | None = None
+        self.before_pass: Callable[[Callable[[], bool]], None] | None = None
         self._inside: dict[int, _Now] = {}
         self._carriers = find_carriers(model)
         self._on_call = on_call
@@ -229,7 +231,7 @@ class PhaseTracker:
 
     def _note_pass(self) -> None:
         if self.before_pass is not None and not self._inside:
-            self.before_pass(_is_generating(sys._getframe(2)))
+            self.before_pass(partial(_is_generating, sys._getframe(2)))
 
     def _enter(self, carrier: Carrier, phase: CallPhase) -> None:
         now, frame = self._threads.now, sys._getframe(2)
