@@ -41,8 +41,10 @@ from observatory.analysis.frequency.model import (
     iteration_s,
     power_mw,
 )
-from observatory.analysis.frequency.model_file import Coefficient, CurveFit, FormScore
+from observatory.analysis.frequency.model_file import Coefficient, CurveFit, FitCode, FormScore
+from observatory.analysis.frequency.words import fit_words
 from observatory.analysis.statistics import sample_ends, simplest, student_over_normal
+from observatory.reasons import Reason
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
@@ -195,7 +197,8 @@ def curve_fit(trials: Sequence[Trial], names: tuple[str, ...], sample_BT: Float6
                 value=None if reason else float(chosen.value_T[index]),
                 low=low,
                 high=high,
-                reason=reason,
+                reason=fit_words(reason) if reason else "",
+                reason_code=reason.code.value if reason else None,
             )
         )
     return CurveFit(
@@ -206,17 +209,17 @@ def curve_fit(trials: Sequence[Trial], names: tuple[str, ...], sample_BT: Float6
     )
 
 
-def _why_absent(term: str, trial: Trial) -> str:
-    """Why a parameter has no value; empty when it has one."""
+def _why_absent(term: str, trial: Trial) -> Reason | None:
+    """Why a parameter has no value; None when it has one."""
     if term in trial.terms:
-        return ""
+        return None
     if trial.form.name == "flat":
-        return "no clock changed the time: host and memory cannot be separated, compute is hidden"
+        return Reason(FitCode.TIME_IS_FLAT)
     if trial.form.name == "linear" and term == "memory_s":
-        return "no knee was seen: memory and host cannot be separated"
+        return Reason(FitCode.TIME_IS_LINEAR)
     if term in trial.form.terms:
-        return "not separable from the terms before it"
-    return f"the form {trial.form.name} has none"
+        return Reason(FitCode.NOT_SEPARABLE)
+    return Reason(FitCode.NOT_IN_FORM, {"form": trial.form.name})
 
 
 def bootstrap_curves(

@@ -25,12 +25,13 @@ from pydantic import Field
 
 from observatory.analysis.frequency.model import TIME_FORMS, TIME_TERMS, iteration_s
 from observatory.analysis.frequency.model_file import SeriesFit
-from observatory.analysis.frequency.words import reference_words
+from observatory.analysis.frequency.words import behaviour_words, fix_first_words
 from observatory.run.manifest import Record, Text
 
 Float64 = NDArray[np.float64]
 
 CurveClass = Literal["memory-bound flat", "knee", "compute-proportional"]
+Evidence = Literal["capped", "idles", "host time", "little power"]
 
 _FREE_SLOWDOWN = 0.02
 _FLAT = 0.6
@@ -39,6 +40,11 @@ _CAPPED_SHARE = 0.1
 _HOST_SHARE = 0.5
 _STEP_MHZ = 5.0
 _MOST_STEPS = 1000
+_CAUSED: dict[Evidence | None, Literal["capped", "host-bound"]] = {
+    "capped": "capped",
+    "idles": "host-bound",
+    "host time": "host-bound",
+}
 #: Below this part of the way from idle power to the limit, a device hardly works.
 _HARDLY_WORKS = 0.15
 
@@ -51,7 +57,9 @@ class Behaviour(Record):
         curve: the class of the time curve alone; None likewise.
         agreement: share of bootstrap samples whose curve is of that class; None without samples.
         free_mhz: f_free; never below the lowest clock measured.
-        text: the evidence in one sentence.
+        evidence: what decided the class; None where the curve alone did.
+        numbers: what belongs to the evidence.
+        text: the same in one sentence.
         fix_first: what to mend before choosing a clock; empty when nothing.
     """
 
@@ -59,7 +67,9 @@ class Behaviour(Record):
     curve: CurveClass | None
     agreement: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     free_mhz: float
-    text: Text
+    evidence: Evidence | None = None
+    numbers: dict[str, float] = Field(default_factory=dict)
+    text: Text = ""
     fix_first: Text = ""
 
     @property
@@ -88,7 +98,6 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
         idle_power_mw: power of the device without load; None when not known.
         limit_mw: its default power limit, for a fit that does not know the one in force; None likewise.
     """
-    reference = _reference_mhz(fit)
     value_1T = np.array([fit.time.parameters])
     free_mhz = float(free_clock_mhz(value_1T, fit)[0])
     curve = _curve_class(free_mhz, fit)
@@ -97,44 +106,20 @@ def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | 
     if curve is not None and len(sample_BT):
         same = [_curve_class(float(mhz), fit) == curve for mhz in free_clock_mhz(sample_BT, fit)]
         agreement = float(np.mean(same))
-    unlocked = fit.reference.how == "unlocked"
-    clock = f"the {reference_words(fit.reference)}" if unlocked else f"its {reference:.0f} MHz"
-    shape = (
-        f"the time stays within 2 % of the reference's down to {free_mhz:.0f} MHz, "
-        f"{100 * free_mhz / reference:.0f} % of {clock}"
+    evidence, numbers = _cause(fit, value_1T, sample_BT)
+    if evidence is None and curve == "memory-bound flat":
+        numbers = _low_power(fit, idle_power_mw, fit.reference.limit_mw or limit_mw)
+        evidence = "little power" if numbers else None
+    behaviour = Behaviour(
+        name=_CAUSED.get(evidence, curve),
+        curve=curve,
+        agreement=agreement,
+        free_mhz=free_mhz,
+        evidence=evidence,
+        numbers={"reference_mhz": _reference_mhz(fit), **numbers},
     )
-    if curve is None:
-        shape += "; no lower clock was measured, so that flat and knee cannot be distinguished"
-    capped = fit.reference.power_cap_share
-    if unlocked and capped is not None and capped >= _CAPPED_SHARE:
-        return Behaviour(
-            name="capped",
-            curve=curve,
-            agreement=agreement,
-            free_mhz=free_mhz,
-            text=f"the power limit holds the unlocked clock for {100 * capped:.0f} % of the time; {shape}",
-            fix_first="the power limit sets the speed here: where it can be raised, raise it and sweep "
-            "again; where it cannot, a lock just below the clock it allows takes away its hunting, not "
-            "its cost",
-        )
-    host = _host_evidence(fit, value_1T, sample_BT)
-    if host:
-        return Behaviour(
-            name="host-bound",
-            curve=curve,
-            agreement=agreement,
-            free_mhz=free_mhz,
-            text=f"{host}; {shape}",
-            fix_first="the device waits for the host: launch less (CUDA graphs, fused kernels, larger "
-            "batches) before choosing a clock, and sweep again, since the knee moves up when the waiting "
-            "goes",
-        )
-    hint = (
-        _low_power_hint(fit, idle_power_mw, fit.reference.limit_mw or limit_mw)
-        if curve == "memory-bound flat"
-        else ""
-    )
-    return Behaviour(name=curve, curve=curve, agreement=agreement, free_mhz=free_mhz, text=shape + hint)
+    words = {"text": behaviour_words(behaviour, fit.reference), "fix_first": fix_first_words(behaviour)}
+    return behaviour.model_copy(update=words)
 
 
 def _reference_mhz(fit: SeriesFit) -> float:
@@ -150,31 +135,32 @@ def _curve_class(free_mhz: float, fit: SeriesFit) -> CurveClass | None:
     return "knee" if ratio <= _PROPORTIONAL else "compute-proportional"
 
 
-def _host_evidence(fit: SeriesFit, value_1T: Float64, sample_BT: Float64) -> str:
-    """Why the series is host-bound; empty when nothing says so."""
+def _cause(fit: SeriesFit, value_1T: Float64, sample_BT: Float64) -> tuple[Evidence | None, dict[str, float]]:
+    """What sets the speed other than the clock, with its evidence."""
+    capped = fit.reference.power_cap_share
+    if fit.reference.how == "unlocked" and capped is not None and capped >= _CAPPED_SHARE:
+        return "capped", {"power_cap_share": capped}
     idle = [item.idle for item in fit.settings if item.idle is not None and item.kind in ("unlocked", "lock")]
     if idle and sum(idle) > len(idle) / 2:
-        return f"the device reported that it idled at {sum(idle)} of {len(idle)} settings"
+        return "idles", {"idle_settings": sum(idle), "settings": len(idle)}
     # Without a knee, time that does not follow the clock may as well be memory's.
     if not TIME_FORMS[fit.time.form].has_knee or "host_s" not in TIME_FORMS[fit.time.form].terms:
-        return ""
+        return None, {}
     reference = [_reference_mhz(fit)]
     share = float((value_1T[:, 0] / iteration_s(value_1T, fit.high_mhz, reference)[:, 0])[0])
     if share < _HOST_SHARE or not len(sample_BT):
-        return ""
+        return None, {}
     share_B = sample_BT[:, 0] / iteration_s(sample_BT, fit.high_mhz, reference)[:, 0]
     if float(np.quantile(share_B, 0.05)) < _HOST_SHARE:
-        return ""
-    return f"{100 * share:.0f} % of an iteration overlaps with no work of the device"
+        return None, {}
+    return "host time", {"host_share": share}
 
 
-def _low_power_hint(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | None) -> str:
+def _low_power(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | None) -> dict[str, float]:
+    """Power of a device that hardly works, and without load; empty for any other."""
     power = fit.reference.power_mw
     if power is None or idle_power_mw is None or limit_mw is None or limit_mw <= idle_power_mw:
-        return ""
+        return {}
     if (power - idle_power_mw) / (limit_mw - idle_power_mw) >= _HARDLY_WORKS:
-        return ""
-    return (
-        f"; at {power / 1e3:.0f} W it draws little more than the {idle_power_mw / 1e3:.0f} W of an idle "
-        "device: it may be waiting for the host rather than for memory"
-    )
+        return {}
+    return {"power_mw": power, "idle_power_mw": idle_power_mw}

@@ -48,57 +48,29 @@ def find_confounds(
 
 
 def _capped_reference(reference: Reference) -> Confound:
-    share = reference.power_cap_share or 0.0
-    limit = "" if reference.limit_mw is None else f" of {reference.limit_mw / 1e3:.0f} W"
     return Confound(
         kind="unlocked is capped",
-        text=f"without any lock the power limit{limit} holds the clock down for {100 * share:.0f} % of the "
-        f"time, and the median clock over all of it is {reference.sm_clock_mhz:.0f} MHz: slowdown and saving "
-        "are relative to that, not to the highest clock",
-        numbers={"power_cap_share": share, "sm_clock_mhz": reference.sm_clock_mhz},
+        numbers={
+            "power_cap_share": reference.power_cap_share,
+            "sm_clock_mhz": reference.sm_clock_mhz,
+            "limit_mw": reference.limit_mw,
+        },
     )
 
 
 def _slowed(settings: Sequence[Setting]) -> list[Confound]:
     """Settings that heat or the brake has slowed down, with what is missing for that."""
     confounds = []
-    causes: tuple[tuple[SlowedKind, str, str, list[int]], ...] = (
-        (
-            "slowed by heat",
-            "heat",
-            "cool the device better, rest longer between points",
-            [item.heated for item in settings],
-        ),
-        (
-            "slowed by the brake",
-            "a hardware slowdown or the power brake",
-            "mend the power supply of the device",
-            [item.braked for item in settings],
-        ),
+    causes: tuple[tuple[SlowedKind, list[int]], ...] = (
+        ("slowed by heat", [item.heated for item in settings]),
+        ("slowed by the brake", [item.braked for item in settings]),
     )
-    for kind, cause, remedy, repeats in causes:
+    for kind, repeats in causes:
         slow = [item for item, count in zip(settings, repeats, strict=True) if count]
-        if not slow:
-            continue
-        lost = [item for item in slow if not item.iteration_s_R]
-        missing = (
-            f"; nothing is left of {len(lost)} of {len(slow)} settings, so that the advice holds for the "
-            "other clocks only"
-            if lost
-            else ""
-        )
-        confounds.append(
-            Confound(
-                kind=kind,
-                text=f"{cause} held the clock at {sum(repeats)} points ({_places(slow)}), which count for "
-                f"nothing{missing}: {remedy}, and sweep again",
-                numbers={
-                    "points": float(sum(repeats)),
-                    "settings": float(len(slow)),
-                    "lost": float(len(lost)),
-                },
-            )
-        )
+        if slow:
+            lost = sum(not item.iteration_s_R for item in slow)
+            numbers = {"points": sum(repeats), "settings": len(slow), "lost": lost, **_places(slow)}
+            confounds.append(Confound(kind=kind, numbers=numbers))
     return confounds
 
 
@@ -108,30 +80,20 @@ def _in_time(settings: Sequence[Setting]) -> list[Confound]:
     if not flagged:
         return []
     repeats = sum(item.flagged for item in flagged)
-    return [
-        Confound(
-            kind="in time with the sensor",
-            text=f"the energy of {repeats} points ({_places(flagged)}) is integrated power of iterations "
-            "that move in time with the power sensor: repeats agree on what it misses, so that intervals of "
-            "energies and savings may be too narrow; vary the length of an iteration (batch, context), or "
-            "read an energy counter",
-            numbers={"points": float(repeats), "settings": float(len(flagged))},
-        )
-    ]
+    numbers = {"points": repeats, "settings": len(flagged), **_places(flagged)}
+    return [Confound(kind="in time with the sensor", numbers=numbers)]
 
 
-def _places(settings: Sequence[Setting]) -> str:
-    """At which settings, for people."""
-    asked = sorted(
-        item.requested_sm_clock_mhz for item in settings if item.requested_sm_clock_mhz is not None
-    )
-    where = [
-        *(["unlocked"] if any(item.kind == "unlocked" for item in settings) else []),
-        *([f"at locks from {asked[0]:.0f} to {asked[-1]:.0f} MHz"] if len(asked) > 1 else []),
-        *([f"at the lock of {asked[0]:.0f} MHz"] if len(asked) == 1 else []),
-        *(["under power caps"] if any(item.kind == "cap" for item in settings) else []),
-    ]
-    return ", ".join(where)
+def _places(settings: Sequence[Setting]) -> dict[str, float | None]:
+    """Which settings these are."""
+    locks = [item.requested_sm_clock_mhz for item in settings if item.requested_sm_clock_mhz is not None]
+    return {
+        "unlocked": any(item.kind == "unlocked" for item in settings),
+        "locks": len(locks),
+        "lowest_lock_mhz": min(locks, default=None),
+        "highest_lock_mhz": max(locks, default=None),
+        "capped": any(item.kind == "cap" for item in settings),
+    }
 
 
 def _caps(settings: Sequence[Setting], reference: Reference, time_scatter: float | None) -> list[Confound]:
@@ -151,44 +113,25 @@ def _caps(settings: Sequence[Setting], reference: Reference, time_scatter: float
     rates = [1.0 / float(np.median(item.iteration_s_R)) for item, _ in caps.values()]
     rates.append(1.0 / reference.iteration_s)
     spread = max(rates) / min(rates) - 1.0
-    ratio = max((part for _, part in drawn), default=None)
     numbers: dict[str, float | None] = {
         "caps": float(len(caps)),
         "lowest_cap_mw": min(limits),
         "highest_cap_mw": max(limits),
-        "highest_power_over_limit": ratio,
+        "lowest_power_mw": min((power for power, _ in drawn), default=None),
+        "highest_power_mw": max((power for power, _ in drawn), default=None),
+        "highest_power_over_limit": max((part for _, part in drawn), default=None),
         "throughput_spread": spread,
         "time_scatter": time_scatter,
     }
-    noise = (
-        ""
-        if time_scatter is None
-        else f", where repeats of one setting scatter by {100 * time_scatter:.1f} %"
-    )
     loose = [limit for limit in limits if not caps[limit][1]]
     if len(loose) == len(limits):
-        draws = "its power is not known"
-        if ratio is not None:
-            low, high = min(power for power, _ in drawn), max(power for power, _ in drawn)
-            draws = f"it draws {low / 1e3:.0f} to {high / 1e3:.0f} W, at most {100 * ratio:.0f} % of a cap"
-        return [
-            Confound(
-                kind="cap never binds",
-                text=f"none of the {len(limits)} power caps from {min(limits) / 1e3:.0f} to "
-                f"{max(limits) / 1e3:.0f} W ever holds the clock ({draws}) and throughput differs by "
-                f"{100 * spread:.1f} % between caps{noise}: these caps do nothing, whatever they seem to "
-                "save",
-                numbers=numbers,
-            )
-        ]
+        return [Confound(kind="cap never binds", numbers=numbers)]
     if not loose:
         return []
     binding = max(limit for limit in limits if caps[limit][1])
     return [
         Confound(
             kind="some caps do not bind",
-            text=f"caps of {min(loose) / 1e3:.0f} W and more do not hold the clock, the highest one that "
-            f"does is {binding / 1e3:.0f} W: differences between the others are noise",
             numbers={**numbers, "lowest_loose_cap_mw": min(loose), "highest_binding_cap_mw": binding},
         )
     ]
@@ -227,21 +170,16 @@ def _clamps(settings: Sequence[Setting]) -> list[Confound]:
             missed.setdefault(sampled_mhz, []).append(item)
     confounds = []
     for sampled_mhz, members in sorted(missed.items()):
-        wanted_all = sorted(item.requested_sm_clock_mhz or 0.0 for item in members)
-        requests = f"{wanted_all[0]:.0f} MHz"
-        if len(members) > 1:
-            requests = f"{wanted_all[0]:.0f} to {wanted_all[-1]:.0f} MHz ({len(members)} locks)"
-        capped = any(item.label == "power-capped" for item in members)
-        why = "the power limit holds it there" if capped else "accepted and clamped without a word"
+        requested_mhz = [item.requested_sm_clock_mhz or 0.0 for item in members]
         confounds.append(
             Confound(
                 kind="clock not as requested",
-                text=f"requests for {requests} ran at {sampled_mhz:.0f} MHz, {why}: one clock, not several",
                 numbers={
-                    "requested_low_mhz": wanted_all[0],
-                    "requested_high_mhz": wanted_all[-1],
+                    "requested_low_mhz": min(requested_mhz),
+                    "requested_high_mhz": max(requested_mhz),
                     "sm_clock_mhz": sampled_mhz,
-                    "locks": float(len(members)),
+                    "locks": len(members),
+                    "capped": any(item.label == "power-capped" for item in members),
                 },
             )
         )
@@ -256,8 +194,6 @@ def _limits(settings: Sequence[Setting]) -> list[Confound]:
             confounds.append(
                 Confound(
                     kind="limit not as requested",
-                    text=f"a power limit of {wanted / 1e3:.0f} W was asked for and "
-                    f"{item.limit_mw / 1e3:.0f} W was in force",
                     numbers={"requested_limit_mw": wanted, "limit_mw": item.limit_mw},
                 )
             )

@@ -5,6 +5,7 @@ Shapes: B bootstrap samples, R repeats. Intervals are of 90 %.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,6 +30,36 @@ _Milliwatts = Annotated[float, Field(ge=0.0, le=1e10, allow_inf_nan=False)]
 _Repeats = Annotated[tuple[_Positive, ...], Field(max_length=100_000)]
 
 
+class FitCode(StrEnum):
+    """What a fit lacks, and why; behind some the names of the values that belong to it."""
+
+    # A series was not fitted.
+    TOO_MANY_POINTS = "too many points"  # points, most
+    TOO_FEW_CLOCKS = "too few clocks"  # clocks, needed, left_out
+    NO_CURVE = "no curve"  # form, error (rms of ln on held-out clocks)
+    NO_REFERENCE = "no reference"  # left_out
+    # A point did not enter the fit.
+    DISTURBED = "disturbed"
+    IMPOSSIBLE = "impossible"
+    HEATED = "heated"
+    BRAKED = "braked"
+    NO_CLOCK = "no clock"
+    MAY_WANDER = "may wander"
+    WANDERED = "wandered"
+    # A parameter has no value.
+    TIME_IS_FLAT = "time is flat"
+    TIME_IS_LINEAR = "time is linear"
+    NOT_SEPARABLE = "not separable"
+    NOT_IN_FORM = "not in form"  # form
+    # A clock does not follow from the model.
+    NO_KNEE = "no knee"  # low_mhz, high_mhz
+    NO_ENERGY = "no energy"
+    COMPUTE_HIDDEN = "compute hidden"
+    NO_OPTIMUM = "no optimum"
+    # There is no P(f).
+    ENERGY_NOT_KNOWN = "energy not known"  # missing, points, flagged
+
+
 class Coefficient(Record):
     """One parameter of the chosen form.
 
@@ -37,6 +68,7 @@ class Coefficient(Record):
         value: None when the points do not determine it.
         low, high: interval from bootstrap samples of the same form; None like ``value``, or without samples.
         reason: why ``value`` is None.
+        reason_code: its code; None where there is no reason, and in older files.
     """
 
     term: str
@@ -44,6 +76,7 @@ class Coefficient(Record):
     low: _NotNegative | None = None
     high: _NotNegative | None = None
     reason: Text = ""
+    reason_code: Text | None = None
 
 
 class FormScore(_FormScore):
@@ -84,6 +117,7 @@ class ClockEstimate(Record):
         relation: ``at most``: it lies at or below the lowest clock measured; ``at least``: at or above the
             highest.
         reason: why ``mhz`` is None.
+        reason_code: its code; None where there is no reason, and in older files.
     """
 
     mhz: _Mhz | None
@@ -91,6 +125,7 @@ class ClockEstimate(Record):
     high_mhz: _Mhz | None = None
     relation: Literal["at", "at most", "at least"] = "at"
     reason: Text = ""
+    reason_code: Text | None = None
 
 
 class Setting(Record):
@@ -135,9 +170,16 @@ class Setting(Record):
 
 
 class LeftOut(Record):
-    """Points that did not enter the fit, and why."""
+    """Points that did not enter the fit, and why.
+
+    Attributes:
+        reason: why.
+        reason_code: its code; None in older files.
+        points: how many.
+    """
 
     reason: Text
+    reason_code: Text | None = None
     points: Count
 
 
@@ -146,8 +188,8 @@ class Confound(Record):
 
     Attributes:
         kind: which.
-        text: the finding with its evidence, one sentence.
         numbers: the evidence; None where it could not be measured.
+        text: the same in one sentence.
     """
 
     kind: Literal[
@@ -160,8 +202,8 @@ class Confound(Record):
         "slowed by the brake",
         "in time with the sensor",
     ]
-    text: Text
     numbers: dict[str, float | None] = Field(default_factory=dict)
+    text: Text = ""
 
 
 class Reference(Record):
@@ -196,6 +238,7 @@ class SeriesFit(Record):
         time: t(f).
         power: P(f); None when energies are missing, see ``no_power``.
         no_power: why.
+        no_power_code: its code; None where there is P(f), and in older files.
         samples_B: parameters of t(f), then of P(f) (zeros without), of bootstrap samples. Samples are spread
             over all forms that are as good as the best.
         critical: f_crit, where memory and compute take equally long.
@@ -223,6 +266,7 @@ class SeriesFit(Record):
     time: CurveFit
     power: CurveFit | None = None
     no_power: Text = ""
+    no_power_code: Text | None = None
     samples_B: Annotated[
         tuple[Annotated[tuple[_NotNegative, ...], Field(max_length=16)], ...], Field(max_length=_MOST_SAMPLES)
     ] = ()

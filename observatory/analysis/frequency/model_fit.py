@@ -43,13 +43,15 @@ from observatory.analysis.frequency.model import (
 from observatory.analysis.frequency.model_file import (
     ClockEstimate,
     ClockModel,
+    FitCode,
+    LeftOut,
     Reference,
     SeriesFit,
     Setting,
     series_title,
 )
 from observatory.analysis.frequency.points import CLOCK_STEP_MHZ, fit_points, judge, scatter_of, settings_of
-from observatory.analysis.frequency.words import FitCode, not_fitted_words
+from observatory.analysis.frequency.words import confound_words, fit_words
 from observatory.analysis.statistics import sample_ends
 from observatory.errors import ClockError
 from observatory.reasons import Reason
@@ -113,7 +115,7 @@ def fit_clocks(
         if isinstance(outcome, Reason):
             first = alike[0]
             title = series_title(first.name[:200], first.phase, first.batch_size, first.context_tokens)
-            missing.append(f"{title}: {not_fitted_words(outcome)}")
+            missing.append(f"{title}: {fit_words(outcome)}")
         else:
             fitted.append(outcome)
     if not fitted:
@@ -171,7 +173,7 @@ def _fit_series(
         return Reason(FitCode.TOO_MANY_POINTS, {"points": len(points), "most": _MOST_POINTS})
     judged = judge(points, default_limit_mw)
     fitted, left_out = fit_points(judged)
-    unused: list[JsonValue] = [{"points": item.points, "reason": item.reason} for item in left_out]
+    unused: list[JsonValue] = [{"points": count, "code": code.value} for code, count in left_out.items()]
     if fitted is None or fitted.blocks < _LEAST_CLOCKS:
         usable = 0 if fitted is None else fitted.blocks
         clocks: dict[str, JsonValue] = {"clocks": usable, "needed": _LEAST_CLOCKS, "left_out": unused}
@@ -183,13 +185,12 @@ def _fit_series(
     if missed > _MOST_MISSED:
         return Reason(FitCode.NO_CURVE, {"form": time_trials[0].form.name, "error": missed})
     known_N = np.isfinite(fitted.power_mw_N)
-    no_power, power_trials = "", []
+    no_power, power_trials = None, []
     if len(set(fitted.block_N[known_N])) < fitted.blocks:
-        missing = int((~known_N).sum())
-        no_power = f"the energy of {missing} of {len(known_N)} points is not known"
         flagged = sum(item.fitted and item.point.energy_flag is not None for item in judged)
-        if flagged:
-            no_power += f"; {flagged} are integrated power of iterations in time with the sensor"
+        missing = int((~known_N).sum())
+        counts = {"missing": missing, "points": len(known_N), "flagged": flagged}
+        no_power = Reason(FitCode.ENERGY_NOT_KNOWN, counts)
     else:
         power_trials = choose_power(fitted, fold_N)
     time_BT, power_BT, time_form_B, power_form_B = bootstrap_curves(
@@ -223,7 +224,8 @@ def _fit_series(
         reference=reference,
         time=time_fit,
         power=power_fit,
-        no_power=no_power,
+        no_power=fit_words(no_power) if no_power else "",
+        no_power_code=no_power.code.value if no_power else None,
         samples_B=tuple(map(tuple, np.hstack([time_BT, power_BT]).tolist())),
         critical=estimates[0],
         compute_optimum=estimates[1],
@@ -232,8 +234,14 @@ def _fit_series(
         time_scatter=time_scatter,
         energy_scatter=energy_scatter,
         scatter_dof=freedom,
-        left_out=tuple(left_out),
-        confounds=tuple(find_confounds(settings, reference, time_scatter)),
+        left_out=tuple(
+            LeftOut(reason=fit_words(Reason(code)), reason_code=code.value, points=count)
+            for code, count in left_out.items()
+        ),
+        confounds=tuple(
+            item.model_copy(update={"text": confound_words(item)})
+            for item in find_confounds(settings, reference, time_scatter)
+        ),
         highest_power_mw=max(powers_mw, default=None),
     )
 
@@ -286,20 +294,20 @@ def _clock_estimates(
         f0_mhz: highest one.
     """
     critical_1, critical_B = (_critical(time, low_mhz, f0_mhz) for time in (time_1T, time_BT))
-    no_knee = f"no knee was seen between {low_mhz:.0f} and {f0_mhz:.0f} MHz"
+    no_knee = Reason(FitCode.NO_KNEE, {"low_mhz": low_mhz, "high_mhz": f0_mhz})
     critical = _estimate(critical_1, critical_B, low_mhz, f0_mhz, no_knee)
     if power_1T is None or power_BT is None:
-        unknown = ClockEstimate(mhz=None, reason="energies are missing")
+        unknown = _no_clock(Reason(FitCode.NO_ENERGY))
         return critical, unknown, unknown
     compute_1 = _compute_optimum(time_1T, power_1T, low_mhz, f0_mhz)
     compute_B = _compute_optimum(time_BT, power_BT, low_mhz, f0_mhz)
-    hidden = "no clock was low enough to see compute: its time is unknown"
+    hidden = Reason(FitCode.COMPUTE_HIDDEN)
     optimum_1 = _optimum(time_1T, power_1T, low_mhz, f0_mhz)
     optimum_B = _optimum(time_BT, power_BT, low_mhz, f0_mhz)
     return (
         critical,
         _estimate(compute_1, compute_B, low_mhz, f0_mhz, hidden),
-        _estimate(optimum_1, optimum_B, low_mhz, f0_mhz, "not known"),
+        _estimate(optimum_1, optimum_B, low_mhz, f0_mhz, Reason(FitCode.NO_OPTIMUM)),
     )
 
 
@@ -333,11 +341,11 @@ def _grid(low_mhz: float, f0_mhz: float) -> Float64:
 
 
 def _estimate(
-    value_1: Float64, sample_B: Float64, low_mhz: float, f0_mhz: float, reason: str
+    value_1: Float64, sample_B: Float64, low_mhz: float, f0_mhz: float, reason: Reason
 ) -> ClockEstimate:
     value = float(value_1[0])
     if np.isnan(value):
-        return ClockEstimate(mhz=None, reason=reason)
+        return _no_clock(reason)
     known_B = sample_B[np.isfinite(sample_B)]
     low, high = sample_ends(known_B)
     edge = _GRID_STEP_MHZ / 2.0
@@ -347,6 +355,10 @@ def _estimate(
         high_mhz=None if high is None else max(high, value),
         relation="at most" if value < low_mhz + edge else "at least" if value > f0_mhz - edge else "at",
     )
+
+
+def _no_clock(reason: Reason) -> ClockEstimate:
+    return ClockEstimate(mhz=None, reason=fit_words(reason), reason_code=reason.code.value)
 
 
 def _idle_power_mw(sweeps: Sequence[ClockSweep]) -> float | None:

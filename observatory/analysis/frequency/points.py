@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from observatory.analysis.frequency.curves import Points
-from observatory.analysis.frequency.model_file import LeftOut, Setting
+from observatory.analysis.frequency.model_file import FitCode, Setting
 from observatory.devices.event_reasons import IDLE_BIT, POWER_CAP_BIT, slowed_label
 from observatory.run.documents.clock_sweep import ClockPoint, PointLabel
 
@@ -57,7 +57,7 @@ class Judged:
         label: its label, corrected.
         fitted: it enters the fit.
         compared: it is compared with other settings.
-        reason: why not fitted.
+        reason: why not fitted; None when it is.
     """
 
     point: ClockPoint
@@ -66,7 +66,7 @@ class Judged:
     label: PointLabel
     fitted: bool
     compared: bool
-    reason: str = ""
+    reason: FitCode | None = None
 
     @property
     def setting(self) -> tuple[int | None, int | None]:
@@ -83,7 +83,7 @@ def judge(points: Sequence[ClockPoint], default_limit_mw: int | None) -> list[Ju
         if index not in disturbed
         else Judged(
             point=item.point, kind=item.kind, limit_mw=item.limit_mw, label=item.label,
-            fitted=False, compared=False, reason="far from the other repeats of its setting",
+            fitted=False, compared=False, reason=FitCode.DISTURBED,
         )
         for index, item in enumerate(judged)
     ]  # fmt: skip
@@ -98,16 +98,16 @@ def _judge(point: ClockPoint, default_limit_mw: int | None) -> Judged:
         (locked, limit_mw is not None), "both"
     )
     label = corrected_label(point)
-    fitted, reason = _fit_worthy(point, label)
+    reason = _why_unfit(point, label)
     compared = label not in SLOWED_LABELS and (label != "unverified" or kind == "cap")
     if not _possible(point):
-        fitted, compared, reason = False, False, "no device has such a time or power"
+        compared, reason = False, FitCode.IMPOSSIBLE
     return Judged(
         point=point,
         kind=kind,
         limit_mw=limit_mw,
         label=label,
-        fitted=fitted,
+        fitted=reason is None,
         compared=compared,
         reason=reason,
     )
@@ -140,21 +140,18 @@ def _possible(point: ClockPoint) -> bool:
     return power_mw is None or _MILLIWATTS[0] <= power_mw <= _MILLIWATTS[1]
 
 
-def _fit_worthy(point: ClockPoint, label: PointLabel) -> tuple[bool, str]:
+def _why_unfit(point: ClockPoint, label: PointLabel) -> FitCode | None:
     if label == "thermal":
-        return False, "heat slowed the chip"
+        return FitCode.HEATED
     if label == "braked":
-        return False, "a hardware slowdown or the power brake slowed the chip"
+        return FitCode.BRAKED
     if label == "unverified" or point.sm_clock_mhz is None:
-        return False, "the clock was not sampled"
+        return FitCode.NO_CLOCK
     low, high = point.sm_clock_low_mhz, point.sm_clock_high_mhz
     if low is None or high is None:
-        if label == "power-capped":
-            return False, "power-capped, and not known whether the clock was steady"
-        return True, ""
-    if high - low > max(2 * CLOCK_STEP_MHZ, _STEADY_SHARE * point.sm_clock_mhz):
-        return False, "the clock wandered, so that the time belongs to no one clock"
-    return True, ""
+        return FitCode.MAY_WANDER if label == "power-capped" else None
+    steady_mhz = max(2 * CLOCK_STEP_MHZ, _STEADY_SHARE * point.sm_clock_mhz)
+    return FitCode.WANDERED if high - low > steady_mhz else None
 
 
 def _disturbed(judged: Sequence[Judged]) -> set[int]:
@@ -192,13 +189,12 @@ def _millijoules(point: ClockPoint) -> float:
     return np.nan if point.energy_mj is None else point.energy_mj / point.iterations
 
 
-def fit_points(judged: Sequence[Judged]) -> tuple[Points | None, list[LeftOut]]:
-    """Points of the fit, None without any, and the ones left out by reason."""
-    left_out = Counter(item.reason for item in judged if not item.fitted)
+def fit_points(judged: Sequence[Judged]) -> tuple[Points | None, Counter[FitCode]]:
+    """Points of the fit, None without any, and how many were left out for which reason."""
+    left_out = Counter(item.reason for item in judged if item.reason is not None)
     used = [item for item in judged if item.fitted]
-    left = [LeftOut(reason=reason, points=count) for reason, count in left_out.items()]
     if not used:
-        return None, left
+        return None, left_out
     block_of = _blocks(used)
     energy_N = np.array([_millijoules(item.point) for item in used])
     error_N = np.array([min(item.point.energy_error or 0.0, 1.0) for item in used])
@@ -211,7 +207,7 @@ def fit_points(judged: Sequence[Judged]) -> tuple[Points | None, list[LeftOut]]:
             block_N=block_of,
             power_weight_N=1.0 / (1.0 + (error_N / _NORMAL_95 / _POWER_NOISE) ** 2),
         ),
-        left,
+        left_out,
     )
 
 

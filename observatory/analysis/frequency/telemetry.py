@@ -26,7 +26,7 @@ from observatory.analysis.frequency.telemetry_records import (
     StateName,
     TelemetryAdvice,
 )
-from observatory.analysis.frequency.words import finding_words
+from observatory.analysis.frequency.telemetry_words import finding_words
 from observatory.devices.event_reasons import BRAKE_BITS, HOLDING_BITS, IDLE_BIT, POWER_CAP_BIT, THERMAL_BITS
 from observatory.devices.sensors import SensorModel, sensor_of
 from observatory.errors import ClockError

@@ -1,38 +1,56 @@
-"""English for what frequency analysis finds: references, locks against caps, findings of telemetry."""
+"""English for what frequency analysis finds: what a fit lacks, confounds, classes, locks against caps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from observatory.analysis.frequency.confounds import BINDING_SHARE
-from observatory.analysis.frequency.model_file import Reference
-from observatory.analysis.frequency.telemetry_records import (
-    DeviceTelemetry,
-    FindingCode,
-    Missing,
-    Readings,
-    StateName,
-)
+from observatory.analysis.frequency.model_file import Confound, FitCode, Reference
 from observatory.analysis.statistics import Interval
 from observatory.reasons import Reason
-from observatory.text import listing, percent_words
 
 if TYPE_CHECKING:
+    from observatory.analysis.frequency.classes import Behaviour
     from observatory.analysis.frequency.comparing import LockAgainstCap
 
-_MISSING_WORDS: dict[Missing, str] = {
-    "event reasons": "event reasons",
-    "power": "instant power",
-    "power of the phase": "instant power that is surely of this phase",
-    "power limit": "the power limit",
-    "power beside a limit": "instant power and the limit in force at the same time",
-    "SM clock": "the SM clock",
-    "highest SM clock": "the highest SM clock",
+_FIT_WORDS: dict[FitCode, str | Callable[[Mapping[str, Any]], str]] = {
+    FitCode.TOO_MANY_POINTS: "{points} points are more than the {most} one fit takes; give fewer repeats",
+    FitCode.TOO_FEW_CLOCKS: lambda v: (
+        f"points at {v['clocks']} different clocks can be used, {v['needed']} at least are needed; measure "
+        f"more clocks, or fit it together with sweeps of others{_left_out(v, ' ({})')}"
+    ),
+    FitCode.NO_CURVE: lambda v: (
+        f"the time of an iteration follows no curve of the clock: the best form, {v['form']}, misses clocks "
+        f"that it did not see by {100 * v['error']:.0f} % (rms of ln); something else changed the time, such "
+        "as other work on the machine: measure again without it, longer and with more repeats"
+    ),
+    FitCode.NO_REFERENCE: lambda v: (
+        f"no setting has both a time and a clock{_left_out(v, ': {}')}; measure again"
+    ),
+    FitCode.DISTURBED: "far from the other repeats of its setting",
+    FitCode.IMPOSSIBLE: "no device has such a time or power",
+    FitCode.HEATED: "heat slowed the chip",
+    FitCode.BRAKED: "a hardware slowdown or the power brake slowed the chip",
+    FitCode.NO_CLOCK: "the clock was not sampled",
+    FitCode.MAY_WANDER: "power-capped, and not known whether the clock was steady",
+    FitCode.WANDERED: "the clock wandered, so that the time belongs to no one clock",
+    FitCode.TIME_IS_FLAT: "no clock changed the time: host and memory cannot be separated, compute is hidden",
+    FitCode.TIME_IS_LINEAR: "no knee was seen: memory and host cannot be separated",
+    FitCode.NOT_SEPARABLE: "not separable from the terms before it",
+    FitCode.NOT_IN_FORM: "the form {form} has none",
+    FitCode.NO_KNEE: "no knee was seen between {low_mhz:.0f} and {high_mhz:.0f} MHz",
+    FitCode.NO_ENERGY: "energies are missing",
+    FitCode.COMPUTE_HIDDEN: "no clock was low enough to see compute: its time is unknown",
+    FitCode.NO_OPTIMUM: "not known",
+    FitCode.ENERGY_NOT_KNOWN: lambda v: (
+        f"the energy of {v['missing']} of {v['points']} points is not known"
+        + (
+            f"; {v['flagged']} are integrated power of iterations in time with the sensor"
+            if v["flagged"]
+            else ""
+        )
+    ),
 }
-#: What a state is due to.
-_CAUSE_WORDS: dict[StateName, str] = {"power cap": "the power limit", "thermal": "heat"}
 #: Why locks were not compared with caps.
 _NOT_COMPARED = {
     "caps slowed": "no point under a cap counts",
@@ -41,39 +59,157 @@ _NOT_COMPARED = {
     "no repeats": "repeats are missing",
     "no energies of repeats": "energies of repeats are missing",
 }
+_SLOWED_WORDS = {
+    "slowed by heat": ("heat", "cool the device better, rest longer between points"),
+    "slowed by the brake": (
+        "a hardware slowdown or the power brake",
+        "mend the power supply of the device",
+    ),
+}
+_FIX_FIRST = {
+    "capped": "the power limit sets the speed here: where it can be raised, raise it and sweep again; where "
+    "it cannot, a lock just below the clock it allows takes away its hunting, not its cost",
+    "host-bound": "the device waits for the host: launch less (CUDA graphs, fused kernels, larger batches) "
+    "before choosing a clock, and sweep again, since the knee moves up when the waiting goes",
+}
 
 
-class FitCode(StrEnum):
-    """Why a series of a sweep was not fitted."""
-
-    TOO_MANY_POINTS = "too many points"  # points, most
-    TOO_FEW_CLOCKS = "too few clocks"  # clocks, needed, left_out
-    NO_CURVE = "no curve"  # form, error (rms of ln on held-out clocks)
-    NO_REFERENCE = "no reference"  # left_out
+def fit_words(reason: Reason) -> str:
+    """What a fit lacks, and why."""
+    words = _FIT_WORDS[FitCode(reason.code)]
+    return words.format_map(reason.values) if isinstance(words, str) else words(reason.values)
 
 
-def not_fitted_words(reason: Reason) -> str:
-    """Why a series was not fitted."""
-    values: Mapping[str, Any] = reason.values
-    why = "; ".join(f"{item['points']} left out: {item['reason']}" for item in values.get("left_out", ()))
-    if reason.code == FitCode.TOO_MANY_POINTS:
-        return (
-            f"{values['points']} points are more than the {values['most']} one fit takes; give fewer repeats"
+def _left_out(values: Mapping[str, Any], template: str) -> str:
+    parts = [f"{item['points']} left out: {_FIT_WORDS[FitCode(item['code'])]}" for item in values["left_out"]]
+    return template.format("; ".join(parts)) if parts else ""
+
+
+def confound_words(confound: Confound) -> str:
+    """A confound with its evidence, in one sentence."""
+    return _CONFOUNDS[confound.kind](confound.kind, confound.numbers)
+
+
+def _capped_reference(_: str, numbers: Mapping[str, Any]) -> str:
+    limit = "" if numbers["limit_mw"] is None else f" of {numbers['limit_mw'] / 1e3:.0f} W"
+    return (
+        f"without any lock the power limit{limit} holds the clock down for "
+        f"{100 * numbers['power_cap_share']:.0f} % of the time, and the median clock over all of it is "
+        f"{numbers['sm_clock_mhz']:.0f} MHz: slowdown and saving are relative to that, not to the highest "
+        "clock"
+    )
+
+
+def _slowed(kind: str, numbers: Mapping[str, Any]) -> str:
+    cause, remedy = _SLOWED_WORDS[kind]
+    missing = ""
+    if numbers["lost"]:
+        missing = (
+            f"; nothing is left of {numbers['lost']:.0f} of {numbers['settings']:.0f} settings, so that the "
+            "advice holds for the other clocks only"
         )
-    if reason.code == FitCode.TOO_FEW_CLOCKS:
-        return (
-            f"points at {values['clocks']} different clocks can be used, {values['needed']} at least are "
-            "needed; measure more clocks, or fit it together with sweeps of others"
-            f"{f' ({why})' if why else ''}"
+    return (
+        f"{cause} held the clock at {numbers['points']:.0f} points ({_places(numbers)}), which count for "
+        f"nothing{missing}: {remedy}, and sweep again"
+    )
+
+
+def _in_time(_: str, numbers: Mapping[str, Any]) -> str:
+    return (
+        f"the energy of {numbers['points']:.0f} points ({_places(numbers)}) is integrated power of "
+        "iterations that move in time with the power sensor: repeats agree on what it misses, so that "
+        "intervals of energies and savings may be too narrow; vary the length of an iteration (batch, "
+        "context), or read an energy counter"
+    )
+
+
+def _places(numbers: Mapping[str, Any]) -> str:
+    low_mhz, high_mhz = numbers["lowest_lock_mhz"], numbers["highest_lock_mhz"]
+    places = ["unlocked"] if numbers["unlocked"] else []
+    if low_mhz is not None:
+        one = f"at the lock of {low_mhz:.0f} MHz"
+        places.append(one if numbers["locks"] == 1 else f"at locks from {low_mhz:.0f} to {high_mhz:.0f} MHz")
+    return ", ".join(places + (["under power caps"] if numbers["capped"] else []))
+
+
+def _no_cap_binds(_: str, numbers: Mapping[str, Any]) -> str:
+    draws = "its power is not known"
+    if numbers["highest_power_over_limit"] is not None:
+        draws = (
+            f"it draws {numbers['lowest_power_mw'] / 1e3:.0f} to {numbers['highest_power_mw'] / 1e3:.0f} W, "
+            f"at most {100 * numbers['highest_power_over_limit']:.0f} % of a cap"
         )
-    if reason.code == FitCode.NO_CURVE:
-        return (
-            f"the time of an iteration follows no curve of the clock: the best form, {values['form']}, "
-            f"misses clocks that it did not see by {100 * values['error']:.0f} % (rms of ln); something else "
-            "changed the time, such as other work on the machine: measure again without it, longer and "
-            "with more repeats"
+    noise = ""
+    if numbers["time_scatter"] is not None:
+        noise = f", where repeats of one setting scatter by {100 * numbers['time_scatter']:.1f} %"
+    return (
+        f"none of the {numbers['caps']:.0f} power caps from {numbers['lowest_cap_mw'] / 1e3:.0f} to "
+        f"{numbers['highest_cap_mw'] / 1e3:.0f} W ever holds the clock ({draws}) and throughput differs by "
+        f"{100 * numbers['throughput_spread']:.1f} % between caps{noise}: these caps do nothing, whatever "
+        "they seem to save"
+    )
+
+
+def _some_caps_loose(_: str, numbers: Mapping[str, Any]) -> str:
+    return (
+        f"caps of {numbers['lowest_loose_cap_mw'] / 1e3:.0f} W and more do not hold the clock, the highest "
+        f"one that does is {numbers['highest_binding_cap_mw'] / 1e3:.0f} W: differences between the others "
+        "are noise"
+    )
+
+
+def _clock_missed(_: str, numbers: Mapping[str, Any]) -> str:
+    requests = f"{numbers['requested_low_mhz']:.0f} MHz"
+    if numbers["locks"] > 1:
+        requests = (
+            f"{numbers['requested_low_mhz']:.0f} to {numbers['requested_high_mhz']:.0f} MHz "
+            f"({numbers['locks']:.0f} locks)"
         )
-    return f"no setting has both a time and a clock{f': {why}' if why else ''}; measure again"
+    why = "the power limit holds it there" if numbers["capped"] else "accepted and clamped without a word"
+    return f"requests for {requests} ran at {numbers['sm_clock_mhz']:.0f} MHz, {why}: one clock, not several"
+
+
+def _limit_missed(_: str, numbers: Mapping[str, Any]) -> str:
+    return (
+        f"a power limit of {numbers['requested_limit_mw'] / 1e3:.0f} W was asked for and "
+        f"{numbers['limit_mw'] / 1e3:.0f} W was in force"
+    )
+
+
+def behaviour_words(behaviour: Behaviour, reference: Reference) -> str:
+    """The evidence for a class, in one sentence."""
+    numbers: Mapping[str, Any] = behaviour.numbers
+    mhz, free_mhz = numbers["reference_mhz"], behaviour.free_mhz
+    clock = f"the {reference_words(reference)}" if reference.how == "unlocked" else f"its {mhz:.0f} MHz"
+    shape = (
+        f"the time stays within 2 % of the reference's down to {free_mhz:.0f} MHz, "
+        f"{100 * free_mhz / mhz:.0f} % of {clock}"
+    )
+    if behaviour.curve is None:
+        shape += "; no lower clock was measured, so that flat and knee cannot be distinguished"
+    if behaviour.evidence == "capped":
+        share = 100 * numbers["power_cap_share"]
+        return f"the power limit holds the unlocked clock for {share:.0f} % of the time; {shape}"
+    if behaviour.evidence == "idles":
+        return (
+            f"the device reported that it idled at {numbers['idle_settings']:.0f} of "
+            f"{numbers['settings']:.0f} settings; {shape}"
+        )
+    if behaviour.evidence == "host time":
+        share = 100 * numbers["host_share"]
+        return f"{share:.0f} % of an iteration overlaps with no work of the device; {shape}"
+    if behaviour.evidence == "little power":
+        return (
+            f"{shape}; at {numbers['power_mw'] / 1e3:.0f} W it draws little more than the "
+            f"{numbers['idle_power_mw'] / 1e3:.0f} W of an idle device: it may be waiting for the host "
+            "rather than for memory"
+        )
+    return shape
+
+
+def fix_first_words(behaviour: Behaviour) -> str:
+    """What to mend before choosing a clock; empty when nothing."""
+    return _FIX_FIRST.get(behaviour.name or "", "")
 
 
 def reference_words(reference: Reference) -> str:
@@ -142,254 +278,13 @@ def _cost_of_caps(excess: Interval | None) -> str:
     return f"; where a cap binds, it costs {excess.percent()} more energy than a lock at its clock"
 
 
-def finding_words(code: FindingCode, device: DeviceTelemetry) -> str:
-    """A finding of telemetry as a sentence, made of the numbers of the state it is about.
-
-    Where no sample holds event reasons, no state can be selected: sentences are then about all samples, and
-    say so, or say what is missing.
-    """
-    return _FINDINGS[code](device)
-
-
-def _limit_binds(device: DeviceTelemetry) -> str:
-    share = _share_words(device.power_cap_share, device.power_cap_busy_share)
-    return (
-        f"{_limit_words(device)} binds: it holds the clock down for {share}{_drawn(device)}; "
-        f"{_clock_where_held(device)}"
-    )
-
-
-def _limit_does_not_bind(device: DeviceTelemetry) -> str:
-    share = _share_words(device.power_cap_share, device.power_cap_busy_share)
-    held = f", holding the clock down for {share} only" if device.power_cap_share else ""
-    highest_mw = device.busy.power_highest_mw
-    cap = "a higher limit" if highest_mw is None else f"a cap above {highest_mw / 1e3:.0f} W"
-    return (
-        f"{_limit_words(device)} does not bind{held}{_drawn(device)}: {cap} changes nothing, locking the "
-        "clock would"
-    )
-
-
-def _limit_not_known(device: DeviceTelemetry) -> str:
-    limit = _limit_words(device)
-    if device.states is not None:
-        return (
-            f"whether {limit} binds under load is not known: none of "
-            f"{_samples(device.reason_samples, with_='event reasons')} is busy"
-        )
-    if device.power_cap_share is not None:
-        return (
-            f"whether {limit} binds is not known: it holds the clock down for "
-            f"{percent_words(device.power_cap_share)} of the time, and which part of the busy time that is "
-            "cannot be said without event reasons"
-        )
-    if device.highest_power_over_limit is not None:
-        return (
-            f"whether {limit} binds is not known: {_no_reading('event reasons')}, and power reaches "
-            f"{percent_words(device.highest_power_over_limit)} of {_limit_it(device)}, where it may act"
-        )
-    words = [_MISSING_WORDS[name] for name in device.missing_for_limit]
-    return f"whether {limit} binds is not known: {_no_reading(*words)}"
-
-
-def _limit_words(device: DeviceTelemetry) -> str:
-    low_mw, high_mw = device.limit_mw, device.highest_limit_mw
-    if low_mw is None or high_mw is None:
-        return "its power limit"
-    if device.limit_changed:
-        return f"the power limit, which was changed between {low_mw / 1e3:.0f} and {high_mw / 1e3:.0f} W,"
-    return f"the power limit of {low_mw / 1e3:.0f} W"
-
-
-def _limit_it(device: DeviceTelemetry) -> str:
-    return "the limit in force" if device.limit_changed else "it"
-
-
-def _drawn(device: DeviceTelemetry) -> str:
-    """How near the limit a busy device runs, in brackets; nothing where its power is not known."""
-    readings = device.busy
-    if readings.power_p95_mw is None:
-        return ""
-    whose = "busy samples" if device.states is not None else "samples, busy or idle,"
-    if readings.power_samples < readings.samples:
-        kind = "busy" if device.states is not None else ""
-        whose = _samples(readings.power_samples, kind, with_="power")
-    text = f" (95 % of the {whose} stay below {readings.power_p95_mw / 1e3:.0f} W"
-    if readings.power_over_limit is not None:
-        text += f", {percent_words(readings.power_over_limit)} of {_limit_it(device)}"
-    return f"{text})"
-
-
-def _clock_where_held(device: DeviceTelemetry) -> str:
-    reason = _no_clock_reason(device, "power cap")
-    if reason is not None:
-        return f"the clock at which it holds is not known: {reason}"
-    held = _state(device, "power cap")
-    limit = ""
-    if device.limit_changed and held.limit_mw is not None and held.highest_limit_mw is not None:
-        limit = f", at {held.limit_mw / 1e3:.0f} W"
-        if held.limit_changed:
-            limit += f" to {held.highest_limit_mw / 1e3:.0f} W"
-    return (
-        f"where it holds ({_samples(held.clock_samples)}{limit}), the SM clock is {_clock_words(held)}: a "
-        f"lock above {held.sm_clock_highest_mhz:.0f} MHz would do nothing there"
-    )
-
-
-def _no_clock_reason(device: DeviceTelemetry, name: StateName) -> str | None:
-    """Why the clock in a state is not known; None where it is."""
-    if "SM clock" in device.missing:
-        return _no_reading(_MISSING_WORDS["SM clock"])
-    if device.states is None:
-        return "without event reasons its samples cannot be picked out"
-    held = _state(device, name)
-    if not held.samples:
-        return f"no busy sample has a bit of {_CAUSE_WORDS[name]}"
-    if held.sm_clock_mhz is None:
-        return f"none of {_samples(held.samples, 'busy')} with a bit of {_CAUSE_WORDS[name]} has an SM clock"
-    return None
-
-
-def _clock_not_known(device: DeviceTelemetry) -> str:
-    if device.sm_clock_mhz is None:
-        return "the SM clock was not sampled: no lock can be verified on such telemetry"
-    busy = device.busy
-    why = f"none of {_samples(busy.samples, 'busy')} has it" if busy.samples else "no sample is busy"
-    return f"the SM clock under load is not known: {why}"
-
-
-def _clock(device: DeviceTelemetry) -> str:
-    if device.states is not None:
-        busy = device.busy
-        return f"in {_samples(busy.clock_samples, 'busy')}, {_course(busy)}{_no_highest(device, busy)}"
-    below = ""
-    if device.is_below_highest(device):
-        below = (
-            f", below the highest of {device.max_sm_clock_mhz:.0f}: what keeps it there is not known without "
-            "event reasons"
-        )
-    return f"over all samples, busy or idle, {_course(device)}{below}{_no_highest(device, device)}"
-
-
-def _clock_below_highest(device: DeviceTelemetry) -> str:
-    busy, free = device.busy, _state(device, "free")
-    cause = (
-        f", below the highest of {device.max_sm_clock_mhz:.0f}: it is locked or clamped; no event reason "
-        'says "locked"'
-    )
-    if free.samples == busy.samples:
-        where = f"in {_samples(busy.clock_samples, 'busy')}"
-    else:
-        where = f"in the {_samples(free.clock_samples, 'busy')} in which no event reason holds it down"
-    return f"{where}, {_course(free)}{cause}"
-
-
-def _no_highest(device: DeviceTelemetry, readings: Readings) -> str:
-    """What a steady clock leaves open where the device's highest is not known."""
-    if "highest SM clock" not in device.missing or not readings.is_steady:
-        return ""
-    return ", and whether that is below the highest is not known: the device reports no highest SM clock"
-
-
-def _course(readings: Readings) -> str:
-    if not readings.is_steady:
-        return f"the SM clock moved between {_clock_words(readings, joined_by='and')}"
-    return f"the SM clock {'was' if readings.clock_samples == 1 else 'stood at'} {_clock_words(readings)}"
-
-
-def _clock_words(readings: Readings, *, joined_by: str = "to") -> str:
-    if readings.is_steady:
-        return f"{readings.sm_clock_mhz:.0f} MHz"
-    return (
-        f"{readings.sm_clock_low_mhz:.0f} {joined_by} {readings.sm_clock_high_mhz:.0f} MHz "
-        f"(median {readings.sm_clock_mhz:.0f})"
-    )
-
-
-def _slowed_by_heat(device: DeviceTelemetry) -> str:
-    reason, hot = _no_clock_reason(device, "thermal"), _state(device, "thermal")
-    where = f" (to which clock is not known: {reason})"
-    if reason is None:
-        where = f" (to {_clock_words(hot)}, {_samples(hot.clock_samples)})"
-    share = _share_words(device.thermal_share, device.thermal_busy_share)
-    return f"thermal throttling for {share}{where}: fix cooling first"
-
-
-def _slowed_by_brake(device: DeviceTelemetry) -> str:
-    share = _share_words(device.brake_share, device.brake_busy_share)
-    return f"hardware slowdown or the power brake acted for {share}: fix its cause first"
-
-
-def _idle(device: DeviceTelemetry) -> str:
-    return (
-        f"the device idled in {percent_words(device.idle_share or 0.0)} of the samples: it waits for the "
-        "host or for other ranks, which a clock does not change"
-    )
-
-
-def _little_power(device: DeviceTelemetry) -> str:
-    power_mw, idle_mw = device.busy.power_median_mw or 0.0, device.idle_power_mw or 0.0
-    whose = "all" if device.states is None else "busy"
-    return (
-        f"at {power_mw / 1e3:.0f} W (median of {whose} samples) it draws little more than the "
-        f"{idle_mw / 1e3:.0f} W of an idle device: it may be waiting for the host"
-    )
-
-
-def _states_not_known(device: DeviceTelemetry) -> str:
-    heat = device.thermal_share is None or 0.0 < device.thermal_share < BINDING_SHARE
-    slowed = "heat or the power brake slows it" if heat else "the power brake slows it"
-    return (
-        f"{_no_reading('event reasons')}: which samples are busy is not known, nor whether the device idles "
-        f"or {slowed}"
-    )
-
-
-def _states_in_part(device: DeviceTelemetry) -> str:
-    return (
-        f"event reasons stand in {device.reason_samples} of {_samples(device.samples)}: what is stated about "
-        "a state is from those"
-    )
-
-
-def _power_over_limit_not_known(device: DeviceTelemetry) -> str:
-    missing = [name for name in device.missing_for_limit if name != "event reasons"]
-    why = f"no busy sample has {_MISSING_WORDS['power beside a limit']}"
-    if missing:
-        why = _no_reading(*(_MISSING_WORDS[name] for name in missing))
-    return f"how near the power limit it runs is not known: {why}"
-
-
-def _state(device: DeviceTelemetry, name: StateName) -> Readings:
-    return Readings(samples=0) if device.states is None else device.states[name]
-
-
-def _share_words(share: float | None, busy_share: float | None) -> str:
-    text = f"{percent_words(share or 0.0)} of the time"
-    return text if busy_share is None else f"{text}, {percent_words(busy_share)} of the busy time"
-
-
-def _samples(number: int, kind: str = "", *, with_: str = "") -> str:
-    text = f"{number} {kind}{' ' if kind else ''}sample{'' if number == 1 else 's'}"
-    return f"{text} with {with_}" if with_ else text
-
-
-def _no_reading(*words: str) -> str:
-    return f"no sample has a valid reading of {listing(words, most=len(words), joined_by='or')}"
-
-
-_FINDINGS: dict[FindingCode, Callable[[DeviceTelemetry], str]] = {
-    "limit binds": _limit_binds,
-    "limit does not bind": _limit_does_not_bind,
-    "limit not known": _limit_not_known,
-    "SM clock": _clock,
-    "SM clock below the highest": _clock_below_highest,
-    "SM clock not known": _clock_not_known,
-    "slowed by heat": _slowed_by_heat,
-    "slowed by the brake": _slowed_by_brake,
-    "idle": _idle,
-    "little power": _little_power,
-    "states in part": _states_in_part,
-    "states not known": _states_not_known,
-    "power over limit not known": _power_over_limit_not_known,
+_CONFOUNDS: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
+    "unlocked is capped": _capped_reference,
+    "slowed by heat": _slowed,
+    "slowed by the brake": _slowed,
+    "in time with the sensor": _in_time,
+    "cap never binds": _no_cap_binds,
+    "some caps do not bind": _some_caps_loose,
+    "clock not as requested": _clock_missed,
+    "limit not as requested": _limit_missed,
 }

@@ -12,7 +12,7 @@ import pytest
 from observatory.advice.frequency import recommend_clocks
 from observatory.analysis.frequency import ClockModel, fit_clocks
 from observatory.analysis.frequency.model import TIME_FORMS
-from observatory.analysis.frequency.model_file import SeriesFit
+from observatory.analysis.frequency.model_file import FitCode, SeriesFit
 from observatory.analysis.frequency.views import SeriesView
 from observatory.errors import ClockError
 from observatory.run.documents.clock_sweep import ClockPoint, ClockSweep
@@ -102,10 +102,10 @@ def test_energy_per_iteration_is_not_told_apart_from_static_power_where_time_nev
     assert fit.time.form == "flat"
     assert (fit.critical.mhz, fit.critical.relation) == (480.0, "at most")
     assert fit.compute_optimum.mhz is None
-    assert "compute" in fit.compute_optimum.reason
-    reasons = {item.term: item.reason for item in (*fit.time.coefficients, *fit.power.coefficients)}  # type: ignore[union-attr]
-    assert reasons["memory_mj"] == "not separable from the terms before it"
-    assert "host and memory cannot be separated" in reasons["host_s"]
+    assert fit.compute_optimum.reason_code == FitCode.COMPUTE_HIDDEN
+    reasons = {item.term: item.reason_code for item in (*fit.time.coefficients, *fit.power.coefficients)}  # type: ignore[union-attr]
+    assert reasons["memory_mj"] == FitCode.NOT_SEPARABLE
+    assert reasons["host_s"] == FitCode.TIME_IS_FLAT
     values = {item.term: item.value for item in fit.time.coefficients}
     assert values["host_s"] is None
     assert values["memory_s"] == pytest.approx(0.0205, rel=0.01)
@@ -253,10 +253,10 @@ def test_a_capped_point_counts_where_its_clock_was_steady_and_not_where_it_wande
     wandering = map_points(sweep, 300_000, sm_clock_low_mhz=900, sm_clock_high_mhz=1500)
     fit = fitted(wandering)
     assert fit.clocks == 6
-    assert [(item.points, item.reason.split(",")[0]) for item in fit.left_out] == [(1, "the clock wandered")]
+    assert [(item.points, item.reason_code) for item in fit.left_out] == [(1, FitCode.WANDERED)]
     # Not known to be steady is not steady.
     fit = fitted(map_points(sweep, 300_000, sm_clock_low_mhz=None))
-    assert "not known whether the clock was steady" in fit.left_out[0].reason
+    assert fit.left_out[0].reason_code == FitCode.MAY_WANDER
 
 
 def test_hot_and_unverified_points_are_left_out_and_said_so() -> None:
@@ -265,6 +265,7 @@ def test_hot_and_unverified_points_are_left_out_and_said_so() -> None:
     hot = map_points(sweep, 990, label="thermal", duration_s=99.0, sm_clock_mhz=600)
     fit = fitted(hot)
     assert [item.reason for item in fit.left_out] == ["heat slowed the chip"]
+    assert [item.reason_code for item in fit.left_out] == [FitCode.HEATED]
     assert fit.left_out[0].points == 2
     assert fit.critical.mhz == pytest.approx(clean.critical.mhz, abs=2)
     lock = next(item for item in fit.settings if item.requested_sm_clock_mhz == 990)
@@ -339,9 +340,7 @@ def test_a_repeat_that_something_disturbed_does_not_bend_the_fit() -> None:
     victim = next(i for i, point in enumerate(points) if point.requested_sm_clock_mhz == 990)
     points[victim] = points[victim].model_copy(update={"duration_s": 1.4 * points[victim].duration_s})
     clean, fit = fitted(sweep), fitted(with_points(sweep, *points))
-    assert [(item.points, item.reason) for item in fit.left_out] == [
-        (1, "far from the other repeats of its setting")
-    ]
+    assert [(item.points, item.reason_code) for item in fit.left_out] == [(1, FitCode.DISTURBED)]
     assert fit.critical.mhz == pytest.approx(clean.critical.mhz, rel=0.01)
     assert fit.time_scatter == pytest.approx(clean.time_scatter, rel=0.3)
 
@@ -352,6 +351,7 @@ def test_without_energies_time_is_fitted_and_the_reason_stands_beside_it() -> No
     fit = fitted(with_points(sweep, *points))
     assert fit.power is None
     assert fit.no_power == "the energy of 16 of 16 points is not known"
+    assert fit.no_power_code == FitCode.ENERGY_NOT_KNOWN
     assert fit.critical.mhz == pytest.approx(1307, rel=0.01)
     assert fit.optimum.mhz is None
 
@@ -407,9 +407,7 @@ def test_times_and_powers_that_no_device_has_are_left_out() -> None:
         {"energy_mj": 1e-300},
     ):
         fit = fitted(map_points(sweep, 990, **update))
-        assert [(item.points, item.reason) for item in fit.left_out] == [
-            (2, "no device has such a time or power")
-        ]
+        assert [(item.points, item.reason_code) for item in fit.left_out] == [(2, FitCode.IMPOSSIBLE)]
 
 
 @pytest.mark.parametrize("seed", range(24))
