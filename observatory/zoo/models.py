@@ -22,6 +22,7 @@ BUNDLED_NAMES = ("tiny-mla", "tiny-mha", "tiny-gqa", "tiny-mamba2", "tiny-gdn")
 _LONGEST_NAME = 1024
 _LARGEST_CONFIG_BYTES = 4 * 2**20
 _DTYPES = ("float32", "bfloat16", "float16")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +191,19 @@ def read_config(directory: Path, name: str) -> dict[str, Any]:
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether a checkpoint directory has a tokenizer of its own."""
-    return any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _hub_has_tokenizer(name: str) -> bool:
+    """Whether the hub, or the local cache of it, has a tokenizer of this checkpoint."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    for file in _TOKENIZER_FILES:
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(name, file)
+            return True
+    return False
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -363,17 +376,16 @@ def _load_tokenizer(where: str, *, local: bool) -> "PreTrainedTokenizerBase | No
     import transformers as library
 
     transformers: Any = library
-    if local and not has_tokenizer(Path(where)):
-        return None
     try:
+        # Without its files transformers makes up an empty tokenizer.
+        if not (has_tokenizer(Path(where)) if local else _hub_has_tokenizer(where)):
+            return None
         with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
                 where, trust_remote_code=False, local_files_only=local
             )
             return tokenizer
     except Exception as error:  # as above
-        if not local and "tokenizer" in str(error).lower():
-            return None
         raise ModelError(
             f"tokenizer of {where!r} cannot be loaded: {_first_line(error)}; remove or repair it"
         ) from error

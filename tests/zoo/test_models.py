@@ -193,6 +193,29 @@ def test_a_hub_id_without_network_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_hub_checkpoint_without_tokenizer_loads_and_one_with_a_broken_one_is_refused(
+    broken: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--some-org--some-model"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).symlink_to(BUNDLED[2].directory / name)
+    if broken:
+        (snapshot / "tokenizer.json").write_text("[")
+        with pytest.raises(ModelError, match="tokenizer of 'some-org/some-model'"):
+            load_model("some-org/some-model")
+    else:
+        assert load_model("some-org/some-model").tokenizer is None
+
+
 def test_unknown_devices_and_types_are_refused() -> None:
     with pytest.raises(ModelError, match="unknown device"):
         load_model("tiny-gqa", device="toaster")
