@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
 from observatory.errors import LoadError, RunError, RunFormatError
@@ -27,6 +26,9 @@ from observatory.run.manifest_files import joined_notes, read_manifest, read_ran
 from observatory.run.parts import Part, Unreadable, list_parts, plain_text, read_row_group
 from observatory.run.rows import MAX_LOAD, MAX_STEP
 from observatory.run.tables import TABLES
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 #: Frames larger than this are refused in favour of the streaming iterators.
 _MAX_FRAME_ROWS = 20_000_000
@@ -268,6 +270,8 @@ class Run:
             name: np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
             for name, arrays in columns.items()
         }
+        import pandas as pd
+
         frame = pd.DataFrame(joined)
         frame["phase"] = pd.Series(PHASES, dtype="str").take(joined["phase"]).array
         if not (joined["window_steps"] > 1).any():
@@ -283,6 +287,8 @@ class Run:
         Raises:
             RunFormatError: rows of another rank, or a negative number of tokens.
         """
+        import pandas as pd
+
         keys = ["step", "window_steps", "phase", "source_rank"]
         frames: list[pd.DataFrame] = []
         for part in self._parts["routing"]:

@@ -1,4 +1,4 @@
-"""Expert parallelism as arithmetic: topology, placement, traffic, and the scan over EP degrees."""
+"""Expert parallelism as arithmetic: topology, placement and traffic; only the module `scan` needs pandas."""
 
 from observatory.analysis.parallel.placement import (
     Placement,
@@ -7,7 +7,6 @@ from observatory.analysis.parallel.placement import (
     load_placement,
     round_robin,
 )
-from observatory.analysis.parallel.scan import scan_run, traffic_matrix
 from observatory.analysis.parallel.topology import ParallelTopology
 from observatory.analysis.parallel.traffic import (
     cross_node_fraction,
@@ -29,8 +28,6 @@ __all__ = [
     "load_by_rank",
     "load_placement",
     "round_robin",
-    "scan_run",
     "source_shares",
     "traffic_matrices",
-    "traffic_matrix",
 ]

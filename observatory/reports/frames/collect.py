@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from observatory.analysis.parallel import scan_run
+from observatory.analysis.parallel.scan import scan_run
 from observatory.analysis.routing import (
     ConditionGini,
     RunLoads,

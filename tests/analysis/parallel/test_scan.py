@@ -15,10 +15,9 @@ from observatory.analysis.parallel import (
     cross_node_fraction,
     cross_rank_fraction,
     linear,
-    scan_run,
     traffic_matrices,
-    traffic_matrix,
 )
+from observatory.analysis.parallel.scan import scan_run, traffic_matrix
 from observatory.analysis.routing.floor import max_over_mean_floor
 from observatory.analysis.routing.imbalance import max_over_mean, max_over_mean_rows
 from observatory.errors import PlacementError

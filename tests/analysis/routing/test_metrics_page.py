@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from observatory.analysis.parallel import scan_run
+from observatory.analysis.parallel.scan import scan_run
 from observatory.analysis.routing import bands, layer_metrics, phase_summary
 from observatory.run import Run
 from tests.analysis.routing.runs import write_run
