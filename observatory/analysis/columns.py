@@ -23,10 +23,10 @@ class Column:
     Attributes:
         name: key of the value in a row.
         title: head of the column, without its unit.
-        unit: unit that numbers are shown in, after ``scale``; "%" for shares, with a scale of 100.
+        unit: unit that numbers are shown in, after ``scale``; "%" for shares, which are shown times 100.
         digits: digits after the point of a number; None: whole numbers in full, others with three
             significant digits, which a page shows in the unit that reads best (us, ms or s).
-        scale: factor from the value in the frame to the value shown.
+        scale: from the unit in the frame to the one shown; nothing needs to be given for "%".
         signed: numbers above zero have a plus sign.
         interval: keys of the lower and the upper end, shown with the value.
         of: key of the total that a count belongs to, shown as "54 of 240".
@@ -56,6 +56,11 @@ class Column:
         """Title and unit."""
         return f"{self.title} {self.unit}".strip()
 
+    @property
+    def factor(self) -> float:
+        """Factor from the value in the frame to the value shown."""
+        return 100.0 if self.unit == "%" else self.scale
+
     def cell(self, row: Mapping[str, Any]) -> str:
         """The value of a row (of `frame_records`, so plain Python values) as text."""
         value = row[self.name]
@@ -67,7 +72,7 @@ class Column:
         if self.interval is not None:
             low, high = (row[end] for end in self.interval)
             if not is_missing(low) and not is_missing(high):
-                joined_by = " to " if low * self.scale < 0 else "-"
+                joined_by = " to " if low < 0 else "-"
                 return f"{shown} ({self.number(low)}{joined_by}{self.number(high)})"
         return shown
 
@@ -75,11 +80,11 @@ class Column:
         """A value in the unit and with the digits of the column; text and truth values as words."""
         if isinstance(value, bool):
             return "yes" if value else "no"
-        if isinstance(value, int) and self.scale == 1.0 and self.digits is None:
+        if isinstance(value, int) and self.factor == 1.0 and self.digits is None:
             return str(value)
         if not isinstance(value, int | float):
             return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-        scaled = value * self.scale
+        scaled = value * self.factor
         shown = self._digits(scaled)
         return f"+{shown}" if self.signed and scaled > 0 else shown
 

@@ -226,7 +226,7 @@ def _unmarked(column: Column, value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return shorten(column.number(value), _LONGEST)
     if column.digits is None:
-        best = quantity(value * column.scale, column.unit, signed=column.signed)
+        best = quantity(value * column.factor, column.unit, signed=column.signed)
         if best is not None:
             return best
         if isinstance(value, int):

@@ -30,7 +30,6 @@ DEVICE_COLUMNS = (
         name="error",
         title="+-",
         unit="%",
-        scale=100,
         digits=1,
         legend="half of the 90 % interval; calibration of the sensor (about 5 %) left out",
     ),
@@ -44,7 +43,6 @@ DEVICE_COLUMNS = (
         name="disagreement",
         title="counter / power",
         unit="%",
-        scale=100,
         digits=1,
         legend="how far the energy counter is above integrated power",
     ),
@@ -92,7 +90,7 @@ TOKEN_COLUMNS = (
 #: Of the cells of a `fit_reuse`.
 REUSE_COLUMNS = (
     Column(name="cell", title="cell", text=True, key=True),
-    Column(name="cached_fraction", title="cached", unit="%", scale=100, digits=1),
+    Column(name="cached_fraction", title="cached", unit="%", digits=1),
     Column(name="windows", title="windows"),
     Column(
         name="prefill_mj",
@@ -103,7 +101,7 @@ REUSE_COLUMNS = (
         legend="of one prefill, with its 90 % interval",
     ),
     Column(name="fitted_mj", title="fitted", unit="mJ", digits=1),
-    Column(name="saved", title="saved", unit="%", scale=100, digits=1, legend="of the energy of a miss"),
+    Column(name="saved", title="saved", unit="%", digits=1, legend="of the energy of a miss"),
 )
 
 

@@ -32,7 +32,7 @@ _ALIASING = (
     Column(name="place", title="phase", text=True),
     Column(name="step_period_ms", title="step", unit="ms", digits=1),
     Column(name="update_ms", title="update period", unit="ms", digits=0),
-    Column(name="error", title="integrated power off by up to", unit="%", scale=100, digits=1),
+    Column(name="error", title="integrated power off by up to", unit="%", digits=1),
     Column(name="cure", title="remedy", text=True),
 )
 
