@@ -21,6 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from observatory.probes.words import AlignmentCode, alignment_words
+from observatory.reasons import Reason
 from observatory.run.manifest import ClockSpec
 from observatory.run.time_base import clock_identity, clock_name
 
@@ -75,7 +77,7 @@ class TimeBaseAlignment:
     uncertainty_ns: int | None
     measured_ns: int
     drift_ppm: float | None = None
-    reason: str | None = None
+    reason: Reason | None = None
     identity: int | None = None
 
     def to_reference_ns(self, own_ns: int) -> int | None:
@@ -95,7 +97,8 @@ class TimeBaseAlignment:
             measured_ns=self.measured_ns,
             method=self.method,
             identity=clock_name(self.identity),
-            reason=self.reason,
+            reason=None if self.reason is None else alignment_words(self.reason),
+            reason_code=None if self.reason is None else self.reason.code.value,
         )
 
 
@@ -192,14 +195,14 @@ def ask(
     if answer == _MEASURED:
         has_result = link.receive(reference_rank) == _RESULT
         result = tuple(link.receive(reference_rank) for _ in range(3)) if has_result else None
-        reason = "the first rank of this host could not align"
+        reason = Reason(AlignmentCode.FIRST_RANK_FAILED)
     elif answer == _APART:
         result = _measure(link, rounds, reference_rank, now_ns)
         for number in (_NO_RESULT,) if result is None else (_RESULT, *result):
             link.send(reference_rank, number)
-        reason = f"{rounds} round trips to rank {reference_rank} contradict each other: a clock was set"
+        reason = Reason(AlignmentCode.CLOCK_WAS_SET, {"rounds": rounds, "rank": reference_rank})
     else:
-        result, reason = None, f"rank {reference_rank} does not serve"
+        result, reason = None, Reason(AlignmentCode.NOT_SERVED, {"rank": reference_rank})
     offset_ns, uncertainty_ns, measured_ns = (None, None, now_ns()) if result is None else result
     return TimeBaseAlignment(
         reference_rank=reference_rank,
@@ -231,7 +234,7 @@ def _measure(link: PairLink, rounds: int, reference_rank: int, now_ns: NowNs) ->
 
 
 def unaligned(
-    reason: str = "the ranks did not align their clocks",
+    reason: Reason | None = None,
     *,
     now_ns: NowNs = time.monotonic_ns,
     identity: Callable[[], int | None] = clock_identity,
@@ -247,7 +250,7 @@ def unaligned(
         uncertainty_ns=None,
         measured_ns=now_ns(),
         identity=identity(),
-        reason=reason,
+        reason=reason or Reason(AlignmentCode.NOT_ALIGNED),
     )
 
 

@@ -30,6 +30,8 @@ from observatory.probes.alignment import (
     with_drift,
 )
 from observatory.probes.part import Part
+from observatory.probes.words import AlignmentCode, alignment_words
+from observatory.reasons import Reason
 from observatory.run import RunWriter
 from observatory.run.files import one_line
 from observatory.run.time_base import clock_identity
@@ -157,16 +159,13 @@ class StoreAlignment:
         self._now_ns, self._identity = now_ns, identity
         self._first: TimeBaseAlignment | None = None
         self._apart: list[int] = []
-        self.notes: list[str] = []
+        self.notes: list[Reason] = []
 
     def at_enter(self) -> TimeBaseAlignment:
         """Align at enter; all ranks call it at the same point of the program."""
-        self._first, problem = self._align("begin", list(range(1, self._size)))
+        self._first, problem = self._align("start", list(range(1, self._size)))
         if problem is not None:
-            self.notes.append(
-                f"clocks were not aligned at enter ({problem}): waiting between ranks of different hosts may "
-                "not be known"
-            )
+            self.notes.append(Reason(AlignmentCode.UNKNOWN_OFFSET, because=(problem,)))
         return self._first
 
     def at_exit(self, *, failed: bool = False) -> TimeBaseAlignment:
@@ -178,7 +177,7 @@ class StoreAlignment:
         Returns:
             That of :meth:`at_enter`, with the drift since where that could be measured.
         """
-        first = self._first or self._unaligned("the ranks did not align at enter")
+        first = self._first or self._unaligned(Reason(AlignmentCode.NOT_AT_ENTER))
         others = self._apart if self._rank == 0 else [0] if first.method != "shared clock" else []
         if not others:
             return first
@@ -188,13 +187,10 @@ class StoreAlignment:
             return first
         last, problem = self._align("end", self._apart)
         if problem is not None:
-            self.notes.append(
-                f"clocks were not aligned at exit ({problem}): their drift is not known, which makes times "
-                "less certain"
-            )
+            self.notes.append(Reason(AlignmentCode.UNKNOWN_DRIFT, because=(problem,)))
         return with_drift(first, last)
 
-    def _align(self, part: str, peers: list[int]) -> tuple[TimeBaseAlignment, str | None]:
+    def _align(self, part: str, peers: list[int]) -> tuple[TimeBaseAlignment, Reason | None]:
         """The alignment, and why it is not complete; None when it is."""
         try:
             with contextlib.closing(self._link(part)) as link:
@@ -203,27 +199,26 @@ class StoreAlignment:
                 alignment = ask(link, now_ns=self._now_ns, identity=self._identity)
                 return alignment, alignment.reason
         except ExchangeError as error:
-            return self._unaligned(str(error)), str(error)
+            problem = _no_answer(error)
+            return self._unaligned(problem), problem
 
-    def _serve(self, link: StorePairs, peers: list[int]) -> tuple[TimeBaseAlignment, str | None]:
+    def _serve(self, link: StorePairs, peers: list[int]) -> tuple[TimeBaseAlignment, Reason | None]:
         server = AlignmentServer(link, now_ns=self._now_ns, identity=self._identity)
-        problems: dict[int, str] = {}
+        problems: dict[int, ExchangeError] = {}
         apart: list[int] = []
         for peer in peers:
             try:
                 if server.serve(peer):
                     apart.append(peer)
             except ExchangeError as error:
-                problems[peer] = str(error)
+                problems[peer] = error
         self._apart = apart
         with contextlib.suppress(ExchangeError):  # they may still come
             decline(link, peers=[peer for peer in problems if link.sent(peer) == 0])
-        problem = next(iter(problems.values()), None)
-        if len(problems) > 1:
-            problem = f"{problem}, and {len(problems) - 1} more"
-        return server.alignment(), problem
+        first = next(iter(problems.values()), None)
+        return server.alignment(), None if first is None else _no_answer(first, more=len(problems) - 1)
 
-    def _unaligned(self, reason: str) -> TimeBaseAlignment:
+    def _unaligned(self, reason: Reason) -> TimeBaseAlignment:
         return unaligned(reason, now_ns=self._now_ns, identity=self._identity)
 
     def _link(self, part: str) -> StorePairs:
@@ -234,6 +229,10 @@ class StoreAlignment:
             name=f"{self._name}/{part}",
             timeout_s=self._timeout_s + (_GRACE_S if self._rank else 0.0),
         )
+
+
+def _no_answer(error: ExchangeError, *, more: int = 0) -> Reason:
+    return Reason(AlignmentCode.NO_ANSWER, {"error": str(error), "more": more})
 
 
 class WatchedTimeBase(Part):
@@ -267,4 +266,4 @@ class WatchedTimeBase(Part):
     def notes(self, *, steps: int) -> tuple[str, ...]:
         """What is missing, as far as this rank knows."""
         del steps
-        return tuple(self._alignment.notes)
+        return tuple(map(alignment_words, self._alignment.notes))

@@ -266,6 +266,7 @@ class ClockSpec(Record):
         identity: what names the clock itself; ranks with equal identities read the same clock, also where
             they never talked to each other. None where the system does not provide it.
         reason: why there is no alignment; None when there is one, or none was requested.
+        reason_code: its code; None like ``reason``, and in older runs.
         unix_minus_monotonic_ns: what this rank's wall clock was ahead of its monotonic clock when the status
             was written, for other tools' times; None in runs of schema 1.0.
     """
@@ -279,6 +280,7 @@ class ClockSpec(Record):
     unix_minus_monotonic_ns: Annotated[int, Field(ge=-(1 << 62), le=1 << 62)] | None = None
     method: Literal["shared clock", "ping-pong", "none"]
     reason: Text | None = None
+    reason_code: Text | None = None
 
 
 class FieldCalibration(Record):

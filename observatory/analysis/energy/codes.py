@@ -95,3 +95,8 @@ class EnergyCode(StrEnum):
     IDLE_NOT_KNOWN = "idle not known"  # because
     NO_IDLE_WINDOWS = "no idle windows"
     IDLE_WINDOWS_UNMEASURED = "idle windows unmeasured"  # because
+
+    # What an exact hit saves.
+    NO_MISS = "no miss"
+    NO_EXACT_HIT = "no exact hit"
+    MEASURED_ONCE = "measured once"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from observatory.analysis.columns import Column, Table, short_names
-from observatory.analysis.energy.prefix_cache import PUBLISHED_SAVING, PUBLISHED_SOURCE, fit_reuse
+from observatory.analysis.energy.prefix_cache import PUBLISHED_SAVING, PUBLISHED_SOURCE, ReuseFit, fit_reuse
 from observatory.analysis.energy.run_energy import energy_summary
 from observatory.analysis.energy.words import reason_words
 from observatory.run.documents.printed import printed_document
@@ -198,13 +198,13 @@ def reuse_sentences(curve: dict[str, Any]) -> Iterator[str]:
         yield f"saving: {curve['saved_reason']}"
 
 
-def _curve_document(curve: Any) -> dict[str, Any]:
-    names = (
-        "fixed_mj", "linear_mj", "square_mj", "saved", "saved_low", "saved_high", "saved_reason",
-        "saved_flag",
-    )  # fmt: skip
+def _curve_document(curve: ReuseFit) -> dict[str, Any]:
+    names = ("fixed_mj", "linear_mj", "square_mj", "saved", "saved_low", "saved_high", "saved_flag")
+    reason = curve.saved_reason
     return {
         **{name: getattr(curve, name) for name in names},
+        "saved_reason": None if reason is None else reason_words(reason),
+        "saved_reason_code": None if reason is None else reason.code.value,
         "cells": frame_records(curve.cells),
         "published": {"saved": PUBLISHED_SAVING, "source": PUBLISHED_SOURCE},
     }

@@ -24,8 +24,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from observatory.analysis.energy.codes import EnergyCode as Code
 from observatory.analysis.statistics import few_blocks_widening, student_quantile
 from observatory.errors import EnergyError
+from observatory.reasons import Reason
 from observatory.run.documents.prefix_cache import ReuseMeasurements
 
 Float64 = npt.NDArray[np.float64]
@@ -60,7 +62,7 @@ class ReuseFit:
     saved: float | None
     saved_low: float | None
     saved_high: float | None
-    saved_reason: str | None
+    saved_reason: Reason | None
     saved_flag: str | None
     cells: pd.DataFrame
     curve: pd.DataFrame
@@ -204,15 +206,14 @@ def _saving(
     drawn_RN: npt.NDArray[np.int64],
     widening: float,
     missed: Float64,
-) -> tuple[float | None, float | None, float | None, str | None]:
+) -> tuple[float | None, float | None, float | None, Reason | None]:
     """Share of a miss's energy that an exact hit saves, measured, with its interval."""
     if fraction_C[0] != 0 or fraction_C[-1] != 1:
-        lacking = "miss" if fraction_C[0] != 0 else "exact hit"
-        return None, None, None, f"no {lacking} was measured"
+        return None, None, None, Reason(Code.NO_MISS if fraction_C[0] != 0 else Code.NO_EXACT_HIT)
     miss_N, hit_N = cell_N == 0, cell_N == len(fraction_C) - 1
     saved = 1 - float(energy[hit_N].mean() / energy[miss_N].mean())
     if min(miss_N.sum(), hit_N.sum()) < 2:
-        return saved, None, None, "no interval: miss or exact hit was measured once only"
+        return saved, None, None, Reason(Code.MEASURED_ONCE)
     drawn = 1 - energy[drawn_RN[:, hit_N]].mean(axis=1) / energy[drawn_RN[:, miss_N]].mean(axis=1)
     low, high = widening * (np.quantile(drawn, [0.05, 0.95]) - saved)
     common = (1 - saved) * math.hypot(missed[0], missed[-1])

@@ -133,6 +133,9 @@ _WORDS: dict[Code, str | Callable[[Mapping[str, Any], str], str]] = {
     Code.IDLE_NOT_KNOWN: lambda _, cause: f"not known: {cause} and its sampler reported no idle power",
     Code.NO_IDLE_WINDOWS: "the run has no idle windows",
     Code.IDLE_WINDOWS_UNMEASURED: lambda _, cause: f"its idle windows have no energy ({cause})",
+    Code.NO_MISS: "no miss was measured",
+    Code.NO_EXACT_HIT: "no exact hit was measured",
+    Code.MEASURED_ONCE: "no interval: miss or exact hit was measured once only",
 }
 
 

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from observatory.analysis.energy import fit_reuse
+from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.prefix_cache import PUBLISHED_SAVING
 from observatory.errors import EnergyError
+from observatory.reasons import Reason
 from observatory.run.documents.prefix_cache import ReuseMeasurement, ReuseMeasurements, load_reuse
 from observatory.run.manifest import DeviceSpec
 
@@ -97,13 +99,13 @@ def test_without_repeats_there_is_no_interval_and_without_a_cell_no_saving() -> 
     once = fit_reuse(measured((40e3, 60e3, 0.0), windows=1))
     assert once.saved == pytest.approx(0.6, abs=0.03)
     assert once.saved_low is None
-    assert "once only" in (once.saved_reason or "")
+    assert once.saved_reason == Reason(EnergyCode.MEASURED_ONCE)
     assert once.curve["fitted_low_mj"].isna().all()
     no_hit = fit_reuse(measured((40e3, 60e3, 0.0), (0.0, 0.5)))
     assert no_hit.saved is None
-    assert no_hit.saved_reason == "no exact hit was measured"
+    assert no_hit.saved_reason == Reason(EnergyCode.NO_EXACT_HIT)
     no_miss = fit_reuse(measured((40e3, 60e3, 0.0), (0.5, 1.0)))
-    assert no_miss.saved_reason == "no miss was measured"
+    assert no_miss.saved_reason == Reason(EnergyCode.NO_MISS)
     assert no_miss.cells["saved"].isna().all()
 
 
