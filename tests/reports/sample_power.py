@@ -31,9 +31,10 @@ def samples_of(load: Load, **sensor: Any) -> pd.DataFrame:
     """Samples with clocks, temperature and event reasons: 1755 MHz and a power cap while it prefills."""
     frame = SimulatedSensor(**sensor).sample(load, poll_ms=50.0)
     spans = spans_of(load)
-    name = np.full(len(frame), "", dtype=object)
-    for row in spans.itertuples():
-        name[(frame["time_ns"] >= row.start_ns) & (frame["time_ns"] < row.end_ns)] = row.phase
+    time_ns = frame["time_ns"].to_numpy()
+    at = np.searchsorted(spans["start_ns"].to_numpy(), time_ns, side="right") - 1
+    running = (at >= 0) & (time_ns < spans["end_ns"].to_numpy()[np.maximum(at, 0)])
+    name = np.where(running, spans["phase"].to_numpy(dtype=object)[np.maximum(at, 0)], "")
     return frame.assign(
         device_uuid=UUID,
         sm_clock_mhz=pd.array(np.where(name == "", 345, np.where(name == "prefill", 1755, 1980)), "Int32"),

@@ -85,15 +85,11 @@ class Design:
             for first in range(0, len(which), chunk):
                 places = which[first : first + chunk]
                 design_QNJ = self._designs(shift_Q3[places], self.seen.start_ns_N, self.seen.end_ns_N)
-                right_QJ = energy_N @ design_QNJ
                 gram_QJJ = design_QNJ.transpose(0, 2, 1) @ design_QNJ
                 condition_Q[places] = _conditions(gram_QJJ)
-                for q, design_NJ, gram_JJ, right_J in zip(
-                    places, design_QNJ, gram_QJJ, right_QJ, strict=True
-                ):
-                    power_J = nnls(gram_JJ, right_J)
-                    rest_N = energy_N - design_NJ @ np.nan_to_num(power_J)
-                    power_QJ[q], squares_Q[q] = power_J, rest_N @ rest_N
+                power_QJ[places] = nnls(gram_QJJ, energy_N @ design_QNJ)
+                explained_QN = design_QNJ @ np.nan_to_num(power_QJ[places])[:, :, None]
+                squares_Q[places] = np.square(energy_N - explained_QN[:, :, 0]).sum(axis=1)
         return power_QJ, squares_Q, condition_Q
 
     def _designs(self, shift_Q3: Float64, start_N: Float64, end_N: Float64) -> Float64:
@@ -129,35 +125,38 @@ def _conditions(gram_QJJ: Float64) -> Float64:
 
     Columns that are all zero are left out. Above about 1e7 it is as good as infinite.
     """
+    scaled_QJJ, _, _ = _scaled(gram_QJJ)
+    eigenvalue_QJ = np.linalg.eigvalsh(scaled_QJJ)
+    return np.asarray(np.sqrt(eigenvalue_QJ[:, -1] / np.maximum(eigenvalue_QJ[:, 0], 1e-14)))
+
+
+def _scaled(gram_QJJ: Float64) -> tuple[Float64, Float64, npt.NDArray[np.bool_]]:
+    """Normal equations of columns of length 1, the lengths before, and which columns are all zero.
+
+    A column that is all zero becomes one that is orthogonal to all others.
+    """
     length_QJ = np.sqrt(np.diagonal(gram_QJJ, axis1=1, axis2=2))
     absent_QJ = length_QJ <= 0
     scale_QJ = np.where(absent_QJ, 1.0, length_QJ)
     scaled_QJJ = gram_QJJ / (scale_QJ[:, :, None] * scale_QJ[:, None, :])
-    # An absent column becomes one that is at right angles to all others.
-    scaled_QJJ[np.nonzero(absent_QJ)[0], np.nonzero(absent_QJ)[1], np.nonzero(absent_QJ)[1]] = 1.0
-    own_QJ = np.linalg.eigvalsh(scaled_QJJ)
-    return np.asarray(np.sqrt(own_QJ[:, -1] / np.maximum(own_QJ[:, 0], 1e-14)))
+    q, j = np.nonzero(absent_QJ)
+    scaled_QJJ[q, j, j] = 1.0
+    return scaled_QJJ, scale_QJ, absent_QJ
 
 
-def nnls(gram_JJ: Float64, right_J: Float64) -> Float64:
-    """Non-negative least squares from normal equations; NaN for columns that are all zero.
+def nnls(gram_QJJ: Float64, right_QJ: Float64) -> Float64:
+    """Non-negative least squares from normal equations, (Q, J); NaN for columns that are all zero.
 
     Normal equations square the condition number; columns are scaled first, and callers refuse designs whose
     square would matter.
     """
-    scale_J = np.sqrt(np.diag(gram_JJ))
-    some = scale_J > 0
-    result = np.full(len(right_J), np.nan)
-    if not some.any():
-        return result
-    scaled_JJ = gram_JJ[np.ix_(some, some)] / np.outer(scale_J[some], scale_J[some])
-    scaled_J = right_J[some] / scale_J[some]
-    scaled_JJ += 1e-11 * np.eye(len(scaled_J))
-    solved = np.linalg.solve(scaled_JJ, scaled_J)
-    if (solved < 0).any():
+    scaled_QJJ, scale_QJ, absent_QJ = _scaled(gram_QJJ)
+    scaled_QJJ += 1e-11 * np.eye(gram_QJJ.shape[-1])
+    scaled_QJ = right_QJ / scale_QJ
+    solved_QJ = np.linalg.solve(scaled_QJJ, scaled_QJ[:, :, None])[:, :, 0]
+    for q in np.flatnonzero((solved_QJ < 0).any(axis=1)):
         from scipy.optimize import nnls
 
-        factor = np.linalg.cholesky(scaled_JJ)
-        solved, _ = nnls(factor.T, np.linalg.solve(factor, scaled_J))
-    result[some] = solved / scale_J[some]
-    return result
+        factor_JJ = np.linalg.cholesky(scaled_QJJ[q])
+        solved_QJ[q], _ = nnls(factor_JJ.T, np.linalg.solve(factor_JJ, scaled_QJ[q]))
+    return np.where(absent_QJ, np.nan, solved_QJ / scale_QJ)

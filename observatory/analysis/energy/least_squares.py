@@ -135,7 +135,7 @@ def solve_phases(observed: Observations, timeline: Timeline, *, seed: int = 0) -
             Reason(EnergyCode.CONSTANT_MIX, {"condition": condition, "highest": WORST_CONDITION}),
             **about,
         )  # fmt: skip
-    power_J = nnls(best_NJ.T @ best_NJ, best_NJ.T @ observed.energy_mj_N)
+    power_J = _powers(best_NJ, observed.energy_mj_N)
     rest_N = observed.energy_mj_N - best_NJ @ np.nan_to_num(power_J)
     spread_J = np.ptp(power_QJ, axis=0) / 2
     moved_J = _moved(design, shifts[0], power_J, np.random.default_rng(seed))
@@ -167,6 +167,11 @@ def _refused(observed: Observations, names: tuple[str, ...], reason: Reason, **a
     )  # fmt: skip
 
 
+def _powers(design_NJ: Float64, energy_mj_N: Float64) -> Float64:
+    result: Float64 = nnls((design_NJ.T @ design_NJ)[None], (design_NJ.T @ energy_mj_N)[None])[0]
+    return result
+
+
 def _moved(design: Design, shift: Shift, power_J: Float64, generator: np.random.Generator) -> Float64:
     """How far the answer moves when every window moves within the error of its own moment."""
     observed = design.seen
@@ -175,7 +180,7 @@ def _moved(design: Design, shift: Shift, power_J: Float64, generator: np.random.
         end = observed.own_ns * generator.uniform(-1, 1, len(observed))
         start = end if observed.source == "power" else np.concatenate([[0.0], end[:-1]])
         moved_NJ = design.at(shift, moved_ns=(start, end))
-        total_J += nnls(moved_NJ.T @ moved_NJ, moved_NJ.T @ observed.energy_mj_N)
+        total_J += _powers(moved_NJ, observed.energy_mj_N)
     return np.abs(total_J / _MOVES - power_J)
 
 
@@ -200,9 +205,8 @@ def _intervals(
         at_NJ = design.at(shift)
         gram_BJJ = np.add.reduceat(at_NJ[:, :, None] * at_NJ[:, None, :], first_B)
         right_BJ = np.add.reduceat(at_NJ * design.seen.energy_mj_N[:, None], first_B)
-        middle_J = nnls(gram_BJJ.sum(axis=0), right_BJ.sum(axis=0))
-        gram_RJJ, right_RJ = np.tensordot(weight_RB, gram_BJJ, 1), weight_RB @ right_BJ
-        drawn_RJ = np.stack([nnls(gram, right) for gram, right in zip(gram_RJJ, right_RJ, strict=True)])
+        middle_J = _powers(at_NJ, design.seen.energy_mj_N)
+        drawn_RJ = nnls(np.tensordot(weight_RB, gram_BJJ, 1), weight_RB @ right_BJ)
         drawn_RJ = np.where(np.isnan(drawn_RJ), middle_J, drawn_RJ)  # a phase that was not drawn
         quantiles = np.quantile(drawn_RJ, [tail, 1 - tail], axis=0)
         lows.append(middle_J + widening * (quantiles[0] - middle_J))
