@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.paths import ROOT
 from tests.processes import command_of, lives, wait_until
 
@@ -99,3 +101,10 @@ def test_nothing_is_left_of_a_test_that_is_ended(tmp_path: Path) -> None:
     assert tests.returncode not in (0, None), said
     assert "test_next_runs" not in said
     assert running(length_s) == []
+
+
+def test_tests_of_one_file_share_a_worker(request: pytest.FixtureRequest) -> None:
+    """Otherwise each worker starts the ranks of a fixture anew; pytest-xdist 3.8 needs pytest before 9.2."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("the tests run in one process")
+    assert request.node.nodeid.endswith("@tests/test_processes.py")
