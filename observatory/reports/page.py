@@ -7,7 +7,7 @@ many tokens, which floor, which formula), a text alternative and a table of its 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -42,11 +42,12 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """Heading of a column; numbers are set right-aligned."""
+    """Heading of a column; numbers are set right-aligned, and a folded column is shown on request."""
 
     title: str
     detail: str = ""
     numeric: bool = True
+    folded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,29 +129,6 @@ class Section:
     absent: tuple[tuple[str, str], ...] = ()
 
 
-def table(
-    caption: str,
-    columns: Sequence[str | Head],
-    rows: Sequence[Sequence[str | Cell]],
-    *,
-    note: str = "",
-    text: int = 1,
-) -> Table:
-    """Table from plain strings: the first ``text`` columns are words, the first column names its row."""
-    heads = tuple(
-        column if isinstance(column, Head) else Head(title=column, numeric=index >= text)
-        for index, column in enumerate(columns)
-    )
-    cells = tuple(
-        tuple(
-            cell if isinstance(cell, Cell) else Cell(text=cell, heading=index == 0)
-            for index, cell in enumerate(row)
-        )
-        for row in rows
-    )
-    return Table(caption=caption, columns=heads, rows=cells, note=note)
-
-
 def frame_table(
     caption: str,
     columns: Sequence[Column],
@@ -158,16 +136,18 @@ def frame_table(
     *,
     note: str = "",
     leave_out: Sequence[str] = (),
+    folded: Sequence[str] = (),
     below: Mapping[str, str] | None = None,
 ) -> Table:
-    """Table of what the command line shows of the same rows, with its wide columns.
+    """The tables of a page: where the command line shows the same rows, its columns, wide ones as well.
 
     Args:
         caption: of the table.
-        columns: as they are declared with the frame, the first names the row.
+        columns: as they are declared with the frame or the section; the first names the row.
         rows: plain Python values (`frame_records`); a value that is a `Cell` is shown as it is.
         note: sentences in front of the legend of the columns.
-        leave_out: names of columns that are not shown.
+        leave_out: names of columns that the table lacks.
+        folded: names of columns that are shown on request; copies and CSV files always hold them.
         below: names of columns whose values are the second lines of others, by the names of those.
     """
     named = {column.name: column for column in columns}
@@ -179,7 +159,9 @@ def frame_table(
         for row in rows
     )
     legend = [f"{_title(column)}: {column.legend}." for column in kept if column.legend]
-    heads = tuple(_head(column, lower.get(column.name)) for column in shown)
+    heads = tuple(
+        replace(_head(column, lower.get(column.name)), folded=column.name in folded) for column in shown
+    )
     return Table(caption=caption, columns=heads, rows=cells, note=" ".join(filter(None, (note, *legend))))
 
 
@@ -196,13 +178,13 @@ def _title(column: Column) -> str:
     title = _TYPESET.get(column.title, column.title)
     first = title.partition(" ")[0]
     small = first in _SMALL or any(char.isdigit() or char == "_" for char in first)
-    return title if small else title[0].upper() + title[1:]
+    return title if small else title[:1].upper() + title[1:]
 
 
 def _cell(column: Column, row: Mapping[str, Any], heading: bool, lower: Column | None = None) -> Cell:
     value = row[column.name]
     if isinstance(value, Cell):
-        return value
+        return replace(value, heading=heading)
     if is_missing(value):
         return Cell(text=_TYPESET.get(column.otherwise, column.otherwise), heading=heading)
     text = _value(column, value)

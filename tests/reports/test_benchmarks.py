@@ -327,7 +327,7 @@ def test_the_verdict_of_a_model_its_misfits_and_what_it_tells_apart_are_shown(tm
     errors = {row[0].text: [cell.text for cell in row] for row in table(section, 1).rows}
     assert errors["captured, replayed, prefill"][-1] == "100 %"
     (row,) = table(section, 3).rows
-    assert (row[1].text, row[-1].text) == ("1.00×", "no")
+    assert (row[1].text, row[-1].text) == ("1.00", "no")
     assert any("Network model fit.json, flat over made-up: does not fit" in text for text in findings(frames))
     head = dict(overview(frames))
     short = "4 ranks on 2 usable cores of host node-a: times are of waiting for a core as well (fit.json)"

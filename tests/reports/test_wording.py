@@ -84,3 +84,22 @@ def test_no_text_stands_alone_as_a_statement(path: Path) -> None:
         and id(node) not in docstrings
     ]
     assert lost == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_every_table_is_made_of_columns_by_the_one_function(path: Path) -> None:
+    """So each of them sorts, copies and saves alike, and its numbers have one format."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    made = [
+        node.func.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("Table", "Head")
+    ]
+    assert made == (["Table", "Head"] if path.name == "page.py" else [])
+
+
+def test_the_templates_hold_one_table() -> None:
+    templates = SOURCES[0].parent.glob("templates/*.j2")
+    assert sum(template.read_text(encoding="utf-8").count("<table") for template in templates) == 1

@@ -11,17 +11,7 @@ from observatory.analysis.network.network import AlgorithmFit, Coefficient
 from observatory.reports.figures.bandwidth import bandwidth_curves
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import each_group, each_row
-from observatory.reports.page import (
-    Block,
-    Cell,
-    FigureBlock,
-    Head,
-    Section,
-    Table,
-    Variant,
-    frame_table,
-    table,
-)
+from observatory.reports.page import Block, Cell, FigureBlock, Section, Table, Variant, frame_table
 from observatory.reports.text import MISSING, bytes_text, count, microseconds, number, percent, plain, shorten
 from observatory.run.documents.bench import BenchResult
 from observatory.run.documents.writing import frame_records
@@ -47,6 +37,12 @@ _SIZES = (
         legend="with its 90 % interval",
     ),
     Column(name="extrapolated", title="extrapolated", text=True, otherwise="-"),
+)
+
+_COEFFICIENTS = (
+    Column(name="term", title="term", text=True),
+    Column(name="us", title="time", unit="us each", legend="per exchange, message, rank or MB"),
+    Column(name="bandwidth", title="bandwidth", unit="GB/s"),
 )
 
 
@@ -184,22 +180,14 @@ def _gb(value: float) -> str:
 
 def _coefficient_table(name: str, backend: str, fit: AlgorithmFit) -> Table:
     form = FORMS[fit.form]
-    return table(
+    return frame_table(
         f"{shorten(fit.algorithm, 24)} over {shorten(backend, 16)}: the fitted coefficients ({name})",
+        _COEFFICIENTS,
         [
-            "Term",
-            Head(title="Microseconds", detail="per exchange, message, rank or MB"),
-            Head(title="Bandwidth", detail="GB/s"),
-        ],
-        [
-            [
-                Cell(
-                    text=plain(item.term).replace("_", " "),
-                    detail=plain(TERMS.get(item.term, "")),
-                    heading=True,
-                ),
-                *_value_cells(item),
-            ]
+            {
+                "term": Cell(text=plain(item.term).replace("_", " "), detail=plain(TERMS.get(item.term, ""))),
+                **dict(zip(("us", "bandwidth"), _value_cells(item), strict=True)),
+            }
             for item in fit.coefficients
         ],
         note=f"Form {fit.form}: {form.meaning}. Small: 90 % bootstrap interval over matrices. MB are "
@@ -238,7 +226,6 @@ def _form_table(name: str, fit: AlgorithmFit) -> Table:
             "form": Cell(
                 text=plain(score.form),
                 detail=FORMS[score.form].meaning if score.form in FORMS else "",
-                heading=True,
             ),
             "chosen": "chosen" if score.form == fit.form else "",
         }

@@ -6,19 +6,33 @@ from collections.abc import Hashable
 
 import pandas as pd
 
+from observatory.analysis.columns import Column
 from observatory.reports.frames.committees import committee_overlaps, committee_sizes
 from observatory.reports.frames.report import ReportFrames, condition_order, each_row, phases_of
-from observatory.reports.page import Cell, Head, Section, Table, table
+from observatory.reports.page import Cell, Section, Table, frame_table
 from observatory.reports.sections.common import NO_LOADS, spread
-from observatory.reports.text import count, number, percent, shorten
+from observatory.reports.text import number, percent, shorten
+from observatory.run.documents.writing import frame_records
 
-_WITH = {
-    "same": ("Same text, other steps", "even and odd steps"),
-    "real": ("Another real text", "all pairs"),
-    "altered": ("Altered text", "against each real one"),
-    "mock": ("Mock tokens", "against each real one"),
-}
 _NOT_RUN = Cell(text="–", detail="not run")
+_PLACE = (Column(name="label", title="model", text=True), Column(name="phase", title="phase", text=True))
+_WITH = (
+    Column(name="same", title="same text, other steps", legend="even and odd steps"),
+    Column(name="real", title="another real text", legend="all pairs"),
+    Column(name="altered", title="altered text", legend="against each real one"),
+    Column(name="mock", title="mock tokens", legend="against each real one"),
+)
+_LOCALITY = (
+    Column(name="label", title="model", text=True),
+    Column(name="condition", title="data", text=True),
+    Column(name="phase", title="phase", text=True),
+    Column(name="segments", title="segments", legend="per layer, below it the tokens of each"),
+    Column(name="segment_tokens", title="tokens each"),
+    Column(name="cached_experts", title="experts kept", legend="per segment"),
+    Column(name="hit_share", title="served by them", unit="%", digits=1),
+    Column(name="hit_share_shuffled", title="tokens in random order", unit="%", digits=1),
+    Column(name="locality_gain", title="gain by locality", unit="%", digits=1),
+)
 
 
 def committee_section(frames: ReportFrames) -> Section:
@@ -73,35 +87,42 @@ def _sizes(sizes: pd.DataFrame) -> Table:
         row.Index: Cell(text=number(row.size, 1), detail=percent(row.size / row.experts, 0))
         for row in each_row(means)
     }
-    return table(
+    columns = [Column(name=f"on {name}", title=shorten(name, 24)) for name in conditions]
+    return frame_table(
         "Experts that hold half of the assignments",
-        ["Model", "Phase", *(shorten(condition, 24) for condition in conditions)],
+        (*_PLACE, *columns),
         [
-            [shorten(label), phase, *(cells.get((phase, label, name), _NOT_RUN) for name in conditions)]
+            {
+                "label": shorten(label),
+                "phase": phase,
+                **{f"on {name}": cells.get((phase, label, name), _NOT_RUN) for name in conditions},
+            }
             for phase in phases_of(sizes)
             for label in dict.fromkeys(sizes["label"])
         ],
-        text=2,
         note="Mean over layers, whole window; below it the share of all experts.",
     )
 
 
 def _overlaps(overlaps: pd.DataFrame) -> Table:
-    kinds = [kind for kind in _WITH if kind in set(overlaps["with_kind"])]
+    kinds = [column for column in _WITH if column.name in set(overlaps["with_kind"])]
     groups = overlaps.groupby(["phase", "label", "with_kind"], sort=False)
     cells: dict[Hashable, Cell] = {
         row.Index: Cell(text=number(row.jaccard, 2), detail=f"chance {number(row.jaccard_chance, 2)}")
         for row in each_row(groups[["jaccard", "jaccard_chance"]].mean())
     }
-    return table(
+    return frame_table(
         "Overlap of committees with those on real text",
-        ["Model", "Phase", *(Head(title=_WITH[kind][0], detail=_WITH[kind][1]) for kind in kinds)],
+        (*_PLACE, *kinds),
         [
-            [shorten(label), phase, *(cells.get((phase, label, kind), _NOT_RUN) for kind in kinds)]
+            {
+                "label": shorten(label),
+                "phase": phase,
+                **{kind.name: cells.get((phase, label, kind.name), _NOT_RUN) for kind in kinds},
+            }
             for phase in phases_of(overlaps)
             for label in dict.fromkeys(overlaps["label"])
         ],
-        text=2,
         note="Jaccard index per layer, then the mean over layers and pairs of conditions; no interval. "
         "Committees of the same text's even and odd steps rest on half of the tokens, so they overlap less "
         "than two whole windows of it would. Chance: two random sets of the same sizes, exact.",
@@ -113,31 +134,12 @@ def _locality(frames: ReportFrames) -> Table:
     groups = sampled.groupby(["label", "condition", "phase"], sort=False)
     means = groups[["hit_share", "hit_share_shuffled", "locality_gain"]].mean()
     ranges = groups[["segments", "segment_tokens", "cached_experts"]].max()
-    return table(
+    return frame_table(
         "Local routing consistency",
-        [
-            "Model",
-            "Data",
-            Head(title="Segments", detail="per layer, tokens each"),
-            Head(title="Experts kept", detail="per segment"),
-            "Served by them",
-            "Tokens in random order",
-            "Gain by locality",
-        ],
-        [
-            [
-                shorten(row.Index[0]),
-                Cell(text=shorten(row.Index[1], 24), detail=row.Index[2]),
-                Cell(text=count(row.segments), detail=f"of {row.segment_tokens}"),
-                count(row.cached_experts),
-                percent(row.hit_share),
-                percent(row.hit_share_shuffled),
-                percent(row.locality_gain),
-            ]
-            for row in each_row(means.join(ranges))
-        ],
-        text=2,
+        _LOCALITY,
+        frame_records(means.join(ranges).reset_index()),
         note="From the sampled tokens alone: share of a segment's assignments that its own busiest experts "
         "serve (“Local routing consistency” under Methods), mean over layers. Only "
         "the gain is due to the order of the tokens.",
+        below={"condition": "phase", "segments": "segment_tokens"},
     )

@@ -140,7 +140,13 @@ def _energy_table(
     remarked = [
         {**row, "remark": "; ".join(filter(None, (row["flag"], row["reason"]))) or None} for row in rows
     ]
-    return frame_table(caption, (*columns, _REMARK), remarked, note=f"{note}{_more(of_rows)}".strip())
+    return frame_table(
+        caption,
+        (*columns, _REMARK),
+        remarked,
+        note=f"{note}{_more(of_rows)}".strip(),
+        folded=[column.name for column in columns if column.wide],
+    )
 
 
 def _device_variant(frames: ReportFrames, power: PowerFrames, run: int) -> Variant | None:
@@ -201,7 +207,7 @@ def _device_table(devices: pd.DataFrame, where: str) -> Table:
     rows = [
         {
             **row,
-            "label": Cell(text=shorten(row["device_uuid"], 44), detail=_text(row["device"]), heading=True),
+            "label": Cell(text=shorten(row["device_uuid"], 44), detail=_text(row["device"])),
         }
         for row in frame_records(devices.head(_MOST_ROWS))
     ]
@@ -216,7 +222,7 @@ def _phase_table(frames: ReportFrames, power: PowerFrames) -> Table:
     for row in frame_records(shown.head(_MOST_ROWS)):
         whose = "" if one_device else shorten(row["device_uuid"], 20)
         detail = f"{run_text(frames, row['run'])}, {whose}" if several else whose
-        rows.append({**row, "place": Cell(text=plain(place_text(row)), detail=detail, heading=True)})
+        rows.append({**row, "place": Cell(text=plain(place_text(row)), detail=detail)})
     return _energy_table(
         "Power and energy of each phase, and of the spans inside",
         PHASE_COLUMNS,
@@ -307,7 +313,6 @@ def _aliasing_table(frames: ReportFrames, rows: pd.DataFrame) -> Table:
             "place": Cell(
                 text=plain(row.phase),
                 detail=f"{run_text(frames, row.run)}, rank {row.source_rank}",
-                heading=True,
             ),
             "cure": _cure(row),
         }

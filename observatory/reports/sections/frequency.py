@@ -172,7 +172,7 @@ def _settings_table(points: pd.DataFrame, advice: SeriesAdvice) -> Table:
             for name, unit in (("requested_mhz", "MHz"), ("limit_w", "W"))
             if row[name] is not None
         ]
-        cell = Cell(text=" and ".join(asked) or "nothing", detail=plain(row["kind"]), heading=True)
+        cell = Cell(text=" and ".join(asked) or "nothing", detail=plain(row["kind"]))
         rows.append({**row, "asked": cell})
     left = len(points) - len(rows)
     return frame_table(
@@ -187,7 +187,7 @@ def _advice_table(clocks: ClockFrames) -> Table:
     rows = [
         {
             **row,
-            "series": Cell(text=shorten(advice.title, 60), detail=shorten(file.path.name, 40), heading=True),
+            "series": Cell(text=shorten(advice.title, 60), detail=shorten(file.path.name, 40)),
             "lock_mhz": row["lock_mhz"] if advice.choice else Cell(text=plain(advice.verdict)),
             "behaviour": Cell(text=row["behaviour"], detail=_agreement(advice.behaviour.agreement)),
         }

@@ -6,12 +6,16 @@ from typing import Any
 
 import pandas as pd
 
+from observatory.analysis.columns import Column
 from observatory.analysis.routing.bands import CONCENTRATED_ABOVE, RESILIENT_UP_TO
 from observatory.reports.frames.report import ReportFrames, condition_order, each_row, phases_of
-from observatory.reports.page import Cell, Head, Section, Table, table
+from observatory.reports.page import Cell, Section, Table, frame_table
 from observatory.reports.sections.common import NO_LOADS, window_text
 from observatory.reports.text import MISSING, interval, number, plain, shorten
 from observatory.text import listing
+
+_MODEL = Column(name="label", title="model", text=True)
+_BAND = Column(name="band", title="band", text=True, otherwise="no band")
 
 
 def grid_section(frames: ReportFrames) -> Section:
@@ -46,14 +50,16 @@ def _band_table(bands: pd.DataFrame) -> Table:
     """One row per model, its phases side by side."""
     phases = phases_of(bands)
     band_of = {(row.label, row.phase): row for row in each_row(bands)}
-    return table(
+    return frame_table(
         "Bands, and why",
-        ["Model", *(phase.capitalize() for phase in phases)],
+        (_MODEL, *(Column(name=phase, title=phase, text=True) for phase in phases)),
         [
-            [shorten(label), *(_band(band_of.get((label, phase))) for phase in phases)]
+            {
+                "label": shorten(label),
+                **{phase: _band(band_of.get((label, phase))) for phase in phases},
+            }
             for label in dict.fromkeys(bands["label"])
         ],
-        text=1 + len(phases),
         note="Bands are decided by real text alone: data-resilient when no real text exceeds "
         f"{RESILIENT_UP_TO}; persistently concentrated when every one exceeds {CONCENTRATED_ABOVE} with the "
         "floor taken out as √(G² − floor²); intermediate otherwise; none with fewer than two real texts. "
@@ -74,25 +80,19 @@ def _table(cells: pd.DataFrame, bands: pd.DataFrame, phase: str, top: float) -> 
     for label, of_label in cells.groupby("label", sort=False):
         by_condition = {row.condition: row for row in each_row(of_label)}
         mixer = of_label["mixer"].iloc[0]
+        mixer = shorten(mixer, 24) if isinstance(mixer, str) else ""
         rows.append(
-            (
-                Cell(
-                    text=shorten(label),
-                    detail=shorten(mixer, 24) if isinstance(mixer, str) else "",
-                    heading=True,
-                ),
-                *(_cell(by_condition.get(condition), top) for condition in conditions),
-                *((Cell(text=band_of.get(label) or "no band"),) if band_of else ()),
-            )
+            {
+                "label": Cell(text=shorten(label), detail=mixer),
+                **{f"on {name}": _cell(by_condition.get(name), top) for name in conditions},
+                "band": band_of.get(label),
+            }
         )
-    return Table(
-        caption=f"Gini over experts, {phase}",
-        columns=(
-            Head(title="Model", numeric=False),
-            *(Head(title=shorten(condition, 24)) for condition in conditions),
-            *((Head(title="Band", numeric=False),) if band_of else ()),
-        ),
-        rows=tuple(rows),
+    columns = (_MODEL, *(Column(name=f"on {name}", title=shorten(name, 24)) for name in conditions))
+    return frame_table(
+        f"Gini over experts, {phase}",
+        (*columns, _BAND) if band_of else columns,
+        rows,
         note=window_text(cells) + " Intervals: 95 % bootstrap over steps.",
     )
 

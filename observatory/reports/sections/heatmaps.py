@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
+from observatory.analysis.columns import Column
 from observatory.reports.figures import expert_shares
 from observatory.reports.frames.report import ReportFrames
-from observatory.reports.page import FigureBlock, Section, Table, Variant, table
+from observatory.reports.page import FigureBlock, Section, Table, Variant, frame_table
 from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice
-from observatory.reports.text import count, shorten, times
+from observatory.reports.text import shorten, times
 
 #: Maps of more counts than this altogether would make the file too large; the rest is named, not drawn.
 _MOST_COUNTS = 1_000_000
+_EXPERTS = (
+    Column(name="layer", title="layer"),
+    Column(name="busiest", title="busiest experts", text=True),
+    Column(name="most", title="busiest", digits=2),
+    Column(name="median", title="median", digits=2),
+    Column(name="least", title="least busy", digits=2),
+    Column(name="idle", title="idle", legend="experts without a token"),
+)
 
 
 def heatmap_section(frames: ReportFrames) -> Section:
@@ -74,27 +82,19 @@ def _variant(loads: pd.DataFrame, layers: pd.DataFrame, label: str, condition: s
     )
 
 
-def _extremes(load_E: NDArray[np.int64]) -> tuple[float, float, float]:
-    return float(load_E.max()), float(np.median(load_E)), float(load_E.min())
-
-
 def _numbers(loads: pd.DataFrame, label: str, condition: str, phase: str) -> Table:
     rows = []
     for layer, loads_of_layer in loads.groupby("layer")["load"]:
         load_E = loads_of_layer.to_numpy()
-        busiest = np.argsort(-load_E, kind="stable")[:4]
         mean = float(load_E.mean())
+        extremes = {"most": load_E.max(), "median": np.median(load_E), "least": load_E.min()}
         rows.append(
-            [
-                str(layer),
-                " ".join(map(str, busiest)),
-                *(times(load / mean if mean else None) for load in _extremes(load_E)),
-                count(int((load_E == 0).sum())),
-            ]
+            {
+                "layer": layer,
+                "busiest": " ".join(map(str, np.argsort(-load_E, kind="stable")[:4])),
+                **{name: float(load) / mean if mean else None for name, load in extremes.items()},
+                "idle": int((load_E == 0).sum()),
+            }
         )
-    return table(
-        f"{shorten(label)} on {shorten(condition)}, {phase}: experts by layer",
-        ["Layer", "Busiest experts", "Busiest", "Median", "Least busy", "Idle experts"],
-        rows,
-        text=2,
-    )
+    where = f"{shorten(label)} on {shorten(condition)}, {phase}"
+    return frame_table(f"{where}: experts by layer, loads over the mean load", _EXPERTS, rows)

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import pandas as pd
 
+from observatory.analysis.columns import Column
 from observatory.reports.figures.exchanges import layer_anatomy
-from observatory.reports.frames.report import each_row
-from observatory.reports.page import FigureBlock, Section, Table, Variant, table
+from observatory.reports.page import FigureBlock, Section, Table, Variant, frame_table
 from observatory.reports.sections.common import run_choice, spread
-from observatory.reports.text import number, percent, plain, shorten
+from observatory.reports.text import percent, plain, shorten
+from observatory.run.documents.writing import frame_records
 from observatory.text import listing
 
 Cell = tuple[int, str, str, str, pd.DataFrame]
+
+_PHASES = (
+    Column(name="layer", title="layer"),
+    Column(name="name", title="phase", text=True),
+    Column(name="mean_s", title="mean over ranks", unit="ms", scale=1e3, digits=3),
+    Column(name="wait_s", title="of it waiting", unit="ms", scale=1e3, digits=3),
+    Column(name="critical_s", title="slowest rank's", unit="ms", scale=1e3, digits=3),
+    Column(name="critical_rank", title="slowest rank", otherwise="not known"),
+    Column(name="critical_rank_share", title="of the steps", unit="%", digits=0, otherwise=""),
+)
 
 
 def anatomy_section(cells: list[Cell]) -> Section:
@@ -73,25 +84,11 @@ def _variant(label: str, condition: str, phase: str, rows: pd.DataFrame) -> Vari
     )
 
 
-def _decider(rank: float, share: float) -> str:
-    return "not known" if pd.isna(rank) else f"{rank} ({percent(share, 0)})"
-
-
 def _numbers(rows: pd.DataFrame, where: str) -> Table:
-    return table(
-        f"{where}: milliseconds per step",
-        ["Layer", "Phase", "Mean over ranks", "Of it waiting", "Slowest rank's", "Slowest rank (of steps)"],
-        [
-            [
-                str(row.layer),
-                plain(row.name),
-                number(row.mean_s * 1e3),
-                number(row.wait_s * 1e3),
-                number(row.critical_s * 1e3),
-                _decider(row.critical_rank, row.critical_rank_share),
-            ]
-            for row in each_row(rows)
-        ],
+    return frame_table(
+        f"{where}: time per step",
+        _PHASES,
+        frame_records(rows),
         note="Where waiting is not known, the shortest rank's time stands for the slowest's: a lower bound.",
-        text=2,
+        below={"critical_rank": "critical_rank_share"},
     )

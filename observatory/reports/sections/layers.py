@@ -48,6 +48,7 @@ def layer_section(frames: ReportFrames) -> Section:
                 (_MODEL, _DATA, *LAYER_COLUMNS, _TOP_K),
                 frame_records(rows.assign(label=rows["label"].map(shorten), condition=conditions)),
                 leave_out=("committee_experts", "step_gini_p50", "step_gini_floor"),
+                folded=("cv", "entropy_bits"),
                 below={
                     "condition": "phase",
                     "gini_excess": "gini_floor",

@@ -5,14 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from observatory.analysis.columns import Column
 from observatory.analysis.routing.imbalance import lorenz_curve
 from observatory.reports.figures import LORENZ_GRID, floor_lorenz, lorenz_curves
 from observatory.reports.frames.report import ReportFrames
-from observatory.reports.page import FigureBlock, Section, Variant, table
+from observatory.reports.page import FigureBlock, Section, Variant, frame_table
 from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice
-from observatory.reports.text import MISSING, percent, shorten
+from observatory.reports.text import percent, shorten
 
 _TABLE_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
+_HELD = (
+    Column(name="share", title="least loaded", unit="%", digits=0),
+    Column(name="mean", title="mean over layers", unit="%", digits=1),
+    Column(name="uniform", title="uniform routing", unit="%", digits=1, legend="an estimate"),
+)
 
 
 def curves_of(loads: pd.DataFrame) -> pd.DataFrame:
@@ -86,11 +92,11 @@ def _variant(
     uniform = floor_lorenz(floor)
     top_half = 1 - float(np.interp(0.5, mean.index.to_numpy(), mean.to_numpy()))
     rows = [
-        [
-            percent(share, 0),
-            percent(float(np.interp(share, mean.index.to_numpy(), mean.to_numpy()))),
-            percent(float(np.interp(share, LORENZ_GRID, uniform))) if uniform is not None else MISSING,
-        ]
+        {
+            "share": share,
+            "mean": float(np.interp(share, mean.index.to_numpy(), mean.to_numpy())),
+            "uniform": None if uniform is None else float(np.interp(share, LORENZ_GRID, uniform)),
+        }
         for share in _TABLE_SHARES
     ]
     return Variant(
@@ -101,10 +107,10 @@ def _variant(
         f"{shorten(condition)}, {phase}: "
         f"the busier half of the experts takes {percent(top_half)} of the assignments on average.",
         note=f"{shorten(label)} on {shorten(condition)}, {phase}. " + layer_window_text(layers),
-        numbers=table(
+        numbers=frame_table(
             f"{shorten(label)} on {shorten(condition)}, {phase}: share of assignments held by the least "
             "loaded experts",
-            ["Least loaded", "Mean over layers", "Uniform routing (estimate)"],
+            _HELD,
             rows,
         ),
     )

@@ -6,11 +6,36 @@ import math
 
 import pandas as pd
 
+from observatory.analysis.columns import Column
 from observatory.reports.figures import condition_dots
-from observatory.reports.frames.report import ReportFrames, each_row, phases_of
-from observatory.reports.page import Cell, FigureBlock, Head, Section, Table, Variant, table
+from observatory.reports.frames.report import ReportFrames, phases_of
+from observatory.reports.page import FigureBlock, Section, Table, Variant, frame_table
 from observatory.reports.sections.common import NO_LOADS, window_text
-from observatory.reports.text import interval, number, shorten, times
+from observatory.run.documents.writing import frame_records
+
+_MODEL = Column(name="label", title="model", text=True)
+_CONDITIONS = (
+    _MODEL,
+    Column(name="condition", title="data", text=True),
+    Column(name="kind", title="kind", text=True),
+    Column(
+        name="gini",
+        title="Gini",
+        digits=3,
+        interval=("gini_low", "gini_high"),
+        legend="with its 95 % interval",
+    ),
+    Column(name="gini_floor", title="floor", digits=3),
+    Column(name="gini_excess", title="excess", digits=3),
+)
+_RATIOS = (
+    _MODEL,
+    Column(name="phase", title="phase", text=True),
+    Column(name="verdict", title="what mock does", text=True),
+    Column(name="real", title="real text", digits=3, interval=("real_low", "real_high")),
+    Column(name="mock", title="mock", digits=3, interval=("mock_low", "mock_high")),
+    Column(name="ratio", title="ratio", digits=2, interval=("ratio_low", "ratio_high")),
+)
 
 
 def mock_ratios(cells: pd.DataFrame) -> pd.DataFrame:
@@ -111,23 +136,7 @@ def _variant(cells: pd.DataFrame, phase: str) -> Variant:
         f"{cells['condition'].nunique()} data conditions, from {cells['gini'].min():.3f} to "
         f"{cells['gini'].max():.3f}.",
         note=window_text(cells),
-        numbers=table(
-            f"Gini by data condition, {phase}",
-            ["Model", "Condition", "Kind", "Gini", "95 % interval", "Floor", "Excess"],
-            [
-                [
-                    shorten(row.label),
-                    shorten(row.condition),
-                    row.kind,
-                    number(row.gini),
-                    interval(row.gini_low, row.gini_high),
-                    number(row.gini_floor),
-                    number(row.gini_excess),
-                ]
-                for row in each_row(cells)
-            ],
-            text=3,
-        ),
+        numbers=frame_table(f"Gini by data condition, {phase}", _CONDITIONS, frame_records(cells)),
     )
 
 
@@ -138,28 +147,10 @@ def _ratio_table(ratios: pd.DataFrame) -> Table:
         "same": "no difference beyond the interval",
         "unknown": "not decided: too few steps for an interval",
     }
-    return table(
+    return frame_table(
         "Gini on mock tokens ÷ mean Gini on real text",
-        [
-            "Model",
-            "Phase",
-            "What mock does",
-            Head(title="Real text", detail="95 % interval"),
-            Head(title="Mock", detail="95 % interval"),
-            Head(title="Ratio", detail="interval"),
-        ],
-        [
-            [
-                shorten(row.label),
-                row.phase,
-                words[row.verdict],
-                Cell(text=number(row.real), detail=interval(row.real_low, row.real_high)),
-                Cell(text=number(row.mock), detail=interval(row.mock_low, row.mock_high)),
-                Cell(text=times(row.ratio), detail=interval(row.ratio_low, row.ratio_high, 2)),
-            ]
-            for row in each_row(ratios)
-        ],
-        text=3,
+        _RATIOS,
+        frame_records(ratios.assign(verdict=ratios["verdict"].map(words))),
         note="Real text: unweighted mean over the real-text conditions of the model, shuffled text left "
         "out; its interval is the mean of their intervals. The ratio's interval divides the ends "
         "crosswise: at least as wide as a 95 % interval (an estimate on the safe side).",

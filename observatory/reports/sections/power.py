@@ -7,17 +7,41 @@ from typing import Any
 
 import pandas as pd
 
+from observatory.analysis.columns import Column
 from observatory.devices.event_reasons import HOLDING_BITS, reason_name
 from observatory.reports.figures.power import power_timeline
 from observatory.reports.frames.power import BINS, PowerFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
-from observatory.reports.page import Cell, FigureBlock, Head, Section, Table, Variant, table
+from observatory.reports.page import FigureBlock, Section, Table, Variant, frame_table
 from observatory.reports.sections.common import run_text
-from observatory.reports.text import count, number, percent, plain, shorten
+from observatory.reports.text import count, number, plain, shorten
+from observatory.run.documents.writing import frame_records
 from observatory.text import listing
 
 _TITLE = "Power and clocks over time"
 _MOST_REASONS = 4
+_TELEMETRY = (
+    Column(name="phase", title="part", text=True, otherwise="whole run"),
+    Column(name="samples", title="samples"),
+    Column(name="power_median_mw", title="power", unit="W", scale=1e-3, digits=1),
+    Column(name="power_p95_mw", title="95 % below", unit="W", scale=1e-3, digits=1),
+    Column(name="limit_mw", title="limit", unit="W", scale=1e-3, digits=1),
+    Column(name="power_cap_share", title="held by limit", unit="%", digits=1),
+    Column(name="power_cap_busy_share", title="of busy time", unit="%", digits=1),
+    Column(name="thermal_share", title="thermal", unit="%", digits=1),
+    Column(name="brake_share", title="brake", unit="%", digits=1),
+    Column(name="idle_share", title="idle", unit="%", digits=1),
+    Column(
+        name="sm_clock_mhz",
+        title="SM clock",
+        unit="MHz",
+        digits=0,
+        interval=("sm_clock_low_mhz", "sm_clock_high_mhz"),
+        legend="and what 5 % and 95 % of the samples lie below",
+    ),
+    Column(name="busy_clock_mhz", title="clock while busy", unit="MHz", digits=0),
+    Column(name="capped_clock_mhz", title="while held by limit", unit="MHz", digits=0),
+)
 _LATE_S = 0.5
 _SOURCES = {
     "instant": "Power is the device's own reading of the moment",
@@ -205,53 +229,21 @@ def _of_device(frame: pd.DataFrame, run: int, sampler: int, uuid: str) -> pd.Dat
 
 def _numbers(telemetry: pd.DataFrame, where: str) -> Table:
     """Power and clocks of the whole run and of each phase; related numbers share a column."""
-    return table(
+    return frame_table(
         f"{where}: what its samples show",
-        [
-            Head(title="Part", detail="samples", numeric=False),
-            Head(title="Power", detail="95 % below"),
-            "Limit",
-            Head(title="Held by limit", detail="of busy time"),
-            "Thermal",
-            "Brake",
-            "Idle",
-            Head(title="SM clock", detail="5 % to 95 %"),
-            Head(title="Clock while busy", detail="while held by limit"),
-        ],
-        [
-            [
-                Cell(
-                    text="whole run" if pd.isna(row.phase) else plain(row.phase),
-                    detail=f"{count(row.samples)} samples",
-                    heading=True,
-                ),
-                Cell(text=_watts(row.power_median_mw), detail=_watts(row.power_p95_mw)),
-                _watts(row.limit_mw),
-                Cell(text=percent(row.power_cap_share), detail=percent(row.power_cap_busy_share)),
-                percent(row.thermal_share),
-                percent(row.brake_share),
-                percent(row.idle_share),
-                Cell(text=_mhz(row.sm_clock_mhz), detail=_mhz_range(row)),
-                Cell(text=_mhz(row.busy_clock_mhz), detail=_mhz(row.capped_clock_mhz)),
-            ]
-            for row in each_row(telemetry)
-        ],
+        _TELEMETRY,
+        frame_records(telemetry),
         note="Medians, and shares of the samples or, where the driver counts it, of the time. In small: what "
         "the head has in small. Power and SM clock are of all samples, busy or idle; the last column is of "
         "samples without the idle bit, and of those among them that the power limit holds.",
+        below={
+            "phase": "samples",
+            "power_median_mw": "power_p95_mw",
+            "power_cap_share": "power_cap_busy_share",
+            "busy_clock_mhz": "capped_clock_mhz",
+        },
     )
 
 
-def _mhz_range(row: Any) -> str:
-    low, high = number(row.sm_clock_low_mhz, 0), number(row.sm_clock_high_mhz, 0)
-    return low if low == "n/a" else f"{low} – {high} MHz"
-
-
-def _watts(milliwatts: float | None) -> str:
-    text = number(None if milliwatts is None else milliwatts * 1e-3, 1)
-    return text if text == "n/a" else f"{text} W"
-
-
-def _mhz(value: float | None) -> str:
-    text = number(value, 0)
-    return text if text == "n/a" else f"{text} MHz"
+def _watts(milliwatts: float) -> str:
+    return f"{number(milliwatts * 1e-3, 1)} W"

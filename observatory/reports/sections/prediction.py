@@ -17,9 +17,9 @@ from observatory.analysis.network.words import misfit_sentence, verdict_sentence
 from observatory.reports.figures.prediction import predicted_and_measured
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
-from observatory.reports.page import Block, Cell, FigureBlock, Section, Table, Variant, frame_table, table
+from observatory.reports.page import Block, Cell, FigureBlock, Section, Table, Variant, frame_table
 from observatory.reports.sections.common import phases_in, replay_name, run_choice
-from observatory.reports.text import count, interval, microseconds, percent, plain, shorten, times
+from observatory.reports.text import count, microseconds, percent, plain, shorten, times
 from observatory.run.documents.bench import BenchResult
 from observatory.run.documents.writing import frame_records
 from observatory.text import listing
@@ -34,6 +34,30 @@ _MOST_MISFITS = 8
 #: A model fitted longer before or after than this is said to be so.
 _LONG_S = 2 * 3600.0
 _TRAFFIC = Column(name="place", title="traffic and phase", text=True)
+_MEASURED_IN = Column(name="place", title="measured in", text=True)
+_MODEL = Column(name="model", title="model", text=True)
+_VERDICTS = (
+    _MODEL,
+    Column(name="verdict", title="verdict", text=True, otherwise="not recorded"),
+    Column(name="why", title="why", text=True),
+)
+_COMPARISONS = (
+    _MEASURED_IN,
+    Column(
+        name="ratio",
+        title="captured ÷ uniform, predicted",
+        digits=2,
+        interval=("low", "high"),
+        legend="with its 90 % interval",
+    ),
+    Column(name="distinguished", title="distinguished", text=True),
+)
+_LEFT_OUT = (
+    _MEASURED_IN,
+    _MODEL,
+    Column(name="reason", title="reason", text=True),
+    Column(name="exchanges", title="exchanges"),
+)
 _PLACE = ["phase", "layer", "role"]
 _KEYS = ["network", "replay", "run", "algorithm"]
 
@@ -83,7 +107,7 @@ def prediction_section(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Sec
 
 def _verdict_table(benchmarks: BenchmarkFrames) -> Table:
     """What each model is good for, and what of the fabric it does not describe."""
-    rows: list[list[str | Cell]] = []
+    rows: list[dict[str, Any]] = []
     for network in benchmarks.files.networks:
         model = network.document
         for fit in model.fits:
@@ -94,18 +118,18 @@ def _verdict_table(benchmarks: BenchmarkFrames) -> Table:
             more = len(fit.misfits) - _MOST_MISFITS
             said += [f"{more} more parts that differ are in the file"] if more > 0 else []
             rows.append(
-                [
-                    Cell(text=shorten(network.name, 32), detail=shorten(fit.algorithm, 24), heading=True),
-                    plain("not recorded" if fit.verdict is None else fit.verdict.code.replace("_", " ")),
-                    plain(". ".join(said)),
-                ]
+                {
+                    "model": Cell(text=shorten(network.name, 32), detail=shorten(fit.algorithm, 24)),
+                    "verdict": None if fit.verdict is None else fit.verdict.code.replace("_", " "),
+                    "why": Cell(text=plain(". ".join(said))),
+                }
             )
-    return table("Whether the models hold", ["Model", "Verdict", "Why"], rows, text=3)
+    return frame_table("Whether the models hold", _VERDICTS, rows)
 
 
 def _apart_table(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Table | None:
     """Whether the models distinguish captured from uniform traffic of one replay."""
-    rows: list[list[str | Cell]] = []
+    rows: list[dict[str, Any]] = []
     replayed = benchmarks.checked[benchmarks.checked["replay"].notna()]
     for key, group in each_group(replayed, [*_KEYS, "phase"]):
         network, replay, run, algorithm, phase = key
@@ -122,22 +146,24 @@ def _apart_table(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Table | N
             same_ranks=True,
         )
         rows.append(
-            [
-                Cell(
+            {
+                "place": Cell(
                     text=f"{_source(frames, benchmarks, replay, int(run))}, {shorten(phase, 24)}",
                     detail=f"{shorten(algorithm, 24)}, by {shorten(model.name, 32)}",
-                    heading=True,
                 ),
-                times(compared.ratio),
-                "n/a" if compared.low is None else interval(compared.low, compared.high, 2),
-                {"apart": "yes", "within_error": "no", "unknown": "error not known"}[compared.code],
-            ]
+                "ratio": compared.ratio,
+                "low": compared.low,
+                "high": compared.high,
+                "distinguished": {"apart": "yes", "within_error": "no", "unknown": "error not known"}[
+                    compared.code
+                ],
+            }
         )
     if not rows:
         return None
-    return table(
+    return frame_table(
         "Whether predicted times distinguish captured from uniform traffic",
-        ["Measured in", "Captured ÷ uniform, predicted", "90 % interval", "Distinguished"],
+        _COMPARISONS,
         rows,
         note="The interval is that of the ratio: what the model gets wrong about both alike does not "
         "count. A difference within it is none.",
@@ -256,7 +282,7 @@ def _error_table(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Table:
                 where.append(shorten(benchmarks.files.replays[int(replay)].name, 32))
             if len(benchmarks.files.networks) > 1:
                 where.append(f"by {shorten(benchmarks.files.networks[int(network)].name, 32)}")
-            place = Cell(text=what, detail=", ".join(where), heading=True)
+            place = Cell(text=what, detail=", ".join(where))
             rows.append({"place": place, **errors_of(group[group["phase"] == phase])})
     return frame_table(
         "How far off the predictions are",
@@ -271,22 +297,17 @@ def _left_out_table(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Table 
     keys = ["network", "replay", "run", "reason"]
     counts = benchmarks.left_out.groupby(keys, sort=False, dropna=False)["exchanges"].sum().reset_index()
     rows = [
-        [
-            _source(frames, benchmarks, row.replay, int(row.run)),
-            shorten(benchmarks.files.networks[int(row.network)].name, 32),
-            plain(row.reason),
-            count(row.exchanges),
-        ]
+        {
+            "place": _source(frames, benchmarks, row.replay, int(row.run)),
+            "model": shorten(benchmarks.files.networks[int(row.network)].name, 32),
+            "reason": row.reason,
+            "exchanges": row.exchanges,
+        }
         for row in each_row(counts)
     ]
     if not rows:
         return None
-    return table(
-        "Exchanges without a prediction, and why",
-        ["Measured in", "Model", "Reason", "Exchanges"],
-        rows,
-        text=3,
-    )
+    return frame_table("Exchanges without a prediction, and why", _LEFT_OUT, rows)
 
 
 def _numbers(rows: pd.DataFrame, where: str) -> Table:

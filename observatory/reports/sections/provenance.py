@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
+from observatory.analysis.columns import Column
 from observatory.reports.frames.report import ReportFrames, RunFacts
-from observatory.reports.page import Section, Table, table
+from observatory.reports.page import Section, Table, frame_table
 from observatory.reports.sections.overview import when
-from observatory.reports.text import bytes_text, count, plain, shorten
+from observatory.reports.text import bytes_text, plain, shorten
 from observatory.run.manifest import Manifest, Verified
 
 #: Entry of docs/metrics.md, by the name that sections use -> the formula in one line.
@@ -64,6 +65,27 @@ FORMULAS: tuple[tuple[str, str], ...] = (
     ),
 )
 
+_RUNS = (
+    Column(name="run", title="run"),
+    Column(name="label", title="model", text=True),
+    Column(name="condition", title="data", text=True),
+    Column(name="state", title="state", text=True),
+    Column(name="path", title="directory", text=True),
+    Column(name="ranks", title="ranks"),
+    Column(name="rank_states", title="states", text=True),
+    Column(name="created", title="created", text=True),
+    Column(name="commit", title="commit", text=True),
+)
+_LAYERS = (
+    Column(name="layer", title="layer"),
+    Column(name="module", title="module", text=True),
+    Column(name="verified", title="counts verified by", text=True),
+    Column(name="experts", title="experts"),
+    Column(name="top_k", title="top-k", otherwise="varies"),
+    Column(name="shared_experts", title="shared experts"),
+    Column(name="null_experts", title="null experts"),
+)
+
 #: Manifest fields shown in words of their own; all others are shown as they are.
 _SHOWN_APART = {
     "model",
@@ -102,17 +124,17 @@ class RunRecord:
 def run_table(frames: ReportFrames) -> Section:
     """One row per run."""
     rows = [
-        [
-            str(fact.run + 1),
-            shorten(label),
-            shorten(fact.condition),
-            fact.manifest.state,
-            plain(fact.path),
-            count(fact.manifest.topology.ranks),
-            _states(fact.manifest),
-            when(fact.manifest.created_unix_s),
-            plain(fact.manifest.git_sha or "not recorded")[:12],
-        ]
+        {
+            "run": fact.run + 1,
+            "label": shorten(label),
+            "condition": shorten(fact.condition),
+            "state": fact.manifest.state,
+            "path": fact.path,
+            "ranks": fact.manifest.topology.ranks,
+            "rank_states": _states(fact.manifest),
+            "created": when(fact.manifest.created_unix_s),
+            "commit": (fact.manifest.git_sha or "not recorded")[:12],
+        }
         for fact, label in zip(frames.facts, frames.runs["label"], strict=True)
     ]
     return Section(
@@ -120,21 +142,11 @@ def run_table(frames: ReportFrames) -> Section:
         title="Provenance",
         lead=("Recorded when the runs were made, not when this page was written.",),
         blocks=(
-            table(
+            frame_table(
                 "Runs in this report",
-                [
-                    "Run",
-                    "Model",
-                    "Condition",
-                    "State",
-                    "Directory",
-                    "Ranks",
-                    "Rank states",
-                    "Created",
-                    "Commit",
-                ],
+                _RUNS,
                 rows,
-                text=9,
+                below={"label": "condition", "ranks": "rank_states", "created": "commit"},
             ),
         ),
     )
@@ -197,22 +209,13 @@ def _value(value: object) -> str:
 
 
 def _modules(manifest: Manifest) -> Table:
-    return table(
+    return frame_table(
         "MoE layers as found in the model",
-        ["Layer", "Module", "Counts verified by", "Experts", "Top-k", "Shared experts", "Null experts"],
+        _LAYERS,
         [
-            [
-                str(layer.layer),
-                plain(layer.module),
-                plain(_verified(layer.verified)),
-                count(layer.experts),
-                "varies" if layer.top_k is None else str(layer.top_k),
-                count(layer.shared_experts),
-                count(layer.null_experts),
-            ]
+            {**layer.model_dump(), "verified": _verified(layer.verified)}
             for layer in manifest.model.moe_layers
         ],
-        text=3,
     )
 
 

@@ -141,7 +141,7 @@ def _pooled_table(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Table:
             of_phase = group[(group["phase"] == phase) & group["layer"].isna()]
             for row in each_row(of_phase.sort_values("role", ascending=False, na_position="first")):
                 what = f"{shorten(phase, 24)}, {'both ways' if pd.isna(row.role) else plain(row.role)}"
-                place = Cell(text=what, detail=", ".join(of_run), heading=True)
+                place = Cell(text=what, detail=", ".join(of_run))
                 rows.append({**row._asdict(), "place": place, "reading": realism_verdict(row)})
     return frame_table(
         "Over all layers",

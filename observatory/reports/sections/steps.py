@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import pandas as pd
 
+from observatory.analysis.columns import Column
 from observatory.reports.figures import step_profile
-from observatory.reports.frames.report import ReportFrames, each_row
-from observatory.reports.page import FigureBlock, Section, Variant, table
+from observatory.reports.frames.report import ReportFrames
+from observatory.reports.page import FigureBlock, Section, Variant, frame_table
 from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice
-from observatory.reports.text import interval, number, shorten
+from observatory.reports.text import count, number, shorten
+from observatory.run.documents.writing import frame_records
+
+_GINI = (
+    Column(name="layer", title="layer"),
+    Column(
+        name="gini",
+        title="window",
+        digits=3,
+        interval=("gini_low", "gini_high"),
+        legend="with its 95 % interval (bootstrap over steps)",
+    ),
+    Column(name="gini_floor", title="window floor", digits=3),
+    Column(name="step_gini_p10", title="step p10", digits=3),
+    Column(name="step_gini_p50", title="step p50", digits=3),
+    Column(name="step_gini_p90", title="step p90", digits=3),
+    Column(name="step_gini_floor", title="step floor", digits=3),
+)
 
 
 def step_section(frames: ReportFrames) -> Section:
@@ -59,31 +77,10 @@ def _variant(layers: pd.DataFrame, label: str, condition: str, phase: str) -> Va
         f"median of {layers['step_gini_p50'].mean():.3f}, the whole window {layers['gini'].mean():.3f}, "
         "means over layers.",
         note=f"{shorten(label)} on {shorten(condition)}, {phase}. {layer_window_text(layers)} One step: "
-        f"{per_step:,.0f} tokens per layer, floor {number(float(layers['step_gini_floor'].mean()))}.",
-        numbers=table(
+        f"{count(per_step)} tokens per layer, floor {number(float(layers['step_gini_floor'].mean()))}.",
+        numbers=frame_table(
             f"{shorten(label)} on {shorten(condition)}, {phase}: Gini of single steps and of the window",
-            [
-                "Layer",
-                "Window",
-                "95 % interval",
-                "Window floor",
-                "Step p10",
-                "Step p50",
-                "Step p90",
-                "Step floor",
-            ],
-            [
-                [
-                    str(row.layer),
-                    number(row.gini),
-                    interval(row.gini_low, row.gini_high),
-                    number(row.gini_floor),
-                    number(row.step_gini_p10),
-                    number(row.step_gini_p50),
-                    number(row.step_gini_p90),
-                    number(row.step_gini_floor),
-                ]
-                for row in each_row(layers.sort_values("layer"))
-            ],
+            _GINI,
+            frame_records(layers.sort_values("layer")),
         ),
     )

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
+from observatory.analysis.columns import Column
 from observatory.reports.figures.exchanges import traffic_map
-from observatory.reports.frames.report import each_row
-from observatory.reports.page import FigureBlock, Section, Variant, table
+from observatory.reports.page import FigureBlock, Section, Variant, frame_table
 from observatory.reports.sections.common import run_choice
-from observatory.reports.text import count, number, percent, shorten, times
+from observatory.reports.text import number, percent, shorten, times
 
 #: Cells of all maps together; more would make the file too large, so single layers are left out then.
 _MOST_CELLS = 200_000
 _MOST_ROWS = 64
 _ROLES = ("dispatch", "combine")
+_RANKS = (
+    Column(name="rank", title="rank"),
+    Column(name="sent", title="sends to others", unit="bytes"),
+    Column(name="received", title="receives from others", unit="bytes"),
+    Column(name="kept", title="keeps", unit="bytes"),
+    Column(name="most_to", title="most to rank", otherwise="-"),
+    Column(name="most", title="bytes", otherwise=""),
+)
 
 Cell = tuple[int, str, str, str, pd.DataFrame]
 
@@ -85,10 +95,11 @@ def _variant(rows: pd.DataFrame, ranks: int, label: str, condition: str, phase: 
         f"between ranks, the busiest pair {times(skew)} the mean pair.",
         note=f"{where}. {_megabytes(total)} in all, {percent(travelling / total if total else None)} of it "
         f"between different ranks; busiest pair {times(skew)} the mean of pairs.",
-        numbers=table(
+        numbers=frame_table(
             f"{where}: bytes by rank" + (f", the first {_MOST_ROWS} ranks" if ranks > _MOST_ROWS else ""),
-            ["Rank", "Sends to others", "Gets from others", "Keeps", "Most to"],
+            _RANKS,
             _by_rank(pairs, min(ranks, _MOST_ROWS)),
+            below={"most_to": "most"},
         ),
     )
 
@@ -97,13 +108,21 @@ def _megabytes(value: float) -> str:
     return f"{number(value / 1e6, 1)} MB"
 
 
-def _by_rank(pairs: pd.DataFrame, ranks: int) -> list[list[str]]:
+def _by_rank(pairs: pd.DataFrame, ranks: int) -> list[dict[str, Any]]:
     rows = []
     for rank in range(ranks):
         sent = pairs[(pairs["source_rank"] == rank) & (pairs["peer_rank"] != rank)]
         got = pairs[(pairs["peer_rank"] == rank) & (pairs["source_rank"] != rank)]
-        kept = pairs[(pairs["source_rank"] == rank) & (pairs["peer_rank"] == rank)]["bytes"].sum()
-        first = next(iter(each_row(sent.sort_values("bytes", ascending=False))), None)
-        most = "–" if first is None or not first.bytes else f"rank {first.peer_rank}: {count(first.bytes)}"
-        rows.append([str(rank), count(sent["bytes"].sum()), count(got["bytes"].sum()), count(kept), most])
+        kept = pairs[(pairs["source_rank"] == rank) & (pairs["peer_rank"] == rank)]
+        most = sent[sent["bytes"] > 0].nlargest(1, "bytes")
+        rows.append(
+            {
+                "rank": rank,
+                "sent": int(sent["bytes"].sum()),
+                "received": int(got["bytes"].sum()),
+                "kept": int(kept["bytes"].sum()),
+                "most_to": None if most.empty else int(most["peer_rank"].iloc[0]),
+                "most": None if most.empty else int(most["bytes"].iloc[0]),
+            }
+        )
     return rows

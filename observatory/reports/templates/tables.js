@@ -1,4 +1,4 @@
-// Tables: a click on a heading sorts the rows; a table can be copied, or saved as CSV.
+// Tables: a click on a heading sorts the rows; a table can be copied, or saved as CSV, with all its columns.
 const equipTable = (() => {
   "use strict";
   const MISSING = ["n/a", "–", ""];
@@ -92,6 +92,16 @@ const equipTable = (() => {
       setTimeout(() => outcome.replaceChildren(), 4000);
     });
     tools.append(copy, save, outcome);
+    if (table.querySelector(".folded")) {
+      const heads = table.tHead.rows[0].cells.length;
+      const all = button(`Show all ${heads} columns`);
+      all.setAttribute("aria-pressed", "false");
+      all.addEventListener("click", () => {
+        const shown = table.classList.toggle("all");
+        all.setAttribute("aria-pressed", String(shown));
+      });
+      tools.prepend(all);
+    }
     table.parentElement.after(tools);
   };
 })();
