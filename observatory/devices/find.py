@@ -30,7 +30,9 @@ from observatory.devices.nvml_library import SUCCESS, close_nvml, list_gpus, loa
 from observatory.devices.rapl import POWERCAP, RaplDevice, find_domains
 from observatory.devices.replay import ReplayDevice
 from observatory.devices.visible import PciGpu, match_uuid, parse_bus_id, visible_gpus
+from observatory.devices.words import GpuCode, gpu_words
 from observatory.errors import DeviceError
+from observatory.reasons import Reason
 from observatory.run.files import one_line
 
 _FORMS = "GPU-<uuid>, a PCI bus id, amd:<uuid>, rapl:<domain>, replay:<file> or none"
@@ -50,7 +52,7 @@ class LocalDevices:
     """
 
     selectors: tuple[str, ...] = ()
-    reason: str | None = None
+    reason: Reason | None = None
 
 
 def open_device(selector: str) -> PowerDevice:
@@ -106,7 +108,7 @@ def open_devices() -> list[PowerDevice]:
     return devices
 
 
-def readable_devices(*, no_gpu: str | None) -> tuple[str, ...]:
+def readable_devices(*, no_gpu: Reason | None) -> tuple[str, ...]:
     """Names of all devices that report something: what is sampled where a process has no GPU of its own.
 
     Args:
@@ -121,7 +123,7 @@ def readable_devices(*, no_gpu: str | None) -> tuple[str, ...]:
         device.close()
     if not names:
         raise DeviceError(
-            f"no device reports its power here ({no_gpu})",
+            f"no device reports its power here{'' if no_gpu is None else f' ({gpu_words(no_gpu)})'}",
             remedy="see the reasons in `observatory doctor`, or name a device",
         )
     return tuple(names)
@@ -136,28 +138,26 @@ def all_selectors() -> list[str]:
 
 def local_devices(environment: Mapping[str, str] = os.environ) -> LocalDevices:
     """GPUs that a program of this environment uses (``CUDA_VISIBLE_DEVICES``); none stays open."""
-    gpus, why_not = nvidia_gpus()
-    if gpus:
+    gpus, no_nvidia = nvidia_gpus()
+    if no_nvidia is None:
         visible = visible_gpus(environment, gpus)
         return LocalDevices(selectors=visible.uuids, reason=visible.reason)
-    amd, why_no_amd = _amd_gpus()
-    if not amd:
-        return LocalDevices(reason=f"{why_not}; {why_no_amd}")
+    amd, no_amd = _amd_gpus()
+    if no_amd is not None:
+        return LocalDevices(reason=Reason(GpuCode.NO_GPU, because=(no_nvidia, no_amd)))
     hidden = next((name for name in _AMD_VARIABLES if name in environment), None)
     if hidden is None:
         return LocalDevices(selectors=tuple(amd))
-    return LocalDevices(
-        reason=f"{hidden}={one_line(environment[hidden], 80)} counts AMD GPUs in an order that amdsmi does "
-        f"not report; name them: {', '.join(amd)}"
-    )
+    values = {"variable": f"{hidden}={one_line(environment[hidden], 80)}", "gpus": ", ".join(amd)}
+    return LocalDevices(reason=Reason(GpuCode.AMD_ORDER, values))
 
 
-def nvidia_gpus() -> tuple[list[PciGpu], str | None]:
+def nvidia_gpus() -> tuple[list[PciGpu], Reason | None]:
     """NVIDIA GPUs in the order of their PCI bus ids, and why there are none; a lost one is left out."""
     try:
         nvml = load_nvml()
     except DeviceError as error:
-        return [], str(error)
+        return [], Reason(GpuCode.NOT_READABLE, {"error": str(error)})
     try:
         listed = list_gpus(nvml)
     finally:
@@ -170,16 +170,16 @@ def nvidia_gpus() -> tuple[list[PciGpu], str | None]:
     if gpus:
         return sorted(gpus, key=lambda gpu: (parse_bus_id(gpu.bus_id or "") or (1 << 32,), gpu.uuid)), None
     if listed:
-        return [], f"the NVIDIA driver lists {len(listed)} GPUs and none answers; see the kernel log"
-    return [], "the NVIDIA driver shows this process no GPU; ask the scheduler for one"
+        return [], Reason(GpuCode.NONE_ANSWERS, {"gpus": len(listed)})
+    return [], Reason(GpuCode.NONE_SHOWN)
 
 
-def _amd_gpus() -> tuple[dict[str, str | None], str | None]:
+def _amd_gpus() -> tuple[dict[str, str | None], Reason | None]:
     """Bus ids of AMD GPUs by UUID, sorted by both, and why there are none."""
     try:
         amdsmi = load_amdsmi()
     except DeviceError as error:
-        return {}, str(error)
+        return {}, Reason(GpuCode.NOT_READABLE, {"error": str(error)})
     try:
         places: dict[str, str | None] = {}
         for uuid, handle in list_amd(amdsmi).items():
@@ -187,11 +187,11 @@ def _amd_gpus() -> tuple[dict[str, str | None], str | None]:
                 places[uuid] = amdsmi.amdsmi_get_gpu_device_bdf(handle)
             places.setdefault(uuid, None)
     except DeviceError as error:
-        return {}, str(error)
+        return {}, Reason(GpuCode.NOT_READABLE, {"error": str(error)})
     finally:
         amdsmi.amdsmi_shut_down()
     ordered = sorted(places, key=lambda uuid: (parse_bus_id(places[uuid] or "") or (1 << 32,), uuid))
-    return {uuid: places[uuid] for uuid in ordered}, None if ordered else "amdsmi lists no AMD GPU"
+    return {uuid: places[uuid] for uuid in ordered}, None if ordered else Reason(GpuCode.NO_AMD_GPU)
 
 
 def _nvidia_uuid(start: str) -> str:
@@ -202,8 +202,12 @@ def _nvidia_uuid(start: str) -> str:
         return matched[0]
     what = f"fits {len(matched)} GPUs" if matched else "is no GPU of this machine"
     raise DeviceError(
-        f"{one_line(start, 80)} {what}", expected=f"one of {', '.join(uuids) or f'none: {why_not}'}"
+        f"{one_line(start, 80)} {what}", expected=f"one of {', '.join(uuids) or _none(why_not)}"
     )
+
+
+def _none(why_not: Reason | None) -> str:
+    return "none" if why_not is None else f"none: {gpu_words(why_not)}"
 
 
 def _open_by_bus_id(selector: str) -> PowerDevice:
@@ -217,7 +221,7 @@ def _open_by_bus_id(selector: str) -> PowerDevice:
         if parse_bus_id(bus_id or "") == place:
             return AmdDevice(uuid)
     shown = ", ".join([gpu.bus_id or gpu.uuid for gpu in gpus] + [amd[uuid] or uuid for uuid in amd])
-    raise DeviceError(f"there is no GPU at PCI {selector}", expected=f"one of {shown or f'none: {why_not}'}")
+    raise DeviceError(f"there is no GPU at PCI {selector}", expected=f"one of {shown or _none(why_not)}")
 
 
 def _open_recording(text: str) -> PowerDevice:

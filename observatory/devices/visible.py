@@ -12,12 +12,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pydantic import JsonValue
+
+from observatory.devices.words import GpuCode
+from observatory.reasons import Reason
 from observatory.run.files import one_line
 
 _BUS_ID = re.compile(
     r"(?:([0-9a-f]{1,8}):)?([0-9a-f]{1,2}):([0-9a-f]{1,2})\.([0-7])", re.ASCII | re.IGNORECASE
 )
 _ORDINAL = re.compile(r"\d{1,9}", re.ASCII)
+#: The variable with its value, for a reason.
+Shown = dict[str, JsonValue]
 _UUID_START = re.compile(r"GPU-[0-9a-f][0-9a-f-]{0,40}", re.ASCII | re.IGNORECASE)
 
 
@@ -40,7 +46,7 @@ class VisibleGpus:
     """
 
     uuids: tuple[str, ...] = ()
-    reason: str | None = None
+    reason: Reason | None = None
 
 
 def parse_bus_id(text: str) -> tuple[int, int, int, int] | None:
@@ -74,8 +80,7 @@ def visible_gpus(environment: Mapping[str, str], gpus: Sequence[PciGpu]) -> Visi
         return visible
     return VisibleGpus(
         uuids=tuple(uuid for uuid in visible.uuids if uuid not in shared),
-        reason=f"{shared[0]} is partitioned (MIG), and its power is that of all its instances; name it to "
-        "read it all the same",
+        reason=Reason(GpuCode.PARTITIONED, {"gpu": shared[0]}),
     )
 
 
@@ -83,14 +88,12 @@ def _visible(environment: Mapping[str, str], ordered: Sequence[PciGpu]) -> Visib
     wanted = environment.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:
         return VisibleGpus(uuids=tuple(gpu.uuid for gpu in ordered))
-    shown = f"CUDA_VISIBLE_DEVICES={one_line(wanted, 80)}"
+    shown: Shown = {"variable": f"CUDA_VISIBLE_DEVICES={one_line(wanted, 80)}"}
     entries = [entry.strip() for entry in wanted.split(",")]
     if entries[0] == "":
-        return VisibleGpus(reason=f"{shown} hides all GPUs")
+        return VisibleGpus(reason=Reason(GpuCode.HIDDEN, shown))
     if any(entry.upper().startswith("MIG-") for entry in entries):
-        return VisibleGpus(
-            reason=f"{shown} names MIG instances; power is measured for whole GPUs only, which others share"
-        )
+        return VisibleGpus(reason=Reason(GpuCode.INSTANCES_NAMED, shown))
     if all(_ORDINAL.fullmatch(entry) for entry in entries):
         return _by_ordinal([int(entry) for entry in entries], ordered, environment, shown)
     return _by_entry(entries, ordered, environment, shown)
@@ -102,38 +105,34 @@ def _place(gpu: PciGpu) -> tuple[tuple[int, ...], str]:
 
 
 def _by_ordinal(
-    ordinals: Sequence[int], ordered: Sequence[PciGpu], environment: Mapping[str, str], shown: str
+    ordinals: Sequence[int], ordered: Sequence[PciGpu], environment: Mapping[str, str], shown: Shown
 ) -> VisibleGpus:
     if any(gpu.mig for gpu in ordered):
-        return VisibleGpus(reason=f"{shown} counts MIG instances among the GPUs; name the GPUs by UUID")
+        return VisibleGpus(reason=Reason(GpuCode.INSTANCES_COUNTED, shown))
     valid: list[int] = []
     for ordinal in ordinals:
         if ordinal >= len(ordered):
             break  # CUDA ends the list here
         valid.append(ordinal)
     if len(set(valid)) != len(valid):
-        return VisibleGpus(reason=f"{shown} names a GPU twice, for which CUDA uses none")
+        return VisibleGpus(reason=Reason(GpuCode.NAMED_TWICE, shown))
     cut = None
     if len(valid) < len(ordinals):
-        cut = f"{shown} names GPU {ordinals[len(valid)]}, and the driver shows {len(ordered)}"
+        missing = {**shown, "ordinal": ordinals[len(valid)], "gpus": len(ordered)}
+        cut = Reason(GpuCode.NO_SUCH_ORDINAL, missing)
     if len(valid) == len(ordered):  # all of them: their order does not matter
         return VisibleGpus(uuids=tuple(gpu.uuid for gpu in ordered), reason=cut)
     if not valid:
         return VisibleGpus(reason=cut)
     if environment.get("CUDA_DEVICE_ORDER", "").strip() != "PCI_BUS_ID":
-        return VisibleGpus(
-            reason=f"{shown} counts in CUDA's order, fastest first, which the driver does not know; set "
-            "CUDA_DEVICE_ORDER=PCI_BUS_ID, or name the GPUs by UUID"
-        )
+        return VisibleGpus(reason=Reason(GpuCode.CUDA_ORDER, shown))
     if any(parse_bus_id(gpu.bus_id or "") is None for gpu in ordered):
-        return VisibleGpus(
-            reason=f"{shown} counts by PCI bus id, which the driver does not report for every GPU"
-        )
+        return VisibleGpus(reason=Reason(GpuCode.NO_BUS_IDS, shown))
     return VisibleGpus(uuids=tuple(ordered[ordinal].uuid for ordinal in sorted(valid)), reason=cut)
 
 
 def _by_entry(
-    entries: Sequence[str], ordered: Sequence[PciGpu], environment: Mapping[str, str], shown: str
+    entries: Sequence[str], ordered: Sequence[PciGpu], environment: Mapping[str, str], shown: Shown
 ) -> VisibleGpus:
     uuids: list[str] = []
     cut = None
@@ -145,11 +144,11 @@ def _by_entry(
                 return alone
             matched = list(alone.uuids)
         if len(matched) != 1:
-            what = f"fits {len(matched)} GPUs" if matched else "is no GPU that the driver shows"
-            cut = f"{shown}: {one_line(entry, 60)} {what}, and CUDA ends the list there"
+            named = {**shown, "entry": one_line(entry, 60), "gpus": len(matched)}
+            cut = Reason(GpuCode.AMBIGUOUS if matched else GpuCode.NO_SUCH_GPU, named)
             break
         uuids.append(matched[0])
     if len(set(uuids)) != len(uuids):
-        return VisibleGpus(reason=f"{shown} names a GPU twice, for which CUDA uses none")
+        return VisibleGpus(reason=Reason(GpuCode.NAMED_TWICE, shown))
     places = {gpu.uuid: number for number, gpu in enumerate(ordered)}
     return VisibleGpus(uuids=tuple(sorted(uuids, key=places.__getitem__)), reason=cut)

@@ -25,6 +25,8 @@ from pydantic import Field
 from observatory.errors import ClockError, LockRefusedError
 from observatory.host.processes import ProcessId, machine_monotonic_ns
 from observatory.locks.lease_files import FOLDER_VARIABLE, open_own
+from observatory.locks.words import LeaseCode
+from observatory.reasons import Reason
 from observatory.run.files import one_line
 from observatory.run.manifest import Count, Record, Text
 from observatory.run.time_base import boot_id
@@ -68,17 +70,17 @@ class Lease(Record):
     limit_before_mw: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
 
     @property
-    def problem(self) -> str | None:
+    def problem(self) -> Reason | None:
         """Why it does not hold any more; None while it does.
 
         A lease of another PID or time namespace holds until it expires: whether its owner lives is not known.
         """
         if self.boot_id != (boot_id() or ""):
-            return "the machine was booted since"
+            return Reason(LeaseCode.BOOTED_SINCE)
         if self.owner.alive is False:
-            return f"its owner, process {self.owner.pid}, is gone"
+            return Reason(LeaseCode.OWNER_GONE, {"pid": self.owner.pid})
         if self.left_s <= 0:
-            return "it has expired"
+            return Reason(LeaseCode.EXPIRED)
         return None
 
     @property
@@ -158,14 +160,14 @@ def read_lease(path: Path) -> Lease | None:
 def standing(path: Path, lease_id: str) -> Standing:
     """What became of a lease; certain only under its guard, but "over" is final."""
     try:
-        found = read_lease(path)
+        lease = read_lease(path)
     except ClockError:
-        found = None
-    if found is not None and found.lease_id == lease_id:
+        lease = None
+    if lease is not None and lease.lease_id == lease_id:
         return "held"
     if os.path.lexists(_over_path(path, lease_id)):
         return "over"
-    return "vanished" if found is None else "replaced"
+    return "vanished" if lease is None else "replaced"
 
 
 def log_path(path: Path) -> Path:

@@ -63,9 +63,9 @@ def trusted_folder(folder: Path) -> Path:
             with contextlib.suppress(FileExistsError):
                 if not os.path.lexists(place):
                     place.mkdir(mode=0o700)
-            found = place.lstat()
-            _refuse_untrusted(place, found)
-            if stat.S_ISLNK(found.st_mode):
+            status = place.lstat()
+            _refuse_untrusted(place, status)
+            if stat.S_ISLNK(status.st_mode):
                 links += 1
                 if links > _MOST_LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
@@ -74,31 +74,31 @@ def trusted_folder(folder: Path) -> Path:
                 rest.extend(part for part in reversed(target.parts) if part != "/")
             else:
                 done = place
-        found = done.lstat()
+        status = done.lstat()
     except OSError as error:
         raise ClockError(
             f"leases cannot be kept in {folder} ({error.strerror})",
             remedy=f"name a folder in {FOLDER_VARIABLE}",
         ) from error
-    if found.st_uid != os.geteuid() or found.st_mode & _OTHERS_WRITE:
+    if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_WRITE:
         raise _not_ours(done)
     return done
 
 
-def _refuse_untrusted(place: Path, found: os.stat_result) -> None:
+def _refuse_untrusted(place: Path, status: os.stat_result) -> None:
     """Refuse a component of a path that others could replace, or put something of theirs into.
 
     Raises:
         ClockError: it is such a one.
         OSError: it is neither a folder nor a link.
     """
-    if found.st_uid not in (0, os.geteuid()):
+    if status.st_uid not in (0, os.geteuid()):
         raise _not_ours(place)
-    if stat.S_ISLNK(found.st_mode):
+    if stat.S_ISLNK(status.st_mode):
         return  # its mode says nothing; what it leads to is looked at
-    if not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISDIR(status.st_mode):
         raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    if found.st_mode & _OTHERS_WRITE and not (found.st_uid == 0 and found.st_mode & stat.S_ISVTX):
+    if status.st_mode & _OTHERS_WRITE and not (status.st_uid == 0 and status.st_mode & stat.S_ISVTX):
         raise _not_ours(place)
 
 
@@ -126,12 +126,12 @@ def open_own(path: Path, flags: int) -> int:
         if error.errno == errno.ENXIO:
             raise OSError(errno.ENXIO, "it is no plain file", str(path)) from error
         raise
-    found = os.fstat(descriptor)
+    status = os.fstat(descriptor)
     reason = (
-        "it is no plain file" if not stat.S_ISREG(found.st_mode)
-        else f"its owner is user {found.st_uid}" if found.st_uid != os.geteuid()
-        else "it has a second name, a hard link" if found.st_nlink > 1
-        else "others may write to it" if found.st_mode & _OTHERS_WRITE
+        "it is no plain file" if not stat.S_ISREG(status.st_mode)
+        else f"its owner is user {status.st_uid}" if status.st_uid != os.geteuid()
+        else "it has a second name, a hard link" if status.st_nlink > 1
+        else "others may write to it" if status.st_mode & _OTHERS_WRITE
         else None
     )  # fmt: skip
     if reason is not None:

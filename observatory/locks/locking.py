@@ -50,7 +50,8 @@ from observatory.locks.lease import (
     standing,
 )
 from observatory.locks.lease_files import guarded, lease_folder, open_own, trusted_folder
-from observatory.locks.words import refusal_remedy, refusal_words
+from observatory.locks.words import LeaseCode, lease_words, refusal_remedy, refusal_words
+from observatory.reasons import Reason
 from observatory.run.time_base import boot_id
 
 _WATCHDOG_S = 20.0
@@ -106,8 +107,8 @@ class ClockLease:
                 lease = new_lease(device_uuid, duration_s=duration_s)
                 create_lease(path, lease)
             watchdog = _start_watchdog(path, lease)
-            found = read_lease(path)  # the watchdog has put itself in
-            if found is None or found.lease_id != lease.lease_id:
+            current = read_lease(path)  # the watchdog has put itself in
+            if current is None or current.lease_id != lease.lease_id:
                 raise _over(lease)
         except BaseException:
             control.close()
@@ -116,7 +117,7 @@ class ClockLease:
             if lease is not None:
                 _give_up(path, lease)
             raise
-        return cls(control, path, found, watchdog)
+        return cls(control, path, current, watchdog)
 
     @property
     def control(self) -> ClockControl:
@@ -291,7 +292,7 @@ class UndoneLease:
     path: Path
     lease: Lease | None
     undone: bool
-    reason: str
+    reason: Reason
     spared: bool = False
 
 
@@ -319,14 +320,15 @@ def _undo_file(path: Path, *, force: bool) -> UndoneLease:
         with guarded(path):
             lease = read_lease(path)
             if lease is None:
-                return UndoneLease(path=path, lease=None, undone=True, reason="it was given back meanwhile")
+                return UndoneLease(path=path, lease=None, undone=True, reason=Reason(LeaseCode.GIVEN_BACK))
             if _spared(lease, force):
                 return _left(path, lease)
             problem = lease.problem
             _undo_and_end(path, lease)
     except ObservatoryError as error:
-        return UndoneLease(path=path, lease=lease, undone=False, reason=str(error))
-    return UndoneLease(path=path, lease=lease, undone=True, reason=problem or "as asked for")
+        refusal = Reason(LeaseCode.NOT_UNDONE, {"error": str(error)})
+        return UndoneLease(path=path, lease=lease, undone=False, reason=refusal)
+    return UndoneLease(path=path, lease=lease, undone=True, reason=problem or Reason(LeaseCode.FORCED))
 
 
 def _spared(lease: Lease, force: bool) -> bool:
@@ -334,9 +336,9 @@ def _spared(lease: Lease, force: bool) -> bool:
 
 
 def _left(path: Path, lease: Lease) -> UndoneLease:
-    reason = f"its owner, {lease.holder}, lives; --force undoes it all the same"
+    reason = Reason(LeaseCode.OWNER_LIVES, {"pid": lease.owner.pid})
     if lease.owner.alive is None:
-        reason = f"it is held by {lease.holder}; --force undoes it all the same"
+        reason = Reason(LeaseCode.OWNER_UNSEEN, {"pid": lease.owner.pid, "left_s": lease.left_s})
     return UndoneLease(path=path, lease=lease, undone=False, reason=reason, spared=True)
 
 
@@ -381,10 +383,10 @@ def _clear_stale(path: Path) -> None:
     Raises:
         LockRefusedError: its owner lives.
     """
-    found = read_lease(path)
-    if found is not None:
-        _refuse_held(found)
-        _undo_and_end(path, found)
+    lease = read_lease(path)
+    if lease is not None:
+        _why_over(lease)
+        _undo_and_end(path, lease)
 
 
 def _give_up(path: Path, lease: Lease) -> None:
@@ -401,22 +403,29 @@ def refuse_leased(device_uuid: str, *, folder: Path | None = None) -> None:
     Raises:
         LockRefusedError: it is leased, or a lease of it was not undone yet.
     """
-    found = read_lease(lease_path(lease_folder() if folder is None else trusted_folder(folder), device_uuid))
-    if found is None:
+    lease = read_lease(lease_path(lease_folder() if folder is None else trusted_folder(folder), device_uuid))
+    if lease is None:
         return
-    _refuse_held(found)
-    if found.touched:
+    problem = _why_over(lease)
+    if lease.touched:
         raise LockRefusedError(
-            f"what a lease of {device_uuid} has changed is not undone ({found.problem})",
+            f"what a lease of {device_uuid} has changed is not undone ({lease_words(problem)})",
             remedy="run `observatory clocks unlock` first",
         )
 
 
-def _refuse_held(lease: Lease) -> None:
-    if lease.problem is None:
+def _why_over(lease: Lease) -> Reason:
+    """Why a lease does not hold any more.
+
+    Raises:
+        LockRefusedError: it holds.
+    """
+    problem = lease.problem
+    if problem is None:
         raise LockRefusedError(
             f"{lease.device_uuid} is leased by {lease.holder}", remedy="wait for it, or end it"
         )
+    return problem
 
 
 def _start_watchdog(path: Path, lease: Lease) -> subprocess.Popen[bytes]:

@@ -34,6 +34,7 @@ from observatory.locks.lease import (
 )
 from observatory.locks.lease_files import guarded
 from observatory.locks.locking import undo
+from observatory.locks.words import lease_words
 
 _LOOK_S = 1.0
 #: A driver that does not undo at once is asked again for so long; then the file stays, for `clocks unlock`.
@@ -71,8 +72,9 @@ def main(argv: list[str]) -> int:
             return _end(path, lease)
         if state != "held":
             return _undo(path, lease, "the lease's file has vanished without being given back")
-        if asked_to_end or lease.problem is not None:
-            return _undo(path, lease, lease.problem or "asked to end")
+        problem = lease.problem
+        if asked_to_end or problem is not None:
+            return _undo(path, lease, lease_words(problem) if problem else "asked to end")
         _wait(lease)
 
 
@@ -84,9 +86,9 @@ def _look(path: Path, lease: Lease) -> tuple[Standing, Lease]:
     with contextlib.suppress(ValueError, IndexError):
         lease = Lease.model_validate_json(said.splitlines()[-1])
     with contextlib.suppress(ClockError):
-        found = read_lease(path)
-        if found is not None and found.lease_id == lease.lease_id:
-            lease = found
+        stored = read_lease(path)
+        if stored is not None and stored.lease_id == lease.lease_id:
+            lease = stored
     return state, lease
 
 

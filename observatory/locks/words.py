@@ -1,4 +1,4 @@
-"""Whether clocks and limits of a GPU may be set: the codes, and the words for them."""
+"""Whether clocks and limits of a GPU may be set, and what became of leases: the codes, and their words."""
 
 from __future__ import annotations
 
@@ -21,6 +21,39 @@ class LockCode(StrEnum):
     PARTITIONS_UNKNOWN = "partitions_unknown"
     USERS_UNKNOWN = "users_unknown"
     SHARED = "shared"
+
+
+class LeaseCode(StrEnum):
+    """Why a lease does not hold, was undone or was not; behind some the names of the values they have."""
+
+    BOOTED_SINCE = "booted_since"
+    OWNER_GONE = "owner_gone"  # pid
+    EXPIRED = "expired"
+    #: The lease holds, as far as is known.
+    OWNER_LIVES = "owner_lives"  # pid
+    OWNER_UNSEEN = "owner_unseen"  # pid, left_s: its owner is of another PID namespace
+    #: It was undone although it held.
+    FORCED = "forced"
+    GIVEN_BACK = "given_back"
+    NOT_UNDONE = "not_undone"  # error
+
+
+_LEASE_WORDS = {
+    LeaseCode.BOOTED_SINCE: "the machine was booted since",
+    LeaseCode.OWNER_GONE: "its owner, process {pid}, is gone",
+    LeaseCode.EXPIRED: "it has expired",
+    LeaseCode.OWNER_LIVES: "its owner, process {pid}, lives; --force undoes it all the same",
+    LeaseCode.OWNER_UNSEEN: "it is held by process {pid} of another PID namespace, judged by its expiry in "
+    "{left_s:.0f} s; --force undoes it all the same",
+    LeaseCode.FORCED: "as asked for",
+    LeaseCode.GIVEN_BACK: "it was given back meanwhile",
+    LeaseCode.NOT_UNDONE: "{error}",
+}
+
+
+def lease_words(reason: Reason) -> str:
+    """Why a lease does not hold, was undone, or was not."""
+    return _LEASE_WORDS[LeaseCode(reason.code)].format(**reason.values)
 
 
 _SHOWN_PIDS = 6

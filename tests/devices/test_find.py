@@ -13,7 +13,9 @@ import pytest
 from observatory.devices import find
 from observatory.devices.find import all_selectors, local_devices, open_device, open_devices
 from observatory.devices.visible import PciGpu, parse_bus_id, visible_gpus
+from observatory.devices.words import GpuCode, gpu_words
 from observatory.errors import DeviceError
+from observatory.reasons import Reason
 from tests.devices import amd_stand_in
 from tests.devices.driver import FakeDriver
 from tests.devices.recordings import UUID as RECORDED
@@ -29,11 +31,11 @@ ON_THE_BUS = ("GPU-aa000000-2", "GPU-aabb0000-3", "GPU-cc000000-1", "GPU-dd00000
 BY_BUS = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
 
 
-def visible(wanted: str | None, **others: str) -> tuple[tuple[str, ...], str | None]:
+def visible(wanted: str | None, **others: str) -> tuple[tuple[str, ...], Reason | None]:
     environment = dict(others) if wanted is None else {"CUDA_VISIBLE_DEVICES": wanted, **others}
     shuffled = random.Random(wanted).sample(GPUS, len(GPUS))
-    found = visible_gpus(environment, shuffled)
-    return found.uuids, found.reason
+    gpus = visible_gpus(environment, shuffled)
+    return gpus.uuids, gpus.reason
 
 
 def test_without_the_variable_all_gpus_are_visible_in_the_order_of_the_bus() -> None:
@@ -55,7 +57,7 @@ def test_names_and_beginnings_of_names_are_understood(wanted: str, uuids: tuple[
 
 
 @pytest.mark.parametrize(("wanted", "places"), [("0", (0,)), ("3,1", (1, 3)), ("2", (2,))])
-def test_ordinals_count_along_the_bus_where_cuda_was_told_to(wanted: str, places: tuple[int, ...]) -> None:
+def test_ordinals_count_along_the_bus_where_cuda_does(wanted: str, places: tuple[int, ...]) -> None:
     assert visible(wanted, **BY_BUS) == (tuple(ON_THE_BUS[place] for place in places), None)
 
 
@@ -65,43 +67,44 @@ def test_ordinals_in_an_order_that_only_cuda_knows_are_refused(wanted: str, orde
     uuids, reason = visible(wanted, **order)
     assert uuids == ()
     assert reason is not None
-    assert "CUDA_DEVICE_ORDER=PCI_BUS_ID" in reason
+    assert reason.code is GpuCode.CUDA_ORDER
 
 
 @pytest.mark.parametrize(
     ("wanted", "uuids", "why"),
     [
-        ("", (), "hides all"),
-        ("-1", (), "no GPU that the driver shows"),
-        ("NoDevFiles", (), "no GPU that the driver shows"),
-        ("0,2,-1,1", (0, 2), "CUDA ends the list there"),
-        ("0,7,1", (0,), "names GPU 7, and the driver shows 4"),
-        ("9", (), "names GPU 9"),
-        ("0,0", (), "twice"),
-        ("GPU-cc,GPU-cc000000-1", (), "twice"),
-        ("GPU-a", (), "fits 2 GPUs"),
-        ("GPU-cc,GPU-ee,GPU-dd", (2,), "GPU-ee is no GPU"),
-        ("GPU-", (), "no GPU that the driver shows"),
-        ("MIG-GPU-cc000000-1/1/0", (), "MIG instances"),
-        ("GPU-cc,\x1b[31m", (2,), "no GPU"),
+        ("", (), GpuCode.HIDDEN),
+        ("-1", (), GpuCode.NO_SUCH_GPU),
+        ("NoDevFiles", (), GpuCode.NO_SUCH_GPU),
+        ("0,2,-1,1", (0, 2), GpuCode.NO_SUCH_GPU),
+        ("0,7,1", (0,), GpuCode.NO_SUCH_ORDINAL),
+        ("9", (), GpuCode.NO_SUCH_ORDINAL),
+        ("0,0", (), GpuCode.NAMED_TWICE),
+        ("GPU-cc,GPU-cc000000-1", (), GpuCode.NAMED_TWICE),
+        ("GPU-a", (), GpuCode.AMBIGUOUS),
+        ("GPU-cc,GPU-ee,GPU-dd", (2,), GpuCode.NO_SUCH_GPU),
+        ("GPU-", (), GpuCode.NO_SUCH_GPU),
+        ("MIG-GPU-cc000000-1/1/0", (), GpuCode.INSTANCES_NAMED),
+        ("GPU-cc,\x1b[31m", (2,), GpuCode.NO_SUCH_GPU),
     ],
 )
-def test_what_cuda_would_not_take_is_not_taken(wanted: str, uuids: tuple[int, ...], why: str) -> None:
-    found, reason = visible(wanted, **BY_BUS)
-    assert found == tuple(ON_THE_BUS[place] for place in uuids)
+def test_what_cuda_would_not_take_is_not_taken(wanted: str, uuids: tuple[int, ...], why: GpuCode) -> None:
+    named, reason = visible(wanted, **BY_BUS)
+    assert named == tuple(ON_THE_BUS[place] for place in uuids)
     assert reason is not None
-    assert why in reason
-    assert reason.isprintable()
+    assert reason.code is why
+    assert gpu_words(reason).isprintable()
 
 
 def test_a_partitioned_gpu_is_left_out_and_makes_ordinals_useless() -> None:
     gpus = [PciGpu(uuid="GPU-a", bus_id="0:1:0.0", mig=True), PciGpu(uuid="GPU-b", bus_id="0:2:0.0")]
-    found = visible_gpus({}, gpus)
-    assert found.uuids == ("GPU-b",)
-    assert "GPU-a is partitioned" in str(found.reason)
-    found = visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1", **BY_BUS}, gpus)
-    assert found.uuids == ()
-    assert "counts MIG instances" in str(found.reason)
+    whole = visible_gpus({}, gpus)
+    assert whole.uuids == ("GPU-b",)
+    assert whole.reason == Reason(GpuCode.PARTITIONED, {"gpu": "GPU-a"})
+    counted = visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1", **BY_BUS}, gpus)
+    assert counted.uuids == ()
+    assert counted.reason is not None
+    assert counted.reason.code is GpuCode.INSTANCES_COUNTED
 
 
 @pytest.mark.parametrize(
@@ -172,9 +175,9 @@ def test_processors_and_amd_gpus_are_found_and_their_own_names_open_them(
     monkeypatch.setitem(sys.modules, "amdsmi", amd_stand_in.stand_in())
     amd = f"amd:{amd_stand_in.UUID}"
     assert all_selectors() == [amd, "rapl:package-0", "rapl:package-1"]
-    found = open_devices()
-    assert [device.uuid for device in found] == [amd, f"rapl:package-0@{socket.gethostname()}"]
-    for device in found:
+    devices = open_devices()
+    assert [device.uuid for device in devices] == [amd, f"rapl:package-0@{socket.gethostname()}"]
+    for device in devices:
         with open_device(device.uuid) as again:
             assert again.uuid == device.uuid
         device.close()
@@ -183,55 +186,55 @@ def test_processors_and_amd_gpus_are_found_and_their_own_names_open_them(
     assert local_devices({}).selectors == (amd,)
     hidden = local_devices({"ROCR_VISIBLE_DEVICES": "0"})
     assert hidden.selectors == ()
-    assert "ROCR_VISIBLE_DEVICES=0" in str(hidden.reason)
+    assert hidden.reason == Reason(GpuCode.AMD_ORDER, {"variable": "ROCR_VISIBLE_DEVICES=0", "gpus": amd})
 
 
 def test_without_any_gpu_the_reasons_of_both_drivers_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "amdsmi", None)
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    found = local_devices({})
-    assert found.selectors == ()
-    assert found.reason is not None
-    assert "nvidia-ml-py is not installed" in found.reason
-    assert "amdsmi is not installed" in found.reason
+    local = local_devices({})
+    assert local.selectors == ()
+    assert local.reason is not None
+    assert "nvidia-ml-py is not installed" in gpu_words(local.reason)
+    assert "amdsmi is not installed" in gpu_words(local.reason)
 
 
 def order_scene(driver: FakeDriver) -> dict[str, Any]:
     """Four GPUs listed by the driver in two orders."""
-    told: dict[str, Any] = {"listed": [], "opened": []}
+    outcome: dict[str, Any] = {"listed": [], "opened": []}
     uuids = [f"GPU-{digit * 8}-0000-4000-8000-000000000000" for digit in "abcd"]
     for order in ((0, 1, 2, 3), (2, 0, 3, 1)):
         driver.devices(4)
         for index, number in enumerate(order):
             driver.name(uuids[number], f"00000000:{0x81 - number:02X}:00.0", f"GPU {number}", index)
         devices = open_devices()
-        told["listed"].append([device.uuid for device in devices])
+        outcome["listed"].append([device.uuid for device in devices])
         for device in devices:
             device.close()
         opened = []
         for selector in ("GPU-cccc", "00000000:81:00.0", "81:00.0", uuids[3].upper().replace("GPU", "gpu")):
             with open_device(selector) as device:
                 opened.append(device.spec.name)
-        told["opened"].append(opened)
-    told["local"] = local_devices({"CUDA_VISIBLE_DEVICES": "0,1", **BY_BUS}).selectors
+        outcome["opened"].append(opened)
+    outcome["local"] = local_devices({"CUDA_VISIBLE_DEVICES": "0,1", **BY_BUS}).selectors
     for selector in ("GPU-e", "GPU-0", "82:00.0", "1"):
         with pytest.raises(DeviceError) as caught:
             open_device(selector)
-        told[selector] = str(caught.value)
+        outcome[selector] = str(caught.value)
     driver.name(uuids[1].replace("bbbb", "aaaa", 1), "00000000:80:00.0", "twin", 3)
     with pytest.raises(DeviceError, match="fits 2 GPUs"):
         open_device("GPU-aaaa")
-    return told
+    return outcome
 
 
 @needs_driver
 def test_devices_are_found_by_name_and_place_whatever_the_drivers_order(tmp_path: Path) -> None:
-    told = play(order_scene, tmp_path)
-    first, second = told["listed"]
+    outcome = play(order_scene, tmp_path)
+    first, second = outcome["listed"]
     assert first == second
     assert [uuid[4] for uuid in first] == ["d", "c", "b", "a"], "the order of the bus"
-    assert told["opened"] == [["GPU 2", "GPU 0", "GPU 0", "GPU 3"]] * 2
-    assert [uuid[4] for uuid in told["local"]] == ["d", "c"]
-    assert "GPU-aaaaaaaa" in told["GPU-0"]
-    assert "00000000:81:00.0" in told["82:00.0"]
-    assert "ordinal" in told["1"]
+    assert outcome["opened"] == [["GPU 2", "GPU 0", "GPU 0", "GPU 3"]] * 2
+    assert [uuid[4] for uuid in outcome["local"]] == ["d", "c"]
+    assert "GPU-aaaaaaaa" in outcome["GPU-0"]
+    assert "00000000:81:00.0" in outcome["82:00.0"]
+    assert "ordinal" in outcome["1"]

@@ -42,18 +42,20 @@ def unlock(
     from observatory.cli.output import print_json, print_table, say
     from observatory.locks.lease_files import lease_folder
     from observatory.locks.locking import undo_leases
+    from observatory.locks.words import lease_words
     from observatory.run.documents.printed import printed_document
 
     folder = lease_folder()
-    found = undo_leases(folder, uuid=device, force=force)
+    leases = undo_leases(folder, uuid=device, force=force)
     rows = [
         {
             "lease": item.path.name,
             "device": None if item.lease is None else item.lease.device_uuid,
             "undone": item.undone,
-            "reason": item.reason,
+            "reason": lease_words(item.reason),
+            "reason_code": item.reason.code.value,
         }
-        for item in found
+        for item in leases
     ]
     if json:
         print_json(printed_document("unlock", {"folder": str(folder), "leases": rows}))
@@ -62,7 +64,7 @@ def unlock(
     else:
         of = "" if device is None else f" of {device}"
         say(f"no lease{of} in {folder}: nothing of ours is locked{'' if device is None else ' there'}")
-    if any(not item.undone and not item.spared for item in found):
+    if any(not item.undone and not item.spared for item in leases):
         raise typer.Exit(1)
 
 
@@ -72,6 +74,7 @@ def status(json: JsonOption = False) -> None:
     from observatory.errors import ClockError
     from observatory.locks.lease import find_leases, find_logs, last_line, read_lease
     from observatory.locks.lease_files import lease_folder
+    from observatory.locks.words import lease_words
     from observatory.run.documents.printed import printed_document
 
     folder = lease_folder()
@@ -84,13 +87,15 @@ def status(json: JsonOption = False) -> None:
             rows.append(missing | {"device": path.name, "state": str(error)})
             continue
         if lease is not None:
+            problem = lease.problem
+            holder = "held" if lease.owner.alive else f"held by {lease.holder}"
             rows.append(
                 {
                     "device": lease.device_uuid,
                     "owner_pid": lease.owner.pid,
-                    "state": lease.problem or ("held" if lease.owner.alive else f"held by {lease.holder}"),
+                    "state": lease_words(problem) if problem else holder,
                     "touched": lease.touched,
-                    "expires_in_s": None if lease.problem else round(lease.left_s),
+                    "expires_in_s": None if problem else round(lease.left_s),
                     "watchdog": _WATCHDOG[lease.watchdog.alive if lease.watchdog else False],
                 }
             )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pydantic import JsonValue
 
 from observatory.devices.find import local_devices, open_device, readable_devices
+from observatory.devices.words import gpu_words
 from observatory.errors import CaptureError, DeviceError, ModelError
 from observatory.host.ranks import RankOf
 from observatory.probes.options import PowerOptions
@@ -172,11 +173,12 @@ def _selectors(wanted: bool | Sequence[str] | None, where: RankOf) -> tuple[tupl
     if wanted is not None and not isinstance(wanted, bool):
         return (tuple(wanted) if first else ()), None
     local = local_devices()
+    why_not_all = None if local.reason is None else gpu_words(local.reason)
     if local.selectors:
         shared = where.local_world is None or len(local.selectors) >= where.local_world
-        return ((), None) if shared and not first else (local.selectors, local.reason)
+        return ((), None) if shared and not first else (local.selectors, why_not_all)
     if wanted is None:
-        raise DeviceError(str(local.reason))
+        raise DeviceError(str(why_not_all))
     if not first:
         return (), None
     return readable_devices(no_gpu=local.reason), None
