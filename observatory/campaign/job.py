@@ -159,6 +159,11 @@ class ProfileJob(ProfileOptions):
         return 0 if self.phase == "prefill" else self.steps
 
     @property
+    def positions(self) -> int:
+        """Positions that a sequence takes."""
+        return self.sequence_length + self.decode_steps
+
+    @property
     def row_tokens(self) -> int:
         """Tokens each of the B rows must hold."""
         return max(self.prefill_steps, 1) * self.sequence_length + self.decode_steps

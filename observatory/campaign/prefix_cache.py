@@ -31,8 +31,9 @@ from observatory.analysis.energy.repeated_iterations import energy_of_repeats
 from observatory.analysis.energy.traces import trace_of_frame
 from observatory.analysis.energy.windows import energy_of_window
 from observatory.analysis.energy.words import reason_words
+from observatory.campaign.preflight import check_length
 from observatory.campaign.sampled_run import sampled_run
-from observatory.campaign.workloads import ModelWorkload, Window, Workload, WorkloadFacts, cut_back
+from observatory.campaign.workloads import TEXT, ModelWorkload, Window, Workload, WorkloadFacts, cut_back
 from observatory.devices.find import open_device
 from observatory.devices.sensors import SensorModel, sensor_of
 from observatory.errors import DeviceError, EnergyError, ModelError, ObservatoryError
@@ -82,11 +83,11 @@ class ReuseJob:
     note: str | None = None
 
 
-def parse_fractions(text: str) -> tuple[float, ...]:
+def parse_fractions(text: str, *, prompt_tokens: int) -> tuple[float, ...]:
     """Cached fractions from ``0,0.5,1``, ascending, each once.
 
     Raises:
-        EnergyError: no list of numbers from 0 to 1, or fewer than two.
+        EnergyError: no list of numbers from 0 to 1, fewer than two, or the prompt is too short for them.
     """
     if not re.fullmatch(r"(0|1|[01]?\.\d{1,6}|[01]\.0*)(,(0|1|[01]?\.\d{1,6}|[01]\.0*))*", text):
         raise EnergyError(
@@ -97,6 +98,13 @@ def parse_fractions(text: str) -> tuple[float, ...]:
     if fractions[-1] > 1 or len(fractions) < 2:
         raise EnergyError(
             f"--fractions {text[:60]!r}: expected two or more different numbers from 0 to 1, such as 0,0.5,1"
+        )
+    kept = {round(fraction * prompt_tokens) for fraction in fractions}
+    if len(kept) < len(fractions) or prompt_tokens - 1 in kept:
+        raise EnergyError(
+            f"a prompt of {prompt_tokens} tokens has no room for the cached fractions "
+            f"{', '.join(f'{fraction:g}' for fraction in fractions)}",
+            remedy="take a longer one or fewer fractions",
         )
     return tuple(fractions)
 
@@ -146,37 +154,25 @@ def cached_prefills(
     Raises:
         ModelError: the model cannot be loaded, or its cache cannot be cut back to a prefix.
         DataError: the text does not fill the batch.
-        EnergyError: the prompt is too short for these fractions.
     """
     import torch
 
     from observatory.zoo.data import load_token_ids
     from observatory.zoo.models import load_model, quiet_transformers
 
-    kept = {round(fraction * prompt_tokens) for fraction in fractions}
-    if len(kept) < len(fractions) or prompt_tokens - 1 in kept:
-        raise EnergyError(
-            f"a prompt of {prompt_tokens} tokens has no room for the cached fractions "
-            f"{', '.join(f'{fraction:g}' for fraction in fractions)}",
-            remedy="take a longer one or fewer fractions",
-        )
     loaded = load_model(model, device=device, dtype=dtype)
     network: Any = loaded.model.eval()
     limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and prompt_tokens > limit:
-        raise ModelError(
-            f"a prompt of {prompt_tokens} tokens is asked for, {loaded.name} has {limit} positions",
-            remedy="lower --prompt-tokens",
-        )
+    check_length(limit, prompt_tokens, lower="--prompt-tokens")
     stream = load_token_ids(
-        "prose", loaded.tokenizer, vocabulary_size=loaded.vocabulary_size, tokens=batch_size * prompt_tokens,
+        TEXT, loaded.tokenizer, vocabulary_size=loaded.vocabulary_size, tokens=batch_size * prompt_tokens,
         seed=0,
     )  # fmt: skip
     ids = torch.from_numpy(stream.ids.copy()).view(batch_size, prompt_tokens).to(device)
     wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
     result: dict[float, Workload] = {}
     with torch.inference_mode(), quiet_transformers():
-        for tokens in sorted(kept):
+        for tokens in sorted({round(fraction * prompt_tokens) for fraction in fractions}):
             facts = WorkloadFacts(
                 name=f"{loaded.name} prefill, {tokens} of {prompt_tokens} tokens cached", phase="prefill",
                 batch_size=batch_size, context_tokens=prompt_tokens,
@@ -239,7 +235,7 @@ def run_reuse(
         out: result file.
         overwrite: replace both.
         argv: command line, for the document.
-        progress: called after every finished window: how many, of how many.
+        progress: called before the first and after every window: how many are finished, of how many.
 
     Raises:
         DeviceError: the device cannot be read.
@@ -258,6 +254,8 @@ def run_reuse(
         overwrite=overwrite,
     ) as run:  # fmt: skip
         try:
+            if progress is not None:
+                progress(0, len(order))
             for fraction in order:
                 measured.append(
                     (fraction, workloads[fraction].measure(settle_s=job.settle_s, window_s=job.window_s))

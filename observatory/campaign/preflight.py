@@ -20,6 +20,7 @@ from observatory.run.bounded import parse_json, read_at_most
 from observatory.zoo.data import check_data
 from observatory.zoo.models import BUNDLED_NAMES, check_dtype, find_checkpoint, has_tokenizer, read_config
 
+#: What a model needs.
 _LIBRARIES = ("torch", "transformers", "safetensors")
 #: Bytes read of torch's `version.py`, of an index of weights, and of a header of weights.
 _MOST_VERSION_BYTES, _MOST_INDEX_BYTES, _MOST_HEADER_BYTES = 1 << 16, 64 << 20, 100 << 20
@@ -31,55 +32,104 @@ def check_job(job: ProfileJob) -> None:
     """Refuse a profile that cannot be, on every rank with the same words.
 
     Raises:
-        ModelError: a library, the model, its weights or positions are missing, it has no experts, or the
-            installed torch has no such device.
-        DataError: the data are missing, or text is given for a model without a tokenizer.
+        ModelError, DataError: as of :func:`check_model`, or the model has no experts.
         PlacementError: the experts do not fit the ranks.
     """
     try:
-        check_libraries()
-        check_dtype(job.dtype)
-        _check_device(job.device)
-        directory = find_checkpoint(job.model)
-        is_bundled = job.model in BUNDLED_NAMES
-        check_data(job.data, has_tokenizer=directory is None or is_bundled or has_tokenizer(directory))
-        if directory is None:
-            return
-        config = read_config(directory, job.model)
-        check_length(_positions(config), job)
-        _check_experts(config, job)
-        _check_weights(directory, job.model)
+        config = check_model(
+            job.model,
+            device=job.device,
+            dtype=job.dtype,
+            data=job.data,
+            positions=job.positions,
+            lower="--sequence-length or --steps",
+        )
+        if config is not None:
+            check_moe(config, job.model)
+            _check_experts(config, job)
     except ObservatoryError as error:
         raise alike(error) from None
 
 
-def check_libraries() -> None:
-    """Raise ModelError where a library that models need is not installed."""
-    missing = [name for name in _LIBRARIES if find_spec(name) is None]
+def check_model(
+    name: str,
+    *,
+    device: str = "cpu",
+    dtype: str | None = None,
+    data: str = "mock",
+    positions: int = 0,
+    lower: str = "",
+) -> dict[str, Any] | None:
+    """Refuse a model that cannot be run.
+
+    Args:
+        name: bundled name, checkpoint directory or hub id.
+        device: torch device.
+        dtype: torch dtype name of the weights; None for the loader's choice.
+        data: what it is fed, as of :func:`observatory.zoo.data.load_token_ids`.
+        positions: tokens of its longest sequence.
+        lower: options that lower them, for the message.
+
+    Returns:
+        The configuration; None of a hub id.
+
+    Raises:
+        ModelError: a library, the model, its weights or positions are missing, or the installed torch has no
+            such device.
+        DataError: the data are missing, or text is given for a model without a tokenizer.
+    """
+    check_libraries()
+    check_dtype(dtype)
+    directory = find_checkpoint(name)
+    _check_device(device)
+    can_read = directory is None or name in BUNDLED_NAMES or has_tokenizer(directory)
+    check_data(data, has_tokenizer=can_read)
+    if directory is None:
+        return None
+    config = read_config(directory, name)
+    text = config.get("text_config")
+    of_text = text if isinstance(text, dict) else config
+    check_length(of_text.get("max_position_embeddings"), positions, lower=lower)
+    _check_weights(directory, name)
+    return config
+
+
+def check_libraries(names: Sequence[str] = _LIBRARIES) -> None:
+    """Raise ModelError where a library is not installed."""
+    missing = [name for name in names if find_spec(name) is None]
     if missing:
         raise alike(
             ModelError(
-                f"running a model needs {' and '.join(missing)}, which is not installed; run `pip install "
+                f"this needs {' and '.join(missing)}, which is not installed; run `pip install "
                 "'moe-observatory[capture]'`"
             )
         )
 
 
-def check_length(limit: int | None, job: ProfileJob) -> None:
+def check_length(limit: object, positions: int, *, lower: str) -> None:
     """Refuse sequences longer than the model's position table.
 
     Args:
-        limit: positions that the model has; None when it does not say.
-        job: the profile.
+        limit: positions that the model has; no number when its configuration does not say.
+        positions: tokens of a sequence.
+        lower: options that lower them.
 
     Raises:
         ModelError: they are longer.
     """
-    needed = job.sequence_length + job.decode_steps
-    if limit is not None and needed > limit:
+    if type(limit) is int and positions > limit:
         raise ModelError(
-            f"{needed} positions per sequence were asked for, the model has {limit} "
-            "(max_position_embeddings); lower --sequence-length or --steps"
+            f"{positions} positions per sequence were requested, the model has {limit} "
+            f"(max_position_embeddings); lower {lower}"
+        )
+
+
+def check_moe(config: dict[str, Any], name: str) -> None:
+    """Raise ModelError where a configuration shows no experts."""
+    if not any(value for key, value in _entries(config) if "expert" in key or "moe" in key):
+        raise ModelError(
+            f"{name!r} looks dense: no experts in config.json (model type {config['model_type'][:80]}); "
+            "expected a mixture-of-experts model"
         )
 
 
@@ -92,20 +142,16 @@ def _check_device(device: str) -> None:
     built_for = dict(re.findall(r"^(cuda|hip)\b[^=\n]*=\s*(\S+)", text, re.MULTILINE))
     if built_for and set(built_for.values()) == {"None"}:
         raise ModelError(
-            f"--device {ascii(device)[1:-1]} was asked for, but the installed torch is built for CPUs only; "
-            "install torch for CUDA or ROCm, or leave --device out"
+            f"torch device {ascii(device)[:40]} was requested, but the installed torch is built for CPUs "
+            "only; install torch for CUDA or ROCm, or choose cpu"
         )
 
 
 def _check_experts(config: dict[str, Any], job: ProfileJob) -> None:
-    """Refuse a dense model, and ranks that its experts do not fit."""
-    entries = list(_entries(config))
-    if not any(value for name, value in entries if "expert" in name or "moe" in name):
-        raise ModelError(
-            f"{job.model!r} looks dense: no experts in config.json (model type {config['model_type'][:80]}); "
-            "expected a mixture-of-experts model"
-        )
-    counts = {value for name, value in entries if name in _COUNTS and type(value) is int and value > 1}
+    """Refuse ranks that the experts do not fit."""
+    counts = {
+        value for name, value in _entries(config) if name in _COUNTS and type(value) is int and value > 1
+    }
     if job.ep == 1 or len(counts) != 1:
         return
     (experts,) = counts
@@ -119,13 +165,6 @@ def _check_experts(config: dict[str, Any], job: ProfileJob) -> None:
     else:
         file = load_placement(job.placement)
         file.holders(min(map(int, file.layers or {"0": []})), experts=experts, ep=job.ep)
-
-
-def _positions(config: dict[str, Any]) -> int | None:
-    """Positions that the text model has; None when it does not say, or several parts differ."""
-    text = config.get("text_config")
-    limit = (text if isinstance(text, dict) else config).get("max_position_embeddings")
-    return limit if type(limit) is int else None
 
 
 def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -53,7 +53,7 @@ def run_profile(
         out: run directory to make.
         loaded: the model, when the caller has it already.
         overwrite: replace an existing run.
-        progress: called for every finished step.
+        progress: called when the checks have passed, and for every finished step.
 
     Returns:
         The run directory.
@@ -73,6 +73,8 @@ def run_profile(
         if find_rank().world == 1:
             check_free(out, overwrite=overwrite)
         check_job(job)
+    if progress is not None:
+        progress(0, job.prefill_steps + job.decode_steps)
     with join_ranks(job) as ranks:
         return _run_rank(job, out, ranks, loaded=loaded, overwrite=overwrite, progress=progress)
 
@@ -101,7 +103,7 @@ def _run_rank(
     model = loaded.model.eval()
     config: Any = model.config
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    check_length(limit if isinstance(limit, int) else None, job)
+    check_length(limit, job.positions, lower="--sequence-length or --steps")
     stream = load_token_ids(
         job.data,
         loaded.tokenizer,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import torch
 
 _START_S = 600.0
+#: What models are fed: real text, as the loads of experts change how long a phase takes.
+TEXT = "prose"
 _MOST_LINE_BYTES = 1 << 16
 #: Ends a process group when its own input ends: when whoever holds the other end is gone, SIGKILL included. A
 #: program that rests is stopped, and would hold the device's memory for ever.
@@ -133,7 +135,7 @@ def model_workload(
     loaded = load_model(model, device=device, dtype=dtype)
     network = loaded.model.eval()
     stream = load_token_ids(
-        "prose",
+        TEXT,
         loaded.tokenizer,
         vocabulary_size=loaded.vocabulary_size,
         tokens=batch_size * (context_tokens + 1),

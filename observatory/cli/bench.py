@@ -21,7 +21,7 @@ from observatory.cli.options import (
     WarmupOption,
     WideOption,
 )
-from observatory.cli.parsing import parse_algorithms, parse_names, parse_sizes
+from observatory.cli.parsing import parse_names, parse_sizes
 
 
 def alltoall(
@@ -63,19 +63,26 @@ def alltoall(
     from observatory.advice.conclusions import conclude_bench, conclusion_document
     from observatory.analysis.network.documents import bench_document, bench_tables
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
+    from observatory.campaign.preflight import check_libraries
     from observatory.cli.output import print_conclusion, print_data, print_table, say, say_cores
-    from observatory.collectives.bench.measure import alltoall_plan
     from observatory.collectives.bench.patterns import PATTERNS
     from observatory.host.provenance import command_line
+    from observatory.run.exchange_algorithms import ALGORITHMS
     from observatory.run.usable_cores import short_of_cores
 
     check_out(out, force=force)
+    check_libraries(["torch"])
     world = ranks_of_benchmark(ranks)
+    sizes_bytes = parse_sizes(sizes)
+    chosen = parse_names("pattern", patterns, every=tuple(PATTERNS))
+    algorithms = parse_names("algorithm", algorithm, every=ALGORITHMS)
+    from observatory.collectives.bench.measure import alltoall_plan  # loads torch
+
     plan = alltoall_plan(
         ranks=world,
-        sizes_bytes=parse_sizes(sizes),
-        patterns=parse_names(patterns, every=tuple(PATTERNS)),
-        algorithms=parse_algorithms(algorithm),
+        sizes_bytes=sizes_bytes,
+        patterns=chosen,
+        algorithms=algorithms,
         seeds=range(seeds),
         warmup=warmup,
         repeats=repeats,

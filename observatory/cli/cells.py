@@ -17,6 +17,7 @@ def run_cells(config: GridConfig, out: Path) -> Sequence[CellResult]:
 
         def on_cell(cell: Cell, result: CellResult | None) -> None:
             if result is None:
+                bar.start()
                 bar.reset(steps, description=f"{cell.job.model} on {cell.job.data}")
             else:
                 bar.advance(cells)

@@ -7,13 +7,14 @@ limited in width.
 
 from __future__ import annotations
 
+import contextlib
 import csv as csv_format
 import json as json_format
 import math
 import os
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -285,18 +286,37 @@ def _terminal_width() -> int | None:
     return max(width or _USUAL_TERMINAL, _NARROWEST_TERMINAL)
 
 
-def progress_bar() -> Progress:
-    """Progress on stderr."""
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Progress on stderr from its ``start()`` on, so that a refusal before it is the only line."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    return Progress(
+    bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         console=Console(file=sys.stderr),
     )
+    try:
+        yield bar
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that appears when it is first called with what is done and what there is in all."""
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=None)
+
+        def report(done: int, total: int) -> None:
+            bar.start()
+            bar.update(task, completed=done, total=total)
+
+        yield report
 
 
 def _short(message: str) -> str:

@@ -39,27 +39,19 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-def parse_names(text: str, *, every: tuple[str, ...]) -> tuple[str, ...]:
-    """Names from a list with commas; ``all`` stands for every one."""
-    if text.strip() == "all":
-        return every
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-
-
-def parse_algorithms(text: str) -> tuple[str, ...]:
-    """Algorithms from a list with commas, or ``all``; unknown ones are refused.
+def parse_names(what: str, text: str, *, every: tuple[str, ...]) -> tuple[str, ...]:
+    """Names from a list with commas; ``all`` stands for every one.
 
     Raises:
         BenchmarkError: an unknown one, or none.
     """
-    from observatory.run.exchange_algorithms import ALGORITHMS
-
-    names = parse_names(text, every=ALGORITHMS)
-    for name in names:
-        if name not in ALGORITHMS:
-            raise BenchmarkError(f"algorithm {name!r} is unknown; expected {', '.join(ALGORITHMS)} or all")
-    if not names:
-        raise BenchmarkError(f"no algorithm was named; expected {', '.join(ALGORITHMS)} or all")
+    if text.strip() == "all":
+        return every
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    unknown = next((name for name in names if name not in every), None)
+    if unknown is not None or not names:
+        problem = f"no {what} was named" if unknown is None else f"{what} {unknown!r} is unknown"
+        raise BenchmarkError(problem, expected=f"{', '.join(every)} or all")
     return names
 
 

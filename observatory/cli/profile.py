@@ -140,7 +140,7 @@ def profile(
     from observatory.campaign.job import ProfileJob
     from observatory.campaign.profile import run_profile
     from observatory.campaign.ranks import needs_ranks, requested_ep, start_ranks
-    from observatory.cli.output import progress_bar, say, say_cores
+    from observatory.cli.output import counting, say, say_cores
     from observatory.host.ranks import find_rank
     from observatory.run import open_run
     from observatory.run.usable_cores import short_of_cores
@@ -176,8 +176,7 @@ def profile(
     if find_rank().rank > 0:
         run_profile(job, out, overwrite=force)
         return
-    with progress_bar() as bar:
-        task = bar.add_task("profile", total=job.prefill_steps + job.decode_steps)
-        run_profile(job, out, overwrite=force, progress=lambda done, _: bar.update(task, completed=done))
+    with counting("profile") as progress:
+        run_profile(job, out, overwrite=force, progress=progress)
     say_cores(short_of_cores(status.cores for status in open_run(out).manifest.ranks))
     say(f"run written to {out}; next: observatory {'exchanges' if job.ep > 1 else 'routing'} {out}")

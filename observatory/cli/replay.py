@@ -29,7 +29,7 @@ from observatory.cli.options import (
     WideOption,
     parse_placement,
 )
-from observatory.cli.parsing import parse_algorithms, parse_roles
+from observatory.cli.parsing import parse_names, parse_roles
 
 
 def replay(
@@ -68,13 +68,16 @@ def replay(
     from observatory.analysis.network.documents import replay_document, replay_tables
     from observatory.analysis.parallel.captured import captured_traffic, traffic_notes
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
+    from observatory.campaign.preflight import check_libraries
     from observatory.cli.output import print_conclusion, print_data, print_table, say, say_cores
-    from observatory.collectives.bench.replay import replay_plan
     from observatory.host.provenance import command_line
     from observatory.run import open_run
+    from observatory.run.exchange_algorithms import ALGORITHMS
     from observatory.run.usable_cores import short_of_cores
 
     check_out(out, force=force)
+    check_libraries(["torch"])
+    algorithms, roles = parse_names("algorithm", algorithm, every=ALGORITHMS), parse_roles(role)
     opened = open_run(run)
     captured_ranks = opened.manifest.topology.ranks
     world = ranks_of_benchmark(ep, default=captured_ranks if captured_ranks > 1 else 4)
@@ -89,10 +92,12 @@ def replay(
             steps=steps,
         )
     )
+    from observatory.collectives.bench.replay import replay_plan  # loads torch
+
     plan = replay_plan(
         (item.traffic() for item in captured),
-        algorithms=parse_algorithms(algorithm),
-        roles=parse_roles(role),  # type: ignore[arg-type]  # the two names, checked there
+        algorithms=algorithms,
+        roles=roles,  # type: ignore[arg-type]  # the two names, checked there
         warmup=warmup,
         repeats=repeats,
         iterations=iterations,

@@ -74,13 +74,23 @@ def measure(
         parse_fractions,
         run_reuse,
     )
+    from observatory.campaign.preflight import check_model
     from observatory.campaign.ranks import refuse_ranks
-    from observatory.cli.output import progress_bar, say
+    from observatory.campaign.workloads import TEXT
+    from observatory.cli.output import counting, say
     from observatory.host.provenance import command_line
 
     refuse_ranks("reuse measure", each_node=True)
     check_out(out, force=force)
-    parsed = parse_fractions(fractions)
+    parsed = parse_fractions(fractions, prompt_tokens=prompt_tokens)
+    check_model(
+        model,
+        device=torch_device,
+        dtype=dtype,
+        data=TEXT,
+        positions=prompt_tokens,
+        lower="--prompt-tokens",
+    )
     note = check_same_device(device, torch_device)
     job = ReuseJob(
         model=model,
@@ -102,17 +112,9 @@ def measure(
             device=torch_device,
             dtype=dtype,
         ) as workloads,
-        progress_bar() as bar,
+        counting("reuse") as progress,
     ):
-        task = bar.add_task("reuse", total=len(workloads) * repeats)
-        measured = run_reuse(
-            job,
-            workloads,
-            out,
-            overwrite=force,
-            argv=command_line(),
-            progress=lambda done, _: bar.update(task, completed=done),
-        )
+        measured = run_reuse(job, workloads, out, overwrite=force, argv=command_line(), progress=progress)
     for note in measured.notes:
         say(f"note: {note}")
     show(out, seed=seed, wide=wide, csv=csv, json=json)

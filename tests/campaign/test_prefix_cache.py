@@ -171,11 +171,11 @@ def test_every_decode_step_of_a_clock_sweep_has_the_same_context(model: str) -> 
 @pytest.mark.parametrize("text", ["", "0", "0,2", "-1,1", "0,nan", "0;1", "1,1", "0,1e-3", "x" * 1000])
 def test_fractions_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(EnergyError, match="--fractions"):
-        parse_fractions(text)
+        parse_fractions(text, prompt_tokens=4096)
 
 
 def test_fractions_are_read_in_order() -> None:
-    assert parse_fractions("1,0,.5,0.25") == (0.0, 0.25, 0.5, 1.0)
+    assert parse_fractions("1,0,.5,0.25", prompt_tokens=4096) == (0.0, 0.25, 0.5, 1.0)
 
 
 def test_a_power_device_that_is_not_the_models_is_refused_where_torch_tells(

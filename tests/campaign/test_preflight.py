@@ -44,8 +44,18 @@ def refused(*arguments: str, hidden: str = "") -> str:
     )
     assert done.returncode == 1, done.stderr
     assert done.stdout.splitlines()[-1] == "loaded:"
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("observatory: ")]
+    *notes, line = done.stderr.splitlines()
+    assert all(note.startswith("failed: ") for note in notes), "no progress bar before a refusal"
+    assert line.startswith("observatory: ")
     return line
+
+
+def skip_where_torch_is_built_for_gpus() -> None:
+    torch = find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    if "cuda: Optional[str] = None" not in Path(torch.origin).with_name("version.py").read_text():
+        pytest.skip("the installed torch is built for GPUs")
 
 
 @pytest.fixture
@@ -106,7 +116,7 @@ def test_a_checkpoint_that_cannot_be_run_is_refused(
         (["--ep", "7"], "EP 7 is more ranks than the 6 experts"),
         (["--data", "no/such.txt"], "no data 'no/such.txt'"),
         (["--data", "prosa"], "no data 'prosa'; expected one of prose"),
-        (["--sequence-length", "200"], "200 positions per sequence were asked for, the model has 128"),
+        (["--sequence-length", "200"], "200 positions per sequence were requested, the model has 128"),
         (["--dtype", "int8"], "unknown dtype"),
     ],
 )
@@ -125,11 +135,7 @@ def test_bundled_models_are_checked_as_well(tmp_path: Path) -> None:
 
 
 def test_a_gpu_is_refused_where_torch_is_built_for_cpus(tmp_path: Path) -> None:
-    torch = find_spec("torch")
-    assert torch is not None
-    assert torch.origin is not None
-    if "cuda: Optional[str] = None" not in Path(torch.origin).with_name("version.py").read_text():
-        pytest.skip("the installed torch is built for GPUs")
+    skip_where_torch_is_built_for_gpus()
     assert "built for CPUs only" in refused(
         "profile", "tiny-gqa", "--device", "cuda", "--out", str(tmp_path / "run")
     )
@@ -156,3 +162,45 @@ def test_cells_of_a_grid_that_cannot_run_are_stated_without_torch(tmp_path: Path
     assert "2 of 2 cells failed" in refused(
         "grid", str(tmp_path / "grid.toml"), "--out", str(tmp_path / "out")
     )
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("reuse measure tiny-gqa --device rapl:x", "torch device 'cuda' was requested"),
+        ("reuse measure nonsense --device rapl:x", "no model 'nonsense'"),
+        ("reuse measure tiny-gqa --device rapl:x --torch-device cpu --prompt-tokens 5000", "has 4096"),
+        ("reuse measure tiny-gqa --device rapl:x --prompt-tokens 4 --fractions 0,.1", "has no room"),
+        ("clocks sweep --model nonsense --device GPU-1", "no model 'nonsense'"),
+        ("clocks sweep --model tiny-gqa --device GPU-1 --torch-device cpu --context 4096", "has 4096"),
+        ("clocks sweep --model tiny-gqa --device GPU-1 --torch-device cpu", "no GPU of this machine"),
+        ("bench alltoall --sizes 3x", "is not a size"),
+        ("bench alltoall --patterns x", "pattern 'x' is unknown; expected uniform"),
+        ("bench alltoall --algorithm x", "algorithm 'x' is unknown; expected flat"),
+    ],
+)
+def test_what_starts_a_model_or_ranks_refuses_without_torch(command: str, said: str, tmp_path: Path) -> None:
+    if "cuda" in said:
+        skip_where_torch_is_built_for_gpus()
+    assert said in refused(*command.split(), "--out", str(tmp_path / "x.json"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        ("reuse measure tiny-gqa --device rapl:x", "torch and transformers"),
+        ("clocks sweep --model tiny-gqa --device GPU-1", "torch and transformers"),
+        ("bench alltoall", "torch"),
+    ],
+)
+def test_what_starts_a_model_or_ranks_names_missing_libraries(
+    command: str, missing: str, tmp_path: Path
+) -> None:
+    line = refused(*command.split(), "--out", str(tmp_path / "x.json"), hidden="torch,transformers")
+    assert f"needs {missing}, which is not installed; run `pip install" in line
+
+
+def test_a_dense_model_is_refused_by_the_doctor_too(checkpoint: Path) -> None:
+    _dense(checkpoint)
+    assert "looks dense: no experts in config.json" in refused("doctor", "--model", str(checkpoint))

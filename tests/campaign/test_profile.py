@@ -41,7 +41,7 @@ def test_prefill_and_decode_are_told_apart_and_every_assignment_is_counted(
     run = observatory.open_run(tmp_path / "run")
     loads = run.expert_load()
     assert run.problems == ()
-    assert seen == [(done, 6) for done in range(1, 7)]
+    assert seen == [(done, 6) for done in range(7)]
     per_step = loads.groupby(["phase", "step", "layer"])["load"].sum()
     assert set(per_step.loc["prefill"].unique()) == {2 * 16 * 2}  # sequences x tokens x top-2
     assert set(per_step.loc["decode"].unique()) == {2 * 1 * 2}

@@ -9,7 +9,8 @@ from typing import get_args
 
 import numpy as np
 
-from observatory.campaign.workloads import CommandWorkload, Workload, WorkloadFacts, model_workload
+from observatory.campaign.preflight import check_model
+from observatory.campaign.workloads import TEXT, CommandWorkload, Workload, WorkloadFacts, model_workload
 from observatory.errors import ClockError
 from observatory.run.manifest import Phase
 from observatory.run.masking import masked_arguments
@@ -71,6 +72,7 @@ def make_workloads(
 
     Raises:
         ClockError: neither or both of model and command, or options that do not fit.
+        ModelError: as of :func:`observatory.campaign.preflight.check_model`.
     """
     if (model is None) == (not command):
         raise ClockError("what is to be swept? give --model, or your own program after `--`, and not both")
@@ -83,6 +85,15 @@ def make_workloads(
         raise ClockError(
             f"--batch {','.join(batches)[:60]!r} is no list of sizes, each once",
             expected="one such as 1,8,32, or a single size for your own program",
+        )
+    if model is not None:
+        check_model(
+            model,
+            device=torch_device,
+            dtype=dtype,
+            data=TEXT,
+            positions=(context_tokens or _MODEL_CONTEXT) + (phase == "decode"),
+            lower="--context",
         )
 
     @contextlib.contextmanager

@@ -21,7 +21,7 @@ from observatory.cli.options import (
     WideOption,
     WrapperOption,
 )
-from observatory.cli.output import print_data, print_json, print_lines, print_table, progress_bar, say
+from observatory.cli.output import counting, print_data, print_json, print_lines, print_table, say
 
 if TYPE_CHECKING:
     from observatory.campaign.sweep.plan import SweepPlan
@@ -234,16 +234,9 @@ def _run(
     from observatory.campaign.sweep.clock_sweep import run_sweep
     from observatory.host.provenance import command_line
 
-    with progress_bar() as bar:
-        task = bar.add_task("sweep", total=None)
+    with counting("sweep") as progress:
         return run_sweep(
-            job,
-            workloads,
-            out,
-            series=series,
-            overwrite=force,
-            argv=command_line(),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            job, workloads, out, series=series, overwrite=force, argv=command_line(), progress=progress
         )
 
 
