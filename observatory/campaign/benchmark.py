@@ -9,7 +9,7 @@ from observatory.errors import ExchangeError, alike
 from observatory.host.children import python_module
 from observatory.host.ranks import check_backend, find_rank
 from observatory.run.bounded import MAX_DOCUMENT_BYTES
-from observatory.run.documents.bench import NODES_AS_TOLD, BenchPlan, BenchResult, load_bench
+from observatory.run.documents.bench import NODES_AS_STATED, BenchPlan, BenchResult, load_bench
 from observatory.run.documents.writing import write_text
 
 #: Time and waiting of one rank in one repeat, as JSON.
@@ -59,7 +59,7 @@ def run_benchmark(
     check_backend(backend)
     _check_size(plan, ranks)
     if ranks_per_node is not None:
-        plan = plan.model_copy(update={"notes": (*plan.notes, NODES_AS_TOLD)})
+        plan = plan.model_copy(update={"notes": (*plan.notes, NODES_AS_STATED)})
     if find_rank().launcher != "alone" or ranks == 1:
         with open_transport(
             backend,  # type: ignore[arg-type]  # checked there, naming the choices

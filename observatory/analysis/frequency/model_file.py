@@ -38,6 +38,7 @@ class FitCode(StrEnum):
     TOO_FEW_CLOCKS = "too few clocks"  # clocks, needed, left_out
     NO_CURVE = "no curve"  # form, error (rms of ln on held-out clocks)
     NO_REFERENCE = "no reference"  # left_out
+    NOT_FITTED = "not fitted"  # title; because
     # A point did not enter the fit.
     DISTURBED = "disturbed"
     IMPOSSIBLE = "impossible"
@@ -58,6 +59,12 @@ class FitCode(StrEnum):
     NO_OPTIMUM = "no optimum"
     # There is no P(f).
     ENERGY_NOT_KNOWN = "energy not known"  # missing, points, flagged
+    # What a reader of a model must know of its sweeps.
+    LIMIT_WAS_LOWERED = "limit was lowered"  # limit_mw, default_mw
+    UNLOCKED_DIFFER = "unlocked differ"  # low, high (sources), low_mhz, high_mhz
+    TEMPERATURES_DIFFER = "temperatures differ"  # cold, warm (sources), cold_c, warm_c
+    NOTE_OF_SWEEP = "note of sweep"  # source, note
+    MORE_NOTES = "more notes"  # notes
 
 
 class Coefficient(Record):
@@ -348,6 +355,7 @@ class ClockModel(Record):
         sources: names of the sweep files.
         git_sha: commit of the working directory.
         notes: what a reader must know.
+        note_codes: their codes; empty in older files.
     """
 
     schema_version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}$")] = CLOCK_MODEL_VERSION
@@ -362,6 +370,7 @@ class ClockModel(Record):
     sources: tuple[Text, ...] = ()
     git_sha: Text | None = None
     notes: tuple[Text, ...] = ()
+    note_codes: tuple[Text, ...] = ()
 
 
 def load_clock_model(path: Path | str) -> ClockModel:

@@ -107,19 +107,20 @@ def fit_clocks(
             key = (series.name, series.phase, series.batch_size, series.context_tokens)
             merged.setdefault((*key, series.tokens_per_iteration), []).append(series)
     fitted: list[SeriesFit] = []
-    missing: list[str] = []
-    notes = _join_notes(sweeps, sources)
+    notes: list[Reason] = []
     for alike in merged.values():
         points = [point for series in alike for point in series.points]
         outcome = _fit_series(alike[0], points, max(limits, default=None), bootstrap, seed)
         if isinstance(outcome, Reason):
             first = alike[0]
             title = series_title(first.name[:200], first.phase, first.batch_size, first.context_tokens)
-            missing.append(f"{title}: {fit_words(outcome)}")
+            notes.append(Reason(FitCode.NOT_FITTED, {"title": title}, because=(outcome,)))
         else:
             fitted.append(outcome)
+    notes += _join_notes(sweeps, sources)
     if not fitted:
-        raise ClockError(f"nothing can be fitted: {'; '.join([*missing, *notes])[:800]}")
+        raise ClockError(f"nothing can be fitted: {'; '.join(map(fit_words, notes))[:800]}")
+    notes += _limit_notes(merged, limits)
     from observatory.host.provenance import find_git_sha
 
     return ClockModel(
@@ -133,7 +134,8 @@ def fit_clocks(
         seed=seed,
         sources=tuple(sources),
         git_sha=find_git_sha(),
-        notes=tuple(missing + notes + _limit_notes(merged, limits)),
+        notes=tuple(map(fit_words, notes)),
+        note_codes=tuple(note.code.value for note in notes),
     )
 
 
@@ -147,7 +149,7 @@ def _supported(sweeps: Sequence[ClockSweep]) -> tuple[float, ...] | None:
     return tuple(sorted(map(float, set.intersection(*lists)))) if lists else None
 
 
-def _limit_notes(merged: dict[tuple[object, ...], list[ClockSeries]], limits: Sequence[int]) -> list[str]:
+def _limit_notes(merged: dict[tuple[object, ...], list[ClockSeries]], limits: Sequence[int]) -> list[Reason]:
     """Whether the device ran under a limit that had been lowered before."""
     lowered = {
         point.enforced_limit_mw
@@ -159,10 +161,7 @@ def _limit_notes(merged: dict[tuple[object, ...], list[ClockSeries]], limits: Se
     }
     if not lowered:
         return []
-    return [
-        f"the power limit stood at {min(lowered) / 1e3:.0f} W where the sweep set none, below the default "
-        f"of {max(limits) / 1e3:.0f} W: the reference is of this site's setting"
-    ]
+    return [Reason(FitCode.LIMIT_WAS_LOWERED, {"limit_mw": min(lowered), "default_mw": max(limits)})]
 
 
 def _fit_series(
@@ -393,7 +392,7 @@ def _source_names(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> list[
     ]
 
 
-def _join_notes(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> list[str]:
+def _join_notes(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> list[Reason]:
     """What a reader of the model must know: doubts about how the sweeps fit together, and their own notes.
 
     Args:
@@ -401,14 +400,14 @@ def _join_notes(sweeps: Sequence[ClockSweep], sources: Sequence[str]) -> list[st
         sources: names of their files, of as many as have one.
     """
     names = _source_names(sweeps, sources)
-    own = [
-        f"of {name}: {note[:_LONGEST_NOTE]}"
+    notes = [
+        Reason(FitCode.NOTE_OF_SWEEP, {"source": name, "note": note[:_LONGEST_NOTE]})
         for name, sweep in zip(names, sweeps, strict=False)
         for note in sweep.notes
     ]
-    if len(own) > _MOST_NOTES:
-        own[_MOST_NOTES:] = [f"{len(own) - _MOST_NOTES} more notes stand in the sweeps"]
-    return [*_unlike_unlocked(sweeps, names), *_unlike_warm(sweeps, names), *own]
+    if len(notes) > _MOST_NOTES:
+        notes[_MOST_NOTES:] = [Reason(FitCode.MORE_NOTES, {"notes": len(notes) - _MOST_NOTES})]
+    return [*_unlike_unlocked(sweeps, names), *_unlike_warm(sweeps, names), *notes]
 
 
 def _points(sweep: ClockSweep) -> list[ClockPoint]:
@@ -419,7 +418,7 @@ def _locked(sweep: ClockSweep) -> bool:
     return any(point.requested_sm_clock_mhz is not None for point in _points(sweep))
 
 
-def _unlike_unlocked(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list[str]:
+def _unlike_unlocked(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list[Reason]:
     """Sweeps without any lock that ran at different clocks, which were set without being stated."""
     clock_of: dict[str, float] = {}
     for name, sweep in zip(names, sweeps, strict=False):
@@ -432,24 +431,21 @@ def _unlike_unlocked(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list
     if not clock_of or max(clock_of.values()) - min(clock_of.values()) <= 2 * CLOCK_STEP_MHZ:
         return []
     low, high = min(clock_of, key=lambda name: clock_of[name]), max(clock_of, key=lambda name: clock_of[name])
-    return [
-        f"said to be unlocked, {low} ran at {clock_of[low]:.0f} MHz and {high} at {clock_of[high]:.0f} "
-        "MHz, and they are taken for repeats of one setting: where the clock had been set, sweep with "
-        "--set-outside --clocks MHZ"
-    ]
+    values: dict[str, JsonValue] = {"low": low, "high": high}
+    clocks_mhz = {"low_mhz": clock_of[low], "high_mhz": clock_of[high]}
+    return [Reason(FitCode.UNLOCKED_DIFFER, {**values, **clocks_mhz})]
 
 
-def _unlike_warm(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list[str]:
+def _unlike_warm(sweeps: Sequence[ClockSweep], names: Sequence[str]) -> list[Reason]:
     """Sweeps whose points began at different temperatures."""
-    began: dict[str, float] = {}
+    start_c: dict[str, float] = {}
     for name, sweep in zip(names, sweeps, strict=False):
         temperatures = [p.start_temperature_c for p in _points(sweep) if p.start_temperature_c is not None]
         if temperatures:
-            began[name] = median(temperatures)
-    if not began or max(began.values()) - min(began.values()) < _WARMER_C:
+            start_c[name] = median(temperatures)
+    if not start_c or max(start_c.values()) - min(start_c.values()) < _WARMER_C:
         return []
-    cold, warm = min(began, key=lambda name: began[name]), max(began, key=lambda name: began[name])
-    return [
-        f"the chip had {began[cold]:.0f} C at the points of {cold} and {began[warm]:.0f} C at those of "
-        f"{warm}: warm silicon draws more, a part of the difference between their clocks may be that"
-    ]
+    cold, warm = min(start_c, key=lambda name: start_c[name]), max(start_c, key=lambda name: start_c[name])
+    values: dict[str, JsonValue] = {"cold": cold, "warm": warm}
+    temperatures_c = {"cold_c": start_c[cold], "warm_c": start_c[warm]}
+    return [Reason(FitCode.TEMPERATURES_DIFFER, {**values, **temperatures_c})]

@@ -27,6 +27,7 @@ _FIT_WORDS: dict[FitCode, str | Callable[[Mapping[str, Any]], str]] = {
     FitCode.NO_REFERENCE: lambda v: (
         f"no setting has both a time and a clock{_left_out(v, ': {}')}; measure again"
     ),
+    FitCode.NOT_FITTED: lambda v: f"{v['title']}: {v['cause']}",
     FitCode.DISTURBED: "far from the other repeats of its setting",
     FitCode.IMPOSSIBLE: "no device has such a time or power",
     FitCode.HEATED: "heat slowed the chip",
@@ -50,6 +51,17 @@ _FIT_WORDS: dict[FitCode, str | Callable[[Mapping[str, Any]], str]] = {
             else ""
         )
     ),
+    FitCode.LIMIT_WAS_LOWERED: lambda v: (
+        f"the power limit stood at {v['limit_mw'] / 1e3:.0f} W where the sweep set none, below the default "
+        f"of {v['default_mw'] / 1e3:.0f} W: the reference is of this site's setting"
+    ),
+    FitCode.UNLOCKED_DIFFER: "{low} and {high} state no lock, but ran at {low_mhz:.0f} and {high_mhz:.0f} "
+    "MHz, and they are taken for repeats of one setting: where the clock had been set, sweep with "
+    "--set-outside --clocks MHZ",
+    FitCode.TEMPERATURES_DIFFER: "the chip had {cold_c:.0f} C at the points of {cold} and {warm_c:.0f} C at "
+    "those of {warm}: warm silicon draws more, a part of the difference between their clocks may be that",
+    FitCode.NOTE_OF_SWEEP: "of {source}: {note}",
+    FitCode.MORE_NOTES: "{notes} more notes stand in the sweeps",
 }
 #: Why locks were not compared with caps.
 _NOT_COMPARED = {
@@ -77,7 +89,8 @@ _FIX_FIRST = {
 def fit_words(reason: Reason) -> str:
     """What a fit lacks, and why."""
     words = _FIT_WORDS[FitCode(reason.code)]
-    return words.format_map(reason.values) if isinstance(words, str) else words(reason.values)
+    values = {**reason.values, "cause": "; ".join(map(fit_words, reason.because))}
+    return words.format_map(values) if isinstance(words, str) else words(values)
 
 
 def _left_out(values: Mapping[str, Any], template: str) -> str:

@@ -26,9 +26,11 @@ from observatory.analysis.network.features import BYTE_TERMS, StageTerms, stage_
 from observatory.analysis.network.judging import Fabric, find_misfits, paired_ratios, repeat_noise, verdict_of
 from observatory.analysis.network.network import AlgorithmFit, Coefficient, Domain, NetworkModel, RanksScore
 from observatory.analysis.network.trials import Cases, Trial, choose, try_forms
+from observatory.analysis.network.words import NetworkCode, sentence
 from observatory.analysis.statistics import sample_ends
 from observatory.errors import BenchmarkError
-from observatory.run.documents.bench import NODES_AS_TOLD, BenchCase, BenchResult
+from observatory.reasons import Reason
+from observatory.run.documents.bench import NODES_AS_STATED, BenchCase, BenchResult
 from observatory.run.exchange_algorithms import stages
 from observatory.run.usable_cores import short_of_cores
 
@@ -76,12 +78,16 @@ def fit_network(
                     f"on {result.ranks} ranks; its times mean nothing: mend the fabric and measure again"
                 )
             by_algorithm.setdefault(case.algorithm, []).append((case, result))
-    notes = [NODES_AS_TOLD] if any(NODES_AS_TOLD in result.notes for result in results) else []
-    notes += [
-        f"{algorithm}: {_MOST_CASES} of {len(measured)} matrices were fitted, drawn at random"
+    notes = [
+        Reason(
+            NetworkCode.MATRICES_DRAWN,
+            {"algorithm": algorithm, "fitted": _MOST_CASES, "measured": len(measured)},
+        )
         for algorithm, measured in sorted(by_algorithm.items())
         if len(measured) > _MOST_CASES
     ]
+    if any(NODES_AS_STATED in result.notes for result in results):
+        notes.insert(0, Reason(NetworkCode.NODES_AS_STATED))
     from observatory.host.provenance import find_git_sha
 
     hosts = sorted({host.name for result in results for host in result.hosts})
@@ -96,7 +102,8 @@ def fit_network(
         sources=(*sources, *(f"host {host}" for host in hosts)),
         hosts=tuple(hosts),
         git_sha=find_git_sha(),
-        notes=tuple(notes),
+        notes=tuple(map(sentence, notes)),
+        note_codes=tuple(note.code.value for note in notes),
         short_of_cores=tuple(
             dict.fromkeys(share for result in results for share in short_of_cores(result.cores_P or ()))
         ),

@@ -247,6 +247,7 @@ class NetworkModel(Record):
         hosts: names of these hosts; empty in files before schema 2.2.
         git_sha: commit of the working directory.
         notes: what a reader must know.
+        note_codes: their codes; empty in older files.
         short_of_cores: machines on which ranks of a source were more than the cores that they could use.
     """
 
@@ -259,6 +260,7 @@ class NetworkModel(Record):
     hosts: Annotated[tuple[Text, ...], Field(max_length=10_000)] = ()
     git_sha: Text | None = None
     notes: tuple[Text, ...] = ()
+    note_codes: tuple[Text, ...] = ()
     short_of_cores: Annotated[tuple[CoreShare, ...], Field(max_length=10_000)] = ()
 
     def of(self, algorithm: str) -> AlgorithmFit:

@@ -11,6 +11,7 @@ import pandas as pd
 from observatory.analysis.exchange import words as exchange_words
 from observatory.analysis.network.network import AlgorithmFit, Misfit, NetworkModel, Verdict
 from observatory.reasons import Reason
+from observatory.run.documents.bench import NODES_AS_STATED
 
 
 class NetworkCode(StrEnum):
@@ -30,6 +31,8 @@ class NetworkCode(StrEnum):
     TOO_SHORT = "too_short"
     OTHER_BACKEND = "other_backend"
     NOT_PREDICTED = "not_predicted"
+    MATRICES_DRAWN = "matrices_drawn"
+    NODES_AS_STATED = "nodes_as_stated"
 
 
 _MOST_NAMED = 8
@@ -57,6 +60,8 @@ _WORDS = {
     NetworkCode.TOO_SHORT: "too short for the clock",
     NetworkCode.OTHER_BACKEND: "exchanged over {backend}, not {model_backend}",
     NetworkCode.NOT_PREDICTED: "{error}",
+    NetworkCode.MATRICES_DRAWN: "{algorithm}: {fitted} of {measured} matrices were fitted, drawn at random",
+    NetworkCode.NODES_AS_STATED: NODES_AS_STATED,
 }
 
 

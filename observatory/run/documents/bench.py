@@ -25,7 +25,7 @@ _MAX_BYTES = 1 << 50
 MAX_ROW_BYTES = 1 << 30
 
 #: Note of a result whose nodes are not hosts: its links to "other nodes" may be the memory of one machine.
-NODES_AS_TOLD = "nodes are consecutive ranks as --ranks-per-node says, whatever hosts they are on"
+NODES_AS_STATED = "nodes are consecutive ranks as --ranks-per-node says, whatever hosts they are on"
 
 _Node = Annotated[int, Field(ge=0, lt=1 << 31)]
 _Bytes = Annotated[int, Field(ge=0, le=_MAX_BYTES)]

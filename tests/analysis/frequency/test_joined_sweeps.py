@@ -8,6 +8,7 @@ import pytest
 
 from observatory.advice.frequency import recommend_clocks
 from observatory.analysis.frequency import ClockModel, fit_clocks
+from observatory.analysis.frequency.model_file import FitCode
 from observatory.cli import main
 from observatory.errors import ClockError
 from observatory.locks.commands import plan_commands
@@ -62,23 +63,19 @@ def test_measurements_given_twice_are_refused(whole: ClockSweep) -> None:
         fitted([whole, whole])
 
 
-def test_sweeps_said_to_be_unlocked_that_ran_at_different_clocks_are_named(whole: ClockSweep) -> None:
+def test_sweeps_without_locks_that_ran_at_different_clocks_are_named(whole: ClockSweep) -> None:
     parts = apart(whole)
-    lied = []
+    unstated = []
     for part in parts:
         (series,) = part.series
         points = tuple(point.model_copy(update={"requested_sm_clock_mhz": None}) for point in series.points)
-        lied.append(part.model_copy(update={"series": (series.model_copy(update={"points": points}),)}))
-    try:
-        said = " ".join(fitted(lied).notes)
-    except ClockError as error:
-        said = str(error)
-    assert "said to be unlocked" in said
-    assert "--set-outside" in said
-    assert "said to be unlocked" not in " ".join(fitted(parts).notes)
+        unstated.append(part.model_copy(update={"series": (series.model_copy(update={"points": points}),)}))
+    with pytest.raises(ClockError, match=r"state no lock.*--set-outside"):
+        fitted(unstated)
+    assert FitCode.UNLOCKED_DIFFER not in fitted(parts).note_codes
 
 
-def test_files_that_began_at_other_temperatures_and_notes_of_sweeps_are_told(whole: ClockSweep) -> None:
+def test_files_at_other_temperatures_and_notes_of_sweeps_are_named(whole: ClockSweep) -> None:
     parts = apart(whole, notes=("shared with a stranger",))
     for number, part in enumerate(parts):
         (series,) = part.series
@@ -87,8 +84,10 @@ def test_files_that_began_at_other_temperatures_and_notes_of_sweeps_are_told(who
             for point in series.points
         )
         parts[number] = part.model_copy(update={"series": (series.model_copy(update={"points": points}),)})
-    notes = fitted(parts).notes
+    model = fitted(parts)
+    notes = model.notes
     assert any("40 C" in note and "55 C at those of 2.json" in note for note in notes)
+    assert {FitCode.TEMPERATURES_DIFFER, FitCode.NOTE_OF_SWEEP} <= set(model.note_codes)
     assert "of 0.json: shared with a stranger" in notes
     assert len(notes) < 25  # however many files there are
 

@@ -16,7 +16,7 @@ from observatory.cli import main
 from observatory.collectives.bench.replay import replay_plan
 from observatory.errors import BenchmarkError, PlacementError, RunError
 from observatory.run import open_run
-from observatory.run.documents.bench import NODES_AS_TOLD, BenchCase, BenchResult, Traffic
+from observatory.run.documents.bench import NODES_AS_STATED, BenchCase, BenchResult, Traffic
 from observatory.run.manifest import ModelSpec
 from tests.analysis.network.synthetic import made_result
 from tests.conftest import MakeRun
@@ -58,15 +58,15 @@ def test_a_scan_shows_times_for_degrees_that_were_never_run(
 def test_times_over_links_between_pretended_nodes_say_so(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = made_result(a_bus, (0, 0, 1, 1)).model_copy(update={"notes": (NODES_AS_TOLD,)})
+    told = made_result(a_bus, (0, 0, 1, 1)).model_copy(update={"notes": (NODES_AS_STATED,)})
     bench, model = tmp_path / "bench.json", tmp_path / "fit.json"
     bench.write_text(told.model_dump_json())
     assert main(["fit", str(bench), "--out", str(model), "--bootstrap", "0", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["notes"] == [NODES_AS_TOLD]
+    assert json.loads(capsys.readouterr().out)["notes"] == [NODES_AS_STATED]
     scan = ["scan", str(make_run()), "--ep", "4", "--gpus-per-node", "2", "--network", str(model)]
     assert main([*scan, "--row-bytes", "16", "--json"]) == 0
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
-    assert problem == f"the network model: {NODES_AS_TOLD}"
+    assert problem == f"the network model: {NODES_AS_STATED}"
     assert fit_network([made_result(a_bus, (0, 0, 1, 1))], bootstrap=0).notes == ()
 
 

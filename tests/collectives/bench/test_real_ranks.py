@@ -16,7 +16,7 @@ from observatory.collectives.bench import rank
 from observatory.collectives.bench.measure import alltoall_plan, run_plan
 from observatory.collectives.transport.base import AloneTransport
 from observatory.errors import ExchangeError
-from observatory.run.documents.bench import NODES_AS_TOLD, BenchPlan, Traffic, load_bench
+from observatory.run.documents.bench import NODES_AS_STATED, BenchPlan, Traffic, load_bench
 from tests.collectives.bench.runs import write_captured_run
 
 pytestmark = pytest.mark.slow
@@ -42,7 +42,7 @@ def test_every_algorithm_delivers_every_byte_of_every_pattern() -> None:
     result = run_benchmark(plan, ranks=4, backend="gloo", ranks_per_node=2)
     assert result is not None
     assert result.node_of_P == (0, 0, 1, 1)
-    assert result.notes == (NODES_AS_TOLD,)
+    assert result.notes == (NODES_AS_STATED,)
     assert (result.backend, result.ranks) == ("gloo", 4)
     assert len(result.cases) == 3 * len(plan.traffic)
     assert all(case.correct for case in result.cases)
