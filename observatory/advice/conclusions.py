@@ -8,9 +8,10 @@ floor, is never called worse than anything else.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from observatory.reasons import Reason
@@ -22,6 +23,8 @@ Row = Mapping[str, Any]
 _WORTH = 0.05
 #: A case of a benchmark is noisy where its slowest tenth takes this much longer than its median.
 _NOISY = 1.5
+#: Parts of an interval, and how the names of their columns end.
+_INTERVAL = {"value": "", "low": "_low", "high": "_high"}
 
 
 class Code(StrEnum):
@@ -45,6 +48,12 @@ class Code(StrEnum):
     CLOCK_TOO_HIGH = "clock_too_high"
     CLOCK_COST = "clock_cost"
     CLOCK_UNKNOWN = "clock_unknown"
+    LEAST_ENERGY = "least_energy"
+    SETTING_COST = "setting_cost"
+    ONE_SETTING = "one_setting"
+    DEAREST_PREFILL = "dearest_prefill"
+    REUSE_COST = "reuse_cost"
+    REUSE_UNKNOWN = "reuse_unknown"
     WRONG_BYTES = "wrong_bytes"
     NOISY_CASE = "noisy_case"
     NOISE_COST = "noise_cost"
@@ -185,9 +194,84 @@ def conclude_energy(document: Row, run: Path) -> Conclusion:
     )
 
 
-def conclude_clocks(document: Row) -> Conclusion:
-    """Of ``observatory clocks recommend``: the surest saving, else the device that its cap holds."""
-    locked = [row for row in document.get("series", ()) if row["verdict"] == "lock"]
+def conclude_reuse(document: Row, measurements: Path) -> Conclusion:
+    """Of ``observatory reuse show``: what a prompt of which nothing is cached costs, and what a hit saves."""
+    curve = document["reuse"]
+    if curve["saved_low"] is None:
+        return (Reason(Code.REUSE_UNKNOWN), Reason(Code.MORE_REPEATS))
+    if curve["saved_low"] < _WORTH:
+        return NOTHING
+    miss = min(curve["cells"], key=lambda row: row["cached_fraction"])
+    return (
+        Reason(
+            Code.DEAREST_PREFILL,
+            {**_values(document, "model", "prompt_tokens"), **_values(miss, "cached_fraction", "prefill_mj")},
+        ),
+        Reason(Code.REUSE_COST, {f"saving_{name}": curve[f"saved{end}"] for name, end in _INTERVAL.items()}),
+        _command("energy", "RUN", "--reuse", measurements),
+    )
+
+
+def conclude_sweep(document: Row, out: Path) -> Conclusion:
+    """Of ``observatory clocks sweep``: the setting that saves most, beyond scatter and errors."""
+    fit = _command("clocks", "fit", out, "--out", "clocks.json")
+    if document["set_outside"]:
+        return (Reason(Code.ONE_SETTING), _command("clocks", "fit", "RESULTS", "--out", "clocks.json"))
+    worst = _worst(
+        (row for series in document["series"] for row in _saving_settings(series)),
+        lambda row: float(row["saving"]),
+    )
+    if worst is None:
+        return (*NOTHING, fit)
+    place = ("series", "requested_sm_clock_mhz", "requested_limit_mw")
+    return (
+        Reason(Code.LEAST_ENERGY, _values(worst, *place)),
+        Reason(Code.SETTING_COST, _values(worst, "saving", "slowdown")),
+        fit,
+    )
+
+
+def _saving_settings(series: Row) -> Iterator[Row]:
+    """Settings all of whose energies lie below all those without a lock or a limit, with what they save."""
+    points: dict[tuple[float | None, float | None], list[Row]] = {}
+    for point in series["points"]:
+        if point["label"] == "ok" and point["energy_mj"] is not None:
+            setting = (point["requested_sm_clock_mhz"], point["requested_limit_mw"])
+            points.setdefault(setting, []).append(point)
+    free = points.pop((None, None), None)
+    if free is None:
+        return
+    lowest_mj = min(_iteration_mj(point, -1.0) for point in free)
+    free_mj, free_s = median(_iteration_mj(point, 0.0) for point in free), median(map(_iteration_s, free))
+    for (clock_mhz, limit_mw), rows in points.items():
+        if max(_iteration_mj(point, 1.0) for point in rows) < lowest_mj:
+            yield {
+                "series": series["name"],
+                "requested_sm_clock_mhz": clock_mhz,
+                "requested_limit_mw": limit_mw,
+                "saving": 1.0 - median(_iteration_mj(point, 0.0) for point in rows) / free_mj,
+                "slowdown": median(map(_iteration_s, rows)) / free_s - 1.0,
+            }
+
+
+def _iteration_mj(point: Row, errors: float) -> float:
+    """Energy of an iteration, so many half-widths of its interval away."""
+    return float(point["energy_mj"] * (1.0 + errors * (point["energy_error"] or 0.0)) / point["iterations"])
+
+
+def _iteration_s(point: Row) -> float:
+    return float(point["duration_s"] / point["iterations"])
+
+
+def conclude_clocks(document: Row, model: Path | None = None) -> Conclusion:
+    """Of ``observatory clocks recommend``: the surest saving, else the device that its cap holds.
+
+    Args:
+        document: the advice.
+        model: of ``observatory clocks fit``, which prints no commands: the file that gives the advice.
+    """
+    series = document.get("series", ())
+    locked = [row for row in series if row["verdict"] == "lock"]
     if locked:
         worst = max(locked, key=lambda row: row["choice"]["saving"]["low"] or 0.0)
         choice = worst["choice"]
@@ -196,16 +280,18 @@ def conclude_clocks(document: Row) -> Conclusion:
             Reason(
                 Code.CLOCK_COST,
                 {
-                    **{f"saving_{name}": choice["saving"][name] for name in ("value", "low", "high")},
+                    **{f"saving_{name}": choice["saving"][name] for name in _INTERVAL},
                     "slowdown": choice["slowdown"]["value"],
                 },
             ),
-            Reason(Code.LOCK_CLOCK, {"sm_clock_mhz": choice["sm_clock_mhz"]}),
+            _command("clocks", "recommend", model)
+            if model is not None
+            else Reason(Code.LOCK_CLOCK, {"sm_clock_mhz": choice["sm_clock_mhz"]}),
         )
     devices = document.get("telemetry", {}).get("devices", ())
     held = [row for row in devices if row["cap"] == "binds" and row["power_cap_busy_share"] is not None]
     worst = _worst(held, lambda row: row["power_cap_busy_share"])
-    if worst is None and devices:
+    if worst is None and (devices or any(row["verdict"] == "no energy" for row in series)):
         return (Reason(Code.CLOCK_UNKNOWN), _command("clocks", "sweep", "--help"))
     if worst is None:
         return NOTHING

@@ -30,7 +30,14 @@ _SENTENCES = {
     Code.CAP_COST: "the limit held the clock down in {power_cap_busy_share} of the busy time",
     Code.CLOCK_TOO_HIGH: "worth a lower clock: {title}, now at {reference_mhz:.0f} MHz",
     Code.CLOCK_COST: "a lock saves {saving} of the energy for {slowdown} more time",
-    Code.CLOCK_UNKNOWN: "whether another clock saves energy is not known from telemetry of one clock",
+    Code.CLOCK_UNKNOWN: "whether another clock saves energy is not known: it takes a sweep with energies",
+    Code.LEAST_ENERGY: "least energy: {series}, {setting}",
+    Code.SETTING_COST: "that saves {saving} of the energy of an iteration for {slowdown} more time",
+    Code.ONE_SETTING: "one setting alone does not show what another would save",
+    Code.DEAREST_PREFILL: "most energy: a prompt of {prompt_tokens} tokens with {cached_fraction} cached, "
+    "{energy}",
+    Code.REUSE_COST: "an exact hit saves {saving} of the energy of a miss",
+    Code.REUSE_UNKNOWN: "what a cached prompt saves is not known beyond the scatter of the windows",
     Code.WRONG_BYTES: "wrong bytes arrived in {cases} cases, first {algorithm} {pattern} of "
     "{mean_send_bytes} B",
     Code.NOISY_CASE: "noisiest: {algorithm} {pattern} of {mean_send_bytes} B",
@@ -49,7 +56,10 @@ _SENTENCES = {
     Code.CHECK_FABRIC: "next: check the links and nodes named above",
 }
 #: Values that are shares.
-_SHARES = ("wait_share", "share", "power_cap_busy_share", "median_error", "p90_error", "slowdown")
+_SHARES = (
+    "wait_share", "share", "power_cap_busy_share", "median_error", "p90_error", "saving", "slowdown",
+    "cached_fraction",
+)  # fmt: skip
 
 
 def conclusion_sentences(conclusion: Conclusion) -> list[str]:
@@ -75,7 +85,14 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
         shown |= {"energy": _energy(values), "per_token": _per_token(values)}
     if code is Code.HELD_BY_CAP:
         shown["in_phase"] = f" in {values['phase']}" if values["phase"] else ""
-    if code is Code.CLOCK_COST:
+    if code is Code.DEAREST_PREFILL:
+        shown["energy"] = f"{values['prefill_mj'] / 1e3:.3g} J"
+    if code is Code.LEAST_ENERGY:
+        clock_mhz, limit_mw = values["requested_sm_clock_mhz"], values["requested_limit_mw"]
+        shown["setting"] = (
+            f"limited to {limit_mw / 1e3:g} W" if clock_mhz is None else f"locked to {clock_mhz:g} MHz"
+        )
+    if code in (Code.CLOCK_COST, Code.REUSE_COST):
         shown["saving"] = _interval(values["saving_value"], values["saving_low"], values["saving_high"])
     return shown
 

@@ -118,7 +118,7 @@ def measure(
     for note in measured.notes:
         say(f"note: {note}")
     show(out, seed=seed, wide=wide, csv=csv, json=json)
-    say(f"measurements written to {out}; next: observatory reuse show {out}")
+    say(f"measurements written to {out}")
 
 
 def show(
@@ -131,12 +131,15 @@ def show(
     json: JsonOption = False,
 ) -> None:
     """Show the energy of a prefill against the cached fraction, with intervals, and what a hit saves."""
+    from observatory.advice.conclusions import conclude_reuse, conclusion_document
     from observatory.analysis.energy.document import reuse_document, reuse_sentences, reuse_tables
-    from observatory.cli.output import print_data, print_table, say
+    from observatory.cli.output import print_conclusion, print_data, print_table, say
     from observatory.run.documents.prefix_cache import load_reuse
 
     measured = load_reuse(measurements)
     document = reuse_document(measured, seed=seed)
+    conclusion = conclude_reuse(document, measurements)
+    document["conclusion"] = conclusion_document(conclusion)
     tables = reuse_tables(document["reuse"], measured)
     if print_data(document, tables, json=json, csv=csv):
         return
@@ -144,3 +147,4 @@ def show(
         print_table(table, wide=wide)
     for sentence in reuse_sentences(document["reuse"]):
         say(sentence)
+    print_conclusion(conclusion)

@@ -18,8 +18,10 @@ from observatory.advice.conclusions import (
     conclude_exchanges,
     conclude_fit,
     conclude_replay,
+    conclude_reuse,
     conclude_routing,
     conclude_scan,
+    conclude_sweep,
 )
 from observatory.advice.words import _SENTENCES, conclusion_sentences
 from observatory.analysis.network.layouts import ScanRequest, scan_document
@@ -160,6 +162,54 @@ def test_a_clock_is_only_named_where_the_advice_is_to_lock() -> None:
     device = {**device, "cap": "does not bind"}
     found = codes(conclude_clocks({"telemetry": {"devices": [device]}}))
     assert found == [Code.CLOCK_UNKNOWN, Code.RUN_COMMAND]
+
+
+def test_clocks_without_energies_are_not_called_right() -> None:
+    series = {"verdict": "no energy", "title": "decode"}
+    assert codes(conclude_clocks({"series": [series]})) == [Code.CLOCK_UNKNOWN, Code.RUN_COMMAND]
+
+
+def sweep_of(*energies_mj: float, error: float = 0.01, **series: object) -> dict[str, Any]:
+    """Two windows of each setting: unlocked, then one clock lower each; of one iteration, which takes 1 s."""
+    points = [
+        {
+            "label": "ok", "energy_mj": energy_mj, "energy_error": error, "iterations": 2,
+            "duration_s": 2.0 + index,
+            "requested_sm_clock_mhz": None if index == 0 else 1500.0 - index, "requested_limit_mw": None,
+        }
+        for index, energy_mj in enumerate(energies_mj)
+        for _ in range(2)
+    ]  # fmt: skip
+    return {"set_outside": False, "series": [{"name": "decode", "points": points, **series}]}
+
+
+def test_the_setting_of_least_energy_is_named_beyond_the_errors() -> None:
+    worst, cost, step = conclude_sweep(sweep_of(100.0, 90.0, 80.0), RUN)
+    assert worst.values["requested_sm_clock_mhz"] == 1498.0
+    assert cost.values == {"saving": pytest.approx(0.2), "slowdown": 1.0}
+    assert conclusion_sentences((worst, cost)) == [
+        "least energy: decode, locked to 1498 MHz",
+        "that saves 20 % of the energy of an iteration for 100 % more time",
+    ]
+    assert step.values["command"] == "observatory clocks fit 'runs/a b' --out clocks.json"
+    assert codes(conclude_sweep(sweep_of(100.0, 80.0, error=0.2), RUN)) == [Code.NOTHING, Code.RUN_COMMAND]
+    outside = {**sweep_of(100.0), "set_outside": True}
+    assert codes(conclude_sweep(outside, RUN)) == [Code.ONE_SETTING, Code.RUN_COMMAND]
+
+
+def test_a_cached_prompt_saves_only_what_its_interval_shows() -> None:
+    cells = [{"cached_fraction": 1.0, "prefill_mj": 10.0}, {"cached_fraction": 0.0, "prefill_mj": 4e4}]
+    curve = {"cells": cells, "saved": 0.6, "saved_low": 0.55, "saved_high": 0.65}
+    document = {"model": "m", "prompt_tokens": 4096, "reuse": curve}
+    worst, cost, step = conclude_reuse(document, RUN)
+    assert conclusion_sentences((worst, cost)) == [
+        "most energy: a prompt of 4096 tokens with 0 % cached, 40 J",
+        "an exact hit saves 60 % (55 % to 65 %) of the energy of a miss",
+    ]
+    assert step.values["command"] == "observatory energy RUN --reuse 'runs/a b'"
+    assert codes(conclude_reuse({**document, "reuse": {**curve, "saved_low": -0.1}}, RUN)) == [Code.NOTHING]
+    unknown = {**document, "reuse": {**curve, "saved_low": None}}
+    assert codes(conclude_reuse(unknown, RUN)) == [Code.REUSE_UNKNOWN, Code.MORE_REPEATS]
 
 
 def test_a_benchmark_is_judged_by_its_bytes_first_then_by_its_noise() -> None:

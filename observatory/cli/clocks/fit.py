@@ -26,10 +26,12 @@ def fit(
     json: JsonOption = False,
 ) -> None:
     """Fit the time and energy of each phase; the form is chosen on clocks that were held out."""
+    from observatory.advice.conclusions import conclude_clocks, conclusion_document
+    from observatory.advice.frequency import recommend_clocks
     from observatory.analysis.frequency import fit_clocks
     from observatory.analysis.frequency.tables import model_table
     from observatory.campaign.benchmark import check_out
-    from observatory.cli.output import print_data, print_table, print_text, say
+    from observatory.cli.output import print_conclusion, print_data, print_table, print_text, say
     from observatory.host.provenance import command_line
     from observatory.run.documents.clock_sweep import load_sweep
     from observatory.run.documents.printed import printed_document
@@ -48,6 +50,8 @@ def fit(
         "clock_model",
         model.model_dump(mode="json", exclude={"series": {"__all__": {"samples_B", "settings"}}}),
     )
+    conclusion = conclude_clocks(recommend_clocks(model).model_dump(mode="json"), out)
+    document["conclusion"] = conclusion_document(conclusion)
     table = model_table(model)
     if print_data(document, [table], json=json, csv=csv):
         return
@@ -58,4 +62,5 @@ def fit(
             say(f"{series.title}: {item.points} points left out: {item.reason}")
     for note in model.notes:
         say(note)
-    say(f"clock model written to {out}; next: observatory clocks recommend {out}")
+    print_conclusion(conclusion)
+    say(f"clock model written to {out}")

@@ -21,7 +21,15 @@ from observatory.cli.options import (
     WideOption,
     WrapperOption,
 )
-from observatory.cli.output import counting, print_data, print_json, print_lines, print_table, say
+from observatory.cli.output import (
+    counting,
+    print_conclusion,
+    print_data,
+    print_json,
+    print_lines,
+    print_table,
+    say,
+)
 
 if TYPE_CHECKING:
     from observatory.campaign.sweep.plan import SweepPlan
@@ -204,10 +212,8 @@ def sweep(
         raise LockRefusedError(
             f"{error.what}; no point of the plan was set, the commands above get them set in another way"
         ) from error
-    _print_result(result, json=json, csv=csv, wide=wide)
-    files = "RESULTS" if set_outside else str(out)
-    when = "when every clock has its own result" if set_outside else "next"
-    say(f"sweep written to {out}; {when}: observatory clocks fit {files} --out clocks.json")
+    _print_result(result, out, json=json, csv=csv, wide=wide)
+    say(f"sweep written to {out}")
 
 
 def _check_settings(clocks: str | None, *, apply: bool, set_outside: bool) -> None:
@@ -252,7 +258,8 @@ def _print_plan(plan: SweepPlan, *, json: bool, refused: str | None = None) -> N
         print_lines([f"# {way}:", *lines, ""])
 
 
-def _print_result(result: ClockSweep, *, json: bool, csv: bool, wide: bool) -> None:
+def _print_result(result: ClockSweep, out: Path, *, json: bool, csv: bool, wide: bool) -> None:
+    from observatory.advice.conclusions import conclude_sweep, conclusion_document
     from observatory.analysis.frequency.tables import sweep_table
     from observatory.run.documents.printed import printed_document
 
@@ -260,6 +267,8 @@ def _print_result(result: ClockSweep, *, json: bool, csv: bool, wide: bool) -> N
         say(f"note: {note}")
     table = sweep_table(result)
     document = printed_document("clock_sweep", result.model_dump(mode="json"))
+    conclusion = conclude_sweep(document, out)
+    document["conclusion"] = conclusion_document(conclusion)
     if print_data(document, [table], json=json, csv=csv):
         return
     print_table(table, wide=wide)
@@ -271,3 +280,4 @@ def _print_result(result: ClockSweep, *, json: bool, csv: bool, wide: bool) -> N
     }
     for line in sorted(reasons)[:20]:
         say(line)
+    print_conclusion(conclusion)
