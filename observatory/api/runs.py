@@ -20,15 +20,7 @@ _MOST_ROWS = 500_000
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
-    """Open a run directory.
-
-    Only the manifest, the ranks' status files and the parts' footers are read.
-
-    Raises:
-        RunError: the directory does not exist or is no run directory.
-        RunFormatError: the manifest is damaged, the schema is newer, a part has wrong columns, or the run
-            has parts but not one of them can be read.
-    """
+    """Open a run directory with its analyses; reads and raises as :meth:`observatory.run.Run.open`."""
     return Run.open(path)
 
 

@@ -64,7 +64,7 @@ def alltoall(
     from observatory.analysis.network.documents import bench_document, bench_tables
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
     from observatory.campaign.preflight import check_libraries
-    from observatory.cli.output import print_conclusion, print_data, print_table, say, say_cores
+    from observatory.cli.output import print_conclusion, print_data, print_tables, say, say_cores
     from observatory.collectives.bench.patterns import PATTERNS
     from observatory.host.provenance import command_line
     from observatory.run.exchange_algorithms import ALGORITHMS
@@ -102,8 +102,7 @@ def alltoall(
         document["conclusion"] = conclusion_document(conclusion)
         tables = bench_tables(document)
         if not print_data(document, tables, json=json, csv=csv):
-            for table in tables:
-                print_table(table, wide=wide)
+            print_tables(tables, wide=wide)
             print_conclusion(conclusion)
     finally:  # a failure to print does not lose the measurement
         write_result(result, out)

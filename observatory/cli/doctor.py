@@ -75,7 +75,7 @@ def doctor(
     """List what works on this machine, or the MoE layers of a model and how they are read."""
     from dataclasses import asdict
 
-    from observatory.cli.output import print_json, print_table, print_text
+    from observatory.cli.output import print_json, print_tables
     from observatory.errors import ModelError
     from observatory.host.doctor import capabilities
     from observatory.locks.status import device_report
@@ -96,15 +96,13 @@ def doctor(
         }
         print_json(printed_document("doctor", content))
     elif model:
-        print_table(_layer_table(model, layers))
+        print_tables([_layer_table(model, layers)])
     else:
         rows = [asdict(item) for item in found]
         rows.append(
             {"name": "bundled models", "works": True, "detail": ", ".join(BUNDLED_NAMES), "remedy": None}
         )
-        for table in [Table(name="capabilities", columns=_CAPABILITIES, rows=rows), *_device_tables(devices)]:
-            print_table(table)
-            print_text([""])
+        print_tables([Table(name="capabilities", columns=_CAPABILITIES, rows=rows), *_device_tables(devices)])
     if refusal is not None:
         raise ModelError(refusal)
 

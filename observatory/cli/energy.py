@@ -31,7 +31,7 @@ def energy(
         reuse_sentences,
         reuse_tables,
     )
-    from observatory.cli.output import print_conclusion, print_data, print_table, print_text, say
+    from observatory.cli.output import print_conclusion, print_data, print_tables, say
     from observatory.run import open_run
     from observatory.run.documents.prefix_cache import load_reuse
 
@@ -47,9 +47,7 @@ def energy(
         say(f"note: {problem}")
     if print_data(document, tables, json=json, csv=csv, table=table):
         return
-    for item in tables:
-        print_table(item, wide=wide)
-        print_text([""])
+    print_tables(tables, wide=wide)
     for sentence in energy_sentences(document):
         say(sentence)
     for sentence in reuse_sentences(document["reuse"]) if measured is not None else ():

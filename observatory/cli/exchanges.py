@@ -25,7 +25,7 @@ def exchanges(
     """Show the time of every layer's exchanges, split into waiting and transfer."""
     from observatory.advice.conclusions import conclude_exchanges, conclusion_document
     from observatory.analysis.exchange.document import exchange_document, exchange_tables
-    from observatory.cli.output import print_conclusion, print_data, print_table, print_text, say, say_cores
+    from observatory.cli.output import print_conclusion, print_data, print_tables, say, say_cores
     from observatory.cli.parsing import parse_files_of_ranks
     from observatory.run import open_run
     from observatory.run.usable_cores import short_of_cores
@@ -41,9 +41,7 @@ def exchanges(
         say(f"note: {problem}")
     if print_data(document, tables, json=json, csv=csv, table=table):
         return
-    for item in tables:
-        print_table(item, wide=wide)
-        print_text([""])
+    print_tables(tables, wide=wide)
     recorder = document["flight_recorder"]
     for gap in recorder["gaps"] if recorder else ():
         say(f"flight recorder, {gap['rows']} of {document['rows']} rows: {gap['reason']}")

@@ -38,7 +38,7 @@ def fit(
     from observatory.analysis.network.fitting import fit_network
     from observatory.analysis.network.words import misfit_sentence, verdict_sentence
     from observatory.campaign.benchmark import check_out
-    from observatory.cli.output import print_conclusion, print_data, print_table, print_text, say, say_cores
+    from observatory.cli.output import print_conclusion, print_data, print_tables, say, say_cores
     from observatory.host.provenance import command_line
     from observatory.run.documents.bench import load_bench
     from observatory.run.documents.writing import frame_records, write_text
@@ -69,9 +69,7 @@ def fit(
     tables = fit_tables(document)
     if print_data(document, tables, json=json, csv=csv, table=table):
         raise typer.Exit(0 if valid else NOT_VALID)
-    for shown in tables:
-        print_table(shown, wide=wide)
-        print_text([""])
+    print_tables(tables, wide=wide)
     for item in model.fits:
         if not item.held_out_ranks:
             numbers = ", ".join(map(str, item.domain.ranks))

@@ -146,6 +146,13 @@ def print_conclusion(conclusion: Conclusion) -> None:
     print_text(["", *conclusion_sentences(conclusion)])
 
 
+def print_tables(tables: Iterable[Table], *, wide: bool = False) -> None:
+    """Tables on stdout, an empty line between them."""
+    for index, table in enumerate(tables):
+        print_text([""] if index else [])
+        print_table(table, wide=wide)
+
+
 def print_table(table: Table, *, wide: bool = False) -> None:
     """A table on stdout, with a legend of the heads that need one; ``wide`` shows all columns."""
     width = _terminal_width()

@@ -69,7 +69,7 @@ def replay(
     from observatory.analysis.parallel.captured import captured_traffic, traffic_notes
     from observatory.campaign.benchmark import check_out, ranks_of_benchmark, run_benchmark, write_result
     from observatory.campaign.preflight import check_libraries
-    from observatory.cli.output import print_conclusion, print_data, print_table, say, say_cores
+    from observatory.cli.output import print_conclusion, print_data, print_tables, say, say_cores
     from observatory.host.provenance import command_line
     from observatory.run import open_run
     from observatory.run.exchange_algorithms import ALGORITHMS
@@ -118,8 +118,7 @@ def replay(
         document["conclusion"] = conclusion_document(conclusion)
         tables = replay_tables(document, opened.manifest.model.name)
         if not print_data(document, tables, json=json, csv=csv):
-            for table in tables:
-                print_table(table, wide=wide)
+            print_tables(tables, wide=wide)
             print_conclusion(conclusion)
     finally:  # a failure to print does not lose the measurement
         write_result(result, out)

@@ -133,7 +133,7 @@ def show(
     """Show the energy of a prefill against the cached fraction, with intervals, and what a hit saves."""
     from observatory.advice.conclusions import conclude_reuse, conclusion_document
     from observatory.analysis.energy.document import reuse_document, reuse_sentences, reuse_tables
-    from observatory.cli.output import print_conclusion, print_data, print_table, say
+    from observatory.cli.output import print_conclusion, print_data, print_tables, say
     from observatory.run.documents.prefix_cache import load_reuse
 
     measured = load_reuse(measurements)
@@ -143,8 +143,7 @@ def show(
     tables = reuse_tables(document["reuse"], measured)
     if print_data(document, tables, json=json, csv=csv):
         return
-    for table in tables:
-        print_table(table, wide=wide)
+    print_tables(tables, wide=wide)
     for sentence in reuse_sentences(document["reuse"]):
         say(sentence)
     print_conclusion(conclusion)

@@ -22,7 +22,7 @@ def routing(
     """Show the imbalance of expert loads per layer and phase, next to its sampling floor."""
     from observatory.advice.conclusions import conclude_routing, conclusion_document
     from observatory.analysis.routing.document import routing_document, routing_tables
-    from observatory.cli.output import print_conclusion, print_data, print_table, say
+    from observatory.cli.output import print_conclusion, print_data, print_tables, say
     from observatory.run import open_run
 
     document = routing_document(open_run(run), bootstrap=bootstrap, seed=seed)
@@ -33,6 +33,5 @@ def routing(
         say(f"note: {problem}")
     if print_data(document, tables, json=json, csv=csv):
         return
-    for table in tables:
-        print_table(table, wide=wide)
+    print_tables(tables, wide=wide)
     print_conclusion(conclusion)

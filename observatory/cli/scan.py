@@ -84,7 +84,7 @@ def scan(
         scan_sentences,
         scan_tables,
     )
-    from observatory.cli.output import print_conclusion, print_data, print_table, say
+    from observatory.cli.output import print_conclusion, print_data, print_tables, say
     from observatory.errors import BenchmarkError
     from observatory.run import open_run
 
@@ -113,8 +113,7 @@ def scan(
         say(f"note: {note}")
     if print_data(document, tables, json=json, csv=csv):
         return
-    for table in tables:
-        print_table(table, wide=wide)
+    print_tables(tables, wide=wide)
     for sentence in scan_sentences(document):
         say(sentence)
     for sentence in doubt_sentences(document, model, algorithm) if model is not None else ():

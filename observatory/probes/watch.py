@@ -273,7 +273,9 @@ class Watch:
         if options.where.rank > 0:
             return RunWriter.join(self.run_path, rank=options.where.rank, run_id=options.run_id)
         labels, routing = options.labels, options.routing
-        name = labels.model_name or getattr(getattr(self._model, "config", None), "_name_or_path", None)
+        # What it was loaded from: a hub id, or a directory, of which the last component is the name.
+        origin = str(getattr(getattr(self._model, "config", None), "_name_or_path", None) or "")
+        name = labels.model_name or (Path(origin).name if Path(origin).is_absolute() else origin)
         manifest = new_manifest(
             model=describe_model(
                 self._model,

@@ -44,15 +44,7 @@ _MAX_SUM = 2.0**62
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
-    """Open a run directory.
-
-    Only the manifest, the ranks' status files and the parts' footers are read.
-
-    Raises:
-        RunError: the directory does not exist or is no run directory.
-        RunFormatError: the manifest is damaged, the schema is newer, a part has wrong columns, or the run
-            has parts but not one of them can be read.
-    """
+    """See :meth:`Run.open`."""
     return Run.open(path)
 
 
@@ -83,7 +75,15 @@ class Run:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """See :func:`open_run`."""
+        """Open a run directory.
+
+        Only the manifest, the ranks' status files and the parts' footers are read.
+
+        Raises:
+            RunError: the directory does not exist or is no run directory.
+            RunFormatError: the manifest is damaged, the schema is newer, a part has wrong columns, or the run
+                has parts but not one of them can be read.
+        """
         folder = Path(path)
         manifest = read_manifest(folder)
         written, problems = read_rank_statuses(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,19 @@ def run_steps(watching: Watch, steps: int) -> None:
     for _ in range(steps):
         watching._model(torch.randn(8, HIDDEN))
         watching.step()
+
+
+@pytest.mark.parametrize(
+    ("origin", "name"), [("/site/models/my-moe/", "my-moe"), ("org/model", "org/model"), ("", "RoutedModel")]
+)
+def test_the_model_of_a_run_is_named_after_what_it_was_loaded_from(
+    origin: str, name: str, tmp_path: Path
+) -> None:
+    model = RoutedModel()
+    model.config = SimpleNamespace(_name_or_path=origin)  # type: ignore[assignment]
+    with observatory.watch(model, tmp_path / "run", adapters=[routed_adapter()]) as watching:
+        run_steps(watching, 1)
+    assert f": model {name}, data" in repr(observatory.open_run(tmp_path / "run"))
 
 
 def test_without_a_directory_the_run_lives_as_long_as_the_watch() -> None:

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,23 +67,37 @@ def test_the_version_has_a_short_option(option: str, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == "moe-observatory 0.1.0\n"
 
 
+#: Installs what the console script prints for bash, then completes the words that are its arguments.
+COMPLETE = """
+eval "$(_OBSERVATORY_COMPLETE=source_bash observatory)"
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+$(complete -p observatory | sed 's/.*-F //; s/ .*//') observatory
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
 @pytest.mark.parametrize(
-    ("words", "completed"), [("observatory ro", "routing"), ("observatory clocks reco", "recommend")]
+    ("words", "completed"),
+    [
+        ("observatory ro", {"routing"}),
+        ("observatory clocks rec", {"recommend", "recover"}),
+        ("observatory routing --b", {"--bootstrap"}),
+        ("observatory clocks sweep --to", {"--tokens-per-iteration", "--torch-device"}),
+        ("observatory profile --ex", {"--exchange-timeout-s"}),
+    ],
 )
-def test_tab_completes_commands(words: str, completed: str) -> None:
-    environment = {
-        "_OBSERVATORY_COMPLETE": "complete_bash",
-        "COMP_WORDS": words,
-        "COMP_CWORD": str(len(words.split()) - 1),
-    }
+def test_bash_completes_commands_and_options(words: str, completed: set[str]) -> None:
+    scripts = Path(sys.executable).parent
+    if not (scripts / "observatory").exists():
+        pytest.skip("the console script is not installed")
     done = subprocess.run(
-        [sys.executable, "-m", "observatory"],
+        ["bash", "--norc", "-c", COMPLETE, "bash", *words.split()],
         capture_output=True,
         text=True,
-        check=False,
-        env=os.environ | environment,
+        check=True,
+        env=os.environ | {"PATH": f"{scripts}:{os.environ['PATH']}"},
     )
-    assert completed in done.stdout.split()
+    assert set(done.stdout.split()) == completed, done.stderr
 
 
 def imported_by(*argv: str) -> set[str]:
