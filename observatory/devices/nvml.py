@@ -303,7 +303,7 @@ class PreparedCall:
     """
 
     def __init__(self, nvml: Any, handle: Any, function: str, arguments: Sequence[int] = ()) -> None:
-        self._own = (nvml, function, handle, *arguments)
+        self._call = (nvml, function, handle, *arguments)
         self._layout: struct.Struct | None = None
         library = getattr(nvml, "nvmlLib", None)
         if function == _TEMPERATURE_FUNCTION:
@@ -321,7 +321,7 @@ class PreparedCall:
     def ask(self) -> tuple[Any, int]:
         """The number and the return code; None where the code is not 0."""
         if self._function is None or self._layout is None:
-            return ask(*self._own)
+            return ask(*self._call)
         code = int(self._function(*self._arguments))
         return (None, code) if code else (self._layout.unpack(self._answer)[-1], SUCCESS)
 

@@ -74,12 +74,12 @@ def find_domains(root: Path = POWERCAP) -> list[Domain]:
     domains: dict[str, Domain] = {}
     for zone in names:
         match = _ZONE.fullmatch(zone)
-        own = _text(root / zone / "name") if match else None
-        if match is None or own is None:
+        label = _text(root / zone / "name") if match else None
+        if match is None or label is None:
             continue
         parent = None if match[2] is None else _text(root / f"intel-rapl:{match[1]}" / "name")
-        name = own if parent is None else f"{own}{parent.removeprefix('package')}"
-        kind = own.split("-", 1)[0]
+        name = label if parent is None else f"{label}{parent.removeprefix('package')}"
+        kind = label.split("-", 1)[0]
         if kind not in _COVERS or (kind == "dram") != (parent is not None):
             continue
         if name in domains:  # one psys per package

@@ -74,10 +74,10 @@ class ReplayDevice(PowerDevice):
         self._shift_ns: int | None = None
         order = np.argsort(_numbers(rows, "time_ns")[0], kind="stable")
         self._columns = {
-            name: (values[order], known[order])
+            name: (values[order], is_valid[order])
             for name in _COLUMNS
             if name in rows.column_names
-            for values, known in [_numbers(rows, name)]
+            for values, is_valid in [_numbers(rows, name)]
         }
         self._times_ns: NDArray[np.int64] = self._columns["time_ns"][0]
         self._check_values(path)
@@ -119,9 +119,9 @@ class ReplayDevice(PowerDevice):
         self._columns = {}
 
     def _check_values(self, path: Path) -> None:
-        for name, (values, known) in self._columns.items():
+        for name, (values, is_valid) in self._columns.items():
             lowest = -273 if name.endswith("temperature_c") else 0
-            if ((values < lowest) | (values >= 1 << 62))[known].any():
+            if ((values < lowest) | (values >= 1 << 62))[is_valid].any():
                 raise DeviceError(
                     f"recording {path} holds values of {name} that cannot be true",
                     expected=f"at least {lowest}",
@@ -158,8 +158,8 @@ class ReplayDevice(PowerDevice):
     def _value(self, name: str, row: int) -> int | None:
         if name not in self._columns:
             return None
-        values, known = self._columns[name]
-        return int(values[row]) if known[row] else None
+        values, is_valid = self._columns[name]
+        return int(values[row]) if is_valid[row] else None
 
     def _ended(self) -> DeviceLostError:
         return DeviceLostError(
@@ -241,9 +241,9 @@ def _rows_of(tables: Iterator[pa.Table], uuid: str | None, path: Path) -> tuple[
 def _numbers(rows: pa.Table, name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Values of a column, and where there are any."""
     column = rows.column(name).combine_chunks()
-    known: NDArray[np.bool_] = pc.is_valid(column).to_numpy(zero_copy_only=False)
+    is_valid: NDArray[np.bool_] = pc.is_valid(column).to_numpy(zero_copy_only=False)
     values: NDArray[np.int64] = pc.fill_null(column.cast(pa.int64()), 0).to_numpy(zero_copy_only=False)
-    return values, known
+    return values, is_valid
 
 
 def _spec_of(manifest: Manifest | None, uuid: str) -> DeviceSpec:

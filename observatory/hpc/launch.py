@@ -173,12 +173,12 @@ def _start_keeper() -> subprocess.Popen[bytes]:
     )
 
 
-def _start(argv: Sequence[str], rank: int, own: dict[str, str], folder: Path) -> _Rank:
-    world = int(own["WORLD_SIZE"])
-    own.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
+def _start(argv: Sequence[str], rank: int, environment: dict[str, str], folder: Path) -> _Rank:
+    world = int(environment["WORLD_SIZE"])
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world)))
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     if loopback:
-        own.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
+        environment.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
     log = None if rank == 0 else folder / f"rank-{rank}.log"
     prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
     launcher = os.getpid()
@@ -193,7 +193,7 @@ def _start(argv: Sequence[str], rank: int, own: dict[str, str], folder: Path) ->
         output = None if log is None else stack.enter_context(log.open("wb"))
         process = subprocess.Popen(
             list(argv),
-            env=own,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

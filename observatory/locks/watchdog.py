@@ -82,9 +82,9 @@ def _look(path: Path, lease: Lease) -> tuple[Standing, Lease]:
     """What became of the lease, and the last that is known of it."""
     state = standing(path, lease.lease_id)
     readable, _, _ = select.select([sys.stdin], [], [], 0.0)
-    said = os.read(sys.stdin.fileno(), 1 << 16) if readable else b""
+    received = os.read(sys.stdin.fileno(), 1 << 16) if readable else b""
     with contextlib.suppress(ValueError, IndexError):
-        lease = Lease.model_validate_json(said.splitlines()[-1])
+        lease = Lease.model_validate_json(received.splitlines()[-1])
     with contextlib.suppress(ClockError):
         stored = read_lease(path)
         if stored is not None and stored.lease_id == lease.lease_id:

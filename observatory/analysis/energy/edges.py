@@ -102,21 +102,21 @@ def find_updates(
     low = time[changed - 1]
     if period_ns is not None:
         low = np.maximum(low, time[changed] - 1.05 * period_ns)  # the newest update is at most a period old
-    found, own = (low + high) / 2, (high - low) / 2
+    centre_ns, bound_ns = (low + high) / 2, (high - low) / 2
     shift, fitted = np.zeros(len(changed)), np.zeros(len(changed), dtype=bool)
     poll_ns = float(np.median(np.diff(time))) if len(time) > 1 else np.inf
     if period_ns is not None and poll_ns <= _SLOWEST_POLL * period_ns:
-        for block in _stretches(found, period_ns):
-            _fit_block(block, low, high, period_ns, (found, shift, own, fitted))
+        for block in _stretches(centre_ns, period_ns):
+            _fit_block(block, low, high, period_ns, (centre_ns, shift, bound_ns, fitted))
     regular = bool(len(fitted) and fitted.mean() > 0.5)
     if regular:
-        period_ns = float(np.median(np.diff(found)[fitted[1:]]))
+        period_ns = float(np.median(np.diff(centre_ns)[fitted[1:]]))
     return Updates(
         row_K=row_N[changed].astype(np.int64),
         value_K=value[changed],
-        time_ns_K=found,
+        time_ns_K=centre_ns,
         shift_ns_K=shift,
-        own_ns_K=own,
+        own_ns_K=bound_ns,
         period_ns=period_ns,
         regular=regular,
     )
@@ -173,8 +173,8 @@ def _fit_block(
         return
     fit = _lattice(low_K[block], high_K[block], period_ns)
     if fit is not None:
-        found_K, shift_K, own_K, fitted_K = results
-        found_K[block], shift_K[block], own_K[block] = fit
+        time_ns_K, shift_K, error_ns_K, fitted_K = results
+        time_ns_K[block], shift_K[block], error_ns_K[block] = fit
         fitted_K[block] = True
     elif block.stop - block.start >= 2 * _SHORTEST_BLOCK:
         half = (block.start + block.stop) // 2

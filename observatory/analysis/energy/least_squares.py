@@ -142,7 +142,7 @@ def solve_phases(observed: Observations, timeline: Timeline, *, seed: int = 0) -
     low_J, high_J = _intervals(design, shifts, power_J, moved_J, np.random.default_rng(seed))
     reasons = _reasons(design, best_NJ, power_J, (low_J, high_J), moved_J, spread_J)
 
-    def where_known(values_J: Float64) -> tuple[float | None, ...]:
+    def identified(values_J: Float64) -> tuple[float | None, ...]:
         return tuple(
             None if reason else float(value) for reason, value in zip(reasons, values_J, strict=True)
         )
@@ -150,9 +150,9 @@ def solve_phases(observed: Observations, timeline: Timeline, *, seed: int = 0) -
     return LeastSquares(
         source=observed.source,
         names=design.names,
-        power_mw=where_known(power_J),
-        low_mw=where_known(low_J),
-        high_mw=where_known(high_J),
+        power_mw=identified(power_J),
+        low_mw=identified(low_J),
+        high_mw=identified(high_J),
         reasons=reasons,
         residual=math.sqrt(float(np.mean(rest_N**2))) / float(observed.energy_mj_N.mean()),
         **about,

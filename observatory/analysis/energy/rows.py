@@ -212,14 +212,14 @@ def device_row(
         counter_mj=energy.counter_mj,
         integral_mj=energy.integral_mj,
         disagreement=energy.disagreement,
-        flags=_known(energy.flag),
+        flags=_reasons(energy.flag),
         attributed_share=attributed_mj / energy.energy_mj if attributed_mj and energy.energy_mj else None,
-        reasons=_known(reason, energy.reason),
+        reasons=_reasons(reason, energy.reason),
     )
     return _allow_for_steps(row, max((item.error for item in aliasing), default=0.0))
 
 
-def _known(*reasons: Reason | None) -> tuple[Reason, ...]:
+def _reasons(*reasons: Reason | None) -> tuple[Reason, ...]:
     return tuple(reason for reason in reasons if reason is not None)
 
 
@@ -261,7 +261,7 @@ def phase_rows(
             measured_s=item.measured_s,
             condition=item.condition,
             flags=item.flags,
-            reasons=_known(item.reason),
+            reasons=_reasons(item.reason),
         )
         row = _with_energy(row, item, idle, is_idle=phase is None and item.name == IDLE)
         rows.append(_allow_for_phase(row, missed.get(row.phase, 0.0)))
@@ -273,7 +273,7 @@ def refused_rows(device: Device, ran: RankPhases) -> list[PhaseRow]:
     return [
         PhaseRow(
             source_rank=device.rank, device_uuid=device.uuid, phase=phase, span=None,
-            reasons=_known(ran.overlap),
+            reasons=_reasons(ran.overlap),
         )
         for phase in ran.steps
     ]  # fmt: skip

@@ -170,7 +170,7 @@ class _Tried:
         """The lowest trial of a grid around each start."""
         grids = [searched.around(start, step, points) for start in start_V3]
         squares = np.split(self.add(np.concatenate(grids)), np.cumsum([len(grid) for grid in grids])[:-1])
-        return np.array([grid[own.argmin()] for grid, own in zip(grids, squares, strict=True)])
+        return np.array([grid[square.argmin()] for grid, square in zip(grids, squares, strict=True)])
 
     def lowest(self, trial_V3: Float64, apart: Float64, most: int) -> Float64:
         """The lowest of some trials that are not near a lower one."""
@@ -187,7 +187,7 @@ class _Tried:
         best = int(np.argmin(self.squares_Q))
         enough = _enough(self._design, float(self.squares_Q[best]), self._places)
         plausible = np.flatnonzero(self.squares_Q <= enough)
-        known_QJ = np.nan_to_num(self.power_QJ[plausible])
+        finite_QJ = np.nan_to_num(self.power_QJ[plausible])
         worst = plausible[np.argmax(self.condition_Q[plausible])]
-        outer = plausible[np.concatenate([known_QJ.argmin(axis=0), known_QJ.argmax(axis=0)])]
+        outer = plausible[np.concatenate([finite_QJ.argmin(axis=0), finite_QJ.argmax(axis=0)])]
         return list(dict.fromkeys([best, *outer.tolist(), int(worst)]))

@@ -37,10 +37,10 @@ def rank_clocks(manifest: Manifest) -> dict[int, ClockSpec | None]:
     named = {
         clock.identity: clock for clock in clocks.values() if clock and clock.identity and _aligned(clock)
     }
-    own = clocks.get(reference)
-    if own is not None and own.identity and not _aligned(own):
+    reference_clock = clocks.get(reference)
+    if reference_clock is not None and reference_clock.identity and not _aligned(reference_clock):
         named.setdefault(
-            own.identity,
+            reference_clock.identity,
             ClockSpec(reference_rank=reference, offset_ns=0, uncertainty_ns=0, method="shared clock"),
         )
     return {

@@ -89,14 +89,14 @@ def with_recorder_dumps(
     """
     frame = exchanges.reset_index(drop=True)
     values_of = {name: _plain(frame, name).copy() for name in RECORDER_COLUMNS}
-    said = [_plain(frame, name) for name in _ASKED_WITH]
+    columns = [_plain(frame, name) for name in _ASKED_WITH]
     rank_N = frame["source_rank"].to_numpy(np.int64)
     for rank, dump in dumps.items():
         clock = clocks.get(rank)
         ahead_ns = None if clock is None else clock.unix_minus_monotonic_ns
         index = RecorderIndex(dump.entries, unix_minus_monotonic_ns=ahead_ns)
         for row in np.flatnonzero(rank_N == rank):
-            backend, group, number, sent, received = (values[row] for values in said)
+            backend, group, number, sent, received = (values[row] for values in columns)
             match = index.match(
                 backend=backend,
                 group=group,

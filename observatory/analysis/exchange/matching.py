@@ -124,9 +124,11 @@ class _Columns:
         self.start_N, self.end_N, self.started_N, self.ended_N = own_times(frame)
         self.uncertainty_N: Float64 = np.full(len(frame), np.inf)
         for rank in np.unique(self.rank_N):
-            own = self.rank_N == rank
-            self.start_N[own], _ = to_reference_ns(self.start_N[own], clocks.get(int(rank)))
-            self.end_N[own], self.uncertainty_N[own] = to_reference_ns(self.end_N[own], clocks.get(int(rank)))
+            here_N = self.rank_N == rank
+            self.start_N[here_N], _ = to_reference_ns(self.start_N[here_N], clocks.get(int(rank)))
+            self.end_N[here_N], self.uncertainty_N[here_N] = to_reference_ns(
+                self.end_N[here_N], clocks.get(int(rank))
+            )
         numbers = frame.get("backend_sequence", pd.Series(-1, index=frame.index))
         self.number_N: Int64 = pd.to_numeric(numbers).fillna(-1).to_numpy(np.int64)
         self.group_N = frame["group"].to_numpy(object)
@@ -197,8 +199,8 @@ def _match(rows: Int64, columns: _Columns, layout: _Layout) -> Collective | Reas
     send_PP, receive_PP = matrices
     role = _role(rows, [_moved(pair) for pair in lists], columns)
     if role is None:
-        said = " and ".join(sorted(set(columns.role_N[rows].tolist())))
-        return Reason(ExchangeCode.ROLES_DIFFER, {"roles": said[:80]})
+        roles = " and ".join(sorted(set(columns.role_N[rows].tolist())))
+        return Reason(ExchangeCode.ROLES_DIFFER, {"roles": roles[:80]})
     here_P = row_P >= 0
     return Collective(
         rows=rows,
@@ -297,13 +299,13 @@ def _role(rows: Int64, moved: Sequence[bool], columns: _Columns) -> str | None:
     router because it had no tokens records ``other`` for both. Where no rank moves anything, the majority
     counts.
     """
-    said = columns.role_N[rows].tolist()
-    if len(set(said)) == 1:
-        return str(said[0])
-    sure = {role for role, moves in zip(said, moved, strict=True) if moves and role != "other"}
+    roles = columns.role_N[rows].tolist()
+    if len(set(roles)) == 1:
+        return str(roles[0])
+    sure = {role for role, moves in zip(roles, moved, strict=True) if moves and role != "other"}
     if len(sure) > 1:
         return None
-    return str(sure.pop()) if sure else str(max(sorted(set(said)), key=said.count))
+    return str(sure.pop()) if sure else str(max(sorted(set(roles)), key=roles.count))
 
 
 def _moved(pair: Sequence[Int64 | None]) -> bool:

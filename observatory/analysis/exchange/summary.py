@@ -70,19 +70,19 @@ def rank_waits(waits: pd.DataFrame) -> pd.DataFrame:
     rank), ``times_last`` (collectives in which it arrived last of all) and ``cause`` (what most of the
     waiting for it was put down to).
     """
-    known = _known(waits)
+    is_split = _is_split(waits)
     grouped = waits.groupby("source_rank", sort=True)
     frame = pd.DataFrame(
         {
             "rows": grouped.size(),
-            "rows_unknown": (~known).groupby(waits["source_rank"]).sum(),
+            "rows_unknown": (~is_split).groupby(waits["source_rank"]).sum(),
             "duration_s": grouped["duration_s"].sum(),
         }
     )
-    split = waits[known].groupby("source_rank")[["wait_s", "held_s", "transfer_s"]].sum(min_count=1)
+    split = waits[is_split].groupby("source_rank")[["wait_s", "held_s", "transfer_s"]].sum(min_count=1)
     frame = frame.join(split)
-    nothing = known & (waits["peers"] == 0)
-    for name, chosen in (("idle_s", nothing), ("unknown_s", ~known)):
+    nothing = is_split & (waits["peers"] == 0)
+    for name, chosen in (("idle_s", nothing), ("unknown_s", ~is_split)):
         frame[name] = (
             waits[chosen].groupby("source_rank")["duration_s"].sum().reindex(frame.index, fill_value=0)
         )
@@ -101,7 +101,7 @@ def problems_of(waits: pd.DataFrame) -> pd.DataFrame:
     return counts.rename_axis(["code", "reason"]).rename("rows").reset_index()
 
 
-def _known(waits: pd.DataFrame) -> pd.Series[bool]:
+def _is_split(waits: pd.DataFrame) -> pd.Series[bool]:
     return waits["problem"].isna() & waits["wait_s"].notna()
 
 
@@ -116,7 +116,7 @@ def _main_cause(caused: pd.DataFrame) -> str | None:
 
 
 def _layer_row(rows: pd.DataFrame) -> dict[str, Any]:
-    is_split = _known(rows)
+    is_split = _is_split(rows)
     split = rows[is_split]
     collectives = rows.groupby(["group", "sequence"], sort=False)
     caused = _caused(rows)

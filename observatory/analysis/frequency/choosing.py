@@ -186,11 +186,11 @@ def curve_fit(trials: Sequence[Trial], names: tuple[str, ...], sample_BT: Float6
         form_B: which trial each sample is of.
     """
     chosen = trials[0]
-    own_BT = sample_BT[form_B == 0]
+    chosen_BT = sample_BT[form_B == 0]
     coefficients = []
     for index, term in enumerate(names):
         reason = _why_absent(term, chosen)
-        low, high = (None, None) if reason else sample_ends(own_BT[:, index])
+        low, high = (None, None) if reason else sample_ends(chosen_BT[:, index])
         coefficients.append(
             Coefficient(
                 term=term,
@@ -285,11 +285,11 @@ def _targets(
     measured_N: Float64, fitted_N: Float64, parameters: int, block_N: Int64, drawn_BK: Int64, sign_BK: Float64
 ) -> Float64:
     """Values to fit over those measured, (B, N): the fitted curve with other clocks' errors."""
-    known_N = np.isfinite(measured_N)
-    measured_N = np.where(known_N, measured_N, fitted_N)  # without weight in the fit
+    measured_at_N = np.isfinite(measured_N)
+    measured_N = np.where(measured_at_N, measured_N, fitted_N)  # without weight in the fit
     error_N = np.log(measured_N / fitted_N)
-    count_K = np.bincount(block_N[known_N], minlength=drawn_BK.shape[1])
-    mean_K = np.bincount(block_N[known_N], error_N[known_N], drawn_BK.shape[1]) / count_K
+    count_K = np.bincount(block_N[measured_at_N], minlength=drawn_BK.shape[1])
+    mean_K = np.bincount(block_N[measured_at_N], error_N[measured_at_N], drawn_BK.shape[1]) / count_K
     # The mean of more repeats errs less: put all clocks on one scale, and back on that of where the error
     # goes.
     standard_K = mean_K * np.sqrt(count_K) * _scale(len(count_K), parameters)

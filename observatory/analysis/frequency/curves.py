@@ -226,8 +226,8 @@ def fit_power(
         target_BN: powers to fit over those measured; None fits those measured.
     """
     phi_N = points.mhz_N / points.f0_mhz
-    known_N = np.isfinite(points.power_mw_N)
-    relative_N = 1.0 / np.where(known_N, points.power_mw_N, 1.0)
+    has_power_N = np.isfinite(points.power_mw_N)
+    relative_N = 1.0 / np.where(has_power_N, points.power_mw_N, 1.0)
     phi_B = points.block_mhz() / points.f0_mhz
     axes = []
     if "ridge" in form.terms:
@@ -241,7 +241,7 @@ def fit_power(
         all_terms = _power_columns(volts**2, phi_N, points.iteration_s_N)
         return np.stack([all_terms[term] for term in terms], axis=-1) * relative_N[:, None]
 
-    weight_BN = weight_BN * np.where(known_N, points.power_weight_N, 0.0)
+    weight_BN = weight_BN * np.where(has_power_N, points.power_weight_N, 0.0)
     linear_BK, shape_BD = solve(columns, axes, weight_BN, target_BN)
     power_BT = np.zeros((len(weight_BN), len(POWER_TERMS)))
     for index, term in enumerate(terms):
@@ -276,11 +276,11 @@ def determined_terms(form: PowerForm, points: Points) -> tuple[str, ...]:
     the same column; a compute-bound phase mixes energy per operation with the clock's power.
     """
     linear = tuple(term for term in form.terms if term in POWER_TERMS[:4])
-    known_N = np.isfinite(points.power_mw_N)
-    power_BT = fit_power(form, linear, points, np.ones((1, len(known_N))))
-    phi_N = points.mhz_N[known_N] / points.f0_mhz
+    has_power_N = np.isfinite(points.power_mw_N)
+    power_BT = fit_power(form, linear, points, np.ones((1, len(has_power_N))))
+    phi_N = points.mhz_N[has_power_N] / points.f0_mhz
     squared = voltage(phi_N, power_BT[:, 4:5], power_BT[:, 5:6])[0] ** 2
-    columns = _power_columns(squared, phi_N, points.iteration_s_N[known_N])
+    columns = _power_columns(squared, phi_N, points.iteration_s_N[has_power_N])
     kept: list[str] = []
     for term in linear:
         column = columns[term]

@@ -108,11 +108,11 @@ def fit_clocks(
             merged.setdefault((*key, series.tokens_per_iteration), []).append(series)
     fitted: list[SeriesFit] = []
     notes: list[Reason] = []
-    for alike in merged.values():
-        points = [point for series in alike for point in series.points]
-        outcome = _fit_series(alike[0], points, max(limits, default=None), bootstrap, seed)
+    for parts in merged.values():
+        points = [point for series in parts for point in series.points]
+        outcome = _fit_series(parts[0], points, max(limits, default=None), bootstrap, seed)
         if isinstance(outcome, Reason):
-            first = alike[0]
+            first = parts[0]
             title = series_title(first.name[:200], first.phase, first.batch_size, first.context_tokens)
             notes.append(Reason(FitCode.NOT_FITTED, {"title": title}, because=(outcome,)))
         else:
@@ -153,8 +153,8 @@ def _limit_notes(merged: dict[tuple[object, ...], list[ClockSeries]], limits: Se
     """Whether the device ran under a limit that had been lowered before."""
     lowered = {
         point.enforced_limit_mw
-        for alike in merged.values()
-        for series in alike
+        for parts in merged.values()
+        for series in parts
         for point in series.points
         if point.requested_limit_mw is None and point.enforced_limit_mw is not None
         if limits and point.enforced_limit_mw < 0.99 * max(limits)
@@ -183,12 +183,12 @@ def _fit_series(
     missed = time_trials[0].score().rms_error
     if missed > _MOST_MISSED:
         return Reason(FitCode.NO_CURVE, {"form": time_trials[0].form.name, "error": missed})
-    known_N = np.isfinite(fitted.power_mw_N)
+    has_power_N = np.isfinite(fitted.power_mw_N)
     no_power, power_trials = None, []
-    if len(set(fitted.block_N[known_N])) < fitted.blocks:
+    if len(set(fitted.block_N[has_power_N])) < fitted.blocks:
         flagged = sum(item.fitted and item.point.energy_flag is not None for item in judged)
-        missing = int((~known_N).sum())
-        counts = {"missing": missing, "points": len(known_N), "flagged": flagged}
+        missing = int((~has_power_N).sum())
+        counts = {"missing": missing, "points": len(has_power_N), "flagged": flagged}
         no_power = Reason(FitCode.ENERGY_NOT_KNOWN, counts)
     else:
         power_trials = choose_power(fitted, fold_N)
@@ -313,8 +313,8 @@ def _clock_estimates(
 def _critical(time_BT: Float64, low_mhz: float, f0_mhz: float) -> Float64:
     """f_crit within the range, (B,); the low end where no clock changed the time, NaN without a knee."""
     flat_B = time_BT[:, 3] <= 0.0
-    found_B = np.where(flat_B, low_mhz, critical_mhz(time_BT, f0_mhz))
-    return np.clip(found_B, low_mhz, f0_mhz)
+    critical_B = np.where(flat_B, low_mhz, critical_mhz(time_BT, f0_mhz))
+    return np.clip(critical_B, low_mhz, f0_mhz)
 
 
 def _compute_optimum(time_BT: Float64, power_BT: Float64, low_mhz: float, f0_mhz: float) -> Float64:
@@ -345,8 +345,8 @@ def _estimate(
     value = float(value_1[0])
     if np.isnan(value):
         return _no_clock(reason)
-    known_B = sample_B[np.isfinite(sample_B)]
-    low, high = sample_ends(known_B)
+    finite_B = sample_B[np.isfinite(sample_B)]
+    low, high = sample_ends(finite_B)
     edge = _GRID_STEP_MHZ / 2.0
     return ClockEstimate(
         mhz=value,

@@ -120,9 +120,9 @@ def _by_phase(rows: pd.DataFrame, bands: DeviceBands, sensor: SensorModel) -> li
     names = np.array(bands.phase, dtype=object)
     phase = names[np.maximum(index, 0)]
     oldest_ns = 1e6 * ((sensor.update_ms or _UPDATE_MS) + (sensor.window_ms or 0.0))
-    begun = np.ones(len(names), dtype=bool)
-    begun[1:] = (names[1:] != names[:-1]) | (bands.start_ns[1:] - bands.end_ns[:-1] > oldest_ns)
-    since_ns = bands.start_ns[begun][np.cumsum(begun) - 1][np.maximum(index, 0)]
+    starts = np.ones(len(names), dtype=bool)
+    starts[1:] = (names[1:] != names[:-1]) | (bands.start_ns[1:] - bands.end_ns[:-1] > oldest_ns)
+    since_ns = bands.start_ns[starts][np.cumsum(starts) - 1][np.maximum(index, 0)]
     fresh = time_ns - since_ns >= oldest_ns
     rows = rows.assign(power_mw=rows["power_mw"].where(fresh), stale=rows["power_mw"].notna() & ~fresh)
     return [(str(name), rows[inside & (phase == name)]) for name in sorted(set(phase[inside].tolist()))]
@@ -159,7 +159,7 @@ def _device(
         max_sm_clock_mhz=float(spec.max_sm_clock_mhz) if spec and spec.max_sm_clock_mhz else None,
         idle_power_mw=idle_mw,
         cap=_cap(capped, capped_busy, capped_by, states, whole),
-        missing=_missing(whole, rows, spec, known=bool(has_reasons.any())),
+        missing=_missing(whole, rows, spec, has_reasons=bool(has_reasons.any())),
     )
     codes = tuple(_finding_codes(device))
     sentences = tuple(finding_words(code, device) for code in codes)
@@ -285,10 +285,10 @@ def _quantile(values: NDArray[np.float64], share: float) -> float | None:
 
 
 def _missing(
-    whole: Readings, rows: pd.DataFrame, spec: DeviceSpec | None, *, known: bool
+    whole: Readings, rows: pd.DataFrame, spec: DeviceSpec | None, *, has_reasons: bool
 ) -> tuple[Missing, ...]:
     """What no sample holds and the device does not report; ``known``: some samples hold event reasons."""
-    missing: list[Missing] = [] if known else ["event reasons"]
+    missing: list[Missing] = [] if has_reasons else ["event reasons"]
     if whole.power_median_mw is None:
         stale = "stale" in rows and bool(rows["stale"].any())
         missing.append("power of the phase" if stale else "power")

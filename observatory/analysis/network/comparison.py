@@ -105,5 +105,5 @@ def _errors(fit: AlgorithmFit, ranks: int) -> NDArray[np.float64] | None:
 
 
 def _paired(fit: AlgorithmFit, ranks: int) -> NDArray[np.float64] | None:
-    known_Q = fit.paired_ratio_Q if ranks in fit.domain.ranks else fit.other_ranks_paired_ratio_Q
-    return None if known_Q is None else np.array(known_Q)
+    ratio_Q = fit.paired_ratio_Q if ranks in fit.domain.ranks else fit.other_ranks_paired_ratio_Q
+    return None if ratio_Q is None else np.array(ratio_Q)

@@ -150,14 +150,14 @@ def _best(searches: Sequence[_Search], generator: np.random.Generator | None) ->
     parts: dict[tuple[object, ...], list[_Part]] = defaultdict(list)
     least: dict[tuple[object, ...], float] = defaultdict(float)
     for place, search in enumerate(searches):
-        own_free, own = search.parts(search.bytes_KC(generator))
+        unexplained, world_parts = search.parts(search.bytes_KC(generator))
         last = len(search.world.node_of_P)
-        for part in own:
+        for part in world_parts:
             kind, who = (part.candidate.kind, part.candidate.counted), part.candidate.who
             from_last = tuple(number - last for number in who)
             for key in ((kind, place, who), (kind, None, who), (kind, None, from_last)):
                 gains[key] += max(part.gain, 0.0)
-                least[key] += max(_LEAST_EXPLAINED * own_free, _LEAST_PER_CASE * len(search.world.us_C))
+                least[key] += max(_LEAST_EXPLAINED * unexplained, _LEAST_PER_CASE * len(search.world.us_C))
                 parts[key].append(part)
     best = max(gains, key=lambda key: gains[key], default=None)
     if best is None or gains[best] < least[best]:
@@ -241,8 +241,8 @@ class _Search:
     def _part(
         self, candidate: Candidate, *, gain: float, rest_us_C: Floats, us_per_byte: float, bytes_C: Floats
     ) -> _Part:
-        own_us_C = self.world.with_latency(us_per_byte * bytes_C)
-        decides_C = (own_us_C > rest_us_C) & (bytes_C > 0)
+        part_us_C = self.world.with_latency(us_per_byte * bytes_C)
+        decides_C = (part_us_C > rest_us_C) & (bytes_C > 0)
         patterns = len(np.unique(self._group_C[decides_C]))
         return _Part(
             search=self,
@@ -256,8 +256,8 @@ class _Search:
 
     def accept(self, part: _Part, p_value: float) -> list[Found]:
         """Add it to the known parts, so that further ones are searched in addition."""
-        own_us_C = self.world.with_latency(part.us_per_byte * part.bytes_C)
-        self._log_model_SC = np.maximum(self._log_model_SC, np.log(own_us_C))
+        part_us_C = self.world.with_latency(part.us_per_byte * part.bytes_C)
+        self._log_model_SC = np.maximum(self._log_model_SC, np.log(part_us_C))
         each = part.candidate.counted == "either"
         return [
             Found(
@@ -276,8 +276,8 @@ class _Search:
         noise_C = self.world.noise_C
         loss_KSB = np.empty((len(bytes_KC), len(self._log_model_SC), len(self._costs_B)))
         for place, cost in enumerate(self._costs_B):
-            own_KC = np.log(self.world.with_latency(cost * bytes_KC))
-            error_KSC = np.abs(np.maximum(self._log_model_SC, own_KC[:, None, :]) - self._log_us_C) / noise_C
+            part_KC = np.log(self.world.with_latency(cost * bytes_KC))
+            error_KSC = np.abs(np.maximum(self._log_model_SC, part_KC[:, None, :]) - self._log_us_C) / noise_C
             loss_KSB[:, :, place] = np.minimum(error_KSC, _CUT_OFF).sum(axis=2)
         flat = loss_KSB.reshape(len(bytes_KC), -1)
         at = flat.argmin(axis=1)
@@ -329,7 +329,8 @@ def _plain_bytes(bytes_CPP: Floats) -> Floats:
     out_CP, in_CP = bytes_CPP.sum(axis=2), bytes_CPP.sum(axis=1)
     both_ways_CP = np.minimum(bytes_CPP, bytes_CPP.transpose(0, 2, 1)).sum(axis=2)
     larger_CP = np.maximum(out_CP, in_CP)
-    return np.array([own.max(axis=1) for own in (larger_CP, larger_CP + 0.8 * both_ways_CP, out_CP + in_CP)])
+    rules = (larger_CP, larger_CP + 0.8 * both_ways_CP, out_CP + in_CP)
+    return np.array([bytes_CP.max(axis=1) for bytes_CP in rules])
 
 
 def _has_larger_nodes(node_of_P: tuple[int, ...]) -> bool:
@@ -341,11 +342,11 @@ def _relabelled(node_of_P: tuple[int, ...], generator: np.random.Generator) -> N
     node_P = np.array(node_of_P)
     members = {node: np.flatnonzero(node_P == node) for node in np.unique(node_P)}
     label_P = np.arange(len(node_P))
-    for size in {len(own) for own in members.values()}:
-        alike = [node for node, own in members.items() if len(own) == size]
+    for size in {len(ranks) for ranks in members.values()}:
+        same_size = [node for node, ranks in members.items() if len(ranks) == size]
         within = generator.permutation(
             size
         )  # the same in all nodes: hierarchical exchanges pair equal places
-        for node, other in zip(alike, generator.permutation(alike), strict=True):
+        for node, other in zip(same_size, generator.permutation(same_size), strict=True):
             label_P[members[node]] = members[other][within]
     return label_P

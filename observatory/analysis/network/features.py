@@ -77,7 +77,7 @@ class Form:
     def sums(self) -> tuple[tuple[bool, ...], ...]:
         """Which terms add up in each of a rank's sums, of which the largest counts."""
         added = {term for term in self.terms if term not in self.floor}
-        sides = [added - {term for way in self.ways if way is not own for term in way} for own in self.ways]
+        sides = [added - {term for way in self.ways if way is not side for term in way} for side in self.ways]
         floor = [set(self.floor)] if self.floor else []
         return tuple(tuple(term in one for term in self.terms) for one in (*(sides or [added]), *floor))
 

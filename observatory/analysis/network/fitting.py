@@ -252,7 +252,7 @@ def _coefficients(
 ) -> list[Coefficient]:
     coefficients = []
     for index, term in enumerate(trial.form.terms):
-        if not trial.known_F[index]:
+        if not trial.determined_F[index]:
             absent = not trial.problem.terms_NF[:, index].any()
             reason = "never measured" if absent else "not told apart from the terms before it"
             coefficients.append(

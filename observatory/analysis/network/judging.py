@@ -73,7 +73,7 @@ def find_misfits(
     fabrics = list(dict.fromkeys(fabric_C))
     worlds = []
     for fabric in fabrics:
-        chosen = [case for case, own in enumerate(fabric_C) if own == fabric]
+        chosen = [case for case, of_case in enumerate(fabric_C) if of_case == fabric]
         places = np.linspace(0, len(chosen) - 1, min(len(chosen), MOST_CASES)).round().astype(int)
         chosen = [chosen[place] for place in places]
         case_K = np.array(chosen)
@@ -125,13 +125,13 @@ def paired_ratios(
     What the model gets wrong about all exchanges of a size alike cancels here. Both orders of every pair;
     empty where there is no pair.
     """
-    busiest_C = np.array([int(max(own.sum(axis=0).max(), own.sum(axis=1).max())) for own in bytes_C])
+    busiest_C = np.array([int(max(each.sum(axis=0).max(), each.sum(axis=1).max())) for each in bytes_C])
     log_C = np.log(ratio_C)
     apart: list[float] = []
     for i in range(len(log_C)):
         for j in range(i):
-            alike = fabric_C[i] == fabric_C[j] and group_C[i] != group_C[j]
-            if alike and 0.5 * busiest_C[i] <= busiest_C[j] <= 2.0 * busiest_C[i]:
+            comparable = fabric_C[i] == fabric_C[j] and group_C[i] != group_C[j]
+            if comparable and 0.5 * busiest_C[i] <= busiest_C[j] <= 2.0 * busiest_C[i]:
                 apart += [log_C[i] - log_C[j], log_C[j] - log_C[i]]
         if len(apart) > _MOST_PAIRS:
             break

@@ -272,10 +272,10 @@ class NetworkModel(Record):
         for fit in self.fits:
             if fit.algorithm == algorithm:
                 return fit
-        known = ", ".join(fit.algorithm for fit in self.fits)
+        algorithms = ", ".join(fit.algorithm for fit in self.fits)
         raise BenchmarkError(
-            f"the network model knows {known}, not {algorithm!r}; benchmark it with --algorithm {algorithm} "
-            "and fit again"
+            f"the network model is of {algorithms}, not of {algorithm!r}; benchmark it with --algorithm "
+            f"{algorithm} and fit again"
         )
 
 

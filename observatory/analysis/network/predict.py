@@ -112,9 +112,9 @@ def _passes(misfit: Misfit, bytes_PP: NDArray[np.int64], node_P: NDArray[np.int6
     if misfit.code == "pair":
         return bool(away_PP[first, misfit.who[1]])
     if misfit.code.startswith("node"):
-        own_P = node_P == first
+        in_P = node_P == first
         across_PP = (
-            away_PP[np.ix_(own_P, ~own_P)] if misfit.code == "node_sends" else away_PP[np.ix_(~own_P, own_P)]
+            away_PP[np.ix_(in_P, ~in_P)] if misfit.code == "node_sends" else away_PP[np.ix_(~in_P, in_P)]
         )
         return bool(across_PP.any())
     sends, receives = bool(away_PP[first].any()), bool(away_PP[:, first].any())

@@ -84,7 +84,7 @@ class Trial:
         form: the form.
         problem: its terms of all cases.
         added: the same without a floor, all terms in one sum.
-        known_F: terms that the cases can separate.
+        determined_F: terms that the cases can separate.
         cases: the cases.
         ratio_C: measured / predicted, patterns held out.
         ranks_ratio_C: measured / predicted, the case's number of ranks held out; None where too few were
@@ -94,7 +94,7 @@ class Trial:
     form: Form
     problem: Problem
     added: Problem
-    known_F: NDArray[np.bool_]
+    determined_F: NDArray[np.bool_]
     cases: Cases
     ratio_C: NDArray[np.float64]
     ranks_ratio_C: NDArray[np.float64] | None
@@ -102,7 +102,7 @@ class Trial:
     @property
     def parameters(self) -> int:
         """Coefficients that the cases determine."""
-        return int(self.known_F.sum())
+        return int(self.determined_F.sum())
 
     @property
     def error_C(self) -> NDArray[np.float64]:
@@ -140,7 +140,7 @@ class Trial:
 
         Without a start, from the fit of the plain sum: which of its sides counts where must be guessed first.
         """
-        return _fit(self.problem, self.added, self.cases, self.known_F, case_K, start_F)
+        return _fit(self.problem, self.added, self.cases, self.determined_F, case_K, start_F)
 
 
 def try_forms(cases: Cases, seed: int) -> tuple[list[Trial], str]:
@@ -150,11 +150,11 @@ def try_forms(cases: Cases, seed: int) -> tuple[list[Trial], str]:
     for form in FORMS.values():
         problem = Problem.build(cases.terms_C, form)
         added = Problem.build(cases.terms_C, replace(form, floor=()))
-        known_F = _determined(added)
-        if len(cases.us_C) < _CASES_PER_TERM * int(known_F.sum()):
+        determined_F = _determined(added)
+        if len(cases.us_C) < _CASES_PER_TERM * int(determined_F.sum()):
             continue
         ratios = [
-            _held_out(problem, added, cases, known_F, kind_C)
+            _held_out(problem, added, cases, determined_F, kind_C)
             for kind_C in ([fold_C, cases.ranks_C] if cases.ranks_held_out else [fold_C])
         ]
         trials.append(
@@ -162,7 +162,7 @@ def try_forms(cases: Cases, seed: int) -> tuple[list[Trial], str]:
                 form=form,
                 problem=problem,
                 added=added,
-                known_F=known_F,
+                determined_F=determined_F,
                 cases=cases,
                 ratio_C=ratios[0],
                 ranks_ratio_C=ratios[1] if len(ratios) > 1 else None,
@@ -193,12 +193,12 @@ def _error(ratio_C: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _held_out(
-    problem: Problem, added: Problem, cases: Cases, known_F: NDArray[np.bool_], fold_C: NDArray[np.int64]
+    problem: Problem, added: Problem, cases: Cases, determined_F: NDArray[np.bool_], fold_C: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Measured / predicted of every case by a fit without its fold."""
 
     def predict(case_K: NDArray[np.int64], held_out_C: NDArray[np.int64]) -> NDArray[np.float64]:
-        return predict_all(problem.take(held_out_C), _fit(problem, added, cases, known_F, case_K))
+        return predict_all(problem.take(held_out_C), _fit(problem, added, cases, determined_F, case_K))
 
     ratio_C: NDArray[np.float64] = cases.us_C / np.maximum(hold_out(fold_C, predict), _SMALLEST_US)
     return ratio_C
@@ -209,36 +209,36 @@ def _determined(problem: Problem) -> NDArray[np.bool_]:
     scale_F = problem.terms_NF.max(axis=0)
     scale_F[scale_F == 0] = 1.0
     design_CF = problem.slowest(1.0 / scale_F) / scale_F
-    known_F = np.zeros(len(scale_F), dtype=bool)
+    determined_F = np.zeros(len(scale_F), dtype=bool)
     for term in range(len(scale_F)):
         if not design_CF[:, term].any():
             continue
-        known_F[term] = True
-        if np.linalg.cond(design_CF[:, known_F]) > _MAX_CONDITION:
-            known_F[term] = False
-    return known_F
+        determined_F[term] = True
+        if np.linalg.cond(design_CF[:, determined_F]) > _MAX_CONDITION:
+            determined_F[term] = False
+    return determined_F
 
 
 def _fit(
     problem: Problem,
     added: Problem,
     cases: Cases,
-    known_F: NDArray[np.bool_],
+    determined_F: NDArray[np.bool_],
     case_K: NDArray[np.int64],
     start_F: NDArray[np.float64] | None = None,
 ) -> NDArray[np.float64]:
     us_K, noise_K = cases.us_C[case_K], cases.noise_C[case_K]
-    narrow, narrow_added = (_only(whole.take(case_K), known_F) for whole in (problem, added))
+    narrow, narrow_added = (_only(whole.take(case_K), determined_F) for whole in (problem, added))
     if start_F is None:
         most_F = np.maximum(narrow_added.terms_NF.max(axis=0), 1.0)
         start_F = np.maximum(solve(narrow_added, us_K, noise_K), 0.5 * us_K.min() / most_F)
     else:
-        start_F = start_F[known_F]
-    value_F = np.zeros(len(known_F))
-    value_F[known_F] = solve(narrow, us_K, noise_K, start_F)
+        start_F = start_F[determined_F]
+    value_F = np.zeros(len(determined_F))
+    value_F[determined_F] = solve(narrow, us_K, noise_K, start_F)
     return value_F
 
 
-def _only(problem: Problem, known_F: NDArray[np.bool_]) -> Problem:
+def _only(problem: Problem, determined_F: NDArray[np.bool_]) -> Problem:
     """The problem with some of its terms."""
-    return replace(problem, terms_NF=problem.terms_NF[:, known_F])
+    return replace(problem, terms_NF=problem.terms_NF[:, determined_F])

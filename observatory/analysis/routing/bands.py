@@ -103,18 +103,18 @@ def classify(texts: Mapping[str, ConditionGini]) -> Band:
     Args:
         texts: condition name -> Gini on it. Real texts only: mock and shuffled tokens decide nothing.
     """
-    known = {
+    measured = {
         name: text for name, text in texts.items() if text.gini is not None and not math.isnan(text.gini)
     }
-    if len(known) < _FEWEST_TEXTS:
-        return _band(None, BandCode.FEW_TEXTS, texts=len(known), needed=_FEWEST_TEXTS)
-    unfloored = [name for name, text in known.items() if text.floor is None or math.isnan(text.floor)]
+    if len(measured) < _FEWEST_TEXTS:
+        return _band(None, BandCode.FEW_TEXTS, texts=len(measured), needed=_FEWEST_TEXTS)
+    unfloored = [name for name, text in measured.items() if text.floor is None or math.isnan(text.floor)]
     if unfloored:
         return _band(None, BandCode.NO_FLOOR, conditions=", ".join(unfloored))
-    gini = {name: float(text.gini or 0.0) for name, text in known.items()}
-    remaining = [_without_floor(gini[name], known[name].floor or 0.0) for name in known]
-    limits = [text.uniform_limit or 0.0 for text in known.values()]
-    shown = {"least": min(gini.values()), "most": max(gini.values()), "texts": len(known)}
+    gini = {name: float(text.gini or 0.0) for name, text in measured.items()}
+    remaining = [_without_floor(gini[name], measured[name].floor or 0.0) for name in measured]
+    limits = [text.uniform_limit or 0.0 for text in measured.values()]
+    shown = {"least": min(gini.values()), "most": max(gini.values()), "texts": len(measured)}
     span = {"low": min(remaining), "high": max(remaining)}
     if all(value <= limit for value, limit in zip(gini.values(), limits, strict=True)):
         name: BandName = "indistinguishable from uniform at this sample size"

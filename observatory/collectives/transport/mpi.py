@@ -51,10 +51,10 @@ class MpiTransport(BaseTransport):
     backend = "mpi"
 
     def __init__(self, where: RankOf, *, ranks_per_node: int | None, timeout_s: float) -> None:
-        self._own = "mpi4py.MPI" not in sys.modules
+        self._owns_mpi = "mpi4py.MPI" not in sys.modules
         import mpi4py
 
-        if self._own:
+        if self._owns_mpi:
             # A rank that fails must not wait in MPI_Finalize for the others; close() finalises.
             mpi4py.rc.finalize = False
         try:
@@ -98,9 +98,9 @@ class MpiTransport(BaseTransport):
 
     def close(self, error: str | None = None) -> None:
         """Finalise MPI when all is well; after an error the launcher ends the other ranks."""
-        if self._own and error is None and not self._mpi.Is_finalized():
+        if self._owns_mpi and error is None and not self._mpi.Is_finalized():
             self._mpi.Finalize()
-        self._own = False
+        self._owns_mpi = False
 
     def _all_to_all(
         self, rows: torch.Tensor, send_G: list[int], receive_G: list[int], group: Group

@@ -42,8 +42,8 @@ class TorchTransport(BaseTransport):
     ) -> None:
         self._rendezvous: Rendezvous | None = None
         self._chose_interface = False
-        self._own = not distributed.is_initialized()
-        if self._own:
+        self._owns_group = not distributed.is_initialized()
+        if self._owns_group:
             self._rendezvous = Rendezvous(where, environment, timeout_s=timeout_s)
             if backend == "gloo" and len(self._rendezvous.hosts) > 1:
                 self._choose_interface(self._rendezvous.meeting_host)
@@ -96,14 +96,14 @@ class TorchTransport(BaseTransport):
 
     def close(self, error: str | None = None) -> None:
         """Leave the process group, if it is ours."""
-        if self._own and distributed.is_initialized():
+        if self._owns_group and distributed.is_initialized():
             if self._rendezvous is not None:
                 self._rendezvous.leave(error)
             distributed.destroy_process_group()
         if self._chose_interface:
             os.environ.pop(_INTERFACE, None)
             self._chose_interface = False
-        self._own = False
+        self._owns_group = False
 
     def _all_to_all(
         self, rows: torch.Tensor, send_G: list[int], receive_G: list[int], group: Group

@@ -114,9 +114,9 @@ def _ucc(items: _Items, run_id: str | None) -> _Texts:
             name, ([], {"phase": traffic.phase, "layer": traffic.layer, "role": role, "steps": steps})
         )
         matrices.append(_turned(traffic, role))
-        known = about["steps"]
-        assert isinstance(known, list)
-        known.append(traffic.step)
+        listed = about["steps"]
+        assert isinstance(listed, list)
+        listed.append(traffic.step)
     return {
         name: (
             "\n".join(pattern_lines(matrices, description=f"run {run_id or 'unknown'}, {name}")) + "\n",

@@ -262,8 +262,8 @@ class Attribution:
         with self._lock:
             former = self._links.get(number, link)
             # two exchanges in one node: which gradient is whose is not known
-            alike = former is not None and (former.layer, former.role) == (link.layer, link.role)
-            self._links[number] = link if alike else None
+            is_same = former is not None and (former.layer, former.role) == (link.layer, link.role)
+            self._links[number] = link if is_same else None
             self._latest_number = max(self._latest_number, number)
             if len(self._links) > _MOST_LINKS:
                 del self._links[next(iter(self._links))]
@@ -284,8 +284,8 @@ class Attribution:
             link = self._links.get(number)
             renumbered = number > self._latest_number
             if renumbered or (link is None and number in self._links):
-                alike = self._ways.get(way_of(issue, group, back=True), ())
-                open_ones = [other for other in alike if not other.used]
+                dispatches = self._ways.get(way_of(issue, group, back=True), ())
+                open_ones = [other for other in dispatches if not other.used]
                 if renumbered or len({(other.layer, other.role) for other in open_ones}) == 1:
                     link = open_ones[-1] if open_ones else None
             if link is None:

@@ -201,7 +201,7 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         self._experts = 0
         self._has_failed = False
         self._aliases: dict[int, list[_Alias]] = {}
-        self._seen: list[list[torch.Tensor]] = []
+        self._taken_rows: list[list[torch.Tensor]] = []
         self.add(stacks)
 
     def add(self, stacks: list[Stack]) -> None:
@@ -209,8 +209,8 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         for stack in stacks:
             if self._alias_of(stack.tensor) is None:
                 self._experts = stack.experts
-                self._note(stack.tensor, len(self._seen), None)
-                self._seen.append([])
+                self._note(stack.tensor, len(self._taken_rows), None)
+                self._taken_rows.append([])
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -222,7 +222,7 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
 
         Stacks that a call uses in two halves show each row twice: the one with the fewest rows counts.
         """
-        sums = [torch.stack(rows).sum(dim=0) for rows in self._seen if rows]
+        sums = [torch.stack(rows).sum(dim=0) for rows in self._taken_rows if rows]
         totals = [s for s in sums if int(s.sum())]
         if self._has_failed or not totals:
             return None
@@ -250,7 +250,12 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
                 return parts
         output = func(*args, **(kwargs or {}))
         name = _names.get(func) or _names.setdefault(func, func._schema.name)
-        if not self._seen and name not in _CHOICES and name != _SORTS and not name.startswith(_COMMUNICATION):
+        if (
+            not self._taken_rows
+            and name not in _CHOICES
+            and name != _SORTS
+            and not name.startswith(_COMMUNICATION)
+        ):
             return output
         try:
             self._see(name, args, kwargs, output)
@@ -326,7 +331,7 @@ class SeenOperators(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torc
         elif output.shape == operand.shape:  # another format, layout or scale of the same weights
             self._note(output, alias.stack, alias.expert)
         if rows is not None:
-            self._seen[alias.stack].append(rows.detach().cpu())
+            self._taken_rows[alias.stack].append(rows.detach().cpu())
 
     def _rows_of_product(
         self,

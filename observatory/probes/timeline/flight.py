@@ -26,9 +26,9 @@ _DUMPS = ("_dump_nccl_trace_json", "_dump_fr_trace_json")
 
 def _ring_size() -> int | None:
     """Entries that the recorder keeps, as the environment says; None where it says no number."""
-    said = next((os.environ[name] for name in _SIZE_VARIABLES if name in os.environ), str(_DEFAULT_SIZE))
+    size = next((os.environ[name] for name in _SIZE_VARIABLES if name in os.environ), str(_DEFAULT_SIZE))
     try:
-        return int(said)
+        return int(size)
     except ValueError:
         return None
 

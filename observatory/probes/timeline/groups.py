@@ -102,9 +102,9 @@ class Groups:
         if group not in members:
             return f"unregistered {group.group_name}"
         ranks = sorted(members[group])
-        alike = [other for other, of_other in members.items() if sorted(of_other) == ranks]
+        same_ranks = [other for other, of_other in members.items() if sorted(of_other) == ranks]
         # One that was taken down made room among those alike, but its label stays its own.
-        labels = (group_label(ranks, copy=copy) for copy in itertools.count(alike.index(group)))
+        labels = (group_label(ranks, copy=copy) for copy in itertools.count(same_ranks.index(group)))
         label = next(label for label in labels if label not in self._labels)
         self._labels.add(label)
         return label

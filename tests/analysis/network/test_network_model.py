@@ -186,7 +186,7 @@ def test_data_that_cannot_be_fitted_is_refused_with_the_reason() -> None:
     with pytest.raises(BenchmarkError, match="backends made-up, mpi"):
         fit_network([made_result(hockney, TWO_NODES), other])
     model = fit_network([made_result(hockney, TWO_NODES)], bootstrap=0)
-    with pytest.raises(BenchmarkError, match="knows flat, not 'gather'"):
+    with pytest.raises(BenchmarkError, match="is of flat, not of 'gather'"):
         predict_us(model, np.zeros((4, 4)), TWO_NODES, algorithm="gather")
     with pytest.raises(BenchmarkError, match="cannot be checked"):
         check_predictions(model, other)

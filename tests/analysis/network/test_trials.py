@@ -24,14 +24,14 @@ def trial(parameters: int, error_G: list[float], other_ranks_error: float | None
     """A form that errs by so much on all sizes of every group, and on numbers of ranks it did not see."""
     form = FORMS["contention"]
     problem = Problem.build(CASES.terms_C, form)
-    known_F = np.arange(len(form.terms)) < parameters
+    determined_F = np.arange(len(form.terms)) < parameters
     ratio_C = 1.0 / (1.0 + np.repeat(error_G, SIZES))
     other = None if other_ranks_error is None else np.full(len(ratio_C), 1.0 / (1.0 + other_ranks_error))
     return Trial(
         form=form,
         problem=problem,
         added=problem,
-        known_F=known_F,
+        determined_F=determined_F,
         cases=CASES,
         ratio_C=ratio_C,
         ranks_ratio_C=other,
