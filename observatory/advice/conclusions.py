@@ -62,6 +62,7 @@ class Code(StrEnum):
     UNRELIABLE_FIT = "unreliable_fit"
     FIT_COST = "fit_cost"
     RUN_COMMAND = "run_command"
+    OPEN_REPORT = "open_report"
     MORE_REPEATS = "more_repeats"
     MORE_STEPS = "more_steps"
     MORE_CORES = "more_cores"
@@ -70,11 +71,41 @@ class Code(StrEnum):
 
 
 NOTHING: Conclusion = (Reason(Code.NOTHING),)
+#: What to do next: the last reason of a conclusion.
+NEXT_STEPS = frozenset(
+    (
+        Code.RUN_COMMAND,
+        Code.OPEN_REPORT,
+        Code.MORE_REPEATS,
+        Code.MORE_STEPS,
+        Code.MORE_CORES,
+        Code.LOCK_CLOCK,
+        Code.CHECK_FABRIC,
+    )
+)
 
 
 def conclusion_document(conclusion: Conclusion) -> list[dict[str, Any]]:
     """The conclusion for a JSON document."""
     return [reason.document() for reason in conclusion]
+
+
+def stake(conclusion: Conclusion) -> float:
+    """How much is at stake, to compare the conclusions of one command on several runs; 0 for nothing."""
+    for reason in conclusion:
+        values: Mapping[str, Any] = reason.values
+        match reason.code:
+            case Code.LOAD_COST:
+                return float(values["max_over_mean"] - values["max_over_mean_floor"])
+            case Code.WAIT_COST:
+                return float(values["wait_share"])
+            case Code.ENERGY_COST:
+                return float(values["energy_mj"])
+            case Code.CLOCK_COST:
+                return float(values["saving_value"])
+            case Code.CAP_COST:
+                return float(values["power_cap_busy_share"])
+    return 0.0
 
 
 def conclude_routing(document: Row, run: Path) -> Conclusion:
@@ -97,7 +128,7 @@ def conclude_routing(document: Row, run: Path) -> Conclusion:
     place = _values(worst, "layer", "phase", "gini", "gini_low", "gini_high", "gini_floor")
     return (
         Reason(Code.BUSIEST_EXPERT, place),
-        _load_cost(worst, "expert_max_over_mean"),
+        _load_cost(worst, "expert"),
         _command("scan", run),
     )
 
@@ -130,7 +161,7 @@ def conclude_scan(document: Row, run: Path) -> Conclusion:
         return NOTHING
     return (
         Reason(Code.BUSIEST_RANK, _values(worst, "layer", "phase", "ep", "placement")),
-        _load_cost(worst, "rank_max_over_mean"),
+        _load_cost(worst, "rank"),
         _command("replay", run, "--ep", worst["ep"], "--out", "replay.json"),
     )
 
@@ -155,7 +186,7 @@ def conclude_exchanges(document: Row, run: Path) -> Conclusion:
         Reason(Code.WAIT_COST, {"wait_share": share, "wait_ms": worst["wait_s"] / max(rows, 1) * 1e3}),
         _command("scan", run)
         if worst["slowest_cause"] == "compute load"
-        else _command("report", run, "--out", "report.html"),
+        else _command("report", run, "--out", "report.html", code=Code.OPEN_REPORT),
     )
 
 
@@ -377,15 +408,17 @@ def _excess(name: str) -> Callable[[Row], float | None]:
     return excess
 
 
-def _load_cost(row: Row, name: str) -> Reason:
-    return Reason(Code.LOAD_COST, {"max_over_mean": row[name], "max_over_mean_floor": row[f"{name}_floor"]})
+def _load_cost(row: Row, holder: str) -> Reason:
+    name = f"{holder}_max_over_mean"
+    values = {"max_over_mean": row[name], "max_over_mean_floor": row[f"{name}_floor"]}
+    return Reason(Code.LOAD_COST, {"holder": holder, **values})
 
 
 def _values(row: Row, *names: str) -> dict[str, Any]:
     return {name: row[name] for name in names}
 
 
-def _command(*words: object) -> Reason:
+def _command(*words: object, code: Code = Code.RUN_COMMAND) -> Reason:
     """A command to run next, quoted for a shell."""
     argv: Sequence[str] = ("observatory", *map(str, words))
-    return Reason(Code.RUN_COMMAND, {"command": shlex.join(argv)})
+    return Reason(code, {"command": shlex.join(argv)})

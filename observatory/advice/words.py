@@ -16,16 +16,16 @@ _SENTENCES = {
     Code.BUSIEST_EXPERT: "most unbalanced: layer {layer} in {phase}, Gini {gini:.3f} ({gini_low:.3f} to "
     "{gini_high:.3f}; uniform routing shows {gini_floor:.3f})",
     Code.BUSIEST_RANK: "busiest rank: layer {layer} in {phase}, EP {ep}, placement {placement}",
-    Code.LOAD_COST: "its busiest one has {max_over_mean:.2f} times the mean load, uniform routing "
+    Code.LOAD_COST: "its busiest {holder} has {max_over_mean:.2f} times the mean load, uniform routing "
     "{max_over_mean_floor:.2f} times; all others wait for it",
     Code.SLOWER_LAYOUT: "in {phase}, EP {slower_ep} {slower_placement} is predicted to take "
-    "{extra_ms:.3g} ms more in a step than EP {better_ep} {better_placement}",
+    "{extra_ms} ms more in a step than EP {better_ep} {better_placement}",
     Code.LONGEST_WAIT: "longest waiting: {role} of layer {layer} in {phase}, {slowest}",
-    Code.WAIT_COST: "ranks wait {wait_share} of their time in exchanges, there {wait_ms:.3g} ms in each",
+    Code.WAIT_COST: "ranks wait {wait_share} of their time in exchanges, there {wait_ms} ms in each",
     Code.WAIT_UNKNOWN: "waiting could not be separated from transfer, so no place can be called worst",
     Code.MOST_ENERGY: "most energy: {phase} on rank {source_rank}, {share} of the energy of all phases",
     Code.ENERGY_COST: "that is {energy}{per_token}",
-    Code.ENERGY_UNKNOWN: "the energy of no phase is known, for the reasons above",
+    Code.ENERGY_UNKNOWN: "the energy of no phase is known, for the reasons given",
     Code.HELD_BY_CAP: "held back: {device_uuid}{in_phase}, by its power limit",
     Code.CAP_COST: "the limit held the clock down in {power_cap_busy_share} of the busy time",
     Code.CLOCK_TOO_HIGH: "worth a lower clock: {title}, now at {reference_mhz:.0f} MHz",
@@ -44,15 +44,16 @@ _SENTENCES = {
     Code.NOISE_COST: "its slowest tenth takes {ratio:.1f} times the median; {noisy} of {cases} cases are "
     "that noisy",
     Code.DEAREST_REALISM: "captured traffic costs most: {role} of layer {layer} in {phase}, {algorithm}",
-    Code.REALISM_COST: "{extra_us:.3g} us more in each exchange than uniform traffic, {ratio:.2f} times as "
+    Code.REALISM_COST: "{extra_us} us more in each exchange than uniform traffic, {ratio:.2f} times as "
     "long ({ratio_low:.2f} to {ratio_high:.2f})",
     Code.UNRELIABLE_FIT: "not to be relied on: the model of {algorithm} ({verdict})",
     Code.FIT_COST: "its predictions are off by {median_error} in the median, {p90_error} in the worst tenth",
     Code.RUN_COMMAND: "next: {command}",
+    Code.OPEN_REPORT: "next: {command}",
     Code.MORE_REPEATS: "next: measure again with more --repeats on a quiet machine",
     Code.MORE_STEPS: "next: profile again with more --steps",
     Code.MORE_CORES: "next: measure again with fewer ranks, or a core for each",
-    Code.LOCK_CLOCK: "next: the commands above for {sm_clock_mhz:.0f} MHz",
+    Code.LOCK_CLOCK: "next: lock it to {sm_clock_mhz:.0f} MHz; observatory clocks recommend prints how",
     Code.CHECK_FABRIC: "next: check the links and nodes named above",
 }
 #: Values that are shares.
@@ -60,6 +61,9 @@ _SHARES = (
     "wait_share", "share", "power_cap_busy_share", "median_error", "p90_error", "saving", "slowdown",
     "cached_fraction",
 )  # fmt: skip
+
+#: Values that are amounts of a unit.
+_AMOUNTS = ("extra_ms", "wait_ms", "extra_us")
 
 
 def conclusion_sentences(conclusion: Conclusion) -> list[str]:
@@ -73,7 +77,11 @@ def conclusion_sentences(conclusion: Conclusion) -> list[str]:
 def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as they stand in the sentence of their code."""
     shown = {
-        name: percent_words(value) if name in _SHARES and isinstance(value, float) else value
+        name: percent_words(value)
+        if name in _SHARES and isinstance(value, float)
+        else _amount(value)
+        if name in _AMOUNTS
+        else value
         for name, value in values.items()
     }
     if code is Code.LONGEST_WAIT:
@@ -97,6 +105,11 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
     return shown
 
 
+def _amount(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if abs(value) >= 1e3 else f"{value:.3g}"
+
+
 def _slowest(values: Mapping[str, Any]) -> str:
     if values["slowest_rank"] is None:
         return "for no rank in particular"
@@ -108,10 +121,10 @@ def _slowest(values: Mapping[str, Any]) -> str:
 
 
 def _energy(values: Mapping[str, Any]) -> str:
-    text = f"{values['energy_mj'] / 1e3:.3g} J"
+    text = f"{_amount(values['energy_mj'] / 1e3)} J"
     if values["energy_low_mj"] is None or values["energy_high_mj"] is None:
         return text
-    return f"{text} ({values['energy_low_mj'] / 1e3:.3g} to {values['energy_high_mj'] / 1e3:.3g})"
+    return f"{text} ({_amount(values['energy_low_mj'] / 1e3)} to {_amount(values['energy_high_mj'] / 1e3)})"
 
 
 def _per_token(values: Mapping[str, Any]) -> str:

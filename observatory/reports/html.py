@@ -24,8 +24,8 @@ from observatory.reports.embed import (
 from observatory.reports.frames.benchmark_files import read_benchmark_files
 from observatory.reports.frames.collect import collect
 from observatory.reports.frames.frequency import collect_clocks
-from observatory.reports.frames.report import ReportFrames
-from observatory.reports.page import FigureBlock, Section, Variant
+from observatory.reports.frames.report import NOT_STATED, ReportFrames
+from observatory.reports.page import Section, Variant
 from observatory.reports.sections import (
     FORMULAS,
     clocks_section,
@@ -36,6 +36,7 @@ from observatory.reports.sections import (
     findings,
     grid_section,
     heatmap_section,
+    key_figure,
     layer_section,
     lorenz_section,
     mock_section,
@@ -45,7 +46,9 @@ from observatory.reports.sections import (
     provenance,
     run_table,
     scan_section,
+    setting,
     step_section,
+    verdicts,
 )
 from observatory.reports.text import bytes_text, plain, shorten
 from observatory.reports.theme import FONT, LIGHT_TO_DARK, css_variables
@@ -125,6 +128,8 @@ def render(
 
     built = build_sections(frames, gpus_per_node=gpus_per_node)
     sections = [section for section in built if section.blocks]
+    concluded = verdicts(frames)
+    figure = key_figure(sections, concluded)
     environment = _environment()
     tables_js, page_js = (_asset(environment, name) for name in ("tables.js", "page.js"))
     plotly_js = get_plotlyjs()
@@ -140,12 +145,16 @@ def render(
         dark_variables=Markup(css_variables(dark=True)),
         stylesheet=Markup(_asset(environment, "page.css")),
         kind=_kind(frames),
+        setting=setting(frames),
+        verdicts=concluded,
+        key_figure=figure,
         overview=overview(frames),
         problems=problems(frames),
         findings=findings(frames),
         sections=sections,
+        anchors={section.id for section in sections},
         absent=_absent(built),
-        has_figures=any(isinstance(block, FigureBlock) for part in sections for block in part.blocks),
+        has_figures=figure is not None,
         formulas=FORMULAS,
         records=provenance(frames),
         file_records=file_records(frames),
@@ -214,12 +223,13 @@ def _kind(frames: ReportFrames) -> str:
 
 def _title(frames: ReportFrames) -> str:
     models = list(dict.fromkeys(shorten(fact.manifest.model.name, 60) for fact in frames.facts))
-    conditions = list(dict.fromkeys(shorten(fact.condition, 40) for fact in frames.facts))
+    stated = [fact.condition for fact in frames.facts if fact.condition != NOT_STATED]
+    conditions = list(dict.fromkeys(shorten(condition, 40) for condition in stated))
     left = models[0] if len(models) == 1 else f"{len(models)} models"
     right = listing(conditions) if len(conditions) <= 2 else f"{len(conditions)} data conditions"
     if frames.layers.empty and frames.power is not None and frames.power.runs:
         return f"Power of {left}"
-    return f"Expert routing of {left} on {right}"
+    return f"Expert routing of {left} on {right}" if conditions else f"Expert routing of {left}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,6 +69,31 @@ def check_drawn(browser: webdriver.Chrome, figures: Sequence[str]) -> None:
     assert [entry["message"] for entry in browser.get_log("browser")] == []
 
 
+def check_first_screen(browser: webdriver.Chrome, page: Path) -> None:
+    """A screen of 1440 by 900 pixels holds the verdict and one figure without scrolling."""
+    show(browser, page, figures=["key-figure"])
+    browser.execute_script("window.scrollTo({top: 0, behavior: 'instant'})")
+    boxes = browser.execute_script(
+        "return ['.setting', '#verdict h2', '#verdict h3', '#verdict h3 + p', '#key-figure .main-svg'].map("
+        "name => { const box = document.querySelector(name).getBoundingClientRect();"
+        "return [name, box.top, box.bottom, box.left, box.right] })"
+    )
+    outside = [box for box in boxes if box[1] < 0 or box[2] > 900 or box[3] < 0 or box[4] > 1440]
+    assert outside == []
+    assert all(bottom > top for _, top, bottom, _, _ in boxes)
+
+
+def check_no_table_is_cut_off(browser: webdriver.Chrome, page: Path, figures: Sequence[str]) -> None:
+    """At 1440 pixels no table needs scrolling, nor do the numbers behind the figures."""
+    show(browser, page, figures=figures)
+    cut = browser.execute_script(
+        "document.querySelectorAll('figure details').forEach(d => d.open = true);"
+        "return [...document.querySelectorAll('main > section > .scroll, main > section > figure .scroll')]"
+        ".filter(box => box.scrollWidth > box.clientWidth).map(box => box.getAttribute('aria-label'))"
+    )
+    assert cut == []
+
+
 def check_harmless(browser: webdriver.Chrome) -> None:
     """Text from outside has run nothing and made no elements."""
     assert browser.execute_script("return window.hit === undefined")

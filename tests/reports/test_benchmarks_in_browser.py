@@ -8,7 +8,14 @@ import pytest
 from selenium import webdriver
 
 from observatory.reports import write_report
-from tests.reports.browsing import check_drawn, check_fits_phone, check_harmless, show
+from tests.reports.browsing import (
+    check_drawn,
+    check_first_screen,
+    check_fits_phone,
+    check_harmless,
+    check_no_table_is_cut_off,
+    show,
+)
 from tests.reports.sample_benchmarks import a_bench, a_model, a_replay, a_run, saved
 from tests.reports.test_benchmarks import hostile_files
 
@@ -51,12 +58,22 @@ def test_every_figure_is_drawn_and_hostile_text_runs_nothing(
     check_harmless(browser)
 
 
+def test_the_first_screen_holds_the_verdict_and_a_figure(
+    browser: webdriver.Chrome, pages: dict[str, Path]
+) -> None:
+    check_first_screen(browser, pages["plain"])
+
+
 @pytest.mark.parametrize("which", ["plain", "hostile"])
 def test_a_phone_needs_no_sideways_scrolling(
     browser: webdriver.Chrome, pages: dict[str, Path], which: str
 ) -> None:
     show(browser, pages[which], width=390, scheme="dark", figures=FIGURES)
     check_fits_phone(browser)
+
+
+def test_no_table_is_cut_off_at_desktop_width(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
+    check_no_table_is_cut_off(browser, pages["plain"], FIGURES)
 
 
 def test_every_choice_can_be_drawn(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:

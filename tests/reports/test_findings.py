@@ -9,7 +9,14 @@ import pyarrow as pa
 import pytest
 
 from observatory.reports.frames.committees import committee_overlaps, committee_sizes
-from observatory.reports.sections import committee_section, findings
+from observatory.reports.sections import (
+    committee_section,
+    findings,
+    key_figure,
+    scan_section,
+    step_section,
+    verdicts,
+)
 from observatory.reports.sections.mock import mock_ratios
 from observatory.run import RunWriter, routing_rows
 from observatory.run.manifest import Phase
@@ -160,3 +167,26 @@ def test_too_few_steps_give_no_verdict(tmp_path: Path) -> None:
     )
     assert mock_ratios(frames.cells)["verdict"].tolist() == ["unknown"]
     assert "cannot be judged (too few steps for intervals) in m" in _sentence(findings(frames), "mock data")
+
+
+def test_the_verdict_is_of_the_run_on_real_text_in_which_most_is_at_stake(tmp_path: Path) -> None:
+    frames = frames_of(
+        steady_run(tmp_path / "a", "even", "prose", [100, 100, 100, 100]),
+        steady_run(tmp_path / "b", "skewed", "prose", [100, 100, 100, 300]),
+        steady_run(tmp_path / "c", "even", "mock", [0, 0, 0, 600]),
+        ep=(2,),
+    )
+    (routing,) = verdicts(frames)
+    assert (routing.part, routing.section, routing.whose) == ("Routing", "layers", "skewed on prose")
+    assert routing.sentences[1].startswith("Its busiest expert has 2.00 times the mean load")
+    assert routing.next_step.endswith(f"observatory scan {tmp_path / 'b'}")
+    sections = [step_section(frames), scan_section(frames, gpus_per_node=4)]
+    figure = key_figure(sections, [routing])
+    assert figure is not None
+    assert [variant.label for variant in figure.variants] == ["prose, prefill"], "as the verdict says"
+    assert key_figure([], [routing]) is None
+
+
+def test_even_routing_is_said_to_be_worth_no_change(tmp_path: Path) -> None:
+    (routing,) = verdicts(frames_of(steady_run(tmp_path / "a", "m", "prose", [100] * 4), ep=(2,)))
+    assert (routing.sentences, routing.next_step) == (("Nothing here is worth changing.",), "")

@@ -20,8 +20,10 @@ from observatory.reports import write_report
 from observatory.run.manifest import Manifest
 from tests.reports.browsing import (
     check_drawn,
+    check_first_screen,
     check_fits_phone,
     check_harmless,
+    check_no_table_is_cut_off,
     emulate,
     requests,
     show,
@@ -72,6 +74,12 @@ def test_every_figure_is_drawn_without_error_or_request(
     assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
+def test_the_first_screen_holds_the_verdict_and_a_figure(
+    browser: webdriver.Chrome, pages: dict[str, Path]
+) -> None:
+    check_first_screen(browser, pages["plain"])
+
+
 def test_hostile_text_runs_nothing_and_makes_no_links(
     browser: webdriver.Chrome, pages: dict[str, Path]
 ) -> None:
@@ -118,7 +126,7 @@ def test_a_choice_changes_figure_note_and_numbers(browser: webdriver.Chrome, pag
         "mla-tiny on mock, decode",
     )
     caption = browser.execute_script("return document.querySelector('#expert-map caption').textContent")
-    assert caption == "mla-tiny on mock, decode: experts by layer"
+    assert caption == "mla-tiny on mock, decode: experts by layer, loads over the mean load"
     assert "mla-tiny on mock, decode" in browser.execute_script(
         "return document.querySelector('#expert-map .plot').getAttribute('aria-label')"
     )
@@ -282,13 +290,24 @@ def test_a_table_is_saved_as_csv_and_no_cell_is_a_formula(
     with saved[0].open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
     assert len({len(row) for row in rows}) == 1
+    assert "Entropy, bits" in rows[0], "columns that are folded on the page"
     assert any(row[0] == '\'=HYPERLINK("x")' for row in rows)
+
+
+def test_folded_columns_are_shown_on_request(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
+    show(browser, pages["plain"], figures=[])
+    shown = "return [...document.querySelectorAll('#layers th')].filter(head => head.offsetWidth).length"
+    before = browser.execute_script(shown)
+    browser.find_element("css selector", "#layers > .tools button").send_keys(Keys.ENTER)
+    assert browser.execute_script(shown) == before + 2
+    browser.find_element("css selector", "#layers > .tools button").send_keys(Keys.ENTER)
+    assert browser.execute_script(shown) == before
 
 
 def test_a_table_is_copied_for_a_spreadsheet(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
     show(browser, pages["plain"], figures=[])
     browser.execute_script("navigator.clipboard.writeText = async (text) => { window.copied = text }")
-    browser.find_element("css selector", "#layers > .tools button").send_keys(Keys.ENTER)
+    browser.find_element("css selector", "#layers > .tools button[aria-label]").send_keys(Keys.ENTER)
     lines = browser.execute_script("return window.copied").split("\r\n")
     rows = browser.execute_script("return document.querySelector('#layers table').rows.length")
     assert len(lines) == rows
@@ -296,12 +315,5 @@ def test_a_table_is_copied_for_a_spreadsheet(browser: webdriver.Chrome, pages: d
     wait(browser, "return document.querySelector('#layers .tools').textContent.includes('Copied')")
 
 
-def test_no_table_of_the_first_view_is_cut_off_at_desktop_width(
-    browser: webdriver.Chrome, pages: dict[str, Path]
-) -> None:
-    show(browser, pages["plain"], figures=FIGURES)
-    cut = browser.execute_script(
-        "return [...document.querySelectorAll('main > section:not(#provenance) > .scroll')]"
-        ".filter(box => box.scrollWidth > box.clientWidth).map(box => box.getAttribute('aria-label'))"
-    )
-    assert cut == []
+def test_no_table_is_cut_off_at_desktop_width(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
+    check_no_table_is_cut_off(browser, pages["plain"], FIGURES)

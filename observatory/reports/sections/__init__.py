@@ -11,11 +11,12 @@ from observatory.reports.sections.heatmaps import heatmap_section
 from observatory.reports.sections.layers import layer_section
 from observatory.reports.sections.lorenz import lorenz_section
 from observatory.reports.sections.mock import mock_section
-from observatory.reports.sections.overview import overview, problems
+from observatory.reports.sections.overview import overview, problems, setting
 from observatory.reports.sections.power import power_section
 from observatory.reports.sections.provenance import FORMULAS, RunRecord, provenance, run_table
 from observatory.reports.sections.scan import scan_section
 from observatory.reports.sections.steps import step_section
+from observatory.reports.sections.verdict import key_figure, verdicts
 
 __all__ = [
     "FORMULAS",
@@ -28,6 +29,7 @@ __all__ = [
     "findings",
     "grid_section",
     "heatmap_section",
+    "key_figure",
     "layer_section",
     "lorenz_section",
     "mock_section",
@@ -37,5 +39,7 @@ __all__ = [
     "provenance",
     "run_table",
     "scan_section",
+    "setting",
     "step_section",
+    "verdicts",
 ]

@@ -41,7 +41,7 @@ _SIZES = (
 
 _COEFFICIENTS = (
     Column(name="term", title="term", text=True),
-    Column(name="us", title="time", unit="us each", legend="per exchange, message, rank or MB"),
+    Column(name="us", title="microseconds", legend="per exchange, message, rank or MB"),
     Column(name="bandwidth", title="bandwidth", unit="GB/s"),
 )
 

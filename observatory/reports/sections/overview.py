@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from observatory.reports.frames.report import ReportFrames, condition_order, phases_of
+from observatory.reports.frames.report import NOT_STATED, ReportFrames, condition_order, phases_of
 from observatory.reports.sections.common import spread
 from observatory.reports.text import count, plain, shorten
 from observatory.run.manifest import CoreSpec
@@ -53,8 +54,38 @@ def overview(frames: ReportFrames) -> list[tuple[str, str]]:
             ("Assignments", count(float(frames.layers["assignments"].sum()))),
         ]
     pairs.append(("Captured", _period(stamps[0], stamps[-1])))
-    cores = _cores(frames)
-    return [("Cores", cores), *pairs] if cores else pairs
+    return pairs
+
+
+def setting(frames: ReportFrames) -> list[str]:
+    """What was run and on what, a sentence each; last, where ranks had no core of their own."""
+    facts, cells = frames.facts, frames.cells
+    models = list(dict.fromkeys(shorten(fact.manifest.model.name) for fact in facts))
+    ranks = frames.runs["ranks"]
+    steps = f", {spread(cells['steps'])} steps of {listing(phases_of(cells))}" if len(cells) else ""
+    stated = [shorten(name, 24) for name in condition_order(frames.runs) if name != NOT_STATED]
+    conditions = f" on {listing(stated, most=6)}" if stated else ""
+    hosts = list(
+        dict.fromkeys(
+            f"{shorten(host.name, 32)}{f' ({shorten(host.cpu)})' if host.cpu else ''}"
+            for fact in facts
+            for host in fact.manifest.hosts
+        )
+    )
+    devices = dict.fromkeys(
+        (shorten(device.name or device.kind), device.uuid)
+        for fact in facts
+        for device in fact.manifest.devices
+    )
+    each = [f"{number} × {name}" for name, number in Counter(name for name, _ in devices).items()]
+    lines = [
+        f"{listing(models)}{conditions}: {len(facts)} {_plural('run', len(facts))} of "
+        f"{spread(ranks)} {_plural('rank', int(ranks.max()))}{steps}",
+        f"On {listing(hosts) if hosts else 'a machine that is not recorded'}"
+        f"{f', {listing(each)}' if each else ', no GPU recorded'}",
+        _cores(frames),
+    ]
+    return [f"{line}." for line in lines if line]
 
 
 def _cores(frames: ReportFrames) -> str:
