@@ -1,4 +1,4 @@
-"""Benchmarks, replays and network models made by a known formula, and a run they belong to."""
+"""Benchmark files made by a known formula, a run they belong to, and the sections of both."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from pydantic import BaseModel
 
 from observatory.analysis.network import NetworkModel, fit_network
 from observatory.collectives.bench.replay import replay_plan
+from observatory.reports.frames.benchmark_files import read_benchmark_files
+from observatory.reports.frames.collect import collect
+from observatory.reports.frames.report import ReportFrames
+from observatory.reports.page import FigureBlock, Section, Table
+from observatory.reports.sections import exchange_sections
+from observatory.run import open_run
 from observatory.run.documents.bench import BenchCase, BenchResult, Traffic
 from observatory.run.manifest import HostSpec
 from tests.analysis.exchange.runs import exchange_run
 from tests.analysis.exchange.tables import collective
 from tests.analysis.network.synthetic import made_result
+from tests.reports.test_report import HOSTILE
 
 BACKEND = "made-up"
 NODES = (0, 0, 1, 1)
@@ -103,3 +110,63 @@ def saved(path: Path, document: BaseModel) -> Path:
     """The document as a file."""
     path.write_text(document.model_dump_json(), encoding="utf-8")
     return path
+
+
+def frames_of(
+    *runs: Path, bench: tuple[Path, ...] = (), replays: tuple[Path, ...] = (), networks: tuple[Path, ...] = ()
+) -> ReportFrames:
+    files = read_benchmark_files(bench=bench, replays=replays, networks=networks)
+    return collect([open_run(run) for run in runs], ep_degrees=(2,), gpus_per_node=4, files=files)
+
+
+def sections_of(frames: ReportFrames) -> dict[str, Section]:
+    return {section.id: section for section in exchange_sections(frames)}
+
+
+def cells(table: Table) -> list[list[str]]:
+    return [
+        [f"{cell.text} [{cell.detail}]" if cell.detail else cell.text for cell in row] for row in table.rows
+    ]
+
+
+def figure(section: Section) -> FigureBlock:
+    block = section.blocks[0]
+    assert isinstance(block, FigureBlock)
+    return block
+
+
+def table(section: Section, index: int) -> Table:
+    block = section.blocks[index]
+    assert isinstance(block, Table)
+    return block
+
+
+def hostile_files(folder: Path) -> tuple[Path, dict[str, tuple[Path, ...]]]:
+    """A run and files in which every free text is hostile, as far as their schemas let it be."""
+    name = HOSTILE[:64]
+    texts = {"argv": (HOSTILE,), "notes": (HOSTILE,), "git_sha": HOSTILE, "software": {HOSTILE: HOSTILE}}
+    replay = a_replay(run_id=HOSTILE, phases=(name,), algorithms=("flat", "gather"))
+    cases = [
+        case.model_copy(update={"algorithm": name}) if case.algorithm == "gather" else case
+        for case in replay.cases
+    ]
+    replay = replay.model_copy(update={**texts, "timing": HOSTILE, "cases": tuple(cases)})
+    bench = a_bench()
+    cases = [case.model_copy(update={"pattern": name, "algorithm": name}) for case in bench.cases]
+    bench = bench.model_copy(update={**texts, "cases": (*bench.cases, *cases)})
+    model = a_model()
+    fits = [fit.model_copy(update={"algorithm": name, "sharing": HOSTILE}) for fit in model.fits]
+    model = model.model_copy(
+        update={
+            "argv": (HOSTILE,),
+            "notes": (HOSTILE,),
+            "sources": (HOSTILE, f"host {HOSTILE}"),
+            "fits": (*model.fits, *fits),
+        }
+    )
+    run = a_run(folder / "run", run_id=HOSTILE, name=HOSTILE, host=HOSTILE)
+    return run, {
+        "bench": (saved(folder / "<img src=x>b.json", bench),),
+        "replays": (saved(folder / "<img src=x>r.json", replay),),
+        "networks": (saved(folder / "<img src=x>n.json", model),),
+    }

@@ -1,71 +1,39 @@
-"""What a report says about benchmark files: their numbers, what it refuses, and what it leaves out aloud."""
+"""What a report shows of benchmark files: the costs of realism, predictions, bandwidths and the models."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from observatory.analysis.network.network import Misfit, VerdictReason
-from observatory.cli import main
-from observatory.errors import BenchmarkError
-from observatory.reports import write_report
 from observatory.reports.figures.bandwidth import bandwidth_curves
 from observatory.reports.figures.prediction import predicted_and_measured
 from observatory.reports.figures.realism import realism_by_layer
-from observatory.reports.frames.benchmark_files import read_benchmark_files
-from observatory.reports.frames.collect import collect
-from observatory.reports.frames.report import ReportFrames
-from observatory.reports.page import FigureBlock, Section, Table
-from observatory.reports.sections import exchange_sections, file_records, findings, problems, setting
+from observatory.reports.page import FigureBlock
+from observatory.reports.sections import exchange_sections, findings, setting
 from observatory.reports.theme import LIGHT_TO_DARK
-from observatory.run import open_run
-from observatory.run.documents.bench import BenchResult
 from observatory.run.manifest import CoreShare
-from tests.reports.sample_benchmarks import BACKEND, NODES, a_bench, a_model, a_replay, a_run, saved
-from tests.reports.test_report import HOSTILE, Tags
+from tests.reports.sample_benchmarks import (
+    NODES,
+    a_bench,
+    a_model,
+    a_replay,
+    a_run,
+    cells,
+    figure,
+    frames_of,
+    saved,
+    sections_of,
+    table,
+)
 from tests.reports.test_wording import texts
 
 
-@pytest.fixture(scope="module")
-def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved(tmp_path_factory.mktemp("model") / "fit.json", a_model())
-
-
-def frames_of(
-    *runs: Path, bench: tuple[Path, ...] = (), replays: tuple[Path, ...] = (), networks: tuple[Path, ...] = ()
-) -> ReportFrames:
-    files = read_benchmark_files(bench=bench, replays=replays, networks=networks)
-    return collect([open_run(run) for run in runs], ep_degrees=(2,), gpus_per_node=4, files=files)
-
-
-def sections_of(frames: ReportFrames) -> dict[str, Section]:
-    return {section.id: section for section in exchange_sections(frames)}
-
-
-def cells(table: Table) -> list[list[str]]:
-    return [
-        [f"{cell.text} [{cell.detail}]" if cell.detail else cell.text for cell in row] for row in table.rows
-    ]
-
-
-def figure(section: Section) -> FigureBlock:
-    block = section.blocks[0]
-    assert isinstance(block, FigureBlock)
-    return block
-
-
-def table(section: Section, index: int) -> Table:
-    block = section.blocks[index]
-    assert isinstance(block, Table)
-    return block
-
-
-def test_what_realism_costs_is_told_as_a_ratio_and_in_microseconds(tmp_path: Path) -> None:
+def test_what_realism_costs_is_given_as_a_ratio_and_in_microseconds(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     replay = saved(tmp_path / "replay.json", a_replay())
     frames = frames_of(run, replays=(replay,))
@@ -107,7 +75,7 @@ def test_the_reading_follows_the_interval_not_the_ratio(
     assert cells(table(sections_of(frames)["realism"], 1))[0][-1] == said
 
 
-def test_predictions_stand_beside_replayed_and_own_exchanges(tmp_path: Path, model_file: Path) -> None:
+def test_predictions_stand_next_to_replayed_and_own_exchanges(tmp_path: Path, model_file: Path) -> None:
     # The formula gives 101 us for this traffic: measured 100 us are 1 % off, 300 us two thirds.
     replay = saved(tmp_path / "replay.json", a_replay())
     frames = frames_of(a_run(tmp_path / "run"), replays=(replay,), networks=(model_file,))
@@ -152,7 +120,7 @@ def test_points_outside_the_fit_are_open_marks_and_said(tmp_path: Path, model_fi
     assert layout.xaxis.type == layout.yaxis.type == "log"
 
 
-def test_a_model_that_was_fitted_to_the_replay_is_told_apart(tmp_path: Path) -> None:
+def test_a_model_that_was_fitted_to_the_replay_is_named(tmp_path: Path) -> None:
     replay = saved(tmp_path / "replay.json", a_replay())
     seen = saved(tmp_path / "seen.json", a_model(sources=("replay.json", "host node-b"), hosts=("node-b",)))
     frames = frames_of(a_run(tmp_path / "run"), replays=(replay,), networks=(seen,))
@@ -232,7 +200,7 @@ def test_coefficients_have_intervals_and_the_choice_its_rivals(tmp_path: Path, m
     low, high = (float(end) for end in by_term["bytes other"][2].detail.split(" – "))
     assert low <= 1.0 <= high, "the formula has 1 GB/s"
     assert {row[0].text for row in forms.rows} == {score["form"] for score in fit["scores"]}
-    assert [row[0].text for row in forms.rows if row[-1].text == "chosen"] == [fit["form"]]
+    assert [row[0].text for row in forms.rows if row[-2].text == "chosen"] == [fit["form"]]
 
 
 def test_without_a_model_the_curves_are_points_and_the_page_says_how_to_get_one(tmp_path: Path) -> None:
@@ -244,54 +212,7 @@ def test_without_a_model_the_curves_are_points_and_the_page_says_how_to_get_one(
     assert "prediction" not in sections_of(frames)
 
 
-def gaps(frames: ReportFrames) -> dict[str, list[str]]:
-    return dict(problems(frames))
-
-
-def test_a_replay_of_another_run_is_stated_and_not_mixed_in(tmp_path: Path, model_file: Path) -> None:
-    replay = saved(tmp_path / "replay.json", a_replay(run_id="another"))
-    nameless = saved(tmp_path / "nameless.json", a_replay(run_id=None))
-    frames = frames_of(a_run(tmp_path / "run"), replays=(replay, nameless), networks=(model_file,))
-    assert "realism" not in sections_of(frames)
-    assert frames.benchmarks is not None
-    assert set(frames.benchmarks.checked["pattern"]) == {"own"}
-    assert gaps(frames)["replay.json"] == [
-        "the replay is of run another, which is none of the runs in this report: left out"
-    ]
-    assert "does not say of which run it is" in gaps(frames)["nameless.json"][0]
-
-
-def test_a_model_of_another_backend_is_stated_and_predicts_nothing(tmp_path: Path) -> None:
-    other = saved(tmp_path / "nccl.json", a_model().model_copy(update={"backend": "nccl"}))
-    replay = saved(tmp_path / "replay.json", a_replay())
-    bench = saved(tmp_path / "bench.json", a_bench())
-    frames = frames_of(a_run(tmp_path / "run"), bench=(bench,), replays=(replay,), networks=(other,))
-    assert frames.benchmarks is not None
-    assert frames.benchmarks.checked.empty
-    assert frames.benchmarks.curves.empty
-    for name in ("replay.json", "bench.json"):
-        assert gaps(frames)[name] == [
-            f"measured over {BACKEND}, the network models given are of nccl: nothing is predicted for it"
-        ]
-    assert "only its coefficients are shown" in gaps(frames)["nccl.json"][0]
-    (left_out,) = sections_of(frames)["prediction"].blocks
-    assert isinstance(left_out, Table)
-    assert [cell.text for cell in left_out.rows[0]][2:] == [f"exchanged over {BACKEND}, not nccl", "3"]
-    assert "realism" in sections_of(frames), "the replay itself is good"
-
-
-def test_times_of_exchanges_that_went_wrong_are_not_shown(tmp_path: Path, model_file: Path) -> None:
-    replay = saved(tmp_path / "replay.json", a_replay(correct=False))
-    bench = saved(tmp_path / "bench.json", a_bench(correct=False))
-    frames = frames_of(a_run(tmp_path / "run"), bench=(bench,), replays=(replay,), networks=(model_file,))
-    assert frames.benchmarks is not None
-    assert frames.benchmarks.points.empty
-    assert frames.benchmarks.realism.empty
-    for name in ("replay.json", "bench.json"):
-        assert "delivered wrong bytes, so its times mean nothing" in gaps(frames)[name][0]
-
-
-def test_the_verdict_of_a_model_its_misfits_and_what_it_tells_apart_are_shown(tmp_path: Path) -> None:
+def test_the_verdict_of_a_model_its_misfits_and_what_it_distinguishes_are_shown(tmp_path: Path) -> None:
     model = a_model()
     (fit,) = model.fits
     misfit = Misfit(
@@ -333,139 +254,6 @@ def test_the_verdict_of_a_model_its_misfits_and_what_it_tells_apart_are_shown(tm
     assert setting(frames)[-1].endswith(f"{short}.")
 
 
-def test_an_algorithm_that_the_model_does_not_know_is_counted(tmp_path: Path, model_file: Path) -> None:
-    replay = saved(tmp_path / "replay.json", a_replay(algorithms=("flat", "gather")))
-    frames = frames_of(a_run(tmp_path / "run"), replays=(replay,), networks=(model_file,))
-    section = sections_of(frames)["prediction"]
-    assert {row[0].detail for row in table(section, 1).rows} == {"m, flat"}
-    ((_, _, reason, exchanges),) = table(section, 4).rows
-    assert "knows flat, not 'gather'" in reason.text
-    assert exchanges.text == "16", "captured and uniform, told once"
-
-
-@pytest.mark.parametrize(
-    ("option", "made", "said"),
-    [
-        ("--bench", a_replay, "is a replay, where a benchmark was expected; give it with --replay"),
-        ("--replay", a_bench, "is a benchmark, where a replay was expected; give it with --bench"),
-        ("--network", a_bench, "is not valid"),
-        ("--bench", a_model, "has schema 2.2"),
-    ],
-)
-def test_a_file_of_the_other_kind_is_one_clear_line(
-    option: str, made: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, out = a_run(tmp_path / "run"), tmp_path / "report.html"
-    file = saved(tmp_path / "file.json", made())
-    assert main(["report", str(run), "--out", str(out), option, str(file)]) == 1
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert said in line
-    assert not out.exists()
-
-
-def test_a_missing_or_damaged_file_is_one_clear_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run, out = a_run(tmp_path / "run"), tmp_path / "report.html"
-    (tmp_path / "half.json").write_text(a_replay().model_dump_json()[:2000])
-    for name, said in (("nowhere.json", "cannot be read"), ("half.json", "is not valid")):
-        assert main(["report", str(run), "--out", str(out), "--replay", str(tmp_path / name)]) == 1
-        (line,) = capsys.readouterr().err.strip().splitlines()
-        assert name in line
-        assert said in line
-
-
-def test_a_replay_that_lost_its_uniform_half_is_said_to_be_incomplete(tmp_path: Path) -> None:
-    whole = a_replay()
-    half = whole.model_copy(
-        update={"cases": tuple(case for case in whole.cases if case.pattern == "captured")}
-    )
-    frames = frames_of(a_run(tmp_path / "run"), replays=(saved(tmp_path / "replay.json", half),))
-    assert "realism" not in sections_of(frames)
-    assert "do not pair up" in gaps(frames)["replay.json"][0]
-
-
-def test_files_of_equal_names_are_told_apart_and_one_given_twice_counts_once(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    one, two = saved(tmp_path / "a" / "r.json", a_replay()), saved(tmp_path / "b" / "r.json", a_replay())
-    files = read_benchmark_files(replays=(one, two, one))
-    assert [given.name for given in files.replays] == [str(one), str(two)]
-    assert files.options() == ["--replay", str(one), "--replay", str(two)]
-
-
-def hostile_files(folder: Path) -> tuple[Path, dict[str, tuple[Path, ...]]]:
-    """A run and files in which every free text is hostile, as far as their schemas let it be."""
-    name = HOSTILE[:64]
-    texts = {"argv": (HOSTILE,), "notes": (HOSTILE,), "git_sha": HOSTILE, "software": {HOSTILE: HOSTILE}}
-    replay = a_replay(run_id=HOSTILE, phases=(name,), algorithms=("flat", "gather"))
-    cases = [
-        case.model_copy(update={"algorithm": name}) if case.algorithm == "gather" else case
-        for case in replay.cases
-    ]
-    replay = replay.model_copy(update={**texts, "timing": HOSTILE, "cases": tuple(cases)})
-    bench = a_bench()
-    cases = [case.model_copy(update={"pattern": name, "algorithm": name}) for case in bench.cases]
-    bench = bench.model_copy(update={**texts, "cases": (*bench.cases, *cases)})
-    model = a_model()
-    fits = [fit.model_copy(update={"algorithm": name, "sharing": HOSTILE}) for fit in model.fits]
-    model = model.model_copy(
-        update={
-            "argv": (HOSTILE,),
-            "notes": (HOSTILE,),
-            "sources": (HOSTILE, f"host {HOSTILE}"),
-            "fits": (*model.fits, *fits),
-        }
-    )
-    run = a_run(folder / "run", run_id=HOSTILE, name=HOSTILE, host=HOSTILE)
-    return run, {
-        "bench": (saved(folder / "<img src=x>b.json", bench),),
-        "replays": (saved(folder / "<img src=x>r.json", replay),),
-        "networks": (saved(folder / "<img src=x>n.json", model),),
-    }
-
-
-def test_free_text_of_benchmark_files_stays_text(tmp_path: Path) -> None:
-    run, files = hostile_files(tmp_path)
-    page = write_report([run], tmp_path / "report.html", ep_degrees=(2,), **files).read_text(encoding="utf-8")
-    parsed = Tags()
-    parsed.feed(page)
-    scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
-    assert [each for each in scripts if "type" not in each] == [{}, {}, {}]  # plotly.js and our own two
-    assert not [tag for tag, _ in parsed.tags if tag in ("img", "iframe", "object", "link")]
-    assert not [name for _, attributes in parsed.tags for name in attributes if name.startswith("on")]
-    for section in ("realism", "prediction", "bandwidth"):
-        assert f'<section id="{section}"' in page
-    frames = frames_of(run, **files)
-    for section in exchange_sections(frames):
-        for block in section.blocks:
-            for variant in block.variants if isinstance(block, FigureBlock) else ():
-                told = variant.figure.to_json()
-                assert "\\u003cscript" not in told
-                assert "<script" not in told
-                assert "<a href" not in told
-
-
-def test_the_records_say_how_each_file_was_made_and_the_page_how_to_make_it_again(
-    tmp_path: Path, model_file: Path
-) -> None:
-    replay = saved(tmp_path / "replay.json", a_replay())
-    run, out = a_run(tmp_path / "run"), tmp_path / "report.html"
-    frames = frames_of(run, replays=(replay,), networks=(model_file,))
-    first, second = file_records(frames)
-    assert (first.title, first.command) == ("replay.json: replay", "observatory replay")
-    pairs = dict(first.pairs)
-    assert pairs["of run"] == "run-1"
-    assert pairs["warm-up rounds, repeats"] == "1, 3"
-    assert pairs["host 1"] == "node-a"
-    assert dict(second.pairs)["fitted to"] == "bench.json"
-    argv = ["report", str(run), "--out", str(out), "--replay", str(replay), "--network", str(model_file)]
-    assert main(argv) == 0
-    page = out.read_text(encoding="utf-8")
-    assert f"--replay {replay} --network {model_file}" in page
-    assert "Full records of 2 files" in page
-
-
 def test_every_colour_of_the_figures_has_a_dark_partner(tmp_path: Path, model_file: Path) -> None:
     bench = saved(tmp_path / "bench.json", a_bench())
     replay = saved(tmp_path / "replay.json", a_replay(phases=("prefill", "decode", "other")))
@@ -497,12 +285,3 @@ def test_layers_of_a_deep_model_share_one_figure(tmp_path: Path) -> None:
     (variant,) = figure(sections_of(frames)["realism"]).variants
     assert len(variant.numbers.rows) == 120
     assert "2 more rows" in variant.numbers.note
-
-
-def test_a_replay_with_an_impossible_time_is_refused(tmp_path: Path) -> None:
-    document = json.loads(a_replay().model_dump_json())
-    document["cases"][0]["rank_us_RP"][0][0] = -5.0
-    (tmp_path / "r.json").write_text(json.dumps(document))
-    with pytest.raises(BenchmarkError, match="not valid"):
-        read_benchmark_files(replays=(tmp_path / "r.json",))
-    assert BenchResult.model_validate(document | {"cases": document["cases"][1:]}).ranks == 4

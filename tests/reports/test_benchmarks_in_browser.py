@@ -16,8 +16,7 @@ from tests.reports.browsing import (
     check_no_table_is_cut_off,
     show,
 )
-from tests.reports.sample_benchmarks import a_bench, a_model, a_replay, a_run, saved
-from tests.reports.test_benchmarks import hostile_files
+from tests.reports.sample_benchmarks import a_bench, a_model, a_replay, a_run, hostile_files, saved
 
 pytestmark = pytest.mark.slow
 

@@ -45,6 +45,8 @@ _COEFFICIENTS = (
     Column(name="bandwidth", title="bandwidth", unit="GB/s"),
 )
 
+_MEANING = Column(name="meaning", title="what it says", text=True)
+
 
 def bandwidth_section(benchmarks: BenchmarkFrames) -> Section:
     """A figure per benchmark and pattern, and what was fitted."""
@@ -220,24 +222,24 @@ def _value_cells(item: Coefficient) -> tuple[Cell, Cell]:
 
 
 def _form_table(name: str, fit: AlgorithmFit) -> Table:
+    scores = sorted(fit.scores, key=lambda score: score.weighted_error)
     rows = [
         {
             **score.model_dump(),
-            "form": Cell(
-                text=plain(score.form),
-                detail=FORMS[score.form].meaning if score.form in FORMS else "",
-            ),
+            "meaning": FORMS[score.form].meaning if score.form in FORMS else None,
             "chosen": "chosen" if score.form == fit.form else "",
         }
-        for score in sorted(fit.scores, key=lambda score: score.weighted_error)
+        for score in scores
     ]
+    has_other_ranks = any(score.other_ranks_error is not None for score in scores)
     return frame_table(
         f"{shorten(fit.algorithm, 24)}: the forms that were tried ({name})",
-        FORM_COLUMNS,
+        (*FORM_COLUMNS, _MEANING),
         rows,
         note=f"{_basis(fit)} Errors are on matrices left out of the fit. Of the forms within one standard "
         "error of the smallest weighted error, the one with fewest coefficients is chosen.",
-        leave_out=("algorithm",),
+        leave_out=("algorithm",) if has_other_ranks else ("algorithm", "other_ranks_error"),
+        folded=("meaning",),
     )
 
 
