@@ -62,6 +62,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     )
 
 
+@pytest.mark.slow
 def test_thirty_runs_fit_and_every_section_is_there(tmp_path: Path) -> None:
     page = write_report(write_grid(tmp_path / "runs", layers=2), tmp_path / "report.html")
     text = page.read_text(encoding="utf-8")

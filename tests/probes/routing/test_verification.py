@@ -90,6 +90,7 @@ def test_every_family_is_as_it_was_after_an_intervention() -> None:
                 assert torch.equal(value, state[name]), (family, name)
 
 
+@pytest.mark.slow
 def test_the_layers_of_installed_frameworks_are_confirmed_and_broken_readers_are_caught() -> None:
     found = installed_frameworks()
     if not found:
