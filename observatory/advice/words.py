@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from observatory.advice.conclusions import Code, Conclusion
+from observatory.analysis.exchange.words import cause_words
 from observatory.text import percent_words
 
 _SENTENCES = {
@@ -113,10 +114,9 @@ def _amount(value: float) -> str:
 def _slowest(values: Mapping[str, Any]) -> str:
     if values["slowest_rank"] is None:
         return "for no rank in particular"
-    cause = values["slowest_cause"]
     return (
-        f"mostly for rank {values['slowest_rank']} ({percent_words(values['slowest_share'])} of it; cause: "
-        f"{cause or 'unknown'})"
+        f"mostly for rank {values['slowest_rank']} ({percent_words(values['slowest_share'])} of it: "
+        f"{cause_words(values['slowest_cause'])})"
     )
 
 

@@ -50,7 +50,7 @@ from observatory.reports.sections import (
     step_section,
     verdicts,
 )
-from observatory.reports.text import bytes_text, plain, shorten
+from observatory.reports.text import bytes_text, plain, shorten, unbroken
 from observatory.reports.theme import FONT, LIGHT_TO_DARK, css_variables
 from observatory.run import Run, open_run
 from observatory.run.files import committed
@@ -252,11 +252,11 @@ def _grouped(variants: Iterable[Variant], attribute: str) -> list[_Group]:
 
 
 def _packed(variant: Variant) -> Markup:
-    return packed_figure(variant.figure, alt=variant.alt, note=variant.note)
+    return packed_figure(variant.figure, alt=variant.alt, note=unbroken(variant.note))
 
 
 def _unpacked(variant: Variant) -> Markup:
-    return unpacked_figure(variant.figure, alt=variant.alt, note=variant.note)
+    return unpacked_figure(variant.figure, alt=variant.alt, note=unbroken(variant.note))
 
 
 def _environment() -> Environment:
@@ -270,6 +270,7 @@ def _environment() -> Environment:
     )
     environment.filters["groupby_in_order"] = _grouped
     environment.filters["packed"] = _packed
+    environment.filters["unbroken"] = unbroken
     environment.filters["unpacked"] = _unpacked
     return environment
 

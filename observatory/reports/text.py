@@ -13,6 +13,7 @@ import unicodedata
 #: Stands where there is no number; the reason is given next to it.
 MISSING = "n/a"
 _BIDI_OR_CONTROL = re.compile("[\u202a-\u202e\u2066-\u2069\u200e\u200f\ufeff]")
+_BEFORE_UNIT = re.compile(r"(?<=\d) (?=(?:%|µs|ms|s|[mk]?J|W|MHz|[KMG]?i?B|GB/s)(?![\w/]))")
 _BREAK_AFTER = re.compile(r"(?<=[\s/_.:-])")
 
 
@@ -56,6 +57,11 @@ def figure_label(value: object, *, line: int = 16, lines: int = 3) -> str:
     if len(rows) > lines:
         rows = [*rows[: lines - 1], rows[lines - 1].rstrip() + "…"]
     return "<br>".join(figure_text(row.strip(), line + 2) for row in rows)
+
+
+def unbroken(text: str) -> str:
+    """Prose in which no number stands on another line than its unit."""
+    return _BEFORE_UNIT.sub("\u00a0", text)
 
 
 def _absent(value: float | None) -> bool:

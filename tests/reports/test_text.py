@@ -20,6 +20,7 @@ from observatory.reports.text import (
     number,
     plain,
     shorten,
+    unbroken,
 )
 from observatory.text import listing
 
@@ -106,10 +107,14 @@ def test_numbers_read_well_and_missing_ones_are_never_zero(made: str, expected: 
         (2.5e6, "2.50 s"), (1.2e14, "1.2e+08 s"), (None, "n/a"), (float("inf"), "n/a"), (-83.4, "−83.4 µs"),
     ],
 )  # fmt: skip
-def test_times_are_told_in_the_unit_that_reads_best(value: float | None, said: str) -> None:
+def test_times_are_given_in_the_unit_that_reads_best(value: float | None, said: str) -> None:
     assert microseconds(value) == said
 
 
 def test_differences_carry_their_sign() -> None:
     assert microseconds(143.0, signed=True) == "+143 µs"
     assert microseconds(-1280.0, signed=True) == "−1.28 ms"
+
+
+def test_a_number_and_its_unit_stay_on_one_line() -> None:
+    assert unbroken("4 ms of 12.5 %, in 3 steps (2 s)") == "4\u00a0ms of 12.5\u00a0%, in 3 steps (2\u00a0s)"

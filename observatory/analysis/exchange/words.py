@@ -82,3 +82,16 @@ _WORDS = {
 def sentence(reason: Reason) -> str:
     """A reason of this room for people."""
     return _WORDS[ExchangeCode(reason.code)].format(**reason.values)
+
+
+#: Of `observatory.analysis.exchange.causes.CAUSES`.
+_CAUSE_WORDS = {
+    "compute load": "it computed longer",
+    "clock": "its SM clock was lower",
+    "exchange before": "the exchange before ended later on it",
+}
+
+
+def cause_words(cause: str | None) -> str:
+    """Why a rank was the last to arrive, as a clause."""
+    return _CAUSE_WORDS.get(cause or "", "why is not known")

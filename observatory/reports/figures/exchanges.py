@@ -13,7 +13,7 @@ from observatory.reports.frames.report import each_row
 from observatory.reports.text import figure_text
 from observatory.reports.theme import DIVERGING, light
 
-#: Colour and hatching of each phase: hatched are those in which ranks meet.
+#: Colour and hatching of each phase: exchanges are hatched.
 _PHASES: dict[str, tuple[str, str]] = {
     "route": ("slate", ""),
     "count_exchange": ("purple", "/"),

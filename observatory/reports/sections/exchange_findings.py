@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from observatory.analysis.exchange import EXCHANGE_SPANS
+from observatory.analysis.exchange.words import cause_words
 from observatory.analysis.network.checking import errors_of
 from observatory.analysis.network.words import verdict_sentence
 from observatory.reports.frames.exchanges import ExchangeFrames
@@ -50,7 +51,7 @@ def _time(frames: ReportFrames, exchanges: ExchangeFrames) -> Iterator[str]:
             continue
         sentence = (
             f"In {phase}, {_name(frames, run)} spends {percent(meeting / whole)} of its MoE layers' time in "
-            "phases in which ranks meet"
+            "exchanges"
         )
         if of_phase["wait_s"].notna().all():
             sentence += f", {percent(float(of_phase['wait_s'].sum()) / whole)} waiting for each other"
@@ -67,7 +68,7 @@ def _slowest(ranks: pd.DataFrame, run: int, phase: str) -> str:
     row = next(each_row(of_run.sort_values("caused_wait_s", ascending=False)))
     return (
         f" They wait longest for rank {row.source_rank}: {percent(row.caused_wait_s / whole)} of all waiting "
-        f"(cause: {plain(row.cause or 'unknown')})."
+        f"({cause_words(row.cause)})."
     )
 
 

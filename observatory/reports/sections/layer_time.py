@@ -39,8 +39,8 @@ def anatomy_section(cells: list[Cell]) -> Section:
         title=_TITLE,
         short="Dispatch anatomy",
         lead=(
-            "Each rank times the phases of a layer on its own clock. Hatched phases are those in which ranks "
-            "meet: their time includes waiting.",
+            "Each rank times the phases of a layer on its own clock. Hatched phases are exchanges: their "
+            "time includes waiting.",
             "Two marks show what could be gained. The diamond: where the layer would end if no rank waited, "
             "as a mean over ranks. The dash: the sum over phases of the slowest rank's time without waiting; "
             "far above the diamond, slow ranks determine how long the layer takes.",

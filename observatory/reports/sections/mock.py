@@ -33,7 +33,13 @@ _RATIOS = (
     Column(name="phase", title="phase", text=True),
     Column(name="verdict", title="what mock does", text=True),
     Column(name="real", title="real text", digits=3, interval=("real_low", "real_high")),
-    Column(name="mock", title="mock", digits=3, interval=("mock_low", "mock_high")),
+    Column(
+        name="mock",
+        title="mock",
+        digits=3,
+        interval=("mock_low", "mock_high"),
+        legend="with its 95 % interval (bootstrap over steps)",
+    ),
     Column(name="ratio", title="ratio", digits=2, interval=("ratio_low", "ratio_high")),
 )
 

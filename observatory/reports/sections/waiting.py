@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from observatory.analysis.exchange.document import LAYER_COLUMNS, RANK_COLUMNS
+from observatory.analysis.exchange.words import cause_words
 from observatory.reports.figures.exchanges import rank_time, waiting_map
 from observatory.reports.frames.report import each_row
 from observatory.reports.page import Block, FigureBlock, Section, Table, Variant, frame_table
@@ -110,8 +111,8 @@ def _slowest(ranks: pd.DataFrame) -> str:
     )
     return (
         f"{share} Slowest is rank {slowest.source_rank}: {percent(slowest.caused_wait_s / whole)} of all "
-        f"waiting was for it ({number(slowest.caused_wait_s * 1e3)} ms; cause: "
-        f"{plain(slowest.cause or 'unknown')}){after}."
+        f"waiting was for it ({number(slowest.caused_wait_s * 1e3)} ms: "
+        f"{cause_words(slowest.cause)}){after}."
     )
 
 

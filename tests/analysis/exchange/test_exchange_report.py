@@ -82,7 +82,7 @@ def test_the_report_shows_anatomy_traffic_and_waiting_with_the_slowest_named(
     assert [section.id for section in (anatomy, traffic, waiting)] == ["anatomy", "traffic", "waiting"]
     figure = waiting.blocks[0]
     note = figure.variants[0].note  # type: ignore[union-attr]
-    assert "Slowest is rank 1: 100.0 % of all waiting was for it (0.060 ms; cause: compute load)." in note
+    assert "Slowest is rank 1: 100.0 % of all waiting was for it (0.060 ms: it computed longer)." in note
     assert "Waiting is 27.3 % of the time in exchanges" in note  # 60 of 40 + 40 + 100 + 40
     layers = waiting.blocks[1].variants[0]  # type: ignore[union-attr]
     rows = [[cell.text for cell in row] for row in layers.numbers.rows]
@@ -268,6 +268,6 @@ def test_exchanges_come_first_where_every_run_has_them(run: Path, make_run: Call
 def test_the_findings_say_where_the_time_goes_and_who_is_waited_for(run: Path) -> None:
     # dispatch 40, experts 90, combine 70 us as means over ranks, of them 30 waiting
     assert findings(frames_of(run)) == [
-        "In prefill, m spends 55.0 % of its MoE layers' time in phases in which ranks meet, 15.0 % waiting "
-        "for each other. They wait longest for rank 1: 100.0 % of all waiting (cause: compute load)."
+        "In prefill, m spends 55.0 % of its MoE layers' time in exchanges, 15.0 % waiting "
+        "for each other. They wait longest for rank 1: 100.0 % of all waiting (it computed longer)."
     ]
