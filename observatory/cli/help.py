@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 from observatory.cli.examples import EXAMPLES
 from observatory.cli.options import OUTPUT
 
-_WIDEST = 100
+_NARROWEST, _WIDEST = 60, 100
 _LONGEST_NAME = 30
 #: Of values whose option does not name its own.
 _METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
@@ -55,14 +55,14 @@ def _parts(kind: Any) -> Iterator[Any]:
 def help_page(
     command: Any, ctx: Any, *, commands: dict[str, list[tuple[str, str]]] | None = None
 ) -> list[str]:
-    """Lines of a help page, none wider than the terminal.
+    """Lines of a help page, none wider than a terminal of 60 columns or more.
 
     Args:
         command: the command or group.
         ctx: its context.
         commands: name and summary of subcommands, by section.
     """
-    width = min(shutil.get_terminal_size().columns, _WIDEST)
+    width = min(max(shutil.get_terminal_size().columns, _NARROWEST), _WIDEST)
     lines = [*_wrapped(_usage(command, ctx, is_group=commands is not None), width, indent=7), ""]
     for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
         lines += [*_wrapped(" ".join(paragraph.split()), width), ""]

@@ -1,14 +1,15 @@
 """What commands print: tables and documents on stdout, messages and progress on stderr.
 
 A table on a terminal is as wide as the terminal at most. Numbers are never folded: text is folded first, then
-heads, and a table that is still too wide is continued below, its key columns repeated. Piped output is not
-limited in width.
+heads, and a table that is still too wide is continued below, its key columns repeated; below 60 columns its
+rows become records, a line for each value. Piped output is not limited in width.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv as csv_format
+import itertools
 import json as json_format
 import math
 import os
@@ -32,6 +33,8 @@ _GAP = "  "
 _NARROWEST_TEXT = 12
 #: A longer word may be folded.
 _LONGEST_WORD = 13
+#: Of a narrower terminal a table that does not fit is shown as one record for each row.
+_NARROW_TERMINAL = 60
 _NARROWEST_TERMINAL = 40
 _USUAL_TERMINAL = 80
 #: Text may be folded behind these; elsewhere only where a line has none of them.
@@ -160,8 +163,14 @@ def print_table(table: Table, *, wide: bool = False) -> None:
     laid = [_Laid.of(column, [_one_line(column.cell(row)) for row in table.rows]) for column in columns]
     if table.title:
         print_text([table.title])
-    for index, block in enumerate(_blocks(laid, width)):
-        print_lines(["", *_lines(block, width)] if index else _lines(block, width))
+    blocks = list(_blocks(laid, width))
+    if width is None or (
+        (len(blocks) == 1 or width >= _NARROW_TERMINAL) and all(_total(block) <= width for block in blocks)
+    ):
+        for index, block in enumerate(blocks):
+            print_lines(["", *_lines(block, width)] if index else _lines(block, width))
+    else:
+        print_lines(_records(laid, width))
     legend = "; ".join(f"{column.title}: {column.legend}" for column in columns if column.legend)
     print_text([legend] if legend else [])
 
@@ -204,6 +213,19 @@ def _blocks(laid: list[_Laid], width: int | None) -> Iterator[list[_Laid]]:
             block = list(keys)
         block.append(item)
     yield block
+
+
+def _records(laid: list[_Laid], width: int) -> Iterator[str]:
+    """A line for each cell behind its head, row by row: for a terminal too narrow for a table."""
+    longest = max((item.narrowest for item in laid), default=0)
+    head_width = min(max((_width(item.column.head) for item in laid), default=0), width - longest - len(_GAP))
+    for index in range(max((len(item.cells) for item in laid), default=0)):
+        yield from [""] if index else []
+        for item in laid:
+            heads = _fold(item.column.head, head_width)
+            cells = _fold(item.cells[index], width - head_width - len(_GAP))
+            for head, cell in itertools.zip_longest(heads, cells, fillvalue=""):
+                yield f"{head}{' ' * (head_width - _width(head))}{_GAP}{cell}".rstrip()
 
 
 def _total(block: list[_Laid], *more: _Laid) -> int:

@@ -1,10 +1,12 @@
-"""Every command that prints a table, on a real terminal of 80 columns, with large runs and hostile names."""
+"""Every command that prints a table, on terminals of 80 and 50 columns, with large runs and hostile names."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import io
+import json
 import os
 import pty
 import re
@@ -19,26 +21,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from observatory.advice.frequency import recommend_clocks
-from observatory.advice.tables import advice_table
 from observatory.analysis.columns import Column, Table, short_names
-from observatory.analysis.frequency import fit_clocks
-from observatory.analysis.frequency.tables import sweep_table
-from observatory.analysis.network.documents import (
-    bench_document,
-    bench_tables,
-    replay_document,
-    replay_tables,
-)
-from observatory.campaign.documents import grid_table
+from observatory.campaign.grid import CellResult, GridConfig, grid_cells
+from observatory.campaign.quickstart_network import NetworkFiles
 from observatory.cli import main, output
-from observatory.cli.doctor import _CAPABILITIES, _layer_table
+from observatory.cli.app import _COMMANDS, _GROUPS
 from observatory.cli.output import print_table
 from observatory.locks.lease import create_lease, lease_path, new_lease
+from observatory.run.documents.prefix_cache import ReuseMeasurements
 from tests.analysis.energy.test_prefix_cache import measured
 from tests.analysis.exchange.runs import exchange_run
 from tests.analysis.exchange.tables import collective
 from tests.analysis.frequency.test_telemetry import write_run as write_telemetry
+from tests.collectives.bench.runs import write_captured_run
 from tests.conftest import MakeRun
 from tests.devices.recordings import write_recording
 from tests.devices.synthetic_device import DEVICES, made_sweep
@@ -49,6 +44,10 @@ from tests.reports.sample_runs import manifest, write_run
 
 HOSTILE = "[bold]大規模\u202e\x1b[31m 'x\"\n=1+1" + "very-long-name_without_end/" * 8
 LAYERS = 60
+#: How lines begin from which on all is copied.
+COPIED = ("# to lock", "report: ")
+#: They write files.
+PRINT_NO_TABLE = {"profile", "report", "export", "clocks recover"}
 
 
 class Terminal:
@@ -90,7 +89,7 @@ class Terminal:
         return b"".join(chunks).decode().replace("\r\n", "\n").splitlines()
 
 
-@pytest.fixture(params=[80])
+@pytest.fixture(params=[80, 50])
 def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.delenv("COLUMNS", raising=False)
     made = Terminal(request.param)
@@ -173,8 +172,72 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield ["clocks", "status"]
     yield ["clocks", "unlock"]
     yield ["doctor"]
-    recording = write_recording(tmp / "recording.parquet")
-    yield ["power", "--out", str(tmp / "sampled"), "--device", f"replay:{recording}", "--seconds", "0.3"]
+    recording = f"replay:{write_recording(tmp / 'recording.parquet', samples=2000)}"
+    yield ["power", "--out", str(tmp / "sampled"), "--device", recording, "--seconds", "0.3"]
+    keep_results(tmp, monkeypatch)
+    out = str(tmp / "result.json")
+    for wide in ([], ["--wide"]):
+        for algorithm in ("flat", "all"):
+            yield ["bench", "alltoall", "--algorithm", algorithm, "--out", out, "--force", *wide]
+        captured = str(write_captured_run(tmp / f"captured{len(wide)}"))
+        yield ["replay", captured, "--out", out, "--force", *wide]
+        yield [
+            "clocks",
+            "sweep",
+            "--device",
+            recording,
+            "--out",
+            out,
+            "--force",
+            "--apply",
+            *wide,
+            "--",
+            "true",
+        ]
+        yield ["reuse", "measure", "tiny-gqa", "--device", recording, "--torch-device", "cpu", "--out", out,
+               "--force", *wide]  # fmt: skip
+    names = ", ".join(json.dumps(name) for name in (HOSTILE, HOSTILE + "2"))
+    (tmp / "grid.toml").write_text(f'models = [{names}]\ndata = ["prose", "code"]\n')
+    yield ["grid", str(tmp / "grid.toml"), "--out", str(tmp / "grid")]
+    yield ["quickstart", "--out", str(tmp / "quickstart")]
+    yield ["doctor", "--model", HOSTILE]
+
+
+def keep_results(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put stored results in the place of ranks, models and a GPU; the commands print them."""
+    run = write_run(tmp / "cell", manifest(HOSTILE, layers=2, experts=64, top_k=4), steps=3)
+    prefills = measured((37e3, 45e3, 18e3)).model_copy(update={"model": HOSTILE})
+    sweep = made_sweep([DEVICES["knee"]], caps_w=(320.0,))
+    layers = [
+        {"layer": i, "module": f"layers.{i}.{HOSTILE}", "experts": 10**9, "top_k": 8, "shared_experts": 1,
+         "null_experts": 0, "how": "logits", "verified": [{"by": "rows", "reason": HOSTILE}]}
+        for i in range(3)
+    ]  # fmt: skip
+
+    def cells(config: GridConfig, _out: Path, **_: object) -> list[CellResult]:
+        return [CellResult(cell=cell, run=run, state="kept") for cell in grid_cells(config)]
+
+    def reuse(_job: object, _workloads: object, out: Path, **_: object) -> ReuseMeasurements:
+        saved(out, prefills)
+        return prefills
+
+    for name, stored in {
+        "campaign.benchmark.run_benchmark": lambda plan, **_: (
+            a_replay(layers=range(LAYERS)) if plan.kind == "replay" else a_bench(repeats=2)
+        ),
+        "cli.clocks.sweep._run": lambda *_, **__: sweep,
+        "campaign.prefix_cache.check_same_device": lambda *_: None,
+        "campaign.prefix_cache.cached_prefills": lambda *_, **__: contextlib.nullcontext({}),
+        "campaign.prefix_cache.run_reuse": reuse,
+        "cli.cells.run_grid": cells,
+        "campaign.quickstart.quickstart_exchanges": lambda *_, **__: [run],
+        "campaign.quickstart_network.quickstart_network": lambda *_, **__: NetworkFiles(
+            bench=(), replay=run, model=run
+        ),
+        "reports.write_report": lambda *_, **__: tmp / "report.html",
+        "cli.doctor._layers": lambda *_, **__: (layers, None),
+    }.items():
+        monkeypatch.setattr(f"observatory.{name}", stored)
 
 
 @pytest.mark.slow
@@ -182,45 +245,18 @@ def test_tables_of_commands_fit_the_terminal(
     terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     codes: list[int] = []
+    shown: set[str] = set()
     for argv in commands(tmp_path, monkeypatch):
         terminal.tables.clear()
         codes.clear()
         lines = terminal.lines(lambda argv=argv: codes.append(main(argv)))  # type: ignore[misc]
         assert codes[0] in (0, 3), argv
-        start = next((i for i, line in enumerate(lines) if line.startswith("# to lock")), len(lines))
-        if start < len(lines):
-            assert any(len(line) > terminal.columns for line in lines[start:])  # commands are never folded
-        lines = lines[:start]
-        check(lines, terminal.columns, terminal.tables)
-
-
-def tables() -> Iterator[Table]:
-    """Tables of commands that need ranks, a GPU or torch to run."""
-    yield from bench_tables(bench_document(a_bench(repeats=2)))
-    yield from replay_tables(replay_document(a_replay(layers=range(LAYERS))), HOSTILE)
-    sweep = made_sweep([DEVICES["knee"]], caps_w=(320.0,))
-    yield sweep_table(sweep)
-    yield advice_table(recommend_clocks(fit_clocks([sweep], bootstrap=10)))
-    cells = [
-        {"model": HOSTILE, "data": "prose", "run": f"/r/{HOSTILE}{i}", "state": "done", "error": None}
-        for i in (1, 2)
-    ]
-    yield grid_table({"cells": cells})
-    layers = [
-        {"layer": i, "module": f"layers.{i}.{HOSTILE}", "experts": 10**9, "top_k": 8, "shared_experts": 1,
-         "null_experts": 0, "how": "logits", "verified": [{"by": "rows", "reason": HOSTILE}]}
-        for i in range(3)
-    ]  # fmt: skip
-    yield _layer_table(HOSTILE, layers)
-    rows = [{"name": HOSTILE, "works": False, "detail": HOSTILE, "remedy": None}]
-    yield Table(name="capabilities", columns=_CAPABILITIES, rows=rows)
-
-
-def test_tables_of_other_commands_fit_the_terminal(terminal: Terminal) -> None:
-    for table in tables():
-        for wide in (False, True):
-            lines = terminal.lines(lambda table=table, wide=wide: print_table(table, wide=wide))  # type: ignore[misc]
-            check(lines, terminal.columns, [(table, wide)])
+        shown.add(" ".join(argv[:2]) if argv[0] in _GROUPS else argv[0])
+        # Commands and paths, which are copied, are never folded.
+        copied = next((i for i, line in enumerate(lines) if line.startswith(COPIED)), len(lines))
+        assert copied == len(lines) or any(len(line) > terminal.columns for line in lines[copied:])
+        check(lines[:copied], terminal.columns, terminal.tables)
+    assert shown == set(_COMMANDS) - PRINT_NO_TABLE
 
 
 TEXTS = st.text(max_size=40)
@@ -228,7 +264,7 @@ NUMBERS = st.one_of(st.none(), st.integers(-(10**14), 10**14), st.floats(allow_n
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(data=st.data(), width=st.integers(80, 120))
+@given(data=st.data(), width=st.integers(40, 120))
 def test_any_table_fits_any_terminal(data: st.DataObject, width: int) -> None:
     names = [f"c{index}" for index in range(data.draw(st.integers(1, 9)))]
     columns = tuple(

@@ -27,7 +27,7 @@ from observatory.cli.output import (
     print_data,
     print_json,
     print_lines,
-    print_table,
+    print_tables,
     say,
 )
 
@@ -271,7 +271,7 @@ def _print_result(result: ClockSweep, out: Path, *, json: bool, csv: bool, wide:
     document["conclusion"] = conclusion_document(conclusion)
     if print_data(document, [table], json=json, csv=csv):
         return
-    print_table(table, wide=wide)
+    print_tables([table], wide=wide)
     reasons = {
         f"{point.label}: {point.reason}"
         for series in result.series
