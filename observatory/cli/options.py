@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 import typer
 
 from observatory.errors import PlacementError
+
+Record = TypeVar("Record")
+Function = TypeVar("Function", bound=Callable[..., None])
 
 #: Sections of help pages.
 DATA, RANKS, POWER, CAPTURE = "Data", "Ranks", "Power", "Capture"
@@ -147,3 +153,47 @@ def parse_placement(text: str) -> str | Path:
     from observatory.analysis.parallel.placement import PLACEMENT_NAMES
 
     return text if text in PLACEMENT_NAMES else Path(text)
+
+
+def with_options(options: Mapping[str, Any], *records: type) -> Callable[[Function], Function]:
+    """Let a command take fields of records as options, in the place of its ``**`` parameter.
+
+    Type and default are those of the field, so that an option is declared once. Help pages show the fields
+    before what the command takes by keyword only.
+
+    Args:
+        options: the `typer.Option` of each field, or an option that several commands share.
+        records: dataclasses that have the fields.
+    """
+    defaults = {field.name: field.default for record in records for field in fields(record)}
+    hints = {name: kind for record in records for name, kind in get_type_hints(record).items()}
+    taken = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=defaults[name],
+            # A choice is checked by the record, whose message names what there is.
+            annotation=Annotated[
+                str if get_origin(hints[name]) is Literal else hints[name],
+                getattr(option, "__metadata__", (option,))[0],
+            ],
+        )
+        for name, option in options.items()
+    ]
+
+    def declare(command: Function) -> Function:
+        own = inspect.signature(command, eval_str=True)
+        first = [item for item in own.parameters.values() if item.kind is item.POSITIONAL_OR_KEYWORD]
+        last = [item for item in own.parameters.values() if item.kind is item.KEYWORD_ONLY]
+        shown = [*first, *taken, *last]
+        command.__signature__ = own.replace(parameters=shown)  # type: ignore[attr-defined]  # read by inspect
+        command.__annotations__ = {item.name: item.annotation for item in shown}
+        return command
+
+    return declare
+
+
+def record_of(record: type[Record], options: Mapping[str, Any], **others: Any) -> Record:
+    """The record of the options that are its fields, and of others."""
+    names = {field.name for field in fields(record)}  # type: ignore[arg-type]  # a dataclass
+    return record(**others, **{name: value for name, value in options.items() if name in names})
