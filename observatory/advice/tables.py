@@ -51,6 +51,9 @@ ADVICE_COLUMNS = (
     Column(name="verdict", title="verdict", text=True),
 )
 
+#: Words for verdicts that files hold under another name.
+_VERDICTS = {"not told apart": "not distinguished"}
+
 
 def advice_table(advice: ClockAdvice) -> Table:
     """One row per series."""
@@ -74,7 +77,7 @@ def _row(item: SeriesAdvice) -> dict[str, Any]:
         "mj_per_token": choice.mj_per_token if choice else None,
         "edp_mhz": item.edp.sm_clock_mhz if item.edp else None,
         "ed2p_mhz": item.ed2p.sm_clock_mhz if item.ed2p else None,
-        "lock_against_cap": item.lock_against_cap.verdict,
+        "lock_against_cap": _VERDICTS.get(item.lock_against_cap.verdict, item.lock_against_cap.verdict),
         "verdict": item.verdict,
     }
     for name in ("saving", "slowdown"):

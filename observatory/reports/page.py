@@ -185,13 +185,13 @@ def _cell(column: Column, row: Mapping[str, Any], heading: bool, lower: Column |
     value = row[column.name]
     if isinstance(value, Cell):
         return replace(value, heading=heading)
+    detail = "" if lower is None else _cell(lower, row, False).text
     if is_missing(value):
-        return Cell(text=_TYPESET.get(column.otherwise, column.otherwise), heading=heading)
+        return Cell(text=_TYPESET.get(column.otherwise, column.otherwise), detail=detail, heading=heading)
     text = _value(column, value)
     if column.of is not None:
         text = f"{text} of {_value(column, row[column.of])}"
     ends = [row[end] for end in column.interval or ()]
-    detail = "" if lower is None else _cell(lower, row, False).text
     if ends and not any(map(is_missing, ends)):
         low, high = (_unmarked(column, end) for end in ends)
         detail = f"{low} {'to' if '−' in low else '–'} {high}"

@@ -214,6 +214,7 @@ def test_the_report_gives_the_clock_where_the_limit_holds_beside_that_of_all_sam
     assert not any("moved between" in text for text in findings(shown)), "only what holds a clock"
     columns = [column.title for column in variant.numbers.columns]
     whole = dict(zip(columns, variant.numbers.rows[0], strict=True))
+    assert (whole["Part"].text, whole["Part"].detail) == ("whole run", str(len(power)))
     busy = power[power["event_reasons"] != 0x1]
     assert whole["Clock while busy, MHz"].text == f"{busy['sm_clock_mhz'].median():.0f}"
     assert whole["Clock while busy, MHz"].detail == "1755"

@@ -127,7 +127,7 @@ _WORDS: dict[Code, str | Callable[[Mapping[str, Any], str], str]] = {
         "its iterations move in time with the power sensor, which may be off by "
         f"{100 * v['error']:.0f} %{_ALLOWED_FOR if v['allowed_for'] else ''}"
     ),
-    Code.IDLE_WINDOWS: "{windows} idle windows of the run, {measured_s:.1f} s",
+    Code.IDLE_WINDOWS: "{measured_s:.1f} s of idle time in the run",
     Code.IDLE_BY_LEAST_SQUARES: "least squares over the gaps of the run",
     Code.IDLE_BY_CALIBRATION: "calibration when the sampler started",
     Code.IDLE_NOT_KNOWN: lambda _, cause: f"not known: {cause} and its sampler reported no idle power",

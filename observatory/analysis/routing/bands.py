@@ -65,7 +65,7 @@ class BandCode(StrEnum):
 
 _SHOWN = "Gini {least:.3f} to {most:.3f} on {texts} real texts"
 _WORDS = {
-    BandCode.FEW_TEXTS: "{texts} real text(s) measured, at least {needed} needed",
+    BandCode.FEW_TEXTS: "real texts measured: {texts}, at least {needed} needed",
     BandCode.NO_FLOOR: "no sampling floor on {conditions}",
     BandCode.AS_UNIFORM: _SHOWN + "; uniform routing itself reaches {span}",
     BandCode.ALL_ABOVE: _SHOWN + "; {span} without the sampling floor, all above {above}",

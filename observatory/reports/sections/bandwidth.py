@@ -45,6 +45,8 @@ _COEFFICIENTS = (
     Column(name="bandwidth", title="bandwidth", unit="GB/s"),
 )
 
+#: Words for reasons that files hold under another name.
+_REASONS = {"not told apart from the terms before it": "not distinguished from the terms before it"}
 _MEANING = Column(name="meaning", title="what it says", text=True)
 
 
@@ -201,9 +203,8 @@ def _value_cells(item: Coefficient) -> tuple[Cell, Cell]:
     """The coefficient with its interval, and the bandwidth it means where it is one of bytes."""
     per_byte = item.term in BYTE_TERMS
     if item.us_per_unit is None:
-        return Cell(text=MISSING, detail=plain(item.reason or "")), Cell(
-            text="–" if not per_byte else MISSING
-        )
+        reason = _REASONS.get(item.reason or "", item.reason or "")
+        return Cell(text=MISSING, detail=plain(reason)), Cell(text="–" if not per_byte else MISSING)
     scale = 1e6 if per_byte else 1.0
     low, high = item.low_us, item.high_us
     has_interval = low is not None and high is not None

@@ -233,9 +233,10 @@ def _numbers(telemetry: pd.DataFrame, where: str) -> Table:
         f"{where}: what its samples show",
         _TELEMETRY,
         frame_records(telemetry),
-        note="Medians, and shares of the samples or, where the driver counts it, of the time. In small: what "
-        "the head has in small. Power and SM clock are of all samples, busy or idle; the last column is of "
-        "samples without the idle bit, and of those among them that the power limit holds.",
+        note="Medians, and shares of the samples or, where the driver counts it, of the time. The smaller "
+        "line of a cell is what the smaller line of its head names. Power and SM clock are of all samples, "
+        "busy or idle; the last column is of samples without the idle bit, and of those among them that the "
+        "power limit holds.",
         below={
             "phase": "samples",
             "power_median_mw": "power_p95_mw",
