@@ -115,7 +115,7 @@ def _slowest(values: Mapping[str, Any]) -> str:
     if values["slowest_rank"] is None:
         return "for no rank in particular"
     return (
-        f"mostly for rank {values['slowest_rank']} ({percent_words(values['slowest_share'])} of it: "
+        f"mostly for rank {values['slowest_rank']} ({percent_words(values['slowest_share'])} of it; "
         f"{cause_words(values['slowest_cause'])})"
     )
 

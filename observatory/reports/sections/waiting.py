@@ -111,7 +111,7 @@ def _slowest(ranks: pd.DataFrame) -> str:
     )
     return (
         f"{share} Slowest is rank {slowest.source_rank}: {percent(slowest.caused_wait_s / whole)} of all "
-        f"waiting was for it ({number(slowest.caused_wait_s * 1e3)} ms: "
+        f"waiting was for it ({number(slowest.caused_wait_s * 1e3)} ms; "
         f"{cause_words(slowest.cause)}){after}."
     )
 

@@ -82,7 +82,7 @@ def test_the_report_shows_anatomy_traffic_and_waiting_with_the_slowest_named(
     assert [section.id for section in (anatomy, traffic, waiting)] == ["anatomy", "traffic", "waiting"]
     figure = waiting.blocks[0]
     note = figure.variants[0].note  # type: ignore[union-attr]
-    assert "Slowest is rank 1: 100.0 % of all waiting was for it (0.060 ms: it computed longer)." in note
+    assert "Slowest is rank 1: 100.0 % of all waiting was for it (0.060 ms; it computed longer)." in note
     assert "Waiting is 27.3 % of the time in exchanges" in note  # 60 of 40 + 40 + 100 + 40
     layers = waiting.blocks[1].variants[0]  # type: ignore[union-attr]
     rows = [[cell.text for cell in row] for row in layers.numbers.rows]
