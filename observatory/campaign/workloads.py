@@ -29,6 +29,32 @@ _KEEPER = 'read -r _; kill -TERM "-$1"; kill -CONT "-$1"; sleep 5; kill -KILL "-
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadOptions:
+    """What a clock sweep is to run, a model or a program, as the user states it.
+
+    Attributes:
+        program: the user's own, with its arguments; empty for a model.
+        model: bundled name, checkpoint directory or hub id; None for a program.
+        phase: ``prefill`` or ``decode``; of a program its label.
+        batch: sequences of each series, separated by commas; None: the default of a model, not known of a
+            program.
+        context: tokens of context per sequence; None likewise.
+        tokens_per_iteration: of a program; None when not known.
+        torch_device: of a model.
+        dtype: torch dtype name of the weights; None takes the loader's choice.
+    """
+
+    program: tuple[str, ...] = ()
+    model: str | None = None
+    phase: str = "decode"
+    batch: str | None = None
+    context: int | None = None
+    tokens_per_iteration: int | None = None
+    torch_device: str = "cuda"
+    dtype: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkloadFacts:
     """What a workload is; fields as in :class:`observatory.run.documents.clock_sweep.ClockSeries`."""
 

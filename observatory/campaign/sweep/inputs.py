@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import get_args
 
 import numpy as np
 
 from observatory.campaign.preflight import check_model
-from observatory.campaign.workloads import TEXT, CommandWorkload, Workload, WorkloadFacts, model_workload
+from observatory.campaign.workloads import (
+    TEXT,
+    CommandWorkload,
+    Workload,
+    WorkloadFacts,
+    WorkloadOptions,
+    model_workload,
+)
 from observatory.errors import ClockError
 from observatory.run.manifest import Phase
 from observatory.run.masking import masked_arguments
@@ -56,30 +63,21 @@ def parse_limits(text: str) -> tuple[int, ...]:
 
 
 def make_workloads(
-    *,
-    model: str | None,
-    command: Sequence[str],
-    phase: str,
-    batches: Sequence[str] | None,
-    context_tokens: int | None,
-    tokens_per_iteration: int | None,
-    torch_device: str,
-    dtype: str | None,
+    options: WorkloadOptions,
 ) -> tuple[int, contextlib.AbstractContextManager[list[Workload]]]:
     """How many workloads the sweep has, and the workloads themselves: made on entry, ended on exit.
 
-    Batch and context of a program are None unless given: only its user knows them.
-
     Raises:
-        ClockError: neither or both of model and command, or options that do not fit.
+        ClockError: neither or both of model and program, or options that do not fit.
         ModelError: as of :func:`observatory.campaign.preflight.check_model`.
     """
-    if (model is None) == (not command):
+    model, phase = options.model, options.phase
+    if (model is None) == (not options.program):
         raise ClockError("what is to be swept? give --model, or your own program after `--`, and not both")
     if phase not in get_args(Phase) or (model is not None and phase not in ("prefill", "decode")):
         raise ClockError(f"--phase {phase[:40]!r} is unknown", expected="prefill or decode")
-    if batches is None:
-        batches = [] if model is None else [_MODEL_BATCH]
+    batch = _MODEL_BATCH if options.batch is None and model is not None else options.batch
+    batches = [] if batch is None else batch.split(",")
     sizes = list(dict.fromkeys(int(part) for part in batches if re.fullmatch(r"[1-9]\d{0,6}", part)))
     if len(sizes) != len(batches) or (model is None and len(sizes) > 1):
         raise ClockError(
@@ -89,10 +87,10 @@ def make_workloads(
     if model is not None:
         check_model(
             model,
-            device=torch_device,
-            dtype=dtype,
+            device=options.torch_device,
+            dtype=options.dtype,
             data=TEXT,
-            positions=(context_tokens or _MODEL_CONTEXT) + (phase == "decode"),
+            positions=(options.context or _MODEL_CONTEXT) + (phase == "decode"),
             lower="--context",
         )
 
@@ -101,13 +99,13 @@ def make_workloads(
         with contextlib.ExitStack() as stack:
             if model is None:
                 facts = WorkloadFacts(
-                    name=" ".join(masked_arguments(command))[:200],
+                    name=" ".join(masked_arguments(options.program))[:200],
                     phase=phase,  # type: ignore[arg-type]  # checked above
                     batch_size=sizes[0] if sizes else None,
-                    context_tokens=context_tokens,
-                    tokens_per_iteration=tokens_per_iteration,
+                    context_tokens=options.context,
+                    tokens_per_iteration=options.tokens_per_iteration,
                 )
-                workload = CommandWorkload(command, facts)
+                workload = CommandWorkload(options.program, facts)
                 stack.callback(workload.close)
                 yield [workload]
                 return
@@ -117,9 +115,9 @@ def make_workloads(
                         model,
                         phase=phase,  # type: ignore[arg-type]  # one of the two, checked above
                         batch_size=size,
-                        context_tokens=context_tokens or _MODEL_CONTEXT,
-                        device=torch_device,
-                        dtype=dtype,
+                        context_tokens=options.context or _MODEL_CONTEXT,
+                        device=options.torch_device,
+                        dtype=options.dtype,
                     )
                 )
                 for size in sizes

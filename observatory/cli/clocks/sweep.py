@@ -5,10 +5,12 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from observatory.campaign.sweep.settings import SweepJob
+from observatory.campaign.workloads import WorkloadOptions
 from observatory.cli.options import (
     DATA,
     SETTINGS,
@@ -20,6 +22,8 @@ from observatory.cli.options import (
     ResultOption,
     WideOption,
     WrapperOption,
+    record_of,
+    with_options,
 )
 from observatory.cli.output import (
     counting,
@@ -33,7 +37,6 @@ from observatory.cli.output import (
 
 if TYPE_CHECKING:
     from observatory.campaign.sweep.plan import SweepPlan
-    from observatory.campaign.sweep.settings import SweepJob
     from observatory.campaign.workloads import Workload
     from observatory.run.documents.clock_sweep import ClockSweep
 
@@ -48,38 +51,6 @@ _ProgramArgument = Annotated[
         metavar="PROGRAM",
         help="After `--`: your own program, which prints one line per iteration until it is ended.",
     ),
-]
-_ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODEL", rich_help_panel=DATA, help="Bundled model, checkpoint directory, or hub id."
-    ),
-]
-_PhaseOption = Annotated[
-    str,
-    typer.Option(
-        metavar="NAME", rich_help_panel=DATA, help="prefill or decode; of a program, only its label."
-    ),
-]
-_BatchOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="N,...",
-        rich_help_panel=DATA,
-        help="Sequences, separated by commas, one series each; of a model 8 by default.",
-    ),
-]
-_ContextOption = Annotated[
-    int | None,
-    typer.Option(
-        min=1, rich_help_panel=DATA, help="Tokens of context per sequence; of a model 1024 by default."
-    ),
-]
-_TokensOption = Annotated[
-    int | None, typer.Option(min=1, rich_help_panel=DATA, help="Of your own program: tokens per iteration.")
-]
-_TorchDeviceOption = Annotated[
-    str, typer.Option(metavar="NAME", rich_help_panel=DATA, help="Torch device of the model.")
 ]
 _ClocksOption = Annotated[
     str | None,
@@ -112,41 +83,47 @@ _SetOutsideOption = Annotated[
         "administrator): set nothing, measure, and verify them by the sampled clock.",
     ),
 ]
-_RepeatsOption = Annotated[
-    int, typer.Option(min=1, max=100, rich_help_panel=TIMING, help="Measurements of each setting.")
-]
-_WindowOption = Annotated[
-    float, typer.Option(min=0.5, max=3600.0, rich_help_panel=TIMING, help="Length of a measurement.")
-]
-_SettleOption = Annotated[
-    float,
-    typer.Option(min=0.0, max=3600.0, rich_help_panel=TIMING, help="Time to run before each measurement."),
-]
-_CoolOption = Annotated[
-    float,
-    typer.Option(min=0.0, max=3600.0, rich_help_panel=TIMING, help="Longest pause until the chip is cool."),
-]
-_SeedOption = Annotated[int, typer.Option(min=0, rich_help_panel=TIMING, help="Seed of the random order.")]
+#: Options that are fields of the records of a sweep.
+_OPTIONS = {
+    "model": typer.Option(
+        metavar="MODEL", rich_help_panel=DATA, help="Bundled model, checkpoint directory, or hub id."
+    ),
+    "phase": typer.Option(
+        metavar="NAME", rich_help_panel=DATA, help="prefill or decode; of a program, only its label."
+    ),
+    "batch": typer.Option(
+        metavar="N,...",
+        rich_help_panel=DATA,
+        help="Sequences, separated by commas, one series each; of a model 8 by default.",
+    ),
+    "context": typer.Option(
+        min=1, rich_help_panel=DATA, help="Tokens of context per sequence; of a model 1024 by default."
+    ),
+    "tokens_per_iteration": typer.Option(
+        min=1, rich_help_panel=DATA, help="Of your own program: tokens per iteration."
+    ),
+    "torch_device": typer.Option(metavar="NAME", rich_help_panel=DATA, help="Torch device of the model."),
+    "dtype": DtypeOption,
+    "repeats": typer.Option(min=1, max=100, rich_help_panel=TIMING, help="Measurements of each setting."),
+    "window_s": typer.Option(min=0.5, max=3600.0, rich_help_panel=TIMING, help="Length of a measurement."),
+    "settle_s": typer.Option(
+        min=0.0, max=3600.0, rich_help_panel=TIMING, help="Time to run before each measurement."
+    ),
+    "cool_s": typer.Option(
+        min=0.0, max=3600.0, rich_help_panel=TIMING, help="Longest pause until the chip is cool."
+    ),
+    "seed": typer.Option(min=0, rich_help_panel=TIMING, help="Seed of the random order."),
+}
 
 
+@with_options(_OPTIONS, WorkloadOptions, SweepJob)
 def sweep(
     device: _DeviceOption,
     out: ResultOption,
     command: _ProgramArgument = None,
-    model: _ModelOption = None,
-    phase: _PhaseOption = "decode",
-    batch: _BatchOption = None,
-    context: _ContextOption = None,
-    tokens_per_iteration: _TokensOption = None,
-    torch_device: _TorchDeviceOption = "cuda",
-    dtype: DtypeOption = None,
+    *,
     clocks: _ClocksOption = None,
     limits: _LimitsOption = "none",
-    repeats: _RepeatsOption = 3,
-    window_s: _WindowOption = 5.0,
-    settle_s: _SettleOption = 1.0,
-    cool_s: _CoolOption = 60.0,
-    seed: _SeedOption = 0,
     apply: _ApplyOption = False,
     set_outside: _SetOutsideOption = False,
     wrapper: WrapperOption = None,
@@ -154,6 +131,7 @@ def sweep(
     wide: WideOption = False,
     csv: CsvOption = False,
     json: JsonOption = False,
+    **options: Any,
 ) -> None:
     """Measure time and energy of a phase at several clocks, each verified by the sampled clock.
 
@@ -165,43 +143,31 @@ def sweep(
     from observatory.campaign.ranks import refuse_ranks
     from observatory.campaign.sweep.inputs import make_workloads, parse_clocks, parse_limits
     from observatory.campaign.sweep.plan import make_plan
-    from observatory.campaign.sweep.settings import SweepJob
     from observatory.devices.find import open_device
     from observatory.errors import LockNotPermittedError, LockRefusedError
 
     refuse_ranks("clocks sweep", each_node=True)
     check_out(out, force=force)
     _check_settings(clocks, apply=apply, set_outside=set_outside)
-    series, workloads = make_workloads(
-        model=model,
-        command=command or [],
-        phase=phase,
-        batches=None if batch is None else batch.split(","),
-        context_tokens=context,
-        tokens_per_iteration=tokens_per_iteration,
-        torch_device=torch_device,
-        dtype=dtype,
-    )
+    workload = record_of(WorkloadOptions, options, program=tuple(command or ()))
+    series, workloads = make_workloads(workload)
     with open_device(device) as opened:
         uuid = opened.uuid
-    job = SweepJob(
+    job = record_of(
+        SweepJob,
+        options,
         device_uuid=uuid,
         clocks_mhz=parse_clocks(_CLOCKS if clocks is None else clocks),
         limits_mw=parse_limits(limits),
         set_outside=set_outside,
-        repeats=repeats,
-        window_s=window_s,
-        settle_s=settle_s,
-        cool_s=cool_s,
-        seed=seed,
     )
-    options = {
-        "--model": model, "--phase": phase, "--batch": batch, "--context": context,
-        "--tokens-per-iteration": tokens_per_iteration, "--dtype": dtype,
-        "--torch-device": None if model is None else torch_device, "--repeats": repeats,
-        "--window-s": window_s, "--settle-s": settle_s, "--cool-s": cool_s,
-    }  # fmt: skip
-    plan = partial(make_plan, job, series, options=options, out=out, program=command or [], wrapper=wrapper)
+    of_model = ("torch_device", "seed") if workload.model is None else ("seed",)
+    repeated = {
+        f"--{name.replace('_', '-')}": value for name, value in options.items() if name not in of_model
+    }
+    plan = partial(
+        make_plan, job, series, options=repeated, out=out, program=workload.program, wrapper=wrapper
+    )
     if not apply and not set_outside:
         _print_plan(plan(), json=json)
         return
