@@ -93,8 +93,8 @@ class SlurmHost:
         """Submit a batch script on all nodes; it stops at the first line that fails, as ``set -e`` does."""
         folder.mkdir(parents=True, exist_ok=True)
         script = folder / "script"
-        told = "trap 'echo $? > code.part; mv code.part code' EXIT"
-        script.write_text("\n".join(("#!/bin/bash", "set -e", f"cd '{folder}'", told, *lines, "")))
+        outcome = "trap 'echo $? > code.part; mv code.part code' EXIT"
+        script.write_text("\n".join(("#!/bin/bash", "set -e", f"cd '{folder}'", outcome, *lines, "")))
         options = (f"--nodes={NODES}", "--exclusive", f"--chdir={folder}", f"--output={folder}/output")
         return Job(job_id=self.call("sbatch", "--parsable", *options, str(script)), folder=folder)
 

@@ -39,7 +39,7 @@ UUID = "GPU-fa4e0000-0000-4000-8000-000000000000"
 
 
 class PlayedPrefill:
-    """A device that is busy all the time; prefills end 40 times a second, and draw what is told."""
+    """A device that is busy all the time; prefills end 40 times a second, and draw the given power."""
 
     def __init__(self, driver: FakeDriver, memory_j: float) -> None:
         self.facts = WorkloadFacts(name="played")

@@ -210,78 +210,78 @@ def placements(model: nn.Module, transport: BaseTransport) -> dict[str, Any]:
         "all on the last rank": [world - 1] * 8,
         "expert 0 everywhere": [list(range(world)), *[expert % world for expert in range(1, 8)]],
     }
-    told: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     for name, placement in named.items():
         sink = MemorySink()
         inputs = inputs_of(model, transport.rank)
         with torch.no_grad():
             expected = model(**inputs)[0]
             with shard_experts(model, transport, placement=placement, sink=sink) as sharded:
-                told[name] = difference(sharded(**inputs)[0], expected)
+                outcome[name] = difference(sharded(**inputs)[0], expected)
                 if name == "expert 0 everywhere":
                     ids = torch.zeros(5, 1, dtype=torch.int64)
                     sharded.layers[0].site.module(torch.ones(5, 32), ids, torch.ones(5, 1))
                     sent = [e for e in sink.exchanges if e.role == "dispatch"][-1].send_bytes
-                    told["replica bytes"] = list(sent)
-    return told
+                    outcome["replica bytes"] = list(sent)
+    return outcome
 
 
 def disagreements(model: nn.Module, transport: BaseTransport) -> dict[str, str]:
-    """What this rank is told when the ranks do not do the same."""
-    told: dict[str, str] = {}
+    """The errors on this rank when the ranks do not do the same."""
+    outcome: dict[str, str] = {}
     try:
         agree(transport, {"the number of MoE layers": 2 + (transport.rank == 1)})
     except ObservatoryError as error:
-        told["layers"] = str(error)
+        outcome["layers"] = str(error)
     try:
         shard_experts(model, transport, deduplicate=transport.rank == 1)
     except ObservatoryError as error:
-        told["options"] = str(error)
+        outcome["options"] = str(error)
     for algorithm in ("flat", "gather"):
         with shard_experts(model, transport, algorithm=algorithm) as sharded:
             layer = sharded.layers[transport.rank % 2]
             try:
                 layer.site.module(torch.ones(1, 32), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2))
             except ObservatoryError as error:
-                told[algorithm] = str(error)
-    return told
+                outcome[algorithm] = str(error)
+    return outcome
 
 
 def large_counts(transport: BaseTransport) -> list[int]:
     """Counts beyond 32 bits, as each rank tells the others: its rank plus 1, times 2^40."""
-    told = torch.full((transport.size,), (transport.rank + 1) << 40, dtype=torch.int64)
-    return list(transport.exchange_counts(told).tolist())
+    outcome = torch.full((transport.size,), (transport.rank + 1) << 40, dtype=torch.int64)
+    return list(transport.exchange_counts(outcome).tolist())
 
 
 def rank_work(made: dict[str, nn.Module], rank: int, world: int) -> dict[str, Any]:
     """All cases of one rank; the same sequence of exchanges on all of them."""
     nodes = 2 if world > 1 else None
-    told: dict[str, Any] = {"rank": rank, "forward": {}, "backward": {}}
+    outcome: dict[str, Any] = {"rank": rank, "forward": {}, "backward": {}}
     with open_transport(timeout_s=60, ranks_per_node=nodes) as transport:
         for name, model in made.items():
             full = name in ("mixtral", "tiny-mla")
             for algorithm, deduplicate in VARIANTS if full else VARIANTS[:1]:
                 key = f"{name} {algorithm}{' deduplicated' if deduplicate else ''}"
-                told["forward"][key] = forward(model, transport, algorithm, deduplicate)
+                outcome["forward"][key] = forward(model, transport, algorithm, deduplicate)
         for name in ("mixtral", "gpt_oss", "deepseek_v3", "muse_spark"):
             for algorithm, deduplicate in VARIANTS if name == "mixtral" else VARIANTS[:1]:
                 key = f"{name} {algorithm}{' deduplicated' if deduplicate else ''}"
-                told["backward"][key] = backward(made[name], transport, algorithm, deduplicate)
-        told["traffic"] = traffic(made["mixtral"], transport)
-        told["large counts"] = large_counts(transport)
-        told["placements"] = placements(made["mixtral"], transport)
+                outcome["backward"][key] = backward(made[name], transport, algorithm, deduplicate)
+        outcome["traffic"] = traffic(made["mixtral"], transport)
+        outcome["large counts"] = large_counts(transport)
+        outcome["placements"] = placements(made["mixtral"], transport)
         if world == 2:
-            told["disagreements"] = disagreements(made["mixtral"], transport)
+            outcome["disagreements"] = disagreements(made["mixtral"], transport)
         sink = MemorySink()
         with torch.no_grad(), shard_experts(made["mixtral"], transport, sink=sink) as sharded:
             sharded(**inputs_of(made["mixtral"], rank))
-        told["spans"] = [[span.name, span.layer] for span in sink.spans]
-        told["bytes"] = [[e.role, e.layer, e.send_bytes, e.receive_bytes] for e in sink.exchanges]
-    return told
+        outcome["spans"] = [[span.name, span.layer] for span in sink.spans]
+        outcome["bytes"] = [[e.role, e.layer, e.send_bytes, e.receive_bytes] for e in sink.exchanges]
+    return outcome
 
 
 def lost_work(how: str, rank: int) -> str:
-    """Rank 2 of 3 is lost in some way; the others say what they are told."""
+    """Rank 2 of 3 is lost in some way; the others return their errors."""
     if how == "never joins" and rank == 2:
         time.sleep(3 * LOST_S)
     with open_transport(timeout_s=LOST_S) as transport:
@@ -348,13 +348,13 @@ def main() -> None:
     losses = {how: Forked(3, partial(lost_work, how)) for how in LOSSES}
     folder = Path(sys.argv[1]).parent
     lost_runs = {how: Forked(2, partial(lost_run, how, str(folder / how))) for how in LOST_RUNS}
-    told: dict[str, Any] = {
+    outcome: dict[str, Any] = {
         str(world): Forked(world, partial(rank_work, made, world=world)).collect(timeout_s=120)
         for world in WORLDS
     }
-    told["lost"] = {how: forked.collect(timeout_s=5) for how, forked in losses.items()}
-    told["lost runs"] = {how: forked.collect(timeout_s=5) for how, forked in lost_runs.items()}
-    Path(sys.argv[1]).write_text(json.dumps(told))
+    outcome["lost"] = {how: forked.collect(timeout_s=5) for how, forked in losses.items()}
+    outcome["lost runs"] = {how: forked.collect(timeout_s=5) for how, forked in lost_runs.items()}
+    Path(sys.argv[1]).write_text(json.dumps(outcome))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One set of forked ranks runs all cases; the tests look at what they told."""
+"""One set of forked ranks runs all cases; the tests look at their outcomes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import pytest
 
 from tests.paths import ROOT
 
-Told = dict[str, Any]
+Outcome = dict[str, Any]
 
 
 @pytest.fixture(scope="session")
-def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
-    """What the ranks of every world told, from one run of ``tests.collectives.cases``."""
-    out = tmp_path_factory.mktemp("ranks") / "told.json"
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """What the ranks of every world returned, from one run of ``tests.collectives.cases``."""
+    out = tmp_path_factory.mktemp("ranks") / "outcome.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.collectives.cases", str(out)],
@@ -30,16 +30,16 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    document: Told = {**json.loads(out.read_text()), "folder": out.parent}
+    document: Outcome = {**json.loads(out.read_text()), "folder": out.parent}
     return document
 
 
 @pytest.fixture(scope="session")
-def ranks(told: Told) -> dict[int, list[dict[str, Any]]]:
-    """World -> what each of its ranks told; every rank ended well."""
+def ranks(outcome: Outcome) -> dict[int, list[dict[str, Any]]]:
+    """World -> what each of its ranks returned; every rank ended well."""
     found: dict[int, list[dict[str, Any]]] = {}
     for world in (1, 2, 4, 8):
-        ended = told[str(world)]
+        ended = outcome[str(world)]
         assert [rank["ended"] for rank in ended] == ["0"] * world, ended
         found[world] = [rank["value"] for rank in ended]
     return found

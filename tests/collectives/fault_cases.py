@@ -128,13 +128,13 @@ def main() -> None:
     waiting = {
         name: Forked(CASES[name][0], partial(CASES[name][1], folder)) for name in ("never joins", "hangs")
     }
-    told = {
+    outcome = {
         name: Forked(world, partial(work, folder)).collect(timeout_s=200)
         for name, (world, work) in CASES.items()
         if name not in waiting
     }
-    told |= {name: forked.collect(timeout_s=2 * LOST_S) for name, forked in waiting.items()}
-    Path(sys.argv[1]).write_text(json.dumps(told))
+    outcome |= {name: forked.collect(timeout_s=2 * LOST_S) for name, forked in waiting.items()}
+    Path(sys.argv[1]).write_text(json.dumps(outcome))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Forked:
 @contextlib.contextmanager
 def _meeting_point_elsewhere() -> Iterator[int]:
     """Keep the store in a process of its own: forks of one with the store's threads inherit their locks."""
-    told, tell = os.pipe()
+    outcome, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
         with meeting_point() as port:
@@ -61,9 +61,9 @@ def _meeting_point_elsewhere() -> Iterator[int]:
             signal.pause()
     os.close(tell)
     try:
-        yield int(os.read(told, 16))
+        yield int(os.read(outcome, 16))
     finally:
-        os.close(told)
+        os.close(outcome)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
@@ -75,11 +75,11 @@ def _work(rank: int, work: Callable[[int], Any], folder: Path) -> None:
     torch.set_num_threads(torch.get_num_threads())
     try:
         try:
-            told: dict[str, Any] = {"value": work(rank)}
+            outcome: dict[str, Any] = {"value": work(rank)}
         except ObservatoryError as error:
-            told = {"error": str(error)}
+            outcome = {"error": str(error)}
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        (folder / f"{rank}.part").write_text(json.dumps(told))
+        (folder / f"{rank}.part").write_text(json.dumps(outcome))
         (folder / f"{rank}.part").rename(folder / str(rank))
         os._exit(0)
     except BaseException:
@@ -111,5 +111,5 @@ def _await(pids: list[int], timeout_s: float) -> list[str]:
 
 
 def _told(path: Path, ended: str) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return {**told, "ended": ended}
+    outcome: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return {**outcome, "ended": ended}

@@ -15,14 +15,14 @@ def main() -> None:
     torch.set_num_threads(1)
     model = tiny_model("gpt_oss")
     with open_transport(ranks_per_node=1, timeout_s=60) as transport:
-        told = [
+        outcome = [
             [call(model, transport, *variant)["relative"] for variant in VARIANTS]
             for call in (forward, backward)
         ]
         everybody = transport.gather_json(
             {
                 "backend": transport.backend,
-                "differences": told,
+                "differences": outcome,
                 "traffic": traffic(tiny_model("mixtral"), transport),
                 "large counts": large_counts(transport),
             }

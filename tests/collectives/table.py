@@ -27,19 +27,19 @@ _COLUMNS: tuple[tuple[Algorithm, bool], ...] = VARIANTS
 
 def rank_work(made: dict[str, nn.Module], _rank: int, world: int) -> dict[str, list[Any]]:
     """Per model the relative differences of the columns and of the gradients, or why there are none."""
-    told: dict[str, list[Any]] = {}
+    outcome: dict[str, list[Any]] = {}
     with open_transport(timeout_s=120, ranks_per_node=2 if world > 1 else None) as transport:
         for name, model in made.items():
             try:
                 logits = [forward(model, transport, *variant) for variant in _COLUMNS]
             except ModelError as error:
-                told[name] = [str(error).partition(";")[0]]
+                outcome[name] = [str(error).partition(";")[0]]
                 continue
-            told[name] = [difference["relative"] for difference in logits]
-            told[name] += [max(difference["absolute"] for difference in logits)]
+            outcome[name] = [difference["relative"] for difference in logits]
+            outcome[name] += [max(difference["absolute"] for difference in logits)]
             gradients.cache_clear()
-            told[name] += [backward(model, transport, "flat", False)["relative"]]
-    return told
+            outcome[name] += [backward(model, transport, "flat", False)["relative"]]
+    return outcome
 
 
 def main() -> None:
@@ -57,11 +57,11 @@ def main() -> None:
         ranks = Forked(world, partial(rank_work, made, world=world)).collect(timeout_s=1200)
         assert all("value" in rank for rank in ranks), ranks
         for name in made:
-            told = [rank["value"][name] for rank in ranks]
-            if isinstance(told[0][0], str):
-                refused[name] = told[0][0]
+            outcome = [rank["value"][name] for rank in ranks]
+            if isinstance(outcome[0][0], str):
+                refused[name] = outcome[0][0]
                 continue
-            worst = [max(column) for column in zip(*told, strict=True)]
+            worst = [max(column) for column in zip(*outcome, strict=True)]
             rows[name].append(f"| {name} | {world} | " + " | ".join(f"{value:.1e}" for value in worst) + " |")
     for lines in rows.values():
         for line in lines:

@@ -80,10 +80,10 @@ def test_an_exchange_says_what_it_is_for_while_it_runs() -> None:
     forward = [("other", 0), ("dispatch", 0), ("combine", 0), ("other", 1), ("dispatch", 1), ("combine", 1)]
     # The gradient of a combine travels like a dispatch, and the other way round.
     backward = [("dispatch", 1), ("combine", 1), ("dispatch", 0), ("combine", 0)]
-    told = [(label.role, label.layer) for label in seen if label is not None]
-    assert told == forward + backward
+    outcome = [(label.role, label.layer) for label in seen if label is not None]
+    assert outcome == forward + backward
     assert [label.backward for label in seen if label is not None] == [False] * 6 + [True] * 4
-    assert [(e.role, e.layer) for e in sink.exchanges] == [x for x in told if x[0] != "other"]
+    assert [(e.role, e.layer) for e in sink.exchanges] == [x for x in outcome if x[0] != "other"]
     assert current_label() is None
 
 

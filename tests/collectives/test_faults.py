@@ -25,8 +25,8 @@ Faults = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Faults:
-    """What the ranks of every case of ``tests.collectives.fault_cases`` told."""
-    out = tmp_path_factory.mktemp("faults") / "told.json"
+    """What the ranks of every case of ``tests.collectives.fault_cases`` returned."""
+    out = tmp_path_factory.mktemp("faults") / "outcome.json"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.collectives.fault_cases", str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -131,7 +131,7 @@ def test_what_all_ranks_know_is_said_by_one_of_them(faults: Faults, name: str, s
 
 
 def test_a_taken_place_is_refused_by_one_sentence_and_replaced_when_forced(faults: Faults) -> None:
-    """A command that is told to replace the run and cannot load its model leaves it alone."""
+    """A command with the option to replace the run and cannot load its model leaves it alone."""
     out = faults["folder"] / "taken"
     first, second = faults["taken"]
     assert first["value"]["code"] == second["value"]["code"] == [0, 1, 0, 1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import observatory
-from tests.collectives.conftest import Told
+from tests.collectives.conftest import Outcome
 
 
 @pytest.mark.parametrize(
@@ -18,8 +18,8 @@ from tests.collectives.conftest import Told
         ("fails", "rank 2 had left (ObservatoryError: disk full on rank 2)"),
     ],
 )
-def test_a_lost_rank_is_named_by_the_others(told: Told, how: str, words: str) -> None:
-    for rank in told["lost"][how][:2]:
+def test_a_lost_rank_is_named_by_the_others(outcome: Outcome, how: str, words: str) -> None:
+    for rank in outcome["lost"][how][:2]:
         assert words in rank["error"]
 
 
@@ -27,10 +27,12 @@ def test_a_lost_rank_is_named_by_the_others(told: Told, how: str, words: str) ->
     ("how", "words"),
     [("dies", "no answer from rank 1"), ("finds its disk full", "rank 1 had left (")],
 )
-def test_the_run_of_a_lost_rank_stays_readable_and_states_the_gap(told: Told, how: str, words: str) -> None:
-    first, second = told["lost runs"][how]
+def test_the_run_of_a_lost_rank_stays_readable_and_states_the_gap(
+    outcome: Outcome, how: str, words: str
+) -> None:
+    first, second = outcome["lost runs"][how]
     assert words in first["error"]
-    run = observatory.open_run(told["folder"] / how)
+    run = observatory.open_run(outcome["folder"] / how)
     statuses = {status.rank: status for status in run.manifest.ranks}
     assert statuses[0].state == "failed"
     assert "rank 1" in (statuses[0].error or "")

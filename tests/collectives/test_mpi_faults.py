@@ -165,9 +165,9 @@ def test_a_full_disk_on_one_rank_is_told_and_what_was_captured_stays_readable(tm
     with ranks(script, tmp_path) as process:
         output, _ = process.communicate(timeout=_LIMIT_S)
     assert process.returncode != 0
-    told = [sentence for sentence in sentences(output) if "rank 1 cannot write" in sentence]
-    assert len(told) == 1, output
-    assert "File too large" in told[0]
+    outcome = [sentence for sentence in sentences(output) if "rank 1 cannot write" in sentence]
+    assert len(outcome) == 1, output
+    assert "File too large" in outcome[0]
     run = observatory.open_run(tmp_path / "run")
     assert run.manifest.state != "complete"
     assert any(problem.startswith("rank 1 ") for problem in run.problems), run.problems

@@ -101,8 +101,8 @@ def a_quantity_is_told_or_its_absence_explained(bench: Bench) -> None:
     with bench.device() as device:
         sample = device.read()
         for name in FIELDS:
-            told = getattr(sample, name) is not None
-            assert told != (name in device.unavailable), name
+            outcome = getattr(sample, name) is not None
+            assert outcome != (name in device.unavailable), name
 
 
 @check

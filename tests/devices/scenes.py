@@ -39,8 +39,8 @@ def play(scene: Callable[[FakeDriver], Any], folder: Path, *, timeout_s: float =
 def _main(module: str, name: str, state: str) -> None:
     driver = FakeDriver(Path(state))
     driver.load()
-    told = getattr(importlib.import_module(module), name)(driver)
-    sys.stdout.write(json.dumps(told) + "\n")
+    outcome = getattr(importlib.import_module(module), name)(driver)
+    sys.stdout.write(json.dumps(outcome) + "\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ UUID = "GPU-fa4e0000-0000-4000-8000-000000000000"
 
 def nvml_scene(driver: FakeDriver) -> dict[str, str]:
     """All checks on a busy GPU, and what went wrong in each."""
-    told: dict[str, str] = {}
+    outcome: dict[str, str] = {}
     for name, check in CHECKS.items():
         driver.set(busy=1, lost=0)
         bench = Bench(
@@ -42,8 +42,8 @@ def nvml_scene(driver: FakeDriver) -> dict[str, str]:
         try:
             check(bench)
         except BaseException:
-            told[name] = traceback.format_exc()
-    return told
+            outcome[name] = traceback.format_exc()
+    return outcome
 
 
 @functools.cache

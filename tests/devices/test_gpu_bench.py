@@ -106,9 +106,9 @@ def deepseek_scene(driver: FakeDriver) -> dict[str, Any]:
 
 @needs_driver
 def test_a_stack_is_profiled_by_phase_with_its_tokens_and_power(tmp_path: Path) -> None:
-    told = play(deepseek_scene, tmp_path, timeout_s=300)
-    assert told["tokens"] == [32, 2]
-    assert told["known"] == [True, True]
+    outcome = play(deepseek_scene, tmp_path, timeout_s=300)
+    assert outcome["tokens"] == [32, 2]
+    assert outcome["known"] == [True, True]
     for phase in ("prefill", "decode"):
         # by repetition, unless the machine is so busy that a phase pauses for 50 ms
-        assert told["power"][phase] == pytest.approx(told["busy"], rel=0.05)
+        assert outcome["power"][phase] == pytest.approx(outcome["busy"], rel=0.05)

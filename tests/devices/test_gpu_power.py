@@ -99,17 +99,17 @@ def test_the_contract_of_devices_holds_on_hardware(name: str) -> None:
 
 def test_update_periods_latencies_and_cost_of_sampling(make_run: MakeRun, record_property: Record) -> None:
     matmul(1.0)
-    told = sampled(make_run(), lambda: matmul(10.0))
-    assert told.notes == ()
-    for name, field in told.calibration[_uuid()].fields.items():
+    outcome = sampled(make_run(), lambda: matmul(10.0))
+    assert outcome.notes == ()
+    for name, field in outcome.calibration[_uuid()].fields.items():
         record_property(f"update_period_ms_{name}", field.update_period_ms or field.reason)
         assert field.reason or 1 <= (field.update_period_ms or 0) <= 1500
-    assert told.cost is not None
-    record_property("sampler_cost", told.cost.model_dump())
-    assert told.cost.read_us_p99 is not None
-    assert told.cost.read_us_p99 < 50_000, "a reading takes longer than the period"
-    assert told.cost.cpu_share is not None
-    assert told.cost.cpu_share < 0.02
+    assert outcome.cost is not None
+    record_property("sampler_cost", outcome.cost.model_dump())
+    assert outcome.cost.read_us_p99 is not None
+    assert outcome.cost.read_us_p99 < 50_000, "a reading takes longer than the period"
+    assert outcome.cost.cpu_share is not None
+    assert outcome.cost.cpu_share < 0.02
 
 
 def test_counter_and_integral_agree_under_steady_load(make_run: MakeRun, record_property: Record) -> None:
@@ -124,9 +124,9 @@ def test_counter_and_integral_agree_under_steady_load(make_run: MakeRun, record_
         window.append(time.monotonic_ns())
         matmul(1.0)
 
-    told = sampled(run, work)
+    outcome = sampled(run, work)
     (trace,) = traces_of(observatory.open_run(run).power()).values()
-    energy = energy_of_window(trace, *window, sensor=sensor_of(told.sampled[0].name))
+    energy = energy_of_window(trace, *window, sensor=sensor_of(outcome.sampled[0].name))
     if energy.disagreement is None:
         pytest.skip(f"counter: {energy.counter_reason}; power: {energy.integral_reason}")
     record_property("counter_over_integral_minus_1", energy.disagreement)

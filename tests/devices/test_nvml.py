@@ -41,24 +41,24 @@ def gap_of(device: PowerDevice, name: str) -> list[str | None]:
 
 
 def codes_scene(driver: FakeDriver) -> dict[str, Any]:
-    """Field 186 with each return code, and what is told instead."""
-    told: dict[str, Any] = {}
+    """Field 186 with each return code, and what is reported instead."""
+    outcome: dict[str, Any] = {}
     for code in (2, 3, 4, 10, 12, 13):
         driver.fail("field:186", code)
         with NvmlDevice(FIRST) as device:
             sample = device.read()
-            told[str(code)] = [*gap_of(device, "power_mw"), sample.power_mw, sample.average_power_mw]
+            outcome[str(code)] = [*gap_of(device, "power_mw"), sample.power_mw, sample.average_power_mw]
             assert set(device.unavailable) == {"power_mw"}
-    return told
+    return outcome
 
 
 def test_each_return_code_is_a_reason_of_its_own_and_power_now_is_never_the_mean(tmp_path: Path) -> None:
-    told = play(codes_scene, tmp_path)
-    assert {code: kind for code, (kind, *_) in told.items()} == {
+    outcome = play(codes_scene, tmp_path)
+    assert {code: kind for code, (kind, *_) in outcome.items()} == {
         "2": "not supported", "3": "not supported", "4": "not permitted", "10": "failed", "12": "failed",
         "13": "not supported",
     }  # fmt: skip
-    for code, (_, detail, remedy, power_mw, average_power_mw) in told.items():
+    for code, (_, detail, remedy, power_mw, average_power_mw) in outcome.items():
         assert detail.startswith(
             "only a 1 s mean (shorter before Ampere and on GA100), kept as average_power_mw: "
         )
@@ -66,9 +66,9 @@ def test_each_return_code_is_a_reason_of_its_own_and_power_now_is_never_the_mean
         assert power_mw is None
         assert average_power_mw == 75_000
         assert (remedy is None) == (code == "3")
-    assert len({detail.split(": ", 1)[1].split(":")[0] for _, detail, *_ in told.values()}) >= 5
-    assert "update the driver" in told["2"][2]
-    assert "docs/power.md#permissions" in told["4"][2]
+    assert len({detail.split(": ", 1)[1].split(":")[0] for _, detail, *_ in outcome.values()}) >= 5
+    assert "update the driver" in outcome["2"][2]
+    assert "docs/power.md#permissions" in outcome["4"][2]
 
 
 def old_driver_scene(driver: FakeDriver) -> dict[str, Any]:
@@ -82,20 +82,24 @@ def old_driver_scene(driver: FakeDriver) -> dict[str, Any]:
     with NvmlDevice(FIRST) as device:
         sample = device.read()
         return {
-            "told": [sample.average_power_mw, sample.energy_mj is not None, sample.temperature_c is not None],
+            "outcome": [
+                sample.average_power_mw,
+                sample.energy_mj is not None,
+                sample.temperature_c is not None,
+            ],
             "limit": sample.enforced_limit_mw,
             "gaps": {name: gap_of(device, name) for name in device.unavailable},
         }
 
 
 def test_an_old_driver_is_asked_the_old_way_and_says_what_it_lacks(tmp_path: Path) -> None:
-    told = play(old_driver_scene, tmp_path)
-    assert told["told"] == [75_000, True, True]
-    assert told["limit"] == 700_000
-    assert set(told["gaps"]) == {
+    outcome = play(old_driver_scene, tmp_path)
+    assert outcome["outcome"] == [75_000, True, True]
+    assert outcome["limit"] == 700_000
+    assert set(outcome["gaps"]) == {
         "power_mw", "memory_temperature_c", "event_reasons", "power_cap_ns", "thermal_ns"
     }  # fmt: skip
-    for _, detail, remedy in told["gaps"].values():
+    for _, detail, remedy in outcome["gaps"].values():
         assert "returned 13 (function not found)" in detail
         assert remedy == "update the driver"
 
@@ -153,33 +157,33 @@ def test_a_batch_refused_for_one_field_does_not_cost_the_others(tmp_path: Path) 
 
 def types_scene(driver: FakeDriver) -> dict[str, Any]:
     """The same power as each value type, and values that are none."""
-    told: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     for kind in range(9):
         driver.set(**{"type:186": kind, "value:186": 30_000.4 if kind == 0 else 30_000})
         with NvmlDevice(FIRST) as device:
-            told[str(kind)] = [device.read().power_mw, device.unavailable.get("power_mw")]
+            outcome[str(kind)] = [device.read().power_mw, device.unavailable.get("power_mw")]
     for name, kind, value in (
         ("nan", 0, float("nan")), ("infinite", 0, float("inf")), ("negative", 5, -1),
         ("no uint", 1, 2.0**32 - 1), ("no ulonglong", 3, 2.0**64),
     ):  # fmt: skip
         driver.set(**{"type:186": kind, "value:186": value})
         with NvmlDevice(FIRST) as device:
-            told[name] = [device.read().power_mw, device.unavailable.get("power_mw")]
+            outcome[name] = [device.read().power_mw, device.unavailable.get("power_mw")]
     driver.set(**{"type:186": 1, "value:186": 30_000, "type:82": 5, "value:82": -5})
     with NvmlDevice(FIRST) as device:
-        told["cold"] = device.read().memory_temperature_c
-    return told
+        outcome["cold"] = device.read().memory_temperature_c
+    return outcome
 
 
 def test_a_value_is_read_as_the_type_that_it_says_it_has(tmp_path: Path) -> None:
-    told = play(types_scene, tmp_path)
+    outcome = play(types_scene, tmp_path)
     for kind in range(7):
-        assert told[str(kind)] == [30_000, None], kind
+        assert outcome[str(kind)] == [30_000, None], kind
     for kind in ("7", "8", "nan", "infinite", "negative", "no uint", "no ulonglong"):
-        power_mw, why = told[kind]
+        power_mw, why = outcome[kind]
         assert power_mw is None, kind
         assert "a value that cannot be a reading" in why, kind
-    assert told["cold"] == -5
+    assert outcome["cold"] == -5
 
 
 def flicker_scene(driver: FakeDriver) -> list[Any]:
@@ -250,13 +254,13 @@ def prepared_scene(driver: FakeDriver) -> list[Any]:
         ("nvmlDeviceGetPowerUsage", ()),
         ("nvmlDeviceGetNothing", ()),
     )
-    told: list[Any] = []
+    outcome: list[Any] = []
     for nvml in (pynvml, hidden):
         fields, code = FieldBatch(nvml, handle, [190, 82, 9999, 74]).ask()
-        told.append(
+        outcome.append(
             [code, sorted(fields.items()), *[PreparedCall(nvml, handle, *call).ask() for call in calls]]
         )
-    return told
+    return outcome
 
 
 def test_prepared_calls_tell_what_the_bindings_own_functions_tell(tmp_path: Path) -> None:
@@ -264,7 +268,7 @@ def test_prepared_calls_tell_what_the_bindings_own_functions_tell(tmp_path: Path
     assert fast == slow
     code, fields, clock, temperature, older, limit, wrong, unknown = fast
     assert code == 0
-    assert [[number, told[1]] for number, told in fields] == [[74, 0], [82, 0], [190, 0], [9999, 3]]
+    assert [[number, outcome[1]] for number, outcome in fields] == [[74, 0], [82, 0], [190, 0], [9999, 3]]
     assert dict(fields)[190][0] == 700_000
     assert clock[1] == 0
     assert clock[0] > 300
@@ -276,7 +280,7 @@ def test_prepared_calls_tell_what_the_bindings_own_functions_tell(tmp_path: Path
 
 def lost_scene(driver: FakeDriver) -> dict[str, Any]:
     """Two GPUs, of which one falls off the bus in the middle, in each of three ways."""
-    told: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     driver.devices(2)
     for name, switch in (
         ("all", lambda code: driver.set(0, lost=float(code > 0))),
@@ -289,7 +293,7 @@ def lost_scene(driver: FakeDriver) -> dict[str, Any]:
             try:
                 lost.read()
             except DeviceLostError as error:
-                told[name] = str(error)
+                outcome[name] = str(error)
             assert other.read().power_mw == 75_000
             switch(0)
             with pytest.raises(DeviceLostError):
@@ -297,17 +301,17 @@ def lost_scene(driver: FakeDriver) -> dict[str, Any]:
     driver.set(0, lost=1)
     with pytest.raises(DeviceLostError):
         NvmlDevice(FIRST)
-    told["found"] = [device.uuid for device in open_devices()]
-    return told
+    outcome["found"] = [device.uuid for device in open_devices()]
+    return outcome
 
 
 def test_a_gpu_lost_in_the_middle_ends_alone(tmp_path: Path) -> None:
-    told = play(lost_scene, tmp_path)
+    outcome = play(lost_scene, tmp_path)
     for way in ("all", "a call", "a field"):
-        assert FIRST in told[way]
-        assert "NVML 15, GPU is lost" in told[way]
-        assert "Xid" in told[way]
-    assert told["found"] == [SECOND]
+        assert FIRST in outcome[way]
+        assert "NVML 15, GPU is lost" in outcome[way]
+        assert "Xid" in outcome[way]
+    assert outcome["found"] == [SECOND]
 
 
 def stale_scene(driver: FakeDriver) -> list[Any]:
@@ -357,10 +361,10 @@ def test_a_sample_takes_five_calls_and_tells_how_long_they_took(tmp_path: Path) 
 def partitioned_scene(driver: FakeDriver) -> list[Any]:
     driver.set(mig=1)
     with NvmlDevice(FIRST) as device:
-        told = [device.spec.mig, device.read().power_mw]
+        outcome = [device.spec.mig, device.read().power_mw]
     with pytest.raises(DeviceError) as caught:
         open_device("MIG-12345678-1234-1234-1234-123456789abc")
-    return [*told, str(caught.value)]
+    return [*outcome, str(caught.value)]
 
 
 def test_a_partitioned_gpu_says_so_and_an_instance_has_no_power(tmp_path: Path) -> None:

@@ -84,16 +84,16 @@ def test_the_counter_goes_on_over_its_wraps(zones: Zones) -> None:
     package = zones.add("intel-rapl:0", "package-0", energy_uj=RANGE_UJ - 3_000_000)
     with RaplDevice("package-0", root=zones.root) as device:
         first = device.read().energy_mj
-        told = []
+        outcome = []
         for _ in range(3):
             for _ in range(3):
                 zones.spend(package, RANGE_UJ // 3 + 1_000_000)
                 sample = device.read()
                 assert sample.energy_mj is not None
-                told.append(sample.energy_mj)
+                outcome.append(sample.energy_mj)
     assert first is not None
     spent_uj = RANGE_UJ // 3 + 1_000_000
-    assert [energy_mj - first for energy_mj in told] == pytest.approx(
+    assert [energy_mj - first for energy_mj in outcome] == pytest.approx(
         [number * spent_uj / 1000 for number in range(1, 10)], abs=2
     )
 

@@ -49,13 +49,13 @@ def test_played_now_it_starts_at_the_first_reading_and_holds_each_row(tmp_path: 
     clock = Clock()
     with ReplayDevice(write_recording(tmp_path / "a.parquet", samples=4), clock_ns=clock) as device:
         clock.now_ns += 77_000_000_000  # waiting before the first reading costs nothing
-        told = []
+        outcome = []
         for ahead_ns in (0, 49_999_999, 50_000_000, 149_999_999, 150_000_000, 200_000_000):
             clock.now_ns = 1_076_000_000_000 + ahead_ns
             sample = device.read()
             assert sample.time_ns == clock.now_ns
-            told.append(sample.power_mw)
-        assert told == [300_000, 300_000, 301_000, 302_000, 303_000, 303_000]
+            outcome.append(sample.power_mw)
+        assert outcome == [300_000, 300_000, 301_000, 302_000, 303_000, 303_000]
         clock.now_ns += 1
         for _ in range(2):
             with pytest.raises(DeviceLostError):
@@ -69,11 +69,11 @@ def test_a_hole_in_the_recording_is_no_reading(tmp_path: Path) -> None:
     clock = Clock()
     with ReplayDevice(recording, clock_ns=clock) as device:
         device.read()
-        told = []
+        outcome = []
         for ahead_ms in (100, 250, 251, 900, 1149, 1150):
             clock.now_ns = 999_000_000_000 + ahead_ms * 1_000_000
-            told.append(device.read().power_mw)
-    assert told == [302_000, 302_000, None, None, None, 303_000]
+            outcome.append(device.read().power_mw)
+    assert outcome == [302_000, 302_000, None, None, None, 303_000]
 
 
 def test_rows_out_of_order_are_played_in_order(tmp_path: Path) -> None:

@@ -28,18 +28,18 @@ def doctor_scene(driver: FakeDriver) -> dict[str, Any]:
     driver.fail("field:186", 3, 1)
     driver.fail("nvmlDeviceGetEnforcedPowerLimit", 4, 1)
     driver.set(2, lost=1)
-    told = {
+    outcome = {
         "document": json.loads(printed("doctor", "--json")),
         "text": printed("doctor"),
         "manifest": [spec.model_dump() for spec in driver_devices()],
     }
     assert driver.changes() == []
-    return told
+    return outcome
 
 
 def test_the_doctor_says_of_every_device_what_it_tells_and_what_not(tmp_path: Path) -> None:
-    told = play(doctor_scene, tmp_path)
-    document, text = told["document"], told["text"]
+    outcome = play(doctor_scene, tmp_path)
+    document, text = outcome["document"], outcome["text"]
     assert set(document) >= {"capabilities", "devices", "layers"}
     nvml = next(item for item in document["capabilities"] if item["name"] == "NVML")
     assert nvml["works"]
@@ -55,7 +55,7 @@ def test_the_doctor_says_of_every_device_what_it_tells_and_what_not(tmp_path: Pa
         "amdsmi is not installed", "119 clocks from 210 to 1980 MHz",
     ):  # fmt: skip
         assert part in text
-    limits = [spec["enforced_limit_mw"] for spec in told["manifest"]]
+    limits = [spec["enforced_limit_mw"] for spec in outcome["manifest"]]
     assert limits == [700_000, None, None]
-    assert told["manifest"][0]["bus_id"] == "00000000:10:00.0"
-    assert told["manifest"][2]["uuid"] is None
+    assert outcome["manifest"][0]["bus_id"] == "00000000:10:00.0"
+    assert outcome["manifest"][2]["uuid"] is None

@@ -36,9 +36,9 @@ _JOINED = """
         summed = transport.reduce_scatter_v(rows, [1] * P).flatten().tolist()
         gathered = transport.all_gather_v(rows[:r], list(range(P))).flatten().tolist()
         transport.barrier()
-        told = transport.gather_json([transport.backend, received, summed, gathered])
-    if told is not None:
-        print(json.dumps(told))
+        outcome = transport.gather_json([transport.backend, received, summed, gathered])
+    if outcome is not None:
+        print(json.dumps(outcome))
 """
 
 
@@ -101,8 +101,8 @@ def test_torchrun_starts_ranks_that_exchange_over_gloo(tmp_path: Path) -> None:
     script = tmp_path / "joined.py"
     script.write_text(textwrap.dedent(_JOINED))
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    told = run_ranks([sys.executable, "-W", "ignore", *torchrun], [str(script)])
-    assert told == [["gloo", [0.0, 1.0], [1.0], [1.0]]] * 2
+    outcome = run_ranks([sys.executable, "-W", "ignore", *torchrun], [str(script)])
+    assert outcome == [["gloo", [0.0, 1.0], [1.0], [1.0]]] * 2
 
 
 def test_a_killed_rank_is_named_and_the_others_are_ended() -> None:

@@ -172,13 +172,13 @@ def test_a_rank_whose_clock_is_not_aligned_begins_at_zero_and_is_named(tmp_path:
     rows = collective([2_000_000, 77_000_000], [2_000_400, 77_000_400], [[1, 2], [3, 4]])
     clocks = [ClockSpec(offset_ns=0, uncertainty_ns=0, method="ping-pong"), None]
     path = ranked(tmp_path / "run", rows, clocks)
-    told = write_chrome_trace(open_run(path), tmp_path / "trace.json")
+    outcome = write_chrome_trace(open_run(path), tmp_path / "trace.json")
     document = read(tmp_path / "trace.json")
     assert max(event["ts"] for event in document["traceEvents"] if event["ph"] == "X") == 0.0
     names = [event["args"]["name"] for event in document["traceEvents"] if event["name"] == "process_name"]
     assert names == ["rank 0", "rank 1 (clock not aligned)"]
-    assert "its first event is put at 0" in told.notes[0]
-    assert told.notes[0] in document["otherData"]["notes"]
+    assert "its first event is put at 0" in outcome.notes[0]
+    assert outcome.notes[0] in document["otherData"]["notes"]
 
 
 def test_exchanges_at_the_same_time_get_lanes(tmp_path: Path) -> None:
@@ -217,12 +217,12 @@ def test_a_span_without_an_end_is_a_mark(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_one_file_per_rank_and_gzip_the_same_events(run: Path, tmp_path: Path) -> None:
-    told = write_chrome_trace(open_run(run), tmp_path / "folder")
-    assert [path.name for path in told.files] == ["rank-00000.json"]
+    outcome = write_chrome_trace(open_run(run), tmp_path / "folder")
+    assert [path.name for path in outcome.files] == ["rank-00000.json"]
     write_chrome_trace(open_run(run), tmp_path / "trace.json.gz")
-    plain, packed = read(told.files[0]), read(tmp_path / "trace.json.gz")
+    plain, packed = read(outcome.files[0]), read(tmp_path / "trace.json.gz")
     assert plain["traceEvents"] == packed["traceEvents"]
-    assert len(plain["traceEvents"]) == told.events
+    assert len(plain["traceEvents"]) == outcome.events
     assert plain["distributedInfo"] == {"rank": 0, "world_size": 1}
 
 
@@ -285,9 +285,9 @@ def test_the_command_writes_a_trace_and_matrices_still_need_their_degree(
 ) -> None:
     out = tmp_path / "trace.json"
     assert main(["export", str(run), "chrome-trace", "--out", str(out), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["files"] == [str(out)]
-    assert told["events"] == len(read(out)["traceEvents"])
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["files"] == [str(out)]
+    assert outcome["events"] == len(read(out)["traceEvents"])
     assert main(["export", str(run), "ucc", "--out", str(tmp_path / "ucc")]) == 1
     assert "give it with --ep" in capsys.readouterr().err
     assert UUID in out.read_text()

@@ -82,9 +82,9 @@ def kill_now(*, children: bool) -> None:
 
 
 def _tell(what: str) -> None:
-    told = os.environ.get(POINTS)
-    if told:
-        Path(told).write_text(what)
+    outcome = os.environ.get(POINTS)
+    if outcome:
+        Path(outcome).write_text(what)
 
 
 def kill_watchdogs(point: int, *, stop: bool = False) -> None:

@@ -40,10 +40,10 @@ names = dict(globals())
 for line in sys.stdin:
     try:
         exec(json.loads(line), names)
-        told = [None, str(names.pop("told", ""))]
+        outcome = [None, str(names.pop("outcome", ""))]
     except Exception as error:
-        told = [type(error).__name__, str(error)]
-    print(json.dumps(told), flush=True)
+        outcome = [type(error).__name__, str(error)]
+    print(json.dumps(outcome), flush=True)
 """
 
 
@@ -67,18 +67,18 @@ class Owner:
         self.process.stdin.write(json.dumps(statements) + "\n")
 
     def answer(self) -> tuple[str | None, str]:
-        """Name and text of the error, or None and what the statements left in ``told``."""
+        """Name and text of the error, or None and what the statements left in ``outcome``."""
         assert self.process.stdout is not None
         readable, _, _ = select.select([self.process.stdout], [], [], _ANSWER_S)
         assert readable, f"no answer in {_ANSWER_S:g} s"
-        error, told = json.loads(self.process.stdout.readline())
-        return error, told
+        error, outcome = json.loads(self.process.stdout.readline())
+        return error, outcome
 
     def ask(self, statements: str) -> str:
         """Ask for something that must not fail."""
-        error, told = self.try_(statements)
-        assert error is None, told
-        return told
+        error, outcome = self.try_(statements)
+        assert error is None, outcome
+        return outcome
 
     def try_(self, statements: str) -> tuple[str | None, str]:
         """Ask for something that may fail."""
@@ -94,13 +94,13 @@ class Owner:
     def hold_short(self, *calls: str) -> None:
         """Acquire a lease that expires soon, and make calls in time, however slow the machine is."""
         for duration_s in (2.0, 8.0, 32.0):
-            error, told = self.try_(
+            error, outcome = self.try_(
                 "\n".join([f"held = ClockLease.acquire(UUID, duration_s={duration_s})", *calls])
             )
             if error is None:
                 return
             self.try_("held.release()")
-        raise AssertionError(told)
+        raise AssertionError(outcome)
 
     def stop(self) -> None:
         """SIGSTOP, and wait until it is stopped."""

@@ -26,37 +26,37 @@ UUID = "GPU-fa4e0000-0000-4000-8000-000000000000"
 def locking_scene(driver: FakeDriver) -> dict[str, Any]:
     driver.set(busy=1)
     with ClockControl(UUID) as control:
-        told: dict[str, Any] = {"free_mhz": driver.get("mhz"), "clocks": control.supported_sm_clocks_mhz}
-        told["locked"] = [control.lock_sm_clock(777), driver.get("mhz"), driver.get("lock_max")]
-        told["clamped"] = [control.lock_sm_clock(1980), driver.get("mhz")]
+        outcome: dict[str, Any] = {"free_mhz": driver.get("mhz"), "clocks": control.supported_sm_clocks_mhz}
+        outcome["locked"] = [control.lock_sm_clock(777), driver.get("mhz"), driver.get("lock_max")]
+        outcome["clamped"] = [control.lock_sm_clock(1980), driver.get("mhz")]
         control.lock_sm_clock(900)
-    told["after closing"] = driver.get("mhz")  # closing undoes nothing
+    outcome["after closing"] = driver.get("mhz")  # closing undoes nothing
     with ClockControl(UUID) as control:
         control.unlock()
-    told["unlocked"] = [driver.get("mhz"), driver.get("lock_max")]
-    told["changes"] = [[change.what, *change.values, change.code] for change in driver.changes()]
-    return told
+    outcome["unlocked"] = [driver.get("mhz"), driver.get("lock_max")]
+    outcome["changes"] = [[change.what, *change.values, change.code] for change in driver.changes()]
+    return outcome
 
 
 @needs_driver
 def test_a_lock_goes_to_a_supported_clock_and_outlives_its_setter(tmp_path: Path) -> None:
-    told = play(locking_scene, tmp_path)
-    assert told["clocks"] == list(range(210, 1981, 15))
-    assert told["free_mhz"] == 1830
-    assert told["locked"] == [780, 780, 780]
-    assert told["clamped"] == [1980, 1830], "the driver takes the request and holds another clock"
-    assert told["after closing"] == 900
-    assert told["unlocked"] == [1830, 0]
-    assert told["changes"] == [
+    outcome = play(locking_scene, tmp_path)
+    assert outcome["clocks"] == list(range(210, 1981, 15))
+    assert outcome["free_mhz"] == 1830
+    assert outcome["locked"] == [780, 780, 780]
+    assert outcome["clamped"] == [1980, 1830], "the driver takes the request and holds another clock"
+    assert outcome["after closing"] == 900
+    assert outcome["unlocked"] == [1830, 0]
+    assert outcome["changes"] == [
         ["lock", 780, 780, 0], ["lock", 1980, 1980, 0], ["lock", 900, 900, 0], ["unlock", 0, 0, 0]
     ]  # fmt: skip
 
 
 def snapping_scene(driver: FakeDriver) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     with ClockControl(UUID) as control:
         for asked in (210, 217, 218, 225, 232, 1979, 1980, 1995, 195):
-            told[str(asked)] = control.snap(asked)
+            outcome[str(asked)] = control.snap(asked)
         for asked in (78, 194, 1996, 0, -1):
             with pytest.raises(ClockError, match="expected 210 to 1980 MHz"):
                 control.lock_sm_clock(asked)
@@ -64,7 +64,7 @@ def snapping_scene(driver: FakeDriver) -> dict[str, Any]:
     with ClockControl(UUID) as control, pytest.raises(ClockError, match="lists no SM clocks"):
         control.lock_sm_clock(780)
     assert driver.changes() == []
-    return told
+    return outcome
 
 
 @needs_driver
@@ -76,10 +76,14 @@ def test_a_clock_snaps_to_the_nearest_and_a_typing_error_is_not_snapped(tmp_path
 
 
 def limit_scene(driver: FakeDriver) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     with ClockControl(UUID) as control:
-        told["range"] = control.limit_range_mw
-        told["set"] = [control.set_power_limit_mw(450_000), control.power_limit_mw, control.default_limit_mw]
+        outcome["range"] = control.limit_range_mw
+        outcome["set"] = [
+            control.set_power_limit_mw(450_000),
+            control.power_limit_mw,
+            control.default_limit_mw,
+        ]
         for limit_mw in (199_999, 700_001):
             with pytest.raises(ClockError, match="expected 200000 to 700000 mW"):
                 control.set_power_limit_mw(limit_mw)
@@ -89,21 +93,21 @@ def limit_scene(driver: FakeDriver) -> dict[str, Any]:
         pynvml.nvmlDeviceSetPowerManagementLimit = lambda *_: None
         with pytest.raises(ClockError, match="accepted a power limit of 300000 mW and holds 450000 mW"):
             control.set_power_limit_mw(300_000)
-    told["changes"] = [[change.what, change.values[0], change.code] for change in driver.changes()]
-    return told
+    outcome["changes"] = [[change.what, change.values[0], change.code] for change in driver.changes()]
+    return outcome
 
 
 @needs_driver
 def test_a_power_limit_is_read_back(tmp_path: Path) -> None:
-    told = play(limit_scene, tmp_path)
-    assert told["range"] == [200_000, 700_000]
-    assert told["set"] == [450_000, 450_000, 700_000]
-    assert told["changes"] == [["limit", 450_000, 0]]
+    outcome = play(limit_scene, tmp_path)
+    assert outcome["range"] == [200_000, 700_000]
+    assert outcome["set"] == [450_000, 450_000, 700_000]
+    assert outcome["changes"] == [["limit", 450_000, 0]]
 
 
 def denied_scene(driver: FakeDriver) -> dict[str, Any]:
     driver.set(privileged=0)
-    told: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     with ClockControl(UUID) as control:
         for name, call in (
             ("lock", lambda: control.lock_sm_clock(780)),
@@ -112,41 +116,41 @@ def denied_scene(driver: FakeDriver) -> dict[str, Any]:
         ):
             with pytest.raises(LockRefusedError) as caught:
                 call()
-            told[name] = str(caught.value)
+            outcome[name] = str(caught.value)
         for code, kind in ((3, LockRefusedError), (13, LockRefusedError), (2, ClockError), (999, ClockError)):
             driver.fail("nvmlDeviceSetGpuLockedClocks", code)
             with pytest.raises(kind) as caught:
                 control.lock_sm_clock(780)
             assert isinstance(caught.value, LockRefusedError) == (kind is LockRefusedError)
-            told[str(code)] = str(caught.value)
+            outcome[str(code)] = str(caught.value)
         driver.fail("nvmlDeviceSetGpuLockedClocks", 15)
         with pytest.raises(DeviceLostError):
             control.lock_sm_clock(780)
     assert driver.get("lock_max") == 0
-    return told
+    return outcome
 
 
 @needs_driver
 def test_a_driver_that_does_not_permit_is_answered_with_the_commands_that_do_it(tmp_path: Path) -> None:
-    told = play(denied_scene, tmp_path)
+    outcome = play(denied_scene, tmp_path)
     for part in (
         f"nvidia-smi -i {UUID} --lock-gpu-clocks=780,780", "srun --gpu-freq=780",
         "set_gpu_locked_clocks", "wrapper", "NVML 4, no permission", "CAP_SYS_ADMIN",
         "docs/power.md#permissions",
     ):  # fmt: skip
-        assert part in told["lock"]
-    assert f"nvidia-smi -i {UUID} --reset-gpu-clocks" in told["unlock"]
-    assert f"nvidia-smi -i {UUID} --power-limit=450" in told["limit"]
-    assert "not supported (NVML 3" in told["3"]
-    assert "Volta" in told["13"]
-    assert "nvidia-smi" in told["999"]
-    assert all(len(message) < 1200 and message.isprintable() for message in told.values())
+        assert part in outcome["lock"]
+    assert f"nvidia-smi -i {UUID} --reset-gpu-clocks" in outcome["unlock"]
+    assert f"nvidia-smi -i {UUID} --power-limit=450" in outcome["limit"]
+    assert "not supported (NVML 3" in outcome["3"]
+    assert "Volta" in outcome["13"]
+    assert "nvidia-smi" in outcome["999"]
+    assert all(len(message) < 1200 and message.isprintable() for message in outcome.values())
 
 
 def refusing_scene(driver: FakeDriver) -> dict[str, Any]:
     """MIG, and who uses the GPU: nobody, we, our child, our parent, pid 1, nobody that lives."""
     child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
-    told: dict[str, Any] = {"parent": os.getppid()}
+    outcome: dict[str, Any] = {"parent": os.getppid()}
 
     def refusal(*pids: int, owner: int | None = None) -> Any:
         driver.processes(list(pids))
@@ -160,47 +164,47 @@ def refusing_scene(driver: FakeDriver) -> dict[str, Any]:
             return None if reason is None else reason.document()
 
     try:
-        told["ours"] = [refusal(), refusal(os.getpid()), refusal(os.getpid(), child.pid)]
-        told["others"] = [refusal(os.getppid()), refusal(child.pid, 1), refusal(4_200_000)]
-        told["many"] = refusal(*range(4_200_000, 4_200_008))
-        told["owner"] = [refusal(os.getpid(), owner=os.getppid()), refusal(os.getpid(), owner=child.pid)]
+        outcome["ours"] = [refusal(), refusal(os.getpid()), refusal(os.getpid(), child.pid)]
+        outcome["others"] = [refusal(os.getppid()), refusal(child.pid, 1), refusal(4_200_000)]
+        outcome["many"] = refusal(*range(4_200_000, 4_200_008))
+        outcome["owner"] = [refusal(os.getpid(), owner=os.getppid()), refusal(os.getpid(), owner=child.pid)]
     finally:
         child.communicate()
-    told["ended child"] = refusal(child.pid)
+    outcome["ended child"] = refusal(child.pid)
     driver.processes([])
     driver.set(mig=1)
-    told["mig"] = refusal()
+    outcome["mig"] = refusal()
     driver.set(mig=0)
     driver.fail("nvmlDeviceGetMigMode", 3)
-    told["no mig"] = refusal()
+    outcome["no mig"] = refusal()
     driver.fail("nvmlDeviceGetMigMode", 4)
-    told["untold mig"] = refusal()
+    outcome["untold mig"] = refusal()
     driver.fail("nvmlDeviceGetMigMode", 0)
     driver.fail("nvmlDeviceGetComputeRunningProcesses_v3", 4)
-    told["untold users"] = refusal()
-    told["changes"] = len(driver.changes())
+    outcome["untold users"] = refusal()
+    outcome["changes"] = len(driver.changes())
     with ClockControl(UUID) as control:
         control.unlock()  # who may not lock may still undo
-    return told
+    return outcome
 
 
 @needs_driver
 def test_a_partitioned_or_shared_gpu_is_refused_without_asking_for_anything(tmp_path: Path) -> None:
-    told = play(refusing_scene, tmp_path)
-    assert told["ours"] == [None, None, None]
-    assert [reason["pids"] for reason in told["others"]] == [[told["parent"]], [1], [4_200_000]]
-    assert {reason["code"] for reason in told["others"]} == {LockCode.SHARED}
-    words = refusal_words(Reason(LockCode.SHARED, told["many"]))
+    outcome = play(refusing_scene, tmp_path)
+    assert outcome["ours"] == [None, None, None]
+    assert [reason["pids"] for reason in outcome["others"]] == [[outcome["parent"]], [1], [4_200_000]]
+    assert {reason["code"] for reason in outcome["others"]} == {LockCode.SHARED}
+    words = refusal_words(Reason(LockCode.SHARED, outcome["many"]))
     assert words.count("420000") == 6
     assert ", ... (" in words
-    assert told["owner"][0] is None
-    assert told["owner"][1]["code"] == LockCode.SHARED
-    assert told["ended child"]["code"] == LockCode.SHARED
-    assert told["mig"]["code"] == LockCode.PARTITIONED
-    assert told["no mig"] is None
-    assert told["untold mig"]["code"] == LockCode.PARTITIONS_UNKNOWN
-    assert told["untold users"]["code"] == LockCode.USERS_UNKNOWN
-    assert told["changes"] == 0
+    assert outcome["owner"][0] is None
+    assert outcome["owner"][1]["code"] == LockCode.SHARED
+    assert outcome["ended child"]["code"] == LockCode.SHARED
+    assert outcome["mig"]["code"] == LockCode.PARTITIONED
+    assert outcome["no mig"] is None
+    assert outcome["untold mig"]["code"] == LockCode.PARTITIONS_UNKNOWN
+    assert outcome["untold users"]["code"] == LockCode.USERS_UNKNOWN
+    assert outcome["changes"] == 0
 
 
 def lost_scene(driver: FakeDriver) -> int:
@@ -257,22 +261,22 @@ def report_scene(driver: FakeDriver) -> dict[str, Any]:
 
 @needs_driver
 def test_the_report_lists_every_device_and_sets_nothing(tmp_path: Path) -> None:
-    told = play(report_scene, tmp_path)
-    first, second, third, lost, *_ = told["devices"]
+    outcome = play(report_scene, tmp_path)
+    first, second, third, lost, *_ = outcome["devices"]
     assert first[:3] == [UUID, "nvidia", "works"]
     code = LockCode.ALLOWED if has_admin_capability() else LockCode.NOT_PERMITTED
     assert first[3].items() >= {"code": code, "clocks": 119, "low_mhz": 210, "high_mhz": 1980}.items()
     assert second[2] == "works"
     assert third[3]["code"] == LockCode.PARTITIONED
     assert lost == [None, "nvidia", "failed", None]
-    assert told["works"] == [11, 9, 11]
-    (power, state, detail, remedy), (events, denied, *_) = told["gaps"]
+    assert outcome["works"] == [11, 9, 11]
+    (power, state, detail, remedy), (events, denied, *_) = outcome["gaps"]
     assert (power, state, remedy) == ("power_mw", "not supported", "update the driver")
     assert "only a 1 s mean" in detail
     assert (events, denied) == ("event_reasons", "not permitted")
-    assert "GPU is lost" in told["lost"][0]
-    assert "amd" in told["absent"]
-    assert told["absent"]["amd"]
+    assert "GPU is lost" in outcome["lost"][0]
+    assert "amd" in outcome["absent"]
+    assert outcome["absent"]["amd"]
 
 
 def test_commands_name_the_gpu_by_uuid_and_lock_both_ends() -> None:

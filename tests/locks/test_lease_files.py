@@ -110,8 +110,8 @@ def test_a_lease_below_another_users_folder_is_refused_before_the_driver_is_aske
             error, text = a.try_(call)
             assert (error, "is not ours alone" in text) == ("ClockError", True), call
     for command in ("status", "unlock"):
-        told = host.run("-m", "observatory", "clocks", command, code=1)
-        assert "is not ours alone" in " ".join(told.stderr.split())
+        outcome = host.run("-m", "observatory", "clocks", command, code=1)
+        assert "is not ours alone" in " ".join(outcome.stderr.split())
     assert not host.leases.exists()
     assert host.driver.changes() == []
 
@@ -174,9 +174,11 @@ def test_a_file_that_is_no_plain_file_of_ours_is_neither_followed_nor_waited_for
     (host.leases / name).unlink()
     kind(host.leases / name, target)
     host.run("-m", "observatory", "clocks", "status")
-    told = host.run("-m", "observatory", "clocks", "unlock", "--json", code=0 if name.endswith("log") else 1)
+    outcome = host.run(
+        "-m", "observatory", "clocks", "unlock", "--json", code=0 if name.endswith("log") else 1
+    )
     assert (target.read_bytes(), target.stat().st_mode) == (content, mode)
-    (found,) = json.loads(told.stdout)["leases"]
+    (found,) = json.loads(outcome.stdout)["leases"]
     assert found["undone"] == (host.state() == CLEAN) == name.endswith("log")
     assert found["undone"] or found["reason"].startswith(("guard ", "lease "))
     with owners(host, 1) as (a,):

@@ -56,13 +56,13 @@ class Host:
 
     def state(self) -> dict[str, float]:
         """Lock and limit as the driver holds them; asked in a process that dies with the answer."""
-        told = self.run(
+        outcome = self.run(
             "-c",
             "import json, os; from pathlib import Path; from tests.devices.driver import FakeDriver\n"
             "d = FakeDriver(Path(os.environ['FAKE_NVML_STATE']))\n"
             "print(json.dumps({'lock': d.get('lock_max'), 'limit': d.get('limit_w')}))",
         )
-        return dict(json.loads(told.stdout))
+        return dict(json.loads(outcome.stdout))
 
     def files(self) -> list[str]:
         return sorted(path.name for path in self.leases.glob("gpu-*.json"))
@@ -100,12 +100,12 @@ def test_an_owner_killed_at_any_point_leaves_nothing_locked(host: Host) -> None:
 
 
 def test_the_watchdog_loads_no_tables_and_so_watches_soon(host: Host) -> None:
-    told = host.run("-c", "import observatory.locks.watchdog, sys; print('pandas' in sys.modules)")
-    assert told.stdout.strip() == "False"
+    outcome = host.run("-c", "import observatory.locks.watchdog, sys; print('pandas' in sys.modules)")
+    assert outcome.stdout.strip() == "False"
 
 
 def test_a_lease_that_expires_is_undone_under_a_living_owner(host: Host) -> None:
-    told = host.script("""
+    outcome = host.script("""
         held = ClockLease.acquire(UUID, duration_s=4)
         held.lock(780)
         time.sleep(6)
@@ -115,12 +115,12 @@ def test_a_lease_that_expires_is_undone_under_a_living_owner(host: Host) -> None
             print(error)
         held.release()
     """)
-    assert "is over, and what it changed is undone" in told.stdout
+    assert "is over, and what it changed is undone" in outcome.stdout
     assert host.state()["lock"] == 0.0
 
 
 def test_without_permission_nothing_is_changed_and_other_ways_are_named(host: Host) -> None:
-    told = host.script("""
+    outcome = host.script("""
         from pathlib import Path
         from tests.devices.driver import FakeDriver
         FakeDriver(Path(os.environ["FAKE_NVML_STATE"])).set(privileged=0)
@@ -130,8 +130,8 @@ def test_without_permission_nothing_is_changed_and_other_ways_are_named(host: Ho
         except LockRefusedError as error:
             print(error)
     """)
-    assert "nvidia-smi" in told.stdout
-    assert "srun --gpu-freq" in told.stdout
+    assert "nvidia-smi" in outcome.stdout
+    assert "srun --gpu-freq" in outcome.stdout
     changes = host.driver.changes()
     assert [(change.what, change.code) for change in changes] == [("lock", 4)]
     assert host.files() == []
@@ -144,7 +144,7 @@ def test_without_permission_nothing_is_changed_and_other_ways_are_named(host: Ho
 def test_partitioned_and_shared_gpus_are_refused_before_anything_is_set(
     host: Host, setting: str, words: str
 ) -> None:
-    told = host.script(f"""
+    outcome = host.script(f"""
         from pathlib import Path
         from tests.devices.driver import FakeDriver
         driver = FakeDriver(Path(os.environ["FAKE_NVML_STATE"]))
@@ -154,25 +154,25 @@ def test_partitioned_and_shared_gpus_are_refused_before_anything_is_set(
         except LockRefusedError as error:
             print(error)
     """)
-    assert words in told.stdout
+    assert words in outcome.stdout
     assert host.driver.changes() == []
     assert host.files() == []
 
 
 def test_a_second_owner_is_refused_while_the_first_lives(host: Host) -> None:
-    told = host.script("""
+    outcome = host.script("""
         import subprocess
         with ClockLease.acquire(UUID, duration_s=60) as held:
             held.lock(780)
             code = "from observatory.locks.locking import ClockLease as L; L.acquire(%r, duration_s=9)" % UUID
             print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr)
     """)
-    assert "is leased by process" in told.stdout
+    assert "is leased by process" in outcome.stdout
     assert host.state()["lock"] == 0.0
 
 
 def test_a_dead_watchdog_stops_further_changes_and_the_owner_undoes(host: Host) -> None:
-    told = host.script("""
+    outcome = host.script("""
         with ClockLease.acquire(UUID, duration_s=60) as held:
             held.lock(780)
             held._watchdog.kill()
@@ -182,7 +182,7 @@ def test_a_dead_watchdog_stops_further_changes_and_the_owner_undoes(host: Host) 
             except LockRefusedError as error:
                 print(error)
     """)
-    assert "the watchdog that would undo the lock has died" in told.stdout
+    assert "the watchdog that would undo the lock has died" in outcome.stdout
     assert host.state()["lock"] == 0.0
     assert host.files() == []
 
@@ -202,8 +202,8 @@ def test_when_owner_and_watchdog_are_killed_at_once_unlock_undoes(host: Host) ->
     assert host.state() == {"lock": 780.0, "limit": 400.0}
     shown = json.loads(host.run("-m", "observatory", "clocks", "status", "--json").stdout)
     assert "is gone" in shown["leases"][0]["state"]
-    told = json.loads(host.run("-m", "observatory", "clocks", "unlock", "--json").stdout)
-    assert [lease["undone"] for lease in told["leases"]] == [True]
+    outcome = json.loads(host.run("-m", "observatory", "clocks", "unlock", "--json").stdout)
+    assert [lease["undone"] for lease in outcome["leases"]] == [True]
     assert host.state() == {"lock": 0.0, "limit": 700.0}
 
 
@@ -213,8 +213,8 @@ def test_unlock_touches_no_lock_that_is_not_ours(host: Host) -> None:
         pynvml.nvmlInit()
         pynvml.nvmlDeviceSetGpuLockedClocks(pynvml.nvmlDeviceGetHandleByIndex(0), 900, 900)
     """)
-    told = host.run("-m", "observatory", "clocks", "unlock")
-    assert "nothing of ours is locked" in told.stderr
+    outcome = host.run("-m", "observatory", "clocks", "unlock")
+    assert "nothing of ours is locked" in outcome.stderr
     assert host.state()["lock"] == 900.0
 
 
@@ -248,21 +248,21 @@ def test_unlock_fails_when_it_cannot_undo_and_not_for_an_owner_that_lives(host: 
     play = "from pathlib import Path; from tests.devices.driver import FakeDriver; import os;"
     play += "FakeDriver(Path(os.environ['FAKE_NVML_STATE']))."
     host.run("-c", play + "set(privileged=0)")
-    told = host.run("-m", "observatory", "clocks", "unlock", code=1)
-    assert "not permitted" in " ".join(told.stdout.split())
+    outcome = host.run("-m", "observatory", "clocks", "unlock", code=1)
+    assert "not permitted" in " ".join(outcome.stdout.split())
     assert host.state()["lock"] == 1200.0
     other = "GPU-fa4e0000-0000-4000-8000-000000000001"
-    told = host.run("-m", "observatory", "clocks", "unlock", "--device", other)
-    assert f"no lease of {other}" in " ".join(told.stderr.split())
+    outcome = host.run("-m", "observatory", "clocks", "unlock", "--device", other)
+    assert f"no lease of {other}" in " ".join(outcome.stderr.split())
     host.run("-c", play + "set(privileged=1)")
-    told = host.script("""
+    outcome = host.script("""
         import subprocess
         with ClockLease.acquire(UUID, duration_s=60) as held:
             held.lock(780)
             code = [sys.executable, "-m", "observatory", "clocks", "unlock"]
             print(subprocess.run(code, capture_output=True).returncode)
     """)
-    assert told.stdout.strip() == "0"
+    assert outcome.stdout.strip() == "0"
     assert host.state() == {"lock": 0.0, "limit": 700.0}
 
 
@@ -276,9 +276,9 @@ def test_a_lease_that_is_too_large_or_of_another_gpu_is_damaged_and_stays(
     damaged.write_bytes(content or path.read_bytes())
     if content is None:
         path.unlink()
-    told = json.loads(host.run("-m", "observatory", "clocks", "unlock", "--json", code=1).stdout)
-    assert [lease["undone"] for lease in told["leases"]] == [False]
-    assert "cannot be read" in told["leases"][0]["reason"]
+    outcome = json.loads(host.run("-m", "observatory", "clocks", "unlock", "--json", code=1).stdout)
+    assert [lease["undone"] for lease in outcome["leases"]] == [False]
+    assert "cannot be read" in outcome["leases"][0]["reason"]
     assert damaged.exists()
     assert host.state()["lock"] == 1200.0
 
@@ -286,20 +286,20 @@ def test_a_lease_that_is_too_large_or_of_another_gpu_is_damaged_and_stays(
 def test_a_damaged_lease_is_one_sentence_and_exit_code_1(host: Host) -> None:
     host.leases.mkdir(mode=0o700)
     (host.leases / f"{UUID.lower()}.json").write_text('{"lease_id": "')
-    told = host.run("-m", "observatory", "clocks", "unlock", code=1)
-    assert "cannot be read" in told.stdout
+    outcome = host.run("-m", "observatory", "clocks", "unlock", code=1)
+    assert "cannot be read" in outcome.stdout
     assert host.driver.changes() == []
 
 
 def test_a_folder_that_others_may_write_to_is_not_trusted(host: Host) -> None:
     host.leases.mkdir()
     host.leases.chmod(0o777)
-    told = host.run("-m", "observatory", "clocks", "unlock", code=1)
-    assert "is not ours alone" in told.stderr
+    outcome = host.run("-m", "observatory", "clocks", "unlock", code=1)
+    assert "is not ours alone" in outcome.stderr
 
 
 def test_the_driver_of_a_lost_gpu_is_left_alone(host: Host) -> None:
-    told = host.script(
+    outcome = host.script(
         """
         from pathlib import Path
         from tests.devices.driver import FakeDriver
@@ -308,7 +308,7 @@ def test_the_driver_of_a_lost_gpu_is_left_alone(host: Host) -> None:
         """,
         code=1,
     )
-    assert "Error" in told.stderr
+    assert "Error" in outcome.stderr
     assert os.path.exists(host.driver.state)
     assert host.driver.changes() == []
 

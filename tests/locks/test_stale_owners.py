@@ -119,8 +119,8 @@ def test_an_owner_stopped_in_the_call_of_the_driver_refuses_others_in_time_and_u
         error, text = b.try_("held = ClockLease.acquire(UUID, duration_s=60)")
         assert error == "LeaseBusyError"
         assert f"process {a.pid} is changing" in text
-        told = json.loads(host.run("-m", "observatory", "clocks", "unlock", "--json", code=1).stdout)
-        assert f"process {a.pid} is changing" in told["leases"][0]["reason"]
+        outcome = json.loads(host.run("-m", "observatory", "clocks", "unlock", "--json", code=1).stdout)
+        assert f"process {a.pid} is changing" in outcome["leases"][0]["reason"]
         assert time.monotonic() - begun < 100
         status = json.loads(host.run("-m", "observatory", "clocks", "status", "--json").stdout)
         assert f"process {a.pid} is changing" in status["watchdogs"][UUID.lower()]
@@ -205,7 +205,7 @@ if child == 0:
     except LockRefusedError as error:
         os._exit(3 if "this process" in str(error) else 4)
     os._exit(0)
-told = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+outcome = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 """
     with owners(host, 1) as (a,):
         a.acquire()
@@ -241,7 +241,7 @@ def turn(mhz):
 threads = [threading.Thread(target=turn, args=(mhz,)) for mhz in (600, 900, 1200)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
-told = problems
+outcome = problems
 """
     with owners(host, 1) as (a,):
         a.acquire()

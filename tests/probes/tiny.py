@@ -1,4 +1,4 @@
-"""Tiny models for the probe's tests: one that routes as it is told, one that routes by itself."""
+"""Tiny models for the probe's tests: one that routes as its input says, one that routes by itself."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ToldExperts(nn.Module):
 
 
 class ToldModel(nn.Module):
-    """Layers that are told what to route: ``model([decision of layer 0, decision of layer 1])``."""
+    """Layers whose routing is given: ``model([decision of layer 0, decision of layer 1])``."""
 
     def __init__(self, layers: int = 1) -> None:
         super().__init__()

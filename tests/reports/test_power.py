@@ -98,8 +98,8 @@ def test_phases_and_reasons_lie_where_spans_and_samples_have_them(run: Path, fra
         assert lane.base[0] == pytest.approx((own["start_ns"].min() - start_ns) * 1e-9, abs=1e-3)
         assert lane.base[-1] + lane.x[-1] == pytest.approx((own["end_ns"].max() - start_ns) * 1e-9, abs=1e-3)
     cap = trace_named(variant.figure, "power cap")
-    told = opened.power()
-    held = told[told["event_reasons"] == 0x4]["time_ns"]
+    outcome = opened.power()
+    held = outcome[outcome["event_reasons"] == 0x4]["time_ns"]
     assert cap.base[0] == pytest.approx((held.min() - start_ns) * 1e-9, abs=1e-3)
     assert sum(cap.x) == pytest.approx(0.05 * len(held), rel=0.02)
     shaded = [shape for shape in variant.figure.layout.shapes if shape.type == "rect"]
@@ -164,7 +164,7 @@ def test_a_reading_that_is_missing_and_a_hole_interrupt_the_line(tmp_path: Path)
     line = trace_named(variant.figure, "power")
     assert sum(value is None for value in line.y) == 2
     clock = trace_named(variant.figure, "SM clock")
-    assert sum(value is None for value in clock.y) == 1, "the clock was told all the time"
+    assert sum(value is None for value in clock.y) == 1, "the clock was reported all the time"
 
 
 def test_energy_per_token_is_that_of_the_summary_idle_apart(run: Path, frames: ReportFrames) -> None:

@@ -242,8 +242,8 @@ def test_idle_power_comes_from_idle_windows_then_least_squares_then_calibration(
     assert gaps.power_mw == pytest.approx(80e3, rel=0.02)
     assert "idle by least squares" in codes(gaps.source)
     busy = steps([DECODE], seconds=6)
-    told = idle_power(trace(busy), timeline_of(busy), H100, attributed(busy), 50e3)
-    assert (told.power_mw, told.source) == (50e3, Reason(EnergyCode.IDLE_BY_CALIBRATION))
+    outcome = idle_power(trace(busy), timeline_of(busy), H100, attributed(busy), 50e3)
+    assert (outcome.power_mw, outcome.source) == (50e3, Reason(EnergyCode.IDLE_BY_CALIBRATION))
     unknown = idle_power(trace(busy), timeline_of(busy), H100, attributed(busy), None)
     assert unknown.power_mw is None
     assert "idle not known" in codes(unknown.source)

@@ -72,7 +72,7 @@ def test_ranks_that_share_a_node_have_none_unless_the_run_says_so() -> None:
 
 
 def test_a_device_of_two_ranks_and_one_of_none_have_no_rank_and_say_why() -> None:
-    def told(*uuids: str) -> Manifest:
+    def outcome(*uuids: str) -> Manifest:
         statuses = [
             status(rank, "n0").model_copy(update={"power": RankPower(own_devices=(uuid,) if uuid else ())})
             for rank, uuid in enumerate(uuids)
@@ -81,15 +81,15 @@ def test_a_device_of_two_ranks_and_one_of_none_have_no_rank_and_say_why() -> Non
         return Manifest.model_validate(base | {"ranks": [one.model_dump() for one in statuses]})
 
     sampled = [(0, "GPU-a"), (0, "GPU-b")]
-    assert device_ranks(told("GPU-b", "GPU-a"), sampled) == {(0, "GPU-a"): 1, (0, "GPU-b"): 0}
-    same = device_ranks(told("GPU-a", "GPU-a", "GPU-a"), sampled)
+    assert device_ranks(outcome("GPU-b", "GPU-a"), sampled) == {(0, "GPU-a"): 1, (0, "GPU-b"): 0}
+    same = device_ranks(outcome("GPU-a", "GPU-a", "GPU-a"), sampled)
     assert Reason(EnergyCode.SHARED_BY_RANKS, {"ranks": [0, 1, 2]}) == same[0, "GPU-a"]
     assert "no rank names it" in _codes(same[0, "GPU-b"])
-    assert device_ranks(told("GPU-a"), sampled)[0, "GPU-b"] == same[0, "GPU-b"]  # an idle neighbour
-    assert "rank not known" in _codes(device_ranks(told("GPU-a", ""), sampled)[0, "GPU-b"])
-    # Processors may be told as well: a rank on each socket.
+    assert device_ranks(outcome("GPU-a"), sampled)[0, "GPU-b"] == same[0, "GPU-b"]  # an idle neighbour
+    assert "rank not known" in _codes(device_ranks(outcome("GPU-a", ""), sampled)[0, "GPU-b"])
+    # Processors may be named as well: a rank on each socket.
     sockets = [(0, "rapl:package-0@n0"), (0, "rapl:package-1@n0")]
-    found = device_ranks(told("rapl:package-0@n0", "rapl:package-1@n0"), sockets)
+    found = device_ranks(outcome("rapl:package-0@n0", "rapl:package-1@n0"), sockets)
     assert list(found.values()) == [0, 1]
 
 

@@ -124,10 +124,10 @@ def test_energy_of_a_played_recording_is_not_passed_off_as_the_runs(tmp_path: Pa
     load = served()
     power = SimulatedSensor().sample(load, poll_ms=53.0)
     played = DeviceSpec(**{**DEVICE.model_dump(), "kind": "replay"})
-    for device, told in ((DEVICE, False), (played, True)):
+    for device, outcome in ((DEVICE, False), (played, True)):
         run = write_energy_run(tmp_path / device.kind, power=power, spans=[numbered(load)], devices=(device,))
         problems = energy_summary(open_run(run)).problems
-        assert ("replayed" in codes(*problems)) is told
+        assert ("replayed" in codes(*problems)) is outcome
 
 
 def test_a_leap_of_the_counter_is_in_no_phase(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def two_ranks(
         spans=[numbered(load) for load in loads],
         tokens={"prefill": 2048, "decode": 16},
         clocks=[clock, clock],
-        own_devices=[(uuid,) for uuid in uuids] if manifest.pop("told", False) else own_devices,
+        own_devices=[(uuid,) for uuid in uuids] if manifest.pop("outcome", False) else own_devices,
         devices=tuple(DeviceSpec(kind="gpu", name=H100, uuid=uuid) for uuid in uuids),
         topology={"ranks": 2, "node_of_rank": (0, 0)},
         **manifest,
@@ -191,7 +191,7 @@ def two_ranks(
 
 
 def test_two_devices_of_one_node_go_to_their_own_ranks(tmp_path: Path) -> None:
-    run, loads = two_ranks(tmp_path, told=True)
+    run, loads = two_ranks(tmp_path, outcome=True)
     summary = energy_summary(open_run(run))
     assert summary.problems == ()
     phases = summary.phases.set_index(["source_rank", "phase"])
@@ -249,7 +249,7 @@ def test_a_rank_whose_device_is_shared_or_was_not_sampled_has_no_energy_and_says
 
 
 def test_devices_nobody_can_place_give_node_level_energy_only(tmp_path: Path) -> None:
-    run, _ = two_ranks(tmp_path, told=False)
+    run, _ = two_ranks(tmp_path, outcome=False)
     summary = energy_summary(open_run(run))
     assert summary.phases.empty
     assert summary.devices["energy_mj"].notna().all()
@@ -341,17 +341,17 @@ def test_a_warning_about_integrated_power_stands_on_every_number_made_of_it(
         )
         for name, counter_ms in (("counter", 100.0), ("power", None))
     )
-    told = energy_summary(open_run(aliased))
-    (error,) = told.aliasing["error"]
+    outcome = energy_summary(open_run(aliased))
+    (error,) = outcome.aliasing["error"]
     assert 0.02 < error < 0.15
-    for frame in (told.devices, told.phases, told.tokens):
+    for frame in (outcome.devices, outcome.phases, outcome.tokens):
         assert "move in time with the power sensor" in frame["flag"][0]
         assert frame["energy_flag"][0] == "in time with the sensor"
-    (row,), (token,) = told.phases.to_dict("records"), told.tokens.to_dict("records")
+    (row,), (token,) = outcome.phases.to_dict("records"), outcome.tokens.to_dict("records")
     assert row["power_low_mw"] < row["power_mw"] * (1 - error)
     assert row["power_high_mw"] > row["power_mw"] * (1 + error)
     assert token["mj_per_token_low"] < token["mj_per_token"] * (1 - error)
-    assert told.devices["error"][0] > error
+    assert outcome.devices["error"][0] > error
     assert main(["energy", str(aliased), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert "move in time" in document["tokens"][0]["flag"]
@@ -377,9 +377,9 @@ def test_what_was_calibrated_is_used_and_nonsense_in_it_is_not(tmp_path: Path) -
         )
         return energy_summary(open_run(run))
 
-    told = summary("told", counter_over_integral=1.09, idle_power_mw=75000)
-    assert told.devices["flag"][0] is None
-    assert told.devices["idle_power_mw"][0] == 75000
+    outcome = summary("outcome", counter_over_integral=1.09, idle_power_mw=75000)
+    assert outcome.devices["flag"][0] is None
+    assert outcome.devices["idle_power_mw"][0] == 75000
     odd = summary("odd", counter_over_integral=50.0, idle_power_mw=1 << 60)
     assert odd.devices["flag_code"][0] == "sensors disagree"
     assert odd.devices["idle_power_mw"].isna().all()

@@ -38,8 +38,8 @@ def exchange_run(
     for writer in reversed(writers):
         own = rows[rows["source_rank"] == writer.rank]
         if len(own):
-            told = pa.schema([field for field in EXCHANGE_SCHEMA if field.name in own])
-            writer.append("exchange", pa.Table.from_pandas(own, schema=told, preserve_index=False))
+            outcome = pa.schema([field for field in EXCHANGE_SCHEMA if field.name in own])
+            writer.append("exchange", pa.Table.from_pandas(own, schema=outcome, preserve_index=False))
         writer.set_clock(clock)
         writer.close()
     return path

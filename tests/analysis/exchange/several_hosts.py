@@ -27,7 +27,7 @@ def main() -> None:
     distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     model = ToldModel()
     rank, size = distributed.get_rank(), distributed.get_world_size()
-    for name, options in (("default", {}), ("told not to", {"align_clocks": False}), ("fails", {})):
+    for name, options in (("default", {}), ("not aligned", {"align_clocks": False}), ("fails", {})):
         with (
             contextlib.suppress(ZeroDivisionError),
             observatory.watch(

@@ -77,9 +77,13 @@ def test_a_dump_of_the_real_recorder_is_read_without_its_sends() -> None:
 def test_gloo_s_entries_tell_the_start_and_no_duration() -> None:
     ahead_ns = 1_000_000_000_000_000_000
     index = RecorderIndex(dump().entries, unix_minus_monotonic_ns=ahead_ns)
-    told = ask(index, 1, [16, 32])
-    assert told.start_ns == dump().entries[0].time_created_ns - ahead_ns
-    assert (told.duration_ns, told.problem, told.final) == (None, "no duration: gloo did not time it", True)
+    outcome = ask(index, 1, [16, 32])
+    assert outcome.start_ns == dump().entries[0].time_created_ns - ahead_ns
+    assert (outcome.duration_ns, outcome.problem, outcome.final) == (
+        None,
+        "no duration: gloo did not time it",
+        True,
+    )
     in_flight = ask(index, 8, [16, 32])
     assert in_flight.problem == "no duration: it was not over when the recorder was read"
     assert not in_flight.final
@@ -88,8 +92,8 @@ def test_gloo_s_entries_tell_the_start_and_no_duration() -> None:
 
 def test_nccl_s_entries_are_numbered_otherwise_and_tell_the_duration() -> None:
     index = RecorderIndex(dump(nccl).entries)
-    told = ask(index, 5, [8, 8], backend="nccl")
-    assert (told.duration_ns, told.problem) == (250_000, None)
+    outcome = ask(index, 5, [8, 8], backend="nccl")
+    assert (outcome.duration_ns, outcome.problem) == (250_000, None)
     untimed = RecorderIndex(entry.model_copy(update={"duration_ms": None}) for entry in dump(nccl).entries)
     assert ask(untimed, 5, [8, 8], backend="nccl").problem.endswith("set TORCH_NCCL_ENABLE_TIMING=1")
 
@@ -107,9 +111,9 @@ def test_nccl_s_entries_are_numbered_otherwise_and_tell_the_duration() -> None:
     ],
 )
 def test_what_does_not_belong_together_is_not_put_together(asked: dict[str, Any], problem: str) -> None:
-    told = ask(RecorderIndex(dump().entries, unix_minus_monotonic_ns=0), **asked)
-    assert problem in told.problem
-    assert (told.start_ns, told.duration_ns) == (None, None)
+    outcome = ask(RecorderIndex(dump().entries, unix_minus_monotonic_ns=0), **asked)
+    assert problem in outcome.problem
+    assert (outcome.start_ns, outcome.duration_ns) == (None, None)
 
 
 def test_sizes_are_compared_as_far_as_an_operation_tells_them() -> None:
@@ -220,10 +224,10 @@ def test_agreement_counts_what_differs_and_what_cannot_be() -> None:
     # within 20 us; a tenth apart; no duration; a start after the end
     durations = pd.array([90_000, 175_000, None, 100_000], "Int64")
     starts = pd.array([5_000, 7_000, 9_000, 101_000], "Int64")
-    told = pd.DataFrame(
+    outcome = pd.DataFrame(
         {"recorder_start_ns": starts, "recorder_duration_ns": durations}, index=base.index[mine]
     )
-    (own, other) = recorder_agreement(base.join(told)).itertuples()
+    (own, other) = recorder_agreement(base.join(outcome)).itertuples()
     assert (own.source_rank, own.exchanges, own.found, own.timed, own.outside, own.differ) == (
         0,
         4,
@@ -238,7 +242,7 @@ def test_agreement_counts_what_differs_and_what_cannot_be() -> None:
     assert own.recorder_duration_p50_s == pytest.approx(100e-6)
     assert own.difference_worst_s == pytest.approx(75e-6)
     assert (other.exchanges, other.found, other.timed, other.differ) == (4, 0, 0, 0)
-    on_device = recorder_agreement(base.join(told).assign(backend="nccl"))
+    on_device = recorder_agreement(base.join(outcome).assign(backend="nccl"))
     assert on_device["outside"].sum() == 0  # there the start of the row is the device's, not the host's
 
 

@@ -111,7 +111,7 @@ def test_a_program_of_one_s_own_is_aligned_without_asking_and_the_delay_is_found
 def test_who_says_no_gets_no_split_between_hosts_but_a_reason(watched: Path) -> None:
     if not ahead_s():
         pytest.skip("this kernel has one clock for all (time namespaces need Linux 5.6)")
-    run = observatory.open_run(watched / "told not to")
+    run = observatory.open_run(watched / "not aligned")
     assert [clock.method for clock in clocks_of(run)] == ["none"] * 4
     waits = run_waits(run)
     assert len(waits) == 4 * STEPS

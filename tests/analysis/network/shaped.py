@@ -167,8 +167,8 @@ def run_on_nodes(
                 )
             )
         for process in processes:
-            _, told = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-            assert process.returncode == 0, told.decode(errors="replace")[-2000:]
+            _, outcome = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+            assert process.returncode == 0, outcome.decode(errors="replace")[-2000:]
     finally:
         for process in processes:
             if process.poll() is None:

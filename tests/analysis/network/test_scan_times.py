@@ -58,9 +58,9 @@ def test_a_scan_shows_times_for_degrees_that_were_never_run(
 def test_times_over_links_between_pretended_nodes_say_so(
     make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = made_result(a_bus, (0, 0, 1, 1)).model_copy(update={"notes": (NODES_AS_STATED,)})
+    outcome = made_result(a_bus, (0, 0, 1, 1)).model_copy(update={"notes": (NODES_AS_STATED,)})
     bench, model = tmp_path / "bench.json", tmp_path / "fit.json"
-    bench.write_text(told.model_dump_json())
+    bench.write_text(outcome.model_dump_json())
     assert main(["fit", str(bench), "--out", str(model), "--bootstrap", "0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["notes"] == [NODES_AS_STATED]
     scan = ["scan", str(make_run()), "--ep", "4", "--gpus-per-node", "2", "--network", str(model)]
@@ -132,8 +132,8 @@ def test_matrices_that_are_not_what_the_run_exchanged_say_so(
     assert all(part in note for part, note in zip(said, found, strict=True))
     assert departures(run, ep=4) == [], "another degree is a what-if, and reads as one"
     elsewhere = placement is not None and [ranks[0] for ranks in placement] != [0, 1, 0, 1]
-    told = departures(run, ep=2, placement="round-robin")
-    assert any("on other ranks than placement round-robin" in note for note in told) == elsewhere
+    outcome = departures(run, ep=2, placement="round-robin")
+    assert any("on other ranks than placement round-robin" in note for note in outcome) == elsewhere
 
 
 def test_experts_are_where_the_run_had_them_at_its_own_degree(make_run: MakeRun) -> None:

@@ -23,7 +23,7 @@ def one_way_plan(us_per_byte: float, seed: int = 0) -> BenchPlan:
     nodes.
 
     What crosses takes the link 16 to 64 ms, which is long beside scheduling; what crosses and what stays is
-    drawn separately, so that the two can be told apart. Nothing goes back: gloo announces receive buffers
+    drawn separately, so that the two can be distinguished. Nothing goes back: gloo announces receive buffers
     against the stream, which puts them at the end of the queue.
     """
     generator = np.random.default_rng(seed)

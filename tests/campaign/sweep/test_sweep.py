@@ -62,9 +62,9 @@ def _joules(mhz: float) -> float:
 
 @needs_driver
 def test_without_apply_nothing_is_touched_and_the_plan_is_told(tmp_path: Path) -> None:
-    told = _sweep(tmp_path, "--clocks", "600,1200", "--repeats", "2")
-    assert told.returncode == 0
-    assert "6 measurements" in told.stderr
+    outcome = _sweep(tmp_path, "--clocks", "600,1200", "--repeats", "2")
+    assert outcome.returncode == 0
+    assert "6 measurements" in outcome.stderr
     assert FakeDriver(tmp_path / "driver").changes() == []
     assert not (tmp_path / "sweep.json").exists()
 
@@ -95,12 +95,12 @@ def _play(folder: Path, *statements: str) -> None:
 @needs_driver
 def test_the_plan_says_whether_clocks_may_be_locked_and_sets_nothing(tmp_path: Path) -> None:
     able = has_admin_capability()
-    told = _sweep(tmp_path, "--clocks", "603", "--limits", "300")
-    assert ("may be locked: 119 clocks" in told.stderr) == bool(able)
-    assert "locked to 600 MHz, limited to 300 W" in told.stderr  # snapped, as it would be
-    assert ("--lock-gpu-clocks=600,600" in told.stdout) != bool(able)
-    told = _sweep(tmp_path, "--clocks", "600,900", "--wrapper", "sudo site {uuid} {clock_mhz}", "--json")
-    document = json.loads(told.stdout)
+    outcome = _sweep(tmp_path, "--clocks", "603", "--limits", "300")
+    assert ("may be locked: 119 clocks" in outcome.stderr) == bool(able)
+    assert "locked to 600 MHz, limited to 300 W" in outcome.stderr  # snapped, as it would be
+    assert ("--lock-gpu-clocks=600,600" in outcome.stdout) != bool(able)
+    outcome = _sweep(tmp_path, "--clocks", "600,900", "--wrapper", "sudo site {uuid} {clock_mhz}", "--json")
+    document = json.loads(outcome.stdout)
     assert document["clocks_mhz"] == [600, 900]
     assert f"sudo site {UUID} 900" in document["commands"]["clocks with the site's wrapper"]
     for statement, words in (
@@ -108,10 +108,10 @@ def test_the_plan_says_whether_clocks_may_be_locked_and_sets_nothing(tmp_path: P
         ("driver.set(mig=0); driver.processes([1])", "used by"),
     ):
         _play(tmp_path, statement)
-        told = _sweep(tmp_path, "--clocks", "600")
-        assert "clocks: refused: " in told.stderr
-        assert words in told.stderr
-        assert told.stdout == ""
+        outcome = _sweep(tmp_path, "--clocks", "600")
+        assert "clocks: refused: " in outcome.stderr
+        assert words in outcome.stderr
+        assert outcome.stdout == ""
     assert FakeDriver(tmp_path / "driver").changes() == []
 
 
@@ -122,13 +122,13 @@ def test_a_driver_that_refuses_does_so_before_anything_runs_and_every_clock_is_t
     kept.parent.mkdir()
     kept.touch()
     ran = tmp_path / "ran"
-    told = _run(
+    outcome = _run(
         tmp_path, "clocks", "sweep", "--device", UUID, "--out", str(tmp_path / "sweep.json"), "--clocks",
         "600,900,1200", "--repeats", "2", "--apply", "--force", "--", "touch", str(ran),
     )  # fmt: skip
-    assert told.returncode == 1
-    assert "is not permitted (NVML 4" in told.stderr
-    assert "now: 345 MHz; 75 W; power limit 700 W" in told.stderr
+    assert outcome.returncode == 1
+    assert "is not permitted (NVML 4" in outcome.stderr
+    assert "now: 345 MHz; 75 W; power limit 700 W" in outcome.stderr
     assert not ran.exists()
     assert kept.exists()
     for mhz in (600, 900, 1200):
@@ -137,8 +137,10 @@ def test_a_driver_that_refuses_does_so_before_anything_runs_and_every_clock_is_t
             "srun --gpu-freq={0},",
             "min_clock_mhz={0}&max_clock_mhz={0}",
         ):
-            assert way.format(mhz) in told.stdout
-        assert f"--set-outside --clocks {mhz} --out {tmp_path}/sweep-{mhz}.json -- touch {ran}" in told.stdout
+            assert way.format(mhz) in outcome.stdout
+        assert (
+            f"--set-outside --clocks {mhz} --out {tmp_path}/sweep-{mhz}.json -- touch {ran}" in outcome.stdout
+        )
     changes = FakeDriver(tmp_path / "driver").changes()
     assert [(change.what, change.code) for change in changes] == [("lock", 4)]
     assert list((tmp_path / "leases").glob("*.json")) == []
@@ -150,38 +152,38 @@ def test_clocks_set_outside_are_fitted_together_like_an_own_sweep(tmp_path: Path
     for mhz in (0, 480, 600, 720, 900, 1350):
         _play(tmp_path, f"lock({mhz})")
         files.append(str(tmp_path / f"{mhz}.json"))
-        told = _run(
+        outcome = _run(
             tmp_path, "clocks", "sweep", "--device", UUID, "--out", files[-1], "--set-outside", "--clocks",
             str(mhz or "none"), "--cool-s", "0", "--repeats", "1", "--window-s", "1.5", "--settle-s", "0.3",
             "--", sys.executable, "-m", "tests.campaign.sweep.iterating",
         )  # fmt: skip
-        assert told.returncode == 0, told.stderr
+        assert outcome.returncode == 0, outcome.stderr
         (point,) = load_sweep(files[-1]).series[0].points
         assert (point.label, point.requested_sm_clock_mhz) == ("ok", mhz or None)
     pid_of_locks = {change.pid for change in FakeDriver(tmp_path / "driver").changes()}
     assert len(pid_of_locks) == 6  # this test's own: no sweep has set anything
-    told = _run(tmp_path, "clocks", "fit", *files, "--out", str(tmp_path / "model.json"))
-    assert told.returncode == 0, told.stderr
+    outcome = _run(tmp_path, "clocks", "fit", *files, "--out", str(tmp_path / "model.json"))
+    assert outcome.returncode == 0, outcome.stderr
     (series,) = json.loads((tmp_path / "model.json").read_text())["series"]
     assert series["clocks"] == 6
     assert (series["reference"]["how"], series["reference"]["sm_clock_mhz"]) == ("unlocked", 1830)
     # 1830 MHz * 4 ms / 10 ms, as it stands at the top of fake_nvml.c.
     assert series["critical"]["mhz"] == pytest.approx(732, rel=0.03)
-    told = _run(tmp_path, "clocks", "recommend", str(tmp_path / "model.json"), "--json")
-    (advice,) = json.loads(told.stdout)["series"]
+    outcome = _run(tmp_path, "clocks", "recommend", str(tmp_path / "model.json"), "--json")
+    (advice,) = json.loads(outcome.stdout)["series"]
     assert 700 <= advice["choice"]["sm_clock_mhz"] <= 830
     joules = {mhz: _joules(mhz) for mhz in (1830, advice["choice"]["sm_clock_mhz"])}
     saving = 1 - joules[advice["choice"]["sm_clock_mhz"]] / joules[1830]
     assert advice["choice"]["saving"]["value"] == pytest.approx(saving, abs=0.04)
     # What was said and what is: the sampled clock decides.
-    told = _run(
+    outcome = _run(
         tmp_path, "clocks", "sweep", "--device", UUID, "--out", str(tmp_path / "wrong.json"), "--set-outside",
         "--clocks", "600", "--cool-s", "0", "--repeats", "1", "--window-s", "0.5", "--settle-s", "0.1", "--",
         sys.executable, "-m", "tests.campaign.sweep.iterating",
     )  # fmt: skip
     (point,) = load_sweep(tmp_path / "wrong.json").series[0].points
     assert (point.label, point.sm_clock_mhz) == ("clamped", 1350)
-    assert "600 said to be set outside" in told.stderr
+    assert "600 said to be set outside" in outcome.stderr
 
 
 @needs_driver
@@ -192,9 +194,9 @@ def test_what_cannot_have_been_set_outside_is_refused(tmp_path: Path) -> None:
         (("--clocks", "600", "--apply"), "give one of them"),
         (("--clocks", "none", "--limits", "300"), "700 W are in force"),
     ):
-        told = _sweep(tmp_path, "--set-outside", *options)
-        assert told.returncode == 1
-        assert said in told.stderr
+        outcome = _sweep(tmp_path, "--set-outside", *options)
+        assert outcome.returncode == 1
+        assert said in outcome.stderr
     assert not (tmp_path / "sweep.run").exists()
     assert FakeDriver(tmp_path / "driver").changes() == []
 
@@ -203,11 +205,11 @@ def test_what_cannot_have_been_set_outside_is_refused(tmp_path: Path) -> None:
 def test_points_slowed_by_heat_are_labelled_left_out_and_named_in_the_advice(tmp_path: Path) -> None:
     # Above some 1000 MHz the chip gets too hot, within a fraction of a second.
     _play(tmp_path, "driver.set(ambient_c=60, tau_s=0.05, temperature_limit_c=76)")
-    told = _sweep(
+    outcome = _sweep(
         tmp_path, "--clocks", "480,600,720,900,1695", "--repeats", "1", "--window-s", "1", "--settle-s",
         "0.5", "--apply",
     )  # fmt: skip
-    assert told.returncode == 0, told.stderr
+    assert outcome.returncode == 0, outcome.stderr
     labels = {
         point.requested_sm_clock_mhz: point.label
         for point in load_sweep(tmp_path / "sweep.json").series[0].points
@@ -219,20 +221,20 @@ def test_points_slowed_by_heat_are_labelled_left_out_and_named_in_the_advice(tmp
     model = json.loads((tmp_path / "model.json").read_text())["series"][0]
     assert model["points"] == 4
     assert model["reference"]["how"] == "highest clock"
-    told = _run(tmp_path, "clocks", "recommend", str(tmp_path / "model.json"))
-    assert "held the clock at 2 points (unlocked, at the lock of 1695 MHz)" in told.stdout
-    assert "the advice holds for the other clocks only" in told.stdout
-    assert "900 MHz of the highest clock measured" in told.stdout
-    assert "clamped without a word" not in told.stdout
+    outcome = _run(tmp_path, "clocks", "recommend", str(tmp_path / "model.json"))
+    assert "held the clock at 2 points (unlocked, at the lock of 1695 MHz)" in outcome.stdout
+    assert "the advice holds for the other clocks only" in outcome.stdout
+    assert "900 MHz of the highest clock measured" in outcome.stdout
+    assert "clamped without a word" not in outcome.stdout
 
 
 @needs_driver
 def test_a_sweep_finds_time_energy_clamp_and_cap_and_leaves_nothing_locked(tmp_path: Path) -> None:
-    told = _sweep(
+    outcome = _sweep(
         tmp_path, "--clocks", "600,1200,1980", "--limits", "250", "--repeats", "1", "--window-s", "2.5",
         "--settle-s", "1", "--apply",
     )  # fmt: skip
-    assert told.returncode == 0, told.stderr
+    assert outcome.returncode == 0, outcome.stderr
     document = json.loads((tmp_path / "sweep.json").read_text())
     (series,) = document["series"]
     points = {
@@ -310,8 +312,8 @@ def test_a_killed_sweep_is_unlocked_and_can_be_recovered_and_no_other_runs_besid
     journal = tmp_path / "sweep.points.jsonl"
     with journal.open("a") as handle:
         handle.write('{"order": 99, "cut o')
-    told = _run(tmp_path, "clocks", "recover", str(journal), "--out", str(tmp_path / "kept.json"))
-    assert told.returncode == 0, told.stderr
+    outcome = _run(tmp_path, "clocks", "recover", str(journal), "--out", str(tmp_path / "kept.json"))
+    assert outcome.returncode == 0, outcome.stderr
     sweep = load_sweep(tmp_path / "kept.json")
     assert len(sweep.series[0].points) >= 6
     assert any("was killed" in note for note in sweep.notes)
@@ -322,7 +324,7 @@ def test_a_killed_sweep_is_unlocked_and_can_be_recovered_and_no_other_runs_besid
 @needs_driver
 def test_a_program_that_rests_ends_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
-    # A script and what it has started: both are stopped, and neither is told of the end by a signal.
+    # A script and what it has started: both are stopped, and neither gets a signal at the end.
     program = f"echo $$ > {pids}; while :; do sleep 0.05; echo; done & echo $! >> {pids}; echo; wait"
     driver = FakeDriver(tmp_path / "driver")
     process = subprocess.Popen(
@@ -347,12 +349,12 @@ def test_a_program_that_rests_ends_with_a_sweep_that_is_killed(tmp_path: Path) -
 
 @needs_driver
 def test_a_program_that_ends_at_once_leaves_nothing_in_the_way_of_the_next_try(tmp_path: Path) -> None:
-    told = _run(
+    outcome = _run(
         tmp_path, "clocks", "sweep", "--device", UUID, "--out", str(tmp_path / "sweep.json"), "--clocks",
         "600", "--window-s", "0.5", "--settle-s", "0.1", "--apply", "--", "sh", "-c", "echo; exit 3",
     )  # fmt: skip
-    assert told.returncode == 1
-    assert "ended with exit code 3 before the sweep was over" in told.stderr
+    assert outcome.returncode == 1
+    assert "ended with exit code 3 before the sweep was over" in outcome.stderr
     assert [path.name for path in tmp_path.glob("sweep*")] == []
     assert _unlocked(tmp_path)
 
@@ -385,9 +387,9 @@ def test_what_cannot_be_set_is_refused_before_anything_is_measured_or_replaced(t
         (("--clocks", "600", "--limits", "5000"), "5000 W is no power limit"),
         (("--clocks", "90000"), "is no SM clock"),
     ):
-        told = _sweep(tmp_path, *options, "--apply")
-        assert told.returncode == 1
-        assert said in told.stderr
+        outcome = _sweep(tmp_path, *options, "--apply")
+        assert outcome.returncode == 1
+        assert said in outcome.stderr
         assert not (tmp_path / "sweep.run").exists()
     assert FakeDriver(tmp_path / "driver").changes() == []
 

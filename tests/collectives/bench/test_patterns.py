@@ -73,8 +73,8 @@ def test_a_replay_sends_every_matrix_both_ways_beside_its_even_twin() -> None:
         role="dispatch",
     )
     plan = replay_plan([dispatch], algorithms=["flat"], run_id="r")
-    told = [(item.pattern, item.role, item.send_bytes_PP) for item in plan.traffic]
-    assert told == [
+    outcome = [(item.pattern, item.role, item.send_bytes_PP) for item in plan.traffic]
+    assert outcome == [
         ("captured", "dispatch", ((0, 80), (40, 20))),
         ("uniform", "dispatch", ((40, 40), (40, 20))),
         ("uniform", "combine", ((40, 40), (40, 20))),

@@ -34,18 +34,18 @@ def clock(offset_ns: int | None, uncertainty_ns: int | None = 0) -> TimeBaseAlig
 
 def test_waiting_is_counted_on_the_reference_clock() -> None:
     # Rank 1's clock is 1000 ns behind: it starts at 1500 there, 500 ns after rank 0, and ends last at 3500.
-    told = [
+    outcome = [
         rank_times([[(1000, 3000)]], clock(0)),
         rank_times([[(500, 2500)]], clock(1000)),
     ]
-    found = case_times(told, 0, iterations=2)
+    found = case_times(outcome, 0, iterations=2)
     assert found.rank_us_RP == ((1.0, 1.0),)
     assert found.wait_us_RP == ((0.25, 0.0),)
 
 
 def test_without_a_common_clock_no_waiting_is_known() -> None:
-    told = [rank_times([[(1000, 3000)]], clock(0)), rank_times([[(500, 2500)]], clock(None))]
-    found = case_times(told, 0, iterations=1)
+    outcome = [rank_times([[(1000, 3000)]], clock(0)), rank_times([[(500, 2500)]], clock(None))]
+    found = case_times(outcome, 0, iterations=1)
     assert found.rank_us_RP == ((2.0, 2.0),)
     assert found.wait_us_RP is None
 

@@ -271,9 +271,9 @@ def overlapped_compiled(me: Rank) -> None:
 
 
 @case
-def told(me: Rank) -> None:
+def outcome(me: Rank) -> None:
     """Phases that the caller says, and roles that the program says."""
-    with me.watch("told") as watch:
+    with me.watch("outcome") as watch:
         with watch.phase("decode"):
             dist.all_to_all_single(torch.empty(6, 2), rows(me))
         with labelled(Label(role="combine", layer=7, algorithm="flat", backward=True)):

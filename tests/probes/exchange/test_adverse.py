@@ -43,8 +43,10 @@ def rows(opened: Callable[[str], Run]) -> Rows:
 @pytest.fixture
 def facts(ranks: Path) -> Callable[[str], list[Any]]:
     """What every rank said about a case."""
-    told = [json.loads((ranks / f"facts-{rank}.json").read_text(encoding="utf-8")) for rank in range(WORLD)]
-    return lambda name: [of_rank[name] for of_rank in told]
+    outcome = [
+        json.loads((ranks / f"facts-{rank}.json").read_text(encoding="utf-8")) for rank in range(WORLD)
+    ]
+    return lambda name: [of_rank[name] for of_rank in outcome]
 
 
 FORWARD = ["other", "dispatch", "other", "combine"]

@@ -236,8 +236,8 @@ def test_events_are_placed_on_the_host_s_clock_by_the_anchor_before_them() -> No
     device, anchors = torch.device("cuda", 0), Anchors()
     kept: Any = anchors._anchors
     kept[device] = [(FakeEvent(10.0), 1_000_000), (FakeEvent(20.0), 12_000_000), (FakeEvent(90.0, False), 0)]
-    told = [anchors.host_ns(FakeEvent(ms), device) for ms in (21.5, 20.0, 12.0, 9.0)]  # type: ignore[arg-type]
-    assert told == [13_500_000, 12_000_000, 3_000_000, 0]
+    outcome = [anchors.host_ns(FakeEvent(ms), device) for ms in (21.5, 20.0, 12.0, 9.0)]  # type: ignore[arg-type]
+    assert outcome == [13_500_000, 12_000_000, 3_000_000, 0]
     assert anchors.host_ns(FakeEvent(5.0, reached=False), device) is None  # type: ignore[arg-type]
 
 

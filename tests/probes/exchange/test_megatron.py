@@ -40,10 +40,10 @@ class Trained:
         self.run: Run = observatory.open_run(out / name)
         self.world, self.ep = WORLD_OF[name], EP_OF[name]
         self.tokens = [2 * (5 + (0 if name in EVEN else rank)) for rank in range(self.world)]
-        told = [
+        outcome = [
             json.loads((out / f"facts-{rank}.json").read_text(encoding="utf-8")) for rank in range(self.world)
         ]
-        self.facts: list[dict[str, Any]] = [of_rank[name] for of_rank in told]
+        self.facts: list[dict[str, Any]] = [of_rank[name] for of_rank in outcome]
 
     def splits(self, step: int, layer: int, rank: int) -> tuple[list[int], list[int]]:
         """Rows to and from each member of the rank's group, as its dispatcher says."""

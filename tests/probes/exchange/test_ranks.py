@@ -42,8 +42,8 @@ def rows(opened: Callable[[str], Run]) -> Rows:
 @pytest.fixture
 def facts(ranks: Path) -> Callable[[str], list[Any]]:
     """What every rank that lived said about a case."""
-    told = [json.loads((ranks / f"facts-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
-    return lambda name: [of_rank[name] for of_rank in told]
+    outcome = [json.loads((ranks / f"facts-{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    return lambda name: [of_rank[name] for of_rank in outcome]
 
 
 def lists(frame: pd.DataFrame, column: str) -> list[list[int]]:
@@ -169,13 +169,13 @@ def test_a_layer_that_computes_while_its_halves_travel_is_understood(
 
 
 def test_what_the_program_says_is_believed(opened: Callable[[str], Run]) -> None:
-    frame = opened("told").exchanges()
+    frame = opened("outcome").exchanges()
     mine = frame[frame.source_rank == 1].set_index("start_ns").sort_index()
     assert mine.phase.tolist() == ["unknown", "decode", "train_backward"]
     assert mine.role.tolist() == ["dispatch", "other", "combine"]
     assert mine.algorithm.tolist() == ["flat", "all_to_all_single", "flat"]
     assert mine.backend.tolist() == ["mpi", "gloo", "gloo"]
-    spans = opened("told").spans()
+    spans = opened("outcome").spans()
     assert spans[spans.source_rank == 1][["name", "layer"]].to_numpy().tolist() == [["pack", 7]]
 
 

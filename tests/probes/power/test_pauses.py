@@ -31,7 +31,7 @@ PART_TIME = SensorModel(update_ms=100.0, window_ms=25.0)
 
 
 def _next_update_ns() -> int:
-    """When the device renews its readings; its counter is still told."""
+    """When the device renews its readings; its counter is still read."""
     import pynvml
 
     pynvml.nvmlInit()
@@ -135,10 +135,10 @@ def test_a_run_whose_steps_lock_to_the_sensor_is_flagged_and_with_pauses_it_is_r
 
     truth = evenly(cured, tmp_path / "b")
     phase, alias, run = _measured(tmp_path / "b")
-    told = run.manifest.config["power_shifts"]
-    assert told["pauses"] >= 1, (told, truth)
-    assert told["error_without"] > 0.25
-    assert told["paused_s"] < 0.02 * 10
+    outcome = run.manifest.config["power_shifts"]
+    assert outcome["pauses"] >= 1, (outcome, truth)
+    assert outcome["error_without"] > 0.25
+    assert outcome["paused_s"] < 0.02 * 10
     # Sleeps of a busy machine make steps jitter; how exact the cure is, is tested on a played clock below.
     cured_off = phase["power_mw"] / 1e3 / truth["mean_w"] - 1
     assert abs(cured_off) < 0.12

@@ -1,4 +1,4 @@
-"""Which device each rank computes on: told by name, kept in the run, and used for energy per rank."""
+"""Which device each rank computes on: given by name, kept in the run, and used for energy per rank."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def two_devices(driver: FakeDriver) -> dict[str, Any]:
 
 @needs_driver
 def test_two_ranks_of_a_profile_have_the_energy_of_the_devices_that_they_name(tmp_path: Path) -> None:
-    told = play(two_devices, tmp_path)
-    assert told["code"] == 0, told["errors"]
-    run = open_run(told["run"])
+    outcome = play(two_devices, tmp_path)
+    assert outcome["code"] == 0, outcome["errors"]
+    run = open_run(outcome["run"])
     assert [status.power and status.power.own_devices for status in run.manifest.ranks] == [
         (UUIDS[1],),
         (UUIDS[0],),
@@ -55,11 +55,11 @@ def test_two_ranks_of_a_profile_have_the_energy_of_the_devices_that_they_name(tm
     summary = energy_summary(run)
     devices = summary.devices.set_index("device_uuid")
     # The devices were named crosswise: rank 0 has the second one, which draws less.
-    for rank, (uuid, watts) in enumerate(zip(reversed(UUIDS), reversed(told["watts"]), strict=True)):
+    for rank, (uuid, watts) in enumerate(zip(reversed(UUIDS), reversed(outcome["watts"]), strict=True)):
         assert devices.loc[uuid, "source_rank"] == rank
         assert devices.loc[uuid, "power_mw"] == pytest.approx(watts * 1e3, rel=0.05)
     assert summary.tokens["mj_per_token"].notna().all(), summary.tokens["reason"].tolist()
-    assert told["watts"][1] < 0.8 * told["watts"][0]
+    assert outcome["watts"][1] < 0.8 * outcome["watts"][0]
     assert summary.tokens["tokens"].tolist() == [300 * 2 * 32] * 2
     assert summary.totals["tokens"].tolist() == [2 * 300 * 2 * 32]
 
@@ -74,9 +74,9 @@ def one_device(driver: FakeDriver) -> dict[str, Any]:
 
 @needs_driver
 def test_a_gpu_that_several_ranks_see_is_sampled_by_one_of_them(tmp_path: Path) -> None:
-    told = play(one_device, tmp_path)
-    assert told["code"] == 0, told["errors"]
-    run = open_run(told["run"])
+    outcome = play(one_device, tmp_path)
+    assert outcome["code"] == 0, outcome["errors"]
+    run = open_run(outcome["run"])
     assert run.power()["source_rank"].nunique() == 1
     samplers = [len(status.power.sampled) for status in run.manifest.ranks if status.power is not None]
     assert sorted(samplers) == [0, 1]
@@ -136,9 +136,9 @@ def another_device(_driver: FakeDriver) -> dict[str, Any]:
 
 @needs_driver
 def test_a_name_that_is_not_the_device_which_torch_tells_is_refused(tmp_path: Path) -> None:
-    told = play(another_device, tmp_path)
-    assert f"names {UUIDS[0]}, but the model of this rank is on {UUIDS[1]}" in told["error"]
-    assert told["state"] == "failed"
+    outcome = play(another_device, tmp_path)
+    assert f"names {UUIDS[0]}, but the model of this rank is on {UUIDS[1]}" in outcome["error"]
+    assert outcome["state"] == "failed"
 
 
 def a_partitioned_neighbour(driver: FakeDriver) -> dict[str, Any]:
@@ -151,9 +151,9 @@ def a_partitioned_neighbour(driver: FakeDriver) -> dict[str, Any]:
 
 @needs_driver
 def test_gpus_that_are_left_out_are_named_in_the_run(tmp_path: Path) -> None:
-    told = play(a_partitioned_neighbour, tmp_path)
-    assert told["code"] == 0
-    run = open_run(told["run"])
+    outcome = play(a_partitioned_neighbour, tmp_path)
+    assert outcome["code"] == 0
+    run = open_run(outcome["run"])
     power = run.manifest.ranks[0].power
     assert power is not None
     assert [device.uuid for device in power.sampled] == [UUIDS[1]]

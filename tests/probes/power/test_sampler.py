@@ -99,8 +99,8 @@ def test_samples_follow_the_load_and_the_lock_and_the_process_ends(run: Path, dr
         time.sleep(1.0)
         driver.set(busy=0)
         time.sleep(0.6)
-        told = sampler.stop()
-        assert told.notes == () and told.cost.samples >= 4, told
+        outcome = sampler.stop()
+        assert outcome.notes == () and outcome.cost.samples >= 4, outcome
         """,
     )
     pid = int(owner.stdout.readline()) if owner.stdout else 0
@@ -168,8 +168,8 @@ def test_a_lost_gpu_ends_its_own_rows_and_the_other_goes_on(run: Path, driver: F
         time.sleep(0.7)
         driver.set(lost=1)
         time.sleep(0.9)
-        told = sampler.stop()
-        assert len(told.notes) == 1 and "was lost" in told.notes[0], told
+        outcome = sampler.stop()
+        assert len(outcome.notes) == 1 and "was lost" in outcome.notes[0], outcome
         """,
         selectors=(UUID, SECOND),
     )
@@ -192,8 +192,8 @@ def test_calibration_finds_the_update_period_of_counter_and_sensor(run: Path, dr
         run,
         driver,
         """
-        told = sampler.stop()
-        found = told.calibration[told.sampled[0].uuid]
+        outcome = sampler.stop()
+        found = outcome.calibration[outcome.sampled[0].uuid]
         counter = found.fields["energy_mj"]
         assert 80 < counter.update_period_ms < 130, found
         assert found.idle_power_mw == 75000, found

@@ -103,7 +103,7 @@ def train(model: Layers, rank: int, watch: Any = None, *, even: bool = False) ->
     Args:
         model: the layers.
         rank: this rank; it has as many more tokens.
-        watch: told about steps.
+        watch: notified of steps.
         even: all ranks have as many tokens, as a gather needs.
     """
     seen = []

@@ -1,4 +1,4 @@
-"""Phases are told or known from the cache, never guessed."""
+"""Phases are stated or derived from the cache, never guessed."""
 
 from __future__ import annotations
 

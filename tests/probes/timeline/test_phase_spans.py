@@ -35,5 +35,5 @@ def steps_inside_a_phase(_driver: FakeDriver) -> dict[str, Any]:
 
 @needs_driver
 def test_a_step_that_ends_inside_its_phase_leaves_no_stretch_of_a_next_one(tmp_path: Path) -> None:
-    told = play(steps_inside_a_phase, tmp_path)
-    assert told == {"prefill": [0, 1, 2], "decode": [3, 4, 5], "train_backward": [6]}
+    outcome = play(steps_inside_a_phase, tmp_path)
+    assert outcome == {"prefill": [0, 1, 2], "decode": [3, 4, 5], "train_backward": [6]}
