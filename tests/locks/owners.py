@@ -88,7 +88,9 @@ class Owner:
     def acquire(self, duration_s: float = 60.0) -> int:
         """Acquire a lease; its watchdog's process id."""
         return int(
-            self.ask(f"held = ClockLease.acquire(UUID, duration_s={duration_s})\ntold = held._watchdog.pid")
+            self.ask(
+                f"held = ClockLease.acquire(UUID, duration_s={duration_s})\noutcome = held._watchdog.pid"
+            )
         )
 
     def hold_short(self, *calls: str) -> None:

@@ -220,7 +220,7 @@ def test_a_fork_does_not_keep_its_parents_guard(host: Host) -> None:
     """As a loader's worker that is forked while another thread changes a clock."""
     with owners(host, 2) as (a, b):
         a.acquire()
-        fork = "pid = os.fork()\nif not pid: time.sleep(300); os._exit(0)\ntold = pid"
+        fork = "pid = os.fork()\nif not pid: time.sleep(300); os._exit(0)\noutcome = pid"
         child = int(a.ask(f"guard = locking.guarded(held._path); guard.__enter__()\n{fork}"))
         try:
             a.kill()
