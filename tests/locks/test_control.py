@@ -178,10 +178,10 @@ def refusing_scene(driver: FakeDriver) -> dict[str, Any]:
     driver.fail("nvmlDeviceGetMigMode", 3)
     outcome["no mig"] = refusal()
     driver.fail("nvmlDeviceGetMigMode", 4)
-    outcome["untold mig"] = refusal()
+    outcome["unknown mig"] = refusal()
     driver.fail("nvmlDeviceGetMigMode", 0)
     driver.fail("nvmlDeviceGetComputeRunningProcesses_v3", 4)
-    outcome["untold users"] = refusal()
+    outcome["unknown users"] = refusal()
     outcome["changes"] = len(driver.changes())
     with ClockControl(UUID) as control:
         control.unlock()  # who may not lock may still undo
@@ -202,8 +202,8 @@ def test_a_partitioned_or_shared_gpu_is_refused_without_asking_for_anything(tmp_
     assert outcome["ended child"]["code"] == LockCode.SHARED
     assert outcome["mig"]["code"] == LockCode.PARTITIONED
     assert outcome["no mig"] is None
-    assert outcome["untold mig"]["code"] == LockCode.PARTITIONS_UNKNOWN
-    assert outcome["untold users"]["code"] == LockCode.USERS_UNKNOWN
+    assert outcome["unknown mig"]["code"] == LockCode.PARTITIONS_UNKNOWN
+    assert outcome["unknown users"]["code"] == LockCode.USERS_UNKNOWN
     assert outcome["changes"] == 0
 
 
