@@ -32,7 +32,7 @@ def check_job(job: ProfileJob) -> None:
     """Refuse a profile that cannot be, on every rank with the same words.
 
     Raises:
-        ModelError, DataError: as of :func:`check_model`, or the model has no experts.
+        ModelError, DataError: as of :func:`check_model`.
         PlacementError: the experts do not fit the ranks.
     """
     try:
@@ -43,9 +43,9 @@ def check_job(job: ProfileJob) -> None:
             data=job.data,
             positions=job.positions,
             lower="--sequence-length or --steps",
+            moe=True,
         )
         if config is not None:
-            check_moe(config, job.model)
             _check_experts(config, job)
     except ObservatoryError as error:
         raise alike(error) from None
@@ -59,6 +59,7 @@ def check_model(
     data: str = "mock",
     positions: int = 0,
     lower: str = "",
+    moe: bool = False,
 ) -> dict[str, Any] | None:
     """Refuse a model that cannot be run.
 
@@ -69,24 +70,27 @@ def check_model(
         data: what it is fed, as of :func:`observatory.zoo.data.load_token_ids`.
         positions: tokens of its longest sequence.
         lower: options that lower them, for the message.
+        moe: it must have experts.
 
     Returns:
         The configuration; None of a hub id.
 
     Raises:
-        ModelError: a library, the model, its weights or positions are missing, or the installed torch has no
-            such device.
+        ModelError: a library, the model, its weights, positions or experts are missing, or the installed
+            torch has no such device.
         DataError: the data are missing, or text is given for a model without a tokenizer.
     """
     check_libraries()
     check_dtype(dtype)
     directory = find_checkpoint(name)
     _check_device(device)
+    config = None if directory is None else read_config(directory, name)
+    if moe and config is not None:
+        _check_moe(config, name)
     can_read = directory is None or name in BUNDLED_NAMES or has_tokenizer(directory)
     check_data(data, has_tokenizer=can_read)
-    if directory is None:
+    if directory is None or config is None:
         return None
-    config = read_config(directory, name)
     text = config.get("text_config")
     of_text = text if isinstance(text, dict) else config
     check_length(of_text.get("max_position_embeddings"), positions, lower=lower)
@@ -124,7 +128,7 @@ def check_length(limit: object, positions: int, *, lower: str) -> None:
         )
 
 
-def check_moe(config: dict[str, Any], name: str) -> None:
+def _check_moe(config: dict[str, Any], name: str) -> None:
     """Raise ModelError where a configuration shows no experts."""
     if not any(value for key, value in _entries(config) if "expert" in key or "moe" in key):
         raise ModelError(

@@ -161,11 +161,9 @@ def _device_tables(devices: list[DeviceStatus]) -> list[Table]:
 
 def _layers(model: str, *, verify: bool) -> tuple[list[dict[str, Any]], str | None]:
     """The MoE layers of a model, and why it is refused when it was verified."""
-    from observatory.campaign.preflight import check_model, check_moe
+    from observatory.campaign.preflight import check_model
 
-    config = check_model(model)
-    if config is not None:
-        check_moe(config, model)
+    check_model(model, moe=True)
     from observatory.probes.routing.discover import find_sites  # loads torch
     from observatory.zoo.models import load_model
 
