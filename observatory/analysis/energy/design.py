@@ -5,14 +5,23 @@ Shapes: N observations, J phases, Q trial shifts.
 An observation describes another time than its window states. Three numbers describe that for a whole run: the
 ``lag`` of all observations, its ``drift`` over the run, and the ``smear``: a board's capacitors pass power on
 with a time constant of milliseconds, so that an observation holds a little of what was before it.
+
+All shifts that explain the observations count, not only the best. The sum of squared residuals at the best
+powers is a function of (lag, drift, smear). It may have many valleys: steps that repeat exactly look much the
+same a step later, or earlier, or with time reversed. So the whole range is searched, every valley is followed
+down, and every trial that is not significantly above the least is plausible. Of these the region's edges are
+looked for: if plausible trials give different powers, or one of them cannot separate the phases, the powers
+are not known.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy import special
 
 from observatory.analysis.energy.observations import Observations
 from observatory.analysis.energy.timeline import Timeline
@@ -27,6 +36,20 @@ _CHUNK_ROWS = 200_000
 #: An exponential smear is taken as the mean of so many delays, each as likely.
 _DELAYS = 8
 _DELAY_D = -np.log(1 - (np.arange(_DELAYS) + 0.5) / _DELAYS)
+#: A trial step is a third of a typical phase, within these.
+_FINEST_NS, _COARSEST_NS = 0.7e6, 4e6
+#: Observations that are searched: fewer when there are many trials.
+_MOST_ROWS, _FEWEST_SEARCHED, _MOST_SEARCHED = 3_000_000, 300, 2000
+_VALLEYS, _ROUNDS, _FINER = 24, 5, 0.3
+#: Time constants of the smear that are tried; in how many valleys; in how many rounds they are refined.
+_SMEARS_NS, _SMEARED_VALLEYS, _SMEAR_ROUNDS = np.array([0.7, 1.5, 3.0, 6.0, 12.0]) * 1e6, 6, 4
+#: How often the plausible region is followed outwards, with steps that become finer.
+_OUTWARDS = 5
+#: A trial is implausible at this level of chi-squared with three parameters, for all of the grid together:
+#: the least of many trials is low by chance.
+_IMPLAUSIBLE = 0.01
+#: Part of the moments' own error that all of a run may share.
+_SHARED = 0.4
 
 
 class Shift(NamedTuple):
@@ -48,23 +71,25 @@ class Design:
     """Seconds of each phase in each observation.
 
     Attributes:
-        seen: the observations.
+        observed: the observations.
         names: phases, :data:`IDLE` last where more than a thousandth of the time is in none.
     """
 
-    def __init__(self, seen: Observations, timeline: Timeline) -> None:
-        self.seen, self.timeline = seen, timeline
+    def __init__(self, observed: Observations, timeline: Timeline) -> None:
+        self.observed, self.timeline = observed, timeline
         self._idle = True
-        half = max((seen.end_ns_N.max() - seen.start_ns_N.min()) / 2, 1.0)
+        half = max((observed.end_ns_N.max() - observed.start_ns_N.min()) / 2, 1.0)
         # Of start and end apart: a drift makes windows longer or shorter too.
-        self._place_2N = (np.stack([seen.start_ns_N, seen.end_ns_N]) - seen.start_ns_N.min()) / half - 1
+        self._place_2N = (
+            np.stack([observed.start_ns_N, observed.end_ns_N]) - observed.start_ns_N.min()
+        ) / half - 1
         seconds_NJ = self.at(Shift(0.0))
         self._idle = bool(seconds_NJ[:, -1].sum() > 1e-3 * seconds_NJ.sum())
         self.names = (*timeline.names, IDLE) if self._idle else timeline.names
 
     def at(self, shift: Shift, *, moved_ns: tuple[Float64, Float64] | None = None) -> Float64:
         """The design, (N, J), with windows moved back by a shift and then on by ``moved_ns``."""
-        start, end = self.seen.start_ns_N, self.seen.end_ns_N
+        start, end = self.observed.start_ns_N, self.observed.end_ns_N
         if moved_ns is not None:
             start, end = start + moved_ns[0], end + moved_ns[1]
         result: Float64 = self._designs(np.array([shift]), start, end)[0]
@@ -76,7 +101,7 @@ class Design:
         Args:
             shift_Q3: a row of ``Shift`` each.
         """
-        energy_N = self.seen.energy_mj_N
+        energy_N = self.observed.energy_mj_N
         power_QJ = np.empty((len(shift_Q3), len(self.names)))
         squares_Q, condition_Q = np.empty(len(shift_Q3)), np.empty(len(shift_Q3))
         smeared = shift_Q3[:, 2] > 0
@@ -84,7 +109,7 @@ class Design:
             chunk = max(1, _CHUNK_ROWS // (len(energy_N) * delays))
             for first in range(0, len(which), chunk):
                 places = which[first : first + chunk]
-                design_QNJ = self._designs(shift_Q3[places], self.seen.start_ns_N, self.seen.end_ns_N)
+                design_QNJ = self._designs(shift_Q3[places], self.observed.start_ns_N, self.observed.end_ns_N)
                 gram_QJJ = design_QNJ.transpose(0, 2, 1) @ design_QNJ
                 condition_Q[places] = _conditions(gram_QJJ)
                 power_QJ[places] = nnls(gram_QJJ, energy_N @ design_QNJ)
@@ -106,11 +131,11 @@ class Design:
 
     def thinned(self, most: int) -> Design:
         """Itself, or runs of its observations spread over all when there are more than ``most``."""
-        size = len(self.seen)
+        size = len(self.observed)
         if size <= most:
             return self
         every = -(-size // most)
-        return Design(self.seen.chosen(np.arange(size) // 50 % every == 0), self.timeline)
+        return Design(self.observed.chosen(np.arange(size) // 50 % every == 0), self.timeline)
 
     def _seconds(self, start: Float64, end: Float64) -> Float64:
         phases_NJ = self.timeline.seconds_in(start, end)
@@ -160,3 +185,159 @@ def nnls(gram_QJJ: Float64, right_QJ: Float64) -> Float64:
         factor_JJ = np.linalg.cholesky(scaled_QJJ[q])
         solved_QJ[q], _ = nnls(factor_JJ.T, np.linalg.solve(factor_JJ, scaled_QJ[q]))
     return np.where(absent_QJ, np.nan, solved_QJ / scale_QJ)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Range:
+    """What is searched."""
+
+    low: float
+    high: float
+    drift: float
+    step: float
+
+    def axes(self) -> tuple[Float64, Float64]:
+        lags = np.linspace(self.low, self.high, max(3, round((self.high - self.low) / self.step) + 1))
+        half = max(1, round(self.drift / (2 * self.step)))
+        return lags, self.drift * np.arange(-half, half + 1) / half
+
+    def around(self, trial: Float64, step: Float64, points: tuple[int, int, int]) -> Float64:
+        """A grid around a trial, within the range."""
+        lags, drifts, smears = (
+            centre + reach * np.linspace(-1, 1, count) if count > 1 else np.array([centre])
+            for centre, reach, count in zip(trial, step, points, strict=True)
+        )
+        lags = np.unique(np.clip(lags, self.low, self.high))
+        smears = np.unique(np.maximum(smears, 0.0))
+        return _grid(lags, drifts, smears)
+
+
+def _grid(lags: Float64, drifts: Float64, smears: Float64) -> Float64:
+    return np.stack(np.meshgrid(lags, drifts, smears, indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+def plausible_shifts(whole: Design) -> list[Shift]:
+    """Shifts that explain the observations.
+
+    The best is first, then those whose powers differ most from it and the one of the worst condition.
+    """
+    observed = whole.observed
+    length_ns = whole.timeline.end_ns_M - whole.timeline.start_ns_M
+    searched = _Range(
+        low=observed.lag_low_ns - observed.shift_ns - observed.own_ns,
+        high=observed.lag_high_ns + observed.shift_ns + observed.own_ns,
+        drift=observed.shift_ns,
+        step=float(np.clip(np.quantile(length_ns, 0.2) / 3, _FINEST_NS, _COARSEST_NS)),
+    )
+    lags, drifts = searched.axes()
+    most = _MOST_ROWS // (len(lags) * len(drifts))
+    design = whole.thinned(int(np.clip(most, _FEWEST_SEARCHED, _MOST_SEARCHED)))
+    tried = _Tried(design, places=len(lags) * len(drifts))
+    tried.add(_grid(lags, drifts, np.zeros(1)))
+    step = np.array([lags[1] - lags[0], drifts[1] - drifts[0], 0.0])
+    _follow(tried, searched, (len(lags), len(drifts)), step)
+    _spread(tried, searched, step + np.array([0.0, 0.0, 1e6]))
+    return [Shift(*map(float, tried.trial_Q3[q])) for q in tried.extremes()]
+
+
+def _follow(tried: _Tried, searched: _Range, shape: tuple[int, int], step: Float64) -> None:
+    """Follow every valley of the grid down: along the drift at each lag, then freely, then with smears.
+
+    The first finds valleys that are long and narrow, in which lag and powers make up for each other. All are
+    followed equally far, so that they can be compared: a valley may be narrower than the grid.
+    """
+    squares_LD = tried.squares_Q.reshape(shape)
+    lows = tried.trial_Q3[_lowest(squares_LD, ((0, -1), (0, 1)))]
+    for finer in _FINER ** np.arange(_ROUNDS):
+        lows = tried.descend(lows, searched, step * finer, (1, 5, 1))
+    around = tuple((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b)
+    lows = tried.lowest(np.concatenate([lows, tried.trial_Q3[_lowest(squares_LD, around)]]), step, _VALLEYS)
+    for finer in _FINER ** np.arange(_ROUNDS):
+        lows = tried.descend(lows, searched, step * finer, (5, 5, 1))
+    lows = tried.lowest(lows, step, _SMEARED_VALLEYS)
+    smeared = np.concatenate([lows + smear for smear in np.outer(_SMEARS_NS, [0, 0, 1])])
+    smeared = tried.descend(smeared, searched, step, (9, 1, 1))
+    lows = tried.lowest(smeared, step + np.array([0, 0, 0.5e6]), _SMEARED_VALLEYS)
+    step = step + np.array([0, 0, 1.5e6])
+    for finer in 0.5 ** np.arange(1, _SMEAR_ROUNDS + 1):
+        lows = tried.descend(lows, searched, step * finer, (5, 3, 3))
+
+
+def _lowest(squares_LD: Float64, neighbours: tuple[tuple[int, int], ...]) -> npt.NDArray[np.int64]:
+    """Trials of a grid that none of their neighbours is below."""
+    padded = np.pad(squares_LD, 1, constant_values=np.inf)
+    rows, columns = squares_LD.shape
+    lowest = np.ones_like(squares_LD, dtype=bool)
+    for a, b in neighbours:
+        lowest &= squares_LD <= padded[1 + a : 1 + a + rows, 1 + b : 1 + b + columns]
+    return np.flatnonzero(lowest).astype(np.int64)
+
+
+def _spread(tried: _Tried, searched: _Range, step: Float64) -> None:
+    """From the plausible trials whose answers differ most, on to others that are plausible, too."""
+    for finer in 0.6 ** np.arange(_OUTWARDS):
+        outer = tried.trial_Q3[tried.extremes()]
+        tried.add(np.concatenate([searched.around(trial, step * finer, (5, 5, 3)) for trial in outer]))
+
+
+def _enough(design: Design, least: float, places: int) -> float:
+    """Sum of squares up to which a trial is plausible, where the least was found among so many places.
+
+    The error of an observation is at least what its own moment's error does to it: half its power, as the
+    phases' powers differ by about that, over ``own_ns`` at both ends. A part of it may be the same for all,
+    and then does not average out.
+    """
+    observed = design.observed
+    power_mw = float(observed.energy_mj_N.sum() / (observed.end_ns_N - observed.start_ns_N).sum()) * 1e9
+    floor_mj = 0.5 * power_mw * observed.own_ns * 1e-9
+    free = max(1, len(observed) - len(design.names) - 2)
+    allowed = float(special.chdtri(3, _IMPLAUSIBLE / places))
+    return least + allowed * max(least / free, floor_mj**2) + len(observed) * (_SHARED * floor_mj) ** 2
+
+
+class _Tried:
+    """All trials so far."""
+
+    def __init__(self, design: Design, *, places: int) -> None:
+        self._design, self._places = design, places
+        self.trial_Q3 = np.empty((0, 3))
+        self.power_QJ = np.empty((0, len(design.names)))
+        self.squares_Q = np.empty(0)
+        self.condition_Q = np.empty(0)
+
+    def add(self, trial_Q3: Float64) -> Float64:
+        """Try more; their sums of squares."""
+        power_QJ, squares_Q, condition_Q = self._design.trials(trial_Q3)
+        self.trial_Q3 = np.concatenate([self.trial_Q3, trial_Q3])
+        self.power_QJ = np.concatenate([self.power_QJ, power_QJ])
+        self.squares_Q = np.concatenate([self.squares_Q, squares_Q])
+        self.condition_Q = np.concatenate([self.condition_Q, condition_Q])
+        return squares_Q
+
+    def descend(
+        self, start_V3: Float64, searched: _Range, step: Float64, points: tuple[int, int, int]
+    ) -> Float64:
+        """The lowest trial of a grid around each start."""
+        grids = [searched.around(start, step, points) for start in start_V3]
+        squares = np.split(self.add(np.concatenate(grids)), np.cumsum([len(grid) for grid in grids])[:-1])
+        return np.array([grid[square.argmin()] for grid, square in zip(grids, squares, strict=True)])
+
+    def lowest(self, trial_V3: Float64, apart: Float64, most: int) -> Float64:
+        """The lowest of some trials that are not near a lower one."""
+        left = np.argsort(self._design.trials(trial_V3)[1], kind="stable")
+        places: list[Float64] = []
+        while len(left) and len(places) < most:
+            lowest = trial_V3[left[0]]
+            places.append(lowest)
+            left = left[(np.abs(trial_V3[left] - lowest) > 0.99 * apart).any(axis=1)]
+        return np.array(places)
+
+    def extremes(self) -> list[int]:
+        """The best trial; of the plausible ones those of least and most power, and of the worst condition."""
+        best = int(np.argmin(self.squares_Q))
+        enough = _enough(self._design, float(self.squares_Q[best]), self._places)
+        plausible = np.flatnonzero(self.squares_Q <= enough)
+        finite_QJ = np.nan_to_num(self.power_QJ[plausible])
+        worst = plausible[np.argmax(self.condition_Q[plausible])]
+        outer = plausible[np.concatenate([finite_QJ.argmin(axis=0), finite_QJ.argmax(axis=0)])]
+        return list(dict.fromkeys([best, *outer.tolist(), int(worst)]))

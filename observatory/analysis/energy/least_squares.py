@@ -31,10 +31,9 @@ import numpy as np
 import numpy.typing as npt
 
 from observatory.analysis.energy.codes import EnergyCode
-from observatory.analysis.energy.design import Design, Shift, nnls
+from observatory.analysis.energy.design import Design, Shift, nnls, plausible_shifts
 from observatory.analysis.energy.estimators import LEFT_OUT
 from observatory.analysis.energy.observations import Observations
-from observatory.analysis.energy.shifts import plausible_shifts
 from observatory.analysis.energy.timeline import Timeline
 from observatory.analysis.statistics import few_blocks_widening
 from observatory.reasons import Reason
@@ -174,7 +173,7 @@ def _powers(design_NJ: Float64, energy_mj_N: Float64) -> Float64:
 
 def _moved(design: Design, shift: Shift, power_J: Float64, generator: np.random.Generator) -> Float64:
     """How far the answer moves when every window moves within the error of its own moment."""
-    observed = design.seen
+    observed = design.observed
     total_J = np.zeros(len(power_J))
     for _ in range(_MOVES):
         end = observed.own_ns * generator.uniform(-1, 1, len(observed))
@@ -192,7 +191,7 @@ def _intervals(
     generator: np.random.Generator,
 ) -> tuple[Float64, Float64]:
     """90 % intervals over all plausible shifts."""
-    size = len(design.seen)
+    size = len(design.observed)
     length = max(4, round(size ** (1 / 3)))
     first_B = np.arange(0, size, length)
     blocks = len(first_B)
@@ -204,8 +203,8 @@ def _intervals(
     for shift in shifts:
         at_NJ = design.at(shift)
         gram_BJJ = np.add.reduceat(at_NJ[:, :, None] * at_NJ[:, None, :], first_B)
-        right_BJ = np.add.reduceat(at_NJ * design.seen.energy_mj_N[:, None], first_B)
-        middle_J = _powers(at_NJ, design.seen.energy_mj_N)
+        right_BJ = np.add.reduceat(at_NJ * design.observed.energy_mj_N[:, None], first_B)
+        middle_J = _powers(at_NJ, design.observed.energy_mj_N)
         drawn_RJ = nnls(np.tensordot(weight_RB, gram_BJJ, 1), weight_RB @ right_BJ)
         drawn_RJ = np.where(np.isnan(drawn_RJ), middle_J, drawn_RJ)  # a phase that was not drawn
         quantiles = np.quantile(drawn_RJ, [tail, 1 - tail], axis=0)
@@ -225,7 +224,7 @@ def _reasons(
     spread_J: Float64,
 ) -> tuple[Reason | None, ...]:
     """Why each phase has no power; None where it has."""
-    observed = design.seen
+    observed = design.observed
     length_s_N = (observed.end_ns_N - observed.start_ns_N) * 1e-9
     present_J = (at_NJ > _PRESENT * length_s_N[:, None]).sum(axis=0)
 
