@@ -305,7 +305,7 @@ def test_a_clock_that_is_not_the_requested_one_is_named() -> None:
     assert "the median clock over all of it is 1575 MHz" in held["unlocked is capped"].text
 
 
-def test_the_class_of_the_curve_stands_beside_a_cause_that_comes_first() -> None:
+def test_the_class_of_the_curve_stands_next_to_a_cause_that_comes_first() -> None:
     for name in ("capped", "host-bound"):
         behaviour = advice_of(name).behaviour
         assert behaviour.name == name
@@ -453,7 +453,7 @@ def test_a_saving_within_the_tie_is_no_reason_to_lock_one_phase_or_all_or_to_cap
     assert "would hold" not in first.lock_against_cap.text
 
 
-def test_the_cap_beside_a_recommended_clock_names_that_clock() -> None:
+def test_the_cap_next_to_a_recommended_clock_names_that_clock() -> None:
     device = replace(DEVICES["knee"], voltage_slope=0.0, clock_w=40.0)
     sweep = made_sweep([device], caps_w=(150.0, 200.0, 250.0), repeats=2)
     advice = only(recommend_clocks(fit(sweep), max_slowdown=1.0))

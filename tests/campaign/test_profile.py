@@ -29,7 +29,7 @@ def job(model: Path, **changes: object) -> ProfileJob:
     return ProfileJob(**{**options, **changes})  # type: ignore[arg-type]
 
 
-def test_prefill_and_decode_are_told_apart_and_every_assignment_is_counted(
+def test_prefill_and_decode_are_distinguished_and_every_assignment_is_counted(
     foreign_checkpoint: Path, text_file: Path, tmp_path: Path
 ) -> None:
     seen: list[tuple[int, int]] = []

@@ -213,7 +213,7 @@ print(json.dumps({**found, "version": importlib.metadata.version("other")}))
 """
 
 
-def test_what_lies_beside_an_installed_package_is_not_imported(tmp_path: Path, hostile: Path) -> None:
+def test_what_lies_next_to_an_installed_package_is_not_imported(tmp_path: Path, hostile: Path) -> None:
     """As ``pip install -t .`` leaves it in the folder of a program, with ``PYTHONPATH=..`` below it."""
     package(hostile, "other", "")
     made = hostile / "other-1.0.dist-info"

@@ -75,7 +75,7 @@ def test_srun_starts_the_ranks_of_one_complete_run(steps: Job) -> None:
     assert steps.output.count("run written") == 1
 
 
-def test_nodes_that_share_a_host_are_told_apart_by_the_node_number_of_slurm(steps: Job) -> None:
+def test_nodes_that_share_a_host_are_distinguished_by_the_node_number_of_slurm(steps: Job) -> None:
     topology = observatory.open_run(steps.folder / "run").manifest.topology
     assert topology.node_of_rank == (0, 1, 2, 3)
     assert topology.gpus_per_node == 1

@@ -22,7 +22,7 @@ import observatory
 from observatory.probes.routing.adapters import Adapter
 from observatory.probes.watch import Watch
 from tests.probes.expert_parallel import parallel_adapter
-from tests.probes.tiny import ToldModel, told_adapter
+from tests.probes.tiny import ScriptedModel, scripted_adapter
 
 Case = Callable[["Rank"], None]
 
@@ -39,9 +39,11 @@ class Rank:
         self, name: str, model: nn.Module | None = None, *, adapter: Adapter | None = None, **options: Any
     ) -> Iterator[Watch]:
         """Watch a model; by default one that has nothing to do with the exchanges."""
-        adapter = adapter or (told_adapter(3) if model is None else parallel_adapter(dist.get_world_size()))
+        adapter = adapter or (
+            scripted_adapter(3) if model is None else parallel_adapter(dist.get_world_size())
+        )
         with observatory.watch(
-            ToldModel() if model is None else model, self.out / name, adapters=[adapter], **options
+            ScriptedModel() if model is None else model, self.out / name, adapters=[adapter], **options
         ) as watch:
             dist.barrier()
             yield watch

@@ -27,13 +27,13 @@ from observatory.probes.routing import counting
 from observatory.probes.routing.counters import DeviceCounters, HostCopy
 from observatory.probes.routing.probe import RoutingProbe
 from observatory.run import RunWriter
-from tests.probes.tiny import ToldModel, assert_untouched, ids, loads, told_adapter
+from tests.probes.tiny import ScriptedModel, assert_untouched, ids, loads, scripted_adapter
 
-ADAPTERS = [told_adapter(2)]
+ADAPTERS = [scripted_adapter(2)]
 
 
 def test_an_error_in_the_body_is_passed_on_and_the_run_is_marked_failed(tmp_path: Path) -> None:
-    model = ToldModel()
+    model = ScriptedModel()
     watch = observatory.watch(model, tmp_path / "r", adapters=ADAPTERS)
     with pytest.raises(ZeroDivisionError), watch, watch.phase("decode"):
         model([ids([0])])
@@ -47,7 +47,7 @@ def test_an_error_in_the_body_is_passed_on_and_the_run_is_marked_failed(tmp_path
 
 
 def test_ctrl_c_keeps_what_was_captured(tmp_path: Path) -> None:
-    model = ToldModel()
+    model = ScriptedModel()
     watch = observatory.watch(model, tmp_path / "r", adapters=ADAPTERS)
     with pytest.raises(KeyboardInterrupt), watch:
         model([ids([1])])
@@ -60,7 +60,7 @@ def test_ctrl_c_keeps_what_was_captured(tmp_path: Path) -> None:
 def test_ctrl_c_inside_our_hook_leaves_no_layer_that_was_called_without_a_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, watched = ToldModel(layers=2), 0
+    model, watched = ScriptedModel(layers=2), 0
     count = counting.count_bins
 
     def interrupted_in_the_second_step(*arguments: Any) -> None:
@@ -71,7 +71,7 @@ def test_ctrl_c_inside_our_hook_leaves_no_layer_that_was_called_without_a_load(
         count(*arguments)
 
     monkeypatch.setattr(counting, "count_bins", interrupted_in_the_second_step)
-    watch = observatory.watch(model, tmp_path / "run", adapters=[told_adapter(3)])
+    watch = observatory.watch(model, tmp_path / "run", adapters=[scripted_adapter(3)])
     with pytest.raises(KeyboardInterrupt), watch:
         for _ in range(3):
             model([ids([0], [1]), ids([2], [2])])
@@ -86,9 +86,9 @@ def test_ctrl_c_inside_our_hook_leaves_no_layer_that_was_called_without_a_load(
 def test_a_killed_process_loses_only_what_was_not_flushed(tmp_path: Path) -> None:
     program = f"""
         import sys, time, observatory
-        from tests.probes.tiny import ToldModel, ids, told_adapter
-        model = ToldModel()
-        out, adapters = {str(tmp_path / "r")!r}, [told_adapter(2)]
+        from tests.probes.tiny import ScriptedModel, ids, scripted_adapter
+        model = ScriptedModel()
+        out, adapters = {str(tmp_path / "r")!r}, [scripted_adapter(2)]
         with observatory.watch(model, out, adapters=adapters, flush_s=0.1) as w:
             for _ in range(3):
                 model([ids([1])])
@@ -115,7 +115,7 @@ def test_a_killed_process_loses_only_what_was_not_flushed(tmp_path: Path) -> Non
 def test_a_disk_that_fills_up_is_one_error_at_the_step_and_the_model_runs_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = ToldModel()
+    model = ScriptedModel()
     flush = RunWriter.flush
 
     def full(writer: RunWriter) -> None:
@@ -149,7 +149,7 @@ def test_a_failure_at_the_very_end_is_raised_but_never_instead_of_the_body_s_err
         raise RunError("no more room")
 
     monkeypatch.setattr(RunWriter, "append", broken)
-    model = ToldModel()
+    model = ScriptedModel()
     with (
         pytest.raises(CaptureError, match="no more room"),
         observatory.watch(model, tmp_path / "a", adapters=ADAPTERS),
@@ -164,7 +164,7 @@ def test_a_failure_at_the_very_end_is_raised_but_never_instead_of_the_body_s_err
 
 
 def test_calls_after_the_last_step_are_a_step_of_their_own_and_an_idle_end_is_none(tmp_path: Path) -> None:
-    model = ToldModel()
+    model = ScriptedModel()
     with observatory.watch(model, tmp_path / "r", adapters=ADAPTERS) as watch:
         model([ids([0])])
         watch.step()
@@ -174,7 +174,7 @@ def test_calls_after_the_last_step_are_a_step_of_their_own_and_an_idle_end_is_no
 
 
 def test_a_layer_that_is_never_called_is_named_in_a_warning_and_in_the_run(tmp_path: Path) -> None:
-    model = ToldModel(layers=2)
+    model = ScriptedModel(layers=2)
     with (
         pytest.warns(UserWarning, match=r"never called, so without rows: layers\.1"),
         observatory.watch(model, tmp_path / "r", adapters=ADAPTERS) as watch,
@@ -185,7 +185,7 @@ def test_a_layer_that_is_never_called_is_named_in_a_warning_and_in_the_run(tmp_p
 
 
 def test_a_watch_in_which_nothing_is_counted_says_so(tmp_path: Path) -> None:
-    model = ToldModel()
+    model = ScriptedModel()
     with (
         pytest.warns(UserWarning, match="nothing was counted"),
         observatory.watch(model, tmp_path / "r", adapters=ADAPTERS) as watch,
@@ -195,7 +195,7 @@ def test_a_watch_in_which_nothing_is_counted_says_so(tmp_path: Path) -> None:
 
 
 def test_a_watch_is_used_once_and_only_inside_its_block(tmp_path: Path) -> None:
-    model = ToldModel()
+    model = ScriptedModel()
     watch = observatory.watch(model, tmp_path / "r", adapters=ADAPTERS)
     with pytest.raises(CaptureError, match="not running"):
         watch.step()
@@ -223,7 +223,7 @@ def test_a_watch_is_used_once_and_only_inside_its_block(tmp_path: Path) -> None:
 )
 def test_options_that_do_not_fit_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(CaptureError, match=message):
-        observatory.watch(ToldModel(), tmp_path / "r", **options)
+        observatory.watch(ScriptedModel(), tmp_path / "r", **options)
     assert not (tmp_path / "r").exists()
 
 
@@ -233,7 +233,7 @@ def test_nothing_is_made_for_a_model_without_moe_layers_or_over_another_run(tmp_
     assert not (tmp_path / "none").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    model = ToldModel()
+    model = ScriptedModel()
     for overwrite in (False, True):
         with (
             pytest.raises(RunError, match="full"),
@@ -247,7 +247,7 @@ def test_nothing_is_made_for_a_model_without_moe_layers_or_over_another_run(tmp_
 def test_a_hook_that_cannot_be_put_on_takes_the_others_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = ToldModel(layers=2)
+    model = ScriptedModel(layers=2)
 
     def refuse(*_arguments: object, **_options: object) -> None:
         raise RuntimeError("frozen module")
@@ -263,7 +263,7 @@ def test_a_hook_that_cannot_be_put_on_takes_the_others_off(
 
 
 def test_an_error_in_the_model_itself_does_not_disturb_the_next_call(tmp_path: Path) -> None:
-    model = ToldModel()
+    model = ScriptedModel()
     with observatory.watch(model, tmp_path / "r", adapters=ADAPTERS) as watch:
         with pytest.raises(TypeError):
             model(3)
@@ -275,7 +275,7 @@ def test_an_error_in_the_model_itself_does_not_disturb_the_next_call(tmp_path: P
 def test_a_device_that_fails_never_hides_the_body_s_error_and_the_run_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = ToldModel()
+    model = ScriptedModel()
     watch = observatory.watch(model, tmp_path / "r", adapters=ADAPTERS)
 
     def fail(*_arguments: Any, **_options: Any) -> None:
@@ -298,7 +298,7 @@ def test_a_device_that_fails_at_the_very_end_is_an_error_of_the_run(
     def fail(*_arguments: Any, **_options: Any) -> None:
         raise RuntimeError("CUDA error: out of memory")
 
-    model = ToldModel()
+    model = ScriptedModel()
     watch = observatory.watch(model, tmp_path / "r", adapters=ADAPTERS)
     with pytest.raises(CaptureError, match=r"is lost: RuntimeError: CUDA error: out of memory"), watch:
         model([ids([0])])
@@ -338,7 +338,7 @@ def test_only_the_program_s_own_thread_asks_the_device_and_nothing_is_lost(
 
     snapshot = DeviceCounters.snapshot
     monkeypatch.setattr(DeviceCounters, "snapshot", on_its_way)
-    model = ToldModel()
+    model = ScriptedModel()
     with observatory.watch(model, tmp_path / "r", adapters=ADAPTERS, flush_s=0.01) as watch:
         for step in range(20):
             model([ids([step % 2])])
@@ -351,7 +351,7 @@ def test_only_the_program_s_own_thread_asks_the_device_and_nothing_is_lost(
 
 @pytest.mark.parametrize("leaves", [True, False], ids=["leaves the block", "steps"])
 def test_a_forked_child_leaves_the_run_of_its_parent_alone(tmp_path: Path, leaves: bool) -> None:
-    model = ToldModel()
+    model = ScriptedModel()
     watch = observatory.watch(model, tmp_path / "r", adapters=ADAPTERS)
     with watch:
         model([ids([0])])

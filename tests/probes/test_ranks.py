@@ -17,7 +17,7 @@ from observatory.host.ranks import RankOf, find_rank
 from observatory.probes.watch import Watch
 from observatory.run import RunWriter
 from observatory.run.manifest import Manifest, ModelSpec, Topology
-from tests.probes.tiny import ToldModel, ids, told_adapter
+from tests.probes.tiny import ScriptedModel, ids, scripted_adapter
 
 pytestmark = pytest.mark.slow
 
@@ -26,11 +26,11 @@ _RANK = """
     import torch
     import torch.distributed as dist
     import observatory
-    from tests.probes.tiny import ToldModel, ids, told_adapter
+    from tests.probes.tiny import ScriptedModel, ids, scripted_adapter
     out, rank, dies = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "dies"
     dist.init_process_group("gloo", init_method="file://" + out + ".rendezvous", rank=rank, world_size=2)
-    model = torch.nn.parallel.DistributedDataParallel(ToldModel())
-    with observatory.watch(model, out, adapters=[told_adapter(3)], flush_s=0.1) as watch:
+    model = torch.nn.parallel.DistributedDataParallel(ScriptedModel())
+    with observatory.watch(model, out, adapters=[scripted_adapter(3)], flush_s=0.1) as watch:
         dist.barrier()
         for step in range(2):
             model([ids([rank, 2])])
@@ -81,11 +81,11 @@ def test_a_rank_that_dies_leaves_the_data_of_the_other(tmp_path: Path) -> None:
 
 def test_several_ranks_replace_a_run_by_the_id_that_all_were_given(tmp_path: Path) -> None:
     """A rank that is early waits for the new run, although the old one still says that it is running."""
-    model, out = ToldModel(), tmp_path / "r"
+    model, out = ScriptedModel(), tmp_path / "r"
 
     def watching(rank: int, run_id: str, *, overwrite: bool) -> Watch:
         return observatory.watch(
-            model, out, adapters=[told_adapter(3)], rank=rank, world=2, run_id=run_id, overwrite=overwrite
+            model, out, adapters=[scripted_adapter(3)], rank=rank, world=2, run_id=run_id, overwrite=overwrite
         )
 
     RunWriter.create(
@@ -114,9 +114,9 @@ def test_the_rank_is_told_or_found_in_torchrun_s_environment() -> None:
 
 @pytest.mark.parametrize(("rank", "world"), [(0, 1), (0, 2)])
 def test_the_manifest_states_the_number_of_ranks(tmp_path: Path, rank: int, world: int) -> None:
-    model = ToldModel()
+    model = ScriptedModel()
     with observatory.watch(
-        model, tmp_path / "r", adapters=[told_adapter(3)], rank=rank, world=world
+        model, tmp_path / "r", adapters=[scripted_adapter(3)], rank=rank, world=world
     ) as watch:
         model([ids([0])])
         watch.step()

@@ -13,7 +13,7 @@ from observatory.probes.power.watched import WatchedPower
 from observatory.probes.routing.flushing import Flusher
 from observatory.probes.routing.part import RoutingPart
 from observatory.probes.session import CaptureSession
-from tests.probes.tiny import ToldModel, ids, told_adapter
+from tests.probes.tiny import ScriptedModel, ids, scripted_adapter
 
 
 def calls_of_parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -39,8 +39,8 @@ def test_parts_are_taken_off_and_closed_in_reverse_order(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     calls = calls_of_parts(monkeypatch)
-    model = ToldModel()
-    with observatory.watch(model, tmp_path / "r", adapters=[told_adapter(3)]) as watch:
+    model = ScriptedModel()
+    with observatory.watch(model, tmp_path / "r", adapters=[scripted_adapter(3)]) as watch:
         model([ids([0, 1])])
         watch.step()
     parts = ["WatchedPower", "RoutingPart", "Flusher"]
@@ -57,11 +57,11 @@ def test_a_part_that_cannot_be_attached_leaves_nothing_of_the_others(
     def refuse(_part: Flusher) -> None:
         raise CaptureError("no room")
 
-    model = ToldModel()
+    model = ScriptedModel()
     monkeypatch.setattr(Flusher, "attach", refuse)
     with (
         pytest.raises(CaptureError, match="no room"),
-        observatory.watch(model, tmp_path / "r", adapters=[told_adapter(3)]),
+        observatory.watch(model, tmp_path / "r", adapters=[scripted_adapter(3)]),
     ):
         pass
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
@@ -85,8 +85,8 @@ def test_a_new_probe_is_one_entry_in_the_list(monkeypatch: pytest.MonkeyPatch, t
         session._attach(StepCount())
 
     monkeypatch.setattr(CaptureSession, "__init__", with_entry)
-    model = ToldModel()
-    with observatory.watch(model, tmp_path / "r", adapters=[told_adapter(3)]) as watch:
+    model = ScriptedModel()
+    with observatory.watch(model, tmp_path / "r", adapters=[scripted_adapter(3)]) as watch:
         for _ in range(3):
             model([ids([0, 1])])
             watch.step()

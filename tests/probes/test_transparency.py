@@ -22,12 +22,12 @@ from observatory.probes.routing.sites import RoutingDecision
 from tests.probes.tiny import (
     HIDDEN,
     RoutedModel,
-    ToldModel,
+    ScriptedModel,
     assert_untouched,
     ids,
     loads,
     routed_adapter,
-    told_adapter,
+    scripted_adapter,
 )
 
 LAYERS, EXPERTS, TOP_K, TOKENS = 2, 4, 2, 12
@@ -181,8 +181,8 @@ def test_counting_launches_few_kernels_and_never_waits(
     from observatory.probes.options import RoutingOptions
     from observatory.probes.routing.discover import find_sites
 
-    model = ToldModel()
-    sites = find_sites(model, adapters=[told_adapter(4)])
+    model = ScriptedModel()
+    sites = find_sites(model, adapters=[scripted_adapter(4)])
     probe = RoutingProbe(model, sites, RoutingOptions(**options))  # type: ignore[arg-type]
     device = next(iter(probe._devices.values()))
     with NoSync() as mode:
@@ -204,10 +204,10 @@ def test_a_dispatch_mode_of_the_caller_sees_one_operator_and_the_counts_stay_rig
 def test_fake_and_meta_tensors_pass_through_uncounted(tmp_path: Path) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model = ToldModel()
+    model = ScriptedModel()
     with (
         pytest.warns(UserWarning, match="nothing was counted"),
-        observatory.watch(model, tmp_path / "r", adapters=[told_adapter(2)]) as watch,
+        observatory.watch(model, tmp_path / "r", adapters=[scripted_adapter(2)]) as watch,
     ):
         model([RoutingDecision(expert_ids=torch.zeros(2, 2, dtype=torch.int64, device="meta"), tokens=2)])
         with FakeTensorMode():
@@ -236,8 +236,8 @@ def test_copies_and_pickles_of_a_watched_model_are_not_watched(tmp_path: Path) -
 
 
 def test_a_decision_that_cannot_be_read_is_one_clear_error_and_the_model_runs_on(tmp_path: Path) -> None:
-    model = ToldModel()
-    watch = observatory.watch(model, tmp_path / "r", adapters=[told_adapter(2)])
+    model = ScriptedModel()
+    watch = observatory.watch(model, tmp_path / "r", adapters=[scripted_adapter(2)])
     with pytest.raises(CaptureError, match=r"routing of layers\.0 could not be read: .*boom"), watch:
         output = model([ids([1])])
         model([_Boom()])  # type: ignore[list-item]

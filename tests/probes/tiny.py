@@ -18,19 +18,19 @@ from observatory.probes.routing.sites import RoutingDecision
 HIDDEN = 8
 
 
-class ToldExperts(nn.Module):
+class ScriptedExperts(nn.Module):
     """Experts whose routing is an argument of the model's call."""
 
     def forward(self, hidden: torch.Tensor, routing: RoutingDecision) -> torch.Tensor:
         return hidden if routing.weights is None else hidden * 1.0
 
 
-class ToldModel(nn.Module):
+class ScriptedModel(nn.Module):
     """Layers whose routing is given: ``model([decision of layer 0, decision of layer 1])``."""
 
     def __init__(self, layers: int = 1) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ToldExperts() for _ in range(layers))
+        self.layers = nn.ModuleList(ScriptedExperts() for _ in range(layers))
         self.scale = nn.Parameter(torch.ones(1))
         self.eval()
 
@@ -41,9 +41,9 @@ class ToldModel(nn.Module):
         return hidden
 
 
-def told_adapter(experts: int, top_k: int | None = None) -> Adapter:
+def scripted_adapter(experts: int, top_k: int | None = None) -> Adapter:
     return Adapter(
-        match=lambda _name, module: isinstance(module, ToldExperts),
+        match=lambda _name, module: isinstance(module, ScriptedExperts),
         read=lambda _module, args, _kwargs, _output: args[1],
         experts=experts,
         top_k=top_k,

@@ -203,7 +203,7 @@ def test_the_findings_give_energy_per_token_and_say_that_the_limit_binds(frames:
     assert "binds: it holds the clock down" in text
 
 
-def test_the_report_gives_the_clock_where_the_limit_holds_beside_that_of_all_samples(tmp_path: Path) -> None:
+def test_the_report_gives_the_clock_where_the_limit_holds_next_to_that_of_all_samples(tmp_path: Path) -> None:
     power = samples_of(a_load())
     power["sm_clock_mhz"] = power["sm_clock_mhz"].where(power["event_reasons"] != 0x1, 885)
     shown = frames_of(a_power_run(tmp_path / "run", power=power))
@@ -419,7 +419,7 @@ def two_ranks(path: Path) -> Path:
     )
 
 
-def test_all_ranks_together_stand_beside_the_rank_that_takes_most(tmp_path: Path) -> None:
+def test_all_ranks_together_stand_next_to_the_rank_that_takes_most(tmp_path: Path) -> None:
     run = two_ranks(tmp_path / "run")
     (total,) = energy_summary(open_run(run)).totals.to_dict("records")
     assert total["mj_per_token"] == pytest.approx((600 + 300) * 40 / 32, rel=0.02)

@@ -190,7 +190,7 @@ def test_degrees_that_do_not_divide_are_left_out_and_said(pair: list[Path]) -> N
     assert "EP 3 is left out" in section.reason
 
 
-def test_the_same_model_and_data_on_other_ranks_is_told_apart(tmp_path: Path) -> None:
+def test_the_same_model_and_data_on_other_ranks_is_distinguished(tmp_path: Path) -> None:
     shape = {"layers": 1, "experts": 8, "top_k": 2}
     one = write_run(tmp_path / "one", manifest(**shape), steps=6)
     two = write_run(tmp_path / "two", manifest(ranks=2, **shape), steps=6)

@@ -18,7 +18,7 @@ def edited(path: Path, **changes: object) -> Path:
     return path
 
 
-def test_a_missing_and_a_foreign_directory_are_told_apart(tmp_path: Path) -> None:
+def test_a_missing_and_a_foreign_directory_are_distinguished(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="does not exist; expected a run directory"):
         open_run(tmp_path / "nowhere")
     (tmp_path / "file").write_text("x")

@@ -129,7 +129,7 @@ def test_a_quota_that_is_none_is_no_error(text: str, proc: Path) -> None:
     assert find_cores(proc).quotas == ()
 
 
-def told_by(*prefix: str) -> CoreSpec:
+def reported_by(*prefix: str) -> CoreSpec:
     program = "from observatory.run.usable_cores import find_cores; print(find_cores().model_dump_json())"
     done = subprocess.run(
         [*prefix, sys.executable, "-c", program], check=True, capture_output=True, text=True
@@ -140,7 +140,7 @@ def told_by(*prefix: str) -> CoreSpec:
 @pytest.mark.skipif(not LINUX, reason="affinity is Linux's")
 def test_a_process_bound_to_one_core_says_so() -> None:
     core = min(os.sched_getaffinity(0))
-    assert told_by("taskset", "-c", str(core)).cpus == str(core)
+    assert reported_by("taskset", "-c", str(core)).cpus == str(core)
 
 
 @pytest.mark.skipif(not LINUX or os.geteuid() != 0, reason="control groups need root on Linux")
@@ -154,7 +154,7 @@ def test_a_process_in_a_control_group_with_half_a_core_says_so() -> None:
     except OSError as error:
         pytest.skip(f"no control group can be made here: {error}")
     try:
-        found = told_by("sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$0" "$@"')
+        found = reported_by("sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$0" "$@"')
     finally:
         group.rmdir()
     assert found.quotas[0].cpus == 0.5

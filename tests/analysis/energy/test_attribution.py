@@ -88,7 +88,7 @@ def test_phases_of_milliseconds_are_recovered_or_refused_and_never_wrong(smoothi
     assert "experts" in [phase.name for phase in answered] or smoothing_ms > 0
 
 
-def test_what_capacitors_smear_is_told_apart() -> None:
+def test_what_capacitors_smear_is_distinguished() -> None:
     load = steps([("a", 20.0, 650.0), ("b", 30.0, 310.0)], seconds=15, jitter=0.2)
     found = attributed(load, SimulatedSensor(smoothing_ms=5.0))
     check_recovered(found, load, within=0.02)

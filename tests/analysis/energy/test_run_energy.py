@@ -385,7 +385,7 @@ def test_what_was_calibrated_is_used_and_nonsense_in_it_is_not(tmp_path: Path) -
     assert odd.devices["idle_power_mw"].isna().all()
 
 
-def test_reuse_measurements_are_printed_beside_the_published_number(
+def test_reuse_measurements_are_printed_next_to_the_published_number(
     served_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "reuse.json"

@@ -49,7 +49,7 @@ def measured(rows: pd.DataFrame, load: Load = BUSY, **more: object) -> WindowEne
     seed=st.integers(0, 1 << 16),
 )
 @example(watts=50.0, seconds=0.629, idle=20.0, poll_ms=50.0, seed=357)
-def test_steady_power_is_found_within_the_stated_errors_whatever_lies_beside_the_window(
+def test_steady_power_is_found_within_the_stated_errors_whatever_lies_next_to_the_window(
     watts: float, seconds: float, idle: float, poll_ms: float, seed: int
 ) -> None:
     load = dataclasses.replace(flat(watts, seconds), idle_w=idle)

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 import observatory
-from tests.probes.tiny import ToldModel, ids, told_adapter
+from tests.probes.tiny import ScriptedModel, ids, scripted_adapter
 
 DELAYED, DELAY_S, STEPS = 2, 0.06, 16
 
@@ -25,7 +25,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
-    model = ToldModel()
+    model = ScriptedModel()
     rank, size = distributed.get_rank(), distributed.get_world_size()
     for name, options in (("default", {}), ("not aligned", {"align_clocks": False}), ("fails", {})):
         with (
@@ -33,7 +33,7 @@ def main() -> None:
             observatory.watch(
                 model,
                 folder / name,
-                adapters=[told_adapter(3)],
+                adapters=[scripted_adapter(3)],
                 **options,  # type: ignore[arg-type]
             ) as watch,
         ):

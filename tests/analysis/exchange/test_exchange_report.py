@@ -110,7 +110,7 @@ def test_a_report_of_runs_without_exchanges_says_nothing_about_them(
         assert word not in body
 
 
-def test_one_run_with_exchanges_beside_one_without_is_shown_alone(
+def test_one_run_with_exchanges_next_to_one_without_is_shown_alone(
     run: Path, make_run: Callable[..., Path]
 ) -> None:
     sections = exchange_sections(frames_of(make_run("other"), run))

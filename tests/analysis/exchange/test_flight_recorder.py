@@ -128,7 +128,7 @@ def test_sizes_are_compared_as_far_as_an_operation_tells_them() -> None:
     assert ask(strange, 1, [1, 1], receive_bytes=[16, 32]).problem == "no duration: gloo did not time it"
 
 
-def test_parts_of_a_coalesced_collective_are_not_told_apart() -> None:
+def test_parts_of_a_coalesced_collective_are_not_distinguished() -> None:
     twice = dump(nccl).entries[0]
     index = RecorderIndex([twice, twice.model_copy(update={"op_id": 2})])
     assert (
@@ -200,7 +200,7 @@ def nccl_rows(duration_us: tuple[int, int] = (300, 250)) -> pd.DataFrame:
     return rows.assign(backend_group="0", backend_sequence=pd.array([5, 5, 7, 7], "Int64"))
 
 
-def test_dumps_are_set_beside_the_rows_of_their_rank() -> None:
+def test_dumps_are_set_next_to_the_rows_of_their_rank() -> None:
     ahead_ns = dump().entries[5].time_created_ns - 30_000
     clocks = {0: ClockSpec(method="none", unix_minus_monotonic_ns=ahead_ns)}
     frame = with_recorder_dumps(nccl_rows(), {0: dump(nccl)}, clocks=clocks)
@@ -256,7 +256,7 @@ def run_of(tmp_path: Path) -> Path:
     return write(tmp_path / "run", nccl_rows())
 
 
-def test_the_command_shows_a_dump_beside_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_shows_a_dump_next_to_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(REAL.read_text(encoding="utf-8"))
     for entry in document["entries"]:
         nccl(entry)

@@ -74,7 +74,7 @@ def assert_aligned(run: Run, ranks: tuple[int, ...]) -> None:
         assert abs(clock.offset_ns + ahead_s() * 10**9) <= clock.uncertainty_ns < 20_000_000
 
 
-def test_hosts_are_told_apart_by_name_and_the_hierarchical_dispatch_follows_them(profiled: Run) -> None:
+def test_hosts_are_distinguished_by_name_and_the_hierarchical_dispatch_follows_them(profiled: Run) -> None:
     manifest = profiled.manifest
     assert profiled.problems == ()
     assert [status.host for status in manifest.ranks] == ["host0", "host0", "host1", "host1"]

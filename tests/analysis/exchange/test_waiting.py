@@ -30,7 +30,7 @@ def us(frame: pd.DataFrame, name: str) -> list[float]:
 ALL_TO_ALL = [[5, 5, 5], [5, 5, 5], [5, 5, 5]]
 
 
-def test_everybody_waits_for_the_last_and_the_last_for_nobody() -> None:
+def test_everybody_waits_for_the_last_and_the_last_for_no_rank() -> None:
     waits = split(collective([0, 40, 100], [130, 131, 129], ALL_TO_ALL))
     assert us(waits, "wait_s") == [100, 60, 0]
     assert us(waits, "transfer_s") == [30, 31, 29]
@@ -39,7 +39,7 @@ def test_everybody_waits_for_the_last_and_the_last_for_nobody() -> None:
     assert us(waits, "wait_low_s") == us(waits, "wait_high_s") == [100, 60, 0]
 
 
-def test_a_rank_that_sends_and_receives_nothing_waits_for_nobody_and_nobody_for_it() -> None:
+def test_a_rank_that_sends_and_receives_nothing_waits_for_no_rank_and_no_rank_for_it() -> None:
     waits = split(collective([0, 10, 500], [40, 41, 501], [[0, 8, 0], [8, 0, 0], [0, 0, 9]]))
     assert us(waits, "wait_s") == [10, 0, 0]
     assert us(waits, "transfer_s") == [30, 31, -1]  # its own 9 bytes do not travel

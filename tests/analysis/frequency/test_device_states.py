@@ -232,7 +232,7 @@ def test_a_limit_that_is_read_now_and_then_is_in_force_until_the_next_reading(tm
     assert (found.limit_mw, found.highest_limit_mw) == (350_000, 700_000)
 
 
-def test_power_that_ended_before_the_first_limit_is_beside_none(tmp_path: Path) -> None:
+def test_power_that_ended_before_the_first_limit_is_next_to_none(tmp_path: Path) -> None:
     early = np.arange(200) < 100
     power = columns((FREE, 200)) | {
         "power_mw": np.where(early, 300_000, None),

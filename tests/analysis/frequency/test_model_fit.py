@@ -96,7 +96,7 @@ def test_parameters_come_back_where_the_points_can_tell_them() -> None:
     assert fit.critical.mhz == pytest.approx(1830 * 0.0075 / 0.0105, rel=0.01)
 
 
-def test_energy_per_iteration_is_not_told_apart_from_static_power_where_time_never_changes() -> None:
+def test_energy_per_iteration_is_not_distinguished_from_static_power_where_time_never_changes() -> None:
     flat = SyntheticDevice("flat", memory_s=0.02, compute_s=0.0001)
     fit = fitted(made_sweep([flat], repeats=2, time_noise=0.001, energy_noise=0.003))
     assert fit.time.form == "flat"
@@ -345,7 +345,7 @@ def test_a_repeat_that_something_disturbed_does_not_bend_the_fit() -> None:
     assert fit.time_scatter == pytest.approx(clean.time_scatter, rel=0.3)
 
 
-def test_without_energies_time_is_fitted_and_the_reason_stands_beside_it() -> None:
+def test_without_energies_time_is_fitted_and_the_reason_stands_next_to_it() -> None:
     sweep = made_sweep([DEVICES["knee"]], repeats=1)
     points = [point.model_copy(update={"energy_mj": None}) for point in sweep.series[0].points]
     fit = fitted(with_points(sweep, *points))

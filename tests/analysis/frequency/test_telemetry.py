@@ -152,7 +152,7 @@ def test_heat_and_brake_are_to_be_mended_first(tmp_path: Path) -> None:
     assert {"slowed by heat", "slowed by the brake"} <= set(found.finding_codes)
 
 
-def test_phases_are_told_apart_where_the_run_has_their_spans(tmp_path: Path) -> None:
+def test_phases_are_distinguished_where_the_run_has_their_spans(tmp_path: Path) -> None:
     path = write_run(
         tmp_path / "run",
         {

@@ -122,7 +122,7 @@ def test_a_slow_rank_is_named_and_the_fit_is_not_to_be_relied_on() -> None:
     ],
     ids=["sends", "receives", "2.5 times", "pair"],
 )
-def test_what_differs_is_told_from_what_does_not(truth: Any, expected: set[str]) -> None:
+def test_what_differs_is_distinguished_from_what_does_not(truth: Any, expected: set[str]) -> None:
     fit = fitted(truth)
     assert {misfit.code for misfit in fit.misfits} == expected, fit.misfits
 
@@ -290,7 +290,7 @@ def test_a_verdict_or_misfit_that_no_fit_writes_is_refused(
         load_network(path)
 
 
-def test_times_are_told_apart_only_beyond_what_the_model_gets_wrong() -> None:
+def test_times_are_distinguished_only_beyond_what_the_model_gets_wrong() -> None:
     fit = clean().of("flat")
 
     def code(first_us: float, second_us: float, first: int = 5, second: int = 5) -> str:
@@ -313,7 +313,7 @@ def test_an_error_that_all_exchanges_have_in_common_does_not_count_between_them(
     assert compare_times(shared, 1000.0, 1200.0, ranks=(5, 6), same_ranks=False).code == "within_error"
 
 
-def test_where_nothing_says_how_ranks_are_predicted_nothing_is_told_apart() -> None:
+def test_where_nothing_says_how_ranks_are_predicted_nothing_is_distinguished() -> None:
     alone = fit_network([measured(links(), tuple(range(5)))], bootstrap=0).of("flat")
     compared = compare_times(alone, 1.0, 100.0, ranks=(8, 8), same_ranks=True)
     assert (compared.code, compared.low) == ("unknown", None)

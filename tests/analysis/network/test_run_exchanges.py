@@ -123,7 +123,7 @@ def test_nothing_to_send_and_no_time_are_no_points(tmp_path: Path) -> None:
     assert [reason.code for reason in left_out] == [NetworkCode.NOTHING_SENT, NetworkCode.TOO_SHORT]
 
 
-def test_groups_that_exchange_beside_each_other_are_marked_as_outside(
+def test_groups_that_exchange_next_to_each_other_are_marked_as_outside(
     tmp_path: Path, model: NetworkModel
 ) -> None:
     pairs = [

@@ -295,7 +295,7 @@ def _unlocked(folder: Path, within_s: float = 20.0) -> bool:
 
 
 @needs_driver
-def test_a_killed_sweep_is_unlocked_and_can_be_recovered_and_no_other_runs_beside_it(tmp_path: Path) -> None:
+def test_a_killed_sweep_is_unlocked_and_can_be_recovered_and_no_other_runs_next_to_it(tmp_path: Path) -> None:
     with _begun(tmp_path, 6):
         beside = _run(
             tmp_path, "clocks", "sweep", "--device", UUID, "--out",

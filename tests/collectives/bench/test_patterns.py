@@ -62,7 +62,7 @@ def test_a_plan_has_each_matrix_once_and_refuses_what_it_does_not_know() -> None
         alltoall_plan(ranks=2, sizes_bytes=[8], patterns=["uniform"], algorithms=["flat"])
 
 
-def test_a_replay_sends_every_matrix_both_ways_beside_its_even_twin() -> None:
+def test_a_replay_sends_every_matrix_both_ways_next_to_its_even_twin() -> None:
     dispatch = Traffic(
         pattern="captured",
         send_bytes_PP=((0, 80), (40, 20)),

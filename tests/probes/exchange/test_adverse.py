@@ -155,7 +155,7 @@ def test_ranks_may_make_different_numbers_of_exchanges(rows: Rows, opened: Calla
     assert run_waits(opened("different_numbers")).problem.isna().all()
 
 
-def test_layers_recomputed_without_a_graph_of_their_first_pass_are_told_apart(rows: Rows) -> None:
+def test_layers_recomputed_without_a_graph_of_their_first_pass_are_distinguished(rows: Rows) -> None:
     for _, own in rows("reentrant").groupby("source_rank"):
         forward, backward = own[own.phase == "train_forward"], own[own.phase == "train_backward"]
         assert forward.role.tolist() == FORWARD * 2

@@ -31,7 +31,7 @@ from observatory.probes.timeline.log import ExchangeEntry, ExchangeLog
 from observatory.probes.timeline.streams import Anchors
 from observatory.run import RunWriter
 from observatory.run.manifest import ModelSpec, Topology
-from tests.probes.tiny import ToldModel, ids, told_adapter
+from tests.probes.tiny import ScriptedModel, ids, scripted_adapter
 
 CPU = torch.device("cpu")
 
@@ -47,7 +47,9 @@ def alone() -> Iterator[None]:
 
 
 def watched(out: Path, **options: Any) -> Any:
-    return observatory.watch(ToldModel(), out, adapters=[told_adapter(3)], **{"exchanges": True, **options})
+    return observatory.watch(
+        ScriptedModel(), out, adapters=[scripted_adapter(3)], **{"exchanges": True, **options}
+    )
 
 
 def send_something() -> None:
@@ -134,7 +136,7 @@ def test_the_way_back_mirrors_the_way_there() -> None:
     ]
 
 
-def test_equal_shares_there_and_back_are_told_apart_by_their_order() -> None:
+def test_equal_shares_there_and_back_are_distinguished_by_their_order() -> None:
     shares = exchange((), (), width=8)
     assert roles(*[("0-3", shares)] * 4) == ["dispatch", "combine"] * 2
 

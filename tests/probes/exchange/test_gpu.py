@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import observatory
-from tests.probes.tiny import ToldModel, told_adapter
+from tests.probes.tiny import ScriptedModel, scripted_adapter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,7 +32,9 @@ def test_nccl_exchanges_are_timed_on_their_stream_without_a_wait(tmp_path: Path)
     dist.all_to_all_single(out, given)
     torch.cuda.synchronize()
     began_ns = time.monotonic_ns()
-    with observatory.watch(ToldModel(), tmp_path / "r", adapters=[told_adapter(3)], exchanges=True) as watch:
+    with observatory.watch(
+        ScriptedModel(), tmp_path / "r", adapters=[scripted_adapter(3)], exchanges=True
+    ) as watch:
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(3):
@@ -62,7 +64,9 @@ def test_an_exchange_in_a_cuda_graph_is_not_timed_and_said_so(tmp_path: Path) ->
     dist.all_to_all_single(out, given)
 
     def capture() -> None:
-        with observatory.watch(ToldModel(), tmp_path / "r", adapters=[told_adapter(3)], exchanges=True):
+        with observatory.watch(
+            ScriptedModel(), tmp_path / "r", adapters=[scripted_adapter(3)], exchanges=True
+        ):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 dist.all_to_all_single(out, given)

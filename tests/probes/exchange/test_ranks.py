@@ -104,7 +104,7 @@ FORWARD = ["other", "dispatch", "other", "combine"]
 
 
 @pytest.mark.parametrize("name", ["roles", "roles_functional"])
-def test_dispatch_and_combine_are_told_apart_forward_and_backward(rows: Rows, name: str) -> None:
+def test_dispatch_and_combine_are_distinguished_forward_and_backward(rows: Rows, name: str) -> None:
     frame = rows(name)
     step = frame[(frame.step == 0) & (frame.source_rank == 0)]
     assert step.role.tolist() == [*FORWARD, *FORWARD, *["dispatch", "combine"] * 2]

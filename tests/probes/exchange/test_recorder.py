@@ -21,7 +21,7 @@ import observatory
 from observatory.errors import CaptureError
 from observatory.probes.timeline import flight
 from observatory.probes.timeline.flight import recorder_unsupported
-from tests.probes.tiny import ToldModel, told_adapter
+from tests.probes.tiny import ScriptedModel, scripted_adapter
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def alone() -> Iterator[None]:
 
 def watched(out: Path, **options: Any) -> Any:
     options = {"exchanges": True, "flight_recorder": True, **options}
-    return observatory.watch(ToldModel(), out, adapters=[told_adapter(3)], **options)
+    return observatory.watch(ScriptedModel(), out, adapters=[scripted_adapter(3)], **options)
 
 
 def send_something(rows: int = 4) -> None:
@@ -95,7 +95,7 @@ def test_without_being_asked_nothing_is_read(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.usefixtures("alone")
-def test_durations_stand_beside_those_of_the_probe_once_the_backend_has_them(
+def test_durations_stand_next_to_those_of_the_probe_once_the_backend_has_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks = []

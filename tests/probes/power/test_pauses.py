@@ -52,19 +52,19 @@ def locked_steps(driver: FakeDriver, *, shifts: bool) -> dict[str, float]:
 
     import observatory
     from observatory.probes.routing.sites import RoutingDecision
-    from tests.probes.tiny import ToldModel, told_adapter
+    from tests.probes.tiny import ScriptedModel, scripted_adapter
 
     driver.name(UUID, "00000000:10:00.0", "NVIDIA H100 80GB HBM3 (played)")
     update_ns = _next_update_ns()
     for what in ("field:83", "nvmlDeviceGetTotalEnergyConsumption"):
         driver.fail(what, 3)
-    model = ToldModel()
+    model = ScriptedModel()
     decision = RoutingDecision(expert_ids=torch.zeros(4, 1, dtype=torch.int64), tokens=4)
     run = Path(os.environ["FAKE_NVML_STATE"]).with_name("run")
     truth_j = seconds = paused_ms = 0.0
     late_ms = []
     with observatory.watch(
-        model, run, adapters=[told_adapter(3)], power=[UUID], power_shifts=shifts and STEPS
+        model, run, adapters=[scripted_adapter(3)], power=[UUID], power_shifts=shifts and STEPS
     ) as watch:
         now_ns = time.monotonic_ns()
         start_ns = (
@@ -240,10 +240,10 @@ def test_irregular_steps_have_no_pauses_and_a_new_rhythm_is_noticed() -> None:
 
 def test_pauses_are_refused_where_another_rank_would_wait_for_them(tmp_path: Path) -> None:
     import observatory
-    from tests.probes.tiny import ToldModel
+    from tests.probes.tiny import ScriptedModel
 
     with pytest.raises(CaptureError, match="makes all others wait"):
-        observatory.watch(ToldModel(), tmp_path / "run", power_shifts=True, rank=0, world=2)
+        observatory.watch(ScriptedModel(), tmp_path / "run", power_shifts=True, rank=0, world=2)
     with pytest.raises(CaptureError, match="choose one of auto, on, off"):
         ProfileJob(model="m", power_shifts="maybe")
     with pytest.raises(CaptureError, match="power is off"):

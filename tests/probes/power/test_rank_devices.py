@@ -122,13 +122,13 @@ def test_every_rank_needs_the_name_of_one_device() -> None:
 def another_device(_driver: FakeDriver) -> dict[str, Any]:
     import observatory
     from observatory.probes.power import watched
-    from tests.probes.tiny import ToldModel, told_adapter
+    from tests.probes.tiny import ScriptedModel, scripted_adapter
 
     run = Path(os.environ["FAKE_NVML_STATE"]).with_name("run")
     watched._gpus_of = lambda _model: (UUIDS[1],)
     with (
         pytest.raises(CaptureError) as caught,
-        observatory.watch(ToldModel(), run, adapters=[told_adapter(3)], own_devices=[UUIDS[0]]),
+        observatory.watch(ScriptedModel(), run, adapters=[scripted_adapter(3)], own_devices=[UUIDS[0]]),
     ):
         pass
     return {"error": str(caught.value), "state": open_run(run).manifest.state}

@@ -15,12 +15,12 @@ from torch import nn
 import observatory
 from observatory.probes.routing.sites import RoutingDecision
 from tests.probes.routing.families import tiny_model
-from tests.probes.tiny import ToldModel, assert_untouched, ids, loads, tokens, told_adapter
+from tests.probes.tiny import ScriptedModel, assert_untouched, ids, loads, scripted_adapter, tokens
 
 
 def counted(path: Path, *decisions: RoutingDecision, experts: int = 4, **options: object) -> Path:
     """Run of one step in which layer 0 makes these decisions, one call each."""
-    with observatory.watch(ToldModel(), path, adapters=[told_adapter(experts)], **options) as watch:
+    with observatory.watch(ScriptedModel(), path, adapters=[scripted_adapter(experts)], **options) as watch:
         for decision in decisions:
             watch._model([decision])
         watch.step()
@@ -96,10 +96,10 @@ def test_a_call_without_tokens_leaves_a_row_of_zeros(tmp_path: Path) -> None:
 
 
 def test_a_layer_that_is_not_called_in_a_step_has_no_row_there(tmp_path: Path) -> None:
-    model = ToldModel(layers=2)
+    model = ScriptedModel(layers=2)
 
     def first_both_then_one() -> None:
-        with observatory.watch(model, tmp_path / "r", adapters=[told_adapter(2)]) as watch:
+        with observatory.watch(model, tmp_path / "r", adapters=[scripted_adapter(2)]) as watch:
             model([ids([0]), ids([1])])
             watch.step()
             model([ids([1])])
@@ -130,8 +130,10 @@ def test_gate_mass_sums_the_weights_that_go_to_each_expert(tmp_path: Path) -> No
 
 
 def test_samples_are_the_first_tokens_of_each_step_in_order(tmp_path: Path) -> None:
-    model = ToldModel()
-    with observatory.watch(model, tmp_path / "r", adapters=[told_adapter(4, 2)], sample_tokens=2) as watch:
+    model = ScriptedModel()
+    with observatory.watch(
+        model, tmp_path / "r", adapters=[scripted_adapter(4, 2)], sample_tokens=2
+    ) as watch:
         model([ids([0, 1], [2, -1], [3, 3])])
         model([ids([1, 1])])
         watch.step()
@@ -143,8 +145,8 @@ def test_samples_are_the_first_tokens_of_each_step_in_order(tmp_path: Path) -> N
 
 
 def test_windows_keep_the_extremes_of_their_steps(tmp_path: Path) -> None:
-    model = ToldModel()
-    with observatory.watch(model, tmp_path / "r", adapters=[told_adapter(2)], window_steps=2) as watch:
+    model = ScriptedModel()
+    with observatory.watch(model, tmp_path / "r", adapters=[scripted_adapter(2)], window_steps=2) as watch:
         for decision in (ids([0], [0], [1]), ids([1], [1], [1]), ids([0], [1])):
             model([decision])
             watch.step()
@@ -159,7 +161,7 @@ def test_windows_keep_the_extremes_of_their_steps(tmp_path: Path) -> None:
 def test_layers_of_different_size_are_kept_apart(tmp_path: Path) -> None:
     sizes = {"layers.0": 2, "layers.1": 5}
     adapters = [
-        told_adapter(size).__class__(
+        scripted_adapter(size).__class__(
             match=lambda name, _module, wanted=name: name == wanted,
             read=lambda _module, args, _kwargs, _output: args[1],
             experts=size,
@@ -167,7 +169,7 @@ def test_layers_of_different_size_are_kept_apart(tmp_path: Path) -> None:
         )
         for name, size in sizes.items()
     ]
-    model = ToldModel(layers=2)
+    model = ScriptedModel(layers=2)
     with observatory.watch(model, tmp_path / "r", adapters=adapters) as watch:
         model([ids([1]), ids([4])])
         watch.step()
@@ -191,10 +193,10 @@ decisions = st.lists(
 @settings(max_examples=25, deadline=None)
 @given(calls=decisions, experts=st.integers(1, 7))
 def test_counts_agree_with_a_naive_count(calls: list[list[list[int]]], experts: int) -> None:
-    model = ToldModel()
+    model = ScriptedModel()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "r"
-        with observatory.watch(model, path, adapters=[told_adapter(experts)]) as watch:
+        with observatory.watch(model, path, adapters=[scripted_adapter(experts)]) as watch:
             for call in calls:
                 tensor = torch.tensor(call, dtype=torch.int64).reshape(len(call), -1 if call else 2)
                 model([RoutingDecision(expert_ids=tensor, tokens=len(call))])
@@ -208,8 +210,8 @@ def test_counts_agree_with_a_naive_count(calls: list[list[list[int]]], experts: 
 def test_threads_that_share_a_model_lose_nothing(tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    model, decision = ToldModel(), ids(*([[0, 1]] * 500))
-    with observatory.watch(model, tmp_path / "r", adapters=[told_adapter(2)]) as watch:
+    model, decision = ScriptedModel(), ids(*([[0, 1]] * 500))
+    with observatory.watch(model, tmp_path / "r", adapters=[scripted_adapter(2)]) as watch:
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda _: model([decision]), range(200)))
         watch.step()
@@ -217,10 +219,10 @@ def test_threads_that_share_a_model_lose_nothing(tmp_path: Path) -> None:
 
 
 def test_two_models_in_one_process_do_not_mix(tmp_path: Path) -> None:
-    one, two = ToldModel(), ToldModel()
+    one, two = ScriptedModel(), ScriptedModel()
     with (
-        observatory.watch(one, tmp_path / "one", adapters=[told_adapter(2)]) as first,
-        observatory.watch(two, tmp_path / "two", adapters=[told_adapter(3)]) as second,
+        observatory.watch(one, tmp_path / "one", adapters=[scripted_adapter(2)]) as first,
+        observatory.watch(two, tmp_path / "two", adapters=[scripted_adapter(3)]) as second,
     ):
         one([ids([0])])
         two([ids([2])])
@@ -231,8 +233,8 @@ def test_two_models_in_one_process_do_not_mix(tmp_path: Path) -> None:
 
 
 def test_nested_and_repeated_watches_of_one_model_each_count_their_own(tmp_path: Path) -> None:
-    model: nn.Module = ToldModel()
-    adapters = [told_adapter(2)]
+    model: nn.Module = ScriptedModel()
+    adapters = [scripted_adapter(2)]
     with observatory.watch(model, tmp_path / "outer", adapters=adapters) as outer:
         model([ids([0])])
         with observatory.watch(model, tmp_path / "inner", adapters=adapters) as inner:
@@ -250,9 +252,9 @@ def test_nested_and_repeated_watches_of_one_model_each_count_their_own(tmp_path:
 
 
 def test_watches_that_end_in_the_wrong_order_still_leave_nothing(tmp_path: Path) -> None:
-    model = ToldModel()
-    outer = observatory.watch(model, tmp_path / "outer", adapters=[told_adapter(2)])
-    inner = observatory.watch(model, tmp_path / "inner", adapters=[told_adapter(2)])
+    model = ScriptedModel()
+    outer = observatory.watch(model, tmp_path / "outer", adapters=[scripted_adapter(2)])
+    inner = observatory.watch(model, tmp_path / "inner", adapters=[scripted_adapter(2)])
     outer.__enter__()
     inner.__enter__()
     model([ids([0])])
@@ -267,11 +269,11 @@ def test_watches_that_end_in_the_wrong_order_still_leave_nothing(tmp_path: Path)
 
 
 def test_a_layer_in_two_places_is_one_layer_whose_calls_add_up_and_the_run_says_so(tmp_path: Path) -> None:
-    model = ToldModel(3)
+    model = ScriptedModel(3)
     model.layers[2] = model.layers[0]
     with (  # noqa: PT031  # the warning comes when the watch ends
         pytest.warns(UserWarning, match=r"several places.*: layers\.0$"),
-        observatory.watch(model, tmp_path / "r", adapters=[told_adapter(2)]) as watch,
+        observatory.watch(model, tmp_path / "r", adapters=[scripted_adapter(2)]) as watch,
     ):
         model([ids([0]), ids([1]), ids([1])])
         watch.step()

@@ -119,7 +119,7 @@ def test_a_block_that_does_not_tell_its_top_k_is_refused() -> None:
 
 
 @pytest.mark.parametrize("gate", [None, ChoosingGate()], ids=["logits", "ids"])
-def test_a_router_beside_a_list_of_experts_is_read_from_its_output(gate: nn.Module | None) -> None:
+def test_a_router_next_to_a_list_of_experts_is_read_from_its_output(gate: nn.Module | None) -> None:
     model = Stack(ListMoe(gate=gate))
     sites = find_sites(model)
     with torch.no_grad(), read_loads(sites) as read, ComputedLoads(model) as computed:
@@ -159,7 +159,7 @@ def test_zero_computation_experts_are_null_experts() -> None:
         assert sum(loads) < tokens * TOP_K
 
 
-def test_a_skipped_token_counts_for_nobody_though_expert_zero_computes_it() -> None:
+def test_a_skipped_token_counts_for_no_expert_though_expert_zero_computes_it() -> None:
     model = tiny_model("zaya")
     for name, bias in model.named_buffers():
         if name.endswith("balancing_biases"):

@@ -71,7 +71,7 @@ def test_a_cache_of_unknown_fill_is_never_taken_for_an_empty_one(
     assert len(seen.notes) == 1
 
 
-def test_an_empty_cache_beside_a_block_table_is_unknown_and_a_full_one_is_decode(tmp_path: Path) -> None:
+def test_an_empty_cache_next_to_a_block_table_is_unknown_and_a_full_one_is_decode(tmp_path: Path) -> None:
     model, table = mixtral(), torch.zeros(1, 2, dtype=torch.int32)
     cache = DynamicCache(config=model.config)
 

@@ -122,7 +122,7 @@ def test_encoders_have_the_phase_of_the_call_that_they_are_in(tmp_path: Path) ->
     assert {phase for _, phase in alone.tokens} == {"prefill"}, "no gradients, so no training"
 
 
-def test_an_encoder_that_runs_again_beside_a_decode_step_is_prefill(tmp_path: Path) -> None:
+def test_an_encoder_that_runs_again_next_to_a_decode_step_is_prefill(tmp_path: Path) -> None:
     model = tiny_model("switch_transformers")
     call: Any = model
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_layers_after_an_inner_model_are_in_the_call_around_it(tmp_path: Path, c
     }
 
 
-def test_layers_beside_a_known_inner_model_leave_a_note(tmp_path: Path) -> None:
+def test_layers_next_to_a_known_inner_model_leave_a_note(tmp_path: Path) -> None:
     class WithHead(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -15,7 +15,7 @@ from observatory.errors import CaptureError
 from observatory.probes.routing.counters import SLOTS
 from observatory.probes.routing.phases import Carrier, find_carriers, phase_of_call
 from tests.probes.routing.phase_cases import config
-from tests.probes.tiny import ToldModel, ids, loads, told_adapter
+from tests.probes.tiny import ScriptedModel, ids, loads, scripted_adapter
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,8 @@ def test_what_the_caller_says_goes_before_what_the_cache_says(mixtral: Any, tmp_
 
 
 def test_a_step_inside_a_phase_keeps_the_phase(tmp_path: Path) -> None:
-    model = ToldModel()
-    with observatory.watch(model, tmp_path / "r", adapters=[told_adapter(2)]) as watch:
+    model = ScriptedModel()
+    with observatory.watch(model, tmp_path / "r", adapters=[scripted_adapter(2)]) as watch:
         with watch.phase("decode"):
             model([ids([0])])
             watch.step()
@@ -135,9 +135,9 @@ def test_a_step_inside_a_phase_keeps_the_phase(tmp_path: Path) -> None:
 
 def test_a_phase_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CaptureError, match=r"'warmup' does not exist; expected one of prefill, decode"):
-        observatory.watch(ToldModel(), tmp_path / "r", phase="warmup")  # type: ignore[arg-type]
+        observatory.watch(ScriptedModel(), tmp_path / "r", phase="warmup")  # type: ignore[arg-type]
     with (
-        observatory.watch(ToldModel(), tmp_path / "r", adapters=[told_adapter(2)]) as watch,
+        observatory.watch(ScriptedModel(), tmp_path / "r", adapters=[scripted_adapter(2)]) as watch,
         pytest.raises(CaptureError, match="'x' does not exist"),
         watch.phase("x"),  # type: ignore[arg-type]
     ):

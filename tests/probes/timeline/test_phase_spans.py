@@ -17,11 +17,11 @@ def steps_inside_a_phase(_driver: FakeDriver) -> dict[str, Any]:
 
     import observatory
     from observatory.probes.routing.sites import RoutingDecision
-    from tests.probes.tiny import ToldModel, told_adapter
+    from tests.probes.tiny import ScriptedModel, scripted_adapter
 
-    model, run = ToldModel(), Path(os.environ["FAKE_NVML_STATE"]).with_name("run")
+    model, run = ScriptedModel(), Path(os.environ["FAKE_NVML_STATE"]).with_name("run")
     decision = RoutingDecision(expert_ids=torch.zeros(4, 1, dtype=torch.int64), tokens=4)
-    with observatory.watch(model, run, adapters=[told_adapter(3)], power=[UUID]) as watch:
+    with observatory.watch(model, run, adapters=[scripted_adapter(3)], power=[UUID]) as watch:
         for phase in ("prefill", "decode"):
             with watch.phase(phase):
                 for _ in range(3):
