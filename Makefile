@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Tests of one file, and those that share started ranks or a browser, run one after the other in one worker.
-WORKERS ?= 3
+WORKERS ?= 4
 ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 PYTEST := $(ALONE) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

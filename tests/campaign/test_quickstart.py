@@ -13,6 +13,7 @@ from observatory.run.documents.bench import load_bench
 from tests.collectives.bench.runs import write_captured_run
 
 
+@pytest.mark.slow
 def test_benchmark_replay_and_model_are_made_once_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -260,6 +260,7 @@ def test_nothing_is_replaced_and_nothing_is_left_when_there_is_nothing(run: Path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "there.json"]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_run(tmp_path: Path) -> None:
     peaks = []
     for index, steps in enumerate((10_000, 40_000)):

@@ -419,6 +419,7 @@ def two_ranks(path: Path) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_all_ranks_together_stand_next_to_the_rank_that_takes_most(tmp_path: Path) -> None:
     run = two_ranks(tmp_path / "run")
     (total,) = energy_summary(open_run(run)).totals.to_dict("records")

@@ -213,6 +213,7 @@ def test_impossible_values_are_refused_by_column(
         list(open_run(planted(tmp_path, table, rows)).iter_rows(table))
 
 
+@pytest.mark.slow
 def test_commands_show_one_sentence_and_no_traceback(tmp_path: Path) -> None:
     bad = tmp_path / "bad.json"
     bad.write_bytes(HOSTILE["deep"])

@@ -67,6 +67,7 @@ def test_every_token_goes_to_four_of_32_experts_in_four_layers(loaded: LoadedMod
     assert loads_LE.sum(dim=1).tolist() == [64 * TOP_K] * MOE_LAYERS
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_is_below_the_unigram_baseline_and_as_recorded(
     bundled: BundledModel, loaded: LoadedModel
 ) -> None:

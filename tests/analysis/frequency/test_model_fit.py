@@ -128,6 +128,7 @@ def test_the_optimum_is_the_smaller_of_f_crit_and_f_energy_where_the_knee_is_sha
         assert fit.optimum.mhz == pytest.approx(truth, abs=30)
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     inside: list[bool] = []
     for name in ("knee", "memory-bound", "compute-bound"):

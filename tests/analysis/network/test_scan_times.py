@@ -211,6 +211,7 @@ def test_what_realism_costs_is_a_ratio_of_sums_over_steps() -> None:
     assert single["ratio_low"].isna().all(), "one pair has no interval"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [2, 4, 8, 32])
 def test_intervals_of_the_ratio_cover_it_also_with_few_steps(steps: int) -> None:
     generator = np.random.default_rng(steps)

@@ -365,6 +365,7 @@ def test_a_layer_reached_past_its_hooks_is_missed_where_its_stack_is_not(tmp_pat
     assert run.manifest.state == "failed"
 
 
+@pytest.mark.slow
 def test_gaps_of_a_rank_that_is_killed_are_there(tmp_path: Path) -> None:
     program = f"""
         import os, signal, time, observatory

@@ -77,6 +77,7 @@ def test_experts_that_do_not_follow_the_gates_are_stated(tmp_path: Path) -> None
             assert layer.verified.code == Witness.CONTRADICTED
 
 
+@pytest.mark.slow
 def test_every_family_is_as_it_was_after_an_intervention() -> None:
     with one_thread(), torch.no_grad():
         for family in FAMILIES:

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.devices.driver import FakeDriver
 from tests.devices.scenes import needs_driver, play
 
@@ -33,6 +35,7 @@ def steps_inside_a_phase(_driver: FakeDriver) -> dict[str, Any]:
     return {str(phase): sorted(own["step"].tolist()) for phase, own in spans.groupby("phase")}
 
 
+@pytest.mark.slow
 @needs_driver
 def test_a_step_that_ends_inside_its_phase_leaves_no_stretch_of_a_next_one(tmp_path: Path) -> None:
     outcome = play(steps_inside_a_phase, tmp_path)
