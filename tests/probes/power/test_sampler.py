@@ -114,8 +114,8 @@ def test_samples_follow_the_load_and_the_lock_and_the_process_ends(run: Path, dr
     assert power["energy_mj"].is_monotonic_increasing
     assert power["time_ns"].is_monotonic_increasing
     assert (power["read_ns"] > 0).all()
-    # samples are 50 ms apart, or a multiple where the machine was too busy
-    assert power["time_ns"].diff().min() > 20e6
+    # one sample every 50 ms at most: a busy machine makes one late and the next one seem early
+    assert len(power) <= (power["time_ns"].max() - power["time_ns"].min()) / 50e6 + 2
 
 
 def test_a_killed_owner_ends_its_sampler_and_the_samples_stay(run: Path, driver: FakeDriver) -> None:
