@@ -18,6 +18,7 @@ _COMMANDS = {
     "routing": "routing:routing",
     "exchanges": "exchanges:exchanges",
     "scan": "scan:scan",
+    "place": "place:place",
     "report": "report:report",
     "export": "export:export",
     "bench alltoall": "bench:alltoall",
@@ -42,13 +43,13 @@ _GROUPS = {
 }
 _SECTIONS = {
     "Capture": ("quickstart", "profile", "grid"),
-    "Analysis": ("routing", "exchanges", "scan", "report", "export"),
+    "Analysis": ("routing", "exchanges", "scan", "place", "report", "export"),
     "Network": ("bench", "replay", "fit"),
     "Power": ("power", "energy", "reuse", "clocks"),
     "Machine": ("doctor",),
 }
 #: Commands that read runs and results, and that a rank of a job may well call.
-_ANALYSIS = frozenset({"routing", "scan", "fit", "export", "exchanges", "energy", "report"})
+_ANALYSIS = frozenset({"routing", "scan", "place", "fit", "export", "exchanges", "energy", "report"})
 
 
 class Group(TyperGroup):

@@ -17,6 +17,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory scan runs/a --ep 8,16 --gpus-per-node 4",
         "observatory scan runs/a --placement linear --placement my-placement.json --network fit.json",
     ),
+    "place": (
+        "observatory place runs/a --ranks 8 --out placement.json",
+        "observatory place runs/a --ranks 8 --replicas 8 --phase prefill --out placement.json",
+    ),
     "exchanges": ("observatory exchanges runs/ep4", "observatory exchanges runs/ep4 --csv --table ranks"),
     "bench alltoall": (
         "observatory bench alltoall --ranks 4 --out bench.json",

@@ -63,6 +63,7 @@ def test_every_key_of_a_document_is_described(
         printed(capsys, "exchanges", str(big_exchanges(tmp_path / "exchanges"))),
         printed(capsys, "scan", str(make_run("other")), "--ep", "2", "--traffic"),
         printed(capsys, "fit", bench, "--out", str(tmp_path / "new.json"), "--bootstrap", "5"),
+        printed(capsys, "place", str(make_run("long", steps=16)), "--ranks", "2"),
         printed(capsys, "energy", str(a_power_run(tmp_path / "power"))),
         printed(capsys, "reuse", "show", str(saved(tmp_path / "reuse.json", measured((37e3, 45e3, 18e3))))),
         bench_document(a_bench(repeats=2)),

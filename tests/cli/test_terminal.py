@@ -151,6 +151,8 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield ["scan", run, "--ep", "4,64"]
     yield ["scan", run, "--ep", "4", "--wide", "--network", model, "--gpus-per-node", "2"]
     yield ["scan", run, "--ep", "4", "--network", model, "--gpus-per-node", "2"]
+    longer = str(write_run(tmp / "longer", manifest(HOSTILE, layers=2, experts=64, top_k=4), steps=16))
+    yield ["place", longer, "--ranks", "4", "--replicas", "4"]
     yield ["exchanges", exchanges]
     yield ["exchanges", exchanges, "--wide"]
     yield ["fit", bench, "--out", str(tmp / "new.json"), "--bootstrap", "10", "--force"]

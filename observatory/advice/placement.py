@@ -1,0 +1,543 @@
+"""Which placement of experts, and how many replicas: chosen on the first steps of a run, judged on the rest.
+
+Shapes: S steps, L layers, E experts, P ranks, K slots of each rank.
+
+A layout scores the load of the busiest rank, added up over steps and layers, over that of perfectly balanced
+ranks: every layer of every step waits for its busiest rank. A placement that was made on a mean looks three
+times as good on that mean as it is on steps that follow, so what it promises and what it holds are shown next
+to each other, and only what it holds decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+from observatory.analysis.columns import Column, Table
+from observatory.analysis.parallel.balancing import (
+    balanced_layout,
+    greedy_layout,
+    linear_layout,
+    lower_bound,
+    rank_loads,
+    replicas_for,
+    round_robin_layout,
+    slots_per_rank,
+    steps_layout,
+)
+from observatory.analysis.parallel.placement import load_placement
+from observatory.analysis.routing.floor import max_over_mean_floor
+from observatory.analysis.statistics import (
+    Interval,
+    block_count,
+    block_weights,
+    few_blocks_widening,
+    sample_interval,
+)
+from observatory.errors import PlacementError
+from observatory.reasons import Reason
+from observatory.run.documents.printed import printed_document
+
+if TYPE_CHECKING:
+    from observatory.run import Run
+
+Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
+
+#: Fewer steps than this on either side of the split say nothing about the steps that follow.
+FEWEST_STEPS = 8
+#: Loads of this many bytes are kept; of a longer run the last steps.
+_MOST_BYTES = 512 << 20
+_RESAMPLES = 1000
+#: A layout is as even as chance allows within this of the floor (measured: the real gain is 0.004 there).
+_AT_FLOOR = 0.01
+#: A layer is decided by one expert where no layout is better than this and the chosen one is as good.
+_ONE_EXPERT = 1.05
+
+
+class PlacementCode(StrEnum):
+    """What a verdict on a placement states."""
+
+    CHANGE = "change"
+    NO_GAIN = "no_gain"
+    WORSE = "worse"
+    AT_FLOOR = "at_floor"
+    REST_IS_CHANCE = "rest_is_chance"
+    MORE_REPLICAS = "more_replicas"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepLoads:
+    """Loads of the layers of a run, step by step, summed over source ranks.
+
+    Attributes:
+        layers: numbers of the MoE layers.
+        top_k: experts of a token, where all layers have as many; None where it is not known.
+        phase_S: phase of each step.
+        load_SLE: assignments.
+    """
+
+    layers: tuple[int, ...]
+    top_k: int | None
+    phase_S: tuple[str, ...]
+    load_SLE: Int64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Candidate:
+    """One layout with its scores.
+
+    Attributes:
+        name: how it was made.
+        replicas: copies beyond one of each expert.
+        slot_LPK: the layout; None for what only hindsight could choose.
+        promised: score on the steps that it was made on.
+        held_out: score on the others, with its 90 % interval.
+        moved: copies that a rank does not hold today, per layer; None where today's layout is not known.
+    """
+
+    name: str
+    replicas: int
+    slot_LPK: Int64 | None
+    promised: float
+    held_out: Interval
+    moved: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlacementAdvice:
+    """Candidates and the verdict on the chosen one.
+
+    Attributes:
+        layers: numbers of the layers.
+        ranks: P.
+        steps: steps that layouts were made on, and judged on.
+        candidates: today's layout first; the chosen one is named ``chosen``.
+        bound: what no layout could have promised to be below, as a score.
+        floor: score of uniform routing of as many tokens, without replicas; None where top-k is not known.
+        gain: share of the busiest ranks' load that the chosen layout removes on held-out steps.
+        verdict: codes and values.
+    """
+
+    layers: tuple[int, ...]
+    ranks: int
+    steps: tuple[int, int]
+    candidates: tuple[Candidate, ...]
+    bound: float
+    floor: float | None
+    gain: Interval
+    verdict: tuple[Reason, ...]
+
+    @property
+    def chosen(self) -> Candidate:
+        """The layout that is judged."""
+        return next(candidate for candidate in self.candidates if candidate.name == "chosen")
+
+
+def step_loads(run: Run, *, phase: str | None = None) -> StepLoads:
+    """Loads of every step of which all layers and ranks have whole rows.
+
+    Raises:
+        PlacementError: rows fold several steps, layers differ in their experts, or no step is whole.
+    """
+    by_step: dict[tuple[int, str], dict[int, Int64]] = {}
+    experts: set[int] = set()
+    for block in run.iter_loads(phase=phase):
+        if np.any(block.window_steps_S != 1):
+            raise PlacementError(
+                f"rows of layer {block.layer} fold {int(block.window_steps_S.max())} steps, in which the "
+                "busiest rank of a step is lost; capture the run with --window-steps 1"
+            )
+        experts.add(block.experts)
+        whole_S = block.present_SP.all(axis=1)
+        if block.partial_SP is not None:
+            whole_S &= ~block.partial_SP.any(axis=1)
+        load_SE = block.load_SPE[whole_S].sum(axis=1)
+        for step, load_E in zip(block.step_S[whole_S].tolist(), load_SE, strict=True):
+            by_step.setdefault((step, block.phase), {})[block.layer] = load_E
+    if len(experts) > 1:
+        raise PlacementError(
+            f"layers have {', '.join(map(str, sorted(experts)))} experts; expected as many in every layer"
+        )
+    layers = sorted({layer for loads in by_step.values() for layer in loads})
+    whole = [key for key in sorted(by_step) if len(by_step[key]) == len(layers)]
+    if not whole:
+        raise PlacementError(
+            f"no step of {run.path} has whole rows of all layers and ranks; expected at least "
+            f"{2 * FEWEST_STEPS}: profile again with more --steps"
+        )
+    fit = max(1, _MOST_BYTES // (8 * len(layers) * max(experts)))
+    whole = whole[-fit:]
+    top_k = {spec.top_k for spec in run.manifest.model.moe_layers}
+    return StepLoads(
+        layers=tuple(layers),
+        top_k=top_k.pop() if len(top_k) == 1 else None,
+        phase_S=tuple(phase for _, phase in whole),
+        load_SLE=np.array([[by_step[key][layer] for layer in layers] for key in whole]),
+    )
+
+
+def current_layout(run: Run, loads: StepLoads, *, ranks: int, file: Path | None = None) -> tuple[Int64, str]:
+    """Today's layout, (L, P, K), and its name.
+
+    Args:
+        run: an open run.
+        loads: its loads.
+        ranks: P.
+        file: a placement file; None: that of the run if it had as many ranks, else contiguous blocks.
+
+    Raises:
+        PlacementError: the file does not fit, or ranks hold different numbers of experts.
+    """
+    experts = loads.load_SLE.shape[2]
+    topology = run.manifest.topology
+    if file is not None:
+        opened = load_placement(file)
+        holders = [opened.holders(layer, experts=experts, ep=ranks) for layer in loads.layers]
+        name = opened.name
+    elif topology.placement is not None and topology.ranks == ranks:
+        holders = [list(topology.placement)] * len(loads.layers)
+        name = "recorded"
+    else:
+        if experts % ranks:
+            raise PlacementError(
+                f"{experts} experts in contiguous blocks do not fill {ranks} ranks evenly; expected today's "
+                "placement: give --current"
+            )
+        return linear_layout(len(loads.layers), experts, ranks), "contiguous"
+    held_LPE = np.zeros((len(holders), ranks, experts), dtype=bool)
+    for layer, holders_E in enumerate(holders):
+        for expert, at in enumerate(holders_E):
+            held_LPE[layer, list(at), expert] = True
+    held_LP = held_LPE.sum(axis=2)
+    if held_LP.min() != held_LP.max():
+        raise PlacementError(
+            f"placement {name} gives ranks {held_LP.min()} to {held_LP.max()} experts; expected as many on "
+            "every rank"
+        )
+    return np.nonzero(held_LPE)[2].reshape(len(holders), ranks, -1), name
+
+
+def advise_placement(
+    loads: StepLoads,
+    *,
+    ranks: int,
+    today: Int64,
+    named_today: str,
+    replicas: int = 0,
+    train_share: float = 0.5,
+    seed: int = 0,
+) -> PlacementAdvice:
+    """Choose a layout on the first steps of each phase and judge it on the others.
+
+    Args:
+        loads: loads of single steps.
+        ranks: P.
+        today: today's layout, (L, P, K).
+        named_today: its name.
+        replicas: copies beyond one of each expert, in each layer.
+        train_share: share of the steps of each phase that layouts are made on.
+        seed: of the search and of the resamples.
+
+    Raises:
+        PlacementError: the copies do not fill the ranks evenly.
+    """
+    experts = loads.load_SLE.shape[2]
+    slots_per_rank(experts, ranks, replicas)
+    train_S = _first_of_each_phase(loads.phase_S, train_share)
+    train_SLE = loads.load_SLE[train_S].astype(np.float64)
+    test_SLE = loads.load_SLE[~train_S].astype(np.float64)
+    steps = len(train_SLE), len(test_SLE)
+    if min(steps) < FEWEST_STEPS:
+        raise PlacementError(
+            f"{steps[0]} steps to choose on and {steps[1]} to judge on are too few; expected at least "
+            f"{FEWEST_STEPS} of each: profile again with more --steps"
+        )
+    mean_LE = train_SLE.mean(axis=0)
+    layers = len(mean_LE)
+    layouts: dict[str, tuple[int, Int64]] = {
+        f"{named_today} (today)": (today.shape[1] * today.shape[2] - experts, today)
+    }
+    if experts % ranks == 0:
+        layouts["contiguous"] = 0, linear_layout(layers, experts, ranks)
+        layouts["round-robin"] = 0, round_robin_layout(layers, experts, ranks)
+    layouts |= {
+        "greedy": (replicas, greedy_layout(mean_LE, ranks, replicas)),
+        "mean": (replicas, balanced_layout(mean_LE, ranks, replicas, seed=seed)),
+        "chosen": (replicas, steps_layout(train_SLE, ranks, replicas)),
+    }
+    if named_today == "contiguous":
+        layouts.pop("contiguous", None)
+    layouts = {
+        name: (count, slot_LPK if slot_LPK is today else _renumbered(slot_LPK, today, experts))
+        for name, (count, slot_LPK) in layouts.items()
+    }
+    weight_BS = block_weights(steps[1], _RESAMPLES, seed)
+    widening = few_blocks_widening(block_count(steps[1]))
+    candidates = [
+        Candidate(
+            name=name,
+            replicas=count,
+            slot_LPK=slot_LPK,
+            promised=float(_score(*_busiest_and_mean(train_SLE, slot_LPK))),
+            held_out=_scored(test_SLE, slot_LPK, weight_BS, widening),
+            moved=_moved(today, slot_LPK, experts),
+        )
+        for name, (count, slot_LPK) in layouts.items()
+    ]
+    hindsight = steps_layout(test_SLE, ranks, replicas)
+    candidates.append(
+        Candidate(
+            name="hindsight",
+            replicas=replicas,
+            slot_LPK=None,
+            promised=float(_score(*_busiest_and_mean(test_SLE, hindsight))),
+            held_out=_scored(test_SLE, hindsight, weight_BS, widening),
+        )
+    )
+    bound_L = lower_bound(mean_LE, ranks, replicas)
+    floor = _floor(test_SLE, ranks, loads.top_k)
+    gain = _gain(test_SLE, today, layouts["chosen"][1], weight_BS, widening)
+    return PlacementAdvice(
+        layers=loads.layers,
+        ranks=ranks,
+        steps=steps,
+        candidates=tuple(candidates),
+        bound=float(np.average(bound_L, weights=np.maximum(mean_LE.sum(axis=1), 1e-300))),
+        floor=floor,
+        gain=gain,
+        verdict=_verdict(
+            mean_LE,
+            bound_L,
+            gain,
+            ranks,
+            replicas,
+            floor=floor,
+            today=candidates[0].held_out.value,
+            chosen=next(item.held_out.value for item in candidates if item.name == "chosen"),
+        ),
+    )
+
+
+def _first_of_each_phase(phase_S: Sequence[str], share: float) -> NDArray[np.bool_]:
+    """Whether a step is among the first ``share`` of its phase."""
+    train_S = np.zeros(len(phase_S), dtype=bool)
+    for phase in set(phase_S):
+        at = np.flatnonzero(np.array(phase_S) == phase)
+        train_S[at[: round(share * len(at))]] = True
+    return train_S
+
+
+def _busiest_and_mean(load_SLE: Float64, slot_LPK: Int64) -> tuple[Float64, Float64]:
+    """Load of the busiest rank and of the mean rank, added up over layers, (S,) each."""
+    load_SLP = rank_loads(load_SLE, slot_LPK)
+    return load_SLP.max(axis=2).sum(axis=1), load_SLP.mean(axis=2).sum(axis=1)
+
+
+def _score(busiest_S: Float64, mean_S: Float64) -> Float64:
+    return np.asarray(busiest_S.sum(axis=-1) / np.maximum(mean_S.sum(axis=-1), 1e-300))
+
+
+def _scored(load_SLE: Float64, slot_LPK: Int64, weight_BS: Float64, widening: float) -> Interval:
+    busiest_S, mean_S = _busiest_and_mean(load_SLE, slot_LPK)
+    value = float(_score(busiest_S, mean_S))
+    sample_B = (weight_BS @ busiest_S) / np.maximum(weight_BS @ mean_S, 1e-300)
+    return sample_interval(value, value + widening * (sample_B - value))
+
+
+def _gain(load_SLE: Float64, today: Int64, chosen: Int64, weight_BS: Float64, widening: float) -> Interval:
+    """Share of the busiest ranks' load that the chosen layout removes; steps are paired."""
+    before_S, _ = _busiest_and_mean(load_SLE, today)
+    after_S, _ = _busiest_and_mean(load_SLE, chosen)
+    value = 1.0 - float(after_S.sum() / max(before_S.sum(), 1e-300))
+    sample_B = 1.0 - (weight_BS @ after_S) / np.maximum(weight_BS @ before_S, 1e-300)
+    return sample_interval(value, value + widening * (sample_B - value))
+
+
+def _moved(today: Int64, slot_LPK: Int64, experts: int) -> float:
+    """Copies that ranks have to receive, per layer, after the new ranks were numbered like today's."""
+    held, wanted = (_held(layout, experts) for layout in (today, slot_LPK))
+    return float((wanted & ~held).sum() / len(today))
+
+
+def _held(slot_LPK: Int64, experts: int) -> NDArray[np.bool_]:
+    layers, ranks, _ = slot_LPK.shape
+    held_LPE = np.zeros((layers, ranks, experts), dtype=bool)
+    held_LPE[np.arange(layers)[:, None, None], np.arange(ranks)[None, :, None], slot_LPK] = True
+    return held_LPE
+
+
+def _renumbered(slot_LPK: Int64, today: Int64, experts: int) -> Int64:
+    """The same layout with its ranks numbered so that today's ranks keep most of their experts."""
+    from scipy.optimize import linear_sum_assignment
+
+    held_LPE, wanted_LPE = _held(today, experts), _held(slot_LPK, experts)
+    result = np.empty_like(slot_LPK)
+    for layer, slot_PK in enumerate(slot_LPK):
+        kept_PP = held_LPE[layer].astype(np.int64) @ wanted_LPE[layer].T
+        _, numbered_P = linear_sum_assignment(-kept_PP)
+        result[layer] = slot_PK[numbered_P]
+    return result
+
+
+def _floor(load_SLE: Float64, ranks: int, top_k: int | None) -> float | None:
+    """Score of uniform routing of the same tokens of each step, on ranks of equally many experts."""
+    experts = load_SLE.shape[2]
+    if not top_k or top_k > experts:
+        return None
+    tokens_SL = np.rint(load_SLE.sum(axis=2) / top_k).astype(np.int64)
+    ratio_SL = [
+        [
+            max_over_mean_floor(tokens=tokens, top_k=top_k, experts=experts, groups=ranks) or 1.0
+            for tokens in row
+        ]
+        for row in tokens_SL.tolist()
+    ]
+    return float(np.average(ratio_SL, weights=np.maximum(tokens_SL, 1e-9)))
+
+
+def _verdict(
+    mean_LE: Float64,
+    bound_L: Float64,
+    gain: Interval,
+    ranks: int,
+    replicas: int,
+    *,
+    floor: float | None,
+    today: float,
+    chosen: float,
+) -> tuple[Reason, ...]:
+    """Change or leave it; and where one expert outweighs a rank, what would help."""
+    assert gain.low is not None
+    assert gain.high is not None
+    code = PlacementCode.CHANGE if gain.low > 0 else PlacementCode.NO_GAIN
+    if gain.high < 0:
+        code = PlacementCode.WORSE
+    values: dict[str, JsonValue] = {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+    reasons = [Reason(code, values)]
+    if floor is not None and today <= floor + _AT_FLOOR:
+        reasons = [Reason(PlacementCode.AT_FLOOR, {"today": today, "floor": floor})]
+    elif floor is not None and chosen <= floor + _AT_FLOOR:
+        reasons.append(Reason(PlacementCode.REST_IS_CHANCE, {"chosen": chosen, "floor": floor}))
+    bound = float(np.median(bound_L))
+    if bound > _ONE_EXPERT:
+        needed = int(np.median([replicas_for(load_E, ranks, _ONE_EXPERT) for load_E in mean_LE]))
+        reasons.append(
+            Reason(
+                PlacementCode.MORE_REPLICAS,
+                {"bound": bound, "replicas": replicas, "needed": needed, "ratio": _ONE_EXPERT},
+            )
+        )
+    return tuple(reasons)
+
+
+_SENTENCES = {
+    PlacementCode.CHANGE: "change it: on steps that were not used to choose, the busiest ranks lose {gain} "
+    "of their load ({gain_low} to {gain_high})",
+    PlacementCode.NO_GAIN: "leave it: on steps that were not used to choose, the gain is {gain} "
+    "({gain_low} to {gain_high}), which may be none",
+    PlacementCode.WORSE: "leave it: on steps that were not used to choose, the gain is {gain} "
+    "({gain_low} to {gain_high}): the busiest ranks would have more",
+    PlacementCode.AT_FLOOR: "leave it: today's {today:.2f} times the mean is what chance alone makes of so "
+    "few tokens ({floor:.2f} with uniform routing)",
+    PlacementCode.REST_IS_CHANCE: "the chosen placement's {chosen:.2f} times the mean is the sampling "
+    "floor ({floor:.2f}): nothing more is to be gained by placement",
+    PlacementCode.MORE_REPLICAS: "single experts outweigh a rank: with {replicas} replicas no placement is "
+    "below {bound:.2f} times the mean; {ratio:.2f} times it takes at least {needed} in each layer (median)",
+}
+
+
+def placement_sentences(verdict: Sequence[Reason]) -> list[str]:
+    """A verdict in words."""
+    return [
+        _SENTENCES[PlacementCode(reason.code)].format_map(
+            {
+                name: f"{100 * value:.1f} %" if name.startswith("gain") else value  # type: ignore[operator]
+                for name, value in reason.values.items()
+            }
+        )
+        for reason in verdict
+    ]
+
+
+COLUMNS = (
+    Column(name="candidate", title="placement", text=True, key=True),
+    Column(name="replicas", title="replicas", legend="copies of experts beyond one of each, in each layer"),
+    Column(
+        name="promised",
+        title="promised",
+        digits=3,
+        legend="busiest rank over the mean, on the steps that it was made on",
+    ),
+    Column(
+        name="held_out",
+        title="held out",
+        digits=3,
+        interval=("held_out_low", "held_out_high"),
+        legend="the same on the steps after them, with its 90 % interval (bootstrap over steps)",
+    ),
+    Column(name="moved", title="moved", digits=1, legend="experts that ranks have to receive, per layer"),
+)
+
+
+def placement_document(advice: PlacementAdvice, problems: Sequence[str] = ()) -> dict[str, Any]:
+    """The advice as ``--json`` prints it (docs/json.md)."""
+    return printed_document(
+        "placement",
+        {
+            "ranks": advice.ranks,
+            "layers": list(advice.layers),
+            "problems": list(problems),
+            "train_steps": advice.steps[0],
+            "held_out_steps": advice.steps[1],
+            "bound": advice.bound,
+            "floor": advice.floor,
+            "gain": advice.gain.value,
+            "gain_low": advice.gain.low,
+            "gain_high": advice.gain.high,
+            "verdict": [reason.document() for reason in advice.verdict],
+            "candidates": [
+                {
+                    "candidate": candidate.name,
+                    "replicas": candidate.replicas,
+                    "promised": candidate.promised,
+                    "held_out": candidate.held_out.value,
+                    "held_out_low": candidate.held_out.low,
+                    "held_out_high": candidate.held_out.high,
+                    "moved": candidate.moved,
+                }
+                for candidate in advice.candidates
+            ],
+        },
+    )
+
+
+def placement_tables(document: dict[str, Any]) -> list[Table]:
+    """The candidates of a placement document."""
+    floor = "" if document["floor"] is None else f", sampling floor {document['floor']:.3f}"
+    title = (
+        f"{document['ranks']} ranks, made on {document['train_steps']} steps, "
+        f"{document['held_out_steps']} held out; lower bound {document['bound']:.3f}{floor}"
+    )
+    return [Table(name="candidates", columns=COLUMNS, rows=document["candidates"], title=title)]
+
+
+def placement_file(advice: PlacementAdvice, experts: int) -> dict[str, Any]:
+    """The chosen layout as a placement file: for every layer and expert the ranks that hold it."""
+    chosen = advice.chosen.slot_LPK
+    assert chosen is not None
+    held_LPE = _held(chosen, experts)
+    return {
+        "ranks": advice.ranks,
+        "layers": {
+            str(layer): [np.flatnonzero(held_P).tolist() for held_P in held_PE.T]
+            for layer, held_PE in zip(advice.layers, held_LPE, strict=True)
+        },
+    }

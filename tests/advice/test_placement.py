@@ -1,0 +1,148 @@
+"""Verdicts on placements of runs whose best placement is known beforehand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from observatory.advice.placement import (
+    PlacementAdvice,
+    PlacementCode,
+    advise_placement,
+    current_layout,
+    placement_sentences,
+    step_loads,
+)
+from observatory.analysis.parallel.placement import load_placement
+from observatory.cli import main
+from observatory.errors import PlacementError
+from observatory.run import open_run
+from tests.advice.test_conclusions import run_of_loads
+from tests.analysis.parallel.test_balancing import drifting
+from tests.conftest import MakeRun
+
+
+def noisy(mean_E: list[float], *, steps: int = 40, layers: int = 2, seed: int = 0) -> np.ndarray:
+    """Loads (S, L, E) that scatter about a mean as counts do."""
+    generator = np.random.default_rng(seed)
+    return generator.poisson(mean_E, size=(steps, layers, len(mean_E)))
+
+
+def advised(folder: Path, load_SLE: np.ndarray, *, ranks: int, replicas: int = 0) -> PlacementAdvice:
+    run = open_run(run_of_loads(folder, load_SLE))
+    loads = step_loads(run)
+    today, name = current_layout(run, loads, ranks=ranks)
+    return advise_placement(loads, ranks=ranks, today=today, named_today=name, replicas=replicas)
+
+
+def codes(advice: PlacementAdvice) -> list[PlacementCode]:
+    assert all(placement_sentences(advice.verdict))
+    return [PlacementCode(reason.code) for reason in advice.verdict]
+
+
+def test_two_heavy_experts_on_one_rank_are_parted(tmp_path: Path) -> None:
+    """Ranks have 600 and 200; parted, 400 and 400: a third of the busiest rank's load goes."""
+    advice = advised(tmp_path / "run", noisy([300.0, 300.0, 100.0, 100.0]), ranks=2)
+    assert codes(advice)[0] == PlacementCode.CHANGE
+    assert advice.gain.value == pytest.approx(1 / 3, abs=0.03)
+    assert advice.gain.low is not None
+    assert advice.gain.low > 0.25
+    assert advice.chosen.slot_LPK is not None
+    for slot_PK in advice.chosen.slot_LPK.tolist():
+        assert [sum(expert < 2 for expert in slot_K) for slot_K in slot_PK] == [1, 1]
+    assert advice.chosen.moved == 2.0  # an expert each way, in each layer
+
+
+def test_uniform_routing_is_left_alone_though_its_steps_promise_a_gain(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    load_SLE = generator.multinomial(64, np.full(16, 1 / 16), size=(64, 3))
+    advice = advised(tmp_path / "run", load_SLE, ranks=4)
+    assert codes(advice) == [PlacementCode.AT_FLOOR]
+    by_name = {candidate.name: candidate for candidate in advice.candidates}
+    assert advice.chosen.promised < by_name["contiguous (today)"].promised - 0.02
+    assert advice.gain.low is not None
+    assert advice.gain.low < 0.02
+
+
+def test_one_expert_that_outweighs_a_rank_calls_for_replicas(tmp_path: Path) -> None:
+    """600 of 1000 on one of 4 ranks: at best 2.4 times the mean; 3 copies of 200 fit below 1.05."""
+    mean_E = [600.0, *[400 / 7] * 7]
+    alone = advised(tmp_path / "alone", noisy(mean_E), ranks=4)
+    assert codes(alone)[-1] == PlacementCode.MORE_REPLICAS
+    assert alone.verdict[-1].values["needed"] == 2
+    assert alone.bound == pytest.approx((600 + 400 / 7) / 250, rel=0.02)
+    helped = advised(tmp_path / "helped", noisy(mean_E), ranks=4, replicas=4)
+    assert codes(helped)[0] == PlacementCode.CHANGE
+    assert helped.chosen.held_out.value < 1.15
+    assert alone.chosen.held_out.value > 2.3
+
+
+def test_a_mean_promises_more_than_it_holds_and_hindsight_is_not_beaten(tmp_path: Path) -> None:
+    load_SLE = np.stack([drifting(seed, 0.5, experts=32, tokens=256) for seed in range(3)], axis=1)
+    advice = advised(tmp_path / "run", load_SLE, ranks=8, replicas=8)
+    by_name = {candidate.name: candidate for candidate in advice.candidates}
+    assert by_name["mean"].held_out.value > by_name["mean"].promised + 0.05
+    assert by_name["hindsight"].held_out.value <= min(item.held_out.value for item in advice.candidates)
+    for candidate in advice.candidates:
+        assert candidate.held_out.low is not None
+        assert candidate.held_out.high is not None
+        assert 1.0 <= candidate.held_out.low <= candidate.held_out.value <= candidate.held_out.high
+
+
+def test_the_command_writes_a_placement_that_can_be_read_and_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of_loads(tmp_path / "run", noisy([300.0, 300.0, 100.0, 100.0]))
+    out = tmp_path / "placement.json"
+    assert main(["place", str(run), "--ranks", "2", "--replicas", "2", "--out", str(out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["kind"] == "placement"
+    assert document["train_steps"] == document["held_out_steps"] == 20
+    assert document["verdict"][0]["code"] == "change"
+    file = load_placement(out)
+    for layer in (0, 1):
+        holders = file.holders(layer, experts=4, ep=2)
+        assert sum(map(len, holders)) == 6
+    assert main(["place", str(run), "--ranks", "2", "--replicas", "2", "--current", str(out), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["candidates"][0]["candidate"] == "placement.json (today)"
+    assert again["candidates"][0]["held_out"] == pytest.approx(document["candidates"][-2]["held_out"])
+    chosen = next(row for row in again["candidates"] if row["candidate"] == "chosen")
+    assert chosen["moved"] == 0.0
+    assert again["verdict"][0]["code"] in ("no_gain", "at_floor")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--ranks", "3"], "do not fill 3 ranks evenly"),
+        (["--ranks", "8", "--replicas", "4"], "give --current"),
+        (["--ranks", "2", "--replicas", "1"], "numbers of replicas that do: 0 or 2"),
+        (["--ranks", "2", "--phase", "training"], "expected one of"),
+        (["--ranks", "2", "--phase", "decode"], "no step of"),
+        (["--ranks", "2", "--current", "missing.json"], "cannot be read"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_sentence(
+    options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of_loads(tmp_path / "run", noisy([10.0] * 4))
+    assert main(["place", str(run), *options]) == 1
+    err = capsys.readouterr().err
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_run_of_few_steps_is_not_split(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["place", str(make_run()), "--ranks", "2"]) == 1
+    assert "3 steps to choose on and 3 to judge on are too few" in capsys.readouterr().err
+
+
+def test_a_placement_that_fills_ranks_unevenly_is_no_layout(tmp_path: Path) -> None:
+    run = open_run(run_of_loads(tmp_path / "run", noisy([10.0] * 4)))
+    (tmp_path / "uneven.json").write_text('{"expert_to_rank": [0, 0, 0, 1]}')
+    with pytest.raises(PlacementError, match="ranks 1 to 3 experts"):
+        current_layout(run, step_loads(run), ranks=2, file=tmp_path / "uneven.json")
