@@ -14,16 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from observatory.analysis.columns import Column, Table
 from observatory.analysis.parallel.balancing import (
     balanced_layout,
     greedy_layout,
+    holders,
     linear_layout,
     lower_bound,
     rank_loads,
@@ -43,7 +43,6 @@ from observatory.analysis.statistics import (
 )
 from observatory.errors import PlacementError
 from observatory.reasons import Reason
-from observatory.run.documents.printed import printed_document
 
 if TYPE_CHECKING:
     from observatory.run import Run
@@ -200,10 +199,10 @@ def current_layout(run: Run, loads: StepLoads, *, ranks: int, file: Path | None 
     topology = run.manifest.topology
     if file is not None:
         opened = load_placement(file)
-        holders = [opened.holders(layer, experts=experts, ep=ranks) for layer in loads.layers]
+        ranks_LE = [opened.holders(layer, experts=experts, ep=ranks) for layer in loads.layers]
         name = opened.name
     elif topology.placement is not None and topology.ranks == ranks:
-        holders = [list(topology.placement)] * len(loads.layers)
+        ranks_LE = [list(topology.placement)] * len(loads.layers)
         name = "recorded"
     else:
         if experts % ranks:
@@ -212,9 +211,9 @@ def current_layout(run: Run, loads: StepLoads, *, ranks: int, file: Path | None 
                 "placement: give --current"
             )
         return linear_layout(len(loads.layers), experts, ranks), "contiguous"
-    held_LPE = np.zeros((len(holders), ranks, experts), dtype=bool)
-    for layer, holders_E in enumerate(holders):
-        for expert, at in enumerate(holders_E):
+    held_LPE = np.zeros((len(ranks_LE), ranks, experts), dtype=bool)
+    for layer, ranks_E in enumerate(ranks_LE):
+        for expert, at in enumerate(ranks_E):
             held_LPE[layer, list(at), expert] = True
     held_LP = held_LPE.sum(axis=2)
     if held_LP.min() != held_LP.max():
@@ -222,7 +221,7 @@ def current_layout(run: Run, loads: StepLoads, *, ranks: int, file: Path | None 
             f"placement {name} gives ranks {held_LP.min()} to {held_LP.max()} experts; expected as many on "
             "every rank"
         )
-    return np.nonzero(held_LPE)[2].reshape(len(holders), ranks, -1), name
+    return np.nonzero(held_LPE)[2].reshape(len(ranks_LE), ranks, -1), name
 
 
 def advise_placement(
@@ -363,22 +362,15 @@ def _gain(load_SLE: Float64, today: Int64, chosen: Int64, weight_BS: Float64, wi
 
 def _moved(today: Int64, slot_LPK: Int64, experts: int) -> float:
     """Copies that ranks have to receive, per layer, after the new ranks were numbered like today's."""
-    held, wanted = (_held(layout, experts) for layout in (today, slot_LPK))
+    held, wanted = (holders(layout, experts) for layout in (today, slot_LPK))
     return float((wanted & ~held).sum() / len(today))
-
-
-def _held(slot_LPK: Int64, experts: int) -> NDArray[np.bool_]:
-    layers, ranks, _ = slot_LPK.shape
-    held_LPE = np.zeros((layers, ranks, experts), dtype=bool)
-    held_LPE[np.arange(layers)[:, None, None], np.arange(ranks)[None, :, None], slot_LPK] = True
-    return held_LPE
 
 
 def _renumbered(slot_LPK: Int64, today: Int64, experts: int) -> Int64:
     """The same layout with its ranks numbered so that today's ranks keep most of their experts."""
     from scipy.optimize import linear_sum_assignment
 
-    held_LPE, wanted_LPE = _held(today, experts), _held(slot_LPK, experts)
+    held_LPE, wanted_LPE = holders(today, experts), holders(slot_LPK, experts)
     result = np.empty_like(slot_LPK)
     for layer, slot_PK in enumerate(slot_LPK):
         kept_PP = held_LPE[layer].astype(np.int64) @ wanted_LPE[layer].T
@@ -436,108 +428,3 @@ def _verdict(
             )
         )
     return tuple(reasons)
-
-
-_SENTENCES = {
-    PlacementCode.CHANGE: "change it: on steps that were not used to choose, the busiest ranks lose {gain} "
-    "of their load ({gain_low} to {gain_high})",
-    PlacementCode.NO_GAIN: "leave it: on steps that were not used to choose, the gain is {gain} "
-    "({gain_low} to {gain_high}), which may be none",
-    PlacementCode.WORSE: "leave it: on steps that were not used to choose, the gain is {gain} "
-    "({gain_low} to {gain_high}): the busiest ranks would have more",
-    PlacementCode.AT_FLOOR: "leave it: today's {today:.2f} times the mean is what chance alone makes of so "
-    "few tokens ({floor:.2f} with uniform routing)",
-    PlacementCode.REST_IS_CHANCE: "the chosen placement's {chosen:.2f} times the mean is the sampling "
-    "floor ({floor:.2f}): nothing more is to be gained by placement",
-    PlacementCode.MORE_REPLICAS: "single experts outweigh a rank: with {replicas} replicas no placement is "
-    "below {bound:.2f} times the mean; {ratio:.2f} times it takes at least {needed} in each layer (median)",
-}
-
-
-def placement_sentences(verdict: Sequence[Reason]) -> list[str]:
-    """A verdict in words."""
-    return [
-        _SENTENCES[PlacementCode(reason.code)].format_map(
-            {
-                name: f"{100 * value:.1f} %" if name.startswith("gain") else value  # type: ignore[operator]
-                for name, value in reason.values.items()
-            }
-        )
-        for reason in verdict
-    ]
-
-
-COLUMNS = (
-    Column(name="candidate", title="placement", text=True, key=True),
-    Column(name="replicas", title="replicas", legend="copies of experts beyond one of each, in each layer"),
-    Column(
-        name="promised",
-        title="promised",
-        digits=3,
-        legend="busiest rank over the mean, on the steps that it was made on",
-    ),
-    Column(
-        name="held_out",
-        title="held out",
-        digits=3,
-        interval=("held_out_low", "held_out_high"),
-        legend="the same on the steps after them, with its 90 % interval (bootstrap over steps)",
-    ),
-    Column(name="moved", title="moved", digits=1, legend="experts that ranks have to receive, per layer"),
-)
-
-
-def placement_document(advice: PlacementAdvice, problems: Sequence[str] = ()) -> dict[str, Any]:
-    """The advice as ``--json`` prints it (docs/json.md)."""
-    return printed_document(
-        "placement",
-        {
-            "ranks": advice.ranks,
-            "layers": list(advice.layers),
-            "problems": list(problems),
-            "train_steps": advice.steps[0],
-            "held_out_steps": advice.steps[1],
-            "bound": advice.bound,
-            "floor": advice.floor,
-            "gain": advice.gain.value,
-            "gain_low": advice.gain.low,
-            "gain_high": advice.gain.high,
-            "verdict": [reason.document() for reason in advice.verdict],
-            "candidates": [
-                {
-                    "candidate": candidate.name,
-                    "replicas": candidate.replicas,
-                    "promised": candidate.promised,
-                    "held_out": candidate.held_out.value,
-                    "held_out_low": candidate.held_out.low,
-                    "held_out_high": candidate.held_out.high,
-                    "moved": candidate.moved,
-                }
-                for candidate in advice.candidates
-            ],
-        },
-    )
-
-
-def placement_tables(document: dict[str, Any]) -> list[Table]:
-    """The candidates of a placement document."""
-    floor = "" if document["floor"] is None else f", sampling floor {document['floor']:.3f}"
-    title = (
-        f"{document['ranks']} ranks, made on {document['train_steps']} steps, "
-        f"{document['held_out_steps']} held out; lower bound {document['bound']:.3f}{floor}"
-    )
-    return [Table(name="candidates", columns=COLUMNS, rows=document["candidates"], title=title)]
-
-
-def placement_file(advice: PlacementAdvice, experts: int) -> dict[str, Any]:
-    """The chosen layout as a placement file: for every layer and expert the ranks that hold it."""
-    chosen = advice.chosen.slot_LPK
-    assert chosen is not None
-    held_LPE = _held(chosen, experts)
-    return {
-        "ranks": advice.ranks,
-        "layers": {
-            str(layer): [np.flatnonzero(held_P).tolist() for held_P in held_PE.T]
-            for layer, held_PE in zip(advice.layers, held_LPE, strict=True)
-        },
-    }

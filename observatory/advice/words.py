@@ -1,12 +1,14 @@
-"""Conclusions in words."""
+"""Conclusions and verdicts in words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from observatory.advice.conclusions import Code, Conclusion
+from observatory.advice.placement import PlacementCode
 from observatory.analysis.exchange.words import cause_words
+from observatory.reasons import Reason
 from observatory.text import percent_words
 
 _SENTENCES = {
@@ -138,3 +140,32 @@ def _per_token(values: Mapping[str, Any]) -> str:
 def _interval(value: float, low: float | None, high: float | None) -> str:
     text = percent_words(value)
     return text if low is None or high is None else f"{text} ({percent_words(low)} to {percent_words(high)})"
+
+
+_PLACEMENT = {
+    PlacementCode.CHANGE: "change it: on steps that were not used to choose, the busiest ranks lose {gain} "
+    "of their load ({gain_low} to {gain_high})",
+    PlacementCode.NO_GAIN: "leave it: on steps that were not used to choose, the gain is {gain} "
+    "({gain_low} to {gain_high}), which may be none",
+    PlacementCode.WORSE: "leave it: on steps that were not used to choose, the gain is {gain} "
+    "({gain_low} to {gain_high}): the busiest ranks would have more",
+    PlacementCode.AT_FLOOR: "leave it: today's {today:.2f} times the mean is what chance alone makes of so "
+    "few tokens ({floor:.2f} with uniform routing)",
+    PlacementCode.REST_IS_CHANCE: "the chosen placement's {chosen:.2f} times the mean is the sampling "
+    "floor ({floor:.2f}): nothing more is to be gained by placement",
+    PlacementCode.MORE_REPLICAS: "single experts outweigh a rank: with {replicas} replicas no placement is "
+    "below {bound:.2f} times the mean; {ratio:.2f} times it takes at least {needed} in each layer (median)",
+}
+
+
+def placement_sentences(verdict: Sequence[Reason]) -> list[str]:
+    """A verdict in words."""
+    return [
+        _PLACEMENT[PlacementCode(reason.code)].format_map(
+            {
+                name: f"{100 * value:.1f} %" if name.startswith("gain") else value  # type: ignore[operator]
+                for name, value in reason.values.items()
+            }
+        )
+        for reason in verdict
+    ]

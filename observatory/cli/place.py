@@ -46,15 +46,9 @@ def place(
     json: JsonOption = False,
 ) -> None:
     """Choose a placement of experts on some steps and judge it on the others."""
-    from observatory.advice.placement import (
-        advise_placement,
-        current_layout,
-        placement_document,
-        placement_file,
-        placement_sentences,
-        placement_tables,
-        step_loads,
-    )
+    from observatory.advice.placement import advise_placement, current_layout, step_loads
+    from observatory.advice.placement_document import placement_document, placement_file, placement_tables
+    from observatory.advice.words import placement_sentences
     from observatory.cli.output import print_data, print_tables, say
     from observatory.errors import PlacementError
     from observatory.run import open_run

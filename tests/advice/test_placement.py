@@ -13,9 +13,9 @@ from observatory.advice.placement import (
     PlacementCode,
     advise_placement,
     current_layout,
-    placement_sentences,
     step_loads,
 )
+from observatory.advice.words import placement_sentences
 from observatory.analysis.parallel.placement import load_placement
 from observatory.cli import main
 from observatory.errors import PlacementError

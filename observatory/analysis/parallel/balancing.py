@@ -300,7 +300,7 @@ def _separate(slot_PK: Int64, share_E: Float64) -> None:
                 slot_PK[rank, k], slot_PK[other, q] = slot_PK[other, q], expert
 
 
-def _holders(slot_LPK: Int64, experts: int) -> Bool:
+def holders(slot_LPK: Int64, experts: int) -> Bool:
     """Whether a rank holds an expert, (L, P, E)."""
     layers, ranks, _ = slot_LPK.shape
     holds_LPE = np.zeros((layers, ranks, experts), dtype=bool)
@@ -320,7 +320,7 @@ def _exchange(load_LE: Float64, slot_LPK: Int64, goal_L: Float64) -> None:
     share_LE = load_LE / np.maximum(copies(slot_LPK, load_LE.shape[1]), 1)
     share_LPK = np.take_along_axis(share_LE, slot_LPK.reshape(layers, -1), axis=1).reshape(slot_LPK.shape)
     load_LP = share_LPK.sum(axis=2)
-    holds_LPE = _holders(slot_LPK, load_LE.shape[1])
+    holds_LPE = holders(slot_LPK, load_LE.shape[1])
     goal_L = goal_L * load_LP.mean(axis=1)
     rank_N = np.repeat(np.arange(ranks), slots)
     layer_A = np.arange(layers)
@@ -385,7 +385,7 @@ def _exchange_on_steps(load_SE: Float64, slot_PK: Int64) -> None:
     share_SE = load_SE / np.maximum(copies(slot_PK[None], load_SE.shape[1])[0], 1)
     share_SPK = share_SE[:, slot_PK]
     load_SP = share_SPK.sum(axis=2)
-    holds_PE = _holders(slot_PK[None], load_SE.shape[1])[0]
+    holds_PE = holders(slot_PK[None], load_SE.shape[1])[0]
     rank_N = np.repeat(np.arange(ranks), slots)
     for _ in range(_ROUNDS):
         for mine in _to_relieve(load_SP):
