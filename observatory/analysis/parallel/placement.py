@@ -36,23 +36,26 @@ class Placement:
     Attributes:
         name: ``linear``, ``round-robin``, or the name of the file.
         ep: R, ranks.
-        rank_of_E: rank that holds each expert, (E,), values 0..R-1.
+        rank_of_E: rank that holds each expert, its home where it has replicas, (E,), values 0..R-1.
+        holders_E: all ranks that hold each expert; None where no expert has replicas.
     """
 
     name: str
     ep: int
     rank_of_E: NDArray[np.int64]
+    holders_E: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def experts_per_rank_R(self) -> NDArray[np.int64]:
-        """Experts each rank holds, (R,)."""
-        return np.bincount(self.rank_of_E, minlength=self.ep).astype(np.int64)
+        """Experts each rank holds, replicas included, (R,)."""
+        held = self.rank_of_E if self.holders_E is None else np.concatenate(self.holders_E).astype(np.int64)
+        return np.bincount(held, minlength=self.ep).astype(np.int64)
 
     @property
     def even(self) -> bool:
-        """Whether all ranks hold equally many experts."""
+        """Whether all ranks hold equally many experts, and no expert has replicas."""
         held_R = self.experts_per_rank_R
-        return bool(held_R.min() == held_R.max())
+        return self.holders_E is None and bool(held_R.min() == held_R.max())
 
 
 def linear(experts: int, ep: int) -> Placement:
@@ -115,16 +118,14 @@ class PlacementFile(BaseModel):
         """The placement of one layer.
 
         Raises:
-            PlacementError: the file has no such layer, another number of experts, replicas, or another R.
+            PlacementError: the file has no such layer, another number of experts, or another R.
         """
-        holders_E = self.holders(layer, experts=experts, ep=ep)
-        if any(len(ranks) > 1 for ranks in holders_E):
-            raise PlacementError(
-                f"placement {self.name} has experts on several ranks; loads do not say which replica "
-                "computed a token: list one rank per expert (profile --placement takes replicas)"
-            )
+        holders_E = tuple(self.holders(layer, experts=experts, ep=ep))
         return Placement(
-            name=self.name, ep=ep, rank_of_E=np.array([rank for (rank,) in holders_E], dtype=np.int64)
+            name=self.name,
+            ep=ep,
+            rank_of_E=np.array([min(ranks) for ranks in holders_E], dtype=np.int64),
+            holders_E=holders_E if any(len(ranks) > 1 for ranks in holders_E) else None,
         )
 
     def holders(self, layer: int, *, experts: int, ep: int) -> list[tuple[int, ...]]:

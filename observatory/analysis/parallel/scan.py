@@ -334,7 +334,7 @@ class _LayerScan:
         return row
 
     def _floor(self, cell: _Cell, tokens: int, assignments: int, sample: int) -> float | None:
-        """Floor of rank max/mean for ``sample`` tokens; only ranks of equal size have one."""
+        """Floor of rank max/mean for ``sample`` tokens; only equal ranks without replicas have one."""
         top_k, _ = floor_top_k(self.top_k, tokens=tokens, assignments=assignments, experts=self.experts)
         if top_k is None or not cell.placement.even:
             return None
@@ -346,7 +346,9 @@ class _LayerScan:
             notes.append("nothing was assigned")
         if not keeps_steps:
             notes.append("rows fold several steps: no per-step values")
-        if not cell.placement.even:
+        if cell.placement.holders_E is not None:
+            notes.append("replicas take equal shares of their expert's load: no floor")
+        elif not cell.placement.even:
             notes.append("ranks hold different numbers of experts: no floor")
         if cell.sources == "spread evenly (estimate)" and self.captured == 1 and cell.placement.ep > 1:
             notes.append("one captured rank: the share that crosses ranks is 1 - 1/EP by construction")

@@ -70,6 +70,8 @@ def fold_sources(
 def load_by_rank(load: NDArray[np.int64], placement: Placement) -> NDArray[np.int64]:
     """Add up the last axis, experts, by the rank that holds them: (..., E) to (..., R).
 
+    The replicas of an expert take equal shares, in whole assignments; the remainder goes to its first ranks.
+
     Raises:
         LoadError: the placement is for another number of experts.
     """
@@ -79,8 +81,15 @@ def load_by_rank(load: NDArray[np.int64], placement: Placement) -> NDArray[np.in
             "expected equal numbers"
         )
     held_R = placement.experts_per_rank_R
-    order_E = np.argsort(placement.rank_of_E, kind="stable")
-    ordered = load if np.all(order_E[1:] > order_E[:-1]) else load[..., order_E]
+    rank_N = placement.rank_of_E
+    if placement.holders_E is not None:
+        copies_E = np.array([len(ranks) for ranks in placement.holders_E])
+        copies_N = np.repeat(copies_E, copies_E)
+        place_N = np.concatenate([np.arange(copies) for copies in copies_E])
+        rank_N = np.concatenate(placement.holders_E).astype(np.int64)
+        load = (np.repeat(load, copies_E, axis=-1) + copies_N - 1 - place_N) // copies_N
+    order_N = np.argsort(rank_N, kind="stable")
+    ordered = load if np.all(order_N[1:] > order_N[:-1]) else load[..., order_N]
     some = held_R > 0
     starts = (np.cumsum(held_R) - held_R)[some]
     by_rank = np.zeros((*load.shape[:-1], placement.ep), dtype=load.dtype)

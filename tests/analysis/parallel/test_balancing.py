@@ -23,6 +23,8 @@ from observatory.analysis.parallel.balancing import (
     slots_per_rank,
     steps_layout,
 )
+from observatory.analysis.parallel.placement import PlacementFile
+from observatory.analysis.parallel.traffic import load_by_rank
 from observatory.errors import PlacementError
 
 LAYERS, EXPERTS = 58, 256
@@ -199,3 +201,16 @@ def test_copies_that_do_not_fill_the_ranks_are_refused(
 ) -> None:
     with pytest.raises(PlacementError, match=said):
         slots_per_rank(experts, ranks, replicas)
+
+
+def test_a_scan_of_replicas_has_the_loads_of_the_layout() -> None:
+    """Whole assignments: at most one per copy away from equal shares, and none is lost."""
+    load_SLE = np.random.default_rng(0).integers(0, 1000, (5, 1, 8))
+    slot_LPK = balanced_layout(load_SLE.mean(axis=0), 4, 4)
+    holders_E = tuple(tuple(np.flatnonzero((slot_LPK[0] == e).any(axis=1)).tolist()) for e in range(8))
+    assert max(map(len, holders_E)) > 1
+    placement = PlacementFile(expert_to_rank=[list(ranks) for ranks in holders_E], ranks=4)
+    load_SR = load_by_rank(load_SLE[:, 0], placement.for_layer(0, experts=8, ep=4))
+    assert load_SR.dtype == np.int64
+    assert (load_SR.sum(axis=1) == load_SLE.sum(axis=(1, 2))).all()
+    assert np.abs(load_SR - rank_loads(load_SLE, slot_LPK)[:, 0]).max() < 3
