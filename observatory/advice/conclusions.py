@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from observatory.advice.placement import FEWEST_STEPS
 from observatory.reasons import Reason
 
 Conclusion = tuple[Reason, ...]
@@ -162,7 +163,9 @@ def conclude_scan(document: Row, run: Path) -> Conclusion:
     return (
         Reason(Code.BUSIEST_RANK, _values(worst, "layer", "phase", "ep", "placement")),
         _load_cost(worst, "rank"),
-        _command("replay", run, "--ep", worst["ep"], "--out", "replay.json"),
+        _command("place", run, "--ranks", worst["ep"], "--out", "placement.json")
+        if worst["steps"] >= 2 * FEWEST_STEPS
+        else _command("replay", run, "--ep", worst["ep"], "--out", "replay.json"),
     )
 
 

@@ -84,7 +84,8 @@ def test_the_layer_that_is_most_unbalanced_beyond_chance_is_named_with_its_cost(
     assert cost.values["max_over_mean"] == pytest.approx(0.3 * 8, rel=0.05)
     assert step.values["command"] == "observatory scan 'runs/a b'"
     scanned = scan_document(run, ScanRequest(ep=(2, 4), gpus_per_node=4, placements=("linear",)))
-    worst, cost, _ = conclude_scan(scanned, RUN)
+    worst, cost, step = conclude_scan(scanned, RUN)
+    assert step.values["command"] == "observatory place 'runs/a b' --ranks 4 --out placement.json"
     assert (worst.values["layer"], worst.values["ep"]) == (1, 4)
     assert cost.values["max_over_mean"] == pytest.approx(0.4 * 4, rel=0.05)
 
