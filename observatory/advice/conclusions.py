@@ -48,6 +48,8 @@ class Code(StrEnum):
     CAP_COST = "cap_cost"
     CLOCK_TOO_HIGH = "clock_too_high"
     CLOCK_COST = "clock_cost"
+    COMMON_COST = "common_cost"
+    NO_COMMON_CLOCK = "no_common_clock"
     CLOCK_UNKNOWN = "clock_unknown"
     LEAST_ENERGY = "least_energy"
     SETTING_COST = "setting_cost"
@@ -306,6 +308,9 @@ def conclude_clocks(document: Row, model: Path | None = None) -> Conclusion:
     """
     series = document.get("series", ())
     locked = [row for row in series if row["verdict"] == "lock"]
+    common = document.get("common")
+    if locked and common is not None:
+        return _common_clock(locked, common, model)
     if locked:
         worst = max(locked, key=lambda row: row["choice"]["saving"]["low"] or 0.0)
         choice = worst["choice"]
@@ -333,6 +338,21 @@ def conclude_clocks(document: Row, model: Path | None = None) -> Conclusion:
         Reason(Code.HELD_BY_CAP, _values(worst, "device_uuid", "phase")),
         Reason(Code.CAP_COST, _values(worst, "power_cap_busy_share")),
         _command("clocks", "sweep", "--help"),
+    )
+
+
+def _common_clock(locked: Sequence[Row], common: Row, model: Path | None) -> Conclusion:
+    """Of several series on one device: the clock of all of them, which a device has only one of."""
+    worst = max(locked, key=lambda row: row["choice"]["saving"]["low"] or 0.0)
+    high = Reason(Code.CLOCK_TOO_HIGH, _values(worst, "title", "reference_mhz"))
+    if common["sm_clock_mhz"] is None or common["saving"] is None:
+        return (high, Reason(Code.NO_COMMON_CLOCK, {"series": worst["title"]}))
+    return (
+        high,
+        Reason(Code.COMMON_COST, {f"saving_{name}": common["saving"][name] for name in _INTERVAL}),
+        _command("clocks", "recommend", model)
+        if model is not None
+        else Reason(Code.LOCK_CLOCK, {"sm_clock_mhz": common["sm_clock_mhz"]}),
     )
 
 

@@ -11,7 +11,7 @@ to each other, and only what it holds decides.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,9 +55,9 @@ FEWEST_STEPS = 8
 #: Loads of this many bytes are kept; of a longer run the last steps.
 _MOST_BYTES = 512 << 20
 _RESAMPLES = 1000
-#: A layout is as even as chance allows within this of the floor (measured: the real gain is 0.004 there).
+#: A layout is as even as chance makes it within this part of the floor, which is itself known to 1 %.
 _AT_FLOOR = 0.01
-#: A layer is decided by one expert where no layout is better than this and the chosen one is as good.
+#: Replicas are proposed where without more of them no layout can be below this.
 _ONE_EXPERT = 1.05
 
 
@@ -140,6 +140,19 @@ class PlacementAdvice:
         return next(candidate for candidate in self.candidates if candidate.name == "chosen")
 
 
+def of_phase(loads: StepLoads, phase: str) -> StepLoads:
+    """The steps of one phase."""
+    kept_S = np.array(loads.phase_S) == phase
+    return replace(loads, phase_S=(phase,) * int(kept_S.sum()), load_SLE=loads.load_SLE[kept_S])
+
+
+def largest_phase(loads: StepLoads) -> str:
+    """The phase with most assignments."""
+    per_step_S = loads.load_SLE.sum(axis=(1, 2))
+    phases = sorted(set(loads.phase_S))
+    return max(phases, key=lambda phase: int(per_step_S[np.array(loads.phase_S) == phase].sum()))
+
+
 def step_loads(run: Run, *, phase: str | None = None) -> StepLoads:
     """Loads of every step of which all layers and ranks have whole rows.
 
@@ -183,34 +196,45 @@ def step_loads(run: Run, *, phase: str | None = None) -> StepLoads:
     )
 
 
-def current_layout(run: Run, loads: StepLoads, *, ranks: int, file: Path | None = None) -> tuple[Int64, str]:
+def current_layout(
+    run: Run, loads: StepLoads, *, ranks: int, given: str | Path | None = None
+) -> tuple[Int64, str]:
     """Today's layout, (L, P, K), and its name.
 
     Args:
         run: an open run.
         loads: its loads.
         ranks: P.
-        file: a placement file; None: that of the run if it had as many ranks, else contiguous blocks.
+        given: ``linear``, ``round-robin`` or a placement file; None: that of the run if it was spread over as
+            many ranks, else linear.
 
     Raises:
-        PlacementError: the file does not fit, or ranks hold different numbers of experts.
+        PlacementError: it does not fit, is not known, or ranks hold different numbers of experts.
     """
-    experts = loads.load_SLE.shape[2]
+    experts, layers = loads.load_SLE.shape[2], len(loads.layers)
     topology = run.manifest.topology
-    if file is not None:
-        opened = load_placement(file)
+    was_spread = topology.ep == ranks > 1
+    if given is None and was_spread and topology.placement is None:
+        raise PlacementError(
+            f"the run was on {ranks} ranks and does not say which held which expert; expected today's "
+            "placement: give --current, linear or a file"
+        )
+    if isinstance(given, Path):
+        opened = load_placement(given)
         ranks_LE = [opened.holders(layer, experts=experts, ep=ranks) for layer in loads.layers]
         name = opened.name
-    elif topology.placement is not None and topology.ranks == ranks:
-        ranks_LE = [list(topology.placement)] * len(loads.layers)
+    elif given is None and was_spread:
+        ranks_LE = [list(topology.placement or ())] * layers
         name = "recorded"
     else:
         if experts % ranks:
+            fitting = ", ".join(str(number) for number in range(2, experts + 1) if experts % number == 0)
             raise PlacementError(
-                f"{experts} experts in contiguous blocks do not fill {ranks} ranks evenly; expected today's "
-                "placement: give --current"
+                f"{experts} experts do not fill {ranks} ranks evenly, so there is no plain placement to "
+                f"compare with; numbers of ranks that do: {fitting}"
             )
-        return linear_layout(len(loads.layers), experts, ranks), "contiguous"
+        simple = round_robin_layout if given == "round-robin" else linear_layout
+        return simple(layers, experts, ranks), str(given or "linear")
     held_LPE = np.zeros((len(ranks_LE), ranks, experts), dtype=bool)
     for layer, ranks_E in enumerate(ranks_LE):
         for expert, at in enumerate(ranks_E):
@@ -254,26 +278,28 @@ def advise_placement(
     train_SLE = loads.load_SLE[train_S].astype(np.float64)
     test_SLE = loads.load_SLE[~train_S].astype(np.float64)
     steps = len(train_SLE), len(test_SLE)
-    if min(steps) < FEWEST_STEPS:
-        raise PlacementError(
-            f"{steps[0]} steps to choose on and {steps[1]} to judge on are too few; expected at least "
-            f"{FEWEST_STEPS} of each: profile again with more --steps"
-        )
+    for phase in sorted(set(loads.phase_S)):
+        of_phase_S = np.array(loads.phase_S) == phase
+        parts = int((of_phase_S & train_S).sum()), int((of_phase_S & ~train_S).sum())
+        if min(parts) < FEWEST_STEPS:
+            raise PlacementError(
+                f"{parts[0]} steps of {phase} to choose on and {parts[1]} to judge on are too few; expected "
+                f"at least {FEWEST_STEPS} of each: profile again with more --steps"
+            )
     mean_LE = train_SLE.mean(axis=0)
     layers = len(mean_LE)
     layouts: dict[str, tuple[int, Int64]] = {
         f"{named_today} (today)": (today.shape[1] * today.shape[2] - experts, today)
     }
     if experts % ranks == 0:
-        layouts["contiguous"] = 0, linear_layout(layers, experts, ranks)
+        layouts["linear"] = 0, linear_layout(layers, experts, ranks)
         layouts["round-robin"] = 0, round_robin_layout(layers, experts, ranks)
     layouts |= {
         "greedy": (replicas, greedy_layout(mean_LE, ranks, replicas)),
         "mean": (replicas, balanced_layout(mean_LE, ranks, replicas, seed=seed)),
-        "chosen": (replicas, steps_layout(train_SLE, ranks, replicas)),
+        "chosen": (replicas, _chosen(train_SLE, np.array(loads.phase_S)[train_S], ranks, replicas, seed)),
     }
-    if named_today == "contiguous":
-        layouts.pop("contiguous", None)
+    layouts.pop(named_today, None)
     layouts = {
         name: (count, slot_LPK if slot_LPK is today else _renumbered(slot_LPK, today, experts))
         for name, (count, slot_LPK) in layouts.items()
@@ -291,7 +317,16 @@ def advise_placement(
         )
         for name, (count, slot_LPK) in layouts.items()
     ]
-    hindsight = steps_layout(test_SLE, ranks, replicas)
+    hindsight = min(
+        (
+            steps_layout(test_SLE, start)
+            for start in (
+                greedy_layout(test_SLE.mean(axis=0), ranks, replicas),
+                *(slot_LPK for count, slot_LPK in layouts.values() if count == replicas),
+            )
+        ),
+        key=lambda layout: float(_score(*_busiest_and_mean(test_SLE, layout))),
+    )
     candidates.append(
         Candidate(
             name="hindsight",
@@ -301,7 +336,8 @@ def advise_placement(
             held_out=_scored(test_SLE, hindsight, weight_BS, widening),
         )
     )
-    bound_L = lower_bound(mean_LE, ranks, replicas)
+    weight_L = np.maximum(mean_LE.sum(axis=1), 1e-300)
+    bound = float(np.average(lower_bound(mean_LE, ranks, replicas), weights=weight_L))
     floor = _floor(test_SLE, ranks, loads.top_k)
     gain = _gain(test_SLE, today, layouts["chosen"][1], weight_BS, widening)
     return PlacementAdvice(
@@ -309,12 +345,12 @@ def advise_placement(
         ranks=ranks,
         steps=steps,
         candidates=tuple(candidates),
-        bound=float(np.average(bound_L, weights=np.maximum(mean_LE.sum(axis=1), 1e-300))),
+        bound=bound,
         floor=floor,
         gain=gain,
         verdict=_verdict(
             mean_LE,
-            bound_L,
+            bound,
             gain,
             ranks,
             replicas,
@@ -325,12 +361,35 @@ def advise_placement(
     )
 
 
+def _chosen(load_SLE: Float64, phase_S: NDArray[np.str_], ranks: int, replicas: int, seed: int) -> Int64:
+    """A layout for these steps, from the start that does better on the second half of them.
+
+    Tight numbers of copies pay where loads stay, risk-averse ones where they drift.
+    """
+
+    def greedy(mean_LE: Float64) -> Int64:
+        return greedy_layout(mean_LE, ranks, replicas)
+
+    def tight(mean_LE: Float64) -> Int64:
+        return balanced_layout(mean_LE, ranks, replicas, seed=seed)
+
+    first_S = _first_of_each_phase(phase_S.tolist(), 0.5)
+    first_SLE, second_SLE = load_SLE[first_S], load_SLE[~first_S]
+    start = min(
+        (greedy, tight),
+        key=lambda start: float(
+            _score(*_busiest_and_mean(second_SLE, steps_layout(first_SLE, start(first_SLE.mean(axis=0)))))
+        ),
+    )
+    return steps_layout(load_SLE, start(load_SLE.mean(axis=0)))
+
+
 def _first_of_each_phase(phase_S: Sequence[str], share: float) -> NDArray[np.bool_]:
     """Whether a step is among the first ``share`` of its phase."""
     train_S = np.zeros(len(phase_S), dtype=bool)
     for phase in set(phase_S):
         at = np.flatnonzero(np.array(phase_S) == phase)
-        train_S[at[: round(share * len(at))]] = True
+        train_S[at[: int(share * len(at) + 0.5)]] = True
     return train_S
 
 
@@ -397,7 +456,7 @@ def _floor(load_SLE: Float64, ranks: int, top_k: int | None) -> float | None:
 
 def _verdict(
     mean_LE: Float64,
-    bound_L: Float64,
+    bound: float,
     gain: Interval,
     ranks: int,
     replicas: int,
@@ -414,13 +473,14 @@ def _verdict(
         code = PlacementCode.WORSE
     values: dict[str, JsonValue] = {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
     reasons = [Reason(code, values)]
-    if floor is not None and today <= floor + _AT_FLOOR:
-        reasons = [Reason(PlacementCode.AT_FLOOR, {"today": today, "floor": floor})]
-    elif floor is not None and chosen <= floor + _AT_FLOOR:
+    by_chance = None if floor is None or replicas else floor * (1 + _AT_FLOOR)
+    if by_chance is not None and code is not PlacementCode.CHANGE and today <= by_chance:
+        reasons.append(Reason(PlacementCode.AT_FLOOR, {"today": today, "floor": floor}))
+    elif by_chance is not None and chosen <= by_chance:
         reasons.append(Reason(PlacementCode.REST_IS_CHANCE, {"chosen": chosen, "floor": floor}))
-    bound = float(np.median(bound_L))
-    if bound > _ONE_EXPERT:
-        needed = int(np.median([replicas_for(load_E, ranks, _ONE_EXPERT) for load_E in mean_LE]))
+    needed = int(np.median([replicas_for(load_E, ranks, _ONE_EXPERT) for load_E in mean_LE]))
+    needed += -(mean_LE.shape[1] + needed) % ranks
+    if needed > replicas:
         reasons.append(
             Reason(
                 PlacementCode.MORE_REPLICAS,

@@ -33,6 +33,9 @@ _SENTENCES = {
     Code.CAP_COST: "the limit held the clock down in {power_cap_busy_share} of the busy time",
     Code.CLOCK_TOO_HIGH: "worth a lower clock: {title}, now at {reference_mhz:.0f} MHz",
     Code.CLOCK_COST: "a lock saves {saving} of the energy for {slowdown} more time",
+    Code.COMMON_COST: "one lock for all series saves {saving} of the energy on average",
+    Code.NO_COMMON_CLOCK: "but no single clock suits all series: leave a device that runs them all "
+    "unlocked, or give {series} devices of its own",
     Code.CLOCK_UNKNOWN: "whether another clock saves energy is not known: it takes a sweep with energies",
     Code.LEAST_ENERGY: "least energy: {series}, {setting}",
     Code.SETTING_COST: "that saves {saving} of the energy of an iteration for {slowdown} more time",
@@ -56,7 +59,7 @@ _SENTENCES = {
     Code.MORE_REPEATS: "next: measure again with more --repeats on a quiet machine",
     Code.MORE_STEPS: "next: profile again with more --steps",
     Code.MORE_CORES: "next: measure again with fewer ranks, or a core for each",
-    Code.LOCK_CLOCK: "next: lock it to {sm_clock_mhz:.0f} MHz; observatory clocks recommend prints how",
+    Code.LOCK_CLOCK: "next: lock it to {sm_clock_mhz:.0f} MHz, with the commands above",
     Code.CHECK_FABRIC: "next: check the links and nodes named above",
 }
 #: Values that are shares.
@@ -103,7 +106,7 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
         shown["setting"] = (
             f"limited to {limit_mw / 1e3:g} W" if clock_mhz is None else f"locked to {clock_mhz:g} MHz"
         )
-    if code in (Code.CLOCK_COST, Code.REUSE_COST):
+    if code in (Code.CLOCK_COST, Code.COMMON_COST, Code.REUSE_COST):
         shown["saving"] = _interval(values["saving_value"], values["saving_low"], values["saving_high"])
     return shown
 
@@ -149,12 +152,12 @@ _PLACEMENT = {
     "({gain_low} to {gain_high}), which may be none",
     PlacementCode.WORSE: "leave it: on steps that were not used to choose, the gain is {gain} "
     "({gain_low} to {gain_high}): the busiest ranks would have more",
-    PlacementCode.AT_FLOOR: "leave it: today's {today:.2f} times the mean is what chance alone makes of so "
-    "few tokens ({floor:.2f} with uniform routing)",
-    PlacementCode.REST_IS_CHANCE: "the chosen placement's {chosen:.2f} times the mean is the sampling "
-    "floor ({floor:.2f}): nothing more is to be gained by placement",
-    PlacementCode.MORE_REPLICAS: "single experts outweigh a rank: with {replicas} replicas no placement is "
-    "below {bound:.2f} times the mean; {ratio:.2f} times it takes at least {needed} in each layer (median)",
+    PlacementCode.AT_FLOOR: "today's {today:.2f} times the mean is what uniform routing of as many tokens "
+    "shows ({floor:.2f}): chance, not placement",
+    PlacementCode.REST_IS_CHANCE: "the chosen placement's {chosen:.2f} times the mean is no more than "
+    "uniform routing of as many tokens shows ({floor:.2f}): what is left is chance",
+    PlacementCode.MORE_REPLICAS: "with {replicas} replicas no placement is below {bound:.2f} times the mean; "
+    "{ratio:.2f} times it takes at least {needed} in each layer (median)",
 }
 
 

@@ -3,33 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 
-from observatory.cli.options import RANKS, CsvOption, JsonOption, RunArgument, WideOption
+from observatory.cli.options import RANKS, CsvOption, ForceOption, JsonOption, RunArgument, WideOption
 
 
 def place(
     run: RunArgument,
     ranks: Annotated[
-        int, typer.Option("--ranks", min=1, max=65536, rich_help_panel=RANKS, help="Expert-parallel ranks.")
+        int, typer.Option("--ranks", min=2, max=65536, rich_help_panel=RANKS, help="Expert-parallel ranks.")
     ],
     replicas: Annotated[
         int,
         typer.Option(min=0, max=65536, rich_help_panel=RANKS, help="Copies beyond one of each expert."),
     ] = 0,
     current: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="FILE",
+            metavar="NAME|FILE",
             rich_help_panel=RANKS,
-            help="Placement file of today; by default that of the run, or contiguous blocks.",
+            help="Placement of today: linear, round-robin or a file; by default that of the run.",
         ),
     ] = None,
     phase: Annotated[
-        str, typer.Option(metavar="NAME", help="Steps to place for: prefill, decode, or all.")
-    ] = "all",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Steps to place for: a phase, or all; by default the one of most assignments.",
+        ),
+    ] = None,
     train_share: Annotated[
         float,
         typer.Option(
@@ -41,25 +46,42 @@ def place(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the chosen placement (JSON).")
     ] = None,
+    force: ForceOption = False,
     wide: WideOption = False,
     csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:
     """Choose a placement of experts on some steps and judge it on the others."""
-    from observatory.advice.placement import advise_placement, current_layout, step_loads
+    from observatory.advice.placement import (
+        advise_placement,
+        current_layout,
+        largest_phase,
+        of_phase,
+        step_loads,
+    )
     from observatory.advice.placement_document import placement_document, placement_file, placement_tables
     from observatory.advice.words import placement_sentences
+    from observatory.campaign.benchmark import check_out
     from observatory.cli.output import print_data, print_tables, say
-    from observatory.errors import PlacementError
+    from observatory.errors import ObservatoryError, PlacementError
     from observatory.run import open_run
     from observatory.run.documents.writing import write_json
     from observatory.run.manifest import PHASES
 
-    if phase not in (*PHASES, "all"):
+    if phase not in (None, *PHASES, "all"):
         raise PlacementError(f"--phase {phase!r} is not known; expected one of {', '.join(PHASES)}, all")
+    if json and csv:
+        raise ObservatoryError("--json and --csv exclude each other; give one of them")
+    if out is not None:
+        check_out(out, force=force)
     opened = open_run(run)
     loads = step_loads(opened, phase=None if phase == "all" else phase)
-    today, name = current_layout(opened, loads, ranks=ranks, file=current)
+    if phase is None and len(set(loads.phase_S)) > 1:
+        phase = largest_phase(loads)
+        say(f"note: placed for {phase}, which has most assignments; give --phase for another, or all")
+        loads = of_phase(loads, phase)
+    given = None if current is None else current if current in ("linear", "round-robin") else Path(current)
+    today, name = current_layout(opened, loads, ranks=ranks, given=given)
     advice = advise_placement(
         loads, ranks=ranks, today=today, named_today=name, replicas=replicas, train_share=train_share
     )
@@ -75,4 +97,5 @@ def place(
     for sentence in placement_sentences(advice.verdict):
         say(sentence)
     if out is not None:
-        say(f"placement written to {out}; try it: observatory profile MODEL --ep {ranks} --placement {out}")
+        say(f"placement written to {out}")
+        say(f"try it: observatory profile MODEL --ep {ranks} --placement {quote(str(out))}")

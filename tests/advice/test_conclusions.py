@@ -158,6 +158,13 @@ def test_a_clock_is_only_named_where_the_advice_is_to_lock() -> None:
         Code.CLOCK_TOO_HIGH, Code.CLOCK_COST, Code.LOCK_CLOCK,
     ]  # fmt: skip
     assert codes(conclude_clocks({"series": [{**series, "verdict": "leave unlocked"}]})) == [Code.NOTHING]
+    common = {"sm_clock_mhz": 1305.0, "saving": {"value": 0.1, "low": 0.08, "high": 0.12}}
+    *_, cost, step = conclude_clocks({"series": [series, series], "common": common})
+    assert (cost.code, step.values["sm_clock_mhz"]) == (Code.COMMON_COST, 1305.0)
+    nothing = {"sm_clock_mhz": None, "saving": None}
+    assert codes(conclude_clocks({"series": [series, series], "common": nothing})) == [
+        Code.CLOCK_TOO_HIGH, Code.NO_COMMON_CLOCK,
+    ]  # fmt: skip
     device = {"device_uuid": "GPU-1", "phase": None, "cap": "binds", "power_cap_busy_share": 0.5}
     assert codes(conclude_clocks({"telemetry": {"devices": [device]}}))[0] == Code.HELD_BY_CAP
     device = {**device, "cap": "does not bind"}

@@ -144,24 +144,17 @@ class _Best:
         self.slot_LPK[layer_A[kept_A]] = slot_APK[kept_A]
 
 
-def steps_layout(load_SLE: Float64, ranks: int, replicas: int) -> Int64:
-    """The layout whose busiest rank of each step has least on average over the steps, (L, P, K).
-
-    Starts from the greedy layout of the mean load.
+def steps_layout(load_SLE: Float64, start_LPK: Int64) -> Int64:
+    """A layout improved for single steps by exchanges, (L, P, K): its busiest ranks have less on average.
 
     Args:
         load_SLE: loads of single steps, not negative.
-        ranks: P.
-        replicas: copies beyond one of each expert, in each layer.
-
-    Raises:
-        PlacementError: the copies do not fill the ranks evenly.
+        start_LPK: a layout; its numbers of copies are kept.
     """
-    slots_per_rank(load_SLE.shape[2], ranks, replicas)
     mean_LE = load_SLE.mean(axis=0)
-    slot_LPK = greedy_layout(mean_LE, ranks, replicas)
     load_SLE = load_SLE[:: -(-len(load_SLE) // _MOST_STEPS)]
     rows = round(_MEAN_ROWS * len(load_SLE))
+    slot_LPK = start_LPK.copy()
     for layer, slot_PK in enumerate(slot_LPK):
         load_SE = np.concatenate([load_SLE[:, layer], np.repeat(mean_LE[layer][None], rows, axis=0)])
         _exchange_on_steps(load_SE, slot_PK)
