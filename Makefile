@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Tests of one file, and those that share started ranks or a browser, run one after the other in one worker.
 WORKERS ?= 4
 ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-PYTEST := $(ALONE) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST = $(ALONE) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests start hundreds of processes; without bytecode each compiles the package again.
 export PYTHONDONTWRITEBYTECODE :=
@@ -18,6 +18,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 demo: $(VENV)/.capture
 	$(BIN)/observatory quickstart --out demo
 
+check: WORKERS = 3
 check: lint
 	$(PYTEST) -m "not gpu and not slow and not timing"
 
