@@ -308,11 +308,10 @@ def conclude_clocks(document: Row, model: Path | None = None) -> Conclusion:
     """
     series = document.get("series", ())
     locked = [row for row in series if row["verdict"] == "lock"]
-    common = document.get("common")
-    if locked and common is not None:
-        return _common_clock(locked, common, model)
     if locked:
         worst = max(locked, key=lambda row: row["choice"]["saving"]["low"] or 0.0)
+        if document.get("common") is not None:
+            return _common_clock(worst, document["common"], model)
         choice = worst["choice"]
         return (
             Reason(Code.CLOCK_TOO_HIGH, _values(worst, "title", "reference_mhz")),
@@ -323,9 +322,7 @@ def conclude_clocks(document: Row, model: Path | None = None) -> Conclusion:
                     "slowdown": choice["slowdown"]["value"],
                 },
             ),
-            _command("clocks", "recommend", model)
-            if model is not None
-            else Reason(Code.LOCK_CLOCK, {"sm_clock_mhz": choice["sm_clock_mhz"]}),
+            _lock(choice["sm_clock_mhz"], model),
         )
     devices = document.get("telemetry", {}).get("devices", ())
     held = [row for row in devices if row["cap"] == "binds" and row["power_cap_busy_share"] is not None]
@@ -341,19 +338,23 @@ def conclude_clocks(document: Row, model: Path | None = None) -> Conclusion:
     )
 
 
-def _common_clock(locked: Sequence[Row], common: Row, model: Path | None) -> Conclusion:
+def _common_clock(worst: Row, common: Row, model: Path | None) -> Conclusion:
     """Of several series on one device: the clock of all of them, which a device has only one of."""
-    worst = max(locked, key=lambda row: row["choice"]["saving"]["low"] or 0.0)
     high = Reason(Code.CLOCK_TOO_HIGH, _values(worst, "title", "reference_mhz"))
     if common["sm_clock_mhz"] is None or common["saving"] is None:
         return (high, Reason(Code.NO_COMMON_CLOCK, {"series": worst["title"]}))
     return (
         high,
         Reason(Code.COMMON_COST, {f"saving_{name}": common["saving"][name] for name in _INTERVAL}),
-        _command("clocks", "recommend", model)
-        if model is not None
-        else Reason(Code.LOCK_CLOCK, {"sm_clock_mhz": common["sm_clock_mhz"]}),
+        _lock(common["sm_clock_mhz"], model),
     )
+
+
+def _lock(sm_clock_mhz: float, model: Path | None) -> Reason:
+    """Lock it, or, where no commands were printed, how to get them."""
+    if model is not None:
+        return _command("clocks", "recommend", model)
+    return Reason(Code.LOCK_CLOCK, {"sm_clock_mhz": sm_clock_mhz})
 
 
 def conclude_bench(document: Row, out: Path) -> Conclusion:

@@ -10,7 +10,7 @@ to each other, and only what it holds decides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -294,11 +294,13 @@ def advise_placement(
     if experts % ranks == 0:
         layouts["linear"] = 0, linear_layout(layers, experts, ranks)
         layouts["round-robin"] = 0, round_robin_layout(layers, experts, ranks)
-    layouts |= {
-        "greedy": (replicas, greedy_layout(mean_LE, ranks, replicas)),
-        "mean": (replicas, balanced_layout(mean_LE, ranks, replicas, seed=seed)),
-        "chosen": (replicas, _chosen(train_SLE, np.array(loads.phase_S)[train_S], ranks, replicas, seed)),
+    makers: dict[str, Callable[[Float64], Int64]] = {
+        "greedy": lambda mean_LE: greedy_layout(mean_LE, ranks, replicas),
+        "mean": lambda mean_LE: balanced_layout(mean_LE, ranks, replicas, seed=seed),
     }
+    layouts |= {name: (replicas, make(mean_LE)) for name, make in makers.items()}
+    start = _better_start(train_SLE, np.array(loads.phase_S)[train_S], makers)
+    layouts["chosen"] = replicas, steps_layout(train_SLE, layouts[start][1])
     layouts.pop(named_today, None)
     layouts = {
         name: (count, slot_LPK if slot_LPK is today else _renumbered(slot_LPK, today, experts))
@@ -311,7 +313,7 @@ def advise_placement(
             name=name,
             replicas=count,
             slot_LPK=slot_LPK,
-            promised=float(_score(*_busiest_and_mean(train_SLE, slot_LPK))),
+            promised=_score(train_SLE, slot_LPK),
             held_out=_scored(test_SLE, slot_LPK, weight_BS, widening),
             moved=_moved(today, slot_LPK, experts),
         )
@@ -325,14 +327,14 @@ def advise_placement(
                 *(slot_LPK for count, slot_LPK in layouts.values() if count == replicas),
             )
         ),
-        key=lambda layout: float(_score(*_busiest_and_mean(test_SLE, layout))),
+        key=lambda layout: _score(test_SLE, layout),
     )
     candidates.append(
         Candidate(
             name="hindsight",
             replicas=replicas,
             slot_LPK=None,
-            promised=float(_score(*_busiest_and_mean(test_SLE, hindsight))),
+            promised=_score(test_SLE, hindsight),
             held_out=_scored(test_SLE, hindsight, weight_BS, widening),
         )
     )
@@ -361,27 +363,17 @@ def advise_placement(
     )
 
 
-def _chosen(load_SLE: Float64, phase_S: NDArray[np.str_], ranks: int, replicas: int, seed: int) -> Int64:
-    """A layout for these steps, from the start that does better on the second half of them.
+def _better_start(
+    load_SLE: Float64, phase_S: NDArray[np.str_], makers: Mapping[str, Callable[[Float64], Int64]]
+) -> str:
+    """Whose layout, improved for the first half of these steps, does better on the second half.
 
     Tight numbers of copies pay where loads stay, risk-averse ones where they drift.
     """
-
-    def greedy(mean_LE: Float64) -> Int64:
-        return greedy_layout(mean_LE, ranks, replicas)
-
-    def tight(mean_LE: Float64) -> Int64:
-        return balanced_layout(mean_LE, ranks, replicas, seed=seed)
-
     first_S = _first_of_each_phase(phase_S.tolist(), 0.5)
     first_SLE, second_SLE = load_SLE[first_S], load_SLE[~first_S]
-    start = min(
-        (greedy, tight),
-        key=lambda start: float(
-            _score(*_busiest_and_mean(second_SLE, steps_layout(first_SLE, start(first_SLE.mean(axis=0)))))
-        ),
-    )
-    return steps_layout(load_SLE, start(load_SLE.mean(axis=0)))
+    mean_LE = first_SLE.mean(axis=0)
+    return min(makers, key=lambda name: _score(second_SLE, steps_layout(first_SLE, makers[name](mean_LE))))
 
 
 def _first_of_each_phase(phase_S: Sequence[str], share: float) -> NDArray[np.bool_]:
@@ -399,13 +391,14 @@ def _busiest_and_mean(load_SLE: Float64, slot_LPK: Int64) -> tuple[Float64, Floa
     return load_SLP.max(axis=2).sum(axis=1), load_SLP.mean(axis=2).sum(axis=1)
 
 
-def _score(busiest_S: Float64, mean_S: Float64) -> Float64:
-    return np.asarray(busiest_S.sum(axis=-1) / np.maximum(mean_S.sum(axis=-1), 1e-300))
+def _score(load_SLE: Float64, slot_LPK: Int64) -> float:
+    busiest_S, mean_S = _busiest_and_mean(load_SLE, slot_LPK)
+    return float(busiest_S.sum() / max(mean_S.sum(), 1e-300))
 
 
 def _scored(load_SLE: Float64, slot_LPK: Int64, weight_BS: Float64, widening: float) -> Interval:
     busiest_S, mean_S = _busiest_and_mean(load_SLE, slot_LPK)
-    value = float(_score(busiest_S, mean_S))
+    value = _score(load_SLE, slot_LPK)
     sample_B = (weight_BS @ busiest_S) / np.maximum(weight_BS @ mean_S, 1e-300)
     return sample_interval(value, value + widening * (sample_B - value))
 

@@ -63,15 +63,13 @@ def place(
     from observatory.advice.words import placement_sentences
     from observatory.campaign.benchmark import check_out
     from observatory.cli.output import print_data, print_tables, say
-    from observatory.errors import ObservatoryError, PlacementError
+    from observatory.errors import PlacementError
     from observatory.run import open_run
     from observatory.run.documents.writing import write_json
     from observatory.run.manifest import PHASES
 
     if phase not in (None, *PHASES, "all"):
         raise PlacementError(f"--phase {phase!r} is not known; expected one of {', '.join(PHASES)}, all")
-    if json and csv:
-        raise ObservatoryError("--json and --csv exclude each other; give one of them")
     if out is not None:
         check_out(out, force=force)
     opened = open_run(run)
@@ -89,9 +87,10 @@ def place(
     tables = placement_tables(document)
     for problem in opened.problems:
         say(f"note: {problem}")
+    is_printed = print_data(document, tables, json=json, csv=csv)
     if out is not None:
         write_json(out, placement_file(advice, loads.load_SLE.shape[2]))
-    if print_data(document, tables, json=json, csv=csv):
+    if is_printed:
         return
     print_tables(tables, wide=wide)
     for sentence in placement_sentences(advice.verdict):

@@ -53,17 +53,17 @@ class Forked:
 @contextlib.contextmanager
 def _meeting_point_elsewhere() -> Iterator[int]:
     """Keep the store in a process of its own: forks of one with the store's threads inherit their locks."""
-    outcome, tell = os.pipe()
+    reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         with meeting_point() as port:
-            os.write(tell, str(port).encode())
+            os.write(writing, str(port).encode())
             signal.pause()
-    os.close(tell)
+    os.close(writing)
     try:
-        yield int(os.read(outcome, 16))
+        yield int(os.read(reading, 16))
     finally:
-        os.close(outcome)
+        os.close(reading)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 

@@ -154,10 +154,10 @@ def test_free_text_of_benchmark_files_stays_text(tmp_path: Path) -> None:
     for section in exchange_sections(frames):
         for block in section.blocks:
             for variant in block.variants if isinstance(block, FigureBlock) else ():
-                told = variant.figure.to_json()
-                assert "\\u003cscript" not in told
-                assert "<script" not in told
-                assert "<a href" not in told
+                drawn = variant.figure.to_json()
+                assert "\\u003cscript" not in drawn
+                assert "<script" not in drawn
+                assert "<a href" not in drawn
 
 
 def test_the_records_say_how_each_file_was_made_and_the_page_how_to_make_it_again(
