@@ -4,7 +4,9 @@ Whoever starts the exchange (``dist.all_to_all_single`` under any name it was im
 collectives, autograd's backward of either, code compiled earlier), it ends in an operator of the ``c10d``
 library. We register a kernel for these operators under the dispatch key ``BackendSelect``, which nothing else
 uses there: it is called before the backend's kernel, with the very arguments, and hands them on. So nothing
-has to be replaced in any module, and taking the kernel away restores everything.
+has to be replaced in any module, and taking the kernel away restores everything. torch changes its table of
+kernels without regard to threads that read it (they fail or crash), so the kernels of a program whose other
+threads exchange stay registered after the last listener left, and only hand the exchange on.
 
 End of an exchange, without making any thread wait that would not wait anyhow:
 
@@ -51,6 +53,8 @@ class Listener(Protocol):
 _lock = threading.Lock()
 _listeners: tuple[Listener, ...] = ()
 _library: Any = None
+#: Threads that exchanged since the kernels were registered, by identity, which later threads use again.
+_threads: dict[int, threading.Thread] = {}
 
 Reader = Callable[[Sequence[Any]], Issue]
 
@@ -138,13 +142,24 @@ def listen(listener: Listener) -> None:
 
 
 def unlisten(listener: Listener) -> None:
-    """Call it no more; with the last listener our kernels go. Doing it twice does nothing."""
+    """Call it no more; with the last listener our kernels go, unless other threads call them.
+
+    Doing it twice does nothing.
+    """
     global _listeners, _library  # noqa: PLW0603  # likewise
     with _lock:
         _listeners = tuple(other for other in _listeners if other is not listener)
-        if not _listeners and _library is not None:
+        if not _listeners and _library is not None and not _others_exchange():
             _library._destroy()
             _library = None
+            _threads.clear()
+
+
+def _others_exchange() -> bool:
+    """Whether a thread that exchanged is still running and is not this one."""
+    return any(
+        thread.is_alive() and thread is not threading.current_thread() for thread in list(_threads.values())
+    )
 
 
 def _kernel(name: str, read: Reader) -> Callable[..., Any]:
@@ -157,6 +172,7 @@ def _kernel(name: str, read: Reader) -> Callable[..., Any]:
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         listeners = _listeners
+        _threads[threading.get_ident()] = threading.current_thread()
         entered_ns = time.monotonic_ns()
         start = _start(arguments, listeners) if listeners else None
         started_ns = time.monotonic_ns()
