@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from observatory.advice.placement import FEWEST_STEPS
+from observatory.analysis.parallel.step_loads import FEWEST_STEPS
 from observatory.reasons import Reason
 
 Conclusion = tuple[Reason, ...]

@@ -11,7 +11,7 @@ to each other, and only what it holds decides.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,7 @@ from observatory.analysis.parallel.balancing import (
     steps_layout,
 )
 from observatory.analysis.parallel.placement import load_placement
+from observatory.analysis.parallel.step_loads import FEWEST_STEPS, StepLoads
 from observatory.analysis.routing.floor import max_over_mean_floor
 from observatory.analysis.statistics import (
     Interval,
@@ -50,10 +51,6 @@ if TYPE_CHECKING:
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-#: Fewer steps than this on either side of the split say nothing about the steps that follow.
-FEWEST_STEPS = 8
-#: Loads of this many bytes are kept; of a longer run the last steps.
-_MOST_BYTES = 512 << 20
 _RESAMPLES = 1000
 #: A layout is as even as chance makes it within this part of the floor, which is itself known to 1 %.
 _AT_FLOOR = 0.01
@@ -70,23 +67,6 @@ class PlacementCode(StrEnum):
     AT_FLOOR = "at_floor"
     REST_IS_CHANCE = "rest_is_chance"
     MORE_REPLICAS = "more_replicas"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StepLoads:
-    """Loads of the layers of a run, step by step, summed over source ranks.
-
-    Attributes:
-        layers: numbers of the MoE layers.
-        top_k: experts of a token, where all layers have as many; None where it is not known.
-        phase_S: phase of each step.
-        load_SLE: assignments.
-    """
-
-    layers: tuple[int, ...]
-    top_k: int | None
-    phase_S: tuple[str, ...]
-    load_SLE: Int64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -138,62 +118,6 @@ class PlacementAdvice:
     def chosen(self) -> Candidate:
         """The layout that is judged."""
         return next(candidate for candidate in self.candidates if candidate.name == "chosen")
-
-
-def of_phase(loads: StepLoads, phase: str) -> StepLoads:
-    """The steps of one phase."""
-    kept_S = np.array(loads.phase_S) == phase
-    return replace(loads, phase_S=(phase,) * int(kept_S.sum()), load_SLE=loads.load_SLE[kept_S])
-
-
-def largest_phase(loads: StepLoads) -> str:
-    """The phase with most assignments."""
-    per_step_S = loads.load_SLE.sum(axis=(1, 2))
-    phases = sorted(set(loads.phase_S))
-    return max(phases, key=lambda phase: int(per_step_S[np.array(loads.phase_S) == phase].sum()))
-
-
-def step_loads(run: Run, *, phase: str | None = None) -> StepLoads:
-    """Loads of every step of which all layers and ranks have whole rows.
-
-    Raises:
-        PlacementError: rows fold several steps, layers differ in their experts, or no step is whole.
-    """
-    by_step: dict[tuple[int, str], dict[int, Int64]] = {}
-    experts: set[int] = set()
-    for block in run.iter_loads(phase=phase):
-        if np.any(block.window_steps_S != 1):
-            raise PlacementError(
-                f"rows of layer {block.layer} fold {int(block.window_steps_S.max())} steps, in which the "
-                "busiest rank of a step is lost; capture the run with --window-steps 1"
-            )
-        experts.add(block.experts)
-        whole_S = block.present_SP.all(axis=1)
-        if block.partial_SP is not None:
-            whole_S &= ~block.partial_SP.any(axis=1)
-        load_SE = block.load_SPE[whole_S].sum(axis=1)
-        for step, load_E in zip(block.step_S[whole_S].tolist(), load_SE, strict=True):
-            by_step.setdefault((step, block.phase), {})[block.layer] = load_E
-    if len(experts) > 1:
-        raise PlacementError(
-            f"layers have {', '.join(map(str, sorted(experts)))} experts; expected as many in every layer"
-        )
-    layers = sorted({layer for loads in by_step.values() for layer in loads})
-    whole = [key for key in sorted(by_step) if len(by_step[key]) == len(layers)]
-    if not whole:
-        raise PlacementError(
-            f"no step of {run.path} has whole rows of all layers and ranks; expected at least "
-            f"{2 * FEWEST_STEPS}: profile again with more --steps"
-        )
-    fit = max(1, _MOST_BYTES // (8 * len(layers) * max(experts)))
-    whole = whole[-fit:]
-    top_k = {spec.top_k for spec in run.manifest.model.moe_layers}
-    return StepLoads(
-        layers=tuple(layers),
-        top_k=top_k.pop() if len(top_k) == 1 else None,
-        phase_S=tuple(phase for _, phase in whole),
-        load_SLE=np.array([[by_step[key][layer] for layer in layers] for key in whole]),
-    )
 
 
 def current_layout(

@@ -52,15 +52,10 @@ def place(
     json: JsonOption = False,
 ) -> None:
     """Choose a placement of experts on some steps and judge it on the others."""
-    from observatory.advice.placement import (
-        advise_placement,
-        current_layout,
-        largest_phase,
-        of_phase,
-        step_loads,
-    )
+    from observatory.advice.placement import advise_placement, current_layout
     from observatory.advice.placement_document import placement_document, placement_file, placement_tables
     from observatory.advice.words import placement_sentences
+    from observatory.analysis.parallel.step_loads import step_loads
     from observatory.campaign.benchmark import check_out
     from observatory.cli.output import print_data, print_tables, say
     from observatory.errors import PlacementError
@@ -74,10 +69,10 @@ def place(
         check_out(out, force=force)
     opened = open_run(run)
     loads = step_loads(opened, phase=None if phase == "all" else phase)
-    if phase is None and len(set(loads.phase_S)) > 1:
-        phase = largest_phase(loads)
+    if phase is None and len(loads.phases) > 1:
+        phase = loads.largest_phase
         say(f"note: placed for {phase}, which has most assignments; give --phase for another, or all")
-        loads = of_phase(loads, phase)
+        loads = loads.of_phase(phase)
     given = None if current is None else current if current in ("linear", "round-robin") else Path(current)
     today, name = current_layout(opened, loads, ranks=ranks, given=given)
     advice = advise_placement(

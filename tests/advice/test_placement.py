@@ -14,12 +14,10 @@ from observatory.advice.placement import (
     PlacementCode,
     advise_placement,
     current_layout,
-    largest_phase,
-    of_phase,
-    step_loads,
 )
 from observatory.advice.words import placement_sentences
 from observatory.analysis.parallel.placement import load_placement
+from observatory.analysis.parallel.step_loads import step_loads
 from observatory.cli import main
 from observatory.errors import PlacementError
 from observatory.run import open_run
@@ -172,8 +170,8 @@ def test_phases_are_placed_for_one_by_one(tmp_path: Path, capsys: pytest.Capture
     loads = step_loads(open_run(run))
     both = replace(loads, phase_S=("prefill",) * 20 + ("decode",) * 20)
     weight_S = np.repeat([1, 10], 20)
-    assert largest_phase(replace(both, load_SLE=both.load_SLE * weight_S[:, None, None])) == "decode"
-    assert of_phase(both, "decode").load_SLE.shape[0] == 20
+    assert replace(both, load_SLE=both.load_SLE * weight_S[:, None, None]).largest_phase == "decode"
+    assert both.of_phase("decode").load_SLE.shape[0] == 20
     short = replace(both, phase_S=("prefill",) * 30 + ("decode",) * 10)
     today, name = current_layout(open_run(run), loads, ranks=2)
     with pytest.raises(PlacementError, match="5 steps of decode to choose on"):
