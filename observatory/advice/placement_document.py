@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from observatory.advice.placement import PlacementAdvice
+from observatory.advice.placement_problem import layout_file
 from observatory.analysis.columns import Column, Table
-from observatory.analysis.parallel.balancing import holders
 from observatory.run.documents.printed import printed_document
 
 COLUMNS = (
@@ -78,11 +76,4 @@ def placement_file(advice: PlacementAdvice, experts: int) -> dict[str, Any]:
     """The chosen layout as a placement file: for every layer and expert the ranks that hold it."""
     chosen = advice.chosen.slot_LPK
     assert chosen is not None
-    held_LPE = holders(chosen, experts)
-    return {
-        "ranks": advice.ranks,
-        "layers": {
-            str(layer): [np.flatnonzero(held_P).tolist() for held_P in held_PE.T]
-            for layer, held_PE in zip(advice.layers, held_LPE, strict=True)
-        },
-    }
+    return layout_file(chosen, experts, advice.layers)

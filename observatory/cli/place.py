@@ -8,14 +8,15 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import RANKS, CsvOption, ForceOption, JsonOption, RunArgument, WideOption
+from observatory.cli.options import RANKS, CsvOption, ForceOption, JsonOption, WideOption
 
 
 def place(
-    run: RunArgument,
+    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run directory.")] = None,
     ranks: Annotated[
-        int, typer.Option("--ranks", min=2, max=65536, rich_help_panel=RANKS, help="Expert-parallel ranks.")
-    ],
+        int | None,
+        typer.Option("--ranks", min=2, max=65536, rich_help_panel=RANKS, help="Expert-parallel ranks."),
+    ] = None,
     replicas: Annotated[
         int,
         typer.Option(min=0, max=65536, rich_help_panel=RANKS, help="Copies beyond one of each expert."),
@@ -43,6 +44,13 @@ def place(
             help="Share of the steps of each phase that placements are made on, the first ones.",
         ),
     ] = 0.5,
+    problem: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Solve a problem given as arrays (.npz, docs/placement.md) instead.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the chosen placement (JSON).")
     ] = None,
@@ -52,21 +60,27 @@ def place(
     json: JsonOption = False,
 ) -> None:
     """Choose a placement of experts on some steps and judge it on the others."""
+    if out is not None:
+        from observatory.campaign.benchmark import check_out
+
+        check_out(out, force=force)
+    if problem is not None:
+        _solve(problem, out, wide=wide, csv=csv, json=json)
+        return
     from observatory.advice.placement import advise_placement, current_layout
     from observatory.advice.placement_document import placement_document, placement_file, placement_tables
     from observatory.advice.words import placement_sentences
     from observatory.analysis.parallel.step_loads import step_loads
-    from observatory.campaign.benchmark import check_out
     from observatory.cli.output import print_data, print_tables, say
     from observatory.errors import PlacementError
     from observatory.run import open_run
     from observatory.run.documents.writing import write_json
     from observatory.run.manifest import PHASES
 
+    if run is None or ranks is None:
+        raise PlacementError("place has no run, or no --ranks; expected both, or --problem FILE")
     if phase not in (None, *PHASES, "all"):
         raise PlacementError(f"--phase {phase!r} is not known; expected one of {', '.join(PHASES)}, all")
-    if out is not None:
-        check_out(out, force=force)
     opened = open_run(run)
     loads = step_loads(opened, phase=None if phase == "all" else phase)
     if phase is None and len(loads.phases) > 1:
@@ -80,8 +94,8 @@ def place(
     )
     document = placement_document(advice, opened.problems)
     tables = placement_tables(document)
-    for problem in opened.problems:
-        say(f"note: {problem}")
+    for text in opened.problems:
+        say(f"note: {text}")
     is_printed = print_data(document, tables, json=json, csv=csv)
     if out is not None:
         write_json(out, placement_file(advice, loads.load_SLE.shape[2]))
@@ -93,3 +107,28 @@ def place(
     if out is not None:
         say(f"placement written to {out}")
         say(f"try it: observatory profile MODEL --ep {ranks} --placement {quote(str(out))}")
+
+
+def _solve(path: Path, out: Path | None, *, wide: bool, csv: bool, json: bool) -> None:
+    from time import process_time
+
+    from observatory.advice.placement_problem import layout_file, problem_document, problem_tables
+    from observatory.analysis.parallel.balancing.problem import read_problem
+    from observatory.analysis.parallel.balancing.solving import solve
+    from observatory.cli.output import print_data, print_tables, say
+    from observatory.run.documents.writing import write_json
+
+    problem = read_problem(path)
+    began_s = process_time()
+    solution = solve(problem)
+    document = problem_document(problem, solution, process_time() - began_s)
+    tables = problem_tables(document)
+    is_printed = print_data(document, tables, json=json, csv=csv)
+    if out is not None:
+        _, layers, experts = problem.load_SLE.shape
+        write_json(out, layout_file(solution.slot_LPK, experts, tuple(range(layers))))
+    if is_printed:
+        return
+    print_tables(tables, wide=wide)
+    if out is not None:
+        say(f"placement written to {out}")

@@ -1,0 +1,204 @@
+"""The layout whose busiest rank has least of given loads.
+
+Shapes: S steps, L layers, E experts, P ranks, K slots of each rank, N = P * K slots in all; A: some layers.
+
+Three stages, each for all layers at once:
+
+1. How many copies each expert gets: the expert of the largest share is split next, until no copy is left
+   (water-filling). Water-filled counts ignore that a rank has few slots, so counts that give a part of the
+   copies to the lightest experts are tried as well, and where that leaves much, single copies are moved.
+2. Packing: the largest share first, to the emptiest rank that has a free slot and no copy of the expert.
+3. Exchanges: a slot of the busiest rank is exchanged with that slot of another rank after which the busier
+   of the two has least; random exchanges leave what no single one improves.
+
+The first two stages with water-filled counts are what the published greedy balancers do, and are given as
+such for comparison (`greedy_layout`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from observatory.analysis.parallel.balancing.layouts import (
+    Float64,
+    Int64,
+    copies,
+    holders,
+    lower_bound,
+    pack,
+    rank_times,
+    slots_per_rank,
+    water_filled,
+)
+
+#: A busiest rank within this of the mean, or of the lower bound, is as good as can be wished for.
+_CLOSE = 1e-3
+#: Parts of the replicas that go to the lightest experts instead of the heaviest.
+_SPARED = np.arange(1, 8) / 10
+#: Rounds of exchanges, and how often random exchanges are tried where they ended.
+_ROUNDS, _KICKS, _MOST_KICKED = 400, 30, 3
+#: How often other counts are tried where the busiest rank is this far above the goal, and how many of the
+#: experts that can best spare a copy may lose one.
+_RECOUNTS, _FAR, _DONORS = 20, 0.01, 16
+#: Slots of all layers times slots of a rank above which fewer random exchanges and counts are tried.
+_LARGE = 58 * 384 * 3
+
+
+def balanced_layout(
+    load_LE: Float64, ranks: int, replicas: int, *, speed_LP: Float64 | None = None, seed: int = 0
+) -> Int64:
+    """The layout whose busiest rank has least of these loads, (L, P, K); never worse than the greedy one.
+
+    Args:
+        load_LE: loads, not negative; a layer without load is laid out like any other.
+        ranks: P.
+        replicas: copies beyond one of each expert, in each layer.
+        speed_LP: speeds of the ranks, in any unit; None: all alike.
+        seed: of the random exchanges.
+
+    Raises:
+        PlacementError: the copies do not fill the ranks evenly.
+    """
+    layers, experts = load_LE.shape
+    slots = slots_per_rank(experts, ranks, replicas)
+    share_LE = load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1e-300)
+    speed_LP = np.ones((layers, ranks)) if speed_LP is None else speed_LP / speed_LP.mean(axis=1)[:, None]
+    best = _Best(share_LE, speed_LP, pack(share_LE, water_filled(share_LE, replicas, ranks), ranks, speed_LP))
+    effort = min(1.0, _LARGE / (layers * ranks * slots * slots))
+    for spared in sorted({round(part * replicas) for part in _SPARED} - {0}):
+        left = best.unfinished()
+        if not len(left):
+            break
+        count_AE = water_filled(share_LE[left], replicas - spared, ranks, spared=spared)
+        fits_A = count_AE.max(axis=1) <= ranks
+        if fits_A.any():
+            best.offer(left[fits_A], count_AE[fits_A])
+    generator = np.random.default_rng(seed)
+    for _ in range(round(_RECOUNTS * effort) if replicas else 0):
+        left = best.unfinished(_FAR)
+        if not len(left):
+            break
+        best.offer(left, _recounted(share_LE[left], best.slot_LPK[left], generator))
+    for _ in range(round(_KICKS * effort)):
+        left = best.unfinished()
+        if not len(left):
+            break
+        best.keep(left, _kicked(best.time_LP[left], best.slot_LPK[left], generator))
+    return best.slot_LPK
+
+
+class _Best:
+    """The best layout of each layer so far."""
+
+    def __init__(self, share_LE: Float64, speed_LP: Float64, slot_LPK: Int64) -> None:
+        ranks = speed_LP.shape[1]
+        bound_L = lower_bound(share_LE, ranks, slot_LPK[0].size - share_LE.shape[1])
+        self.goal_L = np.maximum(bound_L / speed_LP.max(axis=1), 1.0) * (1 + _CLOSE)
+        self.share_LE, self.speed_LP, self.slot_LPK = share_LE, speed_LP, slot_LPK
+        self.time_LP = _exchange(share_LE, slot_LPK, self.goal_L, speed_LP)
+
+    def unfinished(self, above: float = 0.0) -> Int64:
+        """Layers that are further above their goal than this part of it."""
+        return np.flatnonzero(self.time_LP.max(axis=1) > self.goal_L * (1 + above))
+
+    def offer(self, layer_A: Int64, count_AE: Int64) -> None:
+        """Pack copies of the experts of some layers, and keep what is not worse than before."""
+        ranks = self.speed_LP.shape[1]
+        self.keep(layer_A, pack(self.share_LE[layer_A], count_AE, ranks, self.speed_LP[layer_A]))
+
+    def keep(self, layer_A: Int64, slot_APK: Int64) -> None:
+        """Improve layouts of some layers by exchanges and keep those that are not worse than before."""
+        time_AP = _exchange(self.share_LE[layer_A], slot_APK, self.goal_L[layer_A], self.speed_LP[layer_A])
+        kept_A = time_AP.max(axis=1) <= self.time_LP[layer_A].max(axis=1)
+        self.time_LP[layer_A[kept_A]] = time_AP[kept_A]
+        self.slot_LPK[layer_A[kept_A]] = slot_APK[kept_A]
+
+
+def _recounted(load_AE: Float64, slot_APK: Int64, generator: np.random.Generator) -> Int64:
+    """Copies with one more of an expert on the busiest rank, and one less of an expert that can spare it."""
+    layers, ranks, slots = slot_APK.shape
+    row_A = np.arange(layers)
+    count_AE = copies(slot_APK, load_AE.shape[1])
+    busiest_A = rank_times(load_AE[None], slot_APK)[0].argmax(axis=1)
+    more_A = slot_APK[row_A, busiest_A, generator.integers(slots, size=(layers,))]
+    share_AE = np.where(count_AE > 1, load_AE / np.maximum(count_AE - 1, 1), np.inf)  # with a copy less
+    share_AE[row_A, more_A] = np.inf
+    donor = min(_DONORS, load_AE.shape[1])
+    less_A = share_AE.argsort(axis=1)[row_A, generator.integers(donor, size=(layers,))]
+    fits_A = np.isfinite(share_AE[row_A, less_A]) & (count_AE[row_A, more_A] < ranks)
+    count_AE[row_A[fits_A], more_A[fits_A]] += 1
+    count_AE[row_A[fits_A], less_A[fits_A]] -= 1
+    return count_AE
+
+
+def _exchange(load_LE: Float64, slot_LPK: Int64, goal_L: Float64, speed_LP: Float64) -> Float64:
+    """Exchange slots of the busiest rank with others while the busier of the two gets less, in place.
+
+    Args:
+        load_LE: loads that add up to 1, or to 0, in each layer.
+        slot_LPK: the layout.
+        goal_L: max/mean at which a layer is done.
+        speed_LP: speeds of the ranks, whose mean is 1.
+
+    Returns:
+        Times of the ranks over that of perfectly balanced ones, (L, P).
+    """
+    layers, ranks, slots = slot_LPK.shape
+    share_LE = ranks * load_LE / np.maximum(copies(slot_LPK, load_LE.shape[1]), 1)
+    share_LPK = np.take_along_axis(share_LE, slot_LPK.reshape(layers, -1), axis=1).reshape(slot_LPK.shape)
+    holds_LPE = holders(slot_LPK, load_LE.shape[1])
+    rank_N = np.repeat(np.arange(ranks), slots)
+    time_LP = share_LPK.sum(axis=2) / speed_LP
+    layer_A = np.arange(layers)
+    for _ in range(_ROUNDS):
+        layer_A = layer_A[time_LP[layer_A].max(axis=1) > goal_L[layer_A]]
+        if not len(layer_A):
+            break
+        row_A = np.arange(len(layer_A))
+        busiest_A = time_LP[layer_A].argmax(axis=1)
+        most_A, speed_A = time_LP[layer_A, busiest_A], speed_LP[layer_A, busiest_A]
+        mine_AK = slot_LPK[layer_A, busiest_A]
+        slot_AN = slot_LPK[layer_A].reshape(len(layer_A), -1)
+        share_AN = share_LPK[layer_A].reshape(len(layer_A), -1)
+        less_AKN = share_LPK[layer_A, busiest_A][:, :, None] - share_AN[:, None, :]
+        other_AKN = time_LP[layer_A][:, None, rank_N] + less_AKN / speed_LP[layer_A][:, None, rank_N]
+        busier_AKN = np.maximum(other_AKN, most_A[:, None, None] - less_AKN / speed_A[:, None, None])
+        they_hold = np.take_along_axis(holds_LPE[layer_A], mine_AK[:, None, :], axis=2).transpose(0, 2, 1)
+        i_hold = np.take_along_axis(holds_LPE[layer_A, busiest_A], slot_AN, axis=1)
+        busier_AKN[they_hold[:, :, rank_N] | i_hold[:, None, :] | (less_AKN <= 0)] = np.inf
+        flat = busier_AKN.reshape(len(layer_A), -1)
+        choice_A = flat.argmin(axis=1)
+        better_A = flat[row_A, choice_A] < most_A * (1 - 1e-9)
+        layer_A, mine_A, choice_A = layer_A[better_A], busiest_A[better_A], choice_A[better_A]
+        k_A, n_A = np.divmod(choice_A, ranks * slots)
+        other_A, q_A = np.divmod(n_A, slots)
+        given_A, taken_A = slot_LPK[layer_A, mine_A, k_A], slot_LPK[layer_A, other_A, q_A]
+        moved_A = share_LPK[layer_A, mine_A, k_A] - share_LPK[layer_A, other_A, q_A]
+        slot_LPK[layer_A, mine_A, k_A], slot_LPK[layer_A, other_A, q_A] = taken_A, given_A
+        share_LPK[layer_A, mine_A, k_A] -= moved_A
+        share_LPK[layer_A, other_A, q_A] += moved_A
+        time_LP[layer_A, mine_A] -= moved_A / speed_LP[layer_A, mine_A]
+        time_LP[layer_A, other_A] += moved_A / speed_LP[layer_A, other_A]
+        holds_LPE[layer_A, mine_A, given_A] = holds_LPE[layer_A, other_A, taken_A] = False
+        holds_LPE[layer_A, mine_A, taken_A] = holds_LPE[layer_A, other_A, given_A] = True
+    return np.asarray(time_LP)
+
+
+def _kicked(time_LP: Float64, slot_LPK: Int64, generator: np.random.Generator) -> Int64:
+    """A copy with a few random exchanges, the first of them from the busiest rank."""
+    layers, ranks, slots = slot_LPK.shape
+    slot_LPK, row_L = slot_LPK.copy(), np.arange(layers)
+    mine_L: Int64 = np.asarray(time_LP.argmax(axis=1))
+    for _ in range(generator.integers(1, _MOST_KICKED + 1)):
+        other_L = generator.integers(ranks, size=(layers,))
+        k_L, q_L = generator.integers(slots, size=(2, layers))
+        given_L, taken_L = slot_LPK[row_L, mine_L, k_L], slot_LPK[row_L, other_L, q_L]
+        fits_L = (
+            (mine_L != other_L)
+            & ~(slot_LPK[row_L, other_L] == given_L[:, None]).any(axis=1)
+            & ~(slot_LPK[row_L, mine_L] == taken_L[:, None]).any(axis=1)
+        )
+        slot_LPK[row_L[fits_L], mine_L[fits_L], k_L[fits_L]] = taken_L[fits_L]
+        slot_LPK[row_L[fits_L], other_L[fits_L], q_L[fits_L]] = given_L[fits_L]
+        mine_L = generator.integers(ranks, size=(layers,))
+    return slot_LPK
