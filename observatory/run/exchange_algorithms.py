@@ -17,12 +17,14 @@ other's own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from observatory.errors import ExchangeError
+
+Number = TypeVar("Number", np.int64, np.float64)
 
 Algorithm = Literal["flat", "hierarchical", "gather"]
 
@@ -51,33 +53,41 @@ def stages(
 ) -> list[NDArray[np.int64]]:
     """The exchanges an algorithm makes of one traffic matrix, each again as a (P, P) matrix of bytes.
 
-    ``role`` ``combine`` says that the matrix is the way back of a dispatch; anything else, that it is not.
+    Of several matrices (..., P, P) as well. ``role`` ``combine`` says that the matrix is the way back of a
+    dispatch; anything else, that it is not.
 
     Raises:
         ExchangeError: the matrix is not (P, P), an unknown algorithm, or nodes it cannot work on.
     """
     matrix_PP = np.asarray(bytes_PP, dtype=np.int64)
     ranks = len(node_of_P)
-    if matrix_PP.shape != (ranks, ranks):
+    if matrix_PP.shape[-2:] != (ranks, ranks):
         raise ExchangeError(
             f"a matrix of shape {matrix_PP.shape} with {ranks} ranks", expected="one row each"
         )
     if role == "combine":
-        return [stage_PP.T for stage_PP in reversed(stages(matrix_PP.T, node_of_P, algorithm))]
+        way = stages(matrix_PP.swapaxes(-1, -2), node_of_P, algorithm)
+        return [stage_PP.swapaxes(-1, -2) for stage_PP in reversed(way)]
     if algorithm == "flat":
         return [matrix_PP]
     if algorithm == "gather":
-        return [np.repeat(matrix_PP.sum(axis=1)[:, None], ranks, axis=1)]
+        return [np.repeat(matrix_PP.sum(axis=-1)[..., None], ranks, axis=-1)]
     if algorithm != "hierarchical":
         raise ExchangeError(f"algorithm {algorithm!r} is unknown", expected=f"one of {', '.join(ALGORITHMS)}")
+    return list(relayed(matrix_PP, node_of_P))
+
+
+def relayed(matrix_PP: NDArray[Number], node_of_P: Sequence[int]) -> tuple[NDArray[Number], NDArray[Number]]:
+    """The two stages of the hierarchical way, between nodes and inside them, of one matrix or of several.
+
+    Raises:
+        ExchangeError: the nodes are not alike.
+    """
     local = node_size(node_of_P)
-    nodes = ranks // local
+    nodes = len(node_of_P) // local
     # From (node n, local l) to (node m, local k).
-    flow_nlmk = matrix_PP.reshape(nodes, local, nodes, local)
-    across_PP, inside_PP = np.zeros_like(matrix_PP), np.zeros_like(matrix_PP)
-    first_nlml = across_PP.reshape(nodes, local, nodes, local)
-    second_mlmk = inside_PP.reshape(nodes, local, nodes, local)
-    node_m, index_l = np.arange(nodes), np.arange(local)
-    first_nlml[:, index_l, :, index_l] = flow_nlmk.sum(axis=3).transpose(1, 0, 2)
-    second_mlmk[node_m, :, node_m, :] = flow_nlmk.sum(axis=0).transpose(1, 0, 2)
-    return [across_PP, inside_PP]
+    flow_nlmk = matrix_PP.reshape(*matrix_PP.shape[:-2], nodes, local, nodes, local)
+    across_nlmk = flow_nlmk.sum(axis=-1)[..., None] * np.eye(local, dtype=matrix_PP.dtype)[:, None, :]
+    inside_mlk = flow_nlmk.sum(axis=-4).swapaxes(-3, -2)
+    inside_nlmk = inside_mlk[..., None, :] * np.eye(nodes, dtype=matrix_PP.dtype)[:, None, :, None]
+    return across_nlmk.reshape(matrix_PP.shape), inside_nlmk.reshape(matrix_PP.shape)

@@ -191,29 +191,34 @@ def stage_terms(
     exchanges = stages(bytes_PP, node_of_P, algorithm, role=role)
     node_P = np.unique(np.asarray(node_of_P, dtype=np.int64), return_inverse=True)[1]
     return StageTerms(
-        terms_NF=np.concatenate([_terms_of(matrix_PP, node_P) for matrix_PP in exchanges]),
+        terms_NF=np.concatenate([terms_of(matrix_PP, node_P) for matrix_PP in exchanges]),
         stage_N=np.repeat(np.arange(len(exchanges)), len(node_P)),
     )
 
 
-def _terms_of(bytes_PP: NDArray[np.int64], node_P: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Terms of one stage, (P, F)."""
+def terms_of(bytes_PP: NDArray[np.int64], node_P: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Terms of one stage, (P, F), columns in the order of ``TERMS``; of several (..., P, P) as well."""
     same_PP = node_P[:, None] == node_P[None, :]
-    self_P = np.diagonal(bytes_PP)
-    node_PP = np.where(same_PP, bytes_PP, 0) - np.diag(self_P)
+    self_P = np.diagonal(bytes_PP, axis1=-2, axis2=-1)
+    node_PP = np.where(same_PP & ~np.eye(len(node_P), dtype=bool), bytes_PP, 0)
     other_PP = np.where(same_PP, 0, bytes_PP)
     ranks = len(node_P)
 
     def larger(matrix_PP: NDArray[np.int64]) -> NDArray[np.int64]:
-        largest: NDArray[np.int64] = np.maximum(matrix_PP.sum(axis=1), matrix_PP.sum(axis=0))
+        largest: NDArray[np.int64] = np.maximum(matrix_PP.sum(axis=-1), matrix_PP.sum(axis=-2))
         return largest
 
     def both(matrix_PP: NDArray[np.int64]) -> NDArray[np.int64]:
-        summed: NDArray[np.int64] = matrix_PP.sum(axis=1) + matrix_PP.sum(axis=0)
+        summed: NDArray[np.int64] = matrix_PP.sum(axis=-1) + matrix_PP.sum(axis=-2)
         return summed
 
+    def two_way(matrix_PP: NDArray[np.int64]) -> NDArray[np.int64]:
+        passing: NDArray[np.int64] = np.minimum(matrix_PP, matrix_PP.swapaxes(-1, -2)).sum(axis=-1)
+        return passing
+
     def over_node(value_P: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.bincount(node_P, weights=value_P).astype(np.float64)[node_P]
+        summed: NDArray[np.float64] = value_P.astype(np.float64) @ same_PP.astype(np.float64)
+        return summed
 
     on_node_P = over_node(np.ones(ranks, dtype=np.int64))
     leaving_PP = node_PP + other_PP
@@ -229,15 +234,18 @@ def _terms_of(bytes_PP: NDArray[np.int64], node_P: NDArray[np.int64]) -> NDArray
         "bytes_other": larger(other_PP),
         "both_node": both(node_PP),
         "both_other": both(other_PP),
-        "two_way_node": np.minimum(node_PP, node_PP.T).sum(axis=1),
+        "two_way_node": two_way(node_PP),
         "shared_messages": over_node(both(filled_PP)),
         "shared_self": over_node(self_P),
         "shared_bytes": over_node(both(leaving_PP)),
-        "link_bytes": np.maximum(over_node(other_PP.sum(axis=1)), over_node(other_PP.sum(axis=0))),
-        "out_node": node_PP.sum(axis=1),
-        "in_node": node_PP.sum(axis=0),
-        "link_out": over_node(other_PP.sum(axis=1)),
-        "link_in": over_node(other_PP.sum(axis=0)),
-        "link_two_way": over_node(np.minimum(other_PP, other_PP.T).sum(axis=1)),
+        "link_bytes": np.maximum(over_node(other_PP.sum(axis=-1)), over_node(other_PP.sum(axis=-2))),
+        "out_node": node_PP.sum(axis=-1),
+        "in_node": node_PP.sum(axis=-2),
+        "link_out": over_node(other_PP.sum(axis=-1)),
+        "link_in": over_node(other_PP.sum(axis=-2)),
+        "link_two_way": over_node(two_way(other_PP)),
     }
-    return np.stack([np.asarray(columns[name], dtype=np.float64) for name in _NAMES], axis=1)
+    shape = bytes_PP.shape[:-1]
+    return np.stack(
+        [np.broadcast_to(np.asarray(columns[name], dtype=np.float64), shape) for name in _NAMES], axis=-1
+    )

@@ -1,6 +1,6 @@
 """Predicted times of traffic matrices, with intervals and with what is an extrapolation.
 
-Shapes: P ranks, B bootstrap samples, Q quantiles.
+Shapes: P ranks, B bootstrap samples, Q quantiles, M matrices, F terms.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from observatory.analysis.network.features import FORMS, stage_terms
+from observatory.analysis.network.features import FORMS, TERMS, stage_terms, terms_of
 from observatory.analysis.network.network import AlgorithmFit, Misfit, NetworkModel
 from observatory.analysis.network.solving import Problem, predict_all
 from observatory.analysis.network.words import NetworkCode
@@ -70,12 +70,7 @@ def predict_us(
     matrix_PP = np.asarray(bytes_PP, dtype=np.int64)
     terms = stage_terms(matrix_PP, node_of_P, algorithm, role=role)
     problem = Problem.build([terms], form)
-    for term in fit.never_measured:
-        if problem.terms_NF[:, form.terms.index(term)].any():
-            raise BenchmarkError(
-                f"the network model never measured {term}, which this exchange over {len(set(node_of_P))} "
-                "nodes has; benchmark across nodes (ranks on several hosts, --ranks-per-node) and fit again"
-            )
+    _refuse_never_measured(fit, problem.terms_NF, node_of_P)
     value_F = np.array([item.us_per_unit or 0.0 for item in fit.coefficients])
     us = float(predict_all(problem, value_F)[0])
     samples_BF = np.array(fit.samples_BF[:_MANY_SAMPLES])
@@ -90,6 +85,59 @@ def predict_us(
         extrapolated=tuple(_outside(fit, matrix_PP, node_of_P)),
         misfits=_met(fit, np.sum(stages(matrix_PP, node_of_P, algorithm, role=role), axis=0), node_of_P),
     )
+
+
+def predict_stages_us(
+    model: NetworkModel,
+    stage_MPP: Sequence[NDArray[np.int64]],
+    node_of_P: Sequence[int],
+    *,
+    algorithm: str = "flat",
+) -> NDArray[np.float64]:
+    """Predict the times of many exchanges at once, without intervals, (M,).
+
+    Args:
+        model: a fitted model.
+        stage_MPP: bytes from rank i to rank j in each stage that the algorithm makes of an exchange; see
+            `observatory.run.exchange_algorithms.stages`.
+        node_of_P: node of each rank.
+        algorithm: as in the benchmark.
+
+    Raises:
+        BenchmarkError: the model lacks the algorithm, or measured nothing of a kind that an exchange has.
+    """
+    fit = model.of(algorithm)
+    form = FORMS[fit.form]
+    column_F = [list(TERMS).index(name) for name in form.terms]
+    value_F = np.array([item.us_per_unit or 0.0 for item in fit.coefficients])
+    node_P = np.unique(np.asarray(node_of_P, dtype=np.int64), return_inverse=True)[1]
+    us_M = np.zeros(len(stage_MPP[0]))
+    for bytes_MPP in stage_MPP:
+        terms_MPF = terms_of(bytes_MPP, node_P)[..., column_F]
+        _refuse_never_measured(fit, terms_MPF, node_of_P)
+        sums_XF = np.array(form.sums) * value_F
+        us_M += (terms_MPF @ sums_XF.T).max(axis=(1, 2))
+    return us_M
+
+
+def outside_domain(fit: AlgorithmFit, bytes_MPP: NDArray[np.int64], node_of_P: Sequence[int]) -> list[Reason]:
+    """What of many exchanges lies outside the measurements: of the one with most and the one with least."""
+    busiest_M = np.maximum(bytes_MPP.sum(axis=2).max(axis=1), bytes_MPP.sum(axis=1).max(axis=1))
+    ends = dict.fromkeys((int(busiest_M.argmax()), int(busiest_M.argmin())))
+    reasons = [reason for end in ends for reason in _outside(fit, bytes_MPP[end], node_of_P)]
+    return list({(reason.code, str(reason.values)): reason for reason in reasons}.values())
+
+
+def _refuse_never_measured(
+    fit: AlgorithmFit, terms_NF: NDArray[np.float64], node_of_P: Sequence[int]
+) -> None:
+    form = FORMS[fit.form]
+    for term in fit.never_measured:
+        if terms_NF[..., form.terms.index(term)].any():
+            raise BenchmarkError(
+                f"the network model never measured {term}, which this exchange over {len(set(node_of_P))} "
+                "nodes has; benchmark across nodes (ranks on several hosts, --ranks-per-node) and fit again"
+            )
 
 
 def _met(fit: AlgorithmFit, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> tuple[int, ...]:

@@ -20,21 +20,11 @@ from observatory.analysis.parallel.scan import all_ranks, place, placement_rule
 from observatory.analysis.parallel.traffic import Sources, traffic_matrices
 from observatory.errors import PlacementError, RunError
 from observatory.run.documents.bench import MAX_ROW_BYTES, Traffic
+from observatory.run.documents.expert_bench import ELEMENT_BYTES
 
 if TYPE_CHECKING:
     from observatory.run import Run
     from observatory.run.manifest import ModelSpec
-
-_ELEMENT_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "float8_e4m3fnuz": 1,
-    "float8_e5m2fnuz": 1,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -88,11 +78,11 @@ def row_bytes(model: ModelSpec) -> int:
             f"the run of {model.name} does not say its hidden size, so rows have no bytes; "
             "expected hidden_size in the manifest: give --row-bytes"
         )
-    element = _ELEMENT_BYTES.get((model.dtype or "").removeprefix("torch."))
+    element = ELEMENT_BYTES.get((model.dtype or "").removeprefix("torch."))
     if element is None:
         raise RunError(
             f"the run of {model.name} has dtype {model.dtype!r}, whose size is not known here; "
-            f"expected one of {', '.join(_ELEMENT_BYTES)}: give --row-bytes"
+            f"expected one of {', '.join(ELEMENT_BYTES)}: give --row-bytes"
         )
     if model.hidden_size * element > MAX_ROW_BYTES:
         raise RunError(

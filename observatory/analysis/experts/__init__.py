@@ -1,0 +1,6 @@
+"""Time of experts and of whole layer-steps."""
+
+from observatory.analysis.experts.cost import ExpertCost, fit_experts, of_hardware
+from observatory.analysis.experts.step_time import StepTimes, layer_step_times
+
+__all__ = ["ExpertCost", "StepTimes", "fit_experts", "layer_step_times", "of_hardware"]

@@ -1,0 +1,36 @@
+"""What the time of a layer-step lacks, as codes; and in words."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from observatory.analysis.network import words as network_words
+from observatory.reasons import Reason
+
+
+class StepCode(StrEnum):
+    """Codes of the reasons that this room gives; the values of each are the names in its words."""
+
+    NO_NETWORK = "no_network"
+    NOT_PREDICTED = "not_predicted"
+    TOP_K_VARIES = "top_k_varies"
+    NO_SHARED_TIME = "no_shared_time"
+    NO_POWER = "no_power"
+    PHASE_WITHOUT_POWER = "phase_without_power"
+
+
+_WORDS = {
+    StepCode.NO_NETWORK: "no network model was given; fit one with `observatory fit` and pass it",
+    StepCode.NOT_PREDICTED: "{error}",
+    StepCode.TOP_K_VARIES: "tokens have no fixed number of experts, which {what} needs",
+    StepCode.NO_SHARED_TIME: "the time of the shared experts was not measured",
+    StepCode.NO_POWER: "no power was measured",
+    StepCode.PHASE_WITHOUT_POWER: "no power was measured in phase {phase}",
+}
+
+
+def sentence(reason: Reason) -> str:
+    """A reason of this room, or of the network model that it asks, for people."""
+    if isinstance(reason.code, StepCode):
+        return _WORDS[reason.code].format(**reason.values)
+    return network_words.sentence(reason)

@@ -1,0 +1,55 @@
+"""Costs and network models with known coefficients."""
+
+from __future__ import annotations
+
+from observatory.analysis.experts.cost import FORMS, ExpertCost
+from observatory.analysis.network.network import AlgorithmFit, Coefficient, Domain, NetworkModel
+from observatory.run.documents.expert_bench import ExpertShape
+
+SHAPE = ExpertShape(
+    hidden=8, intermediate=16, experts=4, top_k=2, dtype="float32", expert_bytes=8 * 16 * 3 * 4
+)
+
+
+def cost(call_s: float = 0.0, expert_s: float = 0.0, row_s: float = 0.0, **changes: object) -> ExpertCost:
+    """A measured cost of the plainest form."""
+    fields = {
+        "grade": "measured",
+        "shape": SHAPE,
+        "form": FORMS["experts-and-rows"],
+        "coefficient_F": (call_s, expert_s, row_s),
+        "idle_s": 0.0,
+        "source": "test",
+        "most_assignments": 100,
+        "most_activated": 4,
+        "least_rows": 1.0,
+        "most_rows": 50.0,
+    }
+    return ExpertCost(**{**fields, **changes})
+
+
+def network(*, latency_us: float, us_per_byte: float) -> NetworkModel:
+    """Latency plus bytes of the busiest rank, for all algorithms."""
+    coefficients = [
+        Coefficient(term="exchange", us_per_unit=latency_us),
+        Coefficient(term="bytes_node", us_per_unit=us_per_byte),
+        Coefficient(term="bytes_other", us_per_unit=us_per_byte),
+        Coefficient(term="bytes_self", us_per_unit=0.0),
+    ]
+    fits = [
+        AlgorithmFit(
+            algorithm=algorithm,
+            form="latency-bandwidth",
+            coefficients=tuple(coefficients),
+            samples_BF=(),
+            ratio_Q=(1.0,),
+            scores=(),
+            domain=Domain(
+                ranks=(2, 4), nodes=(1, 2), ranks_on_node=(2, 4), rank_bytes=(1, 1 << 30), empty=True
+            ),
+            cases=10,
+            sharing="none",
+        )
+        for algorithm in ("flat", "hierarchical", "gather")
+    ]
+    return NetworkModel(created_unix_s=0.0, backend="gloo", fits=tuple(fits))

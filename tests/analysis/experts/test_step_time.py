@@ -1,0 +1,164 @@
+"""The time of a layer-step: hand-computed layouts, rules of dispatch and exchanges."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from observatory.analysis.experts.step_time import layer_step_times
+from observatory.analysis.experts.words import StepCode, sentence
+from observatory.errors import PlacementError
+from observatory.run.exchange_algorithms import stages
+from tests.analysis.experts.models import cost, network
+
+#: One step, one layer, two source ranks, four experts.
+LOAD = np.array([[[[6, 0, 1, 1], [2, 0, 1, 5]]]])
+LINEAR = np.array([[[0, 1], [2, 3]]])
+
+
+def test_the_busiest_rank_of_each_step_decides():
+    times = layer_step_times(LOAD, LINEAR, cost(row_s=1.0))
+    assert times.assignments_SLP.tolist() == [[[8.0, 8.0]]]
+    assert times.activated_SLP.tolist() == [[[1.0, 2.0]]]
+    assert times.experts_s.tolist() == [[8.0]]
+    two_steps = np.concatenate([LOAD, LOAD[..., [2, 3, 0, 1]] * np.array([1, 1, 2, 1])])
+    times = layer_step_times(two_steps, LINEAR, cost(row_s=1.0))
+    assert times.experts_s.tolist() == [[8.0], [16.0]]
+    assert times.waiting_s.tolist() == [[0.0], [4.0]]
+
+
+def test_activated_experts_cost_where_rows_do_not():
+    times = layer_step_times(LOAD, LINEAR, cost(expert_s=1.0))
+    assert times.experts_s.tolist() == [[2.0]]
+    assert times.waiting_s.tolist() == [[0.5]]
+
+
+def test_speeds_divide_the_time_of_their_rank():
+    times = layer_step_times(LOAD, LINEAR, cost(row_s=1.0), speed_P=np.array([0.5, 1.0]))
+    assert times.experts_s.tolist() == [[16.0]]
+
+
+def test_equal_shares_split_rows_and_raise_activated_experts():
+    replicated = np.array([[[0, 1, -1], [2, 3, 0]]])
+    times = layer_step_times(LOAD, replicated, cost(row_s=1.0))
+    assert times.assignments_SLP.tolist() == [[[4.0, 12.0]]]
+    # Each of the 8 rows of expert 0 takes either copy: a copy is idle with chance 1 / 2^8.
+    assert times.activated_SLP[0, 0] == pytest.approx([1 - 2**-8, 3 - 2**-8])
+
+
+def test_weighted_shares_are_those_given():
+    replicated = np.array([[[0, 1, -1], [2, 3, 0]]])
+    share = np.array([[[3.0, 1.0, 0.0], [1.0, 1.0, 1.0]]])
+    times = layer_step_times(LOAD, replicated, cost(row_s=1.0), dispatch="weighted", share_LPK=share)
+    assert times.assignments_SLP.tolist() == [[[6.0, 10.0]]]
+
+
+def test_per_step_splits_leave_the_busiest_rank_least():
+    replicated = np.array([[[0, 1, -1], [2, 3, 0]]])
+    times = layer_step_times(LOAD, replicated, cost(row_s=1.0), dispatch="per-step")
+    assert times.assignments_SLP[0, 0] == pytest.approx([8.0, 8.0])
+    assert times.activated_SLP[0, 0] == pytest.approx([1.0, 2.0])
+
+
+def test_per_step_splits_are_those_of_a_linear_program():
+    linprog = pytest.importorskip("scipy.optimize").linprog
+    generator = np.random.default_rng(1)
+    for _ in range(5):
+        load_E = generator.zipf(1.5, 12).clip(max=300)
+        slots = np.concatenate([np.arange(12), generator.permutation(12)[:4]])
+        slot_PK = generator.permutation(slots).reshape(4, 4)
+        held_PE = np.array([[expert in row for expert in range(12)] for row in slot_PK])
+        times = layer_step_times(
+            np.repeat(load_E[None, None, None] / 4, 4, axis=2),
+            slot_PK[None],
+            cost(row_s=1.0),
+            dispatch="per-step",
+        )
+        pairs = list(zip(*np.nonzero(held_PE), strict=True))
+        equal = np.array([[float(e == expert) for _, e in pairs] + [0.0] for expert in range(12)])
+        above = np.array([[float(p == rank) for p, _ in pairs] + [-1.0] for rank in range(4)])
+        best = linprog([0.0] * len(pairs) + [1.0], A_ub=above, b_ub=[0.0] * 4, A_eq=equal, b_eq=load_E)
+        assert times.experts_s[0, 0] == pytest.approx(best.fun, rel=2e-3)
+
+
+def test_nearest_copies_are_the_own_then_those_of_the_node():
+    load = np.zeros((1, 1, 4, 2), dtype=np.int64)
+    load[0, 0, :, 0] = 4
+    slots = np.array([[[0], [1], [0], [0]]])  # expert 0 on ranks 0, 2, 3; nodes are (0, 1), (2, 3)
+    times = layer_step_times(load, slots, cost(row_s=1.0), dispatch="nearest", node_of_P=(0, 0, 1, 1))
+    assert times.assignments_SLP.tolist() == [[[8.0, 0.0, 4.0, 4.0]]]
+
+
+def test_flat_exchanges_are_of_the_rows_that_move():
+    model = network(latency_us=10.0, us_per_byte=1.0)
+    times = layer_step_times(LOAD, LINEAR, cost(), network=model, row_extra_bytes=8)
+    # Rank 0 keeps 6 rows and sends 2, rank 1 sends 2 and keeps 6; a row has 32 bytes, to experts 40.
+    assert times.dispatch_s[0, 0] == pytest.approx((10 + 2 * 40) * 1e-6)
+    assert times.combine_s[0, 0] == pytest.approx((10 + 2 * 32) * 1e-6)
+    assert times.total_s[0, 0] == pytest.approx(times.dispatch_s[0, 0] + times.combine_s[0, 0])
+    assert not times.estimated
+
+
+def test_gathered_exchanges_are_of_all_tokens():
+    model = network(latency_us=10.0, us_per_byte=1.0)
+    times = layer_step_times(LOAD, LINEAR, cost(), network=model, algorithm="gather")
+    # Eight assignments of two each are four tokens of each rank.
+    assert times.dispatch_s[0, 0] == pytest.approx((10 + 4 * 32) * 1e-6)
+
+
+def test_hierarchical_exchanges_send_a_token_once_between_nodes():
+    load = np.zeros((1, 1, 4, 4), dtype=np.int64)
+    load[0, 0, 0] = [0, 0, 6, 6]  # six tokens of rank 0, both experts on the other node
+    slots = np.arange(4).reshape(1, 4, 1)
+    model = network(latency_us=0.0, us_per_byte=1.0)
+    nodes = (0, 0, 1, 1)
+    times = layer_step_times(load, slots, cost(), network=model, node_of_P=nodes, algorithm="hierarchical")
+    # Between nodes six rows; inside, rank 2 keeps its six and sends six to rank 3.
+    assert times.dispatch_s[0, 0] == pytest.approx((6 + 6) * 32 * 1e-6)
+    assert times.estimated
+
+
+def test_stages_of_several_matrices_are_those_of_each():
+    generator = np.random.default_rng(2)
+    bytes_MPP = generator.integers(0, 99, size=(3, 6, 6))
+    for algorithm in ("flat", "hierarchical", "gather"):
+        for role in (None, "combine"):
+            together = stages(bytes_MPP, (0, 0, 0, 1, 1, 1), algorithm, role=role)
+            for index, matrix in enumerate(bytes_MPP):
+                alone = stages(matrix, (0, 0, 0, 1, 1, 1), algorithm, role=role)
+                assert all((a == b[index]).all() for a, b in zip(alone, together, strict=True))
+
+
+def test_what_is_missing_has_its_reason():
+    times = layer_step_times(LOAD, LINEAR, cost(row_s=1.0), shared_experts=1)
+    assert times.dispatch_s is None
+    assert times.total_s is None
+    assert times.shared_s is None
+    assert times.reasons["dispatch"][0].code is StepCode.NO_NETWORK
+    assert times.reasons["shared"][0].code is StepCode.NO_SHARED_TIME
+    assert all(sentence(reason) for part in times.reasons.values() for reason in part)
+
+
+def test_what_was_not_measured_is_marked():
+    times = layer_step_times(LOAD * 1000, LINEAR, cost(row_s=1.0))
+    assert not times.inside_SL.any()
+    assert layer_step_times(LOAD, LINEAR, cost(row_s=1.0)).inside_SL.all()
+
+
+@pytest.mark.parametrize(
+    ("load", "slots", "options"),
+    [
+        (LOAD, np.array([[[0, 1], [2, 2]]]), {}),
+        (LOAD, np.array([[[0, 1], [2, 4]]]), {}),
+        (LOAD, np.concatenate([LINEAR, LINEAR]), {}),
+        (LOAD[:, :, :1], LINEAR, {}),
+        (LOAD, LINEAR, {"node_of_P": (0,)}),
+        (LOAD, LINEAR, {"dispatch": "weighted"}),
+        (LOAD, LINEAR, {"share_LPK": np.ones((1, 2, 2))}),
+        (LOAD, LINEAR, {"dispatch": "weighted", "share_LPK": np.zeros((1, 2, 2))}),
+        (LOAD, LINEAR, {"dispatch": "random"}),
+    ],
+)
+def test_what_does_not_fit_is_refused(load, slots, options):
+    with pytest.raises(PlacementError):
+        layer_step_times(load, slots, cost(), **options)
