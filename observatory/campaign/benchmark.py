@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from observatory.errors import ExchangeError, alike
 from observatory.host.children import python_module
 from observatory.host.ranks import check_backend, find_rank
 from observatory.run.bounded import MAX_DOCUMENT_BYTES
 from observatory.run.documents.bench import NODES_AS_STATED, BenchPlan, BenchResult, load_bench
+from observatory.run.documents.route_fetch import RouteFetchPlan, RouteFetchResult, load_route_fetch
 from observatory.run.documents.writing import write_text
+
+Plan = BenchPlan | RouteFetchPlan
+Result = TypeVar("Result", BenchResult, RouteFetchResult)
 
 #: Time and waiting of one rank in one repeat, as JSON.
 _BYTES_OF_TIMES = 40
@@ -52,21 +58,71 @@ def run_benchmark(
             than what is read.
     """
     from observatory.collectives.bench.measure import run_plan
+
+    _check_size(plan, ranks)
+    if ranks_per_node is not None:
+        plan = plan.model_copy(update={"notes": (*plan.notes, NODES_AS_STATED)})
+    return _run_on_ranks(
+        plan,
+        run_plan,
+        load_bench,
+        ranks=ranks,
+        backend=backend,
+        ranks_per_node=ranks_per_node,
+        timeout_s=timeout_s,
+    )
+
+
+def run_route_fetch_benchmark(
+    plan: RouteFetchPlan, *, ranks: int, backend: str, timeout_s: float = 60.0
+) -> RouteFetchResult | None:
+    """Run a plan of routes and fetches and return the result; None on the other ranks of a launcher.
+
+    Args:
+        plan: what to measure.
+        ranks: P, two or more.
+        backend: auto, gloo, nccl or mpi.
+        timeout_s: how long one exchange or barrier may take.
+
+    Raises:
+        ExchangeError: fewer than two ranks, a rank failed or is missing, or the backend does not fit.
+    """
+    from observatory.collectives.bench.route_fetch import run_route_fetch
+
+    return _run_on_ranks(
+        plan,
+        run_route_fetch,
+        load_route_fetch,
+        ranks=ranks,
+        backend=backend,
+        ranks_per_node=None,
+        timeout_s=timeout_s,
+    )
+
+
+def _run_on_ranks(
+    plan: Plan,
+    run: Callable[..., Result | None],
+    load: Callable[[Path], Result],
+    *,
+    ranks: int,
+    backend: str,
+    ranks_per_node: int | None,
+    timeout_s: float,
+) -> Result | None:
+    """Run a plan here, on the ranks of a launcher, or on local ranks that are started for it."""
     from observatory.collectives.bench.rank import RankJob
     from observatory.collectives.layout import split_into_nodes
     from observatory.collectives.transport.open import open_transport
 
     check_backend(backend)
-    _check_size(plan, ranks)
-    if ranks_per_node is not None:
-        plan = plan.model_copy(update={"notes": (*plan.notes, NODES_AS_STATED)})
     if find_rank().launcher != "alone" or ranks == 1:
         with open_transport(
             backend,  # type: ignore[arg-type]  # checked there, naming the choices
             ranks_per_node=ranks_per_node,
             timeout_s=timeout_s,
         ) as transport:
-            return run_plan(transport, plan, barrier_timeout_s=timeout_s)
+            return run(transport, plan, barrier_timeout_s=timeout_s)
     if backend == "mpi":
         raise ExchangeError(
             f"MPI starts its own ranks; run the same command under it: mpiexec -n {ranks} observatory ..."
@@ -82,7 +138,7 @@ def run_benchmark(
         )
         job.write_text(rank_job.model_dump_json(), encoding="utf-8")
         start_local_ranks(python_module("observatory.collectives.bench.rank", str(job)), ranks)
-        return load_bench(out)
+        return load(out)
 
 
 def _check_size(plan: BenchPlan, ranks: int) -> None:
@@ -114,13 +170,28 @@ def check_out(path: Path, *, force: bool) -> None:
         raise ExchangeError(f"{path} cannot be written: {path.parent} is no directory; make it first")
 
 
-def write_result(result: BenchResult, path: Path) -> None:
-    """Write a result; raises ExchangeError, after writing, when bytes arrived wrong."""
+def write_result(result: BenchResult | RouteFetchResult, path: Path) -> None:
+    """Write a result; raises ExchangeError, after writing, when bytes arrived wrong or a result is wrong."""
     text = result.model_dump_json(indent=1)
     write_text(path, text if len(text) <= MAX_DOCUMENT_BYTES else result.model_dump_json())
+    if isinstance(result, RouteFetchResult):
+        _check_results(result, path)
+        return
     wrong = [case for case in result.cases if not case.correct]
     if wrong:
         raise ExchangeError(
             f"{len(wrong)} of {len(result.cases)} exchanges went wrong, first {wrong[0].algorithm} "
             f"with {wrong[0].pattern}; {path} names them all: repair the fabric before trusting any run on it"
+        )
+
+
+def _check_results(result: RouteFetchResult, path: Path) -> None:
+    wrong = [case for case in result.cases if not case.correct]
+    if wrong:
+        first = wrong[0]
+        raise ExchangeError(
+            f"{len(wrong)} of {len(result.cases)} cases gave other results than one rank alone, first "
+            f"{first.option} of {result.shapes[first.shape].name} with {first.rows} rows and size "
+            f"{first.size} (off by {first.worst_error:.2g}); {path} names them all: repair the fabric or the "
+            "kernels before trusting its times"
         )

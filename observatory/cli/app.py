@@ -22,6 +22,7 @@ _COMMANDS = {
     "report": "report:report",
     "export": "export:export",
     "bench alltoall": "bench:alltoall",
+    "bench route-fetch": "route_fetch:bench",
     "replay": "replay:replay",
     "fit": "fit:fit",
     "power": "power:power",

@@ -26,6 +26,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory bench alltoall --ranks 4 --out bench.json",
         "mpiexec -n 8 observatory bench alltoall --backend mpi --algorithm all --out bench.json",
     ),
+    "bench route-fetch": (
+        "observatory bench route-fetch --shape mla:16,512,64 --out rf.json",
+        "mpiexec -n 3 observatory bench route-fetch --backend mpi --shape expert:512 --out rf.json",
+    ),
     "replay": (
         "observatory replay runs/ep4 --out replay.json",
         "observatory replay runs/a --ep 4 --phase prefill --steps 8 --out replay.json",

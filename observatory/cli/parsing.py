@@ -6,7 +6,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from observatory.errors import BenchmarkError
+from observatory.run.documents.route_fetch import ELEMENT_BYTES, Shape
 
 _UNITS = {
     "B": 1,
@@ -19,6 +22,15 @@ _UNITS = {
     "GIB": 1 << 30,
 }
 _MOST_BYTES = 1 << 40
+_LARGEST_SIZE = 1 << 24
+#: What the numbers of a shape mean, by its kind.
+SHAPE_FORMS = {
+    "mha": ("HEADS", "DIM"),
+    "gqa": ("HEADS", "KV_HEADS", "DIM"),
+    "mla": ("HEADS", "LATENT", "ROTARY"),
+    "sparse": ("HEADS", "LATENT", "ROTARY", "SELECTED"),
+    "expert": ("HIDDEN",),
+}
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:
@@ -88,3 +100,70 @@ def parse_roles(text: str) -> tuple[str, ...]:
     if text not in roles:
         raise BenchmarkError(f"role {text!r} is unknown; expected dispatch, combine or both")
     return roles[text]
+
+
+def parse_shape(text: str, *, dtype: str = "float32") -> Shape:
+    """A shape from a text such as ``gqa:32,8,128``; see `SHAPE_FORMS`.
+
+    Raises:
+        BenchmarkError: not such a text, sizes that do not fit each other, or an unknown dtype.
+    """
+    forms = ", ".join(f"{kind}:{','.join(names)}" for kind, names in SHAPE_FORMS.items())
+    kind, _, rest = text.partition(":")
+    parts = rest.split(",")
+    if kind not in SHAPE_FORMS or len(parts) != len(SHAPE_FORMS[kind]):
+        raise BenchmarkError(f"shape {text[:60]!r} is none", expected=f"one of {forms}")
+    if dtype not in ELEMENT_BYTES:
+        raise BenchmarkError(
+            f"dtype {dtype[:40]!r} is unknown", expected=f"one of {', '.join(ELEMENT_BYTES)}"
+        )
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) and 0 < int(part) <= _LARGEST_SIZE for part in parts):
+        raise BenchmarkError(f"shape {text[:60]!r} has sizes out of range", expected="1 to 16777216 for each")
+    sizes = dict(zip(SHAPE_FORMS[kind], map(int, parts), strict=True))
+    fields: dict[str, object] = {"kind": kind, "dtype": dtype, "heads": sizes.get("HEADS", 1)}
+    if "LATENT" in sizes:
+        latent, rotary = sizes["LATENT"], sizes["ROTARY"]
+        fields |= {
+            "key": latent + rotary,
+            "rotary": rotary,
+            "value": latent,
+            "selected": sizes.get("SELECTED"),
+        }
+    elif kind == "expert":
+        fields |= {"key": sizes["HIDDEN"], "value": sizes["HIDDEN"]}
+    else:
+        dim = sizes["DIM"]
+        fields |= {"key": dim, "rotary": dim, "value": dim, "kv_heads": sizes.get("KV_HEADS", sizes["HEADS"])}
+    try:
+        return Shape.model_validate(fields)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]["msg"].removeprefix("Value error, ")
+        raise BenchmarkError(f"shape {text[:60]!r} does not fit itself: {problem}") from error
+
+
+def parse_range(what: str, text: str, *, most: int) -> tuple[int, int]:
+    """The ends of ``16,2048``.
+
+    Raises:
+        BenchmarkError: not two whole numbers in order, from 1 to ``most``.
+    """
+    parts = text.split(",")
+    if len(parts) == 2 and all(re.fullmatch(r"[0-9]{1,9}", part) for part in parts):
+        low, high = map(int, parts)
+        if 0 < low <= high <= most:
+            return low, high
+    raise BenchmarkError(f"{what} {text[:40]!r} is no range", expected=f"LOW,HIGH from 1 to {most}")
+
+
+def parse_counts(what: str, text: str, *, most: int) -> tuple[int, ...]:
+    """Whole numbers from ``1,3``.
+
+    Raises:
+        BenchmarkError: not such a list, or numbers out of 1 to ``most``.
+    """
+    parts = text.split(",")
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) and 0 < int(part) <= most for part in parts):
+        raise BenchmarkError(
+            f"{what} {text[:40]!r} is no list of numbers", expected=f"numbers from 1 to {most}"
+        )
+    return tuple(map(int, parts))

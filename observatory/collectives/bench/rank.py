@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 from observatory.collectives.bench.measure import run_plan
+from observatory.collectives.bench.route_fetch import run_route_fetch
 from observatory.collectives.transport.open import open_transport
 from observatory.errors import ObservatoryError
 from observatory.hpc.rank_guard import end_rank, guard_rank
 from observatory.run.documents.bench import BenchPlan
+from observatory.run.documents.route_fetch import RouteFetchPlan
 from observatory.run.manifest import Record
 
 
@@ -18,14 +20,14 @@ class RankJob(Record):
     """The job of every rank.
 
     Attributes:
-        plan: what to exchange.
+        plan: what to exchange, or what to route and fetch.
         backend: gloo, nccl or auto.
         ranks_per_node: nodes to emulate; None takes the hosts as they are.
         timeout_s: how long an exchange or a barrier may take.
         out: where rank 0 writes the result.
     """
 
-    plan: BenchPlan
+    plan: BenchPlan | RouteFetchPlan
     backend: str
     ranks_per_node: int | None
     timeout_s: float
@@ -41,7 +43,11 @@ def main(argv: list[str]) -> int:
             ranks_per_node=job.ranks_per_node,
             timeout_s=job.timeout_s,
         ) as transport:
-            result = run_plan(transport, job.plan, barrier_timeout_s=job.timeout_s)
+            result = (
+                run_plan(transport, job.plan, barrier_timeout_s=job.timeout_s)
+                if isinstance(job.plan, BenchPlan)
+                else run_route_fetch(transport, job.plan, barrier_timeout_s=job.timeout_s)
+            )
         if result is not None:
             Path(job.out).write_text(result.model_dump_json(), encoding="utf-8")
     except ObservatoryError as error:

@@ -1,0 +1,122 @@
+"""``observatory route-fetch`` and ``observatory bench route-fetch``: send rows, or bring data."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from observatory.cli.options import (
+    RANKS,
+    BackendOption,
+    CsvOption,
+    ForceOption,
+    JsonOption,
+    RankTimeoutOption,
+    RepeatsOption,
+    ResultOption,
+    TableOption,
+    WarmupOption,
+    WideOption,
+)
+from observatory.cli.parsing import parse_counts, parse_range, parse_shape
+
+_MOST_ROWS = 1 << 24
+
+ShapeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KIND:N,...",
+        help="mha:HEADS,DIM; gqa:HEADS,KV_HEADS,DIM; mla:HEADS,LATENT,ROTARY; "
+        "sparse:HEADS,LATENT,ROTARY,SELECTED; expert:HIDDEN. May be repeated.",
+    ),
+]
+ElementOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help="float32, bfloat16 or float16.")]
+
+
+def bench(
+    out: ResultOption,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=4096,
+            rich_help_panel=RANKS,
+            help="Ranks to start here, 2 by default: one asks, the others hold. Under a launcher, those it "
+            "started.",
+        ),
+    ] = None,
+    backend: BackendOption = "auto",
+    shape: ShapeOption = None,
+    dtype: ElementOption = "float32",
+    rows: Annotated[
+        str, typer.Option(metavar="LOW,HIGH", help="Query rows, or tokens of an expert: fewest and most.")
+    ] = "16,1024",
+    sizes: Annotated[
+        str,
+        typer.Option(
+            metavar="LOW,HIGH", help="Tokens of a chunk, or inner width of an expert: fewest and most."
+        ),
+    ] = "16,1024",
+    layers: Annotated[
+        str, typer.Option(metavar="N,...", help="Layers of the cache, dealt out to points in turns.")
+    ] = "1,3",
+    points: Annotated[int, typer.Option(min=8, max=4096, help="Points of each shape.")] = 64,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", help="Torch device that computes: cpu, cuda.")
+    ] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of points and data.")] = 0,
+    repeats: RepeatsOption = 7,
+    warmup: WarmupOption = 1,
+    timeout_s: RankTimeoutOption = 60.0,
+    force: ForceOption = False,
+    wide: WideOption = False,
+    csv: CsvOption = False,
+    table: TableOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Time sending rows to cached keys and values, or to an expert, against bringing these here."""
+    from observatory.analysis.route_fetch.document import measured_document, measured_tables
+    from observatory.campaign.benchmark import (
+        check_out,
+        ranks_of_benchmark,
+        run_route_fetch_benchmark,
+        write_result,
+    )
+    from observatory.campaign.preflight import check_libraries
+    from observatory.cli.output import print_data, print_tables, say, say_cores
+    from observatory.host.provenance import command_line
+    from observatory.run.usable_cores import short_of_cores
+
+    check_out(out, force=force)
+    shapes = [parse_shape(text, dtype=dtype) for text in shape or ("mla:4,128,32", "expert:256")]
+    row_ends = parse_range("--rows", rows, most=_MOST_ROWS)
+    size_ends = parse_range("--sizes", sizes, most=_MOST_ROWS)
+    layer_counts = parse_counts("--layers", layers, most=4096)
+    check_libraries(["torch"])
+    world = ranks_of_benchmark(ranks, default=2)
+    from observatory.collectives.bench.route_fetch import route_fetch_plan  # loads torch
+
+    plan = route_fetch_plan(
+        shapes,
+        points=points,
+        rows=row_ends,
+        sizes=size_ends,
+        layers=layer_counts,
+        warmup=warmup,
+        repeats=repeats,
+        seed=seed,
+        device=device,
+    ).model_copy(update={"argv": command_line()})
+    result = run_route_fetch_benchmark(plan, ranks=world, backend=backend, timeout_s=timeout_s)
+    if result is None:
+        return
+    say_cores(short_of_cores(result.cores_P or ()))
+    try:
+        document = measured_document(result)
+        tables = measured_tables(document)
+        if not print_data(document, tables, json=json, csv=csv, table=table):
+            print_tables(tables[:1], wide=wide)
+    finally:  # a failure to print does not lose the measurement
+        write_result(result, out)
+    say(f"result written to {out}; next: observatory route-fetch --constants {out}")
