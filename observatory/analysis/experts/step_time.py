@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from observatory.analysis.experts.cost import ExpertCost
 from observatory.analysis.experts.words import StepCode
 from observatory.analysis.network.predict import outside_domain, predict_stages_us
+from observatory.analysis.parallel.dispatch_rules import DispatchRule, slot_loads
 from observatory.errors import BenchmarkError, ExchangeError, PlacementError
 from observatory.reasons import Reason
 from observatory.run.exchange_algorithms import Algorithm, relayed
@@ -35,16 +36,12 @@ Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
 
-#: How the copies of an expert share its assignments: equal shares; given shares; the split of each layer-step
-#: that leaves the busiest rank least; or the own rank, else the own node, else all alike, which is what the
-#: observatory's own dispatchers do.
-Dispatch = Literal["equal", "weighted", "per-step", "nearest"]
-DISPATCHES: tuple[Dispatch, ...] = get_args(Dispatch)
+#: How the copies of an expert share its assignments: a rule of `analysis.parallel.dispatch_rules`, or
+#: ``nearest``: the source's own rank, else its node, else all alike, as the observatory's dispatchers do.
+Dispatch = Literal[DispatchRule, "nearest"]
 
-#: Array elements that are computed at once, and passes over the replicated experts of a split.
+#: Array elements that are computed at once.
 _BLOCK = 1 << 24
-_PASSES = 30
-_SETTLED = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -106,7 +103,7 @@ def layer_step_times(
         algorithm: how rows are exchanged.
         deduplicate: a token goes once to each rank that has several of its experts; estimated from counts.
         dispatch: how copies share assignments.
-        share_LPK: shares of the copies where ``weighted``; those of an expert need not add up to 1.
+        share_LPK: share of its expert's assignments for each slot, where ``weighted``.
         speed_P: speed of each rank, 1 for that of the cost; None for all alike.
         row_extra_bytes: what is sent to the experts with each row besides its hidden values.
         shared_experts: of the layers; None where not known.
@@ -114,18 +111,16 @@ def layer_step_times(
     Raises:
         PlacementError: layout, loads, shares or nodes do not fit each other, or an expert has no rank.
     """
-    _, layers, _sources, experts = load_SLRE.shape
     ranks = slot_LPK.shape[1]
     nodes = tuple(node_of_P) if node_of_P is not None else (0,) * ranks
-    _check(load_SLRE, slot_LPK, nodes, dispatch, share_LPK)
-    share_LPE = _shares(slot_LPK, experts, share_LPK if dispatch == "weighted" else None)
+    _check(load_SLRE, slot_LPK, nodes)
     assignments, activated, per_layer = [], [], []
-    for layer in range(layers):
-        load_SRE = load_SLRE[:, layer].astype(np.float64)
-        split = _split(load_SRE, share_LPE[layer], dispatch, nodes)
-        assignments.append(split.rows_SRP.sum(axis=1))
-        activated.append(split.activated_SP)
-        per_layer.append(split.rows_SRP)
+    for layer, slot_PK in enumerate(slot_LPK):
+        share_PK = None if share_LPK is None else share_LPK[layer]
+        rows_SRP, activated_SP = _split(load_SLRE[:, layer], slot_PK, dispatch, share_PK, nodes)
+        assignments.append(rows_SRP.sum(axis=1))
+        activated.append(activated_SP)
+        per_layer.append(rows_SRP)
     assignments_SLP, activated_SLP = np.stack(assignments, axis=1), np.stack(activated, axis=1)
     own_SLP = cost.seconds(assignments_SLP, activated_SLP)
     if speed_P is not None:
@@ -171,21 +166,7 @@ def layer_step_times(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Split:
-    """Where the assignments of one layer go: (S, R, P) rows, and (S, P) experts with at least one."""
-
-    rows_SRP: Float64
-    activated_SP: Float64
-
-
-def _check(
-    load_SLRE: NDArray[np.generic],
-    slot_LPK: Int64,
-    nodes: tuple[int, ...],
-    dispatch: str,
-    share_LPK: Float64 | None,
-) -> None:
+def _check(load_SLRE: Int64 | Float64, slot_LPK: Int64, nodes: tuple[int, ...]) -> None:
     _, layers, sources, experts = load_SLRE.shape
     if slot_LPK.shape[0] != layers or slot_LPK.min() < -1 or slot_LPK.max() >= experts:
         raise PlacementError(
@@ -197,120 +178,66 @@ def _check(
         raise PlacementError(
             f"loads of {sources} source ranks and nodes of {len(nodes)} ranks", expected=f"{ranks} of each"
         )
-    if dispatch not in DISPATCHES:
-        raise PlacementError(f"dispatch {dispatch!r} is unknown", expected=f"one of {', '.join(DISPATCHES)}")
-    if (share_LPK is not None) != (dispatch == "weighted"):
-        raise PlacementError("shares of copies belong to dispatch weighted", expected="both or neither")
-    if share_LPK is not None and (share_LPK.shape != slot_LPK.shape or not (share_LPK >= 0).all()):
-        raise PlacementError("shares of copies that do not fit the layout", expected="one per slot, from 0")
+    for layer, slot_PK in enumerate(slot_LPK):
+        missing = set(range(experts)) - set(slot_PK.ravel().tolist())
+        if missing:
+            raise PlacementError(
+                f"expert {min(missing)} of layer {layer} is on no rank", expected="at least one copy"
+            )
 
 
-def _shares(slot_LPK: Int64, experts: int, share_LPK: Float64 | None) -> Float64:
-    """Part of each expert's assignments that each rank takes, (L, P, E); they add up to 1 over ranks.
+def _split(
+    load_SRE: Int64 | Float64,
+    slot_PK: Int64,
+    dispatch: Dispatch,
+    share_PK: Float64 | None,
+    nodes: tuple[int, ...],
+) -> tuple[Float64, Float64]:
+    """Rows from each source to each rank (S, R, P), and activated experts of each rank (S, P), of one layer.
 
-    Raises:
-        PlacementError: an expert has no copy, or only copies without a share.
+    A copy that gets less than one assignment on average counts as that part of an activated expert.
     """
-    layers, ranks, _ = slot_LPK.shape
-    share_LPE = np.zeros((layers, ranks, experts))
-    layer_N, rank_N, slot_N = np.nonzero(slot_LPK >= 0)
-    weight_N = 1.0 if share_LPK is None else share_LPK[layer_N, rank_N, slot_N]
-    np.add.at(share_LPE, (layer_N, rank_N, slot_LPK[layer_N, rank_N, slot_N]), weight_N)
-    total_LE = share_LPE.sum(axis=1)
-    if not (total_LE > 0).all():
-        layer, expert = (int(index[0]) for index in np.nonzero(total_LE <= 0))
-        raise PlacementError(f"expert {expert} of layer {layer} is on no rank", expected="at least one copy")
-    return np.asarray(share_LPE / total_LE[:, None, :])
-
-
-def _split(load_SRE: Float64, share_PE: Float64, dispatch: Dispatch, nodes: tuple[int, ...]) -> _Split:
-    """Rows and activated experts of one layer under a rule, in blocks of steps."""
     steps, sources, experts = load_SRE.shape
-    ranks = len(share_PE)
-    block = max(1, _BLOCK // (ranks * experts * (sources if dispatch == "nearest" else 1)))
+    # An empty slot holds one expert more, which has no assignments.
+    load_SRE = np.concatenate([load_SRE, np.zeros((steps, sources, 1), dtype=load_SRE.dtype)], axis=2)
+    is_empty_PK = slot_PK < 0
+    slot_PK = np.where(is_empty_PK, experts, slot_PK)
+    if share_PK is not None:
+        share_PK = np.where(is_empty_PK, 1.0 / max(int(is_empty_PK.sum()), 1), share_PK)
+    block = max(1, _BLOCK // (sources * slot_PK.size))
     rows, activated = [], []
     for first in range(0, steps, block):
-        load_BRE = load_SRE[first : first + block]
+        load_BRE = load_SRE[first : first + block].astype(np.float64)
         if dispatch == "nearest":
-            share_RPE = _nearest(share_PE, nodes)
-            rows.append(np.einsum("bre,rpe->brp", load_BRE, share_RPE))
-            activated.append(_activated_by_source(load_BRE, share_RPE))
-        elif dispatch == "per-step":
-            load_BE = load_BRE.sum(axis=1)
-            share_BPE = _balanced(load_BE, share_PE > 0)
-            rows.append(np.einsum("bre,bpe->brp", load_BRE, share_BPE))
-            activated.append(np.minimum(share_BPE * load_BE[:, None, :], 1.0).sum(axis=2))
+            part = _nearest(slot_PK, nodes)
         else:
-            rows.append(load_BRE @ share_PE.T)
-            activated.append(_activated(load_BRE.sum(axis=1), share_PE))
-    return _Split(rows_SRP=np.concatenate(rows), activated_SP=np.concatenate(activated))
+            load_BE = load_BRE.sum(axis=1)
+            share_1PK = None if share_PK is None else share_PK[None]
+            got_BPK = slot_loads(load_BE[:, None], slot_PK[None], rule=dispatch, share_LPK=share_1PK)[:, 0]
+            part = (got_BPK / np.maximum(load_BE[:, slot_PK], 1e-300))[:, None]
+        got_BRPK = load_BRE[:, :, slot_PK] * part
+        rows.append(got_BRPK.sum(axis=3))
+        activated.append(np.minimum(got_BRPK.sum(axis=1), 1.0).sum(axis=2))
+    return np.concatenate(rows), np.concatenate(activated)
 
 
-def _activated(load_BE: Float64, share_PE: Float64) -> Float64:
-    """Expected experts of each rank with an assignment, (B, P), when copies are drawn by their shares."""
-    whole_E = share_PE.max(axis=0) >= 1.0
-    held_PE = share_PE[:, whole_E] > 0
-    once_BP = (load_BE[:, whole_E] > 0).astype(np.float64) @ held_PE.T
-    idle_BPE = (1.0 - share_PE[:, ~whole_E]) ** load_BE[:, None, ~whole_E]
-    return np.asarray(once_BP + (1.0 - idle_BPE).sum(axis=2))
-
-
-def _activated_by_source(load_BRE: Float64, share_RPE: Float64) -> Float64:
-    """The same with shares that depend on the source rank."""
-    with np.errstate(divide="ignore"):
-        log_idle_RPE = np.maximum(np.log1p(-share_RPE), -1e6)
-    return np.asarray((1.0 - np.exp(np.einsum("bre,rpe->bpe", load_BRE, log_idle_RPE))).sum(axis=2))
-
-
-def _nearest(share_PE: Float64, nodes: tuple[int, ...]) -> Float64:
-    """Shares by source rank, (R, P, E): the own copy, else those of the own node, else all, alike."""
-    node_P, held_PE = np.asarray(nodes), share_PE > 0
-    own_RPE = np.eye(len(nodes), dtype=bool)[:, :, None] & held_PE
-    near_RPE = (node_P[:, None] == node_P[None, :])[:, :, None] & held_PE
-    chosen_RPE = np.where(
-        own_RPE.any(axis=1, keepdims=True),
-        own_RPE,
-        np.where(near_RPE.any(axis=1, keepdims=True), near_RPE, held_PE[None]),
-    )
-    return np.asarray(chosen_RPE / chosen_RPE.sum(axis=1, keepdims=True))
-
-
-def _balanced(load_BE: Float64, held_PE: Bool) -> Float64:
-    """Shares of each step that leave its busiest rank least, (B, P, E).
-
-    The replicated experts take turns: each is poured over its ranks up to one level, the loads of all others
-    given. This descends on the sum of squares of rank loads, whose least value is where the maximum is least
-    as well (Fujishige 1980, base polytopes).
-    """
-    count_E = held_PE.sum(axis=0)
-    share_BPE = np.broadcast_to(held_PE / count_E, (len(load_BE), *held_PE.shape)).copy()
-    load_BP = np.einsum("be,bpe->bp", load_BE, share_BPE)
-    for _ in range(_PASSES):
-        before_B = load_BP.max(axis=1)
-        for expert in np.flatnonzero(count_E > 1):
-            rank_C = np.flatnonzero(held_PE[:, expert])
-            amount_B = load_BE[:, expert]
-            others_BC = load_BP[:, rank_C] - share_BPE[:, rank_C, expert] * amount_B[:, None]
-            poured_BC = _poured(others_BC, amount_B)
-            load_BP[:, rank_C] = others_BC + poured_BC
-            share_BPE[:, rank_C, expert] = poured_BC / np.maximum(amount_B, 1e-300)[:, None]
-        if (before_B - load_BP.max(axis=1) <= _SETTLED * before_B).all():
-            break
-    return share_BPE
-
-
-def _poured(level_BC: Float64, amount_B: Float64) -> Float64:
-    """What each of C vessels takes of an amount that fills the lowest first, (B, C)."""
-    sorted_BC = np.sort(level_BC, axis=1)
-    count_C = np.arange(1, level_BC.shape[1] + 1)
-    surface_BC = (np.cumsum(sorted_BC, axis=1) + amount_B[:, None]) / count_C
-    filled_B = (surface_BC > sorted_BC).sum(axis=1).clip(min=1)
-    surface_B = np.take_along_axis(surface_BC, filled_B[:, None] - 1, axis=1)
-    return np.asarray(np.maximum(surface_B - level_BC, 0.0))
+def _nearest(slot_PK: Int64, nodes: tuple[int, ...]) -> Float64:
+    """Part of a source's assignments to a slot's expert that the slot gets, (R, P, K)."""
+    node_P = np.asarray(nodes)
+    same_RP, own_RP = node_P[:, None] == node_P[None, :], np.eye(len(nodes), dtype=np.int64)
+    # Of the copies that a source sees, those of the highest worth share alike.
+    worth_RPK = np.broadcast_to((own_RP + same_RP)[:, :, None], (len(nodes), *slot_PK.shape))
+    part_RPK = np.zeros(worth_RPK.shape)
+    for expert in np.unique(slot_PK):
+        held_PK = slot_PK == expert
+        best_R11 = np.where(held_PK, worth_RPK, -1).max(axis=(1, 2), keepdims=True)
+        best_RPK = held_PK & (worth_RPK == best_R11)
+        part_RPK += best_RPK / best_RPK.sum(axis=(1, 2), keepdims=True)
+    return part_RPK
 
 
 def _shared(
-    load_SLRE: NDArray[np.generic],
+    load_SLRE: Int64 | Float64,
     cost: ExpertCost,
     shared_experts: int | None,
     reasons: dict[str, tuple[Reason, ...]],
@@ -330,7 +257,7 @@ def _shared(
 
 def _exchanges(
     rows_L: Sequence[Float64],
-    load_SLRE: NDArray[np.generic],
+    load_SLRE: Int64 | Float64,
     cost: ExpertCost,
     network: NetworkModel | None,
     nodes: tuple[int, ...],
