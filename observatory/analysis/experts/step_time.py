@@ -77,6 +77,24 @@ class StepTimes:
     estimated: bool
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerWork:
+    """What each rank does in layer-steps.
+
+    Attributes:
+        rows_SLRP: assignments from source rank to rank.
+        activated_SLP: expected experts of each rank with at least one of them.
+    """
+
+    rows_SLRP: Float64
+    activated_SLP: Float64
+
+    @property
+    def assignments_SLP(self) -> Float64:
+        """Assignments of each rank."""
+        return np.asarray(self.rows_SLRP.sum(axis=2))
+
+
 def layer_step_times(
     load_SLRE: Int64 | Float64,
     slot_LPK: Int64,
@@ -92,7 +110,7 @@ def layer_step_times(
     row_extra_bytes: int = 0,
     shared_experts: int | None = 0,
 ) -> StepTimes:
-    """Predict every layer-step.
+    """Predict every layer-step of a layout.
 
     Args:
         load_SLRE: assignments by source rank; R must be P (`observatory.analysis.parallel.fold_sources`).
@@ -111,36 +129,84 @@ def layer_step_times(
     Raises:
         PlacementError: layout, loads, shares or nodes do not fit each other, or an expert has no rank.
     """
-    ranks = slot_LPK.shape[1]
-    nodes = tuple(node_of_P) if node_of_P is not None else (0,) * ranks
+    nodes = tuple(node_of_P) if node_of_P is not None else (0,) * slot_LPK.shape[1]
+    return work_times(
+        layer_work(load_SLRE, slot_LPK, node_of_P=nodes, dispatch=dispatch, share_LPK=share_LPK),
+        cost,
+        network=network,
+        node_of_P=nodes,
+        algorithm=algorithm,
+        deduplicate=deduplicate,
+        speed_P=speed_P,
+        row_extra_bytes=row_extra_bytes,
+        shared_experts=shared_experts,
+    )
+
+
+def layer_work(
+    load_SLRE: Int64 | Float64,
+    slot_LPK: Int64,
+    *,
+    node_of_P: Sequence[int],
+    dispatch: Dispatch = "equal",
+    share_LPK: Float64 | None = None,
+) -> LayerWork:
+    """What each rank does under a layout and a dispatch rule; arguments as of `layer_step_times`.
+
+    Raises:
+        PlacementError: layout, loads, shares or nodes do not fit each other, or an expert has no rank.
+    """
+    nodes = tuple(node_of_P)
     _check(load_SLRE, slot_LPK, nodes)
-    assignments, activated, per_layer = [], [], []
-    for layer, slot_PK in enumerate(slot_LPK):
-        share_PK = None if share_LPK is None else share_LPK[layer]
-        rows_SRP, activated_SP = _split(load_SLRE[:, layer], slot_PK, dispatch, share_PK, nodes)
-        assignments.append(rows_SRP.sum(axis=1))
-        activated.append(activated_SP)
-        per_layer.append(rows_SRP)
-    assignments_SLP, activated_SLP = np.stack(assignments, axis=1), np.stack(activated, axis=1)
-    own_SLP = cost.seconds(assignments_SLP, activated_SLP)
+    splits = [
+        _split(load_SLRE[:, layer], slot_PK, dispatch, None if share_LPK is None else share_LPK[layer], nodes)
+        for layer, slot_PK in enumerate(slot_LPK)
+    ]
+    return LayerWork(
+        rows_SLRP=np.stack([rows_SRP for rows_SRP, _ in splits], axis=1),
+        activated_SLP=np.stack([activated_SP for _, activated_SP in splits], axis=1),
+    )
+
+
+def work_times(
+    work: LayerWork,
+    cost: ExpertCost,
+    *,
+    network: NetworkModel | None,
+    node_of_P: Sequence[int],
+    algorithm: Algorithm = "flat",
+    deduplicate: bool = False,
+    once_L: Float64 | None = None,
+    speed_P: Float64 | None = None,
+    row_extra_bytes: int = 0,
+    shared_experts: int | None = 0,
+) -> StepTimes:
+    """Predict layer-steps from what each rank does.
+
+    Arguments are those of `layer_step_times`; ``once_L`` holds, by layer, tokens that are sent once over
+    their estimate from counts, where token samples show it.
+    """
+    nodes = tuple(node_of_P)
+    assignments_SLP = work.assignments_SLP
+    own_SLP = cost.seconds(assignments_SLP, work.activated_SLP)
     if speed_P is not None:
         own_SLP = own_SLP / speed_P
     experts_s = own_SLP.max(axis=2)
     busiest_SL1 = own_SLP.argmax(axis=2)[..., None]
     inside_SL = cost.inside(
         np.take_along_axis(assignments_SLP, busiest_SL1, axis=2)[..., 0],
-        np.take_along_axis(activated_SLP, busiest_SL1, axis=2)[..., 0],
+        np.take_along_axis(work.activated_SLP, busiest_SL1, axis=2)[..., 0],
     )
     reasons: dict[str, tuple[Reason, ...]] = {}
-    shared_s = _shared(load_SLRE, cost, shared_experts, reasons)
+    shared_s = _shared(work, cost, shared_experts, reasons)
     ways = _exchanges(
-        per_layer,
-        load_SLRE,
+        work,
         cost,
         network,
         nodes,
         algorithm,
         deduplicate=deduplicate,
+        once_L=once_L,
         row_extra_bytes=row_extra_bytes,
     )
     dispatch_s = combine_s = total_s = None
@@ -161,7 +227,7 @@ def layer_step_times(
         reasons=reasons,
         inside_SL=inside_SL,
         assignments_SLP=assignments_SLP,
-        activated_SLP=activated_SLP,
+        activated_SLP=work.activated_SLP,
         estimated=total_s is not None and (algorithm == "hierarchical" or deduplicate),
     )
 
@@ -237,18 +303,18 @@ def _nearest(slot_PK: Int64, nodes: tuple[int, ...]) -> Float64:
 
 
 def _shared(
-    load_SLRE: Int64 | Float64,
+    work: LayerWork,
     cost: ExpertCost,
     shared_experts: int | None,
     reasons: dict[str, tuple[Reason, ...]],
 ) -> Float64 | None:
     """Time of the shared experts on the source rank with most tokens, (S, L)."""
     if shared_experts == 0:
-        return np.zeros(load_SLRE.shape[:2])
+        return np.zeros(work.rows_SLRP.shape[:2])
     if cost.shape.top_k is None:
         reasons["shared"] = (Reason(StepCode.TOP_K_VARIES, {"what": "the time of shared experts"}),)
         return None
-    tokens_SL = load_SLRE.sum(axis=3).max(axis=2) / cost.shape.top_k
+    tokens_SL = work.rows_SLRP.sum(axis=3).max(axis=2) / cost.shape.top_k
     shared_s = cost.shared_seconds(tokens_SL)
     if shared_s is None:
         reasons["shared"] = (Reason(StepCode.NO_SHARED_TIME),)
@@ -256,14 +322,14 @@ def _shared(
 
 
 def _exchanges(
-    rows_L: Sequence[Float64],
-    load_SLRE: Int64 | Float64,
+    work: LayerWork,
     cost: ExpertCost,
     network: NetworkModel | None,
     nodes: tuple[int, ...],
     algorithm: Algorithm,
     *,
     deduplicate: bool,
+    once_L: Float64 | None,
     row_extra_bytes: int,
 ) -> tuple[Float64, Float64, tuple[Reason, ...]] | Reason:
     """Seconds of dispatch and combine, (S, L) each, and what is extrapolated; or why they are not known."""
@@ -274,9 +340,10 @@ def _exchanges(
     row_bytes = cost.shape.row_bytes
     dispatch_L, combine_L, outside = [], [], []
     try:
-        for layer, rows_SRP in enumerate(rows_L):
-            tokens_SR = load_SLRE[:, layer].sum(axis=2) / (cost.shape.top_k or 1)
-            rows = _stage_rows(rows_SRP, tokens_SR, nodes, algorithm, cost.shape.top_k, deduplicate)
+        for layer in range(work.rows_SLRP.shape[1]):
+            rows_SRP = work.rows_SLRP[:, layer]
+            once = 1.0 if once_L is None else float(once_L[layer])
+            rows = _stage_rows(rows_SRP, nodes, algorithm, cost.shape.top_k, deduplicate, once)
             there = [np.rint(stage * (row_bytes + row_extra_bytes)).astype(np.int64) for stage in rows]
             back = [np.rint(stage.swapaxes(1, 2) * row_bytes).astype(np.int64) for stage in reversed(rows)]
             dispatch_L.append(predict_stages_us(network, there, nodes, algorithm=algorithm))
@@ -290,24 +357,25 @@ def _exchanges(
 
 def _stage_rows(
     rows_SRP: Float64,
-    tokens_SR: Float64,
     nodes: tuple[int, ...],
     algorithm: Algorithm,
     top_k: int | None,
     deduplicate: bool,
+    once: float,
 ) -> list[Float64]:
     """Rows from rank to rank in each stage of the way to the experts, (S, P, P).
 
     A token that is sent once for several experts is one row: how many there are is estimated from the counts,
-    as if its experts were drawn independently of each other.
+    as if its experts were drawn independently of each other, times ``once``.
     """
+    tokens_SR = rows_SRP.sum(axis=2) / (top_k or 1)
     if algorithm == "gather":
         return [np.repeat(tokens_SR[:, :, None], rows_SRP.shape[2], axis=2)]
-    flat_SPP = _once(rows_SRP, tokens_SR[:, :, None], top_k) if deduplicate else rows_SRP
+    flat_SPP = _once(rows_SRP, tokens_SR[:, :, None], top_k) * once if deduplicate else rows_SRP
     if algorithm == "flat":
         return [flat_SPP]
     across_SPP, inside_SPP = relayed(rows_SRP, nodes)
-    across_SPP = _once(across_SPP, tokens_SR[:, :, None], top_k)
+    across_SPP = _once(across_SPP, tokens_SR[:, :, None], top_k) * once
     if deduplicate:
         inside_SPP = _once(inside_SPP, across_SPP.sum(axis=1)[:, :, None], top_k)
     return [across_SPP, inside_SPP]
