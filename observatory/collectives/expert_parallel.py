@@ -106,7 +106,7 @@ def shard_experts(
     layers = []
     for site, holders_E in zip(sites, placements, strict=True):
         experts = ExpertMap(holders_E, transport.layout)
-        local = _local_copy(site, experts.experts_here)
+        local = local_experts(site, experts.experts_here)
         dispatcher = make_dispatcher(
             algorithm,
             exchanger,
@@ -228,7 +228,7 @@ def _fingerprint(module: nn.Module) -> list[list[object]]:
     return [[name, list(p.shape), str(p.dtype)] for name, p in module.named_parameters(recurse=False)]
 
 
-def _local_copy(site: RoutingSite, experts_here: Sequence[int]) -> nn.Module:
+def local_experts(site: RoutingSite, experts_here: Sequence[int]) -> nn.Module:
     """A module of the same class with the weights of these experts only; everything else is shared."""
     module, experts, name = site.module, site.spec.experts, site.spec.module
     stacked = {key: p for key, p in module.named_parameters(recurse=False) if p.shape[:1] == (experts,)}

@@ -37,8 +37,8 @@ Grade = Literal["measured", "published", "assumed"]
 #: Rows of a tile of grouped kernels on GPUs; block sizes of 64 and 128 rows are usual.
 _GPU_TILE = 64
 _FOLDS = 10
-#: Points that a form needs for each of its coefficients.
-_POINTS_PER_TERM = 3
+#: Three for each coefficient of the longest form.
+_FEWEST_POINTS = 12
 #: Forms whose errors differ by less than this are equally good for any purpose.
 _SAME_ERROR = 1e-3
 _SMALLEST_S = 1e-9
@@ -60,6 +60,7 @@ class Form:
         tile: rows of a tile; 1 for none.
         experts: whether an activated expert costs anything beyond its rows.
         larger: whether the larger of what experts and rows cost counts, instead of both.
+        knee: rows beyond which a row costs more: caches overflow; None for none.
     """
 
     name: str
@@ -67,16 +68,18 @@ class Form:
     tile: int = 1
     experts: bool = True
     larger: bool = False
+    knee: int | None = None
 
     @property
     def parameters(self) -> int:
-        """Coefficients: of a call, of an activated expert, of a row."""
-        return 3 if self.experts else 2
+        """Coefficients: of a call, an activated expert, a row, a row beyond the knee."""
+        return 2 + self.experts + (self.knee is not None)
 
     def terms(self, assignments: Float64, activated: Float64) -> Float64:
-        """What the coefficients multiply, (N, 3)."""
+        """What the coefficients multiply, (N, 4)."""
         rows = padded(assignments, activated, self.tile)
-        return np.stack([np.ones_like(rows), activated * self.experts, rows], axis=-1)
+        beyond = np.zeros_like(rows) if self.knee is None else np.maximum(rows - self.knee, 0.0)
+        return np.stack([np.ones_like(rows), activated * self.experts, rows, beyond], axis=-1)
 
     def seconds(self, coefficient_F: Float64, assignments: Float64, activated: Float64) -> Float64:
         """Time of each point."""
@@ -98,7 +101,15 @@ FORMS: dict[str, Form] = {
                 meaning=f"a call, its activated experts and its rows in tiles of {tile}",
                 tile=tile,
             )
-            for tile in (8, 16, 32, 64, 128)
+            for tile in (16, 64, 128)
+        ),
+        *(
+            Form(
+                name=f"knee-{knee}",
+                meaning=f"a call, its activated experts and its rows, which cost more beyond {knee}",
+                knee=knee,
+            )
+            for knee in (1024, 2048, 4096, 8192)
         ),
     )
 }
@@ -112,7 +123,7 @@ class ExpertCost:
         grade: what it rests on.
         shape: the experts that it is of.
         form: how time depends on assignments and activated experts.
-        coefficient_F: seconds of a call, of an activated expert and of a row.
+        coefficient_F: seconds of a call, of an activated expert, of a row, and more of a row beyond the knee.
         idle_s: time of a call without assignments.
         source: file or profile, for people.
         most_assignments, most_activated: what was measured up to; None where nothing was.
@@ -125,7 +136,7 @@ class ExpertCost:
     grade: Grade
     shape: ExpertShape
     form: Form
-    coefficient_F: tuple[float, float, float]
+    coefficient_F: tuple[float, float, float, float]
     idle_s: float
     source: str
     most_assignments: int | None = None
@@ -201,10 +212,10 @@ def try_forms(bench: ExpertBench, *, seed: int = 0) -> list[FormTrial]:
         BenchmarkError: too few points.
     """
     assignments_N, activated_N, s_N = _points(bench)
-    if len(s_N) < _POINTS_PER_TERM * 3:
+    if len(s_N) < _FEWEST_POINTS:
         raise BenchmarkError(
             f"the expert benchmark has {len(s_N)} points with assignments",
-            expected=f"at least {_POINTS_PER_TERM * 3}",
+            expected=f"at least {_FEWEST_POINTS}",
             remedy="measure more numbers of tokens or of activated experts",
         )
     fold_N = deal_folds(len(s_N), min(_FOLDS, len(s_N)), seed)
@@ -238,14 +249,14 @@ def fit_experts(bench: ExpertBench, *, source: str = "expert benchmark", seed: i
             trial.error_N - best.error_N, np.arange(len(s_N)), negligible=_SAME_ERROR
         )
     )
-    call_s, expert_s, row_s = _fit(chosen.form, assignments_N, activated_N, s_N).tolist()
+    call_s, expert_s, row_s, beyond_s = _fit(chosen.form, assignments_N, activated_N, s_N).tolist()
     idle = [point.median_us * 1e-6 for point in bench.points if point.assignments == 0]
     rows_N = assignments_N / activated_N
     return ExpertCost(
         grade="measured",
         shape=bench.shape,
         form=chosen.form,
-        coefficient_F=(call_s, expert_s, row_s),
+        coefficient_F=(call_s, expert_s, row_s, beyond_s),
         idle_s=idle[0] if idle else 0.0,
         source=source,
         most_assignments=int(assignments_N.max()),
@@ -276,6 +287,7 @@ def of_hardware(profile: HardwareProfile, shape: ExpertShape) -> ExpertCost:
             profile.launch_s,
             shape.expert_bytes / bandwidth.value,
             shape.flops / rate.value,
+            0.0,
         ),
         idle_s=0.0,
         source=profile.name,
@@ -292,7 +304,7 @@ def _points(bench: ExpertBench) -> tuple[Float64, Float64, Float64]:
 
 
 def _fit(form: Form, assignments_N: Float64, activated_N: Float64, s_N: Float64) -> Float64:
-    """Non-negative coefficients of least relative error, (3,).
+    """Non-negative coefficients of least relative error, (4,).
 
     Where the larger of two costs counts, the fit alternates: which is larger, then the coefficients.
     """
@@ -300,9 +312,9 @@ def _fit(form: Form, assignments_N: Float64, activated_N: Float64, s_N: Float64)
     if not form.larger:
         return _least_squares(terms_NF, s_N)
     memory_N = assignments_N / activated_N < np.median(assignments_N / activated_N)
-    best_F, best_error = np.zeros(3), np.inf
+    best_F, best_error = np.zeros(4), np.inf
     for _ in range(20):
-        counts_NF = np.stack([np.ones_like(s_N), memory_N, ~memory_N], axis=1)
+        counts_NF = np.stack([np.ones_like(s_N), memory_N, ~memory_N, memory_N & False], axis=1)
         coefficient_F = _least_squares(terms_NF * counts_NF, s_N)
         error = float(np.sum((form.seconds(coefficient_F, assignments_N, activated_N) / s_N - 1.0) ** 2))
         if error >= best_error:

@@ -17,7 +17,7 @@ def cost(call_s: float = 0.0, expert_s: float = 0.0, row_s: float = 0.0, **chang
         "grade": "measured",
         "shape": SHAPE,
         "form": FORMS["experts-and-rows"],
-        "coefficient_F": (call_s, expert_s, row_s),
+        "coefficient_F": (call_s, expert_s, row_s, 0.0),
         "idle_s": 0.0,
         "source": "test",
         "most_assignments": 100,

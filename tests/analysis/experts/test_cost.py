@@ -12,7 +12,7 @@ from observatory.run.documents.expert_bench import ExpertBench, ExpertPoint, Exp
 from tests.analysis.experts.models import SHAPE, cost
 
 
-def bench(form: str, coefficients: tuple[float, float, float], *, noise: float = 0.0) -> ExpertBench:
+def bench(form: str, coefficients: tuple[float, ...], *, noise: float = 0.0) -> ExpertBench:
     """Times of a form, with noise, on a grid."""
     generator = np.random.default_rng(0)
     shape = SHAPE.model_copy(update={"experts": 32})
@@ -36,10 +36,11 @@ def bench(form: str, coefficients: tuple[float, float, float], *, noise: float =
 @pytest.mark.parametrize(
     ("form", "coefficients"),
     [
-        ("rows", (5e-6, 0.0, 1e-6)),
-        ("experts-and-rows", (5e-6, 20e-6, 1e-6)),
-        ("roofline", (5e-6, 20e-6, 1e-6)),
-        ("tiles-32", (5e-6, 20e-6, 1e-6)),
+        ("rows", (5e-6, 0.0, 1e-6, 0.0)),
+        ("experts-and-rows", (5e-6, 20e-6, 1e-6, 0.0)),
+        ("roofline", (5e-6, 20e-6, 1e-6, 0.0)),
+        ("tiles-64", (5e-6, 20e-6, 1e-6, 0.0)),
+        ("knee-2048", (5e-6, 20e-6, 1e-6, 2e-6)),
     ],
 )
 def test_a_form_is_recovered(form, coefficients):
@@ -51,12 +52,12 @@ def test_a_form_is_recovered(form, coefficients):
 
 
 def test_a_call_without_assignments_has_its_own_time():
-    fitted = fit_experts(bench("rows", (5e-6, 0.0, 1e-6)))
+    fitted = fit_experts(bench("rows", (5e-6, 0.0, 1e-6, 0.0)))
     assert fitted.seconds([0, 10], [0, 1]).tolist() == pytest.approx([3e-6, 15e-6])
 
 
 def test_noise_shows_in_the_held_out_error():
-    assert fit_experts(bench("experts-and-rows", (5e-6, 20e-6, 1e-6), noise=0.3)).median_error > 0.02
+    assert fit_experts(bench("experts-and-rows", (5e-6, 20e-6, 1e-6, 0.0), noise=0.3)).median_error > 0.02
 
 
 def test_arrays_broadcast():
@@ -80,14 +81,14 @@ def test_padding_is_a_tile_at_least_and_half_a_tile_on_average():
 
 def test_shared_experts_are_fitted_where_they_were_timed():
     points = tuple(SharedPoint(tokens=n, us_R=(10.0 + 2.0 * n,)) for n in (1, 10, 100))
-    measured = bench("rows", (5e-6, 0.0, 1e-6)).model_copy(update={"shared_points": points})
+    measured = bench("rows", (5e-6, 0.0, 1e-6, 0.0)).model_copy(update={"shared_points": points})
     assert fit_experts(measured).shared_seconds([0, 50]).tolist() == pytest.approx([0.0, 110e-6])
-    assert fit_experts(bench("rows", (5e-6, 0.0, 1e-6))).shared_seconds(1) is None
+    assert fit_experts(bench("rows", (5e-6, 0.0, 1e-6, 0.0))).shared_seconds(1) is None
 
 
 def test_few_points_are_refused():
-    few = bench("rows", (5e-6, 0.0, 1e-6))
-    with pytest.raises(BenchmarkError, match="at least 9"):
+    few = bench("rows", (5e-6, 0.0, 1e-6, 0.0))
+    with pytest.raises(BenchmarkError, match="at least 12"):
         fit_experts(few.model_copy(update={"points": few.points[:5]}))
 
 
