@@ -24,6 +24,8 @@ Row = Mapping[str, Any]
 _WORTH = 0.05
 #: A case of a benchmark is noisy where its slowest tenth takes this much longer than its median.
 _NOISY = 1.5
+#: A cost of experts is not to be relied on where a tenth of held-out points is off by more than this.
+_UNSURE = 0.5
 #: Parts of an interval, and how the names of their columns end.
 _INTERVAL = {"value": "", "low": "_low", "high": "_high"}
 
@@ -62,6 +64,9 @@ class Code(StrEnum):
     NOISE_COST = "noise_cost"
     DEAREST_REALISM = "dearest_realism"
     REALISM_COST = "realism_cost"
+    EXPERTS_BELOW = "experts_below"
+    EXPERTS_PER_EXPERT = "experts_per_expert"
+    EXPERTS_UNSURE = "experts_unsure"
     UNRELIABLE_FIT = "unreliable_fit"
     FIT_COST = "fit_cost"
     RUN_COMMAND = "run_command"
@@ -378,6 +383,25 @@ def conclude_bench(document: Row, out: Path) -> Conclusion:
         ),
         Reason(Code.MORE_REPEATS),
     )
+
+
+def conclude_experts(document: Row) -> Conclusion:
+    """Of ``observatory bench experts``: below how many assignments balancing them gains little."""
+    if document["p90_error"] > _UNSURE:
+        return (
+            Reason(Code.EXPERTS_UNSURE, _values(document, "median_error", "p90_error")),
+            Reason(Code.MORE_REPEATS),
+        )
+    below = document["even_rows"]
+    if below is None:
+        return NOTHING
+    terms = {row["term"]: row["us_per_unit"] for row in document["coefficients"]}
+    expert_us = terms.get("activated expert", 0.0)
+    reasons = [Reason(Code.EXPERTS_BELOW, {"assignments": round(below), **_values(document, "experts_here")})]
+    if expert_us > 0:
+        rows = expert_us / terms["row"]
+        reasons.append(Reason(Code.EXPERTS_PER_EXPERT, {"expert_us": expert_us, "rows": round(rows)}))
+    return tuple(reasons)
 
 
 def conclude_replay(document: Row, run: Path) -> Conclusion:

@@ -52,6 +52,11 @@ _SENTENCES = {
     Code.DEAREST_REALISM: "captured traffic costs most: {role} of layer {layer} in {phase}, {algorithm}",
     Code.REALISM_COST: "{extra_us} us more in each exchange than uniform traffic, {ratio:.2f} times as "
     "long ({ratio_low:.2f} to {ratio_high:.2f})",
+    Code.EXPERTS_BELOW: "below {assignments} assignments on a rank with {experts_here} activated "
+    "experts, fixed costs outweigh the rows: balancing assignments gains less than half of their share",
+    Code.EXPERTS_PER_EXPERT: "an activated expert costs {expert_us} us, as much as {rows} rows",
+    Code.EXPERTS_UNSURE: "not to be relied on: on held-out points the cost is off by {median_error} in the "
+    "median, {p90_error} in the worst tenth",
     Code.UNRELIABLE_FIT: "not to be relied on: the model of {algorithm} ({verdict})",
     Code.FIT_COST: "its predictions are off by {median_error} in the median, {p90_error} in the worst tenth",
     Code.RUN_COMMAND: "next: {command}",
@@ -69,7 +74,7 @@ _SHARES = (
 )  # fmt: skip
 
 #: Values that are amounts of a unit.
-_AMOUNTS = ("extra_ms", "wait_ms", "extra_us")
+_AMOUNTS = ("extra_ms", "wait_ms", "extra_us", "expert_us")
 
 
 def conclusion_sentences(conclusion: Conclusion) -> list[str]:

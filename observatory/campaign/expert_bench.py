@@ -5,22 +5,55 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from observatory.errors import BenchmarkError, ModelError
 from observatory.run.documents.expert_bench import ELEMENT_BYTES, ExpertBench
+
+_SIZES = 4
+_MOST_EXPERTS = 65536
 
 if TYPE_CHECKING:
     from observatory.collectives.bench.experts import ExpertGrid
     from observatory.probes.routing.sites import RoutingSite
 
 
+def check_experts_bench(
+    model: str | None, shape: Sequence[int] | None, *, device: str, dtype: str | None
+) -> None:
+    """Refuse what cannot be timed, before anything is loaded.
+
+    Raises:
+        ModelError: no such model, a library is missing, or torch has no such device.
+        BenchmarkError: both or neither of model and shape, or a shape that is none.
+    """
+    from observatory.campaign.preflight import check_device, check_libraries, check_model
+    from observatory.zoo.models import check_dtype
+
+    if (model is None) == (shape is None):
+        raise BenchmarkError(
+            "the experts are those of a model or of a shape", expected="exactly one of MODEL and --shape"
+        )
+    if model is not None:
+        check_model(model, device=device, dtype=dtype, moe=True)
+        return
+    assert shape is not None
+    if len(shape) != _SIZES or shape[3] > shape[2] or shape[2] > _MOST_EXPERTS:
+        raise BenchmarkError(
+            f"--shape {','.join(map(str, shape))} is none",
+            expected="H,F,E,K: hidden and intermediate size, experts, and at most as many experts per token",
+        )
+    check_libraries()
+    check_dtype(dtype)
+    check_device(device)
+
+
 def bench_experts(
     grid: ExpertGrid,
     *,
     model: str | None = None,
-    shape: tuple[int, int, int, int] | None = None,
+    shape: Sequence[int] | None = None,
     layer: int | None = None,
     ep: int = 1,
     device: str = "cpu",
@@ -52,8 +85,6 @@ def bench_experts(
     from observatory.run.usable_cores import find_cores
     from observatory.zoo.models import quiet_transformers
 
-    if (model is None) == (shape is None):
-        raise BenchmarkError("a model and a shape are two ways to say the same", expected="one of them")
     with torch.inference_mode(), quiet_transformers():
         if shape is not None:
             site = _of_shape(shape, ep=ep, device=device, dtype=dtype)
@@ -107,7 +138,7 @@ def _of_model(name: str, *, layer: int | None, device: str, dtype: str | None) -
     return chosen[0]
 
 
-def _of_shape(shape: tuple[int, int, int, int], *, ep: int, device: str, dtype: str | None) -> RoutingSite:
+def _of_shape(shape: Sequence[int], *, ep: int, device: str, dtype: str | None) -> RoutingSite:
     """The one MoE layer of a model that is made for it, with the experts of one rank."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

@@ -83,7 +83,7 @@ def check_model(
     check_libraries()
     check_dtype(dtype)
     directory = find_checkpoint(name)
-    _check_device(device)
+    check_device(device)
     config = None if directory is None else read_config(directory, name)
     if moe and config is not None:
         _check_moe(config, name)
@@ -137,7 +137,7 @@ def _check_moe(config: dict[str, Any], name: str) -> None:
         )
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     """Refuse a GPU where the installed torch is built for none."""
     spec = find_spec("torch")
     if not device.startswith("cuda") or spec is None or spec.origin is None:

@@ -22,6 +22,7 @@ _COMMANDS = {
     "report": "report:report",
     "export": "export:export",
     "bench alltoall": "bench:alltoall",
+    "bench experts": "bench:experts",
     "bench route-fetch": "route_fetch:bench",
     "replay": "replay:replay",
     "fit": "fit:fit",
@@ -38,7 +39,7 @@ _COMMANDS = {
     "doctor": "doctor:doctor",
 }
 _GROUPS = {
-    "bench": "Micro-benchmarks of exchanges.",
+    "bench": "Micro-benchmarks of exchanges and experts.",
     "reuse": "Energy of prefill against the cached fraction of the prompt.",
     "clocks": "SM clocks: sweep them, fit the sweep, choose a clock.",
 }

@@ -1,4 +1,4 @@
-"""``observatory bench``: micro-benchmarks of exchanges."""
+"""``observatory bench``: micro-benchmarks of exchanges and of experts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Annotated
 import typer
 
 from observatory.cli.options import (
+    DATA,
     RANKS,
+    TIMING,
     AlgorithmsOption,
     BackendOption,
     CsvOption,
+    DtypeOption,
     ForceOption,
     IterationsOption,
     JsonOption,
@@ -18,10 +21,11 @@ from observatory.cli.options import (
     RankTimeoutOption,
     RepeatsOption,
     ResultOption,
+    TableOption,
     WarmupOption,
     WideOption,
 )
-from observatory.cli.parsing import parse_names, parse_sizes
+from observatory.cli.parsing import parse_counts, parse_names, parse_sizes
 
 
 def alltoall(
@@ -107,3 +111,102 @@ def alltoall(
     finally:  # a failure to print does not lose the measurement
         write_result(result, out)
     say(f"result written to {out}; next: observatory fit {out} --out fit.json")
+
+
+_MOST_ASSIGNMENTS = 1 << 24
+_MOST_EXPERTS = 65536
+
+
+def experts(
+    out: ResultOption,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Bundled model (listed by `doctor`), checkpoint directory, or hub id; or give --shape.",
+        ),
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            metavar="H,F,E,K",
+            rich_help_panel=DATA,
+            help="Instead of a model: hidden size, intermediate size, experts, experts per token; gated, "
+            "with random weights.",
+        ),
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option(min=0, rich_help_panel=DATA, help="MoE layer of the model; its first by default."),
+    ] = None,
+    dtype: DtypeOption = None,
+    device: Annotated[
+        str, typer.Option(metavar="NAME", rich_help_panel=DATA, help="Torch device, such as cpu or cuda.")
+    ] = "cpu",
+    ep: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=_MOST_EXPERTS,
+            rich_help_panel=RANKS,
+            help="Ranks over which the experts are spread; those of one are timed.",
+        ),
+    ] = 1,
+    assignments: Annotated[
+        str, typer.Option(metavar="N,...", help="Token-expert assignments of a call.")
+    ] = "1,4,16,64,256,1024,2048,4096,8192,16384",
+    activated: Annotated[
+        str, typer.Option(metavar="N,...", help="Experts of a call with at least one of them.")
+    ] = "1,2,4,8,16,32,64,128",
+    repeats: Annotated[
+        int, typer.Option(min=1, max=100_000, rich_help_panel=TIMING, help="Timed rounds over all points.")
+    ] = 9,
+    warmup: WarmupOption = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order and of the rows.")] = 0,
+    force: ForceOption = False,
+    wide: WideOption = False,
+    csv: CsvOption = False,
+    table: TableOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Time the experts that a rank holds over assignments and activated experts, and fit their cost."""
+    from observatory.advice.conclusions import conclude_experts, conclusion_document
+    from observatory.analysis.experts.cost import fit_experts, try_forms
+    from observatory.analysis.experts.document import experts_document, experts_tables
+    from observatory.campaign.benchmark import check_out
+    from observatory.campaign.expert_bench import bench_experts, check_experts_bench
+    from observatory.cli.output import counting, print_conclusion, print_data, print_tables, say, say_cores
+    from observatory.host.provenance import command_line
+    from observatory.run.documents.writing import write_text
+    from observatory.run.usable_cores import short_of_cores
+
+    check_out(out, force=force)
+    rows = parse_counts("--assignments", assignments, most=_MOST_ASSIGNMENTS)
+    each = parse_counts("--activated", activated, most=_MOST_EXPERTS)
+    sizes = None if shape is None else parse_counts("--shape", shape, most=_MOST_ASSIGNMENTS)
+    check_experts_bench(model, sizes, device=device, dtype=dtype)
+    from observatory.collectives.bench.experts import ExpertGrid  # loads torch
+
+    grid = ExpertGrid(assignments=(0, *rows), activated=each, warmup=warmup, repeats=repeats, seed=seed)
+    with counting("bench experts") as progress:
+        result = bench_experts(
+            grid,
+            model=model,
+            shape=sizes,
+            layer=layer,
+            ep=ep,
+            device=device,
+            dtype=dtype,
+            argv=command_line(),
+            progress=progress,
+        )
+    write_text(out, result.model_dump_json(indent=1))
+    say_cores(short_of_cores([result.cores] if result.cores else ()))
+    document = experts_document(result, fit_experts(result, source=out.name), try_forms(result))
+    conclusion = conclude_experts(document)
+    document["conclusion"] = conclusion_document(conclusion)
+    tables = experts_tables(document)
+    if not print_data(document, tables, json=json, csv=csv, table=table):
+        print_tables(tables if wide else tables[:2], wide=wide)
+        print_conclusion(conclusion)
+    say(f"result written to {out}")

@@ -26,6 +26,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory bench alltoall --ranks 4 --out bench.json",
         "mpiexec -n 8 observatory bench alltoall --backend mpi --algorithm all --out bench.json",
     ),
+    "bench experts": (
+        "observatory bench experts tiny-gqa --ep 4 --out experts.json",
+        "observatory bench experts --shape 2048,768,128,8 --ep 16 --dtype bfloat16 --out experts.json",
+    ),
     "bench route-fetch": (
         "observatory bench route-fetch --shape mla:16,512,64 --out rf.json",
         "mpiexec -n 3 observatory bench route-fetch --backend mpi --shape expert:512 --out rf.json",

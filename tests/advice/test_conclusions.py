@@ -16,6 +16,7 @@ from observatory.advice.conclusions import (
     conclude_clocks,
     conclude_energy,
     conclude_exchanges,
+    conclude_experts,
     conclude_fit,
     conclude_replay,
     conclude_reuse,
@@ -265,3 +266,22 @@ def test_commands_end_with_it_and_json_has_its_codes_and_csv_has_none(
         assert {reason["code"] for reason in found} <= set(Code)
         assert main([command, run, "--csv"]) == 0
         assert "next:" not in capsys.readouterr().out
+
+
+def test_experts_conclude_from_where_on_rows_count() -> None:
+    document = {
+        "p90_error": 0.1,
+        "median_error": 0.05,
+        "even_rows": 512.4,
+        "experts_here": 8,
+        "coefficients": [
+            {"term": "call", "us_per_unit": 300.0},
+            {"term": "activated expert", "us_per_unit": 20.0},
+            {"term": "row", "us_per_unit": 0.5},
+        ],
+    }
+    below, each = conclude_experts(document)
+    assert (below.code, below.values["assignments"]) == (Code.EXPERTS_BELOW, 512)
+    assert (each.code, each.values["rows"]) == (Code.EXPERTS_PER_EXPERT, 40)
+    assert codes(conclude_experts({**document, "even_rows": None})) == [Code.NOTHING]
+    assert codes(conclude_experts({**document, "p90_error": 0.9})) == [Code.EXPERTS_UNSURE, Code.MORE_REPEATS]

@@ -181,6 +181,8 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     for wide in ([], ["--wide"]):
         for algorithm in ("flat", "all"):
             yield ["bench", "alltoall", "--algorithm", algorithm, "--out", out, "--force", *wide]
+        yield ["bench", "experts", "--shape", "8,8,4,2", "--assignments", "4,8,16,32", "--activated", "1,2,4",
+               "--repeats", "1", "--out", out, "--force", *wide]  # fmt: skip
         captured = str(write_captured_run(tmp / f"captured{len(wide)}"))
         yield ["replay", captured, "--out", out, "--force", *wide]
         yield [

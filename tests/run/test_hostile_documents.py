@@ -31,6 +31,7 @@ from observatory.run import RunWriter, open_run, routing_rows
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json
 from observatory.run.documents.bench import BenchPlan, BenchResult, Traffic, load_bench
 from observatory.run.documents.clock_sweep import load_sweep
+from observatory.run.documents.expert_bench import load_expert_bench
 from observatory.run.documents.prefix_cache import load_reuse
 from observatory.run.flight_recorder import read_recorder_dump
 from observatory.run.manifest import DeviceSpec
@@ -38,6 +39,7 @@ from tests.run.conftest import manifest_of
 
 READERS = {
     "bench": load_bench,
+    "experts": load_expert_bench,
     "network": load_network,
     "clocks": load_clock_model,
     "sweep": load_sweep,

@@ -37,8 +37,8 @@ Grade = Literal["measured", "published", "assumed"]
 #: Rows of a tile of grouped kernels on GPUs; block sizes of 64 and 128 rows are usual.
 _GPU_TILE = 64
 _FOLDS = 10
-#: Three for each coefficient of the longest form.
-_FEWEST_POINTS = 12
+#: Points with assignments that a fit takes: three for each coefficient of the longest form.
+FEWEST_POINTS = 12
 #: Forms whose errors differ by less than this are equally good for any purpose.
 _SAME_ERROR = 1e-3
 _SMALLEST_S = 1e-9
@@ -212,10 +212,10 @@ def try_forms(bench: ExpertBench, *, seed: int = 0) -> list[FormTrial]:
         BenchmarkError: too few points.
     """
     assignments_N, activated_N, s_N = _points(bench)
-    if len(s_N) < _FEWEST_POINTS:
+    if len(s_N) < FEWEST_POINTS:
         raise BenchmarkError(
             f"the expert benchmark has {len(s_N)} points with assignments",
-            expected=f"at least {_FEWEST_POINTS}",
+            expected=f"at least {FEWEST_POINTS}",
             remedy="measure more numbers of tokens or of activated experts",
         )
     fold_N = deal_folds(len(s_N), min(_FOLDS, len(s_N)), seed)

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from observatory.analysis.experts.cost import FEWEST_POINTS
 from observatory.collectives.autograd import Exchanger
 from observatory.collectives.dispatch import ExpertMap, LocalExperts, make_dispatcher
 from observatory.collectives.expert_parallel import local_experts
@@ -67,16 +68,18 @@ class ExpertGrid:
         """Assignments and activated experts of every point that so many experts allow.
 
         Raises:
-            BenchmarkError: there is none with assignments.
+            BenchmarkError: they are too few to fit a cost to.
         """
         pairs = [(rows, each) for rows in self.assignments for each in self.activated]
         fitting = [(rows, each) for rows, each in pairs if 1 <= each <= min(rows, experts)]
-        if not fitting:
+        points = list(dict.fromkeys(fitting))
+        if len(points) < FEWEST_POINTS:
             raise BenchmarkError(
-                f"no point has as many assignments as activated experts, of which a rank holds {experts}",
-                remedy="give larger --assignments, or smaller --activated",
+                f"{len(points)} points fit: assignments are at least the activated experts, of {experts}",
+                expected=f"at least {FEWEST_POINTS}",
+                remedy="give more --assignments, or more --activated",
             )
-        return [*([(0, 0)] if 0 in self.assignments else []), *dict.fromkeys(fitting)]
+        return [*([(0, 0)] if 0 in self.assignments else []), *points]
 
 
 def shape_of(site: RoutingSite) -> ExpertShape:
