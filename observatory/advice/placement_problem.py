@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
 from observatory.analysis.columns import Column, Table
-from observatory.analysis.parallel.balancing import Int64, greedy_layout, holders, rank_times
+from observatory.analysis.parallel.balancing import (
+    Float64,
+    Int64,
+    greedy_layout,
+    holders,
+    lower_bound,
+    rank_times,
+    slots_of,
+)
+from observatory.analysis.parallel.balancing.nodes import node_bound
 from observatory.analysis.parallel.balancing.problem import Problem
 from observatory.analysis.parallel.balancing.solving import Solution
+from observatory.reasons import Reason
 from observatory.run.documents.printed import printed_document
+
+#: A layout within this of its bound is called the best.
+_PROVEN = 1.1e-3
 
 COLUMNS = (
     Column(name="candidate", title="placement", text=True, key=True),
-    Column(
-        name="of_mean",
-        title="of mean",
-        digits=3,
-        legend="busiest rank over the mean, of the mean of the steps",
-    ),
-    Column(name="of_steps", title="of steps", digits=3, legend="the same of each step, mean over steps"),
+    Column(name="of_mean", title="of mean", digits=3, legend="busiest rank over the mean: of the mean step"),
+    Column(name="of_steps", title="of steps", digits=3, legend="of each step, mean over steps"),
     Column(name="moved", title="moved", digits=1, legend="copies that ranks have to receive, per layer"),
 )
+LAYER_COLUMNS = (
+    Column(name="layer", title="layer", key=True),
+    Column(name="of_mean", title="of mean", digits=3, legend="busiest rank over the mean, of the mean step"),
+    Column(name="bound", title="bound", digits=3, legend="what no placement can be below, of the mean step"),
+    Column(name="changed", title="changed", text=True, legend="whether it is not left as it is today"),
+    Column(name="gain", title="gain", digits=4, legend="likely gain on steps that follow, in of steps"),
+)
+
+
+class ProblemCode(StrEnum):
+    """What is stated about the solution of a problem."""
+
+    PROVEN = "proven"
+    GROUPS_COST = "groups_cost"
+    CHANGED = "changed"
+    LEFT = "left"
+    TOO_SHORT = "too_short"
+    MOVES = "moves"
+    STRUCTURE = "structure"
+    NO_STRUCTURE = "no_structure"
 
 
 def problem_document(problem: Problem, solution: Solution, cpu_s: float) -> dict[str, Any]:
@@ -33,11 +63,17 @@ def problem_document(problem: Problem, solution: Solution, cpu_s: float) -> dict
         solution: its solution.
         cpu_s: processor time of the solver.
     """
-    layouts = {"solution": solution.slot_LPK}
-    if problem.groups == 1:
-        layouts = {
-            "greedy": greedy_layout(problem.load_SLE.mean(axis=0), problem.ranks, problem.replicas)
-        } | layouts
+    mean_LE = problem.load_SLE.mean(axis=0)
+    layers, experts = mean_LE.shape
+    layouts = (
+        {"greedy": greedy_layout(mean_LE, problem.ranks, problem.replicas)} if problem.groups == 1 else {}
+    )
+    if problem.current_LPE is not None:
+        layouts["today"] = slots_of(problem.current_LPE)
+    layouts["solution"] = solution.slot_LPK
+    of_mean_L = rank_times(mean_LE[None], solution.slot_LPK, problem.speed_P).max(axis=2)[0]
+    bound_L = _bounds(problem, mean_LE)
+    changed_L, gain_L = solution.is_changed_L, solution.gain_L
     return printed_document(
         "placement_problem",
         {
@@ -45,21 +81,43 @@ def problem_document(problem: Problem, solution: Solution, cpu_s: float) -> dict
             "ranks": problem.ranks,
             "replicas": problem.replicas,
             "steps": len(problem.load_SLE),
-            "layers": problem.load_SLE.shape[1],
-            "experts": problem.load_SLE.shape[2],
+            "layers": layers,
+            "experts": experts,
             "cpu_s": cpu_s,
+            "bound": float(bound_L.mean()),
+            "gain": None if gain_L is None else float(gain_L.mean()),
+            "verdict": [reason.document() for reason in _verdict(problem, solution, of_mean_L, bound_L)],
             "candidates": [_row(problem, name, layout) for name, layout in layouts.items()],
+            "by_layer": [
+                {
+                    "layer": layer,
+                    "of_mean": float(of_mean_L[layer]),
+                    "bound": float(bound_L[layer]),
+                    "changed": None if changed_L is None else bool(changed_L[layer]),
+                    "gain": None if gain_L is None else float(gain_L[layer]),
+                }
+                for layer in range(layers)
+            ],
+            "frontier": None
+            if solution.frontier_ML is None
+            else [
+                {"moves": moves, "of_mean": float(ratio_L.mean())}
+                for moves, ratio_L in enumerate(solution.frontier_ML)
+            ],
         },
     )
 
 
 def problem_tables(document: dict[str, Any]) -> list[Table]:
-    """The candidates of the document."""
+    """The candidates and layers of the document."""
     title = (
         f"{document['experts']} experts and {document['replicas']} replicas on {document['ranks']} ranks, "
-        f"{document['layers']} layers, {document['steps']} steps, which the placement was made on"
+        f"{document['layers']} layers, made on {document['steps']} steps"
     )
-    return [Table(name="candidates", columns=COLUMNS, rows=document["candidates"], title=title)]
+    return [
+        Table(name="candidates", columns=COLUMNS, rows=document["candidates"], title=title),
+        Table(name="layers", columns=LAYER_COLUMNS, rows=document["by_layer"], title="Layers"),
+    ]
 
 
 def layout_file(slot_LPK: Int64, experts: int, layers: tuple[int, ...]) -> dict[str, Any]:
@@ -74,6 +132,25 @@ def layout_file(slot_LPK: Int64, experts: int, layers: tuple[int, ...]) -> dict[
     }
 
 
+def _bounds(problem: Problem, mean_LE: Float64) -> Float64:
+    """What no layout can be below, (L,)."""
+    bound_L = lower_bound(mean_LE, problem.ranks, problem.replicas)
+    if problem.speed_P is not None:
+        bound_L = np.maximum(bound_L * problem.speed_P.mean() / problem.speed_P.max(), 1.0)
+    elif problem.groups > 1:
+        bound_L = np.maximum(bound_L, node_bound(mean_LE, nodes=problem.nodes, groups=problem.groups))
+    return bound_L
+
+
+def _rule(problem: Problem) -> str:
+    """What the bound rests on."""
+    if problem.speed_P is not None:
+        return "speeds"
+    if problem.groups > 1:
+        return "nodes"
+    return "copies" if problem.replicas else "slots"
+
+
 def _row(problem: Problem, name: str, slot_LPK: Int64) -> dict[str, Any]:
     mean_LE = problem.load_SLE.mean(axis=0)
     moved = None
@@ -86,3 +163,38 @@ def _row(problem: Problem, name: str, slot_LPK: Int64) -> dict[str, Any]:
         "of_steps": float(rank_times(problem.load_SLE, slot_LPK, problem.speed_P).max(axis=2).mean()),
         "moved": moved,
     }
+
+
+def _verdict(problem: Problem, solution: Solution, of_mean_L: Float64, bound_L: Float64) -> Iterator[Reason]:
+    layers = len(of_mean_L)
+    proven = int((of_mean_L <= bound_L * (1 + _PROVEN)).sum())
+    if proven and problem.is_of_mean:
+        values: dict[str, Any] = {
+            "proven": proven,
+            "layers": layers,
+            "bound": float(bound_L.mean()),
+            "rule": _rule(problem),
+        }
+        yield Reason(ProblemCode.PROVEN, values)
+    if problem.groups > 1:
+        free = lower_bound(problem.load_SLE.mean(axis=0), problem.ranks, problem.replicas)
+        yield Reason(
+            ProblemCode.GROUPS_COST, {"with_groups": float(of_mean_L.mean()), "without": float(free.mean())}
+        )
+    if solution.frontier_ML is not None:
+        first, last = (float(ratio_L.mean()) for ratio_L in solution.frontier_ML[[0, -1]])
+        yield Reason(ProblemCode.MOVES, {"moves": problem.max_moves, "before": first, "after": last})
+    if solution.is_changed_L is not None:
+        yield _changed(problem, solution, int(solution.is_changed_L.sum()), layers)
+    if solution.structure is not None:
+        code = ProblemCode.STRUCTURE if solution.structure.is_there else ProblemCode.NO_STRUCTURE
+        touched, independent = solution.structure.touched, solution.structure.independent
+        yield Reason(code, {"nodes": touched, "independent_nodes": independent})
+
+
+def _changed(problem: Problem, solution: Solution, changed: int, layers: int) -> Reason:
+    values: dict[str, Any] = {"changed": changed, "layers": layers, "move_cost": problem.move_cost}
+    if solution.gain_L is None:
+        return Reason(ProblemCode.TOO_SHORT, values | {"steps": len(problem.load_SLE)})
+    values["gain"] = float(solution.gain_L.mean())
+    return Reason(ProblemCode.CHANGED if changed else ProblemCode.LEFT, values)

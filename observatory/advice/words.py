@@ -7,6 +7,7 @@ from typing import Any
 
 from observatory.advice.conclusions import Code, Conclusion
 from observatory.advice.placement import PlacementCode
+from observatory.advice.placement_problem import ProblemCode
 from observatory.analysis.exchange.words import cause_words
 from observatory.reasons import Reason
 from observatory.text import percent_words
@@ -164,6 +165,41 @@ _PLACEMENT = {
     PlacementCode.MORE_REPLICAS: "with {replicas} replicas no placement is below {bound:.2f} times the mean; "
     "{ratio:.2f} times it takes at least {needed} in each layer (median)",
 }
+
+_PROBLEM = {
+    ProblemCode.PROVEN: "proven to be the best, to 0.1 %, in {proven} of {layers} layers: none can be below "
+    "{bound:.3f} times the mean rank (mean over layers), as {rule}",
+    ProblemCode.GROUPS_COST: "price of the groups: {with_groups:.3f} times the mean; without them it is at "
+    "least {without:.3f}",
+    ProblemCode.MOVES: "{moves} moves in each layer take the busiest rank from {before:.3f} to {after:.3f} "
+    "times the mean",
+    ProblemCode.CHANGED: "change {changed} of {layers} layers: the likely gain is {gain:.3f} times the mean "
+    "rank, at a cost of {move_cost:g} for each layer that is changed",
+    ProblemCode.LEFT: "leave it: the likely gain is {gain:.3f} times the mean rank, at a cost of "
+    "{move_cost:g} for each layer that is changed",
+    ProblemCode.TOO_SHORT: "{steps} steps are too few to say whether a change pays; {changed} of {layers} "
+    "layers are changed",
+    ProblemCode.STRUCTURE: "tokens have structure: on tokens that were not used to choose they touch "
+    "{nodes:.2f} nodes, independent ones {independent_nodes:.2f}",
+    ProblemCode.NO_STRUCTURE: "tokens have no structure that pays: on tokens that were not used to choose "
+    "they touch {nodes:.2f} nodes, independent ones {independent_nodes:.2f}; placed for even ranks instead",
+}
+_RULES = {
+    "slots": "of the t P + 1 heaviest experts some rank holds t + 1, and at least the lightest fill it",
+    "copies": "at a busiest rank of T an expert of load w needs w / T copies",
+    "nodes": "the heaviest node has that much",
+    "speeds": "the fastest rank has at least the heaviest copy, and all ranks share the load",
+}
+
+
+def problem_sentences(verdict: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is stated about the solution of a placement problem, in words."""
+    return [
+        _PROBLEM[ProblemCode(reason["code"])].format_map(
+            {**reason, "rule": _RULES[reason["rule"]]} if "rule" in reason else reason
+        )
+        for reason in verdict
+    ]
 
 
 def placement_sentences(verdict: Sequence[Reason]) -> list[str]:

@@ -113,6 +113,7 @@ def _solve(path: Path, out: Path | None, *, wide: bool, csv: bool, json: bool) -
     from time import process_time
 
     from observatory.advice.placement_problem import layout_file, problem_document, problem_tables
+    from observatory.advice.words import problem_sentences
     from observatory.analysis.parallel.balancing.problem import read_problem
     from observatory.analysis.parallel.balancing.solving import solve
     from observatory.cli.output import print_data, print_tables, say
@@ -129,6 +130,8 @@ def _solve(path: Path, out: Path | None, *, wide: bool, csv: bool, json: bool) -
         write_json(out, layout_file(solution.slot_LPK, experts, tuple(range(layers))))
     if is_printed:
         return
-    print_tables(tables, wide=wide)
+    print_tables(tables if wide else tables[:1], wide=wide)
+    for sentence in problem_sentences(document["verdict"]):
+        say(sentence)
     if out is not None:
         say(f"placement written to {out}")

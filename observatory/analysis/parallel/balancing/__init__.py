@@ -14,6 +14,7 @@ from observatory.analysis.parallel.balancing.layouts import (
     round_robin_layout,
     slots_per_rank,
 )
+from observatory.analysis.parallel.balancing.moves import slots_of
 from observatory.analysis.parallel.balancing.search import balanced_layout
 from observatory.analysis.parallel.balancing.steps import steps_layout
 
@@ -30,6 +31,7 @@ __all__ = [
     "rank_times",
     "replicas_for",
     "round_robin_layout",
+    "slots_of",
     "slots_per_rank",
     "steps_layout",
 ]

@@ -1,4 +1,4 @@
-"""Layouts under the rule that a group of experts stays on one node.
+"""Layouts of which each node holds given experts, as where a group of experts stays on one node.
 
 Shapes: L layers, E experts, P ranks, K slots of each rank, M nodes, G groups.
 
@@ -19,41 +19,46 @@ from observatory.analysis.parallel.balancing.search import balanced_layout
 Maker = Callable[[Float64, int, int, Float64], Int64]
 
 
-def grouped_layout(
-    load_LE: Float64, ranks: int, replicas: int, *, nodes: int, groups: int, speed_LP: Float64, make: Maker
-) -> Int64:
-    """A layout of which every node has whole groups, (L, P, K).
+def grouped_experts(load_LE: Float64, *, nodes: int, groups: int, speed_P: Float64) -> Int64:
+    """Experts of each node, (L, M, E / M): whole groups, and nodes about as loaded as they are fast.
 
     Args:
         load_LE: loads.
-        ranks: P, in M contiguous blocks.
-        replicas: copies beyond one of each expert, equally many on each node.
         nodes: M.
         groups: G contiguous blocks of equally many experts.
-        speed_LP: speeds of the ranks.
-        make: makes the layout of a node.
+        speed_P: speeds of the ranks, in M contiguous blocks.
     """
     layers, experts = load_LE.shape
-    speed_LMP = speed_LP.reshape(layers, nodes, -1)
-    group_LMG = balanced_layout(
-        load_LE.reshape(layers, groups, -1).sum(axis=2), nodes, 0, speed_LP=speed_LMP.sum(axis=2)
-    )
-    expert_GE = np.arange(experts).reshape(groups, -1)
-    expert_ME = expert_GE[group_LMG].reshape(layers * nodes, -1)
-    load_ME = load_LE[np.arange(layers).repeat(nodes)[:, None], expert_ME]
-    slot_MPK = make(load_ME, ranks // nodes, replicas // nodes, speed_LMP.reshape(layers * nodes, -1))
-    slot_MN = np.take_along_axis(expert_ME, slot_MPK.reshape(layers * nodes, -1), axis=1)
-    return slot_MN.reshape(layers, ranks, -1)
+    speed_LM = np.tile(speed_P.reshape(nodes, -1).sum(axis=1), (layers, 1))
+    group_LMG = balanced_layout(load_LE.reshape(layers, groups, -1).sum(axis=2), nodes, 0, speed_LP=speed_LM)
+    return np.arange(experts).reshape(groups, -1)[group_LMG].reshape(layers, nodes, -1)
+
+
+def on_nodes(
+    load_LE: Float64, expert_LME: Int64, *, ranks: int, replicas: int, speed_P: Float64, make: Maker
+) -> Int64:
+    """A layout of which each node holds copies of its own experts only, (L, P, K).
+
+    Args:
+        load_LE: loads.
+        expert_LME: experts of each node.
+        ranks: P, in M contiguous blocks.
+        replicas: copies beyond one of each expert, equally many on each node.
+        speed_P: speeds of the ranks.
+        make: makes the layouts of nodes.
+    """
+    layers, nodes, _ = expert_LME.shape
+    expert_NE = expert_LME.reshape(layers * nodes, -1)
+    load_NE = load_LE[np.arange(layers).repeat(nodes)[:, None], expert_NE]
+    speed_NP = np.tile(speed_P.reshape(nodes, -1), (layers, 1))
+    slot_NPK = make(load_NE, ranks // nodes, replicas // nodes, speed_NP)
+    slot_NS = np.take_along_axis(expert_NE, slot_NPK.reshape(layers * nodes, -1), axis=1)
+    return slot_NS.reshape(layers, ranks, -1)
 
 
 def node_bound(load_LE: Float64, *, nodes: int, groups: int) -> Float64:
-    """What the busiest rank cannot be below when groups stay on nodes: that of the heaviest node, (L,)."""
+    """The heaviest node over the mean when groups stay on nodes, (L,): no busiest rank can be below it."""
     layers = len(load_LE)
-    load_LG = load_LE.reshape(layers, groups, -1).sum(axis=2)
-    slot_LMG = balanced_layout(load_LG, nodes, 0)
-    load_LM = (
-        np.take_along_axis(load_LG, slot_LMG.reshape(layers, -1), axis=1)
-        .reshape(layers, nodes, -1)
-        .sum(axis=2)
-    )
+    expert_LME = grouped_experts(load_LE, nodes=nodes, groups=groups, speed_P=np.ones(nodes))
+    load_LM = load_LE[np.arange(layers)[:, None, None], expert_LME].sum(axis=2)
     return np.asarray(load_LM.max(axis=1) / np.maximum(load_LM.mean(axis=1), 1e-300))

@@ -89,8 +89,27 @@ class Problem:
             raise PlacementError(
                 "objective nodes without tokens; expected the experts of sampled tokens, as tokens (T, K)"
             )
+        if self.objective is Objective.NODES and (experts % self.nodes or self.replicas % self.nodes):
+            copies = f"{experts} experts and {self.replicas} replicas"
+            raise PlacementError(f"{copies} on {self.nodes} nodes; expected equally many on each")
         if self.objective is Objective.MOVES and self.current_LPE is None:
             raise PlacementError("objective moves without a layout of today; expected current")
+
+    @property
+    def is_of_mean(self) -> bool:
+        """Whether the mean of the given steps is what counts."""
+        return self.objective in (Objective.MEAN, Objective.MOVES)
+
+    @property
+    def speeds(self) -> Float64:
+        """Speeds of the ranks, (P,)."""
+        return np.ones(self.ranks) if self.speed_P is None else self.speed_P
+
+    @property
+    def node_P(self) -> Int64:
+        """Node of each rank that holds copies of experts of its own; one node where groups are free."""
+        blocks = self.nodes if self.groups > 1 else 1
+        return np.arange(self.ranks) // (self.ranks // blocks)
 
     def _check_groups(self, experts: int, slots: int) -> None:
         if experts % self.groups or self.groups % self.nodes:
@@ -103,6 +122,12 @@ class Problem:
                 f"{slots} slots of a rank for the {experts // self.nodes} experts of its node; expected at "
                 "most one copy of each: fewer replicas, or no groups"
             )
+        if self.current_LPE is not None:
+            shape = len(self.current_LPE), self.nodes, -1, self.groups, experts // self.groups
+            if self.current_LPE.reshape(shape).any(axis=(2, 4)).sum(axis=1).max() > 1:
+                raise PlacementError(
+                    "current has a group of experts on several nodes; expected one node, or no groups"
+                )
 
 
 def read_problem(path: Path) -> Problem:

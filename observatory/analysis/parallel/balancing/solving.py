@@ -1,6 +1,6 @@
 """Solve a placement problem.
 
-Shapes: S steps, L layers, E experts, P ranks, K slots of each rank.
+Shapes: S steps, L layers, E experts, P ranks, K slots of each rank, M moves.
 """
 
 from __future__ import annotations
@@ -9,11 +9,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from observatory.analysis.parallel.balancing.layouts import Float64, Int64, greedy_layout
-from observatory.analysis.parallel.balancing.nodes import grouped_layout
+from observatory.analysis.parallel.balancing.coactivation import Structure, structure
+from observatory.analysis.parallel.balancing.decision import expected_gain
+from observatory.analysis.parallel.balancing.forecast import forecast
+from observatory.analysis.parallel.balancing.layouts import (
+    Bool,
+    Float64,
+    Int64,
+    pack,
+    rank_times,
+    slots_per_rank,
+    water_filled,
+)
+from observatory.analysis.parallel.balancing.moves import moved_layouts, renumbered, slots_of
+from observatory.analysis.parallel.balancing.nodes import grouped_experts, on_nodes
 from observatory.analysis.parallel.balancing.problem import Objective, Problem
 from observatory.analysis.parallel.balancing.search import balanced_layout
 from observatory.analysis.parallel.balancing.steps import steps_layout
+from observatory.errors import PlacementError
+
+#: Weight of an expert's load next to the probability that it is activated.
+_TIE = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -22,41 +38,153 @@ class Solution:
 
     Attributes:
         slot_LPK: the layout.
+        is_changed_L: layers that are not left as they are today; None where nothing is held today.
+        gain_L: likely gain over today's layout, changed or not, in units of the ratio of the busiest to the
+            mean rank: on steps that follow, and for a mean on itself; None without a layout of today, and
+            where the steps are too few to tell.
+        frontier_ML: ratio of the expected loads after each number of moves; None where moves are not limited.
+        structure: what the sampled tokens of the first layer say; None unless nodes are the objective.
     """
 
     slot_LPK: Int64
+    is_changed_L: Bool | None = None
+    gain_L: Float64 | None = None
+    frontier_ML: Float64 | None = None
+    structure: Structure | None = None
 
 
 def solve(problem: Problem, *, seed: int = 0) -> Solution:
-    """The layout that is best for the problem's objective, as far as its steps show."""
-    if problem.objective in (Objective.MEAN, Objective.MOVES):
-        return Solution(slot_LPK=mean_layout(problem, problem.load_SLE.mean(axis=0), seed=seed))
+    """The layout that is best for the problem's objective, as far as its steps show.
+
+    Raises:
+        PlacementError: moves are limited, but today's ranks have other numbers of slots.
+    """
     load_SLE = problem.load_SLE
+    tokens = _structure(problem, seed)
+    held_LPE = problem.current_LPE
+    if held_LPE is None:
+        return Solution(slot_LPK=_fresh(problem, load_SLE, tokens, seed), structure=tokens)
+    today_LPK, frontier_ML = slots_of(held_LPE), None
+    is_limited = problem.max_moves >= 0
+
+    def make(load_SLE: Float64) -> Int64:
+        if is_limited:
+            return _moved(problem, load_SLE, today_LPK)[0]
+        return _fresh(problem, load_SLE, tokens, seed)
+
+    def judge(load_SLE: Float64, slot_LPK: Int64) -> Float64:
+        if problem.objective is Objective.ACTIVE:
+            load_SLE = (load_SLE > 0).astype(np.float64)
+        return np.asarray(rank_times(load_SLE, slot_LPK, problem.speed_P).max(axis=2))
+
+    if is_limited:
+        slot_LPK, frontier_ML = _moved(problem, load_SLE, today_LPK)
+    else:
+        slot_LPK = make(load_SLE)
+        if problem.speed_P is None:
+            slot_LPK = renumbered(slot_LPK, held_LPE > 0, problem.node_P)
+    if problem.is_of_mean:
+        mean_SLE = load_SLE.mean(axis=0)[None]
+        gain_L: Float64 | None = (judge(mean_SLE, today_LPK) - judge(mean_SLE, slot_LPK))[0]
+    else:
+        gain_L = expected_gain(load_SLE, today_LPK, make, judge)
+    is_changed_L = (
+        np.full(len(today_LPK), problem.move_cost == 0) if gain_L is None else gain_L > problem.move_cost
+    )
+    if today_LPK.shape != slot_LPK.shape:
+        is_changed_L = np.ones(len(today_LPK), dtype=bool)
+    else:
+        slot_LPK = np.where(is_changed_L[:, None, None], slot_LPK, today_LPK)
+    return Solution(
+        slot_LPK=slot_LPK,
+        is_changed_L=is_changed_L,
+        gain_L=gain_L,
+        frontier_ML=frontier_ML,
+        structure=tokens,
+    )
+
+
+def _structure(problem: Problem, seed: int) -> Structure | None:
+    if problem.objective is not Objective.NODES:
+        return None
+    assert problem.token_TK is not None
+    assert problem.token_step_T is not None
+    load_E = forecast(problem.load_SLE[:, :1])[0][0]
+    return structure(problem.token_TK, problem.token_step_T, load_E, problem.nodes, seed=seed)
+
+
+def _moved(problem: Problem, load_SLE: Float64, today_LPK: Int64) -> tuple[Int64, Float64]:
+    experts = load_SLE.shape[2]
+    slots = slots_per_rank(experts, problem.ranks, problem.replicas)
+    if today_LPK.shape[2] != slots:
+        raise PlacementError(
+            f"{today_LPK.shape[2]} slots of a rank today and {slots} with {problem.replicas} replicas; "
+            "expected as many where moves are limited"
+        )
+    return moved_layouts(
+        load_SLE.mean(axis=0) if problem.is_of_mean else forecast(load_SLE)[0],
+        today_LPK,
+        most_moves=problem.max_moves,
+        speed_P=problem.speeds,
+        node_P=problem.node_P,
+    )
+
+
+def _fresh(problem: Problem, load_SLE: Float64, tokens: Structure | None, seed: int) -> Int64:
+    """A layout that owes nothing to today's."""
+    if problem.is_of_mean:
+        return _for_loads(problem, load_SLE.mean(axis=0), tokens, seed, is_greedy=False)
     if problem.objective is Objective.ACTIVE:
-        load_SLE = (load_SLE > 0).astype(np.float64)
-    start = mean_layout(problem, load_SLE.mean(axis=0), seed=seed, is_greedy=True)
-    return Solution(slot_LPK=steps_layout(load_SLE, start))
+        return _for_loads(problem, _activated(load_SLE), tokens, seed, is_greedy=False)
+    expected_LE, scenario_SLE, is_drifting = forecast(load_SLE)
+    start = _for_loads(problem, expected_LE, tokens, seed, is_greedy=is_drifting)
+    node_P = problem.node_P
+    if tokens is None or not tokens.is_there:
+        return steps_layout(scenario_SLE, start, speed_P=problem.speed_P, node_P=node_P)
+    blocks_P = np.arange(problem.ranks) // (problem.ranks // problem.nodes)
+    first = steps_layout(scenario_SLE[:, :1], start[:1], speed_P=problem.speed_P, node_P=blocks_P)
+    others = steps_layout(scenario_SLE[:, 1:], start[1:], speed_P=problem.speed_P, node_P=node_P)
+    return np.concatenate([first, others])
 
 
-def mean_layout(problem: Problem, load_LE: Float64, *, seed: int = 0, is_greedy: bool = False) -> Int64:
+def _activated(load_SLE: Float64) -> Float64:
+    """Probability that the next steps activate each expert, (L, E).
+
+    What the mean load implies if tokens choose independently of each other, and the share of steps in which
+    it was active: the first is less noisy, the second right for bursts. Loads decide between equals.
+    """
+    expected_LE, _, _ = forecast(load_SLE)
+    active_LE, _, _ = forecast((load_SLE > 0).astype(np.float64))
+    tie_LE = expected_LE / np.maximum(expected_LE.mean(axis=1), 1e-300)[:, None]
+    return np.asarray((1 - np.exp(-expected_LE) + active_LE) / 2 + _TIE * tie_LE)
+
+
+def _for_loads(
+    problem: Problem, load_LE: Float64, tokens: Structure | None, seed: int, *, is_greedy: bool
+) -> Int64:
     """The layout for given loads, under the rules of the problem."""
-    layers = len(load_LE)
-    speed_P = np.ones(problem.ranks) if problem.speed_P is None else problem.speed_P
-    speed_LP = np.tile(speed_P, (layers, 1))
 
     def make(load_AE: Float64, ranks: int, replicas: int, speed_AP: Float64) -> Int64:
         if is_greedy:
-            return greedy_layout(load_AE, ranks, replicas)
+            return pack(load_AE, water_filled(load_AE, replicas, ranks), ranks, speed_AP)
         return balanced_layout(load_AE, ranks, replicas, speed_LP=speed_AP, seed=seed)
 
-    if problem.groups == 1:
-        return make(load_LE, problem.ranks, problem.replicas, speed_LP)
-    return grouped_layout(
-        load_LE,
-        problem.ranks,
-        problem.replicas,
-        nodes=problem.nodes,
-        groups=problem.groups,
-        speed_LP=speed_LP,
-        make=make,
-    )
+    def within(load_LE: Float64, expert_LME: Int64) -> Int64:
+        return on_nodes(
+            load_LE,
+            expert_LME,
+            ranks=problem.ranks,
+            replicas=problem.replicas,
+            speed_P=problem.speeds,
+            make=make,
+        )
+
+    if problem.groups > 1:
+        nodes, groups = problem.nodes, problem.groups
+        return within(load_LE, grouped_experts(load_LE, nodes=nodes, groups=groups, speed_P=problem.speeds))
+    speed_LP = np.tile(problem.speeds, (len(load_LE), 1))
+    slot_LPK = make(load_LE, problem.ranks, problem.replicas, speed_LP)
+    if tokens is not None and tokens.is_there:
+        expert_LME = np.argsort(tokens.node_E, kind="stable").reshape(1, problem.nodes, -1)
+        slot_LPK[:1] = within(load_LE[:1], expert_LME)
+    return slot_LPK
