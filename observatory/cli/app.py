@@ -19,6 +19,7 @@ _COMMANDS = {
     "exchanges": "exchanges:exchanges",
     "scan": "scan:scan",
     "place": "place:place",
+    "route-fetch": "route_fetch:route_fetch",
     "report": "report:report",
     "export": "export:export",
     "bench alltoall": "bench:alltoall",
@@ -45,13 +46,15 @@ _GROUPS = {
 }
 _SECTIONS = {
     "Capture": ("quickstart", "profile", "grid"),
-    "Analysis": ("routing", "exchanges", "scan", "place", "report", "export"),
+    "Analysis": ("routing", "exchanges", "scan", "place", "route-fetch", "report", "export"),
     "Network": ("bench", "replay", "fit"),
     "Power": ("power", "energy", "reuse", "clocks"),
     "Machine": ("doctor",),
 }
 #: Commands that read runs and results, and that a rank of a job may well call.
-_ANALYSIS = frozenset({"routing", "scan", "place", "fit", "export", "exchanges", "energy", "report"})
+_ANALYSIS = frozenset(
+    {"routing", "scan", "place", "route-fetch", "fit", "export", "exchanges", "energy", "report"}
+)
 
 
 class Group(TyperGroup):

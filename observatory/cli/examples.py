@@ -21,6 +21,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory place runs/a --ranks 8 --out placement.json",
         "observatory place runs/a --ranks 8 --replicas 8 --phase prefill --out placement.json",
     ),
+    "route-fetch": (
+        "observatory route-fetch --constants rf.json --layers 27",
+        "observatory route-fetch --constants published:h100-ndr200 --shape mla:16,512,64 --layers 27",
+    ),
     "exchanges": ("observatory exchanges runs/ep4", "observatory exchanges runs/ep4 --csv --table ranks"),
     "bench alltoall": (
         "observatory bench alltoall --ranks 4 --out bench.json",

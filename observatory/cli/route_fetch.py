@@ -33,6 +33,63 @@ ShapeOption = Annotated[
 ]
 ElementOption = Annotated[str, typer.Option("--dtype", metavar="NAME", help="float32, bfloat16 or float16.")]
 
+ConstantsOption = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE|published:NAME",
+        help="Result of `bench route-fetch`, or published constants: published:h100-ndr200.",
+    ),
+]
+
+
+def route_fetch(
+    constants: ConstantsOption,
+    shape: ShapeOption = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="NAME", help="Of --shape: float32, bfloat16 or float16.")
+    ] = "bfloat16",
+    layers: Annotated[int, typer.Option(min=1, max=4096, help="Layers of the cache.")] = 1,
+    uses: Annotated[
+        float, typer.Option(min=1.0, max=1e9, help="Steps that one fetch or prefill serves.")
+    ] = 1.0,
+    rows: Annotated[
+        str, typer.Option(metavar="LOW,HIGH", help="Query rows, or tokens of an expert, of the map.")
+    ] = "16,4096",
+    sizes: Annotated[
+        str, typer.Option(metavar="LOW,HIGH", help="Tokens of a chunk, or inner width, of the map.")
+    ] = "16,4096",
+    bootstrap: Annotated[int, typer.Option(min=20, max=10_000, help="Bootstrap samples over points.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of folds and bootstrap.")] = 0,
+    wide: WideOption = False,
+    csv: CsvOption = False,
+    table: TableOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Send rows to the data, bring the data, or make it here: what costs less, and from where on."""
+    from observatory.advice.route_fetch import known_constants
+    from observatory.analysis.route_fetch.document import (
+        Question,
+        map_tables,
+        route_fetch_document,
+        route_fetch_tables,
+    )
+    from observatory.cli.output import print_data, print_tables, say
+
+    question = Question(
+        rows=parse_range("--rows", rows, most=_MOST_ROWS),
+        sizes=parse_range("--sizes", sizes, most=_MOST_ROWS),
+        layers=layers,
+        uses=uses,
+    )
+    shapes = [parse_shape(text, dtype=dtype) for text in shape or ()]
+    answers, notes = known_constants(constants, shapes, bootstrap=bootstrap, seed=seed)
+    document = route_fetch_document(answers, question, notes)
+    tables = route_fetch_tables(document)
+    for note in notes:
+        say(f"note: {note}")
+    if not print_data(document, tables, json=json, csv=csv, table=table):
+        print_tables([*tables[:-1], *map_tables(document)], wide=wide)
+
 
 def bench(
     out: ResultOption,

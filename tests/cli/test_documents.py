@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from observatory.analysis.network.documents import bench_document, replay_document
+from observatory.analysis.route_fetch.document import measured_document
 from observatory.cli import main
 from observatory.run.documents.printed import PRINTED_VERSION
 from tests.analysis.energy.test_prefix_cache import measured
+from tests.analysis.route_fetch.made import made_result
 from tests.cli.test_terminal import big_exchanges
 from tests.conftest import MakeRun
 from tests.paths import ROOT
@@ -66,6 +68,10 @@ def test_every_key_of_a_document_is_described(
         printed(capsys, "place", str(make_run("long", steps=16)), "--ranks", "2"),
         printed(capsys, "energy", str(a_power_run(tmp_path / "power"))),
         printed(capsys, "reuse", "show", str(saved(tmp_path / "reuse.json", measured((37e3, 45e3, 18e3))))),
+        printed(
+            capsys, "route-fetch", "--constants", str(saved(tmp_path / "rf.json", made_result("expert:8")))
+        ),
+        measured_document(made_result("mla:2,8,4")),
         bench_document(a_bench(repeats=2)),
         replay_document(a_replay()),
     ]

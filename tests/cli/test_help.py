@@ -79,7 +79,7 @@ printf '%s\\n' "${COMPREPLY[@]}"
 @pytest.mark.parametrize(
     ("words", "completed"),
     [
-        ("observatory ro", {"routing"}),
+        ("observatory ro", {"routing", "route-fetch"}),
         ("observatory clocks rec", {"recommend", "recover"}),
         ("observatory routing --b", {"--bootstrap"}),
         ("observatory clocks sweep --to", {"--tokens-per-iteration", "--torch-device"}),

@@ -33,6 +33,7 @@ from tests.analysis.energy.test_prefix_cache import measured
 from tests.analysis.exchange.runs import exchange_run
 from tests.analysis.exchange.tables import collective
 from tests.analysis.frequency.test_telemetry import write_run as write_telemetry
+from tests.analysis.route_fetch.made import made_result
 from tests.collectives.bench.runs import write_captured_run
 from tests.conftest import MakeRun
 from tests.devices.recordings import write_recording
@@ -153,6 +154,8 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield ["scan", run, "--ep", "4", "--network", model, "--gpus-per-node", "2"]
     longer = str(write_run(tmp / "longer", manifest(HOSTILE, layers=2, experts=64, top_k=4), steps=16))
     yield ["place", longer, "--ranks", "4", "--replicas", "4"]
+    measured_here = str(saved(tmp / "rf.json", made_result("mla:4,128,32", "expert:256")))
+    yield ["route-fetch", "--constants", measured_here, "--layers", "27", "--wide"]
     yield ["exchanges", exchanges]
     yield ["exchanges", exchanges, "--wide"]
     yield ["fit", bench, "--out", str(tmp / "new.json"), "--bootstrap", "10", "--force"]
@@ -183,6 +186,7 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             yield ["bench", "alltoall", "--algorithm", algorithm, "--out", out, "--force", *wide]
         yield ["bench", "experts", "--shape", "8,8,4,2", "--assignments", "4,8,16,32", "--activated", "1,2,4",
                "--repeats", "1", "--out", out, "--force", *wide]  # fmt: skip
+        yield ["bench", "route-fetch", "--out", out, "--force", *wide]
         captured = str(write_captured_run(tmp / f"captured{len(wide)}"))
         yield ["replay", captured, "--out", out, "--force", *wide]
         yield [
@@ -228,6 +232,9 @@ def keep_results(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, stored in {
         "campaign.benchmark.run_benchmark": lambda plan, **_: (
             a_replay(layers=range(LAYERS)) if plan.kind == "replay" else a_bench(repeats=2)
+        ),
+        "campaign.benchmark.run_route_fetch_benchmark": lambda *_, **__: made_result(
+            "mla:4,128,32", "expert:8"
         ),
         "cli.clocks.sweep._run": lambda *_, **__: sweep,
         "campaign.prefix_cache.check_same_device": lambda *_: None,

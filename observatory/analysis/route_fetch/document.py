@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from observatory.analysis.columns import Column, Table
+from observatory.analysis.route_fetch.choosing import (
+    CERTAIN,
+    DecisionMap,
+    break_even_rows,
+    compared_options,
+    decision_map,
+)
+from observatory.analysis.route_fetch.costs import Constants
+from observatory.analysis.route_fetch.fitting import HeldOut
+from observatory.errors import BenchmarkError
 from observatory.run.documents.printed import printed_document
-from observatory.run.documents.route_fetch import RouteFetchResult
+from observatory.run.documents.route_fetch import Option, RouteFetchResult, Shape
 from observatory.run.usable_cores import share_document, short_of_cores
 
 MEASURED_COLUMNS = (
@@ -87,3 +98,209 @@ def measured_tables(document: dict[str, Any]) -> list[Table]:
         Table(name="rows", columns=MEASURED_COLUMNS, rows=document["rows"], title=title),
         Table(name="points", columns=columns, rows=points),
     ]
+
+
+ACCURACY_COLUMNS = (
+    Column(name="shape", title="shape", text=True, key=True),
+    Column(name="points", title="points"),
+    Column(
+        name="knee_bytes",
+        title="knee",
+        unit="kB",
+        scale=1e-3,
+        digits=1,
+        legend="payload of a trip whose bytes take as long as the trip",
+    ),
+    Column(name="mape_above", title="error above", unit="%", digits=1, legend="mean, of held-out points"),
+    Column(name="mape_below", title="below", unit="%", digits=1),
+    Column(
+        name="right_apart",
+        title="right",
+        of="apart",
+        legend="picks of the faster option at held-out points whose measured costs differ by over 10 %",
+    ),
+    Column(name="right", title="right in all", of="points"),
+    Column(name="time_lost", title="time lost", unit="%", digits=1, legend="by wrong picks, mean"),
+)
+BREAK_EVEN_COLUMNS = (
+    Column(name="shape", title="shape", text=True, key=True),
+    Column(name="size", title="size", digits=0, key=True, legend="tokens of the chunk, or inner width"),
+    Column(
+        name="rows",
+        title="fetch from rows",
+        digits=0,
+        interval=("rows_low", "rows_high"),
+        otherwise="never",
+        legend="query rows (or tokens) from which fetching costs less, with its 90 % interval",
+    ),
+    Column(name="route_us", title="route at 1 row", unit="us", digits=0, wide=True),
+    Column(name="fetch_us", title="fetch at 1 row", unit="us", digits=0),
+    Column(name="local_us", title="local", unit="us", digits=0, wide=True),
+)
+_LETTERS: dict[Option, str] = {"route": "R", "fetch": "F", "local": "L"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What a map is asked for.
+
+    Attributes:
+        rows, sizes: ends of the axes.
+        layers: layers of the cache.
+        uses: steps that one fetch serves.
+    """
+
+    rows: tuple[int, int]
+    sizes: tuple[int, int]
+    layers: int
+    uses: float
+
+
+def route_fetch_document(
+    answers: Sequence[tuple[Shape, Constants, HeldOut | None]], question: Question, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Break-even points and maps, as ``route-fetch --json`` prints them (docs/json.md).
+
+    Raises:
+        BenchmarkError: constants with which fewer than two options can be compared.
+    """
+    maps = []
+    for shape, constants, _ in answers:
+        options = compared_options(constants, shape)
+        if len(options) < 2:
+            raise BenchmarkError(f"{constants.source} does not say what two options of {shape.name} cost")
+        maps.append(
+            decision_map(
+                constants,
+                shape,
+                rows_R=_axis(question.rows, 10),
+                size_C=_axis(question.sizes, 8),
+                layers=1 if shape.kind == "expert" else question.layers,
+                uses=question.uses,
+                options=options,
+            )
+        )
+    first = answers[0][1]
+    return printed_document(
+        "route_fetch",
+        {
+            "grade": first.grade,
+            "source": first.source,
+            "backend": first.backend or None,
+            "ranks": first.holders + 1,
+            "layers": question.layers,
+            "uses": question.uses,
+            "notes": list(notes),
+            "accuracy": [
+                _accuracy_row(shape, held_out) for shape, _, held_out in answers if held_out is not None
+            ],
+            "break_even": [
+                row
+                for answer, item in zip(answers, maps, strict=True)
+                for row in _break_even_rows(answer, item, question)
+            ],
+            "map": [
+                row for answer, item in zip(answers, maps, strict=True) for row in _map_rows(answer[0], item)
+            ],
+        },
+    )
+
+
+def _axis(ends: tuple[int, int], points: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Whole numbers from one end to the other, evenly spaced by ratio."""
+    return np.unique(np.round(np.geomspace(*ends, points)))
+
+
+def _accuracy_row(shape: Shape, held_out: HeldOut) -> dict[str, Any]:
+    both: tuple[Option, ...] = ("route", "fetch")
+    predicted, measured, apart, lost = held_out.winners(both)
+    return {
+        "shape": shape.name,
+        "points": len(apart),
+        "knee_bytes": held_out.knee_bytes,
+        "mape_above": held_out.mape(both, above=True),
+        "mape_below": held_out.mape(both, above=False),
+        "above": int((held_out.above_N & held_out.of(both)).sum()),
+        "apart": int(apart.sum()),
+        "right_apart": int((predicted == measured)[apart].sum()),
+        "right": int((predicted == measured).sum()),
+        "time_lost": float(lost.mean()),
+    }
+
+
+def _break_even_rows(
+    answer: tuple[Shape, Constants, HeldOut | None], item: DecisionMap, question: Question
+) -> Iterator[dict[str, Any]]:
+    shape, constants, _ = answer
+    for index, size in enumerate(item.size_C.tolist()):
+        layers = 1 if shape.kind == "expert" else question.layers
+        rows = break_even_rows(constants, shape, size=size, layers=layers, uses=question.uses)
+        costs = {f"{option}_us": float(item.us_OCR[at, index, 0]) for at, option in enumerate(item.options)}
+        yield {
+            "shape": shape.name,
+            "size": size,
+            "rows": None if rows is None else rows.value,
+            "rows_low": None if rows is None else rows.low,
+            "rows_high": None if rows is None else rows.high,
+            "route_us": costs.get("route_us"),
+            "fetch_us": costs.get("fetch_us"),
+            "local_us": costs.get("local_us"),
+        }
+
+
+def _map_rows(shape: Shape, item: DecisionMap) -> Iterator[dict[str, Any]]:
+    for at_size, size in enumerate(item.size_C.tolist()):
+        for at_rows, rows in enumerate(item.rows_R.tolist()):
+            yield {
+                "shape": shape.name,
+                "size": size,
+                "rows": rows,
+                "option": item.options[item.best_CR[at_size, at_rows]],
+                "certainty": float(item.certainty_CR[at_size, at_rows]),
+                "measured": bool(item.measured_CR[at_size, at_rows]),
+                **{
+                    f"{option}_us": float(item.us_OCR[index, at_size, at_rows])
+                    for index, option in enumerate(item.options)
+                },
+            }
+
+
+def route_fetch_tables(document: dict[str, Any]) -> list[Table]:
+    """Accuracy, break-even points, and a map for each shape."""
+    tables = [Table(name="break_even", columns=BREAK_EVEN_COLUMNS, rows=document["break_even"])]
+    if document["accuracy"]:
+        title = f"{document['source']}: predicted by fits that did not see the point"
+        accuracy = Table(name="accuracy", columns=ACCURACY_COLUMNS, rows=document["accuracy"], title=title)
+        tables.insert(0, accuracy)
+    columns = tuple(Column(name=name, title=name) for name in document["map"][0])
+    return [*tables, Table(name="map", columns=columns, rows=document["map"])]
+
+
+def map_tables(document: dict[str, Any]) -> list[Table]:
+    """The map as people read it: a line for each size, a column for each number of rows."""
+    tables = []
+    for shape in dict.fromkeys(row["shape"] for row in document["map"]):
+        rows = [row for row in document["map"] if row["shape"] == shape]
+        heads = [f"{value:.0f}" for value in dict.fromkeys(row["rows"] for row in rows)]
+        lines: dict[float, dict[str, Any]] = {}
+        for row in rows:
+            lines.setdefault(row["size"], {"size": row["size"]})[f"{row['rows']:.0f}"] = _mark(row)
+        what = ("inner width", "tokens") if shape.startswith("expert") else ("chunk tokens", "query rows")
+        tables.append(
+            Table(
+                name=shape,
+                columns=(
+                    Column(name="size", title=what[0], digits=0, key=True),
+                    *(Column(name=head, title=head) for head in heads),
+                ),
+                rows=list(lines.values()),
+                title=f"{shape}: R route, F fetch, L local by {what[1]} (columns) and {what[0]} (lines); "
+                f"? in under {CERTAIN:.0%} of samples, * beyond what was measured",
+            )
+        )
+    return tables
+
+
+def _mark(row: dict[str, Any]) -> str:
+    sure = "" if row["certainty"] >= CERTAIN else "?"
+    return f"{_LETTERS[row['option']]}{sure}{'' if row['measured'] else '*'}"

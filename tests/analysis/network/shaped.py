@@ -18,6 +18,7 @@ from pathlib import Path
 from observatory.collectives.bench.rank import RankJob
 from observatory.hpc.launch import rank_environment
 from observatory.run.documents.bench import BenchPlan, BenchResult, load_bench
+from observatory.run.documents.route_fetch import RouteFetchPlan
 
 #: Large frames, so that headers are under 1 % of what passes.
 MTU_BYTES = 9000
@@ -131,7 +132,19 @@ def _real_time() -> list[str]:
 def run_on_nodes(
     plan: BenchPlan, names: Sequence[str], *, ranks_on_node: int, folder: Path, timeout_s: float = 60.0
 ) -> BenchResult:
-    """Run a plan with so many ranks in each namespace.
+    """Run a plan of exchanges; see `run_ranks`."""
+    return load_bench(run_ranks(plan, names, ranks_on_node=ranks_on_node, folder=folder, timeout_s=timeout_s))
+
+
+def run_ranks(
+    plan: BenchPlan | RouteFetchPlan,
+    names: Sequence[str],
+    *,
+    ranks_on_node: int,
+    folder: Path,
+    timeout_s: float = 60.0,
+) -> Path:
+    """Run a plan with so many ranks in each namespace; the file of the result.
 
     Ranks run at real-time priority where this is allowed: each stands for a host of its own, where no other
     program takes the core from it.
@@ -174,4 +187,4 @@ def run_on_nodes(
             if process.poll() is None:
                 process.kill()
             process.communicate()
-    return load_bench(out)
+    return out

@@ -1,0 +1,279 @@
+"""Which experts to send tokens to, which to fetch, and which to keep on every rank, from captured loads.
+
+Shapes: S steps, L layers, E experts, P ranks, B bootstrap samples.
+
+The time of a layer-step is that of the slowest rank:
+
+    dispatch and combine   a trip, and the rows of the rank that sends or receives most, both ways
+    fetch                  a trip, and the weights of the rank that sends or receives most
+    experts                the rank that computes longest: experts it holds, and its share of the others
+
+Tokens come from all ranks alike. A fetched expert serves one step: its weights go to every rank that has a
+token for it, which computes its own. A kept expert is on all ranks and moves nothing. In each layer the
+experts with most tokens are kept (as many as there is room for), then fetched, one by one while that shortens
+the layer on the steps that it is chosen on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from observatory.analysis.route_fetch.costs import TERMS, Constants
+from observatory.analysis.statistics import (
+    Interval,
+    block_count,
+    block_weights,
+    few_blocks_widening,
+    sample_interval,
+)
+from observatory.errors import BenchmarkError
+
+Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
+
+_RESAMPLES = 200
+#: Experts that are tried after the last one that shortened the layer.
+_PATIENCE = 4
+
+
+class Choice(IntEnum):
+    """What to do with an expert."""
+
+    ROUTE = 0
+    FETCH = 1
+    KEEP = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertShape:
+    """Experts of a model.
+
+    Attributes:
+        hidden: hidden size.
+        expert_bytes: bytes of one expert's weights.
+        element_bytes: bytes of one value.
+    """
+
+    hidden: int
+    expert_bytes: int
+    element_bytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token, one way."""
+        return self.hidden * self.element_bytes
+
+    @property
+    def token_operations(self) -> float:
+        """Operations of one token in one expert: a multiplication and an addition for each weight."""
+        return 2.0 * self.expert_bytes / self.element_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExpertDecisions:
+    """What to do with each expert, and what that saves.
+
+    Attributes:
+        choice_LE: `Choice` of each expert.
+        tokens_LE: tokens of a step, mean over the steps that it was chosen on.
+        route_us_LE, fetch_us_LE: what moving the tokens, or the weights, of that expert alone takes.
+        break_even_tokens: tokens of an expert in a step from which on fetching it alone moves less.
+        today_us, chosen_us: time of a step on the steps that were not used to choose; without the experts'
+            own time where the constants say nothing about it.
+        saved_us: what the choice saves there, with its 90 % interval (steps and constants).
+        saved_us_L: the same by layer.
+        keep_bytes: memory that kept experts take on each rank.
+        keep_us: time to bring them there, once.
+        steps: steps that it was chosen on, and judged on.
+        without_compute: whether the constants say nothing about the experts' own time.
+    """
+
+    choice_LE: Int64
+    tokens_LE: Float64
+    route_us_LE: Float64
+    fetch_us_LE: Float64
+    break_even_tokens: float | None
+    today_us: float
+    chosen_us: float
+    saved_us: Interval
+    saved_us_L: Float64
+    keep_bytes: int
+    keep_us: float
+    steps: tuple[int, int]
+    without_compute: bool
+
+
+def decide_experts(
+    load_SLE: Int64,
+    rank_of_LE: Int64,
+    shape: ExpertShape,
+    constants: Constants,
+    *,
+    ranks: int,
+    copies: int = 0,
+    train_share: float = 0.5,
+    seed: int = 0,
+) -> ExpertDecisions:
+    """Choose on the first steps, judge on the others.
+
+    Args:
+        load_SLE: tokens of each expert in each step and layer, from all ranks.
+        rank_of_LE: rank that holds each expert.
+        shape: of the experts.
+        constants: of this fabric, or published.
+        ranks: P.
+        copies: experts of a layer that every rank has room to keep besides its own.
+        train_share: share of the steps that the choice is made on.
+        seed: of the resamples.
+
+    Raises:
+        BenchmarkError: fewer than two steps on either side, or constants without transfers.
+    """
+    train = int(train_share * len(load_SLE) + 0.5)
+    if min(train, len(load_SLE) - train) < 2:
+        raise BenchmarkError(
+            f"{len(load_SLE)} steps are too few to choose on some and judge on others",
+            expected="two on either side",
+        )
+    if "transfer" not in constants.stages:
+        raise BenchmarkError(f"{constants.source} says nothing about transfers")
+    model = _LayerTimes(shape, constants, ranks)
+    choice_LE = np.stack(
+        [
+            _choose(model, load_SLE[:train, layer].astype(np.float64), rank_of_LE[layer], copies)
+            for layer in range(load_SLE.shape[1])
+        ]
+    )
+    test_SLE = load_SLE[train:].astype(np.float64)
+    today_LE = np.zeros_like(choice_LE)
+    today_SL, chosen_SL = (
+        _step_times(model, test_SLE, rank_of_LE, choice) for choice in (today_LE, choice_LE)
+    )
+    saved = _saving(constants, shape, ranks, test_SLE, rank_of_LE, choice_LE, today_SL - chosen_SL, seed)
+    tokens_LE = load_SLE[:train].mean(axis=0)
+    trip, out, back = constants.stages["transfer"].us_F
+    away = (ranks - 1) / ranks
+    row_us = away * shape.row_bytes * (out + back)
+    fetch_us = trip + (ranks - 1) * shape.expert_bytes * back
+    kept_L = (choice_LE == Choice.KEEP).sum(axis=1)
+    return ExpertDecisions(
+        choice_LE=choice_LE,
+        tokens_LE=tokens_LE,
+        route_us_LE=tokens_LE * row_us,
+        fetch_us_LE=np.full(tokens_LE.shape, fetch_us),
+        break_even_tokens=float(fetch_us / row_us) if row_us > 0 else None,
+        today_us=float(today_SL.sum(axis=1).mean()),
+        chosen_us=float(chosen_SL.sum(axis=1).mean()),
+        saved_us=saved,
+        saved_us_L=(today_SL - chosen_SL).mean(axis=0),
+        keep_bytes=int(kept_L.sum()) * shape.expert_bytes,
+        keep_us=float(kept_L.sum() * (ranks - 1) * shape.expert_bytes * back),
+        steps=(train, len(load_SLE) - train),
+        without_compute="experts" not in constants.stages,
+    )
+
+
+class _LayerTimes:
+    """Times of one layer for any choice of what to fetch and keep."""
+
+    def __init__(
+        self, shape: ExpertShape, constants: Constants, ranks: int, sample: int | None = None
+    ) -> None:
+        def costs(stage: str) -> Float64:
+            if stage not in constants.stages:
+                return np.zeros(len(TERMS[stage]))  # type: ignore[index]  # a literal
+            known = constants.stages[stage]  # type: ignore[index]  # likewise
+            return known.us_F if sample is None else known.samples_BF[sample % len(known.samples_BF)]
+
+        self.shape, self.ranks = shape, ranks
+        self.trip, self.out, self.back = costs("transfer")
+        self.call, self.operation, self.byte = costs("experts")
+
+    def us_S(self, load_SE: Float64, rank_of_E: Int64, choice_E: Int64) -> Float64:
+        """Time of the layer in each step, (S,)."""
+        ranks, shape = self.ranks, self.shape
+        home_EP = (rank_of_E[:, None] == np.arange(ranks)).astype(np.float64)
+        routed_E = choice_E == Choice.ROUTE
+        # Rows: every rank has an equal share of each expert's tokens.
+        share_SE = load_SE * routed_E / ranks
+        arrive_SP = (ranks - 1) * share_SE @ home_EP
+        leave_SP = share_SE.sum(axis=1, keepdims=True) - share_SE @ home_EP
+        rows_S = np.maximum(arrive_SP, leave_SP).max(axis=1)
+        us_S: Float64 = np.where(rows_S > 0, self.trip, 0.0) + rows_S * shape.row_bytes * (
+            self.out + self.back
+        )
+        # Weights: to each rank that has a token for the expert.
+        wanted_SE = (1.0 - (1.0 - 1.0 / ranks) ** load_SE) * (choice_E == Choice.FETCH)
+        send_SP = (ranks - 1) * wanted_SE @ home_EP
+        receive_SP = wanted_SE.sum(axis=1, keepdims=True) - wanted_SE @ home_EP
+        weights_S = np.maximum(send_SP, receive_SP).max(axis=1) * shape.expert_bytes
+        us_S += np.where(weights_S > 0, self.trip, 0.0) + weights_S * self.back
+        return us_S + self._experts(load_SE, home_EP, routed_E)
+
+    def _experts(self, load_SE: Float64, home_EP: Float64, routed_E: NDArray[np.bool_]) -> Float64:
+        """The longest computing rank: experts with tokens at their home, an equal share of the others."""
+        shape, ranks = self.shape, self.ranks
+        each = self.call + self.byte * shape.expert_bytes
+        token = self.operation * shape.token_operations
+        home_SE = (each * (load_SE > 0) + token * load_SE) * routed_E
+        active_SE = (1.0 - (1.0 - 1.0 / ranks) ** load_SE) * ~routed_E
+        shared_S = (each * active_SE + token * load_SE * ~routed_E / ranks).sum(axis=1)
+        longest_S: Float64 = (home_SE @ home_EP).max(axis=1) + shared_S
+        return longest_S
+
+
+def _choose(model: _LayerTimes, load_SE: Float64, rank_of_E: Int64, copies: int) -> Int64:
+    """Keep, then fetch, the experts with most tokens, one by one while the layer gets shorter."""
+    order_E = np.argsort(-load_SE.mean(axis=0), kind="stable")
+    choice_E = np.zeros(load_SE.shape[1], dtype=np.int64)
+    best_us = float(model.us_S(load_SE, rank_of_E, choice_E).mean())
+    for choice, most in ((Choice.KEEP, copies), (Choice.FETCH, len(order_E))):
+        tried_E, failures = choice_E.copy(), 0
+        for expert in [expert for expert in order_E if choice_E[expert] == Choice.ROUTE][:most]:
+            tried_E[expert] = choice
+            us = float(model.us_S(load_SE, rank_of_E, tried_E).mean())
+            failures += 1
+            if us < best_us:
+                choice_E, best_us, failures = tried_E.copy(), us, 0
+            if failures >= _PATIENCE:
+                break
+    return choice_E
+
+
+def _step_times(model: _LayerTimes, load_SLE: Float64, rank_of_LE: Int64, choice_LE: Int64) -> Float64:
+    """Time of every layer in every step, (S, L)."""
+    return np.stack(
+        [
+            model.us_S(load_SLE[:, layer], rank_of_LE[layer], choice_LE[layer])
+            for layer in range(load_SLE.shape[1])
+        ],
+        axis=1,
+    )
+
+
+def _saving(
+    constants: Constants, shape: ExpertShape, ranks: int, load_SLE: Float64, rank_of_LE: Int64,
+    choice_LE: Int64, saved_SL: Float64, seed: int,
+) -> Interval:  # fmt: skip
+    """Mean saving of a step: steps are resampled in blocks, constants from their own samples."""
+    value = float(saved_SL.sum(axis=1).mean())
+    if not choice_LE.any():
+        return Interval(value=0.0, low=0.0, high=0.0)
+    today_LE = np.zeros_like(choice_LE)
+    steps = len(load_SLE)
+    weight_BS = block_weights(steps, _RESAMPLES, seed)
+    draws = max(len(item.samples_BF) for item in constants.stages.values())
+    sampled = []
+    for index, weight_S in enumerate(weight_BS[: max(draws, 50)]):
+        model = _LayerTimes(shape, constants, ranks, sample=index)
+        saved_S = sum(
+            sign * _step_times(model, load_SLE, rank_of_LE, choice).sum(axis=1)
+            for sign, choice in ((1.0, today_LE), (-1.0, choice_LE))
+        )
+        sampled.append(float(np.asarray(saved_S) @ weight_S / steps))
+    widening = few_blocks_widening(max(2, block_count(steps)))
+    return sample_interval(value, value + widening * (np.array(sampled) - value))

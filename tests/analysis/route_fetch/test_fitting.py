@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from observatory.analysis.route_fetch.choosing import break_even_rows, decision_map
+from observatory.analysis.route_fetch.costs import TERMS
+from observatory.analysis.route_fetch.fitting import fit_shape, hold_out_points
+from observatory.cli import main
+from observatory.errors import BenchmarkError
+from observatory.run.documents.route_fetch import RouteFetchResult
+from tests.analysis.route_fetch.made import TRUTH, made_result
+
+TEXTS = ("mla:4,128,32", "sparse:4,128,32,100", "expert:256")
+
+
+@pytest.mark.parametrize("index", range(len(TEXTS)), ids=TEXTS)
+def test_the_fit_recovers_the_constants_of_a_made_measurement(index: int) -> None:
+    result = made_result(*TEXTS, noise=0.02)
+    constants = fit_shape(result, index, bootstrap=50)
+    trip, out, back = constants.stages["transfer"].us_F
+    assert trip == pytest.approx(TRUTH["transfer"][0], rel=0.1)
+    assert (out, back) == pytest.approx(TRUTH["transfer"][1:], rel=0.03)
+    fewest, most = constants.domain["rows"]
+    assert fewest < 20
+    assert most > 700
+    for stage, costs in constants.stages.items():
+        assert costs.samples_BF.shape == (50, len(TERMS[stage]))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_held_out_points_are_predicted_and_the_faster_option_picked(text: str) -> None:
+    held_out = hold_out_points(made_result(text, noise=0.05), 0)
+    assert held_out.knee_bytes == pytest.approx(5000, rel=0.15), "400 us at 12.5 bytes a microsecond"
+    above = held_out.mape(("route", "fetch"), above=True)
+    assert above is not None
+    assert above < 0.05
+    predicted, measured, apart, lost = held_out.winners(("route", "fetch"))
+    assert apart.sum() > 50
+    assert {0, 1} == set(measured[apart].tolist())
+    assert (predicted == measured)[apart].mean() >= 0.95
+    assert lost.mean() < 0.005
+
+
+def test_times_without_any_rule_are_not_predicted() -> None:
+    result = made_result("mla:4,128,32")
+    drawn = np.random.default_rng(0).permutation(len(result.cases)).tolist()
+    cases = tuple(
+        case.model_copy(
+            update={name: getattr(result.cases[other], name) for name in ("total_us_R", "stage_us_R")}
+        )
+        for case, other in zip(result.cases, drawn, strict=True)
+    )
+    held_out = hold_out_points(result.model_copy(update={"cases": cases}), 0)
+    above = held_out.mape(("route", "fetch"), above=True)
+    assert above is not None
+    assert above > 0.5
+    predicted, measured, apart, _ = held_out.winners(("route", "fetch"))
+    assert (predicted == measured)[apart].mean() < 0.8
+
+
+def test_the_map_agrees_with_the_break_even_and_doubts_what_lies_near_it() -> None:
+    constants = fit_shape(made_result("mla:4,128,32", noise=0.1), 0, bootstrap=50)
+    shape = constants.shape
+    assert shape is not None
+    rows_R = np.geomspace(16, 1600, 12)
+    item = decision_map(
+        constants,
+        shape,
+        rows_R=rows_R,
+        size_C=np.array([200.0]),
+        layers=3,
+        uses=1.0,
+        options=("route", "fetch"),
+    )
+    even = break_even_rows(constants, shape, size=200, layers=3)
+    assert even is not None
+    assert even.low is not None
+    assert even.high is not None
+    assert even.low < even.value < even.high
+    assert [int(best) for best in item.best_CR[0]] == [int(rows > even.value) for rows in rows_R]
+    assert item.certainty_CR[0, [0, -1]].tolist() == [1.0, 1.0]
+    assert item.measured_CR[0, 3]
+    assert not item.measured_CR[0, -1], "1600 rows were not measured"
+
+
+def wrong(result: RouteFetchResult) -> RouteFetchResult:
+    cases = (result.cases[0].model_copy(update={"correct": False}), *result.cases[1:])
+    return result.model_copy(update={"cases": cases})
+
+
+def test_wrong_results_and_too_few_points_are_refused() -> None:
+    with pytest.raises(BenchmarkError, match="wrong results"):
+        fit_shape(wrong(made_result("expert:256")), 0)
+    with pytest.raises(BenchmarkError, match="fewer than 8 points"):
+        hold_out_points(made_result("expert:256", points=4), 0)
+
+
+def test_the_command_prints_accuracy_break_even_and_a_map(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rf.json"
+    path.write_text(made_result(*TEXTS, noise=0.05).model_dump_json())
+    argv = ["route-fetch", "--constants", str(path), "--layers", "3", "--bootstrap", "20"]
+    assert main([*argv, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["kind"], document["grade"], document["ranks"]) == ("route_fetch", "fitted", 2)
+    assert [row["shape"] for row in document["accuracy"]] == list(TEXTS)
+    assert {row["option"] for row in document["map"]} == {"route", "fetch"}
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "mla:4,128,32: R route, F fetch" in out
+    assert main([*argv, "--shape", "gqa:8,2,64"]) == 1
+    assert "no measurement of kind gqa" in capsys.readouterr().err
+
+
+def test_published_constants_say_so_and_never_mix_with_measured_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = [
+        "route-fetch",
+        "--constants",
+        "published:h100-ndr200",
+        "--shape",
+        "mla:16,512,64",
+        "--layers",
+        "27",
+    ]
+    assert main([*argv, "--json"]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert (document["grade"], document["accuracy"]) == ("published", [])
+    assert "2606.01502" in document["source"]
+    assert not any(row["measured"] for row in document["map"])
+    assert "nothing was measured on this fabric" in captured.err
+    assert main(argv[:3]) == 1
+    assert "give --shape" in capsys.readouterr().err
