@@ -4,12 +4,14 @@ Shapes: S steps, L layers, R source ranks (= P), E experts, P ranks, K slots of 
 
 One layer-step, every part as long as its slowest rank::
 
-    dispatch (network) -> experts (the busiest rank) -> combine (network)      shared experts on every rank
+    counts -> dispatch (network) -> experts (the busiest rank) -> combine (network)
+    shared experts on every rank
 
-    total = dispatch + experts + combine + shared
+    total = counts + dispatch + experts + combine + shared
 
 The busiest rank is that of each single layer-step; means over calls hide it. A rank that is not the busiest
-waits for it: the mean over ranks of that is ``waiting_s``, which is inside ``experts_s``.
+waits for it: the mean over ranks of that is ``waiting_s``, which is inside ``experts_s``. Ranks that are more
+than the cores of their machine take turns: their work together then lasts as long as the cores need for it.
 """
 
 from __future__ import annotations
@@ -51,10 +53,11 @@ class StepTimes:
     Attributes:
         experts_s: of the busiest rank.
         waiting_s: mean over ranks of what they wait for the busiest.
+        counts_s: of the exchange that announces how many rows will come; None like the others.
         dispatch_s, combine_s: of the exchanges to and from the experts; None where ``reasons`` say why.
         shared_s: of the shared experts on the busiest source rank; 0 where there are none, None where their
             time is not known, and then not in ``total_s``.
-        total_s: sum of dispatch, experts, combine and shared; None where an exchange is None.
+        total_s: sum of counts, dispatch, experts, combine and shared; None where an exchange is None.
         reasons: why a part is None, and by ``extrapolated`` what of the exchanges lies outside the network
             model; by the name of the part.
         inside_SL: whether the busiest rank lies within what the expert cost was measured on.
@@ -66,6 +69,7 @@ class StepTimes:
 
     experts_s: Float64
     waiting_s: Float64
+    counts_s: Float64 | None
     dispatch_s: Float64 | None
     combine_s: Float64 | None
     shared_s: Float64 | None
@@ -107,7 +111,9 @@ def layer_step_times(
     dispatch: Dispatch = "equal",
     share_LPK: Float64 | None = None,
     speed_P: Float64 | None = None,
+    shared_cores: float | None = None,
     row_extra_bytes: int = 0,
+    count_bytes: int = 0,
     shared_experts: int | None = 0,
 ) -> StepTimes:
     """Predict every layer-step of a layout.
@@ -123,7 +129,9 @@ def layer_step_times(
         dispatch: how copies share assignments.
         share_LPK: share of its expert's assignments for each slot, where ``weighted``.
         speed_P: speed of each rank, 1 for that of the cost; None for all alike.
+        shared_cores: cores that all ranks have together, on one machine; None for enough of them.
         row_extra_bytes: what is sent to the experts with each row besides its hidden values.
+        count_bytes: what each rank announces to each other before it sends rows; 0 where nothing is.
         shared_experts: of the layers; None where not known.
 
     Raises:
@@ -138,7 +146,9 @@ def layer_step_times(
         algorithm=algorithm,
         deduplicate=deduplicate,
         speed_P=speed_P,
+        shared_cores=shared_cores,
         row_extra_bytes=row_extra_bytes,
+        count_bytes=count_bytes,
         shared_experts=shared_experts,
     )
 
@@ -178,7 +188,9 @@ def work_times(
     deduplicate: bool = False,
     once_L: Float64 | None = None,
     speed_P: Float64 | None = None,
+    shared_cores: float | None = None,
     row_extra_bytes: int = 0,
+    count_bytes: int = 0,
     shared_experts: int | None = 0,
 ) -> StepTimes:
     """Predict layer-steps from what each rank does.
@@ -192,6 +204,8 @@ def work_times(
     if speed_P is not None:
         own_SLP = own_SLP / speed_P
     experts_s = own_SLP.max(axis=2)
+    if shared_cores is not None:
+        experts_s = np.maximum(experts_s, own_SLP.sum(axis=2) / shared_cores)
     busiest_SL1 = own_SLP.argmax(axis=2)[..., None]
     inside_SL = cost.inside(
         np.take_along_axis(assignments_SLP, busiest_SL1, axis=2)[..., 0],
@@ -208,18 +222,21 @@ def work_times(
         deduplicate=deduplicate,
         once_L=once_L,
         row_extra_bytes=row_extra_bytes,
+        count_bytes=count_bytes,
     )
-    dispatch_s = combine_s = total_s = None
+    counts_s = dispatch_s = combine_s = total_s = None
     if isinstance(ways, Reason):
-        reasons["dispatch"] = reasons["combine"] = reasons["total"] = (ways,)
+        for part in ("counts", "dispatch", "combine", "total"):
+            reasons[part] = (ways,)
     else:
-        dispatch_s, combine_s, outside = ways
-        total_s = dispatch_s + experts_s + combine_s + (0.0 if shared_s is None else shared_s)
-        if outside:
-            reasons["extrapolated"] = outside
+        counts_s, dispatch_s, combine_s = ways.counts_s, ways.dispatch_s, ways.combine_s
+        total_s = counts_s + dispatch_s + experts_s + combine_s + (0.0 if shared_s is None else shared_s)
+        if ways.outside:
+            reasons["extrapolated"] = ways.outside
     return StepTimes(
         experts_s=experts_s,
         waiting_s=experts_s - own_SLP.mean(axis=2),
+        counts_s=counts_s,
         dispatch_s=dispatch_s,
         combine_s=combine_s,
         shared_s=shared_s,
@@ -321,6 +338,16 @@ def _shared(
     return shared_s
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Ways:
+    """Seconds of the exchanges of layer-steps, (S, L) each, and what of them is extrapolated."""
+
+    counts_s: Float64
+    dispatch_s: Float64
+    combine_s: Float64
+    outside: tuple[Reason, ...]
+
+
 def _exchanges(
     work: LayerWork,
     cost: ExpertCost,
@@ -331,15 +358,20 @@ def _exchanges(
     deduplicate: bool,
     once_L: Float64 | None,
     row_extra_bytes: int,
-) -> tuple[Float64, Float64, tuple[Reason, ...]] | Reason:
-    """Seconds of dispatch and combine, (S, L) each, and what is extrapolated; or why they are not known."""
+    count_bytes: int,
+) -> _Ways | Reason:
+    """Times of the exchanges, or why they are not known."""
     if network is None:
         return Reason(StepCode.NO_NETWORK)
     if cost.shape.top_k is None and (deduplicate or algorithm != "flat"):
         return Reason(StepCode.TOP_K_VARIES, {"what": f"algorithm {algorithm}"})
     row_bytes = cost.shape.row_bytes
     dispatch_L, combine_L, outside = [], [], []
+    counts_us = 0.0
     try:
+        if count_bytes:
+            announced = _announced(nodes, algorithm, count_bytes)
+            counts_us = float(predict_stages_us(network, announced, nodes, algorithm=algorithm)[0])
         for layer in range(work.rows_SLRP.shape[1]):
             rows_SRP = work.rows_SLRP[:, layer]
             once = 1.0 if once_L is None else float(once_L[layer])
@@ -352,7 +384,20 @@ def _exchanges(
     except (BenchmarkError, ExchangeError) as error:
         return Reason(StepCode.NOT_PREDICTED, {"error": str(error)})
     distinct = tuple({str(reason): reason for reason in outside}.values())
-    return np.stack(dispatch_L, axis=1) * 1e-6, np.stack(combine_L, axis=1) * 1e-6, distinct
+    dispatch_s = np.stack(dispatch_L, axis=1) * 1e-6
+    return _Ways(
+        counts_s=np.full(dispatch_s.shape, counts_us * 1e-6),
+        dispatch_s=dispatch_s,
+        combine_s=np.stack(combine_L, axis=1) * 1e-6,
+        outside=distinct,
+    )
+
+
+def _announced(nodes: tuple[int, ...], algorithm: Algorithm, count_bytes: int) -> list[Int64]:
+    """Bytes of the announcements in each stage, (1, P, P): to every rank that the stage can reach."""
+    all_PP = np.ones((1, len(nodes), len(nodes)), dtype=np.int64)
+    ways = relayed(all_PP, nodes) if algorithm == "hierarchical" else (all_PP,)
+    return [(stage > 0) * count_bytes for stage in ways]
 
 
 def _stage_rows(

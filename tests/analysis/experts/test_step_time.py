@@ -144,3 +144,31 @@ def test_what_was_not_measured_is_marked():
 def test_what_does_not_fit_is_refused(load, slots, options):
     with pytest.raises(PlacementError):
         layer_step_times(load, slots, cost(), **options)
+
+
+def test_ranks_that_share_cores_take_turns() -> None:
+    alone = layer_step_times(LOAD, LINEAR, cost(row_s=1.0))
+    shared = layer_step_times(LOAD, LINEAR, cost(row_s=1.0), shared_cores=1.0)
+    assert (alone.experts_s[0, 0], shared.experts_s[0, 0]) == (8.0, 16.0)
+
+
+def test_announced_counts_are_an_exchange_of_their_own() -> None:
+    model = network(latency_us=10.0, us_per_byte=1.0)
+    for nodes, algorithm, us in (
+        ((0, 0, 0, 0), "flat", 10 + 3 * 24),
+        ((0, 0, 1, 1), "hierarchical", 2 * (10 + 24)),
+    ):
+        load = np.ones((1, 1, 4, 4), dtype=np.int64)
+        times = layer_step_times(
+            load,
+            np.arange(4).reshape(1, 4, 1),
+            cost(),
+            network=model,
+            node_of_P=nodes,
+            algorithm=algorithm,
+            count_bytes=24,
+        )
+        assert times.counts_s[0, 0] == pytest.approx(us * 1e-6)
+        assert times.total_s[0, 0] == pytest.approx(
+            times.counts_s[0, 0] + times.dispatch_s[0, 0] + times.combine_s[0, 0]
+        )
