@@ -17,6 +17,9 @@ Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 Bool = NDArray[np.bool_]
 
+#: Added to the load of a rank that is a last resort: it has a copy of the expert.
+_HELD = 1e18
+
 
 def slots_per_rank(experts: int, ranks: int, replicas: int) -> int:
     """K.
@@ -133,21 +136,23 @@ def pack(load_LE: Float64, count_LE: Int64, ranks: int, speed_LP: Float64 | None
     expert_LN = np.repeat(order_LE.ravel(), repeat.ravel()).reshape(layers, copies_in_all)
     share_LN = np.take_along_axis(share_LE, expert_LN, axis=1)
     row_L = np.arange(layers)
-    load_LP, free_LP = np.zeros((layers, ranks)), np.full((layers, ranks), slots)
-    holds_LP = np.zeros((layers, ranks), dtype=bool)  # a copy of the expert that is placed
+    load_LP, used_LP = np.zeros((layers, ranks)), np.zeros((layers, ranks), dtype=np.int64)
+    shut_LP = np.zeros((layers, ranks))  # large where the rank has a copy, infinite where it is full
     slot_LPK = np.empty((layers, ranks, slots), dtype=np.int64)
+    is_new_LN = expert_LN[:, 1:] != expert_LN[:, :-1]
     for n in range(copies_in_all):
         if n:
-            holds_LP[expert_LN[:, n] != expert_LN[:, n - 1]] = False
+            shut_LP[is_new_LN[:, n - 1, None] & (shut_LP == _HELD)] = 0.0
         done_LP = load_LP if speed_LP is None else (load_LP + share_LN[:, n, None]) / speed_LP
-        last_resort = np.where(holds_LP, done_LP + 1e18, done_LP)
-        rank_L = np.where(free_LP == 0, np.inf, last_resort).argmin(axis=1)
-        slot_LPK[row_L, rank_L, slots - free_LP[row_L, rank_L]] = expert_LN[:, n]
-        free_LP[row_L, rank_L] -= 1
+        rank_L: Int64 = (done_LP + shut_LP).argmin(axis=1)
+        used_L = used_LP[row_L, rank_L]
+        slot_LPK[row_L, rank_L, used_L] = expert_LN[:, n]
+        used_LP[row_L, rank_L] = used_L + 1
         load_LP[row_L, rank_L] += share_LN[:, n]
-        holds_LP[row_L, rank_L] = True
-    for slot_PK, share_E in zip(slot_LPK, share_LE, strict=True):
-        _separate(slot_PK, share_E)
+        shut_LP[row_L, rank_L] = np.where(used_L + 1 == slots, np.inf, _HELD)
+    sorted_LPK = np.sort(slot_LPK, axis=2)
+    for layer in np.flatnonzero((sorted_LPK[:, :, 1:] == sorted_LPK[:, :, :-1]).any(axis=(1, 2))):
+        _separate(slot_LPK[layer], share_LE[layer])
     return slot_LPK
 
 

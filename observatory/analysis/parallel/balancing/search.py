@@ -36,12 +36,12 @@ _CLOSE = 1e-3
 #: Parts of the replicas that go to the lightest experts instead of the heaviest.
 _SPARED = np.arange(1, 8) / 10
 #: Rounds of exchanges, and how often random exchanges are tried where they ended.
-_ROUNDS, _KICKS, _MOST_KICKED = 400, 30, 3
+_ROUNDS, _KICKS, _MOST_KICKED = 400, 20, 3
 #: How often other counts are tried where the busiest rank is this far above the goal, and how many of the
 #: experts that can best spare a copy may lose one.
 _RECOUNTS, _FAR, _DONORS = 20, 0.01, 16
 #: Slots of all layers times slots of a rank above which fewer random exchanges and counts are tried.
-_LARGE = 58 * 384 * 3
+_LARGE = 90_000
 
 
 def balanced_layout(
@@ -65,7 +65,8 @@ def balanced_layout(
     speed_LP = np.ones((layers, ranks)) if speed_LP is None else speed_LP / speed_LP.mean(axis=1)[:, None]
     best = _Best(share_LE, speed_LP, pack(share_LE, water_filled(share_LE, replicas, ranks), ranks, speed_LP))
     effort = min(1.0, _LARGE / (layers * ranks * slots * slots))
-    for spared in sorted({round(part * replicas) for part in _SPARED} - {0}):
+    parts = _SPARED[:: round(1 / effort)]
+    for spared in sorted({round(part * replicas) for part in parts} - {0}):
         left = best.unfinished()
         if not len(left):
             break
@@ -147,25 +148,27 @@ def _exchange(load_LE: Float64, slot_LPK: Int64, goal_L: Float64, speed_LP: Floa
     share_LE = ranks * load_LE / np.maximum(copies(slot_LPK, load_LE.shape[1]), 1)
     share_LPK = np.take_along_axis(share_LE, slot_LPK.reshape(layers, -1), axis=1).reshape(slot_LPK.shape)
     holds_LPE = holders(slot_LPK, load_LE.shape[1])
-    rank_N = np.repeat(np.arange(ranks), slots)
+    rank_P1 = np.arange(ranks)[:, None]
     time_LP = share_LPK.sum(axis=2) / speed_LP
     layer_A = np.arange(layers)
     for _ in range(_ROUNDS):
         layer_A = layer_A[time_LP[layer_A].max(axis=1) > goal_L[layer_A]]
         if not len(layer_A):
             break
-        row_A = np.arange(len(layer_A))
+        row_A, layer_A11 = np.arange(len(layer_A)), layer_A[:, None, None]
         busiest_A = time_LP[layer_A].argmax(axis=1)
         most_A, speed_A = time_LP[layer_A, busiest_A], speed_LP[layer_A, busiest_A]
         mine_AK = slot_LPK[layer_A, busiest_A]
         slot_AN = slot_LPK[layer_A].reshape(len(layer_A), -1)
         share_AN = share_LPK[layer_A].reshape(len(layer_A), -1)
         less_AKN = share_LPK[layer_A, busiest_A][:, :, None] - share_AN[:, None, :]
-        other_AKN = time_LP[layer_A][:, None, rank_N] + less_AKN / speed_LP[layer_A][:, None, rank_N]
+        time_AN, speed_AN = (np.repeat(value_LP[layer_A], slots, axis=1) for value_LP in (time_LP, speed_LP))
+        other_AKN = time_AN[:, None, :] + less_AKN / speed_AN[:, None, :]
         busier_AKN = np.maximum(other_AKN, most_A[:, None, None] - less_AKN / speed_A[:, None, None])
-        they_hold = np.take_along_axis(holds_LPE[layer_A], mine_AK[:, None, :], axis=2).transpose(0, 2, 1)
-        i_hold = np.take_along_axis(holds_LPE[layer_A, busiest_A], slot_AN, axis=1)
-        busier_AKN[they_hold[:, :, rank_N] | i_hold[:, None, :] | (less_AKN <= 0)] = np.inf
+        they_hold = holds_LPE[layer_A11, rank_P1, mine_AK[:, None, :]].transpose(0, 2, 1)
+        i_hold = holds_LPE[layer_A[:, None], busiest_A[:, None], slot_AN]
+        refused = np.repeat(they_hold, slots, axis=2) | i_hold[:, None, :] | (less_AKN <= 0)
+        np.copyto(busier_AKN, np.inf, where=refused)
         flat = busier_AKN.reshape(len(layer_A), -1)
         choice_A = flat.argmin(axis=1)
         better_A = flat[row_A, choice_A] < most_A * (1 - 1e-9)
