@@ -65,6 +65,10 @@ class PlacementError(ObservatoryError):
     """An expert placement or expert-parallel degree that does not fit the model."""
 
 
+class AdviceError(ObservatoryError):
+    """Changes of a set-up cannot be judged on what is given."""
+
+
 class ModelError(ObservatoryError):
     """A model cannot be loaded, or its MoE layers are not understood."""
 

@@ -69,6 +69,9 @@ class Code(StrEnum):
     EXPERTS_UNSURE = "experts_unsure"
     UNRELIABLE_FIT = "unreliable_fit"
     FIT_COST = "fit_cost"
+    BEST_CHANGE = "best_change"
+    CHANGE_GAIN = "change_gain"
+    PERFECT_BALANCE = "perfect_balance"
     RUN_COMMAND = "run_command"
     OPEN_REPORT = "open_report"
     MORE_REPEATS = "more_repeats"
@@ -111,6 +114,8 @@ def stake(conclusion: Conclusion) -> float:
                 return float(values["energy_mj"])
             case Code.CLOCK_COST:
                 return float(values["saving_value"])
+            case Code.CHANGE_GAIN:
+                return float(values["gain"])
             case Code.CAP_COST:
                 return float(values["power_cap_busy_share"])
     return 0.0
@@ -251,6 +256,51 @@ def conclude_reuse(document: Row, measurements: Path) -> Conclusion:
         Reason(Code.REUSE_COST, {f"saving_{name}": curve[f"saved{end}"] for name, end in _INTERVAL.items()}),
         _command("energy", "RUN", "--reuse", measurements),
     )
+
+
+def conclude_advice(document: Row) -> Conclusion:
+    """Of ``observatory advise``: the change that gains most, or what perfect balance alone would."""
+    phases = [(run, phase) for run in document["runs"] for phase in run["phases"]]
+    best = [
+        (run, phase, phase["verdicts"][phase["best"]]) for run, phase in phases if phase["best"] is not None
+    ]
+    if not best:
+        balanced = [
+            {"phase": phase["phase"], "run": run["run"], **row}
+            for run, phase in phases
+            for row in phase["verdicts"]
+            if row["change"] == "perfect balance" and row["gain"] is not None
+        ]
+        most = _worst(balanced, lambda row: row["gain"])
+        return (
+            NOTHING
+            if most is None
+            else (*NOTHING, Reason(Code.PERFECT_BALANCE, _values(most, "phase", "gain")))
+        )
+    run, phase, row = max(best, key=lambda item: item[2]["gain"])
+    place = {"run": run["run"], "phase": phase["phase"], **_values(row, "change", "setting")}
+    return (
+        Reason(Code.BEST_CHANGE, place),
+        Reason(Code.CHANGE_GAIN, _values(row, "gain", "gain_low", "gain_high", "break_even_steps")),
+        *_next_of_change(run, phase, row),
+    )
+
+
+def _next_of_change(run: Row, phase: Row, row: Row) -> Iterator[Reason]:
+    """The command that makes the change, where there is one."""
+    ranks = ("--ranks", str(run["setup"]["ranks"]))
+    if row["change"] == "placement":
+        yield _command(
+            "place", Path(run["run"]), *ranks, "--phase", phase["phase"], "--out", "placement.json"
+        )
+    elif row["setting"].endswith(" replicas"):
+        count = row["setting"].split()[0]
+        yield _command(
+            "place",
+            Path(run["run"]),
+            *ranks,
+            *("--replicas", count, "--phase", phase["phase"], "--out", "placement.json"),
+        )
 
 
 def conclude_sweep(document: Row, out: Path) -> Conclusion:

@@ -60,6 +60,9 @@ _SENTENCES = {
     "median, {p90_error} in the worst tenth",
     Code.UNRELIABLE_FIT: "not to be relied on: the model of {algorithm} ({verdict})",
     Code.FIT_COST: "its predictions are off by {median_error} in the median, {p90_error} in the worst tenth",
+    Code.BEST_CHANGE: "worth changing: in {phase}, {change}{setting}",
+    Code.CHANGE_GAIN: "the MoE part of a step takes {gain} less time{pays}",
+    Code.PERFECT_BALANCE: "perfect balance of the ranks would take {gain} off a step of {phase}",
     Code.RUN_COMMAND: "next: {command}",
     Code.OPEN_REPORT: "next: {command}",
     Code.MORE_REPEATS: "next: measure again with more --repeats on a quiet machine",
@@ -71,7 +74,7 @@ _SENTENCES = {
 #: Values that are shares.
 _SHARES = (
     "wait_share", "share", "power_cap_busy_share", "median_error", "p90_error", "saving", "slowdown",
-    "cached_fraction",
+    "cached_fraction", "gain",
 )  # fmt: skip
 
 #: Values that are amounts of a unit.
@@ -105,6 +108,12 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
         shown |= {"energy": _energy(values), "per_token": _per_token(values)}
     if code is Code.HELD_BY_CAP:
         shown["in_phase"] = f" in {values['phase']}" if values["phase"] else ""
+    if code is Code.BEST_CHANGE:
+        shown["setting"] = f" ({values['setting']})" if values["setting"] else ""
+    if code is Code.CHANGE_GAIN:
+        steps = values["break_even_steps"]
+        shown["gain"] = _interval(values["gain"], values["gain_low"], values["gain_high"])
+        shown["pays"] = "" if not steps else f" and pays for itself after {max(1, round(steps))} steps"
     if code is Code.DEAREST_PREFILL:
         shown["energy"] = f"{values['prefill_mj'] / 1e3:.3g} J"
     if code is Code.LEAST_ENERGY:

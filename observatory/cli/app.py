@@ -20,6 +20,7 @@ _COMMANDS = {
     "scan": "scan:scan",
     "place": "place:place",
     "route-fetch": "route_fetch:route_fetch",
+    "advise": "advise:advise",
     "report": "report:report",
     "export": "export:export",
     "bench alltoall": "bench:alltoall",
@@ -46,14 +47,14 @@ _GROUPS = {
 }
 _SECTIONS = {
     "Capture": ("quickstart", "profile", "grid"),
-    "Analysis": ("routing", "exchanges", "scan", "place", "route-fetch", "report", "export"),
+    "Analysis": ("routing", "exchanges", "scan", "place", "advise", "route-fetch", "report", "export"),
     "Network": ("bench", "replay", "fit"),
     "Power": ("power", "energy", "reuse", "clocks"),
     "Machine": ("doctor",),
 }
 #: Commands that read runs and results, and that a rank of a job may well call.
 _ANALYSIS = frozenset(
-    {"routing", "scan", "place", "route-fetch", "fit", "export", "exchanges", "energy", "report"}
+    {"routing", "scan", "place", "advise", "route-fetch", "fit", "export", "exchanges", "energy", "report"}
 )
 
 

@@ -25,6 +25,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory route-fetch --constants rf.json --layers 27",
         "observatory route-fetch --constants published:h100-ndr200 --shape mla:16,512,64 --layers 27",
     ),
+    "advise": (
+        "observatory advise runs/ep4 --network fit.json",
+        "observatory advise runs/a --ranks 8 --gpus-per-node 4 --hardware h100-sxm --out advice.json",
+    ),
     "exchanges": ("observatory exchanges runs/ep4", "observatory exchanges runs/ep4 --csv --table ranks"),
     "bench alltoall": (
         "observatory bench alltoall --ranks 4 --out bench.json",

@@ -124,7 +124,7 @@ def test_the_command_writes_a_placement_that_can_be_read_and_compared(
         (["--ranks", "8", "--replicas", "4"], "numbers of ranks that do: 2, 4"),
         (["--ranks", "2", "--replicas", "1"], "numbers of replicas that do: 0 or 2"),
         (["--ranks", "2", "--phase", "training"], "expected one of"),
-        (["--ranks", "2", "--phase", "decode"], "no step of"),
+        (["--ranks", "2", "--phase", "decode"], "no steps of decode"),
         (["--ranks", "2", "--current", "missing.json"], "cannot be read"),
     ],
 )

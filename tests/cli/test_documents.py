@@ -14,6 +14,7 @@ from observatory.analysis.network.documents import bench_document, replay_docume
 from observatory.analysis.route_fetch.document import measured_document
 from observatory.cli import main
 from observatory.run.documents.printed import PRINTED_VERSION
+from tests.advice.mitigations.runs import sized_run
 from tests.analysis.energy.test_prefix_cache import measured
 from tests.analysis.route_fetch.made import made_result
 from tests.cli.test_terminal import big_exchanges
@@ -66,6 +67,9 @@ def test_every_key_of_a_document_is_described(
         printed(capsys, "scan", str(make_run("other")), "--ep", "2", "--traffic"),
         printed(capsys, "fit", bench, "--out", str(tmp_path / "new.json"), "--bootstrap", "5"),
         printed(capsys, "place", str(make_run("long", steps=16)), "--ranks", "2"),
+        printed(
+            capsys, "advise", str(sized_run(tmp_path / "sized")), "--ranks", "4", "--hardware", "h100-sxm"
+        ),
         printed(capsys, "energy", str(a_power_run(tmp_path / "power"))),
         printed(capsys, "reuse", "show", str(saved(tmp_path / "reuse.json", measured((37e3, 45e3, 18e3))))),
         printed(

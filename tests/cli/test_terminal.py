@@ -29,6 +29,7 @@ from observatory.cli.app import _COMMANDS, _GROUPS
 from observatory.cli.output import print_table
 from observatory.locks.lease import create_lease, lease_path, new_lease
 from observatory.run.documents.prefix_cache import ReuseMeasurements
+from tests.advice.mitigations.runs import sized_run
 from tests.analysis.energy.test_prefix_cache import measured
 from tests.analysis.exchange.runs import exchange_run
 from tests.analysis.exchange.tables import collective
@@ -156,6 +157,7 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield ["place", longer, "--ranks", "4", "--replicas", "4"]
     measured_here = str(saved(tmp / "rf.json", made_result("mla:4,128,32", "expert:256")))
     yield ["route-fetch", "--constants", measured_here, "--layers", "27", "--wide"]
+    yield ["advise", str(sized_run(tmp / "sized")), "--ranks", "4", "--hardware", "h100-sxm", "--wide"]
     yield ["exchanges", exchanges]
     yield ["exchanges", exchanges, "--wide"]
     yield ["fit", bench, "--out", str(tmp / "new.json"), "--bootstrap", "10", "--force"]

@@ -101,6 +101,8 @@ def step_loads(run: Run, *, phase: str | None = None, by_source: bool = False) -
         )
         for step, load_RE in zip(block.step_S[whole_S].tolist(), load_SRE, strict=True):
             by_step.setdefault((step, block.phase), {})[block.layer] = load_RE
+    if phase is not None and not experts:
+        raise PlacementError(f"the run has no steps of {phase}; it has other phases, or no routing rows")
     if len(experts) > 1:
         raise PlacementError(
             f"layers have {', '.join(map(str, sorted(experts)))} experts; expected as many in every layer"

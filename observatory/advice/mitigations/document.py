@@ -1,0 +1,192 @@
+"""The document and the tables of ``observatory advise``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from observatory.advice.mitigations.advise import Advice
+from observatory.advice.mitigations.verdict import Premise, Verdict
+from observatory.advice.mitigations.words import premise_words, reason_words
+from observatory.analysis.columns import Column, Table
+from observatory.analysis.statistics import Interval
+from observatory.run.documents.printed import printed_document
+
+COLUMNS = (
+    Column(name="change", title="change", text=True, key=True),
+    Column(name="setting", title="setting", text=True, otherwise=""),
+    Column(
+        name="step_us",
+        title="step",
+        unit="ms",
+        scale=1e-3,
+        digits=2,
+        legend="MoE part of a step: exchanges, busiest rank's experts and shared experts of all layers",
+    ),
+    Column(
+        name="gain",
+        title="gain",
+        unit="%",
+        digits=1,
+        interval=("gain_low", "gain_high"),
+        legend="share of today's time that it removes, with its 90 % interval over steps and model errors",
+    ),
+    Column(
+        name="break_even_steps",
+        title="pays after",
+        unit="steps",
+        digits=0,
+        legend="steps until what moving the experts costs is won back",
+    ),
+    Column(name="verdict", title="verdict", text=True),
+    Column(
+        name="beyond",
+        title="beyond placement",
+        unit="%",
+        digits=1,
+        interval=("beyond_low", "beyond_high"),
+        wide=True,
+        legend="gain over the chosen placement without replicas; verdicts on replicas are about it",
+    ),
+    Column(name="p10_us", title="p10", unit="ms", scale=1e-3, digits=2, wide=True),
+    Column(name="p90_us", title="p90", unit="ms", scale=1e-3, digits=2, wide=True),
+    Column(name="dispatch_us", title="dispatch", unit="ms", scale=1e-3, digits=2, wide=True),
+    Column(name="experts_us", title="experts", unit="ms", scale=1e-3, digits=2, wide=True),
+    Column(name="waiting_us", title="waiting", unit="ms", scale=1e-3, digits=2, wide=True),
+    Column(name="combine_us", title="combine", unit="ms", scale=1e-3, digits=2, wide=True),
+    Column(name="memory_bytes", title="memory", unit="MB", scale=1e-6, digits=2, signed=True, wide=True),
+    Column(name="kv_tokens", title="cache lost", unit="tokens", digits=0, wide=True),
+    Column(
+        name="energy_saving",
+        title="energy saved",
+        unit="%",
+        digits=1,
+        interval=("energy_saving_low", "energy_saving_high"),
+        wide=True,
+    ),
+    Column(
+        name="extrapolated",
+        title="outside",
+        unit="%",
+        digits=0,
+        wide=True,
+        legend="share of predictions outside what was measured",
+    ),
+    Column(name="rests_on", title="rests on", text=True, wide=True),
+    Column(name="why", title="why", text=True, wide=True, otherwise=""),
+)
+
+
+def advice_document(advices: Sequence[tuple[str, Advice, Sequence[str]]]) -> dict[str, Any]:
+    """What ``--json`` prints (docs/json.md).
+
+    Args:
+        advices: path of each run, what is advised, and problems of the run.
+    """
+    return printed_document(
+        "advice",
+        {"runs": [{"run": path, **_run(advice, problems)} for path, advice, problems in advices]},
+    )
+
+
+def advice_tables(document: Mapping[str, Any]) -> list[Table]:
+    """One table per run and phase; with ``csv`` they have the same columns."""
+    tables = []
+    for run in document["runs"]:
+        setup = run["setup"]
+        where = f"{setup['ranks']} ranks, {setup['gpus_per_node']} on a node, {setup['algorithm']}"
+        for phase in run["phases"]:
+            title = (
+                f"{run['run']}, {phase['phase']}: {where}; chosen on {phase['train_steps']} steps, judged on "
+                f"{phase['judged_steps']}"
+            )
+            rows = [{**row, "why": _why(row)} for row in phase["verdicts"]]
+            tables.append(Table(name="changes", columns=COLUMNS, rows=rows, title=title))
+    return tables
+
+
+def missing_sentences(document: Mapping[str, Any]) -> list[str]:
+    """What would have to be measured or stated to judge the rest, each once."""
+    missing: dict[str, list[str]] = {}
+    for run in document["runs"]:
+        for phase in run["phases"]:
+            for row in phase["verdicts"]:
+                if row["verdict"] == "not known" and row["reason"] is not None:
+                    changes = missing.setdefault(reason_words(row["reason"]), [])
+                    if row["change"] not in changes:
+                        changes.append(row["change"])
+    return [f"not known ({reason}): {', '.join(changes)}" for reason, changes in missing.items()]
+
+
+def _run(advice: Advice, problems: Sequence[str]) -> dict[str, Any]:
+    experts = advice.experts
+    return {
+        "problems": list(problems),
+        "setup": advice.setup.model_dump(mode="json"),
+        "experts": {
+            "source": experts.source,
+            "grade": experts.grade,
+            "form": experts.form.name,
+            "median_error": experts.median_error,
+            "p90_error": experts.p90_error,
+        },
+        "network": advice.has_network,
+        "energy": None,
+        "energy_reason": {"code": "no_power"},
+        "horizon_steps": advice.horizon_steps,
+        "premises": [_premise(premise) for premise in advice.premises],
+        "skipped_phases": [{"phase": phase, "steps": steps} for phase, steps in advice.skipped],
+        "phases": [
+            {
+                "phase": phase.phase,
+                "train_steps": phase.steps[0],
+                "judged_steps": phase.steps[1],
+                "best": None if phase.best is None else phase.verdicts.index(phase.best),
+                "verdicts": [_row(verdict) for verdict in phase.verdicts],
+            }
+            for phase in advice.phases
+        ],
+    }
+
+
+def _row(verdict: Verdict) -> dict[str, Any]:
+    parts = {f"{part}_us": verdict.parts_us.get(part) for part in _PARTS}
+    return {
+        "change": verdict.mitigation.value,
+        "setting": verdict.setting,
+        "verdict": verdict.code.value,
+        "step_us": verdict.step_us,
+        "p10_us": verdict.p10_us,
+        "p90_us": verdict.p90_us,
+        **parts,
+        **dict(_ends("gain", verdict.gain)),
+        **dict(_ends("beyond", verdict.beyond)),
+        "memory_bytes": verdict.memory_bytes,
+        "kv_tokens": verdict.kv_tokens,
+        "change_us": verdict.change_us,
+        "break_even_steps": verdict.break_even_steps,
+        **dict(_ends("energy_saving", verdict.energy_saving)),
+        **dict(_ends("slowdown", verdict.slowdown)),
+        "extrapolated": verdict.extrapolated,
+        "rests_on": ", ".join(verdict.grades),
+        "premise": None if verdict.premise is None else _premise(verdict.premise),
+        "reason": None if verdict.reason is None else verdict.reason.document(),
+    }
+
+
+_PARTS = ("dispatch", "experts", "waiting", "combine", "shared", "extra")
+
+
+def _premise(premise: Premise) -> dict[str, Any]:
+    return {"holds": premise.holds, "reason": premise.reason.document()}
+
+
+def _ends(name: str, interval: Interval | None) -> Iterator[tuple[str, float | None]]:
+    yield name, None if interval is None else interval.value
+    yield f"{name}_low", None if interval is None else interval.low
+    yield f"{name}_high", None if interval is None else interval.high
+
+
+def _why(row: Mapping[str, Any]) -> str:
+    texts = reason_words(row["reason"]), premise_words(row["premise"])
+    return "; ".join(filter(None, texts))

@@ -1,0 +1,156 @@
+"""What is said about one change: its time, what it costs, what it rests on, and whether to make it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from observatory.analysis.statistics import Interval
+from observatory.reasons import Reason
+
+
+class Mitigation(StrEnum):
+    """Changes that are compared, in the order of the table."""
+
+    TODAY = "today"
+    PERFECT_BALANCE = "perfect balance"
+    CEILING = "ceiling"
+    PLACEMENT = "placement"
+    REPLICAS = "replicas"
+    WEIGHTED_DISPATCH = "weighted dispatch"
+    PER_STEP_DISPATCH = "per-step dispatch"
+    ACTIVATED_DISPATCH = "activated dispatch"
+    SPILL = "least-loaded spill"
+    SHARDING = "expert sharding"
+    HIERARCHICAL = "hierarchical"
+    DEDUPLICATION = "deduplication"
+    GATHER = "gather"
+    NODE_PLACEMENT = "node placement"
+    SAMPLE_PLACEMENT = "sample placement"
+    RANKS = "EP ranks"
+    EXPERT_CACHE = "expert cache"
+    CLOCK_LOCK = "clock lock"
+
+
+class VerdictCode(StrEnum):
+    """What a verdict comes to."""
+
+    #: What the others are compared with, or cannot be better than.
+    REFERENCE = "reference"
+    #: Faster beyond doubt, and pays for itself within the horizon.
+    CHANGE = "change"
+    #: Faster beyond doubt, but not within the horizon.
+    DOES_NOT_PAY = "does not pay"
+    #: The interval of the gain meets zero.
+    NO_GAIN = "no gain"
+    #: Slower beyond doubt.
+    WORSE = "worse"
+    #: Today's set-up does not work without it.
+    NEEDED = "needed"
+    #: It does not fit into memory.
+    DOES_NOT_FIT = "does not fit"
+    #: There is nothing that it could change here.
+    NOT_APPLICABLE = "not applicable"
+    #: What it takes to judge it is missing.
+    NOT_KNOWN = "not known"
+
+
+class MitigationCode(StrEnum):
+    """Why there is no number, and premises with what the trace shows about them."""
+
+    # Why there is no verdict.
+    NO_TOKENS = "no_token_samples"
+    NO_NETWORK = "no_network_model"
+    NO_EXPERTS = "no_expert_times"
+    NO_ALGORITHM = "algorithm_not_measured"
+    NO_EXPERT_BYTES = "no_expert_bytes"
+    NO_MEMORY = "no_memory_size"
+    NO_HOST_RATE = "no_host_rate"
+    NO_CLOCKS = "no_clock_model"
+    NO_POWER = "no_power"
+    NO_SEQUENCES = "no_sequences"
+    ONE_NODE = "one_node"
+    IN_USE = "in_use"
+    DECODE_ONLY = "decode_only"
+    ALL_ACTIVE = "all_experts_active"
+    UNEVEN = "uneven"
+    MEMORY = "over_memory"
+    NOT_PREDICTED = "not_predicted"
+    # Premises.
+    STABLE = "imbalance_is_stable"
+    IMBALANCED = "ranks_are_unequal"
+    ONE_EXPERT_DECIDES = "one_expert_outweighs_a_rank"
+    LOADS_VARY = "loads_vary_between_steps"
+    FABRIC_DECIDES = "exchanges_decide"
+    BETWEEN_NODES = "bytes_between_nodes"
+    COPIES_SHARE_RANKS = "experts_of_a_token_share_ranks"
+    WEIGHTS_DECIDE = "activated_experts_decide"
+    CO_ACTIVATION = "experts_are_chosen_together"
+    SEQUENCES_DIFFER = "sequences_prefer_ranks"
+    EXPERTS_DO_NOT_FIT = "experts_do_not_fit"
+    NEIGHBOURS_AGREE = "neighbouring_tokens_agree"
+    ENERGY_FALLS = "energy_falls_with_the_clock"
+    REAL_TOKENS = "tokens_are_real"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Premise:
+    """What a change rests on, and whether this trace shows it.
+
+    Attributes:
+        reason: the premise with the values that the trace shows.
+        holds: whether they do; None where the trace cannot show it.
+    """
+
+    reason: Reason
+    holds: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One change on one phase of a run.
+
+    Attributes:
+        mitigation: which change.
+        setting: what of it, such as a number of replicas or ranks; empty where there is one only.
+        code: what it comes to.
+        step_us: mean time of the MoE part of a held-out step; None where it is not predicted.
+        p10_us, p90_us: 10th and 90th percentile over held-out steps.
+        parts_us: the same time by part: dispatch, experts (of the mean rank), waiting (of the mean rank for
+            the busiest), combine, shared; only those that are known. None adds up to ``step_us``.
+        gain: share of today's time that it removes, on the same steps; its interval covers the steps and the
+            error of the models.
+        beyond: the same against the simplest change that helps, where this one adds to it; None elsewhere.
+            Then ``code`` is about this gain.
+        memory_bytes: what a rank needs more; None where it is not known.
+        kv_tokens: tokens of context whose cache that memory would hold; None likewise.
+        change_us: what the change costs once; None where it is not known.
+        break_even_steps: steps after which it has paid; None where it never does, or the cost is not known.
+        energy_saving: share of the energy that it saves; None where no energy is known.
+        slowdown: share of time that it costs, where energy is what it is for; None else.
+        premise: what it rests on; None for references.
+        grades: what its numbers rest on: measured, fitted, published, assumed; each once.
+        extrapolated: share of the predicted exchanges and expert times that lie outside what was measured.
+        reason: why there is no time, or what holds the change up.
+    """
+
+    mitigation: Mitigation
+    setting: str = ""
+    code: VerdictCode
+    step_us: float | None = None
+    p10_us: float | None = None
+    p90_us: float | None = None
+    parts_us: Mapping[str, float] = field(default_factory=dict)
+    gain: Interval | None = None
+    beyond: Interval | None = None
+    memory_bytes: int | None = None
+    kv_tokens: float | None = None
+    change_us: float | None = None
+    break_even_steps: float | None = None
+    energy_saving: Interval | None = None
+    slowdown: Interval | None = None
+    premise: Premise | None = None
+    grades: tuple[str, ...] = ()
+    extrapolated: float | None = None
+    reason: Reason | None = None

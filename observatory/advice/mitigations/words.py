@@ -1,0 +1,83 @@
+"""Verdicts, premises and missing inputs in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from observatory.advice.mitigations.verdict import MitigationCode
+from observatory.analysis.experts.words import StepCode
+from observatory.text import percent_words
+
+#: What is needed, or why there is nothing to change.
+_MISSING = {
+    MitigationCode.NO_TOKENS: "no token samples; profile with --sample-tokens 256",
+    MitigationCode.NO_NETWORK: "no network model; fit one and give --network",
+    MitigationCode.NO_ALGORITHM: "the network model was not measured for {algorithm}",
+    MitigationCode.NO_MEMORY: "no memory size; state memory_bytes in the topology",
+    MitigationCode.NO_HOST_RATE: "no rate from the host; state host_bytes_per_s in the topology",
+    MitigationCode.NO_CLOCKS: "no clock model; give --clocks",
+    MitigationCode.NO_SEQUENCES: "too few sampled sequences, or their length is not known",
+    MitigationCode.ONE_NODE: "all ranks are on one node",
+    MitigationCode.IN_USE: "in use already",
+    MitigationCode.ALL_ACTIVE: "{activated} of the experts are activated in every step",
+    MitigationCode.UNEVEN: "{experts} experts do not fill {ranks} ranks evenly",
+    MitigationCode.IMBALANCED: "no rank is above the threshold; the busiest has {ratio} times the mean",
+    MitigationCode.EXPERTS_DO_NOT_FIT: "all experts fit into memory",
+    MitigationCode.ENERGY_FALLS: "no lower clock is advised",
+    StepCode.NO_NETWORK: "no network model; fit one and give --network",
+    StepCode.NOT_PREDICTED: "{error}",
+    StepCode.TOP_K_VARIES: "tokens have no fixed number of experts",
+}
+
+_PREMISES = {
+    MitigationCode.STABLE: "imbalance lasts: of a promised {promised} of the mean load {held_out} was held",
+    MitigationCode.IMBALANCED: "ranks are unequal: the busiest has {ratio} times the mean",
+    MitigationCode.ONE_EXPERT_DECIDES: "one expert outweighs a rank: no layout without replicas "
+    "is below {bound}",
+    MitigationCode.LOADS_VARY: "loads vary between steps: {held_out} on judged steps, {train} on the others",
+    MitigationCode.FABRIC_DECIDES: "exchanges decide: {share} of the step",
+    MitigationCode.BETWEEN_NODES: "traffic between nodes decides: {crossing} of the rows cross, "
+    "exchanges are {share} of the step",
+    MitigationCode.COPIES_SHARE_RANKS: "experts of a token share ranks: {rows_left} of the rows are left",
+    MitigationCode.WEIGHTS_DECIDE: "activated experts decide: a tenth fewer saves {saved_by_tenth} "
+    "of the time",
+    MitigationCode.SEQUENCES_DIFFER: "sequences prefer ranks: {local_before} of the rows stay, "
+    "{local_after} after",
+    MitigationCode.EXPERTS_DO_NOT_FIT: "experts do not fit: {held_bytes} B in {memory_bytes} B",
+    MitigationCode.ENERGY_FALLS: "energy falls with the clock",
+    MitigationCode.REAL_TOKENS: "tokens are real",
+}
+_SHARES = frozenset(
+    ("activated", "share", "crossing", "rows_left", "saved_by_tenth", "local_before", "local_after")
+)
+
+
+def reason_words(reason: Mapping[str, Any] | None) -> str:
+    """Why there is no number, of a reason as a document has it; empty without one."""
+    return "" if reason is None else _filled(_MISSING, reason)
+
+
+def premise_words(premise: Mapping[str, Any] | None) -> str:
+    """A premise with what the trace shows, of a premise as a document has it; empty without one."""
+    if premise is None:
+        return ""
+    holds = {True: "holds", False: "does not hold", None: "not known"}[premise["holds"]]
+    values = premise["reason"]
+    if any(value is None for value in values.values()):
+        return holds
+    return f"{holds}; {_filled(_PREMISES, values)}"
+
+
+def _filled(words: Mapping[Any, str], reason: Mapping[str, Any]) -> str:
+    code = reason["code"]
+    known = {item.value: text for item, text in words.items()}
+    values = {
+        name: percent_words(value)
+        if name in _SHARES and isinstance(value, float)
+        else f"{value:.3g}"
+        if isinstance(value, float)
+        else value
+        for name, value in reason.items()
+    }
+    return str(known.get(code, code)).format(**values)

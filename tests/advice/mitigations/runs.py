@@ -1,0 +1,43 @@
+"""Runs that state the size of their experts, for commands that predict times."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from observatory.run import RunWriter, routing_rows
+from observatory.run.manifest import DataSpec, Manifest, ModelSpec, MoeLayerSpec
+
+EXPERTS, TOP_K = 16, 2
+
+
+def sized_run(folder: Path, *, steps: int = 32, skew: float = 4.0, phase: str = "prefill") -> Path:
+    """Two layers of 16 experts on one source rank; the first four have ``skew`` times the others' load."""
+    generator = np.random.default_rng(0)
+    share_E = np.array([skew] * 4 + [1.0] * 12)
+    layers = tuple(
+        MoeLayerSpec(layer=layer, module=f"m.{layer}", experts=EXPERTS, top_k=TOP_K, shared_experts=0)
+        for layer in (0, 1)
+    )
+    model = ModelSpec(
+        name="sized", hidden_size=2048, expert_bytes=3 * 2048 * 1024 * 2, dtype="bfloat16", moe_layers=layers
+    )
+    manifest = Manifest(
+        run_id="sized", created_unix_s=1.0, model=model, data=DataSpec(condition="prose", real=True)
+    )
+    with RunWriter.create(folder, manifest) as writer:
+        for layer in (0, 1):
+            load_SE = generator.multinomial(TOP_K * 4096, share_E / share_E.sum(), size=steps)
+            writer.append(
+                "routing",
+                routing_rows(
+                    step_N=np.arange(steps),
+                    phase_N=phase,
+                    layer_N=np.full(steps, layer),
+                    source_rank=0,
+                    tokens_N=np.full(steps, 4096),
+                    load_NE=load_SE,
+                ),
+            )
+    return folder

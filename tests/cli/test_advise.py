@@ -1,0 +1,108 @@
+"""The command line of ``observatory advise``: what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from observatory.cli import main
+from tests.advice.mitigations.runs import sized_run
+
+H100 = ("--hardware", "h100-sxm")
+
+
+def advised(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, Any]:
+    assert main(["advise", *argv, "--json"]) == 0
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return document
+
+
+def test_a_crowded_rank_is_found_and_the_command_that_helps_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = sized_run(tmp_path / "run")
+    assert main(["advise", str(run), "--ranks", "4", *H100, "--horizon-steps", "1000000"]) == 0
+    said = capsys.readouterr()
+    assert "next: observatory place" in said.out + said.err
+    document = advised(capsys, str(run), "--ranks", "4", *H100)
+    (phase,) = document["runs"][0]["phases"]
+    rows = {row["change"]: row for row in phase["verdicts"]}
+    # Half of the load is on the first rank; the roofline of an H100 at 8192 assignments is arithmetic.
+    assert rows["placement"]["gain"] == pytest.approx(0.55, abs=0.1)
+    assert rows["hierarchical"]["verdict"] in ("not known", "not applicable")
+    assert rows["today"]["rests_on"] in ("assumed", "published")
+
+
+def test_uniform_loads_are_not_worth_changing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    document = advised(capsys, str(sized_run(tmp_path / "run", skew=1.0)), "--ranks", "4", *H100)
+    assert document["runs"][0]["phases"][0]["best"] is None
+    assert document["conclusion"][0]["code"] == "nothing"
+
+
+def test_the_document_is_written_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "advice.json"
+    document = advised(capsys, str(sized_run(tmp_path / "run")), "--ranks", "4", *H100, "--out", str(out))
+    assert json.loads(out.read_text()) == document
+    assert main(["advise", str(tmp_path / "run"), "--ranks", "4", *H100, "--out", str(out)]) == 1
+    assert "--force" in capsys.readouterr().err
+
+
+def test_csv_has_the_rows_of_every_phase(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", str(sized_run(tmp_path / "run")), "--ranks", "4", *H100, "--csv"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("change,setting,")
+    assert any(line.startswith("placement,") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ((), "give --ranks, or --topology"),
+        (("--ranks", "4"), "give --experts or --hardware"),
+        (("--ranks", "4", "--hardware", "abacus"), "does not exist"),
+        (("--ranks", "4", *H100, "--phase", "lunch"), "--phase 'lunch' is not known"),
+        (("--ranks", "4", *H100, "--phase", "decode"), "no steps of decode"),
+        (("--ranks", "5", *H100), "16 experts"),
+        (("--ranks", "4", *H100, "--experts", "x.json"), "give one of them"),
+        (("--ranks", "4", *H100, "--network", "nothing.json"), "cannot be read"),
+        (("--topology", "nothing.toml", *H100), "cannot be read"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_in_one_line(
+    options: tuple[str, ...], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = sized_run(tmp_path / "run")
+    assert main(["advise", str(run), *options]) == 1
+    said = capsys.readouterr().err
+    assert problem in said
+    assert said.startswith("observatory: ")
+    assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("ranks = 1", "ranks"),
+        ("ranks = 4\ncolour = 'red'", "colour"),
+        ("ranks = ", "not valid"),
+        ("ranks = 4\nmemory_bytes = inf", "memory_bytes"),
+        ("", "ranks"),
+    ],
+)
+def test_topology_files_are_checked(
+    text: str, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "t.toml").write_text(text)
+    assert (
+        main(["advise", str(sized_run(tmp_path / "run")), "--topology", str(tmp_path / "t.toml"), *H100]) == 1
+    )
+    assert problem in capsys.readouterr().err
+
+
+def test_a_run_of_few_steps_is_not_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = sized_run(tmp_path / "run", steps=15)
+    assert main(["advise", str(run), "--ranks", "4", *H100]) == 1
+    assert "15 steps" in capsys.readouterr().err
