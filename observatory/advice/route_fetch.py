@@ -2,16 +2,67 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from pydantic import JsonValue
+
+from observatory.advice.placement import current_layout
+from observatory.analysis.columns import Column, Table
+from observatory.analysis.parallel.step_loads import StepLoads
 from observatory.analysis.route_fetch.costs import Constants
+from observatory.analysis.route_fetch.experts import Choice, ExpertDecisions, ExpertShape, decide_experts
 from observatory.analysis.route_fetch.fitting import HeldOut, fit_shape, hold_out_points
 from observatory.analysis.route_fetch.published import PREFIX, published_constants
 from observatory.errors import BenchmarkError
-from observatory.run.documents.route_fetch import Shape, load_route_fetch
+from observatory.reasons import Reason
+from observatory.run.documents.printed import printed_document
+from observatory.run.documents.route_fetch import ELEMENT_BYTES, Shape, load_route_fetch
+from observatory.text import percent_words
+
+if TYPE_CHECKING:
+    from observatory.run import Run
+    from observatory.run.manifest import ModelSpec
 
 Answer = tuple[Shape, Constants, HeldOut | None]
+
+
+class RouteFetchCode(StrEnum):
+    """What a verdict on the experts of a run states."""
+
+    SEND_ALL = "send_all"
+    CHANGE = "change"
+    UNCERTAIN = "uncertain"
+    KEEP_COST = "keep_cost"
+    BREAK_EVEN = "break_even"
+    RANKS_NOT_MEASURED = "ranks_not_measured"
+    WITHOUT_COMPUTE = "without_compute"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExpertAdvice:
+    """What to do with the experts of a run.
+
+    Attributes:
+        layers: numbers of the MoE layers.
+        ranks: P.
+        placement: name of today's placement.
+        constants: what times rest on.
+        decisions: what to do with each expert.
+        verdict: codes and values.
+    """
+
+    layers: tuple[int, ...]
+    ranks: int
+    placement: str
+    constants: Constants
+    decisions: ExpertDecisions
+    verdict: tuple[Reason, ...]
 
 
 def known_constants(
@@ -61,3 +112,215 @@ def known_constants(
         )
         answers.append((shape, constants, None))
     return answers, notes
+
+
+def expert_shape(model: ModelSpec) -> ExpertShape:
+    """Sizes of a model's experts.
+
+    Raises:
+        BenchmarkError: the manifest does not state them.
+    """
+    dtype = (model.dtype or "").removeprefix("torch.")
+    if not model.hidden_size or not model.expert_bytes or dtype not in ELEMENT_BYTES:
+        raise BenchmarkError(
+            f"the run of {model.name} states hidden size {model.hidden_size}, expert bytes "
+            f"{model.expert_bytes} and dtype {model.dtype}",
+            expected=f"all three, the dtype one of {', '.join(ELEMENT_BYTES)}",
+            remedy="profile the model again",
+        )
+    return ExpertShape(
+        hidden=model.hidden_size, expert_bytes=model.expert_bytes, element_bytes=ELEMENT_BYTES[dtype]
+    )
+
+
+def run_shape(model: ModelSpec) -> Shape:
+    """The shape that a measurement for a model's experts has.
+
+    Raises:
+        BenchmarkError: as of `expert_shape`.
+    """
+    sizes = expert_shape(model)
+    dtype = (model.dtype or "").removeprefix("torch.")
+    return Shape.model_validate(
+        {"kind": "expert", "dtype": dtype, "key": sizes.hidden, "value": sizes.hidden}
+    )
+
+
+def advise_experts(
+    run: Run,
+    loads: StepLoads,
+    constants: Constants,
+    *,
+    ranks: int,
+    copies: int = 0,
+    train_share: float = 0.5,
+    seed: int = 0,
+) -> ExpertAdvice:
+    """Which experts of a run to fetch or keep, chosen on its first steps and judged on the others.
+
+    Raises:
+        BenchmarkError: too few steps, or a manifest that does not state the experts' sizes.
+        PlacementError: the experts do not fill the ranks.
+    """
+    slot_LPK, name = current_layout(run, loads, ranks=ranks, given=None)
+    layers, experts = loads.load_SLE.shape[1:]
+    rank_of_LE = np.zeros((layers, experts), dtype=np.int64)
+    for rank in reversed(range(ranks)):  # of several holders the first counts
+        for layer in range(layers):
+            rank_of_LE[layer, slot_LPK[layer, rank]] = rank
+    decisions = decide_experts(
+        loads.load_SLE,
+        rank_of_LE,
+        expert_shape(run.manifest.model),
+        constants,
+        ranks=ranks,
+        copies=copies,
+        train_share=train_share,
+        seed=seed,
+    )
+    return ExpertAdvice(
+        layers=loads.layers,
+        ranks=ranks,
+        placement=name,
+        constants=constants,
+        decisions=decisions,
+        verdict=tuple(_verdict(decisions, constants, ranks)),
+    )
+
+
+def _verdict(decisions: ExpertDecisions, constants: Constants, ranks: int) -> list[Reason]:
+    saved = decisions.saved_us
+    fetched, kept = (int((decisions.choice_LE == choice).sum()) for choice in (Choice.FETCH, Choice.KEEP))
+    values: dict[str, JsonValue] = {
+        "fetched": fetched,
+        "kept": kept,
+        "today_us": decisions.today_us,
+        "saved_us": saved.value,
+        "saved_us_low": saved.low,
+        "saved_us_high": saved.high,
+    }
+    if fetched + kept == 0:
+        reasons = [Reason(RouteFetchCode.SEND_ALL)]
+    else:
+        is_sure = saved.low is not None and saved.low > 0
+        reasons = [Reason(RouteFetchCode.CHANGE if is_sure else RouteFetchCode.UNCERTAIN, values)]
+        if is_sure and kept:
+            steps = max(1, math.ceil(decisions.keep_us / saved.value))
+            cost: dict[str, JsonValue] = {"keep_bytes": decisions.keep_bytes, "break_even_steps": steps}
+            reasons.append(Reason(RouteFetchCode.KEEP_COST, cost))
+    reasons.append(
+        Reason(
+            RouteFetchCode.BREAK_EVEN,
+            {
+                "busiest_tokens": float(decisions.tokens_LE.max(initial=0.0)),
+                "break_even_tokens": decisions.break_even_tokens,
+                "ranks": ranks,
+            },
+        )
+    )
+    if constants.grade == "fitted" and ranks != constants.holders + 1:
+        reasons.append(
+            Reason(
+                RouteFetchCode.RANKS_NOT_MEASURED, {"ranks": ranks, "measured_ranks": constants.holders + 1}
+            )
+        )
+    if decisions.without_compute:
+        reasons.append(Reason(RouteFetchCode.WITHOUT_COMPUTE, {"source": constants.source}))
+    return reasons
+
+
+_SENTENCES = {
+    RouteFetchCode.SEND_ALL: "send all tokens: there is no expert to fetch or keep",
+    RouteFetchCode.CHANGE: "fetch {fetched} experts and keep {kept}, all layers together: on steps that were "
+    "not used to choose that saves {share} of the {today_us:.0f} us of a step: {saved_us:.0f} us "
+    "({saved_us_low:.0f} to {saved_us_high:.0f})",
+    RouteFetchCode.UNCERTAIN: "send all tokens: to fetch {fetched} experts and keep {kept} would save "
+    "{saved_us:.0f} us of {today_us:.0f} ({saved_us_low:.0f} to {saved_us_high:.0f}), which may be nothing",
+    RouteFetchCode.KEEP_COST: "kept copies take {keep_mib:.2g} MiB on every rank; steps until bringing them "
+    "there has paid: {break_even_steps}",
+    RouteFetchCode.BREAK_EVEN: "the busiest expert has {busiest_tokens:.0f} tokens in a step; on {ranks} "
+    "ranks fetching one moves less from {break_even} tokens on",
+    RouteFetchCode.RANKS_NOT_MEASURED: "the constants were measured on {measured_ranks} ranks; times on "
+    "{ranks} are extrapolated",
+    RouteFetchCode.WITHOUT_COMPUTE: "{source} says nothing about the experts' own time, which is left out",
+}
+
+
+def expert_sentences(verdict: Sequence[Reason]) -> list[str]:
+    """A verdict in words."""
+    sentences = []
+    for reason in verdict:
+        values: dict[str, Any] = dict(reason.values)
+        if "today_us" in values:
+            values["share"] = percent_words(values["saved_us"] / max(values["today_us"], 1e-9))
+        if "keep_bytes" in values:
+            values["keep_mib"] = values["keep_bytes"] / (1 << 20)
+        if "break_even_tokens" in values:
+            tokens = values["break_even_tokens"]
+            values["break_even"] = "no number of" if tokens is None else f"{tokens:.0f}"
+        sentences.append(_SENTENCES[RouteFetchCode(reason.code)].format_map(values))
+    return sentences
+
+
+EXPERT_COLUMNS = (
+    Column(name="layer", title="layer", key=True),
+    Column(name="fetched", title="fetch", legend="experts whose weights come here in every step"),
+    Column(name="kept", title="keep", legend="experts with a copy on every rank"),
+    Column(name="saved_us", title="saved", unit="us", digits=0, legend="of a step, on held-out steps"),
+    Column(name="busiest_tokens", title="busiest", digits=0, legend="tokens of the busiest expert in a step"),
+    Column(name="route_us", title="its tokens", unit="us", digits=0, legend="to move these, and its weights"),
+    Column(name="fetch_us", title="its weights", unit="us", digits=0),
+    Column(name="experts_fetched", title="experts to fetch", text=True, wide=True),
+    Column(name="experts_kept", title="experts to keep", text=True, wide=True),
+)
+
+
+def expert_document(advice: ExpertAdvice, problems: Sequence[str] = ()) -> dict[str, Any]:
+    """The advice as ``route-fetch RUN --json`` prints it (docs/json.md)."""
+    decisions = advice.decisions
+    fetched_LE, kept_LE = (decisions.choice_LE == choice for choice in (Choice.FETCH, Choice.KEEP))
+    busiest_L = decisions.tokens_LE.argmax(axis=1)
+    return printed_document(
+        "route_fetch_experts",
+        {
+            "grade": advice.constants.grade,
+            "source": advice.constants.source,
+            "ranks": advice.ranks,
+            "placement": advice.placement,
+            "train_steps": decisions.steps[0],
+            "held_out_steps": decisions.steps[1],
+            "today_us": decisions.today_us,
+            "chosen_us": decisions.chosen_us,
+            "saved_us": decisions.saved_us.value,
+            "saved_us_low": decisions.saved_us.low,
+            "saved_us_high": decisions.saved_us.high,
+            "keep_bytes": decisions.keep_bytes,
+            "keep_us": decisions.keep_us,
+            "break_even_tokens": decisions.break_even_tokens,
+            "problems": list(problems),
+            "verdict": [reason.document() for reason in advice.verdict],
+            "layers": [
+                {
+                    "layer": layer,
+                    "fetched": int(fetched_LE[index].sum()),
+                    "kept": int(kept_LE[index].sum()),
+                    "saved_us": float(decisions.saved_us_L[index]),
+                    "busiest_tokens": float(decisions.tokens_LE[index, busiest_L[index]]),
+                    "route_us": float(decisions.route_us_LE[index, busiest_L[index]]),
+                    "fetch_us": float(decisions.fetch_us_LE[index, busiest_L[index]]),
+                    "experts_fetched": np.flatnonzero(fetched_LE[index]).tolist(),
+                    "experts_kept": np.flatnonzero(kept_LE[index]).tolist(),
+                }
+                for index, layer in enumerate(advice.layers)
+            ],
+        },
+    )
+
+
+def expert_tables(document: dict[str, Any]) -> list[Table]:
+    """A row for each layer."""
+    title = (
+        f"{document['ranks']} ranks, placement {document['placement']}, chosen on {document['train_steps']} "
+        f"steps, {document['held_out_steps']} held out; constants {document['grade']}: {document['source']}"
+    )
+    return [Table(name="layers", columns=EXPERT_COLUMNS, rows=document["layers"], title=title)]

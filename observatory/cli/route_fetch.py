@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from observatory.cli.options import (
     CsvOption,
     ForceOption,
     JsonOption,
+    OnlyPhaseOption,
     RankTimeoutOption,
     RepeatsOption,
     ResultOption,
@@ -44,6 +46,24 @@ ConstantsOption = Annotated[
 
 def route_fetch(
     constants: ConstantsOption,
+    run: Annotated[
+        Path | None,
+        typer.Argument(metavar="[RUN]", help="Run directory, to decide about the experts of its model."),
+    ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=2, max=65536, rich_help_panel=RANKS, help="With RUN: expert-parallel ranks."),
+    ] = None,
+    copies: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=65536,
+            rich_help_panel=RANKS,
+            help="With RUN: experts that a rank may keep besides its own.",
+        ),
+    ] = 0,
+    phase: OnlyPhaseOption = None,
     shape: ShapeOption = None,
     dtype: Annotated[
         str, typer.Option("--dtype", metavar="NAME", help="Of --shape: float32, bfloat16 or float16.")
@@ -75,6 +95,21 @@ def route_fetch(
     )
     from observatory.cli.output import print_data, print_tables, say
 
+    if run is not None:
+        _decide(
+            run,
+            constants,
+            ranks=ranks,
+            copies=copies,
+            phase=phase,
+            bootstrap=bootstrap,
+            seed=seed,
+            wide=wide,
+            csv=csv,
+            table=table,
+            json=json,
+        )
+        return
     question = Question(
         rows=parse_range("--rows", rows, most=_MOST_ROWS),
         sizes=parse_range("--sizes", sizes, most=_MOST_ROWS),
@@ -89,6 +124,55 @@ def route_fetch(
         say(f"note: {note}")
     if not print_data(document, tables, json=json, csv=csv, table=table):
         print_tables([*tables[:-1], *map_tables(document)], wide=wide)
+
+
+def _decide(
+    path: Path,
+    name: str,
+    *,
+    ranks: int | None,
+    copies: int,
+    phase: str | None,
+    bootstrap: int,
+    seed: int,
+    wide: bool,
+    csv: bool,
+    table: str | None,
+    json: bool,
+) -> None:
+    """Decide about the experts of a run."""
+    from observatory.advice.route_fetch import (
+        advise_experts,
+        expert_document,
+        expert_sentences,
+        expert_tables,
+        known_constants,
+        run_shape,
+    )
+    from observatory.analysis.parallel.step_loads import step_loads
+    from observatory.cli.output import print_data, print_tables, say
+    from observatory.errors import BenchmarkError
+    from observatory.run import open_run
+
+    opened = open_run(path)
+    if ranks is None:
+        raise BenchmarkError(
+            f"over how many ranks the experts of {path} are spread is not given; give --ranks"
+        )
+    answers, notes = known_constants(name, [run_shape(opened.manifest.model)], bootstrap=bootstrap, seed=seed)
+    loads = step_loads(opened, phase=phase)
+    if phase is None and len(loads.phases) > 1:
+        loads = loads.of_phase(loads.largest_phase)
+        notes.append(f"decided for {loads.phases[0]}, which has most assignments; give --phase for another")
+    advice = advise_experts(opened, loads, answers[0][1], ranks=ranks, copies=copies, seed=seed)
+    document = expert_document(advice, opened.problems)
+    tables = expert_tables(document)
+    for note in (*notes, *opened.problems):
+        say(f"note: {note}")
+    if not print_data(document, tables, json=json, csv=csv, table=table):
+        print_tables(tables, wide=wide)
+        for sentence in expert_sentences(advice.verdict):
+            say(sentence)
 
 
 def bench(

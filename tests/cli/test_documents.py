@@ -17,6 +17,7 @@ from observatory.run.documents.printed import PRINTED_VERSION
 from tests.advice.mitigations.runs import sized_run
 from tests.analysis.energy.test_prefix_cache import measured
 from tests.analysis.route_fetch.made import made_result
+from tests.analysis.route_fetch.test_experts import a_run
 from tests.cli.test_terminal import big_exchanges
 from tests.conftest import MakeRun
 from tests.paths import ROOT
@@ -76,6 +77,15 @@ def test_every_key_of_a_document_is_described(
             capsys, "route-fetch", "--constants", str(saved(tmp_path / "rf.json", made_result("expert:8")))
         ),
         measured_document(made_result("mla:2,8,4")),
+        printed(
+            capsys,
+            "route-fetch",
+            str(a_run(tmp_path / "experts", expert_bytes=480)),
+            "--ranks",
+            "2",
+            "--constants",
+            str(saved(tmp_path / "rf.json", made_result("expert:2"))),
+        ),
         bench_document(a_bench(repeats=2)),
         replay_document(a_replay()),
     ]

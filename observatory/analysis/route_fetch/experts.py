@@ -9,9 +9,9 @@ The time of a layer-step is that of the slowest rank:
     experts                the rank that computes longest: experts it holds, and its share of the others
 
 Tokens come from all ranks alike. A fetched expert serves one step: its weights go to every rank that has a
-token for it, which computes its own. A kept expert is on all ranks and moves nothing. In each layer the
-experts with most tokens are kept (as many as there is room for), then fetched, one by one while that shortens
-the layer on the steps that it is chosen on.
+token for it, which computes its own. A kept expert is on all ranks and moves nothing. In each layer experts
+of the busiest ranks are kept (as many as there is room for), then fetched, one by one while that shortens the
+layer on the steps that it is chosen on.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from observatory.errors import BenchmarkError
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-_RESAMPLES = 200
-#: Experts that are tried after the last one that shortened the layer.
-_PATIENCE = 4
+_RESAMPLES = 100
+#: Only what the busiest ranks have most of can shorten a layer by much.
+_BUSIEST_RANKS, _EXPERTS_OF_RANK = 2, 4
 
 
 class Choice(IntEnum):
@@ -214,6 +214,10 @@ class _LayerTimes:
         us_S += np.where(weights_S > 0, self.trip, 0.0) + weights_S * self.back
         return us_S + self._experts(load_SE, home_EP, routed_E)
 
+    def mean_us(self, load_SE: Float64, rank_of_E: Int64, choice_E: Int64) -> float:
+        """Time of the layer, mean over steps."""
+        return float(self.us_S(load_SE, rank_of_E, choice_E).mean())
+
     def _experts(self, load_SE: Float64, home_EP: Float64, routed_E: NDArray[np.bool_]) -> Float64:
         """The longest computing rank: experts with tokens at their home, an equal share of the others."""
         shape, ranks = self.shape, self.ranks
@@ -227,21 +231,52 @@ class _LayerTimes:
 
 
 def _choose(model: _LayerTimes, load_SE: Float64, rank_of_E: Int64, copies: int) -> Int64:
-    """Keep, then fetch, the experts with most tokens, one by one while the layer gets shorter."""
-    order_E = np.argsort(-load_SE.mean(axis=0), kind="stable")
+    """Keep, then fetch, experts while that shortens the layer."""
     choice_E = np.zeros(load_SE.shape[1], dtype=np.int64)
-    best_us = float(model.us_S(load_SE, rank_of_E, choice_E).mean())
-    for choice, most in ((Choice.KEEP, copies), (Choice.FETCH, len(order_E))):
-        tried_E, failures = choice_E.copy(), 0
-        for expert in [expert for expert in order_E if choice_E[expert] == Choice.ROUTE][:most]:
+    choice_E = _improved(model, load_SE, rank_of_E, choice_E, Choice.KEEP, copies)
+    # To fetch from one rank may not pay while others are as busy: start from the experts with most tokens.
+    order_E = np.argsort(-load_SE.mean(axis=0) * (choice_E == Choice.ROUTE), kind="stable")
+    tried_E, best_us, since = choice_E.copy(), model.mean_us(load_SE, rank_of_E, choice_E), 0
+    for expert in order_E:
+        if choice_E[expert] != Choice.ROUTE or since >= model.ranks:
+            break
+        tried_E[expert], since = Choice.FETCH, since + 1
+        tried_us = model.mean_us(load_SE, rank_of_E, tried_E)
+        if tried_us < best_us:
+            choice_E, best_us, since = tried_E.copy(), tried_us, 0
+    return _improved(model, load_SE, rank_of_E, choice_E, Choice.FETCH, len(choice_E))
+
+
+def _improved(
+    model: _LayerTimes, load_SE: Float64, rank_of_E: Int64, choice_E: Int64, choice: Choice, most: int
+) -> Int64:
+    """At most so many experts more with a choice, each the one that shortens the layer most."""
+    choice_E, mean_E = choice_E.copy(), load_SE.mean(axis=0)
+    best_us = model.mean_us(load_SE, rank_of_E, choice_E)
+    for _ in range(most):
+        tried: dict[int, float] = {}
+        for expert in _candidates(mean_E * (choice_E == Choice.ROUTE), rank_of_E, model.ranks):
+            tried_E = choice_E.copy()
             tried_E[expert] = choice
-            us = float(model.us_S(load_SE, rank_of_E, tried_E).mean())
-            failures += 1
-            if us < best_us:
-                choice_E, best_us, failures = tried_E.copy(), us, 0
-            if failures >= _PATIENCE:
-                break
+            tried[expert] = model.mean_us(load_SE, rank_of_E, tried_E)
+        best = min(tried, key=tried.__getitem__, default=None)
+        if best is None or tried[best] >= best_us:
+            break
+        choice_E[best], best_us = choice, tried[best]
     return choice_E
+
+
+def _candidates(routed_E: Float64, rank_of_E: Int64, ranks: int) -> list[int]:
+    """The experts with most tokens on the ranks that receive most."""
+    routed_P = np.bincount(rank_of_E, weights=routed_E, minlength=ranks)
+    order_E = np.argsort(-routed_E, kind="stable")
+    busiest = np.argsort(-routed_P, kind="stable")[:_BUSIEST_RANKS]
+    return [
+        int(expert)
+        for rank in busiest
+        for expert in order_E[(rank_of_E == rank)[order_E]][:_EXPERTS_OF_RANK]
+        if routed_E[expert] > 0
+    ]
 
 
 def _step_times(model: _LayerTimes, load_SLE: Float64, rank_of_LE: Int64, choice_LE: Int64) -> Float64:
@@ -263,12 +298,13 @@ def _saving(
     value = float(saved_SL.sum(axis=1).mean())
     if not choice_LE.any():
         return Interval(value=0.0, low=0.0, high=0.0)
+    changed_L = choice_LE.any(axis=1)
+    load_SLE, rank_of_LE, choice_LE = load_SLE[:, changed_L], rank_of_LE[changed_L], choice_LE[changed_L]
     today_LE = np.zeros_like(choice_LE)
     steps = len(load_SLE)
     weight_BS = block_weights(steps, _RESAMPLES, seed)
-    draws = max(len(item.samples_BF) for item in constants.stages.values())
     sampled = []
-    for index, weight_S in enumerate(weight_BS[: max(draws, 50)]):
+    for index, weight_S in enumerate(weight_BS):
         model = _LayerTimes(shape, constants, ranks, sample=index)
         saved_S = sum(
             sign * _step_times(model, load_SLE, rank_of_LE, choice).sum(axis=1)
