@@ -435,7 +435,7 @@ def conclude_bench(document: Row, out: Path) -> Conclusion:
     )
 
 
-def conclude_experts(document: Row) -> Conclusion:
+def conclude_experts(document: Row, out: Path) -> Conclusion:
     """Of ``observatory bench experts``: below how many assignments balancing them gains little."""
     if document["p90_error"] > _UNSURE:
         return (
@@ -444,14 +444,14 @@ def conclude_experts(document: Row) -> Conclusion:
         )
     below = document["even_rows"]
     if below is None:
-        return NOTHING
+        return (*NOTHING, _command("advise", "RUN", "--experts", out))
     terms = {row["term"]: row["us_per_unit"] for row in document["coefficients"]}
     expert_us = terms.get("activated expert", 0.0)
     reasons = [Reason(Code.EXPERTS_BELOW, {"assignments": round(below), **_values(document, "experts_here")})]
     if expert_us > 0:
         rows = expert_us / terms["row"]
         reasons.append(Reason(Code.EXPERTS_PER_EXPERT, {"expert_us": expert_us, "rows": round(rows)}))
-    return tuple(reasons)
+    return (*reasons, _command("advise", "RUN", "--experts", out))
 
 
 def conclude_replay(document: Row, run: Path) -> Conclusion:

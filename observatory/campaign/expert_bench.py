@@ -95,7 +95,7 @@ def bench_experts(
             site = _of_model(model, layer=layer, device=device, dtype=dtype)
             measured = shape_of(site)
             experts_here = _experts_of_rank(measured.experts, ep)
-        points, shared = time_experts(site, grid, experts_here=experts_here, progress=progress)
+        timed = time_experts(site, grid, experts_here=experts_here, progress=progress)
     origin = collect_provenance()
     return ExpertBench(
         created_unix_s=time.time(),
@@ -107,8 +107,10 @@ def bench_experts(
         device=torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         warmup=grid.warmup,
         seed=grid.seed,
-        points=points,
-        shared_points=shared,
+        points=timed.points,
+        shared_points=timed.shared_points,
+        local_points=timed.local_points,
+        notes=timed.notes,
         git_sha=origin["git_sha"],
         hosts=origin["hosts"],
         software=origin["software"],

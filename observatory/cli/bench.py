@@ -203,7 +203,7 @@ def experts(
     write_text(out, result.model_dump_json(indent=1))
     say_cores(short_of_cores([result.cores] if result.cores else ()))
     document = experts_document(result, fit_experts(result, source=out.name), try_forms(result))
-    conclusion = conclude_experts(document)
+    conclusion = conclude_experts(document, out)
     document["conclusion"] = conclusion_document(conclusion)
     tables = experts_tables(document)
     if not print_data(document, tables, json=json, csv=csv, table=table):

@@ -105,18 +105,30 @@ def shard_experts(
     exchanger = Exchanger(transport, sink)
     layers = []
     for site, holders_E in zip(sites, placements, strict=True):
-        experts = ExpertMap(holders_E, transport.layout)
-        local = local_experts(site, experts.experts_here)
-        dispatcher = make_dispatcher(
-            algorithm,
-            exchanger,
-            experts,
-            LocalExperts(run=local, parameters=tuple(local.parameters())),
-            layer=site.spec.layer,
-            deduplicate=deduplicate,
-        )
-        layers.append(ShardedLayer(site, experts, local, _forward(site, dispatcher)))
+        layers.append(shard_layer(site, exchanger, holders_E, algorithm, deduplicate=deduplicate))
     return ShardedModel(model, layers, exchanger, keep_full=keep_full)
+
+
+def shard_layer(
+    site: RoutingSite,
+    exchanger: Exchanger,
+    holders_E: Sequence[Sequence[int]],
+    algorithm: Algorithm = "flat",
+    *,
+    deduplicate: bool = False,
+) -> ShardedLayer:
+    """One layer of `shard_experts`, ready to be attached."""
+    experts = ExpertMap(holders_E, exchanger.transport.layout)
+    local = local_experts(site, experts.experts_here)
+    dispatcher = make_dispatcher(
+        algorithm,
+        exchanger,
+        experts,
+        LocalExperts(run=local, parameters=tuple(local.parameters())),
+        layer=site.spec.layer,
+        deduplicate=deduplicate,
+    )
+    return ShardedLayer(site, experts, local, _forward(site, dispatcher))
 
 
 class ShardedLayer:

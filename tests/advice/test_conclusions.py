@@ -280,8 +280,14 @@ def test_experts_conclude_from_where_on_rows_count() -> None:
             {"term": "row", "us_per_unit": 0.5},
         ],
     }
-    below, each = conclude_experts(document)
+    below, each, _ = conclude_experts(document, RUN)
     assert (below.code, below.values["assignments"]) == (Code.EXPERTS_BELOW, 512)
     assert (each.code, each.values["rows"]) == (Code.EXPERTS_PER_EXPERT, 40)
-    assert codes(conclude_experts({**document, "even_rows": None})) == [Code.NOTHING]
-    assert codes(conclude_experts({**document, "p90_error": 0.9})) == [Code.EXPERTS_UNSURE, Code.MORE_REPEATS]
+    assert codes(conclude_experts({**document, "even_rows": None}, RUN)) == [
+        Code.NOTHING,
+        Code.RUN_COMMAND,
+    ]
+    assert codes(conclude_experts({**document, "p90_error": 0.9}, RUN)) == [
+        Code.EXPERTS_UNSURE,
+        Code.MORE_REPEATS,
+    ]

@@ -14,7 +14,7 @@ expert is half full on average, and an activated expert has at least one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from observatory.analysis.statistics import deal_folds, hold_out, simplest, within_one_standard_error
 from observatory.errors import BenchmarkError
-from observatory.run.documents.expert_bench import ExpertBench, ExpertShape
+from observatory.run.documents.expert_bench import ExpertBench, ExpertShape, TokensPoint
 
 if TYPE_CHECKING:
     from observatory.analysis.hardware.profiles import HardwareProfile
@@ -130,6 +130,7 @@ class ExpertCost:
         least_rows, most_rows: assignments of an activated expert that were measured; None likewise.
         median_error, p90_error: of |predicted - measured| / measured on held-out points; None likewise.
         shared_F: seconds of a call of the shared experts and of one of its tokens; None where not known.
+        local_F: the same of what a rank does alone in the layer besides experts: router, sorting, adding up.
         peak_only: rates that are peaks, as nothing achievable is known: the time is a lower bound.
     """
 
@@ -146,6 +147,7 @@ class ExpertCost:
     median_error: float | None = None
     p90_error: float | None = None
     shared_F: tuple[float, float] | None = None
+    local_F: tuple[float, float] | None = None
     peak_only: tuple[str, ...] = ()
 
     def seconds(self, assignments: ArrayLike, activated: ArrayLike) -> Float64:
@@ -174,10 +176,18 @@ class ExpertCost:
 
     def shared_seconds(self, tokens: ArrayLike) -> Float64 | None:
         """Time of the shared experts on so many tokens of one rank; None where it is not known."""
-        if self.shared_F is None:
-            return None
-        rows = np.asarray(tokens, dtype=np.float64)
-        return np.asarray(np.where(rows > 0, self.shared_F[0] + self.shared_F[1] * rows, 0.0))
+        return _of_tokens(self.shared_F, tokens)
+
+    def local_seconds(self, tokens: ArrayLike) -> Float64 | None:
+        """Time of what a rank does alone in the layer besides experts; None where it is not known."""
+        return _of_tokens(self.local_F, tokens)
+
+
+def _of_tokens(seconds_F: tuple[float, float] | None, tokens: ArrayLike) -> Float64 | None:
+    if seconds_F is None:
+        return None
+    rows = np.asarray(tokens, dtype=np.float64)
+    return np.asarray(np.where(rows > 0, seconds_F[0] + seconds_F[1] * rows, 0.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -265,7 +275,8 @@ def fit_experts(bench: ExpertBench, *, source: str = "expert benchmark", seed: i
         most_rows=float(rows_N.max()),
         median_error=float(np.median(chosen.error_N)),
         p90_error=float(np.quantile(chosen.error_N, 0.9)),
-        shared_F=_fit_shared(bench),
+        shared_F=_fit_tokens(bench.shared_points),
+        local_F=_fit_tokens(bench.local_points),
     )
 
 
@@ -333,12 +344,12 @@ def _least_squares(terms_NF: Float64, s_N: Float64) -> Float64:
     return np.asarray(nnls(design_NF, np.ones(len(s_N)))[0] / scale_F)
 
 
-def _fit_shared(bench: ExpertBench) -> tuple[float, float] | None:
+def _fit_tokens(points: Sequence[TokensPoint]) -> tuple[float, float] | None:
     """Seconds of a call and of a token; None without at least two numbers of tokens."""
-    if len({point.tokens for point in bench.shared_points}) < 2:
+    if len({point.tokens for point in points}) < 2:
         return None
-    terms_N2 = np.array([(1.0, point.tokens) for point in bench.shared_points])
+    terms_N2 = np.array([(1.0, point.tokens) for point in points])
     call_s, token_s = _least_squares(
-        terms_N2, np.array([point.median_us * 1e-6 for point in bench.shared_points])
+        terms_N2, np.array([point.median_us * 1e-6 for point in points])
     ).tolist()
     return call_s, token_s

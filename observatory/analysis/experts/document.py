@@ -65,6 +65,7 @@ def experts_document(bench: ExpertBench, cost: ExpertCost, trials: Sequence[Form
         "even_rows": even_rows(cost, bench.experts_here),
         "idle_us": cost.idle_s * 1e6,
         "shared_us": None if cost.shared_F is None else [part * 1e6 for part in cost.shared_F],
+        "local_us": None if cost.local_F is None else [part * 1e6 for part in cost.local_F],
         "coefficients": _coefficients(cost),
         "forms": [
             {

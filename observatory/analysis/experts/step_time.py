@@ -5,9 +5,9 @@ Shapes: S steps, L layers, R source ranks (= P), E experts, P ranks, K slots of 
 One layer-step, every part as long as its slowest rank::
 
     counts -> dispatch (network) -> experts (the busiest rank) -> combine (network)
-    shared experts on every rank
+    on every rank alone: shared experts; router, sorting rows, adding up outputs (local)
 
-    total = counts + dispatch + experts + combine + shared
+    total = counts + dispatch + experts + combine + shared + local
 
 The busiest rank is that of each single layer-step; means over calls hide it. A rank that is not the busiest
 waits for it: the mean over ranks of that is ``waiting_s``, which is inside ``experts_s``. Ranks that are more
@@ -57,7 +57,9 @@ class StepTimes:
         dispatch_s, combine_s: of the exchanges to and from the experts; None where ``reasons`` say why.
         shared_s: of the shared experts on the busiest source rank; 0 where there are none, None where their
             time is not known, and then not in ``total_s``.
-        total_s: sum of counts, dispatch, experts, combine and shared; None where an exchange is None.
+        local_s: of what a rank does alone in the layer besides experts, on the source rank with most tokens;
+            None where it is not known, and then not in ``total_s``.
+        total_s: sum of all parts that are known; None where an exchange is None.
         reasons: why a part is None, and by ``extrapolated`` what of the exchanges lies outside the network
             model; by the name of the part.
         inside_SL: whether the busiest rank lies within what the expert cost was measured on.
@@ -73,6 +75,7 @@ class StepTimes:
     dispatch_s: Float64 | None
     combine_s: Float64 | None
     shared_s: Float64 | None
+    local_s: Float64 | None
     total_s: Float64 | None
     reasons: Mapping[str, tuple[Reason, ...]]
     inside_SL: Bool
@@ -212,7 +215,8 @@ def work_times(
         np.take_along_axis(work.activated_SLP, busiest_SL1, axis=2)[..., 0],
     )
     reasons: dict[str, tuple[Reason, ...]] = {}
-    shared_s = _shared(work, cost, shared_experts, reasons)
+    shared_s = np.zeros(experts_s.shape) if shared_experts == 0 else _of_tokens("shared", work, cost, reasons)
+    local_s = _of_tokens("local", work, cost, reasons)
     ways = _exchanges(
         work,
         cost,
@@ -230,7 +234,8 @@ def work_times(
             reasons[part] = (ways,)
     else:
         counts_s, dispatch_s, combine_s = ways.counts_s, ways.dispatch_s, ways.combine_s
-        total_s = counts_s + dispatch_s + experts_s + combine_s + (0.0 if shared_s is None else shared_s)
+        alone_s = sum(part for part in (shared_s, local_s) if part is not None)
+        total_s = counts_s + dispatch_s + experts_s + combine_s + alone_s
         if ways.outside:
             reasons["extrapolated"] = ways.outside
     return StepTimes(
@@ -240,6 +245,7 @@ def work_times(
         dispatch_s=dispatch_s,
         combine_s=combine_s,
         shared_s=shared_s,
+        local_s=local_s,
         total_s=total_s,
         reasons=reasons,
         inside_SL=inside_SL,
@@ -319,23 +325,21 @@ def _nearest(slot_PK: Int64, nodes: tuple[int, ...]) -> Float64:
     return part_RPK
 
 
-def _shared(
+def _of_tokens(
+    part: Literal["shared", "local"],
     work: LayerWork,
     cost: ExpertCost,
-    shared_experts: int | None,
     reasons: dict[str, tuple[Reason, ...]],
 ) -> Float64 | None:
-    """Time of the shared experts on the source rank with most tokens, (S, L)."""
-    if shared_experts == 0:
-        return np.zeros(work.rows_SLRP.shape[:2])
+    """Time of a part that depends on tokens alone, on the source rank with most of them, (S, L)."""
     if cost.shape.top_k is None:
-        reasons["shared"] = (Reason(StepCode.TOP_K_VARIES, {"what": "the time of shared experts"}),)
+        reasons[part] = (Reason(StepCode.TOP_K_VARIES, {"what": f"the time of {part} work"}),)
         return None
     tokens_SL = work.rows_SLRP.sum(axis=3).max(axis=2) / cost.shape.top_k
-    shared_s = cost.shared_seconds(tokens_SL)
-    if shared_s is None:
-        reasons["shared"] = (Reason(StepCode.NO_SHARED_TIME),)
-    return shared_s
+    seconds = cost.shared_seconds(tokens_SL) if part == "shared" else cost.local_seconds(tokens_SL)
+    if seconds is None:
+        reasons[part] = (Reason(StepCode.NOT_TIMED, {"part": part}),)
+    return seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -14,7 +14,7 @@ class StepCode(StrEnum):
     NO_NETWORK = "no_network"
     NOT_PREDICTED = "not_predicted"
     TOP_K_VARIES = "top_k_varies"
-    NO_SHARED_TIME = "no_shared_time"
+    NOT_TIMED = "not_timed"
     NO_POWER = "no_power"
     PHASE_WITHOUT_POWER = "phase_without_power"
 
@@ -23,7 +23,7 @@ _WORDS = {
     StepCode.NO_NETWORK: "no network model was given; fit one with `observatory fit` and pass it",
     StepCode.NOT_PREDICTED: "{error}",
     StepCode.TOP_K_VARIES: "tokens have no fixed number of experts, which {what} needs",
-    StepCode.NO_SHARED_TIME: "the time of the shared experts was not measured",
+    StepCode.NOT_TIMED: "the time of {part} work was not measured (`observatory bench experts MODEL`)",
     StepCode.NO_POWER: "no power was measured",
     StepCode.PHASE_WITHOUT_POWER: "no power was measured in phase {phase}",
 }

@@ -17,15 +17,20 @@ in. Protocol:
         keep the raw time, unless it is a warm-up
 
 Every activated expert has a row; the others are drawn with shares at random, as real loads are uneven. Rows
-are sorted by expert, as they arrive from one source rank. The shared experts of the layer are timed alone in
-the same rounds.
+are sorted by expert, as they arrive from one source rank.
+
+In the same rounds the whole layer is called as a single expert-parallel rank, on numbers of tokens. What is
+left of its time without the phases of experts and exchanges, and without its shared experts, is what a rank
+does alone: the router, sorting rows, adding up outputs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,13 +40,16 @@ from torch import nn
 from observatory.analysis.experts.cost import FEWEST_POINTS
 from observatory.collectives.autograd import Exchanger
 from observatory.collectives.dispatch import ExpertMap, LocalExperts, make_dispatcher
-from observatory.collectives.expert_parallel import local_experts
+from observatory.collectives.expert_parallel import local_experts, shard_layer
 from observatory.collectives.transport.base import AloneTransport
 from observatory.errors import BenchmarkError
+from observatory.probes.exchange.labels import NullSink
 from observatory.probes.routing.sites import RoutingSite
-from observatory.run.documents.expert_bench import ExpertPoint, ExpertShape, SharedPoint
+from observatory.run.documents.expert_bench import ExpertPoint, ExpertShape, TokensPoint
 
 _SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
+#: Phases of the dispatchers that are predicted by other models.
+_EXPERT_SPANS = ("count_exchange", "dispatch", "experts", "combine")
 #: Of the shares of activated experts: their loads differ by half of the mean.
 _CONCENTRATION = 4.0
 
@@ -112,6 +120,16 @@ def shape_of(site: RoutingSite) -> ExpertShape:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedLayer:
+    """Times of a layer, as in `observatory.run.documents.expert_bench.ExpertBench`."""
+
+    points: tuple[ExpertPoint, ...]
+    shared_points: tuple[TokensPoint, ...]
+    local_points: tuple[TokensPoint, ...]
+    notes: tuple[str, ...]
+
+
 def time_experts(
     site: RoutingSite,
     grid: ExpertGrid,
@@ -119,8 +137,8 @@ def time_experts(
     experts_here: int,
     clock_ns: Callable[[], int] = time.monotonic_ns,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[tuple[ExpertPoint, ...], tuple[SharedPoint, ...]]:
-    """Time the first experts of a layer, and its shared experts where it has any.
+) -> TimedLayer:
+    """Time the first experts of a layer, and the rest of the layer around them.
 
     Args:
         site: the layer.
@@ -131,45 +149,135 @@ def time_experts(
 
     Raises:
         ModelError: the experts cannot be made expert-parallel.
-        BenchmarkError: no point fits.
+        BenchmarkError: too few points fit.
     """
     points = grid.points(experts_here)
+    shape = shape_of(site)
     local = local_experts(site, range(experts_here))
     weight = next(local.parameters())
     run = _experts_phase(local, experts_here)
-    shared = _shared_module(site)
-    most = max(rows for rows, _ in points)
-    tokens = [rows for rows in grid.assignments if rows] if shared is not None else []
     generator = np.random.default_rng(grid.seed)
     torch.manual_seed(grid.seed)
-    hidden_NH = torch.randn(max([most, *tokens]), shape_of(site).hidden, dtype=weight.dtype)
+    hidden_NH = torch.randn(max(rows for rows, _ in points), shape.hidden, dtype=weight.dtype)
     hidden_NH = hidden_NH.to(weight.device)
-    calls: dict[tuple[str, int, int], list[float]] = {("experts", *point): [] for point in points}
-    calls |= {("shared", rows, 0): [] for rows in tokens}
+    around = _Around(site, clock_ns)
+    tokens = tuple(dict.fromkeys(rows // (shape.top_k or 1) for rows in grid.assignments))
+    layers = [(count, None) for count in tokens if count and around.problem(hidden_NH[:1]) is None]
+    calls: list[tuple[int, int | None]] = [*points, *layers]
+    us_of: dict[tuple[int, int | None], list[float]] = {point: [] for point in points}
     for repeat in range(-grid.warmup, grid.repeats):
         for index in generator.permutation(len(calls)):
-            kind, rows, activated = list(calls)[index]
-            call: Callable[[], Any]
-            if kind == "shared":
-                assert shared is not None
-                call = _bound(shared, hidden_NH[:rows])
-            else:
-                slots = _slots(rows, activated, experts_here, generator)
-                slots_N1 = torch.from_numpy(slots).to(weight.device).unsqueeze(1)
-                gates_N1 = torch.full((rows, 1), 0.5, dtype=weight.dtype, device=weight.device)
-                call = _bound(run, hidden_NH[:rows], slots_N1, gates_N1)
+            rows, activated = calls[index]
+            if activated is None:
+                around.call(hidden_NH[:rows], keep=repeat >= 0)
+                continue
+            slots_N1 = torch.from_numpy(_slots(rows, activated, experts_here, generator)).unsqueeze(1)
+            gates_N1 = torch.full((rows, 1), 0.5, dtype=weight.dtype, device=weight.device)
+            call = partial(run, hidden_NH[:rows], slots_N1.to(weight.device), gates_N1)
             us = _timed_us(call, weight.device, clock_ns)
             if repeat >= 0:
-                calls[kind, rows, activated].append(us)
+                us_of[rows, activated].append(us)
         if progress is not None:
             progress(repeat + grid.warmup + 1, grid.warmup + grid.repeats)
-    return (
-        tuple(
-            ExpertPoint(assignments=rows, activated=each, us_R=tuple(calls["experts", rows, each]))
+    problem = around.problem(hidden_NH[:1])
+    return TimedLayer(
+        points=tuple(
+            ExpertPoint(assignments=rows, activated=each, us_R=tuple(us_of[rows, each]))
             for rows, each in points
         ),
-        tuple(SharedPoint(tokens=rows, us_R=tuple(calls["shared", rows, 0])) for rows in tokens),
+        shared_points=around.points("shared"),
+        local_points=around.points("local"),
+        notes=() if problem is None else (problem,),
     )
+
+
+class _Around(NullSink):
+    """The whole layer as one expert-parallel rank runs it, with its parts timed apart."""
+
+    def __init__(self, site: RoutingSite, clock_ns: Callable[[], int]) -> None:
+        self._site, self._clock_ns = site, clock_ns
+        self._us: dict[str, dict[int, list[float]]] = {"shared": {}, "local": {}}
+        self._inside_us: dict[str, float] = {}
+        self._problem: str | None = None
+        self._is_tried = False
+        exchanger = Exchanger(AloneTransport(), self)
+        self._layer = shard_layer(site, exchanger, [(0,)] * site.spec.experts)
+        self._shared = _shared_module(site)
+
+    def problem(self, hidden_1H: torch.Tensor) -> str | None:
+        """Why the layer cannot be called alone; None when it can."""
+        if not self._is_tried:
+            self._is_tried = True
+            try:
+                self.call(hidden_1H, keep=False)
+            except Exception as error:  # a model may do anything; what it did is reported
+                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                self._problem = f"the layer could not be called alone ({reason}): experts alone were timed"
+        return self._problem
+
+    def call(self, hidden_TH: torch.Tensor, *, keep: bool) -> None:
+        """Time one call of the layer and of its parts."""
+        if self._site.block is None:
+            raise BenchmarkError(f"the block around {self._site.spec.module} is not known")
+        self._inside_us.clear()
+        timed_shared = partial(self._timed, "shared")
+        self._layer.attach(keep_full=True)
+        try:
+            with _replaced_forward(self._shared, timed_shared):
+                whole_us = self._timed_us(partial(self._site.block, hidden_TH.unsqueeze(0)))
+        finally:
+            self._layer.detach()
+        if not keep:
+            return
+        tokens, shared_us = len(hidden_TH), self._inside_us.get("shared", 0.0)
+        of_experts = sum(self._inside_us.get(name, 0.0) for name in _EXPERT_SPANS)
+        local_us = max(whole_us - of_experts - shared_us, 1e-3)
+        self._us["local"].setdefault(tokens, []).append(local_us)
+        if self._shared is not None:
+            self._us["shared"].setdefault(tokens, []).append(max(shared_us, 1e-3))
+
+    def points(self, part: str) -> tuple[TokensPoint, ...]:
+        """Times of a part."""
+        return tuple(TokensPoint(tokens=tokens, us_R=tuple(us)) for tokens, us in self._us[part].items())
+
+    @contextlib.contextmanager
+    def span(self, name: str, layer: int | None) -> Iterator[None]:  # noqa: ARG002
+        """Keep the time of one phase, its work on the device done."""
+        start_ns = self._now_ns()
+        yield
+        self._add(name, start_ns)
+
+    def _timed(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        start_ns = self._now_ns()
+        result = forward(*args, **kwargs)
+        self._add(name, start_ns)
+        return result
+
+    def _add(self, name: str, start_ns: int) -> None:
+        us = (self._now_ns() - start_ns) * 1e-3
+        self._inside_us[name] = self._inside_us.get(name, 0.0) + us
+
+    def _timed_us(self, call: Callable[[], Any]) -> float:
+        return _timed_us(call, next(self._layer.local.parameters()).device, self._clock_ns)
+
+    def _now_ns(self) -> int:
+        device = next(self._layer.local.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return self._clock_ns()
+
+
+@contextlib.contextmanager
+def _replaced_forward(module: nn.Module | None, around: Callable[..., Any]) -> Iterator[None]:
+    """Call a module's forward through a function while the block lasts."""
+    if module is None:
+        yield
+        return
+    module.forward = partial(around, module.forward)
+    try:
+        yield
+    finally:
+        del module.forward
 
 
 def _experts_phase(local: nn.Module, experts: int) -> Callable[..., torch.Tensor]:
@@ -182,10 +290,6 @@ def _experts_phase(local: nn.Module, experts: int) -> Callable[..., torch.Tensor
         LocalExperts(run=local, parameters=tuple(local.parameters())),
     )
     return dispatcher.experts
-
-
-def _bound(call: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    return lambda: call(*arguments)
 
 
 def _timed_us(call: Callable[[], Any], device: torch.device, clock_ns: Callable[[], int]) -> float:

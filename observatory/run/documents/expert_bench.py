@@ -99,8 +99,8 @@ class ExpertPoint(Record):
         return float(np.median(self.us_R))
 
 
-class SharedPoint(Record):
-    """Times of the shared experts of a layer on one number of tokens.
+class TokensPoint(Record):
+    """Times of a part of a layer that depends on nothing but the number of tokens.
 
     Attributes:
         tokens: rows.
@@ -131,8 +131,9 @@ class ExpertBench(Record):
         warmup: rounds over all points that are not kept.
         seed: of the order, the rows and their split among experts.
         points: the measurements, each round in an order of its own.
-        shared_points: the same for the layer's shared experts; empty where there are none or they could not
-            be timed alone.
+        shared_points: times of the layer's shared experts; empty where there are none under a usual name.
+        local_points: times of what a rank does alone in the layer besides all experts: the router, sorting
+            rows, adding up outputs; empty where the layer cannot be called alone.
         git_sha, hosts, software, cores: where it was measured.
         notes: what a reader must know.
     """
@@ -148,7 +149,8 @@ class ExpertBench(Record):
     warmup: Count
     seed: int = 0
     points: Annotated[tuple[ExpertPoint, ...], Field(min_length=1, max_length=10_000)]
-    shared_points: Annotated[tuple[SharedPoint, ...], Field(max_length=10_000)] = ()
+    shared_points: Annotated[tuple[TokensPoint, ...], Field(max_length=10_000)] = ()
+    local_points: Annotated[tuple[TokensPoint, ...], Field(max_length=10_000)] = ()
     git_sha: Text | None = None
     hosts: tuple[HostSpec, ...] = ()
     software: dict[str, Text] = Field(default_factory=dict)

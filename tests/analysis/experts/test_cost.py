@@ -8,7 +8,7 @@ import pytest
 from observatory.analysis.experts.cost import FORMS, fit_experts, of_hardware, padded
 from observatory.analysis.hardware import HardwareProfile
 from observatory.errors import BenchmarkError
-from observatory.run.documents.expert_bench import ExpertBench, ExpertPoint, ExpertShape, SharedPoint
+from observatory.run.documents.expert_bench import ExpertBench, ExpertPoint, ExpertShape, TokensPoint
 from tests.analysis.experts.models import SHAPE, cost
 
 
@@ -80,7 +80,7 @@ def test_padding_is_a_tile_at_least_and_half_a_tile_on_average():
 
 
 def test_shared_experts_are_fitted_where_they_were_timed():
-    points = tuple(SharedPoint(tokens=n, us_R=(10.0 + 2.0 * n,)) for n in (1, 10, 100))
+    points = tuple(TokensPoint(tokens=n, us_R=(10.0 + 2.0 * n,)) for n in (1, 10, 100))
     measured = bench("rows", (5e-6, 0.0, 1e-6, 0.0)).model_copy(update={"shared_points": points})
     assert fit_experts(measured).shared_seconds([0, 50]).tolist() == pytest.approx([0.0, 110e-6])
     assert fit_experts(bench("rows", (5e-6, 0.0, 1e-6, 0.0))).shared_seconds(1) is None

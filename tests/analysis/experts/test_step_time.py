@@ -119,8 +119,19 @@ def test_what_is_missing_has_its_reason():
     assert times.total_s is None
     assert times.shared_s is None
     assert times.reasons["dispatch"][0].code is StepCode.NO_NETWORK
-    assert times.reasons["shared"][0].code is StepCode.NO_SHARED_TIME
+    assert times.reasons["shared"][0].code is StepCode.NOT_TIMED
     assert all(sentence(reason) for part in times.reasons.values() for reason in part)
+
+
+def test_what_ranks_do_alone_is_of_the_one_with_most_tokens():
+    model = network(latency_us=0.0, us_per_byte=0.0)
+    known = cost(shared_F=(1.0, 2.0), local_F=(3.0, 0.5))
+    load = np.array([[[[6, 0, 1, 1], [2, 0, 1, 1]]]])  # four and two tokens
+    times = layer_step_times(load, LINEAR, known, network=model, shared_experts=1)
+    assert times.shared_s.tolist() == [[9.0]]
+    assert times.local_s.tolist() == [[5.0]]
+    assert times.total_s.tolist() == [[14.0]]
+    assert times.reasons == {}
 
 
 def test_what_was_not_measured_is_marked():
