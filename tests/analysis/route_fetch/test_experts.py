@@ -134,7 +134,7 @@ def a_run(
     [
         (4_000_000, (2, 2), 500, RouteFetchCode.SEND_ALL),
         (4_800, (2, 2), 50_000, RouteFetchCode.CHANGE),
-        (4_800, (2, 0), 50_000, RouteFetchCode.UNCERTAIN),
+        (4_800, (2, 3), 50_000, RouteFetchCode.UNCERTAIN),
     ],
 )
 def test_the_command_decides_for_a_run(
