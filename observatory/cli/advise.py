@@ -50,7 +50,11 @@ def advise(
     ] = None,
     network: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", rich_help_panel=_MODELS, help="Network model of `fit`."),
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_MODELS,
+            help="Network model of `fit`; by default one of the run's own exchanges.",
+        ),
     ] = None,
     experts: Annotated[
         Path | None,
@@ -91,10 +95,14 @@ def advise(
     """Compare every known change of an expert-parallel set-up on captured steps."""
     from observatory.advice.conclusions import conclude_advice, conclusion_document
     from observatory.advice.mitigations.advise import advise_run
-    from observatory.advice.mitigations.document import advice_document, advice_tables, missing_sentences
-    from observatory.advice.mitigations.models import expert_cost, setup_of
+    from observatory.advice.mitigations.document import (
+        advice_document,
+        advice_tables,
+        doubt_sentences,
+        missing_sentences,
+    )
+    from observatory.advice.mitigations.models import exchange_model, expert_cost, setup_of
     from observatory.analysis.frequency.model_file import load_clock_model
-    from observatory.analysis.network.network import load_network
     from observatory.campaign.benchmark import check_out
     from observatory.cli.options import parse_ep
     from observatory.cli.output import print_conclusion, print_data, print_tables, say
@@ -109,17 +117,18 @@ def advise(
         raise AdviceError("--experts and --hardware both give expert times; give one of them")
     if out is not None:
         check_out(out, force=force)
-    exchange_model = None if network is None else load_network(network)
     clock_model = None if clocks is None else load_clock_model(clocks)
     others = () if other_ranks is None else parse_ep(other_ranks)
     advices = []
     for path in runs:
         run = open_run(path)
+        exchanges, source = exchange_model(run, network)
         advice = advise_run(
             run,
             setup_of(run, topology, ranks=ranks, gpus_per_node=gpus_per_node),
             experts=expert_cost(run, experts, hardware),
-            network=exchange_model,
+            network=exchanges,
+            network_source=source,
             clocks=clock_model,
             horizon_steps=horizon_steps,
             ranks=others,
@@ -139,7 +148,7 @@ def advise(
     if is_printed:
         return
     print_tables(tables, wide=wide)
-    for sentence in missing_sentences(document):
+    for sentence in (*doubt_sentences(document), *missing_sentences(document)):
         say(sentence)
     print_conclusion(conclusion)
     if out is not None:

@@ -28,6 +28,7 @@ from observatory.reports.frames.report import NOT_STATED, ReportFrames
 from observatory.reports.page import Section, Variant
 from observatory.reports.sections import (
     FORMULAS,
+    advice_section,
     clocks_section,
     committee_section,
     energy_section,
@@ -186,6 +187,7 @@ def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]
         return [*about_exchanges, *about_power, run_table(frames)]  # telemetry alone
     sampled = frames.power is not None and bool(frames.power.runs)
     return [
+        advice_section(frames),
         *(about_exchanges if first else ()),
         *(about_power if sampled else ()),
         grid_section(frames),

@@ -74,7 +74,9 @@ class Advice:
     Attributes:
         setup: the set-up of today.
         experts: what the times of experts rest on.
-        network: name of what those of exchanges rest on; None without.
+        network: what those of exchanges rest on; None without.
+        network_source: its name; None without.
+        horizon_steps: steps within which changes have to pay.
         phases: by phase.
         premises: of the run as a whole, with whether they hold.
         skipped: phases of too few steps, with their number.
@@ -82,7 +84,8 @@ class Advice:
 
     setup: Setup
     experts: ExpertCost
-    has_network: bool
+    network: NetworkModel | None
+    network_source: str | None
     horizon_steps: int
     phases: tuple[PhaseAdvice, ...]
     premises: tuple[Premise, ...]
@@ -95,6 +98,7 @@ def advise_run(
     *,
     experts: ExpertCost,
     network: NetworkModel | None = None,
+    network_source: str | None = None,
     clocks: ClockModel | None = None,
     horizon_steps: int = 10_000,
     ranks: Sequence[int] = (),
@@ -107,6 +111,7 @@ def advise_run(
         setup: the set-up of today.
         experts: time of the experts of one rank.
         network: time of exchanges; None leaves them out, and what changes them without a verdict.
+        network_source: its name, for people.
         clocks: energy and time against the SM clock, of `observatory clocks fit`.
         horizon_steps: steps over which a change has to pay for itself.
         ranks: other numbers of ranks to compare; by default half and double.
@@ -163,7 +168,8 @@ def advise_run(
     return Advice(
         setup=setup,
         experts=experts,
-        has_network=network is not None,
+        network=network,
+        network_source=network_source,
         horizon_steps=horizon_steps,
         phases=tuple(phases),
         premises=(Premise(reason=Reason(MitigationCode.REAL_TOKENS), holds=is_real),),

@@ -170,6 +170,9 @@ def sharding(lab: Lab) -> Iterator[Verdict]:
     if lab.models.network is None:
         yield not_known(Mitigation.SHARDING, MitigationCode.NO_NETWORK)
         return
+    if "gather" not in {fit.algorithm for fit in lab.models.network.fits}:
+        yield not_known(Mitigation.SHARDING, MitigationCode.NO_ALGORITHM, algorithm="gather")
+        return
     yield lab.judge(
         Mitigation.SHARDING,
         Change(work=lab.balanced_work, algorithm="gather", deduplicate=False, assumed=True),

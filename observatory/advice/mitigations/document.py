@@ -11,6 +11,7 @@ from observatory.advice.mitigations.words import premise_words, reason_words
 from observatory.analysis.columns import Column, Table
 from observatory.analysis.statistics import Interval
 from observatory.run.documents.printed import printed_document
+from observatory.text import percent_words
 
 COLUMNS = (
     Column(name="change", title="change", text=True, key=True),
@@ -100,9 +101,41 @@ def advice_tables(document: Mapping[str, Any]) -> list[Table]:
                 f"{run['run']}, {phase['phase']}: {where}; chosen on {phase['train_steps']} steps, judged on "
                 f"{phase['judged_steps']}"
             )
-            rows = [{**row, "why": _why(row)} for row in phase["verdicts"]]
+            rows = [{**row, "why": why_words(row)} for row in phase["verdicts"]]
             tables.append(Table(name="changes", columns=COLUMNS, rows=rows, title=title))
     return tables
+
+
+def doubt_sentences(document: Mapping[str, Any]) -> list[str]:
+    """What numbers rest on, where that is weak: models that do not fit, phases left out, mock tokens."""
+    sentences = []
+    for run in document["runs"]:
+        experts, network = run["experts"], run["network"]
+        if experts["median_error"] is not None:
+            error = percent_words(experts["median_error"])
+            sentences.append(
+                f"expert times of {experts['source']}: off by {error} in the median on held-out points"
+            )
+        else:
+            sentences.append(
+                f"expert times of {experts['source']}: {experts['grade']} rates, not measured here"
+            )
+        if network is not None and network["median_error"] is not None:
+            fits = "" if network["verdict"] == "valid" else "; the fit is not to be relied on"
+            error = percent_words(network["median_error"])
+            of = f"exchange times of {network['source']}"
+            sentences.append(f"{of}: off by {error} in the median on held-out matrices{fits}")
+        if network is None:
+            sentences.append("no network model: exchanges are left out of all times; give --network")
+        sentences += [
+            f"{skipped['phase']} has {skipped['steps']} steps, too few to choose on some and judge on others"
+            for skipped in run["skipped_phases"]
+        ]
+        if any(premise["holds"] is False for premise in run["premises"]):
+            sentences.append(
+                "tokens are not real text: mock tokens overstate imbalance, so measure on real text"
+            )
+    return sentences
 
 
 def missing_sentences(document: Mapping[str, Any]) -> list[str]:
@@ -130,7 +163,7 @@ def _run(advice: Advice, problems: Sequence[str]) -> dict[str, Any]:
             "median_error": experts.median_error,
             "p90_error": experts.p90_error,
         },
-        "network": advice.has_network,
+        "network": _network(advice),
         "energy": None,
         "energy_reason": {"code": "no_power"},
         "horizon_steps": advice.horizon_steps,
@@ -146,6 +179,22 @@ def _run(advice: Advice, problems: Sequence[str]) -> dict[str, Any]:
             }
             for phase in advice.phases
         ],
+    }
+
+
+def _network(advice: Advice) -> dict[str, Any] | None:
+    """What the fit of today's algorithm is good for; None without a network model."""
+    if advice.network is None:
+        return None
+    fits = {fit.algorithm: fit for fit in advice.network.fits}
+    fit = fits.get(advice.setup.algorithm)
+    verdict = None if fit is None else fit.verdict
+    return {
+        "source": advice.network_source,
+        "algorithms": sorted(fits),
+        "verdict": None if verdict is None else verdict.code,
+        "median_error": None if verdict is None else verdict.median_error,
+        "p90_error": None if verdict is None else verdict.p90_error,
     }
 
 
@@ -187,6 +236,7 @@ def _ends(name: str, interval: Interval | None) -> Iterator[tuple[str, float | N
     yield f"{name}_high", None if interval is None else interval.high
 
 
-def _why(row: Mapping[str, Any]) -> str:
+def why_words(row: Mapping[str, Any]) -> str:
+    """Why a verdict has no number, and its premise with what the trace shows."""
     texts = reason_words(row["reason"]), premise_words(row["premise"])
     return "; ".join(filter(None, texts))

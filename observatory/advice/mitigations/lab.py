@@ -387,7 +387,10 @@ class Lab:
         return tuple(dict.fromkeys([experts, *exchanges, *(["assumed"] if assumed else [])]))
 
     def exchange_error(self, algorithm: str) -> float:
-        """Median error of the network model on held-out matrices; 0 without one."""
+        """Median error of the network model on held-out matrices, of an unreliable one its 90th percentile.
+
+        0 without a model.
+        """
         if self.models.network is None:
             return 0.0
         try:
@@ -395,7 +398,8 @@ class Lab:
         except BenchmarkError:
             return 0.0
         if fit.verdict is not None:
-            return fit.verdict.median_error
+            is_valid = fit.verdict.code == "valid"
+            return fit.verdict.median_error if is_valid else fit.verdict.p90_error
         return min((score.median_error for score in fit.scores), default=0.0)
 
     @property

@@ -11,6 +11,8 @@ from observatory.advice.mitigations.setup import Setup, first_problem, load_setu
 from observatory.analysis.experts.cost import ExpertCost, fit_experts, of_hardware
 from observatory.analysis.experts.run_experts import experts_of_run, shape_of_model
 from observatory.analysis.hardware.profiles import load_profile
+from observatory.analysis.network.network import NetworkModel, load_network
+from observatory.analysis.network.own_fit import network_of_run
 from observatory.errors import AdviceError
 from observatory.run.documents.expert_bench import load_expert_bench
 
@@ -40,6 +42,18 @@ def setup_of(run: Run, topology: Path | None, *, ranks: int | None, gpus_per_nod
         raise AdviceError(f"no set-up of {gpus_per_node} ranks on a node ({first_problem(error)})") from error
 
 
+def exchange_model(run: Run, network: Path | None) -> tuple[NetworkModel | None, str | None]:
+    """A network model and its name: of a file, else of the run's own exchanges; None without either.
+
+    Raises:
+        BenchmarkError: the file cannot be read.
+    """
+    if network is not None:
+        return load_network(network), network.name
+    own = network_of_run(run)
+    return own, None if own is None else "the run's own exchanges"
+
+
 def expert_cost(run: Run, bench: Path | None, hardware: str | None) -> ExpertCost:
     """Expert times of a benchmark, of published rates, or of the run's own spans.
 
@@ -58,4 +72,4 @@ def expert_cost(run: Run, bench: Path | None, hardware: str | None) -> ExpertCos
             expected="a run with exchanges (profile --ep), a benchmark or a hardware profile",
             remedy="give --experts or --hardware",
         )
-    return fit_experts(own, source="spans of the run")
+    return fit_experts(own, source="the run's own spans")

@@ -37,7 +37,8 @@ _NUMBERED_UP_TO = 8
 _EVERY_LABEL = 24
 
 
-def _bar(colour: str, hatch: str) -> dict[str, Any]:
+def hatched(colour: str, hatch: str) -> dict[str, Any]:
+    """Marker of bars in a theme colour, with a pattern (empty for none)."""
     pattern = {"shape": hatch, "fillmode": "overlay", "size": 5, "solidity": 0.35, "fgcolor": light("paper")}
     return {"color": light(colour), "line": {"width": 0}, "pattern": pattern}
 
@@ -64,7 +65,7 @@ def layer_anatomy(phases: pd.DataFrame) -> go.Figure:
             x=[str(layer) for layer in layers],
             y=values["mean_s"] * 1e3,
             name=figure_text(name, 24),
-            marker=_bar(colour, hatch),
+            marker=hatched(colour, hatch),
             customdata=(values[["wait_s", "critical_s"]] * 1e3).to_numpy(),
             hovertemplate=f"layer %{{x}}, {figure_text(name, 24)}: mean over ranks %{{y:.3f}} ms, of it "
             "waiting %{customdata[0]:.3f} ms; slowest rank %{customdata[1]:.3f} ms<extra></extra>",
@@ -239,7 +240,7 @@ def rank_time(ranks: pd.DataFrame) -> go.Figure:
             y=labels,
             orientation="h",
             name=name,
-            marker=_bar(colour, hatch),
+            marker=hatched(colour, hatch),
             hovertemplate="%{y}, " + name + ": %{x:.3f} ms<extra></extra>",
         )
     figure.add_scatter(

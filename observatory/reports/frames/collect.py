@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from observatory.advice.mitigations.advise import advise_run
+from observatory.advice.mitigations.document import advice_document
+from observatory.advice.mitigations.models import exchange_model, setup_of
+from observatory.analysis.experts.cost import fit_experts
+from observatory.analysis.experts.run_experts import experts_of_run
+from observatory.analysis.network import NetworkModel
 from observatory.analysis.parallel.scan import scan_run
 from observatory.analysis.routing import (
     ConditionGini,
@@ -54,6 +61,9 @@ def collect(
         clocks: what was made of the sweeps and clock models given.
     """
     facts: list[RunFacts] = []
+    advice: dict[int, dict[str, Any]] = {}
+    no_advice: dict[int, tuple[str, ...]] = {}
+    networks = [given.document for given in files.networks] if files else []
     layers, summaries, loads, scans, localities = [], [], [], [], []
     for index, run in enumerate(runs):
         gaps: list[str] = []
@@ -75,6 +85,12 @@ def collect(
                 gaps.append(_NOTHING + (", but for its power" if power else ""))
         except ObservatoryError as error:
             gaps.append(f"the run is left out of figures: {error}")
+        try:
+            advised = _advised(run, networks)
+        except ObservatoryError as error:
+            no_advice[index] = (str(error),)
+        else:
+            advice |= {} if advised is None else {index: advised}
         facts.append(
             RunFacts(
                 run=index,
@@ -100,7 +116,36 @@ def collect(
         benchmarks=collect_benchmarks(runs, files or BenchmarkFiles()),
         power=collect_power(runs),
         clocks=clocks,
+        advice=advice,
+        no_advice=no_advice,
     )
+
+
+def _advised(run: Run, networks: Sequence[NetworkModel]) -> dict[str, Any] | None:
+    """What is advised for a run whose ranks timed their experts; None for others.
+
+    Raises:
+        ObservatoryError: it cannot be advised on.
+    """
+    experts = experts_of_run(run) if run.manifest.topology.ep > 1 else None
+    if experts is None:
+        return None
+    ranks = run.manifest.topology.ep
+    given = [
+        network
+        for network in networks
+        if any(min(fit.domain.ranks) <= ranks <= max(fit.domain.ranks) for fit in network.fits)
+    ]
+    network, source = (given[0], "the network model") if given else exchange_model(run, None)
+    advice = advise_run(
+        run,
+        setup_of(run, None, ranks=None, gpus_per_node=None),
+        experts=fit_experts(experts, source="the run's own spans"),
+        network=network,
+        network_source=source,
+    )
+    document: dict[str, Any] = advice_document([(str(run.path), advice, run.problems)])["runs"][0]
+    return document
 
 
 def model_bands(cells: pd.DataFrame) -> pd.DataFrame:

@@ -16,8 +16,8 @@ condition; ``kind`` is real, altered, mock or unstated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,8 @@ class ReportFrames:
     """All frames of a report (columns in the module's docstring) and the runs' facts.
 
     ``exchanges`` is None when no run holds any, ``benchmarks`` and ``clocks`` when no files were given,
-    ``power`` when it was not read.
+    ``power`` when it was not read. ``advice`` has, by run, what ``observatory advise`` states about it
+    (docs/json.md); ``no_advice`` why a run that was spread over ranks has none.
     """
 
     facts: tuple[RunFacts, ...]
@@ -88,6 +89,8 @@ class ReportFrames:
     benchmarks: BenchmarkFrames | None = None
     power: PowerFrames | None = None
     clocks: ClockFrames | None = None
+    advice: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    no_advice: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def cells(self) -> pd.DataFrame:

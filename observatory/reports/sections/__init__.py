@@ -1,5 +1,6 @@
 """Sections of a report: frames in, titles, tables and figures out."""
 
+from observatory.reports.sections.advice import advice_section
 from observatory.reports.sections.benchmark_records import file_records
 from observatory.reports.sections.committee import committee_section
 from observatory.reports.sections.energy import energy_section
@@ -21,6 +22,7 @@ from observatory.reports.sections.verdict import key_figure, verdicts
 __all__ = [
     "FORMULAS",
     "RunRecord",
+    "advice_section",
     "clocks_section",
     "committee_section",
     "energy_section",

@@ -12,6 +12,7 @@ from observatory.advice.conclusions import (
     NEXT_STEPS,
     Code,
     Conclusion,
+    conclude_advice,
     conclude_clocks,
     conclude_energy,
     conclude_exchanges,
@@ -56,6 +57,7 @@ class Verdict:
 def verdicts(frames: ReportFrames) -> list[Verdict]:
     """Of each part that has data: the conclusion of the run in which most is at stake."""
     parts: tuple[tuple[str, str, Sequence[tuple[int | str, Conclusion]]], ...] = (
+        ("Changes", "changes", list(_changes(frames))),
         ("Routing", "layers", list(_routing(frames))),
         ("Exchanges", "waiting", list(_exchanges(frames))),
         ("Energy", "energy", list(_energy(frames))),
@@ -109,6 +111,11 @@ def _choices(frames: ReportFrames, run: int, conclusion: Conclusion) -> tuple[st
 
 def _of_run(frame: pd.DataFrame, run: int) -> list[dict[str, object]]:
     return frame_records(frame[frame["run"] == run]) if "run" in frame else []
+
+
+def _changes(frames: ReportFrames) -> Iterator[tuple[int, Conclusion]]:
+    for run, document in frames.advice.items():
+        yield run, conclude_advice({"runs": [document]})
 
 
 def _routing(frames: ReportFrames) -> Iterator[tuple[int, Conclusion]]:

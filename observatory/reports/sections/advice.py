@@ -1,0 +1,95 @@
+"""Which change of an expert-parallel set-up is worth making."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from observatory.advice.mitigations.document import COLUMNS, doubt_sentences, missing_sentences, why_words
+from observatory.reports.figures.changes import change_bars, label
+from observatory.reports.frames.report import ReportFrames
+from observatory.reports.page import FigureBlock, Section, Variant, frame_table
+from observatory.reports.sections.common import run_choice
+from observatory.reports.text import microseconds, percent, plain, shorten
+
+_TITLE = "Which change is worth making"
+_FOLDED = (
+    "p10_us",
+    "p90_us",
+    "beyond",
+    "memory_bytes",
+    "kv_tokens",
+    "energy_saving",
+    "extrapolated",
+    "rests_on",
+)
+
+
+def advice_section(frames: ReportFrames) -> Section:
+    """One figure and table per run and phase of those that were spread over ranks."""
+    variants = tuple(
+        _variant(frames, run, document, phase)
+        for run, document in frames.advice.items()
+        for phase in document["phases"]
+    )
+    if not variants:
+        reasons = [reason for reasons in frames.no_advice.values() for reason in reasons]
+        why = plain(reasons[0]) if reasons else "No run was spread over ranks that timed their experts."
+        return Section(id="changes", title=_TITLE, reason=why)
+    whole = {"runs": list(frames.advice.values())}
+    doubts = dict.fromkeys(map(plain, (*doubt_sentences(whole), *missing_sentences(whole))))
+    return Section(
+        id="changes",
+        title=_TITLE,
+        short="Changes",
+        lead=(
+            "Every known change of the set-up on the same captured steps: layouts are chosen on the first "
+            "half of the steps of a phase, times are of the other half. A step is its MoE part: exchanges, "
+            "experts and waiting of all layers. Nothing on these ranks is faster than the ceiling: perfectly "
+            "balanced experts and exchanges that carry nothing.",
+            "What the numbers rest on. " + " ".join(f"{text[:1].upper()}{text[1:]}." for text in doubts),
+        ),
+        blocks=(
+            FigureBlock(
+                id="change-times",
+                title="Predicted time of a step under each change",
+                caption="Milliseconds of the MoE part of a step, mean over judged steps, by part. Dotted: "
+                "today. Numbers: change of the whole against today. The table has intervals, costs, premises "
+                "and verdicts.",
+                choice="Run and phase",
+                variants=variants,
+            ),
+        ),
+    )
+
+
+def _variant(
+    frames: ReportFrames, run: int, document: Mapping[str, Any], phase: Mapping[str, Any]
+) -> Variant:
+    name, condition = (str(frames.runs.loc[run, column]) for column in ("label", "condition"))
+    setup, rows = document["setup"], phase["verdicts"]
+    today = rows[0]
+    best = None if phase["best"] is None else rows[phase["best"]]
+    verdict = (
+        "nothing here is worth changing"
+        if best is None
+        else f"most is gained by {label(best)}: {percent(best['gain'])} of a step"
+    )
+    where = f"{shorten(name)} on {shorten(condition, 24)}, {phase['phase']}"
+    return Variant(
+        group=shorten(name),
+        label=run_choice(name, condition, phase["phase"]),
+        figure=change_bars(rows),
+        alt=f"Bars of the time of a step for {where} under each change; today "
+        f"{microseconds(today['step_us'])}; {verdict}.",
+        note=f"{where}: {setup['ranks']} ranks, {setup['gpus_per_node']} on a node, "
+        f"{setup['algorithm']} exchange. Chosen on {phase['train_steps']} steps, judged on "
+        f"{phase['judged_steps']}. "
+        f"{verdict[:1].upper()}{verdict[1:]}.",
+        numbers=frame_table(
+            f"{where}: changes of the set-up",
+            COLUMNS,
+            [{**row, "why": why_words(row)} for row in rows],
+            folded=_FOLDED,
+        ),
+    )
