@@ -129,7 +129,8 @@ def advise_run(
         run, loads, ranks=setup.ranks, given=given if plain or given is None else Path(given)
     )
     model, data = run.manifest.model, run.manifest.data
-    shared = {layer.shared_experts for layer in model.moe_layers}
+    of_layers = {layer.shared_experts for layer in model.moe_layers}
+    shared_experts = of_layers.pop() if len(of_layers) == 1 else None
     samples = run.token_samples()
     phases, skipped = [], []
     for named in loads.phases:
@@ -145,10 +146,9 @@ def advise_run(
             today_LPK=today_LPK,
             named_today=name,
             tokens=layer_tokens(samples, phase=named, layers=of_phase.layers),
-            shared_experts=shared.pop() if len(shared) == 1 else None,
+            shared_experts=shared_experts,
             sequence_tokens=None if data is None else data.sequence_length,
         )
-        shared = {trace.shared_experts}
         models = Models(experts=experts, network=network, horizon_steps=horizon_steps)
         lab = Lab(trace, setup, models)
         verdicts = [verdict for change in CHANGES for verdict in change(lab)]

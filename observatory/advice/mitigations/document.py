@@ -51,6 +51,7 @@ COLUMNS = (
     ),
     Column(name="p10_us", title="p10", unit="ms", scale=1e-3, digits=2, wide=True),
     Column(name="p90_us", title="p90", unit="ms", scale=1e-3, digits=2, wide=True),
+    Column(name="counts_us", title="counts", unit="ms", scale=1e-3, digits=2, wide=True),
     Column(name="dispatch_us", title="dispatch", unit="ms", scale=1e-3, digits=2, wide=True),
     Column(name="experts_us", title="experts", unit="ms", scale=1e-3, digits=2, wide=True),
     Column(name="waiting_us", title="waiting", unit="ms", scale=1e-3, digits=2, wide=True),
@@ -223,7 +224,7 @@ def _row(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-_PARTS = ("dispatch", "experts", "waiting", "combine", "shared", "extra")
+_PARTS = ("counts", "dispatch", "experts", "waiting", "combine", "alone", "extra")
 
 
 def _premise(premise: Premise) -> dict[str, Any]:

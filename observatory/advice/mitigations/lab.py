@@ -96,20 +96,22 @@ class Timed:
     """Predicted microseconds of the judged steps, summed over layers, (S,) each.
 
     Attributes:
-        dispatch_S, combine_S: exchanges; None where they are not predicted, as ``reason`` says.
+        counts_S, dispatch_S, combine_S: exchanges, the first announces numbers of rows; None where they are
+            not predicted, as ``reason`` says.
         experts_S: of the mean rank.
         waiting_S: of the mean rank for the busiest, layer by layer.
-        shared_S: shared experts; zero where there are none or their time is not known.
+        alone_S: shared experts and what else ranks do alone; zero where that is not known.
         extrapolated: share of layer-steps whose expert time lies outside what was measured; 1 where exchanges
             do.
         reason: why exchanges are not predicted; None when they are.
     """
 
+    counts_S: Float64 | None
     dispatch_S: Float64 | None
     combine_S: Float64 | None
     experts_S: Float64
     waiting_S: Float64
-    shared_S: Float64
+    alone_S: Float64
     extrapolated: float
     reason: Reason | None = None
 
@@ -123,26 +125,31 @@ class Timed:
         outside = float(1.0 - times.inside_SL.mean())
         reasons = times.reasons.get("total", ())
         return cls(
+            counts_S=summed(times.counts_s),
             dispatch_S=summed(times.dispatch_s),
             combine_S=summed(times.combine_s),
             experts_S=1e6 * (times.experts_s - times.waiting_s).sum(axis=1),
             waiting_S=1e6 * times.waiting_s.sum(axis=1),
-            shared_S=1e6 * (0.0 * times.experts_s if times.shared_s is None else times.shared_s).sum(axis=1),
+            alone_S=1e6
+            * sum(
+                (part_SL for part_SL in (times.shared_s, times.local_s) if part_SL is not None),
+                start=np.zeros_like(times.experts_s),
+            ).sum(axis=1),
             extrapolated=1.0 if "extrapolated" in times.reasons else outside,
             reason=reasons[0] if reasons else None,
         )
 
     @property
     def exchange_S(self) -> Float64:
-        """Dispatch and combine; zero where they are not known."""
-        if self.dispatch_S is None or self.combine_S is None:
+        """All exchanges; zero where they are not known."""
+        if self.counts_S is None or self.dispatch_S is None or self.combine_S is None:
             return np.zeros_like(self.experts_S)
-        return self.dispatch_S + self.combine_S
+        return self.counts_S + self.dispatch_S + self.combine_S
 
     @property
     def compute_S(self) -> Float64:
-        """Experts of the busiest rank, and shared ones."""
-        return self.experts_S + self.waiting_S + self.shared_S
+        """Experts of the busiest rank, and what ranks do alone."""
+        return self.experts_S + self.waiting_S + self.alone_S
 
     @property
     def total_S(self) -> Float64:
@@ -152,11 +159,12 @@ class Timed:
     def parts(self) -> dict[str, float]:
         """Mean of each part that is known."""
         parts = {
+            "counts": self.counts_S,
             "dispatch": self.dispatch_S,
             "experts": self.experts_S,
             "waiting": self.waiting_S,
             "combine": self.combine_S,
-            "shared": self.shared_S,
+            "alone": self.alone_S,
         }
         return {name: float(part_S.mean()) for name, part_S in parts.items() if part_S is not None}
 
@@ -248,6 +256,7 @@ class Lab:
                 algorithm=change.algorithm or self.setup.algorithm,
                 deduplicate=self.setup.deduplicate if change.deduplicate is None else change.deduplicate,
                 once_L=change.once_L,
+                count_bytes=self.setup.announce_bytes,
                 shared_experts=self.trace.shared_experts,
             )
         )
@@ -429,7 +438,11 @@ class Lab:
         is_known = balanced.dispatch_S is not None
         empty_S = np.full(len(self.judged_S), self.layers * self._least_exchange_us()) if is_known else None
         return replace(
-            balanced, dispatch_S=empty_S, combine_S=empty_S, waiting_S=np.zeros_like(balanced.waiting_S)
+            balanced,
+            counts_S=empty_S if self.setup.announce_bytes or empty_S is None else 0.0 * empty_S,
+            dispatch_S=empty_S,
+            combine_S=empty_S,
+            waiting_S=np.zeros_like(balanced.waiting_S),
         )
 
     def _least_exchange_us(self) -> float:

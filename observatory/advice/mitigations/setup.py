@@ -15,6 +15,8 @@ from observatory.run.exchange_algorithms import Algorithm
 from observatory.run.manifest import Record, Topology
 
 _MOST_TOML_BYTES = 1 << 20
+#: What the dispatchers of this package announce to each rank: rows, layer and call.
+_ANNOUNCED = 24
 _Bytes = Annotated[float, Field(gt=0.0, le=1e18)]
 
 
@@ -27,6 +29,7 @@ class Setup(Record):
         algorithm: of the exchanges.
         deduplicate: whether a token is sent once per destination rank.
         placement: ``linear``, ``round-robin``, ``recorded``, or a placement file; None for that of the run.
+        announce_bytes: what each rank announces to each other before it sends rows; 0 where nothing is.
         memory_bytes: of one rank's device; None where it is not known.
         kv_bytes_per_token: bytes of the key-value cache for one token of context, all layers; None likewise.
         move_bytes_per_s: rate at which weights of experts reach a rank; None for that of the network model.
@@ -41,6 +44,7 @@ class Setup(Record):
     algorithm: Algorithm = "flat"
     deduplicate: bool = False
     placement: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    announce_bytes: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     memory_bytes: _Bytes | None = None
     kv_bytes_per_token: _Bytes | None = None
     move_bytes_per_s: _Bytes | None = None
@@ -108,6 +112,7 @@ def setup_of_run(topology: Topology, config: dict[str, object], *, ranks: int | 
             gpus_per_node=min(topology.gpus_per_node or 8, wanted),
             algorithm=known,
             deduplicate=config.get("deduplicate") is True,
+            announce_bytes=_ANNOUNCED if algorithm == known else 0,
         )
     except ValidationError as error:
         raise AdviceError(f"no set-up of {wanted} ranks ({first_problem(error)})") from error

@@ -117,8 +117,8 @@ class Verdict:
         code: what it comes to.
         step_us: mean time of the MoE part of a held-out step; None where it is not predicted.
         p10_us, p90_us: 10th and 90th percentile over held-out steps.
-        parts_us: the same time by part: dispatch, experts (of the mean rank), waiting (of the mean rank for
-            the busiest), combine, shared; only those that are known. None adds up to ``step_us``.
+        parts_us: the same time by part, those that are known: counts, dispatch, experts (of the mean rank),
+            waiting (of the mean rank for the busiest), combine, alone (shared experts and local work), extra.
         gain: share of today's time that it removes, on the same steps; its interval covers the steps and the
             error of the models.
         beyond: the same against the simplest change that helps, where this one adds to it; None elsewhere.

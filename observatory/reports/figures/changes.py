@@ -14,11 +14,12 @@ from observatory.reports.theme import light
 
 #: Part -> name, colour and hatching, as in the anatomy of a layer.
 _PARTS: dict[str, tuple[str, str, str]] = {
+    "counts_us": ("counts", "purple", "/"),
     "dispatch_us": ("dispatch", "orange", "/"),
     "experts_us": ("experts, mean rank", "blue", ""),
     "waiting_us": ("waiting for the busiest", "sky", "x"),
     "combine_us": ("combine", "green", "/"),
-    "shared_us": ("shared experts", "purple", ""),
+    "alone_us": ("shared experts, local", "thin", ""),
     "extra_us": ("planning, fetching", "slate", "."),
 }
 _ROW_HEIGHT = 26
