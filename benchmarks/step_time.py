@@ -9,14 +9,17 @@ For every model and number of ranks, by the commands that a user has:
     profile --ep 1, batches of all P ranks together  the loads; `place` makes a placement from them
     predict all layouts and write them down ------------------------------------------- blind until here
     profile --ep P: flat and hierarchical, linear and placed             measured
+    the same again in reverse order                                      measured again: the noise
 
 Half of the ranks are one node by name (--ranks-per-node), so that both algorithms can be compared. Of each
 layer-step: the layer from the last rank's arrival to its end (the shortest of the ranks' whole layers),
 exchanges likewise, experts of the slowest rank. Predicted and measured steps are other tokens of the same
-text: medians over steps are compared, layer by layer. Where ranks are more than the cores, they take turns
-(``shared_cores``).
+text: medians over steps are compared, layer by layer, with the mean of both measurements; what one of them
+says about the other is the noise, and no model can be expected to come closer. Where ranks are more than the
+cores, they take turns (``shared_cores``).
 
     python -m benchmarks.step_time [--models tiny-gqa,tiny-mla] [--ranks 2,4] [--steps 16] [--save FILE]
+    python -m benchmarks.step_time --report FILE [FILE ...]
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ PARTS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """Microseconds of one part of one layer's step, median over steps, predicted and measured."""
+    """Microseconds of one part of one layer's step, median over steps, predicted and measured twice."""
 
     model: str
     ranks: int
@@ -70,12 +73,23 @@ class Row:
     layer: int
     part: str
     predicted_us: float
-    measured_us: float = 0.0
+    first_us: float = 0.0
+    again_us: float = 0.0
+
+    @property
+    def measured_us(self) -> float:
+        """Mean of both measurements."""
+        return (self.first_us + self.again_us) / 2
 
     @property
     def error(self) -> float:
         """|predicted - measured| / measured."""
         return abs(self.predicted_us / self.measured_us - 1.0)
+
+    @property
+    def noise(self) -> float:
+        """|again - first| / first."""
+        return abs(self.again_us / self.first_us - 1.0)
 
 
 def observatory(*words: object, codes: tuple[int, ...] = (0,)) -> None:
@@ -154,11 +168,15 @@ def layout(
     return np.stack([np.argsort(home_E, kind="stable").reshape(ranks, -1) for home_E in homes])
 
 
-def measured(model: str, ranks: int, steps: int, folder: Path) -> dict[tuple[str, str, str, int, str], float]:
-    """Medians over steps by algorithm, placement, phase, layer and part."""
-    result = {}
-    for placement, algorithm in itertools.product(("linear", "placed"), ALGORITHMS):
-        out = folder / f"{algorithm}-{placement}"
+Key = tuple[str, str, str, int, str]
+
+
+def measured(model: str, ranks: int, steps: int, folder: Path) -> dict[Key, list[float]]:
+    """Medians over steps of both measurements by algorithm, placement, phase, layer and part."""
+    result: dict[Key, list[float]] = {}
+    layouts = list(itertools.product(("linear", "placed"), ALGORITHMS))
+    for number, (placement, algorithm) in enumerate((*layouts, *reversed(layouts))):
+        out = folder / f"run-{number}"
         observatory(
             "profile", model, "--ep", ranks, "--ranks-per-node", ranks // 2, "--algorithm", algorithm,
             "--placement", "linear" if placement == "linear" else folder / "placed.json", "--batch-size",
@@ -175,35 +193,37 @@ def measured(model: str, ranks: int, steps: int, folder: Path) -> dict[tuple[str
                 (of_part.max(axis=1) if slowest else of_part.min(axis=1)).groupby(["phase", "layer"]).median()
             )
             for (phase, layer), value in us.items():
-                result[algorithm, placement, phase, layer, part] = float(value)
+                result.setdefault((algorithm, placement, phase, layer, part), []).append(float(value))
     return result
 
 
 def report(rows: list[Row]) -> None:
     """The errors, and what they come from."""
-    print(f"\n{'layout':38} {'phase':8} {'measured':>9} {'predicted':>9} {'error':>7}   us, median of layers")
-    for key, group in grouped(rows, "model", "ranks", "algorithm", "placement", "phase"):
-        totals = [row for row in group if row.part == "total"]
-        us, guess = (
-            np.median([getattr(row, name) for row in totals]) for name in ("measured_us", "predicted_us")
-        )
-        name = f"{key[0]} EP {key[1]} {key[2]} {key[3]}"
-        print(f"{name:38} {key[4]:8} {us:9.0f} {guess:9.0f} {guess / us - 1:+7.0%}")
-    print(
-        f"\n{'part':10} {'phase':8} {'ranks':>5} {'median error':>13} {'p90':>6} {'bias':>6} "
-        f"{'missed, of the layer':>22}"
+    head = (
+        f"{'us, median of layers':36} {'phase':8} {'measured':>9} {'predicted':>9} {'error':>6} {'noise':>6}"
     )
+    print(f"\n{head}")
+    totals = [row for row in rows if row.part == "total"]
+    for key, group in grouped(totals, "model", "ranks", "algorithm", "placement", "phase"):
+        us, guess = np.median([(row.measured_us, row.predicted_us) for row in group], axis=0)
+        noise = np.median([row.noise for row in group])
+        name = f"{key[0]} EP {key[1]} {key[2]} {key[3]}"
+        print(f"{name:36} {key[4]:8} {us:9.0f} {guess:9.0f} {guess / us - 1:+6.0%} {noise:6.0%}")
+    us_of = {identity(row): row.measured_us for row in totals}
+    head = f"{'part':9} {'phase':8} {'ranks':>5} {'error':>6} {'p90':>6} {'noise':>6} {'bias':>5}"
+    print(f"\n{head} {'missed of the layer':>20}")
     for key, group in grouped(rows, "part", "phase", "ranks"):
         errors = [row.error for row in group]
         bias = np.median([row.predicted_us / row.measured_us for row in group])
-        totals = {identity(row): row.measured_us for row in rows if row.part == "total"}
-        missed = np.median([(row.measured_us - row.predicted_us) / totals[identity(row)] for row in group])
+        missed = np.median([(row.measured_us - row.predicted_us) / us_of[identity(row)] for row in group])
         print(
-            f"{key[0]:10} {key[1]:8} {key[2]:5} {np.median(errors):13.0%} {np.quantile(errors, 0.9):6.0%} "
-            f"{bias:6.2f} {missed:+22.0%}"
+            f"{key[0]:9} {key[1]:8} {key[2]:5} {np.median(errors):6.0%} {np.quantile(errors, 0.9):6.0%} "
+            f"{np.median([row.noise for row in group]):6.0%} {bias:5.2f} {missed:+20.0%}"
         )
-    right = list(orders(rows))
-    print(f"\norder of two layouts that differ by over 10 %: right in {sum(right)} of {len(right)}")
+    right = list(orders(totals))
+    print(
+        f"\nfaster of two layouts over 10 % apart in both measurements: right in {sum(right)} of {len(right)}"
+    )
 
 
 def identity(row: Row) -> tuple[object, ...]:
@@ -219,16 +239,30 @@ def grouped(rows: list[Row], *names: str) -> Iterator[tuple[tuple[object, ...], 
     yield from groups.items()
 
 
-def orders(rows: list[Row]) -> Iterator[bool]:
+def orders(totals: list[Row]) -> Iterator[bool]:
     """Whether the faster of two layouts of the same model, ranks and phase was predicted to be faster."""
-    for _, group in grouped([row for row in rows if row.part == "total"], "model", "ranks", "phase"):
+    for _, group in grouped(totals, "model", "ranks", "phase"):
         sums = [
-            (sum(row.predicted_us for row in one), sum(row.measured_us for row in one))
+            np.sum([(row.predicted_us, row.first_us, row.again_us) for row in one], axis=0)
             for _, one in grouped(group, "algorithm", "placement")
         ]
-        for (guess_a, us_a), (guess_b, us_b) in itertools.combinations(sums, 2):
-            if abs(us_a - us_b) > 0.1 * min(us_a, us_b):
-                yield (guess_a < guess_b) == (us_a < us_b)
+        for one, other in itertools.combinations(sums, 2):
+            guess, first, again = np.log(one / other)
+            if min(abs(first), abs(again)) > np.log(1.1) and (first > 0) == (again > 0):
+                yield bool((guess > 0) == (first > 0))
+
+
+def compared(model: str, ranks: int, steps: int, folder: Path) -> list[Row]:
+    """Predict, then measure."""
+    folder.mkdir()
+    prepare(model, ranks, steps, folder)
+    guesses = list(predicted(model, ranks, folder))
+    us_of = measured(model, ranks, steps, folder)
+    return [
+        Row(**{**asdict(row), "first_us": first_us, "again_us": again_us})
+        for row in guesses
+        for first_us, again_us in [us_of[row.algorithm, row.placement, row.phase, row.layer, row.part]]
+    ]
 
 
 def main() -> None:
@@ -238,25 +272,15 @@ def main() -> None:
     parser.add_argument("--ranks", default="2,4")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--report", type=Path, nargs="+", help="report saved rows instead of measuring")
     options = parser.parse_args()
+    if options.report:
+        report([Row(**row) for path in options.report for row in json.loads(path.read_text())])
+        return
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         for model, ranks in itertools.product(options.models.split(","), map(int, options.ranks.split(","))):
-            folder = Path(name) / f"{model}-{ranks}"
-            folder.mkdir()
-            prepare(model, ranks, options.steps, folder)
-            guesses = list(predicted(model, ranks, folder))
-            (folder / "predicted.json").write_text(json.dumps([asdict(row) for row in guesses]))
-            us = measured(model, ranks, options.steps, folder)
-            rows += [
-                Row(
-                    **{
-                        **asdict(row),
-                        "measured_us": us[row.algorithm, row.placement, row.phase, row.layer, row.part],
-                    }
-                )
-                for row in guesses
-            ]
+            rows += compared(model, ranks, options.steps, Path(name) / f"{model}-{ranks}")
     if options.save:
         options.save.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     report(rows)
