@@ -15,8 +15,8 @@ class StepCode(StrEnum):
     NOT_PREDICTED = "not_predicted"
     TOP_K_VARIES = "top_k_varies"
     NOT_TIMED = "not_timed"
-    NO_POWER = "no_power"
     PHASE_WITHOUT_POWER = "phase_without_power"
+    POWER_COVERS = "power_covers"
 
 
 _WORDS = {
@@ -24,8 +24,8 @@ _WORDS = {
     StepCode.NOT_PREDICTED: "{error}",
     StepCode.TOP_K_VARIES: "tokens have no fixed number of experts, which {what} needs",
     StepCode.NOT_TIMED: "the time of {part} work was not measured (`observatory bench experts MODEL`)",
-    StepCode.NO_POWER: "no power was measured",
     StepCode.PHASE_WITHOUT_POWER: "no power was measured in phase {phase}",
+    StepCode.POWER_COVERS: "power is known for {covered:.0%} of the time of {phase} only",
 }
 
 
