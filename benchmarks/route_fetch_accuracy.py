@@ -17,7 +17,7 @@ from pathlib import Path
 
 from observatory.analysis.route_fetch.fitting import hold_out_points
 from observatory.cli.parsing import parse_shape
-from observatory.collectives.bench.route_fetch import route_fetch_plan
+from observatory.collectives.bench.route_fetch_plan import route_fetch_plan
 from observatory.run.documents.route_fetch import Option, RouteFetchResult, load_route_fetch
 from tests.analysis.network.shaped import run_ranks, shaped_nodes
 

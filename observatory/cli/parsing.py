@@ -102,8 +102,14 @@ def parse_roles(text: str) -> tuple[str, ...]:
     return roles[text]
 
 
-def parse_shape(text: str, *, dtype: str = "float32") -> Shape:
+def parse_shape(text: str, *, dtype: str = "float32", decoder: Sequence[int] | None = None) -> Shape:
     """A shape from a text such as ``gqa:32,8,128``; see `SHAPE_FORMS`.
+
+    Args:
+        text: the shape.
+        dtype: of its values.
+        decoder: hidden size and inner width of the layers of its attention; None where they are not asked
+            for.
 
     Raises:
         BenchmarkError: not such a text, sizes that do not fit each other, or an unknown dtype.
@@ -134,6 +140,10 @@ def parse_shape(text: str, *, dtype: str = "float32") -> Shape:
     else:
         dim = sizes["DIM"]
         fields |= {"key": dim, "rotary": dim, "value": dim, "kv_heads": sizes.get("KV_HEADS", sizes["HEADS"])}
+    if decoder is not None and len(decoder) != 2:
+        raise BenchmarkError(f"{len(decoder)} sizes are no decoder layer", expected="HIDDEN,INNER")
+    if decoder is not None and kind != "expert":
+        fields |= {"hidden": decoder[0], "inner": decoder[1]}
     try:
         return Shape.model_validate(fields)
     except ValidationError as error:

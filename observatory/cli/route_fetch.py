@@ -203,6 +203,14 @@ def bench(
         str, typer.Option(metavar="N,...", help="Layers of the cache, dealt out to points in turns.")
     ] = "1,3",
     points: Annotated[int, typer.Option(min=8, max=4096, help="Points of each shape.")] = 64,
+    prefill: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HIDDEN,INNER",
+            help="Also measure making the cache here, by decoder layers of this hidden size and inner width, "
+            "and editing it in place.",
+        ),
+    ] = None,
     device: Annotated[
         str, typer.Option(metavar="NAME", help="Torch device that computes: cpu, cuda.")
     ] = "cpu",
@@ -230,13 +238,16 @@ def bench(
     from observatory.run.usable_cores import short_of_cores
 
     check_out(out, force=force)
-    shapes = [parse_shape(text, dtype=dtype) for text in shape or ("mla:4,128,32", "expert:256")]
+    decoder = None if prefill is None else parse_counts("--prefill", prefill, most=_MOST_ROWS)
+    shapes = [
+        parse_shape(text, dtype=dtype, decoder=decoder) for text in shape or ("mla:4,128,32", "expert:256")
+    ]
     row_ends = parse_range("--rows", rows, most=_MOST_ROWS)
     size_ends = parse_range("--sizes", sizes, most=_MOST_ROWS)
     layer_counts = parse_counts("--layers", layers, most=4096)
     check_libraries(["torch"])
     world = ranks_of_benchmark(ranks, default=2)
-    from observatory.collectives.bench.route_fetch import route_fetch_plan  # loads torch
+    from observatory.collectives.bench.route_fetch_plan import route_fetch_plan
 
     plan = route_fetch_plan(
         shapes,
@@ -244,6 +255,7 @@ def bench(
         rows=row_ends,
         sizes=size_ends,
         layers=layer_counts,
+        edits=points // 2,
         warmup=warmup,
         repeats=repeats,
         seed=seed,

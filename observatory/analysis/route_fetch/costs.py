@@ -3,6 +3,7 @@
     route   uses x (trips, rows there, partial results back + attention at the holders + merge)
     fetch   a trip, entries of all layers here + turn to their positions + uses x (attention here + merge)
     local   prefill of the chunk + uses x (attention here + merge)
+    splice  a new span's entries and the suffix, turned and moved;  trim  prefill of both behind the prefix
 
     of experts:
     route   uses x (a trip, tokens there and back + expert at the holder)
@@ -27,6 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from observatory.run.documents.route_fetch import (
     INDEX_BYTES,
+    PREFIX_TOKENS,
     STATISTICS_BYTES,
     Option,
     Shape,
@@ -45,6 +47,7 @@ TERMS: dict[Stage, tuple[str, ...]] = {
     "rotate": ("query_call", "query_byte", "entry_call", "entry_byte"),
     "experts": ("call", "operation", "byte"),
     "prefill": ("layer", "operation", "score"),
+    "splice": ("layer", "byte"),
 }
 #: Matrices of a gated expert, and operations for each value of a matrix and token.
 _MATRICES, _OPERATIONS = 3, 2
@@ -75,12 +78,18 @@ class Sizes:
 
 def quantities(shape: Shape, option: Option, sizes: Sizes) -> Quantities:
     """Trips, bytes, operations and calls of an option, by stage and term."""
-    rows, size, layers = (
-        np.asarray(value, dtype=np.float64) for value in (sizes.rows, sizes.size, sizes.layers)
+    rows, size, layers, suffix = (
+        np.asarray(value, dtype=np.float64) for value in (sizes.rows, sizes.size, sizes.layers, sizes.suffix)
     )
+    if option in ("splice", "trim"):
+        moved = np.ceil(size / 2) + suffix
+        if option == "trim":
+            return {"prefill": prefill_quantities(shape, new=moved, before=PREFIX_TOKENS, layers=layers)}
+        return {"splice": {"layer": layers + 0.0 * moved, "byte": layers * moved * shape.entry_bytes}}
     if shape.kind == "expert":
         return _expert(shape, option, rows, size, sizes.uses)
-    element, holders, uses = shape.element_bytes, sizes.holders, sizes.uses
+    element, uses = shape.element_bytes, sizes.uses
+    holders = 1 if option == "local" else sizes.holders
     entries = size if shape.selected is None else np.minimum(size, shape.selected)
     index_bytes = 0.0 if shape.selected is None else INDEX_BYTES * entries
     calls = layers * uses
@@ -128,12 +137,13 @@ def prefill_quantities(
 ) -> dict[str, Float64]:
     """Of prefilling new tokens behind others that are cached already.
 
-    Every new token passes the layers' matrices, and attends to all before it.
+    Every new token passes the layers' matrices. Scores are computed for all cached and new tokens, those that
+    are masked among them.
     """
     new, before, layers = (np.asarray(value, dtype=np.float64) for value in (new, before, layers))
     hidden, inner = shape.hidden or 0, shape.inner or 0
     matrices = hidden * (shape.heads * (shape.key + shape.value) + shape.entry + _MATRICES * inner)
-    attended = new * (before + (new + 1) / 2)
+    attended = new * (before + new)
     return {
         "layer": layers + 0.0 * new,
         "operation": layers * _OPERATIONS * new * matrices,

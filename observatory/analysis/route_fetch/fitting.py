@@ -170,10 +170,9 @@ def hold_out_points(result: RouteFetchResult, shape: int, *, seed: int = 0) -> H
 
 
 def case_quantities(shape: Shape, case: RouteFetchCase, holders: int) -> Quantities:
-    """Quantities of a measured case; edits prefill or turn what stands behind them."""
-    return quantities(
-        shape, case.option, Sizes(rows=case.rows, size=case.size, layers=case.layers, holders=holders)
-    )
+    """Quantities of a measured case."""
+    sizes = Sizes(rows=case.rows, size=case.size, layers=case.layers, holders=holders, suffix=case.suffix)
+    return quantities(shape, case.option, sizes)
 
 
 def knee_bytes(transfer: tuple[Float64, Float64]) -> float | None:

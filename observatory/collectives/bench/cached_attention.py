@@ -80,12 +80,24 @@ def turn_queries(query_THD: Tensor, shift: Tensor, shape: Shape) -> Tensor:
     return torch.cat([content, turn(rotary, shift)], dim=-1)
 
 
-def attend(query_THD: Tensor, entries_CW: Tensor, shape: Shape) -> Partial:
-    """Attention of all rows over all given entries; scores and statistics are float32."""
+def attend(query_THD: Tensor, entries_CW: Tensor, shape: Shape, *, causal: bool = False) -> Partial:
+    """Attention of all rows over the given entries; scores and statistics are float32.
+
+    Args:
+        query_THD: queries.
+        entries_CW: entries.
+        shape: of both.
+        causal: the queries are of the last T entries, and none attends to entries behind its own.
+    """
     tokens, group = query_THD.shape[0], shape.heads // shape.kv_heads
     query_GND = query_THD.view(tokens, shape.kv_heads, group, shape.key).transpose(0, 1).flatten(1, 2)
     score_GNC = torch.matmul(query_GND, keys(entries_CW, shape).permute(1, 2, 0)).float()
     score_GNC *= shape.key**-0.5
+    if causal:
+        own_N = torch.arange(tokens, device=query_THD.device).repeat_interleave(group)
+        entry_C = torch.arange(len(entries_CW), device=query_THD.device)
+        is_behind_NC = entry_C > own_N[:, None] + (len(entries_CW) - tokens)
+        score_GNC.masked_fill_(is_behind_NC, -torch.inf)
     peak_GN = score_GNC.amax(dim=-1)
     weight_GNC = score_GNC.sub_(peak_GN[..., None]).exp_()
     normaliser_GN = weight_GNC.sum(dim=-1)

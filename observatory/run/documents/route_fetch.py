@@ -28,7 +28,7 @@ ROUTE_FETCH_VERSION = "1.0"
 Kind = Literal["mha", "gqa", "mla", "sparse", "expert"]
 Option = Literal["route", "fetch", "local", "splice", "trim"]
 #: Parts of a cost whose times are measured on their own; what is left of the total is ``transfer``.
-Stage = Literal["transfer", "gather", "attend", "merge", "rotate", "experts", "prefill"]
+Stage = Literal["transfer", "gather", "attend", "merge", "rotate", "experts", "prefill", "splice"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 ELEMENT_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -36,6 +36,8 @@ ELEMENT_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 STATISTICS_BYTES = 8
 #: Bytes of one index of a selection, and of a request that names nothing.
 INDEX_BYTES = 8
+#: Tokens in front of an edited span.
+PREFIX_TOKENS = 32
 
 _Size = Annotated[int, Field(ge=1, le=1 << 24)]
 #: A nanosecond to eleven days.
@@ -106,6 +108,11 @@ class Shape(Record):
         return self.entry * self.element_bytes
 
     @property
+    def can_prefill(self) -> bool:
+        """Whether its layers are known, and attend to all that is cached."""
+        return self.hidden is not None and self.selected is None
+
+    @property
     def name(self) -> str:
         """As it is given to ``--shape``."""
         sizes = {
@@ -132,6 +139,11 @@ class Point(Record):
     size: _Size
     layers: Annotated[int, Field(ge=1, le=4096)] = 1
     suffix: Annotated[int, Field(ge=0, le=1 << 24)] = 0
+
+
+def new_span(span: int) -> int:
+    """Tokens that an edit puts in the place of a span: half of them, as where an output is shortened."""
+    return -(-span // 2)
 
 
 class RouteFetchPlan(Record):

@@ -9,7 +9,8 @@ import torch
 from observatory.campaign.benchmark import write_result
 from observatory.cli import main
 from observatory.cli.parsing import parse_shape
-from observatory.collectives.bench.route_fetch import route_fetch_plan, run_route_fetch
+from observatory.collectives.bench.route_fetch import run_route_fetch
+from observatory.collectives.bench.route_fetch_plan import route_fetch_plan
 from observatory.collectives.layout import Group
 from observatory.errors import BenchmarkError, ExchangeError
 from observatory.run.documents.route_fetch import RouteFetchPlan, RouteFetchResult, load_route_fetch
@@ -18,13 +19,16 @@ from tests.collectives.bench.threads import ThreadTransport, on_threads
 TEXTS = ("mha:2,16", "gqa:4,2,8", "mla:4,24,8", "sparse:4,24,8,7", "expert:32")
 
 
-def a_plan(*texts: str, points: int = 8, dtype: str = "float32") -> RouteFetchPlan:
+def a_plan(
+    *texts: str, points: int = 8, dtype: str = "float32", decoder: tuple[int, int] | None = None
+) -> RouteFetchPlan:
     return route_fetch_plan(
-        [parse_shape(text, dtype=dtype) for text in texts],
+        [parse_shape(text, dtype=dtype, decoder=decoder) for text in texts],
         points=points,
         rows=(4, 100),
         sizes=(4, 100),
         layers=(1, 2),
+        edits=4 if decoder else 0,
         warmup=1,
         repeats=2,
     )
@@ -57,6 +61,21 @@ def test_half_precision_is_right_within_what_it_holds() -> None:
     result = measured(2, a_plan("mla:4,24,8", "expert:32", dtype="bfloat16"))
     assert all(case.correct for case in result.cases)
     assert result.cases[0].worst_error > 1e-4
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_cache_that_is_made_or_edited_here_is_that_of_a_prefill(ranks: int) -> None:
+    result = measured(
+        ranks, a_plan("mha:2,16", "gqa:4,2,8", "mla:4,24,8", "sparse:4,24,8,7", decoder=(24, 40))
+    )
+    assert all(case.correct for case in result.cases), [case for case in result.cases if not case.correct]
+    assert max(case.worst_error for case in result.cases) < 1e-5
+    options = [{case.option for case in result.cases if case.shape == shape} for shape in range(4)]
+    assert options[:3] == [{"route", "fetch", "local", "splice", "trim"}] * 3
+    assert options[3] == {"route", "fetch"}, "a prefill attends to all"
+    stages = {case.option: set(case.stage_us_R) for case in result.cases}
+    assert stages["local"] == {"prefill", "attend", "merge"}
+    assert (stages["splice"], stages["trim"]) == ({"splice"}, {"prefill"})
 
 
 class _Lossy(ThreadTransport):
@@ -113,6 +132,7 @@ def test_ranks_that_have_nothing_to_hold_are_refused() -> None:
         (["--dtype", "int8"], "float32, bfloat16, float16"),
         (["--rows", "9,3"], "LOW,HIGH"),
         (["--layers", "0"], "numbers from 1"),
+        (["--prefill", "256"], "HIDDEN,INNER"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
