@@ -28,6 +28,9 @@ COLUMNS = (
     ),
     Column(name="moved", title="moved", digits=1, legend="experts that ranks have to receive, per layer"),
 )
+NODES_COLUMN = Column(
+    name="nodes_per_token", title="nodes", digits=2, legend="that a token has experts on, of held-out samples"
+)
 
 
 def placement_document(advice: PlacementAdvice, problems: Sequence[str] = ()) -> dict[str, Any]:
@@ -36,6 +39,8 @@ def placement_document(advice: PlacementAdvice, problems: Sequence[str] = ()) ->
         "placement",
         {
             "ranks": advice.ranks,
+            "objective": advice.rules.objective,
+            "dispatch": advice.rules.dispatch,
             "layers": list(advice.layers),
             "problems": list(problems),
             "train_steps": advice.steps[0],
@@ -55,6 +60,7 @@ def placement_document(advice: PlacementAdvice, problems: Sequence[str] = ()) ->
                     "held_out_low": candidate.held_out.low,
                     "held_out_high": candidate.held_out.high,
                     "moved": candidate.moved,
+                    "nodes_per_token": candidate.nodes_per_token,
                 }
                 for candidate in advice.candidates
             ],
@@ -64,16 +70,18 @@ def placement_document(advice: PlacementAdvice, problems: Sequence[str] = ()) ->
 
 def placement_tables(document: dict[str, Any]) -> list[Table]:
     """The candidates of a placement document."""
+    bound = "" if document["bound"] is None else f"; lower bound {document['bound']:.3f}"
     floor = "" if document["floor"] is None else f", sampling floor {document['floor']:.3f}"
+    counted = ", activated experts" if document["objective"] == "activated" else ""
     title = (
-        f"{document['ranks']} ranks, made on {document['train_steps']} steps, "
-        f"{document['held_out_steps']} held out; lower bound {document['bound']:.3f}{floor}"
+        f"{document['ranks']} ranks{counted}, made on {document['train_steps']} steps, "
+        f"{document['held_out_steps']} held out{bound}{floor}"
     )
-    return [Table(name="candidates", columns=COLUMNS, rows=document["candidates"], title=title)]
+    has_nodes = any(row["nodes_per_token"] is not None for row in document["candidates"])
+    columns = (*COLUMNS, NODES_COLUMN) if has_nodes else COLUMNS
+    return [Table(name="candidates", columns=columns, rows=document["candidates"], title=title)]
 
 
 def placement_file(advice: PlacementAdvice, experts: int) -> dict[str, Any]:
     """The chosen layout as a placement file: for every layer and expert the ranks that hold it."""
-    chosen = advice.chosen.slot_LPK
-    assert chosen is not None
-    return layout_file(chosen, experts, advice.layers)
+    return layout_file(advice.chosen.slot_LPK, experts, advice.layers)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import JsonValue
 
-from observatory.advice.placement import current_layout
+from observatory.advice.placement_layouts import current_layout
 from observatory.analysis.columns import Column, Table
 from observatory.analysis.parallel.step_loads import StepLoads
 from observatory.analysis.route_fetch.costs import Constants

@@ -173,6 +173,14 @@ _PLACEMENT = {
     "uniform routing of as many tokens shows ({floor:.2f}): what is left is chance",
     PlacementCode.MORE_REPLICAS: "with {replicas} replicas no placement is below {bound:.2f} times the mean; "
     "{ratio:.2f} times it takes at least {needed} in each layer (median)",
+    PlacementCode.LAYERS_KEPT: "{kept} of {layers} layers stay as they are: their likely gain is not above "
+    "{move_cost:g} times the mean",
+    PlacementCode.GROUPS_COST: "price of the groups: {with_groups:.3f} times the mean on held-out steps, "
+    "without them {without:.3f}",
+    PlacementCode.STRUCTURE: "tokens have structure: in the layer with most of it they touch {nodes:.2f} "
+    "nodes on held-out samples, independent ones {independent_nodes:.2f}",
+    PlacementCode.NO_STRUCTURE: "tokens have no structure that pays: they touch {nodes:.2f} nodes on "
+    "held-out samples, independent ones {independent_nodes:.2f}; placed for even ranks instead",
 }
 
 _PROBLEM = {

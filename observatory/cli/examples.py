@@ -18,8 +18,8 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory scan runs/a --placement linear --placement my-placement.json --network fit.json",
     ),
     "place": (
-        "observatory place runs/a --ranks 8 --out placement.json",
-        "observatory place runs/a --ranks 8 --replicas 8 --phase prefill --out placement.json",
+        "observatory place runs/a --ranks 8 --replicas 8 --out placement.json",
+        "observatory place --problem problem.npz --out placement.json",
     ),
     "route-fetch": (
         "observatory route-fetch --constants rf.json --layers 27",

@@ -21,6 +21,50 @@ def place(
         int,
         typer.Option(min=0, max=65536, rich_help_panel=RANKS, help="Copies beyond one of each expert."),
     ] = 0,
+    slots_per_rank: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65536, rich_help_panel=RANKS, help="Experts that a rank holds, in place of --replicas."
+        ),
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None,
+        typer.Option(min=1, max=65536, rich_help_panel=RANKS, help="Ranks per node; by default one node."),
+    ] = None,
+    groups: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=65536,
+            rich_help_panel=RANKS,
+            help="Contiguous groups of experts that each stay on a node.",
+        ),
+    ] = 1,
+    rank_speed: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=RANKS, help="Speed of each rank (JSON list or CSV)."),
+    ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="load of the busiest rank, its activated experts (activated), or nodes per token (nodes).",
+        ),
+    ] = "load",
+    dispatch: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="How copies share an expert's load: equal, weighted, or per-step."),
+    ] = "equal",
+    max_moves: Annotated[
+        int | None,
+        typer.Option(min=0, max=1 << 17, help="Experts that ranks may receive, in each layer."),
+    ] = None,
+    move_cost: Annotated[
+        float,
+        typer.Option(
+            min=0.0, help="Least gain that a change of a layer must have, in times the mean rank's load."
+        ),
+    ] = 0.0,
     current: Annotated[
         str | None,
         typer.Option(
@@ -67,9 +111,12 @@ def place(
     if problem is not None:
         _solve(problem, out, wide=wide, csv=csv, json=json)
         return
-    from observatory.advice.placement import advise_placement, current_layout
+    from observatory.advice.placement import advise_placement
     from observatory.advice.placement_document import placement_document, placement_file, placement_tables
+    from observatory.advice.placement_layouts import current_layout, replicas_of_slots, token_samples
+    from observatory.advice.placement_scores import placement_rules
     from observatory.advice.words import placement_sentences
+    from observatory.analysis.parallel.balancing.problem import read_speeds
     from observatory.analysis.parallel.step_loads import step_loads
     from observatory.cli.output import print_data, print_tables, say
     from observatory.errors import PlacementError
@@ -89,8 +136,27 @@ def place(
         loads = loads.of_phase(phase)
     given = None if current is None else current if current in ("linear", "round-robin") else Path(current)
     today, name = current_layout(opened, loads, ranks=ranks, given=given)
+    rules = placement_rules(
+        ranks,
+        objective=objective,
+        dispatch=dispatch,
+        gpus_per_node=gpus_per_node,
+        groups=groups,
+        speed_P=None if rank_speed is None else read_speeds(rank_speed, ranks),
+        max_moves=max_moves,
+        move_cost=move_cost,
+    )
+    if slots_per_rank is not None:
+        replicas = replicas_of_slots(loads.load_SLE.shape[2], ranks, slots_per_rank, replicas)
     advice = advise_placement(
-        loads, ranks=ranks, today=today, named_today=name, replicas=replicas, train_share=train_share
+        loads,
+        ranks=ranks,
+        today=today,
+        named_today=name,
+        replicas=replicas,
+        train_share=train_share,
+        rules=rules,
+        tokens=token_samples(opened, loads) if rules.nodes > 1 else None,
     )
     document = placement_document(advice, opened.problems)
     tables = placement_tables(document)

@@ -20,7 +20,7 @@ from observatory.advice.mitigations.verdict import (
     Verdict,
     VerdictCode,
 )
-from observatory.advice.placement import current_layout
+from observatory.advice.placement_layouts import current_layout
 from observatory.analysis.experts.cost import ExpertCost
 from observatory.analysis.frequency.model_file import ClockModel
 from observatory.analysis.network.network import NetworkModel

@@ -46,8 +46,8 @@ def half_life(load_SLE: Float64) -> float | None:
     return best if error(best) < (1 - _BETTER) * error(None) else None
 
 
-def forecast(load_SLE: Float64) -> tuple[Float64, Float64, bool]:
-    """Expected loads (L, E) of the steps that follow, scenarios of them (S, L, E), and whether loads drift.
+def forecast(load_SLE: Float64) -> tuple[Float64, Float64]:
+    """Expected loads (L, E) of the steps that follow, and scenarios of single ones, (S, L, E).
 
     A scenario is a step that was, scaled expert by expert to the expected loads: it keeps which experts are
     busy together.
@@ -55,11 +55,11 @@ def forecast(load_SLE: Float64) -> tuple[Float64, Float64, bool]:
     weight = half_life(load_SLE)
     mean_LE = load_SLE.mean(axis=0)
     if weight is None:
-        return mean_LE, load_SLE, False
+        return mean_LE, load_SLE
     expected_LE = _weighted(load_SLE, weight)
     more_LE = _SMOOTHING * mean_LE.mean(axis=1, keepdims=True)
     scale_LE = (expected_LE + more_LE) / np.maximum(mean_LE + more_LE, 1e-300)
-    return expected_LE, np.asarray((load_SLE + more_LE) * scale_LE), True
+    return expected_LE, np.asarray((load_SLE + more_LE) * scale_LE)
 
 
 def _weighted(load_SLE: Float64, half_life: float | None) -> Float64:

@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 
 from observatory.analysis.parallel.balancing.layouts import Float64, Int64, slots_per_rank
 from observatory.errors import PlacementError
-from observatory.run.bounded import open_plain
+from observatory.run.bounded import MAX_DOCUMENT_BYTES, open_plain, parse_json, read_at_most
 
 #: Arrays of a file, their bytes in all, and the load of one expert in one step.
 _MOST_MEMBERS, _MOST_BYTES, _MOST_LOAD = 64, 1 << 30, 1 << 40
 #: Numbers of one array, copies of a layer, ranks, and tokens.
 _MOST_NUMBERS, _MOST_COPIES, _MOST_RANKS, _MOST_TOKENS = 1 << 27, 1 << 17, 65536, 1 << 22
+#: Layers times ranks times experts: bytes of who holds what.
+_MOST_HOLDERS = 1 << 30
 
 
 class Objective(StrEnum):
@@ -63,6 +65,7 @@ class Problem:
         max_moves: copies that ranks may receive, per layer; -1: any number.
         token_TK: experts of sampled tokens of the first layer; None: no sample.
         token_step_T: step of each, ascending in time.
+        is_ordered: whether the steps are one stretch of time; if not, no drift is forecast.
     """
 
     load_SLE: Float64
@@ -77,6 +80,7 @@ class Problem:
     max_moves: int = -1
     token_TK: Int64 | None = None
     token_step_T: Int64 | None = None
+    is_ordered: bool = True
 
     def __post_init__(self) -> None:
         experts = self.load_SLE.shape[2]
@@ -148,6 +152,11 @@ def read_problem(path: Path) -> Problem:
     replicas = _number(arrays, "replicas", 0, 0, _MOST_COPIES)
     if experts + replicas > _MOST_COPIES:
         raise PlacementError(f"{experts + replicas} copies in a layer; expected at most {_MOST_COPIES}")
+    if layers * ranks * experts > _MOST_HOLDERS:
+        raise PlacementError(
+            f"{layers} layers of {experts} experts on {ranks} ranks are too many at once; expected at most "
+            f"{_MOST_HOLDERS} of layers x ranks x experts: solve some layers at a time"
+        )
     tokens = _whole(arrays, "tokens", 2, experts - 1) if "tokens" in arrays else None
     if tokens is not None and not (1 <= len(tokens) <= _MOST_TOKENS and 1 <= tokens.shape[1] <= experts):
         raise PlacementError(f"tokens of shape {tokens.shape}; expected (T, K), T at most {_MOST_TOKENS}")
@@ -290,6 +299,28 @@ def checked_speeds(speed: NDArray[Any], ranks: int) -> Float64 | None:
             "another"
         )
     return None if speed_P.min() == speed_P.max() else speed_P
+
+
+def read_speeds(path: Path, ranks: int) -> Float64 | None:
+    """Speeds of the ranks from a file: a JSON list, or numbers separated by commas, spaces or lines.
+
+    Raises:
+        PlacementError: it cannot be read, or is not one positive number for each rank.
+    """
+    try:
+        content = read_at_most(path, MAX_DOCUMENT_BYTES)
+        if content is None:
+            raise ValueError(f"over {MAX_DOCUMENT_BYTES >> 20} MiB")
+        text = content.decode("utf-8").strip()
+        values = parse_json(content) if text.startswith("[") else text.replace(",", " ").split()
+        speed_P = np.array([float(value) for value in values])
+    except OSError as error:
+        raise PlacementError(f"speeds {path} cannot be read ({error.strerror or error})") from error
+    except (ValueError, TypeError) as error:
+        raise PlacementError(
+            f"speeds {path} are not valid ({str(error)[:100]!r}); expected a list of one number for each rank"
+        ) from error
+    return checked_speeds(speed_P, ranks)
 
 
 def _current(

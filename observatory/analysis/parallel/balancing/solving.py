@@ -109,8 +109,13 @@ def _structure(problem: Problem, seed: int) -> Structure | None:
         return None
     assert problem.token_TK is not None
     assert problem.token_step_T is not None
-    load_E = forecast(problem.load_SLE[:, :1])[0][0]
+    load_E = _forecast(problem, problem.load_SLE[:, :1])[0][0]
     return structure(problem.token_TK, problem.token_step_T, load_E, problem.nodes, seed=seed)
+
+
+def _forecast(problem: Problem, load_SLE: Float64) -> tuple[Float64, Float64]:
+    """Expected loads and scenarios of the steps that follow."""
+    return forecast(load_SLE) if problem.is_ordered else (load_SLE.mean(axis=0), load_SLE)
 
 
 def _moved(problem: Problem, load_SLE: Float64, today_LPK: Int64) -> tuple[Int64, Float64]:
@@ -122,7 +127,7 @@ def _moved(problem: Problem, load_SLE: Float64, today_LPK: Int64) -> tuple[Int64
             "expected as many where moves are limited"
         )
     return moved_layouts(
-        load_SLE.mean(axis=0) if problem.is_of_mean else forecast(load_SLE)[0],
+        load_SLE.mean(axis=0) if problem.is_of_mean else _forecast(problem, load_SLE)[0],
         today_LPK,
         most_moves=problem.max_moves,
         speed_P=problem.speeds,
@@ -133,11 +138,13 @@ def _moved(problem: Problem, load_SLE: Float64, today_LPK: Int64) -> tuple[Int64
 def _fresh(problem: Problem, load_SLE: Float64, tokens: Structure | None, seed: int) -> Int64:
     """A layout that owes nothing to today's."""
     if problem.is_of_mean:
-        return _for_loads(problem, load_SLE.mean(axis=0), tokens, seed, is_greedy=False)
+        return layout_of_mean(problem, load_SLE.mean(axis=0), seed=seed)
+    if problem.objective is Objective.ACTIVE and problem.replicas and problem.groups == 1:
+        return _few_activated(problem, load_SLE)
     if problem.objective is Objective.ACTIVE:
-        return _for_loads(problem, _activated(load_SLE), tokens, seed, is_greedy=False)
-    expected_LE, scenario_SLE, is_drifting = forecast(load_SLE)
-    start = _for_loads(problem, expected_LE, tokens, seed, is_greedy=is_drifting)
+        return layout_of_mean(problem, _activated(problem, load_SLE), seed=seed)
+    expected_LE, scenario_SLE = _forecast(problem, load_SLE)
+    start = layout_of_mean(problem, expected_LE, tokens, is_greedy=True)
     node_P = problem.node_P
     if tokens is None or not tokens.is_there:
         return steps_layout(scenario_SLE, start, speed_P=problem.speed_P, node_P=node_P)
@@ -147,22 +154,44 @@ def _fresh(problem: Problem, load_SLE: Float64, tokens: Structure | None, seed: 
     return np.concatenate([first, others])
 
 
-def _activated(load_SLE: Float64) -> Float64:
+def _activated(problem: Problem, load_SLE: Float64) -> Float64:
     """Probability that the next steps activate each expert, (L, E).
 
     What the mean load implies if tokens choose independently of each other, and the share of steps in which
     it was active: the first is less noisy, the second right for bursts. Loads decide between equals.
     """
-    expected_LE, _, _ = forecast(load_SLE)
-    active_LE, _, _ = forecast((load_SLE > 0).astype(np.float64))
+    expected_LE, _ = _forecast(problem, load_SLE)
+    active_LE, _ = _forecast(problem, (load_SLE > 0).astype(np.float64))
     tie_LE = expected_LE / np.maximum(expected_LE.mean(axis=1), 1e-300)[:, None]
     return np.asarray((1 - np.exp(-expected_LE) + active_LE) / 2 + _TIE * tie_LE)
 
 
-def _for_loads(
-    problem: Problem, load_LE: Float64, tokens: Structure | None, seed: int, *, is_greedy: bool
+def _few_activated(problem: Problem, load_SLE: Float64) -> Int64:
+    """A layout with replicas of the lightest experts: more copies of others would be activated too."""
+    expected_LE, _ = _forecast(problem, load_SLE)
+    count_LE = water_filled(expected_LE, 0, problem.ranks, spared=problem.replicas)
+    active_LE = count_LE * (1 - np.exp(-expected_LE / count_LE))
+    start = pack(active_LE, count_LE, problem.ranks)
+    return steps_layout(active_LE[None], start, speed_P=problem.speed_P)
+
+
+def layout_of_mean(
+    problem: Problem,
+    load_LE: Float64,
+    tokens: Structure | None = None,
+    *,
+    seed: int = 0,
+    is_greedy: bool = False,
 ) -> Int64:
-    """The layout for given loads, under the rules of the problem."""
+    """The layout for given loads, under the rules of the problem, (L, P, K).
+
+    Args:
+        problem: the problem.
+        load_LE: loads.
+        tokens: nodes of the experts of the first layer, where tokens have a structure.
+        seed: of the search.
+        is_greedy: only fill water and pack, as the published greedy balancers do.
+    """
 
     def make(load_AE: Float64, ranks: int, replicas: int, speed_AP: Float64) -> Int64:
         if is_greedy:
