@@ -78,6 +78,10 @@ def route_fetch(
     sizes: Annotated[
         str, typer.Option(metavar="LOW,HIGH", help="Tokens of a chunk, or inner width, of the map.")
     ] = "16,4096",
+    reuse: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Result of `reuse measure`: what making a chunk here costs."),
+    ] = None,
     bootstrap: Annotated[int, typer.Option(min=20, max=10_000, help="Bootstrap samples over points.")] = 200,
     seed: Annotated[int, typer.Option(min=0, help="Seed of folds and bootstrap.")] = 0,
     wide: WideOption = False,
@@ -93,7 +97,9 @@ def route_fetch(
         route_fetch_document,
         route_fetch_tables,
     )
+    from observatory.analysis.route_fetch.reuse import measured_prefill
     from observatory.cli.output import print_data, print_tables, say
+    from observatory.run.documents.prefix_cache import load_reuse
 
     if run is not None:
         _decide(
@@ -118,7 +124,14 @@ def route_fetch(
     )
     shapes = [parse_shape(text, dtype=dtype) for text in shape or ()]
     answers, notes = known_constants(constants, shapes, bootstrap=bootstrap, seed=seed)
-    document = route_fetch_document(answers, question, notes)
+    prefill = None
+    if reuse is not None:
+        prefill = measured_prefill(load_reuse(reuse))
+        notes.append(
+            f"local is the prefill of {prefill.model} on one device, all layers, up to its "
+            f"{prefill.prompt_tokens} tokens"
+        )
+    document = route_fetch_document(answers, question, notes, prefill=prefill)
     tables = route_fetch_tables(document)
     for note in notes:
         say(f"note: {note}")

@@ -74,7 +74,10 @@ def test_every_key_of_a_document_is_described(
         printed(capsys, "energy", str(a_power_run(tmp_path / "power"))),
         printed(capsys, "reuse", "show", str(saved(tmp_path / "reuse.json", measured((37e3, 45e3, 18e3))))),
         printed(
-            capsys, "route-fetch", "--constants", str(saved(tmp_path / "rf.json", made_result("expert:8")))
+            capsys,
+            "route-fetch",
+            "--constants",
+            str(saved(tmp_path / "rf.json", made_result("mla:2,8,4", edits=8, decoder=(8, 8)))),
         ),
         measured_document(made_result("mla:2,8,4")),
         printed(

@@ -5,12 +5,12 @@ Shapes: N grid of (sizes, rows), B bootstrap samples, O options.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from observatory.analysis.route_fetch.costs import Constants, Cost, Sizes, cost
+from observatory.analysis.route_fetch.costs import Constants, Cost, Sizes, StageCosts, cost
 from observatory.analysis.statistics import Interval
 from observatory.run.documents.route_fetch import Option, Shape, Stage
 
@@ -23,7 +23,9 @@ CERTAIN = 0.90
 _COMMON: frozenset[Stage] = frozenset({"attend", "merge", "experts"})
 
 
-def compared_options(constants: Constants, shape: Shape) -> tuple[Option, ...]:
+def compared_options(
+    constants: Constants, shape: Shape, *, is_prefill_known: bool = False
+) -> tuple[Option, ...]:
     """Options whose costs are known well enough to be compared.
 
     Attention and experts cost the same on either side: without their constants route and fetch can still be
@@ -32,6 +34,8 @@ def compared_options(constants: Constants, shape: Shape) -> tuple[Option, ...]:
     chosen: list[Option] = []
     for option in OPTIONS:
         unknown = set(cost(constants, shape, option, Sizes(rows=1.0, size=1.0)).unknown)
+        if is_prefill_known:
+            unknown.discard("prefill")
         if unknown <= _COMMON and not (option == "local" and shape.kind == "expert"):
             chosen.append(option)
     return tuple(chosen)
@@ -60,14 +64,38 @@ class DecisionMap:
 
 
 def decision_map(
-    constants: Constants, shape: Shape, *, rows_R: Float64, size_C: Float64, layers: int, uses: float,
+    constants: Constants,
+    shape: Shape,
+    *,
+    rows_R: Float64,
+    size_C: Float64,
+    layers: int,
+    uses: float,
     options: tuple[Option, ...],
-) -> DecisionMap:  # fmt: skip
-    """Cheapest option for every number of rows and every size of the chunk or expert."""
+    prefill_us_C: Float64 | None = None,
+) -> DecisionMap:
+    """Cheapest option for every number of rows and every size of the chunk or expert.
+
+    Args:
+        constants: what is known.
+        shape: what it is asked about.
+        rows_R: query rows, or tokens.
+        size_C: tokens of the chunk, or inner width.
+        layers: layers of the cache.
+        uses: steps that one fetch or prefill serves.
+        options: what to compare.
+        prefill_us_C: time of the prefill where it was measured apart from the constants; NaN where it was
+            not.
+    """
     sizes = Sizes(
         rows=rows_R[None, :], size=size_C[:, None], layers=layers, holders=constants.holders, uses=uses
     )
     costs = [cost(constants, shape, option, sizes) for option in options]
+    if prefill_us_C is not None and "local" in options:
+        stages: dict[Stage, StageCosts] = dict(constants.stages)
+        stages.pop("prefill", None)
+        rest = cost(replace(constants, stages=stages), shape, "local", sizes)
+        costs[options.index("local")] = _with_prefill(rest, prefill_us_C[:, None])
     us_OCR = np.stack([item.us for item in costs])
     samples_OBCR = np.stack(
         [np.broadcast_to(item.samples, (_draws(costs), *us_OCR.shape[1:])) for item in costs]
@@ -83,6 +111,12 @@ def decision_map(
         certainty_CR=agree_BCR.mean(axis=0),
         measured_CR=constants.is_measured(sizes),
     )
+
+
+def _with_prefill(local: Cost, prefill_us: Float64) -> Cost:
+    """A cost whose prefill is known from elsewhere; infinite where it is not."""
+    added_us = np.where(np.isfinite(prefill_us), prefill_us, np.inf)
+    return Cost(us=local.us + added_us, samples=local.samples + added_us, unknown=())
 
 
 def _draws(costs: list[Cost]) -> int:
@@ -111,6 +145,39 @@ def break_even_rows(
         low=min(low, float(rows)),
         high=max(high, float(rows)) if np.isfinite(high) else None,
     )
+
+
+def edit_costs(
+    constants: Constants, shape: Shape, *, spans: Float64, suffixes: Float64, layers: int
+) -> list[dict[str, float | bool]]:
+    """What splicing and trimming a cache cost, and the 90 % interval of their ratio.
+
+    Returns:
+        Rows of ``span``, ``suffix``, ``splice_us``, ``trim_us``, ``ratio`` (trim over splice), ``ratio_low``,
+        ``ratio_high``, and ``measured``: whether that was measured; empty where edits were not.
+    """
+    if "splice" not in constants.stages or "prefill" not in constants.stages:
+        return []
+    rows: list[dict[str, float | bool]] = []
+    for span in spans.tolist():
+        for suffix in suffixes.tolist():
+            sizes = Sizes(rows=0, size=span, suffix=suffix, layers=layers)
+            splice, trim = (cost(constants, shape, option, sizes) for option in ("splice", "trim"))
+            low, high = np.quantile(trim.samples / np.maximum(splice.samples, 1e-9), [0.05, 0.95]).tolist()
+            ratio = float(trim.us / max(float(splice.us), 1e-9))
+            rows.append(
+                {
+                    "span": span,
+                    "suffix": suffix,
+                    "splice_us": float(splice.us),
+                    "trim_us": float(trim.us),
+                    "ratio": ratio,
+                    "ratio_low": min(low, ratio),
+                    "ratio_high": max(high, ratio),
+                    "measured": constants.covers(size=(span, suffix), layers=(layers,)),
+                }
+            )
+    return rows
 
 
 def _crossing(excess_2: Float64) -> float:

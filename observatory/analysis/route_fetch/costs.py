@@ -212,6 +212,14 @@ class Constants:
     domain: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     backend: str = ""
 
+    def covers(self, **values: tuple[float, ...]) -> bool:
+        """Whether all values of each quantity lie where was measured."""
+        return bool(self.domain) and all(
+            self.domain[name][0] <= value <= self.domain[name][1]
+            for name, wanted in values.items()
+            for value in wanted
+        )
+
     def is_measured(self, sizes: Sizes) -> NDArray[np.bool_]:
         """Whether each point lies where was measured; nothing does for published constants."""
         rows, size, layers = np.broadcast_arrays(sizes.rows, sizes.size, sizes.layers)

@@ -15,9 +15,11 @@ from observatory.analysis.route_fetch.choosing import (
     break_even_rows,
     compared_options,
     decision_map,
+    edit_costs,
 )
 from observatory.analysis.route_fetch.costs import Constants
 from observatory.analysis.route_fetch.fitting import HeldOut
+from observatory.analysis.route_fetch.reuse import MeasuredPrefill
 from observatory.errors import BenchmarkError
 from observatory.run.documents.printed import printed_document
 from observatory.run.documents.route_fetch import Option, RouteFetchResult, Shape
@@ -102,6 +104,7 @@ def measured_tables(document: dict[str, Any]) -> list[Table]:
 
 ACCURACY_COLUMNS = (
     Column(name="shape", title="shape", text=True, key=True),
+    Column(name="options", title="options", text=True, key=True),
     Column(name="points", title="points"),
     Column(
         name="knee_bytes",
@@ -135,7 +138,24 @@ BREAK_EVEN_COLUMNS = (
     ),
     Column(name="route_us", title="route at 1 row", unit="us", digits=0, wide=True),
     Column(name="fetch_us", title="fetch at 1 row", unit="us", digits=0),
-    Column(name="local_us", title="local", unit="us", digits=0, wide=True),
+    Column(name="local_us", title="local", unit="us", digits=0),
+    Column(name="local_mj", title="local", unit="mJ", wide=True, legend="energy of the prefill alone"),
+    Column(name="measured", title="measured", legend="whether chunks of that size were measured"),
+)
+EDIT_COLUMNS = (
+    Column(name="shape", title="shape", text=True, key=True),
+    Column(name="span", title="span", digits=0, key=True, legend="tokens that half as many replace"),
+    Column(name="suffix", title="suffix", digits=0, key=True, legend="tokens behind it"),
+    Column(name="splice_us", title="splice", unit="us", digits=0, legend="turn and move what is cached"),
+    Column(name="trim_us", title="prefill", unit="us", digits=0, legend="of all behind the prefix"),
+    Column(
+        name="ratio",
+        title="prefill / splice",
+        digits=1,
+        interval=("ratio_low", "ratio_high"),
+        legend="with its 90 % interval",
+    ),
+    Column(name="measured", title="measured", legend="whether such an edit was measured"),
 )
 _LETTERS: dict[Option, str] = {"route": "R", "fetch": "F", "local": "L"}
 
@@ -157,16 +177,26 @@ class Question:
 
 
 def route_fetch_document(
-    answers: Sequence[tuple[Shape, Constants, HeldOut | None]], question: Question, notes: Sequence[str] = ()
+    answers: Sequence[tuple[Shape, Constants, HeldOut | None]],
+    question: Question,
+    notes: Sequence[str] = (),
+    *,
+    prefill: MeasuredPrefill | None = None,
 ) -> dict[str, Any]:
     """Break-even points and maps, as ``route-fetch --json`` prints them (docs/json.md).
+
+    Args:
+        answers: shapes with their constants.
+        question: where costs are asked for.
+        notes: what a reader must know.
+        prefill: cost of making a chunk here, where it was measured apart from the constants.
 
     Raises:
         BenchmarkError: constants with which fewer than two options can be compared.
     """
     maps = []
     for shape, constants, _ in answers:
-        options = compared_options(constants, shape)
+        options = compared_options(constants, shape, is_prefill_known=prefill is not None)
         if len(options) < 2:
             raise BenchmarkError(f"{constants.source} does not say what two options of {shape.name} cost")
         maps.append(
@@ -178,6 +208,7 @@ def route_fetch_document(
                 layers=1 if shape.kind == "expert" else question.layers,
                 uses=question.uses,
                 options=options,
+                prefill_us_C=None if prefill is None else prefill.us(_axis(question.sizes, 8)),
             )
         )
     first = answers[0][1]
@@ -192,12 +223,26 @@ def route_fetch_document(
             "uses": question.uses,
             "notes": list(notes),
             "accuracy": [
-                _accuracy_row(shape, held_out) for shape, _, held_out in answers if held_out is not None
+                row
+                for shape, _, held_out in answers
+                if held_out is not None
+                for row in _accuracy_rows(shape, held_out)
             ],
             "break_even": [
                 row
                 for answer, item in zip(answers, maps, strict=True)
-                for row in _break_even_rows(answer, item, question)
+                for row in _break_even_rows(answer, item, question, prefill)
+            ],
+            "edits": [
+                {"shape": shape.name, **row}
+                for shape, constants, _ in answers
+                for row in edit_costs(
+                    constants,
+                    shape,
+                    spans=_axis(question.sizes, 3),
+                    suffixes=_axis(question.sizes, 3),
+                    layers=question.layers,
+                )
             ],
             "map": [
                 row for answer, item in zip(answers, maps, strict=True) for row in _map_rows(answer[0], item)
@@ -211,27 +256,38 @@ def _axis(ends: tuple[int, int], points: int) -> np.ndarray[Any, np.dtype[np.flo
     return np.unique(np.round(np.geomspace(*ends, points)))
 
 
-def _accuracy_row(shape: Shape, held_out: HeldOut) -> dict[str, Any]:
-    both: tuple[Option, ...] = ("route", "fetch")
-    predicted, measured, apart, lost = held_out.winners(both)
-    return {
-        "shape": shape.name,
-        "points": len(apart),
-        "knee_bytes": held_out.knee_bytes,
-        "mape_above": held_out.mape(both, above=True),
-        "mape_below": held_out.mape(both, above=False),
-        "above": int((held_out.above_N & held_out.of(both)).sum()),
-        "apart": int(apart.sum()),
-        "right_apart": int((predicted == measured)[apart].sum()),
-        "right": int((predicted == measured).sum()),
-        "time_lost": float(lost.mean()),
-    }
+def _accuracy_rows(shape: Shape, held_out: HeldOut) -> Iterator[dict[str, Any]]:
+    """Of the options that move data, and of those that edit a cache."""
+    pairs: tuple[tuple[Option, Option], ...] = (("route", "fetch"), ("splice", "trim"))
+    for both in pairs:
+        if not held_out.of(both).any():
+            continue
+        predicted, measured, apart, lost = held_out.winners(both)
+        yield {
+            "shape": shape.name,
+            "options": f"{both[0]}, {both[1]}",
+            "points": len(apart),
+            "knee_bytes": held_out.knee_bytes if both[0] == "route" else None,
+            "mape_above": held_out.mape(both, above=True),
+            "mape_below": held_out.mape(both, above=False),
+            "above": int((held_out.above_N & held_out.of(both)).sum()),
+            "apart": int(apart.sum()),
+            "right_apart": int((predicted == measured)[apart].sum()),
+            "right": int((predicted == measured).sum()),
+            "time_lost": float(lost.mean()),
+        }
 
 
 def _break_even_rows(
-    answer: tuple[Shape, Constants, HeldOut | None], item: DecisionMap, question: Question
+    answer: tuple[Shape, Constants, HeldOut | None],
+    item: DecisionMap,
+    question: Question,
+    prefill: MeasuredPrefill | None,
 ) -> Iterator[dict[str, Any]]:
     shape, constants, _ = answer
+    local_mj_C = np.full(len(item.size_C), np.nan)
+    if prefill is not None and shape.kind != "expert":
+        local_mj_C = prefill.mj(item.size_C)
     for index, size in enumerate(item.size_C.tolist()):
         layers = 1 if shape.kind == "expert" else question.layers
         rows = break_even_rows(constants, shape, size=size, layers=layers, uses=question.uses)
@@ -245,6 +301,8 @@ def _break_even_rows(
             "route_us": costs.get("route_us"),
             "fetch_us": costs.get("fetch_us"),
             "local_us": costs.get("local_us"),
+            "local_mj": float(local_mj_C[index]),
+            "measured": constants.covers(size=(size,), layers=(layers,)),
         }
 
 
@@ -272,6 +330,8 @@ def route_fetch_tables(document: dict[str, Any]) -> list[Table]:
         title = f"{document['source']}: predicted by fits that did not see the point"
         accuracy = Table(name="accuracy", columns=ACCURACY_COLUMNS, rows=document["accuracy"], title=title)
         tables.insert(0, accuracy)
+    if document["edits"]:
+        tables.append(Table(name="edits", columns=EDIT_COLUMNS, rows=document["edits"]))
     columns = tuple(Column(name=name, title=name) for name in document["map"][0])
     return [*tables, Table(name="map", columns=columns, rows=document["map"])]
 

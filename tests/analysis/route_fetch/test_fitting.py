@@ -6,12 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from observatory.analysis.route_fetch.choosing import break_even_rows, decision_map
-from observatory.analysis.route_fetch.costs import TERMS
+from observatory.analysis.route_fetch.choosing import (
+    break_even_rows,
+    compared_options,
+    decision_map,
+    edit_costs,
+)
+from observatory.analysis.route_fetch.costs import TERMS, Sizes, cost
 from observatory.analysis.route_fetch.fitting import fit_shape, hold_out_points
 from observatory.cli import main
 from observatory.errors import BenchmarkError
 from observatory.run.documents.route_fetch import RouteFetchResult
+from tests.analysis.energy.test_prefix_cache import measured as measured_reuse
 from tests.analysis.route_fetch.made import TRUTH, made_result
 
 TEXTS = ("mla:4,128,32", "sparse:4,128,32,100", "expert:256")
@@ -138,3 +144,43 @@ def test_published_constants_say_so_and_never_mix_with_measured_ones(
     assert "nothing was measured on this fabric" in captured.err
     assert main(argv[:3]) == 1
     assert "give --shape" in capsys.readouterr().err
+
+
+def test_edits_and_a_prefill_are_fitted_and_their_ratio_grows_with_the_suffix() -> None:
+    result = made_result("mla:4,128,32", noise=0.03, edits=24, decoder=(64, 128))
+    constants = fit_shape(result, 0, bootstrap=30)
+    shape = constants.shape
+    assert shape is not None
+    assert compared_options(constants, shape) == ("route", "fetch", "local")
+    rows = edit_costs(
+        constants, shape, spans=np.array([16.0]), suffixes=np.array([16.0, 160.0, 5000.0]), layers=3
+    )
+    # By hand: 8 tokens of the new span and 160 of the suffix in 3 layers of 160 values of 4 bytes.
+    layer, byte = TRUTH["splice"]
+    assert rows[1]["splice_us"] == pytest.approx(3 * layer + 3 * 168 * 640 * byte, rel=0.05)
+    assert rows[0]["ratio"] < rows[1]["ratio"] < rows[2]["ratio"]
+    assert [row["measured"] for row in rows] == [True, True, False]
+    predicted, measured, apart, _ = hold_out_points(result, 0).winners(("splice", "trim"))
+    assert (predicted == measured)[apart].all()
+
+
+def test_a_measured_reuse_takes_the_place_of_a_fitted_prefill() -> None:
+    from observatory.analysis.route_fetch.reuse import measured_prefill
+
+    constants = fit_shape(made_result("mla:4,128,32", edits=24, decoder=(64, 128)), 0, bootstrap=20)
+    shape = constants.shape
+    assert shape is not None
+    prefill = measured_prefill(measured_reuse((37e3, 45e3, 18e3)))
+    assert prefill.prompt_tokens == 4096
+    size_C = np.array([16.0, 4096.0, 5000.0])
+    # An exact hit costs 37 J, a miss 37 + 45 + 18 J (the fitted form of the fixture).
+    assert prefill.mj(size_C)[1] == pytest.approx(100e3, rel=0.02)
+    assert np.isnan(prefill.mj(size_C)[2]), "longer than the prompt"
+    item = decision_map(
+        constants, shape, rows_R=np.array([16.0]), size_C=size_C, layers=1, uses=1.0,
+        options=("route", "fetch", "local"), prefill_us_C=prefill.us(size_C),
+    )  # fmt: skip
+    others = cost(constants, shape, "fetch", Sizes(rows=16.0, size=16.0)).us
+    assert item.us_OCR[2, 0, 0] > prefill.us(size_C)[0]
+    assert item.us_OCR[2, 0, 0] < prefill.us(size_C)[0] + others, "nothing of the fitted prefill is added"
+    assert item.us_OCR[2, 2, 0] == np.inf
