@@ -57,8 +57,9 @@ def quickstart_exchanges(out: Path, *, report: Callable[[str], None]) -> list[Pa
                 model="tiny-gqa",
                 batch_size=4,
                 sequence_length=128,
-                steps=8,
+                steps=20,
                 phase="both",
+                sample_tokens=64,
                 ep=ep,
                 ranks_per_node=2,
             )

@@ -14,6 +14,10 @@ def quickstart(
     ),
 ) -> None:
     """Profile the bundled models on the bundled texts and write the reports, without network or GPU."""
+    from observatory.advice.conclusions import conclude_advice
+    from observatory.advice.mitigations.models import advise_by_itself
+    from observatory.advice.words import conclusion_sentences
+    from observatory.analysis.network import load_network
     from observatory.campaign.documents import quickstart_table
     from observatory.campaign.preflight import check_libraries
     from observatory.campaign.quickstart import quickstart_exchanges, quickstart_grid
@@ -23,6 +27,7 @@ def quickstart(
     from observatory.cli.output import print_table, say
     from observatory.errors import ObservatoryError
     from observatory.reports import write_report
+    from observatory.run import open_run
 
     refuse_ranks("quickstart")
     check_libraries()
@@ -55,5 +60,10 @@ def quickstart(
         overwrite=True,
     )
     print_table(quickstart_table(config, results))
+    for path in runs:
+        advised = advise_by_itself(open_run(path), [load_network(network.model)])
+        if advised is not None:
+            conclusion = conclude_advice({"runs": [advised]})
+            say(f"{path.name}: {'; '.join(conclusion_sentences(conclusion))}")
     typer.echo(f"report: {report.resolve()}")
     typer.echo(f"exchanges between ranks: {exchanges.resolve()}")

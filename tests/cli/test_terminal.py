@@ -245,7 +245,7 @@ def keep_results(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "cli.cells.run_grid": cells,
         "campaign.quickstart.quickstart_exchanges": lambda *_, **__: [run],
         "campaign.quickstart_network.quickstart_network": lambda *_, **__: NetworkFiles(
-            bench=(), replay=run, model=run
+            bench=(), replay=run, model=tmp / "fit.json"
         ),
         "reports.write_report": lambda *_, **__: tmp / "report.html",
         "cli.doctor._layers": lambda *_, **__: (layers, None),

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Share of the steps of a phase that layouts are chosen on.
 _TRAIN_SHARE = 0.5
+#: Gains that are this close are the same.
+_TIE = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,15 +58,19 @@ class PhaseAdvice:
 
     @property
     def best(self) -> Verdict | None:
-        """The change on today's ranks that gains most; None where nothing is worth changing."""
-        worth = [
-            verdict
+        """The change to make on today's ranks; None where nothing is worth changing.
+
+        Of those that gain about as much as the one that gains most, the first of the table: simplest.
+        """
+        worth = {
+            verdict: verdict.gain.value
             for verdict in self.verdicts
             if verdict.code is VerdictCode.CHANGE
             and verdict.gain is not None
             and verdict.mitigation is not Mitigation.RANKS
-        ]
-        return max(worth, key=lambda verdict: verdict.gain.value if verdict.gain else 0.0, default=None)
+        }
+        most = max(worth.values(), default=0.0)
+        return next((verdict for verdict, gain in worth.items() if gain >= most - _TIE), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from observatory.advice.mitigations.advise import advise_run
+from observatory.advice.mitigations.document import advice_document
 from observatory.advice.mitigations.setup import Setup, first_problem, load_setup, setup_of_run
 from observatory.analysis.experts.cost import ExpertCost, fit_experts, of_hardware
 from observatory.analysis.experts.run_experts import experts_of_run, shape_of_model
@@ -18,6 +21,8 @@ from observatory.run.documents.expert_bench import load_expert_bench
 
 if TYPE_CHECKING:
     from observatory.run import Run
+
+_OWN_SPANS = "the run's own spans"
 
 
 def setup_of(run: Run, topology: Path | None, *, ranks: int | None, gpus_per_node: int | None) -> Setup:
@@ -72,4 +77,40 @@ def expert_cost(run: Run, bench: Path | None, hardware: str | None) -> ExpertCos
             expected="a run with exchanges (profile --ep), a benchmark or a hardware profile",
             remedy="give --experts or --hardware",
         )
-    return fit_experts(own, source="the run's own spans")
+    return fit_experts(own, source=_OWN_SPANS)
+
+
+def advise_by_itself(run: Run, networks: Sequence[NetworkModel] = ()) -> dict[str, Any] | None:
+    """What is advised for a run by the expert times that its own ranks took, as in the printed document.
+
+    Args:
+        run: an open run.
+        networks: network models; the first that was measured on about as many ranks is taken, else one of the
+            run's own exchanges.
+
+    Returns:
+        The part of the document about this run; None for runs whose ranks did not time their experts.
+
+    Raises:
+        ObservatoryError: it cannot be advised on.
+    """
+    ranks = run.manifest.topology.ep
+    experts = experts_of_run(run) if ranks > 1 else None
+    if experts is None:
+        return None
+    fitting = (
+        network
+        for network in networks
+        if any(min(fit.domain.ranks) <= ranks <= max(fit.domain.ranks) for fit in network.fits)
+    )
+    given = next(fitting, None)
+    network, source = (given, "the network model") if given is not None else exchange_model(run, None)
+    advice = advise_run(
+        run,
+        setup_of(run, None, ranks=None, gpus_per_node=None),
+        experts=fit_experts(experts, source=_OWN_SPANS),
+        network=network,
+        network_source=source,
+    )
+    document: dict[str, Any] = advice_document([(str(run.path), advice, run.problems)])["runs"][0]
+    return document

@@ -107,7 +107,7 @@ class Premise:
     holds: bool | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Verdict:
     """One change on one phase of a run.
 

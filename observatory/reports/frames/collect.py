@@ -9,12 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from observatory.advice.mitigations.advise import advise_run
-from observatory.advice.mitigations.document import advice_document
-from observatory.advice.mitigations.models import exchange_model, setup_of
-from observatory.analysis.experts.cost import fit_experts
-from observatory.analysis.experts.run_experts import experts_of_run
-from observatory.analysis.network import NetworkModel
+from observatory.advice.mitigations.models import advise_by_itself
 from observatory.analysis.parallel.scan import scan_run
 from observatory.analysis.routing import (
     ConditionGini,
@@ -86,7 +81,7 @@ def collect(
         except ObservatoryError as error:
             gaps.append(f"the run is left out of figures: {error}")
         try:
-            advised = _advised(run, networks)
+            advised = advise_by_itself(run, networks)
         except ObservatoryError as error:
             no_advice[index] = (str(error),)
         else:
@@ -119,33 +114,6 @@ def collect(
         advice=advice,
         no_advice=no_advice,
     )
-
-
-def _advised(run: Run, networks: Sequence[NetworkModel]) -> dict[str, Any] | None:
-    """What is advised for a run whose ranks timed their experts; None for others.
-
-    Raises:
-        ObservatoryError: it cannot be advised on.
-    """
-    experts = experts_of_run(run) if run.manifest.topology.ep > 1 else None
-    if experts is None:
-        return None
-    ranks = run.manifest.topology.ep
-    given = [
-        network
-        for network in networks
-        if any(min(fit.domain.ranks) <= ranks <= max(fit.domain.ranks) for fit in network.fits)
-    ]
-    network, source = (given[0], "the network model") if given else exchange_model(run, None)
-    advice = advise_run(
-        run,
-        setup_of(run, None, ranks=None, gpus_per_node=None),
-        experts=fit_experts(experts, source="the run's own spans"),
-        network=network,
-        network_source=source,
-    )
-    document: dict[str, Any] = advice_document([(str(run.path), advice, run.problems)])["runs"][0]
-    return document
 
 
 def model_bands(cells: pd.DataFrame) -> pd.DataFrame:

@@ -13,6 +13,10 @@ from observatory.reports.sections.common import run_choice
 from observatory.reports.text import microseconds, percent, plain, shorten
 
 _TITLE = "Which change is worth making"
+_NONE = (
+    "No run here was spread over ranks that timed their experts. `observatory advise RUN --ranks 8 "
+    "--hardware h100-sxm` compares changes for the loads of a run on one rank."
+)
 _FOLDED = (
     "p10_us",
     "p90_us",
@@ -34,7 +38,7 @@ def advice_section(frames: ReportFrames) -> Section:
     )
     if not variants:
         reasons = [reason for reasons in frames.no_advice.values() for reason in reasons]
-        why = plain(reasons[0]) if reasons else "No run was spread over ranks that timed their experts."
+        why = plain(reasons[0]) if reasons else _NONE
         return Section(id="changes", title=_TITLE, reason=why)
     whole = {"runs": list(frames.advice.values())}
     doubts = dict.fromkeys(map(plain, (*doubt_sentences(whole), *missing_sentences(whole))))
