@@ -6,7 +6,7 @@ Shapes: S steps, L layers, E experts, P ranks, K slots of each rank; of tokens: 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -218,7 +218,10 @@ def plain_layouts(solver: Solver, named_today: str) -> dict[str, tuple[int, Int6
         layouts["linear"] = 0, linear_layout(layers, experts, ranks)
         layouts["round-robin"] = 0, round_robin_layout(layers, experts, ranks)
     problem = solver.problem(solver.rules)
-    layouts["greedy"] = solver.replicas, layout_of_mean(problem, mean_LE, is_greedy=True)
+    layouts["greedy"] = (
+        solver.replicas,
+        layout_of_mean(replace(problem, speed_P=None), mean_LE, is_greedy=True),
+    )
     layouts["mean"] = solver.replicas, layout_of_mean(problem, mean_LE, seed=solver.seed)
     layouts.pop(named_today, None)
     held_LPE = _held(today, experts) > 0

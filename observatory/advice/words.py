@@ -209,6 +209,18 @@ _RULES = {
 }
 
 
+def evaluation_sentences(document: Mapping[str, Any]) -> list[str]:
+    """What an evaluation of a placement solver comes to, in words."""
+    counts = "{valid} of {trials} trials have a valid placement".format_map(document)
+    if document["ratio"] is None:
+        return [counts]
+    return [
+        counts,
+        "better than greedy in {better}, worse in {worse}; its score is {ratio:.3f} times the greedy one's "
+        "(geometric mean; today's where the greedy way knows no limit on moves)".format_map(document),
+    ]
+
+
 def problem_sentences(verdict: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is stated about the solution of a placement problem, in words."""
     return [

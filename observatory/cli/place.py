@@ -95,6 +95,25 @@ def place(
             help="Solve a problem given as arrays (.npz, docs/placement.md) instead.",
         ),
     ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COMMAND",
+            help="Judge a solver on a fixed set of problems; {problem} and {out} stand for its two files.",
+        ),
+    ] = None,
+    on: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--on", metavar="RUN", help="With --evaluate: captured steps, in place of bundled models'."
+        ),
+    ] = None,
+    generated_only: Annotated[
+        bool, typer.Option("--generated-only", help="With --evaluate: no captured steps.")
+    ] = False,
+    timeout_s: Annotated[
+        float, typer.Option(min=0.1, max=86400.0, help="With --evaluate: longest time of a problem.")
+    ] = 300.0,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the chosen placement (JSON).")
     ] = None,
@@ -108,6 +127,9 @@ def place(
         from observatory.campaign.benchmark import check_out
 
         check_out(out, force=force)
+    if evaluate is not None:
+        _evaluate(evaluate, on or [], generated_only, timeout_s, out, wide=wide, csv=csv, json=json)
+        return
     if problem is not None:
         _solve(problem, out, wide=wide, csv=csv, json=json)
         return
@@ -201,3 +223,38 @@ def _solve(path: Path, out: Path | None, *, wide: bool, csv: bool, json: bool) -
         say(sentence)
     if out is not None:
         say(f"placement written to {out}")
+
+
+def _evaluate(
+    command: str,
+    runs: list[Path],
+    generated_only: bool,
+    timeout_s: float,
+    out: Path | None,
+    *,
+    wide: bool,
+    csv: bool,
+    json: bool,
+) -> None:
+    from observatory.advice.words import evaluation_sentences
+    from observatory.campaign.placement_evaluation import (
+        all_trials,
+        evaluate,
+        evaluation_document,
+        evaluation_tables,
+    )
+    from observatory.cli.output import print_data, print_tables, say
+    from observatory.run.documents.writing import write_json
+
+    trials = all_trials(runs, captured=not generated_only)
+    judged = list(evaluate(command, trials, timeout_s=timeout_s, progress=say))
+    document = evaluation_document(command, judged, seed=0)
+    tables = evaluation_tables(document)
+    is_printed = print_data(document, tables, json=json, csv=csv)
+    if out is not None:
+        write_json(out, document)
+    if is_printed:
+        return
+    print_tables(tables, wide=wide)
+    for sentence in evaluation_sentences(document):
+        say(sentence)

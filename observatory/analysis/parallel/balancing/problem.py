@@ -176,6 +176,30 @@ def read_problem(path: Path) -> Problem:
     )
 
 
+def write_problem(problem: Problem, path: Path) -> None:
+    """Write a problem as `read_problem` reads it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    arrays: dict[str, NDArray[Any]] = {
+        "loads": np.rint(problem.load_SLE).astype(np.int64),
+        "speed": problem.speeds,
+        "objective": np.array(problem.objective.value),
+        "move_cost": np.array(problem.move_cost),
+    }
+    for key in ("ranks", "replicas", "nodes", "groups", "max_moves"):
+        arrays[key] = np.array(getattr(problem, key))
+    _, layers, experts = problem.load_SLE.shape
+    arrays["current"] = np.zeros((layers, experts, problem.ranks), dtype=np.int8)
+    if problem.current_LPE is not None:
+        arrays["current"] = problem.current_LPE.transpose(0, 2, 1)
+    if problem.token_TK is not None and problem.token_step_T is not None:
+        arrays |= {"tokens": problem.token_TK, "token_step": problem.token_step_T}
+        arrays["top_k"] = np.array(problem.token_TK.shape[1])
+    np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy takes keywords for its own options too
+
+
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with open_plain(path) as handle, zipfile.ZipFile(handle) as archive:
