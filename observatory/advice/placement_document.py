@@ -84,4 +84,4 @@ def placement_tables(document: dict[str, Any]) -> list[Table]:
 
 def placement_file(advice: PlacementAdvice, experts: int) -> dict[str, Any]:
     """The chosen layout as a placement file: for every layer and expert the ranks that hold it."""
-    return layout_file(advice.chosen.slot_LPK, experts, advice.layers)
+    return layout_file(advice.chosen.slot_LPK, experts, advice.layers, advice.chosen.share_LPK)

@@ -120,15 +120,29 @@ def problem_tables(document: dict[str, Any]) -> list[Table]:
     ]
 
 
-def layout_file(slot_LPK: Int64, experts: int, layers: tuple[int, ...]) -> dict[str, Any]:
-    """A layout as a placement file: for every layer and expert the ranks that hold it."""
+def layout_file(
+    slot_LPK: Int64, experts: int, layers: tuple[int, ...], share_LPK: Float64 | None = None
+) -> dict[str, Any]:
+    """A layout as a placement file: for every layer and expert the ranks that hold it, and their shares."""
     held_LPE = holders(slot_LPK, experts)
+    shares: dict[str, Any] = {}
+    if share_LPK is not None:
+        share_LPE = np.zeros(held_LPE.shape)
+        np.put_along_axis(share_LPE, slot_LPK, share_LPK, axis=2)
+        shares["shares"] = {
+            str(layer): [
+                (share_P[held_P] / share_P[held_P].sum()).tolist()
+                for share_P, held_P in zip(share_PE.T, held_PE.T, strict=True)
+            ]
+            for layer, share_PE, held_PE in zip(layers, share_LPE, held_LPE, strict=True)
+        }
     return {
         "ranks": slot_LPK.shape[1],
         "layers": {
             str(layer): [np.flatnonzero(held_P).tolist() for held_P in held_PE.T]
             for layer, held_PE in zip(layers, held_LPE, strict=True)
         },
+        **shares,
     }
 
 

@@ -261,8 +261,9 @@ def _shares(out: Path, problem: Problem) -> Float64 | None:
         if file.ranks is None:
             file = file.model_copy(update={"ranks": problem.ranks})
         for layer in range(layers):
+            shares_E = file.shares_of(layer)
             for expert, ranks in enumerate(file.holders(layer, experts=experts, ep=problem.ranks)):
-                share_LPE[layer, list(ranks), expert] = 1 / len(ranks)
+                share_LPE[layer, list(ranks), expert] = shares_E[expert] if shares_E else 1 / len(ranks)
     except PlacementError:
         return None
     return share_LPE

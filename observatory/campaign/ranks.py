@@ -184,6 +184,7 @@ class Ranks:
             model,
             self.transport,
             placement=_placement(model, job.placement, self.transport.size),
+            shares=_shares(model, job.placement),
             algorithm=job.algorithm,  # type: ignore[arg-type]  # shard_experts names the choices
             deduplicate=job.deduplicate,
         ) as sharded:
@@ -241,6 +242,18 @@ def _placement(model: nn.Module, placement: str, ranks: int) -> dict[int, list[t
         return {spec.layer: file.holders(spec.layer, experts=spec.experts, ep=ranks) for spec in specs}
     except PlacementError as error:
         raise alike(error) from None
+
+
+def _shares(model: nn.Module, placement: str) -> dict[int, tuple[tuple[float, ...], ...]] | None:
+    """Shares of the holders of each expert, by layer; None where the placement states none."""
+    from observatory.analysis.parallel.placement import load_placement
+    from observatory.probes.routing.discover import find_sites
+
+    if placement in ("linear", "round-robin"):
+        return None
+    file = load_placement(placement)
+    by_layer = {site.spec.layer: file.shares_of(site.spec.layer) for site in find_sites(model)}
+    return {layer: shares for layer, shares in by_layer.items() if shares is not None} or None
 
 
 @contextlib.contextmanager

@@ -36,6 +36,9 @@ from observatory.probes.routing.words import Reading
 #: Rank, or ranks, of each expert: for all layers, or by layer number.
 Placement = Sequence[int | Sequence[int]] | Mapping[int, Sequence[int | Sequence[int]]]
 
+#: Share of its expert's tokens for each rank of each expert.
+Shares = Sequence[Sequence[float]]
+
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 
 
@@ -61,6 +64,7 @@ def shard_experts(
     transport: Transport,
     *,
     placement: Placement | None = None,
+    shares: Mapping[int, Shares] | None = None,
     algorithm: Algorithm = "flat",
     deduplicate: bool = False,
     sink: ExchangeSink | None = None,
@@ -75,6 +79,8 @@ def shard_experts(
             nearly all of transformers' are; the same weights on all ranks.
         transport: joins the ranks.
         placement: rank or ranks of each expert; None for contiguous blocks.
+        shares: by layer number, the share of its expert's tokens for each of its ranks; without, a token goes
+            to the nearest, and equals take turns.
         algorithm: ``flat``, ``hierarchical`` or ``gather``.
         deduplicate: send a token once per destination rank.
         sink: takes phases and exchanges.
@@ -99,13 +105,17 @@ def shard_experts(
             "the shapes and dtypes of the experts": [_fingerprint(site.module) for site in sites],
             "algorithm": [algorithm, deduplicate],
             "placement": placements,
+            "shares": [list(map(list, (shares or {}).get(site.spec.layer, ()))) for site in sites],
             "nodes": list(transport.node_of_P),
         },
     )
     exchanger = Exchanger(transport, sink)
     layers = []
     for site, holders_E in zip(sites, placements, strict=True):
-        layers.append(shard_layer(site, exchanger, holders_E, algorithm, deduplicate=deduplicate))
+        shares_E = (shares or {}).get(site.spec.layer)
+        layers.append(
+            shard_layer(site, exchanger, holders_E, algorithm, deduplicate=deduplicate, shares_E=shares_E)
+        )
     return ShardedModel(model, layers, exchanger, keep_full=keep_full)
 
 
@@ -116,9 +126,10 @@ def shard_layer(
     algorithm: Algorithm = "flat",
     *,
     deduplicate: bool = False,
+    shares_E: Shares | None = None,
 ) -> ShardedLayer:
     """One layer of `shard_experts`, ready to be attached."""
-    experts = ExpertMap(holders_E, exchanger.transport.layout)
+    experts = ExpertMap(holders_E, exchanger.transport.layout, shares_E)
     local = local_experts(site, experts.experts_here)
     dispatcher = make_dispatcher(
         algorithm,

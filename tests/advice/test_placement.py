@@ -233,8 +233,13 @@ def test_copies_that_share_step_by_step_are_never_worse_than_equal_ones(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     load_SLE = np.stack([drifting(seed, 0.5, experts=16, tokens=256) for seed in range(2)], axis=1)
-    run = str(run_of_loads(tmp_path / "run", load_SLE))
-    _, rows = rows_of(capsys, run, "--ranks", "4", "--slots-per-rank", "6", "--dispatch", "weighted")
+    run, out = str(run_of_loads(tmp_path / "run", load_SLE)), tmp_path / "weighted.json"
+    options = ["--ranks", "4", "--slots-per-rank", "6", "--dispatch", "weighted", "--out", str(out)]
+    _, rows = rows_of(capsys, run, *options)
+    assert load_placement(out).shares_of(0) is not None
+    assert main(["scan", run, "--ep", "4", "--placement", str(out), "--json"]) == 0
+    note = json.loads(capsys.readouterr().out)["rows"][0]["notes"]
+    assert "shares of the placement" in str(note)
     assert rows["chosen"]["replicas"] == 8
     assert rows["chosen, per-step"]["held_out"] <= rows["chosen, equal"]["held_out"] + 1e-9
     assert rows["chosen, per-step"]["held_out"] <= rows["chosen"]["held_out"] + 1e-9

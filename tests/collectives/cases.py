@@ -223,6 +223,10 @@ def placements(model: nn.Module, transport: BaseTransport) -> dict[str, Any]:
                     sharded.layers[0].site.module(torch.ones(5, 32), ids, torch.ones(5, 1))
                     sent = [e for e in sink.exchanges if e.role == "dispatch"][-1].send_bytes
                     outcome["replica bytes"] = list(sent)
+    everywhere = [list(range(world))] * 8
+    shares = {layer: [[2 / (world + 1), *[1 / (world + 1)] * (world - 1)]] * 8 for layer in (0, 1)}
+    with torch.no_grad(), shard_experts(model, transport, placement=everywhere, shares=shares) as sharded:
+        outcome["by shares"] = difference(sharded(**inputs)[0], expected)
     return outcome
 
 

@@ -67,7 +67,7 @@ def test_counts_beyond_32_bits_arrive_whole(ranks: Ranks, world: int) -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("name", ["round robin", "all on the last rank", "expert 0 everywhere"])
+@pytest.mark.parametrize("name", ["round robin", "all on the last rank", "expert 0 everywhere", "by shares"])
 def test_experts_may_sit_anywhere_and_several_times(ranks: Ranks, name: str, world: int) -> None:
     for rank in ranks[world]:
         assert rank["placements"][name]["relative"] < TOLERANCE

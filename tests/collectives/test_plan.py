@@ -41,6 +41,17 @@ def test_a_replica_on_the_own_node_is_nearer_and_equals_take_turns() -> None:
     assert goes_to(1, [2, 3]) == [3, 2, 3, 2]
 
 
+def test_copies_with_shares_get_them_wherever_they_are() -> None:
+    """Three quarters to rank 3, a quarter to rank 0, none to rank 1; expert 1 has one holder."""
+    ids = torch.zeros(4000, 1, dtype=torch.int64)
+    for rank in range(4):
+        experts = ExpertMap([[3, 0, 1], [2]], layout(rank), [[0.75, 0.25, 0.0], [1.0]])
+        sent_P = experts.rank_of_Z[experts.slots(ids)].flatten().bincount(minlength=4) / 4000
+        assert sent_P.tolist() == pytest.approx([0.25, 0.0, 0.0, 0.75], abs=1e-3)
+        assert experts.rank_of_Z[experts.slots(ids + 1)].unique().tolist() == [2]
+        assert experts.slots(ids - 1).unique().tolist() == [NO_SLOT]
+
+
 @pytest.mark.parametrize("holders", [[], [0, 0], [4], [-1]])
 def test_an_expert_sits_once_on_ranks_that_exist(holders: list[int]) -> None:
     with pytest.raises(PlacementError, match="expert 1 is placed on ranks"):

@@ -6,6 +6,9 @@ A placement file is JSON: ``{"expert_to_rank": [0, 0, 1, ...]}`` for all layers,
 ``{"layers": {"0": [...], "1": [...]}}`` for each layer its own; ``"ranks"`` states R when the last ranks
 hold no expert. Ranks may hold different numbers of experts; results then say so. Instead of a rank there may
 be a list of ranks, the holders of an expert that is replicated; the lowest is its home.
+
+Holders share the load of their expert equally, unless ``"shares"`` gives the share of each: a list like that
+of the ranks, with a list of numbers that add up to 1 for each expert of several holders.
 """
 
 from __future__ import annotations
@@ -21,6 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from observatory.analysis.parallel.topology import MAX_RANKS
 from observatory.errors import PlacementError
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
+
+#: Shares of an expert add up to 1 within this.
+_SHARE_ERROR = 1e-6
 
 #: Placements by name; ``recorded`` is the run's own, ``auto`` that at its own degree and linear at others.
 PLACEMENT_NAMES = ("auto", "linear", "round-robin", "recorded")
@@ -38,12 +44,14 @@ class Placement:
         ep: R, ranks.
         rank_of_E: rank that holds each expert, its home where it has replicas, (E,), values 0..R-1.
         holders_E: all ranks that hold each expert; None where no expert has replicas.
+        shares_E: share of its expert's load for each of these ranks; None: all alike.
     """
 
     name: str
     ep: int
     rank_of_E: NDArray[np.int64]
     holders_E: tuple[tuple[int, ...], ...] | None = None
+    shares_E: tuple[tuple[float, ...], ...] | None = None
 
     @property
     def experts_per_rank_R(self) -> NDArray[np.int64]:
@@ -81,6 +89,12 @@ def round_robin(experts: int, ep: int) -> Placement:
 _Rank = Annotated[int, Field(ge=0, lt=MAX_RANKS)]
 _Holders = Annotated[list[_Rank], Field(min_length=1, max_length=MAX_RANKS)]
 _Ranks = Annotated[list[_Rank | _Holders], Field(min_length=1, max_length=65536)]
+_Share = Annotated[float, Field(ge=0, le=1, strict=False)]
+_Shares = Annotated[
+    list[_Share | Annotated[list[_Share], Field(min_length=1, max_length=MAX_RANKS)]],
+    Field(min_length=1, max_length=65536),
+]
+_Layer = Annotated[str, Field(pattern=r"^\d{1,6}$")]
 
 
 class PlacementFile(BaseModel):
@@ -91,14 +105,16 @@ class PlacementFile(BaseModel):
         expert_to_rank: rank of each expert in every layer, or a list of ranks; None when layers differ.
         layers: the same per layer index; None when all layers agree.
         ranks: R; None for the highest rank plus one.
+        shares: of the holders of each expert, in every layer or per layer like the ranks; None: equal shares.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = "file"
     expert_to_rank: _Ranks | None = None
-    layers: dict[Annotated[str, Field(pattern=r"^\d{1,6}$")], _Ranks] | None = None
+    layers: dict[_Layer, _Ranks] | None = None
     ranks: Annotated[int, Field(ge=1, le=MAX_RANKS)] | None = None
+    shares: _Shares | dict[_Layer, _Shares] | None = None
 
     @model_validator(mode="after")
     def _one_form(self) -> PlacementFile:
@@ -106,7 +122,22 @@ class PlacementFile(BaseModel):
             raise ValueError('give either "expert_to_rank" or "layers", and not an empty one')
         if self.ranks is not None and self.highest_rank >= self.ranks:
             raise ValueError(f"rank {self.highest_rank} is named, but ranks is {self.ranks}")
+        self._check_shares()
         return self
+
+    def _check_shares(self) -> None:
+        if self.shares is None:
+            return
+        if isinstance(self.shares, dict) != (self.layers is not None):
+            raise ValueError("shares are given in another form than the ranks")
+        ranks_by = self.layers if self.layers is not None else {"all": self.expert_to_rank or []}
+        shares_by = self.shares if isinstance(self.shares, dict) else {"all": self.shares}
+        for layer, shares in shares_by.items():
+            ranks = ranks_by.get(layer)
+            if ranks is None or list(map(len, map(_holders, ranks))) != list(map(len, map(_parts, shares))):
+                raise ValueError(f"shares of layer {layer} do not name one for each holder of each expert")
+            if any(abs(sum(_parts(entry)) - 1) > _SHARE_ERROR for entry in shares):
+                raise ValueError(f"shares of an expert of layer {layer} do not add up to 1")
 
     @property
     def highest_rank(self) -> int:
@@ -126,7 +157,17 @@ class PlacementFile(BaseModel):
             ep=ep,
             rank_of_E=np.array([min(ranks) for ranks in holders_E], dtype=np.int64),
             holders_E=holders_E if any(len(ranks) > 1 for ranks in holders_E) else None,
+            shares_E=self.shares_of(layer),
         )
+
+    def shares_of(self, layer: int) -> tuple[tuple[float, ...], ...] | None:
+        """Shares of the holders of each expert of one layer; None: all alike."""
+        shares = self.shares
+        if isinstance(shares, dict):
+            shares = {int(key): value for key, value in shares.items()}.get(layer)
+        if shares is None:
+            return None
+        return tuple(tuple(part / sum(_parts(entry)) for part in _parts(entry)) for entry in shares)
 
     def holders(self, layer: int, *, experts: int, ep: int) -> list[tuple[int, ...]]:
         """Ranks that hold each expert of one layer.
@@ -158,6 +199,10 @@ class PlacementFile(BaseModel):
 
 def _holders(entry: int | list[int]) -> tuple[int, ...]:
     return (entry,) if isinstance(entry, int) else tuple(entry)
+
+
+def _parts(entry: float | list[float]) -> tuple[float, ...]:
+    return tuple(entry) if isinstance(entry, list) else (entry,)
 
 
 def load_placement(path: Path | str) -> PlacementFile:

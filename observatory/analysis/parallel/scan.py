@@ -347,7 +347,8 @@ class _LayerScan:
         if not keeps_steps:
             notes.append("rows fold several steps: no per-step values")
         if cell.placement.holders_E is not None:
-            notes.append("replicas take equal shares of their expert's load: no floor")
+            shared = "equal shares" if cell.placement.shares_E is None else "the shares of the placement"
+            notes.append(f"replicas take {shared} of their expert's load: no floor")
         elif not cell.placement.even:
             notes.append("ranks hold different numbers of experts: no floor")
         if cell.sources == "spread evenly (estimate)" and self.captured == 1 and cell.placement.ep > 1:

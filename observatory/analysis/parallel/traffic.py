@@ -71,6 +71,7 @@ def load_by_rank(load: NDArray[np.int64], placement: Placement) -> NDArray[np.in
     """Add up the last axis, experts, by the rank that holds them: (..., E) to (..., R).
 
     The replicas of an expert take equal shares, in whole assignments; the remainder goes to its first ranks.
+    Where the placement states shares, each takes its own, rounded so that none is lost.
 
     Raises:
         LoadError: the placement is for another number of experts.
@@ -87,7 +88,14 @@ def load_by_rank(load: NDArray[np.int64], placement: Placement) -> NDArray[np.in
         copies_N = np.repeat(copies_E, copies_E)
         place_N = np.concatenate([np.arange(copies) for copies in copies_E])
         rank_N = np.concatenate(placement.holders_E).astype(np.int64)
-        load = (np.repeat(load, copies_E, axis=-1) + copies_N - 1 - place_N) // copies_N
+        load = np.repeat(load, copies_E, axis=-1)
+        if placement.shares_E is None:
+            load = (load + copies_N - 1 - place_N) // copies_N
+        else:
+            ends_E = [np.cumsum(shares) for shares in placement.shares_E]
+            upto_N = np.concatenate(ends_E)
+            from_N = np.concatenate([[0.0, *ends[:-1]] for ends in ends_E])
+            load = np.rint(load * upto_N).astype(np.int64) - np.rint(load * from_N).astype(np.int64)
     order_N = np.argsort(rank_N, kind="stable")
     ordered = load if np.all(order_N[1:] > order_N[:-1]) else load[..., order_N]
     some = held_R > 0

@@ -19,6 +19,8 @@ from observatory.errors import PlacementError
 
 #: Slot of an assignment that goes nowhere: padding, a skipped token.
 NO_SLOT = -1
+#: Multiples of it are spread evenly over 0 to 1.
+_GOLDEN = (5**0.5 - 1) / 2
 
 
 class ExpertMap:
@@ -28,6 +30,9 @@ class ExpertMap:
     the own node; else to any. Among several equals they take turns: the token at position t of rank r goes to
     number (t + r) modulo their number. The choice needs no communication and is the same in every run.
 
+    Where shares are given, a token for an expert of several holders goes to one of all of them, near or not,
+    so that each gets its share: position plus rank, times the golden ratio, is spread evenly over 0 to 1.
+
     Attributes:
         experts: E.
         holders_E: ranks that hold each expert, ascending.
@@ -36,8 +41,18 @@ class ExpertMap:
         experts_here: experts that this rank holds, ascending.
     """
 
-    def __init__(self, holders_E: Sequence[Sequence[int]], layout: Layout) -> None:
+    def __init__(
+        self,
+        holders_E: Sequence[Sequence[int]],
+        layout: Layout,
+        shares_E: Sequence[Sequence[float]] | None = None,
+    ) -> None:
         """Number the slots.
+
+        Args:
+            holders_E: ranks that hold each expert.
+            layout: the ranks and their nodes.
+            shares_E: share of its expert's tokens for each of these ranks; None: the nearest, by turns.
 
         Raises:
             PlacementError: an expert without a rank, twice on one, or on a rank that does not exist.
@@ -71,6 +86,12 @@ class ExpertMap:
             for expert, holders in enumerate(self.holders_E)
         ]
         self._turn = layout.rank
+        self._upto_EC: torch.Tensor | None = None
+        if shares_E is not None:
+            near = [[slot_of[rank, expert] for rank in holders] for expert, holders in enumerate(holders_E)]
+            self._upto_EC = torch.ones((self.experts, max(map(len, near))), dtype=torch.float64)
+            for upto_C, shares in zip(self._upto_EC, shares_E, strict=True):
+                upto_C[: len(shares) - 1] = torch.tensor(shares[:-1], dtype=torch.float64).cumsum(0)
         self._choices_E = torch.tensor([len(slots) for slots in near])
         most = max(len(slots) for slots in near)
         self._slots_EC = torch.tensor([slots + [NO_SLOT] * (most - len(slots)) for slots in near])
@@ -87,7 +108,12 @@ class ExpertMap:
         ids = torch.where(inside, expert_ids_TK, 0).long()
         choices, slots_EC = self._choices_E.to(device), self._slots_EC.to(device)
         position_T1 = torch.arange(ids.shape[0], device=device).unsqueeze(1) + self._turn
-        chosen = slots_EC[ids, position_T1 % choices[ids]]
+        if self._upto_EC is None:
+            place_TK = position_T1 % choices[ids]
+        else:
+            even_T11 = (position_T1.double() * _GOLDEN % 1.0).unsqueeze(2)
+            place_TK = (even_T11 >= self._upto_EC.to(device)[ids]).sum(dim=2).clamp_max(choices[ids] - 1)
+        chosen = slots_EC[ids, place_TK]
         return torch.where(inside, chosen, NO_SLOT)
 
 

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from observatory.analysis.parallel import ParallelTopology, linear, load_placement, round_robin
+from observatory.analysis.parallel.traffic import load_by_rank
 from observatory.errors import PlacementError
 from observatory.run.bounded import MAX_DOCUMENT_BYTES
 
@@ -113,3 +115,39 @@ def test_a_missing_or_giant_file_is_refused(tmp_path: Path) -> None:
         handle.truncate(MAX_DOCUMENT_BYTES + 1)
     with pytest.raises(PlacementError, match="over 16 MiB"):
         load_placement(giant)
+
+
+def test_copies_take_the_shares_that_the_file_states(tmp_path: Path) -> None:
+    file = load_placement(write(tmp_path, {"layers": {"0": [[0, 1], 1]}, "shares": {"0": [[0.25, 0.75], 1]}}))
+    placement = file.for_layer(0, experts=2, ep=2)
+    assert placement.shares_E == ((0.25, 0.75), (1.0,))
+    load_SR = load_by_rank(np.array([[100, 10], [3, 0], [0, 7]]), placement)
+    assert load_SR.tolist() == [[25, 85], [1, 2], [0, 7]]
+    one = load_placement(write(tmp_path, {"expert_to_rank": [[0, 1], 1], "shares": [[0.5, 0.5], [1.0]]}))
+    assert one.shares_of(5) == ((0.5, 0.5), (1.0,))
+    assert load_placement(write(tmp_path, {"expert_to_rank": [0, 1]})).shares_of(0) is None
+
+
+def test_no_assignment_is_lost_to_rounding(tmp_path: Path) -> None:
+    shares = [1 / 3, 1 / 3, 1 / 3]
+    file = load_placement(write(tmp_path, {"expert_to_rank": [[0, 1, 2]], "shares": [shares]}))
+    load_SE = np.arange(1000)[:, None]
+    load_SR = load_by_rank(load_SE, file.for_layer(0, experts=1, ep=3))
+    assert (load_SR.sum(axis=1) == load_SE[:, 0]).all()
+    assert np.abs(load_SR - load_SE / 3).max() < 1
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"expert_to_rank": [[0, 1], 1], "shares": [[0.5, 0.4], 1]},
+        {"expert_to_rank": [[0, 1], 1], "shares": [[1.5, -0.5], 1]},
+        {"expert_to_rank": [[0, 1], 1], "shares": [0.5, 1]},
+        {"expert_to_rank": [[0, 1], 1], "shares": [[0.5, 0.5]]},
+        {"expert_to_rank": [[0, 1], 1], "shares": {"0": [[0.5, 0.5], 1]}},
+        {"layers": {"0": [[0, 1], 1]}, "shares": {"1": [[0.5, 0.5], 1]}},
+    ],
+)
+def test_shares_that_do_not_fit_the_ranks_are_refused(content: dict, tmp_path: Path) -> None:
+    with pytest.raises(PlacementError, match="share"):
+        load_placement(write(tmp_path, content))
