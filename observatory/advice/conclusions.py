@@ -72,6 +72,9 @@ class Code(StrEnum):
     BEST_CHANGE = "best_change"
     CHANGE_GAIN = "change_gain"
     PERFECT_BALANCE = "perfect_balance"
+    EXTRAPOLATED = "extrapolated"
+    OTHER_FABRIC = "other_fabric"
+    DOES_NOT_FIT = "does_not_fit"
     RUN_COMMAND = "run_command"
     OPEN_REPORT = "open_report"
     MORE_REPEATS = "more_repeats"
@@ -92,6 +95,7 @@ NEXT_STEPS = frozenset(
         Code.MORE_CORES,
         Code.LOCK_CLOCK,
         Code.CHECK_FABRIC,
+        Code.OTHER_FABRIC,
     )
 )
 
@@ -260,47 +264,62 @@ def conclude_reuse(document: Row, measurements: Path) -> Conclusion:
 
 def conclude_advice(document: Row) -> Conclusion:
     """Of ``observatory advise``: the change that gains most, or what perfect balance alone would."""
-    phases = [(run, phase) for run in document["runs"] for phase in run["phases"]]
-    best = [
-        (run, phase, phase["verdicts"][phase["best"]]) for run, phase in phases if phase["best"] is not None
+    rows = [
+        (run, phase, row) for run in document["runs"] for phase in run["phases"] for row in phase["verdicts"]
     ]
+    needed = next((item for item in rows if item[2]["verdict"] == "needed"), None)
+    if needed is not None:
+        run, _, row = needed
+        place = {"run": run["run"], "ranks": run["setup"]["ranks"], "setting": row["setting"]}
+        return (Reason(Code.DOES_NOT_FIT, place),)
+    best = [item for item in rows if item[1]["best"] is not None and item[2] is _best(item[1])]
+    outside = [
+        {"phase": phase["phase"], "ranks": run["setup"]["ranks"], **row}
+        for run, phase, row in rows
+        if row["verdict"] == "extrapolated"
+    ]
+    if not best and outside:
+        likely = max(outside, key=lambda row: row["gain"])
+        place = _values(likely, "phase", "change", "setting", "gain", "gain_low", "gain_high", "ranks")
+        return (Reason(Code.EXTRAPOLATED, place), Reason(Code.OTHER_FABRIC, _values(likely, "ranks")))
     if not best:
         balanced = [
-            {"phase": phase["phase"], "run": run["run"], **row}
-            for run, phase in phases
-            for row in phase["verdicts"]
+            {"phase": phase["phase"], **row}
+            for _, phase, row in rows
             if row["change"] == "perfect balance" and row["gain"] is not None
         ]
         most = _worst(balanced, lambda row: row["gain"])
-        return (
-            NOTHING
-            if most is None
-            else (*NOTHING, Reason(Code.PERFECT_BALANCE, _values(most, "phase", "gain")))
-        )
+        shown = () if most is None else (Reason(Code.PERFECT_BALANCE, _values(most, "phase", "gain")),)
+        return (*NOTHING, *shown)
     run, phase, row = max(best, key=lambda item: item[2]["gain"])
     place = {"run": run["run"], "phase": phase["phase"], **_values(row, "change", "setting")}
+    gain = _values(row, "gain", "gain_low", "gain_high", "break_even_steps")
+    gain["cost_known"] = row["change_us"] is not None
+    values = {**gain, "has_exchanges": run["network"] is not None, "elsewhere": phase["elsewhere"]}
     return (
         Reason(Code.BEST_CHANGE, place),
-        Reason(Code.CHANGE_GAIN, _values(row, "gain", "gain_low", "gain_high", "break_even_steps")),
+        Reason(Code.CHANGE_GAIN, values),
         *_next_of_change(run, phase, row),
     )
 
 
+def _best(phase: Row) -> Row:
+    best: Row = phase["verdicts"][phase["best"]]
+    return best
+
+
 def _next_of_change(run: Row, phase: Row, row: Row) -> Iterator[Reason]:
     """The command that makes the change, where there is one."""
-    ranks = ("--ranks", str(run["setup"]["ranks"]))
-    if row["change"] == "placement":
-        yield _command(
-            "place", Path(run["run"]), *ranks, "--phase", phase["phase"], "--out", "placement.json"
-        )
+    ranks, out = str(run["setup"]["ranks"]), ("--out", "placement.json")
+    if row["change"] in ("placement", "placement, once per rank"):
+        yield _command("place", Path(run["run"]), "--ranks", ranks, "--phase", phase["phase"], *out)
     elif row["setting"].endswith(" replicas"):
-        count = row["setting"].split()[0]
-        yield _command(
-            "place",
-            Path(run["run"]),
-            *ranks,
-            *("--replicas", count, "--phase", phase["phase"], "--out", "placement.json"),
-        )
+        copies = ("--replicas", row["setting"].split()[0])
+        yield _command("place", Path(run["run"]), "--ranks", ranks, *copies, "--phase", phase["phase"], *out)
+    elif row["change"] == "deduplication":
+        yield _command("profile", run["model"], "--ep", ranks, "--deduplicate", "--out", "RUN")
+    elif row["change"] in ("flat", "hierarchical", "gather"):
+        yield _command("profile", run["model"], "--ep", ranks, "--algorithm", row["change"], "--out", "RUN")
 
 
 def conclude_sweep(document: Row, out: Path) -> Conclusion:

@@ -61,8 +61,13 @@ _SENTENCES = {
     Code.UNRELIABLE_FIT: "not to be relied on: the model of {algorithm} ({verdict})",
     Code.FIT_COST: "its predictions are off by {median_error} in the median, {p90_error} in the worst tenth",
     Code.BEST_CHANGE: "worth changing: in {phase}, {change}{setting}",
-    Code.CHANGE_GAIN: "the MoE part of a step takes {gain} less time{pays}",
+    Code.CHANGE_GAIN: "{part} of a step takes {gain} less time{pays}{elsewhere}",
+    Code.DOES_NOT_FIT: "today's experts do not fit into the memory of {ranks} ranks: keep {setting} on the "
+    "device, or use more ranks",
     Code.PERFECT_BALANCE: "perfect balance of the ranks would take {gain} off a step of {phase}",
+    Code.EXTRAPOLATED: "not certain: in {phase}, {change}{setting} is predicted to take {gain} less time, "
+    "by a network model of other numbers of ranks or nodes",
+    Code.OTHER_FABRIC: "next: measure and fit the exchanges of {ranks} ranks, and give --network",
     Code.RUN_COMMAND: "next: {command}",
     Code.OPEN_REPORT: "next: {command}",
     Code.MORE_REPEATS: "next: measure again with more --repeats on a quiet machine",
@@ -108,12 +113,16 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
         shown |= {"energy": _energy(values), "per_token": _per_token(values)}
     if code is Code.HELD_BY_CAP:
         shown["in_phase"] = f" in {values['phase']}" if values["phase"] else ""
-    if code is Code.BEST_CHANGE:
+    if code is Code.EXTRAPOLATED:
+        shown["gain"] = _interval(values["gain"], values["gain_low"], values["gain_high"])
+    if code in (Code.BEST_CHANGE, Code.EXTRAPOLATED):
         shown["setting"] = f" ({values['setting']})" if values["setting"] else ""
     if code is Code.CHANGE_GAIN:
         steps = values["break_even_steps"]
         shown["gain"] = _interval(values["gain"], values["gain_low"], values["gain_high"])
-        shown["pays"] = "" if not steps else f" and pays for itself after {max(1, round(steps))} steps"
+        shown["part"] = "the MoE part" if values["has_exchanges"] else "the expert part"
+        shown["elsewhere"] = "".join(map(_elsewhere, values["elsewhere"]))
+        shown["pays"] = _pays(steps, values["cost_known"])
     if code is Code.DEAREST_PREFILL:
         shown["energy"] = f"{values['prefill_mj'] / 1e3:.3g} J"
     if code is Code.LEAST_ENERGY:
@@ -124,6 +133,21 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
     if code in (Code.CLOCK_COST, Code.COMMON_COST, Code.REUSE_COST):
         shown["saving"] = _interval(values["saving_value"], values["saving_low"], values["saving_high"])
     return shown
+
+
+def _pays(steps: float | None, cost_known: bool) -> str:
+    """When a change has paid for what it costs once; empty where that is at once."""
+    if not cost_known:
+        return ", at a cost of moving experts that is not known"
+    if not steps:
+        return ""
+    return f" and pays for itself after {steps:.0f} {'step' if steps == 1 else 'steps'}"
+
+
+def _elsewhere(other: Mapping[str, Any]) -> str:
+    """What the same change does in another phase."""
+    which = "less" if other["gain"] >= 0 else "more"
+    return f"; in {other['phase']} {percent_words(abs(other['gain']))} {which}"
 
 
 def _amount(value: float) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 
 from observatory.advice.frequency import recommend_clocks
+from observatory.advice.mitigations.change import Change
 from observatory.advice.mitigations.changes import CHANGES, fabric_premise
-from observatory.advice.mitigations.lab import Change, Lab, Models, Trace, not_applicable, not_known, shown
+from observatory.advice.mitigations.lab import Lab, Models, Trace, not_applicable, not_known, shown
 from observatory.advice.mitigations.setup import Setup
 from observatory.advice.mitigations.verdict import (
     Mitigation,
@@ -21,12 +23,14 @@ from observatory.advice.mitigations.verdict import (
     VerdictCode,
 )
 from observatory.advice.placement_layouts import current_layout
+from observatory.analysis.energy.run_energy import energy_summary
 from observatory.analysis.experts.cost import ExpertCost
 from observatory.analysis.frequency.model_file import ClockModel
 from observatory.analysis.network.network import NetworkModel
+from observatory.analysis.parallel.balancing import linear_layout
 from observatory.analysis.parallel.step_loads import FEWEST_STEPS, StepLoads, step_loads
 from observatory.analysis.parallel.token_samples import layer_tokens
-from observatory.errors import AdviceError, PlacementError
+from observatory.errors import AdviceError, EnergyError
 from observatory.reasons import Reason
 
 if TYPE_CHECKING:
@@ -34,8 +38,22 @@ if TYPE_CHECKING:
 
 #: Share of the steps of a phase that layouts are chosen on.
 _TRAIN_SHARE = 0.5
-#: Gains that are this close are the same.
-_TIE = 0.01
+#: Numbers of one array of loads by source rank and expert; of more judged steps some are left out, evenly.
+_MOST_NUMBERS = 1 << 25
+#: An expert with less than this part of the mean load is hardly used.
+_RARE = 0.1
+#: Spans of the dispatchers that make up the MoE part of a step.
+_SPANS = ("count_exchange", "dispatch", "experts", "combine")
+
+
+#: Largest published gain of a change, as a share (sources in docs/advise.md).
+_PUBLISHED = {
+    Mitigation.PLACEMENT: 0.17,
+    Mitigation.REPLICAS: 0.05,
+    Mitigation.PER_STEP_DISPATCH: 0.08,
+    Mitigation.ACTIVATED_DISPATCH: 0.22,
+    Mitigation.DEDUPLICATION: 0.29,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,11 +64,16 @@ class PhaseAdvice:
         phase: which.
         steps: steps that layouts were chosen on, and judged on.
         verdicts: in the order of the table; today's set-up first.
+        measured_us: MoE part of the judged steps as their spans show it, the busiest rank of each layer; None
+            without spans.
+        elsewhere: gain of the best change in the other phases, by phase; empty without a best change.
     """
 
     phase: str
     steps: tuple[int, int]
     verdicts: tuple[Verdict, ...]
+    measured_us: float | None
+    elsewhere: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, mitigation: Mitigation) -> Verdict:
         """The first verdict on a change."""
@@ -60,17 +83,20 @@ class PhaseAdvice:
     def best(self) -> Verdict | None:
         """The change to make on today's ranks; None where nothing is worth changing.
 
-        Of those that gain about as much as the one that gains most, the first of the table: simplest.
+        Of those that gain about as much as the one that gains most, the first of the table: the simplest.
         """
-        worth = {
-            verdict: verdict.gain.value
+        worth = [
+            (verdict, verdict.gain)
             for verdict in self.verdicts
             if verdict.code is VerdictCode.CHANGE
             and verdict.gain is not None
             and verdict.mitigation is not Mitigation.RANKS
-        }
-        most = max(worth.values(), default=0.0)
-        return next((verdict for verdict, gain in worth.items() if gain >= most - _TIE), None)
+        ]
+        if not worth:
+            return None
+        most = max((gain for _, gain in worth), key=lambda gain: gain.value)
+        least = max(most.low or 0.0, most.value / 2)
+        return next(verdict for verdict, gain in worth if gain.value >= least)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -78,6 +104,7 @@ class Advice:
     """What is advised for one run.
 
     Attributes:
+        model: what ran, as a command line names it.
         setup: the set-up of today.
         experts: what the times of experts rest on.
         network: what those of exchanges rest on; None without.
@@ -86,8 +113,13 @@ class Advice:
         phases: by phase.
         premises: of the run as a whole, with whether they hold.
         skipped: phases of too few steps, with their number.
+        left_out: parts of a step whose time is not known.
+        least_used: share of the experts of each layer that have less than a tenth of the mean load in every
+            phase, by layer: what elimination would look at, which makes another model and is no speed-up of
+            this one.
     """
 
+    model: str
     setup: Setup
     experts: ExpertCost
     network: NetworkModel | None
@@ -96,6 +128,14 @@ class Advice:
     phases: tuple[PhaseAdvice, ...]
     premises: tuple[Premise, ...]
     skipped: tuple[tuple[str, int], ...]
+    left_out: tuple[str, ...]
+    least_used: Mapping[int, float]
+
+
+def above_published(verdict: Verdict) -> float | None:
+    """The largest published gain of a change that is predicted to gain more; None for all others."""
+    gain, most = verdict.beyond or verdict.gain, _PUBLISHED.get(verdict.mitigation)
+    return most if gain is not None and most is not None and gain.value > most else None
 
 
 def advise_run(
@@ -129,40 +169,21 @@ def advise_run(
     """
     loads = step_loads(run, phase=phase, by_source=True)
     _check_shape(run, loads, experts)
-    given = None if setup.placement in (None, "recorded") else setup.placement
-    plain = given in (None, "linear", "round-robin")
-    today_LPK, name = current_layout(
-        run, loads, ranks=setup.ranks, given=given if plain or given is None else Path(given)
-    )
-    model, data = run.manifest.model, run.manifest.data
-    of_layers = {layer.shared_experts for layer in model.moe_layers}
-    shared_experts = of_layers.pop() if len(of_layers) == 1 else None
-    samples = run.token_samples()
-    phases, skipped = [], []
-    for named in loads.phases:
-        of_phase = loads.of_phase(named)
-        steps = len(of_phase.phase_S)
-        if steps < 2 * FEWEST_STEPS:
-            skipped.append((named, steps))
-            continue
-        trace = Trace(
-            phase=named,
-            loads=of_phase,
-            train_steps=int(_TRAIN_SHARE * steps + 0.5),
-            today_LPK=today_LPK,
-            named_today=name,
-            tokens=layer_tokens(samples, phase=named, layers=of_phase.layers),
-            shared_experts=shared_experts,
-            sequence_tokens=None if data is None else data.sequence_length,
-        )
-        models = Models(experts=experts, network=network, horizon_steps=horizon_steps)
-        lab = Lab(trace, setup, models)
+    others = tuple(ranks) or (setup.ranks // 2, 2 * setup.ranks)
+    labs, skipped = _labs(run, loads, setup, experts, network, horizon_steps, max((setup.ranks, *others)))
+    measured_us = _measured_us(run)
+    phases = []
+    for lab in labs:
         verdicts = [verdict for change in CHANGES for verdict in change(lab)]
-        verdicts += _other_ranks(lab, ranks or (setup.ranks // 2, 2 * setup.ranks))
+        verdicts += _other_ranks(lab, [number for number in others if ranks or number >= 2])
         verdicts += [_expert_cache(lab), *_clock_lock(lab, clocks)]
-        phases.append(
-            PhaseAdvice(phase=named, steps=(trace.train_steps, len(lab.judged_S)), verdicts=tuple(verdicts))
+        advice = PhaseAdvice(
+            phase=lab.trace.phase,
+            steps=(lab.trace.train_steps, len(lab.judged_S)),
+            verdicts=tuple(verdicts),
+            measured_us=_mean_us(measured_us, lab),
         )
+        phases.append(replace(advice, elsewhere=_elsewhere(lab, advice.best, labs)))
     if not phases:
         most = max((steps for _, steps in skipped), default=0)
         raise AdviceError(
@@ -170,17 +191,113 @@ def advise_run(
             expected=f"at least {2 * FEWEST_STEPS}",
             remedy="profile again with more --steps",
         )
-    is_real = None if data is None else data.real
+    data = run.manifest.data
+    load_PLE = np.array([loads.of_phase(name).load_SLE.sum(axis=0) for name in loads.phases])
+    rare_LE = np.all(load_PLE < _RARE * load_PLE.mean(axis=2, keepdims=True), axis=0)
     return Advice(
+        model=str(run.manifest.config.get("model") or run.manifest.model.name),
         setup=setup,
         experts=experts,
         network=network,
         network_source=network_source,
         horizon_steps=horizon_steps,
         phases=tuple(phases),
-        premises=(Premise(reason=Reason(MitigationCode.REAL_TOKENS), holds=is_real),),
+        premises=(
+            Premise(reason=Reason(MitigationCode.REAL_TOKENS), holds=None if data is None else data.real),
+        ),
         skipped=tuple(skipped),
+        left_out=tuple(dict.fromkeys(part for lab in labs for part in lab.today.left_out)),
+        least_used=dict(zip(loads.layers, rare_LE.mean(axis=1).tolist(), strict=True)),
     )
+
+
+def _labs(
+    run: Run,
+    loads: StepLoads,
+    setup: Setup,
+    experts: ExpertCost,
+    network: NetworkModel | None,
+    horizon_steps: int,
+    most_ranks: int,
+) -> tuple[list[Lab], list[tuple[str, int]]]:
+    """A lab for each phase of enough steps, and the other phases with their steps."""
+    given = None if setup.placement in (None, "recorded") else setup.placement
+    is_plain = given in (None, "linear", "round-robin")
+    today_LPK, name = current_layout(
+        run, loads, ranks=setup.ranks, given=given if is_plain or given is None else Path(given)
+    )
+    of_layers = {layer.shared_experts for layer in run.manifest.model.moe_layers}
+    samples = run.token_samples()
+    models = Models(experts=experts, network=network, horizon_steps=horizon_steps, power=_power(run))
+    labs, skipped = [], []
+    for named in loads.phases:
+        of_phase = loads.of_phase(named)
+        steps = len(of_phase.phase_S)
+        if steps < 2 * FEWEST_STEPS:
+            skipped.append((named, steps))
+            continue
+        train_steps = int(_TRAIN_SHARE * steps + 0.5)
+        layers, in_layer = of_phase.load_SLE.shape[1:]
+        most = max(FEWEST_STEPS, _MOST_NUMBERS // (layers * most_ranks * max(in_layer, most_ranks)))
+        judged = np.linspace(train_steps, steps - 1, min(most, steps - train_steps))
+        trace = Trace(
+            phase=named,
+            loads=of_phase,
+            train_steps=train_steps,
+            judged_S=judged.round().astype(np.intp),
+            today_LPK=today_LPK,
+            named_today=name,
+            tokens=layer_tokens(samples, phase=named, layers=of_phase.layers),
+            shared_experts=of_layers.copy().pop() if len(of_layers) == 1 else None,
+            sequence_tokens=None if run.manifest.data is None else run.manifest.data.sequence_length,
+        )
+        labs.append(Lab(trace, setup, models))
+    return labs, skipped
+
+
+def _power(run: Run) -> pd.DataFrame | None:
+    """Power by phase and span; None where nothing was sampled or its energy is not known."""
+    if not run.row_count("power"):
+        return None
+    try:
+        return energy_summary(run).phases
+    except EnergyError:
+        return None
+
+
+def _measured_us(run: Run) -> pd.Series[float]:
+    """MoE part of every step by its spans, microseconds by phase and step: the busiest rank of each layer."""
+    spans = run.spans()
+    spans = spans[spans["name"].isin(_SPANS) & spans["end_ns"].notna() & spans["layer"].notna()]
+    us = (spans["end_ns"].astype("int64") - spans["start_ns"].astype("int64")) / 1e3
+    keys = ["phase", "step", "layer", "source_rank"]
+    of_rank = us.groupby([spans[key] for key in keys]).sum()
+    return of_rank.groupby(level=[0, 1, 2]).max().groupby(level=[0, 1]).sum()
+
+
+def _mean_us(measured_us: pd.Series[float], lab: Lab) -> float | None:
+    """Of the judged steps, on the ranks of the run; None without spans."""
+    steps = lab.trace.loads.step_S
+    assert steps is not None
+    of_phase = measured_us[measured_us.index.get_level_values(0) == lab.trace.phase]
+    wanted = of_phase.index.get_level_values(1).isin([steps[at] for at in lab.judged_S])
+    return float(of_phase[wanted].mean()) if wanted.any() else None
+
+
+def _elsewhere(lab: Lab, best: Verdict | None, labs: Sequence[Lab]) -> dict[str, float]:
+    """What the best change of a phase gains in the others: a set-up has one layout and one exchange."""
+    if best is None or best.change is None:
+        return {}
+    change = best.change
+    gains = {}
+    for other in labs:
+        if other is lab:
+            continue
+        slot_LPK = other.trace.today_LPK if change.slot_LPK is None else change.slot_LPK
+        rule = "equal" if change.rule == "weighted" else change.rule
+        timed = other.timed(replace(change, work=other.work(slot_LPK, rule=rule)))
+        gains[other.trace.phase] = 1.0 - float(timed.total_S.sum() / max(other.today.total_S.sum(), 1e-300))
+    return gains
 
 
 def _check_shape(run: Run, loads: StepLoads, experts: ExpertCost) -> None:
@@ -190,8 +307,10 @@ def _check_shape(run: Run, loads: StepLoads, experts: ExpertCost) -> None:
         "hidden": model.hidden_size,
         "experts": loads.load_SLE.shape[2],
         "expert_bytes": model.expert_bytes,
+        "top_k": loads.top_k,
+        "dtype": None if model.dtype is None else model.dtype.removeprefix("torch."),
     }
-    theirs = {"hidden": shape.hidden, "experts": shape.experts, "expert_bytes": shape.expert_bytes}
+    theirs = shape.model_dump() | {"dtype": shape.dtype.removeprefix("torch.")}
     for name, value in ours.items():
         if value is not None and value != theirs[name]:
             raise AdviceError(
@@ -204,26 +323,36 @@ def _check_shape(run: Run, loads: StepLoads, experts: ExpertCost) -> None:
 def _other_ranks(lab: Lab, numbers: Sequence[int]) -> Iterator[Verdict]:
     """The same tokens on fewer or more ranks, with the layout that the training steps suggest."""
     for ranks in dict.fromkeys(numbers):
-        if ranks < 2 or ranks == lab.setup.ranks or ranks > lab.experts:
+        if ranks == lab.setup.ranks:
+            continue
+        setting = f"EP {ranks}"
+        if not 2 <= ranks <= lab.experts or lab.experts % ranks:
+            uneven = not_applicable(Mitigation.RANKS, MitigationCode.UNEVEN, experts=lab.experts, ranks=ranks)
+            yield replace(uneven, setting=setting)
+            continue
+        if lab.models.network is None:
+            yield replace(not_known(Mitigation.RANKS, MitigationCode.NO_NETWORK), setting=setting)
             continue
         setup = lab.setup.model_copy(
             update={"ranks": ranks, "gpus_per_node": min(lab.setup.gpus_per_node, ranks)}
         )
-        try:
-            other = Lab(replace(lab.trace, tokens=None), setup, lab.models)
-            layout = other.chosen_layout(-lab.experts % ranks)
-            timed = other.timed(Change(work=other.work(layout)))
-        except PlacementError:
-            yield replace(
-                not_applicable(Mitigation.RANKS, MitigationCode.UNEVEN, experts=lab.experts, ranks=ranks),
-                setting=f"EP {ranks}",
-            )
-            continue
+        start_LPK = linear_layout(lab.layers, lab.experts, ranks)
+        other = Lab(replace(lab.trace, today_LPK=start_LPK), setup, lab.models)
+        layout = other.chosen_layout(0)
+        timed = other.timed(Change(work=other.work(layout), slot_LPK=layout))
         verdict = lab.judge_times(
-            Mitigation.RANKS, timed, setting=f"EP {ranks}", premise=fabric_premise(lab), assumed=True
+            Mitigation.RANKS,
+            timed,
+            setting=setting,
+            premise=fabric_premise(lab),
+            assumed=True,
+            is_other_fabric=True,
         )
         more = layout.shape[2] - lab.trace.today_LPK.shape[2]
-        yield replace(verdict, memory_bytes=more * lab.layers * lab.models.experts.shape.expert_bytes)
+        memory_bytes = more * lab.layers * lab.models.experts.shape.expert_bytes
+        if verdict.code is VerdictCode.CHANGE and lab.over_memory(memory_bytes):
+            verdict = replace(verdict, code=VerdictCode.DOES_NOT_FIT)
+        yield replace(verdict, memory_bytes=memory_bytes)
 
 
 def _expert_cache(lab: Lab) -> Verdict:

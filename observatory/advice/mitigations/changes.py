@@ -10,21 +10,23 @@ from dataclasses import replace
 
 import numpy as np
 
+from observatory.advice.mitigations.change import Change
 from observatory.advice.mitigations.lab import (
-    Change,
     Float64,
     Int64,
     Lab,
-    Timed,
     not_applicable,
     not_known,
 )
 from observatory.advice.mitigations.verdict import Mitigation, MitigationCode, Premise, Verdict
 from observatory.analysis.experts.step_time import LayerWork
 from observatory.analysis.parallel.balancing import lower_bound, rank_loads
-from observatory.analysis.parallel.dispatch_rules import balancing_shares
+from observatory.analysis.parallel.balancing.problem import Objective, Problem
+from observatory.analysis.parallel.balancing.solving import solve
+from observatory.analysis.parallel.dispatch_rules import DispatchRule, balancing_shares
 from observatory.analysis.parallel.token_samples import LayerTokens, places_touched
 from observatory.reasons import Reason
+from observatory.run.exchange_algorithms import Algorithm
 
 #: Ranks with more than this times the mean load spill (the threshold of LLEP, arXiv 2601.17111).
 _SPILL_ABOVE = 1.3
@@ -73,10 +75,9 @@ def replicas(lab: Lab) -> Iterator[Verdict]:
         holds=None if bound is None else bound > _UNEQUAL,
     )
     for count in _replica_counts(lab):
-        layout = lab.chosen_layout(count)
         yield lab.judge(
             Mitigation.REPLICAS,
-            _with_replicas(lab, count, lab.work(layout)),
+            _with_replicas(lab, count, "equal"),
             setting=f"{count} replicas",
             premise=premise,
             beyond=_simpler(lab),
@@ -92,19 +93,11 @@ def dispatch_rules(lab: Lab) -> Iterator[Verdict]:
         reason=Reason(MitigationCode.LOADS_VARY, {"train": promised, "held_out": held_out}),
         holds=held_out > _UNEQUAL,
     )
-    share_LPK = balancing_shares(lab.train_SLE.mean(axis=0), layout)
-    weighted = lab.work(layout, rule="weighted", share_LPK=share_LPK)
     planned_us_S = np.full(len(lab.judged_S), _PLAN_US * lab.layers)
+    per_step = replace(_with_replicas(lab, count, "per-step"), extra_us_S=planned_us_S, assumed=True)
     for mitigation, change in (
-        (Mitigation.WEIGHTED_DISPATCH, _with_replicas(lab, count, weighted)),
-        (
-            Mitigation.PER_STEP_DISPATCH,
-            replace(
-                _with_replicas(lab, count, lab.work(layout, rule="per-step")),
-                extra_us_S=planned_us_S,
-                assumed=True,
-            ),
-        ),
+        (Mitigation.WEIGHTED_DISPATCH, _with_replicas(lab, count, "weighted")),
+        (Mitigation.PER_STEP_DISPATCH, per_step),
     ):
         yield lab.judge(
             mitigation, change, setting=f"{count} replicas", premise=premise, beyond=_simpler(lab)
@@ -115,28 +108,21 @@ def activated_dispatch(lab: Lab) -> Iterator[Verdict]:
     """One copy of each activated expert, so that weights are read once; where batches are small."""
     active = float((lab.test_SLE > 0).mean())
     if active > 0.98:
-        yield not_applicable(
-            Mitigation.ACTIVATED_DISPATCH, MitigationCode.ALL_ACTIVE, activated=active, phase=lab.trace.phase
-        )
+        yield not_applicable(Mitigation.ACTIVATED_DISPATCH, MitigationCode.ALL_ACTIVE, activated=active)
         return
-    cost = lab.models.experts
-    per_rank = (float(lab.today_work.assignments_SLP.mean()), float(lab.today_work.activated_SLP.mean()))
-    fewer = float(cost.seconds(per_rank[0], per_rank[1] * 0.9))
-    whole = float(cost.seconds(*per_rank))
-    premise = Premise(
-        reason=Reason(
-            MitigationCode.WEIGHTS_DECIDE,
-            {"activated": active, "saved_by_tenth": (whole - fewer) / max(whole, 1e-300)},
-        ),
-        holds=bool(whole - fewer > 0.02 * whole),
-    )
+    cost, work = lab.models.experts, lab.today_work
+    assigned, activated = float(work.assignments_SLP.mean()), float(work.activated_SLP.mean())
+    whole, fewer = float(cost.seconds(assigned, activated)), float(cost.seconds(assigned, 0.9 * activated))
+    saved = (whole - fewer) / max(whole, 1e-300)
     count = _replica_counts(lab)[0]
-    work = lab.work(lab.chosen_layout(count), rule="one-copy")
     yield lab.judge(
         Mitigation.ACTIVATED_DISPATCH,
-        _with_replicas(lab, count, work),
+        _with_replicas(lab, count, "one-copy"),
         setting=f"{count} replicas",
-        premise=premise,
+        premise=Premise(
+            reason=Reason(MitigationCode.WEIGHTS_DECIDE, {"activated": active, "saved_by_tenth": saved}),
+            holds=saved > 0.02,
+        ),
         beyond=_simpler(lab),
     )
 
@@ -145,114 +131,162 @@ def spill(lab: Lab) -> Iterator[Verdict]:
     """Ranks above a threshold hand tokens and weights of experts to the least loaded, in every step."""
     load_SLP = lab.today_work.assignments_SLP
     ratio_SL = load_SLP.max(axis=2) / np.maximum(load_SLP.mean(axis=2), 1e-300)
-    share = float((ratio_SL > _SPILL_ABOVE).mean())
-    setting = f"above {_SPILL_ABOVE} x mean"
-    premise = _unequal(lab)
-    if share == 0:
+    if not (ratio_SL > _SPILL_ABOVE).any():
         yield not_applicable(Mitigation.SPILL, MitigationCode.IMBALANCED, ratio=float(ratio_SL.mean()))
         return
-    rate = lab.move_rate
-    if rate is None:
-        yield not_known(Mitigation.SPILL, MitigationCode.NO_NETWORK)
+    if lab.trace.today_LPK[0].size > lab.experts:
+        yield not_applicable(Mitigation.SPILL, MitigationCode.REPLICATED_TODAY)
+        return
+    if lab.move_rate is None:
+        yield not_known(Mitigation.SPILL, MitigationCode.NO_MOVE_RATE)
         return
     work, fetched_SL = _spilled(lab)
-    extra_us_S = 1e6 * fetched_SL.sum(axis=1) * lab.models.experts.shape.expert_bytes / rate
+    extra_us_S = 1e6 * fetched_SL.sum(axis=1) * lab.models.experts.shape.expert_bytes / lab.move_rate
     yield lab.judge(
         Mitigation.SPILL,
         Change(work=work, extra_us_S=extra_us_S, assumed=True),
-        setting=setting,
-        premise=premise,
+        setting=f"above {_SPILL_ABOVE} x mean",
+        premise=_unequal(lab),
     )
 
 
 def sharding(lab: Lab) -> Iterator[Verdict]:
     """Every rank holds a part of every expert and sees every token: balanced, at the price of a gather."""
-    if lab.models.network is None:
-        yield not_known(Mitigation.SHARDING, MitigationCode.NO_NETWORK)
+    missing = _missing(lab, "gather")
+    if missing is not None:
+        yield replace(missing, mitigation=Mitigation.SHARDING)
         return
-    if "gather" not in {fit.algorithm for fit in lab.models.network.fits}:
-        yield not_known(Mitigation.SHARDING, MitigationCode.NO_ALGORITHM, algorithm="gather")
-        return
+    recut = lab.held_bytes * (1 - 1 / lab.setup.ranks)
     yield lab.judge(
         Mitigation.SHARDING,
-        Change(work=lab.balanced_work, algorithm="gather", deduplicate=False, assumed=True),
+        Change(
+            work=lab.balanced_work, algorithm="gather", deduplicate=False, moved_bytes=recut, assumed=True
+        ),
         premise=_unequal(lab),
     )
 
 
 def exchanges(lab: Lab) -> Iterator[Verdict]:
     """Other algorithms of the exchange for the same layout."""
-    for mitigation, algorithm in ((Mitigation.HIERARCHICAL, "hierarchical"), (Mitigation.GATHER, "gather")):
-        if lab.models.network is None:
-            yield not_known(mitigation, MitigationCode.NO_NETWORK)
-        elif lab.setup.algorithm == algorithm:
-            yield not_applicable(mitigation, MitigationCode.IN_USE)
+    ways: tuple[tuple[Mitigation, Algorithm], ...] = (
+        (Mitigation.FLAT, "flat"),
+        (Mitigation.HIERARCHICAL, "hierarchical"),
+        (Mitigation.GATHER, "gather"),
+    )
+    for mitigation, algorithm in ways:
+        missing = _missing(lab, algorithm)
+        if lab.setup.algorithm == algorithm:
+            if mitigation is not Mitigation.FLAT:
+                yield not_applicable(mitigation, MitigationCode.IN_USE)
         elif algorithm == "hierarchical" and lab.setup.nodes == 1:
             yield not_applicable(mitigation, MitigationCode.ONE_NODE)
-        elif algorithm not in {fit.algorithm for fit in lab.models.network.fits}:
-            yield not_known(mitigation, MitigationCode.NO_ALGORITHM, algorithm=algorithm)
+        elif missing is not None:
+            yield replace(missing, mitigation=mitigation)
         else:
-            node_P = np.array(lab.setup.node_of_P)
-            once_L = lab.once_of([node_P[home_E] for home_E in lab.home_LE]) if lab.setup.nodes > 1 else None
             yield lab.judge(
                 mitigation,
-                Change(
-                    work=lab.today_work,
-                    algorithm="hierarchical" if algorithm == "hierarchical" else "gather",
-                    deduplicate=False,
-                    once_L=once_L,
-                ),
+                Change(work=lab.today_work, algorithm=algorithm),
                 premise=_between_nodes(lab) if algorithm == "hierarchical" else fabric_premise(lab),
             )
 
 
 def deduplication(lab: Lab) -> Iterator[Verdict]:
-    """A token is sent once to each rank that has several of its experts."""
+    """A token is sent once to each rank that has several of its experts; also with the chosen layout."""
     if lab.setup.deduplicate or lab.setup.algorithm == "gather":
         yield not_applicable(Mitigation.DEDUPLICATION, MitigationCode.IN_USE)
         return
-    if lab.models.network is None:
-        yield not_known(Mitigation.DEDUPLICATION, MitigationCode.NO_NETWORK)
+    missing = _missing(lab, lab.setup.algorithm)
+    if missing is not None:
+        yield replace(missing, mitigation=Mitigation.DEDUPLICATION)
         return
-    once_L = lab.once_of(lab.home_LE)
     touched = None
-    if lab.trace.tokens is not None:
+    if lab.has_tokens:
+        assert lab.trace.tokens is not None
         shares = [
-            places_touched(tokens.experts_TK, home_E).mean() / tokens.experts_TK.shape[1]
-            for tokens, home_E in zip(lab.trace.tokens, lab.home_LE, strict=True)
+            places_touched(tokens.experts_TK, lab.homes(slot_PK)).mean() / tokens.experts_TK.shape[1]
+            for tokens, slot_PK in zip(lab.trace.tokens, lab.trace.today_LPK, strict=True)
         ]
         touched = float(np.mean(shares))
+    premise = Premise(
+        reason=Reason(MitigationCode.COPIES_SHARE_RANKS, {"rows_left": touched}),
+        holds=None if touched is None else touched < 1 - _SHARED,
+    )
+    once = Change(work=lab.today_work, deduplicate=True, assumed=touched is None)
+    yield lab.judge(Mitigation.DEDUPLICATION, once, premise=premise)
+    simpler = _simpler(lab)
+    if simpler is not None:
+        both = replace(simpler, deduplicate=True, assumed=touched is None)
+        yield lab.judge(Mitigation.COMBINED, both, premise=premise, beyond=simpler)
+
+
+def node_placement(lab: Lab) -> Iterator[Verdict]:
+    """Experts that tokens choose together go to one node."""
+    nodes, ranks = lab.setup.nodes, lab.setup.ranks
+    if nodes == 1:
+        yield not_applicable(Mitigation.NODE_PLACEMENT, MitigationCode.ONE_NODE)
+        return
+    if not lab.has_tokens:
+        yield not_known(Mitigation.NODE_PLACEMENT, MitigationCode.NO_TOKENS)
+        return
+    algorithm: Algorithm = "hierarchical" if _missing(lab, "hierarchical") is None else lab.setup.algorithm
+    missing = _missing(lab, algorithm)
+    if missing is not None or lab.experts % ranks or ranks % nodes:
+        uneven = not_applicable(
+            Mitigation.NODE_PLACEMENT, MitigationCode.UNEVEN, experts=lab.experts, ranks=ranks
+        )
+        yield uneven if missing is None else replace(missing, mitigation=Mitigation.NODE_PLACEMENT)
+        return
+    assert lab.trace.tokens is not None
+    layouts, touched, independent, structured = [], [], [], []
+    for layer, tokens in enumerate(lab.trace.tokens):
+        problem = Problem(
+            load_SLE=lab.train_SLE[:, layer : layer + 1],
+            ranks=ranks,
+            nodes=nodes,
+            objective=Objective.NODES,
+            token_TK=tokens.experts_TK,
+            token_step_T=tokens.step_T,
+        )
+        solution = solve(problem)
+        assert solution.structure is not None
+        layouts.append(solution.slot_LPK[0])
+        touched.append(solution.structure.touched)
+        independent.append(solution.structure.independent)
+        structured.append(solution.structure.is_there)
+    layout = np.stack(layouts)
     yield lab.judge(
-        Mitigation.DEDUPLICATION,
-        Change(work=lab.today_work, deduplicate=True, once_L=once_L, assumed=once_L is None),
+        Mitigation.NODE_PLACEMENT,
+        Change(work=lab.work(layout), slot_LPK=layout, algorithm=algorithm),
+        setting=algorithm,
         premise=Premise(
-            reason=Reason(MitigationCode.COPIES_SHARE_RANKS, {"rows_left": touched}),
-            holds=None if touched is None else touched < 1 - _SHARED,
+            reason=Reason(
+                MitigationCode.CO_ACTIVATION,
+                {"touched": float(np.mean(touched)), "independent": float(np.mean(independent))},
+            ),
+            holds=sum(structured) > len(structured) / 2,
         ),
     )
 
 
 def sample_placement(lab: Lab) -> Iterator[Verdict]:
     """Sequences start on the rank that holds most of their experts."""
-    tokens = lab.trace.tokens
-    if lab.models.network is None:
-        yield not_known(Mitigation.SAMPLE_PLACEMENT, MitigationCode.NO_NETWORK)
+    missing = _missing(lab, lab.setup.algorithm)
+    if missing is not None:
+        yield replace(missing, mitigation=Mitigation.SAMPLE_PLACEMENT)
         return
-    if tokens is None:
+    if not lab.has_tokens:
         yield not_known(Mitigation.SAMPLE_PLACEMENT, MitigationCode.NO_TOKENS)
         return
-    if lab.trace.phase != "decode" and not lab.trace.sequence_tokens:
-        yield not_known(Mitigation.SAMPLE_PLACEMENT, MitigationCode.NO_SEQUENCES)
-        return
-    local = _sequence_shares(lab, tokens)
+    assert lab.trace.tokens is not None
+    is_known = lab.trace.phase == "decode" or lab.trace.sequence_tokens
+    local = _sequence_shares(lab, lab.trace.tokens) if is_known else None
     if local is None:
         yield not_known(Mitigation.SAMPLE_PLACEMENT, MitigationCode.NO_SEQUENCES)
         return
     before, after = local
-    work = _localised(lab.today_work, (1 - after) / max(1 - before, 1e-9))
     yield lab.judge(
         Mitigation.SAMPLE_PLACEMENT,
-        Change(work=work, assumed=True),
+        Change(work=_localised(lab.today_work, (1 - after) / max(1 - before, 1e-9)), assumed=True),
         premise=Premise(
             reason=Reason(MitigationCode.SEQUENCES_DIFFER, {"local_before": before, "local_after": after}),
             holds=after - before > _PREFERS,
@@ -271,6 +305,7 @@ CHANGES: tuple[Callable[[Lab], Iterator[Verdict]], ...] = (
     sharding,
     exchanges,
     deduplication,
+    node_placement,
     sample_placement,
 )
 
@@ -283,20 +318,32 @@ def _replica_counts(lab: Lab) -> list[int]:
     return [count for count in counts if count <= min(most, 2 * lab.experts)] or [counts[0]]
 
 
-def _simpler(lab: Lab) -> Timed:
-    """Times of the chosen layout without replicas where that is better than today's, else today's."""
+def _missing(lab: Lab, algorithm: str) -> Verdict | None:
+    """A verdict that says what is missing to predict exchanges by an algorithm; None where nothing is."""
+    if lab.models.network is None:
+        return not_known(Mitigation.TODAY, MitigationCode.NO_NETWORK)
+    if algorithm not in {fit.algorithm for fit in lab.models.network.fits}:
+        return not_known(Mitigation.TODAY, MitigationCode.NO_ALGORITHM, algorithm=algorithm)
+    return None
+
+
+def _simpler(lab: Lab) -> Change | None:
+    """The chosen layout without replicas where that is better than today's; None where it is not."""
     if lab.experts % lab.setup.ranks:
-        return lab.today
-    moved = lab.timed(Change(work=lab.work(lab.chosen_layout(0))))
-    return moved if moved.total_S.sum() < lab.today.total_S.sum() else lab.today
+        return None
+    layout = lab.chosen_layout(0)
+    change = Change(work=lab.work(layout), slot_LPK=layout)
+    return change if lab.timed(change).total_S.sum() < lab.today.total_S.sum() else None
 
 
-def _with_replicas(lab: Lab, count: int, work: LayerWork) -> Change:
+def _with_replicas(lab: Lab, count: int, rule: DispatchRule) -> Change:
     layout = lab.chosen_layout(count)
+    share_LPK = balancing_shares(lab.train_SLE.mean(axis=0), layout) if rule == "weighted" else None
     more = layout.shape[2] - lab.trace.today_LPK.shape[2]
     return Change(
-        work=work,
+        work=lab.work(layout, rule=rule, share_LPK=share_LPK),
         slot_LPK=layout,
+        rule=rule,
         memory_bytes=more * lab.layers * lab.models.experts.shape.expert_bytes,
     )
 
@@ -381,7 +428,8 @@ def _sequence_shares(lab: Lab, tokens: list[LayerTokens]) -> tuple[float, float]
 
     ranks, is_decode = lab.setup.ranks, lab.trace.phase == "decode"
     chosen: dict[tuple[int, int, int], list[Float64]] = {}
-    for layer_tokens, home_E in zip(tokens, lab.home_LE, strict=True):
+    for layer_tokens, slot_PK in zip(tokens, lab.trace.today_LPK, strict=True):
+        home_E = lab.homes(slot_PK)
         length = lab.trace.sequence_tokens or 1
         sequence_T = layer_tokens.position_T if is_decode else layer_tokens.position_T // length
         group_T = np.zeros_like(layer_tokens.step_T) if is_decode else layer_tokens.step_T

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from observatory.advice.mitigations.advise import Advice
+from observatory.advice.mitigations.advise import Advice, above_published
 from observatory.advice.mitigations.verdict import Premise, Verdict
 from observatory.advice.mitigations.words import premise_words, reason_words
 from observatory.analysis.columns import Column, Table
@@ -21,7 +21,6 @@ COLUMNS = (
         title="step",
         unit="ms",
         scale=1e-3,
-        digits=2,
         legend="MoE part of a step: exchanges, busiest rank's experts and shared experts of all layers",
     ),
     Column(
@@ -49,15 +48,18 @@ COLUMNS = (
         wide=True,
         legend="gain over the chosen placement without replicas; verdicts on replicas are about it",
     ),
-    Column(name="p10_us", title="p10", unit="ms", scale=1e-3, digits=2, wide=True),
-    Column(name="p90_us", title="p90", unit="ms", scale=1e-3, digits=2, wide=True),
-    Column(name="counts_us", title="counts", unit="ms", scale=1e-3, digits=2, wide=True),
-    Column(name="dispatch_us", title="dispatch", unit="ms", scale=1e-3, digits=2, wide=True),
-    Column(name="experts_us", title="experts", unit="ms", scale=1e-3, digits=2, wide=True),
-    Column(name="waiting_us", title="waiting", unit="ms", scale=1e-3, digits=2, wide=True),
-    Column(name="combine_us", title="combine", unit="ms", scale=1e-3, digits=2, wide=True),
+    Column(name="p10_us", title="p10", unit="ms", scale=1e-3, wide=True),
+    Column(name="p90_us", title="p90", unit="ms", scale=1e-3, wide=True),
+    Column(name="counts_us", title="counts", unit="ms", scale=1e-3, wide=True),
+    Column(name="dispatch_us", title="dispatch", unit="ms", scale=1e-3, wide=True),
+    Column(name="experts_us", title="experts", unit="ms", scale=1e-3, wide=True),
+    Column(name="waiting_us", title="waiting", unit="ms", scale=1e-3, wide=True),
+    Column(name="combine_us", title="combine", unit="ms", scale=1e-3, wide=True),
     Column(name="memory_bytes", title="memory", unit="MB", scale=1e-6, digits=2, signed=True, wide=True),
     Column(name="kv_tokens", title="cache lost", unit="tokens", digits=0, wide=True),
+    Column(
+        name="energy_mj", title="energy", unit="mJ", wide=True, legend="of a step, by the power of its phase"
+    ),
     Column(
         name="energy_saving",
         title="energy saved",
@@ -77,6 +79,10 @@ COLUMNS = (
     Column(name="rests_on", title="rests on", text=True, wide=True),
     Column(name="why", title="why", text=True, wide=True, otherwise=""),
 )
+
+
+#: Predicted and measured times that differ by more than this factor are not of the same thing.
+_FAR_OFF = 1.25
 
 
 def advice_document(advices: Sequence[tuple[str, Advice, Sequence[str]]]) -> dict[str, Any]:
@@ -108,35 +114,54 @@ def advice_tables(document: Mapping[str, Any]) -> list[Table]:
 
 
 def doubt_sentences(document: Mapping[str, Any]) -> list[str]:
-    """What numbers rest on, where that is weak: models that do not fit, phases left out, mock tokens."""
+    """What numbers rest on, and where that is weak: errors of models, parts left out, mock tokens."""
     sentences = []
     for run in document["runs"]:
-        experts, network = run["experts"], run["network"]
-        if experts["median_error"] is not None:
-            error = percent_words(experts["median_error"])
-            sentences.append(
-                f"expert times of {experts['source']}: off by {error} in the median on held-out points"
-            )
-        else:
-            sentences.append(
-                f"expert times of {experts['source']}: {experts['grade']} rates, not measured here"
-            )
-        if network is not None and network["median_error"] is not None:
-            fits = "" if network["verdict"] == "valid" else "; the fit is not to be relied on"
-            error = percent_words(network["median_error"])
-            of = f"exchange times of {network['source']}"
-            sentences.append(f"{of}: off by {error} in the median on held-out matrices{fits}")
-        if network is None:
-            sentences.append("no network model: exchanges are left out of all times; give --network")
-        sentences += [
-            f"{skipped['phase']} has {skipped['steps']} steps, too few to choose on some and judge on others"
-            for skipped in run["skipped_phases"]
-        ]
-        if any(premise["holds"] is False for premise in run["premises"]):
-            sentences.append(
-                "tokens are not real text: mock tokens overstate imbalance, so measure on real text"
-            )
+        name = f"{run['run']}: " if len(document["runs"]) > 1 else ""
+        sentences += [f"{name}{text}" for text in (*_model_doubts(run), *_phase_doubts(run))]
     return sentences
+
+
+def _model_doubts(run: Mapping[str, Any]) -> Iterator[str]:
+    experts, network = run["experts"], run["network"]
+    if experts["median_error"] is not None:
+        error = percent_words(experts["median_error"])
+        yield f"expert times of {experts['source']}: off by {error} in the median on held-out points"
+    else:
+        yield f"expert times of {experts['source']}: {experts['grade']} rates, taken to be off by 30 %"
+    if network is None:
+        yield "no network model: exchanges are left out of all times; give --network"
+    elif network["median_error"] is not None:
+        unreliable = "" if network["verdict"] == "valid" else "; the fit is not to be relied on"
+        error = percent_words(network["median_error"])
+        of = f"exchange times of {network['source']}"
+        yield f"{of}: off by {error} in the median on held-out matrices{unreliable}"
+    if run["left_out"]:
+        yield f"left out of all times, as not known: {', '.join(run['left_out'])} experts"
+    if any(premise["holds"] is False for premise in run["premises"]):
+        yield "tokens are not real text: mock tokens overstate imbalance; use real text"
+
+
+def _phase_doubts(run: Mapping[str, Any]) -> Iterator[str]:
+    for phase in run["phases"]:
+        today = phase["verdicts"][0]
+        if phase["measured_us"] is not None and today["step_us"] and run["network"] is not None:
+            measured, predicted = phase["measured_us"] / 1e3, today["step_us"] / 1e3
+            off = max(measured, predicted) / min(measured, predicted)
+            doubt = "; shares of a step are of the predicted one" if off > _FAR_OFF else ""
+            yield (
+                f"today's steps of {phase['phase']}: {predicted:.3g} ms predicted, {measured:.3g} ms "
+                f"measured by spans{doubt}"
+            )
+        for row in phase["verdicts"]:
+            if row["verdict"] == "change" and row["above_published"] is not None:
+                yield (
+                    f"{row['change']} in {phase['phase']} gains more than was published for it "
+                    f"({percent_words(row['above_published'])}): look at its parts (--wide)"
+                )
+                break
+    for skipped in run["skipped_phases"]:
+        yield f"{skipped['phase']} has {skipped['steps']} steps, too few to choose and to judge on"
 
 
 def missing_sentences(document: Mapping[str, Any]) -> list[str]:
@@ -165,16 +190,19 @@ def _run(advice: Advice, problems: Sequence[str]) -> dict[str, Any]:
             "p90_error": experts.p90_error,
         },
         "network": _network(advice),
-        "energy": None,
-        "energy_reason": {"code": "no_power"},
+        "model": advice.model,
         "horizon_steps": advice.horizon_steps,
         "premises": [_premise(premise) for premise in advice.premises],
+        "left_out": list(advice.left_out),
+        "least_used": [{"layer": layer, "share": share} for layer, share in advice.least_used.items()],
         "skipped_phases": [{"phase": phase, "steps": steps} for phase, steps in advice.skipped],
         "phases": [
             {
                 "phase": phase.phase,
                 "train_steps": phase.steps[0],
                 "judged_steps": phase.steps[1],
+                "measured_us": phase.measured_us,
+                "elsewhere": [{"phase": name, "gain": gain} for name, gain in phase.elsewhere.items()],
                 "best": None if phase.best is None else phase.verdicts.index(phase.best),
                 "verdicts": [_row(verdict) for verdict in phase.verdicts],
             }
@@ -215,9 +243,12 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         "kv_tokens": verdict.kv_tokens,
         "change_us": verdict.change_us,
         "break_even_steps": verdict.break_even_steps,
+        "energy_mj": verdict.energy_mj,
+        "energy_reason": None if verdict.energy_reason is None else verdict.energy_reason.document(),
         **dict(_ends("energy_saving", verdict.energy_saving)),
         **dict(_ends("slowdown", verdict.slowdown)),
         "extrapolated": verdict.extrapolated,
+        "above_published": above_published(verdict),
         "rests_on": ", ".join(verdict.grades),
         "premise": None if verdict.premise is None else _premise(verdict.premise),
         "reason": None if verdict.reason is None else verdict.reason.document(),

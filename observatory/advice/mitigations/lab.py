@@ -10,20 +10,25 @@ the kind of exchange stays the same, for all exchanges where it does not.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
+from observatory.advice.mitigations.change import Change
 from observatory.advice.mitigations.setup import Setup
 from observatory.advice.mitigations.verdict import Mitigation, MitigationCode, Premise, Verdict, VerdictCode
 from observatory.analysis.experts.cost import ExpertCost
+from observatory.analysis.experts.step_energy import step_energy
 from observatory.analysis.experts.step_time import LayerWork, StepTimes, layer_work, work_times
 from observatory.analysis.network.network import NetworkModel
 from observatory.analysis.network.predict import predict_stages_us
+from observatory.analysis.network.words import NetworkCode
+from observatory.analysis.parallel.balancing import holders
+from observatory.analysis.parallel.balancing.moves import renumbered
 from observatory.analysis.parallel.balancing.problem import Objective, Problem
 from observatory.analysis.parallel.balancing.solving import solve
 from observatory.analysis.parallel.dispatch_rules import DispatchRule
@@ -47,8 +52,16 @@ Int64 = NDArray[np.int64]
 _RESAMPLES = 500
 #: Less than this part of a step is no gain: step times of one program scatter as much.
 _WORTH = 0.005
-#: Numbers of one array of loads by source rank and expert; of more judged steps some are left out, evenly.
-_MOST_NUMBERS = 1 << 25
+#: Relative error that times of published rates are taken to have: none is known.
+_UNKNOWN_ERROR = 0.3
+#: Fewer sampled tokens of a layer do not show which experts a token has together.
+_FEWEST_TOKENS = 200
+#: What of an exchange lies outside a network model that no interval covers.
+_OTHER_FABRIC = (
+    NetworkCode.RANKS_OUTSIDE, NetworkCode.NODES_OUTSIDE, NetworkCode.RANKS_ON_NODE_OUTSIDE,
+)  # fmt: skip
+#: A gain that may be larger than this and may be none cannot be told.
+_LARGE = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,7 +71,8 @@ class Trace:
     Attributes:
         phase: prefill, decode, ...
         loads: of all steps of the phase, by source rank.
-        train_steps: the first so many are what layouts are chosen on; the rest is judged.
+        train_steps: the first so many are what layouts are chosen on.
+        judged_S: places of the steps after them that are judged.
         today_LPK: today's layout.
         named_today: its name.
         tokens: sampled tokens of each layer; None without samples.
@@ -69,6 +83,7 @@ class Trace:
     phase: str
     loads: StepLoads
     train_steps: int
+    judged_S: NDArray[np.intp]
     today_LPK: Int64
     named_today: str
     tokens: list[LayerTokens] | None
@@ -84,11 +99,13 @@ class Models:
         experts: time of the experts of one rank.
         network: time of exchanges; None without.
         horizon_steps: steps over which a change has to pay for itself.
+        power: energy and power by phase and span of the run (`EnergySummary.phases`); None without.
     """
 
     experts: ExpertCost
     network: NetworkModel | None
     horizon_steps: int
+    power: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -103,6 +120,11 @@ class Timed:
         alone_S: shared experts and what else ranks do alone; zero where that is not known.
         extrapolated: share of layer-steps whose expert time lies outside what was measured; 1 where exchanges
             do.
+        other_fabric: what of the exchanges is of another fabric than the network model: its first reason;
+            None where nothing is.
+        energy_S: millijoules; None where it is not known, as ``no_energy`` says.
+        no_energy: why there is no energy; None when there is.
+        left_out: parts whose time is not known and not in the total.
         reason: why exchanges are not predicted; None when they are.
     """
 
@@ -113,10 +135,14 @@ class Timed:
     waiting_S: Float64
     alone_S: Float64
     extrapolated: float
+    other_fabric: Reason | None = None
+    energy_S: Float64 | None = None
+    no_energy: Reason | None = None
+    left_out: tuple[str, ...] = ()
     reason: Reason | None = None
 
     @classmethod
-    def of(cls, times: StepTimes) -> Timed:
+    def of(cls, times: StepTimes, phase: str, power: pd.DataFrame | None) -> Timed:
         """Seconds of layer-steps as microseconds of steps."""
 
         def summed(part_SL: Float64 | None) -> Float64 | None:
@@ -124,6 +150,10 @@ class Timed:
 
         outside = float(1.0 - times.inside_SL.mean())
         reasons = times.reasons.get("total", ())
+        outer = [reason for reason in times.reasons.get("extrapolated", ()) if reason.code in _OTHER_FABRIC]
+        energy = None if power is None else step_energy(times, phase, power)
+        without = Reason(MitigationCode.NO_POWER) if energy is None else energy.reason
+        joules_S = None if energy is None else energy.joules_S
         return cls(
             counts_S=summed(times.counts_s),
             dispatch_S=summed(times.dispatch_s),
@@ -136,6 +166,10 @@ class Timed:
                 start=np.zeros_like(times.experts_s),
             ).sum(axis=1),
             extrapolated=1.0 if "extrapolated" in times.reasons else outside,
+            other_fabric=outer[0] if outer else None,
+            energy_S=None if joules_S is None else 1e3 * joules_S,
+            no_energy=without,
+            left_out=tuple(part for part in ("shared",) if part in times.reasons),
             reason=reasons[0] if reasons else None,
         )
 
@@ -169,30 +203,6 @@ class Timed:
         return {name: float(part_S.mean()) for name, part_S in parts.items() if part_S is not None}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Change:
-    """What one change makes of the set-up; None keeps today's.
-
-    Attributes:
-        work: what ranks do.
-        algorithm, deduplicate: how they exchange it.
-        once_L: as of `work_times`.
-        slot_LPK: new layout, which takes moving experts.
-        memory_bytes: what a rank needs more.
-        extra_us_S: what comes on top in each step.
-        assumed: something of it is assumed, not measured.
-    """
-
-    work: LayerWork
-    algorithm: Algorithm | None = None
-    deduplicate: bool | None = None
-    once_L: Float64 | None = None
-    slot_LPK: Int64 | None = None
-    memory_bytes: int = 0
-    extra_us_S: Float64 | None = None
-    assumed: bool = False
-
-
 class Lab:
     """Judges changes of one set-up on one trace.
 
@@ -205,10 +215,8 @@ class Lab:
     def __init__(self, trace: Trace, setup: Setup, models: Models) -> None:
         self.trace, self.setup, self.models = trace, setup, models
         assert trace.loads.load_SLRE is not None
-        steps, self.layers, _, self.experts = trace.loads.load_SLRE.shape
-        judged_S = np.arange(trace.train_steps, steps)
-        most = max(1, _MOST_NUMBERS // (self.layers * setup.ranks * max(self.experts, setup.ranks)))
-        self.judged_S = judged_S[:: -(-len(judged_S) // most)]
+        _, self.layers, _, self.experts = trace.loads.load_SLRE.shape
+        self.judged_S = trace.judged_S
         self.train_SLE = trace.loads.load_SLE[: trace.train_steps].astype(np.float64)
         self.test_SLE = trace.loads.load_SLE[self.judged_S].astype(np.float64)
         self._weight_BS = block_weights(len(self.judged_S), _RESAMPLES, 0)
@@ -247,19 +255,23 @@ class Lab:
 
     def timed(self, change: Change) -> Timed:
         """Predicted times under a change."""
-        return Timed.of(
-            work_times(
-                change.work,
-                self.models.experts,
-                network=self.models.network,
-                node_of_P=self.setup.node_of_P,
-                algorithm=change.algorithm or self.setup.algorithm,
-                deduplicate=self.setup.deduplicate if change.deduplicate is None else change.deduplicate,
-                once_L=change.once_L,
-                count_bytes=self.setup.announce_bytes,
-                shared_experts=self.trace.shared_experts,
-            )
+        algorithm = change.algorithm or self.setup.algorithm
+        deduplicate = self.setup.deduplicate if change.deduplicate is None else change.deduplicate
+        slot_LPK = self.trace.today_LPK if change.slot_LPK is None else change.slot_LPK
+        place_P = np.array(self.setup.node_of_P) if algorithm == "hierarchical" else None
+        is_once = deduplicate or algorithm == "hierarchical"
+        times = work_times(
+            change.work,
+            self.models.experts,
+            network=self.models.network,
+            node_of_P=self.setup.node_of_P,
+            algorithm=algorithm,
+            deduplicate=deduplicate,
+            once_L=self.once_of(slot_LPK, place_P) if is_once else None,
+            count_bytes=self.setup.announce_bytes,
+            shared_experts=self.trace.shared_experts,
         )
+        return Timed.of(times, self.trace.phase, self.models.power)
 
     def chosen_layout(self, replicas: int) -> Int64:
         """The layout that the training steps suggest, (L, P, K); made once."""
@@ -270,37 +282,45 @@ class Lab:
                 replicas=replicas,
                 objective=Objective.STEP,
             )
-            self._layouts[replicas] = solve(problem).slot_LPK
+            held_LPE = holders(self.trace.today_LPK, self.experts)
+            node_P = np.array(self.setup.node_of_P)
+            self._layouts[replicas] = renumbered(solve(problem).slot_LPK, held_LPE, node_P)
         return self._layouts[replicas]
 
-    def once_of(self, place_LE: Sequence[Int64]) -> Float64 | None:
+    def once_of(self, slot_LPK: Int64, place_P: Int64 | None = None) -> Float64 | None:
         """Places that a token's experts are at over those that independent experts would touch, (L,).
 
         Args:
-            place_LE: of each layer, the place of each expert.
+            slot_LPK: a layout; of copies, the first counts.
+            place_P: place of each rank, such as its node; None for the rank itself.
 
-        None without token samples.
+        None without enough token samples.
         """
-        if self.trace.tokens is None:
+        if not self.has_tokens:
             return None
+        assert self.trace.tokens is not None
         ratios = []
-        for tokens, place_E in zip(self.trace.tokens, place_LE, strict=True):
+        for tokens, slot_PK in zip(self.trace.tokens, slot_LPK, strict=True):
+            home_E = self.homes(slot_PK)
+            place_E = home_E if place_P is None else place_P[home_E]
             top_k = tokens.experts_TK.shape[1]
             share_N = np.bincount(place_E[tokens.experts_TK].ravel()) / tokens.experts_TK.size
             by_chance = float((1.0 - (1.0 - share_N) ** top_k).sum())
             ratios.append(float(places_touched(tokens.experts_TK, place_E).mean()) / max(by_chance, 1e-300))
         return np.array(ratios)
 
-    @cached_property
-    def home_LE(self) -> list[Int64]:
-        """The first rank that holds each expert today, of each layer (E,)."""
-        homes = []
-        for slot_PK in self.trace.today_LPK:
-            home_E = np.zeros(self.experts, dtype=np.int64)
-            for rank in reversed(range(len(slot_PK))):
-                home_E[slot_PK[rank]] = rank
-            homes.append(home_E)
-        return homes
+    @property
+    def has_tokens(self) -> bool:
+        """Whether enough tokens were sampled to show which experts a token has together."""
+        tokens = self.trace.tokens
+        return tokens is not None and min(len(layer.experts_TK) for layer in tokens) >= _FEWEST_TOKENS
+
+    def homes(self, slot_PK: Int64) -> Int64:
+        """The first rank that holds each expert, (E,)."""
+        home_E = np.zeros(self.experts, dtype=np.int64)
+        for rank in reversed(range(len(slot_PK))):
+            home_E[slot_PK[rank]] = rank
+        return home_E
 
     def judge(
         self,
@@ -309,22 +329,21 @@ class Lab:
         *,
         setting: str = "",
         premise: Premise | None = None,
-        beyond: Timed | None = None,
+        beyond: Change | None = None,
     ) -> Verdict:
-        """The verdict on a change; on what it adds to a simpler one where ``beyond`` is that one's times."""
-        timed = self.timed(change)
-        algorithm = change.algorithm or self.setup.algorithm
+        """The verdict on a change; on what it adds to a simpler one where ``beyond`` is that."""
+        simpler = None if beyond is None else self.timed(beyond)
         verdict = self.judge_times(
             mitigation,
-            timed,
+            self.timed(change),
             setting=setting,
             premise=premise,
             assumed=change.assumed,
-            algorithm=algorithm,
+            algorithm=change.algorithm,
             extra_us_S=change.extra_us_S,
-            beyond=beyond,
+            beyond=simpler,
         )
-        return self._with_costs(verdict, change)
+        return self._with_costs(verdict, change, beyond, simpler)
 
     def judge_times(
         self,
@@ -337,44 +356,77 @@ class Lab:
         algorithm: Algorithm | None = None,
         extra_us_S: Float64 | None = None,
         beyond: Timed | None = None,
+        is_other_fabric: bool = False,
     ) -> Verdict:
-        """The verdict on predicted times, without what a change costs."""
+        """The verdict on predicted times, without what a change costs.
+
+        Args:
+            mitigation: which change.
+            timed: its times.
+            setting: what of it.
+            premise: what it rests on.
+            assumed: something of it is assumed.
+            algorithm: of its exchanges, where it is another than today's.
+            extra_us_S: what comes on top in each step.
+            beyond: times of the simpler change that it adds to.
+            is_other_fabric: its exchanges are between other ranks than today's, so that errors do not cancel.
+        """
+        if (timed.reason is None) != (self.today.reason is None):
+            return Verdict(
+                mitigation=mitigation,
+                setting=setting,
+                code=VerdictCode.NOT_KNOWN,
+                premise=premise,
+                reason=timed.reason or self.today.reason,
+            )
         extra_S = np.zeros_like(timed.experts_S) if extra_us_S is None else extra_us_S
         total_S = timed.total_S + extra_S
-        gain = self._gain(self.today, timed, total_S, algorithm or self.setup.algorithm)
+        cancels = algorithm in (None, self.setup.algorithm) and not is_other_fabric
+        used = algorithm or self.setup.algorithm
+        gain = self._gain(self.today, timed, total_S, used, cancels=cancels)
         further = None
-        if beyond is not None and beyond is not self.today:
-            further = self._gain(beyond, timed, total_S, algorithm or self.setup.algorithm)
+        if beyond is not None:
+            further = self._gain(beyond, timed, total_S, used, cancels=cancels)
+        code, reason = _code(further or gain), None
+        other_fabric = timed.other_fabric or self.today.other_fabric
+        if code is VerdictCode.CHANGE and other_fabric is not None:
+            code, reason = VerdictCode.EXTRAPOLATED, other_fabric
         return Verdict(
             mitigation=mitigation,
             setting=setting,
-            code=_code(further or gain),
+            code=code,
             gain=gain,
             beyond=further,
             premise=premise,
             grades=self.grades(assumed=assumed),
-            reason=timed.reason,
+            reason=reason,
             **shown(timed, total_S, extra_S),
         )
 
-    def _with_costs(self, verdict: Verdict, change: Change) -> Verdict:
-        """With memory, the cost of getting there, and whether that pays."""
-        change_us, kv_bytes = self._change_us(change), self.setup.kv_bytes_per_token
-        saved_us = 0.0 if verdict.step_us is None else float(self.today.total_S.mean()) - verdict.step_us
-        after = float(np.ceil(change_us / saved_us)) if change_us is not None and saved_us > 0 else None
-        code = verdict.code
-        if code is VerdictCode.CHANGE and self.over_memory(change.memory_bytes):
-            code = VerdictCode.DOES_NOT_FIT
-        elif code is VerdictCode.CHANGE and after is not None and after > self.models.horizon_steps:
-            code = VerdictCode.DOES_NOT_PAY
-        return replace(
-            verdict,
-            code=code,
-            memory_bytes=change.memory_bytes,
-            kv_tokens=None if kv_bytes is None else change.memory_bytes / kv_bytes,
-            change_us=change_us,
-            break_even_steps=after,
-        )
+    def _with_costs(
+        self, verdict: Verdict, change: Change, beyond: Change | None, simpler: Timed | None
+    ) -> Verdict:
+        """With memory, the cost of getting there, and whether that pays; of what it adds to a simpler one."""
+        kv_bytes = self.setup.kv_bytes_per_token
+        change_us = self._change_us(change)
+        costs: dict[str, Any] = {
+            "memory_bytes": change.memory_bytes,
+            "kv_tokens": None if kv_bytes is None else change.memory_bytes / kv_bytes,
+            "change_us": change_us,
+        }
+        if verdict.code is not VerdictCode.CHANGE or verdict.step_us is None:
+            return replace(verdict, **costs)
+        costs["change"] = change
+        if self.over_memory(change.memory_bytes):
+            return replace(verdict, code=VerdictCode.DOES_NOT_FIT, **costs)
+        if change_us is None:
+            return replace(verdict, reason=Reason(MitigationCode.NO_MOVE_RATE), **costs)
+        before_us = float((self.today if simpler is None else simpler).total_S.mean())
+        first_us = 0.0 if beyond is None else self._change_us(beyond) or 0.0
+        after = float(np.ceil(max(change_us - first_us, 0.0) / max(before_us - verdict.step_us, 1e-300)))
+        pays = after <= self.models.horizon_steps
+        code = VerdictCode.CHANGE if pays else VerdictCode.DOES_NOT_PAY
+        return replace(verdict, code=code, break_even_steps=after, **costs)
 
     def reference(self, mitigation: Mitigation, timed: Timed, *, setting: str = "") -> Verdict:
         """A row that others are compared with: no verdict."""
@@ -382,7 +434,9 @@ class Lab:
             mitigation=mitigation,
             setting=setting,
             code=VerdictCode.REFERENCE,
-            gain=None if timed is self.today else self._paired(self.today.total_S, timed.total_S),
+            gain=None
+            if timed is self.today
+            else self._gain(self.today, timed, timed.total_S, self.setup.algorithm, cancels=True),
             memory_bytes=0,
             grades=self.grades(),
             reason=timed.reason,
@@ -396,10 +450,7 @@ class Lab:
         return tuple(dict.fromkeys([experts, *exchanges, *(["assumed"] if assumed else [])]))
 
     def exchange_error(self, algorithm: str) -> float:
-        """Median error of the network model on held-out matrices, of an unreliable one its 90th percentile.
-
-        0 without a model.
-        """
+        """90th percentile of the error of the network model on held-out matrices; 0 without one."""
         if self.models.network is None:
             return 0.0
         try:
@@ -407,9 +458,14 @@ class Lab:
         except BenchmarkError:
             return 0.0
         if fit.verdict is not None:
-            is_valid = fit.verdict.code == "valid"
-            return fit.verdict.median_error if is_valid else fit.verdict.p90_error
-        return min((score.median_error for score in fit.scores), default=0.0)
+            return fit.verdict.p90_error
+        return min((score.p90_error for score in fit.scores), default=_UNKNOWN_ERROR)
+
+    @property
+    def expert_error(self) -> float:
+        """90th percentile of the error of expert times on held-out points, or what it is taken to be."""
+        error = self.models.experts.p90_error
+        return _UNKNOWN_ERROR if error is None else error
 
     @property
     def exchange_share(self) -> float:
@@ -461,24 +517,27 @@ class Lab:
             least.append(float(us_1[0]))
         return min(least, default=0.0)
 
-    def _gain(self, before: Timed, timed: Timed, total_S: Float64, algorithm: str) -> Interval | None:
-        """Share of the time before that is removed; None where exchanges of one of both are not known."""
-        if (timed.reason is None) != (before.reason is None):
-            return None
+    def _gain(
+        self, before: Timed, timed: Timed, total_S: Float64, algorithm: str, *, cancels: bool
+    ) -> Interval:
+        """Share of the time before that is removed, with the scatter of steps and the errors of the models.
+
+        Of exchanges whose errors cancel, only the difference has one.
+        """
         gain = self._paired(before.total_S, total_S)
         exchange_us = float(np.abs(timed.exchange_S - before.exchange_S).mean())
-        if algorithm != self.setup.algorithm:  # errors of two fits do not cancel
+        if not cancels:
             exchange_us = float((timed.exchange_S + before.exchange_S).mean())
         compute_us = float(np.abs(timed.compute_S - before.compute_S).mean())
         exchange_error = max(self.exchange_error(algorithm), self.exchange_error(self.setup.algorithm))
-        error_us = (self.models.experts.median_error or 0.0) * compute_us + exchange_error * exchange_us
+        error_us = self.expert_error * compute_us + exchange_error * exchange_us
         error = error_us / max(float(before.total_S.mean()), 1e-300)
         assert gain.low is not None
         assert gain.high is not None
         return Interval(
             value=gain.value,
             low=gain.value - float(np.hypot(gain.value - gain.low, error)),
-            high=gain.value + float(np.hypot(gain.high - gain.value, error)),
+            high=min(1.0, gain.value + float(np.hypot(gain.high - gain.value, error))),
         )
 
     def _paired(self, before_S: Float64, after_S: Float64) -> Interval:
@@ -499,14 +558,16 @@ class Lab:
 
     def _change_us(self, change: Change) -> float | None:
         """Once: the weights that the busiest rank receives, and the stall; None where no rate is known."""
-        if change.slot_LPK is None:
+        if change.slot_LPK is None and change.moved_bytes is None:
             return 0.0
-        rate = self.move_rate
+        rate, moved_bytes = self.move_rate, change.moved_bytes
         if rate is None:
             return None
-        received_P = self._received(change.slot_LPK).sum(axis=0)
-        seconds = float(received_P.max()) * self.models.experts.shape.expert_bytes / rate
-        return 1e6 * (seconds + self.setup.stall_s)
+        if moved_bytes is None:
+            assert change.slot_LPK is not None
+            received_P = self._received(change.slot_LPK).sum(axis=0)
+            moved_bytes = float(received_P.max()) * self.models.experts.shape.expert_bytes
+        return 1e6 * (moved_bytes / rate + self.setup.stall_s)
 
     def _received(self, slot_LPK: Int64) -> Int64:
         """Experts that ranks have to receive for a layout, (L, P)."""
@@ -532,15 +593,15 @@ class Lab:
         return 1e9 * min(rates) if rates else None
 
 
-def _code(gain: Interval | None) -> VerdictCode:
+def _code(gain: Interval) -> VerdictCode:
     """What a gain comes to before its costs."""
-    if gain is None or gain.low is None or gain.high is None:
-        return VerdictCode.NOT_KNOWN
+    assert gain.low is not None
+    assert gain.high is not None
     if gain.high < -_WORTH:
         return VerdictCode.WORSE
-    if gain.low <= 0 or gain.value < _WORTH:
-        return VerdictCode.NO_GAIN
-    return VerdictCode.CHANGE
+    if gain.low > 0 and gain.value >= _WORTH:
+        return VerdictCode.CHANGE
+    return VerdictCode.CANNOT_TELL if gain.high > _LARGE else VerdictCode.NO_GAIN
 
 
 def shown(timed: Timed, total_S: Float64, extra_S: Float64) -> dict[str, Any]:
@@ -552,6 +613,8 @@ def shown(timed: Timed, total_S: Float64, extra_S: Float64) -> dict[str, Any]:
         "p90_us": float(np.quantile(total_S, 0.9)),
         "parts_us": timed.parts() | extra,
         "extrapolated": timed.extrapolated,
+        "energy_mj": None if timed.energy_S is None else float(timed.energy_S.mean()),
+        "energy_reason": timed.no_energy,
     }
 
 

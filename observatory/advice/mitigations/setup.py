@@ -109,7 +109,7 @@ def setup_of_run(topology: Topology, config: dict[str, object], *, ranks: int | 
     try:
         return Setup(
             ranks=wanted,
-            gpus_per_node=min(topology.gpus_per_node or 8, wanted),
+            gpus_per_node=min((topology.gpus_per_node if wanted == topology.ep else None) or 8, wanted),
             algorithm=known,
             deduplicate=config.get("deduplicate") is True,
             announce_bytes=_ANNOUNCED if algorithm == known else 0,

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from observatory.advice.mitigations.change import Change
 from observatory.analysis.statistics import Interval
 from observatory.reasons import Reason
 
@@ -28,6 +29,8 @@ class Mitigation(StrEnum):
     GATHER = "gather"
     NODE_PLACEMENT = "node placement"
     SAMPLE_PLACEMENT = "sample placement"
+    COMBINED = "placement, once per rank"
+    FLAT = "flat"
     RANKS = "EP ranks"
     EXPERT_CACHE = "expert cache"
     CLOCK_LOCK = "clock lock"
@@ -38,12 +41,16 @@ class VerdictCode(StrEnum):
 
     #: What the others are compared with, or cannot be better than.
     REFERENCE = "reference"
-    #: Faster beyond doubt, and pays for itself within the horizon.
+    #: Faster beyond doubt, and pays for itself within the horizon where its cost is known.
     CHANGE = "change"
     #: Faster beyond doubt, but not within the horizon.
     DOES_NOT_PAY = "does not pay"
     #: The interval of the gain meets zero.
     NO_GAIN = "no gain"
+    #: The interval meets zero, but a large gain lies in it as well.
+    CANNOT_TELL = "cannot tell"
+    #: Faster, but the network model was measured on other numbers of ranks or nodes.
+    EXTRAPOLATED = "extrapolated"
     #: Slower beyond doubt.
     WORSE = "worse"
     #: Today's set-up does not work without it.
@@ -72,11 +79,10 @@ class MitigationCode(StrEnum):
     NO_SEQUENCES = "no_sequences"
     ONE_NODE = "one_node"
     IN_USE = "in_use"
-    DECODE_ONLY = "decode_only"
     ALL_ACTIVE = "all_experts_active"
     UNEVEN = "uneven"
-    MEMORY = "over_memory"
-    NOT_PREDICTED = "not_predicted"
+    NO_MOVE_RATE = "no_move_rate"
+    REPLICATED_TODAY = "replicated_today"
     # Premises.
     STABLE = "imbalance_is_stable"
     IMBALANCED = "ranks_are_unequal"
@@ -89,7 +95,6 @@ class MitigationCode(StrEnum):
     CO_ACTIVATION = "experts_are_chosen_together"
     SEQUENCES_DIFFER = "sequences_prefer_ranks"
     EXPERTS_DO_NOT_FIT = "experts_do_not_fit"
-    NEIGHBOURS_AGREE = "neighbouring_tokens_agree"
     ENERGY_FALLS = "energy_falls_with_the_clock"
     REAL_TOKENS = "tokens_are_real"
 
@@ -128,11 +133,14 @@ class Verdict:
         change_us: what the change costs once; None where it is not known.
         break_even_steps: steps after which it has paid; None where it never does, or the cost is not known.
         energy_saving: share of the energy that it saves; None where no energy is known.
+        energy_mj: energy of the MoE part of a step, by the power of its phase; None with ``energy_reason``.
+        energy_reason: why there is no energy; None for what has no time.
         slowdown: share of time that it costs, where energy is what it is for; None else.
         premise: what it rests on; None for references.
         grades: what its numbers rest on: measured, fitted, published, assumed; each once.
         extrapolated: share of the predicted exchanges and expert times that lie outside what was measured.
         reason: why there is no time, or what holds the change up.
+        change: what it makes of the set-up; None unless it is worth making.
     """
 
     mitigation: Mitigation
@@ -150,7 +158,10 @@ class Verdict:
     break_even_steps: float | None = None
     energy_saving: Interval | None = None
     slowdown: Interval | None = None
+    energy_mj: float | None = None
+    energy_reason: Reason | None = None
     premise: Premise | None = None
     grades: tuple[str, ...] = ()
     extrapolated: float | None = None
     reason: Reason | None = None
+    change: Change | None = None

@@ -7,6 +7,7 @@ from typing import Any
 
 from observatory.advice.mitigations.verdict import MitigationCode
 from observatory.analysis.experts.words import StepCode
+from observatory.analysis.network.words import NetworkCode
 from observatory.text import percent_words
 
 #: What is needed, or why there is nothing to change.
@@ -15,6 +16,8 @@ _MISSING = {
     MitigationCode.NO_NETWORK: "no network model; fit one and give --network",
     MitigationCode.NO_ALGORITHM: "the network model was not measured for {algorithm}",
     MitigationCode.NO_MEMORY: "no memory size; state memory_bytes in the topology",
+    MitigationCode.NO_MOVE_RATE: "no rate at which weights move; state move_bytes_per_s in the topology",
+    MitigationCode.REPLICATED_TODAY: "experts have replicas today",
     MitigationCode.NO_HOST_RATE: "no rate from the host; state host_bytes_per_s in the topology",
     MitigationCode.NO_CLOCKS: "no clock model; give --clocks",
     MitigationCode.NO_SEQUENCES: "too few sampled sequences, or their length is not known",
@@ -25,6 +28,10 @@ _MISSING = {
     MitigationCode.IMBALANCED: "no rank is above the threshold; the busiest has {ratio} times the mean",
     MitigationCode.EXPERTS_DO_NOT_FIT: "all experts fit into memory",
     MitigationCode.ENERGY_FALLS: "no lower clock is advised",
+    NetworkCode.RANKS_OUTSIDE: "{ranks} ranks, the network model was measured on {measured}",
+    NetworkCode.NODES_OUTSIDE: "{nodes} nodes, the network model was measured on {measured}",
+    NetworkCode.RANKS_ON_NODE_OUTSIDE: "{ranks} ranks on a node, the network model was measured on "
+    "{measured}",
     StepCode.NO_NETWORK: "no network model; fit one and give --network",
     StepCode.NOT_PREDICTED: "{error}",
     StepCode.TOP_K_VARIES: "tokens have no fixed number of experts",
@@ -42,6 +49,8 @@ _PREMISES = {
     MitigationCode.COPIES_SHARE_RANKS: "experts of a token share ranks: {rows_left} of the rows are left",
     MitigationCode.WEIGHTS_DECIDE: "activated experts decide: a tenth fewer saves {saved_by_tenth} "
     "of the time",
+    MitigationCode.CO_ACTIVATION: "experts are chosen together: {touched} nodes per token, {independent} "
+    "if they were independent",
     MitigationCode.SEQUENCES_DIFFER: "sequences prefer ranks: {local_before} of the rows stay, "
     "{local_after} after",
     MitigationCode.EXPERTS_DO_NOT_FIT: "experts do not fit: {held_bytes} B in {memory_bytes} B",

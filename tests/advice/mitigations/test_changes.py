@@ -53,6 +53,7 @@ def lab_of(
         phase=phase,
         loads=loads,
         train_steps=STEPS // 2,
+        judged_S=np.arange(STEPS // 2, STEPS),
         today_LPK=linear_layout(2, EXPERTS, 4),
         named_today="linear",
         tokens=samples,
@@ -62,7 +63,8 @@ def lab_of(
     models = Models(
         experts=experts or expert_cost(row_s=1e-6), network=exchanges, horizon_steps=horizon_steps
     )
-    return Lab(trace, Setup(**{"ranks": 4, "gpus_per_node": 2, **setup}), models)
+    given = {"ranks": 4, "gpus_per_node": 2, "move_bytes_per_s": 1e9, **setup}
+    return Lab(trace, Setup(**given), models)
 
 
 def verdicts(lab: Lab) -> dict[Mitigation, Verdict]:
