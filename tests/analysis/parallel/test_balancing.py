@@ -23,24 +23,17 @@ from observatory.analysis.parallel.balancing import (
     slots_per_rank,
     steps_layout,
 )
+from observatory.analysis.parallel.balancing.families import POPULARITIES, drifting_loads, popularity
 from observatory.analysis.parallel.placement import PlacementFile
 from observatory.analysis.parallel.traffic import load_by_rank
 from observatory.errors import PlacementError
 
-LAYERS, EXPERTS = 58, 256
-CASES = ("zipf 0.6", "zipf 0.8", "zipf 1.0", "zipf 1.2", "log-normal 0.5", "log-normal 1.0", "dirichlet 0.3")
+EXPERTS = 256
 
 
-def loads_of(case: str, layers: int = LAYERS, experts: int = EXPERTS, seed: int = 0) -> Float64:
+def loads_of(case: str, layers: int = 58, experts: int = EXPERTS) -> Float64:
     """Loads of a family, (L, E)."""
-    generator = np.random.default_rng(seed)
-    name, number = case.split()
-    if name == "zipf":
-        load_E = 1.0 / np.arange(1, experts + 1) ** float(number)
-        return np.stack([generator.permutation(load_E) for _ in range(layers)])
-    if name == "log-normal":
-        return np.exp(float(number) * generator.standard_normal((layers, experts)))
-    return generator.dirichlet([float(number)] * experts, layers)
+    return popularity(case, layers=layers, experts=experts)
 
 
 def ratio(load_LE: Float64, slot_LPK: Int64) -> Float64:
@@ -54,7 +47,7 @@ def doubled(slot_LPK: Int64) -> int:
     return sum(len(set(slot_K)) < len(slot_K) for slot_PK in slot_LPK.tolist() for slot_K in slot_PK)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", POPULARITIES)
 def test_without_replicas_the_bound_is_reached_where_one_expert_decides(case: str) -> None:
     load_LE = loads_of(case)
     for ranks in (32, 64):
@@ -69,7 +62,7 @@ def test_without_replicas_the_bound_is_reached_where_one_expert_decides(case: st
 
 @pytest.mark.parametrize(
     ("case", "bar"),
-    [*((case, 1.002) for case in CASES[:-1]), ("dirichlet 0.3", 1.005)],
+    [*((case, 1.002) for case in POPULARITIES[:-1]), ("dirichlet 0.3", 1.005)],
 )
 def test_with_as_many_replicas_as_ranks_hardly_a_rank_is_above_the_mean(case: str, bar: float) -> None:
     """64 ranks and 64 replicas; the published greedy balancer reaches 1.004 to 1.104 here."""
@@ -83,7 +76,7 @@ def test_with_as_many_replicas_as_ranks_hardly_a_rank_is_above_the_mean(case: st
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "bar"),
-    [*((case, 1.02) for case in CASES[:-1]), ("dirichlet 0.3", 1.06)],
+    [*((case, 1.02) for case in POPULARITIES[:-1]), ("dirichlet 0.3", 1.06)],
 )
 def test_three_slots_of_a_rank_are_filled_well(case: str, bar: float) -> None:
     """128 ranks and 128 replicas; the greedy layout reaches 1.01 to 1.22 here."""
@@ -135,20 +128,10 @@ def test_small_layers_are_laid_out_as_well_as_they_can_be(seed: int) -> None:
 
 def drifting(seed: int, drift: float, *, steps: int = 64, experts: int = 128, tokens: int = 2048) -> Int64:
     """Loads (S, E) of 8 distinct experts a token; popularity walks, and topics move experts together."""
-    generator = np.random.default_rng(seed)
-    keep = np.exp(-1 / 50)
-    base_E, walk_E = 0.5 * generator.standard_normal(experts), generator.standard_normal(experts)
-    topic_T, topic_E = generator.standard_normal(8), generator.integers(8, size=experts)
-    load_SE = np.empty((steps, experts), dtype=np.int64)
-    for step in range(steps):
-        walk_E = keep * walk_E + np.sqrt(1 - keep**2) * generator.standard_normal(experts)
-        topic_T = keep * topic_T + np.sqrt(1 - keep**2) * generator.standard_normal(8)
-        score_E = base_E + drift * (walk_E + 0.7 * topic_T[topic_E])
-        gumbel_TE = generator.gumbel(size=(tokens, experts)) + score_E
-        load_SE[step] = np.bincount(np.argpartition(-gumbel_TE, 8, axis=1)[:, :8].ravel(), minlength=experts)
-    return load_SE
+    return drifting_loads(drift, steps=steps, experts=experts, tokens=tokens, seed=seed)
 
 
+@pytest.mark.slow
 def test_steps_that_follow_are_balanced_better_by_steps_than_by_their_mean() -> None:
     scores = []
     for seed in range(6):

@@ -227,6 +227,7 @@ def test_steps_that_drift_are_forecast_from_the_last_ones_and_others_from_all() 
     assert ((expected_LE - after_LE) ** 2).sum() < ((mean_LE - after_LE) ** 2).sum()
 
 
+@pytest.mark.slow
 def test_steps_after_a_drift_are_balanced_better_than_by_the_mean() -> None:
     load_SLE = np.stack([drifting(seed, 0.6) for seed in range(4)], axis=1).astype(np.float64)
     train, test = load_SLE[:32], load_SLE[32:]
@@ -367,6 +368,7 @@ def test_problems_that_do_not_fit_together_are_refused_in_one_sentence(
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_arrays_that_claim_more_than_their_file_has_are_not_believed(tmp_path: Path) -> None:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(

@@ -35,13 +35,13 @@ from observatory.analysis.parallel.balancing.layouts import (
 _CLOSE = 1e-3
 #: Parts of the replicas that go to the lightest experts instead of the heaviest.
 _SPARED = np.arange(1, 8) / 10
-#: Rounds of exchanges, and how often random exchanges are tried where they ended.
-_ROUNDS, _KICKS, _MOST_KICKED = 400, 20, 3
+#: Rounds of exchanges, and how often random exchanges are tried where they ended, with replicas and without.
+_ROUNDS, _KICKS, _PLAIN_KICKS, _MOST_KICKED = 400, 50, 20, 3
 #: How often other counts are tried where the busiest rank is this far above the goal, and how many of the
 #: experts that can best spare a copy may lose one.
 _RECOUNTS, _FAR, _DONORS = 20, 0.01, 16
-#: Slots of all layers times slots of a rank above which fewer random exchanges and counts are tried.
-_LARGE = 90_000
+#: Layers times ranks times copies above which fewer random exchanges and counts are tried.
+_LARGE = 24_000_000
 
 
 def balanced_layout(
@@ -64,7 +64,7 @@ def balanced_layout(
     share_LE = load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1e-300)
     speed_LP = np.ones((layers, ranks)) if speed_LP is None else speed_LP / speed_LP.mean(axis=1)[:, None]
     best = _Best(share_LE, speed_LP, pack(share_LE, water_filled(share_LE, replicas, ranks), ranks, speed_LP))
-    effort = min(1.0, _LARGE / (layers * ranks * slots * slots))
+    effort = min(1.0, _LARGE / (layers * ranks * ranks * slots))
     parts = _SPARED[:: round(1 / effort)]
     for spared in sorted({round(part * replicas) for part in parts} - {0}):
         left = best.unfinished()
@@ -80,7 +80,7 @@ def balanced_layout(
         if not len(left):
             break
         best.offer(left, _recounted(share_LE[left], best.slot_LPK[left], generator))
-    for _ in range(round(_KICKS * effort)):
+    for _ in range(round((_KICKS if replicas else _PLAIN_KICKS) * effort)):
         left = best.unfinished()
         if not len(left):
             break
