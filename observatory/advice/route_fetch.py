@@ -101,9 +101,10 @@ def known_constants(
             raise BenchmarkError(
                 f"{source} has no measurement of kind {shape.kind}", expected=f"one of {', '.join(names)}"
             )
-        constants = fit_shape(result, index, source=source, bootstrap=bootstrap, seed=seed)
+        held_out = hold_out_points(result, index, seed=seed)
+        constants = fit_shape(result, index, held_out=held_out, source=source, bootstrap=bootstrap, seed=seed)
         if result.shapes[index] == shape:
-            answers.append((shape, constants, hold_out_points(result, index, seed=seed)))
+            answers.append((shape, constants, held_out))
             continue
         other = result.shapes[index]
         notes.append(

@@ -59,6 +59,14 @@ def report(
             help="Result of `clocks sweep` or `clocks fit`: which clock; may be repeated.",
         ),
     ] = None,
+    route_fetch: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel="Further results",
+            help="Result of `bench route-fetch`: decision maps; may be repeated.",
+        ),
+    ] = None,
     max_slowdown: MaxSlowdownOption = 0.02,
     force: ForceOption = False,
 ) -> None:
@@ -77,6 +85,7 @@ def report(
         replays=replay or (),
         networks=network or (),
         clocks=clocks or (),
+        route_fetch=route_fetch or (),
         max_slowdown=max_slowdown,
         overwrite=force,
     )

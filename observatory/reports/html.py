@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from observatory.reports.frames.benchmark_files import read_benchmark_files
 from observatory.reports.frames.collect import collect
 from observatory.reports.frames.frequency import collect_clocks
 from observatory.reports.frames.report import NOT_STATED, ReportFrames
+from observatory.reports.frames.route_fetch import collect_route_fetch
 from observatory.reports.page import Section, Variant
 from observatory.reports.sections import (
     FORMULAS,
@@ -45,6 +46,7 @@ from observatory.reports.sections import (
     power_section,
     problems,
     provenance,
+    route_fetch_section,
     run_table,
     scan_section,
     setting,
@@ -72,6 +74,7 @@ def write_report(
     replays: Sequence[str | os.PathLike[str]] = (),
     networks: Sequence[str | os.PathLike[str]] = (),
     clocks: Sequence[str | os.PathLike[str]] = (),
+    route_fetch: Sequence[str | os.PathLike[str]] = (),
     max_slowdown: float = 0.02,
     overwrite: bool = False,
 ) -> Path:
@@ -88,6 +91,7 @@ def write_report(
             named.
         networks: network models of ``observatory fit``.
         clocks: clock sweeps, or clock models of ``observatory clocks fit``.
+        route_fetch: measurements of ``observatory bench route-fetch``.
         max_slowdown: how much longer an iteration may take at a recommended clock, as a share.
         overwrite: replace an existing file.
 
@@ -109,7 +113,9 @@ def write_report(
     opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
     files = read_benchmark_files(bench=bench, replays=replays, networks=networks)
     given = collect_clocks(clocks, max_slowdown=max_slowdown)
+    measured = collect_route_fetch(route_fetch)
     frames = collect(opened, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, files=files, clocks=given)
+    frames = replace(frames, route_fetch=measured)
     page = render(frames, title=title, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, out=target)
     size = len(page.encode("utf-8", "replace"))
     if size > MOST_BYTES:
@@ -137,6 +143,7 @@ def render(
     paths = [str(fact.path) for fact in frames.facts]
     given = frames.benchmarks.files.options() if frames.benchmarks else []
     given += frames.clocks.options() if frames.clocks else []
+    given += [word for file in frames.route_fetch for word in ("--route-fetch", str(file.path))]
     return environment.get_template("report.html.j2").render(
         title=shorten(title or _title(frames), 200),
         version=observatory.__version__,
@@ -184,7 +191,8 @@ def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]
         if section.blocks or section.reason
     ]
     if frames.layers.empty and frames.power is not None and frames.power.runs:
-        return [*about_exchanges, *about_power, run_table(frames)]  # telemetry alone
+        measured = [route_fetch_section(frames)] if frames.route_fetch else []
+        return [*about_exchanges, *about_power, *measured, run_table(frames)]  # telemetry alone
     sampled = frames.power is not None and bool(frames.power.runs)
     return [
         advice_section(frames),
@@ -197,6 +205,7 @@ def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]
         committee_section(frames),
         scan_section(frames, gpus_per_node=gpus_per_node),
         step_section(frames),
+        *([route_fetch_section(frames)] if frames.route_fetch else ()),
         *(() if first else about_exchanges),
         *(() if sampled else about_power),
         layer_section(frames),

@@ -20,7 +20,7 @@ Shapes: N points (any shape of arrays), B bootstrap samples, F terms of a stage.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -202,6 +202,8 @@ class Constants:
         stages: costs of what is known.
         domain: smallest and largest of ``rows``, ``size`` and ``layers`` that were measured.
         backend: what moved the bytes; empty where it is not stated.
+        ratios: measured over predicted time of each option at held-out points, (D,); options that were
+            measured at the same points have them in the same order. Empty where nothing was held out.
     """
 
     grade: Grade
@@ -211,6 +213,7 @@ class Constants:
     stages: Mapping[Stage, StageCosts]
     domain: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     backend: str = ""
+    ratios: Mapping[Option, Float64] = field(default_factory=dict)
 
     def covers(self, **values: tuple[float, ...]) -> bool:
         """Whether all values of each quantity lie where was measured."""
@@ -236,7 +239,7 @@ class Cost:
 
     Attributes:
         us: microseconds, without the stages that are not known.
-        samples: the same for each sample, (B, ...).
+        samples: the same for each sample, (B, ...), with the errors of held-out points.
         unknown: stages that the constants say nothing about.
     """
 
@@ -246,9 +249,18 @@ class Cost:
 
 
 def cost(constants: Constants, shape: Shape, option: Option, sizes: Sizes) -> Cost:
-    """What an option costs at each point."""
-    parts = quantities(shape, option, sizes)
-    return priced(constants, parts)
+    """What an option costs at each point.
+
+    Every sample has coefficients of its own, and the error that was made at one held-out point, the same one
+    for all options: what the forms get wrong of two options alike does not count when they are compared.
+    """
+    priced_N = priced(constants, quantities(shape, option, sizes))
+    ratio_D = constants.ratios.get(option)
+    if ratio_D is None:
+        return priced_N
+    drawn_B = np.random.default_rng(0).integers(0, len(ratio_D), len(priced_N.samples))
+    error_B = ratio_D[drawn_B].reshape(-1, *([1] * (priced_N.samples.ndim - 1)))
+    return replace(priced_N, samples=priced_N.samples * error_B)
 
 
 def priced(constants: Constants, parts: Quantities) -> Cost:

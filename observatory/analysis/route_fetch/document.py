@@ -168,12 +168,14 @@ class Question:
         rows, sizes: ends of the axes.
         layers: layers of the cache.
         uses: steps that one fetch serves.
+        steps: points of the axes: rows, sizes.
     """
 
     rows: tuple[int, int]
     sizes: tuple[int, int]
     layers: int
     uses: float
+    steps: tuple[int, int] = (10, 8)
 
 
 def route_fetch_document(
@@ -203,12 +205,14 @@ def route_fetch_document(
             decision_map(
                 constants,
                 shape,
-                rows_R=_axis(question.rows, 10),
-                size_C=_axis(question.sizes, 8),
+                rows_R=_axis(question.rows, question.steps[0]),
+                size_C=_axis(question.sizes, question.steps[1]),
                 layers=1 if shape.kind == "expert" else question.layers,
                 uses=question.uses,
                 options=options,
-                prefill_us_C=None if prefill is None else prefill.us(_axis(question.sizes, 8)),
+                prefill_us_C=None
+                if prefill is None
+                else prefill.us(_axis(question.sizes, question.steps[1])),
             )
         )
     first = answers[0][1]

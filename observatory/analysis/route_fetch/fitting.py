@@ -67,6 +67,16 @@ class HeldOut:
             return None
         return float(np.abs(self.predicted_us_N[chosen_N] / self.measured_us_N[chosen_N] - 1.0).mean())
 
+    def ratios(self) -> dict[Option, Float64]:
+        """Measured over predicted time of each option at its points, in their order."""
+        ratios: dict[Option, Float64] = {}
+        for option in dict.fromkeys(case.option for case in self.cases):
+            of_N = self.of((option,))
+            order = np.argsort(self.point_N[of_N])
+            ratio_N = self.measured_us_N[of_N] / np.maximum(self.predicted_us_N[of_N], 1e-3)
+            ratios[option] = ratio_N[order]
+        return ratios
+
     def of(self, options: Sequence[Option]) -> NDArray[np.bool_]:
         """Which cases are of these options."""
         return np.array([case.option in options for case in self.cases])
@@ -92,13 +102,21 @@ class HeldOut:
 
 
 def fit_shape(
-    result: RouteFetchResult, shape: int, *, source: str = "", bootstrap: int = 100, seed: int = 0
+    result: RouteFetchResult,
+    shape: int,
+    *,
+    held_out: HeldOut | None = None,
+    source: str = "",
+    bootstrap: int = 100,
+    seed: int = 0,
 ) -> Constants:
     """Coefficients of one shape of a measurement.
 
     Args:
         result: the measurement.
         shape: index of the shape.
+        held_out: its points as others predict them, whose errors widen intervals; None leaves these to the
+            coefficients.
         source: name of the measurement's file.
         bootstrap: B.
         seed: of the bootstrap.
@@ -127,6 +145,7 @@ def fit_shape(
         holders=result.holders,
         stages=stages,
         backend=result.backend,
+        ratios={} if held_out is None else held_out.ratios(),
         domain={
             name: (min(values), max(values))
             for name in ("rows", "size", "layers")

@@ -15,6 +15,7 @@ from observatory.reports.sections.mock import mock_section
 from observatory.reports.sections.overview import overview, problems, setting
 from observatory.reports.sections.power import power_section
 from observatory.reports.sections.provenance import FORMULAS, RunRecord, provenance, run_table
+from observatory.reports.sections.route_fetch import route_fetch_section
 from observatory.reports.sections.scan import scan_section
 from observatory.reports.sections.steps import step_section
 from observatory.reports.sections.verdict import key_figure, verdicts
@@ -39,6 +40,7 @@ __all__ = [
     "power_section",
     "problems",
     "provenance",
+    "route_fetch_section",
     "run_table",
     "scan_section",
     "setting",

@@ -9,6 +9,7 @@ from observatory.analysis.network import NetworkModel
 from observatory.reports.frames.benchmark_files import Given
 from observatory.reports.frames.frequency import ClockFile
 from observatory.reports.frames.report import ReportFrames
+from observatory.reports.frames.route_fetch import RouteFetchFile
 from observatory.reports.sections.overview import when
 from observatory.reports.text import bytes_text, count, plain, shorten
 from observatory.run.documents.bench import BenchResult
@@ -32,6 +33,7 @@ class FileRecord:
 def file_records(frames: ReportFrames) -> list[FileRecord]:
     """Everything each benchmark file says about itself."""
     of_clocks = [_clocks(file) for file in frames.clocks.files] if frames.clocks else []
+    of_clocks += [_route_fetch(file) for file in frames.route_fetch]
     if frames.benchmarks is None:
         return of_clocks
     files = frames.benchmarks.files
@@ -64,6 +66,24 @@ def _result(given: Given[BenchResult], what: str) -> FileRecord:
     pairs += [("software", ", ".join(f"{name} {version}" for name, version in versions))]
     pairs += [("note", note) for note in result.notes]
     return _record(given.name, what, pairs, result.argv)
+
+
+def _route_fetch(file: RouteFetchFile) -> FileRecord:
+    result = file.result
+    pairs: list[tuple[str, object]] = [
+        ("file", file.path),
+        ("created", when(result.created_unix_s)),
+        ("backend", result.backend),
+        ("device", result.device),
+        ("shapes", ", ".join(shape.name for shape in result.shapes)),
+        ("node of each rank", ", ".join(map(str, result.node_of_P))),
+        ("warm-up rounds, repeats", f"{count(result.warmup)}, {count(result.repeats)}"),
+        ("timing", result.timing),
+        ("commit", result.git_sha),
+        ("hosts", ", ".join(host.name for host in result.hosts)),
+    ]
+    pairs += [("note", note) for note in result.notes]
+    return _record(file.path.name, "routes and fetches", pairs, result.argv)
 
 
 def _network(given: Given[NetworkModel]) -> FileRecord:
