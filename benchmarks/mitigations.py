@@ -1,0 +1,183 @@
+"""Are changes of a set-up as good as predicted, and in that order? What is advised for the bundled models?
+
+    python -m benchmarks.mitigations --measure [--model tiny-gqa] [--rounds 2]
+    python -m benchmarks.mitigations --models
+
+``--measure``: on 4 ranks of this machine, by the commands that a user has. A run of today's set-up (flat,
+linear) is advised on with a network model of `bench alltoall --algorithm all`; then every change that can be
+run is run: the chosen placement, 4 replicas, deduplication, deduplication with the placement, hierarchical
+and gather, each in every round, in reversed order in every second round. A step is the sum over layers of the
+rank that takes longest in the exchanges and experts of a layer (spans), at the first quartile of steps, as
+other programs disturb the rest. Nothing of a changed run is in its prediction; today's run is what all are
+predicted from.
+
+``--models``: verdicts on the five bundled models at EP 8 and 32, from the loads of a capture on one rank,
+expert times of `bench experts` and a network model of 2, 4 and 8 ranks; EP 32 is extrapolated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from observatory.run import open_run
+
+RANKS, RANKS_PER_NODE = 4, 2
+SPANS = ("count_exchange", "dispatch", "experts", "combine")
+QUIET = 0.25
+MODELS = ("tiny-mha", "tiny-mla", "tiny-gqa", "tiny-mamba2", "tiny-gdn")
+#: Row of the advice -> options of the run that makes the change.
+CHANGES: dict[str, tuple[str, ...]] = {
+    "today": (),
+    "placement": ("--placement", "placement.json"),
+    "4 replicas": ("--placement", "replicas.json"),
+    "deduplication": ("--deduplicate",),
+    "placement, once per rank": ("--deduplicate", "--placement", "placement.json"),
+    "hierarchical": ("--algorithm", "hierarchical"),
+    "gather": ("--algorithm", "gather"),
+}
+
+
+def observatory(*words: str, folder: Path) -> str:
+    """Run a command in a folder and return what it prints."""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-m", "observatory", *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in (0, 3):
+        raise SystemExit(f"{' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def step_ms(run: Path) -> float:
+    """A quiet step: sum over layers of the rank that takes longest."""
+    spans = open_run(run).spans()
+    spans = spans[spans["name"].isin(SPANS)]
+    spans = spans.assign(ms=(spans["end_ns"].astype("int64") - spans["start_ns"].astype("int64")) / 1e6)
+    of_rank = spans.groupby(["step", "layer", "source_rank"])["ms"].sum()
+    of_step = of_rank.groupby(level=[0, 1]).max().groupby(level=0).sum()
+    return float(of_step.quantile(QUIET))
+
+
+def measure(model: str, rounds: int) -> Iterator[str]:
+    """The table of predicted and measured steps."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shape = ("--ep", str(RANKS), "--ranks-per-node", str(RANKS_PER_NODE), "--phase", "prefill")
+        profile = ("profile", model, *shape, "--steps", "24", "--batch-size", "8", "--sequence-length", "128")
+        observatory(*profile, "--sample-tokens", "512", "--out", "base", folder=folder)
+        bench = ("bench", "alltoall", "--ranks", str(RANKS), "--ranks-per-node", str(RANKS_PER_NODE))
+        observatory(*bench, "--algorithm", "all", "--repeats", "8", "--out", "bench.json", folder=folder)
+        observatory("fit", "bench.json", "--out", "fit.json", folder=folder)
+        for replicas, out in (("0", "placement.json"), ("4", "replicas.json")):
+            place = ("place", "base", "--ranks", str(RANKS), "--replicas", replicas, "--out", out)
+            observatory(*place, folder=folder)
+        advice = json.loads(observatory("advise", "base", "--network", "fit.json", "--json", folder=folder))
+        rows = advice["runs"][0]["phases"][0]["verdicts"]
+        predicted = {row["setting"] if row["change"] == "replicas" else row["change"]: row for row in rows}
+        measured: dict[str, list[float]] = {change: [] for change in CHANGES}
+        for number in range(rounds):
+            order = list(CHANGES.items())[:: -1 if number % 2 else 1]
+            for index, (change, options) in enumerate(order):
+                run = f"run-{number}-{index}"
+                observatory(*profile, *options, "--out", run, folder=folder)
+                measured[change].append(step_ms(folder / run))
+        yield from comparison(predicted, measured)
+
+
+def comparison(predicted: dict[str, Any], measured: dict[str, list[float]]) -> Iterator[str]:
+    """Both, as gains over today's, with the order of both."""
+    today_us, today_ms = predicted["today"]["step_us"], float(np.mean(measured["today"]))
+    yield "| change | predicted ms | measured ms (rounds) | predicted gain | measured gain | verdict |"
+    yield "|---|--:|--:|--:|--:|---|"
+    gains = {}
+    for change, times_ms in measured.items():
+        row = predicted[change]
+        gain = 1 - float(np.mean(times_ms)) / today_ms
+        gains[change] = (1 - row["step_us"] / today_us, gain)
+        rounds = " / ".join(f"{ms:.1f}" for ms in times_ms)
+        yield (
+            f"| {change} | {row['step_us'] / 1e3:.1f} | {rounds} | {100 * gains[change][0]:+.1f} % "
+            f"({100 * (row['gain_low'] or 0):.0f} to {100 * (row['gain_high'] or 0):.0f}) "
+            f"| {100 * gain:+.1f} % | {row['verdict']} |"
+        )
+    pairs = [(a, b) for a in gains for b in gains if a < b]
+    same = sum((gains[a][0] > gains[b][0]) == (gains[a][1] > gains[b][1]) for a, b in pairs)
+    yield ""
+    yield f"Pairs of changes in the predicted order: {same} of {len(pairs)}."
+
+
+def models() -> Iterator[str]:
+    """Verdicts on the bundled models."""
+    changes = (
+        "perfect balance", "ceiling", "placement", "replicas", "per-step dispatch", "activated dispatch",
+        "least-loaded spill", "hierarchical", "deduplication",
+    )  # fmt: skip
+    yield "| model, phase, EP | " + " | ".join(changes) + " |"
+    yield "|---" * (len(changes) + 1) + "|"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        fits = []
+        for ranks in (2, 4, 8):
+            fits.append(f"bench-{ranks}.json")
+            bench = ("bench", "alltoall", "--ranks", str(ranks), "--ranks-per-node", str(max(1, ranks // 2)))
+            observatory(
+                *bench, "--algorithm", "flat,hierarchical", "--repeats", "5", "--out", fits[-1], folder=folder
+            )
+        observatory("fit", *fits, "--out", "fit.json", folder=folder)
+        for model in MODELS:
+            profile = ("profile", model, "--phase", "both", "--steps", "32", "--batch-size", "16")
+            observatory(
+                *profile, "--sequence-length", "128", "--sample-tokens", "1024", "--out", model, folder=folder
+            )
+            for ranks in (8, 32):
+                experts = f"{model}-{ranks}.json"
+                observatory("bench", "experts", model, "--ep", str(ranks), "--out", experts, folder=folder)
+                advise = ("advise", model, "--ranks", str(ranks), "--gpus-per-node", str(ranks // 2))
+                given = ("--network", "fit.json", "--experts", experts, "--json")
+                document = json.loads(observatory(*advise, *given, folder=folder))
+                for phase in document["runs"][0]["phases"]:
+                    found = {}
+                    for row in phase["verdicts"]:
+                        found.setdefault(row["change"], row)
+                    cells = [cell(found.get(change)) for change in changes]
+                    yield f"| {model}, {phase['phase']}, {ranks} | " + " | ".join(cells) + " |"
+
+
+def cell(row: dict[str, Any] | None) -> str:
+    """Gain and verdict of one change."""
+    if row is None or row["gain"] is None:
+        return "\u2013"
+    marks = {"change": "**", "extrapolated": "*"}
+    mark = marks.get(row["verdict"], "")
+    return f"{mark}{100 * row['gain']:+.1f} %{mark}"
+
+
+def main() -> None:
+    """Print what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--models", action="store_true")
+    parser.add_argument("--model", default="tiny-gqa")
+    parser.add_argument("--rounds", type=int, default=2)
+    given = parser.parse_args()
+    for line in measure(given.model, given.rounds) if given.measure else models():
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
