@@ -26,6 +26,7 @@ from observatory.advice.placement_layouts import (
     plain_layouts,
 )
 from observatory.advice.placement_scores import PlacementRules, Scorer
+from observatory.advice.placement_times import StepTimer
 from observatory.analysis.parallel.balancing import Float64, Int64, holders, lower_bound, replicas_for
 from observatory.analysis.parallel.balancing.forecast import forecast
 from observatory.analysis.parallel.balancing.solving import Solution
@@ -55,6 +56,9 @@ class PlacementCode(StrEnum):
     GROUPS_COST = "groups_cost"
     STRUCTURE = "structure"
     NO_STRUCTURE = "no_structure"
+    TIME_LESS = "time_less"
+    TIME_LIKE = "time_like"
+    TIME_MORE = "time_more"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,6 +73,7 @@ class Candidate:
         held_out: score on the others, with its 90 % interval.
         moved: copies that a rank does not hold today, per layer; None for what only hindsight could choose.
         share_LPK: share of its expert's load for each slot; None: equal shares, or chosen step by step.
+        step_us: time of a held-out step, mean; None without times of experts.
         nodes_per_token: of held-out tokens; None without samples or nodes, or with replicas.
     """
 
@@ -80,6 +85,7 @@ class Candidate:
     moved: float | None = None
     share_LPK: Float64 | None = None
     nodes_per_token: float | None = None
+    step_us: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -126,6 +132,7 @@ def advise_placement(
     train_share: float = 0.5,
     rules: PlacementRules | None = None,
     tokens: Sequence[TokenSample] | None = None,
+    timer: StepTimer | None = None,
     seed: int = 0,
 ) -> PlacementAdvice:
     """Choose a layout on the first steps of each phase and judge it on the others.
@@ -139,6 +146,7 @@ def advise_placement(
         train_share: share of the steps of each phase that layouts are made on.
         rules: objective, dispatch, nodes, speeds, moves; by default loads, equal shares and no limits.
         tokens: sampled tokens of each layer; None: there are none.
+        timer: times of steps; None: loads alone are judged.
         seed: of the search and of the resamples.
 
     Raises:
@@ -153,8 +161,14 @@ def advise_placement(
         raise PlacementError(
             "the run has no token samples, which nodes per token take; profile it again with --sample-tokens"
         )
+    if rules.objective == "time" and timer is None:
+        raise PlacementError("the time of a step takes times of experts; give --experts, of `bench experts`")
     solver = Solver(loads, train_S, ranks, replicas, today, rules, tokens, seed)
     solution = solver.solve(rules)
+    early_S, late_S = np.flatnonzero(train_S), np.flatnonzero(~train_S)
+    if rules.objective == "time" and timer is not None:
+        other = solver.solve(replace(rules, objective="activated"))
+        solution = min((solution, other), key=lambda made: float(timer.us_S(early_S, made.slot_LPK).mean()))
     experts = loads.load_SLE.shape[2]
     layouts = plain_layouts(solver, named_today)
     layouts["chosen"] = replicas, solution.slot_LPK
@@ -175,6 +189,9 @@ def advise_placement(
             held_out=test.scored(slot_LPK, rule=rule, share_LPK=shares),
             moved=_moved(today, slot_LPK, experts) if named_moved else None,
             nodes_per_token=nodes_per_token(solver, slot_LPK),
+            step_us=None
+            if timer is None
+            else float(timer.us_S(late_S, slot_LPK, rule=rule, share_LPK=shares).mean()),
         )
 
     candidates = [
@@ -215,6 +232,7 @@ def advise_placement(
         floor=floor,
         gain=gain,
         verdict=(
+            *([] if timer is None else [_timed(timer, late_S, today, chosen, rule, test)]),
             *_verdict(
                 train_SLE.mean(axis=0),
                 bound,
@@ -224,10 +242,36 @@ def advise_placement(
                 floor=floor,
                 today=candidates[0].held_out.value,
                 chosen=chosen.held_out.value,
-            ),
+            )[rules.objective == "time" :],
             *_about(solution, candidates, rules),
         ),
     )
+
+
+def _timed(
+    timer: StepTimer,
+    late_S: NDArray[np.intp],
+    today: Int64,
+    chosen: Candidate,
+    rule: DispatchRule,
+    test: Scorer,
+) -> Reason:
+    """What the chosen layout does to the time of a step."""
+    before_S = timer.us_S(late_S, today)
+    after_S = timer.us_S(late_S, chosen.slot_LPK, rule=rule, share_LPK=chosen.share_LPK)
+    left = test.ratio(after_S, before_S)
+    assert left.low is not None
+    assert left.high is not None
+    values: dict[str, JsonValue] = {
+        "today_us": float(before_S.mean()),
+        "chosen_us": float(after_S.mean()),
+        "gain": 1 - left.value,
+        "gain_low": 1 - left.high,
+        "gain_high": 1 - left.low,
+        "has_exchanges": timer.network is not None,
+    }
+    code = PlacementCode.TIME_LESS if left.high < 1 else PlacementCode.TIME_LIKE
+    return Reason(PlacementCode.TIME_MORE if left.low > 1 else code, values)
 
 
 def _fewer_moves(max_moves: int) -> list[tuple[str, int]]:

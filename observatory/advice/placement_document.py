@@ -32,6 +32,10 @@ NODES_COLUMN = Column(
     name="nodes_per_token", title="nodes", digits=2, legend="that a token has experts on, of held-out samples"
 )
 
+TIME_COLUMN = Column(
+    name="step_us", title="step us", digits=1, legend="predicted time of all layers in a held-out step"
+)
+
 
 def placement_document(advice: PlacementAdvice, problems: Sequence[str] = ()) -> dict[str, Any]:
     """The advice as ``--json`` prints it (docs/json.md)."""
@@ -61,6 +65,7 @@ def placement_document(advice: PlacementAdvice, problems: Sequence[str] = ()) ->
                     "held_out_high": candidate.held_out.high,
                     "moved": candidate.moved,
                     "nodes_per_token": candidate.nodes_per_token,
+                    "step_us": candidate.step_us,
                 }
                 for candidate in advice.candidates
             ],
@@ -78,7 +83,8 @@ def placement_tables(document: dict[str, Any]) -> list[Table]:
         f"{document['held_out_steps']} held out{bound}{floor}"
     )
     has_nodes = any(row["nodes_per_token"] is not None for row in document["candidates"])
-    columns = (*COLUMNS, NODES_COLUMN) if has_nodes else COLUMNS
+    has_times = any(row["step_us"] is not None for row in document["candidates"])
+    columns = COLUMNS + (NODES_COLUMN,) * has_nodes + (TIME_COLUMN,) * has_times
     return [Table(name="candidates", columns=columns, rows=document["candidates"], title=title)]
 
 

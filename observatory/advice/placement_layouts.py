@@ -32,7 +32,12 @@ from observatory.errors import PlacementError
 if TYPE_CHECKING:
     from observatory.run import Run
 
-_OBJECTIVES = {"load": Objective.STEP, "activated": Objective.ACTIVE, "nodes": Objective.NODES}
+_OBJECTIVES = {
+    "load": Objective.STEP,
+    "activated": Objective.ACTIVE,
+    "nodes": Objective.NODES,
+    "time": Objective.STEP,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -25,7 +25,7 @@ from observatory.analysis.statistics import (
 )
 from observatory.errors import PlacementError
 
-Objectives = Literal["load", "activated", "nodes"]
+Objectives = Literal["load", "activated", "nodes", "time"]
 Dispatch = Literal["equal", "weighted", "per-step"]
 
 _RESAMPLES = 1000
@@ -39,7 +39,7 @@ class PlacementRules:
 
     Attributes:
         objective: what the busiest rank is to have little of: assignments, or activated experts; or nodes per
-            token, at about as even ranks.
+            token, at about as even ranks; or the time of a step.
         dispatch: how the copies of an expert share its assignments in the layout that is chosen.
         nodes: nodes, contiguous blocks of equally many ranks.
         groups: contiguous groups of experts that each stay on one node; 1: there are none.
@@ -115,7 +115,7 @@ class Scorer:
     ) -> Interval:
         """The score with its interval over steps."""
         busiest_S, mean_S = self._busiest_and_mean(slot_LPK, rule, share_LPK)
-        return self._interval(busiest_S, mean_S)
+        return self.ratio(busiest_S, mean_S)
 
     def gain(
         self,
@@ -128,13 +128,13 @@ class Scorer:
         """Share of what the busiest ranks have today that the layout removes; steps are paired."""
         after_S, _ = self._busiest_and_mean(slot_LPK, rule, share_LPK)
         before_S, _ = self._busiest_and_mean(today_LPK, "equal", None, like=rule)
-        left = self._interval(after_S, before_S)
+        left = self.ratio(after_S, before_S)
         assert left.low is not None
         assert left.high is not None
         return Interval(value=1 - left.value, low=1 - left.high, high=1 - left.low)
 
-    def _interval(self, above_S: Float64, below_S: Float64) -> Interval:
-        """Ratio of two sums over steps."""
+    def ratio(self, above_S: Float64, below_S: Float64) -> Interval:
+        """Ratio of two sums over steps, with its interval; steps are paired."""
         steps = len(above_S)
         if steps not in self.resamples:
             widening = few_blocks_widening(block_count(steps))

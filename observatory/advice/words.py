@@ -201,6 +201,12 @@ _PLACEMENT = {
     "{move_cost:g} times the mean",
     PlacementCode.GROUPS_COST: "price of the groups: {with_groups:.3f} times the mean on held-out steps, "
     "without them {without:.3f}",
+    PlacementCode.TIME_LESS: "in time, change it: a step is predicted to take {chosen_us:.0f} us instead of "
+    "{today_us:.0f} us{parts}, {gain} less ({gain_low} to {gain_high})",
+    PlacementCode.TIME_LIKE: "in time, leave it: a step is predicted to take {chosen_us:.0f} us instead of "
+    "{today_us:.0f} us{parts}, {gain} less ({gain_low} to {gain_high}), which may be nothing",
+    PlacementCode.TIME_MORE: "in time, leave it: a step is predicted to take {chosen_us:.0f} us instead of "
+    "{today_us:.0f} us{parts}, {gain} less ({gain_low} to {gain_high})",
     PlacementCode.STRUCTURE: "tokens have structure: in the layer with most of it they touch {nodes:.2f} "
     "nodes on held-out samples, independent ones {independent_nodes:.2f}",
     PlacementCode.NO_STRUCTURE: "tokens have no structure that pays: they touch {nodes:.2f} nodes on "
@@ -257,9 +263,11 @@ def problem_sentences(verdict: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def placement_sentences(verdict: Sequence[Reason]) -> list[str]:
     """A verdict in words."""
+    parts = {True: "", False: " (experts alone)"}
     return [
         _PLACEMENT[PlacementCode(reason.code)].format_map(
-            {
+            {"parts": parts[bool(reason.values.get("has_exchanges"))]}
+            | {
                 name: f"{100 * value:.1f} %" if name.startswith("gain") else value  # type: ignore[operator]
                 for name, value in reason.values.items()
             }

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from observatory.cli.options import RANKS, CsvOption, ForceOption, JsonOption, WideOption
+
+if TYPE_CHECKING:
+    from observatory.advice.placement_scores import PlacementRules
+    from observatory.advice.placement_times import StepTimer
+    from observatory.analysis.parallel.step_loads import StepLoads
+    from observatory.run import Run
 
 
 def place(
@@ -48,9 +54,16 @@ def place(
         str,
         typer.Option(
             metavar="NAME",
-            help="load of the busiest rank, its activated experts (activated), or nodes per token (nodes).",
+            help="load of the busiest rank, its activated experts (activated), nodes per token, or time.",
         ),
     ] = "load",
+    experts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Result of `bench experts`: times of steps are predicted as well."),
+    ] = None,
+    network: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --experts: a network model of `fit`.")
+    ] = None,
     dispatch: Annotated[
         str,
         typer.Option(metavar="NAME", help="How copies share an expert's load: equal, weighted, or per-step."),
@@ -151,7 +164,7 @@ def place(
     if phase not in (None, *PHASES, "all"):
         raise PlacementError(f"--phase {phase!r} is not known; expected one of {', '.join(PHASES)}, all")
     opened = open_run(run)
-    loads = step_loads(opened, phase=None if phase == "all" else phase)
+    loads = step_loads(opened, phase=None if phase == "all" else phase, by_source=experts is not None)
     if phase is None and len(loads.phases) > 1:
         phase = loads.largest_phase
         say(f"note: placed for {phase}, which has most assignments; give --phase for another, or all")
@@ -170,6 +183,7 @@ def place(
     )
     if slots_per_rank is not None:
         replicas = replicas_of_slots(loads.load_SLE.shape[2], ranks, slots_per_rank, replicas)
+    timer = None if experts is None else _timer(opened, loads, ranks, rules, experts, network)
     advice = advise_placement(
         loads,
         ranks=ranks,
@@ -179,6 +193,7 @@ def place(
         train_share=train_share,
         rules=rules,
         tokens=token_samples(opened, loads) if rules.nodes > 1 else None,
+        timer=timer,
     )
     document = placement_document(advice, opened.problems)
     tables = placement_tables(document)
@@ -195,6 +210,20 @@ def place(
     if out is not None:
         say(f"placement written to {out}")
         say(f"try it: observatory profile MODEL --ep {ranks} --placement {quote(str(out))}")
+
+
+def _timer(
+    run: Run, loads: StepLoads, ranks: int, rules: PlacementRules, experts: Path, network: Path | None
+) -> StepTimer:
+    from observatory.advice.mitigations.advise import check_shape
+    from observatory.advice.placement_times import StepTimer
+    from observatory.analysis.experts.cost import fit_experts
+    from observatory.analysis.network import load_network
+    from observatory.run.documents.expert_bench import load_expert_bench
+
+    cost = fit_experts(load_expert_bench(experts), source=experts.name)
+    check_shape(run, loads, cost)
+    return StepTimer(loads, ranks, rules, cost, None if network is None else load_network(network))
 
 
 def _solve(path: Path, out: Path | None, *, wide: bool, csv: bool, json: bool) -> None:

@@ -15,6 +15,8 @@ from observatory.advice.placement import (
     advise_placement,
 )
 from observatory.advice.placement_layouts import current_layout
+from observatory.advice.placement_scores import PlacementRules
+from observatory.advice.placement_times import StepTimer
 from observatory.advice.words import placement_sentences
 from observatory.analysis.parallel.placement import load_placement
 from observatory.analysis.parallel.step_loads import step_loads
@@ -22,6 +24,7 @@ from observatory.cli import main
 from observatory.errors import PlacementError
 from observatory.run import open_run
 from tests.advice.test_conclusions import run_of_loads
+from tests.analysis.experts.models import cost
 from tests.analysis.parallel.test_balancing import drifting
 from tests.conftest import MakeRun
 
@@ -262,3 +265,35 @@ def test_nodes_per_token_take_samples(tmp_path: Path, capsys: pytest.CaptureFixt
     options = ["--ranks", "4", "--gpus-per-node", "2", "--objective", "nodes"]
     assert main(["place", run, *options]) == 1
     assert "--sample-tokens" in capsys.readouterr().err
+
+
+def test_times_of_steps_decide_where_experts_are_paid_by_the_piece(tmp_path: Path) -> None:
+    """Two experts that all tokens choose, six of a token each: 1 s an expert, 1 ms an assignment.
+
+    Even loads put a heavy expert with three light ones on each rank: 4 s and 0.4 s. So does activation.
+    """
+    load_SLE = noisy([400.0, 400.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    run = open_run(run_of_loads(tmp_path / "run", load_SLE))
+    loads = step_loads(run, by_source=True)
+    rules = PlacementRules(objective="time")
+    today, name = current_layout(run, loads, ranks=2)
+    with pytest.raises(PlacementError, match="--experts"):
+        advise_placement(loads, ranks=2, today=today, named_today=name, rules=rules)
+    timer = StepTimer(loads, 2, rules, cost(expert_s=0.0, row_s=1e-3))
+    advice = advise_placement(loads, ranks=2, today=today, named_today=name, rules=rules, timer=timer)
+    assert codes(advice)[0] == PlacementCode.TIME_LESS
+    assert advice.candidates[0].step_us == pytest.approx(2 * 800e3, rel=0.05)  # two layers
+    assert advice.chosen.step_us == pytest.approx(2 * 400e3, rel=0.1)
+    by_piece = StepTimer(loads, 2, rules, cost(expert_s=1.0))
+    advice = advise_placement(loads, ranks=2, today=today, named_today=name, rules=rules, timer=by_piece)
+    assert advice.candidates[0].step_us is not None
+    assert advice.chosen.step_us is not None
+    assert advice.chosen.step_us <= advice.candidates[0].step_us * 1.02
+
+
+def test_expert_times_of_another_model_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of_loads(tmp_path / "run", noisy([10.0] * 4))
+    assert main(["place", str(run), "--ranks", "2", "--experts", str(tmp_path / "none.json")]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1

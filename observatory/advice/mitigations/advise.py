@@ -168,7 +168,7 @@ def advise_run(
         PlacementError: the loads or today's placement cannot be used.
     """
     loads = step_loads(run, phase=phase, by_source=True)
-    _check_shape(run, loads, experts)
+    check_shape(run, loads, experts)
     others = tuple(ranks) or (setup.ranks // 2, 2 * setup.ranks)
     labs, skipped = _labs(run, loads, setup, experts, network, horizon_steps, max((setup.ranks, *others)))
     measured_us = _measured_us(run)
@@ -300,8 +300,12 @@ def _elsewhere(lab: Lab, best: Verdict | None, labs: Sequence[Lab]) -> dict[str,
     return gains
 
 
-def _check_shape(run: Run, loads: StepLoads, experts: ExpertCost) -> None:
-    """Refuse expert times of another model."""
+def check_shape(run: Run, loads: StepLoads, experts: ExpertCost) -> None:
+    """Refuse expert times of another model.
+
+    Raises:
+        AdviceError: they are of other experts than the run's.
+    """
     shape, model = experts.shape, run.manifest.model
     ours = {
         "hidden": model.hidden_size,

@@ -325,6 +325,13 @@ def test_a_problem_goes_in_and_a_placement_comes_out(
     file = load_placement(out)
     assert sorted(map(int, file.layers or {})) == [0, 1]
     assert sum(map(len, file.holders(1, experts=4, ep=2))) == 6
+    nothing = np.zeros((0, 1))
+    saved(
+        problem, loads=load_SLE, ranks=2, nodes=0, groups=0, tokens=nothing, token_step=nothing, speed=nothing
+    )
+    assert main(["place", "--problem", str(problem), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["objective"] == "step"
+    saved(problem, loads=load_SLE, ranks=2, replicas=2, objective="mean")
     assert main(["place", "--problem", str(problem), "--wide"]) == 0
     assert "proven to be the best" in "".join(capsys.readouterr())
 

@@ -5,7 +5,7 @@ Shapes: S steps, L layers, E experts, P ranks, T sampled tokens, K experts of a 
 Keys of the file: ``loads`` (S, L, E) and ``ranks`` are required. Defaults of the others: ``replicas`` 0,
 ``nodes`` 1, ``groups`` 1 (none), ``speed`` ones, ``objective`` step, ``current`` none, ``move_cost`` 0.0,
 ``max_moves`` -1, ``tokens`` and ``token_step`` none; ``top_k`` is not needed. The file is untrusted: nothing
-in it is unpickled, and sizes are checked before anything is read.
+in it is unpickled, and sizes are checked before anything is read. An empty array is none.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def read_problem(path: Path) -> Problem:
     Raises:
         PlacementError: it cannot be read, is too large, lacks a key, or its values do not fit together.
     """
-    arrays = _read_arrays(path)
+    arrays = {key: array for key, array in _read_arrays(path).items() if array.size or key == "loads"}
     for key in ("loads", "ranks"):
         if key not in arrays:
             raise PlacementError(f"problem {path} has no {key}; expected at least loads and ranks")
@@ -164,7 +164,7 @@ def read_problem(path: Path) -> Problem:
         load_SLE=load_SLE.astype(np.float64),
         ranks=ranks,
         replicas=replicas,
-        nodes=_number(arrays, "nodes", 1, 1, ranks),
+        nodes=max(_number(arrays, "nodes", 1, 0, ranks), 1),
         groups=max(_number(arrays, "groups", 1, 0, experts), 1),
         objective=_objective(arrays),
         speed_P=_speed(arrays, ranks),
