@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -29,11 +29,19 @@ if TYPE_CHECKING:
     from observatory.run import Run
     from observatory.run.manifest import ModelSpec
 
+#: A pick that is right less often, where it matters, is not to be relied on.
+_RELIABLE = 0.95
+
 Answer = tuple[Shape, Constants, HeldOut | None]
 
 
 class RouteFetchCode(StrEnum):
-    """What a verdict on the experts of a run states."""
+    """What is concluded from constants, and what a verdict on the experts of a run states."""
+
+    FETCH_FROM = "fetch_from"
+    ALWAYS_ROUTE = "always_route"
+    ALWAYS_FETCH = "always_fetch"
+    UNRELIABLE = "unreliable"
 
     SEND_ALL = "send_all"
     CHANGE = "change"
@@ -230,7 +238,34 @@ def _verdict(decisions: ExpertDecisions, constants: Constants, ranks: int) -> li
     return reasons
 
 
+def conclude_maps(document: Mapping[str, Any]) -> list[Reason]:
+    """For each shape what costs less at the middle size, and whether its predictions are to be relied on."""
+    reasons = []
+    for shape in dict.fromkeys(row["shape"] for row in document["break_even"]):
+        rows = [row for row in document["break_even"] if row["shape"] == shape]
+        middle = rows[len(rows) // 2]
+        values: dict[str, JsonValue] = {name: middle[name] for name in ("shape", "size")}
+        if middle["rows"] is None:
+            reasons.append(Reason(RouteFetchCode.ALWAYS_ROUTE, values))
+        elif middle["rows_high"] is not None and middle["rows_high"] < 1:
+            reasons.append(Reason(RouteFetchCode.ALWAYS_FETCH, values))
+        else:
+            ends = {name: middle[name] for name in ("rows", "rows_low", "rows_high")}
+            reasons.append(Reason(RouteFetchCode.FETCH_FROM, {**values, **ends}))
+    for row in document["accuracy"]:
+        if row["apart"] and row["right_apart"] < _RELIABLE * row["apart"]:
+            numbers = {name: row[name] for name in ("shape", "options", "right_apart", "apart")}
+            reasons.append(Reason(RouteFetchCode.UNRELIABLE, numbers))
+    return reasons
+
+
 _SENTENCES = {
+    RouteFetchCode.FETCH_FROM: "{shape}: at size {size:.0f} fetching costs less from {rows:.0f} rows on "
+    "({rows_low:.0f} to {end}), routing below",
+    RouteFetchCode.ALWAYS_ROUTE: "{shape}: at size {size:.0f} routing costs less for any number of rows",
+    RouteFetchCode.ALWAYS_FETCH: "{shape}: at size {size:.0f} fetching costs less for any number of rows",
+    RouteFetchCode.UNRELIABLE: "{shape}: do not rely on these costs: of {options} the faster was picked at "
+    "{right_apart} of {apart} held-out points; measure with more --repeats on a quiet machine",
     RouteFetchCode.SEND_ALL: "send all tokens: there is no expert to fetch or keep",
     RouteFetchCode.CHANGE: "fetch {fetched} experts and keep {kept}, all layers together: on steps that were "
     "not used to choose that saves {share} of the {today_us:.0f} us of a step: {saved_us:.0f} us "
@@ -247,11 +282,13 @@ _SENTENCES = {
 }
 
 
-def expert_sentences(verdict: Sequence[Reason]) -> list[str]:
+def route_fetch_sentences(verdict: Sequence[Reason]) -> list[str]:
     """A verdict in words."""
     sentences = []
     for reason in verdict:
         values: dict[str, Any] = dict(reason.values)
+        if "rows_high" in values:
+            values["end"] = "any number" if values["rows_high"] is None else f"{values['rows_high']:.0f}"
         if "today_us" in values:
             values["share"] = percent_words(values["saved_us"] / max(values["today_us"], 1e-9))
         if "keep_bytes" in values:

@@ -90,7 +90,7 @@ def route_fetch(
     json: JsonOption = False,
 ) -> None:
     """Send rows to the data, bring the data, or make it here: what costs less, and from where on."""
-    from observatory.advice.route_fetch import known_constants
+    from observatory.advice.route_fetch import conclude_maps, known_constants, route_fetch_sentences
     from observatory.analysis.route_fetch.document import (
         Question,
         map_tables,
@@ -98,7 +98,7 @@ def route_fetch(
         route_fetch_tables,
     )
     from observatory.analysis.route_fetch.reuse import measured_prefill
-    from observatory.cli.output import print_data, print_tables, say
+    from observatory.cli.output import print_data, print_tables, print_text, say
     from observatory.run.documents.prefix_cache import load_reuse
 
     if run is not None:
@@ -132,11 +132,14 @@ def route_fetch(
             f"{prefill.prompt_tokens} tokens"
         )
     document = route_fetch_document(answers, question, notes, prefill=prefill)
+    conclusion = conclude_maps(document)
+    document["conclusion"] = [reason.document() for reason in conclusion]
     tables = route_fetch_tables(document)
     for note in notes:
         say(f"note: {note}")
     if not print_data(document, tables, json=json, csv=csv, table=table):
         print_tables([*tables[:-1], *map_tables(document)], wide=wide)
+        print_text(["", *route_fetch_sentences(conclusion)])
 
 
 def _decide(
@@ -157,13 +160,13 @@ def _decide(
     from observatory.advice.route_fetch import (
         advise_experts,
         expert_document,
-        expert_sentences,
         expert_tables,
         known_constants,
+        route_fetch_sentences,
         run_shape,
     )
     from observatory.analysis.parallel.step_loads import step_loads
-    from observatory.cli.output import print_data, print_tables, say
+    from observatory.cli.output import print_data, print_tables, print_text, say
     from observatory.errors import BenchmarkError
     from observatory.run import open_run
 
@@ -184,8 +187,7 @@ def _decide(
         say(f"note: {note}")
     if not print_data(document, tables, json=json, csv=csv, table=table):
         print_tables(tables, wide=wide)
-        for sentence in expert_sentences(advice.verdict):
-            say(sentence)
+        print_text(["", *route_fetch_sentences(advice.verdict)])
 
 
 def bench(

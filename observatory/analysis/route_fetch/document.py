@@ -329,7 +329,9 @@ def _map_rows(shape: Shape, item: DecisionMap) -> Iterator[dict[str, Any]]:
 
 def route_fetch_tables(document: dict[str, Any]) -> list[Table]:
     """Accuracy, break-even points, and a map for each shape."""
-    tables = [Table(name="break_even", columns=BREAK_EVEN_COLUMNS, rows=document["break_even"])]
+    has_local = any(row["local_us"] is not None for row in document["break_even"])
+    shown = tuple(item for item in BREAK_EVEN_COLUMNS if has_local or not item.name.startswith("local"))
+    tables = [Table(name="break_even", columns=shown, rows=document["break_even"])]
     if document["accuracy"]:
         title = f"{document['source']}: predicted by fits that did not see the point"
         accuracy = Table(name="accuracy", columns=ACCURACY_COLUMNS, rows=document["accuracy"], title=title)

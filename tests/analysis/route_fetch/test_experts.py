@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from observatory.advice.route_fetch import RouteFetchCode, expert_sentences
+from observatory.advice.route_fetch import RouteFetchCode, route_fetch_sentences
 from observatory.analysis.route_fetch.costs import Constants, StageCosts
 from observatory.analysis.route_fetch.experts import Choice, ExpertShape, decide_experts
 from observatory.cli import main
@@ -156,7 +156,7 @@ def test_the_command_decides_for_a_run(
     assert (document["train_steps"], document["held_out_steps"]) == (8, 8)
     assert document["layers"][0]["layer"] == 5
     assert main(argv) == 0
-    assert ("send all tokens" in capsys.readouterr().err) == (code != RouteFetchCode.CHANGE)
+    assert ("send all tokens" in capsys.readouterr().out) == (code != RouteFetchCode.CHANGE)
 
 
 @pytest.mark.parametrize(
@@ -181,4 +181,4 @@ def test_every_code_has_a_sentence() -> None:
     from observatory.advice.route_fetch import _SENTENCES
 
     assert set(_SENTENCES) == set(RouteFetchCode)
-    assert expert_sentences([]) == []
+    assert route_fetch_sentences([]) == []

@@ -51,7 +51,7 @@ def test_held_out_points_are_predicted_and_the_faster_option_picked(text: str) -
     assert lost.mean() < 0.005
 
 
-def test_times_without_any_rule_are_not_predicted() -> None:
+def test_times_without_any_rule_are_not_predicted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = made_result("mla:4,128,32")
     drawn = np.random.default_rng(0).permutation(len(result.cases)).tolist()
     cases = tuple(
@@ -66,6 +66,10 @@ def test_times_without_any_rule_are_not_predicted() -> None:
     assert above > 0.5
     predicted, measured, apart, _ = held_out.winners(("route", "fetch"))
     assert (predicted == measured)[apart].mean() < 0.8
+    path = tmp_path / "rf.json"
+    path.write_text(result.model_copy(update={"cases": cases}).model_dump_json())
+    assert main(["route-fetch", "--constants", str(path), "--bootstrap", "20"]) == 0
+    assert "do not rely on these costs" in capsys.readouterr().out
 
 
 def test_the_map_agrees_with_the_break_even_and_doubts_what_lies_near_it() -> None:
@@ -119,6 +123,8 @@ def test_the_command_prints_accuracy_break_even_and_a_map(
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "mla:4,128,32: R route, F fetch" in out
+    assert [reason["code"] for reason in document["conclusion"]] == ["fetch_from"] * 3
+    assert "fetching costs less from" in out
     assert main([*argv, "--shape", "gqa:8,2,64"]) == 1
     assert "no measurement of kind gqa" in capsys.readouterr().err
 
