@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +11,26 @@ import numpy as np
 import pandas as pd
 
 from observatory.advice.frequency import recommend_clocks
+from observatory.advice.mitigations.balance_changes import (
+    activated_dispatch,
+    dispatch_rules,
+    placement,
+    reference_rows,
+    replicas,
+    sharding,
+    spill,
+)
 from observatory.advice.mitigations.change import Change
-from observatory.advice.mitigations.changes import CHANGES, fabric_premise
-from observatory.advice.mitigations.lab import Lab, Models, Trace, not_applicable, not_known, shown
+from observatory.advice.mitigations.lab import Lab, not_applicable, not_known, shown
 from observatory.advice.mitigations.setup import Setup
+from observatory.advice.mitigations.timed import Models, Trace
+from observatory.advice.mitigations.traffic_changes import (
+    deduplication,
+    exchanges,
+    fabric_premise,
+    node_placement,
+    sample_placement,
+)
 from observatory.advice.mitigations.verdict import (
     Mitigation,
     MitigationCode,
@@ -46,6 +62,20 @@ _RARE = 0.1
 _SPANS = ("count_exchange", "dispatch", "experts", "combine")
 
 
+#: All changes on today's ranks, in the order of the table.
+CHANGES: tuple[Callable[[Lab], Iterator[Verdict]], ...] = (
+    reference_rows,
+    placement,
+    replicas,
+    dispatch_rules,
+    activated_dispatch,
+    spill,
+    sharding,
+    exchanges,
+    deduplication,
+    node_placement,
+    sample_placement,
+)
 #: Largest published gain of a change, as a share (sources in docs/advise.md).
 _PUBLISHED = {
     Mitigation.PLACEMENT: 0.17,

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from observatory.advice.mitigations.changes import CHANGES
-from observatory.advice.mitigations.lab import Lab, Models, Trace
+from observatory.advice.mitigations.advise import CHANGES
+from observatory.advice.mitigations.lab import Lab
 from observatory.advice.mitigations.setup import Setup
+from observatory.advice.mitigations.timed import Models, Trace
 from observatory.advice.mitigations.verdict import Mitigation, MitigationCode, Verdict, VerdictCode
 from observatory.analysis.experts.cost import ExpertCost
 from observatory.analysis.network.network import NetworkModel
