@@ -23,7 +23,7 @@ from observatory.errors import BenchmarkError
 from observatory.reasons import Reason
 from observatory.run.documents.printed import printed_document
 from observatory.run.documents.route_fetch import ELEMENT_BYTES, Shape, load_route_fetch
-from observatory.text import percent_words
+from observatory.text import listing, percent_words
 
 if TYPE_CHECKING:
     from observatory.run import Run
@@ -49,6 +49,7 @@ class RouteFetchCode(StrEnum):
     KEEP_COST = "keep_cost"
     BREAK_EVEN = "break_even"
     RANKS_NOT_MEASURED = "ranks_not_measured"
+    OTHER_HOSTS = "other_hosts"
     WITHOUT_COMPUTE = "without_compute"
 
 
@@ -193,8 +194,20 @@ def advise_experts(
         placement=name,
         constants=constants,
         decisions=decisions,
-        verdict=tuple(_verdict(decisions, constants, ranks)),
+        verdict=(*_verdict(decisions, constants, ranks), *_other_hosts(run, constants)),
     )
+
+
+def _other_hosts(run: Run, constants: Constants) -> list[Reason]:
+    """Whether the constants are of hosts that the run was not on."""
+    hosts = dict.fromkeys(host.name for host in run.manifest.hosts)
+    if not hosts or not constants.hosts or set(hosts) & set(constants.hosts):
+        return []
+    return [
+        Reason(
+            RouteFetchCode.OTHER_HOSTS, {"run": listing(list(hosts)), "measured": listing(constants.hosts)}
+        )
+    ]
 
 
 def _verdict(decisions: ExpertDecisions, constants: Constants, ranks: int) -> list[Reason]:
@@ -278,6 +291,8 @@ _SENTENCES = {
     "ranks fetching one moves less from {break_even} tokens on",
     RouteFetchCode.RANKS_NOT_MEASURED: "the constants were measured on {measured_ranks} ranks; times on "
     "{ranks} are extrapolated",
+    RouteFetchCode.OTHER_HOSTS: "the run was on {run}, the constants were measured on {measured}: they are "
+    "those of another fabric",
     RouteFetchCode.WITHOUT_COMPUTE: "{source} says nothing about the experts' own time, which is left out",
 }
 

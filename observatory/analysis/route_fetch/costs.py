@@ -202,6 +202,7 @@ class Constants:
         stages: costs of what is known.
         domain: smallest and largest of ``rows``, ``size`` and ``layers`` that were measured.
         backend: what moved the bytes; empty where it is not stated.
+        hosts: names of the hosts that were measured; empty where they are not stated.
         ratios: measured over predicted time of each option at held-out points, (D,); options that were
             measured at the same points have them in the same order. Empty where nothing was held out.
     """
@@ -213,6 +214,7 @@ class Constants:
     stages: Mapping[Stage, StageCosts]
     domain: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     backend: str = ""
+    hosts: tuple[str, ...] = ()
     ratios: Mapping[Option, Float64] = field(default_factory=dict)
 
     def covers(self, **values: tuple[float, ...]) -> bool:

@@ -24,7 +24,6 @@ from observatory.analysis.route_fetch.costs import (
     Quantities,
     Sizes,
     StageCosts,
-    priced,
     quantities,
 )
 from observatory.analysis.statistics import deal_folds
@@ -145,6 +144,7 @@ def fit_shape(
         holders=result.holders,
         stages=stages,
         backend=result.backend,
+        hosts=tuple(dict.fromkeys(host.name for host in result.hosts)),
         ratios={} if held_out is None else held_out.ratios(),
         domain={
             name: (min(values), max(values))
@@ -170,13 +170,10 @@ def hold_out_points(result: RouteFetchResult, shape: int, *, seed: int = 0) -> H
         for stage in dict.fromkeys(stage for parts in parts_N for stage in parts)
     }
     for fold in range(_FOLDS):
-        stages = {
-            stage: _single(_solve(terms_NF, us_N, (fold_N[at] != fold).astype(np.float64)))
-            for stage, (terms_NF, us_N, at) in tables.items()
-        }
-        constants = Constants(grade="fitted", source="", shape=None, holders=result.holders, stages=stages)
-        for index in np.flatnonzero(fold_N == fold):
-            predicted_us_N[index] = float(priced(constants, parts_N[index]).us)
+        for terms_NF, us_N, at in tables.values():
+            held_N = fold_N[at] == fold
+            us_F = _solve(terms_NF, us_N, (~held_N).astype(np.float64))
+            predicted_us_N[at[held_N]] += terms_NF[held_N] @ us_F
     knee = knee_bytes(tables["transfer"][:2]) if "transfer" in tables else None
     return HeldOut(
         cases=tuple(cases),
@@ -248,6 +245,8 @@ def _solve(terms_NF: Float64, us_N: Float64, weight_N: Float64) -> Float64:
     from scipy.optimize import nnls
 
     kept_N = weight_N > 0
+    if not kept_N.any():
+        return np.zeros(terms_NF.shape[1])
     terms_NF, us_N, weight_N = terms_NF[kept_N], us_N[kept_N], weight_N[kept_N]
     unit_F = np.maximum(terms_NF.max(axis=0), 1e-300)
     scale_N, trust_N = us_N, np.ones(len(us_N))
@@ -261,7 +260,3 @@ def _solve(terms_NF: Float64, us_N: Float64, weight_N: Float64) -> Float64:
         spread = max(1.4826 * float(np.median(residual_N)), 1e-6)
         trust_N = np.minimum(1.0, _HUBER * spread / np.maximum(residual_N, 1e-12))
     return np.asarray(solved / unit_F)
-
-
-def _single(us_F: Float64) -> StageCosts:
-    return StageCosts(us_F=us_F, samples_BF=us_F[None])

@@ -12,7 +12,7 @@ from observatory.analysis.route_fetch.experts import Choice, ExpertShape, decide
 from observatory.cli import main
 from observatory.errors import BenchmarkError
 from observatory.run import RunWriter, routing_rows
-from observatory.run.manifest import Manifest, ModelSpec, MoeLayerSpec
+from observatory.run.manifest import HostSpec, Manifest, ModelSpec, MoeLayerSpec
 from tests.analysis.route_fetch.made import made_result
 
 #: Two ranks, two experts each.
@@ -109,7 +109,12 @@ def test_too_few_steps_are_refused() -> None:
 
 
 def a_run(
-    path: Path, *, expert_bytes: int | None, hot: tuple[int, int] = (2, 2), hot_tokens: int = 50_000
+    path: Path,
+    *,
+    expert_bytes: int | None,
+    hot: tuple[int, int] = (2, 2),
+    hot_tokens: int = 50_000,
+    hosts: tuple[str, ...] = (),
 ) -> Path:
     """Four experts of hidden size 2; the hot one of the first and of the second half of the steps."""
     layer = MoeLayerSpec(layer=5, module="m", experts=4, top_k=1)
@@ -120,7 +125,8 @@ def a_run(
     load_NE = np.full((steps, 4), 10)
     load_NE[: steps // 2, hot[0]] += hot_tokens
     load_NE[steps // 2 :, hot[1]] += hot_tokens
-    with RunWriter.create(path, Manifest(run_id="r", created_unix_s=0.0, model=model)) as writer:
+    named = tuple(HostSpec(name=name) for name in hosts)
+    with RunWriter.create(path, Manifest(run_id="r", created_unix_s=0.0, model=model, hosts=named)) as writer:
         rows = routing_rows(
             step_N=np.arange(steps), phase_N="prefill", layer_N=5, source_rank=0,
             tokens_N=load_NE.sum(axis=1), load_NE=load_NE,
@@ -175,6 +181,16 @@ def test_what_cannot_be_decided_is_one_sentence(
     unknown = a_run(tmp_path / "unknown", expert_bytes=None)
     assert main(["route-fetch", str(unknown), "--constants", "published:h100-ndr200", "--ranks", "2"]) == 1
     assert "expert bytes None" in capsys.readouterr().err
+
+
+def test_constants_of_other_hosts_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = a_run(tmp_path / "run", expert_bytes=480, hosts=("node7",))
+    measured = tmp_path / "rf.json"
+    for host, is_named in (("node9", True), ("node7", False)):
+        result = made_result("expert:2").model_copy(update={"hosts": (HostSpec(name=host),)})
+        measured.write_text(result.model_dump_json())
+        assert main(["route-fetch", str(run), "--constants", str(measured), "--ranks", "2"]) == 0
+        assert ("another fabric" in " ".join(capsys.readouterr().out.split())) == is_named
 
 
 def test_every_code_has_a_sentence() -> None:
