@@ -25,20 +25,17 @@ from observatory.advice.placement_layouts import (
     nodes_per_token,
     plain_layouts,
 )
-from observatory.advice.placement_scores import PlacementRules, Scorer
+from observatory.advice.placement_scores import AT_FLOOR, PlacementRules, Scorer, routing_floor
 from observatory.advice.placement_times import StepTimer
 from observatory.analysis.parallel.balancing import Float64, Int64, holders, lower_bound, replicas_for
 from observatory.analysis.parallel.balancing.forecast import forecast
 from observatory.analysis.parallel.balancing.solving import Solution
 from observatory.analysis.parallel.dispatch_rules import DispatchRule, balancing_shares
 from observatory.analysis.parallel.step_loads import FEWEST_STEPS, StepLoads
-from observatory.analysis.routing.floor import max_over_mean_floor
 from observatory.analysis.statistics import Interval
 from observatory.errors import PlacementError
 from observatory.reasons import Reason
 
-#: A layout is as even as chance makes it within this part of the floor, which is itself known to 1 %.
-_AT_FLOOR = 0.01
 #: Replicas are proposed where without more of them no layout can be below this.
 _ONE_EXPERT = 1.05
 
@@ -100,7 +97,7 @@ class PlacementAdvice:
         candidates: today's layout first; the chosen one is named ``chosen``.
         bound: what no layout could have promised to be below, as a score; None where activated experts count
             or ranks differ in speed.
-        floor: score of uniform routing of as many tokens, without replicas; None likewise, and where top-k is
+        floor: score of uniform routing of as many tokens without replicas; None likewise, and where top-k is
             not known.
         gain: share of the busiest ranks' load that the chosen layout removes on held-out steps.
         verdict: codes and values.
@@ -220,7 +217,7 @@ def advise_placement(
     is_plain = rules.objective != "activated" and rules.speed_P is None
     chosen = next(item for item in candidates if item.name == "chosen")
     gain = test.gain(today, solution.slot_LPK, rule=rule, share_LPK=chosen.share_LPK)
-    floor = _floor(test_SLE, ranks, loads.top_k) if is_plain else None
+    floor = routing_floor(test_SLE, ranks, loads.top_k) if is_plain else None
     bound = float(np.average(bound_L, weights=weight_L)) if is_plain else None
     return PlacementAdvice(
         layers=loads.layers,
@@ -333,22 +330,6 @@ def _moved(today: Int64, slot_LPK: Int64, experts: int) -> float:
     return float((wanted & ~held).sum() / len(today))
 
 
-def _floor(load_SLE: Float64, ranks: int, top_k: int | None) -> float | None:
-    """Score of uniform routing of the same tokens of each step, on ranks of equally many experts."""
-    experts = load_SLE.shape[2]
-    if not top_k or top_k > experts:
-        return None
-    tokens_SL = np.rint(load_SLE.sum(axis=2) / top_k).astype(np.int64)
-    ratio_SL = [
-        [
-            max_over_mean_floor(tokens=tokens, top_k=top_k, experts=experts, groups=ranks) or 1.0
-            for tokens in row
-        ]
-        for row in tokens_SL.tolist()
-    ]
-    return float(np.average(ratio_SL, weights=np.maximum(tokens_SL, 1e-9)))
-
-
 def _verdict(
     mean_LE: Float64,
     bound: float | None,
@@ -368,7 +349,7 @@ def _verdict(
         code = PlacementCode.WORSE
     values: dict[str, JsonValue] = {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
     reasons = [Reason(code, values)]
-    by_chance = None if floor is None or replicas else floor * (1 + _AT_FLOOR)
+    by_chance = None if floor is None else floor * (1 + AT_FLOOR)
     if by_chance is not None and code is not PlacementCode.CHANGE and today <= by_chance:
         reasons.append(Reason(PlacementCode.AT_FLOOR, {"today": today, "floor": floor}))
     elif by_chance is not None and chosen <= by_chance:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from observatory.advice.placement_scores import AT_FLOOR, routing_floor
 from observatory.analysis.columns import Column, Table
 from observatory.analysis.parallel.balancing import (
     Float64,
@@ -19,7 +20,7 @@ from observatory.analysis.parallel.balancing import (
     slots_of,
 )
 from observatory.analysis.parallel.balancing.nodes import node_bound
-from observatory.analysis.parallel.balancing.problem import Problem
+from observatory.analysis.parallel.balancing.problem import Objective, Problem
 from observatory.analysis.parallel.balancing.solving import Solution
 from observatory.reasons import Reason
 from observatory.run.documents.printed import printed_document
@@ -50,6 +51,7 @@ class ProblemCode(StrEnum):
     CHANGED = "changed"
     LEFT = "left"
     TOO_SHORT = "too_short"
+    AT_FLOOR = "at_floor"
     MOVES = "moves"
     STRUCTURE = "structure"
     NO_STRUCTURE = "no_structure"
@@ -195,6 +197,12 @@ def _verdict(problem: Problem, solution: Solution, of_mean_L: Float64, bound_L: 
         yield Reason(
             ProblemCode.GROUPS_COST, {"with_groups": float(of_mean_L.mean()), "without": float(free.mean())}
         )
+    if problem.objective is Objective.STEP and problem.groups == 1 and problem.speed_P is None:
+        greedy = greedy_layout(problem.load_SLE.mean(axis=0), problem.ranks, problem.replicas)
+        of_steps = float(rank_times(problem.load_SLE, greedy).max(axis=2).mean())
+        floor = routing_floor(problem.load_SLE, problem.ranks, problem.top_k)
+        if floor is not None and of_steps <= floor * (1 + AT_FLOOR):
+            yield Reason(ProblemCode.AT_FLOOR, {"greedy": of_steps, "floor": floor})
     if solution.frontier_ML is not None:
         first, last = (float(ratio_L.mean()) for ratio_L in solution.frontier_ML[[0, -1]])
         yield Reason(ProblemCode.MOVES, {"moves": problem.max_moves, "before": first, "after": last})

@@ -402,6 +402,21 @@ def test_arrays_that_claim_more_than_their_file_has_are_not_believed(tmp_path: P
         read_problem(path)
 
 
+def test_a_problem_at_the_noise_floor_is_called_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """8 tokens of 4 distinct experts of 64 a step, all alike."""
+    generator = np.random.default_rng(0)
+    chosen = np.argsort(generator.random((256, 8, 64)), axis=2)[:, :, :4].reshape(256, -1)
+    load_SLE = np.stack([np.bincount(row, minlength=64) for row in chosen]).reshape(32, 8, 64)
+    path = saved(tmp_path / "problem.npz", loads=load_SLE, ranks=8, top_k=4)
+    assert main(["place", "--problem", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"][0]["code"] == "at_floor"
+    saved(path, loads=100 * load_SLE, ranks=8, top_k=4)
+    assert main(["place", "--problem", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == []
+
+
 def test_a_run_is_needed_where_there_is_no_problem(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["place"]) == 1
     assert "--problem FILE" in capsys.readouterr().err

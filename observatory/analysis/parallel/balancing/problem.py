@@ -4,7 +4,7 @@ Shapes: S steps, L layers, E experts, P ranks, T sampled tokens, K experts of a 
 
 Keys of the file: ``loads`` (S, L, E) and ``ranks`` are required. Defaults of the others: ``replicas`` 0,
 ``nodes`` 1, ``groups`` 1 (none), ``speed`` ones, ``objective`` step, ``current`` none, ``move_cost`` 0.0,
-``max_moves`` -1, ``tokens`` and ``token_step`` none; ``top_k`` is not needed. The file is untrusted: nothing
+``max_moves`` -1, ``tokens`` and ``token_step`` none, ``top_k`` 0 (not known). The file is untrusted: nothing
 in it is unpickled, and sizes are checked before anything is read. An empty array is none.
 """
 
@@ -65,6 +65,7 @@ class Problem:
         max_moves: copies that ranks may receive, per layer; -1: any number.
         token_TK: experts of sampled tokens of the first layer; None: no sample.
         token_step_T: step of each, ascending in time.
+        top_k: experts of a token; None: not known.
         is_ordered: whether the steps are one stretch of time; if not, no drift is forecast.
     """
 
@@ -80,6 +81,7 @@ class Problem:
     max_moves: int = -1
     token_TK: Int64 | None = None
     token_step_T: Int64 | None = None
+    top_k: int | None = None
     is_ordered: bool = True
 
     def __post_init__(self) -> None:
@@ -173,6 +175,7 @@ def read_problem(path: Path) -> Problem:
         max_moves=_number(arrays, "max_moves", -1, -1, _MOST_COPIES),
         token_TK=None if tokens is None else tokens.astype(np.int64),
         token_step_T=_token_steps(arrays, tokens),
+        top_k=_number(arrays, "top_k", 0, 0, experts) or None,
     )
 
 
@@ -190,13 +193,14 @@ def write_problem(problem: Problem, path: Path) -> None:
     }
     for key in ("ranks", "replicas", "nodes", "groups", "max_moves"):
         arrays[key] = np.array(getattr(problem, key))
+    if problem.top_k is not None:
+        arrays["top_k"] = np.array(problem.top_k)
     _, layers, experts = problem.load_SLE.shape
     arrays["current"] = np.zeros((layers, experts, problem.ranks), dtype=np.int8)
     if problem.current_LPE is not None:
         arrays["current"] = problem.current_LPE.transpose(0, 2, 1)
     if problem.token_TK is not None and problem.token_step_T is not None:
         arrays |= {"tokens": problem.token_TK, "token_step": problem.token_step_T}
-        arrays["top_k"] = np.array(problem.token_TK.shape[1])
     np.savez(path, **arrays)  # type: ignore[arg-type]  # numpy takes keywords for its own options too
 
 
