@@ -36,6 +36,8 @@ def compared_options(
         unknown = set(cost(constants, shape, option, Sizes(rows=1.0, size=1.0)).unknown)
         if is_prefill_known:
             unknown.discard("prefill")
+        elif option == "local" and not shape.can_prefill:
+            continue
         if unknown <= _COMMON and not (option == "local" and shape.kind == "expert"):
             chosen.append(option)
     return tuple(chosen)
@@ -156,7 +158,7 @@ def edit_costs(
         Rows of ``span``, ``suffix``, ``splice_us``, ``trim_us``, ``ratio`` (trim over splice), ``ratio_low``,
         ``ratio_high``, and ``measured``: whether that was measured; empty where edits were not.
     """
-    if "splice" not in constants.stages or "prefill" not in constants.stages:
+    if not shape.can_prefill or "splice" not in constants.stages or "prefill" not in constants.stages:
         return []
     rows: list[dict[str, float | bool]] = []
     for span in spans.tolist():

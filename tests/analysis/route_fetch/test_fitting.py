@@ -158,6 +158,10 @@ def test_edits_and_a_prefill_are_fitted_and_their_ratio_grows_with_the_suffix() 
     shape = constants.shape
     assert shape is not None
     assert compared_options(constants, shape) == ("route", "fetch", "local")
+    unknown_layers = shape.model_copy(update={"hidden": None, "inner": None})
+    assert compared_options(constants, unknown_layers) == ("route", "fetch")
+    some = np.array([16.0])
+    assert edit_costs(constants, unknown_layers, spans=some, suffixes=some, layers=3) == []
     rows = edit_costs(
         constants, shape, spans=np.array([16.0]), suffixes=np.array([16.0, 160.0, 5000.0]), layers=3
     )
