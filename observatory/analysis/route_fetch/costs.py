@@ -52,6 +52,9 @@ TERMS: dict[Stage, tuple[str, ...]] = {
 #: Matrices of a gated expert, and operations for each value of a matrix and token.
 _MATRICES, _OPERATIONS = 3, 2
 
+#: Measured points do not lie on the edges of what they fill: within this factor of them counts as measured.
+_NEAR = 1.25
+
 Quantities = dict[Stage, dict[str, Float64]]
 
 
@@ -218,20 +221,20 @@ class Constants:
     ratios: Mapping[Option, Float64] = field(default_factory=dict)
 
     def covers(self, **values: tuple[float, ...]) -> bool:
-        """Whether all values of each quantity lie where was measured."""
+        """Whether all values of each quantity lie where was measured, or next to it."""
         return bool(self.domain) and all(
-            self.domain[name][0] <= value <= self.domain[name][1]
+            self.domain[name][0] <= value * _NEAR and value <= self.domain[name][1] * _NEAR
             for name, wanted in values.items()
             for value in wanted
         )
 
     def is_measured(self, sizes: Sizes) -> NDArray[np.bool_]:
-        """Whether each point lies where was measured; nothing does for published constants."""
+        """Whether each point lies where was measured, or next to it; nothing does where nothing was."""
         rows, size, layers = np.broadcast_arrays(sizes.rows, sizes.size, sizes.layers)
         inside = np.full(rows.shape, bool(self.domain) and sizes.holders == self.holders)
         for name, values in (("rows", rows), ("size", size), ("layers", layers)):
             low, high = self.domain.get(name, (np.inf, -np.inf))
-            inside &= (values >= low) & (values <= high)
+            inside &= (values * _NEAR >= low) & (values <= high * _NEAR)
         return inside
 
 
