@@ -14,9 +14,11 @@ from observatory.analysis.parallel.balancing.layouts import Float64, Int64, copi
 
 #: Rounds of exchanges.
 _ROUNDS = 400
-#: Ranks that are tried as the one to relieve, and part of the steps that their mean is added as: a pull
+#: Ranks that are tried as the one to relieve, and weight of their mean next to all of them: a pull
 #: towards the mean, as single steps are noisy.
 _RELIEVED, _MEAN_ROWS = 3, 1.0
+#: Exchanges are first tried on about so many steps; so many of the best on all.
+_COARSE_STEPS, _FINE = 12, 96
 #: Of more steps than this some are left out, evenly: memory and time grow with them.
 _MOST_STEPS = 256
 
@@ -37,57 +39,74 @@ def steps_layout(
     node_P = np.zeros(ranks, dtype=np.int64) if node_P is None else node_P
     mean_LE = load_SLE.mean(axis=0)
     load_SLE = load_SLE[:: -(-len(load_SLE) // _MOST_STEPS)]
-    rows = round(_MEAN_ROWS * len(load_SLE))
+    weight_S = np.append(np.ones(len(load_SLE)), _MEAN_ROWS * len(load_SLE))
     slot_LPK = start_LPK.copy()
     for layer, slot_PK in enumerate(slot_LPK):
-        load_SE = np.concatenate([load_SLE[:, layer], np.repeat(mean_LE[layer][None], rows, axis=0)])
-        _exchange(load_SE, slot_PK, slowness_P, node_P)
+        load_SE = np.concatenate([load_SLE[:, layer], mean_LE[layer][None]])
+        _exchange(load_SE, weight_S / weight_S.sum(), slot_PK, slowness_P, node_P)
     return slot_LPK
 
 
-def _exchange(load_SE: Float64, slot_PK: Int64, slowness_P: Float64, node_P: Int64) -> None:
+def _exchange(
+    load_SE: Float64, weight_S: Float64, slot_PK: Int64, slowness_P: Float64, node_P: Int64
+) -> None:
     """Exchange slots of one layer while the mean over steps of the busiest rank falls, in place."""
     ranks, slots = slot_PK.shape
     if ranks < 2:
         return
     share_SE = load_SE / np.maximum(copies(slot_PK[None], load_SE.shape[1])[0], 1)
-    share_SPK = share_SE[:, slot_PK]
-    time_SP = share_SPK.sum(axis=2) * slowness_P
+    share_SN = share_SE[:, slot_PK.ravel()]
+    time_SP = share_SN.reshape(len(load_SE), ranks, slots).sum(axis=2) * slowness_P
     holds_PE = holders(slot_PK[None], load_SE.shape[1])[0]
     rank_N = np.repeat(np.arange(ranks), slots)
+    some_S = np.unique(np.r_[np.arange(0, len(load_SE), -(-len(load_SE) // _COARSE_STEPS)), len(load_SE) - 1])
+
+    def after(at_S: Int64, mine: int, one_C: Int64, other_C: Int64) -> Float64:
+        """Mean over some steps of the busiest rank after each exchange of a slot of ``mine``, (C,)."""
+        less_SC = share_SN[np.ix_(at_S, one_C)] - share_SN[np.ix_(at_S, other_C)]
+        rank_C = rank_N[other_C]
+        busiest_SC = time_SP[np.ix_(at_S, rank_C)] + less_SC * slowness_P[rank_C]
+        np.maximum(busiest_SC, time_SP[at_S, mine, None] - less_SC * slowness_P[mine], out=busiest_SC)
+        np.maximum(busiest_SC, _busiest_of_others(time_SP[at_S], mine)[:, rank_C], out=busiest_SC)
+        return np.asarray(weight_S[at_S] @ busiest_SC)
+
     for _ in range(_ROUNDS):
-        for mine in _to_relieve(time_SP):
-            less_SKN = share_SPK[:, mine][:, :, None] - share_SPK.reshape(len(load_SE), 1, -1)
-            busiest_SKN = np.maximum(
-                time_SP[:, mine, None, None] - less_SKN * slowness_P[mine],
-                time_SP[:, rank_N][:, None, :] + less_SKN * slowness_P[rank_N],
-            )
-            np.maximum(busiest_SKN, _busiest_of_others(time_SP, mine)[:, rank_N][:, None, :], out=busiest_SKN)
-            mean_KN: Float64 = busiest_SKN.mean(axis=0)
-            they_hold, i_hold = holds_PE[:, slot_PK[mine]].T[:, rank_N], holds_PE[mine, slot_PK.ravel()]
-            mean_KN[they_hold | i_hold | (node_P != node_P[mine])[rank_N]] = np.inf
-            k, n = divmod(int(mean_KN.argmin()), ranks * slots)
-            if mean_KN[k, n] < time_SP.max(axis=1).mean() * (1 - 1e-6):
+        before = float(weight_S @ time_SP.max(axis=1))
+        for mine in _to_relieve(time_SP, weight_S):
+            refused = holds_PE[:, slot_PK[mine]].T[:, rank_N] | holds_PE[mine, slot_PK.ravel()]
+            k_C, other_C = np.nonzero(~(refused | (node_P != node_P[mine])[rank_N]))
+            one_C = mine * slots + k_C
+            if len(one_C) > _FINE and len(some_S) < len(load_SE):
+                best_C = np.argpartition(after(some_S, mine, one_C, other_C), _FINE)[:_FINE]
+                one_C, other_C = one_C[best_C], other_C[best_C]
+            if not len(one_C):
+                continue
+            mean_C = after(np.arange(len(load_SE)), mine, one_C, other_C)
+            choice = int(mean_C.argmin())
+            if mean_C[choice] < before * (1 - 1e-6):
                 break
         else:
             return
-        other, q = divmod(n, slots)
-        given, taken = slot_PK[mine, k], slot_PK[other, q]
-        moved_S = share_SPK[:, mine, k] - share_SPK[:, other, q]
-        slot_PK[mine, k], slot_PK[other, q] = taken, given
-        share_SPK[:, mine, k] -= moved_S
-        share_SPK[:, other, q] += moved_S
+        one, two = int(one_C[choice]), int(other_C[choice])
+        other = int(rank_N[two])
+        given, taken = slot_PK.flat[one], slot_PK.flat[two]
+        moved_S = share_SN[:, one] - share_SN[:, two]
+        slot_PK.flat[one], slot_PK.flat[two] = taken, given
+        share_SN[:, one] -= moved_S
+        share_SN[:, two] += moved_S
         time_SP[:, mine] -= moved_S * slowness_P[mine]
         time_SP[:, other] += moved_S * slowness_P[other]
         holds_PE[mine, given] = holds_PE[other, taken] = False
         holds_PE[mine, taken] = holds_PE[other, given] = True
 
 
-def _to_relieve(time_SP: Float64) -> list[int]:
+def _to_relieve(time_SP: Float64, weight_S: Float64) -> list[int]:
     """Ranks that are the busiest in some steps, those by most first."""
-    top_SP = np.argsort(-time_SP, axis=1)[:, :2]
+    top_SP = np.argpartition(-time_SP, 1, axis=1)[:, :2]
     first_S2: Float64 = np.take_along_axis(time_SP, top_SP, axis=1)
-    by_P = np.bincount(top_SP[:, 0], first_S2[:, 0] - first_S2[:, 1], minlength=time_SP.shape[1])
+    busiest_S = np.take_along_axis(top_SP, first_S2.argmax(axis=1)[:, None], axis=1)[:, 0]
+    above_S = np.abs(first_S2[:, 0] - first_S2[:, 1]) * weight_S
+    by_P = np.bincount(busiest_S, above_S, minlength=time_SP.shape[1])
     return [int(rank) for rank in np.argsort(-by_P)[:_RELIEVED] if by_P[rank] > 0]
 
 
