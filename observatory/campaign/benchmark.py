@@ -18,6 +18,8 @@ from observatory.run.documents.writing import write_text
 Plan = BenchPlan | RouteFetchPlan
 Result = TypeVar("Result", BenchResult, RouteFetchResult)
 
+#: Of a point of routes and fetches: options, their stages and the total, and one time, as JSON.
+_MOST_OPTIONS, _MOST_STAGES, _BYTES_OF_STAGE = 3, 5, 20
 #: Time and waiting of one rank in one repeat, as JSON.
 _BYTES_OF_TIMES = 40
 
@@ -89,6 +91,15 @@ def run_route_fetch_benchmark(
     """
     from observatory.collectives.bench.route_fetch import run_route_fetch
 
+    points = sum(map(len, (*plan.points, *plan.edits)))
+    expected = points * _MOST_OPTIONS * plan.repeats * _MOST_STAGES * _BYTES_OF_STAGE
+    if expected > MAX_DOCUMENT_BYTES:
+        raise alike(
+            ExchangeError(
+                f"the result of {points} points and {plan.repeats} repeats would be {expected >> 20} MiB, "
+                f"over {MAX_DOCUMENT_BYTES >> 20}; measure fewer points or repeats"
+            )
+        )
     return _run_on_ranks(
         plan,
         run_route_fetch,

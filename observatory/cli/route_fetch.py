@@ -249,10 +249,13 @@ def bench(
     )
     from observatory.campaign.preflight import check_libraries
     from observatory.cli.output import print_data, print_tables, say, say_cores
+    from observatory.errors import BenchmarkError
     from observatory.host.provenance import command_line
     from observatory.run.usable_cores import short_of_cores
 
     check_out(out, force=force)
+    if device not in ("cpu", "cuda"):
+        raise BenchmarkError(f"device {device[:40]!r} is unknown", expected="cpu or cuda")
     decoder = None if prefill is None else parse_counts("--prefill", prefill, most=_MOST_ROWS)
     shapes = [
         parse_shape(text, dtype=dtype, decoder=decoder) for text in shape or ("mla:4,128,32", "expert:256")
@@ -274,7 +277,7 @@ def bench(
         warmup=warmup,
         repeats=repeats,
         seed=seed,
-        device=device,
+        device="cuda" if device == "cuda" else "cpu",
     ).model_copy(update={"argv": command_line()})
     result = run_route_fetch_benchmark(plan, ranks=world, backend=backend, timeout_s=timeout_s)
     if result is None:

@@ -94,9 +94,9 @@ def attend(query_THD: Tensor, entries_CW: Tensor, shape: Shape, *, causal: bool 
     score_GNC = torch.matmul(query_GND, keys(entries_CW, shape).permute(1, 2, 0)).float()
     score_GNC *= shape.key**-0.5
     if causal:
-        own_N = torch.arange(tokens, device=query_THD.device).repeat_interleave(group)
+        index_N = torch.arange(tokens, device=query_THD.device).repeat_interleave(group)
         entry_C = torch.arange(len(entries_CW), device=query_THD.device)
-        is_behind_NC = entry_C > own_N[:, None] + (len(entries_CW) - tokens)
+        is_behind_NC = entry_C > index_N[:, None] + (len(entries_CW) - tokens)
         score_GNC.masked_fill_(is_behind_NC, -torch.inf)
     peak_GN = score_GNC.amax(dim=-1)
     weight_GNC = score_GNC.sub_(peak_GN[..., None]).exp_()

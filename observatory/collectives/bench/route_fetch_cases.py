@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 #: How far further on the chunk stands for rank 0 than where its holders cached it.
 _SHIFT = 1000
 #: Tokens that rank 0 holds itself, whose partial result is merged.
-_OWN_TOKENS = 16
+_NEAR_TOKENS = 16
 #: Query tokens whose result is compared with full attention in every repeat.
 _CHECKED_TOKENS = 8
 
@@ -130,15 +130,15 @@ class CachedAttention:
                 self.text_CX, torch.empty_like(entries_LCW), start=0, shift=_SHIFT, plain_LCW=entries_LCW
             )
         self.cached_LCW, self.wanted_LCW = entries_LCW.clone(), entries_LCW
-        self.own_LCW = draw(layers, _OWN_TOKENS, shape.entry)
+        self.near_LCW = draw(layers, _NEAR_TOKENS, shape.entry)
         self.query_LTHD = draw(layers, tokens, shape.heads, shape.key)
         after = _SHIFT + chunk
-        positions = torch.arange(chunk + _OWN_TOKENS + tokens, device=device)
-        at_T = after + _OWN_TOKENS + positions[:tokens]
+        positions = torch.arange(chunk + _NEAR_TOKENS + tokens, device=device)
+        at_T = after + _NEAR_TOKENS + positions[:tokens]
         for layer in range(layers):
             turn_entries(self.cached_LCW[layer], positions[:chunk], shape)
             turn_entries(self.wanted_LCW[layer], _SHIFT + positions[:chunk], shape)
-            turn_entries(self.own_LCW[layer], after + positions[:_OWN_TOKENS], shape)
+            turn_entries(self.near_LCW[layer], after + positions[:_NEAR_TOKENS], shape)
             self.query_LTHD[layer] = turn_queries(self.query_LTHD[layer], at_T[:, None], shape)
         self.order_C = torch.randperm(chunk, generator=torch.Generator().manual_seed(seed)).to(device)
 
@@ -165,13 +165,13 @@ class CachedAttention:
     def _request(
         self, point: Point, tokens: int, spans: Sequence[tuple[int, int]], index_KN: Sequence[Tensor | None]
     ) -> _Request:
-        own: list[Partial] = []
+        near: list[Partial] = []
         if self.rank == 0:
-            own = [
-                attend(self.query_LTHD[layer, :tokens], self.own_LCW[layer], self.shape)
+            near = [
+                attend(self.query_LTHD[layer, :tokens], self.near_LCW[layer], self.shape)
                 for layer in range(point.layers)
             ]
-        return _Request(self, point, tokens, spans, index_KN, own)
+        return _Request(self, point, tokens, spans, index_KN, near)
 
     def _error(
         self, result_LGNV: Tensor, *, point: Point, tokens: int, spans: Sequence[tuple[int, int]],
@@ -186,7 +186,7 @@ class CachedAttention:
                 wanted_CW[start:stop] if index is None else wanted_CW[start:stop][index]
                 for (start, stop), index in zip(spans, index_KN, strict=True)
             ]
-            entries_CW = torch.cat([*parts, self.own_LCW[layer]])
+            entries_CW = torch.cat([*parts, self.near_LCW[layer]])
             expected = full_attention(self.query_LTHD[layer][chosen], entries_CW, self.shape)
             rows_GTRV = result_LGNV[layer].reshape(self.shape.kv_heads, tokens, -1, self.shape.value)[
                 :, chosen
@@ -210,7 +210,7 @@ class _Request:
     tokens: int
     spans: Sequence[tuple[int, int]]
     index_KN: Sequence[Tensor | None]
-    own_L: list[Partial]
+    near_L: list[Partial]
 
     def route(self, watch: Stopwatch) -> Tensor | None:
         """Rows there, partial results back, layer by layer."""
@@ -234,7 +234,7 @@ class _Request:
             if rank == 0:
                 with watch.stage("merge"):
                     parts = [self._partial(part) for part in torch.split(returned, back_P[1:])]
-                    result.append(merge([self.own_L[layer], *parts]))
+                    result.append(merge([self.near_L[layer], *parts]))
         return torch.stack(result) if rank == 0 else None
 
     def fetch(self, watch: Stopwatch) -> Tensor | None:
@@ -288,7 +288,7 @@ class _Request:
                 query_THD = self.data.query_LTHD[layer, : self.tokens]
                 attended = [attend(query_THD, part[layer], self.data.shape) for part in parts]
             with watch.stage("merge"):
-                result.append(merge([self.own_L[layer], *attended]))
+                result.append(merge([self.near_L[layer], *attended]))
         return torch.stack(result)
 
     def _index_bytes(self, holder: int) -> int:

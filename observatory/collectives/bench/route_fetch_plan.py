@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def route_fetch_plan(
     warmup: int,
     repeats: int,
     seed: int = 0,
-    device: str = "cpu",
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> RouteFetchPlan:
     """Points that fill a logarithmic rectangle evenly, for each shape.
 

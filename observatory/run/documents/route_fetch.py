@@ -169,7 +169,7 @@ class RouteFetchPlan(Record):
     warmup: Annotated[int, Field(ge=0, le=10_000)] = 1
     repeats: Annotated[int, Field(ge=1, le=10_000)]
     seed: Annotated[int, Field(ge=0, lt=1 << 62)] = 0
-    device: Annotated[str, Field(max_length=16)] = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     argv: tuple[Text, ...] = ()
     notes: tuple[Text, ...] = ()
 

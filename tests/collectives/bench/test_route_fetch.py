@@ -133,6 +133,8 @@ def test_ranks_that_have_nothing_to_hold_are_refused() -> None:
         (["--rows", "9,3"], "LOW,HIGH"),
         (["--layers", "0"], "numbers from 1"),
         (["--prefill", "256"], "HIDDEN,INNER"),
+        (["--points", "4096", "--repeats", "1000"], "fewer points or repeats"),
+        (["--device", "abacus"], "cpu or cuda"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
