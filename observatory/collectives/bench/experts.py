@@ -20,8 +20,8 @@ Every activated expert has a row; the others are drawn with shares at random, as
 are sorted by expert, as they arrive from one source rank.
 
 In the same rounds the whole layer is called as a single expert-parallel rank, on numbers of tokens. What is
-left of its time without the phases of experts and exchanges, and without its shared experts, is what a rank
-does alone: the router, sorting rows, adding up outputs.
+left of its time without the experts, routed and shared, is what a rank does alone: the router, sorting and
+packing rows, adding up outputs. A copy of the rows stands in it where they would be exchanged.
 """
 
 from __future__ import annotations
@@ -48,8 +48,6 @@ from observatory.probes.routing.sites import RoutingSite
 from observatory.run.documents.expert_bench import ExpertPoint, ExpertShape, TokensPoint
 
 _SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
-#: Phases of the dispatchers that are predicted by other models.
-_EXPERT_SPANS = ("count_exchange", "dispatch", "experts", "combine")
 #: Of the shares of activated experts: their loads differ by half of the mean.
 _CONCENTRATION = 4.0
 
@@ -230,8 +228,7 @@ class _Around(NullSink):
         if not keep:
             return
         tokens, shared_us = len(hidden_TH), self._inside_us.get("shared", 0.0)
-        of_experts = sum(self._inside_us.get(name, 0.0) for name in _EXPERT_SPANS)
-        local_us = max(whole_us - of_experts - shared_us, 1e-3)
+        local_us = max(whole_us - self._inside_us.get("experts", 0.0) - shared_us, 1e-3)
         self._us["local"].setdefault(tokens, []).append(local_us)
         if self._shared is not None:
             self._us["shared"].setdefault(tokens, []).append(max(shared_us, 1e-3))

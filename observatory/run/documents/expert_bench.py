@@ -133,7 +133,7 @@ class ExpertBench(Record):
         points: the measurements, each round in an order of its own.
         shared_points: times of the layer's shared experts; empty where there are none under a usual name.
         local_points: times of what a rank does alone in the layer besides all experts: the router, sorting
-            rows, adding up outputs; empty where the layer cannot be called alone.
+            and packing rows, adding up outputs; empty where the layer cannot be called alone.
         git_sha, hosts, software, cores: where it was measured.
         notes: what a reader must know.
     """
