@@ -127,7 +127,7 @@ class ExpertCost:
         idle_s: time of a call without assignments.
         source: file or profile, for people.
         most_assignments, most_activated: what was measured up to; None where nothing was.
-        least_rows, most_rows: assignments of an activated expert that were measured; None likewise.
+        most_rows: assignments of an activated expert that were measured up to; None likewise.
         median_error, p90_error: of |predicted - measured| / measured on held-out points; None likewise.
         shared_F: seconds of a call of the shared experts and of one of its tokens; None where not known.
         local_F: the same of what a rank does alone in the layer besides experts: router, sorting, adding up.
@@ -142,7 +142,6 @@ class ExpertCost:
     source: str
     most_assignments: int | None = None
     most_activated: int | None = None
-    least_rows: float | None = None
     most_rows: float | None = None
     median_error: float | None = None
     p90_error: float | None = None
@@ -261,7 +260,6 @@ def fit_experts(bench: ExpertBench, *, source: str = "expert benchmark", seed: i
     )
     call_s, expert_s, row_s, beyond_s = _fit(chosen.form, assignments_N, activated_N, s_N).tolist()
     idle = [point.median_us * 1e-6 for point in bench.points if point.assignments == 0]
-    rows_N = assignments_N / activated_N
     return ExpertCost(
         grade="measured",
         shape=bench.shape,
@@ -271,8 +269,7 @@ def fit_experts(bench: ExpertBench, *, source: str = "expert benchmark", seed: i
         source=source,
         most_assignments=int(assignments_N.max()),
         most_activated=int(activated_N.max()),
-        least_rows=float(rows_N.min()),
-        most_rows=float(rows_N.max()),
+        most_rows=float((assignments_N / activated_N).max()),
         median_error=float(np.median(chosen.error_N)),
         p90_error=float(np.quantile(chosen.error_N, 0.9)),
         shared_F=_fit_tokens(bench.shared_points),

@@ -104,9 +104,13 @@ def experts_tables(document: dict[str, Any]) -> list[Table]:
         f"{shape['intermediate']}, {shape['dtype']}, on {document['device']}: median of {document['repeats']}"
     )
     form = f"{document['form']}: {_meaning(document)}"
+    noise = document["repeat_noise"]
+    forms = "forms of the time" + (
+        "" if noise is None else f"; repeats leave a point uncertain by {noise:.1%}".replace("%", " %")
+    )
     return [
         Table(name="coefficients", columns=COEFFICIENT_COLUMNS, rows=document["coefficients"], title=form),
-        Table(name="forms", columns=FORM_COLUMNS, rows=document["forms"], title="forms of the time"),
+        Table(name="forms", columns=FORM_COLUMNS, rows=document["forms"], title=forms),
         Table(name="points", columns=POINT_COLUMNS, rows=document["points"], title=title),
     ]
 

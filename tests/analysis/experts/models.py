@@ -22,7 +22,6 @@ def cost(call_s: float = 0.0, expert_s: float = 0.0, row_s: float = 0.0, **chang
         "source": "test",
         "most_assignments": 100,
         "most_activated": 4,
-        "least_rows": 1.0,
         "most_rows": 50.0,
     }
     return ExpertCost(**{**fields, **changes})
