@@ -1,8 +1,8 @@
 """How well the closed forms predict route, fetch and local, and how often they pick the faster one.
 
-Two hosts (network namespaces, needs root) joined by a link of a known rate, one rank on each. Every point is
-predicted by a fit that did not see it (five folds); the options of a point are compared where their measured
-costs differ by more than 10 %.
+Two hosts or more (network namespaces, needs root) joined by links of a known rate, one rank on each. Every
+point is predicted by a fit that did not see it (five folds); the options of a point are compared where their
+measured costs differ by more than 10 %.
 
     python -m benchmarks.route_fetch_accuracy [--rates-mbit 50 200] [--points 96] [--repeats 7] [--save DIR]
 """
@@ -26,8 +26,8 @@ MTU_BYTES = 1500
 SHAPES = ("mla:4,128,32", "gqa:8,2,64", "mha:4,64", "sparse:4,128,32,128", "expert:256")
 
 
-def measure(rate_mbit: float, points: int, repeats: int, folder: Path) -> Path:
-    """One rank on each of two hosts behind links of a rate."""
+def measure(rate_mbit: float, hosts: int, points: int, repeats: int, folder: Path) -> Path:
+    """One rank on each host, all behind links of a rate."""
     plan = route_fetch_plan(
         [parse_shape(text) for text in SHAPES],
         points=points,
@@ -37,7 +37,7 @@ def measure(rate_mbit: float, points: int, repeats: int, folder: Path) -> Path:
         warmup=1,
         repeats=repeats,
     )
-    with shaped_nodes(2, rate_mbit=rate_mbit, mtu_bytes=MTU_BYTES, burst_s=0.0) as names:
+    with shaped_nodes(hosts, rate_mbit=rate_mbit, mtu_bytes=MTU_BYTES, burst_s=0.0) as names:
         return run_ranks(plan, names, ranks_on_node=1, folder=folder, timeout_s=580.0)
 
 
@@ -68,6 +68,7 @@ def lines(name: str, result: RouteFetchResult) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rates-mbit", type=float, nargs="+", default=[50.0, 200.0])
+    parser.add_argument("--hosts", type=int, default=2, help="one asks, the others hold")
     parser.add_argument("--points", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--save", type=Path)
@@ -79,7 +80,7 @@ def main() -> None:
     ]
     for rate_mbit in options.rates_mbit:
         with tempfile.TemporaryDirectory() as folder:
-            path = measure(rate_mbit, options.points, options.repeats, Path(folder))
+            path = measure(rate_mbit, options.hosts, options.points, options.repeats, Path(folder))
             result = load_route_fetch(path)
             if options.save is not None:
                 (options.save / f"route-fetch-{rate_mbit:g}.json").write_bytes(path.read_bytes())
