@@ -136,6 +136,10 @@ def place(
     json: JsonOption = False,
 ) -> None:
     """Choose a placement of experts on some steps and judge it on the others."""
+    from observatory.errors import PlacementError
+
+    if sum(given is not None for given in (run, problem, evaluate)) != 1:
+        raise PlacementError("place takes a run, or --problem, or --evaluate; expected one of them")
     if out is not None:
         from observatory.campaign.benchmark import check_out
 
@@ -152,23 +156,14 @@ def place(
     from observatory.advice.placement_scores import placement_rules
     from observatory.advice.words import placement_sentences
     from observatory.analysis.parallel.balancing.problem import read_speeds
-    from observatory.analysis.parallel.step_loads import step_loads
     from observatory.cli.output import print_data, print_tables, say
-    from observatory.errors import PlacementError
     from observatory.run import open_run
     from observatory.run.documents.writing import write_json
-    from observatory.run.manifest import PHASES
 
     if run is None or ranks is None:
-        raise PlacementError("place has no run, or no --ranks; expected both, or --problem FILE")
-    if phase not in (None, *PHASES, "all"):
-        raise PlacementError(f"--phase {phase!r} is not known; expected one of {', '.join(PHASES)}, all")
+        raise PlacementError("place has no --ranks; expected the number of expert-parallel ranks")
     opened = open_run(run)
-    loads = step_loads(opened, phase=None if phase == "all" else phase, by_source=experts is not None)
-    if phase is None and len(loads.phases) > 1:
-        phase = loads.largest_phase
-        say(f"note: placed for {phase}, which has most assignments; give --phase for another, or all")
-        loads = loads.of_phase(phase)
+    loads = _loads(opened, phase, by_source=experts is not None)
     given = None if current is None else current if current in ("linear", "round-robin") else Path(current)
     today, name = current_layout(opened, loads, ranks=ranks, given=given)
     rules = placement_rules(
@@ -210,6 +205,23 @@ def place(
     if out is not None:
         say(f"placement written to {out}")
         say(f"try it: observatory profile MODEL --ep {ranks} --placement {quote(str(out))}")
+
+
+def _loads(run: Run, phase: str | None, *, by_source: bool) -> StepLoads:
+    """Loads of the phase that is asked for, or of the largest one."""
+    from observatory.analysis.parallel.step_loads import step_loads
+    from observatory.cli.output import say
+    from observatory.errors import PlacementError
+    from observatory.run.manifest import PHASES
+
+    if phase not in (None, *PHASES, "all"):
+        raise PlacementError(f"--phase {phase!r} is not known; expected one of {', '.join(PHASES)}, all")
+    loads = step_loads(run, phase=None if phase == "all" else phase, by_source=by_source)
+    if phase is not None or len(loads.phases) < 2:
+        return loads
+    phase = loads.largest_phase
+    say(f"note: placed for {phase}, which has most assignments; give --phase for another, or all")
+    return loads.of_phase(phase)
 
 
 def _timer(

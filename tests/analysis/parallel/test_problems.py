@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,10 @@ def test_tokens_with_structure_decide_the_nodes_of_the_first_layer_only() -> Non
     assert touched[0] == 1.0
     assert touched[1] > 2.0
     assert doubled(slot_LPK) == 0
+    today = np.random.default_rng(0).permutation(32).reshape(1, 8, 4).repeat(2, axis=0)
+    changed = solve(replace(problem, current_LPE=held(today, 32))).slot_LPK[0]
+    node_E[changed.reshape(4, -1)] = np.arange(4)[:, None]
+    assert nodes_touched(token_TK, node_E, 4).mean() == 1.0
 
 
 def test_steps_that_drift_are_forecast_from_the_last_ones_and_others_from_all() -> None:
@@ -350,6 +355,10 @@ def test_a_problem_goes_in_and_a_placement_comes_out(
         ({"nodes": 3}, "4 ranks on 3 nodes"),
         ({"groups": 3, "nodes": 2}, "8 experts in 3 groups"),
         ({"groups": 4, "nodes": 4, "replicas": 4}, "at most one copy of each"),
+        (
+            {"objective": "nodes", "nodes": 4, "replicas": 4, "tokens": np.zeros((5, 2), dtype=int)},
+            "at most one copy of each",
+        ),
         ({"objective": "fastest"}, "objective is 'fastest'; expected one of mean, step"),
         ({"objective": "nodes", "nodes": 2}, "without tokens"),
         ({"objective": "moves"}, "expected current"),
@@ -418,5 +427,8 @@ def test_a_problem_at_the_noise_floor_is_called_so(
 
 
 def test_a_run_is_needed_where_there_is_no_problem(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["place"]) == 1
-    assert "--problem FILE" in capsys.readouterr().err
+    for arguments in ([], ["run", "--problem", "a.npz"], ["--problem", "a.npz", "--evaluate", "true"]):
+        assert main(["place", *arguments]) == 1
+        assert "expected one of them" in capsys.readouterr().err
+    assert main(["place", "run"]) == 1
+    assert "--ranks" in capsys.readouterr().err

@@ -90,7 +90,12 @@ class Problem:
         if self.ranks % self.nodes:
             raise PlacementError(f"{self.ranks} ranks on {self.nodes} nodes; expected equally many on each")
         if self.groups > 1:
-            self._check_groups(experts, slots)
+            self._check_groups(experts)
+        if (self.groups > 1 or self.objective is Objective.NODES) and slots > experts // self.nodes:
+            raise PlacementError(
+                f"{slots} slots of a rank for the {experts // self.nodes} experts of its node; expected at "
+                "most one copy of each: fewer replicas, or no groups"
+            )
         if self.objective is Objective.NODES and self.token_TK is None:
             raise PlacementError(
                 "objective nodes without tokens; expected the experts of sampled tokens, as tokens (T, K)"
@@ -117,16 +122,11 @@ class Problem:
         blocks = self.nodes if self.groups > 1 else 1
         return np.arange(self.ranks) // (self.ranks // blocks)
 
-    def _check_groups(self, experts: int, slots: int) -> None:
+    def _check_groups(self, experts: int) -> None:
         if experts % self.groups or self.groups % self.nodes:
             raise PlacementError(
                 f"{experts} experts in {self.groups} groups on {self.nodes} nodes; expected groups of "
                 "equally many experts, and equally many groups on each node"
-            )
-        if slots > experts // self.nodes:
-            raise PlacementError(
-                f"{slots} slots of a rank for the {experts // self.nodes} experts of its node; expected at "
-                "most one copy of each: fewer replicas, or no groups"
             )
         if self.current_LPE is not None:
             shape = len(self.current_LPE), self.nodes, -1, self.groups, experts // self.groups

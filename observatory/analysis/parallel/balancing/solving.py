@@ -82,7 +82,8 @@ def solve(problem: Problem, *, seed: int = 0) -> Solution:
     else:
         slot_LPK = make(load_SLE)
         if problem.speed_P is None:
-            slot_LPK = renumbered(slot_LPK, held_LPE > 0, problem.node_P)
+            node_P = problem.node_P if tokens is None else _blocks(problem)
+            slot_LPK = renumbered(slot_LPK, held_LPE > 0, node_P)
     if problem.is_of_mean:
         mean_SLE = load_SLE.mean(axis=0)[None]
         gain_L: Float64 | None = (judge(mean_SLE, today_LPK) - judge(mean_SLE, slot_LPK))[0]
@@ -148,8 +149,7 @@ def _fresh(problem: Problem, load_SLE: Float64, tokens: Structure | None, seed: 
     node_P = problem.node_P
     if tokens is None or not tokens.is_there:
         return steps_layout(scenario_SLE, start, speed_P=problem.speed_P, node_P=node_P)
-    blocks_P = np.arange(problem.ranks) // (problem.ranks // problem.nodes)
-    first = steps_layout(scenario_SLE[:, :1], start[:1], speed_P=problem.speed_P, node_P=blocks_P)
+    first = steps_layout(scenario_SLE[:, :1], start[:1], speed_P=problem.speed_P, node_P=_blocks(problem))
     others = steps_layout(scenario_SLE[:, 1:], start[1:], speed_P=problem.speed_P, node_P=node_P)
     return np.concatenate([first, others])
 
@@ -164,6 +164,11 @@ def _activated(problem: Problem, load_SLE: Float64) -> Float64:
     active_LE, _ = _forecast(problem, (load_SLE > 0).astype(np.float64))
     tie_LE = expected_LE / np.maximum(expected_LE.mean(axis=1), 1e-300)[:, None]
     return np.asarray((1 - np.exp(-expected_LE) + active_LE) / 2 + _TIE * tie_LE)
+
+
+def _blocks(problem: Problem) -> Int64:
+    """Node of each rank."""
+    return np.arange(problem.ranks) // (problem.ranks // problem.nodes)
 
 
 def _few_activated(problem: Problem, load_SLE: Float64) -> Int64:
