@@ -1,4 +1,4 @@
-"""Constants by name, and what to do with the experts of a run: send tokens, fetch weights, or keep copies."""
+"""Constants by name, what follows from them, and what to do with the experts of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import numpy as np
 from pydantic import JsonValue
 
 from observatory.advice.placement_layouts import current_layout
-from observatory.analysis.columns import Column, Table
 from observatory.analysis.parallel.step_loads import StepLoads
 from observatory.analysis.route_fetch.costs import Constants
 from observatory.analysis.route_fetch.experts import Choice, ExpertDecisions, ExpertShape, decide_experts
@@ -21,9 +20,8 @@ from observatory.analysis.route_fetch.fitting import HeldOut, fit_shape, hold_ou
 from observatory.analysis.route_fetch.published import PREFIX, published_constants
 from observatory.errors import BenchmarkError
 from observatory.reasons import Reason
-from observatory.run.documents.printed import printed_document
 from observatory.run.documents.route_fetch import ELEMENT_BYTES, Shape, load_route_fetch
-from observatory.text import listing, percent_words
+from observatory.text import listing
 
 if TYPE_CHECKING:
     from observatory.run import Run
@@ -270,110 +268,3 @@ def conclude_maps(document: Mapping[str, Any]) -> list[Reason]:
             numbers = {name: row[name] for name in ("shape", "options", "right_apart", "apart")}
             reasons.append(Reason(RouteFetchCode.UNRELIABLE, numbers))
     return reasons
-
-
-_SENTENCES = {
-    RouteFetchCode.FETCH_FROM: "{shape}: at size {size:.0f} fetching costs less from {rows:.0f} rows on "
-    "({rows_low:.0f} to {end}), routing below",
-    RouteFetchCode.ALWAYS_ROUTE: "{shape}: at size {size:.0f} routing costs less for any number of rows",
-    RouteFetchCode.ALWAYS_FETCH: "{shape}: at size {size:.0f} fetching costs less for any number of rows",
-    RouteFetchCode.UNRELIABLE: "{shape}: do not rely on these costs: of {options} the faster was picked at "
-    "{right_apart} of {apart} held-out points; measure with more --repeats on a quiet machine",
-    RouteFetchCode.SEND_ALL: "send all tokens: there is no expert to fetch or keep",
-    RouteFetchCode.CHANGE: "fetch {fetched} experts and keep {kept}, all layers together: on steps that were "
-    "not used to choose that saves {share} of the {today_us:.0f} us of a step: {saved_us:.0f} us "
-    "({saved_us_low:.0f} to {saved_us_high:.0f})",
-    RouteFetchCode.UNCERTAIN: "send all tokens: to fetch {fetched} experts and keep {kept} would save "
-    "{saved_us:.0f} us of {today_us:.0f} ({saved_us_low:.0f} to {saved_us_high:.0f}), which may be nothing",
-    RouteFetchCode.KEEP_COST: "kept copies take {keep_mib:.2g} MiB on every rank; steps until bringing them "
-    "there has paid: {break_even_steps}",
-    RouteFetchCode.BREAK_EVEN: "the busiest expert has {busiest_tokens:.0f} tokens in a step; on {ranks} "
-    "ranks fetching one moves less from {break_even} tokens on",
-    RouteFetchCode.RANKS_NOT_MEASURED: "the constants were measured on {measured_ranks} ranks; times on "
-    "{ranks} are extrapolated",
-    RouteFetchCode.OTHER_HOSTS: "the run was on {run}, the constants were measured on {measured}: they are "
-    "those of another fabric",
-    RouteFetchCode.WITHOUT_COMPUTE: "{source} says nothing about the experts' own time, which is left out",
-}
-
-
-def route_fetch_sentences(verdict: Sequence[Reason]) -> list[str]:
-    """A verdict in words."""
-    sentences = []
-    for reason in verdict:
-        values: dict[str, Any] = dict(reason.values)
-        if "rows_high" in values:
-            values["end"] = "any number" if values["rows_high"] is None else f"{values['rows_high']:.0f}"
-        if "today_us" in values:
-            values["share"] = percent_words(values["saved_us"] / max(values["today_us"], 1e-9))
-        if "keep_bytes" in values:
-            values["keep_mib"] = values["keep_bytes"] / (1 << 20)
-        if "break_even_tokens" in values:
-            tokens = values["break_even_tokens"]
-            values["break_even"] = "no number of" if tokens is None else f"{tokens:.0f}"
-        sentences.append(_SENTENCES[RouteFetchCode(reason.code)].format_map(values))
-    return sentences
-
-
-EXPERT_COLUMNS = (
-    Column(name="layer", title="layer", key=True),
-    Column(name="fetched", title="fetch", legend="experts whose weights come here in every step"),
-    Column(name="kept", title="keep", legend="experts with a copy on every rank"),
-    Column(name="saved_us", title="saved", unit="us", digits=0, legend="of a step, on held-out steps"),
-    Column(name="busiest_tokens", title="busiest", digits=0, legend="tokens of the busiest expert in a step"),
-    Column(name="route_us", title="its tokens", unit="us", digits=0, legend="to move these, and its weights"),
-    Column(name="fetch_us", title="its weights", unit="us", digits=0),
-    Column(name="experts_fetched", title="experts to fetch", text=True, wide=True),
-    Column(name="experts_kept", title="experts to keep", text=True, wide=True),
-)
-
-
-def expert_document(advice: ExpertAdvice, problems: Sequence[str] = ()) -> dict[str, Any]:
-    """The advice as ``route-fetch RUN --json`` prints it (docs/json.md)."""
-    decisions = advice.decisions
-    fetched_LE, kept_LE = (decisions.choice_LE == choice for choice in (Choice.FETCH, Choice.KEEP))
-    busiest_L = decisions.tokens_LE.argmax(axis=1)
-    return printed_document(
-        "route_fetch_experts",
-        {
-            "grade": advice.constants.grade,
-            "source": advice.constants.source,
-            "ranks": advice.ranks,
-            "placement": advice.placement,
-            "train_steps": decisions.steps[0],
-            "held_out_steps": decisions.steps[1],
-            "today_us": decisions.today_us,
-            "chosen_us": decisions.chosen_us,
-            "saved_us": decisions.saved_us.value,
-            "saved_us_low": decisions.saved_us.low,
-            "saved_us_high": decisions.saved_us.high,
-            "keep_bytes": decisions.keep_bytes,
-            "keep_us": decisions.keep_us,
-            "break_even_tokens": decisions.break_even_tokens,
-            "problems": list(problems),
-            "verdict": [reason.document() for reason in advice.verdict],
-            "layers": [
-                {
-                    "layer": layer,
-                    "fetched": int(fetched_LE[index].sum()),
-                    "kept": int(kept_LE[index].sum()),
-                    "saved_us": float(decisions.saved_us_L[index]),
-                    "busiest_tokens": float(decisions.tokens_LE[index, busiest_L[index]]),
-                    "route_us": float(decisions.route_us_LE[index, busiest_L[index]]),
-                    "fetch_us": float(decisions.fetch_us_LE[index, busiest_L[index]]),
-                    "experts_fetched": np.flatnonzero(fetched_LE[index]).tolist(),
-                    "experts_kept": np.flatnonzero(kept_LE[index]).tolist(),
-                }
-                for index, layer in enumerate(advice.layers)
-            ],
-        },
-    )
-
-
-def expert_tables(document: dict[str, Any]) -> list[Table]:
-    """A row for each layer."""
-    title = (
-        f"{document['ranks']} ranks, placement {document['placement']}, chosen on {document['train_steps']} "
-        f"steps, {document['held_out_steps']} held out; constants {document['grade']}: {document['source']}"
-    )
-    return [Table(name="layers", columns=EXPERT_COLUMNS, rows=document["layers"], title=title)]

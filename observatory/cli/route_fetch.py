@@ -90,7 +90,8 @@ def route_fetch(
     json: JsonOption = False,
 ) -> None:
     """Send rows to the data, bring the data, or make it here: what costs less, and from where on."""
-    from observatory.advice.route_fetch import conclude_maps, known_constants, route_fetch_sentences
+    from observatory.advice.route_fetch import conclude_maps, known_constants
+    from observatory.advice.route_fetch_words import route_fetch_sentences
     from observatory.analysis.route_fetch.document import (
         Question,
         map_tables,
@@ -157,14 +158,9 @@ def _decide(
     json: bool,
 ) -> None:
     """Decide about the experts of a run."""
-    from observatory.advice.route_fetch import (
-        advise_experts,
-        expert_document,
-        expert_tables,
-        known_constants,
-        route_fetch_sentences,
-        run_shape,
-    )
+    from observatory.advice.route_fetch import advise_experts, known_constants, run_shape
+    from observatory.advice.route_fetch_document import expert_document, expert_tables
+    from observatory.advice.route_fetch_words import route_fetch_sentences
     from observatory.analysis.parallel.step_loads import step_loads
     from observatory.cli.output import print_data, print_tables, print_text, say
     from observatory.errors import BenchmarkError

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from observatory.advice.route_fetch import RouteFetchCode, route_fetch_sentences
+from observatory.advice.route_fetch import RouteFetchCode
+from observatory.advice.route_fetch_words import _SENTENCES, route_fetch_sentences
 from observatory.analysis.route_fetch.costs import Constants, StageCosts
 from observatory.analysis.route_fetch.experts import Choice, ExpertShape, decide_experts
 from observatory.cli import main
@@ -194,7 +195,5 @@ def test_constants_of_other_hosts_are_named(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_every_code_has_a_sentence() -> None:
-    from observatory.advice.route_fetch import _SENTENCES
-
     assert set(_SENTENCES) == set(RouteFetchCode)
     assert route_fetch_sentences([]) == []
