@@ -18,6 +18,8 @@ from observatory.analysis.parallel.balancing import (
     lower_bound,
     rank_times,
     slots_of,
+    without_seconds,
+    written_times,
 )
 from observatory.analysis.parallel.balancing.nodes import node_bound
 from observatory.analysis.parallel.balancing.problem import Objective, Problem
@@ -53,6 +55,7 @@ class ProblemCode(StrEnum):
     TOO_SHORT = "too_short"
     AT_FLOOR = "at_floor"
     MOVES = "moves"
+    DROPPED = "dropped"
     STRUCTURE = "structure"
     NO_STRUCTURE = "no_structure"
 
@@ -73,7 +76,7 @@ def problem_document(problem: Problem, solution: Solution, cpu_s: float) -> dict
     if problem.current_LPE is not None:
         layouts["today"] = slots_of(problem.current_LPE)
     layouts["solution"] = solution.slot_LPK
-    of_mean_L = rank_times(mean_LE[None], solution.slot_LPK, problem.speed_P).max(axis=2)[0]
+    of_mean_L = written_times(mean_LE[None], solution.slot_LPK, problem.speed_P).max(axis=2)[0]
     bound_L = _bounds(problem, mean_LE)
     changed_L, gain_L = solution.is_changed_L, solution.gain_L
     return printed_document(
@@ -173,10 +176,11 @@ def _row(problem: Problem, name: str, slot_LPK: Int64) -> dict[str, Any]:
     if problem.current_LPE is not None:
         held_LPE = holders(slot_LPK, mean_LE.shape[1])
         moved = float((held_LPE & (problem.current_LPE == 0)).sum() / len(slot_LPK))
+    times = rank_times if name == "today" else written_times
     return {
         "candidate": name,
-        "of_mean": float(rank_times(mean_LE[None], slot_LPK, problem.speed_P).max(axis=2).mean()),
-        "of_steps": float(rank_times(problem.load_SLE, slot_LPK, problem.speed_P).max(axis=2).mean()),
+        "of_mean": float(times(mean_LE[None], slot_LPK, problem.speed_P).max(axis=2).mean()),
+        "of_steps": float(times(problem.load_SLE, slot_LPK, problem.speed_P).max(axis=2).mean()),
         "moved": moved,
     }
 
@@ -208,6 +212,10 @@ def _verdict(problem: Problem, solution: Solution, of_mean_L: Float64, bound_L: 
         yield Reason(ProblemCode.MOVES, {"moves": problem.max_moves, "before": first, "after": last})
     if solution.is_changed_L is not None:
         yield _changed(problem, solution, int(solution.is_changed_L.sum()), layers)
+    experts = problem.load_SLE.shape[2]
+    dropped = int((without_seconds(solution.slot_LPK, experts) == experts).sum())
+    if dropped:
+        yield Reason(ProblemCode.DROPPED, {"dropped": dropped})
     if solution.structure is not None:
         code = ProblemCode.STRUCTURE if solution.structure.is_there else ProblemCode.NO_STRUCTURE
         touched, independent = solution.structure.touched, solution.structure.independent

@@ -228,6 +228,8 @@ _PROBLEM = {
     "{move_cost:g} for each layer that is changed",
     ProblemCode.TOO_SHORT: "{steps} steps are too few to say whether a change pays; {changed} of {layers} "
     "layers are changed",
+    ProblemCode.DROPPED: "slots that are left empty: {dropped}; today they hold second copies of an expert "
+    "on one rank, which a placement holds once",
     ProblemCode.STRUCTURE: "tokens have structure: on tokens that were not used to choose they touch "
     "{nodes:.2f} nodes, independent ones {independent_nodes:.2f}",
     ProblemCode.NO_STRUCTURE: "tokens have no structure that pays: on tokens that were not used to choose "

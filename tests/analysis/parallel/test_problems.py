@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from observatory.advice.placement_problem import layout_file, problem_document
 from observatory.analysis.parallel.balancing import Float64, Int64, greedy_layout, holders, rank_times
 from observatory.analysis.parallel.balancing.coactivation import nodes_touched, structure
 from observatory.analysis.parallel.balancing.decision import shrunk
@@ -156,6 +157,42 @@ def test_two_copies_on_one_rank_are_parted_by_moves() -> None:
         load_LE, today, most_moves=1, speed_P=np.ones(2), node_P=np.zeros(2, dtype=np.int64)
     )
     assert doubled(slot_LPK) == 0
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 12))
+@settings(max_examples=20, deadline=None)
+def test_slots_of_second_copies_are_filled_while_there_are_moves_and_scored_as_written(
+    seed: int, moves: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    layout_LN = generator.permuted(np.tile(np.arange(12) % 8, (3, 1)), axis=1)
+    today = layout_LN.reshape(3, 4, 3)
+    problem = Problem(
+        load_SLE=np.rint(np.exp(generator.normal(3, 1, (1, 3, 8)))),
+        ranks=4,
+        replicas=4,
+        current_LPE=np.stack([[np.bincount(slot_K, minlength=8) for slot_K in slot_PK] for slot_PK in today]),
+        max_moves=moves,
+        objective=Objective.MOVES,
+    )
+    solution = solve(problem)
+    document = problem_document(problem, solution, 0.0)
+    file = layout_file(solution.slot_LPK, 8, (0, 1, 2))["layers"]
+    ratios, dropped = [], 0
+    for layer, slot_PK in enumerate(today):
+        load_P = np.zeros(4)
+        for expert, rank_C in enumerate(file[str(layer)]):
+            load_P[rank_C] += problem.load_SLE[0, layer, expert] / len(rank_C)
+        ratios.append(load_P.max() / load_P.mean())
+        lost = 12 - sum(map(len, file[str(layer)]))
+        empty = sum(3 - len(set(slot_K)) for slot_K in slot_PK.tolist())
+        assert lost == 0 if moves >= empty else lost >= empty - moves
+        dropped += lost
+    assert received(solution.slot_LPK, today, 8).max() <= moves
+    assert document["candidates"][-1]["of_mean"] == pytest.approx(np.mean(ratios))
+    assert document["frontier"][-1]["of_mean"] == pytest.approx(np.mean(ratios))
+    codes = {reason["code"]: reason for reason in document["verdict"]}
+    assert codes.get("dropped", {"dropped": 0})["dropped"] == dropped
 
 
 def test_new_ranks_are_numbered_like_those_of_today() -> None:

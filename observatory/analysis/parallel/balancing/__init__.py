@@ -13,6 +13,8 @@ from observatory.analysis.parallel.balancing.layouts import (
     replicas_for,
     round_robin_layout,
     slots_per_rank,
+    without_seconds,
+    written_times,
 )
 from observatory.analysis.parallel.balancing.moves import slots_of
 from observatory.analysis.parallel.balancing.search import balanced_layout
@@ -34,4 +36,6 @@ __all__ = [
     "slots_of",
     "slots_per_rank",
     "steps_layout",
+    "without_seconds",
+    "written_times",
 ]

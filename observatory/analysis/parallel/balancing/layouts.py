@@ -173,6 +173,13 @@ def _separate(slot_PK: Int64, share_E: Float64) -> None:
                 slot_PK[rank, k], slot_PK[other, q] = slot_PK[other, q], expert
 
 
+def without_seconds(slot_LPK: Int64, experts: int) -> Int64:
+    """The layout with slots sorted, and those of second copies of an expert on one rank holding expert E."""
+    slot_LPK = np.sort(slot_LPK, axis=2)
+    slot_LPK[:, :, 1:][slot_LPK[:, :, 1:] == slot_LPK[:, :, :-1]] = experts
+    return slot_LPK
+
+
 def holders(slot_LPK: Int64, experts: int) -> Bool:
     """Whether a rank holds an expert, (L, P, E)."""
     layers, ranks, _ = slot_LPK.shape
@@ -189,3 +196,10 @@ def rank_times(load_SLE: Float64 | Int64, slot_LPK: Int64, speed_P: Float64 | No
     total_SL = load_SLP.sum(axis=2)[:, :, None]
     time_SLP = load_SLP / speed_P * speed_P.sum(axis=-1, keepdims=True) / np.maximum(total_SL, 1e-300)
     return np.asarray(np.where(total_SL > 0, time_SLP, 1.0))
+
+
+def written_times(load_SLE: Float64, slot_LPK: Int64, speed_P: Float64 | None = None) -> Float64:
+    """`rank_times` of the placement file of a layout: second copies on one rank count once, (S, L, P)."""
+    steps, layers, experts = load_SLE.shape
+    padded_SLE = np.concatenate([load_SLE, np.zeros((steps, layers, 1))], axis=2)
+    return rank_times(padded_SLE, without_seconds(slot_LPK, experts), speed_P)

@@ -10,12 +10,19 @@ rank's, which then has more copies to share its load.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from observatory.analysis.parallel.balancing.layouts import Bool, Float64, Int64, holders
+from observatory.analysis.parallel.balancing.layouts import (
+    Bool,
+    Float64,
+    Int64,
+    holders,
+    without_seconds,
+)
 
 #: Power of the sum over ranks: high, so that the busiest ones count.
 _POWER = 24.0
@@ -23,6 +30,8 @@ _POWER = 24.0
 _LEAST_COST = 0.5
 #: A layer is done when its busiest rank is within this of a perfect balance.
 _CLOSE = 1e-3
+#: Changes of a layer that are tried before it is left: estimates leave out what two experts share.
+_TRIALS = 16
 
 
 def moved_layouts(
@@ -39,53 +48,92 @@ def moved_layouts(
 
     Returns:
         The layouts, (L, P, K), and the busiest rank's time over that of perfectly balanced ranks after 0, 1,
-        ... ``most_moves`` moves, (most_moves + 1, L).
+        ... ``most_moves`` moves, (most_moves + 1, L), where second copies on a rank take no load; the last
+        is that of the layouts.
     """
-    state = _State(load_LE, today_LPK, speed_P, node_P)
-    best_ML = state.run(most_moves)
-    return state.filled(most_moves), best_ML
+    state = _State(load_LE, today_LPK, speed_P, node_P, most_moves)
+    best_ML = state.run()
+    return state.written(), best_ML
 
 
 class _State:
-    """Layouts on their way. An empty slot, left by a second copy on one rank, holds expert E of no load."""
+    """Layouts on their way. An empty slot, left by a second copy on one rank, holds expert E of no load.
 
-    def __init__(self, load_LE: Float64, today_LPK: Int64, speed_P: Float64, node_P: Int64) -> None:
+    Each empty slot takes a move to fill: as many moves are kept back, where there are enough for all of them.
+    """
+
+    def __init__(
+        self, load_LE: Float64, today_LPK: Int64, speed_P: Float64, node_P: Int64, most_moves: int
+    ) -> None:
         layers, self.ranks, self.slots = today_LPK.shape
         self.experts = load_LE.shape[1]
         load_LE = load_LE / np.maximum(load_LE.sum(axis=1, keepdims=True), 1e-300) * speed_P.sum()
         self.load_LE = np.concatenate([load_LE, np.zeros((layers, 1))], axis=1)
-        self.speed_P, self.node_P = speed_P, node_P
-        self.slot_LPK = np.sort(today_LPK, axis=2)
-        self.slot_LPK[:, :, 1:][self.slot_LPK[:, :, 1:] == self.slot_LPK[:, :, :-1]] = self.experts
+        self.speed_P, self.node_P, self.most_moves = speed_P, node_P, most_moves
+        self.slot_LPK = without_seconds(today_LPK, self.experts)
         self.today_LPE = self._held(np.arange(layers))
         self.moves_L = np.zeros(layers, dtype=np.int64)
+        self.best_ML = np.full((most_moves + 1, layers), np.inf)
+        self.best_LPK = self.slot_LPK.copy()
+        self.least_L2 = np.full((layers, 2), np.inf)  # empty slots, and the busiest rank's time
 
-    def run(self, most_moves: int) -> Float64:
+    def run(self) -> Float64:
         """Change layouts while that helps; the best ratio after each number of moves, (M + 1, L)."""
-        layers = len(self.slot_LPK)
-        best_ML = np.full((most_moves + 1, layers), np.inf)
-        worst_L = self._times(np.arange(layers)).max(axis=1)
-        best_ML[0] = worst_L
-        layer_A = np.flatnonzero(worst_L > 1 + _CLOSE)
-        for _ in range(2 * most_moves + 8):
-            layer_A = self._change(layer_A, most_moves) if len(layer_A) else layer_A
+        layer_L = np.arange(len(self.slot_LPK))
+        self._improve(layer_L)
+        emptied_A = np.flatnonzero(self._empty(layer_L) > 0)
+        if len(emptied_A):
+            self._fill()
+            self._improve(emptied_A)
+        best_ML = np.asarray(np.minimum.accumulate(self.best_ML, axis=0))
+        best_ML[-1] = self.least_L2[:, 1]
+        return best_ML
+
+    def written(self) -> Int64:
+        """The best layouts; slots that are still empty get a second copy of the rank's first expert."""
+        for layer, rank, k in np.argwhere(self.best_LPK == self.experts).tolist():
+            slot_K = self.best_LPK[layer, rank]
+            slot_K[k] = slot_K[slot_K < self.experts][0]
+        return self.best_LPK
+
+    def _improve(self, layer_A: Int64) -> None:
+        for _ in range(2 * self.most_moves + 8):
+            layer_A = layer_A[self._note(layer_A) > 1 + _CLOSE] if len(layer_A) else layer_A
             if not len(layer_A):
                 break
-            worst_A, moves_A = self._times(layer_A).max(axis=1), self.moves_L[layer_A]
-            best_ML[moves_A, layer_A] = np.minimum(best_ML[moves_A, layer_A], worst_A)
-            layer_A = layer_A[worst_A > 1 + _CLOSE]
-        return np.asarray(np.minimum.accumulate(best_ML, axis=0))
+            layer_A = self._change(layer_A)
 
-    def filled(self, most_moves: int) -> Int64:
-        """The layouts; empty slots get the lightest expert, or a second copy where no move is left."""
+    def _note(self, layer_A: Int64) -> Float64:
+        """Keep layouts that are the best so far, full ones before others; the busiest ranks' times, (A,)."""
+        worst_A, moves_A = self._times(layer_A).max(axis=1), self.moves_L[layer_A]
+        self.best_ML[moves_A, layer_A] = np.minimum(self.best_ML[moves_A, layer_A], worst_A)
+        for layer, empty, worst in zip(layer_A, self._empty(layer_A), worst_A, strict=True):
+            if (empty, worst) < tuple(self.least_L2[layer]):
+                self.least_L2[layer] = empty, worst
+                self.best_LPK[layer] = self.slot_LPK[layer]
+        return np.asarray(worst_A)
+
+    def _empty(self, layer_A: Int64) -> Int64:
+        """Empty slots of layers, (A,)."""
+        return np.asarray((self.slot_LPK[layer_A] == self.experts).sum(axis=(1, 2)))
+
+    def _fill(self) -> None:
+        """Put into empty slots, while moves are left, the expert whose copy there balances best."""
         for layer, rank, k in np.argwhere(self.slot_LPK == self.experts).tolist():
-            slot_K = self.slot_LPK[layer, rank]
-            there = set(self.slot_LPK[layer][self.node_P == self.node_P[rank]].ravel().tolist())
-            free = sorted(there - set(slot_K.tolist()) - {self.experts}, key=lambda e: self.load_LE[layer, e])
-            has_moves = self.moves_L[layer] < most_moves
-            self.moves_L[layer] += has_moves and bool(free)
-            slot_K[k] = free[0] if free and has_moves else slot_K[slot_K < self.experts][0]
-        return self.slot_LPK
+            held_PE = self._held(np.array([layer]))[0]
+            near_E = held_PE[self.node_P == self.node_P[rank]].any(axis=0) & ~held_PE[rank]
+            if self.moves_L[layer] == self.most_moves or not near_E.any():
+                continue
+            count_E = held_PE.sum(axis=0)
+            fresh_E = self.load_LE[layer] / (count_E + 1)
+            less_E = self.load_LE[layer] / np.maximum(count_E, 1) - fresh_E
+            load_PE = (held_PE * (self.load_LE[layer] / np.maximum(count_E, 1))).sum(axis=1, keepdims=True)
+            load_PE = load_PE - held_PE * less_E
+            load_PE[rank] += fresh_E
+            worst_E = (load_PE / self.speed_P[:, None]).max(axis=0) + 1e-9 * fresh_E
+            expert = int(np.where(near_E, worst_E, np.inf).argmin())
+            self.moves_L[layer] += not self.today_LPE[layer, rank, expert]
+            self.slot_LPK[layer, rank, k] = expert
 
     def _held(self, layer_A: Int64) -> Bool:
         held_APE = holders(self.slot_LPK[layer_A], self.experts + 1)
@@ -98,35 +146,55 @@ class _State:
         share_AN = np.take_along_axis(share_AE, slot_APK.reshape(len(layer_A), -1), axis=1)
         return np.asarray(share_AN.reshape(slot_APK.shape).sum(axis=2) / self.speed_P)
 
-    def _change(self, layer_A: Int64, most_moves: int) -> Int64:
-        """Make the best change of each layer; the layers that have been changed."""
+    def _change(self, layer_A: Int64) -> Int64:
+        """Make the best change of each layer that lowers its sum; the layers that have been changed."""
         view = _View(self, layer_A)
         options = [view.exchanges(), view.copies_elsewhere(), view.copies_here()]
-        left_A11 = (most_moves - self.moves_L[layer_A])[:, None, None]
+        left_A11 = (self.most_moves - self.moves_L[layer_A])[:, None, None]
+        empty_A11 = self._empty(layer_A)[:, None, None]
+        kept_A11 = np.where(empty_A11 <= left_A11, empty_A11, 0)
+        is_fill = [
+            np.zeros((1, 1, 1), dtype=bool),
+            (view.slot_AN == self.experts)[:, None, :],
+            (view.mine_AK == self.experts)[:, :, None],
+        ]
         rate_AC = np.concatenate(
             [
-                np.where(cost > left_A11, np.inf, gain / np.maximum(cost, _LEAST_COST)).reshape(
-                    len(layer_A), -1
-                )
-                for gain, cost in options
+                np.where(
+                    cost > left_A11 - np.where(fills, 0, kept_A11),
+                    np.inf,
+                    gain / np.maximum(cost, _LEAST_COST),
+                ).reshape(len(layer_A), -1)
+                for (gain, cost), fills in zip(options, is_fill, strict=True)
             ],
             axis=1,
         )
-        choice_A = rate_AC.argmin(axis=1)
         sizes = np.cumsum([0, *(gain[0].size for gain, _ in options)])
         changed = []
-        for a in np.flatnonzero(rate_AC[np.arange(len(layer_A)), choice_A] < 0).tolist():
-            kind = int(np.searchsorted(sizes, choice_A[a], side="right")) - 1
-            gain, cost = options[kind]
-            k, n = divmod(int(choice_A[a] - sizes[kind]), gain.shape[2])
-            before_PK = self.slot_LPK[layer_A[a]].copy()
-            view.apply(a, kind, k, n)
-            if view.power(self._times(layer_A[a : a + 1]))[0] < view.power(view.time_AP[a : a + 1])[0]:
-                self.moves_L[layer_A[a]] += int(cost[a, k, n])
-                changed.append(a)
-            else:
+        for a, rate_C in enumerate(rate_AC):
+            for choice in self._likely(rate_C):
+                kind = int(np.searchsorted(sizes, choice, side="right")) - 1
+                gain, cost = options[kind]
+                k, n = divmod(choice - int(sizes[kind]), gain.shape[2])
+                before_PK = self.slot_LPK[layer_A[a]].copy()
+                view.apply(a, kind, k, n)
+                after_A = view.power(self._times(layer_A[a : a + 1]))
+                if after_A[0] < view.power(view.time_AP[a : a + 1])[0]:
+                    self.moves_L[layer_A[a]] += int(cost[a, k, n])
+                    changed.append(a)
+                    break
                 self.slot_LPK[layer_A[a]] = before_PK
         return layer_A[changed]
+
+    @staticmethod
+    def _likely(rate_C: Float64) -> Iterator[int]:
+        """Changes that are estimated to help, the best first, and no more than are worth a trial."""
+        for _ in range(_TRIALS):
+            choice = int(rate_C.argmin())
+            if rate_C[choice] >= 0:
+                return
+            yield choice
+            rate_C[choice] = np.inf
 
 
 class _View:
