@@ -9,11 +9,12 @@ import torch
 from observatory.campaign.benchmark import write_result
 from observatory.cli import main
 from observatory.cli.parsing import parse_shape
+from observatory.collectives.bench import route_fetch_cases
 from observatory.collectives.bench.route_fetch import run_route_fetch
 from observatory.collectives.bench.route_fetch_plan import route_fetch_plan
 from observatory.collectives.layout import Group
 from observatory.errors import BenchmarkError, ExchangeError
-from observatory.run.documents.route_fetch import RouteFetchPlan, RouteFetchResult, load_route_fetch
+from observatory.run.documents.route_fetch import RouteFetchPlan, RouteFetchResult, Shape, load_route_fetch
 from tests.collectives.bench.threads import ThreadTransport, on_threads
 
 TEXTS = ("mha:2,16", "gqa:4,2,8", "mla:4,24,8", "sparse:4,24,8,7", "expert:32")
@@ -169,3 +170,19 @@ def test_the_command_starts_its_own_ranks(tmp_path: Path, capsys: pytest.Capture
         ("expert:32", "local", 8, True),
     ]
     assert len(load_route_fetch(out).cases) == len(document["points"]) == 40
+
+
+@pytest.mark.parametrize(("name", "wrong_option"), [("turn_queries", "route"), ("turn_entries", "fetch")])
+def test_a_position_that_is_not_corrected_is_a_wrong_result(
+    name: str, wrong_option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(route_fetch_cases, name)
+
+    def faulty(values: torch.Tensor, shift: torch.Tensor, shape: Shape) -> torch.Tensor:
+        # Only what an option turns by one shift for all; positions of the data stay right.
+        return values if shift.ndim == 0 else right(values, shift, shape)
+
+    monkeypatch.setattr(route_fetch_cases, name, faulty)
+    result = measured(2, a_plan("gqa:4,2,8", "mla:4,24,8"))
+    assert {case.option for case in result.cases if not case.correct} == {wrong_option}
+    assert all(not case.correct for case in result.cases if case.option == wrong_option)
