@@ -17,9 +17,10 @@ from observatory.analysis.parallel.balancing.layouts import (
     Float64,
     Int64,
     pack,
-    rank_times,
     slots_per_rank,
     water_filled,
+    without_seconds,
+    written_times,
 )
 from observatory.analysis.parallel.balancing.moves import moved_layouts, renumbered, slots_of
 from observatory.analysis.parallel.balancing.nodes import grouped_experts, on_nodes
@@ -75,7 +76,7 @@ def solve(problem: Problem, *, seed: int = 0) -> Solution:
     def judge(load_SLE: Float64, slot_LPK: Int64) -> Float64:
         if problem.objective is Objective.ACTIVE:
             load_SLE = (load_SLE > 0).astype(np.float64)
-        return np.asarray(rank_times(load_SLE, slot_LPK, problem.speed_P).max(axis=2))
+        return np.asarray(written_times(load_SLE, slot_LPK, problem.speed_P).max(axis=2))
 
     if is_limited:
         slot_LPK, frontier_ML = _moved(problem, load_SLE, today_LPK)
@@ -95,6 +96,8 @@ def solve(problem: Problem, *, seed: int = 0) -> Solution:
     if today_LPK.shape != slot_LPK.shape:
         is_changed_L = np.ones(len(today_LPK), dtype=bool)
     else:
+        if problem.move_cost == 0:  # a file cannot hold second copies: it is free to put others there
+            is_changed_L |= _seconds(slot_LPK) < _seconds(today_LPK)
         slot_LPK = np.where(is_changed_L[:, None, None], slot_LPK, today_LPK)
     return Solution(
         slot_LPK=slot_LPK,
@@ -103,6 +106,11 @@ def solve(problem: Problem, *, seed: int = 0) -> Solution:
         frontier_ML=frontier_ML,
         structure=tokens,
     )
+
+
+def _seconds(slot_LPK: Int64) -> Int64:
+    """Slots of each layer with a second copy of an expert of their rank, (L,)."""
+    return np.asarray((without_seconds(slot_LPK, -1) == -1).sum(axis=(1, 2)))
 
 
 def _structure(problem: Problem, seed: int) -> Structure | None:
