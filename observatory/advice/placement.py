@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
+from observatory.advice.placement_floor import AT_FLOOR, routing_floor
 from observatory.advice.placement_layouts import (
     Solver,
     TokenSample,
@@ -25,7 +26,7 @@ from observatory.advice.placement_layouts import (
     nodes_per_token,
     plain_layouts,
 )
-from observatory.advice.placement_scores import AT_FLOOR, PlacementRules, Scorer, routing_floor
+from observatory.advice.placement_scores import PlacementRules, Scorer
 from observatory.advice.placement_times import StepTimer
 from observatory.analysis.parallel.balancing import Float64, Int64, holders, lower_bound, replicas_for
 from observatory.analysis.parallel.balancing.forecast import forecast

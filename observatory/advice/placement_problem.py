@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from observatory.advice.placement_scores import AT_FLOOR, routing_floor
+from observatory.advice.placement_floor import AT_FLOOR, routing_floor
 from observatory.analysis.columns import Column, Table
 from observatory.analysis.parallel.balancing import (
     Float64,

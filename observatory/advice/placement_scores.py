@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from observatory.analysis.parallel.balancing import Float64, Int64, rank_loads
 from observatory.analysis.parallel.dispatch_rules import DispatchRule, slot_loads
-from observatory.analysis.routing.floor import max_over_mean_floor
 from observatory.analysis.statistics import (
     Interval,
     block_count,
@@ -30,8 +29,6 @@ Objectives = Literal["load", "activated", "nodes", "time"]
 Dispatch = Literal["equal", "weighted", "per-step"]
 
 _RESAMPLES = 1000
-#: A layout is as even as chance makes it within this part of the floor, which is itself known to 1 %.
-AT_FLOOR = 0.01
 #: Layer-steps whose splits are solved for one by one; of more, steps are left out evenly.
 _MOST_SPLITS = 1024
 
@@ -176,19 +173,3 @@ class Scorer:
         steps, layers = self.load_SLE.shape[:2]
         stride = -(-steps * layers // _MOST_SPLITS) if rule == "per-step" else 1
         return np.arange(0, steps, min(stride, max(1, steps // 8)))
-
-
-def routing_floor(load_SLE: Float64, ranks: int, top_k: int | None) -> float | None:
-    """Score of uniform routing of the same tokens of each step, on ranks of equally many experts."""
-    experts = load_SLE.shape[2]
-    if not top_k or top_k > experts:
-        return None
-    tokens_SL = np.rint(load_SLE.sum(axis=2) / top_k).astype(np.int64)
-    ratio_SL = [
-        [
-            max_over_mean_floor(tokens=tokens, top_k=top_k, experts=experts, groups=ranks) or 1.0
-            for tokens in row
-        ]
-        for row in tokens_SL.tolist()
-    ]
-    return float(np.average(ratio_SL, weights=np.maximum(tokens_SL, 1e-9)))

@@ -242,7 +242,6 @@ def _solve(path: Path, out: Path | None, *, wide: bool, csv: bool, json: bool) -
     from time import process_time
 
     from observatory.advice.placement_problem import layout_file, problem_document, problem_tables
-    from observatory.advice.words import problem_sentences
     from observatory.analysis.parallel.balancing.problem import read_problem
     from observatory.analysis.parallel.balancing.solving import solve
     from observatory.cli.output import print_data, print_tables, say
@@ -260,6 +259,8 @@ def _solve(path: Path, out: Path | None, *, wide: bool, csv: bool, json: bool) -
     if is_printed:
         return
     print_tables(tables if wide else tables[:1], wide=wide)
+    from observatory.advice.words import problem_sentences
+
     for sentence in problem_sentences(document["verdict"]):
         say(sentence)
     if out is not None:

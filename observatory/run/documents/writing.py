@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from observatory.run.files import committed
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def frame_records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -37,6 +40,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def _is_missing(value: Any) -> bool:
+    """Whether it is pandas' NA or NaT, which only a process that has imported pandas can have."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and (value is pandas.NA or value is pandas.NaT)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -46,7 +55,7 @@ def _plain(value: Any) -> Any:
         return _plain(value.tolist())
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or value is pd.NA or value is pd.NaT:
+    if value is None or _is_missing(value):
         return None
     if isinstance(value, float) and not math.isfinite(value):
         return None
