@@ -171,7 +171,8 @@ def advise_placement(
     layouts = plain_layouts(solver, named_today)
     layouts["chosen"] = replicas, solution.slot_LPK
     train, test = Scorer(train_SLE, rules, seed=seed), Scorer(test_SLE, rules, seed=seed)
-    share_LPK = balancing_shares(forecast(train_SLE)[0], solution.slot_LPK) if replicas else None
+    expected_LE = forecast(train_SLE)[0]
+    share_LPK = balancing_shares(expected_LE, solution.slot_LPK, rules.speed_P) if replicas else None
     rule = rules.dispatch if replicas else "equal"
 
     def candidate(

@@ -155,14 +155,18 @@ class Scorer:
         """What the busiest and the mean rank have, added up over layers, (S,) each."""
         load_SLE = self.load_SLE[self._steps(like or rule)]
         if self.rules.objective == "activated":
-            got_SLPK = slot_loads(load_SLE, slot_LPK, rule=rule, share_LPK=share_LPK)
+            got_SLPK = slot_loads(
+                load_SLE, slot_LPK, rule=rule, share_LPK=share_LPK, speed_P=self.rules.speed_P
+            )
             rank_SLP = (got_SLPK > 0).sum(axis=3).astype(np.float64)
             mean_SL = (load_SLE > 0).sum(axis=2) / slot_LPK.shape[1]
         else:
             rank_SLP = (
                 rank_loads(load_SLE, slot_LPK)
                 if rule == "equal"
-                else slot_loads(load_SLE, slot_LPK, rule=rule, share_LPK=share_LPK).sum(axis=3)
+                else slot_loads(
+                    load_SLE, slot_LPK, rule=rule, share_LPK=share_LPK, speed_P=self.rules.speed_P
+                ).sum(axis=3)
             )
             mean_SL = load_SLE.sum(axis=2) / slot_LPK.shape[1]
         if self.rules.speed_P is not None:

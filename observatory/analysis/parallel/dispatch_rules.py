@@ -7,7 +7,7 @@ gets:
 
 * equal: all copies the same, in whole assignments; the remainder goes to the copies of the first ranks.
 * weighted: shares that were chosen before, on other steps.
-* per step: shares chosen for each step, so that its busiest rank has least: a linear programme.
+* per step: shares chosen for each step, so that its last rank is done earliest: a linear programme.
 * one copy: every expert's whole load goes to one of its copies, so that the rank with most activated experts
   has fewest. It reads each activated expert's weights once (the idea of METRO, arXiv 2512.09277).
 """
@@ -33,6 +33,7 @@ def slot_loads(
     *,
     rule: DispatchRule = "equal",
     share_LPK: Float64 | None = None,
+    speed_P: Float64 | None = None,
 ) -> Float64:
     """Assignments that each slot gets, (S, L, P, K).
 
@@ -41,6 +42,7 @@ def slot_loads(
         slot_LPK: expert of each slot; every expert with assignments must have one.
         rule: how copies share.
         share_LPK: of ``weighted``: share of its expert's load that each slot gets.
+        speed_P: of ``per-step``: speeds of the ranks; None: all alike.
 
     Raises:
         PlacementError: ``weighted`` without shares, or shares that do not add up to one for an expert.
@@ -48,7 +50,7 @@ def slot_loads(
     if rule == "weighted":
         return _weighted(load_SLE, slot_LPK, share_LPK)
     if rule == "per-step":
-        return np.stack(list(map(_LeastBusiest(slot_LPK), load_SLE)))
+        return np.stack(list(map(_LeastBusiest(slot_LPK, speed_P), load_SLE)))
     if rule == "one-copy":
         return _one_copy(load_SLE, slot_LPK)
     at_SLN = _of_slots(load_SLE, slot_LPK)
@@ -60,9 +62,15 @@ def slot_loads(
     return np.asarray(shared_SLN.reshape(len(load_SLE), *slot_LPK.shape))
 
 
-def balancing_shares(load_LE: Float64, slot_LPK: Int64) -> Float64:
-    """Share of its expert's load for each slot, (L, P, K): the busiest rank has least of these loads."""
-    got_LPK = _LeastBusiest(slot_LPK)(load_LE)
+def balancing_shares(load_LE: Float64, slot_LPK: Int64, speed_P: Float64 | None = None) -> Float64:
+    """Share of its expert's load for each slot, (L, P, K): the last rank is done with these loads earliest.
+
+    Args:
+        load_LE: loads.
+        slot_LPK: expert of each slot.
+        speed_P: speeds of the ranks; None: all alike.
+    """
+    got_LPK = _LeastBusiest(slot_LPK, speed_P)(load_LE)
     load_LPK = np.take_along_axis(load_LE, slot_LPK.reshape(len(slot_LPK), -1), axis=1).reshape(
         slot_LPK.shape
     )
@@ -106,12 +114,12 @@ def _weighted(load_SLE: Int64 | Float64, slot_LPK: Int64, share_LPK: Float64 | N
 
 
 class _LeastBusiest:
-    """Splits loads of all layers so that the busiest rank of each has least: one linear programme for all.
+    """Splits loads so that the last rank of each layer is done earliest: one linear programme for all layers.
 
-    Variables: what each slot of a replicated expert gets, and the load of the busiest rank of each layer.
+    Variables: what each slot of a replicated expert gets, and the time of the last rank of each layer.
     """
 
-    def __init__(self, slot_LPK: Int64) -> None:
+    def __init__(self, slot_LPK: Int64, speed_P: Float64 | None) -> None:
         from scipy.sparse import coo_array
 
         self.slot_LPK = slot_LPK
@@ -125,11 +133,12 @@ class _LeastBusiest:
         _, expert_V = np.unique(layer_V * experts + slot_LPK.ravel()[free_M], return_inverse=True)
         self.expert_V, self.free_M = expert_V, free_M
         variables = free_M.size + layers
+        speed_R = np.ones(layers * ranks) if speed_P is None else np.tile(speed_P / speed_P.mean(), layers)
         busiest_R = free_M.size + np.arange(layers * ranks) // ranks
         rows_R = np.arange(layers * ranks)
         self.rank_rows = coo_array(
             (
-                np.concatenate([np.ones(free_M.size), -np.ones(layers * ranks)]),
+                np.concatenate([np.ones(free_M.size), -speed_R]),
                 (np.concatenate([rank_V, rows_R]), np.concatenate([np.arange(free_M.size), busiest_R])),
             ),
             shape=(layers * ranks, variables),

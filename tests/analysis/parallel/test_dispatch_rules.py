@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from observatory.advice.placement_scores import PlacementRules, Scorer
 from observatory.analysis.parallel.dispatch_rules import balancing_shares, slot_loads
 from observatory.errors import PlacementError
 
@@ -49,6 +50,26 @@ def test_no_split_is_better_than_that_of_the_step() -> None:
     assert on_mean.sum(axis=3).max() == pytest.approx(
         slot_loads(load_SLE[:10].mean(axis=0)[None], layout, rule="per-step").sum(axis=3).max()
     )
+
+
+def test_a_rank_of_three_times_the_speed_gets_three_times_as_much() -> None:
+    speed = np.array([2.0, 2.0, 6.0])
+    got_PK = slot_loads(one_step(50, 0, 0, 0), LAYOUT, rule="per-step", speed_P=speed)[0, 0]
+    assert got_PK[:, 0] == pytest.approx([10, 10, 30])
+    share_PK = balancing_shares(np.array([[50.0, 0, 0, 0]]), LAYOUT, speed)[0]
+    assert share_PK[:, 0] == pytest.approx([0.2, 0.2, 0.6])
+
+
+def test_no_split_is_done_earlier_than_that_of_the_step_where_speeds_differ() -> None:
+    generator = np.random.default_rng(0)
+    load_SLE = generator.poisson(generator.lognormal(2, 1, 12), size=(20, 2, 12))
+    layout = np.stack(
+        [generator.permutation(np.r_[np.arange(12), [0, 1, 2, 3]]).reshape(4, 4) for _ in range(2)]
+    )
+    scorer = Scorer(load_SLE.astype(np.float64), PlacementRules(speed_P=np.array([1.0, 1.0, 2.0, 1.5])))
+    share = balancing_shares(load_SLE.mean(axis=0), layout, scorer.rules.speed_P)
+    weighted = scorer.score(layout, rule="weighted", share_LPK=share)
+    assert scorer.score(layout, rule="per-step") < weighted < scorer.score(layout)
 
 
 def test_one_copy_is_activated_and_the_fullest_rank_has_fewest_activated() -> None:
