@@ -244,10 +244,9 @@ def _run(words: list[str], timeout_s: float) -> tuple[str | None, float]:
     except subprocess.TimeoutExpired:
         fault = Outcome.TIMED_OUT
     finally:
-        if process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)  # also what a command leaves behind when it ends
+        process.wait()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return fault, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

@@ -164,8 +164,7 @@ def place(
         raise PlacementError("place has no --ranks; expected the number of expert-parallel ranks")
     opened = open_run(run)
     loads = _loads(opened, phase, by_source=experts is not None)
-    given = None if current is None else current if current in ("linear", "round-robin") else Path(current)
-    today, name = current_layout(opened, loads, ranks=ranks, given=given)
+    today, name = current_layout(opened, loads, ranks=ranks, given=_given(current))
     rules = placement_rules(
         ranks,
         objective=objective,
@@ -222,6 +221,19 @@ def _loads(run: Run, phase: str | None, *, by_source: bool) -> StepLoads:
     phase = loads.largest_phase
     say(f"note: placed for {phase}, which has most assignments; give --phase for another, or all")
     return loads.of_phase(phase)
+
+
+def _given(current: str | None) -> str | Path | None:
+    """Placement of today as it is given: a name, or a file, whose shares of copies are not used."""
+    from observatory.analysis.parallel.placement import load_placement
+    from observatory.cli.output import say
+
+    if current in (None, "linear", "round-robin"):
+        return current
+    path = Path(str(current))
+    if load_placement(path).shares is not None:
+        say(f"note: shares of copies in {path} are not used: copies of today are taken to share equally")
+    return path
 
 
 def _timer(
@@ -295,8 +307,9 @@ def _evaluate(
     is_printed = print_data(document, tables, json=json, csv=csv)
     if out is not None:
         write_json(out, document)
-    if is_printed:
-        return
-    print_tables(tables, wide=wide)
-    for sentence in evaluation_sentences(document):
-        say(sentence)
+    if not is_printed:
+        print_tables(tables, wide=wide)
+        for sentence in evaluation_sentences(document):
+            say(sentence)
+    if not document["valid"]:
+        raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -469,3 +470,37 @@ def test_a_run_is_needed_where_there_is_no_problem(capsys: pytest.CaptureFixture
         assert "expected one of them" in capsys.readouterr().err
     assert main(["place", "run"]) == 1
     assert "--ranks" in capsys.readouterr().err
+
+
+def test_whole_numbers_of_another_type_are_taken(tmp_path: Path) -> None:
+    path = tmp_path / "p.npz"
+    loads = np.arange(32, dtype=np.float32).reshape(2, 2, 8)
+    np.savez(path, loads=loads, ranks=np.array(2.0), current=np.zeros((2, 8, 2), dtype=bool))
+    problem = read_problem(path)
+    assert problem.load_SLE.tolist() == loads.tolist()
+    assert problem.ranks == 2
+    assert problem.current_LPE is None
+
+
+def damaged(path: Path, how: str) -> None:
+    np.savez_compressed(path, loads=np.arange(4096).reshape(2, 2, 1024), ranks=2)
+    content = bytearray(path.read_bytes())
+    if how == "stream":
+        content[120:160] = b"\xff" * 40
+        path.write_bytes(content)
+    elif how == "twice":
+        with zipfile.ZipFile(path, "a") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            archive.writestr("ranks.npy", archive.read("ranks.npy"))
+    elif how == "fraction":
+        np.savez(path, loads=np.full((2, 2, 8), 0.5), ranks=2)
+    else:
+        np.savez_compressed(path, loads=np.zeros((2, 1024, 32768), dtype=np.uint8), ranks=2)
+
+
+@pytest.mark.parametrize("how", ["stream", "twice", "fraction", "bomb"])
+def test_damaged_files_are_refused_before_they_are_computed_with(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "p.npz"
+    damaged(path, how)
+    with pytest.raises(PlacementError):
+        read_problem(path)

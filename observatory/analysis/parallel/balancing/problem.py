@@ -10,7 +10,9 @@ in it is unpickled, and sizes are checked before anything is read. An empty arra
 
 from __future__ import annotations
 
+import math
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -27,6 +29,8 @@ from observatory.run.bounded import MAX_DOCUMENT_BYTES, open_plain, parse_json, 
 
 #: Arrays of a file, their bytes in all, and the load of one expert in one step.
 _MOST_MEMBERS, _MOST_BYTES, _MOST_LOAD = 64, 1 << 30, 1 << 40
+#: Numbers of loads and of tokens, which are computed with as 64-bit numbers.
+_MOST_LOADS = 1 << 25
 #: Numbers of one array, copies of a layer, ranks, and tokens.
 _MOST_NUMBERS, _MOST_COPIES, _MOST_RANKS, _MOST_TOKENS = 1 << 27, 1 << 17, 65536, 1 << 22
 #: Layers times ranks times experts: bytes of who holds what.
@@ -214,10 +218,13 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
                     f"problem {path} has {len(members)} arrays of {size} bytes; expected at most "
                     f"{_MOST_MEMBERS} of {_MOST_BYTES >> 20} MiB in all"
                 )
-            arrays = {}
+            arrays: dict[str, NDArray[Any]] = {}
             for member in members:
+                key = member.filename.removesuffix(".npy")
+                if key in arrays:
+                    raise ValueError(f"two arrays {key[:40]}")
                 with archive.open(member) as content:
-                    arrays[member.filename.removesuffix(".npy")] = _read_array(content, member.file_size)
+                    arrays[key] = _read_array(content, member.file_size)
             return arrays
     except OSError as error:
         raise PlacementError(f"problem {path} cannot be read ({error.strerror or error})") from error
@@ -228,6 +235,7 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         NotImplementedError,
         RuntimeError,
         MemoryError,
+        zlib.error,
     ) as error:
         raise PlacementError(
             f"problem {path} is not valid ({str(error)[:200]!r}); expected an archive as numpy.savez "
@@ -244,9 +252,9 @@ def _read_array(content: IO[bytes], size: int) -> NDArray[Any]:
     shape, is_fortran, dtype = read(content)
     if dtype.kind not in "biufUS" or dtype.itemsize == 0:
         raise ValueError(f"an array of {dtype}")
-    count = 1
-    for length in shape:
-        count *= length
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or count > _MOST_NUMBERS:
+        raise ValueError(f"an array of shape {shape}")
     if count * dtype.itemsize > size:
         raise ValueError(f"an array of shape {shape} in {size} bytes")
     flat = np.frombuffer(content.read(count * dtype.itemsize), dtype=dtype)
@@ -256,13 +264,18 @@ def _read_array(content: IO[bytes], size: int) -> NDArray[Any]:
 
 def _whole(arrays: Mapping[str, NDArray[Any]], key: str, dimensions: int, most: int) -> NDArray[Any]:
     array = arrays[key]
+    if array.dtype.kind == "f" and np.isfinite(array).all() and np.all(array == np.rint(array)):
+        array = array.clip(-1, 2.0**62).astype(np.int64)
+    if array.dtype.kind == "b":
+        array = array.astype(np.int8)
     if array.ndim != dimensions or array.dtype.kind not in "iu":
         raise PlacementError(
             f"{key} has shape {array.shape} of {array.dtype}; expected {dimensions} dimensions of whole "
             "numbers"
         )
-    if array.size > _MOST_NUMBERS:
-        raise PlacementError(f"{key} has {array.size} numbers; expected at most {_MOST_NUMBERS}")
+    most_numbers = _MOST_NUMBERS if key == "current" else _MOST_LOADS
+    if array.size > most_numbers:
+        raise PlacementError(f"{key} has {array.size} numbers; expected at most {most_numbers}")
     if array.size and (array.min() < 0 or array.max() > most):
         raise PlacementError(f"{key} holds {array.min()} to {array.max()}; expected 0 to {most}")
     return array
@@ -278,7 +291,10 @@ def _scalar(arrays: Mapping[str, NDArray[Any]], key: str, kinds: str) -> Any:
 def _number(arrays: Mapping[str, NDArray[Any]], key: str, default: int, low: int, high: int) -> int:
     if key not in arrays:
         return default
-    value: int = _scalar(arrays, key, "iu")
+    value = _scalar(arrays, key, "iuf")
+    if not math.isfinite(value) or int(value) != value:
+        raise PlacementError(f"{key} is {value}; expected a whole number")
+    value = int(value)
     if not low <= value <= high:
         raise PlacementError(f"{key} is {value}; expected {low} to {high}")
     return value
