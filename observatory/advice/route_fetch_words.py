@@ -25,7 +25,7 @@ _SENTENCES = {
     RouteFetchCode.KEEP_COST: "kept copies take {keep_mib:.2g} MiB on every rank; steps until bringing them "
     "there has paid: {break_even_steps}",
     RouteFetchCode.BREAK_EVEN: "the busiest expert has {busiest_tokens:.0f} tokens in a step; on {ranks} "
-    "ranks fetching one moves less from {break_even} tokens on",
+    "ranks fetching one takes less time from {break_even} tokens on",
     RouteFetchCode.RANKS_NOT_MEASURED: "the constants were measured on {measured_ranks} ranks; times on "
     "{ranks} are extrapolated",
     RouteFetchCode.OTHER_HOSTS: "the run was on {run}, the constants were measured on {measured}: they are "

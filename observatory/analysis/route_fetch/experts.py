@@ -81,7 +81,7 @@ class ExpertDecisions:
         choice_LE: `Choice` of each expert.
         tokens_LE: tokens of a step, mean over the steps that it was chosen on.
         route_us_LE, fetch_us_LE: what moving the tokens, or the weights, of that expert alone takes.
-        break_even_tokens: tokens of an expert in a step from which on fetching it alone moves less.
+        break_even_tokens: tokens of an expert in a step from which on fetching it alone takes less time.
         today_us, chosen_us: time of a step on the steps that were not used to choose; without the experts'
             own time where the constants say nothing about it.
         saved_us: what the choice saves there, with its 90 % interval (steps and constants).
