@@ -52,6 +52,7 @@ class PlacementCode(StrEnum):
     MORE_REPLICAS = "more_replicas"
     LAYERS_KEPT = "layers_kept"
     GROUPS_COST = "groups_cost"
+    NODES = "nodes"
     STRUCTURE = "structure"
     NO_STRUCTURE = "no_structure"
     TIME_LESS = "time_less"
@@ -295,6 +296,9 @@ def _about(solution: Solution, candidates: Sequence[Candidate], rules: Placement
         yield Reason(PlacementCode.GROUPS_COST, {"with_groups": with_groups, "without": without})
     if solution.structure is not None:
         code = PlacementCode.STRUCTURE if solution.structure.is_there else PlacementCode.NO_STRUCTURE
+        before, after = candidates[0].nodes_per_token, by_name["chosen"].nodes_per_token
+        if before is not None and after is not None:
+            yield Reason(PlacementCode.NODES, {"today_nodes": before, "chosen_nodes": after})
         touched, independent = solution.structure.touched, solution.structure.independent
         yield Reason(code, {"nodes": touched, "independent_nodes": independent})
 

@@ -21,9 +21,10 @@ from observatory.analysis.parallel.balancing import (
     without_seconds,
     written_times,
 )
+from observatory.analysis.parallel.balancing.coactivation import nodes_per_token
 from observatory.analysis.parallel.balancing.nodes import node_bound
 from observatory.analysis.parallel.balancing.problem import Objective, Problem
-from observatory.analysis.parallel.balancing.solving import Solution
+from observatory.analysis.parallel.balancing.solving import Solution, uses_tokens
 from observatory.reasons import Reason
 from observatory.run.documents.printed import printed_document
 
@@ -56,6 +57,8 @@ class ProblemCode(StrEnum):
     AT_FLOOR = "at_floor"
     MOVES = "moves"
     DROPPED = "dropped"
+    NODES = "nodes"
+    TOKENS_UNUSED = "tokens_unused"
     STRUCTURE = "structure"
     NO_STRUCTURE = "no_structure"
 
@@ -220,6 +223,23 @@ def _verdict(problem: Problem, solution: Solution, of_mean_L: Float64, bound_L: 
         code = ProblemCode.STRUCTURE if solution.structure.is_there else ProblemCode.NO_STRUCTURE
         touched, independent = solution.structure.touched, solution.structure.independent
         yield Reason(code, {"nodes": touched, "independent_nodes": independent})
+        if solution.structure.is_there and not uses_tokens(problem, solution.structure):
+            yield Reason(ProblemCode.TOKENS_UNUSED, {"by": "groups" if problem.groups > 1 else "moves"})
+        yield Reason(
+            ProblemCode.NODES,
+            {
+                "before": None
+                if problem.current_LPE is None
+                else _nodes(problem, slots_of(problem.current_LPE[:1])[0]),
+                "after": _nodes(problem, solution.slot_LPK[0]),
+            },
+        )
+
+
+def _nodes(problem: Problem, slot_PK: Int64) -> float:
+    """Nodes per token of the first layer, of all samples."""
+    assert problem.token_TK is not None
+    return nodes_per_token(problem.token_TK, slot_PK, problem.load_SLE.shape[2], problem.nodes)
 
 
 def _changed(problem: Problem, solution: Solution, changed: int, layers: int) -> Reason:

@@ -207,6 +207,8 @@ _PLACEMENT = {
     "{today_us:.0f} us{parts}, {gain} less ({gain_low} to {gain_high}), which may be nothing",
     PlacementCode.TIME_MORE: "in time, leave it: a step is predicted to take {chosen_us:.0f} us instead of "
     "{today_us:.0f} us{parts}, {gain} less ({gain_low} to {gain_high})",
+    PlacementCode.NODES: "a held-out token touches {chosen_nodes:.2f} nodes, today {today_nodes:.2f} "
+    "(mean over layers)",
     PlacementCode.STRUCTURE: "tokens have structure: in the layer with most of it they touch {nodes:.2f} "
     "nodes on held-out samples, independent ones {independent_nodes:.2f}",
     PlacementCode.NO_STRUCTURE: "tokens have no structure that pays: they touch {nodes:.2f} nodes on "
@@ -230,11 +232,14 @@ _PROBLEM = {
     "layers are changed",
     ProblemCode.DROPPED: "slots that are left empty: {dropped}; today they hold second copies of an expert "
     "on one rank, which a placement holds once",
-    ProblemCode.STRUCTURE: "tokens have structure: on tokens that were not used to choose they touch "
-    "{nodes:.2f} nodes, independent ones {independent_nodes:.2f}",
+    ProblemCode.STRUCTURE: "tokens have structure: nodes chosen on the earlier half of them let the later "
+    "half touch {nodes:.2f} nodes, independent ones {independent_nodes:.2f}",
+    ProblemCode.TOKENS_UNUSED: "{by} decide the nodes of experts, so that tokens are not used",
+    ProblemCode.NODES: "in layer 0 a sampled token touches {after:.2f} nodes{today}",
     ProblemCode.NO_STRUCTURE: "tokens have no structure that pays: on tokens that were not used to choose "
     "they touch {nodes:.2f} nodes, independent ones {independent_nodes:.2f}; placed for even ranks instead",
 }
+_NODES_BY = {"groups": "groups", "moves": "limited moves of replicas"}
 _RULES = {
     "slots": "of the t P + 1 heaviest experts some rank holds t + 1, and at least the lightest fill it",
     "copies": "at a busiest rank of T an expert of load w needs w / T copies",
@@ -259,7 +264,12 @@ def problem_sentences(verdict: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is stated about the solution of a placement problem, in words."""
     return [
         _PROBLEM[ProblemCode(reason["code"])].format_map(
-            {**reason, "rule": _RULES[reason["rule"]]} if "rule" in reason else reason
+            {
+                **reason,
+                "rule": _RULES.get(reason.get("rule", "")),
+                "by": _NODES_BY.get(reason.get("by", "")),
+                "today": "" if reason.get("before") is None else f", today {reason['before']:.2f}",
+            }
         )
         for reason in verdict
     ]

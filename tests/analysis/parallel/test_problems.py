@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from observatory.advice.placement_problem import layout_file, problem_document
-from observatory.analysis.parallel.balancing import Float64, Int64, greedy_layout, holders, rank_times
+from observatory.analysis.parallel.balancing import (
+    Float64,
+    Int64,
+    greedy_layout,
+    holders,
+    linear_layout,
+    rank_times,
+)
 from observatory.analysis.parallel.balancing.coactivation import nodes_touched, structure
 from observatory.analysis.parallel.balancing.decision import shrunk
 from observatory.analysis.parallel.balancing.forecast import forecast, half_life
@@ -255,6 +262,43 @@ def test_tokens_with_structure_decide_the_nodes_of_the_first_layer_only() -> Non
     changed = solve(replace(problem, current_LPE=held(today, 32))).slot_LPK[0]
     node_E[changed.reshape(4, -1)] = np.arange(4)[:, None]
     assert nodes_touched(token_TK, node_E, 4).mean() == 1.0
+
+
+@pytest.mark.parametrize(("max_moves", "groups", "replicas"), [(-1, 1, 0), (8, 1, 0), (-1, 8, 0), (8, 1, 32)])
+def test_nodes_decide_on_a_change_and_those_of_the_written_layout_are_stated(
+    max_moves: int, groups: int, replicas: int
+) -> None:
+    token_TK, step_T = tokens_of(20.0)
+    load_SE = np.stack([np.bincount(token_TK[step_T == s].ravel(), minlength=32) for s in range(32)])
+    today = linear_layout(1, 32, 8)
+    if replicas:
+        today = np.concatenate([today, np.roll(today, 1, axis=1)], axis=2)
+    problem = Problem(
+        load_SLE=load_SE[:, None].astype(float),
+        ranks=8,
+        replicas=replicas,
+        nodes=4,
+        groups=groups,
+        objective=Objective.NODES,
+        current_LPE=held(today, 32),
+        move_cost=0.1,
+        max_moves=max_moves,
+        token_TK=token_TK,
+        token_step_T=step_T,
+    )
+    solution = solve(problem)
+    codes = {reason["code"]: reason for reason in problem_document(problem, solution, 0.0)["verdict"]}
+    node_E = np.repeat(np.arange(4), 8)
+    uses_tokens = groups == 1 and not replicas
+    if not replicas:
+        assert codes["nodes"]["before"] == pytest.approx(nodes_touched(token_TK, node_E, 4).mean())
+        node_E[solution.slot_LPK[0].reshape(4, -1)] = np.arange(4)[:, None]
+        assert codes["nodes"]["after"] == pytest.approx(nodes_touched(token_TK, node_E, 4).mean())
+    assert ("tokens_unused" in codes) == (not uses_tokens)
+    if uses_tokens:
+        assert codes["nodes"]["after"] < 0.9 * codes["nodes"]["before"]
+    if max_moves >= 0:
+        assert received(solution.slot_LPK, today, 32).max() <= max_moves
 
 
 def test_steps_that_drift_are_forecast_from_the_last_ones_and_others_from_all() -> None:

@@ -37,16 +37,26 @@ class Structure:
         node_E: node of each expert, chosen on all tokens.
         touched: nodes per held-out token, on a layout that was chosen on the others.
         independent: the same of tokens whose experts are independent of each other.
+        today: of the same tokens on today's layout; None: there is none.
         is_there: whether the difference is more than chance and worth something.
     """
 
     node_E: Int64
     touched: float
     independent: float
+    today: float | None
     is_there: bool
 
 
-def structure(token_TK: Int64, step_T: Int64, load_E: Float64, nodes: int, *, seed: int = 0) -> Structure:
+def structure(
+    token_TK: Int64,
+    step_T: Int64,
+    load_E: Float64,
+    nodes: int,
+    *,
+    today_PK: Int64 | None = None,
+    seed: int = 0,
+) -> Structure:
     """Choose nodes for experts and test whether tokens have a structure that pays.
 
     Args:
@@ -54,6 +64,7 @@ def structure(token_TK: Int64, step_T: Int64, load_E: Float64, nodes: int, *, se
         step_T: step of each token; the earlier half is chosen on, the later one judges.
         load_E: expected loads.
         nodes: M, which divides E.
+        today_PK: today's layout; None: there is none.
         seed: of the search and of the independent tokens.
     """
     token_TK = token_TK[np.argsort(step_T, kind="stable")]
@@ -69,8 +80,37 @@ def structure(token_TK: Int64, step_T: Int64, load_E: Float64, nodes: int, *, se
         node_E=_assigned(token_TK, load_E, nodes, generator),
         touched=float(touched_T.mean()),
         independent=float(independent_T.mean()),
+        today=None if today_PK is None else nodes_per_token(second_TK, today_PK, len(load_E), nodes),
         is_there=less > max(_LEAST_SHARE * float(independent_T.mean()), _STANDARD_ERRORS * error),
     )
+
+
+def nodes_per_token(token_TK: Int64, slot_PK: Int64, experts: int, nodes: int) -> float:
+    """Nodes that a token is sent to on a layout, mean; copies of an expert are chosen by chance."""
+    node_N = np.repeat(np.arange(nodes), slot_PK.size // nodes)
+    share_ME = np.zeros((nodes, experts))
+    np.add.at(share_ME, (node_N, slot_PK.ravel()), 1.0)
+    share_ME /= np.maximum(share_ME.sum(axis=0), 1)
+    touched = 0.0
+    for share_E in share_ME:
+        missed_T = np.ones(len(token_TK))
+        for expert_T in token_TK.T:
+            missed_T *= 1 - share_E[expert_T]
+        touched += 1 - float(missed_T.mean())
+    return touched
+
+
+def exchanged(token_TK: Int64, slot_PK: Int64, load_E: Float64, nodes: int, most_moves: int) -> Int64:
+    """The layout after at most so many moves that let tokens touch fewer nodes, (P, K); without replicas."""
+    token_TK = token_TK[:: -(-len(token_TK) // _MOST_TOKENS)]
+    place_E = np.argsort(slot_PK.ravel())
+    node_E = place_E // (slot_PK.size // nodes)
+    load_E = load_E * nodes / max(float(load_E.sum()), 1e-300)
+    for one, two in _exchange(token_TK, node_E, load_E, nodes, most_moves // 2):
+        place_E[[one, two]] = place_E[[two, one]]
+    slot_N = np.empty_like(place_E)
+    slot_N[place_E] = np.arange(len(place_E))
+    return slot_N.reshape(slot_PK.shape)
 
 
 def nodes_touched(token_TK: Int64, node_E: Int64, nodes: int) -> Int64:
@@ -120,13 +160,16 @@ def _assigned(token_TK: Int64, load_E: Float64, nodes: int, generator: np.random
     return best_E
 
 
-def _exchange(token_TK: Int64, node_E: Int64, load_E: Float64, nodes: int) -> None:
-    """Exchange experts of two nodes while tokens touch fewer nodes, in place."""
+def _exchange(
+    token_TK: Int64, node_E: Int64, load_E: Float64, nodes: int, rounds: int = _ROUNDS
+) -> list[tuple[int, int]]:
+    """Exchange experts of two nodes while tokens touch fewer nodes, in place; the pairs, in their order."""
+    pairs: list[tuple[int, int]] = []
     experts = len(node_E)
     chosen_TE = np.zeros((len(token_TK), experts), dtype=np.float32)
     chosen_TE[np.arange(len(token_TK))[:, None], token_TK] = 1.0
     load_M = np.asarray(load_E @ np.eye(nodes)[node_E])
-    for _ in range(_ROUNDS):
+    for _ in range(min(rounds, _ROUNDS)):
         count_TM = chosen_TE @ np.eye(nodes, dtype=np.float32)[node_E]
         alone_TE = chosen_TE * (count_TM == 1)[:, node_E]
         new_EM = chosen_TE.T @ (count_TM == 0).astype(np.float32)
@@ -140,8 +183,10 @@ def _exchange(token_TK: Int64, node_E: Int64, load_E: Float64, nodes: int) -> No
         change_EE[refused] = np.inf
         one, two = np.unravel_index(change_EE.argmin(), change_EE.shape)
         if change_EE[one, two] >= 0:
-            return
+            break
         more = float(load_E[two] - load_E[one])
         load_M[node_E[one]] += more
         load_M[node_E[two]] -= more
         node_E[one], node_E[two] = node_E[two], node_E[one]
+        pairs.append((int(one), int(two)))
+    return pairs

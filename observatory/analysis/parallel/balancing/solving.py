@@ -9,13 +9,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from observatory.analysis.parallel.balancing.coactivation import Structure, structure
+from observatory.analysis.parallel.balancing.coactivation import (
+    Structure,
+    exchanged,
+    nodes_per_token,
+    structure,
+)
 from observatory.analysis.parallel.balancing.decision import expected_gain
 from observatory.analysis.parallel.balancing.forecast import forecast
 from observatory.analysis.parallel.balancing.layouts import (
     Bool,
     Float64,
     Int64,
+    holders,
     pack,
     slots_per_rank,
     water_filled,
@@ -42,7 +48,8 @@ class Solution:
         is_changed_L: layers that are not left as they are today; None where nothing is held today.
         gain_L: likely gain over today's layout, changed or not, in units of the ratio of the busiest to the
             mean rank: on steps that follow, and for a mean on itself; None without a layout of today, and
-            where the steps are too few to tell.
+            where the steps are too few to tell. Where tokens decide the nodes, the part of the nodes that is
+            saved is added in the first layer, and a loss of balance is not taken off.
         frontier_ML: ratio of the expected loads after each number of moves; None where moves are not limited.
         structure: what the sampled tokens of the first layer say; None unless nodes are the objective.
     """
@@ -70,7 +77,7 @@ def solve(problem: Problem, *, seed: int = 0) -> Solution:
 
     def make(load_SLE: Float64) -> Int64:
         if is_limited:
-            return _moved(problem, load_SLE, today_LPK)[0]
+            return _moved(problem, load_SLE, today_LPK, tokens)[0]
         return _fresh(problem, load_SLE, tokens, seed)
 
     def judge(load_SLE: Float64, slot_LPK: Int64) -> Float64:
@@ -79,7 +86,7 @@ def solve(problem: Problem, *, seed: int = 0) -> Solution:
         return np.asarray(written_times(load_SLE, slot_LPK, problem.speed_P).max(axis=2))
 
     if is_limited:
-        slot_LPK, frontier_ML = _moved(problem, load_SLE, today_LPK)
+        slot_LPK, frontier_ML = _moved(problem, load_SLE, today_LPK, tokens)
     else:
         slot_LPK = make(load_SLE)
         if problem.speed_P is None:
@@ -90,6 +97,8 @@ def solve(problem: Problem, *, seed: int = 0) -> Solution:
         gain_L: Float64 | None = (judge(mean_SLE, today_LPK) - judge(mean_SLE, slot_LPK))[0]
     else:
         gain_L = expected_gain(load_SLE, today_LPK, make, judge)
+        if gain_L is not None and tokens is not None and uses_tokens(problem, tokens):
+            gain_L[0] = max(gain_L[0], 0.0) + _part_of_nodes(problem, tokens, today_LPK)
     is_changed_L = (
         np.full(len(today_LPK), problem.move_cost == 0) if gain_L is None else gain_L > problem.move_cost
     )
@@ -113,13 +122,36 @@ def _seconds(slot_LPK: Int64) -> Int64:
     return np.asarray((without_seconds(slot_LPK, -1) == -1).sum(axis=(1, 2)))
 
 
+def uses_tokens(problem: Problem, tokens: Structure) -> bool:
+    """Whether tokens decide the nodes of experts: neither groups do, nor limited moves of replicas."""
+    return tokens.is_there and problem.groups == 1 and not (problem.max_moves >= 0 and problem.replicas)
+
+
+def _part_of_nodes(problem: Problem, tokens: Structure, today_LPK: Int64) -> float:
+    """Part of the nodes that later tokens touch today which a layout made on earlier ones saves."""
+    assert problem.token_TK is not None
+    assert problem.token_step_T is not None
+    assert tokens.today is not None
+    touched = tokens.touched
+    if problem.max_moves >= 0:
+        token_TK = problem.token_TK[np.argsort(problem.token_step_T, kind="stable")]
+        first_TK, second_TK = np.array_split(token_TK, 2)
+        load_E = problem.load_SLE[:, 0].mean(axis=0)
+        moved_PK = exchanged(first_TK, today_LPK[0], load_E, problem.nodes, problem.max_moves)
+        touched = nodes_per_token(second_TK, moved_PK, len(load_E), problem.nodes)
+    return 1 - touched / tokens.today
+
+
 def _structure(problem: Problem, seed: int) -> Structure | None:
     if problem.objective is not Objective.NODES:
         return None
     assert problem.token_TK is not None
     assert problem.token_step_T is not None
     load_E = _forecast(problem, problem.load_SLE[:, :1])[0][0]
-    return structure(problem.token_TK, problem.token_step_T, load_E, problem.nodes, seed=seed)
+    today_PK = None if problem.current_LPE is None else slots_of(problem.current_LPE[:1])[0]
+    return structure(
+        problem.token_TK, problem.token_step_T, load_E, problem.nodes, today_PK=today_PK, seed=seed
+    )
 
 
 def _forecast(problem: Problem, load_SLE: Float64) -> tuple[Float64, Float64]:
@@ -127,7 +159,9 @@ def _forecast(problem: Problem, load_SLE: Float64) -> tuple[Float64, Float64]:
     return forecast(load_SLE) if problem.is_ordered else (load_SLE.mean(axis=0), load_SLE)
 
 
-def _moved(problem: Problem, load_SLE: Float64, today_LPK: Int64) -> tuple[Int64, Float64]:
+def _moved(
+    problem: Problem, load_SLE: Float64, today_LPK: Int64, tokens: Structure | None
+) -> tuple[Int64, Float64]:
     experts = load_SLE.shape[2]
     slots = slots_per_rank(experts, problem.ranks, problem.replicas)
     if today_LPK.shape[2] != slots:
@@ -135,13 +169,28 @@ def _moved(problem: Problem, load_SLE: Float64, today_LPK: Int64) -> tuple[Int64
             f"{today_LPK.shape[2]} slots of a rank today and {slots} with {problem.replicas} replicas; "
             "expected as many where moves are limited"
         )
-    return moved_layouts(
-        load_SLE.mean(axis=0) if problem.is_of_mean else _forecast(problem, load_SLE)[0],
+    expected_LE = load_SLE.mean(axis=0) if problem.is_of_mean else _forecast(problem, load_SLE)[0]
+    slot_LPK, best_ML = moved_layouts(
+        expected_LE,
         today_LPK,
         most_moves=problem.max_moves,
         speed_P=problem.speeds,
         node_P=problem.node_P,
     )
+    if tokens is not None and uses_tokens(problem, tokens):
+        assert problem.token_TK is not None
+        first_PK = exchanged(problem.token_TK, today_LPK[0], expected_LE[0], problem.nodes, problem.max_moves)
+        received = int((holders(first_PK[None], experts) & ~holders(today_LPK[:1], experts)).sum())
+        first_1PK, first_M1 = moved_layouts(
+            expected_LE[:1],
+            first_PK[None],
+            most_moves=problem.max_moves - received,
+            speed_P=problem.speeds,
+            node_P=np.arange(problem.ranks) // (problem.ranks // problem.nodes),
+        )
+        slot_LPK[:1] = first_1PK
+        best_ML[-1, 0] = first_M1[-1, 0]
+    return slot_LPK, best_ML
 
 
 def _fresh(problem: Problem, load_SLE: Float64, tokens: Structure | None, seed: int) -> Int64:
