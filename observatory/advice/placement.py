@@ -52,6 +52,7 @@ class PlacementCode(StrEnum):
     MORE_REPLICAS = "more_replicas"
     LAYERS_KEPT = "layers_kept"
     GROUPS_COST = "groups_cost"
+    SLOTS_DIFFER = "slots_differ"
     NODES = "nodes"
     STRUCTURE = "structure"
     NO_STRUCTURE = "no_structure"
@@ -212,6 +213,7 @@ def advise_placement(
     candidates += [
         candidate(name, replicas, solver.solve(replace(rules, max_moves=moves)).slot_LPK)
         for name, moves in _fewer_moves(rules.max_moves)
+        if moves >= experts + replicas - today[0].size
     ]
     hindsight = hindsight_layout(solver, test, layouts)
     candidates.append(candidate("hindsight", replicas, hindsight, named_moved=False))
@@ -284,13 +286,14 @@ def _about(solution: Solution, candidates: Sequence[Candidate], rules: Placement
     """What else is to be known: layers that stay, the price of groups, the structure of tokens."""
     by_name = {candidate.name: candidate for candidate in candidates}
     changed_L = solution.is_changed_L
-    if changed_L is not None and not changed_L.all():
+    if changed_L is not None and (solution.is_forced or not changed_L.all()):
+        code = PlacementCode.SLOTS_DIFFER if solution.is_forced else PlacementCode.LAYERS_KEPT
         values: dict[str, JsonValue] = {
-            "kept": int((~changed_L).sum()),
+            "filled" if solution.is_forced else "kept": int((~changed_L).sum()),
             "layers": len(changed_L),
             "move_cost": rules.move_cost,
         }
-        yield Reason(PlacementCode.LAYERS_KEPT, values)
+        yield Reason(code, values)
     if "no groups" in by_name:
         with_groups, without = by_name["chosen"].held_out.value, by_name["no groups"].held_out.value
         yield Reason(PlacementCode.GROUPS_COST, {"with_groups": with_groups, "without": without})

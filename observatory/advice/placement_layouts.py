@@ -178,6 +178,7 @@ class Solver:
         return Solution(
             slot_LPK=np.concatenate([part.slot_LPK for part in parts]),
             is_changed_L=np.concatenate(changes),
+            is_forced=parts[0].is_forced,
             structure=min(
                 (part.structure for part in parts if part.structure is not None),
                 key=lambda structure: structure.touched / structure.independent,

@@ -56,6 +56,7 @@ class ProblemCode(StrEnum):
     TOO_SHORT = "too_short"
     AT_FLOOR = "at_floor"
     MOVES = "moves"
+    FORCED = "forced"
     DROPPED = "dropped"
     NODES = "nodes"
     TOKENS_UNUSED = "tokens_unused"
@@ -101,7 +102,7 @@ def problem_document(problem: Problem, solution: Solution, cpu_s: float) -> dict
                     "layer": layer,
                     "of_mean": float(of_mean_L[layer]),
                     "bound": float(bound_L[layer]),
-                    "changed": None if changed_L is None else bool(changed_L[layer]),
+                    "changed": None if changed_L is None else bool(changed_L[layer]) or solution.is_forced,
                     "gain": None if gain_L is None else float(gain_L[layer]),
                 }
                 for layer in range(layers)
@@ -244,6 +245,8 @@ def _nodes(problem: Problem, slot_PK: Int64) -> float:
 
 def _changed(problem: Problem, solution: Solution, changed: int, layers: int) -> Reason:
     values: dict[str, Any] = {"changed": changed, "layers": layers, "move_cost": problem.move_cost}
+    if solution.is_forced:
+        return Reason(ProblemCode.FORCED, values | {"filled": layers - changed})
     if solution.gain_L is None:
         return Reason(ProblemCode.TOO_SHORT, values | {"steps": len(problem.load_SLE)})
     values["gain"] = float(solution.gain_L.mean())

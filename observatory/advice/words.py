@@ -207,6 +207,8 @@ _PLACEMENT = {
     "{today_us:.0f} us{parts}, {gain} less ({gain_low} to {gain_high}), which may be nothing",
     PlacementCode.TIME_MORE: "in time, leave it: a step is predicted to take {chosen_us:.0f} us instead of "
     "{today_us:.0f} us{parts}, {gain} less ({gain_low} to {gain_high})",
+    PlacementCode.SLOTS_DIFFER: "every layer changes, as ranks have other numbers of slots today; {filled} "
+    "of {layers} only fill new slots, as nothing else is likely to gain more than {move_cost:g}",
     PlacementCode.NODES: "a held-out token touches {chosen_nodes:.2f} nodes, today {today_nodes:.2f} "
     "(mean over layers)",
     PlacementCode.STRUCTURE: "tokens have structure: in the layer with most of it they touch {nodes:.2f} "
@@ -230,6 +232,8 @@ _PROBLEM = {
     "{move_cost:g} for each layer that is changed",
     ProblemCode.TOO_SHORT: "{steps} steps are too few to say whether a change pays; {changed} of {layers} "
     "layers are changed",
+    ProblemCode.FORCED: "every layer changes, as ranks have other numbers of slots today; {filled} of "
+    "{layers} only fill new slots, as nothing else is likely to gain more than {move_cost:g}",
     ProblemCode.DROPPED: "slots that are left empty: {dropped}; today they hold second copies of an expert "
     "on one rank, which a placement holds once",
     ProblemCode.STRUCTURE: "tokens have structure: nodes chosen on the earlier half of them let the later "

@@ -301,6 +301,42 @@ def test_nodes_decide_on_a_change_and_those_of_the_written_layout_are_stated(
         assert received(solution.slot_LPK, today, 32).max() <= max_moves
 
 
+@pytest.mark.parametrize(("move_cost", "max_moves"), [(10.0, -1), (0.0, -1), (0.0, 12)])
+def test_new_slots_force_a_change_that_keeps_the_copies_of_today_unless_more_pays(
+    move_cost: float, max_moves: int
+) -> None:
+    load_LE = loads_of("log-normal 1.0", layers=2)[:, :32]
+    today = linear_layout(2, 32, 8)
+    problem = Problem(
+        load_SLE=np.rint(load_LE * 1e6 / load_LE.sum())[None].repeat(16, axis=0),
+        ranks=8,
+        replicas=8,
+        current_LPE=held(today, 32),
+        move_cost=move_cost,
+        max_moves=max_moves,
+    )
+    solution = solve(problem)
+    document = problem_document(problem, solution, 0.0)
+    codes = {reason["code"]: reason for reason in document["verdict"]}
+    assert "changed" not in codes
+    assert "left" not in codes
+    assert all(row["changed"] for row in document["by_layer"])
+    moves_L = received(solution.slot_LPK, today, 32)
+    assert doubled(solution.slot_LPK) == 0
+    if move_cost:
+        assert codes["forced"]["filled"] == 2
+        assert moves_L.tolist() == [8, 8]
+        assert document["candidates"][-1]["of_steps"] < document["candidates"][1]["of_steps"]
+    else:
+        assert codes["forced"]["filled"] < 2
+        assert (moves_L >= 8).all()
+    if max_moves >= 0:
+        assert moves_L.max() <= max_moves
+        assert document["frontier"][-1]["of_mean"] == pytest.approx(document["candidates"][-1]["of_mean"])
+        with pytest.raises(PlacementError, match="7 moves fill"):
+            solve(replace(problem, max_moves=7))
+
+
 def test_steps_that_drift_are_forecast_from_the_last_ones_and_others_from_all() -> None:
     walk_SLE = np.stack([drifting(seed, 0.6, experts=32, tokens=512) for seed in range(3)], axis=1)
     assert half_life(walk_SLE[:32].astype(np.float64)) is not None

@@ -41,7 +41,7 @@ def moved_layouts(
 
     Args:
         load_LE: loads.
-        today_LPK: the layout of today; may have two copies of an expert on a rank.
+        today_LPK: the layout of today; may have two copies of an expert on a rank, and E for empty slots.
         most_moves: copies that ranks may receive, in each layer.
         speed_P: speeds of the ranks.
         node_P: node of each rank; changes stay inside nodes.

@@ -5,7 +5,7 @@ Shapes: S steps, L layers, E experts, P ranks, K slots of each rank, M moves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -52,6 +52,8 @@ class Solution:
             saved is added in the first layer, and a loss of balance is not taken off.
         frontier_ML: ratio of the expected loads after each number of moves; None where moves are not limited.
         structure: what the sampled tokens of the first layer say; None unless nodes are the objective.
+        is_forced: whether ranks have other numbers of slots today, so that every layer changes. With more
+            slots than today, ``is_changed_L`` and ``gain_L`` are relative to today's with new slots filled.
     """
 
     slot_LPK: Int64
@@ -59,13 +61,14 @@ class Solution:
     gain_L: Float64 | None = None
     frontier_ML: Float64 | None = None
     structure: Structure | None = None
+    is_forced: bool = False
 
 
 def solve(problem: Problem, *, seed: int = 0) -> Solution:
     """The layout that is best for the problem's objective, as far as its steps show.
 
     Raises:
-        PlacementError: moves are limited, but today's ranks have other numbers of slots.
+        PlacementError: moves are limited, but ranks have fewer slots than today, or more than moves fill.
     """
     load_SLE = problem.load_SLE
     tokens = _structure(problem, seed)
@@ -73,6 +76,9 @@ def solve(problem: Problem, *, seed: int = 0) -> Solution:
     if held_LPE is None:
         return Solution(slot_LPK=_fresh(problem, load_SLE, tokens, seed), structure=tokens)
     today_LPK, frontier_ML = slots_of(held_LPE), None
+    slots = slots_per_rank(load_SLE.shape[2], problem.ranks, problem.replicas)
+    is_forced = today_LPK.shape[2] != slots
+    base_LPK, base_ML = _filled(problem, load_SLE, today_LPK, slots)
     is_limited = problem.max_moves >= 0
 
     def make(load_SLE: Float64) -> Int64:
@@ -87,6 +93,8 @@ def solve(problem: Problem, *, seed: int = 0) -> Solution:
 
     if is_limited:
         slot_LPK, frontier_ML = _moved(problem, load_SLE, today_LPK, tokens)
+        if is_forced:
+            frontier_ML[len(base_ML) - 1 :] = np.minimum(frontier_ML[len(base_ML) - 1 :], base_ML[-1])
     else:
         slot_LPK = make(load_SLE)
         if problem.speed_P is None:
@@ -94,27 +102,36 @@ def solve(problem: Problem, *, seed: int = 0) -> Solution:
             slot_LPK = renumbered(slot_LPK, held_LPE > 0, node_P)
     if problem.is_of_mean:
         mean_SLE = load_SLE.mean(axis=0)[None]
-        gain_L: Float64 | None = (judge(mean_SLE, today_LPK) - judge(mean_SLE, slot_LPK))[0]
+        gain_L: Float64 | None = (judge(mean_SLE, base_LPK) - judge(mean_SLE, slot_LPK))[0]
     else:
-        gain_L = expected_gain(load_SLE, today_LPK, make, judge)
+        gain_L = expected_gain(load_SLE, base_LPK, make, judge)
         if gain_L is not None and tokens is not None and uses_tokens(problem, tokens):
             gain_L[0] = max(gain_L[0], 0.0) + _part_of_nodes(problem, tokens, today_LPK)
     is_changed_L = (
         np.full(len(today_LPK), problem.move_cost == 0) if gain_L is None else gain_L > problem.move_cost
     )
-    if today_LPK.shape != slot_LPK.shape:
+    if base_LPK.shape != slot_LPK.shape:
         is_changed_L = np.ones(len(today_LPK), dtype=bool)
     else:
         if problem.move_cost == 0:  # a file cannot hold second copies: it is free to put others there
-            is_changed_L |= _seconds(slot_LPK) < _seconds(today_LPK)
-        slot_LPK = np.where(is_changed_L[:, None, None], slot_LPK, today_LPK)
+            is_changed_L |= _seconds(slot_LPK) < _seconds(base_LPK)
+        slot_LPK = np.where(is_changed_L[:, None, None], slot_LPK, base_LPK)
     return Solution(
         slot_LPK=slot_LPK,
         is_changed_L=is_changed_L,
         gain_L=gain_L,
         frontier_ML=frontier_ML,
         structure=tokens,
+        is_forced=is_forced,
     )
+
+
+def _filled(problem: Problem, load_SLE: Float64, today_LPK: Int64, slots: int) -> tuple[Int64, Float64]:
+    """Today's layout with slots filled that it does not have, and the ratios on the way, (M + 1, L)."""
+    layers, ranks, held = today_LPK.shape
+    if held >= slots:
+        return today_LPK, np.full((1, layers), np.inf)
+    return _moved(replace(problem, max_moves=ranks * (slots - held)), load_SLE, today_LPK, None)
 
 
 def _seconds(slot_LPK: Int64) -> Int64:
@@ -164,11 +181,13 @@ def _moved(
 ) -> tuple[Int64, Float64]:
     experts = load_SLE.shape[2]
     slots = slots_per_rank(experts, problem.ranks, problem.replicas)
-    if today_LPK.shape[2] != slots:
+    layers, ranks, held = today_LPK.shape
+    if not held <= slots <= held + problem.max_moves // ranks:
         raise PlacementError(
-            f"{today_LPK.shape[2]} slots of a rank today and {slots} with {problem.replicas} replicas; "
-            "expected as many where moves are limited"
+            f"{held} slots of a rank today and {slots} with {problem.replicas} replicas; expected as many "
+            f"where moves are limited, or no more than {problem.max_moves} moves fill"
         )
+    today_LPK = np.concatenate([today_LPK, np.full((layers, ranks, slots - held), experts)], axis=2)
     expected_LE = load_SLE.mean(axis=0) if problem.is_of_mean else _forecast(problem, load_SLE)[0]
     slot_LPK, best_ML = moved_layouts(
         expected_LE,
