@@ -50,6 +50,7 @@ class PlacementCode(StrEnum):
     AT_FLOOR = "at_floor"
     REST_IS_CHANCE = "rest_is_chance"
     MORE_REPLICAS = "more_replicas"
+    BALANCE = "balance"
     LAYERS_KEPT = "layers_kept"
     GROUPS_COST = "groups_cost"
     SLOTS_DIFFER = "slots_differ"
@@ -244,7 +245,9 @@ def advise_placement(
                 floor=floor,
                 today=candidates[0].held_out.value,
                 chosen=chosen.held_out.value,
+                objective=rules.objective,
             )[rules.objective == "time" :],
+            *([_balance(test, today, chosen, rule)] if rules.objective == "activated" else []),
             *_about(solution, candidates, rules),
         ),
     )
@@ -274,6 +277,13 @@ def _timed(
     }
     code = PlacementCode.TIME_LESS if left.high < 1 else PlacementCode.TIME_LIKE
     return Reason(PlacementCode.TIME_MORE if left.low > 1 else code, values)
+
+
+def _balance(test: Scorer, today: Int64, chosen: Candidate, rule: DispatchRule) -> Reason:
+    """What fewer activated experts do to loads."""
+    loads = Scorer(test.load_SLE, replace(test.rules, objective="load"))
+    after = loads.score(chosen.slot_LPK, rule=rule, share_LPK=chosen.share_LPK)
+    return Reason(PlacementCode.BALANCE, {"today_load": loads.score(today), "chosen_load": after})
 
 
 def _fewer_moves(max_moves: int) -> list[tuple[str, int]]:
@@ -349,6 +359,7 @@ def _verdict(
     floor: float | None,
     today: float,
     chosen: float,
+    objective: str,
 ) -> tuple[Reason, ...]:
     """Change or leave it; and where one expert outweighs a rank, what would help."""
     assert gain.low is not None
@@ -357,6 +368,7 @@ def _verdict(
     if gain.high < 0:
         code = PlacementCode.WORSE
     values: dict[str, JsonValue] = {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
+    values["objective"] = objective
     reasons = [Reason(code, values)]
     by_chance = None if floor is None else floor * (1 + AT_FLOOR)
     if by_chance is not None and code is not PlacementCode.CHANGE and today <= by_chance:

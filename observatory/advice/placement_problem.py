@@ -25,6 +25,7 @@ from observatory.analysis.parallel.balancing.coactivation import nodes_per_token
 from observatory.analysis.parallel.balancing.nodes import node_bound
 from observatory.analysis.parallel.balancing.problem import Objective, Problem
 from observatory.analysis.parallel.balancing.solving import Solution, uses_tokens
+from observatory.analysis.parallel.dispatch_rules import slot_loads
 from observatory.reasons import Reason
 from observatory.run.documents.printed import printed_document
 
@@ -56,6 +57,8 @@ class ProblemCode(StrEnum):
     TOO_SHORT = "too_short"
     AT_FLOOR = "at_floor"
     MOVES = "moves"
+    ACTIVATED = "activated"
+    ALL_ACTIVE = "all_active"
     FORCED = "forced"
     DROPPED = "dropped"
     NODES = "nodes"
@@ -220,6 +223,8 @@ def _verdict(problem: Problem, solution: Solution, of_mean_L: Float64, bound_L: 
     dropped = int((without_seconds(solution.slot_LPK, experts) == experts).sum())
     if dropped:
         yield Reason(ProblemCode.DROPPED, {"dropped": dropped})
+    if problem.objective is Objective.ACTIVE:
+        yield from _activated(problem, solution)
     if solution.structure is not None:
         code = ProblemCode.STRUCTURE if solution.structure.is_there else ProblemCode.NO_STRUCTURE
         touched, independent = solution.structure.touched, solution.structure.independent
@@ -235,6 +240,22 @@ def _verdict(problem: Problem, solution: Solution, of_mean_L: Float64, bound_L: 
                 "after": _nodes(problem, solution.slot_LPK[0]),
             },
         )
+
+
+def _activated(problem: Problem, solution: Solution) -> Iterator[Reason]:
+    """Activated experts and the load of the busiest rank, today and on the solution."""
+    if problem.is_all_active:
+        yield Reason(ProblemCode.ALL_ACTIVE, {})
+    layouts = {"after": solution.slot_LPK}
+    if problem.current_LPE is not None:
+        layouts["before"] = slots_of(problem.current_LPE)
+    values: dict[str, Any] = {}
+    for name, slot_LPK in layouts.items():
+        active_SLP = (slot_loads(problem.load_SLE, slot_LPK) > 0).sum(axis=3)
+        time_SLP = rank_times(problem.load_SLE, slot_LPK, problem.speed_P)
+        values[name] = float(active_SLP.max(axis=2).mean())
+        values[f"load_{name}"] = float(time_SLP.max(axis=2).mean())
+    yield Reason(ProblemCode.ACTIVATED, values)
 
 
 def _nodes(problem: Problem, slot_PK: Int64) -> float:

@@ -186,7 +186,7 @@ def _interval(value: float, low: float | None, high: float | None) -> str:
 
 _PLACEMENT = {
     PlacementCode.CHANGE: "change it: on steps that were not used to choose, the busiest ranks lose {gain} "
-    "of their load ({gain_low} to {gain_high})",
+    "of their {counted} ({gain_low} to {gain_high})",
     PlacementCode.NO_GAIN: "leave it: on steps that were not used to choose, the gain is {gain} "
     "({gain_low} to {gain_high}), which may be none",
     PlacementCode.WORSE: "leave it: on steps that were not used to choose, the gain is {gain} "
@@ -197,6 +197,8 @@ _PLACEMENT = {
     "no more than uniform routing of as many tokens shows without replicas ({floor:.2f}): the rest is chance",
     PlacementCode.MORE_REPLICAS: "with {replicas} replicas no placement is below {bound:.2f} times the mean; "
     "{ratio:.2f} times it takes at least {needed} in each layer (median)",
+    PlacementCode.BALANCE: "the busiest rank's load on these steps is {chosen_load:.3f} times the mean, "
+    "today {today_load:.3f}: activated experts alone were chosen for",
     PlacementCode.LAYERS_KEPT: "{kept} of {layers} layers stay as they are: their likely gain is not above "
     "{move_cost:g} times the mean",
     PlacementCode.GROUPS_COST: "price of the groups: {with_groups:.3f} times the mean on held-out steps, "
@@ -232,6 +234,10 @@ _PROBLEM = {
     "{move_cost:g} for each layer that is changed",
     ProblemCode.TOO_SHORT: "{steps} steps are too few to say whether a change pays; {changed} of {layers} "
     "layers are changed",
+    ProblemCode.ALL_ACTIVE: "all experts are active in every step, so that no placement activates fewer; "
+    "placed for the load of each step instead",
+    ProblemCode.ACTIVATED: "activated experts of the rank with most of them: {after:.2f}{today}; the busiest "
+    "rank's load of each step: {load_after:.3f} times the mean{load_today}",
     ProblemCode.FORCED: "every layer changes, as ranks have other numbers of slots today; {filled} of "
     "{layers} only fill new slots, as nothing else is likely to gain more than {move_cost:g}",
     ProblemCode.DROPPED: "slots that are left empty: {dropped}; today they hold second copies of an expert "
@@ -272,6 +278,9 @@ def problem_sentences(verdict: Sequence[Mapping[str, Any]]) -> list[str]:
                 **reason,
                 "rule": _RULES.get(reason.get("rule", "")),
                 "by": _NODES_BY.get(reason.get("by", "")),
+                "load_today": ""
+                if reason.get("load_before") is None
+                else f", today {reason['load_before']:.3f}",
                 "today": "" if reason.get("before") is None else f", today {reason['before']:.2f}",
             }
         )
@@ -284,7 +293,10 @@ def placement_sentences(verdict: Sequence[Reason]) -> list[str]:
     parts = {True: "", False: " (experts alone)"}
     return [
         _PLACEMENT[PlacementCode(reason.code)].format_map(
-            {"parts": parts[bool(reason.values.get("has_exchanges"))]}
+            {
+                "parts": parts[bool(reason.values.get("has_exchanges"))],
+                "counted": "activated experts" if reason.values.get("objective") == "activated" else "load",
+            }
             | {
                 name: f"{100 * value:.1f} %" if name.startswith("gain") else value  # type: ignore[operator]
                 for name, value in reason.values.items()

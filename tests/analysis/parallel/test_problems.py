@@ -337,6 +337,27 @@ def test_new_slots_force_a_change_that_keeps_the_copies_of_today_unless_more_pay
             solve(replace(problem, max_moves=7))
 
 
+def test_activated_experts_and_the_load_that_they_cost_are_stated() -> None:
+    load_SLE = np.random.default_rng(4).poisson(np.linspace(0.2, 3.0, 16), (16, 2, 16)).astype(float)
+    problem = Problem(
+        load_SLE=load_SLE, ranks=4, objective=Objective.ACTIVE, current_LPE=held(linear_layout(2, 16, 4), 16)
+    )
+    solution = solve(problem)
+    codes = {reason["code"]: reason for reason in problem_document(problem, solution, 0.0)["verdict"]}
+    held_LPE = holders(solution.slot_LPK, 16)
+    active = np.einsum("sle,lpe->slp", load_SLE > 0, held_LPE.astype(int)).max(axis=2).mean()
+    assert codes["activated"]["after"] == pytest.approx(active)
+    assert codes["activated"]["load_after"] == pytest.approx(on_steps(load_SLE, solution.slot_LPK))
+    assert codes["activated"]["before"] >= codes["activated"]["after"]
+    every = replace(problem, load_SLE=load_SLE + 1)
+    solution = solve(every)
+    document = problem_document(every, solution, 0.0)
+    assert "all_active" in {reason["code"] for reason in document["verdict"]}
+    assert on_steps(every.load_SLE, solution.slot_LPK) == on_steps(
+        every.load_SLE, solve(replace(every, objective=Objective.STEP)).slot_LPK
+    )
+
+
 def test_steps_that_drift_are_forecast_from_the_last_ones_and_others_from_all() -> None:
     walk_SLE = np.stack([drifting(seed, 0.6, experts=32, tokens=512) for seed in range(3)], axis=1)
     assert half_life(walk_SLE[:32].astype(np.float64)) is not None

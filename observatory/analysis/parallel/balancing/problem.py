@@ -116,6 +116,11 @@ class Problem:
         return self.objective in (Objective.MEAN, Objective.MOVES)
 
     @property
+    def is_all_active(self) -> bool:
+        """Whether every step activates all experts, so that no layout activates fewer."""
+        return bool((self.load_SLE > 0).all())
+
+    @property
     def speeds(self) -> Float64:
         """Speeds of the ranks, (P,)."""
         return np.ones(self.ranks) if self.speed_P is None else self.speed_P

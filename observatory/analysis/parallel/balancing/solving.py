@@ -70,6 +70,8 @@ def solve(problem: Problem, *, seed: int = 0) -> Solution:
     Raises:
         PlacementError: moves are limited, but ranks have fewer slots than today, or more than moves fill.
     """
+    if problem.objective is Objective.ACTIVE and problem.is_all_active:
+        problem = replace(problem, objective=Objective.STEP)
     load_SLE = problem.load_SLE
     tokens = _structure(problem, seed)
     held_LPE = problem.current_LPE
