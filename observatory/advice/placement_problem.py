@@ -96,7 +96,7 @@ def problem_document(problem: Problem, solution: Solution, cpu_s: float) -> dict
             "layers": layers,
             "experts": experts,
             "cpu_s": cpu_s,
-            "bound": float(bound_L.mean()),
+            "bound": _loaded_mean(bound_L[None], mean_LE[None]),
             "gain": None if gain_L is None else float(gain_L.mean()),
             "verdict": [reason.document() for reason in _verdict(problem, solution, of_mean_L, bound_L)],
             "candidates": [_row(problem, name, layout) for name, layout in layouts.items()],
@@ -113,7 +113,7 @@ def problem_document(problem: Problem, solution: Solution, cpu_s: float) -> dict
             "frontier": None
             if solution.frontier_ML is None
             else [
-                {"moves": moves, "of_mean": float(ratio_L.mean())}
+                {"moves": moves, "of_mean": _loaded_mean(ratio_L[None], mean_LE[None])}
                 for moves, ratio_L in enumerate(solution.frontier_ML)
             ],
         },
@@ -186,36 +186,48 @@ def _row(problem: Problem, name: str, slot_LPK: Int64) -> dict[str, Any]:
     times = rank_times if name == "today" else written_times
     return {
         "candidate": name,
-        "of_mean": float(times(mean_LE[None], slot_LPK, problem.speed_P).max(axis=2).mean()),
-        "of_steps": float(times(problem.load_SLE, slot_LPK, problem.speed_P).max(axis=2).mean()),
+        "of_mean": _loaded_mean(times(mean_LE[None], slot_LPK, problem.speed_P).max(axis=2), mean_LE[None]),
+        "of_steps": _loaded_mean(
+            times(problem.load_SLE, slot_LPK, problem.speed_P).max(axis=2), problem.load_SLE
+        ),
         "moved": moved,
     }
 
 
+def _loaded_mean(ratio_SL: Float64, load_SLE: Float64) -> float:
+    """Mean over layer-steps that have load; 1.0 where none has."""
+    loaded_SL = load_SLE.sum(axis=2) > 0
+    return float(ratio_SL[loaded_SL].mean()) if loaded_SL.any() else 1.0
+
+
 def _verdict(problem: Problem, solution: Solution, of_mean_L: Float64, bound_L: Float64) -> Iterator[Reason]:
-    layers = len(of_mean_L)
+    layers, mean_1LE = len(of_mean_L), problem.load_SLE.mean(axis=0)[None]
     proven = int((of_mean_L <= bound_L * (1 + _PROVEN)).sum())
     if proven and problem.is_of_mean:
         values: dict[str, Any] = {
             "proven": proven,
             "layers": layers,
-            "bound": float(bound_L.mean()),
+            "bound": _loaded_mean(bound_L[None], mean_1LE),
             "rule": _rule(problem),
         }
         yield Reason(ProblemCode.PROVEN, values)
     if problem.groups > 1:
         free = lower_bound(problem.load_SLE.mean(axis=0), problem.ranks, problem.replicas)
         yield Reason(
-            ProblemCode.GROUPS_COST, {"with_groups": float(of_mean_L.mean()), "without": float(free.mean())}
+            ProblemCode.GROUPS_COST,
+            {
+                "with_groups": _loaded_mean(of_mean_L[None], mean_1LE),
+                "without": _loaded_mean(free[None], mean_1LE),
+            },
         )
     if problem.objective is Objective.STEP and problem.groups == 1 and problem.speed_P is None:
         greedy = greedy_layout(problem.load_SLE.mean(axis=0), problem.ranks, problem.replicas)
-        of_steps = float(rank_times(problem.load_SLE, greedy).max(axis=2).mean())
+        of_steps = _loaded_mean(rank_times(problem.load_SLE, greedy).max(axis=2), problem.load_SLE)
         floor = routing_floor(problem.load_SLE, problem.ranks, problem.top_k)
         if floor is not None and of_steps <= floor * (1 + AT_FLOOR):
             yield Reason(ProblemCode.AT_FLOOR, {"greedy": of_steps, "floor": floor})
     if solution.frontier_ML is not None:
-        first, last = (float(ratio_L.mean()) for ratio_L in solution.frontier_ML[[0, -1]])
+        first, last = (_loaded_mean(ratio_L[None], mean_1LE) for ratio_L in solution.frontier_ML[[0, -1]])
         yield Reason(ProblemCode.MOVES, {"moves": problem.max_moves, "before": first, "after": last})
     if solution.is_changed_L is not None:
         yield _changed(problem, solution, int(solution.is_changed_L.sum()), layers)
@@ -254,7 +266,7 @@ def _activated(problem: Problem, solution: Solution) -> Iterator[Reason]:
         active_SLP = (slot_loads(problem.load_SLE, slot_LPK) > 0).sum(axis=3)
         time_SLP = rank_times(problem.load_SLE, slot_LPK, problem.speed_P)
         values[name] = float(active_SLP.max(axis=2).mean())
-        values[f"load_{name}"] = float(time_SLP.max(axis=2).mean())
+        values[f"load_{name}"] = _loaded_mean(time_SLP.max(axis=2), problem.load_SLE)
     yield Reason(ProblemCode.ACTIVATED, values)
 
 

@@ -358,6 +358,20 @@ def test_activated_experts_and_the_load_that_they_cost_are_stated() -> None:
     )
 
 
+def test_layers_and_steps_without_load_do_not_count() -> None:
+    load_SLE = np.random.default_rng(1).poisson(20.0, (16, 3, 16)).astype(float)
+    load_SLE[:, 1], load_SLE[3, 2] = 0, 0
+    problem = Problem(load_SLE=load_SLE, ranks=4, current_LPE=held(linear_layout(3, 16, 4), 16), max_moves=0)
+    document = problem_document(problem, solve(problem), 0.0)
+    load_SLP = load_SLE.reshape(16, 3, 4, 4).sum(axis=3)
+    loaded_SL = load_SLP.any(axis=2)
+    ratio_N = load_SLP.max(axis=2)[loaded_SL] / load_SLP.mean(axis=2)[loaded_SL]
+    mean_LP = load_SLP.mean(axis=0)[[0, 2]]
+    row = document["candidates"][-1]
+    assert row["of_steps"] == pytest.approx(ratio_N.mean())
+    assert row["of_mean"] == pytest.approx((mean_LP.max(axis=1) / mean_LP.mean(axis=1)).mean())
+
+
 def test_steps_that_drift_are_forecast_from_the_last_ones_and_others_from_all() -> None:
     walk_SLE = np.stack([drifting(seed, 0.6, experts=32, tokens=512) for seed in range(3)], axis=1)
     assert half_life(walk_SLE[:32].astype(np.float64)) is not None
