@@ -191,10 +191,11 @@ _PLACEMENT = {
     "({gain_low} to {gain_high}), which may be none",
     PlacementCode.WORSE: "leave it: on steps that were not used to choose, the gain is {gain} "
     "({gain_low} to {gain_high}): the busiest ranks would have more",
-    PlacementCode.AT_FLOOR: "at the noise floor: today's {today:.2f} times the mean is what uniform routing "
-    "of as many tokens shows without replicas ({floor:.2f}): chance, not placement",
-    PlacementCode.REST_IS_CHANCE: "at the noise floor: the chosen placement's {chosen:.2f} times the mean is "
-    "no more than uniform routing of as many tokens shows without replicas ({floor:.2f}): the rest is chance",
+    PlacementCode.AT_FLOOR: "at the noise floor: today's {today:.3f} times the mean is within 1 % of what "
+    "uniform routing of as many tokens shows without replicas ({floor:.3f}), or below: chance, not placement",
+    PlacementCode.REST_IS_CHANCE: "at the noise floor: the chosen placement's {chosen:.3f} times the mean is "
+    "within 1 % of what uniform routing of as many tokens shows without replicas ({floor:.3f}), or below: "
+    "the rest is chance",
     PlacementCode.MORE_REPLICAS: "with {replicas} replicas no placement is below {bound:.2f} times the mean; "
     "{ratio:.2f} times it takes at least {needed} in each layer (median)",
     PlacementCode.BALANCE: "the busiest rank's load on these steps is {chosen_load:.3f} times the mean, "
@@ -224,8 +225,8 @@ _PROBLEM = {
     "{bound:.3f} times the mean rank (mean over layers), as {rule}",
     ProblemCode.GROUPS_COST: "price of the groups: {with_groups:.3f} times the mean; without them it is at "
     "least {without:.3f}",
-    ProblemCode.AT_FLOOR: "at the noise floor: a greedy layout's {greedy:.2f} times the mean in each step is "
-    "no more than uniform routing of as many tokens shows without replicas ({floor:.2f})",
+    ProblemCode.AT_FLOOR: "at the noise floor: a greedy layout's {greedy:.3f} times the mean in each step is "
+    "within 1 % of what uniform routing of as many tokens shows without replicas ({floor:.3f}), or below",
     ProblemCode.MOVES: "{moves} moves in each layer take the busiest rank from {before:.3f} to {after:.3f} "
     "times the mean",
     ProblemCode.CHANGED: "change {changed} of {layers} layers: the likely gain is {gain:.3f} times the mean "

@@ -22,6 +22,7 @@ from observatory.analysis.parallel.placement import load_placement
 from observatory.analysis.parallel.step_loads import step_loads
 from observatory.cli import main
 from observatory.errors import PlacementError
+from observatory.reasons import Reason
 from observatory.run import open_run
 from tests.advice.test_conclusions import run_of_loads
 from tests.analysis.experts.models import cost
@@ -70,6 +71,19 @@ def test_uniform_routing_is_left_alone_though_its_steps_promise_a_gain(tmp_path:
     assert advice.chosen.promised < by_name["linear (today)"].promised - 0.02
     assert advice.gain.low is not None
     assert advice.gain.low < 0.02
+
+
+@pytest.mark.parametrize(
+    ("code", "name"),
+    [(PlacementCode.AT_FLOOR, "today"), (PlacementCode.REST_IS_CHANCE, "chosen")],
+)
+def test_a_noise_floor_is_stated_with_the_digits_that_it_is_compared_by(
+    code: PlacementCode, name: str
+) -> None:
+    sentence = placement_sentences([Reason(code, {name: 1.0292, "floor": 1.0214})])[0]
+    assert "1.029 times" in sentence
+    assert "within 1 %" in sentence
+    assert "(1.021)" in sentence
 
 
 def test_one_expert_that_outweighs_a_rank_calls_for_replicas(tmp_path: Path) -> None:
