@@ -282,5 +282,7 @@ def _changed(problem: Problem, solution: Solution, changed: int, layers: int) ->
         return Reason(ProblemCode.FORCED, values | {"filled": layers - changed})
     if solution.gain_L is None:
         return Reason(ProblemCode.TOO_SHORT, values | {"steps": len(problem.load_SLE)})
-    values["gain"] = float(solution.gain_L.mean())
+    assert solution.is_changed_L is not None
+    gain_A = solution.gain_L[solution.is_changed_L] if changed else solution.gain_L
+    values["gain"] = float(gain_A.mean())
     return Reason(ProblemCode.CHANGED if changed else ProblemCode.LEFT, values)

@@ -229,8 +229,8 @@ _PROBLEM = {
     "within 1 % of what uniform routing of as many tokens shows without replicas ({floor:.3f}), or below",
     ProblemCode.MOVES: "{moves} moves in each layer take the busiest rank from {before:.3f} to {after:.3f} "
     "times the mean",
-    ProblemCode.CHANGED: "change {changed} of {layers} layers: the likely gain is {gain:.3f} times the mean "
-    "rank, at a cost of {move_cost:g} for each layer that is changed",
+    ProblemCode.CHANGED: "change {changed} of {layers} layers: their likely gain is {gain:.3f} times the "
+    "mean rank, at a cost of {move_cost:g} for each layer that is changed",
     ProblemCode.LEFT: "leave it: the likely gain is {gain:.3f} times the mean rank, at a cost of "
     "{move_cost:g} for each layer that is changed",
     ProblemCode.TOO_SHORT: "{steps} steps are too few to say whether a change pays; {changed} of {layers} "

@@ -296,6 +296,7 @@ def test_nodes_decide_on_a_change_and_those_of_the_written_layout_are_stated(
         assert codes["nodes"]["after"] == pytest.approx(nodes_touched(token_TK, node_E, 4).mean())
     assert ("tokens_unused" in codes) == (not uses_tokens)
     if uses_tokens:
+        assert codes["changed"]["gain"] > 0.1
         assert codes["nodes"]["after"] < 0.9 * codes["nodes"]["before"]
     if max_moves >= 0:
         assert received(solution.slot_LPK, today, 32).max() <= max_moves
