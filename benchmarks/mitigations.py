@@ -1,9 +1,9 @@
 """Are changes of a set-up as good as predicted, and in that order? What is advised for the bundled models?
 
-    python -m benchmarks.mitigations --measure [--model tiny-gqa] [--rounds 2]
+    python -m benchmarks.mitigations --measure [--model tiny-gqa] [--ranks 4] [--rounds 2]
     python -m benchmarks.mitigations --models
 
-``--measure``: on 4 ranks of this machine, by the commands that a user has. A run of today's set-up (flat,
+``--measure``: on ranks of this machine, by the commands that a user has. A run of today's set-up (flat,
 linear) is advised on with a network model of `bench alltoall --algorithm all`; then every change that can be
 run is run: the chosen placement, 4 replicas, deduplication, deduplication with the placement, hierarchical
 and gather, each in every round, in reversed order in every second round. A step is the sum over layers of the
@@ -12,7 +12,7 @@ other programs disturb the rest. Nothing of a changed run is in its prediction; 
 predicted from.
 
 ``--models``: verdicts on the five bundled models at EP 8 and 32, from the loads of a capture on one rank,
-expert times of `bench experts` and a network model of 2, 4 and 8 ranks; EP 32 is extrapolated.
+expert times of `bench experts --ep 8` and a network model of 2, 4 and 8 ranks; EP 32 is extrapolated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import numpy as np
 
 from observatory.run import open_run
 
-RANKS, RANKS_PER_NODE = 4, 2
 SPANS = ("count_exchange", "dispatch", "experts", "combine")
 QUIET = 0.25
 MODELS = ("tiny-mha", "tiny-mla", "tiny-gqa", "tiny-mamba2", "tiny-gdn")
@@ -73,18 +72,19 @@ def step_ms(run: Path) -> float:
     return float(of_step.quantile(QUIET))
 
 
-def measure(model: str, rounds: int) -> Iterator[str]:
+def measure(model: str, ranks: int, rounds: int) -> Iterator[str]:
     """The table of predicted and measured steps."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        shape = ("--ep", str(RANKS), "--ranks-per-node", str(RANKS_PER_NODE), "--phase", "prefill")
+        of_node = ("--ranks-per-node", str(ranks // 2))
+        shape = ("--ep", str(ranks), *of_node, "--phase", "prefill")
         profile = ("profile", model, *shape, "--steps", "24", "--batch-size", "8", "--sequence-length", "128")
         observatory(*profile, "--sample-tokens", "512", "--out", "base", folder=folder)
-        bench = ("bench", "alltoall", "--ranks", str(RANKS), "--ranks-per-node", str(RANKS_PER_NODE))
+        bench = ("bench", "alltoall", "--ranks", str(ranks), *of_node)
         observatory(*bench, "--algorithm", "all", "--repeats", "8", "--out", "bench.json", folder=folder)
         observatory("fit", "bench.json", "--out", "fit.json", folder=folder)
         for replicas, out in (("0", "placement.json"), ("4", "replicas.json")):
-            place = ("place", "base", "--ranks", str(RANKS), "--replicas", replicas, "--out", out)
+            place = ("place", "base", "--ranks", str(ranks), "--replicas", replicas, "--out", out)
             observatory(*place, folder=folder)
         advice = json.loads(observatory("advise", "base", "--network", "fit.json", "--json", folder=folder))
         rows = advice["runs"][0]["phases"][0]["verdicts"]
@@ -144,9 +144,9 @@ def models() -> Iterator[str]:
             observatory(
                 *profile, "--sequence-length", "128", "--sample-tokens", "1024", "--out", model, folder=folder
             )
+            experts = f"{model}.json"
+            observatory("bench", "experts", model, "--ep", "8", "--out", experts, folder=folder)
             for ranks in (8, 32):
-                experts = f"{model}-{ranks}.json"
-                observatory("bench", "experts", model, "--ep", str(ranks), "--out", experts, folder=folder)
                 advise = ("advise", model, "--ranks", str(ranks), "--gpus-per-node", str(ranks // 2))
                 given = ("--network", "fit.json", "--experts", experts, "--json")
                 document = json.loads(observatory(*advise, *given, folder=folder))
@@ -173,9 +173,10 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--models", action="store_true")
     parser.add_argument("--model", default="tiny-gqa")
+    parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
-    for line in measure(given.model, given.rounds) if given.measure else models():
+    for line in measure(given.model, given.ranks, given.rounds) if given.measure else models():
         print(line, flush=True)
 
 
