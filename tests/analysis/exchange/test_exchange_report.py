@@ -260,7 +260,7 @@ def test_a_report_without_benchmark_files_says_once_how_to_get_them(run: Path) -
 
 def test_exchanges_come_first_where_every_run_has_them(run: Path, make_run: Callable[..., Path]) -> None:
     ids = [section.id for section in build_sections(frames_of(run), gpus_per_node=4)]
-    assert ids[:3] == ["anatomy", "traffic", "waiting"]
+    assert ids[:4] == ["changes", "anatomy", "traffic", "waiting"]
     mixed = [section.id for section in build_sections(frames_of(run, make_run("other")), gpus_per_node=4)]
     assert mixed.index("grid") < mixed.index("anatomy")
 
