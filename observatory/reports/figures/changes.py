@@ -55,7 +55,7 @@ def change_bars(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
             hovertemplate=f"%{{y}}, {name}: %{{x:.3f}} ms<extra></extra>",
         )
     figure.add_scatter(
-        x=[min(max(row["step_us"] / 1e3, today_ms), longest) for row in shown],
+        x=[min(max(row["step_us"] / 1e3, today_ms), 1.2 * longest) for row in shown],
         y=names,
         mode="text",
         text=[_gain_text(row) for row in shown],

@@ -41,7 +41,7 @@ def advice_section(frames: ReportFrames) -> Section:
         why = plain(reasons[0]) if reasons else _NONE
         return Section(id="changes", title=_TITLE, reason=why)
     whole = {"runs": list(frames.advice.values())}
-    doubts = dict.fromkeys(map(plain, (*doubt_sentences(whole), *missing_sentences(whole))))
+    missing = "; ".join(map(plain, missing_sentences(whole)))
     return Section(
         id="changes",
         title=_TITLE,
@@ -51,7 +51,7 @@ def advice_section(frames: ReportFrames) -> Section:
             "half of the steps of a phase, times are of the other half. A step is its MoE part: exchanges, "
             "experts and waiting of all layers. Nothing on these ranks is faster than the ceiling: perfectly "
             "balanced experts and exchanges that carry nothing.",
-            "What the numbers rest on. " + " ".join(f"{text[:1].upper()}{text[1:]}." for text in doubts),
+            *([f"{missing[:1].upper()}{missing[1:]}."] if missing else ()),
         ),
         blocks=(
             FigureBlock(
@@ -89,7 +89,7 @@ def _variant(
         note=f"{where}: {setup['ranks']} ranks, {setup['gpus_per_node']} on a node, "
         f"{setup['algorithm']} exchange. Chosen on {phase['train_steps']} steps, judged on "
         f"{phase['judged_steps']}. "
-        f"{verdict[:1].upper()}{verdict[1:]}.",
+        f"{verdict[:1].upper()}{verdict[1:]}. " + " ".join(_sentences(document, phase)),
         numbers=frame_table(
             f"{where}: changes of the set-up",
             COLUMNS,
@@ -97,3 +97,9 @@ def _variant(
             folded=_FOLDED,
         ),
     )
+
+
+def _sentences(document: Mapping[str, Any], phase: Mapping[str, Any]) -> list[str]:
+    """What the numbers of one run and phase rest on."""
+    doubts = doubt_sentences({"runs": [{**document, "phases": [phase], "skipped_phases": []}]})
+    return [f"{text[:1].upper()}{text[1:]}." for text in map(plain, doubts)]
