@@ -51,7 +51,7 @@ _WORTH = 0.005
 _UNKNOWN_ERROR = 0.3
 #: Fewer sampled tokens of a layer do not show which experts a token has together.
 _FEWEST_TOKENS = 200
-#: A gain that may be larger than this and may be none cannot be told.
+#: A gain that may be larger than this and may be none is not certain.
 _LARGE = 0.02
 
 

@@ -78,7 +78,7 @@ class Figure(_Strict):
         unit: as in ``UNITS``.
         source: where it was read, or how it was derived.
         date: of the source, ``YYYY-MM-DD``.
-        assumed: nobody measured it: a rule of thumb or an assumption of the source.
+        assumed: it was not measured: a rule of thumb or an assumption of the source.
     """
 
     value: Annotated[float, Field(gt=0.0, le=1e9)]
@@ -153,7 +153,7 @@ class HardwareProfile(_Strict):
 
     @property
     def launch_s(self) -> float:
-        """Seconds that an operation takes beside its work; 0 where the profile has none."""
+        """Seconds that an operation takes besides its work; 0 where the profile has none."""
         figure = self.achievable.get("launch")
         return 0.0 if figure is None else figure.value * 1e-6
 
