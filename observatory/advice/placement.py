@@ -21,7 +21,6 @@ from pydantic import JsonValue
 from observatory.advice.placement_floor import AT_FLOOR, routing_floor
 from observatory.advice.placement_layouts import (
     Solver,
-    TokenSample,
     hindsight_layout,
     nodes_per_token,
     plain_layouts,
@@ -33,6 +32,7 @@ from observatory.analysis.parallel.balancing.forecast import forecast
 from observatory.analysis.parallel.balancing.solving import Solution
 from observatory.analysis.parallel.dispatch_rules import DispatchRule, balancing_shares
 from observatory.analysis.parallel.step_loads import FEWEST_STEPS, StepLoads
+from observatory.analysis.parallel.token_samples import LayerTokens
 from observatory.analysis.statistics import Interval
 from observatory.errors import PlacementError
 from observatory.reasons import Reason
@@ -132,7 +132,7 @@ def advise_placement(
     replicas: int = 0,
     train_share: float = 0.5,
     rules: PlacementRules | None = None,
-    tokens: Sequence[TokenSample] | None = None,
+    tokens: Sequence[LayerTokens] | None = None,
     timer: StepTimer | None = None,
     seed: int = 0,
 ) -> PlacementAdvice:

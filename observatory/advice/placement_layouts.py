@@ -6,7 +6,7 @@ Shapes: S steps, L layers, E experts, P ranks, K slots of each rank; of tokens: 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ from observatory.analysis.parallel.balancing.problem import Objective, Problem
 from observatory.analysis.parallel.balancing.solving import Solution, layout_of_mean, solve
 from observatory.analysis.parallel.placement import load_placement
 from observatory.analysis.parallel.step_loads import StepLoads
+from observatory.analysis.parallel.token_samples import LayerTokens, layer_tokens
 from observatory.errors import PlacementError
 
 if TYPE_CHECKING:
@@ -40,37 +41,17 @@ _OBJECTIVES = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TokenSample:
-    """Sampled tokens of one layer.
-
-    Attributes:
-        token_TK: experts of each token.
-        step_T: step of each.
-    """
-
-    token_TK: Int64
-    step_T: Int64
-
-
-def token_samples(run: Run, loads: StepLoads) -> tuple[TokenSample, ...] | None:
+def token_samples(run: Run, loads: StepLoads) -> list[LayerTokens] | None:
     """Sampled tokens of each layer in the steps of the loads; None where the run has none of some layer.
 
     Raises:
         RunFormatError: rows that cannot be true.
     """
-    frame = run.token_samples()
-    if not len(frame) or loads.step_S is None:
+    samples = run.token_samples()
+    if loads.step_S is None:
         return None
-    frame = frame[frame["step"].isin(loads.step_S) & frame["phase"].isin(loads.phases)]
-    samples = []
-    for layer in loads.layers:
-        rows = frame[frame["layer"] == layer]
-        if not len(rows):
-            return None
-        token_TK = np.stack(rows["expert_ids"].tolist()).astype(np.int64)
-        samples.append(TokenSample(token_TK=token_TK, step_T=rows["step"].to_numpy(np.int64)))
-    return tuple(samples)
+    kept = samples["step"].isin(loads.step_S) & samples["phase"].isin(loads.phases)
+    return layer_tokens(samples[kept], loads.layers)
 
 
 def replicas_of_slots(experts: int, ranks: int, slots: int, replicas: int) -> int:
@@ -152,7 +133,7 @@ class Solver:
         replicas: int,
         today: Int64,
         rules: PlacementRules,
-        tokens: Sequence[TokenSample] | None,
+        tokens: Sequence[LayerTokens] | None,
         seed: int,
     ) -> None:
         train = loads.of_steps(np.flatnonzero(train_S))
@@ -209,7 +190,7 @@ class Solver:
             current_LPE=_held(self.today, self.load_SLE.shape[2])[at],
             move_cost=rules.move_cost,
             max_moves=rules.max_moves,
-            token_TK=None if sample is None else sample.token_TK[early_T],
+            token_TK=None if sample is None else sample.experts_TK[early_T],
             token_step_T=None if sample is None else sample.step_T[early_T],
             is_ordered=self.is_ordered,
         )
@@ -269,7 +250,7 @@ def nodes_per_token(solver: Solver, slot_LPK: Int64) -> float | None:
         node_E = np.empty(experts, dtype=np.int64)
         node_E[slot_PK.reshape(nodes, -1)] = np.arange(nodes)[:, None]
         if not early_T.all():
-            touched.append(float(nodes_touched(sample.token_TK[~early_T], node_E, nodes).mean()))
+            touched.append(float(nodes_touched(sample.experts_TK[~early_T], node_E, nodes).mean()))
     return float(np.mean(touched)) if touched else None
 
 

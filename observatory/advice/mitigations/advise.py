@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 _TRAIN_SHARE = 0.5
 #: Numbers of one array of loads by source rank and expert; of more judged steps some are left out, evenly.
 _MOST_NUMBERS = 1 << 25
+#: Sampled tokens of a layer that are looked at; of more, some are left out, evenly.
+_MOST_TOKENS = 20_000
 #: An expert with less than this part of the mean load is hardly used.
 _RARE = 0.1
 #: Spans of the dispatchers that make up the MoE part of a step.
@@ -277,7 +279,7 @@ def _labs(
             judged_S=judged.round().astype(np.intp),
             today_LPK=today_LPK,
             named_today=name,
-            tokens=layer_tokens(samples, phase=named, layers=of_phase.layers),
+            tokens=layer_tokens(samples[samples["phase"] == named], of_phase.layers, most=_MOST_TOKENS),
             shared_experts=of_layers.copy().pop() if len(of_layers) == 1 else None,
             sequence_tokens=None if run.manifest.data is None else run.manifest.data.sequence_length,
         )

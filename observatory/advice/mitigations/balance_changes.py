@@ -73,7 +73,7 @@ def replicas(lab: Lab) -> Iterator[Verdict]:
             _with_replicas(lab, count, "equal"),
             setting=f"{count} replicas",
             premise=premise,
-            beyond=lab.simpler,
+            adds=True,
         )
 
 
@@ -92,7 +92,7 @@ def dispatch_rules(lab: Lab) -> Iterator[Verdict]:
         (Mitigation.WEIGHTED_DISPATCH, _with_replicas(lab, count, "weighted")),
         (Mitigation.PER_STEP_DISPATCH, per_step),
     ):
-        yield lab.judge(mitigation, change, setting=f"{count} replicas", premise=premise, beyond=lab.simpler)
+        yield lab.judge(mitigation, change, setting=f"{count} replicas", premise=premise, adds=True)
 
 
 def activated_dispatch(lab: Lab) -> Iterator[Verdict]:
@@ -114,7 +114,7 @@ def activated_dispatch(lab: Lab) -> Iterator[Verdict]:
             reason=Reason(MitigationCode.WEIGHTS_DECIDE, {"activated": active, "saved_by_tenth": saved}),
             holds=saved > 0.02,
         ),
-        beyond=lab.simpler,
+        adds=True,
     )
 
 

@@ -24,11 +24,11 @@ from observatory.advice.mitigations.verdict import Mitigation, MitigationCode, P
 from observatory.analysis.experts.step_time import LayerWork, layer_work, work_times
 from observatory.analysis.network.predict import predict_stages_us
 from observatory.analysis.parallel.balancing import holders
+from observatory.analysis.parallel.balancing.coactivation import nodes_touched
 from observatory.analysis.parallel.balancing.moves import renumbered
 from observatory.analysis.parallel.balancing.problem import Objective, Problem
 from observatory.analysis.parallel.balancing.solving import solve
 from observatory.analysis.parallel.dispatch_rules import DispatchRule
-from observatory.analysis.parallel.token_samples import places_touched
 from observatory.analysis.parallel.traffic import source_shares
 from observatory.analysis.statistics import (
     Interval,
@@ -156,6 +156,10 @@ class Lab:
         change = Change(work=self.work(layout), slot_LPK=layout)
         return change if self.timed(change).total_S.sum() < self.today.total_S.sum() else None
 
+    @cached_property
+    def _simpler_times(self) -> Timed | None:
+        return None if self.simpler is None else self.timed(self.simpler)
+
     def once_of(self, slot_LPK: Int64, place_P: Int64 | None = None) -> Float64 | None:
         """Places that a token's experts are at over those that independent experts would touch, (L,).
 
@@ -175,7 +179,8 @@ class Lab:
             top_k = tokens.experts_TK.shape[1]
             share_N = np.bincount(place_E[tokens.experts_TK].ravel()) / tokens.experts_TK.size
             by_chance = float((1.0 - (1.0 - share_N) ** top_k).sum())
-            ratios.append(float(places_touched(tokens.experts_TK, place_E).mean()) / max(by_chance, 1e-300))
+            touched_T = nodes_touched(tokens.experts_TK, place_E, int(place_E.max()) + 1)
+            ratios.append(float(touched_T.mean()) / max(by_chance, 1e-300))
         return np.array(ratios)
 
     @property
@@ -198,10 +203,10 @@ class Lab:
         *,
         setting: str = "",
         premise: Premise | None = None,
-        beyond: Change | None = None,
+        adds: bool = False,
     ) -> Verdict:
-        """The verdict on a change; on what it adds to a simpler one where ``beyond`` is that."""
-        simpler = None if beyond is None else self.timed(beyond)
+        """The verdict on a change; with ``adds``, on what it adds to `simpler`, where there is that."""
+        simpler = self._simpler_times if adds else None
         verdict = self.judge_times(
             mitigation,
             self.timed(change),
@@ -212,7 +217,7 @@ class Lab:
             extra_us_S=change.extra_us_S,
             beyond=simpler,
         )
-        return self._with_costs(verdict, change, beyond, simpler)
+        return self._with_costs(verdict, change, simpler)
 
     def judge_times(
         self,
@@ -272,9 +277,7 @@ class Lab:
             **shown(timed, total_S, extra_S),
         )
 
-    def _with_costs(
-        self, verdict: Verdict, change: Change, beyond: Change | None, simpler: Timed | None
-    ) -> Verdict:
+    def _with_costs(self, verdict: Verdict, change: Change, simpler: Timed | None) -> Verdict:
         """With memory, the cost of getting there, and whether that pays; of what it adds to a simpler one."""
         kv_bytes = self.setup.kv_bytes_per_token
         change_us = self._change_us(change)
@@ -291,7 +294,9 @@ class Lab:
         if change_us is None:
             return replace(verdict, reason=Reason(MitigationCode.NO_MOVE_RATE), **costs)
         before_us = float((self.today if simpler is None else simpler).total_S.mean())
-        first_us = 0.0 if beyond is None else self._change_us(beyond) or 0.0
+        first_us = 0.0
+        if simpler is not None and self.simpler is not None:
+            first_us = self._change_us(self.simpler) or 0.0
         after = float(np.ceil(max(change_us - first_us, 0.0) / max(before_us - verdict.step_us, 1e-300)))
         pays = after <= self.models.horizon_steps
         code = VerdictCode.CHANGE if pays else VerdictCode.DOES_NOT_PAY
@@ -470,7 +475,7 @@ def _code(gain: Interval) -> VerdictCode:
         return VerdictCode.WORSE
     if gain.low > 0 and gain.value >= _WORTH:
         return VerdictCode.CHANGE
-    return VerdictCode.CANNOT_TELL if gain.high > _LARGE else VerdictCode.NO_GAIN
+    return VerdictCode.UNCERTAIN if gain.high > _LARGE else VerdictCode.NO_GAIN
 
 
 def shown(timed: Timed, total_S: Float64, extra_S: Float64) -> dict[str, Any]:

@@ -15,9 +15,10 @@ from observatory.advice.mitigations.lab import Lab, not_applicable, not_known
 from observatory.advice.mitigations.timed import Float64
 from observatory.advice.mitigations.verdict import Mitigation, MitigationCode, Premise, Verdict
 from observatory.analysis.experts.step_time import LayerWork
+from observatory.analysis.parallel.balancing.coactivation import nodes_touched
 from observatory.analysis.parallel.balancing.problem import Objective, Problem
 from observatory.analysis.parallel.balancing.solving import solve
-from observatory.analysis.parallel.token_samples import LayerTokens, places_touched
+from observatory.analysis.parallel.token_samples import LayerTokens
 from observatory.reasons import Reason
 from observatory.run.exchange_algorithms import Algorithm
 
@@ -65,7 +66,8 @@ def deduplication(lab: Lab) -> Iterator[Verdict]:
     if lab.has_tokens:
         assert lab.trace.tokens is not None
         shares = [
-            places_touched(tokens.experts_TK, lab.homes(slot_PK)).mean() / tokens.experts_TK.shape[1]
+            nodes_touched(tokens.experts_TK, lab.homes(slot_PK), lab.setup.ranks).mean()
+            / tokens.experts_TK.shape[1]
             for tokens, slot_PK in zip(lab.trace.tokens, lab.trace.today_LPK, strict=True)
         ]
         touched = float(np.mean(shares))
@@ -78,7 +80,7 @@ def deduplication(lab: Lab) -> Iterator[Verdict]:
     simpler = lab.simpler
     if simpler is not None:
         both = replace(simpler, deduplicate=True, assumed=touched is None)
-        yield lab.judge(Mitigation.COMBINED, both, premise=premise, beyond=simpler)
+        yield lab.judge(Mitigation.COMBINED, both, premise=premise, adds=True)
 
 
 def node_placement(lab: Lab) -> Iterator[Verdict]:

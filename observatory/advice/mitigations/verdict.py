@@ -48,7 +48,7 @@ class VerdictCode(StrEnum):
     #: The interval of the gain meets zero.
     NO_GAIN = "no gain"
     #: The interval meets zero, but a large gain lies in it as well.
-    CANNOT_TELL = "cannot tell"
+    UNCERTAIN = "uncertain"
     #: Faster, but the network model was measured on other numbers of ranks or nodes.
     EXTRAPOLATED = "extrapolated"
     #: Slower beyond doubt.
@@ -69,9 +69,7 @@ class MitigationCode(StrEnum):
     # Why there is no verdict.
     NO_TOKENS = "no_token_samples"
     NO_NETWORK = "no_network_model"
-    NO_EXPERTS = "no_expert_times"
     NO_ALGORITHM = "algorithm_not_measured"
-    NO_EXPERT_BYTES = "no_expert_bytes"
     NO_MEMORY = "no_memory_size"
     NO_HOST_RATE = "no_host_rate"
     NO_CLOCKS = "no_clock_model"

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-#: Tokens of a layer that are looked at; of more, some are left out evenly.
-_MOST_TOKENS = 20_000
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerTokens:
@@ -40,29 +37,21 @@ class LayerTokens:
     source_T: Int64
     position_T: Int64
 
-    def of(self, kept_T: NDArray[np.bool_]) -> LayerTokens:
-        """Some of the tokens."""
-        return LayerTokens(
-            experts_TK=self.experts_TK[kept_T],
-            step_T=self.step_T[kept_T],
-            source_T=self.source_T[kept_T],
-            position_T=self.position_T[kept_T],
-        )
 
-
-def layer_tokens(samples: pd.DataFrame, *, phase: str, layers: Sequence[int]) -> list[LayerTokens] | None:
+def layer_tokens(
+    samples: pd.DataFrame, layers: Sequence[int], *, most: int | None = None
+) -> list[LayerTokens] | None:
     """Tokens of each layer; None unless every layer has some, all with equally many experts.
 
     Args:
-        samples: the table of token samples of a run.
-        phase: only this phase.
+        samples: token samples of a run, of the steps and phases that are asked for.
         layers: numbers of the layers, in the order of the result.
+        most: of more tokens of a layer some are left out, evenly; None keeps all.
     """
     result = []
-    of_phase = samples[samples["phase"] == phase] if len(samples) else samples
     for layer in layers:
-        rows = of_phase[of_phase["layer"] == layer] if len(of_phase) else of_phase
-        rows = rows.iloc[:: max(1, -(-len(rows) // _MOST_TOKENS))]
+        rows = samples[samples["layer"] == layer]
+        rows = rows.iloc[:: 1 if most is None else max(1, -(-len(rows) // most))]
         lengths = {len(experts) for experts in rows["expert_ids"]} if len(rows) else set()
         if len(lengths) != 1 or lengths == {0}:
             return None
@@ -75,9 +64,3 @@ def layer_tokens(samples: pd.DataFrame, *, phase: str, layers: Sequence[int]) ->
             )
         )
     return result
-
-
-def places_touched(experts_TK: Int64, place_E: Int64) -> Float64:
-    """How many different places the experts of each token are at, (T,)."""
-    sorted_TK = np.sort(place_E[experts_TK], axis=1)
-    return np.asarray(1.0 + (np.diff(sorted_TK, axis=1) != 0).sum(axis=1))

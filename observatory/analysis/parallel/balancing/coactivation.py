@@ -114,7 +114,7 @@ def exchanged(token_TK: Int64, slot_PK: Int64, load_E: Float64, nodes: int, most
 
 
 def nodes_touched(token_TK: Int64, node_E: Int64, nodes: int) -> Int64:
-    """Nodes that each token is sent to, (T,)."""
+    """Nodes, or other places of experts such as ranks, that each token is sent to, (T,)."""
     return np.asarray((_counts(token_TK, node_E, nodes) > 0).sum(axis=1))
 
 
