@@ -20,6 +20,11 @@ _NONE = (
 _FOLDED = (
     "p10_us",
     "p90_us",
+    "counts_us",
+    "dispatch_us",
+    "experts_us",
+    "waiting_us",
+    "combine_us",
     "beyond",
     "memory_bytes",
     "kv_tokens",
