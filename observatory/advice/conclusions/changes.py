@@ -1,0 +1,69 @@
+"""The conclusion about changes of an expert-parallel set-up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from observatory.advice.conclusions.reasons import NOTHING, Code, Conclusion, Row, chosen, command, worst_row
+from observatory.reasons import Reason
+
+
+def conclude_advice(document: Row) -> Conclusion:
+    """Of ``observatory advise``: the change that gains most, or what perfect balance alone would."""
+    rows = [
+        (run, phase, row) for run in document["runs"] for phase in run["phases"] for row in phase["verdicts"]
+    ]
+    needed = next((item for item in rows if item[2]["verdict"] == "needed"), None)
+    if needed is not None:
+        run, _, row = needed
+        place = {"run": run["run"], "ranks": run["setup"]["ranks"], "setting": row["setting"]}
+        return (Reason(Code.DOES_NOT_FIT, place),)
+    best = [item for item in rows if item[1]["best"] is not None and item[2] is _best(item[1])]
+    outside = [
+        {"phase": phase["phase"], "ranks": run["setup"]["ranks"], **row}
+        for run, phase, row in rows
+        if row["verdict"] == "extrapolated"
+    ]
+    if not best and outside:
+        likely = max(outside, key=lambda row: row["gain"])
+        place = chosen(likely, "phase", "change", "setting", "gain", "gain_low", "gain_high", "ranks")
+        return (Reason(Code.EXTRAPOLATED, place), Reason(Code.OTHER_FABRIC, chosen(likely, "ranks")))
+    if not best:
+        balanced = [
+            {"phase": phase["phase"], **row}
+            for _, phase, row in rows
+            if row["change"] == "perfect balance" and row["gain"] is not None
+        ]
+        most = worst_row(balanced, lambda row: row["gain"])
+        shown = () if most is None else (Reason(Code.PERFECT_BALANCE, chosen(most, "phase", "gain")),)
+        return (*NOTHING, *shown)
+    run, phase, row = max(best, key=lambda item: item[2]["gain"])
+    place = {"run": run["run"], "phase": phase["phase"], **chosen(row, "change", "setting")}
+    gain = chosen(row, "gain", "gain_low", "gain_high", "break_even_steps")
+    gain["cost_known"] = row["change_us"] is not None
+    values = {**gain, "has_exchanges": run["network"] is not None, "elsewhere": phase["elsewhere"]}
+    return (
+        Reason(Code.BEST_CHANGE, place),
+        Reason(Code.CHANGE_GAIN, values),
+        *_next_of_change(run, phase, row),
+    )
+
+
+def _best(phase: Row) -> Row:
+    best: Row = phase["verdicts"][phase["best"]]
+    return best
+
+
+def _next_of_change(run: Row, phase: Row, row: Row) -> Iterator[Reason]:
+    """The command that makes the change, where there is one."""
+    ranks, out = str(run["setup"]["ranks"]), ("--out", "placement.json")
+    if row["change"] in ("placement", "placement, once per rank"):
+        yield command("place", Path(run["run"]), "--ranks", ranks, "--phase", phase["phase"], *out)
+    elif row["setting"].endswith(" replicas"):
+        copies = ("--replicas", row["setting"].split()[0])
+        yield command("place", Path(run["run"]), "--ranks", ranks, *copies, "--phase", phase["phase"], *out)
+    elif row["change"] == "deduplication":
+        yield command("profile", run["model"], "--ep", ranks, "--deduplicate", "--out", "RUN")
+    elif row["change"] in ("flat", "hierarchical", "gather"):
+        yield command("profile", run["model"], "--ep", ranks, "--algorithm", row["change"], "--out", "RUN")
