@@ -69,33 +69,29 @@ class CaptureSession:
         self.sink: ExchangeSink = NullSink()
         try:
             # Power first: its calibration wants a device that is still idle.
-            power = self._attach(
-                WatchedPower(model, writer, options.where, options.power, flush_s=options.flush_s)
-            )
+            self._attach(WatchedPower(model, writer, options.where, options.power, flush_s=options.flush_s))
             if store is not None:
                 timeout_s = options.exchange.clock_timeout_s
                 self._time_base = self._attach(
                     WatchedTimeBase(writer, store, options.where, timeout_s=timeout_s)
                 )
             self.routing = self._attach(RoutingPart(model, sites, writer, options.routing))
-            if exchanges or power.is_active:
-                anchors = Anchors()
-                second = FlightRecorder() if exchanges and options.exchange.flight_recorder else None
-                log = self._attach(ExchangeLog(writer, anchors, flush_s=options.flush_s, recorder=second))
-                if power.is_active:
-                    self._attach(PhaseSpans(log.add, anchors, self.routing.device))
-                if exchanges:
-                    probe = ExchangeProbe(
-                        model,
-                        self.routing.sites,
-                        log,
-                        anchors,
-                        situation=situation,
-                        phase_now=self.routing.phase_now,
-                        flight_recorder=second,
-                    )
-                    self.routing.on_routed(probe.routed)
-                    self.sink = self._attach(probe).sink
+            anchors = Anchors()
+            second = FlightRecorder() if exchanges and options.exchange.flight_recorder else None
+            log = self._attach(ExchangeLog(writer, anchors, flush_s=options.flush_s, recorder=second))
+            self._attach(PhaseSpans(log.add, anchors, self.routing.device))
+            if exchanges:
+                probe = ExchangeProbe(
+                    model,
+                    self.routing.sites,
+                    log,
+                    anchors,
+                    situation=situation,
+                    phase_now=self.routing.phase_now,
+                    flight_recorder=second,
+                )
+                self.routing.on_routed(probe.routed)
+                self.sink = self._attach(probe).sink
             self._attach(self.routing.row_writer(writer, flush_s=options.flush_s))
         except BaseException:
             self._detach(failed=True)
