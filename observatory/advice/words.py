@@ -62,8 +62,8 @@ _SENTENCES = {
     Code.FIT_COST: "its predictions are off by {median_error} in the median, {p90_error} in the worst tenth",
     Code.BEST_CHANGE: "worth changing: in {phase}, {change}{setting}",
     Code.CHANGE_GAIN: "{part} of a step takes {gain} less time{pays}{elsewhere}",
-    Code.DOES_NOT_FIT: "today's experts do not fit into the memory of {ranks} ranks: keep {setting} on the "
-    "device, or use more ranks",
+    Code.DOES_NOT_FIT: "today's experts do not fit into the memory of {ranks} ranks: use more ranks, or an "
+    "{change}{setting}",
     Code.PERFECT_BALANCE: "perfect balance of the ranks would take {gain} off a step of {phase}",
     Code.EXTRAPOLATED: "not certain: in {phase}, {change}{setting} is predicted to take {gain} less time, "
     "by a network model of other numbers of ranks or nodes",
@@ -115,7 +115,7 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
         shown["in_phase"] = f" in {values['phase']}" if values["phase"] else ""
     if code is Code.EXTRAPOLATED:
         shown["gain"] = _interval(values["gain"], values["gain_low"], values["gain_high"])
-    if code in (Code.BEST_CHANGE, Code.EXTRAPOLATED):
+    if code in (Code.BEST_CHANGE, Code.EXTRAPOLATED, Code.DOES_NOT_FIT):
         shown["setting"] = f" ({values['setting']})" if values["setting"] else ""
     if code is Code.CHANGE_GAIN:
         steps = values["break_even_steps"]

@@ -8,6 +8,9 @@ from pathlib import Path
 from observatory.advice.conclusions.reasons import NOTHING, Code, Conclusion, Row, chosen, command, worst_row
 from observatory.reasons import Reason
 
+#: Changes that keep a part of the experts on the device.
+_CACHES = ("expert cache", "expert prefetch")
+
 
 def conclude_advice(document: Row) -> Conclusion:
     """Of ``observatory advise``: the change that gains most, or what perfect balance alone would."""
@@ -16,8 +19,11 @@ def conclude_advice(document: Row) -> Conclusion:
     ]
     needed = next((item for item in rows if item[2]["verdict"] == "needed"), None)
     if needed is not None:
-        run, _, row = needed
-        place = {"run": run["run"], "ranks": run["setup"]["ranks"], "setting": row["setting"]}
+        run, phase, row = needed
+        caches = [other for other in phase["verdicts"] if other["change"] in _CACHES]
+        better = [other for other in caches if other["verdict"] == "change"]
+        row = max(better, key=lambda other: other["beyond"], default=row)
+        place = {"run": run["run"], "ranks": run["setup"]["ranks"], **chosen(row, "change", "setting")}
         return (Reason(Code.DOES_NOT_FIT, place),)
     best = [item for item in rows if item[1]["best"] is not None and item[2] is _best(item[1])]
     outside = [

@@ -21,7 +21,8 @@ from observatory.advice.mitigations.balance_changes import (
     spill,
 )
 from observatory.advice.mitigations.change import Change
-from observatory.advice.mitigations.lab import Lab, not_applicable, not_known, shown
+from observatory.advice.mitigations.lab import Lab, not_applicable, not_known
+from observatory.advice.mitigations.memory_changes import expert_cache
 from observatory.advice.mitigations.setup import Setup
 from observatory.advice.mitigations.timed import Models, Trace
 from observatory.advice.mitigations.traffic_changes import (
@@ -208,7 +209,7 @@ def advise_run(
     for lab in labs:
         verdicts = [verdict for change in CHANGES for verdict in change(lab)]
         verdicts += _other_ranks(lab, [number for number in others if ranks or number >= 2])
-        verdicts += [_expert_cache(lab), *_clock_lock(lab, clocks)]
+        verdicts += [*expert_cache(lab), *_clock_lock(lab, clocks)]
         advice = PhaseAdvice(
             phase=lab.trace.phase,
             steps=(lab.trace.train_steps, len(lab.judged_S)),
@@ -389,47 +390,6 @@ def _other_ranks(lab: Lab, numbers: Sequence[int]) -> Iterator[Verdict]:
         if verdict.code is VerdictCode.CHANGE and lab.over_memory(memory_bytes):
             verdict = replace(verdict, code=VerdictCode.DOES_NOT_FIT)
         yield replace(verdict, memory_bytes=memory_bytes)
-
-
-def _expert_cache(lab: Lab) -> Verdict:
-    """Keep the experts that training steps used most on the device and fetch the others from the host."""
-    memory, expert_bytes = lab.setup.memory_bytes, lab.models.experts.shape.expert_bytes
-    if memory is None:
-        return not_known(Mitigation.EXPERT_CACHE, MitigationCode.NO_MEMORY)
-    premise = Premise(
-        reason=Reason(
-            MitigationCode.EXPERTS_DO_NOT_FIT, {"held_bytes": lab.held_bytes, "memory_bytes": int(memory)}
-        ),
-        holds=lab.over_memory(0),
-    )
-    if not premise.holds:
-        return replace(
-            not_applicable(Mitigation.EXPERT_CACHE, MitigationCode.EXPERTS_DO_NOT_FIT), premise=premise
-        )
-    if lab.setup.host_bytes_per_s is None:
-        return replace(not_known(Mitigation.EXPERT_CACHE, MitigationCode.NO_HOST_RATE), premise=premise)
-    layers, ranks, slots = lab.trace.today_LPK.shape
-    kept = int(memory // (layers * expert_bytes))
-    used_LE = (lab.train_SLE > 0).mean(axis=0)
-    missed_SL = np.zeros(lab.test_SLE.shape[:2])
-    for layer in range(layers):
-        missed_SP = np.zeros((len(lab.judged_S), ranks))
-        for rank in range(ranks):
-            held_K = lab.trace.today_LPK[layer, rank]
-            order_K = held_K[np.argsort(-used_LE[layer, held_K], kind="stable")]
-            missed_SP[:, rank] = (lab.test_SLE[:, layer, order_K[kept:]] > 0).sum(axis=1)
-        missed_SL[:, layer] = missed_SP.max(axis=1)
-    extra_us_S = 1e6 * missed_SL.sum(axis=1) * expert_bytes / lab.setup.host_bytes_per_s
-    total_S = lab.today.total_S + extra_us_S
-    return Verdict(
-        mitigation=Mitigation.EXPERT_CACHE,
-        setting=f"{kept} of {slots} kept",
-        code=VerdictCode.NEEDED,
-        memory_bytes=-int(lab.held_bytes - kept * layers * expert_bytes),
-        premise=premise,
-        grades=lab.grades(assumed=True),
-        **shown(lab.today, total_S, extra_us_S),
-    )
 
 
 def _clock_lock(lab: Lab, clocks: ClockModel | None) -> Iterator[Verdict]:

@@ -46,7 +46,8 @@ COLUMNS = (
         digits=1,
         interval=("beyond_low", "beyond_high"),
         wide=True,
-        legend="gain over the chosen placement without replicas; verdicts on replicas are about it",
+        legend="gain over the chosen placement without replicas, of expert caches over the first; "
+        "verdicts on replicas and caches are about it",
     ),
     Column(name="p10_us", title="p10", unit="ms", scale=1e-3, wide=True),
     Column(name="p90_us", title="p90", unit="ms", scale=1e-3, wide=True),

@@ -261,7 +261,7 @@ class Lab:
         further = None
         if beyond is not None:
             further = self._gain(beyond, timed, total_S, used, cancels=cancels)
-        code, reason = _code(further or gain), None
+        code, reason = code_of(further or gain), None
         other_fabric = timed.other_fabric or self.today.other_fabric
         if code is VerdictCode.CHANGE and other_fabric is not None:
             code, reason = VerdictCode.EXTRAPOLATED, other_fabric
@@ -398,7 +398,7 @@ class Lab:
 
         Of exchanges whose errors cancel, only the difference has one.
         """
-        gain = self._paired(before.total_S, total_S)
+        gain = self.paired(before.total_S, total_S)
         exchange_us = float(np.abs(timed.exchange_S - before.exchange_S).mean())
         if not cancels:
             exchange_us = float((timed.exchange_S + before.exchange_S).mean())
@@ -414,7 +414,7 @@ class Lab:
             high=min(1.0, gain.value + float(np.hypot(gain.high - gain.value, error))),
         )
 
-    def _paired(self, before_S: Float64, after_S: Float64) -> Interval:
+    def paired(self, before_S: Float64, after_S: Float64) -> Interval:
         """Share of the time before that the same steps lack after it, with the scatter of steps."""
         value = 1.0 - float(after_S.sum() / max(before_S.sum(), 1e-300))
         sample_B = 1.0 - (self._weight_BS @ after_S) / np.maximum(self._weight_BS @ before_S, 1e-300)
@@ -467,7 +467,7 @@ class Lab:
         return 1e9 * min(rates) if rates else None
 
 
-def _code(gain: Interval) -> VerdictCode:
+def code_of(gain: Interval) -> VerdictCode:
     """What a gain comes to before its costs."""
     assert gain.low is not None
     assert gain.high is not None

@@ -33,6 +33,7 @@ class Mitigation(StrEnum):
     FLAT = "flat"
     RANKS = "EP ranks"
     EXPERT_CACHE = "expert cache"
+    EXPERT_PREFETCH = "expert prefetch"
     CLOCK_LOCK = "clock lock"
 
 
@@ -79,6 +80,7 @@ class MitigationCode(StrEnum):
     IN_USE = "in_use"
     ALL_ACTIVE = "all_experts_active"
     UNEVEN = "uneven"
+    ONE_LAYER = "one_layer"
     NO_MOVE_RATE = "no_move_rate"
     REPLICATED_TODAY = "replicated_today"
     # Premises.
@@ -93,6 +95,8 @@ class MitigationCode(StrEnum):
     CO_ACTIVATION = "experts_are_chosen_together"
     SEQUENCES_DIFFER = "sequences_prefer_ranks"
     EXPERTS_DO_NOT_FIT = "experts_do_not_fit"
+    USED_AGAIN = "experts_are_used_again"
+    NEXT_PREDICTED = "layers_predict_the_next"
     ENERGY_FALLS = "energy_falls_with_the_clock"
     REAL_TOKENS = "tokens_are_real"
 
@@ -124,8 +128,8 @@ class Verdict:
             waiting (of the mean rank for the busiest), combine, alone (shared experts and local work), extra.
         gain: share of today's time that it removes, on the same steps; its interval covers the steps and the
             error of the models.
-        beyond: the same against the simplest change that helps, where this one adds to it; None elsewhere.
-            Then ``code`` is about this gain.
+        beyond: the same against the simplest change that helps, where this one adds to it (of caches: that
+            of the most used experts); None elsewhere. Then ``code`` is about this gain.
         memory_bytes: what a rank needs more; None where it is not known.
         kv_tokens: tokens of context whose cache that memory would hold; None likewise.
         change_us: what the change costs once; None where it is not known.

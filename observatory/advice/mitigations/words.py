@@ -12,10 +12,11 @@ from observatory.text import percent_words
 
 #: What is needed, or why there is nothing to change.
 _MISSING = {
-    MitigationCode.NO_TOKENS: "no token samples; profile with --sample-tokens 256",
+    MitigationCode.NO_TOKENS: "too few token samples; profile with --sample-tokens 256 and more --steps",
     MitigationCode.NO_NETWORK: "no network model; fit one and give --network",
     MitigationCode.NO_ALGORITHM: "the network model was not measured for {algorithm}",
     MitigationCode.NO_MEMORY: "no memory size; state memory_bytes in the topology",
+    MitigationCode.ONE_LAYER: "there is one layer only",
     MitigationCode.NO_MOVE_RATE: "no rate at which weights move; state move_bytes_per_s in the topology",
     MitigationCode.REPLICATED_TODAY: "experts have replicas today",
     MitigationCode.NO_HOST_RATE: "no rate from the host; state host_bytes_per_s in the topology",
@@ -54,11 +55,27 @@ _PREMISES = {
     MitigationCode.SEQUENCES_DIFFER: "sequences prefer ranks: {local_before} of the rows stay, "
     "{local_after} after",
     MitigationCode.EXPERTS_DO_NOT_FIT: "experts do not fit: {held_bytes} B in {memory_bytes} B",
+    MitigationCode.USED_AGAIN: "experts are used again: {hit} of them were kept since the last steps, "
+    "{shuffled} with steps in random order",
+    MitigationCode.NEXT_PREDICTED: "a layer predicts the next: {recall} of a token's experts are among "
+    "those predicted, {popular} among the most used",
     MitigationCode.ENERGY_FALLS: "energy falls with the clock",
     MitigationCode.REAL_TOKENS: "tokens are real",
 }
 _SHARES = frozenset(
-    ("activated", "share", "crossing", "rows_left", "saved_by_tenth", "local_before", "local_after")
+    (
+        "activated",
+        "share",
+        "crossing",
+        "rows_left",
+        "saved_by_tenth",
+        "local_before",
+        "local_after",
+        "hit",
+        "shuffled",
+        "recall",
+        "popular",
+    )
 )
 
 
