@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -14,7 +14,8 @@ from pydantic import JsonValue
 
 from observatory.advice.placement_layouts import current_layout
 from observatory.analysis.parallel.step_loads import StepLoads
-from observatory.analysis.route_fetch.costs import Constants
+from observatory.analysis.route_fetch.costs import MATRICES, NEAR, Constants
+from observatory.analysis.route_fetch.document import accuracy_rows
 from observatory.analysis.route_fetch.experts import Choice, ExpertDecisions, ExpertShape, decide_experts
 from observatory.analysis.route_fetch.fitting import HeldOut, fit_shape, hold_out_points
 from observatory.analysis.route_fetch.published import PREFIX, published_constants
@@ -47,6 +48,7 @@ class RouteFetchCode(StrEnum):
     KEEP_COST = "keep_cost"
     BREAK_EVEN = "break_even"
     RANKS_NOT_MEASURED = "ranks_not_measured"
+    SIZES_NOT_MEASURED = "sizes_not_measured"
     OTHER_HOSTS = "other_hosts"
     WITHOUT_COMPUTE = "without_compute"
 
@@ -100,25 +102,26 @@ def known_constants(
     names = [shape.name for shape in result.shapes]
     answers: list[Answer] = []
     notes = list(result.notes)
-    for shape in shapes or result.shapes:
-        index = next((at for at, other in enumerate(result.shapes) if other.kind == shape.kind), None)
-        if shape.name in names:
-            index = names.index(shape.name)
+    for wanted in shapes or result.shapes:
+        index = next((at for at, other in enumerate(result.shapes) if other.kind == wanted.kind), None)
+        if wanted.name in names:
+            index = names.index(wanted.name)
+        shape = wanted
         if index is None:
             raise BenchmarkError(
                 f"{source} has no measurement of kind {shape.kind}", expected=f"one of {', '.join(names)}"
             )
         held_out = hold_out_points(result, index, seed=seed)
         constants = fit_shape(result, index, held_out=held_out, source=source, bootstrap=bootstrap, seed=seed)
-        if result.shapes[index] == shape:
-            answers.append((shape, constants, held_out))
-            continue
         other = result.shapes[index]
-        notes.append(
-            f"{shape.name} {shape.dtype} was not measured; costs are scaled from those of {other.name} "
-            f"{other.dtype} by bytes and operations"
-        )
-        answers.append((shape, constants, None))
+        if (other.name, other.dtype) == (shape.name, shape.dtype):
+            shape = other  # with the layers that prefill, where these were measured
+        else:
+            notes.append(
+                f"{shape.name} {shape.dtype} was not measured; costs are scaled from those of {other.name} "
+                f"{other.dtype} by bytes and operations"
+            )
+        answers.append((shape, constants, held_out))
     return answers, notes
 
 
@@ -160,11 +163,22 @@ def advise_experts(
     constants: Constants,
     *,
     ranks: int,
+    held_out: HeldOut | None = None,
     copies: int = 0,
     train_share: float = 0.5,
     seed: int = 0,
 ) -> ExpertAdvice:
     """Which experts of a run to fetch or keep, chosen on its first steps and judged on the others.
+
+    Args:
+        run: an open run.
+        loads: of one of its phases.
+        constants: for the shape of its experts.
+        ranks: P.
+        held_out: how well the constants predict what they were not fitted to.
+        copies: experts of a layer that a rank may keep besides its own.
+        train_share: share of the steps that the choice is made on.
+        seed: of resamples.
 
     Raises:
         BenchmarkError: too few steps, or a manifest that does not state the experts' sizes.
@@ -192,7 +206,12 @@ def advise_experts(
         placement=name,
         constants=constants,
         decisions=decisions,
-        verdict=(*_verdict(decisions, constants, ranks), *_other_hosts(run, constants)),
+        verdict=(
+            *_verdict(decisions, constants, ranks, copies),
+            *_not_measured(decisions, constants, run.manifest.model, ranks),
+            *_other_hosts(run, constants),
+            *(() if held_out is None else _unreliable(accuracy_rows(held_out, constants))),
+        ),
     )
 
 
@@ -208,7 +227,24 @@ def _other_hosts(run: Run, constants: Constants) -> list[Reason]:
     ]
 
 
-def _verdict(decisions: ExpertDecisions, constants: Constants, ranks: int) -> list[Reason]:
+def _not_measured(
+    decisions: ExpertDecisions, constants: Constants, model: ModelSpec, ranks: int
+) -> list[Reason]:
+    """How far the ranks, the tokens and the weights lie beyond what was measured."""
+    reasons = []
+    if constants.grade == "fitted" and ranks != constants.holders + 1:
+        of_ranks: dict[str, JsonValue] = {"ranks": ranks, "measured_ranks": constants.holders + 1}
+        reasons.append(Reason(RouteFetchCode.RANKS_NOT_MEASURED, of_ranks))
+    sizes, shape = expert_shape(model), run_shape(model)
+    inner = sizes.expert_bytes / (MATRICES * sizes.row_bytes)
+    tokens = max(1.0, float(decisions.tokens_LE.max(initial=0.0)))
+    beyond = constants.beyond(shape, rows=(tokens,), size=(inner,))
+    if beyond is not None and beyond > NEAR:
+        reasons.append(Reason(RouteFetchCode.SIZES_NOT_MEASURED, {"beyond": beyond}))
+    return reasons
+
+
+def _verdict(decisions: ExpertDecisions, constants: Constants, ranks: int, copies: int) -> list[Reason]:
     saved = decisions.saved_us
     fetched, kept = (int((decisions.choice_LE == choice).sum()) for choice in (Choice.FETCH, Choice.KEEP))
     values: dict[str, JsonValue] = {
@@ -218,9 +254,10 @@ def _verdict(decisions: ExpertDecisions, constants: Constants, ranks: int) -> li
         "saved_us": saved.value,
         "saved_us_low": saved.low,
         "saved_us_high": saved.high,
+        "saved_experts_us": decisions.saved_experts_us,
     }
     if fetched + kept == 0:
-        reasons = [Reason(RouteFetchCode.SEND_ALL)]
+        reasons = [Reason(RouteFetchCode.SEND_ALL, {"copies": copies})]
     else:
         is_sure = saved.low is not None and saved.low > 0
         reasons = [Reason(RouteFetchCode.CHANGE if is_sure else RouteFetchCode.UNCERTAIN, values)]
@@ -238,12 +275,6 @@ def _verdict(decisions: ExpertDecisions, constants: Constants, ranks: int) -> li
             },
         )
     )
-    if constants.grade == "fitted" and ranks != constants.holders + 1:
-        reasons.append(
-            Reason(
-                RouteFetchCode.RANKS_NOT_MEASURED, {"ranks": ranks, "measured_ranks": constants.holders + 1}
-            )
-        )
     if decisions.without_compute:
         reasons.append(Reason(RouteFetchCode.WITHOUT_COMPUTE, {"source": constants.source}))
     return reasons
@@ -263,8 +294,16 @@ def conclude_maps(document: Mapping[str, Any]) -> list[Reason]:
         else:
             ends = {name: middle[name] for name in ("rows", "rows_low", "rows_high")}
             reasons.append(Reason(RouteFetchCode.FETCH_FROM, {**values, **ends}))
-    for row in document["accuracy"]:
-        if row["apart"] and row["right_apart"] < _RELIABLE * row["apart"]:
-            numbers = {name: row[name] for name in ("shape", "options", "right_apart", "apart")}
-            reasons.append(Reason(RouteFetchCode.UNRELIABLE, numbers))
-    return reasons
+    return [*reasons, *_unreliable(document["accuracy"])]
+
+
+def _unreliable(accuracy: Iterable[Mapping[str, Any]]) -> list[Reason]:
+    """Pairs of options of which the faster was not picked often enough, where it matters."""
+    return [
+        Reason(
+            RouteFetchCode.UNRELIABLE,
+            {name: row[name] for name in ("shape", "options", "right_apart", "apart")},
+        )
+        for row in accuracy
+        if row["apart"] and row["right_apart"] < _RELIABLE * row["apart"]
+    ]

@@ -44,6 +44,7 @@ def expert_document(advice: ExpertAdvice, problems: Sequence[str] = ()) -> dict[
             "saved_us": decisions.saved_us.value,
             "saved_us_low": decisions.saved_us.low,
             "saved_us_high": decisions.saved_us.high,
+            "saved_experts_us": decisions.saved_experts_us,
             "keep_bytes": decisions.keep_bytes,
             "keep_us": decisions.keep_us,
             "break_even_tokens": decisions.break_even_tokens,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 import typer
 
-from observatory.errors import PlacementError
+from observatory.errors import ObservatoryError, PlacementError
 
 Record = TypeVar("Record")
 Function = TypeVar("Function", bound=Callable[..., None])
@@ -135,6 +135,23 @@ MaxSlowdownOption = Annotated[
         min=0.0, max=10.0, help="Longest an iteration may get, as a fraction: 0.02 allows 2 % more time."
     ),
 ]
+
+
+def refuse_ignored(context: typer.Context, names: Collection[str], why: str) -> None:
+    """Refuse options that would do nothing.
+
+    Args:
+        context: of the running command.
+        names: their parameters.
+        why: what they do nothing with, such as ``with RUN``.
+
+    Raises:
+        ObservatoryError: one of them was given.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
+            raise ObservatoryError(f"{parameter.opts[0]} does nothing {why}", remedy="leave it out")
 
 
 def parse_ep(text: str) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from observatory.cli.options import (
     TableOption,
     WarmupOption,
     WideOption,
+    refuse_ignored,
 )
 from observatory.cli.parsing import parse_counts, parse_range, parse_shape
 
@@ -45,6 +46,7 @@ ConstantsOption = Annotated[
 
 
 def route_fetch(
+    context: typer.Context,
     constants: ConstantsOption,
     run: Annotated[
         Path | None,
@@ -103,6 +105,7 @@ def route_fetch(
     from observatory.run.documents.prefix_cache import load_reuse
 
     if run is not None:
+        refuse_ignored(context, ("shape", "dtype", "layers", "uses", "rows", "sizes", "reuse"), "with RUN")
         _decide(
             run,
             constants,
@@ -117,6 +120,7 @@ def route_fetch(
             json=json,
         )
         return
+    refuse_ignored(context, ("ranks", "copies", "phase"), "without RUN")
     question = Question(
         rows=parse_range("--rows", rows, most=_MOST_ROWS),
         sizes=parse_range("--sizes", sizes, most=_MOST_ROWS),
@@ -176,7 +180,8 @@ def _decide(
     if phase is None and len(loads.phases) > 1:
         loads = loads.of_phase(loads.largest_phase)
         notes.append(f"decided for {loads.phases[0]}, which has most assignments; give --phase for another")
-    advice = advise_experts(opened, loads, answers[0][1], ranks=ranks, copies=copies, seed=seed)
+    _, known, held_out = answers[0]
+    advice = advise_experts(opened, loads, known, ranks=ranks, held_out=held_out, copies=copies, seed=seed)
     document = expert_document(advice, opened.problems)
     tables = expert_tables(document)
     for note in (*notes, *opened.problems):

@@ -111,7 +111,7 @@ def decision_map(
         us_OCR=us_OCR,
         best_CR=best_CR,
         certainty_CR=agree_BCR.mean(axis=0),
-        measured_CR=constants.is_measured(sizes),
+        measured_CR=constants.is_measured(shape, sizes),
     )
 
 
@@ -176,7 +176,7 @@ def edit_costs(
                     "ratio": ratio,
                     "ratio_low": min(low, ratio),
                     "ratio_high": max(high, ratio),
-                    "measured": constants.covers(size=(span, suffix), layers=(layers,)),
+                    "measured": constants.covers(shape, size=(span, suffix), layers=(layers,)),
                 }
             )
     return rows

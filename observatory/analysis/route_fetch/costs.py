@@ -50,10 +50,10 @@ TERMS: dict[Stage, tuple[str, ...]] = {
     "splice": ("layer", "byte"),
 }
 #: Matrices of a gated expert, and operations for each value of a matrix and token.
-_MATRICES, _OPERATIONS = 3, 2
+MATRICES, _OPERATIONS = 3, 2
 
 #: Measured points do not lie on the edges of what they fill: within this factor of them counts as measured.
-_NEAR = 1.25
+NEAR = 1.25
 
 Quantities = dict[Stage, dict[str, Float64]]
 
@@ -145,7 +145,7 @@ def prefill_quantities(
     """
     new, before, layers = (np.asarray(value, dtype=np.float64) for value in (new, before, layers))
     hidden, inner = shape.hidden or 0, shape.inner or 0
-    matrices = hidden * (shape.heads * (shape.key + shape.value) + shape.entry + _MATRICES * inner)
+    matrices = hidden * (shape.heads * (shape.key + shape.value) + shape.entry + MATRICES * inner)
     attended = new * (before + new)
     return {
         "layer": layers + 0.0 * new,
@@ -157,11 +157,11 @@ def prefill_quantities(
 def _expert(shape: Shape, option: Option, rows: Float64, size: Float64, uses: float) -> Quantities:
     both = rows + size
     width = shape.key * shape.element_bytes
-    weights_bytes = _MATRICES * size * width
+    weights_bytes = MATRICES * size * width
     parts: Quantities = {
         "experts": {
             "call": uses + 0.0 * both,
-            "operation": uses * _MATRICES * _OPERATIONS * rows * size * shape.key,
+            "operation": uses * MATRICES * _OPERATIONS * rows * size * shape.key,
             "byte": uses * weights_bytes + 0.0 * both,
         }
     }
@@ -178,6 +178,13 @@ def _expert(shape: Shape, option: Option, rows: Float64, size: Float64, uses: fl
             "byte_back": weights_bytes + 0.0 * both,
         }
     return parts
+
+
+def _unit_bytes(shape: Shape, name: str) -> int:
+    """Bytes of one row, or of one token of a chunk (of an expert, in proportion); 1 for a layer."""
+    if name == "rows":
+        return (shape.key + shape.value) * shape.element_bytes
+    return shape.entry_bytes if name == "size" else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -220,21 +227,33 @@ class Constants:
     hosts: tuple[str, ...] = ()
     ratios: Mapping[Option, Float64] = field(default_factory=dict)
 
-    def covers(self, **values: tuple[float, ...]) -> bool:
-        """Whether all values of each quantity lie where was measured, or next to it."""
-        return bool(self.domain) and all(
-            self.domain[name][0] <= value * _NEAR and value <= self.domain[name][1] * _NEAR
-            for name, wanted in values.items()
-            for value in wanted
-        )
+    def covers(self, shape: Shape, **values: tuple[float, ...]) -> bool:
+        """Whether this shape was measured, and all values of each quantity lie there, or next to it."""
+        beyond = self.beyond(shape, **values)
+        return shape == self.shape and beyond is not None and beyond <= NEAR
 
-    def is_measured(self, sizes: Sizes) -> NDArray[np.bool_]:
-        """Whether each point lies where was measured, or next to it; nothing does where nothing was."""
+    def beyond(self, shape: Shape, **values: tuple[float, ...]) -> float | None:
+        """How many times the bytes of rows or of a chunk, or the layers, lie beyond what was measured.
+
+        Returns:
+            The largest such ratio, 1 where all lie within; None where nothing was measured.
+        """
+        if self.shape is None or not self.domain:
+            return None
+        worst = 1.0
+        for name, wanted in values.items():
+            unit = _unit_bytes(shape, name) / _unit_bytes(self.shape, name)
+            low, high = self.domain[name]
+            worst = max(worst, *(max(low / max(value * unit, 1e-9), value * unit / high) for value in wanted))
+        return worst
+
+    def is_measured(self, shape: Shape, sizes: Sizes) -> NDArray[np.bool_]:
+        """Whether each point of this shape lies where was measured, or next to it."""
         rows, size, layers = np.broadcast_arrays(sizes.rows, sizes.size, sizes.layers)
-        inside = np.full(rows.shape, bool(self.domain) and sizes.holders == self.holders)
+        inside = np.full(rows.shape, shape == self.shape and sizes.holders == self.holders)
         for name, values in (("rows", rows), ("size", size), ("layers", layers)):
             low, high = self.domain.get(name, (np.inf, -np.inf))
-            inside &= (values * _NEAR >= low) & (values <= high * _NEAR)
+            inside &= (values * NEAR >= low) & (values <= high * NEAR)
         return inside
 
 

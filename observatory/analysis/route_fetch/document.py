@@ -146,7 +146,14 @@ BREAK_EVEN_COLUMNS = (
     ),
     Column(name="local_us", title="local", unit="us", digits=0),
     Column(name="local_mj", title="local", unit="mJ", wide=True, legend="energy of the prefill alone"),
-    Column(name="measured", title="measured", legend="whether chunks of that size were measured"),
+    Column(
+        name="beyond",
+        title="beyond",
+        unit="x",
+        digits=1,
+        legend="how many times the bytes and layers of that size lie beyond what was measured",
+    ),
+    Column(name="measured", title="measured", wide=True),
 )
 EDIT_COLUMNS = (
     Column(name="shape", title="shape", text=True, key=True),
@@ -234,9 +241,9 @@ def route_fetch_document(
             "notes": list(notes),
             "accuracy": [
                 row
-                for shape, _, held_out in answers
+                for constants, held_out in {item[1].shape: item[1:] for item in answers}.values()
                 if held_out is not None
-                for row in _accuracy_rows(shape, held_out)
+                for row in accuracy_rows(held_out, constants)
             ],
             "break_even": [
                 row
@@ -266,15 +273,15 @@ def _axis(ends: tuple[int, int], points: int) -> np.ndarray[Any, np.dtype[np.flo
     return np.unique(np.round(np.geomspace(*ends, points)))
 
 
-def _accuracy_rows(shape: Shape, held_out: HeldOut) -> Iterator[dict[str, Any]]:
-    """Of the options that move data, and of those that edit a cache."""
+def accuracy_rows(held_out: HeldOut, constants: Constants) -> Iterator[dict[str, Any]]:
+    """Of the options that move data, and of those that edit a cache, for the shape that was measured."""
     pairs: tuple[tuple[Option, Option], ...] = (("route", "fetch"), ("splice", "trim"))
     for both in pairs:
         if not held_out.of(both).any():
             continue
         predicted, measured, apart, lost = held_out.winners(both)
         yield {
-            "shape": shape.name,
+            "shape": None if constants.shape is None else constants.shape.name,
             "options": f"{both[0]}, {both[1]}",
             "points": len(apart),
             "knee_bytes": held_out.knee_bytes if both[0] == "route" else None,
@@ -312,7 +319,8 @@ def _break_even_rows(
             "fetch_us": costs.get("fetch_us"),
             "local_us": costs.get("local_us"),
             "local_mj": float(local_mj_C[index]),
-            "measured": constants.covers(size=(size,), layers=(layers,)),
+            "measured": constants.covers(shape, size=(size,), layers=(layers,)),
+            "beyond": constants.beyond(shape, size=(size,), layers=(layers,)),
         }
 
 

@@ -22,6 +22,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from observatory.analysis.parallel.step_loads import FEWEST_STEPS
 from observatory.analysis.route_fetch.costs import TERMS, Constants
 from observatory.analysis.statistics import (
     Interval,
@@ -86,6 +87,7 @@ class ExpertDecisions:
             own time where the constants say nothing about it.
         saved_us: what the choice saves there, with its 90 % interval (steps and constants).
         saved_us_L: the same by layer.
+        saved_experts_us: part of it that is the experts' own time, as more ranks compute them.
         keep_bytes: memory that kept experts take on each rank.
         keep_us: time to bring them there, once.
         steps: steps that it was chosen on, and judged on.
@@ -101,6 +103,7 @@ class ExpertDecisions:
     chosen_us: float
     saved_us: Interval
     saved_us_L: Float64
+    saved_experts_us: float
     keep_bytes: int
     keep_us: float
     steps: tuple[int, int]
@@ -131,13 +134,14 @@ def decide_experts(
         seed: of the resamples.
 
     Raises:
-        BenchmarkError: fewer than two steps on either side, or constants without transfers.
+        BenchmarkError: fewer than `FEWEST_STEPS` on either side, or constants without transfers.
     """
     train = int(train_share * len(load_SLE) + 0.5)
-    if min(train, len(load_SLE) - train) < 2:
+    if min(train, len(load_SLE) - train) < FEWEST_STEPS:
         raise BenchmarkError(
-            f"{len(load_SLE)} steps are too few to choose on some and judge on others",
-            expected="two on either side",
+            f"{train} steps to choose on and {len(load_SLE) - train} to judge on are too few",
+            expected=f"at least {FEWEST_STEPS} of each",
+            remedy="profile again with more --steps",
         )
     if "transfer" not in constants.stages:
         raise BenchmarkError(f"{constants.source} says nothing about transfers")
@@ -154,6 +158,13 @@ def decide_experts(
         _step_times(model, test_SLE, rank_of_LE, choice) for choice in (today_LE, choice_LE)
     )
     saved = _saving(constants, shape, ranks, test_SLE, rank_of_LE, choice_LE, today_SL - chosen_SL, seed)
+    today_experts_us, chosen_experts_us = (
+        sum(
+            float(model.experts_us_S(test_SLE[:, layer], rank_of_LE[layer], of_LE[layer]).mean())
+            for layer in range(test_SLE.shape[1])
+        )
+        for of_LE in (today_LE, choice_LE)
+    )
     tokens_LE = load_SLE[:train].mean(axis=0)
     trip, out, back = constants.stages["transfer"].us_F
     away = (ranks - 1) / ranks
@@ -170,6 +181,7 @@ def decide_experts(
         chosen_us=float(chosen_SL.sum(axis=1).mean()),
         saved_us=saved,
         saved_us_L=(today_SL - chosen_SL).mean(axis=0),
+        saved_experts_us=today_experts_us - chosen_experts_us,
         keep_bytes=int(kept_L.sum()) * shape.expert_bytes,
         keep_us=float(kept_L.sum() * (ranks - 1) * shape.expert_bytes * back),
         steps=(train, len(load_SLE) - train),
@@ -212,15 +224,17 @@ class _LayerTimes:
         receive_SP = wanted_SE.sum(axis=1, keepdims=True) - wanted_SE @ home_EP
         weights_S = np.maximum(send_SP, receive_SP).max(axis=1) * shape.expert_bytes
         us_S += np.where(weights_S > 0, self.trip, 0.0) + weights_S * self.back
-        return us_S + self._experts(load_SE, home_EP, routed_E)
+        return us_S + self.experts_us_S(load_SE, rank_of_E, choice_E)
 
     def mean_us(self, load_SE: Float64, rank_of_E: Int64, choice_E: Int64) -> float:
         """Time of the layer, mean over steps."""
         return float(self.us_S(load_SE, rank_of_E, choice_E).mean())
 
-    def _experts(self, load_SE: Float64, home_EP: Float64, routed_E: NDArray[np.bool_]) -> Float64:
+    def experts_us_S(self, load_SE: Float64, rank_of_E: Int64, choice_E: Int64) -> Float64:
         """The longest computing rank: experts with tokens at their home, an equal share of the others."""
         shape, ranks = self.shape, self.ranks
+        home_EP = (rank_of_E[:, None] == np.arange(ranks)).astype(np.float64)
+        routed_E = choice_E == Choice.ROUTE
         each = self.call + self.byte * shape.expert_bytes
         token = self.operation * shape.token_operations
         home_SE = (each * (load_SE > 0) + token * load_SE) * routed_E

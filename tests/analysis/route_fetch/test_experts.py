@@ -197,3 +197,29 @@ def test_constants_of_other_hosts_are_named(tmp_path: Path, capsys: pytest.Captu
 def test_every_code_has_a_sentence() -> None:
     assert set(_SENTENCES) == set(RouteFetchCode)
     assert route_fetch_sentences([]) == []
+
+
+def test_constants_far_from_the_experts_of_the_run_or_often_wrong_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(tmp_path / "run", expert_bytes=480)
+    measured = tmp_path / "rf.json"
+    for noise, code in ((0.0, None), (2.0, RouteFetchCode.UNRELIABLE)):
+        measured.write_text(made_result("expert:2", noise=noise, repeats=1).model_dump_json())
+        assert main(["route-fetch", str(run), "--constants", str(measured), "--ranks", "2", "--json"]) == 0
+        verdict = {item["code"]: item for item in json.loads(capsys.readouterr().out)["verdict"]}
+        # 25 thousand tokens of the busiest expert against at most 800.
+        assert verdict[RouteFetchCode.SIZES_NOT_MEASURED]["beyond"] > 50
+        assert (RouteFetchCode.UNRELIABLE in verdict) == (code is not None)
+
+
+@pytest.mark.parametrize("options", [["--uses", "10"], ["--shape", "expert:2"], ["--rows", "1,2"]])
+def test_options_of_maps_do_nothing_for_a_run_and_are_refused(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = a_run(tmp_path / "run", expert_bytes=480)
+    argv = ["route-fetch", "--constants", "published:h100-ndr200"]
+    assert main([*argv, str(run), "--ranks", "2", *options]) == 1
+    assert options[0] in capsys.readouterr().err
+    assert main([*argv, "--shape", "expert:2", "--copies", "1"]) == 1
+    assert "--copies" in capsys.readouterr().err

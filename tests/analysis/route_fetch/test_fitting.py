@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from observatory.advice.route_fetch import known_constants
 from observatory.analysis.route_fetch.choosing import (
     break_even_rows,
     compared_options,
@@ -15,6 +16,7 @@ from observatory.analysis.route_fetch.choosing import (
 from observatory.analysis.route_fetch.costs import TERMS, Sizes, cost
 from observatory.analysis.route_fetch.fitting import fit_shape, hold_out_points
 from observatory.cli import main
+from observatory.cli.parsing import parse_shape
 from observatory.errors import BenchmarkError
 from observatory.run.documents.route_fetch import RouteFetchResult
 from tests.analysis.energy.test_prefix_cache import measured as measured_reuse
@@ -194,3 +196,23 @@ def test_a_measured_reuse_takes_the_place_of_a_fitted_prefill() -> None:
     assert item.us_OCR[2, 0, 0] > prefill.us(size_C)[0]
     assert item.us_OCR[2, 0, 0] < prefill.us(size_C)[0] + others, "nothing of the fitted prefill is added"
     assert item.us_OCR[2, 2, 0] == np.inf
+
+
+def test_only_the_shape_that_was_measured_counts_as_measured() -> None:
+    result = made_result("mla:4,128,32")
+    constants = fit_shape(result, 0)
+    measured, wider = result.shapes[0], parse_shape("mla:4,256,64", dtype="float32")
+    assert constants.covers(measured, size=(100,))
+    assert not constants.covers(wider, size=(100,))
+    assert constants.beyond(measured, size=(100,)) == 1.0
+    # Entries of twice the bytes, in chunks of twice the longest that was measured.
+    longest = constants.domain["size"][1]
+    assert constants.beyond(wider, size=(2 * longest,)) == pytest.approx(4.0)
+
+
+def test_a_measurement_with_prefill_is_of_the_shape_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "rf.json"
+    path.write_text(made_result("mla:4,128,32", decoder=(64, 128)).model_dump_json())
+    answers, notes = known_constants(str(path), [parse_shape("mla:4,128,32", dtype="float32")], bootstrap=20)
+    assert notes == []
+    assert answers[0][0].can_prefill
