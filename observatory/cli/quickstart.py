@@ -9,11 +9,11 @@ import typer
 
 
 def quickstart(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory of runs and reports.")] = Path(
-        "observatory-quickstart"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Directory of runs and the report.")
+    ] = Path("observatory-quickstart"),
 ) -> None:
-    """Profile the bundled models on the bundled texts and write the reports, without network or GPU."""
+    """Profile the bundled models on the bundled texts and write the report, without network or GPU."""
     from observatory.advice.conclusions import conclude_advice
     from observatory.advice.mitigations.models import advise_by_itself
     from observatory.advice.words import conclusion_sentences
@@ -39,21 +39,14 @@ def quickstart(
             f"{failed[0].cell.job.model} on {failed[0].cell.job.data} failed: {failed[0].error}; "
             f"{len(failed)} of {len(results)} cells failed, the others are kept in {out}"
         )
-    report = write_report(
-        [result.run for result in results],
-        out / "report.html",
-        title="Quickstart: five trained MoE models, six data conditions",
-        ep_degrees=config.ep,
-        gpus_per_node=config.gpus_per_node,
-        overwrite=True,
-    )
     runs = quickstart_exchanges(out / "exchanges", report=say)
     network = quickstart_network(runs, out / "exchanges", report=say)
-    exchanges = write_report(
-        runs,
-        out / "exchanges.html",
-        title="Quickstart: one model on 2 and 4 ranks, with real exchanges",
+    report = write_report(
+        [*(result.run for result in results), *runs],
+        out / "report.html",
+        title="Quickstart: five trained MoE models, six data conditions, 1 to 4 ranks",
         ep_degrees=config.ep,
+        gpus_per_node=config.gpus_per_node,
         bench=network.bench,
         replays=(network.replay,),
         networks=(network.model,),
@@ -66,4 +59,3 @@ def quickstart(
             conclusion = conclude_advice({"runs": [advised]})
             say(f"{path.name}: {'; '.join(conclusion_sentences(conclusion))}")
     typer.echo(f"report: {report.resolve()}")
-    typer.echo(f"exchanges between ranks: {exchanges.resolve()}")

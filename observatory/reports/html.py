@@ -26,31 +26,20 @@ from observatory.reports.frames.collect import collect
 from observatory.reports.frames.frequency import collect_clocks
 from observatory.reports.frames.report import NOT_STATED, ReportFrames
 from observatory.reports.frames.route_fetch import collect_route_fetch
-from observatory.reports.page import Section, Variant
+from observatory.reports.outline import absent_parts, build_sections, questions
+from observatory.reports.page import Variant
 from observatory.reports.sections import (
     FORMULAS,
-    advice_section,
-    clocks_section,
-    committee_section,
-    energy_section,
-    exchange_sections,
+    answer,
     file_records,
     findings,
-    grid_section,
-    heatmap_section,
     key_figure,
-    layer_section,
-    lorenz_section,
-    mock_section,
     overview,
-    power_section,
     problems,
     provenance,
-    route_fetch_section,
     run_table,
-    scan_section,
     setting,
-    step_section,
+    three_numbers,
     verdicts,
 )
 from observatory.reports.text import bytes_text, plain, shorten, unbroken
@@ -154,14 +143,17 @@ def render(
         stylesheet=Markup(_asset(environment, "page.css")),
         kind=_kind(frames),
         setting=setting(frames),
+        answer=answer(concluded),
+        numbers=three_numbers(frames, concluded),
         verdicts=concluded,
         key_figure=figure,
         overview=overview(frames),
         problems=problems(frames),
         findings=findings(frames),
-        sections=sections,
+        runs=run_table(frames),
+        questions=questions(sections),
         anchors={section.id for section in sections},
-        absent=_absent(built),
+        absent=absent_parts(built),
         has_figures=figure is not None,
         formulas=FORMULAS,
         records=provenance(frames),
@@ -178,49 +170,6 @@ def render(
         plotly_js=script_text(plotly_js),
         page_js=script_text(page_js),
     )  # fmt: skip
-
-
-def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]:
-    """All sections in reading order; what is about exchanges comes first where every run has them."""
-    about_exchanges = exchange_sections(frames)
-    found = frames.exchanges
-    first = found is not None and set(found.traffic["run"]) == set(frames.runs["run"])
-    about_power = [
-        section
-        for section in (power_section(frames), energy_section(frames), clocks_section(frames))
-        if section.blocks or section.reason
-    ]
-    if frames.layers.empty and frames.power is not None and frames.power.runs:
-        measured = [route_fetch_section(frames)] if frames.route_fetch else []
-        return [*about_exchanges, *about_power, *measured, run_table(frames)]  # telemetry alone
-    sampled = frames.power is not None and bool(frames.power.runs)
-    return [
-        advice_section(frames),
-        *(about_exchanges if first else ()),
-        *(about_power if sampled else ()),
-        grid_section(frames),
-        mock_section(frames),
-        heatmap_section(frames),
-        lorenz_section(frames),
-        committee_section(frames),
-        scan_section(frames, gpus_per_node=gpus_per_node),
-        step_section(frames),
-        *([route_fetch_section(frames)] if frames.route_fetch else ()),
-        *(() if first else about_exchanges),
-        *(() if sampled else about_power),
-        layer_section(frames),
-        run_table(frames),
-    ]
-
-
-def _absent(sections: Iterable[Section]) -> list[tuple[str, str]]:
-    """(what, why) of everything that has nothing to show, what has one reason together."""
-    by_reason: dict[str, list[str]] = {}
-    for section in sections:
-        without = () if section.blocks else ((section.title, section.reason),)
-        for what, why in (*without, *section.absent):
-            by_reason.setdefault(why, []).append(what)
-    return [("; ".join(names), why) for why, names in by_reason.items()]
 
 
 def _kind(frames: ReportFrames) -> str:

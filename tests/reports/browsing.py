@@ -74,7 +74,7 @@ def check_first_screen(browser: webdriver.Chrome, page: Path) -> None:
     show(browser, page, figures=["key-figure"])
     browser.execute_script("window.scrollTo({top: 0, behavior: 'instant'})")
     boxes = browser.execute_script(
-        "return ['.setting', '#verdict h2', '#verdict h3', '#verdict h3 + p', '#key-figure .main-svg'].map("
+        "return ['h1', '#verdict h2', '#verdict .answer', '#key-figure .main-svg'].map("
         "name => { const box = document.querySelector(name).getBoundingClientRect();"
         "return [name, box.top, box.bottom, box.left, box.right] })"
     )
@@ -88,7 +88,7 @@ def check_no_table_is_cut_off(browser: webdriver.Chrome, page: Path, figures: Se
     show(browser, page, figures=figures)
     cut = browser.execute_script(
         "document.querySelectorAll('figure details').forEach(d => d.open = true);"
-        "return [...document.querySelectorAll('main > section > .scroll, main > section > figure .scroll')]"
+        "return [...document.querySelectorAll('main section > .scroll, main section > figure .scroll')]"
         ".filter(box => box.scrollWidth > box.clientWidth).map(box => box.getAttribute('aria-label'))"
     )
     assert cut == []

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from observatory.reports.frames.report import ReportFrames
+from observatory.reports.sections import findings
 from observatory.run import RunWriter, routing_rows
 from observatory.run.manifest import (
     DataSpec,
@@ -173,3 +175,8 @@ def steady_run(
             ),
         )
     return path
+
+
+def stated(frames: ReportFrames) -> list[str]:
+    """The sentences of all findings."""
+    return [finding.text for finding in findings(frames)]

@@ -14,7 +14,7 @@ from observatory.reports.figures.bandwidth import bandwidth_curves
 from observatory.reports.figures.prediction import predicted_and_measured
 from observatory.reports.figures.realism import realism_by_layer
 from observatory.reports.page import FigureBlock
-from observatory.reports.sections import exchange_sections, findings, setting
+from observatory.reports.sections import exchange_sections, setting
 from observatory.reports.theme import LIGHT_TO_DARK
 from observatory.run.manifest import CoreShare
 from tests.reports.sample_benchmarks import (
@@ -30,6 +30,7 @@ from tests.reports.sample_benchmarks import (
     sections_of,
     table,
 )
+from tests.reports.sample_runs import stated
 from tests.reports.test_wording import texts
 
 
@@ -55,7 +56,7 @@ def test_what_realism_costs_is_given_as_a_ratio_and_in_microseconds(tmp_path: Pa
         "8", "200 µs", "100 µs", "2.00 [0.00 – 8.31]", "+100 µs [−531 µs to +731 µs]",
         "no difference beyond the interval",
     ]  # fmt: skip
-    assert "takes 2.00× (0.00 – 8.31) the time of uniform traffic" in findings(frames)[0]
+    assert "takes 2.00× (0.00 – 8.31) the time of uniform traffic" in stated(frames)[0]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_predictions_stand_next_to_replayed_and_own_exchanges(tmp_path: Path, mo
     assert rows["own, prefill"][2] == f"{100 * errors.median():.1f} %"
     assert f"median error {100 * errors.median():.1f} %, 90th percentile" in own.note
     assert any(
-        "Median error of the network model fit.json on the replayed" in text for text in findings(frames)
+        "Median error of the network model fit.json on the replayed" in text for text in stated(frames)
     )
 
 
@@ -138,7 +139,7 @@ def test_every_sentence_has_its_end_and_no_number_is_missing(tmp_path: Path, mod
         replays=(saved(tmp_path / "replay.json", a_replay(phases=("prefill", "decode"))),),
         networks=(model_file,),
     )
-    said = [text for section in exchange_sections(frames) for text in texts(section)] + findings(frames)
+    said = [text for section in exchange_sections(frames) for text in texts(section)] + stated(frames)
     assert len(said) > 20
     for text in filter(None, said):
         assert text.endswith((".", ":")), text
@@ -249,7 +250,7 @@ def test_the_verdict_of_a_model_its_misfits_and_what_it_distinguishes_are_shown(
     assert errors["captured, replayed, prefill"][-1] == "100 %"
     (row,) = table(section, 3).rows
     assert (row[1].text, row[-1].text) == ("1.00", "no")
-    assert any("Network model fit.json, flat over made-up: does not fit" in text for text in findings(frames))
+    assert any("Network model fit.json, flat over made-up: does not fit" in text for text in stated(frames))
     short = "4 ranks on 2 usable cores of host node-a: times are of waiting for a core as well (fit.json)"
     assert setting(frames)[-1].endswith(f"{short}.")
 

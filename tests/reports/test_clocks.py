@@ -17,12 +17,12 @@ from observatory.reports.frames.collect import collect
 from observatory.reports.frames.frequency import ClockFrames, collect_clocks
 from observatory.reports.frames.report import ReportFrames
 from observatory.reports.page import FigureBlock, Section
-from observatory.reports.sections import clocks_section, file_records, findings, problems
+from observatory.reports.sections import clocks_section, file_records, problems
 from observatory.run import open_run
 from observatory.run.documents.clock_sweep import ClockSweep
 from tests.devices.synthetic_device import DEVICES
 from tests.reports.sample_power import a_sweep
-from tests.reports.sample_runs import manifest, write_run
+from tests.reports.sample_runs import manifest, stated, write_run
 from tests.reports.test_report import HOSTILE, Tags
 
 
@@ -108,7 +108,7 @@ def test_the_recommended_point_is_that_of_the_advice_and_the_sentence_gives_its_
     assert ring.x[0] == pytest.approx(100 * advice.choice.slowdown.value)
     assert ring.y[0] == pytest.approx(-100 * advice.choice.saving.value)
     assert ring.text[0] == f"{advice.choice.sm_clock_mhz:.0f} MHz"
-    sentence = next(text for text in findings(frames) if "lock to" in text)
+    sentence = next(text for text in stated(frames) if "lock to" in text)
     for part in (
         f"lock to {advice.choice.sm_clock_mhz:.0f} MHz",
         "which saves",

@@ -11,7 +11,6 @@ import pytest
 from observatory.reports.frames.committees import committee_overlaps, committee_sizes
 from observatory.reports.sections import (
     committee_section,
-    findings,
     key_figure,
     scan_section,
     step_section,
@@ -21,7 +20,7 @@ from observatory.reports.sections.mock import mock_ratios
 from observatory.run import RunWriter, routing_rows
 from observatory.run.manifest import Phase
 from observatory.run.tables import TOKENS_SCHEMA
-from tests.reports.sample_runs import manifest, steady_run, write_run
+from tests.reports.sample_runs import manifest, stated, steady_run, write_run
 from tests.reports.test_report import frames_of
 
 
@@ -48,7 +47,7 @@ def test_findings_name_the_most_and_least_concentrated_model(tmp_path: Path) -> 
         steady_run(tmp_path / "b", "skewed", "prose", [100, 100, 100, 300]),
         ep=(2,),
     )
-    sentences = findings(frames)
+    sentences = stated(frames)
     first = _sentence(sentences, "most concentrated on real text")
     assert first.startswith(
         "In prefill, skewed is the most concentrated on real text: Gini 0.250 (0.250 – 0.250), floor 0.0"
@@ -66,7 +65,7 @@ def test_findings_name_the_most_and_least_concentrated_model(tmp_path: Path) -> 
 def test_findings_of_one_run_keep_its_floor(tmp_path: Path) -> None:
     # 1600 tokens, top-1 of 4: mean load 400, so the floor is close to sqrt(0.75 * 0.75 / (400 pi)) = 0.0212
     run = steady_run(tmp_path / "a", "only", "prose", [50, 50, 50, 50])
-    assert findings(frames_of(run, ep=(2,)))[0] == (
+    assert stated(frames_of(run, ep=(2,)))[0] == (
         "In prefill, only has Gini 0.000 (0.000 – 0.000), floor 0.021 on real text."
     )
 
@@ -74,10 +73,10 @@ def test_findings_of_one_run_keep_its_floor(tmp_path: Path) -> None:
 def test_findings_speak_of_mock_only_where_there_is_no_real_text(tmp_path: Path) -> None:
     mock = steady_run(tmp_path / "a", "m", "mock", [0, 0, 0, 600])
     prose = steady_run(tmp_path / "b", "m", "prose", [100, 100, 100, 300])
-    both = findings(frames_of(mock, prose, ep=(2,)))
+    both = stated(frames_of(mock, prose, ep=(2,)))
     assert "m on prose" in _sentence(both, "The busiest rank on real text (prefill, more")
     assert "layer 0 of m on prose" in _sentence(both, "most concentrated layer on real text")
-    alone = findings(frames_of(mock, ep=(2,)))
+    alone = stated(frames_of(mock, ep=(2,)))
     assert "m on mock" in _sentence(alone, "The busiest rank on the data given (prefill, more")
 
 
@@ -91,7 +90,7 @@ def test_the_busiest_rank_is_that_of_prefill_where_there_is_one(
         steps=6,
         phases=tuple((phase, 64) for phase in phases),
     )
-    assert _sentence(findings(frames_of(path)), f"The busiest rank on real text ({named}, more")
+    assert _sentence(stated(frames_of(path)), f"The busiest rank on real text ({named}, more")
 
 
 def test_committees_are_compared_between_real_texts_with_other_steps_and_with_mock(tmp_path: Path) -> None:
@@ -109,9 +108,7 @@ def test_committees_are_compared_between_real_texts_with_other_steps_and_with_mo
     assert overlaps["jaccard_chance"].mean().to_dict() == pytest.approx(
         {"mock": 0.25, "real": 0.25, "same": 0.25}
     )
-    assert "overlap by 1.00 with those on another" in _sentence(
-        findings(frames), "hold half of a layer's load"
-    )
+    assert "overlap by 1.00 with those on another" in _sentence(stated(frames), "hold half of a layer's load")
 
 
 def test_locality_has_a_table_only_where_tokens_were_sampled(tmp_path: Path) -> None:
@@ -155,7 +152,7 @@ def test_locality_has_a_table_only_where_tokens_were_sampled(tmp_path: Path) -> 
 def test_equal_models_are_said_not_to_differ(tmp_path: Path) -> None:
     runs = [steady_run(tmp_path / name, name, "prose", [100, 100, 100, 300]) for name in ("x", "y")]
     assert "x and y do not differ beyond the interval." in _sentence(
-        findings(frames_of(*runs, ep=(2,))), "most concentrated on real text"
+        stated(frames_of(*runs, ep=(2,))), "most concentrated on real text"
     )
 
 
@@ -166,7 +163,7 @@ def test_too_few_steps_give_no_verdict(tmp_path: Path) -> None:
         ep=(2,),
     )
     assert mock_ratios(frames.cells)["verdict"].tolist() == ["unknown"]
-    assert "cannot be judged (too few steps for intervals) in m" in _sentence(findings(frames), "mock data")
+    assert "cannot be judged (too few steps for intervals) in m" in _sentence(stated(frames), "mock data")
 
 
 def test_the_verdict_is_of_the_run_on_real_text_in_which_most_is_at_stake(tmp_path: Path) -> None:

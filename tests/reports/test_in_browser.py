@@ -78,6 +78,7 @@ def test_the_first_screen_holds_the_verdict_and_a_figure(
     browser: webdriver.Chrome, pages: dict[str, Path]
 ) -> None:
     check_first_screen(browser, pages["plain"])
+    assert len(browser.find_elements("css selector", "#verdict .three dd")) == 3
 
 
 def test_hostile_text_runs_nothing_and_makes_no_links(
@@ -152,14 +153,15 @@ def test_the_contents_lead_to_every_section_and_mark_the_one_being_read(
     targets = browser.execute_script(
         "return [...document.querySelectorAll('nav a')].map(a => a.getAttribute('href').slice(1))"
     )
-    sections = "return [...document.querySelectorAll('main > section')].map(s => s.id)"
+    sections = "return [...document.querySelectorAll('main section')].map(s => s.id)"
     assert targets == browser.execute_script(sections)
     browser.execute_script("document.documentElement.style.scrollBehavior = 'auto'")
     browser.find_element("css selector", "nav a[href='#lorenz']").send_keys(Keys.ENTER)
     wait(browser, "return location.hash === '#lorenz'")
     wait(
         browser,
-        "return [...document.querySelectorAll('nav a[aria-current]')].map(a => a.hash).join() === '#lorenz'",
+        "return [...document.querySelectorAll('nav a[aria-current]')].map(a => a.hash).join() "
+        "=== '#which-experts,#lorenz'",
     )
     place = "const box = document.querySelector('.contents').getBoundingClientRect(); return box.top"
     assert 0 <= browser.execute_script(place) < 40

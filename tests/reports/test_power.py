@@ -21,9 +21,9 @@ from observatory.reports.figures.power import power_timeline
 from observatory.reports.frames.collect import collect
 from observatory.reports.frames.power import BINS
 from observatory.reports.frames.report import ReportFrames
-from observatory.reports.html import build_sections
+from observatory.reports.outline import build_sections
 from observatory.reports.page import Cell, FigureBlock, Section, Table
-from observatory.reports.sections import energy_section, findings, power_section, problems
+from observatory.reports.sections import energy_section, power_section, problems
 from observatory.reports.thinning import joined_stretches, kept_samples
 from observatory.run import RunWriter, open_run
 from observatory.run.manifest import ClockSpec, DeviceSpec, RankPower
@@ -31,7 +31,7 @@ from tests.analysis.energy.runs import write_energy_run
 from tests.devices.recordings import recorded_rows
 from tests.devices.sensor import SimulatedSensor, spans_of, steps
 from tests.reports.sample_power import DEVICE, UUID, a_load, a_power_run, samples_of
-from tests.reports.sample_runs import manifest, write_run
+from tests.reports.sample_runs import manifest, stated, write_run
 from tests.reports.test_report import HOSTILE, Tags
 
 
@@ -196,7 +196,7 @@ def test_the_parts_of_a_device_add_up_to_its_energy(frames: ReportFrames) -> Non
 
 
 def test_the_findings_give_energy_per_token_and_say_that_the_limit_binds(frames: ReportFrames) -> None:
-    text = "\n".join(findings(frames))
+    text = "\n".join(stated(frames))
     assert "In prefill, known takes 47." in text
     assert "per input token" in text
     assert "per output token" in text
@@ -210,8 +210,8 @@ def test_the_report_gives_the_clock_where_the_limit_holds_next_to_that_of_all_sa
     (variant,) = figures(power_section(shown))["power-timeline"].variants
     sentence = "the SM clock is 1755 MHz: a lock above 1755 MHz would do nothing there"
     assert sentence in variant.note
-    assert any(sentence in text for text in findings(shown))
-    assert not any("moved between" in text for text in findings(shown)), "only what holds a clock"
+    assert any(sentence in text for text in stated(shown))
+    assert not any("moved between" in text for text in stated(shown)), "only what holds a clock"
     columns = [column.title for column in variant.numbers.columns]
     whole = dict(zip(columns, variant.numbers.rows[0], strict=True))
     assert (whole["Part"].text, whole["Part"].detail) == ("whole run", str(len(power)))
@@ -228,7 +228,7 @@ def test_counter_and_power_that_disagree_are_flagged_everywhere(tmp_path: Path) 
     flag = "counter and integrated power differ by +"
     assert flag in said(shown)
     assert any(flag in line for _, lines in problems(shown) for line in lines)
-    assert any("It is flagged" in sentence for sentence in findings(shown))
+    assert any("It is flagged" in sentence for sentence in stated(shown))
     (variant,) = figures(energy_section(shown))["energy-tokens"].variants
     assert {trace.marker.symbol for trace in marks(variant.figure)} == {"x"}
     assert flag in variant.numbers.rows[0][-1].text
@@ -387,7 +387,7 @@ def test_the_course_of_a_load_without_spans_says_that_no_phase_is_known(tmp_path
     assert "it left no spans of phases" in said(shown)
     assert "has no energy per token" in said(shown)
     assert [section.id for section in build_sections(shown, gpus_per_node=4)] == [
-        "power", "energy", "clocks", "provenance",
+        "energy", "power", "clocks",
     ]  # fmt: skip
     page = write_report([path], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<h1><bdi>Power of gqa-tiny</bdi></h1>" in page
@@ -425,7 +425,7 @@ def test_all_ranks_together_stand_next_to_the_rank_that_takes_most(tmp_path: Pat
     (total,) = energy_summary(open_run(run)).totals.to_dict("records")
     assert total["mj_per_token"] == pytest.approx((600 + 300) * 40 / 32, rel=0.02)
     frames = frames_of(run)
-    (sentence,) = [text for text in findings(frames) if "per output token" in text]
+    (sentence,) = [text for text in stated(frames) if "per output token" in text]
     assert f"(rank 0, the most of 2; over all ranks: {total['mj_per_token']:.2f} mJ)" in sentence
     section = energy_section(frames)
     numbers = figures(section)["energy-tokens"].variants[0].numbers

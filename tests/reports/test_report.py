@@ -79,12 +79,14 @@ def test_thirty_runs_fit_and_every_section_is_there(tmp_path: Path) -> None:
         "layers",
         "provenance",
         "methods",
+        "which-experts",
+        "what-if",
     ):
         assert f'<section id="{section}"' in text
     absent = dict(
         re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)", text.split('id="absent"')[1].split("</section>")[0])
     )
-    assert set(absent) == {"Which change is worth making", "Power and clocks over time"}
+    assert set(absent) == {"Which change is worth making", "Power and clocks over time", "How many GPUs?"}
     assert "observatory advise" in absent["Which change is worth making"]
     why = absent["Power and clocks over time"]
     assert why.startswith("No run here shows power: it holds no power samples: none were asked for")

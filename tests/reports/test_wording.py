@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import observatory.reports
-from observatory.reports.html import build_sections
+from observatory.reports.outline import build_sections
 from observatory.reports.page import FigureBlock, Section, Table
-from observatory.reports.sections import FORMULAS, findings
+from observatory.reports.sections import FORMULAS
 from tests.paths import ROOT
-from tests.reports.sample_runs import MODELS, write_grid
+from tests.reports.sample_runs import MODELS, stated, write_grid
 from tests.reports.test_report import frames_of
 
 METRICS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
@@ -47,7 +47,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     )
     frames = frames_of(*runs)
     sections = build_sections(frames, gpus_per_node=4)
-    return [*findings(frames), *(text for section in sections for text in texts(section))]
+    return [*stated(frames), *(text for section in sections for text in texts(section))]
 
 
 @pytest.mark.parametrize("name", [name for names, _ in FORMULAS for name in names.split(", ")])

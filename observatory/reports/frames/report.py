@@ -100,6 +100,16 @@ class ReportFrames:
         """``summary`` with label, condition and kind, in reading order."""
         return self.summary.merge(self.runs, on="run", suffixes=("", "_of_run")).pipe(in_reading_order)
 
+    def compared(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Rows by which models are compared: of each, the runs on the number of ranks with most conditions.
+
+        A model that was spread over ranks as well would stand there twice.
+        """
+        runs = self.runs.assign(model=[fact.manifest.model.name for fact in self.facts])
+        conditions = runs.groupby(["model", "ranks"])["condition"].transform("nunique")
+        most = conditions.groupby(runs["model"]).transform("max")
+        return rows[rows["run"].isin(runs.loc[conditions == most, "run"])]
+
     def cells_in_order(self) -> Iterator[tuple[int, str, str, str]]:
         """(run, label, condition, phase) of every cell that has data, phases apart."""
         for row in each_row(self.cells):

@@ -18,12 +18,13 @@ from observatory.reports.sections.provenance import FORMULAS, RunRecord, provena
 from observatory.reports.sections.route_fetch import route_fetch_section
 from observatory.reports.sections.scan import scan_section
 from observatory.reports.sections.steps import step_section
-from observatory.reports.sections.verdict import key_figure, verdicts
+from observatory.reports.sections.verdict import answer, key_figure, three_numbers, verdicts
 
 __all__ = [
     "FORMULAS",
     "RunRecord",
     "advice_section",
+    "answer",
     "clocks_section",
     "committee_section",
     "energy_section",
@@ -45,5 +46,6 @@ __all__ = [
     "scan_section",
     "setting",
     "step_section",
+    "three_numbers",
     "verdicts",
 ]

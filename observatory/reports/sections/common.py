@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pandas as pd
 
 from observatory.reports.frames.benchmarks import BenchmarkFrames
@@ -9,6 +11,21 @@ from observatory.reports.frames.report import NOT_STATED, ReportFrames, phases_o
 from observatory.reports.text import count, number, shorten
 
 NO_LOADS = "No run given here holds routing rows with assignments, so there is nothing to show."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One computed sentence.
+
+    Attributes:
+        section: anchor of the section that its numbers are in.
+        text: the sentence.
+        stake: share of a time or an energy that is at stake; None where it is about neither.
+    """
+
+    section: str
+    text: str
+    stake: float | None = None
 
 
 def spread(values: pd.Series, form: object = count) -> str:

@@ -12,7 +12,7 @@ from observatory.analysis.network.checking import errors_of
 from observatory.analysis.network.words import verdict_sentence
 from observatory.reports.frames.exchanges import ExchangeFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
-from observatory.reports.sections.common import phases_in
+from observatory.reports.sections.common import Finding, phases_in
 from observatory.reports.sections.realism import pooled, realism_verdict
 from observatory.reports.text import interval, microseconds, percent, plain, shorten, times
 
@@ -20,22 +20,22 @@ from observatory.reports.text import interval, microseconds, percent, plain, sho
 _MOST = 4
 
 
-def exchange_findings(frames: ReportFrames) -> list[str]:
+def exchange_findings(frames: ReportFrames) -> list[Finding]:
     """Where the time of the widest run goes, what realism costs, how well the model predicts."""
-    sentences: list[str] = []
+    stated: list[Finding] = []
     if frames.exchanges is not None:
-        sentences += list(_time(frames, frames.exchanges))[:_MOST]
+        stated += list(_time(frames, frames.exchanges))[:_MOST]
     if frames.benchmarks is not None:
-        sentences += list(_verdicts(frames))[:_MOST]
-        sentences += list(_realism(frames))[:_MOST] + list(_prediction(frames))[:_MOST]
-    return sentences
+        for make in (_verdicts, _realism, _prediction):
+            stated += list(make(frames))[:_MOST]
+    return stated
 
 
 def _name(frames: ReportFrames, run: int) -> str:
     return shorten(frames.runs.loc[run, "label"], 48)
 
 
-def _time(frames: ReportFrames, exchanges: ExchangeFrames) -> Iterator[str]:
+def _time(frames: ReportFrames, exchanges: ExchangeFrames) -> Iterator[Finding]:
     """Per phase: the run with most ranks, its time in exchanges, and whom its ranks wait for."""
     for phase in phases_in(exchanges.phases):
         of_phase = exchanges.phases[(exchanges.phases["phase"] == phase)].merge(
@@ -53,9 +53,11 @@ def _time(frames: ReportFrames, exchanges: ExchangeFrames) -> Iterator[str]:
             f"In {phase}, {_name(frames, run)} spends {percent(meeting / whole)} of its MoE layers' time in "
             "exchanges"
         )
-        if of_phase["wait_s"].notna().all():
-            sentence += f", {percent(float(of_phase['wait_s'].sum()) / whole)} waiting for each other"
-        yield f"{sentence}.{_slowest(exchanges.ranks, run, phase)}"
+        waiting = float(of_phase["wait_s"].sum()) / whole if of_phase["wait_s"].notna().all() else None
+        if waiting is not None:
+            sentence += f", {percent(waiting)} waiting for each other"
+        text = f"{sentence}.{_slowest(exchanges.ranks, run, phase)}"
+        yield Finding(section="anatomy", text=text, stake=waiting)
 
 
 def _slowest(ranks: pd.DataFrame, run: int, phase: str) -> str:
@@ -72,23 +74,25 @@ def _slowest(ranks: pd.DataFrame, run: int, phase: str) -> str:
     )
 
 
-def _realism(frames: ReportFrames) -> Iterator[str]:
+def _realism(frames: ReportFrames) -> Iterator[Finding]:
     benchmarks = frames.benchmarks
     assert benchmarks is not None
     for (replay, run, algorithm), rows in each_group(benchmarks.realism, ["replay", "run", "algorithm"]):
         result = benchmarks.files.replays[int(replay)].document
         for phase in phases_in(rows):
             row = pooled(rows, phase)
-            yield (
+            text = (
                 f"Replayed over {result.ranks} ranks ({shorten(result.backend, 16)}, "
                 f"{shorten(algorithm, 24)}), the {shorten(phase, 24)} traffic of {_name(frames, int(run))} "
                 f"takes {times(row.ratio)} ({interval(row.ratio_low, row.ratio_high, 2)}) the time of "
                 f"uniform traffic of equal volume, {microseconds(row.extra_us, signed=True)} "
                 f"per exchange: {realism_verdict(row)}."
             )
+            beyond = row.ratio_low is not None and row.ratio_low > 1
+            yield Finding(section="realism", text=text, stake=1 - 1 / row.ratio if beyond else None)
 
 
-def _verdicts(frames: ReportFrames) -> Iterator[str]:
+def _verdicts(frames: ReportFrames) -> Iterator[Finding]:
     """Models that are not to be relied on."""
     benchmarks = frames.benchmarks
     assert benchmarks is not None
@@ -96,10 +100,11 @@ def _verdicts(frames: ReportFrames) -> Iterator[str]:
         for fit in network.document.fits:
             if fit.verdict is not None and fit.verdict.code != "valid":
                 sentence = plain(verdict_sentence(fit, shorten(network.document.backend, 16)))
-                yield f"Network model {shorten(network.name, 32)}, {sentence}."
+                text = f"Network model {shorten(network.name, 32)}, {sentence}."
+                yield Finding(section="prediction", text=text)
 
 
-def _prediction(frames: ReportFrames) -> Iterator[str]:
+def _prediction(frames: ReportFrames) -> Iterator[Finding]:
     benchmarks = frames.benchmarks
     assert benchmarks is not None
     shown = benchmarks.checked[benchmarks.checked["pattern"].isin(["captured", "own"])]
@@ -113,7 +118,8 @@ def _prediction(frames: ReportFrames) -> Iterator[str]:
                 f"{percent(errors['p90_error'])})"
             )
         what = "replayed exchanges" if pattern == "captured" else "own exchanges"
-        yield (
+        text = (
             f"Median error of the network model {shorten(benchmarks.files.networks[int(network)].name, 32)} "
             f"on the {what} of {_name(frames, int(run))}, {shorten(algorithm, 24)}: {', '.join(parts)}."
         )
+        yield Finding(section="prediction", text=text)

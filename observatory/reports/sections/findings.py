@@ -6,7 +6,7 @@ import pandas as pd
 
 from observatory.reports.frames.committees import committee_overlaps
 from observatory.reports.frames.report import ReportFrames, each_row, phases_of
-from observatory.reports.sections.common import spread
+from observatory.reports.sections.common import Finding, spread
 from observatory.reports.sections.exchange_findings import exchange_findings
 from observatory.reports.sections.layers import worst_layers
 from observatory.reports.sections.mock import mock_ratios
@@ -16,23 +16,32 @@ from observatory.reports.text import interval, number, plain, shorten, times
 from observatory.text import listing
 
 
-def findings(frames: ReportFrames) -> list[str]:
-    """Sentences for the head of the page; empty when there is nothing to say."""
-    sentences = exchange_findings(frames) + power_findings(frames)
+def findings(frames: ReportFrames) -> list[Finding]:
+    """Sentences, those with most time or energy at stake first; empty when there is nothing to say."""
+    stated = exchange_findings(frames) + power_findings(frames)
     cells = frames.cells.dropna(subset=["gini"])
-    if cells.empty:
-        return sentences
+    if len(cells):
+        stated += _of_routing(frames, cells)
+    return sorted(stated, key=lambda finding: -(finding.stake or 0.0))
+
+
+def _of_routing(frames: ReportFrames, cells: pd.DataFrame) -> list[Finding]:
+    """What is about counts; nothing of it is a share of time or energy."""
+    of_section: list[tuple[str, list[str]]] = []
     one_model = len({fact.manifest.model.name for fact in frames.facts}) == 1
+    compared = frames.compared(cells)
     for phase in phases_of(cells):
-        of_phase = cells[cells["phase"] == phase]
-        sentences += _one_model(frames, of_phase, phase) if one_model else _concentration(of_phase, phase)
-        sentences += _mock(mock_ratios(of_phase), phase)
-    sentences += _at_floor(cells)
-    sentences += _worst_layer(frames)
-    sentences += _committees(frames)
-    sentences += _steps(frames)
-    sentences += _ranks(frames)
-    return sentences
+        of_phase = compared[compared["phase"] == phase]
+        stated = _one_model(frames, of_phase, phase) if one_model else _concentration(of_phase, phase)
+        of_section += [("grid", stated), ("mock", _mock(mock_ratios(of_phase), phase))]
+    of_section += [
+        ("grid", _at_floor(cells)),
+        ("layers", _worst_layer(frames)),
+        ("committee", _committees(frames)),
+        ("steps", _steps(frames)),
+        ("ep", _ranks(frames)),
+    ]
+    return [Finding(section=section, text=text) for section, texts in of_section for text in texts]
 
 
 def _name(label: object) -> str:

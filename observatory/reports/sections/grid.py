@@ -20,13 +20,14 @@ _BAND = Column(name="band", title="band", text=True, otherwise="no band")
 
 def grid_section(frames: ReportFrames) -> Section:
     """One table per phase, tinted by Gini on a scale common to all phases."""
-    cells = frames.cells
+    cells = frames.compared(frames.cells)
     title = "Imbalance by model and data"
     if cells.empty:
         return Section(id="grid", title=title, short="Model × data grid", reason=NO_LOADS)
     top = float(cells["gini"].max())
     # Bands are shown where at least one model has one.
-    bands = frames.bands if frames.bands["band"].notna().any() else frames.bands.iloc[:0]
+    bands = frames.bands[frames.bands["label"].isin(cells["label"])]
+    bands = bands if bands["band"].notna().any() else bands.iloc[:0]
     return Section(
         id="grid",
         title=title,

@@ -94,7 +94,7 @@ def _verdict(ratio_low: float, ratio_high: float) -> str:
 
 def mock_section(frames: ReportFrames) -> Section:
     """Dots per condition and the table of ratios."""
-    cells = frames.cells.dropna(subset=["gini"])
+    cells = frames.compared(frames.cells.dropna(subset=["gini"]))
     if cells.empty:
         return Section(
             id="mock", title="Mock tokens against real text", short="Mock and real text", reason=NO_LOADS

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from observatory.reports.frames.report import ReportFrames, each_row, phases_of
+from observatory.reports.sections.common import Finding
 from observatory.reports.sections.frequency import advice_sentence
 from observatory.reports.text import interval, number, percent, plain, shorten
 
@@ -14,18 +15,24 @@ from observatory.reports.text import interval, number, percent, plain, shorten
 _MOST = 4
 
 
-def power_findings(frames: ReportFrames) -> list[str]:
+def power_findings(frames: ReportFrames) -> list[Finding]:
     """Energy per token of each phase, whether a limit binds, and the clock to choose."""
-    sentences = list(_tokens(frames))[:_MOST] + list(_caps(frames))[:_MOST]
+    stated = list(_tokens(frames))[:_MOST] + list(_caps(frames))[:_MOST]
     if frames.clocks is not None:
         files = frames.clocks.files
-        sentences += [advice_sentence(file, advice) for file in files for advice in file.advice.series][
-            :_MOST
+        series = [(file, advice) for file in files for advice in file.advice.series]
+        stated += [
+            Finding(
+                section="clocks",
+                text=advice_sentence(file, advice),
+                stake=None if advice.choice is None else advice.choice.saving.value,
+            )
+            for file, advice in series[:_MOST]
         ]
-    return sentences
+    return stated
 
 
-def _tokens(frames: ReportFrames) -> Iterator[str]:
+def _tokens(frames: ReportFrames) -> Iterator[Finding]:
     """Per run and phase: the rank that takes most, with what of it is idle power."""
     power = frames.power
     if power is None or power.tokens.empty:
@@ -39,18 +46,16 @@ def _tokens(frames: ReportFrames) -> Iterator[str]:
             which = f" (rank {row.source_rank}, the most of {len(rows)}{_overall(power.totals, run, phase)})"
             which = which if len(rows) > 1 else ""
             idle = row.idle_mj_per_token
-            share = (
-                f", {percent(idle / row.mj_per_token)} of it what the idle device draws"
-                if pd.notna(idle) and row.mj_per_token > 0
-                else ""
-            )
+            idle_share = idle / row.mj_per_token if pd.notna(idle) and row.mj_per_token > 0 else None
+            share = f", {percent(idle_share)} of it what the idle device draws" if idle_share else ""
             flag = " It is flagged: see the section on energy." if pd.notna(row.flag) else ""
-            yield (
+            text = (
                 f"In {phase}, {shorten(frames.runs.loc[run, 'label'], 48)} takes "
                 f"{number(row.mj_per_token, 2)} mJ "
                 f"({interval(row.mj_per_token_low, row.mj_per_token_high, 2)}) per {row.kind} "
                 f"token{which}{share}.{flag}"
             )
+            yield Finding(section="energy", text=text, stake=idle_share)
 
 
 def _overall(totals: pd.DataFrame, run: int, phase: str) -> str:
@@ -61,10 +66,11 @@ def _overall(totals: pd.DataFrame, run: int, phase: str) -> str:
     return f"; over all ranks: {number(known['mj_per_token'].iloc[0], 2)} mJ"
 
 
-def _caps(frames: ReportFrames) -> Iterator[str]:
+def _caps(frames: ReportFrames) -> Iterator[Finding]:
     """What telemetry says of limits and heat."""
     power = frames.power
     if power is None:
         return
     for run, uuid, text in power.held:
-        yield f"On {shorten(uuid, 28)} of {shorten(frames.runs.loc[run, 'label'], 48)}, {plain(text)}."
+        where = f"On {shorten(uuid, 28)} of {shorten(frames.runs.loc[run, 'label'], 48)}"
+        yield Finding(section="power", text=f"{where}, {plain(text)}.")

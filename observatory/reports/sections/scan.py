@@ -100,7 +100,7 @@ def scan_section(frames: ReportFrames, *, gpus_per_node: int) -> Section:
                 "keeps it above 1. Dotted: what uniform routing of as many tokens would show "
                 "(rank_max_over_mean_floor, an estimate).",
                 choice="Data and phase",
-                variants=tuple(_overview(scan)),
+                variants=tuple(_overview(frames.compared(scan))),
             ),
             FigureBlock(
                 id="ep-run",

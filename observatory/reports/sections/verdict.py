@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -20,17 +22,46 @@ from observatory.advice.conclusions import (
     stake,
 )
 from observatory.advice.words import conclusion_sentences
-from observatory.reports.frames.report import ReportFrames
+from observatory.reports.frames.report import ReportFrames, each_row
 from observatory.reports.page import FigureBlock, Section
 from observatory.reports.sections.common import choice_label, run_choice, run_text
-from observatory.reports.text import plain, shorten
+from observatory.reports.sections.mock import mock_ratios
+from observatory.reports.sections.scan import mean_over_layers
+from observatory.reports.text import millijoules, number, percent, plain, shorten, times
 from observatory.run.documents.writing import frame_records
 from observatory.run.usable_cores import short_of_cores
 
+#: Codes whose values hold the number that says most.
+_TELLING = (
+    Code.CHANGE_GAIN,
+    Code.EXTRAPOLATED,
+    Code.PERFECT_BALANCE,
+    Code.WAIT_COST,
+    Code.CLOCK_COST,
+    Code.COMMON_COST,
+    Code.CAP_COST,
+    Code.ENERGY_COST,
+    Code.LOAD_COST,
+)
 #: Figures that show most of what is at stake, the first that a page has; else its first figure.
 _KEY_FIGURES = ("layer-anatomy", "energy-tokens", "clock-plane", "ep-models")
 #: Of the figure, in pixels: with the head of the page it fits a screen of 900.
 _HEIGHT = 340
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Number:
+    """A number that stands for a verdict.
+
+    Attributes:
+        value: with its unit.
+        meaning: what it is of.
+        section: anchor of the section that it is in.
+    """
+
+    value: str
+    meaning: str
+    section: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +75,8 @@ class Verdict:
         sentences: worst place, and what it costs.
         next_step: what to do next, empty for nothing.
         choices: names under which figures show the place.
+        stake: share of time or energy that is at stake; None where it is about neither.
+        number: the number that says most; None where nothing is worth changing.
     """
 
     part: str
@@ -52,18 +85,96 @@ class Verdict:
     sentences: tuple[str, ...]
     next_step: str
     choices: tuple[str, ...]
+    stake: float | None
+    number: Number | None
 
 
 def verdicts(frames: ReportFrames) -> list[Verdict]:
-    """Of each part that has data: the conclusion of the run in which most is at stake."""
-    parts: tuple[tuple[str, str, Sequence[tuple[int | str, Conclusion]]], ...] = (
-        ("Changes", "changes", list(_changes(frames))),
-        ("Routing", "layers", list(_routing(frames))),
-        ("Exchanges", "waiting", list(_exchanges(frames))),
-        ("Energy", "energy", list(_energy(frames))),
-        ("Clocks", "clocks" if frames.clocks else "power", list(_clocks(frames))),
+    """Of each part that has data: the conclusion of the run in which most is at stake.
+
+    Parts with most time or energy at stake come first, then those about neither.
+    """
+    clocks = "clocks" if frames.clocks else "power"
+    parts: tuple[tuple[str, str, bool, Sequence[tuple[int | str, Conclusion]]], ...] = (
+        ("Changes", "changes", True, list(_changes(frames))),
+        ("Exchanges", "waiting", True, list(_exchanges(frames))),
+        ("Clocks", clocks, True, list(_clocks(frames))),
+        ("Energy", "energy", False, list(_energy(frames))),
+        ("Routing", "layers", False, list(_routing(frames))),
     )
-    return [_verdict(frames, part, section, rows) for part, section, rows in parts if rows]
+    stated = [_verdict(frames, *part) for part in parts if part[-1]]
+    return sorted(stated, key=lambda verdict: -(verdict.stake or 0.0))
+
+
+def answer(shown: Sequence[Verdict]) -> str:
+    """What all comes to, in one sentence: the first verdict that something is worth changing."""
+    if not shown:
+        return "No run given here holds routing rows, exchanges or power samples: there is nothing to judge."
+    first = next((verdict for verdict in shown if verdict.number), shown[0])
+    # What waiting costs says itself what it is of; where it is longest is a detail.
+    chosen = first.sentences[-1:] if first.part == "Exchanges" else first.sentences
+    sentences = [text.rstrip(".") for text in chosen]
+    rest = [f"{text[:1].lower()}{text[1:]}" for text in sentences[1:]]
+    whose = f" ({first.whose})" if first.whose else ""
+    return f"{'; '.join([*sentences[:1], *rest])}{whose}."
+
+
+def three_numbers(frames: ReportFrames, shown: Sequence[Verdict]) -> list[Number]:
+    """Those of the first verdicts; where there are fewer, what the counts say."""
+    stated = [verdict.number for verdict in shown if verdict.number is not None]
+    return [*stated, *islice(_of_counts(frames), max(0, 3 - len(stated)))][:3]
+
+
+def _of_counts(frames: ReportFrames) -> Iterator[Number]:
+    """What mock tokens get wrong, the busiest rank, and the most concentrated model."""
+    cells = frames.compared(frames.cells.dropna(subset=["gini"]))
+    ratios = mock_ratios(cells)
+    for row in each_row(ratios[ratios["verdict"].isin(["over", "under"])].sort_values("ratio")[-1:]):
+        meaning = f"the Gini of real text, on mock tokens ({shorten(row.label)}, {row.phase})"
+        yield Number(value=times(row.ratio), meaning=plain(meaning), section="mock")
+    means = mean_over_layers(frames.scan) if len(frames.scan) else frames.scan
+    for row in each_row(means.sort_values("rank_max_over_mean")[-1:] if len(means) else means):
+        meaning = f"the mean load on the busiest rank at EP {row.ep} ({row.phase})"
+        yield Number(value=times(row.rank_max_over_mean), meaning=plain(meaning), section="ep")
+    for row in each_row(cells.sort_values("gini")[-1:]):
+        where = f"{shorten(row.label)} on {shorten(row.condition, 24)}, {row.phase}"
+        meaning = f"the largest Gini of a model ({where})"
+        yield Number(value=number(row.gini, 2), meaning=plain(meaning), section="grid")
+
+
+def _number(conclusion: Conclusion, section: str) -> Number | None:
+    """The number that says most of a conclusion."""
+    values: dict[str, Any] = {}
+    for reason in conclusion:
+        values |= reason.values
+    match next((reason.code for reason in conclusion if reason.code in _TELLING), None):
+        case Code.CHANGE_GAIN | Code.EXTRAPOLATED:
+            value, meaning = (
+                percent(values["gain"], 0),
+                f"less time of a step of {values['phase']}, by {values['change']}",
+            )
+        case Code.PERFECT_BALANCE:
+            value, meaning = (
+                percent(values["gain"], 0),
+                f"of a step of {values['phase']} is all that balance could save",
+            )
+        case Code.WAIT_COST:
+            value, meaning = percent(values["wait_share"], 0), "of the time in exchanges is waiting"
+        case Code.CLOCK_COST | Code.COMMON_COST:
+            value, meaning = percent(values["saving_value"], 0), "less energy at a lower clock"
+        case Code.CAP_COST:
+            value, meaning = (
+                percent(values["power_cap_busy_share"], 0),
+                "of the busy time a power limit held the clock",
+            )
+        case Code.ENERGY_COST if values["mj_per_token"] is not None:
+            value, meaning = millijoules(values["mj_per_token"]), f"per token of {values['phase']}"
+        case Code.LOAD_COST:
+            value = times(values["max_over_mean"])
+            meaning = f"the mean load on the busiest expert of layer {values['layer']} in {values['phase']}"
+        case _:
+            return None
+    return Number(value=value, meaning=plain(meaning), section=section)
 
 
 def key_figure(sections: Sequence[Section], shown: Sequence[Verdict]) -> FigureBlock | None:
@@ -83,7 +194,11 @@ def key_figure(sections: Sequence[Section], shown: Sequence[Verdict]) -> FigureB
 
 
 def _verdict(
-    frames: ReportFrames, part: str, section: str, concluded: Sequence[tuple[int | str, Conclusion]]
+    frames: ReportFrames,
+    part: str,
+    section: str,
+    is_share: bool,
+    concluded: Sequence[tuple[int | str, Conclusion]],
 ) -> Verdict:
     whose, conclusion = max(concluded, key=lambda pair: stake(pair[1]))
     sentences = [f"{text[:1].upper()}{text[1:]}" for text in map(plain, conclusion_sentences(conclusion))]
@@ -96,6 +211,8 @@ def _verdict(
         sentences=tuple(f"{text}." for text in (sentences[:-1] if is_last_next else sentences)),
         next_step=sentences[-1] if is_last_next and conclusion[-1].code is not Code.OPEN_REPORT else "",
         choices=() if isinstance(whose, str) else _choices(frames, whose, conclusion),
+        stake=stake(conclusion) if is_share else None,
+        number=_number(conclusion, section),
     )
 
 

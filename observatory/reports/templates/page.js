@@ -99,7 +99,7 @@
     },
     { rootMargin: "-25% 0px -74.5% 0px" },
   );
-  document.querySelectorAll("main > section").forEach((section) => reading.observe(section));
+  document.querySelectorAll("main section[id]").forEach((section) => reading.observe(section));
 
   scheme.addEventListener("change", () => drawn.forEach(draw));
   for (const [name, starts] of [["beforeprint", true], ["afterprint", false]]) {

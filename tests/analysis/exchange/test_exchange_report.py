@@ -17,13 +17,14 @@ from observatory.reports.figures.exchanges import layer_anatomy, rank_time, traf
 from observatory.reports.frames.collect import collect
 from observatory.reports.frames.exchanges import collect_exchanges
 from observatory.reports.frames.report import ReportFrames
-from observatory.reports.html import build_sections
-from observatory.reports.sections import exchange_sections, findings
+from observatory.reports.outline import build_sections, questions
+from observatory.reports.sections import exchange_sections
 from observatory.reports.theme import LIGHT_TO_DARK
 from observatory.run import RunWriter, open_run
 from observatory.run.manifest import Manifest, ModelSpec, Topology
 from observatory.run.tables import EXCHANGE_SCHEMA, SPAN_SCHEMA
 from tests.analysis.exchange.tables import collective, spans
+from tests.reports.sample_runs import stated
 
 SEND = [[10, 20], [30, 40]]
 HOSTILE = "</script><script>hit()</script><img src=x onerror=hit()>%{x}"
@@ -258,16 +259,17 @@ def test_a_report_without_benchmark_files_says_once_how_to_get_them(run: Path) -
     assert "--replay" in why
 
 
-def test_exchanges_come_first_where_every_run_has_them(run: Path, make_run: Callable[..., Path]) -> None:
-    ids = [section.id for section in build_sections(frames_of(run), gpus_per_node=4)]
-    assert ids[:4] == ["changes", "anatomy", "traffic", "waiting"]
-    mixed = [section.id for section in build_sections(frames_of(run, make_run("other")), gpus_per_node=4)]
-    assert mixed.index("grid") < mixed.index("anatomy")
+def test_sections_stand_in_the_order_of_the_questions(run: Path, make_run: Callable[..., Path]) -> None:
+    sections = build_sections(frames_of(run, make_run("other")), gpus_per_node=4)
+    shown = [section for section in sections if section.blocks]
+    asked = questions(shown)
+    assert [question.id for question in asked] == ["time", "who-waits", "which-experts", "what-if"]
+    assert [section.id for question in asked for section in question.sections] == [s.id for s in shown]
 
 
 def test_the_findings_say_where_the_time_goes_and_who_is_waited_for(run: Path) -> None:
     # dispatch 40, experts 90, combine 70 us as means over ranks, of them 30 waiting
-    assert findings(frames_of(run)) == [
+    assert stated(frames_of(run)) == [
         "In prefill, m spends 55.0 % of its MoE layers' time in exchanges, 15.0 % waiting "
         "for each other. They wait longest for rank 1: 100.0 % of all waiting (it computed longer)."
     ]
