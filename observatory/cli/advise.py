@@ -118,7 +118,7 @@ def advise(
     if out is not None:
         check_out(out, force=force)
     clock_model = None if clocks is None else load_clock_model(clocks)
-    others = () if other_ranks is None else parse_ep(other_ranks)
+    others = () if other_ranks is None else parse_ep(other_ranks, "--other-ranks")
     advices = []
     for path in runs:
         run = open_run(path)

@@ -154,14 +154,14 @@ def refuse_ignored(context: typer.Context, names: Collection[str], why: str) -> 
             raise ObservatoryError(f"{parameter.opts[0]} does nothing {why}", remedy="leave it out")
 
 
-def parse_ep(text: str) -> tuple[int, ...]:
-    """EP degrees from ``4,8,16``; raises PlacementError for anything else."""
+def parse_ep(text: str, option: str = "--ep") -> tuple[int, ...]:
+    """EP degrees from ``4,8,16``; raises PlacementError for anything else, naming the option."""
     try:
         degrees = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise PlacementError(f"--ep {text!r} is not a list of whole numbers such as 4,8,16") from None
+        raise PlacementError(f"{option} {text!r} is not a list of whole numbers such as 4,8,16") from None
     if min(degrees) < 1:
-        raise PlacementError(f"--ep {text!r} names a degree below 1; degrees are numbers of ranks")
+        raise PlacementError(f"{option} {text!r} names a degree below 1; degrees are numbers of ranks")
     return degrees
 
 

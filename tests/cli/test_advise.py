@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from observatory.advice.mitigations.document import doubt_sentences
 from observatory.cli import main
 from tests.advice.mitigations.runs import sized_run
 
@@ -106,3 +107,30 @@ def test_a_run_of_few_steps_is_not_split(tmp_path: Path, capsys: pytest.CaptureF
     run = sized_run(tmp_path / "run", steps=15)
     assert main(["advise", str(run), "--ranks", "4", *H100]) == 1
     assert "15 steps" in capsys.readouterr().err
+
+
+def test_another_set_up_and_another_fabric_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = advised(capsys, str(sized_run(tmp_path / "run")), "--ranks", "4", *H100)
+    (run,) = document["runs"]
+    assert run["ran"] == {"ranks": 1, "gpus_per_node": None, "hosts": []}
+    plain = doubt_sentences(document)
+    network = {"source": "fit.json", "hosts": ["node7"], "median_error": 0.1, "verdict": "valid"}
+    for hosts, ranks, more in ((["node7"], 4, 0), (["node8"], 4, 1), (["node8"], 2, 2)):
+        ran = {"ranks": ranks, "gpus_per_node": run["setup"]["gpus_per_node"], "hosts": hosts}
+        doubts = doubt_sentences({"runs": [{**run, "ran": ran, "network": network}]})
+        assert len(doubts) == len(plain) + more
+        assert any("node7" in text for text in doubts) == (more > 0)
+
+
+def test_a_run_without_assignments_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(sized_run(tmp_path / "run", tokens=0))
+    for argv in (["advise", run, *H100], ["place", run, "--out", str(tmp_path / "p.json")]):
+        assert main([*argv, "--ranks", "4"]) == 1
+        assert "assignment" in capsys.readouterr().err
+
+
+def test_the_option_with_a_wrong_list_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["advise", str(sized_run(tmp_path / "run")), "--other-ranks", "x"]) == 1
+    assert "--other-ranks" in capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_an_algorithm_that_the_model_does_not_know_is_counted(tmp_path: Path, mo
         ("--bench", a_replay, "is a replay, where a benchmark was expected; give it with --replay"),
         ("--replay", a_bench, "is a benchmark, where a replay was expected; give it with --bench"),
         ("--network", a_bench, "is not valid"),
-        ("--bench", a_model, "has schema 2.2"),
+        ("--bench", a_model, "is not valid (kind: Field required)"),
     ],
 )
 def test_a_file_of_the_other_kind_is_one_clear_line(

@@ -52,6 +52,7 @@ from observatory.reasons import Reason
 
 if TYPE_CHECKING:
     from observatory.run import Run
+    from observatory.run.manifest import Topology
 
 #: Share of the steps of a phase that layouts are chosen on.
 _TRAIN_SHARE = 0.5
@@ -147,6 +148,8 @@ class Advice:
         premises: of the run as a whole, with whether they hold.
         skipped: phases of too few steps, with their number.
         left_out: parts of a step whose time is not known.
+        ran: ranks and nodes of the run.
+        hosts: their names; empty where they are not stated.
         least_used: share of the experts of each layer that have less than a tenth of the mean load in every
             phase, by layer: what elimination would look at, which makes another model and is no speed-up of
             this one.
@@ -162,6 +165,8 @@ class Advice:
     premises: tuple[Premise, ...]
     skipped: tuple[tuple[str, int], ...]
     left_out: tuple[str, ...]
+    ran: Topology
+    hosts: tuple[str, ...]
     least_used: Mapping[int, float]
 
 
@@ -214,7 +219,7 @@ def advise_run(
             phase=lab.trace.phase,
             steps=(lab.trace.train_steps, len(lab.judged_S)),
             verdicts=tuple(verdicts),
-            measured_us=_mean_us(measured_us, lab),
+            measured_us=_mean_us(measured_us, lab) if setup.ranks == run.manifest.topology.ep else None,
         )
         phases.append(replace(advice, elsewhere=_elsewhere(lab, advice.best, labs)))
     if not phases:
@@ -240,6 +245,8 @@ def advise_run(
         ),
         skipped=tuple(skipped),
         left_out=tuple(dict.fromkeys(part for lab in labs for part in lab.today.left_out)),
+        ran=run.manifest.topology,
+        hosts=tuple(dict.fromkeys(host.name for host in run.manifest.hosts)),
         least_used=dict(zip(loads.layers, rare_LE.mean(axis=1).tolist(), strict=True)),
     )
 

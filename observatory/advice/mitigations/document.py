@@ -11,7 +11,7 @@ from observatory.advice.mitigations.words import premise_words, reason_words
 from observatory.analysis.columns import Column, Table
 from observatory.analysis.statistics import Interval
 from observatory.run.documents.printed import printed_document
-from observatory.text import percent_words
+from observatory.text import listing, percent_words
 
 COLUMNS = (
     Column(name="change", title="change", text=True, key=True),
@@ -137,6 +137,19 @@ def _model_doubts(run: Mapping[str, Any]) -> Iterator[str]:
         error = percent_words(network["median_error"])
         of = f"exchange times of {network['source']}"
         yield f"{of}: off by {error} in the median on held-out matrices{unreliable}"
+    setup, ran = run["setup"], run["ran"]
+    measured = [] if network is None else network["hosts"]
+    if measured and ran["hosts"] and not set(measured) & set(ran["hosts"]):
+        yield (
+            f"exchange times of {network['source']} are of another fabric: measured on "
+            f"{listing(measured)}, the run was on {listing(ran['hosts'])}"
+        )
+    differs = [name for name in ("ranks", "gpus_per_node") if ran[name] not in (None, setup[name])]
+    if ran["ranks"] > 1 and differs:
+        yield (
+            f"the set-up is not that of the run, which was on {ran['ranks']} ranks"
+            + ("" if ran["gpus_per_node"] is None else f", {ran['gpus_per_node']} on a node")
+        )
     if run["left_out"]:
         yield f"left out of all times, as not known: {', '.join(run['left_out'])} experts"
     if any(premise["holds"] is False for premise in run["premises"]):
@@ -183,6 +196,11 @@ def _run(advice: Advice, problems: Sequence[str]) -> dict[str, Any]:
     return {
         "problems": list(problems),
         "setup": advice.setup.model_dump(mode="json"),
+        "ran": {
+            "ranks": advice.ran.ep,
+            "gpus_per_node": advice.ran.gpus_per_node,
+            "hosts": list(advice.hosts),
+        },
         "experts": {
             "source": experts.source,
             "grade": experts.grade,
@@ -221,6 +239,7 @@ def _network(advice: Advice) -> dict[str, Any] | None:
     verdict = None if fit is None else fit.verdict
     return {
         "source": advice.network_source,
+        "hosts": list(advice.network.hosts),
         "algorithms": sorted(fits),
         "verdict": None if verdict is None else verdict.code,
         "median_error": None if verdict is None else verdict.median_error,

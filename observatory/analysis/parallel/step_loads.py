@@ -80,7 +80,8 @@ def step_loads(run: Run, *, phase: str | None = None, by_source: bool = False) -
         by_source: keep the source ranks apart as well.
 
     Raises:
-        PlacementError: rows fold several steps, layers differ in their experts, or no step is whole.
+        PlacementError: rows fold several steps, layers differ in their experts, no step is whole, or all are
+            empty.
     """
     by_step: dict[tuple[int, str], dict[int, Int64]] = {}
     experts: set[int] = set()
@@ -118,6 +119,8 @@ def step_loads(run: Run, *, phase: str | None = None, by_source: bool = False) -
     whole = whole[-fit:]
     top_k = {spec.top_k for spec in run.manifest.model.moe_layers}
     load_SLRE = np.array([[by_step[key][layer] for layer in layers] for key in whole])
+    if not load_SLRE.any():
+        raise PlacementError(f"no step of {run.path} has an assignment; profile again with real tokens")
     return StepLoads(
         layers=tuple(layers),
         top_k=top_k.pop() if len(top_k) == 1 else None,

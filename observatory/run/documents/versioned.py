@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -54,7 +54,9 @@ def load_document(
         document = parse_json(content)
     except ValueError as error:
         raise failure(f"{what} {path} is not valid ({str(error)[:200]}); {remedy}") from error
-    _refuse_newer(document, version, f"{what} {path}", failure)
+    kinds = get_args(kind.model_fields["kind"].annotation) if "kind" in kind.model_fields else ()
+    if not kinds or (isinstance(document, dict) and document.get("kind") in kinds):
+        _refuse_newer(document, version, f"{what} {path}", failure)
     try:
         return kind.model_validate(document)
     except ValidationError as error:

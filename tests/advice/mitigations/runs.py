@@ -12,7 +12,9 @@ from observatory.run.manifest import DataSpec, Manifest, ModelSpec, MoeLayerSpec
 EXPERTS, TOP_K = 16, 2
 
 
-def sized_run(folder: Path, *, steps: int = 32, skew: float = 4.0, phase: str = "prefill") -> Path:
+def sized_run(
+    folder: Path, *, steps: int = 32, skew: float = 4.0, phase: str = "prefill", tokens: int = 4096
+) -> Path:
     """Two layers of 16 experts on one source rank; the first four have ``skew`` times the others' load."""
     generator = np.random.default_rng(0)
     share_E = np.array([skew] * 4 + [1.0] * 12)
@@ -28,7 +30,7 @@ def sized_run(folder: Path, *, steps: int = 32, skew: float = 4.0, phase: str = 
     )
     with RunWriter.create(folder, manifest) as writer:
         for layer in (0, 1):
-            load_SE = generator.multinomial(TOP_K * 4096, share_E / share_E.sum(), size=steps)
+            load_SE = generator.multinomial(TOP_K * tokens, share_E / share_E.sum(), size=steps)
             writer.append(
                 "routing",
                 routing_rows(
@@ -36,7 +38,7 @@ def sized_run(folder: Path, *, steps: int = 32, skew: float = 4.0, phase: str = 
                     phase_N=phase,
                     layer_N=np.full(steps, layer),
                     source_rank=0,
-                    tokens_N=np.full(steps, 4096),
+                    tokens_N=np.full(steps, tokens),
                     load_NE=load_SE,
                 ),
             )
