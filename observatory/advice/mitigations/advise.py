@@ -21,6 +21,7 @@ from observatory.advice.mitigations.balance_changes import (
     spill,
 )
 from observatory.advice.mitigations.change import Change
+from observatory.advice.mitigations.expert_choice import route_or_fetch
 from observatory.advice.mitigations.lab import Lab, not_applicable, not_known
 from observatory.advice.mitigations.memory_changes import expert_cache
 from observatory.advice.mitigations.setup import Setup
@@ -74,6 +75,7 @@ CHANGES: tuple[Callable[[Lab], Iterator[Verdict]], ...] = (
     dispatch_rules,
     activated_dispatch,
     spill,
+    route_or_fetch,
     sharding,
     exchanges,
     deduplication,
@@ -326,7 +328,7 @@ def _mean_us(measured_us: pd.Series[float], lab: Lab) -> float | None:
 
 def _elsewhere(lab: Lab, best: Verdict | None, labs: Sequence[Lab]) -> dict[str, float]:
     """What the best change of a phase gains in the others: a set-up has one layout and one exchange."""
-    if best is None or best.change is None:
+    if best is None or best.change is None or best.change.of_phase:
         return {}
     change = best.change
     gains = {}

@@ -135,7 +135,7 @@ def spill(lab: Lab) -> Iterator[Verdict]:
     extra_us_S = 1e6 * fetched_SL.sum(axis=1) * lab.models.experts.shape.expert_bytes / lab.move_rate
     yield lab.judge(
         Mitigation.SPILL,
-        Change(work=work, extra_us_S=extra_us_S, assumed=True),
+        Change(work=work, extra_us_S=extra_us_S, assumed=True, of_phase=True),
         setting=f"above {_SPILL_ABOVE} x mean",
         premise=_unequal(lab),
     )

@@ -28,6 +28,7 @@ class Change:
         memory_bytes: what a rank needs more.
         extra_us_S: what comes on top in each step.
         assumed: something of it is assumed, not measured.
+        of_phase: the other phases of the run can go on as today.
     """
 
     work: LayerWork
@@ -39,3 +40,4 @@ class Change:
     memory_bytes: int = 0
     extra_us_S: Float64 | None = None
     assumed: bool = False
+    of_phase: bool = False

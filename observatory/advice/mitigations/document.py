@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from observatory.advice.mitigations.advise import Advice, above_published
@@ -272,6 +273,7 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         "rests_on": ", ".join(verdict.grades),
         "premise": None if verdict.premise is None else _premise(verdict.premise),
         "reason": None if verdict.reason is None else verdict.reason.document(),
+        "experts": [asdict(choice) for choice in verdict.experts],
     }
 
 

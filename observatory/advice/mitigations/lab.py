@@ -366,7 +366,7 @@ class Lab:
         """
         balanced = self.timed(Change(work=self.balanced_work))
         is_known = balanced.dispatch_S is not None
-        empty_S = np.full(len(self.judged_S), self.layers * self._least_exchange_us()) if is_known else None
+        empty_S = np.full(len(self.judged_S), self.layers * self.least_exchange_us()) if is_known else None
         return replace(
             balanced,
             counts_S=empty_S if self.setup.announce_bytes or empty_S is None else 0.0 * empty_S,
@@ -375,7 +375,8 @@ class Lab:
             waiting_S=np.zeros_like(balanced.waiting_S),
         )
 
-    def _least_exchange_us(self) -> float:
+    def least_exchange_us(self) -> float:
+        """What an exchange of nothing takes, by the algorithm for which that is least."""
         assert self.models.network is not None
         nodes = self.setup.node_of_P
         nothing = np.zeros((1, len(nodes), len(nodes)), dtype=np.int64)
@@ -457,8 +458,13 @@ class Lab:
     @property
     def move_rate(self) -> float | None:
         """Bytes per second of weights that a rank receives: as stated, else the slowest fitted rate."""
-        if self.setup.move_bytes_per_s is not None or self.models.network is None:
-            return self.setup.move_bytes_per_s
+        return self.setup.move_bytes_per_s or self.fitted_rate
+
+    @property
+    def fitted_rate(self) -> float | None:
+        """Slowest rate of the network model, bytes per second; None without one."""
+        if self.models.network is None:
+            return None
         rates = [
             item.gb_per_s
             for item in self.models.network.fits[0].coefficients

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 from observatory.advice.mitigations.change import Change
 from observatory.analysis.statistics import Interval
@@ -23,6 +24,7 @@ class Mitigation(StrEnum):
     PER_STEP_DISPATCH = "per-step dispatch"
     ACTIVATED_DISPATCH = "activated dispatch"
     SPILL = "least-loaded spill"
+    ROUTE_OR_FETCH = "route or fetch"
     SHARDING = "expert sharding"
     HIERARCHICAL = "hierarchical"
     DEDUPLICATION = "deduplication"
@@ -81,6 +83,7 @@ class MitigationCode(StrEnum):
     ALL_ACTIVE = "all_experts_active"
     UNEVEN = "uneven"
     ONE_LAYER = "one_layer"
+    ALL_ROUTED = "all_routed"
     NO_MOVE_RATE = "no_move_rate"
     REPLICATED_TODAY = "replicated_today"
     # Premises.
@@ -90,6 +93,8 @@ class MitigationCode(StrEnum):
     LOADS_VARY = "loads_vary_between_steps"
     FABRIC_DECIDES = "exchanges_decide"
     BETWEEN_NODES = "bytes_between_nodes"
+    FETCH_PAYS = "experts_are_worth_fetching"
+    KEPT_TAKE_MORE = "kept_experts_take_more"
     COPIES_SHARE_RANKS = "experts_of_a_token_share_ranks"
     WEIGHTS_DECIDE = "activated_experts_decide"
     CO_ACTIVATION = "experts_are_chosen_together"
@@ -112,6 +117,21 @@ class Premise:
 
     reason: Reason
     holds: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertChoice:
+    """What to do with one expert instead of sending tokens to it.
+
+    Attributes:
+        layer: number of the layer.
+        expert: which.
+        choice: ``fetch`` its weights in every step, or ``keep`` a copy on every rank.
+    """
+
+    layer: int
+    expert: int
+    choice: Literal["fetch", "keep"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -143,6 +163,7 @@ class Verdict:
         extrapolated: share of the predicted exchanges and expert times that lie outside what was measured.
         reason: why there is no time, or what holds the change up.
         change: what it makes of the set-up; None unless it is worth making.
+        experts: which experts to fetch or keep; empty for other changes.
     """
 
     mitigation: Mitigation
@@ -167,3 +188,4 @@ class Verdict:
     extrapolated: float | None = None
     reason: Reason | None = None
     change: Change | None = None
+    experts: tuple[ExpertChoice, ...] = ()

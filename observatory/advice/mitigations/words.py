@@ -16,6 +16,8 @@ _MISSING = {
     MitigationCode.NO_NETWORK: "no network model; fit one and give --network",
     MitigationCode.NO_ALGORITHM: "the network model was not measured for {algorithm}",
     MitigationCode.NO_MEMORY: "no memory size; state memory_bytes in the topology",
+    MitigationCode.ALL_ROUTED: "no expert is worth fetching: the busiest has {busiest} tokens of a step, "
+    "that takes less time from {break_even} on",
     MitigationCode.ONE_LAYER: "there is one layer only",
     MitigationCode.NO_MOVE_RATE: "no rate at which weights move; state move_bytes_per_s in the topology",
     MitigationCode.REPLICATED_TODAY: "experts have replicas today",
@@ -47,6 +49,10 @@ _PREMISES = {
     MitigationCode.FABRIC_DECIDES: "exchanges decide: {share} of the step",
     MitigationCode.BETWEEN_NODES: "traffic between nodes decides: {crossing} of the rows cross, "
     "exchanges are {share} of the step",
+    MitigationCode.FETCH_PAYS: "fetching an expert takes less time from {break_even} tokens of a step "
+    "on: the busiest has {busiest}",
+    MitigationCode.KEPT_TAKE_MORE: "few experts take much: those kept take {share} of the load, {even_share} "
+    "if all were alike",
     MitigationCode.COPIES_SHARE_RANKS: "experts of a token share ranks: {rows_left} of the rows are left",
     MitigationCode.WEIGHTS_DECIDE: "activated experts decide: a tenth fewer saves {saved_by_tenth} "
     "of the time",
@@ -66,6 +72,7 @@ _SHARES = frozenset(
     (
         "activated",
         "share",
+        "even_share",
         "crossing",
         "rows_left",
         "saved_by_tenth",
@@ -77,6 +84,10 @@ _SHARES = frozenset(
         "popular",
     )
 )
+
+
+#: Numbers from here on are written without decimals.
+_LONG = 1000
 
 
 def reason_words(reason: Mapping[str, Any] | None) -> str:
@@ -101,7 +112,7 @@ def _filled(words: Mapping[Any, str], reason: Mapping[str, Any]) -> str:
     values = {
         name: percent_words(value)
         if name in _SHARES and isinstance(value, float)
-        else f"{value:.3g}"
+        else f"{value:.{'0f' if abs(value) >= _LONG else '3g'}}"
         if isinstance(value, float)
         else value
         for name, value in reason.items()

@@ -145,13 +145,8 @@ def decide_experts(
         )
     if "transfer" not in constants.stages:
         raise BenchmarkError(f"{constants.source} says nothing about transfers")
+    choice_LE = choose_experts(load_SLE[:train], rank_of_LE, shape, constants, ranks=ranks, copies=copies)
     model = _LayerTimes(shape, constants, ranks)
-    choice_LE = np.stack(
-        [
-            _choose(model, load_SLE[:train, layer].astype(np.float64), rank_of_LE[layer], copies)
-            for layer in range(load_SLE.shape[1])
-        ]
-    )
     test_SLE = load_SLE[train:].astype(np.float64)
     today_LE = np.zeros_like(choice_LE)
     today_SL, chosen_SL = (
@@ -166,17 +161,15 @@ def decide_experts(
         for of_LE in (today_LE, choice_LE)
     )
     tokens_LE = load_SLE[:train].mean(axis=0)
-    trip, out, back = constants.stages["transfer"].us_F
-    away = (ranks - 1) / ranks
-    row_us = away * shape.row_bytes * (out + back)
-    fetch_us = trip + (ranks - 1) * shape.expert_bytes * back
+    _, _, back = constants.stages["transfer"].us_F
+    row_us, fetch_us = _alone_us(shape, constants, ranks)
     kept_L = (choice_LE == Choice.KEEP).sum(axis=1)
     return ExpertDecisions(
         choice_LE=choice_LE,
         tokens_LE=tokens_LE,
         route_us_LE=tokens_LE * row_us,
         fetch_us_LE=np.full(tokens_LE.shape, fetch_us),
-        break_even_tokens=float(fetch_us / row_us) if row_us > 0 else None,
+        break_even_tokens=break_even_tokens(shape, constants, ranks),
         today_us=float(today_SL.sum(axis=1).mean()),
         chosen_us=float(chosen_SL.sum(axis=1).mean()),
         saved_us=saved,
@@ -187,6 +180,38 @@ def decide_experts(
         steps=(train, len(load_SLE) - train),
         without_compute="experts" not in constants.stages,
     )
+
+
+def choose_experts(
+    load_SLE: Int64 | Float64,
+    rank_of_LE: Int64,
+    shape: ExpertShape,
+    constants: Constants,
+    *,
+    ranks: int,
+    copies: int = 0,
+) -> Int64:
+    """`Choice` of each expert, (L, E), on these steps; arguments as of `decide_experts`."""
+    model = _LayerTimes(shape, constants, ranks)
+    return np.stack(
+        [
+            _choose(model, load_SLE[:, layer].astype(np.float64), rank_of_LE[layer], copies)
+            for layer in range(load_SLE.shape[1])
+        ]
+    )
+
+
+def break_even_tokens(shape: ExpertShape, constants: Constants, ranks: int) -> float | None:
+    """Tokens of an expert in a step from which on fetching it alone takes less time; None: never."""
+    row_us, fetch_us = _alone_us(shape, constants, ranks)
+    return float(fetch_us / row_us) if row_us > 0 else None
+
+
+def _alone_us(shape: ExpertShape, constants: Constants, ranks: int) -> tuple[float, float]:
+    """Microseconds to send a token there and back, and to fetch an expert to all ranks."""
+    trip, out, back = constants.stages["transfer"].us_F
+    row_us = (ranks - 1) / ranks * shape.row_bytes * (out + back)
+    return float(row_us), float(trip + (ranks - 1) * shape.expert_bytes * back)
 
 
 class _LayerTimes:
@@ -248,8 +273,9 @@ def _choose(model: _LayerTimes, load_SE: Float64, rank_of_E: Int64, copies: int)
     """Keep, then fetch, experts while that shortens the layer."""
     choice_E = np.zeros(load_SE.shape[1], dtype=np.int64)
     choice_E = _improved(model, load_SE, rank_of_E, choice_E, Choice.KEEP, copies)
-    # To fetch from one rank may not pay while others are as busy: start from the experts with most tokens.
-    order_E = np.argsort(-load_SE.mean(axis=0) * (choice_E == Choice.ROUTE), kind="stable")
+    # To fetch from one rank may not pay while others are as busy: start with the busiest expert of each.
+    load_E = load_SE.mean(axis=0) * (choice_E == Choice.ROUTE)
+    order_E = np.lexsort((-load_E, _place_in_rank(load_E, rank_of_E)))
     tried_E, best_us, since = choice_E.copy(), model.mean_us(load_SE, rank_of_E, choice_E), 0
     for expert in order_E:
         if choice_E[expert] != Choice.ROUTE or since >= model.ranks:
@@ -259,6 +285,15 @@ def _choose(model: _LayerTimes, load_SE: Float64, rank_of_E: Int64, copies: int)
         if tried_us < best_us:
             choice_E, best_us, since = tried_E.copy(), tried_us, 0
     return _improved(model, load_SE, rank_of_E, choice_E, Choice.FETCH, len(choice_E))
+
+
+def _place_in_rank(load_E: Float64, rank_of_E: Int64) -> Int64:
+    """How many experts of the same rank have more tokens, (E,)."""
+    place_E = np.zeros(len(load_E), dtype=np.int64)
+    for rank in np.unique(rank_of_E):
+        of_rank = np.flatnonzero(rank_of_E == rank)
+        place_E[of_rank[np.argsort(-load_E[of_rank], kind="stable")]] = np.arange(len(of_rank))
+    return place_E
 
 
 def _improved(

@@ -29,10 +29,11 @@ def cost(call_s: float = 0.0, expert_s: float = 0.0, row_s: float = 0.0, **chang
 
 def network(*, latency_us: float, us_per_byte: float) -> NetworkModel:
     """Latency plus bytes of the busiest rank, for all algorithms."""
+    gb_per_s = 1e-3 / us_per_byte if us_per_byte else None
     coefficients = [
         Coefficient(term="exchange", us_per_unit=latency_us),
-        Coefficient(term="bytes_node", us_per_unit=us_per_byte),
-        Coefficient(term="bytes_other", us_per_unit=us_per_byte),
+        Coefficient(term="bytes_node", us_per_unit=us_per_byte, gb_per_s=gb_per_s),
+        Coefficient(term="bytes_other", us_per_unit=us_per_byte, gb_per_s=gb_per_s),
         Coefficient(term="bytes_self", us_per_unit=0.0),
     ]
     fits = [
