@@ -294,7 +294,9 @@ def conclude_maps(document: Mapping[str, Any]) -> list[Reason]:
         else:
             ends = {name: middle[name] for name in ("rows", "rows_low", "rows_high")}
             reasons.append(Reason(RouteFetchCode.FETCH_FROM, {**values, **ends}))
-    return [*reasons, *_unreliable(document["accuracy"])]
+        reasons += _unreliable(row for row in document["accuracy"] if row["shape"] == shape)
+    asked = {row["shape"] for row in document["break_even"]}  # of others they are scaled
+    return [*reasons, *_unreliable(row for row in document["accuracy"] if row["shape"] not in asked)]
 
 
 def _unreliable(accuracy: Iterable[Mapping[str, Any]]) -> list[Reason]:

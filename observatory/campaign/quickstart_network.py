@@ -4,6 +4,7 @@
     bench-4.json    synthetic exchanges of 4 ranks
     replay-4.json   the traffic of the EP 4 run
     network.json    fitted to both benchmarks, never to the replay
+    route-fetch.json  sending rows against bringing data, for attention and experts of the runs' model
 
 The benchmark of 4 ranks and the replay are measured in the same rounds, so that both meet the machine in the
 same state. Sizes are chosen for two CPU cores: a few seconds of exchanges, plus the start of
@@ -19,6 +20,7 @@ from pathlib import Path
 from observatory.errors import BenchmarkError
 from observatory.host.provenance import command_line
 from observatory.run.documents.bench import BenchPlan, BenchResult, load_bench
+from observatory.run.documents.route_fetch import Shape, load_route_fetch
 from observatory.run.documents.writing import write_text
 
 _PATTERNS = ("uniform", "skewed", "hot", "random", "sparse", "one-sided", "neighbour", "local", "empty")
@@ -26,6 +28,12 @@ _SIZES_BYTES = (2 << 10, 16 << 10, 128 << 10, 1 << 20)
 _WARMUP, _REPEATS, _ITERATIONS = 1, 4, 2
 #: Steps of each phase that are replayed, evenly spread.
 _STEPS = 8
+#: Attention of the runs' model, with the active width of its layers, and its experts.
+_SHAPES = (
+    Shape(kind="gqa", heads=4, kv_heads=2, key=24, rotary=24, value=24, hidden=96, inner=96),
+    Shape(kind="expert", key=96, value=96),
+)
+_POINTS, _ROWS, _CHUNKS = 24, (16, 1024), (16, 1024)
 #: Nodes of the runs, which a prediction of their exchanges needs.
 _RANKS_PER_NODE = 2
 
@@ -92,6 +100,34 @@ def quickstart_network(runs: Sequence[Path], out: Path, *, report: Callable[[str
     return files
 
 
+def quickstart_route_fetch(out: Path, *, report: Callable[[str], None]) -> Path:
+    """Time routes and fetches between 2 ranks of this machine; a finished measurement is kept.
+
+    Raises:
+        ExchangeError: a rank failed or was lost.
+    """
+    from observatory.campaign.benchmark import run_route_fetch_benchmark, write_result
+    from observatory.collectives.bench.route_fetch_plan import route_fetch_plan
+
+    path = out / "route-fetch.json"
+    kept = _is_route_fetch(path)
+    report(f"routes and fetches between 2 ranks: {'kept' if kept else 'measuring'}")
+    if not kept:
+        plan = route_fetch_plan(
+            _SHAPES,
+            points=_POINTS,
+            rows=_ROWS,
+            sizes=_CHUNKS,
+            layers=(1, 4),
+            warmup=_WARMUP,
+            repeats=_REPEATS,
+        ).model_copy(update={"argv": command_line()})
+        result = run_route_fetch_benchmark(plan, ranks=2, backend="gloo")
+        assert result is not None  # started here, so this is no launcher's rank
+        write_result(result, path)
+    return path
+
+
 def _measure(ranks: int, replayed: Path | None) -> tuple[BenchResult, BenchResult | None]:
     """Synthetic exchanges, and those of a run in the same rounds where one is given."""
     from observatory.campaign.benchmark import run_benchmark
@@ -153,6 +189,14 @@ def _usable(path: Path, *, ranks: int, run_id: str | None = None) -> bool:
     except BenchmarkError:
         return False
     return result.ranks == ranks and result.run_id == run_id and all(case.correct for case in result.cases)
+
+
+def _is_route_fetch(path: Path) -> bool:
+    try:
+        result = load_route_fetch(path)
+    except BenchmarkError:
+        return False
+    return result.shapes == _SHAPES and all(case.correct for case in result.cases)
 
 
 def _is_model(path: Path) -> bool:

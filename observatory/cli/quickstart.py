@@ -21,7 +21,7 @@ def quickstart(
     from observatory.campaign.documents import quickstart_table
     from observatory.campaign.preflight import check_libraries
     from observatory.campaign.quickstart import quickstart_exchanges, quickstart_grid
-    from observatory.campaign.quickstart_network import quickstart_network
+    from observatory.campaign.quickstart_network import quickstart_network, quickstart_route_fetch
     from observatory.campaign.ranks import refuse_ranks
     from observatory.cli.cells import run_cells
     from observatory.cli.output import print_table, say
@@ -41,6 +41,7 @@ def quickstart(
         )
     runs = quickstart_exchanges(out / "exchanges", report=say)
     network = quickstart_network(runs, out / "exchanges", report=say)
+    route_fetch = quickstart_route_fetch(out / "exchanges", report=say)
     report = write_report(
         [*(result.run for result in results), *runs],
         out / "report.html",
@@ -50,6 +51,7 @@ def quickstart(
         bench=network.bench,
         replays=(network.replay,),
         networks=(network.model,),
+        route_fetch=(route_fetch,),
         overwrite=True,
     )
     print_table(quickstart_table(config, results))

@@ -10,6 +10,7 @@ import pytest
 from observatory.analysis.network import load_network
 from observatory.campaign import quickstart_network as quickstart
 from observatory.run.documents.bench import load_bench
+from observatory.run.documents.route_fetch import load_route_fetch
 from tests.collectives.bench.runs import write_captured_run
 
 
@@ -63,3 +64,19 @@ def test_benchmark_replay_and_model_are_made_once_and_kept(
     assert not quickstart._usable(files.replay, ranks=2, run_id="run-1"), "cut off"
     files.replay.unlink()
     assert not quickstart._usable(files.replay, ranks=2, run_id="run-1"), "not there"
+
+
+@pytest.mark.slow
+def test_routes_and_fetches_are_measured_once_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quickstart, "_POINTS", 8)
+    monkeypatch.setattr(quickstart, "_REPEATS", 1)
+    reported: list[str] = []
+    path = quickstart.quickstart_route_fetch(tmp_path, report=reported.append)
+    before = path.read_bytes()
+    assert all(case.correct for case in load_route_fetch(path).cases)
+    assert quickstart.quickstart_route_fetch(tmp_path, report=reported.append).read_bytes() == before
+    path.write_text("{")
+    quickstart.quickstart_route_fetch(tmp_path, report=reported.append)
+    assert [line.rpartition(": ")[2] for line in reported] == ["measuring", "kept", "measuring"]

@@ -247,6 +247,7 @@ def keep_results(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "campaign.quickstart_network.quickstart_network": lambda *_, **__: NetworkFiles(
             bench=(), replay=run, model=tmp / "fit.json"
         ),
+        "campaign.quickstart_network.quickstart_route_fetch": lambda *_, **__: tmp / "rf.json",
         "reports.write_report": lambda *_, **__: tmp / "report.html",
         "cli.doctor._layers": lambda *_, **__: (layers, None),
     }.items():

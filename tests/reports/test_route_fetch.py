@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,9 @@ def test_a_report_has_the_maps_their_accuracy_and_the_edits(
     run, out = make_run(), tmp_path / "report.html"
     assert main(["report", str(run), "--route-fetch", str(measured), "--out", str(out)]) == 0
     page = out.read_text(encoding="utf-8")
+    (section,) = re.findall(r'id="findings".*?</section>', page, re.DOTALL)
+    assert 'href="#route-fetch"' in section
+    assert "fetching costs less from" in section
     for text in ("decision-map", "mla:4,128,32", "expert:256", "Editing a cache in place", "--route-fetch"):
         assert text in page
     write_report([run], out, overwrite=True)

@@ -21,8 +21,11 @@ from observatory.advice.conclusions import (
     conclude_routing,
     stake,
 )
+from observatory.advice.route_fetch import conclude_maps
+from observatory.advice.route_fetch_words import route_fetch_sentences
 from observatory.advice.words import conclusion_sentences
 from observatory.reports.frames.report import ReportFrames, each_row
+from observatory.reports.frames.route_fetch import RouteFetchFile
 from observatory.reports.page import FigureBlock, Section
 from observatory.reports.sections.common import choice_label, run_choice, run_text
 from observatory.reports.sections.mock import mock_ratios
@@ -103,6 +106,7 @@ def verdicts(frames: ReportFrames) -> list[Verdict]:
         ("Routing", "layers", False, list(_routing(frames))),
     )
     stated = [_verdict(frames, *part) for part in parts if part[-1]]
+    stated += [_of_route_fetch(file, is_only=len(frames.route_fetch) < 2) for file in frames.route_fetch]
     return sorted(stated, key=lambda verdict: -(verdict.stake or 0.0))
 
 
@@ -213,6 +217,20 @@ def _verdict(
         choices=() if isinstance(whose, str) else _choices(frames, whose, conclusion),
         stake=stake(conclusion) if is_share else None,
         number=_number(conclusion, section),
+    )
+
+
+def _of_route_fetch(file: RouteFetchFile, *, is_only: bool) -> Verdict:
+    """From where on fetching costs less, and whether that is to be relied on."""
+    return Verdict(
+        part="Route or fetch",
+        section="route-fetch",
+        whose="" if is_only else shorten(file.path.name, 32),
+        sentences=tuple(plain(f"{text}.") for text in route_fetch_sentences(conclude_maps(file.document))),
+        next_step="",
+        choices=(),
+        stake=None,
+        number=None,
     )
 
 
