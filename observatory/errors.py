@@ -69,6 +69,16 @@ class AdviceError(ObservatoryError):
     """Changes of a set-up cannot be judged on what is given."""
 
 
+class ComparisonError(ObservatoryError):
+    """Runs or saved results cannot be compared."""
+
+
+class ThresholdError(ComparisonError):
+    """A threshold is not one; wrong usage, so that it is not mistaken for a threshold that is passed."""
+
+    exit_code = 2
+
+
 class ModelError(ObservatoryError):
     """A model cannot be loaded, or its MoE layers are not understood."""
 

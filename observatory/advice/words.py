@@ -10,7 +10,7 @@ from observatory.advice.placement import PlacementCode
 from observatory.advice.placement_problem import ProblemCode
 from observatory.analysis.exchange.words import cause_words
 from observatory.reasons import Reason
-from observatory.text import percent_words
+from observatory.text import listing, percent_words
 
 _SENTENCES = {
     Code.NOTHING: "nothing here is worth changing",
@@ -75,6 +75,11 @@ _SENTENCES = {
     Code.MORE_CORES: "next: measure again with fewer ranks, or a core for each",
     Code.LOCK_CLOCK: "next: lock it to {sm_clock_mhz:.0f} MHz, with the commands above",
     Code.CHECK_FABRIC: "next: check the links and nodes named above",
+    Code.CHANGED: "changed beyond noise: {changed} of {tested} quantities, first {name}: {change}",
+    Code.ALL_SAME: "same within noise: all {tested} quantities that could be tested",
+    Code.NO_DIFFERENCE_KNOWN: "nothing has an interval, so no difference can be called real",
+    Code.BOTH_DIFFER: "it need not be one cause: {facts}",
+    Code.REPEAT_RUNS: "next: repeat both in turn; one run each does not show how much runs differ",
 }
 #: Values that are shares.
 _SHARES = (
@@ -111,6 +116,16 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
         shown["source_rank"] = "unknown"
     if code is Code.ENERGY_COST:
         shown |= {"energy": _energy(values), "per_token": _per_token(values)}
+    if code is Code.CHANGED:
+        ends = [values[name] for name in ("relative_low", "relative_high")]
+        shown["change"] = (
+            f"{values['base']:.3g} to {values['other']:.3g}"
+            if None in (values["relative"], *ends)
+            else f"{100 * values['relative']:+.1f} % ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})"
+        )
+    if code is Code.BOTH_DIFFER:
+        names = [name.removeprefix("other_").replace("_", " ") for name in values["facts"]]
+        shown["facts"] = f"{listing(names)} {'differs' if len(names) == 1 else 'differ'}"
     if code is Code.HELD_BY_CAP:
         shown["in_phase"] = f" in {values['phase']}" if values["phase"] else ""
     if code is Code.EXTRAPOLATED:

@@ -72,7 +72,7 @@ class Column:
         if self.interval is not None:
             low, high = (row[end] for end in self.interval)
             if not is_missing(low) and not is_missing(high):
-                joined_by = " to " if low < 0 else "-"
+                joined_by = " to " if low < 0 or self.signed else "-"
                 return f"{shown} ({self.number(low)}{joined_by}{self.number(high)})"
         return shown
 

@@ -1,8 +1,8 @@
 """The ``observatory`` command.
 
 Exit codes: 0 done, 1 something the user can fix (one line says how), 2 wrong usage, 3 a network model that is
-written but not to be relied on (``fit``), 130 interrupted by Ctrl-C (or a terminal that hangs up, or SIGTERM,
-which schedulers send before they kill).
+written but not to be relied on (``fit``), 4 a threshold that could not be judged (``compare``), 130
+interrupted by Ctrl-C (or a terminal that hangs up, or SIGTERM, which schedulers send before they kill).
 Results go to stdout, progress and messages to stderr. No command shows a traceback, unless
 ``OBSERVATORY_DEBUG`` is set: then unexpected errors are raised as they are.
 """

@@ -21,6 +21,7 @@ _COMMANDS = {
     "place": "place:place",
     "route-fetch": "route_fetch:route_fetch",
     "advise": "advise:advise",
+    "compare": "compare:compare",
     "report": "report:report",
     "export": "export:export",
     "bench alltoall": "bench:alltoall",
@@ -47,14 +48,36 @@ _GROUPS = {
 }
 _SECTIONS = {
     "Capture": ("quickstart", "profile", "grid"),
-    "Analysis": ("routing", "exchanges", "scan", "place", "advise", "route-fetch", "report", "export"),
+    "Analysis": (
+        "routing",
+        "exchanges",
+        "scan",
+        "place",
+        "advise",
+        "route-fetch",
+        "compare",
+        "report",
+        "export",
+    ),
     "Network": ("bench", "replay", "fit"),
     "Power": ("power", "energy", "reuse", "clocks"),
     "Machine": ("doctor",),
-}
+}  # fmt: skip
 #: Commands that read runs and results, and that a rank of a job may well call.
 _ANALYSIS = frozenset(
-    {"routing", "scan", "place", "advise", "route-fetch", "fit", "export", "exchanges", "energy", "report"}
+    {
+        "routing",
+        "scan",
+        "place",
+        "advise",
+        "route-fetch",
+        "fit",
+        "export",
+        "exchanges",
+        "energy",
+        "compare",
+        "report",
+    }
 )
 
 

@@ -29,6 +29,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory advise runs/ep4 --network fit.json",
         "observatory advise runs/a --ranks 8 --gpus-per-node 4 --hardware h100-sxm --out advice.json",
     ),
+    "compare": (
+        "observatory compare runs/before runs/after",
+        "observatory compare runs/before runs/after --json",
+    ),
     "exchanges": ("observatory exchanges runs/ep4", "observatory exchanges runs/ep4 --csv --table ranks"),
     "bench alltoall": (
         "observatory bench alltoall --ranks 4 --out bench.json",

@@ -158,8 +158,8 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     measured_here = str(saved(tmp / "rf.json", made_result("mla:4,128,32", "expert:256")))
     yield ["route-fetch", "--constants", measured_here, "--layers", "27", "--wide"]
     yield ["advise", str(sized_run(tmp / "sized")), "--ranks", "4", "--hardware", "h100-sxm", "--wide"]
-    yield ["exchanges", exchanges]
-    yield ["exchanges", exchanges, "--wide"]
+    yield from (["compare", run, longer, *wide] for wide in ([], ["--wide"]))
+    yield from (["exchanges", exchanges, *wide] for wide in ([], ["--wide"]))
     yield ["fit", bench, "--out", str(tmp / "new.json"), "--bootstrap", "10", "--force"]
     yield ["reuse", "show", str(saved(tmp / "reuse.json", measured((37e3, 45e3, 18e3))))]
     power = str(a_power_run(tmp / "power"))

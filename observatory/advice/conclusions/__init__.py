@@ -6,6 +6,7 @@ sampling floor, is never called worse than anything else.
 """
 
 from observatory.advice.conclusions.changes import conclude_advice
+from observatory.advice.conclusions.comparisons import conclude_comparison
 from observatory.advice.conclusions.energy import (
     conclude_clocks,
     conclude_energy,
@@ -36,6 +37,7 @@ __all__ = [
     "conclude_advice",
     "conclude_bench",
     "conclude_clocks",
+    "conclude_comparison",
     "conclude_energy",
     "conclude_exchanges",
     "conclude_experts",

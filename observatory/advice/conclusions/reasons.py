@@ -70,6 +70,11 @@ class Code(StrEnum):
     MORE_CORES = "more_cores"
     LOCK_CLOCK = "lock_clock"
     CHECK_FABRIC = "check_fabric"
+    CHANGED = "changed"
+    ALL_SAME = "all_same"
+    NO_DIFFERENCE_KNOWN = "no_difference_known"
+    BOTH_DIFFER = "both_differ"
+    REPEAT_RUNS = "repeat_runs"
 
 
 NOTHING: Conclusion = (Reason(Code.NOTHING),)
@@ -84,6 +89,7 @@ NEXT_STEPS = frozenset(
         Code.LOCK_CLOCK,
         Code.CHECK_FABRIC,
         Code.OTHER_FABRIC,
+        Code.REPEAT_RUNS,
     )
 )
 

@@ -11,7 +11,7 @@ layers of 256 experts take 130 MB. Per-step Gini and max/mean are taken before t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -80,8 +80,14 @@ class LayerLoads:
 RunLoads = Mapping[tuple[str, int], LayerLoads]
 
 
-def collect_layer_loads(run: Run) -> dict[tuple[str, int], LayerLoads]:
+def collect_layer_loads(
+    run: Run, *, each: Callable[[LoadBlock], None] | None = None
+) -> dict[tuple[str, int], LayerLoads]:
     """Gather the loads of every layer and phase in one pass over the run.
+
+    Args:
+        run: an open run.
+        each: called with every block, once it has been checked.
 
     Raises:
         LoadError: negative loads, a layer whose number of experts changes, steps out of order.
@@ -94,6 +100,8 @@ def collect_layer_loads(run: Run) -> dict[tuple[str, int], LayerLoads]:
             holds_P = np.array([run.holds_layer(int(rank), block.layer) for rank in block.source_rank_P])
             gathered[key] = _Gatherer(block, top_k.get(block.layer), holds_P)
         gathered[key].add(block)
+        if each is not None:
+            each(block)
     return {key: gathered.pop(key).finish() for key in sorted(gathered)}
 
 

@@ -1,0 +1,38 @@
+"""What a comparison of runs comes to."""
+
+from __future__ import annotations
+
+from observatory.advice.conclusions.reasons import Code, Conclusion, Row
+from observatory.reasons import Reason
+
+#: What is named first of what changed: times before what only explains them.
+_FIRST_NAMED = ("ms", "ms_per_token", "tokens_per_s", "mj_per_token", "exchange_ms", "wait_ms")
+
+
+def conclude_comparison(document: Row) -> Conclusion:
+    """Of ``observatory compare``: what changed most beyond noise, and what else differs."""
+    rows = [(item, row) for item in document["comparisons"] for row in item["rows"]]
+    tested = [(item, row) for item, row in rows if row["adjusted_p"] is not None]
+    if not tested:
+        return (Reason(Code.NO_DIFFERENCE_KNOWN), Reason(Code.MORE_STEPS))
+    changed = [(item, row) for item, row in tested if row["verdict"] in ("higher", "lower")]
+    if not changed:
+        return (Reason(Code.ALL_SAME, {"tested": len(tested)}),)
+    item, row = min(changed, key=_rank_of_change)
+    values = {
+        name: row[name] for name in ("name", "base", "other", "relative", "relative_low", "relative_high")
+    }
+    counts = {"changed": len(changed), "tested": len(tested), "which": item["other"]["name"]}
+    facts = [reason["code"] for reason in item["confounders"] if reason["code"].startswith("other_")]
+    concluded = [Reason(Code.CHANGED, {**values, **counts})]
+    if facts:
+        concluded.append(Reason(Code.BOTH_DIFFER, {"facts": facts}))
+    if row["metric"] in _FIRST_NAMED:
+        concluded.append(Reason(Code.REPEAT_RUNS))
+    return tuple(concluded)
+
+
+def _rank_of_change(pair: tuple[Row, Row]) -> tuple[int, float]:
+    row = pair[1]
+    place = _FIRST_NAMED.index(row["metric"]) if row["metric"] in _FIRST_NAMED else len(_FIRST_NAMED)
+    return place, -abs(row["relative"] or 0.0)

@@ -1,0 +1,1 @@
+"""Runs against each other: what changed beyond noise, and what else differs."""

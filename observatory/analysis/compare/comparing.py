@@ -1,0 +1,365 @@
+"""Two subjects compared: aligned, differences with intervals, significance controlled, confounders named.
+
+A row is called changed where its p value, adjusted for the number of rows of its family, is at most 5 %
+(Benjamini-Hochberg). Families are the rows of a whole run, and for each metric and phase the rows of its
+layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import JsonValue
+
+from observatory.analysis.compare.metrics import METRICS, Key, sort_key
+from observatory.analysis.compare.series import (
+    FEWEST_STEPS,
+    Difference,
+    Series,
+    difference_of,
+    false_discovery,
+    mean_of,
+    statistic_series,
+    steps_match,
+)
+from observatory.analysis.compare.subject import GroupedLoads, Subject
+from observatory.analysis.compare.words import CompareCode
+from observatory.analysis.routing.imbalance import gini_rows
+from observatory.reasons import Reason
+
+Float64 = NDArray[np.float64]
+Int64 = NDArray[np.int64]
+
+#: At most this share of the rows that are called changed did not change.
+FALSE_DISCOVERY = 0.05
+#: Tokens that differ by less than this share change no routing value noticeably.
+_TOKENS_ALIKE = 0.02
+_MOST_TOKENS_APART = 0.1
+#: Metrics whose value depends on the tokens of a step, or of the whole run.
+_DEPENDS_ON_TOKENS = {
+    "activated_experts": CompareCode.TOKENS_OF_STEP,
+    "rank_max_over_mean": CompareCode.TOKENS_OF_STEP,
+    "gini": CompareCode.TOKENS_DIFFER,
+    "entropy_bits": CompareCode.TOKENS_DIFFER,
+    "dead_experts": CompareCode.TOKENS_DIFFER,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One quantity on both sides.
+
+    Attributes:
+        key: where it is in the baseline.
+        other_layer: the layer that it is compared with; None like the key's.
+        base, other: the values; None where a side has none.
+        difference: of the two; None where they are not compared.
+        adjusted_p: p value adjusted for its family; None without one.
+        verdict: ``higher``, ``lower``, ``same`` (the interval holds 0), ``perhaps_higher`` or
+            ``perhaps_lower`` (it does not, as that of one of so many rows would by chance), ``identical``,
+            ``unknown`` (no interval) or ``not_compared``.
+        reason: why there is no difference, or no interval.
+    """
+
+    key: Key
+    other_layer: int | None = None
+    base: float | None = None
+    other: float | None = None
+    difference: Difference | None = None
+    adjusted_p: float | None = None
+    verdict: str = "not_compared"
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One subject against the baseline.
+
+    Attributes:
+        base, other: the subjects.
+        alignment: how layers were matched.
+        confounders: what else differs, and what must be known.
+        rows: of the whole run, means over layers among them.
+        layers: of single layers.
+    """
+
+    base: Subject
+    other: Subject
+    alignment: Reason
+    confounders: tuple[Reason, ...]
+    rows: tuple[Row, ...]
+    layers: tuple[Row, ...]
+
+
+def compare_subjects(base: Subject, other: Subject) -> Comparison:
+    """Compare everything that both have."""
+    alignment, pairs = align_layers(base, other)
+    remarks: list[Reason] = []
+    first, second = dict(base.series), dict(other.series)
+    same_tokens = base.tokens is not None and base.tokens == other.tokens
+    for phase in sorted({phase for phase, _ in (*base.loads, *other.loads)}):
+        remarks += _add_statistics(base, other, phase, first, second)
+    rows = _judged(list(_rows(base, other, first, second, [(None, None)], same_tokens=same_tokens)))
+    layers = list(_rows(base, other, first, second, pairs, same_tokens=same_tokens))
+    paired = sum(row.difference is not None and row.difference.paired for row in rows)
+    if paired:
+        remarks.append(Reason(CompareCode.PAIRED, {"count": paired}))
+    families: dict[tuple[str, str, int | None], list[Row]] = {}
+    for row in layers:
+        families.setdefault((row.key.metric, row.key.phase, row.key.ep), []).append(row)
+    judged = [row for family in families.values() for row in _judged(family)]
+    return Comparison(
+        base=base,
+        other=other,
+        alignment=alignment,
+        confounders=(*_confounders(base, other), *remarks),
+        rows=tuple(sorted(rows, key=lambda row: sort_key(row.key))),
+        layers=tuple(sorted(judged, key=lambda row: sort_key(row.key))),
+    )
+
+
+def align_layers(base: Subject, other: Subject) -> tuple[Reason, list[tuple[int, int]]]:
+    """How layers are matched, and the pairs of their places; none where only wholes can be compared."""
+    mine, theirs = base.experts_L, other.experts_L
+    if mine == theirs:
+        return Reason(CompareCode.LAYERS_ALIKE), [(place, place) for place in range(len(mine))]
+    if len({*mine, *theirs}) == 1 and mine and theirs:
+        values: dict[str, JsonValue] = {"base_layers": len(mine), "other_layers": len(theirs)}
+        depth = [(place, int((place + 0.5) / len(mine) * len(theirs))) for place in range(len(mine))]
+        return Reason(CompareCode.RELATIVE_DEPTH, values), depth
+    experts: dict[str, JsonValue] = {
+        "base_experts": [*sorted(set(mine))],
+        "other_experts": [*sorted(set(theirs))],
+    }
+    return Reason(CompareCode.AS_WHOLE, experts), []
+
+
+def _rows(
+    base: Subject,
+    other: Subject,
+    first: dict[Key, Series],
+    second: dict[Key, Series],
+    pairs: Sequence[tuple[int | None, int | None]],
+    *,
+    same_tokens: bool,
+) -> Iterator[Row]:
+    """Rows of these pairs of layers; of wholes where the pair is (None, None)."""
+    there: dict[int | None, dict[Key, Series]] = {}
+    for key, series in second.items():
+        there.setdefault(key.layer, {})[replace(key, layer=None)] = series
+    here: dict[int | None, dict[Key, Series]] = {}
+    for key, series in first.items():
+        here.setdefault(key.layer, {})[replace(key, layer=None)] = series
+    for mine, theirs in pairs:
+        left, right = here.get(mine, {}), there.get(theirs, {})
+        for key in sorted({*left, *right}, key=sort_key):
+            at = replace(key, layer=mine)
+            if key in left and key in right:
+                yield _row(at, theirs, left[key], right[key], base, other, same_tokens=same_tokens)
+            elif mine is None:
+                lacking = other if key in left else base
+                yield Row(
+                    key=at,
+                    base=left[key].value if key in left else None,
+                    other=right[key].value if key in right else None,
+                    reason=_why_missing(key, lacking, "baseline" if lacking is base else "other"),
+                )
+
+
+def _why_missing(key: Key, lacking: Subject, side: str) -> Reason:
+    reason = lacking.missing.get(key.metric)
+    if reason is not None:
+        return Reason(reason.code, {"side": _SIDES[side], **reason.values})
+    if lacking.source == "document":
+        return Reason(CompareCode.NOT_IN_DOCUMENT, {"side": _SIDES[side]})
+    return Reason(CompareCode.ONE_SIDE, {"side": _SIDES["other" if side == "baseline" else "baseline"]})
+
+
+_SIDES = {"baseline": "the baseline", "other": "the other"}
+
+
+def _row(
+    key: Key,
+    other_layer: int | None,
+    left: Series,
+    right: Series,
+    base: Subject,
+    other: Subject,
+    *,
+    same_tokens: bool,
+) -> Row:
+    plain = Row(key=key, other_layer=other_layer, base=left.value, other=right.value)
+    refused = _refusal(key, left, right, base, other)
+    if refused is not None:
+        return replace(plain, reason=refused)
+    paired = same_tokens and left.steps >= FEWEST_STEPS and steps_match(left, right)
+    if left.exact and right.exact and same_tokens:
+        paired = True
+    difference = difference_of(left, right, paired=paired)
+    if difference.low is None:
+        steps = difference.steps
+        if left.exact and right.exact:
+            return replace(plain, difference=difference, verdict="unknown", reason=Reason(CompareCode.COUNT))
+        few = Reason(CompareCode.FEW_STEPS, {"steps": steps, "needed": FEWEST_STEPS})
+        saved = "document" in (base.source, other.source)
+        reason = Reason(CompareCode.NO_INTERVAL) if saved else few
+        return replace(plain, difference=difference, verdict="unknown", reason=reason)
+    return replace(plain, difference=difference)
+
+
+def _refusal(key: Key, left: Series, right: Series, base: Subject, other: Subject) -> Reason | None:
+    if METRICS[key.metric].by_experts and set(base.experts_L) != set(other.experts_L):
+        return Reason(CompareCode.EXPERTS_DIFFER)
+    code = _DEPENDS_ON_TOKENS.get(key.metric)
+    if code is None or left.tokens is None or right.tokens is None:
+        return None
+    if _apart(left.tokens, right.tokens) <= _MOST_TOKENS_APART:
+        return None
+    return Reason(code, {"base_tokens": left.tokens, "other_tokens": right.tokens})
+
+
+def _apart(one: int, other: int) -> float:
+    return abs(one - other) / max(one, other, 1)
+
+
+def _judged(family: list[Row]) -> list[Row]:
+    """Verdicts of a family of rows."""
+    tested = [row for row in family if row.difference is not None and row.difference.p is not None]
+    if not tested:
+        return family
+    p_N = np.array([row.difference.p for row in tested if row.difference is not None], dtype=np.float64)
+    judged = {}
+    for row, adjusted in zip(tested, false_discovery(p_N).tolist(), strict=True):
+        assert row.difference is not None
+        judged[row.key] = replace(row, adjusted_p=adjusted, verdict=_verdict(row.difference, adjusted))
+    return [judged.get(row.key, row) for row in family]
+
+
+def _verdict(difference: Difference, adjusted_p: float) -> str:
+    assert difference.low is not None
+    assert difference.high is not None
+    if difference.low == difference.high == 0:
+        return "identical"
+    changed = "higher" if difference.difference > 0 else "lower"
+    if adjusted_p <= FALSE_DISCOVERY:
+        return changed
+    return "same" if difference.low <= 0 <= difference.high else f"perhaps_{changed}"
+
+
+def _add_statistics(
+    base: Subject, other: Subject, phase: str, first: dict[Key, Series], second: dict[Key, Series]
+) -> list[Reason]:
+    """Statistics of whole runs over as many tokens on both sides; what must be known of it."""
+    totals = [_most_tokens(subject, phase) for subject in (base, other)]
+    limit = min(totals)
+    remarks = []
+    if limit and _apart(*totals) > _TOKENS_ALIKE:
+        remarks.append(Reason(CompareCode.FIRST_TOKENS, {"phase": phase, "tokens": limit}))
+    else:
+        limit = max(totals)
+    first |= whole_run_series(base, phase, limit)
+    second |= whole_run_series(other, phase, limit)
+    return remarks
+
+
+def _most_tokens(subject: Subject, phase: str) -> int:
+    return max(
+        (int(loads.tokens_G.sum()) for (name, _), loads in subject.loads.items() if name == phase), default=0
+    )
+
+
+def whole_run_series(subject: Subject, phase: str, most_tokens: int) -> dict[Key, Series]:
+    """Gini, entropy and experts without a token in one phase, of each layer and their mean (dead: their sum).
+
+    Args:
+        subject: with loads.
+        phase: of the run.
+        most_tokens: only the first steps count, up to so many tokens.
+    """
+    of_metric: dict[str, list[Series]] = {}
+    result: dict[Key, Series] = {}
+    for (name, place), loads in subject.loads.items():
+        if name != phase:
+            continue
+        kept = _first_tokens(loads, most_tokens)
+        tokens = int(kept.tokens_G.sum())
+        for metric, statistic in (("gini", gini_rows), ("entropy_bits", entropy_rows)):
+            item = statistic_series(kept.load_GE, kept.step_G, statistic)
+            if item is not None:
+                item = replace(item, tokens=tokens)
+                result[Key(metric, phase, place)] = item
+                of_metric.setdefault(metric, []).append(item)
+        idle = float(np.count_nonzero(kept.load_GE.sum(axis=0) == 0))
+        dead = Series(value=idle, exact=True, tokens=tokens)
+        result[Key("dead_experts", phase, place)] = dead
+        of_metric.setdefault("dead_experts", []).append(dead)
+    for metric, items in of_metric.items():
+        whole = mean_of(items)
+        if metric == "dead_experts":
+            whole = replace(whole, value=sum(item.value for item in items), exact=True)
+        result[Key(metric, phase)] = whole
+    return result
+
+
+def _first_tokens(loads: GroupedLoads, most_tokens: int) -> GroupedLoads:
+    """The first groups, up to so many tokens, at least one."""
+    upto = int(
+        np.searchsorted(np.cumsum(loads.tokens_G), most_tokens * (1 + _TOKENS_ALIKE / 2), side="right")
+    )
+    upto = max(upto, 1)
+    return GroupedLoads(
+        load_GE=loads.load_GE[:upto], tokens_G=loads.tokens_G[:upto], step_G=loads.step_G[:upto]
+    )
+
+
+def entropy_rows(load_SE: Int64) -> Float64:
+    """Shannon entropy of each row in bits; NaN where nothing was assigned."""
+    total_S1 = load_SE.sum(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share_SE = load_SE / total_S1
+        bits_SE = np.where(load_SE > 0, -share_SE * np.log2(share_SE), 0.0)
+    return np.where(total_S1[:, 0] > 0, bits_SE.sum(axis=1), np.nan)
+
+
+def _confounders(base: Subject, other: Subject) -> Iterator[Reason]:
+    """What else differs between the two, apart from what is compared."""
+    if base.run_id is not None and base.run_id == other.run_id:
+        yield Reason(CompareCode.SAME_RUN)
+        return
+    for code, mine in base.facts.items():
+        theirs = other.facts.get(code)
+        if code not in other.facts or mine == theirs:
+            continue
+        if code == CompareCode.OTHER_SOFTWARE:
+            yield _other_software(mine, theirs or {})
+        elif code == CompareCode.OTHER_PLACEMENT:
+            yield Reason(CompareCode.OTHER_PLACEMENT)
+        else:
+            yield Reason(CompareCode(code), {"base": _plain(mine), "other": _plain(theirs)})
+    for subject, side in ((base, "the baseline"), (other, "the other")):
+        if subject.short_of_cores:
+            yield Reason(CompareCode.SHORT_OF_CORES, {"side": side})
+    if base.started_unix_s is not None and other.started_unix_s is not None:
+        apart_s = other.started_unix_s - base.started_unix_s
+        sides = ("the baseline", "the other") if apart_s >= 0 else ("the other", "the baseline")
+        yield Reason(CompareCode.ORDER, {"first": sides[0], "later": sides[1], "apart_s": abs(apart_s)})
+    yield Reason(CompareCode.ONE_RUN_EACH)
+
+
+def _other_software(mine: Mapping[str, str], theirs: Mapping[str, str]) -> Reason:
+    changes: list[JsonValue] = [
+        f"{name} {mine.get(name, 'none')} against {theirs.get(name, 'none')}"
+        for name in sorted({*mine, *theirs})
+        if mine.get(name) != theirs.get(name)
+    ]
+    return Reason(CompareCode.OTHER_SOFTWARE, {"changes": changes})
+
+
+def _plain(value: object) -> JsonValue:
+    """A fact for a document."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float) or value is None else str(value)

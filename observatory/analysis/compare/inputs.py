@@ -1,0 +1,51 @@
+"""Which subjects of two inputs belong together: of several, those of one model and data condition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from observatory.analysis.compare.subject import Subject
+from observatory.analysis.compare.words import CompareCode
+from observatory.reasons import Reason
+
+
+def pair_subjects(
+    base: Sequence[Subject], other: Sequence[Subject]
+) -> tuple[list[tuple[Subject, Subject]], list[Reason]]:
+    """Pairs to compare, and what has no counterpart.
+
+    One subject on each side is compared whatever it is of. Of several, those of one model and condition
+    belong together; where the inputs have no model in common, those of one condition; where they have no
+    condition in common, those of one model.
+    """
+    if len(base) == len(other) == 1:
+        return [(base[0], other[0])], []
+    models = [{subject.model for subject in side} for side in (base, other)]
+    conditions = [{subject.condition for subject in side} for side in (base, other)]
+    place: Callable[[Subject], tuple[str | None, ...]]
+    if models[0] & models[1]:
+        place = _of_both if conditions[0] & conditions[1] else _of_model
+    else:
+        place = _of_condition
+    here = {place(subject): subject for subject in reversed(base)}
+    there = {place(subject): subject for subject in reversed(other)}
+    pairs = [(here[key], there[key]) for key in dict.fromkeys(map(place, base)) if key in there]
+    lonely = [
+        Reason(CompareCode.NO_COUNTERPART, {"side": side, "place": " on ".join(filter(None, key))})
+        for side, mine, theirs in (("the other", here, there), ("the baseline", there, here))
+        for key in mine
+        if key not in theirs
+    ]
+    return pairs, lonely
+
+
+def _of_both(subject: Subject) -> tuple[str | None, ...]:
+    return subject.model, subject.condition
+
+
+def _of_condition(subject: Subject) -> tuple[str | None, ...]:
+    return (subject.condition,)
+
+
+def _of_model(subject: Subject) -> tuple[str | None, ...]:
+    return (subject.model,)

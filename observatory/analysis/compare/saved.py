@@ -1,0 +1,204 @@
+"""Subjects from saved results: documents of ``--json`` or ``--out``, or those that a report embeds.
+
+A document has values and at best their intervals, no steps: its differences are never paired. Of ``routing``
+come Gini, entropy and experts without a token, of ``energy`` energy and power. What ``exchanges`` and
+``scan`` print are sums and medians of another kind than those that are compared.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from observatory.analysis.compare.metrics import Key
+from observatory.analysis.compare.series import Series, mean_of
+from observatory.analysis.compare.subject import Subject
+from observatory.errors import ComparisonError
+from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
+from observatory.run.documents.printed import PRINTED_VERSION
+from observatory.run.files import one_line
+from observatory.run.manifest import PHASES
+
+#: Largest report that is read.
+_MOST_REPORT_BYTES = 32 << 20
+_BLOCK = re.compile(rb'<script type="application/json" id="observatory-documents">(.*?)</script>', re.DOTALL)
+#: Half widths of intervals in standard errors, by their probability.
+_NORMAL_95, _NORMAL_90 = 1.95996, 1.64485
+_MOST_ROWS = 100_000
+
+
+def load_subjects(path: Path) -> list[Subject]:
+    """Subjects of a JSON document or of a report; documents of one run are one subject.
+
+    Raises:
+        ComparisonError: not readable, not such a document, of a newer schema, or without comparable values.
+    """
+    is_report = path.suffix.lower() in (".html", ".htm")
+    try:
+        content = read_at_most(path, _MOST_REPORT_BYTES if is_report else MAX_DOCUMENT_BYTES)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no file name"
+        raise ComparisonError(f"{path} cannot be read ({reason})", remedy="give a run or a result") from error
+    if content is None:
+        raise ComparisonError(f"{path} is too large to be a result", remedy="give the run that it is of")
+    if is_report:
+        block = _BLOCK.search(content)
+        if block is None:
+            raise ComparisonError(
+                f"the report {path} holds no documents that can be compared", remedy="give its runs"
+            )
+        content = block.group(1)
+    try:
+        parsed = parse_json(content)
+    except ValueError as error:
+        raise ComparisonError(f"{path} is not valid JSON ({str(error)[:200]})") from error
+    documents = parsed if isinstance(parsed, list) else [parsed]
+    by_run: dict[str, list[Mapping[str, Any]]] = {}
+    for document in documents:
+        _check(document, path)
+        by_run.setdefault(str(document.get("run_id")), []).append(document)
+    subjects = [_subject(path, of_run) for of_run in by_run.values()]
+    known = [subject for subject in subjects if subject.series]
+    if not known:
+        kinds = sorted({one_line(document.get("kind"), 40) for document in documents})
+        raise ComparisonError(
+            f"{path} holds no values that can be compared (kind {', '.join(kinds) or 'not stated'})",
+            expected=f"a document of {', '.join(_READERS)}",
+        )
+    return known
+
+
+def _check(document: object, path: Path) -> None:
+    if not isinstance(document, dict) or not isinstance(document.get("kind"), str):
+        raise ComparisonError(
+            f"{path} is not a document of an observatory command", expected="the output of --json"
+        )
+    version = document.get("schema_version")
+    if not isinstance(version, str) or not re.fullmatch(r"\d{1,6}\.\d{1,6}", version):
+        raise ComparisonError(f"{path} states no schema_version", expected="major.minor")
+    if document["kind"] in _READERS and int(version.split(".")[0]) > int(PRINTED_VERSION.split(".")[0]):
+        raise ComparisonError(
+            f"{path} has schema version {version}, this program reads {PRINTED_VERSION}",
+            remedy="use a newer observatory",
+        )
+
+
+def _subject(path: Path, documents: Iterable[Mapping[str, Any]]) -> Subject:
+    series: dict[Key, Series] = {}
+    experts: dict[int, int] = {}
+    about: dict[str, Any] = {}
+    try:
+        for document in documents:
+            about |= {name: document[name] for name in ("run_id", "model", "data") if document.get(name)}
+            reader = _READERS.get(document["kind"])
+            if reader is not None:
+                reader(document, series, experts)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ComparisonError(
+            f"{path} lacks what its kind has ({type(error).__name__}: {one_line(error, 80)})",
+            remedy="write it again",
+        ) from error
+    places = {layer: place for place, layer in enumerate(sorted(experts))}
+    placed = {
+        Key(key.metric, key.phase, None if key.layer is None else places[key.layer], key.ep): item
+        for key, item in series.items()
+        if key.layer is None or key.layer in places
+    }
+    wholes: dict[Key, list[Series]] = {}
+    for key, item in placed.items():
+        if key.layer is not None:
+            wholes.setdefault(Key(key.metric, key.phase, None, key.ep), []).append(item)
+    for key, items in wholes.items():
+        placed.setdefault(key, _mean(key, items))
+    name = f"{path} ({one_line(about['run_id'], 12)})" if "run_id" in about else str(path)
+    return Subject(
+        name=name,
+        source="document",
+        model=about.get("model"),
+        condition=about.get("data"),
+        run_id=about.get("run_id"),
+        experts_L=tuple(experts[layer] for layer in sorted(experts)),
+        series=placed,
+    )
+
+
+def _mean(key: Key, items: list[Series]) -> Series:
+    """Over layers, whose errors are taken to go together, as those of steps do; of counts the sum."""
+    if key.metric == "dead_experts":
+        return Series(value=sum(item.value for item in items), exact=True, tokens=items[0].tokens)
+    errors = [item.error for item in items if item.error is not None]
+    error = sum(errors) / len(items) if len(errors) == len(items) else None
+    return Series(value=mean_of(items).value, error=error, tokens=items[0].tokens)
+
+
+def _number(row: Mapping[str, Any], name: str) -> float | None:
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)
+
+
+def _rows(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    rows = [row for row in document[name] if row["phase"] in PHASES]
+    if len(rows) > _MOST_ROWS:
+        raise ValueError(f"{len(rows)} rows")
+    return rows
+
+
+def _put(
+    series: dict[Key, Series], key: Key, row: Mapping[str, Any], name: str, *, half: float | None = None
+) -> None:
+    value = _number(row, name)
+    low, high = _number(row, f"{name}_low"), _number(row, f"{name}_high")
+    if value is None:
+        return
+    known = half is not None and low is not None and high is not None
+    error = (high - low) / 2 / half if known else None  # type: ignore[operator]  # all are known
+    tokens = _number(row, "tokens")
+    series[key] = Series(
+        value=value,
+        error=error,
+        exact=name == "idle_experts",
+        tokens=None if tokens is None or key.metric == "mj_per_token" else int(tokens),
+    )
+
+
+def _routing(document: Mapping[str, Any], series: dict[Key, Series], experts: dict[int, int]) -> None:
+    for row in _rows(document, "layers"):
+        layer = int(row["layer"])
+        experts[layer] = int(row["experts"])
+        at = str(row["phase"]), layer
+        _put(series, Key("gini", *at), row, "gini", half=_NORMAL_95)
+        _put(series, Key("entropy_bits", *at), row, "entropy_bits")
+        _put(series, Key("dead_experts", *at), row, "idle_experts")
+
+
+def _energy(document: Mapping[str, Any], series: dict[Key, Series], _: dict[int, int]) -> None:
+    add_energy(document, series)
+
+
+def add_energy(document: Mapping[str, Any], series: dict[Key, Series]) -> None:
+    """Energy per token and power of a document of ``energy``, all devices together."""
+    totals = document.get("totals") or document["tokens"]
+    for row in totals:
+        if row["phase"] in PHASES:
+            _put(series, Key("mj_per_token", str(row["phase"])), row, "mj_per_token", half=_NORMAL_90)
+    watts: dict[str, list[tuple[float, float | None]]] = {}
+    for row in _rows(document, "phases"):
+        value = _number(row, "power_mw")
+        if row.get("span") is None and value is not None:
+            low, high = _number(row, "power_low_mw"), _number(row, "power_high_mw")
+            half = None if low is None or high is None else (high - low) / 2 / _NORMAL_90
+            watts.setdefault(str(row["phase"]), []).append((value, half))
+    for phase, parts in watts.items():
+        errors = [error for _, error in parts if error is not None]
+        joint = sum(error**2 for error in errors) ** 0.5 / 1e3 if len(errors) == len(parts) else None
+        series[Key("power_w", phase)] = Series(value=sum(value for value, _ in parts) / 1e3, error=joint)
+
+
+_READERS: dict[str, Callable[[Mapping[str, Any], dict[Key, Series], dict[int, int]], None]] = {
+    "routing": _routing,
+    "energy": _energy,
+}

@@ -1,0 +1,108 @@
+"""Runs and series with a known truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from observatory.run import RunWriter, routing_rows
+from observatory.run.manifest import DataSpec, HostSpec, Manifest, ModelSpec, MoeLayerSpec
+from observatory.run.tables import SPAN_SCHEMA
+
+Float64 = NDArray[np.float64]
+
+
+def autoregressive(steps: int, *, seed: int, correlation: float = 0.4) -> Float64:
+    """A series with mean 0, deviation 1, and neighbours that resemble each other."""
+    random = np.random.default_rng(seed)
+    values = np.empty(steps)
+    values[0] = random.normal()
+    for step in range(1, steps):
+        values[step] = correlation * values[step - 1] + np.sqrt(1 - correlation**2) * random.normal()
+    return values
+
+
+def made_run(
+    path: Path,
+    *,
+    seed: int = 0,
+    tokens_seed: int | None = None,
+    steps: int = 24,
+    layers: int = 2,
+    experts: int = 8,
+    ms: float = 10.0,
+    skew: float = 0.0,
+    started: float = 1_000_000.0,
+    model: str = "made",
+    condition: str = "prose",
+    phases: tuple[str, ...] = ("prefill", "decode"),
+    tokens: int = 64,
+    times: bool = True,
+    host: str = "node-a",
+    share: Callable[[int], Float64] | None = None,
+    config: dict[str, object] | None = None,
+) -> Path:
+    """A run with routing of top-2 and times of steps.
+
+    Args:
+        path: where it is written.
+        seed: of its times.
+        tokens_seed: of its loads; None: those of ``seed``. Equal seeds give equal loads.
+        ms: mean time of a step; its noise is 5 %.
+        skew: how much more the first experts get.
+        share: shares of the experts in a step; None: by ``skew``.
+        config: options of the manifest, on top of the seed of the tokens.
+    """
+    loads_seed = seed if tokens_seed is None else tokens_seed
+    manifest = Manifest(
+        run_id=f"id-{path.name}",
+        created_unix_s=started,
+        ended_unix_s=started + 1.0,
+        config={"seed": loads_seed, "steps": steps, **(config or {})},  # type: ignore[dict-item]
+        hosts=(HostSpec(name=host),),
+        model=ModelSpec(
+            name=model,
+            moe_layers=tuple(
+                MoeLayerSpec(layer=layer, module=f"m.{layer}", experts=experts, top_k=2)
+                for layer in range(layers)
+            ),
+        ),
+        data=DataSpec(condition=condition, source="made", real=True, batch_size=4, sequence_length=16),
+    )
+    random = np.random.default_rng(loads_seed)
+    with RunWriter.create(path, manifest) as writer:
+        spans = []
+        start_ns = 1
+        for number, phase in enumerate(phases):
+            noise = autoregressive(steps, seed=1000 * number + seed)
+            for step in range(steps):
+                at = number * steps + step
+                shares = share(at) if share is not None else np.exp(-skew * np.arange(experts) / experts)
+                chances = np.asarray(shares) / np.sum(shares)
+                writer.append(
+                    "routing",
+                    routing_rows(
+                        step_N=np.full(layers, at),
+                        phase_N=phase,
+                        layer_N=np.arange(layers),
+                        source_rank=0,
+                        tokens_N=np.full(layers, tokens),
+                        load_NE=random.multinomial(2 * tokens, chances, size=layers),
+                    ),
+                )
+                lasts_ns = int(ms * 1e6 * (1 + 0.05 * noise[step]))
+                spans.append(
+                    {
+                        "step": at, "phase": phase, "layer": None, "source_rank": 0, "name": "phase",
+                        "start_ns": start_ns, "end_ns": start_ns + lasts_ns,
+                    }
+                )  # fmt: skip
+                start_ns += lasts_ns + 1000
+        if times and spans:
+            import pyarrow as pa
+
+            writer.append("spans", pa.Table.from_pylist(spans, schema=SPAN_SCHEMA))
+    return path

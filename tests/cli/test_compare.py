@@ -1,0 +1,192 @@
+"""``observatory compare``, as its user sees it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from observatory.cli import main
+from tests.analysis.compare.made import made_run
+
+
+def document(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 0) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["compare", *map(str, argv), "--json"]) == code
+    parsed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return parsed
+
+
+def row(compared: dict[str, Any], name: str) -> dict[str, Any]:
+    (found,) = [row for row in compared["comparisons"][0]["rows"] if row["name"] == name]
+    return dict(found)
+
+
+def test_a_known_change_is_told_from_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = made_run(tmp_path / "base", seed=1, tokens_seed=0)
+    same = made_run(tmp_path / "same", seed=2, tokens_seed=0, started=1_000_600.0)
+    slow = made_run(tmp_path / "slow", seed=3, tokens_seed=0, ms=12.0)
+    skew = made_run(tmp_path / "skew", seed=4, tokens_seed=5, skew=2.0, condition="code")
+    compared = document(capsys, base, same)
+    assert row(compared, "decode.ms")["verdict"] == "same"
+    assert row(compared, "decode.gini")["verdict"] == "identical"
+    codes = {reason["code"] for reason in compared["comparisons"][0]["confounders"]}
+    assert {"order", "one_run_each", "paired"} <= codes
+    assert compared["conclusion"][0]["code"] == "all_same"
+    slower = row(document(capsys, base, slow), "decode.ms")
+    assert slower["verdict"] == "higher"
+    assert slower["relative_low"] < 0.2 < slower["relative_high"]
+    other = document(capsys, base, skew)
+    assert row(other, "prefill.gini")["verdict"] == "higher"
+    assert not row(other, "prefill.gini")["paired"]
+    layers = [item for item in other["comparisons"][0]["layers"] if item["name"] == "prefill.gini"]
+    assert [item["verdict"] for item in layers] == ["higher", "higher"]
+    assert "other_data" in {reason["code"] for reason in other["comparisons"][0]["confounders"]}
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "code", "states"),
+    [
+        (["decode.ms > +3 %"], 1, ["passed"]),
+        (["decode.ms > +90 %"], 0, ["within"]),
+        (["decode.ms < -3 %"], 0, ["within"]),
+        (["decode.ms>+1"], 1, ["passed"]),
+        (["decode.ms > +15 %"], 0, ["undecided"]),
+        (["decode.wait_ms > +3 %"], 4, ["not_compared"]),
+        (["decode.wait_ms > +3 %", "decode.ms > +3 %"], 1, ["not_compared", "passed"]),
+        (["decode.dead_experts > +1"], 0, ["within"]),
+    ],
+)
+def test_thresholds_set_the_exit_code(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    thresholds: list[str],
+    code: int,
+    states: list[str],
+) -> None:
+    base = made_run(tmp_path / "base", seed=1, tokens_seed=0)
+    slow = made_run(tmp_path / "slow", seed=2, tokens_seed=0, ms=12.1)  # 10.1 to 12.1 ms by these seeds
+    options = [word for text in thresholds for word in ("--fail-if", text)]
+    compared = document(capsys, base, slow, *options, code=code)
+    assert [item["state"] for item in compared["thresholds"]] == states
+
+
+@pytest.mark.parametrize(
+    ("threshold", "expected"),
+    [
+        ("decode.speed > +3 %", "expected PHASE.NAME"),
+        ("decode.ms > 3 %", "a signed number"),
+        ("decode.ms >= +3 %", "a signed number"),
+        ("decode.ms > +3 % or more", "a signed number"),
+        ("decode.ms > +1e9", "a signed number"),
+        ("\x1b[2J > +3", "a signed number"),
+    ],
+)
+def test_what_is_no_threshold_is_wrong_usage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], threshold: str, expected: str
+) -> None:
+    assert main(["compare", str(tmp_path), str(tmp_path), "--fail-if", threshold]) == 2
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+    assert "\x1b" not in error
+
+
+def test_runs_without_times_or_steps_say_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = made_run(tmp_path / "base", steps=1, times=False, phases=("prefill",))
+    other = made_run(tmp_path / "other", seed=9, steps=1, times=False)
+    compared = document(capsys, base, other)
+    reasons = {
+        item["name"]: (item["reason"] or {}).get("code") for item in compared["comparisons"][0]["rows"]
+    }
+    assert reasons["prefill.gini"] == "few_steps"
+    assert reasons["decode.gini"] == "one_side"
+    assert compared["conclusion"][0]["code"] == "no_difference_known"
+
+
+def test_one_run_twice_is_identical(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path / "run")
+    compared = document(capsys, run, run)
+    assert {item["verdict"] for item in compared["comparisons"][0]["rows"]} == {"identical"}
+    assert compared["comparisons"][0]["confounders"][0]["code"] == "same_run"
+
+
+def test_layers_that_do_not_align_are_compared_by_depth_or_as_a_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = made_run(tmp_path / "base", layers=2)
+    deep = made_run(tmp_path / "deep", layers=4, seed=1, model="deep")
+    wide = made_run(tmp_path / "wide", experts=16, seed=2, model="wide")
+    compared = document(capsys, base, deep)["comparisons"][0]
+    assert compared["alignment"]["code"] == "relative_depth"
+    places = {(item["layer"], item["other_layer"]) for item in compared["layers"]}
+    assert places == {(0, 1), (1, 3)}
+    compared = document(capsys, base, wide)
+    assert compared["comparisons"][0]["alignment"]["code"] == "as_whole"
+    assert compared["comparisons"][0]["layers"] == []
+    assert row(compared, "prefill.entropy_bits")["reason"]["code"] == "experts_differ"
+    assert row(compared, "prefill.gini")["difference"] is not None
+
+
+def test_saved_documents_are_compared_by_their_intervals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = made_run(tmp_path / "base", seed=1)
+    other = made_run(tmp_path / "other", seed=2, skew=2.0)
+    for name in ("base", "other"):
+        assert main(["routing", str(tmp_path / name), "--json"]) == 0
+        (tmp_path / f"{name}.json").write_text(capsys.readouterr().out)
+    compared = document(capsys, tmp_path / "base.json", tmp_path / "other.json")
+    assert row(compared, "prefill.gini")["verdict"] == "higher"
+    assert row(compared, "prefill.entropy_bits")["reason"]["code"] == "no_interval"
+    compared = document(capsys, base, tmp_path / "other.json")
+    assert row(compared, "prefill.gini")["verdict"] == "higher"
+    assert row(compared, "prefill.ms")["reason"]["code"] == "not_in_document"
+    blocks = [json.loads((tmp_path / "other.json").read_text())]
+    (tmp_path / "report.html").write_text(
+        f'<p>x</p><script type="application/json" id="observatory-documents">{json.dumps(blocks)}</script>'
+    )
+    assert row(document(capsys, base, tmp_path / "report.html"), "prefill.gini")["verdict"] == "higher"
+    del other
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.json", "{", "not valid JSON"),
+        ("a.json", '{"kind": "routing", "schema_version": "9.0"}', "schema version 9.0"),
+        ("a.json", '{"kind": "routing"}', "no schema_version"),
+        ("a.json", '{"kind": "routing", "schema_version": "1.0", "layers": [{}]}', "lacks what its kind has"),
+        ("a.json", '{"kind": "doctor", "schema_version": "1.0"}', "no values that can be compared"),
+        ("a.json", "[1]", "not a document"),
+        ("a.html", "<p>", "holds no documents"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, expected: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    run = made_run(tmp_path / "run", steps=2)
+    assert main(["compare", str(run), str(tmp_path / name)]) == 1
+    error = capsys.readouterr().err
+    assert expected in error
+    assert error.count("\n") == 1
+
+
+def test_what_is_no_comparison_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path / "run", steps=2)
+    assert main(["compare", str(run)]) == 1
+    assert "one input alone" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["compare", str(run), str(tmp_path / "empty")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_csv_has_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [str(made_run(tmp_path / name, seed=seed)) for seed, name in enumerate(("a", "=b"))]
+    assert main(["compare", *runs, "--csv", "--table", "layers"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("base_name,other_name,name,phase,metric")
+    assert len(rows) == 2 * 2 * 5
