@@ -79,6 +79,10 @@ class ThresholdError(ComparisonError):
     exit_code = 2
 
 
+class PlanError(ObservatoryError):
+    """A plan cannot be made from what is given."""
+
+
 class ModelError(ObservatoryError):
     """A model cannot be loaded, or its MoE layers are not understood."""
 

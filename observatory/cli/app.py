@@ -22,6 +22,7 @@ _COMMANDS = {
     "route-fetch": "route_fetch:route_fetch",
     "advise": "advise:advise",
     "compare": "compare:compare",
+    "plan": "plan:plan",
     "report": "report:report",
     "export": "export:export",
     "bench alltoall": "bench:alltoall",
@@ -48,37 +49,14 @@ _GROUPS = {
 }
 _SECTIONS = {
     "Capture": ("quickstart", "profile", "grid"),
-    "Analysis": (
-        "routing",
-        "exchanges",
-        "scan",
-        "place",
-        "advise",
-        "route-fetch",
-        "compare",
-        "report",
-        "export",
-    ),
+    "Analysis": ("routing", "exchanges", "scan", "compare", "report", "export"),
+    "Decisions": ("place", "advise", "route-fetch", "plan"),
     "Network": ("bench", "replay", "fit"),
     "Power": ("power", "energy", "reuse", "clocks"),
     "Machine": ("doctor",),
 }  # fmt: skip
 #: Commands that read runs and results, and that a rank of a job may well call.
-_ANALYSIS = frozenset(
-    {
-        "routing",
-        "scan",
-        "place",
-        "advise",
-        "route-fetch",
-        "fit",
-        "export",
-        "exchanges",
-        "energy",
-        "compare",
-        "report",
-    }
-)
+_ANALYSIS = frozenset({*_SECTIONS["Analysis"], *_SECTIONS["Decisions"], "fit", "energy"})
 
 
 class Group(TyperGroup):

@@ -33,6 +33,11 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory compare runs/before runs/after",
         "observatory compare runs/before runs/after --json",
     ),
+    "plan": (
+        "observatory plan runs/a --target-tokens-per-s 20000 --context 4096 --output 512 --hardware h200-sxm",
+        "observatory plan config.json --target-tokens-per-s 20000 --context 4096 --output 512 "
+        "--max-ms-per-token 50 --hardware h200-sxm --hardware h20",
+    ),
     "exchanges": ("observatory exchanges runs/ep4", "observatory exchanges runs/ep4 --csv --table ranks"),
     "bench alltoall": (
         "observatory bench alltoall --ranks 4 --out bench.json",

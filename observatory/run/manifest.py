@@ -83,6 +83,7 @@ class ModelSpec(Record):
         parameters: number of parameters; None when unknown.
         dtype: dtype of the weights as torch names it.
         moe_layers: the MoE layers in model order.
+        config: sizes and kinds of its configuration, which plans read; None where it has none.
     """
 
     name: Text
@@ -93,6 +94,7 @@ class ModelSpec(Record):
     parameters: Count | None = None
     dtype: Text | None = None
     moe_layers: tuple[MoeLayerSpec, ...] = ()
+    config: Annotated[dict[str, JsonValue], Field(max_length=256)] | None = None
 
 
 class DataSpec(Record):

@@ -20,6 +20,7 @@ from observatory.advice.conclusions.measurements import (
     conclude_fit,
     conclude_replay,
 )
+from observatory.advice.conclusions.plans import conclude_plan
 from observatory.advice.conclusions.reasons import (
     NEXT_STEPS,
     NOTHING,
@@ -42,6 +43,7 @@ __all__ = [
     "conclude_exchanges",
     "conclude_experts",
     "conclude_fit",
+    "conclude_plan",
     "conclude_replay",
     "conclude_reuse",
     "conclude_routing",

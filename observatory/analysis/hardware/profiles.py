@@ -48,14 +48,16 @@ UNITS = {
     "power_limit": "W",
     "sm_clock": "MHz",
     "launch": "us",
+    "scale_up_devices": "devices",
 }
 
 _MOST_BYTES = 64 << 10
-_Quantity = Literal[
+#: Names of quantities; ``link_bandwidth`` is that within the ``scale_up_devices`` of a node or rack.
+Quantity = Literal[
     "bf16", "fp8", "fp4", "int8", "memory_bandwidth", "memory", "link_bandwidth", "pcie_bandwidth",
-    "nic_bandwidth", "power_limit", "sm_clock", "launch",
+    "nic_bandwidth", "power_limit", "sm_clock", "launch", "scale_up_devices",
 ]  # fmt: skip
-_RATE_OF_DTYPE: dict[str, _Quantity] = {
+_RATE_OF_DTYPE: dict[str, Quantity] = {
     "bfloat16": "bf16",
     "float16": "bf16",
     "float8_e4m3fn": "fp8",
@@ -115,8 +117,8 @@ class HardwareProfile(_Strict):
     """
 
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[^\x00-\x1f\x7f]*$")]
-    peak: dict[_Quantity, Figure]
-    achievable: dict[_Quantity, Figure] = Field(default_factory=dict)
+    peak: dict[Quantity, Figure]
+    achievable: dict[Quantity, Figure] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _units_fit(self) -> HardwareProfile:
@@ -157,7 +159,7 @@ class HardwareProfile(_Strict):
         figure = self.achievable.get("launch")
         return 0.0 if figure is None else figure.value * 1e-6
 
-    def _rate(self, quantity: _Quantity, *, per_second: float) -> Rate:
+    def _rate(self, quantity: Quantity, *, per_second: float) -> Rate:
         figure = self.achievable.get(quantity) or self.peak.get(quantity)
         if figure is None:
             raise BenchmarkError(

@@ -43,15 +43,11 @@ class WatchedPower(Part):
         where: this rank.
         options: what to sample.
         flush_s: seconds after which samples are on disk.
-
-    Attributes:
-        is_active: devices of the node are sampled, by this rank or by its first one.
     """
 
     def __init__(
         self, model: nn.Module, writer: RunWriter, where: RankOf, options: PowerOptions, *, flush_s: float
     ) -> None:
-        self.is_active = False
         self._model, self._writer, self._where = model, writer, where
         self._options, self._flush_s = options, flush_s
         #: UUIDs of the devices that this rank computes on, as far as torch or the caller states them.
@@ -142,7 +138,6 @@ class WatchedPower(Part):
             )
             sampler.start()
             self._sampler = sampler
-        self.is_active = True
 
     def _pauses_between_steps(self, steps: bool | int) -> PhaseShifts:
         """Pauses for the sensors of the devices that this rank samples; ``steps`` of one period, if known."""

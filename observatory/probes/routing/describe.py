@@ -10,10 +10,12 @@ parallelism), that are packed, or that are constant (routers initialised with ze
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
 from collections.abc import Iterator, Sequence
 
 import torch
+from pydantic import JsonValue
 from torch import nn
 
 from observatory.probes.routing.moe_block import int_attribute, looks_like_router
@@ -22,6 +24,9 @@ from observatory.run.manifest import ModelSpec, RankLayer
 
 #: Elements that are read of a router's weights, spread evenly over them.
 _READ = 64
+#: What of a configuration goes into the manifest.
+_NAME = re.compile(r"[A-Za-z0-9_.*-]{1,64}")
+_MOST_ENTRIES, _MOST_ITEMS, _MOST_SIZE = 200, 4096, 1 << 40
 
 
 def describe_model(
@@ -62,7 +67,34 @@ def describe_model(
         parameters=sum(p.numel() for p in model.parameters()),
         dtype=str(dtypes[0]).removeprefix("torch.") if dtypes else None,
         moe_layers=tuple(site.spec for site in sites),
+        config=_sizes(config),
     )
+
+
+def _sizes(config: object) -> dict[str, JsonValue] | None:
+    """Entries of a configuration that are sizes, kinds or lists of them; no texts of any length."""
+    entries: object = getattr(config, "to_dict", dict)()
+    if not isinstance(entries, dict):
+        return None
+    kept: dict[str, JsonValue] = {}
+    for name, value in entries.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            continue
+        if name in ("text_config", "quantization_config") and isinstance(value, dict):
+            kept[name] = {key: item for key, item in value.items() if isinstance(key, str) and _is_size(item)}
+        elif _is_size(value):
+            kept[name] = value
+    return dict(list(kept.items())[:_MOST_ENTRIES]) or None
+
+
+def _is_size(value: object) -> bool:
+    if isinstance(value, list):
+        return len(value) <= _MOST_ITEMS and all(
+            _is_size(item) and not isinstance(item, list) for item in value
+        )
+    if isinstance(value, str):
+        return bool(_NAME.fullmatch(value))
+    return isinstance(value, bool) or (isinstance(value, int) and abs(value) <= _MOST_SIZE)
 
 
 def _expert_weights(model: nn.Module, site: RoutingSite) -> list[nn.Parameter]:

@@ -29,8 +29,8 @@ def test_peak_and_achievable_are_apart():
 
 
 def test_what_a_profile_lacks_is_refused():
-    with pytest.raises(BenchmarkError, match="no memory_bandwidth"):
-        load_profile("h800").memory_bandwidth()
+    with pytest.raises(BenchmarkError, match="no fp8"):
+        load_profile("a100-sxm").rate("float8_e4m3fn")
 
 
 def test_a_profile_of_ones_own(tmp_path):

@@ -1,0 +1,1 @@
+"""How many devices serve a model at given targets, in which set-up, and what rules out the others."""

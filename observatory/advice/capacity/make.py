@@ -1,0 +1,104 @@
+"""A plan from a request: under the routing that is asked for, and under what others assume."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from observatory.advice.capacity.document import Assumption, plan_document
+from observatory.advice.capacity.plan import Mode, Planner
+from observatory.advice.capacity.routing import captured_routing, routed
+from observatory.advice.capacity.site import Prices, Site
+from observatory.advice.capacity.targets import Targets
+from observatory.advice.conclusions.plans import conclude_plan
+from observatory.advice.conclusions.reasons import conclusion_document
+from observatory.analysis.capacity.loads import ROUTING_KINDS, RoutingKind
+from observatory.analysis.capacity.model_shape import ModelShape
+from observatory.analysis.capacity.serving import Server
+from observatory.analysis.hardware import load_profile
+from observatory.errors import PlanError
+
+if TYPE_CHECKING:
+    from observatory.run import Run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is planned.
+
+    Attributes:
+        model: its shape.
+        runs: of it; none for assumed routing.
+        targets: to reach.
+        hardware: names or files of devices.
+        modes: of serving.
+        site: what a site overrides.
+        routing: where loads come from; None for captured ones where there are runs, else a power law.
+        overlap: exchanges run under the computation of another micro-batch.
+        gpus_per_node: devices that fast links join; None for those of the site or the profile.
+        prices: what devices cost.
+    """
+
+    model: ModelShape
+    runs: Sequence[Run]
+    targets: Targets
+    hardware: Sequence[str]
+    modes: Sequence[Mode]
+    site: Site
+    routing: RoutingKind | None = None
+    overlap: bool = False
+    gpus_per_node: int | None = None
+    prices: Prices | None = None
+
+
+def make_plan(request: Request) -> dict[str, Any]:
+    """The plan as ``plan --json`` prints it (docs/json.md).
+
+    Raises:
+        PlanError: the request cannot be planned at all.
+    """
+    if not request.hardware:
+        raise PlanError("no devices are named", remedy="give --hardware, such as --hardware h200-sxm")
+    servers = {
+        name: Server(request.model, request.site.applied(load_profile(name)), overlap=request.overlap)
+        for name in request.hardware
+    }
+    captured = captured_routing(request.runs, request.model) if request.runs else None
+    wanted: RoutingKind = request.routing or ("captured" if captured else "power-law")
+    if wanted == "captured" and captured is None:
+        raise PlanError("captured routing needs a run", remedy="give a run of the model")
+    planners = {
+        kind: Planner(
+            servers,
+            routed(kind, request.model, captured),
+            request.targets,
+            modes=request.modes,
+            gpus_per_node=request.gpus_per_node or request.site.gpus_per_node,
+            can_replicate=kind == "captured",
+        )
+        for kind in (ROUTING_KINDS if captured else (wanted,))
+    }
+    plans = {kind: planner.search() for kind, planner in planners.items()}
+    assumptions = [
+        Assumption(
+            routing=kind,
+            plan=plan,
+            needed=planners["captured"].needed(plan.candidates[0]) if plan.candidates else None,
+        )
+        for kind, plan in plans.items()
+        if captured
+    ]
+    document = plan_document(
+        plans[wanted],
+        model=request.model,
+        targets=request.targets,
+        routing=wanted,
+        assumptions=assumptions,
+        captured=captured,
+        prices=request.prices,
+        site=request.site,
+        sources={"runs": [str(run.path) for run in request.runs], "hardware": list(request.hardware)},
+    )
+    document["conclusion"] = conclusion_document(conclude_plan(document))
+    return document

@@ -1,0 +1,104 @@
+"""What a site overrides of hardware profiles, and what devices cost there."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from observatory.analysis.hardware import Figure, HardwareProfile, Quantity
+from observatory.analysis.hardware.profiles import UNITS
+from observatory.errors import PlanError
+from observatory.run.bounded import read_at_most
+from observatory.run.manifest import Record
+
+_MOST_BYTES = 64 << 10
+_Positive = Annotated[float, Field(gt=0.0, le=1e9)]
+_Count = Annotated[int, Field(ge=1, le=65536)]
+
+R = TypeVar("R", bound=Record)
+
+
+class Site(Record):
+    """A site: what its links and power are, instead of what profiles assume.
+
+    Attributes:
+        gpus_per_node: devices that fast links join.
+        gpus_per_rack: devices of a rack.
+        link_bandwidth, nic_bandwidth: GB/s, one direction, of one device.
+        power_limit: W of one device.
+        rack_power: W that a rack may draw for its devices.
+        source: where the figures come from.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    gpus_per_node: _Count | None = None
+    gpus_per_rack: _Count | None = None
+    link_bandwidth: _Positive | None = None
+    nic_bandwidth: _Positive | None = None
+    power_limit: _Positive | None = None
+    rack_power: _Positive | None = None
+    source: Annotated[str, Field(min_length=1, max_length=500)] = "stated by the site"
+
+    def applied(self, profile: HardwareProfile) -> HardwareProfile:
+        """The profile with this site's figures."""
+        names: tuple[Quantity, ...] = ("link_bandwidth", "nic_bandwidth", "power_limit")
+        stated: dict[Quantity, Figure] = {
+            name: Figure(value=value, unit=UNITS[name], source=self.source, date="2026-01-01")
+            for name in names
+            if (value := getattr(self, name)) is not None
+        }
+        if not stated:
+            return profile
+        achievable = {name: item for name, item in profile.achievable.items() if name not in stated}
+        return profile.model_copy(update={"peak": {**profile.peak, **stated}, "achievable": achievable})
+
+
+class Prices(Record):
+    """What an hour of a device costs.
+
+    Attributes:
+        currency: of all prices.
+        gpu_hour: price by the name of the hardware profile.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    currency: Annotated[str, Field(pattern=r"^[A-Za-z]{3}$")]
+    gpu_hour: dict[Annotated[str, Field(max_length=64)], _Positive]
+
+
+def load_site(path: Path) -> Site:
+    """Read a site file (docs/plan.md).
+
+    Raises:
+        PlanError: it cannot be read, or says something that no site has.
+    """
+    return _load(path, Site, "site")
+
+
+def load_prices(path: Path) -> Prices:
+    """Read a file of prices (docs/plan.md).
+
+    Raises:
+        PlanError: it cannot be read, or is none.
+    """
+    return _load(path, Prices, "price list")
+
+
+def _load(path: Path, kind: type[R], name: str) -> R:
+    try:
+        content = read_at_most(path, _MOST_BYTES)
+        if content is None:
+            raise ValueError(f"over {_MOST_BYTES >> 10} KiB")
+        return kind.model_validate(tomllib.loads(content.decode("utf-8")))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part)[:40] for part in first["loc"])
+        problem = f"{where + ': ' if where else ''}{first['msg']}"
+    except (OSError, ValueError, RecursionError) as error:
+        problem = (error.strerror if isinstance(error, OSError) else None) or str(error)[:200]
+    raise PlanError(f"{name} {path} is not valid ({problem})", remedy="docs/plan.md has its form")

@@ -1,0 +1,201 @@
+"""Plans with answers that can be worked out by hand, and set-ups that were published."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from observatory.advice.capacity.make import Request, make_plan
+from observatory.advice.capacity.site import Site, load_prices, load_site
+from observatory.advice.capacity.targets import Targets
+from observatory.analysis.capacity.loads import BalancedLoads
+from observatory.analysis.capacity.model_shape import model_shape
+from observatory.analysis.capacity.routed import Routed
+from observatory.analysis.capacity.serving import Parallel, Server, Work, captured_size
+from observatory.analysis.hardware import load_profile
+from observatory.cli import main
+from observatory.errors import PlanError
+from tests.analysis.capacity.configs import DEEPSEEK_V3, QWEN3_30B
+
+
+def balanced(config) -> Routed:
+    model = model_shape(config)
+    loads = BalancedLoads(model.moe_layers, model.moe.experts, model.moe.top_k)
+    return Routed(loads, loads, chosen_on_LE=None, layers=model.moe_layers, experts=model.moe.experts)
+
+
+def request(config=QWEN3_30B, *, hardware=("h200-sxm",), modes=("together", "apart"), site=None, **targets):
+    wanted = {"tokens_per_s": 20_000, "context": 4096, "output": 512, **targets}
+    return Request(
+        model=model_shape(config),
+        runs=[],
+        targets=Targets(**wanted),
+        hardware=hardware,
+        modes=modes,
+        site=site or Site(),
+        routing="balanced",
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "ranks", "work", "overlap", "measured"),
+    [
+        # InferSim's README at f2293da: measured tokens per second and GPU of balanced routing.
+        (DEEPSEEK_V3, "h800", 32, Work(decode=0, context=0, prefill=16384, prompt=4096), True, 7839),
+        (DEEPSEEK_V3, "h800", 128, Work(decode=128, context=4096), True, 2324),
+        (QWEN3_30B, "h20", 4, Work(decode=100, context=5120), False, 2749),
+        (QWEN3_30B, "h20", 4, Work(decode=0, context=0, prefill=16384, prompt=4096), False, 16594),
+    ],
+)
+def test_published_throughputs_are_near(config, device, ranks, work, overlap, measured):
+    model = model_shape(config)
+    server = Server(model, load_profile(device), overlap=overlap)
+    parallel = Parallel(ranks=ranks, tp=1, slots=model.moe.experts // ranks, gpus_per_node=8)
+    per_s_3 = work.tokens / server.step(parallel, work, balanced(config)).s_3
+    fast, likely, slow = per_s_3
+    assert slow < likely < fast
+    assert measured == pytest.approx(likely, rel=0.5)
+
+
+def test_weights_are_read_once_a_step_at_batch_one():
+    """One sequence reads every weight that it passes once: the likely time is bytes over bandwidth."""
+    model = model_shape(QWEN3_30B)
+    server = Server(model, load_profile("h200-sxm"))
+    alone = Parallel(ranks=1, tp=1, slots=128, gpus_per_node=8)
+    step = server.step(alone, Work(decode=1, context=0), balanced(QWEN3_30B))
+    parts = {part.name: part.s_3[1] for part in step.parts}
+    read = sum(parts[name] for name in ("mixers", "dense", "experts", "head"))
+    assert read == pytest.approx(model.active_values * 2 / 3840e9, rel=1e-6)
+
+
+def test_the_fewest_devices_come_first_and_meet_every_target():
+    document = make_plan(request(max_ms_per_token=30.0, max_ttft_ms=2000.0))
+    rows = document["candidates"]
+    assert rows
+    assert [row["gpus"] for row in rows] == sorted(row["gpus"] for row in rows)
+    for row in rows:
+        assert row["tokens_per_s"] >= 20_000
+        assert row["ms_per_token"] <= 30.0
+        assert row["ttft_ms"] <= 2000.0
+        assert row["tokens_per_s_low"] <= row["tokens_per_s"] <= row["tokens_per_s_high"]
+        assert row["gpus_low"] <= row["gpus"] <= row["gpus_high"]
+        used = sum(value for name, value in row["memory_gb"].items() if name != "usable")
+        assert used <= row["memory_gb"]["usable"]
+        assert sum(row["grades"].values()) == pytest.approx(1.0)
+    assert {row["code"] for row in document["conclusion"]} >= {"plan", "plan_times", "plan_assumed"}
+
+
+def test_more_tokens_never_need_fewer_devices():
+    needed = [
+        make_plan(request(tokens_per_s=rate, max_ms_per_token=30.0))["candidates"][0]["gpus"]
+        for rate in (2_000, 20_000, 200_000)
+    ]
+    assert needed == sorted(needed)
+    assert needed[0] < needed[-1]
+
+
+def test_a_target_that_nothing_meets_is_never_relaxed():
+    document = make_plan(request(max_ms_per_token=0.5))
+    assert document["candidates"] == []
+    assert {row["reason"]["code"] for row in document["rejected"]} == {"ms_per_token"}
+    codes = [reason["code"] for reason in document["conclusion"]]
+    assert codes == ["no_plan", "nearest_plan"]
+
+
+def test_weights_that_do_not_fit_are_named():
+    document = make_plan(request(DEEPSEEK_V3, hardware=("a100-pcie",), tokens_per_s=100))
+    refused = [row for row in document["rejected"] if row["reason"]["code"] == "weights_do_not_fit"]
+    assert refused
+    assert all(row["reason"]["needed_gb"] > row["reason"]["usable_gb"] for row in refused)
+    assert {row["ranks"] for row in refused} >= {1, 2, 4, 8}
+
+
+def test_a_profile_without_links_serves_single_devices_only():
+    document = make_plan(request(hardware=("mi300x",), modes=("apart",)))
+    assert {row["ranks"] for row in document["candidates"]} == {1}
+    assert "no_figure" in {row["reason"]["code"] for row in document["rejected"]}
+    stated = make_plan(request(hardware=("mi300x",), site=Site(link_bandwidth=350.0, gpus_per_node=8)))
+    assert {row["ranks"] for row in stated["candidates"]} >= {1, 2, 4, 8}
+
+
+def test_a_batch_is_padded_to_a_captured_size():
+    assert [captured_size(size) for size in (1, 3, 9, 250, 257, 600)] == [1, 4, 16, 256, 272, 600]
+
+
+def test_the_command(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(QWEN3_30B))
+    prices = tmp_path / "prices.toml"
+    prices.write_text('currency = "EUR"\n[gpu_hour]\nh200-sxm = 3.0\n')
+    site = tmp_path / "site.toml"
+    site.write_text("gpus_per_node = 4\ngpus_per_rack = 32\nnic_bandwidth = 25\n")
+    argv = ["plan", str(path), "--target-tokens-per-s", "20000", "--context", "4096", "--output", "512"]
+    argv += ["--hardware", "h200-sxm", "--price", str(prices), "--site", str(site)]
+    assert main([*argv, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    best = document["candidates"][0]
+    assert best["per_million"] == pytest.approx(3.0 * best["gpus"] / best["tokens_per_s"] / 3600 * 1e6)
+    assert best["currency"] == "EUR"
+    assert document["routing"] == "power-law"
+    assert main(argv) == 0
+    assert "plan: " in capsys.readouterr().out
+    assert main([*argv, "--max-ms-per-token", "0.01"]) == 2
+    assert "no set-up meets the targets" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--hardware", "h9000"], "does not exist"),
+        (["--mode", "odd"], "--mode 'odd'"),
+        (["--routing", "odd"], "--routing 'odd'"),
+        (["--routing", "captured"], "captured routing needs a run"),
+        (["--site", "missing.toml"], "site missing.toml is not valid"),
+        (["--price", "missing.toml"], "price list missing.toml"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path, capsys, change, message):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(QWEN3_30B))
+    argv = ["plan", str(path), "--target-tokens-per-s", "100", "--context", "64", "--output", "64"]
+    argv += [] if change[0] == "--hardware" else ["--hardware", "h200-sxm"]
+    assert main([*argv, *change]) == 1
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("content", ["gpus_per_node = 0", "nic_bandwidth = -1", "odd = 1", "x", "\x00"])
+def test_hostile_site_files_are_refused(tmp_path, content):
+    path = tmp_path / "site.toml"
+    path.write_text(content)
+    with pytest.raises(PlanError, match="is not valid"):
+        load_site(path)
+    with pytest.raises(PlanError, match="is not valid"):
+        load_prices(path)
+
+
+def test_a_hot_expert_costs_devices():
+    """All tokens at one expert: its rank is the whole step, and the plan under balance is too small."""
+    model = model_shape(QWEN3_30B)
+    server = Server(model, load_profile("h200-sxm"))
+    parallel = Parallel(ranks=8, tp=1, slots=16, gpus_per_node=8)
+
+    class Hot:
+        kind = "captured"
+
+        def draw(self, tokens, draws, generator):
+            del generator
+            load = np.zeros((draws, model.moe_layers, 128), dtype=np.int64)
+            load[:, :, :8] = tokens
+            return load
+
+    hot = Routed(Hot(), Hot(), chosen_on_LE=None, layers=model.moe_layers, experts=128)
+    work = Work(decode=0, context=0, prefill=8192, prompt=4096)
+    times = {
+        name: {part.name: part.s_3[1] for part in server.step(parallel, work, routed).parts}
+        for name, routed in (("even", balanced(QWEN3_30B)), ("hot", hot))
+    }
+    assert times["hot"]["experts"] == pytest.approx(8 * times["even"]["experts"], rel=0.05)

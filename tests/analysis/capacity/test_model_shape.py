@@ -1,0 +1,93 @@
+"""Weights and caches from configurations, against what the models are known to have."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+
+from observatory.analysis.capacity.model_shape import load_config, model_shape
+from observatory.errors import PlanError
+from observatory.zoo.models import bundled_models
+from tests.analysis.capacity.configs import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
+
+
+@pytest.mark.parametrize(
+    ("config", "billions", "active"),
+    [
+        (DEEPSEEK_V3, 671.0, 37.0),
+        (QWEN3_30B, 30.5, 3.3),
+        (MIXTRAL_8X7B, 46.7, 12.9),
+        (GPT_OSS_120B, 116.8, 5.1),
+    ],
+)
+def test_published_models_have_their_parameters(config, billions, active):
+    shape = model_shape(config)
+    assert shape.values / 1e9 == pytest.approx(billions, rel=0.002)
+    # Published counts of active weights differ in whether the embedding is one of them.
+    assert shape.active_values / 1e9 == pytest.approx(active, rel=0.1)
+
+
+def weights_in(path) -> int:
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    total = 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            size = 1
+            for length in tensor["shape"]:
+                size *= length
+            total += size
+    return total
+
+
+@pytest.mark.parametrize("model", bundled_models(), ids=lambda model: model.name)
+def test_bundled_models_have_the_weights_of_their_files(model):
+    shape = model_shape(load_config(model.directory))
+    stored = sum(weights_in(path) for path in model.directory.glob("*.safetensors"))
+    assert shape.values == pytest.approx(stored, rel=0.02)
+
+
+def test_caches():
+    deepseek, qwen = model_shape(DEEPSEEK_V3), model_shape(QWEN3_30B)
+    assert {layer.cache_values for _, layer in deepseek.layers} == {576}
+    assert {layer.cache_parts for _, layer in deepseek.layers} == {1}
+    assert {layer.cache_values for _, layer in qwen.layers} == {2 * 4 * 128}
+    local, whole = (layer for _, layer in model_shape(GPT_OSS_120B).layers)
+    assert (local.attended(4096), whole.attended(4096)) == (128, 4096)
+
+
+def test_data_types():
+    assert model_shape(DEEPSEEK_V3).expert_weight_bytes == 1.0
+    oss = model_shape(GPT_OSS_120B)
+    assert (oss.dtype, oss.expert_dtype, oss.weight_bytes) == ("bfloat16", "float4", 2.0)
+    assert oss.expert_weight_bytes == pytest.approx(0.53125)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_experts": None}, "no layers with routed experts"),
+        ({"hidden_size": "2048"}, "hidden_size is '2048'"),
+        ({"hidden_size": -1}, "no size"),
+        ({"vocab_size": None}, "has no vocab_size"),
+        ({"num_experts_per_tok": 200}, "routes to 200 of 128"),
+        ({"num_hidden_layers": 10**9}, "at most 4096"),
+        ({"layer_types": ["full_attention"]}, "names 1 layer types for 48"),
+        ({"layer_types": ["odd"] * 48}, "type 'odd'"),
+        ({"torch_dtype": "int3"}, "type 'int3'"),
+        ({"quantization_config": {"quant_method": "secret"}}, "quantized by 'secret'"),
+    ],
+)
+def test_what_is_no_model_is_refused(change, message):
+    with pytest.raises(PlanError, match=message):
+        model_shape({**QWEN3_30B, **change})
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": NaN', "\x00"])
+def test_what_is_no_configuration_is_refused(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(PlanError, match="configuration"):
+        load_config(path)
