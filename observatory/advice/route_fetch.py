@@ -41,6 +41,7 @@ class RouteFetchCode(StrEnum):
     ALWAYS_ROUTE = "always_route"
     ALWAYS_FETCH = "always_fetch"
     UNRELIABLE = "unreliable"
+    MEASURE_AGAIN = "measure_again"
 
     SEND_ALL = "send_all"
     CHANGE = "change"
@@ -200,6 +201,7 @@ def advise_experts(
         train_share=train_share,
         seed=seed,
     )
+    unreliable = [] if held_out is None else _unreliable(accuracy_rows(held_out, constants))
     return ExpertAdvice(
         layers=loads.layers,
         ranks=ranks,
@@ -210,7 +212,8 @@ def advise_experts(
             *_verdict(decisions, constants, ranks, copies),
             *_not_measured(decisions, constants, run.manifest.model, ranks),
             *_other_hosts(run, constants),
-            *(() if held_out is None else _unreliable(accuracy_rows(held_out, constants))),
+            *unreliable,
+            *_next(unreliable),
         ),
     )
 
@@ -296,7 +299,14 @@ def conclude_maps(document: Mapping[str, Any]) -> list[Reason]:
             reasons.append(Reason(RouteFetchCode.FETCH_FROM, {**values, **ends}))
         reasons += _unreliable(row for row in document["accuracy"] if row["shape"] == shape)
     asked = {row["shape"] for row in document["break_even"]}  # of others they are scaled
-    return [*reasons, *_unreliable(row for row in document["accuracy"] if row["shape"] not in asked)]
+    reasons += _unreliable(row for row in document["accuracy"] if row["shape"] not in asked)
+    return [*reasons, *_next(reasons)]
+
+
+def _next(reasons: Iterable[Reason]) -> list[Reason]:
+    """What to do about costs that are not to be relied on."""
+    is_doubtful = any(reason.code is RouteFetchCode.UNRELIABLE for reason in reasons)
+    return [Reason(RouteFetchCode.MEASURE_AGAIN)] if is_doubtful else []
 
 
 def _unreliable(accuracy: Iterable[Mapping[str, Any]]) -> list[Reason]:

@@ -17,7 +17,8 @@ _SENTENCES = {
     RouteFetchCode.ALWAYS_ROUTE: "{shape}: at size {size:.0f} routing costs less for any number of rows",
     RouteFetchCode.ALWAYS_FETCH: "{shape}: at size {size:.0f} fetching costs less for any number of rows",
     RouteFetchCode.UNRELIABLE: "{shape}: do not rely on these costs: of {options} the faster was picked at "
-    "{right_apart} of {apart} held-out points; measure with more --repeats on a quiet machine",
+    "{right_apart} of {apart} held-out points",
+    RouteFetchCode.MEASURE_AGAIN: "next: measure again with more --repeats on a quiet machine",
     RouteFetchCode.SEND_ALL: "send all tokens: to fetch weights of an expert shortens no step{copies_too}",
     RouteFetchCode.CHANGE: "{what}, all layers together: on steps that were not used to choose that "
     "saves {share} of the {today_us:.0f} us of a step: {saved_us:.0f} us "

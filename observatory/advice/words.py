@@ -12,6 +12,9 @@ from observatory.analysis.exchange.words import cause_words
 from observatory.reasons import Reason
 from observatory.text import listing, percent_words
 
+#: Smaller shares of a step are no difference.
+_NO_GAIN = 0.005
+
 _SENTENCES = {
     Code.PLAN: "plan: {gpus} GPUs ({gpus_low} to {gpus_high}) of {hardware}: {set_up}, {sequences} "
     "sequences per group",
@@ -172,6 +175,8 @@ def _pays(steps: float | None, cost_known: bool) -> str:
 
 def _elsewhere(other: Mapping[str, Any]) -> str:
     """What the same change does in another phase."""
+    if abs(other["gain"]) < _NO_GAIN:
+        return f"; in {other['phase']} it makes no difference"
     which = "less" if other["gain"] >= 0 else "more"
     return f"; in {other['phase']} {percent_words(abs(other['gain']))} {which}"
 

@@ -59,7 +59,7 @@ def quickstart_exchanges(out: Path, *, report: Callable[[str], None]) -> list[Pa
                 sequence_length=128,
                 steps=20,
                 phase="both",
-                sample_tokens=64,
+                sample_tokens=256,
                 ep=ep,
                 ranks_per_node=2,
             )

@@ -7,7 +7,7 @@ from observatory.reports.figures.decision_map import decision_map
 from observatory.reports.frames.report import ReportFrames
 from observatory.reports.frames.route_fetch import RouteFetchFile
 from observatory.reports.page import Block, FigureBlock, Section, Table, Variant, frame_table
-from observatory.reports.text import plain, shorten
+from observatory.reports.text import percent, plain, shorten
 
 _TITLE = "Route, fetch or local"
 
@@ -58,6 +58,12 @@ def _variant(file: RouteFetchFile, shape: str) -> Variant:
         "routing costs less for any number of them"
         if middle["rows"] is None
         else f"fetching costs less from {middle['rows']:.0f} {x_title} on"
+        if middle["rows"] >= 1
+        else f"fetching costs less for any number of {x_title}"
+    )
+    local = sum(cell["option"] == "local" for cell in cells)
+    made = (
+        f" Making the chunk here costs least at {percent(local / len(cells), 0)} of the map." if local else ""
     )
     name = shorten(file.path.name, 32)
     return Variant(
@@ -66,7 +72,7 @@ def _variant(file: RouteFetchFile, shape: str) -> Variant:
         figure=decision_map(cells, even, x_title=x_title, y_title=y_title),
         alt=f"Map of routing against fetching for {shape}; at {middle['size']:.0f} {y_title}, {where}.",
         note=f"{shape} over {plain(document['backend'])}, {document['ranks']} ranks, {layers} "
-        f"{'layer' if layers == 1 else 'layers'}. At {middle['size']:.0f} {y_title}, {where}.",
+        f"{'layer' if layers == 1 else 'layers'}. At {middle['size']:.0f} {y_title}, {where}.{made}",
         numbers=frame_table(
             f"{shape}: from where on fetching costs less ({name})",
             BREAK_EVEN_COLUMNS,

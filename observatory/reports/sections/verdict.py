@@ -21,7 +21,7 @@ from observatory.advice.conclusions import (
     conclude_routing,
     stake,
 )
-from observatory.advice.route_fetch import conclude_maps
+from observatory.advice.route_fetch import RouteFetchCode, conclude_maps
 from observatory.advice.route_fetch_words import route_fetch_sentences
 from observatory.advice.words import conclusion_sentences
 from observatory.reports.frames.report import ReportFrames, each_row
@@ -222,12 +222,16 @@ def _verdict(
 
 def _of_route_fetch(file: RouteFetchFile, *, is_only: bool) -> Verdict:
     """From where on fetching costs less, and whether that is to be relied on."""
+    reasons = conclude_maps(file.document)
+    sentences = list(map(plain, route_fetch_sentences(reasons)))
+    is_last_next = reasons[-1].code is RouteFetchCode.MEASURE_AGAIN
+    next_step = sentences.pop() if is_last_next else ""
     return Verdict(
         part="Route or fetch",
         section="route-fetch",
         whose="" if is_only else shorten(file.path.name, 32),
-        sentences=tuple(plain(f"{text}.") for text in route_fetch_sentences(conclude_maps(file.document))),
-        next_step="",
+        sentences=tuple(f"{text}." for text in sentences),
+        next_step=f"{next_step[:1].upper()}{next_step[1:]}",
         choices=(),
         stake=None,
         number=None,
