@@ -21,6 +21,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def rule_rows(seeds: int) -> Iterator[str]:
     layout, cpu_s = timed(solved, problem)
     scores = [activated(after, one) for one in (greedy_layout(first.mean(axis=0), 32, 0), layout)]
     yield f"| activated experts, 32 ranks, 16 tokens | {scores[0]:.2f} | {scores[1]:.2f} | | {cpu_s:.2f} |"
-    for strength in (2.0, 0.0):
+    for strength in (3.0, 2.0, 0.0):
         yield node_row(strength, seeds)
     load_LE = popularity("zipf 1.0", layers=61, experts=512)
     layout, cpu_s = timed(balanced_layout, load_LE, 512, 512)
@@ -155,16 +156,18 @@ def group_rows() -> Iterator[str]:
 
 
 def speed_rows() -> Iterator[str]:
-    for ranks, spread in ((32, 0.077), (64, 0.277), (128, 0.277)):
-        load_LE = popularity("zipf 0.8")
+    settings = [(ranks, spread, "zipf 0.8") for ranks, spread in ((32, 0.077), (64, 0.277), (128, 0.277))]
+    settings += [(128, spread, case) for spread in (0.077, 0.277) for case in ("zipf 1.0", "zipf 1.2")]
+    for ranks, spread, case in settings:
+        load_LE = popularity(case)
         speed_P = 1 + spread * (np.random.default_rng(0).random(ranks) - 0.5)
         speed_LP = np.tile(speed_P, (len(load_LE), 1))
         layout, cpu_s = timed(balanced_layout, load_LE, ranks, ranks, speed_LP=speed_LP)
         greedy = busiest(load_LE[None], greedy_layout(load_LE, ranks, ranks), speed_P)
         here = busiest(load_LE[None], layout, speed_P)
         yield (
-            f"| speeds spread {100 * spread:.1f} %, {ranks} + {ranks}, zipf 0.8 | {greedy:.3f} | "
-            f"{here:.4f} | 1.0000 | {cpu_s:.2f} |"
+            f"| speeds spread {100 * spread:.1f} %, {ranks} + {ranks}, {case} | {greedy:.3f} | {here:.4f} | "
+            f"1.0000 | {cpu_s:.2f} |"
         )
 
 
@@ -213,7 +216,12 @@ def node_row(strength: float, seeds: int) -> str:
         began_s = time.process_time()
         solution = solve(problem)
         spent_s += time.process_time() - began_s
-        layouts = greedy_layout(problem.load_SLE.mean(axis=0), 32, 0), solution.slot_LPK
+        later = replace(problem, token_TK=token_TK[~early_T], token_step_T=step_T[~early_T])
+        layouts = (
+            greedy_layout(problem.load_SLE.mean(axis=0), 32, 0),
+            solution.slot_LPK,
+            solve(later).slot_LPK,
+        )
         verdicts += solution.structure is not None and solution.structure.is_there
         row = []
         for layout in layouts:
@@ -221,10 +229,10 @@ def node_row(strength: float, seeds: int) -> str:
             node_E[layout[0].reshape(4, -1)] = np.arange(4)[:, None]
             row.append(nodes_touched(token_TK[~early_T], node_E, 4).mean())
         touched.append(row)
-    greedy, here = np.mean(touched, axis=0)
+    greedy, here, hindsight = np.mean(touched, axis=0)
     return (
         f"| nodes per token, topics of strength {strength:g} (structure in {verdicts} of {seeds}) | "
-        f"{greedy:.2f} | {here:.2f} | | {spent_s / seeds:.2f} |"
+        f"{greedy:.2f} | {here:.2f} | {hindsight:.2f} | {spent_s / seeds:.2f} |"
     )
 
 

@@ -2,17 +2,21 @@
 
 Shapes: S steps, L layers, E experts, P ranks, K slots of each rank, N = P * K slots in all; A: some layers.
 
-Three stages, each for all layers at once:
+Four stages, each for all layers at once:
 
 1. How many copies each expert gets: the expert of the largest share is split next, until no copy is left
    (water-filling). Water-filled counts ignore that a rank has few slots, so counts that give a part of the
-   copies to the lightest experts are tried as well, and where that leaves much, single copies are moved.
-2. Packing: the largest share first, to the emptiest rank that has a free slot and no copy of the expert.
-3. Exchanges: a slot of the busiest rank is exchanged with that slot of another rank after which the busier
-   of the two has least; random exchanges leave what no single one improves.
+   copies to the lightest experts are tried as well. Copies are packed: the largest share first, to the
+   emptiest rank that has a free slot and no copy of the expert.
+2. Exchanges: a slot of the busiest rank is exchanged with that slot of another rank after which the busier
+   of the two has least, while that is less than before.
+3. Copies: an expert of the busiest rank gets a slot of an expert with several copies, by chance; exchanges
+   follow, and what is worse is dropped.
+4. Exchanges that may make it worse: the best one is made even where it helps nothing, and neither rank takes
+   part in one with the busiest again for some rounds. The best layout on the way is kept.
 
-The first two stages with water-filled counts are what the published greedy balancers do, and are given as
-such for comparison (`greedy_layout`).
+The first stage with water-filled counts is what the published greedy balancers do, and is given as such for
+comparison (`greedy_layout`).
 """
 
 from __future__ import annotations
@@ -26,7 +30,6 @@ from observatory.analysis.parallel.balancing.layouts import (
     holders,
     lower_bound,
     pack,
-    rank_times,
     slots_per_rank,
     water_filled,
 )
@@ -35,13 +38,17 @@ from observatory.analysis.parallel.balancing.layouts import (
 _CLOSE = 1e-3
 #: Parts of the replicas that go to the lightest experts instead of the heaviest.
 _SPARED = np.arange(1, 8) / 10
-#: Rounds of exchanges, and how often random exchanges are tried where they ended, with replicas and without.
-_ROUNDS, _KICKS, _PLAIN_KICKS, _MOST_KICKED = 400, 50, 20, 3
-#: How often other counts are tried where the busiest rank is this far above the goal, and how many of the
-#: experts that can best spare a copy may lose one.
-_RECOUNTS, _FAR, _DONORS = 20, 0.01, 16
-#: Layers times ranks times copies above which fewer random exchanges and counts are tried.
-_LARGE = 24_000_000
+#: Rounds of exchanges: from a packed layout, after a copy, and of those that may make it worse, with
+#: replicas and without.
+_ROUNDS, _COPY_ROUNDS, _FREE_ROUNDS, _PLAIN_FREE_ROUNDS = 400, 60, 200, 60
+#: Rounds in which ranks that have exchanged a slot take part in no other one: at most so many, and so
+#: many for each rank.
+_BARRED_ROUNDS, _BARRED_PART = 20, 0.25
+#: How often copies are tried where the busiest rank is this far above the goal, and how many of the
+#: experts that can best spare one may lose it.
+_COPIES, _FAR, _DONORS = 70, 0.002, 48
+#: Layers times ranks times copies above which less is tried.
+_LARGE = 20_000_000
 
 
 def balanced_layout(
@@ -54,7 +61,7 @@ def balanced_layout(
         ranks: P.
         replicas: copies beyond one of each expert, in each layer.
         speed_LP: speeds of the ranks, in any unit; None: all alike.
-        seed: of the random exchanges.
+        seed: of the copies that are tried.
 
     Raises:
         PlacementError: the copies do not fill the ranks evenly.
@@ -75,16 +82,16 @@ def balanced_layout(
         if fits_A.any():
             best.offer(left[fits_A], count_AE[fits_A])
     generator = np.random.default_rng(seed)
-    for _ in range(round(_RECOUNTS * effort) if replicas else 0):
+    for _ in range(round(_COPIES * effort) if replicas else 0):
         left = best.unfinished(_FAR)
         if not len(left):
             break
-        best.offer(left, _recounted(share_LE[left], best.slot_LPK[left], generator))
-    for _ in range(round((_KICKS if replicas else _PLAIN_KICKS) * effort)):
-        left = best.unfinished()
-        if not len(left):
-            break
-        best.keep(left, _kicked(best.time_LP[left], best.slot_LPK[left], generator))
+        more = _with_a_copy(share_LE[left], best.slot_LPK[left], best.time_LP[left], generator)
+        best.keep(left, more, rounds=_COPY_ROUNDS)
+    left = best.unfinished()
+    if len(left):
+        rounds = round((_FREE_ROUNDS if replicas else _PLAIN_FREE_ROUNDS) * effort)
+        best.keep(left, best.slot_LPK[left], rounds=rounds, is_free=True)
     return best.slot_LPK
 
 
@@ -96,7 +103,7 @@ class _Best:
         bound_L = lower_bound(share_LE, ranks, slot_LPK[0].size - share_LE.shape[1])
         self.goal_L = np.maximum(bound_L / speed_LP.max(axis=1), 1.0) * (1 + _CLOSE)
         self.share_LE, self.speed_LP, self.slot_LPK = share_LE, speed_LP, slot_LPK
-        self.time_LP = _exchange(share_LE, slot_LPK, self.goal_L, speed_LP)
+        self.time_LP = _exchange(share_LE, slot_LPK, self.goal_L, speed_LP, rounds=_ROUNDS)
 
     def unfinished(self, above: float = 0.0) -> Int64:
         """Layers that are further above their goal than this part of it."""
@@ -107,39 +114,56 @@ class _Best:
         ranks = self.speed_LP.shape[1]
         self.keep(layer_A, pack(self.share_LE[layer_A], count_AE, ranks, self.speed_LP[layer_A]))
 
-    def keep(self, layer_A: Int64, slot_APK: Int64) -> None:
+    def keep(self, layer_A: Int64, slot_APK: Int64, *, rounds: int = _ROUNDS, is_free: bool = False) -> None:
         """Improve layouts of some layers by exchanges and keep those that are not worse than before."""
-        time_AP = _exchange(self.share_LE[layer_A], slot_APK, self.goal_L[layer_A], self.speed_LP[layer_A])
+        share_AE, goal_A, speed_AP = self.share_LE[layer_A], self.goal_L[layer_A], self.speed_LP[layer_A]
+        time_AP = _exchange(share_AE, slot_APK, goal_A, speed_AP, rounds=rounds, is_free=is_free)
         kept_A = time_AP.max(axis=1) <= self.time_LP[layer_A].max(axis=1)
         self.time_LP[layer_A[kept_A]] = time_AP[kept_A]
         self.slot_LPK[layer_A[kept_A]] = slot_APK[kept_A]
 
 
-def _recounted(load_AE: Float64, slot_APK: Int64, generator: np.random.Generator) -> Int64:
-    """Copies with one more of an expert on the busiest rank, and one less of an expert that can spare it."""
-    layers, ranks, slots = slot_APK.shape
+def _with_a_copy(
+    load_AE: Float64, slot_APK: Int64, time_AP: Float64, generator: np.random.Generator
+) -> Int64:
+    """Layouts with one more copy of an expert of the busiest rank, in a slot of one that can spare it."""
+    layers, _, slots = slot_APK.shape
     row_A = np.arange(layers)
     count_AE = copies(slot_APK, load_AE.shape[1])
-    busiest_A = rank_times(load_AE[None], slot_APK)[0].argmax(axis=1)
-    more_A = slot_APK[row_A, busiest_A, generator.integers(slots, size=(layers,))]
+    more_A = slot_APK[row_A, time_AP.argmax(axis=1), generator.integers(slots, size=(layers,))]
     share_AE = np.where(count_AE > 1, load_AE / np.maximum(count_AE - 1, 1), np.inf)  # with a copy less
     share_AE[row_A, more_A] = np.inf
-    donor = min(_DONORS, load_AE.shape[1])
-    less_A = share_AE.argsort(axis=1)[row_A, generator.integers(donor, size=(layers,))]
-    fits_A = np.isfinite(share_AE[row_A, less_A]) & (count_AE[row_A, more_A] < ranks)
-    count_AE[row_A[fits_A], more_A[fits_A]] += 1
-    count_AE[row_A[fits_A], less_A[fits_A]] -= 1
-    return count_AE
+    donors = min(_DONORS, load_AE.shape[1])
+    less_A = share_AE.argsort(axis=1)[row_A, generator.integers(donors, size=(layers,))]
+    has_it_AP = (slot_APK == more_A[:, None, None]).any(axis=2)
+    at_APK = (slot_APK == less_A[:, None, None]) & ~has_it_AP[:, :, None]
+    time_AN = np.where(at_APK, time_AP[:, :, None], np.inf).reshape(layers, -1)
+    slot_A: Int64 = time_AN.argmin(axis=1)
+    fits_A = np.isfinite(share_AE[row_A, less_A]) & np.isfinite(time_AN[row_A, slot_A])
+    more_APK = slot_APK.copy()
+    more_APK.reshape(layers, -1)[row_A[fits_A], slot_A[fits_A]] = more_A[fits_A]
+    return more_APK
 
 
-def _exchange(load_LE: Float64, slot_LPK: Int64, goal_L: Float64, speed_LP: Float64) -> Float64:
-    """Exchange slots of the busiest rank with others while the busier of the two gets less, in place.
+def _exchange(
+    load_LE: Float64,
+    slot_LPK: Int64,
+    goal_L: Float64,
+    speed_LP: Float64,
+    *,
+    rounds: int,
+    is_free: bool = False,
+) -> Float64:
+    """Exchange slots of the busiest rank with others, in place; the best layout on the way is left.
 
     Args:
         load_LE: loads that add up to 1, or to 0, in each layer.
         slot_LPK: the layout.
         goal_L: max/mean at which a layer is done.
         speed_LP: speeds of the ranks, whose mean is 1.
+        rounds: exchanges of each layer, at most.
+        is_free: whether exchanges go on where the busier of the two ranks gets no less; the two take part
+            in no other one for some rounds.
 
     Returns:
         Times of the ranks over that of perfectly balanced ones, (L, P).
@@ -150,9 +174,11 @@ def _exchange(load_LE: Float64, slot_LPK: Int64, goal_L: Float64, speed_LP: Floa
     holds_LPE = holders(slot_LPK, load_LE.shape[1])
     rank_P1 = np.arange(ranks)[:, None]
     time_LP = share_LPK.sum(axis=2) / speed_LP
+    best_LPK, best_LP = (slot_LPK.copy(), time_LP.copy()) if is_free else (slot_LPK, time_LP)
+    barred_LP, barred_rounds = np.zeros((layers, ranks)), min(_BARRED_ROUNDS, int(_BARRED_PART * ranks))
     layer_A = np.arange(layers)
-    for _ in range(_ROUNDS):
-        layer_A = layer_A[time_LP[layer_A].max(axis=1) > goal_L[layer_A]]
+    for turn in range(rounds):
+        layer_A = layer_A[best_LP[layer_A].max(axis=1) > goal_L[layer_A]]
         if not len(layer_A):
             break
         row_A, layer_A11 = np.arange(len(layer_A)), layer_A[:, None, None]
@@ -166,15 +192,17 @@ def _exchange(load_LE: Float64, slot_LPK: Int64, goal_L: Float64, speed_LP: Floa
         other_AKN = time_AN[:, None, :] + less_AKN / speed_AN[:, None, :]
         busier_AKN = np.maximum(other_AKN, most_A[:, None, None] - less_AKN / speed_A[:, None, None])
         they_hold = holds_LPE[layer_A11, rank_P1, mine_AK[:, None, :]].transpose(0, 2, 1)
+        if is_free:
+            they_hold = they_hold | (barred_LP[layer_A] > turn)[:, None, :]
         i_hold = holds_LPE[layer_A[:, None], busiest_A[:, None], slot_AN]
         refused = np.repeat(they_hold, slots, axis=2) | i_hold[:, None, :] | (less_AKN <= 0)
         np.copyto(busier_AKN, np.inf, where=refused)
         flat = busier_AKN.reshape(len(layer_A), -1)
         choice_A = flat.argmin(axis=1)
-        better_A = flat[row_A, choice_A] < most_A * (1 - 1e-9)
-        layer_A, mine_A, choice_A = layer_A[better_A], busiest_A[better_A], choice_A[better_A]
-        k_A, n_A = np.divmod(choice_A, ranks * slots)
-        other_A, q_A = np.divmod(n_A, slots)
+        most_after_A = np.full(len(layer_A), np.inf) if is_free else most_A * (1 - 1e-9)
+        goes_on_A = flat[row_A, choice_A] < most_after_A
+        layer_A, mine_A, choice_A = layer_A[goes_on_A], busiest_A[goes_on_A], choice_A[goes_on_A]
+        k_A, other_A, q_A = np.unravel_index(choice_A, (slots, ranks, slots))
         given_A, taken_A = slot_LPK[layer_A, mine_A, k_A], slot_LPK[layer_A, other_A, q_A]
         moved_A = share_LPK[layer_A, mine_A, k_A] - share_LPK[layer_A, other_A, q_A]
         slot_LPK[layer_A, mine_A, k_A], slot_LPK[layer_A, other_A, q_A] = taken_A, given_A
@@ -184,24 +212,10 @@ def _exchange(load_LE: Float64, slot_LPK: Int64, goal_L: Float64, speed_LP: Floa
         time_LP[layer_A, other_A] += moved_A / speed_LP[layer_A, other_A]
         holds_LPE[layer_A, mine_A, given_A] = holds_LPE[layer_A, other_A, taken_A] = False
         holds_LPE[layer_A, mine_A, taken_A] = holds_LPE[layer_A, other_A, given_A] = True
-    return np.asarray(time_LP)
-
-
-def _kicked(time_LP: Float64, slot_LPK: Int64, generator: np.random.Generator) -> Int64:
-    """A copy with a few random exchanges, the first of them from the busiest rank."""
-    layers, ranks, slots = slot_LPK.shape
-    slot_LPK, row_L = slot_LPK.copy(), np.arange(layers)
-    mine_L: Int64 = np.asarray(time_LP.argmax(axis=1))
-    for _ in range(generator.integers(1, _MOST_KICKED + 1)):
-        other_L = generator.integers(ranks, size=(layers,))
-        k_L, q_L = generator.integers(slots, size=(2, layers))
-        given_L, taken_L = slot_LPK[row_L, mine_L, k_L], slot_LPK[row_L, other_L, q_L]
-        fits_L = (
-            (mine_L != other_L)
-            & ~(slot_LPK[row_L, other_L] == given_L[:, None]).any(axis=1)
-            & ~(slot_LPK[row_L, mine_L] == taken_L[:, None]).any(axis=1)
-        )
-        slot_LPK[row_L[fits_L], mine_L[fits_L], k_L[fits_L]] = taken_L[fits_L]
-        slot_LPK[row_L[fits_L], other_L[fits_L], q_L[fits_L]] = given_L[fits_L]
-        mine_L = generator.integers(ranks, size=(layers,))
-    return slot_LPK
+        if is_free:
+            barred_LP[layer_A, mine_A] = barred_LP[layer_A, other_A] = turn + barred_rounds
+            better_A = layer_A[time_LP[layer_A].max(axis=1) < best_LP[layer_A].max(axis=1) * (1 - 1e-9)]
+            best_LPK[better_A], best_LP[better_A] = slot_LPK[better_A], time_LP[better_A]
+    if is_free:
+        slot_LPK[:] = best_LPK
+    return np.asarray(best_LP)
