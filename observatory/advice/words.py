@@ -75,9 +75,11 @@ _SENTENCES = {
     Code.UNRELIABLE_FIT: "not to be relied on: the model of {algorithm} ({verdict})",
     Code.FIT_COST: "its predictions are off by {median_error} in the median, {p90_error} in the worst tenth",
     Code.BEST_CHANGE: "worth changing: in {phase}, {change}{setting}",
-    Code.CHANGE_GAIN: "{part} of a step takes {gain} less time{pays}{elsewhere}",
+    Code.CHANGE_GAIN: "{part} of a step takes {gain} less time{energy}{pays}{elsewhere}",
     Code.DOES_NOT_FIT: "today's experts do not fit into the memory of {ranks} ranks: use more ranks, or an "
     "{change}{setting}",
+    Code.CLOCK_SAVES: "no other layout or exchange is worth changing; a clock lock{setting} saves {saving} "
+    "of the energy and takes {slowdown} more time",
     Code.PERFECT_BALANCE: "perfect balance of the ranks would take {gain} off a step of {phase}",
     Code.EXTRAPOLATED: "not certain: in {phase}, {change}{setting} is predicted to take {gain} less time, "
     "by a network model of other numbers of ranks or nodes",
@@ -142,16 +144,7 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
         shown["facts"] = f"{listing(names)} {'differs' if len(names) == 1 else 'differ'}"
     if code is Code.HELD_BY_CAP:
         shown["in_phase"] = f" in {values['phase']}" if values["phase"] else ""
-    if code is Code.EXTRAPOLATED:
-        shown["gain"] = _interval(values["gain"], values["gain_low"], values["gain_high"])
-    if code in (Code.BEST_CHANGE, Code.EXTRAPOLATED, Code.DOES_NOT_FIT):
-        shown["setting"] = f" ({values['setting']})" if values["setting"] else ""
-    if code is Code.CHANGE_GAIN:
-        steps = values["break_even_steps"]
-        shown["gain"] = _interval(values["gain"], values["gain_low"], values["gain_high"])
-        shown["part"] = "the MoE part" if values["has_exchanges"] else "the expert part"
-        shown["elsewhere"] = "".join(map(_elsewhere, values["elsewhere"]))
-        shown["pays"] = _pays(steps, values["cost_known"])
+    shown |= _of_change(code, values)
     if code is Code.DEAREST_PREFILL:
         shown["energy"] = f"{values['prefill_mj'] / 1e3:.3g} J"
     if code is Code.LEAST_ENERGY:
@@ -162,6 +155,44 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
     if code in (Code.CLOCK_COST, Code.COMMON_COST, Code.REUSE_COST):
         shown["saving"] = _interval(values["saving_value"], values["saving_low"], values["saving_high"])
     return shown
+
+
+def _of_change(code: Code, values: Mapping[str, Any]) -> dict[str, str]:
+    """Values of sentences about changes of a set-up; empty for all others."""
+    if code not in (
+        Code.BEST_CHANGE,
+        Code.CHANGE_GAIN,
+        Code.EXTRAPOLATED,
+        Code.DOES_NOT_FIT,
+        Code.CLOCK_SAVES,
+    ):
+        return {}
+    shown = {}
+    if code in (Code.CHANGE_GAIN, Code.EXTRAPOLATED):
+        shown["gain"] = _interval(values["gain"], values["gain_low"], values["gain_high"])
+    if code is not Code.CHANGE_GAIN:
+        return shown | _of_setting(code, values)
+    return shown | {
+        "part": "the MoE part" if values["has_exchanges"] else "the expert part",
+        "elsewhere": "".join(map(_elsewhere, values["elsewhere"])),
+        "energy": _energy_words(values["energy_saved"]),
+        "pays": _pays(values["break_even_steps"], values["cost_known"]),
+    }
+
+
+def _of_setting(code: Code, values: Mapping[str, Any]) -> dict[str, str]:
+    shown = {"setting": f" ({values['setting']})" if values["setting"] else ""}
+    if code is Code.CLOCK_SAVES:
+        ends = (values[f"energy_saving{end}"] for end in ("", "_low", "_high"))
+        shown |= {"saving": _interval(*ends), "slowdown": percent_words(values["slowdown"])}
+    return shown
+
+
+def _energy_words(saved: float | None) -> str:
+    """What a change saves of the energy of a step, or costs; empty where that is not known."""
+    if saved is None:
+        return ""
+    return f" and {percent_words(abs(saved))} {'less' if saved >= 0 else 'more'} energy"
 
 
 def _pays(steps: float | None, cost_known: bool) -> str:

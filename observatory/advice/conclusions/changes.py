@@ -35,6 +35,11 @@ def conclude_advice(document: Row) -> Conclusion:
         likely = max(outside, key=lambda row: row["gain"])
         place = chosen(likely, "phase", "change", "setting", "gain", "gain_low", "gain_high", "ranks")
         return (Reason(Code.EXTRAPOLATED, place), Reason(Code.OTHER_FABRIC, chosen(likely, "ranks")))
+    locks = [row for _, _, row in rows if row["change"] == "clock lock" and row["verdict"] == "change"]
+    if not best and locks:
+        surest = max(locks, key=lambda row: row["energy_saving_low"])
+        names = ("setting", "energy_saving", "energy_saving_low", "energy_saving_high", "slowdown")
+        return (Reason(Code.CLOCK_SAVES, chosen(surest, *names)),)
     if not best:
         balanced = [
             {"phase": phase["phase"], **row}
@@ -48,12 +53,23 @@ def conclude_advice(document: Row) -> Conclusion:
     place = {"run": run["run"], "phase": phase["phase"], **chosen(row, "change", "setting")}
     gain = chosen(row, "gain", "gain_low", "gain_high", "break_even_steps")
     gain["cost_known"] = row["change_us"] is not None
-    values = {**gain, "has_exchanges": run["network"] is not None, "elsewhere": phase["elsewhere"]}
+    values = {
+        **gain,
+        "has_exchanges": run["network"] is not None,
+        "elsewhere": phase["elsewhere"],
+        "energy_saved": _energy_saved(phase["verdicts"][0], row),
+    }
     return (
         Reason(Code.BEST_CHANGE, place),
         Reason(Code.CHANGE_GAIN, values),
         *_next_of_change(run, phase, row),
     )
+
+
+def _energy_saved(today: Row, row: Row) -> float | None:
+    """Share of the energy of today's step that a change saves; None where either is not known."""
+    before_mj, after_mj = today["energy_mj"], row["energy_mj"]
+    return None if not before_mj or after_mj is None else 1.0 - float(after_mj / before_mj)
 
 
 def _best(phase: Row) -> Row:

@@ -60,6 +60,7 @@ class Code(StrEnum):
     BEST_CHANGE = "best_change"
     CHANGE_GAIN = "change_gain"
     PERFECT_BALANCE = "perfect_balance"
+    CLOCK_SAVES = "clock_saves"
     EXTRAPOLATED = "extrapolated"
     OTHER_FABRIC = "other_fabric"
     DOES_NOT_FIT = "does_not_fit"

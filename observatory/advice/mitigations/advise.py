@@ -406,9 +406,14 @@ def _clock_lock(lab: Lab, clocks: ClockModel | None) -> Iterator[Verdict]:
     if clocks is None:
         yield not_known(Mitigation.CLOCK_LOCK, MitigationCode.NO_CLOCKS)
         return
-    for series in recommend_clocks(clocks).series:
-        if lab.trace.phase not in series.title and len(clocks.series) > 1:
-            continue
+    advised = [
+        series
+        for series in recommend_clocks(clocks).series
+        if clocks.series[series.index].phase in ("unknown", lab.trace.phase)
+    ]
+    if not advised:
+        yield not_known(Mitigation.CLOCK_LOCK, MitigationCode.OTHER_PHASES, phase=lab.trace.phase)
+    for series in advised:
         choice = series.choice
         if choice is None:
             yield replace(

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from observatory.advice.mitigations.advise import Advice, above_published
-from observatory.advice.mitigations.verdict import Premise, Verdict
+from observatory.advice.mitigations.verdict import MitigationCode, Premise, Verdict
 from observatory.advice.mitigations.words import premise_words, reason_words
 from observatory.analysis.columns import Column, Table
 from observatory.analysis.statistics import Interval
@@ -168,6 +168,8 @@ def _phase_doubts(run: Mapping[str, Any]) -> Iterator[str]:
                 f"today's steps of {phase['phase']}: {predicted:.3g} ms predicted, {measured:.3g} ms "
                 f"measured by spans{doubt}"
             )
+        if today["energy_reason"] is not None and today["energy_reason"]["code"] != MitigationCode.NO_POWER:
+            yield f"no energy of {phase['phase']}: {reason_words(today['energy_reason'])}"
         for row in phase["verdicts"]:
             if row["verdict"] == "change" and row["above_published"] is not None:
                 yield (
@@ -265,6 +267,7 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         "change_us": verdict.change_us,
         "break_even_steps": verdict.break_even_steps,
         "energy_mj": verdict.energy_mj,
+        "energy_covered": verdict.energy_covered,
         "energy_reason": None if verdict.energy_reason is None else verdict.energy_reason.document(),
         **dict(_ends("energy_saving", verdict.energy_saving)),
         **dict(_ends("slowdown", verdict.slowdown)),

@@ -373,6 +373,9 @@ class Lab:
             dispatch_S=empty_S,
             combine_S=empty_S,
             waiting_S=np.zeros_like(balanced.waiting_S),
+            energy_S=None,
+            no_energy=Reason(MitigationCode.NO_PROGRAM),
+            covered=0.0,
         )
 
     def least_exchange_us(self) -> float:
@@ -487,14 +490,16 @@ def code_of(gain: Interval) -> VerdictCode:
 def shown(timed: Timed, total_S: Float64, extra_S: Float64) -> dict[str, Any]:
     """The times of a verdict."""
     extra = {"extra": float(extra_S.mean())} if extra_S.any() else {}
+    energy_S, covered, no_energy = timed.energy_of(total_S)
     return {
         "step_us": float(total_S.mean()),
         "p10_us": float(np.quantile(total_S, 0.1)),
         "p90_us": float(np.quantile(total_S, 0.9)),
         "parts_us": timed.parts() | extra,
         "extrapolated": timed.extrapolated,
-        "energy_mj": None if timed.energy_S is None else float(timed.energy_S.mean()),
-        "energy_reason": timed.no_energy,
+        "energy_mj": None if energy_S is None else float(energy_S.mean()),
+        "energy_covered": covered,
+        "energy_reason": no_energy,
     }
 
 

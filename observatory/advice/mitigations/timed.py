@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from observatory.advice.mitigations.verdict import MitigationCode
 from observatory.analysis.experts.cost import ExpertCost
-from observatory.analysis.experts.step_energy import step_energy
+from observatory.analysis.experts.step_energy import COVERED, step_energy
 from observatory.analysis.experts.step_time import StepTimes
+from observatory.analysis.experts.words import StepCode
 from observatory.analysis.network.network import NetworkModel
 from observatory.analysis.network.words import NetworkCode
 from observatory.analysis.parallel.step_loads import StepLoads
@@ -90,6 +91,8 @@ class Timed:
             None where nothing is.
         energy_S: millijoules; None where it is not known, as ``no_energy`` says.
         no_energy: why there is no energy; None when there is.
+        covered: share of the time of which power is known; 0 without power samples.
+        phase: whose steps they are.
         left_out: parts whose time is not known and not in the total.
         reason: why exchanges are not predicted; None when they are.
     """
@@ -104,6 +107,8 @@ class Timed:
     other_fabric: Reason | None = None
     energy_S: Float64 | None = None
     no_energy: Reason | None = None
+    covered: float = 0.0
+    phase: str = ""
     left_out: tuple[str, ...] = ()
     reason: Reason | None = None
 
@@ -135,6 +140,8 @@ class Timed:
             other_fabric=outer[0] if outer else None,
             energy_S=None if joules_S is None else 1e3 * joules_S,
             no_energy=without,
+            covered=0.0 if energy is None else energy.covered,
+            phase=phase,
             left_out=tuple(part for part in ("shared",) if part in times.reasons),
             reason=reasons[0] if reasons else None,
         )
@@ -155,6 +162,22 @@ class Timed:
     def total_S(self) -> Float64:
         """The MoE part of each step."""
         return self.exchange_S + self.compute_S
+
+    def energy_of(self, total_S: Float64) -> tuple[Float64 | None, float, Reason | None]:
+        """Energy of steps that take longer than this by something of unknown power.
+
+        Args:
+            total_S: microseconds of each step, all told.
+
+        Returns:
+            Millijoules or None, the share of the time of which power is known, and why there is none.
+        """
+        covered = self.covered * float(self.total_S.sum() / max(total_S.sum(), 1e-300))
+        if self.energy_S is None:
+            return None, covered, self.no_energy
+        if covered < COVERED:
+            return None, covered, Reason(StepCode.POWER_COVERS, {"phase": self.phase, "covered": covered})
+        return self.energy_S * total_S / np.maximum(self.total_S, 1e-300), covered, None
 
     def parts(self) -> dict[str, float]:
         """Mean of each part that is known."""

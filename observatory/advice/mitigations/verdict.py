@@ -76,7 +76,9 @@ class MitigationCode(StrEnum):
     NO_MEMORY = "no_memory_size"
     NO_HOST_RATE = "no_host_rate"
     NO_CLOCKS = "no_clock_model"
+    OTHER_PHASES = "clocks_of_other_phases"
     NO_POWER = "no_power"
+    NO_PROGRAM = "no_program"
     NO_SEQUENCES = "no_sequences"
     ONE_NODE = "one_node"
     IN_USE = "in_use"
@@ -157,6 +159,7 @@ class Verdict:
         energy_saving: share of the energy that it saves; None where no energy is known.
         energy_mj: energy of the MoE part of a step, by the power of its phase; None with ``energy_reason``.
         energy_reason: why there is no energy; None for what has no time.
+        energy_covered: share of the time of which power is known; None for what has no time.
         slowdown: share of time that it costs, where energy is what it is for; None else.
         premise: what it rests on; None for references.
         grades: what its numbers rest on: measured, fitted, published, assumed; each once.
@@ -183,6 +186,7 @@ class Verdict:
     slowdown: Interval | None = None
     energy_mj: float | None = None
     energy_reason: Reason | None = None
+    energy_covered: float | None = None
     premise: Premise | None = None
     grades: tuple[str, ...] = ()
     extrapolated: float | None = None

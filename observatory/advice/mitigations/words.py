@@ -23,6 +23,7 @@ _MISSING = {
     MitigationCode.REPLICATED_TODAY: "experts have replicas today",
     MitigationCode.NO_HOST_RATE: "no rate from the host; state host_bytes_per_s in the topology",
     MitigationCode.NO_CLOCKS: "no clock model; give --clocks",
+    MitigationCode.OTHER_PHASES: "the clock model has no series of {phase}",
     MitigationCode.NO_SEQUENCES: "too few sampled sequences, or their length is not known",
     MitigationCode.ONE_NODE: "all ranks are on one node",
     MitigationCode.IN_USE: "in use already",
@@ -37,6 +38,10 @@ _MISSING = {
     "{measured}",
     StepCode.NO_NETWORK: "no network model; fit one and give --network",
     StepCode.NOT_PREDICTED: "{error}",
+    StepCode.PHASE_WITHOUT_POWER: "no power was measured in it",
+    StepCode.POWER_COVERS: "power is known for {covered} of its time only",
+    MitigationCode.NO_POWER: "the run has no power samples",
+    MitigationCode.NO_PROGRAM: "no program reaches this time",
     StepCode.TOP_K_VARIES: "tokens have no fixed number of experts",
 }
 
@@ -71,6 +76,7 @@ _PREMISES = {
 _SHARES = frozenset(
     (
         "activated",
+        "covered",
         "share",
         "even_share",
         "crossing",

@@ -25,7 +25,7 @@ _SPANS = {
     "local": None,
 }
 #: Less of the time with a known power gives no energy of the whole.
-_COVERED = 0.9
+COVERED = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,7 +71,7 @@ def step_energy(times: StepTimes, phase: str, phases: pd.DataFrame) -> StepEnerg
             known_s += float(part_SL.sum())
     total_s = float(times.total_s.sum())
     covered = known_s / total_s if total_s > 0 else 0.0
-    if covered < _COVERED:
+    if covered < COVERED:
         reason = Reason(StepCode.POWER_COVERS, {"phase": phase, "covered": covered})
         return StepEnergy(joules_S=None, covered=covered, reason=reason)
     return StepEnergy(joules_S=joules_S / covered, covered=covered)

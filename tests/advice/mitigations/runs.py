@@ -5,17 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 
 from observatory.run import RunWriter, routing_rows
-from observatory.run.manifest import DataSpec, Manifest, ModelSpec, MoeLayerSpec
+from observatory.run.manifest import DataSpec, Manifest, ModelSpec, MoeLayerSpec, RankPower
 
 EXPERTS, TOP_K = 16, 2
 
 
 def sized_run(
-    folder: Path, *, steps: int = 32, skew: float = 4.0, phase: str = "prefill", tokens: int = 4096
+    folder: Path,
+    *,
+    steps: int = 32,
+    skew: float = 4.0,
+    phase: str = "prefill",
+    tokens: int = 4096,
+    watts: float | None = None,
 ) -> Path:
-    """Two layers of 16 experts on one source rank; the first four have ``skew`` times the others' load."""
+    """Two layers of 16 experts on one source rank; the first four have ``skew`` times the others' load.
+
+    With ``watts`` a device draws them for all of the steps, of 300 ms each.
+    """
     generator = np.random.default_rng(0)
     share_E = np.array([skew] * 4 + [1.0] * 12)
     layers = tuple(
@@ -42,4 +53,18 @@ def sized_run(
                     load_NE=load_SE,
                 ),
             )
+        if watts is not None:
+            _append_power(writer, steps, phase, watts)
     return folder
+
+
+def _append_power(writer: RunWriter, steps: int, phase: str, watts: float) -> None:
+    start_ns = np.arange(steps) * 300_000_000
+    spans = pd.DataFrame({"step": np.arange(steps), "phase": phase, "name": "phase", "start_ns": start_ns})
+    spans = spans.assign(source_rank=np.int32(0), end_ns=start_ns + 300_000_000)
+    time_ns = np.arange(-500_000_000, start_ns[-1] + 800_000_000, 20_000_000)
+    power = pd.DataFrame({"time_ns": time_ns, "device_uuid": "GPU-a", "power_mw": int(1e3 * watts)})
+    power["energy_mj"] = ((time_ns - time_ns[0]) * watts * 1e-6).astype(np.int64)
+    writer.append("spans", pa.Table.from_pandas(spans, preserve_index=False))
+    writer.append("power", pa.Table.from_pandas(power, preserve_index=False))
+    writer.set_power(RankPower(own_devices=("GPU-a",)))
