@@ -95,7 +95,7 @@ def known_constants(
         constants = published_constants(name.removeprefix(PREFIX), seed=seed)
         notes = [
             f"published constants ({constants.source}): nothing was measured on this fabric; attention and "
-            "experts are left out on both sides, and prefill is not known"
+            "experts are left out on both sides, and nothing is published of prefill"
         ]
         return [(shape, constants, None) for shape in shapes], notes
     result = load_route_fetch(Path(name))

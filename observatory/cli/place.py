@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from observatory.cli.options import RANKS, CsvOption, ForceOption, JsonOption, WideOption
+from observatory.cli.options import RANKS, CsvOption, ForceOption, JsonOption, WideOption, refuse_ignored
 
 if TYPE_CHECKING:
     from observatory.advice.placement_scores import PlacementRules
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def place(
+    context: typer.Context,
     run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Run directory.")] = None,
     ranks: Annotated[
         int | None,
@@ -140,6 +141,7 @@ def place(
 
     if sum(given is not None for given in (run, problem, evaluate)) != 1:
         raise PlacementError("place takes a run, or --problem, or --evaluate; expected one of them")
+    _refuse_ignored(context)
     if out is not None:
         from observatory.campaign.benchmark import check_out
 
@@ -204,6 +206,22 @@ def place(
     if out is not None:
         say(f"placement written to {out}")
         say(f"try it: observatory profile MODEL --ep {ranks} --placement {quote(str(out))}")
+
+
+def _refuse_ignored(context: typer.Context) -> None:
+    """Refuse options that do nothing for what is placed: a run, a problem, or a solver's problems."""
+    given = context.params
+    for_all = {"run", "problem", "evaluate", "out", "force", "wide", "csv", "json"}
+    of_evaluate = {"on", "generated_only", "timeout_s"}
+    of_run = set(given) - for_all - of_evaluate
+    if given["run"] is not None:
+        refuse_ignored(context, of_evaluate, "without --evaluate")
+    elif given["problem"] is not None:
+        refuse_ignored(context, of_run | of_evaluate, "with --problem")
+    else:
+        refuse_ignored(context, of_run, "with --evaluate")
+    if given["experts"] is None:
+        refuse_ignored(context, {"network"}, "without --experts")
 
 
 def _loads(run: Run, phase: str | None, *, by_source: bool) -> StepLoads:

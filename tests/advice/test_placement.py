@@ -311,3 +311,19 @@ def test_expert_times_of_another_model_are_refused(
     run = run_of_loads(tmp_path / "run", noisy([10.0] * 4))
     assert main(["place", str(run), "--ranks", "2", "--experts", str(tmp_path / "none.json")]) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--problem", "p.npz", "--ranks", "4"],
+        ["--evaluate", "true", "--replicas", "4"],
+        ["run", "--ranks", "4", "--generated-only"],
+        ["run", "--ranks", "4", "--network", "fit.json"],
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["place", *argv]) == 1
+    assert argv[-2 if argv[-1].isdigit() or argv[-1].endswith(".json") else -1] in capsys.readouterr().err

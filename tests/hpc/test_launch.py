@@ -203,4 +203,4 @@ def test_the_command_places_experts_as_a_file_says_replicas_too(
     ]
     argv[argv.index("2")] = "4"
     assert main([*argv, "--out", str(tmp_path / "four")]) == 1
-    assert "placement placement.json is for 2 ranks, not EP 4; give --ep 2" in capfd.readouterr().err
+    assert "placement placement.json is for 2 ranks, not 4" in capfd.readouterr().err

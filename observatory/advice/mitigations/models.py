@@ -39,6 +39,11 @@ def setup_of(run: Run, topology: Path | None, *, ranks: int | None, gpus_per_nod
             raise AdviceError(
                 f"--ranks {ranks} and a topology of {setup.ranks} ranks", expected="the same, or one of both"
             )
+        if gpus_per_node not in (None, setup.gpus_per_node) and "gpus_per_node" in setup.model_fields_set:
+            raise AdviceError(
+                f"--gpus-per-node {gpus_per_node} and a topology of {setup.gpus_per_node}",
+                expected="the same, or one of both",
+            )
     if gpus_per_node is None:
         return setup
     try:

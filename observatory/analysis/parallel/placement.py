@@ -178,7 +178,7 @@ class PlacementFile(BaseModel):
         ranks = self.ranks or self.highest_rank + 1
         if ranks != ep:
             raise PlacementError(
-                f"placement {self.name} is for {ranks} ranks, not EP {ep}; give --ep {ranks}"
+                f"placement {self.name} is for {ranks} ranks, not {ep}; expected one for {ep} ranks"
             )
         entries = self.expert_to_rank
         if self.layers is not None:
