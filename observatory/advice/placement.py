@@ -22,7 +22,7 @@ from observatory.advice.placement_floor import AT_FLOOR, routing_floor
 from observatory.advice.placement_layouts import (
     Solver,
     hindsight_layout,
-    nodes_per_token,
+    nodes_by_step,
     plain_layouts,
 )
 from observatory.advice.placement_scores import PlacementRules, Scorer
@@ -54,7 +54,9 @@ class PlacementCode(StrEnum):
     LAYERS_KEPT = "layers_kept"
     GROUPS_COST = "groups_cost"
     SLOTS_DIFFER = "slots_differ"
-    NODES = "nodes"
+    NODES_LESS = "nodes_less"
+    NODES_LIKE = "nodes_like"
+    NODES_MORE = "nodes_more"
     STRUCTURE = "structure"
     NO_STRUCTURE = "no_structure"
     TIME_LESS = "time_less"
@@ -75,7 +77,7 @@ class Candidate:
         moved: copies that a rank does not hold today, per layer; None for what only hindsight could choose.
         share_LPK: share of its expert's load for each slot; None: equal shares, or chosen step by step.
         step_us: time of a held-out step, mean; None without times of experts.
-        nodes_per_token: of held-out tokens; None without samples or nodes, or with replicas.
+        nodes_per_token: of held-out tokens; None without samples or nodes.
     """
 
     name: str
@@ -101,8 +103,8 @@ class PlacementAdvice:
         candidates: today's layout first; the chosen one is named ``chosen``.
         bound: what no layout could have promised to be below, as a score; None where activated experts count
             or ranks differ in speed.
-        floor: score of uniform routing of as many tokens without replicas; None likewise, and where top-k is
-            not known.
+        floor: score of uniform routing of as many tokens without replicas; None likewise, where top-k is not
+            known, and where the experts alone do not fill the ranks evenly.
         gain: share of the busiest ranks' load that the chosen layout removes on held-out steps.
         verdict: codes and values.
     """
@@ -129,6 +131,7 @@ def advise_placement(
     ranks: int,
     today: Int64,
     named_today: str,
+    today_share_LPK: Float64 | None = None,
     replicas: int = 0,
     train_share: float = 0.5,
     rules: PlacementRules | None = None,
@@ -143,6 +146,7 @@ def advise_placement(
         ranks: P.
         today: today's layout, (L, P, K).
         named_today: its name.
+        today_share_LPK: share of its expert's load for each slot of it; None: equal shares.
         replicas: copies beyond one of each expert, in each layer.
         train_share: share of the steps of each phase that layouts are made on.
         rules: objective, dispatch, nodes, speeds, moves; by default loads, equal shares and no limits.
@@ -182,6 +186,9 @@ def advise_placement(
         name: str, count: int, slot_LPK: Int64, *, rule: DispatchRule = "equal", named_moved: bool = True
     ) -> Candidate:
         shares = share_LPK if rule == "weighted" else None
+        if slot_LPK is today and today_share_LPK is not None:
+            rule, shares = "weighted", today_share_LPK
+        nodes = nodes_by_step(solver, slot_LPK)
         return Candidate(
             name=name,
             replicas=count,
@@ -190,7 +197,7 @@ def advise_placement(
             promised=train.score(slot_LPK, rule=rule, share_LPK=shares),
             held_out=test.scored(slot_LPK, rule=rule, share_LPK=shares),
             moved=_moved(today, slot_LPK, experts) if named_moved else None,
-            nodes_per_token=nodes_per_token(solver, slot_LPK),
+            nodes_per_token=None if nodes is None else nodes[0],
             step_us=None
             if timer is None
             else float(timer.us_S(late_S, slot_LPK, rule=rule, share_LPK=shares).mean()),
@@ -222,8 +229,12 @@ def advise_placement(
     bound_L = lower_bound(train_SLE.mean(axis=0), ranks, replicas)
     is_plain = rules.objective != "activated" and rules.speed_P is None
     chosen = next(item for item in candidates if item.name == "chosen")
-    gain = test.gain(today, solution.slot_LPK, rule=rule, share_LPK=chosen.share_LPK)
-    floor = routing_floor(test_SLE, ranks, loads.top_k) if is_plain else None
+    gain = test.gain(
+        today, solution.slot_LPK, rule=rule, share_LPK=chosen.share_LPK, today_share_LPK=today_share_LPK
+    )
+    nodes = _nodes(solver, solution, today, test)
+    has_floor = is_plain and experts % ranks == 0
+    floor = routing_floor(test_SLE, ranks, loads.top_k) if has_floor else None
     bound = float(np.average(bound_L, weights=weight_L)) if is_plain else None
     return PlacementAdvice(
         layers=loads.layers,
@@ -235,7 +246,8 @@ def advise_placement(
         floor=floor,
         gain=gain,
         verdict=(
-            *([] if timer is None else [_timed(timer, late_S, today, chosen, rule, test)]),
+            *([] if timer is None else [_timed(timer, late_S, candidates[0], chosen, rule, test)]),
+            *nodes,
             *_verdict(
                 train_SLE.mean(axis=0),
                 bound,
@@ -246,8 +258,12 @@ def advise_placement(
                 today=candidates[0].held_out.value,
                 chosen=chosen.held_out.value,
                 objective=rules.objective,
-            )[rules.objective == "time" :],
-            *([_balance(test, today, chosen, rule)] if rules.objective == "activated" else []),
+            )[rules.objective == "time" or len(nodes) > 1 :],
+            *(
+                [_balance(test, candidates[0], chosen, rule)]
+                if rules.objective == "activated" or len(nodes) > 1
+                else []
+            ),
             *_about(solution, candidates, rules),
         ),
     )
@@ -256,13 +272,13 @@ def advise_placement(
 def _timed(
     timer: StepTimer,
     late_S: NDArray[np.intp],
-    today: Int64,
+    today: Candidate,
     chosen: Candidate,
     rule: DispatchRule,
     test: Scorer,
 ) -> Reason:
     """What the chosen layout does to the time of a step."""
-    before_S = timer.us_S(late_S, today)
+    before_S = timer.us_S(late_S, today.slot_LPK, rule=_rule_of(today), share_LPK=today.share_LPK)
     after_S = timer.us_S(late_S, chosen.slot_LPK, rule=rule, share_LPK=chosen.share_LPK)
     left = test.ratio(after_S, before_S)
     assert left.low is not None
@@ -279,11 +295,47 @@ def _timed(
     return Reason(PlacementCode.TIME_MORE if left.low > 1 else code, values)
 
 
-def _balance(test: Scorer, today: Int64, chosen: Candidate, rule: DispatchRule) -> Reason:
-    """What fewer activated experts do to loads."""
+def _rule_of(today: Candidate) -> DispatchRule:
+    """How the copies of today's layout share."""
+    return "equal" if today.share_LPK is None else "weighted"
+
+
+def _nodes(solver: Solver, solution: Solution, today: Int64, test: Scorer) -> list[Reason]:
+    """Where nodes are the objective: whether tokens touch fewer of them, and whether they have structure."""
+    if solution.structure is None:
+        return []
+    touched, independent = solution.structure.touched, solution.structure.independent
+    values: dict[str, JsonValue] = {"nodes": touched, "independent_nodes": independent}
+    before, after = (nodes_by_step(solver, layout) for layout in (today, solution.slot_LPK))
+    if not solution.structure.is_there or before is None or after is None:
+        is_there = solution.structure.is_there
+        return [Reason(PlacementCode.STRUCTURE if is_there else PlacementCode.NO_STRUCTURE, values)]
+    left = test.ratio(after[1], before[1])
+    assert left.low is not None
+    assert left.high is not None
+    code = PlacementCode.NODES_LESS if left.high < 1 else PlacementCode.NODES_LIKE
+    gains: dict[str, JsonValue] = {
+        "today_nodes": before[0],
+        "chosen_nodes": after[0],
+        "gain": 1 - left.value,
+        "gain_low": 1 - left.high,
+        "gain_high": 1 - left.low,
+    }
+    return [
+        Reason(PlacementCode.NODES_MORE if left.low > 1 else code, gains),
+        Reason(PlacementCode.STRUCTURE, values),
+    ]
+
+
+def _balance(test: Scorer, today: Candidate, chosen: Candidate, rule: DispatchRule) -> Reason:
+    """What a layout that was not chosen for loads does to them."""
     loads = Scorer(test.load_SLE, replace(test.rules, objective="load"))
-    after = loads.score(chosen.slot_LPK, rule=rule, share_LPK=chosen.share_LPK)
-    return Reason(PlacementCode.BALANCE, {"today_load": loads.score(today), "chosen_load": after})
+    values: dict[str, JsonValue] = {
+        "today_load": loads.score(today.slot_LPK, rule=_rule_of(today), share_LPK=today.share_LPK),
+        "chosen_load": loads.score(chosen.slot_LPK, rule=rule, share_LPK=chosen.share_LPK),
+        "objective": test.rules.objective,
+    }
+    return Reason(PlacementCode.BALANCE, values)
 
 
 def _fewer_moves(max_moves: int) -> list[tuple[str, int]]:
@@ -293,7 +345,7 @@ def _fewer_moves(max_moves: int) -> list[tuple[str, int]]:
 
 
 def _about(solution: Solution, candidates: Sequence[Candidate], rules: PlacementRules) -> Iterator[Reason]:
-    """What else is to be known: layers that stay, the price of groups, the structure of tokens."""
+    """What else is to be known: layers that stay, and the price of groups."""
     by_name = {candidate.name: candidate for candidate in candidates}
     changed_L = solution.is_changed_L
     if changed_L is not None and (solution.is_forced or not changed_L.all()):
@@ -307,13 +359,6 @@ def _about(solution: Solution, candidates: Sequence[Candidate], rules: Placement
     if "no groups" in by_name:
         with_groups, without = by_name["chosen"].held_out.value, by_name["no groups"].held_out.value
         yield Reason(PlacementCode.GROUPS_COST, {"with_groups": with_groups, "without": without})
-    if solution.structure is not None:
-        code = PlacementCode.STRUCTURE if solution.structure.is_there else PlacementCode.NO_STRUCTURE
-        before, after = candidates[0].nodes_per_token, by_name["chosen"].nodes_per_token
-        if before is not None and after is not None:
-            yield Reason(PlacementCode.NODES, {"today_nodes": before, "chosen_nodes": after})
-        touched, independent = solution.structure.touched, solution.structure.independent
-        yield Reason(code, {"nodes": touched, "independent_nodes": independent})
 
 
 def _split(loads: StepLoads, train_share: float) -> NDArray[np.bool_]:

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from observatory.advice.placement_scores import PlacementRules, Scorer
 from observatory.analysis.parallel.balancing import (
+    Float64,
     Int64,
     holders,
     linear_layout,
     round_robin_layout,
     steps_layout,
 )
-from observatory.analysis.parallel.balancing.coactivation import nodes_touched
+from observatory.analysis.parallel.balancing.coactivation import nodes_of_tokens
 from observatory.analysis.parallel.balancing.moves import renumbered
 from observatory.analysis.parallel.balancing.problem import Objective, Problem
 from observatory.analysis.parallel.balancing.solving import Solution, layout_of_mean, solve
@@ -120,6 +121,32 @@ def current_layout(
             "every rank"
         )
     return np.nonzero(held_LPE)[2].reshape(len(ranks_LE), ranks, -1), name
+
+
+def current_shares(path: Path, loads: StepLoads, today: Int64) -> Float64 | None:
+    """Share of its expert's load for each slot of today's layout, (L, P, K); None: the file has equal ones.
+
+    Args:
+        path: the placement file that the layout was read from.
+        loads: loads of a run.
+        today: the layout.
+
+    Raises:
+        PlacementError: as `load_placement` has it.
+    """
+    opened = load_placement(path)
+    if opened.shares is None:
+        return None
+    experts, ranks = loads.load_SLE.shape[2], today.shape[1]
+    share_LPK = np.empty(today.shape)
+    for layer, slot_PK, share_PK in zip(loads.layers, today, share_LPK, strict=True):
+        holders_E = opened.holders(layer, experts=experts, ep=ranks)
+        shares_E = opened.shares_of(layer) or [(1 / len(at),) * len(at) for at in holders_E]
+        share_PE = np.zeros((ranks, experts))
+        for expert, (at, shares) in enumerate(zip(holders_E, shares_E, strict=True)):
+            share_PE[list(at), expert] = shares
+        share_PK[:] = np.take_along_axis(share_PE, slot_PK, axis=1)
+    return share_LPK
 
 
 class Solver:
@@ -239,19 +266,22 @@ def hindsight_layout(solver: Solver, test: Scorer, layouts: Mapping[str, tuple[i
     return min(ends, key=test.score)
 
 
-def nodes_per_token(solver: Solver, slot_LPK: Int64) -> float | None:
-    """Nodes per held-out token, mean over layers; None without samples, nodes or with replicas."""
-    _, ranks, slots = slot_LPK.shape
+def nodes_by_step(solver: Solver, slot_LPK: Int64) -> tuple[float, Float64] | None:
+    """Nodes per held-out token, mean over layers, and added up over the tokens of each step, (S,).
+
+    None without samples of held-out steps, or nodes. Copies of an expert are taken by chance.
+    """
     experts, nodes = solver.load_SLE.shape[2], solver.rules.nodes
-    if solver.tokens is None or nodes == 1 or ranks * slots != experts:
+    if solver.tokens is None or nodes == 1 or all(early_T.all() for early_T in solver.is_early):
         return None
-    touched = []
+    touched, step = [], []
     for slot_PK, sample, early_T in zip(slot_LPK, solver.tokens, solver.is_early, strict=True):
-        node_E = np.empty(experts, dtype=np.int64)
-        node_E[slot_PK.reshape(nodes, -1)] = np.arange(nodes)[:, None]
         if not early_T.all():
-            touched.append(float(nodes_touched(sample.experts_TK[~early_T], node_E, nodes).mean()))
-    return float(np.mean(touched)) if touched else None
+            touched.append(nodes_of_tokens(sample.experts_TK[~early_T], slot_PK, experts, nodes))
+            step.append(sample.step_T[~early_T])
+    _, at = np.unique(np.concatenate(step), return_inverse=True)
+    per_token = float(np.mean([touched_T.mean() for touched_T in touched]))
+    return per_token, np.bincount(at.ravel(), np.concatenate(touched)).astype(np.float64)
 
 
 def _held(slot_LPK: Int64, experts: int) -> NDArray[np.int8]:

@@ -124,10 +124,12 @@ class Scorer:
         *,
         rule: DispatchRule = "equal",
         share_LPK: Float64 | None = None,
+        today_share_LPK: Float64 | None = None,
     ) -> Interval:
         """Share of what the busiest ranks have today that the layout removes; steps are paired."""
         after_S, _ = self._busiest_and_mean(slot_LPK, rule, share_LPK)
-        before_S, _ = self._busiest_and_mean(today_LPK, "equal", None, like=rule)
+        today_rule: DispatchRule = "equal" if today_share_LPK is None else "weighted"
+        before_S, _ = self._busiest_and_mean(today_LPK, today_rule, today_share_LPK, like=rule)
         left = self.ratio(after_S, before_S)
         assert left.low is not None
         assert left.high is not None

@@ -261,7 +261,7 @@ _PLACEMENT = {
     PlacementCode.MORE_REPLICAS: "with {replicas} replicas no placement is below {bound:.2f} times the mean; "
     "{ratio:.2f} times it takes at least {needed} in each layer (median)",
     PlacementCode.BALANCE: "the busiest rank's load on these steps is {chosen_load:.3f} times the mean, "
-    "today {today_load:.3f}: activated experts alone were chosen for",
+    "today {today_load:.3f}: {chosen_for} were chosen for",
     PlacementCode.LAYERS_KEPT: "{kept} of {layers} layers stay as they are: their likely gain is not above "
     "{move_cost:g} times the mean",
     PlacementCode.GROUPS_COST: "price of the groups: {with_groups:.3f} times the mean on held-out steps, "
@@ -274,8 +274,13 @@ _PLACEMENT = {
     "{today_us:.0f} us{parts}, {gain} less ({gain_low} to {gain_high})",
     PlacementCode.SLOTS_DIFFER: "every layer changes, as ranks have other numbers of slots today; {filled} "
     "of {layers} only fill new slots, as nothing else is likely to gain more than {move_cost:g}",
-    PlacementCode.NODES: "a held-out token touches {chosen_nodes:.2f} nodes, today {today_nodes:.2f} "
-    "(mean over layers)",
+    PlacementCode.NODES_LESS: "in nodes, change it: a held-out token touches {chosen_nodes:.2f} instead "
+    "of {today_nodes:.2f} nodes (mean over layers), {gain} less ({gain_low} to {gain_high})",
+    PlacementCode.NODES_LIKE: "in nodes, leave it: a held-out token touches {chosen_nodes:.2f} instead "
+    "of {today_nodes:.2f} nodes (mean over layers), {gain} less ({gain_low} to {gain_high}), which may be "
+    "nothing",
+    PlacementCode.NODES_MORE: "in nodes, leave it: a held-out token touches {chosen_nodes:.2f} instead "
+    "of {today_nodes:.2f} nodes (mean over layers), {gain} less ({gain_low} to {gain_high})",
     PlacementCode.STRUCTURE: "tokens have structure: in the layer with most of it they touch {nodes:.2f} "
     "nodes on held-out samples, independent ones {independent_nodes:.2f}",
     PlacementCode.NO_STRUCTURE: "tokens have no structure that pays: they touch {nodes:.2f} nodes on "
@@ -358,6 +363,9 @@ def placement_sentences(verdict: Sequence[Reason]) -> list[str]:
         _PLACEMENT[PlacementCode(reason.code)].format_map(
             {
                 "parts": parts[bool(reason.values.get("has_exchanges"))],
+                "chosen_for": "nodes"
+                if reason.values.get("objective") == "nodes"
+                else "activated experts alone",
                 "counted": "activated experts" if reason.values.get("objective") == "activated" else "load",
             }
             | {

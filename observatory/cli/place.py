@@ -154,7 +154,12 @@ def place(
         return
     from observatory.advice.placement import advise_placement
     from observatory.advice.placement_document import placement_document, placement_file, placement_tables
-    from observatory.advice.placement_layouts import current_layout, replicas_of_slots, token_samples
+    from observatory.advice.placement_layouts import (
+        current_layout,
+        current_shares,
+        replicas_of_slots,
+        token_samples,
+    )
     from observatory.advice.placement_scores import placement_rules
     from observatory.advice.words import placement_sentences
     from observatory.analysis.parallel.balancing.problem import read_speeds
@@ -166,7 +171,8 @@ def place(
         raise PlacementError("place has no --ranks; expected the number of expert-parallel ranks")
     opened = open_run(run)
     loads = _loads(opened, phase, by_source=experts is not None)
-    today, name = current_layout(opened, loads, ranks=ranks, given=_given(current))
+    current_file = None if current in (None, "linear", "round-robin") else Path(str(current))
+    today, name = current_layout(opened, loads, ranks=ranks, given=current_file or current)
     rules = placement_rules(
         ranks,
         objective=objective,
@@ -185,6 +191,7 @@ def place(
         ranks=ranks,
         today=today,
         named_today=name,
+        today_share_LPK=None if current_file is None else current_shares(current_file, loads, today),
         replicas=replicas,
         train_share=train_share,
         rules=rules,
@@ -239,19 +246,6 @@ def _loads(run: Run, phase: str | None, *, by_source: bool) -> StepLoads:
     phase = loads.largest_phase
     say(f"note: placed for {phase}, which has most assignments; give --phase for another, or all")
     return loads.of_phase(phase)
-
-
-def _given(current: str | None) -> str | Path | None:
-    """Placement of today as it is given: a name, or a file, whose shares of copies are not used."""
-    from observatory.analysis.parallel.placement import load_placement
-    from observatory.cli.output import say
-
-    if current in (None, "linear", "round-robin"):
-        return current
-    path = Path(str(current))
-    if load_placement(path).shares is not None:
-        say(f"note: shares of copies in {path} are not used: copies of today are taken to share equally")
-    return path
 
 
 def _timer(

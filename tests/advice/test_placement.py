@@ -14,12 +14,13 @@ from observatory.advice.placement import (
     PlacementCode,
     advise_placement,
 )
-from observatory.advice.placement_layouts import current_layout
+from observatory.advice.placement_layouts import current_layout, current_shares
 from observatory.advice.placement_scores import PlacementRules
 from observatory.advice.placement_times import StepTimer
 from observatory.advice.words import placement_sentences
 from observatory.analysis.parallel.placement import load_placement
 from observatory.analysis.parallel.step_loads import step_loads
+from observatory.analysis.parallel.token_samples import LayerTokens
 from observatory.cli import main
 from observatory.errors import PlacementError
 from observatory.reasons import Reason
@@ -279,6 +280,49 @@ def test_nodes_per_token_take_samples(tmp_path: Path, capsys: pytest.CaptureFixt
     options = ["--ranks", "4", "--gpus-per-node", "2", "--objective", "nodes"]
     assert main(["place", run, *options]) == 1
     assert "--sample-tokens" in capsys.readouterr().err
+
+
+def test_nodes_decide_where_they_are_the_objective(tmp_path: Path) -> None:
+    """Tokens choose two of 0, 2, 4, 6 or two of 1, 3, 5, 7; linear nodes hold two of each kind."""
+    run = open_run(run_of_loads(tmp_path / "run", noisy([100.0] * 8)))
+    loads = step_loads(run)
+    generator = np.random.default_rng(0)
+    assert loads.step_S is not None
+    step_T = np.repeat(loads.step_S, 20)
+    pairs = generator.permuted(np.tile(np.arange(4), (len(step_T), 1)), axis=1)[:, :2]
+    experts_TK = 2 * pairs + generator.integers(2, size=(len(step_T), 1))
+    sample = LayerTokens(experts_TK=experts_TK, step_T=step_T, source_T=0 * step_T, position_T=0 * step_T)
+    today, name = current_layout(run, loads, ranks=4)
+    advice = advise_placement(
+        loads,
+        ranks=4,
+        today=today,
+        named_today=name,
+        rules=PlacementRules(objective="nodes", nodes=2),
+        tokens=[sample, sample],
+    )
+    assert codes(advice)[:2] == [PlacementCode.NODES_LESS, PlacementCode.STRUCTURE]
+    assert codes(advice)[-1] == PlacementCode.BALANCE
+    assert PlacementCode.NO_GAIN not in codes(advice)
+    assert advice.chosen.nodes_per_token == pytest.approx(1.0)
+    assert advice.candidates[0].nodes_per_token == pytest.approx(5 / 3, abs=0.1)
+
+
+def test_shares_of_todays_copies_count(tmp_path: Path) -> None:
+    """Expert 0 is on both ranks; all of it on rank 0 gives that 300 of 400, half of it 200 on each."""
+    run = open_run(run_of_loads(tmp_path / "run", noisy([200.0, 100.0, 100.0])))
+    loads = step_loads(run)
+    path = tmp_path / "today.json"
+    for share, held_out in ((1.0, 1.5), (0.5, 1.0)):
+        file = {"expert_to_rank": [[0, 1], 0, 1], "shares": [[share, 1 - share], [1.0], [1.0]]}
+        path.write_text(json.dumps(file))
+        today, name = current_layout(run, loads, ranks=2, given=path)
+        share_LPK = current_shares(path, loads, today)
+        advice = advise_placement(
+            loads, ranks=2, today=today, named_today=name, today_share_LPK=share_LPK, replicas=1
+        )
+        assert advice.candidates[0].held_out.value == pytest.approx(held_out, abs=0.1)
+    assert advice.gain.value == pytest.approx(0.0, abs=0.05)
 
 
 def test_times_of_steps_decide_where_experts_are_paid_by_the_piece(tmp_path: Path) -> None:

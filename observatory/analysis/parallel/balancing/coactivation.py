@@ -87,17 +87,22 @@ def structure(
 
 def nodes_per_token(token_TK: Int64, slot_PK: Int64, experts: int, nodes: int) -> float:
     """Nodes that a token is sent to on a layout, mean; copies of an expert are chosen by chance."""
+    return float(nodes_of_tokens(token_TK, slot_PK, experts, nodes).mean())
+
+
+def nodes_of_tokens(token_TK: Int64, slot_PK: Int64, experts: int, nodes: int) -> Float64:
+    """Nodes that each token is sent to on a layout, (T,): expected, where copies are chosen by chance."""
     node_N = np.repeat(np.arange(nodes), slot_PK.size // nodes)
     share_ME = np.zeros((nodes, experts))
     np.add.at(share_ME, (node_N, slot_PK.ravel()), 1.0)
     share_ME /= np.maximum(share_ME.sum(axis=0), 1)
-    touched = 0.0
+    touched_T = np.zeros(len(token_TK))
     for share_E in share_ME:
         missed_T = np.ones(len(token_TK))
         for expert_T in token_TK.T:
             missed_T *= 1 - share_E[expert_T]
-        touched += 1 - float(missed_T.mean())
-    return touched
+        touched_T += 1 - missed_T
+    return touched_T
 
 
 def exchanged(token_TK: Int64, slot_PK: Int64, load_E: Float64, nodes: int, most_moves: int) -> Int64:
