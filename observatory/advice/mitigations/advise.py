@@ -21,6 +21,7 @@ from observatory.advice.mitigations.balance_changes import (
     spill,
 )
 from observatory.advice.mitigations.change import Change
+from observatory.advice.mitigations.elimination import LayerUse, experts_in_use
 from observatory.advice.mitigations.expert_choice import route_or_fetch
 from observatory.advice.mitigations.lab import Lab, not_applicable, not_known
 from observatory.advice.mitigations.memory_changes import expert_cache
@@ -61,8 +62,6 @@ _TRAIN_SHARE = 0.5
 _MOST_NUMBERS = 1 << 25
 #: Sampled tokens of a layer that are looked at; of more, some are left out, evenly.
 _MOST_TOKENS = 20_000
-#: An expert with less than this part of the mean load is hardly used.
-_RARE = 0.1
 #: Spans of the dispatchers that make up the MoE part of a step.
 _SPANS = ("count_exchange", "dispatch", "experts", "combine")
 
@@ -152,9 +151,8 @@ class Advice:
         left_out: parts of a step whose time is not known.
         ran: ranks and nodes of the run.
         hosts: their names; empty where they are not stated.
-        least_used: share of the experts of each layer that have less than a tenth of the mean load in every
-            phase, by layer: what elimination would look at, which makes another model and is no speed-up of
-            this one.
+        in_use: experts of each layer that always work, and that hardly do: what elimination would look at,
+            which makes another model and is no speed-up of this one.
     """
 
     model: str
@@ -169,7 +167,7 @@ class Advice:
     left_out: tuple[str, ...]
     ran: Topology
     hosts: tuple[str, ...]
-    least_used: Mapping[int, float]
+    in_use: tuple[LayerUse, ...]
 
 
 def above_published(verdict: Verdict) -> float | None:
@@ -232,8 +230,6 @@ def advise_run(
             remedy="profile again with more --steps",
         )
     data = run.manifest.data
-    load_PLE = np.array([loads.of_phase(name).load_SLE.sum(axis=0) for name in loads.phases])
-    rare_LE = np.all(load_PLE < _RARE * load_PLE.mean(axis=2, keepdims=True), axis=0)
     return Advice(
         model=str(run.manifest.config.get("model") or run.manifest.model.name),
         setup=setup,
@@ -249,7 +245,7 @@ def advise_run(
         left_out=tuple(dict.fromkeys(part for lab in labs for part in lab.today.left_out)),
         ran=run.manifest.topology,
         hosts=tuple(dict.fromkeys(host.name for host in run.manifest.hosts)),
-        least_used=dict(zip(loads.layers, rare_LE.mean(axis=1).tolist(), strict=True)),
+        in_use=experts_in_use(run, loads),
     )
 
 

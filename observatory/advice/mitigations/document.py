@@ -177,8 +177,25 @@ def _phase_doubts(run: Mapping[str, Any]) -> Iterator[str]:
                     f"({percent_words(row['above_published'])}): look at its parts (--wide)"
                 )
                 break
+    yield from _in_use(run["in_use"])
     for skipped in run["skipped_phases"]:
         yield f"{skipped['phase']} has {skipped['steps']} steps, too few to choose and to judge on"
+
+
+def _in_use(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Standing committees and hardly used experts, as information."""
+    experts = sum(layer["experts"] for layer in layers)
+    members = sum(len(layer["committee"]) for layer in layers)
+    rare = sum(len(layer["hardly_used"]) for layer in layers)
+    if not members + rare:
+        return
+    has_mass = all(layer["mass_share"] is not None for layer in layers)
+    basis = "load and gate mass" if has_mass else "load (gate mass was not captured: --gate-mass)"
+    yield (
+        f"for information, as without some of them it is another model: {members} of {experts} experts are "
+        "standing committees of their layers (active in every step, always among the fewest with half of the "
+        f"load), {rare} are hardly used by {basis}; `in_use` of --json names them"
+    )
 
 
 def missing_sentences(document: Mapping[str, Any]) -> list[str]:
@@ -216,7 +233,10 @@ def _run(advice: Advice, problems: Sequence[str]) -> dict[str, Any]:
         "horizon_steps": advice.horizon_steps,
         "premises": [_premise(premise) for premise in advice.premises],
         "left_out": list(advice.left_out),
-        "least_used": [{"layer": layer, "share": share} for layer, share in advice.least_used.items()],
+        "least_used": [
+            {"layer": use.layer, "share": len(use.hardly_used) / use.experts} for use in advice.in_use
+        ],
+        "in_use": [use.document() for use in advice.in_use],
         "skipped_phases": [{"phase": phase, "steps": steps} for phase, steps in advice.skipped],
         "phases": [
             {
