@@ -94,7 +94,11 @@ _SENTENCES = {
     Code.CHANGED: "changed beyond noise: {changed} of {tested} quantities, first {name}: {change}",
     Code.ALL_SAME: "same within noise: all {tested} quantities that could be tested",
     Code.NO_DIFFERENCE_KNOWN: "nothing has an interval, so no difference can be called real",
-    Code.BOTH_DIFFER: "it need not be one cause: {facts}",
+    Code.BOTH_DIFFER: "what else differs: {facts}",
+    Code.LEVEL_CHANGED: "{changes} changes of level, first {name}{of_layer} from {from} on: {change}",
+    Code.ALSO_CHANGED: "there also changed: {facts}",
+    Code.NO_CHANGE: "no change of level in {tested} series",
+    Code.TOO_FEW_POINTS: "nothing could be tested: {points} points; `observatory compare` takes single runs",
     Code.REPEAT_RUNS: "next: repeat both in turn; one run each does not show how much runs differ",
 }
 #: Values that are shares.
@@ -132,16 +136,8 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
         shown["source_rank"] = "unknown"
     if code is Code.ENERGY_COST:
         shown |= {"energy": _energy(values), "per_token": _per_token(values)}
-    if code is Code.CHANGED:
-        ends = [values[name] for name in ("relative_low", "relative_high")]
-        shown["change"] = (
-            f"{values['base']:.3g} to {values['other']:.3g}"
-            if None in (values["relative"], *ends)
-            else f"{100 * values['relative']:+.1f} % ({100 * ends[0]:+.1f} to {100 * ends[1]:+.1f})"
-        )
-    if code is Code.BOTH_DIFFER:
-        names = [name.removeprefix("other_").replace("_", " ") for name in values["facts"]]
-        shown["facts"] = f"{listing(names)} {'differs' if len(names) == 1 else 'differ'}"
+    if code in _OF_COMPARISONS:
+        shown |= _of_comparison(values)
     if code is Code.HELD_BY_CAP:
         shown["in_phase"] = f" in {values['phase']}" if values["phase"] else ""
     shown |= _of_change(code, values)
@@ -193,6 +189,29 @@ def _energy_words(saved: float | None) -> str:
     if saved is None:
         return ""
     return f" and {percent_words(abs(saved))} {'less' if saved >= 0 else 'more'} energy"
+
+
+#: Of `observatory compare` and `observatory history`.
+_OF_COMPARISONS = (Code.CHANGED, Code.LEVEL_CHANGED, Code.BOTH_DIFFER, Code.ALSO_CHANGED)
+
+
+def _of_comparison(values: Mapping[str, Any]) -> dict[str, str]:
+    """How much changed, where, and what else differs."""
+    if "facts" in values:
+        return {"facts": listing([name.removeprefix("other_").replace("_", " ") for name in values["facts"]])}
+    if "before" in values:
+        of_layer = "" if values["layer"] is None else f" of layer {values['layer']}"
+        change = _change(values["before"], values["after"], values["relative"])
+        return {"change": change, "of_layer": of_layer}
+    change = _change(values["base"], values["other"], values["relative"])
+    low, high = values["relative_low"], values["relative_high"]
+    is_known = None not in (values["relative"], low, high)
+    return {"change": f"{change} ({100 * low:+.1f} to {100 * high:+.1f})" if is_known else change}
+
+
+def _change(before: float, after: float, relative: float | None) -> str:
+    """A change in percent, or its two values."""
+    return f"{before:.3g} to {after:.3g}" if relative is None else f"{100 * relative:+.1f} %"
 
 
 def _pays(steps: float | None, cost_known: bool) -> str:

@@ -23,6 +23,7 @@ _COMMANDS = {
     "advise": "advise:advise",
     "compare": "compare:compare",
     "plan": "plan:plan",
+    "history": "history:history",
     "report": "report:report",
     "export": "export:export",
     "bench alltoall": "bench:alltoall",
@@ -49,7 +50,7 @@ _GROUPS = {
 }
 _SECTIONS = {
     "Capture": ("quickstart", "profile", "grid"),
-    "Analysis": ("routing", "exchanges", "scan", "compare", "report", "export"),
+    "Analysis": ("routing", "exchanges", "scan", "compare", "history", "report", "export"),
     "Decisions": ("place", "advise", "route-fetch", "plan"),
     "Network": ("bench", "replay", "fit"),
     "Power": ("power", "energy", "reuse", "clocks"),

@@ -30,6 +30,7 @@ from observatory.cli.output import print_table
 from observatory.locks.lease import create_lease, lease_path, new_lease
 from observatory.run.documents.prefix_cache import ReuseMeasurements
 from tests.advice.mitigations.runs import sized_run
+from tests.analysis.compare.made import series_of_runs
 from tests.analysis.energy.test_prefix_cache import measured
 from tests.analysis.exchange.runs import exchange_run
 from tests.analysis.exchange.tables import collective
@@ -148,8 +149,7 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     run, exchanges = str(big_run(tmp / "big")), str(big_exchanges(tmp / "exchanges"))
     model = str(saved(tmp / "fit.json", a_model()))
     bench = str(saved(tmp / "bench.json", a_bench()))
-    yield ["routing", run]
-    yield ["routing", run, "--wide"]
+    yield from (["routing", run, *wide] for wide in ([], ["--wide"]))
     yield ["scan", run, "--ep", "4,64"]
     yield ["scan", run, "--ep", "4", "--wide", "--network", model, "--gpus-per-node", "2"]
     yield ["scan", run, "--ep", "4", "--network", model, "--gpus-per-node", "2"]
@@ -159,6 +159,7 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield ["route-fetch", "--constants", measured_here, "--layers", "27", "--wide"]
     yield ["advise", str(sized_run(tmp / "sized")), "--ranks", "4", "--hardware", "h100-sxm", "--wide"]
     yield from (["compare", run, longer, *wide] for wide in ([], ["--wide"]))
+    yield ["history", str(series_of_runs(tmp / "series", model=HOSTILE))]
     yield from (["exchanges", exchanges, *wide] for wide in ([], ["--wide"]))
     yield ["fit", bench, "--out", str(tmp / "new.json"), "--bootstrap", "10", "--force"]
     yield ["reuse", "show", str(saved(tmp / "reuse.json", measured((37e3, 45e3, 18e3))))]

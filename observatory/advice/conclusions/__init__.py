@@ -6,7 +6,7 @@ sampling floor, is never called worse than anything else.
 """
 
 from observatory.advice.conclusions.changes import conclude_advice
-from observatory.advice.conclusions.comparisons import conclude_comparison
+from observatory.advice.conclusions.comparisons import conclude_comparison, conclude_history
 from observatory.advice.conclusions.energy import (
     conclude_clocks,
     conclude_energy,
@@ -43,6 +43,7 @@ __all__ = [
     "conclude_exchanges",
     "conclude_experts",
     "conclude_fit",
+    "conclude_history",
     "conclude_plan",
     "conclude_replay",
     "conclude_reuse",

@@ -36,3 +36,29 @@ def _rank_of_change(pair: tuple[Row, Row]) -> tuple[int, float]:
     row = pair[1]
     place = _FIRST_NAMED.index(row["metric"]) if row["metric"] in _FIRST_NAMED else len(_FIRST_NAMED)
     return place, -abs(row["relative"] or 0.0)
+
+
+def conclude_history(document: Row) -> Conclusion:
+    """Of ``observatory history``: the change that matters most, and what else changed there."""
+    changes = [(series, row) for series in document["series"] for row in series["changes"]]
+    tracks = [track for series in document["series"] for track in (*series["tracks"], *series["layers"])]
+    tested = sum(track["adjusted_p"] is not None for track in tracks)
+    if not changes:
+        if tested:
+            return (Reason(Code.NO_CHANGE, {"tested": tested}),)
+        points = max((len(series["points"]) for series in document["series"]), default=0)
+        return (Reason(Code.TOO_FEW_POINTS, {"points": points}),)
+    series, row = min(changes, key=_rank_of_step)
+    values = {name: row[name] for name in ("name", "layer", "from", "before", "after", "relative")}
+    concluded = [Reason(Code.LEVEL_CHANGED, {**values, "which": series["name"], "changes": len(changes)})]
+    facts = [fact["code"] for fact in row["also_changed"] if fact["code"].startswith("other_")]
+    if facts:
+        concluded.append(Reason(Code.ALSO_CHANGED, {"facts": facts}))
+    return tuple(concluded)
+
+
+def _rank_of_step(pair: tuple[Row, Row]) -> tuple[bool, int, float]:
+    row = pair[1]
+    metric = row["name"].partition(".")[2]
+    place = _FIRST_NAMED.index(metric) if metric in _FIRST_NAMED else len(_FIRST_NAMED)
+    return row["layer"] is not None, place, -abs(row["relative"] or 0.0)

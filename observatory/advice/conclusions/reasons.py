@@ -82,6 +82,10 @@ class Code(StrEnum):
     NO_DIFFERENCE_KNOWN = "no_difference_known"
     BOTH_DIFFER = "both_differ"
     REPEAT_RUNS = "repeat_runs"
+    LEVEL_CHANGED = "level_changed"
+    ALSO_CHANGED = "also_changed"
+    NO_CHANGE = "no_change"
+    TOO_FEW_POINTS = "too_few_points"
 
 
 NOTHING: Conclusion = (Reason(Code.NOTHING),)

@@ -325,10 +325,23 @@ def entropy_rows(load_SE: Int64) -> Float64:
 
 
 def _confounders(base: Subject, other: Subject) -> Iterator[Reason]:
-    """What else differs between the two, apart from what is compared."""
+    """What else differs between the two, and what must be known of them."""
     if base.run_id is not None and base.run_id == other.run_id:
         yield Reason(CompareCode.SAME_RUN)
         return
+    yield from differing_facts(base, other)
+    for subject, side in ((base, "the baseline"), (other, "the other")):
+        if subject.short_of_cores:
+            yield Reason(CompareCode.SHORT_OF_CORES, {"side": side})
+    if base.started_unix_s is not None and other.started_unix_s is not None:
+        apart_s = other.started_unix_s - base.started_unix_s
+        sides = ("the baseline", "the other") if apart_s >= 0 else ("the other", "the baseline")
+        yield Reason(CompareCode.ORDER, {"first": sides[0], "later": sides[1], "apart_s": abs(apart_s)})
+    yield Reason(CompareCode.ONE_RUN_EACH)
+
+
+def differing_facts(base: Subject, other: Subject) -> Iterator[Reason]:
+    """Facts of two subjects that may explain a difference."""
     for code, mine in base.facts.items():
         theirs = other.facts.get(code)
         if code not in other.facts or mine == theirs:
@@ -339,14 +352,6 @@ def _confounders(base: Subject, other: Subject) -> Iterator[Reason]:
             yield Reason(CompareCode.OTHER_PLACEMENT)
         else:
             yield Reason(CompareCode(code), {"base": _plain(mine), "other": _plain(theirs)})
-    for subject, side in ((base, "the baseline"), (other, "the other")):
-        if subject.short_of_cores:
-            yield Reason(CompareCode.SHORT_OF_CORES, {"side": side})
-    if base.started_unix_s is not None and other.started_unix_s is not None:
-        apart_s = other.started_unix_s - base.started_unix_s
-        sides = ("the baseline", "the other") if apart_s >= 0 else ("the other", "the baseline")
-        yield Reason(CompareCode.ORDER, {"first": sides[0], "later": sides[1], "apart_s": abs(apart_s)})
-    yield Reason(CompareCode.ONE_RUN_EACH)
 
 
 def _other_software(mine: Mapping[str, str], theirs: Mapping[str, str]) -> Reason:

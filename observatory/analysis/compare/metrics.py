@@ -39,6 +39,7 @@ _ALL = (
     Metric(name="activated_experts", title="activated experts", of_layers=True, by_experts=True),
     Metric(name="entropy_bits", title="entropy of loads", unit="bits", of_layers=True, by_experts=True),
     Metric(name="dead_experts", title="experts without a token", of_layers=True, by_experts=True),
+    Metric(name="expert_drift", title="assignments that moved to other experts", of_layers=True),
     Metric(name="mj_per_token", title="energy", unit="mJ/token", is_time=True),
     Metric(name="power_w", title="power", unit="W", is_time=True),
     Metric(name="clock_mhz", title="SM clock", unit="MHz", is_time=True),
@@ -68,9 +69,13 @@ class Key:
         return f"{self.phase}.{self.metric}"
 
 
+#: Of a series alone: it is a distance to the first run.
+_OF_SERIES = ("expert_drift",)
+
+
 def metric_names() -> list[str]:
     """Every name that a threshold may have."""
-    return [f"{phase}.{name}" for phase in PHASES for name in METRICS]
+    return [f"{phase}.{name}" for phase in PHASES for name in METRICS if name not in _OF_SERIES]
 
 
 def sort_key(key: Key) -> tuple[int, int, int, int]:

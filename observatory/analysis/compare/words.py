@@ -31,6 +31,9 @@ class CompareCode(StrEnum):
     FEW_STEPS = "few_steps"
     NO_INTERVAL = "no_interval"
     NO_COUNTERPART = "no_counterpart"
+    FEW_POINTS = "few_points"
+    NO_ROUTER_BIAS = "no_router_bias"
+    CONSTANT = "constant"
     COUNT = "count"
     ONE_TOKEN = "one_token"
 
@@ -82,6 +85,9 @@ _WORDS = {
     CompareCode.FEW_STEPS: "{steps} steps, {needed} needed for an interval",
     CompareCode.NO_INTERVAL: "a saved value without interval",
     CompareCode.NO_COUNTERPART: "{side} has nothing of {place}",
+    CompareCode.NO_ROUTER_BIAS: "runs do not hold the bias of routers",
+    CompareCode.FEW_POINTS: "{points} points, {needed} needed to find a change",
+    CompareCode.CONSTANT: "it is the same throughout",
     CompareCode.COUNT: "a count over other tokens, without an interval",
     CompareCode.ONE_TOKEN: "a step has one token of each sequence: see decode.ms",
     CompareCode.LAYERS_ALIKE: "layers are compared by their place in the model",

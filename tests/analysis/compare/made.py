@@ -106,3 +106,20 @@ def made_run(
 
             writer.append("spans", pa.Table.from_pylist(spans, schema=SPAN_SCHEMA))
     return path
+
+
+def series_of_runs(folder: Path, *, model: str = "made", runs: int = 14) -> Path:
+    """A folder of runs, the last six of which are slower, on another machine."""
+    for number in range(runs):
+        late = number >= runs - 6
+        made_run(
+            folder / f"run{number}",
+            seed=number,
+            steps=8,
+            phases=("decode",),
+            started=1e9 + number,
+            ms=15.0 if late else 10.0,
+            host="node-b" if late else "node-a",
+            model=model,
+        )
+    return folder

@@ -1,0 +1,50 @@
+"""``observatory history``, as its user sees it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from observatory.cli import main
+from tests.analysis.compare.made import made_run
+
+
+def test_a_series_of_runs_and_what_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(12):
+        made_run(
+            tmp_path / "nightly" / f"run{number}",
+            seed=number,
+            ms=10.0 + 0.03 * number % 0.1 + (2.0 if number >= 6 else 0.0),
+            started=1e9 + number,
+            steps=8,
+            phases=("decode",),
+        )
+    (tmp_path / "nightly" / "damaged").mkdir()
+    (tmp_path / "nightly" / "damaged" / "run.json").write_text("{")
+    assert main(["history", str(tmp_path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [item["name"] for item in document["left_out"]] == ["nightly/damaged"]
+    (series,) = document["series"]
+    (change,) = [row for row in series["changes"] if row["name"] == "decode.ms"]
+    assert change["from"] == "nightly/run6"
+    assert document["conclusion"][0]["code"] == "level_changed"
+    assert main(["history", str(tmp_path)]) == 0
+    assert "decode.ms" in capsys.readouterr().out
+    assert main(["history", str(tmp_path), "--csv", "--table", "values"]) == 0
+    assert capsys.readouterr().out.count("decode.ms,") == 12
+
+
+def test_a_folder_without_runs_or_with_few_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["history", str(tmp_path)]) == 1
+    assert "holds no runs" in capsys.readouterr().err
+    assert main(["history", str(tmp_path / "missing")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    made_run(tmp_path / "one", steps=2)
+    assert main(["history", str(tmp_path), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["conclusion"][0]["code"] == "too_few_points"
+    assert {track["reason"]["code"] for track in document["series"][0]["tracks"]} == {"few_points"}
