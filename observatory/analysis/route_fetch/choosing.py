@@ -188,4 +188,4 @@ def _crossing(excess_2: Float64) -> float:
     if at_0 > 0:
         return 0.0
     slope = (at_end - at_0) / 1e6
-    return float(-at_0 / slope) if slope > 0 else np.inf
+    return float(abs(at_0) / slope) if slope > 0 else np.inf

@@ -244,7 +244,9 @@ class Constants:
         for name, wanted in values.items():
             unit = _unit_bytes(shape, name) / _unit_bytes(self.shape, name)
             low, high = self.domain[name]
-            worst = max(worst, *(max(low / max(value * unit, 1e-9), value * unit / high) for value in wanted))
+            for value in wanted:
+                asked = max(value * unit, 1e-9)
+                worst = max(worst, low / asked, asked / max(high, 1e-9))
         return worst
 
     def is_measured(self, shape: Shape, sizes: Sizes) -> NDArray[np.bool_]:

@@ -214,6 +214,16 @@ def _cases(result: RouteFetchResult, shape: int) -> list[RouteFetchCase]:
         raise BenchmarkError(
             f"{len(wrong)} of {len(cases)} cases of {name} gave wrong results", remedy="measure again"
         )
+    for case in cases:
+        stages = case_quantities(result.shapes[shape], case, result.holders)
+        unknown = set(stages) - set(case.stage_us_R) - {"transfer"}
+        if unknown:
+            raise BenchmarkError(
+                f"{case.option} of {name} was measured without its {', '.join(sorted(unknown))}",
+                remedy="measure again",
+            )
+    if not {"route", "fetch"} <= {case.option for case in cases}:
+        raise BenchmarkError(f"{name} was not measured both routed and fetched", remedy="measure again")
     if len(set(_points(cases))) < 8:
         raise BenchmarkError(
             f"{name} was measured at fewer than 8 points", remedy="measure with more --points"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +217,24 @@ def test_a_measurement_with_prefill_is_of_the_shape_that_is_asked_for(tmp_path: 
     answers, notes = known_constants(str(path), [parse_shape("mla:4,128,32", dtype="float32")], bootstrap=20)
     assert notes == []
     assert answers[0][0].can_prefill
+
+
+def test_a_measurement_that_lacks_a_part_is_refused() -> None:
+    result = made_result("mla:4,128,32", repeats=1)
+    untimed = [case.model_copy(update={"stage_us_R": {}}) for case in result.cases]
+    edits = [case.model_copy(update={"option": "splice"}) for case in result.cases]
+    routed = [case for case in result.cases if case.option == "route"]
+    for cases, said in (
+        (untimed, "without its attend"),
+        (edits, "without its splice"),
+        (routed, "both routed and fetched"),
+    ):
+        with pytest.raises(BenchmarkError, match=said):
+            fit_shape(result.model_copy(update={"cases": tuple(cases)}), 0)
+
+
+def test_sizes_of_nothing_are_not_divided_by() -> None:
+    constants = fit_shape(made_result("mla:4,128,32"), 0, bootstrap=20)
+    none = replace(constants, domain={**constants.domain, "rows": (0.0, 0.0)})
+    assert none.shape is not None
+    assert np.isfinite(none.beyond(none.shape, rows=(16.0,)))
