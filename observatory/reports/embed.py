@@ -8,9 +8,7 @@ import hashlib
 import json
 import re
 
-import plotly.graph_objects as go
 from markupsafe import Markup
-from plotly.utils import PlotlyJSONEncoder
 
 _ESCAPES = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 _ESCAPED = re.compile("[<>&\u2028\u2029]")
@@ -18,33 +16,18 @@ _ESCAPED = re.compile("[<>&\u2028\u2029]")
 
 def script_json(value: object) -> Markup:
     """JSON for a ``<script type="application/json">`` element."""
-    return _escaped(json.dumps(value, allow_nan=False, separators=(",", ":")))
-
-
-def _escaped(text: str) -> Markup:
+    text = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return Markup(_ESCAPED.sub(lambda match: _ESCAPES[match.group()], text))
 
 
-def packed_figure(figure: go.Figure, **texts: str) -> Markup:
-    """A figure and the texts that go with it: JSON, gzip, base64.
-
-    A page of many large figures becomes a third smaller, and base64 holds nothing that HTML could read.
-    """
-    content = _figure_json(figure, texts)
+def packed_json(value: object) -> Markup:
+    """JSON, gzip, base64: a fraction of the size, and base64 holds nothing that HTML could read."""
+    content = json.dumps(value, allow_nan=False, separators=(",", ":"))
     return Markup(base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode("ascii"))
 
 
-def unpacked_figure(figure: go.Figure, **texts: str) -> Markup:
-    """The same as JSON for a ``<script>`` element, which a page can read without waiting."""
-    return _escaped(_figure_json(figure, texts))
-
-
-def _figure_json(figure: go.Figure, texts: dict[str, str]) -> str:
-    return json.dumps({**texts, "figure": figure.to_dict()}, cls=PlotlyJSONEncoder, separators=(",", ":"))
-
-
 def script_text(source: str) -> Markup:
-    """Source of a program of ours, or of plotly.js, for a ``<script>`` element.
+    """Source of a program of ours for a ``<script>`` element.
 
     Raises:
         ValueError: the source itself would end the element.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,20 +14,14 @@ from markupsafe import Markup
 
 import observatory
 from observatory.errors import PlaceTakenError, RunError
-from observatory.reports.embed import (
-    content_security_policy,
-    packed_figure,
-    script_json,
-    script_text,
-    unpacked_figure,
-)
+from observatory.reports.embed import content_security_policy, packed_json, script_text
 from observatory.reports.frames.benchmark_files import read_benchmark_files
 from observatory.reports.frames.collect import collect
 from observatory.reports.frames.frequency import collect_clocks
 from observatory.reports.frames.report import NOT_STATED, ReportFrames
 from observatory.reports.frames.route_fetch import collect_route_fetch
 from observatory.reports.outline import absent_parts, build_sections, questions
-from observatory.reports.page import Variant
+from observatory.reports.page import FigureBlock, Table, Variant
 from observatory.reports.sections import (
     FORMULAS,
     answer,
@@ -42,14 +36,17 @@ from observatory.reports.sections import (
     three_numbers,
     verdicts,
 )
+from observatory.reports.svg import draw
 from observatory.reports.text import bytes_text, plain, shorten, unbroken
-from observatory.reports.theme import FONT, LIGHT_TO_DARK, css_variables
+from observatory.reports.theme import FONT, css_variables
 from observatory.run import Run, open_run
 from observatory.run.files import committed
 from observatory.text import listing
 
+#: Widths of pictures in pixels: over the page, near square ones, and on a phone.
+_WIDE_PX, _NARROW_PX, _PHONE_PX = 860, 620, 350
 #: A report larger than this cannot be mailed around; it is refused rather than written.
-MOST_BYTES = 10_000_000
+MOST_BYTES = 15_000_000
 
 
 def write_report(
@@ -86,7 +83,7 @@ def write_report(
 
     Raises:
         RunError: no runs, a run cannot be opened, ``out`` exists or cannot be written, or the page would be
-            larger than 10 MB.
+            larger than 15 MB.
         BenchmarkError: a benchmark file cannot be read or is of another kind.
         ClockError: likewise a clock file, or the budget is none.
     """
@@ -120,15 +117,12 @@ def render(
     frames: ReportFrames, *, title: str | None, ep_degrees: Sequence[int], gpus_per_node: int, out: Path
 ) -> str:
     """The page as text."""
-    from plotly.offline import get_plotlyjs
-
     built = build_sections(frames, gpus_per_node=gpus_per_node)
     sections = [section for section in built if section.blocks]
     concluded = verdicts(frames)
     figure = key_figure(sections, concluded)
     environment = _environment()
     tables_js, page_js = (_asset(environment, name) for name in ("tables.js", "page.js"))
-    plotly_js = get_plotlyjs()
     paths = [str(fact.path) for fact in frames.facts]
     given = frames.benchmarks.files.options() if frames.benchmarks else []
     given += frames.clocks.options() if frames.clocks else []
@@ -136,7 +130,7 @@ def render(
     return environment.get_template("report.html.j2").render(
         title=shorten(title or _title(frames), 200),
         version=observatory.__version__,
-        policy=content_security_policy(tables_js, plotly_js, page_js),
+        policy=content_security_policy(tables_js, page_js),
         font=Markup(FONT),
         light_variables=Markup(css_variables(dark=False)),
         dark_variables=Markup(css_variables(dark=True)),
@@ -154,7 +148,6 @@ def render(
         questions=questions(sections),
         anchors={section.id for section in sections},
         absent=absent_parts(built),
-        has_figures=figure is not None,
         formulas=FORMULAS,
         records=provenance(frames),
         file_records=file_records(frames),
@@ -165,9 +158,7 @@ def render(
             )
         ),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        dark_colours=script_json(LIGHT_TO_DARK),
         tables_js=script_text(tables_js),
-        plotly_js=script_text(plotly_js),
         page_js=script_text(page_js),
     )  # fmt: skip
 
@@ -211,12 +202,25 @@ def _grouped(variants: Iterable[Variant], attribute: str) -> list[_Group]:
     return groups
 
 
-def _packed(variant: Variant) -> Markup:
-    return packed_figure(variant.figure, alt=variant.alt, note=unbroken(variant.note))
+def _pictures(variant: Variant, block: FigureBlock) -> dict[str, Markup]:
+    """The picture for a page and for a phone."""
+    wide = _NARROW_PX if block.narrow else _WIDE_PX
+    return {"wide": draw(variant.figure, wide), "small": draw(variant.figure, _PHONE_PX)}
 
 
-def _unpacked(variant: Variant) -> Markup:
-    return unpacked_figure(variant.figure, alt=variant.alt, note=unbroken(variant.note))
+def _packed(block: FigureBlock, tables: Callable[[Table], Markup]) -> Markup:
+    """All variants of a figure as its script shows them, the first one as well."""
+    return packed_json(
+        [
+            {
+                "alt": variant.alt,
+                "note": unbroken(variant.note),
+                "numbers": tables(variant.numbers),
+                **_pictures(variant, block),
+            }
+            for variant in block.variants
+        ]
+    )
 
 
 def _environment() -> Environment:
@@ -230,8 +234,8 @@ def _environment() -> Environment:
     )
     environment.filters["groupby_in_order"] = _grouped
     environment.filters["packed"] = _packed
+    environment.filters["pictures"] = _pictures
     environment.filters["unbroken"] = unbroken
-    environment.filters["unpacked"] = _unpacked
     return environment
 
 

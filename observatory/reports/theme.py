@@ -1,7 +1,7 @@
 """Colours of the page and of the figures: one table, two schemes.
 
-Figures are built with the light colours. In the browser the page's script replaces every light colour by
-its dark partner where the reader prefers a dark scheme, so that a figure is stored once.
+Figures are built with the light colours and drawn with the custom properties of the same names, which have
+other values where the reader prefers a dark scheme, so that a figure is stored once.
 Hues are distinguishable with any common colour vision (after Okabe and Ito; RdBu for diverging
 scales); where lines are compared, marker and dash differ as well.
 """
@@ -50,15 +50,15 @@ _DIVERGING: tuple[tuple[str, str], ...] = (
 
 #: Light stops of the diverging scale, evenly spaced in the logarithm of what they show.
 DIVERGING: tuple[str, ...] = tuple(pair[0] for pair in _DIVERGING)
-
-#: Every light colour and what replaces it in the dark scheme.
-LIGHT_TO_DARK: dict[str, str] = dict((*_COLOURS.values(), *_DIVERGING))
+#: Cells of heatmaps have one of so many colours and one more, ``--h0`` to ``--h40``.
+HEAT_LEVELS = 4 * (len(DIVERGING) - 1)
 
 #: Colours and markers of series, in step.
 SERIES: tuple[str, ...] = tuple(
     _COLOURS[name][0] for name in ("blue", "orange", "green", "purple", "slate", "sky")
 )
 MARKERS: tuple[str, ...] = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
+_NAMES = {pair[0]: name for name, pair in _COLOURS.items()}
 
 
 def light(name: str) -> str:
@@ -66,6 +66,25 @@ def light(name: str) -> str:
     return _COLOURS[name][0]
 
 
+def css_colour(colour: str) -> str:
+    """A light colour as the custom property that follows the scheme; anything else is not painted."""
+    return f"var(--{_NAMES[colour]})" if colour in _NAMES else "none"
+
+
+def heat_level(colour: str) -> float | None:
+    """Level of a stop of the diverging scale; None for any other colour."""
+    return 4.0 * DIVERGING.index(colour) if colour in DIVERGING else None
+
+
 def css_variables(*, dark: bool) -> str:
     """Custom properties of one scheme, ``--ink: #...;`` and so on."""
-    return " ".join(f"--{name}: {pair[dark]};" for name, pair in _COLOURS.items())
+    named = [f"--{name}: {pair[dark]};" for name, pair in _COLOURS.items()]
+    stops = [[int(pair[dark][start : start + 2], 16) for start in (1, 3, 5)] for pair in _DIVERGING]
+    for level in range(HEAT_LEVELS + 1):
+        lower, part = divmod(level, 4)
+        upper = stops[min(lower + 1, len(stops) - 1)]
+        mixed = [
+            round(one + (other - one) * part / 4) for one, other in zip(stops[lower], upper, strict=True)
+        ]
+        named.append(f"--h{level}: #{''.join(f'{channel:02x}' for channel in mixed)};")
+    return " ".join(named)

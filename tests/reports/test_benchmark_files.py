@@ -145,7 +145,7 @@ def test_free_text_of_benchmark_files_stays_text(tmp_path: Path) -> None:
     parsed = Tags()
     parsed.feed(page)
     scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
-    assert [each for each in scripts if "type" not in each] == [{}, {}, {}]  # plotly.js and our own two
+    assert [each for each in scripts if "type" not in each] == [{}, {}]
     assert not [tag for tag, _ in parsed.tags if tag in ("img", "iframe", "object", "link")]
     assert not [name for _, attributes in parsed.tags for name in attributes if name.startswith("on")]
     for section in ("realism", "prediction", "bandwidth"):

@@ -77,7 +77,8 @@ def test_no_table_is_cut_off_at_desktop_width(browser: webdriver.Chrome, pages: 
 def test_lanes_and_shading_take_dark_colours(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
     show(browser, pages["plain"], scheme="dark", figures=FIGURES)
     fills = browser.execute_script(
-        "return [...document.querySelectorAll('#power-timeline .shapelayer path')].map(p => p.style.fill)"
+        "return [...document.querySelectorAll('#power-timeline .wide rect[opacity]')]"
+        ".map(band => getComputedStyle(band).fill)"
     )
     assert "rgb(108, 178, 240)" in fills
     assert "rgb(11, 98, 165)" not in fills

@@ -66,7 +66,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_thirty_runs_fit_and_every_section_is_there(tmp_path: Path) -> None:
     page = write_report(write_grid(tmp_path / "runs", layers=2), tmp_path / "report.html")
     text = page.read_text(encoding="utf-8")
-    assert page.stat().st_size < 7_000_000
+    assert page.stat().st_size < 8_000_000
     for section in (
         "findings",
         "grid",
@@ -90,7 +90,7 @@ def test_thirty_runs_fit_and_every_section_is_there(tmp_path: Path) -> None:
     assert "observatory advise" in absent["Which change is worth making"]
     why = absent["Power and clocks over time"]
     assert why.startswith("No run here shows power: it holds no power samples: none were asked for")
-    assert text.count("* plotly.js v") == 1
+    assert "plotly" not in text
 
 
 def test_free_text_of_a_manifest_stays_text(tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_free_text_of_a_manifest_stays_text(tmp_path: Path) -> None:
     parsed = Tags()
     parsed.feed(page.read_text(encoding="utf-8"))
     scripts = [attributes for tag, attributes in parsed.tags if tag == "script"]
-    assert [each for each in scripts if "type" not in each] == [{}, {}, {}]  # tables.js, plotly.js, page.js
+    assert [each for each in scripts if "type" not in each] == [{}, {}]  # tables.js, page.js
     assert not [tag for tag, _ in parsed.tags if tag in ("img", "iframe", "object", "link")]
     assert not [name for _, attributes in parsed.tags for name in attributes if name.startswith("on")]
     links = [attributes["href"] for tag, attributes in parsed.tags if tag == "a"]
@@ -154,10 +154,10 @@ def test_a_report_that_cannot_be_written_leaves_nothing(pair: list[Path], tmp_pa
 def test_a_page_over_the_limit_is_refused(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("observatory.reports.html.MOST_BYTES", 1_000_000)
+    monkeypatch.setattr("observatory.reports.html.MOST_BYTES", 100_000)
     with pytest.raises(RunError, match="report fewer runs"):
         write_report(pair, tmp_path / "report.html")
-    assert MOST_BYTES == 10_000_000
+    assert MOST_BYTES == 15_000_000
     assert not list(tmp_path.iterdir())
 
 
@@ -169,7 +169,6 @@ def test_an_empty_run_says_why_there_is_nothing(tmp_path: Path) -> None:
     absent = text.split('id="absent"')[1].split("</section>")[0]
     assert "Imbalance by model and data; Mock tokens against real text; " in absent
     assert absent.count(NO_LOADS) == 1
-    assert "plotly.js v" not in text
 
 
 def test_gaps_that_the_reader_states_are_in_the_page(tmp_path: Path) -> None:
@@ -198,7 +197,7 @@ def test_the_same_model_and_data_on_other_ranks_is_distinguished(tmp_path: Path)
     shape = {"layers": 1, "experts": 8, "top_k": 2}
     one = write_run(tmp_path / "one", manifest(**shape), steps=6)
     two = write_run(tmp_path / "two", manifest(ranks=2, **shape), steps=6)
-    assert list(frames_of(one, two).runs["label"]) == ["gqa-tiny (1 ranks)", "gqa-tiny (2 ranks)"]
+    assert list(frames_of(one, two).runs["label"]) == ["gqa-tiny", "gqa-tiny (2 ranks)"]
     assert list(frames_of(one, one).runs["label"]) == ["gqa-tiny (run 1)", "gqa-tiny (run 2)"]
 
 

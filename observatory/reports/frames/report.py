@@ -158,11 +158,12 @@ def phases_of(frame: pd.DataFrame) -> list[str]:
 def label_runs(facts: tuple[RunFacts, ...]) -> list[str]:
     """Model names, made unique where the same model meets the same condition more than once.
 
-    The number of ranks is added where it differs, and the position in the report where nothing else does.
+    A number of ranks over one is added where it differs, and the position in the report where nothing
+    else does.
     """
     labels = [fact.manifest.model.name for fact in facts]
     suffixes: tuple[Callable[[RunFacts], str], ...] = (
-        lambda fact: f" ({fact.manifest.topology.ranks} ranks)",
+        lambda fact: f" ({fact.manifest.topology.ranks} ranks)" if fact.manifest.topology.ranks > 1 else "",
         lambda fact: f" (run {fact.run + 1})",
     )
     for suffix in suffixes:

@@ -194,7 +194,7 @@ def key_figure(sections: Sequence[Section], shown: Sequence[Verdict]) -> FigureB
     variant = next((variant for variant in block.variants if variant.label in places), block.variants[0])
     figure = go.Figure(variant.figure)
     figure.update_layout(height=min(_HEIGHT, figure.layout.height))
-    return replace(block, id="key-figure", variants=(replace(variant, figure=figure),))
+    return replace(block, id="key-figure", narrow=True, variants=(replace(variant, figure=figure),))
 
 
 def _verdict(

@@ -1,91 +1,71 @@
-// Draws the figures in the reader's colour scheme, those near the window first and the others in idle time,
-// so that a page that is printed without having been scrolled holds all of them; swaps their variants.
+// Swaps the variants of figures, says what a mark shows, saves pictures, and marks what is being read.
 (() => {
   "use strict";
-  const dark = JSON.parse(document.getElementById("dark-colours").textContent);
-  const scheme = window.matchMedia("(prefers-color-scheme: dark)");
-  const config = { displayModeBar: false, responsive: true };
-  const current = new Map(); // figure element -> its chosen variant: { figure, alt, note }
-  const drawn = new Set();
-  let printing = false;
-
   const unpack = async (script) => {
-    if (script.type === "application/json") return JSON.parse(script.textContent);
     const bytes = Uint8Array.from(atob(script.textContent), (character) => character.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return JSON.parse(await new Response(stream).text());
   };
+  const unpacked = new Map(); // figure element -> promise of its variants
 
-  // Figures are stored with light colours; texts are left alone, only keys that hold colours are changed.
-  const recolour = (value, key = "") => {
-    if (typeof value === "string") return /color/i.test(key) ? dark[value] ?? value : value;
-    if (Array.isArray(value)) return value.map((item) => recolour(item, key));
-    if (value === null || typeof value !== "object") return value;
-    return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, recolour(item, name)]));
-  };
-
-  const draw = (figure) => {
-    const plot = figure.querySelector(".plot");
-    const stored = structuredClone(current.get(figure).figure);
-    const { data, layout } = scheme.matches && !printing ? recolour(stored) : stored;
-    // On a narrow page the legend has one entry a line: give it the height the plot would lose.
-    if (layout.showlegend && plot.clientWidth < 560) {
-      layout.height += 19 * data.filter((trace) => trace.showlegend !== false).length;
-    }
-    plot.style.minHeight = `${layout.height}px`;
-    drawn.add(figure);
-    return Plotly.react(plot, data, layout, config);
-  };
-
-  const show = (figure, index, variant) => {
-    current.set(figure, variant);
+  const choose = async (figure, index) => {
+    const script = figure.querySelector("script.variants");
+    if (!unpacked.has(figure)) unpacked.set(figure, unpack(script));
+    figure.dataset.shown = index;
+    const variant = (await unpacked.get(figure))[index];
+    if (Number(figure.dataset.shown) !== index) return; // chosen anew meanwhile
+    figure.querySelector(".wide").innerHTML = variant.wide;
+    figure.querySelector(".small").innerHTML = variant.small;
     figure.querySelector(".plot").setAttribute("aria-label", variant.alt);
     figure.querySelector(".shown").textContent = variant.note;
     const numbers = figure.querySelector(".numbers");
-    numbers.replaceChildren(figure.querySelectorAll("template")[index].content.cloneNode(true));
+    numbers.innerHTML = variant.numbers;
     numbers.querySelectorAll("table").forEach(equipTable);
   };
 
-  const choose = async (figure) => {
+  // A saved picture has the colours of the page as it is shown, and the patterns of its bars.
+  const save = (figure) => {
+    const shown = [...figure.querySelectorAll(".plot svg")].find((svg) => svg.getClientRects().length);
+    const copy = shown.cloneNode(true);
+    copy.prepend(document.querySelector(".patterns defs").cloneNode(true));
+    const style = getComputedStyle(shown);
+    copy.setAttribute("font-family", style.fontFamily);
+    copy.setAttribute("fill", style.getPropertyValue("--ink"));
+    const source = new XMLSerializer()
+      .serializeToString(copy)
+      .replaceAll(/var\((--[\w-]+)\)/g, (_, name) => style.getPropertyValue(name).trim());
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([source], { type: "image/svg+xml" }));
+    link.download = `${figure.id}.svg`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  };
+
+  for (const figure of document.querySelectorAll("figure[id]")) {
     const select = figure.querySelector("select");
-    const index = select.selectedIndex;
-    const variant = await unpack(figure.querySelectorAll("script[data-variant]")[index]);
-    if (index !== select.selectedIndex) return; // chosen anew meanwhile
-    show(figure, index, variant);
-    draw(figure);
-  };
-
-  const save = async (figure) => {
-    const { width, height } = figure.querySelector(".plot").getBoundingClientRect();
-    await Plotly.downloadImage(await draw(figure), { format: "svg", filename: figure.id, width, height });
-  };
-
-  const figures = [...document.querySelectorAll("figure[id]")];
-  const near = new IntersectionObserver(
-    (entries) => {
-      for (const { isIntersecting, target } of entries) {
-        if (isIntersecting && !drawn.has(target)) draw(target);
-      }
-    },
-    { rootMargin: "800px" },
-  );
-  const whenIdle = window.requestIdleCallback ?? ((next) => setTimeout(next, 20));
-  const drawOthers = () => {
-    const next = figures.find((figure) => !drawn.has(figure));
-    if (!next) return near.disconnect();
-    draw(next);
-    whenIdle(drawOthers, { timeout: 500 });
-  };
-
-  // The first variant is not packed, so it is there before the page has loaded: a page that is printed by a
-  // command, as soon as it has loaded, draws it then.
-  for (const figure of figures) {
-    show(figure, 0, JSON.parse(figure.querySelector("script[data-variant]").textContent));
-    near.observe(figure);
-    figure.querySelector("select")?.addEventListener("change", () => choose(figure));
-    figure.querySelector(".save").addEventListener("click", () => save(figure));
+    select?.addEventListener("change", () => choose(figure, select.selectedIndex));
+    figure.querySelector(".save")?.addEventListener("click", () => save(figure));
+    figure.querySelectorAll(".numbers table").forEach(equipTable);
   }
-  window.addEventListener("load", () => whenIdle(drawOthers));
+
+  // The title of a mark, at once and in the page's own look instead of after a second.
+  const tip = document.createElement("div");
+  tip.className = "tip";
+  tip.hidden = true;
+  document.body.append(tip);
+  document.addEventListener("pointerover", ({ target, pageX, pageY }) => {
+    const mark = target instanceof SVGElement && target.closest(".plot") ? target : null;
+    const title = mark?.querySelector(":scope > title");
+    if (title) {
+      mark.dataset.title = title.textContent;
+      title.remove();
+    }
+    tip.textContent = mark?.dataset.title ?? "";
+    tip.hidden = !tip.textContent;
+    const room = document.documentElement.clientWidth - tip.offsetWidth - 8;
+    tip.style.left = `${Math.max(8, Math.min(pageX + 14, room))}px`;
+    tip.style.top = `${pageY + 14}px`;
+  });
 
   // The contents mark the section that crosses a line near the top of the window.
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
@@ -100,12 +80,4 @@
     { rootMargin: "-25% 0px -74.5% 0px" },
   );
   document.querySelectorAll("main section[id]").forEach((section) => reading.observe(section));
-
-  scheme.addEventListener("change", () => drawn.forEach(draw));
-  for (const [name, starts] of [["beforeprint", true], ["afterprint", false]]) {
-    window.addEventListener(name, () => {
-      printing = starts;
-      [...current.keys()].forEach(draw);
-    });
-  }
 })();
