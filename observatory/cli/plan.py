@@ -56,7 +56,18 @@ def plan(
         typer.Option(
             metavar="NAME|TOML",
             rich_help_panel=_MODELS,
-            help="Devices to compare, such as h100-sxm, or files of rates; give it once for each.",
+            help="Devices to compare, such as h100-sxm, or files of rates, one each; by default this machine "
+            "as its runs measured it.",
+        ),
+    ] = None,
+    network: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=_MODELS, help="Network model of `fit` of such devices."),
+    ] = None,
+    experts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=_MODELS, help="Result of `bench experts` on such a device."
         ),
     ] = None,
     site: Annotated[
@@ -156,6 +167,8 @@ def plan(
         overlap=overlap,
         gpus_per_node=gpus_per_node,
         prices=None if price is None else load_prices(price),
+        experts=experts,
+        network=network,
     )
     document = make_plan(request)
     tables = plan_tables(document)

@@ -13,7 +13,7 @@ from observatory.advice.capacity.plan import Candidate, Plan, Rejected
 from observatory.advice.capacity.routing import CapturedRouting
 from observatory.advice.capacity.site import Prices, Site
 from observatory.advice.capacity.targets import Targets
-from observatory.advice.capacity.words import SHORT, PlanCode, sentence
+from observatory.advice.capacity.words import SHORT, PlanCode, excess, sentence
 from observatory.analysis.capacity.loads import RoutingKind
 from observatory.analysis.capacity.model_shape import ModelShape
 from observatory.analysis.columns import Column, Table
@@ -45,6 +45,7 @@ CANDIDATE_COLUMNS = (
     Column(name="joules_per_token_most", title="J/token at most", digits=2, wide=True),
     Column(name="rack_w", title="W/rack at most", digits=0, wide=True),
     Column(name="per_million", title="per million tokens", digits=2, wide=True),
+    Column(name="limit", title="batch limited by", text=True),
     Column(name="pareto", title="Pareto", text=True, legend="none has more per GPU and per user"),
 )
 REJECTED_COLUMNS = (
@@ -131,9 +132,12 @@ def plan_document(
 
 def plan_tables(document: Mapping[str, Any]) -> list[Table]:
     """Candidates, what ruled others out, and what routing assumptions would have cost."""
-    candidates = document["candidates"][:_LISTED]
+    of_set_up: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for row in document["candidates"]:
+        of_set_up.setdefault((row["hardware"], row["mode"], row["ranks"], row["tp"]), row)
+    candidates = list(of_set_up.values())[:_LISTED]
     more = len(document["candidates"]) - len(candidates)
-    title = "set-ups that meet every target, the fewest devices first"
+    title = "set-ups that meet every target, each with its best batch, the fewest devices first"
     tables = [
         Table(
             name="candidates",
@@ -199,6 +203,8 @@ def _candidate(one: Candidate, targets: Targets, prices: Prices | None, site: Si
         "per_million": None if price is None else price * one.gpus / tokens_per_s / 3600 * 1e6,
         "clock": "unlocked",
         "is_pareto": one.is_pareto,
+        "limited_by": None if one.limit is None else one.limit.document(),
+        "limit": "largest tried" if one.limit is None else SHORT[PlanCode(one.limit.code)],
         "grades": one.graded,
         "memory_gb": {
             "weights": one.memory.weights / 1e9,
@@ -249,7 +255,8 @@ def _grouped(rejected: Sequence[Rejected]) -> list[dict[str, Any]]:
     for (hardware, code), count in counts.most_common():
         assert isinstance(code, PlanCode)
         nearest = min(
-            (one for one in rejected if (one.hardware, one.reason.code) == (hardware, code)), key=_excess
+            (one for one in rejected if (one.hardware, one.reason.code) == (hardware, code)),
+            key=lambda one: excess(one.reason),
         )
         where = f"{hardware}, {nearest.mode}, {_instances(1, nearest.parallel.ranks, nearest.parallel.tp)}"
         rows.append(
@@ -261,15 +268,6 @@ def _grouped(rejected: Sequence[Rejected]) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _excess(one: Rejected) -> float:
-    """By what factor a constraint is missed."""
-    values = one.reason.values
-    for above, limit in (("needed_gb", "usable_gb"), ("needed_gb", "left_gb"), ("value_ms", "limit_ms")):
-        if above in values and limit in values:
-            return float(values[above]) / max(float(values[limit]), 1e-9)  # type: ignore[arg-type]
-    return 0.0
 
 
 def _alphas(captured: CapturedRouting | None) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from observatory.advice.capacity.document import Assumption, plan_document
@@ -13,11 +14,17 @@ from observatory.advice.capacity.site import Prices, Site
 from observatory.advice.capacity.targets import Targets
 from observatory.advice.conclusions.plans import conclude_plan
 from observatory.advice.conclusions.reasons import conclusion_document
+from observatory.advice.mitigations.models import exchange_model, expert_cost
 from observatory.analysis.capacity.loads import ROUTING_KINDS, RoutingKind
+from observatory.analysis.capacity.measured import MeasuredServer
 from observatory.analysis.capacity.model_shape import ModelShape
 from observatory.analysis.capacity.serving import Server
+from observatory.analysis.capacity.step import Host
+from observatory.analysis.experts.cost import ExpertCost, fit_experts
 from observatory.analysis.hardware import load_profile
+from observatory.analysis.network.network import load_network
 from observatory.errors import PlanError
+from observatory.run.documents.expert_bench import load_expert_bench
 
 if TYPE_CHECKING:
     from observatory.run import Run
@@ -38,6 +45,9 @@ class Request:
         overlap: exchanges run under the computation of another micro-batch.
         gpus_per_node: devices that fast links join; None for those of the site or the profile.
         prices: what devices cost.
+        experts: result of an expert benchmark on such devices; without devices that are named, by default
+            the expert times of the first run.
+        network: fitted network of such devices; likewise.
     """
 
     model: ModelShape
@@ -50,6 +60,8 @@ class Request:
     overlap: bool = False
     gpus_per_node: int | None = None
     prices: Prices | None = None
+    experts: Path | None = None
+    network: Path | None = None
 
 
 def make_plan(request: Request) -> dict[str, Any]:
@@ -58,12 +70,7 @@ def make_plan(request: Request) -> dict[str, Any]:
     Raises:
         PlanError: the request cannot be planned at all.
     """
-    if not request.hardware:
-        raise PlanError("no devices are named", remedy="give --hardware, such as --hardware h200-sxm")
-    servers = {
-        name: Server(request.model, request.site.applied(load_profile(name)), overlap=request.overlap)
-        for name in request.hardware
-    }
+    servers = _servers(request)
     captured = captured_routing(request.runs, request.model) if request.runs else None
     wanted: RoutingKind = request.routing or ("captured" if captured else "power-law")
     if wanted == "captured" and captured is None:
@@ -102,3 +109,51 @@ def make_plan(request: Request) -> dict[str, Any]:
     )
     document["conclusion"] = conclusion_document(conclude_plan(document))
     return document
+
+
+def _servers(request: Request) -> dict[str, Host]:
+    """The model on each kind of device: those that are named, else this machine as its runs measured it.
+
+    Raises:
+        PlanError: no devices are named and nothing was measured.
+    """
+    experts = None if request.experts is None else _experts(request, request.experts)
+    if request.hardware:
+        network = None if request.network is None else load_network(request.network)
+        return {
+            name: Server(
+                request.model,
+                request.site.applied(load_profile(name)),
+                overlap=request.overlap,
+                experts=experts,
+                network=network,
+            )
+            for name in request.hardware
+        }
+    if not request.runs:
+        raise PlanError(
+            "no devices are named, and there is no run that was measured",
+            remedy="give --hardware, such as --hardware h200-sxm, or a run of this machine",
+        )
+    first = next((run for run in request.runs if run.manifest.topology.ep > 1), request.runs[0])
+    network, _ = exchange_model(first, request.network)
+    cost = experts or expert_cost(first, None, None)
+    return {MeasuredServer.name: MeasuredServer(request.model, request.runs, cost, network)}
+
+
+def _experts(request: Request, path: Path) -> ExpertCost:
+    """Measured expert times, of the model that is planned.
+
+    Raises:
+        PlanError: they are of other experts.
+    """
+    cost = fit_experts(load_expert_bench(path), source=path.name)
+    moe, model = request.model.moe, request.model
+    ours = (model.hidden, moe.experts, moe.top_k)
+    theirs = (cost.shape.hidden, cost.shape.experts, cost.shape.top_k)
+    if ours != theirs:
+        raise PlanError(
+            f"expert times of {path.name} are of (hidden, experts, top_k) {theirs}, the model has {ours}",
+            remedy="measure them with `observatory bench experts`",
+        )
+    return cost

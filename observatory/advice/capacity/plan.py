@@ -18,7 +18,7 @@ slow; what meets a target does so with the likely ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -26,14 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from observatory.advice.capacity.targets import Targets
-from observatory.advice.capacity.words import PlanCode
-from observatory.analysis.capacity.rates import GRADES, Grade, figure
+from observatory.advice.capacity.words import PlanCode, excess
+from observatory.analysis.capacity.rates import GRADES, Grade
 from observatory.analysis.capacity.routed import Routed
-from observatory.analysis.capacity.serving import (
+from observatory.analysis.capacity.step import (
     CAPTURED,
+    Host,
     Memory,
     Parallel,
-    Server,
     Step,
     Work,
     captured_size,
@@ -47,9 +47,7 @@ Mode = Literal["together", "apart"]
 MODES: tuple[Mode, ...] = ("together", "apart")
 
 #: Batches per group that are tried: captured sizes, which double.
-_BATCHES = (*(size for size in CAPTURED if size & (size - 1) == 0), 384)
-_TENSOR_PARALLEL = (1, 2, 4, 8)
-_MOST_RANKS = 1024
+_BATCHES = tuple(sorted((*(size for size in CAPTURED if size & (size - 1) == 0), 384)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,6 +69,9 @@ class Candidate:
         decode, prefill: the steps that times come from.
         memory: of a rank that decodes.
         graded: part of the likely time of a token that rests on each grade.
+        is_pareto: no other has more tokens per device and per user at once.
+        watts_per_gpu: power limit of a device; None where it is not known.
+        limit: why no larger batch of this set-up is a candidate; None where the largest that was tried is.
     """
 
     hardware: str
@@ -90,6 +91,7 @@ class Candidate:
     graded: dict[Grade, float]
     is_pareto: bool = False
     watts_per_gpu: float | None = None
+    limit: Reason | None = None
 
     @property
     def gpus(self) -> int:
@@ -158,7 +160,7 @@ class Planner:
         can_replicate: whether redundant experts are tried.
     """
 
-    servers: dict[str, Server]
+    servers: Mapping[str, Host]
     routed: Routed
     targets: Targets
     modes: Sequence[Mode] = MODES
@@ -183,7 +185,7 @@ class Planner:
                         )
                     else:
                         candidates.extend(result)
-        kept = _marked(sorted(candidates, key=lambda one: (one.gpus, -one.tokens_per_s_gpu)))
+        kept = _marked(_best_each(candidates))
         return Plan(candidates=tuple(kept), rejected=tuple(rejected))
 
     def needed(self, one: Candidate) -> int | None:
@@ -199,22 +201,20 @@ class Planner:
         result = judge(one.hardware, server, one.parallel, one.sequences, memory)
         return None if isinstance(result, Reason) else result.gpus
 
-    def _set_ups(self, server: Server) -> Iterator[Parallel]:
+    def _set_ups(self, server: Host) -> Iterator[Parallel]:
         experts, heads = server.model.moe.experts, server.model.heads
-        domain = self.gpus_per_node or _domain(server)
+        domain = self.gpus_per_node or server.gpus_per_domain
         ranks = 1
-        while ranks <= min(experts, _MOST_RANKS):
+        while ranks <= min(experts, server.most_ranks):
             fewest = -(-experts // ranks)
-            for tp in _TENSOR_PARALLEL:
+            for tp in server.tensor_parallel:
                 if ranks % tp or tp > domain or heads % tp:
                     continue
                 for slots in (fewest, fewest + 1) if self.can_replicate and ranks > 1 else (fewest,):
                     yield Parallel(ranks=ranks, tp=tp, slots=slots, gpus_per_node=domain)
             ranks *= 2
 
-    def _judge(
-        self, hardware: str, server: Server, parallel: Parallel, mode: Mode
-    ) -> list[Candidate] | Reason:
+    def _judge(self, hardware: str, server: Host, parallel: Parallel, mode: Mode) -> list[Candidate] | Reason:
         """Candidates of all batches that meet the targets; the constraint of the smallest batch else."""
         targets = self.targets
         chunk = targets.chunk if mode == "together" else 0
@@ -223,22 +223,29 @@ class Planner:
         refusal = _memory_refusal(memory, fits, targets)
         if refusal is not None:
             return refusal
-        batches = [size for size in _BATCHES if size <= fits]
-        candidates, reasons = [], []
-        for sequences in batches:
-            result = (
-                self._together(hardware, server, parallel, sequences, memory)
-                if mode == "together"
-                else self._apart(hardware, server, parallel, sequences, memory)
-            )
-            if isinstance(result, Reason):
-                reasons.append(result)
+        candidates: list[Candidate] = []
+        reasons: list[Reason] = []
+        limit: Reason | None = None
+        for sequences in _BATCHES:
+            result: Candidate | Reason
+            if sequences > fits:
+                result = Reason(PlanCode.FULL, {"fits": fits})
+            elif mode == "together":
+                result = self._together(hardware, server, parallel, sequences, memory)
             else:
+                result = self._apart(hardware, server, parallel, sequences, memory)
+            if isinstance(result, Candidate):
                 candidates.append(result)
-        return candidates or reasons[0]
+                limit = None
+            else:
+                reasons.append(result)
+                limit = limit or result
+        if candidates:
+            return [replace(one, limit=limit) for one in candidates]
+        return min((reason for reason in reasons if reason.code is not PlanCode.FULL), key=excess)
 
     def _together(
-        self, hardware: str, server: Server, parallel: Parallel, sequences: int, memory: Memory
+        self, hardware: str, server: Host, parallel: Parallel, sequences: int, memory: Memory
     ) -> Candidate | Reason:
         targets = self.targets
         chunk = min(targets.chunk, targets.context)
@@ -279,7 +286,7 @@ class Planner:
         )
 
     def _apart(
-        self, hardware: str, server: Server, parallel: Parallel, sequences: int, memory: Memory
+        self, hardware: str, server: Host, parallel: Parallel, sequences: int, memory: Memory
     ) -> Candidate | Reason:
         targets = self.targets
         padded = captured_size(sequences)
@@ -318,7 +325,7 @@ class Planner:
             prefill_instances=best.gpus_3[1] // best.parallel.ranks,
         )
 
-    def _best_prefill(self, hardware: str, server: Server) -> _Prefill | Reason:
+    def _best_prefill(self, hardware: str, server: Host) -> _Prefill | Reason:
         """The set-up that computes the prompts on fewest devices, of those whose first token is in time."""
         if hardware not in self._prefills:
             found: list[_Prefill] = []
@@ -333,7 +340,7 @@ class Planner:
             )
         return self._prefills[hardware]
 
-    def _one_prefill(self, server: Server, parallel: Parallel) -> _Prefill | Reason:
+    def _one_prefill(self, server: Host, parallel: Parallel) -> _Prefill | Reason:
         targets = self.targets
         chunk = targets.chunk
         memory = server.memory(parallel, chunk)
@@ -372,7 +379,7 @@ class Planner:
     def _candidate(
         self,
         hardware: str,
-        server: Server,
+        server: Host,
         mode: Mode,
         parallel: Parallel,
         sequences: int,
@@ -390,7 +397,6 @@ class Planner:
         most = self.targets.most_gpus
         if most is not None and gpus[1] > most:
             return Reason(PlanCode.GPUS, {"gpus": gpus[1], "most": most})
-        power = figure(server.profile, "power_limit")
         weights = {decode: 1.0 - part, prefill: part}
         return Candidate(
             hardware=hardware,
@@ -410,18 +416,13 @@ class Planner:
             graded={
                 grade: sum(share * step.part_of(grade) for step, share in weights.items()) for grade in GRADES
             },
-            watts_per_gpu=None if power is None else power.value,
+            watts_per_gpu=server.power_limit_w,
         )
 
 
 def _without_limits(targets: Targets) -> Targets:
     """The targets without limits of latency and number."""
     return targets.model_copy(update={"max_ms_per_token": None, "max_ttft_ms": None, "most_gpus": None})
-
-
-def _domain(server: Server) -> int:
-    known = figure(server.profile, "scale_up_devices")
-    return 8 if known is None else int(known.value)
 
 
 def _memory_refusal(memory: Memory, fits: int, targets: Targets) -> Reason | None:
@@ -437,6 +438,18 @@ def _memory_refusal(memory: Memory, fits: int, targets: Targets) -> Reason | Non
         needed_gb = memory.of_sequence(targets.context + targets.output) / 1e9
         return Reason(PlanCode.CACHE, {"left_gb": memory.for_cache / 1e9, "needed_gb": needed_gb})
     return None
+
+
+def _best_each(candidates: list[Candidate]) -> list[Candidate]:
+    """Of those that differ in redundant experts alone the best, the fewest devices first."""
+    ordered = sorted(
+        candidates, key=lambda one: (one.gpus, -round(one.tokens_per_s_gpu, 3), one.parallel.slots)
+    )
+    best: dict[tuple[str, str, int, int, int], Candidate] = {}
+    for one in ordered:
+        key = one.hardware, one.mode, one.parallel.ranks, one.parallel.tp, one.sequences
+        best.setdefault(key, one)
+    return list(best.values())
 
 
 def _marked(candidates: list[Candidate]) -> list[Candidate]:

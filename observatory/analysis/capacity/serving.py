@@ -16,18 +16,23 @@ Waiting is inside ``experts`` and ``exchange``: both are those of the busiest ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from observatory.analysis.capacity.layers import exchange_part, experts_part, layer_times
 from observatory.analysis.capacity.model_shape import LayerShape, ModelShape
 from observatory.analysis.capacity.rates import Grade, Rate, arithmetic_rate, figure, rate
 from observatory.analysis.capacity.routed import Routed
-from observatory.analysis.experts.cost import padded
+from observatory.analysis.capacity.step import Memory, Parallel, Part, Step, Work
+from observatory.analysis.experts.cost import ExpertCost, of_hardware, padded
 from observatory.analysis.hardware import HardwareProfile
 from observatory.errors import PlanError
-from observatory.run.documents.expert_bench import ELEMENT_BYTES
+from observatory.run.documents.expert_bench import ELEMENT_BYTES, ExpertShape
+
+if TYPE_CHECKING:
+    from observatory.analysis.network.network import NetworkModel
 
 Float64 = NDArray[np.float64]
 
@@ -44,163 +49,25 @@ _EXCHANGE_S = (5e-6, 10e-6, 30e-6)
 _USABLE = 0.9
 #: Bytes of program, context and captured graphs.
 _PROGRAM_BYTES = 3e9
-#: Batch sizes that graphs are captured for by default (vLLM); others are padded to the next.
-CAPTURED = (1, 2, 4, *range(8, 257, 8), *range(272, 513, 16))
-
-
-def captured_size(sequences: int) -> int:
-    """Size to which a batch is padded; itself beyond the largest graph, which runs without one."""
-    return next((size for size in CAPTURED if size >= sequences), sequences)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parallel:
-    """How a model is spread.
-
-    Attributes:
-        ranks: P, over which experts are spread.
-        tp: ranks that split the attention of one group.
-        slots: K, experts that a rank holds in each layer.
-        gpus_per_node: ranks that fast links join.
-    """
-
-    ranks: int
-    tp: int
-    slots: int
-    gpus_per_node: int
-
-    @property
-    def groups(self) -> int:
-        """Groups that serve sequences of their own."""
-        return self.ranks // self.tp
-
-    @property
-    def nodes(self) -> int:
-        """Nodes of one instance."""
-        return -(-self.ranks // self.gpus_per_node)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What one group computes in a step.
-
-    Attributes:
-        decode: sequences that get a token.
-        context: tokens before it, mean.
-        prefill: prompt tokens.
-        prompt: length of the prompts that they are of.
-    """
-
-    decode: int
-    context: float
-    prefill: int = 0
-    prompt: float = 0.0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the group."""
-        return self.decode + self.prefill
-
-    def halved(self) -> Work:
-        """One of two micro-batches."""
-        return Work(
-            decode=-(-self.decode // 2),
-            context=self.context,
-            prefill=-(-self.prefill // 2),
-            prompt=self.prompt,
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """Seconds of a part of a step.
-
-    Attributes:
-        name: of the part.
-        s_3: fast, likely, slow.
-        grade: the worst that it rests on.
-    """
-
-    name: str
-    s_3: Float64
-    grade: Grade
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Step:
-    """A step of the busiest rank.
-
-    Attributes:
-        parts: in order.
-        is_overlapped: exchanges run under the computation of another micro-batch: the longer of both counts.
-    """
-
-    parts: tuple[Part, ...]
-    is_overlapped: bool = False
-
-    @property
-    def s_3(self) -> Float64:
-        """Seconds: fast, likely, slow."""
-        exchange_3 = sum((part.s_3 for part in self.parts if part.name == "exchange"), np.zeros(3))
-        others_3 = sum((part.s_3 for part in self.parts if part.name != "exchange"), np.zeros(3))
-        return np.asarray(np.maximum(exchange_3, others_3) if self.is_overlapped else exchange_3 + others_3)
-
-    def part_of(self, grade: Grade) -> float:
-        """Part of the likely time that rests on a grade."""
-        total = sum(float(part.s_3[1]) for part in self.parts)
-        return sum(float(part.s_3[1]) for part in self.parts if part.grade == grade) / max(total, 1e-300)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
-    """Bytes on one rank.
-
-    Attributes:
-        device: of the device.
-        usable: what a server takes of it.
-        weights: all but routed experts.
-        experts: routed experts, replicas among them.
-        workspace: activations and buffers of exchanges.
-        program: program, context and captured graphs.
-        cache_per_token: of a group's context, on one rank.
-        state_per_sequence: of one sequence, on one rank.
-    """
-
-    device: float
-    usable: float
-    weights: float
-    experts: float
-    workspace: float
-    program: float
-    cache_per_token: float
-    state_per_sequence: float
-
-    @property
-    def for_cache(self) -> float:
-        """Bytes that are left for caches; negative where weights do not fit."""
-        return self.usable - self.weights - self.experts - self.workspace - self.program
-
-    def sequences(self, tokens: float) -> int:
-        """Sequences of a group whose caches of so many tokens fit."""
-        return max(0, int(self.for_cache // max(self.of_sequence(tokens), 1e-9)))
-
-    def of_sequence(self, tokens: float) -> float:
-        """Bytes of the cache of one sequence, on one rank."""
-        return tokens * self.cache_per_token + self.state_per_sequence
 
 
 class Server:
-    """A model on devices of one kind.
+    """A model on devices of one kind, described by a profile.
 
     Args:
         model: its shape.
         profile: of the devices.
         cache_bytes: bytes of a value in the cache; by default those of the activations.
         overlap: exchanges run under the computation of another micro-batch.
+        experts: times of its experts on such devices, where they were measured.
+        network: of exchanges between such devices, where it was fitted.
 
     Raises:
         PlanError: the profile lacks a rate that is always needed.
     """
+
+    tensor_parallel: tuple[int, ...] = (1, 2, 4, 8)
+    most_ranks = 1024
 
     def __init__(
         self,
@@ -209,7 +76,10 @@ class Server:
         *,
         cache_bytes: float | None = None,
         overlap: bool = False,
+        experts: ExpertCost | None = None,
+        network: NetworkModel | None = None,
     ) -> None:
+        self._measured_experts, self._network = experts, network
         self.model, self.profile, self.overlap = model, profile, overlap
         # Scores are computed in 16 bits, whatever the weights are.
         self._score_dtype = model.dtype if ELEMENT_BYTES[model.dtype] > 1 else "bfloat16"
@@ -222,6 +92,18 @@ class Server:
         launch = figure(profile, "launch")
         self._launch_s = 0.0 if launch is None else launch.value * 1e-6
         self._grade: Grade = _worst(self._memory, self._weights_rate, self._score_rate)
+
+    @property
+    def gpus_per_domain(self) -> int:
+        """Devices that fast links join."""
+        known = figure(self.profile, "scale_up_devices")
+        return 8 if known is None else int(known.value)
+
+    @property
+    def power_limit_w(self) -> float | None:
+        """Of one device; None where the profile does not have it."""
+        known = figure(self.profile, "power_limit")
+        return None if known is None else known.value
 
     def memory(self, parallel: Parallel, tokens: int) -> Memory:
         """Bytes of a rank that computes up to so many tokens of its group at once.
@@ -297,14 +179,14 @@ class Server:
         parts = [
             Part("mixers", mixers_3, self._grade),
             Part("dense", dense_3, self._grade),
-            Part("experts", self._experts(busy_SLP, activated_SLP), _worst(self._memory, self._expert_rate)),
+            self._experts(busy_SLP, activated_SLP, parallel),
             Part("head", head_3, self._grade),
             Part("launches", launches_3, "assumed"),
         ]
         if parallel.tp > 1:
             parts.append(self._all_reduce(parallel, work))
         if parallel.ranks > 1:
-            parts.append(self._exchange(parallel, work, busy_SLP))
+            parts.append(self._exchange(parallel, work, busy_SLP, activated_SLP))
         return tuple(parts)
 
     def _mixer(self, layer: LayerShape, tp: int, work: Work) -> Float64:
@@ -334,17 +216,32 @@ class Server:
         bytes_, flops = values * self.model.weight_bytes / tp, _OPERATIONS * values * tokens / tp
         return np.asarray(np.maximum(bytes_ / self._memory.per_s_3, flops / self._weights_rate.per_s_3))
 
-    def _experts(self, busy_SLP: Float64, activated_SLP: Float64) -> Float64:
-        """Seconds of the busiest rank of each layer, summed over layers, mean over draws."""
+    def _experts(self, busy_SLP: Float64, activated_SLP: Float64, parallel: Parallel) -> Part:
+        """The busiest rank of each layer, summed over layers, mean over draws."""
+        if self._measured_experts is not None:
+            cost = self._measured_experts
+            times = layer_times(busy_SLP, activated_SLP, cost, None, gpus_per_node=parallel.gpus_per_node)
+            return experts_part(times, cost)
         values = self.model.moe.expert_values
         read_SLP = activated_SLP * values * self.model.expert_weight_bytes
         rows_SLP = np.where(busy_SLP > 0, padded(busy_SLP, activated_SLP, _TILE), 0.0)
         flops_SLP = _OPERATIONS * values * rows_SLP
-        return np.array(
-            [
-                float(np.maximum(read_SLP / memory, flops_SLP / arithmetic).max(axis=2).sum(axis=1).mean())
-                for memory, arithmetic in zip(self._memory.per_s_3, self._expert_rate.per_s_3, strict=True)
-            ]
+        seconds_3 = [
+            float(np.maximum(read_SLP / memory, flops_SLP / arithmetic).max(axis=2).sum(axis=1).mean())
+            for memory, arithmetic in zip(self._memory.per_s_3, self._expert_rate.per_s_3, strict=True)
+        ]
+        return Part("experts", np.array(seconds_3), _worst(self._memory, self._expert_rate))
+
+    @property
+    def _expert_shape(self) -> ExpertShape:
+        moe, model = self.model.moe, self.model
+        return ExpertShape(
+            hidden=model.hidden,
+            intermediate=max(1, moe.expert_values // (3 * model.hidden)),
+            experts=moe.experts,
+            top_k=moe.top_k,
+            dtype=self._score_dtype,
+            expert_bytes=max(1, int(moe.expert_values * model.expert_weight_bytes)),
         )
 
     def _all_reduce(self, parallel: Parallel, work: Work) -> Part:
@@ -355,12 +252,18 @@ class Server:
         times = sum(count * (1 + (layer.dense_values > 0)) for count, layer in self.model.layers)
         return Part("all-reduce", times * (bytes_ / link.per_s_3 + np.array(_EXCHANGE_S)), link.grade)
 
-    def _exchange(self, parallel: Parallel, work: Work, busy_SLP: Float64) -> Part:
+    def _exchange(self, parallel: Parallel, work: Work, busy_SLP: Float64, activated_SLP: Float64) -> Part:
         """Dispatch and combine of the busiest rank, with rows of this rank's experts left out.
 
         With prompt tokens a token crosses to a node once and is copied there, as DeepEP's normal kernels do;
         else each of its K rows travels by itself, as with those for low latency.
         """
+        if self._network is not None:
+            cost = self._measured_experts or of_hardware(self.profile, self._expert_shape)
+            times = layer_times(
+                busy_SLP, activated_SLP, cost, self._network, gpus_per_node=parallel.gpus_per_node
+            )
+            return exchange_part(times, self._network)
         model, ranks = self.model, parallel.ranks
         there = model.hidden * min(self._activation_bytes, max(model.weight_bytes, 1.0))
         row_bytes = there + model.hidden * self._activation_bytes

@@ -13,7 +13,8 @@ from observatory.advice.capacity.targets import Targets
 from observatory.analysis.capacity.loads import BalancedLoads
 from observatory.analysis.capacity.model_shape import model_shape
 from observatory.analysis.capacity.routed import Routed
-from observatory.analysis.capacity.serving import Parallel, Server, Work, captured_size
+from observatory.analysis.capacity.serving import Server
+from observatory.analysis.capacity.step import Parallel, Work, captured_size
 from observatory.analysis.hardware import load_profile
 from observatory.cli import main
 from observatory.errors import PlanError
