@@ -141,7 +141,7 @@ def parse_shape(text: str, *, dtype: str = "float32", decoder: Sequence[int] | N
         dim = sizes["DIM"]
         fields |= {"key": dim, "rotary": dim, "value": dim, "kv_heads": sizes.get("KV_HEADS", sizes["HEADS"])}
     if decoder is not None and len(decoder) != 2:
-        raise BenchmarkError(f"{len(decoder)} sizes are no decoder layer", expected="HIDDEN,INNER")
+        raise BenchmarkError(f"--prefill gives {len(decoder)} numbers", expected="HIDDEN,INNER")
     if decoder is not None and kind != "expert":
         fields |= {"hidden": decoder[0], "inner": decoder[1]}
     try:
