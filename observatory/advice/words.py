@@ -74,7 +74,7 @@ _SENTENCES = {
     "median, {p90_error} in the worst tenth",
     Code.UNRELIABLE_FIT: "not to be relied on: the model of {algorithm} ({verdict})",
     Code.FIT_COST: "its predictions are off by {median_error} in the median, {p90_error} in the worst tenth",
-    Code.BEST_CHANGE: "worth changing: in {phase}, {change}{setting}",
+    Code.BEST_CHANGE: "worth changing: {whose}in {phase}, {change}{setting}",
     Code.CHANGE_GAIN: "{part} of a step takes {gain} less time{energy}{pays}{elsewhere}",
     Code.DOES_NOT_FIT: "today's experts do not fit into the memory of {ranks} ranks: use more ranks, or an "
     "{change}{setting}",
@@ -178,6 +178,8 @@ def _of_change(code: Code, values: Mapping[str, Any]) -> dict[str, str]:
 
 def _of_setting(code: Code, values: Mapping[str, Any]) -> dict[str, str]:
     shown = {"setting": f" ({values['setting']})" if values["setting"] else ""}
+    if code is Code.BEST_CHANGE:
+        shown["whose"] = f"for {values['run']}, " if values["of_several"] else ""
     if code is Code.CLOCK_SAVES:
         ends = (values[f"energy_saving{end}"] for end in ("", "_low", "_high"))
         shown |= {"saving": _interval(*ends), "slowdown": percent_words(values["slowdown"])}

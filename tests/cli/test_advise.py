@@ -134,3 +134,13 @@ def test_a_run_without_assignments_is_refused(tmp_path: Path, capsys: pytest.Cap
 def test_the_option_with_a_wrong_list_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", str(sized_run(tmp_path / "run")), "--other-ranks", "x"]) == 1
     assert "--other-ranks" in capsys.readouterr().err
+
+
+def test_of_several_runs_the_one_that_is_advised_on_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uneven, even = sized_run(tmp_path / "uneven"), sized_run(tmp_path / "even", skew=1.0)
+    for runs, is_named in (([uneven], False), ([even, uneven], True)):
+        assert main(["advise", *map(str, runs), "--ranks", "4", *H100]) == 0
+        said = " ".join("".join(capsys.readouterr()).split())
+        assert (f"worth changing: for {uneven}" in said) == is_named

@@ -51,6 +51,7 @@ def conclude_advice(document: Row) -> Conclusion:
         return (*NOTHING, *shown)
     run, phase, row = max(best, key=lambda item: item[2]["gain"])
     place = {"run": run["run"], "phase": phase["phase"], **chosen(row, "change", "setting")}
+    place["of_several"] = len(document["runs"]) > 1
     gain = chosen(row, "gain", "gain_low", "gain_high", "break_even_steps")
     gain["cost_known"] = row["change_us"] is not None
     values = {
