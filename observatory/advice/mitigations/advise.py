@@ -42,6 +42,7 @@ from observatory.advice.mitigations.verdict import (
     VerdictCode,
 )
 from observatory.advice.placement_layouts import current_layout
+from observatory.analysis.energy.device_ownership import devices_of_rank
 from observatory.analysis.energy.run_energy import energy_summary
 from observatory.analysis.experts.cost import ExpertCost
 from observatory.analysis.frequency.model_file import ClockModel
@@ -151,6 +152,7 @@ class Advice:
         left_out: parts of a step whose time is not known.
         ran: ranks and nodes of the run.
         hosts: their names; empty where they are not stated.
+        unsampled_ranks: ranks of the run none of whose devices were sampled; empty without any power.
         in_use: experts of each layer that always work, and that hardly do: what elimination would look at,
             which makes another model and is no speed-up of this one.
     """
@@ -168,6 +170,7 @@ class Advice:
     ran: Topology
     hosts: tuple[str, ...]
     in_use: tuple[LayerUse, ...]
+    unsampled_ranks: tuple[int, ...] = ()
 
 
 def above_published(verdict: Verdict) -> float | None:
@@ -246,6 +249,7 @@ def advise_run(
         ran=run.manifest.topology,
         hosts=tuple(dict.fromkeys(host.name for host in run.manifest.hosts)),
         in_use=experts_in_use(run, loads),
+        unsampled_ranks=_unsampled_ranks(run) if labs[0].models.power is not None else (),
     )
 
 
@@ -266,7 +270,13 @@ def _labs(
     )
     of_layers = {layer.shared_experts for layer in run.manifest.model.moe_layers}
     samples = run.token_samples()
-    models = Models(experts=experts, network=network, horizon_steps=horizon_steps, power=_power(run))
+    models = Models(
+        experts=experts,
+        network=network,
+        horizon_steps=horizon_steps,
+        power=_power(run),
+        power_ranks=run.manifest.topology.ep,
+    )
     labs, skipped = [], []
     for named in loads.phases:
         of_phase = loads.of_phase(named)
@@ -301,6 +311,12 @@ def _power(run: Run) -> pd.DataFrame | None:
         return energy_summary(run).phases
     except EnergyError:
         return None
+
+
+def _unsampled_ranks(run: Run) -> tuple[int, ...]:
+    sampled = set(run.power()["device_uuid"])
+    owned = devices_of_rank(run.manifest)
+    return tuple(rank for rank, uuids in sorted(owned.items()) if not sampled.intersection(uuids))
 
 
 def _measured_us(run: Run) -> pd.Series[float]:

@@ -177,6 +177,9 @@ def _phase_doubts(run: Mapping[str, Any]) -> Iterator[str]:
                     f"({percent_words(row['above_published'])}): look at its parts (--wide)"
                 )
                 break
+    if run["unsampled_ranks"]:
+        ranks = listing([str(rank) for rank in run["unsampled_ranks"]])
+        yield f"energy is that of sampled devices alone: those of ranks {ranks} were not"
     yield from _in_use(run["in_use"])
     for skipped in run["skipped_phases"]:
         yield f"{skipped['phase']} has {skipped['steps']} steps, too few to choose and to judge on"
@@ -236,6 +239,7 @@ def _run(advice: Advice, problems: Sequence[str]) -> dict[str, Any]:
         "least_used": [
             {"layer": use.layer, "share": len(use.hardly_used) / use.experts} for use in advice.in_use
         ],
+        "unsampled_ranks": list(advice.unsampled_ranks),
         "in_use": [use.document() for use in advice.in_use],
         "skipped_phases": [{"phase": phase, "steps": steps} for phase, steps in advice.skipped],
         "phases": [

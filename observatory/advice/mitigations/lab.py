@@ -123,7 +123,7 @@ class Lab:
             count_bytes=self.setup.announce_bytes,
             shared_experts=self.trace.shared_experts,
         )
-        return Timed.of(times, self.trace.phase, self.models.power)
+        return Timed.of(times, self.trace.phase, self.models.power_of(self.setup.ranks))
 
     def chosen_layout(self, replicas: int) -> Int64:
         """The layout that the training steps suggest, (L, P, K); made once."""

@@ -67,12 +67,22 @@ class Models:
         network: time of exchanges; None without.
         horizon_steps: steps over which a change has to pay for itself.
         power: energy and power by phase and span of the run (`EnergySummary.phases`); None without.
+        power_ranks: ranks whose devices drew it.
     """
 
     experts: ExpertCost
     network: NetworkModel | None
     horizon_steps: int
     power: pd.DataFrame | None = None
+    power_ranks: int = 1
+
+    def power_of(self, ranks: int) -> pd.DataFrame | Reason:
+        """Power of the devices of so many ranks, or why it is not known."""
+        if self.power is None:
+            return Reason(MitigationCode.NO_POWER)
+        if ranks != self.power_ranks:
+            return Reason(MitigationCode.POWER_OF_OTHERS, {"ranks": ranks, "measured": self.power_ranks})
+        return self.power
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -113,7 +123,7 @@ class Timed:
     reason: Reason | None = None
 
     @classmethod
-    def of(cls, times: StepTimes, phase: str, power: pd.DataFrame | None) -> Timed:
+    def of(cls, times: StepTimes, phase: str, power: pd.DataFrame | Reason) -> Timed:
         """Seconds of layer-steps as microseconds of steps."""
 
         def summed(part_SL: Float64 | None) -> Float64 | None:
@@ -122,8 +132,8 @@ class Timed:
         outside = float(1.0 - times.inside_SL.mean())
         reasons = times.reasons.get("total", ())
         outer = [reason for reason in times.reasons.get("extrapolated", ()) if reason.code in _OTHER_FABRIC]
-        energy = None if power is None else step_energy(times, phase, power)
-        without = Reason(MitigationCode.NO_POWER) if energy is None else energy.reason
+        energy = None if isinstance(power, Reason) else step_energy(times, phase, power)
+        without = power if isinstance(power, Reason) else None if energy is None else energy.reason
         joules_S = None if energy is None else energy.joules_S
         return cls(
             counts_S=summed(times.counts_s),

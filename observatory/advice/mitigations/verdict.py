@@ -78,6 +78,7 @@ class MitigationCode(StrEnum):
     NO_CLOCKS = "no_clock_model"
     OTHER_PHASES = "clocks_of_other_phases"
     NO_POWER = "no_power"
+    POWER_OF_OTHERS = "power_of_other_ranks"
     NO_PROGRAM = "no_program"
     NO_SEQUENCES = "no_sequences"
     ONE_NODE = "one_node"

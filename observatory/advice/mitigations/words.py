@@ -41,6 +41,7 @@ _MISSING = {
     StepCode.PHASE_WITHOUT_POWER: "no power was measured in it",
     StepCode.POWER_COVERS: "power is known for {covered} of its time only",
     MitigationCode.NO_POWER: "the run has no power samples",
+    MitigationCode.POWER_OF_OTHERS: "power was measured on {measured} ranks, not on {ranks}",
     MitigationCode.NO_PROGRAM: "no program reaches this time",
     StepCode.TOP_K_VARIES: "tokens have no fixed number of experts",
 }

@@ -9,7 +9,7 @@ import pandas as pd
 import pyarrow as pa
 
 from observatory.run import RunWriter, routing_rows
-from observatory.run.manifest import DataSpec, Manifest, ModelSpec, MoeLayerSpec, RankPower
+from observatory.run.manifest import DataSpec, Manifest, ModelSpec, MoeLayerSpec, RankPower, Topology
 
 EXPERTS, TOP_K = 16, 2
 
@@ -22,10 +22,12 @@ def sized_run(
     phase: str = "prefill",
     tokens: int = 4096,
     watts: float | None = None,
+    devices: tuple[str, ...] = ("GPU-a",),
 ) -> Path:
     """Two layers of 16 experts on one source rank; the first four have ``skew`` times the others' load.
 
-    With ``watts`` a device draws them for all of the steps, of 300 ms each.
+    With ``watts`` a device GPU-a draws them for all of the steps, of 300 ms each, of a program on four ranks;
+    ``devices`` are those that the captured rank says it computes on.
     """
     generator = np.random.default_rng(0)
     share_E = np.array([skew] * 4 + [1.0] * 12)
@@ -37,7 +39,11 @@ def sized_run(
         name="sized", hidden_size=2048, expert_bytes=3 * 2048 * 1024 * 2, dtype="bfloat16", moe_layers=layers
     )
     manifest = Manifest(
-        run_id="sized", created_unix_s=1.0, model=model, data=DataSpec(condition="prose", real=True)
+        run_id="sized",
+        created_unix_s=1.0,
+        model=model,
+        data=DataSpec(condition="prose", real=True),
+        topology=Topology(ep=1 if watts is None else 4),
     )
     with RunWriter.create(folder, manifest) as writer:
         for layer in (0, 1):
@@ -55,6 +61,7 @@ def sized_run(
             )
         if watts is not None:
             _append_power(writer, steps, phase, watts)
+            writer.set_power(RankPower(own_devices=devices))
     return folder
 
 
@@ -67,4 +74,3 @@ def _append_power(writer: RunWriter, steps: int, phase: str, watts: float) -> No
     power["energy_mj"] = ((time_ns - time_ns[0]) * watts * 1e-6).astype(np.int64)
     writer.append("spans", pa.Table.from_pandas(spans, preserve_index=False))
     writer.append("power", pa.Table.from_pandas(power, preserve_index=False))
-    writer.set_power(RankPower(own_devices=("GPU-a",)))

@@ -35,15 +35,21 @@ EXCHANGES = network(latency_us=100.0, us_per_byte=1e-3)
 def with_power(lab: Lab, *rows: tuple[str, str, str | None, float | None]) -> Lab:
     """The same with rows of device, phase, span and milliwatts."""
     power = pd.DataFrame(rows, columns=["device_uuid", "phase", "span", "power_mw"])
-    models = Models(experts=lab.models.experts, network=lab.models.network, horizon_steps=10_000, power=power)
+    models = Models(
+        experts=lab.models.experts,
+        network=lab.models.network,
+        horizon_steps=10_000,
+        power=power,
+        power_ranks=4,
+    )
     return Lab(lab.trace, lab.setup, models)
 
 
-def document_of(run: Path) -> dict[str, Any]:
+def document_of(run: Path, *, ranks: int = 4) -> dict[str, Any]:
     opened = open_run(run)
     advice = advise_run(
         opened,
-        Setup(ranks=4, gpus_per_node=4, move_bytes_per_s=1e9),
+        Setup(ranks=ranks, gpus_per_node=4, placement="linear", move_bytes_per_s=1e9),
         experts=of_hardware(load_profile("h100-sxm"), shape_of_model(opened.manifest.model)),
         network=EXCHANGES,
         network_source="test",
@@ -100,6 +106,25 @@ def test_a_run_whose_device_draws_250_watts_has_that_energy_in_every_step(tmp_pa
     best = phase["verdicts"][phase["best"]]
     assert gain.values["energy_saved"] == pytest.approx(1 - best["energy_mj"] / rows["today"]["energy_mj"])
     assert any("less energy" in sentence for sentence in conclusion_sentences(conclusion))
+
+
+def test_power_of_four_ranks_is_not_that_of_two(tmp_path: Path) -> None:
+    run = sized_run(tmp_path / "run", watts=250.0)
+    today = document_of(run, ranks=2)["runs"][0]["phases"][0]["verdicts"][0]
+    assert today["energy_mj"] is None
+    assert today["energy_reason"] == {"code": "power_of_other_ranks", "ranks": 2, "measured": 4}
+    (phase,) = document_of(run)["runs"][0]["phases"]
+    twice = next(row for row in phase["verdicts"] if row["setting"] == "EP 2")
+    assert twice["step_us"] is not None
+    assert twice["energy_mj"] is None
+
+
+def test_ranks_whose_devices_were_not_sampled_are_named(tmp_path: Path) -> None:
+    document = document_of(sized_run(tmp_path / "run", watts=250.0, devices=("GPU-b",)))
+    assert document["runs"][0]["unsampled_ranks"] == [0]
+    assert any("ranks 0 were not" in sentence for sentence in doubt_sentences(document))
+    sampled = document_of(sized_run(tmp_path / "sampled", watts=250.0))
+    assert sampled["runs"][0]["unsampled_ranks"] == []
 
 
 def test_a_run_without_power_says_so_once_for_each_row_and_not_in_words(tmp_path: Path) -> None:
