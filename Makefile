@@ -1,6 +1,6 @@
 # make demo   install into .venv and write a report from the bundled models and data
 # make check  install the test extras, then lint, types, import directions and the quick tests: under 3 minutes
-# make test   the whole suite; needs Chromium and Slurm for some tests, which it installs as root
+# make test   the whole suite; needs Chromium, npm and Slurm for some tests, which it installs as root
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo check test test-gpu lint system-packages clean
+.PHONY: demo check test test-gpu lint system-packages axe clean
 
 demo: $(VENV)/.capture
 	$(BIN)/observatory quickstart --out demo
@@ -22,7 +22,7 @@ check: WORKERS = 3
 check: lint
 	$(PYTEST) -m "not gpu and not slow and not timing"
 
-test: $(VENV)/.test system-packages
+test: $(VENV)/.test system-packages axe
 	$(PYTEST) -m "not gpu and not timing"
 	$(ALONE) -m "timing and not gpu"
 
@@ -35,16 +35,24 @@ lint: $(VENV)/.test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The browser tests need Chromium, those of srun a Slurm; without root they skip and say so.
+# The browser tests need Chromium and, for accessibility, npm; those of srun a Slurm. Without root they skip
+# and say so.
 system-packages:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		wanted=""; \
 		command -v chromedriver >/dev/null || wanted="chromium chromium-driver fonts-dejavu"; \
 		{ command -v slurmctld && command -v munged; } >/dev/null || wanted="$$wanted slurm-wlm munge"; \
+		command -v npm >/dev/null || wanted="$$wanted npm"; \
 		test -z "$$wanted" || (apt-get update -q && \
 			DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$wanted) >&2 || \
 			echo "could not be installed, so their tests skip: $$wanted" >&2; \
 	fi
+
+# Checks accessibility in the browser tests (MPL-2.0, for tests alone); without npm they skip and say so.
+axe: $(VENV)/.test
+	@test -e $(VENV)/node_modules/axe-core || \
+		npm install --prefix $(VENV) --no-save --no-package-lock --no-audit --no-fund axe-core@4.14.1 >&2 || \
+		echo "axe-core could not be installed, so the tests of accessibility skip" >&2
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
