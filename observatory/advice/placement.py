@@ -120,6 +120,12 @@ class PlacementAdvice:
     verdict: tuple[Reason, ...]
 
     @property
+    def is_better(self) -> bool:
+        """Whether the chosen layout gains beyond its interval in what decides, or in time."""
+        better = {PlacementCode.CHANGE, PlacementCode.NODES_LESS, PlacementCode.TIME_LESS}
+        return any(reason.code in better for reason in self.verdict)
+
+    @property
     def chosen(self) -> Candidate:
         """The layout that is judged."""
         return next(candidate for candidate in self.candidates if candidate.name == "chosen")

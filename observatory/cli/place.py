@@ -212,6 +212,7 @@ def place(
         say(sentence)
     if out is not None:
         say(f"placement written to {out}")
+    if out is not None and advice.is_better:
         say(f"try it: observatory profile MODEL --ep {ranks} --placement {quote(str(out))}")
 
 

@@ -72,6 +72,7 @@ def test_uniform_routing_is_left_alone_though_its_steps_promise_a_gain(tmp_path:
     assert advice.chosen.promised < by_name["linear (today)"].promised - 0.02
     assert advice.gain.low is not None
     assert advice.gain.low < 0.02
+    assert not advice.is_better
 
 
 @pytest.mark.parametrize(
