@@ -16,15 +16,15 @@ from observatory.text import listing, percent_words
 _NO_GAIN = 0.005
 
 _SENTENCES = {
-    Code.PLAN: "plan: {gpus} GPUs ({gpus_low} to {gpus_high}) of {hardware}: {set_up}, {sequences} "
-    "sequences per group",
+    Code.PLAN: "plan: {gpus} devices ({gpus_low} to {gpus_high}), {hardware}: {set_up}, a batch of "
+    "{sequences}",
     Code.PLAN_TIMES: "they generate {tokens_per_s:,.0f} tokens/s ({tokens_per_s_low:,.0f} to "
     "{tokens_per_s_high:,.0f}), {ms_per_token:.1f} ms per token ({ms_per_token_low:.1f} to "
     "{ms_per_token_high:.1f}), {ttft_ms:,.0f} ms to the first token",
     Code.PLAN_ASSUMED: "{share} of that time rests on assumed rates, not on measured or published ones: "
     "measure experts and fabric there (`bench experts`, `bench alltoall`, `fit`)",
-    Code.PLAN_ROUTING: "{routing} routing would have planned {gpus} GPUs with a set-up that needs {needed} "
-    "under the captured routing",
+    Code.PLAN_ROUTING: "{routing} routing would have planned {gpus} devices with a set-up that needs "
+    "{needed} under the captured routing",
     Code.NO_PLAN: "no set-up meets the targets; {set_ups} were tried",
     Code.NEAREST_PLAN: "{set_ups} ruled out by {constraint}; the nearest: {nearest}",
     Code.NOTHING: "nothing here is worth changing",

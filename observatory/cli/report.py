@@ -59,6 +59,14 @@ def report(
             help="Result of `clocks sweep` or `clocks fit`: which clock; may be repeated.",
         ),
     ] = None,
+    plan: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel="Further results",
+            help="What `plan --out` wrote; may be repeated.",
+        ),
+    ] = None,
     route_fetch: Annotated[
         list[Path] | None,
         typer.Option(
@@ -86,6 +94,7 @@ def report(
         networks=network or (),
         clocks=clocks or (),
         route_fetch=route_fetch or (),
+        plans=plan or (),
         max_slowdown=max_slowdown,
         overwrite=force,
     )

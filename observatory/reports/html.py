@@ -18,6 +18,7 @@ from observatory.reports.embed import content_security_policy, packed_json, scri
 from observatory.reports.frames.benchmark_files import read_benchmark_files
 from observatory.reports.frames.collect import collect
 from observatory.reports.frames.frequency import collect_clocks
+from observatory.reports.frames.plan import collect_plans
 from observatory.reports.frames.report import NOT_STATED, ReportFrames
 from observatory.reports.frames.route_fetch import collect_route_fetch
 from observatory.reports.outline import absent_parts, build_sections, questions
@@ -61,6 +62,7 @@ def write_report(
     networks: Sequence[str | os.PathLike[str]] = (),
     clocks: Sequence[str | os.PathLike[str]] = (),
     route_fetch: Sequence[str | os.PathLike[str]] = (),
+    plans: Sequence[str | os.PathLike[str]] = (),
     max_slowdown: float = 0.02,
     overwrite: bool = False,
 ) -> Path:
@@ -78,6 +80,7 @@ def write_report(
         networks: network models of ``observatory fit``.
         clocks: clock sweeps, or clock models of ``observatory clocks fit``.
         route_fetch: measurements of ``observatory bench route-fetch``.
+        plans: what ``observatory plan --out`` wrote.
         max_slowdown: how much longer an iteration may take at a recommended clock, as a share.
         overwrite: replace an existing file.
 
@@ -86,6 +89,7 @@ def write_report(
             larger than 15 MB.
         BenchmarkError: a benchmark file cannot be read or is of another kind.
         ClockError: likewise a clock file, or the budget is none.
+        PlanError: likewise a plan.
     """
     target = Path(out)
     if not runs:
@@ -100,8 +104,9 @@ def write_report(
     files = read_benchmark_files(bench=bench, replays=replays, networks=networks)
     given = collect_clocks(clocks, max_slowdown=max_slowdown)
     measured = collect_route_fetch(route_fetch)
+    planned = collect_plans(plans)
     frames = collect(opened, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, files=files, clocks=given)
-    frames = replace(frames, route_fetch=measured)
+    frames = replace(frames, route_fetch=measured, plans=planned)
     page = render(frames, title=title, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, out=target)
     size = len(page.encode("utf-8", "replace"))
     if size > MOST_BYTES:
@@ -127,6 +132,7 @@ def render(
     given = frames.benchmarks.files.options() if frames.benchmarks else []
     given += frames.clocks.options() if frames.clocks else []
     given += [word for file in frames.route_fetch for word in ("--route-fetch", str(file.path))]
+    given += [word for file in frames.plans for word in ("--plan", str(file.path))]
     return environment.get_template("report.html.j2").render(
         title=shorten(title or _title(frames), 200),
         version=observatory.__version__,

@@ -18,6 +18,7 @@ from observatory.reports.sections import (
     layer_section,
     lorenz_section,
     mock_section,
+    plan_section,
     power_section,
     route_fetch_section,
     scan_section,
@@ -38,11 +39,7 @@ _QUESTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "What would another placement, degree, collective or clock do?",
         ("changes", "ep", "realism", "prediction", "bandwidth", "route-fetch", "clocks"),
     ),
-)
-_CAPACITY = (
-    "How many GPUs?",
-    "Not answered here: observatory plan RUN --target-tokens-per-s N makes a capacity plan from measured "
-    "routing.",
+    ("how-many", "How many GPUs?", ("plan",)),
 )
 
 
@@ -70,6 +67,7 @@ def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]
     ]
     sections = [*exchange_sections(frames), *power]
     sections += [route_fetch_section(frames)] if frames.route_fetch else []
+    sections.append(plan_section(frames))
     telemetry_alone = frames.layers.empty and frames.power is not None and bool(frames.power.runs)
     if not telemetry_alone:
         sections += [
@@ -103,4 +101,4 @@ def absent_parts(sections: Iterable[Section]) -> list[tuple[str, str]]:
         without = () if section.blocks else ((section.title, section.reason),)
         for what, why in (*without, *section.absent):
             by_reason.setdefault(why, []).append(what)
-    return [*(("; ".join(names), why) for why, names in by_reason.items()), _CAPACITY]
+    return [("; ".join(names), why) for why, names in by_reason.items()]

@@ -83,6 +83,11 @@ class MeasuredServer:
     def __init__(
         self, model: ModelShape, runs: Sequence[Run], experts: ExpertCost, network: NetworkModel | None
     ) -> None:
+        if any(run.manifest.config.get("device") not in (None, "cpu") for run in runs):
+            raise PlanError(
+                "runs on an accelerator do not state its memory",
+                remedy="name it with --hardware; --experts and --network take the place of published figures",
+            )
         dtype = (runs[0].manifest.model.dtype or model.dtype).removeprefix("torch.")
         size = float(ELEMENT_BYTES.get(dtype, 4))
         self.model = replace(

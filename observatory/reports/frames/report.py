@@ -26,6 +26,7 @@ import pandas as pd
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.exchanges import ExchangeFrames
 from observatory.reports.frames.frequency import ClockFrames
+from observatory.reports.frames.plan import PlannedFile
 from observatory.reports.frames.power import PowerFrames
 from observatory.reports.frames.route_fetch import RouteFetchFile
 from observatory.run.manifest import PHASES, Manifest
@@ -74,9 +75,9 @@ class ReportFrames:
     """All frames of a report (columns in the module's docstring) and the runs' facts.
 
     ``exchanges`` is None when no run holds any, ``benchmarks`` and ``clocks`` when no files were given,
-    ``power`` when it was not read; ``route_fetch`` has the measurements of ``bench route-fetch``. ``advice``
-    has, by run, what ``observatory advise`` states about it (docs/json.md); ``no_advice`` why a run that was
-    spread over ranks has none.
+    ``power`` when it was not read; ``route_fetch`` has the measurements of ``bench route-fetch``, ``plans``
+    capacity plans. ``advice`` has, by run, what ``observatory advise`` states about it (docs/json.md);
+    ``no_advice`` why a run that was spread over ranks has none.
     """
 
     facts: tuple[RunFacts, ...]
@@ -92,6 +93,7 @@ class ReportFrames:
     power: PowerFrames | None = None
     clocks: ClockFrames | None = None
     route_fetch: tuple[RouteFetchFile, ...] = ()
+    plans: tuple[PlannedFile, ...] = ()
     advice: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     no_advice: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 

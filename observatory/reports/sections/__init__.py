@@ -13,6 +13,7 @@ from observatory.reports.sections.layers import layer_section
 from observatory.reports.sections.lorenz import lorenz_section
 from observatory.reports.sections.mock import mock_section
 from observatory.reports.sections.overview import overview, problems, setting
+from observatory.reports.sections.plan import plan_section
 from observatory.reports.sections.power import power_section
 from observatory.reports.sections.provenance import FORMULAS, RunRecord, provenance, run_table
 from observatory.reports.sections.route_fetch import route_fetch_section
@@ -38,6 +39,7 @@ __all__ = [
     "lorenz_section",
     "mock_section",
     "overview",
+    "plan_section",
     "power_section",
     "problems",
     "provenance",

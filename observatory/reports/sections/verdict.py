@@ -18,12 +18,14 @@ from observatory.advice.conclusions import (
     conclude_clocks,
     conclude_energy,
     conclude_exchanges,
+    conclude_plan,
     conclude_routing,
     stake,
 )
 from observatory.advice.route_fetch import RouteFetchCode, conclude_maps
 from observatory.advice.route_fetch_words import route_fetch_sentences
 from observatory.advice.words import conclusion_sentences
+from observatory.reports.frames.plan import PlannedFile
 from observatory.reports.frames.report import ReportFrames, each_row
 from observatory.reports.frames.route_fetch import RouteFetchFile
 from observatory.reports.page import FigureBlock, Section
@@ -106,6 +108,7 @@ def verdicts(frames: ReportFrames) -> list[Verdict]:
         ("Routing", "layers", False, list(_routing(frames))),
     )
     stated = [_verdict(frames, *part) for part in parts if part[-1]]
+    stated += [_of_plan(file, is_only=len(frames.plans) < 2) for file in frames.plans]
     stated += [_of_route_fetch(file, is_only=len(frames.route_fetch) < 2) for file in frames.route_fetch]
     return sorted(stated, key=lambda verdict: -(verdict.stake or 0.0))
 
@@ -217,6 +220,29 @@ def _verdict(
         choices=() if isinstance(whose, str) else _choices(frames, whose, conclusion),
         stake=stake(conclusion) if is_share else None,
         number=_number(conclusion, section),
+    )
+
+
+def _of_plan(file: PlannedFile, *, is_only: bool) -> Verdict:
+    """How many devices the targets of a plan take."""
+    conclusion = conclude_plan(file.document)
+    sentences = [plain(f"{text[:1].upper()}{text[1:]}.") for text in conclusion_sentences(conclusion)]
+    rows = file.document["candidates"]
+    number = None
+    if rows:
+        meaning = (
+            f"devices ({rows[0]['hardware']}) for {file.document['targets']['tokens_per_s']:,.0f} tokens/s"
+        )
+        number = Number(value=str(rows[0]["gpus"]), meaning=plain(meaning), section="plan")
+    return Verdict(
+        part="Capacity",
+        section="plan",
+        whose="" if is_only else shorten(file.path.name, 32),
+        sentences=tuple(sentences),
+        next_step="",
+        choices=(),
+        stake=None,
+        number=number,
     )
 
 
