@@ -179,7 +179,8 @@ def _phase_doubts(run: Mapping[str, Any]) -> Iterator[str]:
                 break
     if run["unsampled_ranks"]:
         ranks = listing([str(rank) for rank in run["unsampled_ranks"]])
-        yield f"energy is that of sampled devices alone: those of ranks {ranks} were not"
+        word = "rank" if len(run["unsampled_ranks"]) == 1 else "ranks"
+        yield f"energy is that of sampled devices alone: those of {word} {ranks} were not"
     yield from _in_use(run["in_use"])
     for skipped in run["skipped_phases"]:
         yield f"{skipped['phase']} has {skipped['steps']} steps, too few to choose and to judge on"

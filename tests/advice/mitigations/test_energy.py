@@ -122,7 +122,7 @@ def test_power_of_four_ranks_is_not_that_of_two(tmp_path: Path) -> None:
 def test_ranks_whose_devices_were_not_sampled_are_named(tmp_path: Path) -> None:
     document = document_of(sized_run(tmp_path / "run", watts=250.0, devices=("GPU-b",)))
     assert document["runs"][0]["unsampled_ranks"] == [0]
-    assert any("ranks 0 were not" in sentence for sentence in doubt_sentences(document))
+    assert any("rank 0 were not" in sentence for sentence in doubt_sentences(document))
     sampled = document_of(sized_run(tmp_path / "sampled", watts=250.0))
     assert sampled["runs"][0]["unsampled_ranks"] == []
 
