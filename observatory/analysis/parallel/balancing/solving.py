@@ -184,7 +184,12 @@ def _moved(
     experts = load_SLE.shape[2]
     slots = slots_per_rank(experts, problem.ranks, problem.replicas)
     layers, ranks, held = today_LPK.shape
-    if not held <= slots <= held + problem.max_moves // ranks:
+    if held > slots:
+        raise PlacementError(
+            f"{held} slots of a rank today and {slots} with {problem.replicas} replicas; expected at least "
+            f"{held * ranks - experts} replicas, or no limit of moves, as moves take no slots away"
+        )
+    if slots > held + problem.max_moves // ranks:
         raise PlacementError(
             f"{held} slots of a rank today and {slots} with {problem.replicas} replicas; expected as many "
             f"where moves are limited, or no more than {problem.max_moves} moves fill"
