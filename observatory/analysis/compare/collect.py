@@ -364,7 +364,7 @@ def _facts(run: Run) -> dict[str, Any]:
 def _tokens_fed(run: Run) -> tuple[Any, ...] | None:
     """What two runs that were fed the same tokens in the same order have in common."""
     data, options = run.manifest.data, run.manifest.config
-    if data is None or not data.batch_size or not data.sequence_length:
+    if data is None or not data.batch_size or not data.sequence_length or options.get("seed") is None:
         return None
     return (
         data.condition, data.source, data.real, data.batch_size, data.sequence_length, data.wrapped,
