@@ -2,14 +2,14 @@
 
     OMP_NUM_THREADS=1 python benchmarks/comparison.py [rows | layers | series | runs DIR] [--trials 2000]
 
-Protocol: generated series of known truth, first-order autoregressive with the given correlation of neighbours, noise
-of one standard deviation of a step (5 % of the mean), the same for all methods.
+Protocol: generated series of known truth, first-order autoregressive with the given correlation of
+neighbours, noise of one standard deviation of a step (5 % of the mean), the same for all methods.
 
-* ``rows``: one row: share of trials called different at 5 % without a difference (false alarms), and with one; for the
-  method of `observatory compare` and for Student's t on steps as if they were independent. "shared" are steps whose
-  mean varies by 20 % alike in both runs, compared step by step and not.
-* ``layers``: 61 layers, none or a fifth of them changed by one deviation: false discoveries over discoveries, and the
-  share of the changed layers that is found.
+* ``rows``: one row: share of trials called different at 5 % without a difference (false alarms), and with
+  one; for the method of `observatory compare` and for Student's t on steps as if they were independent.
+  "shared" are steps whose mean varies by 20 % alike in both runs, compared step by step and not.
+* ``layers``: 61 layers, none or a fifth of them changed by one deviation: false discoveries over
+  discoveries, and the share of the changed layers that is found.
 * ``series``: false alarms, changes found and found within a tenth of the series, of `observatory history`.
 * ``runs DIR``: runs of one set-up against each other, all pairs: how often a row is called changed.
 """
@@ -71,7 +71,8 @@ def plain_p(base_N: Float64, other_N: Float64) -> float:
 def rows(trials: int) -> Iterator[str]:
     """False alarms and power of one row."""
     random = np.random.default_rng(1)
-    yield "| steps | correlation | false alarms | as if independent | interval holds +3 % | +3 % seen | +10 % seen |"
+    yield "| steps | correlation | false alarms | as if independent | interval holds +3 % | +3 % seen | "
+    "+10 % seen |"
     yield "|--:|--:|--:|--:|--:|--:|--:|"
     for steps, kind in itertools.product((8, 12, 24, 100, 400), ("0", "0.3", "0.6", "0.8", "outliers")):
         counts = np.zeros(5)
@@ -96,7 +97,8 @@ def rows(trials: int) -> Iterator[str]:
         seen = " | ".join(f"{share:.2f}" for share in counts[3:] / trials)
         yield f"| {steps} | {kind} | {shares} | {seen} |"
     yield ""
-    yield "| steps, shared variation of 20 % | paired: false alarms | +3 % seen | independent: false alarms | +3 % seen |"
+    yield "| steps, shared variation of 20 % | paired: false alarms | +3 % seen | independent: false "
+    "alarms | +3 % seen |"
     yield "|--:|--:|--:|--:|--:|"
     for steps in (12, 24, 100):
         counts = np.zeros(4)
@@ -115,7 +117,8 @@ def rows(trials: int) -> Iterator[str]:
 def layers(trials: int) -> Iterator[str]:
     """False discoveries over 61 layers."""
     random = np.random.default_rng(2)
-    yield "| steps | correlation | changed layers | false discoveries | any without a change | changed layers found |"
+    yield "| steps | correlation | changed layers | false discoveries | any without a change | changed "
+    "layers found |"
     yield "|--:|--:|--:|--:|--:|--:|"
     for steps, correlation, changed in itertools.product((24, 100), (0.0, 0.6), (0, 12)):
         false, found, any_false = [], [], []
@@ -175,9 +178,8 @@ def same_runs(folder: Path) -> Iterator[str]:
     for name, found in verdicts.items():
         called = sum(verdict in ("higher", "lower") for verdict in found)
         shares = sizes.get(name, [0.0])
-        yield (
-            f"| `{name}` | {called} of {len(found)} | {100 * np.median(shares):.1f} % | {100 * max(shares):.1f} % |"
-        )
+        typical, largest = 100 * np.median(shares), 100 * max(shares)
+        yield f"| `{name}` | {called} of {len(found)} | {typical:.1f} % | {largest:.1f} % |"
 
 
 def main() -> None:

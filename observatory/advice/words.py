@@ -91,7 +91,7 @@ _SENTENCES = {
     Code.MORE_CORES: "next: measure again with fewer ranks, or a core for each",
     Code.LOCK_CLOCK: "next: lock it to {sm_clock_mhz:.0f} MHz, with the commands above",
     Code.CHECK_FABRIC: "next: check the links and nodes named above",
-    Code.CHANGED: "changed beyond noise: {changed} of {tested} quantities, first {name}: {change}",
+    Code.CHANGED: "changed beyond noise: {changed} of {tested} quantities, first {name}{of_which}: {change}",
     Code.ALL_SAME: "same within noise: all {tested} quantities that could be tested",
     Code.NO_DIFFERENCE_KNOWN: "nothing has an interval, so no difference can be called real",
     Code.BOTH_DIFFER: "what else differs: {facts}",
@@ -207,8 +207,9 @@ def _of_comparison(values: Mapping[str, Any]) -> dict[str, str]:
         return {"change": change, "of_layer": of_layer}
     change = _change(values["base"], values["other"], values["relative"])
     low, high = values["relative_low"], values["relative_high"]
-    is_known = None not in (values["relative"], low, high)
-    return {"change": f"{change} ({100 * low:+.1f} to {100 * high:+.1f})" if is_known else change}
+    if None not in (values["relative"], low, high):
+        change = f"{change} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return {"change": change, "of_which": f" of {values['which']}" if values["which"] else ""}
 
 
 def _change(before: float, after: float, relative: float | None) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from observatory.cli.options import CsvOption, JsonOption, TableOption, WideOption
+from observatory.cli.options import OUTPUT, CsvOption, ForceOption, JsonOption, TableOption, WideOption
 
 if TYPE_CHECKING:
     from observatory.analysis.compare.subject import Subject
@@ -35,6 +35,11 @@ def compare(
             '+3 %"; with 4 when there is no interval to judge by. May be repeated.',
         ),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Also write one offline HTML page."),
+    ] = None,
+    force: ForceOption = False,
     wide: WideOption = False,
     csv: CsvOption = False,
     table: TableOption = None,
@@ -75,6 +80,10 @@ def compare(
     document["thresholds"] = judge_thresholds(thresholds, document["comparisons"])
     conclusion = conclude_comparison(document)
     document["conclusion"] = conclusion_document(conclusion)
+    if html is not None:
+        from observatory.reports.comparison import write_comparison
+
+        write_comparison(document, conclusion, html, overwrite=force)
     for item in {subject.name: subject for side in subjects for subject in side}.values():
         for problem in item.problems:
             say(f"note: {item.name}: {problem}")
@@ -86,6 +95,8 @@ def compare(
             print_tables(compare_tables(item), wide=wide)
             print_text([LEGEND, "", *compare_sentences(item)])
         print_conclusion(conclusion)
+    if html is not None:
+        say(f"page written to {html}")
     states = {row["state"] for row in document["thresholds"]}
     for row in document["thresholds"]:
         say(threshold_sentence(row))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from observatory.cli.options import CsvOption, JsonOption, TableOption, WideOption
+from observatory.cli.options import OUTPUT, CsvOption, ForceOption, JsonOption, TableOption, WideOption
 
 if TYPE_CHECKING:
     from observatory.analysis.compare.subject import Subject
@@ -17,6 +17,11 @@ def history(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder of runs or checkpoints; or one long run.")
     ],
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Also write one offline HTML page."),
+    ] = None,
+    force: ForceOption = False,
     wide: WideOption = False,
     csv: CsvOption = False,
     table: TableOption = None,
@@ -46,6 +51,11 @@ def history(
     document = history_document(histories, left_out=left_out)
     conclusion = conclude_history(document)
     document["conclusion"] = conclusion_document(conclusion)
+    if html is not None:
+        from observatory.reports.comparison import write_history
+
+        write_history(document, conclusion, html, overwrite=force)
+        say(f"page written to {html}")
     for name, why in left_out:
         say(f"note: left out {name}: {why}")
     if print_data(document, history_csv(document), json=json, csv=csv, table=table):

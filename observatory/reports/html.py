@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -91,15 +92,9 @@ def write_report(
         ClockError: likewise a clock file, or the budget is none.
         PlanError: likewise a plan.
     """
-    target = Path(out)
     if not runs:
         raise RunError("a report needs at least one run directory; none was given")
-    if target.is_dir():
-        raise RunError(f"{target} is a directory; give the name of a file, such as {target / 'report.html'}")
-    if target.exists() and not target.is_file():
-        raise RunError(f"{target} is a pipe or device and is not replaced; give the name of a file")
-    if target.exists() and not overwrite:
-        raise PlaceTakenError(f"{target} exists")
+    target = check_target(out, overwrite=overwrite)
     opened = [run if isinstance(run, Run) else open_run(run) for run in runs]
     files = read_benchmark_files(bench=bench, replays=replays, networks=networks)
     given = collect_clocks(clocks, max_slowdown=max_slowdown)
@@ -114,8 +109,41 @@ def write_report(
             f"the report of {len(runs)} runs would have {bytes_text(size)}, more than "
             f"{bytes_text(MOST_BYTES)}; report fewer runs at once"
         )
-    _write(target, page)
+    write_page(target, page)
     return target
+
+
+def check_target(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
+    """The file of a page.
+
+    Raises:
+        RunError: it exists and is not to be replaced, or cannot be.
+    """
+    target = Path(out)
+    if target.is_dir():
+        raise RunError(f"{target} is a directory; give the name of a file, such as {target / 'report.html'}")
+    if target.exists() and not target.is_file():
+        raise RunError(f"{target} is a pipe or device and is not replaced; give the name of a file")
+    if target.exists() and not overwrite:
+        raise PlaceTakenError(f"{target} exists")
+    return target
+
+
+def page_parts() -> tuple[Environment, dict[str, Any]]:
+    """Templates, and the values that every page has: its look, its scripts, and who made it when."""
+    environment = _environment()
+    tables_js, page_js = (_asset(environment, name) for name in ("tables.js", "page.js"))
+    return environment, {
+        "version": observatory.__version__,
+        "policy": content_security_policy(tables_js, page_js),
+        "font": Markup(FONT),
+        "light_variables": Markup(css_variables(dark=False)),
+        "dark_variables": Markup(css_variables(dark=True)),
+        "stylesheet": Markup(_asset(environment, "page.css")),
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "tables_js": script_text(tables_js),
+        "page_js": script_text(page_js),
+    }
 
 
 def render(
@@ -126,21 +154,15 @@ def render(
     sections = [section for section in built if section.blocks]
     concluded = verdicts(frames)
     figure = key_figure(sections, concluded)
-    environment = _environment()
-    tables_js, page_js = (_asset(environment, name) for name in ("tables.js", "page.js"))
+    environment, values = page_parts()
     paths = [str(fact.path) for fact in frames.facts]
     given = frames.benchmarks.files.options() if frames.benchmarks else []
     given += frames.clocks.options() if frames.clocks else []
     given += [word for file in frames.route_fetch for word in ("--route-fetch", str(file.path))]
     given += [word for file in frames.plans for word in ("--plan", str(file.path))]
     return environment.get_template("report.html.j2").render(
+        **values,
         title=shorten(title or _title(frames), 200),
-        version=observatory.__version__,
-        policy=content_security_policy(tables_js, page_js),
-        font=Markup(FONT),
-        light_variables=Markup(css_variables(dark=False)),
-        dark_variables=Markup(css_variables(dark=True)),
-        stylesheet=Markup(_asset(environment, "page.css")),
         kind=_kind(frames),
         setting=setting(frames),
         answer=answer(concluded),
@@ -163,9 +185,6 @@ def render(
                  ",".join(map(str, ep_degrees)), "--gpus-per-node", str(gpus_per_node)]
             )
         ),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        tables_js=script_text(tables_js),
-        page_js=script_text(page_js),
     )  # fmt: skip
 
 
@@ -251,7 +270,7 @@ def _asset(environment: Environment, name: str) -> str:
     return environment.loader.get_source(environment, name)[0]
 
 
-def _write(target: Path, page: str) -> None:
+def write_page(target: Path, page: str) -> None:
     """Write the whole file, or leave what is there."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

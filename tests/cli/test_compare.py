@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +191,23 @@ def test_csv_has_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("base_name,other_name,name,phase,metric")
     assert len(rows) == 2 * 2 * 5
+
+
+def test_the_page_is_one_offline_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = made_run(tmp_path / "base", model="<script>alert(1)</script>")
+    other = made_run(tmp_path / "other", seed=3, skew=2.0, model="</script><img src=x>")
+    page = tmp_path / "page.html"
+    options = [str(base), str(other), "--html", str(page), "--fail-if", "prefill.gini > +3 %"]
+    assert main(["compare", *options]) == 1
+    text = page.read_text()
+    assert "<script>alert" not in text
+    assert "<img" not in text
+    assert not re.search(r"(?:src|href)=[\"'](?!#)", text)
+    assert text.count("<svg") > 4
+    embedded = re.search(r'id="observatory-documents">(.*?)</script>', text)
+    assert embedded is not None
+    assert json.loads(embedded.group(1))[0]["kind"] == "compare"
+    capsys.readouterr()
+    assert main(["compare", *options]) == 1
+    assert "exists" in capsys.readouterr().err
+    assert main(["compare", *options, "--force"]) == 1

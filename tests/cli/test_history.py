@@ -34,6 +34,8 @@ def test_a_series_of_runs_and_what_cannot_be_read(tmp_path: Path, capsys: pytest
     assert "decode.ms" in capsys.readouterr().out
     assert main(["history", str(tmp_path), "--csv", "--table", "values"]) == 0
     assert capsys.readouterr().out.count("decode.ms,") == 12
+    assert main(["history", str(tmp_path), "--html", str(tmp_path / "page.html")]) == 0
+    assert "nightly/run6" in (tmp_path / "page.html").read_text()
 
 
 def test_a_folder_without_runs_or_with_few_says_so(

@@ -22,7 +22,12 @@ def conclude_comparison(document: Row) -> Conclusion:
     values = {
         name: row[name] for name in ("name", "base", "other", "relative", "relative_low", "relative_high")
     }
-    counts = {"changed": len(changed), "tested": len(tested), "which": item["other"]["name"]}
+    several = len(document["comparisons"]) > 1
+    counts = {
+        "changed": len(changed),
+        "tested": len(tested),
+        "which": item["other"]["name"] if several else None,
+    }
     facts = [reason["code"] for reason in item["confounders"] if reason["code"].startswith("other_")]
     concluded = [Reason(Code.CHANGED, {**values, **counts})]
     if facts:

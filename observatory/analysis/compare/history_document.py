@@ -103,7 +103,7 @@ def _reason_document(reason: Reason) -> dict[str, Any]:
 
 def history_tables(series: Mapping[str, Any]) -> list[Table]:
     """The changes of one series: of whole runs, then the largest of single layers."""
-    rows = [_shown(row, series) for row in series["changes"]]
+    rows = [shown_change(row, series) for row in series["changes"]]
     whole = [row for row in rows if row["layer"] is None]
     layers = sorted(
         (row for row in rows if row["layer"] is not None), key=lambda row: -abs(row["relative"] or 0.0)
@@ -190,7 +190,8 @@ def _name(row: Mapping[str, Any]) -> str:
     return row["name"] if row["ep"] is None else f"{row['name']} EP {row['ep']}"
 
 
-def _shown(row: Mapping[str, Any], series: Mapping[str, Any]) -> dict[str, Any]:
+def shown_change(row: Mapping[str, Any], series: Mapping[str, Any]) -> dict[str, Any]:
+    """A change with its name and place in words."""
     return {**row, "name": _name(row), "at_text": _place(series["points"][row["at"]], series)}
 
 

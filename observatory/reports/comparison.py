@@ -1,0 +1,293 @@
+"""One page for a comparison, or for a series: differences first, then their rows, then what else differs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from observatory.advice.conclusions import Conclusion
+from observatory.advice.words import conclusion_sentences
+from observatory.analysis.compare.change_points import FALSE_ALARMS
+from observatory.analysis.compare.document import (
+    DIFFERENCE_COLUMNS,
+    LAYER_COLUMNS,
+    LEGEND,
+    compare_sentences,
+    heading,
+    shown_row,
+)
+from observatory.analysis.compare.history_document import CHANGE_COLUMNS, history_sentences, shown_change
+from observatory.analysis.compare.history_document import heading as series_heading
+from observatory.analysis.compare.thresholds import threshold_sentence
+from observatory.reports.embed import script_json
+from observatory.reports.figures.differences import difference_dots, layer_dots, level_line
+from observatory.reports.html import check_target, page_parts, write_page
+from observatory.reports.page import FigureBlock, Section, Table, Variant, frame_table
+from observatory.reports.text import plain, shorten
+
+#: Rows of layers of one comparison, those that changed most.
+_MOST_LAYER_ROWS = 200
+#: Figures of one page; more comparisons than this are in the tables alone.
+_MOST_VARIANTS = 60
+
+
+_LEGEND = f"{LEGEND[:1].upper()}{LEGEND[1:]}."
+_METHOD = (
+    "Times are means without the fastest and the slowest tenth of the steps, Gini and entropy those of "
+    "all steps with "
+    "the error of a jackknife, all others means over steps. Errors allow for steps that resemble their "
+    "neighbours (a "
+    "first-order autoregressive series); matching steps of runs on the same tokens are compared one by "
+    "one. Of the rows "
+    "that are called changed at most 5 % did not change (Benjamini-Hochberg). Changes of level are tested by "
+    "permutation, over all splits of a series. Intervals cover the steps of these runs, not how much "
+    "runs differ."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """One comparison or series of a page."""
+
+    id: str
+    title: str
+    lines: list[str]
+    sections: list[Section]
+
+
+def write_comparison(
+    document: Mapping[str, Any],
+    conclusion: Conclusion,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write the page of a document of ``observatory compare``.
+
+    Raises:
+        RunError: ``out`` exists or cannot be written.
+    """
+    parts = [
+        _Part(
+            id=f"comparison-{number}",
+            title=f"{_short(item['base'])} and {_short(item['other'])}",
+            lines=[*map(plain, heading(item)), *map(plain, compare_sentences(item))],
+            sections=list(_comparison_sections(item, number)),
+        )
+        for number, item in enumerate(document["comparisons"], start=1)
+    ]
+    thresholds = [plain(threshold_sentence(row)) for row in document["thresholds"]]
+    return _write("Comparison", parts, thresholds, document, conclusion, out, overwrite=overwrite)
+
+
+def write_history(
+    document: Mapping[str, Any],
+    conclusion: Conclusion,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write the page of a document of ``observatory history``.
+
+    Raises:
+        RunError: ``out`` exists or cannot be written.
+    """
+    parts = [
+        _Part(
+            id=f"series-{number}",
+            title=shorten(series["name"], 80),
+            lines=[plain(series_heading(series)), *map(plain, history_sentences(series))],
+            sections=list(_series_sections(series, number)),
+        )
+        for number, series in enumerate(document["series"], start=1)
+    ]
+    return _write("History", parts, [], document, conclusion, out, overwrite=overwrite)
+
+
+def _write(
+    kind: str,
+    parts: Sequence[_Part],
+    thresholds: Sequence[str],
+    document: Mapping[str, Any],
+    conclusion: Conclusion,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+) -> Path:
+    target = check_target(out, overwrite=overwrite)
+    environment, values = page_parts()
+    sentences = [f"{text[:1].upper()}{text[1:]}." for text in map(plain, conclusion_sentences(conclusion))]
+    page = environment.get_template("comparison.html.j2").render(
+        **values,
+        kind=kind,
+        title=kind if len(parts) != 1 else f"{kind}: {parts[0].title}",
+        answer=sentences[0],
+        further=sentences[1:],
+        thresholds=thresholds,
+        parts=parts,
+        method=_METHOD,
+        embedded=script_json([_without_values(document)]),
+    )
+    write_page(target, page)
+    return target
+
+
+def _without_values(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The document for programs; long series are in its CSV alone."""
+    kept = dict(document)
+    if "series" in kept:
+        kept["series"] = [
+            {
+                **series,
+                "layers": [],
+                "tracks": [{**track, "values": [], "at": []} for track in series["tracks"]],
+            }
+            for series in kept["series"]
+        ]
+    return kept
+
+
+def _short(subject: Mapping[str, Any]) -> str:
+    return shorten(Path(subject["name"]).name or subject["name"], 40)
+
+
+def _comparison_sections(item: Mapping[str, Any], number: int) -> Iterator[Section]:
+    blocks: list[FigureBlock | Table] = []
+    variants = []
+    for phase in dict.fromkeys(row["phase"] for row in item["rows"]):
+        rows = [row for row in item["rows"] if row["phase"] == phase and row["difference"] is not None]
+        if not rows:
+            continue
+        shown = [shown_row(row, phase=False) for row in rows]
+        table = frame_table(
+            f"Differences in {phase}, all layers", DIFFERENCE_COLUMNS, shown, note=_LEGEND, folded=_FOLDED
+        )
+        blocks.append(table)
+        drawn = [
+            {**row, "label": text["name"]}
+            for row, text in zip(rows, shown, strict=True)
+            if row["relative"] is not None
+        ]
+        if drawn:
+            variants.append(
+                Variant(
+                    label=phase,
+                    figure=difference_dots(drawn),
+                    alt=f"Differences in {phase}: {_spoken(drawn, 'label')}",
+                    note=f"{len(drawn)} quantities of {phase}; whiskers are 95 % intervals, those that "
+                    "leave the "
+                    "figure are in the table.",
+                    numbers=table,
+                )
+            )
+    if variants:
+        figure = FigureBlock(
+            id=f"differences-{number}",
+            title="Differences",
+            caption="Each dot is the other run less the baseline, over the baseline. What crosses the "
+            "dotted line is "
+            "the same within noise.",
+            choice="Phase",
+            variants=tuple(variants),
+        )
+        blocks.insert(0, figure)
+    yield Section(
+        id=f"whole-{number}", title="Whole run", blocks=tuple(blocks), reason="nothing is comparable"
+    )
+    yield from _layer_sections(item, number)
+
+
+_FOLDED = ("adjusted_p", "paired", "steps")
+
+
+def _layer_sections(item: Mapping[str, Any], number: int) -> Iterator[Section]:
+    known = [row for row in item["layers"] if row["relative"] is not None and row["verdict"] != "unknown"]
+    if not known:
+        return
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in known:
+        groups.setdefault(shown_row(row)["name"], []).append(row)
+    ranked = sorted(
+        known, key=lambda row: (row["adjusted_p"] is None, row["adjusted_p"], -abs(row["relative"]))
+    )
+    changed = sum(row["verdict"] in ("higher", "lower") for row in known)
+    table = frame_table(
+        f"Layers: {changed} of {len(known)} rows changed; those that are surest first",
+        LAYER_COLUMNS,
+        [shown_row(row) for row in ranked[:_MOST_LAYER_ROWS]],
+        note=_LEGEND,
+        folded=_FOLDED,
+    )
+    variants = tuple(
+        Variant(
+            label=name,
+            figure=layer_dots(rows),
+            alt=f"Differences of {name} by layer: {_spoken(rows, 'layer')}",
+            note=f"{len(rows)} layers; whiskers are 95 % intervals.",
+            numbers=frame_table(name, LAYER_COLUMNS, [shown_row(row) for row in rows], folded=_FOLDED),
+        )
+        for name, rows in list(groups.items())[:_MOST_VARIANTS]
+    )
+    figure = FigureBlock(
+        id=f"layers-{number}-figure",
+        title="Differences by layer",
+        caption="The other run less the baseline, over the baseline, for each layer.",
+        choice="Metric",
+        variants=variants,
+    )
+    yield Section(id=f"layers-{number}", title="Single layers", blocks=(figure, table))
+
+
+def _spoken(rows: Sequence[Mapping[str, Any]], name: str) -> str:
+    """The changes in words, for those who do not see the figure."""
+    changed = [row for row in rows if row["verdict"] in ("higher", "lower")]
+    if not changed:
+        return "none beyond noise."
+    return "; ".join(f"{row[name]} {100 * row['relative']:+.1f} %" for row in changed[:8]) + "."
+
+
+def _series_sections(series: Mapping[str, Any], number: int) -> Iterator[Section]:
+    rows = [shown_change(row, series) for row in series["changes"]]
+    if not rows:
+        return
+    table = frame_table("Changes of level", CHANGE_COLUMNS, rows[:_MOST_LAYER_ROWS])
+    changed = [track for track in (*series["tracks"], *series["layers"]) if track["changes"]]
+    variants = tuple(
+        Variant(
+            label=_track_label(track),
+            figure=level_line(track),
+            alt=f"{_track_label(track)} over {len(track['at'])} points, {len(track['changes'])} changes "
+            "of level.",
+            note=f"{len(track['at'])} points; lines are the medians between changes.",
+            numbers=frame_table(
+                _track_label(track), CHANGE_COLUMNS, [shown_change(row, series) for row in _own(track)]
+            ),
+        )
+        for track in changed[:_MOST_VARIANTS]
+    )
+    figure = FigureBlock(
+        id=f"levels-{number}",
+        title="Levels",
+        caption="Each point is a run, or a step or group of steps of one run. Of series without a change "
+        "at most "
+        f"{100 * FALSE_ALARMS:.0f} % show one.",
+        choice="Metric",
+        variants=variants,
+    )
+    yield Section(id=f"changes-{number}", title="Changes", blocks=(figure, table))
+
+
+def _track_label(track: Mapping[str, Any]) -> str:
+    layer = "" if track["layer"] is None else f", layer {track['layer']}"
+    ep = "" if track["ep"] is None else f" EP {track['ep']}"
+    return f"{track['name']}{ep}{layer}"
+
+
+def _own(track: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {**change, "name": track["name"], "layer": track["layer"], "ep": track["ep"]}
+        for change in track["changes"]
+    ]
