@@ -16,13 +16,14 @@ from observatory.text import listing, percent_words
 _NO_GAIN = 0.005
 
 _SENTENCES = {
-    Code.PLAN: "plan: {gpus} devices ({gpus_low} to {gpus_high}), {hardware}: {set_up}, a batch of "
-    "{sequences}",
+    Code.PLAN: "plan: {devices} ({gpus_low} to {gpus_high}), {hardware}: {set_up}, a batch of {sequences}",
     Code.PLAN_TIMES: "they generate {tokens_per_s:,.0f} tokens/s ({tokens_per_s_low:,.0f} to "
     "{tokens_per_s_high:,.0f}), {ms_per_token:.1f} ms per token ({ms_per_token_low:.1f} to "
     "{ms_per_token_high:.1f}), {ttft_ms:,.0f} ms to the first token",
     Code.PLAN_ASSUMED: "{share} of that time rests on assumed rates, not on measured or published ones: "
     "measure experts and fabric there (`bench experts`, `bench alltoall`, `fit`)",
+    Code.PLAN_EXTRAPOLATED: "outside of what was measured: {extrapolated}; capture larger steps, or plan "
+    "smaller batches",
     Code.PLAN_ROUTING: "{routing} routing would have planned {gpus} devices with a set-up that needs "
     "{needed} under the captured routing",
     Code.NO_PLAN: "no set-up meets the targets; {set_ups} were tried",
@@ -129,6 +130,10 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for name, value in values.items()
     }
+    if code is Code.PLAN:
+        shown["devices"] = "1 device" if values["gpus"] == 1 else f"{values['gpus']} devices"
+    if code is Code.PLAN_EXTRAPOLATED:
+        shown["extrapolated"] = listing(values["extrapolated"])
     if code is Code.LONGEST_WAIT:
         role = values["role"] if values["role"] in ("dispatch", "combine") else "other exchanges"
         shown |= {"role": role, "slowest": _slowest(values)}

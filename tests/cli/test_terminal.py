@@ -30,6 +30,7 @@ from observatory.cli.output import print_table
 from observatory.locks.lease import create_lease, lease_path, new_lease
 from observatory.run.documents.prefix_cache import ReuseMeasurements
 from tests.advice.mitigations.runs import sized_run
+from tests.analysis.capacity.configs import QWEN3_30B
 from tests.analysis.compare.made import series_of_runs
 from tests.analysis.energy.test_prefix_cache import measured
 from tests.analysis.exchange.runs import exchange_run
@@ -144,6 +145,12 @@ def big_exchanges(path: Path) -> Path:
     return exchange_run(path, *rows, name=HOSTILE)
 
 
+def plan_command(config: Path) -> list[str]:
+    config.write_text(json.dumps(QWEN3_30B))
+    targets = ["--target-tokens-per-s", "20000", "--context", "4096", "--output", "512"]
+    return ["plan", str(config), *targets, "--hardware", "h20", "--mode", "apart", "--wide"]
+
+
 def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Command lines of everything that prints a table and can run here."""
     run, exchanges = str(big_run(tmp / "big")), str(big_exchanges(tmp / "exchanges"))
@@ -151,8 +158,8 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     bench = str(saved(tmp / "bench.json", a_bench()))
     yield from (["routing", run, *wide] for wide in ([], ["--wide"]))
     yield ["scan", run, "--ep", "4,64"]
-    yield ["scan", run, "--ep", "4", "--wide", "--network", model, "--gpus-per-node", "2"]
-    yield ["scan", run, "--ep", "4", "--network", model, "--gpus-per-node", "2"]
+    on_nodes = ["scan", run, "--ep", "4", "--network", model, "--gpus-per-node", "2"]
+    yield from ([*on_nodes, *wide] for wide in ([], ["--wide"]))
     longer = str(write_run(tmp / "longer", manifest(HOSTILE, layers=2, experts=64, top_k=4), steps=16))
     yield ["place", longer, "--ranks", "4", "--replicas", "4"]
     measured_here = str(saved(tmp / "rf.json", made_result("mla:4,128,32", "expert:256")))
@@ -160,7 +167,11 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield ["advise", str(sized_run(tmp / "sized")), "--ranks", "4", "--hardware", "h100-sxm", "--wide"]
     yield from (["compare", run, longer, *wide] for wide in ([], ["--wide"]))
     yield ["history", str(series_of_runs(tmp / "series", model=HOSTILE))]
-    yield from (["exchanges", exchanges, *wide] for wide in ([], ["--wide"]))
+    yield from (
+        plan_command(tmp / "config.json"),
+        ["exchanges", exchanges],
+        ["exchanges", exchanges, "--wide"],
+    )
     yield ["fit", bench, "--out", str(tmp / "new.json"), "--bootstrap", "10", "--force"]
     yield ["reuse", "show", str(saved(tmp / "reuse.json", measured((37e3, 45e3, 18e3))))]
     power = str(a_power_run(tmp / "power"))

@@ -23,7 +23,7 @@ from observatory.run.documents.printed import printed_document
 _LISTED = 10
 
 CANDIDATE_COLUMNS = (
-    Column(name="gpus", title="GPUs", key=True, interval=("gpus_low", "gpus_high")),
+    Column(name="gpus", title="devices", key=True, interval=("gpus_low", "gpus_high")),
     Column(name="hardware", title="device", text=True),
     Column(name="set_up", title="set-up", text=True, legend="instances x ranks (EP), /tp; +: only prompts"),
     Column(name="sequences", title="batch", legend="sequences of a data-parallel group"),
@@ -40,13 +40,13 @@ CANDIDATE_COLUMNS = (
     Column(
         name="ttft_ms", title="first token", unit="ms", digits=0, interval=("ttft_ms_low", "ttft_ms_high")
     ),
-    Column(name="tokens_per_s_gpu", title="tokens/s/GPU", digits=0),
+    Column(name="tokens_per_s_gpu", title="tokens/s/device", digits=0),
     Column(name="tokens_per_s_user", title="tokens/s/user", digits=1, wide=True),
     Column(name="joules_per_token_most", title="J/token at most", digits=2, wide=True),
     Column(name="rack_w", title="W/rack at most", digits=0, wide=True),
     Column(name="per_million", title="per million tokens", digits=2, wide=True),
     Column(name="limit", title="batch limited by", text=True),
-    Column(name="pareto", title="Pareto", text=True, legend="none has more per GPU and per user"),
+    Column(name="pareto", title="Pareto", text=True, legend="none has more per device and per user"),
 )
 REJECTED_COLUMNS = (
     Column(name="constraint", title="ruled out by", text=True, key=True),
@@ -55,9 +55,9 @@ REJECTED_COLUMNS = (
 )
 ROUTING_COLUMNS = (
     Column(name="routing", title="routing", text=True, key=True),
-    Column(name="gpus", title="GPUs"),
+    Column(name="gpus", title="devices"),
     Column(name="set_up", title="set-up", text=True),
-    Column(name="gpus_with_captured", title="needed by this set-up", legend="GPUs, with captured routing"),
+    Column(name="gpus_with_captured", title="needed by this set-up", legend="devices, with captured routing"),
 )
 ALPHA_COLUMNS = (
     Column(name="phase", title="phase", text=True, key=True),
@@ -203,6 +203,7 @@ def _candidate(one: Candidate, targets: Targets, prices: Prices | None, site: Si
         "per_million": None if price is None else price * one.gpus / tokens_per_s / 3600 * 1e6,
         "clock": "unlocked",
         "is_pareto": one.is_pareto,
+        "extrapolated": list(one.extrapolated),
         "limited_by": None if one.limit is None else one.limit.document(),
         "limit": "largest tried" if one.limit is None else SHORT[PlanCode(one.limit.code)],
         "grades": one.graded,

@@ -71,6 +71,8 @@ class Candidate:
         graded: part of the likely time of a token that rests on each grade.
         is_pareto: no other has more tokens per device and per user at once.
         watts_per_gpu: power limit of a device; None where it is not known.
+        extrapolated: parts of its steps that lie outside of what was measured, and ``loads`` where fewer
+            tokens were captured than a step has.
         limit: why no larger batch of this set-up is a candidate; None where the largest that was tried is.
     """
 
@@ -92,6 +94,7 @@ class Candidate:
     is_pareto: bool = False
     watts_per_gpu: float | None = None
     limit: Reason | None = None
+    extrapolated: tuple[str, ...] = ()
 
     @property
     def gpus(self) -> int:
@@ -417,7 +420,16 @@ class Planner:
                 grade: sum(share * step.part_of(grade) for step, share in weights.items()) for grade in GRADES
             },
             watts_per_gpu=server.power_limit_w,
+            extrapolated=self._extrapolated(parallel, sequences, decode, prefill),
         )
+
+    def _extrapolated(
+        self, parallel: Parallel, sequences: int, decode: Step, prefill: Step
+    ) -> tuple[str, ...]:
+        names = [*decode.extrapolated, *prefill.extrapolated]
+        if not self.routed.covers(decode=sequences * parallel.groups, prefill=0):
+            names.append("loads")
+        return tuple(dict.fromkeys(names))
 
 
 def _without_limits(targets: Targets) -> Targets:

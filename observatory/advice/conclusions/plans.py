@@ -32,6 +32,8 @@ def conclude_plan(document: Row) -> Conclusion:
     ]
     if 1.0 - best["grades"]["assumed"] < _GROUNDED:
         reasons.append(Reason(Code.PLAN_ASSUMED, {"share": best["grades"]["assumed"]}))
+    if best["extrapolated"]:
+        reasons.append(Reason(Code.PLAN_EXTRAPOLATED, chosen(best, "extrapolated")))
     for other in document["assumptions"]:
         needed = other["gpus_with_captured"]
         if other["gpus"] is not None and needed is not None and needed != other["gpus"]:

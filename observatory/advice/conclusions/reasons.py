@@ -67,6 +67,7 @@ class Code(StrEnum):
     PLAN = "plan"
     PLAN_TIMES = "plan_times"
     PLAN_ASSUMED = "plan_assumed"
+    PLAN_EXTRAPOLATED = "plan_extrapolated"
     PLAN_ROUTING = "plan_routing"
     NO_PLAN = "no_plan"
     NEAREST_PLAN = "nearest_plan"

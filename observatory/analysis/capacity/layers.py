@@ -63,7 +63,12 @@ def experts_part(times: StepTimes, experts: ExpertCost) -> Part:
     """The busiest rank of each layer, within the error that the cost had on held-out points."""
     error = experts.p90_error or 0.0
     grade: Grade = experts.grade
-    return Part("experts", total_s(times.experts_s) * np.array([1 / (1 + error), 1.0, 1 + error]), grade)
+    return Part(
+        "experts",
+        total_s(times.experts_s) * np.array([1 / (1 + error), 1.0, 1 + error]),
+        grade,
+        is_extrapolated=grade == "measured" and not times.inside_SL.all(),
+    )
 
 
 def exchange_part(times: StepTimes, network: NetworkModel) -> Part:
@@ -77,7 +82,12 @@ def exchange_part(times: StepTimes, network: NetworkModel) -> Part:
     likely = sum(total_s(part) for part in (times.counts_s, times.dispatch_s, times.combine_s))
     ratio_Q = network.of("flat").ratio_Q
     low, high = ratio_Q[len(ratio_Q) // 20], ratio_Q[-1 - len(ratio_Q) // 20]
-    return Part("exchange", likely * np.array([min(low, 1.0), 1.0, max(high, 1.0)]), "fitted")
+    return Part(
+        "exchange",
+        likely * np.array([min(low, 1.0), 1.0, max(high, 1.0)]),
+        "fitted",
+        is_extrapolated="extrapolated" in times.reasons,
+    )
 
 
 def total_s(part_SL: Float64) -> float:

@@ -46,12 +46,14 @@ class Rest:
     Attributes:
         call_s, token_s: seconds of a step and of one of its tokens.
         low, high: first and ninth decile of measured over fitted time of whole steps.
+        most_tokens: of the largest step that was measured.
     """
 
     call_s: float
     token_s: float
     low: float
     high: float
+    most_tokens: float
 
     def seconds(self, tokens: int) -> float:
         """Of so many tokens of a rank."""
@@ -157,7 +159,11 @@ class MeasuredServer:
         rests = [(self._rest(phase), tokens) for phase, tokens in computed if tokens]
         rest_s = self._turns(parallel.ranks) * sum(rest.seconds(tokens) for rest, tokens in rests)
         spread_3 = np.mean([rest.spread_3 for rest, _ in rests], axis=0)
-        parts = [Part("rest", np.full(3, rest_s), "measured"), *self._layers(parallel, work, routed)]
+        is_beyond = any(tokens > rest.most_tokens for rest, tokens in rests)
+        parts = [
+            Part("rest", np.full(3, rest_s), "measured", is_extrapolated=is_beyond),
+            *self._layers(parallel, work, routed),
+        ]
         return Step(
             parts=tuple(
                 part if part.grade == "fitted" else replace(part, s_3=part.s_3[1] * spread_3)
@@ -216,7 +222,7 @@ def _fit_rest(phase: str, runs: Sequence[Run], experts: ExpertCost, cores: float
     call_s, token_s = nnls(columns / whole_M[:, None], rest_M / whole_M)[0].tolist()
     ratio_N = whole_N / (call_s + token_s * tokens_N + inside_N)
     low, high = np.quantile(ratio_N, [0.1, 0.9]).tolist()
-    return Rest(call_s=call_s, token_s=token_s, low=low, high=high)
+    return Rest(call_s=call_s, token_s=token_s, low=low, high=high, most_tokens=float(sizes_M[-1]))
 
 
 def _rests_of(

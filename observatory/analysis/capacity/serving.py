@@ -16,6 +16,7 @@ Waiting is inside ``experts`` and ``exchange``: both are those of the busiest ra
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -152,7 +153,7 @@ class Server:
         """
         if self.overlap and work.tokens > 1:
             once = self._parts(parallel, work.halved(), routed)
-            twice = tuple(Part(part.name, 2.0 * part.s_3, part.grade) for part in once)
+            twice = tuple(replace(part, s_3=2.0 * part.s_3) for part in once)
             parts = (*twice, self._program())
             return Step(parts=parts, is_overlapped=True)
         return Step(parts=(*self._parts(parallel, work, routed), self._program()))

@@ -92,11 +92,13 @@ class Part:
         name: of the part.
         s_3: fast, likely, slow.
         grade: the worst that it rests on.
+        is_extrapolated: it lies outside of what was measured.
     """
 
     name: str
     s_3: Float64
     grade: Grade
+    is_extrapolated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -117,6 +119,11 @@ class Step:
         exchange_3 = sum((part.s_3 for part in self.parts if part.name == "exchange"), np.zeros(3))
         others_3 = sum((part.s_3 for part in self.parts if part.name != "exchange"), np.zeros(3))
         return np.asarray(np.maximum(exchange_3, others_3) if self.is_overlapped else exchange_3 + others_3)
+
+    @property
+    def extrapolated(self) -> tuple[str, ...]:
+        """Names of the parts that lie outside of what was measured."""
+        return tuple(part.name for part in self.parts if part.is_extrapolated)
 
     def part_of(self, grade: Grade) -> float:
         """Part of the likely time that rests on a grade."""

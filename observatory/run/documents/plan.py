@@ -45,6 +45,7 @@ class PlannedSetUp(Record):
     per_million: _Number | None
     limit: Text
     is_pareto: bool
+    extrapolated: Annotated[tuple[Text, ...], Field(max_length=16)]
     grades: dict[Literal["measured", "fitted", "published", "assumed"], _Share]
 
 
