@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from observatory.advice.conclusions import Code, Conclusion
+from observatory.advice.conclusions.changes import is_off
 from observatory.advice.placement import PlacementCode
 from observatory.advice.placement_problem import ProblemCode
 from observatory.analysis.exchange.words import cause_words
@@ -76,7 +77,7 @@ _SENTENCES = {
     Code.UNRELIABLE_FIT: "not to be relied on: the model of {algorithm} ({verdict})",
     Code.FIT_COST: "its predictions are off by {median_error} in the median, {p90_error} in the worst tenth",
     Code.BEST_CHANGE: "worth changing: {whose}in {phase}, {change}{setting}",
-    Code.CHANGE_GAIN: "{part} of a step takes {gain} less time{energy}{pays}{elsewhere}",
+    Code.CHANGE_GAIN: "{part} of a step takes {gain} less time{energy}{pays}{elsewhere}{took}",
     Code.DOES_NOT_FIT: "today's experts do not fit into the memory of {ranks} ranks: use more ranks, or an "
     "{change}{setting}",
     Code.CLOCK_SAVES: "no other layout or exchange is worth changing; a clock lock{setting} saves {saving} "
@@ -84,6 +85,16 @@ _SENTENCES = {
     Code.PERFECT_BALANCE: "perfect balance of the ranks would take {gain} off a step of {phase}",
     Code.EXTRAPOLATED: "not certain: in {phase}, {change}{setting} is predicted to take {gain} less time, "
     "by a network model of other numbers of ranks or nodes",
+    Code.NO_MEMORY: "held up by memory: in {phase}, {change}{setting} would take {gain} less time, but its "
+    "experts take {needed} of the {memory} of a rank",
+    Code.MORE_MEMORY: "next: give each rank more memory than that, or spread the experts over more than "
+    "{ranks} ranks",
+    Code.FAR_OFF: "not certain: in {phase}, {change}{setting} is predicted to take {gain} less time, but "
+    "today's step is predicted at {predicted_ms} ms and took {measured_ms} ms",
+    Code.FIT_AGAIN: "next: measure and fit the exchanges where the run was, without other load (`bench "
+    "alltoall`, `fit`); or make the change, profile again, and `compare` the runs",
+    Code.PAYS_LATE: "in {phase}, {change}{setting} would take {gain} less time, but pays for itself after "
+    "{break_even_steps:,.0f} steps only, later than --horizon-steps {horizon_steps:,}",
     Code.OTHER_FABRIC: "next: measure and fit the exchanges of {ranks} ranks, and give --network",
     Code.RUN_COMMAND: "next: {command}",
     Code.OPEN_REPORT: "next: {command}",
@@ -102,6 +113,8 @@ _SENTENCES = {
     Code.TOO_FEW_POINTS: "nothing could be tested: {points} points; `observatory compare` takes single runs",
     Code.REPEAT_RUNS: "next: repeat both in turn; one run each does not show how much runs differ",
 }
+#: What is stated of changes that would gain.
+_HELD_UP = (Code.EXTRAPOLATED, Code.FAR_OFF, Code.NO_MEMORY, Code.PAYS_LATE)
 #: Values that are shares.
 _SHARES = (
     "wait_share", "share", "power_cap_busy_share", "median_error", "p90_error", "saving", "slowdown",
@@ -163,13 +176,13 @@ def _of_change(code: Code, values: Mapping[str, Any]) -> dict[str, str]:
     if code not in (
         Code.BEST_CHANGE,
         Code.CHANGE_GAIN,
-        Code.EXTRAPOLATED,
+        *_HELD_UP,
         Code.DOES_NOT_FIT,
         Code.CLOCK_SAVES,
     ):
         return {}
     shown = {}
-    if code in (Code.CHANGE_GAIN, Code.EXTRAPOLATED):
+    if code is Code.CHANGE_GAIN or code in _HELD_UP:
         shown["gain"] = _interval(values["gain"], values["gain_low"], values["gain_high"])
     if code is not Code.CHANGE_GAIN:
         return shown | _of_setting(code, values)
@@ -177,18 +190,32 @@ def _of_change(code: Code, values: Mapping[str, Any]) -> dict[str, str]:
         "part": "the MoE part" if values["has_exchanges"] else "the expert part",
         "elsewhere": "".join(map(_elsewhere, values["elsewhere"])),
         "energy": _energy_words(values["energy_saved"]),
+        "took": _took(values["measured_over_predicted"]),
         "pays": _pays(values["break_even_steps"], values["cost_known"]),
     }
 
 
 def _of_setting(code: Code, values: Mapping[str, Any]) -> dict[str, str]:
     shown = {"setting": f" ({values['setting']})" if values["setting"] else ""}
+    if code is Code.NO_MEMORY:
+        for name in ("needed", "memory"):
+            shown[name] = f"{_amount(values[f'{name}_bytes'] / 1e6)} MB"
+    if code is Code.FAR_OFF:
+        for name in ("predicted", "measured"):
+            shown[f"{name}_ms"] = _amount(values[f"{name}_us"] / 1e3)
     if code is Code.BEST_CHANGE:
         shown["whose"] = f"for {values['run']}, " if values["of_several"] else ""
     if code is Code.CLOCK_SAVES:
         ends = (values[f"energy_saving{end}"] for end in ("", "_low", "_high"))
         shown |= {"saving": _interval(*ends), "slowdown": percent_words(values["slowdown"])}
     return shown
+
+
+def _took(measured_over_predicted: float | None) -> str:
+    """How long today's steps took; empty where that is about as predicted, or not known."""
+    if measured_over_predicted is None or not is_off(measured_over_predicted):
+        return ""
+    return f"; today's step took {measured_over_predicted:.2g} times as long as predicted"
 
 
 def _energy_words(saved: float | None) -> str:

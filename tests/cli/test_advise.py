@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from observatory.advice.conclusions import Code, conclude_advice
 from observatory.advice.mitigations.document import doubt_sentences
+from observatory.advice.words import conclusion_sentences
 from observatory.cli import main
 from tests.advice.mitigations.runs import sized_run
 
@@ -41,6 +43,48 @@ def test_uniform_loads_are_not_worth_changing(tmp_path: Path, capsys: pytest.Cap
     document = advised(capsys, str(sized_run(tmp_path / "run", skew=1.0)), "--ranks", "4", *H100)
     assert document["runs"][0]["phases"][0]["best"] is None
     assert document["conclusion"][0]["code"] == "nothing"
+
+
+def test_what_is_in_the_way_of_a_gain_is_concluded_not_that_nothing_is_to_gain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # One expert on each rank: only copies of the four busy ones help, and there is no room for any.
+    run = str(sized_run(tmp_path / "run", skew=30.0))
+    (tmp_path / "t.toml").write_text("ranks = 16\nmemory_bytes = 30e6\nmove_bytes_per_s = 20e9")
+    document = advised(capsys, run, "--topology", str(tmp_path / "t.toml"), *H100)
+    held_up, then = document["conclusion"]
+    assert held_up["code"] == "no_memory"
+    assert held_up["needed_bytes"] > held_up["memory_bytes"] == 30e6
+    assert held_up["gain"] > 0.3
+    assert then["code"] == "more_memory"
+    (tmp_path / "t.toml").write_text("ranks = 16\nmove_bytes_per_s = 20e9\nstall_s = 1000.0")
+    document = advised(capsys, run, "--topology", str(tmp_path / "t.toml"), *H100)
+    assert [reason["code"] for reason in document["conclusion"]] == ["nothing", "pays_late"]
+
+
+def test_a_prediction_far_from_what_was_measured_is_concluded_as_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--ranks", "4", *H100, "--horizon-steps", "1000000")
+    document = advised(capsys, str(sized_run(tmp_path / "run")), *options)
+    (phase,) = document["runs"][0]["phases"]
+    phase["best"] = None
+    for row in phase["verdicts"]:
+        if row["verdict"] == "change":
+            row["verdict"] = "far off"
+            row["reason"] = {"code": "prediction_far_off", "predicted_us": 1e3, "measured_us": 3e3}
+    first, then = conclude_advice(document)
+    assert (first.code, then.code) == (Code.FAR_OFF, Code.FIT_AGAIN)
+    assert "1 ms and took 3 ms" in conclusion_sentences([first])[0]
+
+
+def test_ranks_that_experts_do_not_fill_have_their_reason_in_the_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["advise", str(sized_run(tmp_path / "run")), "--ranks", "4", *H100, "--other-ranks", "5"]) == 0
+    )
+    assert "16 experts do not fill 5 ranks evenly" in " ".join("".join(capsys.readouterr()).split())
 
 
 def test_the_document_is_written_as_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

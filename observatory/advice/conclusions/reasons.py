@@ -63,6 +63,11 @@ class Code(StrEnum):
     CLOCK_SAVES = "clock_saves"
     EXTRAPOLATED = "extrapolated"
     OTHER_FABRIC = "other_fabric"
+    FAR_OFF = "prediction_far_off"
+    FIT_AGAIN = "fit_again"
+    NO_MEMORY = "no_memory"
+    MORE_MEMORY = "more_memory"
+    PAYS_LATE = "pays_late"
     DOES_NOT_FIT = "does_not_fit"
     PLAN = "plan"
     PLAN_TIMES = "plan_times"
@@ -101,6 +106,8 @@ NEXT_STEPS = frozenset(
         Code.LOCK_CLOCK,
         Code.CHECK_FABRIC,
         Code.OTHER_FABRIC,
+        Code.FIT_AGAIN,
+        Code.MORE_MEMORY,
         Code.REPEAT_RUNS,
     )
 )

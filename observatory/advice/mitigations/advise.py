@@ -25,7 +25,7 @@ from observatory.advice.mitigations.elimination import LayerUse, experts_in_use
 from observatory.advice.mitigations.expert_choice import route_or_fetch
 from observatory.advice.mitigations.lab import Lab, not_applicable, not_known
 from observatory.advice.mitigations.memory_changes import expert_cache
-from observatory.advice.mitigations.setup import Setup
+from observatory.advice.mitigations.setup import Setup, setup_of_run
 from observatory.advice.mitigations.timed import Models, Trace
 from observatory.advice.mitigations.traffic_changes import (
     deduplication,
@@ -63,6 +63,8 @@ _TRAIN_SHARE = 0.5
 _MOST_NUMBERS = 1 << 25
 #: Sampled tokens of a layer that are looked at; of more, some are left out, evenly.
 _MOST_TOKENS = 20_000
+#: Models whose time of today's step differs by more than this factor leave most of it unexplained.
+_FAR_OFF = 2.0
 #: Spans of the dispatchers that make up the MoE part of a step.
 _SPANS = ("count_exchange", "dispatch", "experts", "combine")
 
@@ -218,11 +220,12 @@ def advise_run(
         verdicts = [verdict for change in CHANGES for verdict in change(lab)]
         verdicts += _other_ranks(lab, [number for number in others if ranks or number >= 2])
         verdicts += [*expert_cache(lab), *_clock_lock(lab, clocks)]
+        took_us = _mean_us(measured_us, lab) if _is_of_run(run, setup) else None
         advice = PhaseAdvice(
             phase=lab.trace.phase,
             steps=(lab.trace.train_steps, len(lab.judged_S)),
-            verdicts=tuple(verdicts),
-            measured_us=_mean_us(measured_us, lab) if setup.ranks == run.manifest.topology.ep else None,
+            verdicts=tuple(verdicts if took_us is None else held_to(took_us, lab, verdicts)),
+            measured_us=took_us,
         )
         phases.append(replace(advice, elsewhere=_elsewhere(lab, advice.best, labs)))
     if not phases:
@@ -338,6 +341,29 @@ def _mean_us(measured_us: pd.Series[float], lab: Lab) -> float | None:
     return float(of_phase[wanted].mean()) if wanted.any() else None
 
 
+def _is_of_run(run: Run, setup: Setup) -> bool:
+    """Whether the set-up is that in which the run took its time."""
+    if setup.ranks != run.manifest.topology.ep or setup.placement not in (None, "recorded"):
+        return False
+    ran = setup_of_run(run.manifest.topology, dict(run.manifest.config), ranks=None)
+    return all(
+        getattr(ran, name) == getattr(setup, name) for name in ("algorithm", "deduplicate", "node_of_P")
+    )
+
+
+def held_to(measured_us: float, lab: Lab, verdicts: Sequence[Verdict]) -> Iterator[Verdict]:
+    """Verdicts as they stand where today's steps took so long: no change by models that are far off."""
+    predicted_us = float(lab.today.total_S.mean())
+    off = max(measured_us, predicted_us) / max(min(measured_us, predicted_us), 1e-300)
+    is_far_off = lab.models.network is not None and lab.today.reason is None and off > _FAR_OFF
+    reason = Reason(MitigationCode.FAR_OFF, {"predicted_us": predicted_us, "measured_us": measured_us})
+    for verdict in verdicts:
+        if is_far_off and verdict.code is VerdictCode.CHANGE and verdict.gain is not None:
+            yield replace(verdict, code=VerdictCode.FAR_OFF, reason=reason)
+        else:
+            yield verdict
+
+
 def _elsewhere(lab: Lab, best: Verdict | None, labs: Sequence[Lab]) -> dict[str, float]:
     """What the best change of a phase gains in the others: a set-up has one layout and one exchange."""
     if best is None or best.change is None or best.change.of_phase:
@@ -409,7 +435,7 @@ def _other_ranks(lab: Lab, numbers: Sequence[int]) -> Iterator[Verdict]:
         more = layout.shape[2] - lab.trace.today_LPK.shape[2]
         memory_bytes = more * lab.layers * lab.models.experts.shape.expert_bytes
         if verdict.code is VerdictCode.CHANGE and lab.over_memory(memory_bytes):
-            verdict = replace(verdict, code=VerdictCode.DOES_NOT_FIT)
+            verdict = lab.without_room(verdict, memory_bytes)
         yield replace(verdict, memory_bytes=memory_bytes)
 
 

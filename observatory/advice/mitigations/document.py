@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from observatory.advice.mitigations.advise import Advice, above_published
+from observatory.advice.conclusions.changes import is_off
+from observatory.advice.mitigations.advise import Advice, PhaseAdvice, above_published
 from observatory.advice.mitigations.verdict import MitigationCode, Premise, Verdict
 from observatory.advice.mitigations.words import premise_words, reason_words
 from observatory.analysis.columns import Column, Table
@@ -83,10 +84,6 @@ COLUMNS = (
 )
 
 
-#: Predicted and measured times that differ by more than this factor are not of the same thing.
-_FAR_OFF = 1.25
-
-
 def advice_document(advices: Sequence[tuple[str, Advice, Sequence[str]]]) -> dict[str, Any]:
     """What ``--json`` prints (docs/json.md).
 
@@ -160,10 +157,13 @@ def _model_doubts(run: Mapping[str, Any]) -> Iterator[str]:
 def _phase_doubts(run: Mapping[str, Any]) -> Iterator[str]:
     for phase in run["phases"]:
         today = phase["verdicts"][0]
-        if phase["measured_us"] is not None and today["step_us"] and run["network"] is not None:
+        if phase["measured_over_predicted"] is not None:
             measured, predicted = phase["measured_us"] / 1e3, today["step_us"] / 1e3
-            off = max(measured, predicted) / min(measured, predicted)
-            doubt = "; shares of a step are of the predicted one" if off > _FAR_OFF else ""
+            doubt = (
+                "; shares of a step are of the predicted one"
+                if is_off(phase["measured_over_predicted"])
+                else ""
+            )
             yield (
                 f"today's steps of {phase['phase']}: {predicted:.3g} ms predicted, {measured:.3g} ms "
                 f"measured by spans{doubt}"
@@ -203,16 +203,16 @@ def _in_use(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def missing_sentences(document: Mapping[str, Any]) -> list[str]:
-    """What would have to be measured or stated to judge the rest, each once."""
-    missing: dict[str, list[str]] = {}
+    """Why changes have no number, each reason once: what would have to be measured, or cannot apply."""
+    changes: dict[tuple[str, str], list[str]] = {}
     for run in document["runs"]:
         for phase in run["phases"]:
             for row in phase["verdicts"]:
-                if row["verdict"] == "not known" and row["reason"] is not None:
-                    changes = missing.setdefault(reason_words(row["reason"]), [])
-                    if row["change"] not in changes:
-                        changes.append(row["change"])
-    return [f"not known ({reason}): {', '.join(changes)}" for reason, changes in missing.items()]
+                if row["step_us"] is None and row["reason"] is not None:
+                    named = f"{row['change']} ({row['setting']})" if row["setting"] else row["change"]
+                    because = changes.setdefault((row["verdict"], reason_words(row["reason"])), [])
+                    because += [] if named in because else [named]
+    return [f"{code} ({reason}): {', '.join(names)}" for (code, reason), names in sorted(changes.items())]
 
 
 def _run(advice: Advice, problems: Sequence[str]) -> dict[str, Any]:
@@ -249,6 +249,7 @@ def _run(advice: Advice, problems: Sequence[str]) -> dict[str, Any]:
                 "train_steps": phase.steps[0],
                 "judged_steps": phase.steps[1],
                 "measured_us": phase.measured_us,
+                "measured_over_predicted": _measured_over_predicted(advice, phase),
                 "elsewhere": [{"phase": name, "gain": gain} for name, gain in phase.elsewhere.items()],
                 "best": None if phase.best is None else phase.verdicts.index(phase.best),
                 "verdicts": [_row(verdict) for verdict in phase.verdicts],
@@ -256,6 +257,14 @@ def _run(advice: Advice, problems: Sequence[str]) -> dict[str, Any]:
             for phase in advice.phases
         ],
     }
+
+
+def _measured_over_predicted(advice: Advice, phase: PhaseAdvice) -> float | None:
+    """Of today's steps; None where not all of it is predicted or none was measured."""
+    predicted_us = phase.verdicts[0].step_us
+    if not phase.measured_us or not predicted_us or advice.network is None:
+        return None
+    return phase.measured_us / predicted_us
 
 
 def _network(advice: Advice) -> dict[str, Any] | None:

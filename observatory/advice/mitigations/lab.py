@@ -290,7 +290,7 @@ class Lab:
             return replace(verdict, **costs)
         costs["change"] = change
         if self.over_memory(change.memory_bytes):
-            return replace(verdict, code=VerdictCode.DOES_NOT_FIT, **costs)
+            return self.without_room(replace(verdict, **costs), change.memory_bytes)
         if change_us is None:
             return replace(verdict, reason=Reason(MitigationCode.NO_MOVE_RATE), **costs)
         before_us = float((self.today if simpler is None else simpler).total_S.mean())
@@ -433,6 +433,14 @@ class Lab:
     def over_memory(self, more_bytes: int) -> bool:
         """Whether the experts of a rank alone exceed its memory; False where that is not known."""
         return self.setup.memory_bytes is not None and self.held_bytes + more_bytes > self.setup.memory_bytes
+
+    def without_room(self, verdict: Verdict, more_bytes: int) -> Verdict:
+        """The verdict on a change whose experts exceed the memory of a rank."""
+        assert self.setup.memory_bytes is not None
+        needed_bytes = self.held_bytes + more_bytes
+        values = {"needed_bytes": needed_bytes, "memory_bytes": int(self.setup.memory_bytes)}
+        reason = Reason(MitigationCode.NO_ROOM, values)
+        return replace(verdict, code=VerdictCode.DOES_NOT_FIT, reason=reason)
 
     def _change_us(self, change: Change) -> float | None:
         """Once: the weights that the busiest rank receives, and the stall; None where no rate is known."""

@@ -54,6 +54,8 @@ class VerdictCode(StrEnum):
     UNCERTAIN = "uncertain"
     #: Faster, but the network model was measured on other numbers of ranks or nodes.
     EXTRAPOLATED = "extrapolated"
+    #: Faster, but today's step took another time than predicted by more than any gain is worth.
+    FAR_OFF = "far off"
     #: Slower beyond doubt.
     WORSE = "worse"
     #: Today's set-up does not work without it.
@@ -88,6 +90,8 @@ class MitigationCode(StrEnum):
     ONE_LAYER = "one_layer"
     ALL_ROUTED = "all_routed"
     NO_MOVE_RATE = "no_move_rate"
+    NO_ROOM = "no_room"
+    FAR_OFF = "prediction_far_off"
     REPLICATED_TODAY = "replicated_today"
     # Premises.
     STABLE = "imbalance_is_stable"

@@ -20,6 +20,8 @@ _MISSING = {
     "that takes less time from {break_even} on",
     MitigationCode.ONE_LAYER: "there is one layer only",
     MitigationCode.NO_MOVE_RATE: "no rate at which weights move; state move_bytes_per_s in the topology",
+    MitigationCode.NO_ROOM: "its experts take {needed_bytes} B of the {memory_bytes} B of a rank",
+    MitigationCode.FAR_OFF: "today's step is predicted to take {predicted_us} us and took {measured_us} us",
     MitigationCode.REPLICATED_TODAY: "experts have replicas today",
     MitigationCode.NO_HOST_RATE: "no rate from the host; state host_bytes_per_s in the topology",
     MitigationCode.NO_CLOCKS: "no clock model; give --clocks",

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from observatory.advice.conclusions import conclude_advice
 from observatory.advice.mitigations.document import COLUMNS, doubt_sentences, missing_sentences, why_words
+from observatory.advice.words import conclusion_sentences
 from observatory.reports.figures.changes import change_bars, label
 from observatory.reports.frames.report import ReportFrames
 from observatory.reports.page import FigureBlock, Section, Variant, frame_table
@@ -79,8 +81,9 @@ def _variant(
     setup, rows = document["setup"], phase["verdicts"]
     today = rows[0]
     best = None if phase["best"] is None else rows[phase["best"]]
+    concluded = conclude_advice({"runs": [{**document, "phases": [phase]}]})
     verdict = (
-        "nothing here is worth changing"
+        plain(conclusion_sentences(concluded)[0])
         if best is None
         else f"most is gained by {label(best)}: {percent(best['gain'])} of a step"
     )

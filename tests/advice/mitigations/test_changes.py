@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from observatory.advice.mitigations.advise import CHANGES
+from observatory.advice.mitigations.advise import CHANGES, held_to
+from observatory.advice.mitigations.balance_changes import placement
 from observatory.advice.mitigations.lab import Lab
 from observatory.advice.mitigations.setup import Setup
 from observatory.advice.mitigations.timed import Models, Trace
@@ -137,6 +138,23 @@ def test_replicas_that_exceed_the_memory_do_not_fit_and_cost_tokens_of_cache() -
     assert copied.code is VerdictCode.DOES_NOT_FIT
     assert copied.memory_bytes == 2000
     assert copied.kv_tokens == 200
+    assert copied.reason is not None
+    assert copied.reason.values == {"needed_bytes": 10_000, "memory_bytes": 9000}
+
+
+@pytest.mark.parametrize(("times", "code"), [(1.9, "change"), (2.1, "far off"), (0.4, "far off")])
+def test_no_change_is_plain_where_todays_step_took_far_from_what_was_predicted(
+    times: float, code: str
+) -> None:
+    exchanges = network(latency_us=10.0, us_per_byte=1e-6)
+    lab = lab_of(SKEWED, exchanges=exchanges)
+    measured_us = times * float(lab.today.total_S.mean())
+    held = {verdict.mitigation: verdict for verdict in held_to(measured_us, lab, [*placement(lab)])}
+    assert held[Mitigation.PLACEMENT].code.value == code
+    alone = lab_of(SKEWED)
+    (verdict,) = held_to(measured_us, alone, [*placement(alone)])
+    # Without exchanges today's step is not all predicted.
+    assert verdict.code is VerdictCode.CHANGE
 
 
 def test_at_small_batches_activated_experts_are_balanced_instead_of_tokens() -> None:
