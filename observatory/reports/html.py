@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 import observatory
 from observatory.errors import PlaceTakenError, RunError
-from observatory.reports.embed import content_security_policy, packed_json, script_text
+from observatory.reports.embed import content_security_policy, packed_json, script_json, script_text
 from observatory.reports.frames.benchmark_files import read_benchmark_files
 from observatory.reports.frames.collect import collect
 from observatory.reports.frames.frequency import collect_clocks
 from observatory.reports.frames.plan import collect_plans
-from observatory.reports.frames.report import NOT_STATED, ReportFrames
+from observatory.reports.frames.report import NOT_STATED, ReportFrames, condition_order, phases_of
 from observatory.reports.frames.route_fetch import collect_route_fetch
 from observatory.reports.outline import absent_parts, build_sections, questions
 from observatory.reports.page import FigureBlock, Table, Variant
@@ -29,6 +31,7 @@ from observatory.reports.sections import (
     answer,
     file_records,
     findings,
+    formula_anchor,
     key_figure,
     overview,
     problems,
@@ -45,8 +48,12 @@ from observatory.run import Run, open_run
 from observatory.run.files import committed
 from observatory.text import listing
 
+#: A number of a sentence with its unit; numbers of layers and ranks are names.
+_NUMBER = re.compile(r"\d+(?:\.\d+)?[ \u00a0](?:%|ms|us|µs|s|[mk]?J|MHz|times)(?!\w)|\d+\.\d+")
 #: Widths of pictures in pixels: over the page, near square ones, and on a phone.
 _WIDE_PX, _NARROW_PX, _PHONE_PX = 860, 620, 350
+#: More ranks than these are not offered one by one.
+_MOST_RANKS = 512
 #: A report larger than this cannot be mailed around; it is refused rather than written.
 MOST_BYTES = 15_000_000
 
@@ -172,6 +179,7 @@ def render(
         overview=overview(frames),
         problems=problems(frames),
         findings=findings(frames),
+        choices=_choices(frames),
         runs=run_table(frames),
         questions=questions(sections),
         anchors={section.id for section in sections},
@@ -186,6 +194,18 @@ def render(
             )
         ),
     )  # fmt: skip
+
+
+def _choices(frames: ReportFrames) -> dict[str, list[str]]:
+    """What the page can be filtered by: values of each key, those with several."""
+    ranks = int(frames.runs["ranks"].max())
+    choices = {
+        "model": list(dict.fromkeys(shorten(label) for label in frames.runs["label"])),
+        "condition": [shorten(name, 24) for name in condition_order(frames.runs) if name != NOT_STATED],
+        "phase": phases_of(frames.cells) if len(frames.cells) else [],
+        "rank": [str(rank) for rank in range(ranks)] if ranks <= _MOST_RANKS else [],
+    }
+    return {key: values for key, values in choices.items() if len(values) > 1}
 
 
 def _kind(frames: ReportFrames) -> str:
@@ -248,6 +268,21 @@ def _packed(block: FigureBlock, tables: Callable[[Table], Markup]) -> Markup:
     )
 
 
+def _keys(block: FigureBlock) -> Markup:
+    """What each variant is of, and what it is called, for the page's filter."""
+    return script_json([{"label": variant.label, "keys": dict(variant.keys)} for variant in block.variants])
+
+
+def _linked(sentence: str, href: str, where: Mapping[str, str]) -> Markup:
+    """A sentence whose numbers lead to the rows they are from."""
+    link = Markup('<a href="{}" data-where="{}">{}</a>')
+    parts, end = [], 0
+    for match in _NUMBER.finditer(sentence):
+        parts += [escape(sentence[end : match.start()]), link.format(href, json.dumps(where), match.group())]
+        end = match.end()
+    return Markup("").join([*parts, escape(sentence[end:])])
+
+
 def _environment() -> Environment:
     """Templates with every value escaped, and an error for every name they do not get."""
     environment = Environment(
@@ -261,6 +296,9 @@ def _environment() -> Environment:
     environment.filters["packed"] = _packed
     environment.filters["pictures"] = _pictures
     environment.filters["unbroken"] = unbroken
+    environment.filters["linked"] = _linked
+    environment.filters["keys"] = _keys
+    environment.filters["anchor"] = lambda names: formula_anchor(names.split(", ")[0])
     return environment
 
 

@@ -7,7 +7,7 @@ many tokens, which floor, which formula), a text alternative and a table of its 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -19,6 +19,8 @@ from observatory.reports.text import count, plain, quantity, shorten
 _LONGEST = 600
 #: Units, titles and stand-ins that a terminal shows in ASCII.
 _TYPESET = {"us": "µs", "+-": "±", "-": "–", "ED2P": "ED²P"}
+#: Columns by which a page is filtered.
+_KEYS = {"label": "model", "condition": "condition", "phase": "phase", "source_rank": "rank"}
 #: Words that keep their small letter at the head of a column.
 _SMALL = ("algbw", "busbw")
 
@@ -42,12 +44,23 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """Heading of a column; numbers are set right-aligned, and a folded column is shown on request."""
+    """Heading of a column.
+
+    Attributes:
+        title: what it says.
+        detail: what the second lines of its cells are.
+        numeric: its cells are numbers, set right-aligned.
+        folded: shown on request.
+        key: what a page is filtered by that its cells hold, empty for nothing.
+        detail_key: likewise their second lines.
+    """
 
     title: str
     detail: str = ""
     numeric: bool = True
     folded: bool = False
+    key: str = ""
+    detail_key: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +84,7 @@ class Variant:
         alt: what the picture shows, for those who do not see it.
         note: what was counted, over which window, how many tokens, which floor.
         numbers: table of the same numbers.
+        keys: model, condition, phase of what is shown, by which a page is filtered.
     """
 
     group: str = ""
@@ -79,6 +93,7 @@ class Variant:
     alt: str
     note: str
     numbers: Table
+    keys: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +186,13 @@ def _head(column: Column, lower: Column | None) -> Head:
     unit = "" if by_value else _TYPESET.get(column.unit, column.unit)
     title = ", ".join(filter(None, (_title(column), unit)))
     detail = "" if lower is None else _TYPESET.get(lower.title, lower.title)
-    return Head(title=title, detail=detail, numeric=not column.text)
+    return Head(
+        title=title,
+        detail=detail,
+        numeric=not column.text,
+        key=_KEYS.get(column.name, ""),
+        detail_key="" if lower is None else _KEYS.get(lower.name, ""),
+    )
 
 
 def _title(column: Column) -> str:

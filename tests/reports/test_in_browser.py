@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 from selenium import webdriver
-from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from observatory.reports import write_report
@@ -115,36 +114,67 @@ def test_figures_follow_the_colour_scheme_while_the_page_is_open(
     )
 
 
-def test_a_choice_changes_figure_note_and_numbers(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
+def choose(browser: webdriver.Chrome, key: str, value: str) -> None:
+    """Choose in the filter of the page, by keyboard."""
+    browser.find_element("css selector", f".filter select[name={key}]").send_keys(value)
+
+
+def test_one_filter_changes_every_figure_and_hides_rows(
+    browser: webdriver.Chrome, pages: dict[str, Path]
+) -> None:
     show(browser, pages["plain"], figures=FIGURES)
-    chosen = browser.execute_script(
-        "const s = document.querySelector('#expert-map select'); s.selectedIndex = s.options.length - 1;"
-        "s.dispatchEvent(new Event('change')); return s.value"
-    )
-    assert chosen == "mla-tiny · mock, decode"
-    wait(
-        browser,
-        "return document.querySelector('#expert-map .shown').textContent.startsWith(arguments[0])",
-        "mla-tiny on mock, decode",
-    )
+    for key, value in (("model", "mla-tiny"), ("condition", "mock"), ("phase", "decode")):
+        choose(browser, key, value)
+    for figure in ("expert-map", "lorenz-curves", "ep-run", "step-gini"):
+        wait(
+            browser,
+            "return document.querySelector(`#${arguments[0]} .shown`).textContent.startsWith(arguments[1])",
+            figure,
+            "mla-tiny on mock, decode",
+        )
     caption = browser.execute_script("return document.querySelector('#expert-map caption').textContent")
     assert caption == "mla-tiny on mock, decode: experts by layer, loads over the mean load"
     assert "mla-tiny on mock, decode" in browser.execute_script(
         "return document.querySelector('#expert-map .plot').getAttribute('aria-label')"
     )
+    rows = "return [...document.querySelectorAll('#layers tbody tr')].filter(row => !row.hidden).map(row => "
+    shown = browser.execute_script(rows + "row.cells[0].textContent + row.cells[1].textContent)")
+    assert shown
+    assert set(shown) == {"mla-tinymockdecode"}
+    browser.find_element("css selector", ".filter button").send_keys(Keys.ENTER)
+    wait(browser, rows + f"row).length > {len(shown)}")
 
 
-def test_the_keyboard_reaches_and_changes_a_choice(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
+def test_an_address_restores_what_was_chosen_and_how_a_table_was_sorted(
+    browser: webdriver.Chrome, pages: dict[str, Path]
+) -> None:
     show(browser, pages["plain"], figures=FIGURES)
-    browser.execute_script("document.querySelector('#lorenz-curves select').focus()")
-    note = "return document.querySelector('#lorenz-curves .shown').textContent"
-    before = browser.execute_script(note)
-    ActionChains(browser).send_keys(Keys.ARROW_DOWN).perform()
-    wait(browser, f"{note} !== arguments[0]", before)
-    assert before.startswith("gqa-tiny on prose, prefill.")
-    assert browser.execute_script(note).startswith("gqa-tiny on mock, prefill.")
-    ActionChains(browser).send_keys(Keys.TAB).perform()
-    assert browser.execute_script("return document.activeElement.tagName") == "SUMMARY"
+    choose(browser, "phase", "decode")
+    browser.execute_script("document.querySelectorAll('#layers thead button')[2].click()")
+    browser.find_element("css selector", "nav a[href='#layers']").send_keys(Keys.ENTER)
+    wait(browser, "return location.hash.startsWith('#layers?')")
+    address = browser.current_url
+    sorted_column = table_column(browser, "#layers", 2)
+    browser.get("about:blank")
+    browser.get(address)
+    assert browser.execute_script("return document.querySelector('.filter [name=phase]').value") == "decode"
+    assert table_column(browser, "#layers", 2) == sorted_column
+    assert browser.execute_script("return document.querySelectorAll('#layers [aria-sort]').length") == 1
+    wait(browser, "return document.querySelector('#layers').getBoundingClientRect().top < 300")
+
+
+def test_a_number_of_a_verdict_leads_to_its_rows(browser: webdriver.Chrome, pages: dict[str, Path]) -> None:
+    show(browser, pages["plain"], figures=FIGURES)
+    links = browser.find_elements("css selector", ".verdicts p a")
+    texts = [link.text for link in links]
+    assert {"Rows", "Figure", "Formula"} <= set(texts)
+    assert sum(bool(re.match(r"\d", text)) for text in texts) >= 3
+    targets = {str(link.get_attribute("hash"))[1:] for link in links}
+    assert browser.execute_script(
+        "return arguments[0].every(id => document.getElementById(id))", list(targets)
+    )
+    links[0].send_keys(Keys.ENTER)
+    wait(browser, "return document.querySelector('.filter [name=model]').value !== ''")
 
 
 def test_the_contents_lead_to_every_section_and_mark_the_one_being_read(
@@ -199,7 +229,7 @@ def test_without_javascript_figures_and_tables_are_read(
             assert browser.find_element("css selector", f"#{name} .wide svg").size["height"] > 100
         for name in (".choice", "figure button"):
             assert not any(each.is_displayed() for each in browser.find_elements("css selector", name))
-        numbers = browser.find_element("css selector", "#expert-map details")
+        numbers = browser.find_element("css selector", "#expert-map details:not(.how)")
         numbers.find_element("css selector", "summary").send_keys(Keys.ENTER)
         assert "gqa-tiny on prose, prefill: experts by layer" in numbers.text
     finally:

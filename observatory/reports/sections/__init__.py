@@ -15,7 +15,7 @@ from observatory.reports.sections.mock import mock_section
 from observatory.reports.sections.overview import overview, problems, setting
 from observatory.reports.sections.plan import plan_section
 from observatory.reports.sections.power import power_section
-from observatory.reports.sections.provenance import FORMULAS, RunRecord, provenance, run_table
+from observatory.reports.sections.provenance import FORMULAS, RunRecord, formula_anchor, provenance, run_table
 from observatory.reports.sections.route_fetch import route_fetch_section
 from observatory.reports.sections.scan import scan_section
 from observatory.reports.sections.steps import step_section
@@ -32,6 +32,7 @@ __all__ = [
     "exchange_sections",
     "file_records",
     "findings",
+    "formula_anchor",
     "grid_section",
     "heatmap_section",
     "key_figure",

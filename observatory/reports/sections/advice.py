@@ -11,7 +11,7 @@ from observatory.advice.words import conclusion_sentences
 from observatory.reports.figures.changes import change_bars, label
 from observatory.reports.frames.report import ReportFrames
 from observatory.reports.page import FigureBlock, Section, Variant, frame_table
-from observatory.reports.sections.common import run_choice
+from observatory.reports.sections.common import run_choice, run_keys
 from observatory.reports.text import microseconds, percent, plain, shorten
 
 _TITLE = "Which change is worth making"
@@ -91,6 +91,7 @@ def _variant(
     return Variant(
         group=shorten(name),
         label=run_choice(name, condition, phase["phase"]),
+        keys=run_keys(name, condition, phase["phase"]),
         figure=change_bars(rows),
         alt=f"Bars of the time of a step for {where} under each change; today "
         f"{microseconds(today['step_us'])}; {verdict}.",

@@ -47,6 +47,12 @@ def run_choice(label: str, condition: str, phase: str) -> str:
     return f"{shorten(label, 44)} · {choice_label(shorten(condition, 24), phase)}"
 
 
+def run_keys(label: str, condition: str = "", phase: str = "") -> dict[str, str]:
+    """What a page is filtered by, of a figure about one run and phase; empty for what it shows all of."""
+    named = {"model": shorten(label), "condition": shorten(condition, 24), "phase": phase}
+    return {name: value for name, value in named.items() if value and value != NOT_STATED}
+
+
 def window_text(cells: pd.DataFrame) -> str:
     """Window, tokens and floor of the cells shown."""
     return (

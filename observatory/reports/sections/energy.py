@@ -14,7 +14,7 @@ from observatory.reports.figures.energy import device_energy, token_energy
 from observatory.reports.frames.power import PowerFrames
 from observatory.reports.frames.report import ReportFrames, each_row, phases_of
 from observatory.reports.page import Block, Cell, FigureBlock, Section, Table, Variant, frame_table
-from observatory.reports.sections.common import run_text
+from observatory.reports.sections.common import run_keys, run_text
 from observatory.reports.text import count, interval, millijoules, number, percent, plain, shorten
 from observatory.run.documents.writing import frame_records
 from observatory.run.manifest import PHASES
@@ -109,6 +109,7 @@ def _token_variant(frames: ReportFrames, power: PowerFrames, run: int) -> Varian
     return Variant(
         group=shorten(frames.runs.loc[run, "label"]),
         label=where,
+        keys=run_keys(*frames.runs.loc[run, ["label", "condition"]]),
         figure=token_energy(shown),
         alt=f"Bars of energy per token for {where}. {'; '.join(sentences)}.",
         note=f"{where}: {'; '.join(sentences)}."
@@ -161,6 +162,7 @@ def _device_variant(frames: ReportFrames, power: PowerFrames, run: int) -> Varia
     return Variant(
         group=shorten(frames.runs.loc[run, "label"]),
         label=where,
+        keys=run_keys(*frames.runs.loc[run, ["label", "condition"]]),
         figure=device_energy(known, parts),
         alt=f"Stacked bars of {len(known)} devices for {where}: {millijoules(whole)} in all.",
         note=f"{where}: {millijoules(whole)} on {len(known)} of {len(devices)} devices. Of it "

@@ -9,7 +9,7 @@ from observatory.analysis.columns import Column
 from observatory.reports.figures import expert_shares
 from observatory.reports.frames.report import ReportFrames
 from observatory.reports.page import FigureBlock, Section, Table, Variant, frame_table
-from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice
+from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice, run_keys
 from observatory.reports.text import shorten, times
 
 #: Maps of more counts than this altogether would make the file too large; the rest is named, not drawn.
@@ -73,6 +73,7 @@ def _variant(loads: pd.DataFrame, layers: pd.DataFrame, label: str, condition: s
     return Variant(
         group=shorten(label),
         label=run_choice(label, condition, phase),
+        keys=run_keys(label, condition, phase),
         figure=expert_shares(loads),
         alt=f"Heatmap of {layers['layer'].nunique()} layers by {int(layers['experts'].max())} experts for "
         f"{shorten(label)} on {shorten(condition)}, {phase}: the busiest expert of any layer takes "

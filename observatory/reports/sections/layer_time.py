@@ -7,7 +7,7 @@ import pandas as pd
 from observatory.analysis.columns import Column
 from observatory.reports.figures.exchanges import layer_anatomy
 from observatory.reports.page import FigureBlock, Section, Table, Variant, frame_table
-from observatory.reports.sections.common import run_choice, spread
+from observatory.reports.sections.common import run_choice, run_keys, spread
 from observatory.reports.text import percent, plain, shorten
 from observatory.run.documents.writing import frame_records
 from observatory.text import listing
@@ -69,6 +69,7 @@ def _variant(label: str, condition: str, phase: str, rows: pd.DataFrame) -> Vari
     return Variant(
         group=shorten(label),
         label=run_choice(label, condition, phase),
+        keys=run_keys(label, condition, phase),
         figure=layer_anatomy(rows),
         alt=f"Stacked bars of {rows['layer'].nunique()} layers for {where}: {plain(largest.index[0])} takes "
         f"most, {percent(float(largest.iloc[0]) / total if total else None)} of the layers' time.",

@@ -10,7 +10,7 @@ from observatory.analysis.routing.imbalance import lorenz_curve
 from observatory.reports.figures import LORENZ_GRID, floor_lorenz, lorenz_curves
 from observatory.reports.frames.report import ReportFrames
 from observatory.reports.page import FigureBlock, Section, Variant, frame_table
-from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice
+from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice, run_keys
 from observatory.reports.text import percent, shorten
 
 _TABLE_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -102,6 +102,7 @@ def _variant(
     return Variant(
         group=shorten(label),
         label=run_choice(label, condition, phase),
+        keys=run_keys(label, condition, phase),
         figure=lorenz_curves(curves, gini_floor=floor if np.isfinite(floor) else None, worst_layer=worst),
         alt=f"Lorenz curves of {curves['layer'].nunique()} layers for {shorten(label)} on "
         f"{shorten(condition)}, {phase}: "

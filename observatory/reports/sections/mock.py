@@ -10,7 +10,7 @@ from observatory.analysis.columns import Column
 from observatory.reports.figures import condition_dots
 from observatory.reports.frames.report import ReportFrames, phases_of
 from observatory.reports.page import FigureBlock, Section, Table, Variant, frame_table
-from observatory.reports.sections.common import NO_LOADS, window_text
+from observatory.reports.sections.common import NO_LOADS, run_keys, window_text
 from observatory.run.documents.writing import frame_records
 
 _MODEL = Column(name="label", title="model", text=True)
@@ -137,6 +137,7 @@ def mock_section(frames: ReportFrames) -> Section:
 def _variant(cells: pd.DataFrame, phase: str) -> Variant:
     return Variant(
         label=phase,
+        keys=run_keys("", "", phase),
         figure=condition_dots(cells),
         alt=f"Dot plot of Gini over experts in {phase}: {cells['label'].nunique()} models, "
         f"{cells['condition'].nunique()} data conditions, from {cells['gini'].min():.3f} to "

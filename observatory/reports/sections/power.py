@@ -13,7 +13,7 @@ from observatory.reports.figures.power import power_timeline
 from observatory.reports.frames.power import BINS, PowerFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
 from observatory.reports.page import FigureBlock, Section, Table, Variant, frame_table
-from observatory.reports.sections.common import run_text
+from observatory.reports.sections.common import run_keys, run_text
 from observatory.reports.text import count, number, plain, shorten
 from observatory.run.documents.writing import frame_records
 from observatory.text import listing
@@ -161,6 +161,7 @@ def _variant(
     ]  # fmt: skip
     return Variant(
         group=shorten(label),
+        keys=run_keys(str(label)),
         label=f"{shorten(label, 30)} · {name}",
         figure=power_timeline(
             samples,

@@ -18,7 +18,7 @@ from observatory.reports.figures.prediction import predicted_and_measured
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
 from observatory.reports.page import Block, Cell, FigureBlock, Section, Table, Variant, frame_table
-from observatory.reports.sections.common import phases_in, replay_name, run_choice
+from observatory.reports.sections.common import phases_in, replay_name, run_choice, run_keys
 from observatory.reports.text import count, microseconds, percent, plain, shorten, times
 from observatory.run.documents.bench import BenchResult
 from observatory.run.documents.writing import frame_records
@@ -185,6 +185,7 @@ def _variants(frames: ReportFrames, benchmarks: BenchmarkFrames) -> Iterator[Var
             group=shorten(label),
             label=f"{run_choice(label, condition, kind)} · {shorten(algorithm, 24)}"
             + (f" · {shorten(model.name, 24)}" if len(benchmarks.files.networks) > 1 else ""),
+            keys=run_keys(label, condition),
             figure=predicted_and_measured(drawn),
             alt=f"Scatter of {len(drawn)} exchanges for {where}: median error "
             f"{percent(errors_of(rows)['median_error'])}, times from "

@@ -63,7 +63,25 @@ FORMULAS: tuple[tuple[str, str], ...] = (
         "Expert-parallel scan",
         "loads summed over the experts a rank would hold; placement and sources as stated with each figure",
     ),
+    (
+        "wait_s",
+        "from a rank's arrival at an exchange to the last arrival of those it exchanges with, on one clock",
+    ),
+    (
+        "step_us",
+        "sum over layers of exchanges and of the busiest rank's experts, layout chosen on the first half of "
+        "the steps, time predicted for the second",
+    ),
+    ("mj_per_token", "energy of the phase's stretches over the tokens it processed"),
+    ("saving", "1 − energy per iteration over that at the reference clock"),
 )
+
+
+def formula_anchor(name: str) -> str:
+    """Anchor of the entry that holds a name."""
+    whole = next(names for names, _ in FORMULAS if name in names.split(", "))
+    return "formula-" + "".join(char if char.isalnum() else "-" for char in whole.split(", ")[0].lower())
+
 
 _RUNS = (
     Column(name="run", title="run"),

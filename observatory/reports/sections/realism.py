@@ -12,7 +12,7 @@ from observatory.reports.figures.realism import realism_by_layer
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
 from observatory.reports.page import Cell, FigureBlock, Section, Table, Variant, frame_table
-from observatory.reports.sections.common import phases_in, replay_name, run_choice
+from observatory.reports.sections.common import phases_in, replay_name, run_choice, run_keys
 from observatory.reports.text import count, interval, microseconds, plain, shorten, times
 from observatory.run.documents.writing import frame_records
 
@@ -101,6 +101,7 @@ def _variant(
     return Variant(
         group=shorten(of_run["label"]),
         label=f"{run_choice(of_run['label'], of_run['condition'], phase)} · {shorten(algorithm, 24)}",
+        keys=run_keys(of_run["label"], of_run["condition"], phase),
         figure=realism_by_layer(rows),
         alt=f"Dots with intervals for {where}: captured over uniform time per layer, from "
         f"{times(rows['ratio'].min())} to {times(rows['ratio'].max())}.",

@@ -12,7 +12,7 @@ from observatory.analysis.network.layouts import LAYOUT_COLUMNS
 from observatory.reports.figures import crossing_shares, ep_profile, rank_imbalance
 from observatory.reports.frames.report import ReportFrames, condition_order, phases_of
 from observatory.reports.page import FigureBlock, Section, Variant, frame_table
-from observatory.reports.sections.common import choice_label, run_choice, spread
+from observatory.reports.sections.common import choice_label, run_choice, run_keys, spread
 from observatory.reports.text import percent, plain, shorten, times
 from observatory.run.documents.writing import frame_records
 from observatory.text import listing
@@ -141,6 +141,7 @@ def _overview(scan: pd.DataFrame) -> list[Variant]:
                 Variant(
                     group=phase,
                     label=choice_label(shorten(condition, 24), phase),
+                    keys=run_keys("", condition, phase),
                     figure=rank_imbalance(selected),
                     alt=f"Line chart on {shorten(condition)}, {phase}: busiest rank over mean rank from "
                     f"{times(selected['rank_max_over_mean'].min())} to "
@@ -162,6 +163,7 @@ def _detail(scan: pd.DataFrame, label: str, condition: str, phase: str) -> Varia
     return Variant(
         group=shorten(label),
         label=run_choice(label, condition, phase),
+        keys=run_keys(label, condition, phase),
         figure=ep_profile(scan),
         alt=f"Line chart for {shorten(label)} on {shorten(condition)}, {phase}: per-rank imbalance "
         f"{spread(scan['rank_max_over_mean'], times)} over the window, per-expert "
@@ -183,7 +185,7 @@ def _crossings(cells: list[tuple[pd.DataFrame, str, str, str]], gpus_per_node: i
     )
     if not by_construction or len(cells) == 1:
         return [_crossing(*cell, gpus_per_node) for cell in cells]
-    only = _crossing(cells[0][0], "All models", "all data", "all phases", gpus_per_node)
+    only = replace(_crossing(cells[0][0], "All models", "all data", "all phases", gpus_per_node), keys={})
     reason = (
         "No run here recorded more than one source rank, so tokens are spread evenly and the shares follow "
         "from the number of ranks alone: 1 − 1/EP, the same for every run."
@@ -195,6 +197,7 @@ def _crossing(scan: pd.DataFrame, label: str, condition: str, phase: str, gpus_p
     return Variant(
         group=shorten(label),
         label=run_choice(label, condition, phase),
+        keys=run_keys(label, condition, phase),
         figure=crossing_shares(scan),
         alt=f"Line chart for {shorten(label)} on {shorten(condition)}, {phase}: up to "
         f"{percent(scan['cross_rank_fraction'].max())} of assignments cross ranks and "

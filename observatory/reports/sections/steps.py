@@ -8,7 +8,7 @@ from observatory.analysis.columns import Column
 from observatory.reports.figures import step_profile
 from observatory.reports.frames.report import ReportFrames
 from observatory.reports.page import FigureBlock, Section, Variant, frame_table
-from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice
+from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice, run_keys
 from observatory.reports.text import count, number, shorten
 from observatory.run.documents.writing import frame_records
 
@@ -72,6 +72,7 @@ def _variant(layers: pd.DataFrame, label: str, condition: str, phase: str) -> Va
     return Variant(
         group=shorten(label),
         label=run_choice(label, condition, phase),
+        keys=run_keys(label, condition, phase),
         figure=step_profile(layers),
         alt=f"Gini per layer for {shorten(label)} on {shorten(condition)}, {phase}: single steps have a "
         f"median of {layers['step_gini_p50'].mean():.3f}, the whole window {layers['gini'].mean():.3f}, "

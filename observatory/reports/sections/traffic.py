@@ -9,7 +9,7 @@ import pandas as pd
 from observatory.analysis.columns import Column
 from observatory.reports.figures.exchanges import traffic_map
 from observatory.reports.page import FigureBlock, Section, Variant, frame_table
-from observatory.reports.sections.common import run_choice
+from observatory.reports.sections.common import run_choice, run_keys
 from observatory.reports.text import number, percent, shorten, times
 
 #: Cells of all maps together; more would make the file too large, so single layers are left out then.
@@ -90,6 +90,7 @@ def _variant(rows: pd.DataFrame, ranks: int, label: str, condition: str, phase: 
     return Variant(
         group=shorten(label),
         label=f"{run_choice(label, condition, phase)} · {what}",
+        keys=run_keys(label, condition, phase),
         figure=traffic_map(pairs, ranks=ranks),
         alt=f"Heatmap of {ranks} by {ranks} ranks for {where}: {_megabytes(travelling)} travel "
         f"between ranks, the busiest pair {times(skew)} the mean pair.",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -29,8 +29,9 @@ from observatory.reports.frames.plan import PlannedFile
 from observatory.reports.frames.report import ReportFrames, each_row
 from observatory.reports.frames.route_fetch import RouteFetchFile
 from observatory.reports.page import FigureBlock, Section
-from observatory.reports.sections.common import choice_label, run_choice, run_text
+from observatory.reports.sections.common import choice_label, run_choice, run_keys, run_text
 from observatory.reports.sections.mock import mock_ratios
+from observatory.reports.sections.provenance import formula_anchor
 from observatory.reports.sections.scan import mean_over_layers
 from observatory.reports.text import millijoules, number, percent, plain, shorten, times
 from observatory.run.documents.writing import frame_records
@@ -48,6 +49,23 @@ _TELLING = (
     Code.ENERGY_COST,
     Code.LOAD_COST,
 )
+#: Of each section that a verdict is about: its figure, and the entry of the methods.
+_FIGURES = {
+    "changes": "change-times",
+    "waiting": "layer-waiting",
+    "clocks": "clock-plane",
+    "power": "power-timeline",
+    "energy": "energy-tokens",
+    "layers": "expert-map",
+}
+_FORMULAS = {
+    "changes": "step_us",
+    "waiting": "wait_s",
+    "clocks": "saving",
+    "power": "saving",
+    "energy": "mj_per_token",
+    "layers": "expert_max_over_mean",
+}
 #: Figures that show most of what is at stake, the first that a page has; else its first figure.
 _KEY_FIGURES = ("layer-anatomy", "energy-tokens", "clock-plane", "ep-models")
 #: Of the figure, in pixels: with the head of the page it fits a screen of 900.
@@ -82,6 +100,9 @@ class Verdict:
         choices: names under which figures show the place.
         stake: share of time or energy that is at stake; None where it is about neither.
         number: the number that says most; None where nothing is worth changing.
+        figure: anchor of the figure of its numbers, empty for none.
+        formula: anchor of how they are computed, empty where the section says it.
+        keys: what the page is filtered by to show the place alone.
     """
 
     part: str
@@ -92,6 +113,14 @@ class Verdict:
     choices: tuple[str, ...]
     stake: float | None
     number: Number | None
+    figure: str = ""
+    formula: str = ""
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> str:
+        """Anchor of the rows of its numbers: a table of the section, or the one behind the figure."""
+        return self.section if self.section in ("layers", "plan") else f"{self.figure}-rows"
 
 
 def verdicts(frames: ReportFrames) -> list[Verdict]:
@@ -220,6 +249,9 @@ def _verdict(
         choices=() if isinstance(whose, str) else _choices(frames, whose, conclusion),
         stake=stake(conclusion) if is_share else None,
         number=_number(conclusion, section),
+        figure=_FIGURES[section],
+        formula=formula_anchor(_FORMULAS[section]),
+        keys={} if isinstance(whose, str) else _keys(frames, whose, conclusion),
     )
 
 
@@ -261,7 +293,13 @@ def _of_route_fetch(file: RouteFetchFile, *, is_only: bool) -> Verdict:
         choices=(),
         stake=None,
         number=None,
+        figure="decision-map",
     )
+
+
+def _keys(frames: ReportFrames, run: int, conclusion: Conclusion) -> dict[str, str]:
+    phase = str(conclusion[0].values.get("phase") or "")
+    return run_keys(str(frames.runs.loc[run, "label"]), frames.facts[run].condition, phase)
 
 
 def _choices(frames: ReportFrames, run: int, conclusion: Conclusion) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from observatory.analysis.exchange.words import cause_words
 from observatory.reports.figures.exchanges import rank_time, waiting_map
 from observatory.reports.frames.report import each_row
 from observatory.reports.page import Block, FigureBlock, Section, Table, Variant, frame_table
-from observatory.reports.sections.common import run_choice
+from observatory.reports.sections.common import run_choice, run_keys
 from observatory.reports.text import count, number, percent, plain, shorten
 from observatory.run.documents.writing import frame_records
 from observatory.text import listing
@@ -79,6 +79,7 @@ def _variant(ranks: pd.DataFrame, unknown: pd.DataFrame, label: str, condition: 
     return Variant(
         group=shorten(label),
         label=run_choice(label, condition, phase),
+        keys=run_keys(label, condition, phase),
         figure=rank_time(ranks),
         alt=f"Stacked bars of {len(ranks)} ranks for {where}. {_slowest(ranks)}",
         note=f"{where}. {_slowest(ranks)}{_reasons(unknown)}",
@@ -135,6 +136,7 @@ def _layer_variant(layers: pd.DataFrame, label: str, condition: str, phase: str)
     return Variant(
         group=shorten(label),
         label=run_choice(label, condition, phase),
+        keys=run_keys(label, condition, phase),
         figure=waiting_map(layers),
         alt=f"Heatmap of {layers['layer'].nunique()} layers. {most}",
         note=most,

@@ -20,7 +20,10 @@
     figure.querySelector(".shown").textContent = variant.note;
     const numbers = figure.querySelector(".numbers");
     numbers.innerHTML = variant.numbers;
-    numbers.querySelectorAll("table").forEach(equipTable);
+    numbers.querySelectorAll("table").forEach((table) => {
+      equipTable(table);
+      showRows(table, chosen());
+    });
   };
 
   // A saved picture has the colours of the page as it is shown, and the patterns of its bars.
@@ -41,12 +44,99 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 1000);
   };
 
-  for (const figure of document.querySelectorAll("figure[id]")) {
-    const select = figure.querySelector("select");
-    select?.addEventListener("change", () => choose(figure, select.selectedIndex));
+  // One filter for the whole page: every figure shows what is chosen, and tables its rows. A figure that has
+  // several pictures of it keeps a choice of its own.
+  const form = document.querySelector(".filter");
+  const selects = [...(form?.querySelectorAll("select") ?? [])];
+  const chosen = () => new Map(selects.filter(({ value }) => value).map(({ name, value }) => [name, value]));
+  const isOf = (keys, wanted) => [...wanted].every(([key, value]) => !(key in keys) || keys[key] === value);
+  const figures = [...document.querySelectorAll("figure[id]")].map((figure) => ({
+    figure,
+    select: figure.querySelector("select"),
+    variants: JSON.parse(figure.querySelector("script.keys")?.textContent ?? "[]"),
+    all: [...(figure.querySelector("select")?.options ?? [])],
+  }));
+
+  const showRows = (table, wanted) => {
+    const heads = [...table.tHead.rows[0].cells];
+    let left = 0;
+    for (const row of table.tBodies[0].rows) {
+      row.hidden = heads.some((head, column) => {
+        const cell = row.cells[column];
+        const detail = cell.querySelector("small")?.textContent ?? "";
+        const value = cell.textContent.slice(0, cell.textContent.length - detail.length).trim();
+        const { key, detailKey } = head.dataset;
+        return [[key, value], [detailKey, detail]].some(([name, held]) => wanted.has(name) && wanted.get(name) !== held);
+      });
+      left += !row.hidden;
+    }
+    table.parentElement.classList.toggle("none", left === 0);
+  };
+
+  const filter = () => {
+    const wanted = chosen();
+    for (const { figure, select, variants, all } of figures) {
+      const fitting = variants.flatMap(({ keys }, index) => (isOf(keys, wanted) ? [index] : []));
+      const isEmpty = variants.length > 0 && fitting.length === 0;
+      figure.classList.toggle("empty", isEmpty);
+      figure.querySelector(".unmatched").hidden = !isEmpty;
+      if (!select || isEmpty) continue;
+      const shown = Number(figure.dataset.shown ?? 0);
+      const index = fitting.includes(shown) ? shown : fitting[0];
+      const keysOf = (other) => JSON.stringify(variants[other].keys);
+      const same = fitting.filter((other) => keysOf(other) === keysOf(index));
+      select.replaceChildren(...same.map((other) => all[other]));
+      select.value = all[index].value;
+      select.parentElement.hidden = same.length < 2;
+      if (index !== shown) choose(figure, index);
+    }
+    document.querySelectorAll("main table").forEach((table) => showRows(table, wanted));
+  };
+
+  for (const { figure, select, all } of figures) {
+    all.forEach((option, index) => (option.value = index));
+    select?.addEventListener("change", () => choose(figure, Number(select.value)));
     figure.querySelector(".save")?.addEventListener("click", () => save(figure));
     figure.querySelectorAll(".numbers table").forEach(equipTable);
   }
+
+  const restore = () => {
+    for (const select of selects) {
+      const value = address.get(select.name);
+      select.value = [...select.options].some((option) => option.value === value) ? value : "";
+    }
+    filter();
+  };
+  const reach = (target) => {
+    if (!target) return;
+    for (let each = target; each; each = each.parentElement) {
+      if (each instanceof HTMLDetailsElement) each.open = true;
+    }
+    target.scrollIntoView();
+  };
+  form?.addEventListener("change", () => {
+    for (const { name, value } of selects) address.set(name, value);
+    filter();
+  });
+  form?.addEventListener("reset", () => {
+    for (const { name } of selects) address.set(name, "");
+    setTimeout(filter);
+  });
+  document.addEventListener("click", ({ target }) => {
+    const link = target instanceof Element ? target.closest("a[data-where]") : null;
+    if (!link) return;
+    const where = JSON.parse(link.dataset.where);
+    for (const { name } of selects) address.set(name, where[name] ?? "");
+    restore();
+    reach(document.getElementById(link.hash.slice(1)));
+  });
+  window.addEventListener("hashchange", () => {
+    const target = address.follow();
+    restore();
+    reach(target);
+  });
+  restore();
+  if (location.hash.includes("?")) window.addEventListener("load", () => reach(address.place()));
 
   // The title of a mark, at once and in the page's own look instead of after a second.
   const tip = document.createElement("div");
@@ -65,6 +155,19 @@
     const room = document.documentElement.clientWidth - tip.offsetWidth - 8;
     tip.style.left = `${Math.max(8, Math.min(pageX + 14, room))}px`;
     tip.style.top = `${pageY + 14}px`;
+  });
+
+  // On paper all is open, also where a browser does not open what its style opens.
+  const closed = new Set();
+  window.addEventListener("beforeprint", () => {
+    document.querySelectorAll("details:not([open])").forEach((each) => {
+      closed.add(each);
+      each.open = true;
+    });
+  });
+  window.addEventListener("afterprint", () => {
+    closed.forEach((each) => (each.open = false));
+    closed.clear();
   });
 
   // The contents mark the section that crosses a line near the top of the window.

@@ -1,3 +1,38 @@
+// The address: #PLACE?model=..&sort.TABLE=COLUMN.ORDER holds what is chosen and how tables are sorted.
+const address = (() => {
+  "use strict";
+  const read = () => {
+    const [place, query] = location.hash.slice(1).split("?");
+    return { place, kept: query === undefined ? null : new URLSearchParams(query) };
+  };
+  let { place, kept } = read();
+  kept ??= new URLSearchParams();
+  const write = () => {
+    const query = kept.toString();
+    history.replaceState(null, "", `#${place}${query && `?${query}`}`);
+  };
+  const set = (name, value) => {
+    if (value) kept.set(name, value);
+    else kept.delete(name);
+    write();
+  };
+  return {
+    get: (name) => kept.get(name) ?? "",
+    set,
+    sort: (table, order) => set(`sort.${table}`, order),
+    sorted: (table) => kept.get(`sort.${table}`),
+    // Links of the page name a place alone: what was chosen stays.
+    follow: () => {
+      const next = read();
+      place = next.place;
+      kept = next.kept ?? kept;
+      write();
+      return document.getElementById(place);
+    },
+    place: () => document.getElementById(place),
+  };
+})();
+
 // Tables: a click on a heading sorts the rows; a table can be copied, or saved as CSV, with all its columns.
 const equipTable = (() => {
   "use strict";
@@ -31,12 +66,12 @@ const equipTable = (() => {
 
   // First the order that is asked for most (the largest number, the first word), then its reverse, then the
   // order of the page. Cells without a number come last.
-  const sort = (table, column, original) => {
+  const sort = (table, column, original, wanted) => {
     const heads = [...table.tHead.rows[0].cells];
     const cells = original.map((row) => row.cells[column]);
     const numeric = cells.every((cell) => numberIn(cell) !== null || MISSING.includes(contents(cell).value));
     const orders = numeric ? ["descending", "ascending"] : ["ascending", "descending"];
-    const order = orders[orders.indexOf(heads[column].getAttribute("aria-sort")) + 1];
+    const order = wanted ?? orders[orders.indexOf(heads[column].getAttribute("aria-sort")) + 1];
     heads.forEach((head) => head.removeAttribute("aria-sort"));
     if (order) heads[column].setAttribute("aria-sort", order);
     const sign = order === "descending" ? -1 : 1;
@@ -51,6 +86,7 @@ const equipTable = (() => {
     const rows = [...original];
     if (order) rows.sort((one, other) => compare(one.cells[column], other.cells[column]));
     table.tBodies[0].append(...rows);
+    return order;
   };
 
   const button = (...content) => {
@@ -60,7 +96,14 @@ const equipTable = (() => {
     return made;
   };
 
+  // Tables are named after the section or figure they stand in, so that an address can hold how they are sorted.
+  const nameOf = (table) => {
+    const place = table.closest("figure[id], section[id]");
+    return `${place.id}.${[...place.querySelectorAll("table")].indexOf(table)}`;
+  };
+
   return (table) => {
+    const name = nameOf(table);
     const original = [...table.tBodies[0].rows];
     const caption = table.caption.textContent.trim();
     const save = document.createElement("a");
@@ -73,10 +116,16 @@ const equipTable = (() => {
       if (original.length < 2) break;
       const sorter = button(...head.childNodes);
       sorter.addEventListener("click", () => {
-        sort(table, column, original);
+        const order = sort(table, column, original);
         link();
+        address.sort(name, order && `${column}.${order}`);
       });
       head.append(sorter);
+    }
+    const [column, order] = (address.sorted(name) ?? "").split(".");
+    if (original.length > 1 && table.tHead.rows[0].cells[column] && ["ascending", "descending"].includes(order)) {
+      sort(table, Number(column), original, order);
+      link();
     }
     const copy = button("Copy");
     copy.setAttribute("aria-label", `Copy: ${caption}`);
