@@ -26,6 +26,14 @@ def compare(
             help="Runs, grids, saved --json documents or reports; the first is the baseline.",
         ),
     ],
+    repeat: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RUN",
+            help="Another run of the baseline's set-up; with two or more, differences are judged by how much "
+            "these runs differ. May be repeated.",
+        ),
+    ] = None,
     fail_if: Annotated[
         list[str] | None,
         typer.Option(
@@ -56,7 +64,7 @@ def compare(
         compare_tables,
         heading,
     )
-    from observatory.analysis.compare.inputs import pair_subjects
+    from observatory.analysis.compare.inputs import check_repeats, pair_subjects
     from observatory.analysis.compare.thresholds import judge_thresholds, parse_threshold, threshold_sentence
     from observatory.analysis.compare.words import sentence
     from observatory.cli.output import print_conclusion, print_data, print_tables, print_text, say
@@ -65,11 +73,18 @@ def compare(
     thresholds = [parse_threshold(text) for text in fail_if or ()]
     if len(inputs) < 2:
         raise ComparisonError("one input alone cannot be compared", remedy="give a baseline and another run")
-    subjects = _subjects(inputs)
+    repeats = repeat or []
+    if len(repeats) == 1:
+        raise ComparisonError(
+            "one further run of the baseline shows no scatter to rely on", expected="two --repeat or more"
+        )
+    every = _subjects([*inputs, *repeats])
+    subjects, further = every[: len(inputs)], [item for side in every[len(inputs) :] for item in side]
+    check_repeats(subjects[0], further)
     comparisons, lonely = [], []
     for other in subjects[1:]:
         pairs, without = pair_subjects(subjects[0], other)
-        comparisons += [compare_subjects(*pair) for pair in pairs]
+        comparisons += [compare_subjects(*pair, repeats=further) for pair in pairs]
         lonely += without
     if not comparisons:
         raise ComparisonError(

@@ -211,3 +211,24 @@ def test_the_page_is_one_offline_file(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["compare", *options]) == 1
     assert "exists" in capsys.readouterr().err
     assert main(["compare", *options, "--force"]) == 1
+
+
+def test_further_runs_of_the_baseline_widen_intervals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scatter = (10.0, 12.5, 9.0, 11.5)
+    runs = [made_run(tmp_path / f"run{n}", seed=n, tokens_seed=0, ms=ms) for n, ms in enumerate(scatter)]
+    other = made_run(tmp_path / "other", seed=9, tokens_seed=0, ms=12.5)
+    assert row(document(capsys, runs[0], other), "decode.ms")["verdict"] == "higher"
+    repeats = [word for run in runs[1:] for word in ("--repeat", run)]
+    compared = document(capsys, runs[0], other, *repeats)
+    assert row(compared, "decode.ms")["verdict"] == "same"
+    assert row(compared, "decode.ms")["runs"] == 4
+    assert row(compared, "decode.gini")["verdict"] == "identical"
+    assert "several_runs" in {reason["code"] for reason in compared["comparisons"][0]["confounders"]}
+    assert main(["compare", str(runs[0]), str(other), "--repeat", str(runs[1])]) == 1
+    assert "two --repeat" in capsys.readouterr().err
+    alien = made_run(tmp_path / "alien", model="alien")
+    options = ["--repeat", str(runs[1]), "--repeat", str(alien)]
+    assert main(["compare", str(runs[0]), str(other), *options]) == 1
+    assert "differs from the baseline in its model" in capsys.readouterr().err

@@ -18,10 +18,13 @@ from observatory.analysis.compare.metrics import METRICS, Key, sort_key
 from observatory.analysis.compare.series import (
     FEWEST_STEPS,
     Difference,
+    Pooled,
     Series,
     difference_of,
+    difference_of_runs,
     false_discovery,
     mean_of,
+    pooled_correlation,
     statistic_series,
     steps_match,
 )
@@ -38,6 +41,8 @@ FALSE_DISCOVERY = 0.05
 #: Tokens that differ by less than this share change no routing value noticeably.
 _TOKENS_ALIKE = 0.02
 _MOST_TOKENS_APART = 0.1
+#: Further runs of a baseline, without which its runs show no scatter to rely on.
+_FEWEST_REPEATS = 2
 #: Metrics whose value depends on the tokens of a step, or of the whole run.
 _DEPENDS_ON_TOKENS = {
     "activated_experts": CompareCode.TOKENS_OF_STEP,
@@ -94,16 +99,23 @@ class Comparison:
     layers: tuple[Row, ...]
 
 
-def compare_subjects(base: Subject, other: Subject) -> Comparison:
-    """Compare everything that both have."""
+def compare_subjects(base: Subject, other: Subject, *, repeats: Sequence[Subject] = ()) -> Comparison:
+    """Compare everything that both have.
+
+    Args:
+        base: the baseline.
+        other: what is compared with it.
+        repeats: further runs of the baseline's set-up; with two of them or more, the scatter of these runs
+            shows how sure a difference is.
+    """
     alignment, pairs = align_layers(base, other)
     remarks: list[Reason] = []
-    first, second = dict(base.series), dict(other.series)
-    same_tokens = base.tokens is not None and base.tokens == other.tokens
+    series = [dict(subject.series) for subject in (base, other, *repeats)]
     for phase in sorted({phase for phase, _ in (*base.loads, *other.loads)}):
-        remarks += _add_statistics(base, other, phase, first, second)
-    rows = _judged(list(_rows(base, other, first, second, [(None, None)], same_tokens=same_tokens)))
-    layers = list(_rows(base, other, first, second, pairs, same_tokens=same_tokens))
+        remarks += _add_statistics((base, other, *repeats), phase, series)
+    sides = _Sides(base, other, series[0], series[1], series[2:] if len(repeats) >= _FEWEST_REPEATS else [])
+    rows = _judged(list(_rows(sides, [(None, None)])))
+    layers = list(_rows(sides, pairs))
     paired = sum(row.difference is not None and row.difference.paired for row in rows)
     if paired:
         remarks.append(Reason(CompareCode.PAIRED, {"count": paired}))
@@ -115,10 +127,31 @@ def compare_subjects(base: Subject, other: Subject) -> Comparison:
         base=base,
         other=other,
         alignment=alignment,
-        confounders=(*_confounders(base, other), *remarks),
+        confounders=(*_confounders(base, other, runs=1 + len(sides.repeats)), *remarks),
         rows=tuple(sorted(rows, key=lambda row: sort_key(row.key))),
         layers=tuple(sorted(judged, key=lambda row: sort_key(row.key))),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sides:
+    """Both sides with the series of each, and those of further runs of the baseline."""
+
+    base: Subject
+    other: Subject
+    first: dict[Key, Series]
+    second: dict[Key, Series]
+    repeats: list[dict[Key, Series]]
+
+    @property
+    def same_tokens(self) -> bool:
+        return self.base.tokens is not None and self.base.tokens == self.other.tokens
+
+    def runs_of(self, key: Key, left: Series) -> Float64 | None:
+        """Values of all runs of the baseline; None where it is one run, or where a run has none."""
+        values = [series[key].value for series in self.repeats if key in series]
+        known = bool(values) and len(values) == len(self.repeats)
+        return np.array([left.value, *values]) if known else None
 
 
 def align_layers(base: Subject, other: Subject) -> tuple[Reason, list[tuple[int, int]]]:
@@ -137,36 +170,49 @@ def align_layers(base: Subject, other: Subject) -> tuple[Reason, list[tuple[int,
     return Reason(CompareCode.AS_WHOLE, experts), []
 
 
-def _rows(
-    base: Subject,
-    other: Subject,
-    first: dict[Key, Series],
-    second: dict[Key, Series],
-    pairs: Sequence[tuple[int | None, int | None]],
-    *,
-    same_tokens: bool,
-) -> Iterator[Row]:
+def _rows(sides: _Sides, pairs: Sequence[tuple[int | None, int | None]]) -> Iterator[Row]:
     """Rows of these pairs of layers; of wholes where the pair is (None, None)."""
-    there: dict[int | None, dict[Key, Series]] = {}
-    for key, series in second.items():
-        there.setdefault(key.layer, {})[replace(key, layer=None)] = series
-    here: dict[int | None, dict[Key, Series]] = {}
-    for key, series in first.items():
-        here.setdefault(key.layer, {})[replace(key, layer=None)] = series
+    here, there = _by_layer(sides.first), _by_layer(sides.second)
+    families: dict[Key, list[tuple[Key, int | None, Series, Series]]] = {}
     for mine, theirs in pairs:
         left, right = here.get(mine, {}), there.get(theirs, {})
         for key in sorted({*left, *right}, key=sort_key):
             at = replace(key, layer=mine)
             if key in left and key in right:
-                yield _row(at, theirs, left[key], right[key], base, other, same_tokens=same_tokens)
+                families.setdefault(key, []).append((at, theirs, left[key], right[key]))
             elif mine is None:
-                lacking = other if key in left else base
+                lacking = sides.other if key in left else sides.base
                 yield Row(
                     key=at,
                     base=left[key].value if key in left else None,
                     other=right[key].value if key in right else None,
-                    reason=_why_missing(key, lacking, "baseline" if lacking is base else "other"),
+                    reason=_why_missing(key, lacking, "baseline" if lacking is sides.base else "other"),
                 )
+    for family in families.values():
+        pooled = _pooled([(mine_of, theirs_of) for _, _, mine_of, theirs_of in family])
+        for at, theirs, mine_of, theirs_of in family:
+            yield _row(sides, at, theirs, mine_of, theirs_of, pooled)
+
+
+def _by_layer(series: Mapping[Key, Series]) -> dict[int | None, dict[Key, Series]]:
+    layers: dict[int | None, dict[Key, Series]] = {}
+    for key, item in series.items():
+        layers.setdefault(key.layer, {})[replace(key, layer=None)] = item
+    return layers
+
+
+def _pooled(pairs: Sequence[tuple[Series, Series]]) -> Pooled:
+    """How much neighbouring steps resemble each other, from all layers of a metric."""
+    matching = [
+        right.sample_N - left.sample_N
+        for left, right in pairs
+        if left.sample_N is not None and right.sample_N is not None and steps_match(left, right)
+    ]
+    return Pooled(
+        base=pooled_correlation([left.sample_N for left, _ in pairs if left.sample_N is not None]),
+        other=pooled_correlation([right.sample_N for _, right in pairs if right.sample_N is not None]),
+        paired=pooled_correlation(matching),
+    )
 
 
 def _why_missing(key: Key, lacking: Subject, side: str) -> Reason:
@@ -182,32 +228,26 @@ _SIDES = {"baseline": "the baseline", "other": "the other"}
 
 
 def _row(
-    key: Key,
-    other_layer: int | None,
-    left: Series,
-    right: Series,
-    base: Subject,
-    other: Subject,
-    *,
-    same_tokens: bool,
+    sides: _Sides, key: Key, other_layer: int | None, left: Series, right: Series, pooled: Pooled
 ) -> Row:
     plain = Row(key=key, other_layer=other_layer, base=left.value, other=right.value)
-    refused = _refusal(key, left, right, base, other)
+    refused = _refusal(key, left, right, sides.base, sides.other)
     if refused is not None:
         return replace(plain, reason=refused)
-    paired = same_tokens and left.steps >= FEWEST_STEPS and steps_match(left, right)
-    if left.exact and right.exact and same_tokens:
-        paired = True
-    difference = difference_of(left, right, paired=paired)
-    if difference.low is None:
-        steps = difference.steps
-        if left.exact and right.exact:
-            return replace(plain, difference=difference, verdict="unknown", reason=Reason(CompareCode.COUNT))
-        few = Reason(CompareCode.FEW_STEPS, {"steps": steps, "needed": FEWEST_STEPS})
-        saved = "document" in (base.source, other.source)
-        reason = Reason(CompareCode.NO_INTERVAL) if saved else few
-        return replace(plain, difference=difference, verdict="unknown", reason=reason)
-    return replace(plain, difference=difference)
+    runs_R = sides.runs_of(key, left)
+    if runs_R is not None:
+        return replace(plain, base=float(runs_R.mean()), difference=difference_of_runs(runs_R, right))
+    counted = left.exact and right.exact
+    paired = sides.same_tokens and (counted or (left.steps >= FEWEST_STEPS and steps_match(left, right)))
+    difference = difference_of(left, right, paired=paired, pooled=pooled)
+    if difference.low is not None:
+        return replace(plain, difference=difference)
+    reason = Reason(CompareCode.FEW_STEPS, {"steps": difference.steps, "needed": FEWEST_STEPS})
+    if counted:
+        reason = Reason(CompareCode.COUNT)
+    elif "document" in (sides.base.source, sides.other.source):
+        reason = Reason(CompareCode.NO_INTERVAL)
+    return replace(plain, difference=difference, verdict="unknown", reason=reason)
 
 
 def _refusal(key: Key, left: Series, right: Series, base: Subject, other: Subject) -> Reason | None:
@@ -250,18 +290,18 @@ def _verdict(difference: Difference, adjusted_p: float) -> str:
 
 
 def _add_statistics(
-    base: Subject, other: Subject, phase: str, first: dict[Key, Series], second: dict[Key, Series]
+    subjects: Sequence[Subject], phase: str, series: Sequence[dict[Key, Series]]
 ) -> list[Reason]:
-    """Statistics of whole runs over as many tokens on both sides; what must be known of it."""
-    totals = [_most_tokens(subject, phase) for subject in (base, other)]
+    """Statistics of whole runs over as many tokens in all of them; what must be known of it."""
+    totals = [total for subject in subjects if (total := _most_tokens(subject, phase))]
     limit = min(totals)
     remarks = []
-    if limit and _apart(*totals) > _TOKENS_ALIKE:
+    if _apart(limit, max(totals)) > _TOKENS_ALIKE:
         remarks.append(Reason(CompareCode.FIRST_TOKENS, {"phase": phase, "tokens": limit}))
     else:
         limit = max(totals)
-    first |= whole_run_series(base, phase, limit)
-    second |= whole_run_series(other, phase, limit)
+    for subject, of_subject in zip(subjects, series, strict=True):
+        of_subject.update(whole_run_series(subject, phase, limit))
     return remarks
 
 
@@ -324,7 +364,7 @@ def entropy_rows(load_SE: Int64) -> Float64:
     return np.where(total_S1[:, 0] > 0, bits_SE.sum(axis=1), np.nan)
 
 
-def _confounders(base: Subject, other: Subject) -> Iterator[Reason]:
+def _confounders(base: Subject, other: Subject, *, runs: int) -> Iterator[Reason]:
     """What else differs between the two, and what must be known of them."""
     if base.run_id is not None and base.run_id == other.run_id:
         yield Reason(CompareCode.SAME_RUN)
@@ -337,7 +377,10 @@ def _confounders(base: Subject, other: Subject) -> Iterator[Reason]:
         apart_s = other.started_unix_s - base.started_unix_s
         sides = ("the baseline", "the other") if apart_s >= 0 else ("the other", "the baseline")
         yield Reason(CompareCode.ORDER, {"first": sides[0], "later": sides[1], "apart_s": abs(apart_s)})
-    yield Reason(CompareCode.ONE_RUN_EACH)
+    if runs > 1:
+        yield Reason(CompareCode.SEVERAL_RUNS, {"runs": runs})
+    else:
+        yield Reason(CompareCode.ONE_RUN_EACH)
 
 
 def differing_facts(base: Subject, other: Subject) -> Iterator[Reason]:

@@ -118,6 +118,7 @@ def row_document(row: Row) -> dict[str, Any]:
         "adjusted_p": row.adjusted_p,
         "paired": None if difference is None else difference.paired,
         "steps": None if difference is None else difference.steps,
+        "runs": None if difference is None else difference.runs,
         "verdict": row.verdict,
         "reason": None if row.reason is None else _reason_document(row.reason),
     }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from observatory.analysis.compare.subject import Subject
 from observatory.analysis.compare.words import CompareCode
+from observatory.errors import ComparisonError
 from observatory.reasons import Reason
 
 
@@ -49,3 +50,26 @@ def _of_condition(subject: Subject) -> tuple[str | None, ...]:
 
 def _of_model(subject: Subject) -> tuple[str | None, ...]:
     return (subject.model,)
+
+
+def check_repeats(base: Sequence[Subject], repeats: Sequence[Subject]) -> None:
+    """Refuse further runs that are not of the baseline's set-up.
+
+    Raises:
+        ComparisonError: the baseline is several runs, or a run is of another model, data or number of ranks.
+    """
+    if repeats and len(base) > 1:
+        raise ComparisonError("--repeat is of one baseline run, not of a grid")
+    for repeat in repeats:
+        mine, theirs = _set_up(base[0]), _set_up(repeat)
+        what = next((name for name in mine if mine[name] != theirs[name]), None)
+        if what is not None:
+            raise ComparisonError(
+                f"--repeat {repeat.name} differs from the baseline in its {what}",
+                expected="a further run of the same set-up",
+            )
+
+
+def _set_up(subject: Subject) -> dict[str, object]:
+    ranks = subject.facts.get(CompareCode.OTHER_RANKS)
+    return {"model": subject.model, "data": subject.condition, "ranks": ranks}

@@ -10,7 +10,7 @@ steps that match are taken step by step first; what both runs share then cancels
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,8 @@ from observatory.analysis.statistics import student_quantile
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
+#: Standard error and degrees of freedom.
+_Error = tuple[float, float]
 
 #: Probability of the intervals of differences: those of a test at 5 %.
 LEVEL = 0.95
@@ -73,6 +75,7 @@ class Difference:
         p: probability of a difference as large by chance; None without an interval.
         paired: matching steps were compared one by one.
         steps: steps behind it, of the side with fewer.
+        runs: runs of the baseline behind it, 1 where the steps of one show how sure it is.
     """
 
     difference: float
@@ -84,6 +87,21 @@ class Difference:
     p: float | None = None
     paired: bool = False
     steps: int = 0
+    runs: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """Correlation of neighbouring steps, from all layers together; None where it is not known.
+
+    Attributes:
+        base, other: of the values of each side.
+        paired: of the differences of matching steps.
+    """
+
+    base: float | None = None
+    other: float | None = None
+    paired: float | None = None
 
 
 def mean_series(value_N: Float64, step_N: Int64 | None = None, *, trimmed: bool = False) -> Series | None:
@@ -154,7 +172,7 @@ def steps_match(base: Series, other: Series) -> bool:
     return base.step_N is not None and _same(base.step_N, other.step_N)
 
 
-def difference_of(base: Series, other: Series, *, paired: bool) -> Difference:
+def difference_of(base: Series, other: Series, *, paired: bool, pooled: Pooled = Pooled()) -> Difference:
     """The difference with its interval; none with fewer than `FEWEST_STEPS` steps.
 
     The relative difference is over the baseline's value as it was measured.
@@ -163,6 +181,7 @@ def difference_of(base: Series, other: Series, *, paired: bool) -> Difference:
         base: the baseline.
         other: what is compared with it.
         paired: take the differences of matching steps; both must have the same steps.
+        pooled: how much neighbouring steps resemble each other, where other layers show it as well.
     """
     change = other.value - base.value
     relative = change / base.value if base.value > 0 else None
@@ -171,17 +190,42 @@ def difference_of(base: Series, other: Series, *, paired: bool) -> Difference:
     if paired:
         assert base.sample_N is not None
         assert other.sample_N is not None
-        error = _error_of(other.sample_N - base.sample_N)
+        error = _error_of(other.sample_N - base.sample_N, pooled.paired)
     else:
-        error = _joined(base, other)
+        error = _joined(_error_of_series(base, pooled.base), _error_of_series(other, pooled.other))
     steps = min(base.steps, other.steps)
     if error is None:
         return Difference(difference=change, relative=relative, paired=paired, steps=steps)
-    low, high = _ends(change, error)
-    ends = (None, None) if relative is None else (low / base.value, high / base.value)
+    return _with_error(change, base.value, error, paired=paired, steps=steps)
+
+
+def difference_of_runs(base_R: Float64, other: Series) -> Difference:
+    """One run against several runs of a baseline, whose scatter shows how much runs of one set-up differ.
+
+    The interval is that of the difference of one further run: deviation of the runs times the root of 1 + 1
+    / R, with R - 1 degrees of freedom.
+    """
+    count, value = len(base_R), float(base_R.mean())
+    deviation = float(base_R.std(ddof=1))
+    if deviation <= 1e-12 * abs(value):
+        deviation = 0.0
+    error = deviation * float(np.sqrt(1 + 1 / count)), float(count - 1)
+    change = other.value - value
+    if deviation == 0 and abs(change) <= 1e-12 * abs(value):
+        change = 0.0
+    return replace(_with_error(change, value, error, paired=False, steps=other.steps), runs=count)
+
+
+def _with_error(change: float, base: float, error: _Error, *, paired: bool, steps: int) -> Difference:
+    half = student_quantile(error[1], LEVEL) * error[0]
+    low, high = change - half, change + half
+    relative = (change / base, low / base, high / base) if base > 0 else (None, None, None)
+    chance = float(change == 0)
+    if error[0] > 0:
+        chance = float(2 * special.stdtr(error[1], -abs(change) / error[0]))
     return Difference(
-        difference=change, low=low, high=high, relative=relative, relative_low=ends[0], relative_high=ends[1],
-        p=_chance(change, error), paired=paired, steps=steps,
+        difference=change, low=low, high=high, relative=relative[0], relative_low=relative[1],
+        relative_high=relative[2], p=chance, paired=paired, steps=steps,
     )  # fmt: skip
 
 
@@ -195,33 +239,43 @@ def _of_counts(change: float, relative: float | None, *, same: bool) -> Differen
     )  # fmt: skip
 
 
-#: Standard error and degrees of freedom.
-_Error = tuple[float, float]
+def pooled_correlation(samples: Sequence[Float64]) -> float | None:
+    """Correlation of neighbouring steps, the mean over layers; None with fewer than two of them."""
+    found = [r for sample_N in samples if (r := neighbour_correlation(sample_N)) is not None]
+    return float(np.mean(found)) if len(found) > 1 else None
 
 
-def _error_of(sample_N: Float64) -> _Error | None:
+def neighbour_correlation(sample_N: Float64) -> float | None:
+    """Correlation of neighbours, corrected for the length of the series; None of a short or constant one."""
+    count = len(sample_N)
+    rest_N = sample_N - sample_N.mean()
+    square = float(rest_N @ rest_N)
+    if count < FEWEST_STEPS or square <= 1e-24 * count * float(np.abs(sample_N).max()) ** 2:
+        return None
+    r = float(rest_N[1:] @ rest_N[:-1]) / square
+    return r + (1 + 3 * r) / count
+
+
+def _error_of(sample_N: Float64, pooled: float | None = None) -> _Error | None:
     """Of the mean of a series of neighbouring steps; None with too few."""
     count = len(sample_N)
     if count < FEWEST_STEPS:
         return None
-    rest_N = sample_N - sample_N.mean()
-    square = float(rest_N @ rest_N)
-    if square <= 1e-24 * count * float(np.abs(sample_N).max()) ** 2:
+    r = neighbour_correlation(sample_N)
+    if r is None:
         return 0.0, float(count - 1)
-    r = neighbour_correlation(rest_N)
+    if pooled is not None:  # a layer of its own kind is not taken to be like the others
+        r = max(pooled, (pooled + r) / 2)
+    r = min(max(r, 0.0), _HIGHEST_CORRELATION)
     spread = (1 + r) / (1 - r)
-    return float(np.sqrt(square / (count - 1) * spread / count)), max(count / spread - 1, 1.0)
+    variance = float(sample_N.var(ddof=1))
+    if pooled is not None:  # steps that resemble each other scatter too little around their own mean
+        variance /= max(1 - (spread - 1) / (count - 1), 0.2)
+    return float(np.sqrt(variance * spread / count)), max(count / spread - 1, 1.0)
 
 
-def neighbour_correlation(rest_N: Float64) -> float:
-    """Correlation of neighbours in a series with mean 0, corrected for its length; never below 0."""
-    r = float(rest_N[1:] @ rest_N[:-1]) / float(rest_N @ rest_N)
-    return min(max(r + (1 + 3 * r) / len(rest_N), 0.0), _HIGHEST_CORRELATION)
-
-
-def _joined(base: Series, other: Series) -> _Error | None:
+def _joined(first: _Error | None, second: _Error | None) -> _Error | None:
     """Error of a difference of two that have nothing to do with each other (Welch)."""
-    first, second = _error_of_series(base), _error_of_series(other)
     if first is None or second is None:
         return None
     parts = first[0] ** 2, second[0] ** 2
@@ -232,23 +286,12 @@ def _joined(base: Series, other: Series) -> _Error | None:
     return float(np.sqrt(variance)), float(freedom)
 
 
-def _error_of_series(series: Series) -> _Error | None:
+def _error_of_series(series: Series, pooled: float | None) -> _Error | None:
     if series.exact:
         return 0.0, 1e6
     if series.sample_N is not None:
-        return _error_of(series.sample_N)
+        return _error_of(series.sample_N, pooled)
     return None if series.error is None else (series.error, 1e6)
-
-
-def _ends(value: float, error: _Error) -> tuple[float, float]:
-    half = student_quantile(error[1], LEVEL) * error[0]
-    return value - half, value + half
-
-
-def _chance(change: float, error: _Error) -> float:
-    if error[0] == 0:
-        return 1.0 if change == 0 else 0.0
-    return float(2 * special.stdtr(error[1], -abs(change) / error[0]))
 
 
 def false_discovery(p_N: Float64) -> Float64:

@@ -44,6 +44,7 @@ class CompareCode(StrEnum):
     SAME_RUN = "same_run"
     PAIRED = "paired"
     ONE_RUN_EACH = "one_run_each"
+    SEVERAL_RUNS = "several_runs"
     ORDER = "order"
     SHORT_OF_CORES = "short_of_cores"
     FIRST_TOKENS = "first_tokens"
@@ -99,6 +100,7 @@ _WORDS = {
     CompareCode.PAIRED: "both were fed the same tokens: {count} differences are those of matching steps",
     CompareCode.ONE_RUN_EACH: "one run on each side: intervals cover the steps of these runs, not how much "
     "runs of one set-up differ",
+    CompareCode.SEVERAL_RUNS: "{runs} runs of the baseline: intervals are those of a further run of it",
     CompareCode.ORDER: "order in time: {first} ran first, {later} {apart} later; what changed on the machine "
     "meanwhile is part of every difference of times",
     CompareCode.SHORT_OF_CORES: "ranks or threads of {side} had no core of their own",
@@ -121,11 +123,6 @@ _WORDS = {
     CompareCode.OTHER_SCHEMA: "format of the run: {base} against {other}",
     CompareCode.OTHER_STATE: "state of the run: {base} against {other}",
 }
-#: Those that say something about a comparison rather than name a difference of the set-ups.
-REMARKS = frozenset(
-    (CompareCode.SAME_RUN, CompareCode.ONE_RUN_EACH, CompareCode.ORDER, CompareCode.SHORT_OF_CORES,
-     CompareCode.FIRST_TOKENS, CompareCode.PAIRED)
-)  # fmt: skip
 _LONGEST = 60
 
 

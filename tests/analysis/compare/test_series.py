@@ -7,10 +7,13 @@ import pytest
 
 from observatory.analysis.compare.series import (
     FEWEST_STEPS,
+    Pooled,
     Series,
     difference_of,
+    difference_of_runs,
     false_discovery,
     mean_series,
+    pooled_correlation,
     statistic_series,
     trimmed_values,
 )
@@ -130,3 +133,37 @@ def test_counts_of_other_tokens_have_no_interval() -> None:
     base, other = (Series(value=value, exact=True) for value in (3.0, 1.0))
     assert difference_of(base, other, paired=False).low is None
     assert difference_of(base, other, paired=True).high == -2.0
+
+
+def test_several_runs_of_a_baseline_show_how_much_runs_differ() -> None:
+    alarms, seen = 0, 0
+    for seed in range(400):
+        random = np.random.default_rng(seed)
+        runs_R = 10 * (1 + 0.1 * random.normal(size=6))  # of one set-up: steps of one run scatter far less
+        base_R, other = runs_R[:5], series(runs_R[5] + 0.01 * random.normal(size=50))
+        none, some = (difference_of_runs(base_R, Series(value=factor * other.value)) for factor in (1.0, 2.0))
+        assert none.p is not None
+        assert some.p is not None
+        alarms += none.p < 0.05
+        seen += some.p < 0.05
+    assert alarms / 400 < 0.09
+    assert seen / 400 > 0.9
+    same = difference_of_runs(np.full(3, 0.1), Series(value=0.1))
+    assert (same.low, same.high, same.p, same.runs) == (0.0, 0.0, 1.0, 3)
+
+
+def test_layers_show_together_how_much_steps_resemble_each_other() -> None:
+    any_alarm = 0
+    for trial in range(60):
+        sides = [
+            [
+                series(autoregressive(24, seed=1000 * trial + 100 * side + layer, correlation=0.6))
+                for layer in range(40)
+            ]
+            for side in range(2)
+        ]
+        known = [[item.sample_N for item in side if item.sample_N is not None] for side in sides]
+        pooled = Pooled(base=pooled_correlation(known[0]), other=pooled_correlation(known[1]))
+        p_N = [difference_of(*pair, paired=False, pooled=pooled).p for pair in zip(*sides, strict=True)]
+        any_alarm += bool((false_discovery(np.array(p_N, dtype=np.float64)) <= 0.05).any())
+    assert any_alarm / 60 <= 0.13
