@@ -14,6 +14,11 @@ def listing(items: Sequence[str], *, most: int = 4, joined_by: str = "and") -> s
     return items[0] if items else "none"
 
 
+def counted(count: int, one: str) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{count} {one}" if count == 1 else f"{count} {one}s"
+
+
 def percent_words(share: float) -> str:
     """A share in percent; what is neither nothing nor all is not rounded to it."""
     percent = 100.0 * share

@@ -36,6 +36,7 @@ from observatory.analysis.parallel.token_samples import LayerTokens
 from observatory.analysis.statistics import Interval
 from observatory.errors import PlacementError
 from observatory.reasons import Reason
+from observatory.text import counted
 
 #: Replicas are proposed where without more of them no layout can be below this.
 _ONE_EXPERT = 1.05
@@ -379,8 +380,8 @@ def _split(loads: StepLoads, train_share: float) -> NDArray[np.bool_]:
         parts = int((of_phase_S & train_S).sum()), int((of_phase_S & ~train_S).sum())
         if min(parts) < FEWEST_STEPS:
             raise PlacementError(
-                f"{parts[0]} steps of {phase} to choose on and {parts[1]} to judge on are too few; expected "
-                f"at least {FEWEST_STEPS} of each: profile again with more --steps"
+                f"{counted(parts[0], 'step')} of {phase} to choose on and {parts[1]} to judge on: too few; "
+                f"expected at least {FEWEST_STEPS} of each: profile again with more --steps"
             )
     return train_S
 

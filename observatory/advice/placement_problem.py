@@ -28,6 +28,7 @@ from observatory.analysis.parallel.balancing.solving import Solution, uses_token
 from observatory.analysis.parallel.dispatch_rules import slot_loads
 from observatory.reasons import Reason
 from observatory.run.documents.printed import printed_document
+from observatory.text import counted
 
 #: A layout within this of its bound is called the best.
 _PROVEN = 1.1e-3
@@ -123,8 +124,9 @@ def problem_document(problem: Problem, solution: Solution, cpu_s: float) -> dict
 def problem_tables(document: dict[str, Any]) -> list[Table]:
     """The candidates and layers of the document."""
     title = (
-        f"{document['experts']} experts and {document['replicas']} replicas on {document['ranks']} ranks, "
-        f"{document['layers']} layers, made on {document['steps']} steps"
+        f"{document['experts']} experts and {counted(document['replicas'], 'replica')} on "
+        f"{document['ranks']} ranks, {counted(document['layers'], 'layer')}, made on "
+        f"{counted(document['steps'], 'step')}"
     )
     return [
         Table(name="candidates", columns=COLUMNS, rows=document["candidates"], title=title),

@@ -354,8 +354,8 @@ _PROBLEM = {
     "mean rank, at a cost of {move_cost:g} for each layer that is changed",
     ProblemCode.LEFT: "leave it: the likely gain is {gain:.3f} times the mean rank, at a cost of "
     "{move_cost:g} for each layer that is changed",
-    ProblemCode.TOO_SHORT: "{steps} steps are too few to say whether a change pays; {changed} of {layers} "
-    "layers are changed",
+    ProblemCode.TOO_SHORT: "whether a change pays is not known of so few steps ({steps}); {changed} of "
+    "{layers} layers are changed",
     ProblemCode.ALL_ACTIVE: "all experts are active in every step, so that no placement activates fewer; "
     "placed for the load of each step instead",
     ProblemCode.ACTIVATED: "activated experts of the rank with most of them: {after:.2f}{today}; the busiest "

@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(
 
 def test_a_run_of_few_steps_is_not_split(make_run: MakeRun, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["place", str(make_run()), "--ranks", "2"]) == 1
-    assert "3 steps of prefill to choose on and 3 to judge on are too few" in capsys.readouterr().err
+    assert "3 steps of prefill to choose on and 3 to judge on: too few" in capsys.readouterr().err
 
 
 def test_a_placement_that_fills_ranks_unevenly_is_no_layout(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ from observatory.analysis.parallel.step_loads import FEWEST_STEPS, StepLoads, st
 from observatory.analysis.parallel.token_samples import layer_tokens
 from observatory.errors import AdviceError, EnergyError
 from observatory.reasons import Reason
+from observatory.text import counted
 
 if TYPE_CHECKING:
     from observatory.run import Run
@@ -231,7 +232,7 @@ def advise_run(
     if not phases:
         most = max((steps for _, steps in skipped), default=0)
         raise AdviceError(
-            f"{most} steps of one phase are too few to choose on some and judge on others",
+            f"{counted(most, 'step')} of a phase: too few to choose on some and judge on others",
             expected=f"at least {2 * FEWEST_STEPS}",
             remedy="profile again with more --steps",
         )

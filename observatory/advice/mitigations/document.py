@@ -13,7 +13,7 @@ from observatory.advice.mitigations.words import premise_words, reason_words
 from observatory.analysis.columns import Column, Table
 from observatory.analysis.statistics import Interval
 from observatory.run.documents.printed import printed_document
-from observatory.text import listing, percent_words
+from observatory.text import counted, listing, percent_words
 
 COLUMNS = (
     Column(name="change", title="change", text=True, key=True),
@@ -183,7 +183,8 @@ def _phase_doubts(run: Mapping[str, Any]) -> Iterator[str]:
         yield f"energy is that of sampled devices alone: those of {word} {ranks} were not"
     yield from _in_use(run["in_use"])
     for skipped in run["skipped_phases"]:
-        yield f"{skipped['phase']} has {skipped['steps']} steps, too few to choose and to judge on"
+        steps = counted(skipped["steps"], "step")
+        yield f"{skipped['phase']} has {steps}, too few to choose and to judge on"
 
 
 def _in_use(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
