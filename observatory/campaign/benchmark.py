@@ -87,9 +87,12 @@ def run_route_fetch_benchmark(
         timeout_s: how long one exchange or barrier may take.
 
     Raises:
-        ExchangeError: fewer than two ranks, a rank failed or is missing, or the backend does not fit.
+        ExchangeError: fewer than two ranks, a rank failed or is missing, the backend does not fit, or points
+            exceed the memory of this machine.
     """
     from observatory.collectives.bench.route_fetch import run_route_fetch
+    from observatory.collectives.bench.route_fetch_plan import least_bytes
+    from observatory.host.provenance import find_host
 
     points = sum(map(len, (*plan.points, *plan.edits)))
     expected = points * _MOST_OPTIONS * plan.repeats * _MOST_STAGES * _BYTES_OF_STAGE
@@ -98,6 +101,15 @@ def run_route_fetch_benchmark(
             ExchangeError(
                 f"the result of {points} points and {plan.repeats} repeats would be {expected >> 20} MiB, "
                 f"over {MAX_DOCUMENT_BYTES >> 20}; measure fewer points or repeats"
+            )
+        )
+    here = ranks if find_rank().launcher == "alone" else 1
+    needed, memory = least_bytes(plan, here), find_host().memory_bytes
+    if memory is not None and needed > memory:
+        raise alike(
+            ExchangeError(
+                f"the largest points of this plan take at least {needed / 1e9:,.0f} GB, this machine has "
+                f"{memory / 1e9:,.0f}; give smaller --rows, --sizes, --layers or --shape"
             )
         )
     return _run_on_ranks(

@@ -7,10 +7,33 @@ from typing import Literal
 
 import numpy as np
 
-from observatory.run.documents.route_fetch import Point, RouteFetchPlan, Shape
+from observatory.run.documents.route_fetch import ELEMENT_BYTES, Point, RouteFetchPlan, Shape
 
 #: Root of x^3 = x + 1.
 _PLASTIC = 1.324717957244746
+_SIZES = ("layers", "size", "rows")
+
+_SCORE_BYTES = ELEMENT_BYTES["float32"]
+
+
+def least_bytes(plan: RouteFetchPlan, ranks: int) -> int:
+    """Bytes of host memory that all ranks of a plan take together at least.
+
+    Every rank keeps queries and the cache, before and after it is moved, of all shapes; scores are those of
+    the largest point, which are there once, as the holders share them.
+    """
+    kept, scores = 0, 0
+    for shape, points in zip(plan.shapes, plan.points, strict=True):
+        layers, size, rows = (max(getattr(point, name) for point in points) for name in _SIZES)
+        if shape.kind == "expert":
+            kept += (3 * size + rows) * shape.key * shape.element_bytes
+            width = shape.element_bytes
+        else:
+            kept += layers * (2 * size * shape.entry_bytes + rows * shape.key * shape.element_bytes)
+            width = _SCORE_BYTES
+        attended = (point.rows * min(point.size, shape.selected or point.size) for point in points)
+        scores = max(scores, width * max(attended))
+    return ranks * kept + (scores if plan.device == "cpu" else 0)
 
 
 def route_fetch_plan(

@@ -11,7 +11,7 @@ from observatory.cli import main
 from observatory.cli.parsing import parse_shape
 from observatory.collectives.bench import route_fetch_cases
 from observatory.collectives.bench.route_fetch import run_route_fetch
-from observatory.collectives.bench.route_fetch_plan import route_fetch_plan
+from observatory.collectives.bench.route_fetch_plan import least_bytes, route_fetch_plan
 from observatory.collectives.layout import Group
 from observatory.errors import BenchmarkError, ExchangeError
 from observatory.run.documents.route_fetch import RouteFetchPlan, RouteFetchResult, Shape, load_route_fetch
@@ -115,6 +115,19 @@ def test_points_fill_the_rectangle_in_whole_tokens() -> None:
         assert sum(value < 10 * low for value in values) == pytest.approx(32, abs=3)
 
 
+def test_the_memory_of_a_plan_is_at_least_what_its_largest_points_draw() -> None:
+    def bytes_of(text: str) -> int:
+        ends = {"rows": (8, 8), "sizes": (10, 10)}
+        plan = route_fetch_plan([parse_shape(text)], points=8, **ends, layers=(3,), warmup=1, repeats=1)
+        return least_bytes(plan, 2)
+
+    # On each of two ranks a cache of 3 layers, 10 tokens and 2 x 2 x 16 values, twice, and 8 queries of 16 in
+    # each layer; once 8 x 10 scores. Four bytes for each value.
+    assert bytes_of("mha:2,16") == 4 * (2 * 3 * (2 * 10 * 64 + 8 * 16) + 8 * 10)
+    # Three matrices of 10 x 32, 8 tokens of 32; once 8 x 10 activations.
+    assert bytes_of("expert:32") == 4 * (2 * (3 * 10 * 32 + 8 * 32) + 8 * 10)
+
+
 def test_ranks_that_have_nothing_to_hold_are_refused() -> None:
     with pytest.raises(ExchangeError, match="cannot be held by 8 ranks"):
         on_threads(9, lambda transport: run_route_fetch(transport, a_plan("mha:2,16")))
@@ -136,6 +149,7 @@ def test_ranks_that_have_nothing_to_hold_are_refused() -> None:
         (["--prefill", "256"], "HIDDEN,INNER"),
         (["--points", "4096", "--repeats", "1000"], "fewer points or repeats"),
         (["--device", "abacus"], "cpu or cuda"),
+        (["--rows", "16777216,16777216", "--sizes", "16777216,16777216", "--points", "8"], "GB"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(
