@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 
 import observatory
 from observatory.errors import PlaceTakenError, RunError
+from observatory.reports.documents import run_documents
 from observatory.reports.embed import content_security_policy, packed_json, script_json, script_text
 from observatory.reports.frames.benchmark_files import read_benchmark_files
 from observatory.reports.frames.collect import collect
@@ -169,6 +170,7 @@ def render(
     given += [word for file in frames.plans for word in ("--plan", str(file.path))]
     return environment.get_template("report.html.j2").render(
         **values,
+        documents=packed_json(run_documents(frames)),
         title=shorten(title or _title(frames), 200),
         kind=_kind(frames),
         setting=setting(frames),

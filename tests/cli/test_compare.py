@@ -150,7 +150,10 @@ def test_saved_documents_are_compared_by_their_intervals(
         f'<p>x</p><script type="application/json" id="observatory-documents">{json.dumps(blocks)}</script>'
     )
     assert row(document(capsys, base, tmp_path / "report.html"), "prefill.gini")["verdict"] == "higher"
-    del other
+    assert main(["report", str(other), "--out", str(tmp_path / "full.html"), "--ep", "2"]) == 0
+    compared = document(capsys, base, tmp_path / "full.html")
+    assert row(compared, "prefill.gini")["verdict"] == "higher"
+    assert compared["comparisons"][0]["other"]["run_id"] == "id-other"
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,11 @@ def test_saved_documents_are_compared_by_their_intervals(
         ("a.json", '{"kind": "doctor", "schema_version": "1.0"}', "no values that can be compared"),
         ("a.json", "[1]", "not a document"),
         ("a.html", "<p>", "holds no documents"),
+        (
+            "a.html",
+            '<script type="application/gzip" id="observatory-documents">AAAA</script>',
+            "are damaged",
+        ),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(

@@ -7,7 +7,10 @@ come Gini, entropy and experts without a token, of ``energy`` energy and power. 
 
 from __future__ import annotations
 
+import base64
+import binascii
 import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from observatory.run.manifest import PHASES
 
 #: Largest report that is read.
 _MOST_REPORT_BYTES = 32 << 20
-_BLOCK = re.compile(rb'<script type="application/json" id="observatory-documents">(.*?)</script>', re.DOTALL)
+_BLOCK = re.compile(rb'<script type="application/(json|gzip)" id="observatory-documents">([^<]*)</script>')
 #: Half widths of intervals in standard errors, by their probability.
 _NORMAL_95, _NORMAL_90 = 1.95996, 1.64485
 _MOST_ROWS = 100_000
@@ -44,12 +47,7 @@ def load_subjects(path: Path) -> list[Subject]:
     if content is None:
         raise ComparisonError(f"{path} is too large to be a result", remedy="give the run that it is of")
     if is_report:
-        block = _BLOCK.search(content)
-        if block is None:
-            raise ComparisonError(
-                f"the report {path} holds no documents that can be compared", remedy="give its runs"
-            )
-        content = block.group(1)
+        content = _embedded(path, content)
     try:
         parsed = parse_json(content)
     except ValueError as error:
@@ -68,6 +66,26 @@ def load_subjects(path: Path) -> list[Subject]:
             expected=f"a document of {', '.join(_READERS)}",
         )
     return known
+
+
+def _embedded(path: Path, page: bytes) -> bytes:
+    """The documents that a report holds, as JSON."""
+    block = _BLOCK.search(page)
+    if block is None:
+        raise ComparisonError(
+            f"the report {path} holds no documents that can be compared", remedy="give its runs"
+        )
+    if block.group(1) == b"json":
+        return block.group(2)
+    try:
+        packed = base64.b64decode(block.group(2), validate=True)
+        unpacking = zlib.decompressobj(wbits=31)
+        content = unpacking.decompress(packed, MAX_DOCUMENT_BYTES)
+    except (binascii.Error, zlib.error) as error:
+        raise ComparisonError(f"the documents of the report {path} are damaged ({error})") from error
+    if unpacking.unconsumed_tail:
+        raise ComparisonError(f"the documents of the report {path} are too large", remedy="give its runs")
+    return content
 
 
 def _check(document: object, path: Path) -> None:
