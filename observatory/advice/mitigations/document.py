@@ -79,6 +79,7 @@ COLUMNS = (
         wide=True,
         legend="share of predictions outside what was measured",
     ),
+    Column(name="how_far", title="how far", text=True, wide=True, otherwise=""),
     Column(name="rests_on", title="rests on", text=True, wide=True),
     Column(name="why", title="why", text=True, wide=True, otherwise=""),
 )
@@ -107,9 +108,16 @@ def advice_tables(document: Mapping[str, Any]) -> list[Table]:
                 f"{run['run']}, {phase['phase']}: {where}; chosen on {phase['train_steps']} steps, judged on "
                 f"{phase['judged_steps']}"
             )
-            rows = [{**row, "why": why_words(row)} for row in phase["verdicts"]]
-            tables.append(Table(name="changes", columns=COLUMNS, rows=rows, title=title))
+            tables.append(Table(name="changes", columns=COLUMNS, rows=worded_rows(phase), title=title))
     return tables
+
+
+def worded_rows(phase: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table of a phase, of the phase as in the document."""
+    return [
+        {**row, "why": _why(row), "how_far": "; ".join(map(reason_words, row["extrapolated_by"]))}
+        for row in phase["verdicts"]
+    ]
 
 
 def doubt_sentences(document: Mapping[str, Any]) -> list[str]:
@@ -170,6 +178,7 @@ def _phase_doubts(run: Mapping[str, Any]) -> Iterator[str]:
             )
         if today["energy_reason"] is not None and today["energy_reason"]["code"] != MitigationCode.NO_POWER:
             yield f"no energy of {phase['phase']}: {reason_words(today['energy_reason'])}"
+        yield from _extrapolated(phase)
         for row in phase["verdicts"]:
             if row["verdict"] == "change" and row["above_published"] is not None:
                 yield (
@@ -185,6 +194,25 @@ def _phase_doubts(run: Mapping[str, Any]) -> Iterator[str]:
     for skipped in run["skipped_phases"]:
         steps = counted(skipped["steps"], "step")
         yield f"{skipped['phase']} has {steps}, too few to choose and to judge on"
+
+
+def _extrapolated(phase: Mapping[str, Any]) -> Iterator[str]:
+    """How far predictions lie outside what was measured: of today, else of the best change or the first."""
+    rows = phase["verdicts"]
+    named_first = [rows[0], *([] if phase["best"] is None else [rows[phase["best"]]])]
+    outside = [row for row in rows if row["extrapolated_by"]]
+    if outside:
+        first = next((row for row in named_first if row["extrapolated_by"]), outside[0])
+        others = len(outside) - 1
+        more = f"; and {others} other rows (--wide)" if others else ""
+        yield (
+            f"extrapolated in {phase['phase']}: {percent_words(first['extrapolated'])} of {_named(first)}, "
+            f"{'; '.join(map(reason_words, first['extrapolated_by']))}{more}"
+        )
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    return f"{row['change']} ({row['setting']})" if row["setting"] else str(row["change"])
 
 
 def _in_use(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -210,7 +238,7 @@ def missing_sentences(document: Mapping[str, Any]) -> list[str]:
         for phase in run["phases"]:
             for row in phase["verdicts"]:
                 if row["step_us"] is None and row["reason"] is not None:
-                    named = f"{row['change']} ({row['setting']})" if row["setting"] else row["change"]
+                    named = _named(row)
                     because = changes.setdefault((row["verdict"], reason_words(row["reason"])), [])
                     because += [] if named in because else [named]
     return [f"{code} ({reason}): {', '.join(names)}" for (code, reason), names in sorted(changes.items())]
@@ -307,6 +335,7 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         **dict(_ends("energy_saving", verdict.energy_saving)),
         **dict(_ends("slowdown", verdict.slowdown)),
         "extrapolated": verdict.extrapolated,
+        "extrapolated_by": [reason.document() for reason in verdict.farthest],
         "above_published": above_published(verdict),
         "rests_on": ", ".join(verdict.grades),
         "premise": None if verdict.premise is None else _premise(verdict.premise),
@@ -328,7 +357,7 @@ def _ends(name: str, interval: Interval | None) -> Iterator[tuple[str, float | N
     yield f"{name}_high", None if interval is None else interval.high
 
 
-def why_words(row: Mapping[str, Any]) -> str:
+def _why(row: Mapping[str, Any]) -> str:
     """Why a verdict has no number, and its premise with what the trace shows."""
     texts = reason_words(row["reason"]), premise_words(row["premise"])
     return "; ".join(filter(None, texts))

@@ -505,6 +505,7 @@ def shown(timed: Timed, total_S: Float64, extra_S: Float64) -> dict[str, Any]:
         "p90_us": float(np.quantile(total_S, 0.9)),
         "parts_us": timed.parts() | extra,
         "extrapolated": timed.extrapolated,
+        "farthest": timed.farthest,
         "energy_mj": None if energy_S is None else float(energy_S.mean()),
         "energy_covered": covered,
         "energy_reason": no_energy,

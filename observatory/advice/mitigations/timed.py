@@ -5,7 +5,9 @@ Shapes: S judged steps, L layers, R captured source ranks, E experts, P ranks, K
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -99,6 +101,8 @@ class Timed:
             do.
         other_fabric: what of the exchanges is of another fabric than the network model: its first reason;
             None where nothing is.
+        farthest: how far they lie outside: of each kind of reason the one that is farthest out; empty inside,
+            and for times of experts that were not measured at all.
         energy_S: millijoules; None where it is not known, as ``no_energy`` says.
         no_energy: why there is no energy; None when there is.
         covered: share of the time of which power is known; 0 without power samples.
@@ -115,6 +119,7 @@ class Timed:
     alone_S: Float64
     extrapolated: float
     other_fabric: Reason | None = None
+    farthest: tuple[Reason, ...] = ()
     energy_S: Float64 | None = None
     no_energy: Reason | None = None
     covered: float = 0.0
@@ -129,9 +134,10 @@ class Timed:
         def summed(part_SL: Float64 | None) -> Float64 | None:
             return None if part_SL is None else np.asarray(1e6 * part_SL.sum(axis=1))
 
-        outside = float(1.0 - times.inside_SL.mean())
+        outside = float((times.beyond_SL > 1.0).mean())
         reasons = times.reasons.get("total", ())
-        outer = [reason for reason in times.reasons.get("extrapolated", ()) if reason.code in _OTHER_FABRIC]
+        exchanges = times.reasons.get("extrapolated", ())
+        outer = [reason for reason in exchanges if reason.code in _OTHER_FABRIC]
         energy = None if isinstance(power, Reason) else step_energy(times, phase, power)
         without = power if isinstance(power, Reason) else None if energy is None else energy.reason
         joules_S = None if energy is None else energy.joules_S
@@ -148,6 +154,7 @@ class Timed:
             ).sum(axis=1),
             extrapolated=1.0 if "extrapolated" in times.reasons else outside,
             other_fabric=outer[0] if outer else None,
+            farthest=tuple(_farthest(times, exchanges)),
             energy_S=None if joules_S is None else 1e3 * joules_S,
             no_energy=without,
             covered=0.0 if energy is None else energy.covered,
@@ -200,3 +207,26 @@ class Timed:
             "alone": self.alone_S,
         }
         return {name: float(part_S.mean()) for name, part_S in parts.items() if part_S is not None}
+
+
+def _farthest(times: StepTimes, exchanges: Sequence[Reason]) -> Iterator[Reason]:
+    beyond = float(times.beyond_SL.max())
+    if 1.0 < beyond < np.inf:
+        yield Reason(MitigationCode.EXPERTS_BEYOND, {"times": beyond})
+    of_code: dict[str, Reason] = {}
+    for reason in exchanges:
+        other = of_code.setdefault(reason.code, reason)
+        if _beyond(reason) > _beyond(other):
+            of_code[reason.code] = reason
+    yield from of_code.values()
+
+
+def _beyond(reason: Reason) -> float:
+    """How many times the most, or the least, that was measured; 1 where that is no number."""
+    values: Mapping[str, Any] = reason.values
+    match reason.code:
+        case NetworkCode.BYTES_ABOVE:
+            return float(values["bytes"] / values["most_bytes"])
+        case NetworkCode.BYTES_BELOW:
+            return float(values["least_bytes"] / values["bytes"])
+    return 1.0

@@ -93,6 +93,8 @@ class MitigationCode(StrEnum):
     NO_ROOM = "no_room"
     FAR_OFF = "prediction_far_off"
     REPLICATED_TODAY = "replicated_today"
+    # How far predictions lie outside what was measured.
+    EXPERTS_BEYOND = "experts_beyond"
     # Premises.
     STABLE = "imbalance_is_stable"
     IMBALANCED = "ranks_are_unequal"
@@ -169,6 +171,7 @@ class Verdict:
         premise: what it rests on; None for references.
         grades: what its numbers rest on: measured, fitted, published, assumed; each once.
         extrapolated: share of the predicted exchanges and expert times that lie outside what was measured.
+        farthest: how far they lie outside, of each kind of reason the farthest; empty inside.
         reason: why there is no time, or what holds the change up.
         change: what it makes of the set-up; None unless it is worth making.
         experts: which experts to fetch or keep; empty for other changes.
@@ -195,6 +198,7 @@ class Verdict:
     premise: Premise | None = None
     grades: tuple[str, ...] = ()
     extrapolated: float | None = None
+    farthest: tuple[Reason, ...] = ()
     reason: Reason | None = None
     change: Change | None = None
     experts: tuple[ExpertChoice, ...] = ()

@@ -38,6 +38,11 @@ _MISSING = {
     NetworkCode.NODES_OUTSIDE: "{nodes} nodes, the network model was measured on {measured}",
     NetworkCode.RANKS_ON_NODE_OUTSIDE: "{ranks} ranks on a node, the network model was measured on "
     "{measured}",
+    NetworkCode.RANKS_BETWEEN: "{ranks} ranks, the network model was measured on {measured} alone",
+    NetworkCode.BYTES_ABOVE: "{bytes} B on one rank, the network model was measured up to {most_bytes}",
+    NetworkCode.BYTES_BELOW: "{bytes} B on one rank, the network model was measured from {least_bytes}",
+    NetworkCode.EMPTY_EXCHANGE: "exchanges that carry nothing, the network model was not measured on any",
+    MitigationCode.EXPERTS_BEYOND: "{times} times the most that expert times were measured on",
     StepCode.NO_NETWORK: "no network model; fit one and give --network",
     StepCode.NOT_PREDICTED: "{error}",
     StepCode.PHASE_WITHOUT_POWER: "no power was measured in it",

@@ -67,7 +67,7 @@ def experts_part(times: StepTimes, experts: ExpertCost) -> Part:
         "experts",
         total_s(times.experts_s) * np.array([1 / (1 + error), 1.0, 1 + error]),
         grade,
-        is_extrapolated=grade == "measured" and not times.inside_SL.all(),
+        is_extrapolated=grade == "measured" and bool((times.beyond_SL > 1.0).any()),
     )
 
 

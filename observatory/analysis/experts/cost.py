@@ -162,16 +162,19 @@ class ExpertCost:
         busy_s = self.form.seconds(np.array(self.coefficient_F), rows, experts)
         return np.asarray(np.where(rows > 0, busy_s, self.idle_s))
 
-    def inside(self, assignments: ArrayLike, activated: ArrayLike) -> NDArray[np.bool_]:
-        """Whether each point lies within what was measured; nowhere for a profile."""
+    def beyond(self, assignments: ArrayLike, activated: ArrayLike) -> Float64:
+        """How many times the most that was measured each point has; at most 1 inside, infinite for a profile.
+
+        Of assignments, of activated experts, or of assignments of each of them, whichever is farthest out.
+        """
         rows, experts = np.broadcast_arrays(
             np.asarray(assignments, dtype=np.float64), np.asarray(activated, dtype=np.float64)
         )
         if self.most_assignments is None or self.most_activated is None or self.most_rows is None:
-            return np.zeros(rows.shape, dtype=bool)
+            return np.full(rows.shape, np.inf)
         each = rows / np.maximum(experts, 1e-300)
-        within = (rows <= self.most_assignments) & (experts <= self.most_activated) & (each <= self.most_rows)
-        return np.asarray(within | (rows == 0))
+        times = (rows / self.most_assignments, experts / self.most_activated, each / self.most_rows)
+        return np.asarray(np.where(rows == 0, 0.0, np.max(times, axis=0)))
 
     def shared_seconds(self, tokens: ArrayLike) -> Float64 | None:
         """Time of the shared experts on so many tokens of one rank; None where it is not known."""

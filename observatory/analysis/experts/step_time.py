@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
-Bool = NDArray[np.bool_]
 
 #: How the copies of an expert share its assignments: a rule of `analysis.parallel.dispatch_rules`, or
 #: ``nearest``: the source's own rank, else its node, else all alike, as the observatory's dispatchers do.
@@ -62,7 +61,8 @@ class StepTimes:
         total_s: sum of all parts that are known; None where an exchange is None.
         reasons: why a part is None, and by ``extrapolated`` what of the exchanges lies outside the network
             model; by the name of the part.
-        inside_SL: whether the busiest rank lies within what the expert cost was measured on.
+        beyond_SL: how many times the most that the expert cost was measured on the busiest rank has; at most
+            1 inside, infinite where nothing was measured.
         assignments_SLP: expected assignments of each rank.
         activated_SLP: expected experts of each rank with at least one assignment.
         estimated: what of the exchanges is an estimate from counts: rows of tokens sent once for several
@@ -78,7 +78,7 @@ class StepTimes:
     local_s: Float64 | None
     total_s: Float64 | None
     reasons: Mapping[str, tuple[Reason, ...]]
-    inside_SL: Bool
+    beyond_SL: Float64
     assignments_SLP: Float64
     activated_SLP: Float64
     estimated: bool
@@ -210,7 +210,7 @@ def work_times(
     if shared_cores is not None:
         experts_s = np.maximum(experts_s, own_SLP.sum(axis=2) / shared_cores)
     busiest_SL1 = own_SLP.argmax(axis=2)[..., None]
-    inside_SL = cost.inside(
+    beyond_SL = cost.beyond(
         np.take_along_axis(assignments_SLP, busiest_SL1, axis=2)[..., 0],
         np.take_along_axis(work.activated_SLP, busiest_SL1, axis=2)[..., 0],
     )
@@ -248,7 +248,7 @@ def work_times(
         local_s=local_s,
         total_s=total_s,
         reasons=reasons,
-        inside_SL=inside_SL,
+        beyond_SL=beyond_SL,
         assignments_SLP=assignments_SLP,
         activated_SLP=work.activated_SLP,
         estimated=total_s is not None and (algorithm == "hierarchical" or deduplicate),

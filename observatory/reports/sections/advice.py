@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from observatory.advice.conclusions import conclude_advice
-from observatory.advice.mitigations.document import COLUMNS, doubt_sentences, missing_sentences, why_words
+from observatory.advice.mitigations.document import COLUMNS, doubt_sentences, missing_sentences, worded_rows
 from observatory.advice.words import conclusion_sentences
 from observatory.reports.figures.changes import change_bars, label
 from observatory.reports.frames.report import ReportFrames
@@ -32,6 +32,7 @@ _FOLDED = (
     "kv_tokens",
     "energy_saving",
     "extrapolated",
+    "how_far",
     "rests_on",
 )
 
@@ -102,7 +103,7 @@ def _variant(
         numbers=frame_table(
             f"{where}: changes of the set-up",
             COLUMNS,
-            [{**row, "why": why_words(row)} for row in rows],
+            worded_rows(phase),
             folded=_FOLDED,
         ),
     )

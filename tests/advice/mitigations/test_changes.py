@@ -168,6 +168,18 @@ def test_at_small_batches_activated_experts_are_balanced_instead_of_tokens() -> 
     assert once.premise.holds
 
 
+def test_how_far_predictions_lie_outside_what_was_measured_is_stated() -> None:
+    short = cost(row_s=1e-6, shape=SHAPE, most_assignments=1000, most_activated=EXPERTS, most_rows=10**6)
+    today = verdicts(lab_of(np.ones(EXPERTS), experts=short))[Mitigation.TODAY]
+    # 8000 assignments on 4 ranks, of which 1000 were measured.
+    assert today.extrapolated == 1.0
+    (reason,) = today.farthest
+    assert reason.code is MitigationCode.EXPERTS_BEYOND
+    assert reason.values["times"] == pytest.approx(2.0, abs=0.2)
+    inside = verdicts(lab_of(np.ones(EXPERTS)))[Mitigation.TODAY]
+    assert (inside.extrapolated, inside.farthest) == (0.0, ())
+
+
 def test_exchanges_without_a_network_model_are_not_guessed() -> None:
     found = verdicts(lab_of(SKEWED))
     for mitigation in (

@@ -64,15 +64,10 @@ def test_arrays_broadcast():
     assert cost(expert_s=1.0, row_s=2.0).seconds(np.array([1.0, 2.0]), 1.0).tolist() == [3.0, 5.0]
 
 
-def test_inside_is_what_was_measured():
-    measured = cost()
-    assert measured.inside([0, 100, 101, 60, 60], [0, 4, 4, 1, 2]).tolist() == [
-        True,
-        True,
-        False,
-        False,
-        True,
-    ]
+def test_how_far_a_point_lies_beyond_what_was_measured():
+    measured = cost()  # up to 100 assignments, 4 experts, 50 assignments of each
+    far = measured.beyond([0, 100, 150, 60, 60, 10], [0, 4, 4, 1, 2, 8])
+    assert far.tolist() == pytest.approx([0.0, 1.0, 1.5, 1.2, 0.6, 2.0])
 
 
 def test_padding_is_a_tile_at_least_and_half_a_tile_on_average():
@@ -113,7 +108,7 @@ def test_a_roofline_is_the_longer_of_reads_and_arithmetic():
     assert roofline.peak_only == ("bf16",)
     # One expert: 2 MB at 2 TB/s are 1 us; a row is 2 MFLOP: 10,000 rows and a half-full tile are 20.1 us.
     assert roofline.seconds([1, 10_000], [1, 1]) == pytest.approx([1e-6, (10_000 + 31.5) * 2e-9])
-    assert not roofline.inside(1, 1)
+    assert roofline.beyond(1, 1) == np.inf
     with pytest.raises(BenchmarkError, match="no fp8"):
         of_hardware(profile, shape.model_copy(update={"dtype": "float8_e4m3fn"}))
     with pytest.raises(BenchmarkError, match="float32"):

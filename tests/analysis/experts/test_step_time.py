@@ -136,8 +136,8 @@ def test_what_ranks_do_alone_is_of_the_one_with_most_tokens():
 
 def test_what_was_not_measured_is_marked():
     times = layer_step_times(LOAD * 1000, LINEAR, cost(row_s=1.0))
-    assert not times.inside_SL.any()
-    assert layer_step_times(LOAD, LINEAR, cost(row_s=1.0)).inside_SL.all()
+    assert (times.beyond_SL > 1).all()
+    assert (layer_step_times(LOAD, LINEAR, cost(row_s=1.0)).beyond_SL <= 1).all()
 
 
 @pytest.mark.parametrize(
