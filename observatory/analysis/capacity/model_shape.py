@@ -21,6 +21,8 @@ Mixer = Literal["attention", "latent attention", "linear attention", "mamba2", "
 
 _MOST_BYTES = 4 << 20
 _MOST_LAYERS = 4096
+#: Experts of all layers together; published models have some 25 thousand.
+_MOST_EXPERTS = 1 << 18
 _MOST = 1 << 40
 #: Matrices of a gated feed-forward block (up, gate, down), and of one without a gate.
 _GATED, _UNGATED = 3, 2
@@ -38,6 +40,14 @@ _KINDS: dict[str, Mixer] = {
 }
 #: Letters of ``hybrid_override_pattern``.
 _LETTERS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+#: Names of sizes that differ between families.
+_HIDDEN = ("hidden_size", "d_model", "n_embd")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "experts_per_token")
+#: How some families say that their layers differ, in ways that are not read; `layer_types` says it for all.
+_UNREAD = ("attn_layer_period", "expert_layer_period", "hybrid_layer_pattern", "linear_attn_config")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +179,12 @@ class _Reader:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         text = config.get("text_config")
-        self.config: Mapping[str, Any] = text if isinstance(text, dict) else config
+        inner = dict(text if isinstance(text, dict) else config)
+        # DBRX keeps sizes of attention and of experts apart.
+        parts = [part for name in ("attn_config", "ffn_config") if isinstance(part := inner.get(name), dict)]
+        for part in parts:
+            inner = part | inner
+        self.config: Mapping[str, Any] = inner
         self.outer = config
         self.name = str(self.config.get("model_type") or config.get("model_type") or "unknown")[:64]
 
@@ -183,11 +198,16 @@ class _Reader:
             )
         if len(moe) > 1:
             raise PlanError(f"layers of model {self.name} differ in their experts; expected the same in all")
-        head = self._size("hidden_size", "d_model", "n_embd") * self._size("vocab_size")
+        experts = sum(count * layer.experts for layer, count in layers.items())
+        if experts > _MOST_EXPERTS:
+            raise PlanError(
+                f"layers of model {self.name} have {experts} experts; expected at most {_MOST_EXPERTS}"
+            )
+        head = self._size(*_HIDDEN) * self._size("vocab_size")
         dtype, expert_dtype, weight_bytes, expert_bytes = self._dtypes()
         return ModelShape(
             name=self.name,
-            hidden=self._size("hidden_size", "d_model", "n_embd"),
+            hidden=self._size(*_HIDDEN),
             layers=tuple((count, layer) for layer, count in layers.items()),
             embedding_values=head * (1 if self._flag("tie_word_embeddings") else 2),
             head_values=head,
@@ -196,23 +216,46 @@ class _Reader:
             weight_bytes=weight_bytes,
             expert_weight_bytes=expert_bytes,
             longest=self._optional("max_position_embeddings"),
-            heads=self._optional("num_attention_heads", "n_head") or 1,
+            heads=self._optional(*_HEADS) or 1,
         )
 
     def _layers(self) -> list[LayerShape]:
         blocks = self._blocks()
         if blocks is not None:
             return [self._block(kind) for kind in blocks]
-        count = self._size("num_hidden_layers", "n_layer", "num_layers")
+        count = self._size(*_LAYERS)
         if count > _MOST_LAYERS:
             raise PlanError(f"model {self.name} has {count} layers; expected at most {_MOST_LAYERS}")
-        kinds = self._list("layer_types") or ["full_attention"] * count
+        kinds = self._list("layer_types") or self._kinds_of(count)
         if len(kinds) != count:
             raise PlanError(f"model {self.name} names {len(kinds)} layer types for {count} layers")
         return [
             self._layer(self._mixer_kind(str(kind)), str(kind), is_moe=self._is_moe(index))
             for index, kind in enumerate(kinds)
         ]
+
+    def _kinds_of(self, count: int) -> list[str]:
+        """Kinds of layers of a configuration that does not list them.
+
+        Raises:
+            PlanError: it says that layers differ in a way that is not read.
+        """
+        unread = [name for name in _UNREAD if self.config.get(name)]
+        kinds = self._list("attn_type_list") or ()
+        unread += ["attn_type_list"] * (len(set(map(str, kinds))) > 1)
+        if unread:
+            raise PlanError(
+                f"layers of model {self.name} differ by {unread[0]}, which is not read",
+                remedy="add `layer_types`, a kind for each layer, to a copy of its config.json",
+            )
+        every = self._optional("full_attention_interval")
+        if every:
+            return ["linear_attention" if (index + 1) % every else "full_attention" for index in range(count)]
+        # Llama 4: layers with rotary positions attend to chunks, where the list has not been left empty.
+        rotary = self._list("no_rope_layers") or ()
+        if self._optional("attention_chunk_size") and len(rotary) == count:
+            return ["chunked_attention" if has_positions else "full_attention" for has_positions in rotary]
+        return ["full_attention"] * count
 
     def _blocks(self) -> list[str] | None:
         """Kinds of blocks of models whose mixers and feed-forward parts are blocks of their own."""
@@ -269,7 +312,7 @@ class _Reader:
 
     def _mixer(self, mixer: Mixer) -> tuple[int, int, int, int, float, float]:
         """Weights, cache of a token, its parts, state of a sequence, operations per token of context."""
-        hidden = self._size("hidden_size", "d_model", "n_embd")
+        hidden = self._size(*_HIDDEN)
         if mixer == "none":
             return 0, 0, 1, 0, 0.0, 0.0
         if mixer == "linear attention":
@@ -288,7 +331,7 @@ class _Reader:
             weights = hidden * (2 * inner + 2 * groups * state + heads) + inner * hidden
             kernel = self._optional("conv_kernel", "mamba_d_conv") or 4
             return weights, 0, 1, inner * state + kernel * (inner + 2 * groups * state), 0, 0
-        heads = self._size("num_attention_heads", "n_head")
+        heads = self._size(*_HEADS)
         if mixer == "latent attention":
             latent, rope = self._size("kv_lora_rank"), self._size("qk_rope_head_dim")
             nope, value = self._size("qk_nope_head_dim"), self._size("v_head_dim")
@@ -302,40 +345,46 @@ class _Reader:
             # Decode attends in the latent space, with the projections absorbed into queries and outputs.
             decode = _OPERATIONS * heads * (2 * latent + rope)
             return weights, latent + rope, 1, 0, decode, _OPERATIONS * heads * (nope + rope + value)
-        kv_heads = self._optional("num_key_value_heads") or heads
+        kv_heads = self._optional("num_key_value_heads", "kv_n_heads") or heads
         width = self._optional("head_dim") or hidden // heads
-        queries = 2 * heads if self._flag("attn_output_gate") else heads
+        if not width:
+            raise PlanError(f"model {self.name} has {heads} attention heads in a width of {hidden}")
+        queries = 2 * heads if self._flag("attn_output_gate") or self.name == "qwen3_next" else heads
         weights = hidden * width * (queries + 2 * kv_heads) + heads * width * hidden
         scores = float(_OPERATIONS * heads * 2 * width)
         return weights, 2 * kv_heads * width, kv_heads, 0, scores, scores
 
     def _experts(self) -> tuple[int, int, int]:
-        experts = self._size("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
-        top_k = self._size("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "experts_per_token")
+        experts = self._size(*_EXPERTS)
+        top_k = self._size(*_TOP_K)
         if top_k > experts:
             raise PlanError(f"model {self.name} routes to {top_k} of {experts} experts")
-        width = self._optional("moe_latent_size") or self._size("hidden_size", "d_model", "n_embd")
+        width = self._optional("moe_latent_size") or self._size(*_HIDDEN)
         return experts, self._matrices * width * self._expert_width(), top_k
 
     def _shared(self) -> int:
         """Weights of shared experts and the router."""
-        hidden = self._size("hidden_size", "d_model", "n_embd")
-        experts = self._size("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
+        hidden = self._size(*_HIDDEN)
+        experts = self._size(*_EXPERTS)
         stated = self._optional(
             "shared_expert_intermediate_size",
             "moe_shared_expert_intermediate_size",
             "shared_intermediate_size",
         )
         count = self._optional("n_shared_experts", "num_shared_experts", "moe_num_shared_experts") or 0
+        if self.name.startswith("llama4"):
+            count = 1  # a shared expert in every MoE layer, which its configuration does not state
         inner = count * self._expert_width() if stated is None else stated * max(count, 1)
         return self._matrices * hidden * inner + hidden * experts
 
     def _dense(self) -> int:
         inner = self._size("intermediate_size_mlp", "intermediate_size", "ffn_hidden_size")
-        return self._matrices * self._size("hidden_size", "d_model", "n_embd") * inner
+        return self._matrices * self._size(*_HIDDEN) * inner
 
     def _expert_width(self) -> int:
-        return self._size("moe_intermediate_size", "intermediate_size", "moe_ffn_hidden_size")
+        return self._size(
+            "moe_intermediate_size", "intermediate_size", "moe_ffn_hidden_size", "ffn_hidden_size"
+        )
 
     @property
     def _matrices(self) -> int:
@@ -343,12 +392,9 @@ class _Reader:
         return _UNGATED if activation.startswith("relu") else _GATED
 
     def _is_moe(self, layer: int) -> bool:
-        if not any(
-            self._optional(name)
-            for name in ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
-        ):
+        if not any(self._optional(name) for name in _EXPERTS):
             return False
-        first = self._optional("first_k_dense_replace") or 0
+        first = self._optional("first_k_dense_replace", "moe_layer_start_index") or 0
         every = self._optional("decoder_sparse_step", "interleave_moe_layer_step") or 1
         frequency = self.config.get("moe_layer_freq")
         if isinstance(frequency, list):

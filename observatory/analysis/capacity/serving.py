@@ -134,9 +134,11 @@ class Server:
             cache_per_token=sum(
                 count * self._cached_bytes(layer, tp) for count, layer in model.layers if layer.window is None
             ),
-            state_per_sequence=sum(
-                count * (layer.state_values * 4 / tp + (layer.window or 0) * self._cached_bytes(layer, tp))
+            state_per_sequence=sum(count * layer.state_values * 4 / tp for count, layer in model.layers),
+            windows=tuple(
+                (layer.window, count * self._cached_bytes(layer, tp))
                 for count, layer in model.layers
+                if layer.window is not None
             ),
         )
 

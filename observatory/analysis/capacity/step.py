@@ -144,6 +144,7 @@ class Memory:
         program: program, context and captured graphs.
         cache_per_token: of a group's context, on one rank.
         state_per_sequence: of one sequence, on one rank.
+        windows: tokens of a window, and bytes of each on one rank, of layers that keep no more.
     """
 
     device: float
@@ -154,6 +155,7 @@ class Memory:
     program: float
     cache_per_token: float
     state_per_sequence: float
+    windows: tuple[tuple[int, float], ...] = ()
 
     @property
     def for_cache(self) -> float:
@@ -166,7 +168,8 @@ class Memory:
 
     def of_sequence(self, tokens: float) -> float:
         """Bytes of the cache of one sequence, on one rank."""
-        return tokens * self.cache_per_token + self.state_per_sequence
+        local = sum(min(tokens, window) * bytes_ for window, bytes_ in self.windows)
+        return tokens * self.cache_per_token + self.state_per_sequence + local
 
 
 class Host(Protocol):

@@ -18,7 +18,7 @@ from observatory.analysis.capacity.step import Parallel, Work, captured_size
 from observatory.analysis.hardware import load_profile
 from observatory.cli import main
 from observatory.errors import PlanError
-from tests.analysis.capacity.configs import DEEPSEEK_V3, QWEN3_30B
+from tests.analysis.capacity.configs import DEEPSEEK_V3, GPT_OSS_120B, QWEN3_30B
 
 
 def balanced(config) -> Routed:
@@ -200,3 +200,12 @@ def test_a_hot_expert_costs_devices():
         for name, routed in (("even", balanced(QWEN3_30B)), ("hot", hot))
     }
     assert times["hot"]["experts"] == pytest.approx(8 * times["even"]["experts"], rel=0.05)
+
+
+def test_windows_keep_no_more_than_the_sequence():
+    """gpt-oss: 18 layers keep all tokens, 18 keep 128, of 2 x 8 x 64 values each."""
+    server = Server(model_shape(GPT_OSS_120B), load_profile("h200-sxm"))
+    memory = server.memory(Parallel(ranks=1, tp=1, slots=128, gpus_per_node=8), 1)
+    for tokens in (100, 128, 5000):
+        kept = 18 * tokens + 18 * min(tokens, 128)
+        assert memory.of_sequence(tokens) == kept * 2 * 8 * 64 * 2

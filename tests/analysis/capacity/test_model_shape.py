@@ -10,7 +10,15 @@ import pytest
 from observatory.analysis.capacity.model_shape import load_config, model_shape
 from observatory.errors import PlanError
 from observatory.zoo.models import bundled_models
-from tests.analysis.capacity.configs import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8X7B, QWEN3_30B
+from tests.analysis.capacity.configs import (
+    DBRX,
+    DEEPSEEK_V3,
+    GPT_OSS_120B,
+    LLAMA4_SCOUT,
+    MIXTRAL_8X7B,
+    QWEN3_30B,
+    QWEN3_NEXT_80B,
+)
 
 
 @pytest.mark.parametrize(
@@ -20,6 +28,9 @@ from tests.analysis.capacity.configs import DEEPSEEK_V3, GPT_OSS_120B, MIXTRAL_8
         (QWEN3_30B, 30.5, 3.3),
         (MIXTRAL_8X7B, 46.7, 12.9),
         (GPT_OSS_120B, 116.8, 5.1),
+        (QWEN3_NEXT_80B, 79.7, 3.6),
+        (LLAMA4_SCOUT, 107.8, 17.0),
+        (DBRX, 131.6, 36.0),
     ],
 )
 def test_published_models_have_their_parameters(config, billions, active):
@@ -58,6 +69,14 @@ def test_caches():
     assert (local.attended(4096), whole.attended(4096)) == (128, 4096)
 
 
+def test_only_some_layers_of_hybrids_keep_a_cache():
+    """Qwen3-Next: each fourth layer attends; Llama 4: each fourth attends to more than a chunk."""
+    counts = {layer.mixer: count for count, layer in model_shape(QWEN3_NEXT_80B).layers}
+    assert counts == {"linear attention": 36, "attention": 12}
+    windows = {layer.window: count for count, layer in model_shape(LLAMA4_SCOUT).layers}
+    assert windows == {8192: 36, None: 12}
+
+
 def test_data_types():
     assert model_shape(DEEPSEEK_V3).expert_weight_bytes == 1.0
     oss = model_shape(GPT_OSS_120B)
@@ -74,6 +93,10 @@ def test_data_types():
         ({"vocab_size": None}, "has no vocab_size"),
         ({"num_experts_per_tok": 200}, "routes to 200 of 128"),
         ({"num_hidden_layers": 10**9}, "at most 4096"),
+        ({"num_hidden_layers": 4000, "num_experts": 65536}, "262144000 experts"),
+        ({"head_dim": None, "num_attention_heads": 4096}, "4096 attention heads"),
+        ({"attn_layer_period": 8}, "differ by attn_layer_period"),
+        ({"attn_type_list": [0, 1] * 24}, "differ by attn_type_list"),
         ({"layer_types": ["full_attention"]}, "names 1 layer types for 48"),
         ({"layer_types": ["odd"] * 48}, "type 'odd'"),
         ({"torch_dtype": "int3"}, "type 'int3'"),
