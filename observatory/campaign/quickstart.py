@@ -12,6 +12,8 @@ from observatory.campaign.ranks import start_ranks
 
 #: EP degrees of the runs with real exchanges.
 EXCHANGE_DEGREES = (2, 4)
+#: Their model and data, which is also a cell of the grid.
+EXCHANGE_MODEL, EXCHANGE_DATA = "tiny-gqa", "prose"
 
 
 def quickstart_grid() -> GridConfig:
@@ -54,7 +56,8 @@ def quickstart_exchanges(out: Path, *, report: Callable[[str], None]) -> list[Pa
             if (run / "run.json").is_file():
                 shutil.rmtree(run)
             job = ProfileJob(
-                model="tiny-gqa",
+                model=EXCHANGE_MODEL,
+                data=EXCHANGE_DATA,
                 batch_size=4,
                 sequence_length=128,
                 steps=20,

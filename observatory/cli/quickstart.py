@@ -20,8 +20,14 @@ def quickstart(
     from observatory.analysis.network import load_network
     from observatory.campaign.documents import quickstart_table
     from observatory.campaign.preflight import check_libraries
-    from observatory.campaign.quickstart import quickstart_exchanges, quickstart_grid
+    from observatory.campaign.quickstart import (
+        EXCHANGE_DATA,
+        EXCHANGE_MODEL,
+        quickstart_exchanges,
+        quickstart_grid,
+    )
     from observatory.campaign.quickstart_network import quickstart_network, quickstart_route_fetch
+    from observatory.campaign.quickstart_plan import quickstart_plan
     from observatory.campaign.ranks import refuse_ranks
     from observatory.cli.cells import run_cells
     from observatory.cli.output import print_table, say
@@ -42,6 +48,12 @@ def quickstart(
     runs = quickstart_exchanges(out / "exchanges", report=say)
     network = quickstart_network(runs, out / "exchanges", report=say)
     route_fetch = quickstart_route_fetch(out / "exchanges", report=say)
+    alone = [
+        result.run
+        for result in results
+        if (result.cell.job.model, result.cell.job.data) == (EXCHANGE_MODEL, EXCHANGE_DATA)
+    ]
+    plan = quickstart_plan([*alone, *runs], network.model, out / "exchanges", report=say)
     report = write_report(
         [*(result.run for result in results), *runs],
         out / "report.html",
@@ -52,6 +64,7 @@ def quickstart(
         replays=(network.replay,),
         networks=(network.model,),
         route_fetch=(route_fetch,),
+        plans=(plan,),
         overwrite=True,
     )
     print_table(quickstart_table(config, results))

@@ -260,6 +260,7 @@ def keep_results(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             bench=(), replay=run, model=tmp / "fit.json"
         ),
         "campaign.quickstart_network.quickstart_route_fetch": lambda *_, **__: tmp / "rf.json",
+        "campaign.quickstart_plan.quickstart_plan": lambda *_, **__: tmp / "plan.json",
         "reports.write_report": lambda *_, **__: tmp / "report.html",
         "cli.doctor._layers": lambda *_, **__: (layers, None),
     }.items():
