@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,12 +18,20 @@ from observatory.cli.options import (
 )
 
 
+class Form(StrEnum):
+    """What is written."""
+
+    HTML = "html"
+    MD = "md"
+    JSON = "json"
+
+
 def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN", help="Run directories; a grid stands for its cells.")
     ],
     out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", rich_help_panel=OUTPUT, help="HTML file to write.")
+        Path, typer.Option("--out", metavar="FILE", rich_help_panel=OUTPUT, help="File to write.")
     ],
     title: Annotated[str | None, typer.Option(rich_help_panel=OUTPUT, help="Title of the page.")] = None,
     ep: EpOption = "4,8,16,32",
@@ -76,9 +85,15 @@ def report(
         ),
     ] = None,
     max_slowdown: MaxSlowdownOption = 0.02,
+    form: Annotated[
+        Form,
+        typer.Option(
+            "--format", rich_help_panel=OUTPUT, help="Page, Markdown without figures, or the page's JSON."
+        ),
+    ] = Form.HTML,
     force: ForceOption = False,
 ) -> None:
-    """Write the report: one HTML file that needs no network."""
+    """Write the report: one file that needs no network."""
     from observatory.campaign.grid import expand_runs
     from observatory.cli.output import say
     from observatory.reports import write_report
@@ -96,6 +111,7 @@ def report(
         route_fetch=route_fetch or (),
         plans=plan or (),
         max_slowdown=max_slowdown,
+        form=form.value,
         overwrite=force,
     )
     say(f"report written to {path}")

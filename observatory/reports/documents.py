@@ -1,44 +1,89 @@
-"""The results of a report's runs as the documents of commands, which a page holds for programs.
-
-They have the rows and the columns that `observatory compare` reads, under the names of docs/json.md.
-"""
+"""What a report is made of, as documents that programs read back: in the page, or as a file of their own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from observatory.reports.frames.report import ReportFrames
+import pandas as pd
+
+from observatory.reports.frames.report import ReportFrames, RunFacts
+from observatory.reports.sections import Number, Verdict, findings
 from observatory.run.documents.printed import printed_document
 from observatory.run.documents.writing import frame_records
 
-_LAYER_COLUMNS = (
-    "layer", "phase", "experts", "tokens", "gini", "gini_low", "gini_high", "entropy_bits", "idle_experts",
-)  # fmt: skip
-_ENERGY_COLUMNS = {
-    "phases": ("source_rank", "device_uuid", "phase", "span", "power_mw", "power_low_mw", "power_high_mw"),
-    "tokens": ("source_rank", "phase", "mj_per_token", "mj_per_token_low", "mj_per_token_high"),
-    "totals": ("phase", "mj_per_token", "mj_per_token_low", "mj_per_token_high"),
-}
+#: Digits that numbers of a page's documents keep: far below any interval, and a third of the size.
+_DIGITS = 7
 
 
-def run_documents(frames: ReportFrames) -> list[dict[str, Any]]:
-    """Routing and energy of each run that has them."""
-    documents = []
-    for fact in frames.facts:
-        about = {
-            "run_id": fact.manifest.run_id,
-            "model": fact.manifest.model.name,
-            "data": fact.manifest.data.condition if fact.manifest.data else None,
+def report_documents(
+    frames: ReportFrames, *, title: str, answer: str, numbers: Sequence[Number], verdicts: Sequence[Verdict]
+) -> list[dict[str, Any]]:
+    """A document of the whole, then those of each run (docs/json.md)."""
+    whole = {
+        "title": title,
+        "answer": answer,
+        "numbers": [{"value": each.value, "meaning": each.meaning} for each in numbers],
+        "verdicts": [
+            {
+                "part": each.part,
+                "whose": each.whose,
+                "stake": each.stake,
+                "sentences": list(each.sentences),
+                "next_step": each.next_step,
+            }
+            for each in verdicts
+        ],
+        "findings": [
+            {"section": each.section, "stake": each.stake, "text": each.text} for each in findings(frames)
+        ],
+        "run_ids": [fact.manifest.run_id for fact in frames.facts],
+    }
+    documents = [printed_document("report", whole)]
+    documents += [document for fact in frames.facts for document in _of_run(frames, fact)]
+    return [_shortened(document) for document in documents]
+
+
+def _of_run(frames: ReportFrames, fact: RunFacts) -> Iterator[dict[str, Any]]:
+    """Documents of one run, of what it holds."""
+    layers = _rows(frames.layers, fact)
+    if layers:
+        yield _document("routing", fact, layers=layers)
+    exchanges = frames.exchanges
+    if exchanges is not None:
+        parts = {
+            name: _rows(getattr(exchanges, name), fact) for name in ("layers", "ranks", "phases", "unknown")
         }
-        layers = frames.layers[frames.layers["run"] == fact.run] if len(frames.layers) else frames.layers
-        if len(layers):
-            rows = frame_records(layers[list(_LAYER_COLUMNS)])
-            documents.append(printed_document("routing", {**about, "layers": rows}))
-        if frames.power is not None and fact.run in frames.power.runs:
-            energy = {}
-            for name, columns in _ENERGY_COLUMNS.items():
-                frame = getattr(frames.power, name)
-                known = [column for column in columns if column in frame]
-                energy[name] = frame_records(frame[frame["run"] == fact.run][known]) if len(frame) else []
-            documents.append(printed_document("energy", {**about, **energy}))
-    return documents
+        if any(parts.values()):
+            yield _document("exchanges", fact, **parts)
+    power = frames.power
+    if power is not None and fact.run in power.runs:
+        parts = {
+            name: _rows(getattr(power, name), fact) for name in ("devices", "phases", "tokens", "totals")
+        }
+        yield _document("energy", fact, **parts)
+
+
+def _document(kind: str, fact: RunFacts, **tables: list[dict[str, Any]]) -> dict[str, Any]:
+    data = fact.manifest.data
+    about = {
+        "run_id": fact.manifest.run_id,
+        "model": fact.manifest.model.name,
+        "data": data.condition if data else None,
+    }
+    return printed_document(kind, {**about, "problems": list(fact.problems), **tables})
+
+
+def _rows(frame: pd.DataFrame, fact: RunFacts) -> list[dict[str, Any]]:
+    if "run" not in frame:
+        return []
+    return frame_records(frame[frame["run"] == fact.run].drop(columns="run"))
+
+
+def _shortened(value: Any) -> Any:
+    """The same with shorter numbers."""
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {name: _shortened(each) for name, each in value.items()}
+    return [_shortened(each) for each in value] if isinstance(value, list) else value

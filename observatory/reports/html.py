@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 import observatory
 from observatory.errors import PlaceTakenError, RunError
-from observatory.reports.documents import run_documents
+from observatory.reports.documents import report_documents
 from observatory.reports.embed import content_security_policy, packed_json, script_json, script_text
 from observatory.reports.frames.benchmark_files import read_benchmark_files
 from observatory.reports.frames.collect import collect
@@ -25,6 +25,7 @@ from observatory.reports.frames.frequency import collect_clocks
 from observatory.reports.frames.plan import collect_plans
 from observatory.reports.frames.report import NOT_STATED, ReportFrames, condition_order, phases_of
 from observatory.reports.frames.route_fetch import collect_route_fetch
+from observatory.reports.markdown import markdown
 from observatory.reports.outline import absent_parts, build_sections, questions
 from observatory.reports.page import FigureBlock, Table, Variant
 from observatory.reports.sections import (
@@ -55,6 +56,7 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?[ \u00a0](?:%|ms|us|µs|s|[mk]?J|MHz|times)(
 _WIDE_PX, _NARROW_PX, _PHONE_PX = 860, 620, 350
 #: More ranks than these are not offered one by one.
 _MOST_RANKS = 512
+Form = Literal["html", "md", "json"]
 #: A report larger than this cannot be mailed around; it is refused rather than written.
 MOST_BYTES = 15_000_000
 
@@ -73,9 +75,10 @@ def write_report(
     route_fetch: Sequence[str | os.PathLike[str]] = (),
     plans: Sequence[str | os.PathLike[str]] = (),
     max_slowdown: float = 0.02,
+    form: Form = "html",
     overwrite: bool = False,
 ) -> Path:
-    """Write the report of ``runs`` as one HTML file that needs no network.
+    """Write the report of ``runs`` as one file that needs no network.
 
     Args:
         runs: run directories or open runs; models and conditions keep this order.
@@ -91,6 +94,7 @@ def write_report(
         route_fetch: measurements of ``observatory bench route-fetch``.
         plans: what ``observatory plan --out`` wrote.
         max_slowdown: how much longer an iteration may take at a recommended clock, as a share.
+        form: a page; Markdown, without figures; or the documents that a page holds.
         overwrite: replace an existing file.
 
     Raises:
@@ -110,7 +114,9 @@ def write_report(
     planned = collect_plans(plans)
     frames = collect(opened, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, files=files, clocks=given)
     frames = replace(frames, route_fetch=measured, plans=planned)
-    page = render(frames, title=title, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, out=target)
+    page = render(
+        frames, title=title, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, out=target, form=form
+    )
     size = len(page.encode("utf-8", "replace"))
     if size > MOST_BYTES:
         raise RunError(
@@ -155,12 +161,29 @@ def page_parts() -> tuple[Environment, dict[str, Any]]:
 
 
 def render(
-    frames: ReportFrames, *, title: str | None, ep_degrees: Sequence[int], gpus_per_node: int, out: Path
+    frames: ReportFrames,
+    *,
+    title: str | None,
+    ep_degrees: Sequence[int],
+    gpus_per_node: int,
+    out: Path,
+    form: Form = "html",
 ) -> str:
-    """The page as text."""
+    """The file as text."""
     built = build_sections(frames, gpus_per_node=gpus_per_node)
-    sections = [section for section in built if section.blocks]
     concluded = verdicts(frames)
+    head: dict[str, Any] = {
+        "title": shorten(title or _title(frames), 200),
+        "answer": answer(concluded),
+        "numbers": three_numbers(frames, concluded),
+        "verdicts": concluded,
+    }
+    if form == "md":
+        return markdown(frames, built, **head)
+    documents = report_documents(frames, **head)
+    if form == "json":
+        return json.dumps(documents, indent=1, allow_nan=False) + "\n"
+    sections = [section for section in built if section.blocks]
     figure = key_figure(sections, concluded)
     environment, values = page_parts()
     paths = [str(fact.path) for fact in frames.facts]
@@ -170,13 +193,10 @@ def render(
     given += [word for file in frames.plans for word in ("--plan", str(file.path))]
     return environment.get_template("report.html.j2").render(
         **values,
-        documents=packed_json(run_documents(frames)),
-        title=shorten(title or _title(frames), 200),
+        **head,
+        documents=packed_json(documents),
         kind=_kind(frames),
         setting=setting(frames),
-        answer=answer(concluded),
-        numbers=three_numbers(frames, concluded),
-        verdicts=concluded,
         key_figure=figure,
         overview=overview(frames),
         problems=problems(frames),

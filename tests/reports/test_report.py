@@ -86,7 +86,7 @@ def test_thirty_runs_fit_and_every_section_is_there(tmp_path: Path) -> None:
     absent = dict(
         re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)", text.split('id="absent"')[1].split("</section>")[0])
     )
-    assert set(absent) == {"Which change is worth making", "Power and clocks over time", "How many GPUs?"}
+    assert set(absent) == {"Which change is worth making", "Power and clocks over time", "Capacity plan"}
     assert "observatory advise" in absent["Which change is worth making"]
     why = absent["Power and clocks over time"]
     assert why.startswith("No run here shows power: it holds no power samples: none were asked for")

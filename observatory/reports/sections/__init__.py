@@ -19,11 +19,13 @@ from observatory.reports.sections.provenance import FORMULAS, RunRecord, formula
 from observatory.reports.sections.route_fetch import route_fetch_section
 from observatory.reports.sections.scan import scan_section
 from observatory.reports.sections.steps import step_section
-from observatory.reports.sections.verdict import answer, key_figure, three_numbers, verdicts
+from observatory.reports.sections.verdict import Number, Verdict, answer, key_figure, three_numbers, verdicts
 
 __all__ = [
     "FORMULAS",
+    "Number",
     "RunRecord",
+    "Verdict",
     "advice_section",
     "answer",
     "clocks_section",
