@@ -8,9 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from observatory.advice.conclusions import Code
+from observatory.reasons import Reason
 from observatory.reports.frames.collect import collect
 from observatory.reports.page import FigureBlock
-from observatory.reports.sections import advice_section, verdicts
+from observatory.reports.sections import advice_section, verdict, verdicts
 from observatory.run import RunWriter, open_run, routing_rows
 from observatory.run.manifest import DataSpec, Manifest, ModelSpec, MoeLayerSpec, Topology
 from observatory.run.tables import SPAN_SCHEMA
@@ -91,6 +93,20 @@ def test_the_gain_of_balance_is_drawn_and_stated_first(tmp_path: Path) -> None:
     assert first.section == section.id
     assert "placement" in first.sentences[0]
     assert "no network model" in variant.note.lower()
+
+
+def test_what_can_be_changed_is_answered_before_a_larger_share_that_only_goes_somewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = {"layer": 0, "phase": "prefill", "role": "dispatch", "slowest_rank": None}
+    waits = (Reason(Code.LONGEST_WAIT, place), Reason(Code.WAIT_COST, {"wait_share": 0.9, "wait_ms": 1.0}))
+    monkeypatch.setattr(verdict, "_exchanges", lambda _: iter([(0, waits)]))
+    frames = collect([open_run(spread_run(tmp_path / "run"))], ep_degrees=(2,), gpus_per_node=2)
+    shown = verdicts(frames)
+    assert [item.part for item in shown[:2]] == ["Changes", "Exchanges"]
+    assert shown[0].is_change
+    assert not shown[1].is_change
+    assert verdict.answer(shown).startswith("Worth changing")
 
 
 def test_runs_on_one_rank_say_how_to_get_advice(make_run: MakeRun) -> None:

@@ -41,6 +41,8 @@ from observatory.run.usable_cores import short_of_cores
 _TELLING = (
     Code.CHANGE_GAIN,
     Code.EXTRAPOLATED,
+    Code.FAR_OFF,
+    Code.NO_MEMORY,
     Code.PERFECT_BALANCE,
     Code.WAIT_COST,
     Code.CLOCK_COST,
@@ -66,6 +68,8 @@ _FORMULAS = {
     "energy": "mj_per_token",
     "layers": "expert_max_over_mean",
 }
+#: Codes that name something to change.
+_CHANGES = (Code.BEST_CHANGE, Code.CLOCK_SAVES, Code.CLOCK_TOO_HIGH, Code.DOES_NOT_FIT)
 #: Figures that show most of what is at stake, the first that a page has; else its first figure.
 _KEY_FIGURES = ("layer-anatomy", "energy-tokens", "clock-plane", "ep-models")
 #: Of the figure, in pixels: with the head of the page it fits a screen of 900.
@@ -99,6 +103,7 @@ class Verdict:
         next_step: what to do next, empty for nothing.
         choices: names under which figures show the place.
         stake: share of time or energy that is at stake; None where it is about neither.
+        is_change: whether it names something to change.
         number: the number that says most; None where nothing is worth changing.
         figure: anchor of the figure of its numbers, empty for none.
         formula: anchor of how they are computed, empty where the section says it.
@@ -113,6 +118,7 @@ class Verdict:
     choices: tuple[str, ...]
     stake: float | None
     number: Number | None
+    is_change: bool = False
     figure: str = ""
     formula: str = ""
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -126,7 +132,8 @@ class Verdict:
 def verdicts(frames: ReportFrames) -> list[Verdict]:
     """Of each part that has data: the conclusion of the run in which most is at stake.
 
-    Parts with most time or energy at stake come first, then those about neither.
+    Those that name something to change come first, then those that only say where time or energy goes; of
+    both, those with most of it at stake.
     """
     clocks = "clocks" if frames.clocks else "power"
     parts: tuple[tuple[str, str, bool, Sequence[tuple[int | str, Conclusion]]], ...] = (
@@ -139,14 +146,14 @@ def verdicts(frames: ReportFrames) -> list[Verdict]:
     stated = [_verdict(frames, *part) for part in parts if part[-1]]
     stated += [_of_plan(file, is_only=len(frames.plans) < 2) for file in frames.plans]
     stated += [_of_route_fetch(file, is_only=len(frames.route_fetch) < 2) for file in frames.route_fetch]
-    return sorted(stated, key=lambda verdict: -(verdict.stake or 0.0))
+    return sorted(stated, key=lambda verdict: (not verdict.is_change, -(verdict.stake or 0.0)))
 
 
 def answer(shown: Sequence[Verdict]) -> str:
-    """What all comes to, in one sentence: the first verdict that something is worth changing."""
+    """What all comes to, in one sentence: what is worth changing, else the first verdict with a number."""
     if not shown:
         return "No run given here holds routing rows, exchanges or power samples: there is nothing to judge."
-    first = next((verdict for verdict in shown if verdict.number), shown[0])
+    first = next((verdict for verdict in shown if verdict.is_change or verdict.number), shown[0])
     # What waiting costs says itself what it is of; where it is longest is a detail.
     chosen = first.sentences[-1:] if first.part == "Exchanges" else first.sentences
     sentences = [text.rstrip(".") for text in chosen]
@@ -184,7 +191,7 @@ def _number(conclusion: Conclusion, section: str) -> Number | None:
     for reason in conclusion:
         values |= reason.values
     match next((reason.code for reason in conclusion if reason.code in _TELLING), None):
-        case Code.CHANGE_GAIN | Code.EXTRAPOLATED:
+        case Code.CHANGE_GAIN | Code.EXTRAPOLATED | Code.FAR_OFF | Code.NO_MEMORY:
             value, meaning = (
                 percent(values["gain"], 0),
                 f"less time of a step of {values['phase']}, by {values['change']}",
@@ -248,6 +255,7 @@ def _verdict(
         next_step=sentences[-1] if is_last_next and conclusion[-1].code is not Code.OPEN_REPORT else "",
         choices=() if isinstance(whose, str) else _choices(frames, whose, conclusion),
         stake=stake(conclusion) if is_share else None,
+        is_change=conclusion[0].code in _CHANGES,
         number=_number(conclusion, section),
         figure=_FIGURES[section],
         formula=formula_anchor(_FORMULAS[section]),
