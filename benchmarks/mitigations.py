@@ -12,7 +12,8 @@ other programs disturb the rest. Nothing of a changed run is in its prediction; 
 predicted from.
 
 ``--models``: verdicts on the five bundled models at EP 8 and 32, from the loads of a capture on one rank,
-expert times of `bench experts --ep 8` and a network model of 2, 4 and 8 ranks; EP 32 is extrapolated.
+expert times of `bench experts --ep 8` and a network model of 2, 4 and 8 ranks; EP 32 is extrapolated. Expert
+caches are compared where memory holds half of a rank's experts, against keeping the most used.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ from observatory.run import open_run
 
 SPANS = ("count_exchange", "dispatch", "experts", "combine")
 QUIET = 0.25
+NONE = "\u2013"
+#: Assumed rate at which experts come from the host, where only half of them fit into a rank's memory.
+HOST_BYTES_PER_S = 1e9
 MODELS = ("tiny-mha", "tiny-mla", "tiny-gqa", "tiny-mamba2", "tiny-gdn")
 #: Row of the advice -> options of the run that makes the change.
 CHANGES: dict[str, tuple[str, ...]] = {
@@ -125,10 +129,11 @@ def models() -> Iterator[str]:
     """Verdicts on the bundled models."""
     changes = (
         "perfect balance", "ceiling", "placement", "replicas", "per-step dispatch", "activated dispatch",
-        "least-loaded spill", "hierarchical", "deduplication",
+        "least-loaded spill", "hierarchical", "deduplication", "route or fetch",
     )  # fmt: skip
-    yield "| model, phase, EP | " + " | ".join(changes) + " |"
-    yield "|---" * (len(changes) + 1) + "|"
+    caches = ("last used", "ahead")
+    yield "| model, phase, EP | " + " | ".join((*changes, *caches)) + " |"
+    yield "|---" * (len(changes) + len(caches) + 1) + "|"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fits = []
@@ -149,22 +154,39 @@ def models() -> Iterator[str]:
             for ranks in (8, 32):
                 advise = ("advise", model, "--ranks", str(ranks), "--gpus-per-node", str(ranks // 2))
                 given = ("--network", "fit.json", "--experts", experts, "--json")
-                document = json.loads(observatory(*advise, *given, folder=folder))
-                for phase in document["runs"][0]["phases"]:
-                    found = {}
+                (run,) = json.loads(observatory(*advise, *given, folder=folder))["runs"]
+                topology = (
+                    f"ranks = {ranks}\ngpus_per_node = {ranks // 2}\nhost_bytes_per_s = {HOST_BYTES_PER_S}\n"
+                    f"memory_bytes = {half_of_experts(folder / model, ranks)}\n"
+                )
+                (folder / "half.toml").write_text(topology)
+                half = ("advise", model, "--topology", "half.toml", *given)
+                (short,) = json.loads(observatory(*half, folder=folder))["runs"]
+                for phase, in_half in zip(run["phases"], short["phases"], strict=True):
+                    gains: dict[str, dict[str, Any]] = {}
                     for row in phase["verdicts"]:
-                        found.setdefault(row["change"], row)
-                    cells = [cell(found.get(change)) for change in changes]
+                        gains.setdefault(row["change"], row)
+                    cells = [cell(gains[change]) if change in gains else NONE for change in changes]
+                    for ending in caches:
+                        rows = (row for row in in_half["verdicts"] if row["setting"].endswith(ending))
+                        cells.append(next((cell(row, "beyond") for row in rows), NONE))
                     yield f"| {model}, {phase['phase']}, {ranks} | " + " | ".join(cells) + " |"
 
 
-def cell(row: dict[str, Any] | None) -> str:
+def half_of_experts(run: Path, ranks: int) -> int:
+    """Bytes of half of the experts that a rank holds of the model of a run; of one of each layer at least."""
+    model = open_run(run).manifest.model
+    assert model.expert_bytes is not None
+    return sum(max(1, layer.experts // ranks // 2) for layer in model.moe_layers) * model.expert_bytes
+
+
+def cell(row: dict[str, Any], column: str = "gain") -> str:
     """Gain and verdict of one change."""
-    if row is None or row["gain"] is None:
-        return "\u2013"
+    if row[column] is None:
+        return NONE
     marks = {"change": "**", "extrapolated": "*"}
     mark = marks.get(row["verdict"], "")
-    return f"{mark}{100 * row['gain']:+.1f} %{mark}"
+    return f"{mark}{100 * row[column]:+.1f} %{mark}"
 
 
 def main() -> None:
