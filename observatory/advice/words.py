@@ -105,6 +105,7 @@ _SENTENCES = {
     Code.CHECK_FABRIC: "next: check the links and nodes named above",
     Code.CHANGED: "changed beyond noise: {changed} of {tested} quantities, first {name}{of_which}: {change}",
     Code.ALL_SAME: "same within noise: all {tested} quantities that could be tested",
+    Code.IDENTICAL: "identical: all {tested} quantities that could be tested",
     Code.NO_DIFFERENCE_KNOWN: "nothing has an interval, so no difference can be called real",
     Code.BOTH_DIFFER: "what else differs: {facts}",
     Code.LEVEL_CHANGED: "{changes} changes of level, first {name}{of_layer} from {from} on: {change}",

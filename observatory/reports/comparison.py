@@ -10,6 +10,7 @@ from typing import Any
 
 from observatory.advice.conclusions import Conclusion
 from observatory.advice.words import conclusion_sentences
+from observatory.analysis.compare.architectures import architecture_tables
 from observatory.analysis.compare.change_points import FALSE_ALARMS
 from observatory.analysis.compare.document import (
     DIFFERENCE_COLUMNS,
@@ -79,6 +80,19 @@ def write_comparison(
         )
         for number, item in enumerate(document["comparisons"], start=1)
     ]
+    tables = [
+        frame_table(table.title, table.columns, table.rows)
+        for table in architecture_tables(document["architectures"])
+    ]
+    if tables:
+        models = Section(id="models-tables", title="Means over data conditions", blocks=tuple(tables))
+        reasons = [
+            plain(f"{row['model']} in {row['phase']}, {row['band'] or 'no band'}: {row['band_reason']}")
+            for row in document["architectures"]
+        ]
+        parts.insert(
+            0, _Part(id="models", title="Models next to each other", lines=reasons, sections=[models])
+        )
     thresholds = [plain(threshold_sentence(row)) for row in document["thresholds"]]
     return _write("Comparison", parts, thresholds, document, conclusion, out, overwrite=overwrite)
 

@@ -112,6 +112,7 @@ def test_one_run_twice_is_identical(tmp_path: Path, capsys: pytest.CaptureFixtur
     compared = document(capsys, run, run)
     assert {item["verdict"] for item in compared["comparisons"][0]["rows"]} == {"identical"}
     assert compared["comparisons"][0]["confounders"][0]["code"] == "same_run"
+    assert compared["conclusion"][0]["code"] == "identical"
 
 
 def test_layers_that_do_not_align_are_compared_by_depth_or_as_a_whole(
@@ -240,3 +241,44 @@ def test_further_runs_of_the_baseline_widen_intervals(
     options = ["--repeat", str(runs[1]), "--repeat", str(alien)]
     assert main(["compare", str(runs[0]), str(other), *options]) == 1
     assert "differs from the baseline in its model" in capsys.readouterr().err
+
+
+def made_grid(folder: Path) -> Path:
+    cells = []
+    for number, (model, condition) in enumerate(
+        (m, c) for m in ("first", "second") for c in ("prose", "code")
+    ):
+        name = f"{model}--{condition}"
+        path = folder / "cells" / name
+        made_run(path, seed=number, model=model, condition=condition, skew=2.0 if model == "second" else 0.5)
+        cells.append({"name": name, "model": model, "data": condition, "state": "complete", "error": None})
+    (folder / "grid.json").write_text(json.dumps({"config": {}, "cells": cells}))
+    return folder
+
+
+def test_models_of_a_grid_stand_next_to_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = made_grid(tmp_path / "grid")
+    compared = document(capsys, grid)
+    rows = {(item["model"], item["phase"]): item for item in compared["architectures"]}
+    assert set(rows) == {(model, phase) for model in ("first", "second") for phase in ("prefill", "decode")}
+    assert rows["second", "prefill"]["gini"] > rows["first", "prefill"]["gini"]
+    assert rows["second", "prefill"]["conditions"] == ["code", "prose"]
+    pairs = [(item["base"]["model"], item["other"]["model"]) for item in compared["comparisons"]]
+    assert pairs == [("first", "second")] * 2
+    assert main(["compare", str(grid), "--html", str(tmp_path / "page.html")]) == 0
+    assert "Models next to each other" in (tmp_path / "page.html").read_text()
+
+
+def test_cells_of_two_grids_are_matched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = made_grid(tmp_path / "before"), made_grid(tmp_path / "after")
+    compared = document(capsys, before, after)
+    assert len(compared["comparisons"]) == 4
+    for item in compared["comparisons"]:
+        assert (item["base"]["model"], item["base"]["data"]) == (
+            item["other"]["model"],
+            item["other"]["data"],
+        )
+    lonely = document(capsys, before, after / "cells" / "first--code")["without_counterpart"]
+    assert {reason["code"] for reason in lonely} == {"no_counterpart"}

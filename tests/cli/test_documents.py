@@ -19,6 +19,7 @@ from tests.analysis.compare.made import made_run, series_of_runs
 from tests.analysis.energy.test_prefix_cache import measured
 from tests.analysis.route_fetch.made import made_result
 from tests.analysis.route_fetch.test_experts import a_run
+from tests.cli.test_compare import made_grid
 from tests.cli.test_terminal import big_exchanges
 from tests.conftest import MakeRun
 from tests.paths import ROOT
@@ -78,6 +79,7 @@ def test_every_key_of_a_document_is_described(
             str(made_run(tmp_path / "before", steps=10)),
             str(made_run(tmp_path / "after", steps=10, seed=1, layers=3, skew=2.0, phases=("decode",))),
         ),
+        printed(capsys, "compare", str(made_grid(tmp_path / "made-grid"))),
         printed(capsys, "history", str(series_of_runs(tmp_path / "series"))),
         printed(capsys, "energy", str(a_power_run(tmp_path / "power"))),
         printed(capsys, "reuse", "show", str(saved(tmp_path / "reuse.json", measured((37e3, 45e3, 18e3))))),

@@ -16,6 +16,8 @@ def conclude_comparison(document: Row) -> Conclusion:
     if not tested:
         return (Reason(Code.NO_DIFFERENCE_KNOWN), Reason(Code.MORE_STEPS))
     changed = [(item, row) for item, row in tested if row["verdict"] in ("higher", "lower")]
+    if all(row["verdict"] == "identical" for _, row in tested):
+        return (Reason(Code.IDENTICAL, {"tested": len(tested)}),)
     if not changed:
         return (Reason(Code.ALL_SAME, {"tested": len(tested)}),)
     item, row = min(changed, key=_rank_of_change)

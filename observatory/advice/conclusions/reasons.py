@@ -85,6 +85,7 @@ class Code(StrEnum):
     CHECK_FABRIC = "check_fabric"
     CHANGED = "changed"
     ALL_SAME = "all_same"
+    IDENTICAL = "identical"
     NO_DIFFERENCE_KNOWN = "no_difference_known"
     BOTH_DIFFER = "both_differ"
     REPEAT_RUNS = "repeat_runs"

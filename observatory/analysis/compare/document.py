@@ -181,8 +181,10 @@ def compare_csv(document: Mapping[str, Any]) -> list[Table]:
 def shown_row(row: Mapping[str, Any], *, phase: bool = True) -> dict[str, Any]:
     """A row with its name and verdict in words."""
     ep = "" if row["ep"] is None else f" EP {row['ep']}"
+    is_certain = row["relative_low"] == row["relative_high"]
     return {
         **row,
+        **({"relative_low": None, "relative_high": None} if is_certain else {}),
         "name": f"{row['name'] if phase else row['metric']}{ep}",
         "verdict_text": _VERDICTS.get(row["verdict"], row["verdict"]),
     }
