@@ -25,8 +25,14 @@ _SENTENCES = {
     "measure experts and fabric there (`bench experts`, `bench alltoall`, `fit`)",
     Code.PLAN_EXTRAPOLATED: "outside of what was measured: {extrapolated}; capture larger steps, or plan "
     "smaller batches",
-    Code.PLAN_ROUTING: "{routing} routing would have planned {gpus} devices with a set-up that needs "
-    "{needed} under the captured routing",
+    Code.PLAN_ROUTING: "assuming {routing} routing one would plan {gpus}; under the captured routing that "
+    "set-up {needs}{missed}",
+    Code.PLAN_ROUTING_NONE: "assuming {routing} routing one would plan nothing: no set-up meets the targets",
+    Code.PLAN_ROUTING_SAME: "{routings} routing would lead to as many devices as the captured one",
+    Code.PLAN_UNCAPTURED: "routing is assumed ({routing}); with {other} routing: {gpus}; a captured run "
+    "(`observatory profile`) replaces both, places experts by it and tries redundant ones",
+    Code.PLAN_PHASE: "no {missing} was captured: the loads of {phase} stand for it",
+    Code.PLAN_TOO_LONG: "a sequence has {tokens} tokens here, the model was made for {longest}",
     Code.NO_PLAN: "no set-up meets the targets; {set_ups} were tried",
     Code.NEAREST_PLAN: "{set_ups} ruled out by {constraint}; the nearest: {nearest}",
     Code.NOTHING: "nothing here is worth changing",
@@ -134,6 +140,42 @@ def conclusion_sentences(conclusion: Conclusion) -> list[str]:
     ]
 
 
+def _devices(count: int) -> str:
+    return "1 device" if count == 1 else f"{count} devices"
+
+
+def _shown_of_plan(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
+    if code is Code.PLAN:
+        return {"devices": _devices(values["gpus"])}
+    if code is Code.PLAN_ROUTING:
+        return _routing_cost(values)
+    if code is Code.PLAN_UNCAPTURED:
+        gpus = values["gpus"]
+        return {"gpus": "no set-up meets the targets" if gpus is None else _devices(gpus)}
+    if code in (Code.PLAN_ROUTING_SAME, Code.PLAN_EXTRAPOLATED):
+        return {name: listing(names) for name, names in values.items()}
+    return {}
+
+
+def _routing_cost(values: Mapping[str, Any]) -> dict[str, str]:
+    """What a set-up that was planned with another routing costs against the plan."""
+    needed, more = values["needed"], values["needed"] - values["planned"]
+    if more:
+        against = f", {_devices(abs(more))} {'more' if more > 0 else 'fewer'} than this plan"
+    else:
+        against = ", as this plan"
+    missed = [
+        f"{values[name]:,.{digits}f} ms {what}"
+        for name, digits, what in (("ms_per_token", 1, "per token"), ("ttft_ms", 0, "to the first token"))
+        if values[name] is not None
+    ]
+    return {
+        "gpus": _devices(values["gpus"]),
+        "needs": f"needs {needed}{against if needed != values['gpus'] or more else ''}",
+        "missed": f", and misses a target with {listing(missed)}" if missed else "",
+    }
+
+
 def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values as they stand in the sentence of their code."""
     shown = {
@@ -144,10 +186,7 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
         else value
         for name, value in values.items()
     }
-    if code is Code.PLAN:
-        shown["devices"] = "1 device" if values["gpus"] == 1 else f"{values['gpus']} devices"
-    if code is Code.PLAN_EXTRAPOLATED:
-        shown["extrapolated"] = listing(values["extrapolated"])
+    shown |= _shown_of_plan(code, values)
     if code is Code.LONGEST_WAIT:
         role = values["role"] if values["role"] in ("dispatch", "combine") else "other exchanges"
         shown |= {"role": role, "slowest": _slowest(values)}

@@ -57,7 +57,9 @@ ROUTING_COLUMNS = (
     Column(name="routing", title="routing", text=True, key=True),
     Column(name="gpus", title="devices"),
     Column(name="set_up", title="set-up", text=True),
-    Column(name="gpus_with_captured", title="needed by this set-up", legend="devices, with captured routing"),
+    Column(name="gpus_with_captured", title="needs", legend="devices of that set-up under captured routing"),
+    Column(name="ms_per_token_with_captured", title="takes per token", unit="ms", digits=1),
+    Column(name="ttft_ms_with_captured", title="first token", unit="ms", digits=0, legend="likewise"),
 )
 ALPHA_COLUMNS = (
     Column(name="phase", title="phase", text=True, key=True),
@@ -76,12 +78,12 @@ class Assumption:
     Attributes:
         routing: what was assumed.
         plan: the plan under it.
-        needed: devices that its best set-up takes under the captured routing; None without one.
+        judged: its best set-up under the captured routing, whatever the limits; None without one.
     """
 
     routing: RoutingKind
     plan: Plan
-    needed: int | None
+    judged: Candidate | None
 
 
 def plan_document(
@@ -109,6 +111,7 @@ def plan_document(
                 "moe_layers": model.moe_layers,
                 "experts": model.moe.experts,
                 "top_k": model.moe.top_k,
+                "longest": model.longest,
             },
             "targets": targets.model_dump(),
             "routing": routing,
@@ -116,18 +119,23 @@ def plan_document(
             "candidates": [_candidate(one, targets, prices, site) for one in plan.candidates],
             "rejected": [_rejected(one) for one in plan.rejected],
             "rejected_by": _grouped(plan.rejected),
-            "assumptions": [
-                {
-                    "routing": item.routing,
-                    "gpus": item.plan.candidates[0].gpus if item.plan.candidates else None,
-                    "set_up": _set_up(item.plan.candidates[0]) if item.plan.candidates else None,
-                    "gpus_with_captured": item.needed,
-                }
-                for item in assumptions
-            ],
+            "assumptions": [_assumption(item) for item in assumptions],
             "alphas": _alphas(captured),
         },
     )
+
+
+def _assumption(item: Assumption) -> dict[str, Any]:
+    best = item.plan.candidates[0] if item.plan.candidates else None
+    judged = item.judged
+    return {
+        "routing": item.routing,
+        "gpus": None if best is None else best.gpus,
+        "set_up": None if best is None else _set_up(best),
+        "gpus_with_captured": None if judged is None else judged.gpus,
+        "ms_per_token_with_captured": None if judged is None else float(judged.ms_per_token_3[1]),
+        "ttft_ms_with_captured": None if judged is None else float(judged.ttft_ms_3[1]),
+    }
 
 
 def plan_tables(document: Mapping[str, Any]) -> list[Table]:
@@ -152,7 +160,7 @@ def plan_tables(document: Mapping[str, Any]) -> list[Table]:
         tables.append(
             Table(
                 name="routing",
-                columns=ROUTING_COLUMNS,
+                columns=ROUTING_COLUMNS if document["sources"]["runs"] else ROUTING_COLUMNS[:3],
                 rows=document["assumptions"],
                 title="what other assumptions about routing lead to",
             )

@@ -29,6 +29,9 @@ from observatory.run.documents.expert_bench import load_expert_bench
 if TYPE_CHECKING:
     from observatory.run import Run
 
+#: Where loads come from without a run.
+_ASSUMED: tuple[RoutingKind, ...] = ("balanced", "power-law")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
@@ -84,17 +87,16 @@ def make_plan(request: Request) -> dict[str, Any]:
             gpus_per_node=request.gpus_per_node or request.site.gpus_per_node,
             can_replicate=kind == "captured",
         )
-        for kind in (ROUTING_KINDS if captured else (wanted,))
+        for kind in (ROUTING_KINDS if captured else _ASSUMED)
     }
     plans = {kind: planner.search() for kind, planner in planners.items()}
     assumptions = [
         Assumption(
             routing=kind,
             plan=plan,
-            needed=planners["captured"].needed(plan.candidates[0]) if plan.candidates else None,
+            judged=planners["captured"].judged(plan.candidates[0]) if captured and plan.candidates else None,
         )
         for kind, plan in plans.items()
-        if captured
     ]
     document = plan_document(
         plans[wanted],
@@ -105,7 +107,11 @@ def make_plan(request: Request) -> dict[str, Any]:
         captured=captured,
         prices=request.prices,
         site=request.site,
-        sources={"runs": [str(run.path) for run in request.runs], "hardware": list(request.hardware)},
+        sources={
+            "runs": [str(run.path) for run in request.runs],
+            "phases": list(captured.phases) if captured else [],
+            "hardware": list(request.hardware),
+        },
     )
     document["conclusion"] = conclusion_document(conclude_plan(document))
     return document

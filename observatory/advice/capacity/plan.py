@@ -191,18 +191,20 @@ class Planner:
         kept = _marked(_best_each(candidates))
         return Plan(candidates=tuple(kept), rejected=tuple(rejected))
 
-    def needed(self, one: Candidate) -> int | None:
-        """Devices that another plan's set-up takes under this routing, at the same batch.
+    def judged(self, one: Candidate) -> Candidate | None:
+        """Another plan's set-up under this routing, at the same batch, with as many devices as it then takes.
 
-        Latency targets do not count: the set-up is built already. None where it cannot run at all.
+        Limits do not count: the set-up is built already. None where it cannot run at all.
         """
         free = _without_limits(self.targets)
         planner = Planner(self.servers, self.routed, free, (one.mode,), self.gpus_per_node)
         server = self.servers[one.hardware]
+        if one.prefill_parallel is not None:
+            planner._prefills[one.hardware] = planner._one_prefill(server, one.prefill_parallel)
         memory = server.memory(one.parallel, one.sequences)
         judge = planner._together if one.mode == "together" else planner._apart
         result = judge(one.hardware, server, one.parallel, one.sequences, memory)
-        return None if isinstance(result, Reason) else result.gpus
+        return None if isinstance(result, Reason) else result
 
     def _set_ups(self, server: Host) -> Iterator[Parallel]:
         experts, heads = server.model.moe.experts, server.model.heads

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pydantic import JsonValue
+
 from observatory.advice.conclusions.reasons import Code, Conclusion, Row, chosen
 from observatory.reasons import Reason
 
@@ -10,17 +12,21 @@ _GROUNDED = 0.9
 
 
 def conclude_plan(document: Row) -> Conclusion:
-    """Of ``observatory plan``: the set-up with the fewest devices, its times, what it rests on."""
+    """Of ``observatory plan``: the set-up with the fewest devices, its times, what it rests on.
+
+    What another assumption about routing would have cost follows the set-up.
+    """
     if not document["candidates"]:
         reasons = [Reason(Code.NO_PLAN, {"set_ups": len(document["rejected"])})]
         reasons += [
             Reason(Code.NEAREST_PLAN, chosen(row, "constraint", "set_ups", "nearest"))
             for row in document["rejected_by"][:2]
         ]
-        return tuple(reasons)
+        return (*reasons, *_limits_of_inputs(document))
     best = document["candidates"][0]
     reasons = [
         Reason(Code.PLAN, chosen(best, "gpus", "gpus_low", "gpus_high", "hardware", "set_up", "sequences")),
+        *_routings(document, best["gpus"]),
         Reason(
             Code.PLAN_TIMES,
             chosen(
@@ -34,8 +40,60 @@ def conclude_plan(document: Row) -> Conclusion:
         reasons.append(Reason(Code.PLAN_ASSUMED, {"share": best["grades"]["assumed"]}))
     if best["extrapolated"]:
         reasons.append(Reason(Code.PLAN_EXTRAPOLATED, chosen(best, "extrapolated")))
-    for other in document["assumptions"]:
-        needed = other["gpus_with_captured"]
-        if other["gpus"] is not None and needed is not None and needed != other["gpus"]:
-            reasons.append(Reason(Code.PLAN_ROUTING, {**chosen(other, "routing", "gpus"), "needed": needed}))
-    return tuple(reasons)
+    return (*reasons, *_limits_of_inputs(document))
+
+
+def _routings(document: Row, planned: int) -> list[Reason]:
+    """What other routing would have led to."""
+    others = [other for other in document["assumptions"] if other["routing"] != document["routing"]]
+    if not document["sources"]["runs"]:
+        return [
+            Reason(
+                Code.PLAN_UNCAPTURED,
+                {"routing": document["routing"], "other": other["routing"], "gpus": other["gpus"]},
+            )
+            for other in others
+        ]
+    if document["routing"] != "captured":
+        others = [other for other in document["assumptions"] if other["routing"] == document["routing"]]
+    reasons = [reason for other in others if (reason := _cost(document, other, planned)) is not None]
+    same: list[JsonValue] = [other["routing"] for other in others]
+    return reasons or ([Reason(Code.PLAN_ROUTING_SAME, {"routings": same})] if same else [])
+
+
+def _cost(document: Row, other: Row, planned: int) -> Reason | None:
+    """What a set-up that was planned with another routing misses; None for nothing."""
+    if other["gpus"] is None:
+        return Reason(Code.PLAN_ROUTING_NONE, chosen(other, "routing"))
+    targets, needed = document["targets"], other["gpus_with_captured"]
+    missed = {
+        name: value
+        for name, limit in (("ms_per_token", "max_ms_per_token"), ("ttft_ms", "max_ttft_ms"))
+        if targets[limit] is not None and (value := other[f"{name}_with_captured"] or 0.0) > targets[limit]
+    }
+    if needed is None or (needed == other["gpus"] == planned and not missed):
+        return None
+    return Reason(
+        Code.PLAN_ROUTING,
+        {
+            **chosen(other, "routing", "gpus"),
+            "needed": needed,
+            "planned": planned,
+            "ms_per_token": missed.get("ms_per_token"),
+            "ttft_ms": missed.get("ttft_ms"),
+        },
+    )
+
+
+def _limits_of_inputs(document: Row) -> list[Reason]:
+    """What the inputs do not cover."""
+    reasons = []
+    phases = document["sources"]["phases"]
+    if len(phases) == 1 and document["routing"] == "captured":
+        missing = "prefill" if phases == ["decode"] else "decode"
+        reasons.append(Reason(Code.PLAN_PHASE, {"missing": missing, "phase": phases[0]}))
+    targets, longest = document["targets"], document["model"]["longest"]
+    tokens = targets["context"] + targets["output"]
+    if longest is not None and tokens > longest:
+        reasons.append(Reason(Code.PLAN_TOO_LONG, {"tokens": tokens, "longest": longest}))
+    return reasons

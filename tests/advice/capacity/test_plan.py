@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from observatory.advice.capacity.make import Request, make_plan
 from observatory.advice.capacity.site import Site, load_prices, load_site
 from observatory.advice.capacity.targets import Targets
+from observatory.advice.conclusions import conclude_plan
 from observatory.analysis.capacity.loads import BalancedLoads
 from observatory.analysis.capacity.model_shape import model_shape
 from observatory.analysis.capacity.routed import Routed
@@ -18,6 +20,8 @@ from observatory.analysis.capacity.step import Parallel, Work, captured_size
 from observatory.analysis.hardware import load_profile
 from observatory.cli import main
 from observatory.errors import PlanError
+from observatory.run import RunWriter, open_run, routing_rows
+from observatory.run.manifest import Manifest, ModelSpec, MoeLayerSpec
 from tests.analysis.capacity.configs import DEEPSEEK_V3, GPT_OSS_120B, QWEN3_30B
 
 
@@ -200,6 +204,102 @@ def test_a_hot_expert_costs_devices():
         for name, routed in (("even", balanced(QWEN3_30B)), ("hot", hot))
     }
     assert times["hot"]["experts"] == pytest.approx(8 * times["even"]["experts"], rel=0.05)
+
+
+SKEWED = {**QWEN3_30B, "num_hidden_layers": 12, "max_position_embeddings": 4000}
+
+
+def skewed_run(folder, *, phases=("decode", "prefill"), hot=8):
+    """The first ``hot`` experts get half of the assignments."""
+    manifest = Manifest(
+        run_id="skewed",
+        created_unix_s=1.0,
+        model=ModelSpec(
+            name="m",
+            hidden_size=2048,
+            dtype="bfloat16",
+            config=SKEWED,
+            moe_layers=tuple(
+                MoeLayerSpec(layer=at, module=f"m.{at}", experts=128, top_k=8) for at in range(12)
+            ),
+        ),
+    )
+    share_E = np.full(128, 0.5 / (128 - hot))
+    share_E[:hot] = 0.5 / hot
+    generator = np.random.default_rng(0)
+    with RunWriter.create(folder, manifest) as writer:
+        for first, phase in enumerate(phases):
+            for layer in range(12):
+                rows = routing_rows(
+                    step_N=np.arange(8) + 8 * first,
+                    phase_N=phase,
+                    layer_N=np.full(8, layer),
+                    source_rank=0,
+                    tokens_N=np.full(8, 2048),
+                    load_NE=generator.multinomial(2048 * 8, share_E, size=8),
+                )
+                writer.append("routing", rows)
+    return folder
+
+
+@pytest.mark.parametrize("routing", ["captured", "balanced"])
+def test_what_the_usual_assumption_costs(tmp_path, routing):
+    """With hot experts a plan is its own measure, and balance promises prompts faster than they come."""
+    run = open_run(skewed_run(tmp_path / "run"))
+    wanted = request(SKEWED, hardware=("l40s",), context=3000, output=500, max_ttft_ms=900.0)
+    document = make_plan(replace(wanted, runs=[run], routing=routing))
+    rows = {row["routing"]: row for row in document["assumptions"]}
+    assert rows["captured"]["gpus_with_captured"] == rows["captured"]["gpus"]
+    assert rows["balanced"]["gpus_with_captured"] >= rows["balanced"]["gpus"]
+    best = document["candidates"][0]
+    if routing == "captured":
+        assert best["ms_per_token"] == pytest.approx(rows["captured"]["ms_per_token_with_captured"])
+        assert best["ttft_ms"] == pytest.approx(rows["captured"]["ttft_ms_with_captured"])
+    assert document["sources"]["phases"] == ["decode", "prefill"]
+
+
+def test_the_cost_of_an_assumption_follows_the_set_up():
+    document = make_plan(request())
+    assert [row["routing"] for row in document["assumptions"]] == ["balanced", "power-law"]
+    assert document["conclusion"][1]["code"] == "plan_uncaptured"
+    balanced_row = {
+        **document["assumptions"][0],
+        "gpus": 6,
+        "gpus_with_captured": 9,
+        "ms_per_token_with_captured": 41.0,
+        "ttft_ms_with_captured": 100.0,
+    }
+    document |= {
+        "routing": "captured",
+        "assumptions": [balanced_row],
+        "sources": {"runs": ["r"], "phases": ["decode"], "hardware": []},
+        "targets": {**document["targets"], "max_ms_per_token": 40.0},
+    }
+    document["candidates"][0]["gpus"] = 8
+    reason = conclude_plan(document)[1]
+    assert (reason.code, reason.values) == (
+        "plan_routing",
+        {
+            "routing": "balanced",
+            "gpus": 6,
+            "needed": 9,
+            "planned": 8,
+            "ms_per_token": 41.0,
+            "ttft_ms": None,
+        },
+    )
+    assert "plan_phase" in {reason.code for reason in conclude_plan(document)}
+    balanced_row |= {"gpus": 8, "gpus_with_captured": 8, "ms_per_token_with_captured": 20.0}
+    document["assumptions"] = [balanced_row]
+    assert conclude_plan(document)[1].code == "plan_routing_same"
+
+
+def test_what_a_run_does_not_cover_is_stated(tmp_path):
+    run = open_run(skewed_run(tmp_path / "run", phases=("prefill",)))
+    document = make_plan(replace(request(SKEWED, context=3990, output=20), runs=[run], routing=None))
+    reasons = [dict(reason) for reason in document["conclusion"]]
+    assert {"code": "plan_phase", "missing": "decode", "phase": "prefill"} in reasons
+    assert {"code": "plan_too_long", "tokens": 4010, "longest": 4000} in reasons
 
 
 def test_windows_keep_no_more_than_the_sequence():
