@@ -74,7 +74,7 @@ def write_comparison(
     parts = [
         _Part(
             id=f"comparison-{number}",
-            title=f"{_short(item['base'])} and {_short(item['other'])}",
+            title=_title(item),
             lines=[*map(plain, heading(item)), *map(plain, compare_sentences(item))],
             sections=list(_comparison_sections(item, number)),
         )
@@ -164,8 +164,14 @@ def _without_values(document: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _short(subject: Mapping[str, Any]) -> str:
-    return shorten(Path(subject["name"]).name or subject["name"], 40)
+def _title(item: Mapping[str, Any]) -> str:
+    """The two by what sets them apart: models, data, or where they are."""
+    base, other = item["base"], item["other"]
+    if base["model"] != other["model"]:
+        on = f" on {base['data']}" if base["data"] == other["data"] and base["data"] else ""
+        return shorten(f"{base['model']} and {other['model']}{on}", 80)
+    names = (shorten(Path(subject["name"]).name or subject["name"], 40) for subject in (base, other))
+    return " and ".join(names)
 
 
 def _comparison_sections(item: Mapping[str, Any], number: int) -> Iterator[Section]:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from selenium import webdriver
 
+from observatory.cli import main
 from observatory.reports import write_report
+from tests.analysis.compare.made import made_run
 from tests.reports.browsing import show
 from tests.reports.sample_power import a_power_run, a_sweep
 from tests.reports.sample_runs import MODELS, write_grid
@@ -35,11 +37,32 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report([*runs, a_power_run(folder / "power")], folder / "page.html", clocks=[sweep])
 
 
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs next to each other."""
+    folder = tmp_path_factory.mktemp("comparison")
+    runs = [str(made_run(folder / name, seed=seed, skew=seed)) for seed, name in enumerate(("a", "b"))]
+    out = folder / "page.html"
+    assert main(["compare", *runs, "--fail-if", "decode.ms > +99 %", "--html", str(out)]) == 0
+    return out
+
+
 @pytest.mark.parametrize(("width", "scheme"), [(1440, "light"), (1440, "dark"), (390, "light")])
-def test_axe_has_nothing_to_say(browser: webdriver.Chrome, page: Path, width: int, scheme: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [("page", ["key-figure", "power-timeline"]), ("comparison", ["differences-1", "layers-1-figure"])],
+)
+def test_axe_has_nothing_to_say(
+    browser: webdriver.Chrome,
+    request: pytest.FixtureRequest,
+    name: str,
+    figures: list[str],
+    width: int,
+    scheme: str,
+) -> None:
     if not AXE.is_file():
         pytest.skip(f"axe-core is not installed: {AXE} is missing (make axe)")
-    show(browser, page, width=width, scheme=scheme, figures=["key-figure", "power-timeline"])
+    show(browser, request.getfixturevalue(name), width=width, scheme=scheme, figures=figures)
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     # The page's own policy runs no other scripts, so it is put in by the debugger.
     source = AXE.read_text(encoding="utf-8")

@@ -28,7 +28,7 @@ def conclude_comparison(document: Row) -> Conclusion:
     counts = {
         "changed": len(changed),
         "tested": len(tested),
-        "which": item["other"]["name"] if several else None,
+        "which": _which(item) if several else None,
     }
     facts = [reason["code"] for reason in item["confounders"] if reason["code"].startswith("other_")]
     concluded = [Reason(Code.CHANGED, {**values, **counts})]
@@ -37,6 +37,13 @@ def conclude_comparison(document: Row) -> Conclusion:
     if row["metric"] in _FIRST_NAMED:
         concluded.append(Reason(Code.REPEAT_RUNS))
     return tuple(concluded)
+
+
+def _which(item: Row) -> str:
+    """The other side of a comparison, by its model and data where that sets it apart."""
+    base, other = item["base"], item["other"]
+    apart = base["model"] != other["model"] and other["data"]
+    return f"{other['model']} on {other['data']}" if apart else str(other["name"])
 
 
 def _rank_of_change(pair: tuple[Row, Row]) -> tuple[int, float]:

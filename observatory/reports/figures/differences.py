@@ -34,7 +34,7 @@ def difference_dots(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     reach = _reach(rows)
     figure = empty_figure(
         110 + _ROW_HEIGHT * len(rows),
-        x=axis("difference, % of the baseline", range=[-reach, reach]),
+        x=axis("difference, %", range=[-reach, reach]),
         y=axis("", type="category", autorange="reversed", showgrid=False, ticks=""),
     )
     figure.add_vline(x=0, line=line("ink", 1, "dot"))
@@ -67,7 +67,7 @@ def layer_dots(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     figure = empty_figure(
         320,
         x=axis("MoE layer", dtick=max(1, len(rows) // 12)),
-        y=axis("difference, % of the baseline", range=[-_reach(rows), _reach(rows)]),
+        y=axis("difference, %", range=[-_reach(rows), _reach(rows)]),
     )
     figure.add_hline(y=0, line=line("ink", 1, "dot"))
     for verdicts, name, colour, symbol in _GROUPS:
