@@ -112,7 +112,7 @@ _SENTENCES = {
     Code.CHANGED: "changed beyond noise: {changed} of {tested} quantities, first {name}{of_which}: {change}",
     Code.ALL_SAME: "same within noise: all {tested} quantities that could be tested",
     Code.IDENTICAL: "identical: all {tested} quantities that could be tested",
-    Code.NO_DIFFERENCE_KNOWN: "nothing has an interval, so no difference can be called real",
+    Code.NO_DIFFERENCE_KNOWN: "no difference could be tested, for the reasons above",
     Code.BOTH_DIFFER: "what else differs: {facts}",
     Code.LEVEL_CHANGED: "{changes} changes of level, first {name}{of_layer} from {from} on: {change}",
     Code.ALSO_CHANGED: "there also changed: {facts}",

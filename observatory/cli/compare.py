@@ -96,8 +96,9 @@ def compare(
         items = document["comparisons"]
         for place, item in enumerate(items if len(items) <= _MOST_SHOWN else ()):
             print_text([*([""] if place or compared.architectures else []), *heading(item), ""])
-            print_tables(compare_tables(item), wide=wide)
-            print_text([LEGEND, "", *compare_sentences(item)])
+            tables = compare_tables(item)
+            print_tables(tables, wide=wide)
+            print_text([*([LEGEND, ""] if tables else []), *compare_sentences(item)])
         if len(items) > _MOST_SHOWN:
             print_text(["", f"{len(items)} comparisons: their rows are in --json, --csv and --html"])
         print_conclusion(conclusion)

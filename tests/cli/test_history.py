@@ -50,3 +50,21 @@ def test_a_folder_without_runs_or_with_few_says_so(
     document = json.loads(capsys.readouterr().out)
     assert document["conclusion"][0]["code"] == "too_few_points"
     assert {track["reason"]["code"] for track in document["series"][0]["tracks"]} == {"few_points"}
+
+
+def test_a_run_whose_rows_fold_steps_is_a_series_of_its_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made_run(tmp_path / "folded", steps=40, window_steps=4, phases=("train_forward",), times=False)
+    assert main(["history", str(run), "--json"]) == 0
+    (series,) = json.loads(capsys.readouterr().out)["series"]
+    assert len(series["points"]) == 40
+    assert {track["name"] for track in series["tracks"]} == {
+        f"train_forward.{metric}" for metric in ("gini", "entropy_bits", "dead_experts", "expert_drift")
+    }
+    assert main(["compare", str(run), str(made_run(tmp_path / "other", steps=12)), "--json"]) == 0
+    compared = json.loads(capsys.readouterr().out)
+    codes = {row["name"]: row["reason"]["code"] for row in compared["comparisons"][0]["rows"]}
+    assert codes["train_forward.gini"] == "one_side"
+    assert codes["prefill.activated_experts"] == "steps_folded"
+    assert compared["conclusion"] == [{"code": "no_difference_known"}]

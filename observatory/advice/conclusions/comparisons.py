@@ -14,7 +14,9 @@ def conclude_comparison(document: Row) -> Conclusion:
     rows = [(item, row) for item in document["comparisons"] for row in item["rows"]]
     tested = [(item, row) for item, row in rows if row["adjusted_p"] is not None]
     if not tested:
-        return (Reason(Code.NO_DIFFERENCE_KNOWN), Reason(Code.MORE_STEPS))
+        few = any(row["reason"] is not None and row["reason"]["code"] == "few_steps" for _, row in rows)
+        next_step = (Reason(Code.MORE_STEPS),) if few else ()
+        return (Reason(Code.NO_DIFFERENCE_KNOWN), *next_step)
     changed = [(item, row) for item, row in tested if row["verdict"] in ("higher", "lower")]
     if all(row["verdict"] == "identical" for _, row in tested):
         return (Reason(Code.IDENTICAL, {"tested": len(tested)}),)

@@ -202,7 +202,9 @@ def _distance(share_E: Float64, first_E: Float64) -> float:
 def history_of_steps(subject: Subject) -> list[History]:
     """Changes inside one run, phase by phase."""
     histories = []
-    for phase in dict.fromkeys(key.phase for key in subject.series):
+    for phase in dict.fromkeys(
+        [*(key.phase for key in subject.series), *(name for name, _ in subject.loads)]
+    ):
         tracks = [
             Track(key=key, at_N=item.step_N, value_N=item.sample_N)
             for key, item in subject.series.items()

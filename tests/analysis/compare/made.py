@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from observatory.run import RunWriter, routing_rows
@@ -41,6 +43,7 @@ def made_run(
     phases: tuple[str, ...] = ("prefill", "decode"),
     tokens: int = 64,
     times: bool = True,
+    window_steps: int = 1,
     host: str = "node-a",
     share: Callable[[int], Float64] | None = None,
     config: dict[str, object] | None = None,
@@ -52,6 +55,7 @@ def made_run(
         seed: of its times.
         tokens_seed: of its loads; None: those of ``seed``. Equal seeds give equal loads.
         ms: mean time of a step; its noise is 5 %.
+        window_steps: steps that each row folds; it is made as one step is.
         skew: how much more the first experts get.
         share: shares of the experts in a step; None: by ``skew``.
         config: options of the manifest, on top of the seed of the tokens.
@@ -61,6 +65,7 @@ def made_run(
         run_id=f"id-{path.name}",
         created_unix_s=started,
         ended_unix_s=started + 1.0,
+        window_steps=window_steps,
         config={"seed": loads_seed, "steps": steps, **(config or {})},  # type: ignore[dict-item]
         hosts=(HostSpec(name=host),),
         model=ModelSpec(
@@ -79,12 +84,13 @@ def made_run(
         for number, phase in enumerate(phases):
             noise = autoregressive(steps, seed=1000 * number + seed)
             for step in range(steps):
-                at = number * steps + step
+                at = (number * steps + step) * window_steps
                 shares = share(at) if share is not None else np.exp(-skew * np.arange(experts) / experts)
                 chances = np.asarray(shares) / np.sum(shares)
                 writer.append(
                     "routing",
-                    routing_rows(
+                    folded_rows(
+                        window_steps,
                         step_N=np.full(layers, at),
                         phase_N=phase,
                         layer_N=np.arange(layers),
@@ -102,10 +108,16 @@ def made_run(
                 )  # fmt: skip
                 start_ns += lasts_ns + 1000
         if times and spans:
-            import pyarrow as pa
-
             writer.append("spans", pa.Table.from_pylist(spans, schema=SPAN_SCHEMA))
     return path
+
+
+def folded_rows(window_steps: int, **columns: Any) -> pa.Table:
+    """Routing rows that state how many steps they fold."""
+    rows = routing_rows(**columns)
+    place = rows.schema.get_field_index("window_steps")
+    windows = pa.array(np.full(len(rows), window_steps, dtype=np.int32))
+    return rows.set_column(place, rows.schema.field(place), windows)
 
 
 def series_of_runs(folder: Path, *, model: str = "made", runs: int = 14) -> Path:
