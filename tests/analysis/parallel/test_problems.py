@@ -210,6 +210,14 @@ def test_new_ranks_are_numbered_like_those_of_today() -> None:
     assert renumbered(turned, holders(today, 6), two_nodes)[0, 2].tolist() == [1, 3]
 
 
+def test_experts_that_the_same_steps_activate_are_parted() -> None:
+    """Two groups of experts take turns: each rank can have one of each, and then one is active."""
+    load_SLE = np.zeros((32, 1, 16), dtype=np.int64)
+    load_SLE[::2, 0, :8] = load_SLE[1::2, 0, 8:] = np.random.default_rng(0).integers(1, 50, (16, 8))
+    slot_PK = solve(Problem(load_SLE=load_SLE, ranks=8, objective=Objective.ACTIVE)).slot_LPK[0]
+    assert np.sort(slot_PK // 8, axis=1).tolist() == [[0, 1]] * 8
+
+
 def test_experts_that_are_always_active_are_parted_where_activation_counts() -> None:
     """Experts 0 and 1 are active in all steps; 2 has all tokens of one step, so its mean load is largest."""
     load_SLE = np.zeros((16, 1, 4))

@@ -37,6 +37,8 @@ from observatory.errors import PlacementError
 
 #: Weight of an expert's load next to the probability that it is activated.
 _TIE = 0.005
+#: Fewer steps do not show which experts are activated together; and standard errors that count as scatter.
+_FEWEST_JUDGED, _BEYOND_SCATTER = 8, 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -226,7 +228,7 @@ def _fresh(problem: Problem, load_SLE: Float64, tokens: Structure | None, seed: 
     if problem.objective is Objective.ACTIVE and problem.replicas and problem.groups == 1:
         return _few_activated(problem, load_SLE)
     if problem.objective is Objective.ACTIVE:
-        return layout_of_mean(problem, _activated(problem, load_SLE), seed=seed)
+        return _activation_layout(problem, load_SLE, seed)
     expected_LE, scenario_SLE = _forecast(problem, load_SLE)
     start = layout_of_mean(problem, expected_LE, tokens, is_greedy=True)
     node_P = problem.node_P
@@ -247,6 +249,58 @@ def _activated(problem: Problem, load_SLE: Float64) -> Float64:
     active_LE, _ = _forecast(problem, (load_SLE > 0).astype(np.float64))
     tie_LE = expected_LE / np.maximum(expected_LE.mean(axis=1), 1e-300)[:, None]
     return np.asarray((1 - np.exp(-expected_LE) + active_LE) / 2 + _TIE * tie_LE)
+
+
+def _activation_layout(problem: Problem, load_SLE: Float64, seed: int) -> Int64:
+    """A layout without replicas, or in groups, that lets the rank with most activated experts have few.
+
+    Made for the probability that experts are activated, each by itself; in layers where steps activate
+    experts together, for the steps. These are the layers in which such a layout of the earlier half of the
+    steps is better on the later half, beyond the scatter of these.
+    """
+
+    def alone(load_SLE: Float64) -> Int64:
+        return layout_of_mean(problem, _activated(problem, load_SLE), seed=seed)
+
+    slot_LPK = alone(load_SLE)
+    first_SLE, second_SLE = np.array_split(load_SLE, 2)
+    if problem.groups > 1 or problem.speed_P is not None or len(second_SLE) < _FEWEST_JUDGED:
+        return slot_LPK
+    active_SLE = (second_SLE > 0).astype(np.float64)
+    most_SL, most_parted_SL = (
+        written_times(active_SLE, made_LPK, None).max(axis=2)
+        for made_LPK in (alone(first_SLE), _parted(problem, first_SLE))
+    )
+    gain_SL = most_SL - most_parted_SL
+    error_L = gain_SL.std(axis=0) / np.sqrt(len(gain_SL))
+    is_together_L = gain_SL.mean(axis=0) > _BEYOND_SCATTER * error_L
+    if is_together_L.any():
+        slot_LPK = np.where(is_together_L[:, None, None], _parted(problem, load_SLE), slot_LPK)
+    return slot_LPK
+
+
+def _parted(problem: Problem, load_SLE: Float64) -> Int64:
+    """A layout without replicas that parts experts which the same steps activate.
+
+    The likeliest first, each goes to the rank on which steps that activate it activate fewest others; then
+    experts are exchanged while the rank with most of them has fewer in these steps.
+    """
+    likely_LE = _activated(problem, load_SLE)
+    _, active_SLE = _forecast(problem, (load_SLE > 0).astype(np.float64))
+    steps, layers, experts = active_SLE.shape
+    slots = slots_per_rank(experts, problem.ranks, 0)
+    slot_LPK = np.full((layers, problem.ranks, slots), -1, dtype=np.int64)
+    for layer, slot_PK in enumerate(slot_LPK):
+        held_P = np.zeros(problem.ranks, dtype=np.int64)
+        count_SP = np.zeros((steps, problem.ranks))
+        for expert in np.argsort(-likely_LE[layer], kind="stable").tolist():
+            active_S = active_SLE[:, layer, expert]
+            together_P = active_S @ count_SP + _TIE * count_SP.sum(axis=0)
+            rank = int(np.where(held_P < slots, together_P, np.inf).argmin())
+            slot_PK[rank, held_P[rank]] = expert
+            held_P[rank] += 1
+            count_SP[:, rank] += active_S
+    return steps_layout(active_SLE, slot_LPK)
 
 
 def _blocks(problem: Problem) -> Int64:
