@@ -36,7 +36,7 @@ SPANS = ("count_exchange", "dispatch", "experts", "combine")
 QUIET = 0.25
 NONE = "\u2013"
 #: Assumed rate at which experts come from the host, where only half of them fit into a rank's memory.
-HOST_BYTES_PER_S = 1e9
+HOST_BYTES_PER_S = 1e8
 MODELS = ("tiny-mha", "tiny-mla", "tiny-gqa", "tiny-mamba2", "tiny-gdn")
 #: Row of the advice -> options of the run that makes the change.
 CHANGES: dict[str, tuple[str, ...]] = {
@@ -165,7 +165,8 @@ def models() -> Iterator[str]:
                 for phase, in_half in zip(run["phases"], short["phases"], strict=True):
                     gains: dict[str, dict[str, Any]] = {}
                     for row in phase["verdicts"]:
-                        gains.setdefault(row["change"], row)
+                        if row["gain"] is not None:
+                            gains.setdefault(row["change"], row)
                     cells = [cell(gains[change]) if change in gains else NONE for change in changes]
                     for ending in caches:
                         rows = (row for row in in_half["verdicts"] if row["setting"].endswith(ending))
