@@ -131,7 +131,7 @@ def models() -> Iterator[str]:
         "perfect balance", "ceiling", "placement", "replicas", "per-step dispatch", "activated dispatch",
         "least-loaded spill", "hierarchical", "deduplication", "route or fetch",
     )  # fmt: skip
-    caches = ("last used", "ahead")
+    caches = {"cache, last used": "last used", "prefetch": "ahead"}
     yield "| model, phase, EP | " + " | ".join((*changes, *caches)) + " |"
     yield "|---" * (len(changes) + len(caches) + 1) + "|"
     with tempfile.TemporaryDirectory() as name:
@@ -168,7 +168,7 @@ def models() -> Iterator[str]:
                         if row["gain"] is not None:
                             gains.setdefault(row["change"], row)
                     cells = [cell(gains[change]) if change in gains else NONE for change in changes]
-                    for ending in caches:
+                    for ending in caches.values():
                         rows = (row for row in in_half["verdicts"] if row["setting"].endswith(ending))
                         cells.append(next((cell(row, "beyond") for row in rows), NONE))
                     yield f"| {model}, {phase['phase']}, {ranks} | " + " | ".join(cells) + " |"
