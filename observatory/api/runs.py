@@ -134,6 +134,31 @@ class Run(reader.Run):
         )
         return frame
 
+    def compare(self, other: reader.Run, *, layers: bool = False) -> pd.DataFrame:
+        """What another run does differently, this run being the baseline.
+
+        Args:
+            other: the run to compare.
+            layers: a row per MoE layer instead of one per quantity of the whole run.
+
+        Returns:
+            The columns of ``rows`` or ``layers`` of ``observatory compare --json`` (docs/json.md).
+
+        Raises:
+            LoadError: loads of a run are negative or inconsistent.
+        """
+        import pandas as pd
+
+        from observatory.analysis.compare.collect import measure_run, own_degrees
+        from observatory.analysis.compare.comparing import compare_subjects
+        from observatory.analysis.compare.document import row_document
+
+        degrees = sorted({*own_degrees(self), *own_degrees(other)})
+        base, changed = (measure_run(run, degrees=degrees) for run in (self, other))
+        compared = compare_subjects(base, changed)
+        rows = [row_document(row) for row in (compared.layers if layers else compared.rows)]
+        return pd.DataFrame(rows)
+
     def report(
         self,
         path: str | os.PathLike[str],

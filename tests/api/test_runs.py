@@ -10,6 +10,7 @@ import pytest
 
 import observatory
 from observatory.errors import EnergyError, RunError
+from tests.analysis.compare.made import made_run
 from tests.collectives.bench.runs import write_captured_run
 from tests.conftest import MakeRun
 
@@ -75,3 +76,14 @@ def test_opening_and_analysing_a_run_needs_no_torch(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("ranks 2, state complete> False\n")
+
+
+def test_two_runs_are_compared(tmp_path: Path) -> None:
+    base, other = (
+        observatory.open_run(made_run(tmp_path / name, seed=seed, skew=2.0 * seed))
+        for seed, name in enumerate(("base", "other"))
+    )
+    rows = base.compare(other).set_index("name")
+    assert rows.loc["prefill.gini", "verdict"] == "higher"
+    assert rows.loc["prefill.gini", "relative_low"] > 0
+    assert base.compare(other, layers=True)["layer"].tolist().count(1) == 10

@@ -234,6 +234,8 @@ def test_further_runs_of_the_baseline_widen_intervals(
     assert row(compared, "decode.ms")["verdict"] == "same"
     assert row(compared, "decode.ms")["runs"] == 4
     assert row(compared, "decode.gini")["verdict"] == "identical"
+    elsewhere = made_run(tmp_path / "elsewhere", seed=10, tokens_seed=10)  # other tokens of one distribution
+    assert row(document(capsys, runs[0], elsewhere, *repeats), "decode.gini")["verdict"] == "same"
     assert "several_runs" in {reason["code"] for reason in compared["comparisons"][0]["confounders"]}
     assert main(["compare", str(runs[0]), str(other), "--repeat", str(runs[1])]) == 1
     assert "two --repeat" in capsys.readouterr().err

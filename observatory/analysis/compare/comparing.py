@@ -148,10 +148,15 @@ class _Sides:
         return self.base.tokens is not None and self.base.tokens == self.other.tokens
 
     def runs_of(self, key: Key, left: Series) -> Float64 | None:
-        """Values of all runs of the baseline; None where it is one run, or where a run has none."""
+        """Values of all runs of the baseline; None where it is one run, or a run has none, or all are equal.
+
+        Runs that route the same tokens are equal, and show nothing of how other tokens would be routed.
+        """
         values = [series[key].value for series in self.repeats if key in series]
-        known = bool(values) and len(values) == len(self.repeats)
-        return np.array([left.value, *values]) if known else None
+        if not values or len(values) < len(self.repeats):
+            return None
+        runs_R = np.array([left.value, *values])
+        return runs_R if np.ptp(runs_R) > 1e-12 * np.abs(runs_R).max() else None
 
 
 def align_layers(base: Subject, other: Subject) -> tuple[Reason, list[tuple[int, int]]]:

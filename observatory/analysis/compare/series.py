@@ -206,14 +206,10 @@ def difference_of_runs(base_R: Float64, other: Series) -> Difference:
     / R, with R - 1 degrees of freedom.
     """
     count, value = len(base_R), float(base_R.mean())
-    deviation = float(base_R.std(ddof=1))
-    if deviation <= 1e-12 * abs(value):
-        deviation = 0.0
-    error = deviation * float(np.sqrt(1 + 1 / count)), float(count - 1)
-    change = other.value - value
-    if deviation == 0 and abs(change) <= 1e-12 * abs(value):
-        change = 0.0
-    return replace(_with_error(change, value, error, paired=False, steps=other.steps), runs=count)
+    error = float(base_R.std(ddof=1)) * float(np.sqrt(1 + 1 / count)), float(count - 1)
+    return replace(
+        _with_error(other.value - value, value, error, paired=False, steps=other.steps), runs=count
+    )
 
 
 def _with_error(change: float, base: float, error: _Error, *, paired: bool, steps: int) -> Difference:
