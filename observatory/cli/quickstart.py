@@ -25,6 +25,7 @@ def quickstart(
         EXCHANGE_MODEL,
         quickstart_exchanges,
         quickstart_grid,
+        quickstart_simulated,
     )
     from observatory.campaign.quickstart_network import quickstart_network, quickstart_route_fetch
     from observatory.campaign.quickstart_plan import quickstart_plan
@@ -54,8 +55,9 @@ def quickstart(
         if (result.cell.job.model, result.cell.job.data) == (EXCHANGE_MODEL, EXCHANGE_DATA)
     ]
     plan = quickstart_plan([*alone, *runs], network.model, out / "exchanges", report=say)
+    simulated = quickstart_simulated(out / "simulated-device", report=say)
     report = write_report(
-        [*(result.run for result in results), *runs],
+        [*(result.run for result in results), *runs, *simulated],
         out / "report.html",
         title="Quickstart: five trained MoE models, six data conditions, 1 to 4 ranks",
         ep_degrees=config.ep,

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-#: Stands in every table that shows the device.
-SIMULATED_UUID = "GPU-simulated"
+#: Stands in every table and figure that shows the device.
+SIMULATED_UUID = "simulated device"
 _IDLE_MW, _BUSY_MW, _LIMIT_MW = 90_000, 420_000, 700_000
 _PERIOD_S, _HALF_WAVE_S = 0.05, 1.5
 
@@ -46,13 +46,18 @@ def simulated_rows(seconds: float) -> pa.Table:
     return pa.table({"device_uuid": [SIMULATED_UUID] * time_s.size, **columns})
 
 
+def write_simulated(out: Path, *, seconds: float) -> None:
+    """Write a recording of so many seconds."""
+    pq.write_table(simulated_rows(seconds), out)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the recording."""
     parser = argparse.ArgumentParser(prog="python -m observatory.devices.simulated", description=__doc__)
     parser.add_argument("out", type=Path, help="Parquet file to write")
     parser.add_argument("--seconds", type=float, default=600.0, help="length of the recording (default: 600)")
     arguments = parser.parse_args(argv)
-    pq.write_table(simulated_rows(arguments.seconds), arguments.out)
+    write_simulated(arguments.out, seconds=arguments.seconds)
     sys.stderr.write(f"{arguments.out}: {arguments.seconds:g} s of a simulated GPU; nothing was measured\n")
     return 0
 

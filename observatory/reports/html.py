@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 import observatory
+from observatory.devices.simulated import SIMULATED_UUID
 from observatory.errors import PlaceTakenError, RunError
 from observatory.reports.documents import report_documents
 from observatory.reports.embed import content_security_policy, packed_json, script_json, script_text
@@ -272,7 +273,8 @@ def _grouped(variants: Iterable[Variant], attribute: str) -> list[_Group]:
 def _pictures(variant: Variant, block: FigureBlock) -> dict[str, Markup]:
     """The picture for a page and for a phone."""
     wide = _NARROW_PX if block.narrow else _WIDE_PX
-    return {"wide": draw(variant.figure, wide), "small": draw(variant.figure, _PHONE_PX)}
+    mark = SIMULATED_UUID if SIMULATED_UUID in variant.keys.get("model", "") else ""
+    return {name: draw(variant.figure, px, mark=mark) for name, px in (("wide", wide), ("small", _PHONE_PX))}
 
 
 def _packed(block: FigureBlock, tables: Callable[[Table], Markup]) -> Markup:

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from observatory.analysis.network import load_network
+from observatory.campaign import quickstart as simulated
 from observatory.campaign import quickstart_network as quickstart
+from observatory.devices.simulated import SIMULATED_UUID
+from observatory.reports import write_report
+from observatory.reports.frames.collect import collect
+from observatory.reports.outline import build_sections
+from observatory.reports.page import FigureBlock
+from observatory.reports.sections import verdicts
+from observatory.run import open_run
 from observatory.run.documents.bench import load_bench
 from observatory.run.documents.route_fetch import load_route_fetch
 from tests.collectives.bench.runs import write_captured_run
@@ -80,3 +88,39 @@ def test_routes_and_fetches_are_measured_once_and_kept(
     path.write_text("{")
     quickstart.quickstart_route_fetch(tmp_path, report=reported.append)
     assert [line.rpartition(": ")[2] for line in reported] == ["measuring", "kept", "measuring"]
+
+
+@pytest.mark.slow
+def test_all_that_is_of_a_simulated_device_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulated, "_SIMULATED_STEPS", 40)
+    out = tmp_path / "simulated-device"
+    (run,) = simulated.quickstart_simulated(out, report=lambda _: None)
+    assert simulated.quickstart_simulated(out, report=lambda _: None) == [run], "kept"
+    frames = collect([open_run(run)], ep_degrees=(4,), gpus_per_node=4)
+    assert list(frames.runs["label"]) == [f"tiny-gqa ({SIMULATED_UUID})"]
+    for verdict in verdicts(frames):
+        if verdict.part in ("Energy", "Clocks"):
+            assert all("simulated device" in text.lower() for text in verdict.sentences)
+    figures = [
+        block
+        for section in build_sections(frames, gpus_per_node=4)
+        if section.id in ("power", "energy")
+        for block in section.blocks
+        if isinstance(block, FigureBlock)
+    ]
+    assert figures
+    for figure in figures:
+        for variant in figure.variants:
+            assert SIMULATED_UUID in variant.note
+            assert SIMULATED_UUID in variant.keys["model"]
+            assert SIMULATED_UUID in variant.numbers.caption or figure.id == "power-timeline"
+    page = write_report([run], tmp_path / "report.html", ep_degrees=(4,)).read_text(encoding="utf-8")
+    drawn = page.split('id="power-timeline"')[1].split("</figure>")[0]
+    assert f">{SIMULATED_UUID}</text>" in drawn
+    assert all("simulated-device" in str(path) for path in out.rglob("*"))
+
+
+def test_a_place_that_cannot_name_a_device_has_no_simulated_run(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert simulated.quickstart_simulated(tmp_path / "a,b", report=said.append) == []
+    assert "comma" in said[0]

@@ -256,6 +256,7 @@ def keep_results(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "campaign.prefix_cache.run_reuse": reuse,
         "cli.cells.run_grid": cells,
         "campaign.quickstart.quickstart_exchanges": lambda *_, **__: [run],
+        "campaign.quickstart.quickstart_simulated": lambda *_, **__: [],
         "campaign.quickstart_network.quickstart_network": lambda *_, **__: NetworkFiles(
             bench=(), replay=run, model=tmp / "fit.json"
         ),

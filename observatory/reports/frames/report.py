@@ -23,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 
+from observatory.devices.simulated import SIMULATED_UUID
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.exchanges import ExchangeFrames
 from observatory.reports.frames.frequency import ClockFrames
@@ -60,6 +61,11 @@ class RunFacts:
     def condition(self) -> str:
         """Name of the data condition."""
         return self.manifest.data.condition if self.manifest.data else NOT_STATED
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether its power is that of a simulated device."""
+        return SIMULATED_UUID in self.manifest.device_specs
 
     @property
     def kind(self) -> str:
@@ -107,8 +113,11 @@ class ReportFrames:
 
         A model that was spread over ranks as well would stand there twice.
         """
-        runs = self.runs.assign(model=[fact.manifest.model.name for fact in self.facts])
-        conditions = runs.groupby(["model", "ranks"])["condition"].transform("nunique")
+        runs = self.runs.assign(
+            model=[fact.manifest.model.name for fact in self.facts],
+            simulated=[fact.is_simulated for fact in self.facts],
+        )
+        conditions = runs.groupby(["model", "ranks", "simulated"])["condition"].transform("nunique")
         most = conditions.groupby(runs["model"]).transform("max")
         return rows[rows["run"].isin(runs.loc[conditions == most, "run"])]
 
@@ -163,7 +172,9 @@ def label_runs(facts: tuple[RunFacts, ...]) -> list[str]:
     A number of ranks over one is added where it differs, and the position in the report where nothing
     else does.
     """
-    labels = [fact.manifest.model.name for fact in facts]
+    labels = [
+        f"{fact.manifest.model.name}{f' ({SIMULATED_UUID})' if fact.is_simulated else ''}" for fact in facts
+    ]
     suffixes: tuple[Callable[[RunFacts], str], ...] = (
         lambda fact: f" ({fact.manifest.topology.ranks} ranks)" if fact.manifest.topology.ranks > 1 else "",
         lambda fact: f" (run {fact.run + 1})",

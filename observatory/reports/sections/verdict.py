@@ -25,6 +25,7 @@ from observatory.advice.conclusions import (
 from observatory.advice.route_fetch import RouteFetchCode, conclude_maps
 from observatory.advice.route_fetch_words import route_fetch_sentences
 from observatory.advice.words import conclusion_sentences
+from observatory.devices.simulated import SIMULATED_UUID
 from observatory.reports.frames.plan import PlannedFile
 from observatory.reports.frames.report import ReportFrames, each_row
 from observatory.reports.frames.route_fetch import RouteFetchFile
@@ -185,7 +186,7 @@ def _of_counts(frames: ReportFrames) -> Iterator[Number]:
         yield Number(value=number(row.gini, 2), meaning=plain(meaning), section="grid")
 
 
-def _number(conclusion: Conclusion, section: str) -> Number | None:
+def _number(conclusion: Conclusion, section: str, ending: str) -> Number | None:
     """The number that says most of a conclusion."""
     values: dict[str, Any] = {}
     for reason in conclusion:
@@ -217,7 +218,7 @@ def _number(conclusion: Conclusion, section: str) -> Number | None:
             meaning = f"the mean load on the busiest expert of layer {values['layer']} in {values['phase']}"
         case _:
             return None
-    return Number(value=value, meaning=plain(meaning), section=section)
+    return Number(value=value, meaning=plain(meaning) + ending, section=section)
 
 
 def key_figure(sections: Sequence[Section], shown: Sequence[Verdict]) -> FigureBlock | None:
@@ -247,16 +248,19 @@ def _verdict(
     sentences = [f"{text[:1].upper()}{text[1:]}" for text in map(plain, conclusion_sentences(conclusion))]
     is_last_next = conclusion[-1].code in NEXT_STEPS
     name = whose if isinstance(whose, str) else run_text(frames, whose)
+    # Of a simulated device nothing was measured: whatever is quoted says so itself.
+    simulated = section in ("energy", "power") and SIMULATED_UUID in name
+    said = [f"Simulated device: {text[:1].lower()}{text[1:]}" if simulated else text for text in sentences]
     return Verdict(
         part=part,
         section=section,
-        whose=name if len(concluded) > 1 else "",
-        sentences=tuple(f"{text}." for text in (sentences[:-1] if is_last_next else sentences)),
+        whose=name if len(concluded) > 1 or simulated else "",
+        sentences=tuple(f"{text}." for text in (said[:-1] if is_last_next else said)),
         next_step=sentences[-1] if is_last_next and conclusion[-1].code is not Code.OPEN_REPORT else "",
         choices=() if isinstance(whose, str) else _choices(frames, whose, conclusion),
         stake=stake(conclusion) if is_share else None,
         is_change=conclusion[0].code in _CHANGES,
-        number=_number(conclusion, section),
+        number=_number(conclusion, section, f" ({SIMULATED_UUID})" if simulated else ""),
         figure=_FIGURES[section],
         formula=formula_anchor(_FORMULAS[section]),
         keys={} if isinstance(whose, str) else _keys(frames, whose, conclusion),
@@ -331,8 +335,9 @@ def _changes(frames: ReportFrames) -> Iterator[tuple[int, Conclusion]]:
 
 def _routing(frames: ReportFrames) -> Iterator[tuple[int, Conclusion]]:
     """Of runs on real text; of all where none is."""
-    runs = frames.runs[frames.runs["kind"] == "real"]
-    for run in (runs if len(runs) else frames.runs)["run"]:
+    compared = frames.compared(frames.runs)
+    runs = compared[compared["kind"] == "real"]
+    for run in (runs if len(runs) else compared)["run"]:
         layers = _of_run(frames.layers, run)
         if layers:
             yield run, conclude_routing({"layers": layers}, frames.facts[run].path)

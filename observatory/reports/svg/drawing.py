@@ -28,7 +28,7 @@ from observatory.reports.svg.marks import (
     values,
 )
 from observatory.reports.svg.markup import coordinate, element, label, label_width, paint
-from observatory.reports.theme import DIVERGING, HEAT_LEVELS
+from observatory.reports.theme import DIVERGING, HEAT_LEVELS, light
 
 _TICK_PX, _LABEL, _TITLE, _LEGEND = 4, 12.0, 13.0, 12.0
 _LEGEND_ROW_PX, _KEY_PX = 19, 30
@@ -46,8 +46,14 @@ class _Box:
     bottom: float
 
 
-def draw(figure: go.Figure, width: int) -> Markup:
-    """The figure ``width`` pixels wide; taller than it asks for where its legend needs more lines."""
+def draw(figure: go.Figure, width: int, *, mark: str = "") -> Markup:
+    """The figure ``width`` pixels wide; taller than it asks for where its legend needs more lines.
+
+    Args:
+        figure: what is drawn.
+        width: of the picture, pixels.
+        mark: stands above the panels, to the right; empty for nothing.
+    """
     layout: dict[str, Any] = figure.layout.to_plotly_json()
     traces = [trace.to_plotly_json() for trace in figure.data]
     axes = _axes(layout, traces)
@@ -80,6 +86,7 @@ def draw(figure: go.Figure, width: int) -> Markup:
                 for trace in traces
                 if trace["type"] == "heatmap" and trace.get("showscale") is not False
             ),
+            label(mark, width - 14.0, 9.0, size=10.0, anchor="end", colour=light("warn")),
             _legend_drawn(legend, width, height - rows * _LEGEND_ROW_PX, box),
         ]
     )
