@@ -105,6 +105,7 @@ class PhaseAdvice:
         verdicts: in the order of the table; today's set-up first.
         measured_us: MoE part of the judged steps as their spans show it, the busiest rank of each layer; None
             without spans.
+        has_tokens: whether enough tokens were sampled to show which experts a token has together.
         elsewhere: gain of the best change in the other phases, by phase; empty without a best change.
     """
 
@@ -112,6 +113,7 @@ class PhaseAdvice:
     steps: tuple[int, int]
     verdicts: tuple[Verdict, ...]
     measured_us: float | None
+    has_tokens: bool
     elsewhere: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, mitigation: Mitigation) -> Verdict:
@@ -227,6 +229,7 @@ def advise_run(
             steps=(lab.trace.train_steps, len(lab.judged_S)),
             verdicts=tuple(verdicts if took_us is None else held_to(took_us, lab, verdicts)),
             measured_us=took_us,
+            has_tokens=lab.has_tokens,
         )
         phases.append(replace(advice, elsewhere=_elsewhere(lab, advice.best, labs)))
     if not phases:
@@ -411,7 +414,10 @@ def _other_ranks(lab: Lab, numbers: Sequence[int]) -> Iterator[Verdict]:
         if ranks == lab.setup.ranks:
             continue
         setting = f"EP {ranks}"
-        if not 2 <= ranks <= lab.experts or lab.experts % ranks:
+        if ranks < 2:
+            yield replace(not_applicable(Mitigation.RANKS, MitigationCode.ONE_RANK), setting=setting)
+            continue
+        if ranks > lab.experts or lab.experts % ranks:
             uneven = not_applicable(Mitigation.RANKS, MitigationCode.UNEVEN, experts=lab.experts, ranks=ranks)
             yield replace(uneven, setting=setting)
             continue

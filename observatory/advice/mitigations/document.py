@@ -61,6 +61,14 @@ COLUMNS = (
     Column(name="memory_bytes", title="memory", unit="MB", scale=1e-6, digits=2, signed=True, wide=True),
     Column(name="kv_tokens", title="cache lost", unit="tokens", digits=0, wide=True),
     Column(
+        name="change_us",
+        title="costs once",
+        unit="s",
+        scale=1e-6,
+        wide=True,
+        legend="weights that the busiest rank receives, and the standstill",
+    ),
+    Column(
         name="energy_mj", title="energy", unit="mJ", wide=True, legend="of a step, by the power of its phase"
     ),
     Column(
@@ -176,6 +184,15 @@ def _phase_doubts(run: Mapping[str, Any]) -> Iterator[str]:
                 f"today's steps of {phase['phase']}: {predicted:.3g} ms predicted, {measured:.3g} ms "
                 f"measured by spans{doubt}"
             )
+        if run["network"] is not None and not phase["has_tokens"]:
+            yield (
+                f"too few sampled tokens of {phase['phase']}: rows that are sent once for several experts "
+                "are estimated as if experts were chosen independently"
+            )
+        best = None if phase["best"] is None else phase["verdicts"][phase["best"]]
+        if best is not None and best["premise"] is not None:
+            premise = premise_words(best["premise"])
+            yield f"premise of {_named(best)} in {phase['phase']}: {premise}"
         if today["energy_reason"] is not None and today["energy_reason"]["code"] != MitigationCode.NO_POWER:
             yield f"no energy of {phase['phase']}: {reason_words(today['energy_reason'])}"
         yield from _extrapolated(phase)
@@ -190,10 +207,17 @@ def _phase_doubts(run: Mapping[str, Any]) -> Iterator[str]:
         ranks = listing([str(rank) for rank in run["unsampled_ranks"]])
         word = "rank" if len(run["unsampled_ranks"]) == 1 else "ranks"
         yield f"energy is that of sampled devices alone: those of {word} {ranks} were not"
+    if all(_lacks_power(phase["verdicts"][0]) for phase in run["phases"]):
+        yield "no energy: the run has no power samples (profile --power on)"
     yield from _in_use(run["in_use"])
     for skipped in run["skipped_phases"]:
         steps = counted(skipped["steps"], "step")
         yield f"{skipped['phase']} has {steps}, too few to choose and to judge on"
+
+
+def _lacks_power(row: Mapping[str, Any]) -> bool:
+    """Whether a row has no energy as nothing was sampled."""
+    return row["energy_reason"] is not None and row["energy_reason"]["code"] == MitigationCode.NO_POWER
 
 
 def _extrapolated(phase: Mapping[str, Any]) -> Iterator[str]:
@@ -279,6 +303,7 @@ def _run(advice: Advice, problems: Sequence[str]) -> dict[str, Any]:
                 "judged_steps": phase.steps[1],
                 "measured_us": phase.measured_us,
                 "measured_over_predicted": _measured_over_predicted(advice, phase),
+                "has_tokens": phase.has_tokens,
                 "elsewhere": [{"phase": name, "gain": gain} for name, gain in phase.elsewhere.items()],
                 "best": None if phase.best is None else phase.verdicts.index(phase.best),
                 "verdicts": [_row(verdict) for verdict in phase.verdicts],

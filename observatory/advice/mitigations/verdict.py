@@ -87,6 +87,7 @@ class MitigationCode(StrEnum):
     IN_USE = "in_use"
     ALL_ACTIVE = "all_experts_active"
     UNEVEN = "uneven"
+    ONE_RANK = "one_rank"
     ONE_LAYER = "one_layer"
     ALL_ROUTED = "all_routed"
     NO_MOVE_RATE = "no_move_rate"

@@ -127,12 +127,14 @@ def test_ranks_whose_devices_were_not_sampled_are_named(tmp_path: Path) -> None:
     assert sampled["runs"][0]["unsampled_ranks"] == []
 
 
-def test_a_run_without_power_says_so_once_for_each_row_and_not_in_words(tmp_path: Path) -> None:
+def test_a_run_without_power_states_so_for_each_row_and_once_in_words(tmp_path: Path) -> None:
     document = document_of(sized_run(tmp_path / "run"))
     today = document["runs"][0]["phases"][0]["verdicts"][0]
     assert today["energy_mj"] is None
     assert today["energy_reason"] == {"code": "no_power"}
-    assert not any("energy" in sentence for sentence in doubt_sentences(document))
+    assert sum("no energy" in sentence for sentence in doubt_sentences(document)) == 1
+    powered = document_of(sized_run(tmp_path / "powered", watts=250.0))
+    assert not any("no energy" in sentence for sentence in doubt_sentences(powered))
 
 
 def test_little_known_power_is_stated_with_its_share() -> None:
