@@ -198,6 +198,7 @@ def _candidate(one: Candidate, targets: Targets, prices: Prices | None, site: Si
         "prefill_ranks": None if one.prefill_parallel is None else one.prefill_parallel.ranks,
         "prefill_tp": None if one.prefill_parallel is None else one.prefill_parallel.tp,
         "prefill_instances": one.prefill_instances,
+        "prefill_chunk": one.prefill_chunk,
         "sequences": one.sequences,
         **_three("tokens_per_s", one.tokens_per_s_3),
         **_three("ms_per_token", one.ms_per_token_3),

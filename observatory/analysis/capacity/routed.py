@@ -103,8 +103,7 @@ class Routed:
         # Copies share alike; a copy has work with the probability that one of few assignments is its own.
         copies_LE = np.maximum(copies(layout_LPK, self._experts), 1)
         active_SLE = np.minimum(load_SLE / copies_LE, 1.0)
-        activated_SLP = np.stack(
-            [active_SLE[:, layer][:, slot_PK].sum(axis=2) for layer, slot_PK in enumerate(layout_LPK)],
-            axis=1,
-        )
+        layers, ranks, slots = layout_LPK.shape
+        of_slot_SLQ = np.take_along_axis(active_SLE, layout_LPK.reshape(1, layers, ranks * slots), axis=2)
+        activated_SLP = of_slot_SLQ.reshape(-1, layers, ranks, slots).sum(axis=3)
         return rank_loads(load_SLE, layout_LPK), activated_SLP

@@ -16,13 +16,15 @@ from observatory.analysis.capacity.loads import BalancedLoads
 from observatory.analysis.capacity.model_shape import model_shape
 from observatory.analysis.capacity.routed import Routed
 from observatory.analysis.capacity.serving import Server
-from observatory.analysis.capacity.step import Parallel, Work, captured_size
+from observatory.analysis.capacity.step import CAPTURED, Parallel, Work, captured_size
 from observatory.analysis.hardware import load_profile
 from observatory.cli import main
 from observatory.errors import PlanError
 from observatory.run import RunWriter, open_run, routing_rows
 from observatory.run.manifest import Manifest, ModelSpec, MoeLayerSpec
 from tests.analysis.capacity.configs import DEEPSEEK_V3, GPT_OSS_120B, QWEN3_30B
+
+SKEWED = {**QWEN3_30B, "num_hidden_layers": 12, "max_position_embeddings": 4000}
 
 
 def balanced(config) -> Routed:
@@ -94,7 +96,7 @@ def test_the_fewest_devices_come_first_and_meet_every_target():
 
 def test_more_tokens_never_need_fewer_devices():
     needed = [
-        make_plan(request(tokens_per_s=rate, max_ms_per_token=30.0))["candidates"][0]["gpus"]
+        make_plan(request(SKEWED, tokens_per_s=rate, max_ms_per_token=10.0))["candidates"][0]["gpus"]
         for rate in (2_000, 20_000, 200_000)
     ]
     assert needed == sorted(needed)
@@ -206,9 +208,6 @@ def test_a_hot_expert_costs_devices():
     assert times["hot"]["experts"] == pytest.approx(8 * times["even"]["experts"], rel=0.05)
 
 
-SKEWED = {**QWEN3_30B, "num_hidden_layers": 12, "max_position_embeddings": 4000}
-
-
 def skewed_run(folder, *, phases=("decode", "prefill"), hot=8):
     """The first ``hot`` experts get half of the assignments."""
     manifest = Manifest(
@@ -300,6 +299,41 @@ def test_what_a_run_does_not_cover_is_stated(tmp_path):
     reasons = [dict(reason) for reason in document["conclusion"]]
     assert {"code": "plan_phase", "missing": "decode", "phase": "prefill"} in reasons
     assert {"code": "plan_too_long", "tokens": 4010, "longest": 4000} in reasons
+
+
+def test_short_prompts_share_a_chunk():
+    """Each of B sequences brings 64 for 64 generated tokens: B prompt tokens a step, in whole prompts."""
+    document = make_plan(request(SKEWED, context=64, output=64, modes=("together",), tokens_per_s=100))
+    chunks = {row["sequences"]: row["prefill_chunk"] for row in document["candidates"]}
+    assert (chunks[1], chunks[64], chunks[96], chunks[512]) == (64, 64, 128, 512)
+
+
+def test_short_prompts_are_not_kept_for_a_full_chunk():
+    """A limit that a full chunk misses is met by steps of one prompt each."""
+    hasty = make_plan(request(SKEWED, context=512, output=512, modes=("apart",), max_ttft_ms=30.0))[
+        "candidates"
+    ]
+    patient = make_plan(request(SKEWED, context=512, output=512, modes=("apart",)))["candidates"]
+    assert {row["prefill_chunk"] for row in hasty} == {512}
+    assert hasty[0]["gpus"] >= patient[0]["gpus"]
+
+
+def test_looser_limits_never_need_more_devices():
+    for name, limits in (("max_ms_per_token", (4.5, 6, 8, 30)), ("max_ttft_ms", (30, 45, 100, 2000))):
+        plans = [make_plan(request(SKEWED, modes=("apart",), **{name: limit})) for limit in limits]
+        needed = [plan["candidates"][0]["gpus"] for plan in plans if plan["candidates"]]
+        assert len(needed) > 2
+        assert needed == sorted(needed, reverse=True)
+
+
+def test_the_largest_batch_that_the_cache_allows_is_tried():
+    rows = make_plan(request(modes=("apart",), hardware=("l40s",), tokens_per_s=100))["candidates"]
+    most = max((row for row in rows if (row["ranks"], row["tp"]) == (4, 1)), key=lambda row: row["sequences"])
+    memory = most["memory_gb"]
+    room = memory["usable"] - sum(memory[use] for use in ("weights", "experts", "workspace", "program"))
+    fits = room / (memory["cache"] / most["sequences"])
+    assert most["sequences"] == max(size for size in CAPTURED if size <= fits)
+    assert most["limit"] == "cache"
 
 
 def test_windows_keep_no_more_than_the_sequence():
