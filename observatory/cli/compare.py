@@ -41,6 +41,14 @@ def compare(
             '+3 %"; with 4 when there is no interval to judge by. May be repeated.',
         ),
     ] = None,
+    advice: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Result of `advise --out` on these runs: also show which premises of changes hold, by "
+            "model.",
+        ),
+    ] = None,
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Also write one offline HTML page."),
@@ -53,7 +61,7 @@ def compare(
 ) -> None:
     """Compare runs with a baseline: differences with intervals, and what else differs."""
     from observatory.advice.conclusions import conclude_comparison, conclusion_document
-    from observatory.analysis.compare.architectures import architecture_tables
+    from observatory.analysis.compare.architectures import architecture_tables, premise_tables
     from observatory.analysis.compare.document import (
         LEGEND,
         compare_csv,
@@ -62,6 +70,7 @@ def compare(
         compare_tables,
         heading,
     )
+    from observatory.analysis.compare.saved import load_premises
     from observatory.analysis.compare.thresholds import judge_thresholds, parse_threshold, threshold_sentence
     from observatory.analysis.compare.words import sentence
     from observatory.campaign.comparison import compare_inputs
@@ -74,17 +83,23 @@ def compare(
         say,
     )
 
+    if html is not None:
+        from observatory.reports.comparison import write_comparison
+        from observatory.reports.html import check_target
+
     thresholds = [parse_threshold(text) for text in fail_if or ()]
+    premises = [] if advice is None else load_premises(advice)
+    if html is not None:
+        check_target(html, overwrite=force)
     with counting("runs") as progress:
         compared = compare_inputs(inputs, repeat or (), progress=progress)
     document = compare_document(compared.comparisons, compared.lonely)
     document["architectures"] = compared.architectures
+    document["premises"] = premises
     document["thresholds"] = judge_thresholds(thresholds, document["comparisons"])
     conclusion = conclude_comparison(document)
     document["conclusion"] = conclusion_document(conclusion)
     if html is not None:
-        from observatory.reports.comparison import write_comparison
-
         write_comparison(document, conclusion, html, overwrite=force)
     for subject in compared.subjects:
         for problem in subject.problems:
@@ -92,10 +107,11 @@ def compare(
     for reason in compared.lonely:
         say(f"note: {sentence(reason)}")
     if not print_data(document, compare_csv(document), json=json, csv=csv, table=table):
-        print_tables(architecture_tables(compared.architectures), wide=wide)
+        beside = [*architecture_tables(compared.architectures), *premise_tables(document["premises"])]
+        print_tables(beside, wide=wide)
         items = document["comparisons"]
         for place, item in enumerate(items if len(items) <= _MOST_SHOWN else ()):
-            print_text([*([""] if place or compared.architectures else []), *heading(item), ""])
+            print_text([*([""] if place or beside else []), *heading(item), ""])
             tables = compare_tables(item)
             print_tables(tables, wide=wide)
             print_text([*([LEGEND, ""] if tables else []), *compare_sentences(item)])

@@ -42,6 +42,11 @@ def history(
     from observatory.cli.output import print_conclusion, print_data, print_tables, print_text, say
     from observatory.run import open_run
 
+    if html is not None:
+        from observatory.reports.comparison import write_history
+        from observatory.reports.html import check_target
+
+        check_target(html, overwrite=force)
     left_out: list[tuple[str, str]] = []
     if (folder / "run.json").is_file():
         histories = history_of_steps(measure_run(open_run(folder)))
@@ -52,8 +57,6 @@ def history(
     conclusion = conclude_history(document)
     document["conclusion"] = conclusion_document(conclusion)
     if html is not None:
-        from observatory.reports.comparison import write_history
-
         write_history(document, conclusion, html, overwrite=force)
         say(f"page written to {html}")
     for name, why in left_out:

@@ -10,7 +10,7 @@ from typing import Any
 
 from observatory.advice.conclusions import Conclusion
 from observatory.advice.words import conclusion_sentences
-from observatory.analysis.compare.architectures import architecture_tables
+from observatory.analysis.compare.architectures import architecture_tables, premise_tables
 from observatory.analysis.compare.change_points import FALSE_ALARMS
 from observatory.analysis.compare.document import (
     DIFFERENCE_COLUMNS,
@@ -82,7 +82,7 @@ def write_comparison(
     ]
     tables = [
         frame_table(table.title, table.columns, table.rows)
-        for table in architecture_tables(document["architectures"])
+        for table in (*architecture_tables(document["architectures"]), *premise_tables(document["premises"]))
     ]
     if tables:
         models = Section(id="models-tables", title="Means over data conditions", blocks=tuple(tables))

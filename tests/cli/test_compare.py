@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from observatory.cli import main
+from tests.advice.mitigations.runs import sized_run
 from tests.analysis.compare.made import made_run
 
 
@@ -284,3 +285,19 @@ def test_cells_of_two_grids_are_matched(tmp_path: Path, capsys: pytest.CaptureFi
         )
     lonely = document(capsys, before, after / "cells" / "first--code")["without_counterpart"]
     assert {reason["code"] for reason in lonely} == {"no_counterpart"}
+
+
+def test_premises_of_advice_stand_next_to_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = made_grid(tmp_path / "grid")
+    advised = str(sized_run(tmp_path / "sized"))
+    out = str(tmp_path / "advice.json")
+    assert main(["advise", advised, "--ranks", "4", "--hardware", "h100-sxm", "--out", out]) == 0
+    capsys.readouterr()
+    premises = document(capsys, grid, "--advice", out)["premises"]
+    assert {"model": "sized", "phase": "prefill", "change": "placement", "holds": True} in premises
+    assert main(["compare", str(grid), "--advice", out]) == 0
+    assert "whether the premises of changes hold" in capsys.readouterr().out
+    assert main(["compare", str(grid), "--advice", str(grid / "grid.json")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1

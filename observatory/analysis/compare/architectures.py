@@ -113,3 +113,24 @@ def architecture_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
         title = f"{phase}: models next to each other{'' if ep is None else f', busiest rank at EP {ep}'}"
         tables.append(Table(name="models", columns=columns, rows=of_phase, title=title))
     return tables
+
+
+def premise_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """A table per phase of whether the premises of changes hold, a column for each model."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    columns = (
+        Column(name="change", title="change", text=True, key=True),
+        *(Column(name=f"of_{number}", title=model, text=True) for number, model in enumerate(models)),
+    )
+    words = {True: "holds", False: "does not", None: "not known"}
+    tables = []
+    for phase in dict.fromkeys(row["phase"] for row in rows):
+        held = {(row["change"], row["model"]): row["holds"] for row in rows if row["phase"] == phase}
+        shown = [
+            {"change": change}
+            | {f"of_{number}": words[held.get((change, model))] for number, model in enumerate(models)}
+            for change in dict.fromkeys(change for change, _ in held)
+        ]
+        title = f"{phase}: whether the premises of changes hold"
+        tables.append(Table(name="premises", columns=columns, rows=shown, title=title))
+    return tables

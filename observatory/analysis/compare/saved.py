@@ -32,12 +32,57 @@ _NORMAL_95, _NORMAL_90 = 1.95996, 1.64485
 _MOST_ROWS = 100_000
 
 
+def load_premises(path: Path) -> list[dict[str, Any]]:
+    """Whether the premise of each change holds, by model and phase, of a document of ``observatory advise``.
+
+    Returns:
+        ``model``, ``phase``, ``change``, ``holds`` (None: not known), each change once.
+
+    Raises:
+        ComparisonError: not such a document.
+    """
+    (document, *others) = _documents(path)
+    if others or document["kind"] != "advice":
+        raise ComparisonError(f"{path} is not advice", expected="the result of `observatory advise --out`")
+    try:
+        rows = {
+            (str(run["model"]), str(phase["phase"]), str(verdict["change"])): verdict["premise"]["holds"]
+            for run in document["runs"]
+            for phase in run["phases"]
+            for verdict in phase["verdicts"]
+            if verdict["premise"] is not None and verdict["premise"]["holds"] in (True, False, None)
+        }
+    except (KeyError, TypeError) as error:
+        raise ComparisonError(f"{path} lacks what advice has ({error})", remedy="write it again") from error
+    return [
+        {"model": model, "phase": phase, "change": change, "holds": holds}
+        for (model, phase, change), holds in rows.items()
+    ]
+
+
 def load_subjects(path: Path) -> list[Subject]:
     """Subjects of a JSON document or of a report; documents of one run are one subject.
 
     Raises:
         ComparisonError: not readable, not such a document, of a newer schema, or without comparable values.
     """
+    documents = _documents(path)
+    by_run: dict[str, list[Mapping[str, Any]]] = {}
+    for document in documents:
+        by_run.setdefault(str(document.get("run_id")), []).append(document)
+    subjects = [_subject(path, of_run) for of_run in by_run.values()]
+    known = [subject for subject in subjects if subject.series]
+    if not known:
+        kinds = sorted({one_line(document.get("kind"), 40) for document in documents})
+        raise ComparisonError(
+            f"{path} holds no values that can be compared (kind {', '.join(kinds) or 'not stated'})",
+            expected=f"a document of {', '.join(_READERS)}",
+        )
+    return known
+
+
+def _documents(path: Path) -> list[dict[str, Any]]:
+    """The checked documents of a file."""
     is_report = path.suffix.lower() in (".html", ".htm")
     try:
         content = read_at_most(path, _MOST_REPORT_BYTES if is_report else MAX_DOCUMENT_BYTES)
@@ -53,19 +98,11 @@ def load_subjects(path: Path) -> list[Subject]:
     except ValueError as error:
         raise ComparisonError(f"{path} is not valid JSON ({str(error)[:200]})") from error
     documents = parsed if isinstance(parsed, list) else [parsed]
-    by_run: dict[str, list[Mapping[str, Any]]] = {}
     for document in documents:
         _check(document, path)
-        by_run.setdefault(str(document.get("run_id")), []).append(document)
-    subjects = [_subject(path, of_run) for of_run in by_run.values()]
-    known = [subject for subject in subjects if subject.series]
-    if not known:
-        kinds = sorted({one_line(document.get("kind"), 40) for document in documents})
-        raise ComparisonError(
-            f"{path} holds no values that can be compared (kind {', '.join(kinds) or 'not stated'})",
-            expected=f"a document of {', '.join(_READERS)}",
-        )
-    return known
+    if not documents:
+        raise ComparisonError(f"{path} holds no document", expected="the output of --json")
+    return documents
 
 
 def _embedded(path: Path, page: bytes) -> bytes:
@@ -96,7 +133,9 @@ def _check(document: object, path: Path) -> None:
     version = document.get("schema_version")
     if not isinstance(version, str) or not re.fullmatch(r"\d{1,6}\.\d{1,6}", version):
         raise ComparisonError(f"{path} states no schema_version", expected="major.minor")
-    if document["kind"] in _READERS and int(version.split(".")[0]) > int(PRINTED_VERSION.split(".")[0]):
+    if document["kind"] in (*_READERS, "advice") and int(version.split(".")[0]) > int(
+        PRINTED_VERSION.split(".")[0]
+    ):
         raise ComparisonError(
             f"{path} has schema version {version}, this program reads {PRINTED_VERSION}",
             remedy="use a newer observatory",
