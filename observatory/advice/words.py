@@ -10,6 +10,7 @@ from observatory.advice.conclusions.changes import is_off
 from observatory.advice.placement import PlacementCode
 from observatory.advice.placement_problem import ProblemCode
 from observatory.analysis.exchange.words import cause_words
+from observatory.analysis.network.words import NetworkCode
 from observatory.reasons import Reason
 from observatory.text import listing, percent_words
 
@@ -90,7 +91,7 @@ _SENTENCES = {
     "of the energy and takes {slowdown} more time",
     Code.PERFECT_BALANCE: "perfect balance of the ranks would take {gain} off a step of {phase}",
     Code.EXTRAPOLATED: "not certain: in {phase}, {change}{setting} is predicted to take {gain} less time, "
-    "by a network model of other numbers of ranks or nodes",
+    "by a network model that was measured on {outside} alone",
     Code.NO_MEMORY: "held up by memory: in {phase}, {change}{setting} would take {gain} less time, but its "
     "experts take {needed} of the {memory} of a rank",
     Code.MORE_MEMORY: "next: give each rank more memory than that, or spread the experts over more than "
@@ -119,6 +120,12 @@ _SENTENCES = {
     Code.NO_CHANGE: "no change of level in {tested} series",
     Code.TOO_FEW_POINTS: "nothing could be tested: {points} points; `observatory compare` takes single runs",
     Code.REPEAT_RUNS: "next: repeat both in turn; one run each does not show how much runs differ",
+}
+#: What a network model was measured on, by what of the set-up lies outside.
+_MEASURED_ON = {
+    NetworkCode.RANKS_OUTSIDE: ("rank", ""),
+    NetworkCode.NODES_OUTSIDE: ("node", ""),
+    NetworkCode.RANKS_ON_NODE_OUTSIDE: ("rank", " on a node"),
 }
 #: What is stated of changes that would gain.
 _HELD_UP = (Code.EXTRAPOLATED, Code.FAR_OFF, Code.NO_MEMORY, Code.PAYS_LATE)
@@ -237,6 +244,9 @@ def _of_change(code: Code, values: Mapping[str, Any]) -> dict[str, str]:
 
 def _of_setting(code: Code, values: Mapping[str, Any]) -> dict[str, str]:
     shown = {"setting": f" ({values['setting']})" if values["setting"] else ""}
+    if code is Code.EXTRAPOLATED:
+        one, where = _MEASURED_ON[values["outside"]]
+        shown["outside"] = f"{values['measured']} {one}{'' if values['measured'] == '1' else 's'}{where}"
     if code is Code.NO_MEMORY:
         for name in ("needed", "memory"):
             shown[name] = f"{_amount(values[f'{name}_bytes'] / 1e6)} MB"

@@ -90,6 +90,29 @@ def test_too_few_sampled_tokens_are_stated_where_exchanges_count(
         assert ("too few sampled tokens of prefill" in doubts) == stated
 
 
+@pytest.mark.parametrize(
+    ("reason", "stated"),
+    [
+        ({"code": "ranks_outside", "ranks": 4, "measured": "2 to 3"}, "measured on 2 to 3 ranks alone"),
+        ({"code": "nodes_outside", "nodes": 4, "measured": "1"}, "measured on 1 node alone"),
+        ({"code": "ranks_on_node_outside", "ranks": 1, "measured": "2"}, "on 2 ranks on a node alone"),
+    ],
+)
+def test_what_a_network_model_was_measured_on_is_concluded_where_the_set_up_is_outside(
+    reason: dict[str, Any], stated: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = advised(capsys, str(sized_run(tmp_path / "run")), "--ranks", "4", *H100)
+    (phase,) = document["runs"][0]["phases"]
+    phase["best"] = None
+    for row in phase["verdicts"]:
+        if row["verdict"] in ("change", "does not pay"):
+            row |= {"verdict": "extrapolated", "reason": reason}
+    first, then = conclude_advice(document)
+    assert (first.code, then.code) == (Code.EXTRAPOLATED, Code.OTHER_FABRIC)
+    assert stated in conclusion_sentences([first])[0]
+    assert then.values["ranks"] == 4
+
+
 def test_ranks_that_experts_do_not_fill_have_their_reason_in_the_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

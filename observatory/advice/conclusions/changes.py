@@ -100,8 +100,10 @@ def _conclude_held_up(run: Row, phase: Row, row: Row) -> Conclusion:
     """The change that would gain most, what is in its way, and what removes that."""
     what, then = _HELD_UP[row["verdict"]]
     ranks = run["setup"]["ranks"]
-    place = {"phase": phase["phase"], "ranks": ranks, **chosen(row, *_GAINING), **row["reason"]}
-    place.pop("code")
+    because = {name: value for name, value in row["reason"].items() if name != "code"}
+    place = {**because, "phase": phase["phase"], "ranks": ranks, **chosen(row, *_GAINING)}
+    if what is Code.EXTRAPOLATED:
+        place["outside"] = row["reason"]["code"]
     return (Reason(what, place), Reason(then, {"ranks": ranks}))
 
 
