@@ -108,8 +108,8 @@ def rows(trials: int) -> Iterator[str]:
                 more.p < 0.05,
             )
         shares = " | ".join(f"{share:.3f}" for share in counts[:3] / trials)
-        seen = " | ".join(f"{share:.2f}" for share in counts[3:] / trials)
-        yield f"| {steps} | {kind} | {shares} | {seen} |"
+        power = " | ".join(f"{share:.2f}" for share in counts[3:] / trials)
+        yield f"| {steps} | {kind} | {shares} | {power} |"
     yield ""
     yield "| steps, shared | paired: false alarms | +3 % seen | independent: false alarms | +3 % seen |"
     yield "|--:|--:|--:|--:|--:|"
@@ -133,7 +133,7 @@ def layers(trials: int) -> Iterator[str]:
     yield "| steps | correlation | changed layers | false discoveries | any without a change | found |"
     yield "|--:|--:|--:|--:|--:|--:|"
     for steps, correlation, changed in itertools.product((24, 100), (0.0, 0.6), (0, 12)):
-        false, found, any_false = [], [], []
+        false, power, any_false = [], [], []
         for _ in range(max(trials // 20, 20)):
             shift_L = np.where(np.arange(61) < changed, 1.0, 0.0)
             base_L = [series(10 + walk(random, steps, correlation)) for _ in shift_L]
@@ -148,8 +148,8 @@ def layers(trials: int) -> Iterator[str]:
             called_L = false_discovery(np.array(p_L, dtype=np.float64)) <= 0.05
             false.append((called_L & (shift_L == 0)).sum() / max(called_L.sum(), 1))
             any_false.append(bool((called_L & (shift_L == 0)).any()))
-            found.append(called_L[:changed].mean() if changed else np.nan)
-        share = f"{np.mean(found):.2f}" if changed else "-"
+            power.append(called_L[:changed].mean() if changed else np.nan)
+        share = f"{np.mean(power):.2f}" if changed else "-"
         never = "-" if changed else f"{np.mean(any_false):.3f}"
         yield f"| {steps} | {correlation} | {changed} of 61 | {np.mean(false):.3f} | {never} | {share} |"
 
@@ -169,10 +169,10 @@ def histories(trials: int) -> Iterator[str]:
             for place, shift in enumerate((0, 2, 4)):
                 split = best_split(value_N + shift * (np.arange(points) >= at), alike=alike)
                 assert split is not None
-                found = split.p <= level(alike=alike)
-                counts[max(2 * place - 1, 0)] += found
+                is_change = split.p <= level(alike=alike)
+                counts[max(2 * place - 1, 0)] += is_change
                 if place:
-                    counts[2 * place] += found and abs(split.at - at) <= points / 10
+                    counts[2 * place] += is_change and abs(split.at - at) <= points / 10
         shares = " | ".join(f"{share:.2f}" for share in counts[1:] / trials)
         what = f"{points} steps of a run" if alike else f"{points} runs"
         yield f"| {what} | {correlation} | {counts[0] / trials:.3f} | {shares} |"
@@ -199,13 +199,13 @@ def same_runs(folder: Path) -> Iterator[str]:
     several = f"with {1 + FURTHER_RUNS} runs of the baseline"
     yield f"| metric, {len(subjects)} runs | changed, one run each | {several} | median | largest |"
     yield "|---|--:|--:|--:|--:|"
-    for name, found in verdicts.items():
+    for name, single in verdicts.items():
         called, again = (
-            sum(verdict in ("higher", "lower") for verdict in which) for which in (found, repeated[name])
+            sum(verdict in ("higher", "lower") for verdict in which) for which in (single, repeated[name])
         )
         shares = sizes.get(name, [0.0])
         typical, largest = 100 * np.median(shares), 100 * max(shares)
-        counts = f"{called} of {len(found)} | {again} of {len(found)}"
+        counts = f"{called} of {len(single)} | {again} of {len(single)}"
         yield f"| `{name}` | {counts} | {typical:.1f} % | {largest:.1f} % |"
 
 

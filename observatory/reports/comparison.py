@@ -224,18 +224,18 @@ _FOLDED = ("adjusted_p", "paired", "steps")
 
 
 def _layer_sections(item: Mapping[str, Any], number: int) -> Iterator[Section]:
-    known = [row for row in item["layers"] if row["relative"] is not None and row["verdict"] != "unknown"]
-    if not known:
+    shown = [row for row in item["layers"] if row["relative"] is not None and row["verdict"] != "unknown"]
+    if not shown:
         return
     groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in known:
+    for row in shown:
         groups.setdefault(shown_row(row)["name"], []).append(row)
     ranked = sorted(
-        known, key=lambda row: (row["adjusted_p"] is None, row["adjusted_p"], -abs(row["relative"]))
+        shown, key=lambda row: (row["adjusted_p"] is None, row["adjusted_p"], -abs(row["relative"]))
     )
-    changed = sum(row["verdict"] in ("higher", "lower") for row in known)
+    changed = sum(row["verdict"] in ("higher", "lower") for row in shown)
     table = frame_table(
-        f"Layers: {changed} of {len(known)} rows changed; those that are surest first",
+        f"Layers: {changed} of {len(shown)} rows changed; those that are surest first",
         LAYER_COLUMNS,
         [shown_row(row) for row in ranked[:_MOST_LAYER_ROWS]],
         note=_LEGEND,

@@ -22,8 +22,8 @@ def document(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 0) -
 
 
 def row(compared: dict[str, Any], name: str) -> dict[str, Any]:
-    (found,) = [row for row in compared["comparisons"][0]["rows"] if row["name"] == name]
-    return dict(found)
+    (wanted,) = [row for row in compared["comparisons"][0]["rows"] if row["name"] == name]
+    return dict(wanted)
 
 
 def test_a_known_change_is_told_from_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

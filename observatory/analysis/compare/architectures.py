@@ -73,7 +73,7 @@ def _row(
             text = ConditionGini(gini=gini, floor=floor, uniform_limit=limit)
             texts[subject.condition or str(number)] = text
     band = classify(texts)
-    known = [gini for gini in ginis if gini is not None]
+    defined = [gini for gini in ginis if gini is not None]
     degrees = sorted({key.ep for subject in subjects for key in subject.series if key.ep is not None})
     ep = degrees[0] if degrees else None
     first = subjects[0]
@@ -84,9 +84,9 @@ def _row(
         "conditions": sorted(texts),
         "experts": max(first.experts_L, default=None),
         "ep": ep,
-        "gini": fmean(known) if known else None,
-        "gini_least": min(known, default=None),
-        "gini_most": max(known, default=None),
+        "gini": fmean(defined) if defined else None,
+        "gini_least": min(defined, default=None),
+        "gini_most": max(defined, default=None),
         "band": band.name,
         "band_reason": band_words(band.reason),
         "rank_max_over_mean": _mean(subjects, Key("rank_max_over_mean", phase, None, ep)),

@@ -79,16 +79,16 @@ def level(*, alike: bool) -> float:
 
 def splits(value_N: Float64, first: Split, *, alike: bool) -> list[int]:
     """All changes of a series in order, each the first point of its new level, given its best split."""
-    found = [first.at]
+    places = [first.at]
     waiting = [(0, first.at), (first.at, len(value_N))]
     while waiting:
         start, end = waiting.pop()
         split = best_split(value_N[start:end], alike=alike)
         if split is not None and split.p <= _STRICT_LEVEL:
             at = start + split.at
-            found.append(at)
+            places.append(at)
             waiting += [(start, at), (at, end)]
-    return sorted(found)
+    return sorted(places)
 
 
 def _place(value_N: Float64) -> int:

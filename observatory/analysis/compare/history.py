@@ -277,13 +277,13 @@ def _tested(
 
 def _family(tracks: list[Track], facts: Callable[[int], tuple[Reason, ...]], *, alike: bool) -> list[Track]:
     """Tracks with their p values adjusted for all of them, and changes where these are small enough."""
-    known = [_finite(track) for track in tracks]
-    best = [best_split(track.value_N, alike=alike) for track in known]
+    finite = [_finite(track) for track in tracks]
+    best = [best_split(track.value_N, alike=alike) for track in finite]
     p_N = np.array([split.p for split in best if split is not None], dtype=np.float64)
     adjusted = iter(false_discovery(p_N).tolist() if len(p_N) else ())
     needed = FEWEST_STEPS if alike else FEWEST_POINTS
     result = []
-    for track, split in zip(known, best, strict=True):
+    for track, split in zip(finite, best, strict=True):
         if split is None:
             few = len(track.value_N) < needed
             values: dict[str, JsonValue] = {"points": len(track.value_N), "needed": needed}
@@ -298,15 +298,15 @@ def _family(tracks: list[Track], facts: Callable[[int], tuple[Reason, ...]], *, 
 
 
 def _finite(track: Track) -> Track:
-    known_N = np.isfinite(track.value_N)
-    return replace(track, at_N=track.at_N[known_N], value_N=track.value_N[known_N])
+    finite_N = np.isfinite(track.value_N)
+    return replace(track, at_N=track.at_N[finite_N], value_N=track.value_N[finite_N])
 
 
 def _changes(
     track: Track, first: Split, facts: Callable[[int], tuple[Reason, ...]], *, alike: bool
 ) -> Iterator[Change]:
-    found = splits(track.value_N, first, alike=alike)
-    ends = [0, *found, len(track.value_N)]
+    places = splits(track.value_N, first, alike=alike)
+    ends = [0, *places, len(track.value_N)]
     for before, at, after in zip(ends, ends[1:], ends[2:], strict=False):
         place = int(track.at_N[at])
         yield Change(

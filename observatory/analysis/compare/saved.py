@@ -71,14 +71,14 @@ def load_subjects(path: Path) -> list[Subject]:
     for document in documents:
         by_run.setdefault(str(document.get("run_id")), []).append(document)
     subjects = [_subject(path, of_run) for of_run in by_run.values()]
-    known = [subject for subject in subjects if subject.series]
-    if not known:
+    comparable = [subject for subject in subjects if subject.series]
+    if not comparable:
         kinds = sorted({one_line(document.get("kind"), 40) for document in documents})
         raise ComparisonError(
             f"{path} holds no values that can be compared (kind {', '.join(kinds) or 'not stated'})",
             expected=f"a document of {', '.join(_READERS)}",
         )
-    return known
+    return comparable
 
 
 def _documents(path: Path) -> list[dict[str, Any]]:
@@ -211,8 +211,7 @@ def _put(
     low, high = _number(row, f"{name}_low"), _number(row, f"{name}_high")
     if value is None:
         return
-    known = half is not None and low is not None and high is not None
-    error = (high - low) / 2 / half if known else None  # type: ignore[operator]  # all are known
+    error = None if half is None or low is None or high is None else (high - low) / 2 / half
     tokens = _number(row, "tokens")
     series[key] = Series(
         value=value,

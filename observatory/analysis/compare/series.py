@@ -106,11 +106,11 @@ class Pooled:
 
 def mean_series(value_N: Float64, step_N: Int64 | None = None, *, trimmed: bool = False) -> Series | None:
     """The mean over steps, or the mean without the fastest and the slowest tenth; None without values."""
-    known_N = np.isfinite(value_N)
-    value_N = value_N[known_N]
+    finite_N = np.isfinite(value_N)
+    value_N = value_N[finite_N]
     if not len(value_N):
         return None
-    step_N = None if step_N is None else step_N[known_N]
+    step_N = None if step_N is None else step_N[finite_N]
     sample_N = _folded(trimmed_values(value_N) if trimmed else value_N)
     steps = None if step_N is None else step_N[:: _fold(len(step_N))]
     return Series(value=float(sample_N.mean()), sample_N=sample_N, step_N=steps)
@@ -237,8 +237,8 @@ def _of_counts(change: float, relative: float | None, *, same: bool) -> Differen
 
 def pooled_correlation(samples: Sequence[Float64]) -> float | None:
     """Correlation of neighbouring steps, the mean over layers; None with fewer than two of them."""
-    found = [r for sample_N in samples if (r := neighbour_correlation(sample_N)) is not None]
-    return float(np.mean(found)) if len(found) > 1 else None
+    correlations = [r for sample_N in samples if (r := neighbour_correlation(sample_N)) is not None]
+    return float(np.mean(correlations)) if len(correlations) > 1 else None
 
 
 def neighbour_correlation(sample_N: Float64) -> float | None:

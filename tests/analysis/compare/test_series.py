@@ -136,7 +136,7 @@ def test_counts_of_other_tokens_have_no_interval() -> None:
 
 
 def test_several_runs_of_a_baseline_show_how_much_runs_differ() -> None:
-    alarms, seen = 0, 0
+    alarms, detected = 0, 0
     for seed in range(400):
         random = np.random.default_rng(seed)
         runs_R = 10 * (1 + 0.1 * random.normal(size=6))  # of one set-up: steps of one run scatter far less
@@ -145,9 +145,9 @@ def test_several_runs_of_a_baseline_show_how_much_runs_differ() -> None:
         assert none.p is not None
         assert some.p is not None
         alarms += none.p < 0.05
-        seen += some.p < 0.05
+        detected += some.p < 0.05
     assert alarms / 400 < 0.09
-    assert seen / 400 > 0.9
+    assert detected / 400 > 0.9
 
 
 def test_layers_show_together_how_much_steps_resemble_each_other() -> None:
@@ -160,8 +160,8 @@ def test_layers_show_together_how_much_steps_resemble_each_other() -> None:
             ]
             for side in range(2)
         ]
-        known = [[item.sample_N for item in side if item.sample_N is not None] for side in sides]
-        pooled = Pooled(base=pooled_correlation(known[0]), other=pooled_correlation(known[1]))
+        samples = [[item.sample_N for item in side if item.sample_N is not None] for side in sides]
+        pooled = Pooled(base=pooled_correlation(samples[0]), other=pooled_correlation(samples[1]))
         p_N = [difference_of(*pair, paired=False, pooled=pooled).p for pair in zip(*sides, strict=True)]
         any_alarm += bool((false_discovery(np.array(p_N, dtype=np.float64)) <= 0.05).any())
     assert any_alarm / 60 <= 0.13
