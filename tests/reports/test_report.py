@@ -8,6 +8,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from observatory.errors import RunError
@@ -19,6 +20,8 @@ from observatory.reports.sections import heatmap_section, problems, scan_section
 from observatory.reports.sections.common import NO_LOADS
 from observatory.run import RunWriter, open_run
 from observatory.run.manifest import Manifest, Verified
+from tests.analysis.exchange.runs import exchange_run
+from tests.analysis.exchange.tables import collective
 from tests.reports.sample_runs import MODELS, manifest, steady_run, write_grid, write_run
 
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=hit()><a href=javascript:hit()>%{x}"
@@ -242,3 +245,31 @@ def test_models_with_and_without_a_band_stand_in_one_report(tmp_path: Path) -> N
     assert bands["single"] is None
     page = write_report(runs, tmp_path / "report.html", ep_degrees=(2,)).read_text(encoding="utf-8")
     assert "no band" in page
+
+
+@pytest.mark.slow
+def test_sixty_four_ranks_of_a_large_model_fit(tmp_path: Path) -> None:
+    """61 layers of 256 experts, and the exchanges of 64 ranks in each."""
+    ranks, layers = 64, 61
+    described = manifest("large", layers=layers, experts=256, top_k=8, ranks=4)
+    routed = write_run(tmp_path / "routed", described, steps=4)
+    random = np.random.default_rng(0)
+    rows = []
+    for layer in range(layers):
+        for order, role in enumerate(("dispatch", "combine")):
+            start_us = 1000 * (2 * layer + order) + random.integers(0, 200, ranks)
+            send = random.integers(1, 100_000, (ranks, ranks)).tolist()
+            rows.append(
+                collective(
+                    start_us.tolist(), (start_us + 300).tolist(), send, layer=layer, role=role,
+                    sequence=2 * layer + order,
+                )
+            )  # fmt: skip
+    spread = exchange_run(
+        tmp_path / "spread", *rows, ranks=ranks, node_of_rank=[r // 8 for r in range(ranks)]
+    )
+    page = write_report([routed, spread], tmp_path / "report.html", ep_degrees=(8, 64))
+    assert page.stat().st_size <= 15_000_000, page.stat().st_size
+    text = page.read_text(encoding="utf-8")
+    assert 'id="traffic-map"' in text
+    assert 'id="expert-map"' in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from observatory.analysis.columns import Column
@@ -110,20 +111,20 @@ def _megabytes(value: float) -> str:
 
 
 def _by_rank(pairs: pd.DataFrame, ranks: int) -> list[dict[str, Any]]:
-    rows = []
-    for rank in range(ranks):
-        sent = pairs[(pairs["source_rank"] == rank) & (pairs["peer_rank"] != rank)]
-        got = pairs[(pairs["peer_rank"] == rank) & (pairs["source_rank"] != rank)]
-        kept = pairs[(pairs["source_rank"] == rank) & (pairs["peer_rank"] == rank)]
-        most = sent[sent["bytes"] > 0].nlargest(1, "bytes")
-        rows.append(
-            {
-                "rank": rank,
-                "sent": int(sent["bytes"].sum()),
-                "received": int(got["bytes"].sum()),
-                "kept": int(kept["bytes"].sum()),
-                "most_to": None if most.empty else int(most["peer_rank"].iloc[0]),
-                "most": None if most.empty else int(most["bytes"].iloc[0]),
-            }
-        )
-    return rows
+    size = int(pairs[["source_rank", "peer_rank"]].max().max()) + 1
+    sent_PP = np.zeros((size, size), dtype=np.int64)
+    sent_PP[pairs["source_rank"].to_numpy(int), pairs["peer_rank"].to_numpy(int)] = pairs["bytes"]
+    kept_P = sent_PP.diagonal().copy()
+    np.fill_diagonal(sent_PP, 0)
+    most_P = sent_PP.argmax(axis=1)
+    return [
+        {
+            "rank": rank,
+            "sent": int(sent_PP[rank].sum()),
+            "received": int(sent_PP[:, rank].sum()),
+            "kept": int(kept_P[rank]),
+            "most_to": int(most_P[rank]) if sent_PP[rank].any() else None,
+            "most": int(sent_PP[rank].max()) if sent_PP[rank].any() else None,
+        }
+        for rank in range(ranks)
+    ]

@@ -335,22 +335,22 @@ def cells(trace: dict[str, Any], panel: Panel) -> str:
         share = np.clip((z[known] - low) / (high - low or 1.0), 0, 1)
         levels = [each for _, each in scale if each is not None]
         level[known] = np.round(np.interp(share, [stop for stop, _ in scale], levels)).astype(int)
-    drawn = ""
-    for value in np.unique(level[known]) if known.any() else ():
-        path = []
-        for row in range(z.shape[0]):
-            y0, y1 = top[row]
-            columns = np.flatnonzero(level[row] == value)
-            runs = (
-                np.split(columns, np.flatnonzero(np.diff(columns) != 1) + 1)
-                if not gap
-                else [columns[k : k + 1] for k in range(len(columns))]
+    paths: dict[int, list[str]] = {}
+    for (y0, y1), of_row in zip(top, level.tolist(), strict=True):
+        first = 0
+        for column in range(1, len(of_row) + 1):
+            if column < len(of_row) and of_row[column] == of_row[first] and not gap:
+                continue
+            x0, x1 = left[first][0], left[column - 1][1]
+            paths.setdefault(of_row[first], []).append(
+                f"M{c(x0)} {c(y0)}h{c(x1 - x0 - gap)}v{c(y1 - y0 - gap)}h{c(x0 + gap - x1)}z"
             )
-            for run in runs:
-                if len(run):
-                    x0, x1 = left[run[0]][0], left[run[-1]][1]
-                    path.append(f"M{c(x0)} {c(y0)}h{c(x1 - x0 - gap)}v{c(y1 - y0 - gap)}h{c(x0 + gap - x1)}z")
-        drawn += element("path", d="".join(path), fill="var(--grid)" if plain else f"var(--h{value})")
+            first = column
+    drawn = "".join(
+        element("path", d="".join(path), fill="var(--grid)" if plain else f"var(--h{value})")
+        for value, path in sorted(paths.items())
+        if value >= 0
+    )
     return f'<g shape-rendering="crispEdges">{drawn}</g>' + _cell_texts(
         trace, z, xs, ys, left, top, level, plain
     )
