@@ -22,6 +22,7 @@ CHANGE_COLUMNS = (
     Column(name="name", title="metric", text=True, key=True),
     Column(name="layer", title="layer", key=True, otherwise="all"),
     Column(name="at_text", title="from", text=True),
+    Column(name="when", title="start", text=True, otherwise="", wide=True),
     Column(name="before", title="before"),
     Column(name="after", title="after"),
     Column(name="relative", title="change", unit="%", digits=1, signed=True),
@@ -192,7 +193,11 @@ def _name(row: Mapping[str, Any]) -> str:
 
 def shown_change(row: Mapping[str, Any], series: Mapping[str, Any]) -> dict[str, Any]:
     """A change with its name and place in words."""
-    return {**row, "name": _name(row), "at_text": _place(series["points"][row["at"]], series)}
+    point = series["points"][row["at"]]
+    by_time = series["order_by"] == "time"
+    when = f"{datetime.fromtimestamp(point['order'], UTC):%Y-%m-%d %H:%M} UTC" if by_time else None
+    at_text = point["name"] if by_time else _place(point, series)
+    return {**row, "name": _name(row), "at_text": at_text, "when": when}
 
 
 def _place(point: Mapping[str, Any], series: Mapping[str, Any]) -> str:
