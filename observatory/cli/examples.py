@@ -31,7 +31,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "compare": (
         "observatory compare runs/before runs/after",
-        'observatory compare runs/before runs/after --fail-if "decode.ms > +3 %"',
+        'observatory compare runs/before runs/after --fail-if "decode.ms>+3%"',
     ),
     "plan": (
         "observatory plan runs/a --target-tokens-per-s 20000 --context 4096 --output 512 --hardware h200-sxm",
