@@ -166,8 +166,11 @@ def _shown_of_plan(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _routing_cost(values: Mapping[str, Any]) -> dict[str, str]:
     """What a set-up that was planned with another routing costs against the plan."""
-    needed, more = values["needed"], values["needed"] - values["planned"]
-    if more:
+    needed, planned = values["needed"], values["planned"]
+    more = 0 if planned is None else needed - planned
+    if planned is None:
+        against = ""
+    elif more:
         against = f", {_devices(abs(more))} {'more' if more > 0 else 'fewer'} than this plan"
     else:
         against = ", as this plan"

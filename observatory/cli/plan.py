@@ -70,6 +70,12 @@ def plan(
             metavar="FILE", rich_help_panel=_MODELS, help="Result of `bench experts` on such a device."
         ),
     ] = None,
+    clocks: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", rich_help_panel=_MODELS, help="Clock model of `clocks fit` of such a device."
+        ),
+    ] = None,
     site: Annotated[
         Path | None,
         typer.Option(
@@ -169,6 +175,7 @@ def plan(
         prices=None if price is None else load_prices(price),
         experts=experts,
         network=network,
+        clocks=clocks,
     )
     document = make_plan(request)
     tables = plan_tables(document)
@@ -176,7 +183,7 @@ def plan(
     if out is not None:
         write_json(out, document)
     if not is_printed:
-        print_tables(tables if wide else tables[:3], wide=wide)
+        print_tables([item for item in tables if item.rows and (wide or item.name != "alphas")], wide=wide)
         print_conclusion(conclude_plan(document))
     if not document["candidates"]:
         raise typer.Exit(2)

@@ -25,7 +25,12 @@ _LISTED = 10
 CANDIDATE_COLUMNS = (
     Column(name="gpus", title="devices", key=True, interval=("gpus_low", "gpus_high")),
     Column(name="hardware", title="device", text=True),
-    Column(name="set_up", title="set-up", text=True, legend="instances x ranks (EP), /tp; +: only prompts"),
+    Column(
+        name="set_up",
+        title="set-up",
+        text=True,
+        legend="instances x ranks (EP), /tp, /r: redundant experts; +: only prompts",
+    ),
     Column(name="sequences", title="batch", legend="sequences of a data-parallel group"),
     Column(
         name="tokens_per_s", title="tokens/s", digits=0, interval=("tokens_per_s_low", "tokens_per_s_high")
@@ -43,6 +48,7 @@ CANDIDATE_COLUMNS = (
     Column(name="tokens_per_s_gpu", title="tokens/s/device", digits=0),
     Column(name="tokens_per_s_user", title="tokens/s/user", digits=1, wide=True),
     Column(name="joules_per_token_most", title="J/token at most", digits=2, wide=True),
+    Column(name="clock", title="clock", text=True, wide=True),
     Column(name="rack_w", title="W/rack at most", digits=0, wide=True),
     Column(name="per_million", title="per million tokens", digits=2, wide=True),
     Column(name="limit", title="batch limited by", text=True),
@@ -116,22 +122,22 @@ def plan_document(
             "targets": targets.model_dump(),
             "routing": routing,
             "sources": dict(sources),
-            "candidates": [_candidate(one, targets, prices, site) for one in plan.candidates],
+            "candidates": [_candidate(one, model, targets, prices, site) for one in plan.candidates],
             "rejected": [_rejected(one) for one in plan.rejected],
             "rejected_by": _grouped(plan.rejected),
-            "assumptions": [_assumption(item) for item in assumptions],
+            "assumptions": [_assumption(item, model) for item in assumptions],
             "alphas": _alphas(captured),
         },
     )
 
 
-def _assumption(item: Assumption) -> dict[str, Any]:
+def _assumption(item: Assumption, model: ModelShape) -> dict[str, Any]:
     best = item.plan.candidates[0] if item.plan.candidates else None
     judged = item.judged
     return {
         "routing": item.routing,
         "gpus": None if best is None else best.gpus,
-        "set_up": None if best is None else _set_up(best),
+        "set_up": None if best is None else _set_up(best, model),
         "gpus_with_captured": None if judged is None else judged.gpus,
         "ms_per_token_with_captured": None if judged is None else float(judged.ms_per_token_3[1]),
         "ttft_ms_with_captured": None if judged is None else float(judged.ttft_ms_3[1]),
@@ -156,7 +162,7 @@ def plan_tables(document: Mapping[str, Any]) -> list[Table]:
     ]
     if document["rejected_by"]:
         tables.append(Table(name="rejected", columns=REJECTED_COLUMNS, rows=document["rejected_by"]))
-    if len(document["assumptions"]) > 1:
+    if any(row["gpus"] is not None for row in document["assumptions"]):
         tables.append(
             Table(
                 name="routing",
@@ -177,7 +183,9 @@ def plan_tables(document: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
-def _candidate(one: Candidate, targets: Targets, prices: Prices | None, site: Site) -> dict[str, Any]:
+def _candidate(
+    one: Candidate, model: ModelShape, targets: Targets, prices: Prices | None, site: Site
+) -> dict[str, Any]:
     tokens_per_s = float(one.tokens_per_s_3[1])
     watts = one.watts_per_gpu
     price = None if prices is None else prices.gpu_hour.get(one.hardware)
@@ -185,7 +193,7 @@ def _candidate(one: Candidate, targets: Targets, prices: Prices | None, site: Si
     return {
         "hardware": one.hardware,
         "mode": one.mode,
-        "set_up": _set_up(one),
+        "set_up": _set_up(one, model),
         "gpus": one.gpus,
         "gpus_low": min(one.gpus_3),
         "gpus_high": max(one.gpus_3),
@@ -206,11 +214,11 @@ def _candidate(one: Candidate, targets: Targets, prices: Prices | None, site: Si
         "longest_step_ms": float(one.prefill.s_3[1]) * 1e3 if one.mode == "together" else None,
         "tokens_per_s_gpu": one.tokens_per_s_gpu,
         "tokens_per_s_user": one.tokens_per_s_user,
-        "joules_per_token_most": None if watts is None else watts * one.gpus / tokens_per_s,
+        "joules_per_token_most": one.joules_per_token_most,
         "rack_w": None if watts is None or per_rack is None else watts * min(per_rack, one.gpus),
         "currency": None if prices is None or price is None else prices.currency,
         "per_million": None if price is None else price * one.gpus / tokens_per_s / 3600 * 1e6,
-        "clock": "unlocked",
+        "clock": "unlocked" if one.lock is None else f"decode at {one.lock.sm_clock_mhz:.0f} MHz",
         "is_pareto": one.is_pareto,
         "extrapolated": list(one.extrapolated),
         "limited_by": None if one.limit is None else one.limit.document(),
@@ -234,8 +242,11 @@ def _three(name: str, values_3: Any) -> dict[str, float]:
     return {name: float(values_3[1]), f"{name}_low": float(values[0]), f"{name}_high": float(values[2])}
 
 
-def _set_up(one: Candidate) -> str:
+def _set_up(one: Candidate, model: ModelShape) -> str:
     decode = _instances(one.instances, one.parallel.ranks, one.parallel.tp)
+    experts, slots, ranks = model.moe.experts, one.parallel.slots, one.parallel.ranks
+    if slots > -(-experts // ranks):
+        decode += f"/r {ranks * slots - experts}"
     apart = one.prefill_parallel
     if apart is None:
         return decode

@@ -14,6 +14,7 @@ from observatory.advice.capacity.site import Prices, Site
 from observatory.advice.capacity.targets import Targets
 from observatory.advice.conclusions.plans import conclude_plan
 from observatory.advice.conclusions.reasons import conclusion_document
+from observatory.advice.frequency import recommend_clocks
 from observatory.advice.mitigations.models import exchange_model, expert_cost
 from observatory.analysis.capacity.loads import ROUTING_KINDS, RoutingKind
 from observatory.analysis.capacity.measured import MeasuredServer
@@ -21,6 +22,8 @@ from observatory.analysis.capacity.model_shape import ModelShape
 from observatory.analysis.capacity.serving import Server
 from observatory.analysis.capacity.step import Host
 from observatory.analysis.experts.cost import ExpertCost, fit_experts
+from observatory.analysis.frequency.model_file import load_clock_model
+from observatory.analysis.frequency.views import ClockChoice
 from observatory.analysis.hardware import load_profile
 from observatory.analysis.network.network import load_network
 from observatory.errors import PlanError
@@ -51,6 +54,7 @@ class Request:
         experts: result of an expert benchmark on such devices; without devices that are named, by default
             the expert times of the first run.
         network: fitted network of such devices; likewise.
+        clocks: fitted clocks of such a device; None for no lock.
     """
 
     model: ModelShape
@@ -65,6 +69,7 @@ class Request:
     prices: Prices | None = None
     experts: Path | None = None
     network: Path | None = None
+    clocks: Path | None = None
 
 
 def make_plan(request: Request) -> dict[str, Any]:
@@ -78,6 +83,7 @@ def make_plan(request: Request) -> dict[str, Any]:
     wanted: RoutingKind = request.routing or ("captured" if captured else "power-law")
     if wanted == "captured" and captured is None:
         raise PlanError("captured routing needs a run", remedy="give a run of the model")
+    clocks = () if request.clocks is None else _clocks(request, request.clocks)
     planners = {
         kind: Planner(
             servers,
@@ -86,6 +92,8 @@ def make_plan(request: Request) -> dict[str, Any]:
             modes=request.modes,
             gpus_per_node=request.gpus_per_node or request.site.gpus_per_node,
             can_replicate=kind == "captured",
+            site=request.site,
+            clocks=clocks,
         )
         for kind in (ROUTING_KINDS if captured else _ASSUMED)
     }
@@ -145,6 +153,26 @@ def _servers(request: Request) -> dict[str, Host]:
     network, _ = exchange_model(first, request.network)
     cost = experts or expert_cost(first, None, None)
     return {MeasuredServer.name: MeasuredServer(request.model, request.runs, cost, network)}
+
+
+def _clocks(request: Request, path: Path) -> tuple[tuple[int | None, ClockChoice | None], ...]:
+    """Recommended clocks of decode by batch.
+
+    Raises:
+        ClockError: the file is none.
+        PlanError: several devices are compared, or decode was not swept.
+    """
+    if len(set(request.hardware)) > 1:
+        raise PlanError("clocks are those of one device", expected="one --hardware with --clocks")
+    model = load_clock_model(path)
+    clocks = tuple(
+        (model.series[advice.index].batch_size, advice.choice)
+        for advice in recommend_clocks(model).series
+        if model.series[advice.index].phase in ("decode", "unknown")
+    )
+    if not clocks:
+        raise PlanError(f"clock model {path} has no series of decode", remedy="sweep decode, too")
+    return clocks
 
 
 def _experts(request: Request, path: Path) -> ExpertCost:

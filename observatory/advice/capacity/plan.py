@@ -25,6 +25,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from observatory.advice.capacity.site import Site
 from observatory.advice.capacity.targets import Targets
 from observatory.advice.capacity.words import PlanCode, excess
 from observatory.analysis.capacity.rates import GRADES, Grade
@@ -38,6 +39,7 @@ from observatory.analysis.capacity.step import (
     Work,
     captured_size,
 )
+from observatory.analysis.frequency.views import ClockChoice
 from observatory.errors import PlanError
 from observatory.reasons import Reason
 
@@ -73,6 +75,7 @@ class Candidate:
         graded: part of the likely time of a token that rests on each grade.
         is_pareto: no other has more tokens per device and per user at once.
         watts_per_gpu: power limit of a device; None where it is not known.
+        lock: clock of instances that only decode; None for no lock.
         extrapolated: parts of its steps that lie outside of what was measured, and ``loads`` where fewer
             tokens were captured than a step has.
         limit: why no larger batch of this set-up is a candidate; None where the largest that was tried is.
@@ -97,12 +100,26 @@ class Candidate:
     is_pareto: bool = False
     watts_per_gpu: float | None = None
     limit: Reason | None = None
+    lock: ClockChoice | None = None
     extrapolated: tuple[str, ...] = ()
 
     @property
     def gpus(self) -> int:
         """Devices, with likely times."""
         return self.gpus_3[1]
+
+    @property
+    def joules_per_token_most(self) -> float | None:
+        """From the power limit; a lock saves part of what decode takes without one, for surely that much."""
+        if self.watts_per_gpu is None:
+            return None
+        decoding = self.instances * self.parallel.ranks
+        if self.lock is not None:
+            surely = 1.0 - (self.lock.saving.low or 0.0)
+            decoding_for = decoding * surely / float(_slowdown_3(self.lock)[1])
+        else:
+            decoding_for = float(decoding)
+        return self.watts_per_gpu * (decoding_for + self.gpus - decoding) / float(self.tokens_per_s_3[1])
 
     @property
     def tokens_per_s_gpu(self) -> float:
@@ -165,6 +182,9 @@ class Planner:
         modes: to try.
         gpus_per_node: devices that fast links join; None for what each profile says.
         can_replicate: whether redundant experts are tried.
+        site: power and size of racks.
+        clocks: batch (None where it is not known) and recommended clock of decode (None for no lock); that of
+            the nearest batch counts, on instances that only decode.
     """
 
     servers: Mapping[str, Host]
@@ -173,6 +193,8 @@ class Planner:
     modes: Sequence[Mode] = MODES
     gpus_per_node: int | None = None
     can_replicate: bool = False
+    site: Site = field(default_factory=Site)
+    clocks: Sequence[tuple[int | None, ClockChoice | None]] = ()
     _prefills: dict[str, _Prefill | Reason] = field(default_factory=dict)
     _steps: dict[tuple[str, Parallel, Work], Step] = field(default_factory=dict)
 
@@ -202,7 +224,9 @@ class Planner:
         Limits do not count: the set-up is built already. None where it cannot run at all.
         """
         free = _without_limits(self.targets)
-        planner = Planner(self.servers, self.routed, free, (one.mode,), self.gpus_per_node)
+        planner = Planner(
+            self.servers, self.routed, free, (one.mode,), self.gpus_per_node, clocks=self.clocks
+        )
         server = self.servers[one.hardware]
         if one.prefill_parallel is not None:
             planner._prefills[one.hardware] = planner._one_prefill(
@@ -313,7 +337,8 @@ class Planner:
         targets = self.targets
         padded = captured_size(sequences)
         decode = self._step(hardware, parallel, Work(decode=padded, context=targets.held))
-        ms_3 = 1e3 * decode.s_3
+        lock = self._lock(padded)
+        ms_3 = 1e3 * decode.s_3 * _slowdown_3(lock)
         best = self._best_prefill(hardware, server)
         if isinstance(best, Reason):
             return best
@@ -344,6 +369,7 @@ class Planner:
             return candidate
         return replace(
             candidate,
+            lock=lock,
             prefill_parallel=best.parallel,
             prefill_instances=best.gpus_3[1] // best.parallel.ranks,
         )
@@ -430,6 +456,9 @@ class Planner:
         most = self.targets.most_gpus
         if most is not None and gpus[1] > most:
             return Reason(PlanCode.GPUS, {"gpus": gpus[1], "most": most})
+        refusal = self._power_refusal(gpus[1], server.power_limit_w)
+        if refusal is not None:
+            return refusal
         weights = {decode: 1.0 - part, prefill: part}
         return Candidate(
             hardware=hardware,
@@ -454,6 +483,32 @@ class Planner:
             extrapolated=self._extrapolated(parallel, sequences, decode, prefill),
         )
 
+    def _lock(self, sequences: int) -> ClockChoice | None:
+        """The recommended clock of the nearest batch that was measured."""
+        if not self.clocks:
+            return None
+        return min(self.clocks, key=lambda item: abs(math.log((item[0] or sequences) / sequences)))[1]
+
+    def _power_refusal(self, gpus: int, watts: float | None) -> Reason | None:
+        rack_w, per_rack = self.site.rack_power, self.site.gpus_per_rack
+        if rack_w is None or per_rack is None:
+            return None
+        if watts is None:
+            return Reason(PlanCode.NO_FIGURE, {"error": "the power limit of a device is not known"})
+        devices = min(gpus, per_rack)
+        if devices * watts <= rack_w:
+            return None
+        return Reason(
+            PlanCode.POWER,
+            {
+                "devices": devices,
+                "drawn_w": devices * watts,
+                "rack_w": rack_w,
+                "fit": int(rack_w // watts),
+                "each_w": rack_w / devices,
+            },
+        )
+
     def _extrapolated(
         self, parallel: Parallel, sequences: int, decode: Step, prefill: Step
     ) -> tuple[str, ...]:
@@ -461,6 +516,14 @@ class Planner:
         if not self.routed.covers(decode=sequences * parallel.groups, prefill=0):
             names.append("loads")
         return tuple(dict.fromkeys(names))
+
+
+def _slowdown_3(lock: ClockChoice | None) -> Float64:
+    """By what factor a lock lengthens a step: fast, likely, slow."""
+    if lock is None:
+        return np.ones(3)
+    likely, low, high = lock.slowdown.value, lock.slowdown.low, lock.slowdown.high
+    return 1.0 + np.array([likely if low is None else low, likely, likely if high is None else high])
 
 
 def _without_limits(targets: Targets) -> Targets:

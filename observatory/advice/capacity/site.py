@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from observatory.analysis.hardware import Figure, HardwareProfile, Quantity
 from observatory.analysis.hardware.profiles import UNITS
@@ -29,7 +29,7 @@ class Site(Record):
         gpus_per_rack: devices of a rack.
         link_bandwidth, nic_bandwidth: GB/s, one direction, of one device.
         power_limit: W of one device.
-        rack_power: W that a rack may draw for its devices.
+        rack_power: W that a rack may draw for its devices; needs ``gpus_per_rack``.
         source: where the figures come from.
     """
 
@@ -42,6 +42,12 @@ class Site(Record):
     power_limit: _Positive | None = None
     rack_power: _Positive | None = None
     source: Annotated[str, Field(min_length=1, max_length=500)] = "stated by the site"
+
+    @model_validator(mode="after")
+    def _rack_is_known(self) -> Site:
+        if self.rack_power is not None and self.gpus_per_rack is None:
+            raise ValueError("rack_power needs gpus_per_rack")
+        return self
 
     def applied(self, profile: HardwareProfile) -> HardwareProfile:
         """The profile with this site's figures."""

@@ -19,6 +19,7 @@ class PlanCode(StrEnum):
     PREFILL = "prompts_do_not_keep_up"
     NO_FIGURE = "no_figure"
     GPUS = "too_many_gpus"
+    POWER = "rack_power"
 
 
 _WORDS = {
@@ -31,6 +32,8 @@ _WORDS = {
     PlanCode.PREFILL: "prompts take more than every step's chunk of {chunk} tokens",
     PlanCode.NO_FIGURE: "{error}",
     PlanCode.GPUS: "{gpus} GPUs are needed, there are {most}",
+    PlanCode.POWER: "{devices} devices in a rack may draw {drawn_w:.0f} W, it gets {rack_w:.0f} W: enough "
+    "for {fit} of them, or for {each_w:.0f} W each",
 }
 
 #: The constraint of a code, in a few words, for a column.
@@ -43,10 +46,17 @@ SHORT = {
     PlanCode.PREFILL: "prompts",
     PlanCode.NO_FIGURE: "unknown figure",
     PlanCode.GPUS: "GPUs",
+    PlanCode.POWER: "power",
 }
 
 #: Values of a constraint and of its limit.
-_LIMITS = (("needed_gb", "usable_gb"), ("needed_gb", "left_gb"), ("value_ms", "limit_ms"), ("gpus", "most"))
+_LIMITS = (
+    ("needed_gb", "usable_gb"),
+    ("needed_gb", "left_gb"),
+    ("value_ms", "limit_ms"),
+    ("gpus", "most"),
+    ("drawn_w", "rack_w"),
+)
 
 
 def sentence(reason: Reason) -> str:

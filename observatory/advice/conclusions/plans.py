@@ -22,7 +22,7 @@ def conclude_plan(document: Row) -> Conclusion:
             Reason(Code.NEAREST_PLAN, chosen(row, "constraint", "set_ups", "nearest"))
             for row in document["rejected_by"][:2]
         ]
-        return (*reasons, *_limits_of_inputs(document))
+        return (*reasons, *_routings(document, None), *_limits_of_inputs(document))
     best = document["candidates"][0]
     reasons = [
         Reason(Code.PLAN, chosen(best, "gpus", "gpus_low", "gpus_high", "hardware", "set_up", "sequences")),
@@ -43,8 +43,8 @@ def conclude_plan(document: Row) -> Conclusion:
     return (*reasons, *_limits_of_inputs(document))
 
 
-def _routings(document: Row, planned: int) -> list[Reason]:
-    """What other routing would have led to."""
+def _routings(document: Row, planned: int | None) -> list[Reason]:
+    """What other routing would have led to; ``planned`` None where nothing meets the targets."""
     others = [other for other in document["assumptions"] if other["routing"] != document["routing"]]
     if not document["sources"]["runs"]:
         return [
@@ -53,18 +53,19 @@ def _routings(document: Row, planned: int) -> list[Reason]:
                 {"routing": document["routing"], "other": other["routing"], "gpus": other["gpus"]},
             )
             for other in others
+            if planned is not None or other["gpus"] is not None
         ]
     if document["routing"] != "captured":
         others = [other for other in document["assumptions"] if other["routing"] == document["routing"]]
     reasons = [reason for other in others if (reason := _cost(document, other, planned)) is not None]
     same: list[JsonValue] = [other["routing"] for other in others]
-    return reasons or ([Reason(Code.PLAN_ROUTING_SAME, {"routings": same})] if same else [])
+    return reasons or ([Reason(Code.PLAN_ROUTING_SAME, {"routings": same})] if same and planned else [])
 
 
-def _cost(document: Row, other: Row, planned: int) -> Reason | None:
+def _cost(document: Row, other: Row, planned: int | None) -> Reason | None:
     """What a set-up that was planned with another routing misses; None for nothing."""
     if other["gpus"] is None:
-        return Reason(Code.PLAN_ROUTING_NONE, chosen(other, "routing"))
+        return None if planned is None else Reason(Code.PLAN_ROUTING_NONE, chosen(other, "routing"))
     targets, needed = document["targets"], other["gpus_with_captured"]
     missed = {
         name: value

@@ -9,19 +9,25 @@ import numpy as np
 import pytest
 
 from observatory.advice.capacity.make import Request, make_plan
+from observatory.advice.capacity.plan import Planner
 from observatory.advice.capacity.site import Site, load_prices, load_site
 from observatory.advice.capacity.targets import Targets
 from observatory.advice.conclusions import conclude_plan
+from observatory.advice.frequency import recommend_clocks
 from observatory.analysis.capacity.loads import BalancedLoads
 from observatory.analysis.capacity.model_shape import model_shape
 from observatory.analysis.capacity.routed import Routed
 from observatory.analysis.capacity.serving import Server
 from observatory.analysis.capacity.step import CAPTURED, Parallel, Work, captured_size
+from observatory.analysis.frequency.model_file import load_clock_model
+from observatory.analysis.frequency.views import ClockChoice
 from observatory.analysis.hardware import load_profile
+from observatory.analysis.statistics import Interval
 from observatory.cli import main
 from observatory.errors import PlanError
 from observatory.run import RunWriter, open_run, routing_rows
 from observatory.run.manifest import Manifest, ModelSpec, MoeLayerSpec
+from tests.advice.clocks import model_of
 from tests.analysis.capacity.configs import DEEPSEEK_V3, GPT_OSS_120B, QWEN3_30B
 
 SKEWED = {**QWEN3_30B, "num_hidden_layers": 12, "max_position_embeddings": 4000}
@@ -174,7 +180,9 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, change, message):
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("content", ["gpus_per_node = 0", "nic_bandwidth = -1", "odd = 1", "x", "\x00"])
+@pytest.mark.parametrize(
+    "content", ["gpus_per_node = 0", "nic_bandwidth = -1", "rack_power = 1000", "odd = 1", "x", "\x00"]
+)
 def test_hostile_site_files_are_refused(tmp_path, content):
     path = tmp_path / "site.toml"
     path.write_text(content)
@@ -291,6 +299,8 @@ def test_the_cost_of_an_assumption_follows_the_set_up():
     balanced_row |= {"gpus": 8, "gpus_with_captured": 8, "ms_per_token_with_captured": 20.0}
     document["assumptions"] = [balanced_row]
     assert conclude_plan(document)[1].code == "plan_routing_same"
+    nothing = conclude_plan({**document, "candidates": [], "rejected": [], "rejected_by": []})
+    assert [(reason.code, reason.values.get("planned")) for reason in nothing][1] == ("plan_routing", None)
 
 
 def test_what_a_run_does_not_cover_is_stated(tmp_path):
@@ -334,6 +344,68 @@ def test_the_largest_batch_that_the_cache_allows_is_tried():
     fits = room / (memory["cache"] / most["sequences"])
     assert most["sequences"] == max(size for size in CAPTURED if size <= fits)
     assert most["limit"] == "cache"
+
+
+def test_racks_get_no_more_power_than_they_have():
+    """H200s of 700 W, eight a rack: 5000 W are enough for seven, or for 625 W each."""
+    site = Site(gpus_per_rack=8, rack_power=5000)
+    document = make_plan(request(SKEWED, modes=("together",), site=site, tokens_per_s=400_000))
+    assert all(row["gpus"] < 8 for row in document["candidates"])
+    reasons = [row["reason"] for row in document["rejected"]]
+    assert reasons
+    assert {row["code"] for row in reasons} == {"rack_power"}
+    full = next(row for row in reasons if row["devices"] == 8)
+    assert (full["drawn_w"], full["fit"], full["each_w"]) == (5600, 7, 625)
+    enough = Site(gpus_per_rack=8, rack_power=5000, power_limit=625)
+    assert make_plan(request(SKEWED, modes=("together",), site=enough, tokens_per_s=400_000))["candidates"]
+
+
+def test_a_lock_slows_decode_and_saves_its_energy():
+    clock = ClockChoice(
+        sm_clock_mhz=1200.0,
+        slowdown=Interval(value=0.02, low=0.01, high=0.03),
+        saving=Interval(value=0.2, low=0.1, high=0.3),
+    )
+    model = model_shape(SKEWED)
+    servers = {"h200-sxm": Server(model, load_profile("h200-sxm"))}
+    targets = Targets(tokens_per_s=1000, context=4096, output=512)
+    planner = Planner(servers, balanced(SKEWED), targets, ("apart", "together"))
+    free = {(one.mode, one.parallel, one.sequences): one for one in planner.search().candidates}
+    planner.clocks = ((64, clock), (1, None))
+    for one in planner.search().candidates:
+        unlocked = free[one.mode, one.parallel, one.sequences]
+        factor = np.ones(3)
+        if one.mode == "apart" and one.sequences >= 8:
+            factor = np.array([1.01, 1.02, 1.03])
+            each = 700 / float(unlocked.tokens_per_s_3[1])
+            decode, prompts = (
+                0.9 * one.instances * one.parallel.ranks,
+                one.gpus - one.instances * one.parallel.ranks,
+            )
+            if (one.instances, one.gpus) == (unlocked.instances, unlocked.gpus):
+                assert one.joules_per_token_most == pytest.approx(each * (decode + 1.02 * prompts))
+        assert one.ms_per_token_3 == pytest.approx(unlocked.ms_per_token_3 * factor)
+
+
+def test_clocks_of_a_device(tmp_path):
+    path = tmp_path / "clocks.json"
+    path.write_text(model_of("memory-bound").model_dump_json())
+    wanted = replace(request(SKEWED, modes=("apart",)), clocks=path)
+    advice = recommend_clocks(load_clock_model(path)).series[0]
+    clocks = {row["clock"] for row in make_plan(wanted)["candidates"]}
+    assert clocks == {f"decode at {advice.choice.sm_clock_mhz:.0f} MHz" if advice.choice else "unlocked"}
+    with pytest.raises(PlanError, match="one device"):
+        make_plan(replace(wanted, hardware=("h200-sxm", "h20")))
+
+
+def test_redundant_experts_are_in_the_name_of_a_set_up(tmp_path):
+    run = open_run(skewed_run(tmp_path / "run", hot=1))
+    document = make_plan(
+        replace(request(SKEWED, modes=("together",), tokens_per_s=2e5), runs=[run], routing=None)
+    )
+    rows = [row for row in document["candidates"] if row["slots"] > 128 // row["ranks"]]
+    assert rows
+    assert all(row["set_up"].endswith(f"/r {row['ranks']}") for row in rows)
 
 
 def test_windows_keep_no_more_than_the_sequence():
