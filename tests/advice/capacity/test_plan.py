@@ -100,6 +100,7 @@ def test_the_fewest_devices_come_first_and_meet_every_target():
     assert {row["code"] for row in document["conclusion"]} >= {"plan", "plan_times", "plan_assumed"}
 
 
+@pytest.mark.slow
 def test_more_tokens_never_need_fewer_devices():
     needed = [
         make_plan(request(SKEWED, tokens_per_s=rate, max_ms_per_token=10.0))["candidates"][0]["gpus"]
@@ -249,6 +250,7 @@ def skewed_run(folder, *, phases=("decode", "prefill"), hot=8):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("routing", ["captured", "balanced"])
 def test_what_the_usual_assumption_costs(tmp_path, routing):
     """With hot experts a plan is its own measure, and balance promises prompts faster than they come."""
@@ -328,6 +330,7 @@ def test_short_prompts_are_not_kept_for_a_full_chunk():
     assert hasty[0]["gpus"] >= patient[0]["gpus"]
 
 
+@pytest.mark.slow
 def test_looser_limits_never_need_more_devices():
     for name, limits in (("max_ms_per_token", (4.5, 6, 8, 30)), ("max_ttft_ms", (30, 45, 100, 2000))):
         plans = [make_plan(request(SKEWED, modes=("apart",), **{name: limit})) for limit in limits]
@@ -398,6 +401,7 @@ def test_clocks_of_a_device(tmp_path):
         make_plan(replace(wanted, hardware=("h200-sxm", "h20")))
 
 
+@pytest.mark.slow
 def test_redundant_experts_are_in_the_name_of_a_set_up(tmp_path):
     run = open_run(skewed_run(tmp_path / "run", hot=1))
     document = make_plan(
