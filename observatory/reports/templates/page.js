@@ -160,7 +160,7 @@
   // On paper all is open, also where a browser does not open what its style opens.
   const closed = new Set();
   window.addEventListener("beforeprint", () => {
-    document.querySelectorAll("details:not([open])").forEach((each) => {
+    document.querySelectorAll("details:not([open]):not(.many)").forEach((each) => {
       closed.add(each);
       each.open = true;
     });
