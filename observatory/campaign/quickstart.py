@@ -105,8 +105,8 @@ def quickstart_simulated(out: Path, *, report: Callable[[str], None]) -> list[Pa
         job = ProfileJob(
             model=EXCHANGE_MODEL,
             data=EXCHANGE_DATA,
-            batch_size=4,
-            sequence_length=32,
+            batch_size=2,
+            sequence_length=16,
             steps=_SIMULATED_STEPS,
             phase="both",
             power=f"replay:{recording}",

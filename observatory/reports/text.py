@@ -83,9 +83,12 @@ def times(value: float | None, digits: int = 2) -> str:
     return MISSING if value is None or _absent(value) else f"{value:.{digits}f}×"
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share as a percentage, or ``n/a``."""
-    return MISSING if value is None or _absent(value) else f"{100 * value:.{digits}f} %"
+def percent(value: float | None, digits: int | None = None) -> str:
+    """A share as a percentage, or ``n/a``; without ``digits``, one behind the point below 10 %."""
+    if value is None or _absent(value):
+        return MISSING
+    shown = int(abs(value) < 0.0995) if digits is None else digits
+    return f"{100 * value:.{shown}f} %"
 
 
 def interval(low: float | None, high: float | None, digits: int = 3) -> str:

@@ -195,7 +195,7 @@ def _number(conclusion: Conclusion, section: str, ending: str) -> Number | None:
         case Code.CHANGE_GAIN | Code.EXTRAPOLATED | Code.FAR_OFF | Code.NO_MEMORY:
             value, meaning = (
                 percent(values["gain"], 0),
-                f"less time of a step of {values['phase']}, by {values['change']}",
+                f"less time of a step of {values['phase']}, predicted for {values['change']}",
             )
         case Code.PERFECT_BALANCE:
             value, meaning = (

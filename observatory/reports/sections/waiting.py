@@ -10,7 +10,7 @@ from observatory.reports.figures.exchanges import rank_time, waiting_map
 from observatory.reports.frames.report import each_row
 from observatory.reports.page import Block, FigureBlock, Section, Table, Variant, frame_table
 from observatory.reports.sections.common import run_choice, run_keys
-from observatory.reports.text import count, number, percent, plain, shorten
+from observatory.reports.text import count, microseconds, percent, plain, shorten
 from observatory.run.documents.writing import frame_records
 from observatory.text import listing
 
@@ -112,7 +112,7 @@ def _slowest(ranks: pd.DataFrame) -> str:
     )
     return (
         f"{share} Slowest is rank {slowest.source_rank}: {percent(slowest.caused_wait_s / whole)} of all "
-        f"waiting was for it ({number(slowest.caused_wait_s * 1e3)} ms; "
+        f"waiting was for it ({microseconds(slowest.caused_wait_s * 1e6)}; "
         f"{cause_words(slowest.cause)}){after}."
     )
 

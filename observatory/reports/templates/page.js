@@ -170,6 +170,9 @@
     closed.clear();
   });
 
+  // Where the contents stand above the answer they are folded.
+  document.querySelector(".contents").open = matchMedia("(min-width: 62.01rem)").matches;
+
   // The contents mark the section that crosses a line near the top of the window.
   const links = new Map([...document.querySelectorAll("nav a")].map((link) => [link.hash.slice(1), link]));
   const reading = new IntersectionObserver(
