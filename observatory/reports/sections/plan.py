@@ -35,7 +35,8 @@ def plan_section(frames: ReportFrames) -> Section:
         )
     for file in frames.plans:
         blocks += _tables(file)
-    return Section(id="plan", title=_TITLE, lead=tuple(map(_targets, frames.plans)), blocks=tuple(blocks))
+    unmet = tuple(_targets(file) for file in frames.plans if not file.document["candidates"])
+    return Section(id="plan", title=_TITLE, lead=unmet, blocks=tuple(blocks))
 
 
 def _targets(file: PlannedFile) -> str:
@@ -67,7 +68,7 @@ def _variant(file: PlannedFile) -> Variant:
         label=shorten(file.path.name, 32),
         figure=plan_plane(rows),
         alt=plain(f"Set-ups by throughput. The fewest devices: {said}"),
-        note=plain(f"The fewest devices: {said}"),
+        note=f"{_targets(file)} {plain(f'The fewest devices: {said}')}",
         numbers=frame_table("Set-ups that meet every target", first.columns, first.rows),
     )
 
