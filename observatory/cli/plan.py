@@ -91,6 +91,14 @@ def plan(
             metavar="CONFIG", rich_help_panel=_MODELS, help="config.json of the runs' model, if they lack it."
         ),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=_MODELS,
+            help="Torch dtype of the weights, such as bfloat16; by default as in the configuration.",
+        ),
+    ] = None,
     routing: Annotated[
         str | None,
         typer.Option(
@@ -139,7 +147,7 @@ def plan(
     from observatory.advice.capacity.targets import Targets
     from observatory.advice.conclusions import conclude_plan
     from observatory.analysis.capacity.loads import ROUTING_KINDS
-    from observatory.analysis.capacity.model_shape import model_shape
+    from observatory.analysis.capacity.model_shape import model_shape, stored_as
     from observatory.campaign.benchmark import check_out
     from observatory.cli.output import print_conclusion, print_data, print_tables
     from observatory.errors import PlanError
@@ -154,8 +162,9 @@ def plan(
     if out is not None:
         check_out(out, force=force)
     runs, config = _opened(sources, model)
+    shape = model_shape(config)
     request = Request(
-        model=model_shape(config),
+        model=shape if dtype is None else stored_as(shape, dtype),
         runs=runs,
         targets=Targets(
             tokens_per_s=target_tokens_per_s,

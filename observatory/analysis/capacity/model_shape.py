@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,6 +142,18 @@ class ModelShape:
             count * (layer.mixer_values + layer.dense_values + layer.top_k * layer.expert_values)
             for count, layer in self.layers
         )
+
+
+def stored_as(model: ModelShape, dtype: str) -> ModelShape:
+    """The model with all weights of another data type.
+
+    Raises:
+        PlanError: it is not known.
+    """
+    if dtype not in ELEMENT_BYTES:
+        raise PlanError(f"--dtype {dtype[:40]!r} is not known", expected=f"one of {', '.join(ELEMENT_BYTES)}")
+    size = float(ELEMENT_BYTES[dtype])
+    return replace(model, dtype=dtype, expert_dtype=dtype, weight_bytes=size, expert_weight_bytes=size)
 
 
 def load_config(path: Path | str) -> dict[str, Any]:

@@ -164,6 +164,8 @@ def test_the_command(tmp_path, capsys):
     [
         (["--hardware", "h9000"], "does not exist"),
         (["--mode", "odd"], "--mode 'odd'"),
+        (["--dtype", "int3"], "--dtype 'int3'"),
+        (["--dtype", "float32"], "no rate for float32"),
         (["--routing", "odd"], "--routing 'odd'"),
         (["--routing", "captured"], "captured routing needs a run"),
         (["--site", "missing.toml"], "site missing.toml is not valid"),
