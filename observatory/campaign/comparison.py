@@ -51,7 +51,7 @@ def compare_inputs(
         progress: called with the runs that were measured and their number.
 
     Raises:
-        ComparisonError: nothing to compare, too much of it, or repeats of another set-up.
+        ComparisonError: nothing to compare, too much of it, or repeats of another set-up or given twice.
         RunError: a run cannot be opened.
     """
     if len(repeats) == 1:
@@ -84,7 +84,7 @@ def compare_inputs(
     if len(subjects) == 1:
         architectures = architecture_rows([(run, measured[id(run)]) for run in runs])
         subjects = _by_model(subjects[0])
-    check_repeats(subjects[0], further)
+    check_repeats(subjects[0], [item for side in subjects[1:] for item in side], further)
     comparisons, lonely = [], []
     for other in subjects[1:]:
         pairs, without = pair_subjects(subjects[0], other)

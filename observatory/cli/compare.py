@@ -107,11 +107,11 @@ def compare(
     for reason in compared.lonely:
         say(f"note: {sentence(reason)}")
     if not print_data(document, compare_csv(document), json=json, csv=csv, table=table):
-        beside = [*architecture_tables(compared.architectures), *premise_tables(document["premises"])]
-        print_tables(beside, wide=wide)
+        grid_tables = [*architecture_tables(compared.architectures), *premise_tables(document["premises"])]
+        print_tables(grid_tables, wide=wide)
         items = document["comparisons"]
         for place, item in enumerate(items if len(items) <= _MOST_SHOWN else ()):
-            print_text([*([""] if place or beside else []), *heading(item), ""])
+            print_text([*([""] if place or grid_tables else []), *heading(item), ""])
             tables = compare_tables(item)
             print_tables(tables, wide=wide)
             print_text([*([LEGEND, ""] if tables else []), *compare_sentences(item)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,16 @@ def test_thresholds_set_the_exit_code(
     options = [word for text in thresholds for word in ("--fail-if", text)]
     compared = document(capsys, base, slow, *options, code=code)
     assert [item["state"] for item in compared["thresholds"]] == states
+
+
+def test_counts_without_an_interval_are_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [made_run(tmp_path / name, seed=seed, skew=20.0 * seed) for seed, name in enumerate("ab")]
+    compared = document(capsys, *runs, "--fail-if", "decode.dead_experts > +0", code=4)
+    assert row(compared, "decode.dead_experts")["difference"] > 0
+    (judged,) = compared["thresholds"]
+    assert (judged["state"], judged["low"], judged["high"]) == ("not_compared", None, None)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +255,11 @@ def test_further_runs_of_the_baseline_widen_intervals(
     options = ["--repeat", str(runs[1]), "--repeat", str(alien)]
     assert main(["compare", str(runs[0]), str(other), *options]) == 1
     assert "differs from the baseline in its model" in capsys.readouterr().err
+    copied = shutil.copytree(runs[1], tmp_path / "copied")
+    for given in (copied, runs[0], other):
+        options = ["--repeat", str(runs[1]), "--repeat", str(given)]
+        assert main(["compare", str(runs[0]), str(other), *options]) == 1
+        assert "is the same run as" in capsys.readouterr().err.splitlines()[-1]
 
 
 def made_grid(folder: Path) -> Path:

@@ -52,11 +52,12 @@ def _of_model(subject: Subject) -> tuple[str | None, ...]:
     return (subject.model,)
 
 
-def check_repeats(base: Sequence[Subject], repeats: Sequence[Subject]) -> None:
-    """Refuse further runs that are not of the baseline's set-up.
+def check_repeats(base: Sequence[Subject], others: Sequence[Subject], repeats: Sequence[Subject]) -> None:
+    """Refuse further runs that are not of the baseline's set-up, or are given twice.
 
     Raises:
-        ComparisonError: the baseline is several runs, or a run is of another model, data or number of ranks.
+        ComparisonError: the baseline is several runs, or a run is of another model, data or number of ranks,
+            or is the baseline, another of the runs or a copy of one.
     """
     if repeats and len(base) > 1:
         raise ComparisonError("--repeat is of one baseline run, not of a grid")
@@ -68,6 +69,15 @@ def check_repeats(base: Sequence[Subject], repeats: Sequence[Subject]) -> None:
                 f"--repeat {repeat.name} differs from the baseline in its {what}",
                 expected="a further run of the same set-up",
             )
+    names: dict[str, str] = {subject.run_id: subject.name for subject in (*base, *others) if subject.run_id}
+    for repeat in repeats:
+        if repeat.run_id in names:
+            raise ComparisonError(
+                f"--repeat {repeat.name} is the same run as {names[repeat.run_id]}",
+                expected="a further run of the same set-up",
+            )
+        if repeat.run_id is not None:
+            names[repeat.run_id] = repeat.name
 
 
 def _set_up(subject: Subject) -> dict[str, object]:

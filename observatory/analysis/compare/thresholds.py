@@ -2,7 +2,7 @@
 
 One metric, ``>`` or ``<``, and a signed number: with ``%`` of the relative difference, else of the difference
 in the unit of the metric. A threshold is passed where the whole 95 % interval of the difference lies beyond
-it, so that noise passes none; counts of experts without a token are taken as they are.
+it, so that noise passes none.
 """
 
 from __future__ import annotations
@@ -94,8 +94,6 @@ def _judged(threshold: Threshold, row: Mapping[str, Any]) -> dict[str, Any]:
         ("relative", "relative_low", "relative_high") if threshold.relative else ("difference", "low", "high")
     )
     value, low, high = (row.get(name) for name in names)
-    if row.get("metric") == "dead_experts" and value is not None:
-        low = high = value
     state: State = "not_compared"
     if value is not None and low is not None and high is not None:
         sign = 1 if threshold.above else -1
