@@ -50,7 +50,7 @@ _SENTENCES = {
     Code.LONGEST_WAIT: "longest waiting: {role} of layer {layer} in {phase}, {slowest}",
     Code.WAIT_COST: "ranks wait {wait_share} of their time in exchanges, there {wait_ms} ms in each",
     Code.WAIT_UNKNOWN: "waiting could not be separated from transfer, so no place can be called worst",
-    Code.MOST_ENERGY: "most energy: {phase} on rank {source_rank}, {share} of the energy of all phases",
+    Code.MOST_ENERGY: "most energy{of_which}: {phase} on rank {source_rank}, {share} of it{rest}",
     Code.ENERGY_COST: "that is {energy}{per_token}",
     Code.ENERGY_UNKNOWN: "the energy of no phase is known, for the reasons given",
     Code.HELD_BY_CAP: "held back: {device_uuid}{in_phase}, by its power limit",
@@ -200,8 +200,8 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
     if code is Code.LONGEST_WAIT:
         role = values["role"] if values["role"] in ("dispatch", "combine") else "other exchanges"
         shown |= {"role": role, "slowest": _slowest(values)}
-    if code is Code.MOST_ENERGY and values["source_rank"] is None:
-        shown["source_rank"] = "unknown"
+    if code is Code.MOST_ENERGY:
+        shown |= _of_energy(values)
     if code is Code.ENERGY_COST:
         shown |= {"energy": _energy(values), "per_token": _per_token(values)}
     if code in _OF_COMPARISONS:
@@ -338,6 +338,16 @@ def _energy(values: Mapping[str, Any]) -> str:
     if values["energy_low_mj"] is None or values["energy_high_mj"] is None:
         return text
     return f"{text} ({_amount(values['energy_low_mj'] / 1e3)} to {_amount(values['energy_high_mj'] / 1e3)})"
+
+
+def _of_energy(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of which phases the energy is, and what of it has no phase."""
+    rank, unattributed = values["source_rank"], values["unattributed"]
+    known = "" if values["all_known"] else " of the phases whose energy is known"
+    rest = ""
+    if not values["all_known"] and unattributed is not None:
+        rest = f"; {percent_words(unattributed)} of the energy of the devices is attributed to no phase"
+    return {"source_rank": "unknown" if rank is None else rank, "of_which": known, "rest": rest}
 
 
 def _per_token(values: Mapping[str, Any]) -> str:

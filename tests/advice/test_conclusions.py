@@ -140,9 +140,15 @@ def test_the_phase_with_most_energy_is_named_or_that_none_is_known() -> None:
         "phases": [phase, {**phase, "phase": "prefill", "energy_mj": 1e3}],
         "tokens": [token],
         "totals": [],
+        "devices": [{"energy_mj": 12e3}],
     }
     worst, cost, _ = conclude_energy(document, RUN)
     assert (worst.values["phase"], worst.values["share"]) == ("decode", 0.75)
+    assert conclusion_sentences((worst,)) == ["most energy: decode on rank 0, 75 % of it"]
+    partly = {**document, "phases": [phase, {**phase, "phase": "prefill", "energy_mj": None}]}
+    (sentence,) = conclusion_sentences(conclude_energy(partly, RUN)[:1])
+    assert sentence.startswith("most energy of the phases whose energy is known: decode on rank 0, 100 %")
+    assert sentence.endswith("75 % of the energy of the devices is attributed to no phase")
     assert conclusion_sentences((cost,)) == ["that is 3 J (2.9 to 3.1), 5 mJ per token (4.8 to 5.2)"]
     nothing = {**document, "phases": [{**phase, "energy_mj": None}]}
     assert codes(conclude_energy(nothing, RUN)) == [Code.ENERGY_UNKNOWN, Code.RUN_COMMAND]

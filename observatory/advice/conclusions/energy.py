@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +22,8 @@ from observatory.reasons import Reason
 
 def conclude_energy(document: Row, run: Path) -> Conclusion:
     """Of ``observatory energy``: the phase that most energy goes to."""
-    known = [row for row in document["phases"] if row["span"] is None and row["energy_mj"] is not None]
+    whole = [row for row in document["phases"] if row["span"] is None]
+    known = [row for row in whole if row["energy_mj"] is not None]
     phases = [row for row in known if row["phase"] != "idle"]
     if not phases:
         return (Reason(Code.ENERGY_UNKNOWN), command("energy", run, "--wide"))
@@ -39,7 +40,12 @@ def conclude_energy(document: Row, run: Path) -> Conclusion:
     return (
         Reason(
             Code.MOST_ENERGY,
-            {**chosen(worst, "phase", "source_rank", "device_uuid"), "share": worst["energy_mj"] / total_mj},
+            {
+                **chosen(worst, "phase", "source_rank", "device_uuid"),
+                "share": worst["energy_mj"] / total_mj,
+                "all_known": len(known) == len(whole),
+                "unattributed": _unattributed(document["devices"], total_mj),
+            },
         ),
         Reason(
             Code.ENERGY_COST,
@@ -53,6 +59,14 @@ def conclude_energy(document: Row, run: Path) -> Conclusion:
         ),
         command("clocks", "recommend", "--telemetry", run),
     )
+
+
+def _unattributed(devices: Sequence[Row], attributed_mj: float) -> float | None:
+    """Share of the energy of all devices that no phase has; None where the energy of a device is not known."""
+    energies_mj = [row["energy_mj"] for row in devices]
+    if not energies_mj or None in energies_mj or sum(energies_mj) <= 0:
+        return None
+    return max(0.0, 1.0 - attributed_mj / float(sum(energies_mj)))
 
 
 def conclude_reuse(document: Row, measurements: Path) -> Conclusion:

@@ -69,6 +69,8 @@ _FORMULAS = {
     "energy": "mj_per_token",
     "layers": "expert_max_over_mean",
 }
+#: What of a run's power its conclusion about energy is from.
+_OF_ENERGY = ("devices", "phases", "tokens", "totals")
 #: Codes that name something to change.
 _CHANGES = (Code.BEST_CHANGE, Code.CLOCK_SAVES, Code.CLOCK_TOO_HIGH, Code.DOES_NOT_FIT)
 #: Figures that show most of what is at stake, the first that a page has; else its first figure.
@@ -356,7 +358,7 @@ def _energy(frames: ReportFrames) -> Iterator[tuple[int, Conclusion]]:
     power = frames.power
     for run in power.runs if power is not None else ():
         assert power is not None
-        document = {name: _of_run(getattr(power, name), run) for name in ("phases", "tokens", "totals")}
+        document = {name: _of_run(getattr(power, name), run) for name in _OF_ENERGY}
         yield run, conclude_energy(document, frames.facts[run].path)
 
 
