@@ -48,7 +48,8 @@ _SENTENCES = {
     Code.SLOWER_LAYOUT: "in {phase}, EP {slower_ep} {slower_placement} is predicted to take "
     "{extra_ms} ms more in a step than EP {better_ep} {better_placement}",
     Code.LONGEST_WAIT: "longest waiting: {role} of layer {layer} in {phase}, {slowest}",
-    Code.WAIT_COST: "ranks wait {wait_share} of their time in exchanges, there {wait_ms} ms in each",
+    Code.WAIT_COST: "ranks wait {wait_share} of their time in exchanges, {wait_ms} ms in each {role} of "
+    "layer {layer} in {phase}",
     Code.WAIT_UNKNOWN: "waiting could not be separated from transfer, so no place can be called worst",
     Code.MOST_ENERGY: "most energy{of_which}: {phase} on rank {source_rank}, {share} of it{rest}",
     Code.ENERGY_COST: "that is {energy}{per_token}",
@@ -200,6 +201,8 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
     if code is Code.LONGEST_WAIT:
         role = values["role"] if values["role"] in ("dispatch", "combine") else "other exchanges"
         shown |= {"role": role, "slowest": _slowest(values)}
+    if code is Code.WAIT_COST:
+        shown["role"] = values["role"] if values["role"] in ("dispatch", "combine") else "other exchange"
     if code is Code.MOST_ENERGY:
         shown |= _of_energy(values)
     if code is Code.ENERGY_COST:

@@ -122,6 +122,7 @@ def test_the_layer_with_most_waiting_is_named_unless_ranks_lacked_cores() -> Non
     assert (worst.values["layer"], worst.values["slowest_rank"]) == (2, 1)
     assert (cost.values["wait_share"], cost.values["wait_ms"]) == (0.2, 10.0)
     assert step.values["command"] == "observatory scan 'runs/a b'"
+    assert conclusion_sentences((cost,))[0].endswith("10 ms in each combine of layer 2 in prefill")
     assert "mostly for rank 1 (75 % of it; it computed longer)" in conclusion_sentences((worst,))[0]
     assert codes(conclude_exchanges(waits(wait_s=0.01), RUN)) == [Code.NOTHING]
     crowded = {**waits(), "short_of_cores": [{"ranks": 4}]}

@@ -99,7 +99,8 @@ def test_what_can_be_changed_is_answered_before_a_larger_share_that_only_goes_so
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = {"layer": 0, "phase": "prefill", "role": "dispatch", "slowest_rank": None}
-    waits = (Reason(Code.LONGEST_WAIT, place), Reason(Code.WAIT_COST, {"wait_share": 0.9, "wait_ms": 1.0}))
+    cost = Reason(Code.WAIT_COST, {**place, "wait_share": 0.9, "wait_ms": 1.0})
+    waits = (Reason(Code.LONGEST_WAIT, place), cost)
     monkeypatch.setattr(verdict, "_exchanges", lambda _: iter([(0, waits)]))
     frames = collect([open_run(spread_run(tmp_path / "run"))], ep_degrees=(2,), gpus_per_node=2)
     shown = verdicts(frames)

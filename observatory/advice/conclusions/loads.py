@@ -96,7 +96,14 @@ def conclude_exchanges(document: Row, run: Path) -> Conclusion:
     names = ("layer", "phase", "role", "slowest_rank", "slowest_share", "slowest_cause")
     return (
         Reason(Code.LONGEST_WAIT, chosen(worst, *names)),
-        Reason(Code.WAIT_COST, {"wait_share": share, "wait_ms": worst["wait_s"] / max(rows, 1) * 1e3}),
+        Reason(
+            Code.WAIT_COST,
+            {
+                "wait_share": share,
+                "wait_ms": worst["wait_s"] / max(rows, 1) * 1e3,
+                **chosen(worst, "layer", "phase", "role"),
+            },
+        ),
         command("scan", run)
         if worst["slowest_cause"] == "compute load"
         else command("report", run, "--out", "report.html", code=Code.OPEN_REPORT),

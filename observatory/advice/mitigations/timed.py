@@ -184,7 +184,7 @@ class Timed:
         """Energy of steps that take longer than this by something of unknown power.
 
         Args:
-            total_S: microseconds of each step, all told.
+            total_S: microseconds of each step in all.
 
         Returns:
             Millijoules or None, the share of the time of which power is known, and why there is none.
