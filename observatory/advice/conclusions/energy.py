@@ -62,7 +62,7 @@ def conclude_energy(document: Row, run: Path) -> Conclusion:
 
 
 def _unattributed(devices: Sequence[Row], attributed_mj: float) -> float | None:
-    """Share of the energy of all devices that no phase has; None where the energy of a device is not known."""
+    """Share of the energy of all devices that no phase has; None where that of a device is not known."""
     energies_mj = [row["energy_mj"] for row in devices]
     if not energies_mj or None in energies_mj or sum(energies_mj) <= 0:
         return None
