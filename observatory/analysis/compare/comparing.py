@@ -248,6 +248,8 @@ def _row(
     if difference.low is not None:
         return replace(plain, difference=difference)
     reason = Reason(CompareCode.FEW_STEPS, {"steps": difference.steps, "needed": FEWEST_STEPS})
+    if difference.steps >= FEWEST_STEPS:
+        reason = Reason(CompareCode.FEW_INDEPENDENT_STEPS, {"steps": difference.steps})
     if counted:
         reason = Reason(CompareCode.COUNT)
     elif "document" in (sides.base.source, sides.other.source):

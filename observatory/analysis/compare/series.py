@@ -28,6 +28,8 @@ _Error = tuple[float, float]
 LEVEL = 0.95
 #: With fewer steps than this on either side there is no interval.
 FEWEST_STEPS = 8
+#: With fewer degrees of freedom than this there is no interval: it would hold anything.
+FEWEST_FREEDOM = 3.0
 #: Share of the steps that is trimmed at each end of a time.
 TRIMMED = 0.1
 _HIGHEST_CORRELATION = 0.95
@@ -173,7 +175,7 @@ def steps_match(base: Series, other: Series) -> bool:
 
 
 def difference_of(base: Series, other: Series, *, paired: bool, pooled: Pooled = Pooled()) -> Difference:
-    """The difference with its interval; none with fewer than `FEWEST_STEPS` steps.
+    """The difference with its interval; none with too few steps, or too few independent ones.
 
     The relative difference is over the baseline's value as it was measured.
 
@@ -194,7 +196,7 @@ def difference_of(base: Series, other: Series, *, paired: bool, pooled: Pooled =
     else:
         error = _joined(_error_of_series(base, pooled.base), _error_of_series(other, pooled.other))
     steps = min(base.steps, other.steps)
-    if error is None:
+    if error is None or error[1] < FEWEST_FREEDOM:
         return Difference(difference=change, relative=relative, paired=paired, steps=steps)
     return _with_error(change, base.value, error, paired=paired, steps=steps)
 
@@ -277,7 +279,7 @@ def _joined(first: _Error | None, second: _Error | None) -> _Error | None:
     parts = first[0] ** 2, second[0] ** 2
     variance = sum(parts)
     if variance == 0:
-        return 0.0, 1.0
+        return 0.0, first[1] + second[1]
     freedom = variance**2 / (parts[0] ** 2 / first[1] + parts[1] ** 2 / second[1])
     return float(np.sqrt(variance)), float(freedom)
 

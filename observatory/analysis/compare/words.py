@@ -29,6 +29,7 @@ class CompareCode(StrEnum):
     TOKENS_OF_STEP = "tokens_of_step"
     EXPERTS_DIFFER = "experts_differ"
     FEW_STEPS = "few_steps"
+    FEW_INDEPENDENT_STEPS = "few_independent_steps"
     NO_INTERVAL = "no_interval"
     NO_COUNTERPART = "no_counterpart"
     FEW_POINTS = "few_points"
@@ -84,6 +85,7 @@ _WORDS = {
     CompareCode.TOKENS_OF_STEP: "a step has {base_tokens} tokens against {other_tokens}, of which it depends",
     CompareCode.EXPERTS_DIFFER: "the models have other numbers of experts, of which it depends",
     CompareCode.FEW_STEPS: "{steps} steps, {needed} needed for an interval",
+    CompareCode.FEW_INDEPENDENT_STEPS: "too few independent steps: {steps} that resemble their neighbours",
     CompareCode.NO_INTERVAL: "a saved value without interval",
     CompareCode.NO_COUNTERPART: "{side} has nothing of {place}",
     CompareCode.NO_ROUTER_BIAS: "runs do not hold the bias of routers",
