@@ -110,6 +110,15 @@ def test_what_can_be_changed_is_answered_before_a_larger_share_that_only_goes_so
     assert verdict.answer(shown).startswith("Worth changing")
 
 
+@pytest.mark.parametrize("code", [Code.FAR_OFF, Code.EXTRAPOLATED, Code.NO_MEMORY])
+def test_no_number_stands_for_a_change_that_is_held_up(code: Code) -> None:
+    values = {"phase": "decode", "change": "placement", "gain": 0.3, "measured_over_predicted": 3.0}
+    assert verdict._number((Reason(code, values),), "changes", "") is None
+    gains = verdict._number((Reason(Code.CHANGE_GAIN, values),), "changes", "")
+    assert gains is not None
+    assert gains.meaning.endswith("not certain")
+
+
 def test_runs_on_one_rank_say_how_to_get_advice(make_run: MakeRun) -> None:
     frames = collect([open_run(make_run())], ep_degrees=(2,), gpus_per_node=2)
     section = advice_section(frames)

@@ -14,6 +14,7 @@ from observatory.reports.sections import (
     key_figure,
     scan_section,
     step_section,
+    three_numbers,
     verdicts,
 )
 from observatory.reports.sections.mock import mock_ratios
@@ -187,3 +188,10 @@ def test_the_verdict_is_of_the_run_on_real_text_in_which_most_is_at_stake(tmp_pa
 def test_even_routing_is_said_to_be_worth_no_change(tmp_path: Path) -> None:
     (routing,) = verdicts(frames_of(steady_run(tmp_path / "a", "m", "prose", [100] * 4), ep=(2,)))
     assert (routing.sentences, routing.next_step) == (("Nothing here is worth changing.",), "")
+
+
+def test_no_number_stands_for_loads_that_uniform_routing_shows(tmp_path: Path) -> None:
+    even = frames_of(steady_run(tmp_path / "a", "even", "prose", [25, 26, 24, 25]), ep=(2,))
+    assert three_numbers(even, []) == []
+    skewed = frames_of(steady_run(tmp_path / "b", "skewed", "prose", [100, 100, 100, 300]), ep=(2,))
+    assert [number.section for number in three_numbers(skewed, [])] == ["ep", "grid"]

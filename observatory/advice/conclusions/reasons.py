@@ -135,7 +135,7 @@ def stake(conclusion: Conclusion) -> float:
                 return float(values["wait_share"])
             case Code.ENERGY_COST:
                 return float(values["energy_mj"])
-            case Code.CLOCK_COST:
+            case Code.CLOCK_COST | Code.COMMON_COST:
                 return float(values["saving_value"])
             case Code.CHANGE_GAIN:
                 return float(values["gain"])

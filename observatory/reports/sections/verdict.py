@@ -22,6 +22,7 @@ from observatory.advice.conclusions import (
     conclude_routing,
     stake,
 )
+from observatory.advice.conclusions.changes import is_off
 from observatory.advice.route_fetch import RouteFetchCode, conclude_maps
 from observatory.advice.route_fetch_words import route_fetch_sentences
 from observatory.advice.words import conclusion_sentences
@@ -41,10 +42,6 @@ from observatory.run.usable_cores import short_of_cores
 #: Codes whose values hold the number that says most.
 _TELLING = (
     Code.CHANGE_GAIN,
-    Code.EXTRAPOLATED,
-    Code.FAR_OFF,
-    Code.NO_MEMORY,
-    Code.PERFECT_BALANCE,
     Code.WAIT_COST,
     Code.CLOCK_COST,
     Code.COMMON_COST,
@@ -71,6 +68,8 @@ _FORMULAS = {
 }
 #: What of a run's power its conclusion about energy is from.
 _OF_ENERGY = ("devices", "phases", "tokens", "totals")
+#: Of a plan: what makes its number of devices uncertain.
+_PLAN_DOUBTS = (Code.PLAN_ASSUMED, Code.PLAN_EXTRAPOLATED, Code.PLAN_UNCAPTURED)
 #: Codes that name something to change.
 _CHANGES = (Code.BEST_CHANGE, Code.CLOCK_SAVES, Code.CLOCK_TOO_HIGH, Code.DOES_NOT_FIT)
 #: Figures that show most of what is at stake, the first that a page has; else its first figure.
@@ -172,38 +171,37 @@ def three_numbers(frames: ReportFrames, shown: Sequence[Verdict]) -> list[Number
 
 
 def _of_counts(frames: ReportFrames) -> Iterator[Number]:
-    """What mock tokens get wrong, the busiest rank, and the most concentrated model."""
+    """What mock tokens get wrong, the busiest rank, the most concentrated model: beyond uniform routing."""
     cells = frames.compared(frames.cells.dropna(subset=["gini"]))
     ratios = mock_ratios(cells)
     for row in each_row(ratios[ratios["verdict"].isin(["over", "under"])].sort_values("ratio")[-1:]):
         meaning = f"the Gini of real text, on mock tokens ({shorten(row.label)}, {row.phase})"
         yield Number(value=times(row.ratio), meaning=plain(meaning), section="mock")
     means = mean_over_layers(frames.scan) if len(frames.scan) else frames.scan
-    for row in each_row(means.sort_values("rank_max_over_mean")[-1:] if len(means) else means):
+    uneven = means[means["rank_max_over_mean"] > means["rank_max_over_mean_floor"]] if len(means) else means
+    for row in each_row(uneven.sort_values("rank_max_over_mean")[-1:] if len(uneven) else uneven):
         meaning = f"the mean load on the busiest rank at EP {row.ep} ({row.phase})"
         yield Number(value=times(row.rank_max_over_mean), meaning=plain(meaning), section="ep")
-    for row in each_row(cells.sort_values("gini")[-1:]):
+    beyond = cells[cells["gini"] > cells["gini_uniform_limit"]]
+    for row in each_row(beyond.sort_values("gini")[-1:]):
         where = f"{shorten(row.label)} on {shorten(row.condition, 24)}, {row.phase}"
         meaning = f"the largest Gini of a model ({where})"
         yield Number(value=number(row.gini, 2), meaning=plain(meaning), section="grid")
 
 
 def _number(conclusion: Conclusion, section: str, ending: str) -> Number | None:
-    """The number that says most of a conclusion."""
+    """The number that says most of a conclusion; None where nothing is at stake, or that is not certain."""
+    if not stake(conclusion) > 0:
+        return None
     values: dict[str, Any] = {}
     for reason in conclusion:
         values |= reason.values
     match next((reason.code for reason in conclusion if reason.code in _TELLING), None):
-        case Code.CHANGE_GAIN | Code.EXTRAPOLATED | Code.FAR_OFF | Code.NO_MEMORY:
-            value, meaning = (
-                percent(values["gain"], 0),
-                f"less time of a step of {values['phase']}, predicted for {values['change']}",
-            )
-        case Code.PERFECT_BALANCE:
-            value, meaning = (
-                percent(values["gain"], 0),
-                f"of a step of {values['phase']} is all that balance could save",
-            )
+        case Code.CHANGE_GAIN:
+            value = percent(values["gain"], 0)
+            meaning = f"less time of a step of {values['phase']}, predicted for {values['change']}"
+            if is_off(values["measured_over_predicted"]):
+                meaning += ", not certain"
         case Code.WAIT_COST:
             value, meaning = percent(values["wait_share"], 0), "of the time in exchanges is waiting"
         case Code.CLOCK_COST | Code.COMMON_COST:
@@ -260,13 +258,21 @@ def _verdict(
         sentences=tuple(f"{text}." for text in (said[:-1] if is_last_next else said)),
         next_step=sentences[-1] if is_last_next and conclusion[-1].code is not Code.OPEN_REPORT else "",
         choices=() if isinstance(whose, str) else _choices(frames, whose, conclusion),
-        stake=stake(conclusion) if is_share else None,
+        stake=stake(conclusion) if is_share else None if simulated else _energy_share(conclusion),
         is_change=conclusion[0].code in _CHANGES,
         number=_number(conclusion, section, f" ({SIMULATED_UUID})" if simulated else ""),
         figure=_FIGURES[section],
         formula=formula_anchor(_FORMULAS[section]),
         keys={} if isinstance(whose, str) else _keys(frames, whose, conclusion),
     )
+
+
+def _energy_share(conclusion: Conclusion) -> float | None:
+    """Share of the energy of all devices that the phase with most of it has; None for other conclusions."""
+    values: Mapping[str, Any] = conclusion[0].values
+    if conclusion[0].code is not Code.MOST_ENERGY:
+        return None
+    return float(values["share"]) * (1.0 - (values["unattributed"] or 0.0))
 
 
 def _of_plan(file: PlannedFile, *, is_only: bool) -> Verdict:
@@ -279,6 +285,8 @@ def _of_plan(file: PlannedFile, *, is_only: bool) -> Verdict:
         meaning = (
             f"devices ({rows[0]['hardware']}) for {file.document['targets']['tokens_per_s']:,.0f} tokens/s"
         )
+        if any(reason.code in _PLAN_DOUBTS for reason in conclusion):
+            meaning += ", not certain"
         number = Number(value=str(rows[0]["gpus"]), meaning=plain(meaning), section="plan")
     return Verdict(
         part="Capacity",
