@@ -367,11 +367,16 @@ class Planner:
         )
         if isinstance(candidate, Reason):
             return candidate
+        prefill_instances = best.gpus_3[1] // best.parallel.ranks
+        # No more is generated than there are prompts for.
+        prompt_tokens_3 = prefill_instances * best.parallel.groups * best.chunk / best.step.s_3
+        fed_3 = prompt_tokens_3 * targets.output / targets.context
         return replace(
             candidate,
             lock=lock,
             prefill_parallel=best.parallel,
-            prefill_instances=best.gpus_3[1] // best.parallel.ranks,
+            prefill_instances=prefill_instances,
+            tokens_per_s_3=np.minimum(candidate.tokens_per_s_3, fed_3[::-1]),
         )
 
     def _best_prefill(self, hardware: str, server: Host) -> _Prefill | Reason:

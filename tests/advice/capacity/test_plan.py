@@ -382,13 +382,13 @@ def test_a_lock_slows_decode_and_saves_its_energy():
         factor = np.ones(3)
         if one.mode == "apart" and one.sequences >= 8:
             factor = np.array([1.01, 1.02, 1.03])
-            each = 700 / float(unlocked.tokens_per_s_3[1])
+            each = 700 / float(one.tokens_per_s_3[1])
             decode, prompts = (
                 0.9 * one.instances * one.parallel.ranks,
                 one.gpus - one.instances * one.parallel.ranks,
             )
             if (one.instances, one.gpus) == (unlocked.instances, unlocked.gpus):
-                assert one.joules_per_token_most == pytest.approx(each * (decode + 1.02 * prompts))
+                assert one.joules_per_token_most == pytest.approx(each * (decode / 1.02 + prompts))
         assert one.ms_per_token_3 == pytest.approx(unlocked.ms_per_token_3 * factor)
 
 
@@ -421,3 +421,13 @@ def test_windows_keep_no_more_than_the_sequence():
     for tokens in (100, 128, 5000):
         kept = 18 * tokens + 18 * min(tokens, 128)
         assert memory.of_sequence(tokens) == kept * 2 * 8 * 64 * 2
+
+
+def test_no_more_is_generated_than_prompts_are_computed():
+    document = make_plan(request(modes=("apart",), tokens_per_s=200_000, max_ms_per_token=60.0))
+    assert document["candidates"]
+    for row in document["candidates"]:
+        groups = row["prefill_instances"] * row["prefill_ranks"] / row["prefill_tp"]
+        prompt_tokens_per_s = groups * row["prefill_chunk"] / (sum(row["prefill_ms"].values()) / 1e3)
+        assert row["tokens_per_s"] <= prompt_tokens_per_s * 512 / 4096 * (1 + 1e-9)
+        assert row["tokens_per_s"] >= 200_000
