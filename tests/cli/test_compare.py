@@ -41,6 +41,14 @@ def test_a_known_change_is_told_from_none(tmp_path: Path, capsys: pytest.Capture
     slower = row(document(capsys, base, slow), "decode.ms")
     assert slower["verdict"] == "higher"
     assert slower["relative_low"] < 0.2 < slower["relative_high"]
+    for compared in (document(capsys, base, slow), document(capsys, base, same)):
+        time, rate = (row(compared, f"decode.{metric}") for metric in ("ms", "tokens_per_s"))
+        assert rate["base"] == pytest.approx(64 / time["base"] * 1e3)
+        assert rate["relative_low"] == pytest.approx(1 / (1 + time["relative_high"]) - 1)
+        assert rate["relative_high"] == pytest.approx(1 / (1 + time["relative_low"]) - 1)
+        assert rate["difference"] == pytest.approx(rate["other"] - rate["base"])
+        assert {"same": "same", "higher": "lower"}[time["verdict"]] == rate["verdict"]
+        assert rate["adjusted_p"] == time["adjusted_p"]
     other = document(capsys, base, skew)
     assert row(other, "prefill.gini")["verdict"] == "higher"
     assert not row(other, "prefill.gini")["paired"]

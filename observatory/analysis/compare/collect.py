@@ -222,7 +222,9 @@ def _add_times(run: Run, series: dict[Key, Series], missing: dict[str, Reason]) 
         if tokens is not None:
             keys = pd.MultiIndex.from_product([[phase], step_S])
             tokens_S = tokens.reindex(keys).to_numpy(np.float64)
-            values["tokens_per_s"] = tokens_S / ms_S * 1e3
+            rate = _rate(ms_S, tokens_S, step_S)
+            if rate is not None:
+                series[Key("tokens_per_s", str(phase))] = rate
             if sequences and phase == "decode":
                 if np.all(tokens_S == sequences):
                     missing["ms_per_token"] = Reason(CompareCode.ONE_TOKEN)
@@ -232,6 +234,20 @@ def _add_times(run: Run, series: dict[Key, Series], missing: dict[str, Reason]) 
             item = mean_series(value_S, step_S, trimmed=True)
             if item is not None:
                 series[Key(metric, str(phase))] = item
+
+
+def _rate(ms_S: Float64, tokens_S: Float64, step_S: Int64) -> Series | None:
+    """Tokens per second: mean tokens of a step over the trimmed mean of its time."""
+    counted_S = np.isfinite(tokens_S)
+    time = mean_series(ms_S[counted_S], step_S[counted_S], trimmed=True)
+    tokens = mean_series(tokens_S[counted_S], step_S[counted_S])
+    if time is None or tokens is None or tokens.value <= 0:
+        return None
+    assert time.sample_N is not None
+    assert tokens.sample_N is not None
+    value = tokens.value / time.value * 1e3
+    shift_N = tokens.sample_N / tokens.value - time.sample_N / time.value
+    return Series(value=value, sample_N=value * (1 + shift_N), step_N=time.step_N)
 
 
 def _tokens_of_steps(run: Run) -> pd.Series[int] | None:

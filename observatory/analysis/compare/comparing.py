@@ -236,6 +236,11 @@ def _row(
     sides: _Sides, key: Key, other_layer: int | None, left: Series, right: Series, pooled: Pooled
 ) -> Row:
     plain = Row(key=key, other_layer=other_layer, base=left.value, other=right.value)
+    at_time = replace(key, metric="ms")
+    if key.metric == "tokens_per_s" and at_time in sides.first and at_time in sides.second:
+        times = sides.first[at_time], sides.second[at_time]
+        if np.isclose(left.value * times[0].value, right.value * times[1].value, rtol=1e-9):
+            return _rate_row(plain, times[0].value, _row(sides, at_time, other_layer, *times, pooled))
     refused = _refusal(key, left, right, sides.base, sides.other)
     if refused is not None:
         return replace(plain, reason=refused)
@@ -255,6 +260,30 @@ def _row(
     elif "document" in (sides.base.source, sides.other.source):
         reason = Reason(CompareCode.NO_INTERVAL)
     return replace(plain, difference=difference, verdict="unknown", reason=reason)
+
+
+def _rate_row(plain: Row, base_ms: float, time: Row) -> Row:
+    """Tokens per second of steps of equally many tokens, from the difference of their times."""
+    assert plain.base is not None
+    if time.difference is None or time.base is None:
+        return replace(time, key=plain.key, base=plain.base, other=plain.other)
+    of_time = time.difference
+    base = plain.base * base_ms / time.base  # time.base is the mean of several runs with --repeat
+    share, low, high = (
+        None if relative is None or relative <= -1 else 1 / (1 + relative) - 1
+        for relative in (of_time.relative, of_time.relative_high, of_time.relative_low)
+    )
+    assert share is not None
+    difference = replace(of_time, difference=share * base, relative=share)
+    reason = time.reason
+    if low is None or high is None:
+        bounds = dict.fromkeys(("low", "high", "relative_low", "relative_high", "p"))
+        reason = reason or Reason(CompareCode.FEW_INDEPENDENT_STEPS, {"steps": of_time.steps})
+        return replace(
+            plain, base=base, difference=replace(difference, **bounds), verdict="unknown", reason=reason
+        )
+    difference = replace(difference, low=low * base, high=high * base, relative_low=low, relative_high=high)
+    return replace(plain, base=base, difference=difference)
 
 
 def _refusal(key: Key, left: Series, right: Series, base: Subject, other: Subject) -> Reason | None:
