@@ -214,6 +214,18 @@ def test_what_is_no_comparison_is_refused(tmp_path: Path, capsys: pytest.Capture
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_simulated_device_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, other = (made_run(tmp_path / kind, device_kind=kind) for kind in ("nvidia", "replay"))
+    (item,) = document(capsys, base, other)["comparisons"]
+    assert (item["base"]["simulated_device"], item["other"]["simulated_device"]) == (False, True)
+    sides = [reason["side"] for reason in item["confounders"] if reason["code"] == "simulated_device"]
+    assert sides == ["the other"]
+    page = tmp_path / "page.html"
+    assert main(["compare", str(base), str(other), "--html", str(page)]) == 0
+    assert "simulated device)" in capsys.readouterr().out.replace("\n", " ")
+    assert "simulated device)" in page.read_text()
+
+
 def test_csv_has_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = [str(made_run(tmp_path / name, seed=seed)) for seed, name in enumerate(("a", "=b"))]
     assert main(["compare", *runs, "--csv", "--table", "layers"]) == 0

@@ -37,6 +37,8 @@ Int64 = NDArray[np.int64]
 
 #: Groups of steps whose loads are kept of each layer: a jackknife leaves out one at a time.
 _MOST_GROUPS = 128
+#: Kind of devices that replay a recording.
+_SIMULATED = "replay"
 #: Where a checkpoint's name states its training step.
 _STEP_IN_NAME = re.compile(
     r"(?:checkpoint|step|iter(?:ation)?|global_step)[-_]?(\d{1,15})(?!\d)", re.IGNORECASE
@@ -79,6 +81,7 @@ def measure_run(run: Run, *, degrees: Sequence[int] | None = None) -> Subject:
         loads=loads,
         missing=missing,
         short_of_cores=any(share.short for share in short_of_cores(rank.cores for rank in manifest.ranks)),
+        simulated_device=any(device.kind == _SIMULATED for device in manifest.device_specs.values()),
         problems=run.problems,
     )
 
@@ -216,12 +219,12 @@ def _add_times(run: Run, series: dict[Key, Series], missing: dict[str, Reason]) 
     for phase, of_phase in ms.groupby(level=0):
         taken = of_phase.droplevel(0).sort_index()
         taken = taken[taken > 0]
-        ms_S = taken.to_numpy().astype(np.float64)
+        ms_S: Float64 = taken.to_numpy().astype(np.float64)
         step_S = taken.index.to_numpy(np.int64)
         values = {"ms": ms_S}
         if tokens is not None:
             keys = pd.MultiIndex.from_product([[phase], step_S])
-            tokens_S = tokens.reindex(keys).to_numpy(np.float64)
+            tokens_S: Float64 = tokens.reindex(keys).to_numpy().astype(np.float64)
             rate = _rate(ms_S, tokens_S, step_S)
             if rate is not None:
                 series[Key("tokens_per_s", str(phase))] = rate

@@ -277,11 +277,9 @@ def _rate_row(plain: Row, base_ms: float, time: Row) -> Row:
     difference = replace(of_time, difference=share * base, relative=share)
     reason = time.reason
     if low is None or high is None:
-        bounds = dict.fromkeys(("low", "high", "relative_low", "relative_high", "p"))
+        none = replace(difference, low=None, high=None, relative_low=None, relative_high=None, p=None)
         reason = reason or Reason(CompareCode.FEW_INDEPENDENT_STEPS, {"steps": of_time.steps})
-        return replace(
-            plain, base=base, difference=replace(difference, **bounds), verdict="unknown", reason=reason
-        )
+        return replace(plain, base=base, difference=none, verdict="unknown", reason=reason)
     difference = replace(difference, low=low * base, high=high * base, relative_low=low, relative_high=high)
     return replace(plain, base=base, difference=difference)
 
@@ -402,6 +400,9 @@ def entropy_rows(load_SE: Int64) -> Float64:
 
 def _confounders(base: Subject, other: Subject, *, runs: int) -> Iterator[Reason]:
     """What else differs between the two, and what must be known of them."""
+    for subject, side in ((base, "the baseline"), (other, "the other")):
+        if subject.simulated_device:
+            yield Reason(CompareCode.SIMULATED_DEVICE, {"side": side})
     if base.run_id is not None and base.run_id == other.run_id:
         yield Reason(CompareCode.SAME_RUN)
         return

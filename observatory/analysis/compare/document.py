@@ -93,6 +93,7 @@ def subject_document(subject: Subject) -> dict[str, Any]:
         "started_unix_s": subject.started_unix_s,
         "training_step": subject.training_step,
         "moe_layers": len(subject.experts_L),
+        "simulated_device": subject.simulated_device,
         "problems": list(subject.problems),
     }
 
@@ -216,4 +217,5 @@ def _place(subject: Mapping[str, Any]) -> str:
     of = f"{model} on {subject['data']}" if subject["data"] else model
     when = subject["started_unix_s"]
     stamp = "" if when is None else f", {datetime.fromtimestamp(when, UTC):%Y-%m-%d %H:%M} UTC"
-    return f"{subject['name']} ({of}{stamp})"
+    simulated = ", simulated device" if subject["simulated_device"] else ""
+    return f"{subject['name']} ({of}{stamp}{simulated})"

@@ -110,12 +110,24 @@ class History:
 
 
 def series_of(subjects: Iterable[Subject]) -> dict[tuple[str, ...], list[Subject]]:
-    """Subjects that make one series, in order: of one model, but for numbers in its name, data and ranks."""
+    """Subjects that make one series, in order.
+
+    They are of one model (but for numbers in its name), data, batch, sequence length, number of ranks and
+    device.
+    """
     groups: dict[tuple[str, ...], list[Subject]] = {}
     for subject in subjects:
         ranks = subject.facts.get(CompareCode.OTHER_RANKS)
         model = _STEP.sub("*", subject.model or "?") if subject.training_step is not None else subject.model
-        key = (model or "?", subject.condition or "data not stated", f"ranks {ranks[0]}" if ranks else "")
+        shape = subject.facts.get(CompareCode.OTHER_SHAPE) or (None, None)
+        parts = (
+            model or "?",
+            subject.condition or "data not stated",
+            *(f"{name} {size}" for name, size in zip(("batch", "length"), shape, strict=True) if size),
+            f"ranks {ranks[0]}" if ranks else "",
+            *subject.facts.get(CompareCode.OTHER_DEVICE, ()),
+        )
+        key = tuple(filter(None, parts))
         groups.setdefault(key, []).append(subject)
     return {key: sorted(of_key, key=_order(of_key)) for key, of_key in sorted(groups.items())}
 

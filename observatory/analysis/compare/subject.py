@@ -50,6 +50,7 @@ class Subject:
         loads: loads of layers by phase and place of the layer.
         missing: why quantities are missing, by name of the metric.
         short_of_cores: ranks or threads had no core of their own.
+        simulated_device: power and clocks are those of a replayed recording, not of this run's device.
         problems: what the run lacks, in words.
     """
 
@@ -69,4 +70,5 @@ class Subject:
     loads: Mapping[tuple[str, int], GroupedLoads] = field(default_factory=dict)
     missing: Mapping[str, Reason] = field(default_factory=dict)
     short_of_cores: bool = False
+    simulated_device: bool = False
     problems: tuple[str, ...] = ()

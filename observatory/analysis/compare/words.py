@@ -48,6 +48,7 @@ class CompareCode(StrEnum):
     SEVERAL_RUNS = "several_runs"
     ORDER = "order"
     SHORT_OF_CORES = "short_of_cores"
+    SIMULATED_DEVICE = "simulated_device"
     FIRST_TOKENS = "first_tokens"
     OTHER_MODEL = "other_model"
     OTHER_DATA = "other_data"
@@ -106,6 +107,7 @@ _WORDS = {
     CompareCode.ORDER: "order in time: {first} ran first, {later} {apart} later; what changed on the machine "
     "meanwhile is part of every difference of times",
     CompareCode.SHORT_OF_CORES: "ranks or threads of {side} had no core of their own",
+    CompareCode.SIMULATED_DEVICE: "simulated device: power and clocks of {side} are a replayed recording",
     CompareCode.FIRST_TOKENS: "routing of {phase} is compared over the first {tokens} tokens of each",
     CompareCode.OTHER_MODEL: "model: {base} against {other}",
     CompareCode.OTHER_DATA: "data: {base} against {other}",

@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from observatory.run import RunWriter, routing_rows
-from observatory.run.manifest import DataSpec, HostSpec, Manifest, ModelSpec, MoeLayerSpec
+from observatory.run.manifest import DataSpec, DeviceSpec, HostSpec, Manifest, ModelSpec, MoeLayerSpec
 from observatory.run.tables import SPAN_SCHEMA
 
 Float64 = NDArray[np.float64]
@@ -47,6 +47,8 @@ def made_run(
     host: str = "node-a",
     share: Callable[[int], Float64] | None = None,
     config: dict[str, object] | None = None,
+    batch_size: int = 4,
+    device_kind: str | None = None,
 ) -> Path:
     """A run with routing of top-2 and times of steps.
 
@@ -58,6 +60,8 @@ def made_run(
         window_steps: steps that each row folds; it is made as one step is.
         skew: how much more the first experts get.
         share: shares of the experts in a step; None: by ``skew``.
+        batch_size: of its data, in sequences.
+        device_kind: kind of its device; None: it states none.
         config: options of the manifest, on top of the seed of the tokens.
     """
     loads_seed = seed if tokens_seed is None else tokens_seed
@@ -68,6 +72,7 @@ def made_run(
         window_steps=window_steps,
         config={"seed": loads_seed, "steps": steps, **(config or {})},  # type: ignore[dict-item]
         hosts=(HostSpec(name=host),),
+        devices=() if device_kind is None else (DeviceSpec(kind=device_kind, name="made", uuid="0"),),
         model=ModelSpec(
             name=model,
             moe_layers=tuple(
@@ -75,7 +80,9 @@ def made_run(
                 for layer in range(layers)
             ),
         ),
-        data=DataSpec(condition=condition, source="made", real=True, batch_size=4, sequence_length=16),
+        data=DataSpec(
+            condition=condition, source="made", real=True, batch_size=batch_size, sequence_length=16
+        ),
     )
     random = np.random.default_rng(loads_seed)
     with RunWriter.create(path, manifest) as writer:

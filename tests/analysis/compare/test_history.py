@@ -128,3 +128,14 @@ def test_a_change_inside_one_run_is_found(tmp_path: Path) -> None:
     (change,) = tracks["prefill.gini"].changes
     assert abs(history.points[change.at].order - 50) <= 3
     assert tracks["prefill.ms"].changes == ()
+
+
+def test_runs_of_other_batches_or_devices_are_series_of_their_own(tmp_path: Path) -> None:
+    set_ups = ({}, {"batch_size": 8}, {"device_kind": "replay"}, {"device_kind": "nvidia"})
+    subjects = [
+        measure_run(open_run(made_run(tmp_path / f"{number}-{again}", steps=2, **set_up)))  # type: ignore[arg-type]
+        for number, set_up in enumerate(set_ups)
+        for again in range(2)
+    ]
+    assert [len(of_key) for of_key in series_of(subjects).values()] == [2, 2, 2, 2]
+    assert any("replay made" in key for key in series_of(subjects))
