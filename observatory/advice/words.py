@@ -44,7 +44,7 @@ _SENTENCES = {
     "{gini_high:.3f}; uniform routing shows {gini_floor:.3f})",
     Code.BUSIEST_RANK: "busiest rank: layer {layer} in {phase}, EP {ep}, placement {placement}",
     Code.LOAD_COST: "its busiest {holder} has {max_over_mean:.2f} times the mean load, uniform routing "
-    "{max_over_mean_floor:.2f} times; all others wait for it",
+    "{max_over_mean_floor:.2f} times{waiting}",
     Code.SLOWER_LAYOUT: "in {phase}, EP {slower_ep} {slower_placement} is predicted to take "
     "{extra_ms} ms more in a step than EP {better_ep} {better_placement}",
     Code.LONGEST_WAIT: "longest waiting: {role} of layer {layer} in {phase}, {slowest}",
@@ -201,6 +201,8 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
     if code is Code.LONGEST_WAIT:
         role = values["role"] if values["role"] in ("dispatch", "combine") else "other exchanges"
         shown |= {"role": role, "slowest": _slowest(values)}
+    if code is Code.LOAD_COST:
+        shown["waiting"] = "; all others wait for it" if values["holder"] == "rank" else ""
     if code is Code.WAIT_COST:
         shown["role"] = values["role"] if values["role"] in ("dispatch", "combine") else "other exchange"
     if code is Code.MOST_ENERGY:

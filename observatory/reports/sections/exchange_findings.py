@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pandas as pd
 
@@ -15,6 +15,8 @@ from observatory.reports.frames.report import ReportFrames, each_group, each_row
 from observatory.reports.sections.common import Finding, phases_in
 from observatory.reports.sections.realism import pooled, realism_verdict
 from observatory.reports.text import interval, microseconds, percent, plain, shorten, times
+from observatory.run.manifest import CoreSpec
+from observatory.run.usable_cores import short_of_cores
 
 #: Sentences of one kind; the tables hold the rest.
 _MOST = 4
@@ -56,8 +58,18 @@ def _time(frames: ReportFrames, exchanges: ExchangeFrames) -> Iterator[Finding]:
         waiting = float(of_phase["wait_s"].sum()) / whole if of_phase["wait_s"].notna().all() else None
         if waiting is not None:
             sentence += f", {percent(waiting)} waiting for each other"
-        text = f"{sentence}.{_slowest(exchanges.ranks, run, phase)}"
-        yield Finding(section="anatomy", text=text, stake=waiting)
+        crowded = _crowded(rank.cores for rank in frames.facts[run].manifest.ranks)
+        text = f"{sentence}.{_slowest(exchanges.ranks, run, phase)}{crowded}"
+        yield Finding(section="anatomy", text=text, stake=None if crowded else waiting)
+
+
+def _crowded(cores_P: Iterable[CoreSpec | None]) -> str:
+    """A warning where ranks shared processor cores; empty where each had one."""
+    if not short_of_cores(cores_P):
+        return ""
+    return (
+        " Its ranks shared processor cores, so these times are not those of a machine with a core for each."
+    )
 
 
 def _slowest(ranks: pd.DataFrame, run: int, phase: str) -> str:
@@ -79,6 +91,7 @@ def _realism(frames: ReportFrames) -> Iterator[Finding]:
     assert benchmarks is not None
     for (replay, run, algorithm), rows in each_group(benchmarks.realism, ["replay", "run", "algorithm"]):
         result = benchmarks.files.replays[int(replay)].document
+        crowded = _crowded(result.cores_P or ())
         for phase in phases_in(rows):
             row = pooled(rows, phase)
             text = (
@@ -86,9 +99,9 @@ def _realism(frames: ReportFrames) -> Iterator[Finding]:
                 f"{shorten(algorithm, 24)}), the {shorten(phase, 24)} traffic of {_name(frames, int(run))} "
                 f"takes {times(row.ratio)} ({interval(row.ratio_low, row.ratio_high, 2)}) the time of "
                 f"uniform traffic of equal volume, {microseconds(row.extra_us, signed=True)} "
-                f"per exchange: {realism_verdict(row)}."
+                f"per exchange: {realism_verdict(row)}.{crowded}"
             )
-            beyond = row.ratio_low is not None and row.ratio_low > 1
+            beyond = row.ratio_low is not None and row.ratio_low > 1 and not crowded
             yield Finding(section="realism", text=text, stake=1 - 1 / row.ratio if beyond else None)
 
 

@@ -35,7 +35,7 @@ def _of_routing(frames: ReportFrames, cells: pd.DataFrame) -> list[Finding]:
         stated = _one_model(frames, of_phase, phase) if one_model else _concentration(of_phase, phase)
         of_section += [("grid", stated), ("mock", _mock(mock_ratios(of_phase), phase))]
     of_section += [
-        ("grid", _at_floor(cells)),
+        ("grid", _at_floor(cells, in_grid=len(compared))),
         ("layers", _worst_layer(frames)),
         ("committee", _committees(frames)),
         ("steps", _steps(frames)),
@@ -120,14 +120,15 @@ def _mock(ratios: pd.DataFrame, phase: str) -> list[str]:
     return [f"In {phase}, mock data {listing(parts, most=9)}."]
 
 
-def _at_floor(cells: pd.DataFrame) -> list[str]:
-    """Cells that uniform routing could have produced."""
+def _at_floor(cells: pd.DataFrame, *, in_grid: int) -> list[str]:
+    """Runs and phases that uniform routing could have produced; so many of them are cells of the grid."""
     limit = cells["gini_uniform_limit"]
     below = cells[cells["gini"] <= limit]
     if below.empty:
+        named = "cells of the grid" if len(cells) == in_grid else "runs and phases"
         return [
-            f"All {len(cells)} cells of the grid lie above what uniform routing of as many tokens exceeds "
-            "in about one window of a thousand."
+            f"All {len(cells)} {named} lie above what uniform routing of as many tokens exceeds in about one "
+            "window of a thousand."
         ]
     names = [f"{_name(row.label)} on {shorten(row.condition)} ({row.phase})" for row in each_row(below)]
     return [f"Not distinguishable from uniform routing at this sample size: {listing(names)}."]
