@@ -52,7 +52,9 @@ from observatory.run.files import committed
 from observatory.text import listing
 
 #: A number of a sentence with its unit; numbers of layers and ranks are names.
-_NUMBER = re.compile(r"\d+(?:\.\d+)?[ \u00a0](?:%|ms|us|µs|s|[mk]?J|MHz|times)(?!\w)|\d+\.\d+")
+_NUMBER = re.compile(
+    r"\d+(?:,\d{3})*(?:\.\d+)?[ \u00a0](?:%|ms|us|µs|s|[mk]?J|MHz|times|devices?|tokens/s)(?!\w)|\d+\.\d+"
+)
 #: Widths of pictures in pixels: over the page, near square ones, and on a phone.
 _WIDE_PX, _NARROW_PX, _PHONE_PX = 860, 620, 350
 #: More ranks than these are not offered one by one.

@@ -32,7 +32,10 @@ def test_a_report_answers_how_many(plan: Path, make_run: MakeRun, tmp_path: Path
     assert main(["report", str(run), "--plan", str(plan), "--out", str(out)]) == 0
     page = out.read_text(encoding="utf-8")
     best = load_plan(plan).candidates[0]
-    assert f"Plan: {best.gpus} device" in page
+    assert re.search(rf'Plan: <a href="#plan-plane-rows"[^>]*>{best.gpus}.devices?</a>', page)
+    for target in ("plan-plane-rows", "plan-plane", "formula-gpus"):
+        assert f'href="#{target}"' in page
+        assert f'id="{target}"' in page
     for text in ('id="plan-plane"', "How many GPUs?", "What ruled out other set-ups", "--plan"):
         assert text in page
     write_report([run], out, overwrite=True)

@@ -73,6 +73,11 @@ FORMULAS: tuple[tuple[str, str], ...] = (
         "the steps, time predicted for the second",
     ),
     ("mj_per_token", "energy of the phase's stretches over the tokens it processed"),
+    (
+        "gpus",
+        "devices of an instance × ⌈target tokens/s over those of an instance⌉, and those for prefill; "
+        "tokens/s of an instance: its sequences over the likely time of a token",
+    ),
     ("saving", "1 − energy per iteration over that at the reference clock"),
 )
 

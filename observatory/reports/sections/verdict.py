@@ -128,7 +128,7 @@ class Verdict:
     @property
     def rows(self) -> str:
         """Anchor of the rows of its numbers: a table of the section, or the one behind the figure."""
-        return self.section if self.section in ("layers", "plan") else f"{self.figure}-rows"
+        return f"{self.figure}-rows" if self.figure and self.section != "layers" else self.section
 
 
 def verdicts(frames: ReportFrames) -> list[Verdict]:
@@ -297,6 +297,8 @@ def _of_plan(file: PlannedFile, *, is_only: bool) -> Verdict:
         choices=(),
         stake=None,
         number=number,
+        figure="plan-plane" if rows else "",
+        formula=formula_anchor("gpus"),
     )
 
 
