@@ -178,6 +178,34 @@ def test_saved_documents_are_compared_by_their_intervals(
 
 
 @pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"gini": "much"}, "gini is 'much', not a number"),
+        ({"gini": -0.5}, "gini is below 0"),
+        ({"gini_low": 0.9, "gini_high": 0.1}, "gini_low is above gini_high"),
+        ({"steps": -3}, "steps is '-3', not a count"),
+        ({"tokens": 1.5}, "tokens is '1.5', not a count"),
+        (None, "is there twice"),
+    ],
+)
+def test_a_damaged_document_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, object] | None, expected: str
+) -> None:
+    run = made_run(tmp_path / "run")
+    assert main(["routing", str(run), "--json"]) == 0
+    saved = json.loads(capsys.readouterr().out)
+    if changes is None:
+        saved["layers"].append(saved["layers"][0])
+    else:
+        saved["layers"][0] |= changes
+    (tmp_path / "saved.json").write_text(json.dumps(saved))
+    assert main(["compare", str(run), str(tmp_path / "saved.json")]) == 1
+    error = capsys.readouterr().err
+    assert f"saved.json is damaged: {expected}" in error or (changes is None and expected in error)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
         ("a.json", "{", "not valid JSON"),

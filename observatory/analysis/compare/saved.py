@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,10 @@ _BLOCK = re.compile(rb'<script type="application/(json|gzip)" id="observatory-do
 #: Half widths of intervals in standard errors, by their probability.
 _NORMAL_95, _NORMAL_90 = 1.95996, 1.64485
 _MOST_ROWS = 100_000
+
+
+class _DamagedError(ValueError):
+    """A row that no command writes."""
 
 
 def load_premises(path: Path) -> list[dict[str, Any]]:
@@ -152,6 +157,8 @@ def _subject(path: Path, documents: Iterable[Mapping[str, Any]]) -> Subject:
             reader = _READERS.get(document["kind"])
             if reader is not None:
                 reader(document, series, experts)
+    except _DamagedError as error:
+        raise ComparisonError(f"{path} is damaged: {error}", remedy="write it again") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ComparisonError(
             f"{path} lacks what its kind has ({type(error).__name__}: {one_line(error, 80)})",
@@ -191,16 +198,45 @@ def _mean(key: Key, items: list[Series]) -> Series:
 
 
 def _number(row: Mapping[str, Any], name: str) -> float | None:
+    """A value of a row; None where it is not known.
+
+    Raises:
+        _DamagedError: it is no finite number.
+    """
     value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if value is None:
         return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise _DamagedError(f"{name} is {one_line(value, 40)!r}, not a number")
     return float(value)
+
+
+def _count(row: Mapping[str, Any], name: str) -> int:
+    value = row[name]
+    number = _number(row, name)
+    if number is None or number < 0 or not number.is_integer():
+        raise _DamagedError(f"{name} is {one_line(value, 40)!r}, not a count")
+    return int(number)
+
+
+def _half_width(row: Mapping[str, Any], low: str, high: str) -> float | None:
+    """Half of an interval; None where it is not known."""
+    ends = _number(row, low), _number(row, high)
+    if ends[0] is None or ends[1] is None:
+        return None
+    if ends[0] > ends[1]:
+        raise _DamagedError(f"{low} is above {high}")
+    return (ends[1] - ends[0]) / 2
 
 
 def _rows(document: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     rows = [row for row in document[name] if row["phase"] in PHASES]
     if len(rows) > _MOST_ROWS:
-        raise ValueError(f"{len(rows)} rows")
+        raise _DamagedError(f"it has {len(rows)} rows")
+    for row in rows:
+        for counted in ("steps", "tokens"):
+            if row.get(counted) is not None:
+                _count(row, counted)
     return rows
 
 
@@ -208,10 +244,12 @@ def _put(
     series: dict[Key, Series], key: Key, row: Mapping[str, Any], name: str, *, half: float | None = None
 ) -> None:
     value = _number(row, name)
-    low, high = _number(row, f"{name}_low"), _number(row, f"{name}_high")
+    width = _half_width(row, f"{name}_low", f"{name}_high")
     if value is None:
         return
-    error = None if half is None or low is None or high is None else (high - low) / 2 / half
+    if value < 0 and key.layer is not None:
+        raise _DamagedError(f"{name} is below 0")
+    error = None if half is None or width is None else width / half
     tokens = _number(row, "tokens")
     series[key] = Series(
         value=value,
@@ -222,10 +260,14 @@ def _put(
 
 
 def _routing(document: Mapping[str, Any], series: dict[Key, Series], experts: dict[int, int]) -> None:
+    places: set[tuple[str, int]] = set()
     for row in _rows(document, "layers"):
-        layer = int(row["layer"])
-        experts[layer] = int(row["experts"])
+        layer = _count(row, "layer")
+        experts[layer] = _count(row, "experts")
         at = str(row["phase"]), layer
+        if at in places:
+            raise _DamagedError(f"layer {layer} in {at[0]} is there twice")
+        places.add(at)
         _put(series, Key("gini", *at), row, "gini", half=_NORMAL_95)
         _put(series, Key("entropy_bits", *at), row, "entropy_bits")
         _put(series, Key("dead_experts", *at), row, "idle_experts")
@@ -245,9 +287,9 @@ def add_energy(document: Mapping[str, Any], series: dict[Key, Series]) -> None:
     for row in _rows(document, "phases"):
         value = _number(row, "power_mw")
         if row.get("span") is None and value is not None:
-            low, high = _number(row, "power_low_mw"), _number(row, "power_high_mw")
-            half = None if low is None or high is None else (high - low) / 2 / _NORMAL_90
-            watts.setdefault(str(row["phase"]), []).append((value, half))
+            width = _half_width(row, "power_low_mw", "power_high_mw")
+            error = None if width is None else width / _NORMAL_90
+            watts.setdefault(str(row["phase"]), []).append((value, error))
     for phase, parts in watts.items():
         errors = [error for _, error in parts if error is not None]
         joint = sum(error**2 for error in errors) ** 0.5 / 1e3 if len(errors) == len(parts) else None
