@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 
 
 def show(
@@ -20,16 +21,27 @@ def show(
     figures: Sequence[str],
 ) -> None:
     """Open a page that holds ``figures``."""
+    revive(browser)
     browser.get_log("browser")
     browser.get_log("performance")
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
     )
+    browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
     emulate(browser, scheme)
     browser.get(page.as_uri())
     for figure in figures:
         assert browser.execute_script("return document.getElementById(arguments[0]) !== null", figure)
+
+
+def revive(browser: webdriver.Chrome) -> None:
+    """Go on in a new tab where the last one crashed, which Chromium's tabs do now and then."""
+    try:
+        browser.execute_script("return document.title")
+    except WebDriverException:
+        browser.switch_to.window(browser.window_handles[0])
+        browser.switch_to.new_window("tab")
 
 
 def emulate(browser: webdriver.Chrome, scheme: str) -> None:
