@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from observatory.cli.options import OUTPUT, CsvOption, ForceOption, JsonOption, TableOption, WideOption
+from observatory.cli.options import CsvOption, ForceOption, HtmlOption, JsonOption, TableOption, WideOption
 
 #: Exit codes: a threshold is passed; one could not be judged.
 PASSED, NOT_JUDGED = 1, 4
@@ -49,10 +49,7 @@ def compare(
             "model.",
         ),
     ] = None,
-    html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Also write one offline HTML page."),
-    ] = None,
+    html: HtmlOption = None,
     force: ForceOption = False,
     wide: WideOption = False,
     csv: CsvOption = False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from observatory.cli.options import OUTPUT, CsvOption, ForceOption, JsonOption, TableOption, WideOption
+from observatory.cli.options import CsvOption, ForceOption, HtmlOption, JsonOption, TableOption, WideOption
 
 if TYPE_CHECKING:
     from observatory.analysis.compare.subject import Subject
@@ -17,10 +17,7 @@ def history(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Folder of runs or checkpoints; or one long run.")
     ],
-    html: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", rich_help_panel=OUTPUT, help="Also write one offline HTML page."),
-    ] = None,
+    html: HtmlOption = None,
     force: ForceOption = False,
     wide: WideOption = False,
     csv: CsvOption = False,

@@ -40,6 +40,10 @@ TableOption = Annotated[
 WideOption = Annotated[
     bool, typer.Option("--wide", rich_help_panel=OUTPUT, help="Show all columns of the tables.")
 ]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option("--html", metavar="FILE", rich_help_panel=OUTPUT, help="Also write one offline HTML page."),
+]
 ForceOption = Annotated[
     bool, typer.Option("--force", rich_help_panel=OUTPUT, help="Replace an existing result.")
 ]

@@ -135,13 +135,10 @@ class MeasuredServer:
             raise PlanError("the runs do not state the memory of their host")
         model, size = self.model, self._element_bytes
         device = self._host_bytes / parallel.ranks
-        outside = model.embedding_values + sum(
-            count * (layer.mixer_values + layer.dense_values) for count, layer in model.layers
-        )
         return Memory(
             device=device,
             usable=0.9 * device,
-            weights=outside * size,
+            weights=model.outside_values * size,
             experts=model.moe_layers * parallel.slots * model.moe.expert_values * size,
             workspace=2.0 * tokens * (1 + model.moe.top_k) * model.hidden * size,
             program=1e9,

@@ -128,11 +128,17 @@ class ModelShape:
         return next(layer for _, layer in self.layers if layer.experts)
 
     @property
+    def outside_values(self) -> int:
+        """All weights but those of routed experts."""
+        return self.embedding_values + sum(
+            count * (layer.mixer_values + layer.dense_values) for count, layer in self.layers
+        )
+
+    @property
     def values(self) -> int:
         """All weights."""
-        return self.embedding_values + sum(
-            count * (layer.mixer_values + layer.dense_values + layer.experts * layer.expert_values)
-            for count, layer in self.layers
+        return self.outside_values + sum(
+            count * layer.experts * layer.expert_values for count, layer in self.layers
         )
 
     @property

@@ -27,7 +27,7 @@ from observatory.analysis.capacity.model_shape import LayerShape, ModelShape
 from observatory.analysis.capacity.rates import Grade, Rate, arithmetic_rate, figure, rate
 from observatory.analysis.capacity.routed import Routed
 from observatory.analysis.capacity.step import Memory, Parallel, Part, Step, Work
-from observatory.analysis.experts.cost import ExpertCost, of_hardware, padded
+from observatory.analysis.experts.cost import GPU_TILE, ExpertCost, of_hardware, padded
 from observatory.analysis.hardware import HardwareProfile
 from observatory.errors import PlanError
 from observatory.run.documents.expert_bench import ELEMENT_BYTES, ExpertShape
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 Float64 = NDArray[np.float64]
 
-#: Rows of a tile of grouped kernels; block sizes of 64 and 128 rows are usual.
-_TILE = 64
 _OPERATIONS = 2
 #: Kernels of a layer: norms, projections, attention, router, sorting, two grouped ones, sums.
 _KERNELS = 12
@@ -119,15 +117,12 @@ class Server:
                 remedy="add [peak.memory] with value, unit, source and date",
             )
         tp, moe = parallel.tp, model.moe
-        outside = model.embedding_values + sum(
-            count * (layer.mixer_values + layer.dense_values) for count, layer in model.layers
-        )
         # Rows that a rank may get: all copies of its own tokens, there and back.
         rows = tokens / tp * (1 + moe.top_k)
         return Memory(
             device=device.value * 1e9,
             usable=_USABLE * device.value * 1e9,
-            weights=outside * model.weight_bytes / tp,
+            weights=model.outside_values * model.weight_bytes / tp,
             experts=model.moe_layers * parallel.slots * moe.expert_values * model.expert_weight_bytes,
             workspace=2.0 * rows * model.hidden * self._activation_bytes,
             program=_PROGRAM_BYTES,
@@ -227,7 +222,7 @@ class Server:
             return experts_part(times, cost)
         values = self.model.moe.expert_values
         read_SLP = activated_SLP * values * self.model.expert_weight_bytes
-        rows_SLP = np.where(busy_SLP > 0, padded(busy_SLP, activated_SLP, _TILE), 0.0)
+        rows_SLP = np.where(busy_SLP > 0, padded(busy_SLP, activated_SLP, GPU_TILE), 0.0)
         flops_SLP = _OPERATIONS * values * rows_SLP
         seconds_3 = [
             float(np.maximum(read_SLP / memory, flops_SLP / arithmetic).max(axis=2).sum(axis=1).mean())

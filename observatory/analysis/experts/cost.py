@@ -35,7 +35,7 @@ Int64 = NDArray[np.int64]
 Grade = Literal["measured", "published", "assumed"]
 
 #: Rows of a tile of grouped kernels on GPUs; block sizes of 64 and 128 rows are usual.
-_GPU_TILE = 64
+GPU_TILE = 64
 _FOLDS = 10
 #: Points with assignments that a fit takes: three for each coefficient of the longest form.
 FEWEST_POINTS = 12
@@ -293,7 +293,7 @@ def of_hardware(profile: HardwareProfile, shape: ExpertShape) -> ExpertCost:
     return ExpertCost(
         grade="assumed" if bandwidth.assumed or rate.assumed else "published",
         shape=shape,
-        form=Form(name="roofline", meaning=FORMS["roofline"].meaning, tile=_GPU_TILE, larger=True),
+        form=Form(name="roofline", meaning=FORMS["roofline"].meaning, tile=GPU_TILE, larger=True),
         coefficient_F=(
             profile.launch_s,
             shape.expert_bytes / bandwidth.value,

@@ -31,7 +31,7 @@ def expected_gain(load_SLE: Float64, today_LPK: Int64, make: StepsMaker, judge: 
     """What a layout made on these steps is likely to gain over today's on the next ones, (L,).
 
     Returns:
-        Differences of the ratio of busiest to mean rank; None where the steps are too few to tell.
+        Differences of the ratio of busiest to mean rank; None where the steps are too few for an estimate.
     """
     steps = len(load_SLE)
     if steps < FEWEST_STEPS:

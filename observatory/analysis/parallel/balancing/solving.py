@@ -50,8 +50,8 @@ class Solution:
         is_changed_L: layers that are not left as they are today; None where nothing is held today.
         gain_L: likely gain over today's layout, changed or not, in units of the ratio of the busiest to the
             mean rank: on steps that follow, and for a mean on itself; None without a layout of today, and
-            where the steps are too few to tell. Where tokens decide the nodes, the part of the nodes that is
-            saved is added in the first layer, and a loss of balance is not taken off.
+            where the steps are too few for an estimate. Where tokens decide the nodes, the part of the nodes
+            that is saved is added in the first layer, and a loss of balance is not taken off.
         frontier_ML: ratio of the expected loads after each number of moves; None where moves are not limited.
         structure: what the sampled tokens of the first layer say; None unless nodes are the objective.
         is_forced: whether ranks have other numbers of slots today, so that every layer changes. With more
