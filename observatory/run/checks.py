@@ -12,6 +12,7 @@ from observatory.run.rows import MAX_EXPERTS, experts_of, routing_columns
 from observatory.run.tables import (
     EXCHANGE_SCHEMA,
     POWER_SCHEMA,
+    ROUTER_BIAS_SCHEMA,
     SPAN_SCHEMA,
     TOKENS_SCHEMA,
     routing_schema,
@@ -23,6 +24,7 @@ FIXED_SCHEMAS: dict[str, pa.Schema] = {
     "spans": SPAN_SCHEMA,
     "power": POWER_SCHEMA,
     "tokens": TOKENS_SCHEMA,
+    "router_bias": ROUTER_BIAS_SCHEMA,
 }
 
 #: Times to 73 years, so that the sum of two fits 64 bits; steps that a double holds exactly; bytes of
@@ -145,7 +147,7 @@ def check_rows(table: str, rows: pa.Table, *, rank: int, where: str) -> None:
 
     Raises:
         RunFormatError: nulls where there must be none, unknown phase, another rank's rows.
-        LoadError: impossible loads or expert ids.
+        LoadError: impossible loads, expert ids or biases.
     """
     if table == "routing":
         routing_columns(rows, rank=rank, where=where)
@@ -174,3 +176,13 @@ def check_rows(table: str, rows: pa.Table, *, rank: int, where: str) -> None:
                 f"{where}: expert ids range from {lowest} to {highest}",
                 expected=f"0 to {MAX_EXPERTS - 1}, with padding and masked tokens left out",
             )
+    if table == "router_bias" and rows.num_rows:
+        lengths = pc.min_max(pc.list_value_length(rows.column("bias"))).as_py()
+        values = pc.list_flatten(rows.column("bias"))
+        if not 1 <= lengths["min"] <= lengths["max"] <= MAX_EXPERTS:
+            raise RunFormatError(
+                f"{where}: column bias holds {lengths['min']} to {lengths['max']} values in a row",
+                expected=f"1 to {MAX_EXPERTS}, one for each expert",
+            )
+        if values.null_count or not pc.all(pc.is_finite(values)).as_py():
+            raise LoadError(f"{where}: column bias holds nulls, NaN or infinity", expected="finite numbers")

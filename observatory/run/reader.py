@@ -114,7 +114,7 @@ class Run:
         routed = {part.rank for part in parts["routing"]}
         gaps = [*of_ranks(manifest, routed), *of_capture(manifest)]
         layers = join_layers(manifest)
-        for table in ("routing", "tokens"):
+        for table in ("routing", "tokens", "router_bias"):
             parts[table] = tuple(part for part in parts[table] if part.rank not in layers.contradictions)
         model = manifest.model.model_copy(update={"moe_layers": layers.moe_layers})
         return cls(
@@ -332,6 +332,14 @@ class Run:
     def token_samples(self) -> pd.DataFrame:
         """Sampled routing decisions: ``expert_ids`` of one token of one layer per row."""
         return self._frame("tokens")
+
+    def router_biases(self) -> pd.DataFrame:
+        """Correction biases of routers: step, layer, source_rank, ``bias`` (one value per expert).
+
+        A row holds from its step on until the layer's next row of the same rank, as far as it was read.
+        Replicas of a layer on several ranks have a row each.
+        """
+        return self._frame("router_bias")
 
     def iter_rows(self, table: str) -> Iterator[pa.Table]:
         """Stream a table's checked rows with all columns, unknown ones included, a row group at a time.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 #: Tables of a run, as folder names.
-TABLES: tuple[str, ...] = ("routing", "exchange", "spans", "power", "tokens")
+TABLES: tuple[str, ...] = ("routing", "exchange", "spans", "power", "tokens", "router_bias")
 
 
 def routing_schema(experts: int, *, gate_mass: bool = False) -> pa.Schema:
@@ -114,5 +114,16 @@ TOKENS_SCHEMA = pa.schema(
         pa.field("source_rank", pa.int32(), nullable=False),
         pa.field("position", pa.int64(), nullable=False),
         pa.field("expert_ids", pa.list_(pa.int32()), nullable=False),
+    ]
+)
+
+#: Correction biases of routers, one value per expert (and null expert): a row for the first values that a
+#: rank reads of a layer, and one for each change. ``step``: the first step after the values were read.
+ROUTER_BIAS_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("layer", pa.int32(), nullable=False),
+        pa.field("source_rank", pa.int32(), nullable=False),
+        pa.field("bias", pa.list_(pa.float64()), nullable=False),
     ]
 )

@@ -13,12 +13,20 @@ import pytest
 from observatory.devices.replay import ReplayDevice
 from observatory.errors import DeviceError, RunFormatError
 from observatory.run import RunWriter, open_run
-from observatory.run.tables import EXCHANGE_SCHEMA, POWER_SCHEMA, SPAN_SCHEMA, TOKENS_SCHEMA, routing_schema
+from observatory.run.tables import (
+    EXCHANGE_SCHEMA,
+    POWER_SCHEMA,
+    ROUTER_BIAS_SCHEMA,
+    SPAN_SCHEMA,
+    TOKENS_SCHEMA,
+    routing_schema,
+)
 from tests.run.conftest import manifest_of
 from tests.run.parquet_bombs import Column, parquet_file, table_columns
 
 SCHEMAS = {
     "exchange": EXCHANGE_SCHEMA, "spans": SPAN_SCHEMA, "power": POWER_SCHEMA, "tokens": TOKENS_SCHEMA,
+    "router_bias": ROUTER_BIAS_SCHEMA,
 }  # fmt: skip
 
 _READER = """

@@ -13,6 +13,7 @@ import pytest
 
 from observatory.errors import LoadError, ObservatoryError, RunFormatError
 from observatory.run import RunWriter, open_run, routing_rows
+from observatory.run.tables import ROUTER_BIAS_SCHEMA
 from tests.run.conftest import WriteRun, manifest_of, one_step
 
 Change = Callable[[dict[str, Any]], None]
@@ -150,6 +151,31 @@ def test_expert_ids_out_of_range_are_refused(tmp_path: Path, ids: list[int | Non
     pq.write_table(rows, tmp_path / "run/tokens/rank-00000/part-000000.parquet")
     with pytest.raises(LoadError, match="expert ids range from"):
         open_run(tmp_path / "run").token_samples()
+
+
+@pytest.mark.parametrize(
+    ("bias", "problem"),
+    [
+        ([0.5, float("nan")], "nulls, NaN or infinity"),
+        ([float("inf")], "nulls, NaN or infinity"),
+        ([0.5, None], "nulls, NaN or infinity"),
+        ([], "holds 0 to 0 values in a row; expected 1 to 65536"),
+        ([0.0] * 65537, "holds 65537 to 65537 values in a row"),
+    ],
+)
+def test_router_biases_that_no_router_can_have_are_refused(
+    tmp_path: Path, bias: list[float | None], problem: str
+) -> None:
+    rows = pa.table([[0], [1], [0], [bias]], schema=ROUTER_BIAS_SCHEMA)
+    with (
+        RunWriter.create(tmp_path / "run", manifest_of()) as writer,
+        pytest.raises(ObservatoryError, match=problem),
+    ):
+        writer.append("router_bias", rows)
+    (tmp_path / "run/router_bias/rank-00000").mkdir(parents=True)
+    pq.write_table(rows, tmp_path / "run/router_bias/rank-00000/part-000000.parquet")
+    with pytest.raises(ObservatoryError, match=problem):
+        open_run(tmp_path / "run").router_biases()
 
 
 def test_built_rows_do_not_share_memory_with_reused_buffers() -> None:

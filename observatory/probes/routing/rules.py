@@ -40,8 +40,10 @@ _GATE_MATRIX = re.compile(r"^(router_probs|combine_weights|gate_matrix)" + _SHAP
 #: Masks of tokens, true for those that count, and those that are true for padding.
 _TOKEN_MASK = re.compile(r"^((token|tokens|valid|active)_mask|valid_tokens)" + _SHAPE)
 _PADDING_MASK = re.compile(r"^(padding|pad|ignore)_mask" + _SHAPE)
+#: Names of the bias that balances loads without a loss.
+CORRECTION_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 #: Attributes of routers whose selection is more than "the K largest logits".
-_BIASED = ("e_score_correction_bias", "expert_bias", "balancing_biases", "topk_group")
+_BIASED = (*CORRECTION_BIASES, "topk_group")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
