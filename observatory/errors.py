@@ -83,6 +83,10 @@ class PlanError(ObservatoryError):
     """A plan cannot be made from what is given."""
 
 
+class BatchError(ObservatoryError):
+    """A campaign cannot be submitted, followed or collected, or its site or campaign file is not valid."""
+
+
 class ModelError(ObservatoryError):
     """A model cannot be loaded, or its MoE layers are not understood."""
 

@@ -199,7 +199,7 @@ def _configuration(folder: Path, munge_socket: Path) -> str:
             f"SlurmctldHost={name}(127.0.0.1)",
             f"SlurmctldPort={control}",
             "SlurmUser=root",
-            f"AuthInfo=socket={munge_socket}",
+            f"AuthInfo=socket={munge_socket},cred_expire=5",
             f"StateSaveLocation={folder}/state",
             f"SlurmdSpoolDir={folder}/spool-%n",
             f"SlurmctldPidFile={folder}/slurmctld.pid",

@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
-import json
 import os
-import re
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from observatory.campaign.job import ProfileJob, ProfileOptions
+from observatory.campaign.naming import content_name, job_content
 from observatory.campaign.preflight import check_job, check_libraries
 from observatory.campaign.profile import run_profile
 from observatory.errors import DataError, ObservatoryError, PlacementError, RunError
@@ -122,8 +120,7 @@ def grid_cells(config: GridConfig) -> tuple[Cell, ...]:
     for model in config.models:
         for data in config.data:
             job = ProfileJob(model=model, data=data, **asdict(config.profile))
-            digest = hashlib.sha256(json.dumps(_identity(job), sort_keys=True).encode()).hexdigest()[:10]
-            cells.append(Cell(name=f"{_slug(model)}--{_slug(data)}--{digest}", job=job))
+            cells.append(Cell(name=content_name(model, data, content=job_content(job)), job=job))
     names = [cell.name for cell in cells]
     if len(set(names)) != len(names):
         raise DataError("the grid names a model or a data condition twice; name each once")
@@ -337,30 +334,3 @@ def _write_scan(out: Path, config: GridConfig, results: Sequence[CellResult]) ->
                 continue
             rows.extend({"cell": result.cell.name, **row} for row in frame_records(frame))
     write_json(out / "scan.json", {"rows": rows, "skipped": skipped})
-
-
-def _identity(job: ProfileJob) -> dict[str, object]:
-    """What decides a cell's content: the options, and size and time of change of local files.
-
-    Of a checkpoint directory its files count: new weights over old ones leave the directory as it was.
-    """
-    identity: dict[str, object] = asdict(job)
-    for name in ("model", "data"):
-        path = Path(getattr(job, name))
-        with contextlib.suppress(
-            OSError, ValueError
-        ):  # not a path: the loader says what is wrong with the name
-            if path.exists():
-                files = sorted(path.glob("*")) if path.is_dir() else [path]
-                stats = [(file.name, file.stat()) for file in files if file.is_file()]
-                identity[f"{name}_file"] = [
-                    str(path.resolve()),
-                    *([file, stat.st_size, stat.st_mtime_ns] for file, stat in stats),
-                ]
-    return identity
-
-
-def _slug(name: str) -> str:
-    """A short folder name: letters, digits, dots and dashes of the last part of a path or id."""
-    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", last).strip(".-")[:48] or "cell"

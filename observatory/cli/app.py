@@ -41,6 +41,10 @@ _COMMANDS = {
     "clocks recommend": "clocks.recommend:recommend",
     "clocks status": "clocks.unlock:status",
     "clocks unlock": "clocks.unlock:unlock",
+    "submit": "submit:submit",
+    "jobs": "jobs:jobs",
+    "collect": "collect:collect",
+    "cancel": "jobs:cancel",
     "doctor": "doctor:doctor",
 }
 _GROUPS = {
@@ -53,6 +57,7 @@ _SECTIONS = {
     "Analysis": ("routing", "exchanges", "scan", "compare", "history", "report", "export"),
     "Decisions": ("place", "advise", "route-fetch", "plan"),
     "Network": ("bench", "replay", "fit"),
+    "Batch": ("submit", "jobs", "collect", "cancel"),
     "Power": ("power", "energy", "reuse", "clocks"),
     "Machine": ("doctor",),
 }  # fmt: skip

@@ -96,5 +96,12 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory report runs/a --out report.html",
         "observatory report runs/a runs/ep4 --ep 8,16 --bench bench.json --out report.html --force",
     ),
+    "submit": (
+        "observatory submit mixers.toml --site site.toml --dry-run",
+        "observatory submit mixers.toml --site site.toml --array-limit 8",
+    ),
+    "jobs": ("observatory jobs mixers", "observatory jobs mixers --wait"),
+    "collect": ("observatory collect mixers", "observatory collect mixers --report report.html"),
+    "cancel": ("observatory cancel mixers", "observatory cancel /scratch/campaigns/mixers"),
     "doctor": ("observatory doctor", "observatory doctor --model ./my-checkpoint --verify"),
 }

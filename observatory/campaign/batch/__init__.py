@@ -1,0 +1,1 @@
+"""Campaigns that run as batch jobs: their points, their folder, submission, state and collection."""

@@ -1,0 +1,146 @@
+"""Collecting a campaign: finished points joined, gaps stated, one report; also while jobs still run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from observatory.campaign.batch.folder import CampaignFolder, PointStatus
+from observatory.campaign.batch.state import CampaignState, PointState, campaign_state
+from observatory.errors import BatchError, ObservatoryError
+from observatory.run.documents.printed import printed_document
+from observatory.run.documents.writing import write_json, write_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """What was collected.
+
+    Attributes:
+        state: where the campaign stands.
+        runs: run directories of finished points, in the order of the points.
+        network: network model that was fitted to the fabric's benchmark; None without one.
+        report: the report; None where none was asked for, or there is nothing to report on.
+        notes: what could not be done, a sentence each.
+    """
+
+    state: CampaignState
+    runs: tuple[Path, ...]
+    network: Path | None
+    report: Path | None
+    notes: tuple[str, ...]
+
+
+def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
+    """Join what is finished.
+
+    Args:
+        folder: the campaign's directory.
+        report: report to write, in the place of an earlier one; None for none.
+
+    Raises:
+        BatchError: the directory holds no campaign, or no point is done and none has captured anything.
+    """
+    from observatory.reports import write_report
+
+    state = campaign_state(folder)
+    notes: list[str] = []
+    network = None
+    benches = [
+        each.attempts[-1].out / "bench.json"
+        for each in state.of(PointStatus.DONE)
+        if each.point.kind == "fabric"
+    ]
+    for bench in benches:
+        try:
+            network = _fit(folder, bench)
+        except ObservatoryError as error:
+            notes.append(f"the network cannot be fitted: {error.what}")
+    runs = tuple(
+        each.attempts[-1].out / "run" for each in state.of(PointStatus.DONE) if each.point.kind == "profile"
+    )
+    written = None
+    if report is not None and runs:
+        written = write_report(
+            runs,
+            report,
+            title=f"Campaign {state.saved.name}",
+            gpus_per_node=state.saved.site.node.tasks,
+            bench=benches,
+            networks=[] if network is None else [network],
+            overwrite=True,
+        )
+    elif report is not None:
+        notes.append("no profile is finished, so there is no report yet")
+    collected = Collected(state=state, runs=runs, network=network, report=written, notes=tuple(notes))
+    write_json(folder.path / "summary.json", collection_document(collected))
+    return collected
+
+
+def collection_document(collected: Collected) -> dict[str, Any]:
+    """The summary for ``--json`` and for the campaign's directory."""
+    state = collected.state
+    return printed_document(
+        "collection",
+        {
+            "campaign": state.saved.name,
+            "directory": str(state.folder.path),
+            "counts": {status.value: count for status, count in state.counts.items()},
+            "runs": [str(run.relative_to(state.folder.path)) for run in collected.runs],
+            "network": None if collected.network is None else collected.network.name,
+            "report": None if collected.report is None else str(collected.report),
+            "gaps": [_gap(each) for each in state.points if each.status is not PointStatus.DONE],
+            "notes": list(collected.notes),
+        },
+    )
+
+
+def _gap(each: PointState) -> dict[str, Any]:
+    """A point that is missing, and what of it was captured nevertheless."""
+    kept = [attempt.out / "run" for attempt in each.attempts if (attempt.out / "run" / "run.json").is_file()]
+    return {
+        "name": each.point.name,
+        "about": each.point.about,
+        "state": each.status.value,
+        "exit_code": each.exit_code,
+        "captured": [str(path) for path in kept],
+    }
+
+
+def _fit(folder: CampaignFolder, bench: Path) -> Path:
+    from observatory.analysis.network.fitting import fit_network
+    from observatory.host.provenance import command_line
+    from observatory.run.documents.bench import load_bench
+
+    model = fit_network([load_bench(bench)], sources=[bench.name], argv=command_line(), bootstrap=100, seed=0)
+    out = folder.path / "network.json"
+    write_text(out, model.model_dump_json(indent=1))
+    return out
+
+
+def cancel_campaign(folder: CampaignFolder) -> tuple[list[str], CampaignState]:
+    """Cancel what waits or runs; what was captured stays.
+
+    Returns:
+        Ids of the jobs that were cancelled, and the state before.
+
+    Raises:
+        BatchError: the directory holds no campaign, or the scheduler does not answer.
+    """
+    from observatory.hpc import slurm
+
+    state = campaign_state(folder)
+    if state.saved.site.scheduler != "slurm":
+        raise BatchError(
+            f"jobs of {state.saved.site.scheduler} were submitted by hand",
+            remedy="cancel them with the scheduler's own command",
+        )
+    if state.jobs and state.queue.source is None:
+        raise BatchError(
+            f"what runs is not known: {state.queue.problem}", remedy="run it again when the scheduler answers"
+        )
+    active = state.active_jobs
+    if active:
+        slurm.cancel(active)
+    return active, state

@@ -1,0 +1,202 @@
+"""Where a campaign stands: its folders first, one question to the scheduler for what they cannot know."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from observatory.campaign.batch.campaign_file import Point
+from observatory.campaign.batch.folder import (
+    Attempt,
+    CampaignFolder,
+    PointStatus,
+    SavedCampaign,
+    SubmittedJob,
+    elements_of,
+    result_status,
+)
+from observatory.hpc import slurm
+from observatory.hpc.slurm import JobState, QueueAnswer
+from observatory.run.documents.printed import printed_document
+
+_ENDINGS = {
+    "failed": PointStatus.FAILED,
+    "out-of-time": PointStatus.OUT_OF_TIME,
+    "terminated": PointStatus.TERMINATED,
+}
+#: How the scheduler names the end of a job that could not say itself how it ended.
+_SCHEDULER_ENDINGS = {"TIMEOUT": PointStatus.OUT_OF_TIME, "CANCELLED": PointStatus.TERMINATED}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointState:
+    """Where a point stands.
+
+    Attributes:
+        point: the point.
+        status: where it stands.
+        attempts: attempts at it, the last one last.
+        job: the job that this is about; None where it was never submitted.
+        scheduled: what the scheduler reports of that job; None where it does not know it.
+    """
+
+    point: Point
+    status: PointStatus
+    attempts: tuple[Attempt, ...]
+    job: str | None
+    scheduled: JobState | None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the command of the last attempt; else of its job."""
+        if self.attempts and self.attempts[-1].exit_code is not None:
+            return self.attempts[-1].exit_code
+        return None if self.scheduled is None else self.scheduled.exit_code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CampaignState:
+    """Where a campaign stands.
+
+    Attributes:
+        folder: its directory.
+        saved: what was submitted.
+        jobs: submitted jobs.
+        queue: the scheduler's answer.
+        points: its points, in order.
+        further: points of earlier submissions that the campaign no longer has; they are kept.
+    """
+
+    folder: CampaignFolder
+    saved: SavedCampaign
+    jobs: tuple[SubmittedJob, ...]
+    queue: QueueAnswer
+    points: tuple[PointState, ...]
+    further: int
+
+    @property
+    def counts(self) -> Mapping[PointStatus, int]:
+        """Points by status."""
+        return Counter(state.status for state in self.points)
+
+    def of(self, *statuses: PointStatus) -> list[PointState]:
+        """Points of these statuses."""
+        return [state for state in self.points if state.status in statuses]
+
+    @property
+    def active_jobs(self) -> list[str]:
+        """Ids of submitted jobs that wait or run."""
+        active = {name.partition("_")[0] for name, state in self.queue.states.items() if state.active}
+        return [job.job_id for job in self.jobs if job.job_id in active]
+
+
+def campaign_state(folder: CampaignFolder) -> CampaignState:
+    """Read the folders, and ask the scheduler once.
+
+    Raises:
+        BatchError: the directory holds no campaign.
+    """
+    saved = folder.load()
+    jobs = tuple(folder.jobs())
+    # Read before the question: a job that ends in between is then found in the folders next time.
+    attempts = {point.name: folder.attempts(point.name) for point in saved.points}
+    queue = slurm.ask([job.job_id for job in jobs]) if saved.site.scheduler == "slurm" else _NO_QUESTION
+    elements = elements_of(jobs)
+    points = [
+        _state(point, attempts[point.name], elements.get(point.name, []), queue) for point in saved.points
+    ]
+    names = {point.name for point in saved.points}
+    further = sum(1 for name in elements if name not in names)
+    return CampaignState(
+        folder=folder, saved=saved, jobs=jobs, queue=queue, points=tuple(points), further=further
+    )
+
+
+_NO_QUESTION = QueueAnswer(source=None, states={}, problem="only Slurm is asked")
+
+
+def _state(
+    point: Point, attempts: Sequence[Attempt], elements: Sequence[str], queue: QueueAnswer
+) -> PointState:
+    def state(status: PointStatus, job: str | None) -> PointState:
+        scheduled = None if job is None else queue.states.get(job)
+        return PointState(point=point, status=status, attempts=tuple(attempts), job=job, scheduled=scheduled)
+
+    last = attempts[-1] if attempts else None
+    if last is not None and last.number is None:
+        return state(result_status(point, last), last.job)
+    active = [name for name in elements if name in queue.states and queue.states[name].active]
+    if last is not None and last.ended is None:
+        known = None if last.job is None else queue.states.get(last.job)
+        if known is not None and known.active:
+            return state(PointStatus.RUNNING if known.state != "PENDING" else PointStatus.QUEUED, last.job)
+        if active:
+            return state(PointStatus.QUEUED, active[-1])
+        if queue.source is None:
+            return state(PointStatus.STARTED, last.job)
+        named = None if known is None else _SCHEDULER_ENDINGS.get(known.state)
+        return state(named or PointStatus.LOST, last.job)
+    if active:
+        return state(PointStatus.QUEUED, active[-1])
+    if last is not None:
+        return state(_ENDINGS.get(last.ended or "", PointStatus.FAILED), last.job)
+    ended = elements[-1] if elements else None
+    known = None if ended is None else queue.states.get(ended)
+    if known is not None and known.state in ("CANCELLED", "TIMEOUT"):
+        return state(_SCHEDULER_ENDINGS[known.state], ended)
+    if known is not None and known.state not in ("COMPLETED",):
+        return state(PointStatus.FAILED, ended)
+    return state(PointStatus.MISSING, ended)
+
+
+def state_document(state: CampaignState) -> dict[str, Any]:
+    """The state for ``--json``."""
+    site = state.saved.site
+    return printed_document(
+        "jobs",
+        {
+            "campaign": state.saved.name,
+            "directory": str(state.folder.path),
+            "source": state.queue.source,
+            "problem": state.queue.problem,
+            "counts": {status.value: count for status, count in state.counts.items()},
+            "no_longer_part": state.further,
+            "jobs": [
+                {
+                    "job_id": job.job_id,
+                    "name": job.name,
+                    "points": len(job.points),
+                    "submitted_unix_s": job.submitted_unix_s,
+                    "active": job.job_id in state.active_jobs,
+                    "monitor": site.monitor_link(job.job_id),
+                }
+                for job in state.jobs
+            ],
+            "points": [
+                {
+                    "name": each.point.name,
+                    "about": each.point.about,
+                    "kind": each.point.kind,
+                    "state": each.status.value,
+                    "attempts": len(each.attempts),
+                    "job": each.job,
+                    "scheduler_state": None if each.scheduled is None else each.scheduled.state,
+                    "waits_for": None if each.scheduled is None else each.scheduled.reason,
+                    "nodes": None if each.scheduled is None else each.scheduled.nodes,
+                    "exit_code": each.exit_code,
+                    "log": None if each.job is None else str(state.folder.log(each.job)),
+                    "last_lines": _failed_lines(state, each),
+                }
+                for each in state.points
+            ],
+        },
+    )
+
+
+def _failed_lines(state: CampaignState, each: PointState) -> list[str]:
+    quiet = (PointStatus.DONE, PointStatus.QUEUED, PointStatus.MISSING)
+    if each.job is None or each.status in quiet:
+        return []
+    return state.folder.last_lines(each.job)

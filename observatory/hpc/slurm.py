@@ -1,0 +1,218 @@
+"""Slurm's commands: submit, ask, cancel. Each call is one command; none is repeated by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from observatory.errors import BatchError
+from observatory.run.files import one_line
+
+_TIMEOUT_S = 60.0
+_JOB_ID = re.compile(r"\d{1,18}", re.ASCII)
+#: ``123``, ``123_4``, ``123_[4-7%2]``.
+_ELEMENT = re.compile(r"(\d{1,18})(?:_(\d{1,9}|\[[0-9,%-]{1,4000}\]))?", re.ASCII)
+_MOST_BYTES = 64 << 20
+#: Job ids of one query.
+MOST_JOBS = 1000
+_QUEUE_LIMITS = ("Job violates accounting/QOS policy", "MaxSubmitJob", "AssocMaxSubmitJobLimit")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobState:
+    """What the scheduler reports of a job, or of one element of an array.
+
+    Attributes:
+        state: as Slurm names it, such as ``RUNNING``.
+        exit_code: of its script; None while it has none.
+        reason: why it waits; None where none is stated.
+        nodes: where it runs or ran.
+    """
+
+    state: str
+    exit_code: int | None = None
+    reason: str | None = None
+    nodes: str | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state in ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueAnswer:
+    """What one query brought.
+
+    Attributes:
+        source: ``sacct``, ``squeue``, or None where neither answered.
+        states: by job id, such as ``123`` or ``123_4``; jobs that the scheduler has forgotten are missing.
+        problem: why there is no answer; None where there is one.
+    """
+
+    source: str | None
+    states: Mapping[str, JobState]
+    problem: str | None = None
+
+
+def submit(script: Path, *, after: Sequence[str] = ()) -> str:
+    """Submit a batch script.
+
+    Args:
+        script: its file.
+        after: jobs that have to end first, in whatever way.
+
+    Returns:
+        The job's id.
+
+    Raises:
+        BatchError: there is no Slurm, or it refuses the job; with Slurm's own reason.
+    """
+    dependency = [f"--dependency=afterany:{':'.join(after)}"] if after else []
+    done = _call("sbatch", "--parsable", *dependency, str(script))
+    job_id = done.stdout.strip().split(";")[0]
+    if done.returncode != 0 or _JOB_ID.fullmatch(job_id) is None:
+        said = _complaint(done)
+        limited = any(words in done.stderr for words in _QUEUE_LIMITS)
+        raise BatchError(
+            f"sbatch refuses {script.name}: {said}",
+            remedy="run the same command again once jobs have ended: what is queued is not submitted twice"
+            if limited
+            else "mend the site file, and run the same command again",
+        )
+    return job_id
+
+
+def ask(job_ids: Sequence[str]) -> QueueAnswer:
+    """The state of jobs: one question to sacct, and where accounting is off one to squeue."""
+    if not job_ids:
+        return QueueAnswer(source=None, states={})
+    jobs = ",".join(job_ids[-MOST_JOBS:])
+    problem = None
+    with contextlib.suppress(BatchError):
+        done = _call(
+            *("sacct", "--allocations", "--noheader", "--parsable2", "--array", f"--jobs={jobs}"),
+            "--format=JobID,State,ExitCode,NodeList",
+        )
+        if done.returncode == 0 and done.stdout.strip():
+            return QueueAnswer(source="sacct", states=_accounted(done.stdout))
+    try:
+        done = _call(
+            *("squeue", "--noheader", "--array", "--states=all", f"--jobs={jobs}"), "--format=%i|%T|%r|%N"
+        )
+    except BatchError as error:
+        return QueueAnswer(source=None, states={}, problem=error.what)
+    if done.returncode == 0 or "Invalid job id" in done.stderr:
+        return QueueAnswer(source="squeue", states=_queued(done.stdout))
+    problem = _complaint(done)
+    return QueueAnswer(source=None, states={}, problem=f"squeue does not answer: {problem}")
+
+
+def cancel(job_ids: Sequence[str]) -> None:
+    """Cancel jobs; those that have ended are left alone.
+
+    Raises:
+        BatchError: there is no Slurm, or it does not answer.
+    """
+    done = _call("scancel", *job_ids)
+    lines = [line for line in done.stderr.splitlines() if "Invalid job id" not in line and line.strip()]
+    if done.returncode != 0 and lines:
+        raise BatchError(f"scancel failed: {one_line(lines[0], 300)}", remedy="run it again")
+
+
+def read(*command: str) -> str:
+    """What a command of Slurm prints.
+
+    Raises:
+        BatchError: there is none, or it fails.
+    """
+    done = _call(*command)
+    if done.returncode != 0:
+        raise BatchError(
+            f"{command[0]} failed: {_complaint(done)}",
+            remedy="see whether the scheduler runs, then run it again",
+        )
+    return done.stdout
+
+
+def _call(*command: str) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command,
+            capture_output=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=_TIMEOUT_S,
+        )
+    except FileNotFoundError:
+        raise BatchError(
+            f"there is no {command[0]} here",
+            expected="a machine where jobs of Slurm can be submitted",
+            remedy="log in to the site's login node, or use --dry-run to see the scripts",
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise BatchError(
+            f"{command[0]} did not answer within {_TIMEOUT_S:g} s", remedy="run it again later"
+        ) from None
+    except OSError as error:
+        raise BatchError(f"{command[0]} cannot be started ({error.strerror})") from None
+
+
+def _complaint(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line of what a command wrote: the ones before it are details."""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    line = lines[-1] if lines else f"it ended with exit code {done.returncode} and no message"
+    return one_line(re.sub(r"^\w+: (error|fatal): ", "", line), 300)
+
+
+def _accounted(text: str) -> dict[str, JobState]:
+    states = {}
+    for line in text[:_MOST_BYTES].splitlines():
+        job_id, state, code, nodes, *_ = [*line.split("|"), "", "", "", ""]
+        number = code.partition(":")[0]
+        word = state.split(maxsplit=1)[0] if state.split() else "UNKNOWN"  # "CANCELLED by 1000"
+        value = JobState(
+            state=one_line(word, 40),
+            exit_code=int(number) if number.isdecimal() else None,
+            nodes=one_line(nodes, 200) or None,
+        )
+        states.update(dict.fromkeys(_elements(job_id), value))
+    return states
+
+
+def _queued(text: str) -> dict[str, JobState]:
+    states = {}
+    for line in text[:_MOST_BYTES].splitlines():
+        job_id, state, reason, nodes, *_ = [*line.split("|"), "", "", "", ""]
+        value = JobState(
+            state=one_line(state, 40) or "UNKNOWN",
+            reason=None if reason in ("", "None") else one_line(reason, 80),
+            nodes=one_line(nodes, 200) or None,
+        )
+        states.update(dict.fromkeys(_elements(job_id), value))
+    return states
+
+
+def _elements(job_id: str) -> list[str]:
+    """Ids behind one of Slurm's; waiting elements of an array may come as one line."""
+    match = _ELEMENT.fullmatch(job_id)
+    if match is None:
+        return []
+    array, element = match.groups()
+    if element is None:
+        return [array]
+    if not element.startswith("["):
+        return [f"{array}_{element}"]
+    found: list[str] = []
+    for part in element.strip("[]").partition("%")[0].split(","):
+        first, _, last = part.partition("-")
+        if first.isdecimal() and (last.isdecimal() or not last):
+            found += [f"{array}_{number}" for number in range(int(first), int(last or first) + 1)][:65536]
+    return found
