@@ -13,7 +13,7 @@ from observatory.analysis.compare.comparing import Comparison, compare_subjects
 from observatory.analysis.compare.inputs import check_repeats, pair_subjects
 from observatory.analysis.compare.saved import load_subjects
 from observatory.analysis.compare.subject import Subject
-from observatory.campaign.grid import expand_runs
+from observatory.campaign.run_folders import expand_runs
 from observatory.errors import ComparisonError
 from observatory.reasons import Reason
 from observatory.run import Run, open_run

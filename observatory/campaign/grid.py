@@ -23,8 +23,9 @@ from observatory.campaign.job import ProfileJob, ProfileOptions
 from observatory.campaign.naming import content_name, job_content
 from observatory.campaign.preflight import check_job, check_libraries
 from observatory.campaign.profile import run_profile
+from observatory.campaign.run_folders import is_complete
 from observatory.errors import DataError, ObservatoryError, PlacementError, RunError
-from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
+from observatory.run.bounded import read_at_most
 from observatory.run.documents.writing import frame_records, write_json
 
 if TYPE_CHECKING:
@@ -223,37 +224,6 @@ def _early_results(cells: Sequence[Cell], out: Path) -> dict[str, CellResult]:
     return ended
 
 
-def expand_runs(paths: Sequence[Path]) -> list[Path]:
-    """Run directories behind the paths: a grid directory stands for its finished cells.
-
-    Raises:
-        RunError: a grid directory without a finished cell.
-    """
-    runs: list[Path] = []
-    for path in paths:
-        if (path / "grid.json").is_file():
-            cells = list(_complete_cells(path))
-            if not cells:
-                raise RunError(f"the grid {path} has no finished cell yet; run `observatory grid` again")
-            runs.extend(cells)
-        else:
-            runs.append(path)
-    return runs
-
-
-def _complete_cells(grid: Path) -> Iterator[Path]:
-    """Finished cells in the order of ``grid.json``, which names them relative to the grid."""
-    try:
-        index = parse_json(read_at_most(grid / "grid.json", MAX_DOCUMENT_BYTES) or b"")
-        names = [str(cell["name"]) for cell in index["cells"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{grid / 'grid.json'} is not a grid's index ({error}); run the grid again") from error
-    for name in names:
-        run = grid / "cells" / Path(name).name
-        if is_complete(run):
-            yield run
-
-
 def _open_grid(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; name a directory for the grid")
@@ -278,18 +248,6 @@ def _locked(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def is_complete(run: Path) -> bool:
-    """Whether a directory holds a run that was closed in order."""
-    from observatory.run import open_run
-
-    if not (run / "run.json").is_file():
-        return False
-    try:
-        return open_run(run).manifest.state == "complete"
-    except RunError:
-        return False
 
 
 def _write_index(out: Path, config: GridConfig, cells: Sequence[Cell], results: Sequence[CellResult]) -> None:

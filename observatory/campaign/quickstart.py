@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from observatory.campaign.grid import GridConfig, is_complete
+from observatory.campaign.grid import GridConfig
 from observatory.campaign.job import ProfileJob, ProfileOptions
 from observatory.campaign.ranks import start_ranks
+from observatory.campaign.run_folders import is_complete
 from observatory.devices.simulated import write_simulated
 
 #: EP degrees of the runs with real exchanges.

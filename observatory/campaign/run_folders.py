@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from observatory.errors import ComparisonError
+from observatory.errors import ComparisonError, RunError
+from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
 
 _DEEPEST = 4
 MOST_RUNS = 20_000
@@ -43,3 +45,56 @@ def find_runs(folder: Path) -> list[Path]:
             elif depth + 1 < _DEEPEST:
                 waiting.append((path, depth + 1))
     return sorted(runs)
+
+
+def expand_runs(paths: Sequence[Path]) -> list[Path]:
+    """Run directories behind the paths: a grid or a batch campaign stands for its finished runs.
+
+    Raises:
+        RunError: a grid or campaign without a finished run, or with a damaged index.
+    """
+    runs: list[Path] = []
+    for path in paths:
+        index = next((path / name for name in _INDEXES if (path / name).is_file()), None)
+        if index is None:
+            runs.append(path)
+            continue
+        finished = [run for run in _indexed_runs(index) if is_complete(run)]
+        if not finished:
+            raise RunError(f"{path} has no finished run yet; {_INDEXES[index.name]}")
+        runs.extend(finished)
+    return runs
+
+
+#: Files that make a directory stand for its runs, and what to do while there are none.
+_INDEXES = {
+    "grid.json": "run `observatory grid` again",
+    "campaign.json": "see `observatory jobs`",
+}
+
+
+def _indexed_runs(index: Path) -> Iterator[Path]:
+    """Where runs of a grid or campaign are, in its order, finished or not."""
+    try:
+        document = parse_json(read_at_most(index, MAX_DOCUMENT_BYTES) or b"")
+        entries = document["cells" if index.name == "grid.json" else "points"]
+        names = [Path(str(entry["name"])).name for entry in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{index} is damaged ({error}); run or submit it again") from error
+    for name in names:
+        if index.name == "grid.json":
+            yield index.parent / "cells" / name
+        else:
+            yield index.parent / "points" / name / "result" / "out" / "run"
+
+
+def is_complete(run: Path) -> bool:
+    """Whether a directory holds a run that was closed in order."""
+    from observatory.run import open_run
+
+    if not (run / "run.json").is_file():
+        return False
+    try:
+        return open_run(run).manifest.state == "complete"
+    except RunError:
+        return False

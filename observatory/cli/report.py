@@ -28,7 +28,8 @@ class Form(StrEnum):
 
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Run directories; a grid stands for its cells.")
+        list[Path],
+        typer.Argument(metavar="RUN", help="Run directories; a grid or campaign stands for its runs."),
     ],
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE", rich_help_panel=OUTPUT, help="File to write.")
@@ -94,7 +95,7 @@ def report(
     force: ForceOption = False,
 ) -> None:
     """Write the report: one file that needs no network."""
-    from observatory.campaign.grid import expand_runs
+    from observatory.campaign.run_folders import expand_runs
     from observatory.cli.output import say
     from observatory.reports import write_report
 

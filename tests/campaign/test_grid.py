@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from observatory.campaign.grid import GridConfig, expand_runs, grid_cells, load_grid, run_grid
+from observatory.campaign.grid import GridConfig, grid_cells, load_grid, run_grid
 from observatory.campaign.job import ProfileOptions
+from observatory.campaign.run_folders import expand_runs
 from observatory.cli import main
 from observatory.errors import DataError, PlacementError, RunError
 
@@ -102,7 +103,7 @@ def test_a_directory_that_is_no_grid_is_left_alone(tmp_path: Path) -> None:
 def test_an_index_that_names_runs_elsewhere_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "cells").mkdir()
     (tmp_path / "grid.json").write_text(json.dumps({"cells": [{"name": "../../etc"}]}))
-    with pytest.raises(RunError, match="no finished cell"):
+    with pytest.raises(RunError, match="no finished run"):
         expand_runs([tmp_path])
 
 

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from observatory.campaign.batch.campaign_file import CampaignFile, Point
-from observatory.campaign.grid import is_complete
+from observatory.campaign.run_folders import is_complete
 from observatory.errors import BatchError
 from observatory.hpc.site import Site, first_problem
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
