@@ -22,6 +22,12 @@ _SENTENCES = {
     Code.PLAN_TIMES: "they generate {tokens_per_s:,.0f} tokens/s ({tokens_per_s_low:,.0f} to "
     "{tokens_per_s_high:,.0f}), {ms_per_token:.1f} ms per token ({ms_per_token_low:.1f} to "
     "{ms_per_token_high:.1f}), {ttft_ms:,.0f} ms to the first token",
+    Code.PLAN_POWER: "{joules_per_token:.3g} J per token ({joules_per_token_low:.3g} to "
+    "{joules_per_token_high:.3g}) by the power of the runs ({joules_grade})",
+    Code.PLAN_POWER_SIMULATED: "{joules_per_token:.3g} J per token ({joules_per_token_low:.3g} to "
+    "{joules_per_token_high:.3g}) by the power of a simulated device: nothing of it was measured",
+    Code.PLAN_POWER_LIMIT: "at most {joules_per_token_most:.3g} J per token, by the power limit: no run has "
+    "the power of its phases on such devices",
     Code.PLAN_ASSUMED: "{share} of that time rests on assumed rates, not on measured or published ones: "
     "measure experts and fabric there (`bench experts`, `bench alltoall`, `fit`)",
     Code.PLAN_EXTRAPOLATED: "outside of what was measured: {extrapolated}; capture larger steps, or plan "

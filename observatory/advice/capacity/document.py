@@ -47,6 +47,15 @@ CANDIDATE_COLUMNS = (
     ),
     Column(name="tokens_per_s_gpu", title="tokens/s/device", digits=0),
     Column(name="tokens_per_s_user", title="tokens/s/user", digits=1, wide=True),
+    Column(
+        name="joules_per_token",
+        title="J/token",
+        digits=2,
+        wide=True,
+        interval=("joules_per_token_low", "joules_per_token_high"),
+        legend="from measured power",
+    ),
+    Column(name="joules_grade", title="power", text=True, wide=True),
     Column(name="joules_per_token_most", title="J/token at most", digits=2, wide=True),
     Column(name="clock", title="clock", text=True, wide=True),
     Column(name="rack_w", title="W/rack at most", digits=0, wide=True),
@@ -214,6 +223,7 @@ def _candidate(
         "longest_step_ms": float(one.prefill.s_3[1]) * 1e3 if one.mode == "together" else None,
         "tokens_per_s_gpu": one.tokens_per_s_gpu,
         "tokens_per_s_user": one.tokens_per_s_user,
+        **_energy(one),
         "joules_per_token_most": one.joules_per_token_most,
         "rack_w": None if watts is None or per_rack is None else watts * min(per_rack, one.gpus),
         "currency": None if prices is None or price is None else prices.currency,
@@ -234,6 +244,21 @@ def _candidate(
         },
         "decode_ms": {part.name: float(part.s_3[1]) * 1e3 for part in one.decode.parts},
         "prefill_ms": {part.name: float(part.s_3[1]) * 1e3 for part in one.prefill.parts},
+    }
+
+
+def _energy(one: Candidate) -> dict[str, Any]:
+    energy = one.energy
+    if energy is None:
+        names = ("", "_low", "_high")
+        return {f"joules_per_token{name}": None for name in names} | {
+            "joules_grade": None,
+            "is_simulated": False,
+        }
+    return {
+        **_three("joules_per_token", energy.joules_3),
+        "joules_grade": energy.grade,
+        "is_simulated": energy.is_simulated,
     }
 
 

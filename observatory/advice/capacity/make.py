@@ -19,6 +19,7 @@ from observatory.advice.mitigations.models import exchange_model, expert_cost
 from observatory.analysis.capacity.loads import ROUTING_KINDS, RoutingKind
 from observatory.analysis.capacity.measured import MeasuredServer
 from observatory.analysis.capacity.model_shape import ModelShape
+from observatory.analysis.capacity.power import measured_power
 from observatory.analysis.capacity.serving import Server
 from observatory.analysis.capacity.step import Host
 from observatory.analysis.experts.cost import ExpertCost, fit_experts
@@ -84,6 +85,10 @@ def make_plan(request: Request) -> dict[str, Any]:
     if wanted == "captured" and captured is None:
         raise PlanError("captured routing needs a run", remedy="give a run of the model")
     clocks = () if request.clocks is None else _clocks(request, request.clocks)
+    power = {
+        name: measured_power(request.runs, server.profile.name if isinstance(server, Server) else None)
+        for name, server in servers.items()
+    }
     planners = {
         kind: Planner(
             servers,
@@ -94,6 +99,7 @@ def make_plan(request: Request) -> dict[str, Any]:
             can_replicate=kind == "captured",
             site=request.site,
             clocks=clocks,
+            power=power,
         )
         for kind in (ROUTING_KINDS if captured else _ASSUMED)
     }

@@ -36,11 +36,23 @@ def conclude_plan(document: Row) -> Conclusion:
             ),
         ),
     ]
+    reasons += _power(best)
     if 1.0 - best["grades"]["assumed"] < _GROUNDED:
         reasons.append(Reason(Code.PLAN_ASSUMED, {"share": best["grades"]["assumed"]}))
     if best["extrapolated"]:
         reasons.append(Reason(Code.PLAN_EXTRAPOLATED, chosen(best, "extrapolated")))
     return (*reasons, *_limits_of_inputs(document))
+
+
+def _power(best: Row) -> list[Reason]:
+    """What a token takes: by measured power, else at most."""
+    if best["joules_per_token"] is not None:
+        names = ("joules_per_token", "joules_per_token_low", "joules_per_token_high", "joules_grade")
+        code = Code.PLAN_POWER_SIMULATED if best["is_simulated"] else Code.PLAN_POWER
+        return [Reason(code, chosen(best, *names))]
+    if best["joules_per_token_most"] is not None:
+        return [Reason(Code.PLAN_POWER_LIMIT, chosen(best, "joules_per_token_most"))]
+    return []
 
 
 def _routings(document: Row, planned: int | None) -> list[Reason]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,12 +11,15 @@ import pytest
 
 from observatory.advice.capacity.make import Request, make_plan
 from observatory.advice.capacity.plan import Planner
+from observatory.advice.capacity.power import token_energy
 from observatory.advice.capacity.site import Site, load_prices, load_site
 from observatory.advice.capacity.targets import Targets
 from observatory.advice.conclusions import conclude_plan
 from observatory.advice.frequency import recommend_clocks
+from observatory.advice.words import conclusion_sentences
 from observatory.analysis.capacity.loads import BalancedLoads
 from observatory.analysis.capacity.model_shape import model_shape
+from observatory.analysis.capacity.power import PhasePower, measured_power
 from observatory.analysis.capacity.routed import Routed
 from observatory.analysis.capacity.serving import Server
 from observatory.analysis.capacity.step import CAPTURED, Parallel, Work, captured_size
@@ -29,6 +33,7 @@ from observatory.run import RunWriter, open_run, routing_rows
 from observatory.run.manifest import Manifest, ModelSpec, MoeLayerSpec
 from tests.advice.clocks import model_of
 from tests.analysis.capacity.configs import DEEPSEEK_V3, GPT_OSS_120B, QWEN3_30B
+from tests.analysis.energy.test_rank_energy import two_ranks
 
 SKEWED = {**QWEN3_30B, "num_hidden_layers": 12, "max_position_embeddings": 4000}
 
@@ -431,3 +436,82 @@ def test_no_more_is_generated_than_prompts_are_computed():
         prompt_tokens_per_s = groups * row["prefill_chunk"] / (sum(row["prefill_ms"].values()) / 1e3)
         assert row["tokens_per_s"] <= prompt_tokens_per_s * 512 / 4096 * (1 + 1e-9)
         assert row["tokens_per_s"] >= 200_000
+
+
+def phase_power(phase, watts, tokens, *, is_simulated=False):
+    watts_3 = np.array([0.9, 1.0, 1.2]) * watts
+    return PhasePower(phase=phase, watts_3=watts_3, tokens=tokens, ranks=None, is_simulated=is_simulated)
+
+
+@pytest.mark.parametrize("mode", ["together", "apart"])
+def test_energy_of_a_token_is_measured_power_over_its_rate(mode):
+    """All devices draw 400 W in both phases: J per token = W x devices / tokens per second."""
+    wanted = request(modes=(mode,))
+    servers = {"h200-sxm": Server(wanted.model, load_profile("h200-sxm"))}
+    power = [phase_power("decode", 400.0, 64), phase_power("prefill", 400.0, 8192)]
+
+    def plan(power):
+        return Planner(
+            servers, balanced(QWEN3_30B), wanted.targets, modes=(mode,), power={"h200-sxm": power}
+        ).search()
+
+    for one in plan(power).candidates:
+        assert one.energy.joules_3[1] * float(one.tokens_per_s_3[1]) == pytest.approx(400.0 * one.gpus)
+        assert one.energy.joules_3[0] < one.energy.joules_3[1] < one.energy.joules_3[2]
+        # Rates of this device are parts of peaks, so times are assumed whatever the power is.
+        assert (one.energy.grade, one.energy.is_simulated) == ("assumed", False)
+    assert all(one.energy is None for one in plan(power[:1]).candidates)  # prompts were not measured
+    simulated = [phase_power("decode", 400.0, 64, is_simulated=True), power[1]]
+    assert {one.energy.is_simulated for one in plan(simulated).candidates} == {True}
+    # A real device is preferred, however far its batch is.
+    both = [*simulated, phase_power("decode", 300.0, 1)]
+    assert {one.energy.is_simulated for one in plan(both).candidates} == {False}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "is_simulated", "grade"),
+    [(64, False, "measured"), (16, False, "assumed"), (64, True, "assumed")],
+)
+def test_only_power_of_a_like_batch_on_a_real_device_is_measured(tokens, is_simulated, grade):
+    model = model_shape(QWEN3_30B)
+    server = Server(model, load_profile("h200-sxm"))
+    targets = Targets(tokens_per_s=20_000, context=4096, output=512)
+    planner = Planner({"h200-sxm": server}, balanced(QWEN3_30B), targets, modes=("together",))
+    one = next(one for one in planner.search().candidates if one.sequences == 64 and one.parallel.tp == 1)
+    measured = replace(one, graded={"measured": 0.95, "fitted": 0.0, "published": 0.0, "assumed": 0.05})
+    power = [
+        phase_power("decode", 400.0, tokens, is_simulated=is_simulated),
+        phase_power("prefill", 600.0, one.prefill_chunk),
+    ]
+    assert token_energy(measured, power).grade == grade
+
+
+def test_power_of_phases_counts_for_devices_of_its_kind_alone(tmp_path):
+    path, loads = two_ranks(tmp_path, stated=True)
+    run = open_run(path)
+    for name in ("H100 SXM", None):
+        found = {one.phase: one for one in measured_power([run], name)}
+        for phase, tokens in (("decode", 16), ("prefill", 2048)):
+            # The sensor of the second rank reads 5 % more.
+            truth = np.mean(
+                [load.truth()[phase][0] * gain for load, gain in zip(loads, (1.0, 1.05), strict=True)]
+            )
+            low, likely, high = found[phase].watts_3
+            assert likely == pytest.approx(truth, rel=0.01)
+            assert low < likely < high
+            assert (found[phase].tokens, found[phase].is_simulated) == (tokens, False)
+    assert not measured_power([run], "H100 PCIe")
+    assert not measured_power([run], "H200 SXM")
+    file = path / "run.json"
+    file.write_text(re.sub(r'"kind": *"gpu"', '"kind": "replay"', file.read_text()))
+    assert {one.is_simulated for one in measured_power([open_run(path)], "H100 SXM")} == {True}
+
+
+def test_a_plan_states_what_its_energy_rests_on():
+    document = make_plan(request())
+    assert "plan_power_limit" in [reason["code"] for reason in document["conclusion"]]
+    best = document["candidates"][0]
+    best |= {"joules_per_token": 1.0, "joules_per_token_low": 0.9, "joules_per_token_high": 1.2}
+    best |= {"joules_grade": "assumed", "is_simulated": True}
+    stated = "1 J per token (0.9 to 1.2) by the power of a simulated device: nothing of it was measured"
+    assert stated in conclusion_sentences(conclude_plan(document))
