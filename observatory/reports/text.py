@@ -137,6 +137,15 @@ def millijoules(value: float | None) -> str:
     return f"{scaled:.{digits}f} {unit}".replace("-", "−")
 
 
+def millijoules_interval(low: float | None, high: float | None) -> str:
+    """``1.20 – 1.31 mJ``, the unit once where both ends have it; ``n/a`` when an end is missing."""
+    ends = millijoules(low), millijoules(high)
+    if MISSING in ends:
+        return MISSING
+    first, _, unit = ends[0].partition(" ")
+    return f"{first} – {ends[1]}" if ends[1].endswith(f" {unit}") else " – ".join(ends)
+
+
 def quantity(value: float, unit: str, *, signed: bool = False) -> str | None:
     """A time, an energy or bytes in the unit that reads best; None for any other unit.
 

@@ -295,6 +295,37 @@ def painted_paths(pdf: bytes) -> int:
     return count
 
 
+def test_the_filter_hides_findings_about_something_else(
+    browser: webdriver.Chrome, pages: dict[str, Path]
+) -> None:
+    show(browser, pages["plain"], figures=FIGURES)
+    stated = (
+        "return [...document.querySelectorAll('[data-keys]')].map(item => "
+        "[JSON.parse(item.dataset.keys), !item.hidden, item.querySelector('.scope').textContent])"
+    )
+    line = "return document.querySelector('.hidden-count').textContent"
+    assert all(shown and scope == "" for _, shown, scope in browser.execute_script(stated))
+    wanted = {"phase": "decode", "model": "gqa-tiny"}
+    for name, value in wanted.items():
+        choose(browser, name, value)
+    of_all = browser.execute_script(stated)
+    for keys, shown, scope in of_all:
+        assert shown == all(keys.get(name, value) == value for name, value in wanted.items())
+        for name in wanted:
+            assert (f"all {name}s" in scope) == (name not in keys)
+    hidden = sum(not shown for _, shown, _ in of_all)
+    assert 0 < hidden < len(of_all)
+    assert f"Hidden: {hidden} of {len(of_all)} " in browser.execute_script(line)
+    assert browser.find_element("css selector", ".over-all").is_displayed()
+    links = browser.execute_script(
+        "return [...document.querySelectorAll('a[data-where]')].map(link => JSON.parse(link.dataset.where))"
+    )
+    assert any(where.get("model") for where in links)
+    browser.find_element("css selector", ".filter button").send_keys(Keys.ENTER)
+    wait(browser, "return document.querySelector('.hidden-count').hidden")
+    assert all(shown and scope == "" for _, shown, scope in browser.execute_script(stated))
+
+
 def table_column(browser: webdriver.Chrome, section: str, column: int) -> list[str]:
     cells: list[str] = browser.execute_script(
         "return [...document.querySelector(`${arguments[0]} > .scroll > table`).tBodies[0].rows]"

@@ -24,6 +24,7 @@ from observatory.reports.frames.report import ReportFrames
 from observatory.reports.outline import build_sections
 from observatory.reports.page import Cell, FigureBlock, Section, Table
 from observatory.reports.sections import energy_section, power_section, problems
+from observatory.reports.text import millijoules
 from observatory.reports.thinning import joined_stretches, kept_samples
 from observatory.run import RunWriter, open_run
 from observatory.run.manifest import ClockSpec, DeviceSpec, RankPower
@@ -426,7 +427,7 @@ def test_all_ranks_together_stand_next_to_the_rank_that_takes_most(tmp_path: Pat
     assert total["mj_per_token"] == pytest.approx((600 + 300) * 40 / 32, rel=0.02)
     frames = frames_of(run)
     (sentence,) = [text for text in stated(frames) if "per output token" in text]
-    assert f"(rank 0, the most of 2; over all ranks: {total['mj_per_token']:.2f} mJ)" in sentence
+    assert f"(rank 0, the most of 2; over all ranks: {millijoules(total['mj_per_token'])})" in sentence
     section = energy_section(frames)
     numbers = figures(section)["energy-tokens"].variants[0].numbers
     assert numbers is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import pandas as pd
 
@@ -21,11 +22,14 @@ class Finding:
         section: anchor of the section that its numbers are in.
         text: the sentence.
         stake: share of a time or an energy that is at stake; None where it is about neither.
+        keys: model, condition, phase, rank that it is about, by which a page is filtered; none of what it is
+            over all of.
     """
 
     section: str
     text: str
     stake: float | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
 
 
 def spread(values: pd.Series, form: object = count) -> str:
@@ -47,9 +51,10 @@ def run_choice(label: str, condition: str, phase: str) -> str:
     return f"{shorten(label, 44)} · {choice_label(shorten(condition, 24), phase)}"
 
 
-def run_keys(label: str, condition: str = "", phase: str = "") -> dict[str, str]:
-    """What a page is filtered by, of a figure about one run and phase; empty for what it shows all of."""
-    named = {"model": shorten(label), "condition": shorten(condition, 24), "phase": phase}
+def run_keys(label: str, condition: str = "", phase: str = "", rank: int | None = None) -> dict[str, str]:
+    """What a page is filtered by, of what is about one run and phase; empty for what it shows all of."""
+    named = {"model": shorten(label) if label else "", "condition": shorten(condition, 24), "phase": phase}
+    named |= {} if rank is None else {"rank": str(rank)}
     return {name: value for name, value in named.items() if value and value != NOT_STATED}
 
 

@@ -12,7 +12,7 @@ from observatory.analysis.network.checking import errors_of
 from observatory.analysis.network.words import verdict_sentence
 from observatory.reports.frames.exchanges import ExchangeFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
-from observatory.reports.sections.common import Finding, phases_in
+from observatory.reports.sections.common import Finding, phases_in, run_keys
 from observatory.reports.sections.realism import pooled, realism_verdict
 from observatory.reports.text import interval, microseconds, percent, plain, shorten, times
 from observatory.run.manifest import CoreSpec
@@ -60,7 +60,16 @@ def _time(frames: ReportFrames, exchanges: ExchangeFrames) -> Iterator[Finding]:
             sentence += f", {percent(waiting)} waiting for each other"
         crowded = _crowded(rank.cores for rank in frames.facts[run].manifest.ranks)
         text = f"{sentence}.{_slowest(exchanges.ranks, run, phase)}{crowded}"
-        yield Finding(section="anatomy", text=text, stake=None if crowded else waiting)
+        yield Finding(
+            section="anatomy",
+            text=text,
+            stake=None if crowded else waiting,
+            keys=_keys(frames, run, phase),
+        )
+
+
+def _keys(frames: ReportFrames, run: int, phase: str = "") -> dict[str, str]:
+    return run_keys(str(frames.runs.loc[run, "label"]), frames.facts[run].condition, phase)
 
 
 def _crowded(cores_P: Iterable[CoreSpec | None]) -> str:
@@ -102,7 +111,12 @@ def _realism(frames: ReportFrames) -> Iterator[Finding]:
                 f"per exchange: {realism_verdict(row)}.{crowded}"
             )
             beyond = row.ratio_low is not None and row.ratio_low > 1 and not crowded
-            yield Finding(section="realism", text=text, stake=1 - 1 / row.ratio if beyond else None)
+            yield Finding(
+                section="realism",
+                text=text,
+                stake=1 - 1 / row.ratio if beyond else None,
+                keys=_keys(frames, int(run), phase),
+            )
 
 
 def _verdicts(frames: ReportFrames) -> Iterator[Finding]:
@@ -135,4 +149,4 @@ def _prediction(frames: ReportFrames) -> Iterator[Finding]:
             f"Median error of the network model {shorten(benchmarks.files.networks[int(network)].name, 32)} "
             f"on the {what} of {_name(frames, int(run))}, {shorten(algorithm, 24)}: {', '.join(parts)}."
         )
-        yield Finding(section="prediction", text=text)
+        yield Finding(section="prediction", text=text, keys=_keys(frames, int(run)))

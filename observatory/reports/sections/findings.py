@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from observatory.reports.frames.committees import committee_overlaps
 from observatory.reports.frames.report import ReportFrames, each_row, phases_of
-from observatory.reports.sections.common import Finding, spread
+from observatory.reports.sections.common import Finding, run_keys, spread
 from observatory.reports.sections.exchange_findings import exchange_findings
 from observatory.reports.sections.layers import worst_layers
 from observatory.reports.sections.mock import mock_ratios
@@ -27,21 +29,22 @@ def findings(frames: ReportFrames) -> list[Finding]:
 
 def _of_routing(frames: ReportFrames, cells: pd.DataFrame) -> list[Finding]:
     """What is about counts; nothing of it is a share of time or energy."""
-    of_section: list[tuple[str, list[str]]] = []
+    stated: list[Finding] = []
     one_model = len({fact.manifest.model.name for fact in frames.facts}) == 1
     compared = frames.compared(cells)
     for phase in phases_of(cells):
         of_phase = compared[compared["phase"] == phase]
-        stated = _one_model(frames, of_phase, phase) if one_model else _concentration(of_phase, phase)
-        of_section += [("grid", stated), ("mock", _mock(mock_ratios(of_phase), phase))]
-    of_section += [
-        ("grid", _at_floor(cells, in_grid=len(compared))),
-        ("layers", _worst_layer(frames)),
-        ("committee", _committees(frames)),
-        ("steps", _steps(frames)),
-        ("ep", _ranks(frames)),
+        texts = _one_model(frames, of_phase, phase) if one_model else _concentration(of_phase, phase)
+        stated += [Finding(section="grid", text=text, keys={"phase": phase}) for text in texts]
+        stated += _mock(mock_ratios(of_phase), phase)
+    return [
+        *stated,
+        Finding(section="grid", text=_at_floor(cells, in_grid=len(compared))),
+        *_worst_layer(frames),
+        *_committees(frames),
+        *_steps(frames),
+        *_ranks(frames),
     ]
-    return [Finding(section=section, text=text) for section, texts in of_section for text in texts]
 
 
 def _name(label: object) -> str:
@@ -97,7 +100,7 @@ def _one_model(frames: ReportFrames, cells: pd.DataFrame, phase: str) -> list[st
     ]
 
 
-def _mock(ratios: pd.DataFrame, phase: str) -> list[str]:
+def _mock(ratios: pd.DataFrame, phase: str) -> list[Finding]:
     if ratios.empty:
         return []
     parts = []
@@ -117,36 +120,44 @@ def _mock(ratios: pd.DataFrame, phase: str) -> list[str]:
         of_verdict = ratios[ratios["verdict"] == verdict]
         if len(of_verdict):
             parts.append(f"{words} {listing([_name(label) for label in of_verdict['label']])}")
-    return [f"In {phase}, mock data {listing(parts, most=9)}."]
+    text = f"In {phase}, mock data {listing(parts, most=9)}."
+    return [Finding(section="mock", text=text, keys={"phase": phase})]
 
 
-def _at_floor(cells: pd.DataFrame, *, in_grid: int) -> list[str]:
+def _at_floor(cells: pd.DataFrame, *, in_grid: int) -> str:
     """Runs and phases that uniform routing could have produced; so many of them are cells of the grid."""
     limit = cells["gini_uniform_limit"]
     below = cells[cells["gini"] <= limit]
     if below.empty:
         named = "cells of the grid" if len(cells) == in_grid else "runs and phases"
-        return [
+        return (
             f"All {len(cells)} {named} lie above what uniform routing of as many tokens exceeds in about one "
             "window of a thousand."
-        ]
+        )
     names = [f"{_name(row.label)} on {shorten(row.condition)} ({row.phase})" for row in each_row(below)]
-    return [f"Not distinguishable from uniform routing at this sample size: {listing(names)}."]
+    return f"Not distinguishable from uniform routing at this sample size: {listing(names)}."
 
 
-def _worst_layer(frames: ReportFrames) -> list[str]:
+def _worst_layer(frames: ReportFrames) -> list[Finding]:
     layers, where = _real_first(worst_layers(frames, most=None))
     if layers.empty:
         return []
     row = layers.iloc[0]
-    return [
+    text = (
         f"The most concentrated layer on {where} is layer {row['layer']} of {_name(row['label'])} on "
         f"{shorten(row['condition'])} ({row['phase']}): Gini {number(row['gini'])} against a floor of "
         f"{number(row['gini_floor'])}, busiest expert {times(row['expert_max_over_mean'])} the mean."
-    ]
+    )
+    return [_of_place("layers", text, row)]
 
 
-def _committees(frames: ReportFrames) -> list[str]:
+def _of_place(section: str, text: str, row: pd.Series[Any]) -> Finding:
+    """A finding about the run and phase of a row."""
+    keys = run_keys(str(row["label"]), str(row["condition"]), str(row["phase"]))
+    return Finding(section=section, text=text, keys=keys)
+
+
+def _committees(frames: ReportFrames) -> list[Finding]:
     """Whether the experts that hold half of the load are the same ones on another real text."""
     overlaps = committee_overlaps(frames)
     sentences = []
@@ -155,16 +166,17 @@ def _committees(frames: ReportFrames) -> list[str]:
         per_model = of_phase.groupby(["with_kind", "label"])[["jaccard", "jaccard_chance"]].mean()
         means = {row.Index: row for row in each_row(per_model.groupby(level="with_kind").mean())}
         if {"same", "real"} <= means.keys():
-            sentences.append(
+            text = (
                 f"In {phase}, the experts that hold half of a layer's load on one real text overlap by "
                 f"{number(means['real'].jaccard, 2)} with those on another (Jaccard index, mean over "
                 f"models; chance {number(means['real'].jaccard_chance, 2)}), and by "
                 f"{number(means['same'].jaccard, 2)} between even and odd steps of the same text."
             )
+            sentences.append(Finding(section="committee", text=text, keys={"phase": phase}))
     return sentences
 
 
-def _steps(frames: ReportFrames) -> list[str]:
+def _steps(frames: ReportFrames) -> list[Finding]:
     layers = frames.layers.dropna(subset=["step_gini_p50", "gini"]).merge(frames.runs, on="run")
     sentences = []
     for phase in phases_of(layers):
@@ -173,15 +185,16 @@ def _steps(frames: ReportFrames) -> list[str]:
             number(preferred[name].mean())
             for name in ("step_gini_p50", "gini", "step_gini_floor", "gini_floor")
         )
-        sentences.append(
+        text = (
             f"In {phase}, a single step has a median Gini of {step} where the whole window has {window} "
             f"(means over all layers of all runs on {where}); the floor of one step is {step_floor}, of the "
             f"window {floor}."
         )
+        sentences.append(Finding(section="steps", text=text, keys={"phase": phase}))
     return sentences
 
 
-def _ranks(frames: ReportFrames) -> list[str]:
+def _ranks(frames: ReportFrames) -> list[Finding]:
     if frames.scan.empty:
         return []
     means = mean_over_layers(frames.scan).merge(frames.runs[["run", "label", "condition", "kind"]], on="run")
@@ -195,9 +208,10 @@ def _ranks(frames: ReportFrames) -> list[str]:
     row = means.sort_values("rank_max_over_mean").iloc[-1]
     step = row["rank_max_over_mean_step_p90"]
     tail = f" and {times(step)} at the 90th percentile of its steps" if pd.notna(step) else ""
-    return [
+    text = (
         f"The busiest rank on {where} ({row['phase']}{several}) is that of {_name(row['label'])} on "
         f"{shorten(row['condition'])} laid out over EP {row['ep']}: {times(row['rank_max_over_mean'])} the "
         f"mean over the window{tail} (mean over layers, {row['placement']} placement). Its busiest expert "
         f"has {times(row['expert_max_over_mean'])} at any EP degree."
-    ]
+    )
+    return [_of_place("ep", text, row)]

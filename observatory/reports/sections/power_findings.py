@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pandas as pd
 
 from observatory.reports.frames.report import ReportFrames, each_row, phases_of
-from observatory.reports.sections.common import Finding
+from observatory.reports.sections.common import Finding, run_keys
 from observatory.reports.sections.frequency import advice_sentence
-from observatory.reports.text import interval, number, percent, plain, shorten
+from observatory.reports.text import millijoules, millijoules_interval, percent, plain, shorten
 
 #: Sentences of one kind; the tables hold the rest.
 _MOST = 4
@@ -51,11 +51,21 @@ def _tokens(frames: ReportFrames) -> Iterator[Finding]:
             flag = " It is flagged: see the section on energy." if pd.notna(row.flag) else ""
             text = (
                 f"In {phase}, {shorten(frames.runs.loc[run, 'label'], 48)} takes "
-                f"{number(row.mj_per_token, 2)} mJ "
-                f"({interval(row.mj_per_token_low, row.mj_per_token_high, 2)}) per {row.kind} "
+                f"{millijoules(row.mj_per_token)} "
+                f"({millijoules_interval(row.mj_per_token_low, row.mj_per_token_high)}) per {row.kind} "
                 f"token{which}{share}.{flag}"
             )
-            yield Finding(section="energy", text=text, stake=idle_share)
+            rank = int(row.source_rank) if len(rows) > 1 else None
+            yield Finding(
+                section="energy",
+                text=text,
+                stake=None if frames.facts[run].is_simulated else idle_share,
+                keys=_keys(frames, run, phase, rank),
+            )
+
+
+def _keys(frames: ReportFrames, run: int, phase: str = "", rank: int | None = None) -> dict[str, str]:
+    return run_keys(str(frames.runs.loc[run, "label"]), frames.facts[run].condition, phase, rank)
 
 
 def _overall(totals: pd.DataFrame, run: int, phase: str) -> str:
@@ -63,7 +73,7 @@ def _overall(totals: pd.DataFrame, run: int, phase: str) -> str:
     known = totals[(totals["run"] == run) & (totals["phase"] == phase) & totals["mj_per_token"].notna()]
     if known.empty:
         return ""
-    return f"; over all ranks: {number(known['mj_per_token'].iloc[0], 2)} mJ"
+    return f"; over all ranks: {millijoules(known['mj_per_token'].iloc[0])}"
 
 
 def _caps(frames: ReportFrames) -> Iterator[Finding]:
@@ -73,4 +83,4 @@ def _caps(frames: ReportFrames) -> Iterator[Finding]:
         return
     for run, uuid, text in power.held:
         where = f"On {shorten(uuid, 28)} of {shorten(frames.runs.loc[run, 'label'], 48)}"
-        yield Finding(section="power", text=f"{where}, {plain(text)}.")
+        yield Finding(section="power", text=f"{where}, {plain(text)}.", keys=_keys(frames, run))

@@ -57,6 +57,26 @@
     all: [...(figure.querySelector("select")?.options ?? [])],
   }));
 
+  // Verdicts and findings about something else are hidden; what is over all says so.
+  const stated = [...document.querySelectorAll("[data-keys]")].map((item) => ({
+    item,
+    keys: JSON.parse(item.dataset.keys),
+    scope: item.querySelector(".scope"),
+  }));
+  const showStated = (wanted) => {
+    for (const { item, keys, scope } of stated) {
+      item.hidden = !isOf(keys, wanted);
+      const over = [...wanted.keys()].filter((key) => !(key in keys)).map((key) => `all ${key}s`);
+      scope.textContent = over.length ? ` (${over.join(", ")})` : "";
+    }
+    document.querySelectorAll(".over-all").forEach((line) => (line.hidden = wanted.size === 0));
+    const hidden = stated.filter(({ item }) => item.hidden).length;
+    const line = document.querySelector(".hidden-count");
+    if (!line) return;
+    line.hidden = hidden === 0;
+    line.textContent = `Hidden: ${hidden} of ${stated.length} verdicts and findings, which are not about what is chosen.`;
+  };
+
   const showRows = (table, wanted) => {
     const heads = [...table.tHead.rows[0].cells];
     let left = 0;
@@ -75,6 +95,7 @@
 
   const filter = () => {
     const wanted = chosen();
+    showStated(wanted);
     for (const { figure, select, variants, all } of figures) {
       const fitting = variants.flatMap(({ keys }, index) => (isOf(keys, wanted) ? [index] : []));
       const isEmpty = variants.length > 0 && fitting.length === 0;
