@@ -26,7 +26,9 @@ def plan(
     ],
     target_tokens_per_s: Annotated[
         float,
-        typer.Option(min=1e-3, max=1e12, rich_help_panel=_TARGETS, help="Generated tokens per second."),
+        typer.Option(
+            min=1e-3, max=1e12, metavar="N", rich_help_panel=_TARGETS, help="Generated tokens per second."
+        ),
     ],
     context: Annotated[
         int, typer.Option(min=1, max=_MOST_TOKENS, rich_help_panel=_TARGETS, help="Tokens of a prompt.")
@@ -36,7 +38,13 @@ def plan(
     ],
     max_ms_per_token: Annotated[
         float | None,
-        typer.Option(min=1e-6, max=1e9, rich_help_panel=_TARGETS, help="Most time between tokens of a user."),
+        typer.Option(
+            min=1e-6,
+            max=1e9,
+            metavar="MS",
+            rich_help_panel=_TARGETS,
+            help="Most time between tokens of a user.",
+        ),
     ] = None,
     max_ttft_ms: Annotated[
         float | None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,9 +32,9 @@ CANDIDATE_COLUMNS = (
         legend="instances x ranks (EP), /tp, /r: redundant experts; +: only prompts",
     ),
     Column(name="sequences", title="batch", legend="sequences of a data-parallel group"),
-    Column(
-        name="tokens_per_s", title="tokens/s", digits=0, interval=("tokens_per_s_low", "tokens_per_s_high")
-    ),
+    Column(name="tokens_per_s", title="tokens/s", digits=0),
+    Column(name="tokens_per_s_low", title="tokens/s at least", digits=0, wide=True),
+    Column(name="tokens_per_s_high", title="tokens/s at most", digits=0, wide=True),
     Column(
         name="ms_per_token",
         title="per token",
@@ -45,7 +45,8 @@ CANDIDATE_COLUMNS = (
     Column(
         name="ttft_ms", title="first token", unit="ms", digits=0, interval=("ttft_ms_low", "ttft_ms_high")
     ),
-    Column(name="tokens_per_s_gpu", title="tokens/s/device", digits=0),
+    Column(name="pareto", title="Pareto", text=True, legend="none has more per device and per user"),
+    Column(name="tokens_per_s_gpu", title="tokens/s/device", digits=0, wide=True),
     Column(name="tokens_per_s_user", title="tokens/s/user", digits=1, wide=True),
     Column(
         name="joules_per_token",
@@ -60,8 +61,7 @@ CANDIDATE_COLUMNS = (
     Column(name="clock", title="clock", text=True, wide=True),
     Column(name="rack_w", title="W/rack at most", digits=0, wide=True),
     Column(name="per_million", title="per million tokens", digits=2, wide=True),
-    Column(name="limit", title="batch limited by", text=True),
-    Column(name="pareto", title="Pareto", text=True, legend="none has more per device and per user"),
+    Column(name="limit", title="batch limited by", text=True, wide=True),
 )
 REJECTED_COLUMNS = (
     Column(name="constraint", title="ruled out by", text=True, key=True),
@@ -80,6 +80,7 @@ ALPHA_COLUMNS = (
     Column(name="phase", title="phase", text=True, key=True),
     Column(name="layer", title="MoE layer", key=True),
     Column(name="alpha", title="alpha", digits=2),
+    Column(name="fitted_to", title="fitted to", text=True),
     Column(name="distance", title="misfit", unit="%", digits=1, legend="of the assignments"),
     Column(name="busiest_captured", title="busiest, captured", digits=2, legend="expert over the mean"),
     Column(name="busiest_fitted", title="fitted", digits=2),
@@ -161,10 +162,14 @@ def plan_tables(document: Mapping[str, Any]) -> list[Table]:
     candidates = list(of_set_up.values())[:_LISTED]
     more = len(document["candidates"]) - len(candidates)
     title = "set-ups that meet every target, each with its best batch, the fewest devices first"
+    is_one = len({row["hardware"] for row in candidates}) < 2
     tables = [
         Table(
             name="candidates",
-            columns=CANDIDATE_COLUMNS,
+            columns=tuple(
+                replace(column, wide=True) if column.name == "hardware" and is_one else column
+                for column in CANDIDATE_COLUMNS
+            ),
             rows=[{**row, "pareto": "yes" if row["is_pareto"] else ""} for row in candidates],
             title=title + (f"; {more} more in --json" if more > 0 else ""),
         )
@@ -324,6 +329,7 @@ def _alphas(captured: CapturedRouting | None) -> list[dict[str, Any]]:
             "phase": phase,
             "layer": layer,
             "alpha": fit.alpha,
+            "fitted_to": "busiest expert" if fit.is_by_busiest else "loads",
             "distance": fit.distance,
             "busiest_captured": fit.busiest_captured,
             "busiest_fitted": fit.busiest_fitted,

@@ -274,6 +274,8 @@ class Planner:
     def _judge(self, hardware: str, server: Host, parallel: Parallel, mode: Mode) -> list[Candidate] | Reason:
         """Candidates of all batches that meet the targets; the constraint of the smallest batch else."""
         targets = self.targets
+        if mode == "apart" and targets.output == 1:
+            return Reason(PlanCode.NO_DECODE)
         chunk = targets.chunk if mode == "together" else 0
         memory = server.memory(parallel, max(chunk, _BATCHES[-1]))
         fits = memory.sequences(targets.context + targets.output)

@@ -17,6 +17,7 @@ class PlanCode(StrEnum):
     MS_PER_TOKEN = "ms_per_token"
     TTFT = "time_to_first_token"
     PREFILL = "prompts_do_not_keep_up"
+    NO_DECODE = "nothing_to_decode"
     NO_FIGURE = "no_figure"
     GPUS = "too_many_gpus"
     POWER = "rack_power"
@@ -30,6 +31,8 @@ _WORDS = {
     PlanCode.MS_PER_TOKEN: "{value_ms:.1f} ms per token with a batch of {sequences}, {limit_ms:g} ms wanted",
     PlanCode.TTFT: "{value_ms:.0f} ms to the first token, {limit_ms:g} ms wanted",
     PlanCode.PREFILL: "prompts take more than every step's chunk of {chunk} tokens",
+    PlanCode.NO_DECODE: "the only token of a sequence follows from its prompt: nothing is left for instances "
+    "that decode",
     PlanCode.NO_FIGURE: "{error}",
     PlanCode.GPUS: "{gpus} GPUs are needed, there are {most}",
     PlanCode.POWER: "{devices} devices in a rack may draw {drawn_w:.0f} W, it gets {rack_w:.0f} W: enough "
@@ -44,6 +47,7 @@ SHORT = {
     PlanCode.MS_PER_TOKEN: "ms per token",
     PlanCode.TTFT: "first token",
     PlanCode.PREFILL: "prompts",
+    PlanCode.NO_DECODE: "nothing to decode",
     PlanCode.NO_FIGURE: "unknown figure",
     PlanCode.GPUS: "GPUs",
     PlanCode.POWER: "power",

@@ -62,6 +62,10 @@ class LayerShape:
         window: tokens of context that are attended to at most; None for all.
         state_values: values of the state of one sequence, whatever its length.
         decode_flops, prefill_flops: of one query token for each token of its context.
+        chosen: tokens that an indexer chooses for a query to attend to (DeepSeek sparse attention); None
+            without one.
+        index_values: of ``cache_values`` those that the indexer reads of every token of the context.
+        index_flops: of the indexer, of one query token for each token of its context.
         dense_values: weights of the feed-forward parts that every token passes: a dense block, shared
             experts, and the router.
         experts: routed experts; 0 in a layer without.
@@ -81,10 +85,14 @@ class LayerShape:
     experts: int
     expert_values: int
     top_k: int
+    chosen: int | None = None
+    index_values: int = 0
+    index_flops: float = 0.0
 
     def attended(self, context: float) -> float:
         """Tokens of a context that a query sees."""
-        return context if self.window is None else min(context, float(self.window))
+        limits = [float(limit) for limit in (self.window, self.chosen) if limit is not None]
+        return min([context, *limits])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,10 +309,14 @@ class _Reader:
         window = self._optional("sliding_window", "attention_chunk_size")
         is_local = kind in ("sliding_attention", "chunked_attention")
         experts, expert_values, top_k = self._experts() if is_moe else (0, 0, 0)
+        chosen, index_weights, index_values, index_flops = self._indexer(mixer)
         return LayerShape(
             mixer=mixer,
-            mixer_values=mixer_values,
-            cache_values=cache,
+            mixer_values=mixer_values + index_weights,
+            cache_values=cache + index_values,
+            chosen=chosen,
+            index_values=index_values,
+            index_flops=index_flops,
             cache_parts=parts,
             window=window if is_local else None,
             state_values=state,
@@ -372,6 +384,23 @@ class _Reader:
         scores = float(_OPERATIONS * heads * 2 * width)
         return weights, 2 * kv_heads * width, kv_heads, 0, scores, scores
 
+    def _indexer(self, mixer: Mixer) -> tuple[int | None, int, int, float]:
+        """Tokens that an indexer chooses, its weights, its cache of a token, operations per token of context.
+
+        DeepSeek-V3.2: queries of its heads from the latent query, one key for all heads, a weight for each.
+        """
+        chosen = self._optional("index_topk") if mixer == "latent attention" else None
+        if chosen is None:
+            return None, 0, 0, 0.0
+        hidden, heads, width = self._size(*_HIDDEN), self._size("index_n_heads"), self._size("index_head_dim")
+        query = self._optional("q_lora_rank") or hidden
+        return (
+            chosen,
+            query * heads * width + hidden * (width + heads),
+            width,
+            float(_OPERATIONS * heads * width),
+        )
+
     def _experts(self) -> tuple[int, int, int]:
         experts = self._size(*_EXPERTS)
         top_k = self._size(*_TOP_K)
@@ -381,7 +410,7 @@ class _Reader:
         return experts, self._matrices * width * self._expert_width(), top_k
 
     def _shared(self) -> int:
-        """Weights of shared experts and the router."""
+        """Weights of shared experts, the router, and a dense block that every token passes as well."""
         hidden = self._size(*_HIDDEN)
         experts = self._size(*_EXPERTS)
         stated = self._optional(
@@ -393,6 +422,8 @@ class _Reader:
         if self.name.startswith("llama4"):
             count = 1  # a shared expert in every MoE layer, which its configuration does not state
         inner = count * self._expert_width() if stated is None else stated * max(count, 1)
+        # Arctic: a dense block as wide as the model, with a residual path of its own.
+        inner += hidden if self._flag("parallel_attn_mlp_res") else 0
         return self._matrices * hidden * inner + hidden * experts
 
     def _dense(self) -> int:
@@ -413,7 +444,7 @@ class _Reader:
         if not any(self._optional(name) for name in _EXPERTS):
             return False
         first = self._optional("first_k_dense_replace", "moe_layer_start_index") or 0
-        every = self._optional("decoder_sparse_step", "interleave_moe_layer_step") or 1
+        every = self._optional("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_frequency") or 1
         frequency = self.config.get("moe_layer_freq")
         if isinstance(frequency, list):
             return layer < len(frequency) and bool(frequency[layer])

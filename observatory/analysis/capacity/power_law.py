@@ -23,6 +23,8 @@ USUAL_ALPHA, DEEPSEEK_ALPHA = 1.2, 1.01
 
 _GRID = np.round(np.concatenate([np.arange(0.05, 2.0, 0.05), np.arange(2.0, 4.01, 0.25)]), 2)
 _DRAWS = 200
+#: Loads further from the nearest law than this are not like any.
+_FAR = 0.1
 
 
 def power_law_loads(
@@ -61,12 +63,15 @@ class PowerLawFit:
 
     Attributes:
         alpha: its exponent; 0 where loads are nearer to perfect balance, which tools call 0.
+        is_by_busiest: no law has loads like these (one hot expert above equal ones): the exponent is that
+            with the captured load of the busiest expert, on which times depend.
         distance: part of the assignments that would have to move to another expert to turn the mean sorted
             loads of the law into the captured ones, 0 to 1.
         busiest_captured, busiest_fitted: load of the busiest expert over the mean, mean over steps.
     """
 
     alpha: float
+    is_by_busiest: bool
     distance: float
     busiest_captured: float
     busiest_fitted: float
@@ -97,8 +102,12 @@ def fit_power_law(load_SLE: Int64, *, top_k: int, seed: int = 0) -> tuple[PowerL
         captured_E = _sorted_shares(load_SLE[:, layer][load_SLE[:, layer].sum(axis=1) > 0])
         distances = [0.5 * float(np.abs(law_E - captured_E).sum()) for _, law_E in laws]
         best = int(np.argmin(distances))
+        is_by_busiest = distances[best] > _FAR
+        if is_by_busiest:
+            best = int(np.argmin([abs(float(law_E[0] - captured_E[0])) for _, law_E in laws]))
         fits.append(
             PowerLawFit(
+                is_by_busiest=is_by_busiest,
                 alpha=laws[best][0],
                 distance=distances[best],
                 busiest_captured=float(captured_E[0] * experts),

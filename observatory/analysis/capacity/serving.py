@@ -196,10 +196,15 @@ class Server:
         if not layer.cache_values:
             return seconds_3
         attended = layer.attended(work.context)
-        cache_bytes = work.decode * attended * self._cached_bytes(layer, tp)
-        flops = work.decode * attended * layer.decode_flops / tp
+        # An indexer reads and scores its own keys of the whole context.
+        indexed = layer.index_values / layer.cache_values
+        read = attended * (1.0 - indexed) + work.context * indexed
+        cache_bytes = work.decode * read * self._cached_bytes(layer, tp)
+        flops = work.decode * (attended * layer.decode_flops + work.context * layer.index_flops) / tp
         # A prompt's tokens see half of it on average.
-        prompt_flops = work.prefill * layer.attended(work.prompt / 2) * layer.prefill_flops / tp
+        seen = work.prompt / 2
+        flops_of_token = layer.attended(seen) * layer.prefill_flops + seen * layer.index_flops
+        prompt_flops = work.prefill * flops_of_token / tp
         scores_3 = np.maximum(cache_bytes / self._memory.per_s_3, flops / self._score_rate.per_s_3)
         return np.asarray(seconds_3 + scores_3 + prompt_flops / self._score_rate.per_s_3)
 

@@ -32,7 +32,7 @@ from observatory.errors import PlanError
 from observatory.run import RunWriter, open_run, routing_rows
 from observatory.run.manifest import Manifest, ModelSpec, MoeLayerSpec
 from tests.advice.clocks import model_of
-from tests.analysis.capacity.configs import DEEPSEEK_V3, GPT_OSS_120B, QWEN3_30B
+from tests.analysis.capacity.configs import DEEPSEEK_V3, DEEPSEEK_V32, GPT_OSS_120B, QWEN3_30B
 from tests.analysis.energy.test_rank_energy import two_ranks
 
 SKEWED = {**QWEN3_30B, "num_hidden_layers": 12, "max_position_embeddings": 4000}
@@ -515,3 +515,28 @@ def test_a_plan_states_what_its_energy_rests_on():
     best |= {"joules_grade": "assumed", "is_simulated": True}
     stated = "1 J per token (0.9 to 1.2) by the power of a simulated device: nothing of it was measured"
     assert stated in conclusion_sentences(conclude_plan(document))
+
+
+def test_one_token_of_output_needs_no_instances_that_decode():
+    document = make_plan(request(SKEWED, output=1, tokens_per_s=10))
+    assert {row["mode"] for row in document["candidates"]} == {"together"}
+    assert {row["reason"]["code"] for row in document["rejected"] if row["mode"] == "apart"} == {
+        "nothing_to_decode"
+    }
+
+
+def test_sparse_attention_reads_less_of_long_contexts_and_pays_for_its_indexer():
+    server, sparse = (
+        Server(model_shape(config), load_profile("h200-sxm")) for config in (DEEPSEEK_V3, DEEPSEEK_V32)
+    )
+    parallel = Parallel(ranks=32, tp=1, slots=8, gpus_per_node=8)
+
+    def mixers_s(one, context):
+        parts = one.step(parallel, Work(decode=64, context=context), balanced(DEEPSEEK_V3)).parts
+        return next(float(part.s_3[1]) for part in parts if part.name == "mixers")
+
+    assert mixers_s(sparse, 131072) < 0.5 * mixers_s(server, 131072)
+    assert mixers_s(sparse, 1024) > mixers_s(server, 1024)
+    # Only the indexer's part grows with the context beyond what it chooses.
+    of_index = 64 * (131072 - 65536) * 61 * max(128 * 2 / 3.84e12, 2 * 64 * 128 / (0.6 * 989e12))
+    assert mixers_s(sparse, 131072) - mixers_s(sparse, 65536) == pytest.approx(of_index, rel=0.35)

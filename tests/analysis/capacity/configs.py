@@ -120,3 +120,24 @@ DBRX = {
     "ffn_config": {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4},
     "torch_dtype": "bfloat16",
 }
+ARCTIC = {
+    "model_type": "arctic",
+    "hidden_size": 7168,
+    "num_hidden_layers": 35,
+    "intermediate_size": 4864,
+    "moe_layer_frequency": 1,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 56,
+    "num_key_value_heads": 8,
+    "parallel_attn_mlp_res": True,
+    "vocab_size": 32000,
+    "torch_dtype": "bfloat16",
+}
+DEEPSEEK_V32 = {
+    **DEEPSEEK_V3,
+    "model_type": "deepseek_v32",
+    "index_head_dim": 128,
+    "index_n_heads": 64,
+    "index_topk": 2048,
+}

@@ -27,12 +27,26 @@ def test_the_exponent_of_drawn_loads_is_found(alpha):
     fit = fit_power_law(drawn[:, None], top_k=4)[0]
     assert fit.alpha == pytest.approx(alpha, abs=0.15)
     assert fit.distance < 0.03
+    assert not fit.is_by_busiest
     assert fit.busiest_fitted == pytest.approx(fit.busiest_captured, rel=0.15)
 
 
 def test_balanced_loads_have_no_exponent():
     loads = BalancedLoads(2, 64, 4).draw(2048, 8, np.random.default_rng(0))
     assert [fit.alpha for fit in fit_power_law(loads, top_k=4)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("share", [0.25, 0.125])
+def test_one_hot_expert_is_no_balance(share):
+    """Its load decides how long a rank takes; the law nearest to all loads would hide it."""
+    share_E = np.full(64, (1.0 - share) / 63)
+    share_E[7] = share
+    loads = np.random.default_rng(0).multinomial(8192, share_E, size=(40, 1))
+    fit = fit_power_law(loads, top_k=4)[0]
+    assert fit.is_by_busiest
+    assert fit.alpha > 0.5
+    assert fit.busiest_captured == pytest.approx(64 * share, rel=0.05)
+    assert fit.busiest_fitted == pytest.approx(fit.busiest_captured, rel=0.1)
 
 
 def test_balanced_loads_differ_by_one_at_most():

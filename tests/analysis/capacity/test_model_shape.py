@@ -11,8 +11,10 @@ from observatory.analysis.capacity.model_shape import load_config, model_shape
 from observatory.errors import PlanError
 from observatory.zoo.models import bundled_models
 from tests.analysis.capacity.configs import (
+    ARCTIC,
     DBRX,
     DEEPSEEK_V3,
+    DEEPSEEK_V32,
     GPT_OSS_120B,
     LLAMA4_SCOUT,
     MIXTRAL_8X7B,
@@ -38,6 +40,25 @@ def test_published_models_have_their_parameters(config, billions, active):
     assert shape.values / 1e9 == pytest.approx(billions, rel=0.002)
     # Published counts of active weights differ in whether the embedding is one of them.
     assert shape.active_values / 1e9 == pytest.approx(active, rel=0.1)
+
+
+def test_the_dense_residual_of_arctic_counts():
+    """480 B in all: 128 experts of 3.66 B, and a dense transformer of 10 B (its model card); 17 B active."""
+    shape = model_shape(ARCTIC)
+    assert shape.values / 1e9 == pytest.approx(128 * 3.66 + 10, rel=0.002)
+    assert shape.outside_values / 1e9 == pytest.approx(10, rel=0.03)
+    assert shape.active_values / 1e9 == pytest.approx(17, rel=0.02)
+
+
+def test_an_indexer_bounds_what_a_query_attends_to():
+    """DeepSeek-V3.2: 2,048 tokens of the cache, for which 128 more values of every token are read."""
+    full, sparse = (model_shape(config) for config in (DEEPSEEK_V3, DEEPSEEK_V32))
+    assert [one.moe.attended(1e5) for one in (full, sparse)] == [1e5, 2048]
+    assert sparse.moe.attended(100.0) == 100.0
+    assert (sparse.moe.cache_values - full.moe.cache_values, sparse.moe.index_values) == (128, 128)
+    indexer = 1536 * 64 * 128 + 7168 * (128 + 64)
+    assert sparse.values - full.values == 61 * indexer
+    assert sparse.moe.index_flops == 2 * 64 * 128
 
 
 def weights_in(path) -> int:
