@@ -62,7 +62,8 @@ def job_script(site: Site, job: JobScript) -> str:
     """The batch script of a job.
 
     Raises:
-        BatchError: the campaign's path cannot stand in a directive, or Slurm cannot set the clock here.
+        BatchError: the path cannot stand in a directive, the wall time leaves none to write what was
+            captured, or the clock cannot be set here.
     """
     if _PLAIN_PATH.fullmatch(str(job.folder)) is None:
         raise BatchError(
@@ -70,11 +71,16 @@ def job_script(site: Site, job: JobScript) -> str:
             expected="a path of letters, digits and _./+@,=-",
             remedy="choose another --out",
         )
-    if job.clock_mhz is not None and not site.node.gpu_freq:
+    if seconds(job.time) <= site.batch.signal_s:
+        raise BatchError(
+            f"the wall time {job.time} is over when a job is signalled, {site.batch.signal_s} s before",
+            remedy="give a longer time, or a smaller batch.signal_s in the site file",
+        )
+    if job.clock_mhz is not None and not (site.node.gpu_freq and site.environment.launcher == "srun"):
         raise BatchError(
             f"a clock of {job.clock_mhz} MHz is asked for, but the site does not let jobs set clocks",
-            remedy="set node.gpu_freq = true in the site file where `srun --gpu-freq` is allowed, or leave "
-            "clocks_mhz out",
+            expected="launcher srun and node.gpu_freq = true, where `srun --gpu-freq` is allowed",
+            remedy="mend the site file, or leave clocks_mhz and clock_mhz out of the campaign",
         )
     nodes = site.nodes_for(job.tasks)
     environment = site.environment
@@ -132,6 +138,8 @@ def _start(site: Site, job: JobScript, nodes: int) -> str:
     if site.environment.launcher == "mpiexec":
         return "" if job.tasks == 1 else f"mpiexec -n {job.tasks}"
     words = ["srun", f"--nodes={nodes}", f"--ntasks={job.tasks}", "--export=ALL", "--kill-on-bad-exit=0"]
+    if site.node.cpus_per_task is not None:  # steps do not inherit it from their job since Slurm 22.05
+        words.append(f"--cpus-per-task={site.node.cpus_per_task}")
     if job.clock_mhz is not None:
         words.append(f"--gpu-freq={job.clock_mhz}")
     return " ".join(words)
@@ -183,18 +191,19 @@ def _slurm(site: Site, job: JobScript, nodes: int) -> list[str]:
 
 def _pbs(site: Site, job: JobScript, nodes: int) -> list[str]:
     batch, node = site.batch, site.node
-    limit = "" if job.array_limit is None else f"%{job.array_limit}"
+    limit = "" if job.array_limit is None else f"%{job.array_limit}"  # since PBS 2020.1 and OpenPBS 20
     tasks = -(-job.tasks // nodes)
     chunk = f"select={nodes}:ncpus={tasks * (node.cpus_per_task or 1)}:mpiprocs={tasks}"
     chunk += f":ngpus={node.gpus}" if node.gpus else ""
-    chunk += "" if node.memory is None else f":mem={node.memory}B" if node.memory[-1].isalpha() else ""
-    lines = [f"-N {job.name[:15]}"]
+    chunk += "" if node.memory is None else f":mem={node.memory}B"
+    lines = [f"-N {job.name[:15]}", "-S /bin/bash"]  # else the login shell of the user reads the script
     # An array of one element does not exist in PBS.
     lines += [f"-J 0-{len(job.points) - 1}{limit}"] if len(job.points) > 1 else []
-    lines += [f"-l {chunk}", f"-l walltime={_hours(job.time)}"]
-    lines += ["-l place=excl"] if job.exclusive else []
+    place = "scatter:exclhost" if job.exclusive else "scatter"
+    lines += [f"-l {chunk}", f"-l place={place}", f"-l walltime={_hours(job.time)}"]
     named = {"-q": batch.partition, "-A": batch.account}
     lines += [f"{name} {value}" for name, value in named.items() if value is not None]
+    # The script writes its own log; what PBS itself has to say gets a name by PBS.
     return [*lines, "-j oe", f"-o {job.folder}/logs/", "-r y", *batch.extra]
 
 
@@ -203,22 +212,29 @@ def _lsf(site: Site, job: JobScript, nodes: int) -> list[str]:
     limit = "" if job.array_limit is None else f"%{job.array_limit}"
     array = f"[1-{len(job.points)}]{limit}" if job.points else ""
     log = _LOGS["lsf"][0 if job.points else 1]
-    hours, minutes, _ = _hours(job.time).split(":")
+    minutes = -(-seconds(job.time) // 60)
     lines = [f'-J "{job.name}{array}"', f"-n {job.tasks}", f'-R "span[ptile={-(-job.tasks // nodes)}]"']
-    lines += [f"-W {hours}:{minutes}"]
+    lines += [] if node.cpus_per_task is None else [f'-R "affinity[core({node.cpus_per_task})]"']
+    lines += [f"-W {minutes // 60}:{minutes % 60:02d}"]
     named = {"-q": batch.partition, "-P": batch.account, "-U": batch.reservation}
     lines += [f"{name} {value}" for name, value in named.items() if value is not None]
     lines += [f'-gpu "num={node.gpus}"'] if node.gpus else []
     lines += ["-x"] if job.exclusive else []
     lines += [f"-o {job.folder}/logs/{log}", "-r", f"-wa USR1 -wt {max(1, batch.signal_s // 60)}"]
-    return [*lines, *batch.extra]
+    return [*lines, '-env "none"', *batch.extra]
+
+
+def seconds(time: str) -> int:
+    """A wall time in seconds."""
+    days, _, clock = time.rpartition("-")
+    hours, minutes, rest = clock.split(":")
+    return ((int(days or 0) * 24 + int(hours)) * 60 + int(minutes)) * 60 + int(rest)
 
 
 def _hours(time: str) -> str:
     """A wall time as ``HH:MM:SS``, days among the hours."""
-    days, _, clock = time.rpartition("-")
-    hours, minutes, seconds = clock.split(":")
-    return f"{int(days or 0) * 24 + int(hours):02d}:{minutes}:{seconds}"
+    minutes, rest = divmod(seconds(time), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}"
 
 
 _DIRECTIVES = {"slurm": _slurm, "pbs": _pbs, "lsf": _lsf}

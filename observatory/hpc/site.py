@@ -27,6 +27,14 @@ WallTime = Annotated[str, Field(pattern=r"^(\d{1,3}-)?\d{1,3}:[0-5]\d:[0-5]\d$")
 SchedulerKind = Literal["slurm", "pbs", "lsf"]
 
 
+#: Keys that a scheduler's scripts have no directive for.
+_UNKNOWN: dict[SchedulerKind, tuple[str, ...]] = {
+    "slurm": (),
+    "pbs": ("batch.qos", "batch.reservation", "batch.constraint", "node.gres", "node.gpu_freq"),
+    "lsf": ("batch.qos", "batch.constraint", "node.gres", "node.gpu_freq", "node.memory"),
+}
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -41,7 +49,8 @@ class BatchSettings(_Part):
         time: wall time of a job.
         max_array: elements of one array at most (Slurm: MaxArraySize, less one).
         array_limit: elements of an array that run at once; None: as many as fit.
-        signal_s: seconds before the end of the wall time at which a job is signalled to write what it has.
+        signal_s: seconds before the end of the wall time at which a job is signalled to write what it has;
+            PBS has no such signal, LSF counts in whole minutes.
         restarts: how often a job that can continue is started again.
         extra: further directives, such as ``--mail-type=END``.
     """
@@ -67,7 +76,7 @@ class NodeSettings(_Part):
         gpus: GPUs of a node that a job takes; 0 on a site without.
         gres: generic resource that stands for them, such as ``gpu:a100:4``; None asks for ``gpus``.
         cpus_per_task: processors of one rank; None: as the site has it.
-        memory: of a node, such as ``64G``; None: as the site has it.
+        memory: of a node, such as ``64G``, in Slurm also ``0`` for all; None: as the site has it.
         exclusive: whole nodes ``always``, where ``power`` is measured, or ``never``.
         gpu_freq: whether Slurm may set a clock for a step (``--gpu-freq``).
     """
@@ -143,9 +152,18 @@ class Site(_Part):
             raise ValueError("job_monitor has no {job_id}")
         if self.scheduler != "slurm" and self.environment.launcher == "srun":
             raise ValueError("environment.launcher is srun, which Slurm alone has; name mpiexec")
+        unknown = [key for key in _UNKNOWN[self.scheduler] if self._has(key)]
+        if unknown:
+            raise ValueError(f"{unknown[0]} has no meaning in {self.scheduler} scripts; use batch.extra")
+        if self.scheduler == "pbs" and (self.node.memory or "G")[-1].isdecimal():
+            raise ValueError("node.memory needs a unit in pbs scripts, such as 64G")
         if self.environment.scratch is not None and self.environment.launcher != "srun":
             raise ValueError("environment.scratch needs the launcher srun, which copies back from every node")
         return self
+
+    def _has(self, key: str) -> bool:
+        part, _, name = key.partition(".")
+        return bool(getattr(getattr(self, part), name))
 
     def nodes_for(self, tasks: int) -> int:
         """Nodes that so many ranks take."""

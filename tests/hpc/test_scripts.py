@@ -45,7 +45,17 @@ _PBS = Site(
     node=NodeSettings(tasks=4, gpus=4, cpus_per_task=8, memory="64G"),
     environment=EnvironmentSettings(launcher="mpiexec"),
 )
-_LSF = _PBS.model_copy(update={"scheduler": "lsf"})
+_LSF = Site(
+    scheduler="lsf",
+    batch=BatchSettings(partition="normal", account="ab12"),
+    node=NodeSettings(tasks=4, gpus=4, cpus_per_task=8),
+    environment=EnvironmentSettings(launcher="mpiexec"),
+)
+_CPU = Site(
+    name="a CPU cluster",
+    batch=BatchSettings(partition="work"),
+    node=NodeSettings(tasks=2, cpus_per_task=36, exclusive="never"),
+)
 _POINTS = JobScript(
     name="mixers-profile",
     folder=_FOLDER,
@@ -77,7 +87,26 @@ _CASES = {
             time="00:30:00",
         ),
     ),
+    "slurm-mpiexec": (
+        _CPU.model_copy(
+            update={"environment": EnvironmentSettings(launcher="mpiexec", modules=("mpi",))}
+        ),
+        JobScript(name="cpu", folder=_FOLDER, points=_POINTS.points, tasks=4, time="00:30:00"),
+    ),
+    "slurm-container-scratch": (
+        _CPU.model_copy(
+            update={
+                "environment": EnvironmentSettings(scratch="$TMPDIR"),
+                "container": ContainerSettings(image="/apps/observatory.sif", nv=False),
+            }
+        ),
+        JobScript(name="cpu", folder=_FOLDER, points=_POINTS.points, tasks=4, time="00:30:00"),
+    ),
     "pbs-points": (_PBS, _POINTS),
+    "pbs-one": (
+        _PBS,
+        JobScript(name="one", folder=_FOLDER, points=_POINTS.points[:1], tasks=4, time="00:30:00"),
+    ),
     "lsf-points": (_LSF, _POINTS),
 }
 
@@ -127,3 +156,8 @@ def test_a_clock_needs_a_site_that_lets_jobs_set_it() -> None:
         job_script(
             Site(), JobScript(name="x", folder=_FOLDER, points=("p",), time="00:10:00", clock_mhz=1410)
         )
+
+
+def test_a_job_has_time_to_write_what_it_captured() -> None:
+    with pytest.raises(BatchError, match="is over when a job is signalled"):
+        job_script(Site(), JobScript(name="x", folder=_FOLDER, points=("p",), time="00:03:00"))

@@ -1,15 +1,17 @@
-#!/bin/bash
+#!/bin/bash -l
 #BSUB -J "mixers-profile[1-2]%8"
 #BSUB -n 8
 #BSUB -R "span[ptile=4]"
+#BSUB -R "affinity[core(8)]"
 #BSUB -W 26:30
-#BSUB -q workq
+#BSUB -q normal
 #BSUB -P ab12
 #BSUB -gpu "num=4"
 #BSUB -x
 #BSUB -o /scratch/ab12/mixers/logs/%J_%I.log
 #BSUB -r
 #BSUB -wa USR1 -wt 3
+#BSUB -env "none"
 #
 # Written by `observatory submit`; may be read, changed and submitted again by hand.
 # mixers-profile: 2 points of 8 rank(s) on 2 node(s)
@@ -18,19 +20,22 @@ campaign=/scratch/ab12/mixers
 say() { printf '%s %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$*"; }
 
 # Not run here: no LSF was at our disposal.
-job=$LSB_JOBID${LSB_JOBINDEX:+_$LSB_JOBINDEX}
 index=$((${LSB_JOBINDEX:-1} - 1))
+job=$LSB_JOBID
+[ "$index" -lt 0 ] || job=${job}_$LSB_JOBINDEX  # the index is 0 outside of arrays
 restarted=0
 # 0: the job is in the queue or runs; 1: it has ended; 2: the scheduler does not answer.
 is_alive() {
-  local answer
-  if answer=$(bjobs -noheader -o stat "${1%_*}" 2>&1); then
+  local answer id=$1
+  case $id in *_*) id="${id%_*}[${id#*_}]" ;; esac
+  if answer=$(bjobs -noheader -o stat "$id" 2>&1); then
     case $answer in *PEND* | *RUN* | *SUSP*) return 0 ;; *) return 1 ;; esac
   else
-    return 2
+    case $answer in *"is not found"*) return 1 ;; *) return 2 ;; esac
   fi
 }
-requeue() { brequeue "$LSB_JOBID"; }
+# LSF does not count restarts; attempts do.
+requeue() { [ "$number" -gt 2 ] || brequeue "$LSB_JOBID[$LSB_JOBINDEX]"; }
 interrupt() { kill -TERM "$1"; }
 
 prepare() {

@@ -1,9 +1,10 @@
-#!/bin/bash
+#!/bin/bash -l
 #PBS -N mixers-profile
+#PBS -S /bin/bash
 #PBS -J 0-1%8
 #PBS -l select=2:ncpus=32:mpiprocs=4:ngpus=4:mem=64GB
+#PBS -l place=scatter:exclhost
 #PBS -l walltime=26:30:00
-#PBS -l place=excl
 #PBS -q workq
 #PBS -A ab12
 #PBS -j oe
@@ -16,15 +17,16 @@
 campaign=/scratch/ab12/mixers
 say() { printf '%s %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$*"; }
 
-# Not run here: no PBS was at our disposal.
-job=${PBS_ARRAY_ID:-$PBS_JOBID}${PBS_ARRAY_INDEX:+_$PBS_ARRAY_INDEX}
+# Not run here: no PBS was at our disposal. It signals with TERM as the wall time ends, and kills after kill_delay.
+job=$PBS_JOBID
 index=${PBS_ARRAY_INDEX:-0}
 restarted=0
+exec >> "$campaign/logs/$job.log" 2>&1
 # 0: the job is in the queue or runs; 1: it has ended; 2: the scheduler does not answer.
 is_alive() {
   local answer
-  if answer=$(qstat "${1%_*}" 2>&1); then
-    [ -n "$answer" ]
+  if answer=$(qstat -f "$1" 2>&1); then
+    case $answer in *"job_state = X"* | *"job_state = F"*) return 1 ;; *) return 0 ;; esac
   else
     case $answer in *"Unknown Job"* | *"has finished"*) return 1 ;; *) return 2 ;; esac
   fi

@@ -1,4 +1,4 @@
-#!/bin/bash
+#!/bin/bash -l
 #SBATCH --job-name=clocks
 #SBATCH --array=0-0
 #SBATCH --nodes=1
@@ -110,7 +110,7 @@ mkdir -p "$attempt/out" || exit 1
 prepare || { say "the environment cannot be set up, see above"; end failed 1; exit 1; }
 [ -z "$stop" ] || { end "$stop" 1; exit $more_to_do; }
 
-srun --nodes=1 --ntasks=1 --export=ALL --kill-on-bad-exit=0 --gpu-freq=1410 bash "$folder/command" "$attempt/out" &
+srun --nodes=1 --ntasks=1 --export=ALL --kill-on-bad-exit=0 --cpus-per-task=16 --gpu-freq=1410 bash "$folder/command" "$attempt/out" &
 step=$!
 wait "$step"
 code=$?

@@ -1,4 +1,4 @@
-#!/bin/bash
+#!/bin/bash -l
 #SBATCH --job-name=mixers-profile
 #SBATCH --array=0-1%8
 #SBATCH --nodes=2
@@ -116,7 +116,7 @@ mkdir -p "$attempt/out" || exit 1
 prepare || { say "the environment cannot be set up, see above"; end failed 1; exit 1; }
 [ -z "$stop" ] || { end "$stop" 1; exit $more_to_do; }
 
-srun --nodes=2 --ntasks=8 --export=ALL --kill-on-bad-exit=0 bash -uc 'scratch="$TMPDIR"/observatory-$1; mkdir -p "$scratch" && exec bash "$2" "$scratch"' \
+srun --nodes=2 --ntasks=8 --export=ALL --kill-on-bad-exit=0 --cpus-per-task=16 bash -uc 'scratch="$TMPDIR"/observatory-$1; mkdir -p "$scratch" && exec bash "$2" "$scratch"' \
   - "$job.$restarted" "$folder/command" &
 step=$!
 wait "$step"
