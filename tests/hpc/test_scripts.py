@@ -88,9 +88,7 @@ _CASES = {
         ),
     ),
     "slurm-mpiexec": (
-        _CPU.model_copy(
-            update={"environment": EnvironmentSettings(launcher="mpiexec", modules=("mpi",))}
-        ),
+        _CPU.model_copy(update={"environment": EnvironmentSettings(launcher="mpiexec", modules=("mpi",))}),
         JobScript(name="cpu", folder=_FOLDER, points=_POINTS.points, tasks=4, time="00:30:00"),
     ),
     "slurm-container-scratch": (

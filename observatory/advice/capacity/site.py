@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from observatory.analysis.hardware import Figure, HardwareProfile, Quantity
 from observatory.analysis.hardware.profiles import UNITS
 from observatory.errors import PlanError
+from observatory.hpc.site import first_problem
+from observatory.hpc.site import load_site as load_batch_site
 from observatory.run.bounded import read_at_most
 from observatory.run.manifest import Record
 
 _MOST_BYTES = 64 << 10
 _Positive = Annotated[float, Field(gt=0.0, le=1e9)]
 _Count = Annotated[int, Field(ge=1, le=65536)]
-
-R = TypeVar("R", bound=Record)
 
 
 class Site(Record):
@@ -78,12 +78,20 @@ class Prices(Record):
 
 
 def load_site(path: Path) -> Site:
-    """Read a site file (docs/plan.md).
+    """Read the ``[hardware]`` of a site file, the one that ``observatory submit`` takes, too (docs/hpc.md).
 
     Raises:
-        PlanError: it cannot be read, or says something that no site has.
+        BatchError: it cannot be read, or says something that no site has.
+        PlanError: its ``[hardware]`` does.
     """
-    return _load(path, Site, "site")
+    stated = load_batch_site(path).hardware
+    try:
+        return Site.model_validate(stated)
+    except ValidationError as error:
+        problem = first_problem(error)
+    raise PlanError(
+        f"[hardware] of site file {path} is not valid ({problem})", remedy="docs/plan.md has its keys"
+    )
 
 
 def load_prices(path: Path) -> Prices:
@@ -92,19 +100,13 @@ def load_prices(path: Path) -> Prices:
     Raises:
         PlanError: it cannot be read, or is none.
     """
-    return _load(path, Prices, "price list")
-
-
-def _load(path: Path, kind: type[R], name: str) -> R:
     try:
         content = read_at_most(path, _MOST_BYTES)
         if content is None:
             raise ValueError(f"over {_MOST_BYTES >> 10} KiB")
-        return kind.model_validate(tomllib.loads(content.decode("utf-8")))
+        return Prices.model_validate(tomllib.loads(content.decode("utf-8")))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part)[:40] for part in first["loc"])
-        problem = f"{where + ': ' if where else ''}{first['msg']}"
+        problem = first_problem(error)
     except (OSError, ValueError, RecursionError) as error:
         problem = (error.strerror if isinstance(error, OSError) else None) or str(error)[:200]
-    raise PlanError(f"{name} {path} is not valid ({problem})", remedy="docs/plan.md has its form")
+    raise PlanError(f"price list {path} is not valid ({problem})", remedy="docs/plan.md has its form")

@@ -28,7 +28,7 @@ from observatory.analysis.frequency.views import ClockChoice
 from observatory.analysis.hardware import load_profile
 from observatory.analysis.statistics import Interval
 from observatory.cli import main
-from observatory.errors import PlanError
+from observatory.errors import BatchError, PlanError
 from observatory.run import RunWriter, open_run, routing_rows
 from observatory.run.manifest import Manifest, ModelSpec, MoeLayerSpec
 from tests.advice.clocks import model_of
@@ -149,7 +149,7 @@ def test_the_command(tmp_path, capsys):
     prices = tmp_path / "prices.toml"
     prices.write_text('currency = "EUR"\n[gpu_hour]\nh200-sxm = 3.0\n')
     site = tmp_path / "site.toml"
-    site.write_text("gpus_per_node = 4\ngpus_per_rack = 32\nnic_bandwidth = 25\n")
+    site.write_text("[hardware]\ngpus_per_node = 4\ngpus_per_rack = 32\nnic_bandwidth = 25\n")
     argv = ["plan", str(path), "--target-tokens-per-s", "20000", "--context", "4096", "--output", "512"]
     argv += ["--hardware", "h200-sxm", "--price", str(prices), "--site", str(site)]
     assert main([*argv, "--json"]) == 0
@@ -173,7 +173,7 @@ def test_the_command(tmp_path, capsys):
         (["--dtype", "float32"], "no rate for float32"),
         (["--routing", "odd"], "--routing 'odd'"),
         (["--routing", "captured"], "captured routing needs a run"),
-        (["--site", "missing.toml"], "site missing.toml is not valid"),
+        (["--site", "missing.toml"], "site file missing.toml is not valid"),
         (["--price", "missing.toml"], "price list missing.toml"),
     ],
 )
@@ -189,12 +189,20 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, change, message):
 
 
 @pytest.mark.parametrize(
-    "content", ["gpus_per_node = 0", "nic_bandwidth = -1", "rack_power = 1000", "odd = 1", "x", "\x00"]
+    "content", ["gpus_per_node = 0", "nic_bandwidth = -1", "rack_power = 1000", "odd = 1"]
 )
-def test_hostile_site_files_are_refused(tmp_path, content):
+def test_hostile_figures_of_a_site_are_refused(tmp_path, content):
+    path = tmp_path / "site.toml"
+    path.write_text(f"[hardware]\n{content}")
+    with pytest.raises(PlanError, match=r"\[hardware\] of site file"):
+        load_site(path)
+
+
+@pytest.mark.parametrize("content", ["gpus_per_node = 4", "x", "\x00", "currency = 1"])
+def test_hostile_site_files_and_prices_are_refused(tmp_path, content):
     path = tmp_path / "site.toml"
     path.write_text(content)
-    with pytest.raises(PlanError, match="is not valid"):
+    with pytest.raises(BatchError, match="is not valid"):
         load_site(path)
     with pytest.raises(PlanError, match="is not valid"):
         load_prices(path)
