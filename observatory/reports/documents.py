@@ -49,6 +49,8 @@ def _of_run(frames: ReportFrames, fact: RunFacts) -> Iterator[dict[str, Any]]:
     layers = _rows(frames.layers, fact)
     if layers:
         yield _document("routing", fact, layers=layers)
+    if fact.run in frames.times:
+        yield _document("times", fact, **frames.times[fact.run])
     exchanges = frames.exchanges
     if exchanges is not None:
         parts = {
@@ -64,7 +66,7 @@ def _of_run(frames: ReportFrames, fact: RunFacts) -> Iterator[dict[str, Any]]:
         yield _document("energy", fact, **parts)
 
 
-def _document(kind: str, fact: RunFacts, **tables: list[dict[str, Any]]) -> dict[str, Any]:
+def _document(kind: str, fact: RunFacts, **tables: Any) -> dict[str, Any]:
     data = fact.manifest.data
     about = {
         "run_id": fact.manifest.run_id,
@@ -86,4 +88,4 @@ def _shortened(value: Any) -> Any:
         return float(f"{value:.{_DIGITS}g}")
     if isinstance(value, Mapping):
         return {name: _shortened(each) for name, each in value.items()}
-    return [_shortened(each) for each in value] if isinstance(value, list) else value
+    return [_shortened(each) for each in value] if isinstance(value, list | tuple) else value

@@ -9,10 +9,16 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from observatory.analysis.compare.collect import measure_run
+from observatory.analysis.compare.comparing import compare_subjects
 from observatory.analysis.compare.saved import load_subjects
 from observatory.cli import main
 from observatory.reports import write_report
+from observatory.run import open_run
 from observatory.run.manifest import Manifest
+from tests.analysis.compare.made import made_run
 from tests.reports.sample_power import a_power_run
 from tests.reports.sample_runs import manifest, write_run
 from tests.reports.test_report import HOSTILE, hostile
@@ -43,6 +49,27 @@ def test_comparisons_read_pages_and_json_back(make_run: MakeRun, tmp_path: Path)
         assert {"gini", "entropy_bits", "mj_per_token", "power_w"} <= metrics
     other = write_report([make_run("two")], tmp_path / "other.html", ep_degrees=(2,))
     assert main(["compare", str(tmp_path / "report.html"), str(other)]) in (0, 1)
+
+
+def test_pages_compare_as_their_runs_do(tmp_path: Path) -> None:
+    runs = [
+        made_run(tmp_path / name, seed=seed, tokens_seed=1, ms=ms)
+        for seed, (name, ms) in enumerate((("a", 10.0), ("b", 11.0)))
+    ]
+    pages = [write_report([run], tmp_path / f"{run.name}.html", ep_degrees=(2,)) for run in runs]
+    of_runs = compare_subjects(*[measure_run(open_run(run)) for run in runs])
+    of_pages = compare_subjects(*[load_subjects(page)[0] for page in pages])
+    held = {row.key: row for row in of_pages.rows}
+    timed = [row for row in of_runs.rows if row.key.metric in ("ms", "tokens_per_s")]
+    assert {row.key.name for row in timed} >= {"decode.ms", "decode.tokens_per_s"}
+    for row in timed:
+        mine = held[row.key]
+        assert (mine.base, mine.other) == pytest.approx((row.base, row.other), rel=1e-5)
+        assert mine.difference is not None
+        assert row.difference is not None
+        assert mine.difference.paired == row.difference.paired
+        ends = [(each.difference, each.low, each.high) for each in (mine.difference, row.difference)]
+        assert ends[0] == pytest.approx(ends[1], rel=1e-4)
 
 
 def test_markdown_holds_sentences_and_tables_and_no_markup_of_a_run(tmp_path: Path) -> None:

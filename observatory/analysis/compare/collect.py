@@ -14,8 +14,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from observatory.analysis.compare.metrics import Key
-from observatory.analysis.compare.saved import add_energy
-from observatory.analysis.compare.series import Series, mean_of, mean_series
+from observatory.analysis.compare.saved import MOST_SAMPLES, add_energy
+from observatory.analysis.compare.series import Series, mean_of, mean_series, standard_error
 from observatory.analysis.compare.subject import GroupedLoads, Subject
 from observatory.analysis.compare.words import CompareCode
 from observatory.analysis.energy.document import energy_document
@@ -76,7 +76,7 @@ def measure_run(run: Run, *, degrees: Sequence[int] | None = None) -> Subject:
         training_step=_training_step(run),
         experts_L=tuple(experts[layer] for layer in sorted(experts)),
         facts=_facts(run),
-        tokens=_tokens_fed(run),
+        tokens=tokens_fed(run),
         series=series,
         loads=loads,
         missing=missing,
@@ -84,6 +84,33 @@ def measure_run(run: Run, *, degrees: Sequence[int] | None = None) -> Subject:
         simulated_device=any(device.kind == _SIMULATED for device in manifest.device_specs.values()),
         problems=run.problems,
     )
+
+
+def timing_rows(run: Run) -> list[dict[str, Any]]:
+    """Times of steps and in exchanges of each phase, as saved documents hold them.
+
+    Returns:
+        ``metric``, ``phase``, ``value``; ``samples`` and ``at``, values of single steps and their numbers,
+        both None of more than `MOST_SAMPLES`; ``error`` (standard error) where they are, else None.
+    """
+    series: dict[Key, Series] = {}
+    missing: dict[str, Reason] = {}
+    _add_times(run, series, missing)
+    _add_exchanges(run, series, missing, {})
+    rows = []
+    for key, item in series.items():
+        kept = item.sample_N is not None and item.step_N is not None and item.steps <= MOST_SAMPLES
+        rows.append(
+            {
+                "metric": key.metric,
+                "phase": key.phase,
+                "value": item.value,
+                "samples": item.sample_N.tolist() if kept and item.sample_N is not None else None,
+                "at": item.step_N.tolist() if kept and item.step_N is not None else None,
+                "error": None if kept else standard_error(item),
+            }
+        )
+    return rows
 
 
 def own_degrees(run: Run) -> tuple[int, ...]:
@@ -380,7 +407,7 @@ def _facts(run: Run) -> dict[str, Any]:
     }
 
 
-def _tokens_fed(run: Run) -> tuple[Any, ...] | None:
+def tokens_fed(run: Run) -> tuple[Any, ...] | None:
     """What two runs that were fed the same tokens in the same order have in common."""
     data, options = run.manifest.data, run.manifest.config
     if data is None or not data.batch_size or not data.sequence_length or options.get("seed") is None:

@@ -1,8 +1,9 @@
 """Subjects from saved results: documents of ``--json`` or ``--out``, or those that a report embeds.
 
-A document has values and at best their intervals, no steps: its differences are never paired. Of ``routing``
-come Gini, entropy and experts without a token, of ``energy`` energy and power. What ``exchanges`` and
-``scan`` print are sums and medians of another kind than those that are compared.
+A document has values and at best their intervals; only ``times``, which reports hold, has values of single
+steps, whose differences can be paired. Of ``routing`` come Gini, entropy and experts without a token, of
+``energy`` energy and power. What ``exchanges`` and ``scan`` print are sums and medians of another kind than
+those that are compared.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from observatory.analysis.compare.metrics import Key
+import numpy as np
+
+from observatory.analysis.compare.metrics import METRICS, Key
 from observatory.analysis.compare.series import Series, mean_of
 from observatory.analysis.compare.subject import Subject
 from observatory.errors import ComparisonError
@@ -31,6 +34,8 @@ _BLOCK = re.compile(rb'<script type="application/(json|gzip)" id="observatory-do
 #: Half widths of intervals in standard errors, by their probability.
 _NORMAL_95, _NORMAL_90 = 1.95996, 1.64485
 _MOST_ROWS = 100_000
+#: Values of single steps that a document keeps of one series.
+MOST_SAMPLES = 1024
 
 
 class _DamagedError(ValueError):
@@ -151,12 +156,15 @@ def _subject(path: Path, documents: Iterable[Mapping[str, Any]]) -> Subject:
     series: dict[Key, Series] = {}
     experts: dict[int, int] = {}
     about: dict[str, Any] = {}
+    fed: tuple[Any, ...] | None = None
     try:
         for document in documents:
             about |= {name: document[name] for name in ("run_id", "model", "data") if document.get(name)}
             reader = _READERS.get(document["kind"])
             if reader is not None:
                 reader(document, series, experts)
+            if document["kind"] == "times":
+                fed = _fed(document)
     except _DamagedError as error:
         raise ComparisonError(f"{path} is damaged: {error}", remedy="write it again") from error
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -184,6 +192,7 @@ def _subject(path: Path, documents: Iterable[Mapping[str, Any]]) -> Subject:
         condition=about.get("data"),
         run_id=about.get("run_id"),
         experts_L=tuple(experts[layer] for layer in sorted(experts)),
+        tokens=fed,
         series=placed,
     )
 
@@ -273,6 +282,35 @@ def _routing(document: Mapping[str, Any], series: dict[Key, Series], experts: di
         _put(series, Key("dead_experts", *at), row, "idle_experts")
 
 
+def _times(document: Mapping[str, Any], series: dict[Key, Series], _: dict[int, int]) -> None:
+    for row in _rows(document, "metrics"):
+        metric, value = str(row["metric"]), _number(row, "value")
+        if metric not in METRICS or value is None or value < 0:
+            raise _DamagedError(f"{one_line(metric, 40)} is no time")
+        samples, steps = row["samples"], row["at"]
+        if samples is not None:
+            if not 0 < len(samples) == len(steps) <= MOST_SAMPLES:
+                raise _DamagedError(f"{metric} has {len(samples)} samples of {len(steps)} steps")
+            samples = [_number({"samples": each}, "samples") for each in samples]
+            steps = [_count({"at": each}, "at") for each in steps]
+        series[Key(metric, str(row["phase"]))] = Series(
+            value=value,
+            sample_N=None if samples is None else np.array(samples, np.float64),
+            step_N=None if samples is None else np.array(steps, np.int64),
+            error=_number(row, "error"),
+        )
+
+
+def _fed(document: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What names the tokens that a run was fed; None where that is not known."""
+    fed = document["fed"]
+    if fed is None:
+        return None
+    if not isinstance(fed, list) or not all(each is None or isinstance(each, str | int) for each in fed):
+        raise _DamagedError("fed is no list of options")
+    return tuple(fed)
+
+
 def _energy(document: Mapping[str, Any], series: dict[Key, Series], _: dict[int, int]) -> None:
     add_energy(document, series)
 
@@ -299,4 +337,5 @@ def add_energy(document: Mapping[str, Any], series: dict[Key, Series]) -> None:
 _READERS: dict[str, Callable[[Mapping[str, Any], dict[Key, Series], dict[int, int]], None]] = {
     "routing": _routing,
     "energy": _energy,
+    "times": _times,
 }

@@ -284,6 +284,12 @@ def _joined(first: _Error | None, second: _Error | None) -> _Error | None:
     return float(np.sqrt(variance)), float(freedom)
 
 
+def standard_error(series: Series) -> float | None:
+    """Of the value; None with too few steps, or where nothing shows it."""
+    error = _error_of_series(series, None)
+    return None if error is None else error[0]
+
+
 def _error_of_series(series: Series, pooled: float | None) -> _Error | None:
     if series.exact:
         return 0.0, 1e6

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from observatory.advice.mitigations.models import advise_by_itself
+from observatory.analysis.compare.collect import timing_rows, tokens_fed
 from observatory.analysis.parallel.scan import scan_run
 from observatory.analysis.routing import (
     ConditionGini,
@@ -58,6 +59,7 @@ def collect(
     facts: list[RunFacts] = []
     advice: dict[int, dict[str, Any]] = {}
     no_advice: dict[int, tuple[str, ...]] = {}
+    times: dict[int, dict[str, Any]] = {}
     networks = [given.document for given in files.networks] if files else []
     layers, summaries, loads, scans, localities = [], [], [], [], []
     for index, run in enumerate(runs):
@@ -86,6 +88,12 @@ def collect(
             no_advice[index] = (str(error),)
         else:
             advice |= {} if advised is None else {index: advised}
+        try:
+            timed = timing_rows(run)
+        except ObservatoryError as error:
+            gaps.append(f"its times are left out: {error}")
+        else:
+            times |= {index: {"metrics": timed, "fed": tokens_fed(run)}} if timed else {}
         facts.append(
             RunFacts(
                 run=index,
@@ -113,6 +121,7 @@ def collect(
         clocks=clocks,
         advice=advice,
         no_advice=no_advice,
+        times=times,
     )
 
 

@@ -83,7 +83,8 @@ class ReportFrames:
     ``exchanges`` is None when no run holds any, ``benchmarks`` and ``clocks`` when no files were given,
     ``power`` when it was not read; ``route_fetch`` has the measurements of ``bench route-fetch``, ``plans``
     capacity plans. ``advice`` has, by run, what ``observatory advise`` states about it (docs/json.md);
-    ``no_advice`` why a run that was spread over ranks has none.
+    ``no_advice`` why a run that was spread over ranks has none. ``times`` has, by run, the content of
+    a document of kind ``times`` (docs/json.md).
     """
 
     facts: tuple[RunFacts, ...]
@@ -102,6 +103,7 @@ class ReportFrames:
     plans: tuple[PlannedFile, ...] = ()
     advice: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     no_advice: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    times: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def cells(self) -> pd.DataFrame:
