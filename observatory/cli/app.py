@@ -41,6 +41,9 @@ _COMMANDS = {
     "clocks recommend": "clocks.recommend:recommend",
     "clocks status": "clocks.unlock:status",
     "clocks unlock": "clocks.unlock:unlock",
+    "site init": "site:init",
+    "site check": "site:check",
+    "site example": "site:example",
     "submit": "submit:submit",
     "jobs": "jobs:jobs",
     "collect": "collect:collect",
@@ -50,6 +53,7 @@ _COMMANDS = {
 _GROUPS = {
     "bench": "Micro-benchmarks of exchanges and experts.",
     "reuse": "Energy of prefill against the cached fraction of the prompt.",
+    "site": "What a site's batch system wants of jobs: written, checked, by example.",
     "clocks": "SM clocks: sweep them, fit the sweep, choose a clock.",
 }
 _SECTIONS = {
@@ -57,7 +61,7 @@ _SECTIONS = {
     "Analysis": ("routing", "exchanges", "scan", "compare", "history", "report", "export"),
     "Decisions": ("place", "advise", "route-fetch", "plan"),
     "Network": ("bench", "replay", "fit"),
-    "Batch": ("submit", "jobs", "collect", "cancel"),
+    "Batch": ("site", "submit", "jobs", "collect", "cancel"),
     "Power": ("power", "energy", "reuse", "clocks"),
     "Machine": ("doctor",),
 }  # fmt: skip

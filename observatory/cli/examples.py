@@ -96,6 +96,15 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory report runs/a --out report.html",
         "observatory report runs/a runs/ep4 --ep 8,16 --bench bench.json --out report.html --force",
     ),
+    "site init": (
+        "observatory site init --out site.toml",
+        "observatory site init --partition a100 --out site.toml",
+    ),
+    "site check": ("observatory site check site.toml", "observatory site check /home/ab12/site.toml"),
+    "site example": (
+        "observatory site example",
+        "observatory site example observatory.def > observatory.def",
+    ),
     "submit": (
         "observatory submit mixers.toml --site site.toml --dry-run",
         "observatory submit mixers.toml --site site.toml --array-limit 8",

@@ -85,7 +85,7 @@ def job_script(site: Site, job: JobScript) -> str:
     nodes = site.nodes_for(job.tasks)
     environment = site.environment
     return (
-        _templates()
+        templates()
         .get_template("job.sh.j2")
         .render(
             prefix=_PREFIXES[site.scheduler],
@@ -241,7 +241,8 @@ _DIRECTIVES = {"slurm": _slurm, "pbs": _pbs, "lsf": _lsf}
 
 
 @functools.cache
-def _templates() -> jinja2.Environment:
+def templates() -> jinja2.Environment:
+    """The texts of this room that have gaps to fill."""
     return jinja2.Environment(
         loader=jinja2.PackageLoader("observatory.hpc", "templates"),
         undefined=jinja2.StrictUndefined,
