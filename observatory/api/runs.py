@@ -82,7 +82,7 @@ class Run(reader.Run):
         rule = str(placement) if placement in PLACEMENT_NAMES else Path(placement)
         return scan_run(
             self,
-            ep_degrees=fitting_degrees(self, rule) if ep is None else ep,
+            ep_degrees=fitting_degrees(self.manifest, rule) if ep is None else ep,
             gpus_per_node=gpus_per_node,
             placement=rule,
         )
@@ -153,7 +153,7 @@ class Run(reader.Run):
         from observatory.analysis.compare.comparing import compare_subjects
         from observatory.analysis.compare.document import row_document
 
-        degrees = sorted({*own_degrees(self), *own_degrees(other)})
+        degrees = sorted({*own_degrees(self.manifest), *own_degrees(other.manifest)})
         base, changed = (measure_run(run, degrees=degrees) for run in (self, other))
         compared = compare_subjects(base, changed)
         rows = [row_document(row) for row in (compared.layers if layers else compared.rows)]

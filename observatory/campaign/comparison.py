@@ -72,7 +72,7 @@ def compare_inputs(
     if total < 2:
         raise ComparisonError(_ALONE, remedy="give a baseline and another run")
     runs = [item for side in opened for item in side if isinstance(item, Run)]
-    degrees = sorted({ep for run in runs for ep in own_degrees(run)})
+    degrees = sorted({ep for run in runs for ep in own_degrees(run.manifest)})
     measured: dict[int, Subject] = {}
     for run in runs:
         measured[id(run)] = measure_run(run, degrees=degrees)

@@ -66,6 +66,32 @@ def expand_runs(paths: Sequence[Path]) -> list[Path]:
     return runs
 
 
+def captured_runs(paths: Sequence[Path]) -> list[Path]:
+    """Run directories behind the paths, each once: runs, grids, batch campaigns and folders of runs.
+
+    Runs that never finished are among them.
+
+    Raises:
+        RunError: a path holds no run, or the index of a grid or campaign is damaged.
+        ComparisonError: a folder cannot be read, or holds too much to be searched.
+    """
+    runs: dict[Path, None] = {}
+    for path in paths:
+        index = next((path / name for name in _INDEXES if (path / name).is_file()), None)
+        if index is not None:
+            found = [run for run in _indexed_runs(index) if (run / "run.json").is_file()]
+        elif (path / "run.json").exists() or not path.is_dir():
+            found = [path]
+        else:
+            found = find_runs(path)
+        if not found:
+            raise RunError(
+                f"{path} holds no run", remedy="give a run, a grid, a campaign or a folder of runs"
+            )
+        runs |= dict.fromkeys(found)
+    return list(runs)
+
+
 #: Files that make a directory stand for its runs, and what to do while there are none.
 _INDEXES = {
     "grid.json": "run `observatory grid` again",

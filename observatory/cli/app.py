@@ -24,6 +24,7 @@ _COMMANDS = {
     "compare": "compare:compare",
     "plan": "plan:plan",
     "history": "history:history",
+    "reduce": "reduce:reduce",
     "report": "report:report",
     "export": "export:export",
     "bench alltoall": "bench:alltoall",
@@ -58,15 +59,15 @@ _GROUPS = {
 }
 _SECTIONS = {
     "Capture": ("quickstart", "profile", "grid"),
-    "Analysis": ("routing", "exchanges", "scan", "compare", "history", "report", "export"),
+    "Analysis": ("routing", "exchanges", "scan", "compare", "history", "reduce", "report", "export"),
     "Decisions": ("place", "advise", "route-fetch", "plan"),
     "Network": ("bench", "replay", "fit"),
     "Batch": ("site", "submit", "jobs", "collect", "cancel"),
     "Power": ("power", "energy", "reuse", "clocks"),
     "Machine": ("doctor",),
 }  # fmt: skip
-#: Commands that read runs and results, and that a rank of a job may well call.
-_ANALYSIS = frozenset({*_SECTIONS["Analysis"], *_SECTIONS["Decisions"], "fit", "energy"})
+#: Commands of one process that read runs and results, and that a rank of a job may well call.
+_ANALYSIS = frozenset({*_SECTIONS["Analysis"], *_SECTIONS["Decisions"], "fit", "energy"} - {"reduce"})
 
 
 class Group(TyperGroup):

@@ -105,6 +105,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory site example",
         "observatory site example observatory.def > observatory.def",
     ),
+    "reduce": (
+        "observatory reduce runs/a mixers --csv",
+        "mpiexec -n 4 observatory reduce mixers --out metrics.json",
+    ),
     "submit": (
         "observatory submit mixers.toml --site site.toml --dry-run",
         "observatory submit mixers.toml --site site.toml --array-limit 8",

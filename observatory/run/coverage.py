@@ -9,7 +9,7 @@ a phase than the layer and rank with the most. Memory: 16 bytes per step and pha
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,39 @@ class Coverage:
         if block.partial_SP is not None:
             self._partial_P += block.partial_SP.sum(axis=0)
             self._partial_steps.update(block.step_S[block.partial_SP.any(axis=1)].tolist())
+
+    def add_rank(
+        self,
+        phase: str,
+        layer: int,
+        rank: int,
+        *,
+        covered: int,
+        rows: int,
+        partial: int,
+        partial_steps: Collection[int],
+    ) -> None:
+        """Take in what a rank has of a layer in a phase, counted elsewhere.
+
+        Args:
+            phase: one of ``PHASES``.
+            layer: the layer.
+            rank: the rank.
+            covered: steps that its rows cover.
+            rows: their number.
+            partial: those that are partial.
+            partial_steps: the first and the last step of these.
+        """
+        p = int(np.searchsorted(self._ranks, rank))
+        of_layer = self._rows_P.setdefault((phase, layer), np.zeros(self._ranks.size, dtype=np.int64))
+        of_layer[p] += covered
+        self._all_rows_P[p] += rows
+        self._partial_P[p] += partial
+        self._partial_steps.update(partial_steps)
+
+    def add_steps(self, phase: str, length_of_step: Mapping[int, int]) -> None:
+        """Take in the steps of a phase, with the most steps that a row of each covers."""
+        self._steps[phase].update(length_of_step)
 
     def gaps(self, manifest: Manifest, holds: Callable[[int, int], bool]) -> Iterator[Gap]:
         """What is missing.

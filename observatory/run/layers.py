@@ -30,6 +30,11 @@ class JoinedLayers:
     layers_of_rank: Mapping[int, frozenset[int]]
     contradictions: Mapping[int, str]
 
+    def holds(self, rank: int, layer: int) -> bool:
+        """Whether a rank may have rows of a layer; False where it states its layers without this one."""
+        layers = self.layers_of_rank.get(rank)
+        return layers is None or layer in layers
+
 
 @dataclass(frozen=True, slots=True)
 class _Known:

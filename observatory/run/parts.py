@@ -26,6 +26,7 @@ from observatory.run.files import (
     one_line,
     part_number,
     plain_entries,
+    rank_folder,
     rank_number,
 )
 from observatory.run.pages import ChunkClaim, PageError, check_pages
@@ -111,45 +112,50 @@ class RowGroup:
     first_step: int | None
 
 
-def list_parts(root: Path, table: str) -> tuple[list[Part], list[str], list[str]]:
-    """Readable parts of a table by rank and number, all problems, and those of unreadable parts."""
+def list_rank_folders(root: Path, table: str) -> tuple[list[int], list[str]]:
+    """Ranks that have a folder in a table, ascending, and what else is there, a sentence each."""
     folder = root / table
     if folder.is_symlink():
-        return [], [f"{table}/ is a symbolic link, not followed"], []
+        return [], [f"{table}/ is a symbolic link, not followed"]
     if not folder.is_dir():
-        return [], [] if not folder.exists() else [f"{table} is not a folder; passed over"], []
-    parts: list[Part] = []
+        return [], [] if not folder.exists() else [f"{table} is not a folder; passed over"]
     names, passed_over = plain_entries(folder, want_folders=True)
     problems = [f"{table}/{text} was passed over" for text in passed_over]
-    unreadable: list[str] = []
-    for rank_name in names:
-        rank = rank_number(rank_name)
+    ranks: list[int] = []
+    for name in names:
+        rank = rank_number(name)
         if rank is None:
-            problems.append(f"{table}/{one_line(rank_name, 80)} is no rank folder; passed over")
+            problems.append(f"{table}/{one_line(name, 80)} is no rank folder; passed over")
+        else:
+            ranks.append(rank)
+    return sorted(ranks), problems
+
+
+def list_rank_parts(root: Path, table: str, rank: int) -> tuple[list[Part], list[str], list[str]]:
+    """Readable parts of a rank in a table by number, problems, and those of unreadable parts."""
+    parts: list[Part] = []
+    rank_name = rank_folder(rank)
+    folder = root / table / rank_name
+    files, passed_over = plain_entries(folder, want_folders=False)
+    problems = [f"{table}/{rank_name}/{text} was passed over" for text in passed_over]
+    unreadable: list[str] = []
+    expected = 0
+    for file_name in files:
+        name = f"{table}/{rank_name}/{one_line(file_name, 80)}"
+        number = part_number(file_name)
+        if number is None:
+            state = "was never finished" if is_temporary(file_name) else "is no part; passed over"
+            problems.append(f"{name} {state}")
             continue
-        files, passed_over = plain_entries(folder / rank_name, want_folders=False)
-        problems += [f"{table}/{rank_name}/{text} was passed over" for text in passed_over]
-        expected = 0
-        for file_name in files:
-            name = f"{table}/{rank_name}/{one_line(file_name, 80)}"
-            number = part_number(file_name)
-            if number is None:
-                state = "was never finished" if is_temporary(file_name) else "is no part; passed over"
-                problems.append(f"{name} {state}")
-                continue
-            if number != expected:
-                gap = (
-                    f"part {expected} is"
-                    if number == expected + 1
-                    else f"parts {expected} to {number - 1} are"
-                )
-                problems.append(f"{table}/{rank_name}: {gap} missing")
-            expected = number + 1
-            try:
-                parts.append(open_part(folder / rank_name / file_name, table, rank, name))
-            except _READ_ERRORS as error:
-                unreadable.append(f"{name} is truncated or corrupt and was left out: {one_line(error, 120)}")
-    return parts, [*problems, *unreadable], unreadable
+        if number != expected:
+            gap = f"part {expected} is" if number == expected + 1 else f"parts {expected} to {number - 1} are"
+            problems.append(f"{table}/{rank_name}: {gap} missing")
+        expected = number + 1
+        try:
+            parts.append(open_part(folder / file_name, table, rank, name))
+        except _READ_ERRORS as error:
+            unreadable.append(f"{name} is truncated or corrupt and was left out: {one_line(error, 120)}")
+    return parts, problems, unreadable
 
 
 def open_part(path: Path, table: str, rank: int, name: str) -> Part:

@@ -19,11 +19,11 @@ from observatory.run.blocks import LoadBlock, stream_blocks
 from observatory.run.checks import FIXED_SCHEMAS, check_rows
 from observatory.run.coverage import Coverage
 from observatory.run.files import one_line, rank_folder
-from observatory.run.gaps import Gap, of_capture, of_ranks, sentence
-from observatory.run.layers import JoinedLayers, join_layers
+from observatory.run.gaps import Gap, sentence
+from observatory.run.head import FoundParts, RunHead, list_parts, read_head
+from observatory.run.layers import JoinedLayers
 from observatory.run.manifest import PHASES, Manifest
-from observatory.run.manifest_files import joined_notes, read_manifest, read_rank_statuses
-from observatory.run.parts import Part, Unreadable, list_parts, plain_text, read_row_group
+from observatory.run.parts import Part, Unreadable, plain_text, read_row_group
 from observatory.run.rows import MAX_LOAD, MAX_STEP
 from observatory.run.tables import TABLES
 
@@ -84,46 +84,41 @@ class Run:
             RunFormatError: the manifest is damaged, the schema is newer, a part has wrong columns, or the run
                 has parts but not one of them can be read.
         """
-        folder = Path(path)
-        manifest = read_manifest(folder)
-        written, problems = read_rank_statuses(folder)
-        # A rank's own file is newer than what rank 0 knew when it closed.
-        statuses = {status.rank: status for status in manifest.ranks} | written
-        ranks = tuple(statuses[rank] for rank in sorted(statuses))
-        manifest = manifest.model_copy(update={"ranks": ranks, "notes": joined_notes(manifest, ranks)})
-        parts: dict[str, tuple[Part, ...]] = {}
-        problems_of: dict[str, tuple[str, ...]] = {}
-        unreadable: list[str] = []
-        for table in TABLES:
-            found, stated, damaged = list_parts(folder, table)
-            outside = sorted({part.rank for part in found if part.rank >= manifest.topology.ranks})
-            problems += [
-                f"{table}: rank {rank} is outside the run's {manifest.topology.ranks} ranks "
-                "and was passed over"
-                for rank in outside
-            ]
-            parts[table] = tuple(part for part in found if part.rank < manifest.topology.ranks)
-            problems_of[table] = tuple(stated)
-            problems += stated
-            unreadable += damaged
-        if unreadable and not any(parts.values()):
+        head = read_head(Path(path))
+        found = list_parts(head, head.shards)
+        if found.unreadable and not any(found.parts.values()):
             raise RunFormatError(
-                f"none of the {len(unreadable)} parts of run {folder} can be read ({unreadable[0]})",
+                f"none of the {len(found.unreadable)} parts of run {head.path} can be read "
+                f"({found.unreadable[0]})",
                 remedy="capture it again",
             )
-        routed = {part.rank for part in parts["routing"]}
-        gaps = [*of_ranks(manifest, routed), *of_capture(manifest)]
-        layers = join_layers(manifest)
+        gaps = head.gaps({part.rank for part in found.parts["routing"]})
+        return cls._of(head, found, [*head.layers.contradictions.values(), *gaps, *head.problems])
+
+    @classmethod
+    def open_shard(cls, head: RunHead, rank: int) -> Self:
+        """Open what one rank left: footers of its own parts are read, nothing else.
+
+        Its problems are those of these files alone.
+
+        Raises:
+            RunFormatError: a part has wrong columns.
+            RunError: a folder cannot be listed.
+        """
+        return cls._of(head, list_parts(head, (rank,)), [])
+
+    @classmethod
+    def _of(cls, head: RunHead, found: FoundParts, problems: list[str | Gap]) -> Self:
+        parts = dict(found.parts)
         for table in ("routing", "tokens", "router_bias"):
-            parts[table] = tuple(part for part in parts[table] if part.rank not in layers.contradictions)
-        model = manifest.model.model_copy(update={"moe_layers": layers.moe_layers})
+            parts[table] = tuple(part for part in parts[table] if part.rank not in head.layers.contradictions)
         return cls(
-            folder,
-            manifest.model_copy(update={"model": model}),
+            head.path,
+            head.joined_manifest,
             parts,
-            [*layers.contradictions.values(), *gaps, *problems],
-            problems_of,
-            layers,
+            [*problems, *(text for texts in found.problems_of.values() for text in texts)],
+            {table: (*head.problems_of[table], *found.problems_of[table]) for table in TABLES},
+            head.layers,
         )
 
     @property
@@ -139,14 +134,22 @@ class Run:
         return self._problems_of.get(table, ())
 
     @property
+    def damage(self) -> tuple[str, ...]:
+        """Those of the problems that are about files and bytes of files: no gaps."""
+        return tuple(item for item in self._problems if not isinstance(item, Gap))
+
+    @property
     def gaps(self) -> tuple[Gap, ...]:
         """Those of the problems that have a code and values."""
         return tuple(item for item in self._problems if isinstance(item, Gap))
 
     def holds_layer(self, rank: int, layer: int) -> bool:
         """Whether a rank may have rows of a layer; False where it states its layers without this one."""
-        layers = self._layers.layers_of_rank.get(rank)
-        return layers is None or layer in layers
+        return self._layers.holds(rank, layer)
+
+    def has_parts(self, table: str) -> bool:
+        """Whether there are readable parts of a table."""
+        return bool(self._parts_of(table))
 
     def row_count(self, table: str) -> int:
         """Rows of a table according to its footers."""

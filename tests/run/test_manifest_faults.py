@@ -9,6 +9,7 @@ import pytest
 
 from observatory.errors import RunError, RunFormatError
 from observatory.run import open_run
+from observatory.run.manifest import SCHEMA_VERSION
 from tests.run.conftest import WriteRun
 
 
@@ -30,7 +31,9 @@ def test_a_missing_and_a_foreign_directory_are_distinguished(tmp_path: Path) -> 
 
 def test_a_newer_major_schema_is_refused_with_both_versions(write_run: WriteRun) -> None:
     path = edited(write_run(), schema_version="2.3", model=7)
-    with pytest.raises(RunFormatError, match=r"has schema 2\.3 but this program reads up to 1\.3; install"):
+    with pytest.raises(
+        RunFormatError, match=f"has schema 2.3 but this program reads up to {SCHEMA_VERSION}; install"
+    ):
         open_run(path)
 
 
@@ -38,7 +41,9 @@ def test_a_newer_major_schema_is_refused_with_both_versions(write_run: WriteRun)
     "version", [None, 1, "1", "one.two", "1.0.0", "-1.0", "1.0\n", "9" * 5000, "\u0661.0", ["1.0"]]
 )
 def test_a_schema_version_that_is_none_is_refused(write_run: WriteRun, version: object) -> None:
-    with pytest.raises(RunFormatError, match=r"schema_version is .*; expected like 1\.3") as caught:
+    with pytest.raises(
+        RunFormatError, match=f"schema_version is .*; expected like {SCHEMA_VERSION}"
+    ) as caught:
         open_run(edited(write_run(), schema_version=version))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500

@@ -30,6 +30,7 @@ from observatory.analysis.routing.loads import LayerLoads, collect_layer_loads
 from observatory.errors import EnergyError, PlacementError
 from observatory.reasons import Reason
 from observatory.run import LoadBlock, Run
+from observatory.run.manifest import Manifest
 from observatory.run.usable_cores import short_of_cores
 
 Float64 = NDArray[np.float64]
@@ -59,7 +60,7 @@ def measure_run(run: Run, *, degrees: Sequence[int] | None = None) -> Subject:
     manifest = run.manifest
     series: dict[Key, Series] = {}
     missing: dict[str, Reason] = {}
-    loads = _add_routing(run, degrees or own_degrees(run), series, missing)
+    loads = _add_routing(run, degrees or own_degrees(manifest), series, missing)
     _add_times(run, series, missing)
     _add_exchanges(run, series, missing, _places(run))
     _add_power(run, series, missing)
@@ -113,10 +114,10 @@ def timing_rows(run: Run) -> list[dict[str, Any]]:
     return rows
 
 
-def own_degrees(run: Run) -> tuple[int, ...]:
+def own_degrees(manifest: Manifest) -> tuple[int, ...]:
     """The EP degree of a run that spread its experts, else the first usual one that fits all layers."""
-    ep = run.manifest.topology.ep
-    return (ep,) if ep > 1 else fitting_degrees(run, "auto")[:1]
+    ep = manifest.topology.ep
+    return (ep,) if ep > 1 else fitting_degrees(manifest, "auto")[:1]
 
 
 def _places(run: Run) -> dict[int, int]:

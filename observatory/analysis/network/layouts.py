@@ -220,7 +220,7 @@ def _layouts(
     rule_of: _Rules = {}
     notes: list[str] = []
     for rule in request.placements:
-        degrees = request.ep or fitting_degrees(run, rule)
+        degrees = request.ep or fitting_degrees(run.manifest, rule)
         _refuse_misfits(run, degrees, rule)
         frame = scan_run(run, ep_degrees=degrees, gpus_per_node=request.gpus_per_node, placement=rule)
         for degree in degrees:

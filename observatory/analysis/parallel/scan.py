@@ -36,7 +36,7 @@ from observatory.errors import PlacementError
 
 if TYPE_CHECKING:
     from observatory.run import LoadBlock, Run
-    from observatory.run.manifest import Topology
+    from observatory.run.manifest import Manifest, Topology
 
 _BLOCK_BYTES = 64 * 1024 * 1024
 
@@ -59,14 +59,14 @@ _COLUMNS = (
 _USUAL_DEGREES = (4, 8, 16, 32)
 
 
-def fitting_degrees(run: Run, placement: PlacementChoice) -> tuple[int, ...]:
+def fitting_degrees(manifest: Manifest, placement: PlacementChoice) -> tuple[int, ...]:
     """Degrees to scan when none are given: a placement's own, else the usual ones that fit every layer."""
     if placement == "recorded":
-        return (run.manifest.topology.ranks,)
+        return (manifest.topology.ranks,)
     if isinstance(placement, Path):
         file = load_placement(placement)
         return (file.ranks or file.highest_rank + 1,)
-    experts = {layer.experts for layer in run.manifest.model.moe_layers}
+    experts = {layer.experts for layer in manifest.model.moe_layers}
     fitting = tuple(ep for ep in _USUAL_DEGREES if all(count % ep == 0 for count in experts))
     return fitting or (max(experts, default=1),)
 

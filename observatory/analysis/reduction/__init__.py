@@ -1,0 +1,1 @@
+"""Metrics of runs from partial results that merge exactly, whatever their order."""
