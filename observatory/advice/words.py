@@ -117,6 +117,8 @@ _SENTENCES = {
     Code.MORE_CORES: "next: measure again with fewer ranks, or a core for each",
     Code.LOCK_CLOCK: "next: lock it to {sm_clock_mhz:.0f} MHz, with the commands above",
     Code.CHECK_FABRIC: "next: check the links and nodes named above",
+    Code.MODELS_APART: "of {models} models {worst} loads its experts least evenly, Gini {worst_gini:.3f} "
+    "in {phase}, {best} most evenly, {best_gini:.3f}",
     Code.CHANGED: "changed beyond noise: {changed} of {tested} quantities, first {name}{of_which}: {change}",
     Code.ALL_SAME: "same within noise: all {tested} quantities that could be tested",
     Code.IDENTICAL: "identical: all {tested} quantities that could be tested",

@@ -58,7 +58,11 @@ def compare(
 ) -> None:
     """Compare runs with a baseline: differences with intervals, and what else differs."""
     from observatory.advice.conclusions import conclude_comparison, conclusion_document
-    from observatory.analysis.compare.architectures import architecture_tables, premise_tables
+    from observatory.analysis.compare.architectures import (
+        architecture_tables,
+        missing_sentences,
+        premise_tables,
+    )
     from observatory.analysis.compare.document import (
         LEGEND,
         compare_csv,
@@ -69,7 +73,7 @@ def compare(
     )
     from observatory.analysis.compare.saved import load_premises
     from observatory.analysis.compare.thresholds import judge_thresholds, parse_threshold, threshold_sentence
-    from observatory.analysis.compare.words import sentence
+    from observatory.analysis.compare.words import lonely_sentences
     from observatory.campaign.comparison import compare_inputs
     from observatory.cli.output import (
         counting,
@@ -79,6 +83,7 @@ def compare(
         print_text,
         say,
     )
+    from observatory.text import listing
 
     if html is not None:
         from observatory.reports.comparison import write_comparison
@@ -98,14 +103,10 @@ def compare(
     document["conclusion"] = conclusion_document(conclusion)
     if html is not None:
         write_comparison(document, conclusion, html, overwrite=force)
-    for subject in compared.subjects:
-        for problem in subject.problems:
-            say(f"note: {subject.name}: {problem}")
-    for reason in compared.lonely:
-        say(f"note: {sentence(reason)}")
     if not print_data(document, compare_csv(document), json=json, csv=csv, table=table):
         grid_tables = [*architecture_tables(compared.architectures), *premise_tables(document["premises"])]
         print_tables(grid_tables, wide=wide)
+        print_text(missing_sentences(compared.architectures, premises))
         items = document["comparisons"]
         for place, item in enumerate(items if len(items) <= _MOST_SHOWN else ()):
             print_text([*([""] if place or grid_tables else []), *heading(item), ""])
@@ -115,6 +116,14 @@ def compare(
         if len(items) > _MOST_SHOWN:
             print_text(["", f"{len(items)} comparisons: their rows are in --json, --csv and --html"])
         print_conclusion(conclusion)
+    concerned: dict[str, list[str]] = {}
+    for subject in compared.subjects:
+        for problem in subject.problems:
+            concerned.setdefault(problem, []).append(subject.name)
+    for problem, names in concerned.items():
+        say(f"note: {listing(names, most=3)}: {problem}")
+    for text in lonely_sentences(compared.lonely):
+        say(f"note: {text}")
     if html is not None:
         say(f"page written to {html}")
     states = {row["state"] for row in document["thresholds"]}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from observatory.advice.conclusions import Conclusion
 from observatory.advice.words import conclusion_sentences
-from observatory.analysis.compare.architectures import architecture_tables, premise_tables
+from observatory.analysis.columns import Table as TerminalTable
+from observatory.analysis.compare.architectures import (
+    architecture_tables,
+    missing_sentences,
+    premise_tables,
+)
 from observatory.analysis.compare.change_points import FALSE_ALARMS
 from observatory.analysis.compare.document import (
     DIFFERENCE_COLUMNS,
@@ -24,6 +29,7 @@ from observatory.analysis.compare.history_document import CHANGE_COLUMNS, histor
 from observatory.analysis.compare.history_document import heading as series_heading
 from observatory.analysis.compare.thresholds import threshold_sentence
 from observatory.reports.embed import script_json
+from observatory.reports.figures.architectures import model_dots
 from observatory.reports.figures.differences import difference_dots, layer_dots, level_line
 from observatory.reports.html import check_target, page_parts, write_page
 from observatory.reports.page import FigureBlock, Section, Table, Variant, frame_table
@@ -57,6 +63,7 @@ class _Part:
     title: str
     lines: list[str]
     sections: list[Section]
+    is_folded: bool = False
 
 
 def write_comparison(
@@ -80,21 +87,63 @@ def write_comparison(
         )
         for number, item in enumerate(document["comparisons"], start=1)
     ]
-    tables = [
-        frame_table(table.title, table.columns, table.rows)
-        for table in (*architecture_tables(document["architectures"]), *premise_tables(document["premises"]))
-    ]
-    if tables:
-        models = Section(id="models-tables", title="Means over data conditions", blocks=tuple(tables))
-        reasons = [
-            plain(f"{row['model']} in {row['phase']}, {row['band'] or 'no band'}: {row['band_reason']}")
-            for row in document["architectures"]
-        ]
-        parts.insert(
-            0, _Part(id="models", title="Models next to each other", lines=reasons, sections=[models])
-        )
+    rows = document["architectures"]
+    if rows:
+        parts = [_models(rows, document["premises"]), *(replace(part, is_folded=True) for part in parts)]
+    elif document["premises"]:
+        tables = tuple(_frames(premise_tables(document["premises"])))
+        section = Section(id="premises-tables", title="Premises", blocks=tables)
+        parts.insert(0, _Part(id="premises", title="Premises of changes", lines=[], sections=[section]))
     thresholds = [plain(threshold_sentence(row)) for row in document["thresholds"]]
     return _write("Comparison", parts, thresholds, document, conclusion, out, overwrite=overwrite)
+
+
+def _models(rows: Sequence[Mapping[str, Any]], premises: Sequence[Mapping[str, Any]]) -> _Part:
+    """Models of a grid: a figure of each on each data condition, then their means side by side."""
+    tables = {rows_of["phase"]: table for rows_of, table in _by_phase(rows)}
+    figure = FigureBlock(
+        id="models-figure",
+        title="Imbalance by model and data condition",
+        caption="Each mark is one model on one data condition; the line joins the most even and the least "
+        "even one. Gini: 0 when every expert gets the same, (E - 1) / E when one takes all.",
+        choice="Phase",
+        variants=tuple(
+            Variant(
+                label=phase,
+                figure=model_dots([row for row in rows if row["phase"] == phase]),
+                alt=f"Gini in {phase}: {_spoken_models([row for row in rows if row['phase'] == phase])}",
+                note=f"Gini of expert loads in {phase}, mean over layers.",
+                numbers=table,
+            )
+            for phase, table in tables.items()
+        ),
+    )
+    blocks: list[FigureBlock | Table] = [figure, *tables.values(), *_frames(premise_tables(premises))]
+    reasons = [
+        plain(f"{row['model']} in {row['phase']}, {row['band'] or 'no band'}: {row['band_reason']}")
+        for row in rows
+    ]
+    lines = [*map(plain, missing_sentences(rows, premises)), *reasons]
+    section = Section(id="models-tables", title="Means over data conditions", blocks=tuple(blocks))
+    return _Part(id="models", title="Models next to each other", lines=lines, sections=[section])
+
+
+def _by_phase(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Table]]:
+    """A row of each phase, with the table of that phase."""
+    firsts = {row["phase"]: row for row in reversed(rows)}
+    phases = dict.fromkeys(row["phase"] for row in rows)
+    for phase, table in zip(phases, _frames(architecture_tables(rows)), strict=True):
+        yield firsts[phase], table
+
+
+def _frames(tables: Iterable[TerminalTable]) -> Iterator[Table]:
+    return (frame_table(table.title, table.columns, table.rows) for table in tables)
+
+
+def _spoken_models(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The means in words, for those who do not see the figure."""
+    known = [row for row in rows if row["gini"] is not None]
+    return "; ".join(f"{row['model']} {row['gini']:.3f}" for row in known[:12]) + "."
 
 
 def write_history(
@@ -278,7 +327,7 @@ def _series_sections(series: Mapping[str, Any], number: int) -> Iterator[Section
     variants = tuple(
         Variant(
             label=_track_label(track),
-            figure=level_line(track),
+            figure=level_line(track, _AXES[series["order_by"]]),
             alt=f"{_track_label(track)} over {len(track['at'])} points, {len(track['changes'])} changes "
             "of level.",
             note=f"{len(track['at'])} points; lines are the medians between changes.",
@@ -298,6 +347,13 @@ def _series_sections(series: Mapping[str, Any], number: int) -> Iterator[Section
         variants=variants,
     )
     yield Section(id=f"changes-{number}", title="Changes", blocks=(figure, table))
+
+
+_AXES = {
+    "training_step": "checkpoint, in order of training",
+    "time": "run, in order of time",
+    "step": "step or group of steps, in order",
+}
 
 
 def _track_label(track: Mapping[str, Any]) -> str:

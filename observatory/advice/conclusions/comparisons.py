@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from observatory.advice.conclusions.reasons import Code, Conclusion, Row
 from observatory.reasons import Reason
 
 #: What is named first of what changed: times before what only explains them.
 _FIRST_NAMED = ("ms", "ms_per_token", "tokens_per_s", "mj_per_token", "exchange_ms", "wait_ms")
+#: Reasons of one conclusion.
+_MOST = 3
 
 
 def conclude_comparison(document: Row) -> Conclusion:
@@ -33,12 +37,44 @@ def conclude_comparison(document: Row) -> Conclusion:
         "which": _which(item) if several else None,
     }
     facts = [reason["code"] for reason in item["confounders"] if reason["code"].startswith("other_")]
-    concluded = [Reason(Code.CHANGED, {**values, **counts})]
+    concluded = [*_models(document["architectures"]), Reason(Code.CHANGED, {**values, **counts})]
     if facts:
         concluded.append(Reason(Code.BOTH_DIFFER, {"facts": facts}))
     if row["metric"] in _FIRST_NAMED:
         concluded.append(Reason(Code.REPEAT_RUNS))
-    return tuple(concluded)
+    return tuple(concluded[:_MOST])
+
+
+def _models(architectures: Sequence[Row]) -> Iterator[Reason]:
+    """Of models next to each other the least and the most even one, in the phase where they differ most."""
+    apart: dict[str, tuple[Row, Row]] = {}
+    for phase in dict.fromkeys(row["phase"] for row in architectures):
+        known = [row for row in architectures if row["phase"] == phase and row["gini"] is not None]
+        if len(known) > 1:
+            apart[phase] = max(known, key=_gini), min(known, key=_gini)
+    if not apart:
+        return
+    phase, (worst, best) = max(apart.items(), key=lambda item: _gini(item[1][0]) - _gini(item[1][1]))
+    yield Reason(
+        Code.MODELS_APART,
+        {
+            "phase": phase,
+            "models": len({row["model"] for row in architectures}),
+            "worst": _named(worst),
+            "worst_gini": worst["gini"],
+            "best": _named(best),
+            "best_gini": best["gini"],
+        },
+    )
+
+
+def _named(row: Row) -> str:
+    """A model with its mixer."""
+    return f"{row['model']} ({row['mixer']})" if row["mixer"] else str(row["model"])
+
+
+def _gini(row: Row) -> float:
+    return float(row["gini"])
 
 
 def _which(item: Row) -> str:

@@ -92,6 +92,7 @@ class Code(StrEnum):
     LOCK_CLOCK = "lock_clock"
     CHECK_FABRIC = "check_fabric"
     CHANGED = "changed"
+    MODELS_APART = "models_apart"
     ALL_SAME = "all_same"
     IDENTICAL = "identical"
     NO_DIFFERENCE_KNOWN = "no_difference_known"

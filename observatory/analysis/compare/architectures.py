@@ -45,7 +45,7 @@ def architecture_rows(measured: Iterable[tuple[Run, Subject]]) -> list[dict[str,
         ``model``, ``mixer``, ``phase``, ``conditions`` (names), ``experts``, ``ep``; means over conditions:
         ``gini`` with ``gini_least`` and ``gini_most``, ``rank_max_over_mean``, ``activated_experts``, ``ms``,
         ``tokens_per_s``, ``exchange_ms``, ``wait_ms``, ``mj_per_token``, ``power_w`` (None: not known);
-        ``band`` and ``band_reason`` (docs/metrics.md).
+        ``ginis`` (``condition`` and ``gini`` of each), ``band`` and ``band_reason`` (docs/metrics.md).
     """
     by_model: dict[str, list[tuple[Run, Subject]]] = {}
     for run, subject in measured:
@@ -65,15 +65,15 @@ def _row(
     model: str, phase: str, subjects: Sequence[Subject], summaries: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     texts = {}
-    ginis = []
+    ginis: list[dict[str, Any]] = []
     for number, (subject, summary) in enumerate(zip(subjects, summaries, strict=True)):
         if phase in summary:
             gini, floor, limit = (summary[phase][f"gini{end}"] for end in ("", "_floor", "_uniform_limit"))
-            ginis.append(gini)
-            text = ConditionGini(gini=gini, floor=floor, uniform_limit=limit)
-            texts[subject.condition or str(number)] = text
+            condition = subject.condition or str(number)
+            ginis.append({"condition": condition, "gini": gini})
+            texts[condition] = ConditionGini(gini=gini, floor=floor, uniform_limit=limit)
     band = classify(texts)
-    defined = [gini for gini in ginis if gini is not None]
+    defined = [item["gini"] for item in ginis if item["gini"] is not None]
     degrees = sorted({key.ep for subject in subjects for key in subject.series if key.ep is not None})
     ep = degrees[0] if degrees else None
     first = subjects[0]
@@ -87,6 +87,7 @@ def _row(
         "gini": fmean(defined) if defined else None,
         "gini_least": min(defined, default=None),
         "gini_most": max(defined, default=None),
+        "ginis": ginis,
         "band": band.name,
         "band_reason": band_words(band.reason),
         "rank_max_over_mean": _mean(subjects, Key("rank_max_over_mean", phase, None, ep)),
@@ -113,6 +114,26 @@ def architecture_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
         title = f"{phase}: models next to each other{'' if ep is None else f', busiest rank at EP {ep}'}"
         tables.append(Table(name="models", columns=columns, rows=of_phase, title=title))
     return tables
+
+
+def missing_sentences(rows: Sequence[Mapping[str, Any]], premises: Sequence[object]) -> list[str]:
+    """What is not known of any model of a grid, and how it becomes known."""
+    if not rows:
+        return []
+    lacking = [text for name, text in _MISSING.items() if all(row[name] is None for row in rows)]
+    return lacking if premises else [*lacking, _NO_PREMISES]
+
+
+_MISSING = {
+    "exchange_ms": "No times of exchanges: every run has one rank; profile each model with --ep 4.",
+    "mj_per_token": "No energy: no run has power samples; profile with --power on.",
+}
+
+
+_NO_PREMISES = (
+    "Premises of changes are not judged: write them with observatory advise RUN... --out advice.json, and "
+    "give --advice advice.json."
+)
 
 
 def premise_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:

@@ -36,8 +36,8 @@ from observatory.run.usable_cores import short_of_cores
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 
-#: Groups of steps whose loads are kept of each layer: a jackknife leaves out one at a time.
-_MOST_GROUPS = 128
+#: Groups of steps whose loads are kept of each layer.
+_MOST_GROUPS = 1024
 #: Kind of devices that replay a recording.
 _SIMULATED = "replay"
 #: Where a checkpoint's name states its training step.
@@ -80,6 +80,7 @@ def measure_run(run: Run, *, degrees: Sequence[int] | None = None) -> Subject:
         tokens=tokens_fed(run),
         series=series,
         loads=loads,
+        bias_ranges=_bias_ranges(run),
         missing=missing,
         short_of_cores=any(share.short for share in short_of_cores(rank.cores for rank in manifest.ranks)),
         simulated_device=any(device.kind == _SIMULATED for device in manifest.device_specs.values()),
@@ -125,6 +126,19 @@ def _places(run: Run) -> dict[int, int]:
     return {
         spec: place for place, spec in enumerate(sorted({s.layer for s in run.manifest.model.moe_layers}))
     }
+
+
+def _bias_ranges(run: Run) -> dict[int, tuple[Int64, Float64]]:
+    """Range of the correction bias of each router, by place of its layer; of replicas the first rank's."""
+    rows = run.router_biases()
+    ranges = {}
+    for layer, index in _places(run).items():
+        of_layer = rows[rows["layer"] == layer]
+        first = of_layer[of_layer["source_rank"] == of_layer["source_rank"].min()].sort_values("step")
+        if len(first):
+            spread = [float(np.max(bias) - np.min(bias)) for bias in first["bias"]]
+            ranges[index] = first["step"].to_numpy(np.int64), np.array(spread)
+    return ranges
 
 
 class _StepValues:

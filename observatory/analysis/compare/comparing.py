@@ -16,6 +16,7 @@ from pydantic import JsonValue
 
 from observatory.analysis.compare.metrics import METRICS, Key, sort_key
 from observatory.analysis.compare.series import (
+    FEWEST_FREEDOM,
     FEWEST_STEPS,
     Difference,
     Pooled,
@@ -43,6 +44,8 @@ _TOKENS_ALIKE = 0.02
 _MOST_TOKENS_APART = 0.1
 #: Further runs of a baseline, without which its runs show no scatter to rely on.
 _FEWEST_REPEATS = 2
+#: Groups of steps of a jackknife.
+_MOST_GROUPS = 128
 #: Metrics whose value depends on the tokens of a step, or of the whole run.
 _DEPENDS_ON_TOKENS = {
     "activated_experts": CompareCode.TOKENS_OF_STEP,
@@ -254,8 +257,6 @@ def _row(
     if difference.low is not None:
         return replace(plain, difference=difference)
     reason = Reason(CompareCode.FEW_STEPS, {"steps": difference.steps, "needed": FEWEST_STEPS})
-    if difference.steps >= FEWEST_STEPS:
-        reason = Reason(CompareCode.FEW_INDEPENDENT_STEPS, {"steps": difference.steps})
     if counted:
         reason = Reason(CompareCode.COUNT)
     elif "document" in (sides.base.source, sides.other.source):
@@ -309,7 +310,13 @@ def _judged(family: list[Row]) -> list[Row]:
     judged = {}
     for row, adjusted in zip(tested, false_discovery(p_N).tolist(), strict=True):
         assert row.difference is not None
-        judged[row.key] = replace(row, adjusted_p=adjusted, verdict=_verdict(row.difference, adjusted))
+        verdict = _verdict(row.difference, adjusted)
+        reason = row.reason
+        freedom = row.difference.freedom
+        if verdict == "same" and freedom is not None and freedom < FEWEST_FREEDOM:
+            verdict = "unknown"
+            reason = Reason(CompareCode.FEW_INDEPENDENT_STEPS, {"steps": row.difference.steps})
+        judged[row.key] = replace(row, adjusted_p=adjusted, verdict=verdict, reason=reason)
     return [judged.get(row.key, row) for row in family]
 
 
@@ -331,12 +338,14 @@ def _add_statistics(
     totals = [total for subject in subjects if (total := _most_tokens(subject, phase))]
     limit = min(totals)
     remarks = []
-    if _apart(limit, max(totals)) > _TOKENS_ALIKE:
-        remarks.append(Reason(CompareCode.FIRST_TOKENS, {"phase": phase, "tokens": limit}))
-    else:
-        limit = max(totals)
+    is_cut = _apart(limit, max(totals)) > _TOKENS_ALIKE
+    kept = []
     for subject, of_subject in zip(subjects, series, strict=True):
-        of_subject.update(whole_run_series(subject, phase, limit))
+        added = whole_run_series(subject, phase, limit if is_cut else max(totals))
+        kept += [item.tokens for item in added.values() if item.tokens is not None]
+        of_subject.update(added)
+    if is_cut and kept and _apart(min(kept), max(kept)) <= _MOST_TOKENS_APART:
+        remarks.append(Reason(CompareCode.FIRST_TOKENS, {"phase": phase, "tokens": limit}))
     return remarks
 
 
@@ -359,7 +368,7 @@ def whole_run_series(subject: Subject, phase: str, most_tokens: int) -> dict[Key
     for (name, place), loads in subject.loads.items():
         if name != phase:
             continue
-        kept = _first_tokens(loads, most_tokens)
+        kept = _folded(_first_tokens(loads, most_tokens))
         tokens = int(kept.tokens_G.sum())
         for metric, statistic in (("gini", gini_rows), ("entropy_bits", entropy_rows)):
             item = statistic_series(kept.load_GE, kept.step_G, statistic)
@@ -377,6 +386,16 @@ def whole_run_series(subject: Subject, phase: str, most_tokens: int) -> dict[Key
             whole = replace(whole, value=sum(item.value for item in items), exact=True)
         result[Key(metric, phase)] = whole
     return result
+
+
+def _folded(loads: GroupedLoads) -> GroupedLoads:
+    """At most so many groups: a jackknife leaves out one at a time."""
+    first_G = np.arange(0, len(loads.step_G), -(-len(loads.step_G) // _MOST_GROUPS))
+    return GroupedLoads(
+        load_GE=np.add.reduceat(loads.load_GE, first_G, axis=0),
+        tokens_G=np.add.reduceat(loads.tokens_G, first_G),
+        step_G=loads.step_G[first_G],
+    )
 
 
 def _first_tokens(loads: GroupedLoads, most_tokens: int) -> GroupedLoads:

@@ -23,7 +23,7 @@ LEGEND = (
 #: Layers that a table shows at most, those that changed most.
 _MOST_LAYERS = 12
 _VERDICTS = {
-    "unknown": "no interval",
+    "unknown": "not known",
     "not_compared": "not compared",
     "perhaps_higher": "perhaps higher",
     "perhaps_lower": "perhaps lower",
@@ -159,7 +159,7 @@ def heading(item: Mapping[str, Any]) -> list[str]:
 
 
 def compare_csv(document: Mapping[str, Any]) -> list[Table]:
-    """Every row of every comparison, for programs."""
+    """Every row of every comparison, and models next to each other, for programs."""
     return [
         Table(
             name=name,
@@ -176,7 +176,7 @@ def compare_csv(document: Mapping[str, Any]) -> list[Table]:
             ],
         )
         for name in ("rows", "layers")
-    ]
+    ] + [Table(name=name, columns=(), rows=document[name]) for name in ("architectures", "premises")]
 
 
 def shown_row(row: Mapping[str, Any], *, phase: bool = True) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def compare_sentences(item: Mapping[str, Any]) -> Iterator[str]:
     refused: dict[str, list[str]] = {}
     for row in item["rows"]:
         if row["reason"] is not None:
-            what = "no interval" if row["verdict"] == "unknown" else "not compared"
+            what = "not known" if row["verdict"] == "unknown" else "not compared"
             refused.setdefault(f"{what}, {row['reason']['sentence']}", []).append(row["name"])
     for text, names in refused.items():
         yield f"{', '.join(dict.fromkeys(names))}: {text}"

@@ -204,6 +204,17 @@ def _values(subject: Subject, shares: dict[tuple[str, int], Float64]) -> Iterato
                 yield Key("expert_drift", phase, place), drift
         if drifts:
             yield Key("expert_drift", phase), float(np.mean(drifts))
+    if subject.bias_ranges:
+        last = {place: float(range_N[-1]) for place, (_, range_N) in subject.bias_ranges.items()}
+        phase = _phase_of_bias(subject)
+        yield Key("router_bias", phase), float(np.mean(list(last.values())))
+        yield from ((Key("router_bias", phase, place), value) for place, value in last.items())
+
+
+def _phase_of_bias(subject: Subject) -> str:
+    """The phase whose row shows the bias, which is one for all phases: training, else the run's first."""
+    phases = [name for name, _ in subject.loads]
+    return "train_forward" if "train_forward" in phases else next(iter(phases), "unknown")
 
 
 def _distance(share_E: Float64, first_E: Float64) -> float:
@@ -223,6 +234,11 @@ def history_of_steps(subject: Subject) -> list[History]:
             if key.phase == phase and item.sample_N is not None and item.step_N is not None
         ]
         tracks += _load_tracks(phase, subject.loads)
+        if subject.bias_ranges and phase == _phase_of_bias(subject):
+            tracks += [
+                Track(key=Key("router_bias", phase, place), at_N=step_N, value_N=range_N)
+                for place, (step_N, range_N) in subject.bias_ranges.items()
+            ]
         steps = sorted({int(step) for track in tracks for step in track.at_N})
         places = {step: place for place, step in enumerate(steps)}
         placed = [

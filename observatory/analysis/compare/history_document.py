@@ -181,9 +181,10 @@ def history_sentences(series: Mapping[str, Any]) -> Iterator[str]:
             refused.setdefault(track["reason"]["sentence"], []).append(_name(track))
     for text, names in refused.items():
         yield f"not tested, {text}: {listing(names, most=8)}"
-    if series["order_by"] == "training_step" or any(
+    in_training = series["order_by"] == "training_step" or any(
         row["phase"] == "train_forward" for row in series["tracks"]
-    ):
+    )
+    if in_training and not any(row["metric"] == "router_bias" for row in series["tracks"]):
         yield f"not tested, {sentence(Reason(CompareCode.NO_ROUTER_BIAS))}"
 
 

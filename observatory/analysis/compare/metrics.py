@@ -40,6 +40,7 @@ _ALL = (
     Metric(name="entropy_bits", title="entropy of loads", unit="bits", of_layers=True, by_experts=True),
     Metric(name="dead_experts", title="experts without a token", of_layers=True, by_experts=True),
     Metric(name="expert_drift", title="assignments that moved to other experts", of_layers=True),
+    Metric(name="router_bias", title="range of the router's correction bias", of_layers=True),
     Metric(name="mj_per_token", title="energy", unit="mJ/token", is_time=True),
     Metric(name="power_w", title="power", unit="W", is_time=True),
     Metric(name="clock_mhz", title="SM clock", unit="MHz", is_time=True),
@@ -69,8 +70,8 @@ class Key:
         return f"{self.phase}.{self.metric}"
 
 
-#: Of a series alone: it is a distance to the first run.
-_OF_SERIES = ("expert_drift",)
+#: Of a series alone: a distance to the first run, and what training moves in every step.
+_OF_SERIES = ("expert_drift", "router_bias")
 
 
 def metric_names() -> list[str]:

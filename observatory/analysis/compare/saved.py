@@ -136,6 +136,8 @@ def _embedded(path: Path, page: bytes) -> bytes:
 
 
 def _check(document: object, path: Path) -> None:
+    if isinstance(document, dict) and {*document} == {"rows", "skipped"}:
+        raise ComparisonError(f"{path} is the scan of a grid", remedy="give the grid's directory")
     if not isinstance(document, dict) or not isinstance(document.get("kind"), str):
         raise ComparisonError(
             f"{path} is not a document of an observatory command", expected="the output of --json"
@@ -320,9 +322,16 @@ def add_energy(document: Mapping[str, Any], series: dict[Key, Series]) -> None:
     totals = document.get("totals") or document["tokens"]
     for row in totals:
         if row["phase"] in PHASES:
+            if document.get("totals") and Key("mj_per_token", str(row["phase"])) in series:
+                raise _DamagedError(f"energy of {row['phase']} is there twice")
             _put(series, Key("mj_per_token", str(row["phase"])), row, "mj_per_token", half=_NORMAL_90)
     watts: dict[str, list[tuple[float, float | None]]] = {}
+    places: set[tuple[str, ...]] = set()
     for row in _rows(document, "phases"):
+        place = tuple(str(row.get(name)) for name in ("phase", "source_rank", "device_uuid", "span", "layer"))
+        if place in places:
+            raise _DamagedError(f"power of a device in {place[0]} is there twice")
+        places.add(place)
         value = _number(row, "power_mw")
         if row.get("span") is None and value is not None:
             width = _half_width(row, "power_low_mw", "power_high_mw")

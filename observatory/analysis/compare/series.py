@@ -28,7 +28,8 @@ _Error = tuple[float, float]
 LEVEL = 0.95
 #: With fewer steps than this on either side there is no interval.
 FEWEST_STEPS = 8
-#: With fewer degrees of freedom than this there is no interval: it would hold anything.
+#: With fewer degrees of freedom than this an interval that holds 0 does not show that nothing changed. It is
+#: given nevertheless: leaving it out keeps those whose correlation was underestimated.
 FEWEST_FREEDOM = 3.0
 #: Share of the steps that is trimmed at each end of a time.
 TRIMMED = 0.1
@@ -78,6 +79,7 @@ class Difference:
         paired: matching steps were compared one by one.
         steps: steps behind it, of the side with fewer.
         runs: runs of the baseline behind it, 1 where the steps of one show how sure it is.
+        freedom: degrees of freedom of its error; None without an interval.
     """
 
     difference: float
@@ -90,6 +92,7 @@ class Difference:
     paired: bool = False
     steps: int = 0
     runs: int = 1
+    freedom: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +178,7 @@ def steps_match(base: Series, other: Series) -> bool:
 
 
 def difference_of(base: Series, other: Series, *, paired: bool, pooled: Pooled = Pooled()) -> Difference:
-    """The difference with its interval; none with too few steps, or too few independent ones.
+    """The difference with its interval; none with too few steps.
 
     The relative difference is over the baseline's value as it was measured.
 
@@ -196,7 +199,7 @@ def difference_of(base: Series, other: Series, *, paired: bool, pooled: Pooled =
     else:
         error = _joined(_error_of_series(base, pooled.base), _error_of_series(other, pooled.other))
     steps = min(base.steps, other.steps)
-    if error is None or error[1] < FEWEST_FREEDOM:
+    if error is None:
         return Difference(difference=change, relative=relative, paired=paired, steps=steps)
     return _with_error(change, base.value, error, paired=paired, steps=steps)
 
@@ -223,7 +226,7 @@ def _with_error(change: float, base: float, error: _Error, *, paired: bool, step
         chance = float(2 * special.stdtr(error[1], -abs(change) / error[0]))
     return Difference(
         difference=change, low=low, high=high, relative=relative[0], relative_low=relative[1],
-        relative_high=relative[2], p=chance, paired=paired, steps=steps,
+        relative_high=relative[2], p=chance, paired=paired, steps=steps, freedom=error[1],
     )  # fmt: skip
 
 

@@ -48,6 +48,8 @@ class Subject:
             None where that is not known.
         series: values by place.
         loads: loads of layers by phase and place of the layer.
+        bias_ranges: steps (N,), and from each on the largest less the smallest correction bias of the router
+            (N,), by place of the layer; empty where routers have none.
         missing: why quantities are missing, by name of the metric.
         short_of_cores: ranks or threads had no core of their own.
         simulated_device: power and clocks are those of a replayed recording, not of this run's device.
@@ -68,6 +70,7 @@ class Subject:
     tokens: tuple[Any, ...] | None = None
     series: Mapping[Key, Series] = field(default_factory=dict)
     loads: Mapping[tuple[str, int], GroupedLoads] = field(default_factory=dict)
+    bias_ranges: Mapping[int, tuple[Int64, NDArray[np.float64]]] = field(default_factory=dict)
     missing: Mapping[str, Reason] = field(default_factory=dict)
     short_of_cores: bool = False
     simulated_device: bool = False

@@ -1,8 +1,8 @@
 """Thresholds on differences: ``decode.ms > +3 %``.
 
-One metric, ``>`` or ``<``, and a signed number: with ``%`` of the relative difference, else of the difference
-in the unit of the metric. A threshold is passed where the whole 95 % interval of the difference lies beyond
-it, so that noise passes none.
+One metric, ``>`` or ``<``, and a number, above zero where it has no sign: with ``%`` of the relative
+difference, else of the difference in the unit of the metric. A threshold is passed where the whole 95 %
+interval of the difference lies beyond it, so that noise passes none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from observatory.analysis.compare.metrics import metric_names
 from observatory.errors import ThresholdError
 
-_FORM = re.compile(r"\s*([A-Za-z_.]{1,80})\s*([<>])\s*([+-]\d{1,12}(?:\.\d{1,12})?)\s*(%?)\s*")
+_FORM = re.compile(r"\s*([A-Za-z_.]{1,80})\s*([<>])\s*([+-]?\d{1,12}(?:\.\d{1,12})?)\s*(%?)\s*")
 State = Literal["passed", "within", "undecided", "not_compared"]
 
 
@@ -50,7 +50,7 @@ def parse_threshold(text: str) -> Threshold:
     if match is None:
         raise ThresholdError(
             f"threshold {shown} is not understood",
-            expected='METRIC, > or <, a signed number and % or nothing, such as "decode.ms > +3 %"',
+            expected='METRIC, > or <, a number and % or nothing, such as "decode.ms > +3 %"',
         )
     name, sign, number, percent = match.groups()
     if name not in metric_names():

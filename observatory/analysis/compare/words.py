@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -89,7 +89,7 @@ _WORDS = {
     CompareCode.FEW_INDEPENDENT_STEPS: "too few independent steps: {steps} that resemble their neighbours",
     CompareCode.NO_INTERVAL: "a saved value without interval",
     CompareCode.NO_COUNTERPART: "{side} has nothing of {place}",
-    CompareCode.NO_ROUTER_BIAS: "runs do not hold the bias of routers",
+    CompareCode.NO_ROUTER_BIAS: "no router here has a correction bias",
     CompareCode.FEW_POINTS: "{points} points, {needed} needed to find a change",
     CompareCode.CONSTANT: "it is the same throughout",
     CompareCode.COUNT: "a count over other tokens, without an interval",
@@ -128,11 +128,26 @@ _WORDS = {
     CompareCode.OTHER_STATE: "state of the run: {base} against {other}",
 }
 _LONGEST = 60
+#: Names of one sentence about what has no counterpart.
+_MOST_NAMES = 3
 
 
 def sentence(reason: Reason) -> str:
     """A reason in words."""
     return _WORDS[CompareCode(reason.code)].format(**_shown(reason.values))
+
+
+def lonely_sentences(reasons: Iterable[Reason]) -> list[str]:
+    """What has no counterpart, one sentence for each side."""
+    places: dict[str, list[str]] = {}
+    for reason in reasons:
+        places.setdefault(str(reason.values["side"]), []).append(_text(reason.values["place"]))
+    return [
+        sentence(
+            Reason(CompareCode.NO_COUNTERPART, {"side": side, "place": listing(names, most=_MOST_NAMES)})
+        )
+        for side, names in places.items()
+    ]
 
 
 def _shown(values: Mapping[str, Any]) -> dict[str, Any]:

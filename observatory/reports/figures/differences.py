@@ -18,7 +18,7 @@ _GROUPS: tuple[tuple[tuple[str, ...], str, str, str], ...] = (
     (("higher", "lower"), "changed beyond noise", "orange", "diamond"),
     (("perhaps_higher", "perhaps_lower"), "perhaps", "blue", "square"),
     (("same", "identical"), "same within noise", "slate", "circle"),
-    (("unknown",), "no interval", "slate", "x"),
+    (("unknown",), "not known", "slate", "x"),
 )
 #: Intervals are cut where they reach so many times as far as the largest difference.
 _FARTHEST = 2.5
@@ -87,10 +87,10 @@ def layer_dots(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     return figure
 
 
-def level_line(track: Mapping[str, Any]) -> go.Figure:
-    """The values of a series, and the levels between its changes."""
+def level_line(track: Mapping[str, Any], order: str) -> go.Figure:
+    """The values of a series, and the levels between its changes; ``order``: what the points are."""
     places, values = track["at"], track["values"]
-    figure = empty_figure(300, x=axis("place in the series"), y=axis(figure_text(track["metric"], 40)))
+    figure = empty_figure(300, x=axis(order), y=axis(figure_text(track["metric"], 40)))
     figure.add_scatter(
         x=places,
         y=values,

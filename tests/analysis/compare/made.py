@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from observatory.run import RunWriter, routing_rows
 from observatory.run.manifest import DataSpec, DeviceSpec, HostSpec, Manifest, ModelSpec, MoeLayerSpec
-from observatory.run.tables import SPAN_SCHEMA
+from observatory.run.tables import ROUTER_BIAS_SCHEMA, SPAN_SCHEMA
 
 Float64 = NDArray[np.float64]
 
@@ -46,6 +46,7 @@ def made_run(
     window_steps: int = 1,
     host: str = "node-a",
     share: Callable[[int], Float64] | None = None,
+    bias: Callable[[int], Float64] | None = None,
     config: dict[str, object] | None = None,
     batch_size: int = 4,
     device_kind: str | None = None,
@@ -60,6 +61,7 @@ def made_run(
         window_steps: steps that each row folds; it is made as one step is.
         skew: how much more the first experts get.
         share: shares of the experts in a step; None: by ``skew``.
+        bias: correction bias of each router in a step; None: they have none.
         batch_size: of its data, in sequences.
         device_kind: kind of its device; None: it states none.
         config: options of the manifest, on top of the seed of the tokens.
@@ -114,6 +116,13 @@ def made_run(
                     }
                 )  # fmt: skip
                 start_ns += lasts_ns + 1000
+        if bias is not None:
+            rows = [
+                {"step": step, "layer": layer, "source_rank": 0, "bias": bias(step)}
+                for step in range(steps * window_steps)
+                for layer in range(layers)
+            ]
+            writer.append("router_bias", pa.Table.from_pylist(rows, schema=ROUTER_BIAS_SCHEMA))
         if times and spans:
             writer.append("spans", pa.Table.from_pylist(spans, schema=SPAN_SCHEMA))
     return path

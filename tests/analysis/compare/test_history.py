@@ -130,6 +130,24 @@ def test_a_change_inside_one_run_is_found(tmp_path: Path) -> None:
     assert tracks["prefill.ms"].changes == ()
 
 
+def test_the_range_of_a_correction_bias_is_a_series(tmp_path: Path) -> None:
+    def bias(step: int) -> np.ndarray:
+        return np.linspace(0.0, (0.01 if step < 50 else 0.04) + 1e-4 * np.sin(step), 8)
+
+    run = made_run(tmp_path / "run", steps=80, bias=bias, phases=("train_forward",))
+    subject = measure_run(open_run(run))
+    (history,) = history_of_steps(subject)
+    biases = [track for track in history.layers if track.key.metric == "router_bias"]
+    assert [track.key.layer for track in biases] == [0, 1]
+    (change,) = biases[0].changes
+    assert history.points[change.at].order == 50
+    assert (change.before, change.after) == pytest.approx((0.01, 0.04), rel=0.05)
+    (whole,) = (
+        track for track in history_of_runs("runs", [subject]).tracks if track.key.metric == "router_bias"
+    )
+    assert whole.value_N == pytest.approx([0.04], rel=0.05)
+
+
 def test_runs_of_other_batches_or_devices_are_series_of_their_own(tmp_path: Path) -> None:
     set_ups = ({}, {"batch_size": 8}, {"device_kind": "replay"}, {"device_kind": "nvidia"})
     subjects = [

@@ -128,12 +128,22 @@ def test_few_steps_have_no_interval_and_equal_ones_no_difference() -> None:
     assert (changed.relative, changed.p) == (pytest.approx(1 / 3), 0.0)
 
 
-def test_steps_that_hardly_vary_on_their_own_have_no_interval() -> None:
-    trends = [series(np.linspace(1.0, 3.0, 40) ** power) for power in (1.0, 1.1)]
-    assert difference_of(*trends, paired=False).low is None
-    assert difference_of(*trends, paired=True).p is None
-    noise = [series(10 + autoregressive(40, seed=seed, correlation=0.0)) for seed in (1, 2)]
-    assert difference_of(*noise, paired=False).low is not None
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.8])
+@pytest.mark.parametrize("steps", [8, 24])
+def test_intervals_of_few_steps_that_resemble_each_other_hold_the_change(
+    steps: int, correlation: float
+) -> None:
+    held = []
+    for seed in range(300):
+        base, other = (
+            series(mean + autoregressive(steps, seed=2 * seed + side, correlation=correlation))
+            for side, mean in enumerate((10.0, 11.0))
+        )
+        difference = difference_of(base, other, paired=False)
+        assert difference.low is not None
+        assert difference.high is not None
+        held.append(difference.low <= 1.0 <= difference.high)
+    assert np.mean(held) > 0.85
 
 
 def test_counts_of_other_tokens_have_no_interval() -> None:
