@@ -46,14 +46,13 @@ def check(
 
     described = load_site(site)
     batch, node = described.batch, described.node
-    per_rank = "" if node.cpus_per_task is None else f" with {node.cpus_per_task} CPUs each"
+    per_rank = "" if node.cpus_per_task is None else f" of {node.cpus_per_task} CPUs"
+    gpus = node.gres or (f"{node.gpus} GPUs" if node.gpus else "no GPUs")
     print_lines(
         [
             f"{described.name} ({described.scheduler}): partition {batch.partition or 'by default'}, "
             f"{batch.time} a job",
-            f"a node: {node.tasks} ranks{per_rank}, {node.gres or f'{node.gpus} GPUs'}, "
-            f"whole nodes: {node.exclusive}",
-            *(f"{ranks} ranks take {described.nodes_for(ranks)} nodes" for ranks in (8, 64)),
+            f"a node: {node.tasks} ranks{per_rank}, {gpus}, whole nodes: {node.exclusive}",
         ]
     )
     if described.scheduler != "slurm":
@@ -64,6 +63,10 @@ def check(
     except BatchError as error:
         say(f"the file is valid; Slurm is not asked: {error.what}")
         return
+    chosen = cluster.partition(batch.partition)
+    if chosen is not None:
+        nodes = min(chosen.nodes, chosen.most_nodes or chosen.nodes)
+        print_lines([f"a job: {nodes * node.tasks} ranks on {nodes} nodes at most"])
     found = complaints(described, cluster)
     refused = refusal(described) if not found else None
     for line in [*found, *([] if refused is None else [f"a job that fills one node: {refused}"])]:
