@@ -138,6 +138,7 @@ def _run_rank(
                     flush_s=job.flush_s,
                     overwrite=overwrite,
                     run_id=run_id,
+                    made=None if ranks.transport is None else ranks.made,
                     # Spread experts compute tokens of other ranks, too.
                     routing=job.counting(verify="first" if job.ep == 1 else "none"),
                     exchange=ExchangeOptions(

@@ -167,6 +167,12 @@ class Ranks:
             raise alike(kind(first["problem"]["text"]))
         return str(first["run_id"])
 
+    def made(self, problem: str | None) -> str | None:
+        """Why rank 0 could not make the run, on all ranks once it has tried; None where it is made."""
+        assert self.transport is not None
+        (first, *_) = self.transport.all_gather_json({"problem": problem})
+        return None if first["problem"] is None else str(first["problem"])
+
     @contextlib.contextmanager
     def spread(self, model: nn.Module, job: ProfileJob) -> Iterator[ShardedModel | None]:
         """Spread the experts of the model over the ranks, inside the block.

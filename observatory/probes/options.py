@@ -5,7 +5,7 @@ Imports nothing heavy: a command checks its options before torch is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -141,6 +141,9 @@ class WatchOptions:
         flush_s: seconds after which captured rows are on disk.
         overwrite: replace an existing run.
         run_id: id of the run; None: a new one.
+        made: called once by every rank, by rank 0 after it has made the run, or with why it cannot. Returns
+            on all ranks what rank 0 gave. With ``run_id``, no rank then waits for files of rank 0, and
+            each node may write to storage of its own.
 
     Raises:
         CaptureError: options that do not fit each other.
@@ -151,6 +154,7 @@ class WatchOptions:
     flush_s: float = 10.0
     overwrite: bool = False
     run_id: str | None = None
+    made: Callable[[str | None], str | None] | None = None
     routing: RoutingOptions = field(default_factory=RoutingOptions)
     exchange: ExchangeOptions = field(default_factory=ExchangeOptions)
     power: PowerOptions = field(default_factory=PowerOptions)

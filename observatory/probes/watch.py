@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
-from observatory.errors import CaptureError, ModelError, ObservatoryError
+from observatory.errors import CaptureError, ModelError, ObservatoryError, RunError
 from observatory.host.provenance import new_manifest
 from observatory.hpc.rank_guard import SHARDS, ending
 from observatory.probes.exchange.tap import unsupported
@@ -271,7 +271,15 @@ class Watch:
     def _open_run(self) -> RunWriter:
         options = self._options
         if options.where.rank > 0:
-            return RunWriter.join(self.run_path, rank=options.where.rank, run_id=options.run_id)
+            problem = None if options.made is None else options.made(None)
+            if problem is not None:
+                raise CaptureError(problem)
+            return RunWriter.join(
+                self.run_path,
+                rank=options.where.rank,
+                run_id=options.run_id,
+                ranks=None if options.made is None else options.where.world,
+            )
         labels, routing = options.labels, options.routing
         # What it was loaded from: a hub id, or a directory, of which the last component is the name.
         origin = str(getattr(getattr(self._model, "config", None), "_name_or_path", None) or "")
@@ -300,7 +308,15 @@ class Watch:
         )
         if options.run_id is not None:
             manifest = manifest.model_copy(update={"run_id": options.run_id})
-        return RunWriter.create(self.run_path, manifest, overwrite=options.overwrite)
+        try:
+            writer = RunWriter.create(self.run_path, manifest, overwrite=options.overwrite)
+        except RunError as error:
+            if options.made is not None:
+                options.made(str(error))
+            raise
+        if options.made is not None:
+            options.made(None)
+        return writer
 
 
 @contextlib.contextmanager

@@ -25,7 +25,16 @@ from observatory.run.files import (
     rank_folder,
     sync_folder,
 )
-from observatory.run.manifest import CaptureGap, ClockSpec, Manifest, RankLayer, RankPower, RankStatus
+from observatory.run.manifest import (
+    CaptureGap,
+    ClockSpec,
+    Manifest,
+    ModelSpec,
+    RankLayer,
+    RankPower,
+    RankStatus,
+    Topology,
+)
 from observatory.run.manifest_files import (
     read_manifest,
     read_rank_statuses,
@@ -117,6 +126,7 @@ class RunWriter:
         rank: int,
         host: str | None = None,
         run_id: str | None = None,
+        ranks: int | None = None,
         timeout_s: float = 60.0,
     ) -> Self:
         """Write as another rank into the run that rank 0 makes.
@@ -126,13 +136,24 @@ class RunWriter:
             rank: this rank, 1 to topology.ranks - 1.
             host: host name to record; this machine's by default.
             run_id: wait for the run of this id, where an older run may still lie at ``path``.
+            ranks: number of ranks, where rank 0 is known to have made the run ``run_id``. Nothing of its
+                files is then waited for or read, and the folder is made where it is missing: the ranks of
+                each node may write to storage of their own, to be copied into one directory later.
             timeout_s: how long to wait for rank 0.
 
         Raises:
             RunError: no such run within the time, or the rank does not fit it.
         """
         folder = Path(path)
-        manifest = _await_run(folder, run_id, timeout_s)
+        if ranks is None or run_id is None:
+            manifest = _await_run(folder, run_id, timeout_s)
+        else:
+            manifest = Manifest(
+                run_id=run_id,
+                created_unix_s=time.time(),
+                model=ModelSpec(name="of rank 0"),
+                topology=Topology(ranks=ranks),
+            )
         if not 0 < rank < manifest.topology.ranks:
             raise RunError(
                 f"rank {rank} does not fit run {folder} of {manifest.topology.ranks} ranks",
@@ -144,6 +165,7 @@ class RunWriter:
             )
         writer = cls(folder, manifest, rank=rank, host=host)
         try:
+            (folder / RANKS_FOLDER).mkdir(parents=True, exist_ok=True)
             writer._write_status("running")
         except OSError as error:
             raise RunError(f"run {folder} cannot be joined by rank {rank}: {os_reason(error)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -103,6 +104,25 @@ def test_a_rank_waits_for_the_run_and_must_fit_it(tmp_path: Path) -> None:
         RunWriter.join(path, rank=2)
     with pytest.raises(RunError, match="rank 1 cannot change the manifest"):
         joined[0].update_manifest(notes=("x",))
+
+
+def test_ranks_that_wrote_on_storage_of_their_own_are_one_run_when_copied_together(tmp_path: Path) -> None:
+    nodes = [tmp_path / f"node{rank}" / "run" for rank in range(2)]
+    writers = [
+        RunWriter.create(nodes[0], manifest_of(2, run_id="r")),
+        RunWriter.join(nodes[1], rank=1, run_id="r", ranks=2),
+    ]
+    for rank, writer in enumerate(writers):
+        writer.append("routing", one_step(0, rank=rank))
+        writer.close(steps=1)
+    assert not (nodes[1] / "run.json").exists()
+    for node in nodes:
+        shutil.copytree(node, tmp_path / "all", dirs_exist_ok=True)
+    run = open_run(tmp_path / "all")
+    assert (run.manifest.state, run.problems) == ("complete", ())
+    assert [block.load_SPE.shape[1] for block in run.iter_loads()] == [2, 2]  # ranks, of two layers
+    with pytest.raises(RunError, match="rank 1 has already written"):
+        RunWriter.join(nodes[1], rank=1, run_id="r", ranks=2)
 
 
 def test_the_manifest_can_be_changed_while_running(tmp_path: Path) -> None:
