@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from observatory.cli.jobs import CampaignArgument
-from observatory.cli.options import OUTPUT, CsvOption, JsonOption, WideOption
+from observatory.cli.options import OUTPUT, CsvOption, JsonOption, TableOption, WideOption
 
 
 def collect(
@@ -20,6 +20,7 @@ def collect(
         ),
     ] = None,
     csv: CsvOption = False,
+    table: TableOption = None,
     wide: WideOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -27,15 +28,15 @@ def collect(
     from observatory.campaign.batch.collection import collect as collect_points
     from observatory.campaign.batch.collection import collection_document
     from observatory.campaign.batch.folder import CampaignFolder
+    from observatory.campaign.batch.summary import condition_table
     from observatory.campaign.batch.words import collection_sentences, collection_table
-    from observatory.cli.output import print_data, print_table, print_text, say
+    from observatory.cli.output import print_data, print_tables, print_text, say
 
     collected = collect_points(CampaignFolder(directory.resolve()), report=report)
     document = collection_document(collected)
-    table = collection_table(document)
-    if not print_data(document, [table], json=json, csv=csv):
-        if document["gaps"]:
-            print_table(table, wide=wide)
+    tables = [condition_table(document["conditions"]), collection_table(document)]
+    if not print_data(document, tables, json=json, csv=csv, table=table):
+        print_tables([shown for shown in tables if shown.rows], wide=wide)
         print_text(collection_sentences(document))
     if collected.report is not None:
         say(f"report written to {collected.report}")

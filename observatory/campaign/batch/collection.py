@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from observatory.analysis.reduction.metrics import ReducedRow
 from observatory.campaign.batch.folder import CampaignFolder, PointStatus
 from observatory.campaign.batch.state import CampaignState, PointState, campaign_state
+from observatory.campaign.batch.summary import condition_rows
+from observatory.campaign.reduction import reduce_runs
 from observatory.errors import BatchError, ObservatoryError
 from observatory.run.documents.printed import printed_document
 from observatory.run.documents.writing import write_json, write_text
@@ -23,6 +26,7 @@ class Collected:
         network: network model that was fitted to the fabric's benchmark; None without one.
         report: the report; None where none was asked for, or there is nothing to report on.
         notes: what could not be done, a sentence each.
+        conditions: rows of `summary.condition_rows`.
     """
 
     state: CampaignState
@@ -30,6 +34,7 @@ class Collected:
     network: Path | None
     report: Path | None
     notes: tuple[str, ...]
+    conditions: tuple[dict[str, Any], ...]
 
 
 def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
@@ -57,9 +62,12 @@ def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
             network = _fit(folder, bench)
         except ObservatoryError as error:
             notes.append(f"the network cannot be fitted: {error.what}")
-    runs = tuple(
-        each.attempts[-1].out / "run" for each in state.of(PointStatus.DONE) if each.point.kind == "profile"
-    )
+    profiles = [each for each in state.of(PointStatus.DONE) if each.point.kind == "profile"]
+    runs = tuple(each.attempts[-1].out / "run" for each in profiles)
+    rows_of: dict[str, list[ReducedRow]] = {}
+    for each, run in zip(profiles, runs, strict=True):
+        rows_of[each.point.name] = reduce_runs([run])
+    conditions = condition_rows([each.point for each in profiles], rows_of)
     written = None
     if report is not None and runs:
         written = write_report(
@@ -73,7 +81,14 @@ def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
         )
     elif report is not None:
         notes.append("no profile is finished, so there is no report yet")
-    collected = Collected(state=state, runs=runs, network=network, report=written, notes=tuple(notes))
+    collected = Collected(
+        state=state,
+        runs=runs,
+        network=network,
+        report=written,
+        notes=tuple(notes),
+        conditions=tuple(conditions),
+    )
     write_json(folder.path / "summary.json", collection_document(collected))
     return collected
 
@@ -90,13 +105,16 @@ def collection_document(collected: Collected) -> dict[str, Any]:
             "runs": [str(run.relative_to(state.folder.path)) for run in collected.runs],
             "network": None if collected.network is None else collected.network.name,
             "report": None if collected.report is None else str(collected.report),
-            "gaps": [_gap(each) for each in state.points if each.status is not PointStatus.DONE],
+            "conditions": list(collected.conditions),
+            "gaps": [
+                _gap(each, state.folder.path) for each in state.points if each.status is not PointStatus.DONE
+            ],
             "notes": list(collected.notes),
         },
     )
 
 
-def _gap(each: PointState) -> dict[str, Any]:
+def _gap(each: PointState, folder: Path) -> dict[str, Any]:
     """A point that is missing, and what of it was captured nevertheless."""
     kept = [attempt.out / "run" for attempt in each.attempts if (attempt.out / "run" / "run.json").is_file()]
     return {
@@ -104,7 +122,7 @@ def _gap(each: PointState) -> dict[str, Any]:
         "about": each.point.about,
         "state": each.status.value,
         "exit_code": each.exit_code,
-        "captured": [str(path) for path in kept],
+        "captured": [str(path.relative_to(folder)) for path in kept],
     }
 
 

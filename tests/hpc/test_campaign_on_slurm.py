@@ -1,0 +1,213 @@
+"""A campaign on a real four-node Slurm: submitted, followed, disturbed, submitted again, collected."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from observatory.cli import main
+from tests.slurm_host import SlurmHost, slurm_host, why_not
+
+pytestmark = pytest.mark.slow
+
+_LIMIT_S = 400.0
+_ROOT = Path(__file__).parents[2]
+_SITE = f"""
+job_monitor = "https://monitor.example.org/job/{{job_id}}"
+[batch]
+time = "00:10:00"
+signal_s = 60
+restarts = 1
+[node]
+exclusive = "never"
+[environment]
+variables = {{ OMP_NUM_THREADS = "1", PYTHONPATH = "{_ROOT}" }}
+observatory = ["{sys.executable}", "-W", "ignore", "-m", "observatory"]
+"""
+_PROFILES = """
+models = ["tiny-gqa"]
+data = ["mock"]
+ep = [4]
+phases = ["prefill"]
+repeats = 2
+[profile]
+batch_size = 1
+sequence_length = 16
+steps = 2
+power = "off"
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[SlurmHost]:
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with slurm_host() as host:
+        yield host
+
+
+@pytest.fixture
+def login(slurm: SlurmHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A login node with a site file."""
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, slurm.environment[name])
+    (tmp_path / "site.toml").write_text(_SITE)
+    return tmp_path
+
+
+def submitted(login: Path, text: str) -> Path:
+    (login / "campaign.toml").write_text(text)
+    assert main(["submit", str(login / "campaign.toml"), "--site", str(login / "site.toml")]) == 0
+    return login / "campaign"
+
+
+def states(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["jobs", str(folder), "--json"]) in (0, 3)
+    return {point["about"]: point for point in json.loads(capsys.readouterr().out)["points"]}
+
+
+def until(what: str, holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + _LIMIT_S
+    while not holds():
+        assert time.monotonic() < deadline, f"{what} did not come"
+        time.sleep(0.3)
+
+
+def counted(folder: Path) -> int:
+    """How often commands of points have run."""
+    path = folder / "executions"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def command(name: str, script: str, *, more: str = "") -> str:
+    words = json.dumps(["bash", "-c", script, "-", "{out}"])
+    return f'[[command]]\nname = "{name}"\ncommand = {words}\n{more}\n'
+
+
+def test_a_campaign_from_submission_to_report(login: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fabric = '[fabric]\nranks = 2\noptions = ["--sizes", "1KiB,16KiB", "--repeats", "2"]\n'
+    folder = submitted(login, _PROFILES + fabric)
+    said = capsys.readouterr().err
+    assert "3 of 3 points submitted" in said
+    assert "https://monitor.example.org/job/" in said
+    until("the report", (folder / "report.html").exists)
+    points = states(folder, capsys)
+    assert {point["state"] for point in points.values()} == {"done"}
+    assert main(["collect", str(folder), "--json"]) == 0
+    collected = json.loads(capsys.readouterr().out)
+    (row,) = collected["conditions"]
+    assert (row["model"], row["ep"], row["repeats"], row["exchange_ms"] > 0) == ("tiny-gqa", 4, 2, True)
+    assert (collected["gaps"], collected["network"]) == ([], "network.json")
+    page = (folder / "report.html").read_text()
+    assert "Campaign campaign" in page
+    runs = [folder / path for path in collected["runs"]]
+    assert all(json.loads((run / "run.json").read_text())["state"] == "complete" for run in runs)
+    assert main(["submit", str(login / "campaign.toml"), "--site", str(login / "site.toml")]) == 0
+    assert "0 of 3 points submitted, 3 done already" in capsys.readouterr().err
+
+
+def test_a_killed_rank_is_a_stated_gap_that_submission_closes(
+    login: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = _PROFILES.replace("repeats = 2", "repeats = 1").replace("steps = 2", "steps = 5000")
+    folder = submitted(login, f"report = false\n{text}flush_s = 0.5\nexchange_timeout_s = 20.0\n")
+    (point,) = (folder / "points").iterdir()
+    run = point / "try-1" / "out" / "run"
+    until("rows", lambda: len(list(run.glob("routing/*/part-*.parquet"))) >= 4)
+    ranks = subprocess.run(
+        ["pgrep", "-f", f"observatory profile .*{run}"], capture_output=True, check=True, text=True
+    ).stdout.split()
+    os.kill(int(ranks[-1]), signal.SIGKILL)
+    until("its end", (point / "try-1" / "ended").exists)
+    (state,) = states(folder, capsys).values()
+    assert (state["state"], state["attempts"]) == ("failed", 1)
+    assert state["last_lines"]
+    assert main(["collect", str(folder), "--json"]) == 0
+    (gap,) = json.loads(capsys.readouterr().out)["gaps"]
+    assert gap["captured"] == [str(run.relative_to(folder))]
+    assert main(["routing", str(run)]) == 0  # what was captured is readable
+    short = text.replace("steps = 5000", "steps = 2")
+    folder = submitted(login, f"report = false\n{short}")
+    assert "1 no longer part of the campaign" in capsys.readouterr().err
+    until("the short point", lambda: all(s["state"] == "done" for s in states(folder, capsys).values()))
+
+
+def test_points_that_are_disturbed_run_again_and_finished_ones_never(
+    login: Path, slurm: SlurmHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = login / "campaign"
+    count = f"echo x >> {folder}/executions; "
+    gate = f"until [ -e {folder}/go ]; do sleep 0.2; done"
+    text = "report = false\n" + command("quick", count + "echo done") + command("slow", count + gate)
+    submitted(login, text)
+    until("both", lambda: counted(folder) == 2)
+    until("quick", lambda: states(folder, capsys)["quick"]["state"] == "done")
+    (script,) = (folder / "scripts").glob("*.sh")
+    again = slurm.call("sbatch", "--parsable", str(script))  # by hand, while one element runs
+    until("the second array", lambda: not slurm.call("squeue", "-h", "-j", again))
+    assert counted(folder) == 2
+    assert "has its result already" in (folder / "logs" / f"{again}_0.log").read_text()
+    assert "is run by job" in (folder / "logs" / f"{again}_1.log").read_text()
+    assert main(["cancel", str(folder)]) == 0
+    until("the cancellation", lambda: states(folder, capsys)["slow"]["state"] in ("terminated", "lost"))
+    (folder / "go").touch()
+    assert main(["submit", str(login / "campaign.toml"), "--site", str(login / "site.toml")]) == 0
+    assert "1 of 2 points submitted, 1 done already" in capsys.readouterr().err
+    until("slow", lambda: states(folder, capsys)["slow"]["state"] == "done")
+    assert counted(folder) == 3
+    assert main(["jobs", str(folder)]) == 0
+
+
+def test_the_signal_before_the_end_of_the_wall_time_is_passed_on_and_resumed(
+    login: Path, slurm: SlurmHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = (
+        'if [ -e "$1/half" ]; then echo rest > "$1/rest"; exit 0; fi; '
+        'trap \'echo half > "$1/half"; exit 9\' TERM; echo x > "$1/started"; '
+        "while true; do sleep 0.2; done"
+    )
+    folder = submitted(login, "report = false\n" + command("long", script, more="resumes = true"))
+    (point,) = (folder / "points").iterdir()
+    until("its start", (point / "try-1" / "out" / "started").exists)
+    job = (point / "try-1" / "job").read_text().strip()
+    slurm.call("scancel", "--batch", "--signal=USR1", job)  # as Slurm does so many seconds before the end
+    until("its result", (point / "result" / "ended").exists)
+    assert (point / "result" / "out" / "half").read_text() == "half\n"
+    assert (point / "result" / "out" / "rest").exists()
+    assert (point / "try-1" / "ended").read_text() == "out-of-time 9\n"
+    (state,) = states(folder, capsys).values()
+    assert (state["state"], state["attempts"]) == ("done", 2)
+
+
+def test_a_scheduler_that_does_not_answer_is_named(
+    login: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = submitted(login, "report = false\n" + command("quick", "true"))
+    until("quick", lambda: states(folder, capsys)["quick"]["state"] == "done")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["jobs", str(folder)]) == 0
+    assert "1 done" in capsys.readouterr().out
+    assert main(["submit", str(login / "campaign.toml"), "--site", str(login / "site.toml")]) == 1
+    assert "there is no squeue here" in capsys.readouterr().err
+
+
+def test_an_unknown_partition_is_one_sentence_with_slurms_reason(
+    login: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = login / "site.toml"
+    site.write_text(_SITE.replace("[batch]", '[batch]\npartition = "nowhere"'))
+    (login / "campaign.toml").write_text("report = false\n" + command("quick", "true"))
+    assert main(["submit", str(login / "campaign.toml"), "--site", str(site)]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "Invalid partition name specified" in said
