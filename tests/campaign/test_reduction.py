@@ -25,7 +25,10 @@ from observatory.errors import RunError
 from observatory.run import Run, RunWriter, open_run, routing_rows
 from observatory.run.head import read_head
 from observatory.run.manifest import Manifest, ModelSpec, MoeLayerSpec, Topology
+from tests.analysis.energy.runs import write_energy_run
+from tests.analysis.energy.served import DEVICE, numbered, served
 from tests.conftest import MakeRun
+from tests.devices.sensor import SimulatedSensor
 from tests.paths import ROOT
 
 LAYERS, EXPERTS = 3, 8
@@ -91,6 +94,19 @@ def test_the_metrics_are_those_of_the_single_run_analyses(tmp_path: Path) -> Non
     assert row.exchange_share == pytest.approx(inside / 3 / longest.sum())
     assert (row.mixer, row.ranks, row.ep, row.shards, row.problems) == ("MHA", 3, 2, 3, ())
     assert row.mj_per_token is None
+
+
+def test_energy_per_token_is_that_of_a_comparison(tmp_path: Path) -> None:
+    load = served()
+    path = write_energy_run(
+        tmp_path / "run", power=SimulatedSensor().sample(load, poll_ms=53.0), spans=[numbered(load)],
+        tokens={"prefill": 2048, "decode": 16}, devices=(DEVICE,),
+    )  # fmt: skip
+    series = measure_run(open_run(path)).series
+    rows = {row.phase: row.mj_per_token for row in reduce_runs([path])}
+    assert rows == {phase: series[Key("mj_per_token", phase)].value for phase in ("prefill", "decode")}
+    shutil.rmtree(path / "routing")
+    assert all("energy is not known" in row.problems[-1] for row in reduce_runs([path]))
 
 
 def test_merging_depends_on_no_order_and_survives_the_way_to_another_process(tmp_path: Path) -> None:
