@@ -85,6 +85,22 @@ def test_hostile_plans_are_refused(plan: Path, change: dict[str, object]) -> Non
         load_plan(plan)
 
 
+def test_a_plan_without_newer_keys_is_reported(plan: Path, make_run: MakeRun, tmp_path: Path) -> None:
+    document = json.loads(plan.read_text())
+    for candidate in document["candidates"]:
+        for name in ("joules_per_token", "joules_grade", "is_simulated"):
+            candidate.pop(name)
+    for assumption in document["assumptions"]:
+        assumption.pop("ms_per_token_with_captured")
+    document["model"].pop("longest")
+    plan.write_text(json.dumps(document))
+    write_report([make_run()], tmp_path / "page.html", plans=[plan])
+    assert (
+        'id="capacity' in (tmp_path / "page.html").read_text()
+        or "How many" in (tmp_path / "page.html").read_text()
+    )
+
+
 def test_names_of_a_plan_are_escaped(plan: Path, make_run: MakeRun, tmp_path: Path) -> None:
     document = json.loads(plan.read_text())
     evil = "<script>alert(1)</script>"

@@ -16,6 +16,8 @@ _Number = Annotated[float, Field(ge=0.0, le=1e18)]
 _Share = Annotated[float, Field(ge=0.0, le=1.0 + 1e-9)]
 _MOST_ROWS = 100_000
 
+Grade = Literal["measured", "fitted", "published", "assumed"]
+
 
 class PlannedSetUp(Record):
     """A set-up that meets every target; see docs/json.md."""
@@ -40,13 +42,18 @@ class PlannedSetUp(Record):
     ttft_ms_high: _Number
     tokens_per_s_gpu: _Number
     tokens_per_s_user: _Number
+    joules_per_token: _Number | None = None
+    joules_per_token_low: _Number | None = None
+    joules_per_token_high: _Number | None = None
+    joules_grade: Grade | None = None
+    is_simulated: bool = False
     joules_per_token_most: _Number | None
     rack_w: _Number | None
     per_million: _Number | None
     limit: Text
     is_pareto: bool
     extrapolated: Annotated[tuple[Text, ...], Field(max_length=16)]
-    grades: dict[Literal["measured", "fitted", "published", "assumed"], _Share]
+    grades: dict[Grade, _Share]
 
 
 class RuledOut(Record):
@@ -64,6 +71,27 @@ class PlannedRouting(Record):
     gpus: Count | None
     set_up: Text | None
     gpus_with_captured: Count | None
+    ms_per_token_with_captured: _Number | None = None
+    ttft_ms_with_captured: _Number | None = None
+
+
+class PlannedAlpha(Record):
+    """The exponent of the power law nearest to the loads of a layer."""
+
+    phase: Text
+    layer: Count
+    alpha: _Number
+    fitted_to: Text = "loads"
+    distance: _Number
+    busiest_captured: _Number
+    busiest_fitted: _Number
+
+
+class PlannedSources(Record):
+    """What a plan was made from."""
+
+    runs: Annotated[tuple[object, ...], Field(max_length=_MOST_ROWS)]
+    phases: Annotated[tuple[Text, ...], Field(max_length=16)] = ()
 
 
 class PlannedModel(Record):
@@ -71,6 +99,7 @@ class PlannedModel(Record):
 
     name: Text
     parameters: Count
+    longest: Count | None = None
 
 
 class PlannedTargets(Record):
@@ -91,11 +120,12 @@ class PlanFile(Record):
     model: PlannedModel
     targets: PlannedTargets
     routing: Text
+    sources: PlannedSources
     candidates: Annotated[tuple[PlannedSetUp, ...], Field(max_length=_MOST_ROWS)]
     rejected: Annotated[tuple[dict[str, object], ...], Field(max_length=_MOST_ROWS)]
     rejected_by: Annotated[tuple[RuledOut, ...], Field(max_length=1024)]
     assumptions: Annotated[tuple[PlannedRouting, ...], Field(max_length=16)]
-    alphas: Annotated[tuple[dict[str, object], ...], Field(max_length=_MOST_ROWS)] = ()
+    alphas: Annotated[tuple[PlannedAlpha, ...], Field(max_length=_MOST_ROWS)] = ()
 
 
 def load_plan(path: Path | str) -> PlanFile:
