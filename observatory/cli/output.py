@@ -14,6 +14,7 @@ import json as json_format
 import math
 import os
 import sys
+import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ _LONGEST_WORD = 13
 _NARROW_TERMINAL = 60
 _NARROWEST_TERMINAL = 40
 _USUAL_TERMINAL = 80
+#: Between two lines of progress in a log.
+_LINE_PERIOD_S = 60.0
 #: Text may be folded behind these; elsewhere only where a line has none of them.
 _JOINTS = " /_.:-,;"
 #: A spreadsheet takes text that starts with one of these for a formula.
@@ -315,9 +318,34 @@ def _terminal_width() -> int | None:
     return max(width or _USUAL_TERMINAL, _NARROWEST_TERMINAL)
 
 
+class ProgressLines:
+    """Progress where stderr is no terminal, as in the log of a batch job: at most a line a minute.
+
+    Args:
+        now: seconds of a clock that never goes back.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._began_s: float | None = None
+        self._said_s = 0.0
+        self._said = ""
+
+    def update(self, what: str, done: int, total: int | None) -> None:
+        """State what is done, if the last line is a minute old; the first line and the last always."""
+        now_s = self._now()
+        if self._began_s is None:
+            self._began_s = now_s
+        line = f"{what}: {done}" + ("" if total is None else f" of {total}")
+        is_last = total is not None and done >= total
+        if line != self._said and (not self._said or is_last or now_s - self._said_s >= _LINE_PERIOD_S):
+            say(f"{line} after {now_s - self._began_s:.0f} s")
+            self._said, self._said_s = line, now_s
+
+
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Progress]:
-    """Progress on stderr from its ``start()`` on, so that a refusal before it is the only line."""
+    """Progress on a terminal from its ``start()`` on, so that a refusal before it is the only line."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -337,7 +365,11 @@ def progress_bar() -> Iterator[Progress]:
 
 @contextlib.contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that appears when it is first called with what is done and what there is in all."""
+    """Progress that appears when it is first called with what is done and what there is in all."""
+    if not sys.stderr.isatty():
+        lines = ProgressLines()
+        yield lambda done, total: lines.update(what, done, total)
+        return
     with progress_bar() as bar:
         task = bar.add_task(what, total=None)
 

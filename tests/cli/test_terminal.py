@@ -22,11 +22,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from observatory.analysis.columns import Column, Table, short_names
+from observatory.campaign.batch.campaign_file import CampaignFile, campaign_points
+from observatory.campaign.batch.folder import CampaignFolder
 from observatory.campaign.grid import CellResult, GridConfig, grid_cells
 from observatory.campaign.quickstart_network import NetworkFiles
 from observatory.cli import main, output
 from observatory.cli.app import _COMMANDS, _GROUPS
-from observatory.cli.output import print_table
+from observatory.cli.output import ProgressLines, print_table
+from observatory.hpc.site import Site
 from observatory.locks.lease import create_lease, lease_path, new_lease
 from observatory.run.documents.prefix_cache import ReuseMeasurements
 from tests.advice.mitigations.runs import sized_run
@@ -51,7 +54,10 @@ LAYERS = 60
 #: How lines begin from which on all is copied.
 COPIED = ("# to lock", "report: ")
 #: They write files.
-PRINT_NO_TABLE = {"profile", "report", "export", "clocks recover"}
+PRINT_NO_TABLE = {
+    *("profile", "report", "export", "clocks recover", "submit", "cancel"),
+    *("site init", "site check", "site example"),
+}
 
 
 class Terminal:
@@ -151,6 +157,14 @@ def plan_command(config: Path) -> list[str]:
     return ["plan", str(config), *targets, "--hardware", "h20", "--mode", "apart", "--wide"]
 
 
+def a_campaign(folder: Path) -> str:
+    """A campaign of which nothing has run."""
+    folder.mkdir(exist_ok=True)
+    campaign = CampaignFile(models=("tiny-gqa",), ep=(1, 4))
+    CampaignFolder(folder).save("mixers", campaign, Site(), campaign_points(campaign))
+    return str(folder)
+
+
 def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Command lines of everything that prints a table and can run here."""
     run, exchanges = str(big_run(tmp / "big")), str(big_exchanges(tmp / "exchanges"))
@@ -188,9 +202,8 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     leases.mkdir(mode=0o700)
     monkeypatch.setenv("OBSERVATORY_LEASES", str(leases))
     create_lease(lease_path(leases, UUID), new_lease(UUID, duration_s=60))
-    yield ["clocks", "status"]
-    yield ["clocks", "unlock"]
-    yield ["doctor"]
+    yield from (["reduce", run], *([name, a_campaign(tmp / "campaign")] for name in ("jobs", "collect")))
+    yield from (["clocks", "status"], ["clocks", "unlock"], ["doctor"])
     recording = f"replay:{write_recording(tmp / 'recording.parquet', samples=2000)}"
     yield ["power", "--out", str(tmp / "sampled"), "--device", recording, "--seconds", "0.3"]
     keep_results(tmp, monkeypatch)
@@ -360,3 +373,15 @@ def test_each_table_of_a_command_has_a_csv(tmp_path: Path, capsys: pytest.Captur
     assert main(["exchanges", str(big_exchanges(tmp_path / "run")), "--csv", "--table", "ranks"]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [row["source_rank"] for row in rows] == ["0", "1", "2", "3"]
+
+
+def test_progress_in_a_log_is_a_line_a_minute(capsys: pytest.CaptureFixture[str]) -> None:
+    now = iter([0.0, 10.0, 59.0, 61.0, 90.0, 100.0])
+    lines = ProgressLines(now=lambda: next(now))
+    for done in (0, 1, 2, 3, 4, 5):
+        lines.update("profile", done, 5)
+    assert capsys.readouterr().err.splitlines() == [
+        "profile: 0 of 5 after 0 s",
+        "profile: 3 of 5 after 61 s",
+        "profile: 5 of 5 after 100 s",
+    ]
