@@ -167,6 +167,12 @@ def test_points_that_are_disturbed_run_again_and_finished_ones_never(
     until("slow", lambda: states(folder, capsys)["slow"]["state"] == "done")
     assert counted(folder) == 3
     assert main(["jobs", str(folder)]) == 0
+    (folder / "campaign.json").write_text("{")
+    submitted(login, "report = false\n" + command("other", "true"))
+    until("other", lambda: states(folder, capsys)["other"]["state"] == "done")
+    submitted(login, text)  # what was dropped and comes back has its result
+    assert "0 of 2 points submitted, 2 done already" in capsys.readouterr().err
+    assert counted(folder) == 3
 
 
 def test_the_signal_before_the_end_of_the_wall_time_is_passed_on_and_resumed(

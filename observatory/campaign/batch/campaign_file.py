@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +22,7 @@ _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,47}$")]
 _Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]+$")]
 _Few = Annotated[int, Field(ge=1, le=65536)]
 _Settings = Annotated[tuple[_Text, ...], Field(max_length=1000)]
+_JOBS = TypeAdapter(ProfileJob)
 #: Options of a profile that the axes of a campaign set.
 _AXES = ("model", "data", "ep", "phase")
 
@@ -160,8 +162,8 @@ def campaign_points(campaign: CampaignFile) -> tuple[Point, ...]:
     points = [] if campaign.fabric is None else [_fabric_point(campaign.fabric)]
     points += _profile_points(campaign)
     points += [_command_point(command) for command in campaign.command]
-    names = [point.name for point in points]
-    twice = next((point for point in points if names.count(point.name) > 1), None)
+    counts = Counter(point.name for point in points)
+    twice = next((point for point in points if counts[point.name] > 1), None)
     if twice is not None:
         raise BatchError(f"the campaign has the point {twice.about!r} twice", remedy="name each once")
     return tuple(points)
@@ -247,7 +249,7 @@ def _absolute(name: str) -> str:
 
 def _job(options: dict[str, Any]) -> ProfileJob:
     try:
-        return TypeAdapter(ProfileJob).validate_python(options)
+        return _JOBS.validate_python(options)
     except ValidationError as error:
         problem = first_problem(error)
     except ObservatoryError as error:

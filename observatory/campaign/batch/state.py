@@ -18,6 +18,7 @@ from observatory.campaign.batch.folder import (
     result_status,
 )
 from observatory.hpc import slurm
+from observatory.hpc.site import Site
 from observatory.hpc.slurm import JobState, QueueAnswer
 from observatory.run.documents.printed import printed_document
 
@@ -88,8 +89,13 @@ class CampaignState:
     @property
     def active_jobs(self) -> list[str]:
         """Ids of submitted jobs that wait or run."""
-        active = {name.partition("_")[0] for name, state in self.queue.states.items() if state.active}
-        return [job.job_id for job in self.jobs if job.job_id in active]
+        return [job.job_id for job in active_jobs(self.jobs, self.queue)]
+
+
+def active_jobs(jobs: Sequence[SubmittedJob], queue: QueueAnswer) -> list[SubmittedJob]:
+    """Submitted jobs that wait or run."""
+    active = {name.partition("_")[0] for name, state in queue.states.items() if state.active}
+    return [job for job in jobs if job.job_id in active]
 
 
 def campaign_state(folder: CampaignFolder) -> CampaignState:
@@ -99,19 +105,23 @@ def campaign_state(folder: CampaignFolder) -> CampaignState:
         BatchError: the directory holds no campaign.
     """
     saved = folder.load()
+    jobs, queue, points = points_state(folder, saved.site, saved.points)
+    names = {point.name for point in saved.points}
+    further = sum(1 for name in elements_of(jobs) if name not in names)
+    return CampaignState(folder=folder, saved=saved, jobs=jobs, queue=queue, points=points, further=further)
+
+
+def points_state(
+    folder: CampaignFolder, site: Site, points: Sequence[Point]
+) -> tuple[tuple[SubmittedJob, ...], QueueAnswer, tuple[PointState, ...]]:
+    """The submitted jobs, the scheduler's answer about them, and where these points stand."""
     jobs = tuple(folder.jobs())
     # Read before the question: a job that ends in between is then found in the folders next time.
-    attempts = {point.name: folder.attempts(point.name) for point in saved.points}
-    queue = slurm.ask([job.job_id for job in jobs]) if saved.site.scheduler == "slurm" else _NO_QUESTION
+    attempts = {point.name: folder.attempts(point.name) for point in points}
+    queue = slurm.ask([job.job_id for job in jobs]) if site.scheduler == "slurm" else _NO_QUESTION
     elements = elements_of(jobs)
-    points = [
-        _state(point, attempts[point.name], elements.get(point.name, []), queue) for point in saved.points
-    ]
-    names = {point.name for point in saved.points}
-    further = sum(1 for name in elements if name not in names)
-    return CampaignState(
-        folder=folder, saved=saved, jobs=jobs, queue=queue, points=tuple(points), further=further
-    )
+    states = [_state(point, attempts[point.name], elements.get(point.name, []), queue) for point in points]
+    return jobs, queue, tuple(states)
 
 
 _NO_QUESTION = QueueAnswer(source=None, states={}, problem="only Slurm is asked")
@@ -154,6 +164,7 @@ def _state(
 def state_document(state: CampaignState) -> dict[str, Any]:
     """The state for ``--json``."""
     site = state.saved.site
+    active = set(state.active_jobs)
     return printed_document(
         "jobs",
         {
@@ -169,7 +180,7 @@ def state_document(state: CampaignState) -> dict[str, Any]:
                     "name": job.name,
                     "points": len(job.points),
                     "submitted_unix_s": job.submitted_unix_s,
-                    "active": job.job_id in state.active_jobs,
+                    "active": job.job_id in active,
                     "monitor": site.monitor_link(job.job_id),
                 }
                 for job in state.jobs

@@ -16,7 +16,7 @@ from observatory.campaign.batch.folder import (
     PointStatus,
     SubmittedJob,
 )
-from observatory.campaign.batch.state import CampaignState, PointState, campaign_state
+from observatory.campaign.batch.state import PointState, active_jobs, points_state
 from observatory.campaign.preflight import check_job
 from observatory.errors import BatchError
 from observatory.hpc import slurm
@@ -60,6 +60,8 @@ class Submission:
         left: points that ``--only`` leaves out.
         added, dropped: points that the campaign gained and lost since it was submitted last; they are None
             where it never was.
+        queued: jobs of earlier submissions that wait or run.
+        queued_fabric: those of them that measure the network.
     """
 
     folder: CampaignFolder
@@ -73,6 +75,8 @@ class Submission:
     left: int
     added: int | None
     dropped: int | None
+    queued: tuple[str, ...]
+    queued_fabric: tuple[str, ...]
 
 
 def plan_submission(
@@ -100,29 +104,37 @@ def plan_submission(
     """
     name = campaign.name or name
     points = campaign_points(campaign)
-    before = _submitted_before(folder)
-    states = {} if before is None else {state.point.name: state for state in before.points}
-    fresh = [point for point in points if point.name not in states]
-    again = [states[point.name] for point in points if point.name in states]
-    chosen = {point.name for point in fresh} if only != "failed" else set()
-    chosen |= {state.point.name for state in again if _is_chosen(state, only)}
-    wanted = [point for point in points if point.name in chosen]
+    before = _names_before(folder)
+    jobs_before, queue, states = points_state(folder, site, points)
+    if site.scheduler == "slurm" and jobs_before and queue.source is None:
+        raise BatchError(
+            f"what already runs of this campaign is not known: {queue.problem}",
+            remedy="run it again when the scheduler answers",
+        )
+    active = active_jobs(jobs_before, queue)
+    wanted = [state.point for state in states if _is_chosen(state, only)]
     if site.container is None:
         _check(wanted)
     limit = array_limit if array_limit is not None else site.batch.array_limit
-    jobs = tuple(_planned(campaign, site, folder, name, wanted, array_limit=limit))
+    jobs = [*_planned(campaign, site, folder, name, wanted, array_limit=limit)]
+    is_collected = any(not job.points for job in active)
+    if campaign.report and (wanted or (active and not is_collected)):
+        jobs.append(_collecting(campaign, site, folder, name))
+    fabric = {point.name for point in points if point.kind == "fabric"}
     return Submission(
         folder=folder,
         name=name,
         campaign=campaign,
         site=site,
         points=points,
-        jobs=jobs,
-        kept=sum(state.status is PointStatus.DONE for state in again),
-        active=sum(state.status in ACTIVE for state in again),
-        left=len(points) - len(wanted) - sum(state.status in (PointStatus.DONE, *ACTIVE) for state in again),
-        added=None if before is None else len(fresh),
-        dropped=None if before is None else len(set(states) - {point.name for point in points}),
+        jobs=tuple(jobs),
+        kept=sum(state.status is PointStatus.DONE for state in states),
+        active=sum(state.status in ACTIVE for state in states),
+        left=sum(state.status not in (PointStatus.DONE, *ACTIVE) for state in states) - len(wanted),
+        added=None if before is None else len({point.name for point in points} - before),
+        dropped=None if before is None else len(before - {point.name for point in points}),
+        queued=tuple(job.job_id for job in active),
+        queued_fabric=tuple(job.job_id for job in active if fabric.intersection(job.points)),
     )
 
 
@@ -144,18 +156,24 @@ def submit(submission: Submission, *, submitted: Callable[[PlannedJob, str], Non
     if site.scheduler != "slurm":
         return []
     ids: list[str] = []
-    fabric: list[str] = []
+    fabric = list(submission.queued_fabric)
     for job in submission.jobs:
-        after = {"none": [], "fabric": fabric, "all": ids}[job.waits]
+        after = {"none": [], "fabric": fabric, "all": [*submission.queued, *ids]}[job.waits]
         job_id = slurm.submit(folder.script(job.name), after=after)
-        folder.add_job(
-            SubmittedJob(
-                job_id=job_id,
-                name=job.name,
-                points=tuple(point.name for point in job.points),
-                submitted_unix_s=time.time(),
-            )
+        record = SubmittedJob(
+            job_id=job_id,
+            name=job.name,
+            points=tuple(point.name for point in job.points),
+            submitted_unix_s=time.time(),
         )
+        try:
+            folder.add_job(record)
+        except OSError as error:
+            raise BatchError(
+                f"job {job_id} is in the queue, but {folder.path / 'jobs'} cannot be written "
+                f"({error.strerror})",
+                remedy=f"cancel it with scancel {job_id}, make room, and run the same command again",
+            ) from error
         ids.append(job_id)
         if any(point.kind == "fabric" for point in job.points):
             fabric.append(job_id)
@@ -163,11 +181,11 @@ def submit(submission: Submission, *, submitted: Callable[[PlannedJob, str], Non
     return ids
 
 
-def _submitted_before(folder: CampaignFolder) -> CampaignState | None:
-    """The state of an earlier submission; None where there is none.
+def _names_before(folder: CampaignFolder) -> set[str] | None:
+    """Points of the campaign as it was submitted last; None where it never was, or its record is damaged.
 
     Raises:
-        BatchError: something else is in the place of the directory, or nothing is known of what runs.
+        BatchError: something else is in the place of the directory.
     """
     path = folder.path
     if path.exists() and not path.is_dir():
@@ -178,13 +196,10 @@ def _submitted_before(folder: CampaignFolder) -> CampaignState | None:
                 f"{path} is not empty and holds no campaign", remedy="name another directory with --out"
             )
         return None
-    state = campaign_state(folder)
-    if state.saved.site.scheduler == "slurm" and state.jobs and state.queue.source is None:
-        raise BatchError(
-            f"what already runs of this campaign is not known: {state.queue.problem}",
-            remedy="run it again when the scheduler answers",
-        )
-    return state
+    try:
+        return {point.name for point in folder.load().points}
+    except BatchError:  # it is written anew; results and jobs are in files of their own
+        return None
 
 
 def _is_chosen(state: PointState, only: Only | None) -> bool:
@@ -222,7 +237,7 @@ def _planned(
         key = (point.kind == "fabric", point.ranks, point.clock_mhz, point.resumes, point.measures_power)
         groups.setdefault(key, []).append(point)
     time_limit = campaign.time or site.batch.time
-    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    stamp = _stamp()
     numbers = iter(range(1, 1 << 30))
     for members in groups.values():
         first = members[0]
@@ -247,12 +262,20 @@ def _planned(
             yield PlannedJob(
                 name=script, points=part, text=text, waits="none" if first.kind == "fabric" else "fabric"
             )
-    if points and campaign.report:
-        argv = ("observatory", "collect", str(folder.path), "--report", str(folder.path / "report.html"))
-        text = job_script(
-            site, JobScript(name=f"{name}-{COLLECT}", folder=folder.path, command=argv, time=time_limit)
-        )
-        yield PlannedJob(name=f"{name}-{COLLECT}-{stamp}", points=(), text=text, waits="all")
+
+
+def _collecting(campaign: CampaignFile, site: Site, folder: CampaignFolder, name: str) -> PlannedJob:
+    """The job at the end, which writes the summary and the report."""
+    argv = ("observatory", "collect", str(folder.path), "--report", str(folder.path / "report.html"))
+    script = JobScript(
+        name=f"{name}-{COLLECT}", folder=folder.path, command=argv, time=campaign.time or site.batch.time
+    )
+    text = job_script(site, script)
+    return PlannedJob(name=f"{name}-{COLLECT}-{_stamp()}", points=(), text=text, waits="all")
+
+
+def _stamp() -> str:
+    return time.strftime("%Y%m%dT%H%M%S", time.gmtime())
 
 
 def _write(submission: Submission) -> None:
