@@ -39,9 +39,13 @@ def _run_in_log(config: GridConfig, out: Path) -> Sequence[CellResult]:
     total = len(grid_cells(config))
     ended = 0
 
+    has_begun = False
+
     def on_cell(_: Cell, result: CellResult | None) -> None:
-        nonlocal ended
+        nonlocal ended, has_begun
         ended += result is not None
-        lines.update("cells", ended, total)
+        has_begun = has_begun or result is None
+        if has_begun:
+            lines.update("cells", ended, total)
 
     return run_grid(config, out, cell_progress=on_cell)
