@@ -94,8 +94,8 @@ def test_ranks_that_another_launcher_started_are_refused_by_mpi(library: str, tm
     (sentence,) = sentences(done.stderr)
     if sentence.startswith("MPI says"):
         assert sentence == (
-            "MPI says rank 0 of 1, torchrun says rank 1 of 2; expected ranks that mpiexec, or srun, of the same "
-            "MPI library started, use it, or use --backend gloo"
+            "MPI says rank 0 of 1, torchrun says rank 1 of 2; expected ranks that mpiexec, or srun, of the "
+            "same MPI library started, use it, or use --backend gloo"
         )
     else:
         assert library == "not found"
