@@ -11,13 +11,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from observatory.campaign.job import ProfileJob, ProfileOptions
 from observatory.campaign.naming import content_name, job_content
@@ -25,7 +24,7 @@ from observatory.campaign.preflight import check_job, check_libraries
 from observatory.campaign.profile import run_profile
 from observatory.campaign.run_folders import is_complete
 from observatory.errors import DataError, ObservatoryError, PlacementError, RunError
-from observatory.run.bounded import read_at_most
+from observatory.run.bounded import read_toml
 from observatory.run.documents.writing import frame_records, write_json
 
 if TYPE_CHECKING:
@@ -95,24 +94,14 @@ def load_grid(path: Path) -> GridConfig:
     Raises:
         DataError: missing, too large, not TOML, or a key or value that is not understood.
     """
-    try:
-        text = read_at_most(path, _LARGEST_CONFIG_BYTES)
-    except OSError as error:
-        raise DataError(
-            f"cannot read the grid file {path}: {error.strerror}; expected a TOML file"
-        ) from error
-    if text is None:
-        raise DataError(f"the grid file {path} is larger than {_LARGEST_CONFIG_BYTES} bytes; is it a grid?")
-    try:
-        return GridConfig.model_validate(tomllib.loads(text.decode("utf-8")))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"grid file {path}, key {place!r}: {first['msg']}") from error
-    except ObservatoryError as error:
-        raise DataError(f"grid file {path}, [profile]: {error}") from error
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
-        raise DataError(f"the grid file {path} is not TOML: {error}") from error
+    return read_toml(
+        path,
+        GridConfig,
+        most_bytes=_LARGEST_CONFIG_BYTES,
+        failure=DataError,
+        what="grid file",
+        remedy="docs/grid.md has its form",
+    )
 
 
 def grid_cells(config: GridConfig) -> tuple[Cell, ...]:

@@ -115,12 +115,10 @@ def _indexed_runs(index: Path) -> Iterator[Path]:
 
 
 def is_complete(run: Path) -> bool:
-    """Whether a directory holds a run that was closed in order."""
-    from observatory.run import open_run
+    """Whether a directory holds a run that was closed in order, as its manifest states; no table is read."""
+    from observatory.run.manifest_files import read_manifest
 
-    if not (run / "run.json").is_file():
-        return False
     try:
-        return open_run(run).manifest.state == "complete"
+        return read_manifest(run).state == "complete"
     except RunError:
         return False

@@ -1,21 +1,37 @@
-"""A grid with its progress bar, for the commands that run one."""
+"""A grid with its progress, for the commands that run one."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from observatory.campaign.grid import Cell, CellResult, GridConfig, grid_cells, run_grid
+from observatory.campaign.grid import (
+    Cell,
+    CellProgress,
+    CellResult,
+    GridConfig,
+    StepProgress,
+    grid_cells,
+    run_grid,
+)
 from observatory.cli.output import ProgressLines, progress_bar
+
+_Progress = tuple[CellProgress, StepProgress | None]
 
 
 def run_cells(config: GridConfig, out: Path) -> Sequence[CellResult]:
-    """Run a grid; one bar counts cells, the one below it the steps of the running cell."""
-    if not sys.stderr.isatty():
-        return _run_in_log(config, out)
+    """Run a grid; on a terminal one bar counts cells, the one below it the steps of the running cell."""
+    progress = _bars if sys.stderr.isatty() else _lines
+    with progress(len(grid_cells(config))) as (on_cell, on_step):
+        return run_grid(config, out, cell_progress=on_cell, step_progress=on_step)
+
+
+@contextlib.contextmanager
+def _bars(total: int) -> Iterator[_Progress]:
     with progress_bar() as bar:
-        cells = bar.add_task("cells", total=len(grid_cells(config)))
+        cells = bar.add_task("cells", total=total)
         steps = bar.add_task("starting", total=None)
 
         def on_cell(cell: Cell, result: CellResult | None) -> None:
@@ -25,20 +41,14 @@ def run_cells(config: GridConfig, out: Path) -> Sequence[CellResult]:
             else:
                 bar.advance(cells)
 
-        return run_grid(
-            config,
-            out,
-            cell_progress=on_cell,
-            step_progress=lambda done, total: bar.update(steps, completed=done, total=total),
-        )
+        yield on_cell, lambda done, total: bar.update(steps, completed=done, total=total)
 
 
-def _run_in_log(config: GridConfig, out: Path) -> Sequence[CellResult]:
-    """Run a grid where stderr is no terminal; lines count cells."""
+@contextlib.contextmanager
+def _lines(total: int) -> Iterator[_Progress]:
+    """Lines that count cells, from the first that runs on."""
     lines = ProgressLines()
-    total = len(grid_cells(config))
     ended = 0
-
     has_begun = False
 
     def on_cell(_: Cell, result: CellResult | None) -> None:
@@ -48,4 +58,4 @@ def _run_in_log(config: GridConfig, out: Path) -> Sequence[CellResult]:
         if has_begun:
             lines.update("cells", ended, total)
 
-    return run_grid(config, out, cell_progress=on_cell)
+    yield on_cell, None

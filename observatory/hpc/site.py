@@ -6,14 +6,13 @@ Every value that goes into a directive or a command line is checked against what
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from observatory.errors import BatchError
-from observatory.run.bounded import read_at_most
+from observatory.run.bounded import read_toml
 
 _MOST_BYTES = 256 << 10
 #: A word of a directive: no space, quote, or anything that a shell or a batch system expands.
@@ -180,23 +179,11 @@ def load_site(path: Path) -> Site:
     Raises:
         BatchError: it cannot be read, or says something that no site has; names the key.
     """
-    try:
-        content = read_at_most(path, _MOST_BYTES)
-        if content is None:
-            raise ValueError(f"over {_MOST_BYTES >> 10} KiB")
-        return Site.model_validate(tomllib.loads(content.decode("utf-8")))
-    except ValidationError as error:
-        problem = first_problem(error)
-    except (OSError, ValueError, RecursionError) as error:
-        problem = (error.strerror if isinstance(error, OSError) else None) or str(error)[:200]
-    raise BatchError(
-        f"site file {path} is not valid ({problem})",
+    return read_toml(
+        path,
+        Site,
+        most_bytes=_MOST_BYTES,
+        failure=BatchError,
+        what="site file",
         remedy="see docs/hpc.md for its form, or write one with `observatory site init`",
     )
-
-
-def first_problem(error: ValidationError) -> str:
-    """The first complaint of a validation, with the key in front."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part)[:60] for part in first["loc"])
-    return f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"

@@ -1,4 +1,4 @@
-"""Reading files that a user names, without trusting what they are: plain, bounded, and strict JSON."""
+"""Reading files that a user names, without trusting what they are: plain, bounded, strict, and valid."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ import math
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+
+from observatory.errors import ObservatoryError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    Record = TypeVar("Record", bound=BaseModel)
 
 #: Largest JSON document that is read or written: a manifest of 4096 ranks takes a quarter of it.
 MAX_DOCUMENT_BYTES = 16 << 20
@@ -39,6 +46,54 @@ def read_at_most(path: Path, limit: int) -> bytes | None:
     with open_plain(path) as handle:
         content = handle.read(limit + 1)
     return None if len(content) > limit else content
+
+
+def read_toml(
+    path: Path,
+    record: type[Record],
+    *,
+    most_bytes: int,
+    failure: type[ObservatoryError],
+    what: str,
+    remedy: str,
+) -> Record:
+    """Read a TOML file into a record that checks it.
+
+    Args:
+        path: the file.
+        record: what it must be.
+        most_bytes: its size at most.
+        failure: the error to raise.
+        what: name of such files in messages.
+        remedy: how to get a good one, for messages.
+
+    Raises:
+        ObservatoryError: of the kind ``failure``: not readable, too large, no TOML, or with a key or value
+            that the record refuses; names the key.
+    """
+    import tomllib  # not with this module, which locks import
+
+    try:
+        content = read_at_most(path, most_bytes)
+        if content is None:
+            raise ValueError(f"it is over {most_bytes >> 10} KiB")
+        return record.model_validate(tomllib.loads(content.decode("utf-8")))
+    except OSError as error:
+        problem = f"cannot be read ({first_problem(error)})"
+    except (ValueError, RecursionError, ObservatoryError) as error:
+        problem = f"is not valid ({first_problem(error)})"
+    raise failure(f"{what} {path} {problem}", remedy=remedy)
+
+
+def first_problem(error: Exception) -> str:
+    """What is wrong with a document: the first complaint of a validation with its key, else one line."""
+    from pydantic import ValidationError  # some readers of plain files start without it
+
+    if not isinstance(error, ValidationError):
+        return ((error.strerror if isinstance(error, OSError) else None) or str(error))[:200]
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(str(part)[:60] for part in first["loc"][:6])
+    return f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
 
 
 def parse_json(content: bytes) -> Any:

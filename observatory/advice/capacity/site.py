@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +10,8 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 from observatory.analysis.hardware import Figure, HardwareProfile, Quantity
 from observatory.analysis.hardware.profiles import UNITS
 from observatory.errors import PlanError
-from observatory.hpc.site import first_problem
 from observatory.hpc.site import load_site as load_batch_site
-from observatory.run.bounded import read_at_most
+from observatory.run.bounded import first_problem, read_toml
 from observatory.run.manifest import Record
 
 _MOST_BYTES = 64 << 10
@@ -100,13 +98,11 @@ def load_prices(path: Path) -> Prices:
     Raises:
         PlanError: it cannot be read, or is none.
     """
-    try:
-        content = read_at_most(path, _MOST_BYTES)
-        if content is None:
-            raise ValueError(f"over {_MOST_BYTES >> 10} KiB")
-        return Prices.model_validate(tomllib.loads(content.decode("utf-8")))
-    except ValidationError as error:
-        problem = first_problem(error)
-    except (OSError, ValueError, RecursionError) as error:
-        problem = (error.strerror if isinstance(error, OSError) else None) or str(error)[:200]
-    raise PlanError(f"price list {path} is not valid ({problem})", remedy="docs/plan.md has its form")
+    return read_toml(
+        path,
+        Prices,
+        most_bytes=_MOST_BYTES,
+        failure=PlanError,
+        what="price list",
+        remedy="docs/plan.md has its form",
+    )

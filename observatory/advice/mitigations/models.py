@@ -10,13 +10,14 @@ from pydantic import ValidationError
 
 from observatory.advice.mitigations.advise import advise_run
 from observatory.advice.mitigations.document import advice_document
-from observatory.advice.mitigations.setup import Setup, first_problem, load_setup, setup_of_run
+from observatory.advice.mitigations.setup import Setup, load_setup, setup_of_run
 from observatory.analysis.experts.cost import ExpertCost, fit_experts, of_hardware
 from observatory.analysis.experts.run_experts import experts_of_run, shape_of_model
 from observatory.analysis.hardware.profiles import load_profile
 from observatory.analysis.network.network import NetworkModel, load_network
 from observatory.analysis.network.own_fit import network_of_run
 from observatory.errors import AdviceError
+from observatory.run.bounded import first_problem
 from observatory.run.documents.expert_bench import load_expert_bench
 
 if TYPE_CHECKING:

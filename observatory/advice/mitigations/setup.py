@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from observatory.analysis.parallel.topology import MAX_RANKS, ParallelTopology
 from observatory.errors import AdviceError
-from observatory.run.bounded import read_at_most
+from observatory.run.bounded import first_problem, read_toml
 from observatory.run.exchange_algorithms import Algorithm
 from observatory.run.manifest import Record, Topology
 
@@ -74,22 +73,14 @@ def load_setup(path: Path | str) -> Setup:
     Raises:
         AdviceError: it cannot be read, is no TOML, or says something that no machine has.
     """
-    path = Path(path)
-    try:
-        content = read_at_most(path, _MOST_TOML_BYTES)
-    except (OSError, ValueError) as error:
-        raise AdviceError(f"topology {path} cannot be read ({error})") from error
-    if content is None:
-        raise AdviceError(
-            f"topology {path} is over {_MOST_TOML_BYTES >> 20} MiB; expected a few lines of TOML"
-        )
-    try:
-        return Setup.model_validate(tomllib.loads(content.decode("utf-8")))
-    except (ValueError, ValidationError, RecursionError) as error:
-        raise AdviceError(
-            f"topology {path} is not valid ({first_problem(error)}); "
-            "expected the keys of docs/advise.md, such as ranks = 8"
-        ) from error
+    return read_toml(
+        Path(path),
+        Setup,
+        most_bytes=_MOST_TOML_BYTES,
+        failure=AdviceError,
+        what="topology",
+        remedy="docs/advise.md has its keys, such as ranks = 8",
+    )
 
 
 def setup_of_run(topology: Topology, config: dict[str, object], *, ranks: int | None) -> Setup:
@@ -116,12 +107,3 @@ def setup_of_run(topology: Topology, config: dict[str, object], *, ranks: int | 
         )
     except ValidationError as error:
         raise AdviceError(f"no set-up of {wanted} ranks ({first_problem(error)})") from error
-
-
-def first_problem(error: Exception) -> str:
-    """What is wrong, of the first of several problems."""
-    if not isinstance(error, ValidationError):
-        return str(error)[:200]
-    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part) for part in problem["loc"][:6])
-    return f"{where + ': ' if where else ''}{problem['msg']}"

@@ -23,16 +23,15 @@ links are of one direction.
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from observatory.errors import BenchmarkError
-from observatory.run.bounded import read_at_most
+from observatory.run.bounded import read_toml
 
 #: Quantities of a profile with the unit in which each is given.
 UNITS = {
@@ -189,20 +188,11 @@ def load_profile(name: str | Path) -> HardwareProfile:
             expected=f"one of {', '.join(profile_names())}, or a TOML file",
         )
     path = Path(str(resources.files(__package__) / "profiles" / f"{name}.toml")) if bundled else Path(name)
-    try:
-        content = read_at_most(path, _MOST_BYTES)
-    except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise BenchmarkError(f"hardware profile {path} cannot be read ({reason[:200]})") from error
-    if content is None:
-        raise BenchmarkError(f"hardware profile {path} is over {_MOST_BYTES >> 10} KiB")
-    remedy = "docs/step-time.md has the form of a profile"
-    try:
-        return HardwareProfile.model_validate(tomllib.loads(content.decode("utf-8")))
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part)[:40] for part in first["loc"])
-        problem = f"{where + ': ' if where else ''}{first['msg']}"
-    except (ValueError, RecursionError) as error:
-        problem = str(error)[:200]
-    raise BenchmarkError(f"hardware profile {path} is not valid ({problem})", remedy=remedy)
+    return read_toml(
+        path,
+        HardwareProfile,
+        most_bytes=_MOST_BYTES,
+        failure=BenchmarkError,
+        what="hardware profile",
+        remedy="docs/step-time.md has the form of a profile",
+    )

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections import Counter
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
 from observatory.campaign.job import ProfileJob, profile_argv
 from observatory.campaign.naming import content_name, job_content
 from observatory.errors import BatchError, ObservatoryError
-from observatory.hpc.site import WallTime, first_problem
-from observatory.run.bounded import read_at_most
+from observatory.hpc.site import WallTime
+from observatory.run.bounded import first_problem, read_toml
 
 _MOST_BYTES = 1 << 20
 _MOST_POINTS = 20_000
@@ -96,6 +95,12 @@ class CampaignFile(_Part):
     command: Annotated[tuple[CommandSettings, ...], Field(max_length=1000)] = ()
     report: bool = True
 
+    @model_validator(mode="after")
+    def _measures_something(self) -> CampaignFile:
+        if not self.models and not self.command:
+            raise ValueError("it names neither models nor a command")
+        return self
+
 
 class Point(_Part):
     """One thing that a campaign runs, named by its content.
@@ -133,19 +138,14 @@ def load_campaign(path: Path) -> CampaignFile:
     Raises:
         BatchError: it cannot be read, or has a key or value that is not understood; names the key.
     """
-    try:
-        content = read_at_most(path, _MOST_BYTES)
-        if content is None:
-            raise ValueError(f"over {_MOST_BYTES >> 20} MiB")
-        campaign = CampaignFile.model_validate(tomllib.loads(content.decode("utf-8")))
-        if not campaign.models and not campaign.command:
-            raise ValueError("it names neither models nor a command")
-        return campaign
-    except ValidationError as error:
-        problem = first_problem(error)
-    except (OSError, ValueError, RecursionError) as error:
-        problem = (error.strerror if isinstance(error, OSError) else None) or str(error)[:200]
-    raise BatchError(f"campaign file {path} is not valid ({problem})", remedy="docs/hpc.md has its form")
+    return read_toml(
+        path,
+        CampaignFile,
+        most_bytes=_MOST_BYTES,
+        failure=BatchError,
+        what="campaign file",
+        remedy="docs/hpc.md has its form",
+    )
 
 
 def campaign_points(campaign: CampaignFile) -> tuple[Point, ...]:
@@ -250,10 +250,8 @@ def _absolute(name: str) -> str:
 def _job(options: dict[str, Any]) -> ProfileJob:
     try:
         return _JOBS.validate_python(options)
-    except ValidationError as error:
+    except (ValidationError, ObservatoryError) as error:
         problem = first_problem(error)
-    except ObservatoryError as error:
-        problem = str(error)
     raise BatchError(
         f"[profile] of the campaign is not valid ({problem})",
         expected="options of `observatory profile`, such as batch_size = 8",

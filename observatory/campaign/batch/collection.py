@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from observatory.analysis.reduction.metrics import ReducedRow
 from observatory.campaign.batch.folder import CampaignFolder, PointStatus
 from observatory.campaign.batch.state import CampaignState, PointState, campaign_state
 from observatory.campaign.batch.summary import condition_rows
@@ -22,7 +21,6 @@ class Collected:
 
     Attributes:
         state: where the campaign stands.
-        runs: run directories of finished points, in the order of the points.
         network: network model that was fitted to the fabric's benchmark; None without one.
         report: the report; None where none was asked for, or there is nothing to report on.
         notes: what could not be done, a sentence each.
@@ -30,7 +28,6 @@ class Collected:
     """
 
     state: CampaignState
-    runs: tuple[Path, ...]
     network: Path | None
     report: Path | None
     notes: tuple[str, ...]
@@ -62,16 +59,13 @@ def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
             network = _fit(folder, bench)
         except ObservatoryError as error:
             notes.append(f"the network cannot be fitted: {error.what}")
-    profiles = [each for each in state.of(PointStatus.DONE) if each.point.kind == "profile"]
-    runs = tuple(each.attempts[-1].out / "run" for each in profiles)
-    rows_of: dict[str, list[ReducedRow]] = {}
-    for each, run in zip(profiles, runs, strict=True):
-        rows_of[each.point.name] = reduce_runs([run])
-    conditions = condition_rows([each.point for each in profiles], rows_of)
+    runs = state.runs
+    rows_of = {name: reduce_runs([run]) for name, run in runs.items()}
+    conditions = condition_rows([each.point for each in state.points], rows_of)
     written = None
     if report is not None and runs:
         written = write_report(
-            runs,
+            [*runs.values()],
             report,
             title=f"Campaign {state.saved.name}",
             gpus_per_node=state.saved.site.node.tasks,
@@ -83,7 +77,6 @@ def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
         notes.append("no profile is finished, so there is no report yet")
     collected = Collected(
         state=state,
-        runs=runs,
         network=network,
         report=written,
         notes=tuple(notes),
@@ -102,7 +95,7 @@ def collection_document(collected: Collected) -> dict[str, Any]:
             "campaign": state.saved.name,
             "directory": str(state.folder.path),
             "counts": {status.value: count for status, count in state.counts.items()},
-            "runs": [str(run.relative_to(state.folder.path)) for run in collected.runs],
+            "runs": [str(run.relative_to(state.folder.path)) for run in state.runs.values()],
             "network": None if collected.network is None else collected.network.name,
             "report": None if collected.report is None else str(collected.report),
             "conditions": list(collected.conditions),

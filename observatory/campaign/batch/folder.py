@@ -21,13 +21,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from observatory.campaign.batch.campaign_file import CampaignFile, Point
 from observatory.campaign.run_folders import is_complete
 from observatory.errors import BatchError
-from observatory.hpc.site import Site, first_problem
-from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
+from observatory.hpc.site import Site
+from observatory.run.bounded import MAX_DOCUMENT_BYTES, first_problem, parse_json, read_at_most
 from observatory.run.documents.printed import printed_document
 from observatory.run.documents.writing import write_json
 
@@ -157,10 +157,8 @@ class CampaignFolder:
                 expected="a directory that `observatory submit` made",
                 remedy="submit a campaign first",
             ) from None
-        except ValidationError as error:
-            problem = first_problem(error)
         except (OSError, ValueError) as error:
-            problem = (error.strerror if isinstance(error, OSError) else None) or str(error)[:200]
+            problem = first_problem(error)
         raise BatchError(
             f"{path} is damaged ({problem})", remedy="submit the campaign again: finished points are kept"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from observatory.campaign.batch.campaign_file import Point
@@ -85,6 +86,15 @@ class CampaignState:
     def of(self, *statuses: PointStatus) -> list[PointState]:
         """Points of these statuses."""
         return [state for state in self.points if state.status in statuses]
+
+    @property
+    def runs(self) -> Mapping[str, Path]:
+        """Run directories of profiles that are done, by point."""
+        return {
+            state.point.name: state.attempts[-1].out / "run"
+            for state in self.of(PointStatus.DONE)
+            if state.point.kind == "profile"
+        }
 
     @property
     def active_jobs(self) -> list[str]:

@@ -38,7 +38,7 @@ def condition_rows(
     """A row for each set-up and phase, in the order of the points.
 
     Args:
-        points: points of profiles that are done.
+        points: points of the campaign; those without rows are left out.
         rows_of: the reduced rows of each point, by its name.
 
     Returns:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import ValidationError
 
 from observatory.errors import BenchmarkError, ObservatoryError
-from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
+from observatory.run.bounded import MAX_DOCUMENT_BYTES, first_problem, parse_json, read_at_most
 from observatory.run.manifest import Record
 
 Document = TypeVar("Document", bound=Record)
@@ -53,18 +53,14 @@ def load_document(
     try:
         document = parse_json(content)
     except ValueError as error:
-        raise failure(f"{what} {path} is not valid ({str(error)[:200]}); {remedy}") from error
+        raise failure(f"{what} {path} is not valid ({first_problem(error)}); {remedy}") from error
     kinds = get_args(kind.model_fields["kind"].annotation) if "kind" in kind.model_fields else ()
     if not kinds or (isinstance(document, dict) and document.get("kind") in kinds):
         _refuse_newer(document, version, f"{what} {path}", failure)
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(str(part) for part in problem["loc"][:6])
-        raise failure(
-            f"{what} {path} is not valid ({where + ': ' if where else ''}{problem['msg']}); {remedy}"
-        ) from error
+        raise failure(f"{what} {path} is not valid ({first_problem(error)}); {remedy}") from error
 
 
 def _refuse_newer(document: Any, version: str, name: str, failure: type[ObservatoryError]) -> None:

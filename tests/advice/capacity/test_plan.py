@@ -173,7 +173,7 @@ def test_the_command(tmp_path, capsys):
         (["--dtype", "float32"], "no rate for float32"),
         (["--routing", "odd"], "--routing 'odd'"),
         (["--routing", "captured"], "captured routing needs a run"),
-        (["--site", "missing.toml"], "site file missing.toml is not valid"),
+        (["--site", "missing.toml"], "site file missing.toml cannot be read"),
         (["--price", "missing.toml"], "price list missing.toml"),
     ],
 )
