@@ -31,7 +31,8 @@ from observatory.analysis.frequency.points import CLOCK_STEP_MHZ
 from observatory.analysis.frequency.views import TIE, ClockChoice, SeriesView, highest_of_ties, surely_saves
 from observatory.analysis.statistics import Interval, sample_interval
 from observatory.errors import ClockError
-from observatory.run.manifest import Count, DeviceSpec, Record, Text
+from observatory.run.manifest import DeviceSpec
+from observatory.run.records import Count, Record, Text
 
 Float64 = NDArray[np.float64]
 

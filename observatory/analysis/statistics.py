@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from scipy import special
 
-from observatory.run.manifest import Count, Record
+from observatory.run.records import Count, Record
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from observatory.host.provenance import new_manifest
+from observatory.host.provenance import find_rank_provenance, new_manifest
 from observatory.probes.power.sampler import PowerSampler
 from observatory.run import RunWriter
 from observatory.run.manifest import ModelSpec, RankPower
@@ -57,7 +57,8 @@ def sampled_run(
         RunError: the run directory cannot be made or written.
     """
     manifest = new_manifest(model=ModelSpec(name=name[:200]), notes=notes)
-    with RunWriter.create(out, manifest, overwrite=overwrite) as writer:
+    where = find_rank_provenance()
+    with RunWriter.create(out, manifest, overwrite=overwrite, provenance=where) as writer:
         created()
         sampler = PowerSampler(
             out, rank=0, ranks=1, selectors=selectors, period_s=period_s, calibrate_s=calibrate_s,

@@ -17,7 +17,7 @@ from typing import Annotated
 from pydantic import Field
 
 from observatory.run.bounded import read_at_most
-from observatory.run.manifest import Count, Record
+from observatory.run.records import Count, Record
 
 _CAP_SYS_ADMIN = 21
 _MAX_ANCESTORS = 1024

@@ -1,13 +1,12 @@
 """Where a run comes from: command line, commit, machine, batch job, software and devices.
 
 Nothing here fails: what cannot be found out is None or left out. The environment is untrusted, so its texts
-are cut to one bounded line. torch is never imported; its version is read from its package metadata.
+are cut to one bounded line.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import re
@@ -24,38 +23,17 @@ from pydantic import JsonValue
 
 from observatory.devices.nvml_library import close_nvml, list_gpus, load_nvml
 from observatory.errors import DeviceError
+from observatory.host.environment import kept_environment
+from observatory.host.node import find_node
+from observatory.host.scheduler import find_scheduler, with_answers
+from observatory.host.versions import find_software, find_versions
 from observatory.run.files import one_line
-from observatory.run.manifest import (
-    DataSpec,
-    DeviceSpec,
-    HostSpec,
-    Manifest,
-    ModelSpec,
-    SchedulerJob,
-    Topology,
-)
+from observatory.run.manifest import DataSpec, DeviceSpec, Manifest, ModelSpec, Topology
 from observatory.run.masking import masked_arguments, masked_entry
+from observatory.run.provenance import HostSpec, RankProvenance
 
-_PACKAGES = (
-    "moe-observatory",
-    "torch",
-    "transformers",
-    "numpy",
-    "pandas",
-    "pyarrow",
-    "scipy",
-    "nvidia-ml-py",
-)
 _MAX_ARGUMENTS = 256
 _GIT_TIMEOUT_S = 5.0
-
-#: Scheduler, variable of the job id, variable of the node list.
-_SCHEDULERS: tuple[tuple[str, str, str | None], ...] = (
-    ("slurm", "SLURM_JOB_ID", "SLURM_JOB_NODELIST"),
-    ("pbs", "PBS_JOBID", None),  # PBS lists nodes only in a file
-    ("lsf", "LSB_JOBID", "LSB_HOSTS"),
-)
-_JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+\[\]@-]{0,127}", re.ASCII)
 
 
 def new_manifest(
@@ -92,11 +70,12 @@ def new_manifest(
 
 def collect_provenance() -> dict[str, Any]:
     """Manifest fields ``argv, git_sha, hosts, scheduler, software, devices`` of this process."""
+    job = find_scheduler(os.environ)
     return {
         "argv": command_line(),
         "git_sha": find_git_sha(),
         "hosts": (find_host(),),
-        "scheduler": find_scheduler(os.environ),
+        "scheduler": None if job is None else with_answers(job),
         "software": find_software(),
         "devices": driver_devices(),
     }
@@ -150,6 +129,16 @@ def find_host() -> HostSpec:
     )
 
 
+def find_rank_provenance() -> RankProvenance:
+    """Where this process runs, for the status of its rank."""
+    return RankProvenance(
+        machine=find_host(),
+        versions=find_versions(),
+        environment=kept_environment(os.environ),
+        **find_node(os.environ),
+    )
+
+
 def _cpu_model() -> str | None:
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
         for line in file.read(65536).splitlines():
@@ -157,26 +146,6 @@ def _cpu_model() -> str | None:
             if key.strip() in ("model name", "Model") and value.strip():
                 return one_line(value, 255)
     return one_line(platform.processor(), 255) or None
-
-
-def find_scheduler(environment: Mapping[str, str]) -> SchedulerJob | None:
-    """The batch job of an environment; None outside one or when the job id is no id."""
-    for kind, job_variable, nodes_variable in _SCHEDULERS:
-        job_id = environment.get(job_variable, "").strip()
-        if _JOB_ID.fullmatch(job_id):
-            nodes = one_line(environment.get(nodes_variable, ""), 1000) if nodes_variable else ""
-            return SchedulerJob(kind=kind, job_id=job_id, nodes=nodes or None)
-    return None
-
-
-def find_software() -> dict[str, str]:
-    """Versions of Python and of the installed libraries that shape a run."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        # Broken metadata raises whatever its parser raises; a version is not worth a crash.
-        with contextlib.suppress(Exception):
-            versions[package] = one_line(importlib.metadata.version(package), 100)
-    return versions
 
 
 def driver_devices() -> tuple[DeviceSpec, ...]:

@@ -28,7 +28,7 @@ from observatory.locks.lease_files import FOLDER_VARIABLE, open_own
 from observatory.locks.words import LeaseCode
 from observatory.reasons import Reason
 from observatory.run.files import one_line
-from observatory.run.manifest import Count, Record, Text
+from observatory.run.records import Count, Record, Text
 from observatory.run.time_base import boot_id
 
 _MOST_BYTES = 64 << 10

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
 from observatory.errors import CaptureError, ModelError, ObservatoryError, RunError
-from observatory.host.provenance import new_manifest
+from observatory.host.provenance import find_rank_provenance, new_manifest
 from observatory.hpc.rank_guard import SHARDS, ending
 from observatory.probes.exchange.tap import unsupported
 from observatory.probes.options import WatchOptions, check_phase
@@ -279,6 +279,7 @@ class Watch:
                 rank=options.where.rank,
                 run_id=options.run_id,
                 ranks=None if options.made is None else options.where.world,
+                provenance=find_rank_provenance(),
             )
         labels, routing = options.labels, options.routing
         # What it was loaded from: a hub id, or a directory, of which the last component is the name.
@@ -309,7 +310,9 @@ class Watch:
         if options.run_id is not None:
             manifest = manifest.model_copy(update={"run_id": options.run_id})
         try:
-            writer = RunWriter.create(self.run_path, manifest, overwrite=options.overwrite)
+            writer = RunWriter.create(
+                self.run_path, manifest, overwrite=options.overwrite, provenance=find_rank_provenance()
+            )
         except RunError as error:
             if options.made is not None:
                 options.made(str(error))

@@ -9,27 +9,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, Field, JsonValue
 
-SCHEMA_VERSION = "1.4"
+from observatory.run.provenance import HostSpec, RankProvenance, SchedulerJob
+from observatory.run.records import Count, Moment, Record, Text
+
+SCHEMA_VERSION = "1.5"
 
 Phase = Literal["prefill", "decode", "train_forward", "train_backward", "unknown"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "train_forward", "train_backward", "unknown")
 
-Text = Annotated[str, Field(max_length=4096)]
-#: Below what arrays of 64-bit integers hold, so that a number of a file can be put into one.
-Count = Annotated[int, Field(ge=0, le=1 << 62)]
 _Few = Annotated[int, Field(ge=1, le=1 << 31)]
 _Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
 _Node = Annotated[int, Field(ge=0, lt=1 << 31)]
-#: Seconds since 1970, to the year 9999.
-Moment = Annotated[float, Field(ge=0, le=253_402_300_799)]
-
-
-class Record(BaseModel):
-    """Base of manifest records: frozen, unknown keys of a newer minor schema are carried along."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
 
 class Verified(Record):
@@ -170,16 +162,6 @@ class DeviceSpec(Record):
     rank: Count | None = None
 
 
-class HostSpec(Record):
-    """A machine that took part."""
-
-    name: Text
-    platform: Text | None = None
-    cpu: Text | None = None
-    cpus: Count | None = None
-    memory_bytes: Count | None = None
-
-
 #: More than Linux schedules on.
 MOST_CORES = 8192
 _Cores = Annotated[float, Field(gt=0.0, le=1e9)]
@@ -237,14 +219,6 @@ class CoreShare(Record):
         if self.ranks > self.cores:
             return "ranks"
         return "threads" if self.threads is not None and self.threads > self.cores else None
-
-
-class SchedulerJob(Record):
-    """The batch job the run was part of."""
-
-    kind: Text
-    job_id: Text | None = None
-    nodes: Text | None = None
 
 
 #: 73 years: sums of two such times fit 64 bits.
@@ -429,6 +403,8 @@ class RankStatus(Record):
         moe_layers: the MoE layers that this rank holds, each number once; None when it does not say (runs
             before schema 1.2), and in the copy that ``run.json`` keeps.
         cores: cores that it may use; None when it does not say (runs before schema 1.3).
+        provenance: where it ran; None when it does not say (runs before schema 1.5), and in the copy that
+            ``run.json`` keeps.
     """
 
     rank: Count
@@ -445,6 +421,7 @@ class RankStatus(Record):
         Annotated[tuple[RankLayer, ...], Field(max_length=16384), AfterValidator(_once_each)] | None
     ) = None
     cores: CoreSpec | None = None
+    provenance: RankProvenance | None = None
 
 
 class Manifest(Record):

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from observatory.run.control_groups import own_groups
 from observatory.run.manifest import MOST_CORES, CoreQuota, CoreShare, CoreSpec
 from observatory.run.time_base import boot_id
 
@@ -32,7 +33,7 @@ def find_cores(proc: Path = _PROC) -> CoreSpec:
     return CoreSpec(
         host="".join(char for char in socket.gethostname()[:255] if char.isprintable()) or "unknown",
         machine=_machine(proc),
-        cpus=_as_ranges(_affinity(proc)),
+        cpus=as_ranges(own_cores(proc)),
         quotas=tuple(_quotas(proc))[:_MOST_QUOTAS],
         threads=_threads(),
     )
@@ -70,7 +71,7 @@ def core_sentence(share: CoreShare) -> str:
 
 def _share(cores_K: Sequence[CoreSpec]) -> CoreShare:
     ranks = len(cores_K)
-    sets = [_from_ranges(cores.cpus) for cores in cores_K]
+    sets = [from_ranges(cores.cpus) for cores in cores_K]
     at_once = min(float(_with_a_core_each(sets)), _within_quotas(cores_K))
     threads = [cores.threads for cores in cores_K]
     if at_once >= ranks:
@@ -135,7 +136,7 @@ def _machine(proc: Path) -> str | None:
     return None if boot is None else hashlib.sha256(boot.encode()).hexdigest()[:16]
 
 
-def _affinity(proc: Path) -> set[int]:
+def own_cores(proc: Path) -> set[int]:
     """Cores on which any thread of this process may run: OpenMP may have bound the first to one of them."""
     if not hasattr(os, "sched_getaffinity"):
         return set(range(os.cpu_count() or 1))
@@ -156,39 +157,14 @@ def _threads() -> int | None:
 
 
 def _quotas(proc: Path) -> list[CoreQuota]:
-    """Quotas of this process's control groups, the innermost first (cgroup versions 1 and 2)."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        groups = [line.split(":", 2) for line in (proc / "self/cgroup").read_text("utf-8").splitlines()]
-        mounts = [line.split() for line in (proc / "self/mountinfo").read_text("utf-8").splitlines()]
-        quotas: list[CoreQuota] = []
-        for _, controllers, path in groups:
-            version_1 = "cpu" in controllers.split(",")
-            if controllers and not version_1:
-                continue
-            kind = "cgroup" if version_1 else "cgroup2"
-            for fields in mounts:
-                rest = fields[fields.index("-") + 1 :]
-                if rest[0] != kind or (version_1 and "cpu" not in rest[2].split(",")):
-                    continue
-                quotas += _quotas_up(Path(fields[4]), root=fields[3], path=path)
-                break
-        return quotas
-    return []
-
-
-def _quotas_up(mount: Path, *, root: str, path: str) -> list[CoreQuota]:
-    """Quotas from a group up to where its hierarchy is mounted; a container sees a part of it."""
-    inside = path[len(root) :] if root != "/" and path.startswith(root) else path
-    parts = [part for part in inside.split("/") if part not in ("", "..")]
-    if not mount.joinpath(*parts).is_dir():
-        parts = []
+    """Quotas of this process's control groups, the innermost first."""
     quotas = []
-    for length in range(len(parts), -1, -1):
-        folder = mount.joinpath(*parts[:length])
+    for folder in own_groups(proc, "cpu"):
         cpus = _quota_of(folder)
         if cpus is not None:
-            entry = os.stat(folder)
-            quotas.append(CoreQuota(cpus=cpus, group=f"{entry.st_dev}:{entry.st_ino}"))
+            with contextlib.suppress(OSError):
+                entry = os.stat(folder)
+                quotas.append(CoreQuota(cpus=cpus, group=f"{entry.st_dev}:{entry.st_ino}"))
     return quotas
 
 
@@ -211,7 +187,7 @@ def _cores(quota_us: int, period_us: int) -> float | None:
     return min(quota_us / period_us, _MOST_QUOTA) if quota_us > 0 and period_us > 0 else None
 
 
-def _as_ranges(cores: Iterable[int]) -> str:
+def as_ranges(cores: Iterable[int]) -> str:
     """``0-3,8`` as Linux writes it."""
     ranges: list[list[int]] = []
     for core in sorted(cores):
@@ -222,8 +198,8 @@ def _as_ranges(cores: Iterable[int]) -> str:
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in ranges)
 
 
-def _from_ranges(text: str) -> frozenset[int]:
-    """Cores of a checked list."""
+def from_ranges(text: str) -> frozenset[int]:
+    """Numbers of a checked list, those of cores."""
     cores: set[int] = set()
     for part in text.split(","):
         low, _, high = part.partition("-")

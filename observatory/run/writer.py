@@ -42,6 +42,7 @@ from observatory.run.manifest_files import (
     write_rank_status,
 )
 from observatory.run.masking import masked_text
+from observatory.run.provenance import RankProvenance
 from observatory.run.replacing import check_free, empty_run
 from observatory.run.time_base import clock_identity, clock_name
 from observatory.run.usable_cores import find_cores
@@ -58,7 +59,15 @@ class RunWriter:
         rank: rank of this writer.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, *, rank: int, host: str | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        *,
+        rank: int,
+        host: str | None,
+        provenance: RankProvenance | None,
+    ) -> None:
         self.path = path
         self.rank = rank
         self._appender = TableAppender(path, rank=rank, ranks=manifest.topology.ranks)
@@ -69,19 +78,28 @@ class RunWriter:
         self._ending: tuple[str, int] | None = None
         self._clock = ClockSpec(method="none", identity=clock_name(clock_identity()))
         self._cores = find_cores()
+        self._provenance = provenance
         self._power: RankPower | None = None
         self._moe_layers: tuple[RankLayer, ...] | None = None
         self._gaps: tuple[CaptureGap, ...] = ()
         self._notes: tuple[str, ...] = ()
 
     @classmethod
-    def create(cls, path: str | os.PathLike[str], manifest: Manifest, *, overwrite: bool = False) -> Self:
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        manifest: Manifest,
+        *,
+        overwrite: bool = False,
+        provenance: RankProvenance | None = None,
+    ) -> Self:
         """Make the run directory as rank 0.
 
         Args:
             path: where; parents are made. An existing empty directory is used.
             manifest: the run's manifest; its state is set to ``running``.
             overwrite: empty an existing run directory first. Only files of the run format are removed.
+            provenance: where the rank runs; None where that is not known.
 
         Raises:
             RunError: something else is in the way, or the directory cannot be made.
@@ -99,7 +117,7 @@ class RunWriter:
             made = True
             sync_folder(folder)
             sync_folder(folder.absolute().parent)
-            writer = cls(folder, running, rank=0, host=None)
+            writer = cls(folder, running, rank=0, host=None, provenance=provenance)
             writer._write_status("running")
             write_manifest(folder, running)
         except FileExistsError as error:
@@ -128,6 +146,7 @@ class RunWriter:
         run_id: str | None = None,
         ranks: int | None = None,
         timeout_s: float = 60.0,
+        provenance: RankProvenance | None = None,
     ) -> Self:
         """Write as another rank into the run that rank 0 makes.
 
@@ -140,6 +159,7 @@ class RunWriter:
                 files is then waited for or read, and the folder is made where it is missing: the ranks of
                 each node may write to storage of their own, to be copied into one directory later.
             timeout_s: how long to wait for rank 0.
+            provenance: where the rank runs; None where that is not known.
 
         Raises:
             RunError: no such run within the time, or the rank does not fit it.
@@ -163,7 +183,7 @@ class RunWriter:
             raise RunError(
                 f"rank {rank} has already written to run {folder}", remedy="write a new run instead"
             )
-        writer = cls(folder, manifest, rank=rank, host=host)
+        writer = cls(folder, manifest, rank=rank, host=host, provenance=provenance)
         try:
             (folder / RANKS_FOLDER).mkdir(parents=True, exist_ok=True)
             writer._write_status("running")
@@ -326,7 +346,9 @@ class RunWriter:
                 "ended_unix_s": time.time(),
                 # Without their lists: those of thousands of ranks would make the file too large to read.
                 "ranks": tuple(
-                    statuses[rank].model_copy(update={"moe_layers": None, "gaps": (), "notes": ()})
+                    statuses[rank].model_copy(
+                        update={"moe_layers": None, "gaps": (), "notes": (), "provenance": None}
+                    )
                     for rank in sorted(statuses)
                 ),
             }
@@ -361,6 +383,7 @@ class RunWriter:
             notes=self._notes,
             moe_layers=self._moe_layers,
             cores=self._cores,
+            provenance=self._provenance,
         )
         write_rank_status(self.path, status)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -69,7 +70,23 @@ def test_srun_starts_the_ranks_of_one_complete_run(steps: Job) -> None:
         (rank, "complete", 2) for rank in range(4)
     ]
     assert manifest.scheduler is not None
-    assert manifest.scheduler.model_dump() == {"kind": "slurm", "job_id": steps.job_id, "nodes": "n[1-4]"}
+    stated = manifest.scheduler.model_dump(exclude_none=True)
+    assert {"version", "start_unix_s"} < stated.keys()
+    assert {
+        name: stated[name] for name in ("kind", "job_id", "nodes", "cluster", "partition", "node_count")
+    } == {
+        "kind": "slurm",
+        "job_id": steps.job_id,
+        "nodes": "n[1-4]",
+        "cluster": "observatory",
+        "partition": "all",
+        "node_count": 4,
+    }
+    kept = json.loads((steps.folder / "run/run.json").read_text())["ranks"]
+    assert [each["provenance"] for each in kept] == [None] * 4
+    where = [status.provenance for status in manifest.ranks if status.provenance]
+    assert [each.node for each in where] == ["n1", "n2", "n3", "n4"]
+    assert all(each.versions["torch"] for each in where)
     assert set(run.exchanges().source_rank) == {0, 1, 2, 3}
     assert "run written to run; next: observatory exchanges run" in steps.output
     assert steps.output.count("run written") == 1

@@ -20,7 +20,7 @@ from observatory.reports.page import FigureBlock, Section, Table
 from observatory.reports.sections import exchange_sections
 from observatory.run import open_run
 from observatory.run.documents.bench import BenchCase, BenchResult, Traffic
-from observatory.run.manifest import HostSpec
+from observatory.run.provenance import HostSpec
 from tests.analysis.exchange.runs import exchange_run
 from tests.analysis.exchange.tables import collective
 from tests.analysis.network.synthetic import made_result

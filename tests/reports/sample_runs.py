@@ -11,17 +11,8 @@ from numpy.typing import NDArray
 from observatory.reports.frames.report import ReportFrames
 from observatory.reports.sections import findings
 from observatory.run import RunWriter, routing_rows
-from observatory.run.manifest import (
-    DataSpec,
-    DeviceSpec,
-    HostSpec,
-    Manifest,
-    ModelSpec,
-    MoeLayerSpec,
-    Phase,
-    SchedulerJob,
-    Topology,
-)
+from observatory.run.manifest import DataSpec, DeviceSpec, Manifest, ModelSpec, MoeLayerSpec, Phase, Topology
+from observatory.run.provenance import HostSpec, SchedulerJob
 
 MODELS: dict[str, tuple[str, float]] = {
     "mla-tiny": ("MLA", 2.2),

@@ -12,7 +12,7 @@ from observatory.analysis.hardware.profiles import UNITS
 from observatory.errors import PlanError
 from observatory.hpc.site import load_site as load_batch_site
 from observatory.run.bounded import first_problem, read_toml
-from observatory.run.manifest import Record
+from observatory.run.records import Record
 
 _MOST_BYTES = 64 << 10
 _Positive = Annotated[float, Field(gt=0.0, le=1e9)]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from observatory.run.manifest import Record
+from observatory.run.records import Record
 
 _Positive = Annotated[float, Field(gt=0.0, le=1e12)]
 _Tokens = Annotated[int, Field(ge=1, le=1 << 30)]

@@ -11,7 +11,8 @@ from observatory.analysis.parallel.topology import MAX_RANKS, ParallelTopology
 from observatory.errors import AdviceError
 from observatory.run.bounded import first_problem, read_toml
 from observatory.run.exchange_algorithms import Algorithm
-from observatory.run.manifest import Record, Topology
+from observatory.run.manifest import Topology
+from observatory.run.records import Record
 
 _MOST_TOML_BYTES = 1 << 20
 #: What the dispatchers of this package announce to each rank: rows, layer and call.

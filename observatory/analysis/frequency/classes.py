@@ -26,7 +26,7 @@ from pydantic import Field
 from observatory.analysis.frequency.model import TIME_FORMS, TIME_TERMS, iteration_s
 from observatory.analysis.frequency.model_file import SeriesFit
 from observatory.analysis.frequency.words import behaviour_words, fix_first_words
-from observatory.run.manifest import Record, Text
+from observatory.run.records import Record, Text
 
 Float64 = NDArray[np.float64]
 

@@ -26,7 +26,7 @@ from observatory.analysis.frequency.model_file import SeriesFit, Setting
 from observatory.analysis.frequency.views import SeriesView
 from observatory.analysis.frequency.words import lock_against_cap_words
 from observatory.analysis.statistics import Interval, sample_interval, student_interval
-from observatory.run.manifest import Record, Text
+from observatory.run.records import Record, Text
 
 Float64 = NDArray[np.float64]
 

@@ -16,7 +16,8 @@ from observatory.analysis.statistics import FormScore as _FormScore
 from observatory.errors import ClockError
 from observatory.run.documents.clock_sweep import load_sweep
 from observatory.run.documents.versioned import load_document
-from observatory.run.manifest import Count, DeviceSpec, Moment, Phase, Record, Text
+from observatory.run.manifest import DeviceSpec, Phase
+from observatory.run.records import Count, Moment, Record, Text
 
 CLOCK_MODEL_VERSION = "1.1"
 

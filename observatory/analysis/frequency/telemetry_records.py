@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from observatory.run.manifest import Count, Record, Text
+from observatory.run.records import Count, Record, Text
 
 #: By the event reasons of a sample: ``idle`` has the idle bit, ``busy`` has it not. Among the busy ones:
 #: ``power cap``, ``thermal`` and ``brake`` have a bit of that, ``free`` has none that holds a clock down.

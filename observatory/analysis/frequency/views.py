@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from observatory.analysis.frequency.model import POWER_TERMS, TIME_TERMS, energy_mj, iteration_s, power_mw
 from observatory.analysis.frequency.model_file import SeriesFit
 from observatory.analysis.statistics import Interval, sample_interval
-from observatory.run.manifest import Record
+from observatory.run.records import Record
 
 Float64 = NDArray[np.float64]
 

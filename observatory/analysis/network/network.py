@@ -14,7 +14,8 @@ from observatory.analysis.network.features import FORMS
 from observatory.analysis.statistics import FormScore as _FormScore
 from observatory.errors import BenchmarkError
 from observatory.run.documents.versioned import load_document
-from observatory.run.manifest import CoreShare, Count, Record, Text
+from observatory.run.manifest import CoreShare
+from observatory.run.records import Count, Record, Text
 
 NETWORK_VERSION = "2.2"
 

@@ -14,7 +14,8 @@ from pydantic import Field, ValidationError
 
 from observatory.errors import ClockError
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
-from observatory.run.manifest import Count, DeviceSpec, Phase, Record, Text
+from observatory.run.manifest import DeviceSpec, Phase
+from observatory.run.records import Count, Record, Text
 
 _Mhz = Annotated[int, Field(ge=1, le=100_000)]
 

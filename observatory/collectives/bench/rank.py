@@ -13,7 +13,7 @@ from observatory.errors import ObservatoryError
 from observatory.hpc.rank_guard import end_rank, guard_rank
 from observatory.run.documents.bench import BenchPlan
 from observatory.run.documents.route_fetch import RouteFetchPlan
-from observatory.run.manifest import Record
+from observatory.run.records import Record
 
 
 class RankJob(Record):

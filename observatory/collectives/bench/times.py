@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from observatory.probes.alignment import TimeBaseAlignment
-from observatory.run.manifest import Record
+from observatory.run.records import Record
 
 Interval = tuple[int, int]
 

@@ -11,7 +11,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from observatory.run.manifest import Count, DeviceCalibration, DeviceSpec, Record, SamplerCost, Text
+from observatory.run.manifest import DeviceCalibration, DeviceSpec, SamplerCost
+from observatory.run.records import Count, Record, Text
 
 
 class SamplerJob(Record):

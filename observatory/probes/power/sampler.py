@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from observatory.errors import DeviceError
 from observatory.host.children import python_module
 from observatory.probes.power.job import SamplerJob, SamplerReady, SamplerReport
-from observatory.run.manifest import DeviceCalibration, DeviceSpec, RankPower, Record
+from observatory.run.manifest import DeviceCalibration, DeviceSpec, RankPower
+from observatory.run.records import Record
 
 #: How long the process may take to start: a cold driver takes several seconds to be opened.
 _START_S = 30.0

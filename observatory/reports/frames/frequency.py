@@ -28,7 +28,7 @@ from observatory.analysis.statistics import Interval
 from observatory.errors import ClockError
 from observatory.run.documents.clock_sweep import CLOCKS_VERSION, load_sweep
 from observatory.run.documents.versioned import load_document
-from observatory.run.manifest import Record
+from observatory.run.records import Record
 
 #: Bootstrap samples of a sweep that is fitted for the report; as ``clocks fit`` takes.
 _BOOTSTRAP = 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import BaseModel
@@ -206,7 +207,7 @@ def _record(fact: RunFacts, label: str) -> RunRecord:
     pairs.append(
         ("software", ", ".join(f"{name} {version}" for name, version in sorted(manifest.software.items())))
     )
-    pairs += [(f"rank {rank.rank}", _line(rank)) for rank in manifest.ranks]
+    pairs += [(f"rank {rank.rank}", _line(rank, without=("provenance",))) for rank in manifest.ranks]
     pairs += [("note", note) for note in manifest.notes]
     return RunRecord(
         title=f"{shorten(label, 60)} on {shorten(fact.condition)}",
@@ -223,8 +224,10 @@ def _fields(record: BaseModel) -> list[tuple[str, object]]:
     return [(name, getattr(record, name)) for name in names]
 
 
-def _line(record: BaseModel) -> str:
-    return ", ".join(f"{name} {value}" for name, value in _fields(record) if value is not None)
+def _line(record: BaseModel, *, without: Sequence[str] = ()) -> str:
+    return ", ".join(
+        f"{name} {value}" for name, value in _fields(record) if value is not None and name not in without
+    )
 
 
 def _value(value: object) -> str:

@@ -13,7 +13,9 @@ from pydantic import Field, model_validator
 
 from observatory.errors import ClockError
 from observatory.run.documents.versioned import load_document
-from observatory.run.manifest import Count, DeviceSpec, EnergyFlag, HostSpec, Moment, Phase, Record, Text
+from observatory.run.manifest import DeviceSpec, EnergyFlag, Phase
+from observatory.run.provenance import HostSpec
+from observatory.run.records import Count, Moment, Record, Text
 
 CLOCKS_VERSION = "1.1"
 

@@ -14,7 +14,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from observatory.run.documents.versioned import load_document
-from observatory.run.manifest import CoreSpec, Count, HostSpec, Moment, Record, Text
+from observatory.run.manifest import CoreSpec
+from observatory.run.provenance import HostSpec
+from observatory.run.records import Count, Moment, Record, Text
 
 EXPERTS_VERSION = "1.0"
 

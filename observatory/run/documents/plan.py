@@ -10,7 +10,7 @@ from pydantic import Field
 from observatory.errors import PlanError
 from observatory.run.documents.printed import PRINTED_VERSION
 from observatory.run.documents.versioned import load_document
-from observatory.run.manifest import Count, Record, Text
+from observatory.run.records import Count, Record, Text
 
 _Number = Annotated[float, Field(ge=0.0, le=1e18)]
 _Share = Annotated[float, Field(ge=0.0, le=1.0 + 1e-9)]

@@ -14,7 +14,9 @@ from pydantic import Field, model_validator
 
 from observatory.errors import EnergyError
 from observatory.run.documents.versioned import load_document
-from observatory.run.manifest import Count, DeviceSpec, EnergyFlag, HostSpec, Moment, Record, Text
+from observatory.run.manifest import DeviceSpec, EnergyFlag
+from observatory.run.provenance import HostSpec
+from observatory.run.records import Count, Moment, Record, Text
 
 REUSE_VERSION = "1.1"
 

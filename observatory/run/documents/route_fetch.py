@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from observatory.run.documents.versioned import load_document
-from observatory.run.manifest import CoreSpec, Count, HostSpec, Moment, Record, Text
+from observatory.run.manifest import CoreSpec
+from observatory.run.provenance import HostSpec
+from observatory.run.records import Count, Moment, Record, Text
 
 ROUTE_FETCH_VERSION = "1.0"
 

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from observatory.errors import BenchmarkError, ObservatoryError
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, first_problem, parse_json, read_at_most
-from observatory.run.manifest import Record
+from observatory.run.records import Record
 
 Document = TypeVar("Document", bound=Record)
 

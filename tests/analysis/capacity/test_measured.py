@@ -15,7 +15,8 @@ from observatory.analysis.capacity.model_shape import model_shape
 from observatory.analysis.capacity.step import Parallel, Work
 from observatory.errors import PlanError
 from observatory.run import RunWriter, open_run, routing_rows
-from observatory.run.manifest import HostSpec, Manifest, ModelSpec, MoeLayerSpec
+from observatory.run.manifest import Manifest, ModelSpec, MoeLayerSpec
+from observatory.run.provenance import HostSpec
 from tests.analysis.experts.models import SHAPE, cost, network
 
 CONFIG = {

@@ -11,7 +11,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from observatory.run import RunWriter, routing_rows
-from observatory.run.manifest import DataSpec, DeviceSpec, HostSpec, Manifest, ModelSpec, MoeLayerSpec
+from observatory.run.manifest import DataSpec, DeviceSpec, Manifest, ModelSpec, MoeLayerSpec
+from observatory.run.provenance import HostSpec
 from observatory.run.tables import ROUTER_BIAS_SCHEMA, SPAN_SCHEMA
 
 Float64 = NDArray[np.float64]

@@ -9,7 +9,8 @@ import pandas as pd
 import pyarrow as pa
 
 from observatory.run import RunWriter
-from observatory.run.manifest import ClockSpec, HostSpec, Manifest, ModelSpec, Topology
+from observatory.run.manifest import ClockSpec, Manifest, ModelSpec, Topology
+from observatory.run.provenance import HostSpec
 from observatory.run.tables import EXCHANGE_SCHEMA
 from tests.analysis.exchange.tables import SHARED
 

@@ -13,7 +13,8 @@ from observatory.analysis.route_fetch.experts import Choice, ExpertShape, decide
 from observatory.cli import main
 from observatory.errors import BenchmarkError
 from observatory.run import RunWriter, routing_rows
-from observatory.run.manifest import HostSpec, Manifest, ModelSpec, MoeLayerSpec
+from observatory.run.manifest import Manifest, ModelSpec, MoeLayerSpec
+from observatory.run.provenance import HostSpec
 from tests.analysis.route_fetch.made import made_result
 
 #: Two ranks, two experts each.
