@@ -87,6 +87,12 @@ class BatchError(ObservatoryError):
     """A campaign cannot be submitted, followed or collected, or its site or campaign file is not valid."""
 
 
+class WaitInterruptedError(BatchError):
+    """Someone no longer waits for jobs, which go on."""
+
+    exit_code = 130
+
+
 class ModelError(ObservatoryError):
     """A model cannot be loaded, or its MoE layers are not understood."""
 

@@ -15,7 +15,7 @@ from observatory.campaign.job import ProfileJob
 def content_name(*parts: str, content: object) -> str:
     """A folder name: the parts for people, then a digest of everything that decides the content."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:10]
-    return "--".join([*map(_slug, parts), digest])
+    return "--".join([*map(slug, parts), digest])
 
 
 def job_content(job: ProfileJob) -> dict[str, object]:
@@ -39,7 +39,7 @@ def job_content(job: ProfileJob) -> dict[str, object]:
     return content
 
 
-def _slug(name: str) -> str:
+def slug(name: str) -> str:
     """Letters, digits, dots and dashes of the last part of a path or id."""
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     return re.sub(r"[^A-Za-z0-9.-]+", "-", last).strip(".-")[:48] or "cell"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from observatory.cli.options import CsvOption, JsonOption, WideOption
+from observatory.errors import WaitInterruptedError
 
 if TYPE_CHECKING:
     from observatory.campaign.batch.state import CampaignState
@@ -21,7 +22,7 @@ _LEAST_PERIOD_S = 10.0
 
 def jobs(
     directory: CampaignArgument,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait until nothing is queued or runs.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait until no point is queued or runs.")] = False,
     period_s: Annotated[
         float,
         typer.Option(
@@ -33,23 +34,21 @@ def jobs(
     json: JsonOption = False,
 ) -> None:
     """Show where each point of a campaign stands; exit code 0 when all are done, 3 when some are not."""
-    import time
-
-    from observatory.campaign.batch.folder import ACTIVE, CampaignFolder, PointStatus
+    from observatory.campaign.batch.folder import CampaignFolder, PointStatus
     from observatory.campaign.batch.state import campaign_state, state_document
     from observatory.campaign.batch.words import jobs_sentences, jobs_table
-    from observatory.cli.output import print_data, print_table, print_text, say
+    from observatory.cli.output import print_data, print_table, print_text
 
     folder = CampaignFolder(directory.resolve())
     state = campaign_state(folder)
-    before = ""
-    while wait and (state.of(*ACTIVE, PointStatus.STARTED) or state.active_jobs):
-        counts = _counts(state)
-        if counts != before:
-            say(counts)
-        before = counts
-        time.sleep(period_s)
-        state = campaign_state(folder)
+    if wait:
+        try:
+            state = _waited(state, period_s)
+        except KeyboardInterrupt:
+            raise WaitInterruptedError(
+                "waiting was interrupted, the jobs go on",
+                remedy=f"end them with observatory cancel {directory}",
+            ) from None
     document: dict[str, Any] = state_document(state)
     table = jobs_table(document)
     if not print_data(document, [table], json=json, csv=csv):
@@ -57,6 +56,27 @@ def jobs(
         print_text(["", *jobs_sentences(document)])
     if len(state.of(PointStatus.DONE)) < len(state.points):
         raise typer.Exit(3)
+
+
+def _waited(state: CampaignState, period_s: float) -> CampaignState:
+    """The state once no point waits or runs; changes are stated as they come, and a silent scheduler once."""
+    import time
+
+    from observatory.campaign.batch.folder import ACTIVE, PointStatus
+    from observatory.campaign.batch.state import campaign_state
+    from observatory.cli.output import say
+
+    counts, is_unanswered = "", False
+    while state.of(*ACTIVE, PointStatus.STARTED, PointStatus.UNKNOWN):
+        if state.is_unanswered != is_unanswered:
+            is_unanswered = state.is_unanswered
+            say(f"waiting on: {state.queue.problem}" if is_unanswered else "the scheduler answers again")
+        if _counts(state) != counts and not is_unanswered:
+            counts = _counts(state)
+            say(counts)
+        time.sleep(period_s)
+        state = campaign_state(state.folder)
+    return state
 
 
 def _counts(state: CampaignState) -> str:

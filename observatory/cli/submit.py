@@ -65,7 +65,7 @@ def submit(
         load_campaign(campaign),
         load_site(site),
         folder,
-        name=campaign.stem[:48],
+        name=campaign.stem,
         only=None if only is None else only.value,
         array_limit=array_limit,
     )

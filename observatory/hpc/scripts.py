@@ -99,7 +99,7 @@ def job_script(site: Site, job: JobScript) -> str:
             environment=_environment_lines(site),
             launcher=environment.launcher,
             points=[shlex.quote(point) for point in job.points],
-            command=shlex.join(called(site, job.command, job.folder)),
+            command=_called(site, job.command, job.folder),
             start=_start(site, job, nodes),
             start_per_node=f"srun --nodes={nodes} --ntasks={nodes} --ntasks-per-node=1",
             scratch=None if environment.scratch is None else f'"{environment.scratch}"',
@@ -109,29 +109,33 @@ def job_script(site: Site, job: JobScript) -> str:
     )
 
 
-def called(site: Site, argv: Sequence[str], folder: Path) -> list[str]:
-    """A command line as it is called at a site: ``observatory`` by the site's name, inside its image."""
-    if not argv:
-        return []
-    words = [*site.environment.observatory, *argv[1:]] if argv[0] == "observatory" else list(argv)
-    if site.container is None:
-        return words
-    binds = (str(folder), *site.container.binds)
-    nv = ["--nv"] if site.container.nv else []
-    return ["apptainer", "exec", *nv, "--bind", ",".join(binds), site.container.image, *words]
-
-
 def command_script(site: Site, argv: Sequence[str], folder: Path, *, about: str) -> str:
     """The script that each rank of a point runs; ``{out}`` of the command is its first argument."""
-    words = [
-        '"$1"'.join(shlex.quote(part) if part else "" for part in word.split("{out}"))
-        if "{out}" in word
-        else shlex.quote(word)
-        for word in called(site, argv, folder)
-    ]
-    if site.container is not None and site.environment.scratch is not None:
-        words.insert(words.index("--bind"), '--bind "$1"')
-    return f"#!/bin/bash\n# {one_line(about, 500)}\nexec {' '.join(words)}\n"
+    bind_scratch = site.container is not None and site.environment.scratch is not None
+    text = _called(site, argv, folder, further='--bind "$1"' if bind_scratch else "")
+    return f"#!/bin/bash\n# {one_line(about, 500)}\nexec {text}\n"
+
+
+def _called(site: Site, argv: Sequence[str], folder: Path, *, further: str = "") -> str:
+    """A command line in shell, as it is called at a site: ``observatory`` by the site's name, in its image.
+
+    ``further`` are options for the image, in shell.
+    """
+    if not argv:
+        return ""
+    words = [*site.environment.observatory, *argv[1:]] if argv[0] == "observatory" else list(argv)
+    text = " ".join(_quoted(word) for word in words)
+    if site.container is None:
+        return text
+    # A site's paths may hold variables of the job, as `environment.scratch` may, and no quotes.
+    paths = ",".join((str(folder), *site.container.binds))
+    options = " ".join(filter(None, ("--nv" if site.container.nv else "", further)))
+    return f'apptainer exec {options} --bind "{paths}" "{site.container.image}" {text}'
+
+
+def _quoted(word: str) -> str:
+    """A word that the shell leaves alone, but for ``{out}``: its first argument."""
+    return '"$1"'.join(shlex.quote(part) if part else "" for part in word.split("{out}")) or "''"
 
 
 def _start(site: Site, job: JobScript, nodes: int) -> str:

@@ -19,10 +19,17 @@ _MOST_BYTES = 256 << 10
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:,+=/@&|*()\[\]-]*$", max_length=200)]
 _Option = Annotated[str, Field(pattern=r"^-[A-Za-z0-9._:,+=/@&|*()\[\] \"-]*$", max_length=300)]
 _Line = Annotated[str, Field(pattern=r"^[^\x00-\x08\x0a-\x1f\x7f]*$", max_length=2000)]
-_Path = Annotated[str, Field(pattern=r"^[A-Za-z0-9_/.$%{}:+-]+$", max_length=1000)]
+#: A path in double quotes: variables of the job are filled in, ``$NAME`` or ``${NAME}``, and nothing else is.
+_Path = Annotated[
+    str,
+    Field(
+        pattern=r"^(?:[A-Za-z0-9_/.%:+-]|\$[A-Za-z_][A-Za-z0-9_]*|\$\{[A-Za-z_][A-Za-z0-9_]*\})+$",
+        max_length=1000,
+    ),
+]
 _Few = Annotated[int, Field(ge=1, le=65536)]
 #: ``HH:MM:SS`` or ``D-HH:MM:SS``.
-WallTime = Annotated[str, Field(pattern=r"^(\d{1,3}-)?\d{1,3}:[0-5]\d:[0-5]\d$")]
+WallTime = Annotated[str, Field(pattern=r"^([0-9]{1,3}-)?[0-9]{1,3}:[0-5][0-9]:[0-5][0-9]$")]
 SchedulerKind = Literal["slurm", "pbs", "lsf"]
 
 
@@ -84,7 +91,7 @@ class NodeSettings(_Part):
     gpus: Annotated[int, Field(ge=0, le=1024)] = 0
     gres: Word | None = None
     cpus_per_task: _Few | None = None
-    memory: Annotated[str, Field(pattern=r"^\d+[KMGT]?$")] | None = None
+    memory: Annotated[str, Field(pattern=r"^[0-9]{1,12}[KMGT]?$")] | None = None
     exclusive: Literal["always", "power", "never"] = "power"
     gpu_freq: bool = False
 
@@ -142,7 +149,7 @@ class Site(_Part):
     node: NodeSettings = NodeSettings()
     environment: EnvironmentSettings = EnvironmentSettings()
     container: ContainerSettings | None = None
-    job_monitor: Annotated[str, Field(pattern=r"^https?://[^\s\"'<>]+$", max_length=500)] | None = None
+    job_monitor: Annotated[str, Field(pattern=r"^https?://[!#-%(-;=?-~]+$", max_length=500)] | None = None
     hardware: dict[str, Any] = {}
 
     @model_validator(mode="after")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -17,8 +16,18 @@ _JOB_ID = re.compile(r"\d{1,18}", re.ASCII)
 #: ``123``, ``123_4``, ``123_[4-7%2]``.
 _ELEMENT = re.compile(r"(\d{1,18})(?:_(\d{1,9}|\[[0-9,%-]{1,4000}\]))?", re.ASCII)
 _MOST_BYTES = 64 << 20
-#: Job ids of one query.
-MOST_JOBS = 1000
+#: Job ids of one command.
+_MOST_ASKED = 1000
+#: States in which a job waits for its start, also for one after the first: squeue(1), job state codes.
+_WAITING = frozenset(
+    ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT", "EXPEDITING")
+)
+_RUNNING = frozenset(
+    (
+        *("RUNNING", "CONFIGURING", "POWER_UP_NODE", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT"),
+        *("STOPPED", "SUSPENDED"),
+    )
+)
 _QUEUE_LIMITS = ("Job violates accounting/QOS policy", "MaxSubmitJob", "AssocMaxSubmitJobLimit")
 
 
@@ -41,17 +50,23 @@ class JobState:
     @property
     def active(self) -> bool:
         """Whether it waits or runs."""
-        return self.state in ("PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED")
+        return self.waits or self.state in _RUNNING
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for its start, be it for a further one."""
+        return self.state in _WAITING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueAnswer:
-    """What one query brought.
+    """What a query brought.
 
     Attributes:
-        source: ``sacct``, ``squeue``, or None where neither answered.
+        source: ``sacct`` (with squeue for jobs that it does not know yet), ``squeue``, or None where neither
+            answered.
         states: by job id, such as ``123`` or ``123_4``; jobs that the scheduler has forgotten are missing.
-        problem: why there is no answer; None where there is one.
+        problem: why there is no answer, or not about all jobs; None where there is one.
     """
 
     source: str | None
@@ -73,7 +88,11 @@ def submit(script: Path, *, after: Sequence[str] = ()) -> str:
         BatchError: there is no Slurm, or it refuses the job; with Slurm's own reason.
     """
     dependency = [f"--dependency=afterany:{':'.join(after)}"] if after else []
-    done = _call("sbatch", "--parsable", *dependency, str(script))
+    done = _call(
+        *("sbatch", "--parsable", *dependency, str(script)),
+        late="run the same command again later: should the job be in the queue after all, "
+        "each point still runs once",
+    )
     job_id = done.stdout.strip().split(";")[0]
     if done.returncode != 0 or _JOB_ID.fullmatch(job_id) is None:
         said = _complaint(done)
@@ -88,28 +107,49 @@ def submit(script: Path, *, after: Sequence[str] = ()) -> str:
 
 
 def ask(job_ids: Sequence[str]) -> QueueAnswer:
-    """The state of jobs: one question to sacct, and where accounting is off one to squeue."""
-    if not job_ids:
+    """The state of jobs: a question to sacct, and one to squeue for what accounting does not know.
+
+    Args:
+        job_ids: of jobs, not of elements; whatever is no id of a job is left out.
+    """
+    asked = [job_id for job_id in job_ids if _JOB_ID.fullmatch(job_id)]
+    if not asked:
         return QueueAnswer(source=None, states={})
-    jobs = ",".join(job_ids[-MOST_JOBS:])
-    problem = None
-    with contextlib.suppress(BatchError):
-        done = _call(
-            *("sacct", "--allocations", "--noheader", "--parsable2", "--array", f"--jobs={jobs}"),
-            "--format=JobID,State,ExitCode,NodeList",
-        )
-        if done.returncode == 0 and done.stdout.strip():
-            return QueueAnswer(source="sacct", states=_accounted(done.stdout))
-    try:
-        done = _call(
-            *("squeue", "--noheader", "--array", "--states=all", f"--jobs={jobs}"), "--format=%i|%T|%r|%N"
-        )
-    except BatchError as error:
-        return QueueAnswer(source=None, states={}, problem=error.what)
-    if done.returncode == 0 or "Invalid job id" in done.stderr:
-        return QueueAnswer(source="squeue", states=_queued(done.stdout))
-    problem = _complaint(done)
-    return QueueAnswer(source=None, states={}, problem=f"squeue does not answer: {problem}")
+    accounted = _asked("sacct", asked)
+    states = {} if isinstance(accounted, str) else accounted
+    known = {name.partition("_")[0] for name in states}
+    left = [job_id for job_id in asked if job_id not in known]
+    if not left:
+        return QueueAnswer(source="sacct", states=states)
+    queued = _asked("squeue", left)
+    if isinstance(queued, str):
+        return QueueAnswer(source="sacct" if states else None, states=states, problem=queued)
+    return QueueAnswer(source="sacct" if states else "squeue", states={**states, **queued})
+
+
+_QUESTIONS = {
+    "sacct": (
+        *("sacct", "--allocations", "--noheader", "--parsable2", "--array"),
+        "--format=JobID,State,ExitCode,NodeList",
+    ),
+    "squeue": ("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N"),
+}
+
+
+def _asked(program: str, job_ids: Sequence[str]) -> dict[str, JobState] | str:
+    """What sacct or squeue has to say about jobs; why not, where it does not answer."""
+    states: dict[str, JobState] = {}
+    for start in range(0, len(job_ids), _MOST_ASKED):
+        jobs = ",".join(job_ids[start : start + _MOST_ASKED])
+        try:
+            done = _call(*_QUESTIONS[program], f"--jobs={jobs}")
+        except BatchError as error:
+            return error.what
+        # squeue so answers a question about one job that it has forgotten.
+        if done.returncode != 0 and "Invalid job id" not in done.stderr:
+            return f"{program} does not answer: {_complaint(done)}"
+        states |= (_accounted if program == "sacct" else _queued)(done.stdout)
+    return states
 
 
 def cancel(job_ids: Sequence[str]) -> None:
@@ -118,6 +158,11 @@ def cancel(job_ids: Sequence[str]) -> None:
     Raises:
         BatchError: there is no Slurm, or it does not answer.
     """
+    for start in range(0, len(job_ids), _MOST_ASKED):
+        _cancel(job_ids[start : start + _MOST_ASKED])
+
+
+def _cancel(job_ids: Sequence[str]) -> None:
     done = _call("scancel", *job_ids)
     lines = [line for line in done.stderr.splitlines() if "Invalid job id" not in line and line.strip()]
     if done.returncode != 0 and lines:
@@ -139,7 +184,7 @@ def read(*command: str) -> str:
     return done.stdout
 
 
-def _call(*command: str) -> subprocess.CompletedProcess[str]:
+def _call(*command: str, late: str = "run it again later") -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             command,
@@ -159,7 +204,8 @@ def _call(*command: str) -> subprocess.CompletedProcess[str]:
         ) from None
     except subprocess.TimeoutExpired:
         raise BatchError(
-            f"{command[0]} did not answer within {_TIMEOUT_S:g} s", remedy="run it again later"
+            f"{command[0]} did not answer within {_TIMEOUT_S:g} s",
+            remedy=late,
         ) from None
     except OSError as error:
         raise BatchError(f"{command[0]} cannot be started ({error.strerror})") from None

@@ -133,8 +133,8 @@ def test_the_observatory_is_called_in_the_image_of_the_site() -> None:
     site = Site(container=ContainerSettings(image="/apps/observatory.sif", binds=("/scratch",)))
     text = command_script(site, ("observatory", "doctor"), _FOLDER, about="x")
     assert text.splitlines()[-1] == (
-        "exec apptainer exec --nv --bind /scratch/ab12/mixers,/scratch "
-        "/apps/observatory.sif observatory doctor"
+        'exec apptainer exec --nv --bind "/scratch/ab12/mixers,/scratch" '
+        '"/apps/observatory.sif" observatory doctor'
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from observatory.campaign.batch.folder import CampaignFolder, PointStatus
-from observatory.campaign.batch.state import CampaignState, PointState, campaign_state
+from observatory.campaign.batch.state import CampaignState, PointState, active_jobs, campaign_state
 from observatory.campaign.batch.summary import condition_rows
 from observatory.campaign.reduction import reduce_runs
 from observatory.errors import BatchError, ObservatoryError
@@ -147,11 +147,11 @@ def cancel_campaign(folder: CampaignFolder) -> tuple[list[str], CampaignState]:
             f"jobs of {state.saved.site.scheduler} were submitted by hand",
             remedy="cancel them with the scheduler's own command",
         )
-    if state.jobs and state.queue.source is None:
+    if state.is_unanswered:
         raise BatchError(
             f"what runs is not known: {state.queue.problem}", remedy="run it again when the scheduler answers"
         )
-    active = state.active_jobs
+    active = active_jobs(state.queue)
     if active:
         slurm.cancel(active)
     return active, state

@@ -13,9 +13,10 @@ Nothing here locks: an attempt is claimed by making its folder, and results appe
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -55,8 +56,10 @@ class PointStatus(StrEnum):
     TERMINATED = "terminated"
     #: Its job is gone without a word: killed, or its node died.
     LOST = "lost"
-    #: It was started, and the scheduler does not answer.
+    #: It was started, and no scheduler says whether it still runs.
     STARTED = "started"
+    #: It was not started, and no scheduler says whether it is in the queue.
+    UNKNOWN = "unknown"
     #: It was never started, and is not in the queue.
     MISSING = "missing"
 
@@ -106,7 +109,8 @@ class Attempt:
     Attributes:
         folder: its directory.
         number: counted from 1; None of the one that succeeded.
-        job: job that made it; None where it died before it could say.
+        job: job that made it; None where it does not say.
+        began_unix_s: when it began, by the clock of the file system.
         ended: how it ended, such as ``failed``; None while it runs, or where it died.
         exit_code: of its command; None where ``ended`` is.
     """
@@ -114,6 +118,7 @@ class Attempt:
     folder: Path
     number: int | None
     job: str | None
+    began_unix_s: float
     ended: str | None
     exit_code: int | None
 
@@ -227,11 +232,17 @@ def result_status(point: Point, attempt: Attempt) -> PointStatus:
 
 def _attempt(folder: Path, number: int | None) -> Attempt:
     job = _word(folder / "job")
+    began_unix_s = 0.0
+    for path in (folder / "job", folder):
+        with contextlib.suppress(OSError):
+            began_unix_s = path.stat().st_mtime
+            break
     match = _ENDED.fullmatch(_word(folder / "ended"))
     return Attempt(
         folder=folder,
         number=number,
         job=job if _JOB.fullmatch(job) else None,
+        began_unix_s=began_unix_s,
         ended=match[1] if match else None,
         exit_code=int(match[2]) if match else None,
     )
@@ -244,7 +255,7 @@ def _word(path: Path) -> str:
         return ""
 
 
-def elements_of(jobs: Iterable[SubmittedJob]) -> Mapping[str, list[str]]:
+def elements_of(jobs: Iterable[SubmittedJob]) -> dict[str, list[str]]:
     """Job ids of the elements of each point, the latest last."""
     found: dict[str, list[str]] = {}
     for job in jobs:

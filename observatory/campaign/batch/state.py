@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from observatory.campaign.batch.campaign_file import Point
+from observatory.campaign.batch.campaign_file import CampaignFile, Point
 from observatory.campaign.batch.folder import (
     Attempt,
     CampaignFolder,
@@ -19,6 +20,7 @@ from observatory.campaign.batch.folder import (
     result_status,
 )
 from observatory.hpc import slurm
+from observatory.hpc.scripts import seconds
 from observatory.hpc.site import Site
 from observatory.hpc.slurm import JobState, QueueAnswer
 from observatory.run.documents.printed import printed_document
@@ -97,15 +99,15 @@ class CampaignState:
         }
 
     @property
-    def active_jobs(self) -> list[str]:
-        """Ids of submitted jobs that wait or run."""
-        return [job.job_id for job in active_jobs(self.jobs, self.queue)]
+    def is_unanswered(self) -> bool:
+        """Whether a scheduler was asked and did not answer in full."""
+        return self.saved.site.scheduler == "slurm" and self.queue.problem is not None
 
 
-def active_jobs(jobs: Sequence[SubmittedJob], queue: QueueAnswer) -> list[SubmittedJob]:
-    """Submitted jobs that wait or run."""
-    active = {name.partition("_")[0] for name, state in queue.states.items() if state.active}
-    return [job for job in jobs if job.job_id in active]
+def active_jobs(queue: QueueAnswer) -> list[str]:
+    """Ids of jobs that wait or run, also of those that were submitted by hand and run a point."""
+    active = (name.partition("_")[0] for name, state in queue.states.items() if state.active)
+    return [*dict.fromkeys(active)]
 
 
 def campaign_state(folder: CampaignFolder) -> CampaignState:
@@ -115,31 +117,60 @@ def campaign_state(folder: CampaignFolder) -> CampaignState:
         BatchError: the directory holds no campaign.
     """
     saved = folder.load()
-    jobs, queue, points = points_state(folder, saved.site, saved.points)
+    jobs, queue, points = points_state(folder, saved.site, saved.campaign, saved.points)
     names = {point.name for point in saved.points}
     further = sum(1 for name in elements_of(jobs) if name not in names)
     return CampaignState(folder=folder, saved=saved, jobs=jobs, queue=queue, points=points, further=further)
 
 
 def points_state(
-    folder: CampaignFolder, site: Site, points: Sequence[Point]
+    folder: CampaignFolder, site: Site, campaign: CampaignFile, points: Sequence[Point]
 ) -> tuple[tuple[SubmittedJob, ...], QueueAnswer, tuple[PointState, ...]]:
     """The submitted jobs, the scheduler's answer about them, and where these points stand."""
     jobs = tuple(folder.jobs())
     # Read before the question: a job that ends in between is then found in the folders next time.
     attempts = {point.name: folder.attempts(point.name) for point in points}
-    queue = slurm.ask([job.job_id for job in jobs]) if site.scheduler == "slurm" else _NO_QUESTION
+    is_asked = site.scheduler == "slurm"
     elements = elements_of(jobs)
-    states = [_state(point, attempts[point.name], elements.get(point.name, []), queue) for point in points]
+    for name, found in attempts.items():  # a job that was submitted by hand is known by the attempt it made
+        last = found[-1] if found else None
+        if last is not None and last.number is not None and last.job is not None:
+            elements.setdefault(name, [])
+            elements[name] += [] if last.job in elements[name] else [last.job]
+    ids = dict.fromkeys(job.job_id for job in jobs)
+    ids |= dict.fromkeys(job.partition("_")[0] for names in elements.values() for job in names)
+    queue = slurm.ask([*ids]) if is_asked else _NO_QUESTION
+    # Where no scheduler is asked, an attempt that is older than its wall time has ended.
+    gone_before = None if is_asked else time.time() - seconds(campaign.time or site.batch.time) - _END_S
+    states = [
+        _state(point, attempts[point.name], elements.get(point.name, []), queue, gone_before)
+        for point in points
+    ]
     return jobs, queue, tuple(states)
 
 
 _NO_QUESTION = QueueAnswer(source=None, states={}, problem="only Slurm is asked")
+#: What a job takes to end once its wall time is over, and what clocks of machines differ by, at most.
+_END_S = 900.0
 
 
 def _state(
-    point: Point, attempts: Sequence[Attempt], elements: Sequence[str], queue: QueueAnswer
+    point: Point,
+    attempts: Sequence[Attempt],
+    elements: Sequence[str],
+    queue: QueueAnswer,
+    gone_before_unix_s: float | None,
 ) -> PointState:
+    """Where a point stands.
+
+    Args:
+        point: the point.
+        attempts: at it.
+        elements: jobs that were submitted for it, the latest last.
+        queue: what the scheduler reports.
+        gone_before_unix_s: attempts that began earlier have ended; None where the scheduler is asked.
+    """
+
     def state(status: PointStatus, job: str | None) -> PointState:
         scheduled = None if job is None else queue.states.get(job)
         return PointState(point=point, status=status, attempts=tuple(attempts), job=job, scheduled=scheduled)
@@ -151,15 +182,20 @@ def _state(
     if last is not None and last.ended is None:
         known = None if last.job is None else queue.states.get(last.job)
         if known is not None and known.active:
-            return state(PointStatus.RUNNING if known.state != "PENDING" else PointStatus.QUEUED, last.job)
+            return state(PointStatus.QUEUED if known.waits else PointStatus.RUNNING, last.job)
         if active:
             return state(PointStatus.QUEUED, active[-1])
-        if queue.source is None:
-            return state(PointStatus.STARTED, last.job)
+        if known is None and queue.problem is not None:
+            is_gone = gone_before_unix_s is not None and last.began_unix_s < gone_before_unix_s
+            return state(PointStatus.LOST if is_gone else PointStatus.STARTED, last.job)
         named = None if known is None else _SCHEDULER_ENDINGS.get(known.state)
         return state(named or PointStatus.LOST, last.job)
     if active:
         return state(PointStatus.QUEUED, active[-1])
+    later = _later(elements, last)
+    waits = later[-1] not in queue.states if later else last is None and gone_before_unix_s is not None
+    if waits and queue.problem is not None:
+        return state(PointStatus.UNKNOWN, later[-1] if later else None)
     if last is not None:
         return state(_ENDINGS.get(last.ended or "", PointStatus.FAILED), last.job)
     ended = elements[-1] if elements else None
@@ -171,14 +207,22 @@ def _state(
     return state(PointStatus.MISSING, ended)
 
 
+def _later(elements: Sequence[str], last: Attempt | None) -> Sequence[str]:
+    """Jobs that were submitted for a point after the one that made its last attempt."""
+    if last is None or last.job is None:
+        return elements
+    return elements[elements.index(last.job) + 1 :]
+
+
 def state_document(state: CampaignState) -> dict[str, Any]:
     """The state for ``--json``."""
     site = state.saved.site
-    active = set(state.active_jobs)
+    active = set(active_jobs(state.queue))
     return printed_document(
         "jobs",
         {
             "campaign": state.saved.name,
+            "scheduler": site.scheduler,
             "directory": str(state.folder.path),
             "source": state.queue.source,
             "problem": state.queue.problem,
@@ -217,7 +261,7 @@ def state_document(state: CampaignState) -> dict[str, Any]:
 
 
 def _failed_lines(state: CampaignState, each: PointState) -> list[str]:
-    quiet = (PointStatus.DONE, PointStatus.QUEUED, PointStatus.MISSING)
+    quiet = (PointStatus.DONE, PointStatus.QUEUED, PointStatus.MISSING, PointStatus.UNKNOWN)
     if each.job is None or each.status in quiet:
         return []
     return state.folder.last_lines(each.job)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from observatory.campaign.batch.folder import (
     CampaignFolder,
     PointStatus,
     SubmittedJob,
+    result_status,
 )
 from observatory.campaign.batch.state import PointState, active_jobs, points_state
+from observatory.campaign.naming import slug
 from observatory.campaign.preflight import check_job
 from observatory.errors import BatchError
 from observatory.hpc import slurm
@@ -26,7 +29,8 @@ from observatory.run.documents.writing import write_text
 
 Only = Literal["failed", "missing"]
 _FAILED = (PointStatus.FAILED, PointStatus.OUT_OF_TIME, PointStatus.TERMINATED, PointStatus.LOST)
-_MISSING = (PointStatus.MISSING, PointStatus.DAMAGED)
+#: Where no scheduler is asked, points that are unknown; where it does not answer, nothing is submitted.
+_MISSING = (PointStatus.MISSING, PointStatus.DAMAGED, PointStatus.UNKNOWN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,16 +106,17 @@ def plan_submission(
         BatchError: something else is in the place of the directory, a point cannot run at this site, or the
             scheduler does not answer although jobs were submitted.
     """
-    name = campaign.name or name
+    name = campaign.name or slug(name)
     points = campaign_points(campaign)
     before = _names_before(folder)
-    jobs_before, queue, states = points_state(folder, site, points)
-    if site.scheduler == "slurm" and jobs_before and queue.source is None:
+    jobs_before, queue, states = points_state(folder, site, campaign, points)
+    if site.scheduler == "slurm" and queue.problem is not None:
         raise BatchError(
             f"what already runs of this campaign is not known: {queue.problem}",
             remedy="run it again when the scheduler answers",
         )
-    active = active_jobs(jobs_before, queue)
+    queued = active_jobs(queue)
+    active = [job for job in jobs_before if job.job_id in queued]
     wanted = [state.point for state in states if _is_chosen(state, only)]
     if site.container is None:
         _check(wanted)
@@ -133,7 +138,7 @@ def plan_submission(
         left=sum(state.status not in (PointStatus.DONE, *ACTIVE) for state in states) - len(wanted),
         added=None if before is None else len({point.name for point in points} - before),
         dropped=None if before is None else len(before - {point.name for point in points}),
-        queued=tuple(job.job_id for job in active),
+        queued=tuple(queued),
         queued_fabric=tuple(job.job_id for job in active if fabric.intersection(job.points)),
     )
 
@@ -275,7 +280,8 @@ def _collecting(campaign: CampaignFile, site: Site, folder: CampaignFolder, name
 
 
 def _stamp() -> str:
-    return time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    """Distinguishes the scripts of a submission, also from those of another at the same time."""
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(2)}"
 
 
 def _write(submission: Submission) -> None:
@@ -287,8 +293,14 @@ def _write(submission: Submission) -> None:
             for point in job.points:
                 place = folder.point(point.name)
                 place.mkdir(exist_ok=True)
-                if (place / "result").is_dir():  # damaged, or it would not be submitted
-                    (place / "result").rename(place / f"damaged-{time.time_ns()}")
+                attempts = folder.attempts(point.name)
+                # Looked at again: an earlier job may have brought the result since.
+                if (
+                    attempts
+                    and attempts[-1].number is None
+                    and result_status(point, attempts[-1]) is PointStatus.DAMAGED
+                ):
+                    attempts[-1].folder.rename(place / f"damaged-{time.time_ns()}")
                 text = command_script(site, point.argv, folder.path, about=point.about)
                 write_text(place / "command", text)
             write_text(folder.script(job.name), job.text)

@@ -32,8 +32,12 @@ _NEXT = {
     PointStatus.LOST: "their jobs ended without a word (killed, or a node died); submit again to run them",
     PointStatus.MISSING: "submit again to run them",
     PointStatus.DAMAGED: "their results are not complete; submit again to run them",
-    PointStatus.STARTED: "the scheduler does not answer, so it is not known whether they run",
+    PointStatus.STARTED: "whether they still run is not known: {silence}",
+    PointStatus.UNKNOWN: "whether they are in the queue is not known: {silence}",
 }
+
+#: What lists the jobs of schedulers that are not asked.
+_LISTS = {"pbs": "qstat", "lsf": "bjobs"}
 
 
 def jobs_table(document: dict[str, Any]) -> Table:
@@ -47,14 +51,13 @@ def jobs_sentences(document: dict[str, Any]) -> list[str]:
     total = len(document["points"])
     listed = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
     lines = [f"{total} points: {listed}." if total else "The campaign has no points."]
-    if document["problem"] is not None and any(state in counts for state in ("started", "missing", "lost")):
-        lines.append(f"The scheduler was not of help: {document['problem']}.")
+    silence = _silence(document)
     for each in document["points"]:
         if each["state"] in (*_NEXT,) and each["last_lines"]:
             lines += ["", f"{each['about']} ({each['log']}):", *(f"  {line}" for line in each["last_lines"])]
     for status, advice in _NEXT.items():
         if counts.get(status.value):
-            lines += ["", f"{counts[status.value]} {status.value}: {advice}."]
+            lines += ["", f"{counts[status.value]} {status.value}: {advice.format(silence=silence)}."]
     links = [job["monitor"] for job in document["jobs"] if job["active"] and job["monitor"]]
     lines += [f"Monitor: {link}" for link in links]
     if document["no_longer_part"]:
@@ -62,6 +65,14 @@ def jobs_sentences(document: dict[str, Any]) -> list[str]:
     if counts.get(PointStatus.DONE.value):
         lines += ["", f"Next: observatory collect {document['directory']} --report report.html"]
     return lines
+
+
+def _silence(document: dict[str, Any]) -> str:
+    """Why no scheduler states what waits and runs."""
+    other = _LISTS.get(document["scheduler"])
+    if other is not None:
+        return f"{document['scheduler']} is not asked, {other} lists them"
+    return str(document["problem"])
 
 
 def collection_table(document: dict[str, Any]) -> Table:

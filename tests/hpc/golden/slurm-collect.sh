@@ -22,8 +22,8 @@
 # Written by `observatory submit`; may be read, changed and submitted again by hand.
 # mixers-collect
 
-campaign=/scratch/ab12/mixers
 say() { printf '%s %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$*"; }
+campaign=/scratch/ab12/mixers
 
 # The submission passes no environment on; what a job sets reaches its steps.
 unset SLURM_EXPORT_ENV

@@ -17,8 +17,13 @@
 # Written by `observatory submit`; may be read, changed and submitted again by hand.
 # cpu: 2 points of 4 rank(s) on 2 node(s)
 
-campaign=/scratch/ab12/mixers
 say() { printf '%s %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$*"; }
+# First of all, since a signal may come at any line; the ranks run in the background, or no trap would run.
+step=
+stop=
+trap 'stop=out-of-time; say "the wall time ends soon"; [ -z "$step" ] || interrupt "$step"' USR1
+trap 'stop=terminated; say "ended from outside"; [ -z "$step" ] || interrupt "$step"' TERM
+campaign=/scratch/ab12/mixers
 
 # The submission passes no environment on; what a job sets reaches its steps.
 unset SLURM_EXPORT_ENV
@@ -56,16 +61,29 @@ last_attempt() {
   echo "$number"
 }
 
-# Folders are the claims: only one job can make try-N. A claim whose job has ended is void.
+# Attempts are claims. One appears with its job in it, by renaming, and a folder that is not empty cannot be replaced.
+claim() {
+  local own=$folder/claim-$job
+  rm -rf "$own"
+  mkdir "$own" && echo "$job" > "$own/job" && mv -T "$own" "$1" 2>/dev/null && return
+  rm -rf "$own"
+  return 1
+}
+
+# A claim whose job has ended is void, and one without a job, once no file system would still hide it.
 number=$(last_attempt)
 while true; do
+  [ -z "$stop" ] || exit $more_to_do
   [ -d "$folder/result" ] && { say "$point has its result already"; exit 0; }
-  if [ "$number" -gt 0 ] && [ ! -f "$folder/try-$number/ended" ]; then
-    for _ in 1 2 3 4 5; do
-      [ -f "$folder/try-$number/job" ] && break
-      sleep 1
+  last=$folder/try-$number
+  if [ "$number" -gt 0 ] && [ ! -f "$last/ended" ]; then
+    for _ in {1..60}; do
+      [ -f "$last/job" ] && break
+      [ -n "$(find "$last" -maxdepth 0 -mmin -2 2>/dev/null)" ] || break
+      [ -z "$stop" ] || exit $more_to_do
+      sleep 2
     done
-    holder=$(cat "$folder/try-$number/job" 2>/dev/null)
+    holder=$(cat "$last/job" 2>/dev/null)
     if [ -n "$holder" ] && [ "$holder" != "$job" ]; then
       is_alive "$holder"
       case $? in
@@ -74,7 +92,7 @@ while true; do
       esac
     fi
   fi
-  mkdir "$folder/try-$((number + 1))" 2>/dev/null && break
+  claim "$folder/try-$((number + 1))" && break
   [ -d "$folder" ] || { say "$folder is missing; submit the campaign again"; exit 1; }
   before=$number
   number=$(last_attempt)
@@ -85,15 +103,8 @@ while true; do
 done
 number=$((number + 1))
 attempt=$folder/try-$number
-echo "$job" > "$attempt/job.part" && mv "$attempt/job.part" "$attempt/job"
 [ -d "$folder/result" ] && { rm -r "$attempt"; say "$point has its result already"; exit 0; }
 say "$point, attempt $number, job $job on ${HOSTNAME:-?}"
-
-# A trap runs once the command in the foreground has ended, so the ranks run in the background.
-step=
-stop=
-trap 'stop=out-of-time; say "the wall time ends soon"; [ -z "$step" ] || interrupt "$step"' USR1
-trap 'stop=terminated; say "ended from outside"; [ -z "$step" ] || interrupt "$step"' TERM
 
 end() {
   echo "$1 $2" > "$attempt/ended.part" && mv "$attempt/ended.part" "$attempt/ended"
@@ -107,6 +118,7 @@ prepare || { say "the environment cannot be set up, see above"; end failed 1; ex
 srun --nodes=2 --ntasks=4 --export=ALL --kill-on-bad-exit=0 --cpus-per-task=36 bash -uc 'scratch="$TMPDIR"/observatory-$1; mkdir -p "$scratch" && exec bash "$2" "$scratch"' \
   - "$job.$restarted" "$folder/command" &
 step=$!
+[ -z "$stop" ] || interrupt "$step"
 wait "$step"
 code=$?
 while [ -n "$stop" ] && kill -0 "$step" 2>/dev/null; do
