@@ -23,11 +23,12 @@ from observatory.reports.sections import (
     route_fetch_section,
     scan_section,
     step_section,
+    step_times_section,
 )
 
 #: (anchor, question, sections that answer it, in reading order).
 _QUESTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("time", "Where does the time go?", ("anatomy", "energy", "power")),
+    ("time", "Where does the time go?", ("step-times", "anatomy", "energy", "power")),
     ("who-waits", "Who waits for whom, and why?", ("waiting", "traffic", "exchange-gaps")),
     (
         "which-experts",
@@ -65,7 +66,7 @@ def build_sections(frames: ReportFrames, *, gpus_per_node: int) -> list[Section]
         for section in (energy_section(frames), power_section(frames), clocks_section(frames))
         if section.blocks or section.reason
     ]
-    sections = [*exchange_sections(frames), *power]
+    sections = [step_times_section(frames), *exchange_sections(frames), *power]
     sections += [route_fetch_section(frames)] if frames.route_fetch else []
     sections.append(plan_section(frames))
     telemetry_alone = frames.layers.empty and frames.power is not None and bool(frames.power.runs)

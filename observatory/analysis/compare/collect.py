@@ -27,6 +27,7 @@ from observatory.analysis.parallel.scan import fitting_degrees, place, placement
 from observatory.analysis.parallel.traffic import load_by_rank
 from observatory.analysis.routing.imbalance import max_over_mean_rows
 from observatory.analysis.routing.loads import LayerLoads, collect_layer_loads
+from observatory.analysis.step_times import step_times
 from observatory.errors import EnergyError, PlacementError
 from observatory.reasons import Reason
 from observatory.run import LoadBlock, Run
@@ -246,27 +247,19 @@ def _grouped(of_layer: LayerLoads) -> GroupedLoads:
 
 def _add_times(run: Run, series: dict[Key, Series], missing: dict[str, Reason]) -> None:
     """Times of steps, of the rank that takes longest, from the spans of phases."""
-    spans = run.spans()
-    spans = spans[(spans["name"] == "phase") & spans["end_ns"].notna()]
-    if spans.empty:
+    steps = step_times(run)
+    if steps.empty:
         missing |= dict.fromkeys(("ms", "ms_per_token", "tokens_per_s"), Reason(CompareCode.NO_TIMES))
         return
-    lasted = (spans["end_ns"].astype("int64") - spans["start_ns"].astype("int64")) * 1e-6
-    per_rank = lasted.groupby([spans["phase"], spans["step"], spans["source_rank"]]).sum()
-    ms = per_rank.groupby(level=[0, 1]).max()
-    tokens = _tokens_of_steps(run)
     sequences = run.manifest.data.batch_size if run.manifest.data else None
     if not sequences:
         missing["ms_per_token"] = Reason(CompareCode.NO_BATCH_SIZE)
-    for phase, of_phase in ms.groupby(level=0):
-        taken = of_phase.droplevel(0).sort_index()
-        taken = taken[taken > 0]
-        ms_S: Float64 = taken.to_numpy().astype(np.float64)
-        step_S = taken.index.to_numpy(np.int64)
+    for phase, of_phase in steps.groupby("phase"):
+        ms_S: Float64 = of_phase["ms"].to_numpy(np.float64)
+        step_S = of_phase["step"].to_numpy(np.int64)
+        tokens_S: Float64 = of_phase["tokens"].to_numpy(np.float64)
         values = {"ms": ms_S}
-        if tokens is not None:
-            keys = pd.MultiIndex.from_product([[phase], step_S])
-            tokens_S: Float64 = tokens.reindex(keys).to_numpy().astype(np.float64)
+        if np.any(np.isfinite(tokens_S)):
             rate = _rate(ms_S, tokens_S, step_S)
             if rate is not None:
                 series[Key("tokens_per_s", str(phase))] = rate
@@ -293,14 +286,6 @@ def _rate(ms_S: Float64, tokens_S: Float64, step_S: Int64) -> Series | None:
     value = tokens.value / time.value * 1e3
     shift_N = tokens.sample_N / tokens.value - time.sample_N / time.value
     return Series(value=value, sample_N=value * (1 + shift_N), step_N=time.step_N)
-
-
-def _tokens_of_steps(run: Run) -> pd.Series[int] | None:
-    """Tokens of each phase and step, all ranks; None where rows fold several steps."""
-    frame = run.routed_tokens()
-    if frame.empty or (frame["window_steps"] > 1).any():
-        return None
-    return frame.groupby(["phase", "step"])["tokens"].sum()
 
 
 def _add_exchanges(

@@ -10,11 +10,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from observatory.reports.text import bytes_text, microseconds
+from observatory.reports.text import bytes_text, figure_label, figure_text, microseconds
 from observatory.reports.theme import FONT, light
 
 #: Logarithmic axes with fewer decades than this also label 2 and 5 of each.
 _FEW_DECADES = 2.2
+#: Height of a line of `model_rows`.
+_LINE_PX = 17
 #: Labels of sizes stand at least so far apart, as a share of the axis: what one takes on a phone.
 _LABEL_SHARE = 0.19
 
@@ -165,4 +167,52 @@ def empty_figure(height: int, *, x: dict[str, Any], y: dict[str, Any], legend: b
             "xaxis": x,
             "yaxis": y,
         }
+    )
+
+
+def model_rows(points: pd.DataFrame, x: dict[str, Any]) -> tuple[pd.DataFrame, go.Figure]:
+    """A figure with one line per row, those of a model below its name, and the rows with their ``y``.
+
+    Args:
+        points: ``label`` (model) and whatever is drawn, in the order in which lines are to stand.
+        x: settings of the horizontal axis.
+    """
+    y, names, top = np.zeros(len(points)), [], 0.0
+    for label in dict.fromkeys(points["label"]):
+        text = figure_label(label, line=15)
+        of_model = np.flatnonzero(points["label"] == label)
+        high = max(len(of_model), 1.0 + text.count("<br>")) + 1.0
+        names.append((top - high / 2, text))
+        y[of_model] = top - high / 2 + (len(of_model) - 1) / 2 - np.arange(len(of_model))
+        top -= high
+    points = points.reset_index(drop=True).assign(y=y)
+    figure = empty_figure(
+        round(96 - _LINE_PX * top),
+        x=x,
+        y=axis(
+            "",
+            tickvals=[centre for centre, _ in names],
+            ticktext=[text for _, text in names],
+            showgrid=False,
+            ticks="",
+            range=[top, 0],
+        ),
+    )
+    return points, figure
+
+
+def name_rows(
+    figure: go.Figure, names: pd.Series[str], *, x: pd.Series[float], y: pd.Series[float], sides: list[str]
+) -> None:
+    """Name of each line at ``x``, on its side ("middle left" or "middle right")."""
+    figure.add_scatter(
+        x=x,
+        y=y,
+        mode="text",
+        text=[f"  {figure_text(name, 13)}  " for name in names],
+        textposition=sides,
+        textfont={"size": 11, "color": light("muted")},
+        hoverinfo="skip",
+        showlegend=False,
+        cliponaxis=False,
     )

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from observatory.reports.figures.base import axis, bars, empty_figure, line
+from observatory.reports.figures.base import axis, bars, line, model_rows, name_rows
 from observatory.reports.frames.report import each_row
-from observatory.reports.text import figure_label, figure_text
+from observatory.reports.text import figure_text
 from observatory.reports.theme import light
 
 _KINDS = {
@@ -17,7 +17,6 @@ _KINDS = {
     "mock": ("mock (random tokens)", "orange", "square"),
     "unstated": ("origin not stated", "slate", "x"),
 }
-_LINE_PX = 17
 #: Share of the axis that a name may take on a phone.
 _NAME_SHARE = 0.25
 
@@ -32,22 +31,7 @@ def condition_dots(points: pd.DataFrame) -> go.Figure:
             unstated), ``gini``, ``gini_low``, ``gini_high``, ``gini_floor``; models and conditions in the
             order in which they are to stand.
     """
-    points = points.reset_index(drop=True)
-    new_model = points["label"].ne(points["label"].shift())
-    points = points.assign(y=-(np.arange(len(points)) + new_model.cumsum() * 1.0))
-    centres = points.groupby("label", sort=False)["y"].mean()
-    figure = empty_figure(
-        96 + _LINE_PX * (len(points) + len(centres)),
-        x=axis("Gini, mean over layers", rangemode="tozero", zeroline=True),
-        y=axis(
-            "",
-            tickvals=list(centres),
-            ticktext=[figure_label(label, line=15) for label in centres.index],
-            showgrid=False,
-            ticks="",
-            range=[float(points["y"].min()) - 1, 0],
-        ),
-    )
+    points, figure = model_rows(points, axis("Gini, mean over layers", rangemode="tozero", zeroline=True))
     _add_spans(figure, points)
     for kind, (name, colour, marker) in _KINDS.items():
         rows = points[points["kind"] == kind]
@@ -70,7 +54,7 @@ def condition_dots(points: pd.DataFrame) -> go.Figure:
                 ]
                 for row in each_row(rows)
             ],
-            hovertemplate="%{customdata[0]}<br>%{customdata[1]}<br>Gini %{x:.3f} (%{customdata[2]:.3f} – "
+            hovertemplate="%{customdata[0]}<br>%{customdata[1]}<br>Gini %{x:.3f} (%{customdata[2]:.3f} to "
             "%{customdata[3]:.3f})<br>floor %{customdata[4]:.3f}<extra></extra>",
         )
     figure.add_scatter(
@@ -118,16 +102,7 @@ def _add_names(figure: go.Figure, points: pd.DataFrame) -> None:
     ruled = (points["kind"] == "mock") & (real > points["gini"])
     flipped = ruled & (left > _NAME_SHARE * right.max())
     place = right.where(~ruled, real).where(~flipped, left)
-    figure.add_scatter(
-        x=place,
-        y=points["y"],
-        mode="text",
-        text=[f"  {figure_text(condition, 13)}  " for condition in points["condition"]],
-        textposition=np.where(flipped, "middle left", "middle right").tolist(),
-        textfont={"size": 11, "color": light("muted")},
-        hoverinfo="skip",
-        showlegend=False,
-        cliponaxis=False,
-    )
+    sides = np.where(flipped, "middle left", "middle right").tolist()
+    name_rows(figure, points["condition"], x=place, y=points["y"], sides=sides)
     top = float(right.max()) if len(right) else 0.0
     figure.update_xaxes(range=[0, max(top, 1e-3) * 1.28])

@@ -22,6 +22,7 @@ from observatory.analysis.routing import (
     local_consistency,
     phase_summary,
 )
+from observatory.analysis.step_times import step_times
 from observatory.errors import ObservatoryError
 from observatory.reports.frames.benchmark_files import BenchmarkFiles
 from observatory.reports.frames.benchmarks import collect_benchmarks
@@ -29,6 +30,7 @@ from observatory.reports.frames.exchanges import collect_exchanges
 from observatory.reports.frames.frequency import ClockFrames
 from observatory.reports.frames.power import collect_power
 from observatory.reports.frames.report import ReportFrames, RunFacts, each_row, in_reading_order, label_runs
+from observatory.reports.frames.steps import STEP_COLUMNS, step_summary
 from observatory.run import Run
 
 _BOOTSTRAP = 200
@@ -60,6 +62,7 @@ def collect(
     advice: dict[int, dict[str, Any]] = {}
     no_advice: dict[int, tuple[str, ...]] = {}
     times: dict[int, dict[str, Any]] = {}
+    steps: list[pd.DataFrame] = []
     networks = [given.document for given in files.networks] if files else []
     layers, summaries, loads, scans, localities = [], [], [], [], []
     for index, run in enumerate(runs):
@@ -90,6 +93,7 @@ def collect(
             advice |= {} if advised is None else {index: advised}
         try:
             timed = timing_rows(run)
+            steps.append(step_summary(step_times(run), timed).assign(run=index))
         except ObservatoryError as error:
             gaps.append(f"its times are left out: {error}")
         else:
@@ -122,6 +126,7 @@ def collect(
         advice=advice,
         no_advice=no_advice,
         times=times,
+        steps=_joined(steps, STEP_COLUMNS),
     )
 
 

@@ -9,6 +9,7 @@
 ``bands``     label, phase, band, reason
 ``locality``  run, and the columns of ``observatory.analysis.routing.local_consistency``; empty without token
               samples
+``steps``     run, and the columns of ``observatory.reports.frames.steps.step_summary``
 
 ``run`` is the position of the run in the report; ``label`` names a model, uniquely among runs of the same
 condition; ``kind`` is real, altered, mock or unstated.
@@ -95,6 +96,7 @@ class ReportFrames:
     scan: pd.DataFrame
     bands: pd.DataFrame
     locality: pd.DataFrame
+    steps: pd.DataFrame
     exchanges: ExchangeFrames | None = None
     benchmarks: BenchmarkFrames | None = None
     power: PowerFrames | None = None

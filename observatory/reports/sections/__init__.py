@@ -18,6 +18,7 @@ from observatory.reports.sections.power import power_section
 from observatory.reports.sections.provenance import FORMULAS, RunRecord, formula_anchor, provenance, run_table
 from observatory.reports.sections.route_fetch import route_fetch_section
 from observatory.reports.sections.scan import scan_section
+from observatory.reports.sections.step_times import step_times_section
 from observatory.reports.sections.steps import step_section
 from observatory.reports.sections.verdict import Number, Verdict, answer, key_figure, three_numbers, verdicts
 
@@ -51,6 +52,7 @@ __all__ = [
     "scan_section",
     "setting",
     "step_section",
+    "step_times_section",
     "three_numbers",
     "verdicts",
 ]
