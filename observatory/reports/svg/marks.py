@@ -343,7 +343,7 @@ def cells(trace: dict[str, Any], panel: Panel) -> str:
                 continue
             x0, x1 = left[first][0], left[column - 1][1]
             paths.setdefault(of_row[first], []).append(
-                f"M{c(x0)} {c(y0)}h{c(x1 - x0 - gap)}v{c(y1 - y0 - gap)}h{c(x0 + gap - x1)}z"
+                f"M{c(x0)} {c(y0)}H{c(x1 - gap)}V{c(y1 - gap)}H{c(x0)}z"
             )
             first = column
     drawn = "".join(
