@@ -89,7 +89,10 @@ def report(
     form: Annotated[
         Form,
         typer.Option(
-            "--format", rich_help_panel=OUTPUT, help="Page, Markdown without figures, or the page's JSON."
+            "--format",
+            metavar="html|md|json",
+            rich_help_panel=OUTPUT,
+            help="Page, Markdown without figures, or the page's JSON.",
         ),
     ] = Form.HTML,
     force: ForceOption = False,

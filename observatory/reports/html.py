@@ -59,6 +59,7 @@ _NUMBER = re.compile(
 _WIDE_PX, _NARROW_PX, _PHONE_PX = 860, 620, 350
 #: More ranks than these are not offered one by one.
 _MOST_RANKS = 512
+_CODE = re.compile(r"`([^`]{1,200})`")
 Form = Literal["html", "md", "json"]
 #: A report larger than this cannot be mailed around; it is refused rather than written.
 MOST_BYTES = 15_000_000
@@ -285,7 +286,7 @@ def _packed(block: FigureBlock, tables: Callable[[Table], Markup]) -> Markup:
         [
             {
                 "alt": variant.alt,
-                "note": unbroken(variant.note),
+                "note": _prose(variant.note),
                 "numbers": tables(variant.numbers),
                 **_pictures(variant, block),
             }
@@ -299,8 +300,14 @@ def _keys(block: FigureBlock) -> Markup:
     return script_json([{"label": variant.label, "keys": dict(variant.keys)} for variant in block.variants])
 
 
+def _prose(text: str) -> Markup:
+    """Text with what stands between backticks as code, and no number apart from its unit."""
+    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(unbroken(text)))))
+
+
 def _linked(sentence: str, href: str, where: Mapping[str, str]) -> Markup:
     """A sentence whose numbers lead to the rows they are from."""
+    sentence = unbroken(sentence)
     link = Markup('<a href="{}" data-where="{}">{}</a>')
     parts, end = [], 0
     for match in _NUMBER.finditer(sentence):
@@ -321,7 +328,7 @@ def _environment() -> Environment:
     environment.filters["groupby_in_order"] = _grouped
     environment.filters["packed"] = _packed
     environment.filters["pictures"] = _pictures
-    environment.filters["unbroken"] = unbroken
+    environment.filters["prose"] = _prose
     environment.filters["linked"] = _linked
     environment.filters["keys"] = _keys
     environment.filters["anchor"] = lambda names: formula_anchor(names.split(", ")[0])

@@ -215,7 +215,7 @@ def _cell(column: Column, row: Mapping[str, Any], heading: bool, lower: Column |
     ends = [row[end] for end in column.interval or ()]
     if ends and not any(map(is_missing, ends)):
         low, high = (_unmarked(column, end) for end in ends)
-        detail = f"{low} {'to' if '−' in low else '–'} {high}"
+        detail = f"{low} to {high}"
     return Cell(text=text, detail=detail, heading=heading)
 
 

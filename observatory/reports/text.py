@@ -92,10 +92,10 @@ def percent(value: float | None, digits: int | None = None) -> str:
 
 
 def interval(low: float | None, high: float | None, digits: int = 3) -> str:
-    """``low – high``, or ``n/a`` when an end is missing."""
+    """``low to high``, or ``n/a`` when an end is missing."""
     if low is None or high is None or _absent(low) or _absent(high):
         return MISSING
-    return f"{low:.{digits}f} – {high:.{digits}f}"
+    return f"{low:.{digits}f} to {high:.{digits}f}"
 
 
 def bytes_text(value: float | None) -> str:
@@ -138,12 +138,12 @@ def millijoules(value: float | None) -> str:
 
 
 def millijoules_interval(low: float | None, high: float | None) -> str:
-    """``1.20 – 1.31 mJ``, the unit once where both ends have it; ``n/a`` when an end is missing."""
+    """``1.20 to 1.31 mJ``, the unit once where both ends have it; ``n/a`` when an end is missing."""
     ends = millijoules(low), millijoules(high)
     if MISSING in ends:
         return MISSING
     first, _, unit = ends[0].partition(" ")
-    return f"{first} – {ends[1]}" if ends[1].endswith(f" {unit}") else " – ".join(ends)
+    return f"{first} to {ends[1]}" if ends[1].endswith(f" {unit}") else " to ".join(ends)
 
 
 def quantity(value: float, unit: str, *, signed: bool = False) -> str | None:

@@ -41,7 +41,7 @@ def test_what_realism_costs_is_given_as_a_ratio_and_in_microseconds(tmp_path: Pa
     section = sections_of(frames)["realism"]
     (shown,) = figure(section).variants
     # Per step: captured 300 and 100, uniform 100 and 100: a standard error of 1, a t of 6.31 for two steps.
-    assert "2.00× (0.00 – 8.31) the time of uniform traffic, +100 µs per exchange" in shown.note
+    assert "2.00× (0.00 to 8.31) the time of uniform traffic, +100 µs per exchange" in shown.note
     assert "no difference beyond the interval" in shown.note, "the interval reaches 1"
     assert "8 pairs of exchanges from 2 steps, 3 repeats of 4 exchanges each" in shown.note
     assert "An interval from 2 steps is itself rough." in shown.note
@@ -53,10 +53,10 @@ def test_what_realism_costs_is_given_as_a_ratio_and_in_microseconds(tmp_path: Pa
         "prefill, combine",
     ]
     assert cells(pooled)[0][1:] == [
-        "8", "200 µs", "100 µs", "2.00 [0.00 – 8.31]", "+100 µs [−531 µs to +731 µs]",
+        "8", "200 µs", "100 µs", "2.00 [0.00 to 8.31]", "+100 µs [−531 µs to +731 µs]",
         "no difference beyond the interval",
     ]  # fmt: skip
-    assert "takes 2.00× (0.00 – 8.31) the time of uniform traffic" in stated(frames)[0]
+    assert "takes 2.00× (0.00 to 8.31) the time of uniform traffic" in stated(frames)[0]
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,10 @@ def test_coefficients_have_intervals_and_the_choice_its_rivals(tmp_path: Path, m
     by_term = {row[0].text: row for row in coefficients.rows}
     exchange = next(item for item in fit["coefficients"] if item["term"] == "exchange")
     assert by_term["exchange"][1].text == f"{exchange['us_per_unit']:.4g}"
-    assert by_term["exchange"][1].detail == f"{exchange['low_us']:.4g} – {exchange['high_us']:.4g}"
+    assert by_term["exchange"][1].detail == f"{exchange['low_us']:.4g} to {exchange['high_us']:.4g}"
     across = next(item for item in fit["coefficients"] if item["term"] == "bytes_other")
     assert by_term["bytes other"][2].text == f"{1e-3 / across['us_per_unit']:.3g}"
-    low, high = (float(end) for end in by_term["bytes other"][2].detail.split(" – "))
+    low, high = (float(end) for end in by_term["bytes other"][2].detail.split(" to "))
     assert low <= 1.0 <= high, "the formula has 1 GB/s"
     assert {row[0].text for row in forms.rows} == {score["form"] for score in fit["scores"]}
     assert [row[0].text for row in forms.rows if row[-2].text == "chosen"] == [fit["form"]]

@@ -51,9 +51,9 @@ def test_findings_name_the_most_and_least_concentrated_model(tmp_path: Path) -> 
     sentences = stated(frames)
     first = _sentence(sentences, "most concentrated on real text")
     assert first.startswith(
-        "In prefill, skewed is the most concentrated on real text: Gini 0.250 (0.250 – 0.250), floor 0.0"
+        "In prefill, skewed is the most concentrated on real text: Gini 0.250 (0.250 to 0.250), floor 0.0"
     )
-    assert "; even is the least: 0.000 (0.000 – 0.000), floor 0.0" in first
+    assert "; even is the least: 0.000 (0.000 to 0.000), floor 0.0" in first
     assert "do not differ" not in first
     assert "even on prose (prefill)" in _sentence(sentences, "Not distinguishable from uniform routing")
     assert "layer 0 of skewed on prose" in _sentence(sentences, "most concentrated layer")
@@ -67,7 +67,7 @@ def test_findings_of_one_run_keep_its_floor(tmp_path: Path) -> None:
     # 1600 tokens, top-1 of 4: mean load 400, so the floor is close to sqrt(0.75 * 0.75 / (400 pi)) = 0.0212
     run = steady_run(tmp_path / "a", "only", "prose", [50, 50, 50, 50])
     assert stated(frames_of(run, ep=(2,)))[0] == (
-        "In prefill, only has Gini 0.000 (0.000 – 0.000), floor 0.021 on real text."
+        "In prefill, only has Gini 0.000 (0.000 to 0.000), floor 0.021 on real text."
     )
 
 

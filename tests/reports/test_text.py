@@ -87,7 +87,7 @@ def test_the_policy_allows_the_given_script_and_no_other_source() -> None:
         (number(float("nan")), "n/a"),
         (number(0.12345), "0.123"),
         (count(40960), "40\u202f960"),
-        (interval(0.1, 0.25, 2), "0.10 – 0.25"),
+        (interval(0.1, 0.25, 2), "0.10 to 0.25"),
         (interval(None, 0.2), "n/a"),
         (bytes_text(1536), "1.5 KiB"),
         (listing([]), "none"),

@@ -111,7 +111,7 @@ def _add_points(figure: go.Figure, points: pd.DataFrame, name: str, colour: str,
                 [
                     bytes_text(row.size_bytes),
                     microseconds(row.us),
-                    f"{microseconds(row.p10_us)} – {microseconds(row.p90_us)}",
+                    f"{microseconds(row.p10_us)} to {microseconds(row.p90_us)}",
                     row.algbw,
                     row.busbw,
                 ]

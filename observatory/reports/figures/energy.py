@@ -121,7 +121,7 @@ def _add_tokens(figure: go.Figure, tokens: pd.DataFrame, phase: str, number: str
                 width=5,
             ),
             customdata=[[row.mj_per_token_low, row.mj_per_token_high] for row in each_row(chosen)],
-            hovertemplate="%{y}: %{x:.4g} mJ per token (%{customdata[0]:.4g} – %{customdata[1]:.4g})"
+            hovertemplate="%{y}: %{x:.4g} mJ per token (%{customdata[0]:.4g} to %{customdata[1]:.4g})"
             "<extra></extra>",
             **axes,
         )

@@ -94,4 +94,4 @@ def _hover(row: Any) -> list[str]:
     low, high = microseconds(row.low_us), microseconds(row.high_us)
     why = "" if pd.isna(row.extrapolated) else f"<br>{figure_text(row.extrapolated, 90)}"
     times = (microseconds(row.measured_us), microseconds(row.predicted_us))
-    return [figure_text(where), *times, f"{low} – {high}", why]
+    return [figure_text(where), *times, f"{low} to {high}", why]

@@ -76,7 +76,7 @@ def realism_by_layer(rows: pd.DataFrame) -> go.Figure:
 def _hover(r: Any) -> list[str]:
     return [
         figure_text(f"layer {r.layer}, {r.role}: {r.exchanges} exchanges"),
-        f"{times(r.ratio)} ({times(r.ratio_low)} – {times(r.ratio_high)})",
+        f"{times(r.ratio)} ({times(r.ratio_low)} to {times(r.ratio_high)})",
         f"captured {microseconds(r.captured_us)}, uniform {microseconds(r.uniform_us)}, "
         f"extra {microseconds(r.extra_us, signed=True)}",
     ]

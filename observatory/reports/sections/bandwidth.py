@@ -210,7 +210,7 @@ def _value_cells(item: Coefficient) -> tuple[Cell, Cell]:
     has_interval = low is not None and high is not None
     value = Cell(
         text=f"{item.us_per_unit * scale:.4g}",
-        detail=f"{low * scale:.4g} – {high * scale:.4g}" if low is not None and high is not None else "",
+        detail=f"{low * scale:.4g} to {high * scale:.4g}" if low is not None and high is not None else "",
     )
     if not per_byte:
         return value, Cell(text="–")
@@ -218,7 +218,7 @@ def _value_cells(item: Coefficient) -> tuple[Cell, Cell]:
         return value, Cell(text=MISSING, detail="costs nothing measurable")
     ends = ""
     if has_interval and high:
-        ends = f"{1e-3 / high:.3g} – {1e-3 / low:.3g}" if low else f"at least {1e-3 / high:.3g}"
+        ends = f"{1e-3 / high:.3g} to {1e-3 / low:.3g}" if low else f"at least {1e-3 / high:.3g}"
     return value, Cell(text=f"{1e-3 / item.us_per_unit:.3g}", detail=ends)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from observatory.advice.capacity.document import plan_tables
 from observatory.reports.figures.plan import plan_plane
 from observatory.reports.frames.plan import PlannedFile
@@ -60,7 +63,7 @@ def _variant(file: PlannedFile) -> Variant:
     said = (
         f"{best['gpus']} devices ({best['hardware']}, {best['set_up']}): "
         f"{number(best['tokens_per_s_user'], 1)} tokens/s of a user, "
-        f"{number(best['tokens_per_s_gpu'], 0)} of a device."
+        f"{number(best['tokens_per_s_gpu'], 0)} of a device{_energy(best)}."
     )
     first = plan_tables(file.document)[0]
     return Variant(
@@ -70,6 +73,17 @@ def _variant(file: PlannedFile) -> Variant:
         alt=plain(f"Set-ups by throughput. The fewest devices: {said}"),
         note=f"{_targets(file)} {plain(f'The fewest devices: {said}')}",
         numbers=frame_table("Set-ups that meet every target", first.columns, first.rows),
+    )
+
+
+def _energy(best: Mapping[str, Any]) -> str:
+    """Energy of a token with its grade, where the plan knows the power."""
+    if best["joules_per_token"] is None:
+        return ""
+    of = ", power of a simulated device" if best["is_simulated"] else ""
+    low, high = best["joules_per_token_low"], best["joules_per_token_high"]
+    return (
+        f", {best['joules_per_token']:.3g} J per token ({low:.3g} to {high:.3g}; {best['joules_grade']}{of})"
     )
 
 

@@ -17,7 +17,7 @@
     figure.querySelector(".wide").innerHTML = variant.wide;
     figure.querySelector(".small").innerHTML = variant.small;
     figure.querySelector(".plot").setAttribute("aria-label", variant.alt);
-    figure.querySelector(".shown").textContent = variant.note;
+    figure.querySelector(".shown").innerHTML = variant.note;
     const numbers = figure.querySelector(".numbers");
     numbers.innerHTML = variant.numbers;
     numbers.querySelectorAll("table").forEach((table) => {
