@@ -58,6 +58,12 @@ def make_run(tmp_path: Path) -> MakeRun:
     return make
 
 
+@pytest.fixture
+def part_per_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are not written again: each flush makes a new one."""
+    monkeypatch.setattr("observatory.run.appender._GROWING_GROUPS", 1)
+
+
 def pytest_configure() -> None:
     """End in order, fixtures included, when the time of a whole suite is up."""
     os.environ[MARK] = _SESSION  # of what fixtures of a wider scope start

@@ -118,7 +118,7 @@ def profile(
     from observatory.campaign.ranks import needs_ranks, requested_ep, start_ranks
     from observatory.cli.output import counting, say, say_cores
     from observatory.host.ranks import find_rank
-    from observatory.run import open_run
+    from observatory.run.manifest_files import read_manifest
     from observatory.run.usable_cores import short_of_cores
 
     job = record_of(ProfileJob, options, model=model, ep=requested_ep(ep))
@@ -130,5 +130,5 @@ def profile(
         return
     with counting("profile") as progress:
         run_profile(job, out, overwrite=force, progress=progress)
-    say_cores(short_of_cores(status.cores for status in open_run(out).manifest.ranks))
+    say_cores(short_of_cores(status.cores for status in read_manifest(out).ranks))
     say(f"run written to {out}; next: observatory {'exchanges' if job.ep > 1 else 'routing'} {out}")

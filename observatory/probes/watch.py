@@ -86,18 +86,19 @@ class Watch:
         )
         SHARDS.append(self._shard)
         try:
-            self._layers = layers_now(self._model, self.sites)
-            self._writer.set_moe_layers(self._layers)
-            aligns = exchanges and self._options.exchange.align_clocks and self._options.where.world > 1
-            self._session = CaptureSession(
-                self._model,
-                self.sites,
-                self._writer,
-                self._options,
-                exchanges=exchanges,
-                store=default_store() if aligns else None,
-                situation=lambda: (self.steps, self._phase),
-            )
+            with self._writer.status_once():
+                self._layers = layers_now(self._model, self.sites)
+                self._writer.set_moe_layers(self._layers)
+                aligns = exchanges and self._options.exchange.align_clocks and self._options.where.world > 1
+                self._session = CaptureSession(
+                    self._model,
+                    self.sites,
+                    self._writer,
+                    self._options,
+                    exchanges=exchanges,
+                    store=default_store() if aligns else None,
+                    situation=lambda: (self.steps, self._phase),
+                )
             self._session.routing.before_pass(self._before_pass)
         except BaseException as error:
             self._writer.close(state="failed", error=_failure(error))
@@ -176,30 +177,31 @@ class Watch:
             session.stop(self.steps, phase=self._phase, failed=error is not None)
         with _collected(problems):
             session.check()
-        verdicts = session.routing.verified()
-        with contextlib.suppress(RuntimeError):  # a device that failed: what was read at the start stays
-            layers = layers_now(self._model, session.routing.sites, self._layers)
-            writer.set_moe_layers(_with_verdicts(layers, verdicts))
-        notes = (*self._notes, *session.notes(steps=self.steps))
-        writer.set_notes((*notes, *session.quiet_notes()))
-        gaps = session.routing.gaps()
-        writer.set_gaps(gaps)
-        with _collected(problems):
-            if writer.rank == 0:
-                stated = _with_verdicts(writer.manifest.model.moe_layers, verdicts)
-                model = writer.manifest.model.model_copy(update={"moe_layers": stated})
-                writer.update_manifest(config={**writer.manifest.config, **session.config()}, model=model)
-        failure = (
-            _failure(error) if error is not None else session.problem() or next(map(str, problems), None)
-        )
-        if any(gap.loses_rows for gap in gaps):
-            failure = failure or "not all calls of its MoE layers were captured"
-        with _collected(problems):
-            writer.close(
-                state="complete" if failure is None else "failed",
-                error=failure,
-                steps=max(self.steps, session.routing.last_step + 1),
+        with writer.status_once():  # closing writes it
+            verdicts = session.routing.verified()
+            with contextlib.suppress(RuntimeError):  # a device that failed: what was read at the start stays
+                layers = layers_now(self._model, session.routing.sites, self._layers)
+                writer.set_moe_layers(_with_verdicts(layers, verdicts))
+            notes = (*self._notes, *session.notes(steps=self.steps))
+            writer.set_notes((*notes, *session.quiet_notes()))
+            gaps = session.routing.gaps()
+            writer.set_gaps(gaps)
+            with _collected(problems):
+                if writer.rank == 0:
+                    stated = _with_verdicts(writer.manifest.model.moe_layers, verdicts)
+                    model = writer.manifest.model.model_copy(update={"moe_layers": stated})
+                    writer.update_manifest(config={**writer.manifest.config, **session.config()}, model=model)
+            failure = (
+                _failure(error) if error is not None else session.problem() or next(map(str, problems), None)
             )
+            if any(gap.loses_rows for gap in gaps):
+                failure = failure or "not all calls of its MoE layers were captured"
+            with _collected(problems):
+                writer.close(
+                    state="complete" if failure is None else "failed",
+                    error=failure,
+                    steps=max(self.steps, session.routing.last_step + 1),
+                )
         if self._shard in SHARDS:
             SHARDS.remove(self._shard)
         if error is not None:

@@ -1,13 +1,18 @@
 """Rows of one rank on their way into parts, for the rank's own writer and for a helper process.
 
-Rows are buffered and written as Parquet parts of about 64 MiB. A part is written under a temporary name,
-synced and renamed, so a process killed at any moment loses at most the rows that were not yet flushed.
+Rows are buffered and written as Parquet parts. A part is written under a temporary name, synced and renamed,
+so a process killed at any moment loses at most the rows that were not yet flushed.
+
+A flush makes no new part while the last one is small: it writes that one again, with a further row group, and
+renames it over the old one. A file for each flush would be a million of them in an hour of 1,024 ranks. Row
+groups that were written stay where they are, byte for byte: who opened the part before goes on reading it.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,9 +26,22 @@ from observatory.run.tables import TABLES
 #: Buffered Arrow bytes at which a part is written.
 PART_BYTES = 64 * 1024 * 1024
 
+#: A part that holds as many Arrow bytes or row groups is not written again: that costs encoding and writing
+#: of all its rows, half as many on average.
+_GROWING_BYTES, _GROWING_GROUPS = 4 * 1024 * 1024, 64
+
 #: A reader holds one row group of every rank at once; this keeps that near 128 MiB.
 _ROW_GROUP_BYTES_OF_ALL_RANKS = 128 * 1024 * 1024
 _ROW_GROUP_BYTES = (256 * 1024, 2 * 1024 * 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class _GrowingPart:
+    """The last part of a table and schema: its number, what each flush added, and Arrow bytes of all."""
+
+    number: int
+    flushed: tuple[pa.Table, ...]
+    size: int
 
 
 class TableAppender:
@@ -47,6 +65,7 @@ class TableAppender:
         self._buffers: dict[tuple[str, pa.Schema], list[pa.RecordBatch]] = {}
         self._buffered_bytes: dict[tuple[str, pa.Schema], int] = {}
         self._next_part: dict[str, int] = {}
+        self._growing: dict[tuple[str, pa.Schema], _GrowingPart] = {}
         self._closed = False
         least, most = _ROW_GROUP_BYTES
         self._row_group_bytes = min(max(_ROW_GROUP_BYTES_OF_ALL_RANKS // ranks, least), most)
@@ -113,33 +132,44 @@ class TableAppender:
         size = self._buffered_bytes.pop(key)
         table, schema = key
         rows = pa.Table.from_batches(batches, schema)
-        number = self._next_part.get(table, 0)
         folder = self.path / table / rank_folder(self.rank)
-        bytes_per_row = max(1, size // rows.num_rows)
+        growing = self._growing.pop(key, None)
+        if growing is None or growing.size + size > _GROWING_BYTES:
+            growing = _GrowingPart(self._next_part.get(table, 0), (), 0)
+        part = _GrowingPart(growing.number, (*growing.flushed, rows), growing.size + size)
         try:
-            if not folder.is_dir():
+            if table not in self._next_part:
                 folder.mkdir(parents=True, exist_ok=True)
                 sync_folder(folder.parent)
                 sync_folder(self.path)
-            with committed(folder / part_name(number)) as temporary:
-                pq.write_table(
-                    rows,
-                    temporary,
-                    row_group_size=max(1, self._row_group_bytes // bytes_per_row),
-                    compression="zstd",
-                    compression_level=1,
-                    # Loads repeat few distinct counts: dictionaries are as small as delta coding, faster
-                    # to read, and understood by every Parquet reader.
-                    use_dictionary=True,
-                    write_statistics=[name for name in ("step", "time_ns") if name in schema.names],
-                    write_page_checksum=True,
-                )
+            with committed(folder / part_name(part.number)) as temporary:
+                self._write(temporary, part, schema)
         except (OSError, pa.ArrowException) as error:
+            if growing.flushed:
+                self._growing[key] = growing
             self.dropped_rows += rows.num_rows
             reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
             raise RunError(
-                f"rank {self.rank} cannot write {folder / part_name(number)}: {reason}; {rows.num_rows} "
+                f"rank {self.rank} cannot write {folder / part_name(part.number)}: {reason}; {rows.num_rows} "
                 "rows are lost, parts written before are intact",
                 remedy="free space or choose another place",
             ) from error
-        self._next_part[table] = number + 1
+        self._next_part[table] = max(self._next_part.get(table, 0), part.number + 1)
+        if part.size < _GROWING_BYTES and len(part.flushed) < _GROWING_GROUPS:
+            self._growing[key] = part
+
+    def _write(self, path: Path, part: _GrowingPart, schema: pa.Schema) -> None:
+        with pq.ParquetWriter(
+            path,
+            schema,
+            compression="zstd",
+            compression_level=1,
+            # Loads repeat few distinct counts: dictionaries are as small as delta coding, faster
+            # to read, and understood by every Parquet reader.
+            use_dictionary=True,
+            write_statistics=[name for name in ("step", "time_ns") if name in schema.names],
+            write_page_checksum=True,
+        ) as writer:
+            for rows in part.flushed:
+                bytes_per_row = max(1, rows.nbytes // rows.num_rows)
+                writer.write_table(rows, row_group_size=max(1, self._row_group_bytes // bytes_per_row))

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -83,6 +83,8 @@ class RunWriter:
         self._moe_layers: tuple[RankLayer, ...] | None = None
         self._gaps: tuple[CaptureGap, ...] = ()
         self._notes: tuple[str, ...] = ()
+        self._written: RankStatus | None = None
+        self._holds_status = False
 
     @classmethod
     def create(
@@ -223,6 +225,18 @@ class RunWriter:
         """
         self._appender.flush()
 
+    @contextlib.contextmanager
+    def status_once(self) -> Iterator[None]:
+        """What is stated of this rank inside the block is written once, at its end."""
+        with self._lock:
+            self._holds_status = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holds_status = False
+                self._note_status()
+
     def set_clock(self, clock: ClockSpec) -> None:
         """State how this rank's clock relates to the others'; written at once, and when the writer closes.
 
@@ -286,6 +300,7 @@ class RunWriter:
         """
         with self._lock:
             self._ending = (one_line(reason, 1000), steps)
+            self._holds_status = False
             self._note_status()
             if not self._closed:
                 with contextlib.suppress(RunError):
@@ -358,7 +373,7 @@ class RunWriter:
 
     def _note_status(self) -> None:
         """Write what is known so far, for a reader of a run that is killed; closing says what fails."""
-        if not self._closed:
+        if not (self._closed or self._holds_status):
             with contextlib.suppress(OSError):
                 if self._ending is None:
                     self._write_status("running")
@@ -375,9 +390,7 @@ class RunWriter:
             error=error,
             steps=steps,
             dropped_rows=self.dropped_rows,
-            clock=self._clock.model_copy(
-                update={"unix_minus_monotonic_ns": time.time_ns() - time.monotonic_ns()}
-            ),
+            clock=self._clock,
             power=self._power,
             gaps=self._gaps,
             notes=self._notes,
@@ -385,7 +398,12 @@ class RunWriter:
             cores=self._cores,
             provenance=self._provenance,
         )
-        write_rank_status(self.path, status)
+        if status == self._written:
+            return
+        now = {"unix_minus_monotonic_ns": time.time_ns() - time.monotonic_ns()}
+        dated = status.model_copy(update={"clock": self._clock.model_copy(update=now)})
+        write_rank_status(self.path, dated)
+        self._written = status
 
     def _guarded(self, what: str, write: Callable[[], None]) -> None:
         try:

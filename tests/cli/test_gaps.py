@@ -16,6 +16,8 @@ from observatory.cli import main
 from observatory.run import RunWriter, open_run, routing_rows
 from observatory.run.manifest import CaptureGap, Manifest, ModelSpec, MoeLayerSpec, Topology
 
+pytestmark = pytest.mark.usefixtures("part_per_flush")
+
 EXPERTS, LAYERS, STEPS = 8, 3, 6
 Break = Callable[[Path], None]
 

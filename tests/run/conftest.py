@@ -45,7 +45,7 @@ def expected_load(step: int, rank: int, *, layers: int = 2, experts: int = 4) ->
 
 
 @pytest.fixture
-def write_run(tmp_path: Path) -> WriteRun:
+def write_run(tmp_path: Path, part_per_flush: None) -> WriteRun:  # noqa: ARG001 - asked for what it sets
     """Writes a whole run of ``ranks`` ranks, one part per ``steps_per_part`` steps."""
 
     def write(*, steps: int = 6, ranks: int = 1, steps_per_part: int = 3, name: str = "run") -> Path:

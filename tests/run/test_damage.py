@@ -43,6 +43,7 @@ def test_a_truncated_part_is_left_out_and_named(write_run: WriteRun, keep: float
     assert steps_of(path) == [0, 1, 4, 5]
 
 
+@pytest.mark.usefixtures("part_per_flush")
 def test_a_flipped_bit_in_the_data_is_noticed_while_reading(tmp_path: Path) -> None:
     with RunWriter.create(tmp_path / "run", manifest_of()) as writer:
         load = np.random.default_rng(0).integers(0, 1000, (500, 64))

@@ -156,6 +156,43 @@ def test_threads_may_append_and_flush_at_once(tmp_path: Path) -> None:
     )
 
 
+def test_flushes_write_the_last_part_again_and_who_opened_it_before_reads_on(tmp_path: Path) -> None:
+    writer = RunWriter.create(tmp_path / "run", manifest_of())
+    opened = []
+    for step in range(3):
+        writer.append("routing", one_step(step))
+        writer.flush()
+        opened.append(open_run(tmp_path / "run"))
+    parts = [path.name for path in (tmp_path / "run/routing/rank-00000").iterdir()]
+    assert parts == ["part-000000.parquet"]
+    for steps, run in enumerate(opened, start=1):
+        (block,) = run.iter_loads(layers=[1])
+        assert block.load_SPE[:, 0].tolist() == [expected_load(step, 0)[1].tolist() for step in range(steps)]
+
+
+@pytest.mark.parametrize("limit", ["_GROWING_GROUPS", "_GROWING_BYTES"])
+def test_a_part_that_has_grown_enough_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    most = {"_GROWING_GROUPS": 2, "_GROWING_BYTES": 2 * one_step(0).nbytes}
+    monkeypatch.setattr(f"observatory.run.appender.{limit}", most[limit])
+    writer = RunWriter.create(tmp_path / "run", manifest_of())
+    folder = tmp_path / "run/routing/rank-00000"
+    for step in range(5):
+        writer.append("routing", one_step(step))
+        writer.flush()
+        if step == 1:
+            first = (folder / "part-000000.parquet").stat()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"part-00000{number}.parquet" for number in range(3)
+    ]
+    assert (folder / "part-000000.parquet").stat().st_mtime_ns == first.st_mtime_ns
+    run = open_run(tmp_path / "run")
+    steps = [step for block in run.iter_loads(layers=[1]) for step in block.step_S.tolist()]
+    assert steps == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.usefixtures("part_per_flush")
 def test_a_part_is_written_when_enough_has_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("observatory.run.appender.PART_BYTES", 3 * one_step(0).nbytes)
     writer = RunWriter.create(tmp_path / "run", manifest_of())
