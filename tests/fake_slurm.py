@@ -12,7 +12,7 @@ from pathlib import Path
 
 _SBATCH = """#!/bin/bash
 script=${@: -1}
-mkdir "FOLDER/lock" || exit 1
+until mkdir "FOLDER/lock" 2>/dev/null; do sleep 0.05; done
 job=$(( $(cat "FOLDER/last" 2>/dev/null || echo 100) + 1 ))
 echo "$job" > "FOLDER/last"
 rmdir "FOLDER/lock"

@@ -89,11 +89,13 @@ def first_problem(error: Exception) -> str:
     """What is wrong with a document: the first complaint of a validation with its key, else one line."""
     from pydantic import ValidationError  # some readers of plain files start without it
 
-    if not isinstance(error, ValidationError):
-        return ((error.strerror if isinstance(error, OSError) else None) or str(error))[:200]
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(str(part)[:60] for part in first["loc"][:6])
-    return f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(str(part)[:60] for part in first["loc"][:6])
+        text = f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
+    else:
+        text = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return "".join(c if c.isprintable() else " " for c in text[:400])
 
 
 def parse_json(content: bytes) -> Any:
