@@ -189,6 +189,11 @@ def render(
         return json.dumps(documents, indent=1, allow_nan=False) + "\n"
     sections = [section for section in built if section.blocks]
     figure = key_figure(sections, concluded)
+    anchors = {section.id for section in sections}
+    anchors |= {
+        block.id for section in sections for block in section.blocks if isinstance(block, FigureBlock)
+    }
+    head["verdicts"] = [each if each.figure in anchors else replace(each, figure="") for each in concluded]
     environment, values = page_parts()
     paths = [str(fact.path) for fact in frames.facts]
     given = frames.benchmarks.files.options() if frames.benchmarks else []
@@ -208,7 +213,7 @@ def render(
         choices=_choices(frames),
         runs=run_table(frames),
         questions=questions(sections),
-        anchors={section.id for section in sections},
+        anchors=anchors,
         absent=absent_parts(built),
         formulas=FORMULAS,
         records=provenance(frames),

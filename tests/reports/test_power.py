@@ -446,3 +446,14 @@ def test_spans_that_are_not_known_for_one_reason_share_a_row(tmp_path: Path) -> 
         words = [cell.text if isinstance(cell, Cell) else cell for cell in row]
         assert "pack" in words[-1]
         assert len(table.rows) < len(frames.power.phases)
+
+
+@pytest.mark.parametrize("samples", [None, 40], ids=["whole", "too few samples"])
+def test_every_link_of_a_page_leads_somewhere(samples: int | None, tmp_path: Path) -> None:
+    run = a_power_run(tmp_path / "run", power=samples_of(a_load())[:samples])
+    tags = Tags()
+    tags.feed(write_report([run], tmp_path / "report.html").read_text(encoding="utf-8"))
+    places = {given["id"] for _, given in tags.tags if "id" in given}
+    led_to = {given["href"] for name, given in tags.tags if name == "a" and given.get("href")}
+    assert ("#energy-tokens" in led_to) == (samples is None)
+    assert {href for href in led_to if href and href[1:] not in places} == set()
