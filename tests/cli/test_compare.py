@@ -176,6 +176,23 @@ def test_saved_documents_are_compared_by_their_intervals(
     assert compared["comparisons"][0]["other"]["run_id"] == "id-other"
 
 
+def test_pages_of_long_runs_compare_as_the_runs_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("observatory.analysis.compare.collect.MOST_SAMPLES", 60)
+    runs, pages = [], []
+    for seed, ms in ((1, 10.0), (2, 12.0)):
+        name = f"run-{seed}"
+        path = made_run(tmp_path / name, seed=seed, ms=ms, steps=64, layers=1, phases=("decode",))
+        runs.append(path)
+        pages.append(tmp_path / f"{name}.html")
+        assert main(["report", str(path), "--out", str(pages[-1]), "--ep", "2"]) == 0
+    of_runs, of_pages = (row(document(capsys, *given), "decode.ms") for given in (runs, pages))
+    assert of_runs["verdict"] == of_pages["verdict"] == "higher"
+    for name in ("base", "other", "relative_low", "relative_high"):
+        assert of_pages[name] == pytest.approx(of_runs[name], rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
