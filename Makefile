@@ -23,7 +23,7 @@ check: lint
 	$(PYTEST) -m "not gpu and not slow and not timing"
 
 test: $(VENV)/.test system-packages axe
-	$(PYTEST) -m "not gpu and not timing"
+	$(PYTEST) --durations 25 -m "not gpu and not timing"
 	$(ALONE) -m "timing and not gpu"
 
 test-gpu: $(VENV)/.test
