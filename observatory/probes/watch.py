@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from observatory.probes.exchange.tap import unsupported
 from observatory.probes.options import WatchOptions, check_phase
 from observatory.probes.routing.describe import describe_model, layers_now
 from observatory.probes.routing.discover import find_sites
+from observatory.probes.run_news import news_of
 from observatory.probes.session import CaptureSession, WatchedShard
 from observatory.probes.store_alignment import default_store
 from observatory.probes.timeline.flight import recorder_unsupported
@@ -272,6 +274,7 @@ class Watch:
 
     def _open_run(self) -> RunWriter:
         options = self._options
+        news = news_of(self.run_path) if options.made is None and options.where.world > 1 else None
         if options.where.rank > 0:
             problem = None if options.made is None else options.made(None)
             if problem is not None:
@@ -281,8 +284,9 @@ class Watch:
                 rank=options.where.rank,
                 run_id=options.run_id,
                 ranks=None if options.made is None else options.where.world,
-                provenance=find_rank_provenance(),
+                wait=time.sleep if news is None else news.wait,
             )
+        made = options.made if news is None else news.tell
         labels, routing = options.labels, options.routing
         # What it was loaded from: a hub id, or a directory, of which the last component is the name.
         origin = str(getattr(getattr(self._model, "config", None), "_name_or_path", None) or "")
@@ -316,11 +320,11 @@ class Watch:
                 self.run_path, manifest, overwrite=options.overwrite, provenance=find_rank_provenance()
             )
         except RunError as error:
-            if options.made is not None:
-                options.made(str(error))
+            if made is not None:
+                made(str(error))
             raise
-        if options.made is not None:
-            options.made(None)
+        if made is not None:
+            made(None)
         return writer
 
 

@@ -47,6 +47,9 @@ from observatory.run.replacing import check_free, empty_run
 from observatory.run.time_base import clock_identity, clock_name
 from observatory.run.usable_cores import find_cores
 
+#: Between two looks for the run that rank 0 makes: a thousand ranks may look.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
+
 
 class RunWriter:
     """Appends rows of one rank to a run directory; made by :meth:`create` (rank 0) or :meth:`join`.
@@ -149,6 +152,7 @@ class RunWriter:
         ranks: int | None = None,
         timeout_s: float = 60.0,
         provenance: RankProvenance | None = None,
+        wait: Callable[[float], object] = time.sleep,
     ) -> Self:
         """Write as another rank into the run that rank 0 makes.
 
@@ -162,13 +166,14 @@ class RunWriter:
                 each node may write to storage of their own, to be copied into one directory later.
             timeout_s: how long to wait for rank 0.
             provenance: where the rank runs; None where that is not known.
+            wait: returns after so many seconds, or as soon as rank 0 is known to have made the run.
 
         Raises:
             RunError: no such run within the time, or the rank does not fit it.
         """
         folder = Path(path)
         if ranks is None or run_id is None:
-            manifest = _await_run(folder, run_id, timeout_s)
+            manifest = _await_run(folder, run_id, timeout_s, wait)
         else:
             manifest = Manifest(
                 run_id=run_id,
@@ -415,8 +420,11 @@ class RunWriter:
             ) from error
 
 
-def _await_run(folder: Path, run_id: str | None, timeout_s: float) -> Manifest:
+def _await_run(
+    folder: Path, run_id: str | None, timeout_s: float, wait: Callable[[float], object]
+) -> Manifest:
     deadline = time.monotonic() + timeout_s
+    pause_s = _FIRST_PAUSE_S
     while True:
         try:
             manifest = read_manifest(folder)
@@ -434,4 +442,5 @@ def _await_run(folder: Path, run_id: str | None, timeout_s: float) -> Manifest:
                 f"{folder} holds not {wanted} after {timeout_s:g} s; rank 0 must create the run on a file "
                 "system that all ranks share"
             )
-        time.sleep(0.05)
+        wait(min(pause_s, max(0.0, deadline - time.monotonic())))
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)

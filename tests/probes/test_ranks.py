@@ -1,4 +1,4 @@
-"""Several ranks write one run, through files alone; their model is wrapped as it is in training."""
+"""Several ranks write one run; their model is wrapped as it is in training."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ from tests.probes.tiny import ScriptedModel, ids, scripted_adapter
 pytestmark = pytest.mark.slow
 
 _RANK = """
-    import os, sys
+    import os, sys, time
     import torch
     import torch.distributed as dist
     import observatory
+    import observatory.run.writer
     from tests.probes.tiny import ScriptedModel, ids, scripted_adapter
     out, rank, dies = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "dies"
     dist.init_process_group("gloo", init_method="file://" + out + ".rendezvous", rank=rank, world_size=2)
     model = torch.nn.parallel.DistributedDataParallel(ScriptedModel())
+    observatory.run.writer._FIRST_PAUSE_S = 600.0  # rank 1 has word of rank 0, and does not look at files
+    time.sleep(0.5 * (1 - rank))
     with observatory.watch(model, out, adapters=[scripted_adapter(3)], flush_s=0.1) as watch:
         dist.barrier()
         for step in range(2):
