@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -70,12 +71,21 @@ def doctor(
             help="With --model: run it on a few tokens and check the counts against what experts compute.",
         ),
     ] = False,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            metavar="RUN",
+            help="Show where the ranks of this run ran instead, and what differs between them.",
+        ),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """List what works on this machine, or the MoE layers of a model and how they are read."""
+    """List what works on this machine, the MoE layers of a model, or where the ranks of a run ran."""
     from dataclasses import asdict
 
     from observatory.cli.output import print_json, print_tables
+    from observatory.cli.provenance import here_document, here_table, show_run
     from observatory.errors import ModelError
     from observatory.host.doctor import capabilities
     from observatory.locks.status import device_report
@@ -84,6 +94,11 @@ def doctor(
 
     if verify and not model:
         raise ModelError("--verify is given without a model; expected --model NAME, too")
+    if run is not None:
+        if model:
+            raise ModelError("--run is given with a model", expected="one of --run and --model")
+        show_run(run, json=json)
+        return
     found = [] if model else capabilities()
     devices = [] if model else device_report()
     layers, refusal = _layers(model, verify=verify) if model else ([], None)
@@ -93,6 +108,7 @@ def doctor(
             "devices": [device.document() for device in devices],
             "layers": layers,
             "bundled_models": list(BUNDLED_NAMES),
+            "here": None if model else here_document(),
         }
         print_json(printed_document("doctor", content))
     elif model:
@@ -102,7 +118,13 @@ def doctor(
         rows.append(
             {"name": "bundled models", "works": True, "detail": ", ".join(BUNDLED_NAMES), "remedy": None}
         )
-        print_tables([Table(name="capabilities", columns=_CAPABILITIES, rows=rows), *_device_tables(devices)])
+        print_tables(
+            [
+                Table(name="capabilities", columns=_CAPABILITIES, rows=rows),
+                *_device_tables(devices),
+                here_table(),
+            ]
+        )
     if refusal is not None:
         raise ModelError(refusal)
 

@@ -116,5 +116,9 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "jobs": ("observatory jobs mixers", "observatory jobs mixers --wait"),
     "collect": ("observatory collect mixers", "observatory collect mixers --report report.html"),
     "cancel": ("observatory cancel mixers", "observatory cancel /scratch/campaigns/mixers"),
-    "doctor": ("observatory doctor", "observatory doctor --model ./my-checkpoint --verify"),
+    "doctor": (
+        "observatory doctor",
+        "observatory doctor --model ./my-checkpoint --verify",
+        "observatory doctor --run runs/a",
+    ),
 }

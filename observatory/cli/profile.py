@@ -114,6 +114,8 @@ def profile(
 
     Under torchrun, mpiexec or srun the ranks are those of the launcher; otherwise --ep starts them here.
     """
+    from observatory.analysis.provenance.notices import provenance_notices
+    from observatory.analysis.provenance.words import notice_sentence
     from observatory.campaign.profile import run_profile
     from observatory.campaign.ranks import needs_ranks, requested_ep, start_ranks
     from observatory.cli.output import counting, say, say_cores
@@ -130,5 +132,8 @@ def profile(
         return
     with counting("profile") as progress:
         run_profile(job, out, overwrite=force, progress=progress)
-    say_cores(short_of_cores(status.cores for status in read_manifest(out).ranks))
+    manifest = read_manifest(out)
+    say_cores(short_of_cores(status.cores for status in manifest.ranks))
+    for notice in provenance_notices(manifest):
+        say(f"note: {notice_sentence(notice)}")
     say(f"run written to {out}; next: observatory {'exchanges' if job.ep > 1 else 'routing'} {out}")

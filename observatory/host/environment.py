@@ -18,7 +18,7 @@ _PREFIXES = (
     "OMP_", "KMP_", "GOMP_", "MKL_", "OPENBLAS_",
     "NCCL_", "RCCL_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_", "GLOO_", "TP_",
     "UCX_", "UCC_", "FI_", "CXI_", "NVSHMEM_",
-    "OMPI_MCA_", "PRTE_MCA_", "MPICH_", "I_MPI_",
+    "OMPI_MCA_", "MPICH_", "I_MPI_",
     "CUDA_MPS_",
 )  # fmt: skip
 _NAMES = {
@@ -33,6 +33,8 @@ _NAMES = {
     "SLURM_GPU_FREQ", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK", "SLURM_HINT", "SLURM_MEM_BIND",
     "SLURM_MPI_TYPE", "SLURM_NETWORK", "SLURM_NTASKS_PER_NODE", "SLURM_STEP_GPUS", "SLURM_THREADS_PER_CORE",
 }  # fmt: skip
+#: What Open MPI's launcher hands to its own ranks: addresses and numbers of a job.
+_INTERNAL = re.compile(r"OMPI_MCA_(?:ess|orte|plm|pmix|initial)_")
 _NAME = re.compile(r"[A-Z][A-Za-z0-9_]{1,99}", re.ASCII)
 #: Wider than masking's rule: leaving out a harmless setting costs little.
 _HINTS = re.compile(r"key|token|passw|passphrase|secret|credential|auth|cookie|cert|user", re.IGNORECASE)
@@ -53,7 +55,9 @@ def kept_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_listed(name: str) -> bool:
-    return (name in _NAMES or name.startswith(_PREFIXES)) and _NAME.fullmatch(name) is not None
+    if _NAME.fullmatch(name) is None or _INTERNAL.match(name):
+        return False
+    return name in _NAMES or name.startswith(_PREFIXES)
 
 
 def _may_be_secret(name: str, value: str) -> bool:

@@ -403,8 +403,8 @@ class RankStatus(Record):
         moe_layers: the MoE layers that this rank holds, each number once; None when it does not say (runs
             before schema 1.2), and in the copy that ``run.json`` keeps.
         cores: cores that it may use; None when it does not say (runs before schema 1.3).
-        provenance: where it ran; None when it does not say (runs before schema 1.5), and in the copy that
-            ``run.json`` keeps.
+        provenance: where it ran; None when it does not say (runs before schema 1.5). The copy that
+            ``run.json`` keeps names the node and states the versions.
     """
 
     rank: Count

@@ -139,3 +139,9 @@ class RankProvenance(Record):
     environment: Annotated[
         dict[_Name, Annotated[str, Field(max_length=LONGEST_VALUE)]], Field(max_length=MOST_VARIABLES)
     ] = Field(default_factory=dict)
+
+    def in_short(self) -> RankProvenance:
+        """Names and versions alone: small enough for the list of all ranks, enough to see what differs."""
+        return RankProvenance(
+            machine=HostSpec(name=self.machine.name), node=self.node, versions=self.versions
+        )

@@ -364,13 +364,7 @@ class RunWriter:
             update={
                 "state": state,
                 "ended_unix_s": time.time(),
-                # Without their lists: those of thousands of ranks would make the file too large to read.
-                "ranks": tuple(
-                    statuses[rank].model_copy(
-                        update={"moe_layers": None, "gaps": (), "notes": (), "provenance": None}
-                    )
-                    for rank in sorted(statuses)
-                ),
+                "ranks": tuple(_in_short(statuses[rank]) for rank in sorted(statuses)),
             }
         )
         self._manifest = ended
@@ -418,6 +412,12 @@ class RunWriter:
                 f"rank {self.rank} cannot write {what} of run {self.path}: {os_reason(error)}; "
                 "parts written before are intact"
             ) from error
+
+
+def _in_short(status: RankStatus) -> RankStatus:
+    """A status without its lists: those of thousands of ranks would make the file too large to read."""
+    where = None if status.provenance is None else status.provenance.in_short()
+    return status.model_copy(update={"moe_layers": None, "gaps": (), "notes": (), "provenance": where})
 
 
 def _await_run(

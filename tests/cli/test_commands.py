@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,8 +16,10 @@ from observatory.probes.routing import discover
 from observatory.probes.routing.discover import find_sites
 from observatory.run.documents.printed import PRINTED_VERSION
 from observatory.run.manifest import SCHEMA_VERSION
+from tests.analysis.provenance.made import place_ranks, placed_rank
 from tests.conftest import MakeRun
 from tests.probes.routing.verification import broken, shifted
+from tests.reports.sample_runs import manifest, write_run
 
 
 def run_json(capsys: pytest.CaptureFixture[str], *argv: str) -> dict[str, object]:
@@ -193,6 +196,46 @@ def test_doctor_lists_what_works_and_how_to_get_the_rest(capsys: pytest.CaptureF
         assert item["detail"]
     assert main(["doctor"]) == 0
     assert "python" in capsys.readouterr().out
+
+
+def test_doctor_shows_where_this_process_runs_as_runs_record_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setenv("SLURM_JOB_PARTITION", "gpu")
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    monkeypatch.setenv("NCCL_API_TOKEN", "hunter2")
+    here: dict[str, Any] = run_json(capsys, "doctor")["here"]  # type: ignore[assignment]
+    assert (here["scheduler"]["job_id"], here["scheduler"]["partition"]) == ("4711", "gpu")
+    assert here["provenance"]["machine"]["cpus"] == os.cpu_count()
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "Slurm job 4711, partition gpu" in text
+    assert "NCCL_ALGO=Ring" in text
+    assert "hunter2" not in text + json.dumps(here)
+
+
+def test_doctor_shows_where_the_ranks_of_a_run_ran_and_what_differs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "run", manifest(layers=1, experts=8, top_k=2, ranks=8), steps=2)
+    assert main(["doctor", "--run", str(run)]) == 0
+    assert "does not state" in capsys.readouterr().err
+    off = {"ahead_ms": 1500.0, "versions": {"torch": "2.12.0"}}
+    place_ranks(run, *(placed_rank(rank, node=rank // 2, **(off if rank > 5 else {})) for rank in range(8)))
+    document = run_json(capsys, "doctor", "--run", str(run))
+    assert [(row["nodes"], row["ranks"]) for row in document["nodes"]] == [  # type: ignore[attr-defined]
+        ("n0, n1, n2 and n3", "0-7")
+    ]
+    codes = [notice["code"] for notice in document["notices"]]  # type: ignore[attr-defined]
+    assert codes == ["versions_differ", "wall_clocks_differ"]
+    assert main(["doctor", "--run", str(run)]) == 0
+    text = capsys.readouterr().out
+    assert "versions of torch: 2.12.0 on n3 (ranks 6-7) and 2.13.0 on n0, n1 and n2" in text
+    assert "wall clock of n3 (rank 6) was 1.5 s ahead of that of the first rank" in text
+    assert "expected one of --run and --model" in complaint(
+        capsys, "doctor", "--run", str(run), "--model", "m"
+    )
 
 
 @pytest.mark.parametrize("model", ["tiny-mla", "tiny-mha", "tiny-gqa", "tiny-mamba2", "tiny-gdn"])

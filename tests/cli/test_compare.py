@@ -13,6 +13,7 @@ import pytest
 from observatory.cli import main
 from tests.advice.mitigations.runs import sized_run
 from tests.analysis.compare.made import made_run
+from tests.analysis.provenance.made import place_ranks, placed_rank
 
 
 def document(capsys: pytest.CaptureFixture[str], *argv: object, code: int = 0) -> dict[str, Any]:
@@ -55,6 +56,40 @@ def test_a_known_change_is_told_from_none(tmp_path: Path, capsys: pytest.Capture
     layers = [item for item in other["comparisons"][0]["layers"] if item["name"] == "prefill.gini"]
     assert [item["verdict"] for item in layers] == ["higher", "higher"]
     assert "other_data" in {reason["code"] for reason in other["comparisons"][0]["confounders"]}
+
+
+def test_where_ranks_ran_is_named_where_both_runs_state_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, other = (made_run(tmp_path / name, seed=1) for name in ("base", "other"))
+    before = {reason["code"] for reason in document(capsys, base, other)["comparisons"][0]["confounders"]}
+    place_ranks(base, placed_rank(0, node=0, environment={"MASTER_PORT": "1"}))
+    codes = {reason["code"] for reason in document(capsys, base, other)["comparisons"][0]["confounders"]}
+    assert codes - before == {"other_cores"}  # the other run is older
+    place_ranks(
+        other,
+        placed_rank(
+            0,
+            node=0,
+            environment={"MASTER_PORT": "2", "NCCL_ALGO": "Tree"},
+            versions={"kernel": "6.1"},
+            fabric=[],
+            numa_nodes="1",
+            memory_limit_bytes=None,
+            other_users=3,
+        ),
+    )
+    reasons = {
+        reason["code"]: reason for reason in document(capsys, base, other)["comparisons"][0]["confounders"]
+    }
+    assert reasons.keys() - before == {
+        "other_network", "other_numa", "other_memory_limit", "other_neighbours", "other_system",
+        "other_settings",
+    }  # fmt: skip
+    assert reasons["other_settings"]["changes"] == ["NCCL_ALGO none against Tree"]
+    assert reasons["other_neighbours"]["other"] == "0 jobs, 3 users"
+    assert main(["compare", str(base), str(other)]) == 0
+    assert "InfiniBand 400 Gbit/s against none seen" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

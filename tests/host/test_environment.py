@@ -24,6 +24,7 @@ def test_settings_of_libraries_and_launchers_are_kept_and_nothing_else() -> None
         "SLURM_CPU_BIND": "quiet,mask_cpu:0x0000FFFF",
     }
     others = {"HOME": "/home/me", "USER": "me", "SLURM_JOB_USER": "me", "PATH": "/bin", "omp_x": "1"}
+    others["OMPI_MCA_orte_hnp_uri"] = "1.0;tcp://10.0.0.1:5"
     assert kept_environment({**others, **kept}) == kept
 
 

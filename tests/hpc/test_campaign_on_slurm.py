@@ -112,7 +112,15 @@ def test_a_campaign_from_submission_to_report(login: Path, capsys: pytest.Captur
     page = (folder / "report.html").read_text()
     assert "Campaign campaign" in page
     runs = [folder / path for path in collected["runs"]]
-    assert all(json.loads((run / "run.json").read_text())["state"] == "complete" for run in runs)
+    manifests = [json.loads((run / "run.json").read_text()) for run in runs]
+    assert {manifest["state"] for manifest in manifests} == {"complete"}
+    jobs = [manifest["scheduler"] for manifest in manifests]
+    assert {job["end_unix_s"] - job["start_unix_s"] for job in jobs} == {600.0}  # the site's wall time
+    assert len({job["array_task_id"] for job in jobs}) == len({job["array_job_id"] for job in jobs}) + 1 == 2
+    assert main(["doctor", "--run", str(runs[0])]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Slurm" in shown
+    assert "cluster observatory, partition all" in shown
     assert main(["submit", str(login / "campaign.toml"), "--site", str(login / "site.toml")]) == 0
     assert "0 of 3 points submitted, 3 done already" in capsys.readouterr().err
 

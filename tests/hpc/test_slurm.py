@@ -83,7 +83,8 @@ def test_srun_starts_the_ranks_of_one_complete_run(steps: Job) -> None:
         "node_count": 4,
     }
     kept = json.loads((steps.folder / "run/run.json").read_text())["ranks"]
-    assert [each["provenance"] for each in kept] == [None] * 4
+    assert [each["provenance"]["node"] for each in kept] == ["n1", "n2", "n3", "n4"]
+    assert [each["provenance"]["environment"] for each in kept] == [{}] * 4
     where = [status.provenance for status in manifest.ranks if status.provenance]
     assert [each.node for each in where] == ["n1", "n2", "n3", "n4"]
     assert all(each.versions["torch"] for each in where)

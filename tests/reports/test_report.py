@@ -22,6 +22,7 @@ from observatory.run import RunWriter, open_run
 from observatory.run.manifest import Manifest, Verified
 from tests.analysis.exchange.runs import exchange_run
 from tests.analysis.exchange.tables import collective
+from tests.analysis.provenance.made import place_ranks, placed_rank
 from tests.reports.sample_runs import MODELS, manifest, steady_run, write_grid, write_run
 
 HOSTILE = "</script><script>window.hit=1</script><img src=x onerror=hit()><a href=javascript:hit()>%{x}"
@@ -130,6 +131,27 @@ def test_the_verdict_on_each_layer_is_in_the_provenance(tmp_path: Path) -> None:
     table = text[text.index("MoE layers as found") :]
     cells = re.findall(r"<bdi>(rows|nothing[^<]*|not recorded)</bdi>", table)
     assert cells == ["rows", "nothing: &lt;b&gt;compiled&lt;/b&gt;", "not recorded"]
+
+
+def test_where_ranks_ran_is_one_small_table_and_differences_are_named(tmp_path: Path) -> None:
+    described = manifest(layers=1, experts=8, top_k=2, ranks=64)
+    plain_page = write_report([write_run(tmp_path / "run", described, steps=2)], tmp_path / "plain.html")
+    assert "Where the ranks ran" not in plain_page.read_text(encoding="utf-8")
+    old = {"ahead_ms": -90.0, "versions": {"nccl": "<b>2.26"}}
+    new = {"versions": {"nccl": "2.27"}, "environment": {"NCCL_ALGO": "<i>Ring</i>"}}
+    ranks = [placed_rank(rank, node=rank // 4, **(old if rank == 9 else new)) for rank in range(64)]
+    run = place_ranks(tmp_path / "run", *ranks)
+    page = write_report([run], tmp_path / "report.html")
+    text = page.read_text(encoding="utf-8")
+    assert "ranks ran different versions of nccl: 2.27 on n0, n1, n2 and 13 more" in text
+    assert "the wall clock of n2 (rank 9) was 90 ms behind that of the first rank" in text
+    assert "<i>Ring" not in text
+    assert "<b>2.26" not in text
+    table = text[text.index("Where the ranks ran") :]
+    assert table[: table.index("</table>")].count("<tr") == 2  # the head, and nodes that are alike
+    assert page.stat().st_size - plain_page.stat().st_size < 20_000
+    (stated,) = [lines for _, lines in problems(frames_of(run))]
+    assert any("different versions of nccl" in line for line in stated)
 
 
 def test_an_existing_report_is_kept_unless_told(pair: list[Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from observatory.analysis.compare.metrics import Key
+from observatory.analysis.compare.provenance import provenance_facts
 from observatory.analysis.compare.saved import MOST_SAMPLES, add_energy
 from observatory.analysis.compare.series import Series, mean_of, mean_series, standard_error
 from observatory.analysis.compare.subject import GroupedLoads, Subject
@@ -395,6 +396,7 @@ def _facts(run: Run) -> dict[str, Any]:
         CompareCode.OTHER_MACHINE: sorted({host.name for host in manifest.hosts}),
         CompareCode.OTHER_CPU: sorted({host.cpu or "" for host in manifest.hosts}),
         CompareCode.OTHER_CORES: sorted({rank.cores.cpus for rank in manifest.ranks if rank.cores}),
+        **provenance_facts(manifest),
         CompareCode.OTHER_SOFTWARE: software,
         CompareCode.OTHER_COMMIT: manifest.git_sha,
         CompareCode.OTHER_DEVICE: sorted({f"{item.kind} {item.name or ''}".strip() for item in devices}),

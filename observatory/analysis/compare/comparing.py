@@ -440,27 +440,31 @@ def _confounders(base: Subject, other: Subject, *, runs: int) -> Iterator[Reason
         yield Reason(CompareCode.ONE_RUN_EACH)
 
 
+#: Facts that are values by name: only the names that differ are shown.
+_CHANGES = {CompareCode.OTHER_SOFTWARE, CompareCode.OTHER_SYSTEM, CompareCode.OTHER_SETTINGS}
+
+
 def differing_facts(base: Subject, other: Subject) -> Iterator[Reason]:
     """Facts of two subjects that may explain a difference."""
     for code, mine in base.facts.items():
         theirs = other.facts.get(code)
         if code not in other.facts or mine == theirs:
             continue
-        if code == CompareCode.OTHER_SOFTWARE:
-            yield _other_software(mine, theirs or {})
+        if code in _CHANGES:
+            yield _changes(CompareCode(code), mine, theirs or {})
         elif code == CompareCode.OTHER_PLACEMENT:
             yield Reason(CompareCode.OTHER_PLACEMENT)
         else:
             yield Reason(CompareCode(code), {"base": _plain(mine), "other": _plain(theirs)})
 
 
-def _other_software(mine: Mapping[str, str], theirs: Mapping[str, str]) -> Reason:
+def _changes(code: CompareCode, mine: Mapping[str, str], theirs: Mapping[str, str]) -> Reason:
     changes: list[JsonValue] = [
         f"{name} {mine.get(name, 'none')} against {theirs.get(name, 'none')}"
         for name in sorted({*mine, *theirs})
         if mine.get(name) != theirs.get(name)
     ]
-    return Reason(CompareCode.OTHER_SOFTWARE, {"changes": changes})
+    return Reason(code, {"changes": changes})
 
 
 def _plain(value: object) -> JsonValue:

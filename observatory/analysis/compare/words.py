@@ -60,6 +60,13 @@ class CompareCode(StrEnum):
     OTHER_MACHINE = "other_machine"
     OTHER_CPU = "other_cpu"
     OTHER_CORES = "other_cores"
+    OTHER_PARTITION = "other_partition"
+    OTHER_NETWORK = "other_network"
+    OTHER_NUMA = "other_numa"
+    OTHER_MEMORY_LIMIT = "other_memory_limit"
+    OTHER_NEIGHBOURS = "other_neighbours"
+    OTHER_SYSTEM = "other_system"
+    OTHER_SETTINGS = "other_settings"
     OTHER_SOFTWARE = "other_software"
     OTHER_COMMIT = "other_commit"
     OTHER_DEVICE = "other_device"
@@ -119,6 +126,13 @@ _WORDS = {
     CompareCode.OTHER_MACHINE: "machine: {base} against {other}",
     CompareCode.OTHER_CPU: "processor: {base} against {other}",
     CompareCode.OTHER_CORES: "usable cores: {base} against {other}",
+    CompareCode.OTHER_PARTITION: "cluster and partition: {base} against {other}",
+    CompareCode.OTHER_NETWORK: "network of the nodes: {base} against {other}",
+    CompareCode.OTHER_NUMA: "NUMA nodes of the ranks: {base} against {other}",
+    CompareCode.OTHER_MEMORY_LIMIT: "memory limit: {base} against {other}",
+    CompareCode.OTHER_NEIGHBOURS: "other jobs and users on the nodes: {base} against {other}",
+    CompareCode.OTHER_SYSTEM: "kernel and drivers: {changes}",
+    CompareCode.OTHER_SETTINGS: "settings: {changes}",
     CompareCode.OTHER_SOFTWARE: "versions: {changes}",
     CompareCode.OTHER_COMMIT: "commit of the working directory: {base} against {other}",
     CompareCode.OTHER_DEVICE: "devices: {base} against {other}",

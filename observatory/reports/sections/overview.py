@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
+from observatory.analysis.provenance.notices import provenance_notices
+from observatory.analysis.provenance.words import notice_sentence
 from observatory.reports.frames.report import NOT_STATED, ReportFrames, condition_order, phases_of
 from observatory.reports.sections.common import spread
 from observatory.reports.text import count, plain, shorten
@@ -124,7 +126,8 @@ def problems(frames: ReportFrames) -> list[tuple[str, list[str]]]:
     """(runs, what is wrong with them), runs of equal gaps together, then files; the reader's words first."""
     stated: dict[tuple[str, ...], list[str]] = {}
     for fact, label in zip(frames.facts, frames.runs["label"], strict=True):
-        lines = [plain(line) for line in (*fact.problems, *fact.manifest.notes, *fact.gaps)]
+        notices = map(notice_sentence, provenance_notices(fact.manifest))
+        lines = [plain(line) for line in (*fact.problems, *notices, *fact.manifest.notes, *fact.gaps)]
         lines += _unfinished(fact.manifest.state, fact.problems)
         if lines:
             name = f"{shorten(label)} on {shorten(fact.condition)}"

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pydantic import BaseModel
 
 from observatory.analysis.columns import Column
+from observatory.analysis.provenance.nodes import NODE_COLUMNS, common_facts, node_rows
+from observatory.analysis.provenance.notices import wall_clock_ahead_ns
 from observatory.reports.frames.report import ReportFrames, RunFacts
 from observatory.reports.page import Section, Table, frame_table
 from observatory.reports.sections.overview import when
 from observatory.reports.text import bytes_text, plain, shorten
-from observatory.run.manifest import Manifest, Verified
+from observatory.run.manifest import Manifest, RankStatus, Verified
+from observatory.run.usable_cores import as_ranges
 
 #: Entry of docs/metrics.md, by the name that sections use -> the formula in one line.
 FORMULAS: tuple[tuple[str, str], ...] = (
@@ -134,6 +137,7 @@ class RunRecord:
         title: model and condition.
         pairs: (name, value) in reading order.
         command: the command line that made it, quoted for a shell; empty when not recorded.
+        nodes: table of where the ranks ran; without rows where they do not state it.
         modules: table of the MoE layers.
         config: options of the run, indented JSON.
     """
@@ -141,6 +145,7 @@ class RunRecord:
     title: str
     pairs: tuple[tuple[str, str], ...]
     command: str
+    nodes: Table
     modules: Table
     config: str
 
@@ -200,22 +205,52 @@ def _record(fact: RunFacts, label: str) -> RunRecord:
         [(f"data {name}", value) for name, value in _fields(data)] if data else [("data", "not recorded")]
     )
     pairs += [(f"topology {name}", value) for name, value in _fields(topology)]
-    pairs += [("scheduler", _line(manifest.scheduler) if manifest.scheduler else "none recorded")]
+    facts = common_facts(manifest.ranks, manifest.scheduler)
+    pairs += [("batch job", "none recorded")] if manifest.scheduler is None else []
+    pairs += facts
     pairs += [(f"host {index + 1}", _line(host)) for index, host in enumerate(manifest.hosts)]
     pairs += [(f"device {index + 1}", _line(device)) for index, device in enumerate(manifest.devices)]
     pairs += [] if manifest.devices else [("devices", "none recorded")]
     pairs.append(
-        ("software", ", ".join(f"{name} {version}" for name, version in sorted(manifest.software.items())))
+        (
+            "software of rank 0",
+            ", ".join(f"{name} {version}" for name, version in sorted(manifest.software.items())),
+        )
     )
-    pairs += [(f"rank {rank.rank}", _line(rank, without=("provenance",))) for rank in manifest.ranks]
+    pairs += _rank_lines(manifest.ranks)
     pairs += [("note", note) for note in manifest.notes]
     return RunRecord(
         title=f"{shorten(label, 60)} on {shorten(fact.condition)}",
         pairs=tuple((plain(name), plain(_value(value))) for name, value in pairs),
         command=plain(shlex.join(manifest.argv)),
+        nodes=frame_table(
+            "Where the ranks ran",
+            NODE_COLUMNS,
+            node_rows(manifest.ranks, wall_clock_ahead_ns(manifest)),
+            below={
+                "nodes": "ranks",
+                "machine": "memory_limit",
+                "cores": "numa_nodes",
+                "accelerators": "fabric",
+                "others": "wall_clock",
+            },
+        ),
         modules=_modules(manifest),
         config=json.dumps(manifest.config, indent=2, ensure_ascii=False) if manifest.config else "",
     )
+
+
+def _rank_lines(statuses: Sequence[RankStatus]) -> list[tuple[str, str]]:
+    """What ranks state, those that state the same together; without what the table of nodes shows."""
+    ranks_of: dict[str, list[int]] = {}
+    for status in statuses:
+        shown = () if status.provenance is None else ("host", "cores", "clock")
+        line = _line(status, without=("rank", "provenance", *shown))
+        ranks_of.setdefault(line, []).append(status.rank)
+    return [
+        (f"{'rank' if len(ranks) == 1 else 'ranks'} {as_ranges(ranks)}", line)
+        for line, ranks in ranks_of.items()
+    ]
 
 
 def _fields(record: BaseModel) -> list[tuple[str, object]]:
@@ -226,7 +261,9 @@ def _fields(record: BaseModel) -> list[tuple[str, object]]:
 
 def _line(record: BaseModel, *, without: Sequence[str] = ()) -> str:
     return ", ".join(
-        f"{name} {value}" for name, value in _fields(record) if value is not None and name not in without
+        f"{name} {value}"
+        for name, value in _fields(record)
+        if value not in (None, ()) and name not in without
     )
 
 
