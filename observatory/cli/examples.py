@@ -117,7 +117,6 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "collect": ("observatory collect mixers", "observatory collect mixers --report report.html"),
     "cancel": ("observatory cancel mixers", "observatory cancel /scratch/campaigns/mixers"),
     "doctor": (
-        "observatory doctor",
         "observatory doctor --model ./my-checkpoint --verify",
         "observatory doctor --run runs/a",
     ),

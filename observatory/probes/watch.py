@@ -285,6 +285,7 @@ class Watch:
                 run_id=options.run_id,
                 ranks=None if options.made is None else options.where.world,
                 wait=time.sleep if news is None else news.wait,
+                provenance=find_rank_provenance(),
             )
         made = options.made if news is None else news.tell
         labels, routing = options.labels, options.routing

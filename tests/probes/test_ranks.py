@@ -72,6 +72,8 @@ def test_two_gloo_ranks_write_one_run(tmp_path: Path) -> None:
     merged = frame.groupby(["source_rank", "expert"]).load.sum().unstack(fill_value=0)
     assert merged.to_numpy().tolist() == [[2, 0, 2], [0, 2, 2]]
     assert run.problems == ()
+    settings = [rank.provenance.environment for rank in run.manifest.ranks if rank.provenance]
+    assert [setting["OMP_NUM_THREADS"] for setting in settings] == ["1", "1"]
 
 
 def test_a_rank_that_dies_leaves_the_data_of_the_other(tmp_path: Path) -> None:
