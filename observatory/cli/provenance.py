@@ -79,7 +79,7 @@ def show_run(path: Path, *, json: bool) -> None:
     tables = [
         Table(name="nodes", columns=NODE_COLUMNS, rows=rows, title="Where the ranks ran"),
         _fact_table("common", common_facts(manifest.ranks, manifest.scheduler), "Of all ranks"),
-        Table(name="notices", columns=_NOTICE_COLUMNS, rows=sentences, title="What differs and should not"),
+        Table(name="notices", columns=_NOTICE_COLUMNS, rows=sentences, title="What limits the numbers"),
     ]
     print_tables([table for table in tables if table.rows])
 

@@ -1,4 +1,4 @@
-"""What differs between the ranks of a run and should not: versions, and the wall clocks of their nodes."""
+"""What limits the numbers of a run: other versions, wall clocks that are off, devices far away."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from observatory.analysis.exchange.alignment import rank_clocks
 from observatory.analysis.provenance.words import ProvenanceCode
 from observatory.reasons import Reason
 from observatory.run.manifest import Manifest, RankStatus
+from observatory.run.usable_cores import from_ranges
 
 #: Wall clocks that NTP disciplines are this close, and a rank may be preempted while it reads both clocks.
 USUAL_SKEW_NS = 10_000_000
@@ -22,8 +23,8 @@ def place_name(status: RankStatus) -> str:
 
 
 def provenance_notices(manifest: Manifest) -> list[Reason]:
-    """What differs between the ranks of a run, in the order of its weight."""
-    return [*_versions(manifest), *_wall_clocks(manifest)]
+    """What a reader of a run should know of where its ranks ran, in the order of its weight."""
+    return [*_versions(manifest), *_far_devices(manifest), *_wall_clocks(manifest)]
 
 
 def wall_clock_ahead_ns(manifest: Manifest) -> dict[int, tuple[int, int]]:
@@ -69,6 +70,29 @@ def _versions(manifest: Manifest) -> Iterator[Reason]:
                 for version, ranks in sorted(of_version.items())
             ]
             yield Reason(ProvenanceCode.VERSIONS_DIFFER, {"name": name, "versions": versions})
+
+
+def _far_devices(manifest: Manifest) -> Iterator[Reason]:
+    """Ranks none of whose cores belong to the NUMA node that a device of theirs is attached to."""
+    specs = manifest.device_specs
+    far: list[JsonValue] = []
+    for status in manifest.ranks:
+        where = status.provenance
+        if where is None or not where.numa_nodes or status.power is None:
+            continue
+        attached = {each.bus_id: each.numa_node for each in where.accelerators}
+        own = [specs[uuid].bus_id for uuid in status.power.own_devices if uuid in specs]
+        nodes = {attached.get(_as_in_sysfs(bus_id)) for bus_id in own if bus_id} - {None}
+        if nodes - from_ranges(where.numa_nodes):
+            far.append(status.rank)
+    if far:
+        yield Reason(ProvenanceCode.DEVICES_FAR, {"ranks": far})
+
+
+def _as_in_sysfs(bus_id: str) -> str:
+    """``0000:1b:00.0`` of a driver's ``00000000:1B:00.0``."""
+    domain, _, rest = bus_id.lower().partition(":")
+    return f"{domain[-4:]}:{rest}"
 
 
 def _wall_clocks(manifest: Manifest) -> Iterator[Reason]:

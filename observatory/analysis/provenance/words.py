@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -24,6 +24,7 @@ class ProvenanceCode(StrEnum):
     """What a notice states; the values of each are those that its words read."""
 
     VERSIONS_DIFFER = "versions_differ"
+    DEVICES_FAR = "devices_far"
     WALL_CLOCKS_DIFFER = "wall_clocks_differ"
 
 
@@ -33,6 +34,13 @@ def notice_sentence(reason: Reason) -> str:
     if reason.code == ProvenanceCode.VERSIONS_DIFFER:
         parts = [_version_words(entry) for entry in values["versions"]]
         return f"ranks ran different versions of {_short(values['name'])}: {listing(parts)}"
+    if reason.code == ProvenanceCode.DEVICES_FAR:
+        ranks = values["ranks"]
+        return (
+            f"{_rank_words(ranks)} ran on cores of other NUMA nodes than "
+            f"{'its' if len(ranks) == 1 else 'their'} device is attached to: every launch and copy crosses "
+            "between them"
+        )
     ahead_ms, nodes = values["ahead_ms"], values["nodes"]
     several = f" ({nodes} nodes are off, this one most)" if nodes > 1 else ""
     return (
@@ -115,10 +123,11 @@ def ahead_words(ns: int, uncertainty_ns: int) -> str:
 
 def _version_words(entry: Mapping[str, Any]) -> str:
     nodes = listing([_short(node) for node in entry["nodes"]])
-    ranks = entry["ranks"]
-    return (
-        f"{_short(entry['version'])} on {nodes} ({'rank' if len(ranks) == 1 else 'ranks'} {as_ranges(ranks)})"
-    )
+    return f"{_short(entry['version'])} on {nodes} ({_rank_words(entry['ranks'])})"
+
+
+def _rank_words(ranks: Sequence[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {as_ranges(ranks)}"
 
 
 def _time(ms: float) -> str:

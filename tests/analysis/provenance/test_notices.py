@@ -13,7 +13,7 @@ from observatory.analysis.provenance.words import (
     job_words,
     notice_sentence,
 )
-from observatory.run.manifest import Manifest, ModelSpec, RankStatus, Topology
+from observatory.run.manifest import DeviceSpec, Manifest, ModelSpec, RankPower, RankStatus, Topology
 from observatory.run.provenance import Accelerator, FabricLink, SchedulerJob
 from tests.analysis.provenance.made import placed_rank
 
@@ -48,6 +48,20 @@ def test_nodes_with_other_versions_are_named_with_their_ranks() -> None:
 def test_a_library_that_one_rank_alone_has_loaded_is_no_difference() -> None:
     ranks = [placed_rank(0, node=0, versions={"mpi": "Open MPI v5.0.8"}), placed_rank(1, node=1)]
     assert provenance_notices(manifest(*ranks)) == []
+
+
+def test_ranks_far_from_their_device_are_named_where_all_is_known() -> None:
+    device = DeviceSpec(kind="nvidia", uuid="GPU-1", bus_id="00000000:1B:00.0")  # on NUMA node 1
+    own = RankPower(own_devices=("GPU-1",), sampled=(device,))
+    ranks = [
+        placed_rank(rank, node=0, numa_nodes=nodes).model_copy(update={"power": power})
+        for rank, (nodes, power) in enumerate(
+            [("0", own), ("0-1", own), ("1", own), ("0", None), (None, own)]
+        )
+    ]
+    (notice,) = provenance_notices(manifest(*ranks))
+    assert notice.document() == {"code": "devices_far", "ranks": [0]}
+    assert notice_sentence(notice).startswith("rank 0 ran on cores of other NUMA nodes than its device")
 
 
 @pytest.mark.parametrize(
