@@ -133,43 +133,55 @@ class TableAppender:
         table, schema = key
         rows = pa.Table.from_batches(batches, schema)
         folder = self.path / table / rank_folder(self.rank)
-        growing = self._growing.pop(key, None)
-        if growing is None or growing.size + size > _GROWING_BYTES:
-            growing = _GrowingPart(self._next_part.get(table, 0), (), 0)
-        part = _GrowingPart(growing.number, (*growing.flushed, rows), growing.size + size)
+        alone = _GrowingPart(self._next_part.get(table, 0), (rows,), size)
+        growing = self._growing.get(key)
         try:
             if table not in self._next_part:
                 folder.mkdir(parents=True, exist_ok=True)
                 sync_folder(folder.parent)
                 sync_folder(self.path)
-            with committed(folder / part_name(part.number)) as temporary:
-                self._write(temporary, part, schema)
+            if growing is None or growing.size + size > _GROWING_BYTES:
+                part = self._write(folder, alone, schema)
+            else:
+                more = _GrowingPart(growing.number, (*growing.flushed, rows), growing.size + size)
+                try:
+                    part = self._write(folder, more, schema)
+                except OSError:  # where space is short, for the new rows there may be enough
+                    old = pq.read_metadata(folder / part_name(growing.number))
+                    if old.num_rows != sum(flushed.num_rows for flushed in growing.flushed):
+                        raise  # they are there: what failed was to sync the folder
+                    part = self._write(folder, alone, schema)
         except (OSError, pa.ArrowException) as error:
-            if growing.flushed:
-                self._growing[key] = growing
             self.dropped_rows += rows.num_rows
             reason = os_reason(error) if isinstance(error, OSError) else one_line(error)
             raise RunError(
-                f"rank {self.rank} cannot write {folder / part_name(part.number)}: {reason}; {rows.num_rows} "
-                "rows are lost, parts written before are intact",
+                f"rank {self.rank} cannot write {folder / part_name(alone.number)}: {reason}; "
+                f"{rows.num_rows} rows are lost, parts written before are intact",
                 remedy="free space or choose another place",
             ) from error
-        self._next_part[table] = max(self._next_part.get(table, 0), part.number + 1)
+        self._next_part[table] = max(alone.number, part.number + 1)
         if part.size < _GROWING_BYTES and len(part.flushed) < _GROWING_GROUPS:
             self._growing[key] = part
+        else:
+            self._growing.pop(key, None)
 
-    def _write(self, path: Path, part: _GrowingPart, schema: pa.Schema) -> None:
-        with pq.ParquetWriter(
-            path,
-            schema,
-            compression="zstd",
-            compression_level=1,
-            # Loads repeat few distinct counts: dictionaries are as small as delta coding, faster
-            # to read, and understood by every Parquet reader.
-            use_dictionary=True,
-            write_statistics=[name for name in ("step", "time_ns") if name in schema.names],
-            write_page_checksum=True,
-        ) as writer:
+    def _write(self, folder: Path, part: _GrowingPart, schema: pa.Schema) -> _GrowingPart:
+        with (
+            committed(folder / part_name(part.number)) as temporary,
+            pa.OSFile(str(temporary), "wb") as file,  # Arrow keeps a file of its own open when it is full
+            pq.ParquetWriter(
+                file,
+                schema,
+                compression="zstd",
+                compression_level=1,
+                # Loads repeat few distinct counts: dictionaries are as small as delta coding, faster
+                # to read, and understood by every Parquet reader.
+                use_dictionary=True,
+                write_statistics=[name for name in ("step", "time_ns") if name in schema.names],
+                write_page_checksum=True,
+            ) as writer,
+        ):
             for rows in part.flushed:
                 bytes_per_row = max(1, rows.nbytes // rows.num_rows)
                 writer.write_table(rows, row_group_size=max(1, self._row_group_bytes // bytes_per_row))
+        return part

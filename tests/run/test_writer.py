@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import stat
 import threading
 from pathlib import Path
 
@@ -190,6 +193,65 @@ def test_a_part_that_has_grown_enough_is_left_alone(
     run = open_run(tmp_path / "run")
     steps = [step for block in run.iter_loads(layers=[1]) for step in block.step_S.tolist()]
     assert steps == [0, 1, 2, 3, 4]
+
+
+def test_a_part_that_was_replaced_is_not_written_twice_where_its_folder_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = RunWriter.create(tmp_path / "run", manifest_of())
+    writer.append("routing", one_step(0))
+    writer.flush()
+    sync = os.fsync
+
+    def limited(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", limited)
+    writer.append("routing", one_step(1))
+    with pytest.raises(RunError, match="Input/output error; 2 rows are lost"):
+        writer.flush()
+    monkeypatch.undo()
+    writer.append("routing", one_step(2))
+    writer.close(steps=3)
+    run = open_run(tmp_path / "run")
+    steps = [step for block in run.iter_loads(layers=[1]) for step in block.step_S.tolist()]
+    assert steps == [0, 2]
+
+
+def test_where_no_part_can_be_written_again_new_rows_begin_another_and_a_quota_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = RunWriter.create(tmp_path / "run", manifest_of())
+    writer.append("routing", one_step(0))
+    writer.flush()
+    size = (tmp_path / "run/routing/rank-00000/part-000000.parquet").stat().st_size
+    most = [size + 64]
+    sync = os.fsync
+
+    def limited(descriptor: int) -> None:
+        there = os.fstat(descriptor)
+        if stat.S_ISREG(there.st_mode) and there.st_size > most[0]:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", limited)
+    writer.append("routing", one_step(1))
+    writer.flush()
+    most[0] = 100
+    writer.append("routing", one_step(2))
+    with pytest.raises(RunError, match="Disk quota exceeded; 2 rows are lost, parts written before are int"):
+        writer.flush()
+    monkeypatch.undo()
+    writer.append("routing", one_step(3))
+    writer.close(steps=4)
+    names = sorted(path.name for path in (tmp_path / "run/routing/rank-00000").iterdir())
+    assert names == ["part-000000.parquet", "part-000001.parquet"]
+    run = open_run(tmp_path / "run")
+    assert run.problems == ("rank 0 could not write 2 rows",)
+    steps = [step for block in run.iter_loads(layers=[1]) for step in block.step_S.tolist()]
+    assert steps == [0, 1, 3]
 
 
 @pytest.mark.usefixtures("part_per_flush")
