@@ -53,10 +53,16 @@ def descendants(pid: int) -> set[int]:
 
 
 def processes_of(mark: str, *, but: Collection[int] = ()) -> set[int]:
-    """Running processes that carry the mark of a test or descend from this one, without some."""
+    """Running processes that carry the mark of a test or descend from this one, without some.
+
+    What a test has a fixture of the session restart, carries the session's mark and is not the test's.
+    """
     known = (int(path.name) for path in Path("/proc").iterdir() if path.name.isdecimal())
-    marked = {pid for pid in known if environment_of(pid).get(MARK) == mark}
-    found = (marked | descendants(os.getpid())) - {os.getpid(), *but}
+    mark_of = {pid: environment_of(pid).get(MARK) for pid in known}
+    session = mark.partition("-")[0]
+    marked = {pid for pid in mark_of if mark_of[pid] == mark}
+    descended = {pid for pid in descendants(os.getpid()) if mark_of.get(pid) != session or session == mark}
+    found = (marked | descended) - {os.getpid(), *but}
     return {pid for pid in found if lives(pid) and not any(part in command_of(pid) for part in _KEPT)}
 
 

@@ -111,10 +111,20 @@ class SlurmHost:
             *(f"--log-file={munge['log']}", f"--seed-file={munge['seed']}"),
         )
         self._until("the socket of munged", munge["socket"].exists)
-        self._start("slurmctld", "-D")
+        self.start_controller()
         for node in range(1, NODES + 1):
             self._start("slurmd", "-D", "-N", f"n{node}")
         self._until("four idle nodes", lambda: self._answer("sinfo", "-h", "-o", "%T %D") == f"idle {NODES}")
+
+    def start_controller(self) -> None:
+        """Start slurmctld, which takes over what it finds in its folder."""
+        self._controller = self._start("slurmctld", "-D")
+
+    def stop_controller(self) -> None:
+        """End slurmctld, as an administrator does; jobs go on."""
+        self._controller.terminate()
+        self._controller.wait(_END_S)
+        self._daemons.remove(self._controller)
 
     def stop(self) -> None:
         """Cancel what runs, then end the daemons, the last first."""
@@ -145,18 +155,18 @@ class SlurmHost:
                     found.append(int(entry.name))
         return found
 
-    def _start(self, *command: str) -> None:
-        with (self.folder / f"{command[0]}-{len(self._daemons)}.out").open("wb") as log:
-            self._daemons.append(
-                subprocess.Popen(
-                    command,
-                    env=self.environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    preexec_fn=_die_with_parent,  # noqa: PLW1509 - no Python thread runs at this point
-                )
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{command[0]}-{len(self._daemons)}.out").open("ab") as log:
+            daemon = subprocess.Popen(
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509 - no Python thread runs at this point
             )
+        self._daemons.append(daemon)
+        return daemon
 
     def _answer(self, *command: str) -> str | None:
         """What a command prints; None when the cluster does not answer."""
@@ -210,6 +220,7 @@ def _configuration(folder: Path, munge_socket: Path) -> str:
             "SelectType=select/cons_tres",
             "SelectTypeParameters=CR_CPU",
             "SchedulerType=sched/builtin",
+            "SchedulerParameters=sched_interval=2",  # instead of 60 s, for jobs that come back
             "MpiDefault=none",
             "AccountingStorageType=accounting_storage/none",
             "JobAcctGatherType=jobacct_gather/none",

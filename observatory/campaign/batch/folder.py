@@ -38,6 +38,7 @@ _MOST_ATTEMPTS = 1000
 _TAIL_BYTES = 16 << 10
 _JOB = re.compile(r"[A-Za-z0-9][A-Za-z0-9._\[\]-]{0,99}", re.ASCII)
 _ENDED = re.compile(r"([a-z][a-z-]{0,31}) (-?\d{1,6})", re.ASCII)
+_EXIT_OF_RANK = re.compile(r"srun: error: \S+: tasks? [0-9,-]+: Exited with exit code")
 COLLECT = "collect"
 
 
@@ -211,7 +212,7 @@ class CampaignFolder:
         return found
 
     def last_lines(self, job: str, count: int = 3) -> list[str]:
-        """The last lines that a job wrote; empty where there is no log."""
+        """The last lines that a job wrote, without those in which srun counts exit codes of ranks."""
         try:
             with self.log(job).open("rb") as handle:
                 handle.seek(0, 2)
@@ -220,7 +221,7 @@ class CampaignFolder:
         except OSError:
             return []
         lines = ("".join(c if c.isprintable() else " " for c in line).strip() for line in text.splitlines())
-        return [line[:500] for line in lines if line][-count:]
+        return [line[:500] for line in lines if line and _EXIT_OF_RANK.match(line) is None][-count:]
 
 
 def result_status(point: Point, attempt: Attempt) -> PointStatus:

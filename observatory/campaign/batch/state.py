@@ -31,7 +31,12 @@ _ENDINGS = {
     "terminated": PointStatus.TERMINATED,
 }
 #: How the scheduler names the end of a job that could not say itself how it ended.
-_SCHEDULER_ENDINGS = {"TIMEOUT": PointStatus.OUT_OF_TIME, "CANCELLED": PointStatus.TERMINATED}
+_SCHEDULER_ENDINGS = {
+    "TIMEOUT": PointStatus.OUT_OF_TIME,
+    "DEADLINE": PointStatus.OUT_OF_TIME,
+    "CANCELLED": PointStatus.TERMINATED,
+    "PREEMPTED": PointStatus.TERMINATED,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,14 +202,16 @@ def _state(
     if waits and queue.problem is not None:
         return state(PointStatus.UNKNOWN, later[-1] if later else None)
     if last is not None:
-        return state(_ENDINGS.get(last.ended or "", PointStatus.FAILED), last.job)
+        status = _ENDINGS.get(last.ended or "", PointStatus.FAILED)
+        known = None if last.job is None else queue.states.get(last.job)
+        if status is PointStatus.TERMINATED and known is not None:  # a script cannot know by whom it is ended
+            status = _SCHEDULER_ENDINGS.get(known.state, status)
+        return state(status, last.job)
     ended = elements[-1] if elements else None
     known = None if ended is None else queue.states.get(ended)
-    if known is not None and known.state in ("CANCELLED", "TIMEOUT"):
-        return state(_SCHEDULER_ENDINGS[known.state], ended)
-    if known is not None and known.state not in ("COMPLETED",):
-        return state(PointStatus.FAILED, ended)
-    return state(PointStatus.MISSING, ended)
+    if known is None or known.state == "COMPLETED":
+        return state(PointStatus.MISSING, ended)
+    return state(_SCHEDULER_ENDINGS.get(known.state, PointStatus.FAILED), ended)
 
 
 def _later(elements: Sequence[str], last: Attempt | None) -> Sequence[str]:

@@ -42,8 +42,8 @@ def test_a_point_is_queued_then_running_then_done(login: Login) -> None:
             for name in ("FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "COMPLETED", "odd\x1b[1m")
         ],
         *[(name, False, "failed") for name in ("FAILED", "NODE_FAIL", "BOOT_FAIL")],
-        *[("TIMEOUT", started, "out-of-time") for started in (True, False)],
-        *[("CANCELLED", started, "terminated") for started in (True, False)],
+        *[(name, on, "out-of-time") for name in ("TIMEOUT", "DEADLINE") for on in (True, False)],
+        *[(name, on, "terminated") for name in ("CANCELLED", "PREEMPTED") for on in (True, False)],
         ("COMPLETED", False, "missing"),
         (None, True, "lost"),
         (None, False, "missing"),
@@ -63,6 +63,37 @@ def test_every_state_of_the_scheduler_has_a_meaning(
     assert login.states() == {"one": state}
 
 
+@pytest.mark.parametrize(("scheduled", "state"), [("TIMEOUT", "out-of-time"), (None, "terminated")])
+def test_who_ended_a_script_is_known_to_the_scheduler(
+    scheduled: str | None, state: str, login: Login
+) -> None:
+    login.submit(commands("one"))
+    (login.point("one") / "try-1").mkdir()
+    (login.point("one") / "try-1" / "job").write_text("101_0\n")
+    (login.point("one") / "try-1" / "ended").write_text("terminated 143\n")
+    login.slurm.forget("101_0")
+    if scheduled is not None:
+        login.slurm.put("101_0", scheduled)
+    assert login.states() == {"one": state}
+
+
+def test_the_last_lines_of_a_log_are_what_ranks_had_to_say(login: Login) -> None:
+    login.submit(commands("one", script="exit 3"))
+    _, said = login.slurm.run("101_0")
+    srun = [f"srun: error: n{node}: tasks 0,2-{node}: Exited with exit code 3" for node in range(9)]
+    lines = [
+        "observatory: no such model",
+        *srun,
+        "srun: error: n1: task 3: Killed",
+        *said.splitlines()[-1:],
+        "",
+    ]
+    (login.campaign / "logs" / "101_0.log").write_text("\n".join(lines))
+    (point,) = login.jobs()["points"]
+    assert point["last_lines"][:2] == ["observatory: no such model", "srun: error: n1: task 3: Killed"]
+    assert point["last_lines"][2].endswith("failed (exit code 3)")
+
+
 def test_without_an_answer_what_may_be_queued_is_not_said_to_be_missing(login: Login) -> None:
     login.submit(commands("waits", "runs", "fails", script="exit 3"))
     assert login.slurm.run("101_2")[0] == 3
@@ -73,7 +104,9 @@ def test_without_an_answer_what_may_be_queued_is_not_said_to_be_missing(login: L
     assert login.states() == {"waits": "unknown", "runs": "started", "fails": "failed"}
     code, out, _ = login.command("jobs", str(login.campaign))
     assert code == 3
-    assert "whether they are in the queue is not known: squeue does not answer: slurm_load_jobs" in out
+    assert (
+        "whether they are in the queue is not known: squeue does not answer: Unable to contact slurm" in out
+    )
     assert "whether they still run is not known" in out
     assert "submit again to run them" not in out
     said = login.submit(commands("waits", "runs", "fails", script="exit 3"), code=1)

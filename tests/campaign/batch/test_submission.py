@@ -238,6 +238,14 @@ def test_a_missing_module_is_named_and_fails_the_point(login: Login) -> None:
     assert login.states() == {"one": "failed"}
 
 
+def test_a_scheduler_that_goes_away_meanwhile_is_waited_for(login: Login) -> None:
+    away = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
+    login.slurm.program("sbatch", f"#!/bin/bash\necho '{away}' >&2\nexit 1\n")
+    said = login.submit(commands("one"), code=1)
+    assert "run the same command again when the scheduler answers" in said
+    assert login.states() == {"one": "missing"}
+
+
 def test_a_queue_that_is_full_keeps_what_it_took(login: Login) -> None:
     sbatch = (login.slurm.programs / "sbatch").read_text()
     refusal = "sbatch: error: Batch job submission failed: Job violates accounting/QOS policy"

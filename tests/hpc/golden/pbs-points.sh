@@ -19,7 +19,7 @@ say() { printf '%s %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$*"; }
 step=
 stop=
 trap 'stop=out-of-time; say "the wall time ends soon"; [ -z "$step" ] || interrupt "$step"' USR1
-trap 'stop=terminated; say "ended from outside"; [ -z "$step" ] || interrupt "$step"' TERM
+trap 'stop=${stop:-terminated}; say "ended from outside"; [ -z "$step" ] || interrupt "$step"' TERM
 campaign=/scratch/ab12/mixers
 
 # Not run here: no PBS was at our disposal. It signals with TERM as the wall time ends, and kills after kill_delay.

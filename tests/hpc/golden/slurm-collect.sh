@@ -41,7 +41,7 @@ is_alive() {
 }
 requeue() { scontrol requeue "$SLURM_JOB_ID"; }
 # Without --batch the signal reaches the ranks, not this script.
-interrupt() { scancel --signal=TERM "$SLURM_JOB_ID" || kill -TERM "$1"; }
+interrupt() { scancel --signal=TERM "$SLURM_JOB_ID" || kill -TERM "$1"; } 2> /dev/null
 
 prepare() {
   module load python/3.11 || { say "the module python/3.11 cannot be loaded"; return 1; }

@@ -22,7 +22,7 @@ say() { printf '%s %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$*"; }
 step=
 stop=
 trap 'stop=out-of-time; say "the wall time ends soon"; [ -z "$step" ] || interrupt "$step"' USR1
-trap 'stop=terminated; say "ended from outside"; [ -z "$step" ] || interrupt "$step"' TERM
+trap 'stop=${stop:-terminated}; say "ended from outside"; [ -z "$step" ] || interrupt "$step"' TERM
 campaign=/scratch/ab12/mixers
 
 # The submission passes no environment on; what a job sets reaches its steps.

@@ -29,7 +29,7 @@ say() { printf '%s %s\n' "$(date -u +%Y-%m-%dT%H:%M:%SZ)" "$*"; }
 step=
 stop=
 trap 'stop=out-of-time; say "the wall time ends soon"; [ -z "$step" ] || interrupt "$step"' USR1
-trap 'stop=terminated; say "ended from outside"; [ -z "$step" ] || interrupt "$step"' TERM
+trap 'stop=${stop:-terminated}; say "ended from outside"; [ -z "$step" ] || interrupt "$step"' TERM
 campaign=/scratch/ab12/mixers
 
 # The submission passes no environment on; what a job sets reaches its steps.
@@ -48,7 +48,7 @@ is_alive() {
 }
 requeue() { scontrol requeue "$SLURM_JOB_ID"; }
 # Without --batch the signal reaches the ranks, not this script.
-interrupt() { scancel --signal=TERM "$SLURM_JOB_ID" || kill -TERM "$1"; }
+interrupt() { scancel --signal=TERM "$SLURM_JOB_ID" || kill -TERM "$1"; } 2> /dev/null
 
 prepare() {
   module load python/3.11 || { say "the module python/3.11 cannot be loaded"; return 1; }
