@@ -39,6 +39,7 @@ from tests.analysis.energy.test_prefix_cache import measured
 from tests.analysis.exchange.runs import exchange_run
 from tests.analysis.exchange.tables import collective
 from tests.analysis.frequency.test_telemetry import write_run as write_telemetry
+from tests.analysis.provenance.made import place_ranks, placed_rank
 from tests.analysis.route_fetch.made import made_result
 from tests.collectives.bench.runs import write_captured_run
 from tests.conftest import MakeRun
@@ -235,7 +236,14 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     (tmp / "grid.toml").write_text(f'models = [{names}]\ndata = ["prose", "code"]\n')
     yield ["grid", str(tmp / "grid.toml"), "--out", str(tmp / "grid")]
     yield ["quickstart", "--out", str(tmp / "quickstart")]
-    yield ["doctor", "--model", HOSTILE]
+    yield from (["doctor", "--model", HOSTILE], ["doctor", "--run", str(placed(Path(exchanges)))])
+
+
+def placed(run: Path) -> Path:
+    """A run whose second rank states other versions, and long names."""
+    named = {"machine": {"name": HOSTILE, "cpu": HOSTILE}, "environment": {HOSTILE[:200]: HOSTILE[:200]}}
+    second = placed_rank(1, node=1, versions={"torch": "2"}, **named)
+    return place_ranks(run, placed_rank(0, node=0), second)
 
 
 def keep_results(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:

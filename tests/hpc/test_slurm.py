@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 import observatory
+from observatory.analysis.provenance.notices import provenance_notices
+from observatory.analysis.provenance.words import notice_sentence
 from observatory.run.documents.bench import load_bench
 from tests.processes import lives, wait_until
 from tests.slurm_host import Job, SlurmHost, slurm_host, why_not
@@ -23,6 +25,10 @@ pytestmark = pytest.mark.slow
 _PYTHON = f"{sys.executable} -W ignore"
 _OBSERVATORY = f"{_PYTHON} -m observatory"
 _LIGHT = "--data mock --batch-size 1 --sequence-length 16"
+#: One node finds another installation of a package first, as where a module differs.
+_OTHER_ON_N4 = (
+    """bash -c 'test $SLURMD_NODENAME != n4 || export PYTHONPATH=$PWD/other:$PYTHONPATH; exec "$@"' -"""
+)
 _LIMIT_S = 400
 _ORPHANS_END_S = 30.0
 _TABLES = ("routing", "exchange", "spans")
@@ -48,7 +54,9 @@ def steps(slurm: SlurmHost, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """One job whose steps run one after the other, as in a user's script."""
     lines = [
         f"! srun -N2 -n2 {_OBSERVATORY} profile tiny-gqa --ep 4 {_LIGHT} --out refused 2> disagreement",
-        f"srun -N4 -n4 {_OBSERVATORY} profile tiny-gqa --ep 4 {_LIGHT} --steps 2 --out run",
+        "mkdir -p other/scipy-0.1.dist-info",
+        "printf 'Metadata-Version: 2.1\\nName: scipy\\nVersion: 0.1\\n' > other/scipy-0.1.dist-info/METADATA",
+        f"srun -N4 -n4 {_OTHER_ON_N4} {_OBSERVATORY} profile tiny-gqa --ep 4 {_LIGHT} --steps 2 --out run",
         f"srun -N2 --ntasks-per-node=2 {_OBSERVATORY} bench alltoall --sizes 1KiB --patterns random "
         "--algorithm flat,hierarchical --repeats 2 --out bench.json",
     ]
@@ -93,6 +101,14 @@ def test_srun_starts_the_ranks_of_one_complete_run(steps: Job) -> None:
     assert set(run.exchanges().source_rank) == {0, 1, 2, 3}
     assert "run written to run; next: observatory exchanges run" in steps.output
     assert steps.output.count("run written") == 1
+
+
+def test_a_node_with_another_version_is_named_when_the_run_ends(steps: Job) -> None:
+    (notice,) = provenance_notices(observatory.open_run(steps.folder / "run").manifest)
+    said = notice_sentence(notice)
+    assert said.startswith("ranks ran different versions of scipy: 0.1 on n4 (rank 3) and ")
+    assert said.endswith(" on n1, n2 and n3 (ranks 0-2)")
+    assert f"note: {said}" in steps.output
 
 
 def test_nodes_that_share_a_host_are_distinguished_by_the_node_number_of_slurm(steps: Job) -> None:

@@ -26,7 +26,12 @@ NODE_COLUMNS = (
     Column(name="nodes", title="nodes", text=True, key=True),
     Column(name="ranks", title="ranks", text=True),
     Column(name="machine", title="machine", text=True),
-    Column(name="cores", title="cores of a rank", text=True),
+    Column(
+        name="cores",
+        title="cores of a rank",
+        text=True,
+        legend="by its affinity; quota: the smallest limit of a control group, in cores",
+    ),
     Column(
         name="numa_nodes",
         title="NUMA",
@@ -130,9 +135,6 @@ def _facts(statuses: Sequence[RankStatus]) -> dict[str, Any]:
     """What a row states of one node."""
     stated = [status.provenance for status in statuses if status.provenance is not None]
     first, machine = stated[0], stated[0].machine
-    counts = sorted(
-        {len(from_ranges(status.cores.cpus)) for status in statuses if status.cores and status.cores.cpus}
-    )
     limits = sorted({each.memory_limit_bytes for each in stated if each.memory_limit_bytes is not None})
     jobs = [each.other_jobs for each in stated if each.other_jobs is not None]
     users = [each.other_users for each in stated if each.other_users is not None]
@@ -143,7 +145,7 @@ def _facts(statuses: Sequence[RankStatus]) -> dict[str, Any]:
     ]
     return {
         "machine": ", ".join(filter(None, hardware)) or None,
-        "cores": None if not counts else "-".join(dict.fromkeys((str(counts[0]), str(counts[-1])))),
+        "cores": _cores_words(statuses),
         "numa_nodes": _numa_words(
             stated[0].numa_nodes, {each.numa_nodes for each in stated}, first.memory_nodes
         ),
@@ -154,6 +156,17 @@ def _facts(statuses: Sequence[RankStatus]) -> dict[str, Any]:
         "fabric": fabric_words(first.fabric),
         "others": others_words(max(jobs, default=None), max(users, default=None)),
     }
+
+
+def _cores_words(statuses: Sequence[RankStatus]) -> str | None:
+    """Cores of one rank's affinity, and the smallest quota of their control groups."""
+    stated = [status.cores for status in statuses if status.cores and status.cores.cpus]
+    counts = sorted({len(from_ranges(cores.cpus)) for cores in stated})
+    quotas = [quota.cpus for cores in stated for quota in cores.quotas]
+    if not counts:
+        return None
+    text = "-".join(dict.fromkeys((str(counts[0]), str(counts[-1]))))
+    return f"{text}; quota {min(quotas):.3g}" if quotas else text
 
 
 def _numa_words(first: str | None, of_ranks: set[str | None], memory: str | None) -> str | None:

@@ -13,7 +13,16 @@ from observatory.analysis.provenance.words import (
     job_words,
     notice_sentence,
 )
-from observatory.run.manifest import DeviceSpec, Manifest, ModelSpec, RankPower, RankStatus, Topology
+from observatory.run.manifest import (
+    CoreQuota,
+    CoreSpec,
+    DeviceSpec,
+    Manifest,
+    ModelSpec,
+    RankPower,
+    RankStatus,
+    Topology,
+)
 from observatory.run.provenance import Accelerator, FabricLink, SchedulerJob
 from tests.analysis.provenance.made import placed_rank
 
@@ -130,8 +139,12 @@ def test_sixty_four_ranks_on_nodes_that_are_alike_take_one_row_and_another_node_
         "settings of single ranks": "CUDA_VISIBLE_DEVICES",
     }
     ranks[5] = placed_rank(5, node=1, other_users=2, memory_limit_bytes=None)
+    quota = CoreQuota(cpus=2.5, group="1:2")
+    cores = CoreSpec(host="host1", cpus="0-3", quotas=(quota,))
+    ranks[4] = ranks[4].model_copy(update={"cores": cores})
     alike, single = node_rows(ranks, wall_clock_ahead_ns(manifest(*ranks)))
     assert (alike["ranks"], single["ranks"], single["others"]) == ("0-3,8-63", "4-7", "0 jobs, 2 users")
+    assert (alike["cores"], single["cores"]) == ("8", "4-8; quota 2.5")
     assert single["wall_clock"] == "0 us within 20 us"
 
 
