@@ -268,6 +268,27 @@ def test_a_point_that_an_administrator_requeues_is_run_again(
     assert (states(folder, capsys)["one"]["attempts"], counted(folder)) == (2, 2)
 
 
+def test_a_point_whose_node_dies_is_run_again_on_another(
+    login: Path, slurm: SlurmHost, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = login / "campaign"
+    script = f"echo x >> {folder}/executions; until [ -e {folder}/go ]; do sleep 0.2; done"
+    submitted(login, "report = false\n" + command("one", script))
+    until("its start", lambda: counted(folder) == 1)
+    (job,) = (path.read_text().strip() for path in folder.glob("points/*/try-1/job"))
+    number, node = slurm.call("squeue", "-h", "-j", job, "-o", "%A %N").split()
+    slurm.lose(number)
+    slurm.call("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+    try:
+        (folder / "go").touch()
+        until("the second run", lambda: is_done(folder, capsys))
+    finally:
+        slurm.call("scontrol", "update", f"nodename={node}", "state=resume")
+    point = states(folder, capsys)["one"]
+    assert (point["attempts"], counted(folder)) == (2, 2)
+    assert not list(folder.glob("points/*/try-1/ended"))
+
+
 def test_a_missing_module_is_named_by_its_point(login: Path, capsys: pytest.CaptureFixture[str]) -> None:
     site = login / "site.toml"
     site.write_text(_SITE.replace("[environment]", '[environment]\nmodules = ["no/such"]'))

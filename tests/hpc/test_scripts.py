@@ -138,6 +138,20 @@ def test_the_observatory_is_called_in_the_image_of_the_site() -> None:
     )
 
 
+def test_paths_of_a_container_may_hold_variables_of_the_job(tmp_path: Path) -> None:
+    apptainer = tmp_path / "apptainer"
+    apptainer.write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\n")
+    apptainer.chmod(0o755)
+    site = Site(container=ContainerSettings(image="$STORE/o.sif", binds=("${STORE}:/data:ro",), nv=False))
+    script = tmp_path / "command"
+    script.write_text(command_script(site, ("echo", "$STORE"), _FOLDER, about="x"))
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "STORE": "/my store"}
+    done = subprocess.run(["bash", str(script)], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "exec", "--bind", f"{_FOLDER},/my store:/data:ro", "/my store/o.sif", "echo", "$STORE"
+    ]  # fmt: skip
+
+
 def test_a_comment_cannot_become_a_command(tmp_path: Path) -> None:
     text = command_script(Site(), ("true",), tmp_path, about="model\ntouch /tmp/x\rtouch y")
     assert [line for line in text.splitlines() if not line.startswith("#")] == ["exec true"]
