@@ -155,7 +155,8 @@ def _asked(program: str, job_ids: Sequence[str]) -> dict[str, JobState] | str:
         if done.returncode != 0 and "Invalid job id" not in done.stderr:
             return f"{program} does not answer: {_complaint(done)}"
         states |= (_accounted if program == "sacct" else _queued)(done.stdout)
-    return states
+    asked = set(job_ids)  # nothing else may be followed, or cancelled
+    return {name: state for name, state in states.items() if name.partition("_")[0] in asked}
 
 
 def cancel(job_ids: Sequence[str]) -> None:

@@ -230,9 +230,13 @@ def test_an_answer_that_is_none_is_no_answer(login: Login, monkeypatch: pytest.M
         "sacct", "#!/bin/sh\nprintf 'x|y\\n\\377|101_0\\n||||||||\\n101_99999999999|RUNNING\\n'\n"
     )
     assert login.jobs()["source"] == "squeue"
+    login.slurm.program("squeue", "#!/bin/sh\necho '999_0|RUNNING|None|n1'\necho '101_0|RUNNING|None|n1'\n")
+    login.slurm.program("scancel", f"#!/bin/sh\necho $* > {login.folder}/cancelled\n")
+    assert login.command("cancel", str(login.campaign))[0] == 0
+    assert (login.folder / "cancelled").read_text() == "101\n"
     login.slurm.program("sacct", "#!/bin/sh\nsleep 60\n")
     monkeypatch.setattr(slurm, "_TIMEOUT_S", 0.3)
-    assert login.states() == {"one": "queued"}
+    assert login.states() == {"one": "queued"}  # it runs, and has not made its attempt yet
     login.slurm.program("squeue", "#!/bin/sh\nsleep 60\n")
     document = login.jobs()
     assert (document["source"], document["counts"]) == (None, {"unknown": 1})
