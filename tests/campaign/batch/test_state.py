@@ -234,10 +234,10 @@ def test_an_answer_that_is_none_is_no_answer(login: Login, monkeypatch: pytest.M
     login.slurm.program("scancel", f"#!/bin/sh\necho $* > {login.folder}/cancelled\n")
     assert login.command("cancel", str(login.campaign))[0] == 0
     assert (login.folder / "cancelled").read_text() == "101\n"
-    login.slurm.program("sacct", "#!/bin/sh\nsleep 60\n")
-    monkeypatch.setattr(slurm, "_TIMEOUT_S", 0.3)
     assert login.states() == {"one": "queued"}  # it runs, and has not made its attempt yet
-    login.slurm.program("squeue", "#!/bin/sh\nsleep 60\n")
+    for name in ("sacct", "squeue"):
+        login.slurm.program(name, "#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(slurm, "_TIMEOUT_S", 0.3)
     document = login.jobs()
     assert (document["source"], document["counts"]) == (None, {"unknown": 1})
     assert document["problem"] == "squeue did not answer within 0.3 s"
