@@ -14,6 +14,7 @@ from observatory import __version__
 _COMMANDS = {
     "quickstart": "quickstart:quickstart",
     "profile": "profile:profile",
+    "run": "run:run",
     "grid": "grid:grid",
     "routing": "routing:routing",
     "exchanges": "exchanges:exchanges",
@@ -58,7 +59,7 @@ _GROUPS = {
     "clocks": "SM clocks: sweep them, fit the sweep, choose a clock.",
 }
 _SECTIONS = {
-    "Capture": ("quickstart", "profile", "grid"),
+    "Capture": ("quickstart", "profile", "run", "grid"),
     "Analysis": ("routing", "exchanges", "scan", "compare", "history", "reduce", "report", "export"),
     "Decisions": ("place", "advise", "route-fetch", "plan"),
     "Network": ("bench", "replay", "fit"),

@@ -8,6 +8,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory profile tiny-gqa --out runs/a",
         "observatory profile ./my-checkpoint --data prompts.txt --ep 4 --steps 8 --out runs/ep4",
     ),
+    "run": (
+        "observatory run --out runs/a -- python train.py",
+        "observatory run --out runs/ep4 --steps 10:60 -- torchrun --nproc-per-node 4 train.py --lr 1e-4",
+    ),
     "grid": (
         "observatory grid grid.toml --out runs/grid",
         "observatory grid grid.toml --out runs/grid --json",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
-from observatory.errors import BenchmarkError
+from observatory.errors import BenchmarkError, CaptureError
 from observatory.run.documents.route_fetch import ELEMENT_BYTES, Shape
+
+Meaning = TypeVar("Meaning")
 
 _UNITS = {
     "B": 1,
@@ -177,3 +180,29 @@ def parse_counts(what: str, text: str, *, most: int) -> tuple[int, ...]:
             f"{what} {text[:40]!r} is no list of numbers", expected=f"numbers from 1 to {most}"
         )
     return tuple(map(int, parts))
+
+
+def parse_steps(text: str) -> tuple[int, int | None]:
+    """First step and the one behind the last, of ``A:B``; an empty A is 0, an empty B means no end.
+
+    Raises:
+        CaptureError: not such a range, or an empty one.
+    """
+    if not text:
+        return 0, None
+    found = re.fullmatch(r"(\d{0,9}):(\d{0,9})", text, re.ASCII)
+    first, end = (int(part) if part else None for part in found.groups()) if found else (None, 0)
+    if end is not None and end <= (first or 0):
+        raise CaptureError(f"--steps is {text!r}", expected="A:B with A below B, such as 10:60")
+    return first or 0, end
+
+
+def parse_word(option: str, text: str, meanings: Mapping[str, Meaning]) -> Meaning:
+    """What one of several words stands for.
+
+    Raises:
+        CaptureError: none of them.
+    """
+    if text not in meanings:
+        raise CaptureError(f"{option} is {text!r}", expected=f"one of {', '.join(meanings)}")
+    return meanings[text]

@@ -29,6 +29,7 @@ from observatory.probes.exchange.tap import unsupported
 from observatory.probes.options import WatchOptions, check_phase
 from observatory.probes.routing.describe import describe_model, layers_now
 from observatory.probes.routing.discover import find_sites
+from observatory.probes.routing.moe_block import bare_model
 from observatory.probes.run_news import news_of
 from observatory.probes.session import CaptureSession, WatchedShard
 from observatory.probes.store_alignment import default_store
@@ -290,12 +291,13 @@ class Watch:
         made = options.made if news is None else news.tell
         labels, routing = options.labels, options.routing
         # What it was loaded from: a hub id, or a directory, of which the last component is the name.
-        origin = str(getattr(getattr(self._model, "config", None), "_name_or_path", None) or "")
+        bare = bare_model(self._model)
+        origin = str(getattr(getattr(bare, "config", None), "_name_or_path", None) or "")
         name = labels.model_name or (Path(origin).name if Path(origin).is_absolute() else origin)
         manifest = new_manifest(
             model=describe_model(
                 self._model,
-                name=name or type(self._model).__name__,
+                name=name or type(bare).__name__,
                 sites=self.sites,
                 family=labels.family,
                 mixer=labels.mixer,

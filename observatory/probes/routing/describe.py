@@ -18,7 +18,7 @@ import torch
 from pydantic import JsonValue
 from torch import nn
 
-from observatory.probes.routing.moe_block import int_attribute, looks_like_router
+from observatory.probes.routing.moe_block import bare_model, int_attribute, looks_like_router
 from observatory.probes.routing.sites import RoutingSite
 from observatory.run.manifest import ModelSpec, RankLayer
 
@@ -51,7 +51,7 @@ def describe_model(
         the same number of bytes per expert; ``dtype`` is that of the routed experts, else of the first
         parameter.
     """
-    config = getattr(model, "config", None)
+    config = getattr(bare_model(model), "config", None)
     text = getattr(config, "text_config", None) or config
     stated_family = getattr(config, "model_type", None)
     weights = [_expert_weights(model, site) for site in sites]

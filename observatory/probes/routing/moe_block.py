@@ -95,6 +95,14 @@ def unwrapped(module: nn.Module) -> nn.Module:
         module = inner
 
 
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model that compiled modules, DDP and sharding wrappers stand for."""
+    inner = unwrapped(model)
+    while isinstance(module := inner._modules.get("module"), nn.Module) and len(inner._modules) == 1:
+        inner = unwrapped(module)
+    return inner
+
+
 def _outermost(path: str) -> str:
     """The path of the outermost wrapper around the module at ``path``."""
     while path.rpartition(".")[2] in _WRAPPED:

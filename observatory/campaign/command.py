@@ -1,0 +1,134 @@
+"""Run somebody's command with its MoE models watched, and state what became of them."""
+
+from __future__ import annotations
+
+import glob
+import os
+import signal
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from observatory.errors import CaptureError, RunError
+from observatory.probes.programs import startup
+from observatory.probes.programs.settings import SETTINGS, Note, ProgramSettings, read_notes
+from observatory.probes.programs.words import program_sentence
+from observatory.run.files import MANIFEST_NAME
+from observatory.run.manifest_files import read_manifest
+from observatory.run.replacing import check_free, empty_run
+
+#: Signals that are for the command; Ctrl-C reaches it by the terminal.
+_PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+_NOT_FOUND = 127
+_NOT_EXECUTABLE = 126
+_FIRST_SIGNAL = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandResult:
+    """What became of a command.
+
+    Attributes:
+        code: its exit code; 128 and the signal's number where a signal ended it, as in a shell.
+        runs: run directories that its processes made, in order of their names.
+        remarks: one sentence for each model that was not watched, or not to its end; each once.
+    """
+
+    code: int
+    runs: tuple[Path, ...]
+    remarks: tuple[str, ...]
+
+
+def run_command(
+    command: Sequence[str],
+    out: Path,
+    *,
+    power: bool | None = None,
+    exchanges: bool | None = None,
+    steps: tuple[int, int | None] = (0, None),
+    overwrite: bool = False,
+) -> CommandResult:
+    """Run a command; every Python under it that builds a model with MoE layers writes a run.
+
+    Nothing is installed: a folder in front of ``PYTHONPATH`` and one variable are the command's own, and go
+    with it. Signals for this process are passed on.
+
+    Args:
+        command: words; the first is looked up in ``PATH``.
+        out: run directory of the first model; those of others have -2, -3 ... after it.
+        power: sample power; None: that of the GPUs, if the model is on one.
+        exchanges: time exchanges; None: if there are several ranks.
+        steps: (first, end): steps before first and from end on are not captured; None: no end.
+        overwrite: replace an existing run.
+
+    Raises:
+        CaptureError: the command cannot be started; ``exit_code`` is 127 or 126, as in a shell.
+        RunError: something is in the place of the run.
+    """
+    check_free(out, overwrite=overwrite)
+    if out.exists() and overwrite:
+        empty_run(out)
+    settings = ProgramSettings(
+        out=out.resolve(), run_id=uuid.uuid4().hex, power=power, exchanges=exchanges,
+        first_step=steps[0], end_step=steps[1],
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="observatory-run-") as folder:
+        file = Path(folder) / "settings.json"
+        file.write_text(settings.model_dump_json())
+        code = _finish(_start(command, file))
+        notes = list(read_notes(Path(folder)))
+    return CommandResult(code=code, runs=_runs(settings, notes), remarks=_remarks(notes))
+
+
+def _start(command: Sequence[str], settings: Path) -> subprocess.Popen[bytes]:
+    (place,) = startup.__path__
+    path = os.pathsep.join([place, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, SETTINGS: str(settings)}
+    try:
+        return subprocess.Popen(command, env=environment)
+    except OSError as error:
+        failure = CaptureError(
+            f"{command[0]} cannot be started ({error.strerror})", remedy="check its name and PATH"
+        )
+        failure.exit_code = _NOT_FOUND if isinstance(error, FileNotFoundError) else _NOT_EXECUTABLE
+        raise failure from error
+
+
+def _finish(process: subprocess.Popen[bytes]) -> int:
+    """Wait for the command, however often this process is signalled meanwhile."""
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else _FIRST_SIGNAL - code
+
+
+def _runs(settings: ProgramSettings, notes: Sequence[Note]) -> tuple[Path, ...]:
+    """Those noted, and those of processes that were killed before they could note anything."""
+    noted = {Path(note.run) for note in notes if note.run is not None}
+    out = settings.out
+    found = {path.parent for path in out.parent.glob(f"{glob.escape(out.name)}*/{MANIFEST_NAME}")}
+    return tuple(sorted(noted | {path for path in found if _is_of(path, settings.run_id)}))
+
+
+def _is_of(path: Path, run_id: str) -> bool:
+    try:
+        return read_manifest(path).run_id.startswith(run_id)
+    except RunError:
+        return False
+
+
+def _remarks(notes: Sequence[Note]) -> tuple[str, ...]:
+    causes = [note.cause for note in notes]
+    return tuple(dict.fromkeys(program_sentence(cause) for cause in causes if cause is not None))

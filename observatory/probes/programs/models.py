@@ -1,0 +1,68 @@
+"""Which modules of a program are models with MoE layers, and when one is called for the first time.
+
+A module is seen as its parent takes it: if it looks like a part of an MoE layer, its parent gets a hook in
+front of its first forward, and the module loses it. So the hook rises to the outermost module, wrappers such
+as DDP and compiled modules included, and no forward of a program without such modules has any.
+"""
+
+from __future__ import annotations
+
+import atexit
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+#: In the names of classes and of children of what may be an MoE layer.
+_SIGNS = ("moe", "expert", "router")
+_GATE = "gate"
+
+
+def begin() -> None:
+    """Watch every model that is built from now on."""
+    register_module_module_registration_hook(_registered)
+    atexit.register(_end)
+
+
+def _registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    try:
+        if child is None or not (_lower(child) or _is_sign(name) or _looks_like_moe(child)):
+            return
+        if first_forward not in parent._forward_pre_hooks.values():
+            parent.register_forward_pre_hook(first_forward, with_kwargs=True)
+    except Exception:  # a module without nn.Module.__init__, say: the program meets its own error
+        return
+
+
+def _lower(module: nn.Module) -> bool:
+    """Whether the module had the hook, which is gone then."""
+    hooks = module._forward_pre_hooks
+    keys = [key for key, hook in hooks.items() if hook is first_forward]
+    for key in keys:
+        del hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return bool(keys)
+
+
+def _is_sign(name: str) -> bool:
+    return name == _GATE or any(sign in name.lower() for sign in _SIGNS)
+
+
+def _looks_like_moe(module: nn.Module) -> bool:
+    return _is_sign(type(module).__name__) or any(map(_is_sign, module._modules))
+
+
+def first_forward(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Start the watch; an error of ours never goes through the program's call."""
+    _lower(module)
+    from observatory.probes.programs.watching import watch_program_model
+
+    watch_program_model(module, arguments, options)
+
+
+def _end() -> None:
+    import sys
+
+    watching = sys.modules.get("observatory.probes.programs.watching")
+    if watching is not None:
+        watching.end_all()

@@ -1,0 +1,88 @@
+"""A program that knows nothing of the observatory: it trains, evaluates, and counts its routing itself."""
+
+import collections
+import json
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import nn
+
+HIDDEN, EXPERTS, TOP_K = 8, 4, 2
+counted: dict[int, collections.Counter[int]] = collections.defaultdict(collections.Counter)
+
+
+class Moe(nn.Module):
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer, self.top_k = layer, TOP_K
+        self.gate = nn.Linear(HIDDEN, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(EXPERTS))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.gate(hidden).softmax(-1).topk(self.top_k)
+        counted[self.layer].update(ids.flatten().tolist())
+        output = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts):
+            token, place = torch.where(ids == number)
+            output[token] += expert(hidden[token]) * weights[token, place, None]
+        return output
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Moe(layer) for layer in range(2))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        return hidden
+
+
+def train(model: nn.Module, steps: int, micro_batches: int = 2) -> None:
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.01)
+    model.train()
+    for _ in range(steps):
+        for _ in range(micro_batches):
+            model(torch.randn(5, HIDDEN)).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, steps: int) -> None:
+    model.eval()
+    for _ in range(steps):
+        model(torch.randn(3, HIDDEN))
+
+
+def main(what: str) -> Any:
+    torch.manual_seed(0)
+    if what == "nothing":
+        nn.Sequential(nn.Linear(HIDDEN, HIDDEN))(torch.randn(1, HIDDEN))
+        return 0
+    if what == "ranks":
+        torch.distributed.init_process_group("gloo")
+        model = nn.parallel.DistributedDataParallel(Model(), find_unused_parameters=True)
+        train(model, 4)
+        torch.distributed.destroy_process_group()
+        return 0
+    model = Model()
+    train(model, 3)
+    evaluate(model, 2)
+    print(json.dumps({"counted": counted, "path": sys.path, "argv": sys.argv}), flush=True)
+    if what == "raises":
+        evaluate(Model(), 2)
+        raise RuntimeError("the program's own error")
+    if what == "killed":
+        time.sleep(4)  # what was captured is on disk after two seconds
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 5
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
