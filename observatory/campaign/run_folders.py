@@ -40,7 +40,8 @@ def find_runs(folder: Path) -> list[Path]:
                 f"{folder} holds over {MOST_RUNS} runs or {_MOST_ENTRIES} folders", remedy="give a part of it"
             )
         for path in inner:
-            if (path / "run.json").is_file():
+            # Not Path.is_file(): of a folder that may not be entered it raises.
+            if os.path.isfile(path / "run.json"):
                 runs.append(path)
             elif depth + 1 < _DEEPEST:
                 waiting.append((path, depth + 1))

@@ -210,7 +210,7 @@ def _opened(sources: list[Path], model: Path | None) -> tuple[list[Run], dict[st
     """The runs, and the configuration of their model.
 
     Raises:
-        PlanError: no configuration, or two.
+        PlanError: no configuration, or two; or a folder is of neither a run nor a model.
     """
     from observatory.analysis.capacity.model_shape import load_config
     from observatory.errors import PlanError
@@ -221,6 +221,8 @@ def _opened(sources: list[Path], model: Path | None) -> tuple[list[Run], dict[st
     for path in sources:
         if (path / "run.json").exists():
             runs.append(open_run(path))
+        elif path.is_dir() and not (path / "config.json").exists():
+            raise PlanError(f"{path} is neither a run nor the folder of a model: no run.json, no config.json")
         else:
             configs.append(load_config(path))
     if len(configs) > 1:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +53,24 @@ def test_a_folder_without_runs_or_with_few_says_so(
     document = json.loads(capsys.readouterr().out)
     assert document["conclusion"][0]["code"] == "too_few_points"
     assert {track["reason"]["code"] for track in document["series"][0]["tracks"]} == {"few_points"}
+
+
+def test_a_folder_that_may_not_be_entered_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_run(tmp_path / "one", steps=2)
+    (tmp_path / "lost+found").mkdir()
+    real = os.stat
+
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        if "lost+found/" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert main(["history", str(tmp_path), "--json"]) == 0
+    (series,) = json.loads(capsys.readouterr().out)["series"]
+    assert [point["name"] for point in series["points"]] == ["one"]
 
 
 def test_a_run_whose_rows_fold_steps_is_a_series_of_its_rows(

@@ -163,13 +163,13 @@ def plan_tables(document: Mapping[str, Any]) -> list[Table]:
     more = len(document["candidates"]) - len(candidates)
     title = "set-ups that meet every target, each with its best batch, the fewest devices first"
     is_one = len({row["hardware"] for row in candidates}) < 2
+    changes: dict[str, dict[str, Any]] = {"hardware": {"wide": is_one}}
+    if any(currencies := [row["currency"] for row in candidates]):
+        changes["per_million"] = {"wide": False, "unit": next(filter(None, currencies))}
     tables = [
         Table(
             name="candidates",
-            columns=tuple(
-                replace(column, wide=True) if column.name == "hardware" and is_one else column
-                for column in CANDIDATE_COLUMNS
-            ),
+            columns=tuple(replace(column, **changes.get(column.name, {})) for column in CANDIDATE_COLUMNS),
             rows=[{**row, "pareto": "yes" if row["is_pareto"] else ""} for row in candidates],
             title=title + (f"; {more} more in --json" if more > 0 else ""),
         )

@@ -80,6 +80,11 @@ def make_plan(request: Request) -> dict[str, Any]:
         PlanError: the request cannot be planned at all.
     """
     servers = _servers(request)
+    if request.prices is not None and not request.prices.gpu_hour.keys() & servers.keys():
+        raise PlanError(
+            f"the price list has no price of {', '.join(servers)}",
+            expected="gpu_hour by the names that --hardware takes",
+        )
     captured = captured_routing(request.runs, request.model) if request.runs else None
     wanted: RoutingKind = request.routing or ("captured" if captured else "power-law")
     if wanted == "captured" and captured is None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from observatory.analysis.capacity.loads import (
     PowerLawLoads,
     RoutingKind,
 )
-from observatory.analysis.capacity.model_shape import ModelShape
+from observatory.analysis.capacity.model_shape import ModelShape, model_shape
 from observatory.analysis.capacity.power_law import (
     DEEPSEEK_ALPHA,
     USUAL_ALPHA,
@@ -75,6 +75,11 @@ def captured_routing(runs: Sequence[Run], model: ModelShape) -> CapturedRouting:
                 f"model has {model.moe_layers} of {moe.experts}, {moe.top_k} per token",
                 expected="runs of the model that is planned",
             )
+        if not _is_of(model, run.manifest.model.config):
+            raise PlanError(
+                f"run {run.path} is of {run.manifest.model.name}, whose layers are not those of the model",
+                expected="runs of the model that is planned",
+            )
         for phase in _PHASES:
             of_phase = loads.of_phase(phase).load_SLE
             if len(of_phase):
@@ -91,6 +96,15 @@ def captured_routing(runs: Sequence[Run], model: ModelShape) -> CapturedRouting:
         load_SLE=load_SLE,
         fits={phase: fit_power_law(loads, top_k=moe.top_k) for phase, loads in load_SLE.items()},
     )
+
+
+def _is_of(model: ModelShape, stated: Mapping[str, Any] | None) -> bool:
+    """Whether the configuration that a run states has the model's layers; true where it cannot be read."""
+    try:
+        shape = model_shape(stated or {})
+    except PlanError:
+        return True
+    return (shape.hidden, shape.layers) == (model.hidden, model.layers)
 
 
 def routed(kind: RoutingKind, model: ModelShape, captured: CapturedRouting | None) -> Routed:

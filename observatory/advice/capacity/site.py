@@ -15,7 +15,7 @@ from observatory.run.bounded import first_problem, read_toml
 from observatory.run.records import Record
 
 _MOST_BYTES = 64 << 10
-_Positive = Annotated[float, Field(gt=0.0, le=1e9)]
+_Positive = Annotated[float, Field(ge=1e-6, le=1e9)]
 _Count = Annotated[int, Field(ge=1, le=65536)]
 
 

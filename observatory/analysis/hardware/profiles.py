@@ -82,7 +82,7 @@ class Figure(_Strict):
         assumed: it was not measured: a rule of thumb or an assumption of the source.
     """
 
-    value: Annotated[float, Field(gt=0.0, le=1e9)]
+    value: Annotated[float, Field(ge=1e-6, le=1e9)]
     unit: _Words
     source: _Words
     date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]

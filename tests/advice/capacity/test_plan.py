@@ -159,7 +159,13 @@ def test_the_command(tmp_path, capsys):
     assert best["currency"] == "EUR"
     assert document["routing"] == "power-law"
     assert main(argv) == 0
-    assert "plan: " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "plan: " in printed
+    assert "per million tokens EUR" in " ".join(printed.split())
+    prices.write_text('currency = "EUR"\n[gpu_hour]\nh100-sxm = 3.0\n')
+    assert main(argv) == 1
+    assert "no price of h200-sxm" in capsys.readouterr().err
+    prices.write_text('currency = "EUR"\n[gpu_hour]\nh200-sxm = 3.0\n')
     assert main([*argv, "--max-ms-per-token", "0.01"]) == 2
     assert "no set-up meets the targets" in capsys.readouterr().out
 
@@ -189,7 +195,8 @@ def test_bad_input_is_one_sentence(tmp_path, capsys, change, message):
 
 
 @pytest.mark.parametrize(
-    "content", ["gpus_per_node = 0", "nic_bandwidth = -1", "rack_power = 1000", "odd = 1"]
+    "content",
+    ["gpus_per_node = 0", "nic_bandwidth = -1", "nic_bandwidth = 1e-300", "rack_power = 1000", "odd = 1"],
 )
 def test_hostile_figures_of_a_site_are_refused(tmp_path, content):
     path = tmp_path / "site.toml"
@@ -326,6 +333,13 @@ def test_what_a_run_does_not_cover_is_stated(tmp_path):
     reasons = [dict(reason) for reason in document["conclusion"]]
     assert {"code": "plan_phase", "missing": "decode", "phase": "prefill"} in reasons
     assert {"code": "plan_too_long", "tokens": 4010, "longest": 4000} in reasons
+
+
+def test_runs_of_another_model_with_as_many_experts_are_refused(tmp_path):
+    run = open_run(skewed_run(tmp_path / "run"))
+    other = {**SKEWED, "num_key_value_heads": 2 * SKEWED["num_key_value_heads"]}
+    with pytest.raises(PlanError, match="whose layers are not those of the model"):
+        make_plan(replace(request(other), runs=[run], routing=None))
 
 
 def test_short_prompts_share_a_chunk():

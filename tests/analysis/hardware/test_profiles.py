@@ -49,6 +49,7 @@ def test_a_profile_of_ones_own(tmp_path):
         'name = "x"\n[peak.memory]\n' + FIGURE.replace("GB/s", "MB"),
         'name = "x"\n[peak.memory_bandwidth]\n' + FIGURE.replace("100", "-1"),
         'name = "x"\n[peak.memory_bandwidth]\n' + FIGURE.replace("100", "nan"),
+        'name = "x"\n[peak.memory_bandwidth]\n' + FIGURE.replace("100", "1e-300"),
         'name = "x"\n[peak.memory_bandwidth]\n' + FIGURE.replace("100", '"100"'),
         'name = "x"\n[peak.memory_bandwidth]\n' + FIGURE + "extra = 1\n",
         'name = "x"\n[peak.memory_bandwidth]\n' + FIGURE + "[achievable.memory_bandwidth]\n"
