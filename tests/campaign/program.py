@@ -32,15 +32,28 @@ class Moe(nn.Module):
         return output
 
 
-class Model(nn.Module):
+class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(Moe(layer) for layer in range(2))
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs_embeds: torch.Tensor, past_key_values: object = None) -> torch.Tensor:
+        assert past_key_values is None
         for layer in self.layers:
-            hidden = hidden + layer(hidden)
-        return hidden
+            inputs_embeds = inputs_embeds + layer(inputs_embeds)
+        return inputs_embeds
+
+
+class Model(nn.Module):
+    """A head around a stack that takes a cache, as in transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = Stack()
+
+    def forward(self, inputs_embeds: torch.Tensor, past_key_values: object = None) -> torch.Tensor:
+        output: torch.Tensor = self.model(inputs_embeds=inputs_embeds, past_key_values=past_key_values)
+        return output
 
 
 def train(model: nn.Module, steps: int, micro_batches: int = 2) -> None:

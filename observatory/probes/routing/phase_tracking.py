@@ -25,6 +25,9 @@ from observatory.probes.routing.phases import (
 from observatory.probes.routing.stacks import is_running
 from observatory.probes.routing.words import UnknownPhase, sentence
 
+#: Modules that start a watch inside of a call.
+_STARTER = "observatory.probes.programs."
+
 
 class _Call:
     """An eager call of a carrier, together with calls inside that are unknown for the same reason.
@@ -234,7 +237,7 @@ class PhaseTracker:
             self.before_pass(partial(_is_generating, sys._getframe(2)))
 
     def _enter(self, carrier: Carrier, phase: CallPhase) -> None:
-        now, frame = self._threads.now, sys._getframe(2)
+        now, frame = self._threads.now, _torch_frame(sys._getframe(2))
         if now.stack and (now.frame is None or not is_running(now.frame, frame)):
             now.leave_all()
             self.was_interrupted = True
@@ -281,6 +284,13 @@ class PhaseTracker:
         if now.reason is not None and not now.has_inner:
             self._recent_compiled = now.reason
         now.slot, now.reason, now.has_inner = around.slot, around.reason, True
+
+
+def _torch_frame(frame: FrameType) -> FrameType:
+    """The frame that lasts as long as the call, also where a watch that starts inside of one calls hooks."""
+    while frame.f_globals.get("__name__", "").startswith(_STARTER) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _is_generating(frame: FrameType | None) -> bool:
