@@ -47,7 +47,9 @@ _HEADS = ("num_attention_heads", "n_head", "n_heads")
 _EXPERTS = ("n_routed_experts", "num_experts", "num_local_experts", "moe_num_experts")
 _TOP_K = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "experts_per_token")
 #: How some families say that their layers differ, in ways that are not read; `layer_types` says it for all.
-_UNREAD = ("attn_layer_period", "expert_layer_period", "hybrid_layer_pattern", "linear_attn_config")
+_UNREAD = ("attn_layer_period", "layer_group_size", "hybrid_layer_pattern", "linear_attn_config")
+#: Where experts or what attention shares are said in ways that are not read, and that no list replaces.
+_UNREADABLE = ("expert_layer_period", "moe_layers_enum", "share_q_dim")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,6 +251,8 @@ class _Reader:
         blocks = self._blocks()
         if blocks is not None:
             return [self._block(kind) for kind in blocks]
+        if strange := next((name for name in _UNREADABLE if self.config.get(name)), None):
+            raise PlanError(f"model {self.name} has {strange}, which is not read")
         count = self._size(*_LAYERS)
         if count > _MOST_LAYERS:
             raise PlanError(f"model {self.name} has {count} layers; expected at most {_MOST_LAYERS}")
@@ -443,9 +447,11 @@ class _Reader:
     def _is_moe(self, layer: int) -> bool:
         if not any(self._optional(name) for name in _EXPERTS):
             return False
-        first = self._optional("first_k_dense_replace", "moe_layer_start_index") or 0
+        first = self._optional("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers") or 0
         every = self._optional("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_frequency") or 1
-        frequency = self.config.get("moe_layer_freq")
+        frequency = self._list("is_moe_layer") or self.config.get("moe_layer_freq")
+        if kinds := self._list("mlp_layer_types"):
+            frequency = [kind == "sparse" for kind in kinds]
         if isinstance(frequency, list):
             return layer < len(frequency) and bool(frequency[layer])
         every = frequency if isinstance(frequency, int) and frequency > 1 else every
@@ -473,7 +479,10 @@ class _Reader:
         bits = quantization.get("bits") or quantization.get("w_bit")
         if isinstance(bits, int) and 2 <= bits <= 8:
             return dtype, dtype, bits / 8, bits / 8  # weights are widened before they are multiplied
-        raise PlanError(f"model {self.name} is quantized by {method[:40]!r}, which is not known")
+        raise PlanError(
+            f"model {self.name} is quantized by {method[:40]!r}, which is not known",
+            remedy="plan a copy of its config.json without quantization_config, with --dtype",
+        )
 
     def _size(self, *names: str) -> int:
         value = self._optional(*names)

@@ -98,6 +98,20 @@ def test_only_some_layers_of_hybrids_keep_a_cache():
     assert windows == {8192: 36, None: 12}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_dense_layers": 2},
+        {"first_k_dense_replace": 2},
+        {"is_moe_layer": [False] * 2 + [True] * 46},
+        {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 46},
+        {"moe_layer_freq": [0] * 2 + [1] * 46},
+    ],
+)
+def test_families_name_their_dense_layers_differently(change):
+    assert model_shape({**QWEN3_30B, **change}).moe_layers == 46
+
+
 def test_data_types():
     assert model_shape(DEEPSEEK_V3).expert_weight_bytes == 1.0
     oss = model_shape(GPT_OSS_120B)
@@ -117,6 +131,9 @@ def test_data_types():
         ({"num_hidden_layers": 4000, "num_experts": 65536}, "262144000 experts"),
         ({"head_dim": None, "num_attention_heads": 4096}, "4096 attention heads"),
         ({"attn_layer_period": 8}, "differ by attn_layer_period"),
+        ({"layer_group_size": 5}, "differ by layer_group_size"),
+        ({"layer_types": ["full_attention"] * 48, "expert_layer_period": 2}, "has expert_layer_period"),
+        ({"moe_layers_enum": "4,5,6"}, "has moe_layers_enum"),
         ({"attn_type_list": [0, 1] * 24}, "differ by attn_type_list"),
         ({"layer_types": ["full_attention"]}, "names 1 layer types for 48"),
         ({"layer_types": ["odd"] * 48}, "type 'odd'"),
