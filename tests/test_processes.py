@@ -85,7 +85,7 @@ def running(length_s: str) -> list[int]:
 def test_nothing_is_left_of_tests_that_fail(tmp_path: Path) -> None:
     length_s = f"6{os.getpid()}.1"
     with run_tests(tmp_path, FAILING, length_s) as tests:
-        said, _ = tests.communicate(timeout=120)
+        said, _ = tests.communicate(timeout=400)
     assert tests.returncode == 1, said
     assert "2 failed, 1 passed, 1 error" in said, said
     assert running(length_s) == []
@@ -97,7 +97,7 @@ def test_nothing_is_left_of_a_test_that_is_ended(tmp_path: Path) -> None:
         assert wait_until((tmp_path / "begun").exists, within_s=60.0)
         assert wait_until(lambda: len(running(length_s)) >= 4, within_s=30.0)
         tests.send_signal(signal.SIGTERM)
-        said, _ = tests.communicate(timeout=120)
+        said, _ = tests.communicate(timeout=400)
     assert tests.returncode not in (0, None), said
     assert "test_next_runs" not in said
     assert running(length_s) == []

@@ -129,7 +129,7 @@ def test_ctrl_c_keeps_the_windows_that_were_measured(tmp_path: Path) -> None:
     while not list(power.glob("**/*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=400)
     assert process.returncode == 130, errors
     measured = load_reuse(tmp_path / "reuse.json")
     assert 1 <= len(measured.measurements) < 2500

@@ -39,7 +39,7 @@ def refused(*arguments: str, hidden: str = "") -> str:
         env={**os.environ, "PYTHONPATH": "", "OBSERVATORY_DEBUG": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 1, done.stderr

@@ -139,7 +139,7 @@ def test_a_profile_stopped_in_the_middle_keeps_what_it_wrote(
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             time.sleep(0.1)
         process.send_signal(sent)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=400)
     finally:
         process.kill()
         process.wait()

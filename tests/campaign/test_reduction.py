@@ -225,7 +225,7 @@ def _mpiexec(ranks: int, *arguments: str) -> subprocess.CompletedProcess[bytes]:
         [mpiexec, "--allow-run-as-root", "--oversubscribe", "-n", str(ranks), sys.executable, "-W", "ignore",
          *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, timeout=120, check=False,
+        capture_output=True, timeout=400, check=False,
     )  # fmt: skip
 
 

@@ -208,7 +208,7 @@ def test_ranks_that_are_interrupted_write_what_they_have_and_leave_nothing_behin
             time.sleep(0.05)
         time.sleep(2.0)  # some steps
         process.send_signal(sent)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=400)
     finally:
         process.kill()
         process.wait()

@@ -44,7 +44,7 @@ def library_folder() -> Path:
     subprocess.run(
         ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-Wl,-soname,libnvidia-ml.so.1",
          "-o", str(folder / "libnvidia-ml.so.1"), str(_SOURCE), "-lm", "-lpthread"],
-        check=True, capture_output=True, timeout=120,
+        check=True, capture_output=True, timeout=400,
     )  # fmt: skip
     return folder
 

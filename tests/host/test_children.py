@@ -158,7 +158,7 @@ def found_by_child(*folders: Path, working: Path, options: tuple[str, ...] = ())
         cwd=working,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -194,7 +194,7 @@ def test_a_folder_that_no_installer_has_made_supplies_only_what_is_missing(tmp_p
         [sys.executable, "-I", "-c", parent, str(ROOT), str(modules), str(built), str(built)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=400,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -263,7 +263,7 @@ def test_code_that_needs_the_standard_library_alone_gets_nothing_else(hostile: P
         env={**os.environ, "PYTHONPATH": str(hostile)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=400,
         check=False,
     )
     assert done.stdout == "[] argument\n", done.stderr

@@ -89,7 +89,7 @@ def test_mpi_that_does_not_join_the_launchers_ranks_is_refused(library: str | No
         env={**os.environ, "PYTHONPATH": str(ROOT), **launched, **chosen},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=400,
         check=False,
     )
     if library is None and "no MPI library" in done.stdout:

@@ -221,7 +221,7 @@ def test_the_launcher_is_the_next_process_that_is_no_rank(variables: dict[str, s
         env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=400,
         check=True,
     )
     assert done.stdout.strip() == (str(os.getpid()) if launched else "None")

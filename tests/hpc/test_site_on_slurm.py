@@ -34,7 +34,7 @@ name = "hello"
 ranks = 2
 command = ["bash", "-c", 'echo "$SLURM_PROCID in {out}" > {out}/rank-$SLURM_PROCID']
 """
-_LIMIT_S = 120
+_LIMIT_S = 400
 
 
 @pytest.fixture(scope="module")

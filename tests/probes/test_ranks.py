@@ -57,7 +57,7 @@ def run_ranks(out: Path, ending: str) -> list[int]:
         )
         for rank in range(2)
     ]
-    return [process.wait(timeout=60) for process in processes]
+    return [process.wait(timeout=400) for process in processes]
 
 
 def test_two_gloo_ranks_write_one_run(tmp_path: Path) -> None:

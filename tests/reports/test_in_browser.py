@@ -264,7 +264,7 @@ def test_a_page_printed_by_a_command_is_a_document(
     page.write_text(text.replace("@page { ", f"@page {{ size: {paper}; "), encoding="utf-8")
     profile = f"--user-data-dir={tmp_path / 'profile'}"
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", profile, f"--print-to-pdf={printed}"]
-    subprocess.run([*command, page.as_uri()], check=True, capture_output=True, timeout=120)
+    subprocess.run([*command, page.as_uri()], check=True, capture_output=True, timeout=400)
     show(browser, page, figures=FIGURES)
     browser.execute_script("document.querySelectorAll('details:not(.many)').forEach(d => d.open = true)")
     settings = {"preferCSSPageSize": True}

@@ -251,7 +251,7 @@ def test_the_driver_in_c_gives_points_whose_fit_is_its_own_formula(tmp_path: Pat
     driver = FakeDriver(tmp_path / "state")
     printed = subprocess.run(
         [sys.executable, "-m", "tests.campaign.sweep.driver_sweep", str(driver.state)],
-        env=driver.environment(), capture_output=True, check=True, timeout=120, text=True,
+        env=driver.environment(), capture_output=True, check=True, timeout=400, text=True,
         cwd=ROOT,
     )  # fmt: skip
     sweep = ClockSweep.model_validate_json(printed.stdout)

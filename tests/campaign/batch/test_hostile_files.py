@@ -119,7 +119,7 @@ def run_scripts(site: Site, argv: tuple[str, ...], login: Login) -> subprocess.C
             capture_output=True,
             text=True,
             errors="surrogateescape",
-            timeout=60,
+            timeout=400,
         )
     return done
 

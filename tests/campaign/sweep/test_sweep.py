@@ -88,7 +88,7 @@ def _play(folder: Path, *statements: str) -> None:
     """
     subprocess.run(
         [sys.executable, "-c", "\n".join([textwrap.dedent(code), *statements])],
-        env=FakeDriver(folder / "driver").environment(), check=True, timeout=60,
+        env=FakeDriver(folder / "driver").environment(), check=True, timeout=400,
     )  # fmt: skip
 
 
@@ -280,7 +280,7 @@ def _begun(folder: Path, points: int) -> Iterator[subprocess.Popen[str]]:
     finally:
         if process.poll() is None:
             process.kill()
-            process.communicate(timeout=60)
+            process.communicate(timeout=400)
 
 
 def _unlocked(folder: Path, within_s: float = 20.0) -> bool:
@@ -369,11 +369,11 @@ def test_ctrl_c_and_a_lost_gpu_keep_what_was_measured(tmp_path: Path) -> None:
                 _play(folder, "driver.set(lost=1)")
             else:
                 process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=120) == (1 if name == "lost" else 130)
+            assert process.wait(timeout=400) == (1 if name == "lost" else 130)
             # Where the GPU did not answer, the watchdog goes on trying for a while.
             if name == "lost":
                 _play(folder, "driver.set(lost=0)")
-            process.communicate(timeout=60)
+            process.communicate(timeout=400)
         sweep = load_sweep(folder / "sweep.json")
         assert len(sweep.series[0].points) >= 3
         assert any("ended early" in note for note in sweep.notes)

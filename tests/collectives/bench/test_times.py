@@ -65,7 +65,7 @@ def measure(out: Path, *, elsewhere: int | None = None) -> BenchResult:
                         env={**os.environ, **own, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
                     )
                 )
-            assert [process.wait(timeout=90) for process in processes] == [0] * RANKS
+            assert [process.wait(timeout=400) for process in processes] == [0] * RANKS
         finally:
             for process in processes:
                 process.kill()

@@ -38,7 +38,7 @@ def two_devices(driver: FakeDriver) -> dict[str, Any]:
     out = Path(os.environ["FAKE_NVML_STATE"]).with_name("run")
     named = f"{UUIDS[1]},{UUIDS[0]}"
     options = ("--ep", "2", "--phase", "prefill", "--steps", "300", "--rank-devices", named)
-    done = subprocess.run(profile(out, *options), check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(profile(out, *options), check=False, capture_output=True, text=True, timeout=400)
     watts = [driver.get("watts", index) for index in range(2)]
     return {"code": done.returncode, "errors": done.stderr, "run": str(out), "watts": watts}
 
@@ -68,7 +68,7 @@ def one_device(driver: FakeDriver) -> dict[str, Any]:
     driver.set(0, busy=1)
     out = Path(os.environ["FAKE_NVML_STATE"]).with_name("run")
     options = ("--ep", "2", "--phase", "prefill", "--steps", "20")
-    done = subprocess.run(profile(out, *options), check=False, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(profile(out, *options), check=False, capture_output=True, text=True, timeout=400)
     return {"code": done.returncode, "errors": done.stderr, "run": str(out)}
 
 
@@ -145,7 +145,7 @@ def a_partitioned_neighbour(driver: FakeDriver) -> dict[str, Any]:
     driver.devices(2)
     driver.set(0, mig=1)
     out = Path(os.environ["FAKE_NVML_STATE"]).with_name("run")
-    done = subprocess.run(profile(out, "--steps", "2"), check=False, capture_output=True, timeout=120)
+    done = subprocess.run(profile(out, "--steps", "2"), check=False, capture_output=True, timeout=400)
     return {"code": done.returncode, "run": str(out)}
 
 

@@ -104,7 +104,7 @@ def test_samples_follow_the_load_and_the_lock_and_the_process_ends(run: Path, dr
         """,
     )
     pid = int(owner.stdout.readline()) if owner.stdout else 0
-    _, errors = owner.communicate(timeout=60)
+    _, errors = owner.communicate(timeout=400)
     assert owner.returncode == 0, errors
     assert _ended(pid)
     power = _samples(run)
@@ -121,7 +121,7 @@ def test_samples_follow_the_load_and_the_lock_and_the_process_ends(run: Path, dr
 def test_a_killed_owner_ends_its_sampler_and_the_samples_stay(run: Path, driver: FakeDriver) -> None:
     owner = _own(run, driver, "time.sleep(1.0)\nos.kill(os.getpid(), signal.SIGKILL)")
     pid = int(owner.stdout.readline()) if owner.stdout else 0
-    owner.communicate(timeout=60)
+    owner.communicate(timeout=400)
     assert owner.returncode == -signal.SIGKILL
     assert _ended(pid)
     assert len(_samples(run)) >= 2
@@ -142,7 +142,7 @@ def test_a_forked_child_that_lives_on_does_not_keep_the_sampler_alive(run: Path,
         """,
     )
     pid = int(owner.stdout.readline()) if owner.stdout else 0
-    owner.communicate(timeout=60)
+    owner.communicate(timeout=400)
     assert _ended(pid, within_s=5.0)
 
 
@@ -156,7 +156,7 @@ def test_ctrl_c_is_the_owners_business_and_nothing_is_lost(run: Path, driver: Fa
         assert sampler.stop().cost.samples >= 2
         """,
     )
-    _, errors = owner.communicate(timeout=60)
+    _, errors = owner.communicate(timeout=400)
     assert owner.returncode == 0, errors
 
 
@@ -173,7 +173,7 @@ def test_a_lost_gpu_ends_its_own_rows_and_the_other_goes_on(run: Path, driver: F
         """,
         selectors=(UUID, SECOND),
     )
-    _, errors = owner.communicate(timeout=60)
+    _, errors = owner.communicate(timeout=400)
     assert owner.returncode == 0, errors
     power = _samples(run)
     last_ns = power.groupby("device_uuid")["time_ns"].max()
@@ -182,7 +182,7 @@ def test_a_lost_gpu_ends_its_own_rows_and_the_other_goes_on(run: Path, driver: F
 
 def test_a_device_that_is_not_there_is_one_sentence_and_no_process(run: Path, driver: FakeDriver) -> None:
     owner = _own(run, driver, "", selectors=("GPU-ffffffff-0000-0000-0000-000000000000",))
-    _, errors = owner.communicate(timeout=60)
+    _, errors = owner.communicate(timeout=400)
     assert owner.returncode != 0
     assert "DeviceError: GPU-ffffffff-0000-0000-0000-000000000000 is no GPU of this machine" in errors
 
@@ -201,7 +201,7 @@ def test_calibration_finds_the_update_period_of_counter_and_sensor(run: Path, dr
         """,
         calibrate_s=2.0,
     )
-    _, errors = owner.communicate(timeout=60)
+    _, errors = owner.communicate(timeout=400)
     assert owner.returncode == 0, errors
 
 

@@ -273,7 +273,7 @@ def test_a_wrapper_around_a_compiled_model_has_nothing_unknown(tmp_path: Path, p
 @pytest.mark.parametrize("compiled", [True, False])
 def test_callers_in_threads_keep_their_phases(tmp_path: Path, compiled: bool) -> None:
     """Each thread stops before the MoE layer until the other one is there too, so that calls overlap."""
-    model, together = mixtral(), threading.Barrier(2, timeout=60)
+    model, together = mixtral(), threading.Barrier(2, timeout=400)
     cache = DynamicCache(config=model.config)
     meet: list[bool] = []
 
