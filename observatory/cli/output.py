@@ -113,6 +113,7 @@ def print_json(document: Mapping[str, Any]) -> None:
 def _print_csv(table: Table) -> None:
     """All values of all rows (RFC 4180, but for line ends); what is missing is empty, lists are JSON."""
     names = list(dict.fromkeys(name for row in table.rows for name in row))
+    names = names or [column.name for column in table.columns]
     writer = csv_format.writer(sys.stdout, lineterminator="\n")
     writer.writerow(names)
     writer.writerows([_csv_cell(row.get(name)) for name in names] for row in table.rows)

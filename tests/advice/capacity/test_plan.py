@@ -168,6 +168,8 @@ def test_the_command(tmp_path, capsys):
     prices.write_text('currency = "EUR"\n[gpu_hour]\nh200-sxm = 3.0\n')
     assert main([*argv, "--max-ms-per-token", "0.01"]) == 2
     assert "no set-up meets the targets" in capsys.readouterr().out
+    assert main([*argv, "--max-ms-per-token", "0.01", "--csv"]) == 2
+    assert capsys.readouterr().out.startswith("gpus,hardware,set_up,")
 
 
 @pytest.mark.parametrize(
