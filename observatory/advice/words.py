@@ -21,7 +21,12 @@ _SENTENCES = {
     Code.PLAN: "plan: {devices} ({gpus_low} to {gpus_high}), {hardware}: {set_up}, a batch of {sequences}",
     Code.PLAN_TIMES: "they generate {tokens_per_s:,.0f} tokens/s ({tokens_per_s_low:,.0f} to "
     "{tokens_per_s_high:,.0f}), {ms_per_token:.1f} ms per token ({ms_per_token_low:.1f} to "
-    "{ms_per_token_high:.1f}), {ttft_ms:,.0f} ms to the first token",
+    "{ms_per_token_high:.1f}), {ttft_ms:,.0f} ms ({ttft_ms_low:,.0f} to "
+    "{ttft_ms_high:,.0f}) to the first token",
+    Code.PLAN_MAY_MISS: "the slow end of these intervals misses a target: {missed}",
+    Code.PLAN_COST: "{per_million:.3g} {currency} for a million generated tokens",
+    Code.PLAN_CHEAPER: "cheapest: {devices}, {hardware}: {set_up}, a batch of {sequences}, with "
+    "{per_million:.3g} {currency} for a million generated tokens",
     Code.PLAN_POWER: "{joules_per_token:.3g} J per token ({joules_per_token_low:.3g} to "
     "{joules_per_token_high:.3g}) by the power of the runs ({joules_grade})",
     Code.PLAN_POWER_SIMULATED: "{joules_per_token:.3g} J per token ({joules_per_token_low:.3g} to "
@@ -161,8 +166,16 @@ def _devices(count: int) -> str:
 
 
 def _shown_of_plan(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
-    if code is Code.PLAN:
+    if code in (Code.PLAN, Code.PLAN_CHEAPER):
         return {"devices": _devices(values["gpus"])}
+    if code is Code.PLAN_MAY_MISS:
+        limits = (("ms_per_token", "ms per token", 1), ("ttft_ms", "ms to the first token", 0))
+        missed = [
+            f"{values[name][0]:,.{digits}f} {what}, {values[name][1]:g} wanted"
+            for name, what, digits in limits
+            if name in values
+        ]
+        return {"missed": listing(missed)}
     if code is Code.PLAN_ROUTING:
         return _routing_cost(values)
     if code is Code.PLAN_UNCAPTURED:

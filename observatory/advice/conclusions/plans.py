@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pydantic import JsonValue
 
 from observatory.advice.conclusions.reasons import Code, Conclusion, Row, chosen
@@ -32,16 +34,42 @@ def conclude_plan(document: Row) -> Conclusion:
             chosen(
                 best,
                 *("tokens_per_s", "tokens_per_s_low", "tokens_per_s_high"),
-                *("ms_per_token", "ms_per_token_low", "ms_per_token_high", "ttft_ms"),
+                *("ms_per_token", "ms_per_token_low", "ms_per_token_high"),
+                *("ttft_ms", "ttft_ms_low", "ttft_ms_high"),
             ),
         ),
+        *_may_miss(best, document["targets"]),
+        *_cost_of_tokens(best, document["candidates"]),
+        *_power(best),
     ]
-    reasons += _power(best)
     if 1.0 - best["grades"]["assumed"] < _GROUNDED:
         reasons.append(Reason(Code.PLAN_ASSUMED, {"share": best["grades"]["assumed"]}))
     if best["extrapolated"]:
         reasons.append(Reason(Code.PLAN_EXTRAPOLATED, chosen(best, "extrapolated")))
     return (*reasons, *_limits_of_inputs(document))
+
+
+def _may_miss(best: Row, targets: Row) -> list[Reason]:
+    """Limits that the likely time meets and the slow end of its interval does not."""
+    missed: dict[str, JsonValue] = {
+        name: [best[f"{name}_high"], targets[f"max_{name}"]]
+        for name in ("ms_per_token", "ttft_ms")
+        if targets[f"max_{name}"] is not None and best[f"{name}_high"] > targets[f"max_{name}"]
+    }
+    return [Reason(Code.PLAN_MAY_MISS, missed)] if missed else []
+
+
+def _cost_of_tokens(best: Row, candidates: Sequence[Row]) -> list[Reason]:
+    """What tokens cost, and the cheapest set-up where it is not the one with the fewest devices."""
+    priced = [row for row in candidates if row["per_million"] is not None and row["currency"] is not None]
+    reasons = []
+    if best in priced:
+        reasons.append(Reason(Code.PLAN_COST, chosen(best, "per_million", "currency")))
+    cheapest = min(priced, key=lambda row: float(row["per_million"]), default=best)
+    if cheapest["hardware"] != best["hardware"]:
+        names = ("gpus", "hardware", "set_up", "sequences", "per_million", "currency")
+        reasons.append(Reason(Code.PLAN_CHEAPER, chosen(cheapest, *names)))
+    return reasons
 
 
 def _power(best: Row) -> list[Reason]:

@@ -61,7 +61,8 @@ def _variant(file: PlannedFile) -> Variant:
     rows = file.document["candidates"][:_MOST_MARKS]
     best = rows[0]
     said = (
-        f"{best['gpus']} devices ({best['hardware']}, {best['set_up']}): "
+        f"{best['gpus']} devices ({best['gpus_low']} to {best['gpus_high']}; {best['hardware']}, "
+        f"{best['set_up']}): "
         f"{number(best['tokens_per_s_user'], 1)} tokens/s of a user, "
         f"{number(best['tokens_per_s_gpu'], 0)} of a device{_energy(best)}."
     )

@@ -69,7 +69,7 @@ _FORMULAS = {
 #: What of a run's power its conclusion about energy is from.
 _OF_ENERGY = ("devices", "phases", "tokens", "totals")
 #: Of a plan: what makes its number of devices uncertain.
-_PLAN_DOUBTS = (Code.PLAN_ASSUMED, Code.PLAN_EXTRAPOLATED, Code.PLAN_UNCAPTURED)
+_PLAN_DOUBTS = (Code.PLAN_MAY_MISS, Code.PLAN_ASSUMED, Code.PLAN_EXTRAPOLATED, Code.PLAN_UNCAPTURED)
 #: Codes that name something to change.
 _CHANGES = (Code.BEST_CHANGE, Code.CLOCK_SAVES, Code.CLOCK_TOO_HIGH, Code.DOES_NOT_FIT)
 #: Figures that show most of what is at stake, the first that a page has; else its first figure.

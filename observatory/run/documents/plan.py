@@ -49,6 +49,7 @@ class PlannedSetUp(Record):
     is_simulated: bool = False
     joules_per_token_most: _Number | None
     rack_w: _Number | None
+    currency: Text | None = None
     per_million: _Number | None
     limit: Text
     is_pareto: bool

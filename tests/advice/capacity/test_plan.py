@@ -105,6 +105,19 @@ def test_the_fewest_devices_come_first_and_meet_every_target():
     assert {row["code"] for row in document["conclusion"]} >= {"plan", "plan_times", "plan_assumed"}
 
 
+def test_a_limit_inside_of_the_interval_is_stated():
+    generous = make_plan(request(max_ms_per_token=1e3, max_ttft_ms=1e6))
+    best = generous["candidates"][0]
+    assert "plan_may_miss" not in {row["code"] for row in generous["conclusion"]}
+    limit = (best["ms_per_token"] + best["ms_per_token_high"]) / 2
+    document = make_plan(request(max_ms_per_token=limit))
+    best = document["candidates"][0]
+    assert best["ms_per_token"] <= limit < best["ms_per_token_high"]
+    (missed,) = [row for row in document["conclusion"] if row["code"] == "plan_may_miss"]
+    assert missed["ms_per_token"] == [best["ms_per_token_high"], limit]
+    assert "ttft_ms" not in missed
+
+
 @pytest.mark.slow
 def test_more_tokens_never_need_fewer_devices():
     needed = [
@@ -162,6 +175,12 @@ def test_the_command(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "plan: " in printed
     assert "per million tokens EUR" in " ".join(printed.split())
+    prices.write_text('currency = "EUR"\n[gpu_hour]\nh200-sxm = 3.0\nh20 = 0.1\n')
+    assert main([*argv, "--hardware", "h20", "--max-ms-per-token", "12"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"cheapest: \d+ devices?, h20: .* EUR for a million generated tokens", printed)
+    assert "slow end of these intervals misses a target: " in printed
+    assert " ms per token, 12 wanted" in printed
     prices.write_text('currency = "EUR"\n[gpu_hour]\nh100-sxm = 3.0\n')
     assert main(argv) == 1
     assert "no price of h200-sxm" in capsys.readouterr().err
