@@ -310,6 +310,11 @@ def _prose(text: str) -> Markup:
     return Markup(_CODE.sub(r"<code>\1</code>", str(escape(unbroken(text)))))
 
 
+def _joints(name: str) -> Markup:
+    """A name that may be broken behind its underscores, rather than anywhere."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
 def _linked(sentence: str, href: str, where: Mapping[str, str]) -> Markup:
     """A sentence whose numbers lead to the rows they are from."""
     sentence = unbroken(sentence)
@@ -334,6 +339,7 @@ def _environment() -> Environment:
     environment.filters["packed"] = _packed
     environment.filters["pictures"] = _pictures
     environment.filters["prose"] = _prose
+    environment.filters["joints"] = _joints
     environment.filters["linked"] = _linked
     environment.filters["keys"] = _keys
     environment.filters["anchor"] = lambda names: formula_anchor(names.split(", ")[0])

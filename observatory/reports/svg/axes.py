@@ -14,6 +14,8 @@ from observatory.reports.svg.markup import number as formatted
 #: Pixels between ticks, across and upwards.
 _ACROSS_PX, _UPWARDS_PX = 88, 46
 _LINE_PX = 15
+#: One number alone states no scale.
+_FEWEST_NUMBERS = 2
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,13 +146,21 @@ class Axis:
             2, min(length / (_ACROSS_PX if self.across else _UPWARDS_PX), self.options.get("nticks") or 99)
         )
         step = self.options.get("dtick") or nice_step((high - low) / wanted)
-        first = math.ceil(low / step - 1e-9)
-        places = [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+        places = _multiples(step, low, high)
+        while len(places) < _FEWEST_NUMBERS and "dtick" not in self.options and high > low:
+            step = nice_step(0.4 * step)
+            places = _multiples(step, low, high)
         form = self.options.get("tickformat")
         if form:
             return [(place, formatted(place, form)) for place in places]
         digits = max(0, -math.floor(math.log10(step) + 1e-9))
         return [(place, f"{place + 0.0:.{digits}f}".replace("-", "\u2212")) for place in places]
+
+
+def _multiples(step: float, low: float, high: float) -> list[float]:
+    """Multiples of a step from ``low`` to ``high``."""
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [index * step for index in range(first, last + 1)]
 
 
 def nice_step(rough: float) -> float:

@@ -140,3 +140,11 @@ def test_labels_never_stand_closer_than_they_are_wide() -> None:
 @pytest.mark.parametrize(("rough", "step"), [(0.3, 0.5), (1.0, 1.0), (7.0, 10.0), (0.012, 0.02)])
 def test_steps_are_one_two_or_five(rough: float, step: float) -> None:
     assert nice_step(rough) == pytest.approx(step)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-33.0, 33.0), (-30.0, 53.0), (0.1, 0.9), (3.0, 3.02)])
+def test_a_short_axis_has_two_numbers_at_least(low: float, high: float) -> None:
+    ticks = Axis(name="x", options={}, low=low, high=high, end=110.0).ticks()
+    assert len(ticks) >= 2
+    assert all(low <= place <= high for place, _ in ticks)
+    assert len({text for _, text in ticks}) == len(ticks)
