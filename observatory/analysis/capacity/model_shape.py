@@ -476,6 +476,8 @@ class _Reader:
             return dtype, "float4", size, 4.5 / 8  # 16 values share a scale of 8 bits
         if "fp8" in method or "fp8" in str(quantization.get("quant_algo") or "").lower():
             return "float8_e4m3fn", "float8_e4m3fn", 1.0, 1.0
+        if "compressed-tensors" in method and (packed := _packed_weights(quantization)) is not None:
+            return dtype, dtype, size if _spares_mixers(quantization) else packed, packed
         bits = quantization.get("bits") or quantization.get("w_bit")
         if isinstance(bits, int) and 2 <= bits <= 8:
             return dtype, dtype, bits / 8, bits / 8  # weights are widened before they are multiplied
@@ -507,3 +509,27 @@ class _Reader:
     def _list(self, name: str) -> list[Any] | None:
         value = self.config.get(name)
         return value if isinstance(value, list) and value else None
+
+
+def _packed_weights(quantization: Mapping[str, Any]) -> float | None:
+    """Bytes of a weight in the first group of a ``compressed-tensors`` configuration; None where unknown.
+
+    Integers of ``num_bits`` with a scale of 16 bits for each ``group_size`` of them; they are widened before
+    they are multiplied.
+    """
+    groups = quantization.get("config_groups")
+    group = next(iter(groups.values()), None) if isinstance(groups, dict) else None
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict) or weights.get("type") != "int":
+        return None
+    bits, shared = weights.get("num_bits"), weights.get("group_size")
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        return None
+    scale = 16.0 / shared if isinstance(shared, int) and shared > 0 else 0.0
+    return (bits + scale) / 8
+
+
+def _spares_mixers(quantization: Mapping[str, Any]) -> bool:
+    """Whether ``ignore`` names attention, so that only experts are packed."""
+    ignored = quantization.get("ignore")
+    return isinstance(ignored, list) and any("attn" in str(each) for each in ignored)

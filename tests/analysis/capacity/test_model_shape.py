@@ -119,6 +119,25 @@ def test_data_types():
     assert oss.expert_weight_bytes == pytest.approx(0.53125)
 
 
+def test_packed_integers_have_their_scales_and_spare_what_is_ignored():
+    # As of Kimi-K2-Thinking: experts of 4 bits, 32 of them with one scale of 16.
+    weights = {"num_bits": 4, "type": "int", "group_size": 32}
+    packed = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": weights}},
+        "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
+    }
+    spared = model_shape({**MIXTRAL_8X7B, "quantization_config": packed})
+    assert (spared.weight_bytes, spared.expert_weight_bytes) == (2.0, 4.5 / 8)
+    assert spared.expert_dtype == "bfloat16"
+    everything = model_shape({**MIXTRAL_8X7B, "quantization_config": {**packed, "ignore": ["lm_head"]}})
+    assert everything.weight_bytes == everything.expert_weight_bytes == 4.5 / 8
+    for other in ({"num_bits": 4, "type": "float"}, {"num_bits": 40, "type": "int"}, {}, None):
+        groups = {"group_0": {"weights": other}}
+        with pytest.raises(PlanError, match="quantized by 'compressed-tensors', which is not known"):
+            model_shape({**MIXTRAL_8X7B, "quantization_config": {**packed, "config_groups": groups}})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
