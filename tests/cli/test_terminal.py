@@ -56,7 +56,7 @@ LAYERS = 60
 COPIED = ("# to lock", "report: ")
 #: They write files.
 PRINT_NO_TABLE = {
-    *("profile", "report", "export", "clocks recover", "submit", "cancel"),
+    *("profile", "run", "report", "export", "clocks recover", "submit", "cancel"),
     *("site init", "site check", "site example"),
 }
 

@@ -21,7 +21,7 @@ from observatory.run.manifest import DeviceCalibration, DeviceSpec, RankPower
 from observatory.run.records import Record
 
 #: How long the process may take to start: a cold driver takes several seconds to be opened.
-_START_S = 30.0
+_START_S = 90.0
 #: How long it may take to write what it has, on a slow file system, before it is ended.
 _END_S = 15.0
 #: Room for the calibration of 256 devices.
