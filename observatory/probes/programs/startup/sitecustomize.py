@@ -48,7 +48,7 @@ def _begin() -> None:
 
 
 def _note(error: Exception) -> None:
-    reason = {"code": "not_loaded", "python": sys.executable, "error": f"{type(error).__name__}: {error}"}
+    reason = {"code": "not_loaded", "python": sys.prefix, "error": f"{type(error).__name__}: {error}"}
     with contextlib.suppress(OSError, ValueError):
         folder = Path(os.environ[_SETTINGS]).parent
         (folder / f"note-{os.getpid()}-start.json").write_text(json.dumps({"reason": reason}))
