@@ -1,6 +1,6 @@
 """A rank under guard that hangs where no signal reaches it, and writes what becomes of its shard.
 
-    python -m tests.hpc.orphan FOLDER
+    python orphan.py FOLDER
 
 It needs neither torch nor MPI, so that it is there at once.
 """

