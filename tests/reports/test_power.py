@@ -388,7 +388,7 @@ def test_the_course_of_a_load_without_spans_says_that_no_phase_is_known(tmp_path
     assert "it left no spans of phases" in said(shown)
     assert "has no energy per token" in said(shown)
     assert [section.id for section in build_sections(shown, gpus_per_node=4) if section.id != "plan"] == [
-        "energy", "power", "clocks",
+        "step-times", "energy", "power", "clocks",
     ]  # fmt: skip
     page = write_report([path], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<h1><bdi>Power of gqa-tiny</bdi></h1>" in page
