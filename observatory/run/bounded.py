@@ -80,6 +80,8 @@ def read_toml(
         return record.model_validate(tomllib.loads(content.decode("utf-8")))
     except OSError as error:
         problem = f"cannot be read ({first_problem(error)})"
+    except tomllib.TOMLDecodeError as error:
+        problem = f"is not valid TOML ({first_problem(error)})"
     except (ValueError, RecursionError, ObservatoryError) as error:
         problem = f"is not valid ({first_problem(error)})"
     raise failure(f"{what} {path} {problem}", remedy=remedy)

@@ -205,7 +205,7 @@ def test_a_hostile_file_is_refused_in_one_sentence(kind: str, what: str, tmp_pat
     with pytest.raises(BatchError) as caught:
         (load_campaign if kind == "campaign" else load_site)(path)
     said = str(caught.value)
-    assert said.startswith(f"{kind} file {path} is not valid (")
+    assert said.startswith(f"{kind} file {path} is not valid")
     assert said.isprintable()
     assert len(said) < 700 + len(str(path))
 
