@@ -1,4 +1,4 @@
-"""Run somebody's command with its MoE models watched, and state what became of them."""
+"""Run a command with its MoE models watched, and state what became of them."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _MOST_MBIT_S = 10**9
 #: In the first namespace of processes, as linux/proc_ns.h numbers it, those of all users are shown.
 _FIRST_PROCESS_NAMESPACE = "pid:[4026531836]"
 _HIDDEN = re.compile(r"hidepid=(?:2|4|invisible|ptraceable)\b")
-#: Users from here on are people; system accounts lie below (UID_MIN of login.defs), and nobody above.
+#: Users from here on are people; lower ones are system accounts (UID_MIN of login.defs).
 _FIRST_USER, _NOBODY = 1000, 65534
 _JOB, _JOBS_OF_USER = re.compile(r"job_\d+", re.ASCII), re.compile(r"uid_\d+", re.ASCII)
 

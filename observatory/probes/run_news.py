@@ -47,7 +47,7 @@ class RunNews:
             self._store = store.clone() if hasattr(store, "clone") else store
         self._key = f"observatory-run/{os.path.abspath(path)}/{tried}"
 
-    def tell(self, problem: str | None) -> None:
+    def announce(self, problem: str | None) -> None:
         """As rank 0: the run is made, or why it is not. A store that is gone reaches no rank."""
         if self._store is not None:
             with contextlib.suppress(RuntimeError):

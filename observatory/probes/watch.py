@@ -288,7 +288,7 @@ class Watch:
                 wait=time.sleep if news is None else news.wait,
                 provenance=find_rank_provenance(),
             )
-        made = options.made if news is None else news.tell
+        made = options.made if news is None else news.announce
         labels, routing = options.labels, options.routing
         # What it was loaded from: a hub id, or a directory, of which the last component is the name.
         bare = bare_model(self._model)

@@ -36,7 +36,7 @@ def test_a_rank_looks_at_files_before_and_after_the_news_and_not_between(
         while not looks:
             time.sleep(0.01)
         RunWriter.create(tmp_path / "run", manifest())
-        first.tell(None)
+        first.announce(None)
 
     rank_0 = threading.Thread(target=make)
     rank_0.start()
@@ -48,7 +48,7 @@ def test_a_rank_looks_at_files_before_and_after_the_news_and_not_between(
 
 def test_what_keeps_rank_0_from_making_the_run_ends_the_others_at_once(tmp_path: Path) -> None:
     store = HashStore()
-    RunNews(store, tmp_path, tried=1).tell("no space left")
+    RunNews(store, tmp_path, tried=1).announce("no space left")
     with pytest.raises(CaptureError, match="no space left"):
         RunNews(store, tmp_path, tried=1).wait(60.0)
     since = time.monotonic()

@@ -63,7 +63,7 @@ def measure_run(run: Run, *, degrees: Sequence[int] | None = None) -> Subject:
     series: dict[Key, Series] = {}
     missing: dict[str, Reason] = {}
     loads = _add_routing(run, degrees or own_degrees(manifest), series, missing)
-    _add_times(run, series, missing)
+    _add_times(run, step_times(run), series, missing)
     _add_exchanges(run, series, missing, _places(run))
     _add_power(run, series, missing)
     experts = {spec.layer: spec.experts for spec in manifest.model.moe_layers}
@@ -90,8 +90,12 @@ def measure_run(run: Run, *, degrees: Sequence[int] | None = None) -> Subject:
     )
 
 
-def timing_rows(run: Run) -> list[dict[str, Any]]:
+def timing_rows(run: Run, steps: pd.DataFrame) -> list[dict[str, Any]]:
     """Times of steps and in exchanges of each phase, as saved documents hold them.
+
+    Args:
+        run: an open run.
+        steps: what `step_times` returns of it.
 
     Returns:
         ``metric``, ``phase``, ``value``; ``samples`` and ``at``, values of single steps and their numbers,
@@ -99,7 +103,7 @@ def timing_rows(run: Run) -> list[dict[str, Any]]:
     """
     series: dict[Key, Series] = {}
     missing: dict[str, Reason] = {}
-    _add_times(run, series, missing)
+    _add_times(run, steps, series, missing)
     _add_exchanges(run, series, missing, {})
     rows = []
     for key, item in series.items():
@@ -246,9 +250,8 @@ def _grouped(of_layer: LayerLoads) -> GroupedLoads:
     )
 
 
-def _add_times(run: Run, series: dict[Key, Series], missing: dict[str, Reason]) -> None:
+def _add_times(run: Run, steps: pd.DataFrame, series: dict[Key, Series], missing: dict[str, Reason]) -> None:
     """Times of steps, of the rank that takes longest, from the spans of phases."""
-    steps = step_times(run)
     if steps.empty:
         missing |= dict.fromkeys(("ms", "ms_per_token", "tokens_per_s"), Reason(CompareCode.NO_TIMES))
         return

@@ -92,8 +92,9 @@ def collect(
         else:
             advice |= {} if advised is None else {index: advised}
         try:
-            timed = timing_rows(run)
-            steps.append(step_summary(step_times(run), timed).assign(run=index))
+            of_steps = step_times(run)
+            timed = timing_rows(run, of_steps)
+            steps.append(step_summary(of_steps, timed).assign(run=index))
         except ObservatoryError as error:
             gaps.append(f"its times are left out: {error}")
         else:

@@ -1,4 +1,4 @@
-"""Campaign and site files that nobody should write: refused in one sentence, or plain text to every shell."""
+"""Hostile campaign and site files: refused in one sentence, or plain text to every shell."""
 
 from __future__ import annotations
 
