@@ -151,11 +151,7 @@ class ProgramModel:
         """Write what is left and take the hooks off; the program may go on."""
         if self._is_over or os.getpid() != self._process:
             return
-        self._is_over = True
-        for handle in self._handles:
-            handle.remove()
-        if sys.excepthook == self._failed:
-            sys.excepthook = self._outer_hook
+        self._detach()
         watch, rank = self._watch, self._where.rank
         if watch is None:
             if not self._failure:
@@ -186,9 +182,8 @@ class ProgramModel:
             self._stop(error)
 
     def _stop(self, error: Exception) -> None:
-        watch, self._is_over = self._watch, True
-        for handle in self._handles:
-            handle.remove()
+        self._detach()
+        watch = self._watch
         if watch is None:
             self._note(ProgramCode.NOT_WATCHED, error=_said(error))
             return
@@ -197,6 +192,13 @@ class ProgramModel:
             watch.__exit__(type(error), error, error.__traceback__)
         except Exception:  # stated above
             return
+
+    def _detach(self) -> None:
+        self._is_over = True
+        for handle in self._handles:
+            handle.remove()
+        if sys.excepthook == self._failed:
+            sys.excepthook = self._outer_hook
 
     def _note(self, code: ProgramCode, *, run: Path | None = None, **values: Any) -> None:
         _note(self._model, code, f"model-{self._number}", run=run, rank=self._where.rank, **values)
