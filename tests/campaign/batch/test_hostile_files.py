@@ -77,7 +77,7 @@ def written(path: Path, values: dict[str, Any]) -> Path:
 @pytest.mark.parametrize("key", _SITE_KEYS)
 def test_no_string_of_a_site_is_run(key: str, login: Login) -> None:
     mark = login.folder / "MARK"
-    for program in ("apptainer", "module"):
+    for program in ("apptainer", "module", "observatory"):
         login.slurm.program(program, "#!/bin/bash\nexit 0\n")
     accepted = []
     for payload in (text.replace("MARK", str(mark)) for text in _PAYLOADS):
