@@ -50,6 +50,9 @@ def run_command(
     power: bool | None = None,
     exchanges: bool | None = None,
     steps: tuple[int, int | None] = (0, None),
+    every: int = 1,
+    most_s: float | None = None,
+    stopped: bool = False,
     overwrite: bool = False,
 ) -> CommandResult:
     """Run a command; every Python under it that builds a model with MoE layers writes a run.
@@ -63,6 +66,9 @@ def run_command(
         power: sample power; None: that of the GPUs, if the model is on one.
         exchanges: time exchanges; None: if there are several ranks.
         steps: (first, end): steps before first and from end on are not captured; None: no end.
+        every: of the steps from the first on, one in so many is captured.
+        most_s: the capture ends so many seconds after its first step; None: no limit.
+        stopped: nothing is captured before a command starts it.
         overwrite: replace an existing run.
 
     Raises:
@@ -74,7 +80,7 @@ def run_command(
         empty_run(out)
     settings = ProgramSettings(
         out=out.resolve(), run_id=uuid.uuid4().hex, power=power, exchanges=exchanges,
-        first_step=steps[0], end_step=steps[1],
+        first_step=steps[0], end_step=steps[1], every=every, most_s=most_s, stopped=stopped,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="observatory-run-") as folder:
         file = Path(folder) / "settings.json"

@@ -10,6 +10,8 @@ import typer
 from observatory.cli.options import CAPTURE, OUTPUT, POWER, ForceOption
 
 _SWITCH = {"auto": None, "on": True, "off": False}
+#: A year.
+_MOST_MINUTES = 525_600
 
 
 def run(
@@ -36,6 +38,34 @@ def run(
             help="Capture steps from A to before B alone, counted from 0; either may be left out.",
         ),
     ] = "",
+    every: Annotated[
+        int,
+        typer.Option(
+            "--every",
+            metavar="N",
+            min=1,
+            max=1_000_000,
+            rich_help_panel=CAPTURE,
+            help="Of these steps capture one in N, the first and every Nth after it.",
+        ),
+    ] = 1,
+    max_minutes: Annotated[
+        float | None,
+        typer.Option(
+            "--max-minutes",
+            metavar="MIN",
+            rich_help_panel=CAPTURE,
+            help="End the capture so long after its first step; the command goes on.",
+        ),
+    ] = None,
+    stopped: Annotated[
+        bool,
+        typer.Option(
+            "--stopped",
+            rich_help_panel=CAPTURE,
+            help="Capture nothing before `observatory ctl DIR start`.",
+        ),
+    ] = False,
     exchanges: Annotated[
         str,
         typer.Option(
@@ -65,13 +95,21 @@ def run(
     from observatory.campaign.command import run_command
     from observatory.cli.output import say
     from observatory.cli.parsing import parse_steps, parse_word
+    from observatory.errors import CaptureError
 
+    if stopped and steps:
+        raise CaptureError("--stopped and --steps exclude each other", remedy="give one of them")
+    if max_minutes is not None and not 0 < max_minutes < _MOST_MINUTES:
+        raise CaptureError(f"--max-minutes is {max_minutes:g}", expected="more than 0")
     result = run_command(
         command,
         out,
         power=parse_word("--power", power, _SWITCH),
         exchanges=parse_word("--exchanges", exchanges, _SWITCH),
         steps=parse_steps(steps),
+        every=every,
+        most_s=None if max_minutes is None else 60.0 * max_minutes,
+        stopped=stopped,
         overwrite=force,
     )
     for remark in result.remarks:

@@ -111,6 +111,34 @@ class PowerOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepOptions:
+    """Which steps are captured, and by what numbers; steps are never renumbered.
+
+    Attributes:
+        at: number of the step that the watch starts in.
+        first: steps before it are not captured.
+        end: steps from it on are not captured; None: no end.
+        every: of the steps from the first on, one in so many is captured.
+        most_s: the capture ends so many seconds after its first step; None: no limit.
+        stopped: nothing is captured before a command starts it; ``first`` and ``end`` mean nothing then.
+        listens: commands are taken (``observatory ctl``).
+    """
+
+    at: int = 0
+    first: int = 0
+    end: int | None = None
+    every: int = 1
+    most_s: float | None = None
+    stopped: bool = False
+    listens: bool = False
+
+    def __post_init__(self) -> None:
+        check_least("every", self.every, 1)
+        if self.most_s is not None:
+            _check_positive("most_s", self.most_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunLabels:
     """What the manifest states of a run besides what is captured; None: what the model itself states.
 
@@ -155,6 +183,7 @@ class WatchOptions:
     overwrite: bool = False
     run_id: str | None = None
     made: Callable[[str | None], str | None] | None = None
+    steps: StepOptions = field(default_factory=StepOptions)
     routing: RoutingOptions = field(default_factory=RoutingOptions)
     exchange: ExchangeOptions = field(default_factory=ExchangeOptions)
     power: PowerOptions = field(default_factory=PowerOptions)
@@ -166,6 +195,10 @@ class WatchOptions:
         _check_positive("flush_s", self.flush_s)
         if self.run_id is not None and not 0 < len(self.run_id) <= _LONGEST_RUN_ID:
             raise CaptureError(f"run_id has {len(self.run_id)} characters; expected 1 to {_LONGEST_RUN_ID}")
+        if self.routing.window_steps > 1 and self.steps != StepOptions(at=self.steps.at):
+            raise CaptureError(
+                "window_steps folds steps that follow each other; capture all steps, or fold none"
+            )
         ranks = self.where.world
         if self.power.power_shifts and (ranks > 1 or self.exchange.exchanges):
             raise CaptureError(

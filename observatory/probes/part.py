@@ -2,6 +2,7 @@
 
     attach ... attach        in order
     boundary                 in order, at the end of every step and stated phase
+    pause ... pause          in reverse order, between steps; then resume in order, and a boundary
     detach ... detach        in reverse order, at the end of the watch
     boundary                 in order, the last one
     close ... close          in reverse order
@@ -58,6 +59,12 @@ class Part:
     def after_step(self) -> bool:
         """A step has ended on all parts; whether time passed here that belongs to no step."""
         return False
+
+    def pause(self) -> None:
+        """Capture nothing until ``resume``, at as little cost as possible."""
+
+    def resume(self) -> None:
+        """Go on; the time since ``pause`` belongs to no step."""
 
     def detach(self, *, failed: bool) -> None:
         """Take off what was put on the program; doing it twice does nothing.

@@ -154,6 +154,21 @@ class CaptureSession:
         """One line about the first thing that went wrong; None when nothing did."""
         return next((problem for part in self._parts if (problem := part.problem()) is not None), None)
 
+    def pause(self) -> None:
+        """Capture nothing from the end of a step on."""
+        for part in reversed(self._parts):
+            part.pause()
+
+    def resume(self, step: int) -> None:
+        """Capture again, from the start of this step on.
+
+        Raises:
+            CaptureError: as of `boundary`.
+        """
+        for part in self._parts:
+            part.resume()
+        self.boundary(step, phase=None, ends_step=False)  # the time without capture belongs to no phase
+
     def stop(self, step: int, *, phase: str | None, failed: bool) -> None:
         """Take the hooks off, write everything, end the threads and processes.
 

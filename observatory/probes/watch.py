@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from observatory.errors import CaptureError, ModelError, ObservatoryError, RunError
 from observatory.host.provenance import find_rank_provenance, new_manifest
 from observatory.hpc.rank_guard import SHARDS, ending
+from observatory.probes.control import CaptureControl
 from observatory.probes.exchange.tap import unsupported
-from observatory.probes.options import WatchOptions, check_phase
+from observatory.probes.options import StepOptions, WatchOptions, check_phase
 from observatory.probes.routing.describe import describe_model, layers_now
 from observatory.probes.routing.discover import find_sites
 from observatory.probes.routing.moe_block import bare_model
@@ -62,7 +63,7 @@ class Watch:
     def __init__(self, model: nn.Module, run_path: Path, options: WatchOptions) -> None:
         self.run_path = run_path
         self.sites: tuple[RoutingSite, ...] = ()
-        self.steps = 0
+        self.steps = options.steps.at
         self._model = model
         self._options = options
         self._phase = options.phase
@@ -71,6 +72,8 @@ class Watch:
         self._shard: WatchedShard | None = None
         self._layers: tuple[RankLayer, ...] = ()
         self._notes: list[str] = []
+        self._control: CaptureControl | None = None
+        self._is_paused = False
         self._ended = False
         self._is_in_step = False
         self._process = 0
@@ -103,6 +106,7 @@ class Watch:
                     situation=lambda: (self.steps, self._phase),
                 )
             self._session.routing.before_pass(self._before_pass)
+            self._begin_control(self._session)
         except BaseException as error:
             self._writer.close(state="failed", error=_failure(error))
             SHARDS.remove(self._shard)
@@ -159,10 +163,21 @@ class Watch:
                 and the error is raised once: a caller may catch it and go on without the capture.
         """
         session = self._running()
-        session.boundary(self.steps, phase=self._phase, ends_step=True)
+        if not self._is_paused:
+            session.boundary(self.steps, phase=self._phase, ends_step=True)
         self._step_ended()
         session.check()
         self._after_step(session)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no step is captured any more: the end that was asked for has passed."""
+        return self._control is not None and self._control.is_over(self.steps)
+
+    @property
+    def has_captured(self) -> bool:
+        """Whether a step was captured, or begun."""
+        return self._control is None or self._control.has_begun
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
@@ -176,8 +191,9 @@ class Watch:
         problems: list[ObservatoryError] = []
         if error is not None:
             session.note_interruption()
+        phase = None if self._is_paused else self._phase
         with _collected(problems):
-            session.stop(self.steps, phase=self._phase, failed=error is not None)
+            session.stop(self.steps, phase=phase, failed=error is not None)
         with _collected(problems):
             session.check()
         with writer.status_once():  # closing writes it
@@ -189,6 +205,9 @@ class Watch:
             writer.set_notes((*notes, *session.quiet_notes()))
             gaps = session.routing.gaps()
             writer.set_gaps(gaps)
+            steps = max(self.steps, session.routing.last_step + 1)
+            if self._control is not None:
+                self._control.close(steps)
             with _collected(problems):
                 if writer.rank == 0:
                     stated = _with_verdicts(writer.manifest.model.moe_layers, verdicts)
@@ -203,7 +222,7 @@ class Watch:
                 writer.close(
                     state="complete" if failure is None else "failed",
                     error=failure,
-                    steps=max(self.steps, session.routing.last_step + 1),
+                    steps=steps,
                 )
         if self._shard in SHARDS:
             SHARDS.remove(self._shard)
@@ -239,13 +258,45 @@ class Watch:
         self._is_in_step = False
 
     def _after_step(self, session: CaptureSession) -> None:
-        if session.after_step():
+        if not self._is_paused and session.after_step():
             # The pause belongs to no phase, also where one is stated for the whole run.
             session.boundary(self.steps, phase=None, ends_step=False)
+        if self._control is not None:
+            self._turn(self._control, session)
+
+    def _begin_control(self, session: CaptureSession) -> None:
+        """Capture the steps that were asked for, where these are not all."""
+        options = self._options.steps
+        if options == StepOptions(at=options.at):
+            return
+        assert self._writer is not None
+        control = CaptureControl(
+            options,
+            self._options.where,
+            self._writer,
+            steps=lambda: self.steps,
+            rows=lambda: session.routing.rows,
+            flush=session.hurry,
+        )
+        self._turn(control, session)
+        control.open()
+        self._control = control
+
+    def _turn(self, control: CaptureControl, session: CaptureSession) -> None:
+        """Before a step begins: whether it is captured."""
+        is_wanted = control.wants(self.steps)
+        if is_wanted and self._is_paused:
+            self._is_paused = False
+            session.resume(self.steps)
+        elif not is_wanted and not self._is_paused:
+            self._is_paused = True
+            session.pause()
 
     def _switch(self, phase: Phase | None) -> None:
         if phase != self._phase:
-            self._running().boundary(self.steps, phase=self._phase, ends_step=False)
+            session = self._running()
+            if not self._is_paused:
+                session.boundary(self.steps, phase=self._phase, ends_step=False)
             self._phase = phase
 
     def _running(self) -> CaptureSession:

@@ -21,6 +21,7 @@ from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json
 
 MANIFEST_NAME = "run.json"
 RANKS_FOLDER = "ranks"
+CONTROL_FOLDER = "control"
 
 _RANK_NAME = re.compile(r"rank-(\d{5,7})", re.ASCII)
 _PART_NAME = re.compile(r"part-(\d{6,9})\.parquet", re.ASCII)

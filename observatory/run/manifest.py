@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, JsonValue
 from observatory.run.provenance import HostSpec, RankProvenance, SchedulerJob
 from observatory.run.records import Count, Moment, Record, Text
 
-SCHEMA_VERSION = "1.5"
+SCHEMA_VERSION = "1.6"
 
 Phase = Literal["prefill", "decode", "train_forward", "train_backward", "unknown"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "train_forward", "train_backward", "unknown")
@@ -380,6 +380,36 @@ class CaptureGap(Record):
     loses_rows: bool = True
 
 
+class CapturedSteps(Record):
+    """Steps that were captured where not all were to be.
+
+    Attributes:
+        first_step: the first of them.
+        end_step: the step behind the last; None: until the rank ended.
+        every: each so-manieth from the first on; 1 is every step.
+    """
+
+    first_step: Annotated[int, Field(ge=0, lt=2**62)]
+    end_step: Annotated[int, Field(ge=1, lt=2**62)] | None = None
+    every: Annotated[int, Field(ge=1, lt=2**31)] = 1
+
+
+class StepMark(Record):
+    """A moment of the run that a person or a program named.
+
+    Attributes:
+        name: the name.
+        step: the step that was in progress.
+        time_ns: on the rank's own monotonic clock.
+        unix_s: wall-clock label.
+    """
+
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    step: Annotated[int, Field(ge=0, lt=2**62)]
+    time_ns: _Nanoseconds
+    unix_s: Moment
+
+
 def _once_each(layers: tuple[RankLayer, ...]) -> tuple[RankLayer, ...]:
     if len({item.layer for item in layers}) < len(layers):
         raise ValueError("states a layer number twice")
@@ -405,6 +435,9 @@ class RankStatus(Record):
         cores: cores that it may use; None when it does not say (runs before schema 1.3).
         provenance: where it ran; None when it does not say (runs before schema 1.5). The copy that
             ``run.json`` keeps names the node and states the versions.
+        captured: the steps that were captured, where some were left out on purpose; None: all, and in runs
+            before schema 1.6. Without an entry none was.
+        marks: moments that were named, kept by rank 0; since schema 1.6.
     """
 
     rank: Count
@@ -422,6 +455,8 @@ class RankStatus(Record):
     ) = None
     cores: CoreSpec | None = None
     provenance: RankProvenance | None = None
+    captured: Annotated[tuple[CapturedSteps, ...], Field(max_length=65536)] | None = None
+    marks: Annotated[tuple[StepMark, ...], Field(max_length=4096)] = ()
 
 
 class Manifest(Record):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pydantic
 
 from observatory.errors import RunError, RunFormatError
+from observatory.run.captured import captured_sentence
 from observatory.run.files import (
     MANIFEST_NAME,
     RANKS_FOLDER,
@@ -70,10 +71,14 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def joined_notes(manifest: Manifest, statuses: Sequence[RankStatus]) -> tuple[str, ...]:
-    """The notes of the run and of its ranks, each once; those that not all ranks have name the ranks."""
+    """The notes of the run and of its ranks, each once; those that not all ranks have name the ranks.
+
+    Which steps a rank captured, where not all, is one of them.
+    """
     ranks_of: dict[str, list[int]] = {}
     for status in statuses:
-        for note in dict.fromkeys(status.notes):
+        captured = () if status.captured is None else (captured_sentence(status.captured),)
+        for note in dict.fromkeys((*status.notes, *captured)):
             ranks_of.setdefault(note, []).append(status.rank)
     notes = dict.fromkeys(manifest.notes)
     for note, ranks in ranks_of.items():

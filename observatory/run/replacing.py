@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 from observatory.errors import PlaceTakenError, RunError
-from observatory.run.files import MANIFEST_NAME, RANKS_FOLDER, is_temporary, one_line
+from observatory.run.files import CONTROL_FOLDER, MANIFEST_NAME, RANKS_FOLDER, is_temporary, one_line
 from observatory.run.tables import TABLES
 
-_OWN = {MANIFEST_NAME, RANKS_FOLDER, *TABLES}
+_OWN = {MANIFEST_NAME, RANKS_FOLDER, CONTROL_FOLDER, *TABLES}
 
 
 def check_free(path: Path, *, overwrite: bool = False) -> None:

@@ -26,6 +26,7 @@ from observatory.run.files import (
     sync_folder,
 )
 from observatory.run.manifest import (
+    CapturedSteps,
     CaptureGap,
     ClockSpec,
     Manifest,
@@ -33,6 +34,7 @@ from observatory.run.manifest import (
     RankLayer,
     RankPower,
     RankStatus,
+    StepMark,
     Topology,
 )
 from observatory.run.manifest_files import (
@@ -86,6 +88,8 @@ class RunWriter:
         self._moe_layers: tuple[RankLayer, ...] | None = None
         self._gaps: tuple[CaptureGap, ...] = ()
         self._notes: tuple[str, ...] = ()
+        self._captured: tuple[CapturedSteps, ...] | None = None
+        self._marks: tuple[StepMark, ...] = ()
         self._written: RankStatus | None = None
         self._holds_status = False
 
@@ -273,6 +277,19 @@ class RunWriter:
                 self._gaps = gaps
                 self._note_status()
 
+    def set_captured(self, captured: tuple[CapturedSteps, ...] | None) -> None:
+        """State which steps are captured; None: all. Written at once where it changes, and at the end."""
+        with self._lock:
+            if captured != self._captured:
+                self._captured = captured
+                self._note_status()
+
+    def add_mark(self, mark: StepMark) -> None:
+        """State a moment that was named; written at once, and at the end."""
+        with self._lock:
+            self._marks = (*self._marks, mark)
+            self._note_status()
+
     def set_notes(self, notes: tuple[str, ...]) -> None:
         """State limits of what this rank captured; written when the writer closes."""
         with self._lock:
@@ -396,6 +413,8 @@ class RunWriter:
             moe_layers=self._moe_layers,
             cores=self._cores,
             provenance=self._provenance,
+            captured=self._captured,
+            marks=self._marks,
         )
         if status == self._written:
             return
@@ -417,7 +436,9 @@ class RunWriter:
 def _in_short(status: RankStatus) -> RankStatus:
     """A status without its lists: those of thousands of ranks would make the file too large to read."""
     where = None if status.provenance is None else status.provenance.in_short()
-    return status.model_copy(update={"moe_layers": None, "gaps": (), "notes": (), "provenance": where})
+    return status.model_copy(
+        update={"moe_layers": None, "gaps": (), "notes": (), "marks": (), "provenance": where}
+    )
 
 
 def _await_run(

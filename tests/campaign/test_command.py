@@ -100,9 +100,11 @@ def test_ranks_of_a_launcher_make_one_run_of_the_steps_asked_for(
     captured = open_run(tmp_path / "run")
     assert captured.problems == ()
     assert [(rank.rank, rank.state, rank.steps) for rank in captured.manifest.ranks] == [
-        (0, "complete", 2),
-        (1, "complete", 2),
+        (0, "complete", 3),
+        (1, "complete", 3),
     ]
+    assert sorted(captured.routed_tokens()["step"].unique()) == [1, 2]
+    assert "captured were steps 1 to 2, as was asked for" in captured.manifest.notes[-1]
     assert {layer: load.total() for layer, load in loads(captured).items()} == {"0": 80, "1": 80}
 
 

@@ -30,7 +30,7 @@ def test_watch_takes_each_option_of_its_records_with_their_defaults() -> None:
     keywords = inspect.signature(observatory.watch).parameters
     flat = {name: value.default or None for name, value in keywords.items() if name not in names}
     declared = {f.name: default(f) or None for record in (WatchOptions, *NESTED) for f in fields(record)}
-    for name in ("where", "made", "routing", "exchange", "power", "labels"):
+    for name in ("where", "made", "steps", "routing", "exchange", "power", "labels"):
         if name not in keywords:
             del declared[name]
     declared["power"] = PowerOptions().power

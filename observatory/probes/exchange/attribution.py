@@ -216,6 +216,16 @@ class Attribution:
         while self._attachments:
             self._attachments.pop().remove()
 
+    def pause(self) -> None:
+        """Take all hooks off until `resume`."""
+        for attachment in self._attachments:
+            attachment.pause()
+
+    def resume(self) -> None:
+        """Put them on again."""
+        for attachment in self._attachments:
+            attachment.resume()
+
     def restore_hooks(self) -> bool:
         """Put hooks on again that another library has taken off; whether there were any."""
         lost = [attachment for attachment in self._attachments if not attachment.is_on()]

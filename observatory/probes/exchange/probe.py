@@ -17,7 +17,7 @@ from torch import nn
 
 from observatory.probes.exchange.attribution import Attribution, in_backward
 from observatory.probes.exchange.labels import ExchangeRecord, ExchangeSink, current_label
-from observatory.probes.exchange.tap import listen, unlisten
+from observatory.probes.exchange.tap import listen, pause_listening, unlisten
 from observatory.probes.part import Boundary, Part
 from observatory.probes.routing.integrity import Loss
 from observatory.probes.routing.sites import RoutingSite
@@ -85,6 +85,16 @@ class ExchangeProbe(Part):
             CaptureError: this build of torch cannot be listened to.
         """
         self._attribution.attach(self._model, self._sites)
+        listen(self)
+
+    def pause(self) -> None:
+        """Hear of no exchange until ``resume``."""
+        pause_listening(self)
+        self._attribution.pause()
+
+    def resume(self) -> None:
+        """Hear of them again."""
+        self._attribution.resume()
         listen(self)
 
     def detach(self, *, failed: bool = False) -> None:

@@ -141,6 +141,13 @@ def listen(listener: Listener) -> None:
         _listeners = (*_listeners, listener)
 
 
+def pause_listening(listener: Listener) -> None:
+    """Call it no more until it listens again; our kernels stay, and hand everything on."""
+    global _listeners  # noqa: PLW0603  # likewise
+    with _lock:
+        _listeners = tuple(other for other in _listeners if other is not listener)
+
+
 def unlisten(listener: Listener) -> None:
     """Call it no more; with the last listener our kernels go, unless other threads call them.
 

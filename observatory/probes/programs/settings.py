@@ -29,6 +29,9 @@ class ProgramSettings(BaseModel):
         exchanges: as `ExchangeOptions.exchanges`.
         first_step: steps before it are not captured.
         end_step: steps from it on are not captured; None: all are.
+        every: of the steps from the first on, one in so many is captured.
+        most_s: the capture ends so many seconds after its first step; None: no limit.
+        stopped: nothing is captured before a command starts it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +42,9 @@ class ProgramSettings(BaseModel):
     exchanges: bool | None = None
     first_step: int = Field(default=0, ge=0)
     end_step: int | None = Field(default=None, ge=1)
+    every: int = Field(default=1, ge=1)
+    most_s: float | None = Field(default=None, gt=0)
+    stopped: bool = False
 
     @classmethod
     def read(cls) -> Self:

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from observatory.errors import PlaceTakenError
 from observatory.host.ranks import find_rank
-from observatory.probes.options import ExchangeOptions, PowerOptions, RunLabels, WatchOptions
+from observatory.probes.options import ExchangeOptions, PowerOptions, RunLabels, StepOptions, WatchOptions
 from observatory.probes.programs.settings import Note, ProgramSettings
 from observatory.probes.programs.words import ProgramCode
 from observatory.probes.watch import Watch
@@ -65,14 +65,9 @@ def end_all() -> None:
 
 
 class ProgramModel:
-    """One model with MoE layers of this process.
-
-    Attributes:
-        steps: steps that have ended, captured or not.
-    """
+    """One model with MoE layers of this process."""
 
     def __init__(self, model: nn.Module, *, number: int, settings: ProgramSettings) -> None:
-        self.steps = 0
         self._model = model
         self._number = number
         self._settings = settings
@@ -96,7 +91,7 @@ class ProgramModel:
         trains = model.training and torch.is_grad_enabled()
         if self._forwards and not (trains and self._trains):
             self._guarded(self._end_step)
-        if self._watch is None and self._is_wanted():
+        if self._watch is None and not self._is_over:
             before = set(model._forward_pre_hooks)
             self._guarded(self._begin)
             _call_new_hooks(model, before, arguments, options)
@@ -107,19 +102,19 @@ class ProgramModel:
         if self._trains and self._forwards:
             self._guarded(self._end_step)
 
-    def _is_wanted(self) -> bool:
-        last = self._settings.end_step
-        return self.steps >= self._settings.first_step and (last is None or self.steps < last)
+    @property
+    def _steps(self) -> int:
+        """Steps that have ended, captured or not."""
+        return 0 if self._watch is None else self._watch.steps
 
     def _end_step(self) -> None:
         self._forwards = 0
-        self.steps += 1
         watch = self._watch
         if watch is not None:
             if watch.steps == self._at_forward:  # generate() ends each of its own
                 watch.step()
             self._at_forward = watch.steps
-            if not self._is_wanted():
+            if watch.is_over:
                 self.end()
 
     def _begin(self) -> None:
@@ -138,12 +133,21 @@ class ProgramModel:
         raise PlaceTakenError(first)
 
     def _options(self, number: int) -> WatchOptions:
+        asked = self._settings
         return WatchOptions(
             where=self._where,
             flush_s=_FLUSH_S,
-            run_id=f"{self._settings.run_id}-{number}",
-            exchange=ExchangeOptions(exchanges=self._settings.exchanges),
-            power=PowerOptions(power=self._settings.power),
+            run_id=f"{asked.run_id}-{number}",
+            steps=StepOptions(
+                first=asked.first_step,
+                end=asked.end_step,
+                every=asked.every,
+                most_s=asked.most_s,
+                stopped=asked.stopped,
+                listens=True,
+            ),
+            exchange=ExchangeOptions(exchanges=asked.exchanges),
+            power=PowerOptions(power=asked.power),
             labels=RunLabels(config={"command": [one_line(word) for word in sys.orig_argv[:64]]}),
         )
 
@@ -154,9 +158,6 @@ class ProgramModel:
         self._detach()
         watch, rank = self._watch, self._where.rank
         if watch is None:
-            if not self._failure:
-                first = self._settings.first_step
-                self._note(ProgramCode.TOO_FEW_STEPS, steps=self.steps + bool(self._forwards), first=first)
             return
         try:
             if self._forwards and watch.steps == self._at_forward:
@@ -164,9 +165,16 @@ class ProgramModel:
             error = self._failure
             watch.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
         except Exception as error:
-            self._note(ProgramCode.STOPPED, run=watch.run_path, step=self.steps, error=_said(error))
+            self._note(ProgramCode.STOPPED, run=watch.run_path, step=self._steps, error=_said(error))
         else:
-            Note(run=str(watch.run_path), rank=rank).write(f"model-{self._number}")
+            Note(run=str(watch.run_path), rank=rank, reason=self._nothing()).write(f"model-{self._number}")
+
+    def _nothing(self) -> dict[str, Any] | None:
+        """Why the run is empty, where it is."""
+        watch = self._watch
+        if watch is None or watch.has_captured or self._failure:
+            return None
+        return _reason(self._model, ProgramCode.NONE_CAPTURED, steps=watch.steps)
 
     def _failed(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """The program ends with an exception, which its run states."""
@@ -187,7 +195,7 @@ class ProgramModel:
         if watch is None:
             self._note(ProgramCode.NOT_WATCHED, error=_said(error))
             return
-        self._note(ProgramCode.STOPPED, run=watch.run_path, step=self.steps, error=_said(error))
+        self._note(ProgramCode.STOPPED, run=watch.run_path, step=self._steps, error=_said(error))
         try:
             watch.__exit__(type(error), error, error.__traceback__)
         except Exception:  # stated above
@@ -211,8 +219,12 @@ def _place(out: Path, number: int) -> Path:
 def _note(
     model: nn.Module, code: ProgramCode, name: str, *, run: Path | None = None, rank: int = 0, **values: Any
 ) -> None:
-    reason = {"code": code.value, "model": one_line(type(model).__name__), **values}
+    reason = _reason(model, code, **values)
     Note(run=None if run is None else str(run), rank=rank, reason=reason).write(name)
+
+
+def _reason(model: nn.Module, code: ProgramCode, **values: Any) -> dict[str, Any]:
+    return {"code": code.value, "model": one_line(type(model).__name__), **values}
 
 
 def _said(error: BaseException) -> str:

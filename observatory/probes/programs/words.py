@@ -14,7 +14,7 @@ class ProgramCode(StrEnum):
     NOT_WATCHED = "not_watched"  # model, error
     STOPPED = "stopped"  # model, step, error
     NOT_CALLED = "not_called"  # model
-    TOO_FEW_STEPS = "too_few_steps"  # model, steps, first
+    NONE_CAPTURED = "none_captured"  # model, steps
 
 
 _WORDS = {
@@ -22,7 +22,7 @@ _WORDS = {
     ProgramCode.NOT_WATCHED: "a model ({model}) was not watched: {error}",
     ProgramCode.STOPPED: "the watch on a model ({model}) ended at step {step}: {error}",
     ProgramCode.NOT_CALLED: "a model ({model}) was built, but its forward was never called",
-    ProgramCode.TOO_FEW_STEPS: "a model ({model}) ran {steps} steps, none from step {first} on",
+    ProgramCode.NONE_CAPTURED: "a model ({model}) ran {steps} steps, none of which was to be captured",
 }
 
 

@@ -148,6 +148,7 @@ class SnapshotAccumulator:
 
     Attributes:
         finished_rows: rows that ``drain`` would give.
+        all_rows: rows so far, given or not.
         last_counted_step: the last step that anything was counted in; -1 when nothing was.
         counted_sites: sites that have rows.
     """
@@ -156,6 +157,7 @@ class SnapshotAccumulator:
         self, layout: Layout, specs: Sequence[MoeLayerSpec], *, rank: int, window_steps: int
     ) -> None:
         self.finished_rows = 0
+        self.all_rows = 0
         self.last_counted_step = -1
         self.counted_sites: set[int] = set()
         self._layout = layout
@@ -345,7 +347,9 @@ class SnapshotAccumulator:
     def _finish_rows(
         self, group: _Group, phase: str, step: int, counts: _Counts, window: _Window | None
     ) -> None:
-        self.finished_rows += int(counts.present.sum())
+        rows = int(counts.present.sum())
+        self.finished_rows += rows
+        self.all_rows += rows
         group.finished.append(
             _Rows(step=step, phase=phase, layers=group.layers, counts=counts, window=window)
         )

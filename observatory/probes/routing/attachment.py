@@ -71,6 +71,7 @@ class Attachment:
         self._before, self._after, self._first = before, after, first
         self._handles: list[RemovableHandle] = []
         self._is_off = False
+        self._is_paused = False
         self.is_minor = not marks
         for hook in (before, after):
             if hook is not None:
@@ -118,14 +119,28 @@ class Attachment:
         if self._marks:
             _renew_mark(self.module)
 
-    def remove(self) -> None:
-        """Take the hooks off and put the class back; doing it twice does nothing."""
-        if self._is_off:
+    def pause(self) -> None:
+        """Take the hooks off and put the class back until `resume`."""
+        if self._is_off or self._is_paused:
             return
-        self._is_off = True
+        self._is_paused = True
         self._unregister()
         if self._marks:
             _change(self.module, -1)
+
+    def resume(self) -> None:
+        """Put the hooks on again after `pause`."""
+        if self._is_off or not self._is_paused:
+            return
+        self._is_paused = False
+        self._register()
+        if self._marks:
+            _change(self.module, +1)
+
+    def remove(self) -> None:
+        """Take the hooks off and put the class back; doing it twice does nothing."""
+        self.pause()
+        self._is_off = True
 
     def _register(self) -> None:
         if self._before is not None:

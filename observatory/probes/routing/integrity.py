@@ -69,6 +69,7 @@ class HookKeeper:
         self._refused: set[int] = set()
         self._numbers = [site.spec.layer for site in sites]
         self._was_copied = False
+        self._is_paused = False
         self._added: tuple[str, ...] = ()
         self._parents: list[tuple[nn.Module, dict[str, nn.Module | None]]] = []
         self._hooks: list[tuple[nn.Module, int]] = []
@@ -94,19 +95,35 @@ class HookKeeper:
             while attachments:
                 attachments.pop().remove()
 
+    def pause(self) -> None:
+        """Take all hooks off until `resume`."""
+        self.was_copied()
+        self._is_paused = True
+        for attachment in self._all():
+            attachment.pause()
+
+    def resume(self) -> None:
+        """Put the hooks on again; what has changed meanwhile is no loss."""
+        for attachment in self._all():
+            attachment.resume()
+        self._is_paused = False
+        self._remember_hooks()
+        self.look()
+
     def was_copied(self) -> bool:
         """Whether watched modules were copied or pickled: copies have no hooks. Final after ``detach``."""
-        attachments = [a for group in (self._of_model, *self._of_site.values()) for a in group]
-        self._was_copied = self._was_copied or any(a.was_copied() for a in attachments if not a.is_minor)
+        self._was_copied = self._was_copied or any(a.was_copied() for a in self._all() if not a.is_minor)
         return self._was_copied
 
     def look(self, *, at_all: bool = False) -> list[Loss]:
-        """What has changed since the last time; hooks are put on again. Nothing once they were taken off.
+        """What has changed since the last time; hooks are put on again. Nothing while they are off.
 
         Args:
             at_all: also at hooks on single experts, of which there may be thousands.
         """
         losses = list[Loss]()
+        if self._is_paused:
+            return losses
         if any(parent._modules != children for parent, children in self._parents):
             losses += self._look_again()
             self._remember()
@@ -182,14 +199,20 @@ class HookKeeper:
                     attachments.pop().remove()
         return losses
 
+    def _all(self) -> list[Attachment]:
+        return [a for group in (self._of_model, *self._of_site.values()) for a in group]
+
     def _remember(self) -> None:
-        attachments = [a for group in (self._of_model, *self._of_site.values()) for a in group]
-        self._hooks = [entry for a in attachments if not a.is_minor for entry in a.hooks()]
-        self._pre_hooks = [entry for a in attachments if not a.is_minor for entry in a.pre_hooks()]
+        self._remember_hooks()
         self._parents = [
             (parent, dict(parent._modules))
-            for parent in _around(self._model, [a.module for a in attachments])
+            for parent in _around(self._model, [a.module for a in self._all()])
         ]
+
+    def _remember_hooks(self) -> None:
+        attachments = self._all()
+        self._hooks = [entry for a in attachments if not a.is_minor for entry in a.hooks()]
+        self._pre_hooks = [entry for a in attachments if not a.is_minor for entry in a.pre_hooks()]
 
 
 def _needs_checks(site: RoutingSite) -> bool:

@@ -58,6 +58,14 @@ class RoutingPart(Part):
         )
         boundary.is_refused = self.refusal() is not None
 
+    def pause(self) -> None:
+        """Take the hooks off, between steps."""
+        self._probe.pause()
+
+    def resume(self) -> None:
+        """Put them on again."""
+        self._probe.resume()
+
     def detach(self, *, failed: bool) -> None:
         """Look once more whether everything is in its place, and take the hooks off."""
         del failed
@@ -89,6 +97,11 @@ class RoutingPart(Part):
     def last_step(self) -> int:
         """The last step that anything was counted in; -1 when nothing was. Final after the writer's end."""
         return self._rows.last_counted_step
+
+    @property
+    def rows(self) -> int:
+        """Rows of routing so far."""
+        return self._rows.all_rows
 
     def row_writer(self, writer: RunWriter, *, flush_s: float) -> Flusher:
         """The part that keeps what this one counts; it comes after all that may find losses."""

@@ -99,6 +99,14 @@ class RoutingProbe:
         """Put the hooks on; all of them or, when one cannot be put on, none."""
         self._keeper.attach()
 
+    def pause(self) -> None:
+        """Take the hooks off until `resume`, between steps."""
+        self._keeper.pause()
+
+    def resume(self) -> None:
+        """Put them on again."""
+        self._keeper.resume()
+
     def look(self) -> None:
         """Look whether hooks and modules are what they were; ``take`` has the losses."""
         at_all = any(inspection.has_lost_hooks for inspection in self._newest.values())
