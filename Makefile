@@ -41,7 +41,7 @@ system-packages:
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		wanted=""; \
 		command -v chromedriver >/dev/null || wanted="chromium chromium-driver fonts-dejavu"; \
-		{ command -v slurmctld && command -v munged; } >/dev/null || wanted="$$wanted slurm-wlm munge"; \
+		{ command -v slurmctld && command -v munged; } >/dev/null || wanted="$$wanted slurm-wlm munge libpmix-dev"; \
 		command -v npm >/dev/null || wanted="$$wanted npm"; \
 		test -z "$$wanted" || (apt-get update -q && \
 			DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$wanted) >&2 || \

