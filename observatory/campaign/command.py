@@ -7,12 +7,16 @@ import os
 import signal
 import subprocess
 import tempfile
+import threading
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from observatory.campaign.control import outcome_sentence
+from observatory.campaign.control_server import RunsControl, control_port
 from observatory.errors import CaptureError, RunError
 from observatory.probes.programs import startup
 from observatory.probes.programs.settings import SETTINGS, Note, ProgramSettings, read_notes
@@ -43,6 +47,21 @@ class CommandResult:
     remarks: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandControl:
+    """How the captures of a command are started and stopped from outside.
+
+    Attributes:
+        port: of the loopback interface that takes commands; 0: none.
+        signal: by which this process is asked to stop or start the capture; None: by none.
+        say: takes one line for people, at once.
+    """
+
+    port: int = 0
+    signal: signal.Signals | None = None
+    say: Callable[[str], None] = field(default=lambda _: None)
+
+
 def run_command(
     command: Sequence[str],
     out: Path,
@@ -53,6 +72,7 @@ def run_command(
     every: int = 1,
     most_s: float | None = None,
     stopped: bool = False,
+    control: CommandControl = CommandControl(),
     overwrite: bool = False,
 ) -> CommandResult:
     """Run a command; every Python under it that builds a model with MoE layers writes a run.
@@ -69,6 +89,7 @@ def run_command(
         every: of the steps from the first on, one in so many is captured.
         most_s: the capture ends so many seconds after its first step; None: no limit.
         stopped: nothing is captured before a command starts it.
+        control: how the capture is started and stopped from outside.
         overwrite: replace an existing run.
 
     Raises:
@@ -85,7 +106,14 @@ def run_command(
     with tempfile.TemporaryDirectory(prefix="observatory-run-") as folder:
         file = Path(folder) / "settings.json"
         file.write_text(settings.model_dump_json())
-        code = _finish(_start(command, file))
+        runs = RunsControl(lambda: _runs(settings, ()))
+        with ExitStack() as stack:
+            if control.port:
+                try:
+                    stack.enter_context(control_port(control.port, runs))
+                except CaptureError as error:  # the command is worth more
+                    control.say(str(error))
+            code = _finish(_start(command, file), runs, control)
         notes = list(read_notes(Path(folder)))
     return CommandResult(code=code, runs=_runs(settings, notes), remarks=_remarks(notes))
 
@@ -104,11 +132,14 @@ def _start(command: Sequence[str], settings: Path) -> subprocess.Popen[bytes]:
         raise failure from error
 
 
-def _finish(process: subprocess.Popen[bytes]) -> int:
+def _finish(process: subprocess.Popen[bytes], runs: RunsControl, control: CommandControl) -> int:
     """Wait for the command, however often this process is signalled meanwhile."""
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
-        process.send_signal(number)
+        if number == control.signal:
+            threading.Thread(target=_toggle, args=(runs, control.say), daemon=True).start()
+        else:
+            process.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
@@ -118,6 +149,14 @@ def _finish(process: subprocess.Popen[bytes]) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return code if code >= 0 else _FIRST_SIGNAL - code
+
+
+def _toggle(runs: RunsControl, say: Callable[[str], None]) -> None:
+    action, done, refused = runs.toggle()
+    for one in done:
+        say(f"{one.run}: {outcome_sentence(one)}" if len(done) > 1 else outcome_sentence(one))
+    for error in refused:
+        say(f"the capture does not {action}: {error}")
 
 
 def _runs(settings: ProgramSettings, notes: Sequence[Note]) -> tuple[Path, ...]:

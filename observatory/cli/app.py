@@ -15,6 +15,7 @@ _COMMANDS = {
     "quickstart": "quickstart:quickstart",
     "profile": "profile:profile",
     "run": "run:run",
+    "ctl": "ctl:ctl",
     "grid": "grid:grid",
     "routing": "routing:routing",
     "exchanges": "exchanges:exchanges",
@@ -59,7 +60,7 @@ _GROUPS = {
     "clocks": "SM clocks: sweep them, fit the sweep, choose a clock.",
 }
 _SECTIONS = {
-    "Capture": ("quickstart", "profile", "run", "grid"),
+    "Capture": ("quickstart", "profile", "run", "ctl", "grid"),
     "Analysis": ("routing", "exchanges", "scan", "compare", "history", "reduce", "report", "export"),
     "Decisions": ("place", "advise", "route-fetch", "plan"),
     "Network": ("bench", "replay", "fit"),

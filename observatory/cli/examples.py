@@ -12,6 +12,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory run --out runs/a -- python train.py",
         "observatory run --out runs/ep4 --steps 10:60 -- torchrun --nproc-per-node 4 train.py --lr 1e-4",
     ),
+    "ctl": (
+        "observatory ctl runs/a start",
+        "observatory ctl runs/a mark 'second request'",
+    ),
     "grid": (
         "observatory grid grid.toml --out runs/grid",
         "observatory grid grid.toml --out runs/grid --json",

@@ -66,6 +66,26 @@ def run(
             help="Capture nothing before `observatory ctl DIR start`.",
         ),
     ] = False,
+    control_port: Annotated[
+        int,
+        typer.Option(
+            "--control-port",
+            metavar="PORT",
+            min=0,
+            max=65535,
+            rich_help_panel=CAPTURE,
+            help="Take commands by HTTP on this port of the loopback interface; 0: none.",
+        ),
+    ] = 0,
+    control_signal: Annotated[
+        str,
+        typer.Option(
+            "--control-signal",
+            metavar="USR1|USR2|none",
+            rich_help_panel=CAPTURE,
+            help="Signal to this process that stops the capture, or starts it again.",
+        ),
+    ] = "none",
     exchanges: Annotated[
         str,
         typer.Option(
@@ -92,7 +112,9 @@ def run(
     is an optimiser step in training, else a forward of the whole model. Exit code and output are the
     command's own; a failure of the observatory never stops it.
     """
-    from observatory.campaign.command import run_command
+    import signal
+
+    from observatory.campaign.command import CommandControl, run_command
     from observatory.cli.output import say
     from observatory.cli.parsing import parse_steps, parse_word
     from observatory.errors import CaptureError
@@ -101,6 +123,7 @@ def run(
         raise CaptureError("--stopped and --steps exclude each other", remedy="give one of them")
     if max_minutes is not None and not 0 < max_minutes < _MOST_MINUTES:
         raise CaptureError(f"--max-minutes is {max_minutes:g}", expected="more than 0")
+    signals = {"none": None, "USR1": signal.SIGUSR1, "USR2": signal.SIGUSR2}
     result = run_command(
         command,
         out,
@@ -110,6 +133,11 @@ def run(
         every=every,
         most_s=None if max_minutes is None else 60.0 * max_minutes,
         stopped=stopped,
+        control=CommandControl(
+            port=control_port,
+            signal=parse_word("--control-signal", control_signal, signals),
+            say=lambda line: say(f"observatory: {line}"),
+        ),
         overwrite=force,
     )
     for remark in result.remarks:

@@ -47,7 +47,6 @@ _MOST_LOOKS_PER_S = 200
 #: A decision is so many looks of the others ahead, and so many steps at most.
 _LOOKS_AHEAD = 3
 _MOST_STEPS_AHEAD = 10_000
-_PACE_LOOKS = 8
 _MOST_MARKS = 1024
 
 
@@ -87,7 +86,9 @@ class CaptureControl:
         self._number = 0
         self._marks = 0
         self._said: Answer | None = None
-        self._pace: deque[tuple[float, int]] = deque(maxlen=_PACE_LOOKS)
+        self._looks = 0
+        self._last_look: tuple[float, int] | None = None
+        self._most_steps_per_s = 0.0
         self._board = DecisionBoard(writer.path, writer.manifest.run_id, where)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="observatory-control", daemon=True)
@@ -148,8 +149,10 @@ class CaptureControl:
 
     def _look(self) -> None:
         steps = self._steps()
-        self._pace.append((time.monotonic(), steps))
+        self._note_pace(steps)
         if self._where.rank == 0:
+            if self._where.world > 1 and self._looks <= _LOOKS_AHEAD:
+                return  # the pace of the steps is not known yet
             self._end_in_time(steps)
             for request in take_requests(self._writer.path):
                 self._take(self._decided_on(request.action, steps, request=request.id), name=request.name)
@@ -176,13 +179,19 @@ class CaptureControl:
             self._board.write(decision)
         return decision
 
+    def _note_pace(self, steps: int) -> None:
+        now_s, last = time.monotonic(), self._last_look
+        if last is not None and now_s > last[0]:
+            self._most_steps_per_s = max(self._most_steps_per_s, (steps - last[1]) / (now_s - last[0]))
+        self._looks += 1
+        self._last_look = (now_s, steps)
+
     def _steps_ahead(self) -> int:
-        """So many that the other ranks know of a decision by then, at the pace of the last looks."""
+        """So many that the other ranks know of a decision by then, at the quickest pace so far."""
         if self._where.world == 1:
             return 1
-        (first_s, first), (last_s, last) = self._pace[0], self._pace[-1]
-        per_s = (last - first) / (last_s - first_s) if last_s > first_s else 0.0
-        return min(2 + math.ceil(per_s * _LOOKS_AHEAD * self._board.others_period_s), _MOST_STEPS_AHEAD)
+        ahead_s = _LOOKS_AHEAD * self._board.others_period_s
+        return min(2 + math.ceil(self._most_steps_per_s * ahead_s), _MOST_STEPS_AHEAD)
 
     def _take(self, decision: Decision, *, name: str | None = None) -> None:
         """Do what was decided, or leave it to the program's thread where it is about steps."""

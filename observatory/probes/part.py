@@ -90,7 +90,7 @@ class Part:
         """Stated limits of what was captured, of which the user is warned; final after ``close``.
 
         Args:
-            steps: steps that the caller ended.
+            steps: captured steps that the caller ended.
         """
         del steps
         return ()

@@ -74,6 +74,7 @@ class Watch:
         self._notes: list[str] = []
         self._control: CaptureControl | None = None
         self._is_paused = False
+        self._captured_steps = 0
         self._ended = False
         self._is_in_step = False
         self._process = 0
@@ -201,7 +202,7 @@ class Watch:
             with contextlib.suppress(RuntimeError):  # a device that failed: what was read at the start stays
                 layers = layers_now(self._model, session.routing.sites, self._layers)
                 writer.set_moe_layers(_with_verdicts(layers, verdicts))
-            notes = (*self._notes, *session.notes(steps=self.steps))
+            notes = (*self._notes, *session.notes(steps=self._captured_steps))
             writer.set_notes((*notes, *session.quiet_notes()))
             gaps = session.routing.gaps()
             writer.set_gaps(gaps)
@@ -255,6 +256,7 @@ class Watch:
 
     def _step_ended(self) -> None:
         self.steps += 1
+        self._captured_steps += not self._is_paused
         self._is_in_step = False
 
     def _after_step(self, session: CaptureSession) -> None:

@@ -19,7 +19,15 @@ import pydantic
 from pydantic import Field
 
 from observatory.errors import RunError
-from observatory.run.files import CONTROL_FOLDER, one_line, os_reason, plain_entries, rank_folder, read_json
+from observatory.run.files import (
+    CONTROL_FOLDER,
+    one_line,
+    os_reason,
+    plain_entries,
+    rank_folder,
+    rank_number,
+    read_json,
+)
 from observatory.run.records import Count, Moment, Record, Text
 
 Action = Literal["start", "stop", "end", "mark", "flush", "status"]
@@ -121,6 +129,13 @@ def ask(run: Path, action: Action, name: str | None = None) -> Request:
     return request
 
 
+def withdraw(run: Path, request: Request) -> None:
+    """Take a request back, if nobody has read it."""
+    folder = run / CONTROL_FOLDER / _REQUESTS
+    for path in folder.glob(f"*-{request.id}.json"):
+        path.unlink(missing_ok=True)
+
+
 def take_requests(run: Path) -> list[Request]:
     """Read what was asked for, in the order of asking, and remove it; what is no request is removed too.
 
@@ -165,6 +180,17 @@ def read_answer(run: Path, rank: int) -> Answer | None:
     """The last word of a rank; None before there is one."""
     answer = _read(run / CONTROL_FOLDER / f"{rank_folder(rank)}.json", Answer)
     return answer if answer is not None and answer.rank == rank else None
+
+
+def answering_ranks(run: Path) -> list[int]:
+    """Ranks that have left a word, ascending.
+
+    Raises:
+        RunError: the folder cannot be listed.
+    """
+    names, _ = plain_entries(run / CONTROL_FOLDER, want_folders=False)
+    ranks = [rank_number(name.removesuffix(".json")) for name in names if name.endswith(".json")]
+    return sorted(rank for rank in ranks if rank is not None)
 
 
 def _decision_file(run: Path, number: int) -> Path:

@@ -95,6 +95,15 @@ def _first_fault(error: Exception) -> str:
     return "nested too deeply"
 
 
+def read_rank_status(path: Path, rank: int) -> RankStatus | None:
+    """One rank's status file; None where there is none that can be read."""
+    name = f"{rank_folder(rank)}.json"
+    try:
+        return RankStatus.model_validate(read_json(path / RANKS_FOLDER / name, f"{RANKS_FOLDER}/{name}"))
+    except (RunError, pydantic.ValidationError, RecursionError):
+        return None
+
+
 def read_rank_statuses(path: Path) -> tuple[dict[int, RankStatus], list[str]]:
     """Read every rank's status file.
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -73,6 +74,23 @@ def evaluate(model: nn.Module, steps: int) -> None:
         model(torch.randn(3, HIDDEN))
 
 
+@torch.no_grad()
+def serve(model: nn.Module) -> None:
+    """All ranks step together until rank 0 reads a line, and print how many steps there were."""
+    model.eval()
+    lines: list[str] = []
+    if torch.distributed.get_rank() == 0:
+        threading.Thread(target=lambda: lines.append(sys.stdin.readline()), daemon=True).start()
+    steps, goes_on = 0, torch.ones(1)
+    while goes_on:
+        model(torch.randn(3, HIDDEN))
+        goes_on.fill_(not lines)
+        torch.distributed.broadcast(goes_on, 0)
+        steps += 1
+        time.sleep(0.001)
+    print(json.dumps({"steps": steps}), flush=True)
+
+
 def main(what: str) -> Any:
     torch.manual_seed(0)
     if what == "nothing":
@@ -82,6 +100,11 @@ def main(what: str) -> Any:
         torch.distributed.init_process_group("gloo")
         model = nn.parallel.DistributedDataParallel(Model(), find_unused_parameters=True)
         train(model, 4)
+        torch.distributed.destroy_process_group()
+        return 0
+    if what == "serves":
+        torch.distributed.init_process_group("gloo")
+        serve(Model())
         torch.distributed.destroy_process_group()
         return 0
     model = Model()

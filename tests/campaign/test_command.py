@@ -62,6 +62,31 @@ def test_a_program_is_counted_exactly_and_keeps_its_output_and_its_code(
 
 
 @pytest.mark.slow
+def test_every_second_step_of_training_and_evaluation_is_captured_whole(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run", sys.executable, PROGRAM, "", options=("--every", "2")) == 5
+    capfd.readouterr()
+    captured = open_run(tmp_path / "run")
+    assert captured.problems == ()
+    tokens = captured.routed_tokens()
+    assert tokens[["step", "tokens"]].to_numpy().tolist() == [[0, 10], [2, 10], [4, 3]]
+    assert "captured were steps 0 to 4, one in 2, as was asked for" in captured.manifest.notes[-1]
+
+
+@pytest.mark.slow
+def test_a_capture_that_nobody_started_leaves_an_empty_run_and_a_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path / "run", sys.executable, PROGRAM, "", options=("--stopped",)) == 5
+    (remark, _) = capfd.readouterr().err.splitlines()
+    assert "a model (Model) ran 5 steps, none of which was to be captured" in remark
+    captured = open_run(tmp_path / "run")
+    assert (captured.row_count("routing"), captured.manifest.state) == (0, "complete")
+    assert "no step was captured, as was asked for" in captured.manifest.notes
+
+
+@pytest.mark.slow
 def test_an_exception_ends_the_run_as_failed_and_each_model_has_its_own(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +171,10 @@ def test_what_has_no_model_keeps_its_code(
     [
         (("--steps", "5:5"), "--steps is '5:5'; expected A:B with A below B"),
         (("--steps", "x"), "--steps is 'x'"),
+        (("--stopped", "--steps", "1:2"), "--stopped and --steps exclude each other"),
+        (("--max-minutes", "0"), "--max-minutes is 0; expected more than 0"),
+        (("--max-minutes", "nan"), "--max-minutes is nan; expected more than 0"),
+        (("--control-signal", "KILL"), "--control-signal is 'KILL'; expected one of none, USR1, USR2"),
         (("--power", "maybe"), "--power is 'maybe'; expected one of auto, on, off"),
     ],
 )

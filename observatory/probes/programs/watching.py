@@ -88,13 +88,12 @@ class ProgramModel:
 
     def before_forward(self, model: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """A forward of the outermost module begins."""
-        trains = model.training and torch.is_grad_enabled()
+        trains, before = model.training and torch.is_grad_enabled(), set(model._forward_pre_hooks)
         if self._forwards and not (trains and self._trains):
             self._guarded(self._end_step)
         if self._watch is None and not self._is_over:
-            before = set(model._forward_pre_hooks)
             self._guarded(self._begin)
-            _call_new_hooks(model, before, arguments, options)
+        _call_new_hooks(model, before, arguments, options)
         self._forwards += 1
         self._trains = trains
 

@@ -35,6 +35,7 @@ class RoutingPart(Part):
         self._probe = RoutingProbe(model, sites, options)
         self._repeated = _repeated(model, sites)
         self._is_on = False
+        self._is_paused = False
         self._rows = SnapshotAccumulator(
             self._probe.layout,
             [site.spec for site in sites],
@@ -53,6 +54,8 @@ class RoutingPart(Part):
         Raises:
             CaptureError: inside the capture of a CUDA graph.
         """
+        if self._is_paused:
+            self._drop()
         boundary.counted = self._probe.take(
             step=boundary.step, stated_phase=boundary.phase, ends_step=boundary.ends_step
         )
@@ -60,11 +63,14 @@ class RoutingPart(Part):
 
     def pause(self) -> None:
         """Take the hooks off, between steps."""
+        self._is_paused = True
         self._probe.pause()
 
     def resume(self) -> None:
         """Put them on again."""
+        self._is_paused = False
         self._probe.resume()
+        self._drop()
 
     def detach(self, *, failed: bool) -> None:
         """Look once more whether everything is in its place, and take the hooks off."""
@@ -82,6 +88,10 @@ class RoutingPart(Part):
         """Take the hooks off the child's copy of the model."""
         self._probe.detach()
         self._probe.release()
+
+    def _drop(self) -> None:
+        """Forget what hooks saw of a call that had begun when the pause did: torch calls them once more."""
+        self._probe.take(step=0, stated_phase="unknown", ends_step=False)
 
     @property
     def sites(self) -> Sequence[RoutingSite]:
