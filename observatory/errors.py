@@ -79,6 +79,12 @@ class ThresholdError(ComparisonError):
     exit_code = 2
 
 
+class RulesError(ObservatoryError):
+    """A file of rules is none; wrong usage, so that it is not mistaken for a broken rule."""
+
+    exit_code = 2
+
+
 class PlanError(ObservatoryError):
     """A plan cannot be made from what is given."""
 

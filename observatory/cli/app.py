@@ -26,6 +26,7 @@ _COMMANDS = {
     "compare": "compare:compare",
     "plan": "plan:plan",
     "history": "history:history",
+    "check": "check:check",
     "reduce": "reduce:reduce",
     "report": "report:report",
     "export": "export:export",
@@ -61,7 +62,7 @@ _GROUPS = {
 }
 _SECTIONS = {
     "Capture": ("quickstart", "profile", "run", "ctl", "grid"),
-    "Analysis": ("routing", "exchanges", "scan", "compare", "history", "reduce", "report", "export"),
+    "Analysis": ("routing", "exchanges", "scan", "compare", "history", "check", "reduce", "report", "export"),
     "Decisions": ("place", "advise", "route-fetch", "plan"),
     "Network": ("bench", "replay", "fit"),
     "Batch": ("site", "submit", "jobs", "collect", "cancel"),

@@ -46,6 +46,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory plan config.json --target-tokens-per-s 20000 --context 4096 --output 512 "
         "--max-ms-per-token 50 --hardware h200-sxm --hardware h20",
     ),
+    "check": (
+        "observatory check runs/a --rules rules.toml",
+        "observatory check runs/a --rules rules.toml --json",
+    ),
     "history": ("observatory history runs/nightly", "observatory history runs/checkpoints --json"),
     "exchanges": ("observatory exchanges runs/ep4", "observatory exchanges runs/ep4 --csv --table ranks"),
     "bench alltoall": (

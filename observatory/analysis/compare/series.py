@@ -293,6 +293,15 @@ def standard_error(series: Series) -> float | None:
     return None if error is None else error[0]
 
 
+def interval_of(series: Series) -> tuple[float, float] | None:
+    """95 % interval of the value; None with too few steps, or where nothing shows it."""
+    error = _error_of_series(series, None)
+    if error is None:
+        return None
+    half = student_quantile(error[1], LEVEL) * error[0]
+    return series.value - half, series.value + half
+
+
 def _error_of_series(series: Series, pooled: float | None) -> _Error | None:
     if series.exact:
         return 0.0, 1e6
