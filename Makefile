@@ -61,11 +61,17 @@ $(VENV)/.capture: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -e ".[capture]"
 	touch $@
 
-# Megatron-Core's router is tested for real; --no-deps, because the rest of it wants a GPU.
+# Layers of these frameworks are tested for real, each with what its layers need: --no-deps, because the rest of
+# them wants a GPU or other versions. MegaBlocks has no wheel; its own setup needs the torch that is installed.
+FRAMEWORKS := megatron-core nemo-automodel mixture-of-experts torchtitan,spmd-types litgpt,lightning-utilities \
+	ai2-olmo-core,dataclass-extensions st-moe-pytorch,colt5-attention,beartype,einops
+comma := ,
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install -q -e ".[test]"
-	@$(BIN)/python -m pip install -q --no-deps --only-binary :all: megatron-core || \
-		echo "no wheel of megatron-core for this Python; the tests of its router skip" >&2
+	@$(foreach packages,$(FRAMEWORKS),$(BIN)/python -m pip install -q --no-deps --only-binary :all: \
+		$(subst $(comma), ,$(packages)) || echo "no wheel for this Python, its tests skip: $(packages)" >&2;)
+	@$(BIN)/python -m pip install -q --no-deps --no-build-isolation megablocks || \
+		echo "could not be built, its tests skip: megablocks" >&2
 	touch $@ $(VENV)/.capture
 
 clean:

@@ -115,7 +115,7 @@ class Judgement:
         verdicts: what confirmed the readings, per training flag of the block.
         is_contradicted: the experts compute something else than the gates say, which are counted.
         is_replaceable: readings cannot see what is dispatched, so that rows are looked at in every call, and
-            counted in the place of readings from which they differ.
+            counted in the place of readings from which they differ; until a reading shows that they can.
     """
 
     def __init__(
@@ -161,6 +161,8 @@ class Judgement:
             ModelError: the witnesses contradict the reading, or it was inferred and there is none.
         """
         mode = self._modes[call.block.training]
+        if call.decisions and all(decision.is_dispatch for decision in call.decisions):
+            self.is_replaceable = False
         try:
             return self._judge(call, mode)
         except ModelError as error:
@@ -334,7 +336,8 @@ class Judgement:
             sure_E=_sum_of_loads([_with_weight(decision) for decision in first], experts),
             rows_E=first_rows if self._site.experts else operators.rows_E(),
         )
-        if stacks and stacks[-1].is_flat and not shown.confirms_reading:
+        is_divided = shown.confirms_reading or shown.rows_E == shown.true_E  # as experts are
+        if stacks and stacks[-1].is_flat and not is_divided:
             return Reason(Witness.FLAT_WEIGHTS)
         return shown
 

@@ -22,7 +22,11 @@ _EXPERTS = (
     "num_local_experts",
     "moe_num_experts",
     "num_moe_experts",
+    "n_experts",
+    "n_expert",
 )
+#: Attributes by which modules keep the settings that they were built from.
+_SETTINGS = ("config", "args", "cfg", "hparams")
 #: Children that stand for the module around them: adapters (PEFT), sharding and compiling wrappers.
 _WRAPPED = ("base_layer", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 _TOP_K = (
@@ -37,8 +41,18 @@ _TOP_K = (
     "moe_k",
     "top_k_experts",
     "num_selected_experts",
+    "n_expert_per_token",
+    "n_experts_per_token",
+    "n_activated_experts",
+    "top_n",
 )
-_SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
+_SHARED = (
+    "n_shared_experts",
+    "n_shared_expert",
+    "num_shared_experts",
+    "moe_num_shared_experts",
+    "num_shared_expert",
+)
 _SHARED_CHILD = re.compile(r"shared.*(experts?|mlp)$")
 _ROUTER_CLASSES = ("num_router_classes", "n_routed_experts")
 
@@ -119,6 +133,16 @@ def int_attribute(holder: object, names: Sequence[str]) -> int | None:
     return None
 
 
+def with_settings(holder: Any) -> list[Any]:
+    """What may state a property of a module: itself, and the settings that it keeps."""
+    return [holder, *(s for name in _SETTINGS if (s := getattr(holder, name, None)) is not None)]
+
+
+def states_capacity(module: nn.Module) -> bool:
+    """Whether an attribute of its own states a capacity."""
+    return any("capacity" in name and value is not None for name, value in vars(unwrapped(module)).items())
+
+
 def forward_parameters(module: nn.Module) -> list[str]:
     """Parameter names of ``forward`` without ``self``, through decorators that keep ``__wrapped__``.
 
@@ -159,13 +183,42 @@ def can_choose(module: nn.Module, experts: int) -> bool:
     """Whether a linear layer or weight of the module gives one output per expert.
 
     ``out_features`` is asked as well as the weights: those of a quantised layer are packed bytes, those
-    of a sharded model lie in flat pieces.
+    of a sharded model lie in flat pieces. A weight that is no linear layer's may have its outputs last, or
+    lie flat in a router that states its number of experts.
     """
     return any(
         getattr(m, "out_features", None) == experts
-        or any(len(shape) == 2 and shape[0] == experts for shape in _weight_shapes(m))
+        or any(
+            (len(shape) == 2 and (shape[0] == experts or (shape[1] == experts and not is_linear)))
+            or (len(shape) == 1 and shape[0] > experts == int_attribute(m, _EXPERTS))
+            for shape in _weight_shapes(m)
+        )
         for m in module.modules()
+        for is_linear in (hasattr(m, "in_features"),)
     )
+
+
+def two_levels(block: MoeBlock) -> tuple[int, int, str] | None:
+    """Outer and inner experts of a hierarchical block, and the name of its inner router; None for others.
+
+    Its experts are stacked as (outer, inner, ...), and the inner of its two routers has weights for each
+    outer expert.
+    """
+    levels = {shape[:2] for shape in _weight_shapes(block.experts) if len(shape) >= 4}
+    routers = block.routers()
+    if len(levels) != 1 or len(routers) != 2:
+        return None
+    ((outer, inner),) = levels
+    names = [
+        name
+        for name, router in routers
+        if any(
+            len(s) == 3 and s[0] == outer and inner in s[1:]
+            for m in router.modules()
+            for s in _weight_shapes(m)
+        )
+    ]
+    return (outer, inner, names[0]) if len(names) == 1 else None
 
 
 def looks_like_experts(name: str, module: nn.Module) -> bool:
@@ -230,9 +283,10 @@ def _is_stack(module: nn.Module) -> bool:
 def top_k(block: MoeBlock, configs: Sequence[object]) -> int | None:
     """Assignments per token: stated by a router, the experts, the block, or the configuration."""
     holders: list[Any] = [m for _, m in block.routers()]
-    holders += [block.experts, block.parent, getattr(block.experts, "config", None), *configs]
-    holders = [unwrapped(h) if isinstance(h, nn.Module) else h for h in holders]
-    stated = (int_attribute(h, _TOP_K) for h in holders if h is not None)
+    holders += [block.experts, block.parent]
+    holders = [s for h in holders if h is not None for s in with_settings(unwrapped(h))]
+    stated = [int_attribute(h, _TOP_K) for h in (*holders, *configs)]
+    stated += [int_attribute(unwrapped(router), ("k",)) for _, router in block.routers()]
     return next((k for k in stated if k is not None), None)
 
 
@@ -241,7 +295,7 @@ def shared_experts(block: MoeBlock, configs: Sequence[object]) -> int:
     nearby = [m for m in (block.parent, block.grandparent) if m is not None]
     if not any(_SHARED_CHILD.search(name) for m in nearby for name, _ in m.named_children()):
         return 0
-    stated = (int_attribute(h, _SHARED) for h in (block.parent, *configs) if h is not None)
+    stated = (int_attribute(h, _SHARED) for h in (*with_settings(block.parent), *configs) if h is not None)
     return next((n for n in stated if n is not None), 1)
 
 

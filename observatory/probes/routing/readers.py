@@ -134,7 +134,7 @@ def read_router_output(*, experts: int, top_k: int | None) -> ReadCall:
             )
 
         marks = [t for t in tensors if not t.is_floating_point()]
-        for chosen in (t for t in marks if t.dtype != torch.bool and fits(t, top_k or 1)):
+        for chosen in (t for t in marks if top_k and t.dtype != torch.bool and fits(t, top_k)):
             gates = next((t for t in tensors if t.is_floating_point() and t.shape == chosen.shape), None)
             return RoutingDecision(expert_ids=chosen, weights=gates, tokens=math.prod(chosen.shape[:-1]))
         if top_k == 1 and tokens:
@@ -144,17 +144,38 @@ def read_router_output(*, experts: int, top_k: int | None) -> ReadCall:
         for mask in (t for t in marks if fits(t, experts)):
             map_TE = mask.reshape(-1, experts)
             return RoutingDecision(routing_map=map_TE, tokens=map_TE.shape[0])
-        # The dispatch mask comes behind the combine weights of its shape, which may be zero where it is not.
         slots = [t for t in tensors if t.ndim > 2 and fits(t, experts, t.shape[-1])]
-        for dispatch in [t for t in slots if not t.is_floating_point()] or slots[-1:]:
-            map_TE = dispatch.ne(0).any(dim=-1).reshape(-1, experts)
-            return RoutingDecision(routing_map=map_TE, tokens=map_TE.shape[0])
+        if slots:
+            map_TE = _dispatched(slots).reshape(-1, experts)
+            return RoutingDecision(routing_map=map_TE, tokens=map_TE.shape[0], is_dispatch=True)
         for logits in (t for t in tensors if t.is_floating_point() and fits(t, experts)):
-            ids_TK = logits.reshape(-1, experts).topk(top_k or 1, dim=-1).indices
+            if top_k is None:  # how many of them is not known
+                break
+            ids_TK = logits.reshape(-1, experts).topk(top_k, dim=-1).indices
             return RoutingDecision(expert_ids=ids_TK, tokens=ids_TK.shape[0], is_inferred=True)
         raise _unreadable(
             module, f"ids, a mask or logits whose last dimension is the number of experts, {experts}", output
         )
+
+    return read
+
+
+def read_two_levels(*, outer: int, inner: int) -> ReadCall:
+    """Reader of the inner router of two, whose dispatch mask has the outer experts first: (O, ..., I, C).
+
+    Its rows are the slots of the outer experts; how many tokens of the model they hold, shapes do not show.
+    """
+
+    def read(
+        module: nn.Module, _args: tuple[Any, ...], _kwargs: Mapping[str, Any], output: Any
+    ) -> RoutingDecision:
+        slots = [t for t in _tensors(output) if t.ndim > 3 and (t.shape[0], t.shape[-2]) == (outer, inner)]
+        if not slots:
+            raise _unreadable(module, f"a dispatch mask ({outer}, ..., {inner}, slots)", output)
+        map_OSI = _dispatched(slots).reshape(outer, -1, inner)
+        ids_OI = torch.arange(outer * inner, device=map_OSI.device).reshape(outer, 1, inner)
+        ids = torch.where(map_OSI, ids_OI, _NOBODY).reshape(-1, inner)
+        return RoutingDecision(expert_ids=ids, is_dispatch=True)
 
     return read
 
@@ -263,6 +284,17 @@ def _dense(scores: torch.Tensor, experts: int) -> RoutingDecision:
     """Decision of a (T, E) score matrix: non-zero means "goes there"."""
     scores_TE = scores.reshape(-1, experts)
     return RoutingDecision(routing_map=scores_TE != 0, weights=scores_TE, tokens=scores_TE.shape[0])
+
+
+def _dispatched(slots: list[torch.Tensor]) -> torch.Tensor:
+    """(..., E) true where a token takes a slot, of tensors (..., E, C): a mask, else all that weigh slots.
+
+    Combine weights may be zero where the dispatch mask of their shape is not, never the other way round.
+    """
+    masks = [t for t in slots if not t.is_floating_point()][:1] or [
+        t for t in slots if t.shape == slots[0].shape
+    ]
+    return torch.stack([t.ne(0).any(dim=-1) for t in masks]).any(dim=0)
 
 
 def _expand_gate(gates: Any, map_TE: torch.Tensor) -> torch.Tensor | None:

@@ -38,8 +38,8 @@ _WEIGHTS = re.compile(
 )
 _GATE_MATRIX = re.compile(r"^(router_probs|combine_weights|gate_matrix)" + _SHAPE)
 #: Masks of tokens, true for those that count, and those that are true for padding.
-_TOKEN_MASK = re.compile(r"^((token|tokens|valid|active)_mask|valid_tokens)" + _SHAPE)
-_PADDING_MASK = re.compile(r"^(padding|pad|ignore)_mask" + _SHAPE)
+_TOKEN_MASK = re.compile(r"^((token|tokens|valid|active|keep)_mask|valid_tokens)" + _SHAPE)
+_PADDING_MASK = re.compile(r"^(key_)?(padding|pad|ignore)_mask" + _SHAPE)
 #: Names of the bias that balances loads without a loss.
 CORRECTION_BIASES = ("e_score_correction_bias", "expert_bias", "balancing_biases")
 #: Attributes of routers whose selection is more than "the K largest logits".
@@ -61,7 +61,8 @@ class Candidate:
         reading: how the call is read.
         detail: the argument that is read, or the phrase of an adapter.
         read: takes the call apart.
-        infers: readings may be inferred (``RoutingDecision.is_inferred``).
+        infers: readings may be inferred (``RoutingDecision.is_inferred``), or experts may leave tokens out
+            by a mask that is not understood.
         shows_gates: the gates are read, not what is dispatched by them.
         is_adapted: an adapter of the user's says how it is read.
     """
@@ -122,6 +123,7 @@ def _experts_call(path: str, modules: Mapping[str, nn.Module], configs: Sequence
         reading=Reading.EXPERTS_CALL,
         detail=shown,
         read=read,
+        infers=any("mask" in n and not (_TOKEN_MASK.match(n) or _PADDING_MASK.match(n)) for n in names),
         shows_gates=ids is None,
     )
 
@@ -227,21 +229,23 @@ def router_beside_experts(
     experts = moe_block.expert_count(block.experts)
     if experts is None:
         return Reason(NotUnderstood.NO_EXPERT_COUNT)
-    routers = [(n, m) for n, m in block.routers() if moe_block.can_choose(m, experts)]
+    if (levels := moe_block.two_levels(block)) is not None:
+        return _inner_router(block, *levels, configs=configs)
+    block, routers = _routers_of(block, experts, modules)
     if len(routers) != 1:
         siblings = ", ".join(f"{n} ({type(m).__name__})" for n, m in block.siblings()) or "none"
         values: dict[str, JsonValue] = {"routers": len(routers), "experts": experts, "siblings": siblings}
         return Reason(NotUnderstood.NOT_ONE_ROUTER, values)
     name, router = routers[0]
     top_k = moe_block.top_k(block, configs)
-    if top_k is None:
+    drops = moe_block.states_capacity(router)
+    if top_k is None and not drops:
         return Reason(NotUnderstood.NO_TOP_K, {"router": name})
     linear = isinstance(moe_block.unwrapped(router), nn.Linear)
     if linear and any(_is_set(m, _BIASED) for m in (router, moe_block.unwrapped(router), block.parent)):
         return Reason(NotUnderstood.BIASED_CHOICE, {"router": name})
-    dense = len(moe_block.forward_parameters(block.experts)) == 1 and not isinstance(
-        block.experts, (nn.ModuleList, nn.ModuleDict)
-    )
+    in_list = isinstance(modules[path], (nn.ModuleList, nn.ModuleDict))
+    dense = len(moe_block.forward_parameters(block.experts)) == 1 and not in_list and not drops
     read = (
         readers.read_dense_scores(experts=experts)
         if dense
@@ -258,6 +262,36 @@ def router_beside_experts(
         reading=Reading.DENSE_SCORES if dense else Reading.ROUTER_OUTPUT,
         read=read,
         infers=not dense,
+    )
+
+
+def _routers_of(
+    block: MoeBlock, experts: int, modules: Mapping[str, nn.Module]
+) -> tuple[MoeBlock, list[tuple[str, nn.Module]]]:
+    """The block that holds the routers of some experts, and these; wrappers named after experts are left."""
+    around = block
+    while True:
+        routers = [(n, m) for n, m in around.routers() if moe_block.can_choose(m, experts)]
+        label = f"{around.path.rpartition('.')[2]} {type(around.parent).__name__}".lower()
+        if routers or not around.path or "expert" not in label:
+            return (around, routers) if routers else (block, [])
+        around = MoeBlock.around(around.path, modules)
+
+
+def _inner_router(
+    block: MoeBlock, outer: int, inner: int, name: str, *, configs: Sequence[object]
+) -> Candidate:
+    """The inner of two routers, which dispatches to the experts of each outer one."""
+    return Candidate(
+        path=f"{block.path}.{name}" if block.path else name,
+        block=block.path,
+        experts=outer * inner,
+        top_k=None,
+        shared_experts=moe_block.shared_experts(block, configs),
+        null_experts=0,
+        when="after",
+        reading=Reading.ROUTER_OUTPUT,
+        read=readers.read_two_levels(outer=outer, inner=inner),
     )
 
 

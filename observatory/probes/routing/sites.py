@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from observatory.probes.routing.moe_block import states_capacity, with_settings
 from observatory.probes.routing.words import Reading, sentence
 from observatory.run.manifest import MoeLayerSpec
 
@@ -34,6 +35,8 @@ class RoutingDecision:
         tokens: T, known from shapes alone (no device read); None when shapes do not show it (expert choice).
         is_inferred: the choice was not seen but made again, as the K largest of logits; such a reading needs
             a witness (``witness.py``).
+        is_dispatch: read from the tensor by which the block moves its tokens, so that this is what is
+            dispatched; slots that stay empty are rows of the experts all the same.
     """
 
     expert_ids: torch.Tensor | None = None
@@ -42,6 +45,7 @@ class RoutingDecision:
     token_mask: torch.Tensor | None = None
     tokens: int | None = None
     is_inferred: bool = False
+    is_dispatch: bool = False
 
 
 #: (module, positional arguments, keyword arguments, output or None before the call) -> decision, or None
@@ -64,7 +68,8 @@ class RoutingSite:
         is_repeatable: calling ``block`` again changes nothing but its own tensors; not so where a module
             further out had to take its place.
         experts: the experts, where they are modules that are called one by one; empty elsewhere.
-        infers: readings may be inferred (``RoutingDecision.is_inferred``).
+        infers: readings may be inferred (``RoutingDecision.is_inferred``), or experts may leave tokens out
+            by a mask that is not understood.
         shows_gates: the gates are read, not what is dispatched by them; experts that compute something else
             are stated, and the gates are counted all the same.
     """
@@ -96,4 +101,7 @@ def may_drop_inside(site: RoutingSite) -> bool:
     """Whether the site is read before experts that state a capacity of their own."""
     if site.when != "before":
         return False
-    return any(getattr(site.module, name, None) is not None for name in _CAPACITIES)
+    if states_capacity(site.module):
+        return True
+    holders = with_settings(site.module)
+    return any(getattr(h, name, None) is not None for h in holders for name in _CAPACITIES)

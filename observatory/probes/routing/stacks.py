@@ -69,14 +69,22 @@ def can_look_at_operators() -> bool:
 def find_stacks(block: nn.Module, experts: int) -> list[Stack]:
     """The stacked weights of a block's routed experts, in the order in which they were registered.
 
-    They have the experts as first dimension, of three or more; or they are the tables of an embedding with
-    one row per expert; or, where modules state E and have none of these, matrices of E equal parts.
+    They have the experts as first dimension, of three or more, or as the first two, of four or more; or they
+    are the tables of an embedding with one row per expert; or, where modules state E and have none of these,
+    matrices of E equal parts.
     """
     named = list(_of_experts(block))
     whole = [t for m in named for t in _tensors(m) if t.ndim >= 3 and t.shape[0] == experts]
+    whole = whole or [
+        t for m in named for t in _tensors(m) if t.ndim >= 4 and t.shape[0] * t.shape[1] == experts
+    ]
     tables = [m for m in block.modules() if isinstance(m, nn.Embedding) and m.num_embeddings == experts]
     whole = whole or [t for m in tables for t in _tensors(m)]
-    flat = [m for m in named if moe_block.int_attribute(m, _FLAT) == experts]
+    flat = [
+        m
+        for m in named
+        if any(moe_block.int_attribute(h, _FLAT) == experts for h in moe_block.with_settings(m))
+    ]
     divided = [t for m in flat for t in _tensors(m) if t.ndim == 2 and t.numel() % experts == 0]
     return [
         Stack(t, experts, is_flat=not whole)

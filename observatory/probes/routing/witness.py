@@ -15,6 +15,7 @@ the block keeps as attributes are put back, and no gradient is computed.
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -196,8 +197,9 @@ class _State:
     """What a call of a block may change besides its result: put back as it was by ``restore``.
 
     Tensors that it holds are written only where they differ, and unnoticed by autograd. Lists, sets and
-    dictionaries are copied one level deep; random numbers are those of Python, NumPy and of generators that
-    the block holds (torch's own are forked).
+    dictionaries are copied one level deep; global lists of the files that define its modules, in which
+    frameworks gather the losses of all layers, lose what was appended; random numbers are those of Python,
+    NumPy and of generators that the block holds (torch's own are forked).
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -211,6 +213,7 @@ class _State:
         tensors = [v for v in held if isinstance(v, torch.Tensor) and not isinstance(v, nn.Parameter)]
         self._tensors = [(value, value.detach().clone()) for value in tensors if not value.is_meta]
         self._containers = [(v, copy(v)) for v in held if isinstance(v, (list, dict, set, deque))]
+        self._gathered = [(v, len(v)) for v in _globals_of(block) if isinstance(v, list)]
         self._generators = [(v, v.get_state()) for v in held if isinstance(v, torch.Generator)]
         self._random, self._numpy = random.getstate(), np.random.get_state()
 
@@ -230,10 +233,20 @@ class _State:
             else:
                 container.clear()
                 container.update(contents)
+        for gathered, length in self._gathered:
+            del gathered[length:]
         for generator, state in self._generators:
             generator.set_state(state)
         random.setstate(self._random)
         np.random.set_state(self._numpy)
+
+
+def _globals_of(block: nn.Module) -> Iterator[Any]:
+    """Global values of the Python files that define the block's modules, those of torch left out."""
+    names = {kind.__module__ for module in block.modules() for kind in type(module).__mro__}
+    for name in names:
+        if name.partition(".")[0] not in ("torch", "builtins") and name in sys.modules:
+            yield from vars(sys.modules[name]).values()
 
 
 def _restore(now: dict[str, Any], before: Mapping[str, Any]) -> None:

@@ -89,7 +89,7 @@ _SENTENCES: dict[StrEnum, str] = {
     Reading.CAPACITY_GATE: "capacity gate output (dispatch mask, after dropping)",
     Reading.EXPERT_LOOKUP: "expert lookup (embedding indices)",
     Reading.DENSE_SCORES: "router output (scores, zero where not chosen)",
-    Reading.ROUTER_OUTPUT: "router output (ids or top-k of logits)",
+    Reading.ROUTER_OUTPUT: "router output (ids, dispatch mask or top-k of logits)",
     Reading.ADAPTER: "{detail}",
     NotUnderstood.NO_EXPERT_COUNT: "its number of experts is not stated",
     NotUnderstood.NOT_ONE_ROUTER: (

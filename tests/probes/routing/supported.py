@@ -64,7 +64,8 @@ def table() -> list[str]:
 def framework_table() -> list[str]:
     """Markdown lines, one row per case of an installed framework."""
     return [
-        f"| {name} | {found['how']} | {_in_words(found[w]['by'] for w in ('first', 'intervention'))} |"
+        f"| {name} | {found['how']} | {_in_words(found[w]['by'] for w in ('first', 'intervention'))} "
+        f"| {found['against']} |"
         for name, found in installed_frameworks().items()
     ]
 

@@ -92,16 +92,18 @@ def test_every_family_is_as_it_was_after_an_intervention() -> None:
 
 
 @pytest.mark.slow
-def test_the_layers_of_installed_frameworks_are_confirmed_and_broken_readers_are_caught() -> None:
+def test_layers_of_installed_frameworks_count_as_these_do_and_broken_readers_are_caught() -> None:
     found = installed_frameworks()
     if not found:
         pytest.skip("no framework is installed: pip install --no-deps megatron-core==0.16.1")
     for name, of_case in found.items():
+        assert of_case["counted"] == of_case["own"], name
         expected = [n for n in BREAKS if not (name.endswith(EVEN) and n == "shifted")]
         for verify, by in (("first", "rows"), ("intervention", "intervention")):
-            assert set(of_case[verify]["by"]) == {by}, name
+            assert set(of_case[verify]["by"]) <= {by, *of_case["also_by"]}, name
             assert of_case[verify]["refusal"] is None, name
-            assert of_case[verify]["caught"] == expected, name
+            caught = of_case[verify]["caught"]
+            assert caught == expected or (of_case["is_replaceable"] and "padding counted" in caught), name
 
 
 class PackedExperts(nn.Module):

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,6 +134,124 @@ class DenseCapacity(Dense):
         return super().compute(hidden, weights.masked_fill(late, 0), ids.masked_fill(late, -1))
 
 
+class SlotGate(nn.Module):
+    """Returns (dispatch, combine), both (T, E, C); states neither K nor that it returns them."""
+
+    def __init__(self, *outer: int) -> None:
+        super().__init__()
+        self.weighing = nn.Parameter(torch.randn(*outer, HIDDEN, EXPERTS))
+        self.capacity_factor = 1.0
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, ids = (hidden @ self.weighing).softmax(-1).topk(TOP_K)
+        chosen = nn.functional.one_hot(ids, EXPERTS).sum(-2) * hidden.any(-1, keepdim=True)  # not empty rows
+        room = int(self.capacity_factor * TOP_K * hidden.shape[-2] / EXPERTS)
+        place = chosen.cumsum(-2) - 1
+        dispatch = nn.functional.one_hot(place.clamp(0, room), room + 1)[..., :room] * chosen[..., None]
+        gates = torch.zeros(chosen.shape).scatter(-1, ids, weights)
+        return dispatch.float(), dispatch * gates.where(gates > 0.3, 0)[..., None]
+
+
+class Slots(nn.Module):
+    """Experts stacked, with room for C rows each; some rows have a gate of zero, some tokens are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = SlotGate()
+        self.experts = Weights(EXPERTS)
+        self.true = [0] * EXPERTS
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        dispatch, combine = self.router(hidden)
+        self.true = [a + int(b) for a, b in zip(self.true, dispatch.sum(dim=(0, 2)), strict=True)]
+        computed = self.experts(torch.einsum("th,tec->ech", hidden, dispatch))
+        return hidden + torch.einsum("ech,tec->th", computed, combine)
+
+
+class Weights(nn.Module):
+    """Experts stacked as (E, H, H), or as (O, I, H, H)."""
+
+    def __init__(self, *experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(*experts, HIDDEN, HIDDEN))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows @ self.weight
+
+
+class TwoLevels(nn.Module):
+    """A gate over groups of experts and one over the experts of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.group_gate, self.member_gate = SlotGate(), SlotGate(EXPERTS)
+        self.experts = Weights(EXPERTS, EXPERTS)
+        self.true = [0] * EXPERTS**2
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        to_groups, from_groups = self.group_gate(hidden)
+        of_groups = torch.einsum("th,toc->och", hidden, to_groups)
+        to_members, from_members = self.member_gate(of_groups)
+        self.true = [a + int(b) for a, b in zip(self.true, to_members.sum(dim=(1, 3)).flatten(), strict=True)]
+        computed = self.experts(torch.einsum("osh,osic->oich", of_groups, to_members))
+        return hidden + torch.einsum("oich,osic,tos->th", computed, from_members, from_groups)
+
+
+class Settings(nn.Module):
+    """Its experts are wrapped, and K is in the settings that it was built from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.args = SimpleNamespace(n_expert_per_token=TOP_K)
+        self.gate = nn.Linear(HIDDEN, EXPERTS)
+        self.experts = Wrapper()
+        self.true = [0] * EXPERTS
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.gate(hidden).softmax(-1).topk(self.args.n_expert_per_token)
+        self.true = [n + int((ids == e).sum()) for e, n in enumerate(self.true)]
+        return hidden + self.experts(hidden, torch.zeros(len(hidden), EXPERTS).scatter(1, ids, weights))
+
+
+class Wrapper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN) for _ in range(EXPERTS))
+
+    def forward(self, hidden: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+        output = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts):
+            tokens = gates[:, number].nonzero().flatten()
+            output = output.index_add(0, tokens, expert(hidden[tokens]) * gates[tokens, number, None])
+        return output
+
+
+class Masked(nn.Module):
+    """Its experts leave out tokens by a mask whose name says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.top_k = TOP_K
+        self.gate = nn.Linear(HIDDEN, EXPERTS)
+        self.experts = MaskedStack(EXPERTS)
+        self.true = [0] * EXPERTS
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        weights, ids = self.gate(hidden).softmax(-1).topk(TOP_K)
+        mask = torch.arange(len(hidden)) % 3 == 0
+        self.true = [n + int((ids[~mask] == e).sum()) for e, n in enumerate(self.true)]
+        return hidden + self.experts(hidden, ids, weights, mask)
+
+
+class MaskedStack(StackedExperts):
+    def forward(  # type: ignore[override]
+        self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        output = torch.zeros_like(hidden)
+        output[~mask] = super().forward(hidden[~mask], expert_ids[~mask], weights[~mask])
+        return output
+
+
 class Returning(Moe):
     """Writes in place and returns nothing."""
 
@@ -164,10 +283,13 @@ def watched(path: Path, model: nn.Module, *, lengths: tuple[int, ...] = (30, 50,
     return counts(path)
 
 
+@pytest.mark.filterwarnings("ignore:.*tokens is 0 where calls do not show how many:UserWarning")
 @pytest.mark.parametrize(
-    "kind", [Moe, Dense, Shortcut, ByName, Dropping, Sorting, Balanced], ids=lambda kind: kind.__name__
+    "kind",
+    [Moe, Dense, Shortcut, ByName, Dropping, Sorting, Balanced, Slots, TwoLevels, Settings, Masked],
+    ids=lambda kind: kind.__name__,
 )
-def test_what_is_computed_is_counted(kind: Callable[[], Moe], tmp_path: Path) -> None:
+def test_what_is_computed_is_counted(kind: Callable[[], Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(kind(), kind())
     assert watched(tmp_path / "r", model) == [moe.true for moe in model]
@@ -306,8 +428,12 @@ def test_nothing_is_kept_alive_by_an_interrupted_call(tmp_path: Path) -> None:
         watch.step()
 
 
+#: One entry per call, as MegaBlocks keeps the losses of its layers.
+GATHERED: list[torch.Tensor] = []
+
+
 class Keeping(Dense):
-    """Keeps what a rerun would change: a tensor for a loss, a list, random numbers."""
+    """Keeps what a rerun would change: a tensor for a loss, lists, random numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -317,16 +443,18 @@ class Keeping(Dense):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         self.probs = self.gate(hidden).softmax(-1) * self.scale
         self.losses.append(random.random())
+        GATHERED.append(self.probs)
         return super().forward(hidden) + self.probs.square().mean()
 
 
 def test_a_rerun_leaves_no_trace(tmp_path: Path) -> None:
     model = nn.Sequential(Keeping())
     random.seed(1)
+    GATHERED.clear()
     with observatory.watch(model, tmp_path / "r") as watch:
         (model(torch.randn(20, HIDDEN)).sum() + model[0].probs.square().sum()).backward()
         watch.step()
-    assert model[0].passes == 1
+    assert model[0].passes == len(GATHERED) == 1
     random.seed(1)
     assert model[0].losses == [random.random()]
     assert counts(tmp_path / "r") == [model[0].true]

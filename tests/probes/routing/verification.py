@@ -46,7 +46,11 @@ def broken(site: RoutingSite, change: Break) -> RoutingSite:
         if mask is not None and len(mask) != len(ids):
             mask = None
         return RoutingDecision(
-            expert_ids=ids, token_mask=mask, tokens=len(ids), is_inferred=decision.is_inferred
+            expert_ids=ids,
+            token_mask=mask,
+            tokens=len(ids),
+            is_inferred=decision.is_inferred,
+            is_dispatch=decision.is_dispatch,
         )
 
     return replace(site, read=read)
