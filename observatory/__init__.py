@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from observatory.api.runs import Run, open_run
+    from observatory.api.training import TrainerCallback
     from observatory.api.watching import watch
     from observatory.errors import ObservatoryError
     from observatory.run import RunWriter
 
-__all__ = ["ObservatoryError", "Run", "RunWriter", "open_run", "watch"]
+__all__ = ["ObservatoryError", "Run", "RunWriter", "TrainerCallback", "open_run", "watch"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "ObservatoryError": "observatory.errors",
     "Run": "observatory.api.runs",
     "RunWriter": "observatory.run",
+    "TrainerCallback": "observatory.api.training",
     "open_run": "observatory.api.runs",
     "watch": "observatory.api.watching",
 }
@@ -33,10 +35,10 @@ def __getattr__(name: str) -> object:
     try:
         return getattr(importlib.import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
-        if error.name != "torch":
+        if error.name not in ("torch", "transformers"):
             raise
         raise ModuleNotFoundError(
-            f"observatory.{name} needs torch, which is not installed; "
+            f"observatory.{name} needs {error.name}, which is not installed; "
             "run: pip install 'moe-observatory[capture]'",
-            name="torch",
+            name=error.name,
         ) from error

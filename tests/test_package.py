@@ -20,7 +20,9 @@ def modules() -> Iterator[str]:
 
 
 def test_the_public_surface_is_this_list() -> None:
-    assert sorted(observatory.__all__) == ["ObservatoryError", "Run", "RunWriter", "open_run", "watch"]
+    assert sorted(observatory.__all__) == [
+        "ObservatoryError", "Run", "RunWriter", "TrainerCallback", "open_run", "watch",
+    ]  # fmt: skip
     for name in observatory.__all__:
         assert getattr(observatory, name) is not None
 

@@ -41,6 +41,7 @@ def watch(
     gate_mass: bool = False,
     sample_tokens: int = 0,
     verify: Verify = "first",
+    bias_steps: int = 8,
     window_steps: int = 1,
     flush_s: float = 10.0,
     exchanges: bool | None = None,
@@ -81,6 +82,7 @@ def watch(
             tokens at most. ``none``: only where what is read cannot show what is dispatched. The verdict of
             each layer stands in the manifest; a contradiction raises ``ModelError``, and nothing of that
             step is counted.
+        bias_steps: steps between two readings of the correction biases of routers; each waits for the device.
         window_steps: steps folded into one row, with the per-step extremes.
         flush_s: seconds after which captured rows are on disk.
         exchanges: also time every all-to-all of ``torch.distributed`` (docs/exchange.md). None: when it is
@@ -137,6 +139,7 @@ def watch(
                 sample_tokens=sample_tokens,
                 window_steps=window_steps,
                 verify=verify,
+                bias_steps=bias_steps,
                 adapters=tuple(adapters),
             ),
             exchange=ExchangeOptions(

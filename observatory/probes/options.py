@@ -54,13 +54,16 @@ class RoutingOptions(CountingOptions):
     Attributes:
         verify: which calls are held against what the experts compute.
         adapters: how to read layers that are not understood by themselves.
+        bias_steps: steps between two readings of the correction biases of routers; each waits for the device.
     """
 
     verify: Verify = "first"
+    bias_steps: int = 8
     adapters: tuple[Adapter, ...] = ()
 
     def __post_init__(self) -> None:
         CountingOptions.__post_init__(self)
+        check_least("bias_steps", self.bias_steps, 1)
         if self.verify not in get_args(Verify):
             raise CaptureError(f"verify is {self.verify!r}; expected one of {', '.join(get_args(Verify))}")
 

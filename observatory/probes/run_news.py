@@ -10,14 +10,18 @@ import contextlib
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from observatory.errors import CaptureError
+from observatory.host.ranks import RankOf
 from observatory.probes.store_alignment import default_store
 from observatory.run.files import one_line
 
 _FIRST_S, _LONGEST_S = 0.02, 0.5
+_PATIENCE = timedelta(minutes=1)
 _tries: Counter[str] = Counter()
 
 
@@ -29,6 +33,28 @@ def news_of(path: Path) -> RunNews | None:
     place = os.path.abspath(path)
     _tries[place] += 1
     return RunNews(store, path, tried=_tries[place])
+
+
+def agreed_by_ranks(where: RankOf, choose: Callable[[], Path]) -> Path:
+    """The place that rank 0 chooses; all ranks call it as often. Without a process group, each its own.
+
+    Raises:
+        CaptureError: rank 0 did not choose within a minute.
+    """
+    store = default_store() if where.world > 1 else None
+    if store is None:
+        return choose()
+    _tries["place"] += 1
+    key = f"observatory-place/{_tries['place']}"
+    try:
+        if where.rank == 0:
+            place = choose().absolute()
+            store.set(key, os.fspath(place))
+            return place
+        store.wait([key], _PATIENCE)
+        return Path(os.fsdecode(store.get(key)))
+    except RuntimeError as error:
+        raise CaptureError(f"rank 0 has not named a run directory: {one_line(error, 160)}") from error
 
 
 class RunNews:

@@ -77,7 +77,7 @@ class CaptureSession:
                     WatchedTimeBase(writer, store, options.where, timeout_s=timeout_s)
                 )
             self.routing = self._attach(RoutingPart(model, sites, writer, options.routing))
-            self._attach(RouterBias(model, self.routing, writer))
+            self._attach(RouterBias(model, self.routing, writer, options))
             anchors = Anchors()
             second = FlightRecorder() if exchanges and options.exchange.flight_recorder else None
             log = self._attach(ExchangeLog(writer, anchors, flush_s=options.flush_s, recorder=second))

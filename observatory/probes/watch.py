@@ -154,6 +154,16 @@ class Watch:
             raise
         self._switch(outer)
 
+    def state_phase(self, name: Phase | None) -> None:
+        """Everything counted from now on belongs to this phase; None: to the one that is derived.
+
+        Raises:
+            CaptureError: no such phase, the watch is not running, or it is called in a CUDA graph capture.
+        """
+        if name is not None:
+            check_phase(name)
+        self._switch(name)
+
     def step(self) -> None:
         """End a step: one forward pass, one training step, or one decode step.
 

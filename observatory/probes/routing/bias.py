@@ -1,7 +1,7 @@
 """The correction bias of routers, which balances loads without a loss (arXiv 2408.15664), as it moves.
 
 The bias is added to the scores for the choice of experts alone, and training moves it against the loads. It
-is read when the watch starts, after every ``EVERY_STEPS`` steps and when the watch ends; a row is written
+is read when the watch starts, after every ``bias_steps`` steps and when the watch ends; a row is written
 where the values differ from those of the row before. Reading waits for the device.
 
 Shapes: E experts, null experts included.
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from observatory.errors import ObservatoryError
+from observatory.probes.options import WatchOptions
 from observatory.probes.part import Boundary, Part
 from observatory.probes.routing.part import RoutingPart
 from observatory.probes.routing.rules import CORRECTION_BIASES
@@ -23,36 +24,44 @@ from observatory.probes.routing.sites import RoutingSite
 from observatory.run import RunWriter
 from observatory.run.tables import ROUTER_BIAS_SCHEMA
 
-#: Steps between two readings: the table stays small next to the loads, and a device is rarely waited for.
-EVERY_STEPS = 8
-
 
 class RouterBias(Part):
     """Keeps the correction biases of the layers that have one; does nothing where none has."""
 
-    def __init__(self, model: nn.Module, routing: RoutingPart, writer: RunWriter) -> None:
+    def __init__(
+        self, model: nn.Module, routing: RoutingPart, writer: RunWriter, options: WatchOptions
+    ) -> None:
         self._model = model
         self._routing = routing
         self._writer = writer
         #: by layer: its site, and the module that has the bias with the bias's name there
         self._holders: dict[int, tuple[RoutingSite, tuple[nn.Module, str] | None]] = {}
         self._kept: dict[int, NDArray[np.float64]] = {}
-        self._last_step = 0
+        self._every = options.routing.bias_steps
+        self._last_step = options.steps.at
+        self._was_paused = False
         self._unread: set[str] = set()
         self._error: str | None = None
 
     def attach(self) -> None:
         """Keep the values that the first step has."""
-        self._keep(0)
+        self._keep(self._last_step)
 
     def boundary(self, boundary: Boundary) -> None:
         """Keep what has changed, at the end of some steps and of the watch."""
+        if self._was_paused and not boundary.is_refused:
+            self._was_paused = False
+            self._keep(boundary.step)
         if boundary.is_refused or not boundary.ends_step:
             return
         if boundary.is_last:
             self._keep(max(boundary.step, self._last_step + 1))
-        elif (boundary.step + 1) % EVERY_STEPS == 0:
+        elif (boundary.step + 1) % self._every == 0:
             self._keep(boundary.step + 1)
+
+    def resume(self) -> None:
+        """The values may have moved meanwhile."""
+        self._was_paused = True
 
     def problem(self) -> str | None:
         """The first row that could not be kept; None when there was none."""

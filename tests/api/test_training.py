@@ -1,0 +1,175 @@
+"""transformers' own Trainer, watched by its callback: counts equal those of the experts' arguments."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+import observatory
+from observatory.errors import CaptureError
+
+EXPERTS, VOCABULARY, LENGTH = 4, 32, 6
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:")
+
+
+class Texts(Dataset[dict[str, torch.Tensor]]):
+    def __init__(self, texts: int) -> None:
+        self._ids = torch.randint(0, VOCABULARY, (texts, LENGTH), generator=torch.manual_seed(1))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._ids[index], "labels": self._ids[index]}
+
+
+def mixtral() -> Any:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+            num_attention_heads=1, num_key_value_heads=1, num_local_experts=EXPERTS,
+            num_experts_per_tok=2, output_router_logits=True, max_position_embeddings=16,
+        )
+    )  # fmt: skip
+
+
+class Counted:
+    """Expert ids that the experts were called with, by the Trainer's step, layer and mode."""
+
+    def __init__(self, model: Any) -> None:
+        self.step = 0
+        self.found: dict[tuple[int, str, int], Counter[int]] = {}
+        for layer, block in enumerate(model.model.layers):
+            block.mlp.experts.register_forward_pre_hook(lambda m, args, layer=layer: self.add(m, args, layer))
+
+    def add(self, experts: Any, args: tuple[torch.Tensor, ...], layer: int) -> None:
+        phase = "train_forward" if experts.training else "prefill"
+        key = (self.step, phase, layer)
+        self.found.setdefault(key, Counter()).update(args[1].flatten().tolist())
+
+
+def trainer(model: Any, folder: Path, callbacks: list[Any], *, steps: int = 4, **options: Any) -> Any:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Follow(TrainerCallback):
+        def on_step_end(self, *given: Any, **_: Any) -> None:
+            counted.step = given[1].global_step
+
+        on_train_begin = on_step_end
+
+    counted = Counted(model)
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        per_device_eval_batch_size=3, eval_strategy="steps", eval_steps=2, save_steps=2, report_to=[],
+        use_cpu=True, disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
+        save_only_model=False, **options,
+    )  # fmt: skip
+    made = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Texts(32),
+        eval_dataset=Texts(3),
+        callbacks=[*callbacks, Follow()],
+    )
+    made.counted = counted
+    return made
+
+
+def loads(path: Path) -> dict[tuple[int, str, int], Counter[int]]:
+    frame = observatory.open_run(path).expert_load()
+    found: dict[tuple[int, str, int], Counter[int]] = {}
+    for row in frame[frame.load > 0].itertuples():
+        found.setdefault((row.step, row.phase, row.layer), Counter())[row.expert] = row.load
+    return found
+
+
+@pytest.fixture(autouse=True)
+def transformers_is_quiet(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    yield
+    capfd.readouterr()
+
+
+def test_steps_are_optimiser_steps_evaluation_is_apart_and_a_resumed_training_goes_on(
+    tmp_path: Path,
+) -> None:
+    callback = observatory.TrainerCallback(out=tmp_path / "run")
+    first = trainer(mixtral(), tmp_path / "checkpoints", [callback])
+    first.train()
+    assert callback.run_path == tmp_path / "run"
+    assert loads(tmp_path / "run") == first.counted.found
+    run = observatory.open_run(tmp_path / "run")
+    assert run.problems == ()
+    assert [(rank.state, rank.steps) for rank in run.manifest.ranks] == [("complete", 5)]
+    tokens = run.routed_tokens().set_index(["step", "phase"])["tokens"].to_dict()
+    micro_batches, batch, evaluated = 2, 2, 3
+    of_step = {(step, "train_forward"): micro_batches * batch * LENGTH for step in range(4)}
+    assert tokens == of_step | {(step, "prefill"): evaluated * LENGTH for step in (2, 4)}
+
+    again = observatory.TrainerCallback(out=tmp_path / "run", every=2)
+    second = trainer(mixtral(), tmp_path / "checkpoints", [again], steps=7)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-2"))
+    assert again.run_path == tmp_path / "run-2"
+    captured = loads(tmp_path / "run-2")
+    wanted = {key: load for key, load in second.counted.found.items() if key[0] % 2 == 0}
+    assert captured == wanted
+    assert {step for step, phase, _ in captured if phase == "train_forward"} == {2, 4, 6}
+    resumed = observatory.open_run(tmp_path / "run-2")
+    assert resumed.manifest.config["trainer"] == {"first_step": 2}
+    assert "one in 2" in "".join(resumed.manifest.notes)
+
+
+def test_the_training_goes_on_where_nothing_can_be_captured(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    callback = observatory.TrainerCallback(out=tmp_path / "run")
+    training = trainer(mixtral(), tmp_path / "checkpoints", [callback], steps=1)
+    with pytest.warns(UserWarning, match="the training is not captured: .* is not a directory"):
+        assert training.train().global_step == 1
+
+
+def test_a_capture_that_fails_in_the_middle_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = observatory.TrainerCallback(out=tmp_path / "run")
+    training = trainer(mixtral(), tmp_path / "checkpoints", [callback], steps=3)
+    monkeypatch.setattr("observatory.probes.session.CaptureSession.check", refuse_capture)
+    with pytest.warns(UserWarning, match="the training is captured no further: no more"):
+        assert training.train().global_step == 3
+    (rank,) = observatory.open_run(tmp_path / "run").manifest.ranks
+    assert (rank.state, rank.error) == ("failed", "CaptureError: no more")
+
+
+def refuse_capture(*_: Any) -> None:
+    raise CaptureError("no more")
+
+
+def refuse(*_: Any) -> None:
+    raise RuntimeError("no more")
+
+
+def test_an_exception_in_the_training_is_stated_when_the_next_one_begins(tmp_path: Path) -> None:
+    callback = observatory.TrainerCallback(out=tmp_path / "run")
+    broken = trainer(mixtral(), tmp_path / "checkpoints", [callback])
+    broken.model.register_forward_hook(refuse)
+    with pytest.raises(RuntimeError, match="no more"):
+        broken.train()
+    with warnings.catch_warnings():
+        trainer(mixtral(), tmp_path / "others", [callback], steps=1).train()
+    (rank,) = observatory.open_run(tmp_path / "run").manifest.ranks
+    assert (rank.state, rank.error) == ("failed", "CaptureError: the training ended without saying so")
+    assert callback.run_path == tmp_path / "run-2"
+
+
+def test_options_that_do_not_fit_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(observatory.ObservatoryError, match="every is 0; expected 1 or more"):
+        observatory.TrainerCallback(out=tmp_path, every=0)
