@@ -9,13 +9,13 @@ from pathlib import Path
 from observatory.errors import ComparisonError, RunError
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, parse_json, read_at_most
 
-_DEEPEST = 4
+_DEEPEST = 5
 MOST_RUNS = 20_000
 _MOST_ENTRIES = 1_000_000
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Run directories at most four levels below, without following links, by name.
+    """Run directories at most five levels below, without following links, by name.
 
     Raises:
         ComparisonError: it cannot be read, or holds too much to be searched.

@@ -27,6 +27,7 @@ _COMMANDS = {
     "plan": "plan:plan",
     "history": "history:history",
     "check": "check:check",
+    "top": "top:top",
     "reduce": "reduce:reduce",
     "report": "report:report",
     "export": "export:export",
@@ -61,7 +62,7 @@ _GROUPS = {
     "clocks": "SM clocks: sweep them, fit the sweep, choose a clock.",
 }
 _SECTIONS = {
-    "Capture": ("quickstart", "profile", "run", "ctl", "grid"),
+    "Capture": ("quickstart", "profile", "run", "ctl", "top", "grid"),
     "Analysis": ("routing", "exchanges", "scan", "compare", "history", "check", "reduce", "report", "export"),
     "Decisions": ("place", "advise", "route-fetch", "plan"),
     "Network": ("bench", "replay", "fit"),

@@ -46,6 +46,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory plan config.json --target-tokens-per-s 20000 --context 4096 --output 512 "
         "--max-ms-per-token 50 --hardware h200-sxm --hardware h20",
     ),
+    "top": ("observatory top runs/a", "observatory top runs --once"),
     "check": (
         "observatory check runs/a --rules rules.toml",
         "observatory check runs/a --rules rules.toml --json",

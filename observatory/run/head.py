@@ -143,8 +143,13 @@ def shard_ranks(path: Path) -> list[int]:
     return sorted({rank for table in TABLES for rank in list_rank_folders(path, table)[0]})
 
 
-def list_parts(head: RunHead, ranks: Iterable[int]) -> FoundParts:
+def list_parts(head: RunHead, ranks: Iterable[int], *, newest: int | None = None) -> FoundParts:
     """Parts of these ranks; their footers are read.
+
+    Args:
+        head: of the run.
+        ranks: the ranks.
+        newest: parts of each table and rank, counted from the newest; None: all.
 
     Raises:
         RunFormatError: a part has wrong columns.
@@ -159,7 +164,7 @@ def list_parts(head: RunHead, ranks: Iterable[int]) -> FoundParts:
         stated: list[str] = []
         damaged: list[str] = []
         for rank in sorted(chosen.intersection(head.ranks_of[table])):
-            found, problems, unreadable = list_rank_parts(head.path, table, rank)
+            found, problems, unreadable = list_rank_parts(head.path, table, rank, newest=newest)
             of_table += found
             stated += problems
             damaged += unreadable

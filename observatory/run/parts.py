@@ -131,8 +131,14 @@ def list_rank_folders(root: Path, table: str) -> tuple[list[int], list[str]]:
     return sorted(ranks), problems
 
 
-def list_rank_parts(root: Path, table: str, rank: int) -> tuple[list[Part], list[str], list[str]]:
-    """Readable parts of a rank in a table by number, problems, and those of unreadable parts."""
+def list_rank_parts(
+    root: Path, table: str, rank: int, *, newest: int | None = None
+) -> tuple[list[Part], list[str], list[str]]:
+    """Readable parts of a rank in a table by number, problems, and those of unreadable parts.
+
+    Of ``newest`` parts, where that is given, the footers are read, and no problems are looked for among the
+    others.
+    """
     parts: list[Part] = []
     rank_name = rank_folder(rank)
     folder = root / table / rank_name
@@ -140,6 +146,10 @@ def list_rank_parts(root: Path, table: str, rank: int) -> tuple[list[Part], list
     problems = [f"{table}/{rank_name}/{text} was passed over" for text in passed_over]
     unreadable: list[str] = []
     expected = 0
+    if newest is not None:
+        numbers = {number: name for name in files if (number := part_number(name)) is not None}
+        kept = sorted(numbers)[-newest:]
+        files, expected = [numbers[number] for number in kept], kept[0] if kept else 0
     for file_name in files:
         name = f"{table}/{rank_name}/{one_line(file_name, 80)}"
         number = part_number(file_name)

@@ -6,6 +6,7 @@ rows that cannot be true (negative loads, another rank's rows) are errors.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -96,6 +97,22 @@ class Run:
         return cls._of(head, found, [*head.layers.contradictions.values(), *gaps, *head.problems])
 
     @classmethod
+    def open_tail(cls, path: str | os.PathLike[str], *, parts: int) -> Self:
+        """Open the newest parts of each rank and table of a run, as of one that is being written.
+
+        Its problems are those of these parts: what the rest of the run lacks is not looked for.
+
+        Args:
+            path: the directory.
+            parts: of each table and rank.
+
+        Raises:
+            RunError, RunFormatError: as of `open`.
+        """
+        head = read_head(Path(path))
+        return cls._of(head, list_parts(head, head.shards, newest=parts), [])
+
+    @classmethod
     def open_shard(cls, head: RunHead, rank: int) -> Self:
         """Open what one rank left: footers of its own parts are read, nothing else.
 
@@ -150,6 +167,14 @@ class Run:
     def has_parts(self, table: str) -> bool:
         """Whether there are readable parts of a table."""
         return bool(self._parts_of(table))
+
+    def written_unix_s(self, rank: int) -> float | None:
+        """When the newest of a rank's parts was written, by the file system; None without one."""
+        times = []
+        for part in (part for parts in self._parts.values() for part in parts if part.rank == rank):
+            with contextlib.suppress(OSError):  # the writer may have replaced it
+                times.append(part.path.stat().st_mtime)
+        return max(times, default=None)
 
     def row_count(self, table: str) -> int:
         """Rows of a table according to its footers."""
