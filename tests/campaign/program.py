@@ -36,7 +36,8 @@ class Moe(nn.Module):
 class Stack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Moe(layer) for layer in range(2))
+        self.layers = nn.ModuleList([Moe(0)])
+        self.layers.append(Moe(1))
 
     def forward(self, inputs_embeds: torch.Tensor, past_key_values: object = None) -> torch.Tensor:
         assert past_key_values is None

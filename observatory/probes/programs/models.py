@@ -1,14 +1,16 @@
 """Which modules of a program are models with MoE layers, and when one is called for the first time.
 
-A module is seen as its parent takes it: if it looks like a part of an MoE layer, its parent gets a hook in
-front of its first forward, and the module loses it. So the hook rises to the outermost module, wrappers such
-as DDP and compiled modules included, and no forward of a program without such modules has any.
+A module is seen as its parent takes it: if it looks like a part of an MoE layer, the outermost module around
+its parent gets a hook in front of its first forward, and the module loses it. So the hook rises to the
+outermost module, wrappers such as DDP and compiled modules included, whether lists of layers are filled
+before or after the model takes them, and no forward of a program without such modules has any.
 """
 
 from __future__ import annotations
 
 import atexit
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -16,6 +18,8 @@ from torch.nn.modules.module import register_module_module_registration_hook
 #: In the names of classes and of children of what may be an MoE layer.
 _SIGNS = ("moe", "expert", "router")
 _GATE = "gate"
+#: The module that took a module last.
+_parents: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
 
 
 def begin() -> None:
@@ -26,12 +30,32 @@ def begin() -> None:
 
 def _registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     try:
-        if child is None or not (_lower(child) or _is_sign(name) or _looks_like_moe(child)):
+        if child is None:
             return
-        if first_forward not in parent._forward_pre_hooks.values():
-            parent.register_forward_pre_hook(first_forward, with_kwargs=True)
+        _parents[child] = ref(parent)
+        if not (_lower(child) or _is_sign(name) or _looks_like_moe(child)):
+            return
+        outermost = _outermost(parent)
+        if first_forward not in outermost._forward_pre_hooks.values():
+            outermost.register_forward_pre_hook(first_forward, with_kwargs=True)
     except Exception:  # a module without nn.Module.__init__, say: the program meets its own error
         return
+
+
+def _outermost(module: nn.Module) -> nn.Module:
+    """The module around a module that no other one holds."""
+    passed = {id(module)}
+    while (outer := _parent(module)) is not None and id(outer) not in passed:
+        passed.add(id(outer))
+        module = outer
+    return module
+
+
+def _parent(module: nn.Module) -> nn.Module | None:
+    """The module that took a module last, if it still holds it."""
+    parent = _parents[module]() if module in _parents else None
+    holds = parent is not None and any(child is module for child in parent._modules.values())
+    return parent if holds else None
 
 
 def _lower(module: nn.Module) -> bool:
