@@ -42,7 +42,7 @@ class TrainerCallback(transformers.TrainerCallback):
     A step is an optimiser step with all its micro-batches, under the Trainer's own number (``global_step``),
     also after a training was resumed. Evaluation is kept apart by its phase: ``prefill``, and what its cache
     shows where it generates, never ``train_forward``. Its rows have the number of the step that comes next.
-    Correction biases of routers are read at every step.
+    Correction biases of routers and the auxiliary loss that the model states are kept for every step.
 
     A failure of the capture is a warning, and the training goes on without it. ``observatory ctl`` works on
     the run while it is written.

@@ -16,6 +16,7 @@ from observatory.probes.exchange.probe import ExchangeProbe
 from observatory.probes.options import WatchOptions
 from observatory.probes.part import Boundary, Part
 from observatory.probes.power.watched import WatchedPower
+from observatory.probes.routing.auxiliary_loss import AuxiliaryLoss
 from observatory.probes.routing.bias import RouterBias
 from observatory.probes.routing.part import RoutingPart
 from observatory.probes.routing.sites import RoutingSite
@@ -78,6 +79,7 @@ class CaptureSession:
                 )
             self.routing = self._attach(RoutingPart(model, sites, writer, options.routing))
             self._attach(RouterBias(model, self.routing, writer, options))
+            self._attach(AuxiliaryLoss(model, self.routing, writer))
             anchors = Anchors()
             second = FlightRecorder() if exchanges and options.exchange.flight_recorder else None
             log = self._attach(ExchangeLog(writer, anchors, flush_s=options.flush_s, recorder=second))

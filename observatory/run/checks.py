@@ -10,6 +10,7 @@ from observatory.run.files import one_line
 from observatory.run.manifest import PHASES
 from observatory.run.rows import MAX_EXPERTS, experts_of, routing_columns
 from observatory.run.tables import (
+    AUXILIARY_LOSS_SCHEMA,
     EXCHANGE_SCHEMA,
     POWER_SCHEMA,
     ROUTER_BIAS_SCHEMA,
@@ -25,13 +26,15 @@ FIXED_SCHEMAS: dict[str, pa.Schema] = {
     "power": POWER_SCHEMA,
     "tokens": TOKENS_SCHEMA,
     "router_bias": ROUTER_BIAS_SCHEMA,
+    "auxiliary_loss": AUXILIARY_LOSS_SCHEMA,
 }
 
 #: Times to 73 years, so that the sum of two fits 64 bits; steps that a double holds exactly; bytes of
 #: 4,096 ranks add up to 64 bits.
 _TIME, _COUNT, _BYTES = (-(1 << 61), 1 << 61), (0, 1 << 53), (0, 1 << 50)
 _RANGES = {
-    "step": _COUNT, "sequence": _COUNT, "position": _COUNT, "layer": (0, (1 << 31) - 1),
+    "step": _COUNT, "sequence": _COUNT, "position": _COUNT,
+    "layer": (0, (1 << 31) - 1), "calls": (1, (1 << 31) - 1),
     "backend_sequence": (-1, (1 << 63) - 1),
     "start_ns": _TIME, "end_ns": _TIME, "time_ns": _TIME, "recorder_start_ns": _TIME,
     "recorder_duration_ns": _TIME, "power_cap_ns": _TIME, "thermal_ns": _TIME, "read_ns": _TIME,
@@ -168,7 +171,13 @@ def check_rows(table: str, rows: pa.Table, *, rank: int, where: str) -> None:
         and rows.num_rows
     ):
         raise RunFormatError(f"{where}: holds an unknown phase", expected=f"one of {', '.join(PHASES)}")
-    if table == "tokens" and rows.num_rows:
+    if rows.num_rows:
+        _check_values(table, rows, where)
+
+
+def _check_values(table: str, rows: pa.Table, where: str) -> None:
+    """Values of one table alone; there are rows."""
+    if table == "tokens":
         ids = pc.list_flatten(rows.column("expert_ids"))
         lowest, highest = pc.min(ids).as_py(), pc.max(ids).as_py()
         if ids.null_count or (lowest is not None and not 0 <= lowest <= highest < MAX_EXPERTS):
@@ -176,7 +185,7 @@ def check_rows(table: str, rows: pa.Table, *, rank: int, where: str) -> None:
                 f"{where}: expert ids range from {lowest} to {highest}",
                 expected=f"0 to {MAX_EXPERTS - 1}, with padding and masked tokens left out",
             )
-    if table == "router_bias" and rows.num_rows:
+    if table == "router_bias":
         lengths = pc.min_max(pc.list_value_length(rows.column("bias"))).as_py()
         values = pc.list_flatten(rows.column("bias"))
         if not 1 <= lengths["min"] <= lengths["max"] <= MAX_EXPERTS:
@@ -186,3 +195,6 @@ def check_rows(table: str, rows: pa.Table, *, rank: int, where: str) -> None:
             )
         if values.null_count or not pc.all(pc.is_finite(values)).as_py():
             raise LoadError(f"{where}: column bias holds nulls, NaN or infinity", expected="finite numbers")
+    is_stated = table == "auxiliary_loss" and "value" in rows.column_names
+    if is_stated and pc.all(pc.is_finite(rows.column("value"))).as_py() is False:
+        raise LoadError(f"{where}: column value holds NaN or infinity", expected="finite numbers or nulls")

@@ -369,6 +369,10 @@ class Run:
         """
         return self._frame("router_bias")
 
+    def auxiliary_losses(self) -> pd.DataFrame:
+        """Auxiliary losses of the model: step, phase, source_rank, ``value`` (mean over ``calls`` of it)."""
+        return self._frame("auxiliary_loss")
+
     def iter_rows(self, table: str) -> Iterator[pa.Table]:
         """Stream a table's checked rows with all columns, unknown ones included, a row group at a time.
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import pyarrow as pa
 
 #: Tables of a run, as folder names.
-TABLES: tuple[str, ...] = ("routing", "exchange", "spans", "power", "tokens", "router_bias")
+TABLES: tuple[str, ...] = (
+    "routing", "exchange", "spans", "power", "tokens", "router_bias", "auxiliary_loss",
+)  # fmt: skip
 
 
 def routing_schema(experts: int, *, gate_mass: bool = False) -> pa.Schema:
@@ -125,5 +127,17 @@ ROUTER_BIAS_SCHEMA = pa.schema(
         pa.field("layer", pa.int32(), nullable=False),
         pa.field("source_rank", pa.int32(), nullable=False),
         pa.field("bias", pa.list_(pa.float64()), nullable=False),
+    ]
+)
+
+#: Auxiliary losses as the model states them: the mean over its calls of one step and phase on one rank; null
+#: where it is not finite.
+AUXILIARY_LOSS_SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int64(), nullable=False),
+        pa.field("phase", pa.string(), nullable=False),
+        pa.field("source_rank", pa.int32(), nullable=False),
+        pa.field("value", pa.float64()),
+        pa.field("calls", pa.int32(), nullable=False),
     ]
 )

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 import observatory
 from observatory.errors import CaptureError
+from tests.probes.routing.test_router_bias import biases, deepseek
 
 EXPERTS, VOCABULARY, LENGTH = 4, 32, 6
 
@@ -49,14 +50,25 @@ class Counted:
 
     def __init__(self, model: Any) -> None:
         self.step = 0
+        self.losses: dict[tuple[int, str], list[float]] = {}
         self.found: dict[tuple[int, str, int], Counter[int]] = {}
+        if model.config.model_type != "mixtral":
+            return
+        model.register_forward_hook(self.add_loss)
         for layer, block in enumerate(model.model.layers):
             block.mlp.experts.register_forward_pre_hook(lambda m, args, layer=layer: self.add(m, args, layer))
 
     def add(self, experts: Any, args: tuple[torch.Tensor, ...], layer: int) -> None:
-        phase = "train_forward" if experts.training else "prefill"
+        phase = phase_of(experts)
         key = (self.step, phase, layer)
         self.found.setdefault(key, Counter()).update(args[1].flatten().tolist())
+
+    def add_loss(self, model: Any, _args: Any, output: Any) -> None:
+        self.losses.setdefault((self.step, phase_of(model)), []).append(output.aux_loss.item())
+
+
+def phase_of(module: Any) -> str:
+    return "train_forward" if module.training else "prefill"
 
 
 def trainer(model: Any, folder: Path, callbacks: list[Any], *, steps: int = 4, **options: Any) -> Any:
@@ -111,6 +123,10 @@ def test_steps_are_optimiser_steps_evaluation_is_apart_and_a_resumed_training_go
     run = observatory.open_run(tmp_path / "run")
     assert run.problems == ()
     assert [(rank.state, rank.steps) for rank in run.manifest.ranks] == [("complete", 5)]
+    losses = run.auxiliary_losses().set_index(["step", "phase"])
+    means = {key: sum(values) / len(values) for key, values in first.counted.losses.items()}
+    assert losses["value"].to_dict() == pytest.approx(means, rel=1e-6)
+    assert losses["calls"].to_dict() == {key: len(values) for key, values in first.counted.losses.items()}
     tokens = run.routed_tokens().set_index(["step", "phase"])["tokens"].to_dict()
     micro_batches, batch, evaluated = 2, 2, 3
     of_step = {(step, "train_forward"): micro_batches * batch * LENGTH for step in range(4)}
@@ -173,3 +189,23 @@ def test_an_exception_in_the_training_is_stated_when_the_next_one_begins(tmp_pat
 def test_options_that_do_not_fit_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(observatory.ObservatoryError, match="every is 0; expected 1 or more"):
         observatory.TrainerCallback(out=tmp_path, every=0)
+
+
+def test_the_bias_of_routers_is_read_at_every_step(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    class Balance(TrainerCallback):
+        """Moves the bias as training without an auxiliary loss does; before the capture reads it."""
+
+        def on_step_end(self, *given: Any, **_: Any) -> None:
+            for layer in (1, 2):
+                bias = biases(model)[layer]
+                bias += given[1].global_step * layer
+                moved[given[1].global_step, layer] = bias.tolist()
+
+    model, moved = deepseek(), dict[tuple[int, int], list[float]]()
+    moved |= {(0, layer): bias.tolist() for layer, bias in biases(model).items()}
+    training = trainer(model, tmp_path / "c", [Balance(), observatory.TrainerCallback(out=tmp_path / "run")])
+    training.train()
+    frame = observatory.open_run(tmp_path / "run").router_biases()
+    assert {(row.step, row.layer): list(row.bias) for row in frame.itertuples()} == moved

@@ -14,6 +14,7 @@ from observatory.devices.replay import ReplayDevice
 from observatory.errors import DeviceError, RunFormatError
 from observatory.run import RunWriter, open_run
 from observatory.run.tables import (
+    AUXILIARY_LOSS_SCHEMA,
     EXCHANGE_SCHEMA,
     POWER_SCHEMA,
     ROUTER_BIAS_SCHEMA,
@@ -26,7 +27,7 @@ from tests.run.parquet_bombs import Column, parquet_file, table_columns
 
 SCHEMAS = {
     "exchange": EXCHANGE_SCHEMA, "spans": SPAN_SCHEMA, "power": POWER_SCHEMA, "tokens": TOKENS_SCHEMA,
-    "router_bias": ROUTER_BIAS_SCHEMA,
+    "router_bias": ROUTER_BIAS_SCHEMA, "auxiliary_loss": AUXILIARY_LOSS_SCHEMA,
 }  # fmt: skip
 
 _READER = """
@@ -41,7 +42,7 @@ try:
     for _ in run.iter_loads():
         pass
     run.routed_tokens()
-    frames = [run.exchanges(), run.spans(), run.power(), run.token_samples()]
+    frames = [run.exchanges(), run.spans(), run.power(), run.token_samples(), run.auxiliary_losses()]
     said = "; ".join(run.problems) or said
 except ObservatoryError as error:
     said = str(error)

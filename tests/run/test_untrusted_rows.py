@@ -13,7 +13,7 @@ import pytest
 
 from observatory.errors import LoadError, ObservatoryError, RunFormatError
 from observatory.run import RunWriter, open_run, routing_rows
-from observatory.run.tables import ROUTER_BIAS_SCHEMA
+from observatory.run.tables import AUXILIARY_LOSS_SCHEMA, ROUTER_BIAS_SCHEMA
 from tests.run.conftest import WriteRun, manifest_of, one_step
 
 Change = Callable[[dict[str, Any]], None]
@@ -176,6 +176,29 @@ def test_router_biases_that_no_router_can_have_are_refused(
     pq.write_table(rows, tmp_path / "run/router_bias/rank-00000/part-000000.parquet")
     with pytest.raises(ObservatoryError, match=problem):
         open_run(tmp_path / "run").router_biases()
+
+
+@pytest.mark.parametrize(
+    ("value", "calls", "problem"),
+    [
+        (float("nan"), 1, "column value holds NaN or infinity"),
+        (float("inf"), 1, "column value holds NaN or infinity"),
+        (0.5, 0, "column calls holds 0; expected 1 to"),
+    ],
+)
+def test_auxiliary_losses_that_no_model_states_are_refused(
+    tmp_path: Path, value: float, calls: int, problem: str
+) -> None:
+    rows = pa.table([[0], ["train_forward"], [0], [value], [calls]], schema=AUXILIARY_LOSS_SCHEMA)
+    with (
+        RunWriter.create(tmp_path / "run", manifest_of()) as writer,
+        pytest.raises(ObservatoryError, match=problem),
+    ):
+        writer.append("auxiliary_loss", rows)
+    (tmp_path / "run/auxiliary_loss/rank-00000").mkdir(parents=True)
+    pq.write_table(rows, tmp_path / "run/auxiliary_loss/rank-00000/part-000000.parquet")
+    with pytest.raises(ObservatoryError, match=problem):
+        open_run(tmp_path / "run").auxiliary_losses()
 
 
 def test_built_rows_do_not_share_memory_with_reused_buffers() -> None:
