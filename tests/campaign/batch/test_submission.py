@@ -213,6 +213,17 @@ def test_a_signal_reaches_the_ranks_and_the_point_can_be_run_again(login: Login)
     assert "1 of 1 points submitted" in login.submit(commands("one", script=trap_gate(login)))
 
 
+def test_what_a_signal_ended_is_no_result_even_with_exit_code_0(login: Login) -> None:
+    text = commands("one", script=trap_gate(login).replace("exit 9", "exit 0"))
+    login.submit(text)
+    process = login.slurm.start("101_0")
+    until(login.folder / "runs")
+    process.terminate()
+    assert login.slurm.end("101_0", process)[0] == 75
+    assert (login.point("one") / "try-1" / "ended").read_text() == "terminated 0\n"
+    assert "1 of 1 points submitted" in login.submit(text)
+
+
 def test_what_resumes_is_requeued_as_often_as_the_site_allows(login: Login) -> None:
     login.site("[batch]\nrestarts = 1\n")
     login.slurm.program("scontrol", f"#!/bin/sh\necho $* >> {login.folder}/requeued\n")

@@ -124,8 +124,10 @@ while [ -n "$stop" ] && kill -0 "$step" 2>/dev/null; do
   wait "$step"
   code=$?
 done
+# What ends after a signal is no result, whatever its exit code: srun has 0 for a step that it gave up.
+interrupted=$stop
 
-if [ "$code" -eq 0 ]; then
+if [ "$code" -eq 0 ] && [ -z "$interrupted" ]; then
   end done 0
 elif [ -n "$stop" ]; then
   end "$stop" "$code"

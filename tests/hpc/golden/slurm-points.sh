@@ -137,11 +137,13 @@ while [ -n "$stop" ] && kill -0 "$step" 2>/dev/null; do
   wait "$step"
   code=$?
 done
+# What ends after a signal is no result, whatever its exit code: srun has 0 for a step that it gave up.
+interrupted=$stop
 srun --nodes=2 --ntasks=2 --ntasks-per-node=1 bash -uc \
   'scratch="$TMPDIR"/observatory-$1; cp -R "$scratch/." "$2/" && rm -r "$scratch"' \
   - "$job.$restarted" "$attempt/out" || { say "what was captured cannot be copied back"; [ "$code" -ne 0 ] || code=1; }
 
-if [ "$code" -eq 0 ]; then
+if [ "$code" -eq 0 ] && [ -z "$interrupted" ]; then
   end done 0
 elif [ -n "$stop" ]; then
   end "$stop" "$code"
