@@ -123,3 +123,15 @@ def is_complete(run: Path) -> bool:
         return read_manifest(run).state == "complete"
     except RunError:
         return False
+
+
+def is_whole(run: Path) -> bool:
+    """Whether all that a complete run of a profile captured is still there; footers of all parts are read."""
+    from observatory.run.head import list_parts, read_head
+
+    try:
+        head = read_head(run)
+        ranks = range(head.manifest.topology.ranks)
+        return head.ranks_of["routing"] == tuple(ranks) and not list_parts(head, head.shards).unreadable
+    except RunError:
+        return False

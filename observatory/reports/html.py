@@ -78,6 +78,7 @@ def write_report(
     clocks: Sequence[str | os.PathLike[str]] = (),
     route_fetch: Sequence[str | os.PathLike[str]] = (),
     plans: Sequence[str | os.PathLike[str]] = (),
+    missing: Sequence[tuple[str, str]] = (),
     max_slowdown: float = 0.02,
     form: Form = "html",
     overwrite: bool = False,
@@ -97,6 +98,7 @@ def write_report(
         clocks: clock sweeps, or clock models of ``observatory clocks fit``.
         route_fetch: measurements of ``observatory bench route-fetch``.
         plans: what ``observatory plan --out`` wrote.
+        missing: what should be among ``runs`` and is not, each with the reason in words.
         max_slowdown: how much longer an iteration may take at a recommended clock, as a share.
         form: a page; Markdown, without figures; or the documents that a page holds.
         overwrite: replace an existing file.
@@ -117,7 +119,7 @@ def write_report(
     measured = collect_route_fetch(route_fetch)
     planned = collect_plans(plans)
     frames = collect(opened, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, files=files, clocks=given)
-    frames = replace(frames, route_fetch=measured, plans=planned)
+    frames = replace(frames, route_fetch=measured, plans=planned, missing=tuple(missing))
     page = render(
         frames, title=title, ep_degrees=ep_degrees, gpus_per_node=gpus_per_node, out=target, form=form
     )

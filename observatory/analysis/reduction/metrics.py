@@ -171,6 +171,8 @@ def reduced_rows(head: RunHead, partial: Partial, energy: Energy) -> list[Reduce
         )
         for code in sorted(codes)
     ]
+    if not rows:
+        common["problems"] = (*common["problems"], "it holds neither routing rows nor steps")
     return rows or [ReducedRow(**common)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 from observatory.campaign.batch.folder import CampaignFolder, PointStatus
 from observatory.campaign.batch.state import CampaignState, PointState, active_jobs, campaign_state
 from observatory.campaign.batch.summary import condition_rows
+from observatory.campaign.batch.words import gap_sentence
 from observatory.campaign.reduction import reduce_runs
 from observatory.errors import BatchError, ObservatoryError
+from observatory.run import Run, open_run
 from observatory.run.documents.printed import printed_document
 from observatory.run.documents.writing import write_json, write_text
 
@@ -42,7 +45,8 @@ def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
         report: report to write, in the place of an earlier one; None for none.
 
     Raises:
-        BatchError: the directory holds no campaign, or no point is done and none has captured anything.
+        BatchError: the directory holds no campaign.
+        RunError: the report cannot be written; the summary is.
     """
     from observatory.reports import write_report
 
@@ -60,19 +64,30 @@ def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
         except ObservatoryError as error:
             notes.append(f"the network cannot be fitted: {error.what}")
     runs = state.runs
+    about = {each.point.name: each.point.about for each in state.points}
     rows_of = {name: reduce_runs([run]) for name, run in runs.items()}
+    for name, rows in rows_of.items():
+        notes += [f"{about[name]}: {problem}" for problem in rows[0].problems]
     conditions = condition_rows([each.point for each in state.points], rows_of)
-    written = None
-    if report is not None and runs:
-        written = write_report(
-            [*runs.values()],
-            report,
-            title=f"Campaign {state.saved.name}",
-            gpus_per_node=state.saved.site.node.tasks,
-            bench=benches,
-            networks=[] if network is None else [network],
-            overwrite=True,
-        )
+    opened, unreadable = _opened(runs)
+    missing = [(about[name], f"it cannot be read: {why}") for name, why in unreadable.items()]
+    missing += [(each["about"], gap_sentence(each)) for each in _gaps(state)]
+    written, failure = None, None
+    if report is not None and opened:
+        try:
+            written = write_report(
+                opened,
+                report,
+                title=f"Campaign {state.saved.name}",
+                gpus_per_node=state.saved.site.node.tasks,
+                bench=benches,
+                networks=[] if network is None else [network],
+                missing=missing,
+                overwrite=True,
+            )
+        except ObservatoryError as error:
+            failure = error
+            notes.append(f"the report could not be written: {error.what}")
     elif report is not None:
         notes.append("no profile is finished, so there is no report yet")
     collected = Collected(
@@ -83,7 +98,20 @@ def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
         conditions=tuple(conditions),
     )
     write_json(folder.path / "summary.json", collection_document(collected))
+    if failure is not None:
+        raise failure
     return collected
+
+
+def _opened(runs: Mapping[str, Path]) -> tuple[list[Run], dict[str, str]]:
+    """The runs that can be opened; why not, of the others, by point."""
+    opened, unreadable = [], {}
+    for name, path in runs.items():
+        try:
+            opened.append(open_run(path))
+        except ObservatoryError as error:
+            unreadable[name] = error.what
+    return opened, unreadable
 
 
 def collection_document(collected: Collected) -> dict[str, Any]:
@@ -99,12 +127,15 @@ def collection_document(collected: Collected) -> dict[str, Any]:
             "network": None if collected.network is None else collected.network.name,
             "report": None if collected.report is None else str(collected.report),
             "conditions": list(collected.conditions),
-            "gaps": [
-                _gap(each, state.folder.path) for each in state.points if each.status is not PointStatus.DONE
-            ],
+            "gaps": _gaps(state),
             "notes": list(collected.notes),
         },
     )
+
+
+def _gaps(state: CampaignState) -> list[dict[str, Any]]:
+    """What is missing, in the order of the points."""
+    return [_gap(each, state.folder.path) for each in state.points if each.status is not PointStatus.DONE]
 
 
 def _gap(each: PointState, folder: Path) -> dict[str, Any]:

@@ -25,10 +25,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from observatory.campaign.batch.campaign_file import CampaignFile, Point
-from observatory.campaign.run_folders import is_complete
-from observatory.errors import BatchError
+from observatory.campaign.run_folders import is_complete, is_whole
+from observatory.errors import BatchError, BenchmarkError
 from observatory.hpc.site import Site
 from observatory.run.bounded import MAX_DOCUMENT_BYTES, first_problem, parse_json, read_at_most
+from observatory.run.documents.bench import load_bench
 from observatory.run.documents.printed import printed_document
 from observatory.run.documents.writing import write_json
 
@@ -157,7 +158,7 @@ class CampaignFolder:
         try:
             content = read_at_most(path, MAX_DOCUMENT_BYTES)
             return SavedCampaign.model_validate(parse_json(content or b""))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise BatchError(
                 f"{self.path} holds no campaign",
                 expected="a directory that `observatory submit` made",
@@ -224,11 +225,29 @@ class CampaignFolder:
         return [line[:500] for line in lines if line and _EXIT_OF_RANK.match(line) is None][-count:]
 
 
-def result_status(point: Point, attempt: Attempt) -> PointStatus:
-    """Whether the result of a point is one: of a profile, its run was closed in order."""
-    if point.kind == "profile" and not is_complete(attempt.out / "run"):
-        return PointStatus.DAMAGED
-    return PointStatus.DONE
+def result_status(point: Point, attempt: Attempt, *, is_thorough: bool) -> PointStatus:
+    """Whether the result of a point is one.
+
+    Args:
+        point: the point.
+        attempt: the one that succeeded.
+        is_thorough: whether to look into the tables of its run, not only for whether it was closed in order.
+    """
+    run = attempt.out / "run"
+    is_valid = attempt.out.is_dir()
+    if point.kind == "profile":
+        is_valid = is_complete(run) and not (is_thorough and not is_whole(run))
+    elif point.kind == "fabric":
+        is_valid = _is_benchmark(attempt.out / "bench.json")
+    return PointStatus.DONE if is_valid else PointStatus.DAMAGED
+
+
+def _is_benchmark(path: Path) -> bool:
+    try:
+        load_bench(path)
+    except BenchmarkError:
+        return False
+    return True
 
 
 def _attempt(folder: Path, number: int | None) -> Attempt:

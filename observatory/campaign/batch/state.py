@@ -129,9 +129,17 @@ def campaign_state(folder: CampaignFolder) -> CampaignState:
 
 
 def points_state(
-    folder: CampaignFolder, site: Site, campaign: CampaignFile, points: Sequence[Point]
+    folder: CampaignFolder,
+    site: Site,
+    campaign: CampaignFile,
+    points: Sequence[Point],
+    *,
+    is_thorough: bool = False,
 ) -> tuple[tuple[SubmittedJob, ...], QueueAnswer, tuple[PointState, ...]]:
-    """The submitted jobs, the scheduler's answer about them, and where these points stand."""
+    """The submitted jobs, the scheduler's answer about them, and where these points stand.
+
+    ``is_thorough``: whether to look into the tables of finished runs.
+    """
     jobs = tuple(folder.jobs())
     # Read before the question: a job that ends in between is then found in the folders next time.
     attempts = {point.name: folder.attempts(point.name) for point in points}
@@ -148,7 +156,14 @@ def points_state(
     # Where no scheduler is asked, an attempt that is older than its wall time has ended.
     gone_before = None if is_asked else time.time() - seconds(campaign.time or site.batch.time) - _END_S
     states = [
-        _state(point, attempts[point.name], elements.get(point.name, []), queue, gone_before)
+        _state(
+            point,
+            attempts[point.name],
+            elements.get(point.name, []),
+            queue,
+            gone_before,
+            is_thorough=is_thorough,
+        )
         for point in points
     ]
     return jobs, queue, tuple(states)
@@ -165,6 +180,8 @@ def _state(
     elements: Sequence[str],
     queue: QueueAnswer,
     gone_before_unix_s: float | None,
+    *,
+    is_thorough: bool,
 ) -> PointState:
     """Where a point stands.
 
@@ -174,6 +191,7 @@ def _state(
         elements: jobs that were submitted for it, the latest last.
         queue: what the scheduler reports.
         gone_before_unix_s: attempts that began earlier have ended; None where the scheduler is asked.
+        is_thorough: whether to look into the tables of a finished run.
     """
 
     def state(status: PointStatus, job: str | None) -> PointState:
@@ -182,7 +200,7 @@ def _state(
 
     last = attempts[-1] if attempts else None
     if last is not None and last.number is None:
-        return state(result_status(point, last), last.job)
+        return state(result_status(point, last, is_thorough=is_thorough), last.job)
     active = [name for name in elements if name in queue.states and queue.states[name].active]
     if last is not None and last.ended is None:
         known = None if last.job is None else queue.states.get(last.job)

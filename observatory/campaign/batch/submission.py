@@ -109,7 +109,7 @@ def plan_submission(
     name = campaign.name or slug(name)
     points = campaign_points(campaign)
     before = _names_before(folder)
-    jobs_before, queue, states = points_state(folder, site, campaign, points)
+    jobs_before, queue, states = points_state(folder, site, campaign, points, is_thorough=True)
     if site.scheduler == "slurm" and queue.problem is not None:
         raise BatchError(
             f"what already runs of this campaign is not known: {queue.problem}",
@@ -298,7 +298,7 @@ def _write(submission: Submission) -> None:
                 if (
                     attempts
                     and attempts[-1].number is None
-                    and result_status(point, attempts[-1]) is PointStatus.DAMAGED
+                    and result_status(point, attempts[-1], is_thorough=True) is PointStatus.DAMAGED
                 ):
                     attempts[-1].folder.rename(place / f"damaged-{time.time_ns()}")
                 text = command_script(site, point.argv, folder.path, about=point.about)

@@ -6,6 +6,7 @@ from typing import Any
 
 from observatory.analysis.columns import Column, Table
 from observatory.campaign.batch.folder import ACTIVE, PointStatus
+from observatory.text import listing
 
 _JOB_COLUMNS = (
     Column(name="about", title="point", text=True, key=True),
@@ -75,6 +76,13 @@ def _silence(document: dict[str, Any]) -> str:
     return str(document["problem"])
 
 
+def gap_sentence(gap: dict[str, Any]) -> str:
+    """Why a point is not in the report, and where what it captured is."""
+    code = "" if gap["exit_code"] is None else f", exit code {gap['exit_code']}"
+    kept = f"; what it captured is in {listing(gap['captured'])}" if gap["captured"] else ""
+    return f"{gap['state']}{code}{kept}"
+
+
 def collection_table(document: dict[str, Any]) -> Table:
     """One row for each gap."""
     return Table(name="gaps", columns=_GAP_COLUMNS, rows=document["gaps"])
@@ -86,5 +94,5 @@ def collection_sentences(document: dict[str, Any]) -> list[str]:
     total, done = sum(counts.values()), counts.get(PointStatus.DONE.value, 0)
     active = sum(counts.get(status.value, 0) for status in ACTIVE)
     lines = [f"{done} of {total} points are done" + (f", {active} wait or run." if active else ".")]
-    lines += [f"Note: {note}." for note in document["notes"]]
+    lines += [f"Note: {note.rstrip('.')}." for note in document["notes"]]
     return lines

@@ -85,7 +85,8 @@ class ReportFrames:
     ``power`` when it was not read; ``route_fetch`` has the measurements of ``bench route-fetch``, ``plans``
     capacity plans. ``advice`` has, by run, what ``observatory advise`` states about it (docs/json.md);
     ``no_advice`` why a run that was spread over ranks has none. ``times`` has, by run, the content of
-    a document of kind ``times`` (docs/json.md).
+    a document of kind ``times`` (docs/json.md). ``missing`` has what should be among the runs,
+    and why it is not.
     """
 
     facts: tuple[RunFacts, ...]
@@ -106,6 +107,7 @@ class ReportFrames:
     advice: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     no_advice: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     times: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    missing: tuple[tuple[str, str], ...] = ()
 
     @property
     def cells(self) -> pd.DataFrame:

@@ -123,7 +123,10 @@ def _period(first_unix_s: float, last_unix_s: float) -> str:
 
 
 def problems(frames: ReportFrames) -> list[tuple[str, list[str]]]:
-    """(runs, what is wrong with them), runs of equal gaps together, then files; the reader's words first."""
+    """(runs, what is wrong with them), runs of equal gaps together, missing ones first, then files.
+
+    Of a run the reader's words come first.
+    """
     stated: dict[tuple[str, ...], list[str]] = {}
     for fact, label in zip(frames.facts, frames.runs["label"], strict=True):
         notices = map(notice_sentence, provenance_notices(fact.manifest))
@@ -135,11 +138,16 @@ def problems(frames: ReportFrames) -> list[tuple[str, list[str]]]:
     for run, line in frames.power.gaps if frames.power else ():
         whose = f"Power of {shorten(frames.runs.loc[run, 'label'])} on {shorten(frames.facts[run].condition)}"
         stated.setdefault((plain(line),), []).append(whose)
+    absent: dict[str, list[str]] = {}
+    for what, why in frames.missing:
+        absent.setdefault(plain(why), []).append(shorten(what))
     of_files: dict[str, list[str]] = {}
     of_benchmarks = frames.benchmarks.gaps if frames.benchmarks else ()
     for name, line in (*of_benchmarks, *(frames.clocks.gaps if frames.clocks else ())):
         of_files.setdefault(shorten(name), []).append(plain(line))
-    return [(listing(names), list(lines)) for lines, names in stated.items()] + list(of_files.items())
+    gaps = [(f"Missing: {listing(names, most=12)}", [why]) for why, names in absent.items()]
+    gaps += [(listing(names), list(lines)) for lines, names in stated.items()]
+    return gaps + list(of_files.items())
 
 
 def _unfinished(state: str, notes: tuple[str, ...]) -> list[str]:
