@@ -20,7 +20,7 @@ from observatory.errors import RunError
 from observatory.interchange.exporters.chrome_trace.lanes import MOST_LANES, Lanes
 from observatory.interchange.exporters.chrome_trace.trace import write_chrome_trace
 from observatory.run import RunWriter, open_run
-from observatory.run.manifest import ClockSpec, DeviceSpec
+from observatory.run.manifest import ClockSpec, DeviceSpec, StepMark
 from tests.analysis.exchange.tables import collective
 from tests.reports.sample_power import UUID, a_load, a_power_run, samples_of
 from tests.reports.sample_runs import manifest
@@ -214,6 +214,19 @@ def test_a_span_without_an_end_is_a_mark(tmp_path: Path) -> None:
     events = traced(tmp_path / "run", tmp_path / "trace.json")
     assert [event["ph"] for event in events if event["ph"] != "M"] == ["X", "i"]
     assert "1 spans or exchanges have no end" in read(tmp_path / "trace.json")["otherData"]["notes"][0]
+
+
+def test_moments_that_were_named_stand_at_their_time(tmp_path: Path) -> None:
+    rows = collective([1], [3], [[8]])
+    writer = RunWriter.create(tmp_path / "run", manifest())
+    own = rows.astype({"source_rank": "int32", "layer": "int32"})
+    writer.append("exchange", pa.Table.from_pandas(own, preserve_index=False))
+    for name, time_ns in (("before the capture", 500), (HOSTILE[:200], 2_000)):
+        writer.add_mark(StepMark(name=name, step=7, time_ns=time_ns, unix_s=1.0))
+    writer.close(steps=1)
+    events = traced(tmp_path / "run", tmp_path / "trace.json")
+    (mark,) = (event for event in events if event.get("cat") == "mark")
+    assert (mark["ph"], mark["name"], mark["ts"], mark["args"]) == ("i", HOSTILE[:200], 1.0, {"step": 7})
 
 
 def test_a_folder_has_one_file_per_rank_and_gzip_the_same_events(run: Path, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from observatory.reports.html import MOST_BYTES
 from observatory.reports.sections import heatmap_section, problems, scan_section
 from observatory.reports.sections.common import NO_LOADS
 from observatory.run import RunWriter, open_run
-from observatory.run.manifest import Manifest, Verified
+from observatory.run.manifest import CapturedSteps, Manifest, StepMark, Verified
+from observatory.run.manifest_files import read_rank_status, write_rank_status
 from tests.analysis.exchange.runs import exchange_run
 from tests.analysis.exchange.tables import collective
 from tests.analysis.provenance.made import place_ranks, placed_rank
@@ -136,6 +137,18 @@ def test_the_verdict_on_each_layer_is_in_the_provenance(tmp_path: Path) -> None:
     table = text[text.index("MoE layers as found") :]
     cells = re.findall(r"<bdi>(rows|nothing[^<]*|not recorded)</bdi>", table)
     assert cells == ["rows", "nothing: &lt;b&gt;compiled&lt;/b&gt;", "not recorded"]
+
+
+def test_captured_steps_and_named_moments_are_in_the_provenance(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", manifest(layers=1, experts=8, top_k=2), steps=6)
+    status = read_rank_status(run, 0)
+    assert status is not None
+    mark = StepMark(name="<i>warm</i>", step=3, time_ns=5, unix_s=1_790_000_100.0)
+    captured = (CapturedSteps(first_step=0, end_step=6),)
+    write_rank_status(run, status.model_copy(update={"marks": (mark,), "captured": captured}))
+    text = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "step 3, 2026-09-21 14:15 UTC: &lt;i&gt;warm&lt;/i&gt;" in text
+    assert "captured were steps 0 to 5, as was asked for; no other step is in this run" in text
 
 
 def test_where_ranks_ran_is_one_small_table_and_differences_are_named(tmp_path: Path) -> None:

@@ -218,6 +218,11 @@ def _record(fact: RunFacts, label: str) -> RunRecord:
         )
     )
     pairs += _rank_lines(manifest.ranks)
+    pairs += [
+        ("mark", f"step {mark.step}, {when(mark.unix_s)}: {mark.name}")
+        for status in manifest.ranks
+        for mark in status.marks
+    ]
     pairs += [("note", note) for note in manifest.notes]
     return RunRecord(
         title=f"{shorten(label, 60)} on {shorten(fact.condition)}",
@@ -245,7 +250,7 @@ def _rank_lines(statuses: Sequence[RankStatus]) -> list[tuple[str, str]]:
     ranks_of: dict[str, list[int]] = {}
     for status in statuses:
         shown = () if status.provenance is None else ("host", "cores", "clock")
-        line = _line(status, without=("rank", "provenance", *shown))
+        line = _line(status, without=("rank", "provenance", "captured", "marks", *shown))
         ranks_of.setdefault(line, []).append(status.rank)
     return [
         (f"{'rank' if len(ranks) == 1 else 'ranks'} {as_ranges(ranks)}", line)

@@ -194,7 +194,12 @@ class _Tracing:
 
     def all_events(self, ranks: list[int]) -> Iterator[Event]:
         """Events of these ranks and of the devices that they sampled."""
-        for events in (self._spans(ranks), self._exchanges(ranks), self._devices(ranks)):
+        for events in (
+            self._spans(ranks),
+            self._marks(ranks),
+            self._exchanges(ranks),
+            self._devices(ranks),
+        ):
             for event in events:
                 self.events += 1
                 yield event
@@ -207,6 +212,17 @@ class _Tracing:
         yield from self._slices(
             "spans", ranks, span_events, {"phases": 100, "layers": 200, "inside layers": 300}
         )
+
+    def _marks(self, ranks: list[int]) -> Iterator[Event]:
+        """Moments that were named while the run was captured; none before the first event of the trace."""
+        for status in self.run.manifest.ranks:
+            if status.rank in ranks and status.marks:
+                own_ns = np.array([mark.time_ns for mark in status.marks], dtype=np.int64)
+                times_ns = self.trace_ns(status.rank, own_ns).tolist()
+                for mark, at_ns in zip(status.marks, times_ns, strict=True):
+                    if at_ns >= 0:
+                        event = {"name": mark.name, "cat": "mark", "args": {"step": mark.step}}
+                        yield event | _at(at_ns, status.rank + 1, 0) | {"ph": "i", "s": "p"}
 
     def _exchanges(self, ranks: list[int]) -> Iterator[Event]:
         yield from self._slices("exchange", ranks, exchange_events, {"exchanges": 1000})
