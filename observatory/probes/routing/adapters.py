@@ -22,7 +22,12 @@ from typing import Literal
 
 from torch import nn
 
-from observatory.probes.routing.sites import ReadCall
+from observatory.probes.routing.sites import Listen, ReadCall, RoutingDecision
+
+
+def nothing_to_read(*_call: object) -> RoutingDecision | None:
+    """Of a module whose calls do not show the routing."""
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +46,16 @@ class Adapter:
         when: ``after`` the call (from its output) or ``before`` it (from its inputs).
         shared_experts: experts that every token passes; None when unknown.
         null_experts: ids or router outputs that stand for "no expert".
+        listen: brings the decisions in place of ``read``, where no call of a module shows them.
         how: one phrase for people.
     """
 
     match: Callable[[str, nn.Module], bool]
-    read: ReadCall
+    read: ReadCall = nothing_to_read
     experts: int | Callable[[nn.Module], int]
     top_k: int | Callable[[nn.Module], int | None] | None = None
     when: Literal["before", "after"] = "after"
     shared_experts: int | None = None
     null_experts: int = 0
+    listen: Listen | None = None
     how: str = "adapter"

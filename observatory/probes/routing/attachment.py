@@ -57,6 +57,7 @@ class Attachment:
         after: PostHook | None = None,
         first: bool = False,
         marks: bool = True,
+        listen: Callable[[], Callable[[], None]] | None = None,
     ) -> None:
         """Put the hooks on.
 
@@ -66,6 +67,7 @@ class Attachment:
             after: called after it; also when it raised, if there is a ``before``.
             first: ``after`` runs before the hooks that are there (FSDP's).
             marks: code compiled earlier is to notice them; otherwise the module keeps its class.
+            listen: has the program call us from its own code, also while paused, and returns what ends that.
         """
         self.module = module
         self._before, self._after, self._first = before, after, first
@@ -85,6 +87,7 @@ class Attachment:
         self._marks = marks or _is_compiled(module)
         if self._marks:
             _change(module, +1)
+        self._unlisten = listen() if listen is not None else None
 
     def hooks(self) -> list[tuple[nn.Module, int]]:
         """The module and the number of the hook after it, if there is one."""
@@ -141,6 +144,9 @@ class Attachment:
         """Take the hooks off and put the class back; doing it twice does nothing."""
         self.pause()
         self._is_off = True
+        if self._unlisten is not None:
+            self._unlisten()
+            self._unlisten = None
 
     def _register(self) -> None:
         if self._before is not None:

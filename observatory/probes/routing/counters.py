@@ -23,6 +23,8 @@ from observatory.probes.routing.sites import RoutingSite
 
 #: Phases that calls of a model show by themselves, in the order of the buffer.
 SLOTS = ("unknown", "prefill", "decode", "train_forward")
+#: Where tokens are counted that do not count (padding), in calls that state a slot for each token.
+NO_SLOT = len(SLOTS)
 #: Value of a sample entry that no token has filled.
 NO_SAMPLE = int(np.iinfo(np.int32).min)
 #: Ids that a sample keeps of a token where K varies; bounds the memory of a sample.
@@ -147,7 +149,7 @@ class DeviceCounters:
             self.scales = Scales(device)
             for experts in set(layout.experts):
                 self.scales.prepare(experts)
-            self.counts = torch.zeros(slots * layout.slot_size, dtype=torch.int64, device=device)
+            self.counts = torch.zeros((slots + 1) * layout.slot_size, dtype=torch.int64, device=device)
             self.mass = (
                 torch.zeros(slots * layout.slot_size, dtype=torch.float64, device=device)
                 if layout.gate_mass
@@ -171,7 +173,8 @@ class DeviceCounters:
 
     def snapshot(self) -> HostCopy:
         """Copy the counters to the host and zero them, in stream order and without waiting for the device."""
-        buffers = (self.counts, self.mass, self.sample)
+        counted = self.counts.narrow(0, 0, len(SLOTS) * self.layout.slot_size)
+        buffers = (counted, self.mass, self.sample)
         if self.device.type == "cuda":
             return self._snapshot_cuda(buffers)
         with self.lock, torch.no_grad():

@@ -42,6 +42,7 @@ class SiteCounter:
         width: ids per token of this site's ordinary calls; 0 until the first call.
         ever_called: the site was called at least once.
         tokens_unknown: a call did not show how many tokens it had.
+        error: why calls that state a slot for each token were not counted; the first one.
         on_call: called with the slot after each call, from inside compiled code as well; None when no part
             asked.
     """
@@ -53,6 +54,7 @@ class SiteCounter:
         self.width = 0
         self.ever_called = False
         self.tokens_unknown = False
+        self.error: Exception | None = None
         self.on_call: Callable[[int], None] | None = None
         self.devices: dict[torch.device, DeviceCounters] = {}
         self._experts = layout.experts[index]
@@ -90,6 +92,22 @@ class SiteCounter:
             self.calls[slot] += 1
         if self.on_call is not None:
             self.on_call(slot)
+
+    def add_tokens(
+        self, ids_TK: torch.Tensor, token_slots: torch.Tensor, counts: torch.Tensor, device: DeviceCounters
+    ) -> None:
+        """Count ids in the slot of each token, into the counts of a whole device."""
+        slots_T = token_slots[: ids_TK.shape[0]]
+        with device.lock:
+            self.ever_called = True
+            self.width = self.width or ids_TK.shape[1]
+            bins_TK = bin_ids(ids_TK, self._experts, device.scales).view(ids_TK.shape)
+            index_TK = torch.add(bins_TK, slots_T[:, None], alpha=self.layout.slot_size)
+            start = self.layout.starts[self.index]
+            count_bins(counts[start:], index_TK.view(-1), device.scales.ones(ids_TK.numel()))
+            device.note_stream()
+        if self.on_call is not None:
+            self.on_call(0)
 
     def _add_ids(
         self, decision: RoutingDecision, ids: torch.Tensor, part: Buffers, device: DeviceCounters
@@ -184,6 +202,7 @@ def count_in_graph(
         decision.routing_map,
         None if decision.weights is None else decision.weights.detach(),
         decision.token_mask,
+        decision.token_slots,
         -1 if decision.tokens is None else decision.tokens,
         counter.handle,
         slot,
@@ -198,12 +217,19 @@ def _count_assignments(
     routing_map: torch.Tensor | None,
     weights: torch.Tensor | None,
     token_mask: torch.Tensor | None,
+    token_slots: torch.Tensor | None,
     tokens: int,
     handle: int,
     slot: int,
 ) -> None:
     counter = _counters_of.get(handle)
     if counter is None or torch._C._current_graph_task_id() != -1:
+        return
+    if expert_ids is not None and token_slots is not None:
+        try:
+            counter.add_tokens(expert_ids, token_slots, counts, counter.devices[counts.device])
+        except Exception as error:  # the program's own run must not suffer from ours
+            counter.error = counter.error or error.with_traceback(None)
         return
     # A compiler may hand over a copy of the buffers and copy it back: count into what was given.
     part = part_of(Buffers(counts=counts, mass=mass, sample=sample), counter.layout, counter.index, slot)
@@ -220,7 +246,8 @@ def _count_assignments(
 _library: Any = torch.library.Library("observatory", "FRAGMENT")  # type: ignore[no-untyped-call]  # torch does not annotate it
 _library.define(
     "count_assignments(Tensor(a!) counts, Tensor(b!)? mass, Tensor(c!)? sample, Tensor? expert_ids,"
-    " Tensor? routing_map, Tensor? weights, Tensor? token_mask, SymInt tokens, int handle, int slot) -> ()"
+    " Tensor? routing_map, Tensor? weights, Tensor? token_mask, Tensor? token_slots, SymInt tokens,"
+    " int handle, int slot) -> ()"
 )
 _library.impl("count_assignments", _count_assignments, "CompositeExplicitAutograd")
 torch.library.register_fake("observatory::count_assignments", lambda *_arguments: None, lib=_library)

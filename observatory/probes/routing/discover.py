@@ -157,6 +157,7 @@ def _site(candidate: Candidate, layer: int, modules: Mapping[str, nn.Module]) ->
         experts=experts,
         infers=candidate.infers,
         shows_gates=candidate.shows_gates,
+        listen=candidate.listen,
     )
 
 
@@ -177,6 +178,7 @@ def _adapted(path: str, modules: Mapping[str, nn.Module], adapters: Sequence[Ada
                 detail=adapter.how,
                 read=adapter.read,
                 is_adapted=True,
+                listen=adapter.listen,
             )
             return
 

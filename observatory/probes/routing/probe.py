@@ -75,7 +75,7 @@ class RoutingProbe:
             model,
             sites,
             attach=self._attach_site,
-            attach_to_model=self.phases.attach,
+            attach_to_model=self._attach_to_model,
             find=partial(find_sites, model, adapters=options.adapters),
         )
         self._losses: list[Loss] = []
@@ -168,9 +168,11 @@ class RoutingProbe:
         refusal = self.refusal()
         if refusal is not None:
             return refusal
-        if self._error is None:
+        uncounted = ((c.error, self.sites[c.index].spec.module) for c in self.counters)
+        first = self._error or next(((module, error) for error, module in uncounted if error), None)
+        if first is None:
             return None
-        module, error = self._error
+        module, error = first
         return f"routing of {module} could not be read: {type(error).__name__}: {error}"
 
     def refusal(self) -> str | None:
@@ -257,8 +259,16 @@ class RoutingProbe:
         self._newest[index] = inspections[-1]
         return inspections[-1]
 
+    def _attach_to_model(self) -> Iterator[Attachment]:
+        """Put the hooks on that show the phase, unless all decisions state it themselves."""
+        if any(site.listen is None for site in self.sites):
+            yield from self.phases.attach()
+
     def _attach_site(self, index: int, site: RoutingSite) -> list[Attachment]:
         """Put the hooks on of a site; all of them or none."""
+        if site.listen is not None:
+            heard = partial(self._hear, site, self.counters[index])
+            return [Attachment(site.module, marks=False, listen=partial(site.listen, site.module, heard))]
         inspections = self._inspections[index]
         current = next((one for one in inspections if one.site is site), None)
         inspection = current or self._inspect(index, site)
@@ -347,6 +357,25 @@ class RoutingProbe:
             count_in_graph(counter, decision, slot, counters)
         else:
             counter.add(decision, slot, counters.parts[slot][counter.index], counters)
+
+    def _hear(self, site: RoutingSite, counter: SiteCounter, decision: RoutingDecision) -> None:
+        """Count what a program reports itself, also in code that a compiler traces: the operator alone."""
+        shown = shown_by(decision)
+        if shown is None:
+            self._fail(site, ModelError("the program reported a decision without ids"))
+            return
+        if torch.compiler.is_compiling():
+            counters = self._devices.get(shown.device)
+            if counters is not None:
+                count_in_graph(counter, decision, 0, counters)
+            return
+        start_ns = time.perf_counter_ns()
+        try:
+            count_in_graph(counter, decision, 0, self._device(shown.device))
+        except Exception as error:  # the model's own run must not suffer from ours
+            self._fail(site, error)
+        self.layer_calls += 1
+        self.host_ns += time.perf_counter_ns() - start_ns
 
     def _see_in_graph(
         self,

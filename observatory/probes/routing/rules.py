@@ -21,7 +21,7 @@ from torch import nn
 
 from observatory.probes.routing import moe_block, readers
 from observatory.probes.routing.moe_block import MoeBlock
-from observatory.probes.routing.sites import ReadCall
+from observatory.probes.routing.sites import Listen, ReadCall
 from observatory.probes.routing.words import NotUnderstood, Reading
 from observatory.reasons import Reason
 
@@ -65,6 +65,7 @@ class Candidate:
             by a mask that is not understood.
         shows_gates: the gates are read, not what is dispatched by them.
         is_adapted: an adapter of the user's says how it is read.
+        listen: brings the decisions in place of ``read``.
     """
 
     path: str
@@ -80,6 +81,7 @@ class Candidate:
     infers: bool = False
     shows_gates: bool = False
     is_adapted: bool = False
+    listen: Listen | None = None
 
 
 #: (path, all modules, configurations) -> candidate or None

@@ -32,6 +32,9 @@ class RoutingDecision:
         routing_map: (T, E), non-zero where the token goes to the expert. None when ``expert_ids`` is given.
         weights: gate weights, of the shape of ``expert_ids`` or ``routing_map``; None when not shown.
         token_mask: (T,) true for tokens that count; None when all of them do.
+        token_slots: (T,) int64 or longer, the phase of each token as an index into ``counters.SLOTS``, or
+            ``counters.NO_SLOT`` for one that does not count; None where the call has one phase. Such a
+            decision leaves no token sample and no gate mass.
         tokens: T, known from shapes alone (no device read); None when shapes do not show it (expert choice).
         is_inferred: the choice was not seen but made again, as the K largest of logits; such a reading needs
             a witness (``witness.py``).
@@ -43,6 +46,7 @@ class RoutingDecision:
     routing_map: torch.Tensor | None = None
     weights: torch.Tensor | None = None
     token_mask: torch.Tensor | None = None
+    token_slots: torch.Tensor | None = None
     tokens: int | None = None
     is_inferred: bool = False
     is_dispatch: bool = False
@@ -51,6 +55,10 @@ class RoutingDecision:
 #: (module, positional arguments, keyword arguments, output or None before the call) -> decision, or None
 #: when this call is not one to count. Must not read device values on the host.
 ReadCall = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], Any], RoutingDecision | None]
+
+#: (module, callback) -> what ends it. Calls back with every decision of the module's layer, where no call of
+#: a module shows it: from the program's own code, which compilers may trace; also while nothing is captured.
+Listen = Callable[[nn.Module, Callable[[RoutingDecision], None]], Callable[[], None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +80,7 @@ class RoutingSite:
             by a mask that is not understood.
         shows_gates: the gates are read, not what is dispatched by them; experts that compute something else
             are stated, and the gates are counted all the same.
+        listen: brings the decisions in place of ``read``; None where calls are read.
     """
 
     spec: MoeLayerSpec
@@ -85,6 +94,7 @@ class RoutingSite:
     experts: tuple[nn.Module, ...] = ()
     infers: bool = False
     shows_gates: bool = False
+    listen: Listen | None = None
 
     @property
     def how(self) -> str:
