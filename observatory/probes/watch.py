@@ -181,6 +181,11 @@ class Watch:
         self._after_step(session)
 
     @property
+    def is_capturing(self) -> bool:
+        """Whether the step that comes next, or runs, is captured."""
+        return not (self._is_paused or self._ended)
+
+    @property
     def is_over(self) -> bool:
         """Whether no step is captured any more: the end that was asked for has passed."""
         return self._control is not None and self._control.is_over(self.steps)

@@ -14,18 +14,27 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 #: In the names of classes and of children of what may be an MoE layer.
 _SIGNS = ("moe", "expert", "router")
 _GATE = "gate"
 #: The module that took a module last.
 _parents: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictionary()
+_handle: RemovableHandle | None = None
 
 
 def begin() -> None:
     """Watch every model that is built from now on."""
-    register_module_module_registration_hook(_registered)
+    global _handle  # noqa: PLW0603  # torch has one list of such hooks
+    _handle = register_module_module_registration_hook(_registered)
     atexit.register(_end)
+
+
+def leave_alone() -> None:
+    """Watch no model that is built from now on; doing it twice does nothing."""
+    if _handle is not None:
+        _handle.remove()
 
 
 def _registered(parent: nn.Module, name: str, child: nn.Module | None) -> None:

@@ -10,11 +10,14 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
+from observatory.probes.options import StepOptions
 from observatory.probes.programs.words import ProgramCode
 from observatory.reasons import Reason
 
 #: Environment variable that holds the path of the settings.
 SETTINGS = "OBSERVATORY_PROGRAM"
+#: Environment variable that names the run directory of a vLLM server which ``observatory run`` did not start.
+VLLM = "OBSERVATORY_VLLM"
 _MOST_NOTES = 4096
 _LONGEST_NOTE = 100_000
 
@@ -46,6 +49,18 @@ class ProgramSettings(BaseModel):
     most_s: float | None = Field(default=None, gt=0)
     stopped: bool = False
 
+    @property
+    def steps(self) -> StepOptions:
+        """Which steps are captured; commands are taken."""
+        return StepOptions(
+            first=self.first_step,
+            end=self.end_step,
+            every=self.every,
+            most_s=self.most_s,
+            stopped=self.stopped,
+            listens=True,
+        )
+
     @classmethod
     def read(cls) -> Self:
         """Those that the environment points to.
@@ -55,6 +70,19 @@ class ProgramSettings(BaseModel):
             ValidationError: it is damaged.
         """
         return cls.model_validate_json(Path(os.environ[SETTINGS]).read_bytes())
+
+    @classmethod
+    def of_engine(cls, run_id: str) -> Self:
+        """Those of ``observatory run``, or else of the engine's own variable.
+
+        Args:
+            run_id: start of the ids of the runs, where ``observatory run`` gives none.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValidationError: it is damaged.
+        """
+        return cls.read() if os.environ.get(SETTINGS) else cls(out=Path(os.environ[VLLM]), run_id=run_id)
 
 
 class Note(BaseModel):
@@ -72,6 +100,8 @@ class Note(BaseModel):
 
     def write(self, name: str) -> None:
         """Leave the note for ``observatory run``; where that is not possible it is lost."""
+        if not os.environ.get(SETTINGS):
+            return
         try:
             folder = Path(os.environ[SETTINGS]).parent
             (folder / f"note-{os.getpid()}-{name}.json").write_text(self.model_dump_json())

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from observatory.errors import PlaceTakenError
 from observatory.host.ranks import find_rank
-from observatory.probes.options import ExchangeOptions, PowerOptions, RunLabels, StepOptions, WatchOptions
+from observatory.probes.options import ExchangeOptions, PowerOptions, RunLabels, WatchOptions
 from observatory.probes.programs.settings import Note, ProgramSettings
 from observatory.probes.programs.words import ProgramCode
 from observatory.probes.watch import Watch
@@ -117,19 +117,7 @@ class ProgramModel:
                 self.end()
 
     def _begin(self) -> None:
-        first = ""
-        for number in range(self._number, _MOST_RUNS):
-            watch = Watch(self._model, _place(self._settings.out, number), self._options(number))
-            try:
-                watch.__enter__()
-            except PlaceTakenError as error:
-                first = first or str(error)
-                if self._where.world > 1:
-                    raise
-                continue
-            self._watch = watch
-            return
-        raise PlaceTakenError(first)
+        self._watch = begin_watch(self._model, self._settings.out, self._options, number=self._number)
 
     def _options(self, number: int) -> WatchOptions:
         asked = self._settings
@@ -137,14 +125,7 @@ class ProgramModel:
             where=self._where,
             flush_s=_FLUSH_S,
             run_id=f"{asked.run_id}-{number}",
-            steps=StepOptions(
-                first=asked.first_step,
-                end=asked.end_step,
-                every=asked.every,
-                most_s=asked.most_s,
-                stopped=asked.stopped,
-                listens=True,
-            ),
+            steps=asked.steps,
             exchange=ExchangeOptions(exchanges=asked.exchanges),
             power=PowerOptions(power=asked.power),
             labels=RunLabels(config={"command": [one_line(word) for word in sys.orig_argv[:64]]}),
@@ -211,8 +192,34 @@ class ProgramModel:
         _note(self._model, code, f"model-{self._number}", run=run, rank=self._where.rank, **values)
 
 
-def _place(out: Path, number: int) -> Path:
-    return out if number == 0 else out.with_name(f"{out.name}-{number + 1}")
+def begin_watch(
+    model: nn.Module, out: Path, options: Callable[[int], WatchOptions], *, number: int = 0
+) -> Watch:
+    """Enter a watch at the first free place of a program's runs; several ranks take the one of their number.
+
+    Args:
+        model: the model.
+        out: run directory of the program's first model.
+        options: the watch's options, given the number of its run.
+        number: of the model.
+
+    Raises:
+        CaptureError, ModelError, RunError: as of the watch.
+    """
+    first = ""
+    for place in range(number, _MOST_RUNS):
+        path = out if place == 0 else out.with_name(f"{out.name}-{place + 1}")
+        wanted = options(place)
+        watch = Watch(model, path, wanted)
+        try:
+            watch.__enter__()
+        except PlaceTakenError as error:
+            first = first or str(error)
+            if wanted.where.world > 1:
+                raise
+            continue
+        return watch
+    raise PlaceTakenError(first)
 
 
 def _note(

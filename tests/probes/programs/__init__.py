@@ -1,0 +1,1 @@
+"""Watching programs that do not call us."""
