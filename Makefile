@@ -1,8 +1,11 @@
 # make demo   install into .venv and write a report from the bundled models and data
 # make check  install the test extras, then lint, types, import directions and the quick tests: under 3 minutes
 # make test   the whole suite; needs Chromium, npm and Slurm for some tests, which it installs as root
+# make test-engines   serving engines, started for real: installs vLLM's CPU build into an environment of its own
 PYTHON ?= python3
 VENV := .venv
+ENGINES := .venv-engines
+VLLM := 0.32.0
 BIN := $(VENV)/bin
 # Tests of one file, and those that share started ranks or a browser, run one after the other in one worker.
 WORKERS ?= 4
@@ -13,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONDONTWRITEBYTECODE :=
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 
-.PHONY: demo check test test-gpu lint system-packages axe clean
+.PHONY: demo check test test-gpu test-engines lint system-packages axe clean
 
 demo: $(VENV)/.capture
 	$(BIN)/observatory quickstart --out demo
@@ -28,6 +31,21 @@ test: $(VENV)/.test system-packages axe
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu --junit-xml=gpu-figures.xml
+
+test-engines: $(ENGINES)/.vllm
+	OMP_NUM_THREADS=1 $(ENGINES)/bin/python -m pytest --durations 5 tests/engines
+
+# --no-deps, as the wheel of vLLM asks for builds of torchvision, torchaudio and torchcodec that belong to another
+# torch and break the import of models. The server asks for a distribution of the name vllm. Where PyPI's index
+# has no torch of the name +cpu: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+$(ENGINES)/.vllm: pyproject.toml requirements-engines.txt
+	$(PYTHON) -m venv $(ENGINES)
+	PIP_CONSTRAINT= $(ENGINES)/bin/python -m pip install -q --no-deps -r requirements-engines.txt
+	PIP_CONSTRAINT= $(ENGINES)/bin/python -m pip install -q --no-deps -e .
+	place="$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
+		mkdir -p "$$place/vllm-$(VLLM)+cpu.dist-info" && \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM)+cpu\n' > "$$place/vllm-$(VLLM)+cpu.dist-info/METADATA"
+	touch $@
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -75,4 +93,4 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	touch $@ $(VENV)/.capture
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) $(ENGINES) demo build dist *.egg-info
