@@ -40,7 +40,7 @@ test-engines: $(ENGINES)/.vllm
 # has no torch of the name +cpu: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 $(ENGINES)/.vllm: pyproject.toml requirements-engines.txt
 	$(PYTHON) -m venv $(ENGINES)
-	PIP_CONSTRAINT= $(ENGINES)/bin/python -m pip install -q --no-deps -r requirements-engines.txt
+	PIP_CONSTRAINT= $(ENGINES)/bin/python -m pip install -q --no-deps --no-compile -r requirements-engines.txt
 	PIP_CONSTRAINT= $(ENGINES)/bin/python -m pip install -q --no-deps -e .
 	place="$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
 		mkdir -p "$$place/vllm-$(VLLM)+cpu.dist-info" && \
