@@ -156,7 +156,8 @@ def _environment_lines(site: Site) -> list[str]:
         f'module load {shlex.quote(name)} || {{ say "the module {name} cannot be loaded"; return 1; }}'
         for name in environment.modules
     ]
-    lines += [f"{line} || return 1" for line in environment.setup]
+    for line in environment.setup:  # on a line of its own, since a line of shell may end in a comment
+        lines += [line, '[ "$?" -eq 0 ] || return 1']
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.variables.items()]
     return lines
 

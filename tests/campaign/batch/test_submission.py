@@ -249,6 +249,15 @@ def test_a_missing_module_is_named_and_fails_the_point(login: Login) -> None:
     assert login.states() == {"one": "failed"}
 
 
+@pytest.mark.parametrize("line", ["false  # ours", "no-such-command", "if true; then (exit 3); fi  # x"])
+def test_a_line_of_setup_that_fails_fails_the_point(line: str, login: Login) -> None:
+    login.site(f"[environment]\nsetup = ['# first', 'true  # fine', '{line}', 'true']\n")
+    login.submit(commands("one", script=_COUNT))
+    code, said = login.slurm.run("101_0")
+    assert (code, "the environment cannot be set up" in said) == (1, True)
+    assert executions(login.point("one")) == 0
+
+
 def test_a_scheduler_that_goes_away_meanwhile_is_waited_for(login: Login) -> None:
     away = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
     login.slurm.program("sbatch", f"#!/bin/bash\necho '{away}' >&2\nexit 1\n")

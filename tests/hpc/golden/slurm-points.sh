@@ -53,7 +53,8 @@ interrupt() { scancel --signal=TERM "$SLURM_JOB_ID" || kill -TERM "$1"; } 2> /de
 prepare() {
   module load python/3.11 || { say "the module python/3.11 cannot be loaded"; return 1; }
   module load cuda/12.8 || { say "the module cuda/12.8 cannot be loaded"; return 1; }
-  source /home/ab12/venv/bin/activate || return 1
+  source /home/ab12/venv/bin/activate
+  [ "$?" -eq 0 ] || return 1
   export NCCL_DEBUG=WARN
   export LABEL='it'"'"'s mine'
   return 0
