@@ -15,7 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from observatory.errors import CaptureError
+from observatory.errors import CaptureError, ObservatoryError
 from observatory.host.ranks import RankOf
 from observatory.probes.store_alignment import default_store
 from observatory.run.files import one_line
@@ -39,7 +39,7 @@ def agreed_by_ranks(where: RankOf, choose: Callable[[], Path]) -> Path:
     """The place that rank 0 chooses; all ranks call it as often. Without a process group, each its own.
 
     Raises:
-        CaptureError: rank 0 did not choose within a minute.
+        CaptureError: rank 0 could not choose, or did not within a minute.
     """
     store = default_store() if where.world > 1 else None
     if store is None:
@@ -48,13 +48,25 @@ def agreed_by_ranks(where: RankOf, choose: Callable[[], Path]) -> Path:
     key = f"observatory-place/{_tries['place']}"
     try:
         if where.rank == 0:
-            place = choose().absolute()
-            store.set(key, os.fspath(place))
-            return place
+            return _announced(store, key, choose)
         store.wait([key], _PATIENCE)
-        return Path(os.fsdecode(store.get(key)))
+        said = os.fsdecode(store.get(key))
     except RuntimeError as error:
         raise CaptureError(f"rank 0 has not named a run directory: {one_line(error, 160)}") from error
+    if not os.path.isabs(said):
+        raise CaptureError(said)
+    return Path(said)
+
+
+def _announced(store: Any, key: str, choose: Callable[[], Path]) -> Path:
+    """The place, or why there is none, is made known to the other ranks."""
+    try:
+        place = choose().absolute()
+    except ObservatoryError as error:
+        store.set(key, f"rank 0 has no place for its run: {one_line(error, 1000)}")
+        raise
+    store.set(key, os.fspath(place))
+    return place
 
 
 class RunNews:

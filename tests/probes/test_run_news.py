@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore, TCPStore
 
-from observatory.errors import CaptureError
+from observatory.errors import CaptureError, RunError
+from observatory.host.ranks import RankOf
+from observatory.probes import run_news
 from observatory.probes.run_news import RunNews
 from observatory.run import RunWriter, writer
 from observatory.run.manifest import Manifest, ModelSpec, Topology
@@ -44,6 +48,32 @@ def test_a_rank_looks_at_files_before_and_after_the_news_and_not_between(
     rank_0.join()
     assert joined.manifest.run_id == "r"
     assert len(looks) == 2
+
+
+def test_all_ranks_have_the_place_that_rank_0_chose_or_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = HashStore()
+    monkeypatch.setattr(run_news, "default_store", lambda: store)
+    # The ranks are calls of one process here, and each counts its own.
+    numbers = {rank: Counter[str]() for rank in range(2)}
+
+    def place_of(rank: int, choice: Callable[[], Path]) -> Path:
+        monkeypatch.setattr(run_news, "_tries", numbers[rank])
+        return run_news.agreed_by_ranks(RankOf(rank=rank, world=2), choice)
+
+    def refuse() -> Path:
+        raise RunError("the disk is full")
+
+    assert place_of(0, lambda: tmp_path / "a") == tmp_path / "a"
+    assert place_of(1, refuse) == tmp_path / "a"
+    with pytest.raises(RunError, match="the disk is full"):
+        place_of(0, refuse)
+    with pytest.raises(CaptureError, match="rank 0 has no place for its run: the disk is full"):
+        place_of(1, refuse)
+    monkeypatch.setattr(run_news, "_PATIENCE", timedelta(milliseconds=10))
+    with pytest.raises(CaptureError, match="rank 0 has not named a run directory"):
+        place_of(1, refuse)
 
 
 def test_what_keeps_rank_0_from_making_the_run_ends_the_others_at_once(tmp_path: Path) -> None:
