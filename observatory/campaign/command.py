@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from types import FrameType
 from observatory.campaign.control import outcome_sentence
 from observatory.campaign.control_server import RunsControl, control_port
 from observatory.errors import CaptureError, RunError
+from observatory.host.ranks import find_rank, launch_name
 from observatory.probes.programs import startup
 from observatory.probes.programs.settings import SETTINGS, Note, ProgramSettings, read_notes
 from observatory.probes.programs.words import program_sentence
@@ -38,11 +40,13 @@ class CommandResult:
 
     Attributes:
         code: its exit code; 128 and the signal's number where a signal ended it, as in a shell.
+        rank: number of this process, where a launcher has started several that write one run; else 0.
         runs: run directories that its processes made, in order of their names.
         remarks: one sentence for each model that was not watched, or not to its end; each once.
     """
 
     code: int
+    rank: int
     runs: tuple[Path, ...]
     remarks: tuple[str, ...]
 
@@ -96,11 +100,13 @@ def run_command(
         CaptureError: the command cannot be started; ``exit_code`` is 127 or 126, as in a shell.
         RunError: something is in the place of the run.
     """
-    check_free(out, overwrite=overwrite)
-    if out.exists() and overwrite:
-        empty_run(out)
+    rank, run_id = _launched()
+    if rank == 0:
+        check_free(out, overwrite=overwrite)
+        if out.exists() and overwrite:
+            empty_run(out)
     settings = ProgramSettings(
-        out=out.resolve(), run_id=uuid.uuid4().hex, power=power, exchanges=exchanges,
+        out=out.resolve(), run_id=run_id, power=power, exchanges=exchanges,
         first_step=steps[0], end_step=steps[1], every=every, most_s=most_s, stopped=stopped,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="observatory-run-") as folder:
@@ -115,7 +121,27 @@ def run_command(
                     control.say(str(error))
             code = _finish(_start(command, file), runs, control)
         notes = list(read_notes(Path(folder)))
-    return CommandResult(code=code, runs=_runs(settings, notes), remarks=_remarks(notes))
+    return CommandResult(code=code, rank=rank, runs=_runs(settings, notes), remarks=_remarks(notes))
+
+
+def _launched() -> tuple[int, str]:
+    """Which of the processes of a launch this is, and the id of the run that they write together.
+
+    A launcher may start this command once for each rank, or for each node: ``srun observatory run -- ...``.
+
+    Raises:
+        CaptureError: it is one of several that have no name in common.
+    """
+    where = find_rank()
+    if where.world == 1:
+        return 0, uuid.uuid4().hex
+    name = launch_name()
+    if name is None:
+        raise CaptureError(
+            f"{where.launcher} has started {where.world} of these without a name that they have in common",
+            remedy=f"put it before the launcher: observatory run -- {where.launcher} ...",
+        )
+    return where.rank, hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
 def _start(command: Sequence[str], settings: Path) -> subprocess.Popen[bytes]:

@@ -142,7 +142,7 @@ def run(
     )
     for remark in result.remarks:
         say(f"observatory: {remark}")
-    for path in result.runs:
+    for path in result.runs if result.rank == 0 else ():
         say(f"observatory: run written to {path}; next: observatory routing {path}")
     if not result.runs and not result.remarks:
         say(

@@ -29,6 +29,14 @@ _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _TASKS_OF_NODES = re.compile(r"(\d{1,7})(?:\(x(\d{1,7})\))?", re.ASCII)
 
 
+#: Variables of launchers that together name a launch, the innermost launcher first.
+_LAUNCH_NAMES = (
+    ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"),
+    ("PMIX_NAMESPACE",),
+    ("SLURM_STEP_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT"),
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankOf:
     """A rank, counted from 0, and the number of ranks.
@@ -94,6 +102,17 @@ def find_rank(
                 remedy="remove the variables of the launcher that did not start this process",
             )
     return chosen
+
+
+def launch_name(environment: Mapping[str, str] = os.environ) -> str | None:
+    """What all processes of one launch have in common, and no other launch has; None where nothing says it.
+
+    A launch is one start of torchrun, mpiexec (Open MPI, or another of PMIx) or srun.
+    """
+    for names in _LAUNCH_NAMES:
+        if names[0] in environment:
+            return " ".join(f"{name}={environment.get(name, '')}" for name in names)
+    return None
 
 
 def _counts_nodes(outer: RankOf, inner: RankOf) -> bool:

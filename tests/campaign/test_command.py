@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from observatory.cli import main
 from observatory.probes.programs import startup
 from observatory.run import Run, open_run
+from tests.paths import ROOT
 
 PROGRAM = str(Path(__file__).with_name("program.py"))
 
@@ -116,11 +118,26 @@ def test_a_killed_program_keeps_what_was_flushed(tmp_path: Path, capfd: pytest.C
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("outer", ["observatory", "launcher"])
 def test_ranks_of_a_launcher_make_one_run_of_the_steps_asked_for(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    outer: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    code = run(tmp_path / "run", *launcher, PROGRAM, "ranks", options=("--steps", "1:3"))
+    if outer == "observatory":
+        code = run(tmp_path / "run", *launcher, PROGRAM, "ranks", options=("--steps", "1:3"))
+    else:  # as in `srun observatory run -- python train.py`: once for each rank
+        watched = [
+            sys.executable,
+            "-m",
+            "observatory",
+            "run",
+            "--out",
+            str(tmp_path / "run"),
+            "--steps",
+            "1:3",
+        ]
+        command = [*launcher, "--no-python", *watched, "--", sys.executable, PROGRAM, "ranks"]
+        code = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False).returncode
     assert (code, capfd.readouterr().err.count("run written to")) == (0, 1)
     captured = open_run(tmp_path / "run")
     assert captured.problems == ()

@@ -9,7 +9,7 @@ import pytest
 
 from observatory.collectives.transport.rendezvous import Rendezvous, meeting_point
 from observatory.errors import CaptureError, ExchangeError
-from observatory.host.ranks import RankOf, find_rank
+from observatory.host.ranks import RankOf, find_rank, launch_name
 
 TORCHRUN = {
     "TORCHELASTIC_RUN_ID": "x",
@@ -159,3 +159,28 @@ def test_a_port_that_is_taken_is_said_by_the_rank_that_wanted_it() -> None:
         environment = {**TORCHRUN, "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         with pytest.raises(ExchangeError, match=r"rank 0 of 8 cannot keep the list of ranks at 127\.0\.0\.1"):
             Rendezvous(find_rank(environment=environment), environment, timeout_s=5)
+
+
+SRUN_STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+OPEN_MPI = {"PMIX_NAMESPACE": "prterun-n1-77@1", "OMPI_COMM_WORLD_RANK": "1"}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1", "RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "another"),
+    [
+        (SRUN_STEP, {"SLURM_STEP_ID": "1"}),
+        (SRUN_STEP, {"SLURM_RESTART_COUNT": "1"}),
+        (OPEN_MPI, {"PMIX_NAMESPACE": "prterun-n1-78@1"}),
+        ({**SRUN_STEP, **OPEN_MPI}, {"PMIX_NAMESPACE": "prterun-n1-78@1"}),
+        (TORCHRUN, {"MASTER_PORT": "2"}),
+        ({**SRUN_STEP, **TORCHRUN}, {"TORCHELASTIC_RUN_ID": "b"}),
+    ],
+)
+def test_ranks_of_one_launch_have_a_name_in_common(
+    environment: dict[str, str], another: dict[str, str]
+) -> None:
+    numbers = ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "RANK")
+    sibling = {name: "5" if name in numbers else value for name, value in environment.items()}
+    assert launch_name(environment) == launch_name(sibling) != launch_name({**environment, **another})
+    assert launch_name({}) is None

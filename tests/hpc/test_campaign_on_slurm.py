@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from observatory.cli import main
+from observatory.run import open_run
 from tests.conftest import MakeRun
 from tests.slurm_host import SlurmHost, slurm_host, why_not
 
@@ -298,6 +300,33 @@ def test_a_missing_module_is_named_by_its_point(login: Path, capsys: pytest.Capt
     lines = "\n".join(states(folder, capsys)["one"]["last_lines"])
     assert "the module no/such cannot be loaded" in lines
     assert "the environment cannot be set up" in lines
+
+
+def test_programs_that_run_watched_are_points_whose_runs_are_collected(
+    login: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = (
+        f"RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR=127.0.0.1 MASTER_PORT={port} exec "
+        f"{sys.executable} {Path(__file__).parents[1] / 'campaign' / 'program.py'} ranks"
+    )
+    watched = ["observatory", "run", "--out", "{out}/run", "--steps", "1:3", "--", "bash", "-c", script]
+    point = f'name = "two"\nranks = 2\ncommand = {json.dumps(watched)}\n'
+    folder = submitted(login, f"report = false\n[[command]]\n{point}")
+    until("its end", lambda: states(folder, capsys)["two"]["state"] in ("done", "failed"))
+    assert is_done(folder, capsys), states(folder, capsys)["two"]["last_lines"]
+    assert main(["collect", str(folder), "--report", str(login / "report.html"), "--json"]) == 0
+    collected = json.loads(capsys.readouterr().out)
+    (run,) = collected["runs"]
+    opened = open_run(folder / run)
+    assert opened.problems == ()
+    assert [rank.state for rank in opened.manifest.ranks] == ["complete"] * 2
+    assert sorted(opened.routed_tokens()["step"].unique()) == [1, 2]
+    shown = [(row["model"], row["data"], row["phase"]) for row in collected["conditions"]]
+    assert shown == [("Model", "two", "train_forward")]
+    assert "two" in (login / "report.html").read_text()
 
 
 @pytest.fixture

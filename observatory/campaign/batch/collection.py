@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,13 @@ def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
             notes.append(f"the network cannot be fitted: {error.what}")
     runs = state.runs
     about = {each.point.name: each.point.about for each in state.points}
-    rows_of = {name: reduce_runs([run]) for name, run in runs.items()}
+    rows_of = {name: reduce_runs(paths) for name, paths in runs.items()}
     for name, rows in rows_of.items():
-        notes += [f"{about[name]}: {problem}" for problem in rows[0].problems]
+        problems = dict.fromkeys(problem for row in rows for problem in row.problems)
+        notes += [f"{about[name]}: {problem}" for problem in problems]
     conditions = condition_rows([each.point for each in state.points], rows_of)
     opened, unreadable = _opened(runs)
-    missing = [(about[name], f"it cannot be read: {why}") for name, why in unreadable.items()]
+    missing = [(about[name], f"it cannot be read: {why}") for name, why in unreadable]
     missing += [(each["about"], gap_sentence(each)) for each in _gaps(state)]
     written, failure = None, None
     if report is not None and opened:
@@ -89,7 +90,7 @@ def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
             failure = error
             notes.append(f"the report could not be written: {error.what}")
     elif report is not None:
-        notes.append("no profile is finished, so there is no report yet")
+        notes.append("no run is finished, so there is no report yet")
     collected = Collected(
         state=state,
         network=network,
@@ -103,14 +104,14 @@ def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
     return collected
 
 
-def _opened(runs: Mapping[str, Path]) -> tuple[list[Run], dict[str, str]]:
-    """The runs that can be opened; why not, of the others, by point."""
-    opened, unreadable = [], {}
-    for name, path in runs.items():
+def _opened(runs: Mapping[str, Sequence[Path]]) -> tuple[list[Run], list[tuple[str, str]]]:
+    """The runs that can be opened; of each other one its point, and why not."""
+    opened, unreadable = [], []
+    for name, path in ((name, path) for name, paths in runs.items() for path in paths):
         try:
             opened.append(open_run(path))
         except ObservatoryError as error:
-            unreadable[name] = error.what
+            unreadable.append((name, error.what))
     return opened, unreadable
 
 
@@ -123,7 +124,9 @@ def collection_document(collected: Collected) -> dict[str, Any]:
             "campaign": state.saved.name,
             "directory": str(state.folder.path),
             "counts": {status.value: count for status, count in state.counts.items()},
-            "runs": [str(run.relative_to(state.folder.path)) for run in state.runs.values()],
+            "runs": [
+                str(run.relative_to(state.folder.path)) for paths in state.runs.values() for run in paths
+            ],
             "network": None if collected.network is None else collected.network.name,
             "report": None if collected.report is None else str(collected.report),
             "conditions": list(collected.conditions),

@@ -19,6 +19,7 @@ from observatory.campaign.batch.folder import (
     elements_of,
     result_status,
 )
+from observatory.campaign.run_folders import find_runs
 from observatory.hpc import slurm
 from observatory.hpc.scripts import seconds
 from observatory.hpc.site import Site
@@ -95,13 +96,16 @@ class CampaignState:
         return [state for state in self.points if state.status in statuses]
 
     @property
-    def runs(self) -> Mapping[str, Path]:
-        """Run directories of profiles that are done, by point."""
-        return {
-            state.point.name: state.attempts[-1].out / "run"
-            for state in self.of(PointStatus.DONE)
-            if state.point.kind == "profile"
-        }
+    def runs(self) -> Mapping[str, Sequence[Path]]:
+        """Run directories of points that are done, by point: of profiles, and what commands have made."""
+        found = {}
+        for state in self.of(PointStatus.DONE):
+            out = state.attempts[-1].out
+            if state.point.kind == "profile":
+                found[state.point.name] = [out / "run"]
+            elif state.point.kind == "command" and (runs := find_runs(out)):
+                found[state.point.name] = runs
+        return found
 
     @property
     def is_unanswered(self) -> bool:

@@ -49,8 +49,10 @@ def condition_rows(
     for point in points:
         for row in rows_of.get(point.name, ()):
             if row.phase is not None:
-                key = (point.model, point.data, point.ranks, row.phase, point.clock_mhz)
-                groups.setdefault(key, []).append(row)
+                what: tuple[str | int | None, ...] = (point.model, point.data, point.ranks)
+                if point.kind == "command":  # what it ran is what its run states
+                    what = (row.model, row.data or point.about, row.ep)
+                groups.setdefault((*what, row.phase, point.clock_mhz), []).append(row)
     return [
         {
             **dict(zip(("model", "data", "ep", "phase", "clock_mhz"), key, strict=True)),
