@@ -126,5 +126,5 @@ def test_compiled_code_counts_the_same_without_observatory_run(model: Path, tmp_
     assert mixed_steps(run) > 0
     engine = run.manifest.config["engine"]
     assert isinstance(engine, dict)
-    assert (engine["runner"], engine["compilation"]) == ("V1", "VLLM_COMPILE")
+    assert (engine["runner"], engine["compilation"]) == ("V1", "DYNAMO_TRACE_ONCE")
     assert not engine["prefix_caching"]
