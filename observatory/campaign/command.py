@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import os
@@ -109,7 +110,7 @@ def run_command(
         out=out.resolve(), run_id=run_id, power=power, exchanges=exchanges,
         first_step=steps[0], end_step=steps[1], every=every, most_s=most_s, stopped=stopped,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="observatory-run-") as folder:
+    with _folder_for_settings(settings.out.parent) as folder:
         file = Path(folder) / "settings.json"
         file.write_text(settings.model_dump_json())
         runs = RunsControl(lambda: _runs(settings, ()))
@@ -122,6 +123,14 @@ def run_command(
             code = _finish(_start(command, file), runs, control)
         notes = list(read_notes(Path(folder)))
     return CommandResult(code=code, rank=rank, runs=_runs(settings, notes), remarks=_remarks(notes))
+
+
+def _folder_for_settings(shared: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder that every process of the command sees: those of other nodes see the place of the run."""
+    with contextlib.suppress(OSError):
+        shared.mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryDirectory(prefix=".observatory-run-", dir=shared)
+    return tempfile.TemporaryDirectory(prefix="observatory-run-")
 
 
 def _launched() -> tuple[int, str]:

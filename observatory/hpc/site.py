@@ -6,6 +6,7 @@ Every value that goes into a directive or a command line is checked against what
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,6 +44,12 @@ _UNKNOWN: dict[SchedulerKind, tuple[str, ...]] = {
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+#: Directives of sbatch that make a script what it is: which points it runs, where, and how it ends.
+_OWN_SLURM_OPTION = re.compile(
+    r"(--(array|chdir|error|export|export-file|no-requeue|open-mode|output|requeue|signal|wrap)(=|$|\s)|-[aDeo])"
+)
 
 
 class BatchSettings(_Part):
@@ -161,6 +168,9 @@ class Site(_Part):
         unknown = [key for key in _UNKNOWN[self.scheduler] if self._has(key)]
         if unknown:
             raise ValueError(f"{unknown[0]} has no meaning in {self.scheduler} scripts; use batch.extra")
+        own = [option for option in self.batch.extra if _OWN_SLURM_OPTION.match(option)]
+        if self.scheduler == "slurm" and own:
+            raise ValueError(f"batch.extra holds {own[0][:40]}, which the script sets by itself")
         if self.scheduler == "pbs" and (self.node.memory or "G")[-1].isdecimal():
             raise ValueError("node.memory needs a unit in pbs scripts, such as 64G")
         if self.environment.scratch is not None and self.environment.launcher != "srun":

@@ -149,6 +149,17 @@ def test_every_example_says_what_it_is() -> None:
     assert {*SITES, *CAMPAIGNS, "observatory.def"} == set(example_names())
 
 
+@pytest.mark.parametrize(
+    "option", ["--array=0-99", "--array 0-99", "--export=ALL", "--wrap=date", "-a0-9", "-o x"]
+)
+def test_a_directive_that_the_script_sets_by_itself_is_refused(tmp_path: Path, option: str) -> None:
+    (tmp_path / "site.toml").write_text(f'[batch]\nextra = ["--mail-type=END", "{option}"]')
+    with pytest.raises(BatchError, match="which the script sets by itself"):
+        load_site(tmp_path / "site.toml")
+    (tmp_path / "site.toml").write_text('[batch]\nextra = ["--array-tasks-per-node=2", "--mail-type=END"]')
+    assert load_site(tmp_path / "site.toml").batch.extra[1] == "--mail-type=END"
+
+
 @pytest.mark.parametrize("site_name", SITES)
 @pytest.mark.parametrize("campaign_name", CAMPAIGNS)
 def test_examples_fit_together(site_name: str, campaign_name: str, tmp_path: Path) -> None:

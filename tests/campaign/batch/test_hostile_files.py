@@ -39,6 +39,7 @@ _PAYLOADS = (
     "{out}'$(touch MARK)",
     "x\u2028touch MARK",
     "--wrap=touch MARK",
+    "--comment=touch MARK",
 )
 #: Strings of a site that reach a script, but for ``environment.setup``, which is shell.
 _SITE_KEYS: dict[str, Callable[[str], dict[str, Any]]] = {
