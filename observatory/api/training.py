@@ -17,6 +17,9 @@ from typing import Any
 import torch
 import transformers
 
+from observatory.analysis.rules.judging import judge_rules
+from observatory.analysis.rules.rules_file import load_rules
+from observatory.analysis.rules.words import judged_sentence
 from observatory.errors import CaptureError, ObservatoryError, PlaceTakenError
 from observatory.host.ranks import find_rank
 from observatory.probes.options import (
@@ -29,11 +32,14 @@ from observatory.probes.options import (
 )
 from observatory.probes.run_news import agreed_by_ranks
 from observatory.probes.watch import Watch
+from observatory.run import Run
 from observatory.run.files import one_line
 from observatory.run.manifest import Phase
 from observatory.run.replacing import check_free
 
 _MOST_RUNS = 1000
+#: Newest parts of each rank and table that rules are judged by: hundreds of steps, and never the whole run.
+_CHECKED_PARTS = 2
 
 
 class TrainerCallback(transformers.TrainerCallback):
@@ -47,6 +53,10 @@ class TrainerCallback(transformers.TrainerCallback):
     A failure of the capture is a warning, and the training goes on without it. ``observatory ctl`` works on
     the run while it is written.
 
+    With rules (those of ``observatory check``, docs/check.md) the first rank judges the newest rows on disk,
+    whenever the Trainer logs or evaluates and when the training ends, and warns of each broken rule once. The
+    training is never stopped.
+
     Args:
         out: run directory. A training that finds something there, as when it is resumed from a checkpoint,
             writes to the first free of ``out-2``, ``out-3`` ...
@@ -55,6 +65,11 @@ class TrainerCallback(transformers.TrainerCallback):
         exchanges: as of :func:`observatory.watch`.
         power: likewise.
         flush_s: likewise.
+        rules: a TOML file of rules; None for none.
+
+    Raises:
+        CaptureError: ``every`` is not at least 1.
+        RulesError: the file of rules is none.
 
     Attributes:
         run_path: run directory of the training in progress, or of the last; None before the first.
@@ -69,7 +84,9 @@ class TrainerCallback(transformers.TrainerCallback):
         exchanges: bool | None = None,
         power: bool | Sequence[str] | None = None,
         flush_s: float = 10.0,
+        rules: str | os.PathLike[str] | None = None,
     ) -> None:
+        self._rules = () if rules is None else load_rules(Path(rules))
         self.run_path: Path | None = None
         self._out = Path(out)
         self._every = every
@@ -100,8 +117,14 @@ class TrainerCallback(transformers.TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """An evaluation has ended."""
-        del args, state, control, given
+        del args, control, given
         self._state_phase(None)
+        self._check(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """The Trainer logs."""
+        del args, control, given
+        self._check(state)
 
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **given: Any) -> None:
         """A prediction has ended."""
@@ -110,8 +133,11 @@ class TrainerCallback(transformers.TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Write what is left and take the hooks off."""
-        del args, state, control, given
+        del args, control, given
+        was_captured = self._watch is not None
         self._end(None)
+        if was_captured:
+            self._check(state)
 
     def _begin(self, model: Any, step: int) -> None:
         where = find_rank()
@@ -141,6 +167,18 @@ class TrainerCallback(transformers.TrainerCallback):
             raise
         self._watch, self.run_path = watch, place
         atexit.register(self._end, CaptureError("the program ended in the training"))
+
+    def _check(self, state: Any) -> None:
+        """Warn of rules that are broken, each once; what cannot be judged yet may be later."""
+        if not self._rules or self.run_path is None or not state.is_world_process_zero:
+            return
+        with _warned("is checked by its rules no further"):
+            rules, self._rules = self._rules, ()
+            judged = judge_rules(Run.open_tail(self.run_path, parts=_CHECKED_PARTS), rules)
+            broken = {item.rule: item for item in reversed(judged) if item.state == "broken"}
+            for item in broken.values():
+                warnings.warn(f"a rule is broken: {judged_sentence(item)}", stacklevel=2)
+            self._rules = tuple(rule for rule in rules if rule not in broken)
 
     def _before_forward(self, model: Any, args: Any, given: dict[str, Any]) -> None:
         """A call without gradients is one of an evaluation; one that is given a cache shows its own phase."""

@@ -115,7 +115,7 @@ def run_command(
         file.write_text(settings.model_dump_json())
         runs = RunsControl(lambda: _runs(settings, ()))
         with ExitStack() as stack:
-            if control.port:
+            if control.port and rank == 0:
                 try:
                     stack.enter_context(control_port(control.port, runs))
                 except CaptureError as error:  # the command is worth more

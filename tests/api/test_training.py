@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 import observatory
-from observatory.errors import CaptureError
+from observatory.errors import CaptureError, RulesError
 from tests.probes.routing.test_router_bias import biases, deepseek
 
 EXPERTS, VOCABULARY, LENGTH = 4, 32, 6
@@ -186,9 +186,25 @@ def test_an_exception_in_the_training_is_stated_when_the_next_one_begins(tmp_pat
     assert callback.run_path == tmp_path / "run-2"
 
 
+def test_a_broken_rule_is_one_warning_and_the_training_goes_on(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.toml"
+    limits = ("phase = 'train_forward'\nabove = 0", "above = 2", "phase = 'decode'\nabove = 0")
+    rules.write_text("".join(f"[[rule]]\nmetric = 'gini'\n{limit}\n" for limit in limits))
+    callback = observatory.TrainerCallback(out=tmp_path / "run", rules=rules, flush_s=0.01)
+    training = trainer(mixtral(), tmp_path / "checkpoints", [callback])
+    with pytest.warns(UserWarning, match="a rule is broken") as caught:
+        assert training.train().global_step == 4
+    said = [str(one.message) for one in caught if "rule" in str(one.message)]
+    assert len(said) == 1
+    assert said[0].startswith("a rule is broken: train_forward.gini > 0: ")
+    assert said[0].endswith(" in train_forward, layer 0, from step 0")
+
+
 def test_options_that_do_not_fit_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(observatory.ObservatoryError, match="every is 0; expected 1 or more"):
         observatory.TrainerCallback(out=tmp_path, every=0)
+    with pytest.raises(RulesError, match="cannot be read"):
+        observatory.TrainerCallback(out=tmp_path, rules=tmp_path / "absent.toml")
 
 
 def test_the_bias_of_routers_is_read_at_every_step(tmp_path: Path) -> None:

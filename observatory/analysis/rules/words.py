@@ -6,6 +6,7 @@ from enum import StrEnum
 
 from observatory.analysis.compare.words import CompareCode
 from observatory.analysis.compare.words import sentence as compare_sentence
+from observatory.analysis.rules.judged import Judged
 from observatory.reasons import Reason
 from observatory.text import listing
 
@@ -29,6 +30,16 @@ _WORDS = {
     RuleCode.FEW_STEPS: "a window has {needed} steps, the run {steps}",
     RuleCode.NO_VALUE: "no phase of the run has a value",
 }
+
+
+def judged_sentence(item: Judged) -> str:
+    """A judged value and where it is, in one line: ``gini > 0.6: 0.71 in prefill, layer 3``."""
+    words = [f"{item.rule.text}: {item.value:.4g}" if item.value is not None else item.rule.text]
+    if item.phase is not None:
+        words[0] += f" in {item.phase}"
+    places = {"layer": item.layer, "expert": item.expert}
+    places |= {"from step": item.first_step, "after step": item.after_step}
+    return ", ".join([*words, *(f"{name} {value}" for name, value in places.items() if value is not None)])
 
 
 def sentence(reason: Reason) -> str:
