@@ -28,6 +28,7 @@ _COMMANDS = {
     "history": "history:history",
     "check": "check:check",
     "top": "top:top",
+    "metrics": "metrics:metrics",
     "reduce": "reduce:reduce",
     "report": "report:report",
     "export": "export:export",
@@ -62,7 +63,7 @@ _GROUPS = {
     "clocks": "SM clocks: sweep them, fit the sweep, choose a clock.",
 }
 _SECTIONS = {
-    "Capture": ("quickstart", "profile", "run", "ctl", "top", "grid"),
+    "Capture": ("quickstart", "profile", "run", "ctl", "top", "metrics", "grid"),
     "Analysis": ("routing", "exchanges", "scan", "compare", "history", "check", "reduce", "report", "export"),
     "Decisions": ("place", "advise", "route-fetch", "plan"),
     "Network": ("bench", "replay", "fit"),

@@ -47,6 +47,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "--max-ms-per-token 50 --hardware h200-sxm --hardware h20",
     ),
     "top": ("observatory top runs/a", "observatory top runs --once"),
+    "metrics": (
+        "observatory metrics runs/a --port 9464",
+        "observatory metrics runs/a --textfile /var/lib/node_exporter/observatory.prom --interval 30",
+    ),
     "check": (
         "observatory check runs/a --rules rules.toml",
         "observatory check runs/a --rules rules.toml --json",
