@@ -65,7 +65,7 @@ class Decision(Record):
 
     Attributes:
         number: counted from 1.
-        request: the request; None where nobody asked.
+        request: the request; None where there was none.
         action: what is done.
         step: start, stop and end: the first step that it is about.
     """
@@ -130,7 +130,7 @@ def ask(run: Path, action: Action, name: str | None = None) -> Request:
 
 
 def withdraw(run: Path, request: Request) -> None:
-    """Take a request back, if nobody has read it."""
+    """Take a request back, if no rank has read it."""
     folder = run / CONTROL_FOLDER / _REQUESTS
     for path in folder.glob(f"*-{request.id}.json"):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The end of a vLLM server, which kills the engine's processes at once unless it is told to drain requests.
+"""The end of a vLLM server, which kills the engine's processes at once unless it is asked to drain requests.
 
 Those of them that watch a model need a moment to write the rest. The parent gives it to them, and then does
 what it did before; requests are aborted all the same.
