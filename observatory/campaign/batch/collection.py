@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from observatory.errors import BatchError, ObservatoryError
 from observatory.run import Run, open_run
 from observatory.run.documents.printed import printed_document
 from observatory.run.documents.writing import write_json, write_text
+
+#: Points whose runs a report shows: each takes some 50 kB of it, and a second or two.
+_MOST_REPORTED = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +51,6 @@ def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
         BatchError: the directory holds no campaign.
         RunError: the report cannot be written; the summary is.
     """
-    from observatory.reports import write_report
-
     state = campaign_state(folder)
     notes: list[str] = []
     network = None
@@ -70,38 +71,57 @@ def collect(folder: CampaignFolder, *, report: Path | None) -> Collected:
         problems = dict.fromkeys(problem for row in rows for problem in row.problems)
         notes += [f"{about[name]}: {problem}" for problem in problems]
     conditions = condition_rows([each.point for each in state.points], rows_of)
-    opened, unreadable = _opened(runs)
+    collected = Collected(
+        state=state, network=network, report=None, notes=tuple(notes), conditions=tuple(conditions)
+    )
+    _write_summary(collected)  # whatever becomes of the report
+    if report is None:
+        return collected
+    try:
+        collected = _with_report(collected, report, benches)
+    except ObservatoryError as error:
+        notes.append(f"the report could not be written: {error.what}")
+        _write_summary(replace(collected, notes=tuple(notes)))
+        raise
+    _write_summary(collected)
+    return collected
+
+
+def _write_summary(collected: Collected) -> None:
+    write_json(collected.state.folder.path / "summary.json", collection_document(collected))
+
+
+def _with_report(collected: Collected, report: Path, benches: Sequence[Path]) -> Collected:
+    """Write the report, of the first repeats where there are more runs than it takes."""
+    from observatory.reports import write_report
+
+    state = collected.state
+    about = {each.point.name: each.point.about for each in state.points}
+    repeat = {each.point.name: each.point.repeat or 0 for each in state.points}
+    runs = state.runs
+    shown = set(sorted(runs, key=lambda name: repeat[name])[:_MOST_REPORTED])
+    opened, unreadable = _opened({name: paths for name, paths in runs.items() if name in shown})
+    if not opened:
+        no_run = "no run is finished, so there is no report yet"
+        return replace(collected, notes=(*collected.notes, no_run))
     missing = [(about[name], f"it cannot be read: {why}") for name, why in unreadable]
     missing += [(each["about"], gap_sentence(each)) for each in _gaps(state)]
-    written, failure = None, None
-    if report is not None and opened:
-        try:
-            written = write_report(
-                opened,
-                report,
-                title=f"Campaign {state.saved.name}",
-                gpus_per_node=state.saved.site.node.tasks,
-                bench=benches,
-                networks=[] if network is None else [network],
-                missing=missing,
-                overwrite=True,
-            )
-        except ObservatoryError as error:
-            failure = error
-            notes.append(f"the report could not be written: {error.what}")
-    elif report is not None:
-        notes.append("no run is finished, so there is no report yet")
-    collected = Collected(
-        state=state,
-        network=network,
-        report=written,
-        notes=tuple(notes),
-        conditions=tuple(conditions),
+    left_out = len(runs) - len(shown)
+    if left_out:
+        missing.append(
+            (f"{left_out} of {len(runs)} points", "are in summary.json alone: a report takes no more")
+        )
+    written = write_report(
+        opened,
+        report,
+        title=f"Campaign {state.saved.name}",
+        gpus_per_node=state.saved.site.node.tasks,
+        bench=benches,
+        networks=[] if collected.network is None else [collected.network],
+        missing=missing,
+        overwrite=True,
     )
-    write_json(folder.path / "summary.json", collection_document(collected))
-    if failure is not None:
-        raise failure
-    return collected
+    return replace(collected, report=written)
 
 
 def _opened(runs: Mapping[str, Sequence[Path]]) -> tuple[list[Run], list[tuple[str, str]]]:

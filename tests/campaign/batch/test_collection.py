@@ -29,6 +29,13 @@ def _campaign(login: Login) -> tuple[Path, Path]:
     return runs[0], runs[1]
 
 
+def gaps_of(report: Path) -> str:
+    """What the report says of gaps in the data."""
+    problems = re.search(r'<div id="problems".*?</div>', report.read_text(), re.DOTALL)
+    assert problems is not None
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", problems[0]))
+
+
 def test_the_report_states_which_points_are_missing_and_why(login: Login) -> None:
     whole, _ = _campaign(login)
     (whole / "run.json").write_text("{")
@@ -36,13 +43,23 @@ def test_the_report_states_which_points_are_missing_and_why(login: Login) -> Non
     code, out, _ = login.command("collect", str(login.campaign), "--report", str(report), "--json")
     assert code == 0
     assert [gap["state"] for gap in json.loads(out)["gaps"]] == ["damaged", "failed"]
-    problems = re.search(r'<div id="problems".*?</div>', report.read_text(), re.DOTALL)
-    assert problems is not None
-    text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", problems[0]))
+    text = gaps_of(report)
     assert "Missing: breaks failed, exit code 7" in text
     assert re.search(
         r"Missing: tiny-mha on mock, EP 1, both damaged; what it captured is in points/\S+", text
     )
+
+
+def test_a_report_of_too_many_points_says_where_the_others_are(
+    login: Login, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("observatory.campaign.batch.collection._MOST_REPORTED", 1)
+    _campaign(login)
+    report = login.folder / "report.html"
+    code, out, _ = login.command("collect", str(login.campaign), "--report", str(report), "--json")
+    assert code == 0
+    assert len(json.loads(out)["conditions"]) == 2
+    assert "Missing: 1 of 2 points are in summary.json alone" in gaps_of(report)
 
 
 def test_what_a_finished_run_lacks_is_stated_and_submission_runs_it_again(login: Login) -> None:
