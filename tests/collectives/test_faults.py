@@ -179,9 +179,10 @@ def test_ranks_that_the_command_starts_itself_end_with_the_one_that_is_killed(tm
     assert process.returncode == 1
     *_, rank, launcher = [line for line in err.splitlines() if line.startswith(_SAYS)]
     assert "rank 0 of 2 timed out" in rank
-    assert launcher == (
-        f"{_SAYS}rank 1 of 2 was killed by signal 9 (SIGKILL); rank 0 ended with errors after it"
-    )
+    # Rank 0 has 15 s to end by itself, which a machine that is short of cores may not let it do.
+    ends = ("ended with errors after it", "did not end and was killed")
+    assert launcher.startswith(f"{_SAYS}rank 1 of 2 was killed by signal 9 (SIGKILL); rank 0 ")
+    assert launcher.endswith(ends)
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 
