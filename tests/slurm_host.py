@@ -25,7 +25,7 @@ from pathlib import Path
 NODES = 4
 _CPUS = 4
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
-_START_S, _END_S, _POLL_S = 120.0, 30.0, 0.05
+_START_S, _END_S, _POLL_S = 400.0, 120.0, 0.05
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "squeue", "sinfo", "scontrol")
 #: Marks of launchers and of jobs that the tests themselves may run in.
 _LAUNCHERS = ("SLURM", "PMI", "OMPI_", "PRTE_", "TORCHELASTIC", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_")

@@ -94,8 +94,8 @@ def test_nothing_is_left_of_tests_that_fail(tmp_path: Path) -> None:
 def test_nothing_is_left_of_a_test_that_is_ended(tmp_path: Path) -> None:
     length_s = f"6{os.getpid()}.2"
     with run_tests(tmp_path, WAITING, length_s) as tests:
-        assert wait_until((tmp_path / "begun").exists, within_s=60.0)
-        assert wait_until(lambda: len(running(length_s)) >= 4, within_s=30.0)
+        assert wait_until((tmp_path / "begun").exists, within_s=400.0)
+        assert wait_until(lambda: len(running(length_s)) >= 4, within_s=400.0)
         tests.send_signal(signal.SIGTERM)
         said, _ = tests.communicate(timeout=400)
     assert tests.returncode not in (0, None), said

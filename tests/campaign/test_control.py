@@ -25,7 +25,7 @@ from observatory.run.manifest import Manifest, ModelSpec
 
 PROGRAM = str(Path(__file__).with_name("program.py"))
 OBSERVATORY = [sys.executable, "-m", "observatory"]
-PATIENCE_S = 120.0
+PATIENCE_S = 400.0
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 _MPIEXEC = Path(sys.executable).parent / "mpiexec"
 _PYTHON = f"exec {sys.executable} -W ignore -m"
 _LIGHT = "--ep 2 --data mock --batch-size 1 --sequence-length 16 --flush-seconds 0.3"
-_LIMIT_S, _END_S = 200, 20
+_LIMIT_S, _END_S = 400, 120
 
 
 @pytest.fixture(scope="module", autouse=True)

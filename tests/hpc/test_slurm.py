@@ -30,7 +30,7 @@ _OTHER_ON_N4 = (
     """bash -c 'test $SLURMD_NODENAME != n4 || export PYTHONPATH=$PWD/other:$PYTHONPATH; exec "$@"' -"""
 )
 _LIMIT_S = 400
-_ORPHANS_END_S = 30.0
+_ORPHANS_END_S = 120.0
 _TABLES = ("routing", "exchange", "spans")
 _MPIEXEC = Path(sys.executable).parent / "mpiexec"
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from tests.locks.test_locking import UUID, Host
 
 CLEAN = {"lock": 0.0, "limit": 700.0}
-_ANSWER_S = 120.0
+_ANSWER_S = 400.0
 _CODE = f"""
 import json, os, signal, sys, threading, time
 from pathlib import Path

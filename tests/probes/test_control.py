@@ -27,7 +27,7 @@ from observatory.run.manifest import CapturedSteps, Manifest, ModelSpec, Topolog
 from tests.probes.tiny import HIDDEN, RoutedModel, routed_adapter, tokens
 
 ALONE = RankOf(rank=0, world=1)
-PATIENCE_S = 60.0
+PATIENCE_S = 400.0
 
 
 def until(condition: Callable[[], bool]) -> None:

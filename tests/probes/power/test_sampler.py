@@ -72,7 +72,7 @@ def _samples(run: Path) -> pd.DataFrame:
     return open_run(run).power()
 
 
-def _ended(pid: int, within_s: float = 10.0) -> bool:
+def _ended(pid: int, within_s: float = 120.0) -> bool:
     deadline = time.monotonic() + within_s
     while time.monotonic() < deadline:
         try:
@@ -135,7 +135,7 @@ def test_a_forked_child_that_lives_on_does_not_keep_the_sampler_alive(run: Path,
         if os.fork() == 0:
             sampler.abandon()
             os.close(1), os.close(2)
-            time.sleep(20)
+            time.sleep(150)
             os._exit(0)
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -143,7 +143,7 @@ def test_a_forked_child_that_lives_on_does_not_keep_the_sampler_alive(run: Path,
     )
     pid = int(owner.stdout.readline()) if owner.stdout else 0
     owner.communicate(timeout=400)
-    assert _ended(pid, within_s=5.0)
+    assert _ended(pid)
 
 
 def test_ctrl_c_is_the_owners_business_and_nothing_is_lost(run: Path, driver: FakeDriver) -> None:
