@@ -87,8 +87,10 @@ class Launched:
                 stderr=log,
             )
         first = "routing/*/part-000000.parquet"
-        running = wait_until(lambda: len(list(self.out.glob(first))) == 2, within_s=_START_S)
-        assert running, self.log.read_text()
+        if not wait_until(lambda: len(list(self.out.glob(first))) == 2, within_s=_START_S):
+            self.process.kill()
+            self.process.wait()
+            pytest.fail(self.log.read_text())
         time.sleep(1.0)  # steps that are not yet written
         self.processes = descendants(self.process.pid)
         self.ranks = {
