@@ -161,20 +161,20 @@ def test_a_port_that_is_taken_is_said_by_the_rank_that_wanted_it() -> None:
             Rendezvous(find_rank(environment=environment), environment, timeout_s=5)
 
 
-SRUN_STEP = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
-OPEN_MPI = {"PMIX_NAMESPACE": "prterun-n1-77@1", "OMPI_COMM_WORLD_RANK": "1"}
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1", "RANK": "0"}
+OF_SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+OF_MPIEXEC = {"PMIX_NAMESPACE": "prterun-n1-77@1", "OMPI_COMM_WORLD_RANK": "1"}
+OF_TORCHRUN = {"TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": "1", "RANK": "0"}
 
 
 @pytest.mark.parametrize(
     ("environment", "another"),
     [
-        (SRUN_STEP, {"SLURM_STEP_ID": "1"}),
-        (SRUN_STEP, {"SLURM_RESTART_COUNT": "1"}),
-        (OPEN_MPI, {"PMIX_NAMESPACE": "prterun-n1-78@1"}),
-        ({**SRUN_STEP, **OPEN_MPI}, {"PMIX_NAMESPACE": "prterun-n1-78@1"}),
-        (TORCHRUN, {"MASTER_PORT": "2"}),
-        ({**SRUN_STEP, **TORCHRUN}, {"TORCHELASTIC_RUN_ID": "b"}),
+        (OF_SRUN, {"SLURM_STEP_ID": "1"}),
+        (OF_SRUN, {"SLURM_RESTART_COUNT": "1"}),
+        (OF_MPIEXEC, {"PMIX_NAMESPACE": "prterun-n1-78@1"}),
+        ({**OF_SRUN, **OF_MPIEXEC}, {"PMIX_NAMESPACE": "prterun-n1-78@1"}),
+        (OF_TORCHRUN, {"MASTER_PORT": "2"}),
+        ({**OF_SRUN, **OF_TORCHRUN}, {"TORCHELASTIC_RUN_ID": "b"}),
     ],
 )
 def test_ranks_of_one_launch_have_a_name_in_common(
