@@ -146,7 +146,7 @@ def test_a_run_that_cannot_answer_is_refused_in_one_line(
     error = refused(run)
     assert "has not answered within 0.2 s: process" in error
     assert "on another" in error
-    assert list((run / "control" / "requests").iterdir()) == []  # nobody acts on it later
+    assert list((run / "control" / "requests").iterdir()) == []  # it takes no effect later
     (run / "control" / "rank-00000.json").write_text("{")
     assert "takes no commands" in refused(run)
 

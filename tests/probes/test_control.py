@@ -62,7 +62,7 @@ def captured_steps(path: Path) -> list[int]:
     return sorted({step for step, *_ in tokens(path)})
 
 
-def told(run: Path, action: Action, name: str | None = None) -> Any:
+def command(run: Path, action: Action, name: str | None = None) -> Any:
     request = ask(run, action, name)
 
     def is_handled() -> bool:
@@ -98,17 +98,17 @@ def test_commands_open_and_close_stretches_and_marks_have_their_step(tmp_path: P
     with watch_of(model, path, StepOptions(stopped=True, listens=True)) as watch:
         forward(model, watch, 3)
         assert hooks(model) == 0
-        answer = told(path, "start")
+        answer = command(path, "start")
         assert (answer.state, answer.next_action, answer.next_step) == ("stopped", "start", 4)
         forward(model, watch, 3)
-        assert told(path, "mark", "warm").marks == 1
-        told(path, "stop")
+        assert command(path, "mark", "warm").marks == 1
+        command(path, "stop")
         forward(model, watch, 4)
         assert hooks(model) == 0
-        told(path, "flush")
+        command(path, "flush")
         assert observatory.open_run(path).row_count("routing") == 2 * 3
-        assert told(path, "status").rows == 2 * 3
-        told(path, "start")
+        assert command(path, "status").rows == 2 * 3
+        command(path, "start")
         forward(model, watch, 2)
     assert captured_steps(path) == [4, 5, 6, 11]
     (rank,) = observatory.open_run(path).manifest.ranks
@@ -146,7 +146,7 @@ def test_a_layer_that_was_replaced_without_capture_is_counted_and_no_gap(tmp_pat
     model, path = RoutedModel().eval(), tmp_path / "r"
     with watch_of(model, path, StepOptions(stopped=True, listens=True)) as watch:
         model.layers[1] = RoutedModel(layers=1).layers[0].eval()
-        told(path, "start")
+        command(path, "start")
         forward(model, watch, 2)
     run = observatory.open_run(path)
     assert run.problems == ()
@@ -169,7 +169,7 @@ def test_a_watch_that_leaves_nothing_out_says_nothing_of_it(tmp_path: Path) -> N
     model, path = RoutedModel().eval(), tmp_path / "r"
     with watch_of(model, path, StepOptions(listens=True)) as watch:
         forward(model, watch, 2)
-        told(path, "start")
+        command(path, "start")
         forward(model, watch, 1)
     (rank,) = observatory.open_run(path).manifest.ranks
     assert rank.captured is None

@@ -445,7 +445,7 @@ def found_in(case: Case) -> dict[str, Any]:
 
 
 def _own_counts(model: Chain, hidden: torch.Tensor, own: Own) -> list[list[int]]:
-    """What the framework counts in three passes that nobody watches."""
+    """What the framework counts in three passes without a watch."""
     own.clear()
     torch.manual_seed(5)
     with torch.no_grad() if not model.training else nullcontext():
