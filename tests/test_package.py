@@ -21,7 +21,7 @@ def modules() -> Iterator[str]:
 
 def test_the_public_surface_is_this_list() -> None:
     assert sorted(observatory.__all__) == [
-        "ObservatoryError", "Run", "RunWriter", "TrainerCallback", "open_run", "watch",
+        "LightningCallback", "ObservatoryError", "Run", "RunWriter", "TrainerCallback", "open_run", "watch",
     ]  # fmt: skip
     for name in observatory.__all__:
         assert getattr(observatory, name) is not None
@@ -51,7 +51,7 @@ def test_what_a_package_offers_is_there() -> None:
 
 
 def test_importing_the_package_is_cheap_and_silent() -> None:
-    heavy = ("torch", "transformers", "plotly", "pynvml", "mpi4py", "pandas", "pyarrow", "scipy")
+    heavy = ("torch", "transformers", "lightning", "plotly", "pynvml", "mpi4py", "pandas", "pyarrow", "scipy")
     code = f"import sys, observatory; print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

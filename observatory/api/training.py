@@ -1,6 +1,7 @@
-"""``observatory.TrainerCallback``: watch what transformers' Trainer trains.
+"""What the callbacks of trainers have in common: one watch for each training, from first step to last.
 
-transformers is imported with this module, which is imported when the name is first used.
+A trainer's own callback calls `TrainingCallback` where a training begins, a step ends, an evaluation ends and
+the training ends, and states which forwards train. It never raises into the training.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from torch import nn
 
 from observatory.analysis.rules.judging import judge_rules
 from observatory.analysis.rules.rules_file import load_rules
@@ -42,34 +43,21 @@ _MOST_RUNS = 1000
 _CHECKED_PARTS = 2
 
 
-class TrainerCallback(transformers.TrainerCallback):
-    """Watches the model while a Trainer trains it.
+class TrainingCallback:
+    """Watches the model of a training; the base of `TrainerCallback` and `LightningCallback`.
 
-    A step is an optimiser step with all its micro-batches, under the Trainer's own number (``global_step``),
-    also after a training was resumed. Evaluation is kept apart by its phase: ``prefill``, and what its cache
-    shows where it generates, never ``train_forward``. Its rows have the number of the step that comes next.
-    Correction biases of routers and the auxiliary loss that the model states are kept for every step.
+    A step is an optimiser step with all its micro-batches, under the trainer's own number (``global_step``
+    before it), also after a training was resumed. Evaluation is kept apart by its phase: ``prefill``, and
+    what its cache shows where it generates, never ``train_forward``. Its rows have the number of the step
+    that comes next. Correction biases of routers and the auxiliary loss that the model states are kept for
+    every step.
 
     A failure of the capture is a warning, and the training goes on without it. ``observatory ctl`` works on
     the run while it is written.
 
     With rules (those of ``observatory check``, docs/check.md) the first rank judges the newest rows on disk,
-    whenever the Trainer logs or evaluates and when the training ends, and warns of each broken rule once. The
+    whenever the trainer logs or evaluates and when the training ends, and warns of each broken rule once. The
     training is never stopped.
-
-    Args:
-        out: run directory. A training that finds something there, as when it is resumed from a checkpoint,
-            writes to the first free of ``out-2``, ``out-3`` ...
-        every: capture one step in so many, those that the number divides.
-        stopped: capture nothing before ``observatory ctl OUT start``.
-        exchanges: as of :func:`observatory.watch`.
-        power: likewise.
-        flush_s: likewise.
-        rules: a TOML file of rules; None for none.
-
-    Raises:
-        CaptureError: ``every`` is not at least 1.
-        RulesError: the file of rules is none.
 
     Attributes:
         run_path: run directory of the training in progress, or of the last; None before the first.
@@ -86,6 +74,22 @@ class TrainerCallback(transformers.TrainerCallback):
         flush_s: float = 10.0,
         rules: str | os.PathLike[str] | None = None,
     ) -> None:
+        """Choose what is captured.
+
+        Args:
+            out: run directory. A training that finds something there, as when it is resumed from a
+                checkpoint, writes to the first free of ``out-2``, ``out-3`` ...
+            every: capture one step in so many, those that the number divides.
+            stopped: capture nothing before ``observatory ctl OUT start``.
+            exchanges: as of :func:`observatory.watch`.
+            power: likewise.
+            flush_s: likewise.
+            rules: a TOML file of rules; None for none.
+
+        Raises:
+            CaptureError: ``every`` is not at least 1.
+            RulesError: the file of rules is none.
+        """
         self._rules = () if rules is None else load_rules(Path(rules))
         self.run_path: Path | None = None
         self._out = Path(out)
@@ -98,48 +102,58 @@ class TrainerCallback(transformers.TrainerCallback):
         self._handle: Any = None
         StepOptions(every=every)  # raises at once what it does not take
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Begin with the number of the step that comes first."""
-        del args, control
+    def _trains(self, model: nn.Module) -> bool:
+        """Whether a forward with gradients is one of the training."""
+        raise NotImplementedError
+
+    def _model_of(self, module: nn.Module) -> nn.Module:
+        """What is watched of the module that is trained."""
+        return module
+
+    def _begin(self, module: nn.Module, step: int) -> None:
+        """Begin with the number of the step that comes first; a training that never ended has failed."""
         self._end(CaptureError("the training ended without saying so"))
         with _warned("is not captured"):
-            self._begin(given["model"], int(state.global_step))
+            self._watch_model(self._model_of(module), step)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """An optimiser step has ended."""
-        del args, state, control, given
+    def _end_step(self, next_step: int) -> None:
+        """An optimiser step has ended; the number of the one that comes next."""
         if self._watch is not None:
             try:
-                self._watch.step()
+                self._watch.step(next_step=next_step)
             except Exception as error:
                 _warn("is captured no further", error)
                 self._end(error)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """An evaluation has ended."""
-        del args, control, given
-        self._state_phase(None)
-        self._check(state)
+    def _state_phase(self, phase: Phase | None) -> None:
+        if self._watch is not None:
+            with contextlib.suppress(ObservatoryError):  # stated when the step ends
+                self._watch.state_phase(phase)
 
-    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """The Trainer logs."""
-        del args, control, given
-        self._check(state)
+    def _check(self, *, is_first_rank: bool) -> None:
+        """Warn of rules that are broken, each once; what cannot be judged yet may be later."""
+        if not self._rules or self.run_path is None or not is_first_rank:
+            return
+        with _warned("is checked by its rules no further"):
+            rules, self._rules = self._rules, ()
+            judged = judge_rules(Run.open_tail(self.run_path, parts=_CHECKED_PARTS), rules)
+            broken = {item.rule: item for item in reversed(judged) if item.state == "broken"}
+            for item in broken.values():
+                warnings.warn(f"a rule is broken: {judged_sentence(item)}", stacklevel=2)
+            self._rules = tuple(rule for rule in rules if rule not in broken)
 
-    def on_predict(self, args: Any, state: Any, control: Any, metrics: Any, **given: Any) -> None:
-        """A prediction has ended."""
-        del args, state, control, metrics, given
-        self._state_phase(None)
+    def _end(self, error: BaseException | None) -> bool:
+        """Write what is left and take the hooks off; whether there was something to end."""
+        watch, self._watch = self._watch, None
+        if watch is None:
+            return False
+        atexit.unregister(self._end)
+        self._handle.remove()
+        with _warned("may lack its end"):
+            watch.__exit__(None if error is None else type(error), error, None)
+        return True
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Write what is left and take the hooks off."""
-        del args, control, given
-        was_captured = self._watch is not None
-        self._end(None)
-        if was_captured:
-            self._check(state)
-
-    def _begin(self, model: Any, step: int) -> None:
+    def _watch_model(self, model: nn.Module, step: int) -> None:
         where = find_rank()
         place = agreed_by_ranks(where, lambda: _free_place(self._out))
         watch = Watch(
@@ -147,10 +161,11 @@ class TrainerCallback(transformers.TrainerCallback):
             place,
             WatchOptions(
                 where=where,
+                phase="train_forward",
                 flush_s=self._flush_s,
                 steps=StepOptions(
                     at=step, first=-(-step // self._every) * self._every, every=self._every,
-                    stopped=self._stopped, listens=True,
+                    stopped=self._stopped, listens=True, generates=False,
                 ),
                 routing=RoutingOptions(bias_steps=1),
                 exchange=self._exchange,
@@ -168,36 +183,13 @@ class TrainerCallback(transformers.TrainerCallback):
         self._watch, self.run_path = watch, place
         atexit.register(self._end, CaptureError("the program ended in the training"))
 
-    def _check(self, state: Any) -> None:
-        """Warn of rules that are broken, each once; what cannot be judged yet may be later."""
-        if not self._rules or self.run_path is None or not state.is_world_process_zero:
-            return
-        with _warned("is checked by its rules no further"):
-            rules, self._rules = self._rules, ()
-            judged = judge_rules(Run.open_tail(self.run_path, parts=_CHECKED_PARTS), rules)
-            broken = {item.rule: item for item in reversed(judged) if item.state == "broken"}
-            for item in broken.values():
-                warnings.warn(f"a rule is broken: {judged_sentence(item)}", stacklevel=2)
-            self._rules = tuple(rule for rule in rules if rule not in broken)
-
-    def _before_forward(self, model: Any, args: Any, given: dict[str, Any]) -> None:
+    def _before_forward(self, model: nn.Module, args: Any, given: dict[str, Any]) -> None:
         """A call without gradients is one of an evaluation; one that is given a cache shows its own phase."""
         del args
-        evaluates = not (model.training and torch.is_grad_enabled())
-        self._state_phase("prefill" if evaluates and given.get("past_key_values") is None else None)
-
-    def _state_phase(self, phase: Phase | None) -> None:
-        if self._watch is not None:
-            with contextlib.suppress(ObservatoryError):  # stated when the step ends
-                self._watch.state_phase(phase)
-
-    def _end(self, error: Exception | None) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            atexit.unregister(self._end)
-            self._handle.remove()
-            with _warned("may lack its end"):
-                watch.__exit__(None if error is None else type(error), error, None)
+        if torch.is_grad_enabled() and self._trains(model):
+            self._state_phase("train_forward")
+        else:
+            self._state_phase("prefill" if given.get("past_key_values") is None else None)
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ def _first_word(run: Path) -> Answer:
         raise RunError(f"run {run} has ended and takes no commands", remedy=f"see observatory routing {run}")
     if answer is None:
         raise RunError(
-            f"run {run} takes no commands: neither `observatory run` nor observatory.TrainerCallback makes it"
+            f"run {run} takes no commands: neither `observatory run` nor a callback of a trainer makes it"
         )
     if not _may_live(answer):
         raise _ended_unclosed(run, answer)

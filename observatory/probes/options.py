@@ -125,6 +125,7 @@ class StepOptions:
         most_s: the capture ends so many seconds after its first step; None: no limit.
         stopped: nothing is captured before a command starts it; ``first`` and ``end`` mean nothing then.
         listens: commands are taken (``observatory ctl``).
+        generates: each forward pass of a ``generate()`` is a step by itself; False: the program states all.
     """
 
     at: int = 0
@@ -134,6 +135,7 @@ class StepOptions:
     most_s: float | None = None
     stopped: bool = False
     listens: bool = False
+    generates: bool = True
 
     def __post_init__(self) -> None:
         check_least("every", self.every, 1)

@@ -106,7 +106,8 @@ class Watch:
                     store=default_store() if aligns else None,
                     situation=lambda: (self.steps, self._phase),
                 )
-            self._session.routing.before_pass(self._before_pass)
+            if self._options.steps.generates:
+                self._session.routing.before_pass(self._before_pass)
             self._begin_control(self._session)
         except BaseException as error:
             self._writer.close(state="failed", error=_failure(error))
@@ -164,10 +165,13 @@ class Watch:
             check_phase(name)
         self._switch(name)
 
-    def step(self) -> None:
+    def step(self, *, next_step: int | None = None) -> None:
         """End a step: one forward pass, one training step, or one decode step.
 
         Each forward pass of the model that a ``generate()`` makes is a step by itself.
+
+        Args:
+            next_step: number of the step that comes next; None: the number after that of the last.
 
         Raises:
             CaptureError: the watch is not running, or the capture failed. The model's own run is unharmed,
@@ -176,7 +180,7 @@ class Watch:
         session = self._running()
         if not self._is_paused:
             session.boundary(self.steps, phase=self._phase, ends_step=True)
-        self._step_ended()
+        self._step_ended(next_step)
         session.check()
         self._after_step(session)
 
@@ -269,8 +273,8 @@ class Watch:
                 self._after_step(session)
         self._is_in_step = True
 
-    def _step_ended(self) -> None:
-        self.steps += 1
+    def _step_ended(self, next_step: int | None = None) -> None:
+        self.steps = max(self.steps + 1, next_step or 0)
         self._captured_steps += not self._is_paused
         self._is_in_step = False
 

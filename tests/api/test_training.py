@@ -3,72 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch.utils.data import Dataset
 
 import observatory
 from observatory.errors import CaptureError, RulesError
+from tests.api.training_cases import LENGTH, Counted, Texts, loads, mixtral
 from tests.probes.routing.test_router_bias import biases, deepseek
 
-EXPERTS, VOCABULARY, LENGTH = 4, 32, 6
-
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:")
-
-
-class Texts(Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, texts: int) -> None:
-        self._ids = torch.randint(0, VOCABULARY, (texts, LENGTH), generator=torch.manual_seed(1))
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self._ids[index], "labels": self._ids[index]}
-
-
-def mixtral() -> Any:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(0)
-    return MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
-            num_attention_heads=1, num_key_value_heads=1, num_local_experts=EXPERTS,
-            num_experts_per_tok=2, output_router_logits=True, max_position_embeddings=16,
-        )
-    )  # fmt: skip
-
-
-class Counted:
-    """Expert ids that the experts were called with, by the Trainer's step, layer and mode."""
-
-    def __init__(self, model: Any) -> None:
-        self.step = 0
-        self.losses: dict[tuple[int, str], list[float]] = {}
-        self.found: dict[tuple[int, str, int], Counter[int]] = {}
-        if model.config.model_type != "mixtral":
-            return
-        model.register_forward_hook(self.add_loss)
-        for layer, block in enumerate(model.model.layers):
-            block.mlp.experts.register_forward_pre_hook(lambda m, args, layer=layer: self.add(m, args, layer))
-
-    def add(self, experts: Any, args: tuple[torch.Tensor, ...], layer: int) -> None:
-        phase = phase_of(experts)
-        key = (self.step, phase, layer)
-        self.found.setdefault(key, Counter()).update(args[1].flatten().tolist())
-
-    def add_loss(self, model: Any, _args: Any, output: Any) -> None:
-        self.losses.setdefault((self.step, phase_of(model)), []).append(output.aux_loss.item())
-
-
-def phase_of(module: Any) -> str:
-    return "train_forward" if module.training else "prefill"
 
 
 def trainer(model: Any, folder: Path, callbacks: list[Any], *, steps: int = 4, **options: Any) -> Any:
@@ -96,14 +42,6 @@ def trainer(model: Any, folder: Path, callbacks: list[Any], *, steps: int = 4, *
     )
     made.counted = counted
     return made
-
-
-def loads(path: Path) -> dict[tuple[int, str, int], Counter[int]]:
-    frame = observatory.open_run(path).expert_load()
-    found: dict[tuple[int, str, int], Counter[int]] = {}
-    for row in frame[frame.load > 0].itertuples():
-        found.setdefault((row.step, row.phase, row.layer), Counter())[row.expert] = row.load
-    return found
 
 
 @pytest.fixture(autouse=True)

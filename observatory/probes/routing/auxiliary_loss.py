@@ -34,6 +34,7 @@ class AuxiliaryLoss(Part):
         self._writer = writer
         self._attachment: Attachment | None = None
         self._seen: dict[str, list[torch.Tensor]] = {}
+        self._of_step: dict[str, list[torch.Tensor]] = {}
         self._waiting: list[tuple[int, str, int, torch.Tensor]] = []
         self._error: str | None = None
 
@@ -48,14 +49,14 @@ class AuxiliaryLoss(Part):
         self._attachment = Attachment(self._model, after=after, first=True, marks=False)
 
     def boundary(self, boundary: Boundary) -> None:
-        """Keep what the stretch had."""
+        """Keep what the stretch had, and at the end of a step what all its stretches had."""
         seen, self._seen = self._seen, {}
         if boundary.is_refused:
             return
-        with torch.inference_mode(False), torch.no_grad():
-            for phase, values in seen.items():
-                mean = torch.stack([value.to(values[0].device) for value in values]).mean()
-                self._waiting.append((boundary.step, boundary.phase or phase, len(values), mean))
+        for phase, values in seen.items():
+            self._of_step.setdefault(boundary.phase or phase, []).extend(values)
+        if boundary.ends_step:
+            self._end_step(boundary.step)
         if len(self._waiting) >= _MOST_WAITING or boundary.is_last:
             self._write()
 
@@ -89,6 +90,13 @@ class AuxiliaryLoss(Part):
         if type(value) is torch.Tensor and value.numel() == 1 and value.is_floating_point():
             of_phase = self._seen.setdefault(self._routing.phase_now(), [])
             of_phase.append(value.detach().reshape(()).double())
+
+    def _end_step(self, step: int) -> None:
+        of_step, self._of_step = self._of_step, {}
+        with torch.inference_mode(False), torch.no_grad():
+            for phase, values in of_step.items():
+                mean = torch.stack([value.to(values[0].device) for value in values]).mean()
+                self._waiting.append((step, phase, len(values), mean))
 
     def _write(self) -> None:
         rows, self._waiting = self._waiting, []
