@@ -22,6 +22,7 @@ from observatory.analysis.parallel.scan import place, placement_rule
 from observatory.analysis.parallel.traffic import load_by_rank
 from observatory.analysis.routing.floor import max_over_mean_floor
 from observatory.analysis.routing.imbalance import max_over_mean
+from observatory.analysis.step_times import step_times
 from observatory.errors import PlacementError
 from observatory.run import Run
 from observatory.run.documents.writing import frame_records
@@ -42,7 +43,8 @@ class LivePhase:
         steps_per_s: over the time from the start of the first to the end of the last, other phases and pauses
             included; None where no times were captured.
         ms: median time of a step on the rank that takes longest; None likewise.
-        tokens_per_s: tokens of all ranks over the time of these steps alone; None likewise.
+        tokens_per_s: tokens of all ranks over the time of these steps alone; None likewise, and where rows
+            fold several steps.
     """
 
     phase: str
@@ -166,8 +168,11 @@ def live_view(path: Path, *, steps: int) -> LiveView:
         LoadError: loads are negative or inconsistent.
     """
     run = Run.open_tail(path, parts=PARTS)
-    loads = _gathered(run)
-    first_steps = {phase: int(_steps_of(loads, phase)[-steps:][0]) for phase in {phase for phase, _ in loads}}
+    loads, timed = _gathered(run), step_times(run)
+    captured = {phase: _steps_of(loads, phase)[-steps:] for phase in {phase for phase, _ in loads}}
+    mixed_S = np.sort(timed.loc[timed["phase"] == "mixed", "step"].to_numpy(np.int64))[-steps:]
+    captured |= {"mixed": mixed_S} if mixed_S.size else {}
+    first_steps = {phase: int(step_S[0]) for phase, step_S in captured.items()}
     manifest = run.manifest
     spans = _spans(run, first_steps)
     degree = next(iter(own_degrees(manifest)), None)
@@ -177,7 +182,7 @@ def live_view(path: Path, *, steps: int) -> LiveView:
         state=manifest.state,
         ranks_expected=manifest.topology.ranks,
         degree=degree,
-        phases=tuple(_phases(loads, first_steps, spans)),
+        phases=tuple(_phases(captured, spans, timed)),
         layers=tuple(_layers(run, loads, first_steps, degree)),
         ranks=tuple(_ranks(run, first_steps, spans)),
         error=next((status.error for status in manifest.ranks if status.error), None),
@@ -212,26 +217,23 @@ def _spans(run: Run, first_steps: Mapping[str, int]) -> pd.DataFrame:
 
 
 def _phases(
-    loads: Mapping[tuple[str, int], _Loads], first_steps: Mapping[str, int], spans: pd.DataFrame
+    captured: Mapping[str, NDArray[np.int64]], spans: pd.DataFrame, timed: pd.DataFrame
 ) -> list[LivePhase]:
     found = []
-    for phase in sorted(first_steps, key=PHASES.index):
-        of_phase = [of for (name, _), of in loads.items() if name == phase]
-        step_S = _steps_of(loads, phase)
-        step_S = step_S[step_S >= first_steps[phase]]
-        tokens = max(of.since(first_steps[phase])[0] for of in of_phase)
+    for phase in sorted(captured, key=PHASES.index):
+        step_S = captured[phase]
         rows = spans[spans["phase"] == phase]
+        own = timed[(timed["phase"] == phase) & (timed["step"] >= step_S[0])]
         times = {}
-        if len(rows):
-            longest = rows.groupby(["step", "source_rank"])["seconds"].sum().groupby(level=0).max()
+        if len(own):
             one_rank = rows[rows["source_rank"] == rows["source_rank"].min()]
             elapsed = float(one_rank["end_ns"].max() - one_rank["start_ns"].min()) * 1e-9
-            if elapsed > 0 and longest.sum() > 0:
-                times = {
-                    "steps_per_s": one_rank["step"].nunique() / elapsed,
-                    "ms": float(longest.median()) * 1e3,
-                    "tokens_per_s": tokens / float(longest.sum()),
-                }
+            tokens = own["tokens"].sum(skipna=False)
+            times = {
+                "steps_per_s": one_rank["step"].nunique() / elapsed,
+                "ms": float(own["ms"].median()),
+                "tokens_per_s": None if np.isnan(tokens) else float(tokens / own["ms"].sum() * 1e3),
+            }
         found.append(LivePhase(phase=phase, steps=len(step_S), last_step=int(step_S[-1]), **times))
     return found
 

@@ -13,7 +13,8 @@ def step_times(run: Run) -> pd.DataFrame:
 
     Returns:
         One row per phase and step, in this order: ``phase``, ``step``, ``ms`` (> 0), ``tokens`` (of all
-        ranks; NaN where rows of routing fold several steps). Empty where no step was timed.
+        ranks, of all phases where the step's is ``mixed``; NaN where rows of routing fold several steps).
+        Empty where no step was timed.
     """
     spans = run.spans()
     spans = spans[(spans["name"] == "phase") & spans["end_ns"].notna()]
@@ -24,6 +25,7 @@ def step_times(run: Run) -> pd.DataFrame:
     routed = run.routed_tokens()
     if (routed["window_steps"] > 1).any():
         return steps.assign(tokens=np.nan)
-    tokens = routed.groupby(["phase", "step"])["tokens"].sum()
+    of_all = routed.assign(phase="mixed").astype({"phase": routed["phase"].dtype})
+    tokens = pd.concat([routed, of_all]).groupby(["phase", "step"])["tokens"].sum()
     keys = pd.MultiIndex.from_frame(steps[["phase", "step"]])
     return steps.assign(tokens=tokens.reindex(keys).to_numpy(np.float64))

@@ -83,7 +83,7 @@ class CaptureSession:
             anchors = Anchors()
             second = FlightRecorder() if exchanges and options.exchange.flight_recorder else None
             log = self._attach(ExchangeLog(writer, anchors, flush_s=options.flush_s, recorder=second))
-            self._attach(PhaseSpans(log.add, anchors, self.routing.device))
+            self.phase_spans = self._attach(PhaseSpans(log.add, anchors, self.routing.device))
             if exchanges:
                 probe = ExchangeProbe(
                     model,

@@ -184,6 +184,17 @@ class Watch:
         session.check()
         self._after_step(session)
 
+    def begin_step(self) -> None:
+        """The time of the step starts now, not where the last one ended: an engine waits in between."""
+        self._running().phase_spans.begin()
+
+    def state_step_phase(self, phase: Phase) -> None:
+        """The time of the step belongs to this phase; ``mixed`` where its tokens are of several.
+
+        In which phase tokens count, calls state themselves.
+        """
+        self._running().phase_spans.phase = phase
+
     @property
     def is_capturing(self) -> bool:
         """Whether the step that comes next, or runs, is captured."""

@@ -16,8 +16,8 @@ from observatory.run.records import Count, Moment, Record, Text
 
 SCHEMA_VERSION = "1.6"
 
-Phase = Literal["prefill", "decode", "train_forward", "train_backward", "unknown"]
-PHASES: tuple[Phase, ...] = ("prefill", "decode", "train_forward", "train_backward", "unknown")
+Phase = Literal["prefill", "decode", "train_forward", "train_backward", "mixed", "unknown"]
+PHASES: tuple[Phase, ...] = ("prefill", "decode", "train_forward", "train_backward", "mixed", "unknown")
 
 _Few = Annotated[int, Field(ge=1, le=1 << 31)]
 _Bytes = Annotated[int, Field(ge=0, le=1 << 50)]

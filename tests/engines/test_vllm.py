@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from observatory.analysis.step_times import step_times
 from observatory.run import Run, open_run
 from tests.engines.server import EXPERTS, LAYERS, TOP_K, Answer, save_model, second_runner, serving
 
@@ -105,6 +106,9 @@ def test_counts_are_those_that_the_engine_returns(model: Path, tmp_path: Path) -
     routes = [answer.routes for answer in [*answers, *again] if answer.routes is not None]
     assert_equal(counted(run), expected([*answers, *again], routes))
     assert mixed_steps(run) > 0
+    times = step_times(run).groupby("phase")["tokens"].agg(["size", "sum"])
+    assert times.loc["mixed", "size"] == mixed_steps(run)
+    assert times["sum"].sum() == run.routed_tokens()["tokens"].sum()
     assert "run written to" in log.read_text()
     assert run.manifest.model.name == "tiny-moe"
     engine = run.manifest.config["engine"]

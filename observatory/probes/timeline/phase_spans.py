@@ -1,7 +1,8 @@
 """Spans of the program's phases: when prefill, decode or training was computed, on the host's clock.
 
-A phase lasts from one boundary of the watch to the next. On a GPU its ends are those of the device's work,
-by timing events in the current stream, not the moments at which the program asked for it.
+A phase lasts from one boundary of the watch to the next, or from the start that an engine states. On a GPU
+its ends are those of the device's work, by timing events in the current stream, not the moments at which the
+program asked for it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,12 @@ class PhaseSpans(Part):
         self._start = self._mark()
         #: Phase stated at the last end of a step, until another boundary.
         self._ended: str | None = None
+        #: Phase of the stretch that runs, of its time alone; None where what was called shows it.
+        self.phase: str | None = None
+
+    def begin(self) -> None:
+        """The stretch that runs starts here: the time since the last boundary belongs to no step."""
+        self._start = self._mark()
 
     def boundary(self, boundary: Boundary) -> None:
         """Note the stretch that ends here, if it belongs to a phase."""
@@ -49,7 +56,8 @@ class PhaseSpans(Part):
             and stated == self._ended
             and not any(calls.any() for calls in counted.calls)
         )
-        phase = None if is_tail else stated or _only_phase(counted)
+        phase = None if is_tail else stated or self.phase or _only_phase(counted)
+        self.phase = None
         self._ended = stated if boundary.ends_step else None
         if phase is not None and self._start is not None and end is not None:
             self._add(SpanEntry(PHASE_SPAN, boundary.step, phase, None, self._device, self._start, end))

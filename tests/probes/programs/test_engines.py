@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+import observatory
+from observatory.analysis.live import live_view
+from observatory.analysis.step_times import step_times
 from observatory.errors import CaptureError, ModelError
 from observatory.probes.programs.engines import vllm
-from observatory.probes.programs.engines.token_phases import TokenPhases, token_slots
+from observatory.probes.programs.engines.token_phases import TokenPhases, phase_of, token_slots
 from observatory.probes.programs.engines.vllm_layers import vllm_adapter
 from observatory.probes.routing.adapters import Adapter
 from observatory.probes.routing.counters import NO_SLOT, SLOTS
@@ -139,6 +144,34 @@ def test_each_row_counts_in_its_phase_and_padding_nowhere(phases: TokenPhases, c
         assert not found[[SLOTS.index("unknown"), SLOTS.index("train_forward")]].any()
         assert probe.problem() is None
     assert all(layer.router.capture_fn is None for layer in model.layers)  # type: ignore[union-attr]
+
+
+def test_the_time_of_a_step_begins_where_the_engine_states_and_has_one_phase_or_is_mixed(
+    phases: TokenPhases, tmp_path: Path
+) -> None:
+    model, begun_ns = Model(), []
+    batches = [[PREFILL] * 4, [PREFILL, PREFILL, DECODE], [DECODE] * 2]
+    with observatory.watch(model, tmp_path / "run", adapters=[adapter(phases)]) as watch:
+        for slots in batches:
+            time.sleep(0.01)  # the engine waits for requests
+            begun_ns.append(time.monotonic_ns())
+            watch.begin_step()
+            phases.fill(np.array(slots))
+            watch.state_step_phase(phase_of(np.array(slots)))
+            model(torch.tensor([[0, 1]] * len(slots)))
+            phases.clear()
+            watch.step()
+    run = observatory.open_run(tmp_path / "run")
+    spans = run.spans().query("name == 'phase'").sort_values("step")
+    assert spans["phase"].tolist() == ["prefill", "mixed", "decode"]
+    assert (spans["start_ns"].to_numpy() >= begun_ns).all()
+    times = step_times(run).set_index("phase")["tokens"]
+    assert times.to_dict() == {"decode": 2, "mixed": 3, "prefill": 4}
+    shown = {phase.phase: phase for phase in live_view(run.path, steps=5).phases}
+    assert {name: (phase.steps, phase.last_step) for name, phase in shown.items()} == {
+        "prefill": (2, 1), "decode": (2, 2), "mixed": (1, 1)
+    }  # fmt: skip
+    assert all(phase.tokens_per_s is not None for phase in shown.values())
 
 
 def test_the_engine_and_we_are_both_called_whoever_comes_first(phases: TokenPhases) -> None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from observatory.errors import CaptureError
 from observatory.probes.routing.counters import NO_SLOT, SLOTS
+from observatory.run.manifest import Phase
 
 _PREFILL, _DECODE = SLOTS.index("prefill"), SLOTS.index("decode")
 
@@ -33,6 +34,14 @@ def token_slots(
     rows_T = np.arange(int(boundaries[0]), int(boundaries[-1]), dtype=np.int64)
     left_N = prompts_N.astype(np.int64) - computed_N.astype(np.int64) + starts_N
     return np.where(rows_T < np.repeat(left_N, lengths_N), _PREFILL, _DECODE)
+
+
+def phase_of(slots_T: NDArray[np.int64]) -> Phase:
+    """The phase of all tokens of a batch; ``mixed`` where they are of several."""
+    first = slots_T[:1]
+    if not (slots_T == first).all():
+        return "mixed"
+    return "decode" if first == _DECODE else "prefill"
 
 
 class TokenPhases:

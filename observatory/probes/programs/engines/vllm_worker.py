@@ -25,7 +25,7 @@ from observatory.errors import CaptureError
 from observatory.host.ranks import RankOf
 from observatory.probes.options import ExchangeOptions, PowerOptions, RoutingOptions, RunLabels, WatchOptions
 from observatory.probes.programs import models
-from observatory.probes.programs.engines.token_phases import TokenPhases, token_slots
+from observatory.probes.programs.engines.token_phases import TokenPhases, phase_of, token_slots
 from observatory.probes.programs.engines.vllm_ending import OpenWatch, wait_for_watches
 from observatory.probes.programs.engines.vllm_layers import vllm_adapter
 from observatory.probes.programs.settings import Note, ProgramSettings
@@ -178,10 +178,14 @@ class WorkerWatch:
     def _fill(self, rows: Callable[[], NDArray[np.int64]]) -> None:
         watch = self._watch
         if watch is not None and watch.is_capturing and self._phases is not None and self._is_in_step:
-            self._phases.fill(rows())
+            slots_T = rows()
+            self._phases.fill(slots_T)
+            watch.state_step_phase(phase_of(slots_T))
 
     def _begin_step(self, scheduled: Any) -> None:
         self._is_in_step = scheduled.total_num_scheduled_tokens > 0
+        if self._watch is not None and self._is_in_step:
+            self._watch.begin_step()
 
     def _end_step(self) -> None:
         if self._is_in_step:
