@@ -11,37 +11,10 @@ import pytest
 
 import observatory
 from observatory.errors import CaptureError, RulesError
-from tests.api.training_cases import LENGTH, Counted, Texts, loads, mixtral
+from tests.api.training_cases import LENGTH, loads, mixtral, trainer
 from tests.probes.routing.test_router_bias import biases, deepseek
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::DeprecationWarning:")
-
-
-def trainer(model: Any, folder: Path, callbacks: list[Any], *, steps: int = 4, **options: Any) -> Any:
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    class Follow(TrainerCallback):
-        def on_step_end(self, *given: Any, **_: Any) -> None:
-            counted.step = given[1].global_step
-
-        on_train_begin = on_step_end
-
-    counted = Counted(model)
-    arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        per_device_eval_batch_size=3, eval_strategy="steps", eval_steps=2, save_steps=2, report_to=[],
-        use_cpu=True, disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
-        save_only_model=False, **options,
-    )  # fmt: skip
-    made = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=Texts(32),
-        eval_dataset=Texts(3),
-        callbacks=[*callbacks, Follow()],
-    )
-    made.counted = counted
-    return made
 
 
 @pytest.fixture(autouse=True)

@@ -67,9 +67,36 @@ class Counted:
         self.losses.setdefault((self.step, self.phase(model)), []).append(output.aux_loss.item())
 
 
-def loads(path: Path) -> Found:
+def loads(path: Path, rank: int = 0) -> Found:
     frame = observatory.open_run(path).expert_load()
     found: Found = {}
-    for row in frame[frame.load > 0].itertuples():
+    for row in frame[(frame.load > 0) & (frame.source_rank == rank)].itertuples():
         found.setdefault((row.step, row.phase, row.layer), Counter())[row.expert] = row.load
     return found
+
+
+def trainer(model: Any, folder: Path, callbacks: list[Any], *, steps: int = 4, **options: Any) -> Any:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Follow(TrainerCallback):
+        def on_step_end(self, *given: Any, **_: Any) -> None:
+            counted.step = given[1].global_step
+
+        on_train_begin = on_step_end
+
+    counted = Counted(model)
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        per_device_eval_batch_size=3, eval_strategy="steps", eval_steps=2, save_steps=2, report_to=[],
+        use_cpu=True, disable_tqdm=True, logging_strategy="no", dataloader_pin_memory=False,
+        save_only_model=False, **options,
+    )  # fmt: skip
+    made = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Texts(32),
+        eval_dataset=Texts(3),
+        callbacks=[*callbacks, Follow()],
+    )
+    made.counted = counted
+    return made
