@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,52 +13,23 @@ from observatory.host.ranks import RankOf, find_rank
 from observatory.probes.watch import Watch
 from observatory.run import RunWriter
 from observatory.run.manifest import Manifest, ModelSpec, Topology
+from tests.probes.spawned import run_ranks
 from tests.probes.tiny import ScriptedModel, ids, scripted_adapter
 
 pytestmark = pytest.mark.slow
 
-_RANK = """
-    import os, sys, time
-    import torch
-    import torch.distributed as dist
-    import observatory
-    import observatory.run.writer
-    from tests.probes.tiny import ScriptedModel, ids, scripted_adapter
-    out, rank, dies = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "dies"
-    dist.init_process_group("gloo", init_method="file://" + out + ".rendezvous", rank=rank, world_size=2)
-    model = torch.nn.parallel.DistributedDataParallel(ScriptedModel())
-    observatory.run.writer._FIRST_PAUSE_S = 600.0  # rank 1 has word of rank 0, and does not look at files
-    time.sleep(0.5 * (1 - rank))
-    with observatory.watch(model, out, adapters=[scripted_adapter(3)], flush_s=0.1) as watch:
-        dist.barrier()
-        for step in range(2):
-            model([ids([rank, 2])])
-            watch.step()
-        if dies and rank == 1:
-            os._exit(9)
-    if not dies:
-        dist.barrier()
-        dist.destroy_process_group()
-    else:
-        os._exit(0)
-"""
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ranks")
+    codes = run_ranks("tests.probes.writing_cases", out, world=2, timeout_s=400)
+    said = "\n".join((out / f"rank-{rank}.log").read_text(encoding="utf-8")[-1500:] for rank in range(2))
+    assert codes == [0, 9], said
+    return out
 
 
-def run_ranks(out: Path, ending: str) -> list[int]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(_RANK), str(out), str(rank), ending],
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    return [process.wait(timeout=400) for process in processes]
-
-
-def test_two_gloo_ranks_write_one_run(tmp_path: Path) -> None:
-    assert run_ranks(tmp_path / "r", "lives") == [0, 0]
-    run = observatory.open_run(tmp_path / "r")
+def test_two_gloo_ranks_write_one_run(ranks: Path) -> None:
+    run = observatory.open_run(ranks / "lives")
     assert run.manifest.topology.ranks == 2
     assert [(status.rank, status.state, status.steps) for status in run.manifest.ranks] == [
         (0, "complete", 2),
@@ -76,9 +43,8 @@ def test_two_gloo_ranks_write_one_run(tmp_path: Path) -> None:
     assert [setting["OMP_NUM_THREADS"] for setting in settings] == ["1", "1"]
 
 
-def test_a_rank_that_dies_leaves_the_data_of_the_other(tmp_path: Path) -> None:
-    assert run_ranks(tmp_path / "r", "dies") == [0, 9]
-    run = observatory.open_run(tmp_path / "r")
+def test_a_rank_that_dies_leaves_the_data_of_the_other(ranks: Path) -> None:
+    run = observatory.open_run(ranks / "dies")
     assert any("rank 1" in problem for problem in run.problems)
     frame = run.expert_load()
     assert frame[frame.source_rank == 0].groupby("expert").load.sum().to_dict() == {0: 2, 1: 0, 2: 2}
