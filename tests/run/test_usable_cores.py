@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,10 +10,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from observatory.cli import main
 from observatory.host.provenance import new_manifest
 from observatory.run import RunWriter, open_run
-from observatory.run.documents.bench import load_bench
 from observatory.run.manifest import CoreQuota, CoreSpec, ModelSpec, RankStatus
 from observatory.run.usable_cores import core_sentence, core_shares, find_cores, short_of_cores
 
@@ -182,20 +179,3 @@ def test_a_reversed_range_or_a_loop_of_groups_ends() -> None:
     assert core_shares([cores("9-2,1")])[0].cores == 1
     loop = [cores("0-3", a=1.0, b=1.0), cores("0-3", b=1.0, a=1.0)]
     assert core_shares(loop)[0].ranks == 2
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not LINUX, reason="affinity is Linux's")
-def test_a_benchmark_on_one_core_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    out, before = tmp_path / "bench.json", os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(before)})
-    try:
-        argv = ["bench", "alltoall", "--ranks", "2", "--sizes", "1KiB", "--patterns", "uniform", "--json"]
-        assert main([*argv, "--repeats", "2", "--out", str(out)]) == 0
-    finally:
-        os.sched_setaffinity(0, before)
-    said = capfd.readouterr()
-    assert "note: 2 ranks on 1 usable core of host" in said.err
-    (share,) = json.loads(said.out)["short_of_cores"]
-    assert (share["ranks"], share["cores"], share["short"]) == (2, 1.0, "ranks")
-    assert load_bench(out).cores_P is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from observatory.run.documents.bench import NODES_AS_STATED, BenchPlan, Traffic,
 from tests.collectives.bench.runs import write_captured_run
 
 pytestmark = pytest.mark.slow
+
+LINUX = hasattr(os, "sched_setaffinity")
 
 
 @pytest.fixture
@@ -49,21 +52,42 @@ def test_every_algorithm_delivers_every_byte_of_every_pattern() -> None:
     assert all(np.shape(case.rank_us_RP) == (2, 4) for case in result.cases)
 
 
-def test_the_command_starts_its_own_ranks_and_keeps_raw_times(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def one_core() -> Iterator[None]:
+    """This process and what it starts run on one core, where the system can do that."""
+    if not LINUX:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@pytest.mark.usefixtures("one_core")
+def test_the_command_starts_its_own_ranks_keeps_raw_times_and_says_that_cores_are_too_few(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "bench.json"
     argv = ["bench", "alltoall", "--ranks", "2", "--sizes", "1KiB,2KiB", "--patterns", "uniform"]
     argv += ["--repeats", "3", "--iterations", "1", "--out", str(out)]
     assert main([*argv, "--json"]) == 0
-    document = json.loads(capsys.readouterr().out)
+    said = capfd.readouterr()
+    document = json.loads(said.out)
     assert [row["mean_send_bytes"] for row in document["rows"]] == [1024, 2048]
     result = load_bench(out)
+    if LINUX:
+        assert "note: 2 ranks on 1 usable core of host" in said.err
+        (share,) = document["short_of_cores"]
+        assert (share["ranks"], share["cores"], share["short"]) == (2, 1.0, "ranks")
+        assert result.cores_P is not None
     assert np.shape(result.cases[0].rank_us_RP) == (3, 2)
     row = document["rows"][0]
     assert row["busbw_gb_per_s"] == pytest.approx(row["algbw_gb_per_s"] / 2)
     assert main(argv) == 1, "a result is not replaced without --force"
-    assert "--force" in capsys.readouterr().err
+    assert "--force" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
