@@ -18,7 +18,7 @@ from tests.processes import MARK, descendants, end_all
 _SESSION = str(os.getpid())
 _numbers = itertools.count()
 #: Fixtures of the whole session that are expensive to make.
-_SHARED = ("browser", "outcome")
+_SHARED = ("browser", "outcome", "frameworks")
 _terminations: list[bool] = []
 
 MakeRun = Callable[..., Path]

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import cast
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 
@@ -61,12 +61,12 @@ def table() -> list[str]:
     return lines
 
 
-def framework_table() -> list[str]:
+def framework_table(frameworks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Markdown lines, one row per case of an installed framework."""
     return [
         f"| {name} | {found['how']} | {_in_words(found[w]['by'] for w in ('first', 'intervention'))} "
         f"| {found['against']} |"
-        for name, found in installed_frameworks().items()
+        for name, found in frameworks.items()
     ]
 
 
@@ -96,4 +96,4 @@ def _has_grouped(model: torch.nn.Module) -> bool:
 
 
 if __name__ == "__main__":
-    print("\n".join([*framework_table(), "", *table()]))
+    print("\n".join([*framework_table(installed_frameworks()), "", *table()]))

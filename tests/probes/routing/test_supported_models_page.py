@@ -31,9 +31,11 @@ def test_the_table_is_that_of_a_run_with_the_version_it_names() -> None:
     assert page_rows[-len(lines) :] == lines
 
 
-def test_the_rows_of_frameworks_are_those_of_a_run_with_the_versions_they_name() -> None:
+def test_the_rows_of_frameworks_are_those_of_a_run_with_the_versions_they_name(
+    frameworks: dict[str, dict[str, Any]],
+) -> None:
     page_rows = PAGE.read_text("utf-8").splitlines()
-    for line in framework_table():
+    for line in framework_table(frameworks):
         release = line.removeprefix("| ").partition(":")[0]
         if any(row.startswith(f"| {release}:") for row in page_rows):
             assert line in page_rows

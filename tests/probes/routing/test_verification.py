@@ -20,7 +20,7 @@ from observatory.probes.routing.stacks import far_away
 from observatory.probes.routing.words import Witness, verdict
 from observatory.run.manifest import Manifest, Verified
 from tests.probes.routing.families import NOT_ROUTED, moe_families, one_thread, tiny_inputs, tiny_model
-from tests.probes.routing.framework_cases import EVEN, installed_frameworks
+from tests.probes.routing.framework_cases import EVEN
 from tests.probes.routing.verification import BREAKS, broken, verdicts
 
 #: families whose experts do not compute what their gates say
@@ -92,11 +92,12 @@ def test_every_family_is_as_it_was_after_an_intervention() -> None:
 
 
 @pytest.mark.slow
-def test_layers_of_installed_frameworks_count_as_these_do_and_broken_readers_are_caught() -> None:
-    found = installed_frameworks()
-    if not found:
+def test_layers_of_installed_frameworks_count_as_these_do_and_broken_readers_are_caught(
+    frameworks: dict[str, dict[str, Any]],
+) -> None:
+    if not frameworks:
         pytest.skip("no framework is installed: pip install --no-deps megatron-core==0.16.1")
-    for name, of_case in found.items():
+    for name, of_case in frameworks.items():
         assert of_case["counted"] == of_case["own"], name
         expected = [n for n in BREAKS if not (name.endswith(EVEN) and n == "shifted")]
         for verify, by in (("first", "rows"), ("intervention", "intervention")):
