@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 # Tests of one file, and those that share started ranks or a browser, run one after the other in one worker.
 WORKERS ?= 4
 ALONE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Files with tests of times: importing all others takes longer than some of them.
+TIMING = $(shell grep -rl --include='*.py' 'mark\.timing' tests)
 PYTEST = $(ALONE) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Tests start hundreds of processes; without bytecode each compiles the package again.
@@ -27,7 +29,7 @@ check: lint
 
 test: $(VENV)/.test system-packages axe
 	$(PYTEST) --durations 25 -m "not gpu and not timing"
-	$(ALONE) -m "timing and not gpu"
+	$(ALONE) -m "timing and not gpu" $(TIMING)
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu --junit-xml=gpu-figures.xml
@@ -38,9 +40,12 @@ test-engines: $(ENGINES)/.vllm
 # --no-deps, as the wheel of vLLM asks for builds of torchvision, torchaudio and torchcodec that belong to another
 # torch and break the import of models. The server asks for a distribution of the name vllm. Where PyPI's index
 # has no torch of the name +cpu: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
-$(ENGINES)/.vllm: pyproject.toml requirements-engines.txt
+$(ENGINES)/.packages: requirements-engines.txt
 	$(PYTHON) -m venv $(ENGINES)
 	PIP_CONSTRAINT= $(ENGINES)/bin/python -m pip install -q --no-deps --no-compile -r requirements-engines.txt
+	touch $@
+
+$(ENGINES)/.vllm: $(ENGINES)/.packages pyproject.toml
 	PIP_CONSTRAINT= $(ENGINES)/bin/python -m pip install -q --no-deps -e .
 	place="$$($(ENGINES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"; \
 		mkdir -p "$$place/vllm-$(VLLM)+cpu.dist-info" && \
