@@ -103,6 +103,7 @@ class LiveRank:
         exchange_share, waiting_share: time in exchanges, and waiting in them, over the time of the last
             steps; None without exchanges or times.
         caused_share: what the others waited for it, over their waiting; None where nothing is known of it.
+        watching_share: cost of watching over the captured time; None where the rank does not state it yet.
         devices: newest samples of the devices that it sampled.
     """
 
@@ -113,6 +114,7 @@ class LiveRank:
     exchange_share: float | None = None
     waiting_share: float | None = None
     caused_share: float | None = None
+    watching_share: float | None = None
     devices: tuple[LiveDevice, ...] = ()
 
 
@@ -280,6 +282,7 @@ def _ranks(run: Run, first_steps: Mapping[str, int], spans: pd.DataFrame) -> lis
     ranks = []
     for rank in sorted({*statuses, *spans["source_rank"].unique().tolist()}):
         status = statuses.get(rank)
+        measured = None if status is None else status.self_measured
         written = run.written_unix_s(rank)
         rows = newest[newest["source_rank"] == rank] if len(newest) else newest
         ranks.append(
@@ -288,6 +291,7 @@ def _ranks(run: Run, first_steps: Mapping[str, int], spans: pd.DataFrame) -> lis
                 state="unknown" if status is None else status.state,
                 host=None if status is None else status.host,
                 silent_s=None if written is None else max(0.0, now - written),
+                watching_share=None if measured is None else measured.share,
                 devices=tuple(_device(rank, row) for row in frame_records(rows)),
                 **shares.get(rank, {}),
             )

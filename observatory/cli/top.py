@@ -82,6 +82,9 @@ def _run_screen(view: LiveView, most_layers: int) -> Group:
     from observatory.run.files import one_line
 
     head = f"{one_line(view.model, 60)}   {view.state}   {len(view.ranks)} of {view.ranks_expected} ranks"
+    shares = [rank.watching_share for rank in view.ranks if rank.watching_share is not None]
+    if shares:
+        head += f"   cost of watching {'' if len(shares) == 1 else 'up to '}{100 * max(shares):.2g} %"
     parts: list[Table | Text] = [Text(head, style="bold")]
     if view.error is not None:
         parts.append(Text(one_line(view.error, 200), style="red"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,15 +21,19 @@ from observatory.probes.routing.auxiliary_loss import AuxiliaryLoss
 from observatory.probes.routing.bias import RouterBias
 from observatory.probes.routing.part import RoutingPart
 from observatory.probes.routing.sites import RoutingSite
+from observatory.probes.self_measurement import SelfMeasurement
 from observatory.probes.store_alignment import WatchedTimeBase
 from observatory.probes.timeline.flight import FlightRecorder
 from observatory.probes.timeline.log import ExchangeLog
 from observatory.probes.timeline.phase_spans import PhaseSpans
 from observatory.probes.timeline.streams import Anchors
 from observatory.run import RunWriter
+from observatory.run.manifest import SelfMeasured
 
 #: How long the guard of a rank waits for each part; it has 2 s for all its writing.
 _HURRY_S = 0.5
+#: Between two words on what watching costs.
+_COST_S = 30.0
 
 AnyPart = TypeVar("AnyPart", bound=Part)
 
@@ -65,6 +70,9 @@ class CaptureSession:
         situation: Callable[[], tuple[int, str | None]],
     ) -> None:
         self._parts: list[Part] = []
+        self._writer = writer
+        self._cost = SelfMeasurement(self._parts, writer)
+        self._cost_due_s = 0.0
         self._is_interrupted = False
         self._has_raised = False
         self._time_base: WatchedTimeBase | None = None
@@ -96,11 +104,13 @@ class CaptureSession:
                 )
                 self.routing.on_routed(probe.routed)
                 self.sink = self._attach(probe).sink
-            self._attach(self.routing.row_writer(writer, flush_s=options.flush_s))
+            flusher = self._attach(self.routing.row_writer(writer, flush_s=options.flush_s))
+            flusher.on_flush = self._state_cost
         except BaseException:
             self._detach(failed=True)
             self._close()
             raise
+        self._cost.resume()
 
     def boundary(self, step: int, *, phase: str | None, ends_step: bool, is_last: bool = False) -> None:
         """Hand over what was captured since the last boundary; ``phase`` is None if the caller stated none.
@@ -118,8 +128,9 @@ class CaptureSession:
             was_interrupted=self._is_interrupted,
         )
         try:
-            for part in self._parts:
-                part.boundary(boundary)
+            with self._cost.step_end(ends_step=ends_step):
+                for part in self._parts:
+                    part.boundary(boundary)
         except CaptureError:
             raise
         except Exception as error:  # after a device-side assertion every call of the device fails
@@ -158,8 +169,10 @@ class CaptureSession:
 
     def pause(self) -> None:
         """Capture nothing from the end of a step on."""
-        for part in reversed(self._parts):
-            part.pause()
+        with self._cost.step_end(ends_step=False):
+            for part in reversed(self._parts):
+                part.pause()
+        self._cost.pause()
 
     def resume(self, step: int) -> None:
         """Capture again, from the start of this step on.
@@ -167,8 +180,10 @@ class CaptureSession:
         Raises:
             CaptureError: as of `boundary`.
         """
-        for part in self._parts:
-            part.resume()
+        self._cost.resume()
+        with self._cost.step_end(ends_step=False):
+            for part in self._parts:
+                part.resume()
         self.boundary(step, phase=None, ends_step=False)  # the time without capture belongs to no phase
 
     def stop(self, step: int, *, phase: str | None, failed: bool) -> None:
@@ -182,11 +197,16 @@ class CaptureSession:
         Raises:
             CaptureError: what was counted since the last boundary could not be taken.
         """
+        self._cost.pause()
         self._detach(failed=failed)
         try:
             self.boundary(step, phase=phase, ends_step=True, is_last=True)
         finally:
             self._close()
+
+    def measured(self) -> SelfMeasured:
+        """What watching has cost so far; final after ``stop``."""
+        return self._cost.now()
 
     def hurry(self) -> None:
         """Write what has arrived, from any thread while the program may hang."""
@@ -211,6 +231,13 @@ class CaptureSession:
         cost = {name: value for part in self._parts for name, value in part.cost().items()}
         config = {name: value for part in self._parts for name, value in part.config().items()}
         return {"probe_cost": cost, **config}
+
+    def _state_cost(self) -> None:
+        """On the thread that has flushed: each word is a file, so not after every flush."""
+        now_s = time.monotonic()
+        if now_s >= self._cost_due_s and (measured := self.measured()).steps:
+            self._cost_due_s = now_s + _COST_S
+            self._writer.set_self_measured(measured)
 
     def _attach(self, part: AnyPart) -> AnyPart:
         self._parts.append(part)

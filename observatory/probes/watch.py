@@ -236,6 +236,7 @@ class Watch:
             writer.set_notes((*notes, *session.quiet_notes()))
             gaps = session.routing.gaps()
             writer.set_gaps(gaps)
+            writer.set_self_measured(session.measured())
             steps = max(self.steps, session.routing.last_step + 1)
             if self._control is not None:
                 self._control.close(steps)

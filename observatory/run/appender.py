@@ -63,6 +63,7 @@ class TableAppender:
         self.dropped_rows = 0
         self._lock = threading.RLock()
         self._buffers: dict[tuple[str, pa.Schema], list[pa.RecordBatch]] = {}
+        self.bytes_written = 0
         self._buffered_bytes: dict[tuple[str, pa.Schema], int] = {}
         self._next_part: dict[str, int] = {}
         self._growing: dict[tuple[str, pa.Schema], _GrowingPart] = {}
@@ -184,4 +185,6 @@ class TableAppender:
             for rows in part.flushed:
                 bytes_per_row = max(1, rows.nbytes // rows.num_rows)
                 writer.write_table(rows, row_group_size=max(1, self._row_group_bytes // bytes_per_row))
+            writer.close()
+            self.bytes_written += file.tell()
         return part

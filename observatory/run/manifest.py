@@ -14,13 +14,14 @@ from pydantic import AfterValidator, Field, JsonValue
 from observatory.run.provenance import HostSpec, RankProvenance, SchedulerJob
 from observatory.run.records import Count, Moment, Record, Text
 
-SCHEMA_VERSION = "1.6"
+SCHEMA_VERSION = "1.7"
 
 Phase = Literal["prefill", "decode", "train_forward", "train_backward", "mixed", "unknown"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode", "train_forward", "train_backward", "mixed", "unknown")
 
 _Few = Annotated[int, Field(ge=1, le=1 << 31)]
 _Bytes = Annotated[int, Field(ge=0, le=1 << 50)]
+_Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 _Node = Annotated[int, Field(ge=0, lt=1 << 31)]
 
 
@@ -410,6 +411,31 @@ class StepMark(Record):
     unix_s: Moment
 
 
+class SelfMeasured(Record):
+    """What watching cost the program on one rank, as measured by the watch itself.
+
+    Attributes:
+        captured_s: time of the capture, pauses left out, seconds.
+        steps: steps that ended in it.
+        hook_s: estimated host time of hooks in calls of the model and in exchanges; compiled calls have none.
+        step_end_s: time that the program's thread waited at ends of steps and phases.
+        thread_cpu_s: processor time of the thread that writes rows, until it last flushed.
+        bytes_written: bytes of table files, each time that they were written.
+    """
+
+    captured_s: _Seconds
+    steps: Count
+    hook_s: _Seconds
+    step_end_s: _Seconds
+    thread_cpu_s: _Seconds
+    bytes_written: _Bytes
+
+    @property
+    def share(self) -> float | None:
+        """Hooks and ends of steps over the captured time; None where nothing was captured."""
+        return (self.hook_s + self.step_end_s) / self.captured_s if self.captured_s > 0 else None
+
+
 def _once_each(layers: tuple[RankLayer, ...]) -> tuple[RankLayer, ...]:
     if len({item.layer for item in layers}) < len(layers):
         raise ValueError("states a layer number twice")
@@ -438,6 +464,8 @@ class RankStatus(Record):
         captured: the steps that were captured, where some were left out on purpose; None: all, and in runs
             before schema 1.6. Without an entry none was.
         marks: moments that were named, kept by rank 0; since schema 1.6.
+        self_measured: what watching cost; None where it was not measured (runs before schema 1.7, and those
+            of other writers).
     """
 
     rank: Count
@@ -457,6 +485,7 @@ class RankStatus(Record):
     provenance: RankProvenance | None = None
     captured: Annotated[tuple[CapturedSteps, ...], Field(max_length=65536)] | None = None
     marks: Annotated[tuple[StepMark, ...], Field(max_length=4096)] = ()
+    self_measured: SelfMeasured | None = None
 
 
 class Manifest(Record):

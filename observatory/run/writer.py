@@ -34,6 +34,7 @@ from observatory.run.manifest import (
     RankLayer,
     RankPower,
     RankStatus,
+    SelfMeasured,
     StepMark,
     Topology,
 )
@@ -89,6 +90,7 @@ class RunWriter:
         self._gaps: tuple[CaptureGap, ...] = ()
         self._notes: tuple[str, ...] = ()
         self._captured: tuple[CapturedSteps, ...] | None = None
+        self._self_measured: SelfMeasured | None = None
         self._marks: tuple[StepMark, ...] = ()
         self._written: RankStatus | None = None
         self._holds_status = False
@@ -208,6 +210,11 @@ class RunWriter:
         return self._appender.dropped_rows
 
     @property
+    def bytes_written(self) -> int:
+        """Bytes of table files, each time that they were written."""
+        return self._appender.bytes_written
+
+    @property
     def manifest(self) -> Manifest:
         """The manifest as this writer knows it."""
         return self._manifest
@@ -283,6 +290,12 @@ class RunWriter:
             if captured != self._captured:
                 self._captured = captured
                 self._note_status()
+
+    def set_self_measured(self, measured: SelfMeasured) -> None:
+        """State what watching has cost so far; written at once, and at the end."""
+        with self._lock:
+            self._self_measured = measured
+            self._note_status()
 
     def add_mark(self, mark: StepMark) -> None:
         """State a moment that was named; written at once, and at the end."""
@@ -414,6 +427,7 @@ class RunWriter:
             cores=self._cores,
             provenance=self._provenance,
             captured=self._captured,
+            self_measured=self._self_measured,
             marks=self._marks,
         )
         if status == self._written:

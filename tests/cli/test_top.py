@@ -31,6 +31,11 @@ def last_step(run: Path) -> int | None:
     return next((phase.last_step for phase in live_view(run, steps=1).phases), None)
 
 
+def watching_share(run: Path) -> float | None:
+    (rank,) = live_view(run, steps=1).ranks
+    return rank.watching_share
+
+
 def test_the_last_steps_of_a_run_that_is_written_are_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,6 +59,10 @@ def test_the_last_steps_of_a_run_that_is_written_are_shown(
         assert "expert 0" in said
         assert main(["top", str(tmp_path), "--once"]) == 0
         assert "running" in capsys.readouterr().out
+        assert "cost of watching" in said
+        # Stated after the rows were flushed.
+        assert wait_until(lambda: watching_share(tmp_path / "run") is not None, within_s=_LIMIT_S)
+        assert 0 < (watching_share(tmp_path / "run") or 0) < 1
     assert live_view(tmp_path / "run", steps=2).state == "complete"
 
 

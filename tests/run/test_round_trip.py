@@ -172,7 +172,7 @@ def test_columns_of_a_newer_minor_schema_are_carried_along(write_run: WriteRun) 
     part = path / "routing/rank-00000/part-000000.parquet"
     rows = pq.read_table(part)
     pq.write_table(rows.append_column("spilled", pa.array([1.5] * rows.num_rows)), part)
-    manifest = (path / "run.json").read_text().replace(f'"{SCHEMA_VERSION}"', '"1.7"')
+    manifest = (path / "run.json").read_text().replace(f'"{SCHEMA_VERSION}"', '"1.8"')
     (path / "run.json").write_text(manifest.replace('"argv"', '"moon_phase": "full", "argv"'))
     run = open_run(path)
     assert run.problems == ()

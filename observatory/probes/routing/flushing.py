@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 from observatory.errors import ObservatoryError
@@ -40,6 +41,8 @@ class Flusher(Part):
         self._flush_s = flush_s
         self._error: BaseException | None = None
         self._last_step = 0
+        #: Called on the thread after each flush.
+        self.on_flush: Callable[[], None] | None = None
         self._on_the_way: deque[Snapshot] = deque()
         self._queue: queue.Queue[Snapshot | threading.Event | None] = queue.Queue(_QUEUE_SIZE)
         # A daemon: a program that is torn down without leaving its ``with`` block must still be able to end.
@@ -128,5 +131,8 @@ class Flusher(Part):
             if flush:
                 self._writer.flush()
                 self._writer.set_gaps(self._rows.gaps())
+                self.thread_cpu_s = time.thread_time()
+                if self.on_flush is not None:
+                    self.on_flush()
         except Exception as error:  # whatever it is, the watched program must get it and go on
             self._error = self._error or error

@@ -218,6 +218,7 @@ def _record(fact: RunFacts, label: str) -> RunRecord:
         )
     )
     pairs += _rank_lines(manifest.ranks)
+    pairs.append(("cost of watching, measured by itself", _watching(manifest.ranks)))
     pairs += [
         ("mark", f"step {mark.step}, {when(mark.unix_s)}: {mark.name}")
         for status in manifest.ranks
@@ -250,12 +251,31 @@ def _rank_lines(statuses: Sequence[RankStatus]) -> list[tuple[str, str]]:
     ranks_of: dict[str, list[int]] = {}
     for status in statuses:
         shown = () if status.provenance is None else ("host", "cores", "clock")
-        line = _line(status, without=("rank", "provenance", "captured", "marks", *shown))
+        line = _line(status, without=("rank", "provenance", "captured", "marks", "self_measured", *shown))
         ranks_of.setdefault(line, []).append(status.rank)
     return [
         (f"{'rank' if len(ranks) == 1 else 'ranks'} {as_ranges(ranks)}", line)
         for line, ranks in ranks_of.items()
     ]
+
+
+def _watching(statuses: Sequence[RankStatus]) -> str:
+    """What the watch cost the ranks: that of the rank with the largest share of its time."""
+    measured = [
+        (status.self_measured, status.rank) for status in statuses if status.self_measured is not None
+    ]
+    shares = [(item.share, item, rank) for item, rank in measured if item.share is not None and item.steps]
+    if not shares:
+        return "not measured: the run is of a schema before 1.7, of another writer, or captured no step"
+    share, item, rank = max(shares, key=lambda found: found[0])
+    return (
+        f"{100 * share:.2g} % of the captured time on rank {rank}"
+        f"{', the most of all ranks' if len(shares) > 1 else ''}: "
+        f"hooks {1e3 * item.hook_s / item.steps:.3g} ms a step (compiled calls not timed), "
+        f"ends of steps {1e3 * item.step_end_s / item.steps:.3g} ms a step; "
+        f"writing thread {item.thread_cpu_s:.3g} s of processor time, "
+        f"{bytes_text(item.bytes_written)} written"
+    )
 
 
 def _fields(record: BaseModel) -> list[tuple[str, object]]:
