@@ -9,6 +9,7 @@ before or after the model takes them, and no forward of a program without such m
 from __future__ import annotations
 
 import atexit
+from types import ModuleType
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -24,8 +25,8 @@ _parents: WeakKeyDictionary[nn.Module, ReferenceType[nn.Module]] = WeakKeyDictio
 _handle: RemovableHandle | None = None
 
 
-def begin() -> None:
-    """Watch every model that is built from now on."""
+def begin(_torch: ModuleType) -> None:
+    """Watch every model that is built from now on; torch has just been imported."""
     global _handle  # noqa: PLW0603  # torch has one list of such hooks
     _handle = register_module_module_registration_hook(_registered)
     atexit.register(_end)

@@ -9,6 +9,8 @@ dummy batches of idle ranks run with it as it is then.
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -37,11 +39,11 @@ def token_slots(
 
 
 def phase_of(slots_T: NDArray[np.int64]) -> Phase:
-    """The phase of all tokens of a batch; ``mixed`` where they are of several."""
-    first = slots_T[:1]
-    if not (slots_T == first).all():
+    """The phase of all tokens of a batch; ``mixed`` where they are of several, ``unknown`` without tokens."""
+    slots = set(np.unique(slots_T).tolist()) - {NO_SLOT}
+    if len(slots) > 1:
         return "mixed"
-    return "decode" if first == _DECODE else "prefill"
+    return cast("Phase", SLOTS[slots.pop()]) if slots else "unknown"
 
 
 class TokenPhases:

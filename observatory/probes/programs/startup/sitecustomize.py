@@ -1,10 +1,12 @@
 """Run by Python as it starts, where this folder is on ``PYTHONPATH``.
 
-Once the program has imported torch, models with MoE layers are watched. Until then nothing but the standard
-library is loaded, and whatever fails here is noted for ``observatory run``: the program goes on.
+Once the program has imported torch, models with MoE layers are watched; serving engines are watched by their
+own interface. Until then nothing but the standard library is loaded, and whatever fails here is noted for
+``observatory run``: the program goes on.
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -15,15 +17,23 @@ from types import ModuleType
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 _SETTINGS = "OBSERVATORY_PROGRAM"
+#: Modules of programs -> what of ours is given them once they are there, before anything imports from them.
+_CALLS = {
+    "torch": "models:begin",
+    "vllm.plugins": "engines.vllm:plugins_imported",
+    "sglang.srt.layers.moe.topk": "engines.sglang:choices_imported",
+    "sglang.srt.model_executor.model_runner": "engines.sglang:runner_imported",
+    "tensorrt_llm._torch.pyexecutor.model_engine": "engines.trtllm:engine_imported",
+}
 
 
-class _AfterTorch:
-    """A finder that finds nothing: it has torch's own loader call us once torch is there."""
+class _AfterImport:
+    """A finder that finds nothing: it has a module's own loader call ours once the module is there."""
 
     def find_spec(self, name: str, *_place: object) -> ModuleSpec | None:
-        if name != "torch":
+        ours = _CALLS.pop(name, None)
+        if ours is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         loader = spec.loader if spec else None
         if loader is not None:
@@ -32,17 +42,16 @@ class _AfterTorch:
             def exec_module(module: ModuleType) -> None:
                 del loader.exec_module
                 load(module)
-                _begin()
+                _call(ours, module)
 
             loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
-def _begin() -> None:
+def _call(ours: str, module: ModuleType) -> None:
+    place, _, name = ours.partition(":")
     try:
-        from observatory.probes.programs.models import begin
-
-        begin()
+        getattr(importlib.import_module(f"observatory.probes.programs.{place}"), name)(module)
     except Exception as error:
         _note(error)
 
@@ -65,6 +74,6 @@ def _run_the_next() -> None:
 
 
 if os.environ.get(_SETTINGS):
-    sys.meta_path.insert(0, _AfterTorch())
+    sys.meta_path.insert(0, _AfterImport())
 sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != _FOLDER]
 _run_the_next()

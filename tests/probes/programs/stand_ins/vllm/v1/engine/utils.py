@@ -1,0 +1,2 @@
+def shutdown(processes, timeout=None):
+    pass

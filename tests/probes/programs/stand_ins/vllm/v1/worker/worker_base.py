@@ -1,0 +1,3 @@
+class WorkerBase:
+    def __init__(self):
+        pass
