@@ -21,6 +21,10 @@ Which exchange is the dispatch and which the combine, by rules for the exchanges
   leaves out gate weights and the flat weights of sharded data parallelism. The reduce-scatter of as much in
   the same group is its ``combine``. Next to an all-to-all both belong to tensor parallelism: ``other``.
 
+Of these rules only what must be seen at once is looked at on the program's threads (``Attribution.here``):
+the block, whether it has routed, autograd's numbers. The rest is worked out on another thread from the
+exchanges in their order (``Attribution.find``).
+
 Two dispatches in a row whose splits happen to mirror each other look like a dispatch and its combine;
 programs that label their exchanges (``observatory.probes.exchange.labels.labelled``) are believed.
 """
@@ -87,6 +91,8 @@ class LayerCall:
         width: elements per row of the first all-to-all that dispatched; 0 before it.
         open: dispatches that were not combined yet.
         combined: a dispatch was combined.
+        phase: that it routed in, of a call whose hooks were compiled away; None of others.
+        is_torn: an exchange of it was lost, and with it what the others are.
     """
 
     layer: int
@@ -95,10 +101,17 @@ class LayerCall:
     width: int = 0
     open: list[_Dispatch] = field(default_factory=list)
     combined: bool = False
+    phase: str | None = None
+    is_torn: bool = False
 
-    def role(self, issue: Issue, group: str) -> Role:
-        """Role of an exchange that is started now."""
-        if not (self.routed and issue.carries_rows):
+    @property
+    def is_over(self) -> bool:
+        """Whether hooks that were compiled away would have ended it: all that was sent has come back."""
+        return self.phase is not None and self.combined and not self.open
+
+    def role(self, issue: Issue, group: str, *, routed: bool) -> Role:
+        """Role of the next exchange, started after or before the layer has routed."""
+        if self.is_torn or not (routed and issue.carries_rows):
             return "other"
         if not issue.is_all_to_all:
             return self._role_of_gather(issue, group)
@@ -179,7 +192,12 @@ class _Stack(threading.local):
     def __init__(self) -> None:
         self.calls: list[_BlockCall] = []
         self.loose: LayerCall | None = None
-        self.loose_phase = ""
+
+
+#: Seen at the start of an exchange: the call it belongs to (None: none, or autograd's), that call's layer
+#: and whether it has routed; the call whose hooks were compiled away; whether autograd runs a graph, and its
+#: number of the node that is running or being made.
+Place = tuple[LayerCall | None, int | None, bool, LayerCall | None, bool, int | None]
 
 
 class Attribution:
@@ -193,7 +211,6 @@ class Attribution:
         self._recent: deque[_Link] = deque()
         self._ways: dict[Way, deque[_Link]] = {}
         self._latest_number = -1
-        self._lock = threading.Lock()
         self._attachments: list[Attachment] = []
 
     def attach(self, model: nn.Module, sites: Sequence[RoutingSite]) -> None:
@@ -237,70 +254,75 @@ class Attribution:
         """A layer has routed on this thread; needed where its hooks were compiled away."""
         stack = self._stack
         if not stack.calls:
-            stack.loose, stack.loose_phase = LayerCall(layer, routed=True), phase
+            stack.loose = LayerCall(layer, routed=True, phase=phase)
 
-    def compiled_phase(self) -> str | None:
-        """Phase of the compiled layer call on this thread; None outside any."""
-        return None if self._stack.loose is None else self._stack.loose_phase
+    def loose(self) -> LayerCall | None:
+        """The call on this thread whose hooks were compiled away; None outside any, or when it is over."""
+        return self._stack.loose
 
     def boundary(self) -> None:
         """A step ends on this thread: what comes next belongs to no layer that routed before."""
         self._stack.loose = None
 
-    def find(self, issue: Issue, group: str) -> tuple[Role, int | None]:
-        """Role and layer of an exchange."""
+    def here(self) -> Place:
+        """What has to be seen of an exchange when it is started, on its thread."""
         stack = self._stack
+        loose = stack.loose
         graph = torch._C._current_graph_task_id()
         if stack.calls and stack.calls[-1].graph == graph:
             call = stack.calls[-1].call
-            role, layer = call.role(issue, group), call.layer
         elif graph != _NO_GRAPH:  # also where a block runs the backward pass of something else inside
-            return self._linked(issue, group)
-        elif stack.loose is not None:
-            role, layer = stack.loose.role(issue, group), stack.loose.layer
-            if stack.loose.combined and not stack.loose.open:
-                stack.loose = None
+            node: Any = torch._C._current_autograd_node()
+            return None, None, False, loose, True, None if node is None else node._sequence_nr()
+        elif loose is not None:
+            call = loose
         else:
-            return "other", None
+            return None, None, False, None, False, None
+        # The node of this exchange is being made: its number was taken last on this thread.
+        number = torch._C._autograd._get_sequence_nr() - 1
+        return call, call.layer, call.routed, loose, graph != _NO_GRAPH, number
+
+    def find(self, issue: Issue, group: str, place: Place) -> tuple[Role, int | None]:
+        """Role and layer of an exchange; called for one after the other, in their order."""
+        call, layer, routed, _loose, in_graph, number = place
+        if call is None or call.is_over:
+            return self._linked(issue, group, number) if in_graph and call is None else ("other", None)
+        assert layer is not None
+        assert number is not None
+        role = call.role(issue, group, routed=routed)
         if issue.differentiable:
-            self._remember(_Link(layer, role, way_of(issue, group)))
+            self._remember(_Link(layer, role, way_of(issue, group)), number)
         return role, layer
 
-    def _remember(self, link: _Link) -> None:
-        """Under the number of the autograd node that is being made: it was taken last on this thread."""
-        number = torch._C._autograd._get_sequence_nr() - 1
-        with self._lock:
-            former = self._links.get(number, link)
-            # two exchanges in one node: which gradient is whose is not known
-            is_same = former is not None and (former.layer, former.role) == (link.layer, link.role)
-            self._links[number] = link if is_same else None
-            self._latest_number = max(self._latest_number, number)
-            if len(self._links) > _MOST_LINKS:
-                del self._links[next(iter(self._links))]
-            self._recent.append(link)
-            self._ways.setdefault(link.way, deque()).append(link)
-            if len(self._recent) > _MOST_RECENT:
-                oldest = self._recent.popleft()
-                self._ways[oldest.way].popleft()
-                if not self._ways[oldest.way]:
-                    del self._ways[oldest.way]
+    def _remember(self, link: _Link, number: int) -> None:
+        former = self._links.get(number, link)
+        # two exchanges in one node: which gradient is whose is not known
+        is_same = former is not None and (former.layer, former.role) == (link.layer, link.role)
+        self._links[number] = link if is_same else None
+        self._latest_number = max(self._latest_number, number)
+        if len(self._links) > _MOST_LINKS:
+            del self._links[next(iter(self._links))]
+        self._recent.append(link)
+        self._ways.setdefault(link.way, deque()).append(link)
+        if len(self._recent) > _MOST_RECENT:
+            oldest = self._recent.popleft()
+            self._ways[oldest.way].popleft()
+            if not self._ways[oldest.way]:
+                del self._ways[oldest.way]
 
-    def _linked(self, issue: Issue, group: str) -> tuple[Role, int | None]:
-        node: Any = torch._C._current_autograd_node()
-        if node is None:
+    def _linked(self, issue: Issue, group: str, number: int | None) -> tuple[Role, int | None]:
+        if number is None:
             return "other", None
-        number = node._sequence_nr()
-        with self._lock:
-            link = self._links.get(number)
-            renumbered = number > self._latest_number
-            if renumbered or (link is None and number in self._links):
-                dispatches = self._ways.get(way_of(issue, group, back=True), ())
-                open_ones = [other for other in dispatches if not other.used]
-                if renumbered or len({(other.layer, other.role) for other in open_ones}) == 1:
-                    link = open_ones[-1] if open_ones else None
-            if link is None:
-                return "other", None
-            link.used = True
+        link = self._links.get(number)
+        renumbered = number > self._latest_number
+        if renumbered or (link is None and number in self._links):
+            dispatches = self._ways.get(way_of(issue, group, back=True), ())
+            open_ones = [other for other in dispatches if not other.used]
+            if renumbered or len({(other.layer, other.role) for other in open_ones}) == 1:
+                link = open_ones[-1] if open_ones else None
+        if link is None:
+            return "other", None
+        link.used = True
         return _REVERSED[link.role], link.layer
 
     def _attach_block(self, block: nn.Module, layer: int) -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import JsonValue
 from torch import nn
 
-from observatory.probes.exchange.attribution import Attribution, in_backward
-from observatory.probes.exchange.labels import ExchangeRecord, ExchangeSink, current_label
+from observatory.probes.exchange.attribution import Attribution, LayerCall, Place, in_backward
+from observatory.probes.exchange.labels import ExchangeRecord, ExchangeSink, Label, current_label
 from observatory.probes.exchange.tap import listen, pause_listening, unlisten
 from observatory.probes.part import Boundary, Part
 from observatory.probes.routing.integrity import Loss
@@ -24,7 +25,7 @@ from observatory.probes.routing.sites import RoutingSite
 from observatory.probes.timeline.flight import FlightRecorder
 from observatory.probes.timeline.groups import GroupFacts, Groups
 from observatory.probes.timeline.issue import Issue, Mark, Side
-from observatory.probes.timeline.log import ExchangeEntry, ExchangeLog, SpanEntry
+from observatory.probes.timeline.log import ExchangeEntry, ExchangeLog, Seen, SpanEntry
 from observatory.probes.timeline.streams import Anchors, is_capturing, mark_now
 
 #: Name of the span around one call of an MoE block.
@@ -32,6 +33,10 @@ BLOCK_SPAN = "moe_layer"
 #: Backends whose exchanges pass the tap, where their end is known better: they must not be counted twice.
 _TAPPED = frozenset({"gloo", "nccl", "ucc", "mpi-torch"})
 _CPU = torch.device("cpu")
+
+#: The phase that the program states, the call of compiled code, the phase of the model's call in progress,
+#: and whether autograd runs a graph. What the phase is shows when all before it has been looked at.
+_Situation = tuple[str | None, LayerCall | None, str, bool]
 
 
 class ExchangeProbe(Part):
@@ -148,29 +153,55 @@ class ExchangeProbe(Part):
         """Called for every exchange."""
         facts = self._groups.facts(group)
         backend = self._groups.backend(group, facts, issue.device)
-        label = current_label()
-        if label is None:
-            step, phase = self._situation(False)
-            (role, layer), algorithm = self._attribution.find(issue, facts.label), issue.algorithm
-        else:
-            role, layer, algorithm = label.role, label.layer, label.algorithm or issue.algorithm
-            step, phase = self._situation(label.backward)
-        self._log.add(
-            ExchangeEntry(
-                issue=issue,
-                step=step,
-                phase=phase,
-                layer=layer,
-                role=role,
-                algorithm=algorithm,
-                group=facts,
-                sequence=next(facts.numbers),
-                backend=backend.name,
-                backend_sequence=None if backend.number is None else backend.number(group),
-            )
+        number = None if backend.number is None else backend.number(group)
+        step, stated = self._stated()
+        place = self._attribution.here()
+        seen = _SeenExchange(
+            self,
+            issue,
+            step,
+            stated,
+            self._phase_now(),
+            current_label(),
+            place,
+            facts,
+            next(facts.numbers),
+            backend.name,
+            number,
         )
-        if not isinstance(issue.start, int) and not self._anchors.has_anchor(issue.device):
+        if not self._log.add(seen) and place[0] is not None:
+            place[0].is_torn = True
+        if type(issue.start) is not int and not self._anchors.has_anchor(issue.device):
             self._anchors.drop_anchor(issue.device)
+
+    def placed(self, seen: _SeenExchange) -> ExchangeEntry | None:
+        """Where in the run it belongs; called in the exchanges' order, on the thread that writes rows."""
+        label, place, issue = seen.label, seen.place, seen.issue
+        _call, _layer, _routed, loose, in_graph, _number = place
+        try:
+            algorithm = issue.algorithm
+            phase = _phase(
+                seen.stated, loose, seen.phase_now, in_graph or (label is not None and label.backward)
+            )
+            if label is None:
+                role, layer = self._attribution.find(issue, seen.group.label, place)
+            else:
+                role, layer, algorithm = label.role, label.layer, label.algorithm or algorithm
+        except Exception as error:  # as in the kernel: the others must not suffer from one
+            self.broken(error)
+            return None
+        return ExchangeEntry(
+            issue=issue,
+            step=seen.step,
+            phase=phase,
+            layer=layer,
+            role=role,
+            algorithm=algorithm,
+            group=seen.group,
+            sequence=seen.sequence,
+            backend=seen.backend,
+            backend_sequence=seen.backend_sequence,
+        )
 
     def untimed(self) -> None:
         """Called for every exchange that is recorded into a CUDA graph."""
@@ -185,12 +216,10 @@ class ExchangeProbe(Part):
         self.calls += 1
         self.host_ns += ns
 
-    def _situation(self, backward: bool) -> tuple[int, str]:
-        """Step and phase of what happens now on this thread."""
+    def _situation(self) -> tuple[int, _Situation]:
+        """Step of what happens now on this thread, and what its phase follows from."""
         step, stated = self._stated()
-        if stated in (None, "train_forward") and (backward or in_backward()):
-            return step, "train_backward"
-        return step, stated or self._attribution.compiled_phase() or self._phase_now()
+        return step, (stated, self._attribution.loose(), self._phase_now(), in_backward())
 
     def _mark(self, device: torch.device) -> Mark | None:
         if device.type != "cuda":
@@ -204,15 +233,67 @@ class ExchangeProbe(Part):
     def _note_span(self, layer: int, device: torch.device, start: Mark) -> None:
         end = self._mark(device)
         if end is not None:
-            step, phase = self._situation(False)
-            self._log.add(SpanEntry(BLOCK_SPAN, step, phase, layer, device, start, end))
+            step, situation = self._situation()
+            self._log.add(_SeenEntry(SpanEntry(BLOCK_SPAN, step, "", layer, device, start, end), situation))
+
+
+@dataclass(slots=True)
+class _SeenExchange:
+    """What is seen of an exchange on the program's thread.
+
+    Attributes:
+        probe: that saw it.
+        issue: the exchange.
+        step, stated, phase_now: what it happened in; the phase that the program stated, and the one it seems.
+        label: that the program put on it.
+        place: where in the model.
+        group, sequence: the group, and its number there.
+        backend, backend_sequence: the backend, and the number there.
+    """
+
+    probe: ExchangeProbe
+    issue: Issue
+    step: int
+    stated: str | None
+    phase_now: str
+    label: Label | None
+    place: Place
+    group: GroupFacts
+    sequence: int
+    backend: str
+    backend_sequence: int | None
+
+    def placed(self) -> ExchangeEntry | None:
+        """As an entry of the log."""
+        return self.probe.placed(self)
+
+
+@dataclass(slots=True)
+class _SeenEntry:
+    """An entry of which only the phase is not known yet."""
+
+    entry: ExchangeEntry | SpanEntry
+    situation: _Situation
+
+    def placed(self) -> ExchangeEntry | SpanEntry:
+        """As an entry of the log."""
+        self.entry.phase = _phase(*self.situation)
+        return self.entry
+
+
+def _phase(stated: str | None, loose: LayerCall | None, phase_now: str, in_backward: bool) -> str:
+    """Phase of what happens in this situation (``_Situation``)."""
+    if in_backward and stated in (None, "train_forward"):
+        return "train_backward"
+    compiled = None if loose is None or loose.is_over else loose.phase
+    return stated or compiled or phase_now
 
 
 class RunSink:
     """Takes what dispatchers report (``labels.ExchangeSink``): spans, and exchanges that no tap sees."""
 
     def __init__(
-        self, add: Callable[[ExchangeEntry | SpanEntry], None], situation: Callable[[bool], tuple[int, str]]
+        self, add: Callable[[Seen], object], situation: Callable[[], tuple[int, _Situation]]
     ) -> None:
         self._add = add
         self._situation = situation
@@ -224,14 +305,15 @@ class RunSink:
         try:
             yield
         finally:
-            step, phase = self._situation(False)
-            self._add(SpanEntry(name, step, phase, layer, _CPU, start_ns, time.monotonic_ns()))
+            step, situation = self._situation()
+            entry = SpanEntry(name, step, "", layer, _CPU, start_ns, time.monotonic_ns())
+            self._add(_SeenEntry(entry, situation))
 
     def record(self, record: ExchangeRecord) -> None:
         """After one exchange."""
         if record.backend in _TAPPED:
             return
-        step, phase = self._situation(False)
+        step, situation = self._situation()
         sends, receives = tuple(record.send_bytes), tuple(record.receive_bytes)
         issue = Issue(
             algorithm=record.algorithm or "all_to_all",
@@ -242,16 +324,15 @@ class RunSink:
             start=record.start_ns,
         )
         issue.finish(record.end_ns)
-        self._add(
-            ExchangeEntry(
-                issue=issue,
-                step=step,
-                phase=phase,
-                layer=record.layer,
-                role=record.role,
-                algorithm=issue.algorithm,
-                group=GroupFacts(record.group, None, len(sends)),
-                sequence=record.sequence,
-                backend=record.backend,
-            )
+        entry = ExchangeEntry(
+            issue=issue,
+            step=step,
+            phase="",
+            layer=record.layer,
+            role=record.role,
+            algorithm=issue.algorithm,
+            group=GroupFacts(record.group, None, len(sends)),
+            sequence=record.sequence,
+            backend=record.backend,
         )
+        self._add(_SeenEntry(entry, situation))

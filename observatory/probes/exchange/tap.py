@@ -1,12 +1,18 @@
-"""The one place that every exchange of ``torch.distributed`` passes, and how we listen there.
+"""The two places that every exchange of ``torch.distributed`` passes, and how we listen there.
 
 Whoever starts the exchange (``dist.all_to_all_single`` under any name it was imported as, the functional
 collectives, autograd's backward of either, code compiled earlier), it ends in an operator of the ``c10d``
 library. We register a kernel for these operators under the dispatch key ``BackendSelect``, which nothing else
-uses there: it is called before the backend's kernel, with the very arguments, and hands them on. So nothing
-has to be replaced in any module, and taking the kernel away restores everything. torch changes its table of
-kernels without regard to threads that read it (they fail or crash), so the kernels of a program whose other
-threads exchange stay registered after the last listener left, and only hand the exchange on.
+uses there: it is called before the backend's kernel, with the very arguments, and hands them on. Taking the
+kernel away restores everything. torch changes its table of kernels without regard to threads that read it
+(they fail or crash), so the kernels of a program whose other threads exchange stay registered after the last
+listener left, and only hand the exchange on.
+
+A kernel in Python costs more than all we note: the dispatcher turns arguments and result into Python objects
+and back, twice. Python programs come by a method of ``ProcessGroup``, all-to-alls of one tensor by
+``all_to_all_single`` (``alltoall_base`` in older versions), so while anybody listens our own stands there. It
+calls the backend as the operator's kernel would, and so leaves the dispatcher out; a call of which the
+dispatcher would make anything else (``_is_straight``) goes its usual way.
 
 End of an exchange, without making any thread wait that would not wait anyhow:
 
@@ -18,6 +24,7 @@ End of an exchange, without making any thread wait that would not wait anyhow:
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +33,7 @@ from typing import Any, Protocol
 import torch
 
 from observatory.errors import CaptureError
+from observatory.probes.routing.attachment import run_uncompiled
 from observatory.probes.timeline.issue import Issue, Mark, Side, side_of, side_of_list
 from observatory.probes.timeline.streams import is_capturing, mark_now
 
@@ -53,8 +61,19 @@ class Listener(Protocol):
 _lock = threading.Lock()
 _listeners: tuple[Listener, ...] = ()
 _library: Any = None
+#: Methods of ``ProcessGroup`` that ours stand in for, by name.
+_methods: dict[str, Any] = {}
 #: Threads that exchanged since the kernels were registered, by identity, which later threads use again.
 _threads: dict[int, threading.Thread] = {}
+
+
+class _Known(threading.local):
+    """Whether this thread is in ``_threads``, of the kernels that are registered now."""
+
+    library: Any = None
+
+
+_known = _Known()
 
 Reader = Callable[[Sequence[Any]], Issue]
 
@@ -88,6 +107,9 @@ def _equal_shares(whole: torch.Tensor) -> Side:
     return Side(whole.shape, whole.itemsize, ())
 
 
+#: Methods by which Python programs start an all-to-all of one tensor, in this torch or an older one.
+_METHODS = ("all_to_all_single", "alltoall_base")
+
 #: Operator of the c10d library -> how to read its arguments; the third is the process group in all of them.
 _READERS: dict[str, Reader] = {
     "alltoall_base_": _all_to_all_single,
@@ -110,7 +132,7 @@ def unsupported() -> str | None:
 
 def is_tapped() -> bool:
     """Whether anything of ours is between the program and its collectives."""
-    return any(
+    return bool(_methods) or any(
         torch._C._dispatch_has_kernel_for_dispatch_key(f"c10d::{name}", "BackendSelect") for name in _READERS
     )
 
@@ -139,6 +161,7 @@ def listen(listener: Listener) -> None:
                 raise
             _library = library
         _listeners = (*_listeners, listener)
+        _stand_in()
 
 
 def pause_listening(listener: Listener) -> None:
@@ -146,6 +169,8 @@ def pause_listening(listener: Listener) -> None:
     global _listeners  # noqa: PLW0603  # likewise
     with _lock:
         _listeners = tuple(other for other in _listeners if other is not listener)
+        if not _listeners:
+            _step_aside()
 
 
 def unlisten(listener: Listener) -> None:
@@ -156,6 +181,8 @@ def unlisten(listener: Listener) -> None:
     global _listeners, _library  # noqa: PLW0603  # likewise
     with _lock:
         _listeners = tuple(other for other in _listeners if other is not listener)
+        if not _listeners:
+            _step_aside()
         if not _listeners and _library is not None and not _others_exchange():
             _library._destroy()
             _library = None
@@ -169,42 +196,132 @@ def _others_exchange() -> bool:
     )
 
 
+def _know_thread() -> None:
+    """Keep the kernels registered as long as this thread may call them."""
+    _threads[threading.get_ident()] = threading.current_thread()
+    _known.library = _library
+
+
 def _kernel(name: str, read: Reader) -> Callable[..., Any]:
     operator = getattr(torch.ops.c10d, name).default
-    handle = operator._handle
+    hand_on = operator._handle.redispatch_boxed
     names = [argument.name for argument in operator._schema.arguments]
     alone = len(operator._schema.returns) == 1
     flag = names.index("async_op") if "async_op" in names else len(names)
     below = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)
+    c10d = torch._C._distributed_c10d
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         listeners = _listeners
-        _threads[threading.get_ident()] = threading.current_thread()
+        if _known.library is not _library:
+            _know_thread()
         entered_ns = time.monotonic_ns()
         start = _start(arguments, listeners) if listeners else None
         started_ns = time.monotonic_ns()
-        result = handle.redispatch_boxed(keyset & below, *arguments)
+        result = hand_on(keyset & below, *arguments)
         if start is None:
             return result
         returned_ns = time.monotonic_ns()
-        work = result if alone else result[-1]
         # A trailing argument that has its default value is not passed on: async_op is True by default.
         blocking = flag < len(arguments) and not arguments[flag]
-        hidden_ns = 0
+        boxed = result if alone else result[-1]
+        work = None if boxed is None else c10d.Work.unbox(boxed)
+        group = c10d.ProcessGroup.unbox(arguments[2])
         try:
             issue = read(arguments)
             issue.start, issue.blocking = started_ns if type(start) is int else start, blocking
-            group = torch._C._distributed_c10d.ProcessGroup.unbox(arguments[2])
-            hidden_ns = _report_and_watch_end(issue, group, work, listeners, returned_ns)
+            _report(issue, group, work, listeners, (started_ns - entered_ns) - returned_ns)
         except Exception as error:  # the program's own exchange must not suffer from ours
             for listener in listeners:
                 listener.broken(error)
-        overhead_ns = (started_ns - entered_ns) + (time.monotonic_ns() - returned_ns) - hidden_ns
-        for listener in listeners:
-            listener.spent(overhead_ns)
         return result
 
+    run_uncompiled(kernel)
     return kernel
+
+
+def _stand_in() -> None:
+    """Put our methods in place of those by which Python programs start an all-to-all."""
+    try:
+        _is_straight(torch.empty(0), torch.empty(0))
+    except AttributeError:  # another version of torch keeps this elsewhere; the kernels see everything
+        return
+    kind = torch._C._distributed_c10d.ProcessGroup
+    for name in _METHODS:
+        if name not in _methods and name in kind.__dict__:
+            _methods[name] = kind.__dict__[name]
+            setattr(kind, name, _method(getattr(kind, name)))
+
+
+def _step_aside() -> None:
+    """Put the former methods back, but where another library has replaced ours, which it calls."""
+    kind = torch._C._distributed_c10d.ProcessGroup
+    for name in list(_methods):
+        if getattr(kind.__dict__[name], "_observatory", False):
+            setattr(kind, name, _methods.pop(name))
+
+
+def _method(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An all-to-all of one tensor, started at its backend without the dispatcher."""
+    options_type = torch._C._distributed_c10d.AllToAllOptions
+    read = _READERS["alltoall_base_"]
+
+    @functools.wraps(original)
+    def all_to_all(group: Any, *arguments: Any, **named: Any) -> Any:
+        listeners = _listeners
+        if _known.library is not _library:
+            _know_thread()
+        if not listeners or named or len(arguments) != 5 or type(arguments[4]) is not options_type:
+            return original(group, *arguments, **named)
+        entered_ns = time.monotonic_ns()
+        output, given, receives, sends, options = arguments
+        if not (_is_plain(output) and _is_plain(given) and _is_straight(output, given)):
+            return original(group, *arguments)
+        try:
+            exchange = group._get_backend(given.device).alltoall_base
+            started_ns = time.monotonic_ns()
+            work = exchange(*arguments)
+        except TypeError:  # nothing was started; torch refuses it in its own words
+            return original(group, *arguments)
+        returned_ns = time.monotonic_ns()
+        try:
+            # The lists are the program's, to change as it likes.
+            issue = read((output, given, group, tuple(receives), tuple(sends)))
+            issue.start, issue.blocking = started_ns, not getattr(options, "asyncOp", True)
+            _report(issue, group, work, listeners, (started_ns - entered_ns) - returned_ns)
+        except Exception as error:  # as in the kernel
+            for listener in listeners:
+                listener.broken(error)
+        return work
+
+    run_uncompiled(all_to_all)
+    all_to_all._observatory = True  # type: ignore[attr-defined]
+    return all_to_all
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether a tensor of the host is what its elements in memory are: no subclass, nothing lazy."""
+    return (
+        type(tensor) is torch.Tensor
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and not tensor.is_neg()
+        and not tensor.is_conj()
+    )
+
+
+def _is_straight(output: torch.Tensor, given: torch.Tensor) -> bool:
+    """Whether the dispatcher would hand plain tensors to the backend without doing anything else.
+
+    Not where autograd would warn, or where a mode, a transform or the profiler wants to see the operator.
+    """
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._distributed_c10d._allow_inflight_collective_as_graph_input()
+        or ((given.requires_grad or output.requires_grad) and torch.is_grad_enabled())
+    )
 
 
 def _start(arguments: Sequence[Any], listeners: Sequence[Listener]) -> Mark | None:
@@ -229,65 +346,44 @@ def _start(arguments: Sequence[Any], listeners: Sequence[Listener]) -> Mark | No
         return 0
 
 
-def _report_and_watch_end(
-    issue: Issue, group: Any, boxed: Any, listeners: Sequence[Listener], returned_ns: int
-) -> int:
+def _report(issue: Issue, group: Any, work: Any, listeners: Sequence[Listener], spent_ns: int) -> None:
     """Call the listeners, and arrange that the end of the exchange becomes known.
 
     They are called while the exchange is on its way: who waits for it anyhow does not wait for us as well.
 
-    Returns:
-        Host time since ``returned_ns`` that the caller would have waited without us, nanoseconds.
+    Args:
+        issue: what was started.
+        group: in this process group.
+        work: its handle; None where the backend gives none.
+        listeners: who is called.
+        spent_ns: what it has cost before the exchange, less the time at which that was on its way.
     """
-    if boxed is None:
-        work, issue.state = None, "unknown"
-    else:
-        work = torch._C._distributed_c10d.Work.unbox(boxed)
-    waits = bool(issue.blocking) and type(issue.start) is int
-    # The time is taken after the look: an end must never seem to lie before a peer's arrival.
-    over_ns = time.monotonic_ns() if waits and work is not None and _is_over(work) else None
     for listener in listeners:
         listener.issued(issue, group)
     if work is None:
-        return 0
-    if waits:
-        return _wait(issue, work, returned_ns, over_ns=over_ns)
-    if type(issue.start) is int:
-        _note_end(issue, work)
-    else:
+        issue.state = "unknown"
+    elif type(issue.start) is not int:
         _mark_end(issue, work)
-    return 0
+    elif issue.blocking:
+        spent_ns -= _wait(issue, work)
+    else:
+        _note_end(issue, work)
+    spent_ns += time.monotonic_ns()
+    for listener in listeners:
+        listener.spent(spent_ns)
 
 
-def _is_over(work: Any) -> bool:
-    try:
-        return bool(work.is_completed())
-    except Exception:  # not every backend can say
-        return False
-
-
-def _wait(issue: Issue, work: Any, returned_ns: int, *, over_ns: int | None) -> int:
-    """Wait in place of the caller, who waits next.
-
-    Args:
-        issue: the exchange.
-        work: its handle.
-        returned_ns: when it was on its way.
-        over_ns: when it turned out to be over already; None when it was not.
-
-    Returns:
-        Host time that this hid, nanoseconds: all of it where the exchange was still on its way.
-    """
+def _wait(issue: Issue, work: Any) -> int:
+    """Wait in place of the caller, who waits next; returns how long, nanoseconds."""
     before_ns = time.monotonic_ns()
-    since_ns = returned_ns if over_ns is None and not _is_over(work) else before_ns
     try:
         work.wait()
     except Exception:  # the caller waits as well and gets the same error
         issue.state = "failed"
-        return time.monotonic_ns() - since_ns
+        return time.monotonic_ns() - before_ns
     after_ns = time.monotonic_ns()
-    issue.finish(after_ns if over_ns is None else over_ns)
-    return after_ns - since_ns
+    issue.finish(after_ns)
+    return after_ns - before_ns
 
 
 def _mark_end(issue: Issue, work: Any) -> None:

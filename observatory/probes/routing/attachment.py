@@ -78,7 +78,7 @@ class Attachment:
         for hook in (before, after):
             if hook is not None:
                 setattr(hook, _OURS, True)
-        _run_uncompiled(before, after)
+        run_uncompiled(before, after)
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(
                 f"{type(module).__name__} is compiled by torch.jit, which takes no hooks; watch it unscripted"
@@ -168,8 +168,8 @@ class Attachment:
                 del hooks[key]
 
 
-def _run_uncompiled(*hooks: PreHook | PostHook | None) -> None:
-    """Keep compilers from compiling a hook by itself, when it is called between compiled code.
+def run_uncompiled(*hooks: PreHook | PostHook | None) -> None:
+    """Keep compilers from compiling a function of ours by itself, when it is called between compiled code.
 
     Hooks inside a compiled module are traced with it all the same. Without this everything works too, but
     every watch adds to the hooks' recompilations, whose number is limited.

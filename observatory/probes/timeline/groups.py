@@ -76,13 +76,15 @@ class Groups:
 
     def __init__(self) -> None:
         self._facts: weakref.WeakKeyDictionary[Any, GroupFacts] = weakref.WeakKeyDictionary()
+        #: The same by identity, which later groups use again: a look here takes no hash of the group.
+        self._known: dict[int, tuple[weakref.ref[Any], GroupFacts]] = {}
         self._labels: set[str] = set()
         self._lock = threading.Lock()
 
     def facts(self, group: Any) -> GroupFacts:
         """Facts about a process group."""
-        facts = self._facts.get(group)
-        return self._learn(group) if facts is None else facts
+        known = self._known.get(id(group))
+        return known[1] if known is not None and known[0]() is group else self._learn(group)
 
     def backend(self, group: Any, facts: GroupFacts, device: torch.device) -> Backend:
         """The backend of a group that serves a device."""
@@ -95,7 +97,9 @@ class Groups:
         with self._lock:
             if group not in self._facts:
                 self._facts[group] = GroupFacts(self._label(group), str(group.group_name), group.size())
-            return self._facts[group]
+            facts = self._facts[group]
+            self._known[id(group)] = weakref.ref(group), facts
+            return facts
 
     def _label(self, group: Any) -> str:
         members = distributed.distributed_c10d._world.pg_group_ranks

@@ -12,6 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import pyarrow as pa
 import torch
@@ -75,6 +76,14 @@ class SpanEntry:
     end: Mark
 
 
+class Seen(Protocol):
+    """An exchange or a span of which it is worked out later where in the run it belongs."""
+
+    def placed(self) -> ExchangeEntry | SpanEntry | None:
+        """The entry; None where that failed. Called once, in the order in which they were added."""
+        ...
+
+
 class ExchangeLog(Part):
     """Owns the thread, from construction to ``close``.
 
@@ -110,7 +119,7 @@ class ExchangeLog(Part):
         self._flush_s = flush_s
         self._recorder = recorder
         self._wake_at = _WAKE_AT if recorder is None else min(_WAKE_AT, recorder.due_after)
-        self._queue: deque[ExchangeEntry | SpanEntry] = deque()
+        self._queue: deque[ExchangeEntry | SpanEntry | Seen] = deque()
         self._waiting: list[ExchangeEntry | SpanEntry] = []
         self._error: Exception | None = None
         self._wake = threading.Event()
@@ -120,15 +129,16 @@ class ExchangeLog(Part):
         self._thread = threading.Thread(target=self._run, name="observatory-exchange", daemon=True)
         self._thread.start()
 
-    def add(self, entry: ExchangeEntry | SpanEntry) -> None:
-        """Keep an entry; called on the program's threads."""
+    def add(self, entry: ExchangeEntry | SpanEntry | Seen) -> bool:
+        """Keep an entry, called on the program's threads; whether there was room."""
         waiting = len(self._queue)
         if waiting >= _MOST_WAITING:
             self.dropped += 1
-            return
+            return False
         self._queue.append(entry)
         if waiting == self._wake_at:
             self._wake.set()
+        return True
 
     def boundary(self, boundary: Boundary) -> None:
         """Place what comes next by anchors of its own."""
@@ -175,6 +185,7 @@ class ExchangeLog(Part):
             self._wake.clear()
             self._guarded(last=False)
             self._drained.set()
+        self._guarded(last=False)
         deadline = time.monotonic() + _GRACE_S
         while self._devices_are_late() and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -193,10 +204,9 @@ class ExchangeLog(Part):
             time.sleep(0.1)
 
     def _devices_are_late(self) -> bool:
-        entries = (*self._waiting, *self._queue)
         return any(
             self._host_ns(mark, entry) is None
-            for entry in entries
+            for entry in self._waiting
             for mark in (_marks(entry))
             if isinstance(mark, torch.cuda.Event)
         )
@@ -210,7 +220,10 @@ class ExchangeLog(Part):
     def _drain(self, *, last: bool) -> None:
         entries, self._waiting = self._waiting, []
         while self._queue:
-            entries.append(self._queue.popleft())
+            seen = self._queue.popleft()
+            entry = seen if isinstance(seen, ExchangeEntry | SpanEntry) else seen.placed()
+            if entry is not None:
+                entries.append(entry)
         if self._recorder is not None and any(isinstance(entry, ExchangeEntry) for entry in entries):
             self._read(self._recorder)
         for first in range(0, len(entries), _STRETCH):

@@ -32,7 +32,7 @@ class PhaseSpans(Part):
         device: that the model computes on.
     """
 
-    def __init__(self, add: Callable[[SpanEntry], None], anchors: Anchors, device: torch.device) -> None:
+    def __init__(self, add: Callable[[SpanEntry], object], anchors: Anchors, device: torch.device) -> None:
         self._add = add
         self._anchors = anchors
         self._device = device

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ from observatory.errors import CaptureError, RunError
 from observatory.host.provenance import new_manifest
 from observatory.probes.exchange import attribution, tap
 from observatory.probes.exchange.attribution import Attribution, LayerCall
+from observatory.probes.exchange.probe import ExchangeProbe
 from observatory.probes.timeline import log
 from observatory.probes.timeline.groups import GroupFacts, group_label
 from observatory.probes.timeline.issue import Issue, Side, per_peer_bytes, side_of, side_of_list
@@ -120,8 +122,8 @@ def exchange(
 
 
 def roles(*issues: tuple[str, Issue]) -> list[str]:
-    call = LayerCall(3, routed=True)
-    return [call.role(issue, group) for group, issue in issues]
+    call = LayerCall(3)
+    return [call.role(issue, group, routed=True) for group, issue in issues]
 
 
 def test_the_way_back_mirrors_the_way_there() -> None:
@@ -161,7 +163,7 @@ def gather(*shape: int, scatter: bool = False, dtype: torch.dtype = torch.float3
 def test_a_gather_of_hidden_states_dispatches_and_the_scatter_of_as_much_combines() -> None:
     call = LayerCall(3, hidden=16, routed=True)
     seen = [
-        call.role(issue, "0-1")
+        call.role(issue, "0-1", routed=True)
         for issue in (
             gather(20, 8, dtype=torch.bool),  # the routing map
             gather(20, 4),  # gate weights
@@ -188,7 +190,7 @@ def test_a_gather_of_hidden_states_dispatches_and_the_scatter_of_as_much_combine
     ],
 )
 def test_other_gathers_are_no_dispatch(call: LayerCall, issue: Issue) -> None:
-    assert call.role(issue, "0-1") == "other"
+    assert call.role(issue, "0-1", routed=call.routed) == "other"
 
 
 def test_a_mask_in_an_all_to_all_is_no_dispatch() -> None:
@@ -206,19 +208,18 @@ def test_what_is_remembered_for_gradients_that_never_come_is_bounded(monkeypatch
     here = Attribution(mark=lambda _device: None, note_span=lambda *_told: None)
     for number in range(40):
         here.routed(0, "prefill")
-        here.find(exchange((number, 2), (4, 0)), "0-1")
+        here.find(exchange((number, 2), (4, 0)), "0-1", here.here())
         torch.ones(1, requires_grad=True) * 2
     assert (len(here._links), len(here._recent), len(here._ways)) == (5, 5, 5)
     for _ in range(40):
-        here.find(exchange((3, 2), (4, 0)), "0-1")
+        here.find(exchange((3, 2), (4, 0)), "0-1", here.here())
     assert sum(map(len, here._ways.values())) == len(here._recent) == 5
 
 
 def test_before_the_layer_has_routed_nothing_is_dispatched() -> None:
     call = LayerCall(3)
-    assert call.role(exchange((1, 2), (2, 1)), "0-1") == "other"
-    call.routed = True
-    assert call.role(exchange((1, 2), (2, 1)), "0-1") == "dispatch"
+    assert call.role(exchange((1, 2), (2, 1)), "0-1", routed=False) == "other"
+    assert call.role(exchange((1, 2), (2, 1)), "0-1", routed=True) == "dispatch"
 
 
 class FakeEvent:
@@ -355,12 +356,14 @@ def test_a_group_does_not_live_on_because_it_was_watched(tmp_path: Path, alone: 
 def test_an_end_is_never_put_before_the_moment_at_which_it_was_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(work: Any) -> bool:
+    issued = ExchangeProbe.issued
+
+    def interrupted(self: ExchangeProbe, *seen: Any) -> None:
         """What a busy machine does: the exchange becomes complete while this thread is not running."""
         time.sleep(0.05)
-        return bool(work.is_completed())
+        issued(self, *seen)
 
-    monkeypatch.setattr(tap, "_is_over", interrupted)
+    monkeypatch.setattr(ExchangeProbe, "issued", interrupted)
     with watched(tmp_path / "r"):
         send_something()
     (row,) = observatory.open_run(tmp_path / "r").exchanges().itertuples()
@@ -434,3 +437,57 @@ def test_exchanges_belong_to_the_step_and_phase_they_happen_in(tmp_path: Path) -
     frame = observatory.open_run(tmp_path / "r").exchanges()
     found = list(zip(frame.step, frame.phase, frame.sequence, strict=True))
     assert found == [(0, "unknown", 0), (1, "prefill", 1), (2, "decode", 2), (2, "decode", 3)]
+
+
+@pytest.mark.usefixtures("alone")
+def test_compiled_code_has_nothing_of_the_probe_in_its_graph_and_its_exchange_is_seen(tmp_path: Path) -> None:
+    captured: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        captured.append(graph.code)
+        return graph.forward
+
+    def exchange_rows(rows: torch.Tensor) -> torch.Tensor:
+        group = dist.group.WORLD
+        assert group is not None
+        there = functional.all_to_all_single(rows * 2, [4], [4], group)
+        return functional.wait_tensor(there) + 1  # type: ignore[no-any-return, no-untyped-call]
+
+    plain = torch.compile(exchange_rows, backend=backend, fullgraph=True)
+    assert plain(torch.ones(4)).tolist() == [3.0] * 4
+    torch._dynamo.reset()
+    with watched(tmp_path / "r"):
+        again = torch.compile(exchange_rows, backend=backend, fullgraph=True)  # a break would raise
+        assert again(torch.ones(4)).tolist() == [3.0] * 4
+    assert len(captured) == 2
+    assert captured[0] == captured[1]
+    assert "all_to_all_single" in captured[0]
+    assert len(observatory.open_run(tmp_path / "r").exchanges()) == 1
+
+
+@pytest.mark.usefixtures("alone")
+def test_python_programs_start_an_exchange_without_the_dispatcher_and_others_are_seen_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[str] = []
+    read = tap._READERS["alltoall_base_"]
+    monkeypatch.setitem(
+        tap._READERS, "alltoall_base_", lambda seen: passed.append(type(seen[2]).__name__) or read(seen)
+    )
+    given, out = torch.arange(4.0), torch.empty(4)
+    splits = [4]
+    with watched(tmp_path / "r"):
+        dist.all_to_all_single(out, given, splits, splits)
+        splits[0] = 1  # the program's list, of which the row keeps a copy
+        dist.all_to_all_single(out, given, [4], [4], async_op=True).wait()
+        with torch.inference_mode():
+            dist.all_to_all_single(torch.empty(4), torch.arange(4.0))
+        with torch.profiler.profile() as profile:
+            send_something()
+        dist.all_to_all_single(out, given.clone().requires_grad_())
+    assert passed == [*["ProcessGroup"] * 3, *["ScriptObject"] * 2]
+    assert any("alltoall_base_" in event.key for event in profile.key_averages())
+    frame = observatory.open_run(tmp_path / "r").exchanges()
+    assert [list(sent) for sent in frame.send_bytes] == [[16]] * 5
+    assert frame.blocking.tolist() == [True, False, True, True, True]
+    assert out.tolist() == [0, 1, 2, 3]
