@@ -106,10 +106,10 @@ def perturbation(folder: Path, groups: int) -> dict[str, Any]:
     """Ratios of time with sampling over time without."""
     import torch
 
-    from benchmarks.hook_cost import tiny_model
+    from benchmarks.hook_cost import random_model
 
     torch.set_num_threads(1)
-    model = tiny_model("cpu")
+    model = random_model(layers=4, hidden=64, top_k=4)
     ids = torch.randint(0, 512, (8, 1))
     busy_driver(1)
     sampler = sampler_of(folder, 1)

@@ -17,7 +17,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from benchmarks.hook_cost import tiny_model
+from benchmarks.hook_cost import random_model
 from observatory.probes.options import RoutingOptions, Verify
 from observatory.probes.routing.discover import find_sites
 from observatory.probes.routing.probe import RoutingProbe
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    model = tiny_model("cpu")
+    model = random_model(layers=4, hidden=64, top_k=4)
     ids = torch.randint(512, TOKENS)
     sites = find_sites(model)
     print("| verify | first pass | later passes |\n|---|---|---|")

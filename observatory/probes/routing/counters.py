@@ -165,6 +165,7 @@ class DeviceCounters:
                 [part_of(whole, layout, site, slot) for site in range(len(layout.experts))]
                 for slot in range(slots)
             ]
+            self.slots = [self.counts.narrow(0, s * layout.slot_size, layout.slot_size) for s in range(slots)]
 
     def note_stream(self) -> None:
         """Remember the stream the model runs on, so that ``snapshot`` is ordered after it."""

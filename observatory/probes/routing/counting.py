@@ -39,6 +39,8 @@ class SiteCounter:
             so that a graph compiled during one watch serves the next on the same model.
         calls: calls per slot since the last ``take_calls``; on the host, so that calls without a single
             token are known as well.
+        kept_calls: those of them that were counted together with others (``deferral.py``).
+        experts: E.
         width: ids per token of this site's ordinary calls; 0 until the first call.
         ever_called: the site was called at least once.
         tokens_unknown: a call did not show how many tokens it had.
@@ -51,13 +53,14 @@ class SiteCounter:
         self.index = index
         self.layout = layout
         self.calls = [0] * len(SLOTS)
+        self.kept_calls = 0
+        self.experts = layout.experts[index]
         self.width = 0
         self.ever_called = False
         self.tokens_unknown = False
         self.error: Exception | None = None
         self.on_call: Callable[[int], None] | None = None
         self.devices: dict[torch.device, DeviceCounters] = {}
-        self._experts = layout.experts[index]
         self._sampled = [False] * len(SLOTS)
         with _lock:
             self.handle = next(number for number in itertools.count() if number not in _counters_of)
@@ -73,6 +76,7 @@ class SiteCounter:
         """The calls per slot since the last time."""
         calls: NDArray[np.int64] = np.array(self.calls, dtype=np.int64)
         self.calls = [0] * len(SLOTS)
+        self.kept_calls = 0
         self._sampled = [False] * len(SLOTS)
         return calls
 
@@ -101,7 +105,7 @@ class SiteCounter:
         with device.lock:
             self.ever_called = True
             self.width = self.width or ids_TK.shape[1]
-            bins_TK = bin_ids(ids_TK, self._experts, device.scales).view(ids_TK.shape)
+            bins_TK = bin_ids(ids_TK, self.experts, device.scales).view(ids_TK.shape)
             index_TK = torch.add(bins_TK, slots_T[:, None], alpha=self.layout.slot_size)
             start = self.layout.starts[self.index]
             count_bins(counts[start:], index_TK.view(-1), device.scales.ones(ids_TK.numel()))
@@ -118,7 +122,7 @@ class SiteCounter:
         if mask is not None:
             ids = ids.reshape(mask.numel(), -1).masked_fill(mask.reshape(-1, 1).logical_not(), _NOBODY)
         if entries:
-            index = bin_ids(ids, self._experts, device.scales)
+            index = bin_ids(ids, self.experts, device.scales)
             count_bins(part.counts, index, device.scales.ones(entries))
             if part.mass is not None:
                 weights = decision.weights
@@ -132,7 +136,7 @@ class SiteCounter:
     def _add_map(self, decision: RoutingDecision, chosen: torch.Tensor, part: Buffers) -> None:
         self.width = self.width or 1
         mask = decision.token_mask
-        chosen_TE = chosen.reshape(-1, self._experts)
+        chosen_TE = chosen.reshape(-1, self.experts)
         chosen_TE = chosen_TE if chosen_TE.dtype == torch.bool else chosen_TE.ne(0)
         if mask is not None:
             chosen_TE = chosen_TE & mask.reshape(-1, 1).to(torch.bool)
@@ -142,7 +146,7 @@ class SiteCounter:
             if weights is None or weights.numel() != chosen_TE.numel() or weights.is_complex():
                 part.mass.fill_(torch.nan)
             else:
-                weights_TE = weights.detach().reshape(-1, self._experts)
+                weights_TE = weights.detach().reshape(-1, self.experts)
                 part.mass[1:-1].add_(weights_TE.masked_fill(~chosen_TE, 0).sum(dim=0, dtype=torch.float64))
         self._correct_tokens(part, decision.tokens, mask, 0)
         assert part.correction is not None
@@ -173,14 +177,14 @@ class SiteCounter:
         else:
             assert decision.routing_map is not None
             chosen_NE = decision.routing_map.reshape(tokens, -1)[:rows].ne(0)
-            experts_E = torch.arange(self._experts, device=chosen_NE.device)
+            experts_E = torch.arange(self.experts, device=chosen_NE.device)
             ids_NE = torch.where(chosen_NE, experts_E, _NOBODY)
-            ids_NK = ids_NE.topk(min(sample_NC.shape[1], self._experts), dim=1).values
+            ids_NK = ids_NE.topk(min(sample_NC.shape[1], self.experts), dim=1).values
         if decision.token_mask is not None:
             hidden = decision.token_mask.reshape(-1)[:rows].logical_not()
             ids_NK = ids_NK.masked_fill(hidden[:, None], _NOBODY)
         columns = min(ids_NK.shape[1], sample_NC.shape[1])
-        sample_NC[:rows, :columns].copy_(ids_NK[:, :columns].clamp(_NOBODY, self._experts))
+        sample_NC[:rows, :columns].copy_(ids_NK[:, :columns].clamp(_NOBODY, self.experts))
 
 
 def _in_capture(part: Buffers) -> bool:

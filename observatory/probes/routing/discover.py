@@ -157,6 +157,7 @@ def _site(candidate: Candidate, layer: int, modules: Mapping[str, nn.Module]) ->
         experts=experts,
         infers=candidate.infers,
         shows_gates=candidate.shows_gates,
+        plain_ids=candidate.plain_ids,
         listen=candidate.listen,
     )
 

@@ -40,11 +40,21 @@ from observatory.run.manifest import Verified
 _POLL_S = 0.001
 #: A thread that is still in the block after this hangs or waits for the other ranks: better no verdict.
 _PATIENCE_S = 10.0
+_is_compiling = torch.compiler.is_compiling
+_graph_task = torch._C._current_graph_task_id
+_tracing_state = torch._C._get_tracing_state
+#: The code of a module's call, its hooks included.
+_MODULE_CALL = nn.Module._call_impl.__code__
 
 
 def is_recomputed_or_traced() -> bool:
     """Whether a call repeats one that was counted (activation checkpointing) or is traced (``torch.jit``)."""
-    return torch._C._current_graph_task_id() != -1 or torch._C._get_tracing_state() is not None
+    return _graph_task() != -1 or _tracing_state() is not None
+
+
+#: What looks at calls now, on all threads: (inspection, thread). As long as it is empty, no call is one of an
+#: intervention and no block's call waits for its end, which hooks then need not ask thread by thread.
+looks: set[tuple[int, int]] = set()
 
 
 class _Suspension(threading.local):
@@ -60,8 +70,6 @@ class _Call(threading.local):
     """The call of a block on this thread."""
 
     frame: FrameType | None = None
-    within: object | None = None
-    has_ended = False
     is_checked = False
     operators: SeenOperators | None = None
 
@@ -76,23 +84,19 @@ class _Exclusive:
         owner: the thread that runs it again; None when none does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block: nn.Module | None) -> None:
         self.owner: int | None = None
-        self._inside: set[int] = set()
+        self._block = block
+        self._waiting: set[int] = set()
         self._lock = threading.Lock()
 
     def enter(self) -> None:
         """Begin a call on this thread; waits while another one runs the block again."""
         thread = threading.get_ident()
-        self._inside.add(thread)
-        while self.owner not in (None, thread):
-            self._inside.discard(thread)
+        while self.is_taken():
+            self._waiting.add(thread)
             time.sleep(_POLL_S)
-            self._inside.add(thread)
-
-    def leave(self) -> None:
-        """End a call on this thread."""
-        self._inside.discard(threading.get_ident())
+        self._waiting.discard(thread)
 
     def is_taken(self) -> bool:
         """Whether another thread runs the block again."""
@@ -110,14 +114,24 @@ class _Exclusive:
             self.owner = thread
             try:
                 until = time.monotonic() + _PATIENCE_S
-                while others := self._inside - {thread}:
-                    self._inside -= others - {t.ident for t in threading.enumerate()}  # ended in a call
+                while self._is_called(set(sys._current_frames()) - {thread}):
                     if time.monotonic() > until:
                         raise TimeoutError("another thread does not leave it")
                     time.sleep(_POLL_S)
                 yield
             finally:
                 self.owner = None
+
+    def _is_called(self, threads: set[int]) -> bool:
+        """Whether one of these threads is in a call of the block, and does not wait at its start."""
+        frames = sys._current_frames()
+        for thread in threads - self._waiting:
+            frame = frames.get(thread)
+            while frame is not None:
+                if frame.f_code is _MODULE_CALL and frame.f_locals.get("self") is self._block:
+                    return True
+                frame = frame.f_back
+        return False
 
 
 class _ExpertHook:
@@ -134,6 +148,21 @@ class _ExpertHook:
         return (getattr, (nullcontext(), "__exit__"))  # so that reading a pickle needs nothing of ours
 
 
+class _Tally:
+    """Calls of a block, on all threads.
+
+    Attributes:
+        ended: calls that ended in order.
+        passing: calls that began, without being looked at, and have not ended.
+    """
+
+    __slots__ = ("ended", "passing")
+
+    def __init__(self) -> None:
+        self.ended = 0
+        self.passing = 0
+
+
 class BlockInspection:
     """The calls of one site's block.
 
@@ -144,7 +173,6 @@ class BlockInspection:
         was_repeated: the block was called more than once in one call of the model.
         site: its site.
         reached: calls of the site since the last ``end_stretch``.
-        ended: calls of the block that ended in order since then.
         was_interrupted: a call of the block ended in the middle since then.
         has_lost_hooks: a call since then found the hooks on its experts gone.
     """
@@ -172,7 +200,6 @@ class BlockInspection:
         self.was_bypassed = False
         self.was_repeated = False
         self.reached = 0
-        self.ended = 0
         self.was_interrupted = False
         self.has_lost_hooks = False
         self._attachments: tuple[Attachment, ...] = ()
@@ -181,11 +208,14 @@ class BlockInspection:
         self._count = count
         self._fail = fail
         self._rows = RowsOfExperts(site.spec.experts)
-        self._exclusive = _Exclusive()
+        self._exclusive = _Exclusive(site.block)
         self._judgement = Judgement(
             site, verify, self._rows, rerun=self._rerun, is_taken=self._exclusive.is_taken
         )
         self._call = _Call()
+        self._tally = _Tally()
+        #: the call of the model that the block was last called in; of whatever thread
+        self._within: object | None = None
 
     def attach(self) -> list[Attachment]:
         """Put hooks on the block and on its experts; all of them or none."""
@@ -196,7 +226,6 @@ class BlockInspection:
             attachments.append(
                 Attachment(block, before=self._enter_hook(), after=self._leave_hook(), first=True)
             )
-            attachments.append(Attachment(block, after=self._end_hook(), first=True))
             for expert, module in enumerate(self.site.experts):
                 attachments.append(Attachment(module, after=_ExpertHook(self, expert), marks=False))
             self._attachments = tuple(attachments)
@@ -224,6 +253,11 @@ class BlockInspection:
         return False
 
     @property
+    def ended(self) -> int:
+        """Calls of the block that ended in order since the last ``end_stretch``, recomputations included."""
+        return self._tally.ended
+
+    @property
     def is_contradicted(self) -> bool:
         """Whether gates are counted which the experts do not follow."""
         return self._judgement.is_contradicted
@@ -242,7 +276,8 @@ class BlockInspection:
 
     def end_stretch(self) -> None:
         """Count from 0 again."""
-        self.reached, self.ended, self.was_interrupted, self.has_lost_hooks = 0, 0, False, False
+        self.reached, self.was_interrupted, self.has_lost_hooks = 0, False, False
+        self._tally.ended = self._tally.passing = 0
 
     def close(self) -> None:
         """End the look at a call of this thread that did not come to its end, as after Ctrl-C."""
@@ -257,10 +292,28 @@ class BlockInspection:
             if _get_current_dispatch_mode() is operators:
                 operators.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         self._call.frame, self._call.is_checked, self._call.decisions = None, False, []
+        looks.discard((id(self), threading.get_ident()))
+
+    def _note_call(self) -> None:
+        model_call = self._model_call()
+        if model_call is not None and model_call is self._within:
+            self.was_repeated = True
+        self._within = model_call
 
     def _enter_hook(self) -> PreHook:
+        judgement, tally = self._judgement, self._tally
+        modes = judgement.modes
+
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = NO_KWARGS) -> None:
-            if torch.compiler.is_compiling() or self._is_outside():
+            if _is_compiling():
+                return
+            if not looks and args and type(args[0]) is torch.Tensor:
+                mode = modes[module.training]
+                if args[0].numel() <= mode.elements and mode.calls + 1 < mode.due:
+                    mode.calls += 1
+                    tally.passing += 1
+                    return
+            if self._is_outside():
                 return
             self._exclusive.enter()
             call, frame = self._call, sys._getframe(2)
@@ -268,57 +321,56 @@ class BlockInspection:
                 if is_running(call.frame, frame):  # a call inside of a call
                     return
                 self.close()  # one that was interrupted
-            model_call = self._model_call()
-            self.was_repeated = self.was_repeated or (model_call is not None and model_call is call.within)
-            call.within = model_call
-            checks = not is_captured() and self._judgement.starts_call(
-                training=module.training, tokens=tokens_of(args, kwargs)
-            )
+            self._note_call()
+            tokens = tokens_of(args, kwargs)
+            captured = is_captured()
+            checks = not captured and judgement.starts_call(training=module.training, tokens=tokens)
             if self.was_reached and not checks:
+                if args and not captured and tokens_of(args[:1], {}):
+                    judgement.note_routine(training=module.training, elements=args[0].numel())
                 return
-            call.frame, call.is_checked, call.has_ended = frame, checks, False
+            looks.add((id(self), threading.get_ident()))
+            call.frame, call.is_checked = frame, checks
             self._rows.clear()
-            if (
-                checks
-                and can_look_at_operators()
-                and self._judgement.wants_operators(training=module.training)
-            ):
+            if checks and can_look_at_operators() and judgement.wants_operators(training=module.training):
                 call.operators = SeenOperators([] if self.site.experts else stacks_of_site(self.site))
                 call.operators.frame = frame
                 call.operators.__enter__()  # type: ignore[no-untyped-call]
 
         return enter
 
-    def _end_hook(self) -> PostHook:
-        def end(_module: nn.Module, _args: tuple[Any, ...], _kwargs: Any, _output: Any = None) -> None:
-            if not torch.compiler.is_compiling():
-                self._call.has_ended = True
-
-        return end
-
     def _leave_hook(self) -> PostHook:
-        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: Any, _output: Any = None) -> None:
-            call = self._call
-            if torch.compiler.is_compiling() or self._is_outside():
+        tally = self._tally
+
+        def leave(  # noqa: PLR0912  # one way out after the other, the cheapest first
+            module: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None
+        ) -> None:
+            if tally.passing:  # before the compiler is asked, whose code never passes: cold calls are dear
+                tally.passing -= 1
+                if output is not None and not looks:
+                    tally.ended += 1
+                    return
+            if _is_compiling():
                 return
-            has_ended, call.has_ended = call.has_ended, False
+            call = self._call
+            if self._is_outside():
+                return
+            # torch calls this hook while it handles the error of a call that raised.
+            has_ended = output is not None or sys.exc_info()[0] is None
             if has_ended:
-                self.ended += 1
+                tally.ended += 1
             else:
                 self.was_interrupted = True
             if call.frame is None or not _is_caller(call.frame, sys._getframe(1)):
-                self._exclusive.leave()
                 return
             operators, is_checked, decisions = call.operators, call.is_checked, call.decisions
             self._end_look()
             if has_ended:
                 self.was_bypassed = self.was_bypassed or not self.was_reached
             if not is_checked or not decisions:
-                self._exclusive.leave()
                 return
             has_hooks = all(attachment.is_on() for attachment in self._attachments)
             if not has_ended or not has_hooks:
-                self._exclusive.leave()
                 self._count_unjudged(decisions)
                 if not has_hooks:
                     self.has_lost_hooks = True
@@ -342,8 +394,6 @@ class BlockInspection:
                 failure = verdict("none", Witness.FAILED, error=one_line(error))
                 self._judgement.verdicts[module.training] = failure
                 self._fail(error)
-            finally:
-                self._exclusive.leave()
 
         return leave
 
@@ -364,7 +414,7 @@ class BlockInspection:
 
     def note_rows(self, expert: int, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Any:
         """Take a call of an expert in; what takes the place of its output, None to leave it."""
-        if torch.compiler.is_compiling() or suspension.by is not (None if self._call.is_checked else self):
+        if _is_compiling() or not looks or suspension.by is not (None if self._call.is_checked else self):
             return None
         return self._rows.note(expert, args, kwargs, output)
 
@@ -373,9 +423,11 @@ class BlockInspection:
         """Calls of the block in here are our own; gives what is read in them."""
         with self._exclusive.alone():
             suspension.by, self._call.decisions = self, []
+            looks.add((id(self), threading.get_ident()))
             try:
                 yield self._call.decisions
             finally:
+                looks.discard((id(self), threading.get_ident()))
                 suspension.by, self._call.decisions = None, []
 
 

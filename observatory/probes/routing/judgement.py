@@ -5,6 +5,7 @@ Shapes: T tokens, K assignments per token, E experts.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from observatory.reasons import Reason
 from observatory.run.files import one_line
 from observatory.run.manifest import Verified
 
+_NEVER = sys.maxsize
 _HELP = "pass an Adapter that reads what is dispatched (docs/supported-models.md#adapters)"
 
 #: A context in which calls of the block are our own; what is read in them lies in the list that it gives.
@@ -67,13 +69,15 @@ class BlockCall:
 
 
 @dataclass(slots=True)
-class _Mode:
+class Mode:
     """What is known of the calls in training, or of those in evaluation.
 
     Attributes:
         calls: calls that were made.
         due: the number of the call that is judged next.
         tokens: most tokens of a call that was judged.
+        elements: most elements of a first argument, a tensor with a row for each token, in calls that were
+            not to be judged: of one with no more, only ``due`` is to be asked. -1 where there was none.
         has_intervened: an intervention has decided.
         trusts_rows: it has shown that rows that differ from the reading are what the experts compute.
         needs_choice: the choice of an operator, not that of the logits, is what they compute.
@@ -82,6 +86,7 @@ class _Mode:
     calls: int = 0
     due: int = 1
     tokens: int = 0
+    elements: int = -1
     has_intervened: bool = False
     trusts_rows: bool = False
     needs_choice: bool = True
@@ -116,6 +121,7 @@ class Judgement:
         is_contradicted: the experts compute something else than the gates say, which are counted.
         is_replaceable: readings cannot see what is dispatched, so that rows are looked at in every call, and
             counted in the place of readings from which they differ; until a reading shows that they can.
+        modes: what is known of calls, per training flag of the block.
     """
 
     def __init__(
@@ -135,7 +141,8 @@ class Judgement:
         self._rows = rows
         self._rerun = rerun
         self._is_taken = is_taken
-        self._modes = {True: _Mode(), False: _Mode()}
+        # Where no call is judged none is ever due; where all are, none is not.
+        self.modes = {training: Mode(due=_NEVER if verify == "none" else 1) for training in (True, False)}
 
     def starts_call(self, *, training: bool, tokens: int) -> bool:
         """Take note of a call at its start; whether it is to be judged.
@@ -143,15 +150,20 @@ class Judgement:
         Where not all calls are: the first, second, fourth, and so on, and one with more than twice the
         tokens of any before.
         """
-        mode = self._modes[training]
+        mode = self.modes[training]
         mode.calls += 1
         if self.is_replaceable or self._verify == "rows":
             return True
         return self._verify != "none" and self._is_due(mode, tokens)
 
+    def note_routine(self, *, training: bool, elements: int) -> None:
+        """A call with a first argument of so many elements was not to be judged."""
+        mode = self.modes[training]
+        mode.elements = max(mode.elements, elements)
+
     def wants_operators(self, *, training: bool) -> bool:
         """Whether rows need operators to be looked at, which costs more than hooks on experts."""
-        mode = self._modes[training]
+        mode = self.modes[training]
         return not self._site.experts or not self._is_settled(training) or mode.needs_choice
 
     def judge(self, call: BlockCall) -> Sequence[RoutingDecision]:
@@ -160,7 +172,7 @@ class Judgement:
         Raises:
             ModelError: the witnesses contradict the reading, or it was inferred and there is none.
         """
-        mode = self._modes[call.block.training]
+        mode = self.modes[call.block.training]
         if call.decisions and all(decision.is_dispatch for decision in call.decisions):
             self.is_replaceable = False
         try:
@@ -189,13 +201,13 @@ class Judgement:
         loads = set(_sum_of_loads(decisions, self._site.spec.experts))
         return loads == {tokens} and self._site.spec.top_k not in (None, self._site.spec.experts)
 
-    def _is_due(self, mode: _Mode, tokens: int) -> bool:
+    def _is_due(self, mode: Mode, tokens: int) -> bool:
         return mode.calls >= mode.due or tokens > 2 * mode.tokens
 
     def _is_settled(self, training: bool) -> bool:
-        return training in self.verdicts and not self._is_due(self._modes[training], 0)
+        return training in self.verdicts and not self._is_due(self.modes[training], 0)
 
-    def _judge(self, call: BlockCall, mode: _Mode) -> Sequence[RoutingDecision]:
+    def _judge(self, call: BlockCall, mode: Mode) -> Sequence[RoutingDecision]:
         spec, training, rows_E = self._site.spec, call.block.training, call.rows_E
         is_inferred = any(d.is_inferred for d in call.decisions)
         decisions = call.decisions
@@ -242,7 +254,7 @@ class Judgement:
     def _ask(
         self,
         call: BlockCall,
-        mode: _Mode,
+        mode: Mode,
         decisions: Sequence[RoutingDecision],
         counted_E: Sequence[int],
         *,

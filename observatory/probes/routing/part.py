@@ -214,10 +214,11 @@ class RoutingPart(Part):
 
     def cost(self) -> dict[str, JsonValue]:
         """Host time of the hooks; compiled calls are not timed."""
-        calls = self._probe.layer_calls
+        cost = self._probe.cost
+        mean_us = cost.us_per_layer_call()
         return {
-            "eager_layer_calls": calls,
-            "host_us_per_layer_call": round(self._probe.host_ns / calls / 1000, 3) if calls else None,
+            "eager_layer_calls": cost.layer_calls,
+            "host_us_per_layer_call": None if mean_us is None else round(mean_us, 3),
         }
 
 

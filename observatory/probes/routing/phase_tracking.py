@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from torch import compiler, nn
 
 from observatory.probes.routing.attachment import NO_KWARGS, Attachment, PostHook, PreHook
+from observatory.probes.routing.deferral import Kept
 from observatory.probes.routing.inspection import is_recomputed_or_traced
 from observatory.probes.routing.phases import (
     CallPhase,
@@ -62,6 +63,7 @@ class _Now:
         stack: its eager calls, the innermost last.
         frame: the outermost of them; None outside of calls.
         has_ended: the model's own call that is about to be left did not raise.
+        kept: calls of watched layers since the innermost call began, which wait to be counted.
     """
 
     def __init__(self) -> None:
@@ -71,6 +73,7 @@ class _Now:
         self.stack: list[_Call] = []
         self.frame: FrameType | None = None
         self.has_ended = False
+        self.kept: list[Kept] = []
 
     def leave_all(self) -> None:
         """Forget calls that ended without their hooks, as after Ctrl-C."""
@@ -101,8 +104,20 @@ class PhaseTracker:
             called.
     """
 
-    def __init__(self, model: nn.Module, *, on_call: Callable[[], None]) -> None:
-        """Track ``model``; ``on_call`` is called at the start of every eager call."""
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        on_call: Callable[[], None],
+        count: Callable[[Sequence[Kept], int], None],
+    ) -> None:
+        """Track a model.
+
+        Args:
+            model: the model.
+            on_call: is called at the start of every eager call.
+            count: takes calls of watched layers that were kept, and the slot that they count in.
+        """
         self.model_called = False
         self.calls = 0
         self.was_interrupted = False
@@ -111,6 +126,7 @@ class PhaseTracker:
         self._inside: dict[int, _Now] = {}
         self._carriers = find_carriers(model)
         self._on_call = on_call
+        self._count_calls = count
         self._threads = _Threads()
         self._lock = threading.Lock()
         self._recent: Counter[PhaseReason] = Counter()
@@ -128,6 +144,11 @@ class PhaseTracker:
         """Whether a thread is in an eager call of the model."""
         return bool(self._inside)
 
+    @property
+    def passes(self) -> Mapping[int, _Now]:
+        """By thread: what it is in, while that is an eager call of the model."""
+        return self._inside
+
     def attach(self) -> Iterator[Attachment]:
         """Put the hooks on, one carrier after the other."""
         for carrier in self._carriers:
@@ -138,8 +159,8 @@ class PhaseTracker:
 
     def outermost_call(self) -> object | None:
         """What identifies the call of the model that this thread is in; None outside of any."""
-        stack = self._threads.now.stack
-        return stack[0] if stack else None
+        now = self._inside.get(threading.get_ident())
+        return now.stack[0] if now is not None else None
 
     def counted_slot(self) -> int:
         """The slot that an eager call of a watched layer counts in."""
@@ -149,6 +170,22 @@ class PhaseTracker:
             return 0
         self._count(stack[-1])
         return stack[-1].phase.slot
+
+    def count_kept(self, now: _Now) -> None:
+        """Count what a thread has kept, in the slot of its innermost call."""
+        with self._lock:
+            number = len(now.kept)  # its thread may add to it at the same time
+            kept = now.kept[:number]
+            del now.kept[:number]
+        if kept and now.stack:
+            call = now.stack[-1]
+            self._count(call)
+            self._count_calls(kept, call.phase.slot)
+
+    def count_all_kept(self) -> None:
+        """Count what all threads have kept."""
+        for now in list(self._inside.values()):
+            self.count_kept(now)
 
     def end_stretch(self, *, is_stated: bool, unknown_calls: int) -> None:
         """Keep the reasons since the last boundary, unless the caller has said what phase it was.
@@ -173,6 +210,7 @@ class PhaseTracker:
         """Note calls that ended without their hooks, as after Ctrl-C, on this thread and on others."""
         for thread, now in list(self._inside.items()):
             if not _is_inside(thread, now):
+                self.count_kept(now)
                 now.leave_all()
                 self._inside.pop(thread, None)
                 self.was_interrupted = True
@@ -238,6 +276,8 @@ class PhaseTracker:
 
     def _enter(self, carrier: Carrier, phase: CallPhase) -> None:
         now, frame = self._threads.now, _torch_frame(sys._getframe(2))
+        if now.kept:
+            self.count_kept(now)
         if now.stack and (now.frame is None or not is_running(now.frame, frame)):
             now.leave_all()
             self.was_interrupted = True
@@ -262,6 +302,8 @@ class PhaseTracker:
             if not now.has_ended and not is_recomputed_or_traced():
                 self.was_interrupted = True
             now.has_ended = False
+        if now.kept:
+            self.count_kept(now)
         if now.stack:
             call = now.stack.pop()
             if not (call.has_inner or now.has_inner):

@@ -1,8 +1,10 @@
 """The routing probe: attached to the MoE layers of one model, it counts until it is detached.
 
-On the hot path it reads the decision from the call's tensors and adds it to a buffer on the same device, two
-small kernels as a rule. At a boundary (a step ends, a stated phase begins or ends) the buffers are copied to
-the host in stream order, zeroed, and handed to a background thread. Neither waits for the device.
+On the hot path it copies the ids of a small call, to count them with those of the other layers when the pass
+ends (``deferral.py``), or reads the decision from the call's tensors and adds it to a buffer on the same
+device, two small kernels as a rule. At a boundary (a step ends, a stated phase begins or ends) the buffers
+are copied to the host in stream order, zeroed, and handed to a background thread. Neither waits for the
+device.
 
 A failure of the probe never changes what the model does: the call goes on, the site stays uncounted for it,
 and the first error is raised at the next boundary.
@@ -28,10 +30,12 @@ from observatory.probes.routing.accumulation import Snapshot
 from observatory.probes.routing.attachment import NO_KWARGS, Attachment, PostHook, PreHook
 from observatory.probes.routing.counters import DeviceCounters, Layout
 from observatory.probes.routing.counting import SiteCounter, count_in_graph
+from observatory.probes.routing.deferral import HookCost, Kept, KeptCounts, keeping_hook
 from observatory.probes.routing.discover import find_sites
 from observatory.probes.routing.inspection import (
     BlockInspection,
     is_recomputed_or_traced,
+    looks,
     own_operators,
     suspension,
     weakest,
@@ -42,6 +46,8 @@ from observatory.probes.routing.sites import RoutingDecision, RoutingSite, shown
 from observatory.probes.routing.words import Witness, verdict
 from observatory.run.manifest import Verified
 
+_CPU = torch.device("cpu")
+
 
 class RoutingProbe:
     """Counts the assignments of the given sites.
@@ -49,8 +55,7 @@ class RoutingProbe:
     Attributes:
         counters: one counter per site.
         phases: which phase the model is in.
-        layer_calls: eager calls of sites so far.
-        host_ns: host time spent in those, nanoseconds.
+        cost: of eager calls of sites.
         inferred_in_graph: a compiled call has a choice that was inferred.
         main_device: the first of the model's accelerators, else the CPU.
     """
@@ -65,9 +70,10 @@ class RoutingProbe:
         self.counters = tuple(SiteCounter(index, self.layout) for index in range(len(sites)))
         self._verify = options.verify
         self.inferred_in_graph = False
-        self.layer_calls = 0
-        self.host_ns = 0
-        self.phases = PhaseTracker(model, on_call=self._note_streams)
+        self.cost = HookCost()
+        self.phases = PhaseTracker(model, on_call=self._note_streams, count=self._count_kept)
+        self._kept_counts = KeptCounts()
+        self._keeps = not (options.gate_mass or options.sample_tokens)
         self._devices: dict[torch.device, DeviceCounters] = {}
         self._error: tuple[str, Exception] | None = None
         self._lock = threading.Lock()
@@ -137,11 +143,13 @@ class RoutingProbe:
             )
         self.look()
         was_split = self.phases.was_inside
+        self.phases.count_all_kept()
         self.phases.find_interrupted()
         for inspection in self._all_inspections():
             inspection.close()
+        kept = [counter.kept_calls for counter in self.counters]
         calls: NDArray[np.int64] = np.stack([counter.take_calls() for counter in self.counters], axis=1)
-        losses, bypassed = self._end_stretch(calls)
+        losses, bypassed = self._end_stretch(calls, kept)
         # Without its hooks a call of the model does not show how it ended.
         was_interrupted = self.phases.was_interrupted and not any(
             loss.code == "model_hooks_removed" for loss in losses
@@ -280,7 +288,9 @@ class RoutingProbe:
             attachment.remove()
             raise
 
-    def _end_stretch(self, calls: NDArray[np.int64]) -> tuple[tuple[Loss, ...], NDArray[np.bool_]]:
+    def _end_stretch(
+        self, calls: NDArray[np.int64], kept: Sequence[int]
+    ) -> tuple[tuple[Loss, ...], NDArray[np.bool_]]:
         """What was lost since the last boundary, and whose blocks were called more often, (sites,)."""
         losses, self._losses = tuple(dict.fromkeys(self._losses)), []
         if not self.phases.calls and not calls.any():
@@ -288,7 +298,8 @@ class RoutingProbe:
             losses = losses if any(loss.code == "model_hooks_removed" for loss in losses) else ()
         bypassed = np.zeros(len(self.counters), dtype=bool)
         for index, inspection in self._indexed_inspections():
-            bypassed[index] |= inspection.ended > max(inspection.reached, int(calls[:, index].sum()))
+            reached = inspection.reached + int(kept[index])
+            bypassed[index] |= inspection.ended > max(reached, int(calls[:, index].sum()))
         return losses, bypassed
 
     def _hooks(self, site: RoutingSite, counter: SiteCounter) -> tuple[PreHook | None, PostHook | None]:
@@ -300,7 +311,37 @@ class RoutingProbe:
                 kwargs, output = NO_KWARGS, kwargs
             self._see(site, counter, module, args, kwargs, output)
 
-        return (before, None) if site.when == "before" else (None, after)
+        if site.when == "after":
+            return None, after
+        if self._keeps and site.plain_ids is not None:
+            before = keeping_hook(
+                site.plain_ids,
+                counter,
+                see=before,
+                is_ready=partial(self._may_keep, counter),
+                passes=self.phases.passes,
+                count=self.phases.count_kept,
+                looks=looks,
+                cost=self.cost,
+            )
+        return before, None
+
+    def _may_keep(self, counter: SiteCounter) -> bool:
+        """Whether calls of a site may be counted later: one was before, and none is asked for at once."""
+        inspection = self._newest.get(counter.index)
+        was_reached = inspection is None or inspection.was_reached
+        return was_reached and counter.width > 0 and counter.on_call is None
+
+    def _count_kept(self, kept: Sequence[Kept], slot: int) -> None:
+        start_ns = time.perf_counter_ns()
+        try:
+            device = self._devices.get(_CPU) or self._device(_CPU)
+            with own_operators() if torch._C._len_torch_dispatch_stack() else nullcontext():
+                self._kept_counts.add(kept, slot, device)
+        except Exception as error:  # the model's own run must not suffer from ours
+            self._fail(self.sites[kept[0][0].index], error)
+        self.cost.layer_calls += len(kept)
+        self.cost.pass_ns += time.perf_counter_ns() - start_ns
 
     def _see(
         self,
@@ -315,6 +356,9 @@ class RoutingProbe:
             self._see_in_graph(site, counter, module, args, kwargs, output)
             return
         if is_recomputed_or_traced():
+            inspection = self._newest.get(counter.index)
+            if inspection is not None:  # its block has been called once more as well
+                inspection.reached += 1
             return
         start_ns = time.perf_counter_ns()
         with_gradients = torch.is_grad_enabled()
@@ -330,8 +374,8 @@ class RoutingProbe:
         finally:
             if with_gradients:
                 torch._C._set_grad_enabled(True)
-        self.layer_calls += 1
-        self.host_ns += time.perf_counter_ns() - start_ns
+        self.cost.layer_calls += 1
+        self.cost.add(time.perf_counter_ns() - start_ns)
 
     def _fail(self, site: RoutingSite, error: Exception) -> None:
         # Without what the error holds: the tensors of the call would be kept with its frames.
@@ -374,8 +418,8 @@ class RoutingProbe:
             count_in_graph(counter, decision, 0, self._device(shown.device))
         except Exception as error:  # the model's own run must not suffer from ours
             self._fail(site, error)
-        self.layer_calls += 1
-        self.host_ns += time.perf_counter_ns() - start_ns
+        self.cost.layer_calls += 1
+        self.cost.add(time.perf_counter_ns() - start_ns)
 
     def _see_in_graph(
         self,

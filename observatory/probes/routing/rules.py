@@ -66,6 +66,7 @@ class Candidate:
         shows_gates: the gates are read, not what is dispatched by them.
         is_adapted: an adapter of the user's says how it is read.
         listen: brings the decisions in place of ``read``.
+        plain_ids: the argument with the ids, where they are all that counts.
     """
 
     path: str
@@ -82,6 +83,7 @@ class Candidate:
     shows_gates: bool = False
     is_adapted: bool = False
     listen: Listen | None = None
+    plain_ids: tuple[str, int] | None = None
 
 
 #: (path, all modules, configurations) -> candidate or None
@@ -101,6 +103,7 @@ def _experts_call(path: str, modules: Mapping[str, nn.Module], configs: Sequence
         return None
     block = MoeBlock.around(path, modules)
     nulls = moe_block.null_experts(block, experts)
+    plain_ids = None
     if ids is None and matrix is not None:
         read, shown = readers.read_gate_matrix(gates=matrix, experts=experts), matrix[0]
     elif ids is not None:
@@ -114,6 +117,8 @@ def _experts_call(path: str, modules: Mapping[str, nn.Module], configs: Sequence
             zero_weight_is_null=hidden_nulls,
         )
         shown = ids[0]
+        has_masks = any(_named(names, pattern) is not None for pattern in (_TOKEN_MASK, _PADDING_MASK))
+        plain_ids = None if has_masks or hidden_nulls else ids
     return Candidate(
         path=path,
         block=block.path,
@@ -127,6 +132,7 @@ def _experts_call(path: str, modules: Mapping[str, nn.Module], configs: Sequence
         read=read,
         infers=any("mask" in n and not (_TOKEN_MASK.match(n) or _PADDING_MASK.match(n)) for n in names),
         shows_gates=ids is None,
+        plain_ids=plain_ids,
     )
 
 

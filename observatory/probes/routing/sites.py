@@ -81,6 +81,8 @@ class RoutingSite:
         shows_gates: the gates are read, not what is dispatched by them; experts that compute something else
             are stated, and the gates are counted all the same.
         listen: brings the decisions in place of ``read``; None where calls are read.
+        plain_ids: name and position of the argument with the ids, (T, K), where a call that is given them in
+            two dimensions shows nothing else by which they count; None elsewhere.
     """
 
     spec: MoeLayerSpec
@@ -95,6 +97,7 @@ class RoutingSite:
     infers: bool = False
     shows_gates: bool = False
     listen: Listen | None = None
+    plain_ids: tuple[str, int] | None = None
 
     @property
     def how(self) -> str:
