@@ -61,10 +61,10 @@ class HookCost:
         self._timed_calls = 0
         self._timed_ns = 0
 
-    def add(self, taken_ns: int) -> None:
-        """Take the time of one call."""
-        self._timed_calls += 1
-        self._timed_ns += taken_ns
+    def add(self, taken_ns: int, *, stands_for: int = 1) -> None:
+        """Take the time of one call, which stands for so many."""
+        self._timed_calls += stands_for
+        self._timed_ns += taken_ns * stands_for
 
     def us_per_layer_call(self) -> float | None:
         """Mean host time of a call, microseconds; None where none was timed."""
@@ -127,7 +127,7 @@ def keeping_hook(
                 if len(kept) >= MOST_KEPT:
                     count(now)
                 if is_timed:
-                    cost.add(_clock_ns() - start_ns)
+                    cost.add(_clock_ns() - start_ns, stands_for=_TIMED)
                 return
         see(module, args, kwargs)
         keeps = is_ready()
