@@ -84,7 +84,7 @@ def test_predictions_stand_next_to_replayed_and_own_exchanges(tmp_path: Path, mo
     replayed, own = figure(section).variants
     assert "replayed" in replayed.label
     assert "own exchanges" in own.label
-    assert "Own exchanges of m on not stated, 4 ranks, flat, predicted by fit.json." in own.note
+    assert "Own exchanges of m, 4 ranks, flat, predicted by fit.json." in own.note
     rows = {row[0].text: [cell.text for cell in row] for row in table(section, 1).rows}
     assert rows.keys() == {
         "captured, replayed, prefill",

@@ -11,7 +11,7 @@ from observatory.advice.words import conclusion_sentences
 from observatory.reports.figures.changes import change_bars, label
 from observatory.reports.frames.report import ReportFrames
 from observatory.reports.page import FigureBlock, Section, Variant, frame_table
-from observatory.reports.sections.common import run_choice, run_keys
+from observatory.reports.sections.common import model_on, run_choice, run_keys
 from observatory.reports.text import microseconds, percent, plain, shorten
 
 _TITLE = "Which change is worth making"
@@ -88,7 +88,7 @@ def _variant(
         if best is None
         else f"most is gained by {label(best)}: {percent(best['gain'])} of a step"
     )
-    where = f"{shorten(name)} on {shorten(condition, 24)}, {phase['phase']}"
+    where = f"{model_on(name, condition)}, {phase['phase']}"
     return Variant(
         group=shorten(name),
         label=run_choice(name, condition, phase["phase"]),

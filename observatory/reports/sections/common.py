@@ -43,12 +43,12 @@ def spread(values: pd.Series, form: object = count) -> str:
 
 def choice_label(condition: str, phase: str) -> str:
     """How a cell is called in a control."""
-    return f"{condition}, {phase}"
+    return phase if condition == NOT_STATED else f"{shorten(condition, 24)}, {phase}"
 
 
 def run_choice(label: str, condition: str, phase: str) -> str:
     """How a run's phase is called in a control."""
-    return f"{shorten(label, 44)} · {choice_label(shorten(condition, 24), phase)}"
+    return f"{shorten(label, 44)} · {choice_label(condition, phase)}"
 
 
 def run_keys(label: str, condition: str = "", phase: str = "", rank: int | None = None) -> dict[str, str]:
@@ -88,12 +88,17 @@ def replay_name(frames: ReportFrames, benchmarks: BenchmarkFrames, replay: int) 
     run = ids.index(given.document.run_id or "") if given.document.run_id in ids else 0
     label, condition = frames.runs.loc[run, ["label", "condition"]]
     return (
-        f"{shorten(label)} on {shorten(condition, 24)} over {given.document.ranks} ranks, "
+        f"{model_on(label, condition)} over {given.document.ranks} ranks, "
         f"{shorten(given.document.backend, 16)} ({shorten(given.name, 32)})"
     )
 
 
-def run_text(frames: ReportFrames, run: int) -> str:
-    """A run by its model and what it was fed; telemetry alone was fed nothing."""
-    label, condition = frames.runs.loc[run, ["label", "condition"]]
+def model_on(label: object, condition: object) -> str:
+    """A model and what it was fed, where that is stated: servers and telemetry alone state nothing."""
     return shorten(label) if condition == NOT_STATED else f"{shorten(label)} on {shorten(condition, 24)}"
+
+
+def run_text(frames: ReportFrames, run: int) -> str:
+    """A run by its model and what it was fed."""
+    label, condition = frames.runs.loc[run, ["label", "condition"]]
+    return model_on(label, condition)

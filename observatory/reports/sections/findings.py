@@ -8,7 +8,7 @@ import pandas as pd
 
 from observatory.reports.frames.committees import committee_overlaps
 from observatory.reports.frames.report import ReportFrames, each_row, phases_of
-from observatory.reports.sections.common import Finding, run_keys, spread
+from observatory.reports.sections.common import Finding, model_on, run_keys, spread
 from observatory.reports.sections.exchange_findings import exchange_findings
 from observatory.reports.sections.layers import worst_layers
 from observatory.reports.sections.mock import mock_ratios
@@ -134,7 +134,7 @@ def _at_floor(cells: pd.DataFrame, *, in_grid: int) -> str:
             f"All {len(cells)} {named} lie above what uniform routing of as many tokens exceeds in about one "
             "window of a thousand."
         )
-    names = [f"{_name(row.label)} on {shorten(row.condition)} ({row.phase})" for row in each_row(below)]
+    names = [f"{plain(model_on(row.label, row.condition))} ({row.phase})" for row in each_row(below)]
     return f"Not distinguishable from uniform routing at this sample size: {listing(names)}."
 
 
@@ -144,9 +144,10 @@ def _worst_layer(frames: ReportFrames) -> list[Finding]:
         return []
     row = layers.iloc[0]
     text = (
-        f"The most concentrated layer on {where} is layer {row['layer']} of {_name(row['label'])} on "
-        f"{shorten(row['condition'])} ({row['phase']}): Gini {number(row['gini'])} against a floor of "
-        f"{number(row['gini_floor'])}, busiest expert {times(row['expert_max_over_mean'])} the mean."
+        f"The most concentrated layer on {where} is layer {row['layer']} of "
+        f"{plain(model_on(row['label'], row['condition']))} ({row['phase']}): Gini {number(row['gini'])} "
+        f"against a floor of {number(row['gini_floor'])}, busiest expert "
+        f"{times(row['expert_max_over_mean'])} the mean."
     )
     return [_of_place("layers", text, row)]
 
@@ -209,9 +210,10 @@ def _ranks(frames: ReportFrames) -> list[Finding]:
     step = row["rank_max_over_mean_step_p90"]
     tail = f" and {times(step)} at the 90th percentile of its steps" if pd.notna(step) else ""
     text = (
-        f"The busiest rank on {where} ({row['phase']}{several}) is that of {_name(row['label'])} on "
-        f"{shorten(row['condition'])} laid out over EP {row['ep']}: {times(row['rank_max_over_mean'])} the "
-        f"mean over the window{tail} (mean over layers, {row['placement']} placement). Its busiest expert "
+        f"The busiest rank on {where} ({row['phase']}{several}) is that of "
+        f"{plain(model_on(row['label'], row['condition']))} laid out over EP {row['ep']}: "
+        f"{times(row['rank_max_over_mean'])} the mean over the window{tail} "
+        f"(mean over layers, {row['placement']} placement). Its busiest expert "
         f"has {times(row['expert_max_over_mean'])} at any EP degree."
     )
     return [_of_place("ep", text, row)]

@@ -9,7 +9,7 @@ from observatory.analysis.columns import Column
 from observatory.reports.figures import expert_shares
 from observatory.reports.frames.report import ReportFrames
 from observatory.reports.page import FigureBlock, Section, Table, Variant, frame_table
-from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice, run_keys
+from observatory.reports.sections.common import NO_LOADS, layer_window_text, model_on, run_choice, run_keys
 from observatory.reports.text import shorten, times
 
 #: Maps of more counts than this altogether would make the file too large; the rest is named, not drawn.
@@ -76,9 +76,9 @@ def _variant(loads: pd.DataFrame, layers: pd.DataFrame, label: str, condition: s
         keys=run_keys(label, condition, phase),
         figure=expert_shares(loads),
         alt=f"Heatmap of {layers['layer'].nunique()} layers by {int(layers['experts'].max())} experts for "
-        f"{shorten(label)} on {shorten(condition)}, {phase}: the busiest expert of any layer takes "
+        f"{model_on(label, condition)}, {phase}: the busiest expert of any layer takes "
         f"{times(layers['expert_max_over_mean'].max())} the uniform share.",
-        note=f"{shorten(label)} on {shorten(condition)}, {phase}. " + layer_window_text(layers),
+        note=f"{model_on(label, condition)}, {phase}. " + layer_window_text(layers),
         numbers=_numbers(loads, label, condition, phase),
     )
 
@@ -97,5 +97,5 @@ def _numbers(loads: pd.DataFrame, label: str, condition: str, phase: str) -> Tab
                 "idle": int((load_E == 0).sum()),
             }
         )
-    where = f"{shorten(label)} on {shorten(condition)}, {phase}"
+    where = f"{model_on(label, condition)}, {phase}"
     return frame_table(f"{where}: experts by layer, loads over the mean load", _EXPERTS, rows)

@@ -7,7 +7,7 @@ import pandas as pd
 from observatory.analysis.columns import Column
 from observatory.reports.figures.exchanges import layer_anatomy
 from observatory.reports.page import FigureBlock, Section, Table, Variant, frame_table
-from observatory.reports.sections.common import run_choice, run_keys, spread
+from observatory.reports.sections.common import model_on, run_choice, run_keys, spread
 from observatory.reports.text import percent, plain, shorten
 from observatory.run.documents.writing import frame_records
 from observatory.text import listing
@@ -64,7 +64,7 @@ _TITLE = "Where the time of a layer goes"
 def _variant(label: str, condition: str, phase: str, rows: pd.DataFrame) -> Variant:
     total = float(rows["mean_s"].sum())
     largest = rows.groupby("name")["mean_s"].sum().sort_values(ascending=False)
-    where = f"{shorten(label)} on {shorten(condition)}, {phase}"
+    where = f"{model_on(label, condition)}, {phase}"
     waiting = float(rows["wait_s"].sum()) / total if total and rows["wait_s"].notna().all() else None
     return Variant(
         group=shorten(label),

@@ -10,7 +10,7 @@ from observatory.analysis.routing.imbalance import lorenz_curve
 from observatory.reports.figures import LORENZ_GRID, floor_lorenz, lorenz_curves
 from observatory.reports.frames.report import ReportFrames
 from observatory.reports.page import FigureBlock, Section, Variant, frame_table
-from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice, run_keys
+from observatory.reports.sections.common import NO_LOADS, layer_window_text, model_on, run_choice, run_keys
 from observatory.reports.text import percent, shorten
 
 _TABLE_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -104,13 +104,11 @@ def _variant(
         label=run_choice(label, condition, phase),
         keys=run_keys(label, condition, phase),
         figure=lorenz_curves(curves, gini_floor=floor if np.isfinite(floor) else None, worst_layer=worst),
-        alt=f"Lorenz curves of {curves['layer'].nunique()} layers for {shorten(label)} on "
-        f"{shorten(condition)}, {phase}: "
+        alt=f"Lorenz curves of {curves['layer'].nunique()} layers for {model_on(label, condition)}, {phase}: "
         f"the busier half of the experts takes {percent(top_half)} of the assignments on average.",
-        note=f"{shorten(label)} on {shorten(condition)}, {phase}. " + layer_window_text(layers),
+        note=f"{model_on(label, condition)}, {phase}. " + layer_window_text(layers),
         numbers=frame_table(
-            f"{shorten(label)} on {shorten(condition)}, {phase}: share of assignments held by the least "
-            "loaded experts",
+            f"{model_on(label, condition)}, {phase}: share of assignments held by the least loaded experts",
             _HELD,
             rows,
         ),

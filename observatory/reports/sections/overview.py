@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from observatory.analysis.provenance.notices import provenance_notices
 from observatory.analysis.provenance.words import notice_sentence
 from observatory.reports.frames.report import NOT_STATED, ReportFrames, condition_order, phases_of
-from observatory.reports.sections.common import spread
+from observatory.reports.sections.common import model_on, spread
 from observatory.reports.text import count, plain, shorten
 from observatory.run.manifest import CoreSpec
 from observatory.run.usable_cores import core_sentence, short_of_cores
@@ -93,7 +93,7 @@ def setting(frames: ReportFrames) -> list[str]:
 def _cores(frames: ReportFrames) -> str:
     """Where ranks had no core of their own, and in what; empty where all had one, or nothing is recorded."""
     recorded: list[tuple[str, Iterable[CoreSpec | None]]] = [
-        (f"{shorten(label)} on {shorten(fact.condition)}", [rank.cores for rank in fact.manifest.ranks])
+        (model_on(label, fact.condition), [rank.cores for rank in fact.manifest.ranks])
         for fact, label in zip(frames.facts, frames.runs["label"], strict=True)
     ]
     if frames.benchmarks is not None:
@@ -133,10 +133,10 @@ def problems(frames: ReportFrames) -> list[tuple[str, list[str]]]:
         lines = [plain(line) for line in (*fact.problems, *notices, *fact.manifest.notes, *fact.gaps)]
         lines += _unfinished(fact.manifest.state, fact.problems)
         if lines:
-            name = f"{shorten(label)} on {shorten(fact.condition)}"
+            name = model_on(label, fact.condition)
             stated.setdefault(tuple(dict.fromkeys(lines)), []).append(name)
     for run, line in frames.power.gaps if frames.power else ():
-        whose = f"Power of {shorten(frames.runs.loc[run, 'label'])} on {shorten(frames.facts[run].condition)}"
+        whose = f"Power of {model_on(frames.runs.loc[run, 'label'], frames.facts[run].condition)}"
         stated.setdefault((plain(line),), []).append(whose)
     absent: dict[str, list[str]] = {}
     for what, why in frames.missing:

@@ -18,7 +18,7 @@ from observatory.reports.figures.prediction import predicted_and_measured
 from observatory.reports.frames.benchmarks import BenchmarkFrames
 from observatory.reports.frames.report import ReportFrames, each_group, each_row
 from observatory.reports.page import Block, Cell, FigureBlock, Section, Table, Variant, frame_table
-from observatory.reports.sections.common import phases_in, replay_name, run_choice, run_keys
+from observatory.reports.sections.common import model_on, phases_in, replay_name, run_choice, run_keys
 from observatory.reports.text import count, microseconds, percent, plain, shorten, times
 from observatory.run.documents.bench import BenchResult
 from observatory.run.documents.writing import frame_records
@@ -201,7 +201,7 @@ def _source(frames: ReportFrames, benchmarks: BenchmarkFrames, replay: Any, run:
     if not pd.isna(replay):
         return f"Replay of {replay_name(frames, benchmarks, int(replay))}"
     label, condition, ranks = frames.runs.loc[run, ["label", "condition", "ranks"]]
-    return f"Own exchanges of {shorten(label)} on {shorten(condition, 24)}, {ranks} ranks"
+    return f"Own exchanges of {model_on(label, condition)}, {ranks} ranks"
 
 
 def _sentences(rows: pd.DataFrame) -> str:

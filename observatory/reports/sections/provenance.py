@@ -15,6 +15,7 @@ from observatory.analysis.provenance.nodes import NODE_COLUMNS, common_facts, no
 from observatory.analysis.provenance.notices import wall_clock_ahead_ns
 from observatory.reports.frames.report import ReportFrames, RunFacts
 from observatory.reports.page import Section, Table, frame_table
+from observatory.reports.sections.common import model_on
 from observatory.reports.sections.overview import when
 from observatory.reports.text import bytes_text, plain, shorten
 from observatory.run.manifest import Manifest, RankStatus, Verified
@@ -226,7 +227,7 @@ def _record(fact: RunFacts, label: str) -> RunRecord:
     ]
     pairs += [("note", note) for note in manifest.notes]
     return RunRecord(
-        title=f"{shorten(label, 60)} on {shorten(fact.condition)}",
+        title=model_on(label, fact.condition),
         pairs=tuple((plain(name), plain(_value(value))) for name, value in pairs),
         command=plain(shlex.join(manifest.argv)),
         nodes=frame_table(

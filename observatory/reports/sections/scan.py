@@ -12,7 +12,7 @@ from observatory.analysis.network.layouts import LAYOUT_COLUMNS
 from observatory.reports.figures import crossing_shares, ep_profile, rank_imbalance
 from observatory.reports.frames.report import ReportFrames, condition_order, phases_of
 from observatory.reports.page import FigureBlock, Section, Variant, frame_table
-from observatory.reports.sections.common import choice_label, run_choice, run_keys, spread
+from observatory.reports.sections.common import choice_label, model_on, run_choice, run_keys, spread
 from observatory.reports.text import percent, plain, shorten, times
 from observatory.run.documents.writing import frame_records
 from observatory.text import listing
@@ -136,21 +136,21 @@ def _overview(scan: pd.DataFrame) -> list[Variant]:
             selected = scan[(scan["phase"] == phase) & (scan["condition"] == condition)]
             if selected.empty:
                 continue
-            models = selected["label"].nunique()
+            models, cell = selected["label"].nunique(), choice_label(condition, phase)
             variants.append(
                 Variant(
                     group=phase,
-                    label=choice_label(shorten(condition, 24), phase),
+                    label=cell,
                     keys=run_keys("", condition, phase),
                     figure=rank_imbalance(selected),
-                    alt=f"Line chart on {shorten(condition)}, {phase}: busiest rank over mean rank from "
+                    alt=f"Line chart, {cell}: busiest rank over mean rank from "
                     f"{times(selected['rank_max_over_mean'].min())} to "
                     f"{times(selected['rank_max_over_mean'].max())} over EP "
                     f"{selected['ep'].min()} to {selected['ep'].max()}.",
-                    note=f"{shorten(condition)}, {phase}; {models} {'model' if models == 1 else 'models'}; "
+                    note=f"{cell}; {models} {'model' if models == 1 else 'models'}; "
                     f"{_tokens_text(selected)}; floor {spread(selected['rank_max_over_mean_floor'], times)}.",
                     numbers=frame_table(
-                        f"Busiest rank ÷ mean rank on {shorten(condition)}, {phase}",
+                        f"Busiest rank ÷ mean rank, {cell}",
                         (_MODEL, *_OVERVIEW),
                         frame_records(selected.assign(label=selected["label"].map(shorten))),
                     ),
@@ -165,13 +165,13 @@ def _detail(scan: pd.DataFrame, label: str, condition: str, phase: str) -> Varia
         label=run_choice(label, condition, phase),
         keys=run_keys(label, condition, phase),
         figure=ep_profile(scan),
-        alt=f"Line chart for {shorten(label)} on {shorten(condition)}, {phase}: per-rank imbalance "
+        alt=f"Line chart for {model_on(label, condition)}, {phase}: per-rank imbalance "
         f"{spread(scan['rank_max_over_mean'], times)} over the window, per-expert "
         f"{spread(scan['expert_max_over_mean'], times)}.",
-        note=f"{shorten(label)} on {shorten(condition)}, {phase}; {_tokens_text(scan)}. Source ranks: "
+        note=f"{model_on(label, condition)}, {phase}; {_tokens_text(scan)}. Source ranks: "
         f"{plain(scan['sources'].iloc[0])}.",
         numbers=frame_table(
-            f"{shorten(label)} on {shorten(condition)}, {phase}: busiest ÷ mean, mean over layers",
+            f"{model_on(label, condition)}, {phase}: busiest ÷ mean, mean over layers",
             _DETAIL,
             frame_records(scan.sort_values("ep")),
         ),
@@ -199,13 +199,13 @@ def _crossing(scan: pd.DataFrame, label: str, condition: str, phase: str, gpus_p
         label=run_choice(label, condition, phase),
         keys=run_keys(label, condition, phase),
         figure=crossing_shares(scan),
-        alt=f"Line chart for {shorten(label)} on {shorten(condition)}, {phase}: up to "
+        alt=f"Line chart for {model_on(label, condition)}, {phase}: up to "
         f"{percent(scan['cross_rank_fraction'].max())} of assignments cross ranks and "
         f"{percent(scan['cross_node_fraction'].max())} cross nodes.",
-        note=f"{shorten(label)} on {shorten(condition)}, {phase}; {gpus_per_node} ranks per node. "
+        note=f"{model_on(label, condition)}, {phase}; {gpus_per_node} ranks per node. "
         f"Source ranks: {plain(scan['sources'].iloc[0])}.",
         numbers=frame_table(
-            f"{shorten(label)} on {shorten(condition)}, {phase}: share of assignments",
+            f"{model_on(label, condition)}, {phase}: share of assignments",
             chosen(LAYOUT_COLUMNS, "ep", "cross_rank_fraction", "cross_node_fraction", "sources"),
             frame_records(scan.sort_values("ep")),
         ),

@@ -8,7 +8,7 @@ from observatory.analysis.columns import Column
 from observatory.reports.figures import step_profile
 from observatory.reports.frames.report import ReportFrames
 from observatory.reports.page import FigureBlock, Section, Variant, frame_table
-from observatory.reports.sections.common import NO_LOADS, layer_window_text, run_choice, run_keys
+from observatory.reports.sections.common import NO_LOADS, layer_window_text, model_on, run_choice, run_keys
 from observatory.reports.text import count, number, shorten
 from observatory.run.documents.writing import frame_records
 
@@ -74,13 +74,13 @@ def _variant(layers: pd.DataFrame, label: str, condition: str, phase: str) -> Va
         label=run_choice(label, condition, phase),
         keys=run_keys(label, condition, phase),
         figure=step_profile(layers),
-        alt=f"Gini per layer for {shorten(label)} on {shorten(condition)}, {phase}: single steps have a "
+        alt=f"Gini per layer for {model_on(label, condition)}, {phase}: single steps have a "
         f"median of {layers['step_gini_p50'].mean():.3f}, the whole window {layers['gini'].mean():.3f}, "
         "means over layers.",
-        note=f"{shorten(label)} on {shorten(condition)}, {phase}. {layer_window_text(layers)} One step: "
+        note=f"{model_on(label, condition)}, {phase}. {layer_window_text(layers)} One step: "
         f"{count(per_step)} tokens per layer, floor {number(float(layers['step_gini_floor'].mean()))}.",
         numbers=frame_table(
-            f"{shorten(label)} on {shorten(condition)}, {phase}: Gini of single steps and of the window",
+            f"{model_on(label, condition)}, {phase}: Gini of single steps and of the window",
             _GINI,
             frame_records(layers.sort_values("layer")),
         ),

@@ -10,7 +10,7 @@ import pandas as pd
 from observatory.analysis.columns import Column
 from observatory.reports.figures.exchanges import traffic_map
 from observatory.reports.page import FigureBlock, Section, Variant, frame_table
-from observatory.reports.sections.common import run_choice, run_keys
+from observatory.reports.sections.common import model_on, run_choice, run_keys
 from observatory.reports.text import number, percent, shorten, times
 
 #: Cells of all maps together; more would make the file too large, so single layers are left out then.
@@ -87,7 +87,7 @@ def _variant(rows: pd.DataFrame, ranks: int, label: str, condition: str, phase: 
     mean = travelling / len(apart) if len(apart) else None
     top = float(apart["bytes"].max()) if len(apart) else None
     skew = top / mean if top is not None and mean else None
-    where = f"{shorten(label)} on {shorten(condition)}, {phase}, {what}"
+    where = f"{model_on(label, condition)}, {phase}, {what}"
     return Variant(
         group=shorten(label),
         label=f"{run_choice(label, condition, phase)} · {what}",

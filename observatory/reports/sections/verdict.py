@@ -31,7 +31,7 @@ from observatory.reports.frames.plan import PlannedFile
 from observatory.reports.frames.report import ReportFrames, each_row
 from observatory.reports.frames.route_fetch import RouteFetchFile
 from observatory.reports.page import FigureBlock, Section
-from observatory.reports.sections.common import choice_label, run_choice, run_keys, run_text
+from observatory.reports.sections.common import choice_label, model_on, run_choice, run_keys, run_text
 from observatory.reports.sections.mock import mock_ratios
 from observatory.reports.sections.provenance import formula_anchor
 from observatory.reports.sections.scan import mean_over_layers
@@ -184,7 +184,7 @@ def _of_counts(frames: ReportFrames) -> Iterator[Number]:
         yield Number(value=times(row.rank_max_over_mean), meaning=plain(meaning), section="ep")
     beyond = cells[cells["gini"] > cells["gini_uniform_limit"]]
     for row in each_row(beyond.sort_values("gini")[-1:]):
-        where = f"{shorten(row.label)} on {shorten(row.condition, 24)}, {row.phase}"
+        where = f"{model_on(row.label, row.condition)}, {row.phase}"
         meaning = f"the largest Gini of a model ({where})"
         yield Number(value=number(row.gini, 2), meaning=plain(meaning), section="grid")
 
@@ -331,7 +331,7 @@ def _choices(frames: ReportFrames, run: int, conclusion: Conclusion) -> tuple[st
     phase = str(conclusion[0].values.get("phase", ""))
     return (
         run_choice(label, condition, phase),
-        choice_label(shorten(condition, 24), phase),
+        choice_label(condition, phase),
         run_text(frames, run),
     )
 

@@ -9,7 +9,7 @@ from observatory.analysis.exchange.words import cause_words
 from observatory.reports.figures.exchanges import rank_time, waiting_map
 from observatory.reports.frames.report import each_row
 from observatory.reports.page import Block, FigureBlock, Section, Table, Variant, frame_table
-from observatory.reports.sections.common import run_choice, run_keys
+from observatory.reports.sections.common import model_on, run_choice, run_keys
 from observatory.reports.text import count, microseconds, percent, plain, shorten
 from observatory.run.documents.writing import frame_records
 from observatory.text import listing
@@ -75,7 +75,7 @@ _TITLE = "Who waits for whom"
 
 
 def _variant(ranks: pd.DataFrame, unknown: pd.DataFrame, label: str, condition: str, phase: str) -> Variant:
-    where = f"{shorten(label)} on {shorten(condition)}, {phase}"
+    where = f"{model_on(label, condition)}, {phase}"
     return Variant(
         group=shorten(label),
         label=run_choice(label, condition, phase),
@@ -125,7 +125,7 @@ def _reasons(unknown: pd.DataFrame) -> str:
 
 
 def _layer_variant(layers: pd.DataFrame, label: str, condition: str, phase: str) -> Variant:
-    where = f"{shorten(label)} on {shorten(condition)}, {phase}"
+    where = f"{model_on(label, condition)}, {phase}"
     known = layers.dropna(subset=["wait_share"]).sort_values("wait_share", ascending=False)
     most = f"Waiting is not known in any layer of {where}."
     if len(known):
@@ -149,7 +149,7 @@ def _layer_table(layers: pd.DataFrame, label: str, condition: str, phase: str) -
     left_out = len(layers) - len(most)
     more = f"{left_out} rows with less waiting are left out: observatory exchanges RUN." if left_out else ""
     return frame_table(
-        f"{shorten(label)} on {shorten(condition)}, {phase}: exchanges by layer",
+        f"{model_on(label, condition)}, {phase}: exchanges by layer",
         LAYER_COLUMNS,
         frame_records(most),
         note=more,
