@@ -76,6 +76,7 @@ def run_command(
     steps: tuple[int, int | None] = (0, None),
     every: int = 1,
     most_s: float | None = None,
+    budget: float | None = None,
     stopped: bool = False,
     control: CommandControl = CommandControl(),
     overwrite: bool = False,
@@ -93,6 +94,7 @@ def run_command(
         steps: (first, end): steps before first and from end on are not captured; None: no end.
         every: of the steps from the first on, one in so many is captured.
         most_s: the capture ends so many seconds after its first step; None: no limit.
+        budget: the capture ends when it takes more than this share of the program's time; None: no limit.
         stopped: nothing is captured before a command starts it.
         control: how the capture is started and stopped from outside.
         overwrite: replace an existing run.
@@ -108,7 +110,8 @@ def run_command(
             empty_run(out)
     settings = ProgramSettings(
         out=out.resolve(), run_id=run_id, power=power, exchanges=exchanges,
-        first_step=steps[0], end_step=steps[1], every=every, most_s=most_s, stopped=stopped,
+        first_step=steps[0], end_step=steps[1], every=every, most_s=most_s, budget=budget,
+        stopped=stopped,
     )  # fmt: skip
     with _folder_for_settings(settings.out.parent) as folder:
         file = Path(folder) / "settings.json"

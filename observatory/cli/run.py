@@ -12,6 +12,8 @@ from observatory.cli.options import CAPTURE, OUTPUT, POWER, ForceOption
 _SWITCH = {"auto": None, "on": True, "off": False}
 #: A year.
 _MOST_MINUTES = 525_600
+#: Percent.
+_WHOLE = 100.0
 
 
 def run(
@@ -56,6 +58,15 @@ def run(
             metavar="MIN",
             rich_help_panel=CAPTURE,
             help="End the capture so long after its first step; the command goes on.",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(
+            "--budget",
+            metavar="PERCENT",
+            rich_help_panel=CAPTURE,
+            help="End the capture when it takes more of the program's time; the command goes on.",
         ),
     ] = None,
     stopped: Annotated[
@@ -123,6 +134,8 @@ def run(
         raise CaptureError("--stopped and --steps exclude each other", remedy="give one of them")
     if max_minutes is not None and not 0 < max_minutes < _MOST_MINUTES:
         raise CaptureError(f"--max-minutes is {max_minutes:g}", expected="more than 0")
+    if budget is not None and not 0 < budget <= _WHOLE:
+        raise CaptureError(f"--budget is {budget:g}", expected="more than 0, up to 100 (percent)")
     signals = {"none": None, "USR1": signal.SIGUSR1, "USR2": signal.SIGUSR2}
     result = run_command(
         command,
@@ -132,6 +145,7 @@ def run(
         steps=parse_steps(steps),
         every=every,
         most_s=None if max_minutes is None else 60.0 * max_minutes,
+        budget=None if budget is None else budget / _WHOLE,
         stopped=stopped,
         control=CommandControl(
             port=control_port,

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,24 @@ _MOST_LOOKS_PER_S = 200
 _LOOKS_AHEAD = 3
 _MOST_STEPS_AHEAD = 10_000
 _MOST_MARKS = 1024
+#: A share of the time is judged over so long, and counts if it is too large twice in a row: first calls are
+#: verified, and caches are cold.
+_WINDOW_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverBudget:
+    """Why a capture was ended.
+
+    Attributes:
+        step: nothing is captured from it on.
+        share: of the program's time that watching took.
+        budget: the share that it was to take at most.
+    """
+
+    step: int
+    share: float
+    budget: float
 
 
 class CaptureControl:
@@ -60,6 +79,7 @@ class CaptureControl:
         steps: how many steps have ended.
         rows: how many rows of routing there are.
         flush: writes what was captured, from any thread.
+        cost: seconds of capture, and of them those that watching took, from any thread.
     """
 
     def __init__(
@@ -71,6 +91,7 @@ class CaptureControl:
         steps: Callable[[], int],
         rows: Callable[[], int],
         flush: Callable[[], None],
+        cost: Callable[[], tuple[float, float]],
     ) -> None:
         self._options = options
         self._where = where
@@ -81,6 +102,11 @@ class CaptureControl:
         self._decided: deque[Decision] = deque()
         self._last: Decision | None = None
         self._began_s: float | None = None
+        self._cost = cost
+        self._budget = options.budget if where.rank == 0 else None
+        self._last_cost = (0.0, 0.0)
+        self._windows_over = 0
+        self.over_budget: OverBudget | None = None
         self._is_timed = options.most_s is not None and where.rank == 0
         self._handled: deque[str] = deque(maxlen=MOST_HANDLED)
         self._number = 0
@@ -96,7 +122,8 @@ class CaptureControl:
     def open(self) -> None:
         """Take commands from now on; where the run's folder cannot hold them, none are taken."""
         self._writer.set_captured(self._captured)
-        if self._options.listens or self._options.most_s is not None:
+        options = self._options
+        if options.listens or options.most_s is not None or options.budget is not None:
             with contextlib.suppress(OSError, ObservatoryError):
                 open_control(self._writer.path)
                 self._say()
@@ -154,6 +181,7 @@ class CaptureControl:
             if self._where.world > 1 and self._looks <= _LOOKS_AHEAD:
                 return  # the pace of the steps is not known yet
             self._end_in_time(steps)
+            self._keep_budget(steps)
             for request in take_requests(self._writer.path):
                 self._take(self._decided_on(request.action, steps, request=request.id), name=request.name)
         else:
@@ -169,6 +197,22 @@ class CaptureControl:
         if time.monotonic() - began_s >= most_s:
             self._is_timed = False
             self._take(self._decided_on("end", steps))
+
+    def _keep_budget(self, steps: int) -> None:
+        """End the capture where it takes too much of this rank's time."""
+        captured_s, spent_s = self._cost()
+        before_s, spent_before_s = self._last_cost
+        window_s = captured_s - before_s
+        if self._budget is None or window_s < _WINDOW_S:
+            return
+        self._last_cost = (captured_s, spent_s)
+        share = (spent_s - spent_before_s) / window_s
+        self._windows_over = self._windows_over + 1 if share > self._budget else 0
+        if self._windows_over > 1:
+            self._windows_over = 0
+            decision = self._decided_on("end", steps)
+            self.over_budget = OverBudget(step=decision.step, share=share, budget=self._budget)
+            self._take(decision)
 
     def _decided_on(self, action: Action, steps: int, *, request: str | None = None) -> Decision:
         """As rank 0: from which step on all ranks do it, made known to them."""

@@ -123,6 +123,7 @@ class StepOptions:
         end: steps from it on are not captured; None: no end.
         every: of the steps from the first on, one in so many is captured.
         most_s: the capture ends so many seconds after its first step; None: no limit.
+        budget: the capture ends when it takes more than this share of the program's time; None: no limit.
         stopped: nothing is captured before a command starts it; ``first`` and ``end`` mean nothing then.
         listens: commands are taken (``observatory ctl``).
         generates: each forward pass of a ``generate()`` is a step by itself; False: the program states all.
@@ -133,6 +134,7 @@ class StepOptions:
     end: int | None = None
     every: int = 1
     most_s: float | None = None
+    budget: float | None = None
     stopped: bool = False
     listens: bool = False
     generates: bool = True
@@ -141,6 +143,8 @@ class StepOptions:
         check_least("every", self.every, 1)
         if self.most_s is not None:
             _check_positive("most_s", self.most_s)
+        if self.budget is not None:
+            _check_positive("budget", self.budget)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

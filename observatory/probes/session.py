@@ -208,6 +208,11 @@ class CaptureSession:
         """What watching has cost so far; final after ``stop``."""
         return self._cost.now()
 
+    def spent(self) -> tuple[float, float]:
+        """Seconds of capture, and of them those of hooks and ends of steps; from any thread."""
+        measured = self._cost.now()
+        return measured.captured_s, measured.hook_s + measured.step_end_s
+
     def hurry(self) -> None:
         """Write what has arrived, from any thread while the program may hang."""
         for part in self._parts:

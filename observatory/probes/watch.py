@@ -18,6 +18,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Self, TypeVar
 from observatory.errors import CaptureError, ModelError, ObservatoryError, RunError
 from observatory.host.provenance import find_rank_provenance, new_manifest
 from observatory.hpc.rank_guard import SHARDS, ending
-from observatory.probes.control import CaptureControl
+from observatory.probes.control import CaptureControl, OverBudget
 from observatory.probes.exchange.tap import unsupported
 from observatory.probes.options import StepOptions, WatchOptions, check_phase
 from observatory.probes.routing.describe import describe_model, layers_now
@@ -36,6 +37,7 @@ from observatory.probes.session import CaptureSession, WatchedShard
 from observatory.probes.store_alignment import default_store
 from observatory.probes.timeline.flight import recorder_unsupported
 from observatory.probes.timeline.streams import is_capturing
+from observatory.probes.words import OVER_BUDGET
 from observatory.run import RunWriter
 from observatory.run.gaps import from_capture, sentence
 from observatory.run.manifest import ClockSpec, MoeLayerSpec, Phase, RankLayer, Topology, Verified
@@ -206,6 +208,11 @@ class Watch:
         return self._control is not None and self._control.is_over(self.steps)
 
     @property
+    def over_budget(self) -> OverBudget | None:
+        """Why the capture ended, where it took too much of the program's time."""
+        return None if self._control is None else self._control.over_budget
+
+    @property
     def has_captured(self) -> bool:
         """Whether a step was captured, or begun."""
         return self._control is None or self._control.has_begun
@@ -233,7 +240,7 @@ class Watch:
                 layers = layers_now(self._model, session.routing.sites, self._layers)
                 writer.set_moe_layers(_with_verdicts(layers, verdicts))
             notes = (*self._notes, *session.notes(steps=self._captured_steps))
-            writer.set_notes((*notes, *session.quiet_notes()))
+            writer.set_notes((*notes, *session.quiet_notes(), *self._budget_note()))
             gaps = session.routing.gaps()
             writer.set_gaps(gaps)
             writer.set_self_measured(session.measured())
@@ -297,6 +304,10 @@ class Watch:
         if self._control is not None:
             self._turn(self._control, session)
 
+    def _budget_note(self) -> tuple[str, ...]:
+        over = self.over_budget
+        return () if over is None else (OVER_BUDGET.format(**asdict(over)),)
+
     def _begin_control(self, session: CaptureSession) -> None:
         """Capture the steps that were asked for, where these are not all."""
         options = self._options.steps
@@ -310,6 +321,7 @@ class Watch:
             steps=lambda: self.steps,
             rows=lambda: session.routing.rows,
             flush=session.hurry,
+            cost=session.spent,
         )
         self._turn(control, session)
         control.open()

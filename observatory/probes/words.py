@@ -1,4 +1,4 @@
-"""Why time bases of ranks are not aligned: the codes, and the words for them."""
+"""Words of captures: why time bases of ranks are not aligned, why a capture was ended."""
 
 from __future__ import annotations
 
@@ -32,6 +32,13 @@ _WORDS = {
     AlignmentCode.UNKNOWN_DRIFT: "clocks were not aligned at exit ({cause}): their drift is not known, which "
     "makes times less certain",
 }
+
+
+#: A capture that took too much of the program's time.
+OVER_BUDGET = (
+    "the capture ended at step {step}: watching took {share:.1%} of the time, more than the budget of "
+    "{budget:.1%}"
+)
 
 
 def alignment_words(reason: Reason) -> str:

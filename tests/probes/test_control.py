@@ -165,6 +165,41 @@ def test_the_time_limit_ends_the_capture_and_not_the_program(tmp_path: Path) -> 
     assert captured_steps(path) == list(range(last))
 
 
+def test_a_capture_that_takes_too_much_time_ends_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hooks and ends of steps take far more than a thousandth of a program that does nothing else."""
+    monkeypatch.setattr(control, "_WINDOW_S", 0.01)
+    model, path = RoutedModel().eval(), tmp_path / "r"
+    with watch_of(model, path, StepOptions(budget=0.001)) as watch:
+        end = time.monotonic() + PATIENCE_S
+        while not watch.is_over:
+            forward(model, watch)
+            assert time.monotonic() < end
+        last = watch.steps
+        forward(model, watch, 2)
+    assert captured_steps(path) == list(range(last))
+    over = watch.over_budget
+    assert over is not None
+    assert over.share > over.budget
+    (rank,) = observatory.open_run(path).manifest.ranks
+    assert rank.state == "complete"
+    assert any("more than the budget of 0.1%" in note for note in rank.notes)
+
+
+def test_a_capture_within_its_budget_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_WINDOW_S", 0.01)
+    model, path, looks = RoutedModel().eval(), tmp_path / "r", []
+    spent = CaptureControl._keep_budget
+    monkeypatch.setattr(
+        CaptureControl, "_keep_budget", lambda self, steps: (looks.append(steps), spent(self, steps))
+    )
+    with watch_of(model, path, StepOptions(budget=1e9)) as watch:
+        until(lambda: (forward(model, watch), len(looks) > 5)[1])
+        assert watch.over_budget is None
+        assert watch.is_capturing
+
+
 def test_a_watch_that_leaves_nothing_out_says_nothing_of_it(tmp_path: Path) -> None:
     model, path = RoutedModel().eval(), tmp_path / "r"
     with watch_of(model, path, StepOptions(listens=True)) as watch:
@@ -192,6 +227,7 @@ def test_all_ranks_obey_at_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             steps=lambda: step[0],
             rows=lambda: 0,
             flush=lambda: None,
+            cost=lambda: (0.0, 0.0),
         )
         for rank, writer in enumerate(writers)
     ]

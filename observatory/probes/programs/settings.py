@@ -34,6 +34,7 @@ class ProgramSettings(BaseModel):
         end_step: steps from it on are not captured; None: all are.
         every: of the steps from the first on, one in so many is captured.
         most_s: the capture ends so many seconds after its first step; None: no limit.
+        budget: as `StepOptions.budget`.
         stopped: nothing is captured before a command starts it.
     """
 
@@ -47,6 +48,7 @@ class ProgramSettings(BaseModel):
     end_step: int | None = Field(default=None, ge=1)
     every: int = Field(default=1, ge=1)
     most_s: float | None = Field(default=None, gt=0)
+    budget: float | None = Field(default=None, gt=0)
     stopped: bool = False
 
     @property
@@ -57,6 +59,7 @@ class ProgramSettings(BaseModel):
             end=self.end_step,
             every=self.every,
             most_s=self.most_s,
+            budget=self.budget,
             stopped=self.stopped,
             listens=True,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -147,14 +148,18 @@ class ProgramModel:
         except Exception as error:
             self._note(ProgramCode.STOPPED, run=watch.run_path, step=self._steps, error=_said(error))
         else:
-            Note(run=str(watch.run_path), rank=rank, reason=self._nothing()).write(f"model-{self._number}")
+            Note(run=str(watch.run_path), rank=rank, reason=self._left_out()).write(f"model-{self._number}")
 
-    def _nothing(self) -> dict[str, Any] | None:
-        """Why the run is empty, where it is."""
+    def _left_out(self) -> dict[str, Any] | None:
+        """Why the run is empty, or ended before what was asked for, where it is so."""
         watch = self._watch
-        if watch is None or watch.has_captured or self._failure:
+        if watch is None or self._failure:
             return None
-        return _reason(self._model, ProgramCode.NONE_CAPTURED, steps=watch.steps)
+        if watch.over_budget is not None:
+            return _reason(self._model, ProgramCode.OVER_BUDGET, **asdict(watch.over_budget))
+        return (
+            None if watch.has_captured else _reason(self._model, ProgramCode.NONE_CAPTURED, steps=watch.steps)
+        )
 
     def _failed(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """The program ends with an exception, which its run states."""

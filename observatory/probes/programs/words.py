@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from observatory.probes.words import OVER_BUDGET
 from observatory.reasons import Reason
 
 
@@ -15,6 +16,7 @@ class ProgramCode(StrEnum):
     STOPPED = "stopped"  # model, step, error
     NOT_CALLED = "not_called"  # model
     NONE_CAPTURED = "none_captured"  # model, steps
+    OVER_BUDGET = "over_budget"  # model, step, share, budget
 
 
 _WORDS = {
@@ -23,6 +25,7 @@ _WORDS = {
     ProgramCode.STOPPED: "the watch on a model ({model}) ended at step {step}: {error}",
     ProgramCode.NOT_CALLED: "a model ({model}) was built, but its forward was never called",
     ProgramCode.NONE_CAPTURED: "a model ({model}) ran {steps} steps, none of which was to be captured",
+    ProgramCode.OVER_BUDGET: f"of a model ({{model}}) {OVER_BUDGET}",
 }
 
 

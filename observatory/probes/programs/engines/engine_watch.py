@@ -11,7 +11,7 @@ import atexit
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ class EngineWatch:
 
     Args:
         process: the process.
-        open_watch: told while the run is not closed, for a parent that would kill this process.
+        open_watch: set while the run is not closed, for a parent that would kill this process.
     """
 
     def __init__(self, process: EngineProcess, open_watch: OpenWatch | None = None) -> None:
@@ -210,7 +210,12 @@ class EngineWatch:
             watch.__exit__(None, None, None)
         finally:
             self._closed()
-        Note(run=str(watch.run_path), rank=self._engine.where.rank).write(self._engine.name)
+        reason: dict[str, JsonValue] | None = None
+        if watch.over_budget is not None:
+            model = one_line(self._engine.model)
+            reason = {"code": ProgramCode.OVER_BUDGET.value, "model": model, **asdict(watch.over_budget)}
+        note = Note(run=str(watch.run_path), rank=self._engine.where.rank, reason=reason)
+        note.write(self._engine.name)
 
     def refuse(self, reason: str) -> None:
         """End the watch, as something turned out that cannot be counted."""
