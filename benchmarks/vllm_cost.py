@@ -21,31 +21,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.interleaved import interleaved
 from observatory.run import open_run
-from tests.engines.server import serving
+from tests.engines.server import save_model, serving
 
 LAYERS, HIDDEN, EXPERTS, TOP_K = 16, 256, 64, 8
 PROMPT, TOKENS, VOCABULARY = 16, 32, 256
 _WARM_UP = 4
-
-
-def save_model(folder: Path) -> None:
-    """The model, with routers that differ from token to token."""
-    torch.manual_seed(5)
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=HIDDEN, moe_intermediate_size=HIDDEN,
-        head_dim=64, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2,
-        num_experts=EXPERTS, num_experts_per_tok=TOP_K, max_position_embeddings=256, bos_token_id=0,
-        eos_token_id=1,
-    )  # fmt: skip
-    model = Qwen3MoeForCausalLM(config)
-    for name, weight in model.named_parameters():
-        if name.endswith("mlp.gate.weight"):
-            torch.nn.init.normal_(weight)
-    model.save_pretrained(folder)
 
 
 def main() -> None:
@@ -58,7 +41,7 @@ def main() -> None:
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_model(folder / "model")
+        save_model(folder / "model", layers=LAYERS, experts=EXPERTS, top_k=TOP_K, hidden=HIDDEN)
         watched = [sys.executable, "-m", "observatory", "run", "--out", str(folder / "run"), "--"]
         (folder / "off").mkdir()
         (folder / "on").mkdir()

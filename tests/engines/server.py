@@ -27,16 +27,19 @@ _START_S, _ANSWER_S, _END_S = 900.0, 300.0, 120.0
 _SITE = Path(__file__).with_name("site")
 
 
-def save_model(folder: Path) -> None:
+def save_model(
+    folder: Path, *, layers: int = LAYERS, experts: int = EXPERTS, top_k: int = TOP_K, hidden: int = 64
+) -> None:
     """A random Qwen3-MoE whose routers differ from token to token."""
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(5)
     config = Qwen3MoeConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=64, moe_intermediate_size=32, head_dim=64,
-        num_hidden_layers=LAYERS, num_attention_heads=2, num_key_value_heads=1, num_experts=EXPERTS,
-        num_experts_per_tok=TOP_K, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
+        vocab_size=256, hidden_size=hidden, intermediate_size=hidden, moe_intermediate_size=hidden // 2,
+        head_dim=64, num_hidden_layers=layers, num_attention_heads=max(2, hidden // 64),
+        num_key_value_heads=1, num_experts=experts, num_experts_per_tok=top_k, max_position_embeddings=256,
+        bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     model = Qwen3MoeForCausalLM(config)
     for name, weight in model.named_parameters():
