@@ -88,9 +88,7 @@ def test_the_report_shows_anatomy_traffic_and_waiting_with_the_slowest_named(
     layers = waiting.blocks[1].variants[0]  # type: ignore[union-attr]
     rows = [[cell.text for cell in row] for row in layers.numbers.rows]
     assert rows[1] == ["0", "combine", "1", "100", "40", "42.9 %", "1", "100 %", "compute load"]
-    assert (
-        layers.note == "m on not stated, prefill. Most waiting: combine of layer 0, 43 %, mostly for rank 1."
-    )
+    assert layers.note == "m, prefill. Most waiting: combine of layer 0, 43 %, mostly for rank 1."
     page = write_report([run], tmp_path / "report.html", ep_degrees=(2,)).read_text(encoding="utf-8")
     assert '<section id="waiting"' in page
     assert '<section id="anatomy"' in page
