@@ -55,6 +55,7 @@ def test_a_strange_environment_does_not_stop_a_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("SLURM_JOB_ID", "12\udcff")
     monkeypatch.setenv("GIT_DIR", "/dev/null")
     monkeypatch.setattr(importlib.metadata, "version", lambda _: 1 / 0)
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)  # another test may have loaded it
     manifest = provenance.new_manifest(model=ModelSpec(name="m"))
     assert manifest.scheduler is None
     assert manifest.git_sha is None
