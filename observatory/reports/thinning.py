@@ -5,6 +5,8 @@ Shapes: N samples.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import numpy.typing as npt
 
@@ -31,12 +33,14 @@ def kept_samples(
     bin_N = np.minimum((time_ns_N - time_ns_N[0]).astype(np.float64) / whole * bins, bins - 1).astype(
         np.int64
     )
-    order = np.lexsort((value_N, bin_N))
-    last = np.flatnonzero(np.append(bin_N[order][1:] != bin_N[order][:-1], True))
-    first = np.concatenate([[0], last[:-1] + 1])
+    extremes: list[int] = []
+    for low, high in itertools.pairwise([0, *(np.flatnonzero(np.diff(bin_N)) + 1).tolist(), len(bin_N)]):
+        of_bin = value_N[low:high]
+        # Of equal ones the first of the least and the last of the greatest.
+        extremes += [low + int(of_bin.argmin()), high - 1 - int(of_bin[::-1].argmax())]
     edge = np.flatnonzero(np.append(segment_N[1:] != segment_N[:-1], True))
     edges = np.concatenate([edge, [0], edge[:-1] + 1])
-    return np.unique(np.concatenate([order[first], order[last], edges])).astype(np.int64)
+    return np.unique(np.concatenate([extremes, edges])).astype(np.int64)
 
 
 def joined_stretches(start_ns: Int64, end_ns: Int64, *, closer_ns: int) -> tuple[Int64, Int64]:

@@ -155,10 +155,10 @@ def check_rows(table: str, rows: pa.Table, *, rank: int, where: str) -> None:
     if table == "routing":
         routing_columns(rows, rank=rank, where=where)
         return
-    for field in FIXED_SCHEMAS[table]:
-        if not field.nullable and rows.column(field.name).null_count:
-            raise RunFormatError(f"{where}: column {field.name} holds nulls", expected="a value in every row")
     names = rows.column_names
+    for field in FIXED_SCHEMAS[table]:
+        if field.name in names and not field.nullable and rows.column(field.name).null_count:
+            raise RunFormatError(f"{where}: column {field.name} holds nulls", expected="a value in every row")
     for name in names:
         _check_range(rows.column(name), name, where)
     if "source_rank" in names and pc.any(pc.not_equal(rows.column("source_rank"), rank)).as_py():

@@ -8,7 +8,7 @@ than claimed. So a small file never takes much memory, whatever it says of itsel
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -295,7 +295,7 @@ class Unreadable:
         return f"{name} ({self.group.rows} rows) is corrupt and was left out: {self.cause}"
 
 
-def read_row_group(group: RowGroup, columns: list[str] | None) -> pa.Table | Unreadable:
+def read_row_group(group: RowGroup, columns: Collection[str] | None) -> pa.Table | Unreadable:
     """Read a row group, or state why its bytes cannot be read.
 
     Texts are dictionaries, see :func:`plain_text`.
@@ -307,43 +307,84 @@ def read_row_group(group: RowGroup, columns: list[str] | None) -> pa.Table | Unr
     Raises:
         RunFormatError: texts that are too long, or no text.
     """
-    part = group.part
+    return _read((group,), columns)
+
+
+def read_row_groups(
+    part: Part, columns: Collection[str] | None, *, most_bytes: int
+) -> Iterator[pa.Table | Unreadable]:
+    """Read the row groups of a part, small ones together.
+
+    Args:
+        part: the part.
+        columns: columns to read, all when None.
+        most_bytes: decoded bytes of all columns of row groups that are read together.
+
+    Raises:
+        RunFormatError: texts that are too long, or no text.
+    """
+    most_rows = most_bytes * sum(rows for rows, _ in part.groups) // max(1, part.decoded_bytes)
+    together: list[RowGroup] = []
+    for group in part.row_groups():
+        if together and sum(other.rows for other in together) + group.rows > most_rows:
+            yield from _read_together(together, columns)
+            together = []
+        together.append(group)
+    if together:
+        yield from _read_together(together, columns)
+
+
+def _read_together(
+    groups: list[RowGroup], columns: Collection[str] | None
+) -> Iterator[pa.Table | Unreadable]:
+    """Rows of several row groups in one table; each by itself where they cannot be read together."""
+    rows = _read(groups, columns)
+    if len(groups) > 1 and isinstance(rows, Unreadable):
+        yield from (_read((group,), columns) for group in groups)
+    else:
+        yield rows
+
+
+def _read(groups: Sequence[RowGroup], columns: Collection[str] | None) -> pa.Table | Unreadable:
+    """Rows of row groups of one part, or why those of one of them cannot be read."""
+    part = groups[0].part
     wanted = [name for name in part.schema.names if columns is None or name in columns]
     texts = [name for name in wanted if _is_text(part.schema.field(name).type)]
     try:
-        _check_pages(group, wanted)
+        with open_plain(part.path) as handle:
+            for group in groups:
+                _check_pages(handle.fileno(), group, wanted)
         with pq.ParquetFile(
             part.path, metadata=part.metadata, page_checksum_verification=True, read_dictionary=texts
         ) as file:
-            rows = file.read_row_group(group.number, columns=wanted, use_threads=False)
+            rows = file.read_row_groups([group.number for group in groups], columns=wanted, use_threads=False)
     except _READ_ERRORS as error:
-        return Unreadable(group, one_line(error, 120))
-    if rows.num_rows != group.rows:
-        return Unreadable(group, None)
+        return Unreadable(groups[0], one_line(error, 120))
+    if rows.num_rows != sum(group.rows for group in groups):
+        return Unreadable(groups[0], None)
     for name in texts:
         _check_texts(rows.column(name), f"{part.name}: column {one_line(name, 80)}")
     return rows
 
 
-def _check_pages(group: RowGroup, names: list[str]) -> None:
+def _check_pages(descriptor: int, group: RowGroup, names: list[str]) -> None:
     """Check that the pages hold what the footer claims, before a page is decoded."""
     metadata = group.part.metadata
     row_group = metadata.row_group(group.number)
-    with open_plain(group.part.path) as handle:
-        for i in _leaves(metadata, names):
-            column, path = row_group.column(i), metadata.schema.column(i)
-            start = column.data_page_offset
-            if column.has_dictionary_page and 0 < (column.dictionary_page_offset or 0) < start:
-                start = column.dictionary_page_offset
-            try:
-                if path.max_repetition_level == 0 and column.num_values != group.rows:
-                    raise PageError(f"its footer says {column.num_values} values in {group.rows} rows")
-                claim = ChunkClaim(
-                    start, column.total_compressed_size, column.num_values, column.total_uncompressed_size
-                )
-                check_pages(handle.fileno(), claim)
-            except PageError as error:
-                raise PageError(f"column {one_line(path.path, 80)}: {error}") from error
+    for i in _leaves(metadata, names):
+        column, path = row_group.column(i), metadata.schema.column(i)
+        start = column.data_page_offset
+        if column.has_dictionary_page and 0 < (column.dictionary_page_offset or 0) < start:
+            start = column.dictionary_page_offset
+        try:
+            if path.max_repetition_level == 0 and column.num_values != group.rows:
+                raise PageError(f"its footer says {column.num_values} values in {group.rows} rows")
+            claim = ChunkClaim(
+                start, column.total_compressed_size, column.num_values, column.total_uncompressed_size
+            )
+            check_pages(descriptor, claim)
+        except PageError as error:
+            raise PageError(f"column {one_line(path.path, 80)}: {error}") from error
 
 
 def _check_texts(column: pa.ChunkedArray, where: str) -> None:

@@ -24,7 +24,7 @@ from observatory.run.gaps import Gap, sentence
 from observatory.run.head import FoundParts, RunHead, list_parts, read_head
 from observatory.run.layers import JoinedLayers
 from observatory.run.manifest import PHASES, Manifest
-from observatory.run.parts import Part, Unreadable, plain_text, read_row_group
+from observatory.run.parts import Part, Unreadable, plain_text, read_row_group, read_row_groups
 from observatory.run.rows import MAX_LOAD, MAX_STEP
 from observatory.run.tables import TABLES
 
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 #: Frames larger than this are refused in favour of the streaming iterators.
 _MAX_FRAME_ROWS = 20_000_000
 _MAX_FRAME_BYTES = 4 * 1024 * 1024 * 1024
+
+#: Row groups that are read together where all rows are gathered anyway.
+BATCH_BYTES = 8 * 1024 * 1024
 
 #: Layers of a run that have rows: analyses work through each of them.
 _MAX_LAYERS = 1024
@@ -373,22 +376,30 @@ class Run:
         """Auxiliary losses of the model: step, phase, source_rank, ``value`` (mean over ``calls`` of it)."""
         return self._frame("auxiliary_loss")
 
-    def iter_rows(self, table: str) -> Iterator[pa.Table]:
-        """Stream a table's checked rows with all columns, unknown ones included, a row group at a time.
+    def iter_rows(
+        self, table: str, *, columns: Collection[str] | None = None, batch_bytes: int = 0
+    ) -> Iterator[pa.Table]:
+        """Stream a table's checked rows, a row group at a time.
 
         Exchanges and spans of a rank whose layers contradict the other ranks' have no layer.
+
+        Args:
+            table: one of ``TABLES``.
+            columns: columns to read; None for all, unknown ones included. ``source_rank`` is always there.
+            batch_bytes: row groups of a part are read together up to so many decoded bytes: much faster where
+                they are small.
 
         Raises:
             RunFormatError, LoadError: rows that cannot be true.
         """
         for part in self._parts_of(table):
             left_bytes = part.most_decoded_bytes
-            for group in part.row_groups():
-                rows = read_row_group(group, None)
-                if isinstance(rows, Unreadable):
-                    self._state(str(rows))
+            wanted = None if columns is None else {*columns, "source_rank"}
+            for read in read_row_groups(part, wanted, most_bytes=batch_bytes):
+                if isinstance(read, Unreadable):
+                    self._state(str(read))
                     continue
-                rows = plain_text(rows, most_bytes=left_bytes, where=part.name)
+                rows = plain_text(read, most_bytes=left_bytes, where=part.name)
                 left_bytes -= rows.nbytes
                 check_rows(table, rows, rank=part.rank, where=part.name)
                 if part.rank in self._layers.contradictions and "layer" in rows.column_names:
@@ -410,7 +421,7 @@ class Run:
         schema = FIXED_SCHEMAS[table]
         if "source_rank" not in schema.names:
             schema = schema.append(pa.field("source_rank", pa.int32()))
-        tables = [schema.empty_table(), *self.iter_rows(table)]
+        tables = [schema.empty_table(), *self.iter_rows(table, batch_bytes=BATCH_BYTES)]
         frame: pd.DataFrame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
         for column, most in _MOST_DIFFERENT.items():
             if column in frame and not frame.empty:

@@ -18,7 +18,7 @@ import torch
 import observatory
 from benchmarks.interleaved import interleaved
 from observatory.analysis.energy import energy_of_window, energy_summary, sensor_of
-from observatory.analysis.energy.traces import traces_of
+from observatory.analysis.energy.traces import trace_of_frame
 from observatory.devices.find import open_device, open_devices
 from observatory.devices.nvml import NvmlDevice
 from observatory.locks.control import ClockControl
@@ -125,7 +125,7 @@ def test_counter_and_integral_agree_under_steady_load(make_run: MakeRun, record_
         matmul(1.0)
 
     outcome = sampled(run, work)
-    (trace,) = traces_of(observatory.open_run(run).power()).values()
+    trace = trace_of_frame(observatory.open_run(run).power())
     energy = energy_of_window(trace, *window, sensor=sensor_of(outcome.sampled[0].name))
     if energy.disagreement is None:
         pytest.skip(f"counter: {energy.counter_reason}; power: {energy.integral_reason}")

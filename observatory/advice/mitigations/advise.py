@@ -52,6 +52,7 @@ from observatory.analysis.parallel.step_loads import FEWEST_STEPS, StepLoads, st
 from observatory.analysis.parallel.token_samples import layer_tokens
 from observatory.errors import AdviceError, EnergyError
 from observatory.reasons import Reason
+from observatory.run.device_samples import sampled_devices
 from observatory.text import counted
 
 if TYPE_CHECKING:
@@ -321,7 +322,7 @@ def _power(run: Run) -> pd.DataFrame | None:
 
 
 def _unsampled_ranks(run: Run) -> tuple[int, ...]:
-    sampled = set(run.power()["device_uuid"])
+    sampled = {device.uuid for device in sampled_devices(run)}
     owned = devices_of_rank(run.manifest)
     return tuple(rank for rank, uuids in sorted(owned.items()) if not sampled.intersection(uuids))
 

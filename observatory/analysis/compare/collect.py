@@ -32,6 +32,7 @@ from observatory.analysis.step_times import step_times
 from observatory.errors import EnergyError, PlacementError
 from observatory.reasons import Reason
 from observatory.run import LoadBlock, Run
+from observatory.run.device_samples import device_samples, sampled_devices
 from observatory.run.manifest import Manifest
 from observatory.run.usable_cores import short_of_cores
 
@@ -351,30 +352,24 @@ def _add_power(run: Run, series: dict[Key, Series], missing: dict[str, Reason]) 
 
 def _add_clock(run: Run, series: dict[Key, Series], missing: dict[str, Reason]) -> None:
     """Clock of the samples inside each phase, all devices."""
-    power = run.power()
-    power = power[power["sm_clock_mhz"].notna()]
-    if power.empty:
-        missing["clock_mhz"] = Reason(CompareCode.NO_CLOCK)
-        return
-    devices = power[["source_rank", "device_uuid"]].drop_duplicates()
-    sampled = [
-        (int(rank), str(uuid))
-        for rank, uuid in zip(devices["source_rank"], devices["device_uuid"], strict=True)
-    ]
+    sampled = sampled_devices(run)
+    bands_of = device_bands(run, [(device.rank, device.uuid) for device in sampled])
+    has_clock = False
     by_phase: dict[str, list[Float64]] = {}
-    for key, bands in device_bands(run, sampled).items():
-        rows = power[(power["source_rank"] == key[0]) & (power["device_uuid"] == key[1])].sort_values(
-            "time_ns"
-        )
+    for device, samples in device_samples(run, sampled, ["sm_clock_mhz"]):
+        rows, bands = samples[samples["sm_clock_mhz"].notna()], bands_of[device.rank, device.uuid]
+        has_clock |= not rows.empty
         time_N = rows["time_ns"].to_numpy(np.int64)
         clock_N = rows["sm_clock_mhz"].to_numpy(np.float64)
-        if not len(bands.start_ns):
+        if rows.empty or not len(bands.start_ns):
             continue
         band_N = np.searchsorted(bands.start_ns, time_N, side="right") - 1
         inside_N = (band_N >= 0) & (time_N <= bands.end_ns[np.maximum(band_N, 0)])
         phase_N = np.array(bands.phase, dtype=object)[np.maximum(band_N, 0)]
         for phase in set(bands.phase):
             by_phase.setdefault(phase, []).append(clock_N[inside_N & (phase_N == phase)])
+    if not has_clock:
+        missing["clock_mhz"] = Reason(CompareCode.NO_CLOCK)
     for phase, clocks in by_phase.items():
         item = mean_series(np.concatenate(clocks))
         if item is not None:

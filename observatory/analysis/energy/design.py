@@ -111,7 +111,7 @@ class Design:
                 places = which[first : first + chunk]
                 design_QNJ = self._designs(shift_Q3[places], self.observed.start_ns_N, self.observed.end_ns_N)
                 gram_QJJ = design_QNJ.transpose(0, 2, 1) @ design_QNJ
-                condition_Q[places] = _conditions(gram_QJJ)
+                condition_Q[places] = conditions(gram_QJJ)
                 power_QJ[places] = nnls(gram_QJJ, energy_N @ design_QNJ)
                 explained_QN = design_QNJ @ np.nan_to_num(power_QJ[places])[:, :, None]
                 squares_Q[places] = np.square(energy_N - explained_QN[:, :, 0]).sum(axis=1)
@@ -141,11 +141,12 @@ class Design:
         phases_NJ = self.timeline.seconds_in(start, end)
         if not self._idle:
             return phases_NJ
-        idle_N = np.maximum((end - start) * 1e-9 - phases_NJ.sum(axis=1), 0.0)
-        return np.column_stack([phases_NJ, idle_N])
+        phases_JN = phases_NJ.T
+        idle_N = np.maximum((end - start) * 1e-9 - phases_JN.sum(axis=0), 0.0)
+        return np.concatenate([phases_JN, idle_N[None]]).T
 
 
-def _conditions(gram_QJJ: Float64) -> Float64:
+def conditions(gram_QJJ: Float64) -> Float64:
     """Condition numbers of designs whose columns are scaled to length 1, from their normal equations.
 
     Columns that are all zero are left out. Above about 1e7 it is as good as infinite.

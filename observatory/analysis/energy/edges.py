@@ -38,6 +38,8 @@ _TOLERANCE_NS, _MOST_IRREGULAR = 0.5e6, 0.1
 _TRIALS = 241
 #: The nominal period may be wrong by this much of itself when periods are counted.
 _SLACK = 0.2
+#: Places are halved as long as there are more products of lines and places than this.
+_MOST_PRODUCTS = 4096
 #: Slower polls than this share of the period miss updates, and no lattice can be determined.
 _SLOWEST_POLL = 0.8
 #: A pause longer than this many periods ends a block: the number of updates in it is not known for sure.
@@ -131,21 +133,18 @@ def _period_of(time_K: Float64) -> float:
 
 def _with_equal(time: Float64, changed: Int64, period_ns: float) -> Int64:
     """Polls that showed a changed value, and those more than a period after the last known update."""
+    if not len(time):
+        return changed
+    # Of each poll the next one that must show another update: one at least lies within each 1.05 periods.
+    following = np.searchsorted(time, time + 1.05 * period_ns, side="left").astype(np.int64).data
     positions: list[int] = []
-    last, upcoming = time[0] if len(time) else 0.0, iter([*changed.tolist(), len(time)])
-    position = 0
-    for change in upcoming:
-        # Without a change, one update at least lies within each 1.05 periods.
-        while True:
-            position = int(np.searchsorted(time, last + 1.05 * period_ns, side="left"))
-            if position >= change or position >= len(time):
-                break
-            positions.append(position)
-            last = time[position]
-        if change < len(time):
-            positions.append(change)
-            last = time[change]
-    return np.array(positions, dtype=np.int64)
+    last = 0
+    for change in [*changed.tolist(), len(time)]:
+        while (last := following[last]) < change:
+            positions.append(last)
+        positions.append(change)
+        last = change
+    return np.array(positions[:-1], dtype=np.int64)
 
 
 def _stretches(time_K: Float64, period_ns: float) -> list[slice]:
@@ -202,8 +201,8 @@ def _lattice(low_K: Float64, high_K: Float64, period_ns: float) -> tuple[Float64
     rough = (middle[-1] - middle[0]) / span
     reach = 1.2 * (float((high - low).max()) + _TOLERANCE_NS) / span
     trial_D = rough + reach * np.linspace(-1, 1, _TRIALS)
-    shift_DK = trial_D[:, None] * number_K[None, :]
-    first_D, last_D = (low - shift_DK).max(axis=1), (high - shift_DK).min(axis=1)
+    first_D = -_lowest_of_lines(-low, number_K, trial_D)
+    last_D = _lowest_of_lines(high, -number_K, trial_D)
     missed = max(0.0, float((first_D - last_D).min()) / 2)  # how far the updates are off the best lattice
     if missed > _MOST_IRREGULAR * period_ns:
         return None
@@ -211,6 +210,31 @@ def _lattice(low_K: Float64, high_K: Float64, period_ns: float) -> tuple[Float64
     possible = last_D + 2 * tolerance_ns >= first_D
     # Trial periods that almost fit count as well, and the lattice itself may be off by what its updates are.
     middle_D, half_D = (first_D + last_D) / 2, np.maximum((last_D - first_D) / 2, 0.0) + tolerance_ns
-    earliest_K = ((middle_D - half_D)[possible, None] + shift_DK[possible]).min(axis=0)
-    latest_K = ((middle_D + half_D)[possible, None] + shift_DK[possible]).max(axis=0)
+    earliest_K = _lowest_of_lines((middle_D - half_D)[possible], trial_D[possible], number_K)
+    latest_K = -_lowest_of_lines(-(middle_D + half_D)[possible], -trial_D[possible], number_K)
     return (earliest_K + latest_K) / 2 + origin, (latest_K - earliest_K) / 2, tolerance_ns
+
+
+def _lowest_of_lines(level_L: Float64, slope_L: Float64, at_X: Float64) -> Float64:
+    """The least of ``level + slope * at`` over all lines, at each of some places.
+
+    Args:
+        level_L: of the lines.
+        slope_L: of the lines, ascending or descending.
+        at_X: places, ascending.
+    """
+    if slope_L[0] > slope_L[-1]:
+        level_L, slope_L = level_L[::-1], slope_L[::-1]
+    # Left out is a line that is nowhere the lowest: a flatter one is not above it at the first place, or a
+    # steeper one below it at the last.
+    first_L, last_L = level_L + slope_L * at_X[0], level_L + slope_L * at_X[-1]
+    lowest_L = np.ones(len(level_L), dtype=bool)
+    lowest_L[1:] &= first_L[1:] < np.minimum.accumulate(first_L)[:-1]
+    lowest_L[:-1] &= last_L[:-1] <= np.minimum.accumulate(last_L[::-1])[-2::-1]
+    level_L, slope_L = level_L[lowest_L], slope_L[lowest_L]
+    if len(level_L) * len(at_X) > _MOST_PRODUCTS and len(at_X) > 1:
+        half = len(at_X) // 2
+        parts = [_lowest_of_lines(level_L, slope_L, part_X) for part_X in (at_X[:half], at_X[half:])]
+        return np.concatenate(parts)
+    lowest_X: Float64 = (level_L[:, None] + slope_L[:, None] * at_X[None, :]).min(axis=0)
+    return lowest_X

@@ -141,8 +141,7 @@ def energy_by_counter(
 
 def _unsteadiness(near: PowerTrace, start_ns: int, end_ns: int) -> tuple[float, float]:
     """Root mean square and peak of instant power over its mean, 1 where the device reports none."""
-    inside = (near.time_ns_N >= start_ns) & (near.time_ns_N <= end_ns)
-    power = near.power_mw_N[inside]
+    power = near.power_mw_N[near.within(start_ns, end_ns)]
     power = power[~np.isnan(power)]
     mean = float(power.mean()) if len(power) else 0.0
     if mean <= 0:
@@ -178,16 +177,16 @@ def _longest_still(
     read_ns = near.time_ns_N[~np.isnan(near.energy_mj_N)]
     gaps = np.diff(read_ns)
     long = gaps > 2 * np.median(gaps)
+    if not long.any():
+        return float(still.max())
     # Time without readings is no time in which the counter was observed to stand.
-    unseen = np.zeros(len(still))
-    for low, high in zip(read_ns[:-1][long], read_ns[1:][long], strict=True):
-        unseen += np.clip(np.minimum(moments[1:], high) - np.maximum(moments[:-1], low), 0, None)
-    return float((still - unseen).max())
+    edge_ns = np.column_stack([read_ns[:-1][long], read_ns[1:][long]]).reshape(-1)
+    until_ns = np.cumsum(np.column_stack([np.zeros(long.sum()), gaps[long]]).reshape(-1))
+    return float((still - np.diff(np.interp(moments, edge_ns, until_ns))).max())
 
 
 def _draws_power(near: PowerTrace, start_ns: int, end_ns: int) -> bool:
-    inside = (near.time_ns_N >= start_ns) & (near.time_ns_N <= end_ns)
-    return bool((np.nan_to_num(near.power_mw_N[inside]) > 0).any())
+    return bool((near.power_mw_N[near.within(start_ns, end_ns)] > 0).any())
 
 
 def energy_by_integral(
@@ -271,23 +270,24 @@ def _why_not_read(
         quantity: its name.
         period_ms: its update period; None where that is not known.
     """
-    near = (trace.time_ns_N >= start_ns - MARGIN_NS) & (trace.time_ns_N <= end_ns + MARGIN_NS)
-    if not near.any():
+    near = trace.within(start_ns, end_ns, margin_ns=MARGIN_NS)
+    time_ns = trace.time_ns_N[near]
+    if not len(time_ns):
         return Reason(EnergyCode.NO_SAMPLES)
-    read = ~np.isnan(value_N)
-    if not read.any():
+    read = ~np.isnan(value_N[near])
+    if not read.any() and np.isnan(value_N).all():
         return Reason(EnergyCode.NOT_REPORTED, {"quantity": quantity})
-    short = _unreached(trace.time_ns_N[near], start_ns, end_ns, period_ms, None)
+    short = _unreached(time_ns, start_ns, end_ns, period_ms, None)
     if short is not None:
         return short
     no_reading = Reason(EnergyCode.NO_READING, {"quantity": quantity})
-    if not (near & read).any():
+    if not read.any():
         return no_reading
-    short = _unreached(trace.time_ns_N[near & read], start_ns, end_ns, period_ms, quantity)
+    short = _unreached(time_ns[read], start_ns, end_ns, period_ms, quantity)
     if short is not None:
         return short
-    inside = (trace.time_ns_N >= start_ns) & (trace.time_ns_N <= end_ns)
-    return no_reading if inside.any() and not (inside & read).any() else None
+    inside_value = value_N[trace.within(start_ns, end_ns)]
+    return no_reading if len(inside_value) and np.isnan(inside_value).all() else None
 
 
 def _unreached(

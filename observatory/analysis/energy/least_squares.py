@@ -31,7 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from observatory.analysis.energy.codes import EnergyCode
-from observatory.analysis.energy.design import Design, Shift, nnls, plausible_shifts
+from observatory.analysis.energy.design import Design, Shift, conditions, nnls, plausible_shifts
 from observatory.analysis.energy.estimators import LEFT_OUT
 from observatory.analysis.energy.observations import Observations
 from observatory.analysis.energy.timeline import Timeline
@@ -118,9 +118,10 @@ def solve_phases(observed: Observations, timeline: Timeline, *, seed: int = 0) -
         )  # fmt: skip
     design = Design(observed, timeline)
     shifts = plausible_shifts(design)
-    best_NJ = design.at(shifts[0])
-    power_QJ, _, condition_Q = design.trials(np.array(shifts))
-    condition = float(condition_Q.max())
+    blocks = [_block_equations(design, shift) for shift in shifts]
+    gram_QJJ = np.array([gram_BJJ.sum(axis=0) for gram_BJJ, _ in blocks])
+    power_QJ = nnls(gram_QJJ, np.array([right_BJ.sum(axis=0) for _, right_BJ in blocks]))
+    condition = float(conditions(gram_QJJ).max())
     lags_ms = [shift.lag_ns * 1e-6 for shift in shifts]
     about: dict[str, Any] = {
         "observations": len(observed),
@@ -134,11 +135,11 @@ def solve_phases(observed: Observations, timeline: Timeline, *, seed: int = 0) -
             Reason(EnergyCode.CONSTANT_MIX, {"condition": condition, "highest": WORST_CONDITION}),
             **about,
         )  # fmt: skip
-    power_J = _powers(best_NJ, observed.energy_mj_N)
+    best_NJ, power_J = design.at(shifts[0]), power_QJ[0]
     rest_N = observed.energy_mj_N - best_NJ @ np.nan_to_num(power_J)
     spread_J = np.ptp(power_QJ, axis=0) / 2
     moved_J = _moved(design, shifts[0], power_J, np.random.default_rng(seed))
-    low_J, high_J = _intervals(design, shifts, power_J, moved_J, np.random.default_rng(seed))
+    low_J, high_J = _intervals(blocks, power_QJ, moved_J, np.random.default_rng(seed))
     reasons = _reasons(design, best_NJ, power_J, (low_J, high_J), moved_J, spread_J)
 
     def identified(values_J: Float64) -> tuple[float | None, ...]:
@@ -183,28 +184,29 @@ def _moved(design: Design, shift: Shift, power_J: Float64, generator: np.random.
     return np.abs(total_J / _MOVES - power_J)
 
 
+def _block_equations(design: Design, shift: Shift) -> tuple[Float64, Float64]:
+    """Normal equations of each block of consecutive observations, (B, J, J) and (B, J)."""
+    size = len(design.observed)
+    first_B = np.arange(0, size, max(4, round(size ** (1 / 3))))
+    at_NJ = design.at(shift)
+    gram_BJJ = np.add.reduceat(at_NJ[:, :, None] * at_NJ[:, None, :], first_B)
+    return gram_BJJ, np.add.reduceat(at_NJ * design.observed.energy_mj_N[:, None], first_B)
+
+
 def _intervals(
-    design: Design,
-    shifts: list[Shift],
-    power_J: Float64,
+    equations: list[tuple[Float64, Float64]],
+    power_QJ: Float64,
     moved_J: Float64,
     generator: np.random.Generator,
 ) -> tuple[Float64, Float64]:
-    """90 % intervals over all plausible shifts."""
-    size = len(design.observed)
-    length = max(4, round(size ** (1 / 3)))
-    first_B = np.arange(0, size, length)
-    blocks = len(first_B)
+    """90 % intervals over all plausible shifts, the best first, by the normal equations of their blocks."""
+    blocks, power_J = len(equations[0][0]), power_QJ[0]
     draws = generator.integers(0, blocks, size=(_RESAMPLES, blocks))
     weight_RB = np.stack([np.bincount(draw, minlength=blocks) for draw in draws]).astype(np.float64)
     tail = (1 - LEVEL) / 2
     widening = few_blocks_widening(blocks, LEVEL)
     lows, highs = [power_J], [power_J]
-    for shift in shifts:
-        at_NJ = design.at(shift)
-        gram_BJJ = np.add.reduceat(at_NJ[:, :, None] * at_NJ[:, None, :], first_B)
-        right_BJ = np.add.reduceat(at_NJ * design.observed.energy_mj_N[:, None], first_B)
-        middle_J = _powers(at_NJ, design.observed.energy_mj_N)
+    for (gram_BJJ, right_BJ), middle_J in zip(equations, power_QJ, strict=True):
         drawn_RJ = nnls(np.tensordot(weight_RB, gram_BJJ, 1), weight_RB @ right_BJ)
         drawn_RJ = np.where(np.isnan(drawn_RJ), middle_J, drawn_RJ)  # a phase that was not drawn
         quantiles = np.quantile(drawn_RJ, [tail, 1 - tail], axis=0)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import JsonValue
 
 from observatory.analysis.energy.codes import EnergyCode
@@ -26,6 +25,9 @@ from observatory.reasons import Reason
 
 #: From here on the error of a 100 ms counter is below 1 %.
 SHORTEST_REPEAT_S = 5.0
+#: Windows of one phase that are measured at most: those of a day would take hours, and the mean of so many is
+#: known better than any sensor is calibrated.
+MOST_WINDOWS = 300
 #: A phase runs alone where it has this share of the time: other work then changes its power by less than the
 #: counter's error.
 _ALONE = 0.99
@@ -89,8 +91,12 @@ def repeated_stretches(
 def measure_repeated(
     trace: PowerTrace, stretches: list[tuple[int, int]], sensor: SensorModel
 ) -> Repeated | Reason:
-    """Mean power over stretches of one phase, or why it is not known."""
-    windows = [energy_of_window(trace, start, end, sensor=sensor) for start, end in stretches]
+    """Mean power over stretches of one phase, or why it is not known.
+
+    Of more than :data:`MOST_WINDOWS` stretches so many are measured, spread over the run.
+    """
+    chosen = stretches if len(stretches) <= MOST_WINDOWS else _spread(stretches)
+    windows = [energy_of_window(trace, start, end, sensor=sensor) for start, end in chosen]
     measured = [window for window in windows if window.energy_mj is not None and window.std_mj is not None]
     if not measured:
         return windows[0].reason or Reason(EnergyCode.NO_WINDOW)
@@ -107,7 +113,11 @@ def measure_repeated(
         half = max(half, student_quantile(count - 1) * scatter)
     sources = {window.source for window in measured}
     # Many windows do not make a sensor finer.
-    read = [] if sources == {"counter"} else [trace.power_mw_N[_within(trace, window)] for window in measured]
+    read = (
+        []
+        if sources == {"counter"}
+        else [trace.power_mw_N[trace.within(window.start_ns, window.end_ns)] for window in measured]
+    )
     half = max(half, least_half_mw(power, np.concatenate([np.zeros(0), *read])))
     return Repeated(
         power_mw=power,
@@ -120,6 +130,16 @@ def measure_repeated(
     )
 
 
+def _spread(stretches: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """One stretch at random, always the same, of each of :data:`MOST_WINDOWS` equal parts of all of them.
+
+    At random, since stretches that repeat in a pattern may move in time with every regular choice.
+    """
+    part = len(stretches) / MOST_WINDOWS
+    within = np.random.default_rng(0).random(MOST_WINDOWS)
+    return [stretches[int(place)] for place in (np.arange(MOST_WINDOWS) + within) * part]
+
+
 def _flags(windows: list[WindowEnergy]) -> tuple[Reason, ...]:
     """How counter and integral disagree: of many windows that of the largest difference."""
     flags = [(abs(window.disagreement or 0.0), window.flag) for window in windows if window.flag is not None]
@@ -130,8 +150,3 @@ def _flags(windows: list[WindowEnergy]) -> tuple[Reason, ...]:
         return (worst,)
     counts: dict[str, JsonValue] = {"flagged": len(flags), "windows": len(windows)}
     return (Reason(EnergyCode.SENSORS_DISAGREE_OFTEN, counts, (worst,)),)
-
-
-def _within(trace: PowerTrace, window: WindowEnergy) -> npt.NDArray[np.bool_]:
-    inside: npt.NDArray[np.bool_] = (trace.time_ns_N >= window.start_ns) & (trace.time_ns_N <= window.end_ns)
-    return inside

@@ -41,7 +41,7 @@ class Device:
     Attributes:
         sampler: rank that took the samples.
         uuid, name, kind: the device; None where the run does not state it.
-        trace: its samples.
+        samples: how many it has, each moment once.
         sensor: properties of its sensors.
         calibrated_idle_mw: idle power that the sampler measured when it started; None without.
         rank: rank that it works for alone; None where ``rank_reason`` says why there is none.
@@ -50,7 +50,7 @@ class Device:
 
     sampler: int
     uuid: str
-    trace: PowerTrace
+    samples: int
     sensor: SensorModel
     name: str | None
     kind: str | None
@@ -192,7 +192,7 @@ def device_row(
         kind=device.kind,
         sampled_by=device.sampler,
         source_rank=device.rank,
-        samples=len(device.trace.time_ns_N),
+        samples=device.samples,
         idle_power_mw=device.calibrated_idle_mw if idle is None else idle.power_mw,
         idle_source=idle_source,
         sensor_update_ms=sensor.update_ms,
@@ -350,9 +350,9 @@ def _moved(value: float | None, before: float | None, after: float | None) -> fl
     return None if value is None or before is None or after is None else value + after - before
 
 
-def aliasing_rows(device: Device, ran: RankPhases, phases: Timeline) -> list[AliasingRow]:
+def aliasing_rows(device: Device, trace: PowerTrace, ran: RankPhases, phases: Timeline) -> list[AliasingRow]:
     """What the sensor misses of steps that are regular; rows for those only."""
-    sensor, trace = device.sensor, device.trace
+    sensor = device.sensor
     if sensor.window_ms is None or np.isnan(trace.power_mw_N).all():
         return []
     update_ms = update_period_ms(trace, sensor)

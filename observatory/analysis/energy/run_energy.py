@@ -6,7 +6,7 @@ says why, in words and as ``reason_code``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,13 +34,16 @@ from observatory.analysis.energy.rows import (
     refused_rows,
 )
 from observatory.analysis.energy.tokens import TokenRow, TotalRow, token_rows, total_rows
-from observatory.analysis.energy.traces import PowerTrace, traces_of
+from observatory.analysis.energy.traces import PowerTrace, trace_of_frame
 from observatory.analysis.energy.windows import energy_of_window
 from observatory.devices.sensors import sensor_of
 from observatory.errors import EnergyError
 from observatory.reasons import Reason
 from observatory.run import Run
+from observatory.run.device_samples import SampledDevice, device_samples, sampled_devices
 
+#: Columns of the power table that energy rests on.
+_COLUMNS = ("time_ns", "read_ns", "power_mw", "energy_mj")
 #: A counter is reset at most so often in a run: by a driver reload, or when it overflows.
 _MOST_RESETS = 3
 #: And goes back in at most this share of its readings, for runs so long that more resets are plausible.
@@ -86,16 +89,26 @@ def energy_summary(run: Run, *, seed: int = 0) -> EnergySummary:
     Raises:
         EnergyError: the run holds no power samples, or none that can be read.
     """
-    power = run.power()
-    if power.empty:
+    sampled = sampled_devices(run)
+    if not sampled:
         raise _no_samples(run)
-    problems: list[Reason] = []
-    devices = _devices(run, power, problems)
-    phases_of = _phases_of(run, devices, problems)
+    repeated: list[Reason] = []
+    sampled = _each_once(sampled, repeated)
+    ranks = device_ranks(run.manifest, [(one.rank, one.uuid) for one in sampled])
+    ran_of = _phases_of(run, {rank for rank in ranks.values() if not isinstance(rank, Reason)})
+    phases_of = {rank: ran for rank, ran in ran_of.items() if not isinstance(ran, Reason)}
     rows = _Rows()
-    for device in devices:
-        _add_device(rows, device, phases_of, run, problems, seed)
+    devices: list[Device] = []
+    of_samples: list[Reason] = []
+    of_phases: list[Reason] = []
+    for one, samples in device_samples(run, sampled, _COLUMNS):
+        trace = trace_of_frame(samples, device_uuid=one.uuid)
+        del samples  # as large as the trace
+        device = _device(run, one, trace, ranks[one.rank, one.uuid], of_samples)
+        _add_device(rows, device, trace, phases_of, run, of_phases, seed)
+        devices.append(device)
     missing = _missing(run, devices, rows, list(phases_of))
+    problems = [*repeated, *of_samples, *_rank_problems(devices, ran_of), *of_phases]
     flags_of = {row.device_uuid: row.flags for row in rows.devices}
     tokens = token_rows(run, rows.phases, phases_of, missing, flags_of)
     return EnergySummary(
@@ -130,19 +143,21 @@ def _distinct(problems: Sequence[Reason]) -> tuple[Reason, ...]:
     return tuple(item for index, item in enumerate(problems) if item not in problems[:index])
 
 
-def _phases_of(run: Run, devices: Sequence[Device], problems: list[Reason]) -> dict[int, RankPhases]:
-    """Phases of each rank that has any."""
+def _phases_of(run: Run, with_device: set[int]) -> dict[int, RankPhases | Reason]:
+    """Phases of each rank that has spans or devices, or why there are none, by rank."""
     spans = run.spans()
-    with_device = {device.rank for device in devices if device.rank is not None}
-    phases_of: dict[int, RankPhases] = {}
-    for rank in sorted(with_device.union(spans["source_rank"].unique().tolist())):
-        ran = rank_phases(spans[spans["source_rank"] == rank])
-        if not isinstance(ran, Reason):
-            phases_of[rank] = ran
-        if rank in with_device:
-            causes = (ran,) if isinstance(ran, Reason) else ran.problems
-            problems += [Reason(EnergyCode.OF_RANK, {"rank": rank}, (cause,)) for cause in causes]
-    return phases_of
+    ranks = sorted(with_device.union(spans["source_rank"].unique().tolist()))
+    return {rank: rank_phases(spans[spans["source_rank"] == rank]) for rank in ranks}
+
+
+def _rank_problems(devices: Sequence[Device], ran_of: Mapping[int, RankPhases | Reason]) -> list[Reason]:
+    """What could not be used of the phases of ranks that have a device."""
+    problems = []
+    for rank in sorted({device.rank for device in devices if device.rank is not None}):
+        ran = ran_of[rank]
+        causes = (ran,) if isinstance(ran, Reason) else ran.problems
+        problems += [Reason(EnergyCode.OF_RANK, {"rank": rank}, (cause,)) for cause in causes]
+    return problems
 
 
 @dataclass(slots=True)
@@ -187,62 +202,53 @@ def _of_device(uuid: str, *causes: Reason) -> Reason:
     return Reason(EnergyCode.OF_DEVICE, {"device": uuid}, causes)
 
 
-def _each_once(
-    traces: dict[tuple[int, str], PowerTrace], problems: list[Reason]
-) -> dict[tuple[int, str], PowerTrace]:
-    """One trace of each device, the longest: ranks that share a GPU may each have sampled it."""
-    longest: dict[str, int] = {}
-    for (sampler, uuid), trace in traces.items():
-        best = longest.get(uuid)
-        if best is None or np.ptp(trace.time_ns_N) > np.ptp(traces[best, uuid].time_ns_N):
-            longest[uuid] = sampler
-    for uuid, sampler in longest.items():
-        samplers = sum(name == uuid for _, name in traces)
-        if samplers > 1:
-            counts: dict[str, JsonValue] = {"ranks": samplers, "rank": sampler}
-            problems.append(_of_device(uuid, Reason(EnergyCode.SAMPLED_TWICE, counts)))
-    return {key: trace for key, trace in traces.items() if longest[key[1]] == key[0]}
-
-
-def _devices(run: Run, power: pd.DataFrame, problems: list[Reason]) -> list[Device]:
-    traces = _each_once(traces_of(power), problems)
-    specs = run.manifest.device_specs
-    calibrations = {
-        uuid: measured
-        for status in run.manifest.ranks
-        if status.power is not None
-        for uuid, measured in status.power.calibration.items()
+def _each_once(devices: Sequence[SampledDevice], problems: list[Reason]) -> list[SampledDevice]:
+    """Each device once, where its samples are longest: ranks that share a GPU may each have sampled it."""
+    samplers: dict[str, list[SampledDevice]] = {}
+    for device in devices:
+        samplers.setdefault(device.uuid, []).append(device)
+    longest = {
+        uuid: max(of_uuid, key=lambda device: device.last_ns - device.first_ns)
+        for uuid, of_uuid in samplers.items()
     }
-    ranks = device_ranks(run.manifest, list(traces))
-    devices = []
-    for (sampler, uuid), trace in traces.items():
-        spec = specs.get(uuid)
-        name, kind = (None, None) if spec is None else (spec.name, spec.kind)
-        calibration = calibrations.get(uuid)
-        idle_mw = None if calibration is None else calibration.idle_power_mw
-        disorder = _disorder(trace)
-        rank = ranks[sampler, uuid] if disorder is None else disorder
-        causes = _trace_problems(trace, kind)
-        if disorder is not None:
-            causes.append(Reason(EnergyCode.NO_ENERGY_GIVEN, because=(disorder,)))
-        elif isinstance(rank, Reason):
-            causes.append(Reason(EnergyCode.WHOLE_RUN_ONLY, because=(rank,)))
-        problems += [_of_device(uuid, cause) for cause in causes]
-        devices.append(
-            Device(
-                sampler=sampler,
-                uuid=uuid,
-                trace=trace,
-                sensor=sensor_of(name, calibration, kind=kind),
-                name=name,
-                kind=kind,
-                calibrated_idle_mw=float(idle_mw) if idle_mw is not None and 0 < idle_mw < 1e9 else None,
-                rank=None if isinstance(rank, Reason) else rank,
-                rank_reason=rank if isinstance(rank, Reason) else None,
-                disorder=disorder,
-            )
-        )
-    return devices
+    for uuid, device in longest.items():
+        if len(samplers[uuid]) > 1:
+            counts: dict[str, JsonValue] = {"ranks": len(samplers[uuid]), "rank": device.rank}
+            problems.append(_of_device(uuid, Reason(EnergyCode.SAMPLED_TWICE, counts)))
+    return [device for device in devices if longest[device.uuid] is device]
+
+
+def _device(
+    run: Run, sampled: SampledDevice, trace: PowerTrace, rank: int | Reason, problems: list[Reason]
+) -> Device:
+    """What is known of a device; ``rank``: the one that it works for, or why there is none."""
+    uuid = sampled.uuid
+    spec = run.manifest.device_specs.get(uuid)
+    name, kind = (None, None) if spec is None else (spec.name, spec.kind)
+    calibration = None
+    for status in run.manifest.ranks:
+        calibration = calibration if status.power is None else status.power.calibration.get(uuid, calibration)
+    idle_mw = None if calibration is None else calibration.idle_power_mw
+    disorder = _disorder(trace)
+    rank = rank if disorder is None else disorder
+    causes = _trace_problems(trace, kind)
+    if disorder is not None:
+        causes.append(Reason(EnergyCode.NO_ENERGY_GIVEN, because=(disorder,)))
+    elif isinstance(rank, Reason):
+        causes.append(Reason(EnergyCode.WHOLE_RUN_ONLY, because=(rank,)))
+    problems += [_of_device(uuid, cause) for cause in causes]
+    return Device(
+        sampler=sampled.rank,
+        uuid=uuid,
+        samples=len(trace.time_ns_N),
+        sensor=sensor_of(name, calibration, kind=kind),
+        name=name,
+        kind=kind,
+        calibrated_idle_mw=float(idle_mw) if idle_mw is not None and 0 < idle_mw < 1e9 else None,
+        rank=None if isinstance(rank, Reason) else rank,
+        rank_reason=rank if isinstance(rank, Reason) else None,
+        disorder=disorder,
+    )
 
 
 def _trace_problems(trace: PowerTrace, kind: str | None) -> list[Reason]:
@@ -273,13 +279,14 @@ def _disorder(trace: PowerTrace) -> Reason | None:
 def _add_device(
     rows: _Rows,
     device: Device,
+    trace: PowerTrace,
     phases_of: dict[int, RankPhases],
     run: Run,
     problems: list[Reason],
     seed: int,
 ) -> None:
     """Rows of one device."""
-    time = device.trace.time_ns_N
+    time = trace.time_ns_N
     start, end = int(time[0]), int(time[-1])
     ran = None if device.rank is None else phases_of.get(device.rank)
     reason = device.rank_reason or (None if ran else Reason(EnergyCode.NO_PHASES_OF_RANK))
@@ -295,31 +302,37 @@ def _add_device(
         else:
             phases = ran.phases.moved(shift.shift_ns)
             start, end = phases.start_ns, phases.end_ns
-            aliasing = aliasing_rows(device, ran, phases)
+            aliasing = aliasing_rows(device, trace, ran, phases)
             rows.aliasing += aliasing
             if ran.overlap is None:
-                idle, attributed_mj = _add_phases(rows, device, ran, shift, aliasing, seed)
+                idle, attributed_mj = _add_phases(rows, device, trace, ran, shift, aliasing, seed)
             else:
                 reason = ran.overlap
                 rows.phases += refused_rows(device, ran)
     energy = None
     if end > start and device.disorder is None:
-        energy = energy_of_window(device.trace, start, end, sensor=device.sensor)
+        energy = energy_of_window(trace, start, end, sensor=device.sensor)
     rows.devices.append(device_row(device, energy, idle, attributed_mj, reason, aliasing))
 
 
 def _add_phases(
-    rows: _Rows, device: Device, ran: RankPhases, shift: ClockShift, aliasing: list[AliasingRow], seed: int
+    rows: _Rows,
+    device: Device,
+    trace: PowerTrace,
+    ran: RankPhases,
+    shift: ClockShift,
+    aliasing: list[AliasingRow],
+    seed: int,
 ) -> tuple[IdlePower, float | None]:
     """Rows of the phases of one device; its idle power, and the energy of all phases where it is known."""
     phases = ran.phases.moved(shift.shift_ns)
-    whole = attribute(device.trace, phases, device.sensor, clock_error_ns=shift.error_ns, seed=seed)
-    idle = idle_power(device.trace, phases, device.sensor, whole, device.calibrated_idle_mw)
+    whole = attribute(trace, phases, device.sensor, clock_error_ns=shift.error_ns, seed=seed)
+    idle = idle_power(trace, phases, device.sensor, whole, device.calibrated_idle_mw)
     of_phases = phase_rows(device, whole, None, idle, aliasing)
     rows.phases += of_phases
     for phase, inside in ran.inside.items():
         inner = attribute(
-            device.trace, inside.moved(shift.shift_ns), device.sensor, fillers=(REST,),
+            trace, inside.moved(shift.shift_ns), device.sensor, fillers=(REST,),
             inside_only=True, clock_error_ns=shift.error_ns, lag_ms=whole.lag_ms, seed=seed,
         )  # fmt: skip
         rows.phases += phase_rows(device, inner, phase, idle, aliasing)

@@ -37,16 +37,18 @@ class Timeline:
     start_ns_M: Int64
     end_ns_M: Int64
     name_M: Int64
-    _until_MJ: Float64 = field(init=False, repr=False)
-    _start_M: Float64 = field(init=False, repr=False)
-    _length_M: Float64 = field(init=False, repr=False)
+    _gone_J: tuple[tuple[Float64, Float64], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        until = np.zeros((len(self.start_ns_M) + 1, len(self.names)))
-        until[np.arange(1, len(until)), self.name_M] = self.end_ns_M - self.start_ns_M
-        object.__setattr__(self, "_until_MJ", np.cumsum(until, axis=0))
-        object.__setattr__(self, "_start_M", self.start_ns_M.astype(np.float64))
-        object.__setattr__(self, "_length_M", (self.end_ns_M - self.start_ns_M).astype(np.float64))
+        object.__setattr__(self, "_gone_J", tuple(map(self._gone, range(len(self.names)))))
+
+    def _gone(self, name: int) -> tuple[Float64, Float64]:
+        """Starts and ends of the segments of a name, and its time until each of them, nanoseconds."""
+        own_M = self.name_M == name
+        start, end = self.start_ns_M[own_M].astype(np.float64), self.end_ns_M[own_M].astype(np.float64)
+        until = np.cumsum(end - start)
+        edges = np.column_stack([start, end]).reshape(-1)
+        return edges, np.column_stack([until - (end - start), until]).reshape(-1)
 
     @property
     def start_ns(self) -> int:
@@ -60,20 +62,22 @@ class Timeline:
 
     def seconds(self) -> dict[str, float]:
         """Time of each name."""
-        return {name: float(self._until_MJ[-1, j]) * 1e-9 for j, name in enumerate(self.names)}
+        return {
+            name: float(until[-1]) * 1e-9 if len(until) else 0.0
+            for name, (_, until) in zip(self.names, self._gone_J, strict=True)
+        }
 
     def seconds_in(self, start_ns_N: npt.NDArray[np.float64], end_ns_N: npt.NDArray[np.float64]) -> Float64:
         """Time of each name in windows, shape (N, J)."""
-        return (self._until(end_ns_N) - self._until(start_ns_N)) * 1e-9
-
-    def _until(self, time_ns_N: npt.NDArray[np.float64]) -> Float64:
-        # The search for shifts spends its time here: floats as they are, and `take` instead of indexing.
-        within = np.maximum(np.searchsorted(self._start_M, time_ns_N, side="right") - 1, 0)
-        gone = np.minimum(np.maximum(time_ns_N - self._start_M.take(within), 0), self._length_M.take(within))
-        result: Float64 = self._until_MJ.take(within, axis=0)
-        names = len(self.names)
-        result.reshape(-1)[np.arange(0, result.size, names) + self.name_M.take(within)] += gone
-        return result
+        # The search for shifts spends its time here: a row of memory for each name, not for each window.
+        seconds_JN = np.zeros((len(self.names), len(start_ns_N)))
+        for seconds_N, (edges, until) in zip(seconds_JN, self._gone_J, strict=True):
+            if len(edges):
+                np.subtract(
+                    np.interp(end_ns_N, edges, until), np.interp(start_ns_N, edges, until), out=seconds_N
+                )
+        seconds_JN *= 1e-9
+        return seconds_JN.T
 
     def moved(self, shift_ns: int) -> Timeline:
         """The same on another clock."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -41,7 +42,7 @@ class Reading(Protocol):
         """Counter of energy."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class PowerTrace:
     """Samples of one device in time order, each moment once.
 
@@ -63,15 +64,19 @@ class PowerTrace:
     repeated: int = 0
     impossible: int = 0
 
-    @property
+    @cached_property
     def poll_ns(self) -> float | None:
         """Median time between samples; None with fewer than two."""
         return float(np.median(np.diff(self.time_ns_N))) if len(self.time_ns_N) > 1 else None
 
+    def within(self, start_ns: int, end_ns: int, *, margin_ns: int = 0) -> slice:
+        """Which samples lie in a window or in a margin on both sides."""
+        low, high = np.searchsorted(self.time_ns_N, [start_ns - margin_ns, end_ns + margin_ns + 1])
+        return slice(int(low), int(high))
+
     def between(self, start_ns: int, end_ns: int, *, margin_ns: int = 0) -> PowerTrace:
         """The samples of a window, with a margin on both sides."""
-        low, high = np.searchsorted(self.time_ns_N, [start_ns - margin_ns, end_ns + margin_ns + 1])
-        chosen = slice(int(low), int(high))
+        chosen = self.within(start_ns, end_ns, margin_ns=margin_ns)
         return PowerTrace(
             device_uuid=self.device_uuid,
             time_ns_N=self.time_ns_N[chosen],
@@ -109,14 +114,6 @@ def trace_of_frame(rows: pd.DataFrame, *, device_uuid: str = "") -> PowerTrace:
         repeated=int((~first).sum()),
         impossible=wrong_power + wrong_energy,
     )
-
-
-def traces_of(power: pd.DataFrame) -> dict[tuple[int, str], PowerTrace]:
-    """Traces of a power table by the rank that sampled and the device."""
-    return {
-        (int(rows["source_rank"].iloc[0]), str(uuid)): trace_of_frame(rows, device_uuid=str(uuid))
-        for (_, uuid), rows in power.groupby(["source_rank", "device_uuid"], sort=True)
-    }
 
 
 def _column(rows: pd.DataFrame, name: str) -> Float64:

@@ -31,14 +31,20 @@ from observatory.devices.event_reasons import BRAKE_BITS, HOLDING_BITS, IDLE_BIT
 from observatory.devices.sensors import SensorModel, sensor_of
 from observatory.errors import ClockError
 from observatory.run import Run
+from observatory.run.device_samples import device_samples, sampled_devices
 from observatory.run.manifest import DeviceSpec
 
+#: Columns of the power table that are read.
+COLUMNS = (
+    "time_ns", "power_mw", "enforced_limit_mw", "sm_clock_mhz", "event_reasons", "power_cap_ns", "thermal_ns"
+)  # fmt: skip
 #: A device that idles in a tenth of the samples waits for something.
 _IDLE_SHARE = 0.1
 #: Below this part of the way from idle power to the limit, a device hardly works.
 _LOW_DRAW = 0.15
 _LEAST_SAMPLES = 10
-_MOST_DEVICES = 256
+#: Devices of a run that something is said of.
+MOST_DEVICES = 256
 #: A limit may act on a device that was seen to draw this part of it.
 _NEAR_LIMIT = 0.9
 #: A counter that was read over this part of the time speaks of all of it.
@@ -53,31 +59,17 @@ def telemetry_advice(run: Run) -> TelemetryAdvice:
     Raises:
         ClockError: the run has no power samples.
     """
-    frame = run.power()
-    if frame.empty:
+    sampled = sampled_devices(run)[:MOST_DEVICES]
+    if not sampled:
         raise ClockError(
             f"run {run.path} holds no power samples; capture some with `observatory power --out RUN -- "
             "COMMAND`"
         )
-    specs = run.manifest.device_specs
     devices: list[DeviceTelemetry] = []
     # The same name may stand for a device of each of several nodes, on each node's own clock.
-    ordered = frame.sort_values("time_ns", kind="stable")
-    groups = [
-        ((int(samples["source_rank"].iloc[0]), str(samples["device_uuid"].iloc[0])), samples)
-        for _, samples in ordered.groupby(["source_rank", "device_uuid"], sort=True)
-    ][:_MOST_DEVICES]
-    bands = device_bands(run, [key for key, _ in groups])
-    for key, samples in groups:
-        uuid = key[1]
-        rows = _with_limit_in_force(samples)
-        spec = specs.get(uuid)
-        idle_mw = _idle_power_mw(run, uuid)
-        devices.append(_device(uuid, None, rows, spec, idle_mw))
-        sensor = sensor_of(None if spec is None else spec.name)
-        for phase, part in _by_phase(rows, bands[key], sensor):
-            if len(part) >= _LEAST_SAMPLES:
-                devices.append(_device(uuid, phase, part, spec, idle_mw))
+    bands = device_bands(run, [(device.rank, device.uuid) for device in sampled])
+    for device, samples in device_samples(run, sampled, COLUMNS):
+        devices += device_telemetry(run, device.uuid, samples, bands[device.rank, device.uuid])
     return TelemetryAdvice(
         run=str(run.path),
         devices=tuple(devices),
@@ -89,6 +81,27 @@ def telemetry_advice(run: Run) -> TelemetryAdvice:
             "observatory clocks recommend fit.json --max-slowdown 0.02",
         ),
     )
+
+
+def device_telemetry(
+    run: Run, uuid: str, samples: pd.DataFrame, bands: DeviceBands
+) -> Iterator[DeviceTelemetry]:
+    """What the samples of one device say, first of the whole run, then of each phase.
+
+    Args:
+        run: the run.
+        uuid: of the device.
+        samples: its samples in time order, with :data:`COLUMNS`.
+        bands: phases on the clock of its samples.
+    """
+    rows = _with_limit_in_force(samples)
+    spec = run.manifest.device_specs.get(uuid)
+    idle_mw = _idle_power_mw(run, uuid)
+    yield _device(uuid, None, rows, spec, idle_mw)
+    sensor = sensor_of(None if spec is None else spec.name)
+    for phase, part in _by_phase(rows, bands, sensor):
+        if len(part) >= _LEAST_SAMPLES:
+            yield _device(uuid, phase, part, spec, idle_mw)
 
 
 def _idle_power_mw(run: Run, uuid: str) -> float | None:
@@ -254,21 +267,25 @@ def _readings(rows: pd.DataFrame) -> Readings:
         _valid(rows, name) for name in ("power_mw", "limit_in_force_mw", "sm_clock_mhz")
     )
     over_limit = power_mw / limit_mw
+    median_mw, p95_mw, highest_mw = _quantiles(power_mw, 0.5, 0.95, 1.0)
+    over, highest_over = _quantiles(over_limit, 0.95, 1.0)
+    lowest_limit_mw, highest_limit_mw = _quantiles(limit_mw, 0.0, 1.0)
+    low_mhz, middle_mhz, high_mhz, highest_mhz = _quantiles(clock_mhz, 0.05, 0.5, 0.95, 1.0)
     return Readings(
         samples=len(rows),
         power_samples=int(np.isfinite(power_mw).sum()),
         clock_samples=int(np.isfinite(clock_mhz).sum()),
-        power_median_mw=_quantile(power_mw, 0.5),
-        power_p95_mw=_quantile(power_mw, 0.95),
-        power_highest_mw=_quantile(power_mw, 1.0),
-        power_over_limit=_quantile(over_limit, 0.95),
-        highest_power_over_limit=_quantile(over_limit, 1.0),
-        limit_mw=_quantile(limit_mw, 0.0),
-        highest_limit_mw=_quantile(limit_mw, 1.0),
-        sm_clock_low_mhz=_quantile(clock_mhz, 0.05),
-        sm_clock_mhz=_quantile(clock_mhz, 0.5),
-        sm_clock_high_mhz=_quantile(clock_mhz, 0.95),
-        sm_clock_highest_mhz=_quantile(clock_mhz, 1.0),
+        power_median_mw=median_mw,
+        power_p95_mw=p95_mw,
+        power_highest_mw=highest_mw,
+        power_over_limit=over,
+        highest_power_over_limit=highest_over,
+        limit_mw=lowest_limit_mw,
+        highest_limit_mw=highest_limit_mw,
+        sm_clock_low_mhz=low_mhz,
+        sm_clock_mhz=middle_mhz,
+        sm_clock_high_mhz=high_mhz,
+        sm_clock_highest_mhz=highest_mhz,
     )
 
 
@@ -279,9 +296,10 @@ def _valid(rows: pd.DataFrame, column: str) -> NDArray[np.float64]:
     return valid
 
 
-def _quantile(values: NDArray[np.float64], share: float) -> float | None:
+def _quantiles(values: NDArray[np.float64], *shares: float) -> list[float] | list[None]:
+    """Quantiles of the finite values; None for each without one."""
     finite = values[np.isfinite(values)]
-    return float(np.quantile(finite, share)) if finite.size else None
+    return np.quantile(finite, shares).tolist() if finite.size else [None] * len(shares)
 
 
 def _missing(

@@ -31,12 +31,15 @@ import pandas as pd
 from observatory.analysis.energy import energy_summary, reason_words
 from observatory.analysis.energy.phase_intervals import DeviceBands, device_bands
 from observatory.analysis.energy.run_energy import damaged_samples
-from observatory.analysis.frequency.telemetry import telemetry_advice
+from observatory.analysis.frequency.telemetry import COLUMNS as TELEMETRY_COLUMNS
+from observatory.analysis.frequency.telemetry import MOST_DEVICES as MOST_SEEN
+from observatory.analysis.frequency.telemetry import device_telemetry
 from observatory.analysis.frequency.telemetry_records import DeviceTelemetry, FindingCode, StateName
 from observatory.devices.event_reasons import reason_stretches
 from observatory.errors import ObservatoryError
 from observatory.reports.thinning import joined_stretches, kept_samples
 from observatory.run import Run
+from observatory.run.device_samples import device_samples, sampled_devices
 from observatory.run.manifest import RankPower
 
 #: Bins of time of one drawn quantity; each shows its least and its greatest sample.
@@ -56,6 +59,10 @@ _QUANTITIES: dict[str, tuple[str, float]] = {
     "memory_clock": ("memory_clock_mhz", 1.0),
     "temperature": ("temperature_c", 1.0),
 }
+#: Columns of the power table that are read.
+_READ = {
+    *TELEMETRY_COLUMNS, *(column for column, _ in _QUANTITIES.values()), "average_power_mw", "energy_mj",
+}  # fmt: skip
 #: Column of ``seen`` -> the state whose median clock it is.
 _STATE_CLOCKS: dict[str, StateName] = {"busy_clock_mhz": "busy", "capped_clock_mhz": "power cap"}
 _HELD: tuple[FindingCode, ...] = ("limit binds", "slowed by heat", "slowed by the brake")
@@ -161,7 +168,6 @@ def _why_absent(run: Run) -> str:
 
 
 def _add_run(collected: _Found, index: int, run: Run) -> None:
-    power = run.power().sort_values("time_ns", kind="stable")
     summary = energy_summary(run)
     collected.gaps += [(index, reason_words(problem)) for problem in summary.problems]
     # What the run itself says stands among its own gaps already.
@@ -174,30 +180,29 @@ def _add_run(collected: _Found, index: int, run: Run) -> None:
     ]
     for name in ("devices", "phases", "tokens", "totals", "aliasing"):
         collected.frames[name].append(getattr(summary, name).assign(run=index))
-    telemetry = telemetry_advice(run)
-    collected.frames["seen"].append(
-        pd.DataFrame([_numbers(item) for item in telemetry.devices]).assign(run=index)
-    )
-    for item in telemetry.devices:
+    sampled = sampled_devices(run)
+    left_out = len(sampled[MOST_DEVICES:])
+    if left_out:
+        collected.gaps.append(
+            (index, f"the course of {left_out} of {len(sampled)} devices is not drawn, only their energy")
+        )
+    bands_of = device_bands(run, [(device.rank, device.uuid) for device in sampled[:MOST_SEEN]])
+    telemetry: list[DeviceTelemetry] = []
+    drawn = _Found(frames=collected.frames, gaps=collected.gaps)
+    for device, samples in device_samples(run, sampled[:MOST_SEEN], _READ):
+        bands = bands_of[device.rank, device.uuid]
+        telemetry += device_telemetry(run, device.uuid, samples, bands)
+        if device in sampled[:MOST_DEVICES]:
+            start_ns = min(other.first_ns for other in sampled if other.rank == device.rank)
+            key_columns = {"run": index, "device_uuid": device.uuid, "sampled_by": device.rank}
+            _add_device(drawn, run, samples, bands, start_ns, key_columns)
+    collected.frames["seen"].append(pd.DataFrame([_numbers(item) for item in telemetry]).assign(run=index))
+    for item in telemetry:
         if item.phase is None:
             coded = list(zip(item.finding_codes, item.findings, strict=True))
             collected.notes += [(index, item.device_uuid, text) for _, text in coded]
             collected.held += [(index, item.device_uuid, text) for code, text in coded if code in _HELD]
-    groups = {
-        (int(key_columns["source_rank"].iloc[0]), str(uuid)): key_columns
-        for (_, uuid), key_columns in power.groupby(["source_rank", "device_uuid"], sort=True)
-    }
-    left_out = list(groups)[MOST_DEVICES:]
-    if left_out:
-        collected.gaps.append(
-            (index, f"the course of {len(left_out)} of {len(groups)} devices is not drawn, only their energy")
-        )
-    shown = list(groups)[:MOST_DEVICES]
-    bands = device_bands(run, shown)
-    starts_ns = {key[0]: int(power.loc[power["source_rank"] == key[0], "time_ns"].min()) for key in shown}
-    for key in shown:
-        key_columns = {"run": index, "device_uuid": key[1], "sampled_by": key[0]}
-        _add_device(collected, run, groups[key], bands[key], starts_ns[key[0]], key_columns)
+    collected.notes += drawn.notes
 
 
 def _numbers(item: DeviceTelemetry) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from observatory.analysis.energy.edges import find_updates
+from observatory.analysis.energy.edges import _lowest_of_lines, _with_equal, find_updates
 
 
 def polled(
@@ -92,3 +92,35 @@ def test_missing_readings_and_a_slow_answer_widen_an_interval() -> None:
     assert found.row_K.tolist() == [3]
     assert found.time_ns_K[0] - found.error_ns_K[0] == pytest.approx(50e6)
     assert found.time_ns_K[0] + found.error_ns_K[0] == pytest.approx(170e6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lines=st.integers(1, 300),
+    places=st.integers(1, 300),
+    falling=st.booleans(),
+    whole=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+)
+def test_the_lowest_line_at_each_place_is_that_of_all_lines(
+    lines: int, places: int, falling: bool, whole: bool, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    level = generator.integers(0, 4, lines).astype(float) if whole else generator.standard_normal(lines)
+    slope = np.cumsum(1.0 + generator.integers(0, 2, lines)) * (-1 if falling else 1)
+    at = np.cumsum(generator.random(places)) / places - 0.3
+    expected = (level[:, None] + slope[:, None] * at).min(axis=0)
+    assert _lowest_of_lines(level, slope, at) == pytest.approx(expected, abs=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), count=st.integers(1, 60), period=st.floats(1.0, 9.0))
+def test_without_a_change_a_period_brings_one_update(data: st.DataObject, count: int, period: float) -> None:
+    time = np.cumsum(data.draw(st.lists(st.floats(0.5, 6.0), min_size=count, max_size=count)))
+    changed = np.flatnonzero(data.draw(st.lists(st.booleans(), min_size=count - 1, max_size=count - 1))) + 1
+    expected, last = [], time[0]
+    for poll in range(1, count):
+        if poll in changed or time[poll] >= last + 1.05 * period:
+            expected.append(poll)
+            last = time[poll]
+    assert _with_equal(time, changed, period).tolist() == expected

@@ -19,7 +19,7 @@ from observatory.analysis.energy import (
     sensor_of,
 )
 from observatory.analysis.energy.codes import EnergyCode
-from observatory.analysis.energy.repetition import measure_repeated
+from observatory.analysis.energy.repetition import MOST_WINDOWS, measure_repeated
 from observatory.analysis.energy.traces import PowerTrace, trace_of_frame
 from observatory.devices.base import Sample
 from observatory.errors import EnergyError
@@ -165,6 +165,17 @@ def test_many_windows_that_disagree_have_one_flag_with_the_largest_difference() 
     assert flag.values == {"flagged": 8, "windows": 8}
     assert flag.because[0].values["difference"] == pytest.approx(0.25, abs=0.01)
     assert "(the largest of 8 of 8 windows" in reason_words(flag)
+
+
+def test_of_very_many_windows_a_part_spread_over_the_run_is_measured() -> None:
+    load = flat(500.0, 700.0)
+    windows = [(load.start_ns + int(k * 1e9), load.start_ns + int((k + 1) * 1e9)) for k in range(700)]
+    found = measure_repeated(trace_of_frame(SimulatedSensor().sample(load)), windows, H100)
+    assert not isinstance(found, Reason)
+    assert found.windows == MOST_WINDOWS < len(windows)
+    assert found.measured_s == pytest.approx(MOST_WINDOWS)
+    assert found.low_mw <= 500e3 <= found.high_mw
+    assert found.power_mw == pytest.approx(500e3, rel=0.002)
 
 
 def test_a_device_lost_before_the_window_ends_has_no_energy() -> None:
