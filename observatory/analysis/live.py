@@ -304,7 +304,7 @@ def _exchange_shares(
 ) -> dict[int, dict[str, float]]:
     if not run.row_count("exchange") or spans.empty:
         return {}
-    exchanges = run.exchanges()
+    exchanges = run.exchanges(arrow_lists=True)
     first = exchanges["phase"].map(first_steps).astype("float64")
     exchanges = exchanges[first.notna() & (exchanges["step"] >= first)]
     topology = run.manifest.topology

@@ -348,9 +348,13 @@ class Run:
         result: pd.DataFrame = joined.groupby(keys, sort=True)["tokens"].max().reset_index()
         return result
 
-    def exchanges(self) -> pd.DataFrame:
-        """Collectives, one row per collective on one rank."""
-        return self._frame("exchange")
+    def exchanges(self, *, arrow_lists: bool = False) -> pd.DataFrame:
+        """Collectives, one row per collective on one rank.
+
+        Args:
+            arrow_lists: leave the lists of bytes as Arrow's: far less memory than an array for each row.
+        """
+        return self._frame("exchange", arrow_lists=arrow_lists)
 
     def spans(self) -> pd.DataFrame:
         """Phases of the program and sub-layer spans."""
@@ -412,7 +416,7 @@ class Run:
                     )
                 yield rows
 
-    def _frame(self, table: str) -> pd.DataFrame:
+    def _frame(self, table: str, *, arrow_lists: bool = False) -> pd.DataFrame:
         size = sum(part.decoded_bytes for part in self._parts_of(table))
         if size > _MAX_FRAME_BYTES:
             raise RunError(
@@ -422,7 +426,10 @@ class Run:
         if "source_rank" not in schema.names:
             schema = schema.append(pa.field("source_rank", pa.int32()))
         tables = [schema.empty_table(), *self.iter_rows(table, batch_bytes=BATCH_BYTES)]
-        frame: pd.DataFrame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+        joined = pa.concat_tables(tables, promote_options="permissive")
+        del tables
+        frame: pd.DataFrame = joined.to_pandas(types_mapper=_arrow_list if arrow_lists else None)
+        del joined
         for column, most in _MOST_DIFFERENT.items():
             if column in frame and not frame.empty:
                 for rank, different in frame.groupby("source_rank")[column].nunique().items():
@@ -444,3 +451,10 @@ class Run:
     def _state(self, problem: str | Gap) -> None:
         if problem not in self._problems:
             self._problems.append(problem)
+
+
+def _arrow_list(kind: pa.DataType) -> pd.ArrowDtype | None:
+    """Arrow's own type for lists; None, pandas' usual one, for others."""
+    import pandas as pd
+
+    return pd.ArrowDtype(kind) if pa.types.is_list(kind) else None

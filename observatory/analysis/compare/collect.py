@@ -303,7 +303,7 @@ def _add_exchanges(
         return
     topology = run.manifest.topology
     waits = wait_and_transfer(
-        run.exchanges(),
+        run.exchanges(arrow_lists=True),
         ranks=topology.ranks,
         clocks=rank_clocks(run.manifest),
         node_of_rank=topology.node_of_rank,

@@ -21,6 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from observatory.analysis.exchange.byte_lists import ByteLists
+from observatory.analysis.exchange.codes import joint_codes
 from observatory.analysis.exchange.matching import own_times
 
 Float64 = npt.NDArray[np.float64]
@@ -60,23 +62,26 @@ def explain_last(
         compute_before_s=compute_before_s(exchanges, spans),
         sm_clock_mhz=sm_clock_before_mhz(exchanges, power),
     )
-    frame["gap_s"], frame["work_bytes"] = _work_before(exchanges.assign(role=waits["role"].to_numpy()))
     frame["last_rank"] = frame["last_rank"].astype("Int64")
-    waiting = frame[(frame["wait_s"] > 0) & (frame["last_rank"] != frame["source_rank"])]
-    if waiting.empty:
-        return frame.drop(columns=["gap_s", "work_bytes"]).assign(
-            cause=pd.Series(None, index=frame.index, dtype=object)
-        )
-    medians = waiting.groupby([*_KEY, "last_rank"], sort=False)[["wait_s", *_EVIDENCE]].median()
-    evidence = frame.drop_duplicates([*_KEY, "source_rank"]).set_index([*_KEY, "source_rank"])[
-        list(_EVIDENCE)
-    ]
-    evidence.index = evidence.index.set_names("last_rank", level="source_rank")
-    both = medians.join(evidence.add_suffix("_last"), how="left")
-    causes = pd.Series(_cause(both), index=both.index, name="cause", dtype=object)
-    frame = frame.join(causes, on=[*_KEY, "last_rank"])
-    frame["cause"] = frame["cause"].astype(object).where(frame["cause"].notna(), None)
-    return frame.drop(columns=["gap_s", "work_bytes"])
+    gap_s, work_bytes = _work_before(exchanges, waits["role"])
+    evidence = frame[["compute_before_s", "sm_clock_mhz"]].assign(gap_s=gap_s, work_bytes=work_bytes)
+    evidence = evidence[list(_EVIDENCE)].reset_index(drop=True)
+    rank_N = frame["source_rank"].to_numpy(np.int64)
+    last_N = frame["last_rank"].fillna(-1).to_numpy(np.int64)
+    ranks = int(max(rank_N.max(initial=-1), last_N.max(initial=-1))) + 1
+    meeting_N = joint_codes([frame[name] for name in _KEY]) * ranks
+    wait_s = frame["wait_s"].to_numpy(float)
+    waiting = np.flatnonzero((wait_s > 0) & (last_N >= 0) & (last_N != rank_N))
+    # Each collective with the rank that others waited for in it, and that rank's own row.
+    last_W, of_waiting = np.unique((meeting_N + last_N)[waiting], return_inverse=True)
+    medians = evidence.iloc[waiting].assign(wait_s=wait_s[waiting]).groupby(of_waiting).median()
+    own_N, first = np.unique(meeting_N + rank_N, return_index=True)
+    own = evidence.iloc[first].set_axis(own_N).reindex(last_W).set_axis(medians.index)
+    causes = np.array([*_cause(medians.join(own.add_suffix("_last"))), None], dtype=object)
+    at_N = np.searchsorted(last_W, meeting_N + last_N)
+    known_N = (last_N >= 0) & np.isin(meeting_N + last_N, last_W)
+    cause_N = causes[np.where(known_N, at_N, len(last_W))]
+    return frame.assign(cause=pd.Series(cause_N, index=frame.index, dtype=object))
 
 
 def _cause(both: pd.DataFrame) -> npt.NDArray[np.object_]:
@@ -123,25 +128,31 @@ def compute_before_s(exchanges: pd.DataFrame, spans: pd.DataFrame) -> Float64:
     return result
 
 
-def _work_before(exchanges: pd.DataFrame) -> tuple[Float64, Float64]:
+def _work_before(exchanges: pd.DataFrame, role: pd.Series[str]) -> tuple[Float64, Float64]:
     """Time since the exchange before, and the bytes to compute on that it brought.
 
     NaN where there was none before; the bytes also where the two are no dispatch and combine.
+
+    Args:
+        exchanges: the exchange table.
+        role: of every row, as its collective's ranks agree on it.
     """
     start_N, before_N = _window_before(exchanges)
+    row, previous = _followers(start_N, exchanges["source_rank"].to_numpy(np.int64))
     gap_N, work_N = np.full(len(exchanges), np.nan), np.full(len(exchanges), np.nan)
-    role_N = exchanges["role"].to_numpy(object)
-    received_N = exchanges["receive_bytes"].to_numpy(object)
-    rank_N = exchanges["source_rank"].to_numpy(np.int64)
-    for rank in np.unique(rank_N):
-        rows = np.flatnonzero(rank_N == rank)
-        rows = rows[np.argsort(start_N[rows], kind="stable")]
-        for row, previous in zip(rows[1:], rows[:-1], strict=True):
-            gap_N[row] = (start_N[row] - before_N[row]) * 1e-9
-            pair = role_N[previous] == "dispatch" and role_N[row] == "combine"
-            if pair and received_N[previous] is not None:
-                work_N[row] = float(np.sum(received_N[previous]))
+    gap_N[row] = (start_N[row] - before_N[row]) * 1e-9
+    is_dispatch_N, is_combine_N = ((role == name).to_numpy(bool) for name in ("dispatch", "combine"))
+    pair = is_dispatch_N[previous] & is_combine_N[row]
+    received_N = ByteLists.of(exchanges["receive_bytes"]).sums_N()
+    work_N[row[pair]] = received_N[previous[pair]]
     return gap_N, work_N
+
+
+def _followers(start_N: Int64, rank_N: Int64) -> tuple[Int64, Int64]:
+    """Rows that are not their rank's first, by rank and start, and the row before each of them."""
+    order = np.lexsort((start_N, rank_N))
+    follows = rank_N[order[1:]] == rank_N[order[:-1]]
+    return order[1:][follows], order[:-1][follows]
 
 
 def _busy_until(start_M: Int64, end_M: Int64) -> tuple[Int64, Float64]:
@@ -165,13 +176,11 @@ def _window_before(exchanges: pd.DataFrame) -> tuple[Int64, Int64]:
     start_N, end_N, _, _ = own_times(exchanges)
     rank_N = exchanges["source_rank"].to_numpy(np.int64)
     before_N = start_N.copy()
-    for rank in np.unique(rank_N):
-        rows = np.flatnonzero(rank_N == rank)
-        rows = rows[np.argsort(start_N[rows], kind="stable")]
+    order = np.lexsort((start_N, rank_N))
+    for rows in np.split(order, np.flatnonzero(np.diff(rank_N[order])) + 1):
         latest = np.maximum.accumulate(end_N[rows])
         before_N[rows[1:]] = np.minimum(latest[:-1], start_N[rows[1:]])
-        if len(rows):
-            before_N[rows[0]] = np.iinfo(np.int64).min // 4
+        before_N[rows[:1]] = np.iinfo(np.int64).min // 4
     return start_N, before_N
 
 

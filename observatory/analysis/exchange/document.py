@@ -145,10 +145,12 @@ def exchange_document(run: Run, *, dumps: Mapping[int, Path] | None = None) -> d
         RunError: the run holds no exchanges.
         RunFormatError: a file is no dump.
     """
-    waits = run_waits(run)
+    exchanges = run.exchanges(arrow_lists=True)
+    waits = run_waits(run, exchanges)
     if waits.empty:
         raise RunError(f"{run.path} holds no exchanges; profile with several ranks, for example --ep 4")
-    recorder = recorder_of_run(run, dumps=dumps or {})
+    recorder = recorder_of_run(run, exchanges, dumps=dumps or {})
+    del exchanges
     manifest = run.manifest
     taken_part = waits.groupby("source_rank").size()
     return printed_document(

@@ -51,17 +51,19 @@ class RecorderFindings:
         }
 
 
-def recorder_of_run(run: Run, *, dumps: Mapping[int, Path]) -> RecorderFindings | None:
+def recorder_of_run(
+    run: Run, exchanges: pd.DataFrame, *, dumps: Mapping[int, Path]
+) -> RecorderFindings | None:
     """What a flight recorder said of a run's exchanges; None where none was asked.
 
     Args:
         run: the run.
+        exchanges: its exchanges.
         dumps: files by rank that are read in place of what the run holds of these ranks.
 
     Raises:
         RunFormatError: a file is no dump.
     """
-    exchanges = run.exchanges()
     if dumps:
         clocks = {status.rank: status.clock for status in run.manifest.ranks}
         read = {rank: read_recorder_dump(path) for rank, path in dumps.items()}

@@ -58,36 +58,26 @@ def critical_path(spans: pd.DataFrame, waits: pd.DataFrame | None = None) -> pd.
     keys = [*_LAYER, "name", "step", "source_rank"]
     per_step = timed.groupby(keys, sort=True)["duration_s"].sum().reset_index()
     per_step["wait_s"] = _waited_s(per_step, waits)
-    rows = []
-    for (phase, layer, name), of_name in per_step.groupby([*_LAYER, "name"], sort=True):
-        waits_known = bool(of_name["wait_s"].notna().all())
-        busy = of_name.assign(busy_s=(of_name["duration_s"] - of_name["wait_s"].fillna(0)).clip(lower=0))
-        wide = busy.pivot_table(index="step", columns="source_rank", values="busy_s")
-        slowest = wide.idxmax(axis=1).value_counts()
-        rows.append(
-            {
-                "phase": phase,
-                "layer": layer,
-                "name": name,
-                "steps": len(wide),
-                "mean_s": float(of_name["duration_s"].mean()),
-                "wait_s": float(of_name["wait_s"].mean()) if waits_known else np.nan,
-                "critical_s": float((wide.max(axis=1) if waits_known else wide.min(axis=1)).mean()),
-                "critical_rank": int(slowest.index[0]) if waits_known else None,
-                "critical_rank_share": float(slowest.iloc[0] / len(wide)) if waits_known else np.nan,
-            }
-        )
-    columns = [
-        *_LAYER,
-        "name",
-        "steps",
-        "mean_s",
-        "wait_s",
-        "critical_s",
-        "critical_rank",
-        "critical_rank_share",
-    ]
-    frame = pd.DataFrame(rows, columns=columns)
+    phases = per_step.groupby([*_LAYER, "name"], sort=True)
+    of_phase = phases.ngroup()
+    busy_s = (per_step["duration_s"] - per_step["wait_s"].fillna(0)).clip(lower=0)
+    steps = busy_s.groupby([of_phase, per_step["step"]])
+    frame = phases.size().rename("steps").reset_index()
+    frame["steps"] = steps.size().groupby(level=0).size()
+    for name in ("duration_s", "wait_s"):
+        frame[name] = per_step[name].groupby(of_phase).mean()
+    known = per_step["wait_s"].notna().groupby(of_phase).all()
+    longest_s, shortest_s = (values.groupby(level=0).mean() for values in (steps.max(), steps.min()))
+    slowest = per_step.loc[steps.idxmax(), "source_rank"]
+    often = slowest.groupby([of_phase[slowest.index], slowest], sort=False).size().rename_axis([None, "rank"])
+    often = often.sort_values(ascending=False, kind="stable").reset_index("rank", name="times")
+    often = often[~often.index.duplicated()].reindex(frame.index)
+    frame = frame.rename(columns={"duration_s": "mean_s"}).assign(
+        wait_s=frame["wait_s"].where(known),
+        critical_s=longest_s.where(known, shortest_s),
+        critical_rank=often["rank"].where(known),
+        critical_rank_share=(often["times"] / frame["steps"]).where(known),
+    )
     whole = frame.groupby(_LAYER)["critical_s"].transform("sum")
     frame["share"] = (frame["critical_s"] / whole).where(whole > 0)
     return _in_order(frame.astype({"critical_rank": "Int64"}), _LAYER)
@@ -100,10 +90,12 @@ def _waited_s(per_step: pd.DataFrame, waits: pd.DataFrame | None) -> pd.Series[f
     if waits is None or waits.empty:
         return alone
     keys = ["phase", "layer", "role", "step", "source_rank"]
-    lost = waits[waits["layer"].notna()].assign(lost_s=waits["wait_s"] + waits["held_s"].fillna(0))
-    sums = lost.groupby(keys)["lost_s"].agg(lambda values: values.sum(skipna=False))
-    wanted = pd.MultiIndex.from_frame(per_step.assign(role=role)[keys])
-    return alone.fillna(pd.Series(sums.reindex(wanted).to_numpy(float), index=per_step.index))
+    lost = waits[waits["layer"].notna()].astype({"layer": "int64"})
+    lost_s = (lost["wait_s"] + lost["held_s"].fillna(0)).groupby([lost[key] for key in keys])
+    sums = lost_s.sum().where(lost_s.count() == lost_s.size()).rename("lost_s").reset_index()
+    meets = per_step.assign(role=role)[role.notna()]
+    found = meets[keys].merge(sums, how="left", on=keys)["lost_s"]
+    return alone.fillna(pd.Series(found.to_numpy(float), index=meets.index))
 
 
 def _timed(spans: pd.DataFrame) -> pd.DataFrame:

@@ -1,20 +1,26 @@
-"""Rows of one collective, found again over the ranks that took part.
+"""Rows of the same collective, found again over the ranks that took part.
 
-Shapes: P ranks of the collective's group. ``send_PP[i, j]`` is what rank i says it sent to rank j,
-``receive_PP[i, j]`` what rank i says it got from rank j; rows of a rank that said nothing are -1.
+Collectives of groups of one size are worked on together, a bounded number at a time.
+
+Shapes: C collectives, P ranks of the group of each, M of which left a row; N rows of the frame.
+``send_CPP[c, i, j]`` is what rank i says it sent to rank j, ``receive_CPP[c, i, j]`` what rank i says it got
+from rank j; rows of a rank that said nothing are -1.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from observatory.analysis.exchange.alignment import to_reference_ns
+from observatory.analysis.exchange.byte_lists import ByteLists
+from observatory.analysis.exchange.codes import joint_codes
+from observatory.analysis.exchange.groups import PARTED, GroupLayout
 from observatory.analysis.exchange.words import ExchangeCode
 from observatory.reasons import Reason
 from observatory.run.manifest import ClockSpec
@@ -22,54 +28,58 @@ from observatory.run.manifest import ClockSpec
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 Bool = npt.NDArray[np.bool_]
+Texts = npt.NDArray[np.object_]
 
 #: Times beyond this many nanoseconds (73 years) are no times; below it differences cannot overflow.
 _LATEST_NS = 2**61
-_LABEL = re.compile(r"\d{1,7}(-\d{1,7})?(,\d{1,7}(-\d{1,7})?)*(#\d{1,7})?")
-_LONGEST_LABEL, _MOST_RANKS = 65536, 65536
 _MOST_BYTES = 2**50
-#: Larger groups would need gigabytes for their pairs.
-_LARGEST_GROUP = 4096
-#: Groups of which there are several of one name.
-_PARTED = ("node", "across")
 #: Backends whose own numbers of a group's collectives are the same on all ranks; gloo counts sends as well.
 _NUMBER_ALIKE = ("nccl",)
+#: Pairs of ranks that are worked on together: few enough to stay in the processor's caches.
+_PAIRS_AT_ONCE = 1 << 18
 #: What every rank must say alike.
 _COMMON = ("step", "phase", "layer", "algorithm", "backend")
+_TEXTS = ("algorithm", "backend", "group", "role")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Collective:
-    """One collective with all that its ranks said about it.
+class Collectives:
+    """Collectives of groups of one size with all that their ranks said about them.
 
     Attributes:
-        rows: positions in the frame of the rows that belong to it.
-        role: what it is for, as those say who moved anything.
-        part: the group is a part of the run's ranks, or a stage called so (``node``, ``across``).
-        rank_P: members of the group, ascending.
-        row_P: position of each member's row; -1 for a member that left none.
-        start_P, end_P: on the reference clock where that is known, else the rank's own; 0 without a row.
-        started_P: the row's times can be used: an arrival, and an end that is not before it.
-        ended_P: likewise, and the collective ended on that rank.
-        uncertainty_P: half-width of each time in ns; infinite where the rank's clock is not aligned.
-        send_PP, receive_PP: bytes; -1 where a rank said nothing.
-        algorithm, backend: as recorded; None when not.
+        place_C: place of each in the order of groups and their sequence numbers.
+        first_row_C: position in the frame of the row of the first rank that left one.
+        role_C: what it is for, as those say who moved anything.
+        part_C: the group is a part of the run's ranks, or a stage called so (``node``, ``across``).
+        rank_CP: members of the group, ascending.
+        row_CP: position of each member's row; -1 for a member that left none.
+        start_CP, end_CP: on the reference clock where that is known, else the rank's own; 0 without a row.
+        started_CP: the row's times can be used: an arrival, and an end that is not before it.
+        ended_CP: likewise, and the collective ended on that rank.
+        uncertainty_CP: half-width of each time in ns; infinite where the rank's clock is not aligned.
+        send_CPP, receive_CPP: bytes; -1 where a rank said nothing.
+        algorithm_C, backend_C: as recorded; None when not.
     """
 
-    rows: Int64
-    role: str
-    part: bool
-    rank_P: Int64
-    row_P: Int64
-    start_P: Int64
-    end_P: Int64
-    started_P: Bool
-    ended_P: Bool
-    uncertainty_P: Float64
-    send_PP: Int64
-    receive_PP: Int64
-    algorithm: str | None
-    backend: str | None
+    place_C: Int64
+    first_row_C: Int64
+    role_C: Texts
+    part_C: Bool
+    rank_CP: Int64
+    row_CP: Int64
+    start_CP: Int64
+    end_CP: Int64
+    started_CP: Bool
+    ended_CP: Bool
+    uncertainty_CP: Float64
+    send_CPP: Int64
+    receive_CPP: Int64
+    algorithm_C: Texts
+    backend_C: Texts
+
+    def where(self, chosen_C: Bool) -> Collectives:
+        """Some of them."""
+        return Collectives(**{field.name: getattr(self, field.name)[chosen_C] for field in fields(self)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,20 +93,6 @@ class Unmatched:
 
     rows: Int64
     reason: Reason
-
-
-def ranks_of_group(label: str) -> tuple[int, ...] | None:
-    """Ranks that a group's name lists, ascending: 0, 1, 2 and 5 for ``0-2,5``. None for any other name."""
-    if len(label) > _LONGEST_LABEL or not _LABEL.fullmatch(label):
-        return None
-    ranks: set[int] = set()
-    for run in label.partition("#")[0].split(","):
-        low, _, high = run.partition("-")
-        first, last = int(low), int(high or low)
-        if last - first > _MOST_RANKS:
-            return None
-        ranks.update(range(first, last + 1))
-    return tuple(sorted(ranks)) or None
 
 
 def own_times(frame: pd.DataFrame) -> tuple[Int64, Int64, Bool, Bool]:
@@ -120,6 +116,7 @@ class _Columns:
     """Columns of an exchange frame as arrays, times on the reference clock."""
 
     def __init__(self, frame: pd.DataFrame, clocks: Mapping[int, ClockSpec | None]) -> None:
+        self.frame = frame
         self.rank_N: Int64 = frame["source_rank"].to_numpy(np.int64)
         self.start_N, self.end_N, self.started_N, self.ended_N = own_times(frame)
         self.uncertainty_N: Float64 = np.full(len(frame), np.inf)
@@ -131,16 +128,30 @@ class _Columns:
             )
         numbers = frame.get("backend_sequence", pd.Series(-1, index=frame.index))
         self.number_N: Int64 = pd.to_numeric(numbers).fillna(-1).to_numpy(np.int64)
-        self.group_N = frame["group"].to_numpy(object)
-        self.role_N = frame["role"].to_numpy(object)
-        self.send_N = frame["send_bytes"].to_numpy(object)
-        self.receive_N = frame["receive_bytes"].to_numpy(object)
-        self.said = {name: frame[name].astype(object).to_numpy(object) for name in _COMMON}
-        self.code = {name: pd.factorize(frame[name])[0] for name in _COMMON}
+        self.send, self.receive = (ByteLists.of(frame[name]) for name in ("send_bytes", "receive_bytes"))
+        self.code_N: dict[str, Int64] = {}
+        self.text_of: dict[str, Texts] = {}
+        for name in (*_COMMON, "group", "sequence", "role"):
+            codes, values = pd.factorize(frame[name], sort=name == "role")
+            self.code_N[name] = codes.astype(np.int64)
+            if name in _TEXTS:  # the last stands for the code -1
+                self.text_of[name] = np.array([*map(str, values), None], dtype=object)
 
-    def text(self, name: str, row: int) -> str | None:
-        """A text of one row; None when it was not recorded."""
-        return None if self.code[name][row] < 0 else str(self.said[name][row])
+    def texts(self, name: str, rows: Int64) -> Texts:
+        """Texts of rows; None where they were not recorded."""
+        return self.text_of[name][self.code_N[name][rows]]
+
+    def is_any(self, name: str, rows: Int64, texts: Sequence[str]) -> Bool:
+        """Whether rows have one of these texts."""
+        return np.isin(self.text_of[name], texts)[self.code_N[name][rows]]
+
+    def code_of(self, name: str, text: str) -> int:
+        """Code of a text; -1 where no row has it."""
+        return next(iter(np.flatnonzero(self.text_of[name][:-1] == text).tolist()), -1)
+
+    def said(self, name: str, rows: Int64) -> list[str]:
+        """What rows say, for messages."""
+        return [str(value)[:40] for value in self.frame[name].iloc[rows].astype(object)]
 
 
 def match_collectives(
@@ -149,7 +160,7 @@ def match_collectives(
     ranks: int,
     clocks: Mapping[int, ClockSpec | None],
     node_of_rank: Sequence[int] | None = None,
-) -> Iterator[Collective | Unmatched]:
+) -> Iterator[Collectives | Unmatched]:
     """Put together the rows of each collective: equal group and sequence.
 
     Args:
@@ -159,218 +170,262 @@ def match_collectives(
         ranks: number of ranks of the run.
         clocks: how each rank's clock relates to the reference.
         node_of_rank: node of each rank; needed for those two groups.
+
+    Yields:
+        Every collective once, in no order.
     """
     if exchanges.empty:
         return
     columns = _Columns(exchanges, clocks)
-    layout = _Layout(ranks, node_of_rank)
-    keys = [pd.factorize(exchanges[name])[0] for name in ("sequence", "group")]
-    keys.insert(0, layout.part_N(exchanges["group"], columns.rank_N))
-    order = np.lexsort((columns.rank_N, *keys))
-    changes = np.zeros(len(order), dtype=bool)
-    for values in keys:
-        changes[1:] |= np.diff(values[order]) != 0
-    for rows in np.split(order.astype(np.int64), np.flatnonzero(changes)):
-        matched = _match(rows, columns, layout)
-        yield Unmatched(rows=rows, reason=matched) if isinstance(matched, Reason) else matched
+    layout = GroupLayout(ranks, node_of_rank)
+    keys = [layout.part_N(exchanges["group"], columns.rank_N)]
+    keys += [columns.code_N[name] for name in ("sequence", "group")]
+    order = np.lexsort((columns.rank_N, *keys)).astype(np.int64)
+    begins = np.ones(len(order), dtype=bool)
+    begins[1:] = np.any([np.diff(values[order]) != 0 for values in keys], axis=0)
+    first = np.flatnonzero(begins)
+    rows_C = np.diff(first, append=len(order))
+    for present in np.unique(rows_C):
+        place_C = np.flatnonzero(rows_C == present)
+        row_CM = order[first[place_C][:, None] + np.arange(present)]
+        for check in _CHECKS:
+            wrong_C, reasons = check(row_CM, columns)
+            yield from _unmatched(row_CM[wrong_C], reasons)
+            if reasons:
+                place_C, row_CM = place_C[~wrong_C], row_CM[~wrong_C]
+        yield from _match(place_C, row_CM, columns, layout)
 
 
-def _match(rows: Int64, columns: _Columns, layout: _Layout) -> Collective | Reason:
-    present = columns.rank_N[rows]
-    twice = present[1:][present[1:] == present[:-1]]
-    if twice.size:
-        return Reason(ExchangeCode.DUPLICATE_SEQUENCE, {"rank": int(twice[0])})
-    disagreement = _disagreement(rows, present, columns)
-    if disagreement is not None:
-        return disagreement
-    lists = [[_bytes(column[row]) for column in (columns.send_N, columns.receive_N)] for row in rows]
-    sizes = {len(values) for pair in lists for values in pair if values is not None}
-    group = str(columns.group_N[rows[0]])
-    members = layout.members(group, present, sizes)
-    if isinstance(members, Reason):
-        return members
-    size = len(members)
-    at = np.searchsorted(members, present)
-    row_P = np.full(size, -1, np.int64)
-    row_P[at] = rows
-    matrices = _byte_matrices(members, at, lists)
-    if isinstance(matrices, Reason):
-        return matrices
-    send_PP, receive_PP = matrices
-    role = _role(rows, [_moved(pair) for pair in lists], columns)
-    if role is None:
-        roles = " and ".join(sorted(set(columns.role_N[rows].tolist())))
-        return Reason(ExchangeCode.ROLES_DIFFER, {"roles": roles[:80]})
-    here_P = row_P >= 0
-    return Collective(
-        rows=rows,
-        role=role,
-        part=group in _PARTED or size < layout.ranks,
-        rank_P=members,
-        row_P=row_P,
-        start_P=np.where(here_P, columns.start_N[row_P], 0),
-        end_P=np.where(here_P, columns.end_N[row_P], 0),
-        started_P=here_P & columns.started_N[row_P],
-        ended_P=here_P & columns.ended_N[row_P],
-        uncertainty_P=np.where(here_P, columns.uncertainty_N[row_P], np.inf),
-        send_PP=send_PP,
-        receive_PP=receive_PP,
-        algorithm=columns.text("algorithm", rows[0]),
-        backend=columns.text("backend", rows[0]),
+def _unmatched(row_CM: Int64, reasons: Sequence[Reason]) -> Iterator[Unmatched]:
+    return (Unmatched(rows=rows, reason=reason) for rows, reason in zip(row_CM, reasons, strict=True))
+
+
+#: Which collectives are wrong, and the reason of each of these.
+_Check = Callable[[Int64, _Columns], tuple[Bool, list[Reason]]]
+
+
+def _duplicates(row_CM: Int64, columns: _Columns) -> tuple[Bool, list[Reason]]:
+    rank_CM = columns.rank_N[row_CM]
+    twice_CM = rank_CM[:, 1:] == rank_CM[:, :-1]
+    wrong_C = twice_CM.any(axis=1)
+    at = twice_CM[wrong_C].argmax(axis=1) if wrong_C.any() else np.zeros(0, np.int64)
+    ranks = rank_CM[np.flatnonzero(wrong_C), at]
+    return wrong_C, [Reason(ExchangeCode.DUPLICATE_SEQUENCE, {"rank": int(rank)}) for rank in ranks]
+
+
+def _fields_differ(name: str, row_CM: Int64, columns: _Columns) -> tuple[Bool, list[Reason]]:
+    code_CM = columns.code_N[name][row_CM]
+    other_CM = code_CM != code_CM[:, :1]
+    wrong_C = other_CM.any(axis=1)
+    if not wrong_C.any():
+        return wrong_C, []
+    wrong = np.flatnonzero(wrong_C)
+    one, other = row_CM[wrong, 0], row_CM[wrong, other_CM[wrong].argmax(axis=1)]
+    said = zip(
+        columns.rank_N[one].tolist(),
+        columns.said(name, one),
+        columns.rank_N[other].tolist(),
+        columns.said(name, other),
+        strict=True,
+    )
+    names = ("field", "rank", "value", "other_rank", "other_value")
+    return wrong_C, [
+        Reason(ExchangeCode.FIELDS_DIFFER, dict(zip(names, (name, *values), strict=True))) for values in said
+    ]
+
+
+def _numbers_differ(row_CM: Int64, columns: _Columns) -> tuple[Bool, list[Reason]]:
+    alike_C = columns.is_any("backend", row_CM[:, 0], _NUMBER_ALIKE)
+    number_CM = columns.number_N[row_CM]
+    other_CM = (number_CM >= 0) & (number_CM != number_CM[:, :1])
+    wrong_C = alike_C & (number_CM[:, 0] >= 0) & other_CM.any(axis=1)
+    rank_CM = columns.rank_N[row_CM]
+    wrong = np.flatnonzero(wrong_C)
+    return wrong_C, [
+        Reason(
+            ExchangeCode.BACKEND_NUMBERS_DIFFER,
+            {
+                "rank": int(rank_CM[c, 0]),
+                "number": int(number_CM[c, 0]),
+                "other_rank": int(rank_CM[c, m]),
+                "other_number": int(number_CM[c, m]),
+            },
+        )
+        for c, m in zip(wrong, other_CM[wrong].argmax(axis=1), strict=True)
+    ]
+
+
+def _group_size_C(row_CM: Int64, columns: _Columns) -> tuple[Int64, Int64]:
+    """Smallest and largest length of each collective's byte lists; how many left rows without one."""
+    length_CM = np.concatenate([columns.send.length_N[row_CM], columns.receive.length_N[row_CM]], axis=1)
+    most_C = length_CM.max(axis=1)
+    least_C = np.where(length_CM < 0, np.iinfo(np.int64).max, length_CM).min(axis=1)
+    said_C = most_C >= 0
+    return np.where(said_C, least_C, row_CM.shape[1]), np.where(said_C, most_C, row_CM.shape[1])
+
+
+def _sizes_differ(row_CM: Int64, columns: _Columns) -> tuple[Bool, list[Reason]]:
+    least_C, most_C = _group_size_C(row_CM, columns)
+    wrong_C = least_C != most_C
+    reasons = []
+    for rows in row_CM[wrong_C]:
+        lengths = np.unique([columns.send.length_N[rows], columns.receive.length_N[rows]])
+        sizes = ", ".join(str(size) for size in lengths[lengths >= 0][:4])
+        reasons.append(Reason(ExchangeCode.GROUP_SIZES_DIFFER, {"sizes": sizes}))
+    return wrong_C, reasons
+
+
+#: In this order: the first reason counts.
+_CHECKS: tuple[_Check, ...] = (
+    _duplicates,
+    *(partial(_fields_differ, name) for name in _COMMON),
+    _numbers_differ,
+    _sizes_differ,
+)
+
+
+def _match(
+    place_C: Int64, row_CM: Int64, columns: _Columns, layout: GroupLayout
+) -> Iterator[Collectives | Unmatched]:
+    """Collectives of which as many ranks left rows, which agree with each other."""
+    if not len(row_CM):
+        return
+    size_C, _ = _group_size_C(row_CM, columns)
+    group_C = columns.code_N["group"][row_CM[:, 0]]
+    kind_CX = np.column_stack([group_C, size_C, columns.rank_N[row_CM]])
+    of_C = joint_codes(kind_CX.T)
+    seen = kind_CX[np.unique(of_C, return_index=True)[1]]
+    found_K = [
+        layout.members(str(columns.text_of["group"][group]), present, int(size))
+        for group, size, present in zip(seen[:, 0], seen[:, 1], seen[:, 2:], strict=True)
+    ]
+    ranks_K = np.array([0 if isinstance(found, Reason) else len(found) for found in found_K])
+    for c in np.flatnonzero(ranks_K[of_C] == 0):
+        reason = found_K[of_C[c]]
+        assert isinstance(reason, Reason)
+        yield Unmatched(rows=row_CM[c], reason=reason)
+    for ranks, size in np.unique(np.column_stack([ranks_K, seen[:, 1]])[ranks_K > 0], axis=0):
+        alike_K = np.flatnonzero((ranks_K == ranks) & (seen[:, 1] == size))
+        rank_KP = np.array([found_K[k] for k in alike_K], np.int64)
+        at_KM = np.stack(
+            [np.searchsorted(rank_P, seen[k, 2:]) for k, rank_P in zip(alike_K, rank_KP, strict=True)]
+        )
+        chosen = np.flatnonzero(np.isin(of_C, alike_K))
+        at_once = max(1, _PAIRS_AT_ONCE // max(ranks * ranks, row_CM.shape[1] * size))
+        for begin in range(0, len(chosen), at_once):
+            block = chosen[begin : begin + at_once]
+            k = np.searchsorted(alike_K, of_C[block])
+            yield from _collectives(
+                place_C[block], row_CM[block], rank_KP[k], at_KM[k], int(size), columns, layout
+            )
+
+
+def _collectives(
+    place_C: Int64,
+    row_CM: Int64,
+    rank_CP: Int64,
+    at_CM: Int64,
+    size: int,
+    columns: _Columns,
+    layout: GroupLayout,
+) -> Iterator[Collectives | Unmatched]:
+    """Collectives of groups of one size; ``at_CM`` is the place of each row's rank in its group."""
+    every_C = np.arange(len(row_CM))[:, None]
+    row_CP = np.full(rank_CP.shape, -1, np.int64)
+    row_CP[every_C, at_CM] = row_CM
+    here_CP = row_CP >= 0
+    moved_CM = np.zeros(row_CM.shape, bool)
+    matrices, refused = [], []
+    for lists in (columns.send, columns.receive):
+        bytes_CML, said_CM = lists.of_rows(row_CM, size)
+        moved_CM |= bytes_CML.any(axis=2)
+        code_CM = np.where(((bytes_CML < 0) | (bytes_CML > _MOST_BYTES)).any(axis=2), 1, 0)
+        if size != rank_CP.shape[1]:  # one entry per rank of the run, of which the group is a part
+            inside_CMP = np.take_along_axis(bytes_CML, rank_CP[:, None, :], axis=2)
+            outside_CM = np.count_nonzero(bytes_CML, axis=2) > np.count_nonzero(inside_CMP, axis=2)
+            code_CM[outside_CM & (code_CM == 0)] = 2
+            bytes_CML = inside_CMP
+        matrix_CPP = np.full((*rank_CP.shape, rank_CP.shape[1]), -1, np.int64)
+        matrix_CPP[every_C, at_CM] = np.where(said_CM[:, :, None], bytes_CML, -1)
+        matrices.append(matrix_CPP)
+        refused.append(code_CM)
+    send_CPP, receive_CPP = matrices
+    role_C, roles_differ_C = _roles(
+        columns.code_N["role"][row_CM], moved_CM, other=columns.code_of("role", "other")
+    )
+    first_row_C = row_CM[:, 0]
+    matched = Collectives(
+        place_C=place_C,
+        first_row_C=first_row_C,
+        role_C=columns.text_of["role"][role_C],
+        part_C=columns.is_any("group", first_row_C, PARTED) | (rank_CP.shape[1] < layout.ranks),
+        rank_CP=rank_CP,
+        row_CP=row_CP,
+        start_CP=np.where(here_CP, columns.start_N[row_CP], 0),
+        end_CP=np.where(here_CP, columns.end_N[row_CP], 0),
+        started_CP=here_CP & columns.started_N[row_CP],
+        ended_CP=here_CP & columns.ended_N[row_CP],
+        uncertainty_CP=np.where(here_CP, columns.uncertainty_N[row_CP], np.inf),
+        send_CPP=send_CPP,
+        receive_CPP=receive_CPP,
+        algorithm_C=columns.texts("algorithm", first_row_C),
+        backend_C=columns.texts("backend", first_row_C),
+    )
+    code_CR = np.stack(refused, axis=2).reshape(len(row_CM), -1)
+    got_CPP = receive_CPP.swapaxes(1, 2)
+    contradict_CPP = (send_CPP >= 0) & (got_CPP >= 0) & (send_CPP != got_CPP)
+    wrong_C = code_CR.any(axis=1) | contradict_CPP.any(axis=(1, 2)) | roles_differ_C
+    for c in np.flatnonzero(wrong_C):
+        if code_CR[c].any():
+            first = int((code_CR[c] != 0).argmax())
+            code = (ExchangeCode.IMPOSSIBLE_BYTES, ExchangeCode.BYTES_OUTSIDE_GROUP)[code_CR[c, first] - 1]
+            reason = Reason(code, {"rank": int(rank_CP[c, at_CM[c, first // 2]])})
+        elif contradict_CPP[c].any():
+            reason = _contradiction(rank_CP[c], send_CPP[c], receive_CPP[c], contradict_CPP[c])
+        else:
+            roles = " and ".join(sorted(set(columns.texts("role", row_CM[c]))))
+            reason = Reason(ExchangeCode.ROLES_DIFFER, {"roles": roles[:80]})
+        yield Unmatched(rows=row_CM[c], reason=reason)
+    yield matched.where(~wrong_C) if wrong_C.any() else matched
+
+
+def _contradiction(rank_P: Int64, send_PP: Int64, receive_PP: Int64, contradict_PP: Bool) -> Reason:
+    i, j = np.argwhere(contradict_PP)[0]
+    return Reason(
+        ExchangeCode.BYTES_CONTRADICT,
+        {
+            "rank": int(rank_P[i]),
+            "sent_bytes": int(send_PP[i, j]),
+            "other_rank": int(rank_P[j]),
+            "received_bytes": int(receive_PP[j, i]),
+        },
     )
 
 
-def _disagreement(rows: Int64, present: Int64, columns: _Columns) -> Reason | None:
-    """What ranks of one collective recorded differently although it must be equal."""
-    for name, code_N in columns.code.items():
-        other = np.flatnonzero(code_N[rows] != code_N[rows[0]])
-        if other.size:
-            value, other_value = (str(columns.said[name][rows[at]])[:40] for at in (0, other[0]))
-            return Reason(
-                ExchangeCode.FIELDS_DIFFER,
-                {
-                    "field": name,
-                    "rank": int(present[0]),
-                    "value": value,
-                    "other_rank": int(present[other[0]]),
-                    "other_value": other_value,
-                },
-            )
-    if columns.text("backend", int(rows[0])) not in _NUMBER_ALIKE:
-        return None
-    number_N = columns.number_N[rows]
-    other = np.flatnonzero((number_N >= 0) & (number_N != number_N[0]))
-    if number_N[0] >= 0 and other.size:
-        return Reason(
-            ExchangeCode.BACKEND_NUMBERS_DIFFER,
-            {
-                "rank": int(present[0]),
-                "number": int(number_N[0]),
-                "other_rank": int(present[other[0]]),
-                "other_number": int(number_N[other[0]]),
-            },
-        )
-    return None
-
-
-def _byte_matrices(
-    members: Int64, at: Int64, lists: Sequence[Sequence[Int64 | None]]
-) -> tuple[Int64, Int64] | Reason:
-    """What was sent and received, (P, P) each; a reason when it cannot be true.
-
-    Args:
-        members: ranks of the group.
-        at: place among them of each rank that left a row.
-        lists: what each of those says that it sent and got.
-    """
-    size = len(members)
-    send_PP, receive_PP = np.full((size, size), -1, np.int64), np.full((size, size), -1, np.int64)
-    for position, pair in zip(at, lists, strict=True):
-        for values, matrix_PP in zip(pair, (send_PP, receive_PP), strict=True):
-            if values is None:
-                continue
-            if ((values < 0) | (values > _MOST_BYTES)).any():
-                return Reason(ExchangeCode.IMPOSSIBLE_BYTES, {"rank": int(members[position])})
-            if len(values) == size:
-                matrix_PP[position] = values
-            elif np.delete(values, members).any():
-                return Reason(ExchangeCode.BYTES_OUTSIDE_GROUP, {"rank": int(members[position])})
-            else:  # one entry per rank of the run, of which the group is a part
-                matrix_PP[position] = values[members]
-    wrong = np.argwhere((send_PP >= 0) & (receive_PP.T >= 0) & (send_PP != receive_PP.T))
-    if wrong.size:
-        i, j = wrong[0]
-        return Reason(
-            ExchangeCode.BYTES_CONTRADICT,
-            {
-                "rank": int(members[i]),
-                "sent_bytes": int(send_PP[i, j]),
-                "other_rank": int(members[j]),
-                "received_bytes": int(receive_PP[j, i]),
-            },
-        )
-    return send_PP, receive_PP
-
-
-def _role(rows: Int64, moved: Sequence[bool], columns: _Columns) -> str | None:
-    """Role of a collective whose ranks may see it differently; None when they contradict each other.
+def _roles(role_CM: Int64, moved_CM: Bool, *, other: int) -> tuple[Int64, Bool]:
+    """Role of each collective, whose ranks may see it differently, and whether they contradict each other.
 
     A rank that sends and gets nothing cannot distinguish a dispatch from a combine, and one that skipped its
     router because it had no tokens records ``other`` for both. Where no rank moves anything, the majority
-    counts.
+    counts, of equals the first by name.
+
+    Args:
+        role_CM: codes, in the order of the roles' names.
+        moved_CM: whether a rank says that it sends or gets anything, its own part included.
+        other: code of ``other``; -1 where no rank recorded that.
     """
-    roles = columns.role_N[rows].tolist()
-    if len(set(roles)) == 1:
-        return str(roles[0])
-    sure = {role for role, moves in zip(roles, moved, strict=True) if moves and role != "other"}
-    if len(sure) > 1:
-        return None
-    return str(sure.pop()) if sure else str(max(sorted(set(roles)), key=roles.count))
-
-
-def _moved(pair: Sequence[Int64 | None]) -> bool:
-    """Whether a rank says that it sends or gets anything, its own part included."""
-    return any(values is not None and bool(values.any()) for values in pair)
-
-
-class _Layout:
-    """Which ranks a group stands for."""
-
-    def __init__(self, ranks: int, node_of_rank: Sequence[int] | None) -> None:
-        self.ranks = ranks
-        self.parts: dict[str, Int64] = {}
-        if node_of_rank is not None and len(node_of_rank) == ranks:
-            node_P = np.asarray(node_of_rank, dtype=np.int64)
-            place_P = np.array([int((node_P[:rank] == node).sum()) for rank, node in enumerate(node_P)])
-            self.parts = {"node": node_P, "across": place_P.astype(np.int64)}
-
-    def part_N(self, group: pd.Series[str], rank_N: Int64) -> Int64:
-        """Distinguishes the groups of one name."""
-        part_N = np.zeros(len(rank_N), np.int64)
-        for name, part_P in self.parts.items():
-            of_group = (group == name).to_numpy(bool) & (rank_N < self.ranks)
-            part_N[of_group] = part_P[rank_N[of_group]]
-        return part_N
-
-    def members(self, group: str, present: Int64, sizes: set[int]) -> Int64 | Reason:
-        """Ranks of the group; a reason when that is not known.
-
-        Args:
-            group: its name.
-            present: ranks that left rows, ascending.
-            sizes: lengths of their byte lists.
-        """
-        if len(sizes) > 1:
-            lengths = ", ".join(str(size) for size in sorted(sizes)[:4])
-            return Reason(ExchangeCode.GROUP_SIZES_DIFFER, {"sizes": lengths})
-        size = next(iter(sizes), len(present))
-        if size > _LARGEST_GROUP:
-            return Reason(ExchangeCode.GROUP_TOO_LARGE, {"ranks": size, "most": _LARGEST_GROUP})
-        if group in self.parts and present[-1] < self.ranks:
-            part_P = self.parts[group]
-            members = np.flatnonzero(part_P == part_P[present[0]]).astype(np.int64)
-            if size in (len(members), self.ranks):
-                return members
-        elif group in _PARTED:
-            return Reason(ExchangeCode.NODES_UNKNOWN, {"group": group})
-        named = ranks_of_group(group)
-        fits = named is not None and size == len(named) and named[-1] < self.ranks
-        if named is not None and fits and set(present.tolist()) <= set(named):
-            return np.array(named, dtype=np.int64)
-        if size == len(present):
-            return present
-        if size == self.ranks and present[-1] < self.ranks:
-            return np.arange(self.ranks, dtype=np.int64)
-        if size < len(present):
-            return Reason(ExchangeCode.TOO_MANY_ROWS, {"rows": len(present), "ranks": size})
-        return Reason(
-            ExchangeCode.ROWS_MISSING, {"rows": len(present), "ranks": size, "run_ranks": self.ranks}
-        )
-
-
-def _bytes(values: object) -> Int64 | None:
-    """One byte list; None when it was not recorded or holds nulls."""
-    if values is None or isinstance(values, float):
-        return None
-    array = np.asarray(values)
-    return array.astype(np.int64) if np.issubdtype(array.dtype, np.integer) or array.size == 0 else None
+    role_C = role_CM[:, 0].copy()
+    mixed = np.flatnonzero((role_CM != role_CM[:, :1]).any(axis=1))
+    differ_C = np.zeros(len(role_CM), bool)
+    if mixed.size:
+        code_CM = role_CM[mixed]
+        sure_CM = moved_CM[mixed] & (code_CM != other)
+        low_C = np.where(sure_CM, code_CM, np.iinfo(np.int64).max).min(axis=1)
+        high_C = np.where(sure_CM, code_CM, -1).max(axis=1)
+        count_CM = (code_CM[:, :, None] == code_CM[:, None, :]).sum(axis=2)
+        often_CM = count_CM * (code_CM.max() + 1) - code_CM
+        major_C = code_CM[np.arange(len(mixed)), often_CM.argmax(axis=1)]
+        is_sure_C = sure_CM.any(axis=1)
+        role_C[mixed] = np.where(is_sure_C, low_C, major_C)
+        differ_C[mixed] = is_sure_C & (low_C != high_C)
+    return role_C, differ_C

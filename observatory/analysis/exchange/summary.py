@@ -6,23 +6,27 @@ apart and never spread over the others.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import pandas as pd
 
 from observatory.analysis.exchange.alignment import rank_clocks
 from observatory.analysis.exchange.causes import explain_last
+from observatory.analysis.exchange.codes import joint_codes
 from observatory.analysis.exchange.waiting import wait_and_transfer
 from observatory.run import Run
 
 
-def run_waits(run: Run) -> pd.DataFrame:
+def run_waits(run: Run, exchanges: pd.DataFrame | None = None) -> pd.DataFrame:
     """Every exchange row of a run split into waiting and transfer, with why the last rank came last.
 
-    Columns: those of :func:`wait_and_transfer` and :func:`explain_last`.
+    Args:
+        run: an open run.
+        exchanges: its exchanges, where they were read before.
+
+    Returns:
+        Columns of :func:`wait_and_transfer` and :func:`explain_last`.
     """
-    exchanges = run.exchanges()
+    if exchanges is None:
+        exchanges = run.exchanges(arrow_lists=True)
     topology = run.manifest.topology
     waits = wait_and_transfer(
         exchanges,
@@ -45,16 +49,35 @@ def layer_waits(waits: pd.DataFrame) -> pd.DataFrame:
     was put down to).
     """
     keys = ["phase", "layer", "role"]
-    rows = [
-        {**dict(zip(keys, key, strict=True)), **_layer_row(of_layer)}
-        for key, of_layer in waits.groupby(keys, dropna=False, sort=True)
-    ]
+    grouped = waits.groupby(keys, dropna=False, sort=True)
+    layer_N = pd.Series(grouped.ngroup().to_numpy(), index=waits.index)
+    is_split = _is_split(waits)
+    split = waits.loc[is_split, ["duration_s", "wait_s", "held_s", "transfer_s"]]
+    meeting_N = joint_codes([layer_N, waits["group"], waits["sequence"]])
+    longest = waits[["duration_s", "transfer_s"]].groupby(meeting_N).max()
+    longest["layer"] = layer_N.groupby(meeting_N).first()
+    medians = longest.groupby("layer")[["duration_s", "transfer_s"]].median()
+    sums = split[["wait_s", "held_s", "transfer_s"]].groupby(layer_N[is_split]).sum(min_count=1)
+    split_s = split["duration_s"].groupby(layer_N[is_split]).sum()
+    frame = grouped.size().rename("rows").reset_index()
+    frame["collectives"] = longest.groupby("layer").size()
+    frame["ranks"] = waits["source_rank"].groupby(layer_N).nunique()
+    frame["rows_unknown"] = (~is_split).groupby(layer_N).sum()
+    frame["duration_s"] = waits["duration_s"].groupby(layer_N).sum()
+    frame = frame.join(sums)
+    unknown_s = waits["duration_s"][~is_split].groupby(layer_N[~is_split]).sum()
+    frame["unknown_s"] = unknown_s.reindex(frame.index, fill_value=0.0)
+    split_s = split_s.reindex(frame.index, fill_value=0.0)
+    frame["wait_share"] = frame["wait_s"].fillna(0.0) / split_s.where(split_s > 0)
+    frame["longest_p50_s"] = medians["duration_s"]
+    frame["transfer_longest_p50_s"] = medians["transfer_s"]
+    frame = frame.join(_slowest(waits, layer_N))
     columns = [
         *keys, "collectives", "ranks", "rows", "rows_unknown", "duration_s", "wait_s", "held_s", "transfer_s",
         "unknown_s", "wait_share", "longest_p50_s", "transfer_longest_p50_s", "slowest_rank", "slowest_share",
         "slowest_cause",
     ]  # fmt: skip
-    frame = pd.DataFrame(rows, columns=columns)
+    frame = frame[columns]
     frame["_role"] = frame["role"].map({"dispatch": 0, "combine": 1}).fillna(2)
     frame = (
         frame.sort_values(["phase", "layer", "_role", "role"]).drop(columns="_role").reset_index(drop=True)
@@ -79,19 +102,21 @@ def rank_waits(waits: pd.DataFrame) -> pd.DataFrame:
             "duration_s": grouped["duration_s"].sum(),
         }
     )
-    split = waits[is_split].groupby("source_rank")[["wait_s", "held_s", "transfer_s"]].sum(min_count=1)
+    split = waits.loc[is_split, ["source_rank", "wait_s", "held_s", "transfer_s"]]
+    split = split.groupby("source_rank").sum(min_count=1)
     frame = frame.join(split)
     nothing = is_split & (waits["peers"] == 0)
     for name, chosen in (("idle_s", nothing), ("unknown_s", ~is_split)):
         frame[name] = (
-            waits[chosen].groupby("source_rank")["duration_s"].sum().reindex(frame.index, fill_value=0)
+            waits["duration_s"][chosen].groupby(waits["source_rank"]).sum().reindex(frame.index, fill_value=0)
         )
     frame["caused_wait_s"] = (
         _caused(waits).groupby("last_rank")["wait_s"].sum().reindex(frame.index, fill_value=0)
     )
     frame["times_last"] = grouped["arrived_last"].sum()
-    causes = {rank: _main_cause(of_rank) for rank, of_rank in _caused(waits).groupby("last_rank")}
-    frame["cause"] = pd.Series(frame.index.map(causes.get), index=frame.index, dtype=object)
+    caused = _caused(waits)
+    frame["cause"] = _main_cause(caused, caused["last_rank"]).reindex(frame.index)
+    frame["cause"] = frame["cause"].astype(object).where(frame["cause"].notna(), None)
     return frame.reset_index()
 
 
@@ -107,34 +132,30 @@ def _is_split(waits: pd.DataFrame) -> pd.Series[bool]:
 
 def _caused(waits: pd.DataFrame) -> pd.DataFrame:
     """Rows that waited for another rank."""
-    return waits[(waits["wait_s"] > 0) & (waits["last_rank"] != waits["source_rank"]).fillna(False)]
+    others = (waits["wait_s"] > 0) & (waits["last_rank"] != waits["source_rank"]).fillna(False)
+    return waits.loc[others, ["source_rank", "last_rank", "wait_s", "cause"]]
 
 
-def _main_cause(caused: pd.DataFrame) -> str | None:
-    weights = caused.groupby("cause")["wait_s"].sum()
-    return None if weights.empty else str(weights.idxmax())
+def _main_cause(caused: pd.DataFrame, key: pd.Series[int]) -> pd.Series[str]:
+    """What most of the waiting was put down to, by key."""
+    weights = caused["wait_s"].groupby([key, caused["cause"]]).sum()
+    heaviest = weights.groupby(level=0).idxmax()
+    return pd.Series([cause for _, cause in heaviest], index=heaviest.index, dtype="str")
 
 
-def _layer_row(rows: pd.DataFrame) -> dict[str, Any]:
-    is_split = _is_split(rows)
-    split = rows[is_split]
-    collectives = rows.groupby(["group", "sequence"], sort=False)
-    caused = _caused(rows)
-    by_rank = caused.groupby("last_rank")["wait_s"].sum()
-    slowest = None if by_rank.empty else int(by_rank.index[int(by_rank.to_numpy(float).argmax())])
-    duration_s = float(split["duration_s"].sum())
-    return {
-        "collectives": collectives.ngroups,
-        "ranks": rows["source_rank"].nunique(),
-        "rows": len(rows),
-        "rows_unknown": int((~is_split).sum()),
-        "duration_s": float(rows["duration_s"].sum()),
-        **{name: split[name].sum(min_count=1) for name in ("wait_s", "held_s", "transfer_s")},
-        "unknown_s": float(rows.loc[~is_split, "duration_s"].sum()),
-        "wait_share": float(split["wait_s"].sum()) / duration_s if duration_s > 0 else np.nan,
-        "longest_p50_s": float(collectives["duration_s"].max().median()),
-        "transfer_longest_p50_s": float(collectives["transfer_s"].max().median()),
-        "slowest_rank": slowest,
-        "slowest_share": float(by_rank.max() / by_rank.sum()) if slowest is not None else np.nan,
-        "slowest_cause": None if slowest is None else _main_cause(caused[caused["last_rank"] == slowest]),
-    }
+def _slowest(waits: pd.DataFrame, layer_N: pd.Series[int]) -> pd.DataFrame:
+    """The rank that the others waited for longest, its share of that and the cause, by layer."""
+    caused = _caused(waits)
+    layer, last_rank = layer_N[caused.index], caused["last_rank"].astype("int64")
+    by_rank = caused["wait_s"].groupby([layer, last_rank]).sum()
+    of_layer = by_rank.groupby(level=0)
+    longest = of_layer.idxmax()
+    slowest = pd.Series([rank for _, rank in longest], index=longest.index, dtype="Int64")
+    of_slowest = last_rank == layer.map(slowest)
+    return pd.DataFrame(
+        {
+            "slowest_rank": slowest,
+            "slowest_share": of_layer.max() / of_layer.sum(),
+            "slowest_cause": _main_cause(caused[of_slowest], layer[of_slowest]),
+        }
+    )

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from observatory.analysis.exchange.codes import joint_codes
 from observatory.analysis.exchange.matching import Unmatched, match_collectives
 
 
@@ -24,27 +25,27 @@ def exchange_traffic(
         phase, layer, role, source_rank (sender), peer_rank (receiver), collectives, bytes; pairs that met and
         exchanged nothing have 0 bytes.
     """
-    totals: dict[tuple[str, int | None, str, bytes], _Total] = {}
-    phase_N, layer_N = (exchanges[name].to_numpy(object) for name in ("phase", "layer"))
+    totals: dict[tuple[int, str, bytes], _Total] = {}
+    layer_N = joint_codes([exchanges["phase"], exchanges["layer"]])
     for matched in match_collectives(exchanges, ranks=ranks, clocks={}, node_of_rank=node_of_rank):
-        if isinstance(matched, Unmatched):
+        if isinstance(matched, Unmatched) or not len(matched.place_C):
             continue
-        at = matched.rows[0]
-        layer = None if pd.isna(layer_N[at]) else int(layer_N[at])
-        key = (str(phase_N[at]), layer, matched.role, matched.rank_P.tobytes())
-        if key not in totals:
-            size = len(matched.rank_P)
-            totals[key] = _Total(
-                matched.rank_P, np.zeros((size, size), np.int64), np.zeros((size, size), np.int64)
-            )
-        sent_PP = np.where(matched.send_PP >= 0, matched.send_PP, matched.receive_PP.T)
-        totals[key].bytes_PP += np.maximum(sent_PP, 0)
-        totals[key].count_PP += sent_PP >= 0
+        sent_CPP = np.where(matched.send_CPP >= 0, matched.send_CPP, matched.receive_CPP.swapaxes(1, 2))
+        kind_C = joint_codes([layer_N[matched.first_row_C], matched.role_C, *matched.rank_CP.T])
+        order = np.argsort(kind_C, kind="stable")
+        begin_K = np.unique(kind_C[order], return_index=True)[1]
+        bytes_KPP = np.add.reduceat(np.maximum(sent_CPP, 0)[order], begin_K)
+        count_KPP = np.add.reduceat((sent_CPP >= 0)[order], begin_K, dtype=np.int64)
+        for c, bytes_PP, count_PP in zip(order[begin_K], bytes_KPP, count_KPP, strict=True):
+            row, rank_P = int(matched.first_row_C[c]), matched.rank_CP[c]
+            key = (int(layer_N[row]), str(matched.role_C[c]), rank_P.tobytes())
+            if key in totals:
+                totals[key].bytes_PP += bytes_PP
+                totals[key].count_PP += count_PP
+            else:
+                totals[key] = _Total(row, key[1], rank_P, bytes_PP, count_PP)
     pairs = ["phase", "layer", "role", "source_rank", "peer_rank"]
-    frames = [
-        total.frame().assign(phase=phase, layer=layer, role=role)
-        for (phase, layer, role, _), total in totals.items()
-    ]
+    frames = [total.frame(exchanges) for total in totals.values()]
     columns = [*pairs, "collectives", "bytes"]
     frame = pd.concat(frames) if frames else pd.DataFrame(columns=columns)
     frame = frame[columns].astype({"layer": "Int64"})
@@ -53,19 +54,25 @@ def exchange_traffic(
 
 @dataclass(slots=True)
 class _Total:
-    """Sums over the collectives of one group; [i, j] is from its i-th to its j-th rank."""
+    """Sums over the collectives of one layer, role and group; [i, j] is from its i-th to its j-th rank."""
 
+    row: int
+    role: str
     rank_P: npt.NDArray[np.int64]
     bytes_PP: npt.NDArray[np.int64]
     count_PP: npt.NDArray[np.int64]
 
-    def frame(self) -> pd.DataFrame:
+    def frame(self, exchanges: pd.DataFrame) -> pd.DataFrame:
         i, j = np.nonzero(self.count_PP)
+        layer = exchanges["layer"].iloc[self.row]
         return pd.DataFrame(
             {
                 "source_rank": self.rank_P[i],
                 "peer_rank": self.rank_P[j],
                 "collectives": self.count_PP[i, j],
                 "bytes": self.bytes_PP[i, j],
+                "phase": str(exchanges["phase"].iloc[self.row]),
+                "layer": None if pd.isna(layer) else int(layer),
+                "role": self.role,
             }
         )

@@ -18,8 +18,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from observatory.analysis.exchange import rank_clocks
-from observatory.analysis.exchange.matching import Collective, Unmatched, match_collectives
-from observatory.analysis.exchange.waiting import depends_on, split_collective
+from observatory.analysis.exchange.matching import Collectives, Unmatched, match_collectives
+from observatory.analysis.exchange.waiting import Split, depends_on, split_collectives
 from observatory.analysis.exchange.words import ExchangeCode
 from observatory.analysis.network.checking import CHECK_COLUMNS, checked_row
 from observatory.analysis.network.network import NetworkModel
@@ -69,12 +69,12 @@ def run_exchanges(run: Run, *, steps: int = _STEPS) -> tuple[list[RunExchange], 
     Returns:
         The exchanges in the order of the run, and why each of the others is left out.
     """
-    exchanges = run.exchanges()
+    exchanges = run.exchanges(arrow_lists=True)
     chosen = exchanges["role"].isin(_ROLES) & _evenly(exchanges, steps)
     exchanges = exchanges[chosen].reset_index(drop=True)
     topology = run.manifest.topology
     nodes = topology.node_of_rank
-    compared: list[RunExchange] = []
+    compared: list[tuple[int, RunExchange]] = []
     left_out: list[Reason] = []
     for matched in match_collectives(
         exchanges, ranks=topology.ranks, clocks=rank_clocks(run.manifest), node_of_rank=nodes
@@ -82,14 +82,20 @@ def run_exchanges(run: Run, *, steps: int = _STEPS) -> tuple[list[RunExchange], 
         if isinstance(matched, Unmatched):
             left_out.append(matched.reason)
             continue
-        us = _transfer_us(matched)
-        if isinstance(us, Reason):
-            left_out.append(us)
-        elif nodes is None:
-            left_out.append(Reason(NetworkCode.NODES_UNKNOWN))
-        else:
-            compared.append(_run_exchange(exchanges.iloc[int(matched.rows[0])], matched, nodes, us))
-    return sorted(compared, key=lambda item: (item.step, -1 if item.layer is None else item.layer)), left_out
+        split = split_collectives(matched)
+        for c, row in enumerate(matched.first_row_C):
+            us = _transfer_us(matched, split, c)
+            if isinstance(us, Reason):
+                left_out.append(us)
+            elif nodes is None:
+                left_out.append(Reason(NetworkCode.NODES_UNKNOWN))
+            else:
+                found = _run_exchange(exchanges.iloc[int(row)], matched, c, nodes, us)
+                compared.append((int(matched.place_C[c]), found))
+    ordered = sorted(
+        compared, key=lambda pair: (pair[1].step, -1 if pair[1].layer is None else pair[1].layer, pair[0])
+    )
+    return [found for _, found in ordered], left_out
 
 
 def check_run_exchanges(
@@ -132,31 +138,36 @@ def _evenly(exchanges: pd.DataFrame, steps: int) -> pd.Series[bool]:
     return kept
 
 
-def _transfer_us(matched: Collective) -> float | Reason:
-    """The longest transfer of a rank, or why there is none to compare."""
-    part = matched.part
-    if depends_on(matched.algorithm, part=part) != "peers" or (matched.algorithm == "hierarchical"):
-        return Reason(NetworkCode.NOT_STRAIGHT, {"algorithm": matched.algorithm})
-    split = split_collective(matched)
-    for rank, row, problem in zip(matched.rank_P, matched.row_P, split["problem"], strict=True):
-        if problem is not None:
-            return problem if row >= 0 else Reason(ExchangeCode.PEER_WITHOUT_ROW, {"rank": int(rank)})
-    transfer_P = split["transfer_s"][split["peers"] > 0]
+def _transfer_us(matched: Collectives, split: Split, c: int) -> float | Reason:
+    """The longest transfer of a rank of the c-th collective, or why there is none to compare."""
+    algorithm = matched.algorithm_C[c]
+    if depends_on(algorithm, part=bool(matched.part_C[c])) != "peers" or algorithm == "hierarchical":
+        return Reason(NetworkCode.NOT_STRAIGHT, {"algorithm": algorithm})
+    problem_P = split.problem_CP[c]
+    if (problem_P >= 0).any():
+        i = int((problem_P >= 0).argmax())
+        if matched.row_CP[c, i] < 0:
+            return Reason(ExchangeCode.PEER_WITHOUT_ROW, {"rank": int(matched.rank_CP[c, i])})
+        return split.problems[int(problem_P[i])]
+    transfer_P = split.columns["transfer_s"][c][split.columns["peers"][c] > 0]
     if not len(transfer_P):
         return Reason(NetworkCode.NOTHING_SENT)
     us = float(transfer_P.max()) * 1e6
     return us if us > 0 else Reason(NetworkCode.TOO_SHORT)
 
 
-def _run_exchange(row: pd.Series, matched: Collective, nodes: Sequence[int], us: float) -> RunExchange:
+def _run_exchange(
+    row: pd.Series, matched: Collectives, c: int, nodes: Sequence[int], us: float
+) -> RunExchange:
+    send_PP, receive_PP = matched.send_CPP[c], matched.receive_CPP[c]
     return RunExchange(
         step=int(row["step"]),
         phase=str(row["phase"]),
         layer=None if pd.isna(row["layer"]) else int(row["layer"]),
         role=str(row["role"]),
-        backend=matched.backend,
-        node_of_P=tuple(nodes[rank] for rank in matched.rank_P),
-        part=matched.part,
-        bytes_PP=np.where(matched.send_PP >= 0, matched.send_PP, matched.receive_PP.T),
+        backend=matched.backend_C[c],
+        node_of_P=tuple(nodes[rank] for rank in matched.rank_CP[c]),
+        part=bool(matched.part_C[c]),
+        bytes_PP=np.where(send_PP >= 0, send_PP, receive_PP.T),
         us=us,
     )

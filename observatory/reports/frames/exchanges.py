@@ -70,7 +70,8 @@ def _frames_of(run: Run) -> dict[str, pd.DataFrame]:
     spans = run.spans()
     if not run.row_count("exchange"):
         return {"phases": critical_path(spans[spans["name"].isin(SPAN_ORDER)])}
-    waits = run_waits(run)
+    exchanges = run.exchanges(arrow_lists=True)
+    waits = run_waits(run, exchanges)
     phases = dict(iter(waits.groupby("phase", sort=False)))
     topology = run.manifest.topology
     return {
@@ -79,9 +80,7 @@ def _frames_of(run: Run) -> dict[str, pd.DataFrame]:
         "ranks": pd.concat(
             [rank_waits(phase_waits).assign(phase=phase) for phase, phase_waits in phases.items()]
         ),
-        "traffic": exchange_traffic(
-            run.exchanges(), ranks=topology.ranks, node_of_rank=topology.node_of_rank
-        ),
+        "traffic": exchange_traffic(exchanges, ranks=topology.ranks, node_of_rank=topology.node_of_rank),
         "unknown": pd.DataFrame(
             [
                 {"phase": phase, **row}

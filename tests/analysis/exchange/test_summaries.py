@@ -16,7 +16,7 @@ from observatory.analysis.exchange import (
     rank_waits,
     wait_and_transfer,
 )
-from observatory.analysis.exchange.matching import ranks_of_group
+from observatory.analysis.exchange.groups import ranks_of_group
 from observatory.run.manifest import ClockSpec, Manifest, ModelSpec, RankStatus, Topology
 from tests.analysis.exchange.tables import collective, shared, spans
 from tests.analysis.exchange.test_causes import NO_POWER, NO_SPANS
