@@ -16,7 +16,7 @@ def check_interface(engine: str, names: Mapping[str, Sequence[str]]) -> None:
     Args:
         engine: its name and version, for people.
         names: "module:name" or "module:Class.name" -> parameters that it takes, by name; empty where it is
-            called by nobody of us, or is no function.
+            not called here, or is no function.
 
     Raises:
         CaptureError: the first thing that is missing.
