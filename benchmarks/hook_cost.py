@@ -262,22 +262,16 @@ class Bench:
         self._block(Plain())
         for handle in handles:
             handle.remove()
-        taken_us = []
-        watch.switch(True)
-        with _without_work(modules):
-            for _ in range(300):
-                start_ns = time.thread_time_ns()
-                for module, (args, kwargs) in zip(modules, calls, strict=False):
-                    module(*args, **kwargs)
-                taken_us.append((time.thread_time_ns() - start_ns) / 1000)
-        watch.switch(False)
-        with _without_work(modules):
-            for _ in range(300):
-                start_ns = time.thread_time_ns()
-                for module, (args, kwargs) in zip(modules, calls, strict=False):
-                    module(*args, **kwargs)
-                taken_us.append((time.thread_time_ns() - start_ns) / 1000)
-        return float(np.median(taken_us[:300]) - np.median(taken_us[300:]))
+        taken_us: dict[bool, list[float]] = {True: [], False: []}
+        for is_on, times in taken_us.items():
+            watch.switch(is_on)
+            with _without_work(modules):
+                for _ in range(300):
+                    start_ns = time.thread_time_ns()
+                    for module, (args, kwargs) in zip(modules, calls, strict=False):
+                        module(*args, **kwargs)
+                    times.append((time.thread_time_ns() - start_ns) / 1000)
+        return float(np.median(taken_us[True]) - np.median(taken_us[False]))
 
 
 def _timed(hook: Callable[..., Any], taken_ns: list[int]) -> Callable[..., Any]:

@@ -40,7 +40,7 @@ from observatory.run.control import (
     write_decision,
 )
 from observatory.run.files import one_line
-from observatory.run.manifest import StepMark
+from observatory.run.manifest import SelfMeasured, StepMark
 
 #: Between two looks; ranks without a store look less often, so that all together open so many files a second.
 _PERIOD_S = 0.5
@@ -79,7 +79,7 @@ class CaptureControl:
         steps: how many steps have ended.
         rows: how many rows of routing there are.
         flush: writes what was captured, from any thread.
-        cost: seconds of capture, and of them those that watching took, from any thread.
+        cost: what watching has cost so far, from any thread.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class CaptureControl:
         steps: Callable[[], int],
         rows: Callable[[], int],
         flush: Callable[[], None],
-        cost: Callable[[], tuple[float, float]],
+        cost: Callable[[], SelfMeasured],
     ) -> None:
         self._options = options
         self._where = where
@@ -200,13 +200,14 @@ class CaptureControl:
 
     def _keep_budget(self, steps: int) -> None:
         """End the capture where it takes too much of this rank's time."""
-        captured_s, spent_s = self._cost()
-        before_s, spent_before_s = self._last_cost
-        window_s = captured_s - before_s
-        if self._budget is None or window_s < _WINDOW_S:
+        if self._budget is None:
             return
-        self._last_cost = (captured_s, spent_s)
-        share = (spent_s - spent_before_s) / window_s
+        cost, (before_s, spent_before_s) = self._cost(), self._last_cost
+        window_s = cost.captured_s - before_s
+        if window_s < _WINDOW_S:
+            return
+        self._last_cost = (cost.captured_s, cost.spent_s)
+        share = (cost.spent_s - spent_before_s) / window_s
         self._windows_over = self._windows_over + 1 if share > self._budget else 0
         if self._windows_over > 1:
             self._windows_over = 0

@@ -205,13 +205,8 @@ class CaptureSession:
             self._close()
 
     def measured(self) -> SelfMeasured:
-        """What watching has cost so far; final after ``stop``."""
+        """What watching has cost so far, from any thread; final after ``stop``."""
         return self._cost.now()
-
-    def spent(self) -> tuple[float, float]:
-        """Seconds of capture, and of them those of hooks and ends of steps; from any thread."""
-        measured = self._cost.now()
-        return measured.captured_s, measured.hook_s + measured.step_end_s
 
     def hurry(self) -> None:
         """Write what has arrived, from any thread while the program may hang."""

@@ -321,7 +321,7 @@ class Watch:
             steps=lambda: self.steps,
             rows=lambda: session.routing.rows,
             flush=session.hurry,
-            cost=session.spent,
+            cost=session.measured,
         )
         self._turn(control, session)
         control.open()

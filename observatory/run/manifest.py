@@ -431,9 +431,14 @@ class SelfMeasured(Record):
     bytes_written: _Bytes
 
     @property
+    def spent_s(self) -> float:
+        """Hooks and ends of steps, seconds of the program's own threads."""
+        return self.hook_s + self.step_end_s
+
+    @property
     def share(self) -> float | None:
         """Hooks and ends of steps over the captured time; None where nothing was captured."""
-        return (self.hook_s + self.step_end_s) / self.captured_s if self.captured_s > 0 else None
+        return self.spent_s / self.captured_s if self.captured_s > 0 else None
 
 
 def _once_each(layers: tuple[RankLayer, ...]) -> tuple[RankLayer, ...]:
