@@ -16,7 +16,6 @@ noise, too. No GPU takes part.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from benchmarks.command_cost import command_cost
 from observatory.host.provenance import new_manifest
 from observatory.run import RunWriter, TableAppender
 from observatory.run.manifest import DeviceSpec, ModelSpec, MoeLayerSpec, RankPower, Topology
@@ -150,24 +150,6 @@ def generate(path: Path, hours: float, count: int) -> None:
     creator.close()
 
 
-def measured(arguments: list[str], output: Path) -> dict[str, float]:
-    """Run a command of the program: its exit status, processor time, time and peak of resident memory."""
-    command = [sys.executable, "-m", "observatory", *arguments]
-    began = time.monotonic()
-    with output.open("wb") as file:
-        # Waited for by itself, so that what the kernel accounts is this child's alone.
-        child = os.posix_spawn(
-            sys.executable, command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, file.fileno(), 1)]
-        )
-        _, status, usage = os.wait4(child, 0)
-    return {
-        "exit": os.waitstatus_to_exitcode(status),
-        "processor_s": usage.ru_utime + usage.ru_stime,
-        "wall_s": time.monotonic() - began,
-        "peak_mib": usage.ru_maxrss / 1024,
-    }
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -186,17 +168,15 @@ def main() -> int:
     size = sum(file.stat().st_size for file in (path / "power").rglob("*.parquet"))
     what = f"{options.hours:g} h of {options.devices} devices"
     print(f"{what}: {rows / 1e6:.1f} M rows, {size / 2**20:.0f} MiB of Parquet")
-    failed = False
     with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
         for command in options.command or ("energy", "report"):
             more = ["--json"] if command == "energy" else ["--out", f"{scratch}/report.html"]
-            cost = measured([command, str(path), *more], Path(scratch, command))
-            failed |= cost["exit"] != 0
+            cost = command_cost([command, str(path), *more], Path(scratch, command))
             print(
-                f"{command}: exit {cost['exit']:.0f}, {cost['processor_s']:.1f} s of processor time, "
-                f"{cost['wall_s']:.1f} s, {cost['peak_mib']:.0f} MiB at most"
+                f"{command}: {cost.processor_s:.1f} s of processor time, {cost.wall_s:.1f} s, "
+                f"{cost.peak_bytes / 2**20:.0f} MiB at most"
             )
-    return int(failed)
+    return 0
 
 
 if __name__ == "__main__":

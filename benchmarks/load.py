@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -28,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from benchmarks.command_cost import command_cost
 from observatory.host.provenance import new_manifest
 from observatory.run import RunWriter, routing_rows
 from observatory.run.manifest import ClockSpec, ModelSpec, MoeLayerSpec, Topology
@@ -159,23 +158,6 @@ def fill(writer: RunWriter, steps: int) -> None:
         )
 
 
-def measured(arguments: list[str], output: Path) -> tuple[float, float]:
-    """Processor seconds and peak of resident memory (MB) of a command.
-
-    Raises:
-        SystemExit: it fails.
-    """
-    with output.open("wb") as file:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "observatory", *arguments], stdout=file, stderr=subprocess.STDOUT
-        )
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"{' '.join(arguments)} failed ({child.returncode}): {output.read_text()[-500:]}")
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024 / 1e6
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -198,8 +180,9 @@ def main() -> None:
                 else []
             )
             output = options.directory / f"load-{kind}-{command}.txt"
-            cpu_s, peak_mb = measured([command, str(path), *more], output)
-            print(f"| {kind}, {size:,} {of} | `{command}` | {cpu_s:.1f} | {peak_mb:.0f} |", flush=True)
+            cost = command_cost([command, str(path), *more], output)
+            figures = f"{cost.processor_s:.1f} | {cost.peak_bytes / 1e6:.0f}"
+            print(f"| {kind}, {size:,} {of} | `{command}` | {figures} |", flush=True)
         if not options.keep:
             shutil.rmtree(path)
 
