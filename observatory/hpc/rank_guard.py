@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 _POLL_S = 0.2
 #: How long the main thread has to notice the signal, and to end in order once it has.
 _NOTICE_S, _IN_ORDER_S = 3.0, 12.0
-#: How long the last writing may take: the main thread may hold what it needs.
-_WRITE_S = 2.0
+#: How long stating that the rank ends may take: the main thread may hold what it needs.
+_MARK_S = 2.0
+#: When the rank ends at the latest, written or not: a second before its launcher kills it.
+_END_S = 14.0
 #: A parent is not yet gone when its children get their signal.
 _SETTLE_S = 0.05
 _SIGNAL_AT_PARENTS_DEATH = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -141,13 +143,13 @@ def _guard(launcher: ProcessId, wake_up: int) -> None:
     _reasons.append(reason)
     _decided.set()
     since = time.monotonic()
-    _write("mark", reason)
+    _write("mark", reason, _MARK_S)
     main = threading.main_thread().ident
     if not _noticed.is_set() and main is not None:
         signal.pthread_kill(main, signal.SIGTERM)
     while time.monotonic() < since + (_IN_ORDER_S if _noticed.is_set() else _NOTICE_S):
         time.sleep(_POLL_S)
-    _write("close", reason)
+    _write("close", reason, since + _END_S - time.monotonic())
     with contextlib.suppress(OSError):
         os.write(2, f"observatory: this rank was ended: {reason}\n".encode())
     os._exit(_INTERRUPTED)
@@ -172,7 +174,7 @@ def _await_reason(launcher: ProcessId, wake_up: int) -> str:
             return f"interrupted by {signal.Signals(signals[0]).name}"
 
 
-def _write(what: Literal["mark", "close"], reason: str) -> None:
+def _write(what: Literal["mark", "close"], reason: str, limit_s: float) -> None:
     """Mark or close all shards, for a limited time."""
 
     def act() -> None:
@@ -182,4 +184,4 @@ def _write(what: Literal["mark", "close"], reason: str) -> None:
 
     thread = threading.Thread(target=act, name="observatory-guard-writes", daemon=True)
     thread.start()
-    thread.join(_WRITE_S)
+    thread.join(limit_s)

@@ -77,7 +77,7 @@ def evaluate(model: nn.Module, steps: int) -> None:
 
 @torch.no_grad()
 def serve(model: nn.Module) -> None:
-    """All ranks step together until rank 0 reads a line, and print how many steps there were."""
+    """All ranks step together until rank 0 reads a line; it prints how many steps there were."""
     model.eval()
     lines: list[str] = []
     if torch.distributed.get_rank() == 0:
@@ -89,7 +89,8 @@ def serve(model: nn.Module) -> None:
         torch.distributed.broadcast(goes_on, 0)
         steps += 1
         time.sleep(0.001)
-    print(json.dumps({"steps": steps}), flush=True)
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps({"steps": steps}), flush=True)
 
 
 def main(what: str) -> Any:

@@ -88,7 +88,7 @@ def test_two_ranks_obey_commands_http_and_signals(tmp_path: Path, capfd: pytest.
     finally:
         program.kill()
     assert program.returncode == 0, err
-    steps = json.loads(out.splitlines()[0])["steps"]
+    steps = json.loads(out)["steps"]
     assert "the capture starts with step" in err
     assert "the capture stops with step" in err
     run = open_run(path)
