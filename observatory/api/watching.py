@@ -48,7 +48,6 @@ def watch(
     power: bool | Sequence[str] | None = None,
     own_devices: Sequence[str] | None = None,
     power_period_s: float = 0.05,
-    power_shifts: bool | int = False,
     align_clocks: bool = True,
     clock_timeout_s: float = 30.0,
     flight_recorder: bool = False,
@@ -94,13 +93,6 @@ def watch(
             a node. None: the GPUs that hold the model, by torch's UUIDs; name them where torch has none (CPU,
             AMD). Naming them requests power, too.
         power_period_s: time between samples, seconds.
-        power_shifts: pause for some milliseconds between steps, outside all spans, where steps move in time
-            with a power sensor that sees only part of the time, as those of A100 and H100 do (docs/power.md).
-            At most a hundredth of the time, and none where it would not help. Waits for the device first.
-            An integer N: every N consecutive steps have the same period (all prefills, say); pauses are then
-            put between equal parts of them, which helps short runs too.
-            Not with several ranks: a pause must start at one step on all of them, and where one wakes late
-            the others wait, which is what such a run measures. Energy by the counter needs no pauses.
         flight_recorder: with exchanges, also keep what torch's flight recorder states of each, as a second
             source (docs/exchange.md#the-flight-recorder-as-a-second-source).
         align_clocks: where exchanges are watched, relate the time bases of all hosts to each other at enter
@@ -152,7 +144,6 @@ def watch(
                 power=power,
                 own_devices=own_devices,
                 power_period_s=power_period_s,
-                power_shifts=power_shifts,
             ),
             labels=RunLabels(
                 model_name=model_name,

@@ -77,8 +77,6 @@ class ProfileJob(ProfileOptions):
             devices by name, separated by commas.
         rank_devices: the power device that each rank computes on, by name, in the order of ranks, separated
             by commas; None: the GPUs that hold the model.
-        power_shifts: pauses between steps where these move in time with the power sensor: ``auto`` with one
-            rank, ``on`` (refused with several), ``off``.
     """
 
     model: str
@@ -93,17 +91,10 @@ class ProfileJob(ProfileOptions):
     exchange_timeout_s: float = 60.0
     power: str = "auto"
     rank_devices: str | None = None
-    power_shifts: str = "auto"
 
     def __post_init__(self) -> None:
         ProfileOptions.__post_init__(self)
         check_least("ep", self.ep, 1, error=DataError)
-        if self.power_shifts not in ("auto", "on", "off"):
-            raise CaptureError(f"power_shifts is {self.power_shifts!r}; choose one of auto, on, off")
-        if self.power_shifts == "on" and self.power == "off":
-            raise CaptureError(
-                "power_shifts is on, but power is off; sample power, or leave power_shifts out"
-            )
         if self.rank_devices is not None and self.power == "off":
             raise CaptureError("rank_devices is given, but power is off; sample power, or leave it out")
         if self.algorithm not in ALGORITHMS:
@@ -123,11 +114,9 @@ class ProfileJob(ProfileOptions):
             CaptureError: ``rank_devices`` does not name one device for each rank.
         """
         words: dict[str, bool | None] = {"auto": None, "on": True, "off": False}
-        shifts = self.power_shifts == "on" or (self.power_shifts == "auto" and ranks == 1)
         return PowerOptions(
             power=words[self.power] if self.power in words else tuple(self.power.split(",")),
             own_devices=self.own_devices(rank=rank, ranks=ranks),
-            power_shifts=self.steps if shifts else False,
         )
 
     def own_devices(self, *, rank: int, ranks: int) -> tuple[str, ...] | None:

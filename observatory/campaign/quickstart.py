@@ -111,7 +111,6 @@ def quickstart_simulated(out: Path, *, report: Callable[[str], None]) -> list[Pa
             steps=_SIMULATED_STEPS,
             phase="both",
             power=f"replay:{recording}",
-            power_shifts="off",
         )
         run_profile(job, run)
     return [run]

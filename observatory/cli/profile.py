@@ -82,12 +82,6 @@ _OPTIONS = {
         rich_help_panel=POWER,
         help="Power device of each rank, in the order of ranks; by default the GPU that torch uses.",
     ),
-    "power_shifts": typer.Option(
-        metavar="NAME",
-        rich_help_panel=POWER,
-        help="Insert pauses where steps are synchronous with the power sensor: auto (with one rank), "
-        "on, or off.",
-    ),
 }
 
 

@@ -97,20 +97,14 @@ class PowerOptions:
             the model is on one; False for none.
         own_devices: devices that this rank computes on, by name; None: the GPUs that hold the model.
         power_period_s: time between samples.
-        power_shifts: pause between steps that move in time with the sensor; a number: steps of one period.
     """
 
     power: bool | Sequence[str] | None = None
     own_devices: Sequence[str] | None = None
     power_period_s: float = 0.05
-    power_shifts: bool | int = False
 
     def __post_init__(self) -> None:
         _check_positive("power_period_s", self.power_period_s)
-        if self.power_shifts < 0:
-            raise CaptureError(
-                f"power_shifts is {self.power_shifts}; expected True, False or a number of steps"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,12 +203,6 @@ class WatchOptions:
                 "window_steps folds steps that follow each other; capture all steps, or fold none"
             )
         ranks = self.where.world
-        if self.power.power_shifts and (ranks > 1 or self.exchange.exchanges):
-            raise CaptureError(
-                f"power_shifts is requested with {ranks} ranks or timed exchanges, where a pause of one rank "
-                "makes all others wait; leave it out (energy by the counter needs no pauses), or watch one "
-                "rank alone"
-            )
         if self.overwrite and ranks > 1 and self.run_id is None:
             raise CaptureError(
                 f"overwrite is requested with {ranks} ranks, where a late rank cannot distinguish the old "

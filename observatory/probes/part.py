@@ -62,10 +62,6 @@ class Part:
     def boundary(self, boundary: Boundary) -> None:
         """A stretch has ended."""
 
-    def after_step(self) -> bool:
-        """A step has ended on all parts; whether time passed here that belongs to no step."""
-        return False
-
     def pause(self) -> None:
         """Capture nothing until ``resume``, at as little cost as possible."""
 

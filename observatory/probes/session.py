@@ -138,10 +138,6 @@ class CaptureSession:
             raise CaptureError(f"what was counted since the last boundary is lost: {reason}") from error
         self._is_interrupted = False
 
-    def after_step(self) -> bool:
-        """Whether time passed, after a step had ended, that belongs to no step."""
-        return any([part.after_step() for part in self._parts])  # noqa: C419  # all are asked
-
     def note_interruption(self) -> None:
         """The part of the step that is taken next ended in the middle."""
         self._is_interrupted = True

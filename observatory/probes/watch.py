@@ -298,9 +298,6 @@ class Watch:
         self._is_in_step = False
 
     def _after_step(self, session: CaptureSession) -> None:
-        if not self._is_paused and session.after_step():
-            # The pause belongs to no phase, also where one is stated for the whole run.
-            session.boundary(self.steps, phase=None, ends_step=False)
         if self._control is not None:
             self._turn(self._control, session)
 

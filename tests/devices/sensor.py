@@ -168,26 +168,6 @@ def join(*loads: Load, gap_ms: float = 0.0) -> Load:
     )
 
 
-def paused(load: Load, pauses_ms: Sequence[float]) -> Load:
-    """The load in equal parts with idle pauses between them, each at the end of a step."""
-    ends = np.flatnonzero(np.diff(load.step)) + 1
-    goals = load.start_ns + (load.end_ns - load.start_ns) * np.arange(1, len(pauses_ms) + 1) / (
-        len(pauses_ms) + 1
-    )
-    at = [int(ends[np.abs(load.edge_ns[ends] - goal).argmin()]) for goal in goals]
-    length_ns = np.insert(np.diff(load.edge_ns), at, [round(pause * 1e6) for pause in pauses_ms])
-    names = list(load.name)
-    for position in reversed(at):
-        names.insert(position, "")
-    return Load(
-        edge_ns=load.start_ns + np.concatenate([[0], np.cumsum(length_ns)]),
-        power_w=np.insert(load.power_w, at, load.idle_w),
-        name=tuple(names),
-        step=np.insert(load.step, at, load.step[np.array(at) - 1]),
-        idle_w=load.idle_w,
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class SimulatedSensor:
     """How a device shows its power.

@@ -7,7 +7,7 @@ from observatory.analysis.energy.timeline import Timeline, make_timeline
 from observatory.analysis.energy.traces import PowerTrace, trace_of_frame, trace_of_readings
 from observatory.analysis.energy.windows import WindowEnergy, energy_of_window
 from observatory.analysis.energy.words import reason_words, reasons_words
-from observatory.devices.aliasing import find_aliasing, phase_shifts_ms, predicted_error, rhythm_of
+from observatory.devices.aliasing import missed_error, rhythm_of
 from observatory.devices.sensors import CALIBRATION_ERROR, SensorModel, sensor_of
 
 __all__ = [
@@ -23,12 +23,10 @@ __all__ = [
     "attribute",
     "energy_of_window",
     "energy_summary",
-    "find_aliasing",
     "fit_reuse",
     "idle_power",
     "make_timeline",
-    "phase_shifts_ms",
-    "predicted_error",
+    "missed_error",
     "reason_words",
     "reasons_words",
     "rhythm_of",

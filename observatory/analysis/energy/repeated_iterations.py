@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.edges import find_updates
 from observatory.analysis.energy.estimators import NORMAL_90
 from observatory.analysis.energy.least_squares import WIDEST_INTERVAL
 from observatory.analysis.energy.traces import PowerTrace
 from observatory.analysis.energy.windows import WindowEnergy
-from observatory.devices.aliasing import TOLERATED, StepRhythm, find_aliasing
+from observatory.devices.aliasing import TOLERATED, missed_error
 from observatory.devices.sensors import SensorModel
 from observatory.reasons import Reason
 from observatory.run.manifest import EnergyFlag
@@ -80,8 +82,9 @@ def _missed(duration_s: float, trace: PowerTrace, sensor: SensorModel, iteration
     update_ms = update_period_ms(trace, sensor)
     if update_ms is None or sensor.window_ms is None:
         return 0.0
-    rhythm = StepRhythm(period_ms=1e3 * duration_s / iterations, jitter_ms=0.0, steps=iterations)
-    return find_aliasing(rhythm, update_ms=update_ms, window_ms=sensor.window_ms, duration_s=duration_s).error
+    period_ms = 1e3 * duration_s / iterations
+    start_ns = np.rint(np.arange(iterations) * period_ms * 1e6).astype(np.int64)
+    return missed_error(start_ns, period_ms, update_ms=update_ms, window_ms=sensor.window_ms)
 
 
 def update_period_ms(trace: PowerTrace, sensor: SensorModel) -> float | None:

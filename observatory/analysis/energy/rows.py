@@ -26,7 +26,7 @@ from observatory.analysis.energy.timeline import Timeline
 from observatory.analysis.energy.traces import PowerTrace
 from observatory.analysis.energy.windows import WindowEnergy
 from observatory.analysis.energy.words import reasons_words
-from observatory.devices.aliasing import TOLERATED, find_aliasing, rhythm_of, visited_error
+from observatory.devices.aliasing import TOLERATED, missed_error, rhythm_of
 from observatory.devices.sensors import SensorModel
 from observatory.reasons import Reason
 from observatory.run.manifest import EnergyFlag
@@ -130,11 +130,7 @@ class AliasingRow:
     step_jitter_ms: float
     update_ms: float
     window_ms: float
-    positions: int | None
     error: float
-    shifts: int
-    shift_ms: float | None
-    error_after: float
 
 
 Row = TypeVar("Row")
@@ -364,12 +360,7 @@ def aliasing_rows(device: Device, trace: PowerTrace, ran: RankPhases, phases: Ti
         rhythm = rhythm_of(starts)
         if rhythm is None or not seconds.get(phase):
             continue
-        aliasing = find_aliasing(
-            rhythm, update_ms=update_ms, window_ms=sensor.window_ms, duration_s=seconds[phase]
-        )
-        error = visited_error(starts, rhythm.period_ms, update_ms=update_ms, window_ms=sensor.window_ms)
-        # Pauses that were made, or the steps' own wandering, may have removed the error already.
-        pauses = aliasing.shifts_ms if error > max(TOLERATED, aliasing.error_after) else ()
+        error = missed_error(starts, rhythm.period_ms, update_ms=update_ms, window_ms=sensor.window_ms)
         rows.append(
             AliasingRow(
                 source_rank=device.rank,
@@ -379,11 +370,7 @@ def aliasing_rows(device: Device, trace: PowerTrace, ran: RankPhases, phases: Ti
                 step_jitter_ms=rhythm.jitter_ms,
                 update_ms=update_ms,
                 window_ms=sensor.window_ms,
-                positions=aliasing.positions,
                 error=error,
-                shifts=len(pauses),
-                shift_ms=pauses[0] if pauses else None,
-                error_after=aliasing.error_after if pauses else error,
             )
         )
     return rows

@@ -56,7 +56,7 @@ _WORDS: dict[Code, str | Callable[[Mapping[str, Any], str], str]] = {
     Code.NO_POSITIVE_ENERGY: "the device reported no energy above 0",
     Code.NO_POSITIVE_POWER: "no power above 0 explains the updates: something that is in no span draws power",
     Code.LAG_NOT_KNOWN: "the steps move in time with the sensor, so neither its lag nor the power can be "
-    "determined: insert phase shifts (docs/energy.md#aliasing), vary the order, or repeat the phase for 5 s",
+    "determined: vary the order, or repeat the phase for 5 s",
     Code.UPDATE_TIMES_UNCERTAIN: lambda v, _: (
         f"the times of updates are known to {v['error_ms']:.1f} ms only, which changes the power by "
         f"{100 * v['change']:.0f} %: the phase is too short for that"

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from observatory.errors import DeviceError
 from observatory.host.children import python_module
 from observatory.probes.power.job import SamplerJob, SamplerReady, SamplerReport
-from observatory.run.manifest import DeviceCalibration, DeviceSpec, RankPower
+from observatory.run.manifest import DeviceSpec, RankPower
 from observatory.run.records import Record
 
 #: How long the process may take to start: a cold driver takes several seconds to be opened.
@@ -112,11 +112,6 @@ class PowerSampler:
     def devices(self) -> tuple[DeviceSpec, ...]:
         """What is sampled; empty before ``start``."""
         return self._ready.devices
-
-    @property
-    def calibration(self) -> dict[str, DeviceCalibration]:
-        """What the calibration measured, per device UUID."""
-        return self._ready.calibration
 
     def begun(self) -> RankPower:
         """What is sampled and how, before anything of it is known to have ended."""

@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import JsonValue
-
 from observatory.devices.find import local_devices, open_device, readable_devices
 from observatory.devices.words import gpu_words
 from observatory.errors import CaptureError, DeviceError, ModelError
@@ -30,8 +28,6 @@ from observatory.run.manifest import RankPower
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from observatory.probes.power.pauses import PhaseShifts
 
 
 class WatchedPower(Part):
@@ -58,7 +54,6 @@ class WatchedPower(Part):
         self._reason: str | None = None
         #: Keep other ranks of the node from sampling the same devices, while this one does.
         self._claims: tuple[socket.socket, ...] = ()
-        self._pauses: PhaseShifts | None = None
         self._notes: tuple[str, ...] = ()
         self._is_closed = False
 
@@ -81,15 +76,9 @@ class WatchedPower(Part):
                 if wanted is not None and wanted is not True:
                     raise CaptureError(f"power cannot be sampled: {error}") from error
                 self._reason = str(error)
-        if options.power_shifts:
-            self._pauses = self._pauses_between_steps(options.power_shifts)
         self._writer.set_power(
             RankPower(own_devices=self._own_devices) if self._sampler is None else self._sampler.begun()
         )
-
-    def after_step(self) -> bool:
-        """Pause, where steps move in time with the sensor."""
-        return self._pauses is not None and self._pauses.after_step()
 
     def close(self) -> None:
         """End sampling, and state what was sampled and why not more."""
@@ -118,10 +107,6 @@ class WatchedPower(Part):
         del steps
         return self._notes
 
-    def config(self) -> dict[str, JsonValue]:
-        """The pauses that were made."""
-        return {} if self._pauses is None else {"power_shifts": self._pauses.summary()}
-
     def _start(self, wanted: bool | Sequence[str] | None) -> None:
         where = self._where
         selectors, self._reason = _selectors(wanted, where)
@@ -138,22 +123,6 @@ class WatchedPower(Part):
             )
             sampler.start()
             self._sampler = sampler
-
-    def _pauses_between_steps(self, steps: bool | int) -> PhaseShifts:
-        """Pauses for the sensors of the devices that this rank samples; ``steps`` of one period, if known."""
-        from observatory.devices.sensors import sensor_of
-        from observatory.probes.power.pauses import PhaseShifts
-
-        sensors = []
-        if self._sampler is not None:
-            for spec in self._sampler.devices:
-                measured = self._sampler.calibration.get(spec.uuid or "")
-                sensors.append(sensor_of(spec.name, measured, kind=spec.kind))
-        return PhaseShifts(
-            sensors,
-            synchronise=lambda: _synchronise(self._model),
-            steps=None if steps is True else int(steps),
-        )
 
 
 def _selectors(wanted: bool | Sequence[str] | None, where: RankOf) -> tuple[tuple[str, ...], str | None]:
@@ -203,14 +172,6 @@ def _claimed(run: Path, selectors: tuple[str, ...]) -> tuple[tuple[socket.socket
 def _close(claims: Sequence[socket.socket]) -> None:
     for claim in claims:
         claim.close()
-
-
-def _synchronise(model: nn.Module) -> None:
-    """Wait for the devices of the model."""
-    import torch
-
-    for device in {parameter.device for parameter in model.parameters() if parameter.is_cuda}:
-        torch.cuda.synchronize(device)
 
 
 def _own_devices(model: nn.Module, selectors: Sequence[str] | None) -> tuple[str, ...]:

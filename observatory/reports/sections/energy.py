@@ -33,7 +33,6 @@ _ALIASING = (
     Column(name="step_period_ms", title="step", unit="ms", digits=1),
     Column(name="update_ms", title="update period", unit="ms", digits=0),
     Column(name="error", title="integrated power off by up to", unit="%", digits=1),
-    Column(name="cure", title="remedy", text=True),
 )
 
 
@@ -294,18 +293,11 @@ def _aliasing_sentences(frames: ReportFrames, power: PowerFrames) -> list[str]:
         f"Warning: in {run_text(frames, row.run)}, steps of {plain(row.phase)} take "
         f"{number(row.step_period_ms, 1)} ms and move in time with the power sensor (update period "
         f"{number(row.update_ms, 0)} ms): its integrated power may be off by up to "
-        f"{percent(row.error, 0)}; {_cure(row)}. Energy by the counter is not affected."
+        f"{percent(row.error, 0)}. Energy by the counter is not affected, nor steps of another length."
         for row in each_row(rows.head(_MOST_WARNINGS))
     ]
     more = len(rows) - len(sentences)
     return [*sentences, *([f"{more} more such phases are in the last table below."] if more > 0 else [])]
-
-
-def _cure(row: Any) -> str:
-    if not row.error_after < row.error:
-        return "no pause helps, a longer run does"
-    pauses = "a pause" if row.shifts == 1 else f"{row.shifts} pauses"
-    return f"{pauses} of {number(row.shift_ms, 1)} ms would leave {percent(row.error_after)}"
 
 
 def _aliasing_table(frames: ReportFrames, rows: pd.DataFrame) -> Table:
@@ -316,7 +308,6 @@ def _aliasing_table(frames: ReportFrames, rows: pd.DataFrame) -> Table:
                 text=plain(row.phase),
                 detail=f"{run_text(frames, row.run)}, rank {row.source_rank}",
             ),
-            "cure": _cure(row),
         }
         for row in each_row(rows.head(_MOST_ROWS))
     ]

@@ -11,13 +11,13 @@ from observatory.analysis.energy import Attribution, attribute, idle_power, make
 from observatory.analysis.energy.codes import EnergyCode
 from observatory.analysis.energy.design import IDLE
 from observatory.analysis.energy.least_squares import solve_phases
-from observatory.analysis.energy.observations import counter_observations, power_observations
+from observatory.analysis.energy.observations import counter_observations
 from observatory.analysis.energy.phases import rank_phases
 from observatory.analysis.energy.repetition import repeated_stretches
 from observatory.analysis.energy.traces import PowerTrace, trace_of_frame
 from observatory.reasons import Reason
 from tests.analysis.energy.runs import codes, timeline_of
-from tests.devices.sensor import Load, SimulatedSensor, bursts, join, paused, spans_of, steps
+from tests.devices.sensor import Load, SimulatedSensor, bursts, join, spans_of, steps
 
 pytestmark = pytest.mark.slow
 
@@ -157,18 +157,6 @@ def test_what_is_refused_says_why_and_what_to_do() -> None:
         assert phase.low_mw is None
         assert phase.method is None
     assert found.energy_mj is None
-
-
-def test_pauses_that_shift_the_phase_cure_a_locked_run() -> None:
-    load = paused(CONSTANT["100 ms steps"](), (25.0, 25.0, 25.0))
-    seen = power_observations(trace(load), H100)
-    assert not isinstance(seen, Reason)
-    found = solve_phases(seen, timeline_of(load))
-    for name, (truth_w, _) in load.truth().items():
-        answer = found.of(name or IDLE)
-        if name:
-            assert answer is not None, found.reasons
-            assert answer[0] == pytest.approx(truth_w * 1e3, rel=0.05)
 
 
 def test_a_run_that_is_too_short_is_refused() -> None:
