@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +47,18 @@ _COLUMNS = [
     "gate_mass",
     "partial",
 ]
+
+#: Columns of a block over windows and ranks: of `RoutingColumns`, and what stands where a rank has no row.
+_DENSE: dict[str, tuple[str, float]] = {
+    "tokens_SP": ("tokens_N", 0),
+    "assignments_SP": ("assignments_N", 0),
+    "load_SPE": ("load_NE", 0),
+    "gate_mass_SPE": ("gate_mass_NE", np.nan),
+    "step_max_over_mean_SP": ("step_max_over_mean_N", np.nan),
+    "partial_SP": ("partial_N", 0),
+}
+#: Those of them that not every row has.
+_SELDOM = ("gate_mass_SPE", "step_max_over_mean_SP", "partial_SP")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -257,76 +271,94 @@ def _cut(pieces: list[_Piece], ranks: Int64, max_block_bytes: int) -> Iterator[L
     sizes = [piece.rows.step_N.size for piece in pieces]
     piece_N = np.repeat(np.arange(len(pieces)), sizes)
     row_N = np.concatenate([np.arange(size) for size in sizes])
-    step_N = np.concatenate([piece.rows.step_N for piece in pieces])
-    window_N = np.concatenate([piece.rows.window_steps_N for piece in pieces])
-    layer_N = np.concatenate([piece.rows.layer_N for piece in pieces])
-    phase_N = np.concatenate([piece.rows.phase_N for piece in pieces])
-    order = np.lexsort((piece_N, window_N, step_N, layer_N, phase_N))
-    changes = np.flatnonzero((np.diff(layer_N[order]) != 0) | (np.diff(phase_N[order]) != 0)) + 1
-    most = max(1, max_block_bytes // (ranks.size * experts * 8))
-    for rows in np.split(order, changes):
-        new = np.ones(rows.size, dtype=bool)
-        new[1:] = (np.diff(step_N[rows]) != 0) | (np.diff(window_N[rows]) != 0)
-        s_N = np.cumsum(new) - 1
-        for first in range(0, int(s_N[-1]) + 1, most):
-            here = rows[(s_N >= first) & (s_N < first + most)]
-            s_here = s_N[(s_N >= first) & (s_N < first + most)] - first
-            yield _block(pieces, piece_N[here], row_N[here], s_here, ranks)
+    key_N = [
+        np.concatenate([getattr(piece.rows, name) for piece in pieces])
+        for name in ("phase_N", "layer_N", "step_N", "window_steps_N")
+    ]
+    order = np.lexsort((piece_N, *reversed(key_N)))
+    piece_N, row_N, (phase_N, layer_N, step_N, window_N) = (
+        piece_N[order], row_N[order], [column[order] for column in key_N]
+    )  # fmt: skip
+    of_block = _changes(phase_N) | _changes(layer_N)
+    of_window = of_block | _changes(step_N) | _changes(window_N)
+    k_N = np.cumsum(of_window) - 1
+    row_K = np.append(np.flatnonzero(of_window), len(order))
+    starts = [*k_N[of_block].tolist(), len(row_K) - 1]
+    for edges in _edges(starts, max(1, max_block_bytes // (ranks.size * experts * 8))):
+        first, last = edges[0], edges[-1]
+        here = slice(row_K[first], row_K[last])
+        dense = _dense(pieces, piece_N[here], row_N[here], k_N[here] - first, (last - first, ranks.size))
+        for start, end in pairwise(edges):
+            n = row_K[start]
+            values = {name: column[start - first : end - first] for name, column in dense.items()}
+            block = LoadBlock(
+                phase=PHASES[phase_N[n]],
+                layer=int(layer_N[n]),
+                experts=experts,
+                step_S=step_N[row_K[start:end]],
+                window_steps_S=window_N[row_K[start:end]],
+                source_rank_P=ranks,
+                **{name: array for name, array in values.items() if name not in _SELDOM or _any(array)},
+            )
+            if np.count_nonzero(block.present_SP) != row_K[end] - n:
+                raise RunFormatError(
+                    f"layer {block.layer} in {block.phase} has two rows of one rank for one step between "
+                    f"{block.step_S[0]} and {block.step_S[-1]}",
+                    expected="one row per step, layer and source rank",
+                )
+            yield block
 
 
-def _block(
-    pieces: list[_Piece], piece_N: npt.NDArray[np.intp], row_N: npt.NDArray[np.intp], s_N: Int64, ranks: Int64
-) -> LoadBlock:
-    """One dense block of rows that are sorted by window and then by piece."""
-    first = pieces[piece_N[0]].rows
-    experts = first.load_NE.shape[1]
-    shape = (int(s_N[-1]) + 1, ranks.size)
-    step_S, window_S = np.zeros(shape[0], np.int64), np.zeros(shape[0], np.int64)
-    tokens_SP, assignments_SP = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    load_SPE = np.zeros((*shape, experts), np.int64)
-    present_SP = np.zeros(shape, dtype=bool)
-    used = np.unique(piece_N)
-    mass = any(pieces[i].rows.gate_mass_NE is not None for i in used)
-    extremes = any(pieces[i].rows.step_max_over_mean_N is not None for i in used)
-    partial = any(pieces[i].rows.partial_N is not None for i in used)
-    gate_mass_SPE = np.full((*shape, experts), np.nan) if mass else None
-    step_max_over_mean_SP = np.full(shape, np.nan) if extremes else None
-    partial_SP = np.zeros(shape, dtype=bool) if partial else None
+def _changes(values_N: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Whether a value differs from the one before; True for the first."""
+    changes = np.ones(values_N.size, dtype=bool)
+    np.not_equal(values_N[1:], values_N[:-1], out=changes[1:])
+    return changes
+
+
+def _any(values: npt.NDArray[Any]) -> bool:
+    """Whether a column that not all rows have holds anything."""
+    return bool((~np.isnan(values) if values.dtype.kind == "f" else values).any())
+
+
+def _edges(starts: list[int], most: int) -> Iterator[list[int]]:
+    """Edges of blocks that follow each other and have at most ``most`` windows together.
+
+    Args:
+        starts: first window of each phase and layer, then the number of all windows.
+        most: windows, at least 1; a phase and layer with more is cut.
+    """
+    edges = starts[:1]
+    for start, end in pairwise(starts):
+        if end - edges[0] > most and start > edges[0]:
+            yield edges
+            edges = [start]
+        while end - edges[0] > most:
+            yield [edges[0], edges[0] + most]
+            edges = [edges[0] + most]
+        edges.append(end)
+    yield edges
+
+
+def _dense(
+    pieces: list[_Piece],
+    piece_N: npt.NDArray[np.intp],
+    row_N: npt.NDArray[np.intp],
+    k_N: npt.NDArray[np.intp],
+    shape: tuple[int, int],
+) -> dict[str, npt.NDArray[Any]]:
+    """Columns of `LoadBlock` over windows k and ranks, of these rows of the pieces."""
+    dense: dict[str, npt.NDArray[Any]] = {"present_SP": np.zeros(shape, dtype=bool)}
     order = np.argsort(piece_N, kind="stable")
-    for group in np.split(order, np.flatnonzero(np.diff(piece_N[order])) + 1):
-        piece = pieces[piece_N[group[0]]]
-        rows, s, n, p = piece.rows, s_N[group], row_N[group], piece.p
-        step_S[s] = rows.step_N[n]
-        window_S[s] = rows.window_steps_N[n]
-        tokens_SP[s, p] = rows.tokens_N[n]
-        assignments_SP[s, p] = rows.assignments_N[n]
-        load_SPE[s, p] = rows.load_NE[n]
-        present_SP[s, p] = True
-        if gate_mass_SPE is not None and rows.gate_mass_NE is not None:
-            gate_mass_SPE[s, p] = rows.gate_mass_NE[n]
-        if step_max_over_mean_SP is not None and rows.step_max_over_mean_N is not None:
-            step_max_over_mean_SP[s, p] = rows.step_max_over_mean_N[n]
-        if partial_SP is not None and rows.partial_N is not None:
-            partial_SP[s, p] = rows.partial_N[n]
-    phase, layer = PHASES[first.phase_N[row_N[0]]], int(first.layer_N[row_N[0]])
-    if np.count_nonzero(present_SP) != s_N.size:
-        raise RunFormatError(
-            f"layer {layer} in {phase} has two rows of one rank for one step between {step_S[0]} and "
-            f"{step_S[-1]}",
-            expected="one row per step, layer and source rank",
-        )
-    return LoadBlock(
-        phase=phase,
-        layer=layer,
-        experts=experts,
-        step_S=step_S,
-        window_steps_S=window_S,
-        source_rank_P=ranks,
-        tokens_SP=tokens_SP,
-        assignments_SP=assignments_SP,
-        load_SPE=load_SPE,
-        present_SP=present_SP,
-        gate_mass_SPE=gate_mass_SPE,
-        step_max_over_mean_SP=step_max_over_mean_SP,
-        partial_SP=partial_SP,
-    )
+    for part in np.split(order, np.flatnonzero(np.diff(piece_N[order])) + 1):
+        piece, n = pieces[piece_N[part[0]]], row_N[part]
+        at = k_N[part] * shape[1] + piece.p
+        dense["present_SP"].reshape(-1)[at] = True
+        for name, (column, missing) in _DENSE.items():
+            values = getattr(piece.rows, column)
+            if values is None:
+                continue
+            if name not in dense:
+                dense[name] = np.full((*shape, *values.shape[1:]), missing, values.dtype)
+            dense[name].reshape(-1, *values.shape[1:])[at] = values[n]
+    return dense

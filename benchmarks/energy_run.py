@@ -1,33 +1,22 @@
-"""A day of power of many devices: processor time and memory of ``observatory energy`` and ``report``.
+"""A run with a day of power of 8 devices as the sampler writes it: all every 50 ms, a flush every 10 s.
 
-    python -m benchmarks.energy_load DIRECTORY [--hours 24] [--devices 8] [--command energy --command report]
-
-Protocol: a seeded run is written under DIRECTORY through `TableAppender`, as the sampler writes: all
-devices every 50 ms, a flush every 10 s, 13.8 million rows in 24 hours of 8 devices. Each command then runs
-in a process of its own; its processor time and the peak of its resident memory are the kernel's
-(``wait4``). The run is left in DIRECTORY and used again where it is there.
-
-The run: one rank per device, rank 0 samples all. Each rank serves batches: prefill for 3 to 9 s, decode for
-8 to 30 s, a pause of 0.2 to 3 s; spans of about a second. A device draws 620 W, 340 W and 95 W in them,
-give or take 5 % per stretch. Its counter is updated every 100 ms; its power, the mean of 25 ms with 1 %
-noise, too. No GPU takes part.
+One rank per device, rank 0 samples all. Each rank serves batches: prefill for 3 to 9 s, decode for 8 to 30 s,
+a pause of 0.2 to 3 s; spans of about a second. A device draws 620 W, 340 W and 95 W in them, give or take 5 %
+per stretch. Its counter is updated every 100 ms; its power, the mean of 25 ms with 1 % noise, too. No GPU
+takes part.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from benchmarks.command_cost import command_cost
 from observatory.host.provenance import new_manifest
 from observatory.run import RunWriter, TableAppender
+from observatory.run.appender import _GrowingPart
 from observatory.run.manifest import DeviceSpec, ModelSpec, MoeLayerSpec, RankPower, Topology
 
 Float64 = npt.NDArray[np.float64]
@@ -113,10 +102,28 @@ class Device:
         )
 
 
-def generate(path: Path, hours: float, count: int) -> None:
+class PartsOnce(TableAppender):
+    """Leaves the parts that a `TableAppender` leaves, but writes each once, not again at every flush."""
+
+    _kept: tuple[Path, _GrowingPart, pa.Schema] | None = None
+
+    def _write(self, folder: Path, part: _GrowingPart, schema: pa.Schema) -> _GrowingPart:
+        if self._kept is not None and self._kept[1].number != part.number:
+            super()._write(*self._kept)
+        self._kept = folder, part, schema
+        return part
+
+    def close(self) -> None:
+        """Write what is left."""
+        super().close()
+        if self._kept is not None:
+            super()._write(*self._kept)
+
+
+def energy_run(path: Path, scale: float) -> None:
     """Write the run."""
-    start_ns = 1_000_000_000_000
-    end_ns = start_ns + int(hours * 3600e9)
+    start_ns, count = 1_000_000_000_000, 8
+    end_ns = start_ns + int(scale * 24 * 3600e9)
     devices = [Device(number, start_ns, end_ns) for number in range(count)]
     specs = tuple(
         DeviceSpec(kind="gpu", name="NVIDIA H100 80GB HBM3", uuid=device.uuid, enforced_limit_mw=700_000)
@@ -137,47 +144,17 @@ def generate(path: Path, hours: float, count: int) -> None:
         )
         if rank:
             writer.close()
-    appender = TableAppender(path, rank=0, ranks=count)
+    appender = PartsOnce(path, rank=0, ranks=count)
     names = np.array([device.uuid for device in devices])
-    for first_ns in range(start_ns, end_ns, FLUSH_NS):
-        due_ns = np.arange(first_ns, min(first_ns + FLUSH_NS, end_ns), POLL_NS)
+    for first_ns in range(start_ns, end_ns, 60 * FLUSH_NS):
+        due_ns = np.arange(first_ns, min(first_ns + 60 * FLUSH_NS, end_ns), POLL_NS)
         columns = [device.columns(due_ns + 300_000 * number) for number, device in enumerate(devices)]
         joined = {name: np.stack([one[name] for one in columns], axis=1).reshape(-1) for name in columns[0]}
         uuid = pa.array(np.tile(names, len(due_ns)).astype(str))
-        appender.append("power", pa.table({**joined, "device_uuid": uuid}))
-        appender.flush()
+        rows = pa.table({**joined, "device_uuid": uuid})
+        size = FLUSH_NS // POLL_NS * count
+        for first in range(0, len(rows), size):
+            appender.append("power", rows.slice(first, size))
+            appender.flush()
     appender.close()
     creator.close()
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--hours", type=float, default=24.0)
-    parser.add_argument("--devices", type=int, default=8)
-    parser.add_argument("--command", action="append", choices=("energy", "report"), help="default: both")
-    options = parser.parse_args()
-    path = options.directory / f"energy-{options.hours:g}h-{options.devices}"
-    if not path.exists():
-        began = time.monotonic()
-        generate(path, options.hours, options.devices)
-        print(f"generated in {time.monotonic() - began:.0f} s")
-    rows = round(options.hours * 3600e9 / POLL_NS) * options.devices
-    size = sum(file.stat().st_size for file in (path / "power").rglob("*.parquet"))
-    what = f"{options.hours:g} h of {options.devices} devices"
-    print(f"{what}: {rows / 1e6:.1f} M rows, {size / 2**20:.0f} MiB of Parquet")
-    with tempfile.TemporaryDirectory(dir=options.directory) as scratch:
-        for command in options.command or ("energy", "report"):
-            more = ["--json"] if command == "energy" else ["--out", f"{scratch}/report.html"]
-            cost = command_cost([command, str(path), *more], Path(scratch, command))
-            print(
-                f"{command}: {cost.processor_s:.1f} s of processor time, {cost.wall_s:.1f} s, "
-                f"{cost.peak_bytes / 2**20:.0f} MiB at most"
-            )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
