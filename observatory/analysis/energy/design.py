@@ -7,16 +7,14 @@ An observation describes another time than its window states. Three numbers desc
 with a time constant of milliseconds, so that an observation holds a little of what was before it.
 
 All shifts that explain the observations count, not only the best. The sum of squared residuals at the best
-powers is a function of (lag, drift, smear). It may have many valleys: steps that repeat exactly look much the
-same a step later, or earlier, or with time reversed. So the whole range is searched, every valley is followed
-down, and every trial that is not significantly above the least is plausible. Of these the region's edges are
-looked for: if plausible trials give different powers, or one of them cannot separate the phases, the powers
-are not known.
+powers may have many valleys: steps that repeat exactly look much the same a step later, or earlier. So the
+whole range of lags is searched, every valley is followed down, and every trial that is not significantly
+above the least is plausible. Of these the region's edges are looked for: if plausible trials give different
+powers, or one of them cannot separate the phases, the powers are not known.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -40,9 +38,10 @@ _DELAY_D = -np.log(1 - (np.arange(_DELAYS) + 0.5) / _DELAYS)
 _FINEST_NS, _COARSEST_NS = 0.7e6, 4e6
 #: Observations that are searched: fewer when there are many trials.
 _MOST_ROWS, _FEWEST_SEARCHED, _MOST_SEARCHED = 3_000_000, 300, 2000
-_VALLEYS, _ROUNDS, _FINER = 24, 5, 0.3
+#: Valleys that are followed, and how.
+_VALLEYS, _ROUNDS, _FINER = 24, 5, 0.4
 #: Time constants of the smear that are tried; in how many valleys; in how many rounds they are refined.
-_SMEARS_NS, _SMEARED_VALLEYS, _SMEAR_ROUNDS = np.array([0.7, 1.5, 3.0, 6.0, 12.0]) * 1e6, 6, 4
+_SMEARS_NS, _SMEARED_VALLEYS, _SMEAR_ROUNDS = np.array([0.7, 1.5, 3.0, 6.0, 12.0]) * 1e6, 4, 4
 #: How often the plausible region is followed outwards, with steps that become finer.
 _OUTWARDS = 5
 #: A trial is implausible at this level of chi-squared with three parameters, for all of the grid together:
@@ -119,13 +118,12 @@ class Design:
 
     def _designs(self, shift_Q3: Float64, start_N: Float64, end_N: Float64) -> Float64:
         """Designs at shifts that are all smeared or all not, (Q, N, J)."""
-        lag_QN, drift_QN = shift_Q3[:, 0, None], shift_Q3[:, 1, None]
         delays = _DELAY_D - _DELAY_D.mean() if shift_Q3[:, 2].any() else np.zeros(1)
         total: Float64 | float = 0.0
         for delay in delays:
-            back_QN = lag_QN + delay * shift_Q3[:, 2, None]
-            start_QN = start_N - back_QN - drift_QN * self._place_2N[0]
-            end_QN = end_N - back_QN - drift_QN * self._place_2N[1]
+            back_Q1 = (shift_Q3[:, 0] + delay * shift_Q3[:, 2])[:, None]
+            start_QN = start_N - back_Q1 - shift_Q3[:, 1, None] * self._place_2N[0]
+            end_QN = end_N - back_Q1 - shift_Q3[:, 1, None] * self._place_2N[1]
             total = total + self._seconds(start_QN.ravel(), end_QN.ravel())
         return np.asarray(total / len(delays)).reshape(len(shift_Q3), len(start_N), -1)
 
@@ -188,35 +186,6 @@ def nnls(gram_QJJ: Float64, right_QJ: Float64) -> Float64:
     return np.where(absent_QJ, np.nan, solved_QJ / scale_QJ)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Range:
-    """What is searched."""
-
-    low: float
-    high: float
-    drift: float
-    step: float
-
-    def axes(self) -> tuple[Float64, Float64]:
-        lags = np.linspace(self.low, self.high, max(3, round((self.high - self.low) / self.step) + 1))
-        half = max(1, round(self.drift / (2 * self.step)))
-        return lags, self.drift * np.arange(-half, half + 1) / half
-
-    def around(self, trial: Float64, step: Float64, points: tuple[int, int, int]) -> Float64:
-        """A grid around a trial, within the range."""
-        lags, drifts, smears = (
-            centre + reach * np.linspace(-1, 1, count) if count > 1 else np.array([centre])
-            for centre, reach, count in zip(trial, step, points, strict=True)
-        )
-        lags = np.unique(np.clip(lags, self.low, self.high))
-        smears = np.unique(np.maximum(smears, 0.0))
-        return _grid(lags, drifts, smears)
-
-
-def _grid(lags: Float64, drifts: Float64, smears: Float64) -> Float64:
-    return np.stack(np.meshgrid(lags, drifts, smears, indexing="ij"), axis=-1).reshape(-1, 3)
-
-
 def plausible_shifts(whole: Design) -> list[Shift]:
     """Shifts that explain the observations.
 
@@ -224,61 +193,35 @@ def plausible_shifts(whole: Design) -> list[Shift]:
     """
     observed = whole.observed
     length_ns = whole.timeline.end_ns_M - whole.timeline.start_ns_M
-    searched = _Range(
-        low=observed.lag_low_ns - observed.shift_ns - observed.own_ns,
-        high=observed.lag_high_ns + observed.shift_ns + observed.own_ns,
-        drift=observed.shift_ns,
-        step=float(np.clip(np.quantile(length_ns, 0.2) / 3, _FINEST_NS, _COARSEST_NS)),
-    )
-    lags, drifts = searched.axes()
-    most = _MOST_ROWS // (len(lags) * len(drifts))
-    design = whole.thinned(int(np.clip(most, _FEWEST_SEARCHED, _MOST_SEARCHED)))
-    tried = _Tried(design, places=len(lags) * len(drifts))
-    tried.add(_grid(lags, drifts, np.zeros(1)))
+    reach_ns = observed.shift_ns + observed.own_ns
+    low, high = observed.lag_low_ns - reach_ns, observed.lag_high_ns + reach_ns
+    step_ns = float(np.clip(np.quantile(length_ns, 0.2) / 3, _FINEST_NS, _COARSEST_NS))
+    lags = np.linspace(low, high, max(3, round((high - low) / step_ns) + 1))
+    half = max(1, round(observed.shift_ns / (2 * step_ns)))
+    drifts = observed.shift_ns * np.arange(-half, half + 1) / half
+    grid = _grid(lags, drifts, np.zeros(1))
+    most = int(np.clip(_MOST_ROWS // len(grid), _FEWEST_SEARCHED, _MOST_SEARCHED))
+    tried = _Tried(whole.thinned(most), grid)
     step = np.array([lags[1] - lags[0], drifts[1] - drifts[0], 0.0])
-    _follow(tried, searched, (len(lags), len(drifts)), step)
-    _spread(tried, searched, step + np.array([0.0, 0.0, 1e6]))
+    # All valleys are followed equally far, so that they can be compared: one may be narrower than the grid.
+    lows = tried.lowest(tried.valleys((len(lags), len(drifts))), _VALLEYS)
+    for finer in _FINER ** np.arange(_ROUNDS):
+        lows = tried.descend(lows, step * finer, (5, 5, 1))
+    lows = tried.lowest(lows, _SMEARED_VALLEYS)
+    smeared = np.concatenate([lows + np.array([0.0, 0.0, smear]) for smear in _SMEARS_NS])
+    lows = tried.lowest(tried.descend(smeared, step, (9, 1, 1)), _SMEARED_VALLEYS)
+    step[2] = 1.5e6
+    for finer in 0.5 ** np.arange(1, _SMEAR_ROUNDS + 1):
+        lows = tried.descend(lows, step * finer, (5, 3, 3))
+    # From the plausible trials whose answers differ most, on to others that are plausible, too.
+    for finer in 0.6 ** np.arange(_OUTWARDS):
+        outer = tried.trial_Q3[tried.extremes()]
+        tried.add(np.concatenate([tried.around(trial, step * finer, (5, 3, 3)) for trial in outer]))
     return [Shift(*map(float, tried.trial_Q3[q])) for q in tried.extremes()]
 
 
-def _follow(tried: _Tried, searched: _Range, shape: tuple[int, int], step: Float64) -> None:
-    """Follow every valley of the grid down: along the drift at each lag, then freely, then with smears.
-
-    The first finds valleys that are long and narrow, in which lag and powers make up for each other. All are
-    followed equally far, so that they can be compared: a valley may be narrower than the grid.
-    """
-    squares_LD = tried.squares_Q.reshape(shape)
-    lows = tried.trial_Q3[_lowest(squares_LD, ((0, -1), (0, 1)))]
-    for finer in _FINER ** np.arange(_ROUNDS):
-        lows = tried.descend(lows, searched, step * finer, (1, 5, 1))
-    around = tuple((a, b) for a in (-1, 0, 1) for b in (-1, 0, 1) if a or b)
-    lows = tried.lowest(np.concatenate([lows, tried.trial_Q3[_lowest(squares_LD, around)]]), step, _VALLEYS)
-    for finer in _FINER ** np.arange(_ROUNDS):
-        lows = tried.descend(lows, searched, step * finer, (5, 5, 1))
-    lows = tried.lowest(lows, step, _SMEARED_VALLEYS)
-    smeared = np.concatenate([lows + smear for smear in np.outer(_SMEARS_NS, [0, 0, 1])])
-    smeared = tried.descend(smeared, searched, step, (9, 1, 1))
-    lows = tried.lowest(smeared, step + np.array([0, 0, 0.5e6]), _SMEARED_VALLEYS)
-    step = step + np.array([0, 0, 1.5e6])
-    for finer in 0.5 ** np.arange(1, _SMEAR_ROUNDS + 1):
-        lows = tried.descend(lows, searched, step * finer, (5, 3, 3))
-
-
-def _lowest(squares_LD: Float64, neighbours: tuple[tuple[int, int], ...]) -> npt.NDArray[np.int64]:
-    """Trials of a grid that none of their neighbours is below."""
-    padded = np.pad(squares_LD, 1, constant_values=np.inf)
-    rows, columns = squares_LD.shape
-    lowest = np.ones_like(squares_LD, dtype=bool)
-    for a, b in neighbours:
-        lowest &= squares_LD <= padded[1 + a : 1 + a + rows, 1 + b : 1 + b + columns]
-    return np.flatnonzero(lowest).astype(np.int64)
-
-
-def _spread(tried: _Tried, searched: _Range, step: Float64) -> None:
-    """From the plausible trials whose answers differ most, on to others that are plausible, too."""
-    for finer in 0.6 ** np.arange(_OUTWARDS):
-        outer = tried.trial_Q3[tried.extremes()]
-        tried.add(np.concatenate([searched.around(trial, step * finer, (5, 5, 3)) for trial in outer]))
+def _grid(lags: Float64, drifts: Float64, smears: Float64) -> Float64:
+    return np.stack(np.meshgrid(lags, drifts, smears, indexing="ij"), axis=-1).reshape(-1, 3)
 
 
 def _enough(design: Design, least: float, places: int) -> float:
@@ -299,12 +242,23 @@ def _enough(design: Design, least: float, places: int) -> float:
 class _Tried:
     """All trials so far."""
 
-    def __init__(self, design: Design, *, places: int) -> None:
-        self._design, self._places = design, places
+    def __init__(self, design: Design, grid_Q3: Float64) -> None:
+        self._design, self._places = design, len(grid_Q3)
+        self._low, self._high = grid_Q3.min(axis=0), grid_Q3.max(axis=0)
+        self._high[2] = np.inf
         self.trial_Q3 = np.empty((0, 3))
         self.power_QJ = np.empty((0, len(design.names)))
         self.squares_Q = np.empty(0)
         self.condition_Q = np.empty(0)
+        self.add(grid_Q3)
+
+    def valleys(self, shape: tuple[int, int]) -> Float64:
+        """Of the grid of lags and drifts, the best drift at each lag that no neighbouring lag is below."""
+        squares_LD = self.squares_Q.reshape(shape)
+        squares_L = np.pad(squares_LD.min(axis=1), 1, constant_values=np.inf)
+        is_low_L = (squares_L[1:-1] <= squares_L[:-2]) & (squares_L[1:-1] <= squares_L[2:])
+        place = np.flatnonzero(is_low_L) * shape[1] + squares_LD.argmin(axis=1)[is_low_L]
+        return np.asarray(self.trial_Q3[place])
 
     def add(self, trial_Q3: Float64) -> Float64:
         """Try more; their sums of squares."""
@@ -315,23 +269,24 @@ class _Tried:
         self.condition_Q = np.concatenate([self.condition_Q, condition_Q])
         return squares_Q
 
-    def descend(
-        self, start_V3: Float64, searched: _Range, step: Float64, points: tuple[int, int, int]
-    ) -> Float64:
+    def around(self, trial: Float64, step: Float64, points: tuple[int, int, int]) -> Float64:
+        """A grid around a trial, within the range."""
+        axes = (
+            centre + reach * (np.linspace(-1, 1, count) if count > 1 else np.zeros(1))
+            for centre, reach, count in zip(trial, step, points, strict=True)
+        )
+        limits = zip(axes, self._low, self._high, strict=True)
+        return _grid(*(np.unique(np.clip(axis, low, high)) for axis, low, high in limits))
+
+    def descend(self, start_V3: Float64, step: Float64, points: tuple[int, int, int]) -> Float64:
         """The lowest trial of a grid around each start."""
-        grids = [searched.around(start, step, points) for start in start_V3]
+        grids = [self.around(start, step, points) for start in start_V3]
         squares = np.split(self.add(np.concatenate(grids)), np.cumsum([len(grid) for grid in grids])[:-1])
         return np.array([grid[square.argmin()] for grid, square in zip(grids, squares, strict=True)])
 
-    def lowest(self, trial_V3: Float64, apart: Float64, most: int) -> Float64:
-        """The lowest of some trials that are not near a lower one."""
-        left = np.argsort(self._design.trials(trial_V3)[1], kind="stable")
-        places: list[Float64] = []
-        while len(left) and len(places) < most:
-            lowest = trial_V3[left[0]]
-            places.append(lowest)
-            left = left[(np.abs(trial_V3[left] - lowest) > 0.99 * apart).any(axis=1)]
-        return np.array(places)
+    def lowest(self, trial_V3: Float64, most: int) -> Float64:
+        """The lowest of some trials."""
+        return trial_V3[np.argsort(self._design.trials(trial_V3)[1], kind="stable")[:most]]
 
     def extremes(self) -> list[int]:
         """The best trial; of the plausible ones those of least and most power, and of the worst condition."""

@@ -46,6 +46,8 @@ _STALE_PERIODS = 5.0
 #: Longest pause between updates of the power, in periods, that an integral bridges: what happened in a longer
 #: one is a guess.
 _LONGEST_PAUSE = 4.0
+#: Longest time that instant power of a sensor that is not known may average.
+_LONGEST_AVERAGE_S = 1.0
 #: Scatter of readings up to this, relative, may be noise of the sensor: about what idle devices show.
 _SENSOR_NOISE = 0.01
 
@@ -236,11 +238,32 @@ def energy_by_integral(
     # The scatter of few readings is itself uncertain; differences of neighbours carry two thirds of the
     # information of differences from the mean.
     few = student_quantile(max(1.0, (count - 1) * 2 / 3)) / NORMAL_90
-    std_mj = unsure_mw * few * math.sqrt(float((weight_s**2).sum()))
+    # What lies before the first and after the last of them no reading covers, however long each averages.
+    open_s = np.array([moment[0] - width_ns / 2 - start_ns, end_ns - moment[-1] - width_ns / 2]) * 1e-9
+    squares = unsure_mw**2 * float((weight_s**2).sum()) + scatter_mw**2 * float((open_s**2).sum())
+    std_mj = math.sqrt(squares) * few
+    if sensor.window_ms is None:
+        std_mj += _averaged_mj(near, start_ns, end_ns) / NORMAL_90
     least_mw = least_half_mw(energy_mj / (duration_ns * 1e-9), value)
     std_mj = max(std_mj, least_mw / NORMAL_90 * duration_ns * 1e-9)
     most_mj = abs(energy_mj) * period_ns / duration_ns + 3 * std_mj
     return Estimate(energy_mj=energy_mj, std_mj=std_mj, most_mj=most_mj, updates=count)
+
+
+def _averaged_mj(near: PowerTrace, start_ns: int, end_ns: int) -> float:
+    """Most energy that readings of a window hold from before it, less what they lack of its end.
+
+    Where a sensor's averaging window is not known, it may be a second, as that of a GPU's mean power.
+    """
+    bounds_mw = []
+    for edge_ns in (start_ns, end_ns):
+        power_mw = near.power_mw_N[near.within(int(edge_ns - 1e9 * _LONGEST_AVERAGE_S), edge_ns)]
+        power_mw = power_mw[~np.isnan(power_mw)]
+        if not len(power_mw):
+            return 0.0
+        bounds_mw.append((float(power_mw.min()), float(power_mw.max())))
+    (low_mw, high_mw), (end_low_mw, end_high_mw) = bounds_mw
+    return _LONGEST_AVERAGE_S / 2 * max(high_mw - end_low_mw, end_high_mw - low_mw)
 
 
 def _longest_pause(moment_ns: npt.NDArray[Any], start_ns: int, end_ns: int) -> float:

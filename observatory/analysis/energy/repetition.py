@@ -102,7 +102,10 @@ def measure_repeated(
         return windows[0].reason or Reason(EnergyCode.NO_WINDOW)
     seconds = np.array([window.duration_s for window in measured])
     energy = np.array([window.energy_mj for window in measured], dtype=np.float64)
-    std = math.sqrt(sum((window.std_mj or 0.0) ** 2 for window in measured))
+    stds = [window.std_mj or 0.0 for window in measured]
+    # What a long average adds to one window it adds to all: it does not average out.
+    is_shared = sensor.window_ms is None and any(window.source == "integral" for window in measured)
+    std = sum(stds) if is_shared else math.sqrt(sum(one**2 for one in stds))
     power = float(energy.sum() / seconds.sum())
     half = NORMAL_90 * std / float(seconds.sum())
     if len(measured) > 2:
