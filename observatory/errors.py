@@ -119,6 +119,10 @@ class BenchmarkError(ObservatoryError):
     """A benchmark result or a network model cannot be read, or does not fit what it is asked."""
 
 
+class InterchangeError(ObservatoryError):
+    """A file of another tool cannot be read, or does not state what is needed."""
+
+
 class DeviceError(ObservatoryError):
     """A power device cannot be found, opened or read."""
 

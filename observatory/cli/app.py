@@ -31,6 +31,7 @@ _COMMANDS = {
     "metrics": "metrics:metrics",
     "reduce": "reduce:reduce",
     "report": "report:report",
+    "import": "import_:import_",
     "export": "export:export",
     "bench alltoall": "bench:alltoall",
     "bench experts": "bench:experts",
@@ -64,7 +65,8 @@ _GROUPS = {
 }
 _SECTIONS = {
     "Capture": ("quickstart", "profile", "run", "ctl", "top", "metrics", "grid"),
-    "Analysis": ("routing", "exchanges", "scan", "compare", "history", "check", "reduce", "report", "export"),
+    "Analysis": ("routing", "exchanges", "scan", "compare", "history", "check", "reduce", "report"),
+    "Other tools": ("import", "export"),
     "Decisions": ("place", "advise", "route-fetch", "plan"),
     "Network": ("bench", "replay", "fit"),
     "Batch": ("site", "submit", "jobs", "collect", "cancel"),
@@ -72,7 +74,9 @@ _SECTIONS = {
     "Machine": ("doctor",),
 }  # fmt: skip
 #: Commands of one process that read runs and results, and that a rank of a job may well call.
-_ANALYSIS = frozenset({*_SECTIONS["Analysis"], *_SECTIONS["Decisions"], "fit", "energy"} - {"reduce"})
+_ANALYSIS = frozenset(
+    {*_SECTIONS["Analysis"], *_SECTIONS["Decisions"], *_SECTIONS["Other tools"], "fit", "energy"} - {"reduce"}
+)
 
 
 class Group(TyperGroup):

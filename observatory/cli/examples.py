@@ -77,6 +77,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "observatory fit bench.json --out fit.json",
         "observatory fit bench-2.json bench-4.json --check replay.json --out fit.json",
     ),
+    "import": (
+        "observatory import nccl-tests alltoall.log --out measured  # then: observatory fit measured/*.json",
+        "observatory import auto nvidia-smi.csv --utc-offset +01:00 --out runs/power",
+    ),
     "export": (
         "observatory export runs/a nccl-tests --ep 8 --out matrices",
         "observatory export runs/ep4 chrome-trace --out trace.json.gz",

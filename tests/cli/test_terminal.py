@@ -56,7 +56,19 @@ LAYERS = 60
 COPIED = ("# to lock", "report: ")
 #: They write files, or look at what is being captured.
 PRINT_NO_TABLE = {
-    *("profile", "run", "ctl", "top", "metrics", "report", "export", "clocks recover", "submit", "cancel"),
+    *(
+        "profile",
+        "run",
+        "ctl",
+        "top",
+        "metrics",
+        "report",
+        "import",
+        "export",
+        "clocks recover",
+        "submit",
+        "cancel",
+    ),
     *("site init", "site check", "site example"),
 }
 

@@ -1,0 +1,85 @@
+"""The formats that can be imported, and which of them a file is of."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from observatory.errors import InterchangeError
+from observatory.interchange.importers.imported import (
+    ImportedRun,
+    ImportOptions,
+    Written,
+    write_results,
+    write_run,
+)
+from observatory.interchange.importers.sources import Source
+from observatory.text import listing
+
+#: Modules of this package by the format that they read. Each has `recognises` and `read`.
+FORMATS: dict[str, str] = {
+    "nccl-tests": "nccl_tests",
+    "sglang": "sglang",
+    "nvidia-smi": "nvidia_smi",
+    "counts": "counts",
+}
+_MOST_FILES = 4096
+
+
+def import_files(
+    form: str, paths: Sequence[Path], out: Path, options: ImportOptions, *, overwrite: bool = False
+) -> tuple[str, Written]:
+    """Import files of one format.
+
+    Args:
+        form: one of `FORMATS`, or ``auto``.
+        paths: the files: of one run, or of one kind of benchmark.
+        out: run directory, or folder of results, to make.
+        options: what the user states where files do not.
+        overwrite: replace a run or results that are there.
+
+    Returns:
+        The format, and what was written.
+
+    Raises:
+        InterchangeError: no such format, or the files cannot be read or lack what is needed.
+        RunError: the run cannot be written.
+    """
+    if not 0 < len(paths) <= _MOST_FILES:
+        raise InterchangeError(f"{len(paths)} files cannot be imported", expected=f"1 to {_MOST_FILES}")
+    sources = [Source(path) for path in paths]
+    name = _recognised(sources) if form == "auto" else form
+    if name not in FORMATS:
+        raise InterchangeError(
+            f"import format {name!r} does not exist",
+            expected=listing(["auto", *FORMATS], most=len(FORMATS) + 1, joined_by="or"),
+        )
+    imported = _module(name).read(sources, options)
+    if isinstance(imported, ImportedRun):
+        return name, write_run(imported, out, form=name, sources=sources, overwrite=overwrite)
+    return name, write_results(imported, out, form=name, sources=sources, overwrite=overwrite)
+
+
+def _recognised(sources: Sequence[Source]) -> str:
+    found: dict[str, str] = {}
+    for source in sources:
+        head = source.head()
+        form = next((name for name in FORMATS if _module(name).recognises(head)), None)
+        if form is None:
+            raise source.refused(
+                "is of no format that is recognised",
+                remedy=f"name it if it is one of {listing(list(FORMATS), most=len(FORMATS))}",
+            )
+        found.setdefault(form, source.name)
+    if len(found) > 1:
+        named = [f"{name} ({form})" for form, name in found.items()]
+        raise InterchangeError(
+            f"files of several formats cannot become one run: {listing(named)}", remedy="import each alone"
+        )
+    return next(iter(found))
+
+
+def _module(form: str) -> Any:
+    return importlib.import_module(f"observatory.interchange.importers.{FORMATS[form]}")
