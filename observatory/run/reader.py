@@ -428,6 +428,12 @@ class Run:
         tables = [schema.empty_table(), *self.iter_rows(table, batch_bytes=BATCH_BYTES)]
         joined = pa.concat_tables(tables, promote_options="permissive")
         del tables
+        if arrow_lists:  # in one piece, so that who works on their numbers needs no copy
+            for at, field in enumerate(schema):
+                if pa.types.is_list(field.type):
+                    whole = pa.chunked_array([joined.column(at).combine_chunks()])
+                    joined = joined.set_column(at, field.name, whole)
+        pa.default_memory_pool().release_unused()
         frame: pd.DataFrame = joined.to_pandas(types_mapper=_arrow_list if arrow_lists else None)
         del joined
         for column, most in _MOST_DIFFERENT.items():

@@ -71,11 +71,12 @@ def count_tokens(
         if ranks > 1:
             return PhaseTokens(kind=kind, reason=Reason(EnergyCode.NO_ROUTING_ROWS))
         return _from_manifest(phase, kind, steps, data)
-    counted, covered = 0, 0
-    for first, width, tokens in zip(rows["step"], rows["window_steps"], rows["tokens"], strict=True):
-        # A row may fold several steps; it counts when all of them have spans.
-        if width <= len(steps) and all(step in steps for step in range(int(first), int(first + width))):
-            counted, covered = counted + int(tokens), covered + int(width)
+    # A row may fold several steps; it counts when all of them have spans.
+    step_S = np.sort(np.fromiter(steps, np.int64, len(steps)))
+    first_N, width_N = (rows[name].to_numpy(np.int64) for name in ("step", "window_steps"))
+    known_N = np.searchsorted(step_S, first_N + width_N) - np.searchsorted(step_S, first_N)
+    counts_N = known_N == width_N
+    counted, covered = sum(rows["tokens"][counts_N].tolist()), int(width_N[counts_N].sum())
     if covered < len(steps):
         counts: dict[str, JsonValue] = {"missing": len(steps) - covered, "steps": len(steps)}
         return PhaseTokens(kind=kind, reason=Reason(EnergyCode.STEPS_WITHOUT_ROWS, counts))

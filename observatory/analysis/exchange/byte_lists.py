@@ -35,7 +35,8 @@ class ByteLists:
     def of(cls, column: pd.Series) -> ByteLists:
         """Lists of a column: of Arrow's lists (``Run.exchanges(arrow_lists=True)``), or of any sequences."""
         if isinstance(column.dtype, pd.ArrowDtype):
-            lists = pa.chunked_array(pa.array(column)).combine_chunks()
+            chunked = pa.chunked_array(pa.array(column))
+            lists = chunked.chunk(0) if chunked.num_chunks == 1 else chunked.combine_chunks()
         else:
             lists = pa.array([_whole_numbers(values) for values in column], pa.list_(pa.int64()))
         length_N = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False)
