@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 #: Bytes of the rows that a pass gathers. A device that takes more is gathered alone, up to the second number.
-_PASS_BYTES, _MOST_BYTES = 256 << 20, 4 << 30
+_PASS_BYTES, _MOST_BYTES = 128 << 20, 4 << 30
 #: More devices that one rank sampled are no measurement.
 _MOST_DEVICES = 128
 #: Gathered batches of a device are joined when there are so many: each costs memory of its own.
