@@ -162,7 +162,7 @@ def energy_sentences(document: dict[str, Any]) -> Iterator[str]:
             yield (
                 f"steps of {row['phase']} ({row['step_period_ms']:.1f} ms) move in time with the power "
                 f"sensor ({row['update_ms']:.0f} ms): up to {100 * row['error']:.0f} % error of integrated "
-                "power; energy by the counter is not affected, nor steps of another length"
+                "power; energy by the counter is not affected"
             )
 
 

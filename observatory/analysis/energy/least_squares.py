@@ -23,7 +23,6 @@ blocks as in :mod:`observatory.analysis.routing.intervals` (arXiv 1411.5279).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,7 +68,6 @@ class LeastSquares:
         condition: condition number of the scaled columns; None when it was not come to.
         lag_ms: (best, lowest, highest) lag that explains the data; likewise.
         smear_ms: time constant with which power reaches the sensor, as it explains the data best; likewise.
-        residual: root mean square of the residuals over the mean energy of an observation; likewise.
     """
 
     source: Literal["counter", "power"]
@@ -83,7 +81,6 @@ class LeastSquares:
     condition: float | None = None
     lag_ms: tuple[float, float, float] | None = None
     smear_ms: float | None = None
-    residual: float | None = None
 
     def of(self, name: str) -> tuple[float, float, float] | None:
         """Power, low and high of one phase."""
@@ -136,7 +133,6 @@ def solve_phases(observed: Observations, timeline: Timeline, *, seed: int = 0) -
             **about,
         )  # fmt: skip
     best_NJ, power_J = design.at(shifts[0]), power_QJ[0]
-    rest_N = observed.energy_mj_N - best_NJ @ np.nan_to_num(power_J)
     spread_J = np.ptp(power_QJ, axis=0) / 2
     moved_J = _moved(design, shifts[0], power_J, np.random.default_rng(seed))
     low_J, high_J = _intervals(blocks, power_QJ, moved_J, np.random.default_rng(seed))
@@ -154,7 +150,6 @@ def solve_phases(observed: Observations, timeline: Timeline, *, seed: int = 0) -
         low_mw=identified(low_J),
         high_mw=identified(high_J),
         reasons=reasons,
-        residual=math.sqrt(float(np.mean(rest_N**2))) / float(observed.energy_mj_N.mean()),
         **about,
     )
 

@@ -55,7 +55,7 @@ class WindowEnergy:
         counter_most_mj: its largest error.
         counter_updates: updates of the counter inside the window.
         counter_reason: why ``counter_mj`` is None.
-        integral_mj, integral_std_mj, integral_most_mj, integral_updates, integral_reason: by instant power.
+        integral_mj, integral_std_mj, integral_updates, integral_reason: by instant power.
         disagreement: counter over integral, minus 1, corrected for the ratio that the calibration measured;
             None when one is missing.
         flag: how they disagree; None when they agree or cannot be compared.
@@ -70,7 +70,6 @@ class WindowEnergy:
     counter_reason: Reason | None = None
     integral_mj: float | None = None
     integral_std_mj: float | None = None
-    integral_most_mj: float | None = None
     integral_updates: int = 0
     integral_reason: Reason | None = None
     disagreement: float | None = None
@@ -158,7 +157,6 @@ def energy_of_window(
         counter_reason=counter if isinstance(counter, Reason) else None,
         integral_mj=None if by_integral is None else by_integral.energy_mj,
         integral_std_mj=None if by_integral is None else by_integral.std_mj,
-        integral_most_mj=None if by_integral is None else by_integral.most_mj,
         integral_updates=0 if by_integral is None else by_integral.updates,
         integral_reason=integral if isinstance(integral, Reason) else None,
         disagreement=disagreement,

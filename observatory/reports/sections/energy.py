@@ -293,7 +293,7 @@ def _aliasing_sentences(frames: ReportFrames, power: PowerFrames) -> list[str]:
         f"Warning: in {run_text(frames, row.run)}, steps of {plain(row.phase)} take "
         f"{number(row.step_period_ms, 1)} ms and move in time with the power sensor (update period "
         f"{number(row.update_ms, 0)} ms): its integrated power may be off by up to "
-        f"{percent(row.error, 0)}. Energy by the counter is not affected, nor steps of another length."
+        f"{percent(row.error, 0)}. Energy by the counter is not affected."
         for row in each_row(rows.head(_MOST_WARNINGS))
     ]
     more = len(rows) - len(sentences)
