@@ -1,12 +1,11 @@
 """Which clock to lock each phase to, and one for all of them.
 
-Shapes: B bootstrap samples, F candidate clocks.
+Shapes: B samples, F candidate clocks.
 
-A candidate is a clock that the device supports (or, where the sweep does not say, one that a lock was seen to
-reach), within what was measured and not above what the phase runs at unlocked: no extrapolation. The budget
-is a promise, so that the upper end of the slowdown's 90 % interval must keep it. Of the candidates inside,
-energies within half a percent of the least are ties, and the highest clock among them is taken. Unless all
-of the saving's interval is more than a tie, the advice is to leave the clock alone.
+A candidate is a clock that a lock was measured at, below what the phase runs at unlocked: nothing between,
+no extrapolation. The budget is a promise, so that the upper end of the slowdown's 90 % interval must keep it.
+Of the candidates inside, energies within half a percent of the least are ties, and the highest clock among
+them is taken. Unless all of the saving's interval is more than a tie, the advice is to leave the clock alone.
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from observatory.analysis.frequency.comparing import (
     plane,
 )
 from observatory.analysis.frequency.model_file import ClockEstimate, ClockModel, Confound, Reference
-from observatory.analysis.frequency.points import CLOCK_STEP_MHZ
 from observatory.analysis.frequency.views import TIE, ClockChoice, SeriesView, highest_of_ties, surely_saves
 from observatory.analysis.statistics import Interval, sample_interval
 from observatory.errors import ClockError
@@ -36,8 +34,6 @@ from observatory.run.records import Count, Record, Text
 
 Float64 = NDArray[np.float64]
 
-#: A measured lock this close to a recommended clock is evidence for it.
-_NEARBY_MHZ = 60.0
 #: A series that gives up more than this at the common clock is named.
 _WORTH_A_DEVICE = 0.02
 #: The advice says that more repeats would help when the interval costs this much of the saving.
@@ -48,8 +44,8 @@ SeriesCode = Literal["lock", "no lower clock", "saving not sure", "no energy"]
 CommonCode = Literal["lock", "leave unlocked", "no energy"]
 
 
-class MeasuredNearby(Record):
-    """The measured lock closest to a recommended clock, which the model must agree with.
+class Measured(Record):
+    """The repeats of the recommended lock alone, which the curves must agree with.
 
     Attributes:
         sm_clock_mhz: the clock it ran at.
@@ -76,7 +72,6 @@ class SeriesAdvice(Record):
         reference: what slowdown and saving are relative to.
         considered: clock of least energy within the budget, recommended or not; None without energy.
         lowest_mhz: lowest clock within the budget.
-        nearby_mhz: a lock this close to a clock was measured at it.
         no_energy_reason: why there is no energy; empty when there is.
         heated, braked, flagged: points slowed by heat, by the brake, and with the energy of a sensor in time
             with the iterations.
@@ -86,10 +81,10 @@ class SeriesAdvice(Record):
         choice: the recommended clock; None unless the verdict is ``lock``.
         unsure_mhz: the clock that would be recommended if the estimate alone had to keep the budget, where it
             saves more: what more repeats may win. None otherwise.
-        measured: the measured lock nearby; None without one.
+        measured: the repeats of that clock alone; None without a recommendation.
         edp, ed2p: clocks of least energy x time and energy x time^2, whatever the budget; None without
             energy.
-        critical, compute_optimum, optimum: f_crit, f_energy and the clock of least energy.
+        critical, optimum: f_crit and the measured clock of least energy.
         behaviour: the class.
         points: what was measured, with the Pareto front.
         lock_against_cap: which saves more.
@@ -104,7 +99,6 @@ class SeriesAdvice(Record):
     reference: Reference
     considered: ClockChoice | None = None
     lowest_mhz: float
-    nearby_mhz: float = _NEARBY_MHZ
     no_energy_reason: Text = ""
     heated: Count = 0
     braked: Count = 0
@@ -114,11 +108,10 @@ class SeriesAdvice(Record):
     reference_mj_per_token: float | None = None
     choice: ClockChoice | None = None
     unsure_mhz: float | None = None
-    measured: MeasuredNearby | None = None
+    measured: Measured | None = None
     edp: ClockChoice | None = None
     ed2p: ClockChoice | None = None
     critical: ClockEstimate
-    compute_optimum: ClockEstimate
     optimum: ClockEstimate
     behaviour: Behaviour
     points: tuple[PlanePoint, ...] = ()
@@ -166,7 +159,6 @@ class ClockAdvice(Record):
     Attributes:
         device: the device.
         max_slowdown: the budget.
-        candidates: where the candidate clocks come from.
         series: advice for each series.
         common: advice for all of them together; None for a single one.
         notes: of the model.
@@ -174,7 +166,6 @@ class ClockAdvice(Record):
 
     device: DeviceSpec
     max_slowdown: float
-    candidates: Text
     series: tuple[SeriesAdvice, ...]
     common: CommonClock | None = None
     notes: tuple[Text, ...] = ()
@@ -192,14 +183,11 @@ def recommend_clocks(model: ClockModel, *, max_slowdown: float = 0.02) -> ClockA
     """
     if not 0.0 <= max_slowdown <= 10.0:
         raise ClockError(f"a slowdown of {max_slowdown} is no budget; expected a share such as 0.02 for 2 %")
-    views = [SeriesView(fit, model.supported_sm_clocks_mhz) for fit in model.series]
+    views = [SeriesView(fit) for fit in model.series]
     series = [_advise(view, index, model, max_slowdown) for index, view in enumerate(views)]
     return ClockAdvice(
         device=model.device,
         max_slowdown=max_slowdown,
-        candidates="clocks that the device supports"
-        if model.supported_sm_clocks_mhz
-        else "clocks that a lock was seen to reach, as the sweep does not list the supported ones",
         series=tuple(series),
         common=_common(views, series, max_slowdown) if len(views) > 1 else None,
         notes=model.notes,
@@ -222,9 +210,8 @@ def _advise(view: SeriesView, index: int, model: ClockModel, max_slowdown: float
         "braked": sum(item.braked for item in fit.settings),
         "flagged": sum(item.flagged for item in fit.settings),
         "critical": fit.critical,
-        "compute_optimum": fit.compute_optimum,
         "optimum": fit.optimum,
-        "behaviour": behaviour_of(fit, model.idle_power_mw, model.default_limit_mw),
+        "behaviour": behaviour_of(view, model.idle_power_mw, model.default_limit_mw),
         "points": tuple(plane(fit)),
         "confounds": fit.confounds,
     }
@@ -232,10 +219,10 @@ def _advise(view: SeriesView, index: int, model: ClockModel, max_slowdown: float
         against = against_caps(view, max_slowdown, None)
         advice = {**common, "lock_against_cap": against, "verdict": "no energy", "code": "no energy"}
         return _with_text(SeriesAdvice.model_validate(advice), max_slowdown)
-    time_BF, energy_BF = view.ratios(clock_F)
-    best = highest_of_ties(clock_F[inside_F], energy_BF[0, inside_F])
-    bold_F = time_BF[0] <= 1.0 + max_slowdown + 1e-12
-    bold = highest_of_ties(clock_F[bold_F], energy_BF[0, bold_F])
+    time_F, energy_F = (np.median(ratio_BF, axis=0) for ratio_BF in view.ratios(clock_F))
+    best = highest_of_ties(clock_F[inside_F], energy_F[inside_F])
+    bold_F = time_F <= 1.0 + max_slowdown + 1e-12
+    bold = highest_of_ties(clock_F[bold_F], energy_F[bold_F])
     choice = view.choice(best)
     worth = best < view.reference_mhz and surely_saves(choice.saving)
     more = view.choice(bold).saving.value - choice.saving.value
@@ -247,9 +234,9 @@ def _advise(view: SeriesView, index: int, model: ClockModel, max_slowdown: float
         "considered": choice,
         "choice": choice if worth else None,
         "unsure_mhz": bold if bold < best and more > _WORTH_MORE_REPEATS else None,
-        "measured": _nearby(view, best) if worth else None,
-        "edp": view.choice(highest_of_ties(clock_F, energy_BF[0] * time_BF[0])),
-        "ed2p": view.choice(highest_of_ties(clock_F, energy_BF[0] * time_BF[0] ** 2)),
+        "measured": _measured(view, best) if worth else None,
+        "edp": view.choice(highest_of_ties(clock_F, energy_F * time_F)),
+        "ed2p": view.choice(highest_of_ties(clock_F, energy_F * time_F**2)),
     }
     return _with_text(SeriesAdvice.model_validate(advice), max_slowdown)
 
@@ -258,24 +245,16 @@ def _with_text(advice: SeriesAdvice, max_slowdown: float) -> SeriesAdvice:
     return advice.model_copy(update={"text": f"{advice.title}: {series_words(advice, max_slowdown)}"})
 
 
-def _nearby(view: SeriesView, mhz: float) -> MeasuredNearby | None:
+def _measured(view: SeriesView, mhz: float) -> Measured | None:
     fit = view.fit
-    locks = [
-        item
-        for item in fit.settings
-        if item.kind == "lock" and item.energy_mj_R and item.sm_clock_mhz is not None
-        if abs(item.sm_clock_mhz - mhz) <= _NEARBY_MHZ
-        # A lock that runs at the reference's clock is the reference once more.
-        if abs(item.sm_clock_mhz - fit.reference.sm_clock_mhz) > CLOCK_STEP_MHZ / 2.0
-    ]
+    locks = [item for item in fit.settings if item.kind == "lock" and item.fitted and item.energy_mj_R]
     if not locks or fit.reference.energy_mj is None:
         return None
     nearest = min(locks, key=lambda item: abs((item.sm_clock_mhz or 0.0) - mhz))
-    clock = nearest.sm_clock_mhz or 0.0
     slowdown, saving = measured_change(fit, nearest)
-    model = view.choice(clock)
-    agrees = all(_meet(*pair) for pair in ((slowdown, model.slowdown), (saving, model.saving)))
-    return MeasuredNearby(sm_clock_mhz=clock, slowdown=slowdown, saving=saving, agrees=agrees)
+    curve = view.choice(mhz)
+    agrees = all(_meet(*pair) for pair in ((slowdown, curve.slowdown), (saving, curve.saving)))
+    return Measured(sm_clock_mhz=nearest.sm_clock_mhz or mhz, slowdown=slowdown, saving=saving, agrees=agrees)
 
 
 def _meet(first: Interval, second: Interval) -> bool:
@@ -298,9 +277,9 @@ def _common(views: Sequence[SeriesView], advice: Sequence[SeriesAdvice], max_slo
     energy_SBF = [view.ratios(clock_F)[1] for view in views]
     rows = min(len(energy_BF) for energy_BF in energy_SBF)
     mean_BF = np.mean([energy_BF[:rows] for energy_BF in energy_SBF], axis=0)
-    best = highest_of_ties(clock_F, mean_BF[0])
+    best = highest_of_ties(clock_F, np.median(mean_BF, axis=0))
     saving_B = 1.0 - mean_BF[:, clock_F == best][:, 0]
-    saving = sample_interval(float(saving_B[0]), saving_B[1:])
+    saving = sample_interval(float(np.median(saving_B)), saving_B)
     none = best >= top or not surely_saves(saving)
     choices = [view.choice(top if none else best) for view in views]
     alone = [item.choice.saving.value if item.choice else 0.0 for item in advice]

@@ -69,15 +69,14 @@ def _doubts(advice: SeriesAdvice) -> str:
 
 
 def _measured(advice: SeriesAdvice, clock_mhz: float) -> str:
-    """How the recommended clock was measured, or that it was not."""
+    """What the repeats of the recommended clock say by themselves."""
     measured = advice.measured
     if measured is None:
-        near = f"no lock within {advice.nearby_mhz:.0f} MHz of it was measured"
-        return f"; {near}: measure it before relying on it"
+        return ""
     where = "there"
     if abs(measured.sm_clock_mhz - clock_mhz) > CLOCK_STEP_MHZ / 2.0:
         where = f"at {measured.sm_clock_mhz:.0f} MHz"
-    end = ")" if measured.agrees else "; the model does not agree with this: distrust it)"
+    end = ")" if measured.agrees else "; the curves do not agree with this: distrust it)"
     return (
         f" (measured {where}: saves {measured.saving.percent()}, slower by {measured.slowdown.percent()}{end}"
     )

@@ -31,13 +31,12 @@ def test_the_behaviour_class_follows_the_documented_thresholds(name: str) -> Non
     assert found.agreement > 0.9
 
 
-def test_a_host_part_of_half_an_iteration_is_host_bound_without_the_driver_saying_so() -> None:
+def test_without_the_driver_saying_so_nothing_is_called_host_bound() -> None:
+    # Host and memory, which no clock changes, look alike in times.
     device = replace(DEVICES["host-bound"], idles=False)
     sweep = made_sweep([device], time_noise=0.001, energy_noise=0.005)
     found = only(recommend_clocks(fit(sweep))).behaviour
-    assert found.name == "host-bound"
-    assert found.evidence == "host time"
-    assert found.numbers["host_share"] >= 0.5
+    assert found.name == found.curve
 
 
 def test_a_sweep_that_does_not_reach_low_enough_has_no_class() -> None:

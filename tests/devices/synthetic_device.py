@@ -26,9 +26,11 @@ class SyntheticDevice:
     """One device running one phase.
 
     t(f) = host + softmax(memory + memory_slope * f0/f, compute * f0/f), a plain maximum for sharpness 0;
-    V(f) = 1 - voltage_slope * (1 - max(f/f0, ridge)),
+    V(f) = 1 - voltage_slope * (1 - max(f/f0, ridge)), or the steps of a table of (up to MHz, V),
     P(f) = static + clock * f/f0 * V^2 + (memory_j + op_j V^2)/t. Where a limit holds the clock, energy is
-    more by the part ``hunting`` and, unless that is 0, the clock moves by 60 MHz to either side.
+    more by the part ``hunting`` and, unless that is 0, the clock moves by 60 MHz to either side. ``kernels``
+    are further (memory, compute) pairs, one after the other. Locks below ``floor_mhz`` run at it. Above
+    ``hot_w`` heat slows the chip in ``hot_share`` of the repeats, to the clock that draws ``hot_w``.
     """
 
     name: str
@@ -52,19 +54,31 @@ class SyntheticDevice:
     idles: bool = False
     hunting: float = 0.0
     phase: Phase = "decode"
+    kernels: tuple[tuple[float, float], ...] = ()
+    voltages: tuple[tuple[int, float], ...] = ()
+    floor_mhz: int = 0
+    hot_w: float = math.inf
+    hot_share: float = 0.0
 
     def iteration_s(self, mhz: float) -> float:
         """True seconds of an iteration."""
         x = self.f0_mhz / mhz
         memory, compute = self.memory_s + self.memory_slope_s * x, self.compute_s * x
+        rest_s = self.host_s + sum(max(memory_s, compute_s * x) for memory_s, compute_s in self.kernels)
         if self.sharpness:
-            return self.host_s + (memory**self.sharpness + compute**self.sharpness) ** (1 / self.sharpness)
-        return self.host_s + max(memory, compute)
+            return rest_s + (memory**self.sharpness + compute**self.sharpness) ** (1 / self.sharpness)
+        return rest_s + max(memory, compute)
+
+    def volts(self, mhz: float) -> float:
+        """Voltage relative to that at the highest clock."""
+        if self.voltages:
+            return next((volts for most_mhz, volts in self.voltages if mhz <= most_mhz), 1.0)
+        return 1 - self.voltage_slope * (1 - max(mhz / self.f0_mhz, self.ridge))
 
     def power_w(self, mhz: float) -> float:
         """True mean power."""
         phi = mhz / self.f0_mhz
-        volts = 1 - self.voltage_slope * (1 - max(phi, self.ridge))
+        volts = self.volts(mhz)
         work = (self.memory_j + self.op_j * volts**2) / self.iteration_s(mhz)
         return self.static_w + self.clock_w * phi * volts**2 + work
 
@@ -74,7 +88,7 @@ class SyntheticDevice:
 
     def clock(self, *, lock_mhz: int | None = None, limit_w: float | None = None) -> tuple[int, bool]:
         """The clock it runs at, and whether a power limit holds it there."""
-        mhz = min(lock_mhz or self.max_mhz, self.f0_mhz)
+        mhz = max(min(lock_mhz or self.max_mhz, self.f0_mhz), self.floor_mhz)
         capped = False
         while mhz > self.min_mhz and self.power_w(mhz) > (limit_w or self.limit_w):
             mhz, capped = mhz - STEP_MHZ, True
@@ -160,7 +174,10 @@ def made_sweep(
         which, (lock, cap), repeat = wanted[position]
         device = devices[which]
         together = math.exp(setting_noise * shared[which, (lock, cap)])
-        point = _point(device, lock, cap, order, repeat, window_s)
+        is_hot = device.power_w(device.clock(lock_mhz=lock, limit_w=cap)[0]) > device.hot_w
+        # Drawn only for devices that heat up: all others keep their noise.
+        is_hot = is_hot and bool(generator.random() < device.hot_share)
+        point = _point(device, lock, cap, order, repeat, window_s, is_hot=is_hot)
         iterations = point.iterations
         duration_s = point.duration_s * together * math.exp(time_noise * generator.normal())
         energy_mj = (point.energy_mj or 0.0) * together * math.exp(energy_noise * generator.normal())
@@ -186,16 +203,27 @@ def made_sweep(
 
 
 def _point(
-    device: SyntheticDevice, lock: int | None, cap: float | None, order: int, repeat: int, window_s: float
+    device: SyntheticDevice,
+    lock: int | None,
+    cap: float | None,
+    order: int,
+    repeat: int,
+    window_s: float,
+    *,
+    is_hot: bool = False,
 ) -> ClockPoint:
     """What a perfect instrument would see."""
     mhz, capped = device.clock(lock_mhz=lock, limit_w=cap)
+    if is_hot:
+        mhz, capped = device.clock(lock_mhz=lock, limit_w=device.hot_w)[0], False
     seconds = device.iteration_s(mhz)
     iterations = max(1, round(window_s / seconds))
     excess = 1 + device.hunting if capped else 1.0
     swing = 60 if capped and device.hunting else 0
     label: PointLabel = "ok"
-    if capped:
+    if is_hot:
+        label = "thermal"
+    elif capped:
         label = "power-capped"
     elif lock is not None and abs(mhz - lock) > STEP_MHZ:
         label = "clamped"
@@ -213,7 +241,7 @@ def _point(
         sm_clock_mhz=mhz,
         sm_clock_low_mhz=mhz - swing,
         sm_clock_high_mhz=mhz + max(swing, STEP_MHZ) if capped else mhz,
-        event_reasons=(0x4 if capped else 0) | (0x1 if device.idles else 0),
+        event_reasons=(0x20 if is_hot else 0x4 if capped else 0) | (0x1 if device.idles else 0),
         power_cap_share=1.0 if capped else 0.0,
         label=label,
     )

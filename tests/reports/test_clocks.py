@@ -140,7 +140,7 @@ def test_the_curves_pass_through_what_the_device_does(frames: ReportFrames) -> N
     shown = figure(clocks_section(frames), "clock-curves")
     device = DEVICES["memory-bound"]
     times, energies = (trace for trace in shown.data if trace.name == "fitted")
-    assert list(times.y) == pytest.approx([1e3 * device.iteration_s(mhz) for mhz in times.x], rel=0.02)
+    assert list(times.y) == pytest.approx([1e3 * device.iteration_s(mhz) for mhz in times.x], rel=0.03)
     assert list(energies.y) == pytest.approx([device.energy_j(mhz) for mhz in energies.x], rel=0.03)
     unlocked = named(shown, "unlocked")
     assert unlocked.x[0] == 1830

@@ -6,7 +6,7 @@ Let f_free be the lowest clock whose slowdown against the reference is at most 2
 | class | rule |
 |---|---|
 | capped | without a lock, the power limit holds the clock down in at least a tenth of the time |
-| host-bound | the device says that it idles, or at least half of an iteration never overlaps with its work |
+| host-bound | the device says that it idles at most settings |
 | memory-bound flat | f_free is at most 0.6 of the reference clock |
 | knee | f_free lies between 0.6 and 0.9 of it |
 | compute-proportional | f_free is above 0.9 of it |
@@ -23,27 +23,25 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from observatory.analysis.frequency.model import TIME_FORMS, TIME_TERMS, iteration_s
 from observatory.analysis.frequency.model_file import SeriesFit
+from observatory.analysis.frequency.views import SeriesView
 from observatory.analysis.frequency.words import behaviour_words, fix_first_words
 from observatory.run.records import Record, Text
 
 Float64 = NDArray[np.float64]
 
 CurveClass = Literal["memory-bound flat", "knee", "compute-proportional"]
-Evidence = Literal["capped", "idles", "host time", "little power"]
+Evidence = Literal["capped", "idles", "little power"]
 
 _FREE_SLOWDOWN = 0.02
 _FLAT = 0.6
 _PROPORTIONAL = 0.9
 _CAPPED_SHARE = 0.1
-_HOST_SHARE = 0.5
 _STEP_MHZ = 5.0
 _MOST_STEPS = 1000
 _CAUSED: dict[Evidence | None, Literal["capped", "host-bound"]] = {
     "capped": "capped",
     "idles": "host-bound",
-    "host time": "host-bound",
 }
 #: Below this part of the way from idle power to the limit, a device hardly works.
 _HARDLY_WORKS = 0.15
@@ -55,7 +53,7 @@ class Behaviour(Record):
     Attributes:
         name: the class; None when the clocks do not reach low enough to decide.
         curve: the class of the time curve alone; None likewise.
-        agreement: share of bootstrap samples whose curve is of that class; None without samples.
+        agreement: share of samples whose curve is of that class; None like ``curve``.
         free_mhz: f_free; never below the lowest clock measured.
         evidence: what decided the class; None where the curve alone did.
         numbers: what belongs to the evidence.
@@ -79,34 +77,33 @@ class Behaviour(Record):
         return name if self.curve in (None, self.name) else f"{name} (curve: {self.curve})"
 
 
-def free_clock_mhz(time_BT: Float64, fit: SeriesFit) -> Float64:
-    """f_free within the measured range, (B,)."""
-    reference = _reference_mhz(fit)
-    steps = min(_MOST_STEPS, round((reference - fit.low_mhz) / _STEP_MHZ) + 1)
-    grid_F = np.linspace(fit.low_mhz, reference, max(2, steps))
-    seconds_BF = iteration_s(time_BT, fit.high_mhz, grid_F)
-    free_BF = seconds_BF <= seconds_BF[:, -1:] * (1.0 + _FREE_SLOWDOWN)
-    free_B: Float64 = grid_F[np.argmax(free_BF, axis=1)]
+def _free_mhz_B(view: SeriesView) -> Float64:
+    """f_free within the measured range in every sample, (B,)."""
+    low_mhz, reference = view.fit.low_mhz, _reference_mhz(view.fit)
+    steps = min(_MOST_STEPS, round((reference - low_mhz) / _STEP_MHZ) + 1)
+    grid_F = np.linspace(low_mhz, reference, max(2, steps))
+    is_free_BF = view.ratios(grid_F)[0] <= 1.0 + _FREE_SLOWDOWN
+    is_free_BF[:, -1] = True
+    free_B: Float64 = grid_F[np.argmax(is_free_BF, axis=1)]
     return free_B
 
 
-def behaviour_of(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | None) -> Behaviour:
+def behaviour_of(view: SeriesView, idle_power_mw: float | None, limit_mw: float | None) -> Behaviour:
     """The class of a series.
 
     Args:
-        fit: its model.
+        view: the series.
         idle_power_mw: power of the device without load; None when not known.
         limit_mw: its default power limit, for a fit that does not know the one in force; None likewise.
     """
-    value_1T = np.array([fit.time.parameters])
-    free_mhz = float(free_clock_mhz(value_1T, fit)[0])
+    fit = view.fit
+    free_B = _free_mhz_B(view)
+    free_mhz = float(np.median(free_B))
     curve = _curve_class(free_mhz, fit)
-    sample_BT = np.array([sample[: len(TIME_TERMS)] for sample in fit.samples_B]).reshape(-1, len(TIME_TERMS))
     agreement = None
-    if curve is not None and len(sample_BT):
-        same = [_curve_class(float(mhz), fit) == curve for mhz in free_clock_mhz(sample_BT, fit)]
-        agreement = float(np.mean(same))
-    evidence, numbers = _cause(fit, value_1T, sample_BT)
+    if curve is not None:
+        agreement = float(np.mean([_curve_class(float(mhz), fit) == curve for mhz in free_B]))
+    evidence, numbers = _cause(fit)
     if evidence is None and curve == "memory-bound flat":
         numbers = _low_power(fit, idle_power_mw, fit.reference.limit_mw or limit_mw)
         evidence = "little power" if numbers else None
@@ -135,7 +132,7 @@ def _curve_class(free_mhz: float, fit: SeriesFit) -> CurveClass | None:
     return "knee" if ratio <= _PROPORTIONAL else "compute-proportional"
 
 
-def _cause(fit: SeriesFit, value_1T: Float64, sample_BT: Float64) -> tuple[Evidence | None, dict[str, float]]:
+def _cause(fit: SeriesFit) -> tuple[Evidence | None, dict[str, float]]:
     """What sets the speed other than the clock, with its evidence."""
     capped = fit.reference.power_cap_share
     if fit.reference.how == "unlocked" and capped is not None and capped >= _CAPPED_SHARE:
@@ -143,17 +140,7 @@ def _cause(fit: SeriesFit, value_1T: Float64, sample_BT: Float64) -> tuple[Evide
     idle = [item.idle for item in fit.settings if item.idle is not None and item.kind in ("unlocked", "lock")]
     if idle and sum(idle) > len(idle) / 2:
         return "idles", {"idle_settings": sum(idle), "settings": len(idle)}
-    # Without a knee, time that does not follow the clock may as well be memory's.
-    if not TIME_FORMS[fit.time.form].has_knee or "host_s" not in TIME_FORMS[fit.time.form].terms:
-        return None, {}
-    reference = [_reference_mhz(fit)]
-    share = float((value_1T[:, 0] / iteration_s(value_1T, fit.high_mhz, reference)[:, 0])[0])
-    if share < _HOST_SHARE or not len(sample_BT):
-        return None, {}
-    share_B = sample_BT[:, 0] / iteration_s(sample_BT, fit.high_mhz, reference)[:, 0]
-    if float(np.quantile(share_B, 0.05)) < _HOST_SHARE:
-        return None, {}
-    return "host time", {"host_share": share}
+    return None, {}
 
 
 def _low_power(fit: SeriesFit, idle_power_mw: float | None, limit_mw: float | None) -> dict[str, float]:

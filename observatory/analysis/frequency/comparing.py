@@ -1,6 +1,6 @@
 """Locks against caps.
 
-Shapes: B bootstrap samples, F clocks, R repeats.
+Shapes: B samples, F clocks, R repeats.
 
 Each setting is a point in the plane of time and energy per iteration, as measured. The Pareto front holds
 those that no other beats in both.
@@ -32,9 +32,7 @@ Float64 = NDArray[np.float64]
 
 LockVerdict = Literal["locking beats capping", "capping beats locking", "not told apart", "not measured"]
 
-NotCompared = Literal[
-    "caps slowed", "no caps", "no energies", "no repeats", "no energies of repeats", "no bootstrap"
-]
+NotCompared = Literal["caps slowed", "no caps", "no energies", "no repeats", "no energies of repeats"]
 
 #: Less than this part of the reference's energy gives no verdict: errors of calibration and of the model's
 #: form are as large.
@@ -177,25 +175,22 @@ def _compare(view: SeriesView, max_slowdown: float, lock_mhz: float | None) -> L
     least_lock_B = np.where(inside_BF, energy_BF, np.inf).min(axis=1)
     least_cap_B = np.where(inside_BF & (reached_BF | unlocked_F), cap_BF, np.inf).min(axis=1)
     advantage_B = least_cap_B - least_lock_B
-    advantage = sample_interval(float(advantage_B[0]), advantage_B[1:])
-    verdict = _verdict(advantage)
+    advantage = sample_interval(float(np.median(advantage_B)), advantage_B)
     return LockAgainstCap(
-        verdict=verdict,
+        verdict=_verdict(advantage),
         advantage=advantage,
         cap_excess=excess,
         lock_mhz=lock_mhz,
-        lock_power_mw=None if lock_mhz is None else float(view.milliwatts(np.array([lock_mhz]))[0, 0]),
+        lock_power_mw=None if lock_mhz is None else float(np.median(view.milliwatts(np.array([lock_mhz])))),
         lowest_cap_mw=lowest_mw,
-        reason_code="no bootstrap" if verdict == "not measured" else None,
     )
 
 
 def _verdict(advantage: Interval) -> LockVerdict:
-    if advantage.low is None or advantage.high is None:
-        return "not measured"
-    if advantage.low > _MARGIN:
+    if advantage.low is not None and advantage.low > _MARGIN:
         return "locking beats capping"
-    return "capping beats locking" if advantage.high < -_MARGIN else "not told apart"
+    capping = advantage.high is not None and advantage.high < -_MARGIN
+    return "capping beats locking" if capping else "not told apart"
 
 
 def _why_not_compared(view: SeriesView, caps: Sequence[Setting]) -> NotCompared:
@@ -215,8 +210,8 @@ def _cap_excess(view: SeriesView, caps: Sequence[Setting], rows: int) -> tuple[I
     """
     fit = view.fit
     grid_F = np.linspace(fit.low_mhz, fit.high_mhz, 400)
-    seconds_F = view.seconds(grid_F)[0]
-    energy_F = view.milliwatts(grid_F)[0] * seconds_F
+    seconds_F = np.median(view.seconds(grid_F), axis=0)
+    energy_F = np.median(view.millijoules(grid_F), axis=0)
     flat_s = float(seconds_F[-1]) * (1.0 + max(_SLOWED, 3.0 * (fit.time_scatter or 0.0)))
     excesses, repeats = [], 0
     for item in caps:
@@ -235,9 +230,6 @@ def _cap_excess(view: SeriesView, caps: Sequence[Setting], rows: int) -> tuple[I
     if not excesses or fit.energy_scatter is None:
         return None, np.zeros(rows)
     value, error = float(np.mean(excesses)), fit.energy_scatter / float(np.sqrt(repeats))
-    draws_B = special.stdtrit(max(fit.scatter_dof, 1), (np.arange(rows - 1) + 0.5) / max(rows - 1, 1))
+    draws_B = special.stdtrit(max(fit.scatter_dof, 1), (np.arange(rows) + 0.5) / rows)
     shuffled_B = np.random.default_rng(0).permutation(draws_B)
-    return (
-        student_interval(value, error, fit.scatter_dof),
-        np.append(value, value + error * shuffled_B),
-    )
+    return student_interval(value, error, fit.scatter_dof), value + error * shuffled_B

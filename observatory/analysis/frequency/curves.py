@@ -1,48 +1,46 @@
-"""Fits one form of t(f) or P(f) to points, under many weightings and with many targets at once.
+"""Curves of time and energy of one iteration against the SM clock, and samples of what the points leave open.
 
-Shapes: B problems (folds or bootstrap samples), N points, G trial positions, D nonlinear parameters,
-    K linear ones.
+Shapes: N points, K measured clocks (rising), J kernels, B samples, F clocks.
 
-A form is linear in K <= 4 non-negative coefficients once its D <= 3 nonlinear parameters are given. Those are
-searched on a grid that covers their whole range and is then narrowed around the best position of each
-problem: nothing depends on a starting point, and kinks do no harm. Points enter as columns divided by what
-was measured, so that targets are about 1 and errors are relative.
+With x = f0 / f, phi = f / f0 and f0 the highest measured clock:
+
+    t(f) = sum_J seconds_j * max(1, x / knee_j)
+    E(f) = iteration + static * t(f) + phi * t(f) * sum_K step_k * ramp_k(phi)
+
+Each of J kernels takes a constant time above its knee (memory, or the host) and follows the clock below it;
+a knee at 1 is compute, one at the lowest clock is flat. This is the t = host + max(memory, compute x) of
+arXiv 2605.11999 for several kernels. ``step_k`` is by how much the square of the voltage, in mW at f0, grows
+from clock k - 1 to clock k: never less than 0 and otherwise free, as tables of voltages have steps.
+``ramp_k`` is 0 up to the clock before, 1 from clock k on.
+
+Samples of t are of its posterior, each the end of a random walk of its own (Metropolis): Dirichlet weights
+(1/2) of the kernels, knees uniform in ln x from 0.4 of the range above f0 to 0.6 below the lowest clock,
+errors normal with one scatter for repeats and misfit. Samples of E are a bootstrap: deviations of repeats are
+drawn anew for every point, with a random sign, and E is fitted again (non-negative least squares) over a
+sample of t.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import nnls
 
-from observatory.analysis.frequency.model import (
-    POWER_TERMS,
-    TIME_TERMS,
-    PowerForm,
-    TimeForm,
-    softmax,
-    voltage,
-)
+from observatory.analysis.statistics import student_over_normal
 
 Float64 = NDArray[np.float64]
 
-_SHARPNESS = (2.0, 64.0)
-_MOST_SLOPE = 0.9
-_VOLTAGE_SLOPE = (0.1, 1.0)
-#: A column that differs from a mix of those before it by less than this, relative, cannot be separated from
-#: them in the presence of a percent of noise.
-_DISTINCT = 0.02
-#: The narrowing tries one step to either side on every axis, in steps that shrink by this factor.
-_LEVELS = 8
-_SHRINK = 0.6
-_FIRST_STEP = 0.7
-_TINY = 1e-300
-_RIDGE = 1e-12
-#: Numbers in one chunk of the narrowing, which bounds its memory.
-_CHUNK = 4_000_000
+#: J.
+KERNELS = 3
+#: Relative scatter of measurements that were not repeated, and degrees of freedom that this counts for.
+UNREPEATED, UNREPEATED_DOF = 0.01, 3
+#: Relative deviation that no instrument resolves.
+_RESOLVED = 1e-4
+_CONCENTRATION = 0.5
+_ABOVE, _BELOW = 0.4, 0.6
+_STARTS, _STEPS = 3000, 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -50,339 +48,191 @@ class Points:
     """What a fit sees.
 
     Attributes:
-        mhz_N: clock that was sampled.
-        iteration_s_N: time of an iteration.
-        power_mw_N: mean power; NaN where the energy is not known.
-        block_N: points at the same clock have the same number, counted from the lowest clock.
-        power_weight_N: what each power is worth, about 1; 0 where there is none.
+        mhz_K: median clock that was sampled.
+        clock_N: which of them each point ran at.
+        log_s_N: logarithm of the time of an iteration.
+        log_mj_N: of its energy; NaN where it is not known.
     """
 
-    mhz_N: Float64
-    iteration_s_N: Float64
-    power_mw_N: Float64
-    block_N: NDArray[np.int64]
-    power_weight_N: Float64
+    mhz_K: Float64
+    clock_N: NDArray[np.int64]
+    log_s_N: Float64
+    log_mj_N: Float64
+
+    def means(self, value_N: Float64) -> tuple[Float64, Float64]:
+        """Mean of each clock and the number of values in it, (K,) each; NaN is no value."""
+        is_known = np.isfinite(value_N)
+        count_K = np.bincount(self.clock_N[is_known], minlength=len(self.mhz_K))
+        total_K = np.bincount(self.clock_N[is_known], value_N[is_known], len(self.mhz_K))
+        return total_K / np.maximum(count_K, 1), count_K.astype(np.float64)
 
     @property
-    def f0_mhz(self) -> float:
-        """The highest clock."""
-        return float(self.mhz_N.max())
-
-    @property
-    def blocks(self) -> int:
-        """Different clocks."""
-        return int(self.block_N.max()) + 1
-
-    def block_mhz(self) -> Float64:
-        """Mean clock of each block, rising."""
-        return np.bincount(self.block_N, weights=self.mhz_N) / np.bincount(self.block_N)
+    def has_energy(self) -> bool:
+        """Whether the energy is known at every clock."""
+        return bool((self.means(self.log_mj_N)[1] > 0).all())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Axis:
-    """Range of one nonlinear parameter and the number of positions on the first grid."""
-
-    low: float
-    high: float
-    count: int
-    logarithmic: bool = False
-
-    def points(self) -> Float64:
-        """The first grid, in the axis' own scale."""
-        low, high = self.scaled()
-        return np.linspace(low, high, self.count) if high > low else np.array([low])
-
-    def scaled(self) -> tuple[float, float]:
-        """Both ends in the axis' own scale."""
-        return (
-            (float(np.log(self.low)), float(np.log(self.high))) if self.logarithmic else (self.low, self.high)
-        )
-
-    def value(self, scaled: Float64) -> Float64:
-        """Back from the axis' own scale."""
-        return np.exp(scaled) if self.logarithmic else scaled
+def seconds_of(row_BT: ArrayLike, f0_mhz: float, mhz_F: ArrayLike) -> Float64:
+    """t(f), (B, F), for rows of :func:`sample_curves`."""
+    seconds_BJ, knee_BJ, _ = np.split(np.atleast_2d(row_BT), [KERNELS, 2 * KERNELS], axis=1)
+    x_F = f0_mhz / np.asarray(mhz_F, dtype=np.float64)
+    longer_BJF = np.maximum(1.0, x_F / knee_BJ[..., None])
+    seconds: Float64 = np.einsum("bj,bjf->bf", seconds_BJ, longer_BJF)
+    return seconds
 
 
-def time_axes(form: TimeForm, points: Points) -> list[Axis]:
-    """Where the nonlinear parameters of a form are sought.
-
-    The knee lies where at least two clocks show its compute side, unless there is no host part and one clock
-    is enough, and, where the memory's slope is to be found, two its memory side. A knee between the two
-    lowest clocks is thus put at the second lowest: a chord lies above a convex curve, so that the time is
-    rather over- than understated. See :func:`spread_last_knees`.
-    """
-    if not form.has_knee:
-        return []
-    x = points.f0_mhz / points.block_mhz()[::-1]
-    lowest = x[1] if "memory_slope_s" in form.terms else x[0]
-    highest = x[-2] if "host_s" in form.terms else x[-1]
-    axes = [Axis(low=float(lowest), high=float(highest), count=24, logarithmic=True)]
-    if "memory_slope_s" in form.terms:
-        axes.append(Axis(low=0.0, high=_MOST_SLOPE, count=7))
-    if "sharpness" in form.terms:
-        axes.append(Axis(low=_SHARPNESS[0], high=_SHARPNESS[1], count=6, logarithmic=True))
-    return axes
-
-
-def fit_time(form: TimeForm, points: Points, weight_BN: Float64, target_BN: Float64 | None = None) -> Float64:
-    """Parameters of t(f) for each problem, (B, 5) in the order of ``TIME_TERMS``.
-
-    Args:
-        form: the form.
-        points: the points.
-        weight_BN: weights of points.
-        target_BN: times to fit over those measured; None fits those measured.
-    """
-    x_N = points.f0_mhz / points.mhz_N
-    relative_N = 1.0 / points.iteration_s_N
-    host = "host_s" in form.terms
-    axes = time_axes(form, points)
-
-    def columns(shape: Float64) -> Float64:
-        knee, slope, sharpness = _shape(form, shape)
-        terms_N = []
-        if host:
-            terms_N.append(np.ones((*shape.shape[:-1], len(x_N))))
-        if form.has_knee:
-            memory = (1.0 - slope) * knee + slope * x_N
-            terms_N.append(softmax(memory, np.broadcast_to(x_N, memory.shape), sharpness))
-        elif "compute_s" in form.terms:
-            terms_N.append(np.broadcast_to(x_N, (*shape.shape[:-1], len(x_N))))
-        else:
-            terms_N.append(np.ones((*shape.shape[:-1], len(x_N))))
-        return np.stack(terms_N, axis=-1) * relative_N[:, None]
-
-    linear_BK, shape_BD = solve(columns, axes, weight_BN, target_BN)
-    time_BT = np.zeros((len(weight_BN), len(TIME_TERMS)))
-    if host:
-        time_BT[:, 0] = linear_BK[:, 0]
-    last_B = linear_BK[:, -1]
-    if form.has_knee:
-        knee, slope, sharpness = (values[:, 0] for values in _shape(form, shape_BD))
-        time_BT[:, 1] = last_B * (1.0 - slope) * knee
-        time_BT[:, 2] = last_B * slope
-        time_BT[:, 3] = last_B
-        time_BT[:, 4] = np.where(last_B > 0, sharpness, 0.0)
-    else:
-        time_BT[:, 3 if "compute_s" in form.terms else 1] = last_B
-    return time_BT
-
-
-def spread_last_knees(
-    form: TimeForm, time_BT: Float64, points: Points, generator: np.random.Generator
-) -> Float64:
-    """Bootstrap samples whose knee came to lie at the second lowest clock, with knees anywhere below it.
-
-    The points do not show where between the two lowest clocks such a knee is: with a steeper compute side
-    and a smaller host part it may lie lower and the curve still passes through all points. Each sample gets
-    one of the knees that need no negative host part, so that intervals in between say what is not known.
-    """
-    if not form.has_knee or "host_s" not in form.terms or "sharpness" in form.terms:
-        return time_BT
-    x = points.f0_mhz / points.block_mhz()[::-1]
-    host, memory, slope, compute = time_BT[:, :4].T
-    base, last_s = host + memory, host + compute * x[-1]
-    knee = np.divide(memory, compute - slope, out=np.zeros_like(memory), where=compute > slope)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        furthest = np.minimum(base * x[-1] / (last_s - slope * x[-1]), 0.999 * x[-1])
-    hidden = (knee > 0.99 * x[-2]) & (last_s > base + slope * x[-1]) & (furthest > knee)
-    chosen = knee + generator.uniform(size=len(knee)) * np.where(hidden, furthest - knee, 0.0)
-    at_knee_s = base + slope * chosen
-    steep = np.where(hidden, (last_s - at_knee_s) / (x[-1] - np.minimum(chosen, 0.9999 * x[-1])), compute)
-    moved = time_BT.copy()
-    moved[:, 0] = np.where(hidden, np.maximum(at_knee_s - steep * chosen, 0.0), host)
-    moved[:, 1] = np.where(hidden, base - moved[:, 0], memory)
-    moved[:, 3] = steep
-    return moved
-
-
-def _shape(form: TimeForm, shape: Float64) -> tuple[Float64, Float64, Float64]:
-    """Knee (in x), slope of memory over compute, and sharpness, each (..., 1)."""
-    zero = np.zeros((*shape.shape[:-1], 1))
-    if not form.has_knee:
-        return zero, zero, zero
-    sloped, soft = "memory_slope_s" in form.terms, "sharpness" in form.terms
-    return (
-        shape[..., 0:1],
-        shape[..., 1:2] if sloped else zero,
-        shape[..., -1:] if soft else zero,
+def energy_of(row_BT: ArrayLike, clock_mhz_K: ArrayLike, mhz_F: ArrayLike) -> Float64:
+    """E(f) in mJ, (B, F); zeros without energy."""
+    term_BC = np.atleast_2d(row_BT)[:, 2 * KERNELS :]
+    clock_K = np.asarray(clock_mhz_K, dtype=np.float64)
+    columns_BFC = _columns(
+        clock_K, np.asarray(mhz_F, dtype=np.float64), seconds_of(row_BT, clock_K[-1], mhz_F)
     )
+    energy: Float64 = np.einsum("bc,bfc->bf", term_BC, columns_BFC)
+    return energy
 
 
-def fit_power(
-    form: PowerForm,
-    terms: tuple[str, ...],
-    points: Points,
-    weight_BN: Float64,
-    target_BN: Float64 | None = None,
+def knees_mhz(row_BT: ArrayLike, low_mhz: float, f0_mhz: float) -> Float64:
+    """f_crit, (B,): below it t follows the clock at least half as steeply as at the lowest clock.
+
+    Of one kernel its knee; the lowest clock where time does not follow the clock at all.
+    """
+    seconds_BJ, knee_BJ, _ = np.split(np.atleast_2d(row_BT), [KERNELS, 2 * KERNELS], axis=1)
+    slope_BJ = np.where(knee_BJ < f0_mhz / low_mhz * (1.0 - 1e-9), seconds_BJ / knee_BJ, 0.0)
+    order_BJ = np.argsort(knee_BJ, axis=1)
+    steep_BJ = np.cumsum(np.take_along_axis(slope_BJ, order_BJ, axis=1), axis=1)
+    first_B = np.argmax(steep_BJ >= 0.5 * steep_BJ[:, -1:], axis=1)[:, None]
+    knee_B = np.take_along_axis(np.take_along_axis(knee_BJ, order_BJ, axis=1), first_B, axis=1)[:, 0]
+    is_flat_B = steep_BJ[:, -1] * f0_mhz / low_mhz <= _RESOLVED * seconds_BJ.sum(axis=1)
+    mhz_B: Float64 = np.where(is_flat_B, low_mhz, np.clip(f0_mhz / knee_B, low_mhz, f0_mhz))
+    return mhz_B
+
+
+def sample_curves(points: Points, samples: int, seed: int) -> Float64:
+    """Samples of both curves, (B, 2 J + 2 + K).
+
+    Columns: seconds and knees (in x) of the kernels; energy of an iteration in mJ, static power in mW, steps
+    in mW (zeros where energies are missing).
+
+    Args:
+        points: at three clocks or more.
+        samples: B.
+        seed: of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    clocks = len(points.mhz_K)
+    kernel_BT = _sample_times(points, samples, generator)
+    if not points.has_energy:
+        return np.hstack([kernel_BT, np.zeros((samples, 2 + clocks))])
+    mean_K, count_K = points.means(points.log_mj_N)
+    seconds_BK = seconds_of(kernel_BT, points.mhz_K[-1], points.mhz_K)
+    columns_BKC = _columns(points.mhz_K, points.mhz_K, seconds_BK)
+    middle_KC = _columns(points.mhz_K, points.mhz_K, np.median(seconds_BK, axis=0)[None])[0]
+    fitted_K = np.log(middle_KC @ _fit_energy(middle_KC, np.exp(mean_K), count_K))
+    known_N = np.isfinite(points.log_mj_N)
+    clock_N = points.clock_N[known_N]
+    drawn_BN = _draws(points.log_mj_N[known_N], clock_N, mean_K, count_K, samples, generator)
+    error_BK = np.zeros((samples, clocks))
+    np.add.at(error_BK.T, clock_N, drawn_BN.T)
+    target_BK = np.exp(fitted_K + error_BK / count_K)
+    terms = [_fit_energy(*row, count_K) for row in zip(columns_BKC, target_BK, strict=True)]
+    return np.hstack([kernel_BT, np.array(terms)])
+
+
+def _columns(clock_mhz_K: Float64, mhz_F: Float64, seconds_BF: Float64) -> Float64:
+    """What the terms of E are multiplied by, (B, F, 2 + K)."""
+    phi_F, before_K = mhz_F / clock_mhz_K[-1], np.append(0.0, clock_mhz_K[:-1])
+    ramp_FK = np.clip((mhz_F[:, None] - before_K) / (clock_mhz_K - before_K), 0.0, 1.0)
+    ramp_FK[:, 0] = 1.0
+    of_clock_BFK = (phi_F * seconds_BF)[..., None] * ramp_FK
+    return np.concatenate([np.ones_like(seconds_BF)[..., None], seconds_BF[..., None], of_clock_BFK], axis=-1)
+
+
+def _fit_energy(column_KC: Float64, energy_K: Float64, count_K: Float64) -> Float64:
+    weight_K = np.sqrt(count_K)
+    terms: Float64 = nnls(column_KC * (weight_K / energy_K)[:, None], weight_K)[0]
+    return terms
+
+
+def _draws(
+    value_N: Float64,
+    clock_N: NDArray[np.int64],
+    mean_K: Float64,
+    count_K: Float64,
+    samples: int,
+    generator: np.random.Generator,
 ) -> Float64:
-    """Parameters of P(f) for each problem, (B, 6) in the order of ``POWER_TERMS``.
-
-    Args:
-        form: the form.
-        terms: those of its linear terms that the points can separate.
-        points: the points; those without power have weight 0.
-        weight_BN: weights of points, before their own worth.
-        target_BN: powers to fit over those measured; None fits those measured.
-    """
-    phi_N = points.mhz_N / points.f0_mhz
-    has_power_N = np.isfinite(points.power_mw_N)
-    relative_N = 1.0 / np.where(has_power_N, points.power_mw_N, 1.0)
-    phi_B = points.block_mhz() / points.f0_mhz
-    axes = []
-    if "ridge" in form.terms:
-        axes.append(Axis(low=float(phi_B[0]), high=float(phi_B[-2]), count=16))
-    if "voltage_slope" in form.terms:
-        axes.append(Axis(low=_VOLTAGE_SLOPE[0], high=_VOLTAGE_SLOPE[1], count=10))
-
-    def columns(shape: Float64) -> Float64:
-        ridge, slope = _voltage(form, shape)
-        volts = voltage(phi_N, ridge, slope)
-        all_terms = _power_columns(volts**2, phi_N, points.iteration_s_N)
-        return np.stack([all_terms[term] for term in terms], axis=-1) * relative_N[:, None]
-
-    weight_BN = weight_BN * np.where(has_power_N, points.power_weight_N, 0.0)
-    linear_BK, shape_BD = solve(columns, axes, weight_BN, target_BN)
-    power_BT = np.zeros((len(weight_BN), len(POWER_TERMS)))
-    for index, term in enumerate(terms):
-        power_BT[:, POWER_TERMS.index(term)] = linear_BK[:, index]
-    ridge, slope = _voltage(form, shape_BD)
-    power_BT[:, 4], power_BT[:, 5] = ridge[:, 0], slope[:, 0]
-    return power_BT
+    """Errors of points, (B, N): deviations of repeats from the mean of their clock."""
+    repeats_N = count_K[clock_N]
+    freedom = int(len(value_N) - len(mean_K))
+    pool = np.array([UNREPEATED])
+    if freedom:
+        deviation_N = (value_N - mean_K[clock_N]) * np.sqrt(repeats_N / np.maximum(repeats_N - 1.0, 1.0))
+        pool = deviation_N[repeats_N > 1.0]
+    sign_BN = generator.choice([-1.0, 1.0], size=(samples, len(value_N)))
+    wider = student_over_normal(freedom or UNREPEATED_DOF)
+    drawn_BN: Float64 = wider * sign_BN * generator.choice(pool, size=(samples, len(value_N)))
+    return drawn_BN
 
 
-def _voltage(form: PowerForm, shape: Float64) -> tuple[Float64, Float64]:
-    """Ridge and slope of the voltage, each (..., 1)."""
-    zero = np.zeros((*shape.shape[:-1], 1))
-    if "ridge" not in form.terms:
-        return zero, zero
-    return shape[..., 0:1], shape[..., 1:2] if "voltage_slope" in form.terms else zero + 1.0
+def _sample_times(points: Points, samples: int, generator: np.random.Generator) -> Float64:
+    """Seconds and knees of the kernels, (B, 2 J), from the posterior of t (Metropolis)."""
+    mean_K, count_K = points.means(points.log_s_N)
+    freedom = int(len(points.log_s_N) - len(mean_K))
+    squares = float(((points.log_s_N - mean_K[points.clock_N]) ** 2).sum())
+    if not freedom:
+        freedom, squares = UNREPEATED_DOF, UNREPEATED_DOF * UNREPEATED**2
+    squares += len(points.log_s_N) * _RESOLVED**2
+    x_K = points.mhz_K[-1] / points.mhz_K
+    reach, repeats = float(np.log(x_K[0])), float(count_K.sum())
+    low, high = -_ABOVE * reach, (1.0 + _BELOW) * reach
 
+    def knees(log_knee_BJ: Float64) -> Float64:
+        return np.exp(np.clip(log_knee_BJ, 0.0, reach))
 
-def _power_columns(squared: Float64, phi_N: Float64, iteration_s_N: Float64) -> dict[str, Float64]:
-    ones = np.ones_like(squared)
-    return {
-        "static_mw": ones,
-        "clock_mw": phi_N * squared,
-        "memory_mj": ones / iteration_s_N,
-        "op_mj": squared / iteration_s_N,
-    }
+    def shape(amount_BJ: Float64, log_knee_BJ: Float64) -> tuple[Float64, Float64, Float64]:
+        """Shares of the kernels, and mean and weighted squares of what they leave of the logarithms."""
+        share_BJ = np.exp(amount_BJ - amount_BJ.max(axis=1, keepdims=True))
+        share_BJ /= share_BJ.sum(axis=1, keepdims=True)
+        row_BT = np.hstack([share_BJ, knees(log_knee_BJ)])
+        left_BK = mean_K - np.log(seconds_of(row_BT, 1.0, 1.0 / x_K))
+        mean_B = left_BK @ count_K / repeats
+        return share_BJ, mean_B, ((left_BK - mean_B[:, None]) ** 2) @ count_K
 
+    def cost(amount_BJ: Float64, log_knee_BJ: Float64) -> Float64:
+        """Minus the logarithm of likelihood (Student, the scatter integrated out) and prior."""
+        left_B = shape(amount_BJ, log_knee_BJ)[2]
+        likelihood = 0.5 * (freedom + len(x_K) - 1) * np.log(squares + left_B)
+        value: Float64 = likelihood - (_CONCENTRATION * amount_BJ - np.exp(amount_BJ)).sum(axis=1)
+        return value
 
-def determined_terms(form: PowerForm, points: Points) -> tuple[str, ...]:
-    """Linear terms of the form that the points can separate, in its order.
-
-    A memory-bound phase takes equally long at every clock, so that energy per iteration and static power are
-    the same column; a compute-bound phase mixes energy per operation with the clock's power.
-    """
-    linear = tuple(term for term in form.terms if term in POWER_TERMS[:4])
-    has_power_N = np.isfinite(points.power_mw_N)
-    power_BT = fit_power(form, linear, points, np.ones((1, len(has_power_N))))
-    phi_N = points.mhz_N[has_power_N] / points.f0_mhz
-    squared = voltage(phi_N, power_BT[:, 4:5], power_BT[:, 5:6])[0] ** 2
-    columns = _power_columns(squared, phi_N, points.iteration_s_N[has_power_N])
-    kept: list[str] = []
-    for term in linear:
-        column = columns[term]
-        if kept:
-            basis = np.stack([columns[name] for name in kept], axis=-1)
-            left = column - basis @ np.linalg.lstsq(basis, column, rcond=None)[0]
-            if np.linalg.norm(left) < _DISTINCT * np.linalg.norm(column):
-                continue
-        kept.append(term)
-    return tuple(kept)
-
-
-def solve(
-    columns: Callable[[Float64], Float64],
-    axes: Sequence[Axis],
-    weight_BN: Float64,
-    target_BN: Float64 | None = None,
-) -> tuple[Float64, Float64]:
-    """Best parameters for each problem: non-negative linear ones (B, K), nonlinear ones (B, D).
-
-    Minimises sum_N weight * (target - columns @ linear)^2.
-
-    Args:
-        columns: of nonlinear parameters (..., D), the relative columns (..., N, K).
-        axes: ranges of the nonlinear parameters; none for a plain linear fit.
-        weight_BN: weights, none negative.
-        target_BN: relative targets; None is 1 for all.
-    """
-    grids = np.meshgrid(*(axis.points() for axis in axes), indexing="ij")
-    trial_GD = np.stack([grid.ravel() for grid in grids], axis=-1) if axes else np.zeros((1, 0))
-    column_GNK = columns(_values(trial_GD, axes))
-    points, terms = column_GNK.shape[1:]
-    pairs_GNKK = column_GNK[..., :, None] * column_GNK[..., None, :]
-    gram = np.moveaxis(np.tensordot(weight_BN, pairs_GNKK, axes=(1, 1)), 1, 1)
-    wanted_BN = weight_BN if target_BN is None else weight_BN * target_BN
-    right = np.tensordot(wanted_BN, column_GNK, axes=(1, 1))
-    total_B = (wanted_BN if target_BN is None else wanted_BN * target_BN).sum(axis=1)
-    linear_BGK, loss_BG = _non_negative(gram, right, total_B[:, None])
-    best_B = np.argmin(loss_BG, axis=1)
-    row_B = np.arange(len(weight_BN))
-    linear_BK, loss_B, at_BD = linear_BGK[row_B, best_B], loss_BG[row_B, best_B], trial_GD[best_B]
-    if not axes:
-        return linear_BK, at_BD
-    step_D = _FIRST_STEP * np.array([np.ptp(axis.points()) / max(axis.count - 1, 1) for axis in axes])
-    low_D, high_D = np.array([axis.scaled() for axis in axes]).T
-    offsets = np.meshgrid(*([np.array([-1.0, 0.0, 1.0])] * len(axes)), indexing="ij")
-    offset_GD = np.stack([offset.ravel() for offset in offsets], axis=-1)
-    rows = max(1, _CHUNK // (len(offset_GD) * points * terms * terms))
-    for _ in range(_LEVELS):
-        for start in range(0, len(weight_BN), rows):
-            part = slice(start, start + rows)
-            trial_BGD = np.clip(at_BD[part, None, :] + offset_GD * step_D, low_D, high_D)
-            column = columns(_values(trial_BGD, axes))
-            weighted = column * weight_BN[part, None, :, None]
-            linear, loss = _non_negative(
-                np.swapaxes(weighted, -1, -2) @ column,
-                np.einsum("bn,bgnk->bgk", wanted_BN[part], column),
-                total_B[part, None],
-            )
-            best = np.argmin(loss, axis=1)
-            row = np.arange(len(best))
-            better = loss[row, best] < loss_B[part]
-            loss_B[part] = np.where(better, loss[row, best], loss_B[part])
-            linear_BK[part] = np.where(better[:, None], linear[row, best], linear_BK[part])
-            at_BD[part] = np.where(better[:, None], trial_BGD[row, best], at_BD[part])
-        step_D = step_D * _SHRINK
-    return linear_BK, _values(at_BD, axes)
-
-
-def _values(scaled: Float64, axes: Sequence[Axis]) -> Float64:
-    if not axes:
-        return scaled
-    return np.stack([axis.value(scaled[..., index]) for index, axis in enumerate(axes)], axis=-1)
-
-
-def _non_negative(gram: Float64, right: Float64, total: Float64) -> tuple[Float64, Float64]:
-    """Least squares with coefficients >= 0, by trying every set of positive ones.
-
-    Args:
-        gram: (..., K, K).
-        right: (..., K).
-        total: sum of squares of the target, (...).
-
-    Returns:
-        coefficients (..., K) and what is left of ``total`` (...).
-    """
-    terms = right.shape[-1]
-    scale = np.sqrt(np.maximum(np.einsum("...kk->...k", gram), _TINY))
-    gram = gram / (scale[..., :, None] * scale[..., None, :])
-    right = right / scale
-    best = np.zeros_like(right)
-    loss = np.broadcast_to(total, right.shape[:-1]).copy()
-    for size in range(1, terms + 1):
-        for chosen in combinations(range(terms), size):
-            part = list(chosen)
-            matrix = gram[..., part, :][..., :, part] + _RIDGE * np.eye(size)
-            wanted = right[..., part]
-            solution = np.linalg.solve(matrix, wanted[..., None])[..., 0]
-            left = total - np.sum(solution * wanted, axis=-1)
-            better = (solution >= 0).all(axis=-1) & (left < loss)
-            loss = np.where(better, left, loss)
-            candidate = np.zeros_like(best)
-            candidate[..., part] = solution
-            best = np.where(better[..., None], candidate, best)
-    return best / scale, loss
+    amount = np.log(generator.gamma(_CONCENTRATION, size=(_STARTS, KERNELS)) + 1e-12)
+    log_knee = generator.uniform(low, high, size=(_STARTS, KERNELS))
+    start_S = 0.125 * (freedom + len(x_K) - 1) * np.log(squares + shape(amount, log_knee)[2])
+    weight_S = np.exp(start_S.min() - start_S)
+    chosen_B = generator.choice(_STARTS, size=samples, p=weight_S / weight_S.sum())
+    amount, log_knee = amount[chosen_B], log_knee[chosen_B]
+    cost_B = cost(amount, log_knee)
+    for _ in range(_STEPS):
+        kind_B1 = generator.random((samples, 1))
+        one_BJ = np.eye(KERNELS, dtype=bool)[generator.integers(KERNELS, size=samples)]
+        moved_BJ = one_BJ | (kind_B1 >= 0.5)
+        size_B1 = 10.0 ** generator.uniform(-2.5, 0.3, size=(samples, 1))
+        # A twelfth of the moves draws one knee from all of the range; some move knees or amounts alone.
+        is_fresh = kind_B1 > 0.92
+        step_BJ = size_B1 * moved_BJ * generator.normal(size=(samples, KERNELS))
+        knee_to = log_knee + np.where((kind_B1 >= 0.2) & (kind_B1 < 0.35), 0.0, reach * step_BJ)
+        fresh_BJ = generator.uniform(low, high, size=(samples, KERNELS))
+        knee_to = np.where(is_fresh, np.where(one_BJ, fresh_BJ, log_knee), knee_to)
+        more_BJ = 2.0 * size_B1 * moved_BJ * generator.normal(size=(samples, KERNELS))
+        amount_to = amount + np.where((kind_B1 < 0.2) | is_fresh, 0.0, more_BJ)
+        inside_B = ((knee_to >= low) & (knee_to <= high)).all(axis=1)
+        cost_to_B = cost(amount_to, knee_to)
+        taken_B = inside_B & (np.log(generator.random(samples)) < cost_B - cost_to_B)
+        amount = np.where(taken_B[:, None], amount_to, amount)
+        log_knee = np.where(taken_B[:, None], knee_to, log_knee)
+        cost_B = np.where(taken_B, cost_to_B, cost_B)
+    share_BJ, mean_B, left_B = shape(amount, log_knee)
+    scatter_B = np.sqrt((squares + left_B) / generator.chisquare(freedom + len(x_K) - 1, size=samples))
+    scale_B = np.exp(mean_B + scatter_B / np.sqrt(repeats) * generator.normal(size=samples))
+    return np.hstack([scale_B[:, None] * share_BJ, knees(log_knee)])

@@ -1,25 +1,26 @@
 """The clock model as a document: what was fitted, from which points, how sure it is, and what confounds it.
 
-Shapes: B bootstrap samples, R repeats. Intervals are of 90 %.
+Shapes: B samples, K measured clocks, R repeats. Intervals are of 90 %.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from observatory.analysis.frequency.model import POWER_FORMS, POWER_TERMS, TIME_FORMS, TIME_TERMS
-from observatory.analysis.statistics import FormScore as _FormScore
+from observatory.analysis.frequency.curves import KERNELS
 from observatory.errors import ClockError
 from observatory.run.documents.clock_sweep import load_sweep
 from observatory.run.documents.versioned import load_document
 from observatory.run.manifest import DeviceSpec, Phase
 from observatory.run.records import Count, Moment, Record, Text
 
-CLOCK_MODEL_VERSION = "1.1"
+#: Files before 2.0 hold forms of curves that are fitted no more.
+CLOCK_MODEL_VERSION = "2.0"
 
 _MOST_SAMPLES = 2000
 
@@ -37,7 +38,7 @@ class FitCode(StrEnum):
     # A series was not fitted.
     TOO_MANY_POINTS = "too many points"  # points, most
     TOO_FEW_CLOCKS = "too few clocks"  # clocks, needed, left_out
-    NO_CURVE = "no curve"  # form, error (rms of ln on held-out clocks)
+    NO_CURVE = "no curve"  # error (rms of ln)
     NO_REFERENCE = "no reference"  # left_out
     NOT_FITTED = "not fitted"  # title; because
     # A point did not enter the fit.
@@ -48,17 +49,9 @@ class FitCode(StrEnum):
     NO_CLOCK = "no clock"
     MAY_WANDER = "may wander"
     WANDERED = "wandered"
-    # A parameter has no value.
-    TIME_IS_FLAT = "time is flat"
-    TIME_IS_LINEAR = "time is linear"
-    NOT_SEPARABLE = "not separable"
-    NOT_IN_FORM = "not in form"  # form
     # A clock does not follow from the model.
-    NO_KNEE = "no knee"  # low_mhz, high_mhz
     NO_ENERGY = "no energy"
-    COMPUTE_HIDDEN = "compute hidden"
-    NO_OPTIMUM = "no optimum"
-    # There is no P(f).
+    # There is no E(f).
     ENERGY_NOT_KNOWN = "energy not known"  # missing, points, flagged
     # What a reader of a model must know of its sweeps.
     LIMIT_WAS_LOWERED = "limit was lowered"  # limit_mw, default_mw
@@ -68,64 +61,16 @@ class FitCode(StrEnum):
     MORE_NOTES = "more notes"  # notes
 
 
-class Coefficient(Record):
-    """One parameter of the chosen form.
-
-    Attributes:
-        term: one of ``TIME_TERMS`` or ``POWER_TERMS``, unit in its name.
-        value: None when the points do not determine it.
-        low, high: interval from bootstrap samples of the same form; None like ``value``, or without samples.
-        reason: why ``value`` is None.
-        reason_code: its code; None where there is no reason, and in older files.
-    """
-
-    term: str
-    value: _NotNegative | None
-    low: _NotNegative | None = None
-    high: _NotNegative | None = None
-    reason: Text = ""
-    reason_code: Text | None = None
-
-
-class FormScore(_FormScore):
-    """How one form did on clocks that were left out of its fit.
-
-    Attributes:
-        rms_error, p90_error: of ln(measured / predicted).
-        as_good: whether it errs no more than the best, one standard error allowed.
-    """
-
-    rms_error: _NotNegative
-    as_good: bool
-
-
-class CurveFit(Record):
-    """t(f) or P(f) as fitted.
-
-    Attributes:
-        form: the simplest of the forms that are as good as the best.
-        parameters: all parameters in the order of ``TIME_TERMS`` or ``POWER_TERMS``, 0 where the
-            form has none.
-        coefficients: the same, with intervals and reasons.
-        scores: all forms that were tried.
-    """
-
-    form: str
-    parameters: Annotated[tuple[_NotNegative, ...], Field(max_length=16)]
-    coefficients: Annotated[tuple[Coefficient, ...], Field(max_length=16)] = ()
-    scores: Annotated[tuple[FormScore, ...], Field(max_length=64)] = ()
-
-
 class ClockEstimate(Record):
     """A clock that follows from the model.
 
     Attributes:
         mhz: the clock, never outside what was measured; None when it is not known.
-        low_mhz, high_mhz: its interval; None like ``mhz``, or without samples.
+        low_mhz, high_mhz: its interval; None like ``mhz``.
         relation: ``at most``: it lies at or below the lowest clock measured; ``at least``: at or above the
             highest.
         reason: why ``mhz`` is None.
-        reason_code: its code; None where there is no reason, and in older files.
+        reason_code: its code; None where there is no reason.
     """
 
     mhz: _Mhz | None
@@ -182,7 +127,7 @@ class LeftOut(Record):
 
     Attributes:
         reason: why.
-        reason_code: its code; None in older files.
+        reason_code: its code.
         points: how many.
     """
 
@@ -223,6 +168,7 @@ class Reference(Record):
         iteration_s, energy_mj, power_mw: as measured, medians; None where not reported.
         power_cap_share: share of time in which the limit held the clock; None when not reported.
         limit_mw: the device's own limit as it stood, which a site may have lowered; None when not reported.
+        on_curve: it entered the fit; if not (its clock wandered), all is relative to its repeats alone.
     """
 
     how: Literal["unlocked", "highest clock"]
@@ -232,6 +178,7 @@ class Reference(Record):
     power_mw: _Positive | None = None
     power_cap_share: _Share | None = None
     limit_mw: _Milliwatts | None = None
+    on_curve: bool = True
 
 
 class SeriesFit(Record):
@@ -239,19 +186,15 @@ class SeriesFit(Record):
 
     Attributes:
         name, phase, batch_size, context_tokens, tokens_per_iteration: as in the sweep.
-        low_mhz, high_mhz: range of the sampled clocks; the model holds between them. f0 is ``high_mhz``.
-        clocks: different clocks that entered the fit.
+        clock_mhz_K: the clocks that were measured, rising; the curves hold between them, the highest is f0.
         points: points that did.
         reference: see :class:`Reference`.
-        time: t(f).
-        power: P(f); None when energies are missing, see ``no_power``.
-        no_power: why.
-        no_power_code: its code; None where there is P(f), and in older files.
-        samples_B: parameters of t(f), then of P(f) (zeros without), of bootstrap samples. Samples are spread
-            over all forms that are as good as the best.
-        critical: f_crit, where memory and compute take equally long.
-        compute_optimum: f_energy, the clock of least energy if compute were always the longer.
-        optimum: the clock of least energy; min(f_crit, f_energy) where the knee is sharp.
+        has_energy: whether there is E(f), see ``no_power``.
+        no_power: why there is none.
+        no_power_code: its code; None where there is E(f).
+        samples_B: rows of ``curves.sample_curves``.
+        critical: f_crit: below it time follows the clock (``curves.knees_mhz``).
+        optimum: the measured clock of least energy.
         settings: what was measured.
         time_scatter, energy_scatter: standard deviation of the logarithm over repeats of one setting; None
             without repeats.
@@ -266,20 +209,17 @@ class SeriesFit(Record):
     batch_size: Count | None = None
     context_tokens: Count | None = None
     tokens_per_iteration: Count | None = None
-    low_mhz: _Mhz
-    high_mhz: _Mhz
-    clocks: Count
+    clock_mhz_K: Annotated[tuple[_Mhz, ...], Field(min_length=2, max_length=1000)]
     points: Count
     reference: Reference
-    time: CurveFit
-    power: CurveFit | None = None
+    has_energy: bool
     no_power: Text = ""
     no_power_code: Text | None = None
     samples_B: Annotated[
-        tuple[Annotated[tuple[_NotNegative, ...], Field(max_length=16)], ...], Field(max_length=_MOST_SAMPLES)
-    ] = ()
+        tuple[Annotated[tuple[_NotNegative, ...], Field(max_length=1100)], ...],
+        Field(min_length=1, max_length=_MOST_SAMPLES),
+    ]
     critical: ClockEstimate
-    compute_optimum: ClockEstimate
     optimum: ClockEstimate
     settings: Annotated[tuple[Setting, ...], Field(max_length=2000)]
     time_scatter: _NotNegative | None = None
@@ -290,23 +230,30 @@ class SeriesFit(Record):
     highest_power_mw: _NotNegative | None = None
 
     @model_validator(mode="after")
-    def _fits_its_forms(self) -> SeriesFit:
-        if self.low_mhz > self.high_mhz:
-            raise ValueError("low_mhz is above high_mhz")
-        if self.time.form not in TIME_FORMS or len(self.time.parameters) != len(TIME_TERMS):
-            raise ValueError(f"time form {self.time.form[:40]!r} is unknown or has other parameters")
-        if self.reference.sm_clock_mhz < self.low_mhz:
-            raise ValueError("the reference's clock is below low_mhz")
-        if self.power is not None and (
-            self.power.form not in POWER_FORMS or len(self.power.parameters) != len(POWER_TERMS)
-        ):
-            raise ValueError(f"power form {self.power.form[:40]!r} is unknown or has other parameters")
-        if any(len(sample) != len(TIME_TERMS) + len(POWER_TERMS) for sample in self.samples_B):
-            raise ValueError("a bootstrap sample has another number of parameters than the model")
-        _check_parameters(self.time.parameters, self.power.parameters if self.power else None)
+    def _has_curves(self) -> SeriesFit:
+        clocks = self.clock_mhz_K
+        if any(low >= high for low, high in pairwise(clocks)):
+            raise ValueError("clock_mhz_K does not rise")
+        if self.reference.sm_clock_mhz < clocks[0]:
+            raise ValueError("the reference's clock is below the lowest one measured")
         for sample in self.samples_B:
-            _check_parameters(sample[: len(TIME_TERMS)], sample[len(TIME_TERMS) :] if self.power else None)
+            if len(sample) != 2 * KERNELS + 2 + len(clocks):
+                raise ValueError("a sample has another number of terms than its curves")
+            if sum(sample[:KERNELS]) <= 0.0 or min(sample[KERNELS : 2 * KERNELS]) < 1.0:
+                raise ValueError("an iteration takes no time, or a knee lies above the highest clock")
+            if self.has_energy and sum(sample[2 * KERNELS : 2 * KERNELS + 3]) <= 0.0:
+                raise ValueError("an iteration takes no energy")
         return self
+
+    @property
+    def low_mhz(self) -> float:
+        """The lowest clock measured."""
+        return self.clock_mhz_K[0]
+
+    @property
+    def high_mhz(self) -> float:
+        """The highest clock measured."""
+        return self.clock_mhz_K[-1]
 
     @property
     def title(self) -> str:
@@ -326,20 +273,6 @@ def series_title(name: str, phase: str, batch_size: int | None, context_tokens: 
     return ", ".join(parts)
 
 
-def _check_parameters(time: tuple[float, ...], power: tuple[float, ...] | None) -> None:
-    """Refuse curves that no device has and that no arithmetic survives."""
-    host, memory, _, compute, sharpness = time
-    if host + memory + compute <= 0.0:
-        raise ValueError("an iteration takes no time")
-    if sharpness != 0.0 and not 1.0 <= sharpness <= 1000.0:
-        raise ValueError("sharpness is neither 0 nor between 1 and 1000")
-    if power is not None:
-        if sum(power[:4]) <= 0.0:
-            raise ValueError("the device draws no power")
-        if max(power[4:]) > 1.0:
-            raise ValueError("ridge or voltage slope is above 1")
-
-
 class ClockModel(Record):
     """What ``observatory clocks fit`` writes.
 
@@ -350,13 +283,12 @@ class ClockModel(Record):
         device: the device of the sweeps.
         default_limit_mw: its default power limit; None when not reported.
         idle_power_mw: power without load; None when not reported.
-        supported_sm_clocks_mhz: clocks it can be locked to; None when the sweeps do not say.
         series: one model per phase, batch and context.
-        seed: of folds and bootstrap.
+        seed: of the samples.
         sources: names of the sweep files.
         git_sha: commit of the working directory.
         notes: what a reader must know.
-        note_codes: their codes; empty in older files.
+        note_codes: their codes.
     """
 
     schema_version: Annotated[str, Field(pattern=r"^\d{1,6}\.\d{1,6}$")] = CLOCK_MODEL_VERSION
@@ -365,7 +297,6 @@ class ClockModel(Record):
     device: DeviceSpec
     default_limit_mw: _Milliwatts | None = None
     idle_power_mw: _Milliwatts | None = None
-    supported_sm_clocks_mhz: Annotated[tuple[_Mhz, ...], Field(max_length=4096)] | None = None
     series: Annotated[tuple[SeriesFit, ...], Field(min_length=1, max_length=1000)]
     seed: int = 0
     sources: tuple[Text, ...] = ()

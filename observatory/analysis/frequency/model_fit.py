@@ -1,17 +1,10 @@
 """Fits the clock model to sweeps.
 
-Shapes: N points, B bootstrap samples, F clocks of a grid.
+Shapes: B samples, K measured clocks.
 
-Points are judged (:mod:`observatory.analysis.frequency.points`), forms chosen and bootstrap samples drawn
-(:mod:`observatory.analysis.frequency.choosing`); the clock that was sampled counts, never the request.
-
-f_crit is where memory and compute take equally long; above it a memory-bound phase only burns power. f_energy
-is where the energy of an iteration would be least if compute were always the longer: below it static power
-costs more over the longer time than the lower clock and voltage save. Where the longer of memory and compute
-alone counts, time is flat above f_crit and energy rises with the clock, below it t(f) is the compute branch:
-so energy is least at min(f_crit, f_energy). With a smooth knee the least lies a little higher; the optimum is
-therefore taken from E(f) itself. Nothing is said outside the measured range; a value at its edge says ``at
-most`` or ``at least``.
+Points are judged (:mod:`observatory.analysis.frequency.points`) and curves sampled
+(:mod:`observatory.analysis.frequency.curves`); the clock that was sampled counts, never the request. Nothing
+is said outside the measured range; a value at its edge says ``at most`` or ``at least``.
 """
 
 from __future__ import annotations
@@ -24,22 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import JsonValue
 
-from observatory.analysis.frequency.choosing import (
-    bootstrap_curves,
-    choose_power,
-    choose_time,
-    curve_fit,
-    fold_of,
-)
 from observatory.analysis.frequency.confounds import find_confounds
-from observatory.analysis.frequency.model import (
-    POWER_TERMS,
-    TIME_TERMS,
-    compute_branch_s,
-    critical_mhz,
-    energy_mj,
-    power_mw,
-)
+from observatory.analysis.frequency.curves import Points, energy_of, knees_mhz, sample_curves, seconds_of
 from observatory.analysis.frequency.model_file import (
     ClockEstimate,
     ClockModel,
@@ -52,7 +31,7 @@ from observatory.analysis.frequency.model_file import (
 )
 from observatory.analysis.frequency.points import CLOCK_STEP_MHZ, fit_points, judge, scatter_of, settings_of
 from observatory.analysis.frequency.words import confound_words, fit_words
-from observatory.analysis.statistics import sample_ends
+from observatory.analysis.statistics import sample_interval
 from observatory.errors import ClockError
 from observatory.reasons import Reason
 from observatory.run.documents.clock_sweep import ClockPoint, ClockSeries, ClockSweep
@@ -61,14 +40,12 @@ Float64 = NDArray[np.float64]
 
 _LEAST_CLOCKS = 3
 _MOST_POINTS = 1000
-#: A curve that misses clocks which it did not see by more than this, rms of ln, describes nothing.
+#: Points that lie further than this from the curve, rms of ln, follow none.
 _MOST_MISSED = 0.25
 _MOST_NOTES = 20
 _LONGEST_NOTE = 500
 #: Temperatures of the chip so far apart are no accident; leakage grows with them.
 _WARMER_C = 10
-_GRID_STEP_MHZ = 5.0
-_MOST_STEPS = 1000
 
 
 def fit_clocks(
@@ -86,7 +63,7 @@ def fit_clocks(
         sources: names of their files.
         argv: command line, for the document.
         bootstrap: B.
-        seed: of folds and bootstrap.
+        seed: of the samples.
 
     Raises:
         ClockError: no sweeps, several devices, measurements given twice, or no series with enough clocks.
@@ -129,7 +106,6 @@ def fit_clocks(
         device=sweeps[0].device,
         default_limit_mw=max(limits, default=None),
         idle_power_mw=_idle_power_mw(sweeps),
-        supported_sm_clocks_mhz=_supported(sweeps),
         series=tuple(fitted),
         seed=seed,
         sources=tuple(sources),
@@ -141,12 +117,6 @@ def fit_clocks(
 
 def _names(key: tuple[str | None, str | None]) -> tuple[str, str]:
     return key[0] or "", key[1] or ""
-
-
-def _supported(sweeps: Sequence[ClockSweep]) -> tuple[float, ...] | None:
-    """Clocks that every sweep which names them names."""
-    lists = [set(sweep.supported_sm_clocks_mhz) for sweep in sweeps if sweep.supported_sm_clocks_mhz]
-    return tuple(sorted(map(float, set.intersection(*lists)))) if lists else None
 
 
 def _limit_notes(merged: dict[tuple[object, ...], list[ClockSeries]], limits: Sequence[int]) -> list[Reason]:
@@ -173,42 +143,32 @@ def _fit_series(
     judged = judge(points, default_limit_mw)
     fitted, left_out = fit_points(judged)
     unused: list[JsonValue] = [{"points": count, "code": code.value} for code, count in left_out.items()]
-    if fitted is None or fitted.blocks < _LEAST_CLOCKS:
-        usable = 0 if fitted is None else fitted.blocks
+    if fitted is None or len(fitted.mhz_K) < _LEAST_CLOCKS:
+        usable = 0 if fitted is None else len(fitted.mhz_K)
         clocks: dict[str, JsonValue] = {"clocks": usable, "needed": _LEAST_CLOCKS, "left_out": unused}
         return Reason(FitCode.TOO_FEW_CLOCKS, clocks)
     settings = settings_of(judged)
-    fold_N = fold_of(fitted.block_N, seed)
-    time_trials = choose_time(fitted, fold_N)
-    missed = time_trials[0].score().rms_error
+    row_BT = sample_curves(fitted, samples, seed)
+    missed = _missed(row_BT, fitted)
     if missed > _MOST_MISSED:
-        return Reason(FitCode.NO_CURVE, {"form": time_trials[0].form.name, "error": missed})
-    has_power_N = np.isfinite(fitted.power_mw_N)
-    no_power, power_trials = None, []
-    if len(set(fitted.block_N[has_power_N])) < fitted.blocks:
+        return Reason(FitCode.NO_CURVE, {"error": missed})
+    no_power = None
+    if not fitted.has_energy:
         flagged = sum(item.fitted and item.point.energy_flag is not None for item in judged)
-        missing = int((~has_power_N).sum())
-        counts = {"missing": missing, "points": len(has_power_N), "flagged": flagged}
+        missing = int((~np.isfinite(fitted.log_mj_N)).sum())
+        counts = {"missing": missing, "points": len(fitted.log_mj_N), "flagged": flagged}
         no_power = Reason(FitCode.ENERGY_NOT_KNOWN, counts)
-    else:
-        power_trials = choose_power(fitted, fold_N)
-    time_BT, power_BT, time_form_B, power_form_B = bootstrap_curves(
-        time_trials, power_trials, fitted, samples, seed
-    )
-    time_fit = curve_fit(time_trials, TIME_TERMS, time_BT, time_form_B)
-    power_fit = curve_fit(power_trials, POWER_TERMS, power_BT, power_form_B) if power_trials else None
     time_scatter, energy_scatter, freedom = scatter_of(settings)
-    reference = _reference(settings, points, float(fitted.mhz_N.min()))
+    low_mhz, f0_mhz = float(fitted.mhz_K[0]), float(fitted.mhz_K[-1])
+    reference = _reference(settings, points, low_mhz)
     if reference is None:
         return Reason(FitCode.NO_REFERENCE, {"left_out": unused})
-    estimates = _clock_estimates(
-        np.array([time_fit.parameters]),
-        np.array([power_fit.parameters]) if power_fit else None,
-        time_BT,
-        power_BT if power_fit else None,
-        low_mhz=float(fitted.mhz_N.min()),
-        f0_mhz=fitted.f0_mhz,
-    )
+    critical_B = knees_mhz(row_BT, low_mhz, f0_mhz)
+    optimum = ClockEstimate(mhz=None, reason=fit_words(Reason(FitCode.NO_ENERGY)), reason_code="no energy")
+    if no_power is None:
+        energy_BK = energy_of(row_BT, fitted.mhz_K, fitted.mhz_K)
+        least_mhz = float(fitted.mhz_K[np.argmin(np.median(energy_BK, axis=0))])
+        optimum = _estimate(least_mhz, fitted.mhz_K[np.argmin(energy_BK, axis=1)], low_mhz, f0_mhz)
     powers_mw = [energy / seconds for item in settings for energy, seconds in _pairs(item)]
     return SeriesFit(
         name=series.name,
@@ -216,19 +176,15 @@ def _fit_series(
         batch_size=series.batch_size,
         context_tokens=series.context_tokens,
         tokens_per_iteration=series.tokens_per_iteration,
-        low_mhz=float(fitted.mhz_N.min()),
-        high_mhz=fitted.f0_mhz,
-        clocks=fitted.blocks,
-        points=len(fitted.mhz_N),
+        clock_mhz_K=tuple(fitted.mhz_K.tolist()),
+        points=len(fitted.log_s_N),
         reference=reference,
-        time=time_fit,
-        power=power_fit,
+        has_energy=no_power is None,
         no_power=fit_words(no_power) if no_power else "",
         no_power_code=no_power.code.value if no_power else None,
-        samples_B=tuple(map(tuple, np.hstack([time_BT, power_BT]).tolist())),
-        critical=estimates[0],
-        compute_optimum=estimates[1],
-        optimum=estimates[2],
+        samples_B=tuple(map(tuple, row_BT.tolist())),
+        critical=_estimate(float(np.median(critical_B)), critical_B, low_mhz, f0_mhz),
+        optimum=optimum,
         settings=tuple(settings),
         time_scatter=time_scatter,
         energy_scatter=energy_scatter,
@@ -270,94 +226,25 @@ def _reference(settings: Sequence[Setting], points: Sequence[ClockPoint], low_mh
         power_mw=float(np.median(powers)) if powers else None,
         power_cap_share=chosen.power_cap_share,
         limit_mw=float(np.median(limits)) if limits else None,
+        on_curve=chosen.fitted > 0,
     )
 
 
-def _clock_estimates(
-    time_1T: Float64,
-    power_1T: Float64 | None,
-    time_BT: Float64,
-    power_BT: Float64 | None,
-    *,
-    low_mhz: float,
-    f0_mhz: float,
-) -> tuple[ClockEstimate, ClockEstimate, ClockEstimate]:
-    """f_crit, f_energy and the optimum.
-
-    Args:
-        time_1T: fitted parameters of t(f).
-        power_1T: of P(f); None without energies.
-        time_BT: bootstrap samples of the same.
-        power_BT: likewise.
-        low_mhz: lowest clock measured.
-        f0_mhz: highest one.
-    """
-    critical_1, critical_B = (_critical(time, low_mhz, f0_mhz) for time in (time_1T, time_BT))
-    no_knee = Reason(FitCode.NO_KNEE, {"low_mhz": low_mhz, "high_mhz": f0_mhz})
-    critical = _estimate(critical_1, critical_B, low_mhz, f0_mhz, no_knee)
-    if power_1T is None or power_BT is None:
-        unknown = _no_clock(Reason(FitCode.NO_ENERGY))
-        return critical, unknown, unknown
-    compute_1 = _compute_optimum(time_1T, power_1T, low_mhz, f0_mhz)
-    compute_B = _compute_optimum(time_BT, power_BT, low_mhz, f0_mhz)
-    hidden = Reason(FitCode.COMPUTE_HIDDEN)
-    optimum_1 = _optimum(time_1T, power_1T, low_mhz, f0_mhz)
-    optimum_B = _optimum(time_BT, power_BT, low_mhz, f0_mhz)
-    return (
-        critical,
-        _estimate(compute_1, compute_B, low_mhz, f0_mhz, hidden),
-        _estimate(optimum_1, optimum_B, low_mhz, f0_mhz, Reason(FitCode.NO_OPTIMUM)),
-    )
+def _missed(row_BT: Float64, points: Points) -> float:
+    """How far points lie from the curve, rms of the logarithm."""
+    seconds_K = np.median(seconds_of(row_BT, points.mhz_K[-1], points.mhz_K), axis=0)
+    return float(np.sqrt(np.mean((points.log_s_N - np.log(seconds_K)[points.clock_N]) ** 2)))
 
 
-def _critical(time_BT: Float64, low_mhz: float, f0_mhz: float) -> Float64:
-    """f_crit within the range, (B,); the low end where no clock changed the time, NaN without a knee."""
-    flat_B = time_BT[:, 3] <= 0.0
-    critical_B = np.where(flat_B, low_mhz, critical_mhz(time_BT, f0_mhz))
-    return np.clip(critical_B, low_mhz, f0_mhz)
-
-
-def _compute_optimum(time_BT: Float64, power_BT: Float64, low_mhz: float, f0_mhz: float) -> Float64:
-    """f_energy, (B,); NaN where compute is hidden."""
-    grid_F = _grid(low_mhz, f0_mhz)
-    seconds_BF = compute_branch_s(time_BT, f0_mhz, grid_F)
-    hidden_B = time_BT[:, 3] <= 0.0
-    seconds_BF = np.where(hidden_B[:, None], 1.0, seconds_BF)
-    energy_BF = power_mw(power_BT, f0_mhz, grid_F, seconds_BF) * seconds_BF
-    return np.where(hidden_B, np.nan, grid_F[np.argmin(energy_BF, axis=1)])
-
-
-def _optimum(time_BT: Float64, power_BT: Float64, low_mhz: float, f0_mhz: float) -> Float64:
-    """The clock of least energy, (B,)."""
-    grid_F = _grid(low_mhz, f0_mhz)
-    least_B: Float64 = grid_F[np.argmin(energy_mj(time_BT, power_BT, f0_mhz, grid_F), axis=1)]
-    return least_B
-
-
-def _grid(low_mhz: float, f0_mhz: float) -> Float64:
-    steps = min(_MOST_STEPS, round((f0_mhz - low_mhz) / _GRID_STEP_MHZ) + 1)
-    return np.linspace(low_mhz, f0_mhz, max(2, steps))
-
-
-def _estimate(
-    value_1: Float64, sample_B: Float64, low_mhz: float, f0_mhz: float, reason: Reason
-) -> ClockEstimate:
-    value = float(value_1[0])
-    if np.isnan(value):
-        return _no_clock(reason)
-    finite_B = sample_B[np.isfinite(sample_B)]
-    low, high = sample_ends(finite_B)
-    edge = _GRID_STEP_MHZ / 2.0
+def _estimate(mhz: float, sample_B: Float64, low_mhz: float, f0_mhz: float) -> ClockEstimate:
+    interval = sample_interval(mhz, sample_B)
+    edge = CLOCK_STEP_MHZ / 2.0
     return ClockEstimate(
-        mhz=value,
-        low_mhz=None if low is None else min(low, value),
-        high_mhz=None if high is None else max(high, value),
-        relation="at most" if value < low_mhz + edge else "at least" if value > f0_mhz - edge else "at",
+        mhz=mhz,
+        low_mhz=interval.low,
+        high_mhz=interval.high,
+        relation="at most" if mhz < low_mhz + edge else "at least" if mhz > f0_mhz - edge else "at",
     )
-
-
-def _no_clock(reason: Reason) -> ClockEstimate:
-    return ClockEstimate(mhz=None, reason=fit_words(reason), reason_code=reason.code.value)
 
 
 def _idle_power_mw(sweeps: Sequence[ClockSweep]) -> float | None:

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from observatory.analysis.frequency.curves import Points
 from observatory.analysis.frequency.model_file import FitCode, Setting
@@ -38,9 +37,6 @@ _STEADY_SHARE = 0.03
 #: A repeat is set aside this many standard deviations from the median of three or more, and at least so far.
 _DISTURBED = 6.0
 _LEAST_DISTURBED = 0.03
-#: Relative error of a power that its energy's own error bar does not cover.
-_POWER_NOISE = 0.01
-_NORMAL_95 = 1.645
 #: What an iteration and its power can be: from a nanosecond to twelve days, from a milliwatt to a megawatt.
 _SECONDS = (1e-9, 1e6)
 _MILLIWATTS = (1.0, 1e9)
@@ -190,35 +186,29 @@ def _millijoules(point: ClockPoint) -> float:
 
 
 def fit_points(judged: Sequence[Judged]) -> tuple[Points | None, Counter[FitCode]]:
-    """Points of the fit, None without any, and how many were left out for which reason."""
+    """Points of the fit, None without any, and how many were left out for which reason.
+
+    Settings with median clocks in one step of the device are one clock.
+    """
     left_out = Counter(item.reason for item in judged if item.reason is not None)
     used = [item for item in judged if item.fitted]
     if not used:
         return None, left_out
-    block_of = _blocks(used)
-    energy_N = np.array([_millijoules(item.point) for item in used])
-    error_N = np.array([min(item.point.energy_error or 0.0, 1.0) for item in used])
-    seconds_N = np.array([item.point.iteration_s for item in used])
-    return (
-        Points(
-            mhz_N=np.array([float(item.point.sm_clock_mhz or 0) for item in used]),
-            iteration_s_N=seconds_N,
-            power_mw_N=energy_N / seconds_N,
-            block_N=block_of,
-            power_weight_N=1.0 / (1.0 + (error_N / _NORMAL_95 / _POWER_NOISE) ** 2),
-        ),
-        left_out,
-    )
-
-
-def _blocks(used: Sequence[Judged]) -> NDArray[np.int64]:
-    """Number of the clock that each point ran at; settings with median clocks in one step share it."""
     clocks: dict[tuple[int | None, int | None], list[int]] = {}
     for item in used:
         clocks.setdefault(item.setting, []).append(item.point.sm_clock_mhz or 0)
-    step = {setting: round(float(np.median(values)) / CLOCK_STEP_MHZ) for setting, values in clocks.items()}
-    rank = {key: index for index, key in enumerate(sorted(set(step.values())))}
-    return np.array([rank[step[item.setting]] for item in used], dtype=np.int64)
+    step_of = {key: round(float(np.median(values)) / CLOCK_STEP_MHZ) for key, values in clocks.items()}
+    steps, clock_N = np.unique([step_of[item.setting] for item in used], return_inverse=True)
+    mhz_N = np.array([float(item.point.sm_clock_mhz or 0) for item in used])
+    return (
+        Points(
+            mhz_K=np.array([np.median(mhz_N[clock_N == clock]) for clock in range(len(steps))]),
+            clock_N=clock_N.astype(np.int64),
+            log_s_N=np.log([item.point.iteration_s for item in used]),
+            log_mj_N=np.log([_millijoules(item.point) for item in used]),
+        ),
+        left_out,
+    )
 
 
 def settings_of(judged: Sequence[Judged]) -> list[Setting]:

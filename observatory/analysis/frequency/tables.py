@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from observatory.analysis.columns import Column, Table, short_names
-from observatory.analysis.frequency.model_file import ClockEstimate, ClockModel, CurveFit, SeriesFit
+from observatory.analysis.frequency.model_file import ClockEstimate, ClockModel
 from observatory.analysis.frequency.telemetry_records import Readings, TelemetryAdvice
 from observatory.run.documents.clock_sweep import ClockSweep
 
@@ -29,19 +27,16 @@ SERIES_COLUMNS = (
     _SERIES,
     Column(name="clocks", title="clocks", wide=True),
     Column(name="points", title="points", wide=True),
-    Column(name="time_form", title="time", text=True, wide=True),
     Column(
-        name="time_error",
-        title="time error",
+        name="time_scatter",
+        title="time scatter",
         unit="%",
         digits=2,
-        legend="rms of the logarithm on held-out clocks",
+        legend="standard deviation of repeats",
     ),
-    Column(name="power_form", title="power", text=True, wide=True, otherwise="none"),
-    Column(name="power_error", title="power error", unit="%", digits=2),
+    Column(name="energy_scatter", title="energy scatter", unit="%", digits=2),
     Column(name="critical", title="f_crit", unit="MHz", legend="below it the iteration takes longer"),
-    Column(name="compute_optimum", title="f_energy", unit="MHz", legend="least energy of the compute part"),
-    Column(name="optimum", title="optimum", unit="MHz", legend="least energy of the whole iteration"),
+    Column(name="optimum", title="optimum", unit="MHz", legend="measured clock of least energy"),
 )
 
 #: Of `telemetry_table`.
@@ -102,18 +97,17 @@ def model_table(model: ClockModel) -> Table:
     rows = [
         {
             "series": series.title,
-            "clocks": series.clocks,
+            "clocks": len(series.clock_mhz_K),
             "points": series.points,
-            "time_form": series.time.form,
-            "time_error": _error(series.time),
-            "power_form": series.power.form if series.power else None,
-            "power_error": _error(series.power) if series.power else None,
+            "time_scatter": series.time_scatter,
+            "energy_scatter": series.energy_scatter,
             "no_power": series.no_power or None,
-            **_estimates(series),
+            "critical": _estimate(series.critical),
+            "optimum": _estimate(series.optimum),
         }
         for series in model.series
     ]
-    title = f"{model.device.name or 'device'}: forms chosen on held-out clocks"
+    title = f"{model.device.name or 'device'}: time and energy against the clock"
     return Table(name="series", columns=SERIES_COLUMNS, rows=rows, title=title)
 
 
@@ -133,11 +127,6 @@ def telemetry_table(telemetry: TelemetryAdvice) -> Table:
     return Table(name="telemetry", columns=TELEMETRY_COLUMNS, rows=rows, title=title)
 
 
-def _estimates(series: SeriesFit) -> dict[str, Any]:
-    named = ("critical", "compute_optimum", "optimum")
-    return {name: _estimate(getattr(series, name)) for name in named}
-
-
 def _estimate(estimate: ClockEstimate) -> str | None:
     """A clock with its relation and interval, such as ``at most 780 (720-840)``."""
     if estimate.mhz is None:
@@ -146,10 +135,6 @@ def _estimate(estimate: ClockEstimate) -> str | None:
     if estimate.low_mhz is None or estimate.high_mhz in (None, estimate.low_mhz):
         return f"{words}{estimate.mhz:.0f}"
     return f"{words}{estimate.mhz:.0f} ({estimate.low_mhz:.0f}-{estimate.high_mhz:.0f})"
-
-
-def _error(curve: CurveFit) -> float | None:
-    return next((score.rms_error for score in curve.scores if score.form == curve.form), None)
 
 
 def _clock(readings: Readings | None) -> float | None:

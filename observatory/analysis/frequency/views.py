@@ -1,18 +1,17 @@
-"""Time and energy of one series at any clock, relative to its reference, with all bootstrap samples.
+"""Time and energy of one series at any clock, relative to its reference, in every sample of its curves.
 
-Shapes: B bootstrap samples, F clocks. The first row of every result is the fit itself, samples follow.
+Shapes: B samples, F clocks. Values are medians of samples, intervals of 90 %.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from observatory.analysis.frequency.model import POWER_TERMS, TIME_TERMS, energy_mj, iteration_s, power_mw
+from observatory.analysis.frequency.curves import UNREPEATED, UNREPEATED_DOF, energy_of, seconds_of
 from observatory.analysis.frequency.model_file import SeriesFit
+from observatory.analysis.frequency.points import CLOCK_STEP_MHZ
 from observatory.analysis.statistics import Interval, sample_interval
 from observatory.run.records import Record
 
@@ -54,68 +53,78 @@ class SeriesView:
 
     Attributes:
         fit: the series.
-        reference_mhz: clock without a lock, or the highest measured where that is lower.
-        candidate_F: clocks that may be recommended, rising, the reference among them.
+        reference_mhz: clock of the reference.
+        candidate_F: clocks that may be recommended, rising: those that a lock was measured at, and the
+            reference's.
     """
 
-    def __init__(self, fit: SeriesFit, supported_mhz: Sequence[float] | None) -> None:
+    def __init__(self, fit: SeriesFit) -> None:
         self.fit = fit
-        terms = len(TIME_TERMS) + len(POWER_TERMS)
-        sample_BT = np.array(fit.samples_B, dtype=np.float64).reshape(-1, terms)
-        power = fit.power.parameters if fit.power else (0.0,) * len(POWER_TERMS)
-        # The fitted parameters stand in the first row, the samples below.
-        self._row_BT = np.vstack([[*fit.time.parameters, *power], sample_BT])
-        self.reference_mhz = min(fit.reference.sm_clock_mhz, fit.high_mhz)
-        self.candidate_F = self._candidates(supported_mhz)
+        self._row_BT = np.array(fit.samples_B, dtype=np.float64)
+        self.reference_mhz = fit.reference.sm_clock_mhz
+        locked = {
+            min(fit.clock_mhz_K, key=lambda mhz: abs(mhz - clock))
+            for item in fit.settings
+            if item.kind == "lock" and item.fitted and (clock := item.sm_clock_mhz) is not None
+        }
+        below = {mhz for mhz in locked if mhz < self.reference_mhz - CLOCK_STEP_MHZ / 2.0}
+        self.candidate_F = np.array(sorted(below | {self.reference_mhz}))
 
     @property
     def has_energy(self) -> bool:
         """Whether energies were measured; without, all energies come out as those of the reference."""
-        return self.fit.power is not None
-
-    def _candidates(self, supported_mhz: Sequence[float] | None) -> Float64:
-        if supported_mhz:
-            clocks = set(supported_mhz)
-        else:
-            clocks = {
-                item.sm_clock_mhz
-                for item in self.fit.settings
-                if item.kind == "lock" and item.label == "ok" and item.sm_clock_mhz is not None
-            }
-        inside = {mhz for mhz in clocks if self.fit.low_mhz <= mhz <= self.reference_mhz}
-        return np.array(sorted(inside | {self.reference_mhz}))
+        return self.fit.has_energy and self.fit.reference.energy_mj is not None
 
     def ratios(self, mhz_F: Float64) -> tuple[Float64, Float64]:
-        """Time and energy over those of the reference, (1 + B, F); above it a lock does nothing."""
-        time_BT, power_BT = np.split(self._row_BT, [len(TIME_TERMS)], axis=1)
-        held_F = np.append(np.minimum(mhz_F, self.reference_mhz), self.reference_mhz)
-        seconds_BF = iteration_s(time_BT, self.fit.high_mhz, held_F)
-        time_BF = seconds_BF[:, :-1] / seconds_BF[:, -1:]
+        """Time and energy over those of the reference, (B, F); at and above it a lock does nothing."""
+        is_below_F = mhz_F < self.reference_mhz
+        reference_s_B1, reference_mj_B1 = self._reference()
+        time_BF = np.where(is_below_F, self.seconds(mhz_F) / reference_s_B1, 1.0)
         if not self.has_energy:
             return time_BF, np.ones_like(time_BF)
-        energy_BF = energy_mj(time_BT, power_BT, self.fit.high_mhz, held_F)
-        return time_BF, energy_BF[:, :-1] / energy_BF[:, -1:]
+        return time_BF, np.where(is_below_F, self.millijoules(mhz_F) / reference_mj_B1, 1.0)
+
+    def _reference(self) -> tuple[Float64, Float64]:
+        """Time and energy of the reference, (B, 1) each: of the curves, else of its repeats."""
+        reference = self.fit.reference
+        if reference.on_curve:
+            at_F = np.array([reference.sm_clock_mhz])
+            return self.seconds(at_F), self.millijoules(at_F) if self.has_energy else np.ones((1, 1))
+        generator = np.random.default_rng(0)
+        repeats = next((len(s.iteration_s_R) for s in self.fit.settings if s.kind == "unlocked"), 1)
+        freedom = self.fit.scatter_dof or UNREPEATED_DOF
+        scatters = (self.fit.time_scatter, self.fit.energy_scatter)
+        time, energy = (
+            np.exp(
+                (UNREPEATED if scatter is None else scatter)
+                * generator.standard_t(freedom, size=(len(self._row_BT), 1))
+                / np.sqrt(max(repeats, 1))
+            )
+            for scatter in scatters
+        )
+        return reference.iteration_s * time, (reference.energy_mj or 1.0) * energy
 
     def seconds(self, mhz_F: Float64) -> Float64:
-        """t(f), (1 + B, F)."""
-        return iteration_s(self._row_BT[:, : len(TIME_TERMS)], self.fit.high_mhz, mhz_F)
+        """t(f), (B, F)."""
+        return seconds_of(self._row_BT, self.fit.high_mhz, np.clip(mhz_F, None, self.fit.high_mhz))
+
+    def millijoules(self, mhz_F: Float64) -> Float64:
+        """E(f), (B, F)."""
+        return energy_of(self._row_BT, self.fit.clock_mhz_K, np.clip(mhz_F, None, self.fit.high_mhz))
 
     def milliwatts(self, mhz_F: Float64) -> Float64:
-        """P(f), (1 + B, F); zeros without energy."""
-        power_BT = self._row_BT[:, len(TIME_TERMS) :]
-        return power_mw(power_BT, self.fit.high_mhz, mhz_F, self.seconds(mhz_F))
+        """Mean power, (B, F); zeros without energy."""
+        return self.millijoules(mhz_F) / self.seconds(mhz_F)
 
     def curve(self, clocks: int = 100) -> pd.DataFrame:
-        """The fitted curves for a figure, clocks evenly spread over the measured range.
+        """The curves for a figure, clocks evenly spread over the measured range.
 
         Columns: sm_clock_mhz; iteration_s, energy_mj (NaN without), slowdown, saving,
         each with _low and _high.
         """
         mhz_F = np.linspace(self.fit.low_mhz, self.fit.high_mhz, clocks)
         seconds_BF = self.seconds(mhz_F)
-        energy_BF = (
-            self.milliwatts(mhz_F) * seconds_BF if self.has_energy else np.full_like(seconds_BF, np.nan)
-        )
+        energy_BF = self.millijoules(mhz_F) if self.has_energy else np.full_like(seconds_BF, np.nan)
         time_BF, ratio_BF = self.ratios(mhz_F)
         columns = {"sm_clock_mhz": mhz_F}
         for name, value_BF in (
@@ -124,20 +133,18 @@ class SeriesView:
             ("slowdown", time_BF - 1.0),
             ("saving", 1.0 - ratio_BF if self.has_energy else energy_BF),
         ):
-            spread_BF = value_BF[1:] if len(value_BF) > 1 else value_BF
-            columns[name] = value_BF[0]
-            columns[f"{name}_low"] = np.minimum(np.quantile(spread_BF, 0.05, axis=0), value_BF[0])
-            columns[f"{name}_high"] = np.maximum(np.quantile(spread_BF, 0.95, axis=0), value_BF[0])
+            low_F, middle_F, high_F = np.quantile(value_BF, [0.05, 0.5, 0.95], axis=0)
+            columns |= {name: middle_F, f"{name}_low": low_F, f"{name}_high": high_F}
         return pd.DataFrame(columns)
 
     def choice(self, mhz: float) -> ClockChoice:
         """What a clock does."""
-        time_B1, energy_B1 = self.ratios(np.array([mhz]))
-        saving = sample_interval(1.0 - float(energy_B1[0, 0]), 1.0 - energy_B1[1:, 0])
+        time_B, energy_B = (ratio_B1[:, 0] for ratio_B1 in self.ratios(np.array([mhz])))
+        saving = sample_interval(1.0 - float(np.median(energy_B)), 1.0 - energy_B)
         per_token = self.reference_mj_per_token
         return ClockChoice(
             sm_clock_mhz=mhz,
-            slowdown=sample_interval(float(time_B1[0, 0]) - 1.0, time_B1[1:, 0] - 1.0),
+            slowdown=sample_interval(float(np.median(time_B)) - 1.0, time_B - 1.0),
             saving=saving,
             mj_per_token=None if per_token is None else per_token * (1.0 - saving.value),
         )
@@ -149,8 +156,7 @@ class SeriesView:
         return energy / tokens if tokens and energy is not None else None
 
     def inside(self, mhz_F: Float64, max_slowdown: float) -> NDArray[np.bool_]:
-        """Which clocks surely keep the budget, (F,)."""
-        time_BF, _ = self.ratios(mhz_F)
-        upper_F = np.quantile(time_BF[1:], 0.95, axis=0) if len(time_BF) > 1 else time_BF[0]
-        kept: NDArray[np.bool_] = np.maximum(upper_F, time_BF[0]) <= 1.0 + max_slowdown + 1e-12
+        """Which clocks surely keep the budget, (F,): the upper end of the slowdown's interval does."""
+        upper_F = np.quantile(self.ratios(mhz_F)[0], 0.95, axis=0)
+        kept: NDArray[np.bool_] = upper_F <= 1.0 + max_slowdown + 1e-12
         return kept

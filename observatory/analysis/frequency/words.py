@@ -20,9 +20,9 @@ _FIT_WORDS: dict[FitCode, str | Callable[[Mapping[str, Any]], str]] = {
         f"more clocks, or fit it together with sweeps of others{_left_out(v, ' ({})')}"
     ),
     FitCode.NO_CURVE: lambda v: (
-        f"the time of an iteration follows no curve of the clock: the best form, {v['form']}, misses clocks "
-        f"that it did not see by {100 * v['error']:.0f} % (rms of ln); something else changed the time, such "
-        "as other work on the machine: measure again without it, longer and with more repeats"
+        f"the time of an iteration follows no curve of the clock: points lie {100 * v['error']:.0f} % from "
+        "it (rms of ln); something else changed the time, such as other work on the machine: measure again "
+        "without it, longer and with more repeats"
     ),
     FitCode.NO_REFERENCE: lambda v: (
         f"no setting has both a time and a clock{_left_out(v, ': {}')}; measure again"
@@ -35,14 +35,7 @@ _FIT_WORDS: dict[FitCode, str | Callable[[Mapping[str, Any]], str]] = {
     FitCode.NO_CLOCK: "the clock was not sampled",
     FitCode.MAY_WANDER: "power-capped, and not known whether the clock was steady",
     FitCode.WANDERED: "the clock wandered, so that the time belongs to no one clock",
-    FitCode.TIME_IS_FLAT: "no clock changed the time: host and memory cannot be separated, compute is hidden",
-    FitCode.TIME_IS_LINEAR: "no knee was seen: memory and host cannot be separated",
-    FitCode.NOT_SEPARABLE: "not separable from the terms before it",
-    FitCode.NOT_IN_FORM: "the form {form} has none",
-    FitCode.NO_KNEE: "no knee was seen between {low_mhz:.0f} and {high_mhz:.0f} MHz",
     FitCode.NO_ENERGY: "energies are missing",
-    FitCode.COMPUTE_HIDDEN: "no clock was low enough to see compute: its time is unknown",
-    FitCode.NO_OPTIMUM: "not known",
     FitCode.ENERGY_NOT_KNOWN: lambda v: (
         f"the energy of {v['missing']} of {v['points']} points is not known"
         + (
@@ -208,9 +201,6 @@ def behaviour_words(behaviour: Behaviour, reference: Reference) -> str:
             f"the device reported that it idled at {numbers['idle_settings']:.0f} of "
             f"{numbers['settings']:.0f} settings; {shape}"
         )
-    if behaviour.evidence == "host time":
-        share = 100 * numbers["host_share"]
-        return f"{share:.0f} % of an iteration overlaps with no work of the device; {shape}"
     if behaviour.evidence == "little power":
         return (
             f"{shape}; at {numbers['power_mw'] / 1e3:.0f} W it draws little more than the "
@@ -250,9 +240,7 @@ def lock_against_cap_words(
         no_energy_reason: why the series has no energy; empty when it has.
     """
     if comparison.reason_code is not None:
-        why = _NOT_COMPARED.get(comparison.reason_code)
-        if why is None:
-            return "without bootstrap samples locks and caps cannot be compared"
+        why = _NOT_COMPARED[comparison.reason_code]
         if comparison.reason_code == "no energies" and no_energy_reason:
             why = no_energy_reason
         return f"locks were not compared with caps: {why}"

@@ -18,14 +18,14 @@ def fit(
         Path,
         typer.Option("--out", metavar="FILE", rich_help_panel=OUTPUT, help="Clock model (JSON) to write."),
     ],
-    bootstrap: Annotated[int, typer.Option(min=0, max=2000, help="Bootstrap samples over clocks.")] = 200,
-    seed: Annotated[int, typer.Option(help="Seed of folds and bootstrap.")] = 0,
+    bootstrap: Annotated[int, typer.Option(min=20, max=2000, help="Samples of the curves.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     force: ForceOption = False,
     wide: WideOption = False,
     csv: CsvOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Fit the time and energy of each phase; the form is chosen on clocks that were held out."""
+    """Fit the time and energy of each phase against the SM clock."""
     from observatory.advice.conclusions import conclude_clocks, conclusion_document
     from observatory.advice.frequency import recommend_clocks
     from observatory.analysis.frequency import fit_clocks

@@ -22,15 +22,15 @@ from pydantic import Field, JsonValue
 
 from observatory.advice.frequency import ClockAdvice, SeriesAdvice, recommend_clocks
 from observatory.analysis.frequency import ClockModel, fit_clocks, load_clock_model
-from observatory.analysis.frequency.model_file import Setting
+from observatory.analysis.frequency.model_file import CLOCK_MODEL_VERSION, Setting
 from observatory.analysis.frequency.views import SeriesView
 from observatory.analysis.statistics import Interval
 from observatory.errors import ClockError
-from observatory.run.documents.clock_sweep import CLOCKS_VERSION, load_sweep
+from observatory.run.documents.clock_sweep import load_sweep
 from observatory.run.documents.versioned import load_document
 from observatory.run.records import Record
 
-#: Bootstrap samples of a sweep that is fitted for the report; as ``clocks fit`` takes.
+#: Samples of a sweep that is fitted for the report; as ``clocks fit`` takes.
 _BOOTSTRAP = 200
 _CURVE_CLOCKS = 80
 _POINTS = (
@@ -102,9 +102,7 @@ def collect_clocks(paths: Sequence[PathText], *, max_slowdown: float = 0.02) -> 
         files.append(ClockFile(path=path, what=what, model=model, advice=advice))
     points = [row for index, file in enumerate(files) for row in _points(index, file)]
     curves = [
-        SeriesView(fit, file.model.supported_sm_clocks_mhz)
-        .curve(_CURVE_CLOCKS)
-        .assign(file=index, series=series)
+        SeriesView(fit).curve(_CURVE_CLOCKS).assign(file=index, series=series)
         for index, file in enumerate(files)
         for series, fit in enumerate(file.model.series)
     ]
@@ -139,7 +137,7 @@ def _read(path: Path) -> tuple[str, ClockModel]:
     document = load_document(
         _Document,
         path,
-        version=CLOCKS_VERSION,
+        version=CLOCK_MODEL_VERSION,
         what="clock sweep or model",
         remedy="make one with `observatory clocks sweep` or `clocks fit`",
         failure=ClockError,

@@ -54,7 +54,7 @@ def clocks_section(frames: ReportFrames) -> Section:
                 caption="Every setting as measured, relative to running unlocked (where no unlocked point "
                 "counts, to the highest clock); down is less energy. Filled: on the front, no other setting "
                 "is at least as good in both and better in one. Bars are 90 % intervals. The ring is the "
-                "recommended clock by the model.",
+                "recommended clock by the curves.",
                 choice="Series",
                 variants=tuple(planes),
             )
@@ -66,7 +66,7 @@ def clocks_section(frames: ReportFrames) -> Section:
                 title="Time and energy of an iteration at each clock",
                 caption="Against the clock that was sampled, never the one asked for. Bars run from the "
                 "least to the greatest repeat; open marks did not run as asked (clamped, held by a limit, "
-                "heat or the brake). Line: the form chosen on clocks that were held out.",
+                "heat or the brake). Line and band: median and 90 % of the fitted curves.",
                 choice="Series",
                 variants=tuple(curves),
             )
@@ -140,7 +140,7 @@ def _curve_variant(clocks: ClockFrames, index: int, file: ClockFile, advice: Ser
     sampled = points[points["sm_clock_mhz"].notna() & points["iteration_ms"].notna()]
     chosen_mhz = None if advice.choice is None else advice.choice.sm_clock_mhz
     group, label = _names(file, advice)
-    energy = f"energy form {fit.power.form}" if fit.power else f"no energy: {fit.no_power}"
+    energy = "" if fit.has_energy else f"; no energy: {plain(fit.no_power)}"
     left = [f"{item.points} points left out: {item.reason}" for item in fit.left_out]
     return Variant(
         group=group,
@@ -154,9 +154,8 @@ def _curve_variant(clocks: ClockFrames, index: int, file: ClockFile, advice: Ser
         ),
         alt=f"Time and energy of an iteration of {shorten(advice.title, 60)} from {fit.low_mhz:.0f} to "
         f"{fit.high_mhz:.0f} MHz.",
-        note=f"{shorten(advice.title, 80)}: {fit.points} points at {fit.clocks} clocks; time form "
-        f"{fit.time.form}, "
-        f"{plain(energy)}. {_capital(advice.behaviour.text)}."
+        note=f"{shorten(advice.title, 80)}: {fit.points} points at {len(fit.clock_mhz_K)} clocks"
+        f"{energy}. {_capital(advice.behaviour.text)}."
         + (f" First: {plain(advice.behaviour.fix_first)}." if advice.behaviour.fix_first else "")
         + "".join(f" {_capital(item.text)}." for item in advice.confounds)
         + "".join(f" {_capital(text)}." for text in left),
@@ -210,4 +209,4 @@ def _advice_table(clocks: ClockFrames) -> Table:
 
 
 def _agreement(share: float | None) -> str:
-    return "" if share is None else f"{percent(share, 0)} of bootstrap samples agree on the curve"
+    return "" if share is None else f"{percent(share, 0)} of samples agree on the curve"

@@ -9,7 +9,7 @@ from observatory.run.documents.clock_sweep import ClockPoint, ClockSweep
 CAPS_W = (250.0, 300.0, 350.0, 400.0, 450.0)
 
 
-def fitted(sweep: ClockSweep, bootstrap: int = 0) -> SeriesFit:
+def fitted(sweep: ClockSweep, bootstrap: int = 60) -> SeriesFit:
     return fit_clocks([sweep], bootstrap=bootstrap).series[0]
 
 

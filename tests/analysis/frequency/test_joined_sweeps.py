@@ -43,8 +43,8 @@ def fitted(sweeps: list[ClockSweep]) -> ClockModel:
 def test_a_sweep_in_parts_is_fitted_like_the_whole(whole: ClockSweep) -> None:
     (one,), (many,) = fitted([whole]).series, fitted(apart(whole)).series
     assert many.points == one.points
-    assert many.time.form == one.time.form
-    assert many.critical.mhz == pytest.approx(one.critical.mhz, rel=0.02)
+    assert many.clock_mhz_K == one.clock_mhz_K
+    assert many.critical.mhz == pytest.approx(one.critical.mhz, rel=0.03)
     assert many.reference == one.reference
 
 
