@@ -73,17 +73,21 @@ class RunWriter:
         rank: int,
         host: str | None,
         provenance: RankProvenance | None,
+        measured_here: bool = True,
     ) -> None:
         self.path = path
         self.rank = rank
         self._appender = TableAppender(path, rank=rank, ranks=manifest.topology.ranks)
         self._manifest = manifest
-        self._host = one_line(socket.gethostname() if host is None else host, 255)
+        self._measured_here = measured_here
+        self._host = None if not measured_here else one_line(host or socket.gethostname(), 255)
         self._lock = threading.RLock()
         self._closed = False
         self._ending: tuple[str, int] | None = None
-        self._clock = ClockSpec(method="none", identity=clock_name(clock_identity()))
-        self._cores = find_cores()
+        self._clock = ClockSpec(
+            method="none", identity=clock_name(clock_identity()) if measured_here else None
+        )
+        self._cores = find_cores() if measured_here else None
         self._provenance = provenance
         self._power: RankPower | None = None
         self._moe_layers: tuple[RankLayer, ...] | None = None
@@ -103,6 +107,7 @@ class RunWriter:
         *,
         overwrite: bool = False,
         provenance: RankProvenance | None = None,
+        measured_here: bool = True,
     ) -> Self:
         """Make the run directory as rank 0.
 
@@ -111,6 +116,8 @@ class RunWriter:
             manifest: the run's manifest; its state is set to ``running``.
             overwrite: empty an existing run directory first. Only files of the run format are removed.
             provenance: where the rank runs; None where that is not known.
+            measured_here: False where the rows come from elsewhere: host, cores and clock of this process are
+                then not stated.
 
         Raises:
             RunError: something else is in the way, or the directory cannot be made.
@@ -128,7 +135,9 @@ class RunWriter:
             made = True
             sync_folder(folder)
             sync_folder(folder.absolute().parent)
-            writer = cls(folder, running, rank=0, host=None, provenance=provenance)
+            writer = cls(
+                folder, running, rank=0, host=None, provenance=provenance, measured_here=measured_here
+            )
             writer._write_status("running")
             write_manifest(folder, running)
         except FileExistsError as error:
@@ -158,6 +167,7 @@ class RunWriter:
         ranks: int | None = None,
         timeout_s: float = 60.0,
         provenance: RankProvenance | None = None,
+        measured_here: bool = True,
         wait: Callable[[float], object] = time.sleep,
     ) -> Self:
         """Write as another rank into the run that rank 0 makes.
@@ -172,6 +182,7 @@ class RunWriter:
                 each node may write to storage of their own, to be copied into one directory later.
             timeout_s: how long to wait for rank 0.
             provenance: where the rank runs; None where that is not known.
+            measured_here: as for `create`.
             wait: returns after so many seconds, or as soon as rank 0 is known to have made the run.
 
         Raises:
@@ -196,7 +207,9 @@ class RunWriter:
             raise RunError(
                 f"rank {rank} has already written to run {folder}", remedy="write a new run instead"
             )
-        writer = cls(folder, manifest, rank=rank, host=host, provenance=provenance)
+        writer = cls(
+            folder, manifest, rank=rank, host=host, provenance=provenance, measured_here=measured_here
+        )
         try:
             (folder / RANKS_FOLDER).mkdir(parents=True, exist_ok=True)
             writer._write_status("running")
@@ -432,8 +445,11 @@ class RunWriter:
         )
         if status == self._written:
             return
-        now = {"unix_minus_monotonic_ns": time.time_ns() - time.monotonic_ns()}
-        dated = status.model_copy(update={"clock": self._clock.model_copy(update=now)})
+        if self._measured_here:
+            now = {"unix_minus_monotonic_ns": time.time_ns() - time.monotonic_ns()}
+            dated = status.model_copy(update={"clock": self._clock.model_copy(update=now)})
+        else:
+            dated = status
         write_rank_status(self.path, dated)
         self._written = status
 

@@ -47,6 +47,36 @@ def test_a_test_that_died_has_no_times(tmp_path: Path, capfd: pytest.CaptureFixt
     assert "of 8 ranks that ended before its first row" in refusal(tmp_path, capfd, "auto", path)
 
 
+def test_gloo_traces_of_two_ranks_have_bytes_and_one_clock(tmp_path: Path) -> None:
+    files = [FILES / f"kineto-torch2.13-gloo-alltoallv-rank{rank}.json" for rank in (0, 1)]
+    run = open_run(imported(tmp_path, "auto", *files))
+    rows = run.exchanges().sort_values(["source_rank", "sequence"])
+    # Rows of 4 floats: rank 0 sends 3 and 5 rows, rank 1 sends 2 and 6; the even calls 4 and 4.
+    assert [list(item) for item in rows.send_bytes] == [[48, 80], [64, 64]] * 2 + [[32, 96], [64, 64]] * 2
+    assert [list(item) for item in rows.receive_bytes] == [[48, 32], [64, 64]] * 2 + [[80, 96], [64, 64]] * 2
+    assert int(rows.end_ns.iloc[0] - rows.start_ns.iloc[0]) == pytest.approx(2245058, abs=1)
+    clock = run.manifest.ranks[1].clock
+    assert clock is not None
+    assert clock.offset_ns is not None
+    assert clock.uncertainty_ns is not None
+    assert abs(clock.offset_ns) <= clock.uncertainty_ns  # both ran on one machine
+
+
+def test_nccl_kernels_of_2023_are_known_by_their_launch(tmp_path: Path) -> None:
+    path = FILES / "kineto-2023-dlrm-128ranks-alltoall-rank0.json.gz"
+    rows = open_run(imported(tmp_path, "auto", path)).exchanges()
+    # Ten kernels are named SendRecv; four were launched in nccl:all_to_all, in two steps of the profiler.
+    assert rows.step.tolist() == [551, 551, 552, 552]
+    assert [int(ns) // 1000 for ns in rows.end_ns - rows.start_ns] == [30669, 62783, 67827, 21124]
+    assert rows.start_ns.iloc[0] == 1682725898094377000
+    assert rows.send_bytes.isna().all()
+
+
+def test_a_trace_of_other_collectives_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = FILES / "kineto-2024-2ranks-record_param_comms.json"
+    assert "holds no all-to-all" in refusal(tmp_path, capfd, "auto", path)
+
+
 def test_statistics_of_sglang(tmp_path: Path) -> None:
     path = FILES / "sglang-stat-made-by-us.pt"
     rows = loads_of(open_run(imported(tmp_path, "auto", path, "--top-k", "4")))

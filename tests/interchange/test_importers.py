@@ -134,7 +134,14 @@ def json_log(*results: dict[str, object], version: int = 3) -> str:
     config = {"warmup_iters": 5, "iterations": 3, "per_iter_timing": "true", "devices": devices}
     secret = "TOKEN=sesame"
     return json.dumps(
-        {"version": version, "env": [secret], "nccl_version": 22902, "config": config, "results": results}
+        {
+            "version": version,
+            "args": ["alltoall_perf"],
+            "env": [secret],
+            "nccl_version": 22902,
+            "config": config,
+            "results": results,
+        }
     )
 
 
@@ -174,7 +181,7 @@ def test_gpus_that_share_a_process_are_on_its_host(tmp_path: Path) -> None:
         (LOG.replace("Rank  3", "Rank  9"), "sizes and counts do not fit"),
         (json_log(json_result(), version=9), "has version 9"),
         (json_log(json_result(count="many")), "lacks what results of nccl-tests have"),
-        ('{"nccl_version": 1, "version": 3}', "has no `config`"),
+        ('{"version": 3, "nccl_version": 1}', "has no `config`"),
         ("hello\n", "no format that is recognised"),
         ("", "no format that is recognised"),
         (gzip.compress(LOG.encode())[:-20], "ends in the middle of its compression"),

@@ -21,6 +21,7 @@ from observatory.text import listing
 #: Modules of this package by the format that they read. Each has `recognises` and `read`.
 FORMATS: dict[str, str] = {
     "nccl-tests": "nccl_tests",
+    "kineto": "kineto",
     "sglang": "sglang",
     "nvidia-smi": "nvidia_smi",
     "counts": "counts",

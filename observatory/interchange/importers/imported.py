@@ -70,7 +70,7 @@ class ImportedRun:
         ranks: P.
         rows: its rows, read as they are taken.
         power: what the power rows of a rank are of.
-        unix_times: times of rows are Unix times.
+        clocks: how times of a rank relate to others; none where no row has a time.
         notes: what the files do not say, complete when all rows were taken.
     """
 
@@ -79,7 +79,7 @@ class ImportedRun:
     ranks: int
     rows: Iterable[Rows]
     power: Mapping[int, RankPower] = field(default_factory=dict)
-    unix_times: bool = False
+    clocks: Mapping[int, ClockSpec] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -155,12 +155,12 @@ def write_run(
 
 
 def _write_rows(imported: ImportedRun, folder: Path, manifest: Manifest, counted: dict[str, int]) -> None:
-    writers = {0: RunWriter.create(folder, manifest)}
+    writers = {0: RunWriter.create(folder, manifest, measured_here=False)}
     steps: dict[int, int] = {}
     for rows in imported.rows:
         if rows.rank not in writers:
             writers[rows.rank] = RunWriter.join(
-                folder, rank=rows.rank, run_id=manifest.run_id, ranks=imported.ranks
+                folder, rank=rows.rank, run_id=manifest.run_id, ranks=imported.ranks, measured_here=False
             )
         writers[rows.rank].append(rows.table, rows.batch)
         counted[rows.table] = counted.get(rows.table, 0) + rows.batch.num_rows
@@ -169,8 +169,8 @@ def _write_rows(imported: ImportedRun, folder: Path, manifest: Manifest, counted
             steps[rows.rank] = max(steps.get(rows.rank, 0), last + 1)
     writers[0].update_manifest(notes=tuple(imported.notes))
     for rank, writer in sorted(writers.items(), reverse=True):  # rank 0 closes the run
-        if imported.unix_times:
-            writer.set_clock(UNIX_CLOCK)
+        if rank in imported.clocks:
+            writer.set_clock(imported.clocks[rank])
         if rank in imported.power:
             writer.set_power(imported.power[rank])
         writer.close(steps=steps.get(rank, 0))

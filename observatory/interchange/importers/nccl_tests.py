@@ -78,8 +78,8 @@ class _Test:
 
 def recognises(head: bytes) -> bool:
     """Whether a file begins like one of this format."""
-    if head.lstrip().startswith(b"{"):
-        return b'"nccl_version"' in head or (b'"out_of_place"' in head and b'"bus_bw"' in head)
+    if re.match(rb'\s*\{\s*"version"\s*:', head):
+        return b'"args"' in head or b'"nccl_version"' in head
     return b"# nccl-tests version" in head or re.search(rb"(?m)^#\s+nThread\s+\d+\s+nGpus", head) is not None
 
 

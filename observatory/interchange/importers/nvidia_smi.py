@@ -10,7 +10,7 @@ import datetime
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from observatory.interchange.importers.imported import ImportedRun, ImportOptions, Rows
+from observatory.interchange.importers.imported import UNIX_CLOCK, ImportedRun, ImportOptions, Rows
 from observatory.interchange.importers.sources import Source
 from observatory.interchange.importers.telemetry import Telemetry, scaled
 from observatory.run.manifest import ModelSpec, RankPower
@@ -65,7 +65,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
         ranks=1,
         rows=_rows(sources, options.utc_offset_s or 0, power, notes),
         power=power,
-        unix_times=True,
+        clocks={0: UNIX_CLOCK},
         notes=notes,
     )
 
