@@ -75,6 +75,8 @@ def shaped_nodes(
     mtu_bytes: int = MTU_BYTES,
     burst_s: float = BURST_S,
     others: Mapping[int, Link] | None = None,
+    together: int = 1,
+    uplink: Link | None = None,
 ) -> Iterator[list[str]]:
     """Namespaces whose only way to each other is a bridge, each link limited to a rate in both directions.
 
@@ -85,6 +87,8 @@ def shaped_nodes(
         burst_s: what passes at once after a pause, as time at the rate; at least one frame. Exchanges must be
             much longer than this, and than a frame, to see the rate.
         others: nodes whose link is another one.
+        together: so many nodes one after another share a switch of their own.
+        uplink: what joins each such switch to the others; needed where ``together`` is not 1.
     """
     tag = f"obs{os.getpid()}"
     bridge, names = f"{tag}-bridge", [f"{tag}-n{node}" for node in range(nodes)]
@@ -101,14 +105,25 @@ def shaped_nodes(
             _ip("netns", "add", name)
             made.append(name)
             _ip("-n", name, "link", "set", "lo", "up")
-        _ip("-n", bridge, "link", "add", "br0", "mtu", str(mtu_bytes), "type", "bridge")
-        _ip("-n", bridge, "link", "set", "br0", "up")
+        switches = [f"br{index}" for index in range(1 if uplink is None else 1 + nodes // together)]
+        for switch in switches:
+            _ip("-n", bridge, "link", "add", switch, "mtu", str(mtu_bytes), "type", "bridge")
+            _ip("-n", bridge, "link", "set", switch, "up")
+        for switch in switches[1:] if uplink is not None else ():
+            ends = (f"{switch}-up", f"{switch}-down")
+            _ip("-n", bridge, "link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+            for end, joined, mbit in zip(
+                ends, (switch, "br0"), (uplink.up_mbit, uplink.down_mbit), strict=True
+            ):
+                _ip("-n", bridge, "link", "set", end, "mtu", str(mtu_bytes), "master", joined, "up")
+                _ip("netns", "exec", bridge, *shape(end, mbit))
         for node, name in enumerate(names):
             port = f"p{node}"
             _ip("link", "add", port, "netns", bridge, "type", "veth", "peer", "name", "eth0", "netns", name)
             for inside, device in ((bridge, port), (name, "eth0")):
                 _ip("-n", inside, "link", "set", device, "mtu", str(mtu_bytes), "up")
-            _ip("-n", bridge, "link", "set", port, "master", "br0")
+            switch = "br0" if uplink is None else switches[1 + node // together]
+            _ip("-n", bridge, "link", "set", port, "master", switch)
             for setting in _TCP:
                 _ip("netns", "exec", name, "sysctl", "-q", "-w", setting)
             _ip("-n", name, "addr", "add", f"{address_of(node)}/24", "dev", "eth0")
@@ -130,10 +145,25 @@ def _real_time() -> list[str]:
 
 
 def run_on_nodes(
-    plan: BenchPlan, names: Sequence[str], *, ranks_on_node: int, folder: Path, timeout_s: float = 60.0
+    plan: BenchPlan,
+    names: Sequence[str],
+    *,
+    ranks_on_node: int,
+    folder: Path,
+    timeout_s: float = 60.0,
+    ranks_per_node: int | None = None,
 ) -> BenchResult:
     """Run a plan of exchanges; see `run_ranks`."""
-    return load_bench(run_ranks(plan, names, ranks_on_node=ranks_on_node, folder=folder, timeout_s=timeout_s))
+    return load_bench(
+        run_ranks(
+            plan,
+            names,
+            ranks_on_node=ranks_on_node,
+            folder=folder,
+            timeout_s=timeout_s,
+            ranks_per_node=ranks_per_node,
+        )
+    )
 
 
 def run_ranks(
@@ -143,8 +173,11 @@ def run_ranks(
     ranks_on_node: int,
     folder: Path,
     timeout_s: float = 60.0,
+    ranks_per_node: int | None = None,
 ) -> Path:
     """Run a plan with so many ranks in each namespace; the file of the result.
+
+    ``ranks_per_node`` states other nodes than the namespaces.
 
     Ranks run at real-time priority where this is allowed: each stands for a host of its own, where no other
     program takes the core from it.
@@ -156,7 +189,11 @@ def run_ranks(
     job = folder / "job.json"
     job.write_text(
         RankJob(
-            plan=plan, backend="gloo", ranks_per_node=ranks_on_node, timeout_s=timeout_s, out=str(out)
+            plan=plan,
+            backend="gloo",
+            ranks_per_node=ranks_per_node or ranks_on_node,
+            timeout_s=timeout_s,
+            out=str(out),
         ).model_dump_json()
     )
     processes: list[subprocess.Popen[bytes]] = []
