@@ -103,3 +103,24 @@ def test_passes_of_sglang(tmp_path: Path) -> None:
 def test_a_placement_of_sglang_holds_no_loads(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = FILES / "sglang-init-expert-location-made-by-us.json"
     assert "a placement of experts, and no loads" in refusal(tmp_path, capfd, "auto", path, "--top-k", "4")
+
+
+def test_power_of_zeus(tmp_path: Path) -> None:
+    frame = open_run(imported(tmp_path, "auto", FILES / "zeus-monitor-power-mw.csv")).power()
+    assert len(frame) == 14
+    assert frame.power_mw.iloc[[0, 2, 13]].tolist() == [32402, 32312, 32303]
+    assert int(frame.time_ns.iloc[1] - frame.time_ns.iloc[0]) == 52906263
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("zeus-windows-a40-4gpu.csv", "states the energy of whole windows"),
+        ("zeus-power-limits-v100.csv", "states no power over time"),
+        ("dcgm-exporter-sample.prom", "states no times of its values"),
+    ],
+)
+def test_what_holds_no_samples_over_time_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, missing: str
+) -> None:
+    assert missing in refusal(tmp_path, capfd, "auto", FILES / name)

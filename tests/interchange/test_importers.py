@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -436,6 +437,75 @@ def test_nvidia_smi_logs_without_samples_are_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str, expected: str
 ) -> None:
     assert expected in refusal(tmp_path, capfd, "nvidia-smi", written(tmp_path, "s.csv", content))
+
+
+def power_rows(path: Path) -> list[dict[str, object]]:
+    frame = open_run(path).power().drop(columns="source_rank")
+    return [{key: value for key, value in row.items() if pd.notna(value)} for row in frame.to_dict("records")]
+
+
+def test_metrics_of_clustercockpit_are_gathered_into_samples(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tags = "hostname=n1,type=accelerator,type-id=00000000:0F:00.0"
+    lines = [
+        f"nv_power_usage,{tags} value=251.5 1714557600",
+        f"nv_sm_clock_report,{tags} value=1410i 1714557600",
+        f"acc_power,{tags.replace('n1', 'n2')} value=99 1714557600",
+        "cpu_load,hostname=n1,type=node value=3.5 1714557600",
+        f"nv_fan,{tags} value=30 1714557600",
+        f"nv_temp,{tags} value=nan 1714557601",
+        f"nv_power_usage,{tags} value=300 1714557602500",
+    ]
+    rows = power_rows(imported(tmp_path, "auto", written(tmp_path, "m.txt", "\n".join(lines) + "\n")))
+    first, second = "n1 00000000:0F:00.0", "n2 00000000:0F:00.0"
+    at = 1714557600 * 10**9
+    assert sorted(rows, key=lambda row: (row["device_uuid"], row["time_ns"])) == [
+        {"time_ns": at, "device_uuid": first, "power_mw": 251500.0, "sm_clock_mhz": 1410.0},
+        {"time_ns": at + 2_500_000_000, "device_uuid": first, "power_mw": 300000.0},
+        {"time_ns": at, "device_uuid": second, "power_mw": 99000.0},
+    ]
+    assert "left out: nv_fan" in capfd.readouterr().err
+    for wrong, expected in (
+        ("value=1", "a value without a time"),
+        ("value=1 12", "none between 2001 and 2043"),
+    ):
+        path = written(tmp_path, "w.txt", f"nv_temp,{tags} {wrong}\n")
+        assert expected in refusal(tmp_path, capfd, "clustercockpit", path)
+    assert "none of the line protocol" in refusal(
+        tmp_path, capfd, "clustercockpit", written(tmp_path, "w.txt", "hello\n")
+    )
+
+
+def test_metrics_of_dcgm_need_times_and_leave_blanks_out(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    labels = '{gpu="0", UUID="GPU-1",modelName="A100",pod=""}'
+    text = f"""# TYPE DCGM_FI_DEV_SM_CLOCK gauge
+DCGM_FI_DEV_SM_CLOCK{labels} 1410 1714557601000
+DCGM_FI_DEV_SM_CLOCK{labels} 210 1714557600000
+# TYPE DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION counter
+DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION{labels} 15152422938 1714557600000
+# TYPE DCGM_FI_DEV_MEMORY_TEMP gauge
+DCGM_FI_DEV_MEMORY_TEMP{labels} 9223372036854775794 1714557600000
+"""
+    out = imported(tmp_path, "auto", written(tmp_path, "d.prom", text))
+    at = 1714557600 * 10**9
+    assert power_rows(out) == [
+        {"time_ns": at, "device_uuid": "GPU-1", "energy_mj": 15152422938.0, "sm_clock_mhz": 210},
+        {"time_ns": at + 10**9, "device_uuid": "GPU-1", "sm_clock_mhz": 1410},
+    ]
+    scrape = written(tmp_path, "s.prom", text.replace(" 1714557600000", "").replace(" 1714557601000", ""))
+    assert "states no times" in refusal(tmp_path, capfd, "auto", scrape)
+    broken = written(tmp_path, "b.prom", "DCGM_FI_DEV_SM_CLOCK{gpu= 3\n")
+    assert "no text of Prometheus" in refusal(tmp_path, capfd, "dcgm", broken)
+
+
+def test_power_of_zeus_is_in_milliwatts(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = "Time,Power\n2022-07-13 02:07:36.708783111,32402\n2022-07-13 02:07:36.7,\n2022-07-13 02:07\n"
+    rows = power_rows(imported(tmp_path, "auto", written(tmp_path, "z.csv", text), "--utc-offset", "-01:30"))
+    assert rows == [{"time_ns": 1657683456708783111, "device_uuid": "gpu 0", "power_mw": 32402}]
+    assert "1 line without a time" in capfd.readouterr().err
 
 
 def test_a_run_is_replaced_only_when_that_is_asked_for(

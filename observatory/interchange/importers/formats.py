@@ -24,6 +24,9 @@ FORMATS: dict[str, str] = {
     "kineto": "kineto",
     "sglang": "sglang",
     "nvidia-smi": "nvidia_smi",
+    "dcgm": "prometheus",
+    "clustercockpit": "line_protocol",
+    "zeus": "zeus",
     "counts": "counts",
 }
 _MOST_FILES = 4096

@@ -6,13 +6,12 @@ Times are local and without a zone. ``power.draw`` is, by GPU and driver, an ave
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Callable, Iterator, Sequence
 
 from observatory.interchange.importers.imported import UNIX_CLOCK, ImportedRun, ImportOptions, Rows
 from observatory.interchange.importers.sources import Source
-from observatory.interchange.importers.telemetry import Telemetry, scaled
+from observatory.interchange.importers.telemetry import Telemetry, local_ns, scaled
 from observatory.run.manifest import ModelSpec, RankPower
 
 _WATTS, _PLAIN = scaled(1e3), scaled(1.0)
@@ -35,8 +34,6 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[str], float | None]]] = {
     "event_reasons": (("clocks_event_reasons.active", "clocks_throttle_reasons.active"), _mask),
 }
 _NAMES = ("uuid", "gpu_uuid", "pci.bus_id", "gpu_bus_id", "index")
-_TIMES = ("%Y/%m/%d %H:%M:%S.%f", "%Y/%m/%d %H:%M:%S", "%Y-%m-%d %H:%M:%S.%f", "%Y-%m-%d %H:%M:%S")
-_EPOCH = datetime.datetime(1970, 1, 1)
 _UNIT = re.compile(r"\s*\[[^\]]*\]$")
 
 
@@ -84,7 +81,7 @@ def _rows(
             notes.append(f"{source.name}: power.draw is instant power or an average, by GPU and driver")
         for line in lines:
             cells = [cell.strip() for cell in line.split(", " if ", " in line else ",")]
-            moment = _moment_ns(cells[0], offset_s) if len(cells) == len(header) else None
+            moment = local_ns(cells[0], offset_s) if len(cells) == len(header) else None
             if moment is None:
                 torn += bool(line.strip())
                 continue
@@ -118,14 +115,3 @@ def _readers(source: Source, header: Sequence[str]) -> dict[str, tuple[str, Call
     if not found:
         raise source.refused("has no power, clock or temperature", expected="power.draw.instant, for one")
     return found
-
-
-def _moment_ns(text: str, offset_s: int) -> int | None:
-    """Nanoseconds of Unix time; None where it is no time."""
-    for form in _TIMES:
-        try:
-            since = datetime.datetime.strptime(text, form) - _EPOCH
-        except ValueError:
-            continue
-        return ((since.days * 86400 + since.seconds - offset_s) * 10**6 + since.microseconds) * 1000
-    return None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -132,3 +134,36 @@ def scaled(factor: float) -> Callable[[str], float | None]:
             return None
 
     return read
+
+
+_LOCAL = re.compile(r"(\d{4})[-/](\d\d)[-/](\d\d)[ T](\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?")
+_EPOCH = datetime.datetime(1970, 1, 1)
+
+
+def local_ns(text: str, offset_s: int) -> int | None:
+    """Nanoseconds of Unix time of a local time; None where the text is none.
+
+    Args:
+        text: date and time of day, ``2024/05/01 12:00:00.123`` or with dashes.
+        offset_s: local time minus UTC, seconds.
+    """
+    found = _LOCAL.fullmatch(text.strip())
+    if found is None:
+        return None
+    try:
+        since = datetime.datetime(*map(int, found.groups()[:6])) - _EPOCH  # type: ignore[arg-type]
+    except ValueError:
+        return None
+    return (since.days * 86400 + since.seconds - offset_s) * 10**9 + int((found[7] or "").ljust(9, "0"))
+
+
+def unix_ns(source: Source, moment: float) -> int:
+    """Nanoseconds of a Unix time whose unit follows from its size: s, ms, us or ns.
+
+    Raises:
+        InterchangeError: it is none between 2001 and 2043.
+    """
+    for unit_ns in (10**9, 10**6, 10**3, 1):
+        if 10**18 <= moment * unit_ns < 1 << 61:
+            return moment * unit_ns if isinstance(moment, int) else round(moment * unit_ns)
+    raise source.refused("has a time that is none between 2001 and 2043")
