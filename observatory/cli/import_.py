@@ -33,6 +33,12 @@ def import_(
             "--top-k", min=1, max=65536, rich_help_panel=DATA, help="Experts of a token, if not stated."
         ),
     ] = None,
+    experts: Annotated[
+        int | None,
+        typer.Option(
+            "--experts", min=1, max=65536, rich_help_panel=DATA, help="Experts of a layer, if not stated."
+        ),
+    ] = None,
     phase: Annotated[
         str, typer.Option(metavar="NAME", rich_help_panel=DATA, help="Phase of the steps, such as decode.")
     ] = "unknown",
@@ -60,6 +66,7 @@ def import_(
     options = ImportOptions(
         name=name,
         top_k=top_k,
+        experts=experts,
         phase=phase,
         utc_offset_s=None if utc_offset is None else _offset_s(utc_offset),
     )

@@ -118,9 +118,19 @@ def test_power_of_zeus(tmp_path: Path) -> None:
         ("zeus-windows-a40-4gpu.csv", "states the energy of whole windows"),
         ("zeus-power-limits-v100.csv", "states no power over time"),
         ("dcgm-exporter-sample.prom", "states no times of its values"),
+        ("trtllm-moe_load_balancer-made-by-us.yaml", "holds a placement of experts, and no loads"),
+        ("nccl-inspector-documented-v4.0-v4.2.jsonl", "holds no all-to-all, but AllReduce and ReduceScatter"),
     ],
 )
 def test_what_holds_no_samples_over_time_is_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, missing: str
 ) -> None:
     assert missing in refusal(tmp_path, capfd, "auto", FILES / name)
+
+
+def test_every_file_is_in_a_test() -> None:
+    """Names in this module are those of the folder, its description left out."""
+    text = Path(__file__).read_text(encoding="utf-8")
+    names = {path.name for path in FILES.iterdir()} - {"SOURCES.md"}
+    traces = {f"kineto-torch2.13-gloo-alltoallv-rank{rank}.json" for rank in (0, 1)}
+    assert {name for name in names - traces if name not in text} == set()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
+import io
 import json
 import zipfile
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from observatory.cli import main
 from observatory.interchange.importers.sources import Source
@@ -437,6 +440,184 @@ def test_nvidia_smi_logs_without_samples_are_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str, expected: str
 ) -> None:
     assert expected in refusal(tmp_path, capfd, "nvidia-smi", written(tmp_path, "s.csv", content))
+
+
+def lines(*records: dict[str, object]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def test_router_traces_of_megatron_are_counted_by_rank(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def record(rank: int, top_indices: list[list[int]], **more: object) -> dict[str, object]:
+        common = {
+            "step": 3,
+            "stage": "fwd",
+            "block": 0,
+            "layer": 2,
+            "num_tokens": len(top_indices),
+            "topk": 2,
+        }
+        return {**common, "rank": rank, "top_indices": top_indices, **more}
+
+    first = written(
+        tmp_path,
+        "router_trace_rank0.jsonl",
+        lines(record(0, [[0, 1], [3, 1]]), record(0, [[1, 2]]), record(0, [[0, 1]], mtp_idx=0)),
+    )
+    second = written(tmp_path, "router_trace_rank1.jsonl", lines(record(1, [[0, 1]], layer=5)))
+    run = open_run(imported(tmp_path, "auto", first, second))
+    assert loads_of(run) == {(0, 3, 2): [1, 3, 1, 1], (1, 3, 5): [1, 1, 0, 0]}
+    assert run.manifest.model.moe_layers[0].top_k == 2
+    assert "the number of experts is not stated: 4" in capfd.readouterr().err
+    more = open_run(imported(tmp_path, "auto", first, "--experts", "6", name="more"))
+    assert loads_of(more) == {(0, 3, 2): [1, 3, 1, 1, 0, 0]}
+
+
+def test_tokens_per_expert_of_megatron_are_summed_over_micro_batches(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    text = lines({"iter": 7, "block": 0, "layer": 1, "tpe": [[1, 2, 0], [3, 0, 0]]})
+    path = written(tmp_path, "rank2.jsonl", text)
+    assert loads_of(open_run(imported(tmp_path, "auto", path, "--top-k", "3"))) == {(2, 7, 1): [4, 2, 0]}
+    assert "how many experts" in refusal(tmp_path, capfd, "auto", path)
+    assert "does not name its rank" in refusal(tmp_path, capfd, "auto", written(tmp_path, "x.jsonl", text))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"iter": 1, "layer": 0, "tpe": [[1], [1, 2]]}', "lists of several lengths"),
+        ('{"iter": 1, "layer": 0, "tpe": [[-1]]}', "tpe outside 0 to"),
+        ('{"iter": 1, "layer": 0, "tpe": [[0.5]]}', "no lists of whole numbers"),
+        ('{"iter": -1, "layer": 0, "tpe": [[1]]}', "whose iter is none"),
+        ('{"iter": 1, "layer": true, "tpe": [[1]]}', "whose layer is none"),
+        ('{"iter": 1, "layer": 0}', "without top_indices or tpe"),
+        ('{"iter": 1, "layer": 0, "tpe": [[1', "is cut or no JSON on line 1"),
+        ("[1]", "no JSON object on line 1"),
+        ("\n", "holds no routing"),
+    ],
+)
+def test_lines_that_are_no_routing_of_megatron_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], content: str, expected: str
+) -> None:
+    path = written(tmp_path, "rank0.jsonl", content)
+    assert expected in refusal(tmp_path, capfd, "megatron", path, "--top-k", "1")
+
+
+ROUTED_TLK = np.array([[[0, 0], [5, 1]], [[0, 0], [1, 3]], [[0, 0], [5, 0]]], dtype=np.uint8)
+
+
+def encoded(array: np.ndarray) -> str:
+    content = io.BytesIO()
+    np.save(content, array)
+    return base64.b64encode(content.getvalue()).decode()
+
+
+def test_routes_of_vllm_are_counted_without_dense_layers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    choice = {"index": 0, "token_ids": [987654321], "text": "secret", "routed_experts": encoded(ROUTED_TLK)}
+    path = written(
+        tmp_path, "answer.json", json.dumps({"id": "x", "choices": [choice, {**choice, "index": 1}]})
+    )
+    out = imported(tmp_path, "auto", path, "--experts", "8")
+    assert loads_of(open_run(out)) == {(0, step, 1): [1, 2, 0, 1, 0, 2, 0, 0] for step in (0, 1)}
+    assert open_run(out).manifest.model.moe_layers[0].top_k == 2
+    assert not any(b"987654321" in file.read_bytes() for file in out.rglob("*") if file.is_file())
+    assert "dense or not recorded: layers 0" in capfd.readouterr().err
+    np.save(tmp_path / "routes.npy", ROUTED_TLK)
+    alone = open_run(imported(tmp_path, "vllm", tmp_path / "routes.npy", name="alone"))
+    assert loads_of(alone) == {(0, 0, 1): [1, 2, 0, 1, 0, 2]}
+    assert "the number of experts is not stated: 6" in capfd.readouterr().err
+    assert "has an expert 5" in refusal(tmp_path, capfd, "auto", path, "--experts", "4")
+
+
+def test_loads_of_vllm_s_balancer_are_mapped_to_logical_experts(tmp_path: Path) -> None:
+    stats = {"step": 9, "expert_load": [[5, 1, 2], [0, 4, 4]], "p2l_map": [[0, 1, 0], [1, 0, 1]]}
+    text = lines({"eplb_load_meta": {"version": 1}}, {"eplb_load_stats": stats}, {"eplb_load_stats": stats})
+    run = open_run(imported(tmp_path, "vllm", written(tmp_path, "e.jsonl", text), "--top-k", "1"))
+    assert loads_of(run) == {(0, 9, 0): [14, 2], (0, 9, 1): [8, 8]}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"choices": [{"text": "x"}]}, "holds no routed_experts"),
+        ({"choices": 3}, "holds no routed_experts"),
+        ({"choices": [{"routed_experts": "%%%"}]}, "no base64"),
+        ({"choices": [{"routed_experts": "aGVsbG8="}]}, "an array that cannot be read"),
+        ({"routed_experts": encoded(ROUTED_TLK[0])}, "holds no experts of tokens"),
+        ({"routed_experts": encoded(ROUTED_TLK * 0.5)}, "holds no experts of tokens"),
+        ({"eplb_load_stats": {"step": 0, "expert_load": [[1]]}}, "without step or p2l_map"),
+        (
+            {"eplb_load_stats": {"step": 0, "expert_load": [[1]], "p2l_map": [[0, 1]]}},
+            "do not fit their p2l_map",
+        ),
+        ({"eplb_load_stats": {"step": 0, "expert_load": [[-1]], "p2l_map": [[0]]}}, "that cannot be"),
+        ({"eplb_load_stats": {"step": 0, "expert_load": [[1]], "p2l_map": [[7]]}}, "more logical than"),
+    ],
+)
+def test_what_states_no_routes_of_vllm_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], content: dict[str, object], expected: str
+) -> None:
+    path = written(tmp_path, "v.json", json.dumps(content))
+    assert expected in refusal(tmp_path, capfd, "vllm", path, "--top-k", "1")
+
+
+def test_counts_of_tensorrt_llm_are_those_of_each_rank(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    meta = written(tmp_path, "meta_info.json", json.dumps({"num_experts": 3, "num_experts_per_token": 2}))
+    for rank in (0, 1):
+        arrays = {
+            "4_3": np.array([1, 2, 3 + rank], dtype=np.int64),
+            "4_5": np.array([2, 2, 2], dtype=np.int64),
+        }
+        save_file(arrays, tmp_path / f"rank{rank}.safetensors")
+    files = [tmp_path / f"rank{rank}.safetensors" for rank in (0, 1)]
+    run = open_run(imported(tmp_path, "auto", meta, *files))
+    assert loads_of(run) == {
+        (0, 4, 3): [1, 2, 3], (0, 4, 5): [2, 2, 2], (1, 4, 3): [1, 2, 4], (1, 4, 5): [2, 2, 2],
+    }  # fmt: skip
+    assert run.manifest.model.moe_layers[0].top_k == 2
+    assert "how many experts" in refusal(tmp_path, capfd, "auto", files[0])
+    assert "holds no counts" in refusal(tmp_path, capfd, "auto", meta)
+    other = written(tmp_path, "other.json", meta.read_bytes().replace(b"3", b"4", 1))
+    assert "have 3 and 4 experts" in refusal(tmp_path, capfd, "tensorrt-llm", other, files[0])
+    save_file({"weights": np.zeros(3, dtype=np.int64)}, tmp_path / "rank7.safetensors")
+    assert "an array 'weights'" in refusal(tmp_path, capfd, "tensorrt-llm", tmp_path / "rank7.safetensors")
+    torn = written(tmp_path, "rank8.safetensors", files[0].read_bytes()[:40])
+    assert "no safetensors file" in refusal(tmp_path, capfd, "tensorrt-llm", torn)
+    renamed = written(tmp_path, "weights.safetensors", files[0].read_bytes())
+    assert "a name such as rank0.safetensors" in refusal(tmp_path, capfd, "auto", renamed)
+
+
+def inspected(rank: int, coll: str = "AllToAll", version: str = "v4.1", **more: object) -> dict[str, object]:
+    return {
+        "header": {"id": "0x1", "rank": rank, "n_ranks": 4, "nnodes": 1},
+        "metadata": {"inspector_output_format_version": version, "dump_timestamp_us": 1749490229087081},
+        "coll_perf": {"coll": coll, "coll_sn": 5, "coll_exec_time_us": 110, **more},
+    }
+
+
+def test_all_to_alls_of_nccl_inspector_have_durations(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, "i.jsonl", lines(inspected(2), inspected(2, "AllReduce")))
+    run = open_run(imported(tmp_path, "auto", path))
+    (row,) = run.exchanges().to_dict("records")
+    assert (row["source_rank"], row["sequence"]) == (2, 5)
+    assert (row["start_ns"], row["end_ns"]) == (1749490229086971000, 1749490229087081000)
+    assert run.manifest.topology.ranks == 4
+    assert "1 record of AllReduce" in capfd.readouterr().err
+    for record, expected in (
+        (inspected(2, version="v5.0"), "has format 'v5.0'"),
+        (inspected(2, coll_sn="one"), "whose coll_sn is none"),
+        (inspected(9999), "whose rank is none"),
+        ({"metadata": {"inspector_output_format_version": "v4.0"}}, "without header"),
+    ):
+        assert expected in refusal(tmp_path, capfd, "auto", written(tmp_path, "w.jsonl", lines(record)))
 
 
 def power_rows(path: Path) -> list[dict[str, object]]:

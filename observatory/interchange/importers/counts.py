@@ -82,7 +82,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
 
 
 def _of_arrays(source: Source, start: bytes, *, rank: int, phase: str) -> Loads:
-    arrays = _arrays(source) if start.startswith(b"PK") else {"load": _array(source, source.content())}
+    arrays = _arrays(source) if start.startswith(b"PK") else {"load": read_array(source, source.content())}
     if "load" not in arrays and len(arrays) != 1:
         raise source.refused(f"holds arrays {listing(sorted(arrays))}", expected="one named load")
     load_SLE = checked_loads(source.name, arrays.get("load", next(iter(arrays.values()))))
@@ -118,13 +118,18 @@ def _arrays(source: Source) -> dict[str, NDArray[Any]]:
                     f"holds over {_MOST_ARRAY_BYTES >> 20} MiB", remedy="import a part of it"
                 )
             return {
-                item.filename.removesuffix(".npy"): _array(source, archive.read(item)) for item in members
+                item.filename.removesuffix(".npy"): read_array(source, archive.read(item)) for item in members
             }
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
         raise source.refused(f"is no archive of arrays ({first_problem(error)})") from error
 
 
-def _array(source: Source, content: bytes) -> NDArray[Any]:
+def read_array(source: Source, content: bytes) -> NDArray[Any]:
+    """An array of a ``.npy`` file, without pickles.
+
+    Raises:
+        InterchangeError: it is none.
+    """
     try:
         array: NDArray[Any] = np.lib.format.read_array(
             io.BytesIO(content), allow_pickle=False, max_header_size=_MOST_HEADER_BYTES

@@ -22,7 +22,11 @@ from observatory.text import listing
 FORMATS: dict[str, str] = {
     "nccl-tests": "nccl_tests",
     "kineto": "kineto",
+    "nccl-inspector": "nccl_inspector",
     "sglang": "sglang",
+    "vllm": "vllm",
+    "tensorrt-llm": "tensorrt_llm",
+    "megatron": "megatron",
     "nvidia-smi": "nvidia_smi",
     "dcgm": "prometheus",
     "clustercockpit": "line_protocol",

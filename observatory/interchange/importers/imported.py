@@ -37,12 +37,14 @@ class ImportOptions:
     Attributes:
         name: of the model; None: that of the first file.
         top_k: experts of a token; None where the format states it.
+        experts: experts of a layer, E; None where the format states it.
         phase: of the steps.
         utc_offset_s: local time minus UTC of times without a zone, seconds; None: not stated.
     """
 
     name: str | None = None
     top_k: int | None = None
+    experts: int | None = None
     phase: str = "unknown"
     utc_offset_s: int | None = None
 
