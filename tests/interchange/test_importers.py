@@ -158,6 +158,13 @@ def test_json_gives_each_iteration_and_process(tmp_path: Path) -> None:
     assert "sesame" not in (out / "alltoall-0.json").read_text()
 
 
+def test_times_of_processes_that_are_cut_are_not_taken(tmp_path: Path) -> None:
+    cut = {"times_us": [11.0, 12.0], "per_process_max_times_us": [[10.0, 11.0], [9.0]]}
+    path = written(tmp_path, "a.json", json_log(json_result(out_of_place_per_iter=cut)))
+    result = only_result(imported(tmp_path, "auto", path))
+    assert result.cases[0].rank_us_RP == ((11.0, 11.0), (12.0, 12.0))
+
+
 def test_gpus_that_share_a_process_are_on_its_host(tmp_path: Path) -> None:
     four = json_result(size=8192, out_of_place_per_iter=None)
     result = only_result(imported(tmp_path, "auto", written(tmp_path, "a.json", json_log(four))))
@@ -184,6 +191,7 @@ def test_gpus_that_share_a_process_are_on_its_host(tmp_path: Path) -> None:
         (LOG.replace("  65536", "  65537"), "sizes and counts do not fit"),
         (LOG.replace("Rank  3", "Rank  9"), "sizes and counts do not fit"),
         (json_log(json_result(), version=9), "has version 9"),
+        (json_log(json_result(count=0)), "sizes and counts do not fit"),
         (json_log(json_result(count="many")), "lacks what results of nccl-tests have"),
         ('{"version": 3, "nccl_version": 1}', "has no `config`"),
         ("hello\n", "no format that is recognised"),
@@ -291,6 +299,11 @@ def test_arrays_that_are_no_counts_are_refused(tmp_path: Path, capfd: pytest.Cap
         archive.writestr("load.npy", bytes(300 << 20))
     assert "holds over 256 MiB" in said(tmp_path / "bomb.npz")
     assert "no archive of arrays" in said(written(tmp_path, "z.npz", b"PK\x03\x04load.npy"))
+    broken = (tmp_path / "c.npz").read_bytes().replace(b"PK\x01\x02", b"PK\xff\xff")
+    assert "no archive of arrays" in said(written(tmp_path, "y.npz", broken))
+    header = (tmp_path / "o.npy").read_bytes().replace(b"'fortran_order'", b"(fortran_order'")
+    assert "cannot be read" in said(written(tmp_path, "h.npy", header))
+    assert "byte 1 is no UTF-8" in said(written(tmp_path, "u.csv", b"s\xd3\xd3,layer,expert,count\n"))
 
 
 def saved(tmp_path: Path, name: str, content: object) -> Path:

@@ -8,6 +8,7 @@ and if they are there ``rank`` and ``phase``. A file of arrays is one rank, in t
 from __future__ import annotations
 
 import io
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import NDArray
 
+from observatory.errors import InterchangeError
 from observatory.interchange.importers.imported import ImportedRun, ImportOptions
 from observatory.interchange.importers.loads import (
     Loads,
@@ -120,7 +122,9 @@ def _arrays(source: Source) -> dict[str, NDArray[Any]]:
             return {
                 item.filename.removesuffix(".npy"): read_array(source, archive.read(item)) for item in members
             }
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError) as error:
+    except InterchangeError:
+        raise
+    except Exception as error:  # damaged archives end in many ways
         raise source.refused(f"is no archive of arrays ({first_problem(error)})") from error
 
 
@@ -131,10 +135,11 @@ def read_array(source: Source, content: bytes) -> NDArray[Any]:
         InterchangeError: it is none.
     """
     try:
-        array: NDArray[Any] = np.lib.format.read_array(
-            io.BytesIO(content), allow_pickle=False, max_header_size=_MOST_HEADER_BYTES
-        )
-    except (ValueError, TypeError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
+        with warnings.catch_warnings(action="ignore"):  # of old headers
+            array: NDArray[Any] = np.lib.format.read_array(
+                io.BytesIO(content), allow_pickle=False, max_header_size=_MOST_HEADER_BYTES
+            )
+    except Exception as error:  # so do headers of arrays
         raise source.refused(f"holds an array that cannot be read ({first_problem(error)})") from error
     return array
 
@@ -181,7 +186,7 @@ def _csv_table(source: Source) -> pa.Table:
     types = dict.fromkeys((*_COLUMNS, "rank"), pa.int64()) | {"phase": pa.string()}
     try:
         table = pyarrow.csv.read_csv(
-            io.BytesIO(source.content()),
+            io.BytesIO(source.text().encode()),
             convert_options=pyarrow.csv.ConvertOptions(column_types=types, null_values=[]),
         )
     except (pa.ArrowInvalid, pa.ArrowKeyError, UnicodeDecodeError) as error:

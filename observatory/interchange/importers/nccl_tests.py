@@ -236,7 +236,9 @@ def _result(source: Source, test: _Test, library: str | None) -> BenchResult:
         )
     warmup, iterations = test.iterations or (0, 1)
     each = all(len(row.times_us) > 1 for row in test.rows)
-    by_rank = all(len(row.process_times_us) == ranks for row in test.rows)
+    by_rank = all(
+        [len(times) for times in row.process_times_us] == [len(row.times_us)] * ranks for row in test.rows
+    )
     notes = [] if by_rank else ["a time is that of all ranks together; no rank's own is known"]
     if test.iterations is None:
         notes.append("the number of iterations that a time is the mean of is not stated")
