@@ -26,25 +26,33 @@ if TYPE_CHECKING:
     from observatory.run import Run
 
 
-_FORMATS = ("nccl-tests", "ucc", "chrome-trace")
+_FORMATS = ("nccl-tests", "ucc", "chrome-trace", "sglang", "tensorrt-llm", "vllm-ascend")
 
 
 def export(
     run: RunArgument,
-    form: Annotated[str, typer.Argument(metavar="FORMAT", help="nccl-tests, ucc or chrome-trace.")],
+    form: Annotated[
+        str,
+        typer.Argument(
+            metavar="FORMAT", help="nccl-tests, ucc, chrome-trace, sglang, tensorrt-llm, vllm-ascend."
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option(
             "--out",
             metavar="PATH",
             rich_help_panel=OUTPUT,
-            help="Directory to write; for chrome-trace also a .json or .json.gz file.",
+            help="Directory to write; for chrome-trace also a .json or .json.gz file; a file for placements.",
         ),
     ],
     ep: Annotated[
         int | None,
         typer.Option(
-            "--ep", min=1, rich_help_panel=RANKS, help="EP degree of the matrices; required for them."
+            "--ep",
+            min=1,
+            rich_help_panel=RANKS,
+            help="EP degree of matrices and placements; required for them.",
         ),
     ] = None,
     placement: PlacementOption = "auto",
@@ -55,24 +63,29 @@ def export(
     row_bytes: RowBytesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Write traffic matrices for nccl-tests or UCC's perftest, or a trace for Perfetto and chrome://tracing."""
+    """Write traffic matrices for nccl-tests or UCC, a trace for Perfetto, or a placement for an engine."""
     from observatory.analysis.parallel.captured import captured_traffic, traffic_notes
     from observatory.cli.output import print_json, say
     from observatory.errors import BenchmarkError
     from observatory.interchange.exporters.matrices import export_traffic
+    from observatory.interchange.exporters.placements import PLACEMENT_FORMS
     from observatory.run import open_run
     from observatory.text import listing
 
     if form not in _FORMATS:
         raise BenchmarkError(
-            f"export format {form!r} does not exist", expected=listing(_FORMATS, joined_by="or")
+            f"export format {form!r} does not exist",
+            expected=listing(_FORMATS, most=len(_FORMATS), joined_by="or"),
         )
     opened = open_run(run)
     if form == "chrome-trace":
         _trace(opened, out, phase=phase, layers=layer, steps=steps, json=json)
         return
     if ep is None:
-        raise BenchmarkError(f"{form} holds matrices of one EP degree", remedy="give it with --ep")
+        raise BenchmarkError(f"{form} is for one EP degree", remedy="give it with --ep")
+    if form in PLACEMENT_FORMS:
+        _placement(opened, out, form, ep=ep, placement=placement, json=json)
+        return
     captured = list(
         captured_traffic(
             opened,
@@ -106,6 +119,37 @@ def export(
             }
         )
     say(f"{len(written) - 1} files written to {out}; {written[-1].name} says what each holds")
+
+
+def _placement(run: Run, out: Path, form: str, *, ep: int, placement: str, json: bool) -> None:
+    """Write a placement for an engine."""
+    from observatory.advice.placement_layouts import current_layout
+    from observatory.analysis.parallel.step_loads import step_loads
+    from observatory.cli.output import print_json, say
+    from observatory.errors import BenchmarkError
+    from observatory.interchange.exporters.placements import placement_text
+    from observatory.run.documents.writing import write_text
+    from observatory.run.files import os_reason
+
+    if out.exists():
+        raise BenchmarkError(f"{out} is there already", remedy="give another --out")
+    loads = step_loads(run)
+    named = {"auto": None, "linear": "linear", "round-robin": "round-robin", "recorded": None}
+    given = named[placement] if placement in named else Path(placement)
+    slot_LPK, name = current_layout(run, loads, ranks=ep, given=given)
+    text = placement_text(
+        form,  # type: ignore[arg-type]  # one of the names, checked above
+        slot_LPK,
+        layers=loads.layers,
+        experts=loads.load_SLE.shape[2],
+    )
+    try:
+        write_text(out, text)
+    except OSError as error:
+        raise BenchmarkError(f"{out} cannot be written: {os_reason(error)}") from error
+    if json:
+        print_json({"run_id": run.manifest.run_id, "format": form, "notes": [], "files": [str(out)]})
+    say(f"placement {name} on {ep} ranks written to {out}")
 
 
 def _trace(

@@ -15,6 +15,7 @@ from observatory.cli import main
 from observatory.errors import BenchmarkError
 from observatory.interchange.exporters.matrices import export_traffic
 from observatory.interchange.exporters.nccl_tests import dropped_bytes, matrix_text, parse_matrix
+from observatory.interchange.exporters.placements import placement_text
 from observatory.interchange.exporters.ucc import parse_patterns, pattern_lines
 from observatory.run.documents.bench import Traffic
 from tests.conftest import MakeRun
@@ -147,7 +148,7 @@ def test_the_command_refuses_what_does_not_fit(
     assert main(["export", run, "ucc", "--ep", "2", "--out", out]) == 1
     assert "give --row-bytes" in capsys.readouterr().err
     assert main(["export", run, "morse", "--ep", "2", "--out", out, "--row-bytes", "4"]) == 1
-    assert "expected nccl-tests, ucc or chrome-trace" in capsys.readouterr().err
+    assert "expected nccl-tests, ucc, chrome-trace, sglang" in capsys.readouterr().err
     assert main(["export", run, "ucc", "--ep", "3", "--out", out, "--row-bytes", "4"]) == 1
     assert "degrees that fit: 1, 2, 4" in capsys.readouterr().err
     assert main(["export", run, "ucc", "--ep", "2", "--out", out, "--row-bytes", "4", "--json"]) == 0
@@ -158,3 +159,47 @@ def test_the_command_refuses_what_does_not_fit(
     assert (index["placement"], index["row_bytes"]) == ("linear", 4)
     # Loads 1, 1, 2, 4 of one rank, spread evenly over two: each sends 1 and 3 rows of 4 bytes.
     assert first[0].tolist() == [[4, 12], [4, 12]]
+
+
+SLOT_LPK = np.array([[[0, 2], [1, 2]], [[2, 0], [1, 1]]])
+
+
+def test_sglang_reads_a_map_of_every_decoder_layer() -> None:
+    document = json.loads(placement_text("sglang", SLOT_LPK, layers=(1, 3), experts=3))
+    assert document == {"physical_to_logical_map": [[0, 1, 2, 0], [0, 2, 1, 2], [0, 1, 2, 0], [2, 0, 1, 1]]}
+
+
+def test_tensorrt_llm_reads_assignments_by_decoder_layer() -> None:
+    assert placement_text("tensorrt-llm", SLOT_LPK, layers=(3, 1), experts=3) == (
+        "initial_global_assignments:\n  1: [2, 0, 1, 1]\n  3: [0, 2, 1, 2]\n"
+        "num_slots: 4\nlayer_updates_per_iter: 0\n"
+    )
+
+
+def test_vllm_ascend_reads_moe_layers_counted_from_0() -> None:
+    document = json.loads(placement_text("vllm-ascend", SLOT_LPK, layers=(3, 1), experts=3))
+    first, second = document["layer_list"]
+    assert document["moe_layer_count"] == 2
+    assert (first["layer_id"], second["layer_id"]) == (0, 1)
+    assert first["device_list"] == [
+        {"device_id": 0, "device_expert": [2, 0]},
+        {"device_id": 1, "device_expert": [1, 1]},
+    ]
+    assert [item["device_expert"] for item in second["device_list"]] == [[0, 2], [1, 2]]
+
+
+def test_a_placement_file_is_exported_for_the_layers_of_a_run(
+    make_run: MakeRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = str(make_run())  # one MoE layer, number 3, of four experts
+    placed, out = tmp_path / "placed.json", tmp_path / "location.json"
+    placed.write_text(json.dumps({"expert_to_rank": [1, 0, 0, 1]}))
+    command = ["export", run, "sglang", "--ep", "2", "--out", str(out), "--placement"]
+    assert main([*command, str(placed)]) == 0
+    assert json.loads(out.read_text())["physical_to_logical_map"] == [[0, 1, 2, 3]] * 3 + [[1, 2, 0, 3]]
+    assert main([*command, "linear"]) == 1
+    assert "is there already" in capfd.readouterr().err
+    assert main(["export", run, "tensorrt-llm", "--out", str(tmp_path / "t.yaml")]) == 1
+    assert "give it with --ep" in capfd.readouterr().err
+    assert main(["export", run, "tensorrt-llm", "--ep", "3", "--out", str(tmp_path / "t.yaml")]) == 1
+    assert "do not fill 3 ranks" in capfd.readouterr().err
