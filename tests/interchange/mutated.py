@@ -70,7 +70,7 @@ def samples() -> Iterator[tuple[str, str, bytes]]:
     }
     for (form, name), text in texts.items():
         yield form, name, text.encode()
-    yield "nccl-tests", "a.log.gz", gzip.compress(files.LOG.encode())
+    yield "nccl-tests", "a.log.gz", gzip.compress(files.LOG.encode(), mtime=0)
     yield "counts", "c.npz", arrays(load=files.LOAD_SLE)
     yield "counts", "c.npy", array(files.LOAD_SLE)
     yield "vllm", "r.npy", array(files.ROUTED_TLK)
