@@ -58,9 +58,9 @@ _SENTENCES = {
     "{max_over_mean_floor:.2f} times{waiting}",
     Code.SLOWER_LAYOUT: "in {phase}, EP {slower_ep} {slower_placement} is predicted to take "
     "{extra_ms} ms more in a step than EP {better_ep} {better_placement}",
-    Code.LONGEST_WAIT: "longest waiting: {role} of layer {layer} in {phase}, {slowest}",
-    Code.WAIT_COST: "ranks wait {wait_share} of their time in exchanges, {wait_ms} ms in each {role} of "
-    "layer {layer} in {phase}",
+    Code.LONGEST_WAIT: "longest waiting: {role}{of_layer} in {phase}, {slowest}",
+    Code.WAIT_COST: "ranks wait {wait_share} of their time in exchanges, {wait_ms} ms in each "
+    "{role}{of_layer} in {phase}",
     Code.WAIT_UNKNOWN: "waiting could not be separated from transfer, so no place can be called worst",
     Code.MOST_ENERGY: "most energy{of_which}: {phase} on rank {source_rank}, {share} of it{rest}",
     Code.ENERGY_COST: "that is {energy}{per_token}",
@@ -222,6 +222,8 @@ def _shown(code: Code, values: Mapping[str, Any]) -> dict[str, Any]:
     if code is Code.LONGEST_WAIT:
         role = values["role"] if values["role"] in ("dispatch", "combine") else "other exchanges"
         shown |= {"role": role, "slowest": _slowest(values)}
+    if code in (Code.LONGEST_WAIT, Code.WAIT_COST):
+        shown["of_layer"] = _of_layer(values["layer"])
     if code is Code.LOAD_COST:
         shown["waiting"] = "; all others wait for it" if values["holder"] == "rank" else ""
     if code is Code.WAIT_COST:
@@ -313,14 +315,18 @@ def _of_comparison(values: Mapping[str, Any]) -> dict[str, str]:
     if "facts" in values:
         return {"facts": listing([name.removeprefix("other_").replace("_", " ") for name in values["facts"]])}
     if "before" in values:
-        of_layer = "" if values["layer"] is None else f" of layer {values['layer']}"
         change = _change(values["before"], values["after"], values["relative"])
-        return {"change": change, "of_layer": of_layer}
+        return {"change": change, "of_layer": _of_layer(values["layer"])}
     change = _change(values["base"], values["other"], values["relative"])
     low, high = values["relative_low"], values["relative_high"]
     if None not in (values["relative"], low, high):
         change = f"{change} ({100 * low:+.1f} to {100 * high:+.1f})"
     return {"change": change, "of_which": f" of {values['which']}" if values["which"] else ""}
+
+
+def _of_layer(layer: int | None) -> str:
+    """Which layer; empty where it is not known, or all are meant."""
+    return "" if layer is None else f" of layer {layer}"
 
 
 def _change(before: float, after: float, relative: float | None) -> str:

@@ -35,7 +35,7 @@ class ImportOptions:
     """What a user states where files do not.
 
     Attributes:
-        name: of the model; None: that of the first file.
+        name: what the run is called by; None: the name of the first file.
         top_k: experts of a token; None where the format states it.
         experts: experts of a layer, E; None where the format states it.
         phase: of the steps.
@@ -49,7 +49,7 @@ class ImportOptions:
     utc_offset_s: int | None = None
 
     def model_name(self, sources: Sequence[Source]) -> str:
-        """Name of the model."""
+        """What the model of the run is called by."""
         return self.name or sources[0].name
 
 

@@ -110,7 +110,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
         notes.append(problem or "clocks of the ranks are aligned by the exchanges that they share")
     return ImportedRun(
         version=None,
-        model=ModelSpec(name=options.name or "not stated"),
+        model=ModelSpec(name=options.model_name(sources)),
         ranks=world,
         rows=_rows(exchanges, options.phase),
         clocks={rank: clocks.get(rank, UNIX_CLOCK) for rank in exchanges},

@@ -49,7 +49,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
     power: dict[int, RankPower] = {}
     return ImportedRun(
         version=None,
-        model=ModelSpec(name=options.name or "not stated"),
+        model=ModelSpec(name=options.model_name(sources)),
         ranks=1,
         rows=_rows(sources, power, notes),
         power=power,

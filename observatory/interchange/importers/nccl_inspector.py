@@ -70,7 +70,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
     notes.append("bytes to each rank are not stated")
     return ImportedRun(
         version=", ".join(sorted(versions)),
-        model=ModelSpec(name=options.name or "not stated"),
+        model=ModelSpec(name=options.model_name(sources)),
         ranks=ranks,
         rows=_rows(rows),
         clocks=dict.fromkeys(rows, UNIX_CLOCK),

@@ -58,7 +58,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
         notes.append("times are local, of a zone that is not stated, and taken as UTC (--utc-offset)")
     return ImportedRun(
         version=None,
-        model=ModelSpec(name=options.name or "not stated"),
+        model=ModelSpec(name=options.model_name(sources)),
         ranks=1,
         rows=_rows(sources, options.utc_offset_s or 0, power, notes),
         power=power,

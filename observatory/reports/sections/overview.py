@@ -55,7 +55,8 @@ def overview(frames: ReportFrames) -> list[tuple[str, str]]:
             ),
             ("Assignments", count(float(frames.layers["assignments"].sum()))),
         ]
-    pairs.append(("Captured", _period(stamps[0], stamps[-1])))
+    imported = all("import" in fact.manifest.config for fact in frames.facts)
+    pairs.append(("Imported" if imported else "Captured", _period(stamps[0], stamps[-1])))
     return pairs
 
 
