@@ -208,7 +208,7 @@ def commands(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield ["energy", power, "--wide"]
     sweep = made_sweep([DEVICES["knee"], DEVICES["memory-bound"]], caps_w=(320.0,), energy_noise=0.01)
     yield ["clocks", "fit", str(saved(tmp / "sweep.json", sweep)), "--out", str(tmp / "clocks.json"),
-           "--bootstrap", "10", "--force", "--wide"]  # fmt: skip
+           "--bootstrap", "20", "--force", "--wide"]  # fmt: skip
     columns = {"power_mw": 210_000, "enforced_limit_mw": 700_000, "sm_clock_mhz": 1830, "event_reasons": 0}
     telemetry = str(write_telemetry(tmp / "telemetry", columns))
     yield ["clocks", "recommend", str(tmp / "clocks.json"), "--wide"]

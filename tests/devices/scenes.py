@@ -24,7 +24,7 @@ from tests.paths import ROOT
 needs_driver = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
 
-def play(scene: Callable[[FakeDriver], Any], folder: Path, *, timeout_s: float = 120.0) -> Any:
+def play(scene: Callable[[FakeDriver], Any], folder: Path, *, timeout_s: float = 400.0) -> Any:
     """Run a scene with a driver of its own, and give what it returned."""
     state = folder / "state"
     done = subprocess.run(
