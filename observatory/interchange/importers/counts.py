@@ -20,18 +20,10 @@ from numpy.typing import NDArray
 
 from observatory.errors import InterchangeError
 from observatory.interchange.importers.imported import ImportedRun, ImportOptions
-from observatory.interchange.importers.loads import (
-    Loads,
-    checked_loads,
-    load_rows,
-    moe_layers,
-    needed_top_k,
-    note_others,
-    recorded_layers,
-)
+from observatory.interchange.importers.loads import Loads, checked_loads, loads_run, needed_top_k
 from observatory.interchange.importers.sources import Source
 from observatory.run.bounded import first_problem
-from observatory.run.manifest import PHASES, ModelSpec
+from observatory.run.manifest import PHASES
 from observatory.run.rows import MAX_EXPERTS, MAX_STEP
 from observatory.text import listing
 
@@ -70,17 +62,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
             expected="files of one number of experts",
         )
     notes: list[str] = []
-    note_others(found, notes)
-    layers = sorted(recorded_layers(found))
-    return ImportedRun(
-        version=None,
-        model=ModelSpec(
-            name=options.model_name(sources), moe_layers=moe_layers(layers, experts.pop(), top_k)
-        ),
-        ranks=max(loads.rank for loads in found) + 1,
-        rows=load_rows(found, top_k=top_k, notes=notes),
-        notes=notes,
-    )
+    return loads_run(found, name=options.model_name(sources), top_k=top_k, notes=notes)
 
 
 def _of_arrays(source: Source, start: bytes, *, rank: int, phase: str) -> Loads:

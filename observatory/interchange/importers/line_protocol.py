@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from observatory.interchange.importers.imported import UNIX_CLOCK, ImportedRun, ImportOptions, Rows
+from observatory.interchange.importers.imported import ImportedRun, ImportOptions, Rows
 from observatory.interchange.importers.sources import Source
-from observatory.interchange.importers.telemetry import Telemetry, unix_ns
-from observatory.run.manifest import ModelSpec, RankPower
+from observatory.interchange.importers.telemetry import Telemetry, telemetry_run, unix_ns
+from observatory.run.manifest import RankPower
 from observatory.text import listing
 
 #: Columns by the names of ClusterCockpit's collectors (older ones end in ``_report``); their unit in ours.
@@ -47,15 +47,8 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
     """
     notes = ["nv_power_usage is taken as instant power; by GPU and driver it is an average"]
     power: dict[int, RankPower] = {}
-    return ImportedRun(
-        version=None,
-        model=ModelSpec(name=options.model_name(sources)),
-        ranks=1,
-        rows=_rows(sources, power, notes),
-        power=power,
-        clocks={0: UNIX_CLOCK},
-        notes=notes,
-    )
+    rows = _rows(sources, power, notes)
+    return telemetry_run(sources, options, rows, power=power, notes=notes)
 
 
 def _rows(sources: Sequence[Source], power: dict[int, RankPower], notes: list[str]) -> Iterator[Rows]:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from observatory.errors import InterchangeError
-from observatory.interchange.importers.imported import Rows
-from observatory.run.manifest import MoeLayerSpec
+from observatory.interchange.importers.imported import ImportedRun, Rows
+from observatory.run.manifest import ModelSpec, MoeLayerSpec
 from observatory.run.rows import MAX_EXPERTS, MAX_LOAD, routing_rows
 from observatory.text import counted, listing
 
@@ -75,10 +75,33 @@ def needed_top_k(name: str, top_k: int | None) -> int:
     return top_k
 
 
-def moe_layers(layers: Sequence[int], experts: int, top_k: int | None) -> tuple[MoeLayerSpec, ...]:
-    """Layers of a model whose modules are not known."""
-    return tuple(
-        MoeLayerSpec(layer=layer, module=f"layer {layer}", experts=experts, top_k=top_k) for layer in layers
+def loads_run(found: Sequence[Loads], *, name: str, top_k: int, notes: list[str]) -> ImportedRun:
+    """A run of loads alone, with the layers that have any assignment.
+
+    Args:
+        found: the counts of each rank, of one number of experts.
+        name: what its model is called by.
+        top_k: experts of a token.
+        notes: what a reader must know; grows as rows are taken.
+    """
+    layers = recorded_layers(found)
+    all_of_them = {int(layer) for loads in found for layer in loads.layer_L}
+    if others := sorted(all_of_them - layers):
+        names = listing([str(layer) for layer in others], most=8)
+        notes.append(f"without any assignment, dense or not recorded: layers {names}")
+    experts = found[0].load_SLE.shape[2]
+    return ImportedRun(
+        version=None,
+        model=ModelSpec(
+            name=name,
+            moe_layers=tuple(
+                MoeLayerSpec(layer=layer, module=f"layer {layer}", experts=experts, top_k=top_k)
+                for layer in sorted(layers)
+            ),
+        ),
+        ranks=max(loads.rank for loads in found) + 1,
+        rows=load_rows(found, top_k=top_k, notes=notes),
+        notes=notes,
     )
 
 
@@ -99,14 +122,6 @@ def load_rows(found: Sequence[Loads], *, top_k: int, notes: list[str]) -> Iterat
 def recorded_layers(found: Sequence[Loads]) -> set[int]:
     """Layers with an assignment on any rank; the others are dense or were not recorded."""
     return {int(layer) for loads in found for layer in loads.layer_L[loads.load_SLE.any(axis=2).any(axis=0)]}
-
-
-def note_others(found: Sequence[Loads], notes: list[str]) -> None:
-    """State the layers without any assignment."""
-    all_of_them = {int(layer) for loads in found for layer in loads.layer_L}
-    if others := sorted(all_of_them - recorded_layers(found)):
-        names = listing([str(layer) for layer in others], most=8)
-        notes.append(f"without any assignment, dense or not recorded: layers {names}")
 
 
 def _rows_of_rank(loads: Loads, layers: set[int], top_k: int, notes: list[str]) -> Iterator[Rows]:

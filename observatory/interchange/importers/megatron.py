@@ -16,17 +16,8 @@ from numpy.typing import NDArray
 
 from observatory.interchange.importers.imported import ImportedRun, ImportOptions
 from observatory.interchange.importers.json_lines import json_lines, whole
-from observatory.interchange.importers.loads import (
-    Loads,
-    checked_loads,
-    load_rows,
-    moe_layers,
-    needed_top_k,
-    note_others,
-    recorded_layers,
-)
+from observatory.interchange.importers.loads import Loads, checked_loads, loads_run, needed_top_k
 from observatory.interchange.importers.sources import Source
-from observatory.run.manifest import ModelSpec
 from observatory.run.rows import MAX_EXPERTS, MAX_STEP
 
 _MOST_RANKS = 4096
@@ -72,17 +63,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
     found = [
         _dense(sources[0], rank, of_rank, experts, options.phase) for rank, of_rank in sorted(loads.items())
     ]
-    note_others(found, notes)
-    return ImportedRun(
-        version=None,
-        model=ModelSpec(
-            name=options.model_name(sources),
-            moe_layers=moe_layers(sorted(recorded_layers(found)), experts, top_k),
-        ),
-        ranks=max(loads) + 1,
-        rows=load_rows(found, top_k=top_k, notes=notes),
-        notes=notes,
-    )
+    return loads_run(found, name=options.model_name(sources), top_k=top_k, notes=notes)
 
 
 def _records(source: Source) -> Iterator[tuple[int, _Key, NDArray[np.int64], int | None]]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from observatory.interchange.importers.imported import UNIX_CLOCK, ImportedRun, ImportOptions, Rows
+from observatory.interchange.importers.imported import ImportedRun, ImportOptions, Rows
 from observatory.interchange.importers.sources import Source
-from observatory.interchange.importers.telemetry import Telemetry, local_ns, scaled
-from observatory.run.manifest import ModelSpec, RankPower
+from observatory.interchange.importers.telemetry import Telemetry, local_ns, scaled, telemetry_run
+from observatory.run.manifest import RankPower
 
 _WATTS, _PLAIN = scaled(1e3), scaled(1.0)
 
@@ -56,15 +56,8 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
     power: dict[int, RankPower] = {}
     if options.utc_offset_s is None:
         notes.append("times are local, of a zone that is not stated, and taken as UTC (--utc-offset)")
-    return ImportedRun(
-        version=None,
-        model=ModelSpec(name=options.model_name(sources)),
-        ranks=1,
-        rows=_rows(sources, options.utc_offset_s or 0, power, notes),
-        power=power,
-        clocks={0: UNIX_CLOCK},
-        notes=notes,
-    )
+    rows = _rows(sources, options.utc_offset_s or 0, power, notes)
+    return telemetry_run(sources, options, rows, power=power, notes=notes)
 
 
 def _rows(

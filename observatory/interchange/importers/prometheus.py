@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from observatory.interchange.importers.imported import UNIX_CLOCK, ImportedRun, ImportOptions, Rows
+from observatory.interchange.importers.imported import ImportedRun, ImportOptions, Rows
 from observatory.interchange.importers.sources import Source
-from observatory.interchange.importers.telemetry import Telemetry
+from observatory.interchange.importers.telemetry import Telemetry, telemetry_run
 from observatory.run.bounded import first_problem
-from observatory.run.manifest import ModelSpec, RankPower
+from observatory.run.manifest import RankPower
 
 _METRICS = {
     "DCGM_FI_DEV_POWER_USAGE": ("average_power_mw", 1e3),
@@ -45,15 +45,8 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
     """
     notes = ["DCGM_FI_DEV_POWER_USAGE is taken as an average, of a time that is not stated"]
     power: dict[int, RankPower] = {}
-    return ImportedRun(
-        version=None,
-        model=ModelSpec(name=options.model_name(sources)),
-        ranks=1,
-        rows=_rows(sources, power, notes),
-        power=power,
-        clocks={0: UNIX_CLOCK},
-        notes=notes,
-    )
+    rows = _rows(sources, power, notes)
+    return telemetry_run(sources, options, rows, power=power, notes=notes)
 
 
 def _rows(sources: Sequence[Source], power: dict[int, RankPower], notes: list[str]) -> Iterator[Rows]:

@@ -15,18 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from observatory.interchange.importers.imported import ImportedRun, ImportOptions
-from observatory.interchange.importers.loads import (
-    Loads,
-    checked_loads,
-    load_rows,
-    moe_layers,
-    needed_top_k,
-    note_others,
-    recorded_layers,
-)
+from observatory.interchange.importers.loads import Loads, checked_loads, loads_run, needed_top_k
 from observatory.interchange.importers.sources import Source
 from observatory.interchange.importers.torch_files import load_tensors, tensor_array
-from observatory.run.manifest import ModelSpec
 from observatory.text import counted
 
 _MOST_RANKS = 4096
@@ -70,17 +61,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
     if len(shapes) > 1:
         raise sources[0].refused("and the others have other layers or experts", remedy="import each alone")
     top_k = needed_top_k(sources[0].name, top_k)
-    note_others(found, notes)
-    return ImportedRun(
-        version=None,
-        model=ModelSpec(
-            name=options.model_name(sources),
-            moe_layers=moe_layers(sorted(recorded_layers(found)), shapes.pop()[1], top_k),
-        ),
-        ranks=max(ranks) + 1,
-        rows=load_rows(found, top_k=top_k, notes=notes),
-        notes=notes,
-    )
+    return loads_run(found, name=options.model_name(sources), top_k=top_k, notes=notes)
 
 
 def _load(source: Source) -> dict[str, Any]:

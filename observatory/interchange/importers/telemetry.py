@@ -5,16 +5,16 @@ from __future__ import annotations
 import datetime
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 import pyarrow as pa
 
-from observatory.interchange.importers.imported import Rows
+from observatory.interchange.importers.imported import UNIX_CLOCK, ImportedRun, ImportOptions, Rows
 from observatory.interchange.importers.sources import Source
 from observatory.run.files import one_line
-from observatory.run.manifest import DeviceSpec, RankPower
+from observatory.run.manifest import DeviceSpec, ModelSpec, RankPower
 from observatory.run.tables import POWER_SCHEMA
 from observatory.text import counted
 
@@ -112,6 +112,26 @@ class Telemetry:
         row = self._open.pop(name, None)
         if row is not None and len(row) > 1:  # a row of a time alone says nothing
             self._done.append({"device_uuid": name, **row})
+
+
+def telemetry_run(
+    sources: Sequence[Source],
+    options: ImportOptions,
+    rows: Iterable[Rows],
+    *,
+    power: dict[int, RankPower],
+    notes: list[str],
+) -> ImportedRun:
+    """A run of samples alone, whose times are Unix times; ``power`` and ``notes`` grow as rows are taken."""
+    return ImportedRun(
+        version=None,
+        model=ModelSpec(name=options.model_name(sources)),
+        ranks=1,
+        rows=rows,
+        power=power,
+        clocks={0: UNIX_CLOCK},
+        notes=notes,
+    )
 
 
 def _stored(column: str, value: float | None) -> int | None:

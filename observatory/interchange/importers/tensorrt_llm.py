@@ -15,18 +15,9 @@ from numpy.typing import NDArray
 
 from observatory.errors import InterchangeError
 from observatory.interchange.importers.imported import ImportedRun, ImportOptions
-from observatory.interchange.importers.loads import (
-    Loads,
-    checked_loads,
-    load_rows,
-    moe_layers,
-    needed_top_k,
-    note_others,
-    recorded_layers,
-)
+from observatory.interchange.importers.loads import Loads, checked_loads, loads_run, needed_top_k
 from observatory.interchange.importers.sources import Source
 from observatory.run.bounded import first_problem
-from observatory.run.manifest import ModelSpec
 from observatory.run.rows import MAX_EXPERTS
 
 _PLACEMENT = b"initial_global_assignments"
@@ -75,17 +66,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
     if not isinstance(top_k, int) or not 0 < top_k <= experts:
         top_k = needed_top_k("no meta_info.json is named: the file", None)
     notes: list[str] = []
-    note_others(found, notes)
-    return ImportedRun(
-        version=None,
-        model=ModelSpec(
-            name=options.model_name(sources),
-            moe_layers=moe_layers(sorted(recorded_layers(found)), experts, top_k),
-        ),
-        ranks=max(loads.rank for loads in found) + 1,
-        rows=load_rows(found, top_k=top_k, notes=notes),
-        notes=notes,
-    )
+    return loads_run(found, name=options.model_name(sources), top_k=top_k, notes=notes)
 
 
 def _of_rank(source: Source, phase: str) -> Loads:

@@ -17,17 +17,8 @@ from numpy.typing import NDArray
 from observatory.interchange.importers.counts import read_array
 from observatory.interchange.importers.imported import ImportedRun, ImportOptions
 from observatory.interchange.importers.json_lines import json_lines
-from observatory.interchange.importers.loads import (
-    Loads,
-    checked_loads,
-    load_rows,
-    moe_layers,
-    needed_top_k,
-    note_others,
-    recorded_layers,
-)
+from observatory.interchange.importers.loads import Loads, checked_loads, loads_run, needed_top_k
 from observatory.interchange.importers.sources import Source
-from observatory.run.manifest import ModelSpec
 from observatory.run.rows import MAX_EXPERTS, MAX_STEP
 
 _MOST_COUNTS = 1 << 26
@@ -50,18 +41,8 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
         loads, top_k = _of_balancer(sources, options.phase), options.top_k
     else:
         loads, top_k = _of_requests(sources, options, notes)
-    note_others([loads], notes)
     top_k = needed_top_k(sources[0].name, top_k)
-    return ImportedRun(
-        version=None,
-        model=ModelSpec(
-            name=options.model_name(sources),
-            moe_layers=moe_layers(sorted(recorded_layers([loads])), loads.load_SLE.shape[2], top_k),
-        ),
-        ranks=1,
-        rows=load_rows([loads], top_k=top_k, notes=notes),
-        notes=notes,
-    )
+    return loads_run([loads], name=options.model_name(sources), top_k=top_k, notes=notes)
 
 
 def _of_requests(sources: Sequence[Source], options: ImportOptions, notes: list[str]) -> tuple[Loads, int]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from observatory.interchange.importers.imported import UNIX_CLOCK, ImportedRun, ImportOptions, Rows
+from observatory.interchange.importers.imported import ImportedRun, ImportOptions, Rows
 from observatory.interchange.importers.sources import Source
-from observatory.interchange.importers.telemetry import Telemetry, local_ns, scaled
-from observatory.run.manifest import ModelSpec, RankPower
+from observatory.interchange.importers.telemetry import Telemetry, local_ns, scaled, telemetry_run
+from observatory.run.manifest import RankPower
 from observatory.text import counted
 
 _MONITOR = ["Time", "Power"]
@@ -32,15 +32,8 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
     """
     notes: list[str] = []
     power: dict[int, RankPower] = {}
-    return ImportedRun(
-        version=None,
-        model=ModelSpec(name=options.model_name(sources)),
-        ranks=1,
-        rows=_rows(sources, options, power, notes),
-        power=power,
-        clocks={0: UNIX_CLOCK},
-        notes=notes,
-    )
+    rows = _rows(sources, options, power, notes)
+    return telemetry_run(sources, options, rows, power=power, notes=notes)
 
 
 def _rows(
