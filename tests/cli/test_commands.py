@@ -361,7 +361,7 @@ def test_an_unknown_export_format_is_refused_by_name(
 ) -> None:
     message = complaint(capsys, "export", str(make_run()), "perfetto", "--out", str(tmp_path / "out"))
     assert "'perfetto' does not exist" in message
-    assert "nccl-tests, ucc or chrome-trace" in message
+    assert "nccl-tests, ucc, chrome-trace" in message
 
 
 def test_scan_names_all_degrees_that_do_not_fit(
