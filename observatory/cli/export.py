@@ -134,8 +134,8 @@ def _placement(run: Run, out: Path, form: str, *, ep: int, placement: str, json:
     if out.exists():
         raise BenchmarkError(f"{out} is there already", remedy="give another --out")
     loads = step_loads(run)
-    named = {"auto": None, "linear": "linear", "round-robin": "round-robin", "recorded": None}
-    given = named[placement] if placement in named else Path(placement)
+    named = parse_placement(placement)
+    given = None if named in ("auto", "recorded") else named
     slot_LPK, name = current_layout(run, loads, ranks=ep, given=given)
     text = placement_text(
         form,  # type: ignore[arg-type]  # one of the names, checked above

@@ -57,7 +57,7 @@ def import_(
     from observatory.interchange.importers.formats import import_files
     from observatory.interchange.importers.imported import ImportOptions
     from observatory.run.manifest import PHASES
-    from observatory.text import listing
+    from observatory.text import counted, listing
 
     if phase not in PHASES:
         raise InterchangeError(
@@ -83,7 +83,7 @@ def import_(
             }
         )
     rows = ", ".join(f"{count:,} of {table}" for table, count in written.rows.items())
-    what = f"rows: {rows}" if rows else f"{len(written.paths)} result{'s' * (len(written.paths) > 1)}"
+    what = f"rows: {rows}" if rows else counted(len(written.paths), "result")
     say(f"{out} written from {found}; {what}")
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from observatory.errors import InterchangeError
 from observatory.interchange.importers.imported import ImportedRun, ImportOptions
-from observatory.interchange.importers.loads import Loads, checked_loads, loads_run, needed_top_k
+from observatory.interchange.importers.loads import MOST_COUNTS, Loads, checked_loads, loads_run, needed_top_k
 from observatory.interchange.importers.sources import Source
 from observatory.run.bounded import first_problem
 from observatory.run.manifest import PHASES
@@ -31,7 +31,6 @@ _MOST_ARRAY_BYTES = 256 << 20
 _MOST_HEADER_BYTES = 10_000
 _MOST_LAYERS = 16_384
 _COLUMNS = ("step", "layer", "expert", "count")
-_MOST_COUNTS = 1 << 26
 
 
 def recognises(head: bytes) -> bool:
@@ -148,8 +147,8 @@ def _of_csv(source: Source, *, phase: str) -> Iterator[Loads]:
 def _dense(source: Source, values: dict[str, NDArray[np.int64]], experts: int, phase: str) -> Loads:
     step_S, row_N = np.unique(values["step"], return_inverse=True)
     layer_L, place_N = np.unique(values["layer"], return_inverse=True)
-    if len(step_S) * len(layer_L) * experts > _MOST_COUNTS:
-        raise source.refused(f"stands for over {_MOST_COUNTS:,} counts", remedy="import a part of it")
+    if len(step_S) * len(layer_L) * experts > MOST_COUNTS:
+        raise source.refused(f"stands for over {MOST_COUNTS:,} counts", remedy="import a part of it")
     load_SLE = np.zeros((len(step_S), len(layer_L), experts), dtype=np.int64)
     at_N = np.ravel_multi_index((row_N, place_N, values["expert"]), load_SLE.shape)
     if len(np.unique(at_N)) < len(at_N):

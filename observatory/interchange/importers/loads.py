@@ -5,7 +5,7 @@ Shapes: S steps, L layers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +13,15 @@ from numpy.typing import NDArray
 
 from observatory.errors import InterchangeError
 from observatory.interchange.importers.imported import ImportedRun, Rows
+from observatory.interchange.importers.sources import Source
 from observatory.run.manifest import ModelSpec, MoeLayerSpec
 from observatory.run.rows import MAX_EXPERTS, MAX_LOAD, routing_rows
 from observatory.text import counted, listing
 
 Int64 = NDArray[np.int64]
 
+#: Counts of one file of which only those that are not zero are stated.
+MOST_COUNTS = 1 << 26
 #: Counts of one batch of rows.
 _BATCH_COUNTS = 1 << 20
 
@@ -105,6 +108,44 @@ def loads_run(found: Sequence[Loads], *, name: str, top_k: int, notes: list[str]
     )
 
 
+def dense_loads(
+    source: Source,
+    stated: Mapping[tuple[int, int], NDArray[np.integer]],
+    *,
+    experts: int,
+    rank: int,
+    phase: str,
+) -> Loads:
+    """Loads of one rank from counts that are stated by step and layer.
+
+    Args:
+        source: the file, for messages.
+        stated: counts of the first experts, by step and layer; those of other experts are 0.
+        experts: E.
+        rank: the source rank.
+        phase: of all steps.
+
+    Raises:
+        InterchangeError: counts of more experts, too many counts, or counts that cannot be.
+    """
+    steps, layers = (sorted({key[place] for key in stated}) for place in (0, 1))
+    if len(steps) * len(layers) * experts > MOST_COUNTS:
+        raise source.refused(f"stands for over {MOST_COUNTS:,} counts", remedy="import a part of it")
+    load_SLE = np.zeros((len(steps), len(layers), experts), dtype=np.int64)
+    place_S, place_L = ({number: place for place, number in enumerate(item)} for item in (steps, layers))
+    for (step, layer), counts in stated.items():
+        if len(counts) > experts:
+            raise source.refused(f"has {len(counts)} experts", expected=f"at most {experts}")
+        load_SLE[place_S[step], place_L[layer], : len(counts)] = counts
+    return Loads(
+        load_SLE=checked_loads(source.name, load_SLE),
+        step_S=np.array(steps, dtype=np.int64),
+        layer_L=np.array(layers, dtype=np.int64),
+        rank=rank,
+        phase=phase,
+    )
+
+
 def load_rows(found: Sequence[Loads], *, top_k: int, notes: list[str]) -> Iterator[Rows]:
     """Routing rows; tokens are assignments over ``top_k``, rounded up.
 
@@ -115,8 +156,9 @@ def load_rows(found: Sequence[Loads], *, top_k: int, notes: list[str]) -> Iterat
         top_k: experts of a token.
         notes: gets what a reader must know.
     """
+    layers = recorded_layers(found)
     for loads in found:
-        yield from _rows_of_rank(loads, recorded_layers(found), top_k, notes)
+        yield from _rows_of_rank(loads, layers, top_k, notes)
 
 
 def recorded_layers(found: Sequence[Loads]) -> set[int]:

@@ -16,13 +16,12 @@ from numpy.typing import NDArray
 
 from observatory.interchange.importers.imported import ImportedRun, ImportOptions
 from observatory.interchange.importers.json_lines import json_lines, whole
-from observatory.interchange.importers.loads import Loads, checked_loads, loads_run, needed_top_k
+from observatory.interchange.importers.loads import dense_loads, loads_run, needed_top_k
 from observatory.interchange.importers.sources import Source
 from observatory.run.rows import MAX_EXPERTS, MAX_STEP
 
 _MOST_RANKS = 4096
 _MOST_LAYERS = 16_384
-_MOST_COUNTS = 1 << 26
 _RANK = re.compile(r"rank_?(\d{1,5})\.jsonl")
 
 #: Of a step and layer.
@@ -61,7 +60,8 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
             f"the number of experts is not stated: {experts}, as far as tokens have them (--experts)"
         )
     found = [
-        _dense(sources[0], rank, of_rank, experts, options.phase) for rank, of_rank in sorted(loads.items())
+        dense_loads(sources[0], of_rank, experts=experts, rank=rank, phase=options.phase)
+        for rank, of_rank in sorted(loads.items())
     ]
     return loads_run(found, name=options.model_name(sources), top_k=top_k, notes=notes)
 
@@ -109,25 +109,3 @@ def _sum(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int6
     total = longer.copy()
     total[: len(shorter)] += shorter
     return total
-
-
-def _dense(
-    source: Source, rank: int, of_rank: dict[_Key, NDArray[np.int64]], experts: int, phase: str
-) -> Loads:
-    steps = sorted({step for step, _ in of_rank})
-    layers = sorted({layer for _, layer in of_rank})
-    if len(steps) * len(layers) * experts > _MOST_COUNTS:
-        raise source.refused(f"stands for over {_MOST_COUNTS:,} counts", remedy="import a part of it")
-    load_SLE = np.zeros((len(steps), len(layers), experts), dtype=np.int64)
-    place_S, place_L = ({number: place for place, number in enumerate(item)} for item in (steps, layers))
-    for (step, layer), counts in of_rank.items():
-        if len(counts) > experts:
-            raise source.refused(f"has {len(counts)} experts", expected=f"at most {experts}")
-        load_SLE[place_S[step], place_L[layer], : len(counts)] = counts
-    return Loads(
-        load_SLE=checked_loads(source.name, load_SLE),
-        step_S=np.array(steps, dtype=np.int64),
-        layer_L=np.array(layers, dtype=np.int64),
-        rank=rank,
-        phase=phase,
-    )

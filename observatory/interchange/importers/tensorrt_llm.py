@@ -10,19 +10,17 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from observatory.errors import InterchangeError
 from observatory.interchange.importers.imported import ImportedRun, ImportOptions
-from observatory.interchange.importers.loads import Loads, checked_loads, loads_run, needed_top_k
+from observatory.interchange.importers.loads import Loads, dense_loads, loads_run, needed_top_k
 from observatory.interchange.importers.sources import Source
 from observatory.run.bounded import first_problem
 from observatory.run.rows import MAX_EXPERTS
 
 _PLACEMENT = b"initial_global_assignments"
 _MOST_BYTES = 256 << 20
-_MOST_COUNTS = 1 << 26
 _FILE = re.compile(r"rank_?(\d{1,4})\.safetensors")
 _NAME = re.compile(r"(\d{1,15})_(\d{1,5})")
 
@@ -76,25 +74,13 @@ def _of_rank(source: Source, phase: str) -> Loads:
     arrays = {_key(source, name): array for name, array in _tensors(source).items()}
     if not arrays:
         raise source.refused("holds no counts")
-    steps, layers = (sorted({key[place] for key in arrays}) for place in (0, 1))
     shapes = {array.shape for array in arrays.values()}
     if len(shapes) > 1 or len(next(iter(shapes))) != 1 or not 0 < next(iter(shapes))[0] <= MAX_EXPERTS:
         raise source.refused("has arrays that are no counts of one number of experts")
     (experts,) = shapes.pop()
-    if len(steps) * len(layers) * experts > _MOST_COUNTS:
-        raise source.refused(f"stands for over {_MOST_COUNTS:,} counts", remedy="import a part of it")
     if any(array.dtype.kind not in "iu" for array in arrays.values()):
         raise source.refused("has arrays that are no whole numbers")
-    load_SLE = np.zeros((len(steps), len(layers), experts), dtype=np.int64)
-    for (step, layer), array in arrays.items():
-        load_SLE[steps.index(step), layers.index(layer)] = array
-    return Loads(
-        load_SLE=checked_loads(source.name, load_SLE),
-        step_S=np.array(steps, dtype=np.int64),
-        layer_L=np.array(layers, dtype=np.int64),
-        rank=int(named[1]),
-        phase=phase,
-    )
+    return dense_loads(source, arrays, experts=experts, rank=int(named[1]), phase=phase)
 
 
 def _key(source: Source, name: str) -> tuple[int, int]:

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from observatory.interchange.importers.counts import read_array
 from observatory.interchange.importers.imported import ImportedRun, ImportOptions
 from observatory.interchange.importers.json_lines import json_lines
-from observatory.interchange.importers.loads import Loads, checked_loads, loads_run, needed_top_k
+from observatory.interchange.importers.loads import MOST_COUNTS, Loads, checked_loads, loads_run, needed_top_k
 from observatory.interchange.importers.sources import Source
 from observatory.run.rows import MAX_EXPERTS, MAX_STEP
 
-_MOST_COUNTS = 1 << 26
 _NUMPY = b"\x93NUMPY"
 
 
@@ -61,8 +60,8 @@ def _of_requests(sources: Sequence[Source], options: ImportOptions, notes: list[
         notes.append(
             f"the number of experts is not stated: {experts}, as far as tokens have them (--experts)"
         )
-    if len(requests) * layers * experts > _MOST_COUNTS:
-        raise sources[0].refused(f"and the others stand for over {_MOST_COUNTS:,} counts")
+    if len(requests) * layers * experts > MOST_COUNTS:
+        raise sources[0].refused(f"and the others stand for over {MOST_COUNTS:,} counts")
     load_SLE = np.zeros((len(requests), layers, experts), dtype=np.int64)
     dense = _dense_layers(requests)
     for step, ids_TLK in enumerate(requests):
