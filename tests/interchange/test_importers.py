@@ -421,7 +421,7 @@ def test_nvidia_smi_readings_keep_their_units_and_gaps(
     assert frame.event_reasons.fillna(-1).tolist() == [4, -1, -1]
     assert run.manifest.ranks[0].power.own_devices == ("GPU-1", "GPU-2")
     notes = capfd.readouterr().err
-    assert "1 lines that are torn" in notes
+    assert "1 line left out that is torn or repeats the header" in notes
     assert "1 reading left out" in notes
 
 
@@ -440,10 +440,30 @@ def test_nvidia_smi_without_units_or_names_says_so(tmp_path: Path, capfd: pytest
 
 
 @pytest.mark.parametrize(
+    "lines",
+    [
+        [
+            "index, timestamp, power.draw.instant [W], power.draw [W]",
+            "0, 2024/05/01 12:00:00.100, [N/A], 73.49 W",
+        ],
+        ["Loading modules", "", "timestamp, index, power.draw [W]", "2024/05/01 12:00:00.100, 0, 73,49 W"],
+        ["timestamp;index;power.draw [W]", "2024/05/01 12:00:00.100;0;73,49"],
+    ],
+    ids=["time not first, instant power not known", "lines before, decimal comma", "semicolons"],
+)
+def test_nvidia_smi_is_read_in_its_spellings(tmp_path: Path, lines: list[str]) -> None:
+    path = written(tmp_path, "s.csv", "\r\n".join(lines))
+    frame = open_run(imported(tmp_path, "auto", path)).power()
+    assert frame.power_mw.tolist() == [73490]
+    assert frame.device_uuid.tolist() == ["0"]
+
+
+@pytest.mark.parametrize(
     ("content", "expected"),
     [
         ("timestamp, gpu_uuid, pid, used_gpu_memory [MiB]\n", "lists processes"),
-        ("index, power.draw [W], timestamp\n", "does not begin with the column timestamp"),
+        ("index, power.draw [W]\n0, 1 W\n", "has no header with the column timestamp"),
+        ("2024/05/01 12:00:00.100, 0, 73.49 W\n", "leave noheader out"),
         ("timestamp, uuid, fan.speed [%]\n", "has no power, clock or temperature"),
         ("timestamp, power.draw [W]\n", "holds no rows"),
         ("timestamp, power.draw [W]\nnever, 1 W\n", "holds no rows"),
