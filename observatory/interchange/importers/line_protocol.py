@@ -35,8 +35,8 @@ _LINE = re.compile(r"([^,\s]+),(\S+)\s+(\S+)(?:\s+(-?\d{1,19}))?\s*")
 
 def recognises(head: bytes) -> bool:
     """Whether a file begins like one of this format."""
-    first = head.split(b"\n", 1)[0].decode("utf-8", "replace")
-    return "type=accelerator" in first and _LINE.fullmatch(first) is not None
+    lines = head.decode("utf-8-sig", "replace").split("\n")
+    return any("type=accelerator" in line and _LINE.fullmatch(line.strip()) for line in lines)
 
 
 def read(sources: Sequence[Source], options: ImportOptions) -> ImportedRun:
