@@ -1,6 +1,6 @@
 """How well fit and recommendation find the truth on random devices of eight classes, as a markdown table.
 
-    python -m benchmarks.clock_truth [--devices 200] [--classes flat,knee] [--budget 0.02]
+    python -m benchmarks.clock_truth [--devices 200] [--first 0] [--classes flat,knee] [--budget 0.02]
 
 Every device is drawn from its class with its own sweep: 5 to 12 locks, an unlocked setting, now and then
 power caps, 2 to 5 repeats, 0.4 to 3 % noise of energy, 0.3 to 0.5 of that for time, in random order. Half
@@ -319,6 +319,7 @@ def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--devices", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first device of each class")
     parser.add_argument("--classes", default=",".join(CLASSES))
     parser.add_argument("--budget", type=float, default=0.02)
     options = parser.parse_args()
@@ -327,7 +328,7 @@ def main() -> int:
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for kind in options.classes.split(","):
         score = Score()
-        for seed in range(options.devices):
+        for seed in range(options.first, options.first + options.devices):
             add(score, draw(kind, seed), options.budget, seed)
         print(row(kind, score), flush=True)
     return 0

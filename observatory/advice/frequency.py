@@ -3,8 +3,8 @@
 Shapes: B samples, F candidate clocks.
 
 A candidate is a clock that a lock was measured at, below what the phase runs at unlocked: nothing between,
-no extrapolation. The budget is a promise, so that the upper end of the slowdown's 90 % interval must keep it.
-Of the candidates inside, energies within half a percent of the least are ties, and the highest clock among
+no extrapolation. It has to keep the budget with a probability of 80 %, by the samples of the curves.
+Of the candidates that do, energies within half a percent of the least are ties, and the highest clock among
 them is taken. Unless all of the saving's interval is more than a tie, the advice is to leave the clock alone.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from observatory.analysis.frequency.points import CLOCK_STEP_MHZ
-from observatory.analysis.frequency.views import TIE
+from observatory.analysis.frequency.views import LEAST_PROBABILITY, TIE
 from observatory.analysis.frequency.words import reference_words
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def series_words(advice: SeriesAdvice, max_slowdown: float) -> str:
     reference = f"the {reference_words(advice.reference)}{_slowed(advice)}"
     if advice.code == "no lower clock":
         return (
-            f"leave the clock unlocked: against {reference} no lower clock surely keeps the {budget} and "
-            "saves energy"
+            f"leave the clock unlocked: against {reference} no lower clock keeps the {budget} with a "
+            f"probability of {100 * LEAST_PROBABILITY:.0f} % and saves energy"
         )
     if advice.code == "saving not sure":
         return (

@@ -252,7 +252,7 @@ def lock_against_cap_words(
     if comparison.verdict == "locking beats capping":
         text = f"{budget}, locking saves {advantage.percent()} of {of_energy} more than {caps}"
         if comparison.lock_mhz is None:
-            text += ", but no single clock surely keeps that budget and saves: leave it unlocked"
+            text += ", but no single clock keeps that budget and saves: leave it unlocked"
     elif comparison.verdict == "capping beats locking":
         assert advantage.low is not None
         assert advantage.high is not None

@@ -9,6 +9,7 @@ from observatory.advice.frequency_words import series_words
 from observatory.advice.tables import ADVICE_COLUMNS, advice_table
 from observatory.analysis.columns import Column, chosen
 from observatory.analysis.frequency.tables import POINT_COLUMNS
+from observatory.analysis.frequency.views import LEAST_PROBABILITY
 from observatory.reports.figures.frequency import clock_curves, clock_plane
 from observatory.reports.frames.frequency import ClockFile, ClockFrames
 from observatory.reports.frames.report import ReportFrames
@@ -197,8 +198,8 @@ def _advice_table(clocks: ClockFrames) -> Table:
         f"The clock of least energy for at most {100 * clocks.max_slowdown:.3g} % more time",
         ADVICE_COLUMNS,
         rows,
-        note="The upper end of the slowdown's interval keeps the budget. Nothing was set; observatory clocks "
-        "recommend prints the commands.",
+        note=f"The budget is kept with a probability of at least {percent(LEAST_PROBABILITY, 0)}. Nothing was "
+        "set; observatory clocks recommend prints the commands.",
         leave_out=("verdict",),
         below={
             "reference_mhz": "reference_how",
