@@ -198,8 +198,8 @@ def _advice_table(clocks: ClockFrames) -> Table:
         f"The clock of least energy for at most {100 * clocks.max_slowdown:.3g} % more time",
         ADVICE_COLUMNS,
         rows,
-        note=f"The budget is kept with a probability of at least {percent(LEAST_PROBABILITY, 0)}. Nothing was "
-        "set; observatory clocks recommend prints the commands.",
+        note=f"The budget is kept with a probability of at least {percent(LEAST_PROBABILITY, 0)}. Nothing "
+        "was set; observatory clocks recommend prints the commands.",
         leave_out=("verdict",),
         below={
             "reference_mhz": "reference_how",
