@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from observatory.run import Run
 
 
-_FORMATS = ("nccl-tests", "ucc", "chrome-trace", "sglang", "tensorrt-llm", "vllm-ascend")
+_FORMATS = ("nccl-tests", "ucc", "chrome-trace", "tensorboard", "sglang", "tensorrt-llm", "vllm-ascend")
 
 
 def export(
@@ -34,7 +34,8 @@ def export(
     form: Annotated[
         str,
         typer.Argument(
-            metavar="FORMAT", help="nccl-tests, ucc, chrome-trace, sglang, tensorrt-llm, vllm-ascend."
+            metavar="FORMAT",
+            help="nccl-tests, ucc, chrome-trace, tensorboard, sglang, tensorrt-llm, vllm-ascend.",
         ),
     ],
     out: Annotated[
@@ -43,7 +44,8 @@ def export(
             "--out",
             metavar="PATH",
             rich_help_panel=OUTPUT,
-            help="Directory to write; for chrome-trace also a .json or .json.gz file; a file for placements.",
+            help="Directory to write (tensorboard: the log directory); for chrome-trace also a .json or "
+            ".json.gz file; a file for placements.",
         ),
     ],
     ep: Annotated[
@@ -63,7 +65,7 @@ def export(
     row_bytes: RowBytesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Write traffic matrices for nccl-tests or UCC, a trace for Perfetto, or a placement for an engine."""
+    """Write matrices for nccl-tests or UCC, a trace for Perfetto, a log for TensorBoard, or a placement."""
     from observatory.analysis.parallel.captured import captured_traffic, traffic_notes
     from observatory.cli.output import print_json, say
     from observatory.errors import BenchmarkError
@@ -80,6 +82,9 @@ def export(
     opened = open_run(run)
     if form == "chrome-trace":
         _trace(opened, out, phase=phase, layers=layer, steps=steps, json=json)
+        return
+    if form == "tensorboard":
+        _tensorboard(opened, out, phase=phase, layers=layer, steps=steps, json=json)
         return
     if ep is None:
         raise BenchmarkError(f"{form} is for one EP degree", remedy="give it with --ep")
@@ -173,3 +178,26 @@ def _trace(
             }
         )
     say(f"{trace.events} events written to {out}; open it at ui.perfetto.dev or chrome://tracing")
+
+
+def _tensorboard(
+    run: Run, out: Path, *, phase: str | None, layers: list[int] | None, steps: int | None, json: bool
+) -> None:
+    """Write a log directory, and say what was written."""
+    from observatory.cli.output import print_json, say
+    from observatory.interchange.exporters.tensorboard.write import write_tensorboard
+
+    written = write_tensorboard(run, out, phase=phase, layers=layers, steps=steps)
+    for note in written.notes:
+        say(f"note: {note}")
+    if json:
+        print_json(
+            {
+                "run_id": run.manifest.run_id,
+                "format": "tensorboard",
+                "points": written.points,
+                "notes": list(written.notes),
+                "files": [str(path) for path in written.files],
+            }
+        )
+    say(f"{written.points} scalars and histograms written; open them with: tensorboard --logdir {out}")

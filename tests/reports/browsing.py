@@ -49,11 +49,11 @@ def emulate(browser: webdriver.Chrome, scheme: str) -> None:
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
 
-def wait(browser: webdriver.Chrome, script: str, *arguments: object) -> None:
-    """Until the script returns true, at most 10 s."""
-    end = time.monotonic() + 10
+def wait(browser: webdriver.Chrome, script: str, *arguments: object, seconds: float = 10) -> None:
+    """Until the script returns true, at most so long."""
+    end = time.monotonic() + seconds
     while not browser.execute_script(script, *arguments):
-        assert time.monotonic() < end, f"still not so after 10 s: {script} {arguments}"
+        assert time.monotonic() < end, f"still not so after {seconds} s: {script} {arguments}"
         time.sleep(0.05)
 
 

@@ -80,12 +80,14 @@ def choose_steps(run: Run, phase: str | None, most: int | None) -> dict[str, fro
                 chosen_rows.select(["phase", "step"]).group_by(["phase", "step"]).aggregate([]).to_pylist()
             ):
                 steps_of.setdefault(pair["phase"], set()).add(pair["step"])
-    chosen = {}
-    for name, steps in steps_of.items():
-        ordered = np.array(sorted(steps))
-        places = np.linspace(0, len(ordered) - 1, min(most, len(ordered))).round().astype(int)
-        chosen[name] = frozenset(ordered[places].tolist())
-    return chosen
+    return {name: spread(steps, most) for name, steps in steps_of.items()}
+
+
+def spread(steps: Collection[int], most: int) -> frozenset[int]:
+    """At most so many of these, evenly spread, first and last among them."""
+    ordered = np.array(sorted(steps))
+    places = np.linspace(0, len(ordered) - 1, min(most, len(ordered))).round().astype(int)
+    return frozenset(ordered[places].tolist())
 
 
 def span_events(rows: pa.Table) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -92,23 +92,25 @@ def write_chrome_trace(
             f"run {run.path} holds no spans, exchanges or power samples of what was asked for; capture it "
             "with exchanges or power, or leave out --phase, --layer and --steps"
         )
-    tracing = _Tracing(run, chosen, survey)
+    tracing = Tracing(run, chosen, survey)
     ranks = sorted(survey.first_ns)
     files = []
     if single:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _write(out, tracing, ranks)
+        write_trace(out, tracing, ranks)
         files.append(out)
     else:
         with committed_folder(out) as folder:
             for rank in ranks:
-                _write(folder / f"rank-{rank:05d}.json", tracing, [rank])
+                write_trace(folder / f"rank-{rank:05d}.json", tracing, [rank])
         files = [out / f"rank-{rank:05d}.json" for rank in ranks]
     return ChromeTrace(files=tuple(files), events=tracing.events, notes=tuple(tracing.notes()))
 
 
-def _write(path: Path, tracing: _Tracing, ranks: list[int]) -> None:
-    """One file, whole or not at all."""
+def write_trace(
+    path: Path, tracing: Tracing, ranks: list[int], *, adapt: Callable[[Event], Event] | None = None
+) -> None:
+    """One file, whole or not at all; ``adapt`` puts each event into the words of a certain viewer."""
     with committed(path) as temporary:
         opened: TextIO
         if path.name.endswith(".gz"):
@@ -120,7 +122,8 @@ def _write(path: Path, tracing: _Tracing, ranks: list[int]) -> None:
             handle.write(head[:-1] + ', "traceEvents": [\n')
             separator = ""
             for event in tracing.all_events(ranks):
-                handle.write(separator + json.dumps(event, allow_nan=False, separators=(",", ":")))
+                shown = event if adapt is None else adapt(event)
+                handle.write(separator + json.dumps(shown, allow_nan=False, separators=(",", ":")))
                 separator = ",\n"
             handle.write("\n]}\n")
 
@@ -129,7 +132,7 @@ def _at(time_ns: int, pid: int, tid: int) -> Event:
     return {"ts": time_ns / 1e3, "pid": pid, "tid": tid}
 
 
-class _Tracing:
+class Tracing:
     """Events of a run, rank by rank."""
 
     def __init__(self, run: Run, chosen: Chosen, survey: Survey) -> None:
