@@ -40,6 +40,9 @@ LOG = """> mpirun -np 4 ./alltoall_perf -b 1M
 """
 
 
+NOT_NAMED = LOG.replace("./alltoall_perf", "x")
+
+
 def imported(tmp_path: Path, *arguments: str | Path, name: str = "run") -> Path:
     out = tmp_path / name
     assert main(["import", *map(str, arguments), "--out", str(out)]) == 0
@@ -82,6 +85,33 @@ def test_a_log_that_does_not_name_its_test_is_read_by_the_command_above_it(tmp_p
     assert round(result.cases[0].algbw_gb_per_s, 2) == 10.43  # as the log states
     assert round(result.cases[0].busbw_gb_per_s, 2) == 7.83
     assert all(case.correct for case in result.cases)
+
+
+@pytest.mark.parametrize("before", ["", "[1,0]<stdout>:", "[prterun-n1-4@1,0]<stdout>: ", " 0: ", "12: "])
+def test_logs_keep_their_rows_behind_launchers_and_debug_lines(tmp_path: Path, before: str) -> None:
+    lines = LOG.splitlines()
+    lines.insert(-3, "n1:7:9 [0] NCCL INFO comm 0x55 rank 0 nranks 4")
+    log = "".join(f"{before}{line}\n" for line in lines)
+    result = only_result(imported(tmp_path, "auto", written(tmp_path, "a.log", log)))
+    assert [case.median_us for case in result.cases] == [100.5, 151.0]
+
+
+def test_a_log_that_names_no_test_is_of_all_to_all_by_its_numbers(tmp_path: Path) -> None:
+    result = only_result(imported(tmp_path, "auto", written(tmp_path, "a.log", NOT_NAMED)))
+    assert [case.median_us for case in result.cases] == [100.5, 151.0]
+    assert any("the test is not named" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("end", ["  15", "151", "13.89", "10.42", "n1:7:9 [0] NCCL WARN timeout"])
+def test_a_row_that_is_cut_is_left_out(tmp_path: Path, end: str) -> None:
+    cut = (
+        LOG[: LOG.rindex("0e+00")] + end
+        if "WARN" in end
+        else LOG[: LOG.index(end, LOG.index(" 2097152    ")) + len(end)]
+    )
+    result = only_result(imported(tmp_path, "auto", written(tmp_path, "a.log", cut)))
+    assert [case.median_us for case in result.cases] == [100.5]
+    assert any("1 row left out that cannot be read" in note for note in result.notes)
 
 
 def test_what_is_imported_names_its_file_tool_and_version(tmp_path: Path) -> None:
@@ -185,8 +215,9 @@ def test_gpus_that_share_a_process_are_on_its_host(tmp_path: Path) -> None:
             "of 1 rank that ended before its first",
         ),
         (LOG.replace("alltoall_perf", "all_reduce_perf"), "holds no all-to-all test, but all_reduce"),
-        (LOG.replace("./alltoall_perf", "x"), "does not say which test it holds"),
-        (LOG.replace("100.5", "fast"), "a row that is not understood"),
+        (NOT_NAMED.replace("0e+00", "  N/A"), "does not say which test it holds"),
+        (NOT_NAMED.replace("7.83", "10.43").replace("10.42", "13.89"), "does not say which test it holds"),
+        (LOG.replace("100.5", "fast").replace("  151", "slow"), "rows that are not understood"),
         (LOG.replace("100.5", "-1.0"), "times or sizes that cannot be"),
         (LOG.replace("  65536", "  65537"), "sizes and counts do not fit"),
         (LOG.replace("Rank  3", "Rank  9"), "sizes and counts do not fit"),

@@ -1,9 +1,9 @@
 """nccl-tests: what ``alltoall_perf`` prints, or writes with ``-J``.
 
 The text has changed little: a header line names its columns, rows follow, comments begin with ``#``. A log
-may hold several tests, each with the ranks in front of it. Of each all-to-all the out-of-place times are
-taken. The text gives one time for all ranks; JSON of version 3 and 4 may also give one for each iteration and
-process.
+may hold several tests, each with the ranks in front of it, lines of NCCL_DEBUG between its rows, and what
+mpirun and srun put before each line. Of each all-to-all the out-of-place times are taken. The text gives one
+time for all ranks; JSON of version 3 and 4 may also give one for each iteration and process.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _ELEMENT_BYTES = {
     **dict.fromkeys(("int32", "uint32", "float", "int"), 4),
     **dict.fromkeys(("int64", "uint64", "double"), 8),
 }
+_REDUCTIONS = ("none", "sum", "prod", "min", "max", "avg", "mulsum")
 _MOST_RANKS = 1024
 _JSON_VERSIONS = (3, 4)
 
@@ -38,6 +39,10 @@ _BINARY = re.compile(r"\b(\w{2,40})_perf\b")
 _ITERATIONS = re.compile(r"warmup iters:\s*(\d{1,9}).*?\biters:\s*(\d{1,9})")
 _VERSION = re.compile(r"#\s*nccl-tests version\s+(\S{1,40})(?:.*?\bnccl-library=(\S{1,20}))?")
 _COLUMNS = re.compile(r"#\s+size\s+count\s+type\s")
+#: Before each line: ``[1,0]<stdout>:`` of mpirun, and ``0: `` of srun.
+_PREFIX = re.compile(r"(?:\[[^\]\s]{1,300}\]<std\w{2,4}>:? ?|\s*\d{1,6}: )")
+#: Between bandwidths that are printed with two decimals and their quotient.
+_ROUNDED = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +55,8 @@ class _Row:
         times_us: of each iteration, or one that is their mean.
         process_times_us: of each process and iteration; empty where not stated.
         wrong: elements that were wrong; None where they were not checked.
+        like_alltoall: whether only an all-to-all prints such a row: checked out of place and not in place, a
+            size of (ranks) counts, and a bus bandwidth of (ranks - 1) / ranks.
     """
 
     size_bytes: int
@@ -57,6 +64,7 @@ class _Row:
     times_us: tuple[float, ...]
     process_times_us: tuple[tuple[float, ...], ...] = ()
     wrong: float | None = None
+    like_alltoall: bool = False
 
 
 @dataclass(slots=True)
@@ -67,6 +75,7 @@ class _Test:
         name: such as ``alltoall``; None where the log does not say.
         hosts: of each rank.
         iterations: warm-up and timed; None where not stated.
+        torn: rows that are not understood.
     """
 
     name: str | None = None
@@ -74,13 +83,21 @@ class _Test:
     iterations: tuple[int, int] | None = None
     rows: list[_Row] = field(default_factory=list)
     has_header: bool = False
+    torn: int = 0
+
+    @property
+    def is_alltoall(self) -> bool:
+        """By its name; without one by its largest row."""
+        return self.name == "alltoall" or (
+            self.name is None and bool(self.rows) and self.rows[-1].like_alltoall
+        )
 
 
 def recognises(head: bytes) -> bool:
     """Whether a file begins like one of this format."""
     if re.match(rb'\s*\{\s*"version"\s*:', head):
         return b'"args"' in head or b'"nccl_version"' in head
-    return b"# nccl-tests version" in head or re.search(rb"(?m)^#\s+nThread\s+\d+\s+nGpus", head) is not None
+    return b"# nccl-tests version" in head or re.search(rb"(?m)#\s+nThread\s+\d+\s+nGpus", head) is not None
 
 
 def read(sources: Sequence[Source], options: ImportOptions) -> ImportedBenches:
@@ -97,7 +114,7 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedBenches:
         is_json = source.head().lstrip().startswith(b"{")
         tests, version, library = _read_json(source) if is_json else _read_text(source)
         versions.update({version} if version else ())
-        exchanges = [test for test in tests if test.name == "alltoall" and test.rows]
+        exchanges = [test for test in tests if test.is_alltoall and test.rows]
         if not exchanges:
             raise source.refused(_why_none(tests))
         left_out += [test.name or "a test without a name" for test in tests if test not in exchanges]
@@ -109,13 +126,15 @@ def read(sources: Sequence[Source], options: ImportOptions) -> ImportedBenches:
 
 def _why_none(tests: Sequence[_Test]) -> str:
     exchanges = [test for test in tests if test.name == "alltoall"]
-    if exchanges:
+    if exchanges and not any(test.torn for test in exchanges):
         ranks = len(exchanges[0].hosts)
         of = f" of {counted(ranks, 'rank')}" if ranks else ""
         return f"holds an all-to-all test{of} that ended before its first row"
     names = sorted({test.name for test in tests if test.name})
-    if names:
+    if names and not exchanges:
         return f"holds no all-to-all test, but {listing(names)}"
+    if any(test.torn for test in tests):
+        return "has rows that are not understood, and no others"
     if tests:
         return "does not say which test it holds: neither its header nor a command line names one"
     return "holds no test"
@@ -125,7 +144,8 @@ def _read_text(source: Source) -> tuple[list[_Test], str | None, str | None]:
     tests: list[_Test] = []
     version = library = named = None
     columns: list[str] = []
-    for line in source.lines():
+    for whole in source.lines():
+        line = whole[found.end() :] if (found := _PREFIX.match(whole)) else whole
         if found := _VERSION.match(line):
             version, library = found[1], found[2]
         elif found := _STARTS.match(line):
@@ -145,26 +165,35 @@ def _read_text(source: Source) -> tuple[list[_Test], str | None, str | None]:
         elif line.startswith("#") or not line.strip():
             continue
         elif tests and tests[-1].has_header and line.split()[0].isdigit():
-            tests[-1].rows.append(_text_row(source, line, columns))
+            row = _text_row(line, columns)
+            tests[-1].torn += row is None
+            tests[-1].rows += [row] if row else []
         elif found := _BINARY.search(line):  # a command line that was quoted above its output
             named = found[1]
     return tests, version, library
 
 
-def _text_row(source: Source, line: str, columns: Sequence[str]) -> _Row:
+def _text_row(line: str, columns: Sequence[str]) -> _Row | None:
+    """A row of a table; None where it is cut, or something was printed into it."""
     cells = line.split()
     # Blank cells of `redop` and `root` (older versions) are in front of the times, time stamps behind them.
-    shift = min(len(cells) - len(columns), 0)
+    blank = 0 if cells[3:4] and cells[3] in _REDUCTIONS else len({"redop", "root"}.intersection(columns))
     try:
-        wrong = cells[columns.index("#wrong" if "#wrong" in columns else "error") + shift]
+        time_at = columns.index("time") - blank
+        time_us, algbw, busbw, wrong = cells[time_at : time_at + 4]
+        in_place_wrong = (cells[time_at + 4 : time_at + 8] + [""] * 4)[3]
+        size, peer = int(cells[0]), int(cells[1]) * _ELEMENT_BYTES[cells[2]]
+        ranks = size // peer if peer else 0
+        is_part = ranks > 1 and abs(float(busbw) - float(algbw) * (ranks - 1) / ranks) <= 2 * _ROUNDED
         return _Row(
-            size_bytes=int(cells[0]),
-            peer_bytes=int(cells[1]) * _ELEMENT_BYTES[cells[2]],
-            times_us=(float(cells[columns.index("time") + shift]),),
+            size_bytes=size,
+            peer_bytes=peer,
+            times_us=(float(time_us),),
             wrong=None if wrong == "N/A" else float(wrong),
+            like_alltoall=is_part and size == ranks * peer and wrong != "N/A" and in_place_wrong == "N/A",
         )
-    except (KeyError, ValueError, IndexError) as error:
-        raise source.refused(f"has a row that is not understood: {line.strip()[:100]!r}") from error
+    except (KeyError, ValueError, IndexError):
+        return None
 
 
 def _read_json(source: Source) -> tuple[list[_Test], str | None, str | None]:
@@ -242,6 +271,10 @@ def _result(source: Source, test: _Test, library: str | None) -> BenchResult:
     notes = [] if by_rank else ["a time is that of all ranks together; no rank's own is known"]
     if test.iterations is None:
         notes.append("the number of iterations that a time is the mean of is not stated")
+    if test.name is None:
+        notes.append("the test is not named; its sizes and bandwidths are those of an all-to-all")
+    if test.torn:
+        notes.append(f"{counted(test.torn, 'row')} left out that cannot be read")
     if any(row.wrong is None for row in test.rows):
         notes.append("whether the bytes arrived was not checked")
     try:
