@@ -126,6 +126,7 @@ class LiveView:
         path: the directory.
         model: its name.
         state: of the manifest.
+        ended_unix_s: when it ended, by the wall clock; None while it runs, or where it was killed.
         ranks_expected: ranks of the run.
         degree: EP degree that `rank_max_over_mean` is about; None where none fits.
         phases, layers, ranks: in order; layers by excess over the floor, largest first.
@@ -141,6 +142,7 @@ class LiveView:
     layers: tuple[LiveLayer, ...] = ()
     ranks: tuple[LiveRank, ...] = ()
     error: str | None = None
+    ended_unix_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -188,6 +190,7 @@ def live_view(path: Path, *, steps: int) -> LiveView:
         layers=tuple(_layers(run, loads, first_steps, degree)),
         ranks=tuple(_ranks(run, first_steps, spans)),
         error=next((status.error for status in manifest.ranks if status.error), None),
+        ended_unix_s=manifest.ended_unix_s,
     )
 
 

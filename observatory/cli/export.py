@@ -26,7 +26,18 @@ if TYPE_CHECKING:
     from observatory.run import Run
 
 
-_FORMATS = ("nccl-tests", "ucc", "chrome-trace", "tensorboard", "sglang", "tensorrt-llm", "vllm-ascend")
+_FORMATS = (
+    "nccl-tests",
+    "ucc",
+    "chrome-trace",
+    "tensorboard",
+    "csv",
+    "parquet",
+    "markdown",
+    "sglang",
+    "tensorrt-llm",
+    "vllm-ascend",
+)
 
 
 def export(
@@ -35,7 +46,8 @@ def export(
         str,
         typer.Argument(
             metavar="FORMAT",
-            help="nccl-tests, ucc, chrome-trace, tensorboard, sglang, tensorrt-llm, vllm-ascend.",
+            help="nccl-tests, ucc, chrome-trace, tensorboard, csv, parquet, markdown, sglang, tensorrt-llm, "
+            "vllm-ascend.",
         ),
     ],
     out: Annotated[
@@ -65,12 +77,13 @@ def export(
     row_bytes: RowBytesOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Write matrices for nccl-tests or UCC, a trace for Perfetto, a log for TensorBoard, or a placement."""
+    """Write matrices for nccl-tests or UCC, a trace, a log for TensorBoard, tables, or a placement."""
     from observatory.analysis.parallel.captured import captured_traffic, traffic_notes
     from observatory.cli.output import print_json, say
     from observatory.errors import BenchmarkError
     from observatory.interchange.exporters.matrices import export_traffic
     from observatory.interchange.exporters.placements import PLACEMENT_FORMS
+    from observatory.interchange.exporters.tables import TABLE_FORMS
     from observatory.run import open_run
     from observatory.text import listing
 
@@ -85,6 +98,11 @@ def export(
         return
     if form == "tensorboard":
         _tensorboard(opened, out, phase=phase, layers=layer, steps=steps, json=json)
+        return
+    if form in TABLE_FORMS:
+        if steps is not None:
+            raise BenchmarkError(f"{form} holds every step", remedy="leave out --steps")
+        _tables(opened, out, form, phase=phase, layers=layer, json=json)
         return
     if ep is None:
         raise BenchmarkError(f"{form} is for one EP degree", remedy="give it with --ep")
@@ -201,3 +219,26 @@ def _tensorboard(
             }
         )
     say(f"{written.points} scalars and histograms written; open them with: tensorboard --logdir {out}")
+
+
+def _tables(
+    run: Run, out: Path, form: str, *, phase: str | None, layers: list[int] | None, json: bool
+) -> None:
+    """Write tables, and say what was written."""
+    from observatory.cli.output import print_json, say
+    from observatory.interchange.exporters.tables import write_tables
+
+    written = write_tables(run, out, form=form, phase=phase, layers=layers)  # type: ignore[arg-type]  # one of the names
+    for note in written.notes:
+        say(f"note: {note}")
+    if json:
+        print_json(
+            {
+                "run_id": run.manifest.run_id,
+                "format": form,
+                "rows": written.rows,
+                "notes": list(written.notes),
+                "files": [str(path) for path in written.files],
+            }
+        )
+    say(f"{len(written.files)} tables of {written.rows} rows written to {out}")

@@ -80,7 +80,8 @@ def metrics(
                 with _one_sentence(str(textfile)):
                     write_to_textfile(str(textfile), registry)
             if lines is not None and latest is not None:
-                text = line_protocol(live_samples(latest), run=run.name, unix_s=int(time.time()))
+                at_s = time.time() if latest.ended_unix_s is None else latest.ended_unix_s
+                text = line_protocol(live_samples(latest), run=run.name, unix_s=int(at_s))
                 with _one_sentence(lines):
                     _send(lines, text)
             if once or (latest is not None and latest.state != "running"):

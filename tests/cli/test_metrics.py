@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from observatory.analysis.live import live_view
 from observatory.cli import main
 from observatory.interchange.exporters.live_metrics import HELP, line_protocol, live_samples
-from observatory.run import RunWriter
+from observatory.run import RunWriter, open_run
 from observatory.run.manifest import Manifest, ModelSpec
 from tests.paths import ROOT
 from tests.processes import wait_until
@@ -68,7 +68,11 @@ def test_lines_are_those_that_clustercockpit_takes(tmp_path: Path) -> None:
     assert any("type=accelerator" in line for line in lines)
     for _ in range(2):
         assert main(["metrics", str(run), "--line-protocol", str(tmp_path / "lines"), "--once"]) == 0
-    assert len((tmp_path / "lines").read_text().splitlines()) == 2 * len(lines)
+    written = (tmp_path / "lines").read_text().splitlines()
+    assert len(written) == 2 * len(lines)
+    ended_s = open_run(run).manifest.ended_unix_s
+    assert ended_s is not None
+    assert {line.rsplit(" ", 1)[1] for line in written} == {str(int(ended_s))}, "the run is over"
 
 
 def test_a_socket_is_sent_the_lines(make_run: Callable[..., Path], tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_the_command_refuses_what_does_not_fit(
     assert main(["export", run, "ucc", "--ep", "2", "--out", out]) == 1
     assert "give --row-bytes" in capsys.readouterr().err
     assert main(["export", run, "morse", "--ep", "2", "--out", out, "--row-bytes", "4"]) == 1
-    assert "expected nccl-tests, ucc, chrome-trace, tensorboard, sglang" in capsys.readouterr().err
+    assert "expected nccl-tests, ucc, chrome-trace, tensorboard, csv" in capsys.readouterr().err
     assert main(["export", run, "ucc", "--ep", "3", "--out", out, "--row-bytes", "4"]) == 1
     assert "degrees that fit: 1, 2, 4" in capsys.readouterr().err
     assert main(["export", run, "ucc", "--ep", "2", "--out", out, "--row-bytes", "4", "--json"]) == 0
