@@ -16,6 +16,7 @@ from observatory.run.bounded import first_problem
 #: Largest value that is parsed as a whole.
 _MOST_CHARACTERS = 64 << 20
 _BLANKS = " \t\r\n"
+_CUT = "ends in the middle of its JSON: the program that wrote it was stopped, or the copy is not complete"
 
 
 def stream_json(source: Source, array: str) -> Iterator[tuple[str, Any]]:
@@ -75,9 +76,10 @@ class _Text:
     def take(self, character: str) -> None:
         """Move behind a character that must be next."""
         found = self.peek()
+        if not found:
+            raise self._source.refused(_CUT)
         if found != character:
-            what = repr(found) if found else "the end"
-            raise self._source.refused(f"is no JSON object: {what} stands where {character!r} should")
+            raise self._source.refused(f"is no JSON object: {found!r} stands where {character!r} should")
         self._at += 1
 
     def value(self) -> Any:
@@ -87,7 +89,7 @@ class _Text:
             try:
                 value, end = self._parser.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                problem: Exception = error
+                problem = error
             except (ValueError, RecursionError) as error:
                 raise self._no_json(error) from error
             else:
@@ -95,6 +97,8 @@ class _Text:
                     self._at = end
                     return value
             if self._ended:
+                if problem.pos >= len(self._text) or "Unterminated" in problem.msg:
+                    raise self._source.refused(_CUT) from problem
                 raise self._no_json(problem) from problem
             # Each try takes twice the text, so that all tries together take twice the last one.
             wanted = 2 * (len(self._text) - self._at)
