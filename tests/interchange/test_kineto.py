@@ -202,7 +202,7 @@ def test_exchanges_that_bound_nothing_or_contradict_align_nothing() -> None:
         ('{"traceEvents": [{"name": "nccl', "ends in the middle of its JSON"),
         ("[]", "stands where '{' should"),
         ('{"a": 1, 2: 3}', "a key is no text"),
-        ('{"traceEvents": [{"ph": "X"', "no JSON document"),
+        ('{"traceEvents": [{"ph": "X"', "ends in the middle of its JSON"),
         ('{"traceEvents": [{"ph": "X", "cat": "kernel", "name": "gemm", "ts": 1}]}', "holds no all-to-all"),
         ('{"traceEvents": [1, null, {"ph": 3}]}', "holds no all-to-all"),
     ],
