@@ -138,7 +138,7 @@ def expert_shape(model: ModelSpec) -> ExpertShape:
             f"the run of {model.name} states hidden size {model.hidden_size}, expert bytes "
             f"{model.expert_bytes} and dtype {model.dtype}",
             expected=f"all three, the dtype one of {', '.join(ELEMENT_BYTES)}",
-            remedy="profile the model again",
+            remedy="capture a model that states them",
         )
     return ExpertShape(
         hidden=model.hidden_size, expert_bytes=model.expert_bytes, element_bytes=ELEMENT_BYTES[dtype]

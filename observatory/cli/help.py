@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 from typer.core import TyperCommand
 
 from observatory.cli.examples import EXAMPLES
+from observatory.cli.imported import check_imported
 from observatory.cli.options import OUTPUT
 
 _NARROWEST, _WIDEST = 60, 100
@@ -27,6 +28,11 @@ _UNITS = {"_s": "SECONDS", "_ms": "MS"}
 
 class Command(TyperCommand):
     """A command whose help page is made by `help_page`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command on runs that hold what it needs."""
+        check_imported(ctx.command_path.partition(" ")[2], ctx.params)
+        return super().invoke(ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help page."""

@@ -213,7 +213,7 @@ def _opened(sources: list[Path], model: Path | None) -> tuple[list[Run], dict[st
         PlanError: no configuration, or two; or a folder is of neither a run nor a model.
     """
     from observatory.analysis.capacity.model_shape import load_config
-    from observatory.errors import PlanError
+    from observatory.errors import ModelError, PlanError
     from observatory.run import open_run
     from observatory.zoo.models import find_checkpoint
 
@@ -232,7 +232,10 @@ def _opened(sources: list[Path], model: Path | None) -> tuple[list[Run], dict[st
     stated = next((run.manifest.model.config for run in runs if run.manifest.model.config), None)
     if stated is not None:
         return runs, dict(stated)
-    folder = find_checkpoint(runs[0].manifest.model.name)
+    try:
+        folder = find_checkpoint(runs[0].manifest.model.name)
+    except ModelError:  # as of a run that was imported, whose model has any name
+        folder = None
     if folder is None:
         raise PlanError(
             f"run {runs[0].path} does not state the sizes of its model",

@@ -65,7 +65,8 @@ _WORDS: dict[Code, str | Callable[[Mapping[str, Any], str], str]] = {
         f"the updates leave {v['low_mw'] * 1e-3:.0f} to {v['high_mw'] * 1e-3:.0f} W: run longer, repeat the "
         "phase for 5 s, or vary the mix"
     ),
-    Code.NO_PHASE_SPANS: "it left no spans of phases; capture the run with observatory.watch",
+    Code.NO_PHASE_SPANS: "it left no spans of phases, which no imported file has; capture the run "
+    "with observatory.watch",
     Code.PHASES_OVERLAP: lambda v, _: (
         f"spans/rank-{v['rank']:05d}: phases {v['other_phase']} (step {v['other_step']}) and {v['phase']} "
         f"(step {v['step']}) overlap by {v['overlap_ms']:.3g} ms"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from observatory.errors import InterchangeError
 from observatory.interchange.importers.imported import (
@@ -18,20 +18,32 @@ from observatory.interchange.importers.imported import (
 from observatory.interchange.importers.sources import Source
 from observatory.text import listing
 
-#: Modules of this package by the format that they read. Each has `recognises` and `read`.
-FORMATS: dict[str, str] = {
-    "nccl-tests": "nccl_tests",
-    "kineto": "kineto",
-    "nccl-inspector": "nccl_inspector",
-    "sglang": "sglang",
-    "vllm": "vllm",
-    "tensorrt-llm": "tensorrt_llm",
-    "megatron": "megatron",
-    "nvidia-smi": "nvidia_smi",
-    "dcgm": "prometheus",
-    "clustercockpit": "line_protocol",
-    "zeus": "zeus",
-    "counts": "counts",
+
+class Format(NamedTuple):
+    """A format that is imported.
+
+    Attributes:
+        module: of this package, with `recognises` and `read`.
+        brings: the table of a run that it has rows of, or ``results`` of benchmarks.
+    """
+
+    module: str
+    brings: str
+
+
+FORMATS: dict[str, Format] = {
+    "nccl-tests": Format("nccl_tests", "results"),
+    "kineto": Format("kineto", "exchange"),
+    "nccl-inspector": Format("nccl_inspector", "exchange"),
+    "sglang": Format("sglang", "routing"),
+    "vllm": Format("vllm", "routing"),
+    "tensorrt-llm": Format("tensorrt_llm", "routing"),
+    "megatron": Format("megatron", "routing"),
+    "nvidia-smi": Format("nvidia_smi", "power"),
+    "dcgm": Format("prometheus", "power"),
+    "clustercockpit": Format("line_protocol", "power"),
+    "zeus": Format("zeus", "power"),
+    "counts": Format("counts", "routing"),
 }
 _MOST_FILES = 4096
 
@@ -90,4 +102,4 @@ def _recognised(sources: Sequence[Source]) -> str:
 
 
 def _module(form: str) -> Any:
-    return importlib.import_module(f"observatory.interchange.importers.{FORMATS[form]}")
+    return importlib.import_module(f"observatory.interchange.importers.{FORMATS[form].module}")
