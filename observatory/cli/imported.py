@@ -29,9 +29,13 @@ _NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
     "fit": ("results", ("results",)),
     "energy": ("run", ("power",)),
     "clocks recommend": ("model", ("power",)),
-    "export": ("run", _LOADS),
+    "export": ("run", ()),
 }
-_TRACE = ("spans", "exchange", "power")
+#: Of exports that need a table; the others write what is there.
+_EXPORTED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("nccl-tests", "ucc", "sglang", "tensorrt-llm", "vllm-ascend"), _LOADS),
+    "chrome-trace": ("spans", "exchange", "power"),
+}
 
 
 def check_imported(command: str, parameters: Mapping[str, Any]) -> None:
@@ -45,13 +49,16 @@ def check_imported(command: str, parameters: Mapping[str, Any]) -> None:
         InterchangeError: which table is missing, and which formats bring it.
     """
     argument, tables = _NEEDED.get(command, ("", ()))
-    if parameters.get("form") == "chrome-trace":
-        tables = _TRACE
+    if command == "export":
+        tables = _EXPORTED.get(str(parameters.get("form")), ())
     named = parameters.get(argument)
-    for path in named if isinstance(named, list | tuple) else [named]:
-        form = _imported_from(Path(path)) if path is not None else None
+    if not tables:
+        return
+    paths = named if isinstance(named, list | tuple) else [named]
+    for path in [Path(path) for path in paths if path is not None]:
+        form = _imported_from(path)
         if form is not None:
-            _check(command, Path(path), form, tables)
+            _check(command, path, form, tables)
 
 
 def _imported_from(path: Path) -> str | None:

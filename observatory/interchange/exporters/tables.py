@@ -161,7 +161,7 @@ def _listed(table: str, column: str, *, item: str, value: str) -> Callable[[Run,
 def _bytes(run: Run, chosen: Chosen) -> Iterator[pa.Table]:
     """Bytes to and from each member of the group."""
     for rows in run.iter_rows("exchange"):
-        own = _chosen(rows, chosen)
+        own = _known(_chosen(rows, chosen), FIXED_SCHEMAS["exchange"])
         for direction in ("send", "receive"):
             made = _exploded(own, list(_KEYS), f"{direction}_bytes", item="member", value="bytes")
             said = pa.array(np.full(made.num_rows, direction, object), pa.string())

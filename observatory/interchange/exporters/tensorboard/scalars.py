@@ -162,9 +162,10 @@ class Tables:
         )
 
     def steps_of(self, phase: str) -> set[int]:
-        """Steps of a phase with loads or times."""
-        routed = self.run.routed_tokens()
+        """Steps of a phase with loads, times or exchanges."""
+        routed, waits = self.run.routed_tokens(), self.waits
         return {
+            *(waits.loc[waits["phase"] == phase, "step"].tolist() if len(waits) else ()),
             *routed.loc[routed["phase"] == phase, "step"].tolist(),
             *self.phase_spans.loc[self.phase_spans["phase"] == phase, "step"].tolist(),
         }
