@@ -31,7 +31,7 @@ def fit(
     table: TableOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Fit latency, bandwidth, per-message cost and contention; the form is chosen on held-out matrices."""
+    """Fit latency, bandwidth and slower ranks; the form is chosen on held-out matrices."""
     from observatory.advice.conclusions import conclude_fit, conclusion_document
     from observatory.analysis.network.checking import check_predictions, error_summary, not_fitted
     from observatory.analysis.network.documents import fit_document, fit_tables

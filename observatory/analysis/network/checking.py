@@ -37,7 +37,7 @@ def check_predictions(model: NetworkModel, result: BenchResult) -> pd.DataFrame:
         )
     rows = [
         checked_row(
-            model, case.bytes_PP, result.node_of_P, algorithm=case.algorithm, measured_us=case.median_us,
+            model, case.bytes_PP, result.node_of_P, algorithm=case.algorithm, measured_us=case.mean_us,
             pattern=case.pattern, phase=case.phase, layer=case.layer, step=case.step, role=case.role,
         )
         for case in result.cases

@@ -1,15 +1,17 @@
 """What of a traffic matrix a network model looks at, and the forms a model may take.
 
-Shapes: P ranks, N rows (ranks of all stages), F terms. A row of terms belongs to one rank in one stage of an
-    exchange.
+Shapes: P ranks, S stages, N rows (ranks of all stages), F terms, X sides of a form. A row of terms belongs
+    to one rank in one stage of an exchange.
 
 An algorithm makes one or two exchanges of a matrix (`observatory.run.exchange_algorithms`). A stage lasts as
-long as its slowest rank, stages follow one another:
+long as its slowest part, stages follow one another:
 
-    t = sum over stages of max over rows of  sum over terms of coefficient_F * term_NF
+    t = sum over stages of max over ranks and sides of  sum over terms of coefficient_F * term_NF
 
-Link classes: ``self`` (a rank to itself: a copy), ``node`` (another rank of its node), ``other`` (another
-node). Terms are non-negative and so are coefficients: more traffic never makes an exchange faster.
+A side is something that can be busy on its own, while the others are: what a rank sends, what it receives,
+the link of its node. Link classes: ``self`` (a rank to itself: a copy), ``node`` (another rank of its node),
+``other`` (another node). Terms are non-negative and so are coefficients: more traffic never makes an exchange
+faster. Bytes through parts that are slower than the others count so many times more (`Factors`).
 """
 
 from __future__ import annotations
@@ -26,30 +28,28 @@ from observatory.run.exchange_algorithms import stages
 TERMS: dict[str, str] = {
     "exchange": "1 per exchange: probe latency",
     "peers": "other ranks of the exchange: a collective meets all, bytes for them or not",
+    "start": "1 per exchange that moves bytes: what passes before they flow",
+    "start_peers": "other ranks of an exchange that moves bytes",
     "pairs_on_node": "ordered pairs of ranks that share the node: what its cores handle for them in turns",
-    "messages_node": "non-empty messages with other ranks of the node, the larger of in and out",
-    "messages_other": "non-empty messages with other nodes, the larger of in and out",
     "bytes_self": "bytes a rank keeps",
     "bytes_node": "bytes with other ranks of the node, the larger of in and out (full duplex)",
     "bytes_other": "bytes with other nodes, the larger of in and out (full duplex)",
-    "both_node": "bytes with other ranks of the node, in plus out (half duplex)",
-    "both_other": "bytes with other nodes, in plus out (half duplex)",
-    "two_way_node": "bytes that also pass the other way between the same two ranks of the node",
-    "shared_messages": "non-empty messages of all ranks of the node, in plus out",
-    "shared_self": "bytes that all ranks of the node keep",
-    "shared_bytes": "bytes of all ranks of the node that leave a rank, in plus out",
-    "link_bytes": "bytes of the whole node with other nodes, the larger of in and out",
-    "link_two_way": "bytes of the whole node that also pass the other way between the same two ranks",
     "out_node": "bytes to other ranks of the node",
+    "out_other": "bytes to other nodes",
     "in_node": "bytes from other ranks of the node",
+    "in_other": "bytes from other nodes",
+    "out_all": "bytes to all other ranks",
+    "in_all": "bytes from all other ranks",
+    "two_way": "bytes of a rank that also pass the other way between the same two ranks",
     "link_out": "bytes of the whole node to other nodes",
     "link_in": "bytes of the whole node from other nodes",
+    "link_two_way": "bytes of the whole node that also pass the other way between the same two ranks",
+    "shared_self": "bytes that all ranks of the node keep",
+    "shared_bytes": "bytes of all ranks of the node that leave a rank, in plus out",
 }
 
 #: Terms whose coefficients are microseconds per byte.
-BYTE_TERMS = frozenset(
-    name for name in TERMS if name not in ("exchange", "peers", "pairs_on_node") and "messages" not in name
-)
+BYTE_TERMS = frozenset(TERMS) - {"exchange", "peers", "start", "start_peers", "pairs_on_node"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,106 +59,82 @@ class Form:
     Attributes:
         name: its name in files.
         meaning: one sentence.
-        terms: terms that add up for every rank.
-        floor: those of the terms that pass while the others do, so that the larger of the two sums counts
-            instead of all: short exchanges last the probe latency and long ones do not pay it on top. Empty:
-            all terms add up.
-        ways: terms of sending, and of receiving: they pass at once, so that the larger of the two sums
-            counts, each with all other terms. Empty: no term is of one way alone.
+        sides: terms that add up in each; of the sides of all ranks the largest counts.
+        needs: a term that must occur: without it this is another form.
     """
 
     name: str
     meaning: str
-    terms: tuple[str, ...]
-    floor: tuple[str, ...] = ()
-    ways: tuple[tuple[str, ...], ...] = ()
+    sides: tuple[tuple[str, ...], ...]
+    needs: str = "exchange"
 
     @property
-    def sums(self) -> tuple[tuple[bool, ...], ...]:
-        """Which terms add up in each of a rank's sums, of which the largest counts."""
-        added = {term for term in self.terms if term not in self.floor}
-        sides = [added - {term for way in self.ways if way is not side for term in way} for side in self.ways]
-        floor = [set(self.floor)] if self.floor else []
-        return tuple(tuple(term in one for term in self.terms) for one in (*(sides or [added]), *floor))
+    def terms(self) -> tuple[str, ...]:
+        """Terms of all sides."""
+        return tuple(dict.fromkeys(term for side in self.sides for term in side))
+
+    @property
+    def columns(self) -> list[int]:
+        """Places of its terms in ``TERMS``."""
+        return [_NAMES.index(name) for name in self.terms]
+
+    @property
+    def sums_XF(self) -> NDArray[np.bool_]:
+        """Which terms add up in each side."""
+        return np.array([[term in side for term in self.terms] for side in self.sides])
+
+    @property
+    def separate(self) -> list[Form]:
+        """The latency of its own side, and all other terms in one."""
+        first, *others = self.sides
+        sides = [first, tuple(dict.fromkeys(term for side in others for term in side))] if others else [first]
+        return [Form(name=self.name, meaning=self.meaning, sides=(side,)) for side in sides]
 
 
-_LATENCY = ("exchange", "peers")
-_MESSAGES = ("messages_node", "messages_other")
-# A term that measurements cannot separate from those before it is left out: own bytes stand last.
-_BYTES = ("bytes_node", "bytes_other", "bytes_self")
-_TWO_WAY = ("bytes_node", "link_bytes", "two_way_node", "link_two_way", "bytes_self")
-_OUT, _IN = ("out_node", "link_out"), ("in_node", "link_in")
+#: The latency of an exchange passes while bytes do: the longer counts of this, and of bytes with their start.
+LATENCY = ("exchange", "peers")
+START = ("start", "start_peers")
 
-#: Forms by name, simplest first (docs/network-model.md).
+#: Forms by name, simplest first (docs/network-model.md). A term that measurements cannot separate from those
+#: before it is left out: own bytes stand last.
 FORMS: dict[str, Form] = {
     form.name: form
     for form in (
         Form(
-            name="latency-bandwidth",
-            meaning="fixed latency plus bytes over bandwidth of the busiest rank (Hockney, uneven)",
-            terms=("exchange", *_BYTES),
-        ),
-        Form(
-            name="messages",
-            meaning="latency-bandwidth plus a cost per non-empty message",
-            terms=("exchange", *_MESSAGES, *_BYTES),
-        ),
-        Form(
-            name="peers",
-            meaning="latency-bandwidth plus a cost per other rank, empty or not",
-            terms=(*_LATENCY, *_BYTES),
-        ),
-        Form(
-            name="peers-floor",
-            meaning="latency per rank on one side, messages and bytes on the other: the longer counts",
-            terms=(*_LATENCY, *_MESSAGES, *_BYTES),
-            floor=_LATENCY,
-        ),
-        Form(
-            name="half-duplex",
-            meaning="peers, but what a rank sends and what it receives share its bandwidth",
-            terms=(*_LATENCY, "both_node", "both_other", "bytes_self"),
-        ),
-        Form(
-            name="shared-link",
-            meaning="peers, but the ranks of a node share its link to the others",
-            terms=(*_LATENCY, "bytes_node", "link_bytes", "bytes_self"),
-        ),
-        Form(
             name="two-way",
-            meaning="shared-link, but bytes that pass both ways between two ranks partly wait for each other",
-            terms=(*_LATENCY, *_TWO_WAY),
-        ),
-        Form(
-            name="two-way-floor",
-            meaning="two-way, but the latency of ranks passes while messages and bytes do: the longer counts",
-            terms=(*_LATENCY, *_MESSAGES, *_TWO_WAY),
-            floor=_LATENCY,
+            meaning="bytes over bandwidth of the busiest rank; those that pass both ways between two ranks "
+            "partly wait for each other",
+            sides=(LATENCY, (*START, "bytes_other", "bytes_node", "two_way", "bytes_self")),
         ),
         Form(
             name="directions",
-            meaning="two-way-floor, but what is sent and what is received have costs of their own",
-            terms=(*_LATENCY, *_MESSAGES, *_OUT, *_IN, "two_way_node", "link_two_way", "bytes_self"),
-            floor=_LATENCY,
-            ways=(_OUT, _IN),
+            meaning="two-way, but what a rank sends and what it receives have costs of their own",
+            sides=(
+                LATENCY,
+                (*START, "out_other", "out_node", "two_way", "bytes_self"),
+                (*START, "in_other", "in_node", "two_way", "bytes_self"),
+            ),
+        ),
+        Form(
+            name="tiers",
+            meaning="what a rank sends and receives, and what its node does over its link to the others",
+            sides=(
+                LATENCY,
+                (*START, "out_all", "bytes_self"),
+                (*START, "in_all", "bytes_self"),
+                (*START, "link_out", "link_two_way", "bytes_self"),
+                (*START, "link_in", "link_two_way", "bytes_self"),
+            ),
+            needs="link_out",
         ),
         Form(
             name="shared-node",
             meaning="the ranks of a node share its cores and memory: its sums count, and other nodes",
-            terms=(
-                "exchange", "shared_bytes", "bytes_other", "pairs_on_node", "messages_other", "shared_self",
-            ),
-        ),
-        Form(
-            name="contention",
-            meaning="peers and messages plus what all ranks of the node move together",
-            terms=(
-                *_LATENCY, *_MESSAGES, *_BYTES,
-                "shared_bytes", "pairs_on_node", "shared_messages", "shared_self",
-            ),
+            sides=(("exchange", "shared_bytes", "bytes_other", "pairs_on_node", "shared_self"),),
+            needs="pairs_on_node",
         ),
     )
-}  # fmt: skip
+}
 
 _NAMES = tuple(TERMS)
 
@@ -168,84 +144,87 @@ class StageTerms:
     """Terms of all ranks in all stages of one exchange.
 
     Attributes:
-        terms_NF: one row per rank and stage, columns in the order of ``TERMS``.
-        stage_N: stage of each row, from 0.
+        terms_SPF: by stage and rank, columns in the order of ``TERMS``.
     """
 
-    terms_NF: NDArray[np.float64]
-    stage_N: NDArray[np.int64]
+    terms_SPF: NDArray[np.float64]
 
-    def of(self, form: Form) -> NDArray[np.float64]:
-        """The columns of a form, (N, terms of the form)."""
-        return self.terms_NF[:, [_NAMES.index(name) for name in form.terms]]
+    def has(self, term: str) -> bool:
+        """Whether any rank has some of it."""
+        return bool(self.terms_SPF[..., _NAMES.index(term)].any())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Factors:
+    """How many times as much a byte counts: what is sent from rank i to rank j, and what is received."""
+
+    out_PP: NDArray[np.float64]
+    in_PP: NDArray[np.float64]
 
 
 def stage_terms(
-    bytes_PP: ArrayLike, node_of_P: Sequence[int], algorithm: str, *, role: str | None = None
+    bytes_PP: ArrayLike,
+    node_of_P: Sequence[int],
+    algorithm: str,
+    *,
+    role: str | None = None,
+    factors: Factors | None = None,
 ) -> StageTerms:
     """Terms of one traffic matrix; ``role`` as in `observatory.run.exchange_algorithms`.
 
     Raises:
         ExchangeError: the matrix does not fit the ranks, or the algorithm does not fit the nodes.
     """
-    exchanges = stages(bytes_PP, node_of_P, algorithm, role=role)
-    node_P = np.unique(np.asarray(node_of_P, dtype=np.int64), return_inverse=True)[1]
-    return StageTerms(
-        terms_NF=np.concatenate([terms_of(matrix_PP, node_P) for matrix_PP in exchanges]),
-        stage_N=np.repeat(np.arange(len(exchanges)), len(node_P)),
-    )
+    exchanges = np.array(stages(bytes_PP, node_of_P, algorithm, role=role))
+    return StageTerms(terms_SPF=terms_of(exchanges, node_of_P, factors))
 
 
-def terms_of(bytes_PP: NDArray[np.int64], node_P: NDArray[np.int64]) -> NDArray[np.float64]:
+def terms_of(
+    bytes_PP: NDArray[np.int64], node_of_P: Sequence[int], factors: Factors | None = None
+) -> NDArray[np.float64]:
     """Terms of one stage, (P, F), columns in the order of ``TERMS``; of several (..., P, P) as well."""
-    same_PP = node_P[:, None] == node_P[None, :]
-    self_P = np.diagonal(bytes_PP, axis1=-2, axis2=-1)
-    node_PP = np.where(same_PP & ~np.eye(len(node_P), dtype=bool), bytes_PP, 0)
-    other_PP = np.where(same_PP, 0, bytes_PP)
+    node_P = np.asarray(node_of_P)
     ranks = len(node_P)
+    same_PP = node_P[:, None] == node_P[None, :]
+    ones = Factors(out_PP=np.ones((1, 1)), in_PP=np.ones((1, 1)))
+    factors = ones if factors is None else factors
+    moved_PP = bytes_PP * ~np.eye(ranks, dtype=bool)
+    out_PP, in_PP = moved_PP * factors.out_PP, moved_PP * factors.in_PP
+    out_node, out_other = (np.where(where, out_PP, 0.0).sum(axis=-1) for where in (same_PP, ~same_PP))
+    in_node, in_other = (np.where(where, in_PP, 0.0).sum(axis=-2) for where in (same_PP, ~same_PP))
+    slower_PP = np.maximum(out_PP, in_PP)
+    two_way_PP = np.minimum(slower_PP, slower_PP.swapaxes(-1, -2))
+    on_node_P = same_PP.sum(axis=1)
+    moves = (moved_PP.sum(axis=(-1, -2), keepdims=True)[..., 0] > 0).astype(np.float64)
 
-    def larger(matrix_PP: NDArray[np.int64]) -> NDArray[np.int64]:
-        largest: NDArray[np.int64] = np.maximum(matrix_PP.sum(axis=-1), matrix_PP.sum(axis=-2))
-        return largest
-
-    def both(matrix_PP: NDArray[np.int64]) -> NDArray[np.int64]:
-        summed: NDArray[np.int64] = matrix_PP.sum(axis=-1) + matrix_PP.sum(axis=-2)
+    def over_node(value_P: NDArray[np.float64]) -> NDArray[np.float64]:
+        summed: NDArray[np.float64] = value_P @ same_PP.astype(np.float64)
         return summed
 
-    def two_way(matrix_PP: NDArray[np.int64]) -> NDArray[np.int64]:
-        passing: NDArray[np.int64] = np.minimum(matrix_PP, matrix_PP.swapaxes(-1, -2)).sum(axis=-1)
-        return passing
-
-    def over_node(value_P: NDArray[np.int64]) -> NDArray[np.float64]:
-        summed: NDArray[np.float64] = value_P.astype(np.float64) @ same_PP.astype(np.float64)
-        return summed
-
-    on_node_P = over_node(np.ones(ranks, dtype=np.int64))
-    leaving_PP = node_PP + other_PP
-    filled_PP = (leaving_PP > 0).astype(np.int64)
-    columns: dict[str, NDArray[np.int64] | NDArray[np.float64]] = {
+    # The link of a node that holds one rank is that rank's own.
+    link_out, link_in = (over_node(value) * (on_node_P > 1) for value in (out_other, in_other))
+    self_P = np.diagonal(bytes_PP, axis1=-2, axis2=-1).astype(np.float64)
+    columns = {
         "exchange": np.ones(ranks),
-        "peers": np.full(ranks, ranks - 1),
-        "pairs_on_node": on_node_P * (on_node_P - 1),
-        "messages_node": larger((node_PP > 0).astype(np.int64)),
-        "messages_other": larger((other_PP > 0).astype(np.int64)),
+        "peers": np.full(ranks, ranks - 1.0),
+        "start": moves,
+        "start_peers": moves * (ranks - 1.0),
+        "pairs_on_node": on_node_P * (on_node_P - 1.0),
         "bytes_self": self_P,
-        "bytes_node": larger(node_PP),
-        "bytes_other": larger(other_PP),
-        "both_node": both(node_PP),
-        "both_other": both(other_PP),
-        "two_way_node": two_way(node_PP),
-        "shared_messages": over_node(both(filled_PP)),
+        "bytes_node": np.maximum(out_node, in_node),
+        "bytes_other": np.maximum(out_other, in_other),
+        "out_node": out_node,
+        "out_other": out_other,
+        "in_node": in_node,
+        "in_other": in_other,
+        "out_all": out_node + out_other,
+        "in_all": in_node + in_other,
+        "two_way": two_way_PP.sum(axis=-1),
+        "link_out": link_out,
+        "link_in": link_in,
+        "link_two_way": over_node(np.where(same_PP, 0.0, two_way_PP).sum(axis=-1)) * (on_node_P > 1),
         "shared_self": over_node(self_P),
-        "shared_bytes": over_node(both(leaving_PP)),
-        "link_bytes": np.maximum(over_node(other_PP.sum(axis=-1)), over_node(other_PP.sum(axis=-2))),
-        "out_node": node_PP.sum(axis=-1),
-        "in_node": node_PP.sum(axis=-2),
-        "link_out": over_node(other_PP.sum(axis=-1)),
-        "link_in": over_node(other_PP.sum(axis=-2)),
-        "link_two_way": over_node(two_way(other_PP)),
+        "shared_bytes": over_node(out_node + out_other + in_node + in_other),
     }
     shape = bytes_PP.shape[:-1]
-    return np.stack(
-        [np.broadcast_to(np.asarray(columns[name], dtype=np.float64), shape) for name in _NAMES], axis=-1
-    )
+    return np.stack([np.broadcast_to(columns[name], shape) for name in _NAMES], axis=-1)

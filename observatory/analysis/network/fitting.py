@@ -17,15 +17,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from observatory.analysis.network.features import BYTE_TERMS, StageTerms, stage_terms
-from observatory.analysis.network.judging import Fabric, find_misfits, paired_ratios, repeat_noise, verdict_of
-from observatory.analysis.network.network import AlgorithmFit, Coefficient, Domain, NetworkModel, RanksScore
-from observatory.analysis.network.trials import Cases, Trial, choose, try_forms
+from observatory.analysis.network.features import BYTE_TERMS
+from observatory.analysis.network.judging import paired_ratios, repeat_noise, verdict_of
+from observatory.analysis.network.network import (
+    AlgorithmFit,
+    Coefficient,
+    Domain,
+    Misfit,
+    NetworkModel,
+    RanksScore,
+)
+from observatory.analysis.network.parts import Part
+from observatory.analysis.network.trials import Case, Cases, Trial, choose, try_forms
 from observatory.analysis.network.words import NetworkCode, sentence
 from observatory.analysis.statistics import sample_ends
 from observatory.errors import BenchmarkError
@@ -37,9 +44,6 @@ from observatory.run.usable_cores import short_of_cores
 _RATIO_QUANTILES = np.arange(1, 40, 2) / 40
 #: Matrices of one algorithm that are fitted: more make a fit slower and hardly surer.
 _MOST_CASES = 2048
-#: Relative error that a good form leaves where the measurement is quiet. It bounds how much more a quiet
-#: long exchange counts than a noisy short one, from which alone latencies can be determined.
-_LEAST_NOISE = 0.1
 
 
 def fit_network(
@@ -110,60 +114,28 @@ def fit_network(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Case:
-    """One measured matrix.
-
-    Attributes:
-        group: what is held out together.
-        staged_PP: bytes from rank i to rank j over all stages of the algorithm.
-        scatter: relative standard error of ``us`` by its repeats; None when they are too few.
-    """
-
-    group: tuple[object, ...]
-    bytes_PP: NDArray[np.int64]
-    staged_PP: NDArray[np.int64]
-    fabric: Fabric
-    terms: StageTerms
-    us: float
-    scatter: float | None
-
-    @property
-    def node_of_P(self) -> tuple[int, ...]:
-        """Node of each rank."""
-        return self.fabric.node_of_P
-
-
-def _drawn(measured: Sequence[tuple[BenchCase, BenchResult]], seed: int) -> list[_Case]:
+def _drawn(measured: Sequence[tuple[BenchCase, BenchResult]], seed: int) -> list[Case]:
     """The cases to fit: all, or so many of them that a fit takes seconds."""
     chosen = np.arange(len(measured))
     if len(chosen) > _MOST_CASES:
         chosen = np.sort(np.random.default_rng(seed).choice(chosen, _MOST_CASES, replace=False))
     return [
-        _Case(
+        Case(
             group=(case.pattern, case.seed, case.step, case.layer, case.role, result.ranks),
             bytes_PP=case.bytes_PP,
-            staged_PP=_over_stages(case, result.node_of_P),
-            fabric=Fabric(
-                node_of_P=result.node_of_P,
-                host_of_P=None if result.cores_P is None else tuple(cores.host for cores in result.cores_P),
-            ),
-            terms=stage_terms(case.bytes_PP, result.node_of_P, case.algorithm, role=case.role),
-            us=case.median_us,
+            node_of_P=result.node_of_P,
+            host_of_P=None if result.cores_P is None else tuple(cores.host for cores in result.cores_P),
+            algorithm=case.algorithm,
+            role=case.role,
+            us=case.mean_us,
             scatter=repeat_noise(case.exchange_us_R),
         )
         for case, result in (measured[i] for i in chosen.tolist())
     ]
 
 
-def _fit_algorithm(algorithm: str, measured: Sequence[_Case], bootstrap: int, seed: int) -> AlgorithmFit:
-    cases = Cases(
-        terms_C=[case.terms for case in measured],
-        us_C=np.array([case.us for case in measured]),
-        noise_C=np.hypot(_LEAST_NOISE, [case.scatter or 0.0 for case in measured]),
-        group_C=[case.group for case in measured],
-        ranks_C=np.array([len(case.node_of_P) for case in measured]),
-    )
+def _fit_algorithm(algorithm: str, measured: Sequence[Case], bootstrap: int, seed: int) -> AlgorithmFit:
+    cases = Cases(measured)
     trials, sharing = try_forms(cases, seed)
     if not trials:
         raise BenchmarkError(
@@ -174,11 +146,11 @@ def _fit_algorithm(algorithm: str, measured: Sequence[_Case], bootstrap: int, se
     value_F = chosen.fit(np.arange(len(measured)))
     samples_BF = _bootstrap(chosen, value_F, bootstrap, seed)
     other = chosen.ranks_ratio_C
-    fabric_C, staged_C = [case.fabric for case in measured], [case.staged_PP for case in measured]
-    misfits = find_misfits(chosen, value_F, fabric_C, staged_C, seed)
+    node_of_P_C = [case.node_of_P for case in measured]
+    staged_C = [_over_stages(case) for case in measured]
     scatter = [case.scatter for case in measured if case.scatter is not None]
     paired, other_paired = (
-        None if ratio_C is None else paired_ratios(ratio_C, fabric_C, staged_C, cases.group_C)
+        None if ratio_C is None else paired_ratios(ratio_C, node_of_P_C, staged_C, cases.group_C)
         for ratio_C in (chosen.ratio_C, other)
     )
     return AlgorithmFit(
@@ -193,12 +165,11 @@ def _fit_algorithm(algorithm: str, measured: Sequence[_Case], bootstrap: int, se
         other_ranks_paired_ratio_Q=(
             None if other_paired is None or not other_paired.size else _quantiles(other_paired)
         ),
-        misfits=misfits,
+        misfits=tuple(_misfit(part, measured) for part in chosen.parts),
         verdict=verdict_of(
             chosen.score(),
             noise=float(np.median(scatter)) if scatter else None,
             other_ranks_p90=None if other is None else float(np.quantile(np.abs(1.0 / other - 1.0), 0.9)),
-            misfits=misfits,
         ),
         scores=tuple(trial.score() for trial in trials),
         domain=_domain(measured),
@@ -207,11 +178,28 @@ def _fit_algorithm(algorithm: str, measured: Sequence[_Case], bootstrap: int, se
     )
 
 
-def _over_stages(case: BenchCase, node_of_P: tuple[int, ...]) -> NDArray[np.int64]:
+def _over_stages(case: Case) -> NDArray[np.int64]:
     summed: NDArray[np.int64] = np.sum(
-        stages(case.bytes_PP, node_of_P, case.algorithm, role=case.role), axis=0
+        stages(case.bytes_PP, case.node_of_P, case.algorithm, role=case.role), axis=0
     )
     return summed
+
+
+def _misfit(part: Part, measured: Sequence[Case]) -> Misfit:
+    hosts = next(case.host_of_P for case in measured if case.node_of_P == part.node_of_P)
+    of = part.node_of_P if part.code.startswith("node") else range(len(part.node_of_P))
+    return Misfit(
+        code=part.code,
+        who=part.who,
+        ranks=len(part.node_of_P),
+        node_of_P=part.node_of_P,
+        hosts=tuple(
+            dict.fromkeys(
+                host for host, own in zip(hosts or (), of, strict=hosts is not None) if own in part.who
+            )
+        ),
+        factor=part.factor,
+    )
 
 
 def _quantiles(ratio_C: NDArray[np.float64]) -> tuple[float, ...]:
@@ -273,7 +261,7 @@ def _coefficients(
     return coefficients
 
 
-def _domain(cases: Sequence[_Case]) -> Domain:
+def _domain(cases: Sequence[Case]) -> Domain:
     busiest_C = np.array(
         [int(max(case.bytes_PP.sum(axis=1).max(), case.bytes_PP.sum(axis=0).max())) for case in cases]
     )

@@ -17,7 +17,7 @@ from observatory.run.documents.versioned import load_document
 from observatory.run.manifest import CoreShare
 from observatory.run.records import Count, Record, Text
 
-NETWORK_VERSION = "2.2"
+NETWORK_VERSION = "3.0"
 
 #: Beyond any error of a fit.
 _NotNegative = Annotated[float, Field(ge=0.0, le=1e30)]
@@ -106,17 +106,15 @@ class Domain(Record):
 
 
 class Misfit(Record):
-    """A part of the fabric that the model does not describe: its times are not those of the other ranks.
+    """A part of the fabric that is slower than the others.
 
     Attributes:
-        code: what differs: what one rank sends, receives, or both (``rank``); what one rank sends another
+        code: what is slower: what one rank sends, receives, or both (``rank``); what one rank sends another
             (``pair``); what a node sends or receives.
         who: the rank, the sending and the receiving rank, or the node.
         ranks, node_of_P: the set of ranks in which it was found.
         hosts: hosts of these ranks; empty when not recorded.
-        us_per_byte: what a byte costs there.
-        p_value: share of measurements with permuted ranks in which the best of all candidates does as well.
-        cases: matrices in which it decides the time.
+        factor: how many times as much a byte costs there.
     """
 
     code: Literal["rank_sends", "rank_receives", "rank", "pair", "node_sends", "node_receives"]
@@ -124,9 +122,7 @@ class Misfit(Record):
     ranks: Annotated[int, Field(ge=1)]
     node_of_P: Annotated[tuple[Count, ...], Field(min_length=1, max_length=4096)]
     hosts: tuple[Text, ...] = ()
-    us_per_byte: _Cost
-    p_value: Annotated[float, Field(ge=0.0, le=1.0)]
-    cases: Count
+    factor: Annotated[float, Field(ge=1.0, le=1e3)]
 
     @model_validator(mode="after")
     def _names_what_is_there(self) -> Misfit:
@@ -139,11 +135,9 @@ class Misfit(Record):
 
 
 class VerdictReason(Record):
-    """Why a fit is not to be relied on: a value beyond its bound; of ``misfits``, how many."""
+    """Why a fit is not to be relied on: a value beyond its bound."""
 
-    code: Literal[
-        "repeat_noise", "held_out_median", "held_out_p90", "other_ranks_median", "other_ranks_p90", "misfits"
-    ]
+    code: Literal["repeat_noise", "held_out_median", "held_out_p90", "other_ranks_median", "other_ranks_p90"]
     value: _NotNegative
     bound: _NotNegative
 
@@ -153,7 +147,7 @@ class Verdict(Record):
 
     Attributes:
         code: ``valid``; ``too_noisy`` when repeats scatter too much to fit anything; ``does_not_fit`` when
-            the error is too large for another reason, or parts of the fabric differ.
+            the error is too large for another reason.
         reasons: empty when valid.
         repeat_noise: median over matrices of the relative standard error of their median time; None with
             fewer than three repeats.
@@ -192,7 +186,7 @@ class AlgorithmFit(Record):
         paired_ratio_Q, other_ranks_paired_ratio_Q: quantiles of how far these lie apart for two matrices of
             one size on the same ranks: what the model gets wrong of both alike does not count. None where
             there are none, and in files before schema 2.1.
-        misfits: parts of the fabric that the model does not describe, the most important first.
+        misfits: parts of the fabric that are slower, in the order in which they were found.
         verdict: whether it may be relied on; None in files before schema 2.1.
         scores: all forms that were tried.
         domain: where it was measured.

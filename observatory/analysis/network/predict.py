@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from observatory.analysis.network.features import FORMS, TERMS, stage_terms, terms_of
-from observatory.analysis.network.network import AlgorithmFit, Misfit, NetworkModel
+from observatory.analysis.network.features import FORMS, stage_terms, terms_of
+from observatory.analysis.network.network import AlgorithmFit, NetworkModel
+from observatory.analysis.network.parts import Part, factors_of
 from observatory.analysis.network.solving import Problem, predict_all
 from observatory.analysis.network.words import NetworkCode
 from observatory.errors import BenchmarkError
 from observatory.reasons import Reason
-from observatory.run.exchange_algorithms import stages
 
 _MANY_SAMPLES = 50
 
@@ -32,8 +32,8 @@ class Prediction:
             it had not seen; for another number of ranks than was measured, on numbers of ranks it had not
             seen. It does not cover what is named in ``extrapolated``.
         extrapolated: why this is outside what was measured; empty when it is inside.
-        misfits: places in the fit's ``misfits`` of those that this exchange has bytes through. On another
-            set of ranks than theirs it is not known which part they are: then all of them.
+        misfits: places in the fit's ``misfits``, all of them, where this exchange has bytes and is of another
+            set of ranks than was measured: it is not known which rank is the slow one there.
     """
 
     us: float
@@ -68,7 +68,8 @@ def predict_us(
     fit = model.of(algorithm)
     form = FORMS[fit.form]
     matrix_PP = np.asarray(bytes_PP, dtype=np.int64)
-    terms = stage_terms(matrix_PP, node_of_P, algorithm, role=role)
+    factors = factors_of(_parts(fit), tuple(node_of_P))
+    terms = stage_terms(matrix_PP, node_of_P, algorithm, role=role, factors=factors)
     problem = Problem.build([terms], form)
     _refuse_never_measured(fit, problem.terms_NF, node_of_P)
     value_F = np.array([item.us_per_unit or 0.0 for item in fit.coefficients])
@@ -83,7 +84,7 @@ def predict_us(
         low_us=float(max(low, 0.0)),
         high_us=float(max(high, 0.0)),
         extrapolated=tuple(_outside(fit, matrix_PP, node_of_P)),
-        misfits=_met(fit, np.sum(stages(matrix_PP, node_of_P, algorithm, role=role), axis=0), node_of_P),
+        misfits=_unplaced(fit, matrix_PP, node_of_P),
     )
 
 
@@ -108,14 +109,13 @@ def predict_stages_us(
     """
     fit = model.of(algorithm)
     form = FORMS[fit.form]
-    column_F = [list(TERMS).index(name) for name in form.terms]
     value_F = np.array([item.us_per_unit or 0.0 for item in fit.coefficients])
-    node_P = np.unique(np.asarray(node_of_P, dtype=np.int64), return_inverse=True)[1]
+    factors = factors_of(_parts(fit), tuple(node_of_P))
     us_M = np.zeros(len(stage_MPP[0]))
     for bytes_MPP in stage_MPP:
-        terms_MPF = terms_of(bytes_MPP, node_P)[..., column_F]
+        terms_MPF = terms_of(bytes_MPP, node_of_P, factors)[..., form.columns]
         _refuse_never_measured(fit, terms_MPF, node_of_P)
-        sums_XF = np.array(form.sums) * value_F
+        sums_XF = form.sums_XF * value_F
         us_M += (terms_MPF @ sums_XF.T).max(axis=(1, 2))
     return us_M
 
@@ -140,33 +140,18 @@ def _refuse_never_measured(
             )
 
 
-def _met(fit: AlgorithmFit, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> tuple[int, ...]:
-    """Places of the misfits that bytes of an exchange pass."""
-    here = tuple(node_of_P)
-    measured = here in {misfit.node_of_P for misfit in fit.misfits}
-    met = [
-        place
-        for place, misfit in enumerate(fit.misfits)
-        if (misfit.node_of_P == here and _passes(misfit, bytes_PP, np.array(here)))
-        or (not measured and bytes_PP.any())
+def _parts(fit: AlgorithmFit) -> list[Part]:
+    return [
+        Part(code=item.code, who=item.who, node_of_P=item.node_of_P, factor=item.factor)
+        for item in fit.misfits
     ]
-    return tuple(met)
 
 
-def _passes(misfit: Misfit, bytes_PP: NDArray[np.int64], node_P: NDArray[np.int64]) -> bool:
-    """Whether bytes go through what differs."""
-    away_PP = bytes_PP * ~np.eye(len(bytes_PP), dtype=bool)
-    first = misfit.who[0]
-    if misfit.code == "pair":
-        return bool(away_PP[first, misfit.who[1]])
-    if misfit.code.startswith("node"):
-        in_P = node_P == first
-        across_PP = (
-            away_PP[np.ix_(in_P, ~in_P)] if misfit.code == "node_sends" else away_PP[np.ix_(~in_P, in_P)]
-        )
-        return bool(across_PP.any())
-    sends, receives = bool(away_PP[first].any()), bool(away_PP[:, first].any())
-    return {"rank_sends": sends, "rank_receives": receives}.get(misfit.code, sends or receives)
+def _unplaced(fit: AlgorithmFit, bytes_PP: NDArray[np.int64], node_of_P: Sequence[int]) -> tuple[int, ...]:
+    """Slower parts of other sets of ranks, where none is known of these."""
+    measured = tuple(node_of_P) in {misfit.node_of_P for misfit in fit.misfits}
+    measured = measured or len(node_of_P) in fit.domain.ranks
+    return () if measured or not bytes_PP.any() else tuple(range(len(fit.misfits)))
 
 
 def _of_samples(problem: Problem, samples_BF: NDArray[np.float64]) -> NDArray[np.float64]:

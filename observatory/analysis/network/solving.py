@@ -24,6 +24,10 @@ _HUBER = 1.345
 #: Median of |x| of a standard normal: makes the median absolute error a standard deviation.
 _MEDIAN_OF_NORMAL = 0.6745
 _SMALLEST_ERROR = 1e-6
+#: Smaller relative changes count as none.
+_SETTLED = 1e-6
+#: Predictions that weights change by less stay as they are.
+_STEADY = 1e-3
 #: Predicted and measured are never taken to be further apart, which keeps units sane while a fit settles.
 _MOST_APART = 10.0
 
@@ -48,24 +52,18 @@ class Problem:
     def build(cls, exchanges: Sequence[StageTerms], form: Form) -> Problem:
         """Stack the terms of exchanges.
 
-        A form gets a row per rank for each of its sums: the largest counts.
+        A form gets a row per rank for each of its sides: the largest counts.
         """
-        rows: list[NDArray[np.float64]] = []
-        sums_XF = np.array(form.sums)
-        starts, cases, at = [], [], 0
-        for case, exchange in enumerate(exchanges):
-            terms_NF = exchange.of(form)
-            for stage in range(int(exchange.stage_N[-1]) + 1):
-                stage_PF = terms_NF[exchange.stage_N == stage]
-                stage_PF = np.concatenate([stage_PF * sum_F for sum_F in sums_XF])
-                rows.append(stage_PF)
-                starts.append(at)
-                cases.append(case)
-                at += len(stage_PF)
+        sums_XF = form.sums_XF
+        terms_NF = np.concatenate(
+            [item.terms_SPF.reshape(-1, item.terms_SPF.shape[-1]) for item in exchanges]
+        )
+        stages_C = np.array([len(item.terms_SPF) for item in exchanges])
+        length_G = np.repeat([item.terms_SPF.shape[1] * len(sums_XF) for item in exchanges], stages_C)
         return cls(
-            terms_NF=np.concatenate(rows),
-            start_G=np.array(starts, dtype=np.int64),
-            case_G=np.array(cases, dtype=np.int64),
+            terms_NF=(terms_NF[:, None, form.columns] * sums_XF).reshape(-1, sums_XF.shape[1]),
+            start_G=np.cumsum(length_G) - length_G,
+            case_G=np.repeat(np.arange(len(exchanges)), stages_C),
             cases=len(exchanges),
         )
 
@@ -132,9 +130,13 @@ def solve(
     scale_F[scale_F == 0] = 1.0
     weight_C, unit_us_C = 1.0 / noise_C**2, us_C
     current_F = 1.0 / scale_F if start_F is None else start_F
+    design_CF, before_C = problem.slowest(current_F), np.zeros(problem.cases)
     for _ in range(_REWEIGHTINGS):
-        current_F = _least_squares(problem, us_C, weight_C, unit_us_C, current_F, scale_F)
-        predicted_C = np.clip(predict_all(problem, current_F), us_C / _MOST_APART, us_C * _MOST_APART)
+        current_F, design_CF = _least_squares(problem, us_C, weight_C, unit_us_C, design_CF, scale_F)
+        predicted_C = np.clip(design_CF @ current_F, us_C / _MOST_APART, us_C * _MOST_APART)
+        if (np.abs(predicted_C - before_C) < _STEADY * predicted_C).all():
+            break
+        before_C = predicted_C
         unit_us_C = np.sqrt(us_C * predicted_C)
         error_C = np.abs(np.log(predicted_C / us_C)) / noise_C
         usual = _HUBER * max(float(np.median(error_C)) / _MEDIAN_OF_NORMAL, _SMALLEST_ERROR)
@@ -147,19 +149,19 @@ def _least_squares(
     us_C: NDArray[np.float64],
     weight_C: NDArray[np.float64],
     unit_us_C: NDArray[np.float64],
-    start_F: NDArray[np.float64],
+    design_CF: NDArray[np.float64],
     scale_F: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Alternate between slowest rows and coefficients until the error stops falling."""
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Alternate between slowest rows and coefficients until the error stops falling: (F,) and (C, F)."""
     from scipy.optimize import nnls
 
     per_us_C = np.sqrt(weight_C) / unit_us_C
-    current_F, best_F, best_error = start_F, start_F, np.inf
+    best_F, best_CF, best_error = np.zeros(len(scale_F)), design_CF, np.inf
     for _ in range(_ROUNDS):
-        design_CF = problem.slowest(current_F) * per_us_C[:, None] / scale_F
-        current_F = nnls(design_CF, us_C * per_us_C)[0] / scale_F
-        error = float(np.sum((per_us_C * (predict_all(problem, current_F) - us_C)) ** 2))
-        if error >= best_error * (1.0 - 1e-9):
+        current_F = nnls(design_CF * per_us_C[:, None] / scale_F, us_C * per_us_C)[0] / scale_F
+        design_CF = problem.slowest(current_F)
+        error = float(np.sum((per_us_C * (design_CF @ current_F - us_C)) ** 2))
+        if error >= best_error * (1.0 - _SETTLED):
             break
-        best_F, best_error = current_F, error
-    return best_F
+        best_F, best_CF, best_error = current_F, design_CF, error
+    return best_F, best_CF

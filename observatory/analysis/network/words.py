@@ -102,25 +102,17 @@ def verdict_sentence(fit: AlgorithmFit, backend: str) -> str:
     because = [
         _REASONS[reason.code].format(value=reason.value) + f" (bound {reason.bound:.0%})"
         for reason in verdict.reasons
-        if reason.code in _REASONS
     ]
-    if fit.misfits:
-        because.append(
-            f"{len(fit.misfits)} parts of the fabric differ, see below"
-            if len(fit.misfits) > 1
-            else "1 part of the fabric differs, see below"
-        )
     state = "too noisy to fit" if verdict.code == "too_noisy" else "does not fit"
     return f"{what}: {state}: {'; '.join(because)}. Do not rely on predictions"
 
 
 def misfit_sentence(misfit: Misfit) -> str:
-    """What of the fabric differs, and by how much."""
+    """What of the fabric is slower, and by how much."""
     on = f" (host {', '.join(misfit.hosts)})" if misfit.hosts else ""
-    rate = f"{1.0 / misfit.us_per_byte:.3g} MB/s" if misfit.us_per_byte > 0 else "no cost"
     return (
-        f"{_part(misfit)}{on}, of {misfit.ranks} ranks, differs from the others: {rate} there explain "
-        f"{misfit.cases} matrices better than one rule for all (p {misfit.p_value:.3f})"
+        f"{_part(misfit)}{on}, of {misfit.ranks} ranks, is slower than the others: a byte costs "
+        f"{misfit.factor:.2g} times as much there"
     )
 
 
@@ -152,6 +144,7 @@ def model_notes(model: NetworkModel, algorithm: str | None = None) -> list[str]:
     for fit in model.fits:
         if algorithm in (None, fit.algorithm) and (fit.verdict is None or fit.verdict.code != "valid"):
             notes.append(verdict_sentence(fit, model.backend))
+        if algorithm in (None, fit.algorithm):
             notes += [misfit_sentence(misfit) for misfit in fit.misfits[:_MOST_NAMED]]
     return notes
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from observatory.analysis.experts.cost import FORMS, ExpertCost
+from observatory.analysis.experts import cost as experts_cost
+from observatory.analysis.experts.cost import ExpertCost
+from observatory.analysis.network.features import FORMS
 from observatory.analysis.network.network import AlgorithmFit, Coefficient, Domain, NetworkModel
 from observatory.run.documents.expert_bench import ExpertShape
 
@@ -16,7 +18,7 @@ def cost(call_s: float = 0.0, expert_s: float = 0.0, row_s: float = 0.0, **chang
     fields = {
         "grade": "measured",
         "shape": SHAPE,
-        "form": FORMS["experts-and-rows"],
+        "form": experts_cost.FORMS["experts-and-rows"],
         "coefficient_F": (call_s, expert_s, row_s, 0.0),
         "idle_s": 0.0,
         "source": "test",
@@ -30,16 +32,24 @@ def cost(call_s: float = 0.0, expert_s: float = 0.0, row_s: float = 0.0, **chang
 def network(*, latency_us: float, us_per_byte: float) -> NetworkModel:
     """Latency plus bytes of the busiest rank, for all algorithms."""
     gb_per_s = 1e-3 / us_per_byte if us_per_byte else None
+    values = {
+        "exchange": latency_us,
+        "start": latency_us,
+        "bytes_other": us_per_byte,
+        "bytes_node": us_per_byte,
+    }
     coefficients = [
-        Coefficient(term="exchange", us_per_unit=latency_us),
-        Coefficient(term="bytes_node", us_per_unit=us_per_byte, gb_per_s=gb_per_s),
-        Coefficient(term="bytes_other", us_per_unit=us_per_byte, gb_per_s=gb_per_s),
-        Coefficient(term="bytes_self", us_per_unit=0.0),
+        Coefficient(
+            term=term,
+            us_per_unit=values.get(term, 0.0),
+            gb_per_s=gb_per_s if term in ("bytes_other", "bytes_node") else None,
+        )
+        for term in FORMS["two-way"].terms
     ]
     fits = [
         AlgorithmFit(
             algorithm=algorithm,
-            form="latency-bandwidth",
+            form="two-way",
             coefficients=tuple(coefficients),
             samples_BF=(),
             ratio_Q=(1.0,),

@@ -16,7 +16,7 @@ from observatory.analysis.network import NetworkModel, fit_network, load_network
 from observatory.analysis.network.checking import check_predictions, error_summary
 from observatory.analysis.network.comparison import compare_times
 from observatory.analysis.network.network import AlgorithmFit
-from observatory.analysis.network.words import model_notes, verdict_sentence
+from observatory.analysis.network.words import verdict_sentence
 from observatory.cli import main
 from observatory.errors import BenchmarkError
 from observatory.run.documents.bench import BenchResult
@@ -100,15 +100,19 @@ def named(fit: AlgorithmFit) -> set[tuple[str, tuple[int, ...]]]:
     return {(misfit.code, misfit.who) for misfit in fit.misfits}
 
 
-def test_a_slow_rank_is_named_and_the_fit_is_not_to_be_relied_on() -> None:
+def test_a_slow_rank_is_named_and_predicted_with_a_rate_of_its_own() -> None:
     fit = slow_rank_0().of("flat")
     assert named(fit) == {("rank", (0,))}
+    assert {misfit.ranks for misfit in fit.misfits} == {3, 5, 6}
+    # Beyond twice it is the busiest in all of these exchanges: how much slower does not matter to them.
+    assert all(2.0 < misfit.factor < 8.0 for misfit in fit.misfits)
     assert fit.verdict is not None
-    assert fit.verdict.code == "does_not_fit"
-    assert "misfits" in {reason.code for reason in fit.verdict.reasons}
-    for misfit in fit.misfits:
-        assert misfit.us_per_byte == pytest.approx(5 * USUAL, rel=0.5)
-        assert misfit.p_value <= 0.01
+    # Which rank is slow among another number of ranks is not known.
+    assert {reason.code for reason in fit.verdict.reasons} <= {"other_ranks_median", "other_ranks_p90"}
+    unseen = measured(links(up={0: 5.0}, down={0: 5.0}), tuple(range(5)), seed=70)
+    checked = check_predictions(slow_rank_0(), unseen)
+    assert checked["error"].median() < 0.1
+    assert checked["error"].quantile(0.9) < 0.25
 
 
 @pytest.mark.slow
@@ -169,9 +173,9 @@ def test_links_that_are_slower_one_way_get_a_cost_for_each_way(every: tuple[floa
     assert fit.form == "directions"
     assert fit.misfits == ()
     per_byte = {item.term: item.us_per_unit for item in fit.coefficients}
-    slower, faster = ("link_in", "link_out") if every[1] > 1 else ("link_out", "link_in")
+    slower, faster = ("in_other", "out_other") if every[1] > 1 else ("out_other", "in_other")
     assert per_byte[slower] == pytest.approx(5 * USUAL, rel=0.15)
-    assert (per_byte[faster] or 0.0) < 2 * USUAL
+    assert (per_byte[faster] or 0.0) < 0.5 * (per_byte[slower] or 0.0)
     assert fit.verdict is not None
     assert fit.verdict.code == "valid"
 
@@ -186,21 +190,14 @@ def test_a_misfit_is_named_with_its_host() -> None:
     assert {misfit.hosts for misfit in fit.misfits} == {("host-1",)}
 
 
-def test_exchanges_through_what_differs_are_marked_and_others_are_not() -> None:
+def test_exchanges_of_other_ranks_are_marked_since_the_slow_one_is_not_known() -> None:
     model = slow_rank_0()
-    (place,) = (index for index, own in enumerate(model.of("flat").misfits) if own.ranks == 5)
-    nodes = tuple(range(5))
-    through = np.zeros((5, 5), dtype=np.int64)
-    through[3, 0] = 1000
-    beside = np.zeros((5, 5), dtype=np.int64)
-    beside[3, 1] = beside[0, 0] = 1000
-    assert predict_us(model, through, nodes).misfits == (place,)
-    assert predict_us(model, through.T, nodes).misfits == (place,)
-    assert predict_us(model, beside, nodes).misfits == ()
-    # Which of other ranks is the slow one is not known.
+    through = np.full((5, 5), 100)
+    assert predict_us(model, through, tuple(range(5))).misfits == ()
     other = np.full((4, 4), 100)
     assert len(predict_us(model, other, tuple(range(4))).misfits) == len(model.of("flat").misfits)
-    summary = error_summary(check_predictions(model, measured(links(), nodes, seed=7)))
+    assert predict_us(model, 0 * other, tuple(range(4))).misfits == ()
+    summary = error_summary(check_predictions(model, measured(links(), tuple(range(4)), seed=7)))
     assert summary.set_index("pattern").loc["uniform", "through_misfits"] == 1.0
     assert summary.set_index("pattern").loc["empty", "through_misfits"] == 0.0
 
@@ -208,16 +205,14 @@ def test_exchanges_through_what_differs_are_marked_and_others_are_not() -> None:
 def test_fit_ends_with_a_verdict_and_the_exit_code_says_whether_it_is_valid(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, truth, code in (("slow", links(up={0: 5.0}, down={0: 5.0}), 3), ("clean", links(), 0)):
-        files = [
-            saved(tmp_path / f"{name}-{number}.json", measured(truth, tuple(range(number))))
-            for number in (3, 5, 6)
-        ]
+    noisy = [measured(links(), tuple(range(number)), noise=0.9) for number in (3, 5, 6)]
+    clean_results = [measured(links(), tuple(range(number))) for number in (3, 5, 6)]
+    for name, results, code in (("noisy", noisy, 3), ("clean", clean_results, 0)):
+        files = [saved(tmp_path / f"{name}-{result.ranks}.json", result) for result in results]
         out = str(tmp_path / f"{name}.json")
         assert main(["fit", *map(str, files), "--out", out, "--bootstrap", "0"]) == code
         said = capsys.readouterr().err
         assert ("valid for 3, 5, 6 ranks on 3, 5, 6 nodes" in said) == (code == 0)
-        assert ("rank 0 sends and receives" in said) == (code == 3)
         assert "verdict: flat over made-up:" in said
     argv = ["fit", *map(str, files), "--out", out, "--force", "--bootstrap", "0", "--json"]
     assert main(argv) == 0
@@ -244,32 +239,10 @@ def test_one_repeat_says_nothing_about_noise_but_errors_still_do() -> None:
     assert fit.verdict.code == "does_not_fit"
 
 
-def old_document() -> dict[str, Any]:
-    """The clean model as files of schema 2.0 have it."""
-    document: dict[str, Any] = json.loads(clean().model_dump_json())
-    document["schema_version"] = "2.0"
-    del document["short_of_cores"]
-    for fit in document["fits"]:
-        for name in ("misfits", "verdict", "paired_ratio_Q", "other_ranks_paired_ratio_Q"):
-            del fit[name]
-    return document
-
-
-def test_a_fit_of_an_older_schema_is_read_and_has_no_verdict(tmp_path: Path) -> None:
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps(old_document()))
-    model = load_network(path)
-    assert predict_us(model, np.full((5, 5), 100), tuple(range(5))).misfits == ()
-    (note,) = model_notes(model)
-    assert "older than verdicts" in note
-    ranks = (5, 5)
-    assert compare_times(model.of("flat"), 100.0, 105.0, ranks=ranks, same_ranks=True).code == "within_error"
-
-
 @pytest.mark.parametrize(
     ("change", "value"),
     [
-        ({"code": "valid", "reasons": [{"code": "misfits", "value": 1.0, "bound": 0.0}]}, None),
+        ({"code": "valid", "reasons": [{"code": "repeat_noise", "value": 1.0, "bound": 0.2}]}, None),
         ({"code": "does_not_fit", "reasons": []}, None),
         (None, {"who": [9]}),
         (None, {"who": [0, 1]}),

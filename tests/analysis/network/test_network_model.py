@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from observatory.analysis.network import NetworkModel, fit_network, load_network, predict_us
 from observatory.analysis.network.checking import check_predictions, error_summary
 from observatory.analysis.network.features import BYTE_TERMS, FORMS, TERMS, stage_terms
+from observatory.analysis.network.parts import Part, factors_of
 from observatory.analysis.network.words import NetworkCode, sentence
 from observatory.cli import main
 from observatory.errors import BenchmarkError
@@ -40,40 +41,56 @@ def coefficients(model: NetworkModel) -> dict[str, float | None]:
 def test_the_terms_of_a_matrix_computed_by_hand() -> None:
     bytes_PP = np.array([[5, 10, 0, 20], [0, 0, 0, 40], [1, 0, 0, 0], [0, 0, 2, 7]])
     terms = stage_terms(bytes_PP, TWO_NODES, "flat")
-    rows = dict(zip(TERMS, terms.terms_NF.T.tolist(), strict=True))
+    rows = dict(zip(TERMS, terms.terms_SPF.reshape(-1, len(TERMS)).T.tolist(), strict=True))
     assert rows["exchange"] == [1, 1, 1, 1]
     assert rows["peers"] == [3, 3, 3, 3]
     assert rows["pairs_on_node"] == [2, 2, 2, 2]
-    assert rows["messages_node"] == [1, 1, 1, 1]
-    assert rows["messages_other"] == [1, 1, 1, 2]
     assert rows["bytes_self"] == [5, 0, 0, 7]
     assert rows["bytes_node"] == [10, 10, 2, 2]
     assert rows["bytes_other"] == [20, 40, 1, 60]
-    assert rows["both_node"] == [10, 10, 2, 2]
-    assert rows["both_other"] == [21, 40, 1, 60]
+    assert rows["out_other"] == [20, 40, 1, 0]
+    assert rows["in_other"] == [1, 0, 0, 60]
+    assert rows["out_all"] == [30, 40, 1, 2]
+    assert rows["in_all"] == [1, 10, 2, 60]
     assert rows["shared_self"] == [5, 5, 7, 7]
     # node 0 sends 10 + 20 + 40 and receives 10 + 1; node 1 sends 2 + 1 and receives 2 + 60
     assert rows["shared_bytes"] == [81, 81, 65, 65]
-    assert rows["shared_messages"] == [5, 5, 5, 5]
-    assert rows["link_bytes"] == [60, 60, 60, 60]
+    assert rows["link_out"] == [60, 60, 1, 1]
+    assert rows["link_in"] == [1, 1, 60, 60]
     # Rank 0 sends rank 2 nothing, rank 2 sends it 1; ranks 0 and 1, 2 and 3 send one way only.
     assert rows["link_two_way"] == [0, 0, 0, 0]
-    assert rows["two_way_node"] == [0, 0, 0, 0]
+    assert rows["two_way"] == [0, 0, 0, 0]
 
 
 def test_bytes_that_pass_both_ways_are_counted_pair_by_pair_at_both_ends() -> None:
     bytes_PP = np.array([[0, 10, 7, 0], [4, 0, 0, 9], [2, 0, 0, 0], [0, 30, 0, 0]])
-    rows = dict(zip(TERMS, stage_terms(bytes_PP, TWO_NODES, "flat").terms_NF.T.tolist(), strict=True))
-    assert rows["two_way_node"] == [4, 4, 0, 0]
-    # Pairs 0-2 and 1-3: the smaller ways are 2 and 9 bytes.
+    rows = dict(zip(TERMS, stage_terms(bytes_PP, TWO_NODES, "flat").terms_SPF[0].T.tolist(), strict=True))
+    # Pairs 0-1, 0-2 and 1-3: the smaller ways are 4, 2 and 9 bytes.
+    assert rows["two_way"] == [6, 13, 2, 9]
     assert rows["link_two_way"] == [11, 11, 11, 11]
+
+
+def test_the_bytes_of_a_slower_part_count_so_many_times() -> None:
+    bytes_PP = np.array([[5, 10, 20], [1, 0, 30], [2, 3, 0]])
+    nodes = (0, 1, 2)
+    parts = [
+        Part(code="rank_sends", who=(0,), node_of_P=nodes, factor=2.0),
+        Part(code="pair", who=(1, 2), node_of_P=nodes, factor=3.0),
+        Part(code="rank", who=(2,), node_of_P=(0, 0, 1), factor=9.0),
+    ]
+    terms = stage_terms(bytes_PP, nodes, "flat", factors=factors_of(parts, nodes))
+    rows = dict(zip(TERMS, terms.terms_SPF.reshape(-1, len(TERMS)).T.tolist(), strict=True))
+    assert rows["out_other"] == [60, 91, 5]
+    assert rows["in_other"] == [3, 13, 110]
+    assert rows["bytes_self"] == [5, 0, 0]
+    assert factors_of(parts, (0, 0, 0)) is None
 
 
 def test_the_hierarchical_algorithm_has_two_stages_that_add_up() -> None:
     bytes_PP = np.array([[5, 10, 0, 20], [0, 0, 0, 40], [1, 0, 0, 0], [0, 0, 2, 7]])
     terms = stage_terms(bytes_PP, TWO_NODES, "hierarchical")
-    rows = dict(zip(TERMS, terms.terms_NF.T.tolist(), strict=True))
-    assert terms.stage_N.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    rows = dict(zip(TERMS, terms.terms_SPF.reshape(-1, len(TERMS)).T.tolist(), strict=True))
+    assert terms.terms_SPF.shape == (2, 4, len(TERMS))
     # Across: rank 0 hands 0 + 20 to rank 2, rank 1 hands 40 to rank 3, rank 2 hands 1 + 0 to rank 0.
     assert rows["bytes_other"][:4] == [20, 40, 20, 40]
     assert rows["bytes_self"][:4] == [15, 0, 0, 9]
@@ -85,9 +102,9 @@ def test_the_hierarchical_algorithm_has_two_stages_that_add_up() -> None:
 
 def test_known_latency_and_bandwidths_come_back_and_the_simplest_true_form_is_chosen() -> None:
     model = fit_network([made_result(hockney, TWO_NODES, noise=0.01)], bootstrap=30)
-    assert model.of("flat").form == "latency-bandwidth"
+    assert model.of("flat").form == "two-way"
     found = coefficients(model)
-    assert found["exchange"] == pytest.approx(20.0, rel=0.05)
+    assert found["start"] == pytest.approx(20.0, rel=0.05)
     assert found["bytes_node"] == pytest.approx(1e-4, rel=0.05)
     assert found["bytes_other"] == pytest.approx(5e-4, rel=0.05)
     assert found["bytes_self"] == pytest.approx(2e-5, rel=0.25)
@@ -107,8 +124,8 @@ def test_every_form_recovers_what_it_made_itself(name: str) -> None:
     value_F = np.array([true[term] for term in form.terms])
 
     def truth_us(bytes_PP: NDArray[np.int64], node_of_P: tuple[int, ...]) -> float:
-        rows = stage_terms(bytes_PP, node_of_P, "flat").of(form)
-        return float(max((rows * np.array(sum_F) @ value_F).max() for sum_F in form.sums))
+        rows = stage_terms(bytes_PP, node_of_P, "flat").terms_SPF[0][:, form.columns]
+        return float(max((rows * sum_F @ value_F).max() for sum_F in form.sums_XF))
 
     results = [made_result(truth_us, nodes) for nodes in ((0, 0), TWO_NODES, (0, 0, 0, 0, 1, 1, 1, 1))]
     model = fit_network(results, bootstrap=0)
@@ -171,7 +188,9 @@ def test_terms_that_never_vary_alone_are_named_and_not_invented() -> None:
     )
     fit = fit_network([result], bootstrap=0).of("flat")
     reasons = {item.term: item.reason for item in fit.coefficients}
-    assert reasons["bytes_self"] == "not told apart from the terms before it"
+    assert next(reason for term, reason in reasons.items() if term.endswith("_self")) == (
+        "not told apart from the terms before it"
+    )
     assert all((item.us_per_unit is None) == (item.reason is not None) for item in fit.coefficients)
 
 
@@ -216,7 +235,7 @@ def test_a_model_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schema_version": "9.0"}, "has schema 9.0, this program reads up to 2.2"),
+        ({"schema_version": "9.0"}, "has schema 9.0, this program reads up to 3.0"),
         ({"fits": []}, "not valid"),
         ({"backend": None}, "not valid"),
     ],

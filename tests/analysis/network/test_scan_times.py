@@ -247,21 +247,23 @@ def test_a_replay_without_its_uniform_half_is_refused() -> None:
 
 
 def _doubted(network: Path) -> Path:
-    """The same model, of which rank 0 of four was found to be slow."""
+    """The same model, measured on 3 ranks, of which rank 0 was found to be slow."""
     document = json.loads(network.read_text())
     (fit,) = document["fits"]
     fit["misfits"] = [
         {
             "code": "rank",
             "who": [0],
-            "ranks": 4,
-            "node_of_P": [0] * 4,
-            "us_per_byte": 1.0,
-            "p_value": 0.01,
-            "cases": 9,
+            "ranks": 3,
+            "node_of_P": [0] * 3,
+            "factor": 2.0,
         }
     ]
-    fit["verdict"] |= {"code": "does_not_fit", "reasons": [{"code": "misfits", "value": 1.0, "bound": 0.0}]}
+    fit["verdict"] |= {
+        "code": "does_not_fit",
+        "reasons": [{"code": "held_out_median", "value": 0.4, "bound": 0.25}],
+    }
+    fit["domain"]["ranks"] = [2, 3, 6]
     path = network.with_name("doubted.json")
     path.write_text(json.dumps(document))
     return path
@@ -309,8 +311,11 @@ def test_a_scan_repeats_the_verdict_and_marks_times_through_misfits(
     doubted = str(_doubted(network))
     assert main([*argv, "--network", doubted]) == 0
     said = capsys.readouterr()
-    assert "flat over made-up: does not fit: 1 part of the fabric differs, see below" in said.err
-    assert "what rank 0 sends and receives, of 4 ranks, differs from the others" in said.err
+    assert "flat over made-up: does not fit: the median error on held-out matrices is 40%" in said.err
+    assert (
+        "what rank 0 sends and receives, of 3 ranks, is slower than the others: a byte costs 2 times"
+        in said.err
+    )
     assert "times marked ! at EP 4 are through what the model does not describe" in said.err
     assert said.out.count("!") > 1
     assert main([*argv, "--network", doubted, "--json"]) == 0

@@ -51,8 +51,7 @@ def test_a_rank_on_a_slow_link_is_named(tmp_path: Path) -> None:
     assert fit.misfits
     assert {misfit.who for misfit in fit.misfits} == {(1,)}, fit.misfits
     assert all(misfit.code.startswith("rank") for misfit in fit.misfits)
-    assert fit.verdict is not None
-    assert fit.verdict.code != "valid"
+    assert all(misfit.factor > 2.0 for misfit in fit.misfits)
 
 
 def test_links_that_all_receive_slower_name_no_rank_and_are_not_mispredicted_in_silence(
