@@ -37,6 +37,7 @@ _FORMATS = (
     "sglang",
     "tensorrt-llm",
     "vllm-ascend",
+    "aiconfigurator",
 )
 
 
@@ -47,7 +48,7 @@ def export(
         typer.Argument(
             metavar="FORMAT",
             help="nccl-tests, ucc, chrome-trace, tensorboard, csv, parquet, markdown, sglang, tensorrt-llm, "
-            "vllm-ascend.",
+            "vllm-ascend, aiconfigurator.",
         ),
     ],
     out: Annotated[
@@ -57,7 +58,7 @@ def export(
             metavar="PATH",
             rich_help_panel=OUTPUT,
             help="Directory to write (tensorboard: the log directory); for chrome-trace also a .json or "
-            ".json.gz file; a file for placements.",
+            ".json.gz file; a file for placements and aiconfigurator.",
         ),
     ],
     ep: Annotated[
@@ -103,6 +104,9 @@ def export(
         if steps is not None:
             raise BenchmarkError(f"{form} holds every step", remedy="leave out --steps")
         _tables(opened, out, form, phase=phase, layers=layer, json=json)
+        return
+    if form == "aiconfigurator":
+        _alpha(opened, out, phase=phase, json=json)
         return
     if ep is None:
         raise BenchmarkError(f"{form} is for one EP degree", remedy="give it with --ep")
@@ -242,3 +246,31 @@ def _tables(
             }
         )
     say(f"{len(written.files)} tables of {written.rows} rows written to {out}")
+
+
+def _alpha(run: Run, out: Path, *, phase: str | None, json: bool) -> None:
+    """Write the exponents of the loads, and say those of whole phases."""
+    from observatory.cli.output import print_json, say
+    from observatory.errors import BenchmarkError
+    from observatory.interchange.exporters.aiconfigurator import alpha_document
+    from observatory.run.documents.writing import write_json
+    from observatory.run.files import os_reason
+
+    if out.exists():
+        raise BenchmarkError(f"{out} is there already", remedy="give another --out")
+    document = alpha_document(run, phase=phase)
+    try:
+        write_json(out, document)
+    except OSError as error:
+        raise BenchmarkError(f"{out} cannot be written: {os_reason(error)}") from error
+    if json:
+        files = {"run_id": run.manifest.run_id, "format": "aiconfigurator", "notes": [], "files": [str(out)]}
+        print_json(files)
+    for row in document["rows"]:
+        if row["layer"] is None:
+            say(
+                f"{row['phase']}: alpha {row['alpha']:.2f}, nearest {row['nearest']}; "
+                f"{row['misplaced_share']:.0%} of the assignments lie elsewhere "
+                f"({row['balanced_misplaced_share']:.0%} under equal loads)"
+            )
+    say(f"exponents by phase and layer written to {out}")

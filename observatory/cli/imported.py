@@ -33,7 +33,7 @@ _NEEDED: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 #: Of exports that need a table; the others write what is there.
 _EXPORTED: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("nccl-tests", "ucc", "sglang", "tensorrt-llm", "vllm-ascend"), _LOADS),
+    **dict.fromkeys(("nccl-tests", "ucc", "sglang", "tensorrt-llm", "vllm-ascend", "aiconfigurator"), _LOADS),
     "chrome-trace": ("spans", "exchange", "power"),
 }
 

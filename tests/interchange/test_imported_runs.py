@@ -32,6 +32,7 @@ COMMANDS: tuple[tuple[str, set[str], str], ...] = (
     ("export RUN sglang --ep 2 --out out.json", {LOADS}, "routing"),
     ("export RUN tensorrt-llm --ep 2 --out out.yaml", {LOADS}, "routing"),
     ("export RUN vllm-ascend --ep 2 --out out.json", {LOADS}, "routing"),
+    ("export RUN aiconfigurator --out out.json", {LOADS}, "routing"),
     ("exchanges RUN", {EXCHANGES}, "exchange"),
     ("export RUN chrome-trace --out out.json", {EXCHANGES, POWER}, "spans, exchange or power"),
     ("export RUN tensorboard --out logs", {LOADS, EXCHANGES}, ""),
