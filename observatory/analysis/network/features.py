@@ -116,6 +116,16 @@ FORMS: dict[str, Form] = {
             ),
         ),
         Form(
+            name="shared-link",
+            meaning="what a node does over the link that its ranks share to the others",
+            sides=(
+                LATENCY,
+                (*START, "link_out", "link_two_way", "bytes_self"),
+                (*START, "link_in", "link_two_way", "bytes_self"),
+            ),
+            needs="link_out",
+        ),
+        Form(
             name="tiers",
             meaning="what a rank sends and receives, and what its node does over its link to the others",
             sides=(

@@ -53,8 +53,8 @@ _MAX_CONDITION = 1e8
 #: long exchange counts than a noisy short one, from which alone latencies can be determined.
 _LEAST_NOISE = 0.1
 _SMALLEST_US = 1e-3
-#: Forms whose errors differ by less than this are equally good for any purpose.
-_SAME_ERROR = 1.05
+#: Forms whose errors differ by less than this factor, or this much, are equally good for any purpose.
+_SAME_ERROR, _SAME_POINTS = 1.05, 0.005
 #: Larger ones count as this: what one matrix gets wrong alone chooses no form.
 _MOST_ERROR = 1.0
 
@@ -275,7 +275,9 @@ def try_forms(cases: Cases, seed: int) -> tuple[list[Trial], str]:
 def choose(trials: Sequence[Trial]) -> Trial:
     """The form with the fewest parameters of those whose error is practically the smallest."""
     least = min(trial.error for trial in trials)
-    return simplest(trial for trial in trials if trial.error <= _SAME_ERROR * least)
+    return simplest(
+        trial for trial in trials if trial.error <= max(_SAME_ERROR * least, least + _SAME_POINTS)
+    )
 
 
 def _error(ratio_C: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -41,7 +41,7 @@ def one_way_plan(us_per_byte: float, seed: int = 0) -> BenchPlan:
         matrix = tuple(map(tuple, share_PP.astype(int).tolist()))
         traffic.append(Traffic(pattern="one-way", seed=index, send_bytes_PP=matrix))
     return BenchPlan(
-        kind="alltoall", algorithms=("flat",), warmup=1, repeats=5, iterations=1, traffic=tuple(traffic)
+        kind="alltoall", algorithms=("flat",), warmup=1, repeats=9, iterations=1, traffic=tuple(traffic)
     )
 
 
