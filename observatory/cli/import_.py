@@ -39,6 +39,10 @@ def import_(
             "--experts", min=1, max=65536, rich_help_panel=DATA, help="Experts of a layer, if not stated."
         ),
     ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, max=4096, rich_help_panel=DATA, help="Ranks of a benchmark, if not stated."),
+    ] = None,
     phase: Annotated[
         str, typer.Option(metavar="NAME", rich_help_panel=DATA, help="Phase of the steps, such as decode.")
     ] = "unknown",
@@ -67,6 +71,7 @@ def import_(
         name=name,
         top_k=top_k,
         experts=experts,
+        ranks=ranks,
         phase=phase,
         utc_offset_s=None if utc_offset is None else _offset_s(utc_offset),
     )

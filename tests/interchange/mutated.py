@@ -56,6 +56,7 @@ def samples() -> Iterator[tuple[str, str, bytes]]:
         ("counts", "c.csv"): "step,layer,expert,count,rank,phase\n5,1,0,3,0,prefill\n5,1,2,1,0,prefill\n",
         ("nvidia-smi", "s.csv"): "\n".join(files.SMI),
         ("kineto", "k.json"): json.dumps(trace),
+        ("osu", "o.txt"): files.OSU,
         ("nccl-inspector", "i.jsonl"): files.lines(files.inspected(2)),
         ("megatron", "rank2.jsonl"): files.lines({"iter": 7, "layer": 1, "tpe": [[1, 2, 0], [3, 0, 0]]}),
         ("megatron", "router_trace_rank1.jsonl"): files.lines(

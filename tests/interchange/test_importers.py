@@ -506,6 +506,62 @@ def test_nvidia_smi_logs_without_samples_are_refused(
     assert expected in refusal(tmp_path, capfd, "nvidia-smi", written(tmp_path, "s.csv", content))
 
 
+OSU = """mpirun -np 4 ./osu_alltoallv -f
+
+# OSU MPI All-to-Allv Personalized Exchange Latency Test v5.6.3
+# Size       Avg Latency(us)   Min Latency(us)   Max Latency(us)  Iterations
+1                       9.50              8.25             10.75        1000
+1048576              3000.00           2900.50           3100.25         100
+"""
+
+
+def test_osu_all_to_alls_take_as_long_as_their_slowest_rank(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = only_result(imported(tmp_path, "auto", written(tmp_path, "o.txt", OSU)))
+    assert (result.backend, len(result.node_of_P), result.iterations) == ("mpi", 4, 100)
+    assert [case.median_us for case in result.cases] == [10.75, 3100.25]
+    assert result.cases[1].send_bytes_PP[3] == (1048576,) * 4
+    assert "5.6.3" in (tmp_path / "run/alltoall-0.json").read_text()
+    assert "which ranks share a node is not stated" in capfd.readouterr().err
+
+
+def test_osu_logs_without_a_command_need_the_number_of_ranks(tmp_path: Path) -> None:
+    text = (
+        "# OSU MPI-CUDA All-to-All Personalized Exchange Latency Test v7.3\n# Datatype: MPI_CHAR.\n"
+        "# Size       Avg Latency(us)\n8    12.5\n16   14\n32   1"
+    )
+    log = written(tmp_path, "o.txt", text[:-3])
+    result = only_result(imported(tmp_path, "osu", log, "--ranks", "2"))
+    assert [case.median_us for case in result.cases] == [12.5, 14.0], "the row that is cut has no time"
+    assert any("mean over ranks" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("o.txt", OSU.replace("-np 4", "-x A"), "does not state how many ranks ran; give it with --ranks"),
+        ("o.txt", OSU.replace("-np 4", "-np 1"), "is of 1 rank;"),
+        ("o.txt", OSU.replace("All-to-Allv Pers", "Non-blocking All-to-Allv Pers"), "no blocking all-to-all"),
+        ("o.txt", OSU.replace("All-to-Allv Personalized Exchange", "Allreduce"), "but Allreduce"),
+        ("o.txt", OSU.split("1  ", maxsplit=1)[0], "ended before its first row"),
+        ("o.txt", OSU.replace("3100.25", "-1"), "times or sizes that cannot be"),
+        (
+            "emissions.csv",
+            "timestamp,project_name,run_id,duration\n1,a,b,2\n",
+            "no power or energy over time",
+        ),
+        ("r.json", '{"card0": {"Average Graphics Package Power (W)": "35.0"}}', "without the time"),
+        ("a.json", '[{"gpu": 0, "usage": {"gfx_activity": 3}}]', "without the time"),
+        ("nccl_trace_rank_0", b"\x80\x04\x95\x10\x00}\x94(\x8c\x07version", "a pickle, which may run any"),
+    ],
+)
+def test_what_has_no_ranks_or_no_times_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, content: str | bytes, expected: str
+) -> None:
+    assert expected in refusal(tmp_path, capfd, "auto", written(tmp_path, name, content))
+
+
 def lines(*records: dict[str, object]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 

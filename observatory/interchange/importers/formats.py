@@ -15,6 +15,7 @@ from observatory.interchange.importers.imported import (
     write_results,
     write_run,
 )
+from observatory.interchange.importers.not_imported import what_is_missing
 from observatory.interchange.importers.sources import Source
 from observatory.text import listing
 
@@ -35,6 +36,7 @@ FORMATS: dict[str, Format] = {
     "nccl-tests": Format("nccl_tests", "results"),
     "kineto": Format("kineto", "exchange"),
     "nccl-inspector": Format("nccl_inspector", "exchange"),
+    "osu": Format("osu", "results"),
     "sglang": Format("sglang", "routing"),
     "vllm": Format("vllm", "routing"),
     "tensorrt-llm": Format("tensorrt_llm", "routing"),
@@ -87,6 +89,8 @@ def _recognised(sources: Sequence[Source]) -> str:
     for source in sources:
         head = source.head()
         form = next((name for name in FORMATS if _module(name).recognises(head)), None)
+        if form is None and (lacking := what_is_missing(head)):
+            raise source.refused(lacking)
         if form is None:
             raise source.refused(
                 "is of no format that is recognised",

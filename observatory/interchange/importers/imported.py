@@ -38,6 +38,7 @@ class ImportOptions:
         name: what the run is called by; None: the name of the first file.
         top_k: experts of a token; None where the format states it.
         experts: experts of a layer, E; None where the format states it.
+        ranks: P; None where the format states it.
         phase: of the steps.
         utc_offset_s: local time minus UTC of times without a zone, seconds; None: not stated.
     """
@@ -45,6 +46,7 @@ class ImportOptions:
     name: str | None = None
     top_k: int | None = None
     experts: int | None = None
+    ranks: int | None = None
     phase: str = "unknown"
     utc_offset_s: int | None = None
 
