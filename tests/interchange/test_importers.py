@@ -537,6 +537,13 @@ def test_osu_logs_without_a_command_need_the_number_of_ranks(tmp_path: Path) -> 
     assert any("mean over ranks" in note for note in result.notes)
 
 
+def test_osu_logs_of_other_numbers_of_ranks_than_given_are_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    error = refusal(tmp_path, capfd, "osu", written(tmp_path, "o.txt", OSU), "--ranks", "2")
+    assert "is of 4 ranks by its command, and --ranks is 2" in error
+
+
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
@@ -546,6 +553,14 @@ def test_osu_logs_without_a_command_need_the_number_of_ranks(tmp_path: Path) -> 
         ("o.txt", OSU.replace("All-to-Allv Personalized Exchange", "Allreduce"), "but Allreduce"),
         ("o.txt", OSU.split("1  ", maxsplit=1)[0], "ended before its first row"),
         ("o.txt", OSU.replace("3100.25", "-1"), "times or sizes that cannot be"),
+        ("o.txt", OSU + "# Size       Avg Latency(us)\n2    3.5\n", "holds two tables in one test"),
+        ("o.txt", OSU.replace("# Size  ", "# Size x"), "ended before its first row"),
+        ("o.txt", OSU.replace("mpirun -np 4", "nice -n 10"), "does not state how many ranks ran"),
+        (
+            "o.txt",
+            "mpirun -np 8 ./osu_allreduce\n" + OSU.replace("mpirun -np 4 ", ""),
+            "does not state how many ranks ran",
+        ),
         (
             "emissions.csv",
             "timestamp,project_name,run_id,duration\n1,a,b,2\n",

@@ -24,7 +24,12 @@ from observatory.text import counted, listing
 _MOST_RANKS = 1024
 _TITLE = re.compile(r"#\s*OSU MPI(?:-\w{1,20})?\s+(\S.{0,80}?)\s+(?:Latency )?Test(?:\s+v(\S{1,20}))?\s*$")
 _TESTS = ("All-to-All Personalized Exchange", "All-to-Allv Personalized Exchange")
-_RANKS = re.compile(r"(?:^|\s)(?:-np?|--np|--ntasks)[ =](\d{1,6})(?=\s|$)")
+_RANKS = re.compile(
+    r"\b(?:mpirun|mpiexec|srun|prun|orterun|ibrun|aprun|jsrun)\S*\s(?:.*\s)?"
+    r"(?:-np?|--np|--ntasks)[ =](\d{1,6})(?=\s|$)"
+)
+#: Characters of a line that are looked at for a command.
+_MOST_COMMAND = 4096
 _AVERAGE, _SLOWEST = "Avg Latency(us)", "Max Latency(us)"
 _FAILED = "Fail"
 
@@ -87,7 +92,9 @@ def _tests(source: Source) -> list[_Test]:
     for line in source.lines():
         if found := _TITLE.match(line):
             tests.append(_Test(title=found[1], version=found[2], ranks=ranks))
-        elif tests and re.match(r"#\s*Size\s", line):
+        elif tests and re.match(r"#\s*Size\s{2,}", line):
+            if tests[-1].columns:
+                raise source.refused("holds two tables in one test")
             tests[-1].columns = re.split(r"\s{2,}", line[1:].strip())
         elif line.startswith("#") or not line.strip():
             continue
@@ -96,8 +103,8 @@ def _tests(source: Source) -> list[_Test]:
             # A row that is cut is left out, as it may be cut within a number.
             if len(cells) == len(tests[-1].columns):
                 tests[-1].rows.append(dict(zip(tests[-1].columns, cells, strict=True)))
-        elif found := _RANKS.search(line):
-            ranks = int(found[1])
+        elif (found := _RANKS.search(line[:_MOST_COMMAND])) or "osu_" in line:
+            ranks = int(found[1]) if found else None
     return tests
 
 
@@ -105,6 +112,8 @@ def _result(source: Source, test: _Test, stated: int | None) -> BenchResult:
     ranks = test.ranks or stated
     if ranks is None:
         raise source.refused("does not state how many ranks ran", remedy="give it with --ranks")
+    if stated is not None and ranks != stated:
+        raise source.refused(f"is of {counted(ranks, 'rank')} by its command, and --ranks is {stated}")
     if not 1 < ranks <= _MOST_RANKS:
         raise source.refused(f"is of {counted(ranks, 'rank')}", expected=f"2 to {_MOST_RANKS}")
     column = next((name for name in (_SLOWEST, _AVERAGE) if name in test.columns), None)
