@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -80,7 +82,7 @@ def export(
 ) -> None:
     """Write matrices for nccl-tests or UCC, a trace, a log for TensorBoard, tables, or a placement."""
     from observatory.analysis.parallel.captured import captured_traffic, traffic_notes
-    from observatory.cli.output import print_json, say
+    from observatory.cli.output import say
     from observatory.errors import BenchmarkError
     from observatory.interchange.exporters.matrices import export_traffic
     from observatory.interchange.exporters.placements import PLACEMENT_FORMS
@@ -134,32 +136,64 @@ def export(
         placement=captured[0].placement if captured else None,
         notes=notes,
     )
+    _state(opened, form, written, notes=notes, json=json)
+    say(f"{len(written) - 1} files written to {out}; {written[-1].name} says what each holds")
+
+
+def _state(
+    run: Run,
+    form: str,
+    files: Sequence[Path],
+    *,
+    notes: Sequence[str] = (),
+    counts: Mapping[str, int] | None = None,
+    json: bool,
+) -> None:
+    """Say the notes of an export, and with ``--json`` print what was written."""
+    from observatory.cli.output import print_json, say
+
     for note in notes:
         say(f"note: {note}")
     if json:
         print_json(
             {
-                "run_id": opened.manifest.run_id,
+                "run_id": run.manifest.run_id,
                 "format": form,
+                **(counts or {}),
                 "notes": list(notes),
-                "files": [str(path) for path in written],
+                "files": [str(path) for path in files],
             }
         )
-    say(f"{len(written) - 1} files written to {out}; {written[-1].name} says what each holds")
+
+
+def _check_new(out: Path) -> None:
+    from observatory.errors import BenchmarkError
+
+    if out.exists():
+        raise BenchmarkError(f"{out} is there already", remedy="give another --out")
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """One sentence where a file cannot be written."""
+    from observatory.errors import BenchmarkError
+    from observatory.run.files import os_reason
+
+    try:
+        yield
+    except OSError as error:
+        raise BenchmarkError(f"{out} cannot be written: {os_reason(error)}") from error
 
 
 def _placement(run: Run, out: Path, form: str, *, ep: int, placement: str, json: bool) -> None:
     """Write a placement for an engine."""
     from observatory.advice.placement_layouts import current_layout
     from observatory.analysis.parallel.step_loads import step_loads
-    from observatory.cli.output import print_json, say
-    from observatory.errors import BenchmarkError
+    from observatory.cli.output import say
     from observatory.interchange.exporters.placements import placement_text
     from observatory.run.documents.writing import write_text
-    from observatory.run.files import os_reason
 
-    if out.exists():
-        raise BenchmarkError(f"{out} is there already", remedy="give another --out")
+    _check_new(out)
     loads = step_loads(run)
     named = parse_placement(placement)
     given = None if named in ("auto", "recorded") else named
@@ -170,12 +204,9 @@ def _placement(run: Run, out: Path, form: str, *, ep: int, placement: str, json:
         layers=loads.layers,
         experts=loads.load_SLE.shape[2],
     )
-    try:
+    with _writing(out):
         write_text(out, text)
-    except OSError as error:
-        raise BenchmarkError(f"{out} cannot be written: {os_reason(error)}") from error
-    if json:
-        print_json({"run_id": run.manifest.run_id, "format": form, "notes": [], "files": [str(out)]})
+    _state(run, form, [out], json=json)
     say(f"placement {name} on {ep} ranks written to {out}")
 
 
@@ -183,22 +214,12 @@ def _trace(
     run: Run, out: Path, *, phase: str | None, layers: list[int] | None, steps: int | None, json: bool
 ) -> None:
     """Write a trace, and say what was written."""
-    from observatory.cli.output import print_json, say
+    from observatory.cli.output import say
     from observatory.interchange.exporters.chrome_trace.trace import write_chrome_trace
 
     trace = write_chrome_trace(run, out, phase=phase, layers=layers, steps=steps)
-    for note in trace.notes:
-        say(f"note: {note}")
-    if json:
-        print_json(
-            {
-                "run_id": run.manifest.run_id,
-                "format": "chrome-trace",
-                "events": trace.events,
-                "notes": list(trace.notes),
-                "files": [str(path) for path in trace.files],
-            }
-        )
+    counts = {"events": trace.events}
+    _state(run, "chrome-trace", trace.files, notes=trace.notes, counts=counts, json=json)
     say(f"{trace.events} events written to {out}; open it at ui.perfetto.dev or chrome://tracing")
 
 
@@ -206,22 +227,12 @@ def _tensorboard(
     run: Run, out: Path, *, phase: str | None, layers: list[int] | None, steps: int | None, json: bool
 ) -> None:
     """Write a log directory, and say what was written."""
-    from observatory.cli.output import print_json, say
+    from observatory.cli.output import say
     from observatory.interchange.exporters.tensorboard.write import write_tensorboard
 
     written = write_tensorboard(run, out, phase=phase, layers=layers, steps=steps)
-    for note in written.notes:
-        say(f"note: {note}")
-    if json:
-        print_json(
-            {
-                "run_id": run.manifest.run_id,
-                "format": "tensorboard",
-                "points": written.points,
-                "notes": list(written.notes),
-                "files": [str(path) for path in written.files],
-            }
-        )
+    counts = {"points": written.points}
+    _state(run, "tensorboard", written.files, notes=written.notes, counts=counts, json=json)
     say(f"{written.points} scalars and histograms written; open them with: tensorboard --logdir {out}")
 
 
@@ -229,43 +240,25 @@ def _tables(
     run: Run, out: Path, form: str, *, phase: str | None, layers: list[int] | None, json: bool
 ) -> None:
     """Write tables, and say what was written."""
-    from observatory.cli.output import print_json, say
+    from observatory.cli.output import say
     from observatory.interchange.exporters.tables import write_tables
 
     written = write_tables(run, out, form=form, phase=phase, layers=layers)  # type: ignore[arg-type]  # one of the names
-    for note in written.notes:
-        say(f"note: {note}")
-    if json:
-        print_json(
-            {
-                "run_id": run.manifest.run_id,
-                "format": form,
-                "rows": written.rows,
-                "notes": list(written.notes),
-                "files": [str(path) for path in written.files],
-            }
-        )
+    _state(run, form, written.files, notes=written.notes, counts={"rows": written.rows}, json=json)
     say(f"{len(written.files)} tables of {written.rows} rows written to {out}")
 
 
 def _alpha(run: Run, out: Path, *, phase: str | None, json: bool) -> None:
     """Write the exponents of the loads, and say those of whole phases."""
-    from observatory.cli.output import print_json, say
-    from observatory.errors import BenchmarkError
+    from observatory.cli.output import say
     from observatory.interchange.exporters.aiconfigurator import alpha_document
     from observatory.run.documents.writing import write_json
-    from observatory.run.files import os_reason
 
-    if out.exists():
-        raise BenchmarkError(f"{out} is there already", remedy="give another --out")
+    _check_new(out)
     document = alpha_document(run, phase=phase)
-    try:
+    with _writing(out):
         write_json(out, document)
-    except OSError as error:
-        raise BenchmarkError(f"{out} cannot be written: {os_reason(error)}") from error
-    if json:
-        files = {"run_id": run.manifest.run_id, "format": "aiconfigurator", "notes": [], "files": [str(out)]}
-        print_json(files)
+    _state(run, "aiconfigurator", [out], json=json)
     for row in document["rows"]:
         if row["layer"] is None:
             say(

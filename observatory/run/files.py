@@ -74,6 +74,11 @@ def os_reason(error: OSError) -> str:
     return one_line(reason)
 
 
+def is_free(folder: Path) -> bool:
+    """Whether a folder can be made here: nothing is there, or an empty one."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable, where the file system can sync folders."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -14,7 +14,7 @@ from observatory.interchange.exporters.nccl_tests import dropped_bytes, matrix_t
 from observatory.interchange.exporters.ucc import pattern_lines
 from observatory.run.documents.bench import Traffic
 from observatory.run.documents.writing import write_json, write_text
-from observatory.run.files import committed_folder
+from observatory.run.files import committed_folder, is_free
 
 ExportFormat = Literal["nccl-tests", "ucc"]
 
@@ -53,7 +53,7 @@ def export_traffic(
     """
     if form not in ("nccl-tests", "ucc"):
         raise BenchmarkError(f"format {form!r} is unknown; expected nccl-tests or ucc")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise BenchmarkError(f"{out} is there already and not an empty folder; give another --out")
     items = [(traffic, role) for traffic in captured for role in roles]
     if not items:

@@ -21,10 +21,10 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from observatory.errors import RunError
-from observatory.interchange.exporters.chrome_trace.rows import Chosen
+from observatory.interchange.exporters.chrome_trace.rows import Chosen, rows_of
 from observatory.run import Run
 from observatory.run.checks import FIXED_SCHEMAS
-from observatory.run.files import committed_folder, one_line
+from observatory.run.files import committed_folder, is_free, one_line
 
 TableForm = Literal["csv", "parquet", "markdown"]
 TABLE_FORMS: tuple[TableForm, ...] = ("csv", "parquet", "markdown")
@@ -74,7 +74,7 @@ def write_tables(
         RunError: the folder is there, or the run has no such rows.
         LoadError, RunFormatError: rows that cannot be true.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise RunError(f"{out} is there already and not an empty folder", remedy="give another --out")
     chosen = Chosen(phase=phase, layers=layers)
     names: list[str] = []
@@ -134,11 +134,9 @@ def _plain(table: str) -> Callable[[Run, Chosen], Iterator[pa.Table]]:
     """Rows of a table of the run without its lists."""
 
     def make(run: Run, chosen: Chosen) -> Iterator[pa.Table]:
-        schema = FIXED_SCHEMAS[table]
-        names = [field.name for field in schema if not pa.types.is_list(field.type)]
-        for rows in run.iter_rows(table):
-            own = _known(_chosen(rows, chosen), schema)
-            yield own.select(list(dict.fromkeys((*names, "source_rank"))))
+        names = [field.name for field in FIXED_SCHEMAS[table] if not pa.types.is_list(field.type)]
+        for rows in rows_of(run, table):
+            yield _chosen(rows, chosen).select(list(dict.fromkeys((*names, "source_rank"))))
 
     return make
 
@@ -160,8 +158,8 @@ def _listed(table: str, column: str, *, item: str, value: str) -> Callable[[Run,
 
 def _bytes(run: Run, chosen: Chosen) -> Iterator[pa.Table]:
     """Bytes to and from each member of the group."""
-    for rows in run.iter_rows("exchange"):
-        own = _known(_chosen(rows, chosen), FIXED_SCHEMAS["exchange"])
+    for rows in rows_of(run, "exchange"):
+        own = _chosen(rows, chosen)
         for direction in ("send", "receive"):
             made = _exploded(own, list(_KEYS), f"{direction}_bytes", item="member", value="bytes")
             said = pa.array(np.full(made.num_rows, direction, object), pa.string())
@@ -175,14 +173,6 @@ def _exploded(rows: pa.Table, keys: list[str], column: str, *, item: str, value:
     place = np.arange(parent.size) - np.repeat(np.cumsum(length_N) - length_N, length_N)
     made = rows.select(keys).take(pa.array(parent))
     return made.append_column(item, pa.array(place)).append_column(value, pc.list_flatten(listed))
-
-
-def _known(rows: pa.Table, schema: pa.Schema) -> pa.Table:
-    """Rows with every column of the schema; one that a run lacks is null."""
-    for field in schema:
-        if field.name not in rows.column_names:
-            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
-    return rows
 
 
 def _chosen(rows: pa.Table, chosen: Chosen) -> pa.Table:

@@ -20,7 +20,7 @@ from observatory.interchange.importers.sources import Source
 from observatory.run import RunWriter
 from observatory.run.documents.bench import BenchResult
 from observatory.run.documents.writing import write_text
-from observatory.run.files import committed_folder, os_reason
+from observatory.run.files import committed_folder, is_free, os_reason
 from observatory.run.manifest import ClockSpec, Manifest, ModelSpec, RankPower, Topology
 from observatory.run.replacing import check_free, empty_run
 
@@ -190,7 +190,7 @@ def write_results(
     """
     record = import_record(form, imported.version, sources)
     names = [f"alltoall-{number}.json" for number in range(len(imported.results))]
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not overwrite)):
+    if not is_free(out) and not (overwrite and out.is_dir()):
         raise InterchangeError(f"{out} exists and is not an empty directory", remedy="choose another place")
     paths = []
     try:

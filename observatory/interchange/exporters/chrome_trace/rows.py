@@ -11,11 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from observatory.run import Run
-from observatory.run.tables import EXCHANGE_SCHEMA, POWER_SCHEMA, SPAN_SCHEMA
+from observatory.run.checks import FIXED_SCHEMAS
 
 _PHASE, _LAYER = "phase", "moe_layer"
 _LONGEST = 200
-_SCHEMAS = {"spans": SPAN_SCHEMA, "exchange": EXCHANGE_SCHEMA, "power": POWER_SCHEMA}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +57,7 @@ class Chosen:
 
 def rows_of(run: Run, table: str) -> Iterator[pa.Table]:
     """A table's rows, a row group at a time, with every column of its schema: a missing one is null."""
-    schema = _SCHEMAS[table]
+    schema = FIXED_SCHEMAS[table]
     for rows in run.iter_rows(table):
         complete = rows
         for place in schema:

@@ -34,7 +34,7 @@ from observatory.interchange.exporters.chrome_trace.rows import (
 )
 from observatory.interchange.exporters.chrome_trace.survey import Survey, column_ns, survey_run
 from observatory.run import Run
-from observatory.run.files import committed, committed_folder
+from observatory.run.files import committed, committed_folder, is_free
 
 Int64 = npt.NDArray[np.int64]
 Event = dict[str, Any]
@@ -83,7 +83,7 @@ def write_chrome_trace(
         RunError: ``out`` is there already, or there is nothing to write.
     """
     single = out.name.endswith((".json", ".json.gz"))
-    if out.exists() and (single or not out.is_dir() or any(out.iterdir())):
+    if out.exists() if single else not is_free(out):
         raise RunError(f"{out} is there already and not an empty folder; give another --out")
     chosen = Chosen(phase=phase, layers=layers, steps=choose_steps(run, phase, steps))
     survey = survey_run(run, chosen)

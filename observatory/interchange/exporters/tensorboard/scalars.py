@@ -121,6 +121,7 @@ class Tables:
 
     Attributes:
         run: the run.
+        routed: its ``routed_tokens``.
         timed: `step_times`.
         phase_spans: spans of phases that have ended, with ``start`` and ``end`` on the reference's clock.
         waits: `wait_and_transfer` of all exchanges; empty without any.
@@ -128,6 +129,7 @@ class Tables:
     """
 
     run: Run
+    routed: pd.DataFrame
     timed: pd.DataFrame
     phase_spans: pd.DataFrame
     waits: pd.DataFrame
@@ -153,6 +155,7 @@ class Tables:
             )
         return cls(
             run=run,
+            routed=run.routed_tokens(),
             timed=step_times(run),
             phase_spans=spans.assign(
                 start=_on_reference(run, spans, "start_ns"), end=_on_reference(run, spans, "end_ns")
@@ -163,7 +166,7 @@ class Tables:
 
     def steps_of(self, phase: str) -> set[int]:
         """Steps of a phase with loads, times or exchanges."""
-        routed, waits = self.run.routed_tokens(), self.waits
+        routed, waits = self.routed, self.waits
         return {
             *(waits.loc[waits["phase"] == phase, "step"].tolist() if len(waits) else ()),
             *routed.loc[routed["phase"] == phase, "step"].tolist(),
