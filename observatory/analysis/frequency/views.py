@@ -20,8 +20,8 @@ Float64 = NDArray[np.float64]
 #: Energies this close, relative, are the same: sensors are calibrated to a few percent, repeats to about
 #: this.
 TIE = 0.005
-#: Probability with which a clock has to keep a budget: 0.9 and more leave energy on the table where few
-#: repeats are noisy, and of random devices the budget is broken no more often
+#: Probability with which a clock has to keep a budget. With 0.9 and more, noisy repeats leave energy on the
+#: table; with 0.8, at most 1.5 % of random devices of a class break it
 #: (docs/evidence/power.md#random-devices-of-known-truth).
 LEAST_PROBABILITY = 0.8
 

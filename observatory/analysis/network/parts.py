@@ -3,11 +3,10 @@
 Shapes: C cases of one set of ranks, P ranks, K parts, S scales of the model, B costs per byte.
 
 A part is what one rank sends, receives, or both; what one rank sends another; what one node sends or
-receives.
-Ranks of the same number, counted from the first or from the last, are also tried together over all sets
-of ranks. All parts are first compared by a bound that costs nothing to compute: an exchange lasts at least
-as long as the part is busy, and the other costs may be smaller than a fit says that has bent to the slow
-part,
+receives. Ranks of the same number, counted from the first or from the last, are also tried together over all
+sets of ranks. All parts are first compared by a bound that costs nothing to compute: an exchange lasts at
+least as long as the part is busy, and the other costs may be smaller than a fit says that has bent to the
+slow part,
 
     t = latency + max(s * (model - latency), b * bytes through the part).
 
@@ -77,11 +76,6 @@ class Part:
             others_P = place_P == self.who[1]
         passing_PP: NDArray[np.bool_] = own_P[:, None] & others_P[None, :]
         return passing_PP.T if self.code.endswith("receives") else passing_PP
-
-    def passes(self, bytes_PP: NDArray[np.int64]) -> bool:
-        """Whether bytes go through it."""
-        mask_PP = self.through_PP()
-        return bool(bytes_PP[mask_PP | mask_PP.T if self.code == "rank" else mask_PP].any())
 
 
 def factors_of(parts: Sequence[Part], node_of_P: tuple[int, ...]) -> Factors | None:
